@@ -1,0 +1,2 @@
+//! goREgo.
+pub mod proto;

@@ -1,0 +1,17 @@
+//! The generated messages and services of `proto/`, under short names.
+//!
+//! This is the wire's vocabulary and the form in which blobs such as `Action` and `Directory` are stored. Code outside
+//! [`crate::grpc`] uses the messages only, never the generated services.
+
+#[allow(missing_docs, clippy::all, clippy::pedantic, rustdoc::all)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/protos.rs"));
+}
+
+pub use generated::build::bazel::remote::execution::v2 as reapi;
+pub use generated::build::bazel::semver;
+pub use generated::google::{bytestream, longrunning, rpc};
+pub use generated::gorego::v1 as gorego;
+
+/// The encoded `FileDescriptorSet` of everything above, for server reflection and for tests.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

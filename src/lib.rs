@@ -1,2 +1,15 @@
-//! goREgo.
+//! goREgo: remote execution for Bazel and every other build tool that speaks the Remote Execution API, in one process.
+//!
+//! `ARCHITECTURE.md` is the map of this crate: who owns what, who sends what to whom, and one Execute from file to file.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod action;
+pub mod actors;
+pub mod config;
+pub mod digest;
+pub mod error;
+pub mod instance;
+pub mod path;
 pub mod proto;
+pub mod resource_name;
+pub mod tree;

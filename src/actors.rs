@@ -1,0 +1,15 @@
+//! The actors, and who sends what to whom.
+//!
+//! ```text
+//! grpc ──Submit, Watch, Cancel, Inspect, ...──▶ SchedulerActor ──RunAction──▶ WorkerActor (SyncArbiter pool)
+//!   │                                             │      ◀──StageReached──        │
+//!   │                                        ResolveAction, CheckInputs           │
+//!   └──────────── Cas (client) ───────────────────┴──────────▶ CasActor ◀─────────┘ Cas (client)
+//! ```
+//!
+//! Waits go one way only (grpc > scheduler > worker > cas), so the actors cannot deadlock. Mailboxes carry decisions;
+//! bytes go round them through the handles of [`cas::blob`]. No actor thread ever blocks on IO.
+
+pub mod cas;
+pub mod scheduler;
+pub mod worker;

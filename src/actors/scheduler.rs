@@ -1,0 +1,4 @@
+//! The scheduler.
+
+pub mod messages;
+pub mod operation;

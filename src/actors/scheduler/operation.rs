@@ -1,0 +1,123 @@
+//! An operation as its clients see it: name, snapshots, subscription, outcome.
+
+use crate::{
+    actors::worker::messages::RunStage,
+    digest::Digest,
+    error::{Error, Result},
+    instance::Instance,
+    proto::reapi,
+};
+use std::{fmt, str::FromStr, sync::Arc, time::SystemTime};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+/// Names an operation on this service (EXE-02). Its text is the last segment of `[instance/]operations/{id}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OperationId(pub Uuid);
+
+impl fmt::Display for OperationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.hyphenated().fmt(f)
+    }
+}
+
+impl FromStr for OperationId {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let malformed = || Error::NotFound(format!("there is no operation \"{}\"", text.escape_debug()));
+        let uuid = Uuid::try_parse(text).map_err(|_| malformed())?;
+        // One spelling per operation, so that a name is either known to the letter or not at all.
+        if uuid.hyphenated().to_string() == text { Ok(Self(uuid)) } else { Err(malformed()) }
+    }
+}
+
+/// Where an operation is (EXE-04).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Waits for a slot (or, first, for its inputs to be checked).
+    Queued,
+    /// A worker has it.
+    Executing,
+    /// Over; the snapshot has its outcome.
+    Completed,
+}
+
+/// How a task ended, shared by all its operations.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// What the command left behind; also the logs of a command that timed out (EXE-45).
+    pub result: Option<Arc<reapi::ActionResult>>,
+    /// The result came from the action cache (EXE-16).
+    pub cached: bool,
+    /// Why there is no (whole) result.
+    pub error: Option<Error>,
+    /// A word for people; usually empty.
+    pub message: String,
+}
+
+/// What a subscriber sees.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Where the operation is.
+    pub stage: Stage,
+    /// When it was submitted.
+    pub queued_at: SystemTime,
+    /// The worker's current step while executing, and when it was entered.
+    pub run_stage: Option<(RunStage, SystemTime)>,
+    /// Set exactly when the stage is [`Stage::Completed`].
+    pub outcome: Option<Arc<Outcome>>,
+}
+
+/// Which contents a client wants inlined in results (AC-05, EXE-59).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Inline {
+    /// `stdout_raw`.
+    pub stdout: bool,
+    /// `stderr_raw`.
+    pub stderr: bool,
+    /// `contents` of these output files.
+    pub output_files: Vec<String>,
+}
+
+/// What never changes about an operation.
+#[derive(Debug, Clone)]
+pub struct OperationInfo {
+    /// Its name.
+    pub id: OperationId,
+    /// Its namespace.
+    pub instance: Instance,
+    /// The action.
+    pub action: Digest,
+    /// What its client wants inlined.
+    pub inline: Inline,
+    /// Who asked.
+    pub client: ClientInfo,
+}
+
+impl OperationInfo {
+    /// `[instance/]operations/{id}`.
+    pub fn name(&self) -> String {
+        self.instance.qualify(&format!("operations/{}", self.id))
+    }
+}
+
+/// What the client said about itself in RequestMetadata (GEN-28); all optional, none trusted.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ClientInfo {
+    /// One run of the build tool.
+    pub tool_invocation_id: String,
+    /// The target that is built.
+    pub target_id: String,
+    /// The kind of action.
+    pub action_mnemonic: String,
+}
+
+/// The right to follow one operation. While any is held the operation counts as waited for.
+#[derive(Debug, Clone)]
+pub struct Subscription {
+    /// Which operation.
+    pub info: Arc<OperationInfo>,
+    /// Its current and every later snapshot.
+    pub snapshots: watch::Receiver<Snapshot>,
+}

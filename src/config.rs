@@ -1,0 +1,160 @@
+//! Configuration: one typed tree with built-in defaults.
+//!
+//! `gorego.toml` at the top of the project is the same tree as text, with comments; a test holds the two equal.
+
+use serde::{Deserialize, Serialize};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+/// Everything that can be set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where gRPC is served.
+    pub listen_addr: SocketAddr,
+    /// Serve a non-loopback address although anybody who reaches it can run commands here.
+    pub allow_unauthenticated: bool,
+    /// Names under which clients may ask; "" is the default of most clients.
+    pub instance_names: Vec<String>,
+    /// Where blobs, action results and exec directories live; empty for `gorego` in the user's cache directory.
+    pub local_cache_dir: PathBuf,
+    /// Bound on what the store keeps on disk, in GB (10^9 bytes), uploads in progress included.
+    pub max_size_gb: u64,
+    /// How long requests may go on after SIGTERM before they are cancelled.
+    #[serde(with = "humantime_serde")]
+    pub shutdown_grace: Duration,
+    /// Logs.
+    pub log: LogConfig,
+    /// The store and its services.
+    pub cache: CacheConfig,
+    /// The scheduler and its workers.
+    pub execution: ExecutionConfig,
+}
+
+/// `[log]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogConfig {
+    /// Levels by target, in env_logger's syntax.
+    pub filter: String,
+    /// How lines look.
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Text on a terminal, JSON elsewhere.
+    Auto,
+    /// One JSON object a line.
+    Json,
+    /// For people.
+    Text,
+}
+
+/// `[cache]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CacheConfig {
+    /// Whether clients may write action results (AC-12, CAP-09).
+    pub action_cache_updates: bool,
+    /// Largest blob that is accepted, in GB (10^9 bytes) (CAP-15).
+    pub max_blob_size_gb: u64,
+    /// How long the bytes of a broken upload are kept for its client to go on.
+    #[serde(with = "humantime_serde")]
+    pub partial_upload_retention: Duration,
+}
+
+/// `[execution]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExecutionConfig {
+    /// Whether Execute is offered; without it this is a cache.
+    pub enabled: bool,
+    /// Actions that run at the same time; 0 for the number of CPUs.
+    pub concurrency: usize,
+    /// Where exec directories are made; empty for `build` in `local_cache_dir`. Fastest on the same file system.
+    pub build_root: PathBuf,
+    /// Tasks that may wait; beyond that Execute answers RESOURCE_EXHAUSTED.
+    pub queue_size: usize,
+    /// How long a task may wait for a slot.
+    #[serde(with = "humantime_serde")]
+    pub queue_timeout: Duration,
+    /// Run time allowed to actions that name none.
+    #[serde(with = "humantime_serde")]
+    pub default_timeout: Duration,
+    /// Longest run time an action may ask for.
+    #[serde(with = "humantime_serde")]
+    pub max_timeout: Duration,
+    /// How long bringing in inputs may take, and again how long storing outputs may.
+    #[serde(with = "humantime_serde")]
+    pub transfer_timeout: Duration,
+    /// How long finished operations are remembered.
+    #[serde(with = "humantime_serde")]
+    pub retention: Duration,
+    /// How many finished operations are remembered at most; the oldest are forgotten first.
+    pub retained_operations: usize,
+    /// How long work goes on when nobody waits for it any more.
+    #[serde(with = "humantime_serde")]
+    pub abandon_grace: Duration,
+    /// How often a task is tried when workers die under it.
+    pub max_attempts: u32,
+    /// Largest file that a command may write, in GB (10^9 bytes).
+    pub max_output_file_gb: u64,
+    /// Properties of this machine's workers. An action that asks for another value of one of these is refused; properties
+    /// that are not listed here do not matter.
+    pub platform: std::collections::BTreeMap<String, String>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen_addr: SocketAddr::from(([127, 0, 0, 1], 50051)),
+            allow_unauthenticated: false,
+            instance_names: vec![String::new()],
+            local_cache_dir: PathBuf::new(),
+            max_size_gb: 50,
+            shutdown_grace: Duration::from_secs(30),
+            log: LogConfig::default(),
+            cache: CacheConfig::default(),
+            execution: ExecutionConfig::default(),
+        }
+    }
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { filter: "info,h2=warn,hyper=warn,tonic=warn,tower=warn".into(), format: LogFormat::Auto }
+    }
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            action_cache_updates: true,
+            max_blob_size_gb: 16,
+            partial_upload_retention: Duration::from_secs(10 * 60),
+        }
+    }
+}
+
+impl Default for ExecutionConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            concurrency: 0,
+            build_root: PathBuf::new(),
+            queue_size: 20_000,
+            queue_timeout: Duration::from_secs(12 * 3600),
+            default_timeout: Duration::from_secs(3600),
+            max_timeout: Duration::from_secs(24 * 3600),
+            transfer_timeout: Duration::from_secs(30 * 60),
+            retention: Duration::from_secs(600),
+            retained_operations: 20_000,
+            abandon_grace: Duration::from_secs(60),
+            max_attempts: 3,
+            max_output_file_gb: 16,
+            platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Why a request cannot be answered.
+//!
+//! One enum for the whole server; each variant is one way out for the client. It knows nothing of gRPC:
+//! [`crate::grpc::status`] turns it into a status in one exhaustive match. A command that ran and failed is not an error
+//! but an exit code.
+
+use crate::digest::Digest;
+use std::time::Duration;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A failure, worded for the person who reads it at the other end.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The request is malformed and will never succeed as it is.
+    #[error("{0}")]
+    Invalid(String),
+    /// The thing that the request names is not here.
+    #[error("{0}")]
+    NotFound(String),
+    /// These blobs must be uploaded first; never empty.
+    #[error("{}", missing_message(.0))]
+    MissingBlobs(Vec<Digest>),
+    /// The request is well formed but cannot be met, now or by trying again.
+    #[error("{0}")]
+    Precondition(String),
+    /// An offset lies outside the resource.
+    #[error("{0}")]
+    OutOfRange(String),
+    /// A bound of this server is reached; worth another try after the given time.
+    #[error("{message}")]
+    Exhausted {
+        /// Which bound, and what to do about it.
+        message: String,
+        /// When to try again; `None` when waiting does not help.
+        retry_after: Option<Duration>,
+    },
+    /// The caller may not do this.
+    #[error("{0}")]
+    Denied(String),
+    /// This server does not offer that.
+    #[error("{0}")]
+    Unimplemented(String),
+    /// The server, or the part of it that was asked, is going away; another try may succeed.
+    #[error("{0}")]
+    Unavailable(String),
+    /// Somebody asked for the work to stop.
+    #[error("{0}")]
+    Cancelled(String),
+    /// A time limit passed.
+    #[error("{0}")]
+    DeadlineExceeded(String),
+    /// Stored bytes are not what they were.
+    #[error("{0}")]
+    DataLoss(String),
+    /// A fault of this server.
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl Error {
+    /// [`Error::Invalid`] from anything that can be shown.
+    pub fn invalid(message: impl ToString) -> Self {
+        Self::Invalid(message.to_string())
+    }
+
+    /// [`Error::Internal`] from anything that can be shown.
+    pub fn internal(message: impl ToString) -> Self {
+        Self::Internal(message.to_string())
+    }
+
+    /// The error of a failed file operation: a full disk is the operator's to mend and worth a retry, everything else is a
+    /// fault of this server. `doing` completes "could not ...".
+    pub fn io(doing: &str, error: &std::io::Error) -> Self {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        match error.kind() {
+            StorageFull | QuotaExceeded => Self::Exhausted {
+                message: format!("could not {doing}: the disk of this server is full"),
+                retry_after: Some(DISK_FULL_RETRY),
+            },
+            _ => Self::Internal(format!("could not {doing}: {error}")),
+        }
+    }
+}
+
+/// How long a client should wait before it tries a full disk again.
+pub const DISK_FULL_RETRY: Duration = Duration::from_secs(5);
+
+/// How many digests an error message spells out; the rest is counted.
+const SHOWN_DIGESTS: usize = 3;
+
+fn missing_message(missing: &[Digest]) -> String {
+    let shown: Vec<String> = missing.iter().take(SHOWN_DIGESTS).map(Digest::to_string).collect();
+    let rest = missing.len().saturating_sub(SHOWN_DIGESTS);
+    let more = if rest > 0 { format!(" and {rest} more") } else { String::new() };
+    format!("{} blob(s) are not in the CAS: {}{more}", missing.len(), shown.join(", "))
+}

@@ -1,0 +1,175 @@
+//! ByteStream resource names.
+//!
+//! The grammar of `reapi-rules.md` section 0 (BS-01..05), read from the keyword outwards so that an instance name may have
+//! any number of segments. Whether the instance is known is for the caller to ask.
+
+use crate::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    instance::check_instance_name,
+};
+
+/// How the bytes of a blob travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Encoding {
+    /// As they are.
+    Identity,
+}
+
+/// What a ByteStream name points at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResourceName {
+    /// The instance part; well formed, not looked up.
+    pub instance_name: String,
+    /// The blob.
+    pub digest: Digest,
+    /// How it travels.
+    pub encoding: Encoding,
+}
+
+impl ResourceName {
+    /// Parses a name given to Read: `[instance/]blobs/[function/]hash/size`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that shows the name and the form it should have.
+    pub fn parse_read(name: &str) -> Result<Self> {
+        Self::parse(name, false).map_err(|problem| explain(name, "[instance/]blobs/{hash}/{size}", &problem))
+    }
+
+    /// Parses a name given to Write or QueryWriteStatus: `[instance/]uploads/{uuid}/blobs/[function/]hash/size[/...]`.
+    /// Segments after the size are ignored (BS-02).
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that shows the name and the form it should have.
+    pub fn parse_write(name: &str) -> Result<Self> {
+        // One client writes "/uploads/..." under the empty instance name (clients.md).
+        let relative = name.strip_prefix('/').filter(|rest| rest.starts_with("uploads/")).unwrap_or(name);
+        Self::parse(relative, true)
+            .map_err(|problem| explain(name, "[instance/]uploads/{uuid}/blobs/{hash}/{size}", &problem))
+    }
+
+    fn parse(name: &str, write: bool) -> std::result::Result<Self, String> {
+        let segments: Vec<&str> = name.split('/').collect();
+        let is_keyword = |segment: &&str| matches!(*segment, "blobs" | "compressed-blobs" | "uploads");
+        let keyword = segments.iter().position(|s| is_keyword(s)).ok_or("it has no \"blobs\" segment")?;
+        if name.starts_with('/') {
+            return Err("it starts with a slash".into());
+        }
+        let instance_name = segments[..keyword].join("/");
+        check_instance_name(&instance_name).map_err(|error| error.to_string())?;
+        let mut rest = segments[keyword..].iter().copied();
+        let mut next = |what: &str| rest.next().ok_or(format!("it ends before the {what}"));
+
+        let mut word = next("keyword")?;
+        if write {
+            if word != "uploads" {
+                return Err("it has no \"uploads\" segment".into());
+            }
+            if uuid::Uuid::try_parse(next("uuid")?).is_err() {
+                return Err("the segment after \"uploads\" is not a UUID".into());
+            }
+            word = next("\"blobs\" segment")?;
+        }
+        match word {
+            "blobs" => {}
+            "compressed-blobs" => {
+                let compressor = next("compressor")?;
+                return Err(format!("compressor \"{}\" is not supported", compressor.escape_debug()));
+            }
+            _ => return Err(format!("\"{}\" stands where \"blobs\" should", word.escape_debug())),
+        }
+        let mut hash = next("hash")?;
+        let named = DigestFunction::ALL.iter().find(|f| f.resource_segment() == Some(hash));
+        let function = match named {
+            Some(function) => {
+                hash = next("hash")?;
+                *function
+            }
+            None => DigestFunction::from_wire(0, Some(hash.len())).map_err(|error| error.to_string())?,
+        };
+        let size = next("size")?;
+        if size.is_empty() || !size.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(format!("the size \"{}\" is not a number", size.escape_debug()));
+        }
+        let size = size.parse().map_err(|_| format!("the size {size} does not fit in 63 bits"))?;
+        let digest = Digest::parse(function, hash, size).map_err(|error| error.to_string())?;
+        if !write && rest.next().is_some() {
+            return Err("it goes on after the size".into());
+        }
+        Ok(Self { instance_name, digest, encoding: Encoding::Identity })
+    }
+}
+
+/// How much of a malformed name an error repeats, in characters.
+const SHOWN_CHARS: usize = 300;
+
+fn explain(name: &str, form: &str, problem: &str) -> Error {
+    let shown: String = name.chars().take(SHOWN_CHARS).collect();
+    Error::Invalid(format!(
+        "resource name \"{}\" is malformed: {problem}; the form is {form}",
+        shown.escape_debug()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+
+    /// BS-01, BS-02, GEN-12.
+    #[test]
+    fn names_are_found_by_their_keyword_under_any_instance() {
+        for instance in ["", "main", "a/b/c/d"] {
+            let prefix = if instance.is_empty() { String::new() } else { format!("{instance}/") };
+            let read = ResourceName::parse_read(&format!("{prefix}blobs/{HASH}/0")).unwrap();
+            assert_eq!(read.instance_name, instance);
+            assert!(read.digest.is_empty());
+            for tail in ["", "/some/path/123/x.o", "/"] {
+                let name = format!("{prefix}uploads/{UUID}/blobs/{HASH}/0{tail}");
+                assert_eq!(ResourceName::parse_write(&name).unwrap(), read);
+            }
+        }
+        assert!(ResourceName::parse_write(&format!("/uploads/{UUID}/blobs/{HASH}/0")).is_ok());
+    }
+
+    /// BS-03, BS-04, BS-05, GEN-01, GEN-03.
+    #[test]
+    fn any_other_shape_is_refused() {
+        let upper = HASH.to_uppercase();
+        for tail in [
+            "".into(),
+            "blobs".into(),
+            format!("{HASH}/0"),
+            format!("blobs/{HASH}"),
+            format!("blobs/{HASH}/"),
+            format!("blobs/{HASH}/x"),
+            format!("blobs/{HASH}/-1"),
+            format!("blobs/{HASH}/+1"),
+            format!("blobs/{HASH}/9223372036854775808"),
+            format!("blobs/{upper}/0"),
+            format!("blobs/{}/0", &HASH[1..]),
+            format!("blobs/blake3/{HASH}/0"),
+            format!("blobs/BLAKE3/{HASH}/0"),
+            format!("blobs/sha256/{HASH}/0"),
+            format!("compressed-blobs/identity/{HASH}/0"),
+            format!("compressed-blobs/lz4/{HASH}/0"),
+            format!("x//blobs/{HASH}/0"),
+            format!("operations/blobs/{HASH}/0"),
+            "blobs/a/1".into(),
+        ] {
+            for name in [tail.clone(), format!("i/{tail}")] {
+                assert!(ResourceName::parse_read(&name).is_err(), "{name}");
+            }
+            let name = format!("uploads/{UUID}/{tail}");
+            assert!(ResourceName::parse_write(&name).is_err(), "{name}");
+        }
+        assert!(ResourceName::parse_read(&format!("blobs/{HASH}/0/x")).is_err());
+        assert!(ResourceName::parse_read(&format!("/blobs/{HASH}/0")).is_err());
+        assert!(ResourceName::parse_read(&format!("uploads/{UUID}/blobs/{HASH}/0")).is_err());
+        assert!(ResourceName::parse_write(&format!("blobs/{HASH}/0")).is_err());
+        assert!(ResourceName::parse_write(&format!("uploads/1/blobs/{HASH}/0")).is_err());
+        assert!(ResourceName::parse_write(&format!("uploads/blobs/{HASH}/0")).is_err());
+    }
+}

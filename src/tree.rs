@@ -1,0 +1,313 @@
+//! Directories and trees: what an input root is made of, checked, and how an output directory is written down.
+//!
+//! A [`Directory`] in hand has safe, unique names and well-formed digests (EXE-28); nothing was written anywhere before
+//! that was known. [`InputTree`] is a whole input root, each distinct directory held once.
+
+use crate::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    path::{MAX_PATH_BYTES, check_node_name},
+    proto::reapi,
+};
+use prost::Message as _;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+/// Deepest input root, in directories below the root.
+pub const MAX_TREE_DEPTH: usize = 1_000;
+/// Most nodes that an input root may expand to once shared directories are written out.
+pub const MAX_TREE_NODES: u64 = 2_000_000;
+/// Largest Directory message that is read, in bytes.
+pub const MAX_DIRECTORY_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Properties of a node that goREgo applies and reports (EXE-37, EXE-63).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct NodeProperties {
+    /// Permission bits, within 0o7777.
+    pub unix_mode: Option<u32>,
+    /// Time of the last change of the content.
+    pub mtime: Option<SystemTime>,
+}
+
+impl NodeProperties {
+    /// The names that clients use for these properties (capabilities, `output_node_properties`).
+    pub const NAMES: &[&str] = &["mtime", "unix_mode"];
+
+    fn from_wire(properties: Option<&reapi::NodeProperties>) -> Self {
+        let Some(properties) = properties else { return Self::default() };
+        Self {
+            unix_mode: properties.unix_mode.map(|mode| mode & 0o7777),
+            mtime: properties.mtime.and_then(|time| {
+                let nanos = u32::try_from(time.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
+                UNIX_EPOCH.checked_add(Duration::new(u64::try_from(time.seconds).ok()?, nanos))
+            }),
+        }
+    }
+}
+
+/// A file in a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct File {
+    /// Name within the directory.
+    pub name: String,
+    /// Content.
+    pub digest: Digest,
+    /// Whether it can be run.
+    pub executable: bool,
+    /// Further properties.
+    pub properties: NodeProperties,
+}
+
+/// A directory in a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Subdirectory {
+    /// Name within the directory.
+    pub name: String,
+    /// Digest of its own Directory message.
+    pub digest: Digest,
+}
+
+/// A symbolic link in a directory; the target is any text without NUL.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Symlink {
+    /// Name within the directory.
+    pub name: String,
+    /// Target, to the letter (EXE-35).
+    pub target: String,
+}
+
+/// One directory, checked.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Directory {
+    /// Its files.
+    pub files: Vec<File>,
+    /// Its directories.
+    pub directories: Vec<Subdirectory>,
+    /// Its symbolic links.
+    pub symlinks: Vec<Symlink>,
+    /// Properties of the directory itself.
+    pub properties: NodeProperties,
+}
+
+impl Directory {
+    /// Decodes and checks a Directory blob whose digests are of `function`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when it does not parse, or a name, digest or target in it is not acceptable (EXE-27, EXE-28).
+    pub fn decode(bytes: &[u8], function: DigestFunction) -> Result<Self> {
+        let message = reapi::Directory::decode(bytes)
+            .map_err(|error| Error::Invalid(format!("it does not parse as a Directory: {error}")))?;
+        Self::from_wire(&message, function)
+    }
+
+    /// Checks a Directory message whose digests are of `function`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] as in [`Directory::decode`].
+    pub fn from_wire(message: &reapi::Directory, function: DigestFunction) -> Result<Self> {
+        let mut names = HashSet::new();
+        let mut check = |name: &String| -> Result<String> {
+            check_node_name(name).map_err(Error::invalid)?;
+            if names.insert(name.clone()) {
+                Ok(name.clone())
+            } else {
+                Err(Error::Invalid(format!("the name \"{}\" appears twice", name.escape_debug())))
+            }
+        };
+        let mut directory = Self {
+            properties: NodeProperties::from_wire(message.node_properties.as_ref()),
+            ..Self::default()
+        };
+        for node in &message.files {
+            directory.files.push(File {
+                name: check(&node.name)?,
+                digest: Digest::from_wire(function, node.digest.as_ref(), &node.name)?,
+                executable: node.is_executable,
+                properties: NodeProperties::from_wire(node.node_properties.as_ref()),
+            });
+        }
+        for node in &message.directories {
+            directory.directories.push(Subdirectory {
+                name: check(&node.name)?,
+                digest: Digest::from_wire(function, node.digest.as_ref(), &node.name)?,
+            });
+        }
+        for node in &message.symlinks {
+            let name = check(&node.name)?;
+            if node.target.is_empty() || node.target.contains('\0') || node.target.len() > MAX_PATH_BYTES {
+                return Err(Error::Invalid(format!("the target of symlink \"{name}\" is not usable")));
+            }
+            directory.symlinks.push(Symlink { name, target: node.target.clone() });
+        }
+        Ok(directory)
+    }
+
+    /// How many entries it has.
+    pub fn entries(&self) -> usize {
+        self.files.len() + self.directories.len() + self.symlinks.len()
+    }
+
+    /// Roughly how many bytes of memory it holds; for caches that weigh what they keep.
+    pub fn memory(&self) -> usize {
+        let names = self.files.iter().map(|f| f.name.len()).sum::<usize>()
+            + self.directories.iter().map(|d| d.name.len()).sum::<usize>()
+            + self.symlinks.iter().map(|s| s.name.len() + s.target.len()).sum::<usize>();
+        size_of::<Self>()
+            + names
+            + self.files.len() * size_of::<File>()
+            + self.directories.len() * size_of::<Subdirectory>()
+            + self.symlinks.len() * size_of::<Symlink>()
+    }
+}
+
+/// A whole input root: every distinct directory once, all present, bounded in depth and size.
+#[derive(Debug, Clone)]
+pub struct InputTree {
+    root: Digest,
+    directories: HashMap<Digest, Arc<Directory>>,
+    nodes: u64,
+}
+
+impl InputTree {
+    /// A tree from its root and all directories below it.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when it is deeper than [`MAX_TREE_DEPTH`] or expands to more than [`MAX_TREE_NODES`] nodes;
+    /// [`Error::MissingBlobs`] when a directory is not among `directories`.
+    pub fn new(root: Digest, directories: HashMap<Digest, Arc<Directory>>) -> Result<Self> {
+        let nodes = measure(root, &directories)?;
+        Ok(Self { root, directories, nodes })
+    }
+
+    /// The root directory.
+    pub fn root(&self) -> &Directory {
+        &self.directories[&self.root]
+    }
+
+    /// A directory that some directory of this tree names.
+    ///
+    /// # Panics
+    /// When the digest is not of this tree; the constructor has seen every digest that is.
+    pub fn directory(&self, digest: &Digest) -> &Directory {
+        &self.directories[digest]
+    }
+
+    /// Every distinct file digest.
+    pub fn file_digests(&self) -> HashSet<Digest> {
+        self.directories.values().flat_map(|d| d.files.iter().map(|f| f.digest)).collect()
+    }
+
+    /// How many files, directories and symlinks it expands to.
+    pub fn nodes(&self) -> u64 {
+        self.nodes
+    }
+}
+
+/// Number of nodes below `root`, computed without recursion and in time linear in distinct directories.
+fn measure(root: Digest, directories: &HashMap<Digest, Arc<Directory>>) -> Result<u64> {
+    // A directory is pushed once to be entered and once to be summed up; (nodes, height) are known after the second.
+    let mut known: HashMap<Digest, (u64, usize)> = HashMap::new();
+    let mut stack = vec![(root, false)];
+    while let Some((digest, leaving)) = stack.pop() {
+        if known.contains_key(&digest) {
+            continue;
+        }
+        let directory = directories.get(&digest).ok_or_else(|| Error::MissingBlobs(vec![digest]))?;
+        if leaving {
+            let (mut nodes, mut height) = (directory.entries() as u64, 0);
+            for child in &directory.directories {
+                // A child that is still open would need a hash that contains itself.
+                let (child_nodes, child_height) = known.get(&child.digest).copied().unwrap_or_default();
+                nodes = nodes.saturating_add(child_nodes);
+                height = height.max(child_height + 1);
+            }
+            if height > MAX_TREE_DEPTH {
+                return Err(Error::Invalid(format!(
+                    "the input root is deeper than {MAX_TREE_DEPTH} directories"
+                )));
+            }
+            if nodes > MAX_TREE_NODES {
+                return Err(Error::Invalid(format!(
+                    "the input root expands to more than {MAX_TREE_NODES} nodes"
+                )));
+            }
+            known.insert(digest, (nodes, height));
+        } else {
+            stack.push((digest, true));
+            stack.extend(
+                directory
+                    .directories
+                    .iter()
+                    .filter(|child| !known.contains_key(&child.digest))
+                    .map(|child| (child.digest, false)),
+            );
+        }
+    }
+    Ok(known.get(&root).map_or(0, |(nodes, _)| *nodes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHA256: DigestFunction = DigestFunction::Sha256;
+
+    fn directory(names: &[&str], child: Option<Digest>) -> (Digest, Arc<Directory>) {
+        let digest = child.unwrap_or(Digest::empty(SHA256));
+        let message = reapi::Directory {
+            directories: names
+                .iter()
+                .map(|name| reapi::DirectoryNode { name: (*name).into(), digest: Some(digest.to_wire()) })
+                .collect(),
+            ..Default::default()
+        };
+        let bytes = message.encode_to_vec();
+        (SHA256.digest(&bytes), Arc::new(Directory::decode(&bytes, SHA256).unwrap()))
+    }
+
+    fn chain(levels: usize, names: &[&str]) -> Result<InputTree> {
+        let (mut root, leaf) = directory(&[], None);
+        let mut directories = HashMap::from([(root, leaf)]);
+        for _ in 0..levels {
+            let (digest, level) = directory(names, Some(root));
+            directories.insert(digest, level);
+            root = digest;
+        }
+        InputTree::new(root, directories)
+    }
+
+    #[test]
+    fn a_tree_that_doubles_at_every_level_is_measured_without_walking_it() {
+        assert_eq!(chain(3, &["a", "b"]).unwrap().nodes(), 2 + 4 + 8);
+        assert!(matches!(chain(60, &["a", "b"]), Err(Error::Invalid(m)) if m.contains("expands")));
+    }
+
+    #[test]
+    fn a_tree_ten_thousand_directories_deep_is_refused() {
+        assert!(chain(MAX_TREE_DEPTH, &["d"]).is_ok());
+        assert!(matches!(chain(10_000, &["d"]), Err(Error::Invalid(m)) if m.contains("deeper")));
+    }
+
+    /// EXE-28.
+    #[test]
+    fn a_directory_with_a_bad_name_or_a_name_twice_is_refused() {
+        let digest = Some(Digest::empty(SHA256).to_wire());
+        let file =
+            |name: &str| reapi::FileNode { name: name.into(), digest: digest.clone(), ..Default::default() };
+        for name in ["../escape", "a/b", "", ".", "..", "x\0"] {
+            let message = reapi::Directory { files: vec![file(name)], ..Default::default() };
+            assert!(Directory::from_wire(&message, SHA256).is_err(), "{name:?}");
+        }
+        let twice = reapi::Directory {
+            files: vec![file("x")],
+            symlinks: vec![reapi::SymlinkNode { name: "x".into(), target: "y".into(), ..Default::default() }],
+            ..Default::default()
+        };
+        assert!(
+            matches!(Directory::from_wire(&twice, SHA256), Err(Error::Invalid(m)) if m.contains("twice"))
+        );
+    }
+}

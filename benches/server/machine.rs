@@ -1,0 +1,58 @@
+//! What the machine itself can do, and what a process has used.
+
+use std::{
+    process::Command,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::{Duration, Instant},
+};
+
+/// The middle of some durations, and the 99th percentile.
+pub fn percentiles(mut samples: Vec<Duration>) -> (Duration, Duration) {
+    samples.sort();
+    let at = |share: usize| samples.get(samples.len() * share / 100).copied().unwrap_or_default();
+    (at(50), at(99))
+}
+
+/// How long spawning `/bin/true` and waiting for it takes, one at a time.
+pub fn spawn_latency(runs: usize) -> Duration {
+    let samples = (0..runs).map(|_| {
+        let start = Instant::now();
+        Command::new("/bin/true").status().expect("/bin/true runs");
+        start.elapsed()
+    });
+    percentiles(samples.collect()).0
+}
+
+/// How many `/bin/true` this many threads can spawn and reap a second.
+pub fn spawn_rate(threads: usize, runs: usize) -> f64 {
+    let left = AtomicUsize::new(runs);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
+                    Command::new("/bin/true").status().expect("/bin/true runs");
+                }
+            });
+        }
+    });
+    runs as f64 / start.elapsed().as_secs_f64()
+}
+
+/// CPU time of a process, its children not counted.
+pub fn cpu_time(pid: u32) -> Duration {
+    // Seconds of each thread from schedstat: nanosecond resolution, which /proc/PID/stat's ticks have not.
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let nanos = tasks.filter_map(|task| {
+        let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<u64>().ok()
+    });
+    Duration::from_nanos(nanos.sum())
+}
+
+/// Resident memory of a process in bytes.
+pub fn resident(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("VmRSS:")).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
+}

@@ -1,0 +1,40 @@
+//! What the server reaches, as ratios against this machine's own limits, each pair measured in one run.
+//!
+//! `cargo bench --bench server` prints one table; `cargo bench --bench server -- spawn cached` only those groups. The server
+//! under test and the bare tonic server that it is compared with each run in a process of their own, with this program as
+//! their client, so that both sides of a ratio pay the same for the wire. Nothing here fails: figures are for reading.
+
+mod bare;
+mod groups;
+mod machine;
+mod report;
+mod target;
+
+use report::Report;
+
+/// A group of measurements by the name it is chosen with.
+type Group = (&'static str, fn(&mut Report));
+
+const GROUPS: &[Group] = &[
+    ("spawn", groups::noop_execute),
+    ("cached", groups::cached_execute),
+    ("enqueue", groups::enqueue_burst),
+    ("find", groups::find_missing),
+    ("stream", groups::streams),
+    ("memory", groups::memory),
+    ("index", groups::million_blobs),
+];
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    if arguments.first().is_some_and(|a| a == bare::SUBCOMMAND) {
+        return bare::serve();
+    }
+    let mut report = Report::default();
+    for (name, run) in GROUPS {
+        if arguments.is_empty() || arguments.iter().any(|wanted| wanted == name) {
+            run(&mut report);
+        }
+    }
+    report.print();
+}

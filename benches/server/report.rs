@@ -1,0 +1,34 @@
+//! The table that a run prints.
+
+/// Rows in the order measured.
+#[derive(Default)]
+pub struct Report(Vec<Row>);
+
+struct Row {
+    what: String,
+    measured: String,
+    limit: String,
+    goal: String,
+    reached: bool,
+}
+
+impl Report {
+    /// Adds a row: what was measured, the figure, the machine's limit beside it, and the goal with its verdict.
+    pub fn add(&mut self, what: &str, measured: String, limit: String, goal: &str, reached: bool) {
+        eprintln!("{what}: {measured} (limit {limit}; goal {goal}: {})", verdict(reached));
+        self.0.push(Row { what: what.into(), measured, limit, goal: goal.into(), reached });
+    }
+
+    /// Prints a Markdown table.
+    pub fn print(&self) {
+        println!("| what | measured | this machine's limit, same run | goal | |");
+        println!("|---|---|---|---|---|");
+        for Row { what, measured, limit, goal, reached } in &self.0 {
+            println!("| {what} | {measured} | {limit} | {goal} | {} |", verdict(*reached));
+        }
+    }
+}
+
+fn verdict(reached: bool) -> &'static str {
+    if reached { "reached" } else { "not reached" }
+}

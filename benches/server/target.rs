@@ -1,0 +1,160 @@
+//! The server under test: the real binary on an empty store, and a client with the few calls that the groups need.
+
+use gorego::{
+    digest::{Digest, DigestFunction},
+    proto::{
+        bytestream::byte_stream_client::ByteStreamClient,
+        longrunning::Operation,
+        reapi::{
+            Action, BatchUpdateBlobsRequest, Command as ReapiCommand, ExecuteRequest,
+            batch_update_blobs_request, content_addressable_storage_client::ContentAddressableStorageClient,
+            execution_client::ExecutionClient,
+        },
+    },
+};
+use prost::Message as _;
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+use tempfile::TempDir;
+use tonic::{Streaming, transport::Channel};
+
+/// A running goREgo; stopped when dropped.
+pub struct Target {
+    child: Child,
+    store: TempDir,
+    /// `http://host:port`.
+    pub endpoint: String,
+    /// From spawn to the line that says it listens.
+    pub startup: Duration,
+}
+
+impl Target {
+    /// Starts one on an empty store.
+    pub fn start() -> Self {
+        Self::start_on(tempfile::tempdir().expect("a directory"), &[])
+    }
+
+    /// Starts one on this store, with further environment.
+    pub fn start_on(store: TempDir, environment: &[(&str, &str)]) -> Self {
+        let start = Instant::now();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_gorego"))
+            .args(["serve", "--listen-addr", "127.0.0.1:0", "--local-cache-dir"])
+            .arg(store.path())
+            .envs(environment.iter().copied())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("gorego starts");
+        let mut lines = BufReader::new(child.stderr.take().expect("stderr is piped")).lines();
+        let address = lines
+            .by_ref()
+            .map_while(Result::ok)
+            .find_map(|line| {
+                let event: serde_json::Value = serde_json::from_str(&line).ok()?;
+                (event["event"] == "server_started")
+                    .then(|| event["listen_addr"].as_str().map(String::from))?
+            })
+            .expect("gorego says where it listens");
+        let startup = start.elapsed();
+        // The log goes on for as long as the server runs; somebody has to read it.
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
+        Self { child, store, endpoint: format!("http://{address}"), startup }
+    }
+
+    /// Process id of the server.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Stops the server and gives its store back.
+    pub fn into_store(mut self) -> TempDir {
+        self.stop();
+        std::mem::replace(&mut self.store, tempfile::tempdir().expect("a directory"))
+    }
+
+    fn stop(&mut self) {
+        let _ = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A connection with the calls that the groups make.
+#[derive(Clone)]
+pub struct Client {
+    /// Blobs.
+    pub cas: ContentAddressableStorageClient<Channel>,
+    /// Streams.
+    pub bytes: ByteStreamClient<Channel>,
+    execution: ExecutionClient<Channel>,
+}
+
+impl Client {
+    /// Connects.
+    pub async fn connect(endpoint: &str) -> Self {
+        let channel = Channel::from_shared(endpoint.to_owned())
+            .expect("an endpoint")
+            .http2_adaptive_window(true)
+            .connect()
+            .await
+            .expect("it listens");
+        Self {
+            cas: ContentAddressableStorageClient::new(channel.clone()),
+            bytes: ByteStreamClient::new(channel.clone()).max_decoding_message_size(16 << 20),
+            execution: ExecutionClient::new(channel),
+        }
+    }
+
+    /// Uploads an action that runs `arguments` in an empty root; the salt makes it one of its kind.
+    pub async fn upload_action(&self, arguments: &[&str], salt: &str) -> Digest {
+        let function = DigestFunction::Sha256;
+        let command = ReapiCommand {
+            arguments: arguments.iter().map(|a| (*a).to_owned()).collect(),
+            ..Default::default()
+        }
+        .encode_to_vec();
+        let action = Action {
+            command_digest: Some(function.digest(&command).to_wire()),
+            input_root_digest: Some(Digest::empty(function).to_wire()),
+            salt: salt.to_owned().into(),
+            ..Default::default()
+        }
+        .encode_to_vec();
+        let digest = function.digest(&action);
+        let requests = [command, action]
+            .into_iter()
+            .map(|data| batch_update_blobs_request::Request {
+                digest: Some(function.digest(&data).to_wire()),
+                data: data.into(),
+                ..Default::default()
+            })
+            .collect();
+        let request = BatchUpdateBlobsRequest { requests, ..Default::default() };
+        self.cas.clone().batch_update_blobs(request).await.expect("the action is uploaded");
+        digest
+    }
+
+    /// Starts an Execute.
+    pub async fn execute(&self, action: Digest) -> Streaming<Operation> {
+        let request = ExecuteRequest { action_digest: Some(action.to_wire()), ..Default::default() };
+        self.execution.clone().execute(request).await.expect("it is accepted").into_inner()
+    }
+
+    /// Executes to the end.
+    pub async fn run(&self, action: Digest) -> Operation {
+        let mut stream = self.execute(action).await;
+        let mut last = None;
+        while let Some(operation) = stream.message().await.expect("the stream goes on") {
+            last = Some(operation);
+        }
+        last.filter(|operation| operation.done).expect("the last message is done")
+    }
+}

@@ -1,0 +1,3 @@
+#!/bin/sh
+echo "the failing test says why"
+exit 1

@@ -1,0 +1,2 @@
+#!/bin/sh
+grep -q '^hello, remote (1.0)$' app/transcript.txt

@@ -1,0 +1,3 @@
+#!/bin/sh
+echo "before the long sleep"
+sleep 8642

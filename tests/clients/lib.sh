@@ -1,0 +1,67 @@
+# What the client scripts share: a server of their own on a free port, and checks that are sentences.
+# Sourced; expects $gorego (the binary).
+
+passed=0
+failed=0
+
+# start_server STORE [ARGUMENTS...]: starts a server with an empty store; sets $endpoint to host:port and $server to its pid.
+start_server() {
+  local store=$1
+  shift
+  mkdir -p "$store"
+  server_log=$store.log
+  "$gorego" serve --listen-addr 127.0.0.1:0 --local-cache-dir "$store" "$@" 2>"$server_log" &
+  server=$!
+  eventually grep -q '"event":"server_started"' "$server_log" || {
+    echo "the server did not start:" >&2
+    cat "$server_log" >&2
+    exit 1
+  }
+  endpoint=$(grep -m1 '"event":"server_started"' "$server_log" | grep -o '127\.0\.0\.1:[0-9]*' | head -n 1)
+}
+
+# Stops the server with SIGTERM and waits for its end.
+stop_server() {
+  [ -n "${server:-}" ] || return 0
+  kill -TERM "$server" 2>/dev/null || true
+  wait "$server" 2>/dev/null || true
+  server=
+}
+
+# eventually COMMAND...: succeeds as soon as the command does, fails after 15 seconds.
+eventually() {
+  local end=$((SECONDS + 15))
+  until "$@" >/dev/null 2>&1; do
+    [ "$SECONDS" -lt "$end" ] || return 1
+    read -rt 0.05 <> <(:) || true
+  done
+}
+
+# fails COMMAND...: succeeds when the command does not.
+fails() { ! "$@"; }
+
+# matches REGEX TEXT
+matches() { grep -qE "$1" <<<"$2"; }
+
+# no_exec_directories STORE: nothing is left in the store's build root.
+no_exec_directories() { [ -z "$(find "$1/build" -mindepth 2 -maxdepth 2 2>/dev/null | head -n 1)" ]; }
+
+# check SENTENCE COMMAND...: runs the command and reports whether the sentence holds.
+check() {
+  local sentence=$1
+  shift
+  if "$@" >/dev/null 2>&1; then
+    passed=$((passed + 1))
+    echo "ok      $sentence"
+  else
+    failed=$((failed + 1))
+    echo "FAILED  $sentence"
+    if [ -f "${work:-}/out" ]; then tail -n 30 "$work/out" | sed 's/^/        | /'; fi
+  fi
+}
+
+# summary NAME: the closing line; fails when a check did.
+summary() {
+  echo "$1: $passed passed, $failed failed"
+  [ "$failed" = 0 ]
+}

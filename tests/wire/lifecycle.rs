@@ -1,0 +1,175 @@
+//! Start, stop, crash: what the process does at its own ends.
+
+use crate::execution::running;
+use crate::support::{Server, command, empty, eventually, metadata, sh, sh_with, sha256};
+use gorego::proto::bytestream::WriteRequest;
+use std::{process::Command, time::Duration};
+use tonic::Code;
+
+/// What runs is finished, what is new is refused with a code that clients retry, and the exit is clean.
+#[tokio::test]
+async fn sigterm_finishes_what_runs_and_exits_zero() {
+    let mut server = Server::start().await;
+    let client = server.client().await;
+    let dir = tempfile::tempdir().unwrap();
+    let gate = dir.path().join("gate");
+    let script = format!("until test -e {}; do sleep 0.02; done; echo finished", gate.display());
+    let action = client.action(sh(&script), empty()).await;
+    let mut run = client.start(action).await;
+    run.until(|operation| metadata(operation).stage == 3).await;
+    server.signal("TERM");
+    eventually("stopping is logged", || server.log().iter().any(|e| e["event"] == "server_stopping")).await;
+    std::fs::write(&gate, "").unwrap();
+    let result = run.finish().await.result.unwrap();
+    assert_eq!(result.exit_code, 0);
+    drop(client);
+    assert_eq!(server.exit().await.code(), Some(0));
+    // Fault 15: the result was recorded before the exit.
+    let server = Server::on(server.shared_store(), &[]).await;
+    assert!(server.client().await.cached(action).await.is_some());
+}
+
+/// After the limit the rest is cancelled; every stream ends with a status that clients retry.
+#[tokio::test]
+async fn sigterm_cancels_what_does_not_finish_in_time() {
+    let mut server = Server::with(&[("SHUTDOWN_GRACE", "300ms"), ("EXECUTION__CONCURRENCY", "1")]).await;
+    let client = server.client().await;
+    let mut running_one = client.start(client.action(sh("sleep 7451"), empty()).await).await;
+    running_one.until(|operation| metadata(operation).stage == 3).await;
+    let queued = client.start(client.action(sh("sleep 7452"), empty()).await).await;
+    server.signal("TERM");
+    for run in [running_one, queued] {
+        let code = retryable_end(run).await;
+        assert_eq!(code, Code::Unavailable as i32);
+    }
+    drop(client);
+    assert_eq!(server.exit().await.code(), Some(0));
+    eventually("nothing is left running", || !running("sleep 7451")).await;
+}
+
+/// The code with which a stream ended, in the trailers or inside the last message.
+async fn retryable_end(run: crate::support::Run) -> i32 {
+    let mut stream = run.0;
+    loop {
+        match stream.message().await {
+            Err(status) => return status.code() as i32,
+            Ok(Some(operation)) if operation.done => {
+                return crate::support::response(&operation).status.unwrap_or_default().code;
+            }
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("EXE-10: the stream ended OK before done"),
+        }
+    }
+}
+
+/// The second SIGINT does not wait.
+#[tokio::test]
+async fn two_interrupts_end_the_server_at_once() {
+    let mut server = Server::start().await;
+    let client = server.client().await;
+    let mut run = client.start(client.action(sh("sleep 7453"), empty()).await).await;
+    run.until(|operation| metadata(operation).stage == 3).await;
+    server.signal("INT");
+    eventually("stopping is logged", || server.log().iter().any(|e| e["event"] == "server_stopping")).await;
+    server.signal("INT");
+    assert!(!server.exit().await.success());
+    eventually("nothing is left running", || !running("sleep 7453")).await;
+}
+
+/// kill -9 in the middle of everything: what was acknowledged is there and right, what was not is not there, the command is
+/// gone, the exec directories are swept, and the space of the broken upload is free again.
+#[tokio::test]
+async fn after_kill_nine_the_store_is_whole() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let kept: Vec<_> = (0..200).map(|i| format!("blob {i} {}", "x".repeat(i * 37)).into_bytes()).collect();
+    let digests = client.upload_all(kept.clone()).await;
+    let action = client.action(sh_with("echo kept > f", &["f"]), empty()).await;
+    client.run(action).await;
+    let mut running_one = client.start(client.action(sh("sleep 7454"), empty()).await).await;
+    running_one.until(|operation| metadata(operation).stage == 3).await;
+    eventually("the command runs", || running("sleep 7454")).await;
+    let big = vec![7u8; 3_000_000];
+    let half = WriteRequest {
+        resource_name: format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/{}", sha256(&big).blob_name()),
+        data: big[..1_500_000].to_vec().into(),
+        ..Default::default()
+    };
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let mut bytes = client.bytes.clone();
+    let upload = tokio::spawn(async move { bytes.write(stream).await });
+    sender.send(half).await.unwrap();
+    let name = format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/{}", sha256(&big).blob_name());
+    let end = std::time::Instant::now() + crate::support::PATIENCE;
+    loop {
+        let request = gorego::proto::bytestream::QueryWriteStatusRequest { resource_name: name.clone() };
+        let status = client.bytes.clone().query_write_status(request).await.unwrap().into_inner();
+        assert!(!status.complete);
+        if status.committed_size > 0 {
+            break;
+        }
+        assert!(std::time::Instant::now() < end, "the upload never arrives");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let store = server.kill().await;
+    let _ = upload.await;
+    eventually("the command died with the server", || !running("sleep 7454")).await;
+
+    let server = Server::on(store, &[]).await;
+    let client = server.client().await;
+    assert_eq!(client.missing(&digests).await, []);
+    for (blob, digest) in kept.iter().zip(&digests) {
+        assert_eq!(client.read(*digest).await.unwrap(), *blob);
+    }
+    assert_eq!(client.missing(&[sha256(&big)]).await, [sha256(&big)], "CAS-05");
+    assert!(client.cached(action).await.is_some());
+    let left: Vec<_> = crate::support::files_below(server.store())
+        .into_iter()
+        .filter(|path| path.metadata().is_ok_and(|m| m.len() >= 1_500_000))
+        .collect();
+    assert_eq!(left, Vec::<std::path::PathBuf>::new(), "half an upload is not kept across a crash");
+}
+
+/// Two servers on one directory would take each other's files away.
+#[tokio::test]
+async fn a_second_server_on_the_same_store_is_refused() {
+    let server = Server::start().await;
+    let output = command(server.store()).output().unwrap();
+    assert!(!output.status.success());
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains(server.store().to_str().unwrap()), "{message}");
+}
+
+/// A directory that cannot be one is named, and so is a port that is taken.
+#[tokio::test]
+async fn a_store_that_cannot_be_written_and_a_port_that_is_taken_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let output = command(&file.join("store")).output().unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains(file.to_str().unwrap()));
+
+    let server = Server::start().await;
+    let output = Command::new(env!("CARGO_BIN_EXE_gorego"))
+        .args(["serve", "--listen-addr", server.address(), "--local-cache-dir"])
+        .arg(dir.path().join("other"))
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains(server.address()));
+}
+
+/// Remote execution for strangers needs a deliberate word.
+#[tokio::test]
+async fn a_public_address_is_refused_unless_it_is_allowed() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_gorego"))
+        .args(["serve", "--listen-addr", "0.0.0.0:0", "--local-cache-dir"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("allow_unauthenticated"));
+}

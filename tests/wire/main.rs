@@ -1,0 +1,11 @@
+//! Behaviour over the wire: the real binary, a real client, one sentence a test. Rule ids are those of `reapi-rules.md`.
+
+#![allow(clippy::unwrap_used)]
+
+mod cache_interplay;
+mod execution;
+mod inputs;
+mod lifecycle;
+mod operations;
+mod outputs;
+mod support;

@@ -1,0 +1,507 @@
+//! A real server on a free port, a raw client for each service, and builders for the blobs that tests need.
+
+use futures::StreamExt as _;
+use gorego::{
+    digest::{Digest, DigestFunction},
+    proto::{
+        bytestream::{ReadRequest, WriteRequest, WriteResponse, byte_stream_client::ByteStreamClient},
+        longrunning::{Operation, operation, operations_client::OperationsClient},
+        reapi::{
+            Action, ActionResult, BatchUpdateBlobsRequest, Command as ReapiCommand, Directory, DirectoryNode,
+            ExecuteOperationMetadata, ExecuteRequest, ExecuteResponse, FileNode, FindMissingBlobsRequest,
+            GetActionResultRequest, SymlinkNode, action_cache_client::ActionCacheClient,
+            batch_update_blobs_request, capabilities_client::CapabilitiesClient,
+            command::EnvironmentVariable,
+            content_addressable_storage_client::ContentAddressableStorageClient,
+            execution_client::ExecutionClient,
+        },
+        rpc,
+    },
+};
+use prost::Message as _;
+use serde_json::Value;
+use std::{
+    io::{BufRead as _, BufReader},
+    os::unix::process::ExitStatusExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+use tempfile::TempDir;
+use tonic::{Code, Status, transport::Channel};
+
+/// How long anything in a test may take before it is called broken.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until the condition holds; panics with `what` when it does not in time.
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < end, "never happened: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// A server process.
+pub struct Server {
+    child: Child,
+    address: String,
+    store: Arc<TempDir>,
+    log: Arc<Mutex<Vec<Value>>>,
+}
+
+impl Server {
+    /// Starts one with defaults on an empty store.
+    pub async fn start() -> Self {
+        Self::with(&[]).await
+    }
+
+    /// Starts one on an empty store with environment overrides such as `("EXECUTION__CONCURRENCY", "1")`.
+    pub async fn with(overrides: &[(&str, &str)]) -> Self {
+        Self::on(Arc::new(tempfile::tempdir().unwrap()), overrides).await
+    }
+
+    /// Starts one on this store.
+    pub async fn on(store: Arc<TempDir>, overrides: &[(&str, &str)]) -> Self {
+        let mut child = command(store.path())
+            .envs(overrides.iter().map(|(key, value)| (format!("GOREGO_{key}"), value)))
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (started, listening) = std::sync::mpsc::channel();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let lines = log.clone();
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                // Whatever is not JSON is a panic message or the like: kept as text, for tests that fail.
+                let event = serde_json::from_str(&line).unwrap_or(Value::String(line));
+                if event["event"] == "server_started" {
+                    let _ = started.send(event["listen_addr"].as_str().unwrap_or_default().to_owned());
+                }
+                lines.lock().unwrap().push(event);
+            }
+        });
+        let Ok(address) = listening.recv_timeout(PATIENCE) else {
+            let _ = child.kill();
+            panic!("the server did not start: {:#?}", log.lock().unwrap());
+        };
+        Self { child, address, store, log }
+    }
+
+    /// `http://host:port`.
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// `host:port`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// A connection of its own.
+    pub async fn client(&self) -> Client {
+        Client::connect(self.endpoint()).await
+    }
+
+    /// Where blobs and results lie.
+    pub fn store(&self) -> &Path {
+        self.store.path()
+    }
+
+    /// The store, to start another server on once this one has ended.
+    pub fn shared_store(&self) -> Arc<TempDir> {
+        self.store.clone()
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Log lines so far.
+    pub fn log(&self) -> Vec<Value> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Sends a signal by name.
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").arg(format!("-{name}")).arg(self.pid().to_string()).status();
+        assert!(status.unwrap().success());
+    }
+
+    /// Waits for the end of the process.
+    pub async fn exit(&mut self) -> ExitStatus {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < end, "the server does not end");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Kills the server the hard way and gives its store back.
+    pub async fn kill(mut self) -> Arc<TempDir> {
+        self.signal("KILL");
+        assert_eq!(self.exit().await.signal(), Some(9));
+        self.store.clone()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            for line in self.log().iter().rev().take(20).rev() {
+                eprintln!("server log: {line}");
+            }
+        }
+    }
+}
+
+/// `gorego serve` on this store and a free port, in a clean environment.
+pub fn command(store: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gorego"));
+    command
+        .args(["serve", "--listen-addr", "127.0.0.1:0", "--local-cache-dir"])
+        .arg(store)
+        .env_clear()
+        .env("PATH", "/usr/local/bin:/usr/bin:/bin")
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
+    command
+}
+
+/// Every service over one connection.
+#[derive(Clone)]
+pub struct Client {
+    pub cas: ContentAddressableStorageClient<Channel>,
+    pub bytes: ByteStreamClient<Channel>,
+    pub action_cache: ActionCacheClient<Channel>,
+    pub execution: ExecutionClient<Channel>,
+    pub operations: OperationsClient<Channel>,
+    pub capabilities: CapabilitiesClient<Channel>,
+    /// Used in every request that the helpers make.
+    pub instance: String,
+}
+
+impl Client {
+    /// Connects.
+    pub async fn connect(endpoint: String) -> Self {
+        let channel = Channel::from_shared(endpoint).unwrap().connect().await.unwrap();
+        Self {
+            cas: ContentAddressableStorageClient::new(channel.clone()),
+            bytes: ByteStreamClient::new(channel.clone()),
+            action_cache: ActionCacheClient::new(channel.clone()),
+            execution: ExecutionClient::new(channel.clone()),
+            operations: OperationsClient::new(channel.clone()),
+            capabilities: CapabilitiesClient::new(channel),
+            instance: String::new(),
+        }
+    }
+
+    /// The same connection under another instance name.
+    pub fn under(&self, instance: &str) -> Self {
+        Self { instance: instance.into(), ..self.clone() }
+    }
+
+    /// A resource name below the instance.
+    pub fn name(&self, rest: &str) -> String {
+        if self.instance.is_empty() { rest.into() } else { format!("{}/{rest}", self.instance) }
+    }
+
+    /// Stores a blob.
+    pub async fn upload(&self, data: impl Into<Vec<u8>>) -> Digest {
+        self.upload_all([data]).await[0]
+    }
+
+    /// Stores blobs in one call.
+    pub async fn upload_all<D: Into<Vec<u8>>>(&self, blobs: impl IntoIterator<Item = D>) -> Vec<Digest> {
+        let mut digests = Vec::new();
+        let mut requests = Vec::new();
+        for blob in blobs {
+            let data: Vec<u8> = blob.into();
+            digests.push(sha256(&data));
+            let digest = Some(sha256(&data).to_wire());
+            requests.push(batch_update_blobs_request::Request { digest, data: data.into(), compressor: 0 });
+        }
+        let request =
+            BatchUpdateBlobsRequest { instance_name: self.instance.clone(), requests, ..Default::default() };
+        let reply = self.cas.clone().batch_update_blobs(request).await.unwrap().into_inner();
+        for response in reply.responses {
+            let status = response.status.unwrap();
+            assert_eq!(status.code, 0, "{}", status.message);
+        }
+        digests
+    }
+
+    /// Those of the digests that are not stored.
+    pub async fn missing(&self, digests: &[Digest]) -> Vec<Digest> {
+        let request = FindMissingBlobsRequest {
+            instance_name: self.instance.clone(),
+            blob_digests: digests.iter().map(|d| d.to_wire()).collect(),
+            ..Default::default()
+        };
+        let reply = self.cas.clone().find_missing_blobs(request).await.unwrap().into_inner();
+        let parse = |d| Digest::from_wire(DigestFunction::Sha256, Some(d), "missing").unwrap();
+        reply.missing_blob_digests.iter().map(parse).collect()
+    }
+
+    /// Reads a blob through ByteStream.
+    pub async fn read(&self, digest: Digest) -> Result<Vec<u8>, Status> {
+        let resource_name = self.name(&digest.blob_name());
+        self.read_request(ReadRequest { resource_name, ..Default::default() }).await
+    }
+
+    /// Reads through ByteStream to the end.
+    pub async fn read_request(&self, request: ReadRequest) -> Result<Vec<u8>, Status> {
+        let mut stream = self.bytes.clone().read(request).await?.into_inner();
+        let mut bytes = Vec::new();
+        while let Some(message) = stream.message().await? {
+            assert!(!message.data.is_empty(), "BS-15: an empty message in a stream");
+            bytes.extend_from_slice(&message.data);
+        }
+        Ok(bytes)
+    }
+
+    /// Writes these messages as one stream.
+    pub async fn write(&self, messages: Vec<WriteRequest>) -> Result<WriteResponse, Status> {
+        Ok(self.bytes.clone().write(futures::stream::iter(messages)).await?.into_inner())
+    }
+
+    /// Stores an Action that runs this command over this input root.
+    pub async fn action(&self, command: ReapiCommand, root: Digest) -> Digest {
+        self.action_with(command, root, |_| {}).await
+    }
+
+    /// The same with a change to the Action.
+    pub async fn action_with(
+        &self,
+        command: ReapiCommand,
+        root: Digest,
+        change: impl FnOnce(&mut Action),
+    ) -> Digest {
+        let command = command.encode_to_vec();
+        let mut action = Action {
+            command_digest: Some(sha256(&command).to_wire()),
+            input_root_digest: Some(root.to_wire()),
+            ..Default::default()
+        };
+        change(&mut action);
+        self.upload_all([command, action.encode_to_vec()]).await[1]
+    }
+
+    /// Starts an Execute.
+    pub async fn start(&self, action: Digest) -> Run {
+        self.start_request(self.request(action)).await.unwrap()
+    }
+
+    /// An Execute request for this action.
+    pub fn request(&self, action: Digest) -> ExecuteRequest {
+        ExecuteRequest {
+            instance_name: self.instance.clone(),
+            action_digest: Some(action.to_wire()),
+            ..Default::default()
+        }
+    }
+
+    /// Starts an Execute with everything said.
+    pub async fn start_request(&self, request: ExecuteRequest) -> Result<Run, Status> {
+        Ok(Run(self.execution.clone().execute(request).await?.into_inner()))
+    }
+
+    /// Executes to the end.
+    pub async fn run(&self, action: Digest) -> ExecuteResponse {
+        self.start(action).await.finish().await
+    }
+
+    /// Executes a command over an empty root and expects it to have run.
+    pub async fn run_command(&self, command: ReapiCommand) -> ActionResult {
+        let action = self.action(command, empty()).await;
+        let response = self.run(action).await;
+        assert_eq!(response.status.clone().unwrap_or_default().code, 0, "{response:?}");
+        response.result.unwrap()
+    }
+
+    /// The cached result of an action, if there is one.
+    pub async fn cached(&self, action: Digest) -> Option<ActionResult> {
+        let request = GetActionResultRequest {
+            instance_name: self.instance.clone(),
+            action_digest: Some(action.to_wire()),
+            ..Default::default()
+        };
+        match self.action_cache.clone().get_action_result(request).await {
+            Ok(result) => Some(result.into_inner()),
+            Err(status) => {
+                assert_eq!(status.code(), Code::NotFound, "AC-01: {status}");
+                None
+            }
+        }
+    }
+
+    /// What a result says was printed to stdout.
+    pub async fn stdout(&self, result: &ActionResult) -> String {
+        self.text(result.stdout_digest.as_ref()).await
+    }
+
+    /// What a result says was printed to stderr.
+    pub async fn stderr(&self, result: &ActionResult) -> String {
+        self.text(result.stderr_digest.as_ref()).await
+    }
+
+    async fn text(&self, digest: Option<&gorego::proto::reapi::Digest>) -> String {
+        let Some(digest) = digest else { return String::new() };
+        let digest = Digest::from_wire(DigestFunction::Sha256, Some(digest), "log").unwrap();
+        String::from_utf8(self.read(digest).await.unwrap()).unwrap()
+    }
+
+    /// The content of an output file.
+    pub async fn output(&self, result: &ActionResult, path: &str) -> String {
+        let file = result.output_files.iter().find(|f| f.path == path);
+        self.text(file.unwrap_or_else(|| panic!("no output {path}: {result:?}")).digest.as_ref()).await
+    }
+}
+
+/// An Execute or WaitExecution stream.
+pub struct Run(pub tonic::Streaming<Operation>);
+
+impl Run {
+    /// The next message; `None` at the end.
+    pub async fn next(&mut self) -> Option<Operation> {
+        let message = tokio::time::timeout(PATIENCE, self.0.message()).await.expect("a message in time");
+        let operation = message.unwrap()?;
+        // EXE-02, EXE-03, EXE-05, EXE-07 on every message of every test.
+        assert!(operation.name.contains("operations/"), "{operation:?}");
+        let stage = metadata(&operation).stage;
+        assert!((1..=4).contains(&stage), "EXE-04: {operation:?}");
+        assert_eq!(stage == 4, operation.done, "EXE-05: {operation:?}");
+        assert_eq!(operation.done, operation.result.is_some(), "EXE-07: {operation:?}");
+        Some(operation)
+    }
+
+    /// Reads to the message that satisfies the condition.
+    pub async fn until(&mut self, condition: impl Fn(&Operation) -> bool) -> Operation {
+        loop {
+            let operation = self.next().await.expect("the stream went on");
+            if condition(&operation) {
+                return operation;
+            }
+        }
+    }
+
+    /// Reads to the end, which has to be clean.
+    pub async fn finish(mut self) -> ExecuteResponse {
+        let last = self.until(|operation| operation.done).await;
+        assert!(self.next().await.is_none(), "EXE-05: the stream ends after done");
+        response(&last)
+    }
+
+    /// Reads until the end or an error.
+    pub async fn error(mut self) -> Status {
+        while let Some(message) = self.0.next().await {
+            if let Err(status) = message {
+                return status;
+            }
+        }
+        panic!("the stream ended without an error");
+    }
+}
+
+/// The metadata of an operation.
+pub fn metadata(operation: &Operation) -> ExecuteOperationMetadata {
+    let any = operation.metadata.as_ref().expect("EXE-03: metadata is on every message");
+    assert_eq!(any.type_url, "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteOperationMetadata");
+    ExecuteOperationMetadata::decode(&*any.value).unwrap()
+}
+
+/// The response of a finished operation.
+pub fn response(operation: &Operation) -> ExecuteResponse {
+    let Some(operation::Result::Response(any)) = &operation.result else {
+        panic!("EXE-07: no response in {operation:?}");
+    };
+    assert_eq!(any.type_url, "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteResponse");
+    ExecuteResponse::decode(&*any.value).unwrap()
+}
+
+/// The MISSING subjects of a status; checks that they are its only detail (EXE-22..24).
+pub fn missing_subjects(status: &rpc::Status) -> Vec<String> {
+    assert_eq!(status.code, Code::FailedPrecondition as i32, "{status:?}");
+    assert_eq!(status.details.len(), 1, "EXE-24");
+    assert_eq!(status.details[0].type_url, "type.googleapis.com/google.rpc.PreconditionFailure");
+    let failure = rpc::PreconditionFailure::decode(&*status.details[0].value).unwrap();
+    let subject = |violation: rpc::precondition_failure::Violation| {
+        assert_eq!(violation.r#type, "MISSING");
+        violation.subject
+    };
+    failure.violations.into_iter().map(subject).collect()
+}
+
+/// The SHA-256 digest of bytes.
+pub fn sha256(bytes: &[u8]) -> Digest {
+    DigestFunction::Sha256.digest(bytes)
+}
+
+/// The digest of the empty blob, which is also an empty directory.
+pub fn empty() -> Digest {
+    Digest::empty(DigestFunction::Sha256)
+}
+
+/// A shell command with a usual PATH.
+pub fn sh(script: &str) -> ReapiCommand {
+    ReapiCommand {
+        arguments: vec!["/bin/sh".into(), "-c".into(), script.into()],
+        environment_variables: vec![EnvironmentVariable {
+            name: "PATH".into(),
+            value: "/usr/bin:/bin".into(),
+        }],
+        ..Default::default()
+    }
+}
+
+/// The same with output paths.
+pub fn sh_with(script: &str, output_paths: &[&str]) -> ReapiCommand {
+    ReapiCommand { output_paths: output_paths.iter().map(|p| (*p).into()).collect(), ..sh(script) }
+}
+
+/// A file node.
+pub fn file(name: &str, digest: Digest) -> FileNode {
+    FileNode { name: name.into(), digest: Some(digest.to_wire()), ..Default::default() }
+}
+
+/// A directory node.
+pub fn subdirectory(name: &str, digest: Digest) -> DirectoryNode {
+    DirectoryNode { name: name.into(), digest: Some(digest.to_wire()) }
+}
+
+/// A symlink node.
+pub fn symlink(name: &str, target: &str) -> SymlinkNode {
+    SymlinkNode { name: name.into(), target: target.into(), ..Default::default() }
+}
+
+/// The bytes of a Directory.
+pub fn directory(
+    files: Vec<FileNode>,
+    directories: Vec<DirectoryNode>,
+    symlinks: Vec<SymlinkNode>,
+) -> Vec<u8> {
+    Directory { files, directories, symlinks, ..Default::default() }.encode_to_vec()
+}
+
+/// Every regular file below a directory.
+pub fn files_below(directory: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut open = vec![directory.to_owned()];
+    while let Some(directory) = open.pop() {
+        for entry in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => open.push(entry.path()),
+                Ok(kind) if kind.is_file() => files.push(entry.path()),
+                _ => {}
+            }
+        }
+    }
+    files
+}

@@ -1,6 +1,17 @@
 //! Configuration: one typed tree with built-in defaults.
 //!
-//! `gorego.toml` at the top of the project is the same tree as text, with comments; a test holds the two equal.
+//! `gorego.toml` at the top of the project is the same tree as text, with comments; a test holds the two equal. The way
+//! from sources to a running server: [`load`] puts flags over environment over file over defaults and remembers where
+//! each value came from; [`settings`] checks the result and turns it into types that cannot be wrong. [`Config`] is data
+//! only and may hold nonsense; everything past this module gets [`Settings`].
+
+pub mod load;
+pub mod settings;
+pub mod show;
+mod source_text;
+
+pub use load::{Flag, Loaded, Origin, Sources, load};
+pub use settings::{ExecutionSettings, Machine, Settings};
 
 use serde::{Deserialize, Serialize};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};

@@ -5,11 +5,15 @@
 
 pub mod action;
 pub mod actors;
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod digest;
 pub mod error;
 pub mod instance;
+pub mod logging;
 pub mod path;
 pub mod proto;
 pub mod resource_name;
+pub mod server;
 pub mod tree;

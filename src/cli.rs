@@ -1,0 +1,260 @@
+//! The command line: what can be typed, and which exit code means what.
+//!
+//! `gorego` alone is `gorego serve`. Arguments are parsed here and nowhere else; each subcommand has a file below. What
+//! is written for people goes to standard error, what was asked for to standard output.
+
+pub mod config;
+pub mod exec;
+pub mod progress;
+pub mod serve;
+
+use crate::error::Error;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::{
+    ffi::OsString,
+    io::{self, Write as _},
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+/// It went well.
+pub const EXIT_OK: u8 = 0;
+/// A server failed, or could not start for a reason outside of its configuration.
+pub const EXIT_FAILURE: u8 = 1;
+/// The command line or the configuration is wrong; nothing was done. The code that clap uses.
+pub const EXIT_USAGE: u8 = 2;
+/// `exec`: the command was stopped by its timeout; the code of timeout(1).
+pub const EXIT_TIMEOUT: u8 = 124;
+/// `exec`: the command could not be run, or its outputs not be brought back; the code of env(1) and docker.
+pub const EXIT_INFRASTRUCTURE: u8 = 125;
+/// `exec`: stopped by Ctrl-C; 128 + SIGINT.
+pub const EXIT_INTERRUPTED: u8 = 130;
+
+const EXIT_CODES: &str = "Exit codes:
+  serve        0 stopped as asked, 1 failed, 2 command line or configuration wrong
+  exec         the command's own; 2 command line wrong, 124 the command ran into its timeout, 125 it could not be
+               run or its outputs not be brought back, 130 interrupted (the operation is cancelled)
+  config       0 fine, 2 wrong
+
+Every configuration key can be set by an environment variable: GOREGO_LISTEN_ADDR, GOREGO_EXECUTION__CONCURRENCY;
+`gorego config show` lists the keys. A flag wins over the environment, that over the file, that over the default.";
+
+/// Bazel remote execution in one binary.
+#[derive(Debug, Parser)]
+#[command(name = "gorego", version, about, after_help = EXIT_CODES, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    /// What to do; nothing means `serve`.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Flags of `serve`, for when nothing is named.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// What can be done.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve remote execution and the cache (the default)
+    Serve(ServeArgs),
+    /// Run a command on a server, as if it ran here
+    Exec(ExecArgs),
+    /// Look at the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// The process that starts commands for a worker; never for people
+    #[command(hide = true)]
+    Runner,
+}
+
+/// Flags of `gorego serve`.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ServeArgs {
+    /// Configuration file [default: /etc/gorego/gorego.toml if it exists]
+    #[arg(long, env = "GOREGO_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Where gRPC is served [default: 127.0.0.1:50051]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub listen_addr: Option<SocketAddr>,
+    /// Serve a non-loopback address although everybody who reaches it can run commands here
+    #[arg(long)]
+    pub allow_unauthenticated: bool,
+    /// Where blobs and results are kept [default: gorego in the user's cache directory]
+    #[arg(long, value_name = "DIR")]
+    pub local_cache_dir: Option<PathBuf>,
+    /// Bound on what the store keeps on disk, in GB [default: 50]
+    #[arg(long, value_name = "GB")]
+    pub max_size_gb: Option<u64>,
+    /// Actions that run at the same time [default: number of CPUs]
+    #[arg(long, value_name = "N")]
+    pub concurrency: Option<u64>,
+    /// How log lines look [default: text on a terminal, JSON elsewhere]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormatArg>,
+    /// Which messages are logged, by target: info, gorego=debug,h2=warn
+    #[arg(long, value_name = "FILTER")]
+    pub log_filter: Option<String>,
+}
+
+/// Values of `--log-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormatArg {
+    /// Text on a terminal, JSON elsewhere
+    Auto,
+    /// One JSON object a line
+    Json,
+    /// For people
+    Text,
+}
+
+/// `gorego config ...`.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Check a configuration file, without flags and environment
+    Check {
+        /// The file
+        file: PathBuf,
+    },
+    /// Print the values in force, and where each came from
+    Show(ServeArgs),
+}
+
+/// Flags of `gorego exec`.
+#[derive(Debug, Clone, Args)]
+pub struct ExecArgs {
+    /// The server
+    #[arg(long, env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
+    pub endpoint: String,
+    /// Instance name
+    #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
+    pub instance: String,
+    /// Upload this directory; the command finds its content in the root of its tree
+    #[arg(long, value_name = "DIR")]
+    pub input: Option<PathBuf>,
+    /// Download this file, directory or symlink afterwards; relative to --workdir (repeatable)
+    #[arg(long, value_name = "PATH")]
+    pub output: Vec<String>,
+    /// Where outputs are put
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    pub output_dir: PathBuf,
+    /// Set a variable of the command's environment, which is otherwise empty but for
+    /// PATH=/usr/local/bin:/usr/bin:/bin (repeatable)
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_pair)]
+    pub env: Vec<(String, String)>,
+    /// Directory below the input root in which the command runs
+    #[arg(long, default_value = "", value_name = "PATH")]
+    pub workdir: String,
+    /// Stop the command after this long, as in 30s or 10m [default: the server's]
+    #[arg(long, value_name = "TIME", value_parser = parse_timeout)]
+    pub timeout: Option<Duration>,
+    /// Ask for a worker with this property (repeatable)
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_pair)]
+    pub platform: Vec<(String, String)>,
+    /// Run it even if its result is known, and do not remember the result
+    #[arg(long)]
+    pub no_cache: bool,
+    /// Lower runs sooner
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_name = "N")]
+    pub priority: i32,
+    /// The command and its arguments; no shell in between
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+fn parse_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE".into()),
+    }
+}
+
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        // A timeout of 0 means "none given" to servers.
+        Ok(timeout) if timeout.is_zero() => Err("must be more than 0".into()),
+        Ok(timeout) => Ok(timeout),
+        Err(error) => Err(format!("{error}; write it like 30s or 10m")),
+    }
+}
+
+/// Does what the command line of this process says.
+pub fn main() -> ExitCode {
+    // Workers start many of these and wait for each, so this one does not pay for parsing.
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == "runner") {
+        return runner();
+    }
+    let cli = Cli::parse();
+    let code = match cli.command {
+        None => serve::run(&cli.serve),
+        Some(Command::Serve(args)) => serve::run(&args),
+        Some(Command::Exec(args)) => exec::run(args),
+        Some(Command::Config(command)) => config::run(&command),
+        Some(Command::Runner) => return runner(),
+    };
+    ExitCode::from(code)
+}
+
+/// The worker's runner process.
+fn runner() -> ExitCode {
+    // To be wired to the entry point of the worker room.
+    complain(&Error::Unimplemented("this build has no runner".into()));
+    ExitCode::from(EXIT_FAILURE)
+}
+
+/// Tells the person at the other end what went wrong. That nobody reads it is no further failure.
+fn complain(error: &Error) {
+    let _ = writeln!(io::stderr(), "gorego: {error}");
+}
+
+/// The environment of this process, as configuration wants it.
+fn environment() -> Vec<(OsString, OsString)> {
+    std::env::vars_os().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    fn exec(args: &[&str]) -> Result<ExecArgs, clap::Error> {
+        let cli = Cli::try_parse_from(["gorego", "exec"].iter().chain(args))?;
+        match cli.command {
+            Some(Command::Exec(args)) => Ok(args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn nothing_and_serve_mean_the_same() {
+        let bare = Cli::try_parse_from(["gorego", "--max-size-gb", "3"]).unwrap();
+        assert!(bare.command.is_none() && bare.serve.max_size_gb == Some(3));
+        let named = Cli::try_parse_from(["gorego", "serve", "--max-size-gb", "3"]).unwrap();
+        assert!(matches!(named.command, Some(Command::Serve(args)) if args.max_size_gb == Some(3)));
+        assert!(Cli::try_parse_from(["gorego", "--listen-addr", "nonsense"]).is_err());
+    }
+
+    #[test]
+    fn the_command_of_exec_keeps_its_own_flags() {
+        let args = exec(&["--env", "A=b=c", "--output", "x", "--", "sh", "-c", "echo --env"]).unwrap();
+        assert_eq!(args.command, ["sh", "-c", "echo --env"]);
+        assert_eq!(args.env, [("A".into(), "b=c".into())]);
+        assert_eq!(exec(&["ls", "-l", "--env"]).unwrap().command, ["ls", "-l", "--env"]);
+        assert_eq!(exec(&["--timeout", "1m 30s", "true"]).unwrap().timeout, Some(Duration::from_secs(90)));
+        assert_eq!(exec(&["--priority", "-5", "true"]).unwrap().priority, -5);
+        for wrong in [
+            &[][..],
+            &["--env", "A", "true"],
+            &["--env", "=b", "true"],
+            &["--timeout", "0s", "true"],
+            &["--"],
+        ] {
+            assert!(exec(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}

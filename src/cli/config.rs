@@ -1,0 +1,93 @@
+//! `gorego config`, and how the flags of `gorego serve` become configuration.
+
+use super::{ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment};
+use crate::{
+    config::{Flag, Loaded, Machine, Settings, Sources, load, load::file_to_read, show::show},
+    error::{Error, Result},
+};
+use std::{
+    ffi::OsString,
+    io::{self, Write as _},
+    path::Path,
+};
+use toml::Value;
+
+/// Runs `gorego config ...` and returns its exit code.
+pub fn run(command: &ConfigCommand) -> u8 {
+    let outcome = match command {
+        ConfigCommand::Check { file } => check(file),
+        ConfigCommand::Show(args) => {
+            load_settings(args, environment()).map(|(loaded, settings)| show(&loaded, &settings))
+        }
+    };
+    match outcome {
+        Ok(text) => {
+            // A reader that has seen enough (`| head`) is no failure.
+            let _ = io::stdout().write_all(text.as_bytes());
+            EXIT_OK
+        }
+        Err(error) => {
+            complain(&error);
+            EXIT_USAGE
+        }
+    }
+}
+
+fn check(file: &Path) -> Result<String> {
+    let loaded = load(&Sources { file: Some(file.to_owned()), ..Sources::default() })?;
+    let settings = Settings::new(&loaded, &Machine::this())?;
+    let warnings: String = settings.warnings.iter().map(|warning| format!("warning: {warning}\n")).collect();
+    Ok(format!("{warnings}{} is fine\n", file.display()))
+}
+
+/// The configuration of a server that is started with these flags in this environment.
+///
+/// # Errors
+/// Those of [`load`] and of [`Settings::new`].
+pub fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> Result<(Loaded, Settings)> {
+    let file = file_to_read(args.config.clone());
+    let loaded = load(&Sources { file, env, flags: flags(args)? })?;
+    let settings = Settings::new(&loaded, &Machine::this())?;
+    Ok((loaded, settings))
+}
+
+fn flags(args: &ServeArgs) -> Result<Vec<Flag>> {
+    let number = |flag: &str, value: u64| {
+        i64::try_from(value)
+            .map(Value::Integer)
+            .map_err(|_| Error::Invalid(format!("{flag}: {value} is too large")))
+    };
+    let mut flags = Vec::new();
+    let mut add = |flag, key, value| flags.push(Flag { flag, key, value });
+    if let Some(address) = args.listen_addr {
+        add("--listen-addr", "listen_addr", Value::String(address.to_string()));
+    }
+    if args.allow_unauthenticated {
+        add("--allow-unauthenticated", "allow_unauthenticated", Value::Boolean(true));
+    }
+    if let Some(dir) = &args.local_cache_dir {
+        let text = dir
+            .to_str()
+            .filter(|text| !text.is_empty())
+            .ok_or_else(|| Error::invalid("--local-cache-dir: expected a directory, in UTF-8"))?;
+        add("--local-cache-dir", "local_cache_dir", Value::String(text.to_owned()));
+    }
+    if let Some(size) = args.max_size_gb {
+        add("--max-size-gb", "max_size_gb", number("--max-size-gb", size)?);
+    }
+    if let Some(count) = args.concurrency {
+        add("--concurrency", "execution.concurrency", number("--concurrency", count)?);
+    }
+    if let Some(format) = args.log_format {
+        let name = match format {
+            LogFormatArg::Auto => "auto",
+            LogFormatArg::Json => "json",
+            LogFormatArg::Text => "text",
+        };
+        add("--log-format", "log.format", Value::String(name.to_owned()));
+    }
+    if let Some(filter) = &args.log_filter {
+        add("--log-filter", "log.filter", Value::String(filter.clone()));
+    }
+    Ok(flags)
+}

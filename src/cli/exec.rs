@@ -1,0 +1,297 @@
+//! `gorego exec`: one command on a server, as if it ran here.
+//!
+//! Builds the Action, uploads what it needs, follows it, prints its standard output and error raw to ours, brings its
+//! outputs home and exits with its exit code. Ctrl-C or SIGTERM cancels the operation on the server before we leave.
+
+use super::{EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain, progress::Line};
+use crate::{
+    client::{BlobSet, Client, Event, Finished, Identity, Job, Progress, blocking, scan},
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    proto::reapi,
+};
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// PATH of the command unless `--env PATH=` says otherwise; without one a server could not find `sh`.
+const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
+/// How long a cancellation may take before we leave without knowing.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Exit code of a command that a signal ended elsewhere than by Ctrl-C: 128 + SIGTERM.
+const EXIT_TERMINATED: u8 = 143;
+
+/// The name of the running operation, for whoever has to cancel it.
+type CurrentOperation = Arc<Mutex<Option<(Client, String)>>>;
+
+/// Runs `gorego exec` and returns the exit code of the process.
+pub fn run(args: ExecArgs) -> u8 {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            complain(&Error::Internal(format!("could not start threads: {error}")));
+            return EXIT_INFRASTRUCTURE;
+        }
+    };
+    let line = Line::new();
+    let operation = CurrentOperation::default();
+    let outcome = runtime.block_on(async {
+        match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
+            (Ok(mut interrupt), Ok(mut terminate)) => {
+                tokio::select! {
+                    code = exec(args, &line, &operation) => code,
+                    _ = interrupt.recv() => {
+                        line.clear();
+                        cancel(&operation, &mut interrupt).await;
+                        Ok(EXIT_INTERRUPTED)
+                    }
+                    _ = terminate.recv() => {
+                        line.clear();
+                        cancel(&operation, &mut terminate).await;
+                        Ok(EXIT_TERMINATED)
+                    }
+                }
+            }
+            _ => Err(Error::internal("could not listen for signals")),
+        }
+    });
+    line.clear();
+    // A thread that waits for a disk or a closed pipe must not keep us.
+    runtime.shutdown_background();
+    outcome.unwrap_or_else(|error| {
+        complain(&error);
+        EXIT_INFRASTRUCTURE
+    })
+}
+
+async fn exec(args: ExecArgs, line: &Line, operation: &CurrentOperation) -> Result<u8> {
+    let identity = Identity {
+        tool: "gorego".into(),
+        invocation_id: uuid::Uuid::new_v4().to_string(),
+        mnemonic: "Exec".into(),
+        target_id: String::new(),
+    };
+    line.say(&format!("connecting to {}", args.endpoint));
+    let client = Client::connect(&args.endpoint, &args.instance, &identity).await?;
+    let (output_dir, args) = (args.output_dir.clone(), Arc::new(args));
+    line.say("reading the inputs");
+    let for_scan = args.clone();
+    let (action, blobs) = blocking(move || build(&for_scan)).await?;
+    let job = Job { action, skip_cache_lookup: args.no_cache, priority: args.priority };
+    upload(&client, &blobs, line).await?;
+    let mut finished = follow(&client, job.clone(), line, operation).await;
+    if is_missing(&finished) {
+        // Evicted between upload and start; once is bad luck, twice is a store that is too small.
+        upload(&client, &blobs, line).await?;
+        finished = follow(&client, job, line, operation).await;
+    }
+    let finished = finished?;
+    if finished.cached {
+        line.say("the result was cached");
+    }
+    let code = conclude(&client, &finished, line).await?;
+    if let (Some(result), false) = (&finished.result, args.output.is_empty()) {
+        fetch(&client, result, &output_dir, line).await?;
+        warn_of_missing(&args.output, result);
+    }
+    Ok(code)
+}
+
+/// The Action of these arguments and everything that must be uploaded with it.
+fn build(args: &ExecArgs) -> Result<(Digest, BlobSet)> {
+    let mut blobs = BlobSet::default();
+    let root = match &args.input {
+        Some(directory) => scan(directory, &mut blobs)?,
+        None => blobs.add_message(&reapi::Directory::default()),
+    };
+    // Sorted and without doubles (the last wins), so that equal commands have equal digests (EXE-30).
+    let mut env: BTreeMap<String, String> = [("PATH".to_owned(), DEFAULT_PATH.to_owned())].into();
+    env.extend(args.env.iter().cloned());
+    let mut output_paths = args.output.clone();
+    output_paths.sort_unstable();
+    output_paths.dedup();
+    let mut properties = args.platform.clone();
+    properties.sort_unstable();
+    let platform = (!properties.is_empty()).then(|| reapi::Platform {
+        properties: properties
+            .into_iter()
+            .map(|(name, value)| reapi::platform::Property { name, value })
+            .collect(),
+    });
+    // The Command repeats the platform for servers older than 2.2 (EXE-31).
+    #[allow(deprecated)]
+    let command = reapi::Command {
+        arguments: args.command.clone(),
+        environment_variables: env
+            .into_iter()
+            .map(|(name, value)| reapi::command::EnvironmentVariable { name, value })
+            .collect(),
+        working_directory: args.workdir.clone(),
+        output_paths,
+        platform: platform.clone(),
+        ..Default::default()
+    };
+    let timeout = args.timeout.map(prost_types::Duration::try_from).transpose();
+    let action = reapi::Action {
+        command_digest: Some(blobs.add_message(&command).to_wire()),
+        input_root_digest: Some(root.to_wire()),
+        timeout: timeout.map_err(|_| Error::invalid("--timeout is too long"))?,
+        do_not_cache: args.no_cache,
+        platform,
+        ..Default::default()
+    };
+    Ok((blobs.add_message(&action), blobs))
+}
+
+async fn upload(client: &Client, blobs: &BlobSet, line: &Line) -> Result<()> {
+    let progress = Arc::new(Progress::default());
+    line.during("uploading", &progress, client.upload(blobs, &progress)).await.map(|_| ())
+}
+
+async fn follow(client: &Client, job: Job, line: &Line, operation: &CurrentOperation) -> Result<Finished> {
+    use reapi::execution_stage::Value as Stage;
+    line.say("waiting for the server");
+    let mut execution = client.execute(job);
+    let outcome = loop {
+        let event = execution.next().await;
+        if let Some(name) = execution.name() {
+            let current = Some((client.clone(), name.to_owned()));
+            *operation.lock().unwrap_or_else(PoisonError::into_inner) = current;
+        }
+        match event {
+            Ok(Some(Event::Stage(stage))) => line.say(match stage {
+                Stage::CacheCheck => "looking into the cache",
+                Stage::Queued => "queued",
+                Stage::Executing => "running",
+                Stage::Completed | Stage::Unknown => "done",
+            }),
+            Ok(Some(Event::Finished(finished))) => break Ok(*finished),
+            Ok(None) => break Err(Error::internal("the operation ended without a result")),
+            Err(error) => break Err(error),
+        }
+    };
+    // What is over needs no cancelling.
+    *operation.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    outcome
+}
+
+fn is_missing(finished: &Result<Finished>) -> bool {
+    let error = match finished {
+        Ok(finished) => finished.error.as_ref(),
+        Err(error) => Some(error),
+    };
+    matches!(error, Some(Error::MissingBlobs(_)))
+}
+
+/// Prints what the command printed and decides on the exit code.
+async fn conclude(client: &Client, finished: &Finished, line: &Line) -> Result<u8> {
+    line.clear();
+    if let Some(result) = &finished.result {
+        print(client, io::stdout(), &result.stdout_raw, result.stdout_digest.as_ref()).await?;
+        print(client, io::stderr(), &result.stderr_raw, result.stderr_digest.as_ref()).await?;
+    }
+    if !finished.message.is_empty() {
+        let _ = writeln!(io::stderr(), "gorego: {}", crate::logging::escaped(&finished.message));
+    }
+    match (&finished.error, &finished.result) {
+        (None, Some(result)) => Ok(exit_code(result.exit_code)),
+        (Some(error @ Error::DeadlineExceeded(_)), _) => {
+            complain(error);
+            Ok(EXIT_TIMEOUT)
+        }
+        (Some(error), _) => Err(error.clone()),
+        (None, None) => Err(Error::internal("the server sent neither a result nor an error")),
+    }
+}
+
+/// The command's exit code as one byte; what does not fit is a failure, never 0.
+fn exit_code(code: i32) -> u8 {
+    match code {
+        0 => 0,
+        code => u8::try_from(code).unwrap_or_else(|_| u8::try_from(code & 0xff).unwrap_or(0).max(1)),
+    }
+}
+
+/// Prints a log to `sink`: inline where the server sent it so, else read as a blob.
+async fn print(
+    client: &Client,
+    sink: impl Write + Send + 'static,
+    raw: &bytes::Bytes,
+    digest: Option<&reapi::Digest>,
+) -> Result<()> {
+    let mut sink = Quiet(sink);
+    if !raw.is_empty() {
+        let raw = raw.clone();
+        return blocking(move || write_all(&mut sink, &raw)).await;
+    }
+    match digest {
+        Some(digest) if !digest.hash.is_empty() && digest.size_bytes != 0 => {
+            let digest = Digest::from_wire(DigestFunction::Sha256, Some(digest), "log digest")?;
+            let mut sink = client.read_into(digest, sink, &Arc::default()).await?;
+            blocking(move || write_all(&mut sink, b"")).await
+        }
+        _ => Ok(()),
+    }
+}
+
+fn write_all(sink: &mut impl Write, bytes: &[u8]) -> Result<()> {
+    let written = sink.write_all(bytes).and_then(|()| sink.flush());
+    written.map_err(|error| Error::Invalid(format!("could not print the command's output: {error}")))
+}
+
+/// A sink whose reader may leave early (`| head`), which is no failure of the command.
+struct Quiet<W>(W);
+
+impl<W: Write> Write for Quiet<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.0.write(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(bytes.len()),
+            done => done,
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self.0.flush() {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            done => done,
+        }
+    }
+}
+
+async fn fetch(client: &Client, result: &reapi::ActionResult, to: &Path, line: &Line) -> Result<()> {
+    let progress = Arc::new(Progress::default());
+    line.during("downloading", &progress, client.download_outputs(result, to, &progress)).await
+}
+
+/// An output that was not produced is no error of the protocol (EXE-50), but whoever asked for it wants to know.
+#[allow(deprecated)]
+fn warn_of_missing(requested: &[String], result: &reapi::ActionResult) {
+    let links = result.output_symlinks.iter().chain(&result.output_file_symlinks);
+    let links = links.chain(&result.output_directory_symlinks).map(|link| &link.path);
+    let files = result.output_files.iter().map(|file| &file.path);
+    let directories = result.output_directories.iter().map(|directory| &directory.path);
+    let found: Vec<&String> = links.chain(files).chain(directories).collect();
+    for path in requested.iter().filter(|path| !found.contains(path)) {
+        let _ = writeln!(io::stderr(), "gorego: the command did not make {}", crate::logging::escaped(path));
+    }
+}
+
+/// Cancels the running operation, if there is one. A second signal ends the wait.
+async fn cancel(operation: &CurrentOperation, again: &mut Signal) {
+    let Some((client, name)) = operation.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+        return;
+    };
+    tokio::select! {
+        answer = tokio::time::timeout(CANCEL_TIMEOUT, client.cancel(&name)) => match answer {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => complain(&error),
+            Err(_) => complain(&Error::Unavailable(format!("{name} may still run: the server is silent"))),
+        },
+        _ = again.recv() => {}
+    }
+}

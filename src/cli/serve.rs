@@ -1,0 +1,134 @@
+//! `gorego serve`: configuration, logs, then the server; and what a person sees when it is ready.
+
+use super::{EXIT_FAILURE, EXIT_OK, EXIT_USAGE, ServeArgs, complain, config::load_settings, environment};
+use crate::{
+    config::Settings,
+    logging::{self, Style},
+    server,
+};
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+/// Runs a server and returns the exit code of the process.
+pub fn run(args: &ServeArgs) -> u8 {
+    let settings = match load_settings(args, environment()) {
+        Ok((_, settings)) => settings,
+        Err(error) => {
+            complain(&error);
+            return EXIT_USAGE;
+        }
+    };
+    let style = logging::init(&settings.log);
+    for warning in &settings.warnings {
+        log::warn!(target: "gorego::config", event = "config_warning"; "{warning}");
+    }
+    let announced = settings.clone();
+    match server::run(settings, move |address| announce(style, &announced, address)) {
+        Ok(()) => EXIT_OK,
+        Err(error) => {
+            log::error!(target: "gorego::server", event = "server_failed"; "{error}");
+            EXIT_FAILURE
+        }
+    }
+}
+
+/// Says that requests are answered: to a person with what they can do now, to a log with one event.
+fn announce(style: Style, settings: &Settings, address: SocketAddr) {
+    let slots = settings.execution.as_ref().map_or(0, |execution| execution.slots);
+    match style {
+        // In one write, so that no log line comes in between.
+        Style::Text { .. } => {
+            let _ = io::stderr().write_all(banner(settings, address).as_bytes());
+        }
+        Style::Json => {
+            let data_dir = settings.cache_dir.to_string_lossy();
+            let config_file = settings.config_file.as_deref().map(|file| file.to_string_lossy().into_owned());
+            log::info!(target: "gorego::server", event = "server_started", listen_addr:% = address,
+                data_dir:% = data_dir, slots = slots, max_size_bytes = settings.max_size_bytes,
+                config_file:% = config_file.unwrap_or_default(), version = env!("CARGO_PKG_VERSION");
+                "serving on {address}");
+        }
+    }
+}
+
+/// What a person sees: where it listens, where its data is, how many slots it has, what to put into `.bazelrc`.
+pub fn banner(settings: &Settings, address: SocketAddr) -> String {
+    let (unspecified, host) = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => (true, IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        IpAddr::V6(ip) if ip.is_unspecified() => (true, IpAddr::V6(Ipv6Addr::LOCALHOST)),
+        ip => (false, ip),
+    };
+    let endpoint = format!("grpc://{}", SocketAddr::new(host, address.port()));
+    let mut text = format!("goREgo {} listens on {address}\n", env!("CARGO_PKG_VERSION"));
+    let gb = settings.max_size_bytes / 1_000_000_000;
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "  data   {} (at most {gb} GB)", settings.cache_dir.display());
+    match &settings.execution {
+        Some(execution) => {
+            let _ = writeln!(text, "  slots  {} actions at a time", execution.slots);
+        }
+        None => text.push_str("  slots  none; this is a cache only\n"),
+    }
+    if let Some(file) = &settings.config_file {
+        let _ = writeln!(text, "  config {}", file.display());
+    }
+    text.push_str("\nFor Bazel, put this into .bazelrc");
+    if unspecified {
+        text.push_str(" (with this machine's name, from others)");
+    }
+    text.push_str(":\n");
+    if settings.execution.is_some() {
+        let _ = writeln!(text, "  build --remote_executor={endpoint}");
+        // Bazel's default mixes remote with local strategies and uses as many jobs as the client has CPUs.
+        text.push_str("  build --spawn_strategy=remote,local --genrule_strategy=remote,local\n");
+    } else {
+        let _ = writeln!(text, "  build --remote_cache={endpoint}");
+    }
+    let instances = settings.instances.all();
+    if let (false, Some(first)) =
+        (instances.iter().any(|instance| instance.name().is_empty()), instances.first())
+    {
+        let _ = writeln!(text, "  build --remote_instance_name={}", first.name());
+    }
+    text.push_str("  build --incompatible_strict_action_env\n");
+    if settings.execution.is_some() {
+        let flag = if address.port() == 50051 { String::new() } else { format!("--endpoint {endpoint} ") };
+        let _ = writeln!(text, "\nWithout Bazel: gorego exec {flag}-- sh -c 'echo hello'");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Loaded, Machine};
+
+    fn settings(change: impl FnOnce(&mut crate::config::Config)) -> Settings {
+        let mut loaded = Loaded::defaults();
+        change(&mut loaded.config);
+        let machine = Machine { cpus: 3, cache_home: Some("/home/u/.cache".into()), current_dir: "/".into() };
+        Settings::new(&loaded, &machine).unwrap()
+    }
+
+    #[test]
+    fn the_banner_has_lines_to_paste_that_lead_to_this_server() {
+        let text = banner(&settings(|_| {}), "127.0.0.1:50051".parse().unwrap());
+        for part in
+            ["/home/u/.cache/gorego", "3 actions", "--remote_executor=grpc://127.0.0.1:50051", "-- sh"]
+        {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        let cache = settings(|config| {
+            config.execution.enabled = false;
+            config.instance_names = vec!["main".into()];
+        });
+        let text = banner(&cache, "[::]:9092".parse().unwrap());
+        for part in ["--remote_cache=grpc://[::1]:9092", "--remote_instance_name=main", "cache only"] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        assert!(!text.contains("remote_executor"));
+    }
+}

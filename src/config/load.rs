@@ -1,0 +1,346 @@
+//! Where values come from: flag over environment over file over default.
+//!
+//! Each layer is checked by itself, so that an error names the line, the variable or the flag at fault and never the
+//! merged result. Unknown keys are refused everywhere, with the nearest known one as a suggestion. Whether a value makes
+//! sense is not decided here but in [`super::settings`].
+
+use super::{
+    Config,
+    source_text::{line_of, point_at},
+};
+use crate::error::{Error, Result};
+use serde::Deserialize as _;
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    fmt, fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
+use toml::{Table, Value, de::DeTable};
+
+/// Read when no file is named and this one exists: the place where a package puts it.
+pub const SYSTEM_FILE: &str = "/etc/gorego/gorego.toml";
+/// Largest configuration file that is read, in bytes; anything larger is not a configuration.
+const MAX_FILE_BYTES: u64 = 1_000_000;
+/// What environment variables that set keys begin with.
+const ENV_PREFIX: &str = "GOREGO_";
+/// Variables with the prefix that are not keys: they are read by the command line.
+pub const OTHER_VARIABLES: &[&str] = &["GOREGO_CONFIG", "GOREGO_ENDPOINT", "GOREGO_INSTANCE"];
+/// Keys that hold a table of the user's own names.
+const FREE_TABLES: &[&str] = &["execution.platform"];
+/// How unlike a known key (0 to 1, by edit distance) a mistyped one may be and still be suggested.
+const SUGGESTION_LIMIT: f64 = 0.6;
+
+/// Who set a value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// Nobody.
+    Default,
+    /// A line of a file.
+    File(PathBuf, usize),
+    /// An environment variable.
+    Env(String),
+    /// A flag of the command line.
+    Flag(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File(path, line) => write!(f, "{}:{line}", path.display()),
+            Self::Env(name) => write!(f, "environment {name}"),
+            Self::Flag(name) => write!(f, "flag {name}"),
+        }
+    }
+}
+
+/// A value from the command line.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Flag {
+    /// The flag as typed, `--listen-addr`.
+    pub flag: &'static str,
+    /// The key it sets, `listen_addr`.
+    pub key: &'static str,
+    /// Its value.
+    pub value: Value,
+}
+
+/// Everything that can set a value, besides the defaults.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    /// The file to read; it must exist.
+    pub file: Option<PathBuf>,
+    /// The environment; variables without our prefix are ignored.
+    pub env: Vec<(OsString, OsString)>,
+    /// The command line.
+    pub flags: Vec<Flag>,
+}
+
+/// The merged configuration.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// The values.
+    pub config: Config,
+    /// The file that was read.
+    pub file: Option<PathBuf>,
+    origins: BTreeMap<String, Origin>,
+}
+
+impl Loaded {
+    /// The built-in defaults.
+    pub fn defaults() -> Self {
+        Self { config: Config::default(), file: None, origins: BTreeMap::new() }
+    }
+
+    /// Who set this key (dotted, `execution.concurrency`).
+    pub fn origin(&self, key: &str) -> &Origin {
+        self.origins.get(key).unwrap_or(&Origin::Default)
+    }
+}
+
+/// Every key, dotted, in the order of [`Config`], with the value that a configuration has there.
+pub fn keys(config: &Config) -> Vec<(String, Value)> {
+    let mut keys = Vec::new();
+    // Serialising keeps the order of the fields, which a `Table` does not; the values then come from the table.
+    let (text, table) = (toml::to_string(&Config::default()), Table::try_from(config));
+    let (Ok(text), Ok(table)) = (text, table) else { return keys };
+    let mut section = String::new();
+    for line in text.lines() {
+        let path = if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            section = name.to_owned();
+            FREE_TABLES.contains(&name).then(|| section.clone())
+        } else {
+            let name = line.split(" = ").next().filter(|name| line.contains(" = ") && !name.is_empty());
+            let name = name.filter(|_| !FREE_TABLES.contains(&section.as_str()));
+            name.map(|name| if section.is_empty() { name.to_owned() } else { format!("{section}.{name}") })
+        };
+        if let Some((path, value)) =
+            path.and_then(|path| get(&table, &path).map(|v| (path.clone(), v.clone())))
+        {
+            keys.push((path, value));
+        }
+    }
+    keys
+}
+
+/// The environment variable that sets a key.
+pub fn variable_of(key: &str) -> String {
+    format!("{ENV_PREFIX}{}", key.to_uppercase().replace('.', "__"))
+}
+
+/// Merges all sources.
+///
+/// # Errors
+/// [`Error::Invalid`] naming file and line, variable or flag, what is wrong there and, for a mistyped key, what was
+/// probably meant.
+pub fn load(sources: &Sources) -> Result<Loaded> {
+    let known: BTreeMap<String, Value> = keys(&Config::default()).into_iter().collect();
+    let mut merged = Table::new();
+    let mut loaded = Loaded::defaults();
+    if let Some(path) = &sources.file {
+        read_file(path, &known, &mut merged, &mut loaded.origins)?;
+        loaded.file = Some(path.clone());
+    }
+    for (name, value) in &sources.env {
+        if let Some((key, value)) = read_variable(name, value, &known)? {
+            set(&mut merged, &key, value);
+            loaded.origins.insert(key, Origin::Env(name.to_string_lossy().into_owned()));
+        }
+    }
+    for Flag { flag, key, value } in &sources.flags {
+        check_alone(key, value).map_err(|problem| Error::Invalid(format!("{flag}: {problem}")))?;
+        set(&mut merged, key, value.clone());
+        loaded.origins.insert((*key).to_owned(), Origin::Flag((*flag).to_owned()));
+    }
+    loaded.config =
+        Config::deserialize(merged).map_err(|error| Error::Invalid(error.message().to_owned()))?;
+    Ok(loaded)
+}
+
+/// The file to read: the named one or, where nobody named one, the system's if it exists. The current directory is not
+/// searched, so that a server does not change with the place it is started from.
+pub fn file_to_read(named: Option<PathBuf>) -> Option<PathBuf> {
+    named.or_else(|| Some(PathBuf::from(SYSTEM_FILE)).filter(|path| path.exists()))
+}
+
+fn read_file(
+    path: &Path,
+    known: &BTreeMap<String, Value>,
+    merged: &mut Table,
+    origins: &mut BTreeMap<String, Origin>,
+) -> Result<()> {
+    let text = read_text(path)?;
+    let refuse = |span, message: &str| Error::Invalid(point_at(path, &text, span, message));
+    let document = DeTable::parse(&text).map_err(|error| refuse(error.span(), error.message()))?;
+    let mut found = Vec::new();
+    walk(document.get_ref(), "", known, &mut found)
+        .map_err(|(span, problem)| refuse(Some(span), &problem))?;
+    // Types are checked by serde over the text, which knows the place of every value.
+    toml::from_str::<Config>(&text).map_err(|error| refuse(error.span(), error.message()))?;
+    let values: Table = toml::from_str(&text).map_err(|error| refuse(error.span(), error.message()))?;
+    for (key, at) in found {
+        if let Some(value) = get(&values, &key) {
+            set(merged, &key, value.clone());
+            origins.insert(key, Origin::File(path.to_owned(), line_of(&text, at)));
+        }
+    }
+    Ok(())
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    let shown = path.display();
+    let refuse = |problem: &str| Err(Error::Invalid(format!("configuration file {shown} {problem}")));
+    match fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return refuse("does not exist"),
+        Ok(metadata) if metadata.is_dir() => return refuse("is a directory"),
+        Ok(metadata) if metadata.len() > MAX_FILE_BYTES => return refuse("is larger than 1 MB"),
+        _ => {}
+    }
+    match fs::read(path) {
+        Err(error) => refuse(&format!("cannot be read: {error}")),
+        Ok(bytes) => match String::from_utf8(bytes) {
+            Ok(text) => Ok(text),
+            Err(error) => {
+                let valid = error.utf8_error().valid_up_to();
+                let line = 1 + error.as_bytes().iter().take(valid).filter(|byte| **byte == b'\n').count();
+                refuse(&format!("is not UTF-8 text (line {line})"))
+            }
+        },
+    }
+}
+
+type Misplaced = (std::ops::Range<usize>, String);
+
+/// Collects the keys of a document and where they stand; refuses those that nobody knows.
+fn walk(
+    table: &DeTable<'_>,
+    prefix: &str,
+    known: &BTreeMap<String, Value>,
+    found: &mut Vec<(String, usize)>,
+) -> std::result::Result<(), Misplaced> {
+    // In the order of the text, so that the first error is the topmost.
+    let mut entries: Vec<_> = table.iter().collect();
+    entries.sort_by_key(|(name, _)| name.span().start);
+    for (name, value) in entries {
+        let key = format!("{prefix}{}", name.get_ref());
+        let is_section = known.keys().any(|k| k.strip_prefix(&key).is_some_and(|rest| rest.starts_with('.')));
+        if known.contains_key(&key) {
+            found.push((key, name.span().start));
+        } else if let (true, Some(section)) = (is_section, value.get_ref().as_table()) {
+            walk(section, &format!("{key}."), known, found)?;
+        } else if is_section {
+            return Err((value.span(), format!("\"{key}\" is a section; write its keys below [{key}]")));
+        } else {
+            let hint = suggestion(&key, known.keys());
+            return Err((name.span(), format!("unknown key \"{}\"{hint}", key.escape_debug())));
+        }
+    }
+    Ok(())
+}
+
+/// The key and value of one variable; `None` when it is none of ours.
+fn read_variable(
+    name: &OsString,
+    value: &OsString,
+    known: &BTreeMap<String, Value>,
+) -> Result<Option<(String, Value)>> {
+    let Some(name) = name.to_str().filter(|name| name.starts_with(ENV_PREFIX)) else { return Ok(None) };
+    if OTHER_VARIABLES.contains(&name) || is_service_link(name) {
+        return Ok(None);
+    }
+    let key = known.keys().find(|key| variable_of(key) == name).cloned().ok_or_else(|| {
+        let variables: Vec<String> = known
+            .keys()
+            .map(|key| variable_of(key))
+            .chain(OTHER_VARIABLES.iter().map(|name| (*name).to_owned()))
+            .collect();
+        let hint = suggestion(name, variables.iter());
+        Error::Invalid(format!("unknown environment variable {}{hint}", name.escape_debug()))
+    })?;
+    let Some(text) = value.to_str() else {
+        return Err(Error::Invalid(format!("environment variable {name} is not UTF-8 text")));
+    };
+    let refuse = |problem: String| {
+        Error::Invalid(format!("environment variable {name}=\"{}\": {problem}", text.escape_debug()))
+    };
+    let value = match known.get(&key) {
+        Some(Value::Integer(_)) => match text.trim().parse() {
+            Ok(number) => Value::Integer(number),
+            Err(_) => return Err(refuse("expected a whole number".into())),
+        },
+        Some(Value::Boolean(_)) => match text.trim() {
+            "true" => Value::Boolean(true),
+            "false" => Value::Boolean(false),
+            _ => return Err(refuse("expected true or false".into())),
+        },
+        Some(Value::Array(_) | Value::Table(_)) => {
+            let mut table: Table = toml::from_str(&format!("value = {text}"))
+                .map_err(|error| refuse(format!("expected a TOML value: {}", error.message())))?;
+            match (table.len(), table.remove("value")) {
+                (1, Some(value)) => value,
+                _ => return Err(refuse("expected one TOML value".into())),
+            }
+        }
+        _ => Value::String(text.to_owned()),
+    };
+    check_alone(&key, &value).map_err(refuse)?;
+    Ok(Some((key, value)))
+}
+
+/// Kubernetes gives every pod variables for each service of its namespace; for a service called "gorego" they have our
+/// prefix and are not meant for us.
+fn is_service_link(name: &str) -> bool {
+    let rest = name.strip_prefix(ENV_PREFIX).unwrap_or_default();
+    rest == "PORT"
+        || rest.starts_with("SERVICE_HOST")
+        || rest.starts_with("SERVICE_PORT")
+        || (rest.starts_with("PORT_") && (rest.contains("_TCP") || rest.contains("_UDP")))
+}
+
+/// Whether one value fits its key, all else being default.
+fn check_alone(key: &str, value: &Value) -> std::result::Result<(), String> {
+    let mut table = Table::new();
+    set(&mut table, key, value.clone());
+    Config::deserialize(table).map(|_| ()).map_err(|error| error.message().trim().to_owned())
+}
+
+/// "; did you mean ...?" when one of the candidates is near; the last words of dotted keys are compared too, for a key
+/// that stands in the wrong section.
+fn suggestion<'a>(word: &str, candidates: impl Iterator<Item = &'a String>) -> String {
+    fn tail(word: &str) -> &str {
+        word.rsplit('.').next().unwrap_or(word)
+    }
+    candidates
+        .map(|candidate| {
+            let whole = strsim::normalized_damerau_levenshtein(word, candidate);
+            let tails = strsim::normalized_damerau_levenshtein(tail(word), tail(candidate)) - 0.05;
+            (whole.max(tails), candidate)
+        })
+        .filter(|(likeness, _)| *likeness >= SUGGESTION_LIMIT)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| format!("; did you mean \"{candidate}\"?"))
+        .unwrap_or_default()
+}
+
+fn get<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {
+    match key.split_once('.') {
+        None => table.get(key),
+        Some((section, rest)) => get(table.get(section)?.as_table()?, rest),
+    }
+}
+
+fn set(table: &mut Table, key: &str, value: Value) {
+    match key.split_once('.') {
+        None => {
+            table.insert(key.to_owned(), value);
+        }
+        Some((section, rest)) => {
+            let entry = table.entry(section).or_insert_with(|| Value::Table(Table::new()));
+            if let Value::Table(inner) = entry {
+                set(inner, rest, value);
+            }
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! Checked configuration: what the rest of the server is given.
+//!
+//! A [`Settings`] in hand is usable: bounds hold, directories are absolute, sizes are in bytes, zero and empty have been
+//! replaced by what they stand for. All problems are reported at once, each with the key, its value and who set it. No file
+//! is touched here.
+
+use super::{Loaded, LogConfig, load::keys};
+use crate::{
+    action::TimeoutPolicy,
+    error::{Error, Result},
+    instance::Instances,
+};
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+/// Bytes in a GB of the configuration.
+const GB: u64 = 1_000_000_000;
+/// Largest size that can be configured, in GB; far above any disk, far below what overflows.
+const MAX_GB: u64 = 1_000_000_000;
+/// Longest duration that can be configured; keeps sums of times far from overflow.
+const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
+/// Most actions at a time on one machine; each slot is a thread and a process.
+const MAX_CONCURRENCY: usize = 4_096;
+/// Most tasks that may wait, and most finished operations that are remembered; about 2 GB of memory.
+const MAX_OPERATIONS: usize = 1_000_000;
+
+/// What is taken from the machine and not from the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    /// CPUs that this process may use.
+    pub cpus: usize,
+    /// The user's cache directory, if there is a user with a home.
+    pub cache_home: Option<PathBuf>,
+    /// Where relative paths start.
+    pub current_dir: PathBuf,
+}
+
+impl Machine {
+    /// This machine, as this process sees it.
+    pub fn this() -> Self {
+        Self {
+            cpus: thread::available_parallelism().map_or(1, usize::from),
+            cache_home: dirs::cache_dir(),
+            current_dir: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
+        }
+    }
+}
+
+/// Checked settings of a server.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where gRPC is served.
+    pub listen_addr: SocketAddr,
+    /// The namespaces.
+    pub instances: Instances,
+    /// Where blobs and results live; absolute.
+    pub cache_dir: PathBuf,
+    /// Bound on what the store keeps on disk.
+    pub max_size_bytes: u64,
+    /// Largest blob that is accepted; never above `max_size_bytes`.
+    pub max_blob_bytes: u64,
+    /// Whether clients may write action results (AC-12, CAP-09).
+    pub action_cache_updates: bool,
+    /// How long the bytes of a broken upload are kept.
+    pub partial_upload_retention: Duration,
+    /// How long requests may go on after SIGTERM.
+    pub shutdown_grace: Duration,
+    /// Logs.
+    pub log: LogConfig,
+    /// The scheduler and its workers; `None` for a cache without execution.
+    pub execution: Option<ExecutionSettings>,
+    /// The file that was read, for logs.
+    pub config_file: Option<PathBuf>,
+    /// What an operator should know although it is allowed; to be logged once logging works.
+    pub warnings: Vec<String>,
+}
+
+/// Checked settings of the scheduler and the workers; see [`super::ExecutionConfig`] for each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecutionSettings {
+    /// Actions that run at the same time; at least 1.
+    pub slots: usize,
+    /// Where exec directories are made; absolute.
+    pub build_root: PathBuf,
+    /// Tasks that may wait; at least 1.
+    pub queue_size: usize,
+    /// How long a task may wait for a slot.
+    pub queue_timeout: Duration,
+    /// Run times.
+    pub timeouts: TimeoutPolicy,
+    /// How long bringing in inputs, and again storing outputs, may take.
+    pub transfer_timeout: Duration,
+    /// How long finished operations are remembered.
+    pub retention: Duration,
+    /// How many finished operations are remembered; at least 1.
+    pub retained_operations: usize,
+    /// How long work goes on when nobody waits for it any more.
+    pub abandon_grace: Duration,
+    /// How often a task is tried when workers die under it; at least 1.
+    pub max_attempts: u32,
+    /// Largest file that a command may write.
+    pub max_output_file_bytes: u64,
+    /// Properties of this machine's workers.
+    pub platform: BTreeMap<String, String>,
+}
+
+/// Collects problems, so that all are shown at once.
+struct Check<'a> {
+    loaded: &'a Loaded,
+    problems: Vec<String>,
+}
+
+impl Check<'_> {
+    fn refuse(&mut self, key: &str, problem: &str) {
+        let value = keys(&self.loaded.config).into_iter().find(|(name, _)| name == key);
+        let value = value.map(|(_, value)| value.to_string()).unwrap_or_default();
+        self.problems.push(format!("{key} = {value} ({}): {problem}", self.loaded.origin(key)));
+    }
+
+    fn require(&mut self, key: &str, holds: bool, problem: &str) {
+        if !holds {
+            self.refuse(key, problem);
+        }
+    }
+
+    /// A size in GB, as bytes.
+    fn gigabytes(&mut self, key: &str, gb: u64) -> u64 {
+        self.require(key, (1..=MAX_GB).contains(&gb), "must be between 1 and 1000000000 (GB)");
+        gb.min(MAX_GB) * GB
+    }
+
+    fn count(&mut self, key: &str, count: usize, max: usize) {
+        self.require(key, (1..=max).contains(&count), &format!("must be between 1 and {max}"));
+    }
+
+    fn duration(&mut self, key: &str, duration: Duration, zero_is_fine: bool) {
+        self.require(key, zero_is_fine || !duration.is_zero(), "must be more than 0");
+        self.require(key, duration <= MAX_DURATION, "must not be longer than 366 days");
+    }
+
+    /// An absolute path from a configured one, which is not empty.
+    fn directory(&mut self, key: &str, path: &Path, machine: &Machine) -> PathBuf {
+        let text = path.to_string_lossy();
+        self.require(
+            key,
+            text != "~" && !text.starts_with("~/"),
+            "\"~\" is not expanded here; write the whole path",
+        );
+        self.require(key, !text.contains('\0'), "contains a NUL");
+        machine.current_dir.join(path)
+    }
+}
+
+impl Settings {
+    /// Checks a configuration and fills in what depends on the machine.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that lists every problem, one a line.
+    pub fn new(loaded: &Loaded, machine: &Machine) -> Result<Self> {
+        let config = &loaded.config;
+        let mut check = Check { loaded, problems: Vec::new() };
+        let mut warnings = Vec::new();
+        check_exposure(&mut check, &mut warnings);
+        let instances = Instances::new(&config.instance_names);
+        if let Err(error) = &instances {
+            check.refuse("instance_names", &error.to_string());
+        }
+        let cache_dir = if !config.local_cache_dir.as_os_str().is_empty() {
+            check.directory("local_cache_dir", &config.local_cache_dir, machine)
+        } else {
+            if machine.cache_home.is_none() {
+                check.refuse(
+                    "local_cache_dir",
+                    "this user has no cache directory ($XDG_CACHE_HOME or $HOME is needed); name a directory",
+                );
+            }
+            machine.cache_home.as_deref().unwrap_or(Path::new("/")).join("gorego")
+        };
+        let max_size_bytes = check.gigabytes("max_size_gb", config.max_size_gb);
+        let max_blob_bytes = check.gigabytes("cache.max_blob_size_gb", config.cache.max_blob_size_gb);
+        check.duration("shutdown_grace", config.shutdown_grace, true);
+        check.duration("cache.partial_upload_retention", config.cache.partial_upload_retention, true);
+        if let Err(problem) = crate::logging::check_filter(&config.log.filter) {
+            check.refuse("log.filter", &problem);
+        }
+        let execution = execution(&mut check, &cache_dir, machine);
+        match (instances, check.problems.is_empty()) {
+            (Ok(instances), true) => Ok(Self {
+                listen_addr: config.listen_addr,
+                instances,
+                cache_dir,
+                max_size_bytes,
+                max_blob_bytes: max_blob_bytes.min(max_size_bytes),
+                action_cache_updates: config.cache.action_cache_updates,
+                partial_upload_retention: config.cache.partial_upload_retention,
+                shutdown_grace: config.shutdown_grace,
+                log: config.log.clone(),
+                execution: config.execution.enabled.then_some(execution),
+                config_file: loaded.file.clone(),
+                warnings,
+            }),
+            _ => Err(Error::Invalid(check.problems.iter().fold(
+                String::from("the configuration cannot be used:"),
+                |mut text, problem| {
+                    let _ = write!(text, "\n  {problem}");
+                    text
+                },
+            ))),
+        }
+    }
+}
+
+/// Whoever can reach an endpoint without authentication can run commands on this machine.
+fn check_exposure(check: &mut Check<'_>, warnings: &mut Vec<String>) {
+    let config = &check.loaded.config;
+    let (address, allowed) = (config.listen_addr, config.allow_unauthenticated);
+    let loopback = match address.ip() {
+        IpAddr::V6(ip) => ip.to_ipv4_mapped().map_or(ip.is_loopback(), |ip| ip.is_loopback()),
+        IpAddr::V4(ip) => ip.is_loopback(),
+    };
+    if loopback {
+        return;
+    }
+    if allowed {
+        warnings.push(format!(
+            "{address} is not a loopback address and there is no authentication: everybody who can reach it can run \
+             commands on this machine and change what the cache answers"
+        ));
+    } else {
+        check.refuse(
+            "listen_addr",
+            "is not a loopback address. There is no authentication, so everybody who can reach it could run commands on \
+             this machine and change what the cache answers. Listen on 127.0.0.1 (and reach it through an SSH tunnel, \
+             say) or, on a network where everybody is trusted that far, set allow_unauthenticated = true",
+        );
+    }
+}
+
+fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> ExecutionSettings {
+    let config = &check.loaded.config.execution;
+    check.require(
+        "execution.concurrency",
+        config.concurrency <= MAX_CONCURRENCY,
+        &format!("must be at most {MAX_CONCURRENCY}; 0 stands for the number of CPUs"),
+    );
+    check.count("execution.queue_size", config.queue_size, MAX_OPERATIONS);
+    check.count("execution.retained_operations", config.retained_operations, MAX_OPERATIONS);
+    check.count("execution.max_attempts", config.max_attempts as usize, 100);
+    for (key, duration) in [
+        ("execution.queue_timeout", config.queue_timeout),
+        ("execution.default_timeout", config.default_timeout),
+        ("execution.max_timeout", config.max_timeout),
+        ("execution.transfer_timeout", config.transfer_timeout),
+        ("execution.retention", config.retention),
+    ] {
+        check.duration(key, duration, false);
+    }
+    check.duration("execution.abandon_grace", config.abandon_grace, true);
+    check.require(
+        "execution.default_timeout",
+        config.default_timeout <= config.max_timeout,
+        "is above execution.max_timeout; lower it too",
+    );
+    check.require(
+        "execution.platform",
+        config.platform.keys().all(|name| !name.is_empty()),
+        "has a property without a name",
+    );
+    let build_root = if config.build_root.as_os_str().is_empty() {
+        cache_dir.join("build")
+    } else {
+        check.directory("execution.build_root", &config.build_root, machine)
+    };
+    ExecutionSettings {
+        slots: if config.concurrency == 0 { machine.cpus.max(1) } else { config.concurrency },
+        build_root,
+        queue_size: config.queue_size,
+        queue_timeout: config.queue_timeout,
+        timeouts: TimeoutPolicy { default: config.default_timeout, max: config.max_timeout },
+        transfer_timeout: config.transfer_timeout,
+        retention: config.retention,
+        retained_operations: config.retained_operations,
+        abandon_grace: config.abandon_grace,
+        max_attempts: config.max_attempts,
+        max_output_file_bytes: check.gigabytes("execution.max_output_file_gb", config.max_output_file_gb),
+        platform: config.platform.clone(),
+    }
+}

@@ -1,0 +1,121 @@
+//! One record as one line of text for a person at a terminal.
+//!
+//! What clients send (target names, paths) ends up in logs, so control characters are escaped: nobody can move the
+//! operator's cursor or forge a line.
+
+use log::{
+    Level, Record,
+    kv::{Error, Key, Value, VisitSource},
+};
+use std::{
+    fmt::{self, Write as _},
+    io::Write as _,
+    time::SystemTime,
+};
+
+/// Where key-values begin if the message leaves room, so that the eye finds them.
+const MESSAGE_WIDTH: usize = 44;
+
+/// Appends `TIME LEVEL room message key=value ...` and a newline. The time is UTC; the room is the target without
+/// "gorego::".
+pub fn write_text(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>, colour: bool) {
+    let stamp = humantime::format_rfc3339_millis(now).to_string();
+    let time = stamp.get(11..23).unwrap_or(&stamp);
+    let (on, off) = match (colour, record.level()) {
+        (false, _) => ("", ""),
+        (true, Level::Error) => ("\x1b[31m", "\x1b[0m"),
+        (true, Level::Warn) => ("\x1b[33m", "\x1b[0m"),
+        (true, _) => ("\x1b[2m", "\x1b[0m"),
+    };
+    let room = record.target().strip_prefix("gorego::").unwrap_or(record.target());
+    let mut text = String::with_capacity(160);
+    // Writing to a String or a Vec does not fail.
+    let _ = write!(Escaped(&mut text), "{}", record.args());
+    let _ = write!(line, "{time} {on}{:5}{off} {:9} ", record.level(), escaped(room));
+    if record.key_values().count() == 0 {
+        line.extend_from_slice(text.as_bytes());
+    } else {
+        let _ = write!(line, "{text:MESSAGE_WIDTH$}");
+        text.clear();
+        let _ = record.key_values().visit(&mut Fields(&mut text));
+        line.extend_from_slice(text.as_bytes());
+    }
+    line.push(b'\n');
+}
+
+/// Text with its control characters escaped, on one line.
+pub fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let _ = Escaped(&mut out).write_str(text);
+    out
+}
+
+struct Escaped<'a>(&'a mut String);
+
+impl fmt::Write for Escaped<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for c in text.chars() {
+            if c.is_control() {
+                self.0.extend(c.escape_default());
+            } else {
+                self.0.push(c);
+            }
+        }
+        Ok(())
+    }
+}
+
+struct Fields<'a>(&'a mut String);
+
+impl<'kvs> VisitSource<'kvs> for Fields<'_> {
+    fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), Error> {
+        // The message says what happened; the name of the event is for programs.
+        if key.as_str() == "event" {
+            return Ok(());
+        }
+        self.0.push(' ');
+        let _ = write!(Escaped(self.0), "{}=", key.as_str());
+        let start = self.0.len();
+        let _ = write!(Escaped(self.0), "{value}");
+        let shown = self.0.get(start..).unwrap_or_default();
+        if shown.is_empty() || shown.contains([' ', '"', '=']) {
+            let quoted = format!("\"{}\"", shown.replace('"', "\\\""));
+            self.0.truncate(start);
+            self.0.push_str(&quoted);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, UNIX_EPOCH};
+
+    fn line(args: fmt::Arguments<'_>, kvs: &[(&str, Value<'_>)]) -> String {
+        let mut line = Vec::new();
+        let mut builder = Record::builder();
+        let record = builder.target("gorego::cas").level(Level::Warn).key_values(&kvs).args(args).build();
+        write_text(&mut line, UNIX_EPOCH + Duration::from_millis(3_723_004), &record, false);
+        String::from_utf8(line).unwrap()
+    }
+
+    #[test]
+    fn a_line_for_people_is_short_and_aligned() {
+        let kvs = [("event", Value::from("blobs_evicted")), ("bytes", Value::from(12u64))];
+        assert_eq!(
+            line(format_args!("evicted {} blobs", 3), &kvs),
+            "01:02:03.004 WARN  cas       evicted 3 blobs                              bytes=12\n"
+        );
+        assert_eq!(line(format_args!("plain"), &[]), "01:02:03.004 WARN  cas       plain\n");
+    }
+
+    #[test]
+    fn a_client_cannot_forge_lines_or_steer_the_terminal() {
+        let kvs = [("target_id", Value::from("//x\n\x1b[2J")), ("empty", Value::from(""))];
+        let line = line(format_args!("bad {}", "a\r\nb"), &kvs);
+        assert_eq!(line.matches('\n').count(), 1);
+        assert!(!line.contains(['\x1b', '\r']), "{line:?}");
+        assert!(line.contains("target_id=//x\\n\\u{1b}[2J empty=\"\""), "{line:?}");
+    }
+}

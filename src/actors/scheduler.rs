@@ -1,4 +1,330 @@
-//! The scheduler.
+//! The scheduler: which action runs when and where, and who hears of it.
+//!
+//! [`SchedulerActor`] is a thin shell. It owns the [`Ledger`](ledger::Ledger), which decides everything, and moves the mail: requests and facts go
+//! in with the time, decisions go out to the CAS and to the pools. Every wait for another actor is a task of its own whose
+//! end comes back as a message, so that no handler waits, facts arrive in the order in which they were sent, and ten
+//! thousand waits cost nothing while they last.
+//!
+//! It does not touch bytes, files or processes, and knows the CAS and the workers only as recipients of their messages.
 
+pub mod ledger;
+mod log;
 pub mod messages;
 pub mod operation;
+mod queue;
+mod register;
+pub mod settings;
+pub mod slots;
+#[cfg(test)]
+mod tests;
+pub mod transition;
+
+use crate::{
+    actors::{
+        cas::messages::{CheckInputs, Resolution, ResolveAction},
+        worker::messages::{RunAction, StageReached, TaskId},
+    },
+    error::{Error, Result},
+};
+use actix::{Actor, AsyncContext, Context, Handler, MailboxError, Message, Recipient, ResponseFuture};
+use ledger::{Assignment, Check, Ledger, RunEnd};
+use messages::{Cancel, Drain, Forget, Inspect, Inspection, ListOperations, OperationPage, Submit, Watch};
+use operation::{OperationId, Subscription};
+use settings::{Moment, QUEUE_FULL_RETRY, SchedulerSettings};
+use slots::PoolSpec;
+use std::{collections::BTreeMap, time::Duration};
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+/// Messages that wait in the mailbox before senders wait instead. A message is handled in microseconds; this is enough to
+/// keep the actor busy and too little to be a second queue.
+const MAILBOX: usize = 1024;
+
+/// How often deadlines are looked at: what times out here is measured in minutes.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Submissions whose action is being looked up at the CAS. Each holds its request in memory until the CAS answers, and none
+/// is in the queue yet, so that the queue's bound does not cover them.
+const RESOLVING: usize = 16_384;
+
+/// How long the CAS may take to look an action up: one index look-up and two small blobs.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A set of workers: what they offer and the way to run a task on them. A peer would be one more of these.
+#[derive(Clone)]
+pub struct Pool {
+    /// For logs and messages.
+    pub name: String,
+    /// Tasks that it runs at the same time; it is never sent more.
+    pub slots: usize,
+    /// Properties of its workers. An action that asks for another value of one of them does not run here; what is not
+    /// listed does not matter (EXE-31).
+    pub platform: BTreeMap<String, String>,
+    /// Runs a task. Each message is answered when the run is over.
+    pub runner: Recipient<RunAction>,
+}
+
+/// The owner of all operations, tasks and slots.
+pub struct SchedulerActor {
+    ledger: Ledger,
+    runners: Vec<Recipient<RunAction>>,
+    resolve: Recipient<ResolveAction>,
+    check: Recipient<CheckInputs>,
+    check_timeout: Duration,
+    resolving: usize,
+    drained: Vec<oneshot::Sender<()>>,
+}
+
+impl SchedulerActor {
+    /// A scheduler over these pools, listed by preference, that asks the CAS through these recipients.
+    pub fn new(
+        settings: SchedulerSettings,
+        pools: Vec<Pool>,
+        resolve: Recipient<ResolveAction>,
+        check: Recipient<CheckInputs>,
+    ) -> Self {
+        let (specs, runners) = pools
+            .into_iter()
+            .map(|Pool { name, slots, platform, runner }| (PoolSpec { name, slots, platform }, runner))
+            .unzip();
+        Self {
+            ledger: Ledger::new(settings, specs),
+            runners,
+            resolve,
+            check,
+            check_timeout: settings.transfer_timeout,
+            resolving: 0,
+            drained: Vec::new(),
+        }
+    }
+
+    /// Carries out what the ledger has decided; to be called after every change to it.
+    fn settle(&mut self, ctx: &mut Context<Self>) {
+        while let Some(check) = self.ledger.next_check() {
+            self.send_check(check, ctx);
+        }
+        let now = Moment::now();
+        while let Some(assignment) = self.ledger.assign(now) {
+            self.send_run(assignment, ctx);
+        }
+        for transition in self.ledger.take_transitions() {
+            log::transition(&transition);
+        }
+        if self.ledger.is_idle() {
+            for waiter in self.drained.drain(..) {
+                // Whoever asked may have gone.
+                let _ = waiter.send(());
+            }
+        }
+    }
+
+    fn send_check(&self, Check { task, instance, root }: Check, ctx: &mut Context<Self>) {
+        let request = self.check.send(CheckInputs { instance, root }).timeout(self.check_timeout);
+        let scheduler = ctx.address();
+        actix::spawn(async move {
+            let result = request.await.unwrap_or_else(|error| Err(cas_unreachable(error)));
+            scheduler.do_send(InputsChecked { task, result });
+        });
+    }
+
+    fn send_run(&self, assignment: Assignment, ctx: &mut Context<Self>) {
+        let Assignment { task, pool, slot, action, queued_at, tool_invocation_id, cancel } = assignment;
+        let scheduler = ctx.address();
+        let Some(runner) = self.runners.get(pool).cloned() else {
+            return scheduler.do_send(RunEnded { task, end: RunEnd::Lost { pool_closed: true } });
+        };
+        let progress = scheduler.clone().recipient();
+        let run = RunAction { task, slot, action, queued_at, tool_invocation_id, cancel, progress };
+        actix::spawn(async move {
+            let end = match runner.send(run).await {
+                Ok(report) => RunEnd::Reported(report),
+                // The worker died without an answer. Workers catch panics, so that a pool which still takes mail has lost
+                // an answer rather than a thread: its slot is used again. At worst a task then waits inside the pool for
+                // another thread; a slot withdrawn for a lost answer would be lost for good, and soon all of them.
+                Err(MailboxError::Closed | MailboxError::Timeout) => {
+                    RunEnd::Lost { pool_closed: !runner.connected() }
+                }
+            };
+            scheduler.do_send(RunEnded { task, end });
+        });
+    }
+}
+
+fn cas_unreachable(error: MailboxError) -> Error {
+    Error::Unavailable(match error {
+        MailboxError::Closed => "the store of this server is going down; try again".into(),
+        MailboxError::Timeout => "the store of this server does not answer; try again".into(),
+    })
+}
+
+impl Actor for SchedulerActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.set_mailbox_capacity(MAILBOX);
+        ctx.run_interval(TICK, |actor, ctx| actor.tick(ctx));
+    }
+}
+
+impl SchedulerActor {
+    fn tick(&mut self, ctx: &mut Context<Self>) {
+        for place in self.ledger.tick(Moment::now()) {
+            ::log::warn!(
+                target: log::TARGET,
+                event = log::SLOT_STUCK, pool = &*place.pool, slot = place.slot.0;
+                "a worker does not answer; its slot is out of service until it does"
+            );
+        }
+        self.settle(ctx);
+    }
+}
+
+/// A fact: the CAS has answered for a submission.
+#[derive(Message)]
+#[rtype(result = "Result<Subscription>")]
+struct Resolved {
+    submit: Submit,
+    resolution: Result<Resolution>,
+}
+
+/// A fact: the CAS has looked at the inputs of a task.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct InputsChecked {
+    task: TaskId,
+    result: Result<()>,
+}
+
+/// A fact: a run is over.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct RunEnded {
+    task: TaskId,
+    end: RunEnd,
+}
+
+impl Handler<Submit> for SchedulerActor {
+    type Result = ResponseFuture<Result<Subscription>>;
+
+    fn handle(&mut self, submit: Submit, ctx: &mut Self::Context) -> Self::Result {
+        if self.resolving >= RESOLVING {
+            let message =
+                format!("{RESOLVING} submissions wait for the store of this server; try again later");
+            let error = Error::Exhausted { message, retry_after: Some(QUEUE_FULL_RETRY) };
+            return Box::pin(async { Err(error) });
+        }
+        self.resolving += 1;
+        let Submit { ref instance, action, skip_cache_lookup, .. } = submit;
+        let question = ResolveAction { instance: instance.clone(), action, skip_cache_lookup };
+        let request = self.resolve.send(question).timeout(RESOLVE_TIMEOUT);
+        let scheduler = ctx.address();
+        // This goes on when the caller has gone, so that `Resolved` always comes. The operation is then admitted with nobody
+        // to follow it and is abandoned in time, like that of any client that vanishes.
+        Box::pin(async move {
+            let resolution = request.await.unwrap_or_else(|error| Err(cas_unreachable(error)));
+            let admitted = scheduler.send(Resolved { submit, resolution }).await;
+            admitted
+                .unwrap_or_else(|_| Err(Error::Unavailable("the scheduler is going down; try again".into())))
+        })
+    }
+}
+
+impl Handler<Resolved> for SchedulerActor {
+    type Result = Result<Subscription>;
+
+    fn handle(&mut self, Resolved { submit, resolution }: Resolved, ctx: &mut Self::Context) -> Self::Result {
+        self.resolving = self.resolving.saturating_sub(1);
+        let admitted = self.ledger.admit(submit, resolution?, OperationId(Uuid::new_v4()), Moment::now());
+        self.settle(ctx);
+        admitted
+    }
+}
+
+impl Handler<InputsChecked> for SchedulerActor {
+    type Result = ();
+
+    fn handle(&mut self, InputsChecked { task, result }: InputsChecked, ctx: &mut Self::Context) {
+        self.ledger.inputs_checked(task, result, Moment::now());
+        self.settle(ctx);
+    }
+}
+
+impl Handler<StageReached> for SchedulerActor {
+    type Result = ();
+
+    fn handle(&mut self, fact: StageReached, _: &mut Self::Context) {
+        self.ledger.stage_reached(fact);
+    }
+}
+
+impl Handler<RunEnded> for SchedulerActor {
+    type Result = ();
+
+    fn handle(&mut self, RunEnded { task, end }: RunEnded, ctx: &mut Self::Context) {
+        self.ledger.finish(task, end, Moment::now());
+        self.settle(ctx);
+    }
+}
+
+impl Handler<Watch> for SchedulerActor {
+    type Result = Result<Subscription>;
+
+    fn handle(&mut self, Watch { instance, id }: Watch, _: &mut Self::Context) -> Self::Result {
+        self.ledger.watch(&instance, id)
+    }
+}
+
+impl Handler<Cancel> for SchedulerActor {
+    type Result = Result<()>;
+
+    fn handle(&mut self, Cancel { instance, id }: Cancel, ctx: &mut Self::Context) -> Self::Result {
+        let cancelled = self.ledger.cancel(&instance, id, Moment::now());
+        self.settle(ctx);
+        cancelled
+    }
+}
+
+impl Handler<Forget> for SchedulerActor {
+    type Result = Result<()>;
+
+    fn handle(&mut self, Forget { instance, id }: Forget, _: &mut Self::Context) -> Self::Result {
+        self.ledger.forget(&instance, id)
+    }
+}
+
+impl Handler<ListOperations> for SchedulerActor {
+    type Result = Result<OperationPage>;
+
+    fn handle(&mut self, query: ListOperations, _: &mut Self::Context) -> Self::Result {
+        Ok(self.ledger.list(&query))
+    }
+}
+
+impl Handler<Inspect> for SchedulerActor {
+    type Result = actix::MessageResult<Inspect>;
+
+    fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
+        actix::MessageResult(self.ledger.inspect())
+    }
+}
+
+impl Handler<Drain> for SchedulerActor {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, Drain { cancel }: Drain, ctx: &mut Self::Context) -> Self::Result {
+        let Inspection { queued, running, .. } = self.ledger.inspect();
+        ::log::info!(
+            target: log::TARGET,
+            event = log::DRAINING, cancel, queued, running;
+            "the scheduler takes no more work"
+        );
+        self.ledger.drain(cancel, Moment::now());
+        let (sender, drained) = oneshot::channel();
+        self.drained.push(sender);
+        self.settle(ctx);
+        Box::pin(async {
+            // An actor that is gone has nothing left either.
+            let _ = drained.await;
+        })
+    }
+}

@@ -1,0 +1,419 @@
+//! The [`Ledger`]: the scheduler's mind. Facts and the time go in, decisions come out; it does nothing itself.
+//!
+//! It owns the operations, the tasks that they wait for, the queue and the slots. Its invariants:
+//! - An unfinished operation waits for exactly one task, and a task without operations does not exist.
+//! - A task is waiting (unchecked, checking or ready, in that order) or running; only ready tasks are given a slot.
+//! - A slot belongs to one run from [`Ledger::assign`] until [`Ledger::finish`], whatever becomes of the task meanwhile: a
+//!   run that was told to stop, or was given up, holds its slot until its worker answers.
+//! - Every state has a deadline that [`Ledger::tick`] enforces, so that every operation ends, exactly once.
+//!
+//! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks, slots and runs, and
+//! `ledger/deadlines.rs` the clock. What happened is kept as [`Transition`]s until [`Ledger::take_transitions`].
+
+mod deadlines;
+mod dispatch;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+
+use super::{
+    messages::{Inspection, ListOperations, OperationPage, Submit},
+    operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
+    queue::{Place, PoolSet, Queue},
+    register::Register,
+    settings::{Moment, QUEUE_FULL_RETRY, SchedulerSettings},
+    slots::{PoolSpec, Slots},
+    transition::{Event, RunPlace, Transition},
+};
+use crate::{
+    action::Action,
+    actors::{
+        cas::messages::Resolution,
+        worker::{
+            cancel::CancelToken,
+            messages::{RunStage, TaskId},
+        },
+    },
+    digest::Digest,
+    error::{Error, Result},
+    instance::{Instance, InstanceId},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+pub use dispatch::{Assignment, Check, RunEnd};
+
+/// All work that is known here. See the file's head.
+#[derive(Debug)]
+pub struct Ledger {
+    settings: SchedulerSettings,
+    register: Register,
+    slots: Slots,
+    tasks: BTreeMap<TaskId, Task>,
+    /// The task that an identical action joins.
+    joinable: HashMap<Key, TaskId>,
+    runs: BTreeMap<TaskId, Run>,
+    unchecked: Queue,
+    ready: Queue,
+    /// Tasks that are not running: the length that `queue_size` bounds.
+    waiting: usize,
+    /// Checks at the CAS, of tasks that were cancelled meanwhile too.
+    checks: usize,
+    draining: bool,
+    transitions: Vec<Transition>,
+}
+
+/// What makes two actions the same work. Never made for actions that must not be cached (EXE-15).
+type Key = (InstanceId, Digest);
+
+/// The work of one action. Its id is the number of the operation that brought it in, so that ids ascend with age.
+#[derive(Debug)]
+struct Task {
+    action: Arc<Action>,
+    pools: PoolSet,
+    /// The operation that brought it in; it may have been cancelled since.
+    first: Arc<OperationInfo>,
+    queued_at: SystemTime,
+    waiting_since: Instant,
+    attempts: u32,
+    /// Who waits: (priority, number). Never empty. The best priority is the task's own.
+    waiters: BTreeSet<(i32, u64)>,
+    step: Step,
+}
+
+/// Where a task is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// In the queue of those whose inputs have to be looked at.
+    Unchecked,
+    /// The CAS looks at its inputs.
+    Checking,
+    /// In the queue for a slot.
+    Ready,
+    /// It has a slot, and an entry in `runs`.
+    Running,
+}
+
+/// One try of a task on a slot. It may outlive its task.
+#[derive(Debug)]
+struct Run {
+    pool: usize,
+    place: RunPlace,
+    cancel: CancelToken,
+    started: Instant,
+    deadline: Instant,
+    reached: Option<(RunStage, SystemTime)>,
+    /// Its deadline passed: nobody waits for it any more, but its slot is not free either.
+    stuck: bool,
+}
+
+impl Task {
+    fn key(&self) -> Option<Key> {
+        key(&self.action)
+    }
+
+    fn place(&self, id: TaskId) -> Place {
+        Place { priority: self.waiters.first().map_or(0, |&(priority, _)| priority), task: id }
+    }
+
+    fn numbers(&self) -> impl Iterator<Item = u64> {
+        self.waiters.iter().map(|&(_, number)| number)
+    }
+}
+
+fn key(action: &Action) -> Option<Key> {
+    (!action.do_not_cache).then(|| (action.instance.id(), action.digest))
+}
+
+impl Outcome {
+    fn failed(error: Error) -> Self {
+        Self { result: None, cached: false, error: Some(error), message: String::new() }
+    }
+}
+
+impl Ledger {
+    /// An empty ledger over these pools, listed by preference.
+    pub fn new(settings: SchedulerSettings, pools: Vec<PoolSpec>) -> Self {
+        Self {
+            register: Register::new(&settings),
+            settings,
+            slots: Slots::new(pools),
+            tasks: BTreeMap::new(),
+            joinable: HashMap::new(),
+            runs: BTreeMap::new(),
+            unchecked: Queue::default(),
+            ready: Queue::default(),
+            waiting: 0,
+            checks: 0,
+            draining: false,
+            transitions: Vec::new(),
+        }
+    }
+
+    /// Takes an action in, once the CAS has said what there is to do about it. A hit is completed at birth; other work joins
+    /// the identical task in flight, also when the client asked to skip the cache (EXE-17), or is queued.
+    ///
+    /// # Errors
+    /// `Unavailable` while draining; `Exhausted` when the queue is full; `Precondition` when no pool suits (EXE-31).
+    pub fn admit(
+        &mut self,
+        submit: Submit,
+        resolution: Resolution,
+        id: OperationId,
+        now: Moment,
+    ) -> Result<Subscription> {
+        if self.draining {
+            return Err(Error::Unavailable("this server is shutting down; try again".into()));
+        }
+        let Submit { instance, action: digest, priority, inline, client, .. } = submit;
+        let info = Arc::new(OperationInfo { id, instance, action: digest, inline, client });
+        match resolution {
+            Resolution::Cached(result) => {
+                let outcome =
+                    Outcome { result: Some(result), cached: true, error: None, message: String::new() };
+                let outcome = Arc::new(outcome);
+                let event = Event::Completed { outcome: outcome.clone(), place: None, queued_for: None };
+                self.transitions.push(Transition { info: info.clone(), priority, event });
+                Ok(self.register.enter_finished(info, priority, outcome, now))
+            }
+            Resolution::Run(action) => {
+                if self.register.unfinished() >= self.settings.unfinished_operations {
+                    return Err(Error::Exhausted {
+                        message: format!(
+                            "{} operations are unfinished, the most that this server takes; try again later",
+                            self.settings.unfinished_operations
+                        ),
+                        retry_after: Some(QUEUE_FULL_RETRY),
+                    });
+                }
+                match key(&action).and_then(|key| self.joinable.get(&key).copied()) {
+                    Some(task) => Ok(self.join(task, info, priority, now)),
+                    None => self.enqueue(action, info, priority, now),
+                }
+            }
+        }
+    }
+
+    fn join(&mut self, task: TaskId, info: Arc<OperationInfo>, priority: i32, now: Moment) -> Subscription {
+        let run = self.runs.get(&task);
+        let snapshot = Snapshot {
+            stage: if run.is_some() { Stage::Executing } else { Stage::Queued },
+            queued_at: now.wall,
+            run_stage: run.and_then(|run| run.reached),
+            outcome: None,
+        };
+        let attempt = self.tasks.get(&task).map_or(0, |task| task.attempts);
+        let event = match run {
+            Some(run) => Event::Executing { place: run.place.clone(), queued_for: Duration::ZERO, attempt },
+            None => Event::Queued { joined: true },
+        };
+        self.transitions.push(Transition { info: info.clone(), priority, event });
+        let (number, subscription) = self.register.enter(info, priority, task, snapshot, now);
+        self.change_waiters(task, |waiters| {
+            waiters.insert((priority, number));
+        });
+        subscription
+    }
+
+    fn enqueue(
+        &mut self,
+        action: Arc<Action>,
+        info: Arc<OperationInfo>,
+        priority: i32,
+        now: Moment,
+    ) -> Result<Subscription> {
+        let pools = self.slots.suitable(&action)?;
+        if self.waiting >= self.settings.queue_size {
+            return Err(Error::Exhausted {
+                message: format!(
+                    "the queue is full: {} actions wait for a worker (execution.queue_size); try again in {} s",
+                    self.waiting,
+                    QUEUE_FULL_RETRY.as_secs()
+                ),
+                retry_after: Some(QUEUE_FULL_RETRY),
+            });
+        }
+        let id = TaskId(self.register.next_number());
+        let snapshot = Snapshot { stage: Stage::Queued, queued_at: now.wall, run_stage: None, outcome: None };
+        let (number, subscription) = self.register.enter(info.clone(), priority, id, snapshot, now);
+        let task = Task {
+            action,
+            pools,
+            first: info.clone(),
+            queued_at: now.wall,
+            waiting_since: now.at,
+            attempts: 0,
+            waiters: BTreeSet::from([(priority, number)]),
+            step: Step::Unchecked,
+        };
+        if let Some(key) = task.key() {
+            self.joinable.insert(key, id);
+        }
+        self.unchecked.insert(&task.pools, task.place(id));
+        self.tasks.insert(id, task);
+        self.waiting += 1;
+        self.transitions.push(Transition { info, priority, event: Event::Queued { joined: false } });
+        Ok(subscription)
+    }
+
+    /// Follows an operation (EXE-12); one that was about to be given up for want of followers goes on.
+    ///
+    /// # Errors
+    /// `NotFound` (EXE-13).
+    pub fn watch(&mut self, instance: &Instance, id: OperationId) -> Result<Subscription> {
+        let number = self.register.find(instance, id)?;
+        self.register
+            .subscribe(number)
+            .ok_or_else(|| Error::internal("an operation vanished while it was asked for"))
+    }
+
+    /// Ends an operation as cancelled, and its task with its last operation (OPS-03, OPS-04). No harm to a finished one.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn cancel(&mut self, instance: &Instance, id: OperationId, now: Moment) -> Result<()> {
+        let number = self.register.find(instance, id)?;
+        self.leave(number, Error::Cancelled("the operation was cancelled by a client".into()), now);
+        Ok(())
+    }
+
+    /// Forgets a finished operation.
+    ///
+    /// # Errors
+    /// `NotFound`; `Precondition` when it is not finished.
+    pub fn forget(&mut self, instance: &Instance, id: OperationId) -> Result<()> {
+        let number = self.register.find(instance, id)?;
+        if self.register.forget(number) {
+            return Ok(());
+        }
+        Err(Error::Precondition(format!(
+            "operation {} is not finished; cancel it before deleting it",
+            instance.qualify(&format!("operations/{id}"))
+        )))
+    }
+
+    /// A page of operations, oldest first.
+    pub fn list(&self, query: &ListOperations) -> OperationPage {
+        self.register.page(&query.instance, &query.filter, query.after, query.limit)
+    }
+
+    /// Counts, for people and health checks.
+    pub fn inspect(&self) -> Inspection {
+        let stuck = self.runs.values().filter(|run| run.stuck && self.slots.is_open(run.pool)).count();
+        Inspection {
+            operations: self.register.len(),
+            queued: self.waiting,
+            running: self.runs.len(),
+            slots: self.slots.in_service().saturating_sub(stuck),
+        }
+    }
+
+    /// Admits nothing from now on; with `cancel`, ends everything with a status that clients retry.
+    pub fn drain(&mut self, cancel: bool, now: Moment) {
+        self.draining = true;
+        if !cancel {
+            return;
+        }
+        for id in self.tasks.keys().copied().collect::<Vec<_>>() {
+            let error = Error::Unavailable("this server is shutting down; try again".into());
+            self.end_task(id, Outcome::failed(error), now);
+            self.stop_run(id, now);
+        }
+    }
+
+    /// Whether nothing is left to wait for: no task, and no run but those that were given up.
+    pub fn is_idle(&self) -> bool {
+        self.tasks.is_empty() && self.runs.values().all(|run| run.stuck)
+    }
+
+    /// What happened since the last call, in order.
+    pub fn take_transitions(&mut self) -> Vec<Transition> {
+        std::mem::take(&mut self.transitions)
+    }
+
+    /// Ends one operation; its task stops when it was the last.
+    fn leave(&mut self, number: u64, error: Error, now: Moment) {
+        let Some(operation) = self.register.get(number) else { return };
+        let (Some(task), priority) = (operation.task(), operation.priority) else { return };
+        self.complete(number, task, Arc::new(Outcome::failed(error)), now);
+        let is_last = self.tasks.get(&task).is_some_and(|task| task.waiters.len() <= 1);
+        if is_last {
+            self.remove_task(task);
+            self.stop_run(task, now);
+        } else {
+            self.change_waiters(task, |waiters| {
+                waiters.remove(&(priority, number));
+            });
+        }
+    }
+
+    /// Ends a task and all its operations. A run of it, if there still is one, is the caller's to stop.
+    fn end_task(&mut self, id: TaskId, outcome: Outcome, now: Moment) {
+        let Some(task) = self.remove_task(id) else { return };
+        let outcome = Arc::new(outcome);
+        for number in task.numbers() {
+            self.complete(number, id, outcome.clone(), now);
+        }
+    }
+
+    fn complete(&mut self, number: u64, task: TaskId, outcome: Arc<Outcome>, now: Moment) {
+        let Some(operation) = self.register.complete(number, outcome.clone(), now) else { return };
+        let run = self.runs.get(&task);
+        let waited_until = run.map_or(now.at, |run| run.started);
+        let event = Event::Completed {
+            outcome,
+            place: run.map(|run| run.place.clone()),
+            queued_for: Some(waited_until.saturating_duration_since(operation.queued)),
+        };
+        self.transitions.push(Transition { info: operation.info, priority: operation.priority, event });
+    }
+
+    /// Takes a task off the books: nobody can join it, it gets no slot.
+    fn remove_task(&mut self, id: TaskId) -> Option<Task> {
+        let task = self.tasks.remove(&id)?;
+        if let Some(key) = task.key() {
+            self.joinable.remove(&key);
+        }
+        match task.step {
+            Step::Unchecked => {
+                self.unchecked.remove(&task.pools, task.place(id));
+            }
+            Step::Ready => {
+                self.ready.remove(&task.pools, task.place(id));
+            }
+            Step::Checking | Step::Running => {}
+        }
+        if task.step != Step::Running {
+            self.waiting = self.waiting.saturating_sub(1);
+        }
+        Some(task)
+    }
+
+    /// Tells a run to stop. Its slot stays taken until the worker reports.
+    fn stop_run(&mut self, id: TaskId, now: Moment) {
+        if let Some(run) = self.runs.get_mut(&id) {
+            run.cancel.cancel();
+            run.deadline = run.deadline.min(now.after(self.settings.stop_grace));
+        }
+    }
+
+    /// Changes who waits for a task, and with that its place in the queue.
+    fn change_waiters(&mut self, id: TaskId, change: impl FnOnce(&mut BTreeSet<(i32, u64)>)) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        let before = task.place(id);
+        change(&mut task.waiters);
+        let after = task.place(id);
+        let queue = match task.step {
+            Step::Unchecked => &mut self.unchecked,
+            Step::Ready => &mut self.ready,
+            Step::Checking | Step::Running => return,
+        };
+        if before != after && queue.remove(&task.pools, before) {
+            queue.insert(&task.pools, after);
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The clock of the ledger: what ends because nothing else ended it.
+
+use super::{Ledger, Outcome, Step};
+use crate::{
+    actors::{
+        scheduler::{
+            settings::{Moment, QUEUE_FULL_RETRY},
+            transition::RunPlace,
+        },
+        worker::messages::TaskId,
+    },
+    error::Error,
+};
+
+impl Ledger {
+    /// Enforces every deadline; to be called about once a second. Returns the slots that are out of service from now on,
+    /// because their run neither ends nor stops. They come back when their worker answers.
+    pub fn tick(&mut self, now: Moment) -> Vec<RunPlace> {
+        self.end_overdue_waits(now);
+        let stuck = self.give_up_overdue_runs(now);
+        for number in self.register.abandoned(self.settings.abandon_grace, now) {
+            self.leave(number, Error::Cancelled("nobody follows the operation any more".into()), now);
+        }
+        self.register.expire(now);
+        stuck
+    }
+
+    fn end_overdue_waits(&mut self, now: Moment) {
+        let limit = self.settings.queue_timeout;
+        let is_overdue =
+            |task: &super::Task| task.step != Step::Running && now.since(task.waiting_since) >= limit;
+        let overdue: Vec<TaskId> =
+            self.tasks.iter().filter(|(_, task)| is_overdue(task)).map(|(id, _)| *id).collect();
+        for id in overdue {
+            // Not DeadlineExceeded: clients take that for the command's own timeout (EXE-45), and it never ran.
+            let error = Error::Exhausted {
+                message: format!("no worker was free for {} s (execution.queue_timeout)", limit.as_secs()),
+                retry_after: Some(QUEUE_FULL_RETRY),
+            };
+            self.end_task(id, Outcome::failed(error), now);
+        }
+    }
+
+    fn give_up_overdue_runs(&mut self, now: Moment) -> Vec<RunPlace> {
+        let overdue: Vec<TaskId> = self
+            .runs
+            .iter()
+            .filter(|(_, run)| !run.stuck && now.at >= run.deadline)
+            .map(|(id, _)| *id)
+            .collect();
+        let mut stuck = Vec::with_capacity(overdue.len());
+        for id in overdue {
+            let Some(run) = self.runs.get_mut(&id) else { continue };
+            run.stuck = true;
+            run.cancel.cancel();
+            let error = Error::Unavailable(format!(
+                "the worker on slot {} of pool \"{}\" did not answer for {} s and was given up; try again",
+                run.place.slot.0,
+                run.place.pool,
+                now.since(run.started).as_secs()
+            ));
+            stuck.push(run.place.clone());
+            self.end_task(id, Outcome::failed(error), now);
+        }
+        stuck
+    }
+}

@@ -1,0 +1,240 @@
+//! The way of a task: inputs checked, a slot, a run, and what its end means.
+
+use super::{Ledger, Outcome, Run, Step};
+use crate::{
+    action::Action,
+    actors::{
+        scheduler::{
+            operation::Stage,
+            settings::Moment,
+            slots::Slots,
+            transition::{Event, RunPlace, Transition},
+        },
+        worker::{
+            cancel::CancelToken,
+            messages::{RunReport, SlotId, StageReached, TaskId},
+        },
+    },
+    digest::Digest,
+    error::{Error, Result},
+    instance::Instance,
+};
+use std::{sync::Arc, time::SystemTime};
+
+/// A decision: ask the CAS whether the inputs of this task are all there.
+#[derive(Debug)]
+pub struct Check {
+    /// Whose inputs.
+    pub task: TaskId,
+    /// Where they are.
+    pub instance: Instance,
+    /// Digest of the root Directory.
+    pub root: Digest,
+}
+
+/// A decision: run this task on this slot.
+#[derive(Debug)]
+pub struct Assignment {
+    /// The work.
+    pub task: TaskId,
+    /// The pool, by its index.
+    pub pool: usize,
+    /// The slot in the pool.
+    pub slot: SlotId,
+    /// What to run.
+    pub action: Arc<Action>,
+    /// When the task was taken in.
+    pub queued_at: SystemTime,
+    /// The tool invocation that brought the task in.
+    pub tool_invocation_id: String,
+    /// How the run is told to stop.
+    pub cancel: CancelToken,
+}
+
+/// A fact: how a run ended.
+#[derive(Debug)]
+pub enum RunEnd {
+    /// The worker says so.
+    Reported(RunReport),
+    /// The worker will never say.
+    Lost {
+        /// The pool takes no more mail, for good.
+        pool_closed: bool,
+    },
+}
+
+impl Ledger {
+    /// The next task whose inputs are to be checked, best priority first; `None` while enough checks are out. Each one must be
+    /// answered by [`Ledger::inputs_checked`], whatever happens.
+    pub fn next_check(&mut self) -> Option<Check> {
+        if self.checks >= self.settings.concurrent_checks {
+            return None;
+        }
+        let id = self.unchecked.pop(|_| true)?.task;
+        let task = self.tasks.get_mut(&id)?;
+        task.step = Step::Checking;
+        self.checks += 1;
+        Some(Check { task: id, instance: task.action.instance.clone(), root: task.action.input_root })
+    }
+
+    /// The CAS has looked at a task's inputs. Whatever is wrong with them ends the task before it takes a slot.
+    pub fn inputs_checked(&mut self, id: TaskId, result: Result<()>, now: Moment) {
+        self.checks = self.checks.saturating_sub(1);
+        let Some(task) = self.tasks.get_mut(&id).filter(|task| task.step == Step::Checking) else { return };
+        match result {
+            Ok(()) => {
+                task.step = Step::Ready;
+                self.ready.insert(&task.pools, task.place(id));
+            }
+            Err(error) => self.end_task(id, Outcome::failed(error), now),
+        }
+    }
+
+    /// The next task to run, and where; `None` when no ready task has a free slot. Each one must be answered by
+    /// [`Ledger::finish`], whatever happens.
+    pub fn assign(&mut self, now: Moment) -> Option<Assignment> {
+        let slots = &self.slots;
+        let id = self.ready.pop(|pools| slots.has_free(pools))?.task;
+        let task = self.tasks.get_mut(&id)?;
+        let (pool, slot) = self.slots.take(&task.pools)?;
+        task.step = Step::Running;
+        task.attempts = task.attempts.saturating_add(1);
+        self.waiting = self.waiting.saturating_sub(1);
+        let limits = &self.settings;
+        let bound = [task.action.timeout, limits.transfer_timeout, limits.transfer_timeout, limits.run_slack]
+            .into_iter()
+            .fold(std::time::Duration::ZERO, std::time::Duration::saturating_add);
+        let run = Run {
+            pool,
+            place: RunPlace { pool: self.slots.name(pool), slot },
+            cancel: CancelToken::new(),
+            started: now.at,
+            deadline: now.after(bound),
+            reached: None,
+            stuck: false,
+        };
+        let assignment = Assignment {
+            task: id,
+            pool,
+            slot,
+            action: task.action.clone(),
+            queued_at: task.queued_at,
+            tool_invocation_id: task.first.client.tool_invocation_id.clone(),
+            cancel: run.cancel.clone(),
+        };
+        for number in task.numbers() {
+            let Some(operation) = self.register.update(number, |snapshot| snapshot.stage = Stage::Executing)
+            else {
+                continue;
+            };
+            let event = Event::Executing {
+                place: run.place.clone(),
+                queued_for: now.since(operation.queued),
+                attempt: task.attempts,
+            };
+            let (info, priority) = (operation.info.clone(), operation.priority);
+            self.transitions.push(Transition { info, priority, event });
+        }
+        self.runs.insert(id, run);
+        Some(assignment)
+    }
+
+    /// A worker has entered a step of a run. Late or repeated news changes nothing.
+    pub fn stage_reached(&mut self, fact: StageReached) {
+        let Some(run) = self.runs.get_mut(&fact.task) else { return };
+        if run.reached.is_some_and(|(stage, _)| stage >= fact.stage) {
+            return;
+        }
+        run.reached = Some((fact.stage, fact.at));
+        let Some(task) = self.tasks.get(&fact.task) else { return };
+        for number in task.numbers() {
+            self.register.update(number, |snapshot| snapshot.run_stage = Some((fact.stage, fact.at)));
+        }
+    }
+
+    /// A run is over: its slot is free, and its task is done, tried again, or given up (EXE-62).
+    pub fn finish(&mut self, id: TaskId, end: RunEnd, now: Moment) {
+        let Some(run) = self.runs.get(&id) else { return };
+        let (pool, slot) = (run.pool, run.place.slot);
+        let closed = matches!(end, RunEnd::Lost { pool_closed: true });
+        // Before the task is judged: a task that no pool is left for must not be queued again.
+        if closed {
+            self.slots.close(pool);
+        }
+        match end {
+            RunEnd::Reported(Ok(report)) => {
+                let outcome = Outcome {
+                    result: Some(Arc::new(report.result)),
+                    cached: false,
+                    error: None,
+                    message: report.message,
+                };
+                self.end_task(id, outcome, now);
+            }
+            RunEnd::Reported(Err(failure)) if failure.retryable => self.retry(id, failure.error, now),
+            RunEnd::Reported(Err(failure)) => {
+                let result = failure.partial.map(|partial| Arc::new(*partial));
+                self.end_task(id, Outcome { result, ..Outcome::failed(failure.error) }, now);
+            }
+            RunEnd::Lost { .. } => {
+                let pool = self.slots.name(pool);
+                let error = format!("the worker on slot {} of pool \"{pool}\" died", slot.0);
+                self.retry(id, Error::Unavailable(error), now);
+            }
+        }
+        self.runs.remove(&id);
+        self.slots.release(pool, slot);
+        if closed {
+            self.end_unserved(now);
+        }
+    }
+
+    /// Queues a task again after a fault of its worker, in its old place; gives it up when it was tried often enough or has
+    /// nowhere to go.
+    fn retry(&mut self, id: TaskId, reason: Error, now: Moment) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        if task.attempts >= self.settings.max_attempts {
+            let error = match reason {
+                // It tells clients by itself when to come back.
+                Error::Exhausted { .. } => reason,
+                _ => Error::Unavailable(format!(
+                    "action {} was given up after {} tries: {reason}",
+                    task.action.digest, task.attempts
+                )),
+            };
+            return self.end_task(id, Outcome::failed(error), now);
+        }
+        if !self.slots.is_served(&task.pools) {
+            let error = Slots::no_workers(&task.action);
+            return self.end_task(id, Outcome::failed(error), now);
+        }
+        // Its inputs were checked when it came in; if some have gone since, its next run will say so.
+        task.step = Step::Ready;
+        task.waiting_since = now.at;
+        self.waiting += 1;
+        self.ready.insert(&task.pools, task.place(id));
+        for number in task.numbers() {
+            let requeue = |snapshot: &mut super::Snapshot| {
+                snapshot.stage = Stage::Queued;
+                snapshot.run_stage = None;
+            };
+            let Some(operation) = self.register.update(number, requeue) else { continue };
+            let (info, priority) = (operation.info.clone(), operation.priority);
+            let event = Event::Requeued { reason: reason.clone(), attempt: task.attempts };
+            self.transitions.push(Transition { info, priority, event });
+        }
+    }
+
+    /// Ends the waiting tasks that no pool is left for.
+    fn end_unserved(&mut self, now: Moment) {
+        let unserved: Vec<_> = self
+            .tasks
+            .iter()
+            .filter(|(_, task)| task.step != Step::Running && !self.slots.is_served(&task.pools))
+            .map(|(id, task)| (*id, Slots::no_workers(&task.action)))
+            .collect();
+        for (id, error) in unserved {
+            self.end_task(id, Outcome::failed(error), now);
+        }
+    }
+}

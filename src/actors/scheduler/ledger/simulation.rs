@@ -1,0 +1,389 @@
+//! A seeded simulation of the ledger: random clients, workers and clocks against everything that must always hold.
+//!
+//! The world outside is played here: who follows what, which runs are out, what the CAS says. Each step is checked against
+//! it, and at the end the world is brought to rest, where every operation must have ended. A failure names its seed.
+
+use super::{
+    tests::{Work, instance, ledger_with, resolution, settings, submit},
+    *,
+};
+use crate::actors::{
+    scheduler::messages::OperationFilter,
+    worker::messages::{RunFailure, RunResult, SlotId, StageReached},
+};
+use std::collections::HashSet;
+
+const SEEDS: u64 = 400;
+const STEPS: u32 = 1500;
+
+#[test]
+fn nothing_is_lost_doubled_or_stuck_whatever_happens() {
+    for seed in 0..SEEDS {
+        let mut world = World::new(seed);
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            for _ in 0..STEPS {
+                world.step();
+                world.check();
+            }
+            world.rest();
+        }));
+        assert!(done.is_ok(), "seed {seed} fails");
+    }
+}
+
+/// SplitMix64: small, and the same everywhere.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound.max(1) as u64) as usize
+    }
+
+    fn chance(&mut self, percent: u64) -> bool {
+        self.next() % 100 < percent
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> Option<T> {
+        from.get(self.below(from.len())).copied()
+    }
+}
+
+/// What the world knows of an operation.
+struct Known {
+    subscription: Option<Subscription>,
+    do_not_cache: bool,
+    stage: Stage,
+    run_stage: Option<RunStage>,
+    /// It was cancelled, or left alone long enough to be.
+    may_be_cancelled: bool,
+    completed: u32,
+    cached: bool,
+}
+
+struct World {
+    random: Random,
+    ledger: Ledger,
+    now: Moment,
+    known: BTreeMap<OperationId, Known>,
+    next_id: u128,
+    checks: Vec<TaskId>,
+    /// What is out, by slot.
+    runs: BTreeMap<(usize, SlotId), Out>,
+    closed: HashSet<usize>,
+    retained: HashSet<OperationId>,
+}
+
+struct Out {
+    task: TaskId,
+    cancel: CancelToken,
+    stage: Option<RunStage>,
+}
+
+const POOLS: [(usize, &str); 2] = [(2, "linux"), (1, "plan9")];
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut random = Random(seed);
+        let settings = SchedulerSettings {
+            queue_size: 1 + random.below(12),
+            unfinished_operations: 24,
+            concurrent_checks: 1 + random.below(4),
+            retained_operations: random.below(6),
+            retained_cached: random.below(3),
+            max_attempts: 1 + random.below(3) as u32,
+            ..settings()
+        };
+        Self {
+            random,
+            ledger: ledger_with(settings, &POOLS),
+            now: Moment::now(),
+            known: BTreeMap::new(),
+            next_id: 1,
+            checks: Vec::new(),
+            runs: BTreeMap::new(),
+            closed: HashSet::new(),
+            retained: HashSet::new(),
+        }
+    }
+
+    fn step(&mut self) {
+        match self.random.below(100) {
+            0..25 => self.submit(),
+            25..35 => self.send_checks(),
+            35..45 => self.answer_check(),
+            45..60 => self.assign(),
+            60..68 => self.report_stage(),
+            68..80 => self.end_run(),
+            80..84 => self.cancel(),
+            84..89 => self.lose_client(),
+            89..92 => self.watch(),
+            92..94 => self.forget(),
+            94 => self.advance(Duration::from_secs(60)),
+            95 if self.random.chance(10) => self.advance(Duration::from_secs(4000)),
+            _ => self.advance(Duration::from_secs(2)),
+        }
+    }
+
+    fn submit(&mut self) {
+        let id = OperationId(uuid::Uuid::from_u128(self.next_id));
+        self.next_id += 1;
+        // The digest says everything about an action, its platform and whether it may be cached included.
+        let (name, do_not_cache) = (self.random.below(8), self.random.chance(15));
+        let platform =
+            [None, None, None, None, Some("linux"), Some("Linux"), Some("Plan9"), Some("amiga")][name];
+        let name = name as u64 + if do_not_cache { 100 } else { 0 };
+        let work = Work { name, do_not_cache, platform };
+        let cached = !work.do_not_cache && self.random.chance(10);
+        let submit = Submit { priority: self.random.below(3) as i32 - 1, ..submit(&work) };
+        let (before, waiting) = (self.ledger.register.unfinished(), self.ledger.waiting);
+        let admitted = self.ledger.admit(submit, resolution(&work, cached), id, self.now);
+        match admitted {
+            Ok(subscription) => {
+                assert!(cached || work.platform != Some("amiga"), "nobody can run this");
+                let snapshot = subscription.snapshots.borrow().clone();
+                assert_eq!(snapshot.stage == Stage::Completed, cached);
+                let known = Known {
+                    subscription: Some(subscription),
+                    do_not_cache: work.do_not_cache,
+                    stage: snapshot.stage,
+                    run_stage: snapshot.run_stage.map(|(stage, _)| stage),
+                    may_be_cancelled: false,
+                    completed: 0,
+                    cached,
+                };
+                self.known.insert(id, known);
+            }
+            Err(Error::Exhausted { .. }) => assert!(
+                waiting >= self.ledger.settings.queue_size
+                    || before >= self.ledger.settings.unfinished_operations
+            ),
+            Err(Error::Precondition(_)) => assert_eq!(work.platform, Some("amiga")),
+            Err(Error::Unavailable(_)) => assert!(!self.closed.is_empty()),
+            Err(other) => panic!("unexpected {other:?}"),
+        }
+    }
+
+    fn send_checks(&mut self) {
+        while let Some(check) = self.ledger.next_check() {
+            self.checks.push(check.task);
+        }
+        assert!(self.checks.len() <= self.ledger.settings.concurrent_checks);
+    }
+
+    fn answer_check(&mut self) {
+        if self.checks.is_empty() {
+            return;
+        }
+        let task = self.checks.swap_remove(self.random.below(self.checks.len()));
+        let missing = Error::MissingBlobs(vec![Digest::empty(crate::digest::DigestFunction::Sha256)]);
+        let result = if self.random.chance(10) { Err(missing) } else { Ok(()) };
+        self.ledger.inputs_checked(task, result, self.now);
+    }
+
+    fn assign(&mut self) {
+        // The least place of a ready task that has a free pool: what has to come next.
+        let next = |ledger: &Ledger| {
+            let ready = ledger.tasks.iter().filter(|(_, task)| task.step == Step::Ready);
+            let runnable = ready.filter(|(_, task)| ledger.slots.has_free(&task.pools));
+            runnable.map(|(id, task)| task.place(*id)).min().map(|place| place.task)
+        };
+        for _ in 0..=self.random.below(3) {
+            let expected = next(&self.ledger);
+            let assignment = self.ledger.assign(self.now);
+            assert_eq!(assignment.as_ref().map(|a| a.task), expected, "priority, then first in, first out");
+            let Some(assignment) = assignment else { return };
+            let slot = (assignment.pool, assignment.slot);
+            assert!(!self.closed.contains(&assignment.pool), "a closed pool gets no work");
+            assert!(assignment.slot.0 < POOLS[assignment.pool].0, "only slots that there are");
+            let out = Out { task: assignment.task, cancel: assignment.cancel, stage: None };
+            assert!(self.runs.insert(slot, out).is_none(), "slot {slot:?} is given out twice");
+        }
+    }
+
+    fn pick_run(&mut self) -> Option<(usize, SlotId)> {
+        let slots: Vec<_> = self.runs.keys().copied().collect();
+        self.random.pick(&slots)
+    }
+
+    fn report_stage(&mut self) {
+        let Some(slot) = self.pick_run() else { return };
+        // Repeated and late news are part of the game.
+        let stages = [RunStage::Fetching, RunStage::Running, RunStage::Uploading];
+        let stage = self.random.pick(&stages).unwrap();
+        let out = self.runs.get_mut(&slot).unwrap();
+        out.stage = out.stage.max(Some(stage));
+        self.ledger.stage_reached(StageReached { task: out.task, stage, at: self.now.wall });
+    }
+
+    fn end_run(&mut self) {
+        let Some(slot) = self.pick_run() else { return };
+        let out = self.runs.remove(&slot).unwrap();
+        let failure = |error, retryable| Err(RunFailure { error, partial: None, retryable });
+        let end = match self.random.below(20) {
+            0..12 if out.cancel.is_cancelled() => {
+                RunEnd::Reported(failure(Error::Cancelled("stopped".into()), false))
+            }
+            0..12 => {
+                RunEnd::Reported(Ok(Box::new(RunResult { result: Default::default(), message: "".into() })))
+            }
+            12..14 => RunEnd::Reported(failure(Error::DeadlineExceeded("too slow".into()), false)),
+            14..17 => RunEnd::Reported(failure(Error::internal("bad luck"), true)),
+            _ => {
+                let pool_closed = self.random.chance(3) || self.closed.contains(&slot.0);
+                if pool_closed {
+                    self.closed.insert(slot.0);
+                }
+                RunEnd::Lost { pool_closed }
+            }
+        };
+        self.ledger.finish(out.task, end, self.now);
+    }
+
+    fn pick_operation(&mut self) -> Option<OperationId> {
+        let ids: Vec<_> = self.known.keys().copied().collect();
+        self.random.pick(&ids)
+    }
+
+    fn cancel(&mut self) {
+        let Some(id) = self.pick_operation() else { return };
+        let result = self.ledger.cancel(&instance(), id, self.now);
+        let known = self.known.get_mut(&id).unwrap();
+        known.may_be_cancelled = true;
+        assert!(result.is_ok() || known.stage == Stage::Completed, "only finished operations are forgotten");
+    }
+
+    fn lose_client(&mut self) {
+        if let Some(id) = self.pick_operation() {
+            let known = self.known.get_mut(&id).unwrap();
+            known.subscription = None;
+            known.may_be_cancelled = true;
+        }
+    }
+
+    fn watch(&mut self) {
+        let Some(id) = self.pick_operation() else { return };
+        if let Ok(subscription) = self.ledger.watch(&instance(), id) {
+            self.known.get_mut(&id).unwrap().subscription = Some(subscription);
+        }
+    }
+
+    fn forget(&mut self) {
+        let Some(id) = self.pick_operation() else { return };
+        match self.ledger.forget(&instance(), id) {
+            Ok(()) => assert!(self.retained.remove(&id), "forgot what was not finished"),
+            Err(Error::Precondition(_)) => assert_ne!(self.known[&id].stage, Stage::Completed),
+            Err(Error::NotFound(_)) => {}
+            Err(other) => panic!("unexpected {other:?}"),
+        }
+    }
+
+    fn advance(&mut self, by: Duration) {
+        self.now = Moment { at: self.now.at + by, wall: self.now.wall + by };
+        self.ledger.tick(self.now);
+    }
+
+    /// What holds after every step.
+    fn check(&mut self) {
+        for Transition { info, event, .. } in self.ledger.take_transitions() {
+            let known = self.known.get_mut(&info.id).expect("a transition of an operation that was refused");
+            assert_eq!(known.completed, 0, "nothing happens after the end");
+            match event {
+                Event::Queued { joined } => {
+                    assert!(!(joined && known.do_not_cache), "uncacheable work is never merged (EXE-15)");
+                    assert!(known.stage == Stage::Queued);
+                }
+                Event::Executing { attempt, .. } => {
+                    assert!(attempt >= 1 && attempt <= self.ledger.settings.max_attempts);
+                    (known.stage, known.run_stage) = (Stage::Executing, None);
+                }
+                Event::Requeued { .. } => {
+                    assert_eq!(known.stage, Stage::Executing, "only running work is requeued");
+                    (known.stage, known.run_stage) = (Stage::Queued, None);
+                }
+                Event::Completed { outcome, .. } => {
+                    known.completed += 1;
+                    known.stage = Stage::Completed;
+                    assert_eq!(outcome.cached, known.cached);
+                    assert!(outcome.result.is_some() || outcome.error.is_some());
+                    assert!(
+                        known.may_be_cancelled || !matches!(outcome.error, Some(Error::Cancelled(_))),
+                        "cancelled by somebody else (OPS-04)"
+                    );
+                    self.retained.insert(info.id);
+                }
+            }
+        }
+        for known in self.known.values_mut() {
+            let Some(subscription) = &known.subscription else { continue };
+            let snapshot = subscription.snapshots.borrow();
+            assert_eq!(snapshot.stage, known.stage, "a subscriber sees each transition");
+            assert_eq!(snapshot.outcome.is_some(), snapshot.stage == Stage::Completed);
+            let run_stage = snapshot.run_stage.map(|(stage, _)| stage);
+            assert!(snapshot.stage == Stage::Completed || run_stage >= known.run_stage, "a step back");
+            known.run_stage = run_stage;
+        }
+        let ledger = &self.ledger;
+        let settings = &ledger.settings;
+        assert_eq!(ledger.runs.len(), self.runs.len(), "every run is out, and every one out is known");
+        let waiting = ledger.tasks.values().filter(|task| task.step != Step::Running).count();
+        assert_eq!(ledger.waiting, waiting);
+        assert!(waiting <= settings.queue_size + POOLS.iter().map(|pool| pool.0).sum::<usize>());
+        let unfinished: usize = ledger.tasks.values().map(|task| task.waiters.len()).sum();
+        assert_eq!(ledger.register.unfinished(), unfinished, "each operation waits for one task");
+        assert!(unfinished <= settings.unfinished_operations);
+        assert!(ledger.tasks.values().all(|task| !task.waiters.is_empty()));
+        assert!(ledger.joinable.values().all(|id| ledger.tasks.contains_key(id)));
+        let bound = settings.retained_operations + settings.retained_cached;
+        assert!(ledger.register.len() <= unfinished + bound, "what is remembered is bounded");
+        for out in self.runs.values() {
+            let wanted = ledger.tasks.contains_key(&out.task);
+            assert_ne!(
+                wanted,
+                out.cancel.is_cancelled(),
+                "a run is stopped exactly when nobody waits for it"
+            );
+        }
+    }
+
+    /// Nothing new comes, workers answer, clocks go on: everything ends.
+    fn rest(&mut self) {
+        self.ledger.drain(self.random.chance(30), self.now);
+        self.check_drained();
+        for _ in 0..100 {
+            self.send_checks();
+            self.answer_check();
+            self.assign();
+            self.end_run();
+            self.advance(Duration::from_secs(1));
+            self.check();
+        }
+        // Some workers are never heard of again.
+        self.advance(Duration::from_secs(100_000));
+        self.check();
+        assert!(self.ledger.is_idle());
+        assert!(self.known.values().all(|known| known.completed == 1), "every operation ends, once");
+        for known in self.known.values() {
+            let Some(subscription) = &known.subscription else { continue };
+            assert!(subscription.snapshots.borrow().outcome.is_some(), "every subscriber hears of the end");
+        }
+        assert_eq!(self.ledger.register.len(), 0, "nothing is remembered for ever");
+        let query =
+            ListOperations { instance: instance(), filter: OperationFilter::default(), after: 0, limit: 10 };
+        assert!(self.ledger.list(&query).operations.is_empty());
+    }
+
+    fn check_drained(&mut self) {
+        let work = Work { name: 1, do_not_cache: false, platform: None };
+        let id = OperationId(uuid::Uuid::from_u128(0));
+        let refused = self.ledger.admit(submit(&work), resolution(&work, true), id, self.now);
+        assert!(matches!(refused, Err(Error::Unavailable(_))));
+    }
+}

@@ -1,0 +1,561 @@
+//! What the ledger promises, in sentences.
+
+use super::*;
+use crate::{
+    action::{Command, DirectoryFormat},
+    actors::{
+        scheduler::{
+            messages::OperationFilter,
+            operation::{ClientInfo, Inline},
+        },
+        worker::messages::{RunFailure, RunReport, RunResult, StageReached},
+    },
+    digest::DigestFunction,
+    instance::Instances,
+    path::RootPath,
+    proto::reapi,
+};
+
+/// An action for tests: its name is what its digest depends on.
+#[derive(Clone, Copy)]
+pub(in crate::actors::scheduler) struct Work {
+    pub name: u64,
+    pub do_not_cache: bool,
+    pub platform: Option<&'static str>,
+}
+
+pub(in crate::actors::scheduler) fn work(name: u64) -> Work {
+    Work { name, do_not_cache: false, platform: None }
+}
+
+pub(in crate::actors::scheduler) fn instance() -> Instance {
+    Instances::new([""]).unwrap().get("").unwrap()
+}
+
+fn digest(work: &Work) -> Digest {
+    DigestFunction::Sha256.digest(&work.name.to_le_bytes())
+}
+
+pub(in crate::actors::scheduler) fn submit(work: &Work) -> Submit {
+    Submit {
+        instance: instance(),
+        action: digest(work),
+        skip_cache_lookup: false,
+        priority: 0,
+        inline: Inline::default(),
+        client: ClientInfo::default(),
+    }
+}
+
+pub(in crate::actors::scheduler) fn resolution(work: &Work, cached: bool) -> Resolution {
+    if cached {
+        return Resolution::Cached(Arc::new(reapi::ActionResult::default()));
+    }
+    let command = Command {
+        arguments: vec!["true".into()],
+        environment: vec![],
+        working_directory: RootPath::root(),
+        outputs: vec![],
+        report_mtime: false,
+        report_unix_mode: false,
+        directory_format: DirectoryFormat::default(),
+    };
+    Resolution::Run(Arc::new(Action {
+        instance: instance(),
+        digest: digest(work),
+        command,
+        input_root: Digest::empty(DigestFunction::Sha256),
+        timeout: Duration::from_secs(100),
+        do_not_cache: work.do_not_cache,
+        platform: work.platform.map(|value| ("OSFamily".into(), value.into())).into_iter().collect(),
+    }))
+}
+
+pub(in crate::actors::scheduler) fn settings() -> SchedulerSettings {
+    SchedulerSettings {
+        queue_timeout: Duration::from_secs(3600),
+        transfer_timeout: Duration::from_secs(1000),
+        ..SchedulerSettings::default()
+    }
+}
+
+pub(in crate::actors::scheduler) fn ledger_with(
+    settings: SchedulerSettings,
+    pools: &[(usize, &str)],
+) -> Ledger {
+    let pool = |&(slots, family): &(usize, &str)| PoolSpec {
+        name: format!("pool-{family}"),
+        slots,
+        platform: BTreeMap::from([("OSFamily".into(), family.into())]),
+    };
+    Ledger::new(settings, pools.iter().map(pool).collect())
+}
+
+/// A ledger with a clock, and shorthands for what its world does.
+struct Desk {
+    ledger: Ledger,
+    now: Moment,
+    next_id: u128,
+}
+
+impl Desk {
+    fn new(slots: usize, settings: SchedulerSettings) -> Self {
+        Self { ledger: ledger_with(settings, &[(slots, "linux")]), now: Moment::now(), next_id: 1 }
+    }
+
+    fn try_submit(&mut self, submit: Submit, resolution: Resolution) -> Result<Subscription> {
+        let id = OperationId(uuid::Uuid::from_u128(self.next_id));
+        self.next_id += 1;
+        self.ledger.admit(submit, resolution, id, self.now)
+    }
+
+    fn submit(&mut self, work: Work) -> Subscription {
+        self.submit_at(work, 0)
+    }
+
+    fn submit_at(&mut self, work: Work, priority: i32) -> Subscription {
+        self.try_submit(Submit { priority, ..submit(&work) }, resolution(&work, false)).unwrap()
+    }
+
+    fn hit(&mut self, work: Work) -> Subscription {
+        self.try_submit(submit(&work), resolution(&work, true)).unwrap()
+    }
+
+    /// Has everything checked and assigned.
+    fn dispatch(&mut self) -> Vec<Assignment> {
+        while let Some(check) = self.ledger.next_check() {
+            self.ledger.inputs_checked(check.task, Ok(()), self.now);
+        }
+        std::iter::from_fn(|| self.ledger.assign(self.now)).collect()
+    }
+
+    fn dispatch_one(&mut self) -> Assignment {
+        let mut assignments = self.dispatch();
+        assert_eq!(assignments.len(), 1);
+        assignments.pop().unwrap()
+    }
+
+    fn finish(&mut self, task: TaskId, report: RunReport) {
+        self.ledger.finish(task, RunEnd::Reported(report), self.now);
+    }
+
+    fn cancel(&mut self, subscription: &Subscription) {
+        self.ledger.cancel(&instance(), subscription.info.id, self.now).unwrap();
+    }
+
+    fn after(&mut self, seconds: u64) -> Vec<RunPlace> {
+        let by = Duration::from_secs(seconds);
+        self.now = Moment { at: self.now.at + by, wall: self.now.wall + by };
+        self.ledger.tick(self.now)
+    }
+}
+
+fn success() -> RunReport {
+    Ok(Box::new(RunResult { result: reapi::ActionResult::default(), message: String::new() }))
+}
+
+fn stage(subscription: &Subscription) -> Stage {
+    subscription.snapshots.borrow().stage
+}
+
+fn outcome(subscription: &Subscription) -> Arc<Outcome> {
+    subscription.snapshots.borrow().outcome.clone().expect("the operation is over")
+}
+
+fn error(subscription: &Subscription) -> Error {
+    outcome(subscription).error.clone().expect("the operation failed")
+}
+
+/// EXE-16.
+#[test]
+fn a_cache_hit_is_born_completed_and_takes_no_slot_and_no_room_in_the_queue() {
+    let mut desk = Desk::new(1, SchedulerSettings { queue_size: 0, ..settings() });
+    let hit = desk.hit(work(1));
+    assert!(outcome(&hit).cached);
+    assert!(desk.dispatch().is_empty());
+    assert!(desk.ledger.watch(&instance(), hit.info.id).is_ok());
+}
+
+/// EXE-14.
+#[test]
+fn a_flood_of_hits_does_not_push_out_results_that_took_work() {
+    let mut desk =
+        Desk::new(1, SchedulerSettings { retained_operations: 2, retained_cached: 3, ..settings() });
+    let worked = desk.submit(work(0));
+    let task = desk.dispatch_one().task;
+    desk.finish(task, success());
+    let hits: Vec<_> = (1..100).map(|name| desk.hit(work(name))).collect();
+    assert!(desk.ledger.watch(&instance(), worked.info.id).is_ok());
+    assert!(desk.ledger.watch(&instance(), hits[98].info.id).is_ok());
+    assert!(matches!(desk.ledger.watch(&instance(), hits[0].info.id), Err(Error::NotFound(_))));
+    assert_eq!(desk.ledger.inspect().operations, 4);
+}
+
+/// EXE-15, OPS-04, and fault 12 of the list of asks.
+#[test]
+fn two_hundred_identical_submissions_are_one_run_and_two_hundred_answers() {
+    let mut desk = Desk::new(4, settings());
+    let mut all: Vec<_> = (0..100).map(|_| desk.submit(work(1))).collect();
+    let assignment = desk.dispatch_one();
+    all.extend((0..100).map(|_| desk.submit(work(1))));
+    assert!(desk.dispatch().is_empty(), "there is nothing more to run");
+    assert!(all.iter().all(|subscription| stage(subscription) == Stage::Executing));
+    let (first, last) = (all.remove(0), all.pop().unwrap());
+    desk.cancel(&first);
+    desk.cancel(&last);
+    assert!(matches!(error(&first), Error::Cancelled(_)));
+    assert!(!assignment.cancel.is_cancelled(), "the others still wait");
+    desk.finish(assignment.task, success());
+    assert!(all.iter().all(|subscription| outcome(subscription).error.is_none()));
+    let shared = outcome(&all[0]);
+    assert!(all.iter().all(|subscription| Arc::ptr_eq(&outcome(subscription), &shared)));
+}
+
+/// EXE-15, EXE-17, EXE-19.
+#[test]
+fn uncacheable_work_is_never_merged_and_skipping_the_cache_still_joins() {
+    let mut desk = Desk::new(9, settings());
+    let uncacheable = Work { do_not_cache: true, ..work(1) };
+    let _two = (desk.submit(uncacheable), desk.submit(uncacheable));
+    assert_eq!(desk.dispatch().len(), 2);
+    let _first = desk.submit(work(2));
+    let skipping = Submit { skip_cache_lookup: true, ..submit(&work(2)) };
+    let _second = desk.try_submit(skipping, resolution(&work(2), false)).unwrap();
+    assert_eq!(desk.dispatch().len(), 1);
+}
+
+#[test]
+fn lower_priority_values_run_first_and_equals_in_order_of_arrival() {
+    let mut desk = Desk::new(1, settings());
+    let _busy = desk.submit(work(0));
+    let mut running = desk.dispatch_one();
+    let _waiting =
+        [(1, 0), (2, 5), (3, 0), (4, -3)].map(|(name, priority)| desk.submit_at(work(name), priority));
+    let urgent = desk.submit_at(work(2), -9);
+    let mut order = Vec::new();
+    for _ in 0..4 {
+        desk.finish(running.task, success());
+        running = desk.dispatch_one();
+        order.push((1..=4).find(|name| digest(&work(*name)) == running.action.digest).unwrap());
+        if order.len() == 1 {
+            assert_eq!(stage(&urgent), Stage::Executing, "joining raised the priority of what it joined");
+        }
+    }
+    assert_eq!(order, [2, 4, 1, 3]);
+}
+
+#[test]
+fn a_task_falls_back_to_the_priority_of_those_who_still_wait_for_it() {
+    let mut desk = Desk::new(1, settings());
+    let _busy = desk.submit(work(0));
+    let running = desk.dispatch_one();
+    let _slow = desk.submit_at(work(1), 5);
+    let urgent = desk.submit_at(work(1), -9);
+    let _normal = desk.submit_at(work(2), 0);
+    assert!(desk.dispatch().is_empty());
+    desk.cancel(&urgent);
+    desk.finish(running.task, success());
+    assert_eq!(desk.dispatch_one().action.digest, digest(&work(2)));
+}
+
+/// GEN-21, and EXE-09: refused before an operation exists.
+#[test]
+fn a_full_queue_refuses_new_work_but_not_hits_nor_what_joins() {
+    let mut desk = Desk::new(1, SchedulerSettings { queue_size: 2, unfinished_operations: 4, ..settings() });
+    let _running = desk.submit(work(0));
+    assert_eq!(desk.dispatch().len(), 1);
+    let _queued = (desk.submit(work(1)), desk.submit(work(2)));
+    let refusal = desk.try_submit(submit(&work(3)), resolution(&work(3), false)).unwrap_err();
+    assert!(matches!(&refusal, Error::Exhausted { retry_after: Some(_), .. }), "{refusal}");
+    desk.hit(work(3));
+    let _joined = desk.submit(work(2));
+    let too_many = desk.try_submit(submit(&work(2)), resolution(&work(2), false)).unwrap_err();
+    assert!(matches!(too_many, Error::Exhausted { retry_after: Some(_), .. }), "joining is bounded too");
+    assert_eq!(desk.ledger.inspect().queued, 2);
+}
+
+/// EXE-31.
+#[test]
+fn work_that_no_pool_can_take_is_refused_with_the_nearest_pool_and_the_difference() {
+    let mut desk = Desk::new(1, settings());
+    let lost = Work { platform: Some("plan9"), ..work(1) };
+    let refusal = desk.try_submit(submit(&lost), resolution(&lost, false)).unwrap_err();
+    let Error::Precondition(message) = refusal else { panic!("{refusal:?}") };
+    for part in ["pool-linux", "OSFamily", "plan9", "linux"] {
+        assert!(message.contains(part), "{message}");
+    }
+    let _spelled_otherwise = desk.submit(Work { platform: Some("Linux"), ..work(2) });
+    let Resolution::Run(action) = resolution(&work(3), false) else { unreachable!() };
+    let silo = Action { platform: vec![("cache-silo-key".into(), "x".into())], ..(*action).clone() };
+    let _unlisted = desk.try_submit(submit(&work(3)), Resolution::Run(Arc::new(silo))).unwrap();
+}
+
+/// EXE-22, EXE-25, EXE-26.
+#[test]
+fn missing_inputs_end_a_task_before_it_takes_a_slot() {
+    let mut desk = Desk::new(1, settings());
+    let operation = desk.submit(work(1));
+    assert_eq!(stage(&operation), Stage::Queued, "the answer does not wait for the check (EXE-01)");
+    let check = desk.ledger.next_check().unwrap();
+    assert!(desk.ledger.assign(desk.now).is_none(), "not before its inputs are there");
+    let missing = Error::MissingBlobs(vec![check.root]);
+    desk.ledger.inputs_checked(check.task, Err(missing.clone()), desk.now);
+    assert_eq!(error(&operation), missing);
+    let _again = desk.submit(work(1));
+    assert_eq!(desk.dispatch().len(), 1, "another try is another task");
+}
+
+/// EXE-04, EXE-06.
+#[test]
+fn snapshots_follow_the_run_and_late_news_of_it_is_ignored() {
+    let mut desk = Desk::new(1, settings());
+    let operation = desk.submit(work(1));
+    let task = desk.dispatch_one().task;
+    let at = desk.now.wall;
+    for (news, shown) in [
+        (RunStage::Fetching, RunStage::Fetching),
+        (RunStage::Uploading, RunStage::Uploading),
+        (RunStage::Running, RunStage::Uploading),
+    ] {
+        desk.ledger.stage_reached(StageReached { task, stage: news, at });
+        assert_eq!(operation.snapshots.borrow().run_stage, Some((shown, at)));
+    }
+    let late = desk.submit(work(1));
+    assert_eq!(late.snapshots.borrow().run_stage, Some((RunStage::Uploading, at)), "who joins sees the same");
+    desk.finish(task, success());
+    desk.ledger.stage_reached(StageReached { task, stage: RunStage::Uploading, at });
+    assert_eq!(stage(&operation), Stage::Completed);
+}
+
+/// EXE-62.
+#[test]
+fn a_lost_worker_means_another_try_in_the_old_place_and_not_for_ever() {
+    let mut desk = Desk::new(1, SchedulerSettings { max_attempts: 3, ..settings() });
+    let (operation, _behind) = (desk.submit(work(1)), desk.submit(work(2)));
+    let first = desk.dispatch_one();
+    for attempt in 1..3 {
+        assert_eq!(stage(&operation), Stage::Executing);
+        let end = match attempt {
+            1 => RunEnd::Lost { pool_closed: false },
+            _ => RunEnd::Reported(Err(RunFailure {
+                error: Error::internal("no file descriptors"),
+                partial: None,
+                retryable: true,
+            })),
+        };
+        desk.ledger.finish(first.task, end, desk.now);
+        assert_eq!(stage(&operation), Stage::Queued);
+        assert_eq!(desk.dispatch_one().task, first.task, "it does not go to the end of the queue");
+    }
+    desk.ledger.finish(first.task, RunEnd::Lost { pool_closed: false }, desk.now);
+    assert!(matches!(error(&operation), Error::Unavailable(_)));
+    assert_eq!(desk.dispatch_one().action.digest, digest(&work(2)), "the slot serves the next one");
+}
+
+/// EXE-45.
+#[test]
+fn a_fault_of_the_command_is_no_reason_to_try_again_and_its_logs_are_kept() {
+    let mut desk = Desk::new(1, settings());
+    let operation = desk.submit(work(1));
+    let task = desk.dispatch_one().task;
+    let late = Error::DeadlineExceeded("ran for 1 s".into());
+    let logs = reapi::ActionResult { stdout_raw: b"hi".to_vec().into(), ..Default::default() };
+    let failure = RunFailure { error: late.clone(), partial: Some(Box::new(logs.clone())), retryable: false };
+    desk.finish(task, Err(failure));
+    assert_eq!(error(&operation), late);
+    assert_eq!(outcome(&operation).result.as_deref(), Some(&logs));
+}
+
+/// EXE-62.
+#[test]
+fn a_pool_whose_workers_are_all_gone_ends_what_only_it_could_run() {
+    let mut desk = Desk::new(2, settings());
+    let operations = [1, 2, 3].map(|name| desk.submit(work(name)));
+    let tasks: Vec<_> = desk.dispatch().into_iter().map(|assignment| assignment.task).collect();
+    for task in tasks {
+        desk.ledger.finish(task, RunEnd::Lost { pool_closed: true }, desk.now);
+    }
+    assert!(operations.iter().all(|operation| matches!(error(operation), Error::Unavailable(_))));
+    let refusal = desk.try_submit(submit(&work(4)), resolution(&work(4), false)).unwrap_err();
+    assert!(matches!(refusal, Error::Unavailable(_)));
+    assert_eq!(desk.ledger.inspect().slots, 0);
+}
+
+/// OPS-03.
+#[test]
+fn cancelling_the_last_operation_stops_the_task_and_the_slot_waits_for_the_worker() {
+    let mut desk = Desk::new(1, settings());
+    let running = desk.submit(work(1));
+    let assignment = desk.dispatch_one();
+    let queued = desk.submit(work(2));
+    desk.cancel(&queued);
+    desk.cancel(&running);
+    assert!(matches!((error(&running), error(&queued)), (Error::Cancelled(_), Error::Cancelled(_))));
+    assert!(assignment.cancel.is_cancelled());
+    let again = desk.submit(work(1));
+    assert_eq!(stage(&again), Stage::Queued, "a dying run is not joined");
+    assert!(desk.dispatch().is_empty(), "its slot is not free yet");
+    desk.finish(assignment.task, success());
+    assert_eq!(desk.dispatch().len(), 1);
+    desk.cancel(&running);
+    let unknown = OperationId(uuid::Uuid::from_u128(999));
+    assert!(matches!(desk.ledger.cancel(&instance(), unknown, desk.now), Err(Error::NotFound(_))));
+}
+
+/// EXE-14, and fault 31 of the list of asks.
+#[test]
+fn work_that_nobody_follows_stops_after_the_grace_unless_somebody_comes_back() {
+    let grace = settings().abandon_grace.as_secs();
+    let mut desk = Desk::new(2, settings());
+    let (lost, rescued) = (desk.submit(work(1)).info, desk.submit(work(2)).info);
+    let assignments = desk.dispatch();
+    desk.after(1);
+    desk.after(grace - 1);
+    let follower = desk.ledger.watch(&instance(), rescued.id).unwrap();
+    desk.after(1);
+    let cancelled: Vec<_> = assignments.iter().map(|assignment| assignment.cancel.is_cancelled()).collect();
+    assert_eq!(cancelled, [true, false]);
+    assert!(matches!(error(&desk.ledger.watch(&instance(), lost.id).unwrap()), Error::Cancelled(_)));
+    drop(follower);
+    desk.after(1);
+    desk.after(grace - 1);
+    assert!(!assignments[1].cancel.is_cancelled(), "the grace starts anew with each loss");
+    desk.after(1);
+    assert!(assignments[1].cancel.is_cancelled());
+}
+
+#[test]
+fn a_task_that_waits_too_long_ends_with_an_error_that_is_not_taken_for_a_slow_command() {
+    let mut desk = Desk::new(0, SchedulerSettings { concurrent_checks: 0, ..settings() });
+    desk.ledger.slots =
+        Slots::new(vec![PoolSpec { name: "busy".into(), slots: 1, platform: BTreeMap::new() }]);
+    let operation = desk.submit(work(1));
+    desk.after(3599);
+    assert_eq!(stage(&operation), Stage::Queued);
+    desk.after(1);
+    assert!(matches!(error(&operation), Error::Exhausted { retry_after: Some(_), .. }));
+}
+
+/// EXE-62, and fault 9 of the list of asks.
+#[test]
+fn a_run_that_never_answers_is_given_up_but_its_slot_is_not_used_meanwhile() {
+    let mut desk = Desk::new(1, settings());
+    let operation = desk.submit(work(1));
+    let assignment = desk.dispatch_one();
+    // Twice the transfer limit, the action's own timeout, and the slack.
+    let limit = 2 * 1000 + 100 + settings().run_slack.as_secs();
+    assert!(desk.after(limit - 1).is_empty());
+    assert_eq!(stage(&operation), Stage::Executing);
+    assert_eq!(desk.after(1).len(), 1);
+    assert!(matches!(error(&operation), Error::Unavailable(_)));
+    assert!(assignment.cancel.is_cancelled());
+    let _next = desk.submit(work(2));
+    assert!(desk.dispatch().is_empty());
+    assert_eq!((desk.ledger.inspect().slots, desk.after(1).len()), (0, 0), "it is reported once");
+    desk.finish(assignment.task, success());
+    assert_eq!(desk.dispatch().len(), 1, "a worker that answers after all is welcome back");
+    assert!(matches!(error(&operation), Error::Unavailable(_)), "but its answer comes too late");
+}
+
+/// EXE-12, EXE-13, EXE-14.
+#[test]
+fn finished_operations_are_remembered_for_a_time_and_in_a_number_that_are_bounded() {
+    let mut desk = Desk::new(1, SchedulerSettings { retained_operations: 2, ..settings() });
+    let mut done = Vec::new();
+    for name in 1..=3 {
+        done.push(desk.submit(work(name)).info);
+        let task = desk.dispatch_one().task;
+        desk.finish(task, success());
+        desk.after(100);
+    }
+    let is_known = |desk: &mut Desk, index: usize| {
+        let late = desk.ledger.watch(&instance(), done[index].id);
+        late.is_ok_and(|late| outcome(&late).error.is_none())
+    };
+    assert!(!is_known(&mut desk, 0), "the oldest had to go");
+    assert!(is_known(&mut desk, 1) && is_known(&mut desk, 2));
+    desk.after(399);
+    assert!(is_known(&mut desk, 1));
+    desk.after(1);
+    assert!(!is_known(&mut desk, 1) && is_known(&mut desk, 2), "ten minutes are over for one of them");
+}
+
+/// GEN-15.
+#[test]
+fn an_operation_is_unknown_under_another_instance() {
+    let other = Instances::new(["", "b"]).unwrap().get("b").unwrap();
+    let mut desk = Desk::new(1, settings());
+    let id = desk.submit(work(1)).info.id;
+    assert!(matches!(desk.ledger.watch(&other, id), Err(Error::NotFound(_))));
+    assert!(matches!(desk.ledger.cancel(&other, id, desk.now), Err(Error::NotFound(_))));
+    assert!(matches!(desk.ledger.forget(&other, id), Err(Error::NotFound(_))));
+    let query = ListOperations { instance: other, filter: OperationFilter::default(), after: 0, limit: 9 };
+    assert!(desk.ledger.list(&query).operations.is_empty());
+}
+
+#[test]
+fn deleting_forgets_finished_operations_only() {
+    let mut desk = Desk::new(1, settings());
+    let id = desk.submit(work(1)).info.id;
+    assert!(matches!(desk.ledger.forget(&instance(), id), Err(Error::Precondition(_))));
+    desk.ledger.cancel(&instance(), id, desk.now).unwrap();
+    desk.ledger.forget(&instance(), id).unwrap();
+    assert!(matches!(desk.ledger.forget(&instance(), id), Err(Error::NotFound(_))));
+}
+
+#[test]
+fn pages_list_every_matching_operation_once_in_order_of_submission() {
+    let mut desk = Desk::new(1, settings());
+    let keep: Vec<_> = (0..7)
+        .map(|name| {
+            let client = ClientInfo { target_id: format!("//t:{}", name % 2), ..Default::default() };
+            let submit = Submit { client, ..submit(&work(name)) };
+            desk.try_submit(submit, resolution(&work(name), false)).unwrap()
+        })
+        .collect();
+    desk.cancel(&keep[4]);
+    let list = |filter: OperationFilter, limit| {
+        let (mut ids, mut after) = (Vec::new(), 0);
+        loop {
+            let page = desk.ledger.list(&ListOperations {
+                instance: instance(),
+                filter: filter.clone(),
+                after,
+                limit,
+            });
+            assert!(page.operations.len() <= limit);
+            ids.extend(page.operations.iter().map(|(info, _)| info.id.0.as_u128()));
+            match page.next {
+                Some(next) => after = next,
+                None => return ids,
+            }
+        }
+    };
+    assert_eq!(list(OperationFilter::default(), 2), [1, 2, 3, 4, 5, 6, 7]);
+    let target = OperationFilter { target: Some("//t:0".into()), ..Default::default() };
+    assert_eq!(list(target.clone(), 1), [1, 3, 5, 7]);
+    assert_eq!(list(OperationFilter { done: Some(true), ..target.clone() }, 1), [5]);
+    assert_eq!(list(OperationFilter { stage: Some(Stage::Queued), ..target }, 9), [1, 3, 7]);
+    assert!(list(OperationFilter { invocation: Some("x".into()), ..Default::default() }, 9).is_empty());
+}
+
+/// EXE-10.
+#[test]
+fn draining_refuses_new_work_finishes_the_rest_or_ends_it_retryably() {
+    let mut desk = Desk::new(1, settings());
+    let (running, queued) = (desk.submit(work(1)), desk.submit(work(2)));
+    let first = desk.dispatch_one();
+    desk.ledger.drain(false, desk.now);
+    let refusal = desk.try_submit(submit(&work(1)), resolution(&work(1), true)).unwrap_err();
+    assert!(matches!(refusal, Error::Unavailable(_)));
+    desk.finish(first.task, success());
+    assert!(outcome(&running).error.is_none());
+    let second = desk.dispatch_one();
+    desk.ledger.drain(true, desk.now);
+    assert!(matches!(error(&queued), Error::Unavailable(_)));
+    assert!(second.cancel.is_cancelled());
+    assert!(!desk.ledger.is_idle(), "the command still has to be killed");
+    let stop_grace = settings().stop_grace.as_secs();
+    desk.after(stop_grace);
+    assert!(desk.ledger.is_idle(), "but nobody waits for ever");
+}

@@ -1,0 +1,151 @@
+//! One log line per [`Transition`]. The only place where the scheduler's events and fields get their names.
+
+use super::transition::{Event, Phases, RunPlace, Transition};
+use crate::error::Error;
+use log::{
+    Level, Record,
+    kv::{ToValue, Value},
+};
+use std::time::Duration;
+
+/// The target of every line of this room.
+pub const TARGET: &str = "gorego::scheduler";
+
+/// An operation was admitted and waits.
+pub const OPERATION_QUEUED: &str = "operation_queued";
+/// A worker has an operation's task.
+pub const OPERATION_EXECUTING: &str = "operation_executing";
+/// A worker failed; the operation waits again.
+pub const OPERATION_REQUEUED: &str = "operation_requeued";
+/// An operation ended; the only line of a cache hit.
+pub const OPERATION_COMPLETED: &str = "operation_completed";
+/// A run neither ends nor stops; its slot is out of service.
+pub const SLOT_STUCK: &str = "slot_stuck";
+/// The scheduler takes no more work.
+pub const DRAINING: &str = "scheduler_draining";
+
+/// Logs a transition.
+pub fn transition(transition: &Transition) {
+    let level = match &transition.event {
+        Event::Requeued { .. } => Level::Warn,
+        _ => Level::Info,
+    };
+    if !log::log_enabled!(target: TARGET, level) {
+        return;
+    }
+    let Transition { info, priority, event } = transition;
+    let (operation, action) = (info.name(), info.action.to_string());
+    let mut line = Line::default();
+    line.set("operation", &operation);
+    line.set("action_digest", &action);
+    line.set("instance", info.instance.name());
+    line.set_text("invocation_id", &info.client.tool_invocation_id);
+    line.set_text("target_id", &info.client.target_id);
+    line.set_text("mnemonic", &info.client.action_mnemonic);
+    line.set("priority", priority);
+    match event {
+        Event::Queued { joined } => {
+            line.set("joined", joined);
+            line.write(level, OPERATION_QUEUED, "an operation waits for a worker");
+        }
+        Event::Executing { place, queued_for, attempt } => {
+            let queue_ms = millis(*queued_for);
+            line.set_place(place);
+            line.set("queue_ms", &queue_ms);
+            line.set("attempt", attempt);
+            line.write(level, OPERATION_EXECUTING, "a worker has an operation's action");
+        }
+        Event::Requeued { reason, attempt } => {
+            let error = reason.to_string();
+            line.set("attempt", attempt);
+            line.set("error_kind", kind(reason));
+            line.set("error", &error);
+            line.write(level, OPERATION_REQUEUED, "a worker failed, an operation waits again");
+        }
+        Event::Completed { outcome, place, queued_for } => {
+            // A cached result tells of the run that made it, which is not this operation's.
+            let result = outcome.result.as_ref().filter(|_| !outcome.cached);
+            let phases = result.map(|result| Phases::of(result)).unwrap_or_default();
+            let [queue_ms, fetch_ms, run_ms, upload_ms] =
+                [*queued_for, phases.fetch, phases.run, phases.upload].map(|time| time.map(millis));
+            let error = outcome.error.as_ref().map(Error::to_string);
+            line.set("cached", &outcome.cached);
+            if let Some(place) = place {
+                line.set_place(place);
+            }
+            line.set_some("queue_ms", &queue_ms);
+            line.set_some("fetch_ms", &fetch_ms);
+            line.set_some("run_ms", &run_ms);
+            line.set_some("upload_ms", &upload_ms);
+            let exit_code = outcome.result.as_ref().map(|result| result.exit_code);
+            line.set_some("exit_code", &exit_code);
+            if let Some(error) = &outcome.error {
+                line.set("error_kind", kind(error));
+            }
+            line.set_some("error", &error);
+            line.write(level, OPERATION_COMPLETED, "an operation ended");
+        }
+    }
+}
+
+/// Fields of one line. What does not apply is left out instead of being written as nothing.
+#[derive(Default)]
+struct Line<'a>(Vec<(&'static str, Value<'a>)>);
+
+impl<'a> Line<'a> {
+    fn set<T: ToValue + ?Sized>(&mut self, name: &'static str, value: &'a T) {
+        self.0.push((name, value.to_value()));
+    }
+
+    fn set_some<T: ToValue>(&mut self, name: &'static str, value: &'a Option<T>) {
+        if let Some(value) = value {
+            self.set(name, value);
+        }
+    }
+
+    fn set_text(&mut self, name: &'static str, text: &'a str) {
+        if !text.is_empty() {
+            self.set(name, text);
+        }
+    }
+
+    fn set_place(&mut self, place: &'a RunPlace) {
+        self.set("pool", &*place.pool);
+        self.set("slot", &place.slot.0);
+    }
+
+    fn write(mut self, level: Level, event: &'static str, message: &str) {
+        self.0.insert(0, ("event", Value::from(event)));
+        log::logger().log(
+            &Record::builder()
+                .target(TARGET)
+                .level(level)
+                .key_values(&self.0)
+                .args(format_args!("{message}"))
+                .build(),
+        );
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A word for the kind of an error, for counting.
+fn kind(error: &Error) -> &'static str {
+    match error {
+        Error::Invalid(_) => "invalid",
+        Error::NotFound(_) => "not_found",
+        Error::MissingBlobs(_) => "missing_blobs",
+        Error::Precondition(_) => "precondition",
+        Error::OutOfRange(_) => "out_of_range",
+        Error::Exhausted { .. } => "exhausted",
+        Error::Denied(_) => "denied",
+        Error::Unimplemented(_) => "unimplemented",
+        Error::Unavailable(_) => "unavailable",
+        Error::Cancelled(_) => "cancelled",
+        Error::DeadlineExceeded(_) => "deadline_exceeded",
+        Error::DataLoss(_) => "data_loss",
+        Error::Internal(_) => "internal",
+    }
+}

@@ -1,0 +1,347 @@
+//! The register of operations: their names, their watch cells, and how long they are remembered.
+//!
+//! Invariants: an operation is completed exactly once; one that is not completed is never forgotten; an operation is found
+//! under its own instance only (GEN-15). Changing a snapshot is what notifies subscribers, so that no update can be missed.
+//! Which operations share a task, and why one ends, is the ledger's business.
+
+use super::{
+    messages::{OperationFilter, OperationPage},
+    operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
+    settings::{Moment, SchedulerSettings},
+};
+use crate::{
+    actors::worker::messages::TaskId,
+    error::{Error, Result},
+    instance::Instance,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Bound,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::sync::watch;
+
+/// How many operations one page looks at. A filter that matches little gives short pages with a token for the next one
+/// instead of one long look that holds up everybody else's mail.
+const PAGE_SCAN: usize = 10_000;
+
+/// Every operation that is unfinished or remembered, by submission number.
+#[derive(Debug)]
+pub struct Register {
+    operations: BTreeMap<u64, Operation>,
+    numbers: HashMap<OperationId, u64>,
+    last_number: u64,
+    unfinished: usize,
+    worked: Retained,
+    cached: Retained,
+}
+
+/// One entry of the register.
+#[derive(Debug)]
+pub struct Operation {
+    /// What never changes.
+    pub info: Arc<OperationInfo>,
+    /// Lower runs sooner.
+    pub priority: i32,
+    /// When it was submitted.
+    pub queued: Instant,
+    state: State,
+    snapshot: watch::Sender<Snapshot>,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Waits for a task; since when nobody has been seen to follow it.
+    Unfinished { task: TaskId, unwatched_since: Option<Instant> },
+    /// Over, and whether its result came from the cache.
+    Finished { at: Instant, cached: bool },
+}
+
+impl Operation {
+    /// The task that it waits for; `None` once it is over.
+    pub fn task(&self) -> Option<TaskId> {
+        match self.state {
+            State::Unfinished { task, .. } => Some(task),
+            State::Finished { .. } => None,
+        }
+    }
+
+    fn matches(&self, instance: &Instance, filter: &OperationFilter) -> bool {
+        let client = &self.info.client;
+        self.info.instance == *instance
+            && filter.invocation.as_ref().is_none_or(|wanted| client.tool_invocation_id == *wanted)
+            && filter.target.as_ref().is_none_or(|wanted| client.target_id == *wanted)
+            && filter.done.is_none_or(|wanted| self.task().is_none() == wanted)
+            && filter.stage.is_none_or(|wanted| self.snapshot.borrow().stage == wanted)
+    }
+}
+
+impl Register {
+    /// Nothing in it; the settings say how much is remembered.
+    pub fn new(settings: &SchedulerSettings) -> Self {
+        Self {
+            operations: BTreeMap::new(),
+            numbers: HashMap::new(),
+            last_number: 0,
+            unfinished: 0,
+            worked: Retained::new(settings.retained_operations, settings.retention),
+            cached: Retained::new(settings.retained_cached, settings.cached_retention),
+        }
+    }
+
+    /// The number that the next operation gets; they start at 1 and ascend.
+    pub fn next_number(&self) -> u64 {
+        self.last_number + 1
+    }
+
+    /// Enters an operation that waits for a task.
+    pub fn enter(
+        &mut self,
+        info: Arc<OperationInfo>,
+        priority: i32,
+        task: TaskId,
+        snapshot: Snapshot,
+        now: Moment,
+    ) -> (u64, Subscription) {
+        self.unfinished += 1;
+        let state = State::Unfinished { task, unwatched_since: None };
+        self.insert(Operation {
+            info,
+            priority,
+            queued: now.at,
+            state,
+            snapshot: watch::Sender::new(snapshot),
+        })
+    }
+
+    /// Enters an operation that is over already.
+    pub fn enter_finished(
+        &mut self,
+        info: Arc<OperationInfo>,
+        priority: i32,
+        outcome: Arc<Outcome>,
+        now: Moment,
+    ) -> Subscription {
+        let cached = outcome.cached;
+        let snapshot = Snapshot {
+            stage: Stage::Completed,
+            queued_at: now.wall,
+            run_stage: None,
+            outcome: Some(outcome),
+        };
+        let state = State::Finished { at: now.at, cached };
+        let snapshot = watch::Sender::new(snapshot);
+        let (number, subscription) =
+            self.insert(Operation { info, priority, queued: now.at, state, snapshot });
+        self.retain(number, cached, now);
+        subscription
+    }
+
+    /// Ends an operation and tells its subscribers; `None` when it was over before.
+    pub fn complete(
+        &mut self,
+        number: u64,
+        outcome: Arc<Outcome>,
+        now: Moment,
+    ) -> Option<CompletedOperation> {
+        let operation = self.operations.get_mut(&number)?;
+        operation.task()?;
+        let cached = outcome.cached;
+        operation.state = State::Finished { at: now.at, cached };
+        operation.snapshot.send_modify(|snapshot| {
+            snapshot.stage = Stage::Completed;
+            snapshot.run_stage = None;
+            snapshot.outcome = Some(outcome);
+        });
+        let completed = CompletedOperation {
+            info: operation.info.clone(),
+            priority: operation.priority,
+            queued: operation.queued,
+        };
+        self.unfinished = self.unfinished.saturating_sub(1);
+        self.retain(number, cached, now);
+        Some(completed)
+    }
+
+    /// Changes what subscribers of an unfinished operation see.
+    pub fn update(&self, number: u64, change: impl FnOnce(&mut Snapshot)) -> Option<&Operation> {
+        let operation = self.operations.get(&number)?;
+        operation.task()?;
+        operation.snapshot.send_modify(change);
+        Some(operation)
+    }
+
+    /// The number of an operation.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none of this name in this instance (EXE-13, GEN-15).
+    pub fn find(&self, instance: &Instance, id: OperationId) -> Result<u64> {
+        let number = self.numbers.get(&id).copied();
+        let found = number.filter(|n| self.operations.get(n).is_some_and(|o| o.info.instance == *instance));
+        found.ok_or_else(|| {
+            Error::NotFound(format!(
+                "operation {} is unknown or was forgotten; execute the action again",
+                instance.qualify(&format!("operations/{id}"))
+            ))
+        })
+    }
+
+    /// The operation of this number.
+    pub fn get(&self, number: u64) -> Option<&Operation> {
+        self.operations.get(&number)
+    }
+
+    /// Follows an operation. From here on it counts as waited for.
+    pub fn subscribe(&mut self, number: u64) -> Option<Subscription> {
+        let operation = self.operations.get_mut(&number)?;
+        if let State::Unfinished { unwatched_since, .. } = &mut operation.state {
+            *unwatched_since = None;
+        }
+        Some(Subscription { info: operation.info.clone(), snapshots: operation.snapshot.subscribe() })
+    }
+
+    /// Forgets a finished operation; whether there was one.
+    pub fn forget(&mut self, number: u64) -> bool {
+        let Some(State::Finished { at, cached }) = self.operations.get(&number).map(|o| &o.state) else {
+            return false;
+        };
+        let (at, cached) = (*at, *cached);
+        self.retained(cached).remove(at, number);
+        self.remove(number);
+        true
+    }
+
+    /// Forgets what has been remembered long enough.
+    pub fn expire(&mut self, now: Moment) {
+        while let Some(number) = self.worked.pop_expired(now).or_else(|| self.cached.pop_expired(now)) {
+            self.remove(number);
+        }
+    }
+
+    /// Unfinished operations that nobody has followed for `grace`, as far as this method, called now and then, could see.
+    pub fn abandoned(&mut self, grace: Duration, now: Moment) -> Vec<u64> {
+        let mut abandoned = Vec::new();
+        for (&number, operation) in &mut self.operations {
+            let State::Unfinished { unwatched_since, .. } = &mut operation.state else { continue };
+            if operation.snapshot.receiver_count() > 0 {
+                *unwatched_since = None;
+            } else if now.since(*unwatched_since.get_or_insert(now.at)) >= grace {
+                abandoned.push(number);
+            }
+        }
+        abandoned
+    }
+
+    /// A page of an instance's operations, oldest first, from after the given number.
+    pub fn page(
+        &self,
+        instance: &Instance,
+        filter: &OperationFilter,
+        after: u64,
+        limit: usize,
+    ) -> OperationPage {
+        let mut operations = Vec::new();
+        let mut last = after;
+        let rest = self.operations.range((Bound::Excluded(after), Bound::Unbounded));
+        for (examined, (&number, operation)) in rest.enumerate() {
+            if examined == PAGE_SCAN {
+                return OperationPage { operations, next: Some(last) };
+            }
+            if operation.matches(instance, filter) {
+                if operations.len() >= limit.max(1) {
+                    return OperationPage { operations, next: Some(last) };
+                }
+                operations.push((operation.info.clone(), operation.snapshot.borrow().clone()));
+            }
+            last = number;
+        }
+        OperationPage { operations, next: None }
+    }
+
+    /// How many operations there are, remembered ones included.
+    pub fn len(&self) -> usize {
+        self.operations.len()
+    }
+
+    /// How many of them are not over.
+    pub fn unfinished(&self) -> usize {
+        self.unfinished
+    }
+
+    fn insert(&mut self, operation: Operation) -> (u64, Subscription) {
+        self.last_number += 1;
+        let number = self.last_number;
+        let subscription =
+            Subscription { info: operation.info.clone(), snapshots: operation.snapshot.subscribe() };
+        self.numbers.insert(operation.info.id, number);
+        self.operations.insert(number, operation);
+        (number, subscription)
+    }
+
+    fn remove(&mut self, number: u64) {
+        if let Some(operation) = self.operations.remove(&number) {
+            self.numbers.remove(&operation.info.id);
+        }
+    }
+
+    fn retain(&mut self, number: u64, cached: bool, now: Moment) {
+        let retained = self.retained(cached);
+        retained.insert(now.at, number);
+        if let Some(oldest) = retained.pop_excess() {
+            self.remove(oldest);
+        }
+    }
+
+    fn retained(&mut self, cached: bool) -> &mut Retained {
+        if cached { &mut self.cached } else { &mut self.worked }
+    }
+}
+
+/// What is left to tell about an operation that has just ended; the register may have forgotten it already.
+#[derive(Debug)]
+pub struct CompletedOperation {
+    /// What never changed.
+    pub info: Arc<OperationInfo>,
+    /// Its priority.
+    pub priority: i32,
+    /// When it was submitted.
+    pub queued: Instant,
+}
+
+/// Finished operations in the order in which they ended, bounded in number and age.
+#[derive(Debug)]
+struct Retained {
+    limit: usize,
+    age: Duration,
+    by_end: BTreeSet<(Instant, u64)>,
+}
+
+impl Retained {
+    fn new(limit: usize, age: Duration) -> Self {
+        Self { limit, age, by_end: BTreeSet::new() }
+    }
+
+    fn insert(&mut self, at: Instant, number: u64) {
+        self.by_end.insert((at, number));
+    }
+
+    fn remove(&mut self, at: Instant, number: u64) {
+        self.by_end.remove(&(at, number));
+    }
+
+    fn pop_excess(&mut self) -> Option<u64> {
+        if self.by_end.len() <= self.limit {
+            return None;
+        }
+        self.by_end.pop_first().map(|(_, number)| number)
+    }
+
+    fn pop_expired(&mut self, now: Moment) -> Option<u64> {
+        let (at, _) = self.by_end.first()?;
+        if now.since(*at) < self.age {
+            return None;
+        }
+        self.by_end.pop_first().map(|(_, number)| number)
+    }
+}

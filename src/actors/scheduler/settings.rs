@@ -1,0 +1,97 @@
+//! [`SchedulerSettings`]: every bound that the scheduler keeps, by name.
+
+use crate::config::ExecutionConfig;
+use std::time::{Duration, Instant, SystemTime};
+
+/// How long a client is asked to wait when the queue is full (GEN-21). Long enough that a crowd of waiting clients does not
+/// become a load of its own, short against the run time of most actions.
+pub const QUEUE_FULL_RETRY: Duration = Duration::from_secs(5);
+
+/// The bounds of the scheduler. Each one is there so that nothing grows or waits for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerSettings {
+    /// Tasks that may wait for a slot, those whose inputs are still being checked included. A requeued task may exceed it:
+    /// it was admitted once, and there are never more of them than slots.
+    pub queue_size: usize,
+    /// Unfinished operations, however many share a task. Joining a task takes no room in the queue, so that it needs a
+    /// bound of its own.
+    pub unfinished_operations: usize,
+    /// Input checks at the CAS at the same time. More of them would only queue there.
+    pub concurrent_checks: usize,
+    /// How long a task may wait, counted again after each requeue.
+    pub queue_timeout: Duration,
+    /// How long bringing in inputs may take, and again how long storing outputs may.
+    pub transfer_timeout: Duration,
+    /// What a run may take on top of its transfers and its own timeout before it is taken for lost: workspace set-up,
+    /// killing a command that timed out, a busy machine. The worker keeps its own limits; this is only the last resort.
+    pub run_slack: Duration,
+    /// How long a run that was told to stop may go on before its slot is reported as stuck and shutdown no longer waits.
+    pub stop_grace: Duration,
+    /// How long finished operations are remembered (EXE-14).
+    pub retention: Duration,
+    /// How many finished operations are remembered; the oldest are forgotten first.
+    pub retained_operations: usize,
+    /// How long operations that were answered from the cache are remembered. Only a stream that broke before its single
+    /// message needs them; whoever comes later asks again and gets the same hit.
+    pub cached_retention: Duration,
+    /// How many operations answered from the cache are remembered. They have a bound of their own so that a flood of hits
+    /// cannot push out results that took work.
+    pub retained_cached: usize,
+    /// How long an operation that nobody follows goes on (EXE-14).
+    pub abandon_grace: Duration,
+    /// How often a task is tried when workers fail under it (EXE-62); at least 1.
+    pub max_attempts: u32,
+}
+
+impl SchedulerSettings {
+    /// The bounds that the configuration sets; the others follow from them.
+    pub fn from_config(config: &ExecutionConfig) -> Self {
+        Self {
+            queue_size: config.queue_size,
+            unfinished_operations: config.queue_size.saturating_mul(4).max(4096),
+            concurrent_checks: 64,
+            queue_timeout: config.queue_timeout,
+            transfer_timeout: config.transfer_timeout,
+            run_slack: Duration::from_secs(60),
+            stop_grace: Duration::from_secs(30),
+            retention: config.retention,
+            retained_operations: config.retained_operations,
+            cached_retention: config.retention.min(Duration::from_secs(60)),
+            retained_cached: config.retained_operations.min(2048),
+            abandon_grace: config.abandon_grace,
+            max_attempts: config.max_attempts.max(1),
+        }
+    }
+}
+
+impl Default for SchedulerSettings {
+    fn default() -> Self {
+        Self::from_config(&ExecutionConfig::default())
+    }
+}
+
+/// An instant on both clocks: bounds are kept by the monotonic one, people and the wire are told the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moment {
+    /// For measuring.
+    pub at: Instant,
+    /// For telling.
+    pub wall: SystemTime,
+}
+
+impl Moment {
+    /// Now, by the clock of the runtime, which tests may pause.
+    pub fn now() -> Self {
+        Self { at: tokio::time::Instant::now().into_std(), wall: SystemTime::now() }
+    }
+
+    /// Time since an earlier instant; zero when it is not earlier.
+    pub fn since(self, earlier: Instant) -> Duration {
+        self.at.saturating_duration_since(earlier)
+    }
+
+    /// The instant this much later. A bound too far off to be represented is one that is never reached in practice.
+    pub fn after(self, delay: Duration) -> Instant {
+        self.at.checked_add(delay).unwrap_or_else(|| self.at + Duration::from_secs(u32::MAX.into()))
+    }
+}

@@ -8,7 +8,7 @@ pub mod exec;
 pub mod progress;
 pub mod serve;
 
-use crate::error::Error;
+use crate::{actors::worker, error::Error};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{
     ffi::OsString,
@@ -180,8 +180,8 @@ fn parse_timeout(text: &str) -> Result<Duration, String> {
 
 /// Does what the command line of this process says.
 pub fn main() -> ExitCode {
-    // Workers start many of these and wait for each, so this one does not pay for parsing.
-    if std::env::args_os().nth(1).is_some_and(|argument| argument == "runner") {
+    // Before anything else: a runner stays small and single-threaded.
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == worker::RUNNER_SUBCOMMAND) {
         return runner();
     }
     let cli = Cli::parse();
@@ -197,9 +197,7 @@ pub fn main() -> ExitCode {
 
 /// The worker's runner process.
 fn runner() -> ExitCode {
-    // To be wired to the entry point of the worker room.
-    complain(&Error::Unimplemented("this build has no runner".into()));
-    ExitCode::from(EXIT_FAILURE)
+    ExitCode::from(u8::try_from(worker::runner_main()).unwrap_or(EXIT_FAILURE))
 }
 
 /// Tells the person at the other end what went wrong. That nobody reads it is no further failure.

@@ -1,10 +1,47 @@
-//! Stand-in for the server, which is wired in another room: only the door that the command line knocks at.
+//! One server process, from settings to exit: wiring and shutdown, nothing else.
+//!
+//! Everything is built leaf first: store, workers, scheduler, edge. Shutdown goes the other way round: the scheduler takes
+//! no new work and finishes what it has, within a grace; then the edge lets its last streams end; then the process does. The
+//! owner actors are watched: one that died takes the process down, because half a server is worse than none.
 
 use crate::{
-    config::Settings,
+    actors::{
+        cas::{CasActor, StoreSettings, client::Cas},
+        scheduler::{
+            Pool, SchedulerActor,
+            messages::{Drain, Inspect},
+            settings::SchedulerSettings,
+        },
+        worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
+    },
+    config::{ExecutionSettings, Settings},
     error::{Error, Result},
+    grpc::{self, Edge, ask::Scheduler},
 };
-use std::net::SocketAddr;
+use actix::{Actor as _, Addr, SyncArbiter, System};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, Handle, Runtime},
+    select,
+    signal::unix::{Signal, SignalKind, signal},
+    time::{interval, timeout},
+};
+
+/// Target of this file's log lines.
+const LOG: &str = "gorego::server";
+
+/// How often the owner actors are looked at.
+const WATCH_INTERVAL: Duration = Duration::from_millis(250);
+
+/// How long cancelled work may take to be gone: the time to kill processes and remove directories.
+const CANCEL_GRACE: Duration = Duration::from_secs(10);
+
+/// How long clients may take to hear the end of their streams and to close their connections.
+const CLOSE_GRACE: Duration = Duration::from_secs(3);
+
+/// The exit code of a second interrupt: 128 + SIGINT.
+const INTERRUPTED: i32 = 130;
 
 /// Runs a server until it is told to stop. `ready` is called once, with the address that is really listened on, when the
 /// first request would be answered.
@@ -12,6 +49,217 @@ use std::net::SocketAddr;
 /// # Errors
 /// What keeps it from starting, or the death of an owner actor.
 pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 'static) -> Result<()> {
-    let _ = (settings, ready);
-    Err(Error::Unimplemented("this build has no server".into()))
+    let runtime = Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::io("start the async runtime", &error))?;
+    // Blocks, so it comes before anything asynchronous; the lock it takes also guards the build root.
+    let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
+    let build_root = match &settings.execution {
+        Some(execution) => Some(BuildRoot::open(&execution.build_root)?),
+        None => None,
+    };
+    let runtime: Arc<Runtime> = Arc::new(runtime);
+    let workers = runtime.handle().clone();
+    let system = System::with_tokio_rt(move || runtime);
+    system.block_on(async move {
+        let server = Server::start(settings, store, build_root, workers).await?;
+        server.serve(ready).await
+    })
+}
+
+fn store_settings(settings: &Settings) -> StoreSettings {
+    StoreSettings {
+        root: settings.cache_dir.clone(),
+        max_bytes: settings.max_size_bytes,
+        max_blob_bytes: settings.max_blob_bytes,
+        partial_upload_retention: settings.partial_upload_retention,
+        timeouts: settings.execution.as_ref().map(|execution| execution.timeouts).unwrap_or_default(),
+    }
+}
+
+/// The running parts.
+struct Server {
+    settings: Settings,
+    listener: TcpListener,
+    cas: Cas,
+    scheduler: Option<Addr<SchedulerActor>>,
+    /// Where connections are served: the runtime's own threads, not the one that the actors live on.
+    workers: Handle,
+}
+
+/// Why a server stops.
+enum Stop {
+    /// Somebody asked.
+    Signal(&'static str),
+    /// It cannot go on.
+    Fault(Error),
+}
+
+impl Server {
+    async fn start(
+        settings: Settings,
+        store: CasActor,
+        build_root: Option<BuildRoot>,
+        workers: Handle,
+    ) -> Result<Self> {
+        let listener = TcpListener::bind(settings.listen_addr)
+            .await
+            .map_err(|error| Error::io(&format!("listen on {}", settings.listen_addr), &error))?;
+        let cas = store.launch();
+        let scheduler = settings
+            .execution
+            .as_ref()
+            .zip(build_root)
+            .map(|(execution, build_root)| start_scheduler(execution, build_root, &cas));
+        Ok(Self { settings, listener, cas, scheduler, workers })
+    }
+
+    /// Serves until a signal or a fault, then shuts down.
+    async fn serve(self, ready: impl FnOnce(SocketAddr)) -> Result<()> {
+        let Self { settings, listener, cas, scheduler, workers } = self;
+        let mut signals = Signals::listen()?;
+        let address =
+            listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
+        let health = Arc::new(grpc::health().await);
+        let edge = Arc::new(Edge {
+            instances: settings.instances.clone(),
+            cas: cas.clone(),
+            scheduler: scheduler.clone().map(Scheduler::new),
+            settings: grpc::Settings {
+                action_cache_updates: settings.action_cache_updates,
+                max_blob_bytes: settings.max_blob_bytes,
+            },
+        });
+        let (close, closed) = tokio::sync::oneshot::channel::<()>();
+        let mut serving = workers.spawn({
+            let health = health.clone();
+            async move {
+                // Also when the sender is dropped: nobody is left to say more.
+                let shutdown = async move { drop(closed.await) };
+                grpc::serve(edge, &health, listener, shutdown).await
+            }
+        });
+        ready(address);
+
+        let stop = select! {
+            signal = signals.next() => Stop::Signal(signal),
+            error = owner_died(&cas, scheduler.as_ref()) => Stop::Fault(error),
+            ended = &mut serving => Stop::Fault(match ended {
+                Ok(Ok(())) => Error::internal("the gRPC server stopped by itself"),
+                Ok(Err(error)) => error,
+                Err(panic) => Error::Internal(format!("the gRPC server panicked: {panic}")),
+            }),
+        };
+        let signal = match stop {
+            Stop::Signal(signal) => signal,
+            Stop::Fault(error) => return Err(error),
+        };
+        log::info!(target: LOG, event = "server_stopping", signal = signal,
+            grace_ms = settings.shutdown_grace.as_millis() as u64;
+            "stopping: finishing what runs; a second interrupt stops at once");
+        let orderly = async {
+            health.drain().await;
+            if let Some(scheduler) = &scheduler {
+                drain(scheduler, settings.shutdown_grace).await;
+            }
+            // Whoever waits for the end of a stream hears it now; idle connections are told to go away.
+            let _ = close.send(());
+            if timeout(CLOSE_GRACE, serving).await.is_err() {
+                log::warn!(target: LOG, event = "connections_cut"; "some clients kept their connections open; closing them");
+            }
+        };
+        select! {
+            () = orderly => {}
+            signal = signals.next() => {
+                log::warn!(target: LOG, event = "server_stopped", signal = signal; "stopped at once");
+                // Runners see their sockets close and kill what they run.
+                std::process::exit(INTERRUPTED);
+            }
+        }
+        log::info!(target: LOG, event = "server_stopped"; "stopped");
+        Ok(())
+    }
+}
+
+fn start_scheduler(
+    execution: &ExecutionSettings,
+    build_root: BuildRoot,
+    cas: &Cas,
+) -> Addr<SchedulerActor> {
+    let worker = Arc::new(WorkerSettings {
+        name: host_name(),
+        build_root,
+        transfer_timeout: execution.transfer_timeout,
+        max_output_file_bytes: execution.max_output_file_bytes,
+        runner: WorkerSettings::own_runner(),
+    });
+    let store = Arc::new(cas.clone());
+    let workers =
+        SyncArbiter::start(execution.slots, move || WorkerActor::new(worker.clone(), store.clone()));
+    let pool = Pool {
+        name: "local".into(),
+        slots: execution.slots,
+        platform: execution.platform.clone(),
+        runner: workers.recipient(),
+    };
+    SchedulerActor::new(
+        SchedulerSettings::new(execution),
+        vec![pool],
+        cas.actor().clone().recipient(),
+        cas.actor().clone().recipient(),
+    )
+    .start()
+}
+
+/// Lets the scheduler finish, within `grace`; then ends what is left, with a status that clients retry.
+async fn drain(scheduler: &Addr<SchedulerActor>, grace: Duration) {
+    if timeout(grace, scheduler.send(Drain { cancel: false })).await.is_ok() {
+        return;
+    }
+    let left = scheduler.send(Inspect).await.unwrap_or_default();
+    log::warn!(target: LOG, event = "work_cancelled", queued = left.queued, running = left.running;
+        "the grace is over: cancelling what is left");
+    if timeout(CANCEL_GRACE, scheduler.send(Drain { cancel: true })).await.is_err() {
+        log::error!(target: LOG, event = "work_stuck"; "some work did not stop; leaving it to its runners");
+    }
+}
+
+/// Ends when an owner actor is gone: a panic in one of its handlers closes its address for good.
+async fn owner_died(cas: &Cas, scheduler: Option<&Addr<SchedulerActor>>) -> Error {
+    let mut ticks = interval(WATCH_INTERVAL);
+    loop {
+        ticks.tick().await;
+        if !cas.actor().connected() {
+            return Error::internal("the store's actor died");
+        }
+        if scheduler.is_some_and(|scheduler| !scheduler.connected()) {
+            return Error::internal("the scheduler's actor died");
+        }
+    }
+}
+
+/// The signals that stop a server.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self> {
+        let listen =
+            |kind| signal(kind).map_err(|error| Error::io("listen for signals", &error));
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

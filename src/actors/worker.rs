@@ -1,4 +1,111 @@
-//! The worker pool: each actor of the SyncArbiter runs one action at a time.
+//! The worker pool: each actor of the SyncArbiter runs one action at a time, on its own thread.
+//!
+//! A worker owns the exec directory and the processes of the action that it runs, and nothing else. Blocking is what its
+//! thread is for. It never queues: the scheduler sends a [`RunAction`] only to a free slot. Its reply is the whole answer; a
+//! panic becomes one too, since a panicking handler would end the thread for good and shrink the pool by one.
 
 pub mod cancel;
+mod checkpoint;
+pub mod clock;
+pub mod command;
+mod dir;
+mod inputs;
+pub mod launcher;
 pub mod messages;
+mod outputs;
+mod run;
+pub mod store;
+pub mod workspace;
+
+use crate::error::Error;
+use actix::{Actor, Handler, MessageResult, SyncContext};
+use launcher::{Launcher, RunnerLauncher};
+use messages::{RunAction, RunFailure};
+use run::ActionRun;
+use std::{
+    ffi::OsString,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::Duration,
+};
+use store::BlobStore;
+use workspace::BuildRoot;
+
+pub use launcher::runner::runner_main;
+
+const WORKER_PANICKED: &str = "worker_panicked";
+
+/// The hidden subcommand that makes this binary a runner; see [`runner_main`].
+pub const RUNNER_SUBCOMMAND: &str = "runner";
+
+/// What all workers of a pool share.
+#[derive(Debug, Clone)]
+pub struct WorkerSettings {
+    /// Name of this host; with the slot, what `ExecutedActionMetadata.worker` says.
+    pub name: String,
+    /// Where exec directories are made.
+    pub build_root: BuildRoot,
+    /// How long bringing in inputs may take, and again how long storing outputs may.
+    pub transfer_timeout: Duration,
+    /// Largest file that a command may write, in bytes.
+    pub max_output_file_bytes: u64,
+    /// Program and arguments of a runner process.
+    pub runner: Vec<OsString>,
+}
+
+impl WorkerSettings {
+    /// The runner command of a server: this very binary, also after the file was replaced on disk.
+    pub fn own_runner() -> Vec<OsString> {
+        vec!["/proc/self/exe".into(), RUNNER_SUBCOMMAND.into()]
+    }
+}
+
+/// Runs actions, one at a time.
+pub struct WorkerActor {
+    settings: Arc<WorkerSettings>,
+    store: Arc<dyn BlobStore>,
+    launcher: Box<dyn Launcher>,
+}
+
+impl WorkerActor {
+    /// A worker that gets inputs from `store` and puts outputs there.
+    pub fn new(settings: Arc<WorkerSettings>, store: Arc<dyn BlobStore>) -> Self {
+        let launcher = Box::new(RunnerLauncher::new(settings.runner.clone()));
+        Self { settings, store, launcher }
+    }
+}
+
+impl Actor for WorkerActor {
+    type Context = SyncContext<Self>;
+
+    fn started(&mut self, _: &mut Self::Context) {
+        self.launcher.warm_up();
+    }
+}
+
+impl Handler<RunAction> for WorkerActor {
+    type Result = MessageResult<RunAction>;
+
+    fn handle(&mut self, order: RunAction, _: &mut Self::Context) -> Self::Result {
+        let run = AssertUnwindSafe(|| {
+            ActionRun::new(&self.settings, &*self.store, &mut *self.launcher, &order).execute()
+        });
+        MessageResult(catch_unwind(run).unwrap_or_else(|panic| {
+            let what = panic_message(&*panic);
+            log::error!(target: "gorego::worker", event = WORKER_PANICKED, task = order.task.0,
+                slot = order.slot.0, action_digest = order.action.digest.to_string(), error = what;
+                "a worker panicked; the action is reported as failed and the worker goes on");
+            self.launcher.reset();
+            Err(RunFailure {
+                error: Error::Internal(format!("the worker panicked: {what}")),
+                partial: None,
+                retryable: true,
+            })
+        }))
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}

@@ -1,0 +1,153 @@
+//! When the steps of a run happened.
+//!
+//! All times of one run are taken from the monotonic clock, which the runner process shares, and are turned into wall time
+//! through one pair of readings at the start. So they stay in order and keep their distances even when somebody sets the
+//! wall clock in the middle (EXE-60). Nothing here reads a clock except [`Moment::now`] and [`Timeline::start`].
+
+use crate::proto::{gorego, reapi};
+use rustix::time::{ClockId, clock_gettime};
+use std::time::{Duration, SystemTime};
+
+/// A reading of `CLOCK_MONOTONIC`, in nanoseconds; comparable between all processes of this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Moment(pub u64);
+
+impl Moment {
+    /// The present.
+    pub fn now() -> Self {
+        let time = clock_gettime(ClockId::Monotonic);
+        // Both parts count from boot; neither is negative nor can the sum overflow within 500 years.
+        Self((time.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(time.tv_nsec as u64))
+    }
+
+    /// The time from `earlier` to this; zero when `earlier` is later.
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+}
+
+/// The points of a run that its metadata names, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Point {
+    /// The worker took the task.
+    WorkerStart,
+    /// It began to bring inputs in.
+    FetchStart,
+    /// The inputs were in place.
+    FetchEnd,
+    /// The command started.
+    RunStart,
+    /// The command ended.
+    RunEnd,
+    /// Storing outputs began.
+    UploadStart,
+    /// The outputs were stored.
+    UploadEnd,
+    /// The worker was done, but for recording the result.
+    WorkerEnd,
+}
+
+const POINTS: usize = Point::WorkerEnd as usize + 1;
+
+/// The times of one run. Points that were not reached take the time of the one before, so that there are always nine
+/// ordered timestamps.
+#[derive(Debug, Clone)]
+pub struct Timeline {
+    queued: SystemTime,
+    wall: SystemTime,
+    points: [Option<Moment>; POINTS],
+}
+
+impl Timeline {
+    /// The timeline of a run that starts at `start`, when the wall clock shows `wall`.
+    pub fn start(queued: SystemTime, wall: SystemTime, start: Moment) -> Self {
+        let mut points = [None; POINTS];
+        points[Point::WorkerStart as usize] = Some(start);
+        Self { queued: queued.min(wall), wall, points }
+    }
+
+    /// Notes when a point was reached.
+    pub fn note(&mut self, point: Point, at: Moment) {
+        self.points[point as usize] = Some(at);
+    }
+
+    /// When a point was reached: never before an earlier point.
+    pub fn at(&self, point: Point) -> Moment {
+        self.points[..=point as usize].iter().flatten().copied().max().unwrap_or_default()
+    }
+
+    /// A point as wall time.
+    pub fn wall(&self, point: Point) -> SystemTime {
+        let since_start = self.at(point).since(self.at(Point::WorkerStart));
+        self.wall.checked_add(since_start).unwrap_or(self.wall)
+    }
+
+    /// The time between two points.
+    pub fn between(&self, from: Point, to: Point) -> Duration {
+        self.at(to).since(self.at(from))
+    }
+
+    /// The metadata of a result made by `worker`.
+    pub fn metadata(
+        &self,
+        worker: String,
+        usage: Option<&gorego::ResourceUsage>,
+    ) -> reapi::ExecutedActionMetadata {
+        let wall = |point| Some(prost_types::Timestamp::from(self.wall(point)));
+        let run = self.between(Point::RunStart, Point::RunEnd);
+        reapi::ExecutedActionMetadata {
+            worker,
+            queued_timestamp: Some(self.queued.into()),
+            worker_start_timestamp: wall(Point::WorkerStart),
+            worker_completed_timestamp: wall(Point::WorkerEnd),
+            input_fetch_start_timestamp: wall(Point::FetchStart),
+            input_fetch_completed_timestamp: wall(Point::FetchEnd),
+            execution_start_timestamp: wall(Point::RunStart),
+            execution_completed_timestamp: wall(Point::RunEnd),
+            output_upload_start_timestamp: wall(Point::UploadStart),
+            output_upload_completed_timestamp: wall(Point::UploadEnd),
+            auxiliary_metadata: usage.map(pack).into_iter().collect(),
+            virtual_execution_duration: prost_types::Duration::try_from(run).ok(),
+        }
+    }
+}
+
+/// GEN-18: the type URL is spelled with this host and nothing else.
+fn pack(usage: &gorego::ResourceUsage) -> prost_types::Any {
+    prost_types::Any { type_url: RESOURCE_USAGE_URL.into(), value: prost::Message::encode_to_vec(usage) }
+}
+
+/// The type URL of [`gorego::ResourceUsage`].
+pub const RESOURCE_USAGE_URL: &str = "type.googleapis.com/gorego.v1.ResourceUsage";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::UNIX_EPOCH;
+
+    /// EXE-60.
+    #[test]
+    fn all_nine_timestamps_are_set_and_ordered_also_when_steps_were_not_reached_or_clocks_disagree() {
+        let wall = UNIX_EPOCH + Duration::from_secs(1_000);
+        // Queued "after" the start, as after a step of the wall clock; the command's end is noted, its start is not.
+        let mut timeline = Timeline::start(wall + Duration::from_secs(5), wall, Moment(100));
+        timeline.note(Point::FetchStart, Moment(150));
+        timeline.note(Point::RunEnd, Moment(130));
+        timeline.note(Point::WorkerEnd, Moment(900));
+        let m = timeline.metadata("w/0".into(), None);
+        let nanos = [
+            m.queued_timestamp,
+            m.worker_start_timestamp,
+            m.input_fetch_start_timestamp,
+            m.input_fetch_completed_timestamp,
+            m.execution_start_timestamp,
+            m.execution_completed_timestamp,
+            m.output_upload_start_timestamp,
+            m.output_upload_completed_timestamp,
+            m.worker_completed_timestamp,
+        ]
+        .map(|timestamp| timestamp.map(|t| (t.seconds, t.nanos)).unwrap());
+        assert!(nanos.is_sorted(), "{nanos:?}");
+        assert_eq!(nanos[8], (1_000, 800));
+    }
+}

@@ -1,0 +1,126 @@
+//! What the command of an action comes to on this machine: which files to try as its program, its environment as the
+//! kernel wants it, and what a program that cannot be started means. Pure.
+
+use super::workspace::Workspace;
+use crate::action::Command;
+use rustix::io::Errno;
+use std::path::PathBuf;
+
+/// Where programs without a slash are looked for when the Command's environment has no PATH; what execvp(3) takes, less the
+/// current directory.
+pub const DEFAULT_PATH: &str = "/bin:/usr/bin";
+/// Exit code for a program that is not there (EXE-42); what shells use.
+pub const EXIT_NOT_FOUND: i32 = 127;
+/// Exit code for a program that is there but cannot be started.
+pub const EXIT_NOT_EXECUTABLE: i32 = 126;
+
+/// Everything the runner needs to start a command. Bytes, because that is what the kernel takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Launch {
+    /// Files to try as the program, in order; relative ones are relative to the working directory.
+    pub programs: Vec<String>,
+    /// argv, to the byte (EXE-40).
+    pub arguments: Vec<String>,
+    /// `NAME=value`; the whole environment (EXE-41).
+    pub environment: Vec<String>,
+    /// Absolute path of the input root.
+    pub root: PathBuf,
+    /// Where to run, below the input root.
+    pub working_directory: PathBuf,
+    /// Absolute path of the exec directory, of which `root` is a part.
+    pub workspace: PathBuf,
+    /// Absolute path of the file for stdout; must not exist.
+    pub stdout: PathBuf,
+    /// Absolute path of the file for stderr; must not exist.
+    pub stderr: PathBuf,
+    /// Largest file that the command may write, in bytes.
+    pub max_file_bytes: u64,
+}
+
+impl Launch {
+    /// The launch of `command` in `workspace`.
+    pub fn new(command: &Command, workspace: &Workspace, max_file_bytes: u64) -> Self {
+        let path = workspace.path();
+        Self {
+            programs: programs(command),
+            arguments: command.arguments.clone(),
+            environment: command.environment.iter().map(|(name, value)| format!("{name}={value}")).collect(),
+            root: path.join("root"),
+            working_directory: command.working_directory.as_path().to_owned(),
+            workspace: path.to_owned(),
+            stdout: path.join("stdout"),
+            stderr: path.join("stderr"),
+            max_file_bytes,
+        }
+    }
+}
+
+/// EXE-40: with a slash as it stands, else along the Command's own PATH.
+fn programs(command: &Command) -> Vec<String> {
+    let program = command.arguments.first().map_or("", String::as_str);
+    if program.contains('/') {
+        return vec![program.to_owned()];
+    }
+    // Of a variable given twice, getenv(3) finds the first.
+    let path = command.environment.iter().find(|(name, _)| name == "PATH");
+    path.map_or(DEFAULT_PATH, |(_, path)| path)
+        .split(':')
+        // An empty element means the working directory (POSIX).
+        .map(|dir| if dir.is_empty() { format!("./{program}") } else { format!("{dir}/{program}") })
+        .collect()
+}
+
+/// What it means when no program of a launch could be started: the exit code, and a line for stderr (EXE-42).
+pub fn not_started(command: &Command, errno: i32) -> (i32, String) {
+    let program = command.arguments.first().map_or("", String::as_str).escape_debug();
+    let errno = Errno::from_raw_os_error(errno);
+    let code = match errno {
+        Errno::NOENT | Errno::NOTDIR => EXIT_NOT_FOUND,
+        _ => EXIT_NOT_EXECUTABLE,
+    };
+    let hint = match errno {
+        Errno::NOENT if program.to_string().contains('/') => {
+            "it is neither an input nor on this server, or the interpreter it names is not".to_owned()
+        }
+        Errno::NOENT => {
+            let path = command.environment.iter().find(|(name, _)| name == "PATH");
+            match path {
+                Some((_, path)) => format!("looked in PATH={}", path.escape_debug()),
+                None => format!("the command sets no PATH; looked in {DEFAULT_PATH}"),
+            }
+        }
+        Errno::ACCESS => "it is not executable, or is a directory".to_owned(),
+        Errno::NOEXEC => "it is not a program for this machine and has no #! line".to_owned(),
+        Errno::TOOBIG => "arguments and environment are too long".to_owned(),
+        _ => "see execve(2)".to_owned(),
+    };
+    (code, format!("gorego: cannot run \"{program}\": {}: {hint}\n", std::io::Error::from(errno)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{action::DirectoryFormat, path::RootPath};
+
+    fn command(program: &str, path: Option<&str>) -> Command {
+        Command {
+            arguments: vec![program.into()],
+            environment: path.map(|path| ("PATH".to_owned(), path.to_owned())).into_iter().collect(),
+            working_directory: RootPath::root(),
+            outputs: vec![],
+            report_mtime: false,
+            report_unix_mode: false,
+            directory_format: DirectoryFormat::default(),
+        }
+    }
+
+    /// EXE-40.
+    #[test]
+    fn a_program_is_looked_up_in_the_path_of_the_command_only_when_it_has_no_slash() {
+        assert_eq!(programs(&command("bin/tool", Some("/x"))), ["bin/tool"]);
+        assert_eq!(programs(&command("/bin/sh", None)), ["/bin/sh"]);
+        assert_eq!(programs(&command("sh", Some("/x::rel/y"))), ["/x/sh", "./sh", "rel/y/sh"]);
+        assert_eq!(programs(&command("sh", Some(""))), ["./sh"]);
+        assert_eq!(programs(&command("sh", None)), ["/bin/sh", "/usr/bin/sh"]);
+    }
+}

@@ -1,0 +1,202 @@
+//! Ways to open things in an exec directory that no symbolic link, mount or missing permission can turn against us.
+//!
+//! Whatever lies in an exec directory may have been made by a hostile command. So every step is relative to an open
+//! directory: a single step never follows a link, a path of several steps never leaves the directory it starts from
+//! (openat2, Linux 5.6). A [`Cursor`] walks trees of any depth with a bounded number of descriptors.
+
+use rustix::{
+    fs::{self as rfs, AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat},
+    io::Errno,
+};
+use std::{ffi::OsStr, fs::File, io, os::fd::AsRawFd as _, os::unix::ffi::OsStrExt as _, path::Path};
+
+/// How many directories a [`Cursor`] keeps open. Deeper ones are found again through "..", so the number only saves system
+/// calls.
+const KEPT_OPEN: usize = 8;
+
+/// Which file a directory entry means: (device, inode).
+pub type FileId = (u64, u64);
+
+/// The identity in a stat.
+#[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
+pub fn file_id(stat: &Stat) -> FileId {
+    (stat.st_dev as u64, stat.st_ino as u64)
+}
+
+/// The type in a stat.
+pub fn file_type(stat: &Stat) -> FileType {
+    FileType::from_raw_mode(stat.st_mode)
+}
+
+/// Opens a directory by one name in `parent`: never through a symbolic link, never onto another file system.
+///
+/// # Errors
+/// Those of openat2(2).
+pub fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    open2(parent, name, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV)
+}
+
+/// Opens a regular file by one name in `parent` for reading. Never follows a link and never waits for the other end of a
+/// FIFO; the caller checks what kind of thing it got.
+///
+/// # Errors
+/// Those of openat2(2).
+pub fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    match open2(parent, name, flags, resolve) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            grant(parent, name, Mode::RUSR)?;
+            open2(parent, name, flags, resolve)
+        }
+        opened => opened,
+    }
+}
+
+/// Opens the directory at `path`, which may go through symbolic links as long as they stay beneath `root`. The handle is for
+/// naming things in it only (`O_PATH`).
+///
+/// # Errors
+/// `EXDEV` when a link leads out of `root`; else those of openat2(2).
+pub fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    open2(root, path.as_os_str(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, resolve)
+}
+
+/// A stat of one name in `parent`, of a link itself and not of its target.
+///
+/// # Errors
+/// Those of fstatat(2).
+pub fn stat_at(parent: &File, name: &OsStr) -> io::Result<Stat> {
+    Ok(rfs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?)
+}
+
+/// Adds permission bits to a file or directory; never through a symbolic link, which has none of its own.
+///
+/// # Errors
+/// When it is a link, is not ours, or is gone.
+pub fn grant(parent: &File, name: &OsStr, bits: Mode) -> io::Result<()> {
+    // An O_PATH handle needs no permission on the thing itself, and its /proc name means that very inode.
+    let handle = rfs::openat(parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    let stat = rfs::fstat(&handle)?;
+    if !matches!(file_type(&stat), FileType::RegularFile | FileType::Directory) {
+        return Err(Errno::ACCESS.into());
+    }
+    let itself = format!("/proc/self/fd/{}", handle.as_raw_fd());
+    rfs::chmodat(CWD, itself, Mode::from_raw_mode(stat.st_mode) | bits, AtFlags::empty())?;
+    Ok(())
+}
+
+fn open2(parent: &File, path: &OsStr, flags: OFlags, resolve: ResolveFlags) -> io::Result<File> {
+    loop {
+        match rfs::openat2(parent, path, flags, Mode::empty(), resolve) {
+            Ok(fd) => return Ok(fd.into()),
+            // AGAIN: the kernel could not rule out an escape because something was renamed meanwhile.
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The entries of an open directory, "." and ".." left out.
+///
+/// # Errors
+/// Those of getdents(2), in the place where they occur.
+pub fn entries(dir: &File) -> io::Result<impl Iterator<Item = io::Result<rfs::DirEntry>>> {
+    Ok(rfs::Dir::read_from(dir)?
+        .filter(|entry| !matches!(entry, Ok(e) if matches!(e.file_name().to_bytes(), b"." | b"..")))
+        .map(|entry| Ok(entry?)))
+}
+
+/// The name of a directory entry.
+pub fn entry_name(entry: &rfs::DirEntry) -> &OsStr {
+    OsStr::from_bytes(entry.file_name().to_bytes())
+}
+
+/// A position in a tree of directories.
+#[derive(Debug)]
+pub struct Cursor {
+    levels: Vec<Level>,
+}
+
+#[derive(Debug)]
+struct Level {
+    id: FileId,
+    mode: Mode,
+    open: Option<File>,
+}
+
+impl Cursor {
+    /// At the top of a tree.
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub fn new(top: File) -> io::Result<Self> {
+        Ok(Self { levels: vec![level(top)?] })
+    }
+
+    /// The directory it stands in.
+    ///
+    /// # Errors
+    /// None in practice; the current directory is always open.
+    pub fn here(&self) -> io::Result<&File> {
+        self.levels.last().and_then(|level| level.open.as_ref()).ok_or_else(|| Errno::BADF.into())
+    }
+
+    /// Permission bits that the current directory had when it was entered.
+    pub fn mode(&self) -> Mode {
+        self.levels.last().map_or(Mode::empty(), |level| level.mode)
+    }
+
+    /// Enters a subdirectory. A directory that its owner may not read, write or search is made accessible first.
+    ///
+    /// # Errors
+    /// Those of openat2(2); `EXDEV` for a mount point.
+    pub fn down(&mut self, name: &OsStr) -> io::Result<()> {
+        let here = self.here()?;
+        let opened = match open_dir(here, name) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                grant(here, name, Mode::RWXU)?;
+                open_dir(here, name)?
+            }
+            opened => opened?,
+        };
+        let entered = level(opened)?;
+        if let Some(open) = &entered.open
+            && !entered.mode.contains(Mode::RWXU)
+        {
+            // Not ours: whoever needs the permission will hear of it.
+            let _ = rfs::fchmod(open, entered.mode | Mode::RWXU);
+        }
+        self.levels.push(entered);
+        if let Some(far) = self.levels.len().checked_sub(KEPT_OPEN + 1) {
+            self.levels[far].open = None;
+        }
+        Ok(())
+    }
+
+    /// Goes back to the directory above.
+    ///
+    /// # Errors
+    /// When that is not the directory it came from any more.
+    pub fn up(&mut self) -> io::Result<()> {
+        let Some(left) = self.levels.pop() else { return Err(Errno::NOENT.into()) };
+        let Some(parent) = self.levels.last_mut() else { return Err(Errno::NOENT.into()) };
+        if parent.open.is_none() {
+            let below = left.open.as_ref().ok_or(Errno::BADF)?;
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let found = level(rfs::openat(below, "..", flags, Mode::empty())?.into())?;
+            if found.id != parent.id {
+                return Err(Errno::STALE.into());
+            }
+            parent.open = found.open;
+        }
+        Ok(())
+    }
+}
+
+fn level(open: File) -> io::Result<Level> {
+    let stat = rfs::fstat(&open)?;
+    Ok(Level { id: file_id(&stat), mode: Mode::from_raw_mode(stat.st_mode), open: Some(open) })
+}

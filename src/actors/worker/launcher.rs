@@ -1,0 +1,292 @@
+//! [`Launcher`]: how a command becomes processes, and the launcher that runs it through a runner process.
+//!
+//! The server never forks: with its heap that would cost tens of milliseconds. Each worker keeps one small process of our own
+//! binary ([`runner`]) and tells it over a socket what to run; the runner forks, which is cheap there, and answers when the
+//! command and everything that came of it is gone. Time and cancellation are watched here.
+//!
+//! A runner that dies or does not answer is replaced. Whatever it leaves is found by its parent or by its working directory
+//! and killed. A command that kills its runner is not told apart from other causes: the run is reported as this server's
+//! fault and worth another try, and the scheduler's bound on tries ends it.
+
+pub mod protocol;
+pub mod reap;
+pub mod runner;
+mod spawn;
+mod sys;
+
+use super::{cancel::CancelToken, clock::Moment, command::Launch};
+use crate::{
+    error::{Error, Result},
+    proto::gorego,
+};
+use protocol::{Ended, Order, Reply, Run, ToRunner};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+use std::{
+    ffi::OsString,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{ffi::OsStrExt as _, net::UnixStream, process::CommandExt as _},
+    },
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// How long a runner may take to kill everything and say so, after it was told to. Longer means that a process hangs in the
+/// kernel.
+const KILL_GRACE: Duration = Duration::from_secs(15);
+/// How long a runner may take to end once its socket is closed; it kills what it started first.
+const END_GRACE: Duration = Duration::from_secs(5);
+/// How long one message to or from a runner may take to pass.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a token without a descriptor is asked.
+const CANCEL_POLL: Duration = Duration::from_millis(100);
+
+const RUNNER_REPLACED: &str = "runner_replaced";
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// By itself, with this exit code.
+    Exited(i32),
+    /// By this signal.
+    Signalled(i32),
+    /// It could not be started; this is the errno of the last try.
+    NotStarted(i32),
+    /// It was killed because its time was up.
+    TimedOut,
+    /// It was killed because somebody asked for that.
+    Cancelled,
+}
+
+/// A command that ran. None of the processes that came of it is left.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ran {
+    /// How it ended.
+    pub ending: Ending,
+    /// What it used, all its processes together.
+    pub usage: gorego::ResourceUsage,
+    /// When it started.
+    pub started: Moment,
+    /// When its first process ended, or had to.
+    pub ended: Moment,
+}
+
+/// Turns a [`Launch`] into processes.
+pub trait Launcher: Send {
+    /// Gets ready, so that the first command is not slower than the rest. Failures show in the next run.
+    fn warm_up(&mut self);
+
+    /// Runs a command to its end, which comes after `timeout` at the latest. Blocks.
+    ///
+    /// # Errors
+    /// When it cannot be said what became of the command; its files must not be used then.
+    fn run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran>;
+
+    /// Ends whatever may be going on; for a caller that lost track.
+    fn reset(&mut self);
+}
+
+/// The [`Launcher`] that keeps a runner process.
+#[derive(Debug)]
+pub struct RunnerLauncher {
+    command: Vec<OsString>,
+    runner: Option<Runner>,
+}
+
+#[derive(Debug)]
+struct Runner {
+    child: Child,
+    socket: Option<UnixStream>,
+}
+
+impl RunnerLauncher {
+    /// A launcher whose runner is started with `command`: a program and its arguments.
+    pub fn new(command: Vec<OsString>) -> Self {
+        Self { command, runner: None }
+    }
+
+    fn runner(&mut self) -> Result<&mut Runner> {
+        let mut running = self.runner.take();
+        // A runner may have died between two actions.
+        if let Some(runner) = &mut running
+            && !matches!(runner.child.try_wait(), Ok(None))
+        {
+            running = None;
+        }
+        let runner = match running {
+            Some(runner) => runner,
+            None => Runner::start(&self.command)?,
+        };
+        Ok(self.runner.insert(runner))
+    }
+}
+
+impl Launcher for RunnerLauncher {
+    fn warm_up(&mut self) {
+        let _ = self.runner();
+    }
+
+    fn run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
+        let outcome = self.runner()?.run(launch, timeout, cancel);
+        if let Err(error) = &outcome {
+            log::warn!(target: "gorego::worker", event = RUNNER_REPLACED, error = error.to_string();
+                "a runner process did not do its work and is replaced");
+            self.reset();
+            reap::kill_inhabitants(&launch.workspace);
+        }
+        outcome
+    }
+
+    fn reset(&mut self) {
+        self.runner = None;
+    }
+}
+
+impl Runner {
+    fn start(command: &[OsString]) -> Result<Self> {
+        let failed = |error: std::io::Error| Error::io("start a runner process", &error);
+        let (program, arguments) =
+            command.split_first().ok_or_else(|| Error::internal("no runner command is set"))?;
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        ours.set_read_timeout(Some(MESSAGE_TIMEOUT)).map_err(failed)?;
+        ours.set_write_timeout(Some(MESSAGE_TIMEOUT)).map_err(failed)?;
+        // Only what keeps std on posix_spawn: anything that needs code between fork and exec would fork this server. The own
+        // process group keeps a Ctrl-C on the server's terminal away from running commands.
+        let child = Command::new(program)
+            .args(arguments)
+            .env_clear()
+            .process_group(0)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(failed)?;
+        Ok(Self { child, socket: Some(ours) })
+    }
+
+    fn run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
+        let order = ToRunner { order: Some(Order::Run(Run::from(launch))) };
+        let Some(socket) = &self.socket else { return Err(Error::internal("the runner was given up")) };
+        protocol::write(socket, &order).map_err(|error| lost(&error))?;
+        let stopped = match wait(socket, Instant::now().checked_add(timeout), cancel)? {
+            Waited::Ready => None,
+            Waited::TimeUp => Some(Ending::TimedOut),
+            Waited::Cancelled => Some(Ending::Cancelled),
+        };
+        if stopped.is_some() {
+            let kill = ToRunner { order: Some(Order::Kill(protocol::Kill {})) };
+            protocol::write(socket, &kill).map_err(|error| lost(&error))?;
+            let never = CancelToken::new();
+            if !matches!(wait(socket, Instant::now().checked_add(KILL_GRACE), &never)?, Waited::Ready) {
+                return Err(Error::internal("a command could not be killed"));
+            }
+        }
+        let reply: protocol::FromRunner = protocol::read(socket)
+            .map_err(|error| lost(&error))?
+            .ok_or_else(|| lost(&std::io::ErrorKind::UnexpectedEof.into()))?;
+        match reply.reply {
+            Some(Reply::Ended(ended)) => ran(ended, stopped),
+            Some(Reply::Failed(failed)) => Err(Error::Internal(failed.message)),
+            None => Err(Error::internal("a runner process gave an empty answer")),
+        }
+    }
+}
+
+fn ran(ended: Ended, stopped: Option<Ending>) -> Result<Ran> {
+    if ended.survivors {
+        return Err(Error::internal("processes of the command could not be killed"));
+    }
+    let natural = match (ended.not_started, ended.signal) {
+        (0, 0) => Ending::Exited(ended.exit_code),
+        (0, signal) => Ending::Signalled(signal),
+        (errno, _) => Ending::NotStarted(errno),
+    };
+    Ok(Ran {
+        ending: stopped.unwrap_or(natural),
+        usage: ended.usage.unwrap_or_default(),
+        started: Moment(ended.started_nanos),
+        ended: Moment(ended.ended_nanos),
+    })
+}
+
+fn lost(error: &std::io::Error) -> Error {
+    Error::Internal(format!(
+        "the process that runs commands was lost while one ran ({error}); was it killed?"
+    ))
+}
+
+enum Waited {
+    Ready,
+    TimeUp,
+    Cancelled,
+}
+
+/// Waits for an answer, a cancellation or the deadline (`None`: never), whichever is first.
+fn wait(socket: &UnixStream, deadline: Option<Instant>, cancel: &CancelToken) -> Result<Waited> {
+    loop {
+        let now = Instant::now();
+        let mut left = deadline.map(|deadline| deadline.saturating_duration_since(now));
+        let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
+        match cancel.event() {
+            Some(event) => fds.push(PollFd::from_borrowed_fd(event, PollFlags::IN)),
+            None => left = Some(left.map_or(CANCEL_POLL, |left| left.min(CANCEL_POLL))),
+        }
+        // A wait beyond what the kernel can count is taken up again.
+        let timeout =
+            left.map(|left| Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 3600, tv_nsec: 0 }));
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(Error::io("wait for a command", &error.into())),
+        }
+        if !fds[0].revents().is_empty() {
+            return Ok(Waited::Ready);
+        }
+        if cancel.is_cancelled() {
+            return Ok(Waited::Cancelled);
+        }
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Ok(Waited::TimeUp);
+        }
+    }
+}
+
+impl Drop for Runner {
+    /// Leaves no process behind: at the end of its socket the runner kills what it started and ends.
+    fn drop(&mut self) {
+        self.socket = None;
+        if !ends_within(&self.child, END_GRACE) {
+            reap::kill_descendants(self.child.id());
+            let _ = self.child.kill();
+        }
+        let _ = self.child.wait();
+    }
+}
+
+fn ends_within(child: &Child, limit: Duration) -> bool {
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    let Some(pidfd) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else { return false };
+    let timeout = Timespec::try_from(limit).ok();
+    let mut fds = [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)];
+    matches!(poll(&mut fds, timeout.as_ref()), Ok(1))
+}
+
+impl From<&Launch> for Run {
+    fn from(launch: &Launch) -> Self {
+        let bytes = |texts: &[String]| texts.iter().map(|text| text.clone().into_bytes()).collect();
+        let path = |path: &std::path::Path| path.as_os_str().as_bytes().to_vec();
+        Self {
+            programs: bytes(&launch.programs),
+            arguments: bytes(&launch.arguments),
+            environment: bytes(&launch.environment),
+            root: path(&launch.root),
+            working_directory: path(&launch.working_directory),
+            stdout: path(&launch.stdout),
+            stderr: path(&launch.stderr),
+            max_file_bytes: launch.max_file_bytes,
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! What a worker and its runner process say to each other: length-prefixed protobuf messages over a socket.
+//!
+//! Both ends are always the same binary, so there is no versioning. One [`Run`] is answered by one [`FromRunner`]; a [`Kill`]
+//! hurries that answer and is ignored when nothing runs.
+
+use crate::proto::gorego;
+use prost::Message;
+use std::io::{self, Read, Write};
+
+/// Largest message. Arguments and environment of one process are at most 6 MiB on Linux; requests are smaller than this.
+pub const MAX_MESSAGE_BYTES: usize = 64 * 1024 * 1024;
+
+/// An order to the runner.
+#[derive(Clone, PartialEq, Message)]
+pub struct ToRunner {
+    /// What to do.
+    #[prost(oneof = "Order", tags = "1, 2")]
+    pub order: Option<Order>,
+}
+
+/// What to do.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum Order {
+    /// Run a command and answer when nothing of it is left.
+    #[prost(message, tag = "1")]
+    Run(Run),
+    /// Kill what runs.
+    #[prost(message, tag = "2")]
+    Kill(Kill),
+}
+
+/// Kills what runs.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Kill {}
+
+/// A command; see [`Launch`](super::super::command::Launch) for the fields.
+#[derive(Clone, PartialEq, Message)]
+pub struct Run {
+    /// Files to try as the program.
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub programs: Vec<Vec<u8>>,
+    /// argv.
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub arguments: Vec<Vec<u8>>,
+    /// The whole environment.
+    #[prost(bytes = "vec", repeated, tag = "3")]
+    pub environment: Vec<Vec<u8>>,
+    /// The input root.
+    #[prost(bytes = "vec", tag = "4")]
+    pub root: Vec<u8>,
+    /// Where to run, relative to the input root.
+    #[prost(bytes = "vec", tag = "5")]
+    pub working_directory: Vec<u8>,
+    /// File for stdout, made by the runner.
+    #[prost(bytes = "vec", tag = "6")]
+    pub stdout: Vec<u8>,
+    /// File for stderr, made by the runner.
+    #[prost(bytes = "vec", tag = "7")]
+    pub stderr: Vec<u8>,
+    /// Largest file that the command may write.
+    #[prost(uint64, tag = "8")]
+    pub max_file_bytes: u64,
+}
+
+/// The answer to a [`Run`].
+#[derive(Clone, PartialEq, Message)]
+pub struct FromRunner {
+    /// How it went.
+    #[prost(oneof = "Reply", tags = "1, 2")]
+    pub reply: Option<Reply>,
+}
+
+/// How a [`Run`] went.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum Reply {
+    /// There was a process, or a program that could not be started.
+    #[prost(message, tag = "1")]
+    Ended(Ended),
+    /// It did not come to that, through no fault of the command.
+    #[prost(message, tag = "2")]
+    Failed(Failed),
+}
+
+/// The end of a command.
+#[derive(Clone, PartialEq, Message)]
+pub struct Ended {
+    /// When it exited by itself.
+    #[prost(int32, tag = "1")]
+    pub exit_code: i32,
+    /// The signal that ended it; 0 for none.
+    #[prost(int32, tag = "2")]
+    pub signal: i32,
+    /// Errno when no program could be started; 0 for none.
+    #[prost(int32, tag = "3")]
+    pub not_started: i32,
+    /// Monotonic time of the start.
+    #[prost(uint64, tag = "4")]
+    pub started_nanos: u64,
+    /// Monotonic time of the end.
+    #[prost(uint64, tag = "5")]
+    pub ended_nanos: u64,
+    /// What all processes used.
+    #[prost(message, optional, tag = "6")]
+    pub usage: Option<gorego::ResourceUsage>,
+    /// Some process could not be killed in time.
+    #[prost(bool, tag = "7")]
+    pub survivors: bool,
+}
+
+/// What kept the runner from starting anything.
+#[derive(Clone, PartialEq, Message)]
+pub struct Failed {
+    /// For people.
+    #[prost(string, tag = "1")]
+    pub message: String,
+}
+
+/// Sends a message.
+///
+/// # Errors
+/// Those of the socket; `InvalidInput` when the message is too large.
+pub fn write(mut socket: impl Write, message: &impl Message) -> io::Result<()> {
+    let length = message.encoded_len();
+    let prefix = u32::try_from(length).ok().filter(|_| length <= MAX_MESSAGE_BYTES);
+    let Some(prefix) = prefix else {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the command is too large to be started"));
+    };
+    let mut frame = Vec::with_capacity(length + size_of::<u32>());
+    frame.extend_from_slice(&prefix.to_le_bytes());
+    message.encode(&mut frame).map_err(io::Error::other)?;
+    socket.write_all(&frame)
+}
+
+/// Receives a message; `None` when the other end is gone.
+///
+/// # Errors
+/// Those of the socket; `InvalidData` for anything that is not a message.
+pub fn read<M: Message + Default>(mut socket: impl Read) -> io::Result<Option<M>> {
+    let mut prefix = [0; size_of::<u32>()];
+    match socket.read_exact(&mut prefix) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        read => read?,
+    }
+    let length = u32::from_le_bytes(prefix) as usize;
+    if length > MAX_MESSAGE_BYTES {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut frame = vec![0; length];
+    socket.read_exact(&mut frame)?;
+    M::decode(&*frame).map(Some).map_err(|_| io::ErrorKind::InvalidData.into())
+}

@@ -1,0 +1,157 @@
+//! Starts one process from the runner: the only place between fork and exec.
+//!
+//! The child shares the runner's memory until it execs (`CLONE_VM | CLONE_VFORK`, what posix_spawn(3) does), so starting does
+//! not get slower with the runner's size, and a failure is reported by storing it. In return the child's code allocates
+//! nothing, takes no lock and cannot panic.
+
+use std::{
+    ffi::{CString, c_char, c_int, c_void},
+    io,
+    os::fd::RawFd,
+    ptr,
+};
+
+/// Stack of the child until it execs; a page or two are used.
+const STACK_BYTES: usize = 64 * 1024;
+
+/// A process to be.
+pub struct Plan {
+    /// Files to try, in order.
+    pub programs: Vec<CString>,
+    /// argv.
+    pub arguments: Vec<CString>,
+    /// The whole environment.
+    pub environment: Vec<CString>,
+    /// Becomes the working directory.
+    pub working_directory: RawFd,
+    /// Becomes descriptor 1.
+    pub stdout: RawFd,
+    /// Becomes descriptor 2.
+    pub stderr: RawFd,
+    /// Largest file that it may write, in bytes.
+    pub max_file_bytes: u64,
+}
+
+/// A process that was started, or whose program could not be.
+pub struct Spawned {
+    /// Its id; it is a child of ours and must be waited for either way.
+    pub pid: libc::pid_t,
+    /// Errno when no program could be started; 0 for none.
+    pub not_started: i32,
+}
+
+/// What the child needs, in the form in which it needs it.
+struct ChildArgs {
+    programs: *const *const c_char,
+    arguments: *const *const c_char,
+    environment: *const *const c_char,
+    working_directory: RawFd,
+    stdout: RawFd,
+    stderr: RawFd,
+    max_file_bytes: u64,
+    no_signals: libc::sigset_t,
+    error: c_int,
+}
+
+/// Starts a process in a session of its own. Descriptor 0 is inherited (the runner's is /dev/null), every other but stdout
+/// and stderr is closed on exec.
+///
+/// # Errors
+/// When there can be no new process.
+pub fn spawn(plan: &Plan, stack: &mut Stack) -> io::Result<Spawned> {
+    let (programs, arguments) = (pointers(&plan.programs), pointers(&plan.arguments));
+    let environment = pointers(&plan.environment);
+    // SAFETY: all bits zero is a value of sigset_t; sigemptyset then makes it the empty set.
+    let no_signals = unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        set
+    };
+    let mut args = ChildArgs {
+        programs: programs.as_ptr(),
+        arguments: arguments.as_ptr(),
+        environment: environment.as_ptr(),
+        working_directory: plan.working_directory,
+        stdout: plan.stdout,
+        stderr: plan.stderr,
+        max_file_bytes: plan.max_file_bytes,
+        no_signals,
+        error: 0,
+    };
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: the stack is ours, writable and not in use; everything that `args` points to outlives the call, and the call
+    // returns only after the child has left our memory by exec or exit.
+    let pid = unsafe { libc::clone(child, stack.top(), flags, ptr::from_mut(&mut args).cast()) };
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `args.error` is live; it is read through a volatile access because the child wrote it behind the compiler's back.
+    let not_started = unsafe { ptr::read_volatile(&args.error) };
+    Ok(Spawned { pid, not_started })
+}
+
+/// Memory for the child's stack, to be used again and again.
+pub struct Stack(Vec<u128>);
+
+impl Stack {
+    /// A stack of [`STACK_BYTES`].
+    pub fn new() -> Self {
+        // u128 for the alignment that the ABI asks of a stack.
+        Self(vec![0; STACK_BYTES / size_of::<u128>()])
+    }
+
+    fn top(&mut self) -> *mut c_void {
+        self.0.as_mut_ptr_range().end.cast()
+    }
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
+}
+
+/// Runs in the child, on its own stack, in the runner's memory, while the runner stands still.
+extern "C" fn child(args: *mut c_void) -> c_int {
+    let args = args.cast::<ChildArgs>();
+    // SAFETY: `spawn` passes a ChildArgs that lives until this process execs or exits, and nobody else touches it. Only
+    // async-signal-safe functions are called.
+    unsafe {
+        let error = prepare_and_exec(&*args);
+        ptr::write_volatile(&raw mut (*args).error, error);
+        libc::_exit(super::super::command::EXIT_NOT_FOUND)
+    }
+}
+
+/// Gives the errno of what failed; returns only then.
+///
+/// # Safety
+/// As for [`child`].
+unsafe fn prepare_and_exec(args: &ChildArgs) -> c_int {
+    let limit = |bytes| libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    // SAFETY: system calls on plain values and live pointers.
+    unsafe {
+        let ok = libc::setsid() >= 0
+            && libc::dup2(args.stdout, 1) >= 0
+            && libc::dup2(args.stderr, 2) >= 0
+            && libc::fchdir(args.working_directory) >= 0
+            && libc::setrlimit(libc::RLIMIT_FSIZE, &limit(args.max_file_bytes)) >= 0
+            && libc::setrlimit(libc::RLIMIT_CORE, &limit(0)) >= 0
+            // Should somebody kill the runner, at least the command itself goes with it.
+            && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) >= 0
+            && libc::sigprocmask(libc::SIG_SETMASK, &args.no_signals, ptr::null_mut()) >= 0;
+        if !ok {
+            return *libc::__errno_location();
+        }
+        // As execvp(3): a file that may not be run is passed over, but remembered.
+        let (mut program, mut error) = (args.programs, libc::ENOENT);
+        while !(*program).is_null() {
+            libc::execve(*program, args.arguments, args.environment);
+            match *libc::__errno_location() {
+                libc::ENOENT | libc::ENOTDIR => {}
+                libc::EACCES => error = libc::EACCES,
+                other => return other,
+            }
+            program = program.add(1);
+        }
+        error
+    }
+}

@@ -1,0 +1,118 @@
+//! System calls of the runner that have no safe form in our crates; each is wrapped so that it has one.
+
+use std::{
+    io,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    ptr,
+};
+
+/// Closes every descriptor from `first` on.
+///
+/// For the start of a process, before it has opened anything that it will use.
+///
+/// # Errors
+/// On kernels before Linux 5.9.
+pub fn close_from(first: RawFd) -> io::Result<()> {
+    // SAFETY: takes no pointers; that no live descriptor is closed is the caller's promise above.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, first.unsigned_abs(), libc::c_uint::MAX, 0) };
+    if closed < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Makes descriptor 0 mean what `file` means.
+///
+/// # Errors
+/// Those of dup2(2).
+pub fn become_stdin(file: &OwnedFd) -> io::Result<()> {
+    // SAFETY: `file` is open, and descriptor 0 belongs to nobody in a process that does not use std's stdin.
+    check(unsafe { libc::dup2(file.as_raw_fd(), 0) })
+}
+
+/// Orphans below this process become its children.
+///
+/// # Errors
+/// None in practice.
+pub fn be_subreaper() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) })
+}
+
+/// Undoes what this process ignores, above all SIGPIPE, because ignoring is inherited.
+pub fn default_signals() {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: SIG_DFL is a valid disposition; signals that cannot be set are refused without harm.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}
+
+/// Blocks SIGCHLD and gives a descriptor to read it from.
+///
+/// # Errors
+/// Those of the system calls.
+pub fn watch_children() -> io::Result<OwnedFd> {
+    // SAFETY: the set is initialised before use, and signalfd gives a descriptor that nobody else owns.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGCHLD);
+        check(libc::sigprocmask(libc::SIG_SETMASK, &set, ptr::null_mut()))?;
+        let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+        check(fd)?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Some child that has ended and was not reaped.
+pub enum EndedChild {
+    /// There is no child.
+    None,
+    /// All children are running.
+    NotYet,
+    /// This one.
+    Pid(libc::pid_t),
+}
+
+/// Looks for a child that has ended, without reaping it.
+///
+/// # Errors
+/// Those of the system calls.
+pub fn ended_child() -> io::Result<EndedChild> {
+    // SAFETY: `info` is a plain struct that waitid fills in; zeroed, its pid reads 0, which means that none has ended.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        if libc::waitid(libc::P_ALL, 0, &mut info, flags) < 0 {
+            let error = io::Error::last_os_error();
+            return match error.raw_os_error() {
+                Some(libc::ECHILD) => Ok(EndedChild::None),
+                _ => Err(error),
+            };
+        }
+        Ok(match info.si_pid() {
+            0 => EndedChild::NotYet,
+            pid => EndedChild::Pid(pid),
+        })
+    }
+}
+
+/// Reaps a child that has ended: its status and what it used.
+///
+/// # Errors
+/// Those of the system calls.
+pub fn reap(pid: libc::pid_t) -> io::Result<(libc::c_int, libc::rusage)> {
+    // SAFETY: both are plain structs that wait4 fills in.
+    unsafe {
+        let (mut status, mut usage) = (0, std::mem::zeroed());
+        check(libc::wait4(pid, &mut status, 0, &mut usage))?;
+        Ok((status, usage))
+    }
+}
+
+/// Kills the process group that `leader` made; it may be empty.
+pub fn kill_group(leader: libc::pid_t) {
+    // SAFETY: takes no pointers; `leader` is an unreaped child of ours that called setsid, so the group is its own.
+    unsafe { libc::kill(-leader, libc::SIGKILL) };
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,333 @@
+//! Finds what a command left at the output paths, stores it, and says so in the result (EXE-47 to EXE-58).
+//!
+//! First every output is looked at, then the files are stored, each once however many outputs it is part of. The kind of an
+//! output is that of the node itself: a symbolic link is reported and never followed, and the way to an output may only use
+//! links that stay in the input root. What kind of thing an outside target is, is not looked at either.
+
+pub mod encode;
+pub mod scan;
+
+use super::{
+    checkpoint::Checkpoint,
+    dir::{self, FileId},
+    store::BlobStore,
+};
+use crate::{
+    action::{Action, OutputKind, OutputRequest},
+    digest::Digest,
+    error::{Error, Result},
+    path::RootPath,
+    proto::reapi,
+};
+use encode::Encoded;
+use rustix::{
+    fs::{self as rfs, FileType, Mode, OFlags},
+    io::Errno,
+};
+use scan::{NodeBudget, Scan};
+use std::{collections::HashMap, ffi::OsStr, fs::File, io};
+
+/// Longest target of an output link, in bytes; what Linux allows.
+const MAX_TARGET_BYTES: usize = 4_096;
+
+/// Mode and time of a node when it was looked at.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Seen {
+    /// `st_mode`.
+    pub mode: u32,
+    /// Time of the last change of the content.
+    pub mtime: prost_types::Timestamp,
+}
+
+impl Seen {
+    /// Whether its owner may run it (EXE-54).
+    pub fn is_executable(&self) -> bool {
+        self.mode & Mode::XUSR.bits() != 0
+    }
+}
+
+/// Which properties the command wants with its outputs (EXE-63).
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Reported {
+    /// Times.
+    pub mtime: bool,
+    /// Permission bits.
+    pub unix_mode: bool,
+}
+
+impl Reported {
+    /// Properties of a file or directory; `None` when none is wanted.
+    pub fn of(self, seen: &Seen) -> Option<reapi::NodeProperties> {
+        (self.mtime || self.unix_mode).then(|| reapi::NodeProperties {
+            properties: Vec::new(),
+            mtime: self.mtime.then_some(seen.mtime),
+            unix_mode: self.unix_mode.then_some(seen.mode & 0o7777),
+        })
+    }
+
+    /// Properties of a link, which has no permission bits of its own.
+    pub fn of_link(self, seen: &Seen) -> Option<reapi::NodeProperties> {
+        Self { unix_mode: false, ..self }.of(seen)
+    }
+}
+
+/// What was found at one output path.
+enum Found {
+    File { name: String, id: FileId, seen: Seen },
+    Link { target: String, to_directory: bool, seen: Seen },
+    Directory(Scan),
+}
+
+/// Collects the outputs of `action` below `root` into `result`. No process may be left that could change them.
+///
+/// # Errors
+/// `Precondition` naming an output that cannot be one; those of the store; those of the checkpoint between two files.
+pub fn collect(
+    root: &File,
+    action: &Action,
+    store: &dyn BlobStore,
+    checkpoint: &Checkpoint,
+    result: &mut reapi::ActionResult,
+) -> Result<()> {
+    let mut budget = NodeBudget::new();
+    let mut found = Vec::new();
+    for output in &action.command.outputs {
+        checkpoint.check()?;
+        if let Some(node) = look(root, output, checkpoint, &mut budget)? {
+            found.push((output, node));
+        }
+    }
+    let mut storing = Storing {
+        root,
+        action,
+        store,
+        checkpoint,
+        stored: HashMap::new(),
+        reported: Reported { mtime: action.command.report_mtime, unix_mode: action.command.report_unix_mode },
+    };
+    found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))
+}
+
+/// What is at an output path; `None` for nothing (EXE-50).
+fn look(
+    root: &File,
+    output: &OutputRequest,
+    checkpoint: &Checkpoint,
+    budget: &mut NodeBudget,
+) -> Result<Option<Found>> {
+    let path = &output.requested;
+    let Some((parent_path, name)) = output.path.parent().zip(output.path.name()) else {
+        return expect(output, FileType::Directory)
+            .and_then(|()| Scan::of(open_directory(root, output)?, path, checkpoint, budget))
+            .map(|scan| Some(Found::Directory(scan)));
+    };
+    let Some(parent) = open_parent(root, &parent_path, path)? else { return Ok(None) };
+    let stat = match dir::stat_at(&parent, OsStr::new(name)) {
+        Ok(stat) => stat,
+        Err(error) if is_absence(&error) => return Ok(None),
+        Err(error) => return Err(Error::io(&format!("look at output \"{path}\""), &error)),
+    };
+    let (kind, seen) = (dir::file_type(&stat), Seen::from(&stat));
+    expect(output, kind)?;
+    Ok(Some(match kind {
+        FileType::RegularFile => Found::File { name: name.to_owned(), id: dir::file_id(&stat), seen },
+        FileType::Directory => {
+            Found::Directory(Scan::of(open_directory(root, output)?, path, checkpoint, budget)?)
+        }
+        FileType::Symlink => Found::Link {
+            target: read_link(&parent, name, path)?,
+            to_directory: dir::open_beneath(root, output.path.as_path()).is_ok(),
+            seen,
+        },
+        other => return Err(not_storable(path, other)),
+    }))
+}
+
+/// EXE-51: the legacy lists say what an output must be; a link may be either.
+fn expect(output: &OutputRequest, kind: FileType) -> Result<()> {
+    match (output.kind, kind) {
+        (OutputKind::File, FileType::Directory) => Err(Error::Precondition(format!(
+            "output \"{}\" is a directory; Command.output_files asks for a file",
+            output.requested
+        ))),
+        (OutputKind::Directory, FileType::RegularFile) => Err(Error::Precondition(format!(
+            "output \"{}\" is a file; Command.output_directories asks for a directory",
+            output.requested
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Puts outputs into the store and the result.
+struct Storing<'a> {
+    root: &'a File,
+    action: &'a Action,
+    store: &'a dyn BlobStore,
+    checkpoint: &'a Checkpoint<'a>,
+    /// Files already stored; the store may have taken them away from where they were.
+    stored: HashMap<FileId, Digest>,
+    reported: Reported,
+}
+
+impl Storing<'_> {
+    #[allow(deprecated)]
+    fn report(
+        &mut self,
+        output: &OutputRequest,
+        node: Found,
+        result: &mut reapi::ActionResult,
+    ) -> Result<()> {
+        let path = output.requested.clone();
+        match node {
+            Found::File { name, id, seen } => {
+                let digest = self.file_at(output, &name, id)?;
+                result.output_files.push(reapi::OutputFile {
+                    path,
+                    digest: Some(digest.to_wire()),
+                    is_executable: seen.is_executable(),
+                    node_properties: self.reported.of(&seen),
+                    ..Default::default()
+                });
+            }
+            Found::Link { target, to_directory, seen } => {
+                let link =
+                    reapi::OutputSymlink { path, target, node_properties: self.reported.of_link(&seen) };
+                // EXE-53: each generation of clients reads another list.
+                result.output_symlinks.push(link.clone());
+                if to_directory {
+                    result.output_directory_symlinks.push(link);
+                } else {
+                    result.output_file_symlinks.push(link);
+                }
+            }
+            Found::Directory(mut scan) => {
+                scan.revisit(open_directory(self.root, output)?, &path, |directory, here| {
+                    for file in &mut directory.files {
+                        file.digest = Some(self.file(here, &file.name, file.id, &output.requested)?);
+                    }
+                    Ok(())
+                })?;
+                result.output_directories.push(self.directory(path, &scan)?);
+            }
+        }
+        Ok(())
+    }
+
+    fn file_at(&mut self, output: &OutputRequest, name: &str, id: FileId) -> Result<Digest> {
+        if let Some(digest) = self.stored.get(&id) {
+            return Ok(*digest);
+        }
+        let parent_path = output.path.parent().unwrap_or_default();
+        let parent = open_parent(self.root, &parent_path, &output.requested)?
+            .ok_or_else(|| Error::Internal(format!("output \"{}\" is gone", output.requested)))?;
+        self.file(&parent, name, id, &output.requested)
+    }
+
+    /// Stores one file, unless it was stored under another name.
+    fn file(&mut self, parent: &File, name: &str, id: FileId, path: &str) -> Result<Digest> {
+        self.checkpoint.check()?;
+        if let Some(digest) = self.stored.get(&id) {
+            return Ok(*digest);
+        }
+        let file = open_regular(parent, name, path)?;
+        let digest = self.store.store_output(&self.action.instance, parent, name, file)?;
+        self.stored.insert(id, digest);
+        Ok(digest)
+    }
+
+    fn directory(&self, path: String, scan: &Scan) -> Result<reapi::OutputDirectory> {
+        let encoded = Encoded::new(scan, self.action.digest.function(), self.reported)?;
+        let format = self.action.command.directory_format;
+        let mut output = reapi::OutputDirectory { path, ..Default::default() };
+        if format.tree {
+            let tree = self.store.store_bytes(&self.action.instance, encoded.tree())?;
+            output.tree_digest = Some(tree.to_wire());
+            output.is_topologically_sorted = true;
+        }
+        if format.directories {
+            output.root_directory_digest = encoded.root().map(Digest::to_wire);
+            for (_, bytes) in encoded.directories {
+                self.checkpoint.check()?;
+                self.store.store_bytes(&self.action.instance, bytes)?;
+            }
+        }
+        Ok(output)
+    }
+}
+
+/// Opens a regular file for the store; one that its owner may not read is made readable.
+///
+/// # Errors
+/// `Precondition` when it is anything else; nothing blocks on a FIFO.
+pub fn open_regular(parent: &File, name: &str, path: &str) -> Result<File> {
+    let failed = |error: io::Error| Error::io(&format!("read output \"{path}\""), &error);
+    let file = dir::open_file(parent, OsStr::new(name)).map_err(failed)?;
+    match dir::file_type(&rfs::fstat(&file).map_err(|error| failed(error.into()))?) {
+        FileType::RegularFile => Ok(file),
+        other => Err(not_storable(path, other)),
+    }
+}
+
+fn open_parent(root: &File, parent: &RootPath, path: &str) -> Result<Option<File>> {
+    // For reading, not just for naming: the store links and moves files in it.
+    match dir::open_beneath(root, parent.as_path()) {
+        Ok(parent) => Ok(Some(parent)),
+        Err(error) if is_absence(&error) => Ok(None),
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::XDEV) => Err(Error::Precondition(format!(
+            "output \"{path}\" cannot be collected: a symbolic link on the way leaves the input root"
+        ))),
+        Err(error) => Err(Error::io(&format!("look for output \"{path}\""), &error)),
+    }
+}
+
+/// Opens an output that is a directory, for listing.
+fn open_directory(root: &File, output: &OutputRequest) -> Result<File> {
+    let failed = |error: io::Error| Error::io(&format!("open output \"{}\"", output.requested), &error);
+    let Some((parent_path, name)) = output.path.parent().zip(output.path.name()) else {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        return Ok(rfs::openat(root, ".", flags, Mode::empty())
+            .map_err(|error| failed(error.into()))?
+            .into());
+    };
+    let parent = dir::open_beneath(root, parent_path.as_path()).map_err(failed)?;
+    let opened = match dir::open_dir(&parent, OsStr::new(name)) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            dir::grant(&parent, OsStr::new(name), Mode::RWXU).map_err(failed)?;
+            dir::open_dir(&parent, OsStr::new(name))
+        }
+        opened => opened,
+    };
+    opened.map_err(failed)
+}
+
+/// Nothing is at a path, or there is no way to it: the output was not produced.
+fn is_absence(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP))
+}
+
+fn read_link(parent: &File, name: &str, path: &str) -> Result<String> {
+    let target = rfs::readlinkat(parent, name, Vec::new()).map_err(|error| {
+        Error::io(&format!("read symbolic link \"{name}\" of output \"{path}\""), &error.into())
+    })?;
+    target.into_string().ok().filter(|target| target.len() <= MAX_TARGET_BYTES).ok_or_else(|| {
+        Error::Precondition(format!(
+            "the target of symbolic link \"{name}\" of output \"{path}\" is not UTF-8"
+        ))
+    })
+}
+
+fn name_of(name: &OsStr, path: &str) -> Result<String> {
+    name.to_str().map(str::to_owned).ok_or_else(|| {
+        Error::Precondition(format!("output \"{path}\" holds {name:?}; names must be UTF-8 to be reported"))
+    })
+}
+
+fn not_storable(path: &str, kind: FileType) -> Error {
+    let kind = match kind {
+        FileType::Fifo => "a FIFO",
+        FileType::Socket => "a socket",
+        FileType::CharacterDevice | FileType::BlockDevice => "a device",
+        _ => "neither file, directory nor symbolic link",
+    };
+    Error::Precondition(format!("output \"{path}\" is {kind} and cannot be stored"))
+}

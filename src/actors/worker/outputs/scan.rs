@@ -1,0 +1,204 @@
+//! Looks at an output directory and remembers what is in it.
+//!
+//! Looking comes before storing, because the store may take files away while it takes them in, and another output may lie in
+//! the same directory. Nothing is followed, and no file is opened.
+
+use super::{Seen, name_of};
+use crate::{
+    actors::worker::{
+        checkpoint::Checkpoint,
+        dir::{self, Cursor, FileId},
+    },
+    digest::Digest,
+    error::{Error, Result},
+};
+use rustix::fs::{self as rfs, FileType, Stat};
+use std::{ffi::OsStr, fs::File, io};
+
+/// Most nodes that the outputs of one action may have, all together. The same number bounds input roots.
+pub const MAX_OUTPUT_NODES: u64 = crate::tree::MAX_TREE_NODES;
+
+/// A file that was found.
+#[derive(Debug, Clone)]
+pub struct FoundFile {
+    /// Name in its directory.
+    pub name: String,
+    /// Which file it is, under whatever name.
+    pub id: FileId,
+    /// Mode and time.
+    pub seen: Seen,
+    /// Set once it is stored.
+    pub digest: Option<Digest>,
+}
+
+/// A symbolic link that was found.
+#[derive(Debug, Clone)]
+pub struct FoundLink {
+    /// Name in its directory.
+    pub name: String,
+    /// Target, to the letter.
+    pub target: String,
+    /// Mode and time.
+    pub seen: Seen,
+}
+
+/// A directory that was found.
+#[derive(Debug, Clone)]
+pub struct FoundDirectory {
+    /// Name in its parent; empty for the top.
+    pub name: String,
+    /// Mode and time.
+    pub seen: Seen,
+    /// Its files, by name.
+    pub files: Vec<FoundFile>,
+    /// Its links, by name.
+    pub links: Vec<FoundLink>,
+    /// Its directories, by name: positions in [`Scan::directories`], each larger than its parent's.
+    pub children: Vec<usize>,
+}
+
+/// A directory and all below it; the top comes first.
+#[derive(Debug, Clone)]
+pub struct Scan {
+    /// Every directory, parents before children.
+    pub directories: Vec<FoundDirectory>,
+}
+
+/// Counts nodes down to [`MAX_OUTPUT_NODES`].
+#[derive(Debug)]
+pub struct NodeBudget(u64);
+
+impl NodeBudget {
+    /// The whole budget.
+    pub fn new() -> Self {
+        Self(MAX_OUTPUT_NODES)
+    }
+
+    fn take(&mut self) -> Result<()> {
+        self.0 = self.0.checked_sub(1).ok_or_else(|| {
+            Error::Precondition(format!("the outputs have more than {MAX_OUTPUT_NODES} nodes"))
+        })?;
+        Ok(())
+    }
+}
+
+impl Scan {
+    /// Looks at the directory `top`; `path` names it in errors.
+    ///
+    /// # Errors
+    /// `Precondition` for anything that is not a file, directory or link, for names that are not UTF-8, and for too many nodes.
+    pub fn of(top: File, path: &str, checkpoint: &Checkpoint, budget: &mut NodeBudget) -> Result<Self> {
+        let failed = |error: io::Error| Error::io(&format!("look at output directory \"{path}\""), &error);
+        let seen = Seen::from(&rfs::fstat(&top).map_err(|error| failed(error.into()))?);
+        let mut scan = Self { directories: vec![FoundDirectory::new(String::new(), seen)] };
+        let mut cursor = Cursor::new(top).map_err(failed)?;
+        scan.list(0, &cursor, path, checkpoint, budget)?;
+        // (directory, how many of its children were entered)
+        let mut open = vec![(0, 0)];
+        while let Some((at, entered)) = open.last_mut() {
+            if let Some(&child) = scan.directories[*at].children.get(*entered) {
+                *entered += 1;
+                cursor.down(OsStr::new(&scan.directories[child].name)).map_err(failed)?;
+                scan.list(child, &cursor, path, checkpoint, budget)?;
+                open.push((child, 0));
+            } else {
+                open.pop();
+                if !open.is_empty() {
+                    cursor.up().map_err(failed)?;
+                }
+            }
+        }
+        Ok(scan)
+    }
+
+    fn list(
+        &mut self,
+        at: usize,
+        cursor: &Cursor,
+        path: &str,
+        checkpoint: &Checkpoint,
+        budget: &mut NodeBudget,
+    ) -> Result<()> {
+        checkpoint.check()?;
+        let failed = |error: io::Error| Error::io(&format!("look at output directory \"{path}\""), &error);
+        let here = cursor.here().map_err(failed)?;
+        let mut below = Vec::new();
+        for entry in dir::entries(here).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            budget.take()?;
+            let name = name_of(dir::entry_name(&entry), path)?;
+            let stat = dir::stat_at(here, OsStr::new(&name)).map_err(failed)?;
+            let seen = Seen::from(&stat);
+            match dir::file_type(&stat) {
+                FileType::RegularFile => self.directories[at].files.push(FoundFile {
+                    name,
+                    id: dir::file_id(&stat),
+                    seen,
+                    digest: None,
+                }),
+                FileType::Symlink => {
+                    let target = super::read_link(here, &name, path)?;
+                    self.directories[at].links.push(FoundLink { name, target, seen });
+                }
+                FileType::Directory => below.push(FoundDirectory::new(name, seen)),
+                other => return Err(super::not_storable(&format!("{path}/{name}"), other)),
+            }
+        }
+        below.sort_by(|a, b| a.name.cmp(&b.name));
+        let directory = &mut self.directories[at];
+        directory.files.sort_by(|a, b| a.name.cmp(&b.name));
+        directory.links.sort_by(|a, b| a.name.cmp(&b.name));
+        for child in below {
+            let position = self.directories.len();
+            self.directories[at].children.push(position);
+            self.directories.push(child);
+        }
+        Ok(())
+    }
+
+    /// Walks the directories again and gives `visit` each with an open handle, parents first.
+    ///
+    /// # Errors
+    /// Those of `visit`, and those of walking.
+    pub fn revisit(
+        &mut self,
+        top: File,
+        path: &str,
+        mut visit: impl FnMut(&mut FoundDirectory, &File) -> Result<()>,
+    ) -> Result<()> {
+        let failed = |error: io::Error| Error::io(&format!("read output directory \"{path}\""), &error);
+        let mut cursor = Cursor::new(top).map_err(failed)?;
+        visit(&mut self.directories[0], cursor.here().map_err(failed)?)?;
+        let mut open = vec![(0, 0)];
+        while let Some((at, entered)) = open.last_mut() {
+            if let Some(&child) = self.directories[*at].children.get(*entered) {
+                *entered += 1;
+                cursor.down(OsStr::new(&self.directories[child].name)).map_err(failed)?;
+                visit(&mut self.directories[child], cursor.here().map_err(failed)?)?;
+                open.push((child, 0));
+            } else {
+                open.pop();
+                if !open.is_empty() {
+                    cursor.up().map_err(failed)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FoundDirectory {
+    fn new(name: String, seen: Seen) -> Self {
+        Self { name, seen, files: Vec::new(), links: Vec::new(), children: Vec::new() }
+    }
+}
+
+impl From<&Stat> for Seen {
+    #[allow(clippy::unnecessary_cast)]
+    fn from(stat: &Stat) -> Self {
+        Self {
+            mode: stat.st_mode as u32,
+            mtime: prost_types::Timestamp { seconds: stat.st_mtime as i64, nanos: stat.st_mtime_nsec as i32 },
+        }
+    }
+}

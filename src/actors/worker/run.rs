@@ -1,0 +1,218 @@
+//! One run, step by step: workspace, inputs, command, outputs, result.
+//!
+//! Owns the order of the steps and what a failure in each means. Blocking; runs on a worker's own thread.
+
+use super::{
+    WorkerSettings,
+    checkpoint::{Checkpoint, cancelled},
+    clock::{Moment, Point, Timeline},
+    command::{self, Launch},
+    inputs,
+    launcher::{Ending, Launcher, Ran},
+    messages::{RunAction, RunFailure, RunReport, RunResult, RunStage, StageReached},
+    outputs,
+    store::BlobStore,
+    workspace::Workspace,
+};
+use crate::{
+    actors::cas::client::Provenance,
+    error::{Error, Result},
+    proto::reapi,
+};
+use rustix::fs::{self as rfs, OFlags};
+use std::{fs::File, io::Write as _, path::Path, time::SystemTime};
+
+const ACTION_FINISHED: &str = "action_finished";
+const RESULT_NOT_RECORDED: &str = "result_not_recorded";
+
+/// Exit codes of processes that a signal ended start here (EXE-46).
+const SIGNAL_BASE: i32 = 128;
+
+/// One run.
+pub(super) struct ActionRun<'a> {
+    settings: &'a WorkerSettings,
+    store: &'a dyn BlobStore,
+    launcher: &'a mut dyn Launcher,
+    order: &'a RunAction,
+    timeline: Timeline,
+    result: reapi::ActionResult,
+    /// How the command ended, once it has.
+    ran: Option<Ran>,
+}
+
+impl<'a> ActionRun<'a> {
+    pub(super) fn new(
+        settings: &'a WorkerSettings,
+        store: &'a dyn BlobStore,
+        launcher: &'a mut dyn Launcher,
+        order: &'a RunAction,
+    ) -> Self {
+        let timeline = Timeline::start(order.queued_at, SystemTime::now(), Moment::now());
+        Self { settings, store, launcher, order, timeline, result: reapi::ActionResult::default(), ran: None }
+    }
+
+    /// Runs the action to its end.
+    pub(super) fn execute(mut self) -> RunReport {
+        let outcome = self.steps();
+        self.note(Point::WorkerEnd);
+        let usage = self.ran.as_ref().map(|ran| &ran.usage);
+        self.result.execution_metadata = Some(self.timeline.metadata(self.worker(), usage));
+        self.log(&outcome);
+        match outcome {
+            Ok(()) => {
+                self.record();
+                Ok(Box::new(RunResult { result: self.result, message: String::new() }))
+            }
+            Err(error) => Err(RunFailure {
+                retryable: is_workers_fault(&error),
+                // Without a command that ran there is nothing to tell.
+                partial: self.ran.is_some().then(|| Box::new(self.result)),
+                error,
+            }),
+        }
+    }
+
+    fn steps(&mut self) -> Result<()> {
+        let action = &self.order.action;
+        let fetching =
+            Checkpoint::new(&self.order.cancel, "fetching the inputs", self.settings.transfer_timeout);
+        fetching.check()?;
+        self.enter(RunStage::Fetching, Point::FetchStart);
+        let workspace = self.settings.build_root.create(self.order.slot)?;
+        // Held to the end: while an action runs, its inputs are not evicted.
+        let staged = self.store.stage_inputs(&action.instance, action.input_root)?;
+        inputs::place(&*staged, workspace.root()?, &action.command, &fetching)?;
+        self.note(Point::FetchEnd);
+
+        fetching.check()?;
+        self.enter(RunStage::Running, Point::RunStart);
+        let launch = Launch::new(&action.command, &workspace, self.settings.max_output_file_bytes);
+        let ran = self.launcher.run(&launch, action.timeout, &self.order.cancel)?;
+        self.timeline.note(Point::RunStart, ran.started);
+        self.timeline.note(Point::RunEnd, ran.ended);
+        let ending = ran.ending;
+        self.ran = Some(ran);
+
+        self.enter(RunStage::Uploading, Point::UploadStart);
+        let stored = self.conclude(ending, &workspace);
+        self.note(Point::UploadEnd);
+        stored
+    }
+
+    /// Turns the end of the command into exit code, logs and outputs.
+    fn conclude(&mut self, ending: Ending, workspace: &Workspace) -> Result<()> {
+        let action = &self.order.action;
+        let interrupted = match ending {
+            Ending::Exited(code) => {
+                self.result.exit_code = code;
+                None
+            }
+            Ending::Signalled(signal) => {
+                self.result.exit_code = SIGNAL_BASE.saturating_add(signal);
+                None
+            }
+            Ending::NotStarted(errno) => {
+                let (code, message) = command::not_started(&action.command, errno);
+                self.result.exit_code = code;
+                append(workspace, "stderr", &message)?;
+                None
+            }
+            Ending::TimedOut => Some(Error::DeadlineExceeded(format!(
+                "the command ran longer than its timeout of {:?} and was killed",
+                action.timeout
+            ))),
+            Ending::Cancelled => Some(cancelled()),
+        };
+        self.result.stdout_digest = self.store_log(workspace, "stdout")?;
+        self.result.stderr_digest = self.store_log(workspace, "stderr")?;
+        if let Some(error) = interrupted {
+            // EXE-45: the logs so far are all there is; a killed command has no exit code to speak of.
+            self.result.exit_code = SIGNAL_BASE + 9;
+            return Err(error);
+        }
+        let uploading =
+            Checkpoint::new(&self.order.cancel, "storing the outputs", self.settings.transfer_timeout);
+        outputs::collect(workspace.root()?, action, self.store, &uploading, &mut self.result)
+    }
+
+    /// Stores a log; `None` when it is empty (EXE-59) or the command removed it.
+    fn store_log(&self, workspace: &Workspace, name: &str) -> Result<Option<reapi::Digest>> {
+        let top = workspace.top()?;
+        if super::dir::stat_at(top, name.as_ref()).map_or(true, |stat| stat.st_size == 0) {
+            return Ok(None);
+        }
+        let file = outputs::open_regular(top, name, name)?;
+        let digest = self.store.store_output(&self.order.action.instance, top, name, file)?;
+        Ok(Some(digest.to_wire()))
+    }
+
+    /// EXE-18 to EXE-20: successes only. That nobody can reuse a result does not make it wrong.
+    fn record(&self) {
+        let action = &self.order.action;
+        if action.do_not_cache || self.result.exit_code != 0 {
+            return;
+        }
+        let provenance =
+            Provenance { worker: self.worker(), tool_invocation_id: self.order.tool_invocation_id.clone() };
+        let recorded =
+            self.store.record_result(&action.instance, action.digest, self.result.clone(), provenance);
+        if let Err(error) = recorded {
+            log::warn!(target: "gorego::worker", event = RESULT_NOT_RECORDED, task = self.order.task.0,
+                action_digest = action.digest.to_string(), error = error.to_string();
+                "a result could not be written to the action cache");
+        }
+    }
+
+    fn worker(&self) -> String {
+        format!("{}/{}", self.settings.name, self.order.slot.0)
+    }
+
+    fn enter(&mut self, stage: RunStage, point: Point) {
+        self.note(point);
+        let at = self.timeline.wall(point);
+        self.order.progress.do_send(StageReached { task: self.order.task, stage, at });
+    }
+
+    fn note(&mut self, point: Point) {
+        self.timeline.note(point, Moment::now());
+    }
+
+    fn log(&self, outcome: &Result<()>) {
+        let millis = |from, to| self.timeline.between(from, to).as_millis() as u64;
+        let action = &self.order.action;
+        log::info!(target: "gorego::worker", event = ACTION_FINISHED, task = self.order.task.0,
+            slot = self.order.slot.0, action_digest = action.digest.to_string(), instance = action.instance.name(),
+            fetch_ms = millis(Point::FetchStart, Point::FetchEnd), run_ms = millis(Point::RunStart, Point::RunEnd),
+            upload_ms = millis(Point::UploadStart, Point::UploadEnd),
+            exit_code = outcome.is_ok().then_some(self.result.exit_code),
+            error = outcome.as_ref().err().map(ToString::to_string);
+            "an action ended");
+    }
+}
+
+/// Whether another worker, or this one a moment later, may do better.
+pub(super) fn is_workers_fault(error: &Error) -> bool {
+    match error {
+        Error::Internal(_) | Error::Unavailable(_) => true,
+        Error::Invalid(_)
+        | Error::NotFound(_)
+        | Error::MissingBlobs(_)
+        | Error::Precondition(_)
+        | Error::OutOfRange(_)
+        | Error::Exhausted { .. }
+        | Error::Denied(_)
+        | Error::Unimplemented(_)
+        | Error::Cancelled(_)
+        | Error::DeadlineExceeded(_)
+        | Error::DataLoss(_) => false,
+    }
+}
+
+/// Adds a line of ours to a log of a command.
+fn append(workspace: &Workspace, name: &str, line: &str) -> Result<()> {
+    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rfs::openat(workspace.top()?, Path::new(name), flags, rfs::Mode::empty())
+        .map_err(std::io::Error::from)
+        .and_then(|file| File::from(file).write_all(line.as_bytes()))
+        .map_err(|error| Error::io(&format!("write to {name}"), &error))
+}

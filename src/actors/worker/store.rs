@@ -1,0 +1,90 @@
+//! [`BlobStore`]: the part of the store that a worker needs, as a trait, so that a run can be tested without one.
+
+use crate::{
+    actors::cas::client::{Cas, Provenance, StagedInputs},
+    digest::Digest,
+    error::Result,
+    instance::Instance,
+    proto::reapi,
+    tree::InputTree,
+};
+use std::fs::File;
+
+/// Where inputs come from and results go. Every method blocks; see [`Cas`] for what each promises.
+pub trait BlobStore: Send + Sync {
+    /// [`Cas::stage_inputs`].
+    ///
+    /// # Errors
+    /// As there.
+    fn stage_inputs(&self, instance: &Instance, root: Digest) -> Result<Box<dyn Inputs>>;
+
+    /// [`Cas::store_output`].
+    ///
+    /// # Errors
+    /// As there.
+    fn store_output(&self, instance: &Instance, parent: &File, name: &str, file: File) -> Result<Digest>;
+
+    /// [`Cas::store_bytes`].
+    ///
+    /// # Errors
+    /// As there.
+    fn store_bytes(&self, instance: &Instance, bytes: Vec<u8>) -> Result<Digest>;
+
+    /// [`Cas::record_result`].
+    ///
+    /// # Errors
+    /// As there.
+    fn record_result(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+    ) -> Result<()>;
+}
+
+/// An input root that is kept from eviction while this is held.
+pub trait Inputs {
+    /// Its directories.
+    fn tree(&self) -> &InputTree;
+
+    /// [`StagedInputs::materialise`].
+    ///
+    /// # Errors
+    /// As there.
+    fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()>;
+}
+
+impl BlobStore for Cas {
+    fn stage_inputs(&self, instance: &Instance, root: Digest) -> Result<Box<dyn Inputs>> {
+        Ok(Box::new(Cas::stage_inputs(self, instance, root)?))
+    }
+
+    fn store_output(&self, instance: &Instance, parent: &File, name: &str, file: File) -> Result<Digest> {
+        Cas::store_output(self, instance, parent, name, file)
+    }
+
+    fn store_bytes(&self, instance: &Instance, bytes: Vec<u8>) -> Result<Digest> {
+        Cas::store_bytes(self, instance, bytes)
+    }
+
+    fn record_result(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+    ) -> Result<()> {
+        Cas::record_result(self, instance, action, result, provenance)
+    }
+}
+
+impl Inputs for StagedInputs {
+    fn tree(&self) -> &InputTree {
+        &self.tree
+    }
+
+    fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
+        StagedInputs::materialise(self, digest, parent, name, mode)
+    }
+}

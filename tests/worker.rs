@@ -1,0 +1,519 @@
+//! What a worker promises about an action, with real processes and a store in memory.
+
+#![allow(clippy::unwrap_used, missing_docs, deprecated)]
+
+mod support;
+
+use gorego::{
+    actors::worker::{
+        clock::RESOURCE_USAGE_URL,
+        messages::{RunStage, SlotId},
+        workspace::BuildRoot,
+    },
+    error::Error,
+    proto::{gorego as own, reapi},
+};
+use prost::Message as _;
+use std::{fs, time::Duration};
+use support::*;
+
+/// EXE-41.
+#[test]
+fn the_environment_is_the_commands_and_nothing_else() {
+    with_worker(async |bench| {
+        let job = argv(&["/usr/bin/env", "-0"]).env("B", "two words").env("A", "");
+        assert_eq!(bench.text(&bench.result(&job).await.stdout_digest), "B=two words\0A=\0");
+    });
+}
+
+/// EXE-40.
+#[test]
+fn arguments_arrive_byte_for_byte() {
+    with_worker(async |bench| {
+        let odd = ["", " ", "a\nb", "$HOME", "'\"\\", "*", "é", "--"];
+        let mut arguments = vec!["/usr/bin/printf", "%s\\0"];
+        arguments.extend(odd);
+        let result = bench.result(&argv(&arguments)).await;
+        assert_eq!(bench.text(&result.stdout_digest), odd.map(|a| format!("{a}\0")).concat());
+    });
+}
+
+/// EXE-40, EXE-42.
+#[test]
+fn programs_are_found_in_the_path_of_the_command_or_reported_as_a_shell_would() {
+    with_worker(async |bench| {
+        let root = bench.input(&[
+            ("tools/hello", program("#!/bin/sh\necho hello from $0\n")),
+            ("tools/plain", file("#!/bin/sh\n")),
+            ("tools/garbage", program("not a program")),
+            ("tools/orphan", program("#!/no/such/interpreter\n")),
+        ]);
+        let run = async |name: &str, path: Option<&str>| {
+            let mut job = argv(&[name]).root(root);
+            if let Some(path) = path {
+                job = job.env("PATH", path);
+            }
+            let result = bench.result(&job).await;
+            (result.exit_code, bench.text(&result.stdout_digest), bench.text(&result.stderr_digest))
+        };
+        assert_eq!(run("hello", Some("/nowhere:tools")).await.1, "hello from tools/hello\n");
+        assert_eq!(run("tools/hello", None).await.0, 0);
+        assert_eq!(run("true", None).await.0, 0, "the default path is used without PATH");
+        for (name, path, code, word) in [
+            ("hello", Some("/usr/bin"), 127, "PATH=/usr/bin"),
+            ("./nope", None, 127, "No such file"),
+            ("/no/such", None, 127, "No such file"),
+            ("tools/orphan", None, 127, "interpreter"),
+            ("plain", Some("tools"), 126, "not executable"),
+            ("tools/garbage", None, 126, "#!"),
+            ("tools", None, 127, "PATH"),
+            ("./tools", None, 126, "directory"),
+        ] {
+            let (got, _, stderr) = run(name, path).await;
+            assert_eq!(got, code, "{name}: {stderr}");
+            assert!(stderr.contains(word) && stderr.starts_with("gorego: "), "{name}: {stderr}");
+        }
+    });
+}
+
+/// EXE-33 to EXE-39: everything in the tree, and nothing else.
+#[test]
+fn the_input_root_is_reproduced_exactly() {
+    with_worker(async |bench| {
+        let root = bench.input(&[
+            ("f", file("content")),
+            ("empty", file("")),
+            ("d/x", program("run")),
+            ("d/e", Node::Dir),
+            ("up", link("../../outside/./x")),
+            ("abs", link("/usr/bin/env")),
+            ("d/dangling", link("no such thing")),
+        ]);
+        let job = sh("cd ../..; find . -printf '%P %y %m %l\\n' | LC_ALL=C sort")
+            .root(root)
+            .workdir("w/d")
+            .outputs(&["o/p/q", "../r"]);
+        let listed = bench.text(&bench.result(&job).await.stdout_digest);
+        let expected = " d 755 \nabs l 777 /usr/bin/env\nd d 755 \nd/dangling l 777 no such thing\nd/e d 755 \n\
+            d/x f 755 \nempty f 644 \nf f 644 \nup l 777 ../../outside/./x\nw d 755 \nw/d d 755 \nw/d/o d 755 \n\
+            w/d/o/p d 755 \n";
+        assert_eq!(listed, expected);
+    });
+}
+
+/// EXE-37: also for directories, whose time would change and whose mode would be in the way while they are filled.
+#[test]
+fn mode_and_time_of_inputs_are_applied() {
+    with_worker(async |bench| {
+        let at = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });
+        let properties = |mode, seconds| {
+            Some(reapi::NodeProperties { unix_mode: Some(mode), mtime: at(seconds), ..Default::default() })
+        };
+        let file = reapi::FileNode {
+            name: "f".into(),
+            digest: Some(bench.store.put("x").to_wire()),
+            node_properties: properties(0o440, 1_000),
+            ..Default::default()
+        };
+        let child = reapi::Directory {
+            files: vec![file],
+            node_properties: properties(0o550, 2_000),
+            ..Default::default()
+        };
+        let node = reapi::DirectoryNode {
+            name: "d".into(),
+            digest: Some(bench.store.put(child.encode_to_vec()).to_wire()),
+        };
+        let root = reapi::Directory { directories: vec![node], ..Default::default() };
+        let job = sh("stat -c '%a %Y %n' d d/f")
+            .root(bench.store.put(root.encode_to_vec()))
+            .outputs(&["d/made/by/us"]);
+        assert_eq!(bench.text(&bench.result(&job).await.stdout_digest), "550 2000 d\n440 1000 d/f\n");
+    });
+}
+
+/// EXE-38, EXE-39: what the input root puts in the way is named, and nothing is made elsewhere.
+#[test]
+fn working_directories_and_output_parents_never_leave_the_root() {
+    with_worker(async |bench| {
+        let outside = tempfile::tempdir().unwrap();
+        let root = bench.input(&[
+            ("out", link(outside.path().to_str().unwrap())),
+            ("up", link("../..")),
+            ("file", file("")),
+            ("gone", link("nothing")),
+            ("inside", link("real/dir")),
+            ("real/dir", Node::Dir),
+        ]);
+        for (workdir, output) in [
+            ("out/x", "o"),
+            ("out", "o"),
+            ("up", "o"),
+            ("file/x", "o"),
+            ("gone", "o"),
+            ("", "out/x/o"),
+            ("", "up/x/o"),
+            ("", "file/o"),
+        ] {
+            let job = sh("true").root(root).workdir(workdir).outputs(&[output]);
+            let failure = bench.failure(&job).await;
+            let component = format!("{workdir}{output}");
+            let component =
+                ["out", "up", "file", "gone"].into_iter().find(|c| component.starts_with(c)).unwrap();
+            assert!(
+                matches!(&failure.error, Error::Invalid(m) if m.contains(&format!("\"{component}"))),
+                "{workdir} {output}: {}",
+                failure.error
+            );
+        }
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+        let job = sh("pwd -P; echo > x/y").root(root).workdir("inside").outputs(&["x/y"]);
+        let result = bench.result(&job).await;
+        assert!(bench.text(&result.stdout_digest).ends_with("/root/real/dir\n"));
+        assert_eq!(result.output_files[0].path, "x/y");
+    });
+}
+
+/// EXE-47 to EXE-50, EXE-53, EXE-54.
+#[test]
+fn outputs_of_every_kind_are_reported_once_and_absent_ones_left_out() {
+    with_worker(async |bench| {
+        let job = sh("echo a > a; echo x > x; chmod +x x; mkdir -p d/sub; echo f > d/f; ln -s ../nowhere d/l
+            ln -s d dirlink; ln -s a filelink; ln -s nothing dangling; ln -s /usr/bin/env abs; exit 3")
+        .outputs(&[
+            "a", "./x", "d", "d/f", "d/sub", "dirlink", "filelink", "dangling", "abs", "absent", "e/b",
+        ]);
+        let result = bench.result(&job).await;
+        assert_eq!(result.exit_code, 3);
+        let files: Vec<_> = result.output_files.iter().map(|f| (&*f.path, f.is_executable)).collect();
+        assert_eq!(files, [("a", false), ("./x", true), ("d/f", false)]);
+        assert_eq!(bench.store.get(result.output_files[2].digest.as_ref().unwrap()), b"f\n");
+        let directories: Vec<_> = result.output_directories.iter().map(|d| &*d.path).collect();
+        assert_eq!(directories, ["d", "d/sub"]);
+        let links = |links: &[reapi::OutputSymlink]| -> Vec<_> {
+            links.iter().map(|l| format!("{}>{}", l.path, l.target)).collect()
+        };
+        let all = ["dirlink>d", "filelink>a", "dangling>nothing", "abs>/usr/bin/env"];
+        assert_eq!(links(&result.output_symlinks), all);
+        assert_eq!(links(&result.output_directory_symlinks), all[..1]);
+        assert_eq!(links(&result.output_file_symlinks), all[1..]);
+        let tree = reapi::Tree::decode(
+            &*bench.store.get(result.output_directories[0].tree_digest.as_ref().unwrap()),
+        );
+        let root = tree.unwrap().root.unwrap();
+        assert_eq!((&*root.files[0].name, &*root.symlinks[0].target), ("f", "../nowhere"));
+        assert_eq!(bench.store.results.lock().unwrap().len(), 0, "EXE-20: a failure is not recorded");
+    });
+}
+
+/// EXE-51.
+#[test]
+fn legacy_lists_insist_on_the_kind_unless_a_path_is_in_both() {
+    with_worker(async |bench| {
+        let job = |files: &[&str], directories: &[&str]| {
+            let mut job = sh("mkdir d; echo > f");
+            job.command.output_files = files.iter().map(|p| (*p).to_owned()).collect();
+            job.command.output_directories = directories.iter().map(|p| (*p).to_owned()).collect();
+            job
+        };
+        for (files, directories, path) in [(&["d"][..], &[][..], "d"), (&[], &["f"], "f")] {
+            let failure = bench.failure(&job(files, directories)).await;
+            assert!(matches!(&failure.error, Error::Precondition(m) if m.contains(&format!("\"{path}\""))));
+        }
+        let result = bench.result(&job(&["d", "f"], &["d", "f"])).await;
+        assert_eq!((result.output_files.len(), result.output_directories.len()), (1, 1));
+    });
+}
+
+/// EXE-52, EXE-54: nothing outside is read or changed, nothing hangs.
+#[test]
+fn outputs_that_escape_or_are_not_files_are_refused_by_name() {
+    with_worker(async |bench| {
+        let outside = tempfile::tempdir().unwrap();
+        let secret = outside.path().join("secret");
+        fs::write(&secret, "secret").unwrap();
+        let out = outside.path().display();
+        for (script, output) in [
+            (format!("rm -r d; ln -s {out} d"), "d/secret"),
+            (format!("rm -r d; ln -s ../../../../../../../../..{out} d"), "d/secret"),
+            ("rm -r d; mkfifo d".into(), "d"),
+            ("mkfifo d/fifo".into(), "d"),
+            ("perl -MIO::Socket::UNIX -e 'IO::Socket::UNIX->new(Local=>\"d/s\",Listen=>1)'".into(), "d/s"),
+        ] {
+            let root = bench.input(&[("d", Node::Dir)]);
+            let failure = bench.failure(&sh(&script).root(root).outputs(&[output])).await;
+            let named = |m: &str| m.contains(&format!("\"{output}"));
+            assert!(
+                matches!(&failure.error, Error::Precondition(m) if named(m)),
+                "{script}: {}",
+                failure.error
+            );
+            assert!(failure.partial.is_some() && !failure.retryable);
+        }
+        // The mode of the target of an unreadable link stays as it is (clients.md).
+        let before = fs::metadata(&secret).unwrap().permissions();
+        let result = bench.result(&sh(&format!("ln -s {}/secret l", out)).outputs(&["l"])).await;
+        assert_eq!(result.output_symlinks.len(), 1);
+        assert_eq!(fs::metadata(&secret).unwrap().permissions(), before);
+        let blobs = bench.store.blobs.lock().unwrap();
+        assert!(!blobs.values().any(|bytes| bytes == b"secret"));
+    });
+}
+
+/// EXE-55 to EXE-58.
+#[test]
+fn trees_are_canonical_deterministic_and_without_duplicates() {
+    with_worker(async |bench| {
+        // x/same and y/same are one Directory; it also is a child of z, below another one.
+        let script = |order: &str| {
+            format!(
+                "mkdir d; for n in {order}; do mkdir -p d/$n/same; echo s > d/$n/same/f; done; mkdir d/empty"
+            )
+        };
+        let tree = async |script: &str, format: i32| {
+            let mut job = sh(script).outputs(&["d", "."]);
+            job.command.output_directory_format = format;
+            bench.result(&job).await.output_directories.swap_remove(0)
+        };
+        let first = tree(&script("x y z/deep"), 0).await;
+        let second = tree(&script("z/deep y x"), 2).await;
+        assert_eq!(first.tree_digest, second.tree_digest);
+        assert!(first.is_topologically_sorted && first.root_directory_digest.is_none());
+
+        let bytes = bench.store.get(first.tree_digest.as_ref().unwrap());
+        let decoded = reapi::Tree::decode(&*bytes).unwrap();
+        assert_eq!(decoded.encode_to_vec(), bytes, "the encoding is the canonical one");
+        let all: Vec<_> = decoded.root.iter().chain(&decoded.children).collect();
+        let digests: Vec<_> = all.iter().map(|d| SHA256.digest(&d.encode_to_vec()).to_wire()).collect();
+        for (at, directory) in all.iter().enumerate() {
+            assert!(directory.directories.is_sorted_by(|a, b| a.name < b.name));
+            for child in &directory.directories {
+                let position = digests.iter().position(|d| Some(d) == child.digest.as_ref()).unwrap();
+                assert!(position > at, "parents come before children");
+                assert_eq!(digests.iter().filter(|d| Some(*d) == child.digest.as_ref()).count(), 1);
+            }
+        }
+        // root, {same} (x, y and z/deep are equal), {f}, z, empty
+        assert_eq!(all.len(), 5);
+        assert_eq!(second.root_directory_digest.as_ref(), Some(&digests[0]));
+        digests.iter().for_each(|digest| drop(bench.store.get(digest)));
+
+        let only = tree(&script("x"), 1).await;
+        assert!(only.tree_digest.is_none() && only.root_directory_digest.is_some());
+
+        let empty = bench.result(&sh("mkdir d").outputs(&["d"])).await.output_directories.swap_remove(0);
+        assert_eq!(bench.store.get(empty.tree_digest.as_ref().unwrap()), [0x0a, 0x00]);
+    });
+}
+
+/// EXE-63; unreadable things are stored all the same and report the mode they had.
+#[test]
+fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
+    with_worker(async |bench| {
+        let mut job = sh("mkdir d; echo a > d/a; touch -d @5 d/a; chmod 0 d/a d; echo b > b; chmod 0200 b")
+            .outputs(&["d", "b"]);
+        job.command.output_node_properties = vec!["unix_mode".into(), "mtime".into()];
+        let result = bench.result(&job).await;
+        let tree = result.output_directories[0].tree_digest.as_ref().unwrap();
+        let root = reapi::Tree::decode(&*bench.store.get(tree)).unwrap().root.unwrap();
+        let a = root.files[0].node_properties.clone().unwrap();
+        assert_eq!((a.unix_mode, a.mtime.unwrap().seconds), (Some(0), 5));
+        assert_eq!(root.node_properties.unwrap().unix_mode, Some(0));
+        assert_eq!(result.output_files[0].node_properties.clone().unwrap().unix_mode, Some(0o200));
+    });
+}
+
+/// A tree deeper than any path may be long, and more files than descriptors.
+#[test]
+fn deep_and_wide_outputs_are_collected_and_removed() {
+    with_worker(async |bench| {
+        let script = "import os
+for i in range(3000): os.mkdir('dddddddd'); os.chdir('dddddddd')
+open('leaf','w').write('leaf')
+";
+        let job = argv(&["/usr/bin/python3", "-c", script]).outputs(&["dddddddd"]);
+        if !std::path::Path::new("/usr/bin/python3").exists() {
+            eprintln!("skipped: no python3");
+            return;
+        }
+        let result = bench.result(&job).await;
+        let tree = result.output_directories[0].tree_digest.as_ref().unwrap();
+        let tree = reapi::Tree::decode(&*bench.store.get(tree)).unwrap();
+        assert_eq!(tree.children.len(), 2_999);
+        assert_eq!(tree.children[2_998].files[0].name, "leaf");
+
+        let wide = sh("mkdir w; cd w; seq 1 5000 | xargs touch").outputs(&["w"]);
+        let result = bench.result(&wide).await;
+        let tree = result.output_directories[0].tree_digest.as_ref().unwrap();
+        assert_eq!(reapi::Tree::decode(&*bench.store.get(tree)).unwrap().root.unwrap().files.len(), 5_000);
+        eventually("exec directories are removed", || fs::read_dir(&bench.build_root).unwrap().count() == 0)
+            .await;
+    });
+}
+
+/// EXE-46.
+#[test]
+fn exit_codes_and_signals_are_passed_on() {
+    with_worker(async |bench| {
+        for (script, code) in [("exit 0", 0), ("exit 42", 42), ("exit 255", 255), ("kill -9 $$", 137)] {
+            assert_eq!(bench.result(&sh(script)).await.exit_code, code, "{script}");
+        }
+        // A writer to a closed pipe must die of it, as it would anywhere else.
+        let result = bench.result(&sh("(yes; echo $? >&2) | head -n 1")).await;
+        assert_eq!(bench.text(&result.stderr_digest), "141\n");
+    });
+}
+
+/// EXE-44, EXE-45.
+#[test]
+fn a_command_past_its_timeout_is_killed_with_all_it_started_and_keeps_its_log() {
+    with_worker(async |bench| {
+        let job = sh("echo begun; sh -c 'echo $$; exec sleep 600' & sleep 600")
+            .timeout(Duration::from_millis(300))
+            .outputs(&["o"]);
+        let failure = bench.failure(&job).await;
+        assert!(matches!(failure.error, Error::DeadlineExceeded(_)) && !failure.retryable);
+        let partial = failure.partial.unwrap();
+        let log = bench.text(&partial.stdout_digest);
+        let (begun, pid) = log.split_once('\n').unwrap();
+        assert_eq!(begun, "begun");
+        assert!(!is_alive(pid));
+        let run = partial.execution_metadata.unwrap().virtual_execution_duration.unwrap();
+        assert!(Duration::try_from(run).unwrap() >= Duration::from_millis(290));
+        assert!(bench.store.results.lock().unwrap().is_empty(), "EXE-19");
+    });
+}
+
+/// EXE-44: also a daemon that has left session, group and parents behind.
+#[test]
+fn nothing_survives_the_command() {
+    with_worker(async |bench| {
+        let daemon = "setsid sh -c 'setsid sh -c \"echo \\$\\$ > daemon; exec sleep 600\" & exit' & \
+            sleep 600 & echo $! > background; while ! [ -s daemon ]; do :; done; cat daemon background";
+        let pids = bench.text(&bench.result(&sh(daemon)).await.stdout_digest);
+        assert_eq!(pids.lines().count(), 2);
+        pids.lines().for_each(|pid| assert!(!is_alive(pid), "{pid} lives"));
+        // stdin is empty.
+        assert_eq!(bench.result(&argv(&["/bin/cat"])).await.exit_code, 0);
+    });
+}
+
+#[test]
+fn a_cancelled_command_stops_at_once_and_keeps_its_log() {
+    with_worker(async |bench| {
+        let job = sh("echo begun; sleep 600");
+        let cancel = job.cancel.clone();
+        let stages = bench.stages.clone();
+        let build_root = bench.build_root.clone();
+        actix::spawn(async move {
+            let begun = || {
+                let mut logs = fs::read_dir(&build_root).unwrap().flatten().map(|d| d.path().join("stdout"));
+                logs.any(|log| fs::metadata(log).is_ok_and(|m| m.len() > 0))
+            };
+            eventually("the command begins", begun).await;
+            cancel.cancel();
+        });
+        let failure = bench.failure(&job).await;
+        assert!(matches!(failure.error, Error::Cancelled(_)) && !failure.retryable);
+        assert_eq!(bench.text(&failure.partial.unwrap().stdout_digest), "begun\n");
+        let expected = [RunStage::Fetching, RunStage::Running, RunStage::Uploading];
+        eventually("the stages are heard of", || *stages.lock().unwrap() == expected).await;
+        // And before it begins, nothing is done at all.
+        assert!(matches!(bench.failure(&job).await.error, Error::Cancelled(_)));
+        assert_eq!(stages.lock().unwrap().len(), 3);
+    });
+}
+
+/// A command can reach its runner, since both run as one user; the worker must come through.
+#[test]
+fn a_command_that_kills_its_runner_is_reported_and_the_next_one_runs() {
+    with_worker(async |bench| {
+        let pids = bench.build_root.parent().unwrap().join("pids");
+        let script = format!(
+            "sleep 600 & echo $! > {0}; setsid sleep 600 & echo $! >> {0}; kill -9 $PPID; sleep 600",
+            pids.display()
+        );
+        let failure = bench.failure(&sh(&script)).await;
+        assert!(matches!(failure.error, Error::Internal(_)) && failure.retryable, "{}", failure.error);
+        let left = fs::read_to_string(pids).unwrap();
+        assert_eq!(left.lines().count(), 2);
+        for pid in left.lines() {
+            eventually("what the command started is killed", || !is_alive(pid)).await;
+        }
+        assert_eq!(bench.result(&sh("true")).await.exit_code, 0);
+    });
+}
+
+#[test]
+fn a_panic_becomes_a_report_and_the_worker_goes_on() {
+    with_worker(async |bench| {
+        *bench.store.panic_next.lock().unwrap() = true;
+        let failure = bench.failure(&sh("true")).await;
+        assert!(failure.retryable && failure.error.to_string().contains("as the test asked"));
+        assert_eq!(bench.result(&sh("true")).await.exit_code, 0);
+    });
+}
+
+/// EXE-43.
+#[test]
+fn an_action_that_changes_its_inputs_changes_nothing_for_the_next() {
+    with_worker(async |bench| {
+        let root = bench.input(&[("f", file("original")), ("d", Node::Dir)]);
+        let spoil = sh("cat f; echo spoilt >> f; chmod 0 f; touch d/left").root(root);
+        let look = sh("cat f; ls d").root(root);
+        for job in [spoil, look] {
+            assert_eq!(bench.text(&bench.result(&job).await.stdout_digest), "original");
+        }
+    });
+}
+
+/// EXE-18, EXE-19, EXE-60.
+#[test]
+fn a_success_is_recorded_with_whole_metadata_unless_it_must_not_be_cached() {
+    with_worker(async |bench| {
+        let job = sh("i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo out; echo err >&2");
+        let result = bench.result(&job).await;
+        assert_eq!(bench.store.results.lock().unwrap().values().next(), Some(&result));
+        let metadata = result.execution_metadata.unwrap();
+        assert_eq!(metadata.worker, "testhost/0");
+        let usage = &metadata.auxiliary_metadata[0];
+        assert_eq!(usage.type_url, RESOURCE_USAGE_URL);
+        let usage = own::ResourceUsage::decode(&*usage.value).unwrap();
+        assert!(Duration::try_from(usage.user_time.unwrap()).unwrap() > Duration::ZERO);
+        assert!(usage.max_resident_bytes > 0);
+
+        let silent = Job { do_not_cache: true, ..sh("true") };
+        let result = bench.result(&silent).await;
+        assert_eq!((result.stdout_digest, result.stderr_digest), (None, None), "EXE-59");
+        assert_eq!(bench.store.results.lock().unwrap().len(), 1);
+    });
+}
+
+/// Also one with closed permissions, links to elsewhere and great depth.
+#[test]
+fn what_a_crashed_run_left_is_swept_and_nothing_else() {
+    with_worker(async |bench| {
+        let outside = tempfile::tempdir().unwrap();
+        fs::write(outside.path().join("kept"), "").unwrap();
+        let top = bench.build_root.parent().unwrap().join("other");
+        let left = top.join("3-17/root/a/b");
+        fs::create_dir_all(&left).unwrap();
+        std::os::unix::fs::symlink(outside.path(), left.join("link")).unwrap();
+        fs::set_permissions(left, std::os::unix::fs::PermissionsExt::from_mode(0)).unwrap();
+        fs::create_dir(top.join("not-ours")).unwrap();
+        let build_root = BuildRoot::open(&top).unwrap();
+        let fresh = build_root.create(SlotId(3)).unwrap();
+        eventually("leftovers are removed", || !top.join("3-17").exists()).await;
+        assert!(top.join("not-ours").exists() && fresh.path().exists());
+        assert!(outside.path().join("kept").exists());
+    });
+}
+
+/// A large log never passes through memory whole, so it is stored as a file; a file too large ends its writer.
+#[test]
+fn files_beyond_the_limit_end_the_command() {
+    with_worker(async |bench| {
+        let result = bench.result(&argv(&["/usr/bin/truncate", "-s", "2G", "big"])).await;
+        assert_ne!(result.exit_code, 0);
+    });
+}

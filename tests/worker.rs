@@ -4,9 +4,11 @@
 
 mod support;
 
+use actix::System;
 use gorego::{
     actors::worker::{
         clock::RESOURCE_USAGE_URL,
+        launcher::protocol::{self, Kill, Order, Run, ToRunner},
         messages::{RunStage, SlotId},
         workspace::BuildRoot,
     },
@@ -14,7 +16,12 @@ use gorego::{
     proto::{gorego as own, reapi},
 };
 use prost::Message as _;
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    process,
+    time::Duration,
+};
 use support::*;
 
 /// EXE-41.
@@ -499,7 +506,7 @@ fn what_a_crashed_run_left_is_swept_and_nothing_else() {
         let left = top.join("3-17/root/a/b");
         fs::create_dir_all(&left).unwrap();
         std::os::unix::fs::symlink(outside.path(), left.join("link")).unwrap();
-        fs::set_permissions(left, std::os::unix::fs::PermissionsExt::from_mode(0)).unwrap();
+        fs::set_permissions(left, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
         fs::create_dir(top.join("not-ours")).unwrap();
         let build_root = BuildRoot::open(&top).unwrap();
         let fresh = build_root.create(SlotId(3)).unwrap();
@@ -515,5 +522,41 @@ fn files_beyond_the_limit_end_the_command() {
     with_worker(async |bench| {
         let result = bench.result(&argv(&["/usr/bin/truncate", "-s", "2G", "big"])).await;
         assert_ne!(result.exit_code, 0);
+    });
+}
+
+/// The server can be killed at any time; what ran for it must not go on.
+#[test]
+fn a_runner_whose_server_dies_kills_what_it_started_and_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).into_os_string().into_encoded_bytes();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut runner = process::Command::new(env!("CARGO_BIN_EXE_gorego"))
+        .arg("runner")
+        .stdin(OwnedFd::from(theirs))
+        .spawn()
+        .unwrap();
+    // A kill that finds nothing to kill is not an error.
+    protocol::write(&ours, &ToRunner { order: Some(Order::Kill(Kill {})) }).unwrap();
+    let script = "setsid sleep 600 & echo $! > pids; echo $$ >> pids; sleep 600";
+    let run = Run {
+        programs: vec![b"/bin/sh".into()],
+        arguments: [&b"sh"[..], b"-c", script.as_bytes()].map(Vec::from).into(),
+        root: path(""),
+        working_directory: b".".into(),
+        stdout: path("stdout"),
+        stderr: path("stderr"),
+        max_file_bytes: u64::MAX,
+        ..Default::default()
+    };
+    protocol::write(&ours, &ToRunner { order: Some(Order::Run(run)) }).unwrap();
+    let pids = || fs::read_to_string(directory.path().join("pids")).unwrap_or_default();
+    System::new().block_on(async {
+        eventually("the command runs", || pids().lines().count() == 2).await;
+        drop(ours);
+        for pid in pids().lines() {
+            eventually("it is killed", || !is_alive(pid)).await;
+        }
+        eventually("the runner ends", || runner.try_wait().unwrap().is_some()).await;
     });
 }

@@ -161,12 +161,10 @@ fn set_mtime(parent: &File, name: &str, mtime: SystemTime) -> Result<()> {
 /// Makes the directories of `path` that do not exist. Links of the input root may be part of the way as long as they stay
 /// beneath it. `what` says in errors whose path it is.
 fn make_directories(root: &File, path: &RootPath, what: &str) -> Result<()> {
-    match dir::open_beneath(root, path.as_path()) {
-        Ok(_) => return Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        // Walk down to find out which component it is.
-        Err(_) => {}
+    if dir::open_beneath(root, path.as_path()).is_ok() {
+        return Ok(());
     }
+    // Step by step, also to find out which component is in the way.
     let mut above = root.try_clone().map_err(|error| Error::io("make directories", &error))?;
     let mut prefix = PathBuf::new();
     for segment in path.segments() {

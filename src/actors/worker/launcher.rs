@@ -157,6 +157,7 @@ impl Runner {
         // Only what keeps std on posix_spawn: anything that needs code between fork and exec would fork this server. The own
         // process group keeps a Ctrl-C on the server's terminal away from running commands.
         let child = Command::new(program)
+            .arg0("gorego")
             .args(arguments)
             .env_clear()
             .process_group(0)
@@ -171,7 +172,10 @@ impl Runner {
     fn run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
         let order = ToRunner { order: Some(Order::Run(Run::from(launch))) };
         let Some(socket) = &self.socket else { return Err(Error::internal("the runner was given up")) };
-        protocol::write(socket, &order).map_err(|error| lost(&error))?;
+        protocol::write(socket, &order).map_err(|error| match error.kind() {
+            std::io::ErrorKind::InvalidInput => Error::invalid(error),
+            _ => lost(&error),
+        })?;
         let stopped = match wait(socket, Instant::now().checked_add(timeout), cancel)? {
             Waited::Ready => None,
             Waited::TimeUp => Some(Ending::TimedOut),

@@ -269,7 +269,6 @@ pub fn open_regular(parent: &File, name: &str, path: &str) -> Result<File> {
 }
 
 fn open_parent(root: &File, parent: &RootPath, path: &str) -> Result<Option<File>> {
-    // For reading, not just for naming: the store links and moves files in it.
     match dir::open_beneath(root, parent.as_path()) {
         Ok(parent) => Ok(Some(parent)),
         Err(error) if is_absence(&error) => Ok(None),

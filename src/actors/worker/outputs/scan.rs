@@ -88,18 +88,42 @@ impl Scan {
     /// # Errors
     /// `Precondition` for anything that is not a file, directory or link, for names that are not UTF-8, and for too many nodes.
     pub fn of(top: File, path: &str, checkpoint: &Checkpoint, budget: &mut NodeBudget) -> Result<Self> {
-        let failed = |error: io::Error| Error::io(&format!("look at output directory \"{path}\""), &error);
-        let seen = Seen::from(&rfs::fstat(&top).map_err(|error| failed(error.into()))?);
-        let mut scan = Self { directories: vec![FoundDirectory::new(String::new(), seen)] };
+        let stat = rfs::fstat(&top).map_err(|error| cannot_look(path, error.into()))?;
+        let mut scan = Self { directories: vec![FoundDirectory::new(String::new(), Seen::from(&stat))] };
+        scan.walk(top, path, |scan, at, here| scan.list(at, here, path, checkpoint, budget))?;
+        Ok(scan)
+    }
+
+    /// Walks the directories again and gives `visit` each with an open handle, parents first.
+    ///
+    /// # Errors
+    /// Those of `visit`, and those of walking.
+    pub fn revisit(
+        &mut self,
+        top: File,
+        path: &str,
+        mut visit: impl FnMut(&mut FoundDirectory, &File) -> Result<()>,
+    ) -> Result<()> {
+        self.walk(top, path, |scan, at, here| visit(&mut scan.directories[at], here))
+    }
+
+    /// Visits every directory by position; those that a visit adds as children are visited after it.
+    fn walk(
+        &mut self,
+        top: File,
+        path: &str,
+        mut visit: impl FnMut(&mut Self, usize, &File) -> Result<()>,
+    ) -> Result<()> {
+        let failed = |error| cannot_look(path, error);
         let mut cursor = Cursor::new(top).map_err(failed)?;
-        scan.list(0, &cursor, path, checkpoint, budget)?;
+        visit(self, 0, cursor.here().map_err(failed)?)?;
         // (directory, how many of its children were entered)
         let mut open = vec![(0, 0)];
         while let Some((at, entered)) = open.last_mut() {
-            if let Some(&child) = scan.directories[*at].children.get(*entered) {
+            if let Some(&child) = self.directories[*at].children.get(*entered) {
                 *entered += 1;
-                cursor.down(OsStr::new(&scan.directories[child].name)).map_err(failed)?;
-                scan.list(child, &cursor, path, checkpoint, budget)?;
+                cursor.down(OsStr::new(&self.directories[child].name)).map_err(failed)?;
+                visit(self, child, cursor.here().map_err(failed)?)?;
                 open.push((child, 0));
             } else {
                 open.pop();
@@ -108,20 +132,19 @@ impl Scan {
                 }
             }
         }
-        Ok(scan)
+        Ok(())
     }
 
     fn list(
         &mut self,
         at: usize,
-        cursor: &Cursor,
+        here: &File,
         path: &str,
         checkpoint: &Checkpoint,
         budget: &mut NodeBudget,
     ) -> Result<()> {
         checkpoint.check()?;
-        let failed = |error: io::Error| Error::io(&format!("look at output directory \"{path}\""), &error);
-        let here = cursor.here().map_err(failed)?;
+        let failed = |error| cannot_look(path, error);
         let mut below = Vec::new();
         for entry in dir::entries(here).map_err(failed)? {
             let entry = entry.map_err(failed)?;
@@ -155,36 +178,6 @@ impl Scan {
         }
         Ok(())
     }
-
-    /// Walks the directories again and gives `visit` each with an open handle, parents first.
-    ///
-    /// # Errors
-    /// Those of `visit`, and those of walking.
-    pub fn revisit(
-        &mut self,
-        top: File,
-        path: &str,
-        mut visit: impl FnMut(&mut FoundDirectory, &File) -> Result<()>,
-    ) -> Result<()> {
-        let failed = |error: io::Error| Error::io(&format!("read output directory \"{path}\""), &error);
-        let mut cursor = Cursor::new(top).map_err(failed)?;
-        visit(&mut self.directories[0], cursor.here().map_err(failed)?)?;
-        let mut open = vec![(0, 0)];
-        while let Some((at, entered)) = open.last_mut() {
-            if let Some(&child) = self.directories[*at].children.get(*entered) {
-                *entered += 1;
-                cursor.down(OsStr::new(&self.directories[child].name)).map_err(failed)?;
-                visit(&mut self.directories[child], cursor.here().map_err(failed)?)?;
-                open.push((child, 0));
-            } else {
-                open.pop();
-                if !open.is_empty() {
-                    cursor.up().map_err(failed)?;
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 impl FoundDirectory {
@@ -201,4 +194,8 @@ impl From<&Stat> for Seen {
             mtime: prost_types::Timestamp { seconds: stat.st_mtime as i64, nanos: stat.st_mtime_nsec as i32 },
         }
     }
+}
+
+fn cannot_look(path: &str, error: io::Error) -> Error {
+    Error::io(&format!("look at output directory \"{path}\""), &error)
 }

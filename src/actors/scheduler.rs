@@ -41,7 +41,7 @@ use uuid::Uuid;
 const MAILBOX: usize = 1024;
 
 /// How often deadlines are looked at: what times out here is measured in minutes.
-const TICK: Duration = Duration::from_secs(1);
+const TICK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Submissions whose action is being looked up at the CAS. Each holds its request in memory until the CAS answers, and none
 /// is in the queue yet, so that the queue's bound does not cover them.
@@ -162,20 +162,7 @@ impl Actor for SchedulerActor {
 
     fn started(&mut self, ctx: &mut Self::Context) {
         ctx.set_mailbox_capacity(MAILBOX);
-        ctx.run_interval(TICK, |actor, ctx| actor.tick(ctx));
-    }
-}
-
-impl SchedulerActor {
-    fn tick(&mut self, ctx: &mut Context<Self>) {
-        for place in self.ledger.tick(Moment::now()) {
-            ::log::warn!(
-                target: log::TARGET,
-                event = log::SLOT_STUCK, pool = &*place.pool, slot = place.slot.0;
-                "a worker does not answer; its slot is out of service until it does"
-            );
-        }
-        self.settle(ctx);
+        ctx.run_interval(TICK_INTERVAL, |actor, ctx| actor.handle(Tick, ctx));
     }
 }
 
@@ -201,6 +188,26 @@ struct InputsChecked {
 struct RunEnded {
     task: TaskId,
     end: RunEnd,
+}
+
+/// A fact: time has passed.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct Tick;
+
+impl Handler<Tick> for SchedulerActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Tick, ctx: &mut Self::Context) {
+        for place in self.ledger.tick(Moment::now()) {
+            ::log::warn!(
+                target: log::TARGET,
+                event = log::SLOT_STUCK, pool = &*place.pool, slot = place.slot.0;
+                "a worker does not answer; its slot is out of service until it does"
+            );
+        }
+        self.settle(ctx);
+    }
 }
 
 impl Handler<Submit> for SchedulerActor {

@@ -15,7 +15,7 @@ mod dispatch;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use super::{
     messages::{Inspection, ListOperations, OperationPage, Submit},

@@ -1,1 +1,300 @@
+//! The actor against fake pools and a fake CAS: what only the shell can get wrong.
+//!
+//! No test sleeps: fakes hand over what they were sent through channels, and answers come when a test gives them.
 
+use super::{
+    ledger::tests::{Work, instance, resolution, settings, submit, work},
+    messages::*,
+    operation::{Outcome, Stage, Subscription},
+    *,
+};
+use crate::actors::worker::messages::{RunReport, RunResult, RunStage};
+use actix::{ActorContext, ActorFutureExt, Addr, SyncArbiter, SyncContext, WrapFuture, fut};
+use futures::future::{self, FutureExt};
+use std::{collections::HashMap, sync::Arc, time::SystemTime};
+use tokio::sync::mpsc;
+
+/// A CAS that knows these actions and has all inputs.
+#[derive(Default)]
+struct FakeCas {
+    actions: HashMap<crate::digest::Digest, Resolution>,
+}
+
+impl Actor for FakeCas {
+    type Context = Context<Self>;
+}
+
+impl Handler<ResolveAction> for FakeCas {
+    type Result = Result<Resolution>;
+
+    fn handle(&mut self, question: ResolveAction, _: &mut Self::Context) -> Self::Result {
+        let found = self.actions.get(&question.action).cloned();
+        found.ok_or_else(|| Error::MissingBlobs(vec![question.action]))
+    }
+}
+
+impl Handler<CheckInputs> for FakeCas {
+    type Result = Result<()>;
+
+    fn handle(&mut self, _: CheckInputs, _: &mut Self::Context) -> Self::Result {
+        Ok(())
+    }
+}
+
+/// A pool that hands each run to the test and ends it with what the test says. A dropped sender is
+/// the end of the pool.
+struct FakePool(mpsc::UnboundedSender<Handed>);
+
+struct Handed {
+    run: RunAction,
+    answer: oneshot::Sender<RunReport>,
+}
+
+impl Actor for FakePool {
+    type Context = Context<Self>;
+}
+
+impl Handler<RunAction> for FakePool {
+    type Result = actix::ResponseActFuture<Self, RunReport>;
+
+    fn handle(&mut self, run: RunAction, _: &mut Self::Context) -> Self::Result {
+        let (answer, answered) = oneshot::channel();
+        self.0.send(Handed { run, answer }).unwrap();
+        let or_die = |answer, _: &mut Self, ctx: &mut Self::Context| match answer {
+            Ok(report) => fut::wrap_future(future::ready(report).left_future()),
+            Err(oneshot::error::RecvError { .. }) => {
+                ctx.terminate();
+                fut::wrap_future(future::pending().right_future())
+            }
+        };
+        Box::pin(answered.into_actor(self).then(or_die))
+    }
+}
+
+/// Workers that die of every action, each with its thread.
+struct Doomed;
+
+impl Actor for Doomed {
+    type Context = SyncContext<Self>;
+}
+
+impl Handler<RunAction> for Doomed {
+    type Result = actix::MessageResult<RunAction>;
+
+    fn handle(&mut self, _: RunAction, _: &mut Self::Context) -> Self::Result {
+        // Quiet, unlike `panic!`: it is part of the test.
+        std::panic::resume_unwind(Box::new("doomed"))
+    }
+}
+
+fn pool(slots: usize, runner: Recipient<RunAction>) -> Pool {
+    Pool { name: "test".into(), slots, platform: BTreeMap::new(), runner }
+}
+
+fn scheduler(settings: SchedulerSettings, works: &[Work], cached: bool, pool: Pool) -> Addr<SchedulerActor> {
+    let actions = works.iter().map(|work| (submit(work).action, resolution(work, cached)));
+    let cas = FakeCas { actions: actions.collect() }.start();
+    SchedulerActor::new(settings, vec![pool], cas.clone().recipient(), cas.recipient()).start()
+}
+
+/// A scheduler whose runs the test answers.
+fn attended(slots: usize, works: &[Work]) -> (Addr<SchedulerActor>, mpsc::UnboundedReceiver<Handed>) {
+    let (sender, handed) = mpsc::unbounded_channel();
+    let runner = FakePool(sender).start().recipient();
+    (scheduler(settings(), works, false, pool(slots, runner)), handed)
+}
+
+async fn outcome(mut subscription: Subscription) -> Arc<Outcome> {
+    let end = subscription.snapshots.wait_for(|snapshot| snapshot.stage == Stage::Completed).await;
+    end.expect("the stream reaches its end").outcome.clone().expect("an ended operation has an outcome")
+}
+
+async fn reaches(subscription: &mut Subscription, stage: Stage) {
+    subscription.snapshots.wait_for(|snapshot| snapshot.stage == stage).await.expect("it gets there");
+}
+
+fn success() -> RunReport {
+    Ok(Box::new(RunResult { result: Default::default(), message: String::new() }))
+}
+
+/// EXE-01, EXE-04: from Submit to the end, with the worker's news on the way.
+#[actix::test]
+async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
+    let (scheduler, mut handed) = attended(1, &[work(1)]);
+    let subscription = scheduler.send(submit(&work(1))).await.unwrap().unwrap();
+    let Handed { run, answer } = handed.recv().await.unwrap();
+    let mut follower = subscription.clone();
+    reaches(&mut follower, Stage::Executing).await;
+    run.progress.do_send(StageReached { task: run.task, stage: RunStage::Running, at: SystemTime::now() });
+    let running =
+        |run_stage: Option<(RunStage, SystemTime)>| run_stage.is_some_and(|s| s.0 == RunStage::Running);
+    follower.snapshots.wait_for(|snapshot| running(snapshot.run_stage)).await.unwrap();
+    answer.send(success()).ok().unwrap();
+    assert!(outcome(subscription).await.error.is_none());
+}
+
+/// EXE-16.
+#[actix::test]
+async fn a_hit_is_answered_without_any_worker() {
+    let (sender, mut handed) = mpsc::unbounded_channel();
+    let runner = FakePool(sender).start().recipient();
+    let scheduler = scheduler(settings(), &[work(1)], true, pool(1, runner));
+    let subscription = scheduler.send(submit(&work(1))).await.unwrap().unwrap();
+    assert!(outcome(subscription).await.cached);
+    assert!(handed.try_recv().is_err());
+    let unknown = scheduler.send(submit(&work(2))).await.unwrap().unwrap_err();
+    assert!(matches!(unknown, Error::MissingBlobs(_)), "what the CAS refuses is refused");
+}
+
+/// EXE-15, OPS-04.
+#[actix::test]
+async fn two_hundred_submissions_at_once_are_one_run() {
+    let (scheduler, mut handed) = attended(8, &[work(1)]);
+    let submissions = (0..200).map(|_| scheduler.send(submit(&work(1))));
+    let subscriptions = future::join_all(submissions).await;
+    let mut subscriptions: Vec<_> = subscriptions.into_iter().map(|s| s.unwrap().unwrap()).collect();
+    let only = handed.recv().await.unwrap();
+    let leaver = subscriptions.pop().unwrap();
+    scheduler.send(Cancel { instance: instance(), id: leaver.info.id }).await.unwrap().unwrap();
+    assert!(matches!(outcome(leaver).await.error, Some(Error::Cancelled(_))));
+    assert!(!only.run.cancel.is_cancelled());
+    only.answer.send(success()).ok().unwrap();
+    for subscription in subscriptions {
+        assert!(outcome(subscription).await.error.is_none());
+    }
+    assert!(handed.try_recv().is_err());
+}
+
+/// The clock ticks in the actor too: EXE-14 with no grace at all.
+#[actix::test]
+async fn a_client_that_vanishes_leaves_nothing_behind() {
+    let (sender, mut handed) = mpsc::unbounded_channel();
+    let runner = FakePool(sender).start().recipient();
+    let settings = SchedulerSettings { abandon_grace: Duration::ZERO, ..settings() };
+    let scheduler = scheduler(settings, &[work(1)], false, pool(1, runner));
+    drop(scheduler.send(submit(&work(1))).await.unwrap().unwrap());
+    let handed = handed.recv().await.unwrap();
+    scheduler.send(Tick).await.unwrap();
+    assert!(handed.run.cancel.is_cancelled());
+    assert_eq!(scheduler.send(Inspect).await.unwrap().running, 1, "the slot waits for its worker");
+    handed.answer.send(success()).ok().unwrap();
+    scheduler.send(Drain { cancel: false }).await.unwrap();
+    assert_eq!(scheduler.send(Inspect).await.unwrap().running, 0);
+}
+
+/// EXE-62.
+#[actix::test]
+async fn workers_that_die_of_an_action_do_not_take_the_scheduler_along() {
+    let runner = SyncArbiter::start(2, || Doomed).recipient();
+    let scheduler = scheduler(settings(), &[work(1), work(2)], false, pool(2, runner));
+    for name in [1, 2] {
+        let error = match scheduler.send(submit(&work(name))).await.unwrap() {
+            Ok(subscription) => outcome(subscription).await.error.clone().expect("it cannot have worked"),
+            // All workers may be gone by now.
+            Err(error) => error,
+        };
+        assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+    }
+    scheduler.send(Drain { cancel: false }).await.unwrap();
+}
+
+/// EXE-62.
+#[actix::test]
+async fn a_pool_that_closes_ends_its_work_and_refuses_more() {
+    let (scheduler, mut handed) = attended(1, &[work(1), work(2), work(3)]);
+    let running = scheduler.send(submit(&work(1))).await.unwrap().unwrap();
+    let queued = scheduler.send(submit(&work(2))).await.unwrap().unwrap();
+    drop(handed.recv().await.unwrap().answer);
+    assert!(matches!(outcome(running).await.error, Some(Error::Unavailable(_))));
+    assert!(matches!(outcome(queued).await.error, Some(Error::Unavailable(_))));
+    let refusal = scheduler.send(submit(&work(3))).await.unwrap().unwrap_err();
+    assert!(matches!(refusal, Error::Unavailable(_)));
+}
+
+/// GEN-21.
+#[actix::test]
+async fn never_more_runs_than_slots_nor_more_waiting_than_the_queue_holds() {
+    let works: Vec<_> = (0..9).map(work).collect();
+    let (sender, mut handed) = mpsc::unbounded_channel();
+    let runner = FakePool(sender).start().recipient();
+    let settings = SchedulerSettings { queue_size: 4, ..settings() };
+    let scheduler = scheduler(settings, &works, false, pool(2, runner));
+    let (mut runs, mut subscriptions, mut refused) = (Vec::new(), Vec::new(), 0);
+    for (submitted, work) in works.iter().enumerate() {
+        match scheduler.send(submit(work)).await.unwrap() {
+            Ok(subscription) => subscriptions.push(subscription),
+            Err(Error::Exhausted { retry_after: Some(_), .. }) => refused += 1,
+            Err(other) => panic!("{other:?}"),
+        }
+        if submitted < 2 {
+            runs.push(handed.recv().await.unwrap());
+        }
+    }
+    assert_eq!((subscriptions.len(), refused), (6, 3));
+    let counts = scheduler.send(Inspect).await.unwrap();
+    assert_eq!((counts.running, counts.queued, counts.slots), (2, 4, 2));
+    assert!(handed.try_recv().is_err());
+    while let Some(Handed { answer, .. }) = runs.pop() {
+        answer.send(success()).ok().unwrap();
+        if runs.len() < 2 && scheduler.send(Inspect).await.unwrap().queued > 0 {
+            runs.push(handed.recv().await.unwrap());
+        }
+    }
+    for Handed { answer, .. } in std::iter::from_fn(|| handed.try_recv().ok()) {
+        answer.send(success()).ok().unwrap();
+    }
+    scheduler.send(Drain { cancel: false }).await.unwrap();
+    for subscription in subscriptions {
+        assert!(outcome(subscription).await.error.is_none());
+    }
+}
+
+/// EXE-10.
+#[actix::test]
+async fn a_drain_is_answered_when_the_last_run_is_over() {
+    let (scheduler, mut handed) = attended(1, &[work(1), work(2)]);
+    let running = scheduler.send(submit(&work(1))).await.unwrap().unwrap();
+    let queued = scheduler.send(submit(&work(2))).await.unwrap().unwrap();
+    let run = handed.recv().await.unwrap();
+    let mut patient = Box::pin(scheduler.send(Drain { cancel: false }));
+    assert!(futures::poll!(&mut patient).is_pending());
+    let refusal = scheduler.send(submit(&work(1))).await.unwrap().unwrap_err();
+    assert!(matches!(refusal, Error::Unavailable(_)));
+    let mut hasty = Box::pin(scheduler.send(Drain { cancel: true }));
+    assert!(futures::poll!(&mut hasty).is_pending());
+    for ended in [running, queued] {
+        tokio::select! {
+            ended = outcome(ended) => assert!(matches!(ended.error, Some(Error::Unavailable(_)))),
+            _ = &mut hasty => panic!("a command is still running"),
+        }
+    }
+    assert!(run.run.cancel.is_cancelled());
+    run.answer.send(success()).ok().unwrap();
+    patient.await.unwrap();
+    hasty.await.unwrap();
+}
+
+/// A CAS that dies in the middle of everything is no reason to hang.
+#[actix::test]
+async fn a_store_that_is_gone_is_said_to_be_unavailable() {
+    let (sender, _handed) = mpsc::unbounded_channel();
+    let runner = FakePool(sender).start().recipient();
+    let cas = FakeCas::default().start();
+    let (resolve, check) = (cas.clone().recipient(), cas.clone().recipient());
+    let scheduler = SchedulerActor::new(settings(), vec![pool(1, runner)], resolve, check).start();
+    cas.do_send(Stop);
+    let refusal = scheduler.send(submit(&work(1))).await.unwrap().unwrap_err();
+    assert!(matches!(refusal, Error::Unavailable(_)));
+}
+
+#[derive(Message)]
+#[rtype(result = "()")]
+struct Stop;
+
+impl Handler<Stop> for FakeCas {
+    type Result = ();
+
+    fn handle(&mut self, _: Stop, ctx: &mut Self::Context) {
+        ctx.stop();
+    }
+}

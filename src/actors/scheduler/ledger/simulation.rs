@@ -13,11 +13,30 @@ use crate::actors::{
 };
 use std::collections::HashSet;
 
-const SEEDS: u64 = 400;
-const STEPS: u32 = 1500;
+const SEEDS: u64 = 300;
+const STEPS: u32 = 1000;
+
+/// Operations that the world still plays with; older ones are only checked at the end.
+const RECENT: usize = 40;
+
+/// What the seeds together must have come across, lest the simulation prove nothing.
+const SIGHTS: [&str; 11] = [
+    "joined",
+    "cached",
+    "requeued",
+    "refused: full",
+    "refused: platform",
+    "refused: no workers",
+    "missing inputs",
+    "waited too long",
+    "given up",
+    "stuck",
+    "pool closed",
+];
 
 #[test]
 fn nothing_is_lost_doubled_or_stuck_whatever_happens() {
+    let mut seen = HashSet::new();
     for seed in 0..SEEDS {
         let mut world = World::new(seed);
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
@@ -28,6 +47,10 @@ fn nothing_is_lost_doubled_or_stuck_whatever_happens() {
             world.rest();
         }));
         assert!(done.is_ok(), "seed {seed} fails");
+        seen.extend(world.seen);
+    }
+    for sight in SIGHTS {
+        assert!(seen.contains(sight), "no seed came across: {sight}");
     }
 }
 
@@ -78,7 +101,9 @@ struct World {
     /// What is out, by slot.
     runs: BTreeMap<(usize, SlotId), Out>,
     closed: HashSet<usize>,
-    retained: HashSet<OperationId>,
+    /// Finished operations that the world has not deleted.
+    finished: HashSet<OperationId>,
+    seen: HashSet<&'static str>,
 }
 
 struct Out {
@@ -110,7 +135,8 @@ impl World {
             checks: Vec::new(),
             runs: BTreeMap::new(),
             closed: HashSet::new(),
-            retained: HashSet::new(),
+            finished: HashSet::new(),
+            seen: HashSet::new(),
         }
     }
 
@@ -161,12 +187,19 @@ impl World {
                 };
                 self.known.insert(id, known);
             }
-            Err(Error::Exhausted { .. }) => assert!(
-                waiting >= self.ledger.settings.queue_size
-                    || before >= self.ledger.settings.unfinished_operations
-            ),
-            Err(Error::Precondition(_)) => assert_eq!(work.platform, Some("amiga")),
-            Err(Error::Unavailable(_)) => assert!(!self.closed.is_empty()),
+            Err(Error::Exhausted { .. }) => {
+                let settings = &self.ledger.settings;
+                assert!(waiting >= settings.queue_size || before >= settings.unfinished_operations);
+                self.seen.insert("refused: full");
+            }
+            Err(Error::Precondition(_)) => {
+                assert_eq!(work.platform, Some("amiga"));
+                self.seen.insert("refused: platform");
+            }
+            Err(Error::Unavailable(_)) => {
+                assert!(!self.closed.is_empty());
+                self.seen.insert("refused: no workers");
+            }
             Err(other) => panic!("unexpected {other:?}"),
         }
     }
@@ -240,6 +273,7 @@ impl World {
                 let pool_closed = self.random.chance(3) || self.closed.contains(&slot.0);
                 if pool_closed {
                     self.closed.insert(slot.0);
+                    self.seen.insert("pool closed");
                 }
                 RunEnd::Lost { pool_closed }
             }
@@ -248,7 +282,7 @@ impl World {
     }
 
     fn pick_operation(&mut self) -> Option<OperationId> {
-        let ids: Vec<_> = self.known.keys().copied().collect();
+        let ids: Vec<_> = self.known.keys().rev().take(RECENT).copied().collect();
         self.random.pick(&ids)
     }
 
@@ -278,7 +312,7 @@ impl World {
     fn forget(&mut self) {
         let Some(id) = self.pick_operation() else { return };
         match self.ledger.forget(&instance(), id) {
-            Ok(()) => assert!(self.retained.remove(&id), "forgot what was not finished"),
+            Ok(()) => assert!(self.finished.remove(&id), "forgot what was not finished"),
             Err(Error::Precondition(_)) => assert_ne!(self.known[&id].stage, Stage::Completed),
             Err(Error::NotFound(_)) => {}
             Err(other) => panic!("unexpected {other:?}"),
@@ -287,7 +321,9 @@ impl World {
 
     fn advance(&mut self, by: Duration) {
         self.now = Moment { at: self.now.at + by, wall: self.now.wall + by };
-        self.ledger.tick(self.now);
+        if !self.ledger.tick(self.now).is_empty() {
+            self.seen.insert("stuck");
+        }
     }
 
     /// What holds after every step.
@@ -299,6 +335,9 @@ impl World {
                 Event::Queued { joined } => {
                     assert!(!(joined && known.do_not_cache), "uncacheable work is never merged (EXE-15)");
                     assert!(known.stage == Stage::Queued);
+                    if joined {
+                        self.seen.insert("joined");
+                    }
                 }
                 Event::Executing { attempt, .. } => {
                     assert!(attempt >= 1 && attempt <= self.ledger.settings.max_attempts);
@@ -306,6 +345,7 @@ impl World {
                 }
                 Event::Requeued { .. } => {
                     assert_eq!(known.stage, Stage::Executing, "only running work is requeued");
+                    self.seen.insert("requeued");
                     (known.stage, known.run_stage) = (Stage::Queued, None);
                 }
                 Event::Completed { outcome, .. } => {
@@ -317,11 +357,18 @@ impl World {
                         known.may_be_cancelled || !matches!(outcome.error, Some(Error::Cancelled(_))),
                         "cancelled by somebody else (OPS-04)"
                     );
-                    self.retained.insert(info.id);
+                    self.finished.insert(info.id);
+                    match &outcome.error {
+                        None if outcome.cached => self.seen.insert("cached"),
+                        Some(Error::MissingBlobs(_)) => self.seen.insert("missing inputs"),
+                        Some(Error::Exhausted { .. }) => self.seen.insert("waited too long"),
+                        Some(Error::Unavailable(_)) => self.seen.insert("given up"),
+                        _ => false,
+                    };
                 }
             }
         }
-        for known in self.known.values_mut() {
+        for known in self.known.values_mut().rev().take(RECENT) {
             let Some(subscription) = &known.subscription else { continue };
             let snapshot = subscription.snapshots.borrow();
             assert_eq!(snapshot.stage, known.stage, "a subscriber sees each transition");

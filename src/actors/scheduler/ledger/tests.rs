@@ -33,7 +33,7 @@ pub(in crate::actors::scheduler) fn instance() -> Instance {
 }
 
 fn digest(work: &Work) -> Digest {
-    DigestFunction::Sha256.digest(&work.name.to_le_bytes())
+    Digest::parse(DigestFunction::Sha256, &format!("{:064x}", work.name), 1).unwrap()
 }
 
 pub(in crate::actors::scheduler) fn submit(work: &Work) -> Submit {
@@ -64,7 +64,7 @@ pub(in crate::actors::scheduler) fn resolution(work: &Work, cached: bool) -> Res
         instance: instance(),
         digest: digest(work),
         command,
-        input_root: Digest::empty(DigestFunction::Sha256),
+        input_root: digest(work),
         timeout: Duration::from_secs(100),
         do_not_cache: work.do_not_cache,
         platform: work.platform.map(|value| ("OSFamily".into(), value.into())).into_iter().collect(),

@@ -8,6 +8,7 @@ pub mod actors;
 pub mod config;
 pub mod digest;
 pub mod error;
+pub mod grpc;
 pub mod instance;
 pub mod path;
 pub mod proto;

@@ -111,13 +111,17 @@ pub fn operation_name(instances: &Instances, name: &str) -> Result<(Instance, Op
         ))
     };
     let (collection, id) = name.rsplit_once('/').ok_or_else(unknown)?;
-    let instance = match collection.strip_suffix("operations") {
-        Some("") => "",
-        Some(prefix) => prefix.strip_suffix('/').ok_or_else(unknown)?,
-        None => return Err(unknown()),
-    };
+    let instance = operations_of(collection).ok_or_else(unknown)?;
     let id = id.parse().map_err(|_| unknown())?;
     Ok((instances.get(instance).map_err(|_| unknown())?, id))
+}
+
+/// The instance name in `[instance/]operations`; `None` for any other text.
+pub fn operations_of(collection: &str) -> Option<&str> {
+    if collection == "operations" {
+        return Some("");
+    }
+    collection.strip_suffix("/operations").filter(|instance| !instance.is_empty())
 }
 
 /// The Operation message of a snapshot. `result` is the outcome's result made ready for this client (inlined contents); it
@@ -199,4 +203,188 @@ fn execution_metadata(snapshot: &Snapshot) -> reapi::ExecutedActionMetadata {
 
 fn timestamp(time: SystemTime) -> prost_types::Timestamp {
     time.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::actors::scheduler::operation::Outcome;
+    use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD};
+    use http::HeaderValue;
+    use proptest::prelude::*;
+    use std::{sync::Arc, time::Duration};
+    use uuid::Uuid;
+
+    const HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    fn wire(hash: &str) -> reapi::Digest {
+        reapi::Digest { hash: hash.into(), size_bytes: 0 }
+    }
+
+    fn instances() -> Instances {
+        Instances::new(["", "a/b"]).unwrap()
+    }
+
+    fn info() -> OperationInfo {
+        OperationInfo {
+            id: OperationId(Uuid::new_v4()),
+            instance: instances().get("a/b").unwrap(),
+            action: Digest::empty(DigestFunction::Sha256),
+            inline: Default::default(),
+            client: ClientInfo::default(),
+        }
+    }
+
+    fn ended(result: Option<reapi::ActionResult>, error: Option<Error>) -> Snapshot {
+        let outcome = Outcome { result: result.map(Arc::new), cached: true, error, message: "m".into() };
+        Snapshot {
+            stage: Stage::Completed,
+            queued_at: SystemTime::UNIX_EPOCH,
+            run_stage: None,
+            outcome: Some(Arc::new(outcome)),
+        }
+    }
+
+    fn metadata(operation: &longrunning::Operation) -> reapi::ExecuteOperationMetadata {
+        let any = operation.metadata.as_ref().unwrap();
+        assert_eq!(
+            any.type_url,
+            "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteOperationMetadata"
+        );
+        Message::decode(any.value.as_slice()).unwrap()
+    }
+
+    fn response(operation: &longrunning::Operation) -> reapi::ExecuteResponse {
+        let Some(longrunning::operation::Result::Response(any)) = &operation.result else {
+            panic!("no response: {operation:?}")
+        };
+        assert_eq!(any.type_url, "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteResponse");
+        Message::decode(any.value.as_slice()).unwrap()
+    }
+
+    /// GEN-08, GEN-09, GEN-10, CAS-06.
+    #[test]
+    fn the_digests_of_a_request_are_all_of_one_supported_function() {
+        assert_eq!(digests(0, &[], "d"), Ok(vec![]));
+        assert_eq!(digests(0, &[wire(HASH), wire(HASH)], "d").unwrap().len(), 2);
+        assert_eq!(digests(1, &[wire(HASH)], "d").unwrap().len(), 1);
+        let sha1 = wire(&HASH[..40]);
+        for (number, list) in [
+            (0, vec![wire(HASH), sha1.clone()]),
+            (0, vec![sha1.clone(), wire(HASH)]),
+            (0, vec![sha1]),
+            (0, vec![wire(HASH), wire("")]),
+            (10, vec![wire(HASH)]),
+            (99, vec![]),
+            (-1, vec![wire(HASH)]),
+        ] {
+            assert!(matches!(digests(number, &list, "d"), Err(Error::Invalid(_))), "{number} {list:?}");
+        }
+    }
+
+    /// GEN-28: both names, padded and unpadded; the text of an old client is read like that of a new one.
+    #[test]
+    fn who_asks_is_read_from_either_header_in_either_padding() {
+        let metadata = reapi::RequestMetadata {
+            tool_invocation_id: "invocation".into(),
+            target_id: "//pkg:target".into(),
+            action_mnemonic: "CppCompile".into(),
+            ..Default::default()
+        }
+        .encode_to_vec();
+        for name in METADATA_HEADERS {
+            for text in [BASE64_STANDARD.encode(&metadata), BASE64_STANDARD_NO_PAD.encode(&metadata)] {
+                let mut headers = HeaderMap::new();
+                headers.insert(name, HeaderValue::from_str(&text).unwrap());
+                let client = client_info(&headers);
+                assert_eq!(client.tool_invocation_id, "invocation");
+                assert_eq!(client.target_id, "//pkg:target");
+                assert_eq!(client.action_mnemonic, "CppCompile");
+            }
+        }
+        assert_eq!(client_info(&HeaderMap::new()), ClientInfo::default());
+    }
+
+    proptest! {
+        /// GEN-28.
+        #[test]
+        fn a_header_that_does_not_decode_counts_as_absent(value in proptest::collection::vec(32u8..127, 0..200)) {
+            let mut headers = HeaderMap::new();
+            headers.insert(METADATA_HEADERS[0], HeaderValue::from_bytes(&value).unwrap());
+            let client = client_info(&headers);
+            prop_assert!(client.target_id.len() <= CLIENT_TEXT_MAX_BYTES);
+        }
+    }
+
+    /// EXE-02, EXE-13.
+    #[test]
+    fn operation_names_are_read_back_and_all_others_are_not_found() {
+        let info = info();
+        let (instance, id) = operation_name(&instances(), &info.name()).unwrap();
+        assert_eq!((instance.name(), id), ("a/b", info.id));
+        let id = info.id;
+        assert!(operation_name(&instances(), &format!("operations/{id}")).is_ok());
+        for name in [
+            String::new(),
+            id.to_string(),
+            format!("/operations/{id}"),
+            format!("xoperations/{id}"),
+            format!("nope/operations/{id}"),
+            format!("a/b/operations/{id}/"),
+            format!("a/b/operations/{}", id.to_string().to_uppercase()),
+            "operations/1".into(),
+            "x".repeat(10_000),
+        ] {
+            assert!(matches!(operation_name(&instances(), &name), Err(Error::NotFound(_))), "{name}");
+        }
+    }
+
+    /// EXE-03, EXE-04, EXE-05, EXE-07.
+    #[test]
+    fn stage_completed_and_done_come_together() {
+        let running = Snapshot {
+            stage: Stage::Executing,
+            run_stage: Some((RunStage::Running, SystemTime::UNIX_EPOCH + Duration::from_secs(5))),
+            outcome: None,
+            ..ended(None, None)
+        };
+        let queued = Snapshot { stage: Stage::Queued, run_stage: None, ..running.clone() };
+        let info = info();
+        for (snapshot, stage) in [
+            (queued, reapi::execution_stage::Value::Queued),
+            (running, reapi::execution_stage::Value::Executing),
+            (ended(None, Some(Error::Cancelled("x".into()))), reapi::execution_stage::Value::Completed),
+        ] {
+            let operation = operation(&info, &snapshot, None);
+            let metadata = metadata(&operation);
+            assert_eq!(metadata.stage(), stage);
+            assert_eq!(metadata.action_digest, Some(info.action.to_wire()));
+            assert_eq!(metadata.digest_function, 1);
+            let partial = metadata.partial_execution_metadata.unwrap();
+            assert_eq!(partial.queued_timestamp, Some(prost_types::Timestamp::default()));
+            assert_eq!(operation.done, stage == reapi::execution_stage::Value::Completed);
+            assert_eq!(operation.result.is_some(), operation.done);
+            assert_eq!(operation.name, info.name());
+        }
+    }
+
+    /// EXE-08, EXE-16, EXE-45, EXE-60.
+    #[test]
+    fn a_response_has_a_result_or_says_why_not() {
+        let failed = reapi::ActionResult { exit_code: 7, ..Default::default() };
+        let ok = response(&operation(&info(), &ended(Some(failed.clone()), None), Some(failed.clone())));
+        assert_eq!(ok.status.unwrap().code, 0);
+        assert_eq!(ok.result.as_ref().unwrap().exit_code, 7);
+        assert!(ok.result.unwrap().execution_metadata.is_some());
+        assert!(ok.cached_result);
+        assert_eq!(ok.message, "m");
+
+        let late = Some(Error::DeadlineExceeded("late".into()));
+        let late = response(&operation(&info(), &ended(Some(failed.clone()), late), Some(failed)));
+        assert_eq!(late.status.unwrap().code, tonic::Code::DeadlineExceeded as i32);
+        assert!(late.result.is_some());
+
+        let nothing = response(&operation(&info(), &ended(None, None), None));
+        assert_eq!(nothing.status.unwrap().code, tonic::Code::Internal as i32);
+    }
 }

@@ -3,7 +3,7 @@
 use super::{Edge, convert, filter, inline, operation_stream, page_token, request_log::Call};
 use crate::{
     actors::scheduler::{
-        messages::{Cancel, Forget, ListOperations, Watch},
+        messages::{Cancel, Forget, ListOperations, OperationFilter, Watch},
         operation::Subscription,
     },
     error::{Error, Result},
@@ -119,21 +119,21 @@ impl OperationsService {
 
 /// The instance name in `""`, `operations` or `{instance}/operations`.
 fn collection(name: &str) -> Result<&str> {
-    match name {
-        "" | "operations" => Ok(""),
-        _ => name.strip_suffix("/operations").ok_or_else(|| {
-            Error::Invalid(format!(
-                "name \"{}\" is malformed; the form is [instance/]operations",
-                name.escape_debug()
-            ))
-        }),
+    if name.is_empty() {
+        return Ok("");
     }
+    convert::operations_of(name).ok_or_else(|| {
+        Error::Invalid(format!(
+            "name \"{}\" is malformed; the form is [instance/]operations",
+            name.escape_debug()
+        ))
+    })
 }
 
 /// A ListOperations request, checked.
 struct Listing {
     instance: Instance,
-    filter: crate::actors::scheduler::messages::OperationFilter,
+    filter: OperationFilter,
     after: u64,
     limit: usize,
     /// What page tokens of this listing are bound to.

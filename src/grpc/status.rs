@@ -126,3 +126,117 @@ pub fn shorten(mut text: String, max_bytes: usize) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::DigestFunction;
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    fn digests(count: u64) -> Vec<Digest> {
+        (0..count).map(|n| DigestFunction::Sha256.digest(&n.to_le_bytes())).collect()
+    }
+
+    fn trailer_bytes(status: &Status) -> usize {
+        let response = status.clone().into_http::<()>();
+        response.headers().iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
+    }
+
+    fn details(status: &Status) -> rpc::Status {
+        rpc::Status::decode(status.details()).unwrap()
+    }
+
+    fn violations(status: &rpc::Status) -> Vec<Violation> {
+        assert_eq!(status.details.len(), 1, "EXE-24: one detail");
+        assert_eq!(status.details[0].type_url, "type.googleapis.com/google.rpc.PreconditionFailure");
+        rpc::PreconditionFailure::decode(status.details[0].value.as_slice()).unwrap().violations
+    }
+
+    /// EXE-22, EXE-23, EXE-24, EXE-26, GEN-18.
+    #[test]
+    fn missing_blobs_are_listed_one_by_one_in_a_single_detail() {
+        let missing = digests(500);
+        let status = inline(&Error::MissingBlobs(missing.clone()));
+        assert_eq!(status.code, Code::FailedPrecondition as i32);
+        let violations = violations(&status);
+        assert_eq!(violations.len(), 500);
+        for (violation, digest) in violations.iter().zip(&missing) {
+            assert_eq!(violation.r#type, "MISSING");
+            assert_eq!(violation.subject, format!("blobs/{}/{}", digest.hash_hex(), digest.size()));
+        }
+    }
+
+    /// GEN-17, GEN-19: as many violations as fit, and at least some; the trailer repeats code and message.
+    #[test]
+    fn a_status_with_five_hundred_missing_blobs_fits_into_trailers() {
+        let status = Status::from(Error::MissingBlobs(digests(500)));
+        assert!(trailer_bytes(&status) <= TRAILERS_MAX_BYTES, "{}", trailer_bytes(&status));
+        let details = details(&status);
+        assert_eq!((details.code, details.message.as_str()), (status.code() as i32, status.message()));
+        assert!(violations(&details).len() >= 20);
+        let header = status.clone().into_http::<()>();
+        assert!(header.headers().contains_key("grpc-status-details-bin"));
+    }
+
+    /// GEN-21.
+    #[test]
+    fn retry_info_comes_with_exhaustion_that_passes_and_with_nothing_else() {
+        let after = Some(Duration::from_millis(1500));
+        let full = Status::from(Error::Exhausted { message: "queue".into(), retry_after: after });
+        assert_eq!(full.code(), Code::ResourceExhausted);
+        let details = details(&full);
+        assert_eq!(details.details[0].type_url, "type.googleapis.com/google.rpc.RetryInfo");
+        let info = rpc::RetryInfo::decode(details.details[0].value.as_slice()).unwrap();
+        assert_eq!(info.retry_delay.map(Duration::try_from), after.map(Ok));
+        for error in [
+            Error::Exhausted { message: "forever".into(), retry_after: None },
+            Error::Invalid("x".into()),
+            Error::Precondition("x".into()),
+            Error::Unavailable("x".into()),
+            Error::Cancelled("x".into()),
+        ] {
+            assert!(inline(&error).details.is_empty(), "{error:?}");
+            assert!(Status::from(error).details().is_empty());
+        }
+    }
+
+    /// GEN-20: what a retry cannot mend never has a code that clients retry.
+    #[test]
+    fn permanent_errors_have_permanent_codes() {
+        for error in [
+            Error::Invalid("x".into()),
+            Error::NotFound("x".into()),
+            Error::MissingBlobs(digests(1)),
+            Error::Precondition("x".into()),
+            Error::OutOfRange("x".into()),
+            Error::Denied("x".into()),
+            Error::Unimplemented("x".into()),
+        ] {
+            use Code::{
+                Aborted, Cancelled, DeadlineExceeded, Internal, ResourceExhausted, Unavailable, Unknown,
+            };
+            let retried =
+                [Cancelled, Unknown, DeadlineExceeded, Aborted, Internal, Unavailable, ResourceExhausted];
+            assert!(!retried.contains(&code(&error)), "{error:?}");
+        }
+    }
+
+    proptest! {
+        /// GEN-19, GEN-22, for messages of any length and alphabet and lists of any length.
+        #[test]
+        fn no_status_outgrows_trailers_or_a_message(text in "\\PC{0,3000}", count in 0u64..200) {
+            let errors = [
+                Error::Internal(text.clone()),
+                Error::Exhausted { message: text, retry_after: Some(Duration::MAX) },
+                Error::MissingBlobs(digests(count)),
+            ];
+            for error in errors {
+                let inline = inline(&error);
+                prop_assert!((0..=16).contains(&inline.code));
+                prop_assert!(inline.message.len() <= MESSAGE_MAX_BYTES);
+                prop_assert!(trailer_bytes(&Status::from(error)) <= TRAILERS_MAX_BYTES);
+            }
+        }
+    }
+}

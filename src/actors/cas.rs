@@ -1,5 +1,301 @@
 //! The content-addressable store and the action cache: the actor, its index, its files.
+//!
+//! [`CasActor`] owns the [`index::Index`] (what is stored, how recently used, leased or promised) and the table of
+//! [`uploads`]. It decides and never touches a file: readers and writers work on files that its answers name, on blocking
+//! threads, and report back. Everybody asks it through [`client::Cas`].
+//!
+//! Invariants: a blob is in the index only while a whole file of it is on disk, and is visible to others only through the
+//! index. What the index lets go is deleted in the background under a name that is never used again. Promises
+//! ([`guards`]) end by themselves. No handler waits for anything: an answer that needs IO is a future of its own.
 
+mod action_cache;
 pub mod blob;
 pub mod client;
+mod files;
+mod guards;
+mod index;
+mod inputs;
+mod lookup;
+mod memo;
 pub mod messages;
+mod outputs;
+mod reply;
+mod requests;
+mod resolve;
+mod results;
+mod scan;
+mod settings;
+#[cfg(test)]
+mod tests;
+mod upkeep;
+mod uploads;
+mod writer;
+
+pub use index::Totals;
+pub use requests::{InspectStore, StoreInspection};
+pub use settings::StoreSettings;
+
+use crate::{
+    digest::Digest,
+    error::{Error, Result},
+    instance::{InstanceId, Instances},
+    tree::Directory,
+};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
+use client::Cas;
+use files::Files;
+use guards::Reservation;
+use index::{FileId, Index};
+use memo::Memo;
+use reply::Reply;
+use requests::*;
+use std::{
+    sync::Arc,
+    time::{Instant, SystemTime, UNIX_EPOCH},
+};
+use tokio::{runtime::Handle, sync::watch};
+use uploads::{Attempt, Begin, Partial, Uploads};
+
+/// Target of this room's log lines.
+const LOG: &str = "gorego::cas";
+
+/// What the actor and the handles to it have in common; nothing in it changes but caches of immutable things.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    settings: StoreSettings,
+    files: Files,
+    runtime: Handle,
+    directories: Memo<Digest, Arc<Directory>>,
+    actions: Memo<(InstanceId, Digest), Arc<resolve::ParsedAction>>,
+    results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
+}
+
+/// The owner of the store.
+#[derive(Debug)]
+pub struct CasActor {
+    index: Index,
+    uploads: Uploads,
+    shared: Arc<Shared>,
+    /// Files whose use is to be written down.
+    touches: Vec<FileId>,
+    /// [`Index::bytes_deleted`], for those who wait for room.
+    deleted: watch::Sender<u64>,
+}
+
+impl CasActor {
+    /// Takes possession of a store directory and finds out what it holds. Blocks; a second or so for each 500,000 files.
+    ///
+    /// `runtime` is where file work is done, on its blocking threads.
+    ///
+    /// # Errors
+    /// `Precondition` when the directory cannot be used, naming it and the reason.
+    pub fn open(settings: StoreSettings, instances: &Instances, runtime: Handle) -> Result<Self> {
+        let files = Files::open(&settings.root, instances)?;
+        let index = scan::recover(&files, settings.max_bytes);
+        let shared = Shared {
+            files,
+            runtime,
+            directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
+            actions: Memo::new(settings::ACTION_MEMO_BYTES),
+            results: Memo::new(settings::RESULT_MEMO_BYTES),
+            settings,
+        };
+        Ok(Self {
+            index,
+            uploads: Uploads::default(),
+            shared: Arc::new(shared),
+            touches: Vec::new(),
+            deleted: watch::Sender::new(0),
+        })
+    }
+
+    /// Starts the actor on the current arbiter or local task set.
+    pub fn launch(self) -> Cas {
+        let shared = self.shared.clone();
+        Cas::new(self.start(), shared)
+    }
+
+    fn client(&self, ctx: &Context<Self>) -> Cas {
+        Cas::new(ctx.address(), self.shared.clone())
+    }
+}
+
+/// Seconds since 1970.
+fn unix_seconds() -> u32 {
+    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)
+}
+
+impl Actor for CasActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.set_mailbox_capacity(settings::MAILBOX_CAPACITY);
+        ctx.run_interval(settings::HOUSEKEEPING_INTERVAL, Self::housekeeping);
+        // A limit that was lowered since the last run is met before the first request.
+        match self.reserve(0, ctx) {
+            Ok(_) => {}
+            Err(error) => {
+                log::error!(target: LOG, event = "store_over_limit"; "the store cannot be used: {error}");
+                ctx.stop();
+            }
+        }
+    }
+}
+
+impl Handler<Reserve> for CasActor {
+    type Result = Reply<Result<Reservation>>;
+
+    fn handle(&mut self, Reserve(bytes): Reserve, ctx: &mut Self::Context) -> Self::Result {
+        match self.reserve(bytes, ctx) {
+            Ok((room, free)) => Reply::when(free, Ok(room)),
+            Err(error) => Reply::Now(Err(error)),
+        }
+    }
+}
+
+impl Handler<Prepare> for CasActor {
+    type Result = Reply<Prepared>;
+
+    fn handle(&mut self, message: Prepare, ctx: &mut Self::Context) -> Self::Result {
+        let absent = self.find_missing(message.instance, &message.digests);
+        let bytes = absent
+            .iter()
+            .fold(0u64, |sum, digest| sum.saturating_add(self.shared.files.charge(digest.size())));
+        match self.reserve(bytes, ctx) {
+            Ok((room, free)) => Reply::when(free, Prepared { absent, room: Ok(room) }),
+            Err(error) => Reply::Now(Prepared { absent, room: Err(error) }),
+        }
+    }
+}
+
+impl Handler<Commit> for CasActor {
+    type Result = ();
+
+    fn handle(&mut self, message: Commit, ctx: &mut Self::Context) {
+        let mut rest = message.room.disarm();
+        let now = unix_seconds();
+        let mut superfluous = Vec::new();
+        for WrittenFile { file, bytes, stamp } in message.files {
+            rest = rest.saturating_sub(bytes);
+            superfluous.extend(self.index.commit(file, bytes, stamp, now));
+            self.uploads.supersede(&file.key);
+        }
+        self.index.unreserve(rest);
+        self.delete(superfluous, ctx);
+        self.trim(ctx);
+        let _ = message.reply.send(());
+    }
+}
+
+impl Handler<BeginUpload> for CasActor {
+    type Result = Reply<Result<Began>>;
+
+    fn handle(&mut self, message: BeginUpload, ctx: &mut Self::Context) -> Self::Result {
+        let BeginUpload { name, blob, offset } = message;
+        if self.renew(&blob).is_some() {
+            return Reply::Now(Ok(Began::Present));
+        }
+        match self.uploads.begin(name, blob, offset) {
+            Begin::Busy(progress) => Reply::Now(Ok(Began::Busy(progress))),
+            Begin::Elsewhere(committed) => Reply::Now(Err(Error::Invalid(format!(
+                "the upload of blob {} stands at {committed}; write_offset {offset} does not go on from there",
+                blob.digest
+            )))),
+            Begin::Resume(entered, Partial { sink, room }) => {
+                let mut attempt = Attempt::new(ctx.address(), name, blob, entered, room);
+                attempt.sink = Some(sink);
+                Reply::Now(Ok(Began::Start(Box::new(attempt))))
+            }
+            Begin::Fresh(entered, leftover) => {
+                if let Some(partial) = leftover {
+                    self.discard(partial, ctx);
+                }
+                let bytes = self.shared.files.charge(blob.digest.size());
+                match self.reserve(bytes, ctx) {
+                    Ok((room, free)) => {
+                        let attempt = Attempt::new(ctx.address(), name, blob, entered, room);
+                        Reply::when(free, Ok(Began::Start(Box::new(attempt))))
+                    }
+                    Err(error) => {
+                        let room = Reservation::new(ctx.address(), 0);
+                        drop(Attempt::new(ctx.address(), name, blob, entered, room));
+                        Reply::Now(Err(error))
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Handler<EndUpload> for CasActor {
+    type Result = ();
+
+    fn handle(&mut self, ended: EndUpload, ctx: &mut Self::Context) {
+        if let Some(partial) = self.uploads.end(ended, Instant::now()) {
+            self.discard(partial, ctx);
+        }
+        let (_, partials) = self.uploads.counts();
+        if partials > settings::MAX_PARTIAL_UPLOADS {
+            self.housekeeping(ctx);
+        }
+    }
+}
+
+impl Handler<Release> for CasActor {
+    type Result = ();
+
+    fn handle(&mut self, Release(entries): Release, _: &mut Self::Context) {
+        for at in entries {
+            self.index.release(at);
+        }
+    }
+}
+
+impl Handler<Unreserve> for CasActor {
+    type Result = ();
+
+    fn handle(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
+        self.index.unreserve(bytes);
+    }
+}
+
+impl Handler<Deleted> for CasActor {
+    type Result = ();
+
+    fn handle(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
+        self.index.deleted(bytes);
+        self.deleted.send_replace(self.index.bytes_deleted());
+        self.trim(ctx);
+    }
+}
+
+impl Handler<Verified> for CasActor {
+    type Result = ();
+
+    fn handle(&mut self, Verified { at, stamp }: Verified, _: &mut Self::Context) {
+        self.index.trust(at, stamp);
+    }
+}
+
+impl Handler<Damaged> for CasActor {
+    type Result = ();
+
+    fn handle(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
+        // A file that was evicted under its reader is not damaged: its entry is stale and nothing happens.
+        if let Some(victim) = self.index.remove(at) {
+            log::warn!(target: LOG, event = "blob_damaged", digest = victim.file.key.digest.to_string();
+                "dropped a stored {:?}: {reason}", victim.file.key.kind);
+            self.delete(vec![victim], ctx);
+        }
+    }
+}
+
+impl Handler<InspectStore> for CasActor {
+    type Result = MessageResult<InspectStore>;
+
+    fn handle(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Result {
+        let (running_uploads, partial_uploads) = self.uploads.counts();
+        MessageResult(StoreInspection { totals: self.index.totals(), running_uploads, partial_uploads })
+    }
+}

@@ -1,15 +1,27 @@
 //! [`Cas`]: the way to the store for RPC handlers and worker threads.
+//!
+//! Each call is one or two questions to the actor, and file work on a blocking thread between or after them. Staging and
+//! storing for workers is in `inputs` and `outputs`, action results are in `action_cache`.
 
-use super::blob::{BlobReader, BlobWriter};
-use crate::{
-    digest::Digest,
-    error::Result,
-    instance::Instance,
-    proto::reapi,
-    tree::{Directory, InputTree},
+use super::{
+    CasActor, Shared,
+    blob::{BlobReader, BlobWriter, not_found, read_whole, stamp_of},
+    index::{FileId, Found, Key, Kind},
+    inputs::Source,
+    requests::*,
+    settings::{DIGESTS_PER_MESSAGE, PARK_WAIT},
+    writer::write_new,
 };
+use crate::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    instance::Instance,
+    tree::InputTree,
+};
+use actix::{Addr, Handler, Message, dev::ToEnvelope};
 use bytes::Bytes;
-use std::{fs::File, path::Path, sync::Arc};
+use std::{collections::HashSet, fs::File, future::Future, sync::Arc};
+use tokio::sync::oneshot;
 
 /// The answer to [`Cas::begin_upload`].
 #[derive(Debug)]
@@ -43,6 +55,7 @@ pub struct Provenance {
 pub struct StagedInputs {
     /// Its directories.
     pub tree: InputTree,
+    pub(super) source: Source,
 }
 
 impl StagedInputs {
@@ -52,24 +65,53 @@ impl StagedInputs {
     /// # Errors
     /// `MissingBlobs` when the stored file turns out to be damaged; `Exhausted` when the disk is full.
     pub fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
-        let _ = (digest, parent, name, mode);
-        todo!()
+        self.source.materialise(digest, parent, name, mode)
     }
 }
 
 /// A handle to the store; cheap to clone, usable from any thread. Methods that are not `async` block and are for worker
-/// threads only.
-#[derive(Debug, Clone)]
-pub struct Cas {}
+/// threads only: they panic on a thread that runs an async runtime.
+#[derive(Clone)]
+pub struct Cas {
+    store: Addr<CasActor>,
+    shared: Arc<Shared>,
+}
 
-#[allow(clippy::unused_async, unused_variables)]
+/// The answer of a store whose actor has stopped.
+pub(super) fn going_down() -> Error {
+    Error::Unavailable("the store of this server is shutting down".into())
+}
+
 impl Cas {
+    pub(super) fn new(store: Addr<CasActor>, shared: Arc<Shared>) -> Self {
+        Self { store, shared }
+    }
+
+    /// The actor's address, for the messages of [`super::messages`] and [`super::InspectStore`].
+    pub fn actor(&self) -> &Addr<CasActor> {
+        &self.store
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     /// Those of the digests that are not stored, each once; the others are renewed (CAS-01..04).
     ///
     /// # Errors
     /// `Unavailable` when the server is going down.
     pub async fn find_missing(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Digest>> {
-        todo!()
+        let instance = instance.id();
+        if digests.len() <= DIGESTS_PER_MESSAGE {
+            return self.ask(FindMissing { instance, digests }).await;
+        }
+        let mut missing = Vec::new();
+        let mut seen = HashSet::new();
+        for part in digests.chunks(DIGESTS_PER_MESSAGE) {
+            let part = self.ask(FindMissing { instance, digests: part.to_vec() }).await?;
+            missing.extend(part.into_iter().filter(|digest| seen.insert(*digest)));
+        }
+        Ok(missing)
     }
 
     /// Opens a blob.
@@ -77,7 +119,16 @@ impl Cas {
     /// # Errors
     /// `NotFound` when it is not stored, also when its file is damaged (it is dropped then).
     pub async fn open(&self, instance: &Instance, digest: Digest) -> Result<BlobReader> {
-        todo!()
+        let mut located = self.locate(instance, vec![digest], true).await?;
+        let Some(found) = located.found.pop().flatten() else {
+            return if digest.is_empty() {
+                Ok(BlobReader::whole(Bytes::new()))
+            } else {
+                Err(not_found(digest))
+            };
+        };
+        let cas = self.clone();
+        self.blocking(move || BlobReader::open(cas, found, located.lease)).await?
     }
 
     /// Reads whole blobs, in the order asked for; duplicates are fine. For small blobs: the caller bounds the sum.
@@ -85,7 +136,17 @@ impl Cas {
     /// # Errors
     /// Each blob's own; the call's when the server is going down.
     pub async fn read_many(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Result<Bytes>>> {
-        todo!()
+        let located = self.locate(instance, digests.clone(), false).await?;
+        let cas = self.clone();
+        self.blocking(move || {
+            let read = |(digest, found): (&Digest, Option<Found>)| match found {
+                Some(found) => read_whole(&cas, &found),
+                None if digest.is_empty() => Ok(Bytes::new()),
+                None => Err(not_found(*digest)),
+            };
+            digests.iter().zip(located.found).map(read).collect()
+        })
+        .await
     }
 
     /// Stores whole blobs, each checked against its digest (CAS-09..13); duplicates are fine.
@@ -97,14 +158,67 @@ impl Cas {
         instance: &Instance,
         blobs: Vec<(Digest, Bytes)>,
     ) -> Result<Vec<Result<()>>> {
-        todo!()
+        let (id, mut digests) = (instance.id(), HashSet::with_capacity(blobs.len()));
+        let fits = |digest: &Digest, bytes: &Bytes| digest.size() == bytes.len() as u64 && !digest.is_empty();
+        digests.extend(blobs.iter().filter(|(digest, bytes)| fits(digest, bytes)).map(|(digest, _)| *digest));
+        let prepared = self.ask(Prepare { instance: id, digests: digests.into_iter().collect() }).await?;
+        let cas = self.clone();
+        let (outcomes, visible) = self.blocking(move || cas.write_batch(id, &blobs, prepared)).await?;
+        if let Some(visible) = visible {
+            visible.await.map_err(|_| going_down())?;
+        }
+        Ok(outcomes)
+    }
+
+    /// Checks and writes a batch on a blocking thread; what is written is handed to the actor before this returns.
+    fn write_batch(
+        &self,
+        instance: crate::instance::InstanceId,
+        blobs: &[(Digest, Bytes)],
+        prepared: Prepared,
+    ) -> (Vec<Result<()>>, Option<oneshot::Receiver<()>>) {
+        let files = &self.shared.files;
+        let mut absent: HashSet<Digest> = prepared.absent.into_iter().collect();
+        let mut written = Vec::new();
+        let outcomes = blobs.iter().map(|(digest, bytes)| {
+            self.check_blob_size(digest.size(), &digest.to_string())?;
+            let actual = digest.function().digest(bytes);
+            if actual != *digest {
+                return Err(Error::Invalid(format!(
+                    "the bytes sent for blob {digest} are those of {actual}; nothing was stored"
+                )));
+            }
+            if !absent.contains(digest) {
+                return Ok(());
+            }
+            if let Err(error) = &prepared.room {
+                return Err(error.clone());
+            }
+            let key = Key { digest: *digest, instance, kind: Kind::Blob };
+            let file = FileId { key, generation: files.next_generation() };
+            let metadata = write_new(&files.path(&file), std::slice::from_ref(bytes))
+                .map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
+            absent.remove(digest);
+            written.push(WrittenFile {
+                file,
+                bytes: files.charge(digest.size()),
+                stamp: stamp_of(&metadata),
+            });
+            Ok(())
+        });
+        let outcomes = outcomes.collect();
+        let Ok(room) = prepared.room else { return (outcomes, None) };
+        let (reply, visible) = oneshot::channel();
+        self.store.do_send(Commit { files: written, room, reply });
+        (outcomes, Some(visible))
     }
 
     /// Starts an upload, or goes on with one that broke: `name` is the whole resource name (BS-06), `offset` the first
     /// `write_offset`. Offset 0 discards what an earlier attempt left (BS-20).
     ///
     /// # Errors
-    /// `Invalid` when the blob is too large or `offset` is not where that upload stands; `Exhausted` when there is no room.
+    /// `Invalid` when the blob is too large or `offset` is not where that upload stands; `Exhausted` when there is no room;
+    /// `Unavailable` when an earlier stream of this upload does not end.
     pub async fn begin_upload(
         &self,
         instance: &Instance,
@@ -112,7 +226,26 @@ impl Cas {
         digest: Digest,
         offset: u64,
     ) -> Result<Upload> {
-        todo!()
+        self.check_blob_size(digest.size(), &digest.to_string())?;
+        if digest.is_empty() {
+            return Ok(Upload::Present);
+        }
+        let blob = Key { digest, instance: instance.id(), kind: Kind::Blob };
+        let name = upload_name(instance, name);
+        // Twice: a client that goes on at once meets its own broken stream while that is being put away.
+        for _ in 0..2 {
+            match self.ask(BeginUpload { name, blob, offset }).await?? {
+                Began::Present => return Ok(Upload::Present),
+                Began::Start(attempt) => {
+                    return Ok(Upload::Writer(Box::new(BlobWriter::new(attempt, self.shared.clone()))));
+                }
+                Began::Busy(progress) => {
+                    let mut ended = progress.ended.subscribe();
+                    let _ = tokio::time::timeout(PARK_WAIT, ended.wait_for(|ended| *ended)).await;
+                }
+            }
+        }
+        Err(Error::Unavailable(format!("another stream still uploads blob {digest} under this name")))
     }
 
     /// How far an upload is; unknown ones are at 0 (BS-32).
@@ -125,46 +258,54 @@ impl Cas {
         name: &str,
         digest: Digest,
     ) -> Result<UploadStatus> {
-        todo!()
+        if digest.is_empty() {
+            return Ok(UploadStatus { committed: 0, complete: true });
+        }
+        let blob = Key { digest, instance: instance.id(), kind: Kind::Blob };
+        self.ask(QueryUpload { name: upload_name(instance, name), blob }).await
     }
 
-    /// A stored result whose every blob is present and was just renewed (AC-03, AC-04); a result that lacks one is dropped.
-    ///
-    /// # Errors
-    /// `Unavailable` when the server is going down.
-    pub async fn get_result(
-        &self,
-        instance: &Instance,
-        action: Digest,
-    ) -> Result<Option<Arc<reapi::ActionResult>>> {
-        todo!()
+    pub(super) fn check_blob_size(&self, size: u64, what: &str) -> Result<()> {
+        let max = self.shared.settings.max_blob_bytes;
+        if size <= max {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!(
+            "{} has {size} bytes; this server stores blobs of at most {max} (cache.max_blob_size_gb)",
+            what.escape_debug()
+        )))
     }
 
-    /// Stores a result, replacing an earlier one atomically (AC-08). Inlined contents become blobs first (AC-05);
-    /// execution metadata is always present afterwards (AC-09). Returns what was stored.
-    ///
-    /// # Errors
-    /// `Invalid` for digests or output paths that are malformed, absolute, escaping or doubled (AC-10).
-    pub async fn put_result(
+    pub(super) async fn locate(
         &self,
         instance: &Instance,
-        action: Digest,
-        result: reapi::ActionResult,
-        provenance: Provenance,
-    ) -> Result<Arc<reapi::ActionResult>> {
-        todo!()
+        digests: Vec<Digest>,
+        lease: bool,
+    ) -> Result<Located> {
+        self.ask(Locate { instance: instance.id(), digests, lease }).await
     }
 
-    /// Directories by digest, in the order asked for; `None` for those that are not stored.
-    ///
-    /// # Errors
-    /// `Invalid` when a blob is no Directory.
-    pub async fn directories(
+    pub(super) async fn ask<M>(&self, message: M) -> Result<M::Result>
+    where
+        M: Message<Result: Send> + Send + 'static,
+        CasActor: Handler<M>,
+        <CasActor as actix::Actor>::Context: ToEnvelope<CasActor, M>,
+    {
+        self.store.send(message).await.map_err(|_| going_down())
+    }
+
+    /// Runs file work on a blocking thread; it runs to its end even if nobody waits for it any more.
+    pub(super) async fn blocking<T: Send + 'static>(
         &self,
-        instance: &Instance,
-        digests: &[Digest],
-    ) -> Result<Vec<Option<Arc<Directory>>>> {
-        todo!()
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T> {
+        self.shared.runtime.spawn_blocking(work).await.map_err(|error| {
+            if error.is_panic() { Error::internal("file work of the store panicked") } else { going_down() }
+        })
+    }
+
+    pub(super) fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.shared.runtime.block_on(future)
     }
 
     /// Reads an input root and leases every blob of it, from a worker thread.
@@ -172,41 +313,17 @@ impl Cas {
     /// # Errors
     /// `MissingBlobs` with all that is missing (EXE-26); `Invalid` when a Directory is malformed.
     pub fn stage_inputs(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
-        todo!()
-    }
-
-    /// Stores a file that an action left behind, from a worker thread: takes the file itself over when nobody else can reach
-    /// it (one link, ours, same file system), copies it otherwise. `file` is open for reading, `parent`/`name` is where it
-    /// lies. Returns its digest.
-    ///
-    /// # Errors
-    /// `Exhausted` when there is no room; `Invalid` when it is larger than the largest blob allowed.
-    pub fn store_output(&self, instance: &Instance, parent: &File, name: &str, file: File) -> Result<Digest> {
-        todo!()
-    }
-
-    /// Stores bytes at hand, from a worker thread.
-    ///
-    /// # Errors
-    /// `Exhausted` when there is no room.
-    pub fn store_bytes(&self, instance: &Instance, bytes: Vec<u8>) -> Result<Digest> {
-        todo!()
-    }
-
-    /// [`Cas::put_result`] from a worker thread.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn record_result(
-        &self,
-        instance: &Instance,
-        action: Digest,
-        result: reapi::ActionResult,
-        provenance: Provenance,
-    ) -> Result<()> {
-        todo!()
+        self.block_on(self.stage(instance, root))
     }
 }
 
-/// Where a store file lies; for tests and tools.
-pub fn _unused(_: &Path) {}
+/// A key of constant length for a name of any length.
+fn upload_name(instance: &Instance, name: &str) -> Digest {
+    DigestFunction::Sha256.digest(format!("{}\0{name}", instance.id().0).as_bytes())
+}
+
+impl std::fmt::Debug for Cas {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cas").field("root", &self.shared.settings.root).finish_non_exhaustive()
+    }
+}

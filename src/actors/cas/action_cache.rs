@@ -1,0 +1,188 @@
+//! The action cache's side of [`Cas`]: results are read, checked against what is stored, and written.
+//!
+//! A result that is looked up for the first time is read from its file, and the Trees and Directories that it names are
+//! read for the files in them. What comes of that is immutable and kept in memory; from then on a hit is one message, and
+//! the actor checks and renews every reference in its index (AC-03, AC-04).
+
+use super::{
+    blob::{not_found, stamp_of},
+    client::{Cas, Provenance, going_down},
+    index::{FileId, Found, Key, Kind},
+    requests::{
+        Commit, ConfirmResult, Damaged, Incomplete, LookupResult, Reserve, ResultLookup, WrittenFile,
+    },
+    results::{self, DirectReferences, LoadedResult, Uploader},
+    settings::MAX_TREE_BYTES,
+    writer::write_new,
+};
+use crate::{
+    digest::Digest,
+    error::{Error, Result},
+    instance::Instance,
+    proto::reapi,
+};
+use std::{fs, sync::Arc, time::SystemTime};
+use tokio::sync::oneshot;
+
+impl Cas {
+    /// A stored result whose every blob is present and was just renewed (AC-03, AC-04); a result that lacks one is dropped.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub async fn get_result(
+        &self,
+        instance: &Instance,
+        action: Digest,
+    ) -> Result<Option<Arc<reapi::ActionResult>>> {
+        let id = instance.id();
+        let found = match self.ask(LookupResult { instance: id, action }).await? {
+            ResultLookup::Hit(result) => return Ok(Some(result)),
+            ResultLookup::Miss => return Ok(None),
+            ResultLookup::Cold(found) => found,
+        };
+        let Some(result) = self.read_result(instance, action, found).await? else { return Ok(None) };
+        let loaded = match self.load_references(instance, action, &result).await? {
+            Ok(references) => Arc::new(LoadedResult::new(found.file.generation, result, references)),
+            Err(reason) => {
+                self.actor().do_send(Incomplete { at: found.at, reason });
+                return Ok(None);
+            }
+        };
+        self.shared().results.insert((id, action), loaded.clone(), loaded.memory());
+        self.ask(ConfirmResult { instance: id, action, loaded }).await
+    }
+
+    async fn read_result(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        found: Found,
+    ) -> Result<Option<Arc<reapi::ActionResult>>> {
+        let (cas, instance) = (self.clone(), instance.clone());
+        self.blocking(move || {
+            let bytes = fs::read(cas.shared().files.path(&found.file));
+            let result = bytes
+                .map_err(|error| error.to_string())
+                .and_then(|bytes| Ok(results::decode(&bytes, instance.name(), action)?));
+            match result {
+                Ok(result) => Some(Arc::new(result)),
+                Err(reason) => {
+                    cas.actor().do_send(Damaged { at: found.at, reason });
+                    None
+                }
+            }
+        })
+        .await
+    }
+
+    /// Everything that a result references, or why that cannot be known.
+    async fn load_references(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        result: &reapi::ActionResult,
+    ) -> Result<std::result::Result<Vec<Digest>, String>> {
+        let function = action.function();
+        let direct = match DirectReferences::of(result, function) {
+            Ok(direct) => direct,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let mut references = direct.blobs;
+        for tree in direct.trees {
+            if tree.size() > MAX_TREE_BYTES {
+                return Ok(Err(format!("its Tree {tree} is larger than {MAX_TREE_BYTES} bytes")));
+            }
+            let read = self.read_many(instance, vec![tree]).await?.pop();
+            let files = match read.unwrap_or_else(|| Err(not_found(tree))) {
+                Ok(bytes) => results::files_of_tree(bytes, function),
+                Err(error @ Error::NotFound(_)) => Err(error),
+                Err(error) => return Err(error),
+            };
+            match files {
+                Ok(files) => references.extend(files),
+                Err(error) => return Ok(Err(format!("its Tree {tree}: {error}"))),
+            }
+            references.push(tree);
+        }
+        for root in direct.roots {
+            match self.closure(instance, root).await {
+                Ok(closure) => match closure.missing.first() {
+                    None => references.extend(closure.directories.keys().copied().chain(closure.files())),
+                    Some(lost) => return Ok(Err(format!("its Directory {lost} is gone"))),
+                },
+                Err(Error::Invalid(message)) => return Ok(Err(message)),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Ok(references))
+    }
+
+    /// Stores a result, replacing an earlier one atomically (AC-08). Inlined contents become blobs first (AC-05);
+    /// execution metadata is always present afterwards (AC-09). Returns what was stored.
+    ///
+    /// # Errors
+    /// `Invalid` for digests or output paths that are malformed, absolute, escaping or doubled (AC-10).
+    pub async fn put_result(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+    ) -> Result<Arc<reapi::ActionResult>> {
+        self.store_result(instance, action, result, provenance, Uploader::Client).await
+    }
+
+    /// [`Cas::put_result`] from a worker thread.
+    ///
+    /// # Errors
+    /// As there; but output paths may step out of the working directory with "..".
+    pub fn record_result(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+    ) -> Result<()> {
+        self.block_on(self.store_result(instance, action, result, provenance, Uploader::Worker)).map(drop)
+    }
+
+    async fn store_result(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        mut result: reapi::ActionResult,
+        provenance: Provenance,
+        uploader: Uploader,
+    ) -> Result<Arc<reapi::ActionResult>> {
+        let contents = results::normalise(&mut result, action.function(), uploader)?;
+        if !contents.is_empty() {
+            self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
+        }
+        let result = Arc::new(result);
+        let bytes = results::encode(instance.name(), action, &result, provenance, SystemTime::now());
+        let charge = self.shared().files.charge(bytes.len() as u64);
+        let room = self.ask(Reserve(charge)).await??;
+        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
+        let (cas, kept) = (self.clone(), result.clone());
+        let visible = self.blocking(move || -> Result<_> {
+            let files = &cas.shared().files;
+            let file = FileId { key, generation: files.next_generation() };
+            let metadata = write_new(&files.path(&file), &[bytes])
+                .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
+            // Without Trees all references are known at once, and the first hit needs no file.
+            if let Ok(direct) = DirectReferences::of(&kept, action.function())
+                && direct.trees.is_empty()
+                && direct.roots.is_empty()
+            {
+                let loaded = Arc::new(LoadedResult::new(file.generation, kept, direct.blobs));
+                cas.shared().results.insert((key.instance, action), loaded.clone(), loaded.memory());
+            }
+            let (reply, visible) = oneshot::channel();
+            let written = WrittenFile { file, bytes: charge, stamp: stamp_of(&metadata) };
+            cas.actor().do_send(Commit { files: vec![written], room, reply });
+            Ok(visible)
+        });
+        visible.await??.await.map_err(|_| going_down())?;
+        Ok(result)
+    }
+}

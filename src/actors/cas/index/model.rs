@@ -1,0 +1,255 @@
+//! The index against a naive model, with random operations.
+
+use super::*;
+use crate::digest::DigestFunction;
+use proptest::prelude::*;
+
+const LIMIT: u64 = 100;
+const NOW: u32 = 1_000_000;
+
+#[derive(Debug, Clone)]
+enum Op {
+    Store { name: u8, kind: Kind, bytes: u64 },
+    Renew { name: u8, kind: Kind },
+    Lease { name: u8, kind: Kind },
+    Release { nth: usize },
+    Lose { name: u8, kind: Kind },
+    Hold { bytes: u64 },
+    LetGo { nth: usize },
+    Delete,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let kind = || prop_oneof![3 => Just(Kind::Blob), 1 => Just(Kind::Result)];
+    let name = || 0u8..12;
+    prop_oneof![
+        6 => (name(), kind(), 1u64..40).prop_map(|(name, kind, bytes)| Op::Store { name, kind, bytes }),
+        3 => (name(), kind()).prop_map(|(name, kind)| Op::Renew { name, kind }),
+        3 => (name(), kind()).prop_map(|(name, kind)| Op::Lease { name, kind }),
+        3 => (0usize..8).prop_map(|nth| Op::Release { nth }),
+        1 => (name(), kind()).prop_map(|(name, kind)| Op::Lose { name, kind }),
+        1 => (1u64..30).prop_map(|bytes| Op::Hold { bytes }),
+        1 => (0usize..8).prop_map(|nth| Op::LetGo { nth }),
+        2 => Just(Op::Delete),
+    ]
+}
+
+fn key(name: u8, kind: Kind) -> Key {
+    Key { digest: DigestFunction::Sha256.digest(&[name]), instance: InstanceId(0), kind }
+}
+
+/// What the index should be: a vector, oldest use first.
+#[derive(Default)]
+struct Model {
+    entries: Vec<(FileId, u64, u32)>,
+    held: Vec<u64>,
+    undeleted: u64,
+}
+
+impl Model {
+    fn position(&self, key: &Key) -> Option<usize> {
+        self.entries.iter().position(|(file, ..)| file.key == *key)
+    }
+    fn used(&self) -> u64 {
+        self.entries.iter().map(|(_, bytes, _)| bytes).sum()
+    }
+    fn leased(&self) -> u64 {
+        self.entries.iter().filter(|(.., leases)| *leases > 0).map(|(_, bytes, _)| bytes).sum()
+    }
+    fn reserved(&self) -> u64 {
+        self.held.iter().sum()
+    }
+    fn use_at(&mut self, position: usize) {
+        let entry = self.entries.remove(position);
+        self.entries.push(entry);
+    }
+    fn remove(&mut self, position: usize) -> Victim {
+        let (file, bytes, _) = self.entries.remove(position);
+        self.undeleted += bytes;
+        Victim { file, bytes }
+    }
+    fn reserve(&mut self, wanted: u64) -> Option<Vec<Victim>> {
+        if wanted + self.leased() + self.reserved() > LIMIT {
+            return None;
+        }
+        let mut victims = vec![];
+        while self.used() + self.reserved() + wanted > LIMIT {
+            let oldest = self.entries.iter().position(|(.., leases)| *leases == 0)?;
+            victims.push(self.remove(oldest));
+        }
+        Some(victims)
+    }
+}
+
+proptest! {
+    /// The oldest unleased entries go first and only when needed; sums are right; the limit holds.
+    #[test]
+    fn the_index_behaves_like_its_model(ops in proptest::collection::vec(op(), 1..200)) {
+        let (mut index, mut model) = (Index::new(LIMIT), Model::default());
+        let mut leases: Vec<EntryRef> = vec![];
+        let mut generation = 0;
+        for op in ops {
+            match op {
+                Op::Store { name, kind, bytes } => {
+                    generation += 1;
+                    let file = FileId { key: key(name, kind), generation };
+                    let expected = model.reserve(bytes);
+                    let got = index.reserve(bytes).ok().map(|grant| grant.victims);
+                    prop_assert_eq!(&got, &expected);
+                    if got.is_none() { continue }
+                    let lost = index.commit(file, bytes, Stamp::new(1), NOW);
+                    let expected = match (model.position(&file.key), kind) {
+                        (Some(position), Kind::Blob) => {
+                            model.use_at(position);
+                            model.undeleted += bytes;
+                            Some(Victim { file, bytes })
+                        }
+                        (existing, _) => {
+                            let old = existing.map(|position| model.remove(position));
+                            model.entries.push((file, bytes, 0));
+                            old
+                        }
+                    };
+                    prop_assert_eq!(lost, expected);
+                }
+                Op::Renew { name, kind } => {
+                    let position = model.position(&key(name, kind));
+                    let found = index.renew(&key(name, kind), NOW).map(|found| found.file);
+                    prop_assert_eq!(found, position.map(|position| model.entries[position].0));
+                    if let Some(position) = position { model.use_at(position) }
+                }
+                Op::Lease { name, kind } => {
+                    let position = model.position(&key(name, kind));
+                    let found = index.lease(&key(name, kind), NOW);
+                    prop_assert_eq!(found.is_some(), position.is_some());
+                    if let (Some(found), Some(position)) = (found, position) {
+                        leases.push(found.at);
+                        model.entries[position].2 += 1;
+                        model.use_at(position);
+                    }
+                }
+                Op::Release { nth } => {
+                    if leases.is_empty() { continue }
+                    let at = leases.remove(nth % leases.len());
+                    index.release(at);
+                    let found = model.entries.iter().position(|(file, ..)| file.generation == at.generation);
+                    if let Some(position) = found {
+                        model.entries[position].2 -= 1;
+                        if model.entries[position].2 == 0 { model.use_at(position) }
+                    }
+                }
+                Op::Lose { name, kind } => {
+                    let position = model.position(&key(name, kind));
+                    let at = index.slot_of(&key(name, kind))
+                        .map(|slot| EntryRef { slot, generation: index.entries[slot as usize].generation });
+                    let lost = at.and_then(|at| index.remove(at));
+                    prop_assert_eq!(lost, position.map(|position| model.remove(position)));
+                }
+                Op::Hold { bytes } => {
+                    let expected = model.reserve(bytes);
+                    let got = index.reserve(bytes).ok().map(|grant| grant.victims);
+                    prop_assert_eq!(&got, &expected);
+                    if got.is_some() { model.held.push(bytes) }
+                }
+                Op::LetGo { nth } => {
+                    if model.held.is_empty() { continue }
+                    let nth = nth % model.held.len();
+                    index.unreserve(model.held.remove(nth));
+                }
+                Op::Delete => {
+                    index.deleted(model.undeleted);
+                    model.undeleted = 0;
+                }
+            }
+            let totals = index.totals();
+            let blobs = model.entries.iter().filter(|(file, ..)| file.key.kind == Kind::Blob).count() as u64;
+            prop_assert_eq!(totals, Totals {
+                blobs,
+                results: model.entries.len() as u64 - blobs,
+                used: model.used(),
+                leased: model.leased(),
+                reserved: model.reserved(),
+                deleting: model.undeleted,
+                limit: LIMIT,
+            });
+            prop_assert!(totals.used + totals.reserved <= LIMIT);
+        }
+    }
+}
+
+fn store(index: &mut Index, name: u8, bytes: u64) -> FileId {
+    let file = FileId { key: key(name, Kind::Blob), generation: u64::from(name) + 1 };
+    index.reserve(bytes).unwrap();
+    assert_eq!(index.commit(file, bytes, Stamp::new(1), NOW), None);
+    file
+}
+
+#[test]
+fn a_writer_waits_for_the_deletion_of_what_it_evicted() {
+    let mut index = Index::new(LIMIT);
+    store(&mut index, 0, 60);
+    let grant = index.reserve(50).unwrap();
+    assert_eq!(grant.victims.len(), 1);
+    assert!(index.bytes_deleted() < grant.after_deletions);
+    index.deleted(60);
+    assert!(index.bytes_deleted() >= grant.after_deletions);
+}
+
+#[test]
+fn a_shortage_names_its_numbers_and_evicts_nothing() {
+    let mut index = Index::new(LIMIT);
+    let leased = store(&mut index, 0, 60);
+    store(&mut index, 1, 20);
+    index.lease(&leased.key, NOW).unwrap();
+    let shortage = index.reserve(50).unwrap_err();
+    assert_eq!(shortage, Shortage { wanted: 50, leased: 60, reserved: 0, limit: LIMIT });
+    assert_eq!(index.totals().blobs, 2);
+}
+
+#[test]
+fn recovery_restores_the_order_of_use_and_keeps_the_later_of_two_files() {
+    let mut index = Index::new(LIMIT);
+    let file = |name, generation| FileId { key: key(name, Kind::Blob), generation };
+    assert_eq!(index.recover(file(0, 1), 30, 300), None);
+    assert_eq!(index.recover(file(1, 2), 30, 100), None);
+    assert_eq!(index.recover(file(2, 4), 30, 200), None);
+    assert_eq!(index.recover(file(2, 3), 30, 900), Some(Victim { file: file(2, 3), bytes: 30 }));
+    index.finish_recovery();
+    let order: Vec<_> = index.reserve(LIMIT).unwrap().victims.into_iter().map(|v| v.file).collect();
+    assert_eq!(order, [file(1, 2), file(2, 4), file(0, 1)]);
+}
+
+#[test]
+fn recency_is_written_down_at_most_once_an_hour() {
+    let mut index = Index::new(LIMIT);
+    let file = store(&mut index, 0, 1);
+    let mut due = |now| index.renew(&file.key, now).unwrap().touch_due;
+    assert!(!due(NOW + 60));
+    assert!(due(NOW + Index::TOUCH_AFTER_SECS + 1));
+    assert!(!due(NOW + Index::TOUCH_AFTER_SECS + 2));
+}
+
+#[test]
+fn a_large_store_is_trimmed_from_the_high_to_the_low_water_mark() {
+    let mut index = Index::new(WATERMARKS_FROM_BYTES);
+    let part = WATERMARKS_FROM_BYTES / 100;
+    for name in 0..98 {
+        store(&mut index, name, part);
+    }
+    assert!(index.trim(10).is_empty(), "the mark is reached, not passed");
+    store(&mut index, 98, part);
+    assert_eq!(index.trim(3).len(), 3);
+    assert_eq!(index.trim(3).len(), 1);
+    assert!(index.trim(3).is_empty());
+}
+
+#[test]
+fn a_million_blobs_take_less_than_250_bytes_of_memory_each() {
+    let mut index = Index::new(u64::MAX);
+    for generation in 1..=1_000_000u64 {
+        let digest = DigestFunction::Sha256.digest(&generation.to_le_bytes());
+        let key = Key { digest, instance: InstanceId(0), kind: Kind::Blob };
+        index.recover(FileId { key, generation }, 4_096, NOW);
+    }
+    assert!(index.memory() < 150 * 1_000_000, "{} bytes each", index.memory() / 1_000_000);
+}

@@ -1,0 +1,262 @@
+//! Input roots: read, checked, leased, and copied out.
+//!
+//! Directories are read level by level, each distinct one once, and kept decoded for the next action, which mostly shares
+//! them. All that is missing is reported at once, Directories and files; what lies below a missing Directory cannot be known
+//! (EXE-26). Bounds: [`MAX_DIRECTORY_BYTES`] a message, [`MAX_TREE_DEPTH`] levels, [`MAX_TREE_NODES`] entries in distinct
+//! directories and again in the tree written out.
+
+use super::{
+    blob::{PIECE_BYTES, open_checked, read_whole},
+    client::{Cas, StagedInputs},
+    guards::Lease,
+    index::Found,
+    settings::{DIGESTS_PER_MESSAGE, SMALL_BLOB_BYTES},
+};
+use crate::{
+    digest::Digest,
+    error::{Error, Result},
+    instance::Instance,
+    tree::{Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_TREE_DEPTH, MAX_TREE_NODES},
+};
+use rustix::fs::{Mode, OFlags, copy_file_range, fchmod, openat};
+use std::{
+    collections::{HashMap, HashSet},
+    fs::File,
+    io::{self, Write as _},
+    os::unix::fs::FileExt as _,
+    sync::Arc,
+};
+
+/// What was found below a root.
+#[derive(Debug, Default)]
+pub(super) struct Closure {
+    /// Every distinct Directory that is stored.
+    pub directories: HashMap<Digest, Arc<Directory>>,
+    /// Directories that are not.
+    pub missing: Vec<Digest>,
+}
+
+impl Closure {
+    /// Digests of all files in these directories.
+    pub fn files(&self) -> impl Iterator<Item = Digest> {
+        self.directories.values().flat_map(|directory| directory.files.iter().map(|file| file.digest))
+    }
+
+    /// Everything that is known to belong to the tree and takes room: distinct, the empty blob left out.
+    fn digests(&self) -> Vec<Digest> {
+        let all: HashSet<Digest> = self.directories.keys().copied().chain(self.files()).collect();
+        all.into_iter().filter(|digest| !digest.is_empty()).collect()
+    }
+}
+
+impl Cas {
+    /// All Directories below a root.
+    pub(super) async fn closure(&self, instance: &Instance, root: Digest) -> Result<Closure> {
+        let mut closure = Closure::default();
+        let mut seen = HashSet::from([root]);
+        let mut level = vec![root];
+        let (mut depth, mut nodes) = (0, 0u64);
+        while !level.is_empty() {
+            if depth > MAX_TREE_DEPTH {
+                return Err(Error::Invalid(format!(
+                    "directory {root} is deeper than {MAX_TREE_DEPTH} directories"
+                )));
+            }
+            depth += 1;
+            let mut next = Vec::new();
+            for part in level.chunks(DIGESTS_PER_MESSAGE) {
+                for (digest, directory) in part.iter().zip(self.directories(instance, part).await?) {
+                    let Some(directory) = directory else {
+                        closure.missing.push(*digest);
+                        continue;
+                    };
+                    nodes = nodes.saturating_add(directory.entries() as u64);
+                    if nodes > MAX_TREE_NODES {
+                        return Err(Error::Invalid(format!(
+                            "directory {root} has more than {MAX_TREE_NODES} nodes below it"
+                        )));
+                    }
+                    let children = directory.directories.iter().map(|child| child.digest);
+                    next.extend(children.filter(|child| seen.insert(*child)));
+                    closure.directories.insert(*digest, directory);
+                }
+            }
+            level = next;
+        }
+        Ok(closure)
+    }
+
+    /// Checks that a whole input root is stored, and renews it.
+    pub(super) async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
+        let closure = self.closure(instance, root).await?;
+        let digests = closure.digests();
+        let mut missing = closure.missing;
+        missing.extend(self.find_missing(instance, digests).await?);
+        if missing.is_empty() { Ok(()) } else { Err(Error::MissingBlobs(missing)) }
+    }
+
+    /// Reads and leases a whole input root.
+    pub(super) async fn stage(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
+        let closure = self.closure(instance, root).await?;
+        let digests = closure.digests();
+        let mut missing = closure.missing;
+        let mut files = HashMap::with_capacity(digests.len());
+        let mut leases: Vec<Lease> = Vec::new();
+        for part in digests.chunks(DIGESTS_PER_MESSAGE) {
+            let located = self.locate(instance, part.to_vec(), true).await?;
+            leases.push(located.lease);
+            for (digest, found) in part.iter().zip(located.found) {
+                match found {
+                    Some(found) => drop(files.insert(*digest, found)),
+                    None => missing.push(*digest),
+                }
+            }
+        }
+        if !missing.is_empty() {
+            return Err(Error::MissingBlobs(missing));
+        }
+        let tree = InputTree::new(root, closure.directories)?;
+        Ok(StagedInputs { tree, source: Source { cas: self.clone(), files, _leases: leases } })
+    }
+
+    /// Directories by digest, in the order asked for; `None` for those that are not stored.
+    ///
+    /// # Errors
+    /// `Invalid` when a blob is no Directory.
+    pub async fn directories(
+        &self,
+        instance: &Instance,
+        digests: &[Digest],
+    ) -> Result<Vec<Option<Arc<Directory>>>> {
+        if let Some(large) = digests.iter().find(|digest| digest.size() > MAX_DIRECTORY_BYTES) {
+            return Err(Error::Invalid(format!(
+                "directory {large} is too large: at most {MAX_DIRECTORY_BYTES} bytes are read"
+            )));
+        }
+        let mut known = Vec::with_capacity(digests.len());
+        let mut to_read = Vec::new();
+        // What is kept decoded says nothing of what is stored, so the index is asked for all.
+        let located = self.locate(instance, digests.to_vec(), false).await?;
+        for (at, (&digest, found)) in digests.iter().zip(located.found).enumerate() {
+            known.push(match found {
+                Some(found) => {
+                    let kept = self.shared().directories.get(&digest);
+                    if kept.is_none() {
+                        to_read.push((at, found));
+                    }
+                    kept
+                }
+                None => digest.is_empty().then(Arc::default),
+            });
+        }
+        if to_read.is_empty() {
+            return Ok(known);
+        }
+        let cas = self.clone();
+        let read = self.blocking(move || {
+            to_read
+                .into_iter()
+                .map(|(at, found)| Ok((at, read_directory(&cas, &found)?)))
+                .collect::<Result<Vec<_>>>()
+        });
+        for (at, directory) in read.await?? {
+            if let Some(place) = known.get_mut(at) {
+                *place = directory;
+            }
+        }
+        Ok(known)
+    }
+}
+
+fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
+    let digest = found.file.key.digest;
+    let bytes = match read_whole(cas, found) {
+        Ok(bytes) => bytes,
+        Err(Error::NotFound(_)) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let directory = Directory::decode(&bytes, digest.function())
+        .map_err(|error| Error::Invalid(format!("directory {digest}: {error}")))?;
+    let directory = Arc::new(directory);
+    cas.shared().directories.insert(digest, directory.clone(), directory.memory());
+    Ok(Some(directory))
+}
+
+/// Where the files of a staged tree come from.
+#[derive(Debug)]
+pub struct Source {
+    cas: Cas,
+    files: HashMap<Digest, Found>,
+    _leases: Vec<Lease>,
+}
+
+impl Source {
+    /// [`StagedInputs::materialise`].
+    pub(super) fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
+        let failed =
+            |error: io::Error| Error::io(&format!("make input file \"{}\"", name.escape_debug()), &error);
+        let missing = |error| match error {
+            Error::NotFound(_) => Error::MissingBlobs(vec![*digest]),
+            error => error,
+        };
+        // A link that an earlier node has put under this name is an error, not a way out of the directory.
+        let make = || -> io::Result<File> {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            Ok(openat(parent, name, flags, Mode::RUSR | Mode::WUSR)?.into())
+        };
+        // Whatever the umask is.
+        let finish = |file: File| Ok(fchmod(&file, Mode::from_raw_mode(mode & 0o7777))?);
+        let found = match self.files.get(digest) {
+            Some(found) => found,
+            None if digest.is_empty() => return make().and_then(finish).map_err(failed),
+            None => return Err(Error::internal(format!("blob {digest} is not of this input root"))),
+        };
+        if digest.size() <= SMALL_BLOB_BYTES {
+            let bytes = read_whole(&self.cas, found).map_err(missing)?;
+            return (|| {
+                let mut file = make()?;
+                file.write_all(&bytes)?;
+                finish(file)
+            })()
+            .map_err(failed);
+        }
+        let stored = open_checked(&self.cas, found).map_err(missing)?;
+        (|| {
+            let file = make()?;
+            copy(&stored, &file, digest.size())?;
+            finish(file)
+        })()
+        .map_err(failed)
+    }
+}
+
+/// Copies a whole file; where the file system can, the two share their blocks until one is written.
+pub(super) fn copy(from: &File, to: &File, size: u64) -> io::Result<()> {
+    let (mut read_at, mut written_at) = (0u64, 0u64);
+    while read_at < size {
+        let left = usize::try_from(size - read_at).unwrap_or(usize::MAX);
+        match copy_file_range(from, Some(&mut read_at), to, Some(&mut written_at), left) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => {}
+            // Across file systems, or where the kernel cannot do it.
+            Err(_) if read_at == 0 => return copy_by_hand(from, to, size),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn copy_by_hand(from: &File, to: &File, size: u64) -> io::Result<()> {
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut at = 0;
+    while at < size {
+        let read = from.read_at(&mut piece, at)?;
+        let Some(bytes) = piece.get(..read).filter(|bytes| !bytes.is_empty()) else {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        };
+        to.write_all_at(bytes, at)?;
+        at += read as u64;
+    }
+    Ok(())
+}

@@ -1,0 +1,166 @@
+//! The actor's answers that need nothing but the index and what is in memory.
+
+use super::{
+    CasActor,
+    client::UploadStatus,
+    guards::Lease,
+    index::{EntryRef, Found, Key, Kind},
+    requests::*,
+    results::LoadedResult,
+    unix_seconds,
+};
+use crate::{digest::Digest, instance::InstanceId, proto::reapi};
+use actix::{AsyncContext as _, Context, Handler, MessageResult};
+use std::{collections::HashSet, sync::Arc};
+
+impl CasActor {
+    /// Looks an entry up, counts it as used now, and sees to it that this is written down some time.
+    pub(super) fn renew(&mut self, key: &Key) -> Option<Found> {
+        self.renew_at(key, unix_seconds())
+    }
+
+    fn renew_at(&mut self, key: &Key, now: u32) -> Option<Found> {
+        let found = self.index.renew(key, now)?;
+        if found.touch_due {
+            self.touch_later(found.file);
+        }
+        Some(found)
+    }
+
+    /// Those of these blobs that are not stored, each once; the others are renewed.
+    pub(super) fn find_missing(&mut self, instance: InstanceId, digests: &[Digest]) -> Vec<Digest> {
+        let now = unix_seconds();
+        let mut missing = Vec::new();
+        for &digest in digests {
+            let key = Key { digest, instance, kind: Kind::Blob };
+            // The empty blob is asked about last: it is rare, and to recognise it takes a hash.
+            if self.renew_at(&key, now).is_none() && !digest.is_empty() {
+                missing.push(digest);
+            }
+        }
+        if missing.len() > 1 {
+            let mut seen =
+                HashSet::with_capacity_and_hasher(missing.len(), foldhash::fast::RandomState::default());
+            missing.retain(|digest| seen.insert(*digest));
+        }
+        missing
+    }
+
+    /// A result that is still stored and whose every reference is: all of them are renewed. One that lacks something is
+    /// dropped (AC-03).
+    fn confirm(
+        &mut self,
+        instance: InstanceId,
+        action: Digest,
+        loaded: &LoadedResult,
+        ctx: &Context<Self>,
+    ) -> Option<Arc<reapi::ActionResult>> {
+        let now = unix_seconds();
+        let key = Key { digest: action, instance, kind: Kind::Result };
+        let found = self.renew_at(&key, now).filter(|found| found.file.generation == loaded.generation)?;
+        if !loaded.is_hit {
+            return None;
+        }
+        let lost = loaded
+            .references
+            .iter()
+            .find(|&&digest| self.renew_at(&Key { digest, instance, kind: Kind::Blob }, now).is_none());
+        if let Some(lost) = lost {
+            self.drop_result(found.at, &format!("blob {lost} is gone"), ctx);
+            return None;
+        }
+        Some(loaded.result.clone())
+    }
+
+    /// Drops a result that is not complete any more.
+    pub(super) fn drop_result(&mut self, at: EntryRef, reason: &str, ctx: &Context<Self>) {
+        if let Some(victim) = self.index.remove(at) {
+            log::debug!(target: super::LOG, event = "result_dropped",
+                action_digest = victim.file.key.digest.to_string();
+                "dropped an action result that is not complete any more: {reason}");
+            self.delete(vec![victim], ctx);
+        }
+    }
+
+    /// What is known of a result without reading any file.
+    pub(super) fn look_up_result(
+        &mut self,
+        instance: InstanceId,
+        action: Digest,
+        ctx: &Context<Self>,
+    ) -> ResultLookup {
+        let key = Key { digest: action, instance, kind: Kind::Result };
+        let Some(found) = self.renew(&key) else { return ResultLookup::Miss };
+        match self.shared.results.get(&(instance, action)) {
+            Some(loaded) if loaded.generation == found.file.generation => {
+                match self.confirm(instance, action, &loaded, ctx) {
+                    Some(result) => ResultLookup::Hit(result),
+                    None => ResultLookup::Miss,
+                }
+            }
+            _ => ResultLookup::Cold(found),
+        }
+    }
+}
+
+impl Handler<FindMissing> for CasActor {
+    type Result = MessageResult<FindMissing>;
+
+    fn handle(&mut self, message: FindMissing, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.find_missing(message.instance, &message.digests))
+    }
+}
+
+impl Handler<Locate> for CasActor {
+    type Result = MessageResult<Locate>;
+
+    fn handle(&mut self, message: Locate, ctx: &mut Self::Context) -> Self::Result {
+        let now = unix_seconds();
+        let mut leased = Vec::new();
+        let found = message.digests.iter().map(|&digest| {
+            let key = Key { digest, instance: message.instance, kind: Kind::Blob };
+            let found = self.renew_at(&key, now)?;
+            if message.lease {
+                leased.extend(self.index.lease(&key, now).map(|found| found.at));
+            }
+            Some(found)
+        });
+        let found = found.collect();
+        MessageResult(Located { found, lease: Lease::new(ctx.address(), leased) })
+    }
+}
+
+impl Handler<QueryUpload> for CasActor {
+    type Result = MessageResult<QueryUpload>;
+
+    fn handle(&mut self, message: QueryUpload, _: &mut Self::Context) -> Self::Result {
+        MessageResult(match self.renew(&message.blob) {
+            Some(_) => UploadStatus { committed: message.blob.digest.size(), complete: true },
+            None => UploadStatus { committed: self.uploads.committed(message.name), complete: false },
+        })
+    }
+}
+
+impl Handler<LookupResult> for CasActor {
+    type Result = MessageResult<LookupResult>;
+
+    fn handle(&mut self, message: LookupResult, ctx: &mut Self::Context) -> Self::Result {
+        MessageResult(self.look_up_result(message.instance, message.action, ctx))
+    }
+}
+
+impl Handler<ConfirmResult> for CasActor {
+    type Result = MessageResult<ConfirmResult>;
+
+    fn handle(&mut self, message: ConfirmResult, ctx: &mut Self::Context) -> Self::Result {
+        MessageResult(self.confirm(message.instance, message.action, &message.loaded, ctx))
+    }
+}
+
+impl Handler<Incomplete> for CasActor {
+    type Result = ();
+
+    fn handle(&mut self, Incomplete { at, reason }: Incomplete, ctx: &mut Self::Context) {
+        self.drop_result(at, &reason, ctx);
+    }
+}

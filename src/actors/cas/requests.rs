@@ -1,0 +1,201 @@
+//! The actor's private messages: what [`super::client::Cas`] and the handles ask and report.
+//!
+//! Questions are sent and answered; facts are told with `do_send`, which no mailbox bound refuses, and are handled in the
+//! order in which they were told. A dropped answer undoes itself: what it grants are [`Lease`]s and [`Reservation`]s.
+
+use super::{
+    guards::{Lease, Reservation},
+    index::{EntryRef, FileId, Found, Key, Stamp, Totals},
+    results::LoadedResult,
+    uploads::{Attempt, Partial, Progress},
+};
+use crate::{digest::Digest, error::Result, instance::InstanceId, proto::reapi};
+use actix::Message;
+use std::sync::Arc;
+use tokio::sync::oneshot;
+
+/// Which of these blobs are not stored? The others are renewed. The empty blob is never missing (GEN-06).
+#[derive(Message)]
+#[rtype(result = "Vec<Digest>")]
+pub struct FindMissing {
+    pub instance: InstanceId,
+    pub digests: Vec<Digest>,
+}
+
+/// Where are these blobs? They are renewed, and leased on demand.
+#[derive(Message)]
+#[rtype(result = "Located")]
+pub struct Locate {
+    pub instance: InstanceId,
+    pub digests: Vec<Digest>,
+    pub lease: bool,
+}
+
+/// The answer to [`Locate`], in the order asked; the empty blob is never found, having no file.
+pub struct Located {
+    pub found: Vec<Option<Found>>,
+    /// Holds what was found, if that was asked for.
+    pub lease: Lease,
+}
+
+/// Room for those of these blobs that are not stored; the others are renewed.
+#[derive(Message)]
+#[rtype(result = "Prepared")]
+pub struct Prepare {
+    pub instance: InstanceId,
+    /// Distinct, none of them empty.
+    pub digests: Vec<Digest>,
+}
+
+/// The answer to [`Prepare`].
+pub struct Prepared {
+    /// Those that are not stored.
+    pub absent: Vec<Digest>,
+    /// Room for all of them.
+    pub room: Result<Reservation>,
+}
+
+/// Room for a file of an action result.
+#[derive(Message)]
+#[rtype(result = "Result<Reservation>")]
+pub struct Reserve(pub u64);
+
+/// Starts or resumes an upload.
+#[derive(Message)]
+#[rtype(result = "Result<Began>")]
+pub struct BeginUpload {
+    /// Digest of the resource name within its instance.
+    pub name: Digest,
+    pub blob: Key,
+    pub offset: u64,
+}
+
+/// The answer to [`BeginUpload`].
+pub enum Began {
+    /// Stored already.
+    Present,
+    /// An earlier stream of this upload is still there.
+    Busy(Arc<Progress>),
+    /// Go on.
+    Start(Box<Attempt>),
+}
+
+/// How far is an upload, and is its blob stored?
+#[derive(Message)]
+#[rtype(result = "super::client::UploadStatus")]
+pub struct QueryUpload {
+    pub name: Digest,
+    pub blob: Key,
+}
+
+/// Is there a complete result?
+#[derive(Message)]
+#[rtype(result = "ResultLookup")]
+pub struct LookupResult {
+    pub instance: InstanceId,
+    pub action: Digest,
+}
+
+/// The answer to [`LookupResult`].
+pub enum ResultLookup {
+    /// Complete; everything it references was just renewed.
+    Hit(Arc<reapi::ActionResult>),
+    /// None, or not complete.
+    Miss,
+    /// There is one; its file has to be read to know more.
+    Cold(Found),
+}
+
+/// A result was read: is it still the one that is stored, and complete?
+#[derive(Message)]
+#[rtype(result = "Option<Arc<reapi::ActionResult>>")]
+pub struct ConfirmResult {
+    pub instance: InstanceId,
+    pub action: Digest,
+    pub loaded: Arc<LoadedResult>,
+}
+
+/// The sums of the store, for people and health checks.
+#[derive(Debug, Clone, Copy, Message)]
+#[rtype(result = "StoreInspection")]
+pub struct InspectStore;
+
+/// The answer to [`InspectStore`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StoreInspection {
+    /// Entries and bytes.
+    pub totals: Totals,
+    /// Uploads with an open stream.
+    pub running_uploads: usize,
+    /// Broken uploads that can be resumed.
+    pub partial_uploads: usize,
+}
+
+/// Fact: these files are whole and under their final names. The reply comes once they are visible.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Commit {
+    pub files: Vec<WrittenFile>,
+    /// Covers all of them.
+    pub room: Reservation,
+    pub reply: oneshot::Sender<()>,
+}
+
+/// A file to be made visible.
+pub struct WrittenFile {
+    pub file: FileId,
+    /// Bytes on disk.
+    pub bytes: u64,
+    pub stamp: Stamp,
+}
+
+/// Fact: a lease ended.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Release(pub Vec<EntryRef>);
+
+/// Fact: room is not needed any more.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Unreserve(pub u64);
+
+/// Fact: a file was hashed and is right.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Verified {
+    pub at: EntryRef,
+    pub stamp: Stamp,
+}
+
+/// Fact: a file is not what it should be.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Damaged {
+    pub at: EntryRef,
+    pub reason: String,
+}
+
+/// Fact: a stored result references what is not stored any more.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Incomplete {
+    pub at: EntryRef,
+    pub reason: String,
+}
+
+/// Fact: so many bytes of files that the index let go are gone from the disk.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Deleted(pub u64);
+
+/// Fact: a stream of an upload ended, one way or the other.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct EndUpload {
+    pub name: Digest,
+    pub number: u64,
+    pub blob: Key,
+    pub progress: Arc<Progress>,
+    /// What is worth keeping of it.
+    pub partial: Option<Partial>,
+}

@@ -1,0 +1,342 @@
+//! Action results: what is accepted, how one lies on disk, what it references.
+//!
+//! Pure. A stored result is a file of its own: the SHA-256 of the rest, then a [`gorego::StoredResult`]. A file whose
+//! checksum or key is wrong is a miss. Results never carry inlined contents on disk or in memory: whoever stores one turns
+//! them into blobs first, and whoever serves one reads them back on request (AC-05).
+
+use crate::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    path::RootPath,
+    proto::{gorego, reapi},
+};
+use bytes::Bytes;
+use prost::Message as _;
+use std::{collections::HashSet, sync::Arc, time::SystemTime};
+
+/// Length of the checksum in front of a stored result.
+const CHECKSUM_BYTES: usize = 32;
+
+/// A result as it was read, with every blob it references; immutable.
+#[derive(Debug)]
+pub struct LoadedResult {
+    /// The file that it was read from.
+    pub generation: u64,
+    /// What is served.
+    pub result: Arc<reapi::ActionResult>,
+    /// Output files, Trees, files inside Trees, Directories, logs (AC-03): each once, none of them empty.
+    pub references: Vec<Digest>,
+    /// Results of failed commands are stored when a client insists, but are no hits (AC-13).
+    pub is_hit: bool,
+}
+
+impl LoadedResult {
+    /// A result and the references found in it.
+    pub fn new(
+        generation: u64,
+        result: Arc<reapi::ActionResult>,
+        references: impl IntoIterator<Item = Digest>,
+    ) -> Self {
+        let mut references: Vec<Digest> =
+            references.into_iter().filter(|digest| !digest.is_empty()).collect();
+        references.sort_unstable();
+        references.dedup();
+        Self { generation, is_hit: result.exit_code == 0, result, references }
+    }
+
+    /// Roughly how many bytes of memory it holds.
+    pub fn memory(&self) -> usize {
+        // Decoded strings and messages take about three times their encoding.
+        size_of::<Self>() + self.references.len() * size_of::<Digest>() + self.result.encoded_len() * 3
+    }
+}
+
+/// What a result names directly; Trees and Directories have to be read for the rest.
+#[derive(Debug, Default)]
+pub struct DirectReferences {
+    /// Files and logs.
+    pub blobs: Vec<Digest>,
+    /// Tree messages.
+    pub trees: Vec<Digest>,
+    /// Root Directories.
+    pub roots: Vec<Digest>,
+}
+
+impl DirectReferences {
+    /// The references of a result whose digests are of `function`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a malformed or absent digest.
+    pub fn of(result: &reapi::ActionResult, function: DigestFunction) -> Result<Self> {
+        let mut references = Self::default();
+        for file in &result.output_files {
+            references.blobs.push(Digest::from_wire(
+                function,
+                file.digest.as_ref(),
+                &named("output_files", &file.path),
+            )?);
+        }
+        for (log, field) in
+            [(&result.stdout_digest, "stdout_digest"), (&result.stderr_digest, "stderr_digest")]
+        {
+            if log.is_some() {
+                references.blobs.push(Digest::from_wire(function, log.as_ref(), field)?);
+            }
+        }
+        for directory in &result.output_directories {
+            let field = named("output_directories", &directory.path);
+            let (tree, root) = (&directory.tree_digest, &directory.root_directory_digest);
+            if tree.is_some() || root.is_none() {
+                references.trees.push(Digest::from_wire(function, tree.as_ref(), &field)?);
+            }
+            if root.is_some() {
+                references.roots.push(Digest::from_wire(function, root.as_ref(), &field)?);
+            }
+        }
+        Ok(references)
+    }
+}
+
+/// The files of a Tree blob.
+///
+/// # Errors
+/// [`Error::Invalid`] when it is no Tree.
+pub fn files_of_tree(bytes: Bytes, function: DigestFunction) -> Result<Vec<Digest>> {
+    let tree = reapi::Tree::decode(bytes)
+        .map_err(|error| Error::Invalid(format!("it does not parse as a Tree: {error}")))?;
+    tree.root
+        .iter()
+        .chain(&tree.children)
+        .flat_map(|directory| &directory.files)
+        .map(|file| Digest::from_wire(function, file.digest.as_ref(), &file.name))
+        .collect()
+}
+
+/// Who hands a result in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Uploader {
+    /// A client; nothing it says is believed.
+    Client,
+    /// A worker of this server. Its output paths may step out of the working directory, within the input root.
+    Worker,
+}
+
+/// Checks a result and makes it fit to be stored: metadata is there (AC-09), a digest is never an empty message (AC-06),
+/// contents are taken out. Returns the blobs that these contents make.
+///
+/// # Errors
+/// [`Error::Invalid`] for digests or paths that are malformed, absolute, escaping or doubled (AC-10), and for contents that
+/// are not those of the digest next to them.
+pub fn normalise(
+    result: &mut reapi::ActionResult,
+    function: DigestFunction,
+    uploader: Uploader,
+) -> Result<Vec<(Digest, Bytes)>> {
+    check_paths(result, uploader)?;
+    let mut blobs = Vec::new();
+    for (raw, digest, field) in [
+        (&mut result.stdout_raw, &mut result.stdout_digest, "stdout_raw"),
+        (&mut result.stderr_raw, &mut result.stderr_digest, "stderr_raw"),
+    ] {
+        if digest.as_ref().is_some_and(|digest| *digest == reapi::Digest::default()) {
+            *digest = None;
+        }
+        extract(raw, digest, function, field, &mut blobs)?;
+    }
+    for file in &mut result.output_files {
+        let field = named("output_files", &file.path);
+        extract(&mut file.contents, &mut file.digest, function, &field, &mut blobs)?;
+    }
+    DirectReferences::of(result, function)?;
+    result.execution_metadata.get_or_insert_default();
+    Ok(blobs)
+}
+
+fn extract(
+    raw: &mut Bytes,
+    digest: &mut Option<reapi::Digest>,
+    function: DigestFunction,
+    field: &str,
+    blobs: &mut Vec<(Digest, Bytes)>,
+) -> Result<()> {
+    if raw.is_empty() {
+        return Ok(());
+    }
+    let actual = function.digest(raw);
+    if digest.is_some() {
+        let claimed = Digest::from_wire(function, digest.as_ref(), field)?;
+        if claimed != actual {
+            return Err(Error::Invalid(format!(
+                "{field}: the contents are those of {actual}, not of {claimed}"
+            )));
+        }
+    }
+    *digest = Some(actual.to_wire());
+    blobs.push((actual, std::mem::take(raw)));
+    Ok(())
+}
+
+#[allow(deprecated)]
+fn check_paths(result: &reapi::ActionResult, uploader: Uploader) -> Result<()> {
+    let mut seen = HashSet::new();
+    // The deprecated lists repeat the new one where that is filled (EXE-53).
+    let old = result.output_symlinks.is_empty();
+    let old_links =
+        result.output_file_symlinks.iter().chain(&result.output_directory_symlinks).filter(|_| old);
+    let paths = (result.output_files.iter().map(|file| ("output_files", &file.path, false)))
+        .chain(
+            result.output_directories.iter().map(|directory| ("output_directories", &directory.path, true)),
+        )
+        .chain(
+            result.output_symlinks.iter().chain(old_links).map(|link| ("output_symlinks", &link.path, false)),
+        );
+    for (field, path, may_be_root) in paths {
+        let refuse = |problem: &str| Err(Error::Invalid(format!("{} {problem}", named(field, path))));
+        if path.is_empty() && !may_be_root {
+            return refuse("is an empty path");
+        }
+        let escapes = match uploader {
+            Uploader::Client => RootPath::root().join(path).is_err(),
+            Uploader::Worker => path.starts_with('/') || path.contains('\0'),
+        };
+        if escapes {
+            return refuse("is absolute, malformed or leaves the working directory");
+        }
+        if !seen.insert(path) {
+            return refuse("is listed twice");
+        }
+    }
+    Ok(())
+}
+
+fn named(field: &str, path: &str) -> String {
+    format!("{field} \"{}\"", path.escape_debug())
+}
+
+/// The file content of a stored result.
+pub fn encode(
+    instance: &str,
+    action: Digest,
+    result: &reapi::ActionResult,
+    provenance: super::client::Provenance,
+    now: SystemTime,
+) -> Bytes {
+    let message = gorego::StoredResult {
+        instance_name: instance.to_owned(),
+        digest_function: action.function().wire() as i32,
+        action_digest: Some(action.to_wire()),
+        result: Some(result.clone()),
+        stored_at: Some(now.into()),
+        worker: provenance.worker,
+        tool_invocation_id: provenance.tool_invocation_id,
+    };
+    let mut bytes = vec![0; CHECKSUM_BYTES];
+    bytes.reserve_exact(message.encoded_len());
+    message.encode_raw(&mut bytes);
+    let (checksum, body) = bytes.split_at_mut(CHECKSUM_BYTES);
+    checksum.copy_from_slice(DigestFunction::Sha256.digest(body).hash());
+    bytes.into()
+}
+
+/// The result in a file's content, or what is wrong with it.
+pub fn decode(
+    bytes: &[u8],
+    instance: &str,
+    action: Digest,
+) -> std::result::Result<reapi::ActionResult, &'static str> {
+    let (checksum, body) = bytes.split_at_checked(CHECKSUM_BYTES).ok_or("it is too short")?;
+    if DigestFunction::Sha256.digest(body).hash() != checksum {
+        return Err("its checksum is wrong");
+    }
+    let message = gorego::StoredResult::decode(body).map_err(|_| "it does not parse")?;
+    if message.instance_name != instance || message.action_digest != Some(action.to_wire()) {
+        return Err("it is the result of another action");
+    }
+    message.result.ok_or("it is empty")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHA256: DigestFunction = DigestFunction::Sha256;
+
+    fn file(path: &str) -> reapi::OutputFile {
+        reapi::OutputFile {
+            path: path.into(),
+            digest: Some(SHA256.digest(b"x").to_wire()),
+            ..Default::default()
+        }
+    }
+
+    fn directory(path: &str) -> reapi::OutputDirectory {
+        let tree_digest = Some(SHA256.digest(b"t").to_wire());
+        reapi::OutputDirectory { path: path.into(), tree_digest, ..Default::default() }
+    }
+
+    /// AC-10.
+    #[test]
+    fn results_with_bad_paths_or_digests_are_refused() {
+        let with = |output_files, output_directories| {
+            let mut result = reapi::ActionResult { output_files, output_directories, ..Default::default() };
+            normalise(&mut result, SHA256, Uploader::Client)
+        };
+        assert!(with(vec![file("a/b"), file("c")], vec![directory("d"), directory("")]).is_ok());
+        for path in ["/etc/passwd", "../x", "a/../../x", "", "x\0"] {
+            assert!(with(vec![file(path)], vec![]).is_err(), "{path:?}");
+        }
+        assert!(with(vec![file("a"), file("a")], vec![]).is_err());
+        assert!(with(vec![file("a")], vec![directory("a")]).is_err());
+        for digest in [None, Some(reapi::Digest { hash: "zz".into(), size_bytes: 1 })] {
+            assert!(with(vec![reapi::OutputFile { digest, ..file("a") }], vec![]).is_err());
+        }
+        let bare = reapi::OutputDirectory { tree_digest: None, ..directory("d") };
+        assert!(with(vec![], vec![bare]).is_err());
+    }
+
+    #[test]
+    fn a_worker_may_report_outputs_beside_its_working_directory() {
+        let mut result = reapi::ActionResult { output_files: vec![file("../x")], ..Default::default() };
+        assert!(normalise(&mut result.clone(), SHA256, Uploader::Client).is_err());
+        assert!(normalise(&mut result, SHA256, Uploader::Worker).is_ok());
+    }
+
+    /// AC-05, AC-06, AC-09.
+    #[test]
+    fn contents_become_blobs_and_metadata_is_always_there() {
+        let mut result = reapi::ActionResult {
+            stdout_raw: Bytes::from_static(b"out"),
+            stderr_digest: Some(reapi::Digest::default()),
+            output_files: vec![reapi::OutputFile { contents: Bytes::from_static(b"x"), ..file("a") }],
+            ..Default::default()
+        };
+        let mut lie = result.clone();
+        lie.output_files[0].contents = Bytes::from_static(b"y");
+        assert!(normalise(&mut lie, SHA256, Uploader::Client).is_err());
+        let blobs = normalise(&mut result, SHA256, Uploader::Client).unwrap();
+        assert_eq!(
+            blobs.iter().map(|(digest, _)| *digest).collect::<Vec<_>>(),
+            [SHA256.digest(b"out"), SHA256.digest(b"x")]
+        );
+        assert_eq!(result.stdout_digest, Some(SHA256.digest(b"out").to_wire()));
+        assert!(result.stdout_raw.is_empty() && result.output_files[0].contents.is_empty());
+        assert_eq!(result.stderr_digest, None);
+        assert!(result.execution_metadata.is_some());
+    }
+
+    #[test]
+    fn a_stored_result_with_any_bit_flipped_is_no_result() {
+        let action = SHA256.digest(b"action");
+        let result = reapi::ActionResult { output_files: vec![file("a")], ..Default::default() };
+        let bytes = encode("i", action, &result, Default::default(), SystemTime::UNIX_EPOCH);
+        assert_eq!(decode(&bytes, "i", action), Ok(result));
+        assert!(decode(&bytes, "j", action).is_err());
+        assert!(decode(&bytes, "i", SHA256.digest(b"other")).is_err());
+        for at in 0..bytes.len() {
+            let mut flipped = bytes.to_vec();
+            flipped[at] ^= 1;
+            assert!(decode(&flipped, "i", action).is_err(), "bit of byte {at}");
+            assert!(decode(&bytes[..at], "i", action).is_err(), "cut at {at}");
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! What a store directory holds at start.
+//!
+//! Threads read the shard directories and stat every file; nothing is opened, so that a million files take seconds. A file
+//! of the wrong length is the rest of a write that a kill or a power cut ended: it is removed. A name that the store does
+//! not give is left alone and counted. Contents are checked later, at first read.
+
+use super::{
+    files::{Files, parse_file_name},
+    index::{FileId, Index, Key, Kind},
+};
+use crate::{digest::DigestFunction, instance::InstanceId};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    sync::{
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread,
+    time::Instant,
+};
+
+/// More threads than CPUs help on a cold disk; more than this do not.
+const MAX_THREADS: usize = 8;
+
+struct Shard {
+    kind: Kind,
+    instance: InstanceId,
+    function: DigestFunction,
+    first: u8,
+}
+
+#[derive(Default)]
+struct ShardContent {
+    /// File, bytes on disk, seconds of the last access.
+    found: Vec<(FileId, u64, u32)>,
+    removed: u64,
+    foreign: u64,
+    unreadable: u64,
+}
+
+/// Fills an index with what is on disk.
+pub fn recover(files: &Files, limit: u64) -> Index {
+    let started = Instant::now();
+    let shards: Vec<Shard> = all_shards(files);
+    let next = AtomicUsize::new(0);
+    let threads = thread::available_parallelism().map_or(1, usize::from).clamp(2, MAX_THREADS);
+    let mut index = Index::new(limit);
+    let mut sums = ShardContent::default();
+    thread::scope(|scope| {
+        let (sender, receiver) = mpsc::channel();
+        for _ in 0..threads {
+            let (sender, next, shards) = (sender.clone(), &next, &shards);
+            scope.spawn(move || {
+                while let Some(shard) = shards.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if sender.send(read_shard(files, shard)).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        for content in receiver {
+            sums.removed += content.removed;
+            sums.foreign += content.foreign;
+            sums.unreadable += content.unreadable;
+            for (file, bytes, touched) in content.found {
+                files.saw_generation(file.generation);
+                if let Some(loser) = index.recover(file, bytes, touched) {
+                    sums.removed += 1;
+                    let _ = fs::remove_file(files.path(&loser.file));
+                    index.deleted(loser.bytes);
+                }
+            }
+        }
+    });
+    index.finish_recovery();
+    empty_trash(files);
+    let totals = index.totals();
+    let elapsed_ms = started.elapsed().as_millis() as u64;
+    log::info!(target: super::LOG, event = "store_opened", blobs = totals.blobs, results = totals.results,
+        bytes = totals.used, limit = limit, removed = sums.removed, ignored = sums.foreign, elapsed_ms = elapsed_ms;
+        "the store has {} blobs and {} action results", totals.blobs, totals.results);
+    if sums.removed + sums.foreign + sums.unreadable > 0 {
+        log::warn!(target: super::LOG, event = "store_repaired", removed = sums.removed, ignored = sums.foreign,
+            unreadable = sums.unreadable;
+            "the store had unfinished, foreign or unreadable files; what is lost will be uploaded again");
+    }
+    index
+}
+
+fn all_shards(files: &Files) -> Vec<Shard> {
+    let mut shards = Vec::new();
+    for instance in files.instances() {
+        for &function in DigestFunction::ALL {
+            for kind in [Kind::Blob, Kind::Result] {
+                shards.extend((0..=u8::MAX).map(|first| Shard { kind, instance, function, first }));
+            }
+        }
+    }
+    shards
+}
+
+fn read_shard(files: &Files, shard: &Shard) -> ShardContent {
+    let mut content = ShardContent::default();
+    let Ok(entries) = fs::read_dir(files.shard(shard.kind, shard.instance, shard.function, shard.first))
+    else {
+        content.unreadable += 1;
+        return content;
+    };
+    for entry in entries {
+        let Ok(entry) = entry else {
+            content.unreadable += 1;
+            continue;
+        };
+        let name = entry.file_name();
+        let ours = name.to_str().and_then(|name| parse_file_name(shard.function, name));
+        let Some((digest, generation)) = ours.filter(|(digest, _)| digest.hash()[0] == shard.first) else {
+            content.foreign += 1;
+            continue;
+        };
+        let Ok(metadata) = entry.metadata() else {
+            content.unreadable += 1;
+            continue;
+        };
+        if !metadata.is_file() {
+            content.foreign += 1;
+            continue;
+        }
+        if shard.kind == Kind::Blob && metadata.len() != digest.size() {
+            let _ = fs::remove_file(entry.path());
+            content.removed += 1;
+            continue;
+        }
+        let file = FileId { key: Key { digest, instance: shard.instance, kind: shard.kind }, generation };
+        let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
+        content.found.push((file, files.charge(metadata.len()), touched));
+    }
+    content
+}
+
+/// Deletes what was thrown away, on a thread of its own; what a crash leaves is found at the next start.
+fn empty_trash(files: &Files) {
+    let trash = files.trash();
+    let spawned = thread::Builder::new().name("store-trash".into()).spawn(move || {
+        for entry in fs::read_dir(trash).into_iter().flatten().flatten() {
+            let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let path = entry.path();
+            let _ = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        }
+    });
+    if let Err(error) = spawned {
+        log::warn!(target: super::LOG, event = "trash_kept", err:err = error; "could not start deleting old files");
+    }
+}

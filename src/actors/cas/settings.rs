@@ -1,0 +1,62 @@
+//! [`StoreSettings`]: what the store is told from outside, and the bounds that are its own.
+
+use crate::action::TimeoutPolicy;
+use std::{path::PathBuf, time::Duration};
+
+/// What the store is told at start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreSettings {
+    /// Directory that the store owns; made if it does not exist.
+    pub root: PathBuf,
+    /// Bound on its bytes on disk, uploads in progress included.
+    pub max_bytes: u64,
+    /// Largest blob that is accepted (CAP-15).
+    pub max_blob_bytes: u64,
+    /// How long the bytes of a broken upload are kept for its client to go on (BS-20).
+    pub partial_upload_retention: Duration,
+    /// Which timeouts an Action may ask for.
+    pub timeouts: TimeoutPolicy,
+}
+
+/// Blobs up to this size are read in one piece and hashed at every read: at this size hashing costs about as much as the
+/// rest of the request (50 us).
+pub const SMALL_BLOB_BYTES: u64 = 64 * 1024;
+
+/// Largest Action or Command message that is read. Those of real builds are below 1 MiB.
+pub const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Largest Tree message that is read to check a result. About 500,000 files; a result with a larger one is a miss.
+pub const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Memory for decoded directories, so that the input roots of a build are not decoded for each of its actions.
+pub const DIRECTORY_MEMO_BYTES: usize = 64 * 1024 * 1024;
+
+/// Memory for parsed actions. An action is looked up once or twice in its life, soon after one another.
+pub const ACTION_MEMO_BYTES: usize = 16 * 1024 * 1024;
+
+/// Memory for decoded results with their reference lists.
+pub const RESULT_MEMO_BYTES: usize = 32 * 1024 * 1024;
+
+/// Digests in one message to the actor; a longer list is sent in parts, so that others are served in between (about 1 ms).
+pub const DIGESTS_PER_MESSAGE: usize = 8_192;
+
+/// Entries evicted ahead of need in one go.
+pub const TRIM_BATCH: usize = 1_024;
+
+/// Broken uploads that are kept; above it the oldest goes.
+pub const MAX_PARTIAL_UPLOADS: usize = 1_024;
+
+/// How far hashing and writing may be behind the network, for each upload: half of it being written, half waiting.
+pub const UPLOAD_BUFFER_BYTES: usize = 4 * 1024 * 1024;
+
+/// Uses that wait to be written down as access times before a batch is started early.
+pub const TOUCH_BATCH: usize = 1_024;
+
+/// How often waiting uses are written down and broken uploads are looked through.
+pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Messages that may wait for the actor before senders have to wait too.
+pub const MAILBOX_CAPACITY: usize = 1_024;
+
+/// How long a client that goes on with an upload waits for its own earlier stream to let go of it.
+pub const PARK_WAIT: Duration = Duration::from_secs(2);

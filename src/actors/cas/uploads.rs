@@ -1,0 +1,270 @@
+//! [`Uploads`]: the actor's table of uploads, running and broken; pure but for the files that it lets others delete.
+//!
+//! An upload is known by its whole resource name (BS-06). A name has one entry: its latest attempt while that runs, or what
+//! a broken attempt left. A new attempt at offset 0 takes the name over; the older one may still finish, but what it
+//! leaves if it breaks is discarded (BS-20). Broken uploads are bounded in number, bytes and age, and are the first to go
+//! when room is needed.
+
+use super::{
+    CasActor, files::TemporaryFile, guards::Reservation, index::Key, requests::EndUpload,
+    settings::MAX_PARTIAL_UPLOADS,
+};
+use crate::digest::{Digest, Hasher};
+use actix::Addr;
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::sync::watch;
+
+/// Broken uploads may hold this part of the store.
+const PARTIAL_PART: u64 = 4;
+
+/// What others can see of a running attempt.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Bytes taken so far; only grows.
+    pub accepted: AtomicU64,
+    /// The blob is stored, whoever did it (BS-24).
+    pub superseded: AtomicBool,
+    /// Turns true when the attempt is over.
+    pub ended: watch::Sender<bool>,
+}
+
+/// The file of an upload, and the hash of what is in it.
+#[derive(Debug)]
+pub struct Sink {
+    /// The bytes.
+    pub file: TemporaryFile,
+    /// Has seen exactly the bytes in the file.
+    pub hasher: Hasher,
+}
+
+/// What a broken attempt left. Its file goes before its room is given back.
+#[derive(Debug)]
+pub struct Partial {
+    /// The bytes so far.
+    pub sink: Sink,
+    /// Room for the whole blob.
+    pub room: Reservation,
+}
+
+/// The right to write one upload. Dropped, it tells the actor what is left of it.
+pub struct Attempt {
+    /// `None` until the first bytes are written. Declared before `room`, so that the file goes first.
+    pub sink: Option<Sink>,
+    /// Room for the whole blob; `None` once it is spent.
+    pub room: Option<Reservation>,
+    /// Whether the bytes so far may be resumed.
+    pub keep: bool,
+    /// Seen by others.
+    pub progress: Arc<Progress>,
+    /// The blob.
+    pub blob: Key,
+    name: Digest,
+    number: u64,
+    store: Addr<CasActor>,
+}
+
+impl Attempt {
+    /// An attempt that [`Uploads::begin`] has entered.
+    pub fn new(store: Addr<CasActor>, name: Digest, blob: Key, entered: Entered, room: Reservation) -> Self {
+        let Entered { number, progress } = entered;
+        Self { sink: None, room: Some(room), keep: true, progress, blob, name, number, store }
+    }
+
+    /// The actor's address.
+    pub fn store(&self) -> &Addr<CasActor> {
+        &self.store
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        let partial = match (self.keep, self.sink.take(), self.room.take()) {
+            (true, Some(sink), Some(room)) => Some(Partial { sink, room }),
+            (_, sink, room) => {
+                drop(sink);
+                drop(room);
+                None
+            }
+        };
+        self.store.do_send(EndUpload {
+            name: self.name,
+            number: self.number,
+            blob: self.blob,
+            progress: self.progress.clone(),
+            partial,
+        });
+    }
+}
+
+impl std::fmt::Debug for Attempt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Attempt")
+            .field("blob", &self.blob)
+            .field("number", &self.number)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The number of an attempt and its cell.
+#[derive(Debug, Clone)]
+pub struct Entered {
+    /// Unique in this process.
+    pub number: u64,
+    /// Where its progress shows.
+    pub progress: Arc<Progress>,
+}
+
+/// The answer of [`Uploads::begin`].
+#[derive(Debug)]
+pub enum Begin {
+    /// From the start; an earlier attempt's bytes are to be deleted.
+    Fresh(Entered, Option<Partial>),
+    /// From where it broke.
+    Resume(Entered, Partial),
+    /// An earlier stream has not ended yet.
+    Busy(Arc<Progress>),
+    /// It stands somewhere else.
+    Elsewhere(u64),
+}
+
+enum State {
+    Running(Arc<Progress>),
+    Parked(Partial),
+}
+
+struct Named {
+    number: u64,
+    state: State,
+}
+
+/// The table; see the top of this file.
+#[derive(Default)]
+pub struct Uploads {
+    named: HashMap<Digest, Named>,
+    /// Names of parked uploads by when they broke.
+    parked: BTreeMap<(Instant, u64), Digest>,
+    parked_bytes: u64,
+    running: HashMap<Key, Vec<Arc<Progress>>>,
+    running_count: usize,
+    last_number: u64,
+}
+
+impl Uploads {
+    /// Enters an attempt that starts at `offset`.
+    pub fn begin(&mut self, name: Digest, blob: Key, offset: u64) -> Begin {
+        let parked = match self.named.get(&name) {
+            Some(Named { state: State::Running(progress), .. }) if offset > 0 => {
+                return Begin::Busy(progress.clone());
+            }
+            Some(Named { state: State::Parked(partial), .. }) if offset > 0 => {
+                let committed = partial.sink.hasher.size();
+                if committed != offset {
+                    return Begin::Elsewhere(committed);
+                }
+                self.unpark(name)
+            }
+            None if offset > 0 => return Begin::Elsewhere(0),
+            _ => self.unpark(name),
+        };
+        self.last_number += 1;
+        let entered = Entered { number: self.last_number, progress: Arc::default() };
+        entered.progress.accepted.store(offset, Ordering::Relaxed);
+        let state = State::Running(entered.progress.clone());
+        self.named.insert(name, Named { number: entered.number, state });
+        self.running.entry(blob).or_default().push(entered.progress.clone());
+        self.running_count += 1;
+        match parked {
+            Some(partial) if offset > 0 => Begin::Resume(entered, partial),
+            parked => Begin::Fresh(entered, parked),
+        }
+    }
+
+    /// Takes an attempt out that ended; returns what is to be deleted.
+    pub fn end(&mut self, ended: EndUpload, now: Instant) -> Option<Partial> {
+        let EndUpload { name, number, blob, progress, partial } = ended;
+        if let Some(attempts) = self.running.get_mut(&blob) {
+            let before = attempts.len();
+            attempts.retain(|other| !Arc::ptr_eq(other, &progress));
+            self.running_count -= before - attempts.len();
+            if attempts.is_empty() {
+                self.running.remove(&blob);
+            }
+        }
+        let is_latest = self.named.get(&name).is_some_and(|named| named.number == number);
+        let discarded = match partial {
+            Some(partial) if is_latest => {
+                self.parked_bytes += partial.room.bytes();
+                self.parked.insert((now, number), name);
+                self.named.insert(name, Named { number, state: State::Parked(partial) });
+                None
+            }
+            partial => {
+                if is_latest {
+                    self.named.remove(&name);
+                }
+                partial
+            }
+        };
+        progress.ended.send_replace(true);
+        discarded
+    }
+
+    /// Bytes that an upload has taken; 0 for an unknown one (BS-32).
+    pub fn committed(&self, name: Digest) -> u64 {
+        match self.named.get(&name).map(|named| &named.state) {
+            Some(State::Running(progress)) => progress.accepted.load(Ordering::Relaxed),
+            Some(State::Parked(partial)) => partial.sink.hasher.size(),
+            None => 0,
+        }
+    }
+
+    /// Tells all who upload this blob that it is stored.
+    pub fn supersede(&self, blob: &Key) {
+        for progress in self.running.get(blob).into_iter().flatten() {
+            progress.superseded.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes out the broken upload that has waited longest.
+    pub fn pop_oldest(&mut self) -> Option<Partial> {
+        let name = *self.parked.first_key_value()?.1;
+        self.unpark(name)
+    }
+
+    /// Takes out a broken upload that is over a bound: too old, or one too many, or too much of a store of `limit` bytes.
+    pub fn pop_excess(&mut self, now: Instant, retention: Duration, limit: u64) -> Option<Partial> {
+        let (&(since, _), _) = self.parked.first_key_value()?;
+        let excess = now.saturating_duration_since(since) >= retention
+            || self.parked.len() > MAX_PARTIAL_UPLOADS
+            || self.parked_bytes > limit / PARTIAL_PART;
+        if excess { self.pop_oldest() } else { None }
+    }
+
+    /// Attempts that run, and uploads that can be resumed.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.running_count, self.parked.len())
+    }
+
+    fn unpark(&mut self, name: Digest) -> Option<Partial> {
+        if !matches!(self.named.get(&name)?.state, State::Parked(_)) {
+            return None;
+        }
+        let Named { number, state: State::Parked(partial) } = self.named.remove(&name)? else { return None };
+        self.parked.retain(|(_, parked), _| *parked != number);
+        self.parked_bytes -= partial.room.bytes();
+        Some(partial)
+    }
+}
+
+impl std::fmt::Debug for Uploads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Uploads").field("counts", &self.counts()).finish_non_exhaustive()
+    }
+}

@@ -7,8 +7,8 @@
 use crate::digest::Digest;
 use std::time::Duration;
 
-/// `Result` with this crate's [`Error`].
-pub type Result<T> = std::result::Result<T, Error>;
+/// `Result` with this crate's [`Error`] unless another is named.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// A failure, worded for the person who reads it at the other end.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -10,6 +10,7 @@ pub mod client;
 pub mod config;
 pub mod digest;
 pub mod error;
+pub mod grpc;
 pub mod instance;
 pub mod logging;
 pub mod path;

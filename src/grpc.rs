@@ -1,0 +1,206 @@
+//! The protocol edge: gRPC services over the scheduler and the store.
+//!
+//! Each service decodes, asks, encodes. What is wire stays here: nothing outside this directory (and the wiring and the client)
+//! knows tonic. The files by what they own:
+//!
+//! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`capabilities`], [`health`]: the
+//!   services; reflection comes from the descriptors.
+//! - [`convert`]: wire to domain and back. [`status`]: errors to statuses. [`inline`], [`page_token`], [`filter`],
+//!   [`operation_stream`]: parts of answers.
+//! - [`ask`]: the way to the scheduler. [`accept`], [`request_log`], [`panic_guard`]: what every connection and call goes
+//!   through.
+//!
+//! No service keeps state of its own, so any number of connections sees the same. Graceful shutdown is driven from outside:
+//! [`serve`] stops accepting when its future says so and returns when the last connection is closed.
+
+pub mod accept;
+pub mod action_cache;
+pub mod ask;
+pub mod byte_stream;
+pub mod capabilities;
+pub mod cas;
+pub mod convert;
+pub mod execution;
+pub mod filter;
+pub mod get_tree;
+pub mod health;
+pub mod inline;
+pub mod operation_stream;
+pub mod operations;
+pub mod page_token;
+pub mod panic_guard;
+pub mod request_log;
+pub mod status;
+
+use crate::{
+    actors::cas::client::Cas,
+    config::Config,
+    error::{Error, Result},
+    instance::Instances,
+    proto::{
+        self,
+        bytestream::{self, byte_stream_server::ByteStreamServer},
+        longrunning::{self, operations_server::OperationsServer},
+        reapi::{
+            self, action_cache_server::ActionCacheServer, capabilities_server::CapabilitiesServer,
+            content_addressable_storage_server::ContentAddressableStorageServer,
+            execution_server::ExecutionServer,
+        },
+    },
+};
+use ask::Scheduler;
+use futures::stream::BoxStream;
+use health::Health;
+use std::{future::Future, sync::Arc, time::Duration};
+use tokio::net::TcpListener;
+use tonic::{Status, codec::CompressionEncoding, service::Routes, transport::Server};
+use tonic_health::{pb::health_server::HealthServer, server::HealthService};
+
+/// Largest request message. Above the advertised batch limit by far, so that a batch of exactly that limit passes with the
+/// digests of its blobs and whatever else is in it (GEN-24).
+pub const REQUEST_MAX_BYTES: usize = 16 * 1024 * 1024;
+/// Streams that one connection may have open. A build tool keeps one open for every action that waits or runs.
+pub const STREAMS_MAX: u32 = 20_000;
+/// Streams that a client may have reset before this server looked at them. Build tools cancel by the hundred when a build
+/// fails; the library's own bound of 20 would close their connection over it.
+pub const PENDING_RESETS_MAX: usize = STREAMS_MAX as usize;
+/// Bytes that one stream may send ahead of its handler; what a fast link with 10 ms of latency needs.
+pub const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
+/// Bytes that one connection may send ahead of all its handlers. This also bounds memory per connection, and it sets how many
+/// small frames the HTTP/2 library lets wait: half of it in bytes, 256 for each. A window that starts small and adapts would
+/// close connections on which 170 small requests arrive at once.
+pub const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
+/// Largest header list of a request.
+pub const HEADERS_MAX_BYTES: u32 = 64 * 1024;
+/// Silence after which the other end is pinged, also on idle connections; with [`PING_TIMEOUT`], a connection that a NAT dropped
+/// is noticed within a minute.
+pub const PING_INTERVAL: Duration = Duration::from_secs(30);
+/// How long the answer to a ping may take.
+pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Messages of Execute and WaitExecution.
+pub type OperationStream = BoxStream<'static, Result<longrunning::Operation, Status>>;
+/// Messages of GetTree.
+pub type TreeStream = BoxStream<'static, Result<reapi::GetTreeResponse, Status>>;
+/// Messages of ByteStream.Read.
+pub type ReadStream = BoxStream<'static, Result<bytestream::ReadResponse, Status>>;
+
+/// What the services need to answer: where to ask, and a few settings.
+#[derive(Debug)]
+pub struct Edge {
+    /// The namespaces.
+    pub instances: Instances,
+    /// The store.
+    pub cas: Cas,
+    /// The scheduler; `None` where execution is switched off.
+    pub scheduler: Option<Scheduler>,
+    /// What the configuration says about the protocol.
+    pub settings: Settings,
+}
+
+/// The part of the configuration that shows on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// Whether clients may write action results (AC-12).
+    pub action_cache_updates: bool,
+    /// Largest blob that is accepted, in bytes (CAP-15).
+    pub max_blob_bytes: u64,
+}
+
+impl From<&Config> for Settings {
+    fn from(config: &Config) -> Self {
+        const GB: u64 = 1_000_000_000;
+        Self {
+            action_cache_updates: config.cache.action_cache_updates,
+            max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB),
+        }
+    }
+}
+
+impl Edge {
+    /// The scheduler.
+    ///
+    /// # Errors
+    /// [`Error::Unimplemented`] where execution is switched off (CAP-08).
+    pub fn scheduler(&self) -> Result<&Scheduler> {
+        self.scheduler.as_ref().ok_or_else(|| {
+            Error::Unimplemented(
+                "this server is a cache; it runs no actions (execution.enabled = false)".into(),
+            )
+        })
+    }
+}
+
+/// Names of the services that health checks can ask for.
+const SERVICES: &[&str] = &[
+    reapi::execution_server::SERVICE_NAME,
+    reapi::action_cache_server::SERVICE_NAME,
+    reapi::content_addressable_storage_server::SERVICE_NAME,
+    reapi::capabilities_server::SERVICE_NAME,
+    bytestream::byte_stream_server::SERVICE_NAME,
+    longrunning::operations_server::SERVICE_NAME,
+];
+
+/// The health of this endpoint, to be given to [`serve`] and kept for the drain.
+pub async fn health() -> Health {
+    Health::serving(SERVICES).await
+}
+
+/// Serves on `listener` until `shutdown` ends; then accepts nothing more, tells clients to go elsewhere, and returns when all open
+/// streams are over. The caller ends those that would go on for long, by draining the scheduler.
+///
+/// # Errors
+/// [`Error::Internal`] when the services cannot be set up or the transport fails as a whole.
+pub async fn serve(
+    edge: Arc<Edge>,
+    health: &Health,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
+    let routes = routes(edge, health)?;
+    Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_concurrent_streams(STREAMS_MAX)
+        .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS_MAX))
+        .http2_max_header_list_size(HEADERS_MAX_BYTES)
+        .http2_keepalive_interval(Some(PING_INTERVAL))
+        .http2_keepalive_timeout(Some(PING_TIMEOUT))
+        .layer(request_log::RequestLogLayer)
+        .layer(panic_guard::PanicGuardLayer)
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(accept::connections(listener), shutdown)
+        .await
+        .map_err(|error| Error::Internal(format!("the gRPC server failed: {error}")))
+}
+
+/// Sets the limits that all our services share.
+macro_rules! limited {
+    ($service:expr) => {
+        $service
+            .max_decoding_message_size(REQUEST_MAX_BYTES)
+            .accept_compressed(CompressionEncoding::Gzip)
+            .accept_compressed(CompressionEncoding::Zstd)
+    };
+}
+
+fn routes(edge: Arc<Edge>, health: &Health) -> Result<Routes> {
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let unusable = |error| Error::Internal(format!("the descriptors are unusable: {error}"));
+    let mut routes = Routes::builder();
+    routes
+        .add_service(limited!(ExecutionServer::new(execution::ExecutionService(edge.clone()))))
+        .add_service(limited!(OperationsServer::new(operations::OperationsService(edge.clone()))))
+        .add_service(limited!(ContentAddressableStorageServer::new(cas::CasService(edge.clone()))))
+        .add_service(limited!(ActionCacheServer::new(action_cache::ActionCacheService(edge.clone()))))
+        .add_service(limited!(ByteStreamServer::new(byte_stream::ByteStreamService(edge.clone()))))
+        .add_service(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge))))
+        .add_service(HealthServer::new(HealthService::from_health_reporter(health.reporter())))
+        .add_service(reflection().build_v1().map_err(unusable)?)
+        .add_service(reflection().build_v1alpha().map_err(unusable)?);
+    Ok(routes.routes())
+}

@@ -1,0 +1,72 @@
+//! The ActionCache service. The key is a digest and nothing more: whether it names an Action is not looked at, because one
+//! client keeps results under digests of blobs that are none (`GetActionResult` must not decode them).
+
+use super::{Edge, convert, inline, request_log::Call};
+use crate::{
+    actors::{cas::client::Provenance, scheduler::operation::Inline},
+    error::Error,
+    proto::reapi::{
+        ActionResult, GetActionResultRequest, UpdateActionResultRequest, action_cache_server::ActionCache,
+    },
+};
+use std::sync::Arc;
+use tonic::{Request, Response, Status};
+
+/// The service.
+#[derive(Debug)]
+pub struct ActionCacheService(pub Arc<Edge>);
+
+#[tonic::async_trait]
+impl ActionCache for ActionCacheService {
+    async fn get_action_result(
+        &self,
+        request: Request<GetActionResultRequest>,
+    ) -> Result<Response<ActionResult>, Status> {
+        let call = Call::of(&request);
+        let request = request.into_inner();
+        let instance = self.0.instances.get(&request.instance_name)?;
+        call.instance(&instance);
+        let action =
+            convert::digest(request.digest_function, request.action_digest.as_ref(), "action_digest")?;
+        call.action(action);
+        let found = self.0.cas.get_result(&instance, action).await?;
+        // A failure is returned to who asked for it and never served to others (AC-13).
+        let found = found.filter(|result| result.exit_code == 0);
+        call.cached(found.is_some());
+        let result =
+            found.ok_or_else(|| Error::NotFound(format!("there is no result for action {action}")))?;
+        let want = Inline {
+            stdout: request.inline_stdout,
+            stderr: request.inline_stderr,
+            output_files: request.inline_output_files,
+        };
+        let result = inline::prepare(&self.0.cas, &instance, action.function(), &want, &result).await;
+        Ok(Response::new(result))
+    }
+
+    async fn update_action_result(
+        &self,
+        request: Request<UpdateActionResultRequest>,
+    ) -> Result<Response<ActionResult>, Status> {
+        let call = Call::of(&request);
+        let request = request.into_inner();
+        let instance = self.0.instances.get(&request.instance_name)?;
+        call.instance(&instance);
+        let action =
+            convert::digest(request.digest_function, request.action_digest.as_ref(), "action_digest")?;
+        call.action(action);
+        if !self.0.settings.action_cache_updates {
+            return Err(Error::Denied(
+                "clients may not write action results here (cache.action_cache_updates = false)".into(),
+            )
+            .into());
+        }
+        let result = request.action_result.ok_or_else(|| Error::invalid("action_result is not set"))?;
+        let provenance = Provenance {
+            worker: String::new(),
+            tool_invocation_id: call.client().tool_invocation_id.clone(),
+        };
+        let stored = self.0.cas.put_result(&instance, action, result, provenance).await?;
+        Ok(Response::new(Arc::unwrap_or_clone(stored)))
+    }
+}

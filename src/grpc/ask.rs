@@ -1,0 +1,108 @@
+//! [`Scheduler`]: the way to the scheduler for RPC handlers.
+//!
+//! It holds one recipient a message, not an address, so that handlers know the messages and not the actor, and tests can put
+//! another actor in its place.
+
+use crate::{
+    actors::scheduler::{
+        messages::{Cancel, Forget, ListOperations, OperationPage, Submit, Watch},
+        operation::Subscription,
+    },
+    error::{Error, Result},
+};
+use actix::{Actor, Addr, Context, Handler, Message, Recipient};
+use std::time::Duration;
+
+/// How long the scheduler may take to answer. It answers within microseconds; the bound is for a machine on its knees, so
+/// that every call ends.
+pub const ASK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A handle to the scheduler; cheap to clone.
+#[derive(Clone)]
+pub struct Scheduler {
+    submit: Recipient<Submit>,
+    watch: Recipient<Watch>,
+    cancel: Recipient<Cancel>,
+    forget: Recipient<Forget>,
+    list: Recipient<ListOperations>,
+}
+
+impl Scheduler {
+    /// A handle to the scheduler at this address.
+    pub fn new<A>(address: Addr<A>) -> Self
+    where
+        A: Actor<Context = Context<A>>
+            + Handler<Submit>
+            + Handler<Watch>
+            + Handler<Cancel>
+            + Handler<Forget>
+            + Handler<ListOperations>,
+    {
+        Self {
+            submit: address.clone().recipient(),
+            watch: address.clone().recipient(),
+            cancel: address.clone().recipient(),
+            forget: address.clone().recipient(),
+            list: address.recipient(),
+        }
+    }
+
+    /// See [`Submit`].
+    ///
+    /// # Errors
+    /// As there, and `Unavailable` when the scheduler is gone.
+    pub async fn submit(&self, message: Submit) -> Result<Subscription> {
+        ask(&self.submit, message).await?
+    }
+
+    /// See [`Watch`].
+    ///
+    /// # Errors
+    /// As there, and `Unavailable` when the scheduler is gone.
+    pub async fn watch(&self, message: Watch) -> Result<Subscription> {
+        ask(&self.watch, message).await?
+    }
+
+    /// See [`Cancel`].
+    ///
+    /// # Errors
+    /// As there, and `Unavailable` when the scheduler is gone.
+    pub async fn cancel(&self, message: Cancel) -> Result<()> {
+        ask(&self.cancel, message).await?
+    }
+
+    /// See [`Forget`].
+    ///
+    /// # Errors
+    /// As there, and `Unavailable` when the scheduler is gone.
+    pub async fn forget(&self, message: Forget) -> Result<()> {
+        ask(&self.forget, message).await?
+    }
+
+    /// See [`ListOperations`].
+    ///
+    /// # Errors
+    /// `Unavailable` when the scheduler is gone.
+    pub async fn list(&self, message: ListOperations) -> Result<OperationPage> {
+        ask(&self.list, message).await?
+    }
+}
+
+impl std::fmt::Debug for Scheduler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scheduler").finish_non_exhaustive()
+    }
+}
+
+/// Sends one message and waits for its answer, at most [`ASK_TIMEOUT`].
+async fn ask<M>(recipient: &Recipient<M>, message: M) -> Result<M::Result>
+where
+    M: Message + Send,
+    M::Result: Send,
+{
+    match tokio::time::timeout(ASK_TIMEOUT, recipient.send(message)).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(_)) => Err(Error::Unavailable("the scheduler has stopped; the server is going down".into())),
+        Err(_) => Err(Error::Unavailable(format!("the scheduler did not answer within {ASK_TIMEOUT:?}"))),
+    }
+}

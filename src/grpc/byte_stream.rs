@@ -1,0 +1,385 @@
+//! The ByteStream service: blobs of any size, in pieces.
+//!
+//! The rules about offsets are two plain structs, [`ReadWindow`] and [`WriteCheck`]; the handlers move bytes between a stream and
+//! a handle of the store. A slow client holds at most one piece of its blob in memory here. An upload that stops in the middle
+//! leaves its bytes with the store under the resource name, for the client to go on (BS-20).
+
+use super::{Edge, ReadStream, request_log::Call};
+use crate::{
+    actors::cas::{
+        blob::{BlobReader, BlobWriter},
+        client::Upload,
+    },
+    digest::Digest,
+    error::{Error, Result},
+    instance::Instance,
+    proto::bytestream::{
+        QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest,
+        WriteResponse, byte_stream_server::ByteStream,
+    },
+    resource_name::ResourceName,
+};
+use futures::stream::{self, StreamExt as _};
+use std::{sync::Arc, time::Duration};
+use tokio::time::{Instant, timeout};
+use tonic::{Request, Response, Status, Streaming};
+
+/// Bytes in one ReadResponse (BS-14): few enough to be in the page cache together, enough that framing costs nothing.
+pub const READ_WINDOW_BYTES: usize = 128 * 1024;
+/// How long an upload may be silent before it is given up; its bytes so far are kept for a while.
+pub const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
+/// How often a silent upload looks whether somebody else has stored the blob meanwhile (BS-24).
+const SUPERSEDED_CHECK: Duration = Duration::from_secs(1);
+/// How long the end of the stream is waited for after `finish_write`, to see that no more data follows (BS-21). Clients close
+/// their half at once; the bound is for one that waits for the answer first.
+const CLOSE_WAIT: Duration = Duration::from_secs(1);
+
+/// The service.
+#[derive(Debug)]
+pub struct ByteStreamService(pub Arc<Edge>);
+
+#[tonic::async_trait]
+impl ByteStream for ByteStreamService {
+    type ReadStream = ReadStream;
+
+    async fn read(&self, request: Request<ReadRequest>) -> Result<Response<ReadStream>, Status> {
+        let name = ResourceName::parse_read(&request.get_ref().resource_name)?;
+        let instance = self.instance(&Call::of(&request), &name)?;
+        let request = request.into_inner();
+        let window = ReadWindow::new(name.digest, request.read_offset, request.read_limit)?;
+        // Before any data: an absent blob is the status of the call (BS-08).
+        let reader = self.0.cas.open(&instance, name.digest).await?;
+        Ok(Response::new(read_stream(reader, name.digest, window)))
+    }
+
+    async fn write(
+        &self,
+        request: Request<Streaming<WriteRequest>>,
+    ) -> Result<Response<WriteResponse>, Status> {
+        let call = Call::of(&request);
+        let mut messages = request.into_inner();
+        let first = next_message(&mut messages, WRITE_IDLE_LIMIT).await?;
+        let first = first.ok_or_else(|| Error::invalid("the stream has no message"))?;
+        let (name, check) = WriteCheck::begin(&first)?;
+        let instance = self.instance(&call, &name)?;
+        self.check_blob_size(&name.digest)?;
+        let upload =
+            self.0.cas.begin_upload(&instance, &first.resource_name, name.digest, check.next_offset).await?;
+        match upload {
+            Upload::Present => {}
+            Upload::Writer(writer) => receive(*writer, messages, first, check).await?,
+        }
+        Ok(Response::new(WriteResponse { committed_size: wire_size(name.digest.size()) }))
+    }
+
+    async fn query_write_status(
+        &self,
+        request: Request<QueryWriteStatusRequest>,
+    ) -> Result<Response<QueryWriteStatusResponse>, Status> {
+        let resource = &request.get_ref().resource_name;
+        let name = ResourceName::parse_write(resource)?;
+        let instance = self.instance(&Call::of(&request), &name)?;
+        let status = self.0.cas.query_upload(&instance, resource, name.digest).await?;
+        Ok(Response::new(QueryWriteStatusResponse {
+            committed_size: wire_size(status.committed),
+            complete: status.complete,
+        }))
+    }
+}
+
+impl ByteStreamService {
+    fn instance(&self, call: &Call, name: &ResourceName) -> Result<Instance> {
+        let instance = self.0.instances.get(&name.instance_name)?;
+        call.instance(&instance);
+        call.blob(name.digest);
+        Ok(instance)
+    }
+
+    /// CAP-15, before a byte is taken.
+    fn check_blob_size(&self, digest: &Digest) -> Result<()> {
+        let max = self.0.settings.max_blob_bytes;
+        if digest.size() <= max {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!(
+            "blob {digest} is larger than the {max} bytes that this server stores (cache.max_blob_size_gb)"
+        )))
+    }
+}
+
+fn wire_size(size: u64) -> i64 {
+    i64::try_from(size).unwrap_or(i64::MAX)
+}
+
+/// The part of a blob that a Read asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct ReadWindow {
+    next: u64,
+    end: u64,
+}
+
+impl ReadWindow {
+    /// From `offset` to the end of the blob, or `limit` bytes of that; a limit of 0 is none (BS-10).
+    fn new(digest: Digest, offset: i64, limit: i64) -> Result<Self> {
+        let size = digest.size();
+        let next = u64::try_from(offset)
+            .ok()
+            .filter(|offset| *offset <= size)
+            .ok_or_else(|| Error::OutOfRange(format!("read_offset {offset} is not within blob {digest}")))?;
+        let limit = u64::try_from(limit).map_err(|_| Error::invalid("read_limit is negative"))?;
+        let end = if limit == 0 { size } else { size.min(next.saturating_add(limit)) };
+        Ok(Self { next, end })
+    }
+
+    /// How many bytes the next message should have; `None` at the end, so that no message is empty (BS-15).
+    fn piece(&self) -> Option<usize> {
+        let left = self.end.saturating_sub(self.next);
+        (left > 0).then(|| usize::try_from(left).unwrap_or(usize::MAX).min(READ_WINDOW_BYTES))
+    }
+
+    /// Counts bytes that were sent.
+    fn advance(&mut self, bytes: usize) {
+        self.next = self.next.saturating_add(bytes as u64);
+    }
+}
+
+/// The window's bytes; ends with an error, never short, when the blob ends early (BS-16).
+fn read_stream(reader: BlobReader, digest: Digest, window: ReadWindow) -> ReadStream {
+    stream::try_unfold((reader, window), move |(reader, mut window)| async move {
+        let Some(piece) = window.piece() else { return Ok(None) };
+        let data = reader.read_at(window.next, piece).await?;
+        if data.is_empty() {
+            let problem = format!("blob {digest} ends at byte {}; upload it again", window.next);
+            return Err(Status::from(Error::DataLoss(problem)));
+        }
+        window.advance(data.len());
+        Ok(Some((ReadResponse { data }, (reader, window))))
+    })
+    .boxed()
+}
+
+/// What the messages of one Write have to keep to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct WriteCheck {
+    resource_name: String,
+    size: u64,
+    /// Where the next message has to start.
+    next_offset: u64,
+    finished: bool,
+}
+
+impl WriteCheck {
+    /// Reads the name and the first offset from the first message (BS-18); its data is for [`WriteCheck::accept`].
+    fn begin(first: &WriteRequest) -> Result<(ResourceName, Self)> {
+        if first.resource_name.is_empty() {
+            return Err(Error::invalid("resource_name is not set on the first message"));
+        }
+        let name = ResourceName::parse_write(&first.resource_name)?;
+        let size = name.digest.size();
+        let next_offset = u64::try_from(first.write_offset).ok().filter(|offset| *offset <= size);
+        let next_offset = next_offset.ok_or_else(|| {
+            Error::Invalid(format!("write_offset {} is not within blob {}", first.write_offset, name.digest))
+        })?;
+        let resource_name = first.resource_name.clone();
+        Ok((name, Self { resource_name, size, next_offset, finished: false }))
+    }
+
+    /// Checks one message, the first one included, before its data is taken.
+    fn accept(&mut self, message: &WriteRequest) -> Result<()> {
+        if self.finished {
+            return Err(Error::invalid("a message follows the one with finish_write"));
+        }
+        if !message.resource_name.is_empty() && message.resource_name != self.resource_name {
+            return Err(Error::Invalid(format!(
+                "resource_name changes to \"{}\" within the stream",
+                message.resource_name.escape_debug()
+            )));
+        }
+        if u64::try_from(message.write_offset) != Ok(self.next_offset) {
+            return Err(Error::Invalid(format!(
+                "write_offset is {}; the bytes so far end at {}",
+                message.write_offset, self.next_offset
+            )));
+        }
+        let end = self.next_offset.saturating_add(message.data.len() as u64);
+        if end > self.size {
+            return Err(Error::Invalid(format!(
+                "the upload goes on to byte {end}; its name says that the blob has {}",
+                self.size
+            )));
+        }
+        self.next_offset = end;
+        self.finished = message.finish_write;
+        Ok(())
+    }
+
+    /// What a stream that is closed without `finish_write` gets (BS-21).
+    fn unfinished(&self) -> Error {
+        Error::Invalid(format!(
+            "the stream ends at byte {} of {} without finish_write; the bytes are kept for a while, \
+             QueryWriteStatus says from where to go on",
+            self.next_offset, self.size
+        ))
+    }
+}
+
+/// Takes an upload from its first message to its end: stored by this stream, or by somebody else meanwhile.
+async fn receive(
+    mut writer: BlobWriter,
+    mut messages: Streaming<WriteRequest>,
+    first: WriteRequest,
+    mut check: WriteCheck,
+) -> Result<(), Status> {
+    let mut message = first;
+    loop {
+        check.accept(&message)?;
+        let finish = message.finish_write;
+        if !message.data.is_empty() {
+            writer.write(message.data).await?;
+        }
+        if finish {
+            if let Ok(Some(extra)) = next_message(&mut messages, CLOSE_WAIT).await {
+                check.accept(&extra)?;
+            }
+            writer.finish().await?;
+            return Ok(());
+        }
+        let deadline = Instant::now() + WRITE_IDLE_LIMIT;
+        message = loop {
+            if writer.is_superseded() {
+                return Ok(());
+            }
+            match timeout(SUPERSEDED_CHECK, messages.message()).await {
+                Ok(next) => break next?.ok_or_else(|| check.unfinished())?,
+                Err(_) if Instant::now() >= deadline => return Err(silent(WRITE_IDLE_LIMIT).into()),
+                Err(_) => {}
+            }
+        };
+    }
+}
+
+/// The next message, or `None` at the end of the stream.
+async fn next_message(
+    messages: &mut Streaming<WriteRequest>,
+    limit: Duration,
+) -> Result<Option<WriteRequest>, Status> {
+    timeout(limit, messages.message()).await.map_err(|_| silent(limit))?
+}
+
+fn silent(limit: Duration) -> Error {
+    Error::DeadlineExceeded(format!(
+        "the upload was silent for {limit:?}; QueryWriteStatus says from where to go on"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::DigestFunction;
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    const HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+
+    fn digest(size: i64) -> Digest {
+        Digest::parse(DigestFunction::Sha256, HASH, size).unwrap()
+    }
+
+    fn upload(size: i64) -> String {
+        format!("uploads/{UUID}/blobs/{HASH}/{size}")
+    }
+
+    fn message(name: &str, write_offset: i64, data: &'static [u8], finish_write: bool) -> WriteRequest {
+        let data = Bytes::from_static(data);
+        WriteRequest { resource_name: name.into(), write_offset, finish_write, data }
+    }
+
+    /// Checks a stream of messages up to its end.
+    fn stream(messages: &[WriteRequest]) -> Result<WriteCheck> {
+        let (_, mut check) = WriteCheck::begin(&messages[0])?;
+        for message in messages {
+            check.accept(message)?;
+        }
+        if check.finished { Ok(check) } else { Err(check.unfinished()) }
+    }
+
+    /// BS-09, BS-10.
+    #[test]
+    fn offsets_and_limits_outside_the_blob_are_refused() {
+        let window = |offset, limit| ReadWindow::new(digest(10), offset, limit);
+        assert_eq!(window(0, 0), Ok(ReadWindow { next: 0, end: 10 }));
+        assert_eq!(window(10, 0).unwrap().piece(), None);
+        assert_eq!(window(4, 3), Ok(ReadWindow { next: 4, end: 7 }));
+        assert_eq!(window(4, i64::MAX), Ok(ReadWindow { next: 4, end: 10 }));
+        for offset in [11, -1, i64::MAX, i64::MIN] {
+            assert!(matches!(window(offset, 0), Err(Error::OutOfRange(_))));
+        }
+        assert!(matches!(window(0, -1), Err(Error::Invalid(_))));
+    }
+
+    proptest! {
+        /// BS-07, BS-10, BS-14, BS-15: however short the reads come out.
+        #[test]
+        fn the_pieces_of_a_read_are_never_empty_or_large_and_sum_up_to_the_range(
+            size in 0i64..1_000_000, offset in 0i64..1_000_000, limit in 0i64..1_000_000,
+            short in proptest::collection::vec(1usize..200_000, 1..20),
+        ) {
+            prop_assume!(offset <= size);
+            let mut window = ReadWindow::new(digest(size), offset, limit).unwrap();
+            let mut short = short.iter().cycle();
+            let mut sum = 0;
+            while let Some(piece) = window.piece() {
+                prop_assert!(piece > 0 && piece <= READ_WINDOW_BYTES);
+                let read = piece.min(*short.next().unwrap());
+                window.advance(read);
+                sum += read as i64;
+            }
+            let rest = size - offset;
+            prop_assert_eq!(sum, if limit == 0 { rest } else { rest.min(limit) });
+        }
+    }
+
+    /// BS-18.
+    #[test]
+    fn the_name_is_needed_first_may_be_repeated_and_never_changes() {
+        let name = upload(4);
+        let first = message(&name, 0, b"ab", false);
+        assert!(stream(&[first.clone(), message("", 2, b"cd", true)]).is_ok());
+        assert!(stream(&[first.clone(), message(&name, 2, b"cd", true)]).is_ok());
+        assert!(stream(&[first, message(&upload(5), 2, b"cd", true)]).is_err());
+        assert!(stream(&[message("", 0, b"abcd", true)]).is_err());
+    }
+
+    /// BS-19, BS-20, BS-30.
+    #[test]
+    fn each_message_starts_where_the_last_one_ended() {
+        let name = upload(4);
+        let split = |first: i64, second: i64| {
+            stream(&[message(&name, first, b"ab", false), message("", second, b"cd", true)])
+        };
+        assert_eq!(split(0, 2).unwrap().next_offset, 4);
+        for (first, second) in [(0, 3), (0, 1), (0, 0), (0, -1), (-1, 1), (5, 7), (i64::MAX, 0)] {
+            assert!(matches!(split(first, second), Err(Error::Invalid(_))), "{first} {second}");
+        }
+        let resumed = stream(&[message(&name, 2, b"cd", true)]).unwrap();
+        assert_eq!(resumed.next_offset, 4);
+        let empty_in_between =
+            [message(&name, 0, b"abcd", false), message("", 4, b"", false), message("", 4, b"", true)];
+        assert!(stream(&empty_in_between).is_ok());
+        assert!(stream(&[message(&upload(0), 0, b"", true)]).is_ok());
+    }
+
+    /// BS-21, BS-22.
+    #[test]
+    fn data_after_the_end_and_ends_without_finish_are_refused() {
+        let name = upload(4);
+        let whole = message(&name, 0, b"abcd", true);
+        assert!(stream(&[whole.clone()]).is_ok());
+        assert!(stream(&[whole.clone(), message("", 4, b"", false)]).is_err());
+        assert!(stream(&[whole, message("", 4, b"", true)]).is_err());
+        assert!(stream(&[message(&name, 0, b"abcde", true)]).is_err());
+        let error = stream(&[message(&name, 0, b"abc", false)]).unwrap_err();
+        assert!(error.to_string().contains("byte 3 of 4"), "{error}");
+    }
+}

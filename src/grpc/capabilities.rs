@@ -1,0 +1,118 @@
+//! The Capabilities service: what this endpoint can do. It is computed from the settings alone, so it is cheap and the same
+//! on every connection (CAP-19). Whatever it promises, another file of this directory keeps.
+
+use super::{Edge, Settings, cas::BATCH_MAX_BYTES, request_log::Call};
+use crate::{
+    digest::DigestFunction,
+    proto::{
+        reapi::{
+            ActionCacheUpdateCapabilities, CacheCapabilities, ExecutionCapabilities, GetCapabilitiesRequest,
+            PriorityCapabilities, ServerCapabilities, capabilities_server::Capabilities,
+            priority_capabilities::PriorityRange, symlink_absolute_path_strategy,
+        },
+        semver::SemVer,
+    },
+    tree::NodeProperties,
+};
+use std::sync::Arc;
+use tonic::{Request, Response, Status};
+
+/// The oldest version spoken; clients of every age refuse a server that starts later (CAP-02).
+const LOW_VERSION: (i32, i32) = (2, 0);
+/// The newest version spoken: 2.1 promises `output_paths`, 2.2 `Action.platform`, 2.3 today's rules for argv[0] (CAP-04).
+const HIGH_VERSION: (i32, i32) = (2, 3);
+
+/// The service.
+#[derive(Debug)]
+pub struct CapabilitiesService(pub Arc<Edge>);
+
+#[tonic::async_trait]
+impl Capabilities for CapabilitiesService {
+    async fn get_capabilities(
+        &self,
+        request: Request<GetCapabilitiesRequest>,
+    ) -> Result<Response<ServerCapabilities>, Status> {
+        let instance = self.0.instances.get(&request.get_ref().instance_name)?;
+        Call::of(&request).instance(&instance);
+        Ok(Response::new(capabilities(self.0.settings, self.0.scheduler.is_some())))
+    }
+}
+
+fn capabilities(settings: Settings, executes: bool) -> ServerCapabilities {
+    let digest_functions: Vec<i32> = DigestFunction::ALL.iter().map(|f| f.wire().into()).collect();
+    let priorities = PriorityCapabilities {
+        priorities: vec![PriorityRange { min_priority: i32::MIN, max_priority: i32::MAX }],
+    };
+    let cache = CacheCapabilities {
+        digest_functions: digest_functions.clone(),
+        action_cache_update_capabilities: Some(ActionCacheUpdateCapabilities {
+            update_enabled: settings.action_cache_updates,
+        }),
+        // Results are kept by use alone; a range would promise more (CAP-18).
+        cache_priority_capabilities: None,
+        max_batch_total_size_bytes: BATCH_MAX_BYTES as i64,
+        symlink_absolute_path_strategy: symlink_absolute_path_strategy::Value::Allowed.into(),
+        supported_compressors: Vec::new(),
+        supported_batch_update_compressors: Vec::new(),
+        max_cas_blob_size_bytes: i64::try_from(settings.max_blob_bytes).unwrap_or(i64::MAX),
+        split_blob_support: false,
+        splice_blob_support: false,
+        fast_cdc_2020_params: None,
+        rep_max_cdc_params: None,
+    };
+    // CAP-01: an endpoint that only caches says nothing about execution.
+    let execution = executes.then(|| ExecutionCapabilities {
+        // Two clients look only at this one (CAP-06).
+        digest_function: DigestFunction::Sha256.wire().into(),
+        exec_enabled: true,
+        execution_priority_capabilities: Some(priorities),
+        supported_node_properties: NodeProperties::NAMES.iter().map(ToString::to_string).collect(),
+        digest_functions,
+    });
+    ServerCapabilities {
+        cache_capabilities: Some(cache),
+        execution_capabilities: execution,
+        deprecated_api_version: None,
+        low_api_version: Some(version(LOW_VERSION)),
+        high_api_version: Some(version(HIGH_VERSION)),
+    }
+}
+
+fn version((major, minor): (i32, i32)) -> SemVer {
+    SemVer { major, minor, ..Default::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SETTINGS: Settings = Settings { action_cache_updates: true, max_blob_bytes: 7 };
+
+    /// CAP-02 to CAP-07, CAP-11, CAP-14.
+    #[test]
+    fn what_clients_check_at_start_up_is_there() {
+        let capabilities = capabilities(SETTINGS, true);
+        let cache = capabilities.cache_capabilities.unwrap();
+        let execution = capabilities.execution_capabilities.unwrap();
+        assert_eq!(capabilities.low_api_version, Some(version((2, 0))));
+        assert_eq!(capabilities.high_api_version, Some(version((2, 3))));
+        assert_eq!(capabilities.deprecated_api_version, None);
+        assert!(execution.digest_functions.contains(&execution.digest_function));
+        assert!(execution.digest_functions.iter().all(|f| cache.digest_functions.contains(f)));
+        assert!(!cache.digest_functions.contains(&0));
+        assert_eq!(execution.digest_function, DigestFunction::Sha256.wire() as i32);
+        assert_eq!(cache.max_batch_total_size_bytes, 4_000_000);
+        assert_eq!(cache.max_cas_blob_size_bytes, 7);
+        assert_ne!(cache.symlink_absolute_path_strategy, 0);
+        assert!(execution.exec_enabled);
+    }
+
+    /// CAP-01, CAP-08, CAP-09.
+    #[test]
+    fn what_is_switched_off_is_not_promised() {
+        let off = capabilities(Settings { action_cache_updates: false, ..SETTINGS }, false);
+        assert_eq!(off.execution_capabilities, None);
+        let updates = off.cache_capabilities.unwrap().action_cache_update_capabilities.unwrap();
+        assert!(!updates.update_enabled);
+    }
+}

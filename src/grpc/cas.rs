@@ -1,0 +1,329 @@
+//! The ContentAddressableStorage service: FindMissingBlobs, the two batch calls, and GetTree (whose walk is in
+//! [`super::get_tree`]).
+//!
+//! Digests are parsed once, here; a call costs the store one message, however many blobs it names.
+
+use super::{Edge, TreeStream, convert, get_tree, inline, request_log::Call, status};
+use crate::{
+    digest::Digest,
+    error::{Error, Result},
+    instance::Instance,
+    proto::reapi::{
+        BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest, BatchUpdateBlobsResponse,
+        FindMissingBlobsRequest, FindMissingBlobsResponse, GetTreeRequest, SpliceBlobRequest,
+        SpliceBlobResponse, SplitBlobRequest, SplitBlobResponse, batch_read_blobs_response,
+        batch_update_blobs_response, compressor,
+        content_addressable_storage_server::ContentAddressableStorage,
+    },
+};
+use bytes::Bytes;
+use std::sync::Arc;
+use tonic::{Request, Response, Status};
+
+/// Most payload bytes of a batch call, advertised in the capabilities (CAP-10). What 4 MiB leave over is for the digests and
+/// statuses of a thousand blobs and more (CAP-11).
+pub const BATCH_MAX_BYTES: u64 = 4_000_000;
+
+/// Tags and lengths of one entry of a BatchReadBlobs answer, rounded up.
+const READ_ENTRY_BYTES: usize = 32;
+
+/// The service.
+#[derive(Debug)]
+pub struct CasService(pub Arc<Edge>);
+
+#[tonic::async_trait]
+impl ContentAddressableStorage for CasService {
+    type GetTreeStream = TreeStream;
+
+    async fn find_missing_blobs(
+        &self,
+        request: Request<FindMissingBlobsRequest>,
+    ) -> Result<Response<FindMissingBlobsResponse>, Status> {
+        let instance = self.instance(&request, |request| &request.instance_name)?;
+        let request = request.get_ref();
+        let digests = convert::digests(request.digest_function, &request.blob_digests, "blob_digests")?;
+        let missing = self.0.cas.find_missing(&instance, digests).await?;
+        let missing_blob_digests = missing.into_iter().map(Digest::to_wire).collect();
+        Ok(Response::new(FindMissingBlobsResponse { missing_blob_digests }))
+    }
+
+    async fn batch_update_blobs(
+        &self,
+        request: Request<BatchUpdateBlobsRequest>,
+    ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
+        let instance = self.instance(&request, |request| &request.instance_name)?;
+        let batch = Update::decode(request.into_inner())?;
+        let stored = self.0.cas.write_many(&instance, batch.blobs).await?;
+        let mut responses = batch.responses;
+        for (at, result) in batch.positions.into_iter().zip(stored) {
+            if let (Some(response), Err(error)) = (responses.get_mut(at), result) {
+                response.status = Some(status::inline(&error));
+            }
+        }
+        Ok(Response::new(BatchUpdateBlobsResponse { responses }))
+    }
+
+    async fn batch_read_blobs(
+        &self,
+        request: Request<BatchReadBlobsRequest>,
+    ) -> Result<Response<BatchReadBlobsResponse>, Status> {
+        let instance = self.instance(&request, |request| &request.instance_name)?;
+        let batch = Read::decode(request.into_inner())?;
+        let contents = self.0.cas.read_many(&instance, batch.wanted).await?;
+        let mut responses = batch.responses;
+        let mut left = inline::MESSAGE_MAX_BYTES.saturating_sub(batch.entry_bytes);
+        for (at, result) in batch.positions.into_iter().zip(contents) {
+            if let Some(response) = responses.get_mut(at) {
+                match result.and_then(|data| fit(data, &mut left)) {
+                    Ok(data) => response.data = data,
+                    Err(error) => response.status = Some(status::inline(&error)),
+                }
+            }
+        }
+        Ok(Response::new(BatchReadBlobsResponse { responses }))
+    }
+
+    async fn get_tree(&self, request: Request<GetTreeRequest>) -> Result<Response<TreeStream>, Status> {
+        let instance = self.instance(&request, |request| &request.instance_name)?;
+        let walk = get_tree::Walk::decode(request.get_ref())?;
+        Ok(Response::new(get_tree::pages(self.0.cas.clone(), instance, walk)))
+    }
+
+    async fn split_blob(&self, _: Request<SplitBlobRequest>) -> Result<Response<SplitBlobResponse>, Status> {
+        Err(not_offered("SplitBlob"))
+    }
+
+    async fn splice_blob(
+        &self,
+        _: Request<SpliceBlobRequest>,
+    ) -> Result<Response<SpliceBlobResponse>, Status> {
+        Err(not_offered("SpliceBlob"))
+    }
+}
+
+impl CasService {
+    fn instance<T>(&self, request: &Request<T>, name: impl Fn(&T) -> &str) -> Result<Instance> {
+        let instance = self.0.instances.get(name(request.get_ref()))?;
+        Call::of(request).instance(&instance);
+        Ok(instance)
+    }
+}
+
+fn not_offered(method: &str) -> Status {
+    Error::Unimplemented(format!("{method} is not offered here, as the capabilities say")).into()
+}
+
+/// A BatchUpdateBlobs request, checked: an answer for every item (CAS-09), and the items that may be stored.
+#[derive(Debug)]
+struct Update {
+    responses: Vec<batch_update_blobs_response::Response>,
+    /// Where in `responses` each of `blobs` belongs.
+    positions: Vec<usize>,
+    blobs: Vec<(Digest, Bytes)>,
+}
+
+impl Update {
+    /// A bad item gets its own status and leaves the others alone (CAS-10). The whole request fails only for what is wrong with
+    /// the whole: too many bytes (CAS-15), or a digest function that is not supported.
+    fn decode(request: BatchUpdateBlobsRequest) -> Result<Self> {
+        let sum = request.requests.iter().map(|item| item.data.len() as u64).sum();
+        check_batch_size("upload", sum)?;
+        let digests = request.requests.iter().map(|item| item.digest.as_ref());
+        let function = convert::digest_function(request.digest_function, digests)?;
+        let count = request.requests.len();
+        let mut batch = Self { responses: Vec::with_capacity(count), positions: vec![], blobs: vec![] };
+        for (at, item) in request.requests.into_iter().enumerate() {
+            let checked = check_compressor(item.compressor)
+                .and_then(|()| Digest::from_wire(function, item.digest.as_ref(), "digest"));
+            let status = match checked {
+                Ok(digest) => {
+                    batch.positions.push(at);
+                    batch.blobs.push((digest, item.data));
+                    status::inline_ok()
+                }
+                Err(error) => status::inline(&error),
+            };
+            let response =
+                batch_update_blobs_response::Response { digest: item.digest, status: Some(status) };
+            batch.responses.push(response);
+        }
+        Ok(batch)
+    }
+}
+
+/// A BatchReadBlobs request, checked: an answer for every digest (CAS-17), and the digests to read.
+#[derive(Debug)]
+struct Read {
+    responses: Vec<batch_read_blobs_response::Response>,
+    /// Where in `responses` each of `wanted` belongs.
+    positions: Vec<usize>,
+    wanted: Vec<Digest>,
+    /// Room that the answers take without any data.
+    entry_bytes: usize,
+}
+
+impl Read {
+    /// A malformed digest is reported on its own entry (CAS-23); the sum of all sizes is judged before anything is read
+    /// (CAS-21).
+    fn decode(request: BatchReadBlobsRequest) -> Result<Self> {
+        let function = convert::digest_function(request.digest_function, request.digests.iter().map(Some))?;
+        let count = request.digests.len();
+        let mut batch = Self {
+            responses: Vec::with_capacity(count),
+            positions: Vec::with_capacity(count),
+            wanted: Vec::with_capacity(count),
+            entry_bytes: 0,
+        };
+        let mut sum = 0u64;
+        for (at, wire) in request.digests.into_iter().enumerate() {
+            let status = match Digest::from_wire(function, Some(&wire), "digests") {
+                Ok(digest) => {
+                    sum = sum.saturating_add(digest.size());
+                    batch.positions.push(at);
+                    batch.wanted.push(digest);
+                    status::inline_ok()
+                }
+                Err(error) => status::inline(&error),
+            };
+            batch.entry_bytes += wire.hash.len() + status.message.len() + READ_ENTRY_BYTES;
+            batch.responses.push(batch_read_blobs_response::Response {
+                digest: Some(wire),
+                data: Bytes::new(),
+                status: Some(status),
+                compressor: compressor::Value::Identity.into(),
+            });
+        }
+        check_batch_size("read", sum)?;
+        Ok(batch)
+    }
+}
+
+/// Takes the blob's share of what is left of the message. Only batches of thousands of tiny blobs near the limit run out of it,
+/// because of what their digests take (GEN-25).
+fn fit(data: Bytes, left: &mut usize) -> Result<Bytes> {
+    *left = left.checked_sub(data.len()).ok_or_else(|| Error::Exhausted {
+        message: "the answer is full; ask for fewer blobs in one call, or read this one by ByteStream".into(),
+        retry_after: None,
+    })?;
+    Ok(data)
+}
+
+fn check_batch_size(what: &str, bytes: u64) -> Result<()> {
+    if bytes <= BATCH_MAX_BYTES {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "the blobs of this batch {what} come to {bytes} bytes; at most {BATCH_MAX_BYTES} are allowed \
+         (max_batch_total_size_bytes), larger blobs go by ByteStream"
+    )))
+}
+
+/// CAS-14: nothing but plain bytes is advertised.
+fn check_compressor(number: i32) -> Result<()> {
+    match compressor::Value::try_from(number) {
+        Ok(compressor::Value::Identity) => Ok(()),
+        Ok(value) => Err(Error::Invalid(format!("compressor {} is not supported", value.as_str_name()))),
+        Err(_) => Err(Error::Invalid(format!("compressor {number} is unknown"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        digest::DigestFunction,
+        proto::reapi::{self, batch_update_blobs_request},
+    };
+    use prost::Message as _;
+    use tonic::Code;
+
+    fn digest(data: &[u8]) -> reapi::Digest {
+        DigestFunction::Sha256.digest(data).to_wire()
+    }
+
+    fn item(data: &[u8]) -> batch_update_blobs_request::Request {
+        let data = Bytes::copy_from_slice(data);
+        batch_update_blobs_request::Request { digest: Some(digest(&data)), data, compressor: 0 }
+    }
+
+    fn update(requests: Vec<batch_update_blobs_request::Request>) -> Result<Update> {
+        Update::decode(BatchUpdateBlobsRequest { requests, ..Default::default() })
+    }
+
+    fn read(digests: Vec<reapi::Digest>) -> Result<Read> {
+        Read::decode(BatchReadBlobsRequest { digests, ..Default::default() })
+    }
+
+    /// CAS-09, CAS-10, CAS-14, GEN-05, GEN-10: bad items keep their place, and the function is inferred past them.
+    #[test]
+    fn a_bad_item_gets_its_own_status_and_the_others_go_on() {
+        let malformed = reapi::Digest { hash: "0".repeat(63), size_bytes: 1 };
+        let sha1 = reapi::Digest { hash: "0".repeat(40), size_bytes: 1 };
+        let bad = [
+            batch_update_blobs_request::Request { digest: Some(malformed), ..item(b"a") },
+            batch_update_blobs_request::Request { digest: Some(sha1), ..item(b"a") },
+            batch_update_blobs_request::Request { digest: None, ..item(b"a") },
+            batch_update_blobs_request::Request {
+                compressor: compressor::Value::Deflate.into(),
+                ..item(b"a")
+            },
+            batch_update_blobs_request::Request { compressor: 99, ..item(b"a") },
+        ];
+        let requests: Vec<_> = bad.into_iter().chain([item(b"good"), item(b"")]).collect();
+        let batch = update(requests.clone()).unwrap();
+        assert_eq!(batch.positions, [5, 6]);
+        for (at, (request, response)) in requests.iter().zip(&batch.responses).enumerate() {
+            assert_eq!(request.digest, response.digest);
+            let expected = if at < 5 { Code::InvalidArgument } else { Code::Ok };
+            assert_eq!(response.status.as_ref().unwrap().code, expected as i32, "{at}");
+        }
+    }
+
+    /// CAP-10, CAS-15.
+    #[test]
+    fn a_batch_of_exactly_the_limit_is_taken_and_one_byte_more_is_not() {
+        let half = vec![0; BATCH_MAX_BYTES as usize / 2];
+        assert!(update(vec![item(&half), item(&half)]).is_ok());
+        assert!(matches!(update(vec![item(&half), item(&half), item(b"x")]), Err(Error::Invalid(_))));
+        assert_eq!(update(vec![]).unwrap().responses, []);
+    }
+
+    /// CAS-17, CAS-18, CAS-19, CAS-21, CAS-23.
+    #[test]
+    fn every_digest_of_a_read_has_an_entry_with_a_status_and_the_sum_is_judged_first() {
+        let malformed = reapi::Digest { hash: "x".repeat(64), size_bytes: 1 };
+        let batch = read(vec![digest(b"a"), malformed.clone(), digest(b"a")]).unwrap();
+        assert_eq!(batch.positions, [0, 2]);
+        assert!(batch.responses.iter().all(|r| r.status.is_some() && r.digest.is_some()));
+        assert_eq!(batch.responses[1].digest.as_ref(), Some(&malformed));
+        assert_eq!(batch.responses[1].status.as_ref().unwrap().code, Code::InvalidArgument as i32);
+
+        let sized = |size| reapi::Digest { size_bytes: size, ..digest(b"a") };
+        let limit = BATCH_MAX_BYTES as i64;
+        assert!(read(vec![sized(limit - 1), sized(1)]).is_ok());
+        assert!(matches!(read(vec![sized(limit), sized(1)]), Err(Error::Invalid(_))));
+        assert!(matches!(read(vec![sized(i64::MAX); 3]), Err(Error::Invalid(_))));
+    }
+
+    /// GEN-25.
+    #[test]
+    fn the_answer_to_a_batch_of_tiny_blobs_stays_within_one_message() {
+        let data = Bytes::from(vec![0; 80]);
+        let batch = read(vec![digest(&data); BATCH_MAX_BYTES as usize / data.len()]).unwrap();
+        let mut responses = batch.responses;
+        let mut left = inline::MESSAGE_MAX_BYTES - batch.entry_bytes.min(inline::MESSAGE_MAX_BYTES);
+        let mut refused = 0;
+        for response in &mut responses {
+            match fit(data.clone(), &mut left) {
+                Ok(data) => response.data = data,
+                Err(error) => {
+                    refused += 1;
+                    assert_eq!(status::code(&error), Code::ResourceExhausted);
+                }
+            }
+        }
+        assert!(refused > 0, "this batch must be one that does not fit");
+        let size = reapi::BatchReadBlobsResponse { responses }.encoded_len();
+        assert!(size <= inline::MESSAGE_MAX_BYTES || batch.entry_bytes > inline::MESSAGE_MAX_BYTES);
+    }
+}

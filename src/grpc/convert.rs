@@ -1,0 +1,390 @@
+//! Wire to domain and back: digests of a request, who asks, names of operations, and the Operation message.
+//!
+//! The only code that knows both sides. It reads nothing and waits for nothing.
+
+use super::status;
+use crate::{
+    actors::{
+        scheduler::operation::{ClientInfo, OperationId, OperationInfo, Snapshot, Stage},
+        worker::messages::RunStage,
+    },
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    instance::{Instance, Instances},
+    proto::{longrunning, reapi},
+};
+use base64::{
+    Engine as _,
+    alphabet::STANDARD,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
+};
+use http::HeaderMap;
+use prost::Message;
+use std::time::SystemTime;
+
+/// Every `Any` names its type under this authority; one client compares the whole string (GEN-18).
+const TYPE_URL_PREFIX: &str = "type.googleapis.com/";
+
+/// Packs a message of the given full name.
+pub fn pack(full_name: &str, message: &impl Message) -> prost_types::Any {
+    prost_types::Any { type_url: format!("{TYPE_URL_PREFIX}{full_name}"), value: message.encode_to_vec() }
+}
+
+/// The digest function of a request: the number it sent, else what the first hash of a familiar length says, else SHA-256
+/// (GEN-08). Hashes of another length are for [`Digest::from_wire`] to refuse, one by one or all together (GEN-10).
+///
+/// # Errors
+/// [`Error::Invalid`] for a number that this server does not support (GEN-09).
+pub fn digest_function<'a>(
+    number: i32,
+    digests: impl IntoIterator<Item = Option<&'a reapi::Digest>>,
+) -> Result<DigestFunction> {
+    if number == 0 {
+        let lengths = digests.into_iter().flatten().map(|digest| digest.hash.len());
+        for length in lengths {
+            if let Ok(function) = DigestFunction::from_wire(0, Some(length)) {
+                return Ok(function);
+            }
+        }
+    }
+    DigestFunction::from_wire(number, None)
+}
+
+/// The one digest that a request is about.
+///
+/// # Errors
+/// [`Error::Invalid`] when it is absent or malformed, or its function is not supported (GEN-01..05, GEN-09).
+pub fn digest(number: i32, digest: Option<&reapi::Digest>, field: &str) -> Result<Digest> {
+    Digest::from_wire(digest_function(number, [digest])?, digest, field)
+}
+
+/// All digests of a request that fails as a whole when one of them is malformed (CAS-06).
+///
+/// # Errors
+/// [`Error::Invalid`] naming the field.
+pub fn digests(number: i32, digests: &[reapi::Digest], field: &str) -> Result<Vec<Digest>> {
+    let function = digest_function(number, digests.iter().map(Some))?;
+    digests.iter().map(|digest| Digest::from_wire(function, Some(digest), field)).collect()
+}
+
+/// Headers that carry RequestMetadata: today's, and the one that some clients still use.
+const METADATA_HEADERS: [&str; 2] = [
+    "build.bazel.remote.execution.v2.requestmetadata-bin",
+    "google.devtools.remoteexecution.v1test.requestmetadata-bin",
+];
+
+/// How much of each text a client says about itself is kept, in bytes; operations and log lines hold on to it.
+const CLIENT_TEXT_MAX_BYTES: usize = 512;
+
+/// Who asks, as far as the headers say. Anything that does not decode counts as not said (GEN-28).
+pub fn client_info(headers: &HeaderMap) -> ClientInfo {
+    /// Clients differ in padding, and none of them should fail for it.
+    const BASE64: GeneralPurpose = GeneralPurpose::new(
+        &STANDARD,
+        GeneralPurposeConfig::new()
+            .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+            .with_decode_allow_trailing_bits(true),
+    );
+    let decode = |name: &&str| {
+        // Repeated binary headers may arrive joined by commas; the first one counts.
+        let value = headers.get(*name)?.as_bytes().split(|byte| *byte == b',').next()?;
+        reapi::RequestMetadata::decode(BASE64.decode(value.trim_ascii()).ok()?.as_slice()).ok()
+    };
+    let Some(metadata) = METADATA_HEADERS.iter().find_map(decode) else { return ClientInfo::default() };
+    let text = |text: String| status::shorten(text, CLIENT_TEXT_MAX_BYTES);
+    ClientInfo {
+        tool_invocation_id: text(metadata.tool_invocation_id),
+        target_id: text(metadata.target_id),
+        action_mnemonic: text(metadata.action_mnemonic),
+    }
+}
+
+/// Takes `[instance/]operations/{id}` apart.
+///
+/// # Errors
+/// [`Error::NotFound`] for every name that cannot be one of ours: clients run the action again only on that (EXE-13).
+pub fn operation_name(instances: &Instances, name: &str) -> Result<(Instance, OperationId)> {
+    let unknown = || {
+        Error::NotFound(format!(
+            "there is no operation \"{}\"; names have the form [instance/]operations/{{id}}",
+            status::shorten(name.escape_debug().to_string(), CLIENT_TEXT_MAX_BYTES)
+        ))
+    };
+    let (collection, id) = name.rsplit_once('/').ok_or_else(unknown)?;
+    let instance = operations_of(collection).ok_or_else(unknown)?;
+    let id = id.parse().map_err(|_| unknown())?;
+    Ok((instances.get(instance).map_err(|_| unknown())?, id))
+}
+
+/// The instance name in `[instance/]operations`; `None` for any other text.
+pub fn operations_of(collection: &str) -> Option<&str> {
+    if collection == "operations" {
+        return Some("");
+    }
+    collection.strip_suffix("/operations").filter(|instance| !instance.is_empty())
+}
+
+/// The Operation message of a snapshot. `result` is the outcome's result made ready for this client (inlined contents); it
+/// is ignored while there is no outcome.
+pub fn operation(
+    info: &OperationInfo,
+    snapshot: &Snapshot,
+    result: Option<reapi::ActionResult>,
+) -> longrunning::Operation {
+    let response = snapshot.outcome.as_ref().map(|outcome| {
+        let result = result.map(|mut result| {
+            // One client refuses a result without it (EXE-60).
+            result.execution_metadata.get_or_insert_default();
+            result
+        });
+        let status = match &outcome.error {
+            Some(error) => status::inline(error),
+            None if result.is_some() => status::inline_ok(),
+            None => {
+                status::inline(&Error::internal("the action ended without a result and without an error"))
+            }
+        };
+        let response = reapi::ExecuteResponse {
+            result,
+            cached_result: outcome.cached,
+            status: Some(status),
+            server_logs: Default::default(),
+            message: outcome.message.clone(),
+        };
+        pack("build.bazel.remote.execution.v2.ExecuteResponse", &response)
+    });
+    longrunning::Operation {
+        name: info.name(),
+        metadata: Some(pack(
+            "build.bazel.remote.execution.v2.ExecuteOperationMetadata",
+            &operation_metadata(info, snapshot),
+        )),
+        done: response.is_some(),
+        result: response.map(longrunning::operation::Result::Response),
+    }
+}
+
+fn operation_metadata(info: &OperationInfo, snapshot: &Snapshot) -> reapi::ExecuteOperationMetadata {
+    let stage = match snapshot.stage {
+        // The pair of stage and `done` must never disagree (EXE-05), so the outcome decides.
+        _ if snapshot.outcome.is_some() => reapi::execution_stage::Value::Completed,
+        Stage::Queued => reapi::execution_stage::Value::Queued,
+        Stage::Executing | Stage::Completed => reapi::execution_stage::Value::Executing,
+    };
+    reapi::ExecuteOperationMetadata {
+        stage: stage.into(),
+        action_digest: Some(info.action.to_wire()),
+        digest_function: info.action.function().wire().into(),
+        partial_execution_metadata: Some(execution_metadata(snapshot)),
+        ..Default::default()
+    }
+}
+
+/// What is known about the run by now; the whole of it once there is a result.
+fn execution_metadata(snapshot: &Snapshot) -> reapi::ExecutedActionMetadata {
+    let result = snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref());
+    if let Some(metadata) = result.and_then(|result| result.execution_metadata.as_ref()) {
+        return metadata.clone();
+    }
+    let mut metadata = reapi::ExecutedActionMetadata {
+        queued_timestamp: Some(timestamp(snapshot.queued_at)),
+        ..Default::default()
+    };
+    if let Some((stage, since)) = snapshot.run_stage {
+        let since = Some(timestamp(since));
+        match stage {
+            RunStage::Fetching => metadata.input_fetch_start_timestamp = since,
+            RunStage::Running => metadata.execution_start_timestamp = since,
+            RunStage::Uploading => metadata.output_upload_start_timestamp = since,
+        }
+    }
+    metadata
+}
+
+fn timestamp(time: SystemTime) -> prost_types::Timestamp {
+    time.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::actors::scheduler::operation::Outcome;
+    use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD};
+    use http::HeaderValue;
+    use proptest::prelude::*;
+    use std::{sync::Arc, time::Duration};
+    use uuid::Uuid;
+
+    const HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    fn wire(hash: &str) -> reapi::Digest {
+        reapi::Digest { hash: hash.into(), size_bytes: 0 }
+    }
+
+    fn instances() -> Instances {
+        Instances::new(["", "a/b"]).unwrap()
+    }
+
+    fn info() -> OperationInfo {
+        OperationInfo {
+            id: OperationId(Uuid::new_v4()),
+            instance: instances().get("a/b").unwrap(),
+            action: Digest::empty(DigestFunction::Sha256),
+            inline: Default::default(),
+            client: ClientInfo::default(),
+        }
+    }
+
+    fn ended(result: Option<reapi::ActionResult>, error: Option<Error>) -> Snapshot {
+        let outcome = Outcome { result: result.map(Arc::new), cached: true, error, message: "m".into() };
+        Snapshot {
+            stage: Stage::Completed,
+            queued_at: SystemTime::UNIX_EPOCH,
+            run_stage: None,
+            outcome: Some(Arc::new(outcome)),
+        }
+    }
+
+    fn metadata(operation: &longrunning::Operation) -> reapi::ExecuteOperationMetadata {
+        let any = operation.metadata.as_ref().unwrap();
+        assert_eq!(
+            any.type_url,
+            "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteOperationMetadata"
+        );
+        Message::decode(any.value.as_slice()).unwrap()
+    }
+
+    fn response(operation: &longrunning::Operation) -> reapi::ExecuteResponse {
+        let Some(longrunning::operation::Result::Response(any)) = &operation.result else {
+            panic!("no response: {operation:?}")
+        };
+        assert_eq!(any.type_url, "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteResponse");
+        Message::decode(any.value.as_slice()).unwrap()
+    }
+
+    /// GEN-08, GEN-09, GEN-10, CAS-06.
+    #[test]
+    fn the_digests_of_a_request_are_all_of_one_supported_function() {
+        assert_eq!(digests(0, &[], "d"), Ok(vec![]));
+        assert_eq!(digests(0, &[wire(HASH), wire(HASH)], "d").unwrap().len(), 2);
+        assert_eq!(digests(1, &[wire(HASH)], "d").unwrap().len(), 1);
+        let sha1 = wire(&HASH[..40]);
+        for (number, list) in [
+            (0, vec![wire(HASH), sha1.clone()]),
+            (0, vec![sha1.clone(), wire(HASH)]),
+            (0, vec![sha1]),
+            (0, vec![wire(HASH), wire("")]),
+            (10, vec![wire(HASH)]),
+            (99, vec![]),
+            (-1, vec![wire(HASH)]),
+        ] {
+            assert!(matches!(digests(number, &list, "d"), Err(Error::Invalid(_))), "{number} {list:?}");
+        }
+    }
+
+    /// GEN-28: both names, padded and unpadded; the text of an old client is read like that of a new one.
+    #[test]
+    fn who_asks_is_read_from_either_header_in_either_padding() {
+        let metadata = reapi::RequestMetadata {
+            tool_invocation_id: "invocation".into(),
+            target_id: "//pkg:target".into(),
+            action_mnemonic: "CppCompile".into(),
+            ..Default::default()
+        }
+        .encode_to_vec();
+        for name in METADATA_HEADERS {
+            for text in [BASE64_STANDARD.encode(&metadata), BASE64_STANDARD_NO_PAD.encode(&metadata)] {
+                let mut headers = HeaderMap::new();
+                headers.insert(name, HeaderValue::from_str(&text).unwrap());
+                let client = client_info(&headers);
+                assert_eq!(client.tool_invocation_id, "invocation");
+                assert_eq!(client.target_id, "//pkg:target");
+                assert_eq!(client.action_mnemonic, "CppCompile");
+            }
+        }
+        assert_eq!(client_info(&HeaderMap::new()), ClientInfo::default());
+    }
+
+    proptest! {
+        /// GEN-28.
+        #[test]
+        fn a_header_that_does_not_decode_counts_as_absent(value in proptest::collection::vec(32u8..127, 0..200)) {
+            let mut headers = HeaderMap::new();
+            headers.insert(METADATA_HEADERS[0], HeaderValue::from_bytes(&value).unwrap());
+            let client = client_info(&headers);
+            prop_assert!(client.target_id.len() <= CLIENT_TEXT_MAX_BYTES);
+        }
+    }
+
+    /// EXE-02, EXE-13.
+    #[test]
+    fn operation_names_are_read_back_and_all_others_are_not_found() {
+        let info = info();
+        let (instance, id) = operation_name(&instances(), &info.name()).unwrap();
+        assert_eq!((instance.name(), id), ("a/b", info.id));
+        let id = info.id;
+        assert!(operation_name(&instances(), &format!("operations/{id}")).is_ok());
+        for name in [
+            String::new(),
+            id.to_string(),
+            format!("/operations/{id}"),
+            format!("xoperations/{id}"),
+            format!("nope/operations/{id}"),
+            format!("a/b/operations/{id}/"),
+            format!("a/b/operations/{}", id.to_string().to_uppercase()),
+            "operations/1".into(),
+            "x".repeat(10_000),
+        ] {
+            assert!(matches!(operation_name(&instances(), &name), Err(Error::NotFound(_))), "{name}");
+        }
+    }
+
+    /// EXE-03, EXE-04, EXE-05, EXE-07.
+    #[test]
+    fn stage_completed_and_done_come_together() {
+        let running = Snapshot {
+            stage: Stage::Executing,
+            run_stage: Some((RunStage::Running, SystemTime::UNIX_EPOCH + Duration::from_secs(5))),
+            outcome: None,
+            ..ended(None, None)
+        };
+        let queued = Snapshot { stage: Stage::Queued, run_stage: None, ..running.clone() };
+        let info = info();
+        for (snapshot, stage) in [
+            (queued, reapi::execution_stage::Value::Queued),
+            (running, reapi::execution_stage::Value::Executing),
+            (ended(None, Some(Error::Cancelled("x".into()))), reapi::execution_stage::Value::Completed),
+        ] {
+            let operation = operation(&info, &snapshot, None);
+            let metadata = metadata(&operation);
+            assert_eq!(metadata.stage(), stage);
+            assert_eq!(metadata.action_digest, Some(info.action.to_wire()));
+            assert_eq!(metadata.digest_function, 1);
+            let partial = metadata.partial_execution_metadata.unwrap();
+            assert_eq!(partial.queued_timestamp, Some(prost_types::Timestamp::default()));
+            assert_eq!(operation.done, stage == reapi::execution_stage::Value::Completed);
+            assert_eq!(operation.result.is_some(), operation.done);
+            assert_eq!(operation.name, info.name());
+        }
+    }
+
+    /// EXE-08, EXE-16, EXE-45, EXE-60.
+    #[test]
+    fn a_response_has_a_result_or_says_why_not() {
+        let failed = reapi::ActionResult { exit_code: 7, ..Default::default() };
+        let ok = response(&operation(&info(), &ended(Some(failed.clone()), None), Some(failed.clone())));
+        assert_eq!(ok.status.unwrap().code, 0);
+        assert_eq!(ok.result.as_ref().unwrap().exit_code, 7);
+        assert!(ok.result.unwrap().execution_metadata.is_some());
+        assert!(ok.cached_result);
+        assert_eq!(ok.message, "m");
+
+        let late = Some(Error::DeadlineExceeded("late".into()));
+        let late = response(&operation(&info(), &ended(Some(failed.clone()), late), Some(failed)));
+        assert_eq!(late.status.unwrap().code, tonic::Code::DeadlineExceeded as i32);
+        assert!(late.result.is_some());
+
+        let nothing = response(&operation(&info(), &ended(None, None), None));
+        assert_eq!(nothing.status.unwrap().code, tonic::Code::Internal as i32);
+    }
+}

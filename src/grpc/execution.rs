@@ -1,0 +1,103 @@
+//! The Execution service: Execute and WaitExecution.
+
+use super::{Edge, OperationStream, convert, operation_stream, request_log::Call};
+use crate::{
+    actors::scheduler::{
+        messages::{Submit, Watch},
+        operation::{ClientInfo, Inline, OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
+    },
+    error::Error,
+    instance::Instances,
+    proto::reapi::{ExecuteRequest, WaitExecutionRequest, execution_server::Execution},
+};
+use futures::{StreamExt as _, stream};
+use std::{sync::Arc, time::SystemTime};
+use tonic::{Request, Response, Status};
+use uuid::Uuid;
+
+/// The service.
+#[derive(Debug)]
+pub struct ExecutionService(pub Arc<Edge>);
+
+#[tonic::async_trait]
+impl Execution for ExecutionService {
+    type ExecuteStream = OperationStream;
+    type WaitExecutionStream = OperationStream;
+
+    async fn execute(&self, request: Request<ExecuteRequest>) -> Result<Response<OperationStream>, Status> {
+        let call = Call::of(&request);
+        let scheduler = self.0.scheduler()?;
+        let submit = submission(&self.0.instances, call.client().clone(), request.into_inner())?;
+        call.instance(&submit.instance);
+        call.action(submit.action);
+        match scheduler.submit(submit.clone()).await {
+            Ok(subscription) => {
+                call.operation(subscription.info.id);
+                Ok(self.stream(subscription))
+            }
+            Err(error @ Error::MissingBlobs(_)) => {
+                let (info, snapshot) = stillborn(submit, error);
+                call.operation(info.id);
+                let operation = convert::operation(&info, &snapshot, None);
+                Ok(Response::new(stream::iter([Ok(operation)]).boxed()))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn wait_execution(
+        &self,
+        request: Request<WaitExecutionRequest>,
+    ) -> Result<Response<OperationStream>, Status> {
+        let call = Call::of(&request);
+        let (instance, id) = convert::operation_name(&self.0.instances, &request.get_ref().name)?;
+        call.instance(&instance);
+        call.operation(id);
+        let subscription = self.0.scheduler()?.watch(Watch { instance, id }).await?;
+        call.action(subscription.info.action);
+        Ok(self.stream(subscription))
+    }
+}
+
+impl ExecutionService {
+    fn stream(&self, subscription: Subscription) -> Response<OperationStream> {
+        Response::new(operation_stream::follow(self.0.cas.clone(), subscription).boxed())
+    }
+}
+
+/// What an Execute request asks of the scheduler.
+fn submission(instances: &Instances, client: ClientInfo, request: ExecuteRequest) -> Result<Submit, Error> {
+    Ok(Submit {
+        instance: instances.get(&request.instance_name)?,
+        action: convert::digest(request.digest_function, request.action_digest.as_ref(), "action_digest")?,
+        skip_cache_lookup: request.skip_cache_lookup,
+        priority: request.execution_policy.map_or(0, |policy| policy.priority),
+        inline: Inline {
+            stdout: request.inline_stdout,
+            stderr: request.inline_stderr,
+            output_files: request.inline_output_files,
+        },
+        client,
+    })
+}
+
+/// An operation that ended before it began: a missing Action or Command is reported inside a final Operation, where every
+/// client finds the list of blobs to upload, and not as a gRPC status, whose details one client drops (EXE-25). The scheduler
+/// does not know the name; WaitExecution answers NOT_FOUND, upon which clients call Execute again.
+fn stillborn(submit: Submit, error: Error) -> (OperationInfo, Snapshot) {
+    let info = OperationInfo {
+        id: OperationId(Uuid::new_v4()),
+        instance: submit.instance,
+        action: submit.action,
+        inline: submit.inline,
+        client: submit.client,
+    };
+    let outcome = Outcome { result: None, cached: false, error: Some(error), message: String::new() };
+    let snapshot = Snapshot {
+        stage: Stage::Completed,
+        queued_at: SystemTime::now(),
+        run_stage: None,
+        outcome: Some(Arc::new(outcome)),
+    };
+    (info, snapshot)
+}

@@ -1,0 +1,201 @@
+//! Contents inside results: stdout, stderr and output files, on request and as far as they fit.
+//!
+//! A client gets contents only when it asks for them, whoever stored the result (AC-05), and next to their digest (AC-06).
+//! What does not fit into one message is left out; the result itself never is (AC-07).
+
+use crate::{
+    actors::{cas::client::Cas, scheduler::operation::Inline},
+    digest::{Digest, DigestFunction},
+    error::Result,
+    instance::Instance,
+    proto::reapi,
+};
+use bytes::Bytes;
+use prost::Message as _;
+use std::collections::HashSet;
+
+/// Largest message that clients with default settings take (GEN-25).
+pub const MESSAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
+/// What a result with its inlined contents may come to. The rest of a message is for the Operation around it: name, metadata,
+/// status, framing.
+pub const RESULT_MAX_BYTES: usize = MESSAGE_MAX_BYTES - 64 * 1024;
+/// Tag and length of one inlined field, and the growth of the lengths around it, rounded up.
+const FIELD_BYTES: usize = 16;
+
+/// A place for contents in a result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Slot {
+    Stdout,
+    Stderr,
+    File(usize),
+}
+
+/// The result as this client wants it; its digests are of `function`.
+pub async fn prepare(
+    cas: &Cas,
+    instance: &Instance,
+    function: DigestFunction,
+    want: &Inline,
+    result: &reapi::ActionResult,
+) -> reapi::ActionResult {
+    let mut result = strip(result.clone());
+    let (slots, digests): (Vec<_>, Vec<_>) =
+        plan(want, &result, function, RESULT_MAX_BYTES).into_iter().unzip();
+    if !slots.is_empty() {
+        // Without contents the result is as good: the client reads the digests.
+        if let Ok(contents) = cas.read_many(instance, digests).await {
+            fill(&mut result, &slots, contents);
+        }
+    }
+    result
+}
+
+/// Removes contents that have a digest next to them.
+fn strip(mut result: reapi::ActionResult) -> reapi::ActionResult {
+    if result.stdout_digest.is_some() {
+        result.stdout_raw = Bytes::new();
+    }
+    if result.stderr_digest.is_some() {
+        result.stderr_raw = Bytes::new();
+    }
+    for file in result.output_files.iter_mut().filter(|file| file.digest.is_some()) {
+        file.contents = Bytes::new();
+    }
+    result
+}
+
+/// What to inline: the logs first, then the files in the order of the result, each as long as it fits.
+fn plan(
+    want: &Inline,
+    result: &reapi::ActionResult,
+    function: DigestFunction,
+    max_bytes: usize,
+) -> Vec<(Slot, Digest)> {
+    if *want == Inline::default() {
+        return Vec::new();
+    }
+    let files: HashSet<&str> = want.output_files.iter().map(String::as_str).collect();
+    let stdout = want.stdout.then_some((Slot::Stdout, result.stdout_digest.as_ref()));
+    let stderr = want.stderr.then_some((Slot::Stderr, result.stderr_digest.as_ref()));
+    let wanted =
+        result.output_files.iter().enumerate().filter(|(_, file)| files.contains(file.path.as_str()));
+    let wanted = wanted.map(|(index, file)| (Slot::File(index), file.digest.as_ref()));
+    let mut left = max_bytes.saturating_sub(result.encoded_len());
+    let mut plan = Vec::new();
+    for (slot, digest) in stdout.into_iter().chain(stderr).chain(wanted) {
+        let Ok(digest) = Digest::from_wire(function, digest, "digest") else { continue };
+        let cost = usize::try_from(digest.size()).ok().and_then(|size| size.checked_add(FIELD_BYTES));
+        let Some(rest) = cost.and_then(|cost| left.checked_sub(cost)) else { continue };
+        if digest.size() > 0 {
+            left = rest;
+            plan.push((slot, digest));
+        }
+    }
+    plan
+}
+
+/// Puts contents into their places; a blob that could not be read is left out.
+fn fill(result: &mut reapi::ActionResult, slots: &[Slot], contents: Vec<Result<Bytes>>) {
+    for (slot, contents) in slots.iter().zip(contents) {
+        let Ok(contents) = contents else { continue };
+        match slot {
+            Slot::Stdout => result.stdout_raw = contents,
+            Slot::Stderr => result.stderr_raw = contents,
+            Slot::File(index) => {
+                if let Some(file) = result.output_files.get_mut(*index) {
+                    file.contents = contents;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+    use proptest::prelude::*;
+
+    const SHA256: DigestFunction = DigestFunction::Sha256;
+
+    fn digest(size: i64) -> Option<reapi::Digest> {
+        Some(reapi::Digest { hash: format!("{size:064x}"), size_bytes: size })
+    }
+
+    fn result(stdout: i64, stderr: i64, files: &[i64]) -> reapi::ActionResult {
+        let file = |(index, size): (usize, &i64)| reapi::OutputFile {
+            path: format!("f{index}"),
+            digest: digest(*size),
+            ..Default::default()
+        };
+        reapi::ActionResult {
+            stdout_digest: digest(stdout),
+            stderr_digest: digest(stderr),
+            output_files: files.iter().enumerate().map(file).collect(),
+            ..Default::default()
+        }
+    }
+
+    fn everything() -> Inline {
+        Inline {
+            stdout: true,
+            stderr: true,
+            output_files: (0..50).map(|index| format!("f{index}")).collect(),
+        }
+    }
+
+    /// AC-05.
+    #[test]
+    fn contents_that_nobody_asked_for_are_taken_out_whoever_stored_them() {
+        let mut stored = result(3, 3, &[3]);
+        stored.stdout_raw = Bytes::from_static(b"out");
+        stored.stderr_raw = Bytes::from_static(b"err");
+        stored.output_files[0].contents = Bytes::from_static(b"abc");
+        let stripped = strip(stored);
+        assert_eq!(stripped, result(3, 3, &[3]));
+        assert!(plan(&Inline::default(), &stripped, SHA256, RESULT_MAX_BYTES).is_empty());
+    }
+
+    /// AC-07: unknown paths, empty blobs and digests that are not set do no harm.
+    #[test]
+    fn only_what_was_asked_for_and_exists_is_read() {
+        let want = Inline { output_files: vec!["f1".into(), "nope".into()], ..Inline::default() };
+        let slots: Vec<_> =
+            plan(&want, &result(5, 5, &[5, 6]), SHA256, RESULT_MAX_BYTES).into_iter().collect();
+        assert_eq!(slots.len(), 1);
+        assert_eq!((slots[0].0, slots[0].1.size()), (Slot::File(1), 6));
+        assert!(plan(&everything(), &result(0, 0, &[0]), SHA256, RESULT_MAX_BYTES).is_empty());
+        assert!(plan(&everything(), &reapi::ActionResult::default(), SHA256, RESULT_MAX_BYTES).is_empty());
+    }
+
+    /// AC-06.
+    #[test]
+    fn a_blob_that_cannot_be_read_leaves_its_place_empty() {
+        let mut filled = result(3, 3, &[3]);
+        let contents = vec![
+            Ok(Bytes::from_static(b"out")),
+            Err(Error::NotFound("gone".into())),
+            Ok(Bytes::from_static(b"abc")),
+        ];
+        fill(&mut filled, &[Slot::Stdout, Slot::Stderr, Slot::File(0)], contents);
+        assert_eq!(&filled.stdout_raw[..], b"out");
+        assert!(filled.stderr_raw.is_empty());
+        assert_eq!(&filled.output_files[0].contents[..], b"abc");
+    }
+
+    proptest! {
+        /// AC-07, GEN-25.
+        #[test]
+        fn a_result_never_outgrows_its_budget(
+            stdout in 0i64..3000, stderr in 0i64..3000, files in proptest::collection::vec(0i64..3000, 0..20),
+            budget in 0usize..20_000,
+        ) {
+            let mut filled = result(stdout, stderr, &files);
+            let bare = filled.encoded_len();
+            let (slots, digests): (Vec<_>, Vec<_>) = plan(&everything(), &filled, SHA256, budget).into_iter().unzip();
+            let contents = digests.iter().map(|d| Ok(Bytes::from(vec![0; d.size() as usize]))).collect();
+            fill(&mut filled, &slots, contents);
+            prop_assert!(filled.encoded_len() <= budget.max(bare));
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! The stream of one operation: what Execute and WaitExecution answer with.
+//!
+//! It follows the operation's watch cell: the current snapshot at once, each change after, the same again while nothing
+//! changes, and the end right after COMPLETED. A cell that changes faster than the client reads skips the states in between
+//! but never the last one. The stream ends with OK only after `done` (EXE-10); when the scheduler goes away before that, the
+//! end is UNAVAILABLE, which every client retries.
+
+use super::{convert, inline};
+use crate::{
+    actors::{
+        cas::client::Cas,
+        scheduler::operation::{OperationInfo, Snapshot, Subscription},
+    },
+    error::Error,
+    proto::longrunning::Operation,
+};
+use futures::stream::{self, Stream};
+use std::{sync::Arc, time::Duration};
+use tonic::Status;
+
+/// How long a stream may be silent before the current state is sent again, for proxies and clients that take silence for
+/// death (EXE-11).
+pub const RESEND_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Makes the Operation message of a snapshot, with the contents that this client wants inlined.
+pub async fn encode(cas: &Cas, info: &OperationInfo, snapshot: &Snapshot) -> Operation {
+    let result = match snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref()) {
+        Some(result) => {
+            Some(inline::prepare(cas, &info.instance, info.action.function(), &info.inline, result).await)
+        }
+        None => None,
+    };
+    convert::operation(info, snapshot, result)
+}
+
+/// The messages of an operation, from now to its end.
+pub fn follow(cas: Cas, subscription: Subscription) -> impl Stream<Item = Result<Operation, Status>> + Send {
+    let info = subscription.info.clone();
+    snapshots(subscription, move |snapshot| {
+        let (cas, info) = (cas.clone(), info.clone());
+        async move { encode(&cas, &info, &snapshot).await }
+    })
+}
+
+/// Where a stream is.
+enum Position {
+    /// Nothing was sent yet.
+    Start,
+    /// Something was, and more will be.
+    Following,
+    /// The last message was sent.
+    End,
+}
+
+/// The snapshots of a subscription through `encode`, in the rhythm that the head of this file describes. The subscription is
+/// held until the stream is dropped, so that its operation counts as waited for.
+fn snapshots<T, F>(
+    subscription: Subscription,
+    encode: impl Fn(Snapshot) -> F + Send,
+) -> impl Stream<Item = Result<T, Status>> + Send
+where
+    T: Send,
+    F: Future<Output = T> + Send,
+{
+    stream::unfold(
+        (subscription, encode, Position::Start),
+        |(mut subscription, encode, position)| async move {
+            let cell = &mut subscription.snapshots;
+            match position {
+                Position::End => return None,
+                Position::Start => {}
+                // Silence, which is an error here, is answered with the state as it is.
+                Position::Following => match tokio::time::timeout(RESEND_INTERVAL, cell.changed()).await {
+                    Ok(Ok(())) | Err(_) => {}
+                    Ok(Err(_)) => {
+                        let lost = Error::Unavailable(format!(
+                            "the server stopped following operation {}; ask for it again, or run the action again",
+                            subscription.info.name()
+                        ));
+                        return Some((Err(lost.into()), (subscription, encode, Position::End)));
+                    }
+                },
+            }
+            let snapshot = cell.borrow_and_update().clone();
+            let next = if snapshot.outcome.is_some() { Position::End } else { Position::Following };
+            let message = encode(snapshot).await;
+            Some((Ok(message), (subscription, encode, next)))
+        },
+    )
+}
+
+/// The state of an operation when it ends or when `limit` passes, whichever is first (OPS-05).
+///
+/// # Errors
+/// `Unavailable` when the scheduler goes away before.
+pub async fn settle(subscription: &mut Subscription, limit: Duration) -> Result<Snapshot, Error> {
+    let ended = subscription.snapshots.wait_for(|snapshot| snapshot.outcome.is_some());
+    if let Ok(Err(_)) = tokio::time::timeout(limit, ended).await {
+        return Err(Error::Unavailable("the scheduler has stopped; the server is going down".into()));
+    }
+    let snapshot = subscription.snapshots.borrow();
+    Ok(snapshot.clone())
+}
+
+/// What a subscription shows now.
+pub fn current(subscription: &Subscription) -> (Arc<OperationInfo>, Snapshot) {
+    (subscription.info.clone(), subscription.snapshots.borrow().clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        actors::{
+            scheduler::operation::{ClientInfo, Inline, OperationId, Outcome, Stage},
+            worker::messages::RunStage,
+        },
+        digest::{Digest, DigestFunction},
+        instance::Instances,
+        proto::reapi,
+    };
+    use futures::StreamExt as _;
+    use std::time::SystemTime;
+    use tokio::{sync::watch, time::Instant};
+    use uuid::Uuid;
+
+    fn queued() -> Snapshot {
+        Snapshot { stage: Stage::Queued, queued_at: SystemTime::UNIX_EPOCH, run_stage: None, outcome: None }
+    }
+
+    fn executing() -> Snapshot {
+        Snapshot {
+            stage: Stage::Executing,
+            run_stage: Some((RunStage::Running, SystemTime::UNIX_EPOCH)),
+            ..queued()
+        }
+    }
+
+    fn completed() -> Snapshot {
+        let outcome = Outcome {
+            result: Some(Arc::new(reapi::ActionResult { exit_code: 7, ..Default::default() })),
+            cached: false,
+            error: None,
+            message: String::new(),
+        };
+        Snapshot { stage: Stage::Completed, outcome: Some(Arc::new(outcome)), ..queued() }
+    }
+
+    fn operation(snapshot: Snapshot) -> (watch::Sender<Snapshot>, Subscription) {
+        let info = OperationInfo {
+            id: OperationId(Uuid::new_v4()),
+            instance: Instances::new([""]).unwrap().get("").unwrap(),
+            action: Digest::empty(DigestFunction::Sha256),
+            inline: Inline::default(),
+            client: ClientInfo::default(),
+        };
+        let (sender, snapshots) = watch::channel(snapshot);
+        (sender, Subscription { info: Arc::new(info), snapshots })
+    }
+
+    fn stages(subscription: Subscription) -> stream::BoxStream<'static, Result<Stage, Status>> {
+        snapshots(subscription, |snapshot| async move { snapshot.stage }).boxed()
+    }
+
+    /// EXE-01, EXE-05, EXE-12.
+    #[tokio::test(start_paused = true)]
+    async fn the_current_state_comes_at_once_each_change_after_and_the_end_after_completed() {
+        let (sender, subscription) = operation(queued());
+        let mut stream = stages(subscription);
+        assert_eq!(stream.next().await.unwrap().unwrap(), Stage::Queued);
+        sender.send_replace(executing());
+        assert_eq!(stream.next().await.unwrap().unwrap(), Stage::Executing);
+        sender.send_replace(completed());
+        assert_eq!(stream.next().await.unwrap().unwrap(), Stage::Completed);
+        assert!(stream.next().await.is_none());
+    }
+
+    /// EXE-12.
+    #[tokio::test(start_paused = true)]
+    async fn a_late_comer_gets_the_final_message_first_and_only_that() {
+        let (sender, subscription) = operation(queued());
+        sender.send_replace(completed());
+        drop(sender);
+        let messages: Vec<_> = stages(subscription).map(Result::unwrap).collect().await;
+        assert_eq!(messages, [Stage::Completed]);
+    }
+
+    /// A slow reader may miss what lies between, never the end.
+    #[tokio::test(start_paused = true)]
+    async fn the_last_state_is_seen_even_if_the_scheduler_went_away_right_after_it() {
+        let (sender, subscription) = operation(queued());
+        let mut stream = stages(subscription);
+        stream.next().await.unwrap().unwrap();
+        sender.send_replace(executing());
+        sender.send_replace(completed());
+        drop(sender);
+        assert_eq!(stream.next().await.unwrap().unwrap(), Stage::Completed);
+        assert!(stream.next().await.is_none());
+    }
+
+    /// EXE-11.
+    #[tokio::test(start_paused = true)]
+    async fn an_unchanged_state_is_sent_again_before_anybody_loses_patience() {
+        let (_sender, subscription) = operation(executing());
+        let mut stream = stages(subscription);
+        stream.next().await.unwrap().unwrap();
+        for _ in 0..100 {
+            let before = Instant::now();
+            assert_eq!(stream.next().await.unwrap().unwrap(), Stage::Executing);
+            assert_eq!(before.elapsed(), RESEND_INTERVAL);
+        }
+    }
+
+    /// EXE-10.
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_whose_scheduler_goes_away_ends_unavailable_and_never_ok() {
+        let (sender, subscription) = operation(executing());
+        let mut stream = stages(subscription);
+        stream.next().await.unwrap().unwrap();
+        drop(sender);
+        let status = stream.next().await.unwrap().unwrap_err();
+        assert_eq!(status.code(), tonic::Code::Unavailable);
+        assert!(stream.next().await.is_none());
+    }
+
+    /// The operation counts as waited for as long as its stream is there, and not longer.
+    #[tokio::test(start_paused = true)]
+    async fn dropping_the_stream_gives_the_subscription_back() {
+        let (sender, subscription) = operation(executing());
+        let mut stream = stages(subscription);
+        stream.next().await.unwrap().unwrap();
+        assert_eq!(sender.receiver_count(), 1);
+        drop(stream);
+        assert_eq!(sender.receiver_count(), 0);
+    }
+
+    /// OPS-05.
+    #[tokio::test(start_paused = true)]
+    async fn waiting_for_an_operation_ends_with_it_or_with_the_time_limit() {
+        let (sender, mut subscription) = operation(executing());
+        let snapshot = settle(&mut subscription, Duration::from_secs(1)).await.unwrap();
+        assert_eq!(snapshot.stage, Stage::Executing);
+        sender.send_replace(completed());
+        let snapshot = settle(&mut subscription, Duration::from_secs(1)).await.unwrap();
+        assert_eq!(snapshot.stage, Stage::Completed);
+
+        let (sender, mut subscription) = operation(executing());
+        drop(sender);
+        let lost = settle(&mut subscription, Duration::from_secs(1)).await;
+        assert!(matches!(lost, Err(Error::Unavailable(_))));
+    }
+}

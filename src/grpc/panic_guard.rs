@@ -1,0 +1,111 @@
+//! A panic in a handler becomes INTERNAL; the connection and the process go on.
+//!
+//! This is for faults of this server in code that owns nothing: a handler. Panics in the actors that own state are not caught
+//! here or anywhere, they take the process down.
+
+use bytes::Bytes;
+use futures::FutureExt as _;
+use http::{HeaderMap, Request, Response};
+use http_body::{Body, Frame, SizeHint};
+use std::{
+    future::Future,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    task::{Context, Poll},
+};
+use tonic::Status;
+use tower::{Layer, Service};
+
+/// Puts a [`PanicGuard`] round a service.
+#[derive(Debug, Clone, Copy)]
+pub struct PanicGuardLayer;
+
+impl<S> Layer<S> for PanicGuardLayer {
+    type Service = PanicGuard<S>;
+
+    fn layer(&self, inner: S) -> PanicGuard<S> {
+        PanicGuard { inner }
+    }
+}
+
+/// A service that answers INTERNAL where its inner one panics.
+#[derive(Debug, Clone)]
+pub struct PanicGuard<S> {
+    inner: S,
+}
+
+type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+impl<S, R, B> Service<Request<R>> for PanicGuard<S>
+where
+    S: Service<Request<R>, Response = Response<B>>,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes> + Default,
+{
+    type Response = Response<GuardedBody<B>>;
+    type Error = S::Error;
+    type Future = BoxFuture<Result<Self::Response, S::Error>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<R>) -> Self::Future {
+        let answer = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
+        Box::pin(async move {
+            let response = match answer.await {
+                Ok(response) => response?,
+                Err(_) => fault().into_http(),
+            };
+            Ok(response.map(|inner| GuardedBody { inner, panicked: false }))
+        })
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// A response body that ends with INTERNAL where its inner one panics.
+    #[derive(Debug)]
+    pub struct GuardedBody<B> {
+        #[pin]
+        inner: B,
+        panicked: bool,
+    }
+}
+
+impl<B: Body<Data = Bytes>> Body for GuardedBody<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        let this = self.project();
+        if *this.panicked {
+            return Poll::Ready(None);
+        }
+        match catch_unwind(AssertUnwindSafe(|| this.inner.poll_frame(context))) {
+            Ok(poll) => poll,
+            Err(_) => {
+                *this.panicked = true;
+                let mut trailers = HeaderMap::new();
+                // Cannot fail: the message is plain text.
+                let _ = fault().add_header(&mut trailers);
+                Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.panicked || self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// The panic itself went to the log through the process's panic hook; the client learns where to look.
+fn fault() -> Status {
+    Status::internal("a fault of this server; its log has the details")
+}

@@ -91,6 +91,11 @@ pub struct TimeoutPolicy {
     pub max: Duration,
 }
 
+impl TimeoutPolicy {
+    /// For servers that run nothing and so have nothing to limit.
+    pub const UNLIMITED: Self = Self { default: Duration::MAX, max: Duration::MAX };
+}
+
 impl Action {
     /// Checks an Action message and its Command together.
     ///

@@ -5,6 +5,7 @@
 //! owner actors are watched: one that died takes the process down, because half a server is worse than none.
 
 use crate::{
+    action::TimeoutPolicy,
     actors::{
         cas::{CasActor, StoreSettings, client::Cas},
         scheduler::{
@@ -74,7 +75,7 @@ fn store_settings(settings: &Settings) -> StoreSettings {
         max_bytes: settings.max_size_bytes,
         max_blob_bytes: settings.max_blob_bytes,
         partial_upload_retention: settings.partial_upload_retention,
-        timeouts: settings.execution.as_ref().map(|execution| execution.timeouts).unwrap_or_default(),
+        timeouts: settings.execution.as_ref().map_or(TimeoutPolicy::UNLIMITED, |execution| execution.timeouts),
     }
 }
 

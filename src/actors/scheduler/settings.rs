@@ -1,6 +1,6 @@
 //! [`SchedulerSettings`]: every bound that the scheduler keeps, by name.
 
-use crate::config::ExecutionConfig;
+use crate::config::ExecutionSettings;
 use std::time::{Duration, Instant, SystemTime};
 
 /// How long a client is asked to wait when the queue is full (GEN-21). Long enough that a crowd of waiting clients does not
@@ -45,7 +45,7 @@ pub struct SchedulerSettings {
 
 impl SchedulerSettings {
     /// The bounds that the configuration sets; the others follow from them.
-    pub fn from_config(config: &ExecutionConfig) -> Self {
+    pub fn new(config: &ExecutionSettings) -> Self {
         Self {
             queue_size: config.queue_size,
             unfinished_operations: config.queue_size.saturating_mul(4).max(4096),
@@ -64,9 +64,13 @@ impl SchedulerSettings {
     }
 }
 
+#[cfg(test)]
 impl Default for SchedulerSettings {
     fn default() -> Self {
-        Self::from_config(&ExecutionConfig::default())
+        use crate::config::{Loaded, Machine, Settings};
+        let machine = Machine { cpus: 1, cache_home: Some("/cache".into()), current_dir: "/".into() };
+        let settings = Settings::new(&Loaded::defaults(), &machine).unwrap();
+        Self::new(&settings.execution.unwrap())
     }
 }
 

@@ -9,7 +9,7 @@ use gorego::{
     error::Error,
     proto::{
         bytestream::{self, byte_stream_server as bs},
-        longrunning::{self, Operation, operation},
+        longrunning::{self, Operation, operation, operations_server as ops},
         reapi::{
             self, capabilities_server as caps, content_addressable_storage_server as cas,
             execution_server as exec, execution_stage::Value as Stage,
@@ -43,6 +43,8 @@ struct State {
     break_read_after: Option<usize>,
     /// Bytes that come back wrong.
     corrupt: bool,
+    /// Streams stay open after their script.
+    hang: bool,
 }
 
 #[derive(Clone, Default)]
@@ -63,7 +65,8 @@ impl Fake {
         let mut state = self.state();
         state.calls.push(call);
         let (messages, end) = state.scripts.pop_front().expect("no script for this call");
-        Response::new(stream::iter(messages.into_iter().map(Ok).chain(end.map(Err))).boxed())
+        let script = stream::iter(messages.into_iter().map(Ok).chain(end.map(Err)));
+        Response::new(if state.hang { script.chain(stream::pending()).boxed() } else { script.boxed() })
     }
 
     /// Serves on a free port and returns its endpoint.
@@ -74,6 +77,7 @@ impl Fake {
             .add_service(caps::CapabilitiesServer::new(self.clone()))
             .add_service(cas::ContentAddressableStorageServer::new(self.clone()))
             .add_service(bs::ByteStreamServer::new(self.clone()))
+            .add_service(ops::OperationsServer::new(self.clone()))
             .add_service(exec::ExecutionServer::new(self.clone()));
         tokio::spawn(server.serve_with_incoming(incoming));
         endpoint
@@ -246,6 +250,46 @@ impl exec::Execution for Fake {
     ) -> Result<Response<Self::WaitExecutionStream>, Status> {
         assert_eq!(request.into_inner().name, NAME);
         Ok(self.follow("WaitExecution"))
+    }
+}
+
+#[tonic::async_trait]
+impl ops::Operations for Fake {
+    async fn cancel_operation(
+        &self,
+        request: Request<longrunning::CancelOperationRequest>,
+    ) -> Result<Response<()>, Status> {
+        assert_eq!(request.into_inner().name, NAME);
+        self.state().calls.push("CancelOperation");
+        Ok(Response::new(()))
+    }
+
+    async fn list_operations(
+        &self,
+        _: Request<longrunning::ListOperationsRequest>,
+    ) -> Result<Response<longrunning::ListOperationsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn get_operation(
+        &self,
+        _: Request<longrunning::GetOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn delete_operation(
+        &self,
+        _: Request<longrunning::DeleteOperationRequest>,
+    ) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn wait_operation(
+        &self,
+        _: Request<longrunning::WaitOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Err(Status::unimplemented(""))
     }
 }
 
@@ -490,4 +534,27 @@ async fn exec_uploads_again_what_the_server_lost_but_not_for_ever() {
     fake.state().scripts = vec![(vec![missing.clone()], None), (vec![missing.clone()], None)].into();
     let (code, _, stderr) = exec(&endpoint, &["true"]).await;
     assert!(code == 125 && stderr.contains(&lost.to_string()), "{stderr}");
+}
+
+/// OPS-03.
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_cancels_the_operation_before_exec_leaves() {
+    let fake = Fake::default();
+    let endpoint = fake.serve().await;
+    fake.state().hang = true;
+    fake.state().scripts = vec![(vec![stage(Stage::Queued)], None)].into();
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_gorego"))
+        .args(["exec", "--endpoint", &endpoint, "sleep", "1000"])
+        .spawn()
+        .unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !fake.state().calls.contains(&"Execute") {
+        assert!(std::time::Instant::now() < deadline, "exec does not come to the point");
+        tokio::task::yield_now().await;
+    }
+    // The name of the operation may still be on its way.
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT)
+        .unwrap();
+    assert_eq!(tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap().code(), Some(130));
+    assert_eq!(fake.state().calls.last(), Some(&"CancelOperation"));
 }

@@ -120,7 +120,9 @@ fn errors_in_a_file_show_the_place_and_what_was_meant() {
             assert!(error.contains(part), "{part} in {error}");
         }
     }
-    assert!(!file_error("zzzzzz = 1").contains("did you mean"), "no suggestion is better than a wild one");
+    for error in [file_error("zzzzzz = 1"), env_error("GOREGO_FOO", "1")] {
+        assert!(!error.contains("did you mean"), "no suggestion is better than a wild one: {error}");
+    }
     let absent =
         load(&Sources { file: Some("/nonexistent/x.toml".into()), ..Sources::default() }).unwrap_err();
     assert!(absent.to_string().contains("/nonexistent/x.toml does not exist"));
@@ -135,6 +137,7 @@ fn errors_in_the_environment_name_the_variable_and_what_was_meant() {
     for (name, value, parts) in [
         ("GOREGO_LISTEN_ADR", "x", &["GOREGO_LISTEN_ADR", "did you mean \"GOREGO_LISTEN_ADDR\""][..]),
         ("GOREGO_EXECUTION_CONCURRENCY", "1", &["did you mean \"GOREGO_EXECUTION__CONCURRENCY\""]),
+        ("GOREGO_CONCURRENCY", "1", &["did you mean \"GOREGO_EXECUTION__CONCURRENCY\""]),
         ("GOREGO_CONFG", "x", &["did you mean \"GOREGO_CONFIG\""]),
         ("GOREGO_MAX_SIZE_GB", "fifty", &["GOREGO_MAX_SIZE_GB=\"fifty\"", "whole number"]),
         ("GOREGO_MAX_SIZE_GB", "-1", &["GOREGO_MAX_SIZE_GB=\"-1\""]),

@@ -56,7 +56,7 @@ impl Schema {
         if level != "any" && object.get("level").and_then(Value::as_str) != Some(level) {
             return Err(format!("event {event} should have level {level}: {line}"));
         }
-        for name in self.common.keys().filter(|name| !object.contains_key(*name)) {
+        if let Some(name) = self.common.keys().find(|name| !object.contains_key(*name)) {
             return Err(format!("{name} is missing: {line}"));
         }
         for (name, value) in &object {

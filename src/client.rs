@@ -13,8 +13,9 @@ pub mod destination;
 pub mod download;
 pub mod execute;
 pub mod input;
+pub mod read;
 pub mod status;
-pub mod transfer;
+pub mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
 pub use connect::{Identity, parse_endpoint};

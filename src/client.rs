@@ -13,8 +13,9 @@ pub mod destination;
 pub mod download;
 pub mod execute;
 pub mod input;
+pub mod read;
 pub mod status;
-pub mod transfer;
+pub mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
 pub use connect::{Identity, parse_endpoint};
@@ -252,23 +253,16 @@ fn local(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Error {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn only_failures_that_may_pass_are_tried_again_and_not_for_ever() {
-        let count = async |error: Error| {
-            let mut calls = 0;
-            let result: Result<()> = retrying(|| {
-                calls += 1;
-                let error = error.clone();
-                async move { Err(error) }
-            })
-            .await;
-            assert_eq!(result, Err(error));
-            calls
-        };
-        assert_eq!(count(Error::Unavailable("gone".into())).await, MAX_TRIES);
+    #[test]
+    fn only_failures_that_may_pass_are_tried_again_and_not_for_ever() {
+        let waits = |error: &Error| (1..).map_while(|tries| backoff(error, tries)).collect::<Vec<_>>();
+        let gone = waits(&Error::Unavailable("gone".into()));
+        assert_eq!(gone.len() as u32, MAX_TRIES - 1);
+        assert!(gone.is_sorted() && gone[0] == FIRST_BACKOFF);
         let full = |retry_after| Error::Exhausted { message: "full".into(), retry_after };
-        assert_eq!(count(full(Some(Duration::from_secs(3600)))).await, MAX_TRIES);
-        assert_eq!(count(full(None)).await, 1);
-        assert_eq!(count(Error::Invalid("no".into())).await, 1);
+        // A server may ask for patience, but not for ever and not for none at all.
+        assert_eq!(waits(&full(Some(Duration::from_secs(3600)))), [MAX_BACKOFF; MAX_TRIES as usize - 1]);
+        assert_eq!(waits(&full(Some(Duration::ZERO))), [FIRST_BACKOFF; MAX_TRIES as usize - 1]);
+        assert!(waits(&full(None)).is_empty() && waits(&Error::Invalid("no".into())).is_empty());
     }
 }

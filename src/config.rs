@@ -1,7 +1,7 @@
 //! Configuration: one typed tree with built-in defaults.
 //!
 //! `gorego.toml` at the top of the project is the same tree as text, with comments; a test holds the two equal. The way
-//! from sources to a running server: [`load`] puts flags over environment over file over defaults and remembers where
+//! from sources to a running server: [`load()`] puts flags over environment over file over defaults and remembers where
 //! each value came from; [`settings`] checks the result and turns it into types that cannot be wrong. [`Config`] is data
 //! only and may hold nonsense; everything past this module gets [`Settings`].
 

@@ -89,7 +89,10 @@ pub fn init(config: &LogConfig) -> Style {
 fn log_panic(info: &panic::PanicHookInfo<'_>) {
     let location = info.location().map(ToString::to_string).unwrap_or_default();
     let thread = std::thread::current().name().unwrap_or("unnamed").to_owned();
-    let message = info.payload_as_str().unwrap_or("no message");
+    let payload = info.payload();
+    let message = payload.downcast_ref::<&str>().copied();
+    let message =
+        message.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
     log::error!(target: "gorego::panic", event = PANIC_EVENT, location = location.as_str(), thread = thread.as_str();
         "a thread panicked: {message}");
 }

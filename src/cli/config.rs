@@ -43,7 +43,7 @@ fn check(file: &Path) -> Result<String> {
 /// The configuration of a server that is started with these flags in this environment.
 ///
 /// # Errors
-/// Those of [`load`] and of [`Settings::new`].
+/// Those of [`load()`] and of [`Settings::new`].
 pub fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> Result<(Loaded, Settings)> {
     let file = file_to_read(args.config.clone());
     let loaded = load(&Sources { file, env, flags: flags(args)? })?;

@@ -14,10 +14,14 @@ use std::{
     collections::BTreeMap,
     io::{self, Write},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    pin::pin,
+    sync::Arc,
     time::Duration,
 };
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 
 /// PATH of the command unless `--env PATH=` says otherwise; without one a server could not find `sh`.
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
@@ -26,8 +30,16 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Exit code of a command that a signal ended elsewhere than by Ctrl-C: 128 + SIGTERM.
 const EXIT_TERMINATED: u8 = 143;
 
-/// The name of the running operation, for whoever has to cancel it.
-type CurrentOperation = Arc<Mutex<Option<(Client, String)>>>;
+/// What would have to be cancelled on the server if we left now.
+#[derive(Debug, Clone)]
+enum Current {
+    /// Nothing.
+    Nothing,
+    /// An operation whose name is not known yet; it will be in a moment (EXE-01).
+    Asked,
+    /// This operation.
+    Named(Client, String),
+}
 
 /// Runs `gorego exec` and returns the exit code of the process.
 pub fn run(args: ExecArgs) -> u8 {
@@ -39,27 +51,7 @@ pub fn run(args: ExecArgs) -> u8 {
         }
     };
     let line = Line::new();
-    let operation = CurrentOperation::default();
-    let outcome = runtime.block_on(async {
-        match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
-            (Ok(mut interrupt), Ok(mut terminate)) => {
-                tokio::select! {
-                    code = exec(args, &line, &operation) => code,
-                    _ = interrupt.recv() => {
-                        line.clear();
-                        cancel(&operation, &mut interrupt).await;
-                        Ok(EXIT_INTERRUPTED)
-                    }
-                    _ = terminate.recv() => {
-                        line.clear();
-                        cancel(&operation, &mut terminate).await;
-                        Ok(EXIT_TERMINATED)
-                    }
-                }
-            }
-            _ => Err(Error::internal("could not listen for signals")),
-        }
-    });
+    let outcome = runtime.block_on(until_signal(args, &line));
     line.clear();
     // A thread that waits for a disk or a closed pipe must not keep us.
     runtime.shutdown_background();
@@ -69,7 +61,30 @@ pub fn run(args: ExecArgs) -> u8 {
     })
 }
 
-async fn exec(args: ExecArgs, line: &Line, operation: &CurrentOperation) -> Result<u8> {
+/// Runs the command to its end or until we are told to stop.
+async fn until_signal(args: ExecArgs, line: &Line) -> Result<u8> {
+    let listen = |kind| {
+        signal(kind).map_err(|error| Error::Internal(format!("could not listen for signals: {error}")))
+    };
+    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    let (current, watching) = watch::channel(Current::Nothing);
+    let mut work = pin!(exec(args, line, &current));
+    let (code, again) = tokio::select! {
+        outcome = &mut work => return outcome,
+        _ = interrupt.recv() => (EXIT_INTERRUPTED, &mut interrupt),
+        _ = terminate.recv() => (EXIT_TERMINATED, &mut terminate),
+    };
+    line.say("cancelling");
+    tokio::select! {
+        // It goes on meanwhile, since only it can learn the name of an operation that was just asked for.
+        _ = work => {}
+        () = cancel(watching) => {}
+        _ = again.recv() => {}
+    }
+    Ok(code)
+}
+
+async fn exec(args: ExecArgs, line: &Line, operation: &watch::Sender<Current>) -> Result<u8> {
     let identity = Identity {
         tool: "gorego".into(),
         invocation_id: uuid::Uuid::new_v4().to_string(),
@@ -153,15 +168,20 @@ async fn upload(client: &Client, blobs: &BlobSet, line: &Line) -> Result<()> {
     line.during("uploading", &progress, client.upload(blobs, &progress)).await.map(|_| ())
 }
 
-async fn follow(client: &Client, job: Job, line: &Line, operation: &CurrentOperation) -> Result<Finished> {
+async fn follow(
+    client: &Client,
+    job: Job,
+    line: &Line,
+    operation: &watch::Sender<Current>,
+) -> Result<Finished> {
     use reapi::execution_stage::Value as Stage;
     line.say("waiting for the server");
     let mut execution = client.execute(job);
+    operation.send_replace(Current::Asked);
     let outcome = loop {
         let event = execution.next().await;
         if let Some(name) = execution.name() {
-            let current = Some((client.clone(), name.to_owned()));
-            *operation.lock().unwrap_or_else(PoisonError::into_inner) = current;
+            operation.send_replace(Current::Named(client.clone(), name.to_owned()));
         }
         match event {
             Ok(Some(Event::Stage(stage))) => line.say(match stage {
@@ -176,7 +196,7 @@ async fn follow(client: &Client, job: Job, line: &Line, operation: &CurrentOpera
         }
     };
     // What is over needs no cancelling.
-    *operation.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    operation.send_replace(Current::Nothing);
     outcome
 }
 
@@ -281,17 +301,18 @@ fn warn_of_missing(requested: &[String], result: &reapi::ActionResult) {
     }
 }
 
-/// Cancels the running operation, if there is one. A second signal ends the wait.
-async fn cancel(operation: &CurrentOperation, again: &mut Signal) {
-    let Some((client, name)) = operation.lock().unwrap_or_else(PoisonError::into_inner).take() else {
-        return;
+/// Cancels the running operation, if there is one or is about to be one; within [`CANCEL_TIMEOUT`].
+async fn cancel(mut current: watch::Receiver<Current>) {
+    let work = async {
+        let known = current.wait_for(|current| !matches!(current, Current::Asked)).await;
+        match known.map(|known| known.clone()) {
+            Ok(Current::Named(client, name)) => client.cancel(&name).await,
+            _ => Ok(()),
+        }
     };
-    tokio::select! {
-        answer = tokio::time::timeout(CANCEL_TIMEOUT, client.cancel(&name)) => match answer {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => complain(&error),
-            Err(_) => complain(&Error::Unavailable(format!("{name} may still run: the server is silent"))),
-        },
-        _ = again.recv() => {}
+    match tokio::time::timeout(CANCEL_TIMEOUT, work).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => complain(&error),
+        Err(_) => complain(&Error::Unavailable("the server is silent; the command may still run".into())),
     }
 }

@@ -31,6 +31,8 @@ pub const OTHER_VARIABLES: &[&str] = &["GOREGO_CONFIG", "GOREGO_ENDPOINT", "GORE
 const FREE_TABLES: &[&str] = &["execution.platform"];
 /// How unlike a known key (0 to 1, by edit distance) a mistyped one may be and still be suggested.
 const SUGGESTION_LIMIT: f64 = 0.6;
+/// What a likeness of last words counts less than one of whole keys.
+const TAIL_HANDICAP: f64 = 0.05;
 
 /// Who set a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -306,16 +308,22 @@ fn check_alone(key: &str, value: &Value) -> std::result::Result<(), String> {
     Config::deserialize(table).map(|_| ()).map_err(|error| error.message().trim().to_owned())
 }
 
-/// "; did you mean ...?" when one of the candidates is near; the last words of dotted keys are compared too, for a key
-/// that stands in the wrong section.
+/// "; did you mean ...?" when one of the candidates is near. The last words are compared too, for a key that stands in
+/// the wrong section; what all variables begin with is not, for it would make all of them alike.
 fn suggestion<'a>(word: &str, candidates: impl Iterator<Item = &'a String>) -> String {
-    fn tail(word: &str) -> &str {
-        word.rsplit('.').next().unwrap_or(word)
+    fn bare(word: &str) -> &str {
+        word.strip_prefix(ENV_PREFIX).unwrap_or(word)
     }
+    fn tail(word: &str) -> &str {
+        let dotted = word.rsplit('.').next().unwrap_or(word);
+        dotted.rsplit("__").next().unwrap_or(dotted)
+    }
+    let word = bare(word);
     candidates
         .map(|candidate| {
-            let whole = strsim::normalized_damerau_levenshtein(word, candidate);
-            let tails = strsim::normalized_damerau_levenshtein(tail(word), tail(candidate)) - 0.05;
+            let other = bare(candidate);
+            let whole = strsim::normalized_damerau_levenshtein(word, other);
+            let tails = strsim::normalized_damerau_levenshtein(tail(word), tail(other)) - TAIL_HANDICAP;
             (whole.max(tails), candidate)
         })
         .filter(|(likeness, _)| *likeness >= SUGGESTION_LIMIT)

@@ -1,0 +1,560 @@
+//! The client and `gorego exec` against a small server that misbehaves on purpose.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, missing_docs)]
+
+use bytes::Bytes;
+use futures::{StreamExt as _, stream, stream::BoxStream};
+use gorego::{
+    client::{BlobSet, Client, Event, Execution, Finished, Identity, Job, Progress, scan},
+    digest::{Digest, DigestFunction},
+    error::Error,
+    proto::{
+        bytestream::{self, byte_stream_server as bs},
+        longrunning::{self, Operation, operation, operations_server as ops},
+        reapi::{
+            self, capabilities_server as caps, content_addressable_storage_server as cas,
+            execution_server as exec, execution_stage::Value as Stage,
+        },
+        rpc,
+    },
+};
+use prost::Message;
+use std::{
+    collections::{HashMap, VecDeque},
+    fs,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    sync::{Arc, Mutex},
+};
+use tonic::{Code, Request, Response, Status, Streaming};
+
+const SHA256: DigestFunction = DigestFunction::Sha256;
+const NAME: &str = "operations/6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+/// Small, so that a modest file already goes through ByteStream.
+const BATCH_BYTES: u64 = 20_000;
+
+/// What the server does at the next call of Execute or WaitExecution: messages, and how the stream ends.
+type Script = (Vec<Operation>, Option<Status>);
+
+#[derive(Default)]
+struct State {
+    blobs: HashMap<Digest, Bytes>,
+    calls: Vec<&'static str>,
+    scripts: VecDeque<Script>,
+    /// Reads end with UNAVAILABLE after this many bytes, once.
+    break_read_after: Option<usize>,
+    /// Bytes that come back wrong.
+    corrupt: bool,
+    /// Streams stay open after their script.
+    hang: bool,
+}
+
+#[derive(Clone, Default)]
+struct Fake(Arc<Mutex<State>>);
+
+impl Fake {
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    fn store(&self, bytes: &[u8]) -> reapi::Digest {
+        let digest = SHA256.digest(bytes);
+        self.state().blobs.insert(digest, Bytes::copy_from_slice(bytes));
+        digest.to_wire()
+    }
+
+    fn follow(&self, call: &'static str) -> Response<BoxStream<'static, Result<Operation, Status>>> {
+        let mut state = self.state();
+        state.calls.push(call);
+        let (messages, end) = state.scripts.pop_front().expect("no script for this call");
+        let script = stream::iter(messages.into_iter().map(Ok).chain(end.map(Err)));
+        Response::new(if state.hang { script.chain(stream::pending()).boxed() } else { script.boxed() })
+    }
+
+    /// Serves on a free port and returns its endpoint.
+    async fn serve(&self) -> String {
+        let incoming = tonic::transport::server::TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let endpoint = format!("grpc://{}", incoming.local_addr().unwrap());
+        let server = tonic::transport::Server::builder()
+            .add_service(caps::CapabilitiesServer::new(self.clone()))
+            .add_service(cas::ContentAddressableStorageServer::new(self.clone()))
+            .add_service(bs::ByteStreamServer::new(self.clone()))
+            .add_service(ops::OperationsServer::new(self.clone()))
+            .add_service(exec::ExecutionServer::new(self.clone()));
+        tokio::spawn(server.serve_with_incoming(incoming));
+        endpoint
+    }
+
+    async fn client(&self) -> Client {
+        Client::connect(&self.serve().await, "", &Identity::default()).await.unwrap()
+    }
+}
+
+fn digest(wire: Option<&reapi::Digest>) -> Digest {
+    Digest::from_wire(SHA256, wire, "digest").unwrap()
+}
+
+#[tonic::async_trait]
+impl caps::Capabilities for Fake {
+    async fn get_capabilities(
+        &self,
+        _: Request<reapi::GetCapabilitiesRequest>,
+    ) -> Result<Response<reapi::ServerCapabilities>, Status> {
+        let cache = reapi::CacheCapabilities {
+            digest_functions: vec![1],
+            max_batch_total_size_bytes: BATCH_BYTES as i64,
+            ..Default::default()
+        };
+        Ok(Response::new(reapi::ServerCapabilities { cache_capabilities: Some(cache), ..Default::default() }))
+    }
+}
+
+#[tonic::async_trait]
+impl cas::ContentAddressableStorage for Fake {
+    type GetTreeStream = BoxStream<'static, Result<reapi::GetTreeResponse, Status>>;
+
+    async fn find_missing_blobs(
+        &self,
+        request: Request<reapi::FindMissingBlobsRequest>,
+    ) -> Result<Response<reapi::FindMissingBlobsResponse>, Status> {
+        let state = self.state();
+        let mut missing_blob_digests = request.into_inner().blob_digests;
+        missing_blob_digests
+            .retain(|wire| !digest(Some(wire)).is_empty() && !state.blobs.contains_key(&digest(Some(wire))));
+        Ok(Response::new(reapi::FindMissingBlobsResponse { missing_blob_digests }))
+    }
+
+    async fn batch_update_blobs(
+        &self,
+        request: Request<reapi::BatchUpdateBlobsRequest>,
+    ) -> Result<Response<reapi::BatchUpdateBlobsResponse>, Status> {
+        let mut state = self.state();
+        state.calls.push("BatchUpdateBlobs");
+        let requests = request.into_inner().requests;
+        assert!(requests.iter().map(|r| r.data.len() as u64).sum::<u64>() <= BATCH_BYTES);
+        let responses = requests.into_iter().map(|request| {
+            assert_eq!(SHA256.digest(&request.data), digest(request.digest.as_ref()));
+            state.blobs.insert(digest(request.digest.as_ref()), request.data);
+            reapi::batch_update_blobs_response::Response { digest: request.digest, status: None }
+        });
+        Ok(Response::new(reapi::BatchUpdateBlobsResponse { responses: responses.collect() }))
+    }
+
+    async fn batch_read_blobs(
+        &self,
+        request: Request<reapi::BatchReadBlobsRequest>,
+    ) -> Result<Response<reapi::BatchReadBlobsResponse>, Status> {
+        let state = self.state();
+        let responses = request.into_inner().digests.into_iter().map(|wire| {
+            let mut data = state.blobs.get(&digest(Some(&wire))).cloned();
+            if state.corrupt {
+                data = data.map(|data| [&data[1..], b"!"].concat().into());
+            }
+            let code = if data.is_some() { Code::Ok } else { Code::NotFound };
+            reapi::batch_read_blobs_response::Response {
+                digest: Some(wire),
+                data: data.unwrap_or_default(),
+                status: Some(rpc::Status { code: code as i32, ..Default::default() }),
+                compressor: 0,
+            }
+        });
+        Ok(Response::new(reapi::BatchReadBlobsResponse { responses: responses.collect() }))
+    }
+
+    async fn get_tree(
+        &self,
+        _: Request<reapi::GetTreeRequest>,
+    ) -> Result<Response<Self::GetTreeStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn split_blob(
+        &self,
+        _: Request<reapi::SplitBlobRequest>,
+    ) -> Result<Response<reapi::SplitBlobResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn splice_blob(
+        &self,
+        _: Request<reapi::SpliceBlobRequest>,
+    ) -> Result<Response<reapi::SpliceBlobResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+#[tonic::async_trait]
+impl bs::ByteStream for Fake {
+    type ReadStream = BoxStream<'static, Result<bytestream::ReadResponse, Status>>;
+
+    async fn read(
+        &self,
+        request: Request<bytestream::ReadRequest>,
+    ) -> Result<Response<Self::ReadStream>, Status> {
+        let request = request.into_inner();
+        let name = gorego::resource_name::ResourceName::parse_read(&request.resource_name).unwrap();
+        let mut state = self.state();
+        state.calls.push("Read");
+        let blob = state.blobs.get(&name.digest).cloned().ok_or_else(|| Status::not_found("no blob"))?;
+        let mut rest = blob.slice(usize::try_from(request.read_offset).unwrap()..);
+        let end = state.break_read_after.take().map(|after| {
+            rest.truncate(after);
+            Status::unavailable("broken")
+        });
+        let chunks: Vec<_> = rest.chunks(7_000).map(Bytes::copy_from_slice).collect();
+        let messages = chunks.into_iter().map(|data| Ok(bytestream::ReadResponse { data }));
+        Ok(Response::new(stream::iter(messages.chain(end.map(Err))).boxed()))
+    }
+
+    async fn write(
+        &self,
+        request: Request<Streaming<bytestream::WriteRequest>>,
+    ) -> Result<Response<bytestream::WriteResponse>, Status> {
+        let mut stream = request.into_inner();
+        let (mut name, mut data, mut finished) = (String::new(), Vec::new(), false);
+        while let Some(message) = stream.message().await? {
+            assert!(!finished && message.write_offset == data.len() as i64);
+            name.push_str(&message.resource_name);
+            data.extend_from_slice(&message.data);
+            finished = message.finish_write;
+        }
+        let name = gorego::resource_name::ResourceName::parse_write(&name).unwrap();
+        assert!(finished && SHA256.digest(&data) == name.digest);
+        let mut state = self.state();
+        state.calls.push("Write");
+        state.blobs.insert(name.digest, data.into());
+        Ok(Response::new(bytestream::WriteResponse { committed_size: name.digest.size() as i64 }))
+    }
+
+    async fn query_write_status(
+        &self,
+        _: Request<bytestream::QueryWriteStatusRequest>,
+    ) -> Result<Response<bytestream::QueryWriteStatusResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+#[tonic::async_trait]
+impl exec::Execution for Fake {
+    type ExecuteStream = BoxStream<'static, Result<Operation, Status>>;
+    type WaitExecutionStream = BoxStream<'static, Result<Operation, Status>>;
+
+    async fn execute(
+        &self,
+        _: Request<reapi::ExecuteRequest>,
+    ) -> Result<Response<Self::ExecuteStream>, Status> {
+        Ok(self.follow("Execute"))
+    }
+
+    async fn wait_execution(
+        &self,
+        request: Request<reapi::WaitExecutionRequest>,
+    ) -> Result<Response<Self::WaitExecutionStream>, Status> {
+        assert_eq!(request.into_inner().name, NAME);
+        Ok(self.follow("WaitExecution"))
+    }
+}
+
+#[tonic::async_trait]
+impl ops::Operations for Fake {
+    async fn cancel_operation(
+        &self,
+        request: Request<longrunning::CancelOperationRequest>,
+    ) -> Result<Response<()>, Status> {
+        assert_eq!(request.into_inner().name, NAME);
+        self.state().calls.push("CancelOperation");
+        Ok(Response::new(()))
+    }
+
+    async fn list_operations(
+        &self,
+        _: Request<longrunning::ListOperationsRequest>,
+    ) -> Result<Response<longrunning::ListOperationsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn get_operation(
+        &self,
+        _: Request<longrunning::GetOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn delete_operation(
+        &self,
+        _: Request<longrunning::DeleteOperationRequest>,
+    ) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn wait_operation(
+        &self,
+        _: Request<longrunning::WaitOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+fn any(name: &str, message: &impl Message) -> prost_types::Any {
+    let type_url = format!("type.googleapis.com/build.bazel.remote.execution.v2.{name}");
+    prost_types::Any { type_url, value: message.encode_to_vec() }
+}
+
+fn stage(stage: Stage) -> Operation {
+    let metadata = reapi::ExecuteOperationMetadata { stage: stage as i32, ..Default::default() };
+    let metadata = Some(any("ExecuteOperationMetadata", &metadata));
+    longrunning::Operation { name: NAME.into(), metadata, ..Default::default() }
+}
+
+fn done(response: &reapi::ExecuteResponse) -> Operation {
+    let result = Some(operation::Result::Response(any("ExecuteResponse", response)));
+    Operation { done: true, result, ..stage(Stage::Completed) }
+}
+
+fn success(exit_code: i32) -> reapi::ExecuteResponse {
+    let result = reapi::ActionResult { exit_code, ..Default::default() };
+    reapi::ExecuteResponse { result: Some(result), ..Default::default() }
+}
+
+fn job() -> Job {
+    Job { action: Digest::empty(SHA256), skip_cache_lookup: false, priority: 0 }
+}
+
+async fn follow(mut execution: Execution) -> Result<(Vec<Stage>, Finished), Error> {
+    let mut stages = Vec::new();
+    loop {
+        match execution.next().await?.expect("an end") {
+            Event::Stage(stage) => stages.push(stage),
+            Event::Finished(finished) => {
+                assert_eq!(execution.next().await, Ok(None));
+                return Ok((stages, *finished));
+            }
+        }
+    }
+}
+
+/// EXE-10, EXE-12, EXE-13: broken streams are joined again, a forgotten operation is run again.
+#[tokio::test]
+async fn an_execution_survives_broken_streams_and_a_server_that_forgot() {
+    let fake = Fake::default();
+    let client = fake.client().await;
+    fake.state().scripts = VecDeque::from([
+        (vec![stage(Stage::Queued), stage(Stage::Queued)], Some(Status::unavailable("going down"))),
+        (vec![stage(Stage::Executing)], None),
+        (vec![], Some(Status::not_found("unknown operation"))),
+        (vec![stage(Stage::Queued), done(&success(3))], None),
+    ]);
+    let (stages, finished) = follow(client.execute(job())).await.unwrap();
+    assert_eq!(stages, [Stage::Queued, Stage::Executing, Stage::Queued]);
+    assert_eq!(finished.result.unwrap().exit_code, 3);
+    assert_eq!(fake.state().calls, ["Execute", "WaitExecution", "WaitExecution", "Execute"]);
+}
+
+#[tokio::test]
+async fn an_execution_gives_up_on_a_server_that_never_gets_on() {
+    let fake = Fake::default();
+    let client = fake.client().await;
+    for ending in [None, Some(Status::unavailable("down")), Some(Status::not_found("unknown"))] {
+        // Far more than will be asked for.
+        fake.state().scripts = vec![(vec![stage(Stage::Queued)], ending); 50].into();
+        follow(client.execute(job())).await.unwrap_err();
+        assert!(!fake.state().scripts.is_empty());
+    }
+    fake.state().calls.clear();
+    fake.state().scripts = vec![(vec![], Some(Status::invalid_argument("no arguments")))].into();
+    let error = follow(client.execute(job())).await.unwrap_err();
+    assert_eq!(error, Error::Invalid("Execute: no arguments".into()));
+    assert_eq!(fake.state().calls, ["Execute"], "a refusal is not tried again");
+}
+
+fn progress() -> Arc<Progress> {
+    Arc::default()
+}
+
+/// A result that names everything below `dir` as the output directory "out", stored at the fake.
+fn as_output(fake: &Fake, dir: &std::path::Path) -> reapi::ActionResult {
+    let mut blobs = BlobSet::default();
+    let root = scan(dir, &mut blobs).unwrap();
+    let directory = |digest: &Digest| match blobs.get(digest) {
+        Some(gorego::client::Source::Bytes(bytes)) => Some(reapi::Directory::decode(bytes.clone()).unwrap()),
+        _ => None,
+    };
+    let children = blobs.digests().filter(|digest| *digest != root).filter_map(|digest| directory(&digest));
+    let tree = reapi::Tree { root: directory(&root), children: children.collect() };
+    let tree_digest = Some(fake.store(&tree.encode_to_vec()));
+    let output = reapi::OutputDirectory { path: "out".into(), tree_digest, ..Default::default() };
+    reapi::ActionResult { output_directories: vec![output], ..Default::default() }
+}
+
+#[tokio::test]
+async fn a_directory_goes_up_and_comes_back_as_it_was() {
+    let (fake, dir, out) = (Fake::default(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let large: Vec<u8> = (0..600_000u32).map(|n| (n % 251) as u8).collect();
+    fs::create_dir_all(dir.path().join("a/empty")).unwrap();
+    fs::write(dir.path().join("a/large"), &large).unwrap();
+    fs::write(dir.path().join("a/nothing"), "").unwrap();
+    for n in 0..40 {
+        fs::write(dir.path().join(format!("f{n}")), format!("{n}").repeat(1_000)).unwrap();
+    }
+    fs::set_permissions(dir.path().join("f7"), fs::Permissions::from_mode(0o755)).unwrap();
+    symlink("../elsewhere", dir.path().join("link")).unwrap();
+
+    let client = fake.client().await;
+    let mut blobs = BlobSet::default();
+    scan(dir.path(), &mut blobs).unwrap();
+    let up = progress();
+    let (count, bytes) = client.upload(&blobs, &up).await.unwrap();
+    assert_eq!(count, blobs.digests().filter(|digest| !digest.is_empty()).count());
+    assert_eq!(up.bytes(), (bytes, bytes));
+    let calls = std::mem::take(&mut fake.state().calls);
+    assert_eq!(calls.iter().filter(|call| **call == "Write").count(), 1, "only the large one: {calls:?}");
+    assert!(calls.len() < 20, "small blobs travel together: {calls:?}");
+    assert_eq!(client.upload(&blobs, &progress()).await.unwrap(), (0, 0), "and only once");
+
+    // The stream of the large file breaks on the way and is taken up where it stopped.
+    let result = as_output(&fake, dir.path());
+    fake.state().break_read_after = Some(1);
+    let down = progress();
+    client.download_outputs(&result, out.path(), &down).await.unwrap();
+    let copy = out.path().join("out");
+    assert_eq!(fs::read(copy.join("a/large")).unwrap(), large);
+    assert_eq!(down.bytes().0, down.bytes().1);
+    let (mut before, mut after) = (BlobSet::default(), BlobSet::default());
+    assert_eq!(scan(dir.path(), &mut before).unwrap(), scan(&copy, &mut after).unwrap());
+}
+
+#[tokio::test]
+async fn wrong_bytes_are_noticed_and_not_kept() {
+    let (fake, out) = (Fake::default(), tempfile::tempdir().unwrap());
+    let client = fake.client().await;
+    let small = fake.store(b"small");
+    let large = fake.store(&vec![1; 100_000]);
+    fake.state().corrupt = true;
+    fake.state().blobs.insert(digest(Some(&large)), vec![2; 100_000].into());
+    for digest in [small, large] {
+        let file = reapi::OutputFile { path: "f".into(), digest: Some(digest), ..Default::default() };
+        let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
+        let error = client.download_outputs(&result, out.path(), &progress()).await.unwrap_err();
+        assert!(matches!(error, Error::DataLoss(_)), "{error}");
+        assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
+    }
+}
+
+/// Runs the real binary against the fake.
+async fn exec(endpoint: &str, args: &[&str]) -> (i32, String, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gorego"));
+    command.args(["exec", "--endpoint", endpoint]).args(args);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exec_prints_what_the_command_printed_and_exits_as_it_did() {
+    let (fake, out) = (Fake::default(), tempfile::tempdir().unwrap());
+    let endpoint = fake.serve().await;
+    let long = "x".repeat(50_000);
+    let result = reapi::ActionResult {
+        exit_code: 7,
+        stdout_raw: Bytes::from_static(b"hello\n"),
+        stderr_digest: Some(fake.store(long.as_bytes())),
+        output_files: vec![reapi::OutputFile {
+            path: "o".into(),
+            digest: Some(fake.store(b"made")),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    let response = reapi::ExecuteResponse { result: Some(result), ..Default::default() };
+    fake.state().scripts = vec![(vec![stage(Stage::Executing), done(&response)], None)].into();
+    let dir = out.path().to_str().unwrap();
+    let args = ["--output", "o", "--output", "p", "--output-dir", dir, "--", "sh", "-c", "exit 7"];
+    let (code, stdout, stderr) = exec(&endpoint, &args).await;
+    assert_eq!((code, stdout.as_str()), (7, "hello\n"));
+    assert_eq!(
+        stderr,
+        format!("{long}gorego: the command did not make p\n"),
+        "silent in a pipe but for this"
+    );
+    assert_eq!(fs::read(out.path().join("o")).unwrap(), b"made");
+
+    // What it uploaded is a runnable, canonical Action.
+    let blobs = fake.state().blobs.clone();
+    let mut commands = blobs.values().filter_map(|blob| reapi::Command::decode(blob.clone()).ok());
+    let command = commands.find(|command| command.arguments == ["sh", "-c", "exit 7"]).unwrap();
+    assert_eq!(command.output_paths, ["o", "p"]);
+    assert_eq!(command.environment_variables[0].value, "/usr/local/bin:/usr/bin:/bin");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exec_tells_infrastructure_failures_from_those_of_the_command() {
+    let fake = Fake::default();
+    let endpoint = fake.serve().await;
+    let failure = |code: Code, message: &str| {
+        let status = Some(rpc::Status { code: code as i32, message: message.into(), ..Default::default() });
+        reapi::ExecuteResponse { status, ..success(0) }
+    };
+    let mut late = failure(Code::DeadlineExceeded, "ran longer than 1 s");
+    late.result.as_mut().unwrap().stdout_raw = Bytes::from_static(b"so far");
+    for (response, code, stdout, stderr) in [
+        (success(0), 0, "", ""),
+        (success(256), 1, "", ""),
+        (success(-1), 255, "", ""),
+        (late, 124, "so far", "ran longer than 1 s"),
+        (failure(Code::Internal, "disk on fire"), 125, "", "disk on fire"),
+    ] {
+        fake.state().scripts = vec![(vec![done(&response)], None)].into();
+        let got = exec(&endpoint, &["true"]).await;
+        assert_eq!((got.0, got.1.as_str()), (code, stdout));
+        assert!(got.2.contains(stderr) && got.2.is_empty() == stderr.is_empty(), "{}", got.2);
+    }
+    assert_eq!(exec("grpc://127.0.0.1:1", &["true"]).await.0, 125);
+    assert_eq!(exec(&endpoint, &["--timeout", "soon", "true"]).await.0, 2);
+}
+
+/// EXE-22: what was evicted between upload and start is uploaded again, once.
+#[tokio::test(flavor = "multi_thread")]
+async fn exec_uploads_again_what_the_server_lost_but_not_for_ever() {
+    let fake = Fake::default();
+    let endpoint = fake.serve().await;
+    let lost = SHA256.digest(b"lost");
+    let violation = rpc::precondition_failure::Violation {
+        r#type: "MISSING".into(),
+        subject: lost.blob_name(),
+        ..Default::default()
+    };
+    let details = rpc::PreconditionFailure { violations: vec![violation] };
+    let detail = prost_types::Any {
+        type_url: "type.googleapis.com/google.rpc.PreconditionFailure".into(),
+        value: details.encode_to_vec(),
+    };
+    let status =
+        rpc::Status { code: Code::FailedPrecondition as i32, message: "".into(), details: vec![detail] };
+    let missing = done(&reapi::ExecuteResponse { status: Some(status), ..Default::default() });
+    fake.state().scripts = vec![(vec![missing.clone()], None), (vec![done(&success(0))], None)].into();
+    assert_eq!(exec(&endpoint, &["true"]).await.0, 0);
+    fake.state().scripts = vec![(vec![missing.clone()], None), (vec![missing.clone()], None)].into();
+    let (code, _, stderr) = exec(&endpoint, &["true"]).await;
+    assert!(code == 125 && stderr.contains(&lost.to_string()), "{stderr}");
+}
+
+/// OPS-03.
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_cancels_the_operation_before_exec_leaves() {
+    let fake = Fake::default();
+    let endpoint = fake.serve().await;
+    fake.state().hang = true;
+    fake.state().scripts = vec![(vec![stage(Stage::Queued)], None)].into();
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_gorego"))
+        .args(["exec", "--endpoint", &endpoint, "sleep", "1000"])
+        .spawn()
+        .unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !fake.state().calls.contains(&"Execute") {
+        assert!(std::time::Instant::now() < deadline, "exec does not come to the point");
+        tokio::task::yield_now().await;
+    }
+    // The name of the operation may still be on its way.
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT)
+        .unwrap();
+    assert_eq!(tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap().code(), Some(130));
+    assert_eq!(fake.state().calls.last(), Some(&"CancelOperation"));
+}

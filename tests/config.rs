@@ -1,0 +1,261 @@
+//! Configuration from the outside: precedence, errors that say what to do, and the files that people read.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use gorego::config::{
+    Config, Flag, Machine, Origin, Settings, Sources,
+    load::{keys, load, variable_of},
+    show::show,
+};
+use std::{ffi::OsString, fs, os::unix::ffi::OsStringExt as _, path::PathBuf, time::Duration};
+
+fn machine() -> Machine {
+    Machine { cpus: 6, cache_home: Some("/home/u/.cache".into()), current_dir: "/cwd".into() }
+}
+
+fn env(pairs: &[(&str, &str)]) -> Vec<(OsString, OsString)> {
+    pairs.iter().map(|(name, value)| (name.into(), value.into())).collect()
+}
+
+/// A file in a directory that lives as long as the test.
+fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.toml");
+    fs::write(&path, text).unwrap();
+    (dir, path)
+}
+
+fn file_error(text: &str) -> String {
+    let (_dir, path) = file(text);
+    load(&Sources { file: Some(path), ..Sources::default() }).unwrap_err().to_string()
+}
+
+fn env_error(name: &str, value: &str) -> String {
+    load(&Sources { env: env(&[(name, value)]), ..Sources::default() }).unwrap_err().to_string()
+}
+
+#[test]
+fn gorego_toml_is_the_complete_default_configuration() {
+    let text = include_str!("../gorego.toml");
+    assert_eq!(toml::from_str::<Config>(text).unwrap(), Config::default());
+    let (_dir, path) = file(text);
+    let loaded = load(&Sources { file: Some(path), ..Sources::default() }).unwrap();
+    let all = keys(&Config::default());
+    assert!(all.len() >= 20, "the list of keys is not empty: {all:?}");
+    let mut last = 0;
+    for (key, _) in all {
+        // Every key is written out, and in the order of the types.
+        let Origin::File(_, line) = loaded.origin(&key) else { panic!("{key} is not in gorego.toml") };
+        assert!(*line > last, "{key} is out of order");
+        last = *line;
+    }
+}
+
+#[test]
+fn a_flag_wins_over_the_environment_that_over_the_file_that_over_the_default() {
+    let (_dir, path) =
+        file("max_size_gb = 2\n\n[execution]\nconcurrency = 2\nqueue_size = 2\nretention = \"2m\"\n");
+    let mut sources = Sources { file: Some(path.clone()), ..Sources::default() };
+    sources.env =
+        env(&[("GOREGO_EXECUTION__CONCURRENCY", "3"), ("GOREGO_EXECUTION__QUEUE_SIZE", "3"), ("HOME", "/x")]);
+    sources.flags =
+        vec![Flag { flag: "--concurrency", key: "execution.concurrency", value: toml::Value::Integer(4) }];
+    let loaded = load(&sources).unwrap();
+    let execution = &loaded.config.execution;
+    assert_eq!((execution.concurrency, execution.queue_size, loaded.config.max_size_gb), (4, 3, 2));
+    assert_eq!(execution.retention, Duration::from_secs(120));
+    assert_eq!(execution.max_attempts, Config::default().execution.max_attempts);
+    for (key, origin) in [
+        ("execution.concurrency", Origin::Flag("--concurrency".into())),
+        ("execution.queue_size", Origin::Env("GOREGO_EXECUTION__QUEUE_SIZE".into())),
+        ("execution.retention", Origin::File(path.clone(), 6)),
+        ("max_size_gb", Origin::File(path, 1)),
+        ("execution.max_attempts", Origin::Default),
+    ] {
+        assert_eq!(loaded.origin(key), &origin, "{key}");
+    }
+}
+
+#[test]
+fn every_key_can_be_set_by_its_variable() {
+    for (key, value) in keys(&Config::default()) {
+        let text = match &value {
+            toml::Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        let loaded =
+            load(&Sources { env: env(&[(&variable_of(&key), &text)]), ..Sources::default() }).unwrap();
+        assert_eq!(loaded.config, Config::default(), "{key}");
+        assert_eq!(loaded.origin(&key), &Origin::Env(variable_of(&key)));
+    }
+    let lists = env(&[
+        ("GOREGO_INSTANCE_NAMES", "[\"\", \"a/b\"]"),
+        ("GOREGO_EXECUTION__PLATFORM", "{ OSFamily = \"linux\", pool = \"big\" }"),
+    ]);
+    let config = load(&Sources { env: lists, ..Sources::default() }).unwrap().config;
+    assert_eq!(config.instance_names, ["", "a/b"]);
+    assert_eq!(config.execution.platform.get("pool").map(String::as_str), Some("big"));
+}
+
+#[test]
+fn errors_in_a_file_show_the_place_and_what_was_meant() {
+    for (text, parts) in [
+        (
+            "\nlisten_adr = \"x\"\n",
+            &[":2:1: unknown key \"listen_adr\"", "did you mean \"listen_addr\"", "^^^^^^^^^^"][..],
+        ),
+        ("[execution]\nconcurency = 1\n", &[":2:1: ", "did you mean \"execution.concurrency\""]),
+        ("concurrency = 1\n", &[":1:1: ", "did you mean \"execution.concurrency\""]),
+        ("[exection]\nconcurrency = 1\n", &[":1:2: unknown key \"exection\""]),
+        ("execution = 1\n", &[":1:13: ", "is a section", "[execution]"]),
+        ("max_size_gb = \"fifty\"\n", &[":1:15: ", "fifty"]),
+        ("max_size_gb = -1\n", &[":1:15: ", "-1"]),
+        ("[execution]\n\nretention = \"ten minutes\"\n", &[":3:13: "]),
+        ("listen_addr = \"localhost\"\n", &[":1:15: ", "address"]),
+        ("[log]\nformat = \"xml\"\n", &[":2:10: ", "json"]),
+        ("a = \n", &[":1:"]),
+        ("max_size_gb = 1\nmax_size_gb = 2\n", &[":2:1: ", "duplicate"]),
+    ] {
+        let error = file_error(text);
+        for part in parts {
+            assert!(error.contains(part), "{part} in {error}");
+        }
+    }
+    for error in [file_error("zzzzzz = 1"), env_error("GOREGO_FOO", "1")] {
+        assert!(!error.contains("did you mean"), "no suggestion is better than a wild one: {error}");
+    }
+    let absent =
+        load(&Sources { file: Some("/nonexistent/x.toml".into()), ..Sources::default() }).unwrap_err();
+    assert!(absent.to_string().contains("/nonexistent/x.toml does not exist"));
+    let (_dir, path) = file("");
+    fs::write(&path, b"a = 1\nb = \"\xff\"\n").unwrap();
+    let binary = load(&Sources { file: Some(path), ..Sources::default() }).unwrap_err();
+    assert!(binary.to_string().contains("line 2"), "{binary}");
+}
+
+#[test]
+fn errors_in_the_environment_name_the_variable_and_what_was_meant() {
+    for (name, value, parts) in [
+        ("GOREGO_LISTEN_ADR", "x", &["GOREGO_LISTEN_ADR", "did you mean \"GOREGO_LISTEN_ADDR\""][..]),
+        ("GOREGO_EXECUTION_CONCURRENCY", "1", &["did you mean \"GOREGO_EXECUTION__CONCURRENCY\""]),
+        ("GOREGO_CONCURRENCY", "1", &["did you mean \"GOREGO_EXECUTION__CONCURRENCY\""]),
+        ("GOREGO_CONFG", "x", &["did you mean \"GOREGO_CONFIG\""]),
+        ("GOREGO_MAX_SIZE_GB", "fifty", &["GOREGO_MAX_SIZE_GB=\"fifty\"", "whole number"]),
+        ("GOREGO_MAX_SIZE_GB", "-1", &["GOREGO_MAX_SIZE_GB=\"-1\""]),
+        ("GOREGO_ALLOW_UNAUTHENTICATED", "yes", &["true or false"]),
+        ("GOREGO_LISTEN_ADDR", "somewhere", &["GOREGO_LISTEN_ADDR=\"somewhere\""]),
+        ("GOREGO_INSTANCE_NAMES", "main", &["TOML value"]),
+        ("GOREGO_INSTANCE_NAMES", "[]\nmax_size_gb = 1", &["one TOML value"]),
+        ("GOREGO_EXECUTION__RETENTION", "soon", &["GOREGO_EXECUTION__RETENTION"]),
+    ] {
+        let error = env_error(name, value);
+        for part in parts {
+            assert!(error.contains(part), "{part} in {error}");
+        }
+    }
+    let bytes = (OsString::from("GOREGO_LOCAL_CACHE_DIR"), OsString::from_vec(b"/\xff".to_vec()));
+    let error = load(&Sources { env: vec![bytes], ..Sources::default() }).unwrap_err();
+    assert!(error.to_string().contains("GOREGO_LOCAL_CACHE_DIR is not UTF-8"));
+}
+
+#[test]
+fn variables_that_are_not_meant_for_the_configuration_are_left_alone() {
+    let env = env(&[
+        ("GOREGO_CONFIG", "/x"),
+        ("GOREGO_ENDPOINT", "grpc://a:1"),
+        ("GOREGO", "x"),
+        ("MY_GOREGO_X", "x"),
+        // What Kubernetes sets in every pod beside a service called "gorego".
+        ("GOREGO_SERVICE_HOST", "10.0.0.1"),
+        ("GOREGO_SERVICE_PORT_GRPC", "50051"),
+        ("GOREGO_PORT", "tcp://10.0.0.1:50051"),
+        ("GOREGO_PORT_50051_TCP_ADDR", "10.0.0.1"),
+    ]);
+    assert_eq!(load(&Sources { env, ..Sources::default() }).unwrap().config, Config::default());
+}
+
+fn check(text: &str) -> Result<Settings, String> {
+    let (_dir, path) = file(text);
+    let loaded =
+        load(&Sources { file: Some(path), ..Sources::default() }).map_err(|error| error.to_string())?;
+    Settings::new(&loaded, &machine()).map_err(|error| error.to_string())
+}
+
+#[test]
+fn values_that_make_no_sense_are_refused_all_at_once_with_their_place() {
+    let error = check(
+        "max_size_gb = 0\ninstance_names = [\"a/blobs\"]\nlocal_cache_dir = \"~/x\"\n[log]\nfilter = \"warning\"\n\
+         [execution]\nqueue_size = 0\nmax_attempts = 0\nretention = \"0s\"\ndefault_timeout = \"2days\"\n\
+         max_timeout = \"2years\"\nconcurrency = 100000\n",
+    )
+    .unwrap_err();
+    for part in [
+        "max_size_gb = 0 (",
+        "c.toml:1): must be between 1",
+        "instance_names = [\"a/blobs\"]",
+        "local_cache_dir = \"~/x\"",
+        "log.filter = \"warning\"",
+        "execution.queue_size = 0 (",
+        "c.toml:7)",
+        "execution.max_attempts",
+        "execution.retention = \"0s\"",
+        "execution.max_timeout",
+        "execution.concurrency",
+    ] {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+    let error = check("[execution]\nmax_timeout = \"10m\"\n").unwrap_err();
+    assert!(error.contains("default_timeout = \"1h\" (default): is above execution.max_timeout"), "{error}");
+    for text in
+        ["instance_names = []", "instance_names = [\"a\", \"a\"]", "max_size_gb = 9223372036854775807"]
+    {
+        assert!(check(text).is_err(), "{text}");
+    }
+}
+
+#[test]
+fn strangers_are_kept_out_unless_somebody_says_otherwise() {
+    for address in ["0.0.0.0:1", "192.168.1.1:1", "[::]:1", "[2001:db8::1]:1", "[::ffff:10.0.0.1]:1"] {
+        let error = check(&format!("listen_addr = \"{address}\"")).unwrap_err();
+        assert!(error.contains("allow_unauthenticated = true"), "{error}");
+        let allowed = check(&format!("listen_addr = \"{address}\"\nallow_unauthenticated = true")).unwrap();
+        assert!(allowed.warnings[0].contains("everybody"), "{:?}", allowed.warnings);
+    }
+    for address in ["127.0.0.1:1", "127.8.8.8:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+        let settings = check(&format!("listen_addr = \"{address}\"")).unwrap();
+        assert_eq!(settings.warnings, Vec::<String>::new());
+    }
+}
+
+#[test]
+fn zero_and_empty_are_replaced_by_what_they_stand_for() {
+    let settings = check("max_size_gb = 5\n").unwrap();
+    let execution = settings.execution.unwrap();
+    assert_eq!(settings.cache_dir, PathBuf::from("/home/u/.cache/gorego"));
+    assert_eq!(execution.build_root, PathBuf::from("/home/u/.cache/gorego/build"));
+    assert_eq!((execution.slots, settings.max_size_bytes), (6, 5_000_000_000));
+    assert_eq!(settings.max_blob_bytes, settings.max_size_bytes, "no blob is larger than the store");
+    let settings =
+        check("local_cache_dir = \"data\"\n[execution]\nbuild_root = \"/b\"\nconcurrency = 9\n").unwrap();
+    let execution = settings.execution.unwrap();
+    assert_eq!(settings.cache_dir, PathBuf::from("/cwd/data"));
+    assert_eq!((execution.build_root, execution.slots), (PathBuf::from("/b"), 9));
+    assert!(check("[execution]\nenabled = false\n").unwrap().execution.is_none());
+    let loaded = load(&Sources::default()).unwrap();
+    let homeless = Machine { cache_home: None, ..machine() };
+    let error = Settings::new(&loaded, &homeless).unwrap_err().to_string();
+    assert!(error.contains("no cache directory"), "{error}");
+}
+
+#[test]
+fn what_is_shown_can_be_loaded_again_and_says_where_it_came_from() {
+    let sources = Sources { env: env(&[("GOREGO_MAX_SIZE_GB", "7")]), ..Sources::default() };
+    let loaded = load(&sources).unwrap();
+    let text = show(&loaded, &Settings::new(&loaded, &machine()).unwrap());
+    assert!(text.contains("max_size_gb = 7  # environment GOREGO_MAX_SIZE_GB"), "{text}");
+    assert!(text.contains("concurrency = 6  # default, worked out"), "{text}");
+    assert!(text.contains("queue_size = 20000  # default\n"), "{text}");
+    let again: Config = toml::from_str(&text).unwrap();
+    assert_eq!((again.max_size_gb, again.execution.concurrency), (7, 6));
+    assert_eq!(again.local_cache_dir, PathBuf::from("/home/u/.cache/gorego"));
+    assert_eq!(again.execution.platform, Config::default().execution.platform);
+}

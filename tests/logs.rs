@@ -1,0 +1,172 @@
+//! Log lines: what a program that reads them may rely on.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs)]
+
+mod log_schema;
+
+use log::{Level, Record, kv::Value as Kv};
+use log_schema::Schema;
+use proptest::prelude::*;
+use serde_json::{Map, Value};
+use std::{
+    collections::HashMap,
+    io,
+    time::{Duration, Instant, UNIX_EPOCH},
+};
+
+fn write(level: Level, target: &str, message: std::fmt::Arguments<'_>, kvs: &[(&str, Kv<'_>)]) -> String {
+    let mut line = Vec::new();
+    let now = UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
+    let mut builder = Record::builder();
+    let record = builder.level(level).target(target).key_values(&kvs).args(message).build();
+    gorego::logging::write_json(&mut line, now, &record);
+    String::from_utf8(line).unwrap()
+}
+
+fn parse(line: &str) -> Map<String, Value> {
+    assert!(line.ends_with('\n') && line.matches('\n').count() == 1, "one line: {line:?}");
+    serde_json::from_str(line).unwrap()
+}
+
+#[test]
+fn a_line_has_the_documented_fields_with_their_types() {
+    let schema = Schema::documented();
+    let line = write(
+        Level::Info,
+        "gorego::scheduler",
+        format_args!("operation {} is over", 7),
+        &[
+            ("event", Kv::from("operation_completed")),
+            ("run_ms", Kv::from(12u64)),
+            ("exit_code", Kv::from(-1i32)),
+            ("cached", Kv::from(true)),
+            ("slot", Kv::from(3usize)),
+        ],
+    );
+    let object = schema.check(&line).unwrap();
+    assert_eq!(object["ts"], "2023-11-14T22:13:20.123Z");
+    assert_eq!(object["msg"], "operation 7 is over");
+    assert_eq!(
+        (&object["run_ms"], &object["exit_code"], &object["cached"]),
+        (&12.into(), &(-1).into(), &true.into())
+    );
+    let line = write(
+        Level::Info,
+        "x",
+        format_args!(""),
+        &[("event", Kv::from("rpc_finished")), ("bytes", Kv::from("1"))],
+    );
+    assert!(schema.check(&line).unwrap_err().contains("bytes"), "types are checked");
+    let line = write(
+        Level::Info,
+        "x",
+        format_args!(""),
+        &[("event", Kv::from("rpc_finished")), ("byts", Kv::from(1))],
+    );
+    assert!(schema.check(&line).unwrap_err().contains("byts"), "names are checked");
+}
+
+#[test]
+fn a_library_cannot_change_the_fields_of_this_program() {
+    let schema = Schema::documented();
+    let line = write(
+        Level::Warn,
+        "h2::proto",
+        format_args!("oops"),
+        &[("bytes", Kv::from("many")), ("ts", Kv::from(1))],
+    );
+    let object = schema.check(&line).unwrap();
+    assert_eq!(object["event"], "library");
+    assert_eq!(object["fields"], serde_json::json!({ "bytes": "many" }));
+    let object = schema.check(&write(Level::Debug, "h2", format_args!("plain"), &[])).unwrap();
+    assert!(!object.contains_key("fields"));
+}
+
+/// A value that breaks in the middle of being written.
+struct Broken;
+
+impl serde::Serialize for Broken {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::{Error as _, SerializeSeq as _};
+        serializer.serialize_seq(None)?.serialize_element(&1)?;
+        Err(S::Error::custom("broke"))
+    }
+}
+
+impl std::fmt::Debug for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Broken")
+    }
+}
+
+#[test]
+fn structured_values_stay_structured_and_broken_ones_do_not_break_the_line() {
+    let map = HashMap::from([("hash", vec![1, 2])]);
+    let error = io::Error::other("disk\nfull");
+    let kvs = [
+        ("event", Kv::from("x")),
+        ("digest", Kv::from_serde(&map)),
+        ("broken", Kv::from_serde(&Broken)),
+        ("error", Kv::from_dyn_error(&error)),
+        ("nan", Kv::from(f64::NAN)),
+        ("big", Kv::from(u64::MAX)),
+        ("none", Kv::null()),
+    ];
+    let object = parse(&write(Level::Error, "gorego", format_args!("m"), &kvs));
+    assert_eq!(object["digest"], serde_json::json!({ "hash": [1, 2] }));
+    assert!(object["broken"].as_str().unwrap().contains("broke"));
+    assert_eq!(
+        (&object["error"], &object["nan"], &object["none"]),
+        (&"disk\nfull".into(), &Value::Null, &Value::Null)
+    );
+    assert_eq!(object["big"], u64::MAX);
+}
+
+proptest! {
+    #[test]
+    fn whatever_clients_send_stays_one_line_of_json(message in any::<String>(), key in any::<String>(), value in any::<String>()) {
+        let kvs = [("event", Kv::from("e")), (key.as_str(), Kv::from(value.as_str()))];
+        let object = parse(&write(Level::Info, &value, format_args!("{message}"), &kvs));
+        prop_assert_eq!(object["msg"].as_str(), Some(message.as_str()));
+        if !["ts", "level", "target", "event", "msg"].contains(&key.as_str()) {
+            prop_assert_eq!(object[&key].as_str(), Some(value.as_str()));
+        }
+        let mut line = Vec::new();
+        let mut builder = Record::builder();
+        let builder = builder.target(&value).key_values(&kvs);
+        gorego::logging::write_text(&mut line, UNIX_EPOCH, &builder.args(format_args!("{message}")).build(), false);
+        let text = String::from_utf8(line).unwrap();
+        prop_assert!(text.trim_end_matches('\n').chars().all(|c| !c.is_control()), "{text:?}");
+    }
+}
+
+/// What a line costs, formatting alone. A measurement, not a gate: `cargo test --release --test logs -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn cost_of_a_line() {
+    const LINES: u32 = 200_000;
+    let digest = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855/0";
+    let kvs = [
+        ("event", Kv::from("operation_completed")),
+        ("operation", Kv::from("operations/6ba7b810-9dad-11d1-80b4-00c04fd430c8")),
+        ("action_digest", Kv::from(digest)),
+        ("slot", Kv::from(1u64)),
+        ("queue_ms", Kv::from(12u64)),
+        ("run_ms", Kv::from(345u64)),
+        ("exit_code", Kv::from(0i32)),
+        ("cached", Kv::from(false)),
+    ];
+    let mut line = Vec::new();
+    let start = Instant::now();
+    for n in 0..LINES {
+        line.clear();
+        let mut builder = Record::builder();
+        let record = builder.target("gorego::scheduler").key_values(&kvs);
+        let now = UNIX_EPOCH + Duration::from_millis(1_700_000_000_123 + u64::from(n));
+        gorego::logging::write_json(
+            &mut line,
+            now,
+            &record.args(format_args!("operation {n} is over")).build(),
+        );
+    }
+    println!("{} ns a line of {} bytes", start.elapsed().as_nanos() / u128::from(LINES), line.len());
+}

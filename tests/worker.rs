@@ -517,7 +517,7 @@ fn what_a_crashed_run_left_is_swept_and_nothing_else() {
     });
 }
 
-/// A large log never passes through memory whole, so it is stored as a file; a file too large ends its writer.
+/// A command cannot fill the disk with one file; the limit of these tests is 1 GiB.
 #[test]
 fn files_beyond_the_limit_end_the_command() {
     with_worker(async |bench| {

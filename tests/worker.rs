@@ -317,8 +317,9 @@ fn trees_are_canonical_deterministic_and_without_duplicates() {
 #[test]
 fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
     with_worker(async |bench| {
-        let mut job = sh("mkdir d; echo a > d/a; touch -d @5 d/a; chmod 0 d/a d; echo b > b; chmod 0200 b")
-            .outputs(&["d", "b"]);
+        let mut job =
+            sh("mkdir d; echo a > d/a; touch -d @5 d/a; chmod 0 d/a d; echo b > b; chmod 0200 b; chmod 0 .")
+                .outputs(&["d", "b"]);
         job.command.output_node_properties = vec!["unix_mode".into(), "mtime".into()];
         let result = bench.result(&job).await;
         let tree = result.output_directories[0].tree_digest.as_ref().unwrap();
@@ -516,7 +517,7 @@ fn what_a_crashed_run_left_is_swept_and_nothing_else() {
     });
 }
 
-/// A large log never passes through memory whole, so it is stored as a file; a file too large ends its writer.
+/// A command cannot fill the disk with one file; the limit of these tests is 1 GiB.
 #[test]
 fn files_beyond_the_limit_end_the_command() {
     with_worker(async |bench| {

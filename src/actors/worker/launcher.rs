@@ -9,7 +9,7 @@
 //! fault and worth another try, and the scheduler's bound on tries ends it.
 
 pub mod protocol;
-pub mod reap;
+mod reap;
 pub mod runner;
 mod spawn;
 mod sys;

@@ -91,9 +91,10 @@ pub fn collect(
 ) -> Result<()> {
     let mut budget = NodeBudget::new();
     let mut found = Vec::new();
+    let root_seen = open_up(root)?;
     for output in &action.command.outputs {
         checkpoint.check()?;
-        if let Some(node) = look(root, output, checkpoint, &mut budget)? {
+        if let Some(node) = look(root, root_seen, output, checkpoint, &mut budget)? {
             found.push((output, node));
         }
     }
@@ -108,9 +109,21 @@ pub fn collect(
     found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))
 }
 
+/// Undoes a command's closing of its own root; says how the root looked before.
+fn open_up(root: &File) -> Result<Seen> {
+    let failed = |error: Errno| Error::io("look at the input root", &error.into());
+    let stat = rfs::fstat(root).map_err(failed)?;
+    let mode = Mode::from_raw_mode(stat.st_mode);
+    if !mode.contains(Mode::RWXU) {
+        rfs::fchmod(root, mode | Mode::RWXU).map_err(failed)?;
+    }
+    Ok(Seen::from(&stat))
+}
+
 /// What is at an output path; `None` for nothing (EXE-50).
 fn look(
     root: &File,
+    root_seen: Seen,
     output: &OutputRequest,
     checkpoint: &Checkpoint,
     budget: &mut NodeBudget,
@@ -118,7 +131,7 @@ fn look(
     let path = &output.requested;
     let Some((parent_path, name)) = output.path.parent().zip(output.path.name()) else {
         return expect(output, FileType::Directory)
-            .and_then(|()| Scan::of(open_directory(root, output)?, path, checkpoint, budget))
+            .and_then(|()| Scan::of(open_directory(root, output)?, root_seen, path, checkpoint, budget))
             .map(|scan| Some(Found::Directory(scan)));
     };
     let Some(parent) = open_parent(root, &parent_path, path)? else { return Ok(None) };
@@ -132,7 +145,7 @@ fn look(
     Ok(Some(match kind {
         FileType::RegularFile => Found::File { name: name.to_owned(), id: dir::file_id(&stat), seen },
         FileType::Directory => {
-            Found::Directory(Scan::of(open_directory(root, output)?, path, checkpoint, budget)?)
+            Found::Directory(Scan::of(open_directory(root, output)?, seen, path, checkpoint, budget)?)
         }
         FileType::Symlink => Found::Link {
             target: read_link(&parent, name, path)?,
@@ -272,10 +285,15 @@ fn open_parent(root: &File, parent: &RootPath, path: &str) -> Result<Option<File
     match dir::open_beneath(root, parent.as_path()) {
         Ok(parent) => Ok(Some(parent)),
         Err(error) if is_absence(&error) => Ok(None),
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::XDEV) => Err(Error::Precondition(format!(
-            "output \"{path}\" cannot be collected: a symbolic link on the way leaves the input root"
-        ))),
-        Err(error) => Err(Error::io(&format!("look for output \"{path}\""), &error)),
+        Err(error) => Err(match Errno::from_io_error(&error) {
+            Some(Errno::XDEV) => Error::Precondition(format!(
+                "output \"{path}\" cannot be collected: a symbolic link on the way leaves the input root"
+            )),
+            Some(Errno::ACCESS) => Error::Precondition(format!(
+                "output \"{path}\" cannot be collected: the command left a directory on the way without permissions"
+            )),
+            _ => Error::io(&format!("look for output \"{path}\""), &error),
+        }),
     }
 }
 

@@ -20,15 +20,25 @@ pub fn kill_descendants(of: u32) -> usize {
     found.len()
 }
 
+/// How often processes are looked for by place; each round can only find what was started during the one before.
+const INHABITANT_ROUNDS: usize = 10;
+
 /// Kills every process whose working directory is below `path`: what is left of a command whose runner died. A process that
 /// went elsewhere is not found.
 pub fn kill_inhabitants(path: &Path) {
-    let Ok(processes) = fs::read_dir("/proc") else { return };
-    for process in processes.flatten() {
-        let pid = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
-        let Some(pid) = pid else { continue };
-        if fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(path)) {
-            kill(pid);
+    for _ in 0..INHABITANT_ROUNDS {
+        let Ok(processes) = fs::read_dir("/proc") else { return };
+        let mut found = false;
+        for process in processes.flatten() {
+            let pid = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
+            let Some(pid) = pid else { continue };
+            if fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(path)) {
+                kill(pid);
+                found = true;
+            }
+        }
+        if !found {
+            return;
         }
     }
 }

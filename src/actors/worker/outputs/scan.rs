@@ -12,7 +12,7 @@ use crate::{
     digest::Digest,
     error::{Error, Result},
 };
-use rustix::fs::{self as rfs, FileType, Stat};
+use rustix::fs::{FileType, Stat};
 use std::{ffi::OsStr, fs::File, io};
 
 /// Most nodes that the outputs of one action may have, all together. The same number bounds input roots.
@@ -83,13 +83,18 @@ impl NodeBudget {
 }
 
 impl Scan {
-    /// Looks at the directory `top`; `path` names it in errors.
+    /// Looks at the directory `top`, which looked like `seen` before it was opened; `path` names it in errors.
     ///
     /// # Errors
     /// `Precondition` for anything that is not a file, directory or link, for names that are not UTF-8, and for too many nodes.
-    pub fn of(top: File, path: &str, checkpoint: &Checkpoint, budget: &mut NodeBudget) -> Result<Self> {
-        let stat = rfs::fstat(&top).map_err(|error| cannot_look(path, error.into()))?;
-        let mut scan = Self { directories: vec![FoundDirectory::new(String::new(), Seen::from(&stat))] };
+    pub fn of(
+        top: File,
+        seen: Seen,
+        path: &str,
+        checkpoint: &Checkpoint,
+        budget: &mut NodeBudget,
+    ) -> Result<Self> {
+        let mut scan = Self { directories: vec![FoundDirectory::new(String::new(), seen)] };
         scan.walk(top, path, |scan, at, here| scan.list(at, here, path, checkpoint, budget))?;
         Ok(scan)
     }

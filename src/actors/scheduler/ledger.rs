@@ -8,7 +8,8 @@
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so that every operation ends, exactly once.
 //!
 //! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks, slots and runs,
-//! `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are. What happened is kept as [`Transition`]s until [`Ledger::take_transitions`].
+//! `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are. What happened is kept as [`Transition`]s until
+//! [`Ledger::take_transitions`].
 
 mod deadlines;
 mod dispatch;

@@ -1,9 +1,9 @@
 //! The scheduler: which action runs when and where, and who hears of it.
 //!
-//! [`SchedulerActor`] is a thin shell. It owns the [`Ledger`](ledger::Ledger), which decides everything, and moves the mail: requests and facts go
-//! in with the time, decisions go out to the CAS and to the pools. Every wait for another actor is a task of its own whose
-//! end comes back as a message, so that no handler waits, facts arrive in the order in which they were sent, and ten
-//! thousand waits cost nothing while they last.
+//! [`SchedulerActor`] is a thin shell. It owns the [`Ledger`], which decides everything, and moves the mail: requests and facts
+//! go in with the time, decisions go out to the CAS and to the pools. Every wait for another actor is a task of its own
+//! whose end comes back as a message, so that no handler waits, facts arrive in the order in which they were sent, and a
+//! wait costs nothing while it lasts (futures kept in an actix context are all polled whenever one of them wakes).
 //!
 //! It does not touch bytes, files or processes, and knows the CAS and the workers only as recipients of their messages.
 

@@ -7,45 +7,43 @@
 //!   run that was told to stop, or was given up, holds its slot until its worker answers.
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so that every operation ends, exactly once.
 //!
-//! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks, slots and runs, and
-//! `ledger/deadlines.rs` the clock. What happened is kept as [`Transition`]s until [`Ledger::take_transitions`].
+//! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks, slots and runs,
+//! `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are. What happened is kept as [`Transition`]s until
+//! [`Ledger::take_transitions`].
 
 mod deadlines;
 mod dispatch;
 #[cfg(test)]
-mod simulation;
+pub(super) mod fixtures;
 #[cfg(test)]
-pub(super) mod tests;
+mod simulation;
+mod task;
+#[cfg(test)]
+mod tests;
 
 use super::{
     messages::{Inspection, ListOperations, OperationPage, Submit},
     operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
-    queue::{Place, PoolSet, Queue},
+    queue::Queue,
     register::Register,
     settings::{Moment, QUEUE_FULL_RETRY, SchedulerSettings},
     slots::{PoolSpec, Slots},
-    transition::{Event, RunPlace, Transition},
+    transition::{Event, Transition},
 };
 use crate::{
     action::Action,
-    actors::{
-        cas::messages::Resolution,
-        worker::{
-            cancel::CancelToken,
-            messages::{RunStage, TaskId},
-        },
-    },
-    digest::Digest,
+    actors::{cas::messages::Resolution, worker::messages::TaskId},
     error::{Error, Result},
-    instance::{Instance, InstanceId},
+    instance::Instance,
 };
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::Duration,
 };
 
 pub use dispatch::{Assignment, Check, RunEnd};
+use task::{Key, Run, Step, Task, key};
 
 /// All work that is known here. See the file's head.
 #[derive(Debug)]
@@ -65,68 +63,6 @@ pub struct Ledger {
     checks: usize,
     draining: bool,
     transitions: Vec<Transition>,
-}
-
-/// What makes two actions the same work. Never made for actions that must not be cached (EXE-15).
-type Key = (InstanceId, Digest);
-
-/// The work of one action. Its id is the number of the operation that brought it in, so that ids ascend with age.
-#[derive(Debug)]
-struct Task {
-    action: Arc<Action>,
-    pools: PoolSet,
-    /// The operation that brought it in; it may have been cancelled since.
-    first: Arc<OperationInfo>,
-    queued_at: SystemTime,
-    waiting_since: Instant,
-    attempts: u32,
-    /// Who waits: (priority, number). Never empty. The best priority is the task's own.
-    waiters: BTreeSet<(i32, u64)>,
-    step: Step,
-}
-
-/// Where a task is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
-    /// In the queue of those whose inputs have to be looked at.
-    Unchecked,
-    /// The CAS looks at its inputs.
-    Checking,
-    /// In the queue for a slot.
-    Ready,
-    /// It has a slot, and an entry in `runs`.
-    Running,
-}
-
-/// One try of a task on a slot. It may outlive its task.
-#[derive(Debug)]
-struct Run {
-    pool: usize,
-    place: RunPlace,
-    cancel: CancelToken,
-    started: Instant,
-    deadline: Instant,
-    reached: Option<(RunStage, SystemTime)>,
-    /// Its deadline passed: nobody waits for it any more, but its slot is not free either.
-    stuck: bool,
-}
-
-impl Task {
-    fn key(&self) -> Option<Key> {
-        key(&self.action)
-    }
-
-    fn place(&self, id: TaskId) -> Place {
-        Place { priority: self.waiters.first().map_or(0, |&(priority, _)| priority), task: id }
-    }
-
-    fn numbers(&self) -> impl Iterator<Item = u64> {
-        self.waiters.iter().map(|&(_, number)| number)
-    }
-}
-
-fn key(action: &Action) -> Option<Key> {
-    (!action.do_not_cache).then(|| (action.instance.id(), action.digest))
 }
 
 impl Outcome {

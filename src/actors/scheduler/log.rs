@@ -3,7 +3,7 @@
 use super::transition::{Event, Phases, RunPlace, Transition};
 use crate::error::Error;
 use log::{
-    Level, Record,
+    Level, Log, Record,
     kv::{ToValue, Value},
 };
 use std::time::Duration;
@@ -30,9 +30,12 @@ pub fn transition(transition: &Transition) {
         Event::Requeued { .. } => Level::Warn,
         _ => Level::Info,
     };
-    if !log::log_enabled!(target: TARGET, level) {
-        return;
+    if log::log_enabled!(target: TARGET, level) {
+        write(transition, level, log::logger());
     }
+}
+
+fn write(transition: &Transition, level: Level, logger: &dyn Log) {
     let Transition { info, priority, event } = transition;
     let (operation, action) = (info.name(), info.action.to_string());
     let mut line = Line::default();
@@ -46,21 +49,21 @@ pub fn transition(transition: &Transition) {
     match event {
         Event::Queued { joined } => {
             line.set("joined", joined);
-            line.write(level, OPERATION_QUEUED, "an operation waits for a worker");
+            line.write(logger, level, OPERATION_QUEUED, "an operation waits for a worker");
         }
         Event::Executing { place, queued_for, attempt } => {
             let queue_ms = millis(*queued_for);
             line.set_place(place);
             line.set("queue_ms", &queue_ms);
             line.set("attempt", attempt);
-            line.write(level, OPERATION_EXECUTING, "a worker has an operation's action");
+            line.write(logger, level, OPERATION_EXECUTING, "a worker has an operation's action");
         }
         Event::Requeued { reason, attempt } => {
             let error = reason.to_string();
             line.set("attempt", attempt);
             line.set("error_kind", kind(reason));
             line.set("error", &error);
-            line.write(level, OPERATION_REQUEUED, "a worker failed, an operation waits again");
+            line.write(logger, level, OPERATION_REQUEUED, "a worker failed, an operation waits again");
         }
         Event::Completed { outcome, place, queued_for } => {
             // A cached result tells of the run that made it, which is not this operation's.
@@ -83,7 +86,7 @@ pub fn transition(transition: &Transition) {
                 line.set("error_kind", kind(error));
             }
             line.set_some("error", &error);
-            line.write(level, OPERATION_COMPLETED, "an operation ended");
+            line.write(logger, level, OPERATION_COMPLETED, "an operation ended");
         }
     }
 }
@@ -114,9 +117,9 @@ impl<'a> Line<'a> {
         self.set("slot", &place.slot.0);
     }
 
-    fn write(mut self, level: Level, event: &'static str, message: &str) {
+    fn write(mut self, logger: &dyn Log, level: Level, event: &'static str, message: &str) {
         self.0.insert(0, ("event", Value::from(event)));
-        log::logger().log(
+        logger.log(
             &Record::builder()
                 .target(TARGET)
                 .level(level)
@@ -147,5 +150,98 @@ fn kind(error: &Error) -> &'static str {
         Error::DeadlineExceeded(_) => "deadline_exceeded",
         Error::DataLoss(_) => "data_loss",
         Error::Internal(_) => "internal",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        actors::{
+            scheduler::{
+                ledger::fixtures::{submit, work},
+                operation::{OperationId, OperationInfo, Outcome},
+            },
+            worker::messages::SlotId,
+        },
+        proto::reapi,
+    };
+    use prost_types::Timestamp;
+    use serde_json::{Map, Value as Json, json};
+    use std::sync::{Arc, Mutex};
+
+    /// Keeps the fields of the last line.
+    #[derive(Default)]
+    struct Last(Mutex<Map<String, Json>>);
+
+    impl Log for Last {
+        fn enabled(&self, _: &log::Metadata) -> bool {
+            true
+        }
+
+        fn log(&self, record: &Record) {
+            struct Fields<'a>(&'a mut Map<String, Json>);
+            impl<'kvs> log::kv::VisitSource<'kvs> for Fields<'_> {
+                fn visit_pair(
+                    &mut self,
+                    key: log::kv::Key<'kvs>,
+                    value: Value<'kvs>,
+                ) -> Result<(), log::kv::Error> {
+                    self.0.insert(key.to_string(), serde_json::to_value(value).unwrap());
+                    Ok(())
+                }
+            }
+            let mut fields = Map::new();
+            record.key_values().visit(&mut Fields(&mut fields)).unwrap();
+            *self.0.lock().unwrap() = fields;
+        }
+
+        fn flush(&self) {}
+    }
+
+    fn line(event: Event) -> Map<String, Json> {
+        let submit = submit(&work(7));
+        let mut client = submit.client;
+        client.target_id = "//a:b".into();
+        let id = OperationId(uuid::Uuid::from_u128(1));
+        let (instance, action, inline) = (submit.instance, submit.action, submit.inline);
+        let info = Arc::new(OperationInfo { id, instance, action, inline, client });
+        let last = Last::default();
+        write(&Transition { info, priority: -3, event }, Level::Info, &last);
+        last.0.into_inner().unwrap()
+    }
+
+    #[test]
+    fn a_line_has_typed_fields_and_only_those_that_apply() {
+        let at = |seconds, nanos| Some(Timestamp { seconds, nanos });
+        let metadata = reapi::ExecutedActionMetadata {
+            execution_start_timestamp: at(10, 900_000_000),
+            execution_completed_timestamp: at(12, 100_000_000),
+            ..Default::default()
+        };
+        let result =
+            reapi::ActionResult { exit_code: 3, execution_metadata: Some(metadata), ..Default::default() };
+        let outcome =
+            Outcome { result: Some(Arc::new(result)), cached: false, error: None, message: String::new() };
+        let completed = |outcome: &Outcome, place, queued_for| {
+            line(Event::Completed { outcome: Arc::new(outcome.clone()), place, queued_for })
+        };
+        let place = RunPlace { pool: "local".into(), slot: SlotId(2) };
+        let ran = completed(&outcome, Some(place), Some(Duration::from_millis(15)));
+        let common = json!({
+            "event": "operation_completed",
+            "operation": "operations/00000000-0000-0000-0000-000000000001",
+            "action_digest": submit(&work(7)).action.to_string(),
+            "instance": "", "target_id": "//a:b", "priority": -3, "exit_code": 3,
+        });
+        let with = |more: Json| {
+            let mut all = common.as_object().unwrap().clone();
+            all.extend(more.as_object().unwrap().clone());
+            all
+        };
+        let more = json!({"cached": false, "pool": "local", "slot": 2, "queue_ms": 15, "run_ms": 1200});
+        assert_eq!(ran, with(more));
+        let hit = completed(&Outcome { cached: true, ..outcome }, None, None);
+        assert_eq!(hit, with(json!({"cached": true})), "a hit does not tell of somebody else's run");
     }
 }

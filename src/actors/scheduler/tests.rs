@@ -3,7 +3,7 @@
 //! No test sleeps: fakes hand over what they were sent through channels, and answers come when a test gives them.
 
 use super::{
-    ledger::tests::{Work, instance, resolution, settings, submit, work},
+    ledger::fixtures::{Work, instance, resolution, settings, submit, work},
     messages::*,
     operation::{Outcome, Stage, Subscription},
     *,

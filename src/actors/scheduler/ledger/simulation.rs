@@ -4,12 +4,15 @@
 //! it, and at the end the world is brought to rest, where every operation must have ended. A failure names its seed.
 
 use super::{
-    tests::{Work, instance, ledger_with, resolution, settings, submit},
+    fixtures::{Work, digest, instance, ledger_with, resolution, settings, submit, work},
     *,
 };
 use crate::actors::{
     scheduler::messages::OperationFilter,
-    worker::messages::{RunFailure, RunResult, SlotId, StageReached},
+    worker::{
+        cancel::CancelToken,
+        messages::{RunFailure, RunResult, RunStage, SlotId, StageReached},
+    },
 };
 use std::collections::HashSet;
 
@@ -216,7 +219,7 @@ impl World {
             return;
         }
         let task = self.checks.swap_remove(self.random.below(self.checks.len()));
-        let missing = Error::MissingBlobs(vec![Digest::empty(crate::digest::DigestFunction::Sha256)]);
+        let missing = Error::MissingBlobs(vec![digest(&work(0))]);
         let result = if self.random.chance(10) { Err(missing) } else { Ok(()) };
         self.ledger.inputs_checked(task, result, self.now);
     }

@@ -1,0 +1,87 @@
+//! Actions, requests and ledgers for the tests of this room.
+
+use super::*;
+use crate::{
+    action::{Command, DirectoryFormat},
+    actors::scheduler::{
+        operation::{ClientInfo, Inline},
+        slots::PoolSpec,
+    },
+    digest::{Digest, DigestFunction},
+    instance::Instances,
+    path::RootPath,
+    proto::reapi,
+};
+
+/// An action for tests: its name is what its digest depends on.
+#[derive(Clone, Copy)]
+pub struct Work {
+    pub name: u64,
+    pub do_not_cache: bool,
+    pub platform: Option<&'static str>,
+}
+
+pub fn work(name: u64) -> Work {
+    Work { name, do_not_cache: false, platform: None }
+}
+
+pub fn instance() -> Instance {
+    Instances::new([""]).unwrap().get("").unwrap()
+}
+
+/// The digest of an action.
+pub fn digest(work: &Work) -> Digest {
+    Digest::parse(DigestFunction::Sha256, &format!("{:064x}", work.name), 1).unwrap()
+}
+
+pub fn submit(work: &Work) -> Submit {
+    Submit {
+        instance: instance(),
+        action: digest(work),
+        skip_cache_lookup: false,
+        priority: 0,
+        inline: Inline::default(),
+        client: ClientInfo::default(),
+    }
+}
+
+pub fn resolution(work: &Work, cached: bool) -> Resolution {
+    if cached {
+        return Resolution::Cached(Arc::new(reapi::ActionResult::default()));
+    }
+    let command = Command {
+        arguments: vec!["true".into()],
+        environment: vec![],
+        working_directory: RootPath::root(),
+        outputs: vec![],
+        report_mtime: false,
+        report_unix_mode: false,
+        directory_format: DirectoryFormat::default(),
+    };
+    Resolution::Run(Arc::new(Action {
+        instance: instance(),
+        digest: digest(work),
+        command,
+        input_root: digest(work),
+        timeout: Duration::from_secs(100),
+        do_not_cache: work.do_not_cache,
+        platform: work.platform.map(|value| ("OSFamily".into(), value.into())).into_iter().collect(),
+    }))
+}
+
+pub fn settings() -> SchedulerSettings {
+    SchedulerSettings {
+        queue_timeout: Duration::from_secs(3600),
+        transfer_timeout: Duration::from_secs(1000),
+        ..SchedulerSettings::default()
+    }
+}
+
+pub fn ledger_with(settings: SchedulerSettings, pools: &[(usize, &str)]) -> Ledger {
+    let pool = |&(slots, family): &(usize, &str)| PoolSpec {
+        name: format!("pool-{family}"),
+        slots,
+        platform: BTreeMap::from([("OSFamily".into(), family.into())]),
+    };
+    Ledger::new(settings, pools.iter().map(pool).collect())
+}

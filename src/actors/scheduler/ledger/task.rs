@@ -1,0 +1,85 @@
+//! Tasks and runs: the work, and one try at it. A run may outlive its task, when nobody waits for it any more.
+
+use crate::{
+    action::Action,
+    actors::{
+        scheduler::{
+            operation::OperationInfo,
+            queue::{Place, PoolSet},
+            transition::RunPlace,
+        },
+        worker::{
+            cancel::CancelToken,
+            messages::{RunStage, TaskId},
+        },
+    },
+    digest::Digest,
+    instance::InstanceId,
+};
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+
+/// What makes two actions the same work. Never made for actions that must not be cached (EXE-15).
+pub(super) type Key = (InstanceId, Digest);
+
+/// The work of one action. Its id is the number of the operation that brought it in, so that ids ascend with age.
+#[derive(Debug)]
+pub(super) struct Task {
+    pub(super) action: Arc<Action>,
+    pub(super) pools: PoolSet,
+    /// The operation that brought it in; it may have been cancelled since.
+    pub(super) first: Arc<OperationInfo>,
+    pub(super) queued_at: SystemTime,
+    pub(super) waiting_since: Instant,
+    pub(super) attempts: u32,
+    /// Who waits: (priority, number). Never empty. The best priority is the task's own.
+    pub(super) waiters: BTreeSet<(i32, u64)>,
+    pub(super) step: Step,
+}
+
+/// Where a task is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// In the queue of those whose inputs have to be looked at.
+    Unchecked,
+    /// The CAS looks at its inputs.
+    Checking,
+    /// In the queue for a slot.
+    Ready,
+    /// It has a slot, and an entry in `runs`.
+    Running,
+}
+
+/// One try of a task on a slot. It may outlive its task.
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) pool: usize,
+    pub(super) place: RunPlace,
+    pub(super) cancel: CancelToken,
+    pub(super) started: Instant,
+    pub(super) deadline: Instant,
+    pub(super) reached: Option<(RunStage, SystemTime)>,
+    /// Its deadline passed: nobody waits for it any more, but its slot is not free either.
+    pub(super) stuck: bool,
+}
+
+impl Task {
+    pub(super) fn key(&self) -> Option<Key> {
+        key(&self.action)
+    }
+
+    pub(super) fn place(&self, id: TaskId) -> Place {
+        Place { priority: self.waiters.first().map_or(0, |&(priority, _)| priority), task: id }
+    }
+
+    pub(super) fn numbers(&self) -> impl Iterator<Item = u64> {
+        self.waiters.iter().map(|&(_, number)| number)
+    }
+}
+
+pub(super) fn key(action: &Action) -> Option<Key> {
+    (!action.do_not_cache).then(|| (action.instance.id(), action.digest))
+}

@@ -1,0 +1,187 @@
+//! The ways in which work ends: lost workers, cancellation, deadlines, forgetting, shutdown.
+
+use super::*;
+
+/// EXE-62.
+#[test]
+fn a_lost_worker_means_another_try_in_the_old_place_and_not_for_ever() {
+    let mut desk = Desk::new(1, SchedulerSettings { max_attempts: 3, ..settings() });
+    let (operation, _behind) = (desk.submit(work(1)), desk.submit(work(2)));
+    let first = desk.dispatch_one();
+    for attempt in 1..3 {
+        assert_eq!(stage(&operation), Stage::Executing);
+        let end = match attempt {
+            1 => RunEnd::Lost { pool_closed: false },
+            _ => RunEnd::Reported(Err(RunFailure {
+                error: Error::internal("no file descriptors"),
+                partial: None,
+                retryable: true,
+            })),
+        };
+        desk.ledger.finish(first.task, end, desk.now);
+        assert_eq!(stage(&operation), Stage::Queued);
+        assert_eq!(desk.dispatch_one().task, first.task, "it does not go to the end of the queue");
+    }
+    desk.ledger.finish(first.task, RunEnd::Lost { pool_closed: false }, desk.now);
+    assert!(matches!(error(&operation), Error::Unavailable(_)));
+    assert_eq!(desk.dispatch_one().action.digest, digest(&work(2)), "the slot serves the next one");
+}
+
+/// EXE-45.
+#[test]
+fn a_fault_of_the_command_is_no_reason_to_try_again_and_its_logs_are_kept() {
+    let mut desk = Desk::new(1, settings());
+    let operation = desk.submit(work(1));
+    let task = desk.dispatch_one().task;
+    let late = Error::DeadlineExceeded("ran for 1 s".into());
+    let logs = reapi::ActionResult { stdout_raw: b"hi".to_vec().into(), ..Default::default() };
+    let failure = RunFailure { error: late.clone(), partial: Some(Box::new(logs.clone())), retryable: false };
+    desk.finish(task, Err(failure));
+    assert_eq!(error(&operation), late);
+    assert_eq!(outcome(&operation).result.as_deref(), Some(&logs));
+}
+
+/// EXE-62.
+#[test]
+fn a_pool_whose_workers_are_all_gone_ends_what_only_it_could_run() {
+    let mut desk = Desk::new(2, settings());
+    let operations = [1, 2, 3].map(|name| desk.submit(work(name)));
+    let tasks: Vec<_> = desk.dispatch().into_iter().map(|assignment| assignment.task).collect();
+    for task in tasks {
+        desk.ledger.finish(task, RunEnd::Lost { pool_closed: true }, desk.now);
+    }
+    assert!(operations.iter().all(|operation| matches!(error(operation), Error::Unavailable(_))));
+    let refusal = desk.try_submit(submit(&work(4)), resolution(&work(4), false)).unwrap_err();
+    assert!(matches!(refusal, Error::Unavailable(_)));
+    assert_eq!(desk.ledger.inspect().slots, 0);
+}
+
+/// OPS-03.
+#[test]
+fn cancelling_the_last_operation_stops_the_task_and_the_slot_waits_for_the_worker() {
+    let mut desk = Desk::new(1, settings());
+    let running = desk.submit(work(1));
+    let assignment = desk.dispatch_one();
+    let queued = desk.submit(work(2));
+    desk.cancel(&queued);
+    desk.cancel(&running);
+    assert!(matches!((error(&running), error(&queued)), (Error::Cancelled(_), Error::Cancelled(_))));
+    assert!(assignment.cancel.is_cancelled());
+    let again = desk.submit(work(1));
+    assert_eq!(stage(&again), Stage::Queued, "a dying run is not joined");
+    assert!(desk.dispatch().is_empty(), "its slot is not free yet");
+    desk.finish(assignment.task, success());
+    assert_eq!(desk.dispatch().len(), 1);
+    desk.cancel(&running);
+    let unknown = OperationId(uuid::Uuid::from_u128(999));
+    assert!(matches!(desk.ledger.cancel(&instance(), unknown, desk.now), Err(Error::NotFound(_))));
+}
+
+/// EXE-14, and fault 31 of the list of asks.
+#[test]
+fn work_that_nobody_follows_stops_after_the_grace_unless_somebody_comes_back() {
+    let grace = settings().abandon_grace.as_secs();
+    let mut desk = Desk::new(2, settings());
+    let (lost, rescued) = (desk.submit(work(1)).info, desk.submit(work(2)).info);
+    let assignments = desk.dispatch();
+    desk.after(1);
+    desk.after(grace - 1);
+    let follower = desk.ledger.watch(&instance(), rescued.id).unwrap();
+    desk.after(1);
+    let cancelled: Vec<_> = assignments.iter().map(|assignment| assignment.cancel.is_cancelled()).collect();
+    assert_eq!(cancelled, [true, false]);
+    assert!(matches!(error(&desk.ledger.watch(&instance(), lost.id).unwrap()), Error::Cancelled(_)));
+    drop(follower);
+    desk.after(1);
+    desk.after(grace - 1);
+    assert!(!assignments[1].cancel.is_cancelled(), "the grace starts anew with each loss");
+    desk.after(1);
+    assert!(assignments[1].cancel.is_cancelled());
+}
+
+#[test]
+fn a_task_that_waits_too_long_ends_with_an_error_that_is_not_taken_for_a_slow_command() {
+    let mut desk = Desk::new(0, SchedulerSettings { concurrent_checks: 0, ..settings() });
+    desk.ledger.slots =
+        Slots::new(vec![PoolSpec { name: "busy".into(), slots: 1, platform: BTreeMap::new() }]);
+    let operation = desk.submit(work(1));
+    desk.after(3599);
+    assert_eq!(stage(&operation), Stage::Queued);
+    desk.after(1);
+    assert!(matches!(error(&operation), Error::Exhausted { retry_after: Some(_), .. }));
+}
+
+/// EXE-62, and fault 9 of the list of asks.
+#[test]
+fn a_run_that_never_answers_is_given_up_but_its_slot_is_not_used_meanwhile() {
+    let mut desk = Desk::new(1, settings());
+    let operation = desk.submit(work(1));
+    let assignment = desk.dispatch_one();
+    // Twice the transfer limit, the action's own timeout, and the slack.
+    let limit = 2 * 1000 + 100 + settings().run_slack.as_secs();
+    assert!(desk.after(limit - 1).is_empty());
+    assert_eq!(stage(&operation), Stage::Executing);
+    assert_eq!(desk.after(1).len(), 1);
+    assert!(matches!(error(&operation), Error::Unavailable(_)));
+    assert!(assignment.cancel.is_cancelled());
+    let _next = desk.submit(work(2));
+    assert!(desk.dispatch().is_empty());
+    assert_eq!((desk.ledger.inspect().slots, desk.after(1).len()), (0, 0), "it is reported once");
+    desk.finish(assignment.task, success());
+    assert_eq!(desk.dispatch().len(), 1, "a worker that answers after all is welcome back");
+    assert!(matches!(error(&operation), Error::Unavailable(_)), "but its answer comes too late");
+}
+
+/// EXE-12, EXE-13, EXE-14.
+#[test]
+fn finished_operations_are_remembered_for_a_time_and_in_a_number_that_are_bounded() {
+    let mut desk = Desk::new(1, SchedulerSettings { retained_operations: 2, ..settings() });
+    let mut done = Vec::new();
+    for name in 1..=3 {
+        done.push(desk.submit(work(name)).info);
+        let task = desk.dispatch_one().task;
+        desk.finish(task, success());
+        desk.after(100);
+    }
+    let is_known = |desk: &mut Desk, index: usize| {
+        let late = desk.ledger.watch(&instance(), done[index].id);
+        late.is_ok_and(|late| outcome(&late).error.is_none())
+    };
+    assert!(!is_known(&mut desk, 0), "the oldest had to go");
+    assert!(is_known(&mut desk, 1) && is_known(&mut desk, 2));
+    desk.after(399);
+    assert!(is_known(&mut desk, 1));
+    desk.after(1);
+    assert!(!is_known(&mut desk, 1) && is_known(&mut desk, 2), "ten minutes are over for one of them");
+}
+
+#[test]
+fn deleting_forgets_finished_operations_only() {
+    let mut desk = Desk::new(1, settings());
+    let id = desk.submit(work(1)).info.id;
+    assert!(matches!(desk.ledger.forget(&instance(), id), Err(Error::Precondition(_))));
+    desk.ledger.cancel(&instance(), id, desk.now).unwrap();
+    desk.ledger.forget(&instance(), id).unwrap();
+    assert!(matches!(desk.ledger.forget(&instance(), id), Err(Error::NotFound(_))));
+}
+
+/// EXE-10.
+#[test]
+fn draining_refuses_new_work_finishes_the_rest_or_ends_it_retryably() {
+    let mut desk = Desk::new(1, settings());
+    let (running, queued) = (desk.submit(work(1)), desk.submit(work(2)));
+    let first = desk.dispatch_one();
+    desk.ledger.drain(false, desk.now);
+    let refusal = desk.try_submit(submit(&work(1)), resolution(&work(1), true)).unwrap_err();
+    assert!(matches!(refusal, Error::Unavailable(_)));
+    desk.finish(first.task, success());
+    assert!(outcome(&running).error.is_none());
+    let second = desk.dispatch_one();
+    desk.ledger.drain(true, desk.now);
+    assert!(matches!(error(&queued), Error::Unavailable(_)));
+    assert!(second.cancel.is_cancelled());
+    assert!(!desk.ledger.is_idle(), "the command still has to be killed");
+    let stop_grace = settings().stop_grace.as_secs();
+    desk.after(stop_grace);
+    assert!(desk.ledger.is_idle(), "but nobody waits for ever");
+}

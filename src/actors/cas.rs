@@ -32,7 +32,7 @@ mod uploads;
 mod writer;
 
 pub use index::Totals;
-pub use requests::{InspectStore, StoreInspection};
+pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
 
 use crate::{
@@ -297,5 +297,14 @@ impl Handler<InspectStore> for CasActor {
     fn handle(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Result {
         let (running_uploads, partial_uploads) = self.uploads.counts();
         MessageResult(StoreInspection { totals: self.index.totals(), running_uploads, partial_uploads })
+    }
+}
+
+impl Handler<CloseStore> for CasActor {
+    type Result = ();
+
+    fn handle(&mut self, _: CloseStore, ctx: &mut Self::Context) {
+        self.write_touches();
+        ctx.stop();
     }
 }

@@ -131,6 +131,12 @@ pub struct StoreInspection {
     pub partial_uploads: usize,
 }
 
+/// Stops the store once everything told to it before is done. Later calls get `Unavailable`; the directory can be opened
+/// again when the last handle is gone.
+#[derive(Debug, Clone, Copy, Message)]
+#[rtype(result = "()")]
+pub struct CloseStore;
+
 /// Fact: these files are whole and under their final names. The reply comes once they are visible.
 #[derive(Message)]
 #[rtype(result = "()")]

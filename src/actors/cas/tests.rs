@@ -1,1 +1,170 @@
-//! tests
+//! Behaviours of the whole room: a real actor on a real directory.
+
+mod inputs;
+mod results;
+mod store;
+mod uploads;
+
+use super::{blob::BlobReader, client::*, *};
+use crate::{action::TimeoutPolicy, digest::DigestFunction, instance::Instance, proto::reapi};
+use bytes::Bytes;
+use std::{
+    path::{Path, PathBuf},
+    rc::Rc,
+    time::Duration,
+};
+use tempfile::TempDir;
+
+const SHA256: DigestFunction = DigestFunction::Sha256;
+const MB: u64 = 1 << 20;
+/// Larger than what is hashed at every read.
+const LARGE: usize = 300_000;
+
+fn digest(bytes: &[u8]) -> Digest {
+    SHA256.digest(bytes)
+}
+
+/// A running store. Every test runs on one thread: a blocking call must be made through [`Store::worker`].
+struct Store {
+    root: Rc<TempDir>,
+    cas: Cas,
+    main: Instance,
+    other: Instance,
+}
+
+impl Store {
+    async fn new() -> Self {
+        Self::with_limit(1_000 * MB).await
+    }
+
+    async fn with_limit(max_bytes: u64) -> Self {
+        Self::at(Rc::new(TempDir::new().unwrap()), max_bytes).await
+    }
+
+    async fn at(root: Rc<TempDir>, max_bytes: u64) -> Self {
+        let settings = StoreSettings {
+            root: root.path().join("store"),
+            max_bytes,
+            max_blob_bytes: 100 * MB,
+            partial_upload_retention: Duration::from_secs(600),
+            timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
+        };
+        let instances = Instances::new(["", "other/one"]).unwrap();
+        let actor =
+            eventually(|| async { CasActor::open(settings.clone(), &instances, Handle::current()).ok() })
+                .await;
+        let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
+        Self { root, cas: actor.launch(), main, other }
+    }
+
+    /// What a killed process leaves, opened by the next one: nothing but access times is written at the end.
+    async fn restart(self) -> Self {
+        self.restart_with_limit(1_000 * MB).await
+    }
+
+    async fn restart_with_limit(self, max_bytes: u64) -> Self {
+        let Self { root, cas, .. } = self;
+        cas.actor().send(CloseStore).await.unwrap();
+        drop(cas);
+        Self::at(root, max_bytes).await
+    }
+
+    async fn put(&self, bytes: impl Into<Bytes>) -> Digest {
+        let bytes = bytes.into();
+        let digest = digest(&bytes);
+        self.cas.write_many(&self.main, vec![(digest, bytes)]).await.unwrap().remove(0).unwrap();
+        digest
+    }
+
+    async fn get(&self, digest: Digest) -> Result<Bytes> {
+        read_all(&self.cas.open(&self.main, digest).await?).await
+    }
+
+    async fn has(&self, digest: Digest) -> bool {
+        self.cas.find_missing(&self.main, vec![digest]).await.unwrap().is_empty()
+    }
+
+    async fn inspect(&self) -> StoreInspection {
+        self.cas.actor().send(InspectStore).await.unwrap()
+    }
+
+    /// Runs blocking calls as a worker thread would.
+    async fn worker<T: Send + 'static>(&self, work: impl FnOnce(Cas, Instance) -> T + Send + 'static) -> T {
+        let (cas, main) = (self.cas.clone(), self.main.clone());
+        tokio::task::spawn_blocking(move || work(cas, main)).await.unwrap()
+    }
+
+    /// All files of the store but its lock and format.
+    fn files(&self) -> Vec<PathBuf> {
+        fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
+            for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+                if entry.path().is_dir() { walk(&entry.path(), found) } else { found.push(entry.path()) }
+            }
+        }
+        let mut found = vec![];
+        walk(&self.root.path().join("store/v1"), &mut found);
+        found
+    }
+
+    /// The files of one blob or result.
+    fn files_of(&self, digest: Digest) -> Vec<PathBuf> {
+        let mut files = self.files();
+        files.retain(|path| path.to_string_lossy().contains(&digest.hash_hex()));
+        files
+    }
+
+    fn file_of(&self, digest: Digest) -> PathBuf {
+        let mut files = self.files_of(digest);
+        assert_eq!(files.len(), 1, "{digest}: {files:?}");
+        files.remove(0)
+    }
+
+    /// Makes a blob vanish as if it had been evicted.
+    async fn lose(&self, digest: Digest) {
+        std::fs::remove_file(self.file_of(digest)).unwrap();
+        assert!(matches!(self.get(digest).await, Err(Error::NotFound(_))));
+        assert!(!self.has(digest).await);
+    }
+}
+
+async fn read_all(reader: &BlobReader) -> Result<Bytes> {
+    let mut bytes = vec![];
+    loop {
+        let piece = reader.read_at(bytes.len() as u64, 100_000).await?;
+        if piece.is_empty() {
+            return Ok(bytes.into());
+        }
+        bytes.extend_from_slice(&piece);
+    }
+}
+
+/// Asks again and again until there is an answer.
+async fn eventually<T, F: Future<Output = Option<T>>>(mut ask: impl FnMut() -> F) -> T {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "this does not happen");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Writes into a stored file behind the store's back.
+fn overwrite(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+    let mut bytes = std::fs::read(path).unwrap();
+    change(&mut bytes);
+    std::fs::remove_file(path).unwrap();
+    std::fs::write(path, bytes).unwrap();
+}
+
+fn noise(length: usize, seed: u64) -> Bytes {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    std::iter::repeat_with(next).take(length).collect()
+}

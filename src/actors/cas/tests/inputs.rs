@@ -1,0 +1,203 @@
+//! What workers do: stage an input root, copy files out of it, store outputs.
+
+use super::{super::messages::CheckInputs, *};
+use prost::Message as _;
+use std::{
+    fs::File,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
+};
+
+fn message(files: &[(&str, Digest)], directories: &[(&str, Digest)]) -> Vec<u8> {
+    let file = |(name, digest): &(&str, Digest)| reapi::FileNode {
+        name: (*name).into(),
+        digest: Some(digest.to_wire()),
+        ..Default::default()
+    };
+    let directory = |(name, digest): &(&str, Digest)| reapi::DirectoryNode {
+        name: (*name).into(),
+        digest: Some(digest.to_wire()),
+    };
+    reapi::Directory {
+        files: files.iter().map(file).collect(),
+        directories: directories.iter().map(directory).collect(),
+        ..Default::default()
+    }
+    .encode_to_vec()
+}
+
+async fn check(store: &Store, root: Digest) -> Result<()> {
+    store.cas.actor().send(CheckInputs { instance: store.main.clone(), root }).await.unwrap()
+}
+
+async fn stage(store: &Store, root: Digest) -> Result<StagedInputs> {
+    store.worker(move |cas, main| cas.stage_inputs(&main, root)).await
+}
+
+/// EXE-26: files of several directories and directories themselves, in one answer.
+#[actix::test]
+async fn everything_missing_of_an_input_root_is_reported_at_once() {
+    let store = Store::new().await;
+    let present = store.put("present").await;
+    let (absent_1, absent_2) = (digest(b"absent 1"), digest(b"absent 2"));
+    let absent_directory = digest(b"absent directory");
+    let child = message(&[("a", absent_2), ("b", absent_1), ("c", digest(b""))], &[]);
+    let child = store.put(child).await;
+    let root = message(
+        &[("p", present), ("x", absent_1)],
+        &[("child", child), ("gone", absent_directory), ("again", child), ("empty", digest(b""))],
+    );
+    let root = store.put(root).await;
+    for answer in [check(&store, root).await, stage(&store, root).await.map(drop)] {
+        let Err(Error::MissingBlobs(mut missing)) = answer else { panic!("{answer:?}") };
+        missing.sort();
+        let mut expected = [absent_1, absent_2, absent_directory];
+        expected.sort();
+        assert_eq!(missing, expected);
+    }
+    for bytes in ["absent 1", "absent 2", "absent directory"] {
+        store.put(bytes).await;
+    }
+    let error = check(&store, root).await.unwrap_err();
+    assert!(matches!(error, Error::Invalid(message) if message.contains("Directory")));
+}
+
+#[actix::test]
+async fn an_empty_input_root_needs_nothing() {
+    let store = Store::new().await;
+    assert_eq!(check(&store, digest(b"")).await, Ok(()));
+    assert_eq!(stage(&store, digest(b"")).await.unwrap().tree.nodes(), 0);
+}
+
+#[actix::test]
+async fn an_input_root_ten_thousand_directories_deep_is_refused() {
+    let store = Store::new().await;
+    let (mut below, mut batch) = (digest(b""), vec![]);
+    for _ in 0..10_000 {
+        let bytes = Bytes::from(message(&[], &[("d", below)]));
+        below = digest(&bytes);
+        batch.push((below, bytes));
+    }
+    assert!(store.cas.write_many(&store.main, batch).await.unwrap().iter().all(Result::is_ok));
+    assert!(matches!(check(&store, below).await, Err(Error::Invalid(message)) if message.contains("deeper")));
+}
+
+/// Fault 5: nothing that a running action needs is evicted, and all of it can be once the action is over.
+#[actix::test]
+async fn staged_inputs_stay_until_they_are_dropped() {
+    let store = Store::with_limit(MB).await;
+    let (small, large) = (store.put(noise(100, 1)).await, store.put(noise(LARGE, 2)).await);
+    let root = store.put(message(&[("small", small), ("large", large)], &[])).await;
+    let staged = stage(&store, root).await.unwrap();
+    for seed in 10..40 {
+        store.put(noise(200_000, seed)).await;
+    }
+    assert!(store.cas.find_missing(&store.main, vec![small, large, root]).await.unwrap().is_empty());
+    assert!(store.inspect().await.totals.leased >= LARGE as u64);
+    drop(staged);
+    assert_eq!(store.inspect().await.totals.leased, 0);
+    for seed in 10..40 {
+        store.put(noise(200_000, seed)).await;
+    }
+    assert!(!store.has(large).await);
+}
+
+/// EXE-43, fault 16: an action can do with its inputs what it likes.
+#[actix::test]
+async fn inputs_are_copies_with_the_mode_asked_for() {
+    let store = Store::new().await;
+    let contents = [Bytes::new(), noise(100, 1), noise(LARGE, 2)];
+    let mut files = vec![];
+    for bytes in &contents {
+        files.push(store.put(bytes.clone()).await);
+    }
+    let named: Vec<(&str, Digest)> = ["a", "b", "c"].into_iter().zip(files.iter().copied()).collect();
+    let root = store.put(message(&named, &[])).await;
+    let target = TempDir::new().unwrap();
+    let path = target.path().to_owned();
+    let work = files.clone();
+    let staged = stage(&store, root).await.unwrap();
+    store
+        .worker(move |_, _| {
+            let parent = File::open(&path).unwrap();
+            for (n, file) in work.iter().enumerate() {
+                staged.materialise(file, &parent, &format!("{n}"), 0o755).unwrap();
+                // A second file of this name, and one behind a link, are errors and change nothing.
+                symlink(path.join("elsewhere"), path.join(format!("link{n}"))).unwrap();
+                for name in [format!("{n}"), format!("link{n}")] {
+                    assert!(staged.materialise(file, &parent, &name, 0o644).is_err());
+                }
+            }
+            assert!(!path.join("elsewhere").exists());
+        })
+        .await;
+    for (n, bytes) in contents.iter().enumerate() {
+        let path = target.path().join(format!("{n}"));
+        assert_eq!(&std::fs::read(&path).unwrap(), bytes);
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o755);
+        std::fs::write(&path, "changed by the action").unwrap();
+        assert_eq!(&store.get(files[n]).await.unwrap(), bytes);
+    }
+}
+
+#[actix::test]
+async fn a_damaged_input_is_a_missing_blob() {
+    let store = Store::new().await;
+    let file = store.put(noise(1_000, 1)).await;
+    let root = store.put(message(&[("f", file)], &[])).await;
+    let staged = stage(&store, root).await.unwrap();
+    overwrite(&store.file_of(file), |bytes| bytes[0] ^= 1);
+    let target = TempDir::new().unwrap();
+    let parent = File::open(target.path()).unwrap();
+    let outcome = store.worker(move |_, _| staged.materialise(&file, &parent, "f", 0o644)).await;
+    assert_eq!(outcome, Err(Error::MissingBlobs(vec![file])));
+    assert!(!target.path().join("f").exists());
+    assert!(!store.has(file).await);
+}
+
+/// A file is taken over where that is safe, copied where it is not; either way nobody else has a way to write it.
+#[actix::test]
+async fn outputs_are_taken_over_or_copied_and_are_the_stores_own_afterwards() {
+    let store = Store::new().await;
+    // On the same file system as the store.
+    let exec = store.root.path().join("exec");
+    std::fs::create_dir(&exec).unwrap();
+    let (plain, linked) = (noise(LARGE, 1), noise(LARGE, 2));
+    std::fs::write(exec.join("plain"), &plain).unwrap();
+    std::fs::write(exec.join("linked"), &linked).unwrap();
+    std::fs::hard_link(exec.join("linked"), exec.join("link")).unwrap();
+    std::fs::write(exec.join("empty"), "").unwrap();
+    let path = exec.clone();
+    let digests = store
+        .worker(move |cas, main| {
+            let parent = File::open(&path).unwrap();
+            ["plain", "linked", "link", "empty", "plain"].map(|name| {
+                cas.store_output(&main, &parent, name, File::open(path.join(name)).unwrap()).unwrap()
+            })
+        })
+        .await;
+    assert_eq!(digests, [digest(&plain), digest(&linked), digest(&linked), digest(b""), digest(&plain)]);
+    let inode = |path: &Path| std::fs::metadata(path).unwrap().ino();
+    assert_eq!(inode(&store.file_of(digests[0])), inode(&exec.join("plain")));
+    assert_ne!(inode(&store.file_of(digests[1])), inode(&exec.join("linked")));
+    std::fs::write(exec.join("link"), "written by whoever holds the other link").unwrap();
+    std::fs::remove_dir_all(&exec).unwrap();
+    for (blob, bytes) in [(digests[0], plain), (digests[1], linked)] {
+        assert_eq!(store.get(blob).await.unwrap(), bytes);
+        let mode = std::fs::metadata(store.file_of(blob)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o444);
+    }
+    let bytes = store.worker(|cas, main| cas.store_bytes(&main, b"log".to_vec()).unwrap()).await;
+    assert_eq!(store.get(bytes).await.unwrap(), "log");
+    assert_eq!(store.inspect().await.totals.reserved, 0);
+}
+
+#[actix::test]
+async fn a_worker_records_a_result_that_the_next_lookup_finds() {
+    let store = Store::new().await;
+    let action = digest(b"action");
+    let result = reapi::ActionResult { stdout_raw: Bytes::from("out"), ..Default::default() };
+    let provenance = Provenance { worker: "host/0".into(), tool_invocation_id: "i".into() };
+    store.worker(move |cas, main| cas.record_result(&main, action, result, provenance)).await.unwrap();
+    let found = store.cas.get_result(&store.main, action).await.unwrap().unwrap();
+    assert_eq!(found.stdout_digest, Some(digest(b"out").to_wire()));
+}

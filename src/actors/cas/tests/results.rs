@@ -1,0 +1,269 @@
+//! The action cache, and how an Execute is looked up.
+
+use super::{
+    super::messages::{Resolution, ResolveAction},
+    *,
+};
+use futures::future::join_all;
+use prost::Message as _;
+
+fn file(name: &str, content: Digest) -> reapi::FileNode {
+    reapi::FileNode { name: name.into(), digest: Some(content.to_wire()), ..Default::default() }
+}
+
+fn output(path: &str, content: Digest) -> reapi::OutputFile {
+    reapi::OutputFile { path: path.into(), digest: Some(content.to_wire()), ..Default::default() }
+}
+
+/// A result with every kind of reference, and the name of each.
+async fn rich_result(store: &Store) -> (reapi::ActionResult, Vec<(&'static str, Digest)>) {
+    let in_child = store.put("in a child of the Tree").await;
+    let in_root = store.put("in the root of the Tree").await;
+    let child = reapi::Directory { files: vec![file("c", in_child)], ..Default::default() };
+    let child_node =
+        reapi::DirectoryNode { name: "child".into(), digest: Some(digest(&child.encode_to_vec()).to_wire()) };
+    let root = reapi::Directory {
+        files: vec![file("r", in_root), file("empty", digest(b""))],
+        directories: vec![child_node.clone()],
+        ..Default::default()
+    };
+    let tree = reapi::Tree { root: Some(root), children: vec![child] };
+    let tree = store.put(tree.encode_to_vec()).await;
+
+    let in_directory = store.put("in a Directory below the root").await;
+    let below = reapi::Directory { files: vec![file("b", in_directory)], ..Default::default() };
+    let below = store.put(below.encode_to_vec()).await;
+    let above = reapi::Directory {
+        directories: vec![reapi::DirectoryNode { name: "below".into(), digest: Some(below.to_wire()) }],
+        ..Default::default()
+    };
+    let above = store.put(above.encode_to_vec()).await;
+
+    let (plain, out, err) =
+        (store.put("a file").await, store.put("standard output").await, store.put("standard error").await);
+    let result = reapi::ActionResult {
+        output_files: vec![output("o", plain), output("nothing", digest(b""))],
+        output_directories: vec![
+            reapi::OutputDirectory {
+                path: "t".into(),
+                tree_digest: Some(tree.to_wire()),
+                ..Default::default()
+            },
+            reapi::OutputDirectory {
+                path: "d".into(),
+                root_directory_digest: Some(above.to_wire()),
+                ..Default::default()
+            },
+        ],
+        stdout_digest: Some(out.to_wire()),
+        stderr_digest: Some(err.to_wire()),
+        ..Default::default()
+    };
+    let references = vec![
+        ("an output file", plain),
+        ("a Tree", tree),
+        ("a file in the root of a Tree", in_root),
+        ("a file in a child of a Tree", in_child),
+        ("a root Directory", above),
+        ("a Directory below it", below),
+        ("a file in that", in_directory),
+        ("stdout", out),
+        ("stderr", err),
+    ];
+    (result, references)
+}
+
+async fn update(store: &Store, action: Digest, result: reapi::ActionResult) -> Arc<reapi::ActionResult> {
+    store.cas.put_result(&store.main, action, result, Provenance::default()).await.unwrap()
+}
+
+async fn lookup(store: &Store, action: Digest) -> Option<Arc<reapi::ActionResult>> {
+    store.cas.get_result(&store.main, action).await.unwrap()
+}
+
+/// AC-03, for each kind of reference, with the result in memory and after a restart.
+#[actix::test]
+async fn a_result_is_served_only_while_everything_it_references_is_stored() {
+    let (_, kinds) = rich_result(&Store::new().await).await;
+    for (n, (kind, _)) in kinds.iter().enumerate() {
+        for restarted in [false, true] {
+            let mut store = Store::new().await;
+            let (result, references) = rich_result(&store).await;
+            let action = digest(b"action");
+            let stored = update(&store, action, result).await;
+            assert_eq!(lookup(&store, action).await.as_ref(), Some(&stored));
+            if restarted {
+                store = store.restart().await;
+            }
+            store.lose(references[n].1).await;
+            assert_eq!(lookup(&store, action).await, None, "without {kind}");
+            assert_eq!(store.inspect().await.totals.results, 0, "it is dropped");
+            eventually(|| async { store.files_of(action).is_empty().then_some(()) }).await;
+        }
+    }
+}
+
+/// AC-04: a hit keeps its blobs alive, those inside its Trees too.
+#[actix::test]
+async fn a_hit_renews_everything_it_references() {
+    let store = Store::with_limit(60 * 4_096).await;
+    let (result, references) = rich_result(&store).await;
+    let action = digest(b"action");
+    update(&store, action, result).await;
+    for seed in 0..200 {
+        store.put(noise(10 * 4_096, seed)).await;
+        assert!(lookup(&store, action).await.is_some(), "after {seed} writes");
+    }
+    for (kind, reference) in references {
+        assert!(store.has(reference).await, "{kind}");
+    }
+}
+
+/// AC-08, AC-14, GEN-15.
+#[actix::test]
+async fn results_survive_a_restart_and_stay_in_their_instance() {
+    let store = Store::new().await;
+    let (result, _) = rich_result(&store).await;
+    let action = digest(b"action");
+    let stored = update(&store, action, result).await;
+    let store = store.restart().await;
+    assert_eq!(lookup(&store, action).await, Some(stored));
+    assert_eq!(store.cas.get_result(&store.other, action).await.unwrap(), None);
+    assert_eq!(lookup(&store, digest(b"another")).await, None);
+}
+
+/// AC-08.
+#[actix::test]
+async fn a_hundred_racing_updates_leave_one_whole_result() {
+    let store = Store::new().await;
+    let action = digest(b"action");
+    let updates = (0..100u8).map(|n| {
+        let store = &store;
+        async move {
+            let result = reapi::ActionResult {
+                stdout_raw: Bytes::from(vec![n; 10]),
+                output_files: vec![reapi::OutputFile {
+                    contents: Bytes::from(vec![n; 20]),
+                    ..output("o", digest(&[n; 20]))
+                }],
+                ..Default::default()
+            };
+            update(store, action, result).await
+        }
+    });
+    let all = join_all(updates).await;
+    let winner = lookup(&store, action).await.unwrap();
+    assert!(all.contains(&winner));
+    eventually(|| async { (store.files_of(action).len() == 1).then_some(()) }).await;
+    let last = reapi::ActionResult::default();
+    let last = update(&store, action, last).await;
+    assert_eq!(lookup(&store, action).await, Some(last));
+    let store = store.restart().await;
+    assert_eq!(lookup(&store, action).await.unwrap().output_files.len(), 0);
+}
+
+/// AC-05, AC-06.
+#[actix::test]
+async fn inlined_contents_become_blobs() {
+    let store = Store::new().await;
+    let result = reapi::ActionResult { stdout_raw: Bytes::from("hello"), ..Default::default() };
+    let stored = update(&store, digest(b"action"), result).await;
+    assert_eq!(stored.stdout_digest, Some(digest(b"hello").to_wire()));
+    assert_eq!(store.get(digest(b"hello")).await.unwrap(), "hello");
+}
+
+/// AC-13.
+#[actix::test]
+async fn the_result_of_a_failed_command_is_no_hit() {
+    let mut store = Store::new().await;
+    let action = digest(b"action");
+    update(&store, action, reapi::ActionResult { exit_code: 1, ..Default::default() }).await;
+    for _ in 0..2 {
+        assert_eq!(lookup(&store, action).await, None);
+        store = store.restart().await;
+    }
+}
+
+#[actix::test]
+async fn a_damaged_result_file_is_a_miss() {
+    let store = Store::new().await;
+    let action = digest(b"action");
+    update(&store, action, reapi::ActionResult::default()).await;
+    let store = store.restart().await;
+    overwrite(&store.file_of(action), |bytes| *bytes.last_mut().unwrap() ^= 1);
+    assert_eq!(lookup(&store, action).await, None);
+    assert_eq!(store.inspect().await.totals.results, 0);
+}
+
+/// An Action and its Command, stored.
+async fn action(store: &Store, salt: &str, do_not_cache: bool) -> (Digest, Digest) {
+    let command = reapi::Command { arguments: vec!["true".into(), salt.into()], ..Default::default() };
+    let command = store.put(command.encode_to_vec()).await;
+    let action = reapi::Action {
+        command_digest: Some(command.to_wire()),
+        input_root_digest: Some(digest(b"").to_wire()),
+        do_not_cache,
+        ..Default::default()
+    };
+    (store.put(action.encode_to_vec()).await, command)
+}
+
+async fn resolve(store: &Store, action: Digest, skip_cache_lookup: bool) -> Result<Resolution> {
+    store
+        .cas
+        .actor()
+        .send(ResolveAction { instance: store.main.clone(), action, skip_cache_lookup })
+        .await
+        .unwrap()
+}
+
+/// EXE-16, EXE-17, EXE-21.
+#[actix::test]
+async fn an_action_is_answered_from_the_cache_only_by_a_complete_result() {
+    let store = Store::new().await;
+    let (action, command) = action(&store, "x", false).await;
+    assert!(matches!(resolve(&store, action, false).await, Ok(Resolution::Run(a)) if a.digest == action));
+    let (result, references) = rich_result(&store).await;
+    let stored = update(&store, action, result).await;
+    for _ in 0..3 {
+        assert!(matches!(resolve(&store, action, false).await, Ok(Resolution::Cached(r)) if r == stored));
+    }
+    assert!(matches!(resolve(&store, action, true).await, Ok(Resolution::Run(_))));
+    store.lose(references[2].1).await;
+    assert!(matches!(resolve(&store, action, false).await, Ok(Resolution::Run(_))));
+    // Known from before, but a worker could not be told what ran.
+    store.lose(command).await;
+    assert_eq!(resolve(&store, action, false).await.unwrap_err(), Error::MissingBlobs(vec![command]));
+}
+
+/// EXE-19.
+#[actix::test]
+async fn an_action_that_says_do_not_cache_is_never_answered_from_the_cache() {
+    let store = Store::new().await;
+    let (action, _) = action(&store, "x", true).await;
+    update(&store, action, reapi::ActionResult::default()).await;
+    for _ in 0..3 {
+        assert!(matches!(resolve(&store, action, false).await, Ok(Resolution::Run(_))));
+    }
+}
+
+/// EXE-22, EXE-27.
+#[actix::test]
+async fn a_missing_or_malformed_action_is_told_apart() {
+    let store = Store::new().await;
+    let absent = digest(b"absent");
+    assert_eq!(resolve(&store, absent, false).await.unwrap_err(), Error::MissingBlobs(vec![absent]));
+    let no_action = store.put("\u{1}no action").await;
+    assert!(
+        matches!(resolve(&store, no_action, false).await, Err(Error::Invalid(m)) if m.contains("Action"))
+    );
+    let orphan = reapi::Action { command_digest: Some(absent.to_wire()), ..Default::default() };
+    let orphan = store.put(orphan.encode_to_vec()).await;
+    assert_eq!(resolve(&store, orphan, false).await.unwrap_err(), Error::MissingBlobs(vec![absent]));
+    let empty = digest(b"");
+    assert!(
+        matches!(resolve(&store, empty, false).await, Err(Error::Invalid(m)) if m.contains("command_digest"))
+    );
+    let huge = Digest::parse(SHA256, &"1".repeat(64), 1 << 40).unwrap();
+    assert!(matches!(resolve(&store, huge, false).await, Err(Error::Invalid(m)) if m.contains("too large")));
+}

@@ -1,0 +1,224 @@
+//! Blobs: presence, damage, restart, eviction.
+
+use super::*;
+
+/// CAS-01, CAS-02, CAS-03, GEN-04, GEN-07.
+#[actix::test]
+async fn what_is_not_missing_can_be_read_and_the_rest_is_reported_once() {
+    let store = Store::new().await;
+    let (small, large) = (store.put("small").await, store.put(noise(LARGE, 1)).await);
+    let absent = digest(b"absent");
+    let resized = Digest::parse(SHA256, &small.hash_hex(), 6).unwrap();
+    let not_empty = Digest::parse(SHA256, &"0".repeat(64), 0).unwrap();
+    let asked = vec![absent, small, absent, large, resized, not_empty];
+    let missing = store.cas.find_missing(&store.main, asked.clone()).await.unwrap();
+    assert_eq!(missing, [absent, resized, not_empty]);
+    assert_eq!(store.get(small).await.unwrap(), "small");
+    assert_eq!(store.get(large).await.unwrap(), noise(LARGE, 1));
+    let read = store.cas.read_many(&store.main, asked).await.unwrap();
+    let found: Vec<bool> = read.iter().map(Result::is_ok).collect();
+    assert_eq!(found, [false, true, false, true, false, false]);
+}
+
+/// GEN-06.
+#[actix::test]
+async fn the_empty_blob_is_everywhere_without_a_file() {
+    let store = Store::new().await;
+    let empty = digest(b"");
+    for instance in [&store.main, &store.other] {
+        assert!(store.cas.find_missing(instance, vec![empty]).await.unwrap().is_empty());
+        assert_eq!(store.cas.open(instance, empty).await.unwrap().size(), 0);
+        assert_eq!(store.cas.read_many(instance, vec![empty]).await.unwrap(), [Ok(Bytes::new())]);
+        assert!(store.cas.directories(instance, &[empty]).await.unwrap()[0].is_some());
+        let begun = store.cas.begin_upload(instance, "uploads/x", empty, 0).await.unwrap();
+        assert!(matches!(begun, Upload::Present));
+    }
+    assert_eq!(store.cas.write_many(&store.main, vec![(empty, Bytes::new())]).await.unwrap(), [Ok(())]);
+    assert!(store.files().is_empty());
+}
+
+/// GEN-15.
+#[actix::test]
+async fn blobs_of_one_instance_are_not_seen_from_another() {
+    let store = Store::new().await;
+    let blob = store.put("x").await;
+    assert_eq!(store.cas.find_missing(&store.other, vec![blob]).await.unwrap(), [blob]);
+    assert!(matches!(store.cas.open(&store.other, blob).await, Err(Error::NotFound(_))));
+}
+
+/// CAS-10, CAS-11, CAS-12.
+#[actix::test]
+async fn items_of_a_batch_succeed_and_fail_on_their_own() {
+    let store = Store::new().await;
+    let (good, short) = (digest(b"good"), digest(b"short"));
+    let batch = vec![
+        (good, Bytes::from("good")),
+        (good, Bytes::from("good")),
+        (good, Bytes::from("evil")),
+        (short, Bytes::from("shor")),
+    ];
+    for _ in 0..2 {
+        let outcomes = store.cas.write_many(&store.main, batch.clone()).await.unwrap();
+        assert!(outcomes[0].is_ok() && outcomes[1].is_ok());
+        assert!(
+            matches!(outcomes[2], Err(Error::Invalid(_))) && matches!(outcomes[3], Err(Error::Invalid(_)))
+        );
+    }
+    assert_eq!(store.get(good).await.unwrap(), "good");
+    assert!(!store.has(short).await);
+    assert_eq!(store.inspect().await.totals.reserved, 0);
+}
+
+/// A flipped bit, a lost tail, a lost file: never wrong bytes, always a miss, and the blob can be stored again (CAS-22).
+#[actix::test]
+async fn a_damaged_file_is_a_miss_and_is_dropped() {
+    let mut store = Store::new().await;
+    for (length, restarted) in [(1_000, false), (1_000, true), (LARGE, true)] {
+        for damage in [
+            |bytes: &mut Vec<u8>| bytes[999] ^= 1,
+            |bytes: &mut Vec<u8>| bytes.truncate(500),
+            |bytes: &mut Vec<u8>| bytes.clear(),
+        ] {
+            let blob = store.put(noise(length, 7)).await;
+            if restarted {
+                store = store.restart().await;
+            }
+            overwrite(&store.file_of(blob), damage);
+            assert!(matches!(store.get(blob).await, Err(Error::NotFound(_))));
+            assert!(!store.has(blob).await);
+            eventually(|| async { store.files_of(blob).is_empty().then_some(()) }).await;
+        }
+    }
+    let blob = store.put(noise(LARGE, 7)).await;
+    assert_eq!(store.get(blob).await.unwrap(), noise(LARGE, 7));
+}
+
+/// What the process has written itself is not hashed at every read, but a file that was touched is.
+#[actix::test]
+async fn a_large_file_that_changed_since_it_was_written_is_hashed_again() {
+    let store = Store::new().await;
+    let (same, other) = (store.put(noise(LARGE, 1)).await, store.put(noise(LARGE, 2)).await);
+    overwrite(&store.file_of(same), |_| {});
+    overwrite(&store.file_of(other), |bytes| bytes[LARGE - 1] ^= 1);
+    assert_eq!(store.get(same).await.unwrap(), noise(LARGE, 1));
+    assert!(matches!(store.get(other).await, Err(Error::NotFound(_))));
+}
+
+/// A reader outlives the blob, and notices when the file is cut under it.
+#[actix::test]
+async fn a_reader_gets_all_bytes_or_an_error() {
+    let store = Store::new().await;
+    let (lost, cut) = (store.put(noise(LARGE, 1)).await, store.put(noise(LARGE, 2)).await);
+    let (of_lost, of_cut) =
+        (store.cas.open(&store.main, lost).await.unwrap(), store.cas.open(&store.main, cut).await.unwrap());
+    store.lose(lost).await;
+    assert_eq!(read_all(&of_lost).await.unwrap(), noise(LARGE, 1));
+    assert_eq!(of_lost.read_at(LARGE as u64 - 5, 100).await.unwrap().len(), 5);
+    let path = store.file_of(cut);
+    let mut permissions = std::fs::metadata(&path).unwrap().permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
+    std::fs::set_permissions(&path, permissions).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(1_000).unwrap();
+    assert!(matches!(read_all(&of_cut).await, Err(Error::DataLoss(_))));
+    assert!(!store.has(cut).await);
+}
+
+/// kill -9 at any moment: what is whole is back, what is not is gone, and nothing else is harmed.
+#[actix::test]
+async fn a_restart_recovers_what_is_whole_and_clears_the_rest_away() {
+    let store = Store::new().await;
+    let (small, large) = (store.put("small").await, store.put(noise(LARGE, 1)).await);
+    let cut = store.put(noise(5_000, 2)).await;
+    overwrite(&store.file_of(cut), |bytes| bytes.truncate(4_999));
+    let file = store.file_of(small);
+    // A second incarnation, as after a crash between rename and the deletion of a loser.
+    std::fs::copy(&file, file.with_file_name(format!("{}-5-ffff", small.hash_hex()))).unwrap();
+    std::fs::write(file.with_file_name("README"), "not ours").unwrap();
+    std::fs::write(file.with_file_name(format!("{}-5-", small.hash_hex())), "not ours").unwrap();
+    std::fs::write(store.root.path().join("store/v1/tmp/17"), "unfinished").unwrap();
+    let unserved = store.root.path().join("store/v1/blobs/=gone/sha256/00");
+    std::fs::create_dir_all(&unserved).unwrap();
+    std::fs::write(unserved.join("x"), "x").unwrap();
+    let store = store.restart().await;
+    assert_eq!(store.inspect().await.totals.blobs, 2);
+    assert_eq!(store.get(small).await.unwrap(), "small");
+    assert_eq!(store.get(large).await.unwrap(), noise(LARGE, 1));
+    assert!(!store.has(cut).await);
+    // Two blobs and the two files that are not ours.
+    eventually(|| async { (store.files().len() == 4).then_some(()) }).await;
+    // Numbers of files go on after the largest that was there.
+    store.put("new").await;
+    assert!(store.file_of(digest(b"new")).to_string_lossy().ends_with("-10000"));
+}
+
+/// The limit holds on the disk itself after every step, and the least recently used goes first.
+#[actix::test]
+async fn the_least_recently_used_blobs_make_room() {
+    let limit = 40 * 4096;
+    let store = Store::with_limit(limit).await;
+    let keep = store.put(noise(4_096, 0)).await;
+    for seed in 1..200 {
+        store.put(noise(1 + (seed as usize * 997) % 20_000, seed)).await;
+        assert!(store.has(keep).await, "used before each write, after {seed}");
+        let on_disk: u64 =
+            store.files().iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum();
+        assert!(on_disk <= limit, "{on_disk} after {seed}");
+    }
+    assert!(!store.has(digest(&noise(998, 1))).await);
+}
+
+/// Fault 6 and 37 of the field's list: what cannot fit is an error that names the numbers, and harms nothing.
+#[actix::test]
+async fn leased_blobs_stay_and_a_full_store_says_what_holds_it() {
+    let store = Store::with_limit(2 * MB).await;
+    let held = store.put(noise(1_500_000, 1)).await;
+    let reader = store.cas.open(&store.main, held).await.unwrap();
+    let bytes = noise(1_000_000, 2);
+    let batch = vec![(digest(&bytes), bytes.clone())];
+    let error = store.cas.write_many(&store.main, batch.clone()).await.unwrap().remove(0).unwrap_err();
+    assert!(
+        matches!(&error, Error::Exhausted { message, retry_after: Some(_) } if message.contains("1503232")),
+        "{error}"
+    );
+    let error = store.cas.begin_upload(&store.main, "u", batch[0].0, 0).await.unwrap_err();
+    assert!(matches!(error, Error::Exhausted { .. }));
+    assert_eq!(store.get(held).await.unwrap(), noise(1_500_000, 1));
+    drop(reader);
+    store.put(bytes).await;
+    assert!(!store.has(held).await);
+    let huge = digest(&noise(3 * MB as usize, 3));
+    let error = store.cas.begin_upload(&store.main, "u", huge, 0).await.unwrap_err();
+    assert!(matches!(error, Error::Exhausted { retry_after: None, .. }), "waiting does not help");
+}
+
+/// The order of use survives in access times, and a lower limit is met at start.
+#[actix::test]
+async fn a_restart_under_a_lower_limit_keeps_what_was_used_last() {
+    let store = Store::new().await;
+    let mut blobs = vec![];
+    for seed in 0..10u64 {
+        let blob = store.put(noise(4_096, seed)).await;
+        let used = SystemTime::now() - Duration::from_secs(10_000 - 100 * ((seed + 5) % 10));
+        let file = std::fs::File::open(store.file_of(blob)).unwrap();
+        file.set_times(std::fs::FileTimes::new().set_accessed(used)).unwrap();
+        blobs.push(blob);
+    }
+    let store = store.restart_with_limit(3 * 4_096).await;
+    let missing = store.cas.find_missing(&store.main, blobs.clone()).await.unwrap();
+    assert_eq!(missing, [0, 1, 5, 6, 7, 8, 9].map(|n| blobs[n]));
+}
+
+#[actix::test]
+async fn a_store_that_cannot_be_written_is_refused_at_start() {
+    let root = TempDir::new().unwrap();
+    std::fs::write(root.path().join("file"), "").unwrap();
+    let settings = StoreSettings {
+        root: root.path().join("file/store"),
+        max_bytes: MB,
+        max_blob_bytes: MB,
+        partial_upload_retention: Duration::ZERO,
+        timeouts: TimeoutPolicy { default: Duration::ZERO, max: Duration::ZERO },
+    };
+    let error = CasActor::open(settings, &Instances::new([""]).unwrap(), Handle::current()).unwrap_err();
+    assert!(matches!(&error, Error::Precondition(message) if message.contains("file/store")), "{error}");
+}

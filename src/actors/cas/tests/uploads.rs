@@ -1,0 +1,243 @@
+//! Uploads: racing, broken, resumed, lying.
+
+use super::{super::uploads::*, *};
+use crate::actors::cas::{
+    blob::BlobWriter,
+    files::TemporaryFile,
+    guards::Reservation,
+    index::{Key, Kind},
+    requests::EndUpload,
+};
+use futures::future::join_all;
+
+const NAME: &str = "uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/blobs/x";
+
+async fn begin(store: &Store, name: &str, digest: Digest, offset: u64) -> Result<Box<BlobWriter>> {
+    match store.cas.begin_upload(&store.main, name, digest, offset).await? {
+        Upload::Writer(writer) => Ok(writer),
+        Upload::Present => panic!("{digest} is stored"),
+    }
+}
+
+async fn send(writer: &mut BlobWriter, bytes: &Bytes, chunk: usize) -> Result<()> {
+    let mut bytes = bytes.clone();
+    while !bytes.is_empty() {
+        writer.write(bytes.split_to(chunk.min(bytes.len()))).await?;
+    }
+    Ok(())
+}
+
+/// BS-21, BS-23.
+#[actix::test]
+async fn a_blob_is_visible_once_it_is_whole() {
+    let store = Store::new().await;
+    for (length, chunk) in [(1, 1), (100_000, 100_000), (9_000_000, 65_536), (5_000_000, 2_000_000)] {
+        let bytes = noise(length, length as u64);
+        let blob = digest(&bytes);
+        let mut writer = begin(&store, NAME, blob, 0).await.unwrap();
+        send(&mut writer, &bytes, chunk).await.unwrap();
+        assert_eq!(writer.committed(), length as u64);
+        assert!(!store.has(blob).await);
+        assert_eq!(writer.finish().await.unwrap(), blob);
+        assert_eq!(store.get(blob).await.unwrap(), bytes);
+        assert!(matches!(store.cas.begin_upload(&store.main, NAME, blob, 0).await.unwrap(), Upload::Present));
+        let status = store.cas.query_upload(&store.main, NAME, blob).await.unwrap();
+        assert_eq!(status, UploadStatus { committed: length as u64, complete: true });
+    }
+    let inspection = store.inspect().await;
+    assert_eq!(
+        (inspection.totals.reserved, inspection.running_uploads, inspection.partial_uploads),
+        (0, 0, 0)
+    );
+}
+
+/// BS-22, BS-29.
+#[actix::test]
+async fn bytes_that_are_not_the_announced_blob_leave_nothing_behind() {
+    let store = Store::new().await;
+    for length in [1_000usize, 3_000_000] {
+        let (bytes, evil) = (noise(length, 1), noise(length, 2));
+        let blob = digest(&bytes);
+        let mut lying = begin(&store, NAME, blob, 0).await.unwrap();
+        send(&mut lying, &evil, 100_000).await.unwrap();
+        assert!(matches!(lying.finish().await, Err(Error::Invalid(_))));
+        let mut short = begin(&store, NAME, blob, 0).await.unwrap();
+        send(&mut short, &bytes.slice(1..), 100_000).await.unwrap();
+        assert!(matches!(short.finish().await, Err(Error::Invalid(_))));
+        let mut long = begin(&store, NAME, blob, 0).await.unwrap();
+        send(&mut long, &bytes, 100_000).await.unwrap();
+        assert!(
+            matches!(long.write(Bytes::from("x")).await, Err(Error::Invalid(_))),
+            "as soon as it is seen"
+        );
+        drop(long);
+        assert!(!store.has(blob).await);
+        eventually(|| async {
+            let inspection = store.inspect().await;
+            let gone = inspection.totals.reserved + inspection.totals.deleting == 0;
+            (gone && inspection.partial_uploads + inspection.running_uploads == 0 && store.files().is_empty())
+                .then_some(())
+        })
+        .await;
+    }
+}
+
+/// BS-28.
+#[actix::test]
+async fn sixty_four_racing_uploads_of_one_blob_all_succeed_and_leave_one_file() {
+    let store = Store::new().await;
+    let bytes = noise(700_000, 1);
+    let blob = digest(&bytes);
+    let uploads = (0..64).map(|n| {
+        let (store, bytes) = (&store, &bytes);
+        async move {
+            match store.cas.begin_upload(&store.main, &format!("{NAME}/{}", n % 40), blob, 0).await.unwrap() {
+                Upload::Present => blob,
+                Upload::Writer(mut writer) => {
+                    send(&mut writer, bytes, 10_000 + n).await.unwrap();
+                    writer.finish().await.unwrap()
+                }
+            }
+        }
+    });
+    assert!(join_all(uploads).await.iter().all(|stored| *stored == blob));
+    assert_eq!(store.get(blob).await.unwrap(), bytes);
+    eventually(|| async { (store.files().len() == 1).then_some(()) }).await;
+    eventually(|| async {
+        let totals = store.inspect().await.totals;
+        (totals.used == 700_416 && totals.reserved == 0 && totals.deleting == 0).then_some(())
+    })
+    .await;
+}
+
+/// BS-20, BS-31: a client that vanishes anywhere goes on where it stood, or starts over.
+#[actix::test]
+async fn a_broken_upload_is_resumed_where_it_stood() {
+    let store = Store::new().await;
+    let bytes = noise(3_000_000, 1);
+    let blob = digest(&bytes);
+    for cut in [1usize, 100_000, 2_999_999] {
+        let mut writer = begin(&store, NAME, blob, 0).await.unwrap();
+        send(&mut writer, &bytes.slice(..cut), 70_000).await.unwrap();
+        let committed = || async { store.cas.query_upload(&store.main, NAME, blob).await.unwrap() };
+        let expected = UploadStatus { committed: cut as u64, complete: false };
+        assert_eq!(committed().await, expected);
+        drop(writer);
+        assert_eq!(committed().await, expected, "never less than before");
+        // At once: the earlier stream may still be on its way out.
+        let writer = begin(&store, NAME, blob, cut as u64).await.unwrap();
+        assert_eq!(writer.committed(), cut as u64);
+        drop(writer);
+        eventually(|| async { (store.inspect().await.partial_uploads == 1).then_some(()) }).await;
+        assert!(matches!(begin(&store, NAME, blob, cut as u64 + 1).await, Err(Error::Invalid(_))));
+        assert!(matches!(begin(&store, "another", blob, cut as u64).await, Err(Error::Invalid(_))));
+    }
+    let mut writer = begin(&store, NAME, blob, 2_999_999).await.unwrap();
+    send(&mut writer, &bytes.slice(2_999_999..), 1).await.unwrap();
+    writer.finish().await.unwrap();
+    assert_eq!(store.get(blob).await.unwrap(), bytes);
+}
+
+/// BS-20.
+#[actix::test]
+async fn an_upload_that_starts_over_discards_what_was_there() {
+    let store = Store::new().await;
+    let bytes = noise(1_000_000, 1);
+    let blob = digest(&bytes);
+    let mut stale = begin(&store, NAME, blob, 0).await.unwrap();
+    send(&mut stale, &noise(500_000, 2), 70_000).await.unwrap();
+    let mut fresh = begin(&store, NAME, blob, 0).await.unwrap();
+    send(&mut fresh, &bytes, 70_000).await.unwrap();
+    drop(stale);
+    fresh.finish().await.unwrap();
+    assert_eq!(store.get(blob).await.unwrap(), bytes);
+    eventually(|| async { (store.files().len() == 1).then_some(()) }).await;
+    assert_eq!(store.inspect().await.totals.reserved, 0);
+}
+
+/// BS-24.
+#[actix::test]
+async fn a_writer_learns_that_somebody_else_was_faster() {
+    let store = Store::new().await;
+    let bytes = noise(1_000, 1);
+    let writer = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
+    assert!(!writer.is_superseded());
+    store.put(bytes).await;
+    assert!(writer.is_superseded());
+}
+
+/// A blob whose client leaves while the last bytes are being checked is stored or not, but never half.
+#[actix::test]
+async fn an_upload_whose_client_leaves_at_the_end_is_finished_anyway() {
+    let store = Store::new().await;
+    let bytes = noise(2_000_000, 1);
+    let mut writer = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
+    send(&mut writer, &bytes.slice(..200_000), 200_000).await.unwrap();
+    send(&mut writer, &bytes.slice(200_000..), 1_800_000).await.unwrap();
+    let mut finish = Box::pin(writer.finish());
+    assert!(futures::poll!(&mut finish).is_pending());
+    drop(finish);
+    eventually(|| async { store.has(digest(&bytes)).await.then_some(()) }).await;
+    assert_eq!(store.inspect().await.totals.reserved, 0);
+}
+
+/// Broken uploads go before any blob does.
+#[actix::test]
+async fn broken_uploads_make_room_first() {
+    let store = Store::with_limit(4 * MB).await;
+    let kept = store.put(noise(1_000_000, 1)).await;
+    let broken = noise(1_000_000, 2);
+    let mut writer = begin(&store, NAME, digest(&broken), 0).await.unwrap();
+    send(&mut writer, &broken.slice(..600_000), 600_000).await.unwrap();
+    drop(writer);
+    eventually(|| async { (store.inspect().await.partial_uploads == 1).then_some(()) }).await;
+    store.put(noise(2_500_000, 3)).await;
+    assert!(store.has(kept).await);
+    assert_eq!(store.inspect().await.partial_uploads, 0);
+    assert_eq!(store.cas.query_upload(&store.main, NAME, digest(&broken)).await.unwrap().committed, 0);
+}
+
+/// CAP-15.
+#[actix::test]
+async fn a_blob_above_the_largest_size_is_refused_before_a_byte_is_sent() {
+    let store = Store::new().await;
+    let blob = Digest::parse(SHA256, &"1".repeat(64), i64::MAX).unwrap();
+    let error = begin(&store, NAME, blob, 0).await.unwrap_err();
+    assert!(matches!(&error, Error::Invalid(message) if message.contains("104857600")), "{error}");
+}
+
+#[actix::test]
+async fn broken_uploads_are_bounded_in_age_number_and_bytes() {
+    let store = Store::new().await;
+    let (now, hour, limit) = (Instant::now(), Duration::from_secs(3_600), 100 * 4_096);
+    let blob = Key { digest: digest(b"x"), instance: store.main.id(), kind: Kind::Blob };
+    let mut uploads = Uploads::default();
+    let park = |uploads: &mut Uploads, n: u64, room| {
+        let name = digest(&n.to_le_bytes());
+        let Begin::Fresh(entered, None) = uploads.begin(name, blob, 0) else { panic!() };
+        let file = TemporaryFile::create(store.root.path().join(format!("{n}"))).unwrap();
+        let partial = Partial {
+            sink: Sink { file, hasher: SHA256.hasher() },
+            room: Reservation::new(store.cas.actor().clone(), room),
+        };
+        let Entered { number, progress } = entered;
+        assert!(
+            uploads.end(EndUpload { name, number, blob, progress, partial: Some(partial) }, now).is_none()
+        );
+    };
+    park(&mut uploads, 0, 1);
+    assert!(uploads.pop_excess(now + hour / 2, hour, limit).is_none());
+    assert!(uploads.pop_excess(now + hour, hour, limit).is_some(), "too old");
+    for n in 1..=5 {
+        park(&mut uploads, n, limit / 20);
+    }
+    assert!(uploads.pop_excess(now, hour, limit).is_none());
+    park(&mut uploads, 6, limit / 20);
+    assert!(uploads.pop_excess(now, hour, limit).is_some(), "more than a quarter of the store");
+    while uploads.pop_oldest().is_some() {}
+    for n in 0..=settings::MAX_PARTIAL_UPLOADS as u64 {
+        park(&mut uploads, n, 0);
+    }
+    assert!(uploads.pop_excess(now, hour, limit).is_some(), "one too many");
+    assert_eq!(uploads.counts(), (0, settings::MAX_PARTIAL_UPLOADS));
+}

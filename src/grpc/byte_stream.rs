@@ -62,7 +62,6 @@ impl ByteStream for ByteStreamService {
         let first = first.ok_or_else(|| Error::invalid("the stream has no message"))?;
         let (name, check) = WriteCheck::begin(&first)?;
         let instance = self.instance(&call, &name)?;
-        self.check_blob_size(&name.digest)?;
         let upload =
             self.0.cas.begin_upload(&instance, &first.resource_name, name.digest, check.next_offset).await?;
         match upload {
@@ -93,17 +92,6 @@ impl ByteStreamService {
         call.instance(&instance);
         call.blob(name.digest);
         Ok(instance)
-    }
-
-    /// CAP-15, before a byte is taken.
-    fn check_blob_size(&self, digest: &Digest) -> Result<()> {
-        let max = self.0.settings.max_blob_bytes;
-        if digest.size() <= max {
-            return Ok(());
-        }
-        Err(Error::Invalid(format!(
-            "blob {digest} is larger than the {max} bytes that this server stores (cache.max_blob_size_gb)"
-        )))
     }
 }
 

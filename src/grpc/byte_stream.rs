@@ -1,6 +1,6 @@
 //! The ByteStream service: blobs of any size, in pieces.
 //!
-//! The rules about offsets are two plain structs, [`ReadWindow`] and [`WriteCheck`]; the handlers move bytes between a stream and
+//! The rules about offsets are two plain structs, `ReadWindow` and `WriteCheck`; the handlers move bytes between a stream and
 //! a handle of the store. A slow client holds at most one piece of its blob in memory here. An upload that stops in the middle
 //! leaves its bytes with the store under the resource name, for the client to go on (BS-20).
 
@@ -363,7 +363,7 @@ mod tests {
     fn data_after_the_end_and_ends_without_finish_are_refused() {
         let name = upload(4);
         let whole = message(&name, 0, b"abcd", true);
-        assert!(stream(&[whole.clone()]).is_ok());
+        assert!(stream(std::slice::from_ref(&whole)).is_ok());
         assert!(stream(&[whole.clone(), message("", 4, b"", false)]).is_err());
         assert!(stream(&[whole, message("", 4, b"", true)]).is_err());
         assert!(stream(&[message(&name, 0, b"abcde", true)]).is_err());

@@ -61,6 +61,10 @@ async fn query(server: &Server, name: &str) -> (i64, bool) {
     (committed_size, complete)
 }
 
+async fn is_missing(server: &Server, digest: &reapi::Digest) -> bool {
+    !server.missing(std::slice::from_ref(digest)).await.is_empty()
+}
+
 fn blob(size: usize) -> Vec<u8> {
     (0..size).map(|n| (n % 251) as u8).collect()
 }
@@ -140,7 +144,7 @@ async fn a_broken_upload_goes_on_where_it_stopped_or_starts_over() {
         let half = vec![message(&name, 0, &data[..500_000], false)];
         let status = write(&server, half).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "closed without finish_write");
-        assert_eq!(server.missing(std::slice::from_ref(&digest)).await, [digest.clone()]);
+        assert!(is_missing(&server, &digest).await);
         let (committed, complete) = query(&server, &name).await;
         assert!(!complete);
         assert_eq!(committed, 500_000);
@@ -175,7 +179,7 @@ async fn uploads_that_do_not_keep_to_the_rules_store_nothing() {
     ] {
         let status = write(&server, messages).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{case}: {status}");
-        assert_eq!(server.missing(std::slice::from_ref(&digest)).await, [digest.clone()], "{case}");
+        assert!(is_missing(&server, &digest).await, "{case}");
     }
     let huge = reapi::Digest { size_bytes: MAX_BLOB_BYTES as i64 + 1, ..digest };
     let status = write(&server, vec![message(&upload_name("", &huge), 0, b"x", false)]).await.unwrap_err();

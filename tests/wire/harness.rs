@@ -36,7 +36,7 @@ use uuid::Uuid;
 /// Largest blob of the test server.
 pub const MAX_BLOB_BYTES: u64 = 64_000_000;
 
-/// A running endpoint with the instances "", "a/b/c" and "other".
+/// A running endpoint with the instances "" and "a/b/c".
 pub struct Server {
     pub scheduler: actix::Addr<FakeScheduler>,
     pub health: Health,
@@ -55,7 +55,7 @@ impl Server {
     /// Without `executes`, the endpoint is a cache, and a read-only one.
     pub async fn with(executes: bool) -> Self {
         let store = tempfile::tempdir().unwrap();
-        let instances = Instances::new(["", "a/b/c", "other"]).unwrap();
+        let instances = Instances::new(["", "a/b/c"]).unwrap();
         let settings = StoreSettings {
             root: store.path().join("store"),
             max_bytes: 1_000_000_000,
@@ -72,7 +72,7 @@ impl Server {
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let health = gorego::grpc::health().await;
+        let health = Health::serving().await;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let serving = tokio::spawn({
             let health = health.clone();

@@ -1,7 +1,7 @@
 //! Start, stop, crash: what the process does at its own ends.
 
 use crate::execution::running;
-use crate::support::{Server, command, empty, eventually, metadata, sh, sh_with, sha256};
+use crate::support::{Client, Server, command, empty, eventually, metadata, sh, sh_with, sha256};
 use gorego::proto::bytestream::WriteRequest;
 use std::{process::Command, time::Duration};
 use tonic::Code;
@@ -172,4 +172,57 @@ async fn a_public_address_is_refused_unless_it_is_allowed() {
         .unwrap();
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("allow_unauthenticated"));
+}
+
+/// Fault 20 of user-asks.md: somebody else fills the disk. Reads go on, writes say so, nothing is visible that is not whole,
+/// and all is well again when there is room.
+#[tokio::test]
+async fn a_full_disk_refuses_writes_serves_reads_and_recovers_by_itself() {
+    let server = Server::on_a_disk_of(24 << 20).await;
+    let client = server.client().await;
+    let kept = client.upload("kept").await;
+    let cached = client.action(sh_with("echo cached > f", &["f"]), empty()).await;
+    client.run(cached).await;
+    let big: Vec<u8> = (0..3_000_000u32).flat_map(|n| (n as u8).to_le_bytes()).collect();
+    let writes_too_much = client.action(sh_with("head -c 9000000 /dev/zero > f", &["f"]), empty()).await;
+    let ballast = server.inside("ballast");
+    // As much as fits; the error at the end is the point.
+    let filled = std::fs::write(&ballast, vec![1; 40 << 20]);
+    assert_eq!(filled.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
+
+    let status = upload(&client, &big).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    assert!(status.message().contains("full"), "{status}");
+    assert_eq!(client.missing(&[sha256(&big)]).await, [sha256(&big)]);
+    assert_eq!(client.read(kept).await.unwrap(), b"kept");
+    let response = client.run(cached).await;
+    assert!(response.cached_result, "{response:?}");
+    // Whether the command or the server met the full disk first, the action did not succeed and is not remembered.
+    let response = client.run(writes_too_much).await;
+    let succeeded = response.status.unwrap_or_default().code == 0
+        && response.result.is_some_and(|result| result.exit_code == 0);
+    assert!(!succeeded);
+    assert_eq!(client.cached(writes_too_much).await, None);
+
+    std::fs::remove_file(&ballast).unwrap();
+    upload(&client, &big).await.unwrap();
+    assert_eq!(client.read(sha256(&big)).await.unwrap(), big);
+    assert_eq!(client.run(writes_too_much).await.result.unwrap().exit_code, 0);
+}
+
+async fn upload(client: &Client, blob: &[u8]) -> Result<i64, tonic::Status> {
+    let name = format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/{}", sha256(blob).blob_name());
+    let chunk = 1 << 20;
+    let messages: Vec<_> = blob
+        .chunks(chunk)
+        .enumerate()
+        .map(|(n, data)| WriteRequest {
+            resource_name: name.clone(),
+            write_offset: (n * chunk) as i64,
+            finish_write: (n + 1) * chunk >= blob.len(),
+            data: data.to_vec().into(),
+        })
+        .collect();
+    let reply = client.bytes.clone().write(tokio_stream::iter(messages)).await?;
+    Ok(reply.into_inner().committed_size)
 }

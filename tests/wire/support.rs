@@ -62,10 +62,36 @@ impl Server {
 
     /// Starts one on this store.
     pub async fn on(store: Arc<TempDir>, overrides: &[(&str, &str)]) -> Self {
-        let mut child = command(store.path())
-            .envs(overrides.iter().map(|(key, value)| (format!("GOREGO_{key}"), value)))
-            .spawn()
-            .unwrap();
+        let mut command = command(store.path());
+        command.envs(overrides.iter().map(|(key, value)| (format!("GOREGO_{key}"), value)));
+        Self::spawn(command, store)
+    }
+
+    /// Starts one whose store lies on a disk of its own of this many bytes, in a mount namespace of its own; see
+    /// [`Server::inside`].
+    pub async fn on_a_disk_of(bytes: usize) -> Self {
+        let store = Arc::new(tempfile::tempdir().unwrap());
+        let serve = command(store.path());
+        let mut command = Command::new("unshare");
+        command
+            .args(["--user", "--map-root-user", "--mount", "sh", "-c"])
+            .arg(format!("mount -t tmpfs -o size={bytes} none \"$0\" && exec \"$@\""))
+            .arg(store.path())
+            .arg(serve.get_program())
+            .args(serve.get_args())
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped());
+        Self::spawn(command, store)
+    }
+
+    /// A path of the store as the server sees it, its own mounts included.
+    pub fn inside(&self, name: &str) -> PathBuf {
+        let store = self.store.path().join(name);
+        PathBuf::from(format!("/proc/{}/root{}", self.pid(), store.display()))
+    }
+
+    fn spawn(mut command: Command, store: Arc<TempDir>) -> Self {
+        let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let (started, listening) = std::sync::mpsc::channel();
         let stderr = BufReader::new(child.stderr.take().unwrap());

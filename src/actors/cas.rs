@@ -1,12 +1,12 @@
 //! The content-addressable store and the action cache: the actor, its index, its files.
 //!
-//! [`CasActor`] owns the [`index::Index`] (what is stored, how recently used, leased or promised) and the table of
-//! [`uploads`]. It decides and never touches a file: readers and writers work on files that its answers name, on blocking
+//! [`CasActor`] owns the `index::Index` (what is stored, how recently used, leased or promised) and the table of
+//! `uploads`. It decides and never touches a file: readers and writers work on files that its answers name, on blocking
 //! threads, and report back. Everybody asks it through [`client::Cas`].
 //!
 //! Invariants: a blob is in the index only while a whole file of it is on disk, and is visible to others only through the
 //! index. What the index lets go is deleted in the background under a name that is never used again. Promises
-//! ([`guards`]) end by themselves. No handler waits for anything: an answer that needs IO is a future of its own.
+//! (`guards`) end by themselves. No handler waits for anything: an answer that needs IO is a future of its own.
 
 mod action_cache;
 pub mod blob;

@@ -1,6 +1,6 @@
 //! Handles through which bytes go round the mailbox: one to read a stored blob, one to write a new one.
 //!
-//! This file has the reading: how a stored file is opened, checked and read. A blob up to [`SMALL_BLOB_BYTES`] is read and
+//! This file has the reading: how a stored file is opened, checked and read. A blob up to `SMALL_BLOB_BYTES` is read and
 //! hashed every time. A larger one is trusted while its length and modification time are those that were recorded when this
 //! process last knew its content; otherwise, as after a restart, it is hashed from end to end before its first byte is
 //! served. What does not hash to its digest is reported to the actor, which drops it, and is a miss for the reader. Changes

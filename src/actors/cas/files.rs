@@ -142,7 +142,22 @@ impl Files {
 /// # Errors
 /// Those of open(2).
 pub fn create(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create_new(true).mode(STORED_MODE).open(path)
+    in_shard(path, || OpenOptions::new().write(true).create_new(true).mode(STORED_MODE).open(path))
+}
+
+/// Does something that needs the directory of `path` and makes that if it is not there. Directories are made when they are
+/// first needed: an empty store starts at once.
+///
+/// # Errors
+/// Those of `put`, and of mkdir(2).
+pub fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    match (put(), path.parent()) {
+        (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir_all(parent)?;
+            put()
+        }
+        (outcome, _) => outcome,
+    }
 }
 
 /// A file under a temporary name, deleted when dropped.
@@ -168,7 +183,7 @@ impl TemporaryFile {
     /// # Errors
     /// Those of rename(2).
     pub fn keep_as(mut self, path: &Path) -> io::Result<()> {
-        fs::rename(&self.path, path)?;
+        in_shard(path, || fs::rename(&self.path, path))?;
         self.kept = true;
         Ok(())
     }
@@ -213,7 +228,7 @@ fn encode(instance: &str) -> String {
     name
 }
 
-/// Makes every directory that will be written to, and moves aside temporary files and instances that are not served any
+/// Makes the directories that always exist, and moves aside temporary files and instances that are not served any
 /// more: their bytes would count for nobody.
 fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
     let trash = base.join("trash");
@@ -240,17 +255,6 @@ fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
             let entry = entry?;
             if !instances.iter().any(|name| entry.file_name() == **name) {
                 throw(&entry.path())?;
-            }
-        }
-        for (name, function) in instances.iter().flat_map(|n| DigestFunction::ALL.iter().map(move |f| (n, f)))
-        {
-            let parent = parent.join(name).join(function.name());
-            fs::create_dir_all(&parent)?;
-            for first in 0..=u8::MAX {
-                match fs::create_dir(parent.join(format!("{first:02x}"))) {
-                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                    _ => {}
-                }
             }
         }
     }

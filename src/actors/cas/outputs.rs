@@ -7,7 +7,7 @@
 use super::{
     blob::{PIECE_BYTES, hash_file, stamp_of},
     client::Cas,
-    files::{STORED_MODE, TemporaryFile},
+    files::{STORED_MODE, TemporaryFile, in_shard},
     guards::Reservation,
     index::{FileId, Key, Kind, Stamp},
     requests::{Commit, Prepare, WrittenFile},
@@ -106,7 +106,7 @@ impl Cas {
         }
         let path = self.shared().files.path(id);
         fchmod(file, Mode::from_raw_mode(STORED_MODE))?;
-        if linkat(parent, name, CWD, &path, AtFlags::empty()).is_err() {
+        if in_shard(&path, || Ok(linkat(parent, name, CWD, &path, AtFlags::empty())?)).is_err() {
             // Another file system, or one that has no links.
             return Ok(None);
         }

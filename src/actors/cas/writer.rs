@@ -142,7 +142,7 @@ impl BlobWriter {
     async fn idle(&mut self) -> Result<Box<Attempt>> {
         if let Work::Running(job) = &mut self.work {
             // Polled in place: if this future is dropped, the job stays where `drop` finds it.
-            let outcome = job.await.map_err(Error::internal).flatten();
+            let outcome = job.await.unwrap_or_else(|error| Err(Error::internal(error)));
             self.work = Work::Over;
             return outcome;
         }

@@ -17,4 +17,5 @@ pub mod path;
 pub mod proto;
 pub mod resource_name;
 pub mod server;
+mod spread;
 pub mod tree;

@@ -19,6 +19,7 @@ use crate::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     instance::{InstanceId, Instances},
+    spread::spread_subdirectories,
 };
 use rustix::fs::{FlockOperation, flock};
 use std::{
@@ -153,6 +154,10 @@ pub fn create(path: &Path) -> io::Result<File> {
 pub fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     match (put(), path.parent()) {
         (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound => {
+            if let Some(shards) = parent.parent() {
+                fs::create_dir_all(shards)?;
+                spread_subdirectories(File::open(shards)?);
+            }
             fs::create_dir_all(parent)?;
             put()
         }

@@ -11,9 +11,12 @@ use super::{
     dir::{self, Cursor},
     messages::SlotId,
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    spread::spread_subdirectories,
+};
 use rustix::{
-    fs::{self as rfs, AtFlags, FileType, IFlags, Mode, OFlags},
+    fs::{self as rfs, AtFlags, FileType, Mode, OFlags},
     io::Errno,
 };
 use std::{
@@ -64,13 +67,7 @@ impl BuildRoot {
         // Commands get absolute paths into it.
         let path = path.canonicalize().map_err(doing)?;
         let handle = File::open(&path).map_err(doing)?;
-        // ext4 is slow to make files near many that were just deleted; this makes it spread exec directories over the disk.
-        // Other file systems do not know the flag.
-        if let Ok(flags) = rfs::ioctl_getflags(&handle)
-            && !flags.contains(IFlags::TOPDIR)
-        {
-            let _ = rfs::ioctl_setflags(&handle, flags | IFlags::TOPDIR);
-        }
+        spread_subdirectories(&handle);
         let leftovers = leftovers(&handle).map_err(doing)?;
         if !leftovers.is_empty() {
             log::info!(target: "gorego::worker", event = BUILD_ROOT_SWEPT, directories = leftovers.len();

@@ -5,12 +5,10 @@
 //! the actor checks and renews every reference in its index (AC-03, AC-04).
 
 use super::{
-    blob::{not_found, stamp_of},
+    blob::{not_found, read_result_file, report, stamp_of},
     client::{Cas, Provenance, going_down},
     index::{FileId, Found, Key, Kind},
-    requests::{
-        Commit, ConfirmResult, Damaged, Incomplete, LookupResult, Reserve, ResultLookup, WrittenFile,
-    },
+    requests::{Commit, ConfirmResult, Incomplete, LookupResult, Reserve, ResultLookup, WrittenFile},
     results::{self, DirectReferences, LoadedResult, Uploader},
     settings::MAX_TREE_BYTES,
     writer::write_new,
@@ -21,7 +19,7 @@ use crate::{
     instance::Instance,
     proto::reapi,
 };
-use std::{fs, sync::Arc, time::SystemTime};
+use std::{sync::Arc, time::SystemTime};
 use tokio::sync::oneshot;
 
 impl Cas {
@@ -60,19 +58,20 @@ impl Cas {
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let (cas, instance) = (self.clone(), instance.clone());
         self.blocking(move || {
-            let bytes = fs::read(cas.shared().files.path(&found.file));
-            let result = bytes
-                .map_err(|error| error.to_string())
-                .and_then(|bytes| Ok(results::decode(&bytes, instance.name(), action)?));
-            match result {
-                Ok(result) => Some(Arc::new(result)),
+            let bytes = match read_result_file(&cas, &found) {
+                Ok(bytes) => bytes,
+                Err(Error::NotFound(_)) => return Ok(None),
+                Err(error) => return Err(error),
+            };
+            match results::decode(&bytes, instance.name(), action) {
+                Ok(result) => Ok(Some(Arc::new(result))),
                 Err(reason) => {
-                    cas.actor().do_send(Damaged { at: found.at, reason });
-                    None
+                    report(&cas, &found, reason.into());
+                    Ok(None)
                 }
             }
         })
-        .await
+        .await?
     }
 
     /// Everything that a result references, or why that cannot be known.

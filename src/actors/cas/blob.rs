@@ -21,7 +21,7 @@ use crate::{
 use bytes::Bytes;
 use std::{
     fs::File,
-    io,
+    io::{self, Read as _},
     os::{
         fd::AsRawFd as _,
         unix::fs::{FileExt as _, MetadataExt as _},
@@ -182,6 +182,13 @@ pub(super) fn read_whole(cas: &Cas, found: &Found) -> Result<Bytes> {
         }
     }
     Ok(bytes.into())
+}
+
+/// Reads the file of an action result, which checks itself. Blocks.
+pub(super) fn read_result_file(cas: &Cas, found: &Found) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open(cas, found)?.read_to_end(&mut bytes).map_err(|error| failed(cas, found, &error))?;
+    Ok(bytes)
 }
 
 /// The miss that readers get.

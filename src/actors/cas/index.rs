@@ -24,7 +24,7 @@ const NIL: u32 = u32::MAX;
 /// Entries are added to the slab in steps of a quarter of its length, at least this many; it never doubles.
 const MIN_GROWTH: usize = 1_024;
 /// Stores below this size evict only what each write needs: in a small one, room kept free is room lost.
-const WATERMARKS_FROM_BYTES: u64 = 1 << 30;
+const WATERMARKS_FROM_BYTES: u64 = 64 << 20;
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -236,8 +236,7 @@ impl Index {
     /// [`Shortage`] when leases and other promises leave too little; nothing is evicted then.
     pub fn reserve(&mut self, wanted: u64) -> Result<Grant, Shortage> {
         let Totals { used, leased, reserved, limit, .. } = self.totals;
-        let available = limit.saturating_sub(leased).saturating_sub(reserved);
-        if wanted > available {
+        if !self.could_fit(wanted, 0) {
             return Err(Shortage { wanted, leased, reserved, limit });
         }
         let mut victims = Vec::new();
@@ -255,6 +254,13 @@ impl Index {
     pub fn has_room(&self, wanted: u64) -> bool {
         let Totals { used, reserved, limit, .. } = self.totals;
         limit.saturating_sub(used).saturating_sub(reserved) >= wanted
+    }
+
+    /// Whether `wanted` bytes could be made free by evicting all that can be, and by taking back `revocable` bytes of
+    /// earlier promises.
+    pub fn could_fit(&self, wanted: u64, revocable: u64) -> bool {
+        let Totals { leased, reserved, limit, .. } = self.totals;
+        limit.saturating_sub(leased).saturating_sub(reserved.saturating_sub(revocable)) >= wanted
     }
 
     /// Takes back what is left of a promise.

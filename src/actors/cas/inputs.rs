@@ -92,7 +92,11 @@ impl Cas {
         let digests = closure.digests();
         let mut missing = closure.missing;
         missing.extend(self.find_missing(instance, digests).await?);
-        if missing.is_empty() { Ok(()) } else { Err(Error::MissingBlobs(missing)) }
+        if !missing.is_empty() {
+            return Err(Error::MissingBlobs(missing));
+        }
+        // Its bounds on what the tree expands to are the worker's, better met now than after the queue.
+        InputTree::new(root, closure.directories).map(drop)
     }
 
     /// Reads and leases a whole input root.

@@ -21,7 +21,10 @@ impl CasActor {
         bytes: u64,
         ctx: &Context<Self>,
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
-        while !self.index.has_room(bytes)
+        // Not for a write that does not fit even so.
+        let could_fit = self.index.could_fit(bytes, self.uploads.parked_bytes());
+        while could_fit
+            && !self.index.has_room(bytes)
             && let Some(partial) = self.uploads.pop_oldest()
         {
             self.discard(partial, ctx);

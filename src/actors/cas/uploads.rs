@@ -247,6 +247,11 @@ impl Uploads {
         if excess { self.pop_oldest() } else { None }
     }
 
+    /// Bytes that broken uploads hold and that can be had back.
+    pub fn parked_bytes(&self) -> u64 {
+        self.parked_bytes
+    }
+
     /// Attempts that run, and uploads that can be resumed.
     pub fn counts(&self) -> (usize, usize) {
         (self.running_count, self.parked.len())

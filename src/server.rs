@@ -18,6 +18,7 @@ use crate::{
     config::{ExecutionSettings, Settings},
     error::{Error, Result},
     grpc::{self, Edge, ask::Scheduler},
+    logging,
 };
 use actix::{Actor as _, Addr, SyncArbiter, System};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -75,7 +76,10 @@ fn store_settings(settings: &Settings) -> StoreSettings {
         max_bytes: settings.max_size_bytes,
         max_blob_bytes: settings.max_blob_bytes,
         partial_upload_retention: settings.partial_upload_retention,
-        timeouts: settings.execution.as_ref().map_or(TimeoutPolicy::UNLIMITED, |execution| execution.timeouts),
+        timeouts: settings
+            .execution
+            .as_ref()
+            .map_or(TimeoutPolicy::UNLIMITED, |execution| execution.timeouts),
     }
 }
 
@@ -173,7 +177,8 @@ impl Server {
         select! {
             () = orderly => {}
             signal = signals.next() => {
-                log::warn!(target: LOG, event = "server_stopped", signal = signal; "stopped at once");
+                log::warn!(target: LOG, event = "server_interrupted", signal = signal; "stopping at once");
+                logging::flush();
                 // Runners see their sockets close and kill what they run.
                 std::process::exit(INTERRUPTED);
             }
@@ -183,11 +188,7 @@ impl Server {
     }
 }
 
-fn start_scheduler(
-    execution: &ExecutionSettings,
-    build_root: BuildRoot,
-    cas: &Cas,
-) -> Addr<SchedulerActor> {
+fn start_scheduler(execution: &ExecutionSettings, build_root: BuildRoot, cas: &Cas) -> Addr<SchedulerActor> {
     let worker = Arc::new(WorkerSettings {
         name: host_name(),
         build_root,
@@ -248,8 +249,7 @@ struct Signals {
 
 impl Signals {
     fn listen() -> Result<Self> {
-        let listen =
-            |kind| signal(kind).map_err(|error| Error::io("listen for signals", &error));
+        let listen = |kind| signal(kind).map_err(|error| Error::io("listen for signals", &error));
         Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
     }
 

@@ -131,21 +131,6 @@ impl Edge {
     }
 }
 
-/// Names of the services that health checks can ask for.
-const SERVICES: &[&str] = &[
-    reapi::execution_server::SERVICE_NAME,
-    reapi::action_cache_server::SERVICE_NAME,
-    reapi::content_addressable_storage_server::SERVICE_NAME,
-    reapi::capabilities_server::SERVICE_NAME,
-    bytestream::byte_stream_server::SERVICE_NAME,
-    longrunning::operations_server::SERVICE_NAME,
-];
-
-/// The health of this endpoint, to be given to [`serve`] and kept for the drain.
-pub async fn health() -> Health {
-    Health::serving(SERVICES).await
-}
-
 /// Serves on `listener` until `shutdown` ends; then accepts nothing more, tells clients to go elsewhere, and returns when all open
 /// streams are over. The caller ends those that would go on for long, by draining the scheduler.
 ///

@@ -51,7 +51,7 @@ impl ResourceName {
     fn parse(name: &str, write: bool) -> std::result::Result<Self, String> {
         let segments: Vec<&str> = name.split('/').collect();
         let is_keyword = |segment: &&str| matches!(*segment, "blobs" | "compressed-blobs" | "uploads");
-        let keyword = segments.iter().position(|s| is_keyword(s)).ok_or("it has no \"blobs\" segment")?;
+        let keyword = segments.iter().position(is_keyword).ok_or("it has no \"blobs\" segment")?;
         if name.starts_with('/') {
             return Err("it starts with a slash".into());
         }

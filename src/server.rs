@@ -126,7 +126,7 @@ impl Server {
         let mut signals = Signals::listen()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
-        let health = Arc::new(grpc::health().await);
+        let health = grpc::health::Health::serving().await;
         let edge = Arc::new(Edge {
             instances: settings.instances.clone(),
             cas: cas.clone(),

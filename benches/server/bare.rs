@@ -59,7 +59,8 @@ pub fn serve() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         println!("{}", listener.local_addr().expect("an address"));
         Server::builder()
-            .http2_adaptive_window(Some(true))
+            .initial_connection_window_size(32 << 20)
+            .initial_stream_window_size(16 << 20)
             .add_service(CapabilitiesServer::new(Nothing))
             .add_service(ByteStreamServer::new(Nothing).max_decoding_message_size(16 << 20))
             .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))

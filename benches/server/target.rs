@@ -87,6 +87,9 @@ impl Drop for Target {
     }
 }
 
+const CONNECTION_WINDOW: u32 = 32 << 20;
+const STREAM_WINDOW: u32 = 16 << 20;
+
 /// A connection with the calls that the groups make.
 #[derive(Clone)]
 pub struct Client {
@@ -102,7 +105,10 @@ impl Client {
     pub async fn connect(endpoint: &str) -> Self {
         let channel = Channel::from_shared(endpoint.to_owned())
             .expect("an endpoint")
-            .http2_adaptive_window(true)
+            // Wide and fixed: the HTTP/2 library derives from it how many small messages may wait, and closes the connection
+            // of a client that falls behind by more.
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_stream_window_size(STREAM_WINDOW)
             .connect()
             .await
             .expect("it listens");

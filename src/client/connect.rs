@@ -13,6 +13,10 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+/// Bytes that the server may send ahead on the connection, and on one stream. Wide and fixed: the HTTP/2 library derives from
+/// the former how many small messages may wait, and gives the connection up when hundreds of streams send more at once.
+const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
+const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often an idle connection is probed, and how long the answer may take (GEN-26).

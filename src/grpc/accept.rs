@@ -37,3 +37,20 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::pin::pin;
+
+    #[tokio::test]
+    async fn nagles_algorithm_is_off_on_every_accepted_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut connections = pin!(connections(listener));
+        for _ in 0..2 {
+            let _client = TcpStream::connect(address).await.unwrap();
+            assert!(connections.next().await.unwrap().unwrap().nodelay().unwrap());
+        }
+    }
+}

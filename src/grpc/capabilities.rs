@@ -19,7 +19,7 @@ use tonic::{Request, Response, Status};
 
 /// The oldest version spoken; clients of every age refuse a server that starts later (CAP-02).
 const LOW_VERSION: (i32, i32) = (2, 0);
-/// The newest version spoken: 2.1 promises `output_paths`, 2.2 `Action.platform`, 2.3 today's rules for argv[0] (CAP-04).
+/// The newest version spoken: 2.1 promises `output_paths`, 2.2 `Action.platform`, 2.3 today's rules for `argv[0]` (CAP-04).
 const HIGH_VERSION: (i32, i32) = (2, 3);
 
 /// The service.

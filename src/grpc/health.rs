@@ -1,18 +1,29 @@
 //! grpc.health.v1: the status of the whole server, under the empty name, and of each service under its own.
 
+use crate::proto::{bytestream, longrunning, reapi};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-/// Switches what health checks answer; cheap to clone. Everything serves from the start.
+/// Names that health checks can ask for; the empty one stands for the whole server.
+const NAMES: &[&str] = &[
+    "",
+    reapi::execution_server::SERVICE_NAME,
+    reapi::action_cache_server::SERVICE_NAME,
+    reapi::content_addressable_storage_server::SERVICE_NAME,
+    reapi::capabilities_server::SERVICE_NAME,
+    bytestream::byte_stream_server::SERVICE_NAME,
+    longrunning::operations_server::SERVICE_NAME,
+];
+
+/// Switches what health checks answer; cheap to clone. One is given to [`super::serve`] and kept for the drain.
 #[derive(Debug, Clone)]
 pub struct Health {
     reporter: HealthReporter,
-    services: &'static [&'static str],
 }
 
 impl Health {
-    /// Health of the server and of these services, all of them serving.
-    pub async fn serving(services: &'static [&'static str]) -> Self {
-        let health = Self { reporter: HealthReporter::new(), services };
+    /// The health of a server of which everything is SERVING.
+    pub async fn serving() -> Self {
+        let health = Self { reporter: HealthReporter::new() };
         health.set(ServingStatus::Serving).await;
         health
     }
@@ -29,8 +40,8 @@ impl Health {
     }
 
     async fn set(&self, status: ServingStatus) {
-        for service in self.services.iter().copied().chain([""]) {
-            self.reporter.set_service_status(service, status).await;
+        for name in NAMES {
+            self.reporter.set_service_status(name, status).await;
         }
     }
 }

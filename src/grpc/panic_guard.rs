@@ -109,3 +109,52 @@ impl<B: Body<Data = Bytes>> Body for GuardedBody<B> {
 fn fault() -> Status {
     Status::internal("a fault of this server; its log has the details")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::convert::Infallible;
+    use tonic::Code;
+    use tower::{ServiceExt as _, service_fn};
+
+    /// A body that panics when it is read.
+    #[derive(Default)]
+    struct Broken;
+
+    impl Body for Broken {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            panic!("a fault in a stream")
+        }
+    }
+
+    fn code(headers: &HeaderMap) -> Code {
+        Code::from_bytes(headers["grpc-status"].as_bytes())
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_handler_is_internal() {
+        async fn handler(_: Request<()>) -> Result<Response<Broken>, Infallible> {
+            panic!("a fault in a handler")
+        }
+        let response = PanicGuardLayer.layer(service_fn(handler)).oneshot(Request::new(())).await.unwrap();
+        assert_eq!(code(response.headers()), Code::Internal);
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_stream_ends_it_with_internal_trailers() {
+        async fn handler(_: Request<()>) -> Result<Response<Broken>, Infallible> {
+            Ok(Response::new(Broken))
+        }
+        let response = PanicGuardLayer.layer(service_fn(handler)).oneshot(Request::new(())).await.unwrap();
+        let mut body = std::pin::pin!(response.into_body());
+        let frame = std::future::poll_fn(|context| body.as_mut().poll_frame(context)).await;
+        assert_eq!(code(frame.unwrap().unwrap().trailers_ref().unwrap()), Code::Internal);
+        assert!(std::future::poll_fn(|context| body.as_mut().poll_frame(context)).await.is_none());
+    }
+}

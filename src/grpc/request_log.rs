@@ -3,19 +3,20 @@
 //! The line is written when the response is over: after its trailers, or when the client goes away before them, which counts as
 //! CANCELLED. `docs/logs.md` lists the fields; a field that does not apply is absent.
 
-use super::{convert, status};
+mod line;
+
+use super::convert;
 use crate::{
     actors::scheduler::operation::{ClientInfo, OperationId},
     digest::Digest,
     instance::Instance,
 };
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, Uri};
+use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
-use log::kv::{self, Key, Value, VisitSource};
+use line::Line;
 use std::{
     future::Future,
-    net::SocketAddr,
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
@@ -271,183 +272,4 @@ impl Body for CountedBody {
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
     }
-}
-
-/// The line of a call that is not over yet; written when this is dropped.
-#[derive(Debug)]
-struct Line {
-    call: Call,
-    started: Instant,
-    uri: Uri,
-    peer: Option<SocketAddr>,
-    /// `None` as long as the call has not ended by itself.
-    code: Option<Code>,
-    /// The message of a status that is not OK.
-    error: String,
-}
-
-impl Line {
-    /// Takes code and message from headers or trailers that have them.
-    fn read_status(&mut self, headers: &HeaderMap) {
-        if let Some(code) = headers.get("grpc-status") {
-            self.code = Some(Code::from_bytes(code.as_bytes()));
-            let message = headers.get("grpc-message").map(|message| percent_decode(message.as_bytes()));
-            self.error = status::shorten(message.unwrap_or_default(), ERROR_MAX_BYTES);
-        }
-    }
-}
-
-impl Drop for Line {
-    fn drop(&mut self) {
-        let level = log::Level::Info;
-        if !log::log_enabled!(target: TARGET, level) {
-            return;
-        }
-        let fields = Fields {
-            method: short_method(self.uri.path()),
-            code: code_name(self.code.unwrap_or(Code::Cancelled)),
-            duration_us: u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX),
-            peer: self.peer.map(|peer| peer.to_string()),
-            error: &self.error,
-            client: &self.call.0.client,
-            bytes_in: self.call.0.bytes_in.load(Ordering::Relaxed),
-            bytes_out: self.call.0.bytes_out.load(Ordering::Relaxed),
-            noted: Noted::of(&self.call.0.notes.lock().unwrap_or_else(PoisonError::into_inner)),
-        };
-        log::logger().log(
-            &log::Record::builder()
-                .target(TARGET)
-                .level(level)
-                .key_values(&fields)
-                .args(format_args!("{} {}", fields.method, fields.code))
-                .build(),
-        );
-    }
-}
-
-/// The key-values of the line.
-struct Fields<'a> {
-    method: &'a str,
-    code: &'static str,
-    duration_us: u64,
-    peer: Option<String>,
-    error: &'a str,
-    client: &'a ClientInfo,
-    bytes_in: u64,
-    bytes_out: u64,
-    noted: Noted,
-}
-
-/// [`Notes`] as text.
-#[derive(Default)]
-struct Noted {
-    instance: Option<String>,
-    operation: Option<String>,
-    action_digest: Option<String>,
-    digest: Option<String>,
-    cached: Option<bool>,
-}
-
-impl Noted {
-    fn of(notes: &Notes) -> Self {
-        Self {
-            instance: notes.instance.as_ref().map(|instance| instance.name().to_owned()),
-            operation: notes.operation.map(|id| id.to_string()),
-            action_digest: notes.action.map(|digest| digest.to_string()),
-            digest: notes.blob.map(|digest| digest.to_string()),
-            cached: notes.cached,
-        }
-    }
-}
-
-impl kv::Source for Fields<'_> {
-    fn visit<'kvs>(&'kvs self, visitor: &mut dyn VisitSource<'kvs>) -> Result<(), kv::Error> {
-        let mut pair = |key: &'static str, value: Value<'kvs>| visitor.visit_pair(Key::from_str(key), value);
-        pair("event", Value::from(RPC_FINISHED))?;
-        pair("method", Value::from(self.method))?;
-        pair("grpc_code", Value::from(self.code))?;
-        pair("duration_us", Value::from(self.duration_us))?;
-        pair("bytes_in", Value::from(self.bytes_in))?;
-        pair("bytes_out", Value::from(self.bytes_out))?;
-        if let Some(cached) = self.noted.cached {
-            pair("cached", Value::from(cached))?;
-        }
-        let texts = [
-            ("peer", self.peer.as_deref()),
-            ("instance", self.noted.instance.as_deref()),
-            ("operation", self.noted.operation.as_deref()),
-            ("action_digest", self.noted.action_digest.as_deref()),
-            ("digest", self.noted.digest.as_deref()),
-            ("invocation_id", said(&self.client.tool_invocation_id)),
-            ("target_id", said(&self.client.target_id)),
-            ("mnemonic", said(&self.client.action_mnemonic)),
-            ("error", said(self.error)),
-        ];
-        for (key, text) in texts {
-            if let Some(text) = text {
-                pair(key, Value::from(text))?;
-            }
-        }
-        Ok(())
-    }
-}
-
-fn said(text: &str) -> Option<&str> {
-    (!text.is_empty()).then_some(text)
-}
-
-/// `Service/Method` without the package.
-fn short_method(path: &str) -> &str {
-    let path = path.strip_prefix('/').unwrap_or(path);
-    let service = path.split('/').next().unwrap_or_default();
-    let package = service.rfind('.').map_or(0, |dot| dot + 1);
-    let method = path.get(package..).unwrap_or(path);
-    // Paths are ASCII, so any cut is a character boundary.
-    method.get(..METHOD_MAX_BYTES).unwrap_or(method)
-}
-
-/// The name of a code as the gRPC documentation writes it.
-fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
-}
-
-/// Undoes the encoding of `grpc-message`; what is no valid escape stays as it is.
-fn percent_decode(text: &[u8]) -> String {
-    let mut decoded = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((&byte, after)) = rest.split_first() {
-        let escape = (byte == b'%').then(|| after.get(..2)).flatten().and_then(|hex| {
-            let hex = std::str::from_utf8(hex).ok()?;
-            u8::from_str_radix(hex, 16).ok()
-        });
-        match escape {
-            Some(escaped) => {
-                decoded.push(escaped);
-                rest = &after[2..];
-            }
-            None => {
-                decoded.push(byte);
-                rest = after;
-            }
-        }
-    }
-    String::from_utf8_lossy(&decoded).into_owned()
 }

@@ -1,17 +1,15 @@
 //! A real server on a free port, a raw client for each service, and builders for the blobs that tests need.
 
-use futures::StreamExt as _;
 use gorego::{
     digest::{Digest, DigestFunction},
     proto::{
-        bytestream::{ReadRequest, WriteRequest, WriteResponse, byte_stream_client::ByteStreamClient},
+        bytestream::{ReadRequest, byte_stream_client::ByteStreamClient},
         longrunning::{Operation, operation, operations_client::OperationsClient},
         reapi::{
             Action, ActionResult, BatchUpdateBlobsRequest, Command as ReapiCommand, Directory, DirectoryNode,
             ExecuteOperationMetadata, ExecuteRequest, ExecuteResponse, FileNode, FindMissingBlobsRequest,
             GetActionResultRequest, SymlinkNode, action_cache_client::ActionCacheClient,
-            batch_update_blobs_request, capabilities_client::CapabilitiesClient,
-            command::EnvironmentVariable,
+            batch_update_blobs_request, command::EnvironmentVariable,
             content_addressable_storage_client::ContentAddressableStorageClient,
             execution_client::ExecutionClient,
         },
@@ -183,7 +181,6 @@ pub struct Client {
     pub action_cache: ActionCacheClient<Channel>,
     pub execution: ExecutionClient<Channel>,
     pub operations: OperationsClient<Channel>,
-    pub capabilities: CapabilitiesClient<Channel>,
     /// Used in every request that the helpers make.
     pub instance: String,
 }
@@ -197,15 +194,9 @@ impl Client {
             bytes: ByteStreamClient::new(channel.clone()),
             action_cache: ActionCacheClient::new(channel.clone()),
             execution: ExecutionClient::new(channel.clone()),
-            operations: OperationsClient::new(channel.clone()),
-            capabilities: CapabilitiesClient::new(channel),
+            operations: OperationsClient::new(channel),
             instance: String::new(),
         }
-    }
-
-    /// The same connection under another instance name.
-    pub fn under(&self, instance: &str) -> Self {
-        Self { instance: instance.into(), ..self.clone() }
     }
 
     /// A resource name below the instance.
@@ -265,11 +256,6 @@ impl Client {
             bytes.extend_from_slice(&message.data);
         }
         Ok(bytes)
-    }
-
-    /// Writes these messages as one stream.
-    pub async fn write(&self, messages: Vec<WriteRequest>) -> Result<WriteResponse, Status> {
-        Ok(self.bytes.clone().write(futures::stream::iter(messages)).await?.into_inner())
     }
 
     /// Stores an Action that runs this command over this input root.
@@ -397,16 +383,6 @@ impl Run {
         let last = self.until(|operation| operation.done).await;
         assert!(self.next().await.is_none(), "EXE-05: the stream ends after done");
         response(&last)
-    }
-
-    /// Reads until the end or an error.
-    pub async fn error(mut self) -> Status {
-        while let Some(message) = self.0.next().await {
-            if let Err(status) = message {
-                return status;
-            }
-        }
-        panic!("the stream ended without an error");
     }
 }
 

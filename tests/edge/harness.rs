@@ -1,0 +1,322 @@
+//! [`Server`]: one endpoint for one test, and the scheduler behind it.
+
+use actix::{Actor, Context, Handler, Message, System};
+use gorego::{
+    action::TimeoutPolicy,
+    actors::{
+        cas::{CasActor, StoreSettings, client::Cas},
+        scheduler::{
+            messages::{Cancel, Forget, ListOperations, OperationPage, Submit, Watch},
+            operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
+        },
+    },
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    grpc::{Edge, Settings, ask::Scheduler, health::Health},
+    instance::Instances,
+    proto::{
+        bytestream::byte_stream_client::ByteStreamClient,
+        longrunning::operations_client::OperationsClient,
+        reapi::{
+            self, action_cache_client::ActionCacheClient, capabilities_client::CapabilitiesClient,
+            content_addressable_storage_client::ContentAddressableStorageClient,
+            execution_client::ExecutionClient,
+        },
+    },
+};
+use std::{
+    sync::{Arc, mpsc},
+    thread,
+    time::{Duration, SystemTime},
+};
+use tokio::{net::TcpListener, runtime::Handle, sync::watch, task::JoinHandle};
+use tonic::transport::{Channel, Endpoint};
+use uuid::Uuid;
+
+/// Largest blob of the test server.
+pub const MAX_BLOB_BYTES: u64 = 64_000_000;
+
+/// A running endpoint with the instances "" and "a/b/c".
+pub struct Server {
+    pub scheduler: actix::Addr<FakeScheduler>,
+    pub health: Health,
+    pub channel: Channel,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    pub serving: JoinHandle<Result<()>>,
+    system: System,
+    _store: tempfile::TempDir,
+}
+
+impl Server {
+    pub async fn start() -> Self {
+        Self::with(true).await
+    }
+
+    /// Without `executes`, the endpoint is a cache, and a read-only one.
+    pub async fn with(executes: bool) -> Self {
+        let store = tempfile::tempdir().unwrap();
+        let instances = Instances::new(["", "a/b/c"]).unwrap();
+        let settings = StoreSettings {
+            root: store.path().join("store"),
+            max_bytes: 1_000_000_000,
+            max_blob_bytes: MAX_BLOB_BYTES,
+            partial_upload_retention: Duration::from_secs(600),
+            timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(60) },
+        };
+        let (system, cas, scheduler) = actors(settings, instances.clone());
+        let edge = Edge {
+            instances,
+            cas,
+            scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
+            settings: Settings { action_cache_updates: executes, max_blob_bytes: MAX_BLOB_BYTES },
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let health = Health::serving().await;
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let serving = tokio::spawn({
+            let health = health.clone();
+            async move {
+                let shutdown = async {
+                    let _ = stopped.await;
+                };
+                gorego::grpc::serve(Arc::new(edge), &health, listener, shutdown).await
+            }
+        });
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+        let channel = endpoint.connect().await.unwrap();
+        Self { scheduler, health, channel, stop: Some(stop), serving, system, _store: store }
+    }
+
+    pub fn shut_down(&mut self) {
+        drop(self.stop.take());
+    }
+
+    pub fn cas(&self) -> ContentAddressableStorageClient<Channel> {
+        ContentAddressableStorageClient::new(self.channel.clone())
+    }
+
+    pub fn bytes(&self) -> ByteStreamClient<Channel> {
+        ByteStreamClient::new(self.channel.clone())
+    }
+
+    pub fn action_cache(&self) -> ActionCacheClient<Channel> {
+        ActionCacheClient::new(self.channel.clone())
+    }
+
+    pub fn execution(&self) -> ExecutionClient<Channel> {
+        ExecutionClient::new(self.channel.clone())
+    }
+
+    pub fn operations(&self) -> OperationsClient<Channel> {
+        OperationsClient::new(self.channel.clone())
+    }
+
+    pub fn capabilities(&self) -> CapabilitiesClient<Channel> {
+        CapabilitiesClient::new(self.channel.clone())
+    }
+
+    /// Stores blobs in the default instance.
+    pub async fn store(&self, blobs: &[&[u8]]) {
+        let request = |blob: &&[u8]| reapi::batch_update_blobs_request::Request {
+            digest: Some(digest(blob)),
+            data: blob.to_vec().into(),
+            compressor: 0,
+        };
+        let requests = blobs.iter().map(request).collect();
+        let request = reapi::BatchUpdateBlobsRequest { requests, ..Default::default() };
+        let answer = self.cas().batch_update_blobs(request).await.unwrap().into_inner();
+        assert!(answer.responses.iter().all(|response| response.status.as_ref().unwrap().code == 0));
+    }
+
+    /// Which of these the default instance does not have.
+    pub async fn missing(&self, digests: &[reapi::Digest]) -> Vec<reapi::Digest> {
+        let request = reapi::FindMissingBlobsRequest { blob_digests: digests.to_vec(), ..Default::default() };
+        self.cas().find_missing_blobs(request).await.unwrap().into_inner().missing_blob_digests
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.serving.abort();
+        self.system.stop();
+    }
+}
+
+/// Starts the actors on a thread of their own, as the server does.
+fn actors(settings: StoreSettings, instances: Instances) -> (System, Cas, actix::Addr<FakeScheduler>) {
+    let runtime = Handle::current();
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let system = System::new();
+        system.block_on(async {
+            let cas = CasActor::open(settings, &instances, runtime).unwrap().launch();
+            let scheduler = FakeScheduler::default().start();
+            sender.send((System::current(), cas, scheduler)).unwrap();
+        });
+        system.run().unwrap();
+    });
+    receiver.recv().unwrap()
+}
+
+pub fn digest(bytes: &[u8]) -> reapi::Digest {
+    DigestFunction::Sha256.digest(bytes).to_wire()
+}
+
+/// The path of a digest in resource names.
+pub fn path(digest: &reapi::Digest) -> String {
+    format!("blobs/{}/{}", digest.hash, digest.size_bytes)
+}
+
+/// Waits until a condition holds, which must be soon.
+pub async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while !holds().await {
+        assert!(tokio::time::Instant::now() < deadline, "not within 20 s: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// A scheduler that remembers operations and changes them only when the test says so.
+#[derive(Default)]
+pub struct FakeScheduler {
+    refusal: Option<Error>,
+    operations: Vec<(Arc<OperationInfo>, watch::Sender<Snapshot>)>,
+}
+
+impl FakeScheduler {
+    fn find(&self, id: OperationId) -> Result<&(Arc<OperationInfo>, watch::Sender<Snapshot>)> {
+        let found = self.operations.iter().find(|(info, _)| info.id == id);
+        found.ok_or_else(|| Error::NotFound(format!("there is no operation {id}")))
+    }
+}
+
+impl Actor for FakeScheduler {
+    type Context = Context<Self>;
+
+    fn started(&mut self, context: &mut Self::Context) {
+        context.set_mailbox_capacity(4096);
+    }
+}
+
+/// From now on every Submit fails like this.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Refuse(pub Error);
+
+/// The next state of the newest operation; the number of its subscribers is the answer.
+#[derive(Message)]
+#[rtype(result = "usize")]
+pub struct Show(pub Snapshot);
+
+/// Goes away like an actor that panicked.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Die;
+
+impl Handler<Refuse> for FakeScheduler {
+    type Result = ();
+
+    fn handle(&mut self, message: Refuse, _: &mut Self::Context) {
+        self.refusal = Some(message.0);
+    }
+}
+
+impl Handler<Show> for FakeScheduler {
+    type Result = usize;
+
+    fn handle(&mut self, message: Show, _: &mut Self::Context) -> usize {
+        let Some((_, cell)) = self.operations.last() else { return 0 };
+        cell.send_replace(message.0);
+        cell.receiver_count()
+    }
+}
+
+impl Handler<Die> for FakeScheduler {
+    type Result = ();
+
+    fn handle(&mut self, _: Die, context: &mut Self::Context) {
+        self.operations.clear();
+        actix::ActorContext::terminate(context);
+    }
+}
+
+impl Handler<Submit> for FakeScheduler {
+    type Result = Result<Subscription>;
+
+    fn handle(&mut self, message: Submit, _: &mut Self::Context) -> Self::Result {
+        if let Some(error) = &self.refusal {
+            return Err(error.clone());
+        }
+        let info = Arc::new(OperationInfo {
+            id: OperationId(Uuid::new_v4()),
+            instance: message.instance,
+            action: message.action,
+            inline: message.inline,
+            client: message.client,
+        });
+        let (cell, snapshots) = watch::channel(queued());
+        self.operations.push((info.clone(), cell));
+        Ok(Subscription { info, snapshots })
+    }
+}
+
+impl Handler<Watch> for FakeScheduler {
+    type Result = Result<Subscription>;
+
+    fn handle(&mut self, message: Watch, _: &mut Self::Context) -> Self::Result {
+        let (info, cell) = self.find(message.id)?;
+        Ok(Subscription { info: info.clone(), snapshots: cell.subscribe() })
+    }
+}
+
+impl Handler<Cancel> for FakeScheduler {
+    type Result = Result<()>;
+
+    fn handle(&mut self, message: Cancel, _: &mut Self::Context) -> Self::Result {
+        let (_, cell) = self.find(message.id)?;
+        cell.send_replace(completed(None, Some(Error::Cancelled("cancelled".into()))));
+        Ok(())
+    }
+}
+
+impl Handler<Forget> for FakeScheduler {
+    type Result = Result<()>;
+
+    fn handle(&mut self, message: Forget, _: &mut Self::Context) -> Self::Result {
+        self.find(message.id)?;
+        self.operations.retain(|(info, _)| info.id != message.id);
+        Ok(())
+    }
+}
+
+impl Handler<ListOperations> for FakeScheduler {
+    type Result = Result<OperationPage>;
+
+    fn handle(&mut self, message: ListOperations, _: &mut Self::Context) -> Self::Result {
+        let after = usize::try_from(message.after).unwrap();
+        let rest = self.operations.iter().skip(after);
+        let operations: Vec<_> =
+            rest.take(message.limit).map(|(info, cell)| (info.clone(), cell.borrow().clone())).collect();
+        let end = after + operations.len();
+        Ok(OperationPage { operations, next: (end < self.operations.len()).then_some(end as u64) })
+    }
+}
+
+pub fn queued() -> Snapshot {
+    Snapshot { stage: Stage::Queued, queued_at: SystemTime::now(), run_stage: None, outcome: None }
+}
+
+pub fn executing() -> Snapshot {
+    Snapshot { stage: Stage::Executing, ..queued() }
+}
+
+pub fn completed(result: Option<reapi::ActionResult>, error: Option<Error>) -> Snapshot {
+    let outcome = Outcome { result: result.map(Arc::new), cached: false, error, message: String::new() };
+    Snapshot { stage: Stage::Completed, outcome: Some(Arc::new(outcome)), ..queued() }
+}
+
+/// A digest that nothing has.
+pub fn absent(n: u64) -> Digest {
+    DigestFunction::Sha256.digest(format!("absent {n}").as_bytes())
+}

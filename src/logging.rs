@@ -18,7 +18,10 @@ pub use text::{escaped, write_text};
 
 use crate::config::{LogConfig, LogFormat};
 use hand_over::HandOver;
-use log::{Level, LevelFilter, Record, kv::Value};
+use log::{
+    Level, LevelFilter, Record,
+    kv::{Error, Value, VisitValue},
+};
 use std::{
     cell::RefCell,
     io::{self, IsTerminal as _, Write as _},
@@ -139,6 +142,23 @@ fn write_line(line: &mut Vec<u8>, style: Style, record: &Record<'_>) {
         Style::Json => write_json(line, now, record),
         Style::Text { colour } => write_text(line, now, record, colour),
     }
+}
+
+/// Whether a value is an `Option` without anything in it: such a field is left out of its line, in every form.
+fn is_absent(value: &Value<'_>) -> bool {
+    struct Absent(bool);
+    impl<'v> VisitValue<'v> for Absent {
+        fn visit_any(&mut self, _: Value<'_>) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn visit_null(&mut self) -> Result<(), Error> {
+            self.0 = true;
+            Ok(())
+        }
+    }
+    let mut absent = Absent(false);
+    value.visit(&mut absent).is_ok() && absent.0
 }
 
 fn report_dropped(line: &mut Vec<u8>, style: Style, lines: u64) {

@@ -224,9 +224,10 @@ mod tests {
     #[test]
     fn a_pipe_that_nobody_reads_blocks_no_logger_and_what_is_dropped_is_counted() {
         const LINES: u64 = 60_000;
+        const FILLER: usize = 200;
         let (reader, writer) = io::pipe().unwrap();
         let to = HandOver::start(writer, report).unwrap();
-        let filler = "x".repeat(200);
+        let filler = "x".repeat(FILLER);
         let mut logger = to.clone();
         without_blocking(move || (0..LINES).for_each(|n| log(&mut logger, &format!("{n} {filler}"))));
         assert!(!to.flush(Duration::from_millis(1)), "a flush does not wait for ever");
@@ -244,7 +245,7 @@ mod tests {
             bytes += line.len() + 1;
         };
         assert_eq!(whole + dropped, LINES + 1);
-        assert!(bytes > WAITING_MAX_BYTES - filler.len() - 10, "what has room is kept: {bytes} bytes");
+        assert!(bytes > WAITING_MAX_BYTES - FILLER - 10, "what has room is kept: {bytes} bytes");
         assert!(bytes <= 2 * WAITING_MAX_BYTES, "the bound holds: {bytes} bytes");
         log(&mut to.clone(), "after");
         assert_eq!(lines.next().as_deref(), Some("after"));

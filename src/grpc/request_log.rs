@@ -75,9 +75,12 @@ impl Call {
         self.note(|notes| notes.instance = Some(instance.clone()));
     }
 
-    /// Notes the operation.
-    pub fn operation(&self, id: OperationId) {
-        self.note(|notes| notes.operation = Some(id));
+    /// Notes the operation, and the namespace that is a part of its name.
+    pub fn operation(&self, instance: &Instance, id: OperationId) {
+        self.note(|notes| {
+            notes.instance = Some(instance.clone());
+            notes.operation = Some(id);
+        });
     }
 
     /// Notes the action.

@@ -90,7 +90,7 @@ impl Noted {
     fn of(notes: &Notes) -> Self {
         Self {
             instance: notes.instance.as_ref().map(|instance| instance.name().to_owned()),
-            operation: notes.operation.map(|id| id.to_string()),
+            operation: notes.instance.as_ref().zip(notes.operation).map(|(instance, id)| id.name(instance)),
             action_digest: notes.action.map(|digest| digest.to_string()),
             digest: notes.blob.map(|digest| digest.to_string()),
             cached: notes.cached,
@@ -193,7 +193,30 @@ fn percent_decode(text: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
     use tonic::Status;
+
+    #[test]
+    fn an_error_has_one_code_in_the_lines_of_rpcs_and_of_operations() {
+        let text = String::new;
+        for error in [
+            Error::Invalid(text()),
+            Error::NotFound(text()),
+            Error::MissingBlobs(Vec::new()),
+            Error::Precondition(text()),
+            Error::OutOfRange(text()),
+            Error::Exhausted { message: text(), retry_after: None },
+            Error::Denied(text()),
+            Error::Unimplemented(text()),
+            Error::Unavailable(text()),
+            Error::Cancelled(text()),
+            Error::DeadlineExceeded(text()),
+            Error::DataLoss(text()),
+            Error::Internal(text()),
+        ] {
+            assert_eq!(error.code_name(), code_name(status::code(&error)), "{error:?}");
+        }
+    }
 
     #[test]
     fn methods_lose_their_package_and_never_grow_long() {

@@ -36,6 +36,7 @@ impl Execution for ExecutionService {
                 Ok(self.stream(subscription))
             }
             Err(error @ Error::MissingBlobs(_)) => {
+                call.stillborn(&error);
                 let (info, snapshot) = stillborn(submit, error);
                 call.operation(&info.instance, info.id);
                 let operation = convert::operation(&info, &snapshot, None);

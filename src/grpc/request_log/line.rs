@@ -84,6 +84,7 @@ struct Noted {
     action_digest: Option<String>,
     digest: Option<String>,
     cached: Option<bool>,
+    bad_news: Option<String>,
 }
 
 impl Noted {
@@ -94,6 +95,7 @@ impl Noted {
             action_digest: notes.action.map(|digest| digest.to_string()),
             digest: notes.blob.map(|digest| digest.to_string()),
             cached: notes.cached,
+            bad_news: notes.bad_news.clone().map(|text| status::shorten(text, ERROR_MAX_BYTES)),
         }
     }
 }
@@ -119,7 +121,7 @@ impl kv::Source for Fields<'_> {
             ("invocation_id", said(&self.client.tool_invocation_id)),
             ("target_id", said(&self.client.target_id)),
             ("mnemonic", said(&self.client.action_mnemonic)),
-            ("error", said(self.error)),
+            ("error", said(self.error).or(self.noted.bad_news.as_deref())),
         ];
         for (key, text) in texts {
             if let Some(text) = text {

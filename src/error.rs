@@ -1,6 +1,6 @@
 //! Why a request cannot be answered.
 //!
-//! One enum for the whole server; each variant is one way out for the client. It knows nothing of gRPC:
+//! One enum for the whole server; each variant is one way out for the client. It knows no gRPC library:
 //! [`crate::grpc::status`] turns it into a status in one exhaustive match. A command that ran and failed is not an error
 //! but an exit code.
 
@@ -60,6 +60,24 @@ pub enum Error {
 }
 
 impl Error {
+    /// The name of its code, as the gRPC documentation writes it; for logs.
+    pub fn code_name(&self) -> &'static str {
+        match self {
+            Self::Invalid(_) => "INVALID_ARGUMENT",
+            Self::NotFound(_) => "NOT_FOUND",
+            Self::MissingBlobs(_) | Self::Precondition(_) => "FAILED_PRECONDITION",
+            Self::OutOfRange(_) => "OUT_OF_RANGE",
+            Self::Exhausted { .. } => "RESOURCE_EXHAUSTED",
+            Self::Denied(_) => "PERMISSION_DENIED",
+            Self::Unimplemented(_) => "UNIMPLEMENTED",
+            Self::Unavailable(_) => "UNAVAILABLE",
+            Self::Cancelled(_) => "CANCELLED",
+            Self::DeadlineExceeded(_) => "DEADLINE_EXCEEDED",
+            Self::DataLoss(_) => "DATA_LOSS",
+            Self::Internal(_) => "INTERNAL",
+        }
+    }
+
     /// [`Error::Invalid`] from anything that can be shown.
     pub fn invalid(message: impl ToString) -> Self {
         Self::Invalid(message.to_string())

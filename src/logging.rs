@@ -2,11 +2,14 @@
 //!
 //! A line is one event of this server (`event = "rpc_finished"` among its key-values) or a message of a library, which gets
 //! `event = "library"` and its key-values in an object of their own, so that a library can never change the type of a
-//! documented field. `docs/logs.md` lists events and fields. Every line is made in memory and written at once while
-//! standard error is locked, so lines never mix. Panics are logged like everything else.
+//! documented field. `docs/logs.md` lists events and fields. Every line is made in memory by whoever logs and handed to one
+//! thread that writes to standard error, so lines never mix and nobody waits for a reader. Panics are logged like everything
+//! else. Where the process ends, [`flush`] or a [`FlushOnDrop`] sees to it that the last lines get out.
 //!
-//! This module decides how lines look. It does not decide what is logged: each room does that where it happens.
+//! This module decides how lines look and how they leave. It does not decide what is logged: each room does that where it
+//! happens.
 
+mod hand_over;
 mod json;
 mod text;
 
@@ -14,19 +17,29 @@ pub use json::write_json;
 pub use text::{escaped, write_text};
 
 use crate::config::{LogConfig, LogFormat};
-use log::LevelFilter;
+use hand_over::HandOver;
+use log::{
+    Level, LevelFilter, Record,
+    kv::{Error, Value, VisitValue},
+};
 use std::{
     cell::RefCell,
     io::{self, IsTerminal as _, Write as _},
     panic,
     str::FromStr as _,
-    time::SystemTime,
+    sync::OnceLock,
+    time::{Duration, SystemTime},
 };
 
 /// The event of every record that names none: what libraries say.
 pub const LIBRARY_EVENT: &str = "library";
 /// The event of a panic in any thread.
 pub const PANIC_EVENT: &str = "panic";
+/// Lines are missing where this event stands: they came faster than standard error took them.
+pub const LINES_DROPPED: &str = "log_lines_dropped";
+/// How long the end of the process, or a thread that panicked, waits for a reader of standard error. Longer than any reader
+/// that is alive needs, short enough that a dead one does not hold up an exit.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
 /// How much of a thread's line buffer is kept between lines; one long line should not be paid for ever.
 const KEPT_BUFFER_BYTES: usize = 16 * 1024;
 
@@ -57,33 +70,103 @@ thread_local! {
     static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Where the lines of this process go; unset before [`init`].
+static OUT: OnceLock<HandOver> = OnceLock::new();
+
 /// Installs the logger of this process and returns what its lines look like. The second call of a process changes nothing.
 pub fn init(config: &LogConfig) -> Style {
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let style = Style::choose(config.format, io::stderr().is_terminal(), no_color);
-    let installed = env_logger::Builder::new()
-        .parse_filters(&config.filter)
-        .target(env_logger::Target::Stderr)
-        .format(move |out, record| {
-            let now = SystemTime::now();
-            // Taken out, so that a value whose own formatting logs simply finds an empty buffer here.
-            let mut line = LINE.take();
-            line.clear();
-            match style {
-                Style::Json => write_json(&mut line, now, record),
-                Style::Text { colour } => write_text(&mut line, now, record, colour),
-            }
-            let written = out.write_all(&line);
-            if line.capacity() <= KEPT_BUFFER_BYTES {
-                LINE.set(line);
-            }
-            written
-        })
-        .try_init();
-    if installed.is_ok() {
-        panic::set_hook(Box::new(log_panic));
+    let mut builder = env_logger::Builder::new();
+    builder.parse_filters(&config.filter).format(move |out, record| {
+        // Taken out, so that a value whose own formatting logs simply finds an empty buffer here.
+        let mut line = LINE.take();
+        line.clear();
+        write_line(&mut line, style, record);
+        let written = out.write_all(&line);
+        if line.capacity() <= KEPT_BUFFER_BYTES {
+            LINE.set(line);
+        }
+        written
+    });
+    if OUT.get().is_none()
+        && let Ok(out) = HandOver::start(io::stderr(), move |line, lines| report_dropped(line, style, lines))
+    {
+        // Should a second call come at the same time, the one that loses leaves an idle thread behind.
+        let _ = OUT.set(out);
+    }
+    // Without a thread to hand lines to, whoever logs writes them: late lines are better than none.
+    builder.target(match OUT.get() {
+        Some(out) => env_logger::Target::Pipe(Box::new(out.clone())),
+        None => env_logger::Target::Stderr,
+    });
+    if builder.try_init().is_ok() {
+        panic::set_hook(Box::new(|info| {
+            log_panic(info);
+            // It may be the last that this process does.
+            flush();
+        }));
     }
     style
+}
+
+/// Writes text for people to standard error, in order with log lines and like them without waiting for a reader.
+pub fn print(text: &str) {
+    let _ = match OUT.get() {
+        Some(out) => out.clone().write_all(text.as_bytes()),
+        None => io::stderr().write_all(text.as_bytes()),
+    };
+}
+
+/// Waits until everything that was logged before is written; not for long where nobody reads. Blocks, so it has its place only
+/// where the process ends.
+pub fn flush() {
+    if let Some(out) = OUT.get() {
+        out.flush(FLUSH_PATIENCE);
+    }
+}
+
+/// Calls [`flush`] when it goes out of scope, be it by a return or by a panic.
+#[derive(Debug)]
+pub struct FlushOnDrop;
+
+impl Drop for FlushOnDrop {
+    fn drop(&mut self) {
+        flush();
+    }
+}
+
+fn write_line(line: &mut Vec<u8>, style: Style, record: &Record<'_>) {
+    let now = SystemTime::now();
+    match style {
+        Style::Json => write_json(line, now, record),
+        Style::Text { colour } => write_text(line, now, record, colour),
+    }
+}
+
+/// Whether a value is an `Option` without anything in it: such a field is left out of its line, in every form.
+fn is_absent(value: &Value<'_>) -> bool {
+    struct Absent(bool);
+    impl<'v> VisitValue<'v> for Absent {
+        fn visit_any(&mut self, _: Value<'_>) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn visit_null(&mut self) -> Result<(), Error> {
+            self.0 = true;
+            Ok(())
+        }
+    }
+    let mut absent = Absent(false);
+    value.visit(&mut absent).is_ok() && absent.0
+}
+
+fn report_dropped(line: &mut Vec<u8>, style: Style, lines: u64) {
+    let fields = [("event", Value::from(LINES_DROPPED)), ("lines", Value::from(lines))];
+    let mut record = Record::builder();
+    record.level(Level::Warn).target("gorego::log").key_values(&fields);
+    let message = "lines are missing here: standard error takes them too slowly or not at all";
+    write_line(line, style, &record.args(format_args!("{message}")).build());
 }
 
 fn log_panic(info: &panic::PanicHookInfo<'_>) {

@@ -18,6 +18,7 @@ use crate::{
     config::{ExecutionSettings, Settings},
     error::{Error, Result},
     grpc::{self, Edge, ask::Scheduler},
+    logging,
 };
 use actix::{Actor as _, Addr, SyncArbiter, System};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -176,7 +177,8 @@ impl Server {
         select! {
             () = orderly => {}
             signal = signals.next() => {
-                log::warn!(target: LOG, event = "server_stopped", signal = signal; "stopped at once");
+                log::warn!(target: LOG, event = "server_interrupted", signal = signal; "stopping at once");
+                logging::flush();
                 // Runners see their sockets close and kill what they run.
                 std::process::exit(INTERRUPTED);
             }

@@ -3,6 +3,7 @@
 
 mod log_schema;
 
+use gorego::config::{LogConfig, LogFormat};
 use log::{Level, Record, kv::Value as Kv};
 use log_schema::Schema;
 use proptest::prelude::*;
@@ -10,6 +11,8 @@ use serde_json::{Map, Value};
 use std::{
     collections::HashMap,
     io,
+    path::Path,
+    process::Command,
     time::{Duration, Instant, UNIX_EPOCH},
 };
 
@@ -30,18 +33,19 @@ fn parse(line: &str) -> Map<String, Value> {
 #[test]
 fn a_line_has_the_documented_fields_with_their_types() {
     let schema = Schema::documented();
-    let line = write(
-        Level::Info,
-        "gorego::scheduler",
-        format_args!("operation {} is over", 7),
-        &[
-            ("event", Kv::from("operation_completed")),
-            ("run_ms", Kv::from(12u64)),
-            ("exit_code", Kv::from(-1i32)),
-            ("cached", Kv::from(true)),
-            ("slot", Kv::from(3usize)),
-        ],
-    );
+    let kvs = [
+        ("event", Kv::from("operation_completed")),
+        ("operation", Kv::from("operations/1")),
+        ("action_digest", Kv::from("aa/1")),
+        ("instance", Kv::from("")),
+        ("priority", Kv::from(-1i32)),
+        ("grpc_code", Kv::from("OK")),
+        ("cached", Kv::from(true)),
+        ("run_ms", Kv::from(12u64)),
+        ("exit_code", Kv::from(-1i32)),
+        ("slot", Kv::from(3usize)),
+    ];
+    let line = write(Level::Info, "gorego::scheduler", format_args!("operation {} is over", 7), &kvs);
     let object = schema.check(&line).unwrap();
     assert_eq!(object["ts"], "2023-11-14T22:13:20.123Z");
     assert_eq!(object["msg"], "operation 7 is over");
@@ -49,20 +53,18 @@ fn a_line_has_the_documented_fields_with_their_types() {
         (&object["run_ms"], &object["exit_code"], &object["cached"]),
         (&12.into(), &(-1).into(), &true.into())
     );
-    let line = write(
-        Level::Info,
-        "x",
-        format_args!(""),
-        &[("event", Kv::from("rpc_finished")), ("bytes", Kv::from("1"))],
-    );
-    assert!(schema.check(&line).unwrap_err().contains("bytes"), "types are checked");
-    let line = write(
-        Level::Info,
-        "x",
-        format_args!(""),
-        &[("event", Kv::from("rpc_finished")), ("byts", Kv::from(1))],
-    );
-    assert!(schema.check(&line).unwrap_err().contains("byts"), "names are checked");
+    let refused = |kvs: &[(&str, Kv<'_>)]| {
+        schema.check(&write(Level::Info, "gorego", format_args!(""), kvs)).unwrap_err()
+    };
+    let event = |name| ("event", Kv::from(name));
+    assert!(refused(&kvs[..6]).contains("cached is missing"), "what is always there is asked for");
+    let trimmed =
+        |entries: Kv<'static>| [event("store_trimmed"), ("bytes", Kv::from(1)), ("entries", entries)];
+    assert!(refused(&trimmed(Kv::from("1"))).contains("entries"), "types are checked");
+    assert!(refused(&trimmed(Kv::from(1.5))).contains("entries"), "an integer has no fraction");
+    assert!(refused(&[event("server_stopped"), ("byts", Kv::from(1))]).contains("byts"), "names are checked");
+    assert!(refused(&[event("server_failed")]).contains("level"), "levels are checked");
+    assert!(refused(&[event("nothing")]).contains("nothing"), "events are checked");
 }
 
 #[test]
@@ -114,11 +116,101 @@ fn structured_values_stay_structured_and_broken_ones_do_not_break_the_line() {
     let object = parse(&write(Level::Error, "gorego", format_args!("m"), &kvs));
     assert_eq!(object["digest"], serde_json::json!({ "hash": [1, 2] }));
     assert!(object["broken"].as_str().unwrap().contains("broke"));
-    assert_eq!(
-        (&object["error"], &object["nan"], &object["none"]),
-        (&"disk\nfull".into(), &Value::Null, &Value::Null)
-    );
+    assert_eq!((&object["error"], &object["nan"]), (&"disk\nfull".into(), &Value::Null));
+    assert!(!object.contains_key("none"), "what is absent is absent, not null");
     assert_eq!(object["big"], u64::MAX);
+}
+
+/// Set in the process that a test starts to look at the logs of a whole process.
+const CHILD: &str = "GOREGO_TEST_LOG_CHILD";
+/// Lines that it logs last.
+const LAST_WORDS: usize = 5000;
+
+/// Not a test but the process of the next one: a library's message, a panic in a thread, and an exit right after many lines.
+#[test]
+#[ignore = "a process of another test"]
+fn a_process_with_a_log() {
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let filter = "info,h2=off".to_owned();
+    gorego::logging::init(&LogConfig { filter, format: LogFormat::Json });
+    log::warn!(target: "hyper::proto", bytes = "many", event_id = 7; "a library\nspeaks");
+    log::error!(target: "h2", "filtered out");
+    let thread = std::thread::Builder::new().name("doomed".into());
+    let panicked = thread.spawn(|| panic!("no {}", "luck")).unwrap().join();
+    assert!(panicked.is_err());
+    for n in 0..LAST_WORDS {
+        log::info!(target: "gorego::server", event = "server_stopping", signal = "SIGTERM", grace_ms = n; "last words");
+    }
+    gorego::logging::flush();
+    std::process::exit(3);
+}
+
+#[test]
+fn what_a_process_logged_before_it_exits_is_written_whole_panics_and_libraries_included() {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "a_process_with_a_log", "--nocapture"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let schema = Schema::documented();
+    let lines: Vec<Map<String, Value>> =
+        String::from_utf8(output.stderr).unwrap().lines().map(|line| schema.check(line).unwrap()).collect();
+    let common =
+        |line: &Map<String, Value>| [&line["event"], &line["level"], &line["msg"]].map(Value::to_string);
+    assert_eq!(common(&lines[0]), [r#""library""#, r#""WARN""#, r#""a library\nspeaks""#]);
+    assert_eq!(lines[0]["fields"], serde_json::json!({ "bytes": "many", "event_id": 7 }));
+    assert_eq!(common(&lines[1]), [r#""panic""#, r#""ERROR""#, r#""a thread panicked: no luck""#]);
+    assert_eq!(lines[1]["thread"], "doomed");
+    assert!(lines[1]["location"].as_str().unwrap().starts_with("tests/logs.rs:"), "{:?}", lines[1]);
+    let last = lines[2..].iter().map(|line| line["grace_ms"].as_u64().unwrap() as usize);
+    assert!(last.eq(0..LAST_WORDS), "in order, none missing, none twice");
+}
+
+/// The other tests hold lines against the page; this one finds events that no test happens to cause.
+#[test]
+fn the_page_lists_every_event_that_the_source_names_and_no_other() {
+    let schema = Schema::documented();
+    let source = source_below(Path::new(env!("CARGO_MANIFEST_DIR")).join("src").as_path());
+    let constant = |name: &str| {
+        let after = source.split_once(&format!("const {name}: &str = \""))?.1;
+        Some(after.split('"').next()?.to_owned())
+    };
+    let mut named = 0;
+    for after in source.split("event = ").skip(1) {
+        // A name in quotes, or a constant, perhaps with a module in front.
+        let word = after.split([',', ';']).next().unwrap_or_default().trim();
+        let event = match word.strip_prefix('"') {
+            Some(quoted) => quoted.trim_end_matches('"').to_owned(),
+            None => match constant(word.rsplit("::").next().unwrap_or_default()) {
+                Some(event) => event,
+                None => continue,
+            },
+        };
+        assert!(schema.events.contains_key(&event), "docs/logs.md does not list {event:?}");
+        named += 1;
+    }
+    assert!(named > 20, "the way in which events are written changed; this test finds {named}");
+    for event in schema.events.keys() {
+        assert!(source.contains(&format!("\"{event}\"")), "nothing logs {event}, which docs/logs.md lists");
+    }
+}
+
+/// The source without its comments.
+fn source_below(directory: &Path) -> String {
+    let mut text = String::new();
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            text += &source_below(&path);
+        } else {
+            let file = std::fs::read_to_string(&path).unwrap();
+            text.extend(file.lines().filter(|line| !line.trim_start().starts_with("//")));
+        }
+    }
+    text
 }
 
 proptest! {
@@ -139,11 +231,15 @@ proptest! {
     }
 }
 
-/// What a line costs, formatting alone. A measurement, not a gate: `cargo test --release --test logs -- --ignored --nocapture`.
+/// What a line costs. A measurement, not a gate:
+/// `cargo test --release --test logs -- --ignored --exact --nocapture cost_of_a_line 2>/dev/null`.
 #[test]
 #[ignore = "a measurement"]
 fn cost_of_a_line() {
     const LINES: u32 = 200_000;
+    /// Few enough to find room while the writer does not get a turn.
+    const BURST: u32 = 8_000;
+    const ALONE: u32 = 2_000;
     let digest = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855/0";
     let kvs = [
         ("event", Kv::from("operation_completed")),
@@ -155,18 +251,42 @@ fn cost_of_a_line() {
         ("exit_code", Kv::from(0i32)),
         ("cached", Kv::from(false)),
     ];
+    let record = |n: u32, with: &mut dyn FnMut(&Record<'_>)| {
+        let mut builder = Record::builder();
+        builder.level(Level::Info).target("gorego::scheduler").key_values(&kvs);
+        with(&builder.args(format_args!("operation {n} is over")).build());
+    };
     let mut line = Vec::new();
     let start = Instant::now();
     for n in 0..LINES {
         line.clear();
-        let mut builder = Record::builder();
-        let record = builder.target("gorego::scheduler").key_values(&kvs);
         let now = UNIX_EPOCH + Duration::from_millis(1_700_000_000_123 + u64::from(n));
-        gorego::logging::write_json(
-            &mut line,
-            now,
-            &record.args(format_args!("operation {n} is over")).build(),
-        );
+        record(n, &mut |record| gorego::logging::write_json(&mut line, now, record));
     }
-    println!("{} ns a line of {} bytes", start.elapsed().as_nanos() / u128::from(LINES), line.len());
+    println!(
+        "formatting: {} ns a line of {} bytes",
+        start.elapsed().as_nanos() / u128::from(LINES),
+        line.len()
+    );
+
+    gorego::logging::init(&LogConfig { filter: "info".into(), format: LogFormat::Json });
+    let cpu = || {
+        let spent = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        Duration::new(spent.tv_sec as u64, spent.tv_nsec as u32)
+    };
+    for (how, lines, flush) in [("in a burst", BURST, false), ("alone", ALONE, true)] {
+        let mut waited = Duration::ZERO;
+        let before = cpu();
+        for n in 0..lines {
+            let start = Instant::now();
+            record(n, &mut |record| log::logger().log(record));
+            waited += start.elapsed();
+            if flush {
+                gorego::logging::flush();
+            }
+        }
+        gorego::logging::flush();
+        let each = |time: Duration| time.as_nanos() / u128::from(lines);
+        println!("{how}: {} ns for who logs, {} ns of CPU altogether", each(waited), each(cpu() - before));
+    }
 }

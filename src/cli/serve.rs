@@ -8,7 +8,6 @@ use crate::{
 };
 use std::{
     fmt::Write as _,
-    io::{self, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
@@ -22,6 +21,7 @@ pub fn run(args: &ServeArgs) -> u8 {
         }
     };
     let style = logging::init(&settings.log);
+    let _flush = logging::FlushOnDrop;
     for warning in &settings.warnings {
         log::warn!(target: "gorego::config", event = "config_warning"; "{warning}");
     }
@@ -39,10 +39,8 @@ pub fn run(args: &ServeArgs) -> u8 {
 fn announce(style: Style, settings: &Settings, address: SocketAddr) {
     let slots = settings.execution.as_ref().map_or(0, |execution| execution.slots);
     match style {
-        // In one write, so that no log line comes in between.
-        Style::Text { .. } => {
-            let _ = io::stderr().write_all(banner(settings, address).as_bytes());
-        }
+        // In one piece, so that no log line comes in between.
+        Style::Text { .. } => logging::print(&banner(settings, address)),
         Style::Json => {
             let data_dir = settings.cache_dir.to_string_lossy();
             let config_file = settings.config_file.as_deref().map(|file| file.to_string_lossy().into_owned());

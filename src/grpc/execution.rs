@@ -32,12 +32,13 @@ impl Execution for ExecutionService {
         call.action(submit.action);
         match scheduler.submit(submit.clone()).await {
             Ok(subscription) => {
-                call.operation(subscription.info.id);
+                call.operation(&subscription.info.instance, subscription.info.id);
                 Ok(self.stream(subscription))
             }
             Err(error @ Error::MissingBlobs(_)) => {
+                call.stillborn(&error);
                 let (info, snapshot) = stillborn(submit, error);
-                call.operation(info.id);
+                call.operation(&info.instance, info.id);
                 let operation = convert::operation(&info, &snapshot, None);
                 Ok(Response::new(stream::iter([Ok(operation)]).boxed()))
             }
@@ -51,8 +52,7 @@ impl Execution for ExecutionService {
     ) -> Result<Response<OperationStream>, Status> {
         let call = Call::of(&request);
         let (instance, id) = convert::operation_name(&self.0.instances, &request.get_ref().name)?;
-        call.instance(&instance);
-        call.operation(id);
+        call.operation(&instance, id);
         let subscription = self.0.scheduler()?.watch(Watch { instance, id }).await?;
         call.action(subscription.info.action);
         Ok(self.stream(subscription))

@@ -82,7 +82,7 @@ impl Operations for OperationsService {
         request: Request<DeleteOperationRequest>,
     ) -> Result<Response<()>, Status> {
         let (instance, id) = convert::operation_name(&self.0.instances, &request.get_ref().name)?;
-        Call::of(&request).operation(id);
+        Call::of(&request).operation(&instance, id);
         Ok(Response::new(self.0.scheduler()?.forget(Forget { instance, id }).await?))
     }
 
@@ -91,7 +91,7 @@ impl Operations for OperationsService {
         request: Request<CancelOperationRequest>,
     ) -> Result<Response<()>, Status> {
         let (instance, id) = convert::operation_name(&self.0.instances, &request.get_ref().name)?;
-        Call::of(&request).operation(id);
+        Call::of(&request).operation(&instance, id);
         Ok(Response::new(self.0.scheduler()?.cancel(Cancel { instance, id }).await?))
     }
 
@@ -109,8 +109,7 @@ impl Operations for OperationsService {
 impl OperationsService {
     async fn watch(&self, call: &Call, name: &str) -> Result<Subscription> {
         let (instance, id) = convert::operation_name(&self.0.instances, name)?;
-        call.instance(&instance);
-        call.operation(id);
+        call.operation(&instance, id);
         let subscription = self.0.scheduler()?.watch(Watch { instance, id }).await?;
         call.action(subscription.info.action);
         Ok(subscription)

@@ -9,6 +9,7 @@ use super::convert;
 use crate::{
     actors::scheduler::operation::{ClientInfo, OperationId},
     digest::Digest,
+    error::Error,
     instance::Instance,
 };
 use bytes::Bytes;
@@ -57,6 +58,8 @@ struct Notes {
     action: Option<Digest>,
     blob: Option<Digest>,
     cached: Option<bool>,
+    /// Why the RPC brings bad news although its code is OK.
+    bad_news: Option<String>,
 }
 
 impl Call {
@@ -75,9 +78,12 @@ impl Call {
         self.note(|notes| notes.instance = Some(instance.clone()));
     }
 
-    /// Notes the operation.
-    pub fn operation(&self, id: OperationId) {
-        self.note(|notes| notes.operation = Some(id));
+    /// Notes the operation, and the namespace that is a part of its name.
+    pub fn operation(&self, instance: &Instance, id: OperationId) {
+        self.note(|notes| {
+            notes.instance = Some(instance.clone());
+            notes.operation = Some(id);
+        });
     }
 
     /// Notes the action.
@@ -93,6 +99,12 @@ impl Call {
     /// Notes whether the action cache had an answer.
     pub fn cached(&self, cached: bool) {
         self.note(|notes| notes.cached = Some(cached));
+    }
+
+    /// Notes why an Execute ends badly although its stream is fine: an operation that never got as far as the scheduler has no
+    /// line of its own that could say so.
+    pub fn stillborn(&self, error: &Error) {
+        self.note(|notes| notes.bad_news = Some(error.to_string()));
     }
 
     fn note(&self, write: impl FnOnce(&mut Notes)) {

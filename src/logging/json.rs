@@ -1,6 +1,6 @@
 //! One record as one line of JSON.
 
-use super::LIBRARY_EVENT;
+use super::{LIBRARY_EVENT, is_absent};
 use log::{
     Record,
     kv::{Error, Key, Value, VisitSource},
@@ -11,7 +11,7 @@ use std::{io::Write as _, time::SystemTime};
 const COMMON: &[&str] = &["ts", "level", "target", "event", "msg"];
 
 /// Appends the record as one JSON object and a newline: `ts`, `level`, `target`, `event`, `msg`, then its key-values with
-/// their types. A record without an event is a library's: its key-values go into the object `fields`.
+/// their types and without those that have no value. A record without an event is a library's: its key-values go into the object `fields`.
 pub fn write_json(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>) {
     let values = record.key_values();
     let event = values.get(Key::from("event"));
@@ -56,7 +56,7 @@ struct Fields<'a> {
 
 impl<'kvs> VisitSource<'kvs> for Fields<'_> {
     fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), Error> {
-        if COMMON.contains(&key.as_str()) {
+        if COMMON.contains(&key.as_str()) || is_absent(&value) {
             return Ok(());
         }
         self.line.extend_from_slice(self.separator);

@@ -3,6 +3,7 @@
 //! What clients send (target names, paths) ends up in logs, so control characters are escaped: nobody can move the
 //! operator's cursor or forge a line.
 
+use super::is_absent;
 use log::{
     Level, Record,
     kv::{Error, Key, Value, VisitSource},
@@ -69,7 +70,7 @@ struct Fields<'a>(&'a mut String);
 impl<'kvs> VisitSource<'kvs> for Fields<'_> {
     fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), Error> {
         // The message says what happened; the name of the event is for programs.
-        if key.as_str() == "event" {
+        if key.as_str() == "event" || is_absent(&value) {
             return Ok(());
         }
         self.0.push(' ');
@@ -101,7 +102,11 @@ mod tests {
 
     #[test]
     fn a_line_for_people_is_short_and_aligned() {
-        let kvs = [("event", Value::from("blobs_evicted")), ("bytes", Value::from(12u64))];
+        let kvs = [
+            ("event", Value::from("blobs_evicted")),
+            ("bytes", Value::from(12u64)),
+            ("error", Value::null()),
+        ];
         assert_eq!(
             line(format_args!("evicted {} blobs", 3), &kvs),
             "01:02:03.004 WARN  cas       evicted 3 blobs                              bytes=12\n"

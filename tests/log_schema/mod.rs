@@ -10,8 +10,17 @@ pub struct Schema {
     pub common: BTreeMap<String, String>,
     /// Fields of events, by type.
     pub fields: BTreeMap<String, String>,
-    /// Events: level and the fields that may be there.
-    pub events: BTreeMap<String, (String, BTreeSet<String>)>,
+    /// Events by name.
+    pub events: BTreeMap<String, Event>,
+}
+
+/// What a line of one event looks like.
+#[derive(Debug)]
+pub struct Event {
+    /// Its level; `any` for whatever a library thinks.
+    pub level: String,
+    /// Its fields; true for those that are always there.
+    pub fields: BTreeMap<String, bool>,
 }
 
 impl Schema {
@@ -32,15 +41,16 @@ impl Schema {
                 "Fields of every line" => schema.common.insert(name, cells[1].to_owned()).is_some(),
                 "Fields of events" => schema.fields.insert(name, cells[1].to_owned()).is_some(),
                 "Events" => {
-                    let fields = cells[2].split('`').map(str::trim).filter(|word| !word.is_empty());
-                    let event = (cells[1].to_owned(), fields.map(str::to_owned).collect());
-                    schema.events.insert(name, event).is_some()
+                    let words = cells[2].split_whitespace();
+                    let fields =
+                        words.map(|word| (word.replace(['`', '?'], ""), !word.ends_with('?'))).collect();
+                    schema.events.insert(name, Event { level: cells[1].to_owned(), fields }).is_some()
                 }
                 other => panic!("a table in section {other}"),
             };
             assert!(!again, "documented twice: {line}");
         }
-        let used: BTreeSet<&String> = schema.events.values().flat_map(|(_, fields)| fields).collect();
+        let used: BTreeSet<&String> = schema.events.values().flat_map(|event| event.fields.keys()).collect();
         assert_eq!(used, schema.fields.keys().collect(), "fields of events and the list of fields differ");
         schema
     }
@@ -50,18 +60,19 @@ impl Schema {
         let object: Map<String, Value> =
             serde_json::from_str(line).map_err(|error| format!("not a JSON object: {error}: {line}"))?;
         let event = object.get("event").and_then(Value::as_str).unwrap_or_default();
-        let Some((level, allowed)) = self.events.get(event) else {
+        let Some(Event { level, fields }) = self.events.get(event) else {
             return Err(format!("event {event:?} is not documented: {line}"));
         };
         if level != "any" && object.get("level").and_then(Value::as_str) != Some(level) {
             return Err(format!("event {event} should have level {level}: {line}"));
         }
-        if let Some(name) = self.common.keys().find(|name| !object.contains_key(*name)) {
+        let always = fields.iter().filter_map(|(name, always)| always.then_some(name));
+        if let Some(name) = self.common.keys().chain(always).find(|name| !object.contains_key(*name)) {
             return Err(format!("{name} is missing: {line}"));
         }
         for (name, value) in &object {
             let kind =
-                self.common.get(name).or_else(|| self.fields.get(name).filter(|_| allowed.contains(name)));
+                self.common.get(name).or_else(|| self.fields.get(name).filter(|_| fields.contains_key(name)));
             let Some(kind) = kind else {
                 return Err(format!("field {name} of event {event} is not documented: {line}"));
             };

@@ -6,6 +6,9 @@ mod cache_interplay;
 mod execution;
 mod inputs;
 mod lifecycle;
+#[path = "../log_schema/mod.rs"]
+mod log_schema;
+mod logs;
 mod operations;
 mod outputs;
 mod support;

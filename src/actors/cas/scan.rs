@@ -79,7 +79,7 @@ pub fn recover(files: &Files, limit: u64) -> Index {
     let totals = index.totals();
     let elapsed_ms = started.elapsed().as_millis() as u64;
     log::info!(target: super::LOG, event = "store_opened", blobs = totals.blobs, results = totals.results,
-        bytes = totals.used, limit = limit, removed = sums.removed, ignored = sums.foreign, elapsed_ms = elapsed_ms;
+        bytes = totals.used, max_size_bytes = limit, removed = sums.removed, ignored = sums.foreign, elapsed_ms = elapsed_ms;
         "the store has {} blobs and {} action results", totals.blobs, totals.results);
     if sums.removed + sums.foreign + sums.unreadable > 0 {
         log::warn!(target: super::LOG, event = "store_repaired", removed = sums.removed, ignored = sums.foreign,
@@ -150,6 +150,6 @@ fn empty_trash(files: &Files) {
         }
     });
     if let Err(error) = spawned {
-        log::warn!(target: super::LOG, event = "trash_kept", err:err = error; "could not start deleting old files");
+        log::warn!(target: super::LOG, event = "trash_kept", error = error.to_string(); "could not start deleting old files");
     }
 }

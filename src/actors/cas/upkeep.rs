@@ -65,15 +65,15 @@ impl CasActor {
         }
         let (shared, store) = (self.shared.clone(), ctx.address());
         self.shared.runtime.spawn_blocking(move || {
-            for victim in &victims {
-                match fs::remove_file(shared.files.path(&victim.file)) {
-                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                        // Its bytes stay on disk until the next start takes it in again.
-                        log::error!(target: LOG, event = "delete_failed", err:err = error;
-                            "could not delete the file of {:?}", victim.file.key.digest);
-                    }
-                    _ => {}
-                }
+            let failures: Vec<_> = victims
+                .iter()
+                .filter_map(|victim| fs::remove_file(shared.files.path(&victim.file)).err())
+                .filter(|error| error.kind() != std::io::ErrorKind::NotFound)
+                .collect();
+            if let Some(first) = failures.first() {
+                // Their bytes stay on disk until the next start takes them in again.
+                log::error!(target: LOG, event = "delete_failed", entries = failures.len(), error = first.to_string();
+                    "could not delete the files of evicted entries; look at the rights in the store's directory");
             }
             store.do_send(Deleted(victims.iter().map(|victim| victim.bytes).sum()));
         });

@@ -61,7 +61,7 @@ fn write(transition: &Transition, level: Level, logger: &dyn Log) {
         Event::Requeued { reason, attempt } => {
             let error = reason.to_string();
             line.set("attempt", attempt);
-            line.set("error_kind", kind(reason));
+            line.set("grpc_code", reason.code_name());
             line.set("error", &error);
             line.write(logger, level, OPERATION_REQUEUED, "a worker failed, an operation waits again");
         }
@@ -82,9 +82,7 @@ fn write(transition: &Transition, level: Level, logger: &dyn Log) {
             line.set_some("upload_ms", &upload_ms);
             let exit_code = outcome.result.as_ref().map(|result| result.exit_code);
             line.set_some("exit_code", &exit_code);
-            if let Some(error) = &outcome.error {
-                line.set("error_kind", kind(error));
-            }
+            line.set("grpc_code", outcome.error.as_ref().map_or("OK", Error::code_name));
             line.set_some("error", &error);
             line.write(logger, level, OPERATION_COMPLETED, "an operation ended");
         }
@@ -132,25 +130,6 @@ impl<'a> Line<'a> {
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// A word for the kind of an error, for counting.
-fn kind(error: &Error) -> &'static str {
-    match error {
-        Error::Invalid(_) => "invalid",
-        Error::NotFound(_) => "not_found",
-        Error::MissingBlobs(_) => "missing_blobs",
-        Error::Precondition(_) => "precondition",
-        Error::OutOfRange(_) => "out_of_range",
-        Error::Exhausted { .. } => "exhausted",
-        Error::Denied(_) => "denied",
-        Error::Unimplemented(_) => "unimplemented",
-        Error::Unavailable(_) => "unavailable",
-        Error::Cancelled(_) => "cancelled",
-        Error::DeadlineExceeded(_) => "deadline_exceeded",
-        Error::DataLoss(_) => "data_loss",
-        Error::Internal(_) => "internal",
-    }
 }
 
 #[cfg(test)]
@@ -233,6 +212,7 @@ mod tests {
             "operation": "operations/00000000-0000-0000-0000-000000000001",
             "action_digest": submit(&work(7)).action.to_string(),
             "instance": "", "target_id": "//a:b", "priority": -3, "exit_code": 3,
+            "grpc_code": "OK",
         });
         let with = |more: Json| {
             let mut all = common.as_object().unwrap().clone();

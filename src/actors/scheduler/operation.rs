@@ -15,6 +15,13 @@ use uuid::Uuid;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct OperationId(pub Uuid);
 
+impl OperationId {
+    /// The name under which clients know it: `[instance/]operations/{id}`.
+    pub fn name(self, instance: &Instance) -> String {
+        instance.qualify(&format!("operations/{self}"))
+    }
+}
+
 impl fmt::Display for OperationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.hyphenated().fmt(f)
@@ -98,7 +105,7 @@ pub struct OperationInfo {
 impl OperationInfo {
     /// `[instance/]operations/{id}`.
     pub fn name(&self) -> String {
-        self.instance.qualify(&format!("operations/{}", self.id))
+        self.id.name(&self.instance)
     }
 }
 

@@ -177,10 +177,11 @@ impl<'a> ActionRun<'a> {
         self.timeline.note(point, Moment::now());
     }
 
+    /// For those who look at one worker; what became of an operation is told once, by the scheduler.
     fn log(&self, outcome: &Result<()>) {
         let millis = |from, to| self.timeline.between(from, to).as_millis() as u64;
         let action = &self.order.action;
-        log::info!(target: "gorego::worker", event = ACTION_FINISHED, task = self.order.task.0,
+        log::debug!(target: "gorego::worker", event = ACTION_FINISHED, task = self.order.task.0,
             slot = self.order.slot.0, action_digest = action.digest.to_string(), instance = action.instance.name(),
             fetch_ms = millis(Point::FetchStart, Point::FetchEnd), run_ms = millis(Point::RunStart, Point::RunEnd),
             upload_ms = millis(Point::UploadStart, Point::UploadEnd),

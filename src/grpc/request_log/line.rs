@@ -84,16 +84,18 @@ struct Noted {
     action_digest: Option<String>,
     digest: Option<String>,
     cached: Option<bool>,
+    bad_news: Option<String>,
 }
 
 impl Noted {
     fn of(notes: &Notes) -> Self {
         Self {
             instance: notes.instance.as_ref().map(|instance| instance.name().to_owned()),
-            operation: notes.operation.map(|id| id.to_string()),
+            operation: notes.instance.as_ref().zip(notes.operation).map(|(instance, id)| id.name(instance)),
             action_digest: notes.action.map(|digest| digest.to_string()),
             digest: notes.blob.map(|digest| digest.to_string()),
             cached: notes.cached,
+            bad_news: notes.bad_news.clone().map(|text| status::shorten(text, ERROR_MAX_BYTES)),
         }
     }
 }
@@ -119,7 +121,7 @@ impl kv::Source for Fields<'_> {
             ("invocation_id", said(&self.client.tool_invocation_id)),
             ("target_id", said(&self.client.target_id)),
             ("mnemonic", said(&self.client.action_mnemonic)),
-            ("error", said(self.error)),
+            ("error", said(self.error).or(self.noted.bad_news.as_deref())),
         ];
         for (key, text) in texts {
             if let Some(text) = text {
@@ -193,7 +195,30 @@ fn percent_decode(text: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
     use tonic::Status;
+
+    #[test]
+    fn an_error_has_one_code_in_the_lines_of_rpcs_and_of_operations() {
+        let text = String::new;
+        for error in [
+            Error::Invalid(text()),
+            Error::NotFound(text()),
+            Error::MissingBlobs(Vec::new()),
+            Error::Precondition(text()),
+            Error::OutOfRange(text()),
+            Error::Exhausted { message: text(), retry_after: None },
+            Error::Denied(text()),
+            Error::Unimplemented(text()),
+            Error::Unavailable(text()),
+            Error::Cancelled(text()),
+            Error::DeadlineExceeded(text()),
+            Error::DataLoss(text()),
+            Error::Internal(text()),
+        ] {
+            assert_eq!(error.code_name(), code_name(status::code(&error)), "{error:?}");
+        }
+    }
 
     #[test]
     fn methods_lose_their_package_and_never_grow_long() {

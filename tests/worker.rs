@@ -432,6 +432,17 @@ fn a_cancelled_command_stops_at_once_and_keeps_its_log() {
     });
 }
 
+/// Service managers send SIGTERM to every process, and scripts signal their parents; what runs is not lost by that.
+#[test]
+fn signals_that_can_be_blocked_do_not_reach_the_runner_and_its_commands_do_not_inherit_that() {
+    with_worker(async |bench| {
+        let signalled = "for s in HUP INT TERM TSTP USR1 ALRM; do kill -$s $PPID; done; echo through; kill $$";
+        let result = bench.result(&sh(signalled).timeout(Duration::from_secs(10))).await;
+        assert_eq!(bench.text(&result.stdout_digest), "through\n");
+        assert_eq!(result.exit_code, 128 + 15);
+    });
+}
+
 /// A command can reach its runner, since both run as one user; the worker must come through.
 #[test]
 fn a_command_that_kills_its_runner_is_reported_and_the_next_one_runs() {

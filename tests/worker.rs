@@ -436,20 +436,23 @@ fn a_cancelled_command_stops_at_once_and_keeps_its_log() {
 #[test]
 fn signals_that_can_be_blocked_do_not_reach_the_runner_and_its_commands_do_not_inherit_that() {
     with_worker(async |bench| {
-        let signalled = "for s in HUP INT TERM TSTP USR1 ALRM; do kill -$s $PPID; done; echo through; kill $$";
+        let signalled =
+            "for s in HUP INT TERM TSTP USR1 ALRM; do kill -$s $PPID; done; echo through; kill $$";
         let result = bench.result(&sh(signalled).timeout(Duration::from_secs(10))).await;
         assert_eq!(bench.text(&result.stdout_digest), "through\n");
         assert_eq!(result.exit_code, 128 + 15);
     });
 }
 
-/// A command can reach its runner, since both run as one user; the worker must come through.
+/// A command can reach its runner, since both run as one user; the worker must come through, and what the command left in
+/// sessions and directories of its own must not.
 #[test]
 fn a_command_that_kills_its_runner_is_reported_and_the_next_one_runs() {
     with_worker(async |bench| {
         let pids = bench.build_root.parent().unwrap().join("pids");
         let script = format!(
-            "sleep 600 & echo $! > {0}; setsid sleep 600 & echo $! >> {0}; kill -9 $PPID; sleep 600",
+            "f() {{ f & exit; }}; for i in 1 2 3 4 5 6 7 8; do f & done; sleep 600 & echo $! > {0}; cd /; \
+             setsid sleep 600 & echo $! >> {0}; kill -9 $PPID; sleep 600",
             pids.display()
         );
         let failure = bench.failure(&sh(&script)).await;
@@ -459,6 +462,9 @@ fn a_command_that_kills_its_runner_is_reported_and_the_next_one_runs() {
         for pid in left.lines() {
             eventually("what the command started is killed", || !is_alive(pid)).await;
         }
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        let mut places = processes.filter_map(|process| fs::read_link(process.path().join("cwd")).ok());
+        assert!(!places.any(|cwd| cwd.starts_with(&bench.build_root)), "something keeps forking");
         assert_eq!(bench.result(&sh("true")).await.exit_code, 0);
     });
 }

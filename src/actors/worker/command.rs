@@ -27,8 +27,6 @@ pub struct Launch {
     pub root: PathBuf,
     /// Where to run, below the input root.
     pub working_directory: PathBuf,
-    /// Absolute path of the exec directory, of which `root` is a part.
-    pub workspace: PathBuf,
     /// Absolute path of the file for stdout; must not exist.
     pub stdout: PathBuf,
     /// Absolute path of the file for stderr; must not exist.
@@ -47,7 +45,6 @@ impl Launch {
             environment: command.environment.iter().map(|(name, value)| format!("{name}={value}")).collect(),
             root: path.join("root"),
             working_directory: command.working_directory.as_path().to_owned(),
-            workspace: path.to_owned(),
             stdout: path.join("stdout"),
             stderr: path.join("stderr"),
             max_file_bytes,

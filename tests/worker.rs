@@ -318,7 +318,7 @@ fn trees_are_canonical_deterministic_and_without_duplicates() {
 fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
     with_worker(async |bench| {
         let mut job =
-            sh("mkdir d; echo a > d/a; touch -d @5 d/a; chmod 0 d/a d; echo b > b; chmod 0200 b; chmod 0 .")
+            sh("mkdir d; echo a > d/a; touch -d @5 d/a; chmod 0 d/a d; echo b > b; chmod 0200 b; chmod 0 .. .; echo c")
                 .outputs(&["d", "b"]);
         job.command.output_node_properties = vec!["unix_mode".into(), "mtime".into()];
         let result = bench.result(&job).await;
@@ -328,6 +328,27 @@ fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
         assert_eq!((a.unix_mode, a.mtime.unwrap().seconds), (Some(0), 5));
         assert_eq!(root.node_properties.unwrap().unix_mode, Some(0));
         assert_eq!(result.output_files[0].node_properties.clone().unwrap().unix_mode, Some(0o200));
+        assert_eq!(bench.text(&result.stdout_digest), "c\n");
+    });
+}
+
+/// GEN-20: a fault of the server would be tried again, and by the client once more.
+#[test]
+fn what_a_command_does_to_its_logs_or_to_the_way_to_an_output_is_its_own_fault() {
+    with_worker(async |bench| {
+        for script in [
+            "rm ../stdout; ln -s /etc/passwd ../stdout",
+            "rm ../stdout; mkdir ../stdout",
+            // Nothing stops root, who gets a link that leads out instead.
+            "echo o > p/o; chmod 0 p; [ $(id -u) != 0 ] || { rm -r p; ln -s / p; }",
+        ] {
+            let failure = bench.failure(&sh(script).outputs(&["p/o"])).await;
+            assert!(
+                matches!(failure.error, Error::Precondition(_)) && !failure.retryable,
+                "{}",
+                failure.error
+            );
+        }
     });
 }
 

@@ -75,7 +75,10 @@ fn store_settings(settings: &Settings) -> StoreSettings {
         max_bytes: settings.max_size_bytes,
         max_blob_bytes: settings.max_blob_bytes,
         partial_upload_retention: settings.partial_upload_retention,
-        timeouts: settings.execution.as_ref().map_or(TimeoutPolicy::UNLIMITED, |execution| execution.timeouts),
+        timeouts: settings
+            .execution
+            .as_ref()
+            .map_or(TimeoutPolicy::UNLIMITED, |execution| execution.timeouts),
     }
 }
 
@@ -183,11 +186,7 @@ impl Server {
     }
 }
 
-fn start_scheduler(
-    execution: &ExecutionSettings,
-    build_root: BuildRoot,
-    cas: &Cas,
-) -> Addr<SchedulerActor> {
+fn start_scheduler(execution: &ExecutionSettings, build_root: BuildRoot, cas: &Cas) -> Addr<SchedulerActor> {
     let worker = Arc::new(WorkerSettings {
         name: host_name(),
         build_root,
@@ -248,8 +247,7 @@ struct Signals {
 
 impl Signals {
     fn listen() -> Result<Self> {
-        let listen =
-            |kind| signal(kind).map_err(|error| Error::io("listen for signals", &error));
+        let listen = |kind| signal(kind).map_err(|error| Error::io("listen for signals", &error));
         Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
     }
 

@@ -555,6 +555,27 @@ fn what_a_crashed_run_left_is_swept_and_nothing_else() {
     });
 }
 
+/// Servers with stores of their own may be told to use one build root: the second must not sweep what the first runs in.
+#[test]
+fn a_build_root_has_one_owner_and_nobody_else_sweeps_it() {
+    with_worker(async |bench| {
+        let job = sh("echo kept > kept; while ! [ -e ../../gate ]; do :; done; cat kept");
+        let (report, refused) = tokio::join!(bench.report(&job), async {
+            let begun = || {
+                let mut runs = fs::read_dir(&bench.build_root).unwrap().flatten();
+                runs.any(|run| run.path().join("root/kept").exists())
+            };
+            eventually("the command begins", begun).await;
+            let second = BuildRoot::open(&bench.build_root);
+            fs::write(bench.build_root.join("gate"), "").unwrap();
+            second.map(drop)
+        });
+        let named = bench.build_root.to_str().unwrap();
+        assert!(matches!(&refused, Err(Error::Precondition(m)) if m.contains(named)), "{refused:?}");
+        assert_eq!(bench.text(&report.unwrap().result.stdout_digest), "kept\n");
+    });
+}
+
 /// A command cannot fill the disk with one file; the limit of these tests is 1 GiB.
 #[test]
 fn files_beyond_the_limit_end_the_command() {

@@ -130,6 +130,19 @@ impl Action {
     }
 }
 
+impl Action {
+    /// About how many bytes of memory it takes; a Command may be megabytes.
+    pub fn weight(&self) -> usize {
+        let text = |text: &String| size_of::<String>() + text.len();
+        let pair = |(name, value): &(String, String)| text(name) + text(value);
+        let command = &self.command;
+        size_of::<Self>()
+            + command.arguments.iter().map(text).sum::<usize>()
+            + command.environment.iter().chain(&self.platform).map(pair).sum::<usize>()
+            + command.outputs.iter().map(|o| size_of_val(o) + 2 * o.requested.len()).sum::<usize>()
+    }
+}
+
 impl Command {
     #[allow(deprecated)]
     fn from_wire(command: &reapi::Command) -> Result<Self> {

@@ -55,7 +55,7 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 'static) 
         .enable_all()
         .build()
         .map_err(|error| Error::io("start the async runtime", &error))?;
-    // Blocks, so it comes before anything asynchronous; the lock it takes also guards the build root.
+    // Both block, so they come before anything asynchronous; each takes a lock on its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
     let build_root = match &settings.execution {
         Some(execution) => Some(BuildRoot::open(&execution.build_root)?),

@@ -318,7 +318,7 @@ fn trees_are_canonical_deterministic_and_without_duplicates() {
 fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
     with_worker(async |bench| {
         let mut job =
-            sh("mkdir d; echo a > d/a; touch -d @5 d/a; chmod 0 d/a d; echo b > b; chmod 0200 b; chmod 0 .")
+            sh("mkdir d; echo a > d/a; touch -d @5 d/a; chmod 0 d/a d; echo b > b; chmod 0200 b; chmod 0 .. .; echo c")
                 .outputs(&["d", "b"]);
         job.command.output_node_properties = vec!["unix_mode".into(), "mtime".into()];
         let result = bench.result(&job).await;
@@ -328,6 +328,27 @@ fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
         assert_eq!((a.unix_mode, a.mtime.unwrap().seconds), (Some(0), 5));
         assert_eq!(root.node_properties.unwrap().unix_mode, Some(0));
         assert_eq!(result.output_files[0].node_properties.clone().unwrap().unix_mode, Some(0o200));
+        assert_eq!(bench.text(&result.stdout_digest), "c\n");
+    });
+}
+
+/// GEN-20: a fault of the server would be tried again, and by the client once more.
+#[test]
+fn what_a_command_does_to_its_logs_or_to_the_way_to_an_output_is_its_own_fault() {
+    with_worker(async |bench| {
+        for script in [
+            "rm ../stdout; ln -s /etc/passwd ../stdout",
+            "rm ../stdout; mkdir ../stdout",
+            // Nothing stops root, who gets a link that leads out instead.
+            "echo o > p/o; chmod 0 p; [ $(id -u) != 0 ] || { rm -r p; ln -s / p; }",
+        ] {
+            let failure = bench.failure(&sh(script).outputs(&["p/o"])).await;
+            assert!(
+                matches!(failure.error, Error::Precondition(_)) && !failure.retryable,
+                "{}",
+                failure.error
+            );
+        }
     });
 }
 
@@ -432,13 +453,27 @@ fn a_cancelled_command_stops_at_once_and_keeps_its_log() {
     });
 }
 
-/// A command can reach its runner, since both run as one user; the worker must come through.
+/// Service managers send SIGTERM to every process, and scripts signal their parents; what runs is not lost by that.
+#[test]
+fn signals_that_can_be_blocked_do_not_reach_the_runner_and_its_commands_do_not_inherit_that() {
+    with_worker(async |bench| {
+        let signalled =
+            "for s in HUP INT TERM TSTP USR1 ALRM; do kill -$s $PPID; done; echo through; kill $$";
+        let result = bench.result(&sh(signalled).timeout(Duration::from_secs(10))).await;
+        assert_eq!(bench.text(&result.stdout_digest), "through\n");
+        assert_eq!(result.exit_code, 128 + 15);
+    });
+}
+
+/// A command can reach its runner, since both run as one user; the worker must come through, and what the command left in
+/// sessions and directories of its own must not.
 #[test]
 fn a_command_that_kills_its_runner_is_reported_and_the_next_one_runs() {
     with_worker(async |bench| {
         let pids = bench.build_root.parent().unwrap().join("pids");
         let script = format!(
-            "sleep 600 & echo $! > {0}; setsid sleep 600 & echo $! >> {0}; kill -9 $PPID; sleep 600",
+            "f() {{ f & exit; }}; for i in 1 2 3 4 5 6 7 8; do f & done; sleep 600 & echo $! > {0}; cd /; \
+             setsid sleep 600 & echo $! >> {0}; kill -9 $PPID; sleep 600",
             pids.display()
         );
         let failure = bench.failure(&sh(&script)).await;
@@ -448,6 +483,9 @@ fn a_command_that_kills_its_runner_is_reported_and_the_next_one_runs() {
         for pid in left.lines() {
             eventually("what the command started is killed", || !is_alive(pid)).await;
         }
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        let mut places = processes.filter_map(|process| fs::read_link(process.path().join("cwd")).ok());
+        assert!(!places.any(|cwd| cwd.starts_with(&bench.build_root)), "something keeps forking");
         assert_eq!(bench.result(&sh("true")).await.exit_code, 0);
     });
 }
@@ -514,6 +552,27 @@ fn what_a_crashed_run_left_is_swept_and_nothing_else() {
         eventually("leftovers are removed", || !top.join("3-17").exists()).await;
         assert!(top.join("not-ours").exists() && fresh.path().exists());
         assert!(outside.path().join("kept").exists());
+    });
+}
+
+/// Servers with stores of their own may be told to use one build root: the second must not sweep what the first runs in.
+#[test]
+fn a_build_root_has_one_owner_and_nobody_else_sweeps_it() {
+    with_worker(async |bench| {
+        let job = sh("echo kept > kept; while ! [ -e ../../gate ]; do :; done; cat kept");
+        let (report, refused) = tokio::join!(bench.report(&job), async {
+            let begun = || {
+                let mut runs = fs::read_dir(&bench.build_root).unwrap().flatten();
+                runs.any(|run| run.path().join("root/kept").exists())
+            };
+            eventually("the command begins", begun).await;
+            let second = BuildRoot::open(&bench.build_root);
+            fs::write(bench.build_root.join("gate"), "").unwrap();
+            second.map(drop)
+        });
+        let named = bench.build_root.to_str().unwrap();
+        assert!(matches!(&refused, Err(Error::Precondition(m)) if m.contains(named)), "{refused:?}");
+        assert_eq!(bench.text(&report.unwrap().result.stdout_digest), "kept\n");
     });
 }
 

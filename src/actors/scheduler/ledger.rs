@@ -59,6 +59,8 @@ pub struct Ledger {
     ready: Queue,
     /// Tasks that are not running: the length that `queue_size` bounds.
     waiting: usize,
+    /// What the actions of all tasks weigh together.
+    weight: usize,
     /// Checks at the CAS, of tasks that were cancelled meanwhile too.
     checks: usize,
     draining: bool,
@@ -84,6 +86,7 @@ impl Ledger {
             unchecked: Queue::default(),
             ready: Queue::default(),
             waiting: 0,
+            weight: 0,
             checks: 0,
             draining: false,
             transitions: Vec::new(),
@@ -173,6 +176,17 @@ impl Ledger {
                 retry_after: Some(QUEUE_FULL_RETRY),
             });
         }
+        let weight = self.weight.saturating_add(action.weight());
+        if weight > self.settings.queue_bytes {
+            return Err(Error::Exhausted {
+                message: format!(
+                    "the queue is full: its actions would take {weight} bytes of memory, more than {}; try again in {} s",
+                    self.settings.queue_bytes,
+                    QUEUE_FULL_RETRY.as_secs()
+                ),
+                retry_after: Some(QUEUE_FULL_RETRY),
+            });
+        }
         let id = TaskId(self.register.next_number());
         let snapshot = Snapshot { stage: Stage::Queued, queued_at: now.wall, run_stage: None, outcome: None };
         let (number, subscription) = self.register.enter(info.clone(), priority, id, snapshot, now);
@@ -191,6 +205,7 @@ impl Ledger {
         }
         self.unchecked.insert(&task.pools, task.place(id));
         self.tasks.insert(id, task);
+        self.weight = weight;
         self.waiting += 1;
         self.transitions.push(Transition { info, priority, event: Event::Queued { joined: false } });
         Ok(subscription)
@@ -311,6 +326,7 @@ impl Ledger {
     /// Takes a task off the books: nobody can join it, it gets no slot.
     fn remove_task(&mut self, id: TaskId) -> Option<Task> {
         let task = self.tasks.remove(&id)?;
+        self.weight = self.weight.saturating_sub(task.action.weight());
         if let Some(key) = task.key() {
             self.joinable.remove(&key);
         }

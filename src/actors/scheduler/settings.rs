@@ -13,6 +13,9 @@ pub struct SchedulerSettings {
     /// Tasks that may wait for a slot, those whose inputs are still being checked included. A requeued task may exceed it:
     /// it was admitted once, and there are never more of them than slots.
     pub queue_size: usize,
+    /// Memory that the actions of all tasks may take, in bytes. A task is a few KiB as a rule, but its Command may be 16 MiB,
+    /// and any number of actions may name the same one.
+    pub queue_bytes: usize,
     /// Unfinished operations, however many share a task. Joining a task takes no room in the queue, so that it needs a
     /// bound of its own.
     pub unfinished_operations: usize,
@@ -48,6 +51,7 @@ impl SchedulerSettings {
     pub fn new(config: &ExecutionSettings) -> Self {
         Self {
             queue_size: config.queue_size,
+            queue_bytes: 1 << 30,
             unfinished_operations: config.queue_size.saturating_mul(4).max(4096),
             concurrent_checks: 64,
             queue_timeout: config.queue_timeout,

@@ -9,6 +9,11 @@ use std::path::PathBuf;
 /// Where programs without a slash are looked for when the Command's environment has no PATH; what execvp(3) takes, less the
 /// current directory.
 pub const DEFAULT_PATH: &str = "/bin:/usr/bin";
+/// Longest path that the kernel takes; a longer one is nowhere.
+const MAX_PATH_BYTES: usize = 4096;
+/// Most places where a program is looked for; no real PATH has so many. Program and PATH may be megabytes each, and without
+/// this the files to try could be terabytes.
+const MAX_PROGRAMS: usize = 1024;
 /// Exit code for a program that is not there (EXE-42); what shells use.
 pub const EXIT_NOT_FOUND: i32 = 127;
 /// Exit code for a program that is there but cannot be started.
@@ -27,8 +32,6 @@ pub struct Launch {
     pub root: PathBuf,
     /// Where to run, below the input root.
     pub working_directory: PathBuf,
-    /// Absolute path of the exec directory, of which `root` is a part.
-    pub workspace: PathBuf,
     /// Absolute path of the file for stdout; must not exist.
     pub stdout: PathBuf,
     /// Absolute path of the file for stderr; must not exist.
@@ -47,7 +50,6 @@ impl Launch {
             environment: command.environment.iter().map(|(name, value)| format!("{name}={value}")).collect(),
             root: path.join("root"),
             working_directory: command.working_directory.as_path().to_owned(),
-            workspace: path.to_owned(),
             stdout: path.join("stdout"),
             stderr: path.join("stderr"),
             max_file_bytes,
@@ -65,6 +67,8 @@ fn programs(command: &Command) -> Vec<String> {
     let path = command.environment.iter().find(|(name, _)| name == "PATH");
     path.map_or(DEFAULT_PATH, |(_, path)| path)
         .split(':')
+        .filter(|dir| dir.len().saturating_add(program.len()) < MAX_PATH_BYTES)
+        .take(MAX_PROGRAMS)
         // An empty element means the working directory (POSIX).
         .map(|dir| if dir.is_empty() { format!("./{program}") } else { format!("{dir}/{program}") })
         .collect()
@@ -112,6 +116,18 @@ mod tests {
             report_unix_mode: false,
             directory_format: DirectoryFormat::default(),
         }
+    }
+
+    #[test]
+    fn long_programs_and_paths_do_not_multiply() {
+        let long = "x".repeat(1 << 15);
+        for path in [":".repeat(1 << 15), format!("{long}:/bin")] {
+            for program in ["sh", &long] {
+                let bytes: usize = programs(&command(program, Some(&path))).iter().map(String::len).sum();
+                assert!(bytes <= MAX_PROGRAMS * MAX_PATH_BYTES, "{bytes}");
+            }
+        }
+        assert_eq!(programs(&command("sh", Some(&format!("{long}:/bin")))), ["/bin/sh"]);
     }
 
     /// EXE-40.

@@ -4,8 +4,8 @@
 //! binary ([`runner`]) and tells it over a socket what to run; the runner forks, which is cheap there, and answers when the
 //! command and everything that came of it is gone. Time and cancellation are watched here.
 //!
-//! A runner that dies or does not answer is replaced. Whatever it leaves is found by its parent or by its working directory
-//! and killed. A command that kills its runner is not told apart from other causes: the run is reported as this server's
+//! A runner that dies or does not answer is replaced. Whatever it leaves becomes a child of this process and is killed. A
+//! command that kills its runner is not told apart from other causes: the run is reported as this server's
 //! fault and worth another try, and the scheduler's bound on tries ends it.
 
 pub mod protocol;
@@ -136,19 +136,21 @@ impl Launcher for RunnerLauncher {
             log::warn!(target: "gorego::worker", event = RUNNER_REPLACED, error = error.to_string();
                 "a runner process did not do its work and is replaced");
             self.reset();
-            reap::kill_inhabitants(&launch.workspace);
         }
         outcome
     }
 
     fn reset(&mut self) {
         self.runner = None;
+        reap::kill_orphans();
     }
 }
 
 impl Runner {
     fn start(command: &[OsString]) -> Result<Self> {
         let failed = |error: std::io::Error| Error::io("start a runner process", &error);
+        // What outlives the runner comes to us instead of to init.
+        sys::be_subreaper().map_err(failed)?;
         let (program, arguments) =
             command.split_first().ok_or_else(|| Error::internal("no runner command is set"))?;
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;

@@ -109,13 +109,16 @@ pub fn collect(
     found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))
 }
 
-/// Undoes a command's closing of its own root; says how the root looked before.
-fn open_up(root: &File) -> Result<Seen> {
-    let failed = |error: Errno| Error::io("look at the input root", &error.into());
-    let stat = rfs::fstat(root).map_err(failed)?;
+/// Undoes a command's closing of a directory of ours to its own user; says how that looked before.
+///
+/// # Errors
+/// None in practice.
+pub fn open_up(directory: &File) -> Result<Seen> {
+    let failed = |error: Errno| Error::io("open up the exec directory", &error.into());
+    let stat = rfs::fstat(directory).map_err(failed)?;
     let mode = Mode::from_raw_mode(stat.st_mode);
     if !mode.contains(Mode::RWXU) {
-        rfs::fchmod(root, mode | Mode::RWXU).map_err(failed)?;
+        rfs::fchmod(directory, mode | Mode::RWXU).map_err(failed)?;
     }
     Ok(Seen::from(&stat))
 }
@@ -138,7 +141,7 @@ fn look(
     let stat = match dir::stat_at(&parent, OsStr::new(name)) {
         Ok(stat) => stat,
         Err(error) if is_absence(&error) => return Ok(None),
-        Err(error) => return Err(Error::io(&format!("look at output \"{path}\""), &error)),
+        Err(error) => return Err(no_way(path, &error)),
     };
     let (kind, seen) = (dir::file_type(&stat), Seen::from(&stat));
     expect(output, kind)?;
@@ -271,10 +274,15 @@ impl Storing<'_> {
 /// Opens a regular file for the store; one that its owner may not read is made readable.
 ///
 /// # Errors
-/// `Precondition` when it is anything else; nothing blocks on a FIFO.
+/// `Precondition` when it is anything else; nothing blocks on a FIFO, no link is followed.
 pub fn open_regular(parent: &File, name: &str, path: &str) -> Result<File> {
     let failed = |error: io::Error| Error::io(&format!("read output \"{path}\""), &error);
-    let file = dir::open_file(parent, OsStr::new(name)).map_err(failed)?;
+    let file = match dir::open_file(parent, OsStr::new(name)) {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::LOOP) => {
+            return Err(not_storable(path, FileType::Symlink));
+        }
+        opened => opened.map_err(failed)?,
+    };
     match dir::file_type(&rfs::fstat(&file).map_err(|error| failed(error.into()))?) {
         FileType::RegularFile => Ok(file),
         other => Err(not_storable(path, other)),
@@ -285,16 +293,18 @@ fn open_parent(root: &File, parent: &RootPath, path: &str) -> Result<Option<File
     match dir::open_beneath(root, parent.as_path()) {
         Ok(parent) => Ok(Some(parent)),
         Err(error) if is_absence(&error) => Ok(None),
-        Err(error) => Err(match Errno::from_io_error(&error) {
-            Some(Errno::XDEV) => Error::Precondition(format!(
-                "output \"{path}\" cannot be collected: a symbolic link on the way leaves the input root"
-            )),
-            Some(Errno::ACCESS) => Error::Precondition(format!(
-                "output \"{path}\" cannot be collected: the command left a directory on the way without permissions"
-            )),
-            _ => Error::io(&format!("look for output \"{path}\""), &error),
-        }),
+        Err(error) => Err(no_way(path, &error)),
     }
+}
+
+/// What the command did to the way to an output is its own fault; the rest is ours.
+fn no_way(path: &str, error: &io::Error) -> Error {
+    let fault = match Errno::from_io_error(error) {
+        Some(Errno::XDEV) => "a symbolic link on the way leaves the input root",
+        Some(Errno::ACCESS) => "the command left a directory on the way without permissions",
+        _ => return Error::io(&format!("look for output \"{path}\""), error),
+    };
+    Error::Precondition(format!("output \"{path}\" cannot be collected: {fault}"))
 }
 
 /// Opens an output that is a directory, for listing.
@@ -344,6 +354,8 @@ fn not_storable(path: &str, kind: FileType) -> Error {
         FileType::Fifo => "a FIFO",
         FileType::Socket => "a socket",
         FileType::CharacterDevice | FileType::BlockDevice => "a device",
+        FileType::Symlink => "a symbolic link where only a file can be",
+        FileType::Directory => "a directory where only a file can be",
         _ => "neither file, directory nor symbolic link",
     };
     Error::Precondition(format!("output \"{path}\" is {kind} and cannot be stored"))

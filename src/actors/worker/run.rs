@@ -102,6 +102,7 @@ impl<'a> ActionRun<'a> {
     /// Turns the end of the command into exit code, logs and outputs.
     fn conclude(&mut self, ending: Ending, workspace: &Workspace) -> Result<()> {
         let action = &self.order.action;
+        outputs::open_up(workspace.top()?)?;
         let interrupted = match ending {
             Ending::Exited(code) => {
                 self.result.exit_code = code;

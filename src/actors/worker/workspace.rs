@@ -16,7 +16,7 @@ use crate::{
     spread::spread_subdirectories,
 };
 use rustix::{
-    fs::{self as rfs, AtFlags, FileType, Mode, OFlags},
+    fs::{self as rfs, AtFlags, FileType, FlockOperation, Mode, OFlags, flock},
     io::Errno,
 };
 use std::{
@@ -57,16 +57,25 @@ struct Inner {
 }
 
 impl BuildRoot {
-    /// Opens the build root, which is made if need be, and has what a crashed run left removed in the background.
+    /// Opens the build root, which is made if need be, and has what a crashed run left removed in the background. It is locked
+    /// for as long as this lives, or else the sweep would take another server's directories away under its commands.
     ///
     /// # Errors
-    /// When the directory cannot be made or opened.
+    /// When the directory cannot be made or opened, or when another server has it.
     pub fn open(path: &Path) -> Result<Self> {
         let doing = |error: io::Error| Error::io(&format!("open the build root {}", path.display()), &error);
         fs::create_dir_all(path).map_err(doing)?;
         // Commands get absolute paths into it.
         let path = path.canonicalize().map_err(doing)?;
         let handle = File::open(&path).map_err(doing)?;
+        flock(&handle, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+            Errno::WOULDBLOCK => Error::Precondition(format!(
+                "could not open the build root {}: another gorego server runs in it; set execution.build_root to a \
+                 directory of its own",
+                path.display()
+            )),
+            error => doing(error.into()),
+        })?;
         spread_subdirectories(&handle);
         let leftovers = leftovers(&handle).map_err(doing)?;
         if !leftovers.is_empty() {

@@ -385,6 +385,7 @@ impl World {
         assert_eq!(ledger.runs.len(), self.runs.len(), "every run is out, and every one out is known");
         let waiting = ledger.tasks.values().filter(|task| task.step != Step::Running).count();
         assert_eq!(ledger.waiting, waiting);
+        assert_eq!(ledger.weight, ledger.tasks.values().map(|task| task.action.weight()).sum::<usize>());
         assert!(waiting <= settings.queue_size + POOLS.iter().map(|pool| pool.0).sum::<usize>());
         let unfinished: usize = ledger.tasks.values().map(|task| task.waiters.len()).sum();
         assert_eq!(ledger.register.unfinished(), unfinished, "each operation waits for one task");

@@ -199,6 +199,21 @@ fn a_full_queue_refuses_new_work_but_not_hits_nor_what_joins() {
     assert_eq!(desk.ledger.inspect().queued, 2);
 }
 
+/// Any number of actions may name one Command of megabytes.
+#[test]
+fn the_queue_is_bounded_in_bytes_too() {
+    let uncacheable = Work { do_not_cache: true, ..work(1) };
+    let Resolution::Run(mut action) = resolution(&uncacheable, false) else { unreachable!() };
+    Arc::make_mut(&mut action).command.arguments.push("x".repeat(1 << 20));
+    let mut desk = Desk::new(1, SchedulerSettings { queue_bytes: 3 << 20, ..settings() });
+    let mut heavy = || desk.try_submit(submit(&uncacheable), Resolution::Run(action.clone()));
+    let held = [heavy().unwrap(), heavy().unwrap()];
+    let refusal = heavy().unwrap_err();
+    assert!(matches!(refusal, Error::Exhausted { retry_after: Some(_), .. }), "{refusal}");
+    desk.ledger.cancel(&instance(), held[0].info.id, desk.now).unwrap();
+    desk.try_submit(submit(&uncacheable), Resolution::Run(action)).unwrap();
+}
+
 /// EXE-31.
 #[test]
 fn work_that_no_pool_can_take_is_refused_with_the_nearest_pool_and_the_difference() {

@@ -1,11 +1,14 @@
-//! Finds and kills processes by descent or by where they are.
+//! Finds and kills processes by descent.
 //!
 //! Everything that a command starts descends from its runner: the runner is a child subreaper, so even a daemon whose parents
-//! are gone becomes its child. A process that got SIGKILL starts no more children, so killing from the top down and looking
-//! again until nothing is left cannot miss one.
+//! are gone becomes its child. So is the server, for when the runner itself is gone. A process that got SIGKILL starts no
+//! more children, so killing from the top down and looking again until nothing is left cannot miss one.
 
-use rustix::process::{Pid, Signal, kill_process};
-use std::{fs, path::Path};
+use rustix::process::{Pid, Signal, WaitOptions, getsid, kill_process, waitpid};
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
 
 /// Sends SIGKILL to every descendant of a process, the process itself left alone; gives how many there were.
 pub fn kill_descendants(of: u32) -> usize {
@@ -20,25 +23,32 @@ pub fn kill_descendants(of: u32) -> usize {
     found.len()
 }
 
-/// How often processes are looked for by place; each round can only find what was started during the one before.
-const INHABITANT_ROUNDS: usize = 10;
+/// How long orphans are killed until the survivors are left alone: they hang in the kernel.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
+/// How long to wait for deaths before looking again.
+const ORPHAN_ROUND: Duration = Duration::from_millis(1);
 
-/// Kills every process whose working directory is below `path`: what is left of a command whose runner died. A process that
-/// went elsewhere is not found.
-pub fn kill_inhabitants(path: &Path) {
-    for _ in 0..INHABITANT_ROUNDS {
-        let Ok(processes) = fs::read_dir("/proc") else { return };
-        let mut found = false;
-        for process in processes.flatten() {
-            let pid = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
-            let Some(pid) = pid else { continue };
-            if fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(path)) {
-                kill(pid);
-                found = true;
-            }
-        }
-        if !found {
+/// Kills and reaps what runners that died have left to this process, which has to be a child subreaper. Its own children
+/// are of its own session; what a runner starts is not, and no process can join a session.
+pub fn kill_orphans() {
+    let Ok(own) = getsid(None) else { return };
+    let start = Instant::now();
+    loop {
+        let mut orphans = children(std::process::id());
+        orphans
+            .retain(|&pid| id(pid).is_some_and(|pid| getsid(Some(pid)).is_ok_and(|session| session != own)));
+        if orphans.is_empty() || start.elapsed() > ORPHAN_LIMIT {
             return;
+        }
+        let mut reaped = false;
+        // The youngest first: whoever forks and exits all the time is still there only for a moment.
+        for pid in orphans.into_iter().rev() {
+            kill(pid);
+            // Another worker may have reaped it.
+            reaped |= matches!(waitpid(id(pid), WaitOptions::NOHANG), Ok(Some(_)));
+        }
+        if !reaped {
+            thread::sleep(ORPHAN_ROUND);
         }
     }
 }
@@ -56,8 +66,12 @@ fn children(of: u32) -> Vec<u32> {
 }
 
 fn kill(pid: u32) {
-    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+    if let Some(pid) = id(pid) {
         // It may be gone already.
         let _ = kill_process(pid, Signal::KILL);
     }
+}
+
+fn id(pid: u32) -> Option<Pid> {
+    i32::try_from(pid).ok().and_then(Pid::from_raw)
 }

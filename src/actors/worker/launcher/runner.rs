@@ -6,7 +6,8 @@
 //! because the server died, it kills all of them (EXE-44).
 //!
 //! It knows nothing of actions, timeouts or files; it gives a command exactly what the order says (EXE-41) and default signal
-//! dispositions.
+//! dispositions. Itself it hears no signal that can be blocked: neither a command nor a service manager that signals every
+//! process ends it before the end of its socket does.
 
 use super::{
     super::clock::Moment,

@@ -44,18 +44,19 @@ pub fn default_signals() {
     }
 }
 
-/// Blocks SIGCHLD and gives a descriptor to read it from.
+/// Blocks every signal that can be blocked and gives a descriptor to read SIGCHLD from.
 ///
 /// # Errors
 /// Those of the system calls.
 pub fn watch_children() -> io::Result<OwnedFd> {
-    // SAFETY: the set is initialised before use, and signalfd gives a descriptor that nobody else owns.
+    // SAFETY: the sets are initialised before use, and signalfd gives a descriptor that nobody else owns.
     unsafe {
-        let mut set = std::mem::zeroed();
-        libc::sigemptyset(&mut set);
-        libc::sigaddset(&mut set, libc::SIGCHLD);
-        check(libc::sigprocmask(libc::SIG_SETMASK, &set, ptr::null_mut()))?;
-        let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+        let (mut all, mut deaths) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&mut all);
+        libc::sigemptyset(&mut deaths);
+        libc::sigaddset(&mut deaths, libc::SIGCHLD);
+        check(libc::sigprocmask(libc::SIG_SETMASK, &all, ptr::null_mut()))?;
+        let fd = libc::signalfd(-1, &deaths, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
         check(fd)?;
         Ok(OwnedFd::from_raw_fd(fd))
     }

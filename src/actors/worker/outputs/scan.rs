@@ -18,6 +18,10 @@ use std::{ffi::OsStr, fs::File, io};
 /// Most nodes that the outputs of one action may have, all together. The same number bounds input roots.
 pub const MAX_OUTPUT_NODES: u64 = crate::tree::MAX_TREE_NODES;
 
+/// Most bytes that the names and link targets below the outputs of one action may have, all together: all of them are in
+/// memory at once. That is 128 for each node.
+pub const MAX_OUTPUT_NAME_BYTES: u64 = 128 * MAX_OUTPUT_NODES;
+
 /// A file that was found.
 #[derive(Debug, Clone)]
 pub struct FoundFile {
@@ -64,19 +68,31 @@ pub struct Scan {
     pub directories: Vec<FoundDirectory>,
 }
 
-/// Counts nodes down to [`MAX_OUTPUT_NODES`].
+/// Counts nodes down from [`MAX_OUTPUT_NODES`] and their texts from [`MAX_OUTPUT_NAME_BYTES`].
 #[derive(Debug)]
-pub struct NodeBudget(u64);
+pub struct NodeBudget {
+    nodes: u64,
+    name_bytes: u64,
+}
 
 impl NodeBudget {
     /// The whole budget.
     pub fn new() -> Self {
-        Self(MAX_OUTPUT_NODES)
+        Self { nodes: MAX_OUTPUT_NODES, name_bytes: MAX_OUTPUT_NAME_BYTES }
     }
 
-    fn take(&mut self) -> Result<()> {
-        self.0 = self.0.checked_sub(1).ok_or_else(|| {
+    fn take_node(&mut self, name: &str) -> Result<()> {
+        self.nodes = self.nodes.checked_sub(1).ok_or_else(|| {
             Error::Precondition(format!("the outputs have more than {MAX_OUTPUT_NODES} nodes"))
+        })?;
+        self.take_text(name)
+    }
+
+    fn take_text(&mut self, text: &str) -> Result<()> {
+        self.name_bytes = self.name_bytes.checked_sub(text.len() as u64).ok_or_else(|| {
+            Error::Precondition(format!(
+                "the names and link targets in the outputs have more than {MAX_OUTPUT_NAME_BYTES} bytes"
+            ))
         })?;
         Ok(())
     }
@@ -153,8 +169,8 @@ impl Scan {
         let mut below = Vec::new();
         for entry in dir::entries(here).map_err(failed)? {
             let entry = entry.map_err(failed)?;
-            budget.take()?;
             let name = name_of(dir::entry_name(&entry), path)?;
+            budget.take_node(&name)?;
             let stat = dir::stat_at(here, OsStr::new(&name)).map_err(failed)?;
             let seen = Seen::from(&stat);
             match dir::file_type(&stat) {
@@ -166,6 +182,7 @@ impl Scan {
                 }),
                 FileType::Symlink => {
                     let target = super::read_link(here, &name, path)?;
+                    budget.take_text(&target)?;
                     self.directories[at].links.push(FoundLink { name, target, seen });
                 }
                 FileType::Directory => below.push(FoundDirectory::new(name, seen)),
@@ -203,4 +220,27 @@ impl From<&Stat> for Seen {
 
 fn cannot_look(path: &str, error: io::Error) -> Error {
     Error::io(&format!("look at output directory \"{path}\""), &error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::actors::worker::cancel::CancelToken;
+    use std::time::Duration;
+
+    #[test]
+    fn names_and_targets_of_outputs_are_bounded_all_together() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("name")).unwrap();
+        std::os::unix::fs::symlink("target", directory.path().join("name/link")).unwrap();
+        let cancel = CancelToken::new();
+        let checkpoint = Checkpoint::new(&cancel, "a test", Duration::from_secs(60));
+        let scan = |name_bytes| {
+            let top = File::open(directory.path()).unwrap();
+            let seen = Seen::from(&rustix::fs::fstat(&top).unwrap());
+            Scan::of(top, seen, "d", &checkpoint, &mut NodeBudget { nodes: 2, name_bytes })
+        };
+        assert_eq!(scan(14).unwrap().directories.len(), 2);
+        assert!(matches!(scan(13), Err(Error::Precondition(_))));
+    }
 }

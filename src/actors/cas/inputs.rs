@@ -18,6 +18,7 @@ use crate::{
     instance::Instance,
     tree::{Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_TREE_DEPTH, MAX_TREE_NODES},
 };
+use foldhash::fast::RandomState;
 use rustix::fs::{Mode, OFlags, copy_file_range, fchmod, openat};
 use std::{
     collections::{HashMap, HashSet},
@@ -44,8 +45,9 @@ impl Closure {
 
     /// Everything that is known to belong to the tree and takes room: distinct, the empty blob left out.
     fn digests(&self) -> Vec<Digest> {
-        let all: HashSet<Digest> = self.directories.keys().copied().chain(self.files()).collect();
-        all.into_iter().filter(|digest| !digest.is_empty()).collect()
+        let all = self.directories.keys().copied().chain(self.files());
+        let mut seen: HashSet<Digest, RandomState> = HashSet::default();
+        all.filter(|digest| !digest.is_empty() && seen.insert(*digest)).collect()
     }
 }
 
@@ -53,7 +55,7 @@ impl Cas {
     /// All Directories below a root.
     pub(super) async fn closure(&self, instance: &Instance, root: Digest) -> Result<Closure> {
         let mut closure = Closure::default();
-        let mut seen = HashSet::from([root]);
+        let mut seen: HashSet<Digest, RandomState> = HashSet::from_iter([root]);
         let mut level = vec![root];
         let (mut depth, mut nodes) = (0, 0u64);
         while !level.is_empty() {
@@ -104,7 +106,7 @@ impl Cas {
         let closure = self.closure(instance, root).await?;
         let digests = closure.digests();
         let mut missing = closure.missing;
-        let mut files = HashMap::with_capacity(digests.len());
+        let mut files = HashMap::with_capacity_and_hasher(digests.len(), RandomState::default());
         let mut leases: Vec<Lease> = Vec::new();
         for part in digests.chunks(DIGESTS_PER_MESSAGE) {
             let located = self.locate(instance, part.to_vec(), true).await?;
@@ -190,7 +192,7 @@ fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
 #[derive(Debug)]
 pub struct Source {
     cas: Cas,
-    files: HashMap<Digest, Found>,
+    files: HashMap<Digest, Found, RandomState>,
     _leases: Vec<Lease>,
 }
 

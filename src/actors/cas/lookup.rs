@@ -119,9 +119,13 @@ impl Handler<Locate> for CasActor {
         let mut leased = Vec::new();
         let found = message.digests.iter().map(|&digest| {
             let key = Key { digest, instance: message.instance, kind: Kind::Blob };
-            let found = self.renew_at(&key, now)?;
-            if message.lease {
-                leased.extend(self.index.lease(&key, now).map(|found| found.at));
+            if !message.lease {
+                return self.renew_at(&key, now);
+            }
+            let found = self.index.lease(&key, now)?;
+            leased.push(found.at);
+            if found.touch_due {
+                self.touch_later(found.file);
             }
             Some(found)
         });

@@ -1,7 +1,7 @@
 //! The index against a naive model, with random operations.
 
 use super::*;
-use crate::digest::DigestFunction;
+use crate::{digest::DigestFunction, instance::InstanceId};
 use proptest::prelude::*;
 
 const LIMIT: u64 = 100;
@@ -217,6 +217,28 @@ fn recovery_restores_the_order_of_use_and_keeps_the_later_of_two_files() {
     index.finish_recovery();
     let order: Vec<_> = index.reserve(LIMIT).unwrap().victims.into_iter().map(|v| v.file).collect();
     assert_eq!(order, [file(1, 2), file(2, 4), file(0, 1)]);
+}
+
+/// What a use is worth at least in a list that is not kept in exact order.
+#[test]
+fn a_used_entry_outlives_three_quarters_of_a_long_list() {
+    let count = 4 * EXACT_BELOW as u64;
+    let mut index = Index::new(count);
+    let file = |n: u64| {
+        let digest = DigestFunction::Sha256.digest(&n.to_le_bytes());
+        FileId { key: Key { digest, instance: InstanceId(0), kind: Kind::Blob }, generation: n + 1 }
+    };
+    for n in 0..count {
+        index.reserve(1).unwrap();
+        index.commit(file(n), 1, Stamp::new(1), NOW);
+    }
+    for used in [0, count / 2, count - count / 4, count - 2] {
+        index.renew(&file(used).key, NOW).unwrap();
+    }
+    let victims = index.reserve(count * 3 / 4 - 4).unwrap().victims;
+    for used in [0, count / 2, count - count / 4, count - 2] {
+        assert!(victims.iter().all(|victim| victim.file != file(used)), "{used}");
+    }
 }
 
 #[test]

@@ -42,6 +42,7 @@ use crate::{
     tree::Directory,
 };
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
+use bytes::Bytes;
 use client::Cas;
 use files::Files;
 use guards::Reservation;
@@ -68,7 +69,24 @@ pub(crate) struct Shared {
     directories: Memo<Digest, Arc<Directory>>,
     actions: Memo<(InstanceId, Digest), Arc<resolve::ParsedAction>>,
     results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
+    /// Small blobs as they were written. Whether one is stored is the index's to say; this only saves reading it.
+    recent: Memo<(InstanceId, Digest), Bytes>,
 }
+
+impl Shared {
+    /// Keeps a blob that was checked and written at hand, if it is a small one.
+    fn remember(&self, instance: InstanceId, digest: Digest, pieces: &[Bytes]) {
+        if digest.size() <= settings::RECENT_BLOB_BYTES as u64 {
+            // Copied: a piece of a request keeps the whole request in memory.
+            let bytes = Bytes::from(pieces.concat());
+            let weight = bytes.len() + RECENT_OVERHEAD_BYTES;
+            self.recent.insert((instance, digest), bytes, weight);
+        }
+    }
+}
+
+/// What a blob in memory takes beside its bytes: its key, its handle, its place in a map.
+const RECENT_OVERHEAD_BYTES: usize = 160;
 
 /// The owner of the store.
 #[derive(Debug)]
@@ -98,6 +116,7 @@ impl CasActor {
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
             actions: Memo::new(settings::ACTION_MEMO_BYTES),
             results: Memo::new(settings::RESULT_MEMO_BYTES),
+            recent: Memo::new(settings::RECENT_MEMO_BYTES),
             settings,
         };
         Ok(Self {

@@ -142,7 +142,9 @@ impl Cas {
         result: reapi::ActionResult,
         provenance: Provenance,
     ) -> Result<()> {
-        self.block_on(self.store_result(instance, action, result, provenance, Uploader::Worker)).map(drop)
+        self.block_on(async |cas| {
+            cas.store_result(instance, action, result, provenance, Uploader::Worker).await.map(drop)
+        })
     }
 
     async fn store_result(

@@ -20,7 +20,7 @@ use crate::{
 };
 use actix::{Addr, Handler, Message, dev::ToEnvelope};
 use bytes::Bytes;
-use std::{collections::HashSet, fs::File, future::Future, sync::Arc};
+use std::{collections::HashSet, fs::File, sync::Arc};
 use tokio::sync::oneshot;
 
 /// The answer to [`Cas::begin_upload`].
@@ -75,6 +75,8 @@ impl StagedInputs {
 pub struct Cas {
     store: Addr<CasActor>,
     shared: Arc<Shared>,
+    /// This handle belongs to a worker thread, which may block: file work is done right there.
+    blocks: bool,
 }
 
 /// The answer of a store whose actor has stopped.
@@ -84,7 +86,7 @@ pub(super) fn going_down() -> Error {
 
 impl Cas {
     pub(super) fn new(store: Addr<CasActor>, shared: Arc<Shared>) -> Self {
-        Self { store, shared }
+        Self { store, shared, blocks: false }
     }
 
     /// The actor's address, for the messages of [`super::messages`] and [`super::InspectStore`].
@@ -127,6 +129,9 @@ impl Cas {
                 Err(not_found(digest))
             };
         };
+        if let Some(bytes) = self.shared.recent.get(&(instance.id(), digest)) {
+            return Ok(BlobReader::whole(bytes));
+        }
         let cas = self.clone();
         self.blocking(move || BlobReader::open(cas, found, located.lease)).await?
     }
@@ -137,14 +142,22 @@ impl Cas {
     /// Each blob's own; the call's when the server is going down.
     pub async fn read_many(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Result<Bytes>>> {
         let located = self.locate(instance, digests.clone(), false).await?;
+        let at_hand = |(digest, found): (&Digest, &Option<Found>)| match found {
+            Some(_) => self.shared.recent.get(&(instance.id(), *digest)).map(Ok),
+            None if digest.is_empty() => Some(Ok(Bytes::new())),
+            None => Some(Err(not_found(*digest))),
+        };
+        let known: Vec<Option<Result<Bytes>>> = digests.iter().zip(&located.found).map(at_hand).collect();
+        if known.iter().all(Option::is_some) {
+            return Ok(known.into_iter().flatten().collect());
+        }
         let cas = self.clone();
         self.blocking(move || {
-            let read = |(digest, found): (&Digest, Option<Found>)| match found {
-                Some(found) => read_whole(&cas, &found),
-                None if digest.is_empty() => Ok(Bytes::new()),
-                None => Err(not_found(*digest)),
+            let read = |(known, found): (Option<Result<Bytes>>, Option<Found>)| match (known, found) {
+                (Some(known), _) => Some(known),
+                (None, found) => found.map(|found| read_whole(&cas, &found)),
             };
-            digests.iter().zip(located.found).map(read).collect()
+            known.into_iter().zip(located.found).filter_map(read).collect()
         })
         .await
     }
@@ -199,6 +212,7 @@ impl Cas {
             let metadata = write_new(&files.path(&file), std::slice::from_ref(bytes))
                 .map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
             absent.remove(digest);
+            self.shared.remember(instance, *digest, std::slice::from_ref(bytes));
             written.push(WrittenFile {
                 file,
                 bytes: files.charge(digest.size()),
@@ -294,18 +308,23 @@ impl Cas {
         self.store.send(message).await.map_err(|_| going_down())
     }
 
-    /// Runs file work on a blocking thread; it runs to its end even if nobody waits for it any more.
+    /// Runs file work on a blocking thread, which this one may be; it runs to its end even if nobody waits for it any more.
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T> {
+        if self.blocks {
+            return Ok(work());
+        }
         self.shared.runtime.spawn_blocking(work).await.map_err(|error| {
             if error.is_panic() { Error::internal("file work of the store panicked") } else { going_down() }
         })
     }
 
-    pub(super) fn block_on<F: Future>(&self, future: F) -> F::Output {
-        self.shared.runtime.block_on(future)
+    /// Waits, on a worker thread, for what is asked through a handle of that thread.
+    pub(super) fn block_on<T>(&self, ask: impl AsyncFnOnce(Self) -> T) -> T {
+        let here = Self { blocks: true, ..self.clone() };
+        self.shared.runtime.block_on(ask(here))
     }
 
     /// Reads an input root and leases every blob of it, from a worker thread.
@@ -313,7 +332,7 @@ impl Cas {
     /// # Errors
     /// `MissingBlobs` with all that is missing (EXE-26); `Invalid` when a Directory is malformed.
     pub fn stage_inputs(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
-        self.block_on(self.stage(instance, root))
+        self.block_on(async |cas| cas.stage(instance, root).await)
     }
 }
 

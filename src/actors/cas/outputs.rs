@@ -74,7 +74,9 @@ impl Cas {
         if digest.is_empty() {
             return Ok(None);
         }
-        let prepared = self.block_on(self.ask(Prepare { instance: instance.id(), digests: vec![digest] }))?;
+        let prepared = self.block_on(async |cas| {
+            cas.ask(Prepare { instance: instance.id(), digests: vec![digest] }).await
+        })?;
         if prepared.absent.is_empty() { Ok(None) } else { prepared.room.map(Some) }
     }
 
@@ -87,7 +89,7 @@ impl Cas {
         let (reply, visible) = oneshot::channel();
         let bytes = self.shared().files.charge(file.key.digest.size());
         self.actor().do_send(Commit { files: vec![WrittenFile { file, bytes, stamp }], room, reply });
-        self.block_on(visible).map_err(|_| super::client::going_down())
+        self.block_on(async |_| visible.await).map_err(|_| super::client::going_down())
     }
 
     /// Makes a file itself the stored one, if that is safe.

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{digest::DigestFunction, instance::InstanceId};
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::MetadataExt as _,
     sync::{
         atomic::{AtomicUsize, Ordering},
@@ -103,10 +103,13 @@ fn all_shards(files: &Files) -> Vec<Shard> {
 
 fn read_shard(files: &Files, shard: &Shard) -> ShardContent {
     let mut content = ShardContent::default();
-    let Ok(entries) = fs::read_dir(files.shard(shard.kind, shard.instance, shard.function, shard.first))
-    else {
-        content.unreadable += 1;
-        return content;
+    let entries = match fs::read_dir(files.shard(shard.kind, shard.instance, shard.function, shard.first)) {
+        Ok(entries) => entries,
+        Err(error) => {
+            // One that was never needed was never made.
+            content.unreadable += u64::from(error.kind() != io::ErrorKind::NotFound);
+            return content;
+        }
     };
     for entry in entries {
         let Ok(entry) = entry else {

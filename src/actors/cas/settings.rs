@@ -34,6 +34,13 @@ pub const DIRECTORY_MEMO_BYTES: usize = 64 * 1024 * 1024;
 /// Memory for parsed actions. An action is looked up once or twice in its life, soon after one another.
 pub const ACTION_MEMO_BYTES: usize = 16 * 1024 * 1024;
 
+/// Blobs up to this size are kept in memory for a while after they were written: Actions, Commands and Directories are read
+/// right after their upload, and almost all of them are smaller.
+pub const RECENT_BLOB_BYTES: usize = 4 * 1024;
+
+/// Memory for such blobs: enough for the actions of some thousand queued operations.
+pub const RECENT_MEMO_BYTES: usize = 16 * 1024 * 1024;
+
 /// Memory for decoded results with their reference lists.
 pub const RESULT_MEMO_BYTES: usize = 32 * 1024 * 1024;
 

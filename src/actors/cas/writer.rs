@@ -131,7 +131,7 @@ impl BlobWriter {
         let visible = self
             .shared
             .runtime
-            .spawn_blocking(move || complete(*attempt, &pending, &shared.files))
+            .spawn_blocking(move || complete(*attempt, &pending, &shared))
             .await
             .map_err(Error::internal)??;
         visible.await.map_err(|_| super::client::going_down())?;
@@ -231,8 +231,9 @@ fn append(attempt: &mut Attempt, pending: &[Bytes], files: &Files) -> Result<()>
 }
 
 /// Takes the last bytes, checks the whole, gives it its final name and hands it to the actor.
-fn complete(mut attempt: Attempt, pending: &[Bytes], files: &Files) -> Result<oneshot::Receiver<()>> {
+fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Shared) -> Result<oneshot::Receiver<()>> {
     attempt.keep = false;
+    let files = &shared.files;
     let digest = attempt.blob.digest;
     let file = FileId { key: attempt.blob, generation: files.next_generation() };
     let path = files.path(&file);
@@ -247,7 +248,9 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], files: &Files) -> Result<on
         if actual != digest {
             return Err(mismatch(actual));
         }
-        write_new(&path, pending).map_err(failed)?
+        let metadata = write_new(&path, pending).map_err(failed)?;
+        shared.remember(attempt.blob.instance, digest, pending);
+        metadata
     } else {
         append(&mut attempt, pending, files)?;
         let Some(sink) = attempt.sink.take() else { return Err(Error::internal("an upload lost its file")) };

@@ -7,7 +7,7 @@
 use crate::{
     action::TimeoutPolicy,
     actors::{
-        cas::{CasActor, StoreSettings, client::Cas},
+        cas::{CasActor, CloseStore, StoreSettings, client::Cas},
         scheduler::{
             Pool, SchedulerActor,
             messages::{Drain, Inspect},
@@ -39,7 +39,7 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 /// How long cancelled work may take to be gone: the time to kill processes and remove directories.
 const CANCEL_GRACE: Duration = Duration::from_secs(10);
 
-/// How long clients may take to hear the end of their streams and to close their connections.
+/// How long clients may take to hear the end of their streams and to close their connections, and then the store to close.
 const CLOSE_GRACE: Duration = Duration::from_secs(3);
 
 /// The exit code of a second interrupt: 128 + SIGINT.
@@ -183,6 +183,11 @@ impl Server {
                 std::process::exit(INTERRUPTED);
             }
         }
+        owners_live(&cas, scheduler.as_ref())?;
+        // Writes down what was used lately, for the order of eviction after the next start.
+        if timeout(CLOSE_GRACE, cas.actor().send(CloseStore)).await.is_err() {
+            log::warn!(target: LOG, event = "store_not_closed"; "the store is slow to close; its order of use may be out of date");
+        }
         log::info!(target: LOG, event = "server_stopped"; "stopped");
         Ok(())
     }
@@ -227,18 +232,26 @@ async fn drain(scheduler: &Addr<SchedulerActor>, grace: Duration) {
     }
 }
 
-/// Ends when an owner actor is gone: a panic in one of its handlers closes its address for good.
+/// Ends when an owner actor is gone.
 async fn owner_died(cas: &Cas, scheduler: Option<&Addr<SchedulerActor>>) -> Error {
     let mut ticks = interval(WATCH_INTERVAL);
     loop {
         ticks.tick().await;
-        if !cas.actor().connected() {
-            return Error::internal("the store's actor died");
-        }
-        if scheduler.is_some_and(|scheduler| !scheduler.connected()) {
-            return Error::internal("the scheduler's actor died");
+        if let Err(error) = owners_live(cas, scheduler) {
+            return error;
         }
     }
+}
+
+/// A panic in a handler of an owner actor closes its address for good.
+fn owners_live(cas: &Cas, scheduler: Option<&Addr<SchedulerActor>>) -> Result<()> {
+    if !cas.actor().connected() {
+        return Err(Error::internal("the store's actor died"));
+    }
+    if scheduler.is_some_and(|scheduler| !scheduler.connected()) {
+        return Err(Error::internal("the scheduler's actor died"));
+    }
+    Ok(())
 }
 
 /// The signals that stop a server.

@@ -20,7 +20,8 @@ use crate::{
     grpc::{self, Edge, ask::Scheduler},
     logging,
 };
-use actix::{Actor as _, Addr, SyncArbiter, System};
+use actix::{Actor as _, Addr, SyncArbiter};
+use actix_rt::System;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,

@@ -162,6 +162,34 @@ async fn a_hundred_racing_updates_leave_one_whole_result() {
     assert_eq!(lookup(&store, action).await.unwrap().output_files.len(), 0);
 }
 
+/// AC-08: whoever asks meanwhile gets the old result or the new one, also when its Trees have to be read.
+#[actix::test]
+async fn a_result_that_is_being_replaced_is_never_a_miss() {
+    let store = Store::new().await;
+    let (result, _) = rich_result(&store).await;
+    let action = digest(b"action");
+    update(&store, action, result.clone()).await;
+    let replacing = async {
+        for n in 0..100u32 {
+            let auxiliary = prost_types::Any { type_url: n.to_string(), value: vec![] };
+            let metadata =
+                reapi::ExecutedActionMetadata { auxiliary_metadata: vec![auxiliary], ..Default::default() };
+            update(
+                &store,
+                action,
+                reapi::ActionResult { execution_metadata: Some(metadata), ..result.clone() },
+            )
+            .await;
+        }
+    };
+    let asking = async {
+        for n in 0..400 {
+            assert!(lookup(&store, action).await.is_some(), "lookup {n}");
+        }
+    };
+    futures::join!(replacing, asking);
+}
+
 /// AC-05, AC-06.
 #[actix::test]
 async fn inlined_contents_become_blobs() {

@@ -244,15 +244,25 @@ pub fn decode(
     instance: &str,
     action: Digest,
 ) -> std::result::Result<reapi::ActionResult, &'static str> {
-    let (checksum, body) = bytes.split_at_checked(CHECKSUM_BYTES).ok_or("it is too short")?;
-    if DigestFunction::Sha256.digest(body).hash() != checksum {
-        return Err("its checksum is wrong");
-    }
-    let message = gorego::StoredResult::decode(body).map_err(|_| "it does not parse")?;
+    let message = gorego::StoredResult::decode(body(bytes)?).map_err(|_| "it does not parse")?;
     if message.instance_name != instance || message.action_digest != Some(action.to_wire()) {
         return Err("it is the result of another action");
     }
     message.result.ok_or("it is empty")
+}
+
+/// Whether a file has all of what was written to it.
+pub fn is_whole(bytes: &[u8]) -> bool {
+    body(bytes).is_ok()
+}
+
+fn body(bytes: &[u8]) -> std::result::Result<&[u8], &'static str> {
+    let (checksum, body) = bytes.split_at_checked(CHECKSUM_BYTES).ok_or("it is too short")?;
+    if DigestFunction::Sha256.digest(body).hash() == checksum {
+        Ok(body)
+    } else {
+        Err("its checksum is wrong")
+    }
 }
 
 #[cfg(test)]

@@ -190,6 +190,24 @@ async fn a_result_that_is_being_replaced_is_never_a_miss() {
     futures::join!(replacing, asking);
 }
 
+/// What a kill in the middle of an update leaves behind: the beginning of a file, newer than the one that is whole.
+#[actix::test]
+async fn a_torn_update_does_not_cost_the_result_before_it() {
+    let store = Store::new().await;
+    let action = digest(b"action");
+    let stored = update(&store, action, reapi::ActionResult::default()).await;
+    let whole = store.file_of(action);
+    let bytes = std::fs::read(&whole).unwrap();
+    let name = whole.file_name().unwrap().to_str().unwrap();
+    let (stem, _) = name.rsplit_once('-').unwrap();
+    for (generation, length) in [("fff", bytes.len() - 1), ("ffff", 0)] {
+        std::fs::write(whole.with_file_name(format!("{stem}-{generation}")), &bytes[..length]).unwrap();
+    }
+    let store = store.restart().await;
+    assert_eq!(lookup(&store, action).await, Some(stored));
+    assert_eq!(store.file_of(action), whole);
+}
+
 /// AC-05, AC-06.
 #[actix::test]
 async fn inlined_contents_become_blobs() {

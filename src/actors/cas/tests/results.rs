@@ -313,3 +313,23 @@ async fn a_missing_or_malformed_action_is_told_apart() {
     let huge = Digest::parse(SHA256, &"1".repeat(64), 1 << 40).unwrap();
     assert!(matches!(resolve(&store, huge, false).await, Err(Error::Invalid(m)) if m.contains("too large")));
 }
+
+/// Platform properties are held in memory too, so they weigh like the Command.
+#[actix::test]
+async fn an_action_with_a_huge_platform_is_not_kept_in_memory() {
+    let store = Store::new().await;
+    let (small, command) = action(&store, "x", false).await;
+    let property = reapi::platform::Property { name: "x".repeat(1_000_000), value: "y".into() };
+    let huge = reapi::Action {
+        command_digest: Some(command.to_wire()),
+        input_root_digest: Some(digest(b"").to_wire()),
+        platform: Some(reapi::Platform { properties: vec![property] }),
+        ..Default::default()
+    };
+    let huge = store.put(huge.encode_to_vec()).await;
+    for (action, is_kept) in [(small, true), (huge, false)] {
+        assert!(matches!(resolve(&store, action, false).await, Ok(Resolution::Run(_))));
+        let kept = store.cas.shared().actions.get(&(store.main.id(), action));
+        assert_eq!(kept.is_some(), is_kept);
+    }
+}

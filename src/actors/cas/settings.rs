@@ -54,8 +54,8 @@ pub const DIGESTS_PER_MESSAGE: usize = 8_192;
 /// Entries evicted ahead of need in one go.
 pub const TRIM_BATCH: usize = 1_024;
 
-/// Broken uploads that are kept; above it the oldest goes.
-pub const MAX_PARTIAL_UPLOADS: usize = 1_024;
+/// Broken uploads that are kept; above it the oldest goes. Each holds a file open, and a process has 1,024 by default.
+pub const MAX_PARTIAL_UPLOADS: usize = 256;
 
 /// How far hashing and writing may be behind the network, for each upload: half of it being written, half waiting.
 pub const UPLOAD_BUFFER_BYTES: usize = 4 * 1024 * 1024;

@@ -98,6 +98,7 @@ impl Directory {
     /// # Errors
     /// [`Error::Invalid`] when it does not parse, or a name, digest or target in it is not acceptable (EXE-27, EXE-28).
     pub fn decode(bytes: &[u8], function: DigestFunction) -> Result<Self> {
+        check_entries(bytes, 1)?;
         let message = reapi::Directory::decode(bytes)
             .map_err(|error| Error::Invalid(format!("it does not parse as a Directory: {error}")))?;
         Self::from_wire(&message, function)
@@ -161,6 +162,41 @@ impl Directory {
             + self.directories.len() * size_of::<Subdirectory>()
             + self.symlinks.len() * size_of::<Symlink>()
     }
+}
+
+/// Refuses a message of more than [`MAX_TREE_NODES`] entries before it is decoded, counting `levels` deep: 1 for a Directory, 2
+/// for a Tree. An empty entry takes two bytes on the wire and about a hundred in memory.
+///
+/// # Errors
+/// [`Error::Invalid`] when there are more. A message that does not parse is left to its decoder.
+pub fn check_entries(bytes: &[u8], levels: u32) -> Result<()> {
+    if count_entries(bytes, levels) > MAX_TREE_NODES {
+        return Err(Error::Invalid(format!("it has more than {MAX_TREE_NODES} entries")));
+    }
+    Ok(())
+}
+
+/// Fields of a message, and of the messages in it, up to the first that is malformed.
+fn count_entries(mut bytes: &[u8], levels: u32) -> u64 {
+    let mut count = 0;
+    // The public name of prost's varint decoder.
+    while let Ok(key) = prost::decode_length_delimiter(&mut bytes) {
+        count += 1;
+        let length = match key & 7 {
+            0 => prost::decode_length_delimiter(&mut bytes).map(|_| 0),
+            1 => Ok(8),
+            2 => prost::decode_length_delimiter(&mut bytes),
+            _ => Ok(4),
+        };
+        let Some((field, rest)) = length.ok().and_then(|length| bytes.split_at_checked(length)) else {
+            break;
+        };
+        if levels > 1 && key & 7 == 2 {
+            count += count_entries(field, levels - 1);
+        }
+        bytes = rest;
+    }
+    count
 }
 
 /// A whole input root: every distinct directory once, all present, bounded in depth and size.
@@ -289,6 +325,24 @@ mod tests {
     fn a_tree_ten_thousand_directories_deep_is_refused() {
         assert!(chain(MAX_TREE_DEPTH, &["d"]).is_ok());
         assert!(matches!(chain(10_000, &["d"]), Err(Error::Invalid(m)) if m.contains("deeper")));
+    }
+
+    #[test]
+    fn entries_are_counted_before_they_take_memory() {
+        let leaf = directory(&["a", "b"], None).1;
+        assert_eq!(leaf.entries(), 2);
+        let nodes = ["a", "b"].map(|name| reapi::DirectoryNode { name: name.into(), ..Default::default() });
+        let branch = reapi::Directory { directories: nodes.to_vec(), ..Default::default() };
+        let tree = reapi::Tree { root: Some(branch.clone()), children: vec![branch.clone(); 3] };
+        assert_eq!(count_entries(&branch.encode_to_vec(), 1), 2);
+        assert_eq!(count_entries(&tree.encode_to_vec(), 1), 4);
+        assert_eq!(count_entries(&tree.encode_to_vec(), 2), 4 + 4 * 2);
+        for garbage in [&b"\x0a"[..], b"\x0a\xff", b"\x09", b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"] {
+            assert!(count_entries(garbage, 2) <= 1);
+        }
+        let empty_files = b"\x0a\x00".repeat(MAX_TREE_NODES as usize + 1);
+        let refusal = Directory::decode(&empty_files, SHA256).unwrap_err();
+        assert!(refusal.to_string().contains("entries"), "{refusal}");
     }
 
     /// EXE-28.

@@ -8,15 +8,19 @@ use crate::{
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
-    proto::reapi::{
-        BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest, BatchUpdateBlobsResponse,
-        FindMissingBlobsRequest, FindMissingBlobsResponse, GetTreeRequest, SpliceBlobRequest,
-        SpliceBlobResponse, SplitBlobRequest, SplitBlobResponse, batch_read_blobs_response,
-        batch_update_blobs_response, compressor,
-        content_addressable_storage_server::ContentAddressableStorage,
+    proto::{
+        reapi::{
+            self, BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest,
+            BatchUpdateBlobsResponse, FindMissingBlobsRequest, FindMissingBlobsResponse, GetTreeRequest,
+            SpliceBlobRequest, SpliceBlobResponse, SplitBlobRequest, SplitBlobResponse,
+            batch_read_blobs_response, batch_update_blobs_response, compressor,
+            content_addressable_storage_server::ContentAddressableStorage,
+        },
+        rpc,
     },
 };
 use bytes::Bytes;
+use prost::Message as _;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
@@ -24,8 +28,8 @@ use tonic::{Request, Response, Status};
 /// statuses of a thousand blobs and more (CAP-11).
 pub const BATCH_MAX_BYTES: u64 = 4_000_000;
 
-/// Tags and lengths of one entry of a BatchReadBlobs answer, rounded up.
-const READ_ENTRY_BYTES: usize = 32;
+/// Tags and lengths of one entry of a batch answer, rounded up.
+const ENTRY_BYTES: usize = 32;
 
 /// The service.
 #[derive(Debug)]
@@ -54,10 +58,10 @@ impl ContentAddressableStorage for CasService {
         let instance = self.instance(&request, |request| &request.instance_name)?;
         let batch = Update::decode(request.into_inner())?;
         let stored = self.0.cas.write_many(&instance, batch.blobs).await?;
-        let mut responses = batch.responses;
+        let (mut responses, mut left) = (batch.responses, batch.left);
         for (at, result) in batch.positions.into_iter().zip(stored) {
             if let (Some(response), Err(error)) = (responses.get_mut(at), result) {
-                response.status = Some(status::inline(&error));
+                response.status = Some(reason(&error, &mut left));
             }
         }
         Ok(Response::new(BatchUpdateBlobsResponse { responses }))
@@ -70,13 +74,12 @@ impl ContentAddressableStorage for CasService {
         let instance = self.instance(&request, |request| &request.instance_name)?;
         let batch = Read::decode(request.into_inner())?;
         let contents = self.0.cas.read_many(&instance, batch.wanted).await?;
-        let mut responses = batch.responses;
-        let mut left = inline::MESSAGE_MAX_BYTES.saturating_sub(batch.entry_bytes);
+        let (mut responses, mut left) = (batch.responses, batch.left);
         for (at, result) in batch.positions.into_iter().zip(contents) {
             if let Some(response) = responses.get_mut(at) {
                 match result.and_then(|data| fit(data, &mut left)) {
                     Ok(data) => response.data = data,
-                    Err(error) => response.status = Some(status::inline(&error)),
+                    Err(error) => response.status = Some(reason(&error, &mut left)),
                 }
             }
         }
@@ -120,18 +123,21 @@ struct Update {
     /// Where in `responses` each of `blobs` belongs.
     positions: Vec<usize>,
     blobs: Vec<(Digest, Bytes)>,
+    /// What the entries leave of the answer, for reasons.
+    left: usize,
 }
 
 impl Update {
     /// A bad item gets its own status and leaves the others alone (CAS-10). The whole request fails only for what is wrong with
-    /// the whole: too many bytes (CAS-15), or a digest function that is not supported.
+    /// the whole: too many bytes (CAS-15) or blobs, or a digest function that is not supported.
     fn decode(request: BatchUpdateBlobsRequest) -> Result<Self> {
         let sum = request.requests.iter().map(|item| item.data.len() as u64).sum();
         check_batch_size("upload", sum)?;
+        let left = room_beside_entries(request.requests.iter().map(|item| item.digest.as_ref()))?;
         let digests = request.requests.iter().map(|item| item.digest.as_ref());
         let function = convert::digest_function(request.digest_function, digests)?;
         let count = request.requests.len();
-        let mut batch = Self { responses: Vec::with_capacity(count), positions: vec![], blobs: vec![] };
+        let mut batch = Self { responses: Vec::with_capacity(count), positions: vec![], blobs: vec![], left };
         for (at, item) in request.requests.into_iter().enumerate() {
             let checked = check_compressor(item.compressor)
                 .and_then(|()| Digest::from_wire(function, item.digest.as_ref(), "digest"));
@@ -141,7 +147,7 @@ impl Update {
                     batch.blobs.push((digest, item.data));
                     status::inline_ok()
                 }
-                Err(error) => status::inline(&error),
+                Err(error) => reason(&error, &mut batch.left),
             };
             let response =
                 batch_update_blobs_response::Response { digest: item.digest, status: Some(status) };
@@ -158,21 +164,22 @@ struct Read {
     /// Where in `responses` each of `wanted` belongs.
     positions: Vec<usize>,
     wanted: Vec<Digest>,
-    /// Room that the answers take without any data.
-    entry_bytes: usize,
+    /// What the entries leave of the answer, for contents and reasons.
+    left: usize,
 }
 
 impl Read {
     /// A malformed digest is reported on its own entry (CAS-23); the sum of all sizes is judged before anything is read
     /// (CAS-21).
     fn decode(request: BatchReadBlobsRequest) -> Result<Self> {
+        let left = room_beside_entries(request.digests.iter().map(Some))?;
         let function = convert::digest_function(request.digest_function, request.digests.iter().map(Some))?;
         let count = request.digests.len();
         let mut batch = Self {
             responses: Vec::with_capacity(count),
             positions: Vec::with_capacity(count),
             wanted: Vec::with_capacity(count),
-            entry_bytes: 0,
+            left,
         };
         let mut sum = 0u64;
         for (at, wire) in request.digests.into_iter().enumerate() {
@@ -183,9 +190,8 @@ impl Read {
                     batch.wanted.push(digest);
                     status::inline_ok()
                 }
-                Err(error) => status::inline(&error),
+                Err(error) => reason(&error, &mut batch.left),
             };
-            batch.entry_bytes += wire.hash.len() + status.message.len() + READ_ENTRY_BYTES;
             batch.responses.push(batch_read_blobs_response::Response {
                 digest: Some(wire),
                 data: Bytes::new(),
@@ -206,6 +212,28 @@ fn fit(data: Bytes, left: &mut usize) -> Result<Bytes> {
         retry_after: None,
     })?;
     Ok(data)
+}
+
+/// What an answer has room for beside one entry for each of these. A batch of more blobs than that is refused before anything
+/// is made of it: an entry may take two bytes in a request and a hundred times that in memory.
+fn room_beside_entries<'a>(digests: impl Iterator<Item = Option<&'a reapi::Digest>>) -> Result<usize> {
+    let sizes = digests.map(|digest| ENTRY_BYTES + digest.map_or(0, |digest| digest.hash.len()));
+    inline::MESSAGE_MAX_BYTES.checked_sub(sizes.sum()).ok_or_else(|| {
+        Error::invalid("this batch names more blobs than one answer has entries for; send it in parts")
+    })
+}
+
+/// The status of a blob that failed. Where the message has no room left for the reasons of thousands of them, the code has to
+/// do (GEN-25).
+fn reason(error: &Error, left: &mut usize) -> rpc::Status {
+    let status = status::inline(error);
+    match left.checked_sub(status.encoded_len()) {
+        Some(rest) => {
+            *left = rest;
+            status
+        }
+        None => rpc::Status { code: status.code, ..Default::default() },
+    }
 }
 
 fn check_batch_size(what: &str, bytes: u64) -> Result<()> {
@@ -230,11 +258,7 @@ fn check_compressor(number: i32) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        digest::DigestFunction,
-        proto::reapi::{self, batch_update_blobs_request},
-    };
-    use prost::Message as _;
+    use crate::{digest::DigestFunction, proto::reapi::batch_update_blobs_request};
     use tonic::Code;
 
     fn digest(data: &[u8]) -> reapi::Digest {
@@ -305,25 +329,36 @@ mod tests {
         assert!(matches!(read(vec![sized(i64::MAX); 3]), Err(Error::Invalid(_))));
     }
 
+    /// GEN-25: entries without anything in them take memory all the same.
+    #[test]
+    fn a_batch_of_more_blobs_than_an_answer_has_entries_for_is_refused() {
+        assert!(update(vec![item(b"x"); 40_000]).is_ok());
+        assert!(matches!(update(vec![item(b"x"); 50_000]), Err(Error::Invalid(_))));
+        assert!(matches!(update(vec![Default::default(); 1_000_000]), Err(Error::Invalid(_))));
+        assert!(matches!(read(vec![Default::default(); 1_000_000]), Err(Error::Invalid(_))));
+    }
+
     /// GEN-25.
     #[test]
     fn the_answer_to_a_batch_of_tiny_blobs_stays_within_one_message() {
-        let data = Bytes::from(vec![0; 80]);
+        let data = Bytes::from(vec![0; 100]);
         let batch = read(vec![digest(&data); BATCH_MAX_BYTES as usize / data.len()]).unwrap();
         let mut responses = batch.responses;
-        let mut left = inline::MESSAGE_MAX_BYTES - batch.entry_bytes.min(inline::MESSAGE_MAX_BYTES);
+        let mut left = batch.left;
         let mut refused = 0;
         for response in &mut responses {
             match fit(data.clone(), &mut left) {
                 Ok(data) => response.data = data,
                 Err(error) => {
                     refused += 1;
-                    assert_eq!(status::code(&error), Code::ResourceExhausted);
+                    let status = reason(&error, &mut left);
+                    assert_eq!(status.code, Code::ResourceExhausted as i32);
+                    response.status = Some(status);
                 }
             }
         }
         assert!(refused > 0, "this batch must be one that does not fit");
         let size = reapi::BatchReadBlobsResponse { responses }.encoded_len();
-        assert!(size <= inline::MESSAGE_MAX_BYTES || batch.entry_bytes > inline::MESSAGE_MAX_BYTES);
+        assert!(size <= inline::MESSAGE_MAX_BYTES, "{size}");
     }
 }

@@ -14,7 +14,7 @@ use crate::{
     error::{Error, Result},
     instance::Instance,
     proto::reapi::{Directory, GetTreeRequest, GetTreeResponse},
-    tree::MAX_DIRECTORY_BYTES,
+    tree::{MAX_DIRECTORY_BYTES, check_entries},
 };
 use bytes::Bytes;
 use futures::stream::{self, Stream, StreamExt as _};
@@ -111,6 +111,7 @@ impl Walk {
             }
             Err(error) => return Err(error),
         };
+        check_entries(&blob, 1).map_err(|error| Error::Invalid(format!("directory {digest}: {error}")))?;
         let directory = Directory::decode(blob.as_ref()).map_err(|error| {
             Error::Invalid(format!("blob {digest} does not parse as a Directory: {error}"))
         })?;
@@ -299,6 +300,9 @@ mod tests {
         );
         let text = blobs.add("this is no directory");
         assert!(matches!(blobs.walk(request(text, 0)), Err(Error::Invalid(_))));
+        // Sound as far as this walk looks, and two hundred megabytes of memory.
+        let empty_files = blobs.add(b"\x0a\x00".repeat(2_000_001));
+        assert!(matches!(blobs.walk(request(empty_files, 0)), Err(Error::Invalid(_))));
     }
 
     /// CAS-28.

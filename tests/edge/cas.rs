@@ -122,6 +122,28 @@ async fn every_blob_asked_for_has_an_entry() {
     assert_eq!(&answer.responses[4].data[..], b"here");
 }
 
+/// GEN-25: 35,000 entries of their own fit, 35,000 reasons do not; the codes are what clients go by.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_answer_for_very_many_absent_blobs_stays_within_a_message() {
+    let server = Server::start().await;
+    let digests: Vec<_> = (0..35_000u64).map(|n| digest(&n.to_le_bytes())).collect();
+    let request = BatchReadBlobsRequest { digests: digests.clone(), ..Default::default() };
+    // With the limits that clients have by default.
+    let answer = server.cas().batch_read_blobs(request).await.unwrap().into_inner();
+    assert_eq!(answer.responses.len(), digests.len());
+    let codes = answer.responses.iter().map(|response| response.status.as_ref().unwrap().code);
+    assert!(codes.into_iter().all(|code| code == Code::NotFound as i32));
+}
+
+/// GEN-25: what cannot be answered within a message is refused as a whole, however few bytes the blobs have.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_of_more_blobs_than_a_message_has_entries_for_is_refused() {
+    let server = Server::start().await;
+    let request = BatchReadBlobsRequest { digests: vec![digest(b"x"); 100_000], ..Default::default() };
+    let status = server.cas().batch_read_blobs(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+}
+
 /// CAS-24, CAS-27, CAS-28 over the wire; the walk itself has its own tests.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_call_streams_a_whole_tree_and_a_token_goes_on_after_its_page() {

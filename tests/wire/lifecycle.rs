@@ -210,6 +210,23 @@ async fn a_full_disk_refuses_writes_serves_reads_and_recovers_by_itself() {
     assert_eq!(client.run(writes_too_much).await.result.unwrap().exit_code, 0);
 }
 
+/// BS-29: what broken uploads leave for their clients to go on with holds files open, and must leave some to others. 1,024 is
+/// what a process gets by default.
+#[tokio::test(flavor = "multi_thread")]
+async fn any_number_of_broken_uploads_leaves_the_server_reachable() {
+    let server = Server::with_open_files(1_024).await;
+    let client = server.client().await;
+    for n in 0..1_200u32 {
+        let hash = sha256(&n.to_le_bytes()).hash_hex();
+        let resource_name = format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/blobs/{hash}/4");
+        let half = WriteRequest { resource_name, data: vec![0; 2].into(), ..Default::default() };
+        let broken = client.bytes.clone().write(tokio_stream::iter([half])).await.unwrap_err();
+        assert_eq!(broken.code(), Code::InvalidArgument, "{broken}");
+    }
+    let another = server.client().await;
+    another.upload("still there").await;
+}
+
 async fn upload(client: &Client, blob: &[u8]) -> Result<i64, tonic::Status> {
     let name = format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/{}", sha256(blob).blob_name());
     let chunk = 1 << 20;

@@ -84,6 +84,21 @@ impl Server {
         Self::spawn(command, store)
     }
 
+    /// Starts one that may have this many files open.
+    pub async fn with_open_files(limit: u32) -> Self {
+        let store = Arc::new(tempfile::tempdir().unwrap());
+        let serve = command(store.path());
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", &format!("ulimit -n {limit} && exec \"$0\" \"$@\"")])
+            .arg(serve.get_program())
+            .args(serve.get_args())
+            .envs(serve.get_envs().filter_map(|(name, value)| Some((name, value?))))
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped());
+        Self::spawn(command, store)
+    }
+
     /// A path of the store as the server sees it, its own mounts included.
     pub fn inside(&self, name: &str) -> PathBuf {
         let store = self.store.path().join(name);

@@ -10,7 +10,7 @@ use super::{
     index::{FileId, Found, Key, Kind},
     requests::{Commit, ConfirmResult, Incomplete, LookupResult, Reserve, ResultLookup, WrittenFile},
     results::{self, DirectReferences, LoadedResult, Uploader},
-    settings::MAX_TREE_BYTES,
+    settings::{MAX_TREE_BYTES, RESULT_READ_TRIES},
     writer::write_new,
 };
 use crate::{
@@ -32,12 +32,32 @@ impl Cas {
         instance: &Instance,
         action: Digest,
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
+        let mut tried = None;
+        for _ in 0..RESULT_READ_TRIES {
+            let found = match self.ask(LookupResult { instance: instance.id(), action }).await? {
+                ResultLookup::Hit(result) => return Ok(Some(result)),
+                ResultLookup::Miss => return Ok(None),
+                ResultLookup::Cold(found) => found,
+            };
+            // Only one that has been replaced since is worth another look.
+            if tried.replace(found.file.generation) == Some(found.file.generation) {
+                return Ok(None);
+            }
+            if let Some(result) = self.load_result(instance, action, found).await? {
+                return Ok(Some(result));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads a result that is not in memory, and checks it. `None` also when its file went away because of an update.
+    async fn load_result(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        found: Found,
+    ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let id = instance.id();
-        let found = match self.ask(LookupResult { instance: id, action }).await? {
-            ResultLookup::Hit(result) => return Ok(Some(result)),
-            ResultLookup::Miss => return Ok(None),
-            ResultLookup::Cold(found) => found,
-        };
         let Some(result) = self.read_result(instance, action, found).await? else { return Ok(None) };
         let loaded = match self.load_references(instance, action, &result).await? {
             Ok(references) => Arc::new(LoadedResult::new(found.file.generation, result, references)),

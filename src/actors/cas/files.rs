@@ -9,9 +9,9 @@
 //! <root>/v1/trash/                                         what start threw away; emptied in the background
 //! ```
 //!
-//! Invariants: a generation is used once, so deleting an old file can never hit a newer one of the same blob. A file that
-//! has its full length under its final name has its right content: it got the name after its hash was checked, or its
-//! bytes were checked before the first was written. Nothing is fsynced: the death of the process loses nothing, a power
+//! Invariants: a generation is used once, so deleting an old file can never hit a newer one of the same blob. A blob's file
+//! that has its full length under its final name has its right content: it got the name after its hash was checked, or its
+//! bytes were checked before the first was written. A result's name does not tell its length; its file has a checksum. Nothing is fsynced: the death of the process loses nothing, a power
 //! cut may lose or damage what was written last, and the hash check at first read turns that into misses.
 
 use super::index::{FileId, Key, Kind};

@@ -46,8 +46,8 @@ impl CasActor {
         missing
     }
 
-    /// A result that is still stored and whose every reference is: all of them are renewed. One that lacks something is
-    /// dropped (AC-03).
+    /// A result whose every reference is stored: all of them are renewed. One that lacks something is dropped (AC-03). One
+    /// that was replaced since it was looked up is still an answer: it was the result when it was asked for (AC-08).
     fn confirm(
         &mut self,
         instance: InstanceId,
@@ -57,7 +57,7 @@ impl CasActor {
     ) -> Option<Arc<reapi::ActionResult>> {
         let now = unix_seconds();
         let key = Key { digest: action, instance, kind: Kind::Result };
-        let found = self.renew_at(&key, now).filter(|found| found.file.generation == loaded.generation)?;
+        let found = self.renew_at(&key, now).filter(|found| found.file.generation == loaded.generation);
         if !loaded.is_hit {
             return None;
         }
@@ -66,7 +66,9 @@ impl CasActor {
             .iter()
             .find(|&&digest| self.renew_at(&Key { digest, instance, kind: Kind::Blob }, now).is_none());
         if let Some(lost) = lost {
-            self.drop_result(found.at, &format!("blob {lost} is gone"), ctx);
+            if let Some(found) = found {
+                self.drop_result(found.at, &format!("blob {lost} is gone"), ctx);
+            }
             return None;
         }
         Some(loaded.result.clone())

@@ -62,6 +62,15 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
         }
     }
 
+    /// Forgets everything.
+    #[cfg(test)]
+    pub fn clear(&self) {
+        for shard in &self.shards {
+            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            (shard.young, shard.old, shard.young_weight) = Default::default();
+        }
+    }
+
     fn put(&self, shard: &mut Shard<K, V>, key: K, value: V, weight: usize) {
         if shard.young_weight + weight > self.budget / SHARDS / 2 {
             shard.old = std::mem::take(&mut shard.young);

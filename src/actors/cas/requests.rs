@@ -106,7 +106,7 @@ pub enum ResultLookup {
     Cold(Found),
 }
 
-/// A result was read: is it still the one that is stored, and complete?
+/// A result was read: is it complete?
 #[derive(Message)]
 #[rtype(result = "Option<Arc<reapi::ActionResult>>")]
 pub struct ConfirmResult {

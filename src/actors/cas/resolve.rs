@@ -79,13 +79,13 @@ impl Cas {
         let command_digest =
             Digest::from_wire(digest.function(), wire.command_digest.as_ref(), "Action.command_digest")?;
         let bytes = self.read_message(&instance, command_digest, "Command").await?;
-        let weight = bytes.len() * 4 + size_of::<Action>();
         let command = reapi::Command::decode(bytes).map_err(|error| {
             Error::Invalid(format!("blob {command_digest} does not parse as a Command: {error}"))
         })?;
         let timeouts = self.shared().settings.timeouts;
         let action = Arc::new(Action::from_wire(instance.clone(), digest, &wire, &command, timeouts)?);
         let parsed = ParsedAction { action: action.clone(), command: command_digest };
+        let weight = size_of::<ParsedAction>() + action.weight();
         self.shared().actions.insert((instance.id(), digest), Arc::new(parsed), weight);
         if !skip_cache_lookup
             && !action.do_not_cache

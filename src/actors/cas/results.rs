@@ -9,6 +9,7 @@ use crate::{
     error::{Error, Result},
     path::RootPath,
     proto::{gorego, reapi},
+    tree::check_entries,
 };
 use bytes::Bytes;
 use prost::Message as _;
@@ -102,6 +103,7 @@ impl DirectReferences {
 /// # Errors
 /// [`Error::Invalid`] when it is no Tree.
 pub fn files_of_tree(bytes: Bytes, function: DigestFunction) -> Result<Vec<Digest>> {
+    check_entries(&bytes, 2)?;
     let tree = reapi::Tree::decode(bytes)
         .map_err(|error| Error::Invalid(format!("it does not parse as a Tree: {error}")))?;
     tree.root
@@ -244,15 +246,25 @@ pub fn decode(
     instance: &str,
     action: Digest,
 ) -> std::result::Result<reapi::ActionResult, &'static str> {
-    let (checksum, body) = bytes.split_at_checked(CHECKSUM_BYTES).ok_or("it is too short")?;
-    if DigestFunction::Sha256.digest(body).hash() != checksum {
-        return Err("its checksum is wrong");
-    }
-    let message = gorego::StoredResult::decode(body).map_err(|_| "it does not parse")?;
+    let message = gorego::StoredResult::decode(body(bytes)?).map_err(|_| "it does not parse")?;
     if message.instance_name != instance || message.action_digest != Some(action.to_wire()) {
         return Err("it is the result of another action");
     }
     message.result.ok_or("it is empty")
+}
+
+/// Whether a file has all of what was written to it.
+pub fn is_whole(bytes: &[u8]) -> bool {
+    body(bytes).is_ok()
+}
+
+fn body(bytes: &[u8]) -> std::result::Result<&[u8], &'static str> {
+    let (checksum, body) = bytes.split_at_checked(CHECKSUM_BYTES).ok_or("it is too short")?;
+    if DigestFunction::Sha256.digest(body).hash() == checksum {
+        Ok(body)
+    } else {
+        Err("its checksum is wrong")
+    }
 }
 
 #[cfg(test)]
@@ -322,6 +334,20 @@ mod tests {
         assert!(result.stdout_raw.is_empty() && result.output_files[0].contents.is_empty());
         assert_eq!(result.stderr_digest, None);
         assert!(result.execution_metadata.is_some());
+    }
+
+    #[test]
+    fn a_tree_of_millions_of_nothings_is_not_decoded() {
+        let empty_children = b"\x12\x00";
+        assert_eq!(files_of_tree(empty_children.repeat(10).into(), SHA256), Ok(vec![]));
+        assert!(files_of_tree(empty_children.repeat(2_000_001).into(), SHA256).is_err());
+        // One child with as many files.
+        let files = b"\x0a\x00".repeat(2_000_001);
+        let mut nested = vec![0x12];
+        prost::encode_length_delimiter(files.len(), &mut nested).unwrap();
+        nested.extend(files);
+        let refusal = files_of_tree(nested.into(), SHA256).unwrap_err();
+        assert!(refusal.to_string().contains("entries"), "{refusal}");
     }
 
     #[test]

@@ -2,14 +2,20 @@
 //!
 //! Threads read the shard directories and stat every file; nothing is opened, so that a million files take seconds. A file
 //! of the wrong length is the rest of a write that a kill or a power cut ended: it is removed. A name that the store does
-//! not give is left alone and counted. Contents are checked later, at first read.
+//! not give is left alone and counted. Contents are checked later, at first read; only where a result has two files, which
+//! is as rare as a kill, are they read to see which one is whole.
 
 use super::{
     files::{Files, parse_file_name},
     index::{FileId, Index, Key, Kind},
+    results,
 };
-use crate::{digest::DigestFunction, instance::InstanceId};
+use crate::{
+    digest::{Digest, DigestFunction},
+    instance::InstanceId,
+};
 use std::{
+    collections::HashMap,
     fs, io,
     os::unix::fs::MetadataExt as _,
     sync::{
@@ -139,7 +145,29 @@ fn read_shard(files: &Files, shard: &Shard) -> ShardContent {
         let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
         content.found.push((file, files.charge(metadata.len()), touched));
     }
+    if shard.kind == Kind::Result {
+        remove_torn_updates(files, &mut content);
+    }
     content
+}
+
+/// An update that a kill ended has left the beginning of a file beside the one that it was to replace. It is the newer of
+/// the two and must not win.
+fn remove_torn_updates(files: &Files, content: &mut ShardContent) {
+    let mut counts: HashMap<Digest, usize> = HashMap::new();
+    for (file, ..) in &content.found {
+        *counts.entry(file.key.digest).or_default() += 1;
+    }
+    content.found.retain(|(file, ..)| {
+        let is_alone = counts.get(&file.key.digest) == Some(&1);
+        let path = files.path(file);
+        if is_alone || fs::read(&path).is_ok_and(|bytes| results::is_whole(&bytes)) {
+            return true;
+        }
+        let _ = fs::remove_file(path);
+        content.removed += 1;
+        false
+    });
 }
 
 /// Deletes what was thrown away, on a thread of its own; what a crash leaves is found at the next start.

@@ -28,6 +28,10 @@ pub const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
 /// Largest Tree message that is read to check a result. About 500,000 files; a result with a larger one is a miss.
 pub const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
 
+/// How often a lookup starts again because the result was replaced before its file could be read. Twice in a row takes two
+/// updates within microseconds; after so many the answer is a miss, so that every lookup ends.
+pub const RESULT_READ_TRIES: usize = 16;
+
 /// Memory for decoded directories, so that the input roots of a build are not decoded for each of its actions.
 pub const DIRECTORY_MEMO_BYTES: usize = 64 * 1024 * 1024;
 
@@ -50,8 +54,8 @@ pub const DIGESTS_PER_MESSAGE: usize = 8_192;
 /// Entries evicted ahead of need in one go.
 pub const TRIM_BATCH: usize = 1_024;
 
-/// Broken uploads that are kept; above it the oldest goes.
-pub const MAX_PARTIAL_UPLOADS: usize = 1_024;
+/// Broken uploads that are kept; above it the oldest goes. Each holds a file open, and a process has 1,024 by default.
+pub const MAX_PARTIAL_UPLOADS: usize = 256;
 
 /// How far hashing and writing may be behind the network, for each upload: half of it being written, half waiting.
 pub const UPLOAD_BUFFER_BYTES: usize = 4 * 1024 * 1024;

@@ -122,6 +122,7 @@ impl Store {
     /// Makes a blob vanish as if it had been evicted.
     async fn lose(&self, digest: Digest) {
         std::fs::remove_file(self.file_of(digest)).unwrap();
+        self.cas.shared().recent.clear();
         assert!(matches!(self.get(digest).await, Err(Error::NotFound(_))));
         assert!(!self.has(digest).await);
     }

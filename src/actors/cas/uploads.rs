@@ -198,8 +198,10 @@ impl Uploads {
             }
         }
         let is_latest = self.named.get(&name).is_some_and(|named| named.number == number);
+        // Nobody goes on with an upload of what is stored.
+        let is_of_use = is_latest && !progress.superseded.load(Ordering::Relaxed);
         let discarded = match partial {
-            Some(partial) if is_latest => {
+            Some(partial) if is_of_use => {
                 self.parked_bytes += partial.room.bytes();
                 self.parked.insert((now, number), name);
                 self.named.insert(name, Named { number, state: State::Parked(partial) });

@@ -162,6 +162,52 @@ async fn a_hundred_racing_updates_leave_one_whole_result() {
     assert_eq!(lookup(&store, action).await.unwrap().output_files.len(), 0);
 }
 
+/// AC-08: whoever asks meanwhile gets the old result or the new one, also when its Trees have to be read.
+#[actix::test]
+async fn a_result_that_is_being_replaced_is_never_a_miss() {
+    let store = Store::new().await;
+    let (result, _) = rich_result(&store).await;
+    let action = digest(b"action");
+    update(&store, action, result.clone()).await;
+    let replacing = async {
+        for n in 0..100u32 {
+            let auxiliary = prost_types::Any { type_url: n.to_string(), value: vec![] };
+            let metadata =
+                reapi::ExecutedActionMetadata { auxiliary_metadata: vec![auxiliary], ..Default::default() };
+            update(
+                &store,
+                action,
+                reapi::ActionResult { execution_metadata: Some(metadata), ..result.clone() },
+            )
+            .await;
+        }
+    };
+    let asking = async {
+        for n in 0..400 {
+            assert!(lookup(&store, action).await.is_some(), "lookup {n}");
+        }
+    };
+    futures::join!(replacing, asking);
+}
+
+/// What a kill in the middle of an update leaves behind: the beginning of a file, newer than the one that is whole.
+#[actix::test]
+async fn a_torn_update_does_not_cost_the_result_before_it() {
+    let store = Store::new().await;
+    let action = digest(b"action");
+    let stored = update(&store, action, reapi::ActionResult::default()).await;
+    let whole = store.file_of(action);
+    let bytes = std::fs::read(&whole).unwrap();
+    let name = whole.file_name().unwrap().to_str().unwrap();
+    let (stem, _) = name.rsplit_once('-').unwrap();
+    for (generation, length) in [("fff", bytes.len() - 1), ("ffff", 0)] {
+        std::fs::write(whole.with_file_name(format!("{stem}-{generation}")), &bytes[..length]).unwrap();
+    }
+    let store = store.restart().await;
+    assert_eq!(lookup(&store, action).await, Some(stored));
+    assert_eq!(store.file_of(action), whole);
+}
+
 /// AC-05, AC-06.
 #[actix::test]
 async fn inlined_contents_become_blobs() {
@@ -266,4 +312,24 @@ async fn a_missing_or_malformed_action_is_told_apart() {
     );
     let huge = Digest::parse(SHA256, &"1".repeat(64), 1 << 40).unwrap();
     assert!(matches!(resolve(&store, huge, false).await, Err(Error::Invalid(m)) if m.contains("too large")));
+}
+
+/// Platform properties are held in memory too, so they weigh like the Command.
+#[actix::test]
+async fn an_action_with_a_huge_platform_is_not_kept_in_memory() {
+    let store = Store::new().await;
+    let (small, command) = action(&store, "x", false).await;
+    let property = reapi::platform::Property { name: "x".repeat(1_000_000), value: "y".into() };
+    let huge = reapi::Action {
+        command_digest: Some(command.to_wire()),
+        input_root_digest: Some(digest(b"").to_wire()),
+        platform: Some(reapi::Platform { properties: vec![property] }),
+        ..Default::default()
+    };
+    let huge = store.put(huge.encode_to_vec()).await;
+    for (action, is_kept) in [(small, true), (huge, false)] {
+        assert!(matches!(resolve(&store, action, false).await, Ok(Resolution::Run(_))));
+        let kept = store.cas.shared().actions.get(&(store.main.id(), action));
+        assert_eq!(kept.is_some(), is_kept);
+    }
 }

@@ -166,6 +166,24 @@ async fn a_writer_learns_that_somebody_else_was_faster() {
     assert!(writer.is_superseded());
 }
 
+/// BS-24, BS-29: the bytes of an upload that came too late are of no use to anybody.
+#[actix::test]
+async fn an_upload_that_somebody_else_finished_first_takes_no_room() {
+    let store = Store::new().await;
+    let bytes = noise(3_000_000, 1);
+    let mut slow = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
+    send(&mut slow, &bytes.slice(..1_000_000), 300_000).await.unwrap();
+    let mut fast = begin(&store, "another name", digest(&bytes), 0).await.unwrap();
+    send(&mut fast, &bytes, 300_000).await.unwrap();
+    fast.finish().await.unwrap();
+    assert!(slow.is_superseded());
+    drop(slow);
+    eventually(|| async { (store.inspect().await.running_uploads == 0).then_some(()) }).await;
+    let inspection = store.inspect().await;
+    assert_eq!((inspection.partial_uploads, inspection.totals.reserved), (0, 0));
+    eventually(|| async { (store.files().len() == 1).then_some(()) }).await;
+}
+
 /// A blob whose client leaves while the last bytes are being checked is stored or not, but never half.
 #[actix::test]
 async fn an_upload_whose_client_leaves_at_the_end_is_finished_anyway() {

@@ -79,7 +79,7 @@ pub struct Found {
 pub struct Grant {
     /// What had to go for it.
     pub victims: Vec<Victim>,
-    /// The room is free once [`Index::bytes_deleted`] has reached this.
+    /// The room is free once [`super::Index::bytes_deleted`] has reached this.
     pub after_deletions: u64,
 }
 

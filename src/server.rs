@@ -22,6 +22,7 @@ use crate::{
 };
 use actix::{Actor as _, Addr, SyncArbiter};
 use actix_rt::System;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,
@@ -52,6 +53,7 @@ const INTERRUPTED: i32 = 130;
 /// # Errors
 /// What keeps it from starting, or the death of an owner actor.
 pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 'static) -> Result<()> {
+    let open_files = raise_open_files();
     let runtime = Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -66,7 +68,7 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 'static) 
     let workers = runtime.handle().clone();
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
-        let server = Server::start(settings, store, build_root, workers).await?;
+        let server = Server::start(settings, store, build_root, open_files, workers).await?;
         server.serve(ready).await
     })
 }
@@ -82,6 +84,14 @@ fn store_settings(settings: &Settings) -> StoreSettings {
             .as_ref()
             .map_or(TimeoutPolicy::UNLIMITED, |execution| execution.timeouts),
     }
+}
+
+/// Lets this process have as many files open as the system allows, since every connection and every broken upload holds one.
+/// Returns the soft limit from before, which is what commands go on with.
+fn raise_open_files() -> Option<u64> {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).ok()?;
+    limit.current
 }
 
 /// The running parts.
@@ -107,6 +117,7 @@ impl Server {
         settings: Settings,
         store: CasActor,
         build_root: Option<BuildRoot>,
+        open_files: Option<u64>,
         workers: Handle,
     ) -> Result<Self> {
         let listener = TcpListener::bind(settings.listen_addr)
@@ -117,7 +128,7 @@ impl Server {
             .execution
             .as_ref()
             .zip(build_root)
-            .map(|(execution, build_root)| start_scheduler(execution, build_root, &cas));
+            .map(|(execution, build_root)| start_scheduler(execution, build_root, open_files, &cas));
         Ok(Self { settings, listener, cas, scheduler, workers })
     }
 
@@ -194,13 +205,18 @@ impl Server {
     }
 }
 
-fn start_scheduler(execution: &ExecutionSettings, build_root: BuildRoot, cas: &Cas) -> Addr<SchedulerActor> {
+fn start_scheduler(
+    execution: &ExecutionSettings,
+    build_root: BuildRoot,
+    open_files: Option<u64>,
+    cas: &Cas,
+) -> Addr<SchedulerActor> {
     let worker = Arc::new(WorkerSettings {
         name: host_name(),
         build_root,
         transfer_timeout: execution.transfer_timeout,
         max_output_file_bytes: execution.max_output_file_bytes,
-        runner: WorkerSettings::own_runner(),
+        runner: WorkerSettings::own_runner(open_files),
     });
     let store = Arc::new(cas.clone());
     let workers =

@@ -54,9 +54,12 @@ pub struct WorkerSettings {
 }
 
 impl WorkerSettings {
-    /// The runner command of a server: this very binary, also after the file was replaced on disk.
-    pub fn own_runner() -> Vec<OsString> {
-        vec!["/proc/self/exe".into(), RUNNER_SUBCOMMAND.into()]
+    /// The runner command of a server: this very binary, also after the file was replaced on disk. Commands get
+    /// `open_files` as their soft limit on open files, if the server has changed its own.
+    pub fn own_runner(open_files: Option<u64>) -> Vec<OsString> {
+        let mut command = vec!["/proc/self/exe".into(), RUNNER_SUBCOMMAND.into()];
+        command.extend(open_files.map(|limit| limit.to_string().into()));
+        command
     }
 }
 

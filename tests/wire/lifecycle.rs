@@ -214,7 +214,7 @@ async fn a_full_disk_refuses_writes_serves_reads_and_recovers_by_itself() {
 /// what a process gets by default.
 #[tokio::test(flavor = "multi_thread")]
 async fn any_number_of_broken_uploads_leaves_the_server_reachable() {
-    let server = Server::with_open_files(1_024).await;
+    let server = Server::after("ulimit -n 1024").await;
     let client = server.client().await;
     for n in 0..1_200u32 {
         let hash = sha256(&n.to_le_bytes()).hash_hex();
@@ -242,4 +242,17 @@ async fn upload(client: &Client, blob: &[u8]) -> Result<i64, tonic::Status> {
         .collect();
     let reply = client.bytes.clone().write(tokio_stream::iter(messages)).await?;
     Ok(reply.into_inner().committed_size)
+}
+
+/// Connections are many, and each is an open file; what commands find is what they would find without this server.
+#[tokio::test]
+async fn the_server_takes_all_the_open_files_it_may_and_leaves_commands_their_limit() {
+    let server = Server::after("ulimit -Sn 300").await;
+    let client = server.client().await;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.pid())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let [soft, hard] = [3, 4].map(|at| line.split_whitespace().nth(at).unwrap());
+    assert_eq!(soft, hard);
+    let result = client.run_command(sh("ulimit -Sn; ulimit -Hn")).await;
+    assert_eq!(client.stdout(&result).await, format!("300\n{hard}\n"));
 }

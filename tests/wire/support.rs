@@ -71,32 +71,16 @@ impl Server {
     /// [`Server::inside`].
     pub async fn on_a_disk_of(bytes: usize) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
-        let serve = command(store.path());
-        let mut command = Command::new("unshare");
-        command
-            .args(["--user", "--map-root-user", "--mount", "sh", "-c"])
-            .arg(format!("mount -t tmpfs -o size={bytes} none \"$0\" && exec \"$@\""))
-            .arg(store.path())
-            .arg(serve.get_program())
-            .args(serve.get_args())
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped());
-        Self::spawn(command, store)
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--user", "--map-root-user", "--mount", "sh"]);
+        let mount = format!("mount -t tmpfs -o size={bytes} none {}", store.path().display());
+        Self::spawn(in_shell(unshare, &mount, store.path()), store)
     }
 
-    /// Starts one that may have this many files open.
-    pub async fn with_open_files(limit: u32) -> Self {
+    /// Starts one from a shell in which this was done before.
+    pub async fn after(script: &str) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
-        let serve = command(store.path());
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", &format!("ulimit -n {limit} && exec \"$0\" \"$@\"")])
-            .arg(serve.get_program())
-            .args(serve.get_args())
-            .envs(serve.get_envs().filter_map(|(name, value)| Some((name, value?))))
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped());
-        Self::spawn(command, store)
+        Self::spawn(in_shell(Command::new("sh"), script, store.path()), store)
     }
 
     /// A path of the store as the server sees it, its own mounts included.
@@ -212,6 +196,21 @@ pub fn command(store: &Path) -> Command {
         .stdin(Stdio::null())
         .stderr(Stdio::piped());
     command
+}
+
+/// The same from a shell, once a script in it has succeeded.
+fn in_shell(mut shell: Command, script: &str, store: &Path) -> Command {
+    let serve = command(store);
+    shell
+        .arg("-c")
+        .arg(format!("{script} && exec \"$0\" \"$@\""))
+        .arg(serve.get_program())
+        .args(serve.get_args())
+        .env_clear()
+        .envs(serve.get_envs().filter_map(|(name, value)| Some((name, value?))))
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
+    shell
 }
 
 /// Every service over one connection.

@@ -21,7 +21,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{self as rfs, CWD, Mode, OFlags},
     io::Errno,
-    process::{Resource, getrlimit},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
 };
 use std::{
     ffi::{CString, OsStr},
@@ -62,11 +62,22 @@ fn settle() -> io::Result<Runner> {
     sys::be_subreaper()?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     sys::default_signals();
+    restore_open_files(std::env::args().nth(2).and_then(|limit| limit.parse().ok()));
     let deaths = sys::watch_children()?;
     let socket = UnixStream::from(rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?);
     let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     sys::become_stdin(&null)?;
     Ok(Runner { socket, deaths, stack: Stack::new() })
+}
+
+/// Sets the soft limit on open files that commands inherit. Programs exist that visit every number below it, and the server's
+/// own limit may be a million.
+fn restore_open_files(limit: Option<u64>) {
+    if limit.is_some() {
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        // Lowering a limit is always allowed; if not, commands merely have more.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: limit, maximum });
+    }
 }
 
 impl Runner {

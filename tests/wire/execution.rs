@@ -105,7 +105,8 @@ async fn a_command_past_its_timeout_is_killed_and_reported_with_its_partial_log(
     let second = Some(prost_types::Duration { seconds: 1, nanos: 0 });
     let slow = sh("echo so far; sleep 7433 & sleep 7433");
     let slow = client.action_with(slow, empty(), |action| action.timeout = second).await;
-    let waits = client.action_with(sh("sleep 0.8"), empty(), |action| action.timeout = second).await;
+    // It waits for as long as it may run, and longer.
+    let waits = client.action_with(sh("true"), empty(), |action| action.timeout = second).await;
     let run = client.start(slow).await;
     let queued = client.start(waits).await;
     let response = run.finish().await;

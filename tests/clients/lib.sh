@@ -4,13 +4,12 @@
 passed=0
 failed=0
 
-# start_server STORE [ARGUMENTS...]: starts a server with an empty store; sets $endpoint to host:port and $server to its pid.
+# start_server STORE [HOST:PORT]: starts a server; sets $endpoint to host:port and $server to its pid.
 start_server() {
   local store=$1
-  shift
   mkdir -p "$store"
   server_log=$store.log
-  "$gorego" serve --listen-addr 127.0.0.1:0 --local-cache-dir "$store" "$@" 2>"$server_log" &
+  "$gorego" serve --listen-addr "${2:-127.0.0.1:0}" --local-cache-dir "$store" 2>"$server_log" &
   server=$!
   eventually grep -q '"event":"server_started"' "$server_log" || {
     echo "the server did not start:" >&2
@@ -27,6 +26,9 @@ stop_server() {
   wait "$server" 2>/dev/null || true
   server=
 }
+
+# completed COUNT: at least so many operations were completed since the server started.
+completed() { [ "$(grep -c '"event":"operation_completed"' "$server_log")" -ge "$1" ]; }
 
 # eventually COMMAND...: succeeds as soon as the command does, fails after 15 seconds.
 eventually() {

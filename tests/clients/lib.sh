@@ -3,12 +3,15 @@
 
 passed=0
 failed=0
+starts=0
 
 # start_server STORE [HOST:PORT]: starts a server; sets $endpoint to host:port and $server to its pid.
 start_server() {
   local store=$1
   mkdir -p "$store"
-  server_log=$store.log
+  # A log of its own for each: that of an earlier server would answer for this one until it is truncated.
+  starts=$((starts + 1))
+  server_log=$store.$starts.log
   "$gorego" serve --listen-addr "${2:-127.0.0.1:0}" --local-cache-dir "$store" 2>"$server_log" &
   server=$!
   eventually grep -q '"event":"server_started"' "$server_log" || {

@@ -4,7 +4,7 @@
 //! are gone becomes its child. So is the server, for when the runner itself is gone. A process that got SIGKILL starts no
 //! more children, so killing from the top down and looking again until nothing is left cannot miss one.
 
-use rustix::process::{Pid, Signal, WaitOptions, getsid, kill_process, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use std::{
     fs, thread,
     time::{Duration, Instant},
@@ -31,12 +31,11 @@ const ORPHAN_ROUND: Duration = Duration::from_millis(1);
 /// Kills and reaps what runners that died have left to this process, which has to be a child subreaper. Its own children
 /// are of its own session; what a runner starts is not, and no process can join a session.
 pub fn kill_orphans() {
-    let Ok(own) = getsid(None) else { return };
+    let Some(own) = session(0) else { return };
     let start = Instant::now();
     loop {
         let mut orphans = children(std::process::id());
-        orphans
-            .retain(|&pid| id(pid).is_some_and(|pid| getsid(Some(pid)).is_ok_and(|session| session != own)));
+        orphans.retain(|&pid| session(pid).is_some_and(|session| session != own));
         if orphans.is_empty() || start.elapsed() > ORPHAN_LIMIT {
             return;
         }
@@ -51,6 +50,15 @@ pub fn kill_orphans() {
             thread::sleep(ORPHAN_ROUND);
         }
     }
+}
+
+/// The session of a process, 0 meaning this one; nothing when it is gone. A session whose leader is outside of this PID
+/// namespace, as that of the first process in a container often is, is session 0, for which rustix has no value.
+fn session(of: u32) -> Option<libc::pid_t> {
+    let pid = libc::pid_t::try_from(of).ok()?;
+    // SAFETY: takes and gives a number.
+    let session = unsafe { libc::getsid(pid) };
+    (session >= 0).then_some(session)
 }
 
 /// Children of all threads of a process.

@@ -67,7 +67,7 @@ fn join(left: &Hash, right: &Hash) -> Hash {
     block[..32].copy_from_slice(left);
     block[32..].copy_from_slice(right);
     let mut state = START;
-    compress256(&mut state, &[block.into()]);
+    compress256(&mut state, &[block]);
     let mut hash = [0; 32];
     // The library adds the start to the cipher's output, as SHA-256 does; here it is taken off again.
     for ((bytes, word), start) in hash.chunks_exact_mut(4).zip(state).zip(START) {
@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn the_tree_grown_from_the_left_is_the_tree_parted_from_the_top() {
-        let blob: Vec<u8> = (0..70_000u64).map(|n| (n * n >> 3) as u8).collect();
+        let blob: Vec<u8> = (0..70_000u64).map(|n| ((n * n) >> 3) as u8).collect();
         for size in (0..8_200).step_by(41).chain([1023, 1024, 1025, 2048, 2049, 4096, 65_536, 65_537, 70_000])
         {
             let mut state = Sha256Tree::default();

@@ -274,7 +274,7 @@ mod tests {
         assert_eq!(digests(0, &[wire(HASH), wire(HASH)]).unwrap().len(), 2);
         assert_eq!(digests(1, &[wire(HASH)]).unwrap().len(), 1);
         assert_eq!(digests(9, &[wire(HASH)]).unwrap()[0].function(), DigestFunction::Blake3);
-        assert_eq!(digests(0, &[sha1.clone()]).unwrap()[0].function(), DigestFunction::Sha1);
+        assert_eq!(digests(0, std::slice::from_ref(&sha1)).unwrap()[0].function(), DigestFunction::Sha1);
         for (number, list) in [
             (0, vec![wire(HASH), sha1.clone()]),
             (0, vec![sha1.clone(), wire(HASH)]),

@@ -39,6 +39,8 @@ pub struct Config {
     pub cache: CacheConfig,
     /// The scheduler and its workers.
     pub execution: ExecutionConfig,
+    /// Log streams of clients.
+    pub log_streams: LogStreamsConfig,
 }
 
 /// `[log]`.
@@ -117,6 +119,21 @@ pub struct ExecutionConfig {
     pub platform: std::collections::BTreeMap<String, String>,
 }
 
+/// `[log_streams]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogStreamsConfig {
+    /// Whether clients may make log streams of their own (LOG-01).
+    pub enabled: bool,
+    /// How many there may be; finished ones make room for new ones.
+    pub max_streams: usize,
+    /// Bound on the bytes of all of them, in GB (10^9 bytes).
+    pub max_size_gb: u64,
+    /// How long one that is finished, or that nobody writes to, is kept.
+    #[serde(with = "humantime_serde")]
+    pub retention: Duration,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -129,6 +146,7 @@ impl Default for Config {
             log: LogConfig::default(),
             cache: CacheConfig::default(),
             execution: ExecutionConfig::default(),
+            log_streams: LogStreamsConfig::default(),
         }
     }
 }
@@ -146,6 +164,12 @@ impl Default for CacheConfig {
             max_blob_size_gb: 16,
             partial_upload_retention: Duration::from_secs(10 * 60),
         }
+    }
+}
+
+impl Default for LogStreamsConfig {
+    fn default() -> Self {
+        Self { enabled: true, max_streams: 1_000, max_size_gb: 1, retention: Duration::from_secs(10 * 60) }
     }
 }
 

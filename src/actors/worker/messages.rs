@@ -1,7 +1,7 @@
 //! What the scheduler and a worker say to each other.
 
 use super::cancel::CancelToken;
-use crate::{action::Action, error::Error, proto::reapi};
+use crate::{action::Action, digest::Digest, error::Error, log_streams::run::RunLogs, proto::reapi};
 use actix::Recipient;
 use std::{sync::Arc, time::SystemTime};
 
@@ -54,6 +54,8 @@ pub struct StageReached {
     pub stage: RunStage,
     /// When.
     pub at: SystemTime,
+    /// Where the command's output can be followed, from [`RunStage::Running`] on (EXE-64).
+    pub logs: Option<RunLogs>,
 }
 
 /// How a run ended, short of the worker's death.
@@ -67,6 +69,8 @@ pub struct RunResult {
     pub result: reapi::ActionResult,
     /// A word for people; usually empty.
     pub message: String,
+    /// A stored text that tells how the run went, where that is worth telling (EXE-61).
+    pub log: Option<Digest>,
 }
 
 /// The action could not be run, or not to its end.
@@ -78,4 +82,15 @@ pub struct RunFailure {
     pub partial: Option<Box<reapi::ActionResult>>,
     /// Whether the fault lies with the worker, so that another try may succeed.
     pub retryable: bool,
+    /// A word for people besides the error; often empty.
+    pub message: String,
+    /// As [`RunResult::log`].
+    pub log: Option<Digest>,
+}
+
+impl RunFailure {
+    /// A failure that leaves nothing behind and is for good.
+    pub fn new(error: Error) -> Self {
+        Self { error, partial: None, retryable: false, message: String::new(), log: None }
+    }
 }

@@ -13,9 +13,8 @@ fn a_lost_worker_means_another_try_in_the_old_place_and_not_for_ever() {
         let end = match attempt {
             1 => RunEnd::Lost { pool_closed: false },
             _ => RunEnd::Reported(Err(RunFailure {
-                error: Error::internal("no file descriptors"),
-                partial: None,
                 retryable: true,
+                ..RunFailure::new(Error::internal("no file descriptors"))
             })),
         };
         desk.ledger.finish(first.task, end, desk.now);
@@ -35,7 +34,7 @@ fn a_fault_of_the_command_is_no_reason_to_try_again_and_its_logs_are_kept() {
     let task = desk.dispatch_one().task;
     let late = Error::DeadlineExceeded("ran for 1 s".into());
     let logs = reapi::ActionResult { stdout_raw: b"hi".to_vec().into(), ..Default::default() };
-    let failure = RunFailure { error: late.clone(), partial: Some(Box::new(logs.clone())), retryable: false };
+    let failure = RunFailure { partial: Some(Box::new(logs.clone())), ..RunFailure::new(late.clone()) };
     desk.finish(task, Err(failure));
     assert_eq!(error(&operation), late);
     assert_eq!(outcome(&operation).result.as_deref(), Some(&logs));

@@ -85,7 +85,7 @@ fn start<W: Write + 'static>(
     let printing = tokio::spawn(async move {
         let (sender, mut pieces) = mpsc::channel::<Bytes>(PIECES_IN_FLIGHT);
         let writer = tokio::task::spawn_blocking(move || {
-            let (mut sink, mut hasher) = (Quiet(sink()), DigestFunction::Sha256.hasher());
+            let (mut sink, mut hasher) = (Quiet(sink()), DigestFunction::Sha256.hasher(0));
             while let Some(piece) = pieces.blocking_recv() {
                 line.clear();
                 if write_all(&mut sink, &piece).is_err() {
@@ -197,7 +197,7 @@ struct Rest<W> {
 
 impl<W> Rest<W> {
     fn after(shown: Digest, sink: W) -> Self {
-        let skipped = (!shown.is_empty()).then(|| DigestFunction::Sha256.hasher());
+        let skipped = (!shown.is_empty()).then(|| DigestFunction::Sha256.hasher(0));
         Self { shown, skipped, differs: Arc::default(), sink }
     }
 

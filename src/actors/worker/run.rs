@@ -169,7 +169,8 @@ impl<'a> ActionRun<'a> {
             None
         } else {
             let file = outputs::open_regular(top, name, name)?;
-            Some(self.store.store_output(&self.order.action.instance, top, name, file)?)
+            let action = &self.order.action;
+            Some(self.store.store_output(&action.instance, action.digest.function(), top, name, file)?)
         };
         if let Some(live) = live {
             live.stored(kind, digest);
@@ -188,7 +189,7 @@ impl<'a> ActionRun<'a> {
                 if bytes.is_empty() {
                     return Ok(None);
                 }
-                self.store.store_bytes(&self.order.action.instance, bytes).map(Some)
+                self.store_bytes(bytes).map(Some)
             };
             if let (Some(live), Ok(digest)) = (live, salvage()) {
                 live.stored(kind, digest);
@@ -199,7 +200,12 @@ impl<'a> ActionRun<'a> {
     /// Stores the account of a run that did not go well (EXE-61); `None` for all others, and when storing fails too.
     fn store_run_log(&self, outcome: &Result<()>) -> Option<Digest> {
         let text = run_log::render(&self.facts(), self.ran.as_ref(), outcome.as_ref().err())?;
-        self.store.store_bytes(&self.order.action.instance, text.into_bytes()).ok()
+        self.store_bytes(text.into_bytes()).ok()
+    }
+
+    fn store_bytes(&self, bytes: Vec<u8>) -> Result<Digest> {
+        let action = &self.order.action;
+        self.store.store_bytes(&action.instance, action.digest.function(), bytes)
     }
 
     fn facts(&self) -> run_log::Facts<'_> {

@@ -194,7 +194,7 @@ impl Default for CacheConfig {
 
 impl Default for LogStreamsConfig {
     fn default() -> Self {
-        Self { enabled: true, max_streams: 1_000, max_size_gb: 1, retention: Duration::from_secs(10 * 60) }
+        Self { enabled: true, max_streams: 4_000, max_size_gb: 1, retention: Duration::from_secs(10 * 60) }
     }
 }
 

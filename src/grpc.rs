@@ -182,7 +182,7 @@ fn routes(edge: Arc<Edge>, health: &Health) -> Result<Routes> {
         .add_service(limited!(OperationsServer::new(operations::OperationsService(edge.clone()))))
         .add_service(limited!(ContentAddressableStorageServer::new(cas::CasService(edge.clone()))))
         .add_service(limited!(ActionCacheServer::new(action_cache::ActionCacheService(edge.clone()))))
-        .add_service(limited!(LogStreamServiceServer::new(log_stream::LogStreams(edge.clone()))))
+        .add_service(limited!(LogStreamServiceServer::new(log_stream::LogStreamService(edge.clone()))))
         .add_service(limited!(ByteStreamServer::new(byte_stream::ByteStreamService(edge.clone()))))
         .add_service(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge))))
         .add_service(HealthServer::new(HealthService::from_health_reporter(health.reporter())))

@@ -108,17 +108,16 @@ impl LogStreams {
     /// Makes a stream below `parent`, which was checked. Its write name is the secret of whoever made it (LOG-01).
     ///
     /// # Errors
-    /// `Unimplemented` where clients may not make streams; `Exhausted` when there are too many; those of the disk.
-    pub async fn create(&self, parent: String) -> Result<LogName> {
+    /// `Unimplemented` where clients may not make streams; `Exhausted` when there are too many.
+    pub fn create(&self, parent: String) -> Result<LogName> {
         if !self.0.client_streams {
             return Err(Error::Unimplemented(
                 "clients cannot create log streams here (log_streams.enabled = false)".into(),
             ));
         }
         let (id, token) = (Uuid::new_v4(), WriteToken::new());
-        let path = self.0.spool_directory.join(format!("log-{id}"));
-        let spool = blocking(move || Spool::create(&path)).await?;
-        let stream = ClientStream { parent: parent.clone(), token: token.clone(), spool: Arc::new(spool) };
+        let spool = Arc::new(Spool::new(self.0.spool_directory.join(format!("log-{id}"))));
+        let stream = ClientStream { parent: parent.clone(), token: token.clone(), spool };
         let displaced = self.books().clients.insert(id, Arc::new(stream), Instant::now())?;
         give_up(displaced);
         Ok(LogName { parent, id: StreamId::Client(id), token: Some(token) })

@@ -29,7 +29,7 @@ const MAX_GB: u64 = 1_000_000_000;
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Most actions at a time on one machine; each slot is a thread and a process.
 const MAX_CONCURRENCY: usize = 4_096;
-/// Most log streams of clients; each holds a file open.
+/// Most log streams of clients; each that has bytes holds a file open.
 const MAX_LOG_STREAMS: usize = 100_000;
 /// Most tasks that may wait, and most finished operations that are remembered; about 2 GB of memory.
 const MAX_OPERATIONS: usize = 1_000_000;

@@ -24,7 +24,7 @@ use crate::{
     },
     proto::{
         bytestream::{QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest, WriteResponse},
-        logstream::{CreateLogStreamRequest, LogStream, log_stream_service_server::LogStreamService},
+        logstream::{CreateLogStreamRequest, LogStream, log_stream_service_server as server},
     },
 };
 use bytes::Bytes;
@@ -34,10 +34,10 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// The service.
 #[derive(Debug)]
-pub struct LogStreams(pub Arc<Edge>);
+pub struct LogStreamService(pub Arc<Edge>);
 
 #[tonic::async_trait]
-impl LogStreamService for LogStreams {
+impl server::LogStreamService for LogStreamService {
     async fn create_log_stream(
         &self,
         request: Request<CreateLogStreamRequest>,
@@ -56,13 +56,13 @@ impl LogStreamService for LogStreams {
             call.operation(&instance, id);
             self.check_operation(instance, id).await?;
         }
-        let name = self.0.log_streams.create(parent).await?;
+        let name = self.0.log_streams.create(parent)?;
         let write_resource_name = name.to_string();
         Ok(Response::new(LogStream { name: name.for_reading().to_string(), write_resource_name }))
     }
 }
 
-impl LogStreams {
+impl LogStreamService {
     fn parent(&self, parent: &str) -> Result<(Instance, Option<OperationId>)> {
         parent_of(&self.0.instances, parent)
     }

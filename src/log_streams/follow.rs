@@ -97,7 +97,7 @@ async fn next_of_spool(
         if let Some(left @ 1..) = committed.bytes.checked_sub(offset) {
             let max = usize::try_from(left).unwrap_or(usize::MAX).min(max);
             let spool = spool.clone();
-            let bytes = super::blocking(move || read(&spool.file, offset, max)).await?;
+            let bytes = super::blocking(move || spool.read(offset, max)).await?;
             return if bytes.is_empty() { Err(lost()) } else { Ok(Piece::Bytes(bytes)) };
         }
         if committed.finished {
@@ -164,7 +164,7 @@ fn lost() -> Error {
 }
 
 /// Up to `max` bytes of a file. Blocks.
-fn read(file: &File, offset: u64, max: usize) -> Result<Bytes> {
+pub(super) fn read(file: &File, offset: u64, max: usize) -> Result<Bytes> {
     let mut bytes = vec![0; max];
     let read = file.read_at(&mut bytes, offset);
     bytes.truncate(read.map_err(|error| Error::io("read a log stream", &error))?);

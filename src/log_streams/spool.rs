@@ -5,12 +5,13 @@
 
 use super::Committed;
 use crate::error::{Error, Result};
+use bytes::Bytes;
 use std::{
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
-    path::Path,
-    sync::Arc,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
 };
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
@@ -26,7 +27,9 @@ pub(super) struct SpoolState {
 /// A client stream's bytes and length.
 #[derive(Debug)]
 pub(super) struct Spool {
-    pub(super) file: File,
+    /// Where the file is made at the first byte, under a name that nobody else has. A stream without bytes has none.
+    path: PathBuf,
+    file: OnceLock<File>,
     state: watch::Sender<SpoolState>,
     /// Held by the append that is going on.
     turn: Arc<Mutex<()>>,
@@ -40,18 +43,19 @@ pub(super) struct Turn {
 }
 
 impl Spool {
-    /// An empty one; `path` is free again when this returns. Blocks.
+    /// An empty one; nothing is touched on disk.
+    pub(super) fn new(path: PathBuf) -> Self {
+        let committed = Committed { bytes: 0, finished: false };
+        let state = watch::Sender::new(SpoolState { committed, given_up: false });
+        Self { path, file: OnceLock::new(), state, turn: Arc::default() }
+    }
+
+    /// Up to `max` bytes from `offset`. Blocks.
     ///
     /// # Errors
     /// Those of the disk.
-    pub(super) fn create(path: &Path) -> Result<Self> {
-        let failed = |error: io::Error| Error::io("make a log stream", &error);
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
-        let file = file.map_err(failed)?;
-        fs::remove_file(path).map_err(failed)?;
-        let committed = Committed { bytes: 0, finished: false };
-        let state = watch::Sender::new(SpoolState { committed, given_up: false });
-        Ok(Self { file, state, turn: Arc::new(Mutex::new(())) })
+    pub(super) fn read(&self, offset: u64, max: usize) -> Result<Bytes> {
+        self.file.get().map_or(Ok(Bytes::new()), |file| super::follow::read(file, offset, max))
     }
 
     pub(super) fn committed(&self) -> Committed {
@@ -88,14 +92,28 @@ impl Spool {
     }
 }
 
+impl Spool {
+    /// The file, made if need be; its path is free again when this returns. Only for whoever has the turn.
+    fn open(&self) -> io::Result<&File> {
+        if let Some(file) = self.file.get() {
+            return Ok(file);
+        }
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&self.path)?;
+        fs::remove_file(&self.path)?;
+        Ok(self.file.get_or_init(|| file))
+    }
+}
+
 impl Turn {
     /// Adds the bytes and lets readers have them. Blocks.
     ///
     /// # Errors
     /// Those of the disk; then nothing was added.
     pub(super) fn append(self, data: &[u8], finish: bool) -> Result<Committed> {
-        let written = self.spool.file.write_all_at(data, self.offset);
-        written.map_err(|error| Error::io("write to a log stream", &error))?;
+        if !data.is_empty() {
+            let written = self.spool.open().and_then(|file| file.write_all_at(data, self.offset));
+            written.map_err(|error| Error::io("write to a log stream", &error))?;
+        }
         let committed = Committed { bytes: self.offset.saturating_add(data.len() as u64), finished: finish };
         self.spool.state.send_modify(|state| state.committed = committed);
         Ok(committed)

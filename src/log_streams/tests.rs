@@ -81,7 +81,7 @@ proptest! {
     ) {
         runtime().block_on(async {
             let bench = Bench::new(limits());
-            let created = bench.streams.create("main".into()).await.unwrap();
+            let created = bench.streams.create("main".into()).unwrap();
             let read = created.for_reading();
             let writer = bench.streams.writer(&created).unwrap();
             let mut model: Vec<u8> = Vec::new();
@@ -125,7 +125,7 @@ proptest! {
 #[tokio::test]
 async fn two_writers_cannot_write_the_same_place() {
     let bench = Bench::new(limits());
-    let name = bench.streams.create("main".into()).await.unwrap();
+    let name = bench.streams.create("main".into()).unwrap();
     let (one, two) = (bench.streams.writer(&name).unwrap(), bench.streams.writer(&name).unwrap());
     let (one, two) = tokio::join!(one.append(0, "one".into(), false), two.append(0, "two".into(), false));
     assert!(one.is_ok() != two.is_ok(), "{one:?} {two:?}");
@@ -139,7 +139,7 @@ async fn two_writers_cannot_write_the_same_place() {
 #[tokio::test]
 async fn only_the_exact_names_open_a_stream() {
     let bench = Bench::new(limits());
-    let name = bench.streams.create("main".into()).await.unwrap();
+    let name = bench.streams.create("main".into()).unwrap();
     let read = name.for_reading();
     assert!(matches!(bench.streams.writer(&read), Err(Error::Invalid(_))));
     assert!(matches!(bench.streams.follow(&name), Err(Error::Invalid(_))));
@@ -219,7 +219,7 @@ async fn a_link_or_a_fifo_in_the_place_of_a_log_is_not_followed() {
 #[tokio::test]
 async fn readers_do_not_wait_for_ever() {
     let bench = Bench::new(Limits { idle: Some(Duration::ZERO), ..limits() });
-    let idle = bench.streams.create("main".into()).await.unwrap();
+    let idle = bench.streams.create("main".into()).unwrap();
     let reader = tokio::spawn(rest(bench.streams.follow(&idle.for_reading()).unwrap(), 0));
     let sweeping = tokio::spawn(bench.streams.clone().sweep());
     assert!(matches!(reader.await.unwrap(), Err(Error::DeadlineExceeded(_))));
@@ -234,10 +234,10 @@ async fn readers_do_not_wait_for_ever() {
 #[tokio::test]
 async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
     let bench = Bench::new(Limits { streams: 2, bytes: 10, stream_bytes: 6, ..limits() });
-    let one = bench.streams.create("main".into()).await.unwrap();
-    let two = bench.streams.create("main".into()).await.unwrap();
+    let one = bench.streams.create("main".into()).unwrap();
+    let two = bench.streams.create("main".into()).unwrap();
     let full = |error| matches!(error, Error::Exhausted { .. });
-    assert!(full(bench.streams.create("main".into()).await.unwrap_err()));
+    assert!(full(bench.streams.create("main".into()).unwrap_err()));
     let (one, writer) = (bench.streams.writer(&one).unwrap(), bench.streams.writer(&two).unwrap());
     one.append(0, "123456".into(), false).await.unwrap();
     assert!(full(one.append(6, "7".into(), false).await.unwrap_err()));
@@ -246,7 +246,7 @@ async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
     assert_eq!(writer.committed(), Committed { bytes: 4, finished: false });
     // A finished stream makes room; whoever reads it already reads on.
     one.append(6, Bytes::new(), true).await.unwrap();
-    let three = bench.streams.create("main".into()).await.unwrap();
+    let three = bench.streams.create("main".into()).unwrap();
     writer.append(4, "56".into(), true).await.unwrap();
     assert_eq!(rest(bench.streams.follow(&two.for_reading()).unwrap(), 0).await.unwrap(), b"123456");
     assert!(bench.streams.writer(&three).is_ok());

@@ -114,7 +114,7 @@ async fn reaches(subscription: &mut Subscription, stage: Stage) {
 }
 
 fn success() -> RunReport {
-    Ok(Box::new(RunResult { result: Default::default(), message: String::new(), log: None }))
+    Ok(Box::new(RunResult { result: Default::default(), account: Default::default() }))
 }
 
 /// EXE-01, EXE-04: from Submit to the end, with the worker's news on the way.

@@ -67,9 +67,16 @@ pub struct RunResult {
     /// Outputs, exit code, logs, metadata with all timestamps; every blob is stored and, unless the action says otherwise
     /// or the exit code is not 0, the action cache has it (EXE-18, EXE-20, EXE-54).
     pub result: reapi::ActionResult,
-    /// A word for people; usually empty.
+    /// Words for people; usually none.
+    pub account: Account,
+}
+
+/// What people are told about a run, where that is worth telling (EXE-61).
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Account {
+    /// One line; often empty.
     pub message: String,
-    /// A stored text that tells how the run went, where that is worth telling (EXE-61).
+    /// A stored text about how it went, step by step.
     pub log: Option<Digest>,
 }
 
@@ -82,15 +89,13 @@ pub struct RunFailure {
     pub partial: Option<Box<reapi::ActionResult>>,
     /// Whether the fault lies with the worker, so that another try may succeed.
     pub retryable: bool,
-    /// A word for people besides the error; often empty.
-    pub message: String,
-    /// As [`RunResult::log`].
-    pub log: Option<Digest>,
+    /// Words for people besides the error.
+    pub account: Box<Account>,
 }
 
 impl RunFailure {
     /// A failure that leaves nothing behind and is for good.
     pub fn new(error: Error) -> Self {
-        Self { error, partial: None, retryable: false, message: String::new(), log: None }
+        Self { error, partial: None, retryable: false, account: Box::default() }
     }
 }

@@ -9,7 +9,7 @@ use super::{
     command::{self, Launch},
     inputs,
     launcher::{Ending, Launcher, Ran},
-    messages::{RunAction, RunFailure, RunReport, RunResult, RunStage, StageReached},
+    messages::{Account, RunAction, RunFailure, RunReport, RunResult, RunStage, StageReached},
     outputs, run_log,
     store::BlobStore,
     workspace::Workspace,
@@ -71,19 +71,18 @@ impl<'a> ActionRun<'a> {
         self.result.execution_metadata = Some(self.timeline.metadata(self.worker(), usage));
         self.log(&outcome);
         let message = self.ran.as_ref().map_or_else(String::new, |ran| run_log::message(ran, &self.facts()));
-        let log = self.store_run_log(&outcome);
+        let account = Account { message, log: self.store_run_log(&outcome) };
         match outcome {
             Ok(()) => {
                 self.record();
-                Ok(Box::new(RunResult { result: self.result, message, log }))
+                Ok(Box::new(RunResult { result: self.result, account }))
             }
             Err(error) => Err(RunFailure {
                 retryable: is_workers_fault(&error),
                 // Without a command that ran there is nothing to tell.
                 partial: self.ran.is_some().then(|| Box::new(self.result)),
                 error,
-                message,
-                log,
+                account: Box::new(account),
             }),
         }
     }

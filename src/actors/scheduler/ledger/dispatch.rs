@@ -168,8 +168,8 @@ impl Ledger {
             self.slots.close(pool);
         }
         let log = match &end {
-            RunEnd::Reported(Ok(report)) => report.log,
-            RunEnd::Reported(Err(failure)) => failure.log,
+            RunEnd::Reported(Ok(report)) => report.account.log,
+            RunEnd::Reported(Err(failure)) => failure.account.log,
             RunEnd::Lost { .. } => None,
         };
         if let Some(task) = self.tasks.get_mut(&id) {
@@ -181,7 +181,7 @@ impl Ledger {
                     result: Some(Arc::new(report.result)),
                     cached: false,
                     error: None,
-                    message: report.message,
+                    message: report.account.message,
                     server_logs: Vec::new(),
                 };
                 self.end_task(id, outcome, now);
@@ -189,7 +189,7 @@ impl Ledger {
             RunEnd::Reported(Err(failure)) if failure.retryable => self.retry(id, failure.error, now),
             RunEnd::Reported(Err(failure)) => {
                 let result = failure.partial.map(|partial| Arc::new(*partial));
-                let message = failure.message;
+                let message = failure.account.message;
                 self.end_task(id, Outcome { result, message, ..Outcome::failed(failure.error) }, now);
             }
             RunEnd::Lost { .. } => {

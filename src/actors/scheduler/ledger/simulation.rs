@@ -269,8 +269,7 @@ impl World {
             }
             0..12 => RunEnd::Reported(Ok(Box::new(RunResult {
                 result: Default::default(),
-                message: "".into(),
-                log: None,
+                account: Default::default(),
             }))),
             12..14 => RunEnd::Reported(failure(Error::DeadlineExceeded("too slow".into()), false)),
             14..17 => RunEnd::Reported(failure(Error::internal("bad luck"), true)),

@@ -76,7 +76,7 @@ impl Desk {
 }
 
 fn success() -> RunReport {
-    Ok(Box::new(RunResult { result: reapi::ActionResult::default(), message: String::new(), log: None }))
+    Ok(Box::new(RunResult { result: reapi::ActionResult::default(), account: Default::default() }))
 }
 
 fn stage(subscription: &Subscription) -> Stage {

@@ -47,6 +47,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// When a reader that found no place should come back.
 const READERS_RETRY: Duration = Duration::from_secs(5);
 
+const GIVEN_UP: &str = "log_streams_given_up";
+
 /// What a server sets.
 #[derive(Debug, Clone)]
 pub struct LogSettings {
@@ -196,7 +198,11 @@ impl LogStreams {
                         books.runs.expire(now);
                         books.clients.expire(now)
                     };
-                    give_up(expired);
+                    let unfinished = give_up(expired);
+                    if unfinished > 0 {
+                        log::info!(target: "gorego::log_streams", event = GIVEN_UP, streams = unfinished;
+                            "nobody wrote to some log streams for too long; they are forgotten");
+                    }
                 }
             }
         }
@@ -212,11 +218,14 @@ impl LogStreams {
     }
 }
 
-/// Readers of a stream that was not finished must not take its end for a good one.
-fn give_up(streams: impl IntoIterator<Item = Arc<ClientStream>>) {
+/// Readers of a stream that was not finished must not take its end for a good one. Says how many were not.
+fn give_up(streams: impl IntoIterator<Item = Arc<ClientStream>>) -> usize {
+    let mut unfinished = 0;
     for stream in streams {
         stream.spool.give_up();
+        unfinished += usize::from(!stream.spool.committed().finished);
     }
+    unfinished
 }
 
 fn unknown(name: &LogName) -> Error {

@@ -70,8 +70,7 @@ impl<'a> ActionRun<'a> {
         let usage = self.ran.as_ref().map(|ran| &ran.usage);
         self.result.execution_metadata = Some(self.timeline.metadata(self.worker(), usage));
         self.log(&outcome);
-        let message = self.ran.as_ref().map_or_else(String::new, |ran| run_log::message(ran, &self.facts()));
-        let account = Account { message, log: self.store_run_log(&outcome) };
+        let account = self.account(&outcome);
         match outcome {
             Ok(()) => {
                 self.record();
@@ -196,10 +195,14 @@ impl<'a> ActionRun<'a> {
         }
     }
 
-    /// Stores the account of a run that did not go well (EXE-61); `None` for all others, and when storing fails too.
-    fn store_run_log(&self, outcome: &Result<()>) -> Option<Digest> {
-        let text = run_log::render(&self.facts(), self.ran.as_ref(), outcome.as_ref().err())?;
-        self.store_bytes(text.into_bytes()).ok()
+    /// What people are told; a text that cannot be stored is left out, since the run has news of its own.
+    fn account(&self, outcome: &Result<()>) -> Account {
+        let facts = self.facts();
+        let text = run_log::render(&facts, self.ran.as_ref(), outcome.as_ref().err());
+        Account {
+            message: self.ran.as_ref().map_or_else(String::new, |ran| run_log::message(ran, &facts)),
+            log: text.and_then(|text| self.store_bytes(text.into_bytes()).ok()),
+        }
     }
 
     fn store_bytes(&self, bytes: Vec<u8>) -> Result<Digest> {

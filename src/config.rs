@@ -42,6 +42,8 @@ pub struct Config {
     pub cache: CacheConfig,
     /// The scheduler and its workers.
     pub execution: ExecutionConfig,
+    /// Log streams of clients.
+    pub log_streams: LogStreamsConfig,
 }
 
 /// `[instances."NAME"]`: what is different there; everything else is as for all instances.
@@ -140,6 +142,21 @@ pub struct ExecutionConfig {
     pub platform: BTreeMap<String, String>,
 }
 
+/// `[log_streams]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogStreamsConfig {
+    /// Whether clients may make log streams of their own (LOG-01).
+    pub enabled: bool,
+    /// How many there may be; finished ones make room for new ones.
+    pub max_streams: usize,
+    /// Bound on the bytes of all of them, in GB (10^9 bytes).
+    pub max_size_gb: u64,
+    /// How long one that is finished, or that nobody writes to, is kept.
+    #[serde(with = "humantime_serde")]
+    pub retention: Duration,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -153,6 +170,7 @@ impl Default for Config {
             log: LogConfig::default(),
             cache: CacheConfig::default(),
             execution: ExecutionConfig::default(),
+            log_streams: LogStreamsConfig::default(),
         }
     }
 }
@@ -171,6 +189,12 @@ impl Default for CacheConfig {
             max_blob_size_gb: 16,
             partial_upload_retention: Duration::from_secs(10 * 60),
         }
+    }
+}
+
+impl Default for LogStreamsConfig {
+    fn default() -> Self {
+        Self { enabled: true, max_streams: 4_000, max_size_gb: 1, retention: Duration::from_secs(10 * 60) }
     }
 }
 

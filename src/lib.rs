@@ -12,6 +12,7 @@ pub mod digest;
 pub mod error;
 pub mod grpc;
 pub mod instance;
+pub mod log_streams;
 pub mod logging;
 pub mod path;
 pub mod proto;

@@ -10,6 +10,7 @@ use crate::{
     digest::DigestFunction,
     error::{Error, Result},
     instance::{Instances, Policy},
+    log_streams::{Limits, MAX_STREAM_BYTES},
 };
 use std::{
     collections::BTreeMap,
@@ -28,6 +29,8 @@ const MAX_GB: u64 = 1_000_000_000;
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Most actions at a time on one machine; each slot is a thread and a process.
 const MAX_CONCURRENCY: usize = 4_096;
+/// Most log streams of clients; each that has bytes holds a file open.
+const MAX_LOG_STREAMS: usize = 100_000;
 /// Most tasks that may wait, and most finished operations that are remembered; about 2 GB of memory.
 const MAX_OPERATIONS: usize = 1_000_000;
 
@@ -74,6 +77,10 @@ pub struct Settings {
     pub log: LogConfig,
     /// The scheduler and its workers; `None` for a cache without execution.
     pub execution: Option<ExecutionSettings>,
+    /// Whether clients may make log streams.
+    pub client_log_streams: bool,
+    /// Bounds on the log streams of clients.
+    pub log_streams: Limits,
     /// The file that was read, for logs.
     pub config_file: Option<PathBuf>,
     /// What an operator should know although it is allowed; to be logged once logging works.
@@ -186,6 +193,7 @@ impl Settings {
             check.refuse("log.filter", &problem);
         }
         let execution = execution(&mut check, &cache_dir, machine);
+        let log_streams = log_streams(&mut check);
         match (instances, check.problems.is_empty()) {
             (Some(instances), true) => Ok(Self {
                 listen_addr: config.listen_addr,
@@ -197,6 +205,8 @@ impl Settings {
                 shutdown_grace: config.shutdown_grace,
                 log: config.log.clone(),
                 execution: config.execution.enabled.then_some(execution),
+                client_log_streams: config.log_streams.enabled,
+                log_streams,
                 config_file: loaded.file.clone(),
                 warnings,
             }),
@@ -274,6 +284,19 @@ fn check_exposure(check: &mut Check<'_>, warnings: &mut Vec<String>) {
              this machine and change what the cache answers. Listen on 127.0.0.1 (and reach it through an SSH tunnel, \
              say) or, on a network where everybody is trusted that far, set allow_unauthenticated = true",
         );
+    }
+}
+
+fn log_streams(check: &mut Check<'_>) -> Limits {
+    let config = &check.loaded.config.log_streams;
+    check.count("log_streams.max_streams", config.max_streams, MAX_LOG_STREAMS);
+    check.duration("log_streams.retention", config.retention, false);
+    Limits {
+        streams: config.max_streams,
+        bytes: check.gigabytes("log_streams.max_size_gb", config.max_size_gb),
+        stream_bytes: MAX_STREAM_BYTES,
+        idle: Some(config.retention),
+        kept: config.retention,
     }
 }
 

@@ -4,7 +4,7 @@
 //! a handle of the store. A slow client holds at most one piece of its blob in memory here. An upload that stops in the middle
 //! leaves its bytes with the store under the resource name, for the client to go on (BS-20).
 
-use super::{Edge, ReadStream, request_log::Call};
+use super::{Edge, ReadStream, log_stream, request_log::Call};
 use crate::{
     actors::cas::{
         blob::{BlobReader, BlobWriter},
@@ -13,6 +13,7 @@ use crate::{
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
+    log_streams::name::LogName,
     proto::bytestream::{
         QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest,
         WriteResponse, byte_stream_server::ByteStream,
@@ -32,7 +33,7 @@ pub const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
 const SUPERSEDED_CHECK: Duration = Duration::from_secs(1);
 /// How long the end of the stream is waited for after `finish_write`, to see that no more data follows (BS-21). Clients close
 /// their half at once; the bound is for one that waits for the answer first.
-const CLOSE_WAIT: Duration = Duration::from_secs(1);
+pub(super) const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 /// The service.
 #[derive(Debug)]
@@ -43,6 +44,10 @@ impl ByteStream for ByteStreamService {
     type ReadStream = ReadStream;
 
     async fn read(&self, request: Request<ReadRequest>) -> Result<Response<ReadStream>, Status> {
+        if let Some(name) = LogName::parse(&request.get_ref().resource_name) {
+            let stream = log_stream::read(&self.0, &Call::of(&request), &name?, request.get_ref())?;
+            return Ok(Response::new(stream));
+        }
         let name = ResourceName::parse_read(&request.get_ref().resource_name)?;
         let (instance, digest) = self.resolve(&Call::of(&request), &name)?;
         let request = request.into_inner();
@@ -60,6 +65,9 @@ impl ByteStream for ByteStreamService {
         let mut messages = request.into_inner();
         let first = next_message(&mut messages, WRITE_IDLE_LIMIT).await?;
         let first = first.ok_or_else(|| Error::invalid("the stream has no message"))?;
+        if let Some(name) = LogName::parse(&first.resource_name) {
+            return log_stream::write(&self.0, &call, &name?, messages, first).await;
+        }
         let (name, check) = WriteCheck::begin(&first)?;
         let (instance, digest) = self.resolve(&call, &name)?;
         let upload =
@@ -76,6 +84,9 @@ impl ByteStream for ByteStreamService {
         request: Request<QueryWriteStatusRequest>,
     ) -> Result<Response<QueryWriteStatusResponse>, Status> {
         let resource = &request.get_ref().resource_name;
+        if let Some(name) = LogName::parse(resource) {
+            return Ok(Response::new(log_stream::query(&self.0, &Call::of(&request), &name?)?));
+        }
         let name = ResourceName::parse_write(resource)?;
         let (instance, digest) = self.resolve(&Call::of(&request), &name)?;
         let status = self.0.cas.query_upload(&instance, resource, digest).await?;
@@ -249,7 +260,7 @@ async fn receive(
 }
 
 /// The next message, or `None` at the end of the stream.
-async fn next_message(
+pub(super) async fn next_message(
     messages: &mut Streaming<WriteRequest>,
     limit: Duration,
 ) -> Result<Option<WriteRequest>, Status> {

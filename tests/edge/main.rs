@@ -6,4 +6,5 @@ mod byte_stream;
 mod cas;
 mod execution;
 mod harness;
+mod log_stream;
 mod service;

@@ -8,6 +8,7 @@ mod execution;
 mod inputs;
 mod instances;
 mod lifecycle;
+mod live;
 #[path = "../log_schema/mod.rs"]
 mod log_schema;
 mod logs;

@@ -38,6 +38,7 @@ async fn main() {
         root: root.path().join("store"),
         max_bytes: 1 << 40,
         max_blob_bytes: 1 << 34,
+        zstd_level: 1,
         partial_upload_retention: Duration::from_secs(60),
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
     };

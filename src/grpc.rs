@@ -34,7 +34,7 @@ pub mod status;
 
 use crate::{
     actors::cas::client::Cas,
-    config::Config,
+    config::{CommittedSize, Config},
     error::{Error, Result},
     instance::Instances,
     proto::{
@@ -105,6 +105,8 @@ pub struct Settings {
     pub action_cache_updates: bool,
     /// Largest blob that is accepted, in bytes (CAP-15).
     pub max_blob_bytes: u64,
+    /// What a finished compressed upload answers (BS-25).
+    pub compressed_committed_size: CommittedSize,
 }
 
 impl From<&Config> for Settings {
@@ -113,6 +115,7 @@ impl From<&Config> for Settings {
         Self {
             action_cache_updates: config.cache.action_cache_updates,
             max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB),
+            compressed_committed_size: config.cache.compressed_committed_size,
         }
     }
 }

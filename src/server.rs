@@ -79,6 +79,7 @@ fn store_settings(settings: &Settings) -> StoreSettings {
         max_bytes: settings.max_size_bytes,
         max_blob_bytes: settings.max_blob_bytes,
         partial_upload_retention: settings.partial_upload_retention,
+        zstd_level: settings.zstd_level,
         timeouts: settings
             .execution
             .as_ref()
@@ -146,6 +147,7 @@ impl Server {
             settings: grpc::Settings {
                 action_cache_updates: settings.action_cache_updates,
                 max_blob_bytes: settings.max_blob_bytes,
+                compressed_committed_size: settings.compressed_committed_size,
             },
         });
         let (close, closed) = tokio::sync::oneshot::channel::<()>();

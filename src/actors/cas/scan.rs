@@ -99,7 +99,7 @@ fn all_shards(files: &Files) -> Vec<Shard> {
     let mut shards = Vec::new();
     for instance in files.instances() {
         for &function in DigestFunction::ALL {
-            for kind in [Kind::Blob, Kind::Result] {
+            for kind in Kind::ALL {
                 shards.extend((0..=u8::MAX).map(|first| Shard { kind, instance, function, first }));
             }
         }

@@ -4,6 +4,7 @@ mod inputs;
 mod results;
 mod store;
 mod uploads;
+mod zstd;
 
 use super::{blob::BlobReader, client::*, *};
 use crate::{action::TimeoutPolicy, digest::DigestFunction, instance::Instance, proto::reapi};
@@ -47,6 +48,7 @@ impl Store {
             max_bytes,
             max_blob_bytes: 100 * MB,
             partial_upload_retention: Duration::from_secs(600),
+            zstd_level: 1,
             timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
         };
         let instances = Instances::new(["", "other/one"]).unwrap();

@@ -7,6 +7,7 @@ use crate::actors::cas::{
     guards::Reservation,
     index::{Key, Kind},
     requests::EndUpload,
+    sink::Sink,
 };
 use futures::future::join_all;
 

@@ -132,7 +132,8 @@ mod tests {
             assert_eq!(read.instance_name, instance);
             assert!(read.digest.is_empty());
             assert_eq!(read.encoding, Encoding::Identity);
-            let packed = ResourceName::parse_read(&format!("{prefix}compressed-blobs/zstd/{HASH}/0")).unwrap();
+            let packed =
+                ResourceName::parse_read(&format!("{prefix}compressed-blobs/zstd/{HASH}/0")).unwrap();
             assert_eq!(packed, ResourceName { encoding: Encoding::Zstd, ..read.clone() });
             for tail in ["", "/some/path/123/x.o", "/"] {
                 let name = format!("{prefix}uploads/{UUID}/blobs/{HASH}/0{tail}");

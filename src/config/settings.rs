@@ -191,7 +191,11 @@ impl Settings {
         let max_blob_bytes = check.gigabytes("cache.max_blob_size_gb", config.cache.max_blob_size_gb);
         check.duration("shutdown_grace", config.shutdown_grace, true);
         check.duration("cache.partial_upload_retention", config.cache.partial_upload_retention, true);
-        check.require("cache.zstd_level", LEVELS.contains(&config.cache.zstd_level), "must be between 1 and 19");
+        check.require(
+            "cache.zstd_level",
+            LEVELS.contains(&config.cache.zstd_level),
+            "must be between 1 and 19",
+        );
         if let Err(problem) = crate::logging::check_filter(&config.log.filter) {
             check.refuse("log.filter", &problem);
         }

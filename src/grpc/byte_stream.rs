@@ -60,9 +60,7 @@ impl ByteStream for ByteStreamService {
             Encoding::Zstd if request.read_limit != 0 => {
                 return Err(Error::invalid("read_limit is set on a compressed read").into());
             }
-            Encoding::Zstd => {
-                zstd_stream(self.0.cas.open_zstd(&instance, name.digest, window.next).await?)
-            }
+            Encoding::Zstd => zstd_stream(self.0.cas.open_zstd(&instance, name.digest, window.next).await?),
         }))
     }
 
@@ -250,8 +248,9 @@ impl WriteCheck {
 
     /// What a stream that is closed without `finish_write` gets (BS-21).
     fn unfinished(&self) -> Error {
+        let of = self.limit.map(|size| format!(" of {size}")).unwrap_or_default();
         Error::Invalid(format!(
-            "the stream ends at offset {} without finish_write; the bytes are kept for a while, \
+            "the stream ends at byte {}{of} without finish_write; the bytes are kept for a while, \
              QueryWriteStatus says from where to go on",
             self.next_offset
         ))

@@ -4,14 +4,21 @@
 //! there. An inflow turns what the client sends into bytes of the blob; it belongs to one stream, a sink may outlive it. All
 //! of this blocks.
 
-use super::{blob::hash_mismatch, files::{Files, TemporaryFile}};
+use super::{
+    blob::hash_mismatch,
+    files::{Files, TemporaryFile},
+};
 use crate::{
     compression::{Decoder, decode_all},
     digest::{Digest, Hasher},
     error::{Error, Result},
 };
 use bytes::Bytes;
-use std::{fs, io::{self, Write as _}, path::Path};
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::Path,
+};
 
 /// Blobs up to this size are decoded in memory, where hashing and writing them in one go is cheaper.
 pub const WHOLE_BYTES: u64 = 1024 * 1024;

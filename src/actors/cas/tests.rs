@@ -1,10 +1,10 @@
 //! Behaviours of the whole room: a real actor on a real directory.
 
+mod compressed;
 mod inputs;
 mod results;
 mod store;
 mod uploads;
-mod zstd;
 
 use super::{blob::BlobReader, client::*, *};
 use crate::{action::TimeoutPolicy, digest::DigestFunction, instance::Instance, proto::reapi};

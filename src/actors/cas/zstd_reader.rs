@@ -249,7 +249,13 @@ impl Cas {
     }
 
     /// One item of a batch, of which nothing is in memory. Blocks.
-    fn pack_item(&self, instance: &Instance, found: Found, form: Option<Found>, lease: &Arc<Lease>) -> Result<Item> {
+    fn pack_item(
+        &self,
+        instance: &Instance,
+        found: Found,
+        form: Option<Found>,
+        lease: &Arc<Lease>,
+    ) -> Result<Item> {
         let digest = found.file.key.digest;
         let is_small = digest.size() <= SMALL_BLOB_BYTES;
         if !is_small {
@@ -266,7 +272,8 @@ impl Cas {
         if digest.size() >= WORTHWHILE_BYTES {
             self.shared().encoders.with(|encoder| encoder.frames(&plain, &mut stream))?;
         }
-        let stream = (!stream.is_empty() && saves(digest.size(), stream.len() as u64)).then(|| Bytes::from(stream));
+        let stream =
+            (!stream.is_empty() && saves(digest.size(), stream.len() as u64)).then(|| Bytes::from(stream));
         if is_small {
             let weight = stream.as_ref().map_or(0, Bytes::len) + super::RECENT_OVERHEAD_BYTES;
             self.shared().packed.insert((instance.id(), digest), stream.clone(), weight);
@@ -285,7 +292,13 @@ struct Opened {
 }
 
 /// Opens what a read from `offset` needs. Blocks.
-fn open_parts(cas: &Cas, found: Found, form: Option<Found>, lease: Arc<Lease>, offset: u64) -> Result<Opened> {
+fn open_parts(
+    cas: &Cas,
+    found: Found,
+    form: Option<Found>,
+    lease: Arc<Lease>,
+    offset: u64,
+) -> Result<Opened> {
     let size = found.file.key.digest.size();
     let form = form.and_then(|form| Form::open(cas, form, &lease));
     let (form_from, packed_from) = form.as_ref().map_or((size, 0), |form| form.table.frame_from(offset));

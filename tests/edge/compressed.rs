@@ -108,7 +108,7 @@ async fn what_was_written_compressed_or_not_is_read_compressed_or_not() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compressed_upload_that_ends_early_answers_minus_one() {
     let server = Server::start().await;
-    let plain = text(1_000_000);
+    let plain = text(4_000_000);
     let (digest, stream) = (digest(&plain), pack(&plain));
     let name = upload_name(&digest);
     let (stalled, messages) = mpsc::channel(1);

@@ -132,7 +132,7 @@ async fn main() {
     }
     .encode_to_vec();
     let action_digest = SHA256.digest(&action);
-    let batch = vec![(SHA256.digest(&command), command.into()), (action_digest, action.into())];
+    let batch = vec![(SHA256.digest(&command), Bytes::from(command)), (action_digest, Bytes::from(action))];
     cas.write_many(&main, batch).await.unwrap();
     let output =
         reapi::OutputFile { path: "o".into(), digest: Some(digests[0].to_wire()), ..Default::default() };
@@ -157,7 +157,7 @@ async fn main() {
         .unzip();
     let tree = reapi::Directory { files, ..Default::default() }.encode_to_vec();
     let tree_digest = SHA256.digest(&tree);
-    cas.write_many(&main, vec![(tree_digest, tree.into())]).await.unwrap();
+    cas.write_many(&main, vec![(tree_digest, Bytes::from(tree))]).await.unwrap();
     let (worker, instance, path) = (cas.clone(), main.clone(), root.path().to_owned());
     let large_digest = digest;
     let used = digests.clone();
@@ -186,7 +186,7 @@ async fn main() {
             }],
             ..Default::default()
         };
-        let root = worker.store_bytes(&instance, tree.encode_to_vec()).unwrap();
+        let root = worker.store_bytes(&instance, DigestFunction::Sha256, tree.encode_to_vec()).unwrap();
         let staged = worker.stage_inputs(&instance, root).unwrap();
         let start = Instant::now();
         staged.materialise(&large_digest, &parent, "large", 0o644).unwrap();
@@ -196,7 +196,7 @@ async fn main() {
             let name = format!("out{n}");
             fs::write(path.join("exec").join(&name), format!("output {n}")).unwrap();
             let file = fs::File::open(path.join("exec").join(&name)).unwrap();
-            worker.store_output(&instance, &parent, &name, file).unwrap();
+            worker.store_output(&instance, DigestFunction::Sha256, &parent, &name, file).unwrap();
         }
         report("write a small file and store_output", 1_000, start.elapsed());
     };

@@ -145,7 +145,6 @@ impl Server {
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
             settings: grpc::Settings {
-                action_cache_updates: settings.action_cache_updates,
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
             },

@@ -54,6 +54,8 @@ pub struct Provenance {
     pub worker: String,
     /// The tool invocation that asked for it; empty when unknown.
     pub tool_invocation_id: String,
+    /// Network address of the client that uploaded it; empty when a worker made it.
+    pub peer: String,
 }
 
 /// An input root whose every blob is leased: none of it can be evicted while this is held.
@@ -109,7 +111,7 @@ impl Cas {
     /// # Errors
     /// `Unavailable` when the server is going down.
     pub async fn find_missing(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Digest>> {
-        let instance = instance.id();
+        let instance = instance.blobs();
         if digests.len() <= DIGESTS_PER_MESSAGE {
             return self.ask(FindMissing { instance, digests }).await;
         }
@@ -135,7 +137,7 @@ impl Cas {
                 Err(not_found(digest))
             };
         };
-        if let Some(bytes) = self.shared.recent.get(&(instance.id(), digest)) {
+        if let Some(bytes) = self.shared.recent.get(&(instance.blobs(), digest)) {
             return Ok(BlobReader::whole(bytes));
         }
         let cas = self.clone();
@@ -149,7 +151,7 @@ impl Cas {
     pub async fn read_many(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Result<Bytes>>> {
         let located = self.locate(instance, digests.clone(), false).await?;
         let at_hand = |(digest, found): (&Digest, &Option<Found>)| match found {
-            Some(_) => self.shared.recent.get(&(instance.id(), *digest)).map(Ok),
+            Some(_) => self.shared.recent.get(&(instance.blobs(), *digest)).map(Ok),
             None if digest.is_empty() => Some(Ok(Bytes::new())),
             None => Some(Err(not_found(*digest))),
         };
@@ -179,7 +181,7 @@ impl Cas {
     ) -> Result<Vec<Result<()>>> {
         let blobs: Vec<(Digest, Payload)> =
             blobs.into_iter().map(|(digest, bytes)| (digest, bytes.into())).collect();
-        let (id, mut digests) = (instance.id(), HashSet::with_capacity(blobs.len()));
+        let (id, mut digests) = (instance.blobs(), HashSet::with_capacity(blobs.len()));
         let fits = |digest: &Digest, payload: &Payload| match payload {
             Payload::Plain(bytes) => digest.size() == bytes.len() as u64 && !digest.is_empty(),
             Payload::Zstd(_) => self.check_blob_size(digest.size(), "").is_ok() && !digest.is_empty(),
@@ -259,7 +261,7 @@ impl Cas {
         if digest.is_empty() {
             return Ok(Upload::Present);
         }
-        let blob = Key { digest, instance: instance.id(), kind: Kind::Blob };
+        let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
         let name = upload_name(instance, name);
         // Twice: a client that goes on at once meets its own broken stream while that is being put away.
         for _ in 0..2 {
@@ -290,7 +292,7 @@ impl Cas {
         if digest.is_empty() {
             return Ok(UploadStatus { committed: 0, complete: true });
         }
-        let blob = Key { digest, instance: instance.id(), kind: Kind::Blob };
+        let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
         self.ask(QueryUpload { name: upload_name(instance, name), blob }).await
     }
 
@@ -311,7 +313,7 @@ impl Cas {
         digests: Vec<Digest>,
         lease: bool,
     ) -> Result<Located> {
-        self.ask(Locate { instance: instance.id(), digests, lease, zstd: false }).await
+        self.ask(Locate { instance: instance.blobs(), digests, lease, zstd: false }).await
     }
 
     pub(super) async fn ask<M>(&self, message: M) -> Result<M::Result>

@@ -108,7 +108,7 @@ impl Sink {
     /// Those of open(2).
     pub fn create(files: &Files, blob: Digest) -> io::Result<Self> {
         let file = TemporaryFile::create(files.temporary_path(files.next_generation()))?;
-        Ok(Self { file, hasher: blob.function().hasher() })
+        Ok(Self { file, hasher: blob.hasher() })
     }
 
     /// Takes the next bytes of a stream.
@@ -174,7 +174,7 @@ impl Checked {
             inflow.finish()?;
             return Ok(Self::Spilled(Some(sink)));
         }
-        let mut hasher = blob.function().hasher();
+        let mut hasher = blob.hasher();
         inflow.take(stream, blob.size(), |piece| {
             hasher.update(piece);
             Ok(())

@@ -276,7 +276,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Shared) -> Result<
     let plain = matches!(attempt.inflow, Inflow::Plain);
     let metadata = if attempt.sink.is_none() && (plain || digest.size() <= WHOLE_BYTES) {
         let pieces = attempt.inflow.whole(pending, digest.size())?;
-        let mut hasher = digest.function().hasher();
+        let mut hasher = digest.hasher();
         pieces.iter().for_each(|bytes| hasher.update(bytes));
         let actual = hasher.finish();
         if actual != digest {

@@ -126,7 +126,7 @@ fn read_table(file: &File, length: u64) -> io::Result<Option<SeekTable>> {
 /// Decodes every frame and makes sure that it holds what the table says, and that together they are the blob.
 fn verify(file: &File, table: &SeekTable, digest: Digest) -> Result<()> {
     let wrong = |problem: &str| Error::Internal(format!("as a zstd stream, {problem}"));
-    let mut hasher = digest.function().hasher();
+    let mut hasher = digest.hasher();
     let mut decoder = Decoder::new(digest.size())?;
     let (mut buffer, mut at) = (Vec::new(), 0);
     for (plain, packed) in table.frames() {
@@ -155,7 +155,7 @@ impl Cas {
     /// made, in the background.
     pub(super) fn note_zstd_read(&self, instance: &Instance, digest: Digest) -> Option<History> {
         let shared = self.shared();
-        let key = (instance.id(), digest);
+        let key = (instance.blobs(), digest);
         let history = shared.zstd_history.get(&key);
         match history {
             None => shared.zstd_history.insert(key, History::Read, ZSTD_HISTORY_WEIGHT),
@@ -184,7 +184,7 @@ impl Cas {
     async fn try_make_form(&self, instance: &Instance, digest: Digest) -> Result<()> {
         let blob = self.open(instance, digest).await?;
         let room = self.ask(Reserve(self.shared().files.charge(digest.size()))).await??;
-        let (cas, id) = (self.clone(), instance.id());
+        let (cas, id) = (self.clone(), instance.blobs());
         let visible = self.blocking(move || cas.write_form(&blob, id, digest, room)).await??;
         if let Some(visible) = visible {
             let _ = visible.await;

@@ -168,7 +168,7 @@ impl Cas {
         if digest.size() <= SMALL_BLOB_BYTES {
             return self.open_small_zstd(instance, digest, offset).await;
         }
-        let message = Locate { instance: instance.id(), digests: vec![digest], lease: true, zstd: true };
+        let message = Locate { instance: instance.blobs(), digests: vec![digest], lease: true, zstd: true };
         let mut located = self.ask(message).await?;
         let (found, form) = (located.found.pop().flatten(), located.zstd.pop().flatten());
         let found = found.ok_or_else(|| not_found(digest))?;
@@ -220,10 +220,10 @@ impl Cas {
         instance: &Instance,
         digests: Vec<Digest>,
     ) -> Result<Vec<Result<Item>>> {
-        let message = Locate { instance: instance.id(), digests: digests.clone(), lease: true, zstd: true };
+        let message = Locate { instance: instance.blobs(), digests: digests.clone(), lease: true, zstd: true };
         let located = self.ask(message).await?;
         let kept: Vec<Option<Option<Bytes>>> =
-            digests.iter().map(|digest| self.shared().packed.get(&(instance.id(), *digest))).collect();
+            digests.iter().map(|digest| self.shared().packed.get(&(instance.blobs(), *digest))).collect();
         let permit = self.shared().encoding.clone().acquire_owned().await.map_err(Error::internal)?;
         let (cas, instance) = (self.clone(), instance.clone());
         self.blocking(move || {
@@ -244,7 +244,7 @@ impl Cas {
     }
 
     fn read_found(&self, instance: &Instance, found: &Found) -> Result<Bytes> {
-        let recent = self.shared().recent.get(&(instance.id(), found.file.key.digest));
+        let recent = self.shared().recent.get(&(instance.blobs(), found.file.key.digest));
         recent.map_or_else(|| read_whole(self, found), Ok)
     }
 
@@ -276,7 +276,7 @@ impl Cas {
             (!stream.is_empty() && saves(digest.size(), stream.len() as u64)).then(|| Bytes::from(stream));
         if is_small {
             let weight = stream.as_ref().map_or(0, Bytes::len) + super::RECENT_OVERHEAD_BYTES;
-            self.shared().packed.insert((instance.id(), digest), stream.clone(), weight);
+            self.shared().packed.insert((instance.blobs(), digest), stream.clone(), weight);
         }
         Ok(stream.map_or(Item::Plain(plain), Item::Zstd))
     }

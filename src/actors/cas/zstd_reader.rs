@@ -220,7 +220,8 @@ impl Cas {
         instance: &Instance,
         digests: Vec<Digest>,
     ) -> Result<Vec<Result<Item>>> {
-        let message = Locate { instance: instance.blobs(), digests: digests.clone(), lease: true, zstd: true };
+        let message =
+            Locate { instance: instance.blobs(), digests: digests.clone(), lease: true, zstd: true };
         let located = self.ask(message).await?;
         let kept: Vec<Option<Option<Bytes>>> =
             digests.iter().map(|digest| self.shared().packed.get(&(instance.blobs(), *digest))).collect();

@@ -277,7 +277,7 @@ async fn what_does_not_get_smaller_has_no_form_and_is_sent_as_it_is() {
     let store = Store::new().await;
     let plain = noise(1_000_000, 1);
     let blob = store.put(plain.clone()).await;
-    let history = || store.cas.shared().zstd_history.get(&(store.main.id(), blob));
+    let history = || store.cas.shared().zstd_history.get(&(store.main.blobs(), blob));
     get_zstd(&store, blob, 0).await.unwrap();
     get_zstd(&store, blob, 0).await.unwrap();
     eventually(|| async { (history() == Some(History::Incompressible)).then_some(()) }).await;

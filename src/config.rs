@@ -99,6 +99,22 @@ pub struct CacheConfig {
     /// How long the bytes of a broken upload are kept for its client to go on.
     #[serde(with = "humantime_serde")]
     pub partial_upload_retention: Duration,
+    /// How hard blobs are compressed for clients that read them compressed, 1 to 19.
+    pub zstd_level: i32,
+    /// What a finished compressed upload answers as `committed_size`.
+    pub compressed_committed_size: CommittedSize,
+}
+
+/// What a finished compressed upload answers as `committed_size`; clients disagree (BS-25).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CommittedSize {
+    /// The compressed bytes, after the offset at which the upload began: Bazel, buck2, and the API's text.
+    Compressed,
+    /// The size of the blob: Siso, and the `cas` package of the Go SDK.
+    Uncompressed,
+    /// -1, which Bazel and buck2 take too.
+    MinusOne,
 }
 
 /// `[execution]`.
@@ -188,6 +204,8 @@ impl Default for CacheConfig {
             action_cache_updates: true,
             max_blob_size_gb: 16,
             partial_upload_retention: Duration::from_secs(10 * 60),
+            zstd_level: 1,
+            compressed_committed_size: CommittedSize::Compressed,
         }
     }
 }

@@ -35,7 +35,7 @@ pub mod status;
 
 use crate::{
     actors::cas::client::Cas,
-    config::Config,
+    config::{CommittedSize, Config},
     error::{Error, Result},
     instance::Instances,
     log_streams::LogStreams,
@@ -108,12 +108,17 @@ pub struct Edge {
 pub struct Settings {
     /// Largest blob that is accepted, in bytes (CAP-15).
     pub max_blob_bytes: u64,
+    /// What a finished compressed upload answers (BS-25).
+    pub compressed_committed_size: CommittedSize,
 }
 
 impl From<&Config> for Settings {
     fn from(config: &Config) -> Self {
         const GB: u64 = 1_000_000_000;
-        Self { max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB) }
+        Self {
+            max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB),
+            compressed_committed_size: config.cache.compressed_committed_size,
+        }
     }
 }
 

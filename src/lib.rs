@@ -7,6 +7,7 @@ pub mod action;
 pub mod actors;
 pub mod cli;
 pub mod client;
+pub mod compression;
 pub mod config;
 pub mod digest;
 pub mod error;

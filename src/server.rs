@@ -80,6 +80,7 @@ fn store_settings(settings: &Settings) -> StoreSettings {
         max_bytes: settings.max_size_bytes,
         max_blob_bytes: settings.max_blob_bytes,
         partial_upload_retention: settings.partial_upload_retention,
+        zstd_level: settings.zstd_level,
         timeouts: settings
             .execution
             .as_ref()
@@ -159,7 +160,10 @@ impl Server {
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
             log_streams: log_streams.clone(),
-            settings: grpc::Settings { max_blob_bytes: settings.max_blob_bytes },
+            settings: grpc::Settings {
+                max_blob_bytes: settings.max_blob_bytes,
+                compressed_committed_size: settings.compressed_committed_size,
+            },
         });
         let (close, closed) = tokio::sync::oneshot::channel::<()>();
         let mut serving = workers.spawn({

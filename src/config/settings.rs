@@ -4,9 +4,10 @@
 //! replaced by what they stand for. All problems are reported at once, each with the key, its value and who set it. No file
 //! is touched here.
 
-use super::{Loaded, LogConfig, load::keys};
+use super::{CommittedSize, Loaded, LogConfig, load::keys};
 use crate::{
     action::TimeoutPolicy,
+    compression::LEVELS,
     digest::DigestFunction,
     error::{Error, Result},
     instance::{Instances, Policy},
@@ -71,6 +72,10 @@ pub struct Settings {
     pub max_blob_bytes: u64,
     /// How long the bytes of a broken upload are kept.
     pub partial_upload_retention: Duration,
+    /// How hard blobs are compressed; one of [`crate::compression::LEVELS`].
+    pub zstd_level: i32,
+    /// What a finished compressed upload answers (BS-25).
+    pub compressed_committed_size: CommittedSize,
     /// How long requests may go on after SIGTERM.
     pub shutdown_grace: Duration,
     /// Logs.
@@ -189,6 +194,11 @@ impl Settings {
         let max_blob_bytes = check.gigabytes("cache.max_blob_size_gb", config.cache.max_blob_size_gb);
         check.duration("shutdown_grace", config.shutdown_grace, true);
         check.duration("cache.partial_upload_retention", config.cache.partial_upload_retention, true);
+        check.require(
+            "cache.zstd_level",
+            LEVELS.contains(&config.cache.zstd_level),
+            "must be between 1 and 19",
+        );
         if let Err(problem) = crate::logging::check_filter(&config.log.filter) {
             check.refuse("log.filter", &problem);
         }
@@ -202,6 +212,8 @@ impl Settings {
                 max_size_bytes,
                 max_blob_bytes: max_blob_bytes.min(max_size_bytes),
                 partial_upload_retention: config.cache.partial_upload_retention,
+                zstd_level: config.cache.zstd_level,
+                compressed_committed_size: config.cache.compressed_committed_size,
                 shutdown_grace: config.shutdown_grace,
                 log: config.log.clone(),
                 execution: config.execution.enabled.then_some(execution),

@@ -10,6 +10,7 @@ use gorego::{
             operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
         },
     },
+    config::CommittedSize,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     grpc::{Edge, Settings, ask::Scheduler, health::Health},
@@ -64,6 +65,7 @@ impl Server {
             max_bytes: 1_000_000_000,
             max_blob_bytes: MAX_BLOB_BYTES,
             partial_upload_retention: Duration::from_secs(600),
+            zstd_level: 1,
             timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(60) },
         };
         let (system, cas, scheduler) = actors(settings, instances.clone());
@@ -72,7 +74,10 @@ impl Server {
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
             log_streams: log_streams(executes, store.path()),
-            settings: Settings { max_blob_bytes: MAX_BLOB_BYTES },
+            settings: Settings {
+                max_blob_bytes: MAX_BLOB_BYTES,
+                compressed_committed_size: CommittedSize::Compressed,
+            },
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

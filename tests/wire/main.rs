@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod cache_interplay;
+mod compression;
 mod digest_functions;
 mod execution;
 mod inputs;

@@ -10,6 +10,7 @@
 //! Waits go one way only (grpc > scheduler > worker > cas), so the actors cannot deadlock. Mailboxes carry decisions;
 //! bytes go round them through the handles of [`cas::blob`]. No actor thread ever blocks on IO.
 
+pub mod asset;
 pub mod cas;
 pub mod scheduler;
 pub mod worker;

@@ -3,8 +3,8 @@
 //! Each service decodes, asks, encodes. What is wire stays here: nothing outside this directory (and the wiring and the client)
 //! knows tonic. The files by what they own:
 //!
-//! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`capabilities`], [`health`]: the
-//!   services; reflection comes from the descriptors.
+//! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`asset`], [`capabilities`], [`health`]:
+//!   the services; reflection comes from the descriptors.
 //! - [`convert`]: wire to domain and back. [`status`]: errors to statuses. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`]: parts of answers.
 //! - [`ask`]: the way to the scheduler. [`accept`], [`request_log`], [`panic_guard`]: what every connection and call goes
@@ -16,6 +16,7 @@
 pub mod accept;
 pub mod action_cache;
 pub mod ask;
+pub mod asset;
 pub mod byte_stream;
 pub mod capabilities;
 pub mod cas;
@@ -33,12 +34,13 @@ pub mod request_log;
 pub mod status;
 
 use crate::{
-    actors::cas::client::Cas,
+    actors::{asset::client::Assets, cas::client::Cas},
     config::Config,
     error::{Error, Result},
     instance::Instances,
     proto::{
         self,
+        asset::{fetch_server::FetchServer, push_server::PushServer},
         bytestream::{self, byte_stream_server::ByteStreamServer},
         longrunning::{self, operations_server::OperationsServer},
         reapi::{
@@ -94,6 +96,8 @@ pub struct Edge {
     pub cas: Cas,
     /// The scheduler; `None` where execution is switched off.
     pub scheduler: Option<Scheduler>,
+    /// Remote assets; `None` where they are not served.
+    pub assets: Option<Assets>,
     /// What the configuration says about the protocol.
     pub settings: Settings,
 }
@@ -183,6 +187,8 @@ fn routes(edge: Arc<Edge>, health: &Health) -> Result<Routes> {
         .add_service(limited!(ContentAddressableStorageServer::new(cas::CasService(edge.clone()))))
         .add_service(limited!(ActionCacheServer::new(action_cache::ActionCacheService(edge.clone()))))
         .add_service(limited!(ByteStreamServer::new(byte_stream::ByteStreamService(edge.clone()))))
+        .add_service(limited!(FetchServer::new(asset::AssetService(edge.clone()))))
+        .add_service(limited!(PushServer::new(asset::AssetService(edge.clone()))))
         .add_service(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge))))
         .add_service(HealthServer::new(HealthService::from_health_reporter(health.reporter())))
         .add_service(reflection().build_v1().map_err(unusable)?)

@@ -7,6 +7,7 @@
 use crate::{
     action::TimeoutPolicy,
     actors::{
+        asset::{AssetActor, client::Assets, messages::CloseAssets},
         cas::{CasActor, CloseStore, StoreSettings, client::Cas},
         scheduler::{
             Pool, SchedulerActor,
@@ -99,6 +100,7 @@ struct Server {
     settings: Settings,
     listener: TcpListener,
     cas: Cas,
+    assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
     /// Where connections are served: the runtime's own threads, not the one that the actors live on.
     workers: Handle,
@@ -124,17 +126,18 @@ impl Server {
             .await
             .map_err(|error| Error::io(&format!("listen on {}", settings.listen_addr), &error))?;
         let cas = store.launch();
+        let assets = AssetActor::open(settings.assets.clone(), cas.clone(), workers.clone())?.launch();
         let scheduler = settings
             .execution
             .as_ref()
             .zip(build_root)
             .map(|(execution, build_root)| start_scheduler(execution, build_root, open_files, &cas));
-        Ok(Self { settings, listener, cas, scheduler, workers })
+        Ok(Self { settings, listener, cas, assets, scheduler, workers })
     }
 
     /// Serves until a signal or a fault, then shuts down.
     async fn serve(self, ready: impl FnOnce(SocketAddr)) -> Result<()> {
-        let Self { settings, listener, cas, scheduler, workers } = self;
+        let Self { settings, listener, cas, assets, scheduler, workers } = self;
         let mut signals = Signals::listen()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -143,6 +146,7 @@ impl Server {
             instances: settings.instances.clone(),
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
+            assets: Some(assets.clone()),
             settings: grpc::Settings {
                 action_cache_updates: settings.action_cache_updates,
                 max_blob_bytes: settings.max_blob_bytes,
@@ -161,7 +165,7 @@ impl Server {
 
         let stop = select! {
             signal = signals.next() => Stop::Signal(signal),
-            error = owner_died(&cas, scheduler.as_ref()) => Stop::Fault(error),
+            error = owner_died(&cas, &assets, scheduler.as_ref()) => Stop::Fault(error),
             ended = &mut serving => Stop::Fault(match ended {
                 Ok(Ok(())) => Error::internal("the gRPC server stopped by itself"),
                 Ok(Err(error)) => error,
@@ -195,7 +199,9 @@ impl Server {
                 std::process::exit(INTERRUPTED);
             }
         }
-        owners_live(&cas, scheduler.as_ref())?;
+        owners_live(&cas, &assets, scheduler.as_ref())?;
+        // Both write down what the next start should know.
+        let _ = timeout(CLOSE_GRACE, assets.actor().send(CloseAssets)).await;
         // Writes down what was used lately, for the order of eviction after the next start.
         if timeout(CLOSE_GRACE, cas.actor().send(CloseStore)).await.is_err() {
             log::warn!(target: LOG, event = "store_not_closed"; "the store is slow to close; its order of use may be out of date");
@@ -250,20 +256,23 @@ async fn drain(scheduler: &Addr<SchedulerActor>, grace: Duration) {
 }
 
 /// Ends when an owner actor is gone.
-async fn owner_died(cas: &Cas, scheduler: Option<&Addr<SchedulerActor>>) -> Error {
+async fn owner_died(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActor>>) -> Error {
     let mut ticks = interval(WATCH_INTERVAL);
     loop {
         ticks.tick().await;
-        if let Err(error) = owners_live(cas, scheduler) {
+        if let Err(error) = owners_live(cas, assets, scheduler) {
             return error;
         }
     }
 }
 
 /// A panic in a handler of an owner actor closes its address for good.
-fn owners_live(cas: &Cas, scheduler: Option<&Addr<SchedulerActor>>) -> Result<()> {
+fn owners_live(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActor>>) -> Result<()> {
     if !cas.actor().connected() {
         return Err(Error::internal("the store's actor died"));
+    }
+    if !assets.actor().connected() {
+        return Err(Error::internal("the asset service's actor died"));
     }
     if scheduler.is_some_and(|scheduler| !scheduler.connected()) {
         return Err(Error::internal("the scheduler's actor died"));

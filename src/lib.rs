@@ -11,6 +11,7 @@ pub mod config;
 pub mod digest;
 pub mod error;
 pub mod grpc;
+pub mod http_cache;
 pub mod instance;
 pub mod logging;
 pub mod path;

@@ -19,10 +19,12 @@ use crate::{
     config::{ExecutionSettings, Settings},
     error::{Error, Result},
     grpc::{self, Edge, ask::Scheduler},
+    http_cache::{self, HttpCache},
     logging,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
 use actix_rt::System;
+use futures::{FutureExt as _, future::BoxFuture};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
@@ -30,6 +32,7 @@ use tokio::{
     runtime::{Builder, Handle, Runtime},
     select,
     signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
     time::{interval, timeout},
 };
 
@@ -99,6 +102,8 @@ fn raise_open_files() -> Option<u64> {
 struct Server {
     settings: Settings,
     listener: TcpListener,
+    /// Where the HTTP/1.1 cache is served, if it is.
+    http: Option<TcpListener>,
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
@@ -122,9 +127,11 @@ impl Server {
         open_files: Option<u64>,
         workers: Handle,
     ) -> Result<Self> {
-        let listener = TcpListener::bind(settings.listen_addr)
-            .await
-            .map_err(|error| Error::io(&format!("listen on {}", settings.listen_addr), &error))?;
+        let listener = listen(settings.listen_addr).await?;
+        let http = match settings.http_addr {
+            Some(address) => Some(listen(address).await?),
+            None => None,
+        };
         let cas = store.launch();
         let assets = AssetActor::open(settings.assets.clone(), cas.clone(), workers.clone())?.launch();
         let scheduler = settings
@@ -132,12 +139,12 @@ impl Server {
             .as_ref()
             .zip(build_root)
             .map(|(execution, build_root)| start_scheduler(execution, build_root, open_files, &cas));
-        Ok(Self { settings, listener, cas, assets, scheduler, workers })
+        Ok(Self { settings, listener, http, cas, assets, scheduler, workers })
     }
 
     /// Serves until a signal or a fault, then shuts down.
     async fn serve(self, ready: impl FnOnce(SocketAddr)) -> Result<()> {
-        let Self { settings, listener, cas, assets, scheduler, workers } = self;
+        let Self { settings, listener, http, cas, assets, scheduler, workers } = self;
         let mut signals = Signals::listen()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -152,7 +159,7 @@ impl Server {
                 max_blob_bytes: settings.max_blob_bytes,
             },
         });
-        let (close, closed) = tokio::sync::oneshot::channel::<()>();
+        let (close, closed) = oneshot::channel::<()>();
         let mut serving = workers.spawn({
             let health = health.clone();
             async move {
@@ -161,11 +168,13 @@ impl Server {
                 grpc::serve(edge, &health, listener, shutdown).await
             }
         });
+        let (http_close, mut http_serving) = serve_http(http, &settings, &cas, &workers)?;
         ready(address);
 
         let stop = select! {
             signal = signals.next() => Stop::Signal(signal),
             error = owner_died(&cas, &assets, scheduler.as_ref()) => Stop::Fault(error),
+            error = &mut http_serving => Stop::Fault(error),
             ended = &mut serving => Stop::Fault(match ended {
                 Ok(Ok(())) => Error::internal("the gRPC server stopped by itself"),
                 Ok(Err(error)) => error,
@@ -186,7 +195,9 @@ impl Server {
             }
             // Whoever waits for the end of a stream hears it now; idle connections are told to go away.
             let _ = close.send(());
-            if timeout(CLOSE_GRACE, serving).await.is_err() {
+            drop(http_close);
+            let both = async { tokio::join!(serving, http_serving) };
+            if timeout(CLOSE_GRACE, both).await.is_err() {
                 log::warn!(target: LOG, event = "connections_cut"; "some clients kept their connections open; closing them");
             }
         };
@@ -209,6 +220,43 @@ impl Server {
         log::info!(target: LOG, event = "server_stopped"; "stopped");
         Ok(())
     }
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| Error::io(&format!("listen on {address}"), &error))
+}
+
+/// Serves the HTTP/1.1 cache, if there is a listener for it, until the sender is dropped. The future ends with what ended it.
+fn serve_http(
+    listener: Option<TcpListener>,
+    settings: &Settings,
+    cas: &Cas,
+    workers: &Handle,
+) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
+    let (close, closed) = oneshot::channel::<()>();
+    // Nothing to serve is no end of serving, until it is told to end.
+    let Some(listener) = listener else {
+        let ended = closed.map(|_| Error::internal("there is no HTTP server"));
+        return Ok((close, ended.boxed()));
+    };
+    let address =
+        listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
+    let cache = HttpCache {
+        instances: settings.instances.clone(),
+        cas: cas.clone(),
+        action_cache_updates: settings.action_cache_updates,
+        max_blob_bytes: settings.max_blob_bytes,
+    };
+    log::info!(target: LOG, event = "http_started", listen_addr:% = address; "serving the HTTP cache on {address}");
+    let serving = workers.spawn(http_cache::serve(cache, listener, async move { drop(closed.await) }));
+    let ended = async move {
+        match serving.await {
+            Ok(Ok(())) => Error::internal("the HTTP server stopped by itself"),
+            Ok(Err(error)) => error,
+            Err(panic) => Error::Internal(format!("the HTTP server panicked: {panic}")),
+        }
+    };
+    Ok((close, ended.boxed()))
 }
 
 fn start_scheduler(

@@ -130,6 +130,9 @@ impl HostRule {
             }
             _ => (text, None),
         };
+        if host == "*." {
+            return None;
+        }
         let host = bare(host);
         let name = match host.strip_prefix('*') {
             Some("") => NameRule::Any,

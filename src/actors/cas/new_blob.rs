@@ -74,13 +74,33 @@ impl NewBlob {
     ///
     /// # Errors
     /// `Exhausted` when there is no room.
-    pub async fn finish(mut self) -> Result<Digest> {
+    pub async fn finish(self) -> Result<Digest> {
+        self.finish_as(None).await
+    }
+
+    /// Stores what was written if it has the hash of `expected`, whose size does not count.
+    ///
+    /// # Errors
+    /// `Invalid` when the hash is another one, and nothing is stored; `Exhausted` when there is no room.
+    pub async fn finish_checked(self, expected: Digest) -> Result<Digest> {
+        self.finish_as(Some(expected)).await
+    }
+
+    async fn finish_as(mut self, expected: Option<Digest>) -> Result<Digest> {
+        let check = |digest: Digest| match expected {
+            Some(expected) if expected.hash() != digest.hash() => Err(Error::Invalid(format!(
+                "the bytes sent for hash {} are those of {digest}; nothing was stored",
+                expected.hash_hex()
+            ))),
+            _ => Ok(()),
+        };
         if self.sink.is_none() {
             if self.size != self.pending_bytes as u64 {
                 return Err(Error::internal("a write of this blob has failed before"));
             }
             let bytes = Bytes::from(mem::take(&mut self.pending).concat());
             let digest = self.function.digest(&bytes);
+            check(digest)?;
             let stored = self.cas.write_many(&self.instance, vec![(digest, bytes)]).await?;
             stored.into_iter().collect::<Result<()>>()?;
             return Ok(digest);
@@ -90,6 +110,7 @@ impl NewBlob {
             return Err(Error::internal("a new blob lost its file"));
         };
         let digest = hasher.finish();
+        check(digest)?;
         let (cas, instance) = (self.cas.clone(), self.instance.id());
         let visible = self.cas.blocking(move || -> Result<_> {
             let files = &cas.shared().files;

@@ -52,8 +52,6 @@ pub struct HttpCache {
     pub instances: Instances,
     /// The store.
     pub cas: Cas,
-    /// Whether clients may write action results and values (AC-12).
-    pub action_cache_updates: bool,
     /// Largest blob that is accepted (CAP-15).
     pub max_blob_bytes: u64,
 }
@@ -124,14 +122,14 @@ async fn dispatch(cache: &HttpCache, request: Request, line: &mut Line) -> Resul
     line.instance(&instance);
     let target = (cache, &instance);
     match (request.method().as_str(), resource) {
-        ("GET", Resource::Blob { like, .. }) => read::blob(target, like, request.headers(), line).await,
-        ("HEAD", Resource::Blob { like, .. }) => {
-            read::blob(target, like, request.headers(), line).await.map(headers)
+        ("GET", Resource::Blob { hash, .. }) => read::blob(target, hash, request.headers(), line).await,
+        ("HEAD", Resource::Blob { hash, .. }) => {
+            read::blob(target, hash, request.headers(), line).await.map(headers)
         }
-        ("PUT", Resource::Blob { like, .. }) => write::blob(target, like, request, line).await,
-        ("GET", Resource::Result { like, .. }) => read::result(target, like).await,
-        ("HEAD", Resource::Result { like, .. }) => read::result(target, like).await.map(headers),
-        ("PUT", Resource::Result { like, .. }) => write::result(target, like, request, line).await,
+        ("PUT", Resource::Blob { hash, .. }) => write::blob(target, hash, request, line).await,
+        ("GET", Resource::Result { hash, .. }) => read::result(target, hash).await,
+        ("HEAD", Resource::Result { hash, .. }) => read::result(target, hash).await.map(headers),
+        ("PUT", Resource::Result { hash, .. }) => write::result(target, hash, request, line).await,
         ("GET", Resource::Value { key, .. }) => read::value(target, &key, request.headers(), line).await,
         ("HEAD", Resource::Value { key, .. }) => {
             read::value(target, &key, request.headers(), line).await.map(headers)

@@ -154,10 +154,7 @@ impl Server {
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
             assets: Some(assets.clone()),
-            settings: grpc::Settings {
-                action_cache_updates: settings.action_cache_updates,
-                max_blob_bytes: settings.max_blob_bytes,
-            },
+            settings: grpc::Settings { max_blob_bytes: settings.max_blob_bytes },
         });
         let (close, closed) = oneshot::channel::<()>();
         let mut serving = workers.spawn({
@@ -244,7 +241,6 @@ fn serve_http(
     let cache = HttpCache {
         instances: settings.instances.clone(),
         cas: cas.clone(),
-        action_cache_updates: settings.action_cache_updates,
         max_blob_bytes: settings.max_blob_bytes,
     };
     log::info!(target: LOG, event = "http_started", listen_addr:% = address; "serving the HTTP cache on {address}");

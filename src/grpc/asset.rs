@@ -3,7 +3,7 @@
 //! Bad news from an origin is an answer with a status inside; faults of this server and of the request are statuses of the RPC
 //! (AST-05).
 
-use super::{Edge, convert, request_log::Call, status};
+use super::{Edge, request_log::Call, status};
 use crate::{
     actors::asset::{
         bindings::References,
@@ -11,7 +11,7 @@ use crate::{
         outcome::{Failure, FailureKind, Fetched, Problem},
         request::{AssetRequest, Kind, Qualifiers},
     },
-    digest::{Digest, DigestFunction},
+    digest::Digest,
     error::{Error, Result},
     proto::{
         asset::{
@@ -179,8 +179,8 @@ impl AssetService {
         let assets = self.assets()?;
         let instance = self.0.instances.get(&wanted.instance_name)?;
         call.instance(&instance);
-        // SHA-256 when nothing is said: there is no hash to tell from (AST-07).
-        let function = DigestFunction::from_wire(wanted.digest_function, None)?;
+        // The preferred one when nothing is said: there is no hash to tell from (AST-07).
+        let function = instance.digest_function(wanted.digest_function, [])?;
         let oldest =
             wanted.oldest_content_accepted.map(|at| time(at, "oldest_content_accepted")).transpose()?;
         let wait = wanted.timeout.map(wait).transpose()?.filter(|wait| !wait.is_zero());
@@ -224,7 +224,8 @@ impl AssetService {
         }
         let all =
             offered.digest.iter().chain(&offered.references_blobs).chain(&offered.references_directories);
-        let function = convert::digest_function(offered.digest_function, all.map(Some))?;
+        let lengths = all.map(|digest| digest.hash.len());
+        let function = instance.digest_function(offered.digest_function, lengths)?;
         let digest = Digest::from_wire(function, offered.digest.as_ref(), offered.digest_field)?;
         call.blob(digest);
         let list = |digests: &[reapi::Digest], field| -> Result<Vec<Digest>> {

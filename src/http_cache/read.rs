@@ -5,11 +5,11 @@ use super::{
     body::{accepts_zstd, of_blob, of_blob_compressed},
     range::{self, Asked},
     request_log::Line,
-    resource::MAX_KEY_BYTES,
+    resource::{Hash, MAX_KEY_BYTES},
     status,
 };
 use crate::{
-    digest::{Digest, DigestFunction},
+    digest::Digest,
     error::{Error, Result},
     instance::Instance,
     proto::reapi,
@@ -29,10 +29,11 @@ type Target<'a> = (&'a HttpCache, &'a Instance);
 /// A blob, or a range of it.
 pub async fn blob(
     (cache, instance): Target<'_>,
-    like: Digest,
+    hash: Hash,
     headers: &HeaderMap,
     line: &mut Line,
 ) -> Result<Response> {
+    let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("no blob with hash {} is in the CAS", like.hash_hex()));
     let digest = cache.cas.blob_by_hash(instance, like).await?.ok_or_else(absent)?;
     stored((cache, instance), digest, headers, line).await
@@ -50,7 +51,8 @@ pub async fn value(
 }
 
 /// An action result, complete (AC-03).
-pub async fn result((cache, instance): Target<'_>, like: Digest) -> Result<Response> {
+pub async fn result((cache, instance): Target<'_>, hash: Hash) -> Result<Response> {
+    let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("the action with hash {} has no result here", like.hash_hex()));
     let action = cache.cas.action_by_hash(instance, like).await?.ok_or_else(absent)?;
     let result = cache.cas.get_result(instance, action).await?.ok_or_else(absent)?;
@@ -83,9 +85,14 @@ pub async fn properties(target: Target<'_>, key: &str, path: &str) -> Result<Res
     Ok(response)
 }
 
+/// A hash of a function that may be used with this instance.
+pub fn like(instance: &Instance, hash: Hash) -> Result<Digest> {
+    instance.digest_in_name(hash.like, hash.function_is_named)
+}
+
 /// The name under which the binding of a key is kept among the action results.
-pub fn value_action(key: &str) -> Digest {
-    DigestFunction::Sha256.digest(format!("goREgo value\0{key}").as_bytes())
+pub fn value_action(instance: &Instance, key: &str) -> Result<Digest> {
+    Ok(instance.digest_function(0, [])?.digest(format!("goREgo value\0{key}").as_bytes()))
 }
 
 /// The path by which such a result names its value.
@@ -93,10 +100,11 @@ pub const VALUE_PATH: &str = "value";
 
 async fn value_digest((cache, instance): Target<'_>, key: &str) -> Result<Digest> {
     let absent = || Error::NotFound(format!("key \"{}\" has no value here", key.escape_debug()));
-    let result = cache.cas.get_result(instance, value_action(key)).await?.ok_or_else(absent)?;
+    let action = value_action(instance, key)?;
+    let result = cache.cas.get_result(instance, action).await?.ok_or_else(absent)?;
     let named = |file: &&reapi::OutputFile| file.path == VALUE_PATH;
     let file = result.output_files.iter().find(named).ok_or_else(absent)?;
-    Digest::from_wire(DigestFunction::Sha256, file.digest.as_ref(), VALUE_PATH)
+    Digest::from_wire(action.function(), file.digest.as_ref(), VALUE_PATH)
 }
 
 /// A stored blob as a response.

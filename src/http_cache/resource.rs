@@ -22,15 +22,15 @@ pub enum Resource {
     Blob {
         /// The instance part; not looked up.
         instance_name: String,
-        /// The hash; the size is unknown and 0 here.
-        like: Digest,
+        /// The hash.
+        hash: Hash,
     },
     /// `[/instance]/ac/[function/]hash`
     Result {
         /// The instance part; not looked up.
         instance_name: String,
-        /// Hash of the Action; the size is unknown and 0 here.
-        like: Digest,
+        /// Hash of the Action.
+        hash: Hash,
     },
     /// `[/instance]/cache/key`
     Value {
@@ -39,6 +39,15 @@ pub enum Resource {
         /// Everything after the keyword, as it stands.
         key: String,
     },
+}
+
+/// A hash without its size, as a digest of size 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hash {
+    /// Of the function that the path names, else of the one that its length says.
+    pub like: Digest,
+    /// The path names the function.
+    pub function_is_named: bool,
 }
 
 impl Resource {
@@ -65,8 +74,8 @@ impl Resource {
                 let refuse = || Error::Invalid(format!("a key has between 1 and {MAX_KEY_BYTES} bytes"));
                 fits.then_some(Self::Value { instance_name, key }).ok_or_else(refuse)
             }
-            ["cas", hash @ ..] => Ok(Self::Blob { instance_name, like: parse_hash(hash)? }),
-            ["ac", hash @ ..] => Ok(Self::Result { instance_name, like: parse_hash(hash)? }),
+            ["cas", hash @ ..] => Ok(Self::Blob { instance_name, hash: parse_hash(hash)? }),
+            ["ac", hash @ ..] => Ok(Self::Result { instance_name, hash: parse_hash(hash)? }),
             _ => Err(nothing()),
         }
     }
@@ -82,18 +91,18 @@ impl Resource {
     }
 }
 
-/// A hash without its size, whose function is named in front of it or told by its length, as in ByteStream names.
-fn parse_hash(segments: &[&str]) -> Result<Digest> {
-    let (function, hash) = match segments {
-        [hash] => (DigestFunction::from_wire(0, Some(hash.len()))?, hash),
+/// A hash whose function is named in front of it or told by its length, as in ByteStream names.
+fn parse_hash(segments: &[&str]) -> Result<Hash> {
+    let (function, hash, function_is_named) = match segments {
+        [hash] => (DigestFunction::infer(DigestFunction::ALL, hash.len())?, hash, false),
         [name, hash] => {
             let named = DigestFunction::ALL.iter().find(|function| function.name() == *name);
             let unknown = || Error::Invalid(format!("\"{}\" is no digest function", name.escape_debug()));
-            (*named.ok_or_else(unknown)?, hash)
+            (*named.ok_or_else(unknown)?, hash, true)
         }
         _ => return Err(Error::invalid("the path does not end with one hash")),
     };
-    Digest::parse(function, hash, 0)
+    Ok(Hash { like: Digest::parse(function, hash, 0)?, function_is_named })
 }
 
 #[cfg(test)]
@@ -110,8 +119,8 @@ mod tests {
                 matches!(&blob, Resource::Blob { instance_name, .. } if instance_name == instance),
                 "{blob:?}"
             );
-            let named = Resource::parse(&format!("{path}/cas/sha256/{HASH}")).unwrap();
-            assert_eq!(named, blob);
+            let named = Resource::parse(&format!("{path}/cas/blake3/{HASH}")).unwrap();
+            assert!(matches!(named, Resource::Blob { hash, .. } if hash.function_is_named));
             let result = Resource::parse(&format!("{path}/ac/{HASH}")).unwrap();
             assert_eq!(result.instance_name(), Some(instance));
             let value = Resource::parse(&format!("{path}/cache/ac/0/x")).unwrap();

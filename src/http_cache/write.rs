@@ -3,13 +3,13 @@
 use super::{
     HttpCache,
     body::Upload,
-    read::{VALUE_PATH, value_action},
+    read::{VALUE_PATH, like, value_action},
     request_log::Line,
+    resource::Hash,
     status,
 };
 use crate::{
     actors::cas::client::Provenance,
-    digest::{Digest, DigestFunction},
     error::{Error, Result},
     instance::Instance,
     proto::reapi,
@@ -25,10 +25,11 @@ type Target<'a> = (&'a HttpCache, &'a Instance);
 /// Stores a blob under the hash that its bytes have.
 pub async fn blob(
     (cache, instance): Target<'_>,
-    like: Digest,
+    hash: Hash,
     request: Request,
     line: &mut Line,
 ) -> Result<Response> {
+    let like = like(instance, hash)?;
     let upload = Upload::new(request, cache.max_blob_bytes)?;
     let mut blob = cache.cas.new_blob(instance, like.function());
     upload.fill(&mut blob, line).await?;
@@ -39,11 +40,12 @@ pub async fn blob(
 /// Stores an action result, checked like one that comes by gRPC (AC-10).
 pub async fn result(
     (cache, instance): Target<'_>,
-    like: Digest,
+    hash: Hash,
     request: Request,
     line: &mut Line,
 ) -> Result<Response> {
-    check_writable(cache)?;
+    let like = like(instance, hash)?;
+    check_writable(instance)?;
     let bytes = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes))?.collect(line).await?;
     let result = reapi::ActionResult::decode(bytes.as_slice()).map_err(|error| {
         Error::Invalid(format!(
@@ -66,24 +68,25 @@ pub async fn value(
     request: Request,
     line: &mut Line,
 ) -> Result<Response> {
-    check_writable(cache)?;
+    let action = value_action(instance, key)?;
+    check_writable(instance)?;
     let upload = Upload::new(request, cache.max_blob_bytes)?;
-    let mut blob = cache.cas.new_blob(instance, DigestFunction::Sha256);
+    let mut blob = cache.cas.new_blob(instance, action.function());
     upload.fill(&mut blob, line).await?;
     let digest = blob.finish().await?;
     line.blob(digest);
     let file =
         reapi::OutputFile { path: VALUE_PATH.into(), digest: Some(digest.to_wire()), ..Default::default() };
     let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
-    cache.cas.put_result(instance, value_action(key), result, Provenance::default()).await?;
+    cache.cas.put_result(instance, action, result, Provenance::default()).await?;
     Ok(created())
 }
 
-fn check_writable(cache: &HttpCache) -> Result<()> {
-    if cache.action_cache_updates {
+fn check_writable(instance: &Instance) -> Result<()> {
+    if instance.policy().action_cache_updates {
         return Ok(());
     }
-    Err(Error::Denied("clients may not write results here (cache.action_cache_updates = false)".into()))
+    Err(Error::Denied("clients may not write results here (action_cache_updates = false)".into()))
 }
 
 fn created() -> Response {

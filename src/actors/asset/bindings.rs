@@ -191,7 +191,7 @@ impl Bindings {
 
 fn read(stored: gorego::StoredBinding) -> Option<(AssetKey, Binding)> {
     let key = AssetKey(stored.key.as_ref().try_into().ok()?);
-    let function = DigestFunction::from_wire(stored.digest_function, None).ok()?;
+    let function = DigestFunction::from_wire(stored.digest_function).ok()?;
     let digest = |wire: &reapi::Digest| Digest::from_wire(function, Some(wire), "binding").ok();
     let digests = |list: &[reapi::Digest]| list.iter().map(digest).collect::<Option<Vec<_>>>();
     let binding = Binding {

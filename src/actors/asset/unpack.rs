@@ -261,3 +261,6 @@ fn check_zip_directory(input: &mut (impl Read + Seek)) -> Result<(), Problem> {
     input.seek(SeekFrom::Start(0)).map_err(damaged)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

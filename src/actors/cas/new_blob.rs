@@ -7,7 +7,7 @@
 //! Also the two questions of callers that know a hash and no size.
 
 use super::{
-    blob::stamp_of,
+    blob::{hash_file, stamp_of},
     client::{Cas, going_down},
     files::TemporaryFile,
     guards::Reservation,
@@ -44,7 +44,8 @@ pub struct NewBlob {
 #[derive(Debug)]
 struct Sink {
     file: TemporaryFile,
-    hasher: Hasher,
+    /// `None` for a function that has to know the size first: the file is read once more then.
+    hasher: Option<Hasher>,
 }
 
 impl NewBlob {
@@ -87,7 +88,7 @@ impl NewBlob {
     }
 
     async fn finish_as(mut self, expected: Option<Digest>) -> Result<Digest> {
-        let check = |digest: Digest| match expected {
+        let check = move |digest: Digest| match expected {
             Some(expected) if expected.hash() != digest.hash() => Err(Error::Invalid(format!(
                 "the bytes sent for hash {} are those of {digest}; nothing was stored",
                 expected.hash_hex()
@@ -109,11 +110,16 @@ impl NewBlob {
         let (Some(Sink { file, hasher }), Some(room)) = (self.sink.take(), self.room.take()) else {
             return Err(Error::internal("a new blob lost its file"));
         };
-        let digest = hasher.finish();
-        check(digest)?;
-        let (cas, instance) = (self.cas.clone(), self.instance.id());
-        let visible = self.cas.blocking(move || -> Result<_> {
+        let (cas, instance) = (self.cas.clone(), self.instance.blobs());
+        let (function, size) = (self.function, self.size);
+        let stored = self.cas.blocking(move || -> Result<_> {
             let files = &cas.shared().files;
+            let digest = match hasher {
+                Some(hasher) => hasher.finish(),
+                None => (file.reopen().and_then(|file| hash_file(&file, function.hasher(size))))
+                    .map_err(|error| Error::io("hash a new blob", &error))?,
+            };
+            check(digest)?;
             let key = Key { digest, instance, kind: Kind::Blob };
             let id = FileId { key, generation: files.next_generation() };
             let failed = |error| Error::io(&format!("store blob {digest}"), &error);
@@ -122,9 +128,10 @@ impl NewBlob {
             let (reply, visible) = oneshot::channel();
             let written = WrittenFile { file: id, bytes: files.charge(digest.size()), stamp };
             cas.actor().do_send(Commit { files: vec![written], room, reply });
-            Ok(visible)
+            Ok((digest, visible))
         });
-        visible.await??.await.map_err(|_| going_down())?;
+        let (digest, visible) = stored.await??;
+        visible.await.map_err(|_| going_down())?;
         Ok(digest)
     }
 
@@ -143,12 +150,14 @@ impl NewBlob {
                 None => Sink {
                     file: TemporaryFile::create(files.temporary_path(files.next_generation()))
                         .map_err(failed)?,
-                    hasher: function.hasher(),
+                    hasher: (function != DigestFunction::GitSha1).then(|| function.hasher(0)),
                 },
             };
             for bytes in pending {
                 sink.file.file.write_all(&bytes).map_err(failed)?;
-                sink.hasher.update(&bytes);
+                if let Some(hasher) = &mut sink.hasher {
+                    hasher.update(&bytes);
+                }
             }
             Ok(sink)
         });
@@ -195,7 +204,7 @@ impl Cas {
         if like.hash() == empty.hash() {
             return Ok(Some(empty));
         }
-        self.ask(FindByHash(Key { digest: like, instance: instance.id(), kind: Kind::Blob })).await
+        self.ask(FindByHash(Key { digest: like, instance: instance.blobs(), kind: Kind::Blob })).await
     }
 
     /// The whole digest of an action that has a result, of which only the hash is known. That of the newest result, should

@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod assets;
 mod cache_interplay;
 mod digest_functions;
 mod execution;
+mod http_cache;
 mod inputs;
 mod instances;
 mod lifecycle;

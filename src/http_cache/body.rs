@@ -213,3 +213,64 @@ impl Upload {
 fn too_large(max: u64) -> Error {
     Error::OutOfRange(format!("at most {max} bytes are taken (cache.max_blob_size_gb)"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::http::{Method, Uri};
+    use proptest::prelude::*;
+    use tokio::runtime::Builder;
+
+    /// Decodes an upload that comes in pieces of this size.
+    fn upload(body: &[u8], piece: usize, max: u64) -> Result<Vec<u8>> {
+        let pieces: Vec<_> =
+            body.chunks(piece).map(|piece| Ok::<_, std::io::Error>(Bytes::copy_from_slice(piece))).collect();
+        let mut request = Request::new(Body::from_stream(stream::iter(pieces)));
+        request.headers_mut().insert(header::CONTENT_ENCODING, "zstd".parse().unwrap());
+        let runtime = Builder::new_current_thread().enable_time().build().unwrap();
+        let mut line = Line::new(([127, 0, 0, 1], 1).into(), &Method::PUT, &Uri::from_static("/"));
+        runtime.block_on(async { Upload::new(request, max)?.collect(&mut line).await })
+    }
+
+    #[test]
+    fn a_bomb_ends_at_the_limit() {
+        let bomb = zstd::encode_all(std::io::Read::take(std::io::repeat(0), 64 << 20), 1).unwrap();
+        assert!(bomb.len() < 100_000);
+        assert!(matches!(upload(&bomb, 1_000, 1 << 20), Err(Error::OutOfRange(_))));
+    }
+
+    proptest! {
+        /// However the frames are split on the way.
+        #[test]
+        fn frames_in_pieces_are_what_was_compressed(
+            parts in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..3_000), 0..4), piece in 1usize..500,
+        ) {
+            let frames: Vec<u8> = parts.iter().flat_map(|part| zstd::encode_all(part.as_slice(), 1).unwrap()).collect();
+            prop_assert_eq!(upload(&frames, piece, u64::MAX), Ok(parts.concat()));
+        }
+
+        #[test]
+        fn garbage_and_broken_frames_are_refused(mut bytes in proptest::collection::vec(any::<u8>(), 1..300), cut in 1usize..20) {
+            let whole = zstd::encode_all(bytes.as_slice(), 1).unwrap();
+            prop_assert!(upload(&whole[..whole.len() - cut.min(whole.len() - 1)], 7, 1_000).is_err());
+            bytes[0] |= 1;
+            prop_assert!(upload(&bytes, 7, 1_000).is_err());
+        }
+    }
+
+    #[test]
+    fn encodings_that_are_refused_are_not_accepted() {
+        let accepts = |list: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::ACCEPT_ENCODING, list.parse().unwrap());
+            accepts_zstd(&headers)
+        };
+        for list in ["zstd", "gzip, zstd", "ZSTD;q=0.1", "zstd ; q = 1"] {
+            assert!(accepts(list), "{list}");
+        }
+        for list in ["", "gzip", "zstd;q=0", "zstd;q=0.000", "xzstd", "*"] {
+            assert!(!accepts(list), "{list}");
+        }
+        assert!(!accepts_zstd(&HeaderMap::new()));
+    }
+}

@@ -203,7 +203,7 @@ async fn bad_news_of_an_origin_is_told_in_the_answer() {
             "/huge",
             get(|| async {
                 let endless =
-                    futures::stream::repeat(Ok::<_, std::io::Error>(bytes::Bytes::from_static(&[0; 4096])));
+                    futures::stream::repeat(Ok::<_, std::fmt::Error>(bytes::Bytes::from_static(&[0; 4096])));
                 let mut response = Response::new(Body::from_stream(endless));
                 response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from_static("5000000000"));
                 response
@@ -252,7 +252,7 @@ async fn the_digest_is_of_the_function_asked_for() {
 /// Content of every size and function takes a way of its own into the store.
 #[tokio::test]
 async fn large_downloads_arrive_whole() {
-    let large: Vec<u8> = (0..3_000_000u32).map(|n| (n * n) as u8).collect();
+    let large: Vec<u8> = (0..3_000_000u32).map(|n| n.wrapping_mul(n) as u8).collect();
     let origin = Origin::of(large.clone()).await;
     let server = server().await;
     for function in [DigestFunction::Sha256, DigestFunction::GitSha1] {

@@ -133,7 +133,7 @@ impl Server {
             None => None,
         };
         let cas = store.launch();
-        let assets = AssetActor::open(settings.assets.clone(), cas.clone(), workers.clone())?.launch();
+        let assets = AssetActor::open(settings.assets.clone(), cas.clone(), workers.clone()).launch();
         let scheduler = settings
             .execution
             .as_ref()

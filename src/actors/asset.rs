@@ -22,10 +22,7 @@ mod persist;
 pub mod request;
 mod unpack;
 
-use crate::{
-    actors::cas::client::Cas,
-    error::{Error, Result},
-};
+use crate::{actors::cas::client::Cas, error::Error};
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
 use bindings::Bindings;
 use client::Assets;
@@ -113,25 +110,22 @@ pub struct AssetActor {
 
 impl AssetActor {
     /// Reads what an earlier run has bound. Blocks. The store's directory must be this process's already.
-    ///
-    /// # Errors
-    /// `Internal` when TLS cannot be set up.
-    pub fn open(settings: AssetSettings, cas: Cas, runtime: Handle) -> Result<Self> {
+    pub fn open(settings: AssetSettings, cas: Cas, runtime: Handle) -> Self {
         let settings = Arc::new(settings);
         let shared = Shared {
-            downloader: Downloader::new(settings.clone())?,
+            downloader: Downloader::new(settings.clone()),
             runway: Semaphore::new(settings.concurrency),
             cas,
             runtime,
             settings,
         };
-        Ok(Self {
+        Self {
             bindings: persist::load(&shared.settings.file),
             unsaved: false,
             saving: false,
             flights: HashMap::new(),
             shared: Arc::new(shared),
-        })
+        }
     }
 
     /// Starts the actor on the current arbiter or local task set.

@@ -13,6 +13,7 @@ use crate::{
     error::{Error, Result},
     instance::Instance,
     proto::reapi,
+    tree::check_entries,
 };
 use axum::{extract::Request, http::StatusCode, response::Response};
 use prost::Message as _;
@@ -47,6 +48,7 @@ pub async fn result(
     let like = like(instance, hash)?;
     check_writable(instance)?;
     let bytes = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes))?.collect(line).await?;
+    check_entries(&bytes, 1)?;
     let result = reapi::ActionResult::decode(bytes.as_slice()).map_err(|error| {
         Error::Invalid(format!(
             "this is no ActionResult ({error}); what has another format belongs under /cache/"

@@ -18,10 +18,10 @@ use std::{
 
 /// Most bindings that are kept; beyond it the one that was not used for longest goes. About 20 MB.
 pub const MAX_BINDINGS: usize = 50_000;
-/// Most references of one binding, so that 50,000 of them have a bound too.
-pub const MAX_REFERENCES: usize = 10_000;
-/// Most references of all bindings together; about 100 MB.
-pub const MAX_REFERENCES_IN_ALL: usize = 1_000_000;
+/// Most references of one binding; build tools have a few.
+pub const MAX_REFERENCES: usize = 1_000;
+/// Most references of all bindings together; about 20 MB.
+pub const MAX_REFERENCES_IN_ALL: usize = 200_000;
 /// Length of the checksum in front of the file.
 const CHECKSUM_BYTES: usize = 32;
 

@@ -122,6 +122,11 @@ impl Assets {
                 "there are {count} references; at most {MAX_REFERENCES} are kept"
             )));
         }
+        if request.kind == Kind::Directory && request.qualifiers.integrity()?.is_some() {
+            return Err(Error::invalid(
+                "qualifier checksum.sri says nothing about a Directory; push without it",
+            ));
+        }
         let missing = self.missing(&request, digest, &references).await?;
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));

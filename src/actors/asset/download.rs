@@ -22,16 +22,18 @@ use reqwest::{
     redirect::Policy,
 };
 use std::{net::SocketAddr, sync::Arc, time::Duration};
+use tokio::sync::OnceCell;
 
 /// How long a connection may take to be made; short, because the next mirror may do better.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long an origin may be silent in the middle.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Downloads; cheap to clone.
-#[derive(Debug, Clone)]
+/// What downloads have in common.
+#[derive(Debug)]
 pub struct Downloader {
-    client: Client,
+    /// Made when it is first needed: a machine without CA certificates is no reason not to start a server that fetches nothing.
+    client: OnceCell<Client>,
     settings: Arc<AssetSettings>,
 }
 
@@ -65,21 +67,33 @@ impl Resolve for JudgingResolver {
 }
 
 impl Downloader {
-    /// Sets up the client.
-    ///
-    /// # Errors
-    /// `Internal` when TLS cannot be set up.
-    pub fn new(settings: Arc<AssetSettings>) -> Result<Self> {
-        let client = Client::builder()
-            .no_proxy()
-            .redirect(Policy::none())
-            .referer(false)
-            .dns_resolver(Arc::new(JudgingResolver(settings.clone())))
-            .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(READ_TIMEOUT)
-            .build()
-            .map_err(|error| Error::Internal(format!("cannot set up downloads: {}", chain(&error))))?;
-        Ok(Self { client, settings })
+    /// A downloader that keeps to these settings.
+    pub fn new(settings: Arc<AssetSettings>) -> Self {
+        Self { client: OnceCell::new(), settings }
+    }
+
+    /// The client. Setting it up reads the CA certificates of this machine, which blocks.
+    async fn client(&self) -> Result<&Client> {
+        let set_up = || async {
+            let settings = self.settings.clone();
+            let work = tokio::task::spawn_blocking(move || {
+                Client::builder()
+                    .no_proxy()
+                    .redirect(Policy::none())
+                    .referer(false)
+                    .dns_resolver(Arc::new(JudgingResolver(settings)))
+                    .connect_timeout(CONNECT_TIMEOUT)
+                    .read_timeout(READ_TIMEOUT)
+                    .build()
+            });
+            work.await.map_err(Error::internal)?.map_err(|error| {
+                let causes = chain(&error);
+                Error::Internal(format!(
+                    "this server cannot set up downloads: {causes}; has it CA certificates?"
+                ))
+            })
+        };
+        self.client.get_or_try_init(set_up).await
     }
 
     /// Stores what is at `uri`, whose checksum is right if one is asked for (AST-04).
@@ -139,7 +153,7 @@ impl Downloader {
                 sent.entry(name).or_insert(HeaderValue::from_static(value));
             }
             sent.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-            let asked = self.client.get(url.clone()).headers(sent).send().await;
+            let asked = self.client().await?.get(url.clone()).headers(sent).send().await;
             let response = asked.map_err(|error| of_request(&error))?;
             if !is_redirect(response.status()) {
                 return check_status(response);

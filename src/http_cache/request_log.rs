@@ -58,6 +58,11 @@ impl Line {
         }
     }
 
+    /// Who asks.
+    pub fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
     /// Notes the namespace.
     pub fn instance(&mut self, instance: &Instance) {
         self.instance = Some(instance.clone());
@@ -127,9 +132,11 @@ impl Drop for Line {
 
 /// Cuts a text that a client has chosen.
 fn shorten(mut text: String, max_bytes: usize) -> String {
-    if text.len() > max_bytes {
-        text.truncate(text.floor_char_boundary(max_bytes));
+    let mut end = max_bytes.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
     }
+    text.truncate(end);
     text
 }
 

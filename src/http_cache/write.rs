@@ -59,7 +59,7 @@ pub async fn result(
         Some(action) => action,
         None => cache.cas.action_by_hash(instance, like).await?.unwrap_or(like),
     };
-    cache.cas.put_result(instance, action, result, Provenance::default()).await?;
+    cache.cas.put_result(instance, action, result, provenance(line)).await?;
     Ok(created())
 }
 
@@ -80,7 +80,7 @@ pub async fn value(
     let file =
         reapi::OutputFile { path: VALUE_PATH.into(), digest: Some(digest.to_wire()), ..Default::default() };
     let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
-    cache.cas.put_result(instance, action, result, Provenance::default()).await?;
+    cache.cas.put_result(instance, action, result, provenance(line)).await?;
     Ok(created())
 }
 
@@ -89,6 +89,10 @@ fn check_writable(instance: &Instance) -> Result<()> {
         return Ok(());
     }
     Err(Error::Denied("clients may not write results here (action_cache_updates = false)".into()))
+}
+
+fn provenance(line: &Line) -> Provenance {
+    Provenance { peer: line.peer().to_string(), ..Provenance::default() }
 }
 
 fn created() -> Response {

@@ -11,7 +11,7 @@ use super::{
     layout::Layout,
     outcome::{FailureKind, Problem},
 };
-use crate::{digest::Digest, path::MAX_PATH_BYTES};
+use crate::{digest::Digest, error::Error, path::MAX_PATH_BYTES};
 use flate2::read::MultiGzDecoder;
 use liblzma::{read::XzDecoder, stream::Stream as XzStream};
 use std::{
@@ -65,8 +65,8 @@ pub fn unpack(
         }
         [0xfd, b'7', b'z', b'X', b'Z', 0] => {
             const CONCATENATED: u32 = liblzma::stream::CONCATENATED;
-            let stream = XzStream::new_stream_decoder(XZ_MEMORY_BYTES, CONCATENATED)
-                .map_err(|error| crate::error::Error::internal(error))?;
+            let stream =
+                XzStream::new_stream_decoder(XZ_MEMORY_BYTES, CONCATENATED).map_err(Error::internal)?;
             unpack_tar(limited(Box::new(XzDecoder::new_stream(input, stream))), contents)
         }
         [0x28, 0xb5, 0x2f, 0xfd, ..] => {

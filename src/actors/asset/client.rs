@@ -65,7 +65,10 @@ impl Assets {
         let unsupported =
             || request.qualifiers.unsupported(request.kind).into_iter().map(ToOwned::to_owned).collect();
         if !self.push_enabled() {
-            refuse_unsupported(unsupported())?;
+            let names: Vec<String> = unsupported();
+            if !names.is_empty() {
+                return Err(Problem::Unsupported(names));
+            }
         }
         let known = self.ask(LookUpAsset { keys: request.keys(), oldest }).await?;
         let mut was_bound = false;
@@ -76,11 +79,17 @@ impl Assets {
                 return Ok(Fetched { uri: uri.clone(), digest, expires_at });
             }
         }
-        // What was pushed under such a qualifier would have been found; a download cannot honour it. Of a name that is no
-        // place it can be said that nothing is there.
-        if !was_bound && request.uris.iter().any(|uri| uri.starts_with("http:") || uri.starts_with("https:"))
-        {
-            refuse_unsupported(unsupported())?;
+        let is_place = |uri: &String| uri.starts_with("http:") || uri.starts_with("https:");
+        match unsupported() {
+            names if names.is_empty() => {}
+            // What was pushed under such a qualifier and can be served was found; a download cannot honour it.
+            _ if was_bound => {
+                let message = "what was pushed under these qualifiers is expired, too old or gone";
+                return Err(Problem::origin(FailureKind::NotFound, message));
+            }
+            names if request.uris.iter().any(is_place) => return Err(Problem::Unsupported(names)),
+            // Of a name that is no place it can be said that nothing is there.
+            _ => {}
         }
         self.check_fetchable(&request, was_bound)?;
         let limit = self.shared.settings.timeout.min(wait.unwrap_or(Duration::MAX));
@@ -244,10 +253,6 @@ impl Assets {
 async fn landing(flight: &mut watch::Receiver<Option<Outcome>>) -> Outcome {
     let landed = flight.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
     landed.ok().flatten().unwrap_or_else(|| Err(going_down().into()))
-}
-
-fn refuse_unsupported(names: Vec<String>) -> Result<(), Problem> {
-    if names.is_empty() { Ok(()) } else { Err(Problem::Unsupported(names)) }
 }
 
 fn going_down() -> Error {

@@ -4,12 +4,14 @@
 
 mod assets;
 mod cache_interplay;
+mod compression;
 mod digest_functions;
 mod execution;
 mod http_cache;
 mod inputs;
 mod instances;
 mod lifecycle;
+mod live;
 #[path = "../log_schema/mod.rs"]
 mod log_schema;
 mod logs;

@@ -3,8 +3,8 @@
 //! Each service decodes, asks, encodes. What is wire stays here: nothing outside this directory (and the wiring and the client)
 //! knows tonic. The files by what they own:
 //!
-//! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`log_stream`], [`capabilities`],
-//!   [`health`]: the services; reflection comes from the descriptors.
+//! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`log_stream`], [`asset`],
+//!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors.
 //! - [`convert`]: wire to domain and back. [`status`]: errors to statuses. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`]: parts of answers.
 //! - [`ask`]: the way to the scheduler. [`accept`], [`request_log`], [`panic_guard`]: what every connection and call goes
@@ -16,6 +16,7 @@
 pub mod accept;
 pub mod action_cache;
 pub mod ask;
+pub mod asset;
 pub mod byte_stream;
 pub mod capabilities;
 pub mod cas;
@@ -34,13 +35,14 @@ pub mod request_log;
 pub mod status;
 
 use crate::{
-    actors::cas::client::Cas,
+    actors::{asset::client::Assets, cas::client::Cas},
     config::{CommittedSize, Config},
     error::{Error, Result},
     instance::Instances,
     log_streams::LogStreams,
     proto::{
         self,
+        asset::{fetch_server::FetchServer, push_server::PushServer},
         bytestream::{self, byte_stream_server::ByteStreamServer},
         logstream::log_stream_service_server::LogStreamServiceServer,
         longrunning::{self, operations_server::OperationsServer},
@@ -99,6 +101,8 @@ pub struct Edge {
     pub scheduler: Option<Scheduler>,
     /// The log streams.
     pub log_streams: LogStreams,
+    /// Remote assets; `None` where they are not served.
+    pub assets: Option<Assets>,
     /// What the configuration says about the protocol.
     pub settings: Settings,
 }
@@ -189,6 +193,8 @@ fn routes(edge: Arc<Edge>, health: &Health) -> Result<Routes> {
         .add_service(limited!(ActionCacheServer::new(action_cache::ActionCacheService(edge.clone()))))
         .add_service(limited!(LogStreamServiceServer::new(log_stream::LogStreamService(edge.clone()))))
         .add_service(limited!(ByteStreamServer::new(byte_stream::ByteStreamService(edge.clone()))))
+        .add_service(limited!(FetchServer::new(asset::AssetService(edge.clone()))))
+        .add_service(limited!(PushServer::new(asset::AssetService(edge.clone()))))
         .add_service(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge))))
         .add_service(HealthServer::new(HealthService::from_health_reporter(health.reporter())))
         .add_service(reflection().build_v1().map_err(unusable)?)

@@ -12,6 +12,7 @@ pub mod config;
 pub mod digest;
 pub mod error;
 pub mod grpc;
+pub mod http_cache;
 pub mod instance;
 pub mod log_streams;
 pub mod logging;

@@ -18,6 +18,7 @@ mod inputs;
 mod lookup;
 mod memo;
 pub mod messages;
+pub mod new_blob;
 mod outputs;
 mod reply;
 mod requests;

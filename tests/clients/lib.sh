@@ -22,6 +22,11 @@ start_server() {
   endpoint=$(grep -m1 '"event":"server_started"' "$server_log" | grep -o '127\.0\.0\.1:[0-9]*' | head -n 1)
 }
 
+# http_endpoint: host:port of the HTTP cache of the server that was started, if it has one.
+http_endpoint() {
+  grep -m1 '"event":"http_started"' "$server_log" | grep -o '127\.0\.0\.1:[0-9]*' | head -n 1
+}
+
 # Stops the server with SIGTERM and waits for its end.
 stop_server() {
   [ -n "${server:-}" ] || return 0

@@ -70,6 +70,7 @@ impl Server {
         };
         let (system, cas, scheduler) = actors(settings, instances.clone());
         let edge = Edge {
+            assets: None,
             instances,
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),

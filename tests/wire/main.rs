@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod assets;
 mod cache_interplay;
 mod compression;
 mod digest_functions;
 mod execution;
+mod http_cache;
 mod inputs;
 mod instances;
 mod lifecycle;

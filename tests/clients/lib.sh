@@ -66,7 +66,7 @@ check() {
   else
     failed=$((failed + 1))
     echo "FAILED  $sentence"
-    if [ -f "${work:-}/out" ]; then tail -n 30 "$work/out" | sed 's/^/        | /'; fi
+    if [ -f "${work:-}/out" ]; then tail -n 30 "$work/out" | cut -c1-400 | sed 's/^/        | /'; fi
   fi
 }
 

@@ -4,7 +4,7 @@
 # A script ends with 0 when every check held, with 1 when one did not, and with 77 when its client cannot be had here.
 
 # Where clients are installed, once; they stay for the next run.
-cache=${GOREGO_CLIENTS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/gorego-clients}
+cache=${CLIENTS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/gorego-clients}
 
 passed=0
 failed=0
@@ -70,9 +70,10 @@ check() {
   fi
 }
 
-# skip REASON: ends the script, because its client cannot be had on this machine.
+# skip REASON: ends the script, because its client cannot be had on this machine. Hides no check that failed before.
 skip() {
   echo "SKIP: $1"
+  [ "$failed" = 0 ] || exit 1
   exit 77
 }
 

@@ -52,7 +52,8 @@ impl ResourceName {
 
     fn parse(name: &str, write: bool) -> std::result::Result<Self, String> {
         // moon puts "{instance}/" before every name, and so a slash alone when the instance name is empty.
-        let keyword_follows = |rest: &&str| ["uploads/", "blobs/", "compressed-blobs/"].iter().any(|k| rest.starts_with(k));
+        let keyword_follows =
+            |rest: &&str| ["uploads/", "blobs/", "compressed-blobs/"].iter().any(|k| rest.starts_with(k));
         let name = name.strip_prefix('/').filter(keyword_follows).unwrap_or(name);
         let segments: Vec<&str> = name.split('/').collect();
         let is_keyword = |segment: &&str| matches!(*segment, "blobs" | "compressed-blobs" | "uploads");

@@ -4,8 +4,9 @@
 # namespace of each command's own, so nothing of the machine is left in the directory.
 
 # testing_chroot DIRECTORY PROGRAM=PACKAGE...: makes it when it is not there (1 GB and more, a minute or two), installs the
-# packages of the programs that are missing (a program may also be a path), and puts this directory and goREgo at
-# /tmp/gorego-clients in it. Skips the script when that cannot be done: a moving suite may lack a package on any day.
+# packages of the programs that are missing (a program may also be a path), and copies this directory and goREgo into it:
+# $inside/clients and $inside/gorego, until the script ends. Skips the script when that cannot be done: a moving suite may
+# lack a package on any day.
 testing_chroot() {
   root=$1
   shift
@@ -33,10 +34,13 @@ testing_chroot() {
     in_chroot sh -c 'apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 900 apt-get install -y -qq --no-install-recommends "$@"' \
       sh "${missing[@]}" >/dev/null 2>&1 || skip "Debian testing's packages ${missing[*]} could not be installed"
   fi
-  rm -rf "$root/tmp/gorego-clients"
-  mkdir -p "$root/tmp/gorego-clients"
-  cp -r "$(dirname "${BASH_SOURCE[0]}")" "$root/tmp/gorego-clients/clients"
-  cp "$gorego" "$root/tmp/gorego-clients/gorego"
+  local copy
+  copy=$(mktemp -d "$root/tmp/gorego-clients.XXXXXX")
+  # shellcheck disable=SC2064
+  trap "rm -rf '$copy'" EXIT
+  inside=${copy#"$root"}
+  cp -r "$(dirname "${BASH_SOURCE[0]}")" "$copy/clients"
+  cp "$gorego" "$copy/gorego"
 }
 
 # in_chroot COMMAND...: runs it there, with an environment of its own.

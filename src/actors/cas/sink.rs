@@ -145,7 +145,7 @@ pub enum Checked {
     /// All of it.
     Whole(Bytes),
     /// Decoded into a file because it is large, or nowhere because it is not wanted.
-    Spilled(Option<Sink>),
+    Spilled(Option<Box<Sink>>),
 }
 
 impl Checked {
@@ -172,7 +172,7 @@ impl Checked {
             let mut sink = Sink::create(files, blob).map_err(|error| failed(blob, &error))?;
             sink.take(stream, &mut inflow, blob)?;
             inflow.finish()?;
-            return Ok(Self::Spilled(Some(sink)));
+            return Ok(Self::Spilled(Some(Box::new(sink))));
         }
         let mut hasher = blob.hasher();
         inflow.take(stream, blob.size(), |piece| {

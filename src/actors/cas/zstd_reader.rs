@@ -42,12 +42,15 @@ pub struct ZstdReader {
     form: Option<(BlobReader, u64)>,
 }
 
+/// Makes some frames; its answer is what remains to be made, and the frames.
+type Job = JoinHandle<Result<(Part, Vec<u8>)>>;
+
 /// Frames that are made while they are read.
 #[derive(Debug)]
 struct Making {
     cas: Cas,
     part: Part,
-    job: Option<JoinHandle<Result<(Part, Vec<u8>)>>>,
+    job: Option<Job>,
 }
 
 /// A part of a blob that is still to be compressed.
@@ -128,7 +131,7 @@ impl Making {
         Ok(Some(frames))
     }
 
-    fn start(&self, permit: OwnedSemaphorePermit) -> JoinHandle<Result<(Part, Vec<u8>)>> {
+    fn start(&self, permit: OwnedSemaphorePermit) -> Job {
         let (cas, mut part) = (self.cas.clone(), self.part.clone());
         self.cas.shared().runtime.spawn_blocking(move || {
             let _permit = permit;

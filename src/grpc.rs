@@ -19,6 +19,7 @@ pub mod ask;
 pub mod byte_stream;
 pub mod capabilities;
 pub mod cas;
+pub mod chunks;
 pub mod convert;
 pub mod execution;
 pub mod filter;
@@ -105,6 +106,8 @@ pub struct Settings {
     pub action_cache_updates: bool,
     /// Largest blob that is accepted, in bytes (CAP-15).
     pub max_blob_bytes: u64,
+    /// Whether blobs are split and spliced (CAP-16).
+    pub chunking: bool,
 }
 
 impl From<&Config> for Settings {
@@ -113,6 +116,7 @@ impl From<&Config> for Settings {
         Self {
             action_cache_updates: config.cache.action_cache_updates,
             max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB),
+            chunking: config.cache.chunking,
         }
     }
 }

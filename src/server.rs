@@ -146,6 +146,7 @@ impl Server {
             settings: grpc::Settings {
                 action_cache_updates: settings.action_cache_updates,
                 max_blob_bytes: settings.max_blob_bytes,
+                chunking: settings.chunking,
             },
         });
         let (close, closed) = tokio::sync::oneshot::channel::<()>();

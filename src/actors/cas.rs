@@ -10,6 +10,7 @@
 
 mod action_cache;
 pub mod blob;
+pub mod chunks;
 pub mod client;
 mod files;
 mod guards;
@@ -25,8 +26,10 @@ mod resolve;
 mod results;
 mod scan;
 mod settings;
+pub mod splice;
 #[cfg(test)]
 mod tests;
+mod turns;
 mod upkeep;
 mod uploads;
 mod writer;
@@ -43,6 +46,7 @@ use crate::{
 };
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
 use bytes::Bytes;
+use chunks::ChunkWork;
 use client::Cas;
 use files::Files;
 use guards::Reservation;
@@ -71,6 +75,8 @@ pub(crate) struct Shared {
     results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
     /// Small blobs as they were written. Whether one is stored is the index's to say; this only saves reading it.
     recent: Memo<(InstanceId, Digest), Bytes>,
+    /// Splits and splices; nothing in it says what is stored.
+    chunk_work: ChunkWork,
 }
 
 impl Shared {
@@ -117,6 +123,7 @@ impl CasActor {
             actions: Memo::new(settings::ACTION_MEMO_BYTES),
             results: Memo::new(settings::RESULT_MEMO_BYTES),
             recent: Memo::new(settings::RECENT_MEMO_BYTES),
+            chunk_work: ChunkWork::default(),
             settings,
         };
         Ok(Self {

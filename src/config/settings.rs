@@ -67,6 +67,8 @@ pub struct Settings {
     pub max_blob_bytes: u64,
     /// Whether clients may write action results (AC-12, CAP-09).
     pub action_cache_updates: bool,
+    /// Whether blobs are split and spliced (CAP-16).
+    pub chunking: bool,
     /// How long the bytes of a broken upload are kept.
     pub partial_upload_retention: Duration,
     /// How long requests may go on after SIGTERM.
@@ -198,6 +200,7 @@ impl Settings {
                 max_size_bytes,
                 max_blob_bytes: max_blob_bytes.min(max_size_bytes),
                 action_cache_updates: config.cache.action_cache_updates,
+                chunking: config.cache.chunking,
                 partial_upload_retention: config.cache.partial_upload_retention,
                 shutdown_grace: config.shutdown_grace,
                 log: config.log.clone(),

@@ -1,7 +1,7 @@
 //! The Capabilities service: what this endpoint can do. It is computed from the settings alone, so it is cheap and the same
 //! on every connection (CAP-19). Whatever it promises, another file of this directory keeps.
 
-use super::{Edge, Settings, cas::BATCH_MAX_BYTES, request_log::Call};
+use super::{Edge, Settings, cas::BATCH_MAX_BYTES, chunks, request_log::Call};
 use crate::{
     digest::DigestFunction,
     proto::{
@@ -43,7 +43,7 @@ fn capabilities(settings: Settings, executes: bool) -> ServerCapabilities {
     let priorities = PriorityCapabilities {
         priorities: vec![PriorityRange { min_priority: i32::MIN, max_priority: i32::MAX }],
     };
-    let cache = CacheCapabilities {
+    let mut cache = CacheCapabilities {
         digest_functions: digest_functions.clone(),
         action_cache_update_capabilities: Some(ActionCacheUpdateCapabilities {
             update_enabled: settings.action_cache_updates,
@@ -55,11 +55,9 @@ fn capabilities(settings: Settings, executes: bool) -> ServerCapabilities {
         supported_compressors: Vec::new(),
         supported_batch_update_compressors: Vec::new(),
         max_cas_blob_size_bytes: i64::try_from(settings.max_blob_bytes).unwrap_or(i64::MAX),
-        split_blob_support: false,
-        splice_blob_support: false,
-        fast_cdc_2020_params: None,
-        rep_max_cdc_params: None,
+        ..CacheCapabilities::default()
     };
+    chunks::advertise(settings.chunking, &mut cache);
     // CAP-01: an endpoint that only caches says nothing about execution.
     let execution = executes.then(|| ExecutionCapabilities {
         // Two clients look only at this one (CAP-06).
@@ -86,9 +84,9 @@ fn version((major, minor): (i32, i32)) -> SemVer {
 mod tests {
     use super::*;
 
-    const SETTINGS: Settings = Settings { action_cache_updates: true, max_blob_bytes: 7 };
+    const SETTINGS: Settings = Settings { action_cache_updates: true, max_blob_bytes: 7, chunking: true };
 
-    /// CAP-02 to CAP-07, CAP-11, CAP-14.
+    /// CAP-02 to CAP-07, CAP-11, CAP-14, CAP-16.
     #[test]
     fn what_clients_check_at_start_up_is_there() {
         let capabilities = capabilities(SETTINGS, true);
@@ -103,6 +101,7 @@ mod tests {
         assert_eq!(execution.digest_function, DigestFunction::Sha256.wire() as i32);
         assert_eq!(cache.max_batch_total_size_bytes, 4_000_000);
         assert_eq!(cache.max_cas_blob_size_bytes, 7);
+        assert!(cache.split_blob_support && cache.splice_blob_support);
         assert_ne!(cache.symlink_absolute_path_strategy, 0);
         assert!(execution.exec_enabled);
     }
@@ -110,9 +109,10 @@ mod tests {
     /// CAP-01, CAP-08, CAP-09.
     #[test]
     fn what_is_switched_off_is_not_promised() {
-        let off = capabilities(Settings { action_cache_updates: false, ..SETTINGS }, false);
+        let off = capabilities(Settings { action_cache_updates: false, chunking: false, ..SETTINGS }, false);
         assert_eq!(off.execution_capabilities, None);
-        let updates = off.cache_capabilities.unwrap().action_cache_update_capabilities.unwrap();
-        assert!(!updates.update_enabled);
+        let cache = off.cache_capabilities.unwrap();
+        assert!(!cache.action_cache_update_capabilities.unwrap().update_enabled);
+        assert!(!cache.split_blob_support && cache.fast_cdc_2020_params.is_none());
     }
 }

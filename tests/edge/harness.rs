@@ -68,7 +68,11 @@ impl Server {
             instances,
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
-            settings: Settings { action_cache_updates: executes, max_blob_bytes: MAX_BLOB_BYTES },
+            settings: Settings {
+                action_cache_updates: executes,
+                max_blob_bytes: MAX_BLOB_BYTES,
+                chunking: executes,
+            },
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -104,22 +104,47 @@ impl BlobReader {
         runtime
             .spawn_blocking(move || {
                 buffer.resize(wanted, 0);
-                match open.file.read_at(&mut buffer, offset) {
-                    Ok(read) if read > 0 => {
-                        buffer.truncate(read);
-                        Ok(buffer.into())
-                    }
-                    outcome => {
-                        let reason =
-                            outcome.map_or_else(|error| error.to_string(), |_| "it is too short".into());
-                        let digest = open.found.file.key.digest;
-                        report(&open.cas, &open.found, reason.clone());
-                        Err(Error::DataLoss(format!("blob {digest} cannot be read any further: {reason}")))
-                    }
-                }
+                let read = open.read(&mut buffer, offset)?;
+                buffer.truncate(read);
+                Ok(buffer.into())
             })
             .await
             .map_err(Error::internal)?
+    }
+
+    /// Reads from `offset` on, as far as there is blob and buffer; at least one byte where both are left. Blocks.
+    ///
+    /// # Errors
+    /// As [`BlobReader::read_at`].
+    pub(super) fn read_into(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        let left = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let wanted = left.min(buffer.len());
+        let buffer = buffer.get_mut(..wanted).unwrap_or_default();
+        match &self.content {
+            _ if wanted == 0 => Ok(0),
+            Content::Whole(bytes) => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+                buffer.copy_from_slice(&bytes[start..start + wanted]);
+                Ok(wanted)
+            }
+            Content::File(open) => open.read(buffer, offset),
+        }
+    }
+}
+
+impl OpenFile {
+    /// Some bytes from `offset`, which lies within the blob. Blocks.
+    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        let outcome = self.file.read_at(buffer, offset);
+        if let Ok(read) = outcome
+            && read > 0
+        {
+            return Ok(read);
+        }
+        let reason = outcome.map_or_else(|error| error.to_string(), |_| "it is too short".into());
+        let digest = self.found.file.key.digest;
+        report(&self.cas, &self.found, reason.clone());
+        Err(Error::DataLoss(format!("blob {digest} cannot be read any further: {reason}")))
     }
 }
 

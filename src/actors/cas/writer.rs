@@ -67,6 +67,14 @@ impl BlobWriter {
         }
     }
 
+    /// The same for an upload that nobody can go on with: nothing of it is kept when it breaks.
+    pub(super) fn unresumable(mut self) -> Self {
+        if let Work::Idle(attempt) = &mut self.work {
+            attempt.keep = false;
+        }
+        self
+    }
+
     /// How many bytes have been accepted, those of resumed attempts included.
     pub fn committed(&self) -> u64 {
         self.accepted

@@ -1,5 +1,5 @@
 //! FastCDC 2020 as the API defines it: normalisation level 2, chunks from a quarter of the average to four times it, the
-//! gear table made of the MD5 of each byte, every entry of it XORed with the seed.
+//! gear table made of the MD5 of 64 times each byte, every entry of it XORed with the seed.
 //!
 //! The search for a cut is that of the `fastcdc` crate, which the API names as its reference (CAS-34).
 

@@ -44,9 +44,10 @@ fn lengths(chunking: Chunking, blob: &[u8]) -> Vec<usize> {
     split_in_pieces(chunking, blob, &[256 * 1024]).iter().map(Bytes::len).collect()
 }
 
-/// The gear table as the API's text has it: the first half of the MD5 of each byte.
+/// The gear table: the first half of the MD5 of 64 times each byte. The API's text speaks of the MD5 of the byte, but all its
+/// reference implementations have this table.
 fn gear(byte: u8) -> u64 {
-    u64::from_be_bytes(Md5::digest([byte])[..8].try_into().unwrap())
+    u64::from_be_bytes(Md5::digest([byte; 64])[..8].try_into().unwrap())
 }
 
 /// FastCDC a byte at a time.
@@ -172,6 +173,8 @@ fn functions() -> impl Strategy<Value = Chunking> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     /// CAS-30, CAS-33, CAS-34.
     #[test]
     fn chunks_are_the_blob_within_the_bounds_however_it_arrives(
@@ -208,12 +211,12 @@ proptest! {
     #[test]
     fn a_change_in_the_middle_changes_the_chunks_around_it_only(
         seed in 0u64..1_000,
-        at in 0usize..400_000,
+        at in 0usize..200_000,
         inserted in proptest::collection::vec(any::<u8>(), 1..200),
         rep_max in any::<bool>(),
     ) {
         let chunking = if rep_max { Chunking::rep_max(1_024, 8_192) } else { Chunking::fast_cdc(2_048, 0) };
-        let before = noise(400_000, seed);
+        let before = noise(200_000, seed);
         let after = [&before[..at], &inserted, &before[at..]].concat();
         let known = split_in_pieces(chunking.unwrap(), &before, &[65_536]);
         let fresh: usize = split_in_pieces(chunking.unwrap(), &after, &[65_536])
@@ -221,6 +224,6 @@ proptest! {
             .filter(|chunk| !known.contains(chunk))
             .map(Bytes::len)
             .sum();
-        prop_assert!(fresh < 40_000, "{} of {} bytes are in new chunks", fresh, after.len());
+        prop_assert!(fresh < 30_000, "{} of {} bytes are in new chunks", fresh, after.len());
     }
 }

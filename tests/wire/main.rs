@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod cache_interplay;
+mod chunks;
 mod execution;
 mod inputs;
 mod lifecycle;

@@ -124,7 +124,7 @@ impl Cas {
     }
 
     /// The chunks of a recipe that is known, if the blob and all of them are stored; they are renewed.
-    async fn known_chunks(
+    pub(super) async fn known_chunks(
         &self,
         instance: &Instance,
         blob: Digest,

@@ -1,5 +1,6 @@
 //! Behaviours of the whole room: a real actor on a real directory.
 
+mod chunks;
 mod inputs;
 mod results;
 mod store;

@@ -19,7 +19,7 @@ const HASH_WINDOW: usize = 64;
 const MINIMA: std::ops::RangeInclusive<u32> = 64..=1_048_576;
 const MAX_HORIZON: u32 = 16 * 1_048_576;
 /// Positions of a block. A search hashes at most two blocks again and looks at one entry for each block between.
-const BLOCK: usize = 1_024;
+const BLOCK: usize = 4_096;
 
 /// What it is parametrised by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -173,8 +173,25 @@ impl Cutter {
         let bytes = window.get(from..from + count.checked_sub(1)?)?;
         let mut hash = before.iter().fold(0, |hash, &byte| roll(hash, byte));
         let mut best = Candidate { hash, position: first };
-        for (&byte, position) in bytes.iter().zip(first + 1..) {
+        let mut position = first;
+        let (fours, rest) = bytes.as_chunks::<4>();
+        for &[a, b, c, d] in fours {
+            // The hash is a sum, so four steps can be summed up apart from it: they need not wait for one another.
+            let (one, two) = (roll(0, a), roll(roll(0, a), b));
+            let (three, four) = (roll(two, c), roll(roll(two, c), d));
+            let after = |bits: u32, sum: u64| (hash << bits).wrapping_add(sum);
+            let hashes = [after(1, one), after(2, two), after(3, three), after(4, four)];
+            if hashes.iter().any(|hash| *hash > best.hash) {
+                for (hash, position) in hashes.into_iter().zip(position + 1..) {
+                    best = best.or_larger(Candidate { hash, position });
+                }
+            }
+            hash = hashes[3];
+            position += 4;
+        }
+        for &byte in rest {
             hash = roll(hash, byte);
+            position += 1;
             best = best.or_larger(Candidate { hash, position });
         }
         Some(best)

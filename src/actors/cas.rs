@@ -23,7 +23,7 @@ mod outputs;
 mod reply;
 mod requests;
 mod resolve;
-mod results;
+pub mod results;
 mod scan;
 mod settings;
 pub mod splice;

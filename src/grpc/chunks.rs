@@ -45,7 +45,8 @@ pub async fn split(
 ) -> Result<SplitBlobResponse> {
     check_enabled(edge, "SplitBlob")?;
     let message = request.get_ref();
-    let blob = convert::digest(message.digest_function, message.blob_digest.as_ref(), "blob_digest")?;
+    let blob =
+        convert::digest(instance, message.digest_function, message.blob_digest.as_ref(), "blob_digest")?;
     Call::of(request).blob(blob);
     let chunking = chunking(message.chunking_function)?;
     let chunks = edge.cas.split(instance, blob, chunking, max_chunks(blob)).await?;
@@ -75,7 +76,7 @@ pub async fn splice(
     }
     let blob = message.blob_digest.as_ref();
     // Chunks are of the blob's function (CAS-36), whatever their own length says.
-    let function = convert::digest_function(message.digest_function, [blob])?;
+    let function = convert::digest_function(instance, message.digest_function, [blob])?;
     let blob = Digest::from_wire(function, blob, "blob_digest")?;
     Call::of(request).blob(blob);
     let chunking = chunking(message.chunking_function)?;

@@ -38,6 +38,10 @@ fn digests(chunks: &[Bytes]) -> Vec<Digest> {
     chunks.iter().map(|chunk| sha256(chunk)).collect()
 }
 
+fn digests_of(function: DigestFunction, chunks: &[Bytes]) -> Vec<Digest> {
+    chunks.iter().map(|chunk| function.digest(chunk)).collect()
+}
+
 fn wire(chunks: &[Digest]) -> Vec<reapi::Digest> {
     chunks.iter().map(|chunk| chunk.to_wire()).collect()
 }
@@ -45,10 +49,10 @@ fn wire(chunks: &[Digest]) -> Vec<reapi::Digest> {
 impl Client {
     /// Uploads those of the chunks that are not stored; how many bytes that were.
     async fn upload_missing(&self, chunks: &[Bytes]) -> usize {
-        let missing = self.missing(&digests(chunks)).await;
+        let missing = self.missing(&digests_of(self.function, chunks)).await;
         let mut sent = 0;
         for chunk in missing {
-            let chunk = chunks.iter().find(|bytes| sha256(bytes) == chunk).unwrap();
+            let chunk = chunks.iter().find(|bytes| self.function.digest(bytes) == chunk).unwrap();
             self.upload(chunk.to_vec()).await;
             sent += chunk.len();
         }
@@ -60,11 +64,11 @@ impl Client {
             instance_name: self.instance.clone(),
             blob_digest: Some(blob.to_wire()),
             chunk_digests: wire(chunks),
+            digest_function: self.wire_function(),
             chunking_function: function,
-            ..Default::default()
         };
         let reply = self.cas.clone().splice_blob(request).await?.into_inner();
-        Ok(Digest::from_wire(DigestFunction::Sha256, reply.blob_digest.as_ref(), "blob_digest").unwrap())
+        Ok(self.digest(reply.blob_digest.as_ref()))
     }
 
     async fn splice(&self, blob: Digest, chunks: &[Digest]) -> Result<Digest, Status> {
@@ -75,8 +79,8 @@ impl Client {
         let request = SplitBlobRequest {
             instance_name: self.instance.clone(),
             blob_digest: Some(blob.to_wire()),
+            digest_function: self.wire_function(),
             chunking_function: function,
-            ..Default::default()
         };
         Ok(self.cas.clone().split_blob(request).await?.into_inner())
     }
@@ -190,6 +194,25 @@ async fn a_splice_that_is_not_the_blob_is_refused_and_one_that_is_works_everywhe
     let action = client.action(sh("cat in"), root).await;
     let result = client.run(action).await.result.unwrap();
     assert_eq!(client.stdout(&result).await, "one, two, one, ");
+}
+
+/// CAS-30: chunks are of their blob's digest function, and those of another are not taken for them.
+#[tokio::test]
+async fn chunks_are_of_the_digest_function_of_their_blob() {
+    let server = Server::start().await;
+    let file = text(3 * MB);
+    let chunks = cut(&file, Chunking::FAST_CDC);
+    for &function in DigestFunction::ALL {
+        let client = Client { function, ..server.client().await };
+        let (blob, parts) = (function.digest(&file), digests_of(function, &chunks));
+        assert_eq!(client.splice(blob, &parts).await.unwrap_err().code(), Code::NotFound);
+        assert_eq!(client.upload_missing(&chunks).await, file.len());
+        assert_eq!(client.splice(blob, &parts).await.unwrap(), blob);
+        assert_eq!(client.split(blob, 0).await.unwrap().chunk_digests, wire(&parts));
+        assert!(client.read(blob).await.unwrap() == file);
+        let repeated = client.upload(chunks.concat()).await;
+        assert_eq!(repeated, blob);
+    }
 }
 
 /// kill -9 at any moment leaves a blob whole or absent, and chunks that are what they are called.

@@ -4,8 +4,10 @@
 
 mod cache_interplay;
 mod chunks;
+mod digest_functions;
 mod execution;
 mod inputs;
+mod instances;
 mod lifecycle;
 #[path = "../log_schema/mod.rs"]
 mod log_schema;

@@ -35,6 +35,9 @@ const RECIPE_MEMO_BYTES: usize = 64 * 1024 * 1024;
 /// Chunks in the order in which they make their blob.
 pub type Chunks = Arc<[Digest]>;
 
+/// Chunks on their way into the store.
+type Batch = Vec<(Digest, Bytes)>;
+
 /// What splits and splices have in common.
 #[derive(Debug)]
 pub(super) struct ChunkWork {
@@ -168,6 +171,7 @@ impl Cas {
             };
             chunks.extend(batch.iter().map(|(digest, _)| *digest));
             let (cut, stored) = tokio::join!(cut, self.store_chunks(instance, batch));
+            // All chunks stay until all are there.
             leases.push(stored?);
             let Some((rest, next)) = cut? else { break };
             if chunks.len() + next.len() > max_chunks {
@@ -183,7 +187,7 @@ impl Cas {
     }
 
     /// Stores chunks and keeps them from eviction.
-    async fn store_chunks(&self, instance: &Instance, batch: Vec<(Digest, Bytes)>) -> Result<Lease> {
+    async fn store_chunks(&self, instance: &Instance, batch: Batch) -> Result<Lease> {
         let distinct: HashSet<Digest> = batch.iter().map(|(digest, _)| *digest).collect();
         self.write_many(instance, batch).await?.into_iter().collect::<Result<()>>()?;
         let located = self.locate(instance, distinct.into_iter().collect(), true).await?;
@@ -206,7 +210,7 @@ struct Scan {
 
 impl Scan {
     /// The next chunks, and the scan unless they are the last.
-    fn next_batch(mut self) -> Result<(Option<Self>, Vec<(Digest, Bytes)>)> {
+    fn next_batch(mut self) -> Result<(Option<Self>, Batch)> {
         let function = self.blob.function();
         let mut piece = vec![0; PIECE_BYTES];
         let (mut batch, mut bytes) = (Vec::new(), 0);

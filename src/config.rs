@@ -134,6 +134,8 @@ pub struct CacheConfig {
     pub action_cache_updates: bool,
     /// Largest blob that is accepted, in GB (10^9 bytes) (CAP-15).
     pub max_blob_size_gb: u64,
+    /// Whether SplitBlob and SpliceBlob are offered (CAP-16).
+    pub chunking: bool,
     /// How long the bytes of a broken upload are kept for its client to go on.
     #[serde(with = "humantime_serde")]
     pub partial_upload_retention: Duration,
@@ -259,6 +261,7 @@ impl Default for CacheConfig {
             digest_functions: DigestFunction::ALL.to_vec(),
             action_cache_updates: true,
             max_blob_size_gb: 16,
+            chunking: true,
             partial_upload_retention: Duration::from_secs(10 * 60),
             zstd_level: 1,
             compressed_committed_size: CommittedSize::Compressed,

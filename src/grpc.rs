@@ -20,6 +20,7 @@ pub mod asset;
 pub mod byte_stream;
 pub mod capabilities;
 pub mod cas;
+pub mod chunks;
 pub mod convert;
 pub mod execution;
 pub mod filter;
@@ -114,6 +115,8 @@ pub struct Settings {
     pub max_blob_bytes: u64,
     /// What a finished compressed upload answers (BS-25).
     pub compressed_committed_size: CommittedSize,
+    /// Whether blobs are split and spliced (CAP-16).
+    pub chunking: bool,
 }
 
 impl From<&Config> for Settings {
@@ -122,6 +125,7 @@ impl From<&Config> for Settings {
         Self {
             max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB),
             compressed_committed_size: config.cache.compressed_committed_size,
+            chunking: config.cache.chunking,
         }
     }
 }

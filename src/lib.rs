@@ -5,6 +5,7 @@
 
 pub mod action;
 pub mod actors;
+pub mod chunking;
 pub mod cli;
 pub mod client;
 pub mod compression;

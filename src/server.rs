@@ -174,6 +174,7 @@ impl Server {
             settings: grpc::Settings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
+                chunking: settings.chunking,
             },
         });
         let (close, closed) = oneshot::channel::<()>();

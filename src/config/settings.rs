@@ -73,6 +73,8 @@ pub struct Settings {
     pub max_size_bytes: u64,
     /// Largest blob that is accepted; never above `max_size_bytes`.
     pub max_blob_bytes: u64,
+    /// Whether blobs are split and spliced (CAP-16).
+    pub chunking: bool,
     /// How long the bytes of a broken upload are kept.
     pub partial_upload_retention: Duration,
     /// How hard blobs are compressed; one of [`crate::compression::LEVELS`].
@@ -220,6 +222,7 @@ impl Settings {
                 cache_dir,
                 max_size_bytes,
                 max_blob_bytes: max_blob_bytes.min(max_size_bytes),
+                chunking: config.cache.chunking,
                 partial_upload_retention: config.cache.partial_upload_retention,
                 zstd_level: config.cache.zstd_level,
                 compressed_committed_size: config.cache.compressed_committed_size,

@@ -78,6 +78,7 @@ impl Server {
             settings: Settings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,
+                chunking: executes,
             },
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -4,6 +4,7 @@
 
 mod assets;
 mod cache_interplay;
+mod chunks;
 mod compression;
 mod digest_functions;
 mod execution;

@@ -14,6 +14,7 @@ pub mod grpc;
 pub mod instance;
 pub mod logging;
 pub mod path;
+pub mod platform;
 pub mod proto;
 pub mod resource_name;
 pub mod server;

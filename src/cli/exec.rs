@@ -3,7 +3,7 @@
 //! Builds the Action, uploads what it needs, follows it, prints its standard output and error raw to ours, brings its
 //! outputs home and exits with its exit code. Ctrl-C or SIGTERM cancels the operation on the server before we leave.
 
-use super::{EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain, progress::Line};
+use super::{EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain, progress::{self, Line}};
 use crate::{
     client::{BlobSet, Client, Event, Finished, Identity, Job, Progress, blocking, scan},
     digest::{Digest, DigestFunction},
@@ -190,6 +190,7 @@ async fn follow(
                 Stage::Executing => "running",
                 Stage::Completed | Stage::Unknown => "done",
             }),
+            Ok(Some(Event::Waiting(status))) => line.say(&progress::waiting(&status)),
             Ok(Some(Event::Finished(finished))) => break Ok(*finished),
             Ok(None) => break Err(Error::internal("the operation ended without a result")),
             Err(error) => break Err(error),

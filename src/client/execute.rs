@@ -7,7 +7,7 @@ use super::{
 use crate::{
     digest::Digest,
     error::{Error, Result},
-    proto::{longrunning::Operation, reapi},
+    proto::{gorego, longrunning::Operation, reapi},
 };
 use prost::Message;
 use reapi::execution_stage::Value as Stage;
@@ -23,6 +23,7 @@ const STABLE_AFTER: Duration = Duration::from_secs(30);
 const MAX_RERUNS: u32 = 3;
 /// Names of the packed messages.
 const METADATA_TYPE: &str = "build.bazel.remote.execution.v2.ExecuteOperationMetadata";
+const QUEUE_STATUS_TYPE: &str = "gorego.v1.QueueStatus";
 const RESPONSE_TYPE: &str = "build.bazel.remote.execution.v2.ExecuteResponse";
 
 /// What is to be run. Its blobs must be uploaded.
@@ -41,6 +42,8 @@ pub struct Job {
 pub enum Event {
     /// It has entered this stage (EXE-04).
     Stage(Stage),
+    /// It still waits, and the server says why.
+    Waiting(Box<gorego::QueueStatus>),
     /// It is over; nothing follows.
     Finished(Box<Finished>),
 }
@@ -180,11 +183,18 @@ impl Execution {
         }
         let metadata =
             operation.metadata.and_then(|any| unpack::<reapi::ExecuteOperationMetadata>(&any, METADATA_TYPE));
-        let stage = metadata.map(|metadata| metadata.stage());
+        let stage = metadata.as_ref().map(|metadata| metadata.stage());
         let changed = stage.filter(|stage| *stage != Stage::Unknown && self.stage != Some(*stage));
         self.stage = changed.or(self.stage);
-        Ok(changed.map(Event::Stage))
+        let waiting = metadata.filter(|_| stage == Some(Stage::Queued)).and_then(|metadata| queue_status(&metadata));
+        Ok(waiting.map(|status| Event::Waiting(Box::new(status))).or(changed.map(Event::Stage)))
     }
+}
+
+/// Why the operation waits, from a server that says so in our way.
+fn queue_status(metadata: &reapi::ExecuteOperationMetadata) -> Option<gorego::QueueStatus> {
+    let known = metadata.partial_execution_metadata.as_ref()?;
+    known.auxiliary_metadata.iter().find_map(|any| unpack(any, QUEUE_STATUS_TYPE))
 }
 
 /// Whether a status comes from the connection and not from the server's mind: then the operation may well go on.

@@ -5,13 +5,13 @@
 use super::status;
 use crate::{
     actors::{
-        scheduler::operation::{ClientInfo, OperationId, OperationInfo, Snapshot, Stage},
+        scheduler::operation::{ClientInfo, OperationId, OperationInfo, QueueStatus, Snapshot, Stage},
         worker::messages::RunStage,
     },
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     instance::{Instance, Instances},
-    proto::{longrunning, reapi},
+    proto::{gorego, longrunning, reapi},
 };
 use base64::{
     Engine as _,
@@ -188,6 +188,8 @@ fn execution_metadata(snapshot: &Snapshot) -> reapi::ExecutedActionMetadata {
     }
     let mut metadata = reapi::ExecutedActionMetadata {
         queued_timestamp: Some(timestamp(snapshot.queued_at)),
+        worker: snapshot.place.as_ref().map(|place| place.worker.to_string()).unwrap_or_default(),
+        auxiliary_metadata: snapshot.queue.iter().map(|status| queue_status(status)).collect(),
         ..Default::default()
     };
     if let Some((stage, since)) = snapshot.run_stage {
@@ -199,6 +201,20 @@ fn execution_metadata(snapshot: &Snapshot) -> reapi::ExecutedActionMetadata {
         }
     }
     metadata
+}
+
+fn queue_status(status: &QueueStatus) -> prost_types::Any {
+    let number = |count| i64::try_from(count).unwrap_or(i64::MAX);
+    let status = gorego::QueueStatus {
+        pool: status.pool.clone(),
+        position: status.position.map_or(0, number),
+        waiting: number(status.waiting),
+        busy_slots: number(status.busy),
+        slots: number(status.slots),
+        reason: status.reason.clone(),
+        other_pools: status.other_pools.clone(),
+    };
+    pack("gorego.v1.QueueStatus", &status)
 }
 
 fn timestamp(time: SystemTime) -> prost_types::Timestamp {
@@ -239,9 +255,8 @@ mod tests {
         let outcome = Outcome { result: result.map(Arc::new), cached: true, error, message: "m".into() };
         Snapshot {
             stage: Stage::Completed,
-            queued_at: SystemTime::UNIX_EPOCH,
-            run_stage: None,
             outcome: Some(Arc::new(outcome)),
+            ..Snapshot::queued(SystemTime::UNIX_EPOCH)
         }
     }
 

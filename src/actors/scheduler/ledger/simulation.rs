@@ -208,7 +208,7 @@ impl World {
     }
 
     fn send_checks(&mut self) {
-        while let Some(check) = self.ledger.next_check() {
+        while let Some(check) = self.ledger.next_check(self.now) {
             self.checks.push(check.task);
         }
         assert!(self.checks.len() <= self.ledger.settings.concurrent_checks);
@@ -428,7 +428,7 @@ impl World {
         assert_eq!(self.ledger.register.len(), 0, "nothing is remembered for ever");
         let query =
             ListOperations { instance: instance(), filter: OperationFilter::default(), after: 0, limit: 10 };
-        assert!(self.ledger.list(&query).operations.is_empty());
+        assert!(self.ledger.list(&query).unwrap().operations.is_empty());
     }
 
     fn check_drained(&mut self) {

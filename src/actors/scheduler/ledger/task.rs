@@ -5,7 +5,8 @@ use crate::{
     actors::{
         scheduler::{
             operation::OperationInfo,
-            queue::{Place, PoolSet},
+            queue::{Build, Charge, Place},
+            slots::PoolSet,
             transition::RunPlace,
         },
         worker::{
@@ -17,7 +18,7 @@ use crate::{
     instance::InstanceId,
 };
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     sync::Arc,
     time::{Instant, SystemTime},
 };
@@ -33,11 +34,16 @@ pub(super) struct Task {
     /// The operation that brought it in; it may have been cancelled since.
     pub(super) first: Arc<OperationInfo>,
     pub(super) queued_at: SystemTime,
+    /// The same on the other clock; it goes on for a task that is tried again.
+    pub(super) queued: Instant,
     pub(super) waiting_since: Instant,
     pub(super) attempts: u32,
-    /// Who waits: (priority, number). Never empty. The best priority is the task's own.
-    pub(super) waiters: BTreeSet<(i32, u64)>,
+    /// Who waits: (priority, number), and of which build. Never empty. The first one gives the task its priority, and its
+    /// build is the one that the task counts for: the most urgent, and of several the one that came first.
+    pub(super) waiters: BTreeMap<(i32, u64), Build>,
     pub(super) step: Step,
+    /// The pool and the position in its queue, as of when somebody asked last.
+    pub(super) position: Option<(usize, usize)>,
 }
 
 /// Where a task is.
@@ -57,7 +63,9 @@ pub(super) enum Step {
 #[derive(Debug)]
 pub(super) struct Run {
     pub(super) pool: usize,
-    pub(super) place: RunPlace,
+    pub(super) place: Arc<RunPlace>,
+    /// What it counts for in the queue of its pool.
+    pub(super) charge: Charge,
     pub(super) cancel: CancelToken,
     pub(super) started: Instant,
     pub(super) deadline: Instant,
@@ -72,11 +80,13 @@ impl Task {
     }
 
     pub(super) fn place(&self, id: TaskId) -> Place {
-        Place { priority: self.waiters.first().map_or(0, |&(priority, _)| priority), task: id }
+        let first = self.waiters.first_key_value();
+        let (priority, build) = first.map_or((0, Build(0)), |(&(priority, _), &build)| (priority, build));
+        Place { priority, build, task: id, since: self.queued }
     }
 
     pub(super) fn numbers(&self) -> impl Iterator<Item = u64> {
-        self.waiters.iter().map(|&(_, number)| number)
+        self.waiters.keys().map(|&(_, number)| number)
     }
 }
 

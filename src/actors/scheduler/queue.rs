@@ -100,6 +100,12 @@ impl Queue {
         self.len
     }
 
+    /// How many tasks that were taken from here run.
+    #[cfg(test)]
+    pub fn running(&self) -> usize {
+        self.running.values().sum()
+    }
+
     /// Adds a place. A build that had nothing waiting goes behind its equals.
     pub fn insert(&mut self, place: Place) {
         self.origin.get_or_insert(place.since);

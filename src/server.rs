@@ -234,8 +234,7 @@ fn start_scheduler(
             offers: pool.offers.clone(),
         };
         let store = store.clone();
-        let workers =
-            SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
+        let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
         Pool { spec, runner: workers.recipient() }
     });
     SchedulerActor::new(

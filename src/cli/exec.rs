@@ -3,7 +3,10 @@
 //! Builds the Action, uploads what it needs, follows it, prints its standard output and error raw to ours, brings its
 //! outputs home and exits with its exit code. Ctrl-C or SIGTERM cancels the operation on the server before we leave.
 
-use super::{EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain, progress::{self, Line}};
+use super::{
+    EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain,
+    progress::{self, Line},
+};
 use crate::{
     client::{BlobSet, Client, Event, Finished, Identity, Job, Progress, blocking, scan},
     digest::{Digest, DigestFunction},

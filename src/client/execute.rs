@@ -186,7 +186,8 @@ impl Execution {
         let stage = metadata.as_ref().map(|metadata| metadata.stage());
         let changed = stage.filter(|stage| *stage != Stage::Unknown && self.stage != Some(*stage));
         self.stage = changed.or(self.stage);
-        let waiting = metadata.filter(|_| stage == Some(Stage::Queued)).and_then(|metadata| queue_status(&metadata));
+        let waiting =
+            metadata.filter(|_| stage == Some(Stage::Queued)).and_then(|metadata| queue_status(&metadata));
         Ok(waiting.map(|status| Event::Waiting(Box::new(status))).or(changed.map(Event::Stage)))
     }
 }

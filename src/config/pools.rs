@@ -82,7 +82,9 @@ impl<'de> Visitor<'de> for OfferVisitor {
             Some("minimum") => Offer::Minimum(map.next_value()?),
             Some("ignore") => match map.next_value()? {
                 true => Offer::Ignore,
-                false => return Err(de::Error::custom("ignore = false says nothing; leave the property out")),
+                false => {
+                    return Err(de::Error::custom("ignore = false says nothing; leave the property out"));
+                }
             },
             Some(other) => return Err(de::Error::unknown_field(other, &["minimum", "ignore"])),
             None => return Err(de::Error::custom("expected { minimum = 8 } or { ignore = true }")),

@@ -353,7 +353,8 @@ fn pools(check: &mut Check<'_>, machine: &Machine) -> Vec<PoolSettings> {
     }
     let slots = config.pools.values().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots));
     if slots > MAX_CONCURRENCY {
-        problems.push(format!("the pools have {slots} slots together; at most {MAX_CONCURRENCY} are possible"));
+        problems
+            .push(format!("the pools have {slots} slots together; at most {MAX_CONCURRENCY} are possible"));
     }
     if config.pools.len() > MAX_POOLS {
         problems.push(format!("there are {} pools; at most {MAX_POOLS} are possible", config.pools.len()));

@@ -100,16 +100,18 @@ where
                 Position::End => return None,
                 Position::Start => {}
                 // Silence, which is an error here, is answered with the state as it is.
-                Position::Started | Position::Following => match tokio::time::timeout(patience, cell.changed()).await {
-                    Ok(Ok(())) | Err(_) => {}
-                    Ok(Err(_)) => {
-                        let lost = Error::Unavailable(format!(
-                            "the server stopped following operation {}; ask for it again, or run the action again",
-                            subscription.info.name()
-                        ));
-                        return Some((Err(lost.into()), (subscription, encode, Position::End)));
+                Position::Started | Position::Following => {
+                    match tokio::time::timeout(patience, cell.changed()).await {
+                        Ok(Ok(())) | Err(_) => {}
+                        Ok(Err(_)) => {
+                            let lost = Error::Unavailable(format!(
+                                "the server stopped following operation {}; ask for it again, or run the action again",
+                                subscription.info.name()
+                            ));
+                            return Some((Err(lost.into()), (subscription, encode, Position::End)));
+                        }
                     }
-                },
+                }
             }
             let snapshot = cell.borrow_and_update().clone();
             let next = match position {

@@ -7,9 +7,7 @@ use gorego::{
         cas::{CasActor, StoreSettings, client::Cas},
         scheduler::{
             messages::{Cancel, Explain, Forget, ListOperations, OperationPage, Submit, Watch},
-            operation::{
-                OperationId, OperationInfo, Outcome, QueueStatus, Snapshot, Stage, Subscription,
-            },
+            operation::{OperationId, OperationInfo, Outcome, QueueStatus, Snapshot, Stage, Subscription},
         },
     },
     digest::{Digest, DigestFunction},

@@ -1,8 +1,6 @@
 //! What RPC handlers ask of the scheduler. Each message is one intent and its reply the whole answer.
 
-use super::operation::{
-    ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription,
-};
+use super::operation::{ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription};
 use crate::{digest::Digest, error::Result, instance::Instance};
 use std::sync::Arc;
 

@@ -257,7 +257,11 @@ impl World {
             let expected =
                 (0..POOLS.len()).find(|pool| free(*pool) && before.iter().any(|w| w.pools.contains(pool)));
             let assignment = self.ledger.assign(self.now);
-            assert_eq!(assignment.as_ref().map(|a| a.pool), expected, "no slot idles while there is work for it");
+            assert_eq!(
+                assignment.as_ref().map(|a| a.pool),
+                expected,
+                "no slot idles while there is work for it"
+            );
             if let Some(Assignment { task, pool, .. }) = assignment {
                 self.check_turn(&before, task, pool);
             }
@@ -287,7 +291,8 @@ impl World {
     /// What must be true of whoever was served: see the rules of [`Queue`].
     fn check_turn(&mut self, before: &[Waiting], served: TaskId, pool: usize) {
         let rivals: Vec<_> = before.iter().filter(|waiting| waiting.pools.contains(&pool)).collect();
-        let served = rivals.iter().find(|waiting| waiting.place.task == served).expect("only what is ready runs");
+        let served =
+            rivals.iter().find(|waiting| waiting.place.task == served).expect("only what is ready runs");
         let place = served.place;
         if pool != served.pools[0] {
             self.seen.insert("in a later pool");
@@ -471,7 +476,11 @@ impl World {
         for (pool, queue) in ledger.ready.iter().enumerate() {
             let ready = ledger.tasks.values().filter(|task| task.step == Step::Ready);
             let expected = ready.filter(|task| task.pools.contains(&pool)).count();
-            assert_eq!(queue.len(), expected, "a ready task stands in the queue of each pool that can take it");
+            assert_eq!(
+                queue.len(),
+                expected,
+                "a ready task stands in the queue of each pool that can take it"
+            );
             let out = self.runs.keys().filter(|(of, _)| *of == pool).count();
             assert_eq!(queue.running(), out, "what runs is charged to its queue, and nothing else");
             assert!(out <= POOLS[pool]);

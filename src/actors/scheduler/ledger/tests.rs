@@ -1,13 +1,15 @@
-//! What the ledger promises, in sentences: admission, order, sharing, what clients see. `endings.rs` has the rest.
+//! What the ledger promises, in sentences: admission, order, sharing, what clients see. `endings.rs` and `sharing.rs` have the rest.
 
 mod endings;
+mod sharing;
 
 use super::{fixtures::*, *};
 use crate::{
     action::Action,
     actors::{
         scheduler::{
-            messages::OperationFilter, operation::ClientInfo, settings::SchedulerSettings, transition::RunPlace,
+            messages::OperationFilter, operation::ClientInfo, settings::SchedulerSettings,
+            transition::RunPlace,
         },
         worker::messages::{RunFailure, RunReport, RunResult, RunStage, StageReached},
     },

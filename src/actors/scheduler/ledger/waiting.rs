@@ -132,10 +132,13 @@ impl Ledger {
         let mut reason = match task.step {
             Step::Unchecked | Step::Checking => "its inputs are being looked up".to_owned(),
             Step::Ready | Step::Running => {
-                let (busy, slots) = task.pools.iter().map(|&pool| self.slots.count(pool)).fold(
-                    (0, 0),
-                    |(busy, slots): (usize, usize), (b, s)| (busy.saturating_add(b), slots.saturating_add(s)),
-                );
+                let (busy, slots) = task
+                    .pools
+                    .iter()
+                    .map(|&pool| self.slots.count(pool))
+                    .fold((0, 0), |(busy, slots): (usize, usize), (b, s)| {
+                        (busy.saturating_add(b), slots.saturating_add(s))
+                    });
                 let names: Vec<_> = task.pools.iter().map(|&pool| format!("\"{}\"", name(pool))).collect();
                 let pools = if names.len() == 1 { "pool" } else { "pools" };
                 format!("{busy} of {slots} slots of {pools} {} are busy", names.join(", "))
@@ -150,7 +153,12 @@ impl Ledger {
         }
         Some(QueueStatus {
             pool: name(pool),
-            other_pools: task.pools.iter().filter(|other| **other != pool).map(|&other| name(other)).collect(),
+            other_pools: task
+                .pools
+                .iter()
+                .filter(|other| **other != pool)
+                .map(|&other| name(other))
+                .collect(),
             position,
             waiting: self.ready.get(pool).map_or(0, |queue| queue.len()),
             busy,

@@ -37,7 +37,8 @@ impl Model {
         let class = due.map_or(urgent, |(_, priority)| priority);
         let load = |build| self.running.iter().filter(|charge| **charge == (class, build)).count();
         let in_class = self.waiting.iter().filter(|place| place.priority == class);
-        let next = in_class.min_by_key(|place| (load(place.build), self.turns[&charge(place)], place.task))?;
+        let next =
+            in_class.min_by_key(|place| (load(place.build), self.turns[&charge(place)], place.task))?;
         let next = *next;
         self.turn += 1;
         self.turns.insert(charge(&next), self.turn);
@@ -57,10 +58,17 @@ fn place(priority: i32, build: u64, task: u64, since: Instant) -> Place {
 
 #[derive(Debug, Clone)]
 enum Step {
-    Insert { priority: i32, build: u64 },
+    Insert {
+        priority: i32,
+        build: u64,
+    },
     Remove(usize),
     /// A task is joined by one that wants it sooner, or loses it.
-    Move { which: usize, priority: i32, build: u64 },
+    Move {
+        which: usize,
+        priority: i32,
+        build: u64,
+    },
     Pop,
     End(usize),
     Wait(u64),
@@ -235,8 +243,9 @@ fn builds_share_the_slots_evenly() {
             }
             running.push_back(queue.pop(start).unwrap().1);
         }
-        let loads: Vec<_> =
-            (1..=build).map(|build| running.iter().filter(|charge| charge.1 == Build(build)).count()).collect();
+        let loads: Vec<_> = (1..=build)
+            .map(|build| running.iter().filter(|charge| charge.1 == Build(build)).count())
+            .collect();
         let (least, most) = (loads.iter().min().unwrap(), loads.iter().max().unwrap());
         assert!(most - least <= 1, "{loads:?}");
     }

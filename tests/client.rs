@@ -323,6 +323,7 @@ async fn follow(mut execution: Execution) -> Result<(Vec<Stage>, Finished), Erro
     loop {
         match execution.next().await?.expect("an end") {
             Event::Stage(stage) => stages.push(stage),
+            Event::Waiting(status) => panic!("no script says why it waits: {status:?}"),
             Event::Finished(finished) => {
                 assert_eq!(execution.next().await, Ok(None));
                 return Ok((stages, *finished));

@@ -143,7 +143,13 @@ impl<'a> ActionRun<'a> {
             return Ok(None);
         }
         let file = outputs::open_regular(top, name, name)?;
-        let digest = self.store.store_output(&self.order.action.instance, top, name, file)?;
+        let digest = self.store.store_output(
+            &self.order.action.instance,
+            self.order.action.digest.function(),
+            top,
+            name,
+            file,
+        )?;
         Ok(Some(digest.to_wire()))
     }
 
@@ -153,8 +159,11 @@ impl<'a> ActionRun<'a> {
         if action.do_not_cache || self.result.exit_code != 0 {
             return;
         }
-        let provenance =
-            Provenance { worker: self.worker(), tool_invocation_id: self.order.tool_invocation_id.clone() };
+        let provenance = Provenance {
+            worker: self.worker(),
+            tool_invocation_id: self.order.tool_invocation_id.clone(),
+            peer: String::new(),
+        };
         let recorded =
             self.store.record_result(&action.instance, action.digest, self.result.clone(), provenance);
         if let Err(error) = recorded {

@@ -12,7 +12,8 @@ pub mod show;
 mod source_text;
 
 pub use load::{Flag, Loaded, Origin, Sources, load};
-pub use settings::{ExecutionSettings, Machine, PoolSettings, Settings};
+pub use pools::PoolSettings;
+pub use settings::{ExecutionSettings, Machine, Settings};
 
 use crate::{digest::DigestFunction, platform::UnknownProperties};
 use pools::PoolConfig;

@@ -4,13 +4,17 @@
 //! replaced by what they stand for. All problems are reported at once, each with the key, its value and who set it. No file
 //! is touched here.
 
-use super::{ExecutionConfig, Loaded, LogConfig, load::keys, pools::PoolConfig};
+use super::{
+    Loaded, LogConfig,
+    load::keys,
+    pools::{PoolSettings, pools},
+};
 use crate::{
     action::TimeoutPolicy,
     digest::DigestFunction,
     error::{Error, Result},
     instance::{Instances, Policy},
-    platform::{self, Offer, Offers, UnknownProperties},
+    platform::UnknownProperties,
 };
 use std::{
     fmt::Write as _,
@@ -27,13 +31,7 @@ const MAX_GB: u64 = 1_000_000_000;
 /// Longest duration that can be configured; keeps sums of times far from overflow.
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Most actions at a time on one machine; each slot is a thread and a process.
-const MAX_CONCURRENCY: usize = 4_096;
-/// Most pools. A task stands in the queue of each pool that can take it.
-const MAX_POOLS: usize = 64;
-/// Longest name of a pool; it is part of the names of workers.
-const MAX_POOL_NAME: usize = 64;
-/// The pool that there is when none is declared.
-pub const DEFAULT_POOL: &str = "local";
+pub(super) const MAX_CONCURRENCY: usize = 4_096;
 /// Most tasks that may wait, and most finished operations that are remembered; about 2 GB of memory.
 const MAX_OPERATIONS: usize = 1_000_000;
 
@@ -119,23 +117,10 @@ pub struct ExecutionSettings {
     pub max_output_file_bytes: u64,
 }
 
-/// Checked settings of one pool.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PoolSettings {
-    /// Its name; "local" when none is declared.
-    pub name: String,
-    /// Whether the configuration declares it, or it is there because none is declared.
-    pub is_declared: bool,
-    /// Actions that run in it at the same time; at least 1.
-    pub slots: usize,
-    /// What it offers.
-    pub offers: Offers,
-}
-
 /// Collects problems, so that all are shown at once.
-struct Check<'a> {
-    loaded: &'a Loaded,
-    problems: Vec<String>,
+pub(super) struct Check<'a> {
+    pub(super) loaded: &'a Loaded,
+    pub(super) problems: Vec<String>,
 }
 
 impl Check<'_> {
@@ -145,7 +130,7 @@ impl Check<'_> {
         self.problems.push(format!("{key} = {value} ({}): {problem}", self.loaded.origin(key)));
     }
 
-    fn require(&mut self, key: &str, holds: bool, problem: &str) {
+    pub(super) fn require(&mut self, key: &str, holds: bool, problem: &str) {
         if !holds {
             self.refuse(key, problem);
         }
@@ -348,63 +333,4 @@ fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> Exec
         max_attempts: config.max_attempts,
         max_output_file_bytes: check.gigabytes("execution.max_output_file_gb", config.max_output_file_gb),
     }
-}
-
-/// The declared pools, or else the one that `concurrency` and `platform` describe.
-fn pools(check: &mut Check<'_>, machine: &Machine) -> Vec<PoolSettings> {
-    let (config, default) = (&check.loaded.config.execution, ExecutionConfig::default());
-    check.require(
-        "execution.platform",
-        config.platform.keys().all(|name| !name.is_empty()),
-        "has a property without a name",
-    );
-    if config.pools.is_empty() {
-        let exact = |(name, value): (&String, &String)| (name.clone(), Offer::Exact(value.clone()));
-        return vec![PoolSettings {
-            name: DEFAULT_POOL.into(),
-            is_declared: false,
-            slots: if config.concurrency == 0 { machine.cpus.max(1) } else { config.concurrency },
-            offers: config.platform.iter().map(exact).collect(),
-        }];
-    }
-    let own = "says nothing where pools are declared; each has its own";
-    check.require("execution.concurrency", config.concurrency == 0, &format!("{own} slots"));
-    check.require("execution.platform", config.platform == default.platform, &format!("{own} properties"));
-    let mut problems = Vec::new();
-    for (name, pool) in &config.pools {
-        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if name.is_empty() || name.len() > MAX_POOL_NAME || !name.chars().all(is_plain) {
-            problems.push(format!(
-                "\"{}\" cannot be the name of a pool: use up to {MAX_POOL_NAME} letters, digits, \"-\", \"_\" and \".\"",
-                name.escape_debug()
-            ));
-        }
-        if !(1..=MAX_CONCURRENCY).contains(&pool.slots) {
-            problems.push(format!("slots of \"{name}\" must be between 1 and {MAX_CONCURRENCY}"));
-        }
-        if pool.properties.contains_key("") {
-            problems.push(format!("\"{name}\" has a property without a name"));
-        }
-    }
-    let slots = config.pools.values().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots));
-    if slots > MAX_CONCURRENCY {
-        problems
-            .push(format!("the pools have {slots} slots together; at most {MAX_CONCURRENCY} are possible"));
-    }
-    if config.pools.len() > MAX_POOLS {
-        problems.push(format!("there are {} pools; at most {MAX_POOLS} are possible", config.pools.len()));
-    }
-    for problem in problems {
-        let origin = check.loaded.origin("execution.pools");
-        check.problems.push(format!("execution.pools ({origin}): {problem}"));
-    }
-    let pool = |(name, pool): (&String, &PoolConfig)| PoolSettings {
-        name: name.clone(),
-        is_declared: true,
-        slots: pool.slots,
-        offers: pool.properties.clone(),
-    };
-    let mut pools: Vec<_> = config.pools.iter().map(pool).collect();
-    pools.sort_by_cached_key(|pool| platform::preference(&pool.name, &pool.offers));
-    pools
 }

@@ -3,12 +3,14 @@
 //! The world outside is played here: who follows what, which runs are out, what the CAS says. Each step is checked against
 //! it, and at the end the world is brought to rest, where every operation must have ended. A failure names its seed.
 
+mod turns;
+
 use super::{
     fixtures::{Work, digest, instance, pool, resolution, settings, submit, submit_of, work},
     *,
 };
 use crate::actors::{
-    scheduler::{messages::OperationFilter, queue::Place, slots::PoolSet},
+    scheduler::messages::OperationFilter,
     worker::{
         cancel::CancelToken,
         messages::{RunFailure, RunResult, RunStage, SlotId, StageReached},
@@ -16,6 +18,7 @@ use crate::actors::{
 };
 use crate::platform::Offer;
 use std::collections::HashSet;
+use turns::Waiting;
 
 const SEEDS: u64 = 300;
 const STEPS: u32 = 1000;
@@ -113,13 +116,6 @@ struct World {
     /// Finished operations that the world has not deleted.
     finished: HashSet<OperationId>,
     seen: HashSet<&'static str>,
-}
-
-/// A ready task as the world sees it.
-struct Waiting {
-    place: Place,
-    pools: PoolSet,
-    loads: [usize; 3],
 }
 
 struct Out {
@@ -271,47 +267,6 @@ impl World {
             assert!(assignment.slot.0 < POOLS[assignment.pool], "only slots that there are");
             let out = Out { task: assignment.task, cancel: assignment.cancel, stage: None };
             assert!(self.runs.insert(slot, out).is_none(), "slot {slot:?} is given out twice");
-        }
-    }
-
-    /// The ready tasks, and how many of its build and priority each pool runs.
-    fn waiting(&self) -> Vec<Waiting> {
-        let ledger = &self.ledger;
-        let waiting = |(id, task): (&TaskId, &Task)| {
-            let place = task.place(*id);
-            let loads = std::array::from_fn(|pool| {
-                let counts = |run: &&Run| run.pool == pool && run.charge == (place.priority, place.build);
-                ledger.runs.values().filter(counts).count()
-            });
-            Waiting { place, pools: task.pools.clone(), loads }
-        };
-        ledger.tasks.iter().filter(|(_, task)| task.step == Step::Ready).map(waiting).collect()
-    }
-
-    /// What must be true of whoever was served: see the rules of [`Queue`].
-    fn check_turn(&mut self, before: &[Waiting], served: TaskId, pool: usize) {
-        let rivals: Vec<_> = before.iter().filter(|waiting| waiting.pools.contains(&pool)).collect();
-        let served =
-            rivals.iter().find(|waiting| waiting.place.task == served).expect("only what is ready runs");
-        let place = served.place;
-        if pool != served.pools[0] {
-            self.seen.insert("in a later pool");
-        }
-        let urgent = rivals.iter().map(|rival| rival.place.priority).min().unwrap();
-        let class: Vec<_> = rivals.iter().filter(|rival| rival.place.priority == place.priority).collect();
-        if urgent != place.priority {
-            let oldest = class.iter().map(|rival| rival.place.since).min().unwrap();
-            let steps = (place.priority - urgent) as u32;
-            let made_up = self.now.since(oldest) >= self.ledger.settings.priority_ageing * steps;
-            assert!(made_up, "less urgent work goes first only when its age makes up for that");
-            self.seen.insert("due");
-        }
-        let least = class.iter().map(|rival| rival.loads[pool]).min().unwrap();
-        assert_eq!(served.loads[pool], least, "the build with the least running is next");
-        let of_build = class.iter().filter(|rival| rival.place.build == place.build);
-        assert_eq!(of_build.map(|rival| rival.place.task).min(), Some(place.task), "in a build, age decides");
-        if class.iter().any(|rival| rival.place.task < place.task) {
-            self.seen.insert("out of turn");
         }
     }
 
@@ -473,18 +428,7 @@ impl World {
         assert_eq!(ledger.waiting, waiting);
         assert_eq!(ledger.weight, ledger.tasks.values().map(|task| task.action.weight()).sum::<usize>());
         assert!(waiting <= settings.queue_size + POOLS.iter().sum::<usize>());
-        for (pool, queue) in ledger.ready.iter().enumerate() {
-            let ready = ledger.tasks.values().filter(|task| task.step == Step::Ready);
-            let expected = ready.filter(|task| task.pools.contains(&pool)).count();
-            assert_eq!(
-                queue.len(),
-                expected,
-                "a ready task stands in the queue of each pool that can take it"
-            );
-            let out = self.runs.keys().filter(|(of, _)| *of == pool).count();
-            assert_eq!(queue.running(), out, "what runs is charged to its queue, and nothing else");
-            assert!(out <= POOLS[pool]);
-        }
+        self.check_queues();
         let unfinished: usize = ledger.tasks.values().map(|task| task.waiters.len()).sum();
         assert_eq!(ledger.register.unfinished(), unfinished, "each operation waits for one task");
         assert!(unfinished <= settings.unfinished_operations);

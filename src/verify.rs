@@ -15,6 +15,7 @@
 pub mod actions;
 pub mod blob;
 pub mod check;
+pub mod compression;
 pub mod groups;
 pub mod raw;
 pub mod report;

@@ -59,7 +59,13 @@ pub const ALL: &[Group] = &[
         name: "CAS",
         title: "ContentAddressableStorage",
         rules: rules::CAS,
-        checks: &[cas::CHECKS],
+        checks: &[
+            cas::find_missing::CHECKS,
+            cas::batch_update::CHECKS,
+            cas::batch_read::CHECKS,
+            cas::tree::CHECKS,
+            cas::chunks::CHECKS,
+        ],
         beyond: &[cas::BEYOND],
     },
     Group {

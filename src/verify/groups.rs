@@ -72,14 +72,24 @@ pub const ALL: &[Group] = &[
         name: "BS",
         title: "ByteStream",
         rules: rules::BS,
-        checks: &[byte_stream::CHECKS],
+        checks: &[
+            byte_stream::names::CHECKS,
+            byte_stream::read::CHECKS,
+            byte_stream::write::CHECKS,
+            byte_stream::compressed::CHECKS,
+            byte_stream::query::CHECKS,
+        ],
         beyond: &[byte_stream::BEYOND],
     },
     Group {
         name: "AC",
         title: "ActionCache",
         rules: rules::AC,
-        checks: &[action_cache::CHECKS],
+        checks: &[
+            action_cache::completeness::CHECKS,
+            action_cache::inlining::CHECKS,
+            action_cache::updates::CHECKS,
+        ],
         beyond: &[action_cache::BEYOND],
     },
     Group {

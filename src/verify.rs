@@ -16,6 +16,7 @@ pub mod actions;
 pub mod blob;
 pub mod check;
 pub mod compression;
+pub mod connection;
 pub mod groups;
 pub mod raw;
 pub mod report;

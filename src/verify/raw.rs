@@ -1,6 +1,6 @@
 //! Calls whose request is bytes: for what the generated messages cannot say, such as fields that nobody knows.
 
-use super::session::Service;
+use super::connection::Service;
 use bytes::{Buf as _, BufMut as _, Bytes};
 use http::uri::PathAndQuery;
 use tonic::{

@@ -1,18 +1,15 @@
 //! A session: one connection to the server, one instance and one digest function, and the clients of every service.
 //!
 //! It is cheap to clone and to change: [`Session::with_instance`], [`Session::with_function`], [`Session::reconnect`]. All
-//! sessions of a run share its salt, its options and what the server said of itself at the beginning. Every call carries the
-//! limit of a check as its deadline, so nothing goes on at the server for long after a check was given up.
-//!
-//! The connection is that of a client at its defaults: messages of up to 4 MiB, headers of up to 8 KiB (GEN-19, GEN-25).
+//! sessions of a run share its salt, its options and what the server said of itself at the beginning.
 
 use super::{
     Options,
     blob::{Blob, Salt, tail},
-    check::{Stop, Verdict, absent, fail, innermost, show},
+    check::{Answer as _, Stop, Verdict, absent, fail},
+    connection::{CONNECT_LIMIT, Service, Target},
 };
 use crate::{
-    client::parse_endpoint,
     digest::DigestFunction,
     error::{Error, Result},
     instance::check_instance_name,
@@ -22,9 +19,8 @@ use crate::{
         logstream::log_stream_service_client::LogStreamServiceClient,
         longrunning::{CancelOperationRequest, operations_client::OperationsClient},
         reapi::{
-            self, CacheCapabilities, ExecutionCapabilities, GetCapabilitiesRequest, RequestMetadata,
-            ServerCapabilities, ToolDetails, action_cache_client::ActionCacheClient,
-            capabilities_client::CapabilitiesClient,
+            self, CacheCapabilities, ExecutionCapabilities, GetCapabilitiesRequest, ServerCapabilities,
+            action_cache_client::ActionCacheClient, capabilities_client::CapabilitiesClient,
             content_addressable_storage_client::ContentAddressableStorageClient,
             execution_client::ExecutionClient,
         },
@@ -39,50 +35,16 @@ use std::{
     },
     time::Duration,
 };
-use tonic::{
-    Request, Status,
-    metadata::{BinaryMetadataValue, MetadataValue},
-    service::{Interceptor, interceptor::InterceptedService},
-    transport::{Channel, Endpoint},
-};
+use tonic::transport::Channel;
 
-/// How long connecting, and the first GetCapabilities, may take.
-const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// How long the operations that checks left behind may take to be cancelled, all together.
 const CLEAN_UP_LIMIT: Duration = Duration::from_secs(5);
-/// What grpc-java and C-core accept of headers by default (GEN-19).
-const MAX_HEADER_BYTES: u32 = 8 * 1024;
-/// Bytes that the server may send ahead: wide, so that a slow check does not stop the others of its connection.
-const WINDOW_BYTES: (u32, u32) = (16 * 1024 * 1024, 64 * 1024 * 1024);
-/// The header of GEN-28.
-pub const METADATA_HEADER: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
-
-/// A connection whose requests carry a deadline and the identity of the run.
-pub type Service = InterceptedService<Channel, Header>;
-
-/// Puts the deadline and the identity into each request.
-#[derive(Debug, Clone)]
-pub struct Header {
-    identity: BinaryMetadataValue,
-    limit: Duration,
-}
-
-impl Interceptor for Header {
-    fn call(&mut self, mut request: Request<()>) -> std::result::Result<Request<()>, Status> {
-        request.metadata_mut().insert_bin(METADATA_HEADER, self.identity.clone());
-        if !request.metadata().contains_key("grpc-timeout") {
-            request.set_timeout(self.limit);
-        }
-        Ok(request)
-    }
-}
 
 /// See the top of this file.
 #[derive(Debug, Clone)]
 pub struct Session {
     run: Arc<Run>,
     channel: Channel,
-    header: Header,
     instance: String,
     function: DigestFunction,
     /// What requests say about it; 0 in a session that leaves the field unset.
@@ -93,7 +55,7 @@ pub struct Session {
 #[derive(Debug)]
 struct Run {
     options: Options,
-    endpoint: Endpoint,
+    target: Target,
     capabilities: ServerCapabilities,
     salt: Salt,
     written: AtomicU64,
@@ -108,41 +70,30 @@ impl Session {
     /// `Invalid` for options that make no sense; `Unavailable` when nobody answers or GetCapabilities fails.
     pub async fn connect(options: Options) -> Result<Self> {
         check_instance_name(&options.instance)?;
-        let endpoint = Endpoint::from_shared(parse_endpoint(&options.endpoint)?)
-            .map_err(Error::invalid)?
-            .connect_timeout(CONNECT_LIMIT)
-            .tcp_nodelay(true)
-            .initial_stream_window_size(WINDOW_BYTES.0)
-            .initial_connection_window_size(WINDOW_BYTES.1)
-            .http2_max_header_list_size(MAX_HEADER_BYTES);
-        let unreachable =
-            |why: String| Error::Unavailable(format!("no server to verify at {}: {why}", options.endpoint));
         let salt = Salt::new();
-        let header = Header { identity: identity(&salt), limit: options.check_limit() };
+        let target = Target::new(&options, &salt)?;
         let first_answer = async {
-            let channel = endpoint.connect().await.map_err(|error| innermost(&error))?;
-            let service = InterceptedService::new(channel.clone(), header.clone());
+            let channel = target.connect().await?;
             let request = GetCapabilitiesRequest { instance_name: options.instance.clone() };
-            match CapabilitiesClient::new(service).get_capabilities(request).await {
-                Ok(answer) => Ok((channel, answer.into_inner())),
-                Err(status) => Err(format!("GetCapabilities answers {}", show(&status))),
-            }
+            let mut client = CapabilitiesClient::new(target.service(channel.clone()));
+            let answer = client.get_capabilities(request).await.wanted("GetCapabilities answers")?;
+            Ok((channel, answer.into_inner()))
         };
         let answer = tokio::time::timeout(CONNECT_LIMIT, first_answer).await;
-        let answer = answer.unwrap_or_else(|_| Err(format!("no answer within {CONNECT_LIMIT:?}")));
-        let (channel, capabilities) = answer.map_err(unreachable)?;
+        let answer =
+            answer.unwrap_or_else(|_| Err(fail("an answer", format!("none within {CONNECT_LIMIT:?}"))));
+        let (channel, capabilities) = answer.map_err(|stop| {
+            let why = match stop {
+                Stop::Fail { observed, .. } => observed,
+                Stop::Absent(why) | Stop::Skipped(why) => why,
+            };
+            Error::Unavailable(format!("no server to verify at {}: {why}", options.endpoint))
+        })?;
         let function = choose_function(options.digest_function.as_deref(), &capabilities)?;
         let instance = options.instance.clone();
-        let run = Run {
-            options,
-            endpoint,
-            capabilities,
-            salt,
-            written: AtomicU64::new(0),
-            operations: Mutex::default(),
-        };
-        let function_number = function.wire().into();
-        Ok(Self { run: Arc::new(run), channel, header, instance, function, function_number })
+        let (written, operations) = (AtomicU64::new(0), Mutex::default());
+        let run = Arc::new(Run { options, target, capabilities, salt, written, operations });
+        Ok(Self { run, channel, instance, function, function_number: function.wire().into() })
     }
 
     /// The same over a connection of its own.
@@ -150,9 +101,7 @@ impl Session {
     /// # Errors
     /// A failure when the server does not take another connection.
     pub async fn reconnect(&self) -> Verdict<Self> {
-        let channel = self.run.endpoint.connect().await;
-        let channel = channel.map_err(|error| fail("another connection is accepted", innermost(&error)))?;
-        Ok(Self { channel, ..self.clone() })
+        Ok(Self { channel: self.run.target.connect().await?, ..self.clone() })
     }
 
     /// The same over a connection that sends a ping at this interval, also while nothing is asked.
@@ -160,10 +109,7 @@ impl Session {
     /// # Errors
     /// As [`Session::reconnect`].
     pub async fn reconnect_pinging(&self, interval: Duration) -> Verdict<Self> {
-        let endpoint = self.run.endpoint.clone().http2_keep_alive_interval(interval);
-        let channel = endpoint.keep_alive_while_idle(true).connect().await;
-        let channel = channel.map_err(|error| fail("another connection is accepted", innermost(&error)))?;
-        Ok(Self { channel, ..self.clone() })
+        Ok(Self { channel: self.run.target.connect_pinging(interval).await?, ..self.clone() })
     }
 
     /// The same on another instance.
@@ -348,7 +294,7 @@ impl Session {
 
     /// The connection, with deadline and identity.
     pub fn service(&self) -> Service {
-        InterceptedService::new(self.channel.clone(), self.header.clone())
+        self.run.target.service(self.channel.clone())
     }
 
     /// The connection alone, for checks of what travels beside the messages.
@@ -417,18 +363,6 @@ fn choose_function(asked: Option<&str>, capabilities: &ServerCapabilities) -> Re
     let known = DigestFunction::ALL.iter().copied();
     let offered = known.filter(|function| listed.contains(&(function.wire() as i32)));
     Ok(offered.min_by_key(|function| *function != DigestFunction::Sha256).unwrap_or(DigestFunction::Sha256))
-}
-
-fn identity(salt: &Salt) -> BinaryMetadataValue {
-    let metadata = RequestMetadata {
-        tool_details: Some(ToolDetails {
-            tool_name: "gorego verify".into(),
-            tool_version: env!("CARGO_PKG_VERSION").into(),
-        }),
-        tool_invocation_id: salt.run(),
-        ..Default::default()
-    };
-    MetadataValue::from_bytes(&metadata.encode_to_vec())
 }
 
 /// A feature that the server lists a name for, such as a compressor.

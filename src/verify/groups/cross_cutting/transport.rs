@@ -9,8 +9,9 @@ use crate::{
     verify::{
         blob::Blob,
         check::{Answer as _, Check, Verdict, ensure, equal, fail, inline, skipped},
+        connection::METADATA_HEADER,
         raw,
-        session::{METADATA_HEADER, Session},
+        session::Session,
         store::{half, pieces, stalled},
     },
 };

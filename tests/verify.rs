@@ -59,8 +59,6 @@ const LEFT_OUT: &[(&str, &str)] = &[
 
 /// Reasons for which checks may be left out as long as our server does not have these features.
 const NOT_YET: &[&str] = &[
-    "the server lists no compressor for ByteStream",
-    "the server does not list zstd",
     "the server states no chunking parameters",
     "the server does not claim split_blob_support",
     "the server does not claim splice_blob_support",

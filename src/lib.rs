@@ -24,3 +24,4 @@ pub mod resource_name;
 pub mod server;
 mod spread;
 pub mod tree;
+pub mod verify;

@@ -9,8 +9,9 @@ use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use gorego::proto::{
     longrunning::{Operation, operation},
     reapi::{
-        Action, ActionResult, BatchReadBlobsRequest, BatchUpdateBlobsRequest, Command, Digest, ExecuteRequest,
-        ExecuteResponse, batch_update_blobs_request,
+        Action, ActionResult, BatchReadBlobsRequest, BatchUpdateBlobsRequest, Command, Digest, Directory,
+        ExecuteOperationMetadata, ExecuteRequest, ExecuteResponse, OutputDirectory, Tree,
+        batch_update_blobs_request,
         content_addressable_storage_client::ContentAddressableStorageClient,
     },
 };
@@ -144,30 +145,26 @@ pub fn answer<M: Message>(method: &'static str, message: M) -> Behaviour {
     })
 }
 
-/// Several changes at once, the first one nearest to the client.
-pub fn both(outer: Behaviour, inner: Behaviour) -> Behaviour {
-    // Only behaviours that differ in the method can be joined: each passes on what is not its own.
+/// Two changes, each to the calls of a method of its own.
+pub fn both(method: &'static str, first: Behaviour, otherwise: Behaviour) -> Behaviour {
     Arc::new(move |call, upstream| {
-        let (outer, inner) = (outer.clone(), inner.clone());
-        let method = call.method().to_owned();
-        async move {
-            match method.as_str() {
-                "Execute" => outer(call, upstream).await,
-                _ => inner(call, upstream).await,
-            }
-        }
-        .boxed()
+        if call.method() == method { first(call, upstream) } else { otherwise(call, upstream) }
     })
+}
+
+/// A change to the calls of every method.
+pub fn every(change: impl Fn(&'static str) -> Behaviour, methods: &[&'static str]) -> Behaviour {
+    methods.iter().fold(nothing(), |rest, method| both(method, change(method), rest))
 }
 
 /// Every Operation that Execute and WaitExecution send is changed.
 pub fn operation(change: impl Fn(&mut Operation) + Send + Sync + 'static) -> Behaviour {
     let change = Arc::new(change);
-    let wait = change.clone();
-    both(
-        response::<Operation>("Execute", move |operation| change(operation)),
-        response::<Operation>("WaitExecution", move |operation| wait(operation)),
-    )
+    let on = |method| {
+        let change = change.clone();
+        response::<Operation>(method, move |operation| change(operation))
+    };
+    every(on, &["Execute", "WaitExecution"])
 }
 
 /// The final response of every Execute and WaitExecution is changed.
@@ -184,9 +181,17 @@ pub fn result(change: impl Fn(&mut ActionResult) + Send + Sync + 'static) -> Beh
     })
 }
 
-/// Every Execute runs another Action than the one it names: Action and Command are read, changed and stored, and the request
-/// and the metadata of the operation carry the digests that the client expects.
-pub fn action(change: impl Fn(&mut Action, &mut Command) + Send + Sync + 'static) -> Behaviour {
+/// What an Execute runs, for faults that change it.
+pub struct Job {
+    pub action: Action,
+    pub command: Command,
+    /// The root of the inputs.
+    pub root: Directory,
+}
+
+/// Every Execute runs another Action than the one it names: Action, Command and root are read, changed and stored; the request
+/// carries the new digest, and the metadata of the operation the one that the client expects.
+pub fn job(change: impl Fn(&mut Job) + Send + Sync + 'static) -> Behaviour {
     let change = Arc::new(change);
     instead("Execute", move |call, upstream| {
         let change = change.clone();
@@ -210,16 +215,78 @@ pub fn action(change: impl Fn(&mut Action, &mut Command) + Send + Sync + 'static
 async fn rewrite(
     upstream: &Upstream,
     request: &ExecuteRequest,
-    change: &(dyn Fn(&mut Action, &mut Command) + Send + Sync),
+    change: &(dyn Fn(&mut Job) + Send + Sync),
 ) -> Option<Digest> {
     let instance = &request.instance_name;
-    let action = read_blob(upstream, instance, request.action_digest.clone()?).await?;
-    let mut action = Action::decode(action).ok()?;
-    let command = read_blob(upstream, instance, action.command_digest.clone()?).await?;
-    let mut command = Command::decode(command).ok()?;
-    change(&mut action, &mut command);
-    action.command_digest = Some(write_blob(upstream, instance, command.encode_to_vec()).await?);
-    write_blob(upstream, instance, action.encode_to_vec()).await
+    let action: Action = read_message(upstream, instance, request.action_digest.as_ref()?).await?;
+    let command = read_message(upstream, instance, action.command_digest.as_ref()?).await?;
+    let root = read_message(upstream, instance, action.input_root_digest.as_ref()?).await?;
+    let mut job = Job { action, command, root };
+    change(&mut job);
+    job.action.command_digest = Some(write_blob(upstream, instance, job.command.encode_to_vec()).await?);
+    job.action.input_root_digest = Some(write_blob(upstream, instance, job.root.encode_to_vec()).await?);
+    write_blob(upstream, instance, job.action.encode_to_vec()).await
+}
+
+/// The final result of every Execute is changed by work that may read and write blobs; the last argument is the instance.
+pub fn result_with_blobs<F>(
+    change: impl Fn(ActionResult, Upstream, String) -> F + Send + Sync + 'static,
+) -> Behaviour
+where
+    F: Future<Output = ActionResult> + Send + 'static,
+{
+    let change = Arc::new(change);
+    instead("Execute", move |call, upstream| {
+        let change = change.clone();
+        async move {
+            let (request, call) = read_request::<ExecuteRequest>(call).await?;
+            let mut reply = upstream.forward(call).await?;
+            let change = move |message: Result<Bytes, Status>| {
+                let (change, upstream) = (change.clone(), upstream.clone());
+                let instance = request.instance_name.clone();
+                async move {
+                    let mut operation = decode::<Operation>(message?)?;
+                    let mut response = ExecuteResponse::default();
+                    change_response(&mut operation, |found| response = found.clone());
+                    if let Some(result) = response.result.take() {
+                        response.result = Some(change(result, upstream, instance).await);
+                        change_response(&mut operation, |changed| *changed = response.clone());
+                    }
+                    Ok(operation.encode_to_vec().into())
+                }
+            };
+            reply.messages = reply.messages.then(change).boxed();
+            Ok(reply)
+        }
+    })
+}
+
+/// The Tree of every output directory of every Execute is replaced by these bytes, made of it.
+pub fn trees(
+    change: impl Fn(Tree, &mut OutputDirectory) -> Vec<u8> + Send + Sync + 'static,
+) -> Behaviour {
+    let change = Arc::new(change);
+    result_with_blobs(move |mut result, upstream, instance| {
+        let change = change.clone();
+        async move {
+            for directory in &mut result.output_directories {
+                let Some(digest) = directory.tree_digest.clone() else { continue };
+                let Some(tree) = read_message(&upstream, &instance, &digest).await else { continue };
+                let bytes = change(tree, directory);
+                directory.tree_digest = write_blob(&upstream, &instance, bytes).await;
+            }
+            result
+        }
+    })
+}
+
+/// A message of the real server's store.
+pub async fn read_message<M: Message + Default>(
+    upstream: &Upstream,
+    instance: &str,
+    digest: &Digest,
+) -> Option<M> {
+    M::decode(read_blob(upstream, instance, digest.clone()).await?).ok()
 }
 
 /// A blob of the real server.
@@ -254,7 +321,7 @@ pub async fn write_blob(upstream: &Upstream, instance: &str, data: Vec<u8>) -> O
 /// Reads the one request message of a call, and gives the call back as it was.
 pub async fn read_request<M: Message + Default>(mut call: Call) -> Result<(M, Call), Status> {
     let bytes = call.messages.next().await.unwrap_or_else(|| Ok(Bytes::new()))?;
-    let message = M::decode(bytes.clone()).map_err(|error| Status::internal(error.to_string()))?;
+    let message = decode(bytes.clone())?;
     let messages = stream::once(async { Ok(bytes) }).chain(call.messages).boxed();
     Ok((message, Call { messages, ..call }))
 }
@@ -271,7 +338,7 @@ pub async fn unary<R: Message + Default>(upstream: &Upstream, call: Call) -> Res
     let bytes = reply.messages.next().await.unwrap_or_else(|| Err(Status::internal("no answer")))?;
     // The status may still be an error.
     while reply.messages.try_next().await?.is_some() {}
-    R::decode(bytes).map_err(|error| Status::internal(error.to_string()))
+    decode(bytes)
 }
 
 /// Changes one encoded message.
@@ -279,15 +346,20 @@ pub fn edit<M: Message + Default>(
     message: Result<Bytes, Status>,
     change: &(impl Fn(&mut M) + ?Sized),
 ) -> Result<Bytes, Status> {
-    let mut message = M::decode(message?).map_err(|error| Status::internal(error.to_string()))?;
+    let mut message = decode::<M>(message?)?;
     change(&mut message);
     Ok(message.encode_to_vec().into())
+}
+
+/// Decodes a message that the real server or the suite has made.
+pub fn decode<M: Message + Default>(bytes: Bytes) -> Result<M, Status> {
+    M::decode(bytes).map_err(|error| Status::internal(format!("the proxy cannot read a message: {error}")))
 }
 
 /// Changes what is packed in the metadata of an operation.
 pub fn change_metadata(
     operation: &mut Operation,
-    change: impl Fn(&mut gorego::proto::reapi::ExecuteOperationMetadata),
+    change: impl FnOnce(&mut ExecuteOperationMetadata),
 ) {
     if let Some(any) = &mut operation.metadata {
         let mut metadata = Message::decode(any.value.as_slice()).unwrap_or_default();
@@ -297,7 +369,7 @@ pub fn change_metadata(
 }
 
 /// Changes what is packed in the response of an operation.
-pub fn change_response(operation: &mut Operation, change: impl Fn(&mut ExecuteResponse)) {
+pub fn change_response(operation: &mut Operation, change: impl FnOnce(&mut ExecuteResponse)) {
     if let Some(operation::Result::Response(any)) = &mut operation.result {
         let mut response = ExecuteResponse::decode(any.value.as_slice()).unwrap_or_default();
         change(&mut response);

@@ -1,0 +1,130 @@
+//! Faults of the capabilities: what a server claims and does not keep, or keeps and does not claim.
+
+use super::{
+    Fault,
+    change::{exchange, response},
+    fault,
+    proxy::Behaviour,
+};
+use gorego::proto::{
+    reapi::{
+        ActionCacheUpdateCapabilities, CacheCapabilities, ExecutionCapabilities, FastCdc2020Params,
+        GetCapabilitiesRequest, ServerCapabilities,
+    },
+    semver::SemVer,
+};
+use std::sync::atomic::{AtomicI64, Ordering};
+
+fn said(change: impl Fn(&mut ServerCapabilities) + Send + Sync + 'static) -> Behaviour {
+    response("GetCapabilities", change)
+}
+
+fn of_cache(change: impl Fn(&mut CacheCapabilities) + Send + Sync + 'static) -> Behaviour {
+    said(move |said| change(said.cache_capabilities.get_or_insert_default()))
+}
+
+fn of_execution(change: impl Fn(&mut ExecutionCapabilities) + Send + Sync + 'static) -> Behaviour {
+    said(move |said| change(said.execution_capabilities.get_or_insert_default()))
+}
+
+fn version(major: i32, minor: i32) -> Option<SemVer> {
+    Some(SemVer { major, minor, ..Default::default() })
+}
+
+pub fn faults() -> Vec<Fault> {
+    let calls = AtomicI64::new(0);
+    vec![
+        fault("neither cache nor execution is claimed", &["CAP-01"], {
+            said(|said| (said.cache_capabilities, said.execution_capabilities) = (None, None))
+        }),
+        fault("some instances have no capabilities", &["CAP-01"], {
+            exchange::<GetCapabilitiesRequest, ServerCapabilities>("GetCapabilities", |asked, answer| {
+                let answer = answer?;
+                Ok(if asked.instance_name.is_empty() { ServerCapabilities::default() } else { answer })
+            })
+        }),
+        fault("no API version is said", &["CAP-02"], {
+            said(|said| (said.low_api_version, said.high_api_version) = (None, None))
+        }),
+        fault("the versions are those of another API", &["CAP-02"], {
+            said(|said| (said.low_api_version, said.high_api_version) = (version(3, 0), version(3, 1)))
+        }),
+        fault("the deprecated version is the newest", &["CAP-03"], {
+            said(|said| said.deprecated_api_version = version(2, 9))
+        }),
+        fault("a digest function is listed twice", &["CAP-05"], {
+            of_cache(|cache| cache.digest_functions.push(1))
+        }),
+        fault("a digest function is listed that does not work", &["CAP-05"], {
+            // MURMUR3, which has neither a text that defines it for blobs nor a client.
+            of_cache(|cache| cache.digest_functions.push(7))
+        }),
+        fault("the old field for the digest function is empty", &["CAP-06"], {
+            of_execution(|execution| execution.digest_function = 0)
+        }),
+        fault("execution takes digests that the cache does not", &["CAP-07"], {
+            of_execution(|execution| execution.digest_functions.push(7))
+        }),
+        fault("execution is claimed to be off", &["CAP-08"], {
+            of_execution(|execution| execution.exec_enabled = false)
+        }),
+        fault("updates of the action cache are claimed to be off", &["CAP-09"], {
+            of_cache(|cache| {
+                cache.action_cache_update_capabilities = Some(ActionCacheUpdateCapabilities::default());
+            })
+        }),
+        fault("batches are claimed to be larger than they are", &["CAP-10"], {
+            of_cache(|cache| cache.max_batch_total_size_bytes += 1_000_000)
+        }),
+        fault("a batch is as large as a message", &["CAP-11"], {
+            of_cache(|cache| cache.max_batch_total_size_bytes = 4 * 1024 * 1024)
+        }),
+        fault("a compressor is claimed that does not work", &["CAP-12"], {
+            of_cache(|cache| cache.supported_compressors.push(3))
+        }),
+        fault("a batch compressor is claimed that does not work", &["CAP-13"], {
+            of_cache(|cache| cache.supported_batch_update_compressors.push(3))
+        }),
+        fault("nothing is said about absolute symlinks", &["CAP-14"], {
+            of_cache(|cache| cache.symlink_absolute_path_strategy = 0)
+        }),
+        fault("absolute symlinks are claimed to be the other way", &["EXE-36"], {
+            of_cache(|cache| {
+                cache.symlink_absolute_path_strategy = 3 - cache.symlink_absolute_path_strategy;
+            })
+        }),
+        fault("the largest blob is claimed to be small", &["CAP-15"], {
+            of_cache(|cache| cache.max_cas_blob_size_bytes = 1000)
+        }),
+        fault("split and splice are claimed to be what they are not", &["CAP-16"], {
+            of_cache(|cache| {
+                cache.split_blob_support ^= true;
+                cache.splice_blob_support ^= true;
+            })
+        }),
+        fault("chunks are tiny", &["CAP-17"], {
+            of_cache(|cache| {
+                cache.split_blob_support = true;
+                cache.fast_cdc_2020_params =
+                    Some(FastCdc2020Params { avg_chunk_size_bytes: 16, ..Default::default() });
+            })
+        }),
+        fault("priorities are a range of nothing", &["CAP-18"], {
+            of_execution(|execution| {
+                let ranges = execution.execution_priority_capabilities.get_or_insert_default();
+                ranges.priorities = vec![
+                    gorego::proto::reapi::priority_capabilities::PriorityRange {
+                        min_priority: 10,
+                        max_priority: -10,
+                    },
+                ];
+            })
+        }),
+        fault("each connection hears of other capabilities", &["CAP-19"], {
+            said(move |said| {
+                let call = calls.fetch_add(1, Ordering::Relaxed);
+                said.cache_capabilities.get_or_insert_default().max_cas_blob_size_bytes += call;
+            })
+        }),
+    ]
+}

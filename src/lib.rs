@@ -19,3 +19,4 @@ pub mod resource_name;
 pub mod server;
 mod spread;
 pub mod tree;
+pub mod verify;

@@ -185,7 +185,7 @@ async fn main() {
             }],
             ..Default::default()
         };
-        let root = worker.store_bytes(&instance, tree.encode_to_vec()).unwrap();
+        let root = worker.store_bytes(&instance, DigestFunction::Sha256, tree.encode_to_vec()).unwrap();
         let staged = worker.stage_inputs(&instance, root).unwrap();
         let start = Instant::now();
         staged.materialise(&large_digest, &parent, "large", 0o644).unwrap();
@@ -195,7 +195,7 @@ async fn main() {
             let name = format!("out{n}");
             fs::write(path.join("exec").join(&name), format!("output {n}")).unwrap();
             let file = fs::File::open(path.join("exec").join(&name)).unwrap();
-            worker.store_output(&instance, &parent, &name, file).unwrap();
+            worker.store_output(&instance, DigestFunction::Sha256, &parent, &name, file).unwrap();
         }
         report("write a small file and store_output", 1_000, start.elapsed());
     };

@@ -13,8 +13,9 @@ mod source_text;
 pub use load::{Flag, Loaded, Origin, Sources, load};
 pub use settings::{ExecutionSettings, Machine, Settings};
 
+use crate::digest::DigestFunction;
 use serde::{Deserialize, Serialize};
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 /// Everything that can be set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,12 +34,32 @@ pub struct Config {
     /// How long requests may go on after SIGTERM before they are cancelled.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,
+    /// Instances with a policy of their own, by name; to be named here is enough.
+    pub instances: BTreeMap<String, InstanceConfig>,
     /// Logs.
     pub log: LogConfig,
     /// The store and its services.
     pub cache: CacheConfig,
     /// The scheduler and its workers.
     pub execution: ExecutionConfig,
+}
+
+/// `[instances."NAME"]`: what is different there; everything else is as for all instances.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct InstanceConfig {
+    /// Digest functions that its clients may use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub digest_functions: Option<Vec<DigestFunction>>,
+    /// Whether its clients may write action results.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub action_cache_updates: Option<bool>,
+    /// Whether actions are run for its clients, where the server runs any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub execution: Option<bool>,
+    /// The instance whose blobs it shares; it has action results and operations of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blobs_of: Option<String>,
 }
 
 /// `[log]`.
@@ -67,6 +88,8 @@ pub enum LogFormat {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CacheConfig {
+    /// Digest functions that clients may use (CAP-05).
+    pub digest_functions: Vec<DigestFunction>,
     /// Whether clients may write action results (AC-12, CAP-09).
     pub action_cache_updates: bool,
     /// Largest blob that is accepted, in GB (10^9 bytes) (CAP-15).
@@ -114,7 +137,7 @@ pub struct ExecutionConfig {
     pub max_output_file_gb: u64,
     /// Properties of this machine's workers. An action that asks for another value of one of these is refused; properties
     /// that are not listed here do not matter.
-    pub platform: std::collections::BTreeMap<String, String>,
+    pub platform: BTreeMap<String, String>,
 }
 
 impl Default for Config {
@@ -123,6 +146,7 @@ impl Default for Config {
             listen_addr: SocketAddr::from(([127, 0, 0, 1], 50051)),
             allow_unauthenticated: false,
             instance_names: vec![String::new()],
+            instances: BTreeMap::new(),
             local_cache_dir: PathBuf::new(),
             max_size_gb: 50,
             shutdown_grace: Duration::from_secs(30),
@@ -142,6 +166,7 @@ impl Default for LogConfig {
 impl Default for CacheConfig {
     fn default() -> Self {
         Self {
+            digest_functions: DigestFunction::ALL.to_vec(),
             action_cache_updates: true,
             max_blob_size_gb: 16,
             partial_upload_retention: Duration::from_secs(10 * 60),

@@ -3,141 +3,173 @@
 //! A [`Digest`] in hand is valid: its hash has the length of its function and its size fits the wire's `int64`. Parsing
 //! from the wire happens once, here; nothing folds case or guesses (GEN-01..05).
 
+pub use hasher::Hasher;
+
+mod hasher;
+mod sha256_tree;
+
 use crate::{
     error::{Error, Result},
     proto::reapi,
 };
-use sha2::{Digest as _, Sha256};
-use std::fmt;
+use serde::{Deserialize, Serialize};
+use std::{fmt, hash};
 
 /// Longest hash of any supported function, in bytes.
-const MAX_HASH_BYTES: usize = 32;
+const MAX_HASH_BYTES: usize = 64;
 
 /// A function that makes hashes out of blobs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DigestFunction {
     /// SHA-256, the default of every client.
     Sha256,
+    /// BLAKE3 with 256 bits.
+    Blake3,
+    /// SHA-256 of each KiB, joined by a binary tree; the hash of a part can be checked by itself.
+    Sha256Tree,
+    /// SHA-384.
+    Sha384,
+    /// SHA-512.
+    Sha512,
+    /// SHA-1. Collisions can be made; only for clients that know no other.
+    Sha1,
+    /// What git calls a blob: SHA-1 of a header with the size, and the bytes.
+    GitSha1,
+    /// MD5. Collisions are easily made; only for clients that know no other.
+    Md5,
 }
 
 impl DigestFunction {
     /// Every function that this build supports, the preferred one first.
-    pub const ALL: &[Self] = &[Self::Sha256];
+    pub const ALL: &[Self] = &[
+        Self::Sha256,
+        Self::Blake3,
+        Self::Sha256Tree,
+        Self::Sha384,
+        Self::Sha512,
+        Self::Sha1,
+        Self::GitSha1,
+        Self::Md5,
+    ];
 
-    /// The function that a request means: the number it sent or, where that is 0, what the length of its hashes says
-    /// (GEN-08, GEN-09).
+    /// The function of a number on the wire, whoever may use it.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the number or the length belongs to no supported function.
-    pub fn from_wire(number: i32, hash_chars: Option<usize>) -> Result<Self> {
-        let found = match number {
-            0 => match hash_chars {
-                None => Some(Self::Sha256),
-                Some(chars) => Self::ALL.iter().copied().find(|f| f.hash_bytes() * 2 == chars),
-            },
-            _ => Self::ALL.iter().copied().find(|f| f.wire() as i32 == number),
-        };
-        found.ok_or_else(|| match reapi::digest_function::Value::try_from(number) {
-            Ok(reapi::digest_function::Value::Unknown) => Error::Invalid(format!(
-                "no supported digest function has hashes of {} characters",
-                hash_chars.unwrap_or(0)
-            )),
-            Ok(value) => {
-                Error::Invalid(format!("digest function {} is not supported here", value.as_str_name()))
+    /// [`Error::Invalid`] when the number belongs to no function of this build (GEN-09).
+    pub fn from_wire(number: i32) -> Result<Self> {
+        Self::ALL.iter().copied().find(|function| function.wire() as i32 == number).ok_or_else(|| {
+            match reapi::digest_function::Value::try_from(number) {
+                Ok(value) => {
+                    Error::Invalid(format!("digest function {} is not supported here", value.as_str_name()))
+                }
+                Err(_) => Error::Invalid(format!("digest function {number} is unknown")),
             }
-            Err(_) => Error::Invalid(format!("digest function {number} is unknown")),
         })
+    }
+
+    /// The function that a hash of this many characters means to a client that names none, among those that may be used:
+    /// the only one that fits or, of several, the one that is older than the field that names it (GEN-08).
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when none fits, or none of several is the obvious one.
+    pub fn infer(among: &[Self], hash_chars: usize) -> Result<Self> {
+        let fits = |function: &&Self| function.hash_bytes() * 2 == hash_chars;
+        let mut fitting = among.iter().filter(fits);
+        match (
+            among.iter().filter(fits).find(|f| f.resource_segment().is_none()),
+            fitting.next(),
+            fitting.next(),
+        ) {
+            (Some(legacy), ..) => Ok(*legacy),
+            (None, Some(only), None) => Ok(*only),
+            (None, Some(one), Some(other)) => Err(Error::Invalid(format!(
+                "a hash of {hash_chars} characters may be of {} or {}; set digest_function",
+                one.name(),
+                other.name()
+            ))),
+            (None, None, _) => Err(Error::Invalid(format!(
+                "no supported digest function has hashes of {hash_chars} characters"
+            ))),
+        }
     }
 
     /// The number of this function on the wire.
     pub const fn wire(self) -> reapi::digest_function::Value {
+        use reapi::digest_function::Value;
         match self {
-            Self::Sha256 => reapi::digest_function::Value::Sha256,
+            Self::Sha256 => Value::Sha256,
+            Self::Blake3 => Value::Blake3,
+            Self::Sha256Tree => Value::Sha256tree,
+            Self::Sha384 => Value::Sha384,
+            Self::Sha512 => Value::Sha512,
+            Self::Sha1 => Value::Sha1,
+            Self::GitSha1 => Value::Gitsha1,
+            Self::Md5 => Value::Md5,
         }
     }
 
     /// Length of a hash in bytes; half its length in hex characters.
     pub const fn hash_bytes(self) -> usize {
         match self {
-            Self::Sha256 => 32,
+            Self::Md5 => 16,
+            Self::Sha1 | Self::GitSha1 => 20,
+            Self::Sha256 | Self::Blake3 | Self::Sha256Tree => 32,
+            Self::Sha384 => 48,
+            Self::Sha512 => 64,
         }
     }
 
     /// The segment that names this function in resource names; the legacy functions have none (BS-03).
     pub const fn resource_segment(self) -> Option<&'static str> {
         match self {
-            Self::Sha256 => None,
+            Self::Blake3 | Self::Sha256Tree | Self::GitSha1 => Some(self.name()),
+            Self::Sha256 | Self::Sha384 | Self::Sha512 | Self::Sha1 | Self::Md5 => None,
         }
     }
 
-    /// The name of this function in paths on disk and in messages.
+    /// The name of this function in the configuration, in paths on disk and in messages.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Sha256 => "sha256",
+            Self::Blake3 => "blake3",
+            Self::Sha256Tree => "sha256tree",
+            Self::Sha384 => "sha384",
+            Self::Sha512 => "sha512",
+            Self::Sha1 => "sha1",
+            Self::GitSha1 => "gitsha1",
+            Self::Md5 => "md5",
         }
     }
 
-    /// A hasher for one blob.
-    pub fn hasher(self) -> Hasher {
-        match self {
-            Self::Sha256 => Hasher { size: 0, state: State::Sha256(Sha256::new()) },
-        }
+    /// A hasher for one blob of this many bytes. [`DigestFunction::GitSha1`] puts the size in front of the bytes; the digest
+    /// of a blob that turns out to have another size is right about that size, and of no blob at all.
+    pub fn hasher(self, size: u64) -> Hasher {
+        Hasher::new(self, size)
     }
 
     /// The digest of bytes at hand.
     pub fn digest(self, bytes: &[u8]) -> Digest {
-        let mut hasher = self.hasher();
+        let mut hasher = self.hasher(bytes.len() as u64);
         hasher.update(bytes);
         hasher.finish()
     }
 }
 
-/// Computes the [`Digest`] of a blob that arrives in pieces.
-#[derive(Clone)]
-pub struct Hasher {
-    size: u64,
-    state: State,
-}
-
-#[derive(Clone)]
-enum State {
-    Sha256(Sha256),
-}
-
-impl Hasher {
-    /// Takes the next bytes.
-    pub fn update(&mut self, bytes: &[u8]) {
-        self.size += bytes.len() as u64;
-        match &mut self.state {
-            State::Sha256(state) => state.update(bytes),
-        }
-    }
-
-    /// How many bytes were taken so far.
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// The digest of everything taken.
-    pub fn finish(self) -> Digest {
-        match self.state {
-            State::Sha256(state) => Digest::new(DigestFunction::Sha256, &state.finalize(), self.size),
-        }
-    }
-}
-
-impl fmt::Debug for Hasher {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Hasher").field("size", &self.size).finish_non_exhaustive()
-    }
-}
-
 /// The name of a blob: function, hash and size together (GEN-04).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Digest {
     function: DigestFunction,
     hash: [u8; MAX_HASH_BYTES],
     size: u64,
+}
+
+/// The first bytes of a hash tell digests apart as well as all of them do.
+impl hash::Hash for Digest {
+    fn hash<H: hash::Hasher>(&self, state: &mut H) {
+        state.write(self.hash.first_chunk::<16>().map_or(&[], |first| first));
+        state.write_u64(self.size);
+    }
 }
 
 impl Digest {
@@ -195,12 +227,17 @@ impl Digest {
 
     /// The digest of the blob without bytes, which exists everywhere (GEN-06).
     pub fn empty(function: DigestFunction) -> Self {
-        function.hasher().finish()
+        function.digest(&[])
     }
 
     /// Whether this names the blob without bytes.
     pub fn is_empty(&self) -> bool {
         self.size == 0 && *self == Self::empty(self.function)
+    }
+
+    /// A hasher for bytes that claim to be this blob.
+    pub fn hasher(&self) -> Hasher {
+        self.function.hasher(self.size)
     }
 
     /// The function of the hash.
@@ -251,9 +288,25 @@ mod tests {
 
     const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
+    /// GEN-06, and section 0 of the rules.
     #[test]
-    fn the_empty_blob_has_its_well_known_digest() {
-        assert_eq!(Digest::empty(DigestFunction::Sha256).to_string(), format!("{EMPTY}/0"));
+    fn the_empty_blob_has_its_well_known_digest_under_every_function() {
+        for (function, hash) in [
+            (DigestFunction::Sha256, EMPTY),
+            (DigestFunction::Sha256Tree, EMPTY),
+            (DigestFunction::Blake3, "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"),
+            (DigestFunction::Sha1, "da39a3ee5e6b4b0d3255bfef95601890afd80709"),
+            (DigestFunction::GitSha1, "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"),
+            (DigestFunction::Md5, "d41d8cd98f00b204e9800998ecf8427e"),
+        ] {
+            assert_eq!(Digest::empty(function).hash_hex(), hash);
+        }
+        for &function in DigestFunction::ALL {
+            let empty = Digest::empty(function);
+            assert!(empty.is_empty());
+            assert_eq!(Digest::parse(function, &empty.hash_hex(), 0), Ok(empty));
+            assert_eq!(empty.hash_hex().len(), function.hash_bytes() * 2);
+        }
     }
 
     /// GEN-01, GEN-02, GEN-03.
@@ -284,13 +337,31 @@ mod tests {
         }
     }
 
-    /// GEN-08, GEN-09.
+    /// GEN-08.
     #[test]
-    fn the_digest_function_is_taken_from_the_request_or_from_the_length_of_the_hash() {
-        assert_eq!(DigestFunction::from_wire(0, Some(64)), Ok(DigestFunction::Sha256));
-        assert_eq!(DigestFunction::from_wire(1, Some(64)), Ok(DigestFunction::Sha256));
-        for (number, chars) in [(0, 40), (10, 64), (99, 64), (-1, 64)] {
-            assert!(matches!(DigestFunction::from_wire(number, Some(chars)), Err(Error::Invalid(_))));
+    fn a_function_that_is_not_named_is_the_one_that_the_length_of_the_hash_says() {
+        use DigestFunction::{Blake3, GitSha1, Md5, Sha1, Sha256, Sha256Tree, Sha384, Sha512};
+        for (chars, function) in [(32, Md5), (40, Sha1), (64, Sha256), (96, Sha384), (128, Sha512)] {
+            assert_eq!(DigestFunction::infer(DigestFunction::ALL, chars), Ok(function));
+        }
+        assert_eq!(DigestFunction::infer(&[Blake3, GitSha1], 64), Ok(Blake3));
+        assert_eq!(DigestFunction::infer(&[Blake3, GitSha1], 40), Ok(GitSha1));
+        for (among, chars) in [(&[Blake3, Sha256Tree][..], 64), (&[Sha256], 40), (&[Sha256], 0), (&[], 64)] {
+            assert!(
+                matches!(DigestFunction::infer(among, chars), Err(Error::Invalid(_))),
+                "{among:?} {chars}"
+            );
+        }
+    }
+
+    /// GEN-09.
+    #[test]
+    fn numbers_are_those_of_the_api_and_others_are_refused() {
+        for &function in DigestFunction::ALL {
+            assert_eq!(DigestFunction::from_wire(function.wire() as i32), Ok(function));
+        }
+        for number in [0, 4, 7, 11, 99, -1] {
+            assert!(matches!(DigestFunction::from_wire(number), Err(Error::Invalid(_))), "{number}");
         }
     }
 }

@@ -101,8 +101,6 @@ pub struct Edge {
 /// The part of the configuration that shows on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// Whether clients may write action results (AC-12).
-    pub action_cache_updates: bool,
     /// Largest blob that is accepted, in bytes (CAP-15).
     pub max_blob_bytes: u64,
 }
@@ -110,10 +108,7 @@ pub struct Settings {
 impl From<&Config> for Settings {
     fn from(config: &Config) -> Self {
         const GB: u64 = 1_000_000_000;
-        Self {
-            action_cache_updates: config.cache.action_cache_updates,
-            max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB),
-        }
+        Self { max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB) }
     }
 }
 

@@ -1,9 +1,13 @@
 //! Instances: the separate namespaces of one endpoint.
 //!
-//! Blobs, action results and operations of one instance are invisible from another (GEN-15). An [`Instance`] in hand is
-//! one that the configuration lists; an unknown name is an error that no client can take for a cache miss (GEN-14).
+//! Blobs, action results and operations of one instance are invisible from another (GEN-15), unless the configuration lets
+//! two share their blobs. An [`Instance`] in hand is one that the configuration lists; an unknown name is an error that no
+//! client can take for a cache miss (GEN-14). What its clients may do is its [`Policy`].
 
-use crate::error::{Error, Result};
+use crate::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+};
 use std::{collections::HashMap, fmt, sync::Arc};
 
 /// Segments that would make resource names ambiguous (GEN-13).
@@ -35,33 +39,124 @@ pub fn check_instance_name(name: &str) -> Result<()> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InstanceId(pub u16);
 
+/// What clients of an instance may do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    /// The digest functions, each once, in the order of [`DigestFunction::ALL`]; at least one (CAP-05).
+    pub digest_functions: Vec<DigestFunction>,
+    /// Whether clients may write action results (AC-12, CAP-09).
+    pub action_cache_updates: bool,
+    /// Whether actions are run, where the server runs any (CAP-01, CAP-08).
+    pub execution: bool,
+    /// The instance whose blobs these are, by name; `None` for blobs of its own (GEN-15).
+    pub blobs_of: Option<String>,
+}
+
+impl Default for Policy {
+    /// Everything is allowed, nothing is shared.
+    fn default() -> Self {
+        Self {
+            digest_functions: DigestFunction::ALL.to_vec(),
+            action_cache_updates: true,
+            execution: true,
+            blobs_of: None,
+        }
+    }
+}
+
 /// A configured instance.
 #[derive(Clone)]
 pub struct Instance {
     id: InstanceId,
-    name: Arc<str>,
+    blobs: InstanceId,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    name: String,
+    policy: Policy,
 }
 
 impl Instance {
-    /// The number of this instance in this process.
+    /// The number of this instance in this process: the namespace of its action results and operations.
     pub fn id(&self) -> InstanceId {
         self.id
     }
 
+    /// The namespace of its blobs: that of another instance where the configuration lets them share (GEN-15).
+    pub fn blobs(&self) -> InstanceId {
+        self.blobs
+    }
+
     /// The name as on the wire; empty for the default instance.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.inner.name
+    }
+
+    /// What its clients may do.
+    pub fn policy(&self) -> &Policy {
+        &self.inner.policy
     }
 
     /// A resource name under this instance: `rest` alone for the empty name (GEN-12).
     pub fn qualify(&self, rest: &str) -> String {
-        if self.name.is_empty() { rest.to_owned() } else { format!("{}/{rest}", self.name) }
+        if self.name().is_empty() { rest.to_owned() } else { format!("{}/{rest}", self.name()) }
+    }
+
+    /// The digest function of a request: the number it sent, else what the first hash of a familiar length says, else the
+    /// preferred one (GEN-08). Hashes of another length are for [`Digest::from_wire`] to refuse, one by one or all together
+    /// (GEN-10).
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a function that is not to be used here (GEN-09), or when several would do.
+    pub fn digest_function(
+        &self,
+        number: i32,
+        hash_chars: impl IntoIterator<Item = usize>,
+    ) -> Result<DigestFunction> {
+        if number != 0 {
+            return self.supported(DigestFunction::from_wire(number)?);
+        }
+        let functions = &self.policy().digest_functions;
+        let known = |chars: &usize| functions.iter().any(|function| function.hash_bytes() * 2 == *chars);
+        match hash_chars.into_iter().find(known) {
+            Some(chars) => DigestFunction::infer(functions, chars),
+            None => functions.first().copied().ok_or_else(|| Error::internal("there is no digest function")),
+        }
+    }
+
+    /// A blob that a resource name speaks of. Names of the older functions do not say which one is meant, and one client
+    /// leaves it out for the newer ones too: with a server that has only one of the right length, it means that one.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a function that is not to be used here (GEN-09).
+    pub fn digest_in_name(&self, digest: Digest, function_is_named: bool) -> Result<Digest> {
+        if function_is_named || self.supported(digest.function()).is_ok() {
+            return self.supported(digest.function()).map(|_| digest);
+        }
+        let hash = digest.hash_hex();
+        let function = DigestFunction::infer(&self.policy().digest_functions, hash.len())?;
+        Digest::parse(function, &hash, i64::try_from(digest.size()).unwrap_or(i64::MAX))
+    }
+
+    fn supported(&self, function: DigestFunction) -> Result<DigestFunction> {
+        let functions = &self.policy().digest_functions;
+        if functions.contains(&function) {
+            return Ok(function);
+        }
+        let names: Vec<&str> = functions.iter().map(|function| function.name()).collect();
+        Err(Error::Invalid(format!(
+            "digest function {} is not to be used with instance name \"{}\"; supported are {}",
+            function.name(),
+            self.name(),
+            names.join(", ")
+        )))
     }
 }
 
 impl fmt::Debug for Instance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Instance({:?})", self.name)
+        write!(f, "Instance({:?})", self.name())
     }
 }
 
@@ -74,25 +169,58 @@ impl Eq for Instance {}
 
 /// The instances of this endpoint; cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Instances(Arc<HashMap<Arc<str>, Instance>>);
+pub struct Instances(Arc<HashMap<String, Instance>>);
 
 impl Instances {
-    /// Instances with these names, in order of their ids.
+    /// Instances with these names, in order of their ids, that may do everything.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a malformed or repeated name, or for none at all.
     pub fn new(names: impl IntoIterator<Item = impl AsRef<str>>) -> Result<Self> {
-        let mut map = HashMap::new();
-        for name in names {
-            check_instance_name(name.as_ref())?;
-            let name: Arc<str> = name.as_ref().into();
+        Self::with_policies(names.into_iter().map(|name| (name.as_ref().to_owned(), Policy::default())))
+    }
+
+    /// Instances with these names and policies, in order of their ids.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a malformed or repeated name, for none at all, and for a policy that shares the blobs of an
+    /// instance that does not exist or has none of its own.
+    pub fn with_policies(instances: impl IntoIterator<Item = (String, Policy)>) -> Result<Self> {
+        let mut map: HashMap<String, Instance> = HashMap::new();
+        for (name, policy) in instances {
+            check_instance_name(&name)?;
             let id = u16::try_from(map.len()).map_err(|_| Error::invalid("too many instance names"))?;
-            if map.insert(name.clone(), Instance { id: InstanceId(id), name: name.clone() }).is_some() {
+            let id = InstanceId(id);
+            if map.contains_key(&name) {
                 return Err(Error::Invalid(format!("instance name \"{name}\" is listed twice")));
             }
+            let inner = Arc::new(Inner { name: name.clone(), policy });
+            map.insert(name, Instance { id, blobs: id, inner });
         }
         if map.is_empty() {
             return Err(Error::invalid("no instance name is listed"));
+        }
+        let owners: HashMap<String, (InstanceId, bool)> = map
+            .iter()
+            .map(|(name, instance)| (name.clone(), (instance.id, instance.policy().blobs_of.is_none())))
+            .collect();
+        for instance in map.values_mut() {
+            let Some(owner) = instance.inner.policy.blobs_of.clone() else { continue };
+            instance.blobs = match owners.get(&owner) {
+                Some((id, true)) => *id,
+                Some((_, false)) => {
+                    return Err(Error::Invalid(format!(
+                        "instance name \"{}\" shares the blobs of \"{owner}\", which has none of its own",
+                        instance.name()
+                    )));
+                }
+                None => {
+                    return Err(Error::Invalid(format!(
+                        "instance name \"{}\" shares the blobs of \"{owner}\", which is not listed",
+                        instance.name()
+                    )));
+                }
+            };
         }
         Ok(Self(Arc::new(map)))
     }
@@ -128,6 +256,67 @@ mod tests {
         assert_eq!(instances.get("a/b/c").unwrap().qualify("operations/1"), "a/b/c/operations/1");
         for name in ["nope", "blobs", "x/uploads", "/x", "x/", "x//y", "a/b", "x\0"] {
             assert!(matches!(instances.get(name), Err(Error::Invalid(_))), "{name:?}");
+        }
+    }
+
+    fn with(name: &str, policy: Policy) -> (String, Policy) {
+        (name.into(), policy)
+    }
+
+    /// GEN-08, GEN-09, GEN-10.
+    #[test]
+    fn a_request_uses_one_function_that_its_instance_allows() {
+        use DigestFunction::{Blake3, Sha1, Sha256};
+        let few = Policy { digest_functions: vec![Sha256, Blake3], ..Policy::default() };
+        let few = Instances::with_policies([with("", few)]).unwrap().get("").unwrap();
+        for (number, chars, function) in [
+            (0, &[][..], Sha256),
+            (0, &[64], Sha256),
+            (0, &[3, 64], Sha256),
+            (9, &[64], Blake3),
+            (1, &[40], Sha256),
+        ] {
+            assert_eq!(few.digest_function(number, chars.iter().copied()), Ok(function));
+        }
+        for number in [2, 10, 99, -1] {
+            assert!(matches!(few.digest_function(number, [40]), Err(Error::Invalid(_))), "{number}");
+        }
+        let all = Instances::new([""]).unwrap().get("").unwrap();
+        assert_eq!(all.digest_function(0, [40]), Ok(Sha1));
+        assert_eq!(all.digest_function(9, [64]), Ok(Blake3));
+    }
+
+    /// BS-03: and a client that never names a function may use a server that has only a newer one.
+    #[test]
+    fn a_name_without_a_function_means_an_older_one_unless_there_is_only_a_newer_one() {
+        use DigestFunction::{Blake3, Sha256};
+        let blake3 = Policy { digest_functions: vec![Blake3], ..Policy::default() };
+        let blake3 = Instances::with_policies([with("", blake3)]).unwrap().get("").unwrap();
+        let all = Instances::new([""]).unwrap().get("").unwrap();
+        let (as_sha256, as_blake3) = (Sha256.digest(b"x"), Blake3.digest(b"x"));
+        let misread = Digest::parse(Sha256, &as_blake3.hash_hex(), 1).unwrap();
+        assert_eq!(all.digest_in_name(as_sha256, false), Ok(as_sha256));
+        assert_eq!(all.digest_in_name(as_blake3, true), Ok(as_blake3));
+        assert_eq!(blake3.digest_in_name(misread, false), Ok(as_blake3));
+        assert!(matches!(
+            blake3.digest_in_name(DigestFunction::Sha1.digest(b"x"), false),
+            Err(Error::Invalid(_))
+        ));
+    }
+
+    /// GEN-15.
+    #[test]
+    fn blobs_are_shared_only_with_an_instance_that_has_its_own() {
+        let sharing = |of: &str| Policy { blobs_of: Some(of.into()), ..Policy::default() };
+        let instances =
+            Instances::with_policies([with("ci", sharing("main")), with("main", Policy::default())]).unwrap();
+        let (ci, main) = (instances.get("ci").unwrap(), instances.get("main").unwrap());
+        assert_eq!((ci.blobs(), main.blobs()), (main.id(), main.id()));
+        assert_ne!(ci.id(), main.id());
+        for wrong in ["nobody", "ci"] {
+            let refused =
+                Instances::with_policies([with("ci", sharing(wrong)), with("main", Policy::default())]);
+            assert!(matches!(refused, Err(Error::Invalid(_))), "{wrong}");
         }
     }
 }

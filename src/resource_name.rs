@@ -21,8 +21,10 @@ pub enum Encoding {
 pub struct ResourceName {
     /// The instance part; well formed, not looked up.
     pub instance_name: String,
-    /// The blob.
+    /// The blob; see [`crate::instance::Instance::digest_in_name`] for what is really meant.
     pub digest: Digest,
+    /// Whether the name says which digest function it is.
+    pub function_is_named: bool,
     /// How it travels.
     pub encoding: Encoding,
 }
@@ -85,7 +87,9 @@ impl ResourceName {
                 hash = next("hash")?;
                 *function
             }
-            None => DigestFunction::from_wire(0, Some(hash.len())).map_err(|error| error.to_string())?,
+            None => {
+                DigestFunction::infer(DigestFunction::ALL, hash.len()).map_err(|error| error.to_string())?
+            }
         };
         let size = next("size")?;
         if size.is_empty() || !size.bytes().all(|b| b.is_ascii_digit()) {
@@ -96,7 +100,7 @@ impl ResourceName {
         if !write && rest.next().is_some() {
             return Err("it goes on after the size".into());
         }
-        Ok(Self { instance_name, digest, encoding: Encoding::Identity })
+        Ok(Self { instance_name, digest, function_is_named: named.is_some(), encoding: Encoding::Identity })
     }
 }
 
@@ -134,6 +138,19 @@ mod tests {
         assert!(ResourceName::parse_write(&format!("/uploads/{UUID}/blobs/{HASH}/0")).is_ok());
     }
 
+    /// BS-03, GEN-08.
+    #[test]
+    fn the_function_is_named_for_the_newer_ones_and_told_by_the_length_for_the_older_ones() {
+        for &function in DigestFunction::ALL {
+            let digest = function.digest(b"x");
+            let read = ResourceName::parse_read(&digest.blob_name()).unwrap();
+            assert_eq!(read.digest, digest);
+            assert_eq!(read.function_is_named, function.resource_segment().is_some());
+            let write = ResourceName::parse_write(&format!("uploads/{UUID}/{}", digest.blob_name())).unwrap();
+            assert_eq!(write, read);
+        }
+    }
+
     /// BS-03, BS-04, BS-05, GEN-01, GEN-03.
     #[test]
     fn any_other_shape_is_refused() {
@@ -150,7 +167,8 @@ mod tests {
             format!("blobs/{HASH}/9223372036854775808"),
             format!("blobs/{upper}/0"),
             format!("blobs/{}/0", &HASH[1..]),
-            format!("blobs/blake3/{HASH}/0"),
+            format!("blobs/blake3/{}/0", &HASH[1..]),
+            format!("blobs/gitsha1/{HASH}/0"),
             format!("blobs/BLAKE3/{HASH}/0"),
             format!("blobs/sha256/{HASH}/0"),
             format!("compressed-blobs/identity/{HASH}/0"),

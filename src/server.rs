@@ -143,10 +143,7 @@ impl Server {
             instances: settings.instances.clone(),
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
-            settings: grpc::Settings {
-                action_cache_updates: settings.action_cache_updates,
-                max_blob_bytes: settings.max_blob_bytes,
-            },
+            settings: grpc::Settings { max_blob_bytes: settings.max_blob_bytes },
         });
         let (close, closed) = tokio::sync::oneshot::channel::<()>();
         let mut serving = workers.spawn({

@@ -16,6 +16,7 @@ pub mod actions;
 pub mod blob;
 pub mod check;
 pub mod groups;
+pub mod raw;
 pub mod report;
 pub mod rules;
 pub mod session;
@@ -35,6 +36,8 @@ use std::{
 /// Longest time of one check where the command line says nothing: an order of magnitude more than the slowest check needs of
 /// a server on the same machine.
 pub const CHECK_LIMIT: Duration = Duration::from_secs(30);
+/// What `--large` allows a check above its limit.
+const LARGE_FACTOR: u32 = 10;
 /// Longest time of a run; checks that have not started by then are skipped.
 pub const RUN_LIMIT: Duration = Duration::from_secs(15 * 60);
 /// Checks at the same time where the command line says nothing: enough to fill the waits, few enough that a server with a
@@ -61,7 +64,7 @@ pub struct Options {
     pub jobs: usize,
     /// Which rules; see [`Selection`].
     pub selection: Selection,
-    /// Run the checks too that move a gigabyte and more.
+    /// Run the checks too that move a gigabyte or take a minute.
     pub large: bool,
 }
 
@@ -79,6 +82,11 @@ impl Options {
             selection: Selection::default(),
             large: false,
         }
+    }
+
+    /// The longest time of a check of this run.
+    pub fn check_limit(&self) -> Duration {
+        self.check_limit.saturating_mul(if self.large { LARGE_FACTOR } else { 1 })
     }
 }
 
@@ -141,7 +149,7 @@ pub async fn run(options: Options) -> Result<Report> {
 /// Runs one check on a task of its own, so that neither its work nor a panic touches the others.
 async fn run_check(check: &'static Check, session: Session, end: Instant) -> Row {
     let begin = Instant::now();
-    let limit = session.options().check_limit;
+    let limit = session.options().check_limit();
     if begin >= end {
         let stop = Stop::Skipped(format!("the run has taken {} s already", RUN_LIMIT.as_secs()));
         return Row::of(check, Outcome::from(Err(stop)), Duration::ZERO);

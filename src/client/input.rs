@@ -118,8 +118,9 @@ fn text(name: std::ffi::OsString, path: &Path) -> Result<String> {
 fn hash(path: &Path) -> Result<(Digest, bool)> {
     let failed = |error: &std::io::Error| local("read", path, error);
     let mut file = File::open(path).map_err(|error| failed(&error))?;
-    let executable = file.metadata().map_err(|error| failed(&error))?.permissions().mode() & 0o100 != 0;
-    let mut hasher = DigestFunction::Sha256.hasher();
+    let metadata = file.metadata().map_err(|error| failed(&error))?;
+    let executable = metadata.permissions().mode() & 0o100 != 0;
+    let mut hasher = DigestFunction::Sha256.hasher(metadata.len());
     let mut buffer = vec![0; READ_BYTES];
     loop {
         match file.read(&mut buffer) {

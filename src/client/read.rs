@@ -30,7 +30,7 @@ impl Client {
     ) -> Result<W> {
         let (sender, mut receiver) = mpsc::channel::<Bytes>(CHUNKS_IN_FLIGHT);
         let writer = blocking(move || {
-            let (mut sink, mut hasher) = (sink, DigestFunction::Sha256.hasher());
+            let (mut sink, mut hasher) = (sink, digest.hasher());
             while let Some(chunk) = receiver.blocking_recv() {
                 hasher.update(&chunk);
                 sink.write_all(&chunk).map_err(|error| {

@@ -28,7 +28,7 @@ const ENV_PREFIX: &str = "GOREGO_";
 /// Variables with the prefix that are not keys: they are read by the command line.
 pub const OTHER_VARIABLES: &[&str] = &["GOREGO_CONFIG", "GOREGO_ENDPOINT", "GOREGO_INSTANCE"];
 /// Keys that hold a table of the user's own names.
-const FREE_TABLES: &[&str] = &["execution.platform"];
+const FREE_TABLES: &[&str] = &["execution.platform", "instances"];
 /// How unlike a known key (0 to 1, by edit distance) a mistyped one may be and still be suggested.
 const SUGGESTION_LIMIT: f64 = 0.6;
 /// What a likeness of last words counts less than one of whole keys.

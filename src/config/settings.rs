@@ -7,8 +7,9 @@
 use super::{Loaded, LogConfig, load::keys};
 use crate::{
     action::TimeoutPolicy,
+    digest::DigestFunction,
     error::{Error, Result},
-    instance::Instances,
+    instance::{Instances, Policy},
 };
 use std::{
     collections::BTreeMap,
@@ -65,8 +66,6 @@ pub struct Settings {
     pub max_size_bytes: u64,
     /// Largest blob that is accepted; never above `max_size_bytes`.
     pub max_blob_bytes: u64,
-    /// Whether clients may write action results (AC-12, CAP-09).
-    pub action_cache_updates: bool,
     /// How long the bytes of a broken upload are kept.
     pub partial_upload_retention: Duration,
     /// How long requests may go on after SIGTERM.
@@ -167,10 +166,7 @@ impl Settings {
         let mut check = Check { loaded, problems: Vec::new() };
         let mut warnings = Vec::new();
         check_exposure(&mut check, &mut warnings);
-        let instances = Instances::new(&config.instance_names);
-        if let Err(error) = &instances {
-            check.refuse("instance_names", &error.to_string());
-        }
+        let instances = instances(&mut check);
         let cache_dir = if !config.local_cache_dir.as_os_str().is_empty() {
             check.directory("local_cache_dir", &config.local_cache_dir, machine)
         } else {
@@ -191,13 +187,12 @@ impl Settings {
         }
         let execution = execution(&mut check, &cache_dir, machine);
         match (instances, check.problems.is_empty()) {
-            (Ok(instances), true) => Ok(Self {
+            (Some(instances), true) => Ok(Self {
                 listen_addr: config.listen_addr,
                 instances,
                 cache_dir,
                 max_size_bytes,
                 max_blob_bytes: max_blob_bytes.min(max_size_bytes),
-                action_cache_updates: config.cache.action_cache_updates,
                 partial_upload_retention: config.cache.partial_upload_retention,
                 shutdown_grace: config.shutdown_grace,
                 log: config.log.clone(),
@@ -212,6 +207,46 @@ impl Settings {
                     text
                 },
             ))),
+        }
+    }
+}
+
+/// The listed names, and those that have a policy of their own.
+fn instances(check: &mut Check<'_>) -> Option<Instances> {
+    let config = &check.loaded.config;
+    let functions = |check: &mut Check<'_>, key: &str, listed: &[DigestFunction]| {
+        check.require(key, !listed.is_empty(), "is empty; at least one digest function is needed");
+        DigestFunction::ALL.iter().copied().filter(|function| listed.contains(function)).collect()
+    };
+    let common = Policy {
+        digest_functions: functions(check, "cache.digest_functions", &config.cache.digest_functions),
+        action_cache_updates: config.cache.action_cache_updates,
+        execution: true,
+        blobs_of: None,
+    };
+    let mut policies: Vec<(String, Policy)> =
+        config.instance_names.iter().map(|name| (name.clone(), common.clone())).collect();
+    for (name, own) in &config.instances {
+        let own = Policy {
+            digest_functions: match &own.digest_functions {
+                Some(listed) => functions(check, "instances", listed),
+                None => common.digest_functions.clone(),
+            },
+            action_cache_updates: own.action_cache_updates.unwrap_or(common.action_cache_updates),
+            execution: own.execution.unwrap_or(common.execution),
+            blobs_of: own.blobs_of.clone(),
+        };
+        match policies.iter_mut().find(|(listed, _)| listed == name) {
+            Some((_, policy)) => *policy = own,
+            None => policies.push((name.clone(), own)),
+        }
+    }
+    let shared = policies.iter().any(|(_, policy)| policy.blobs_of.is_some());
+    match Instances::with_policies(policies) {
+        Ok(instances) => Some(instances),
+        Err(error) => {
+            check.refuse(if shared { "instances" } else { "instance_names" }, &error.to_string());
+            None
         }
     }
 }

@@ -26,8 +26,12 @@ impl ActionCache for ActionCacheService {
         let request = request.into_inner();
         let instance = self.0.instances.get(&request.instance_name)?;
         call.instance(&instance);
-        let action =
-            convert::digest(request.digest_function, request.action_digest.as_ref(), "action_digest")?;
+        let action = convert::digest(
+            &instance,
+            request.digest_function,
+            request.action_digest.as_ref(),
+            "action_digest",
+        )?;
         call.action(action);
         let found = self.0.cas.get_result(&instance, action).await?;
         // A failure is returned to who asked for it and never served to others (AC-13).
@@ -52,14 +56,16 @@ impl ActionCache for ActionCacheService {
         let request = request.into_inner();
         let instance = self.0.instances.get(&request.instance_name)?;
         call.instance(&instance);
-        let action =
-            convert::digest(request.digest_function, request.action_digest.as_ref(), "action_digest")?;
+        let action = convert::digest(
+            &instance,
+            request.digest_function,
+            request.action_digest.as_ref(),
+            "action_digest",
+        )?;
         call.action(action);
-        if !self.0.settings.action_cache_updates {
-            return Err(Error::Denied(
-                "clients may not write action results here (cache.action_cache_updates = false)".into(),
-            )
-            .into());
+        if !instance.policy().action_cache_updates {
+            let problem = "clients may not write action results under this instance name (action_cache_updates = false)";
+            return Err(Error::Denied(problem.into()).into());
         }
         let result = request.action_result.ok_or_else(|| Error::invalid("action_result is not set"))?;
         let provenance = Provenance {

@@ -44,12 +44,12 @@ impl ByteStream for ByteStreamService {
 
     async fn read(&self, request: Request<ReadRequest>) -> Result<Response<ReadStream>, Status> {
         let name = ResourceName::parse_read(&request.get_ref().resource_name)?;
-        let instance = self.instance(&Call::of(&request), &name)?;
+        let (instance, digest) = self.resolve(&Call::of(&request), &name)?;
         let request = request.into_inner();
-        let window = ReadWindow::new(name.digest, request.read_offset, request.read_limit)?;
+        let window = ReadWindow::new(digest, request.read_offset, request.read_limit)?;
         // Before any data: an absent blob is the status of the call (BS-08).
-        let reader = self.0.cas.open(&instance, name.digest).await?;
-        Ok(Response::new(read_stream(reader, name.digest, window)))
+        let reader = self.0.cas.open(&instance, digest).await?;
+        Ok(Response::new(read_stream(reader, digest, window)))
     }
 
     async fn write(
@@ -61,14 +61,14 @@ impl ByteStream for ByteStreamService {
         let first = next_message(&mut messages, WRITE_IDLE_LIMIT).await?;
         let first = first.ok_or_else(|| Error::invalid("the stream has no message"))?;
         let (name, check) = WriteCheck::begin(&first)?;
-        let instance = self.instance(&call, &name)?;
+        let (instance, digest) = self.resolve(&call, &name)?;
         let upload =
-            self.0.cas.begin_upload(&instance, &first.resource_name, name.digest, check.next_offset).await?;
+            self.0.cas.begin_upload(&instance, &first.resource_name, digest, check.next_offset).await?;
         match upload {
             Upload::Present => {}
             Upload::Writer(writer) => receive(*writer, messages, first, check).await?,
         }
-        Ok(Response::new(WriteResponse { committed_size: wire_size(name.digest.size()) }))
+        Ok(Response::new(WriteResponse { committed_size: wire_size(digest.size()) }))
     }
 
     async fn query_write_status(
@@ -77,8 +77,8 @@ impl ByteStream for ByteStreamService {
     ) -> Result<Response<QueryWriteStatusResponse>, Status> {
         let resource = &request.get_ref().resource_name;
         let name = ResourceName::parse_write(resource)?;
-        let instance = self.instance(&Call::of(&request), &name)?;
-        let status = self.0.cas.query_upload(&instance, resource, name.digest).await?;
+        let (instance, digest) = self.resolve(&Call::of(&request), &name)?;
+        let status = self.0.cas.query_upload(&instance, resource, digest).await?;
         Ok(Response::new(QueryWriteStatusResponse {
             committed_size: wire_size(status.committed),
             complete: status.complete,
@@ -87,11 +87,13 @@ impl ByteStream for ByteStreamService {
 }
 
 impl ByteStreamService {
-    fn instance(&self, call: &Call, name: &ResourceName) -> Result<Instance> {
+    /// The namespace and the blob that a name means there.
+    fn resolve(&self, call: &Call, name: &ResourceName) -> Result<(Instance, Digest)> {
         let instance = self.0.instances.get(&name.instance_name)?;
         call.instance(&instance);
-        call.blob(name.digest);
-        Ok(instance)
+        let digest = instance.digest_in_name(name.digest, name.function_is_named)?;
+        call.blob(digest);
+        Ok((instance, digest))
     }
 }
 

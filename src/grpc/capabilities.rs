@@ -3,7 +3,7 @@
 
 use super::{Edge, Settings, cas::BATCH_MAX_BYTES, request_log::Call};
 use crate::{
-    digest::DigestFunction,
+    instance::Policy,
     proto::{
         reapi::{
             ActionCacheUpdateCapabilities, CacheCapabilities, ExecutionCapabilities, GetCapabilitiesRequest,
@@ -34,19 +34,19 @@ impl Capabilities for CapabilitiesService {
     ) -> Result<Response<ServerCapabilities>, Status> {
         let instance = self.0.instances.get(&request.get_ref().instance_name)?;
         Call::of(&request).instance(&instance);
-        Ok(Response::new(capabilities(self.0.settings, self.0.scheduler.is_some())))
+        Ok(Response::new(capabilities(self.0.settings, instance.policy(), self.0.scheduler.is_some())))
     }
 }
 
-fn capabilities(settings: Settings, executes: bool) -> ServerCapabilities {
-    let digest_functions: Vec<i32> = DigestFunction::ALL.iter().map(|f| f.wire().into()).collect();
+fn capabilities(settings: Settings, policy: &Policy, executes: bool) -> ServerCapabilities {
+    let digest_functions: Vec<i32> = policy.digest_functions.iter().map(|f| f.wire().into()).collect();
     let priorities = PriorityCapabilities {
         priorities: vec![PriorityRange { min_priority: i32::MIN, max_priority: i32::MAX }],
     };
     let cache = CacheCapabilities {
         digest_functions: digest_functions.clone(),
         action_cache_update_capabilities: Some(ActionCacheUpdateCapabilities {
-            update_enabled: settings.action_cache_updates,
+            update_enabled: policy.action_cache_updates,
         }),
         // Results are kept by use alone; a range would promise more (CAP-18).
         cache_priority_capabilities: None,
@@ -61,9 +61,9 @@ fn capabilities(settings: Settings, executes: bool) -> ServerCapabilities {
         rep_max_cdc_params: None,
     };
     // CAP-01: an endpoint that only caches says nothing about execution.
-    let execution = executes.then(|| ExecutionCapabilities {
-        // Two clients look only at this one (CAP-06).
-        digest_function: DigestFunction::Sha256.wire().into(),
+    let execution = (executes && policy.execution).then(|| ExecutionCapabilities {
+        // Two clients look only at this one (CAP-06); SHA-256 comes first where it is supported.
+        digest_function: digest_functions.first().copied().unwrap_or_default(),
         exec_enabled: true,
         execution_priority_capabilities: Some(priorities),
         supported_node_properties: NodeProperties::NAMES.iter().map(ToString::to_string).collect(),
@@ -86,12 +86,12 @@ fn version((major, minor): (i32, i32)) -> SemVer {
 mod tests {
     use super::*;
 
-    const SETTINGS: Settings = Settings { action_cache_updates: true, max_blob_bytes: 7 };
+    const SETTINGS: Settings = Settings { max_blob_bytes: 7 };
 
     /// CAP-02 to CAP-07, CAP-11, CAP-14.
     #[test]
     fn what_clients_check_at_start_up_is_there() {
-        let capabilities = capabilities(SETTINGS, true);
+        let capabilities = capabilities(SETTINGS, &Policy::default(), true);
         let cache = capabilities.cache_capabilities.unwrap();
         let execution = capabilities.execution_capabilities.unwrap();
         assert_eq!(capabilities.low_api_version, Some(version((2, 0))));
@@ -100,7 +100,8 @@ mod tests {
         assert!(execution.digest_functions.contains(&execution.digest_function));
         assert!(execution.digest_functions.iter().all(|f| cache.digest_functions.contains(f)));
         assert!(!cache.digest_functions.contains(&0));
-        assert_eq!(execution.digest_function, DigestFunction::Sha256.wire() as i32);
+        assert_eq!(execution.digest_function, crate::digest::DigestFunction::Sha256.wire() as i32);
+        assert_eq!(cache.digest_functions.len(), 8);
         assert_eq!(cache.max_batch_total_size_bytes, 4_000_000);
         assert_eq!(cache.max_cas_blob_size_bytes, 7);
         assert_ne!(cache.symlink_absolute_path_strategy, 0);
@@ -110,7 +111,9 @@ mod tests {
     /// CAP-01, CAP-08, CAP-09.
     #[test]
     fn what_is_switched_off_is_not_promised() {
-        let off = capabilities(Settings { action_cache_updates: false, ..SETTINGS }, false);
+        let policy = Policy { action_cache_updates: false, execution: false, ..Policy::default() };
+        assert_eq!(capabilities(SETTINGS, &Policy::default(), false).execution_capabilities, None);
+        let off = capabilities(SETTINGS, &policy, true);
         assert_eq!(off.execution_capabilities, None);
         let updates = off.cache_capabilities.unwrap().action_cache_update_capabilities.unwrap();
         assert!(!updates.update_enabled);

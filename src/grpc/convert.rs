@@ -30,40 +30,42 @@ pub fn pack(full_name: &str, message: &impl Message) -> prost_types::Any {
     prost_types::Any { type_url: format!("{TYPE_URL_PREFIX}{full_name}"), value: message.encode_to_vec() }
 }
 
-/// The digest function of a request: the number it sent, else what the first hash of a familiar length says, else SHA-256
-/// (GEN-08). Hashes of another length are for [`Digest::from_wire`] to refuse, one by one or all together (GEN-10).
+/// The digest function of a request: [`Instance::digest_function`] of its digests.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a number that this server does not support (GEN-09).
+/// As there.
 pub fn digest_function<'a>(
+    instance: &Instance,
     number: i32,
     digests: impl IntoIterator<Item = Option<&'a reapi::Digest>>,
 ) -> Result<DigestFunction> {
-    if number == 0 {
-        let lengths = digests.into_iter().flatten().map(|digest| digest.hash.len());
-        for length in lengths {
-            if let Ok(function) = DigestFunction::from_wire(0, Some(length)) {
-                return Ok(function);
-            }
-        }
-    }
-    DigestFunction::from_wire(number, None)
+    instance.digest_function(number, digests.into_iter().flatten().map(|digest| digest.hash.len()))
 }
 
 /// The one digest that a request is about.
 ///
 /// # Errors
 /// [`Error::Invalid`] when it is absent or malformed, or its function is not supported (GEN-01..05, GEN-09).
-pub fn digest(number: i32, digest: Option<&reapi::Digest>, field: &str) -> Result<Digest> {
-    Digest::from_wire(digest_function(number, [digest])?, digest, field)
+pub fn digest(
+    instance: &Instance,
+    number: i32,
+    digest: Option<&reapi::Digest>,
+    field: &str,
+) -> Result<Digest> {
+    Digest::from_wire(digest_function(instance, number, [digest])?, digest, field)
 }
 
 /// All digests of a request that fails as a whole when one of them is malformed (CAS-06).
 ///
 /// # Errors
 /// [`Error::Invalid`] naming the field.
-pub fn digests(number: i32, digests: &[reapi::Digest], field: &str) -> Result<Vec<Digest>> {
-    let function = digest_function(number, digests.iter().map(Some))?;
+pub fn digests(
+    instance: &Instance,
+    number: i32,
+    digests: &[reapi::Digest],
+    field: &str,
+) -> Result<Vec<Digest>> {
+    let function = digest_function(instance, number, digests.iter().map(Some))?;
     digests.iter().map(|digest| Digest::from_wire(function, Some(digest), field)).collect()
 }
 
@@ -265,20 +267,26 @@ mod tests {
     /// GEN-08, GEN-09, GEN-10, CAS-06.
     #[test]
     fn the_digests_of_a_request_are_all_of_one_supported_function() {
-        assert_eq!(digests(0, &[], "d"), Ok(vec![]));
-        assert_eq!(digests(0, &[wire(HASH), wire(HASH)], "d").unwrap().len(), 2);
-        assert_eq!(digests(1, &[wire(HASH)], "d").unwrap().len(), 1);
+        let instance = instances().get("").unwrap();
+        let digests = |number, list: &[reapi::Digest]| digests(&instance, number, list, "d");
         let sha1 = wire(&HASH[..40]);
+        assert_eq!(digests(0, &[]), Ok(vec![]));
+        assert_eq!(digests(0, &[wire(HASH), wire(HASH)]).unwrap().len(), 2);
+        assert_eq!(digests(1, &[wire(HASH)]).unwrap().len(), 1);
+        assert_eq!(digests(9, &[wire(HASH)]).unwrap()[0].function(), DigestFunction::Blake3);
+        assert_eq!(digests(0, std::slice::from_ref(&sha1)).unwrap()[0].function(), DigestFunction::Sha1);
         for (number, list) in [
             (0, vec![wire(HASH), sha1.clone()]),
             (0, vec![sha1.clone(), wire(HASH)]),
-            (0, vec![sha1]),
+            (0, vec![wire(&HASH[..42])]),
             (0, vec![wire(HASH), wire("")]),
             (10, vec![wire(HASH)]),
+            (1, vec![sha1]),
             (99, vec![]),
+            (4, vec![]),
             (-1, vec![wire(HASH)]),
         ] {
-            assert!(matches!(digests(number, &list, "d"), Err(Error::Invalid(_))), "{number} {list:?}");
+            assert!(matches!(digests(number, &list), Err(Error::Invalid(_))), "{number} {list:?}");
         }
     }
 

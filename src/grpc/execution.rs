@@ -67,9 +67,15 @@ impl ExecutionService {
 
 /// What an Execute request asks of the scheduler.
 fn submission(instances: &Instances, client: ClientInfo, request: ExecuteRequest) -> Result<Submit, Error> {
+    let instance = instances.get(&request.instance_name)?;
+    if !instance.policy().execution {
+        let problem = "no actions are run under this instance name (execution = false)";
+        return Err(Error::Denied(problem.into()));
+    }
+    let (function, action) = (request.digest_function, request.action_digest.as_ref());
     Ok(Submit {
-        instance: instances.get(&request.instance_name)?,
-        action: convert::digest(request.digest_function, request.action_digest.as_ref(), "action_digest")?,
+        action: convert::digest(&instance, function, action, "action_digest")?,
+        instance,
         skip_cache_lookup: request.skip_cache_lookup,
         priority: request.execution_policy.map_or(0, |policy| policy.priority),
         inline: Inline {

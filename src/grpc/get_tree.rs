@@ -56,8 +56,9 @@ impl Walk {
     ///
     /// # Errors
     /// [`Error::Invalid`] for a malformed digest, a negative page size, or a token of another tree (CAS-28).
-    pub fn decode(request: &GetTreeRequest) -> Result<Self> {
-        let root = convert::digest(request.digest_function, request.root_digest.as_ref(), "root_digest")?;
+    pub fn decode(instance: &Instance, request: &GetTreeRequest) -> Result<Self> {
+        let root =
+            convert::digest(instance, request.digest_function, request.root_digest.as_ref(), "root_digest")?;
         let page_size = match usize::try_from(request.page_size) {
             Ok(0) => PAGE_MAX_DIRECTORIES,
             Ok(size) => size.min(PAGE_MAX_DIRECTORIES),
@@ -203,6 +204,7 @@ mod tests {
     use super::*;
     use crate::{
         digest::DigestFunction,
+        instance::Instances,
         proto::reapi::{DirectoryNode, FileNode},
     };
     use futures::executor::block_on;
@@ -240,15 +242,18 @@ mod tests {
 
         fn walk(&self, request: GetTreeRequest) -> Result<Vec<GetTreeResponse>> {
             let blobs = self.0.clone();
-            let pages = run(Walk::decode(&request)?, move |digests| {
-                let get = |digest: Digest| match blobs.get(&digest) {
-                    Some(blob) => Ok(blob.clone()),
-                    None if digest.is_empty() => Ok(Bytes::new()),
-                    None => Err(Error::NotFound(digest.to_string())),
-                };
-                let answer = Ok(digests.into_iter().map(get).collect());
-                async move { answer }
-            });
+            let pages = run(
+                Walk::decode(&Instances::new([""]).unwrap().get("").unwrap(), &request)?,
+                move |digests| {
+                    let get = |digest: Digest| match blobs.get(&digest) {
+                        Some(blob) => Ok(blob.clone()),
+                        None if digest.is_empty() => Ok(Bytes::new()),
+                        None => Err(Error::NotFound(digest.to_string())),
+                    };
+                    let answer = Ok(digests.into_iter().map(get).collect());
+                    async move { answer }
+                },
+            );
             block_on(pages.collect::<Vec<_>>()).into_iter().collect()
         }
     }

@@ -9,7 +9,7 @@ use crate::proto::{
     longrunning::{Operation, operation},
     reapi::{
         Action, ActionResult, Command, Digest, ExecuteOperationMetadata, ExecuteRequest, ExecuteResponse,
-        Platform, WaitExecutionRequest, command::EnvironmentVariable, platform::Property,
+        OutputFile, Platform, WaitExecutionRequest, command::EnvironmentVariable, platform::Property,
     },
 };
 use prost::Message as _;
@@ -80,6 +80,24 @@ impl Session {
         let action = self.message(&action);
         self.store(&[&command, &action]).await?;
         Ok(action.digest)
+    }
+
+    /// A stored Action that nobody else has and nobody runs, for checks of the action cache.
+    ///
+    /// # Errors
+    /// As [`Session::store`].
+    pub async fn fresh_action(&self) -> Verdict<Digest> {
+        self.action(&self.shell("true", &[]), &self.empty().digest).await
+    }
+
+    /// A result with one output file, stored.
+    ///
+    /// # Errors
+    /// As [`Session::store`].
+    pub async fn a_result(&self) -> Verdict<ActionResult> {
+        let output = self.stored(100).await?;
+        let file = OutputFile { path: "out".into(), digest: Some(output.digest), ..Default::default() };
+        Ok(ActionResult { output_files: vec![file], ..Default::default() })
     }
 
     /// An Execute request for this action.
@@ -160,6 +178,11 @@ impl Run {
             }
         }
         Ok(operation)
+    }
+
+    /// The status with which the stream ends, if that is an error and comes before any message.
+    pub async fn next_status(&mut self) -> Option<Status> {
+        self.stream.message().await.err()
     }
 
     /// Reads to the first message that satisfies the condition; `what` names it.

@@ -124,6 +124,13 @@ pub trait Answer<T> {
     /// # Errors
     /// A failure when it is OK or has another code.
     fn refused(self, what: &str, codes: &[Code]) -> Verdict<Status>;
+
+    /// The value of an answer that may be OK or fail with one of these codes, which is `None`: where either the call or an
+    /// entry of its answer may bear the error.
+    ///
+    /// # Errors
+    /// A failure when it has another code.
+    fn or_refused(self, what: &str, codes: &[Code]) -> Verdict<Option<T>>;
 }
 
 impl<T: Debug> Answer<T> for Result<T, Status> {
@@ -146,6 +153,14 @@ impl<T: Debug> Answer<T> for Result<T, Status> {
             Err(status) if codes.contains(&status.code()) => Ok(status),
             Err(status) => Err(fail(expected(), show(&status))),
             Ok(answer) => Err(fail(expected(), format!("OK: {answer:?}"))),
+        }
+    }
+
+    fn or_refused(self, what: &str, codes: &[Code]) -> Verdict<Option<T>> {
+        match self {
+            Ok(answer) => Ok(Some(answer)),
+            Err(status) if codes.contains(&status.code()) => Ok(None),
+            Err(status) => Err(fail(format!("{what}: OK or {}", names(codes)), show(&status))),
         }
     }
 }

@@ -40,7 +40,12 @@ pub const ALL: &[Group] = &[
         name: "GEN",
         title: "Cross-cutting",
         rules: rules::GEN,
-        checks: &[cross_cutting::CHECKS],
+        checks: &[
+            cross_cutting::digests::CHECKS,
+            cross_cutting::instances::CHECKS,
+            cross_cutting::errors::CHECKS,
+            cross_cutting::transport::CHECKS,
+        ],
         beyond: &[cross_cutting::BEYOND],
     },
     Group {

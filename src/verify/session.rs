@@ -118,7 +118,7 @@ impl Session {
         let unreachable =
             |why: String| Error::Unavailable(format!("no server to verify at {}: {why}", options.endpoint));
         let salt = Salt::new();
-        let header = Header { identity: identity(&salt), limit: options.check_limit };
+        let header = Header { identity: identity(&salt), limit: options.check_limit() };
         let first_answer = async {
             let channel = endpoint.connect().await.map_err(|error| innermost(&error))?;
             let service = InterceptedService::new(channel.clone(), header.clone());
@@ -151,6 +151,17 @@ impl Session {
     /// A failure when the server does not take another connection.
     pub async fn reconnect(&self) -> Verdict<Self> {
         let channel = self.run.endpoint.connect().await;
+        let channel = channel.map_err(|error| fail("another connection is accepted", innermost(&error)))?;
+        Ok(Self { channel, ..self.clone() })
+    }
+
+    /// The same over a connection that sends a ping at this interval, also while nothing is asked.
+    ///
+    /// # Errors
+    /// As [`Session::reconnect`].
+    pub async fn reconnect_pinging(&self, interval: Duration) -> Verdict<Self> {
+        let endpoint = self.run.endpoint.clone().http2_keep_alive_interval(interval);
+        let channel = endpoint.keep_alive_while_idle(true).connect().await;
         let channel = channel.map_err(|error| fail("another connection is accepted", innermost(&error)))?;
         Ok(Self { channel, ..self.clone() })
     }

@@ -13,7 +13,7 @@ use gorego::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     grpc::{Edge, Settings, ask::Scheduler, health::Health},
-    instance::Instances,
+    instance::{Instances, Policy},
     proto::{
         bytestream::byte_stream_client::ByteStreamClient,
         longrunning::operations_client::OperationsClient,
@@ -55,7 +55,9 @@ impl Server {
     /// Without `executes`, the endpoint is a cache, and a read-only one.
     pub async fn with(executes: bool) -> Self {
         let store = tempfile::tempdir().unwrap();
-        let instances = Instances::new(["", "a/b/c"]).unwrap();
+        let policy = || Policy { action_cache_updates: executes, ..Policy::default() };
+        let instances = ["", "a/b/c"].map(|name| (name.to_owned(), policy()));
+        let instances = Instances::with_policies(instances).unwrap();
         let settings = StoreSettings {
             root: store.path().join("store"),
             max_bytes: 1_000_000_000,
@@ -68,7 +70,7 @@ impl Server {
             instances,
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
-            settings: Settings { action_cache_updates: executes, max_blob_bytes: MAX_BLOB_BYTES },
+            settings: Settings { max_blob_bytes: MAX_BLOB_BYTES },
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

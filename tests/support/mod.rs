@@ -83,16 +83,25 @@ impl BlobStore for Handle {
         Ok(Box::new(Staged { tree, blobs }))
     }
 
-    fn store_output(&self, _: &Instance, parent: &File, name: &str, mut file: File) -> Result<Digest> {
+    fn store_output(
+        &self,
+        _: &Instance,
+        function: DigestFunction,
+        parent: &File,
+        name: &str,
+        mut file: File,
+    ) -> Result<Digest> {
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).unwrap();
         if rustix::fs::fstat(&file).unwrap().st_nlink == 1 {
             rustix::fs::unlinkat(parent, name, AtFlags::empty()).unwrap();
         }
+        assert_eq!(function, DigestFunction::Sha256, "the function of all actions here");
         Ok(self.0.put(bytes))
     }
 
-    fn store_bytes(&self, _: &Instance, bytes: Vec<u8>) -> Result<Digest> {
+    fn store_bytes(&self, _: &Instance, function: DigestFunction, bytes: Vec<u8>) -> Result<Digest> {
+        assert_eq!(function, DigestFunction::Sha256, "the function of all actions here");
         Ok(self.0.put(bytes))
     }
 

@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used)]
 
 mod cache_interplay;
+mod digest_functions;
 mod execution;
 mod inputs;
+mod instances;
 mod lifecycle;
 #[path = "../log_schema/mod.rs"]
 mod log_schema;

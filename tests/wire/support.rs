@@ -223,6 +223,8 @@ pub struct Client {
     pub operations: OperationsClient<Channel>,
     /// Used in every request that the helpers make.
     pub instance: String,
+    /// Used for every digest that the helpers make.
+    pub function: DigestFunction,
 }
 
 impl Client {
@@ -236,12 +238,23 @@ impl Client {
             execution: ExecutionClient::new(channel.clone()),
             operations: OperationsClient::new(channel),
             instance: String::new(),
+            function: DigestFunction::Sha256,
         }
     }
 
     /// A resource name below the instance.
     pub fn name(&self, rest: &str) -> String {
         if self.instance.is_empty() { rest.into() } else { format!("{}/{rest}", self.instance) }
+    }
+
+    /// What the helpers say in `digest_function`: nothing where every client leaves it out (GEN-08).
+    pub fn wire_function(&self) -> i32 {
+        if self.function == DigestFunction::Sha256 { 0 } else { self.function.wire().into() }
+    }
+
+    /// A digest that the server sent.
+    pub fn digest(&self, digest: Option<&gorego::proto::reapi::Digest>) -> Digest {
+        Digest::from_wire(self.function, digest, "digest").unwrap()
     }
 
     /// Stores a blob.
@@ -255,12 +268,15 @@ impl Client {
         let mut requests = Vec::new();
         for blob in blobs {
             let data: Vec<u8> = blob.into();
-            digests.push(sha256(&data));
-            let digest = Some(sha256(&data).to_wire());
+            digests.push(self.function.digest(&data));
+            let digest = Some(self.function.digest(&data).to_wire());
             requests.push(batch_update_blobs_request::Request { digest, data: data.into(), compressor: 0 });
         }
-        let request =
-            BatchUpdateBlobsRequest { instance_name: self.instance.clone(), requests, ..Default::default() };
+        let request = BatchUpdateBlobsRequest {
+            instance_name: self.instance.clone(),
+            requests,
+            digest_function: self.wire_function(),
+        };
         let reply = self.cas.clone().batch_update_blobs(request).await.unwrap().into_inner();
         for response in reply.responses {
             let status = response.status.unwrap();
@@ -274,11 +290,10 @@ impl Client {
         let request = FindMissingBlobsRequest {
             instance_name: self.instance.clone(),
             blob_digests: digests.iter().map(|d| d.to_wire()).collect(),
-            ..Default::default()
+            digest_function: self.wire_function(),
         };
         let reply = self.cas.clone().find_missing_blobs(request).await.unwrap().into_inner();
-        let parse = |d| Digest::from_wire(DigestFunction::Sha256, Some(d), "missing").unwrap();
-        reply.missing_blob_digests.iter().map(parse).collect()
+        reply.missing_blob_digests.iter().map(|digest| self.digest(Some(digest))).collect()
     }
 
     /// Reads a blob through ByteStream.
@@ -312,7 +327,7 @@ impl Client {
     ) -> Digest {
         let command = command.encode_to_vec();
         let mut action = Action {
-            command_digest: Some(sha256(&command).to_wire()),
+            command_digest: Some(self.function.digest(&command).to_wire()),
             input_root_digest: Some(root.to_wire()),
             ..Default::default()
         };
@@ -330,6 +345,7 @@ impl Client {
         ExecuteRequest {
             instance_name: self.instance.clone(),
             action_digest: Some(action.to_wire()),
+            digest_function: self.wire_function(),
             ..Default::default()
         }
     }
@@ -357,6 +373,7 @@ impl Client {
         let request = GetActionResultRequest {
             instance_name: self.instance.clone(),
             action_digest: Some(action.to_wire()),
+            digest_function: self.wire_function(),
             ..Default::default()
         };
         match self.action_cache.clone().get_action_result(request).await {
@@ -380,8 +397,7 @@ impl Client {
 
     async fn text(&self, digest: Option<&gorego::proto::reapi::Digest>) -> String {
         let Some(digest) = digest else { return String::new() };
-        let digest = Digest::from_wire(DigestFunction::Sha256, Some(digest), "log").unwrap();
-        String::from_utf8(self.read(digest).await.unwrap()).unwrap()
+        String::from_utf8(self.read(self.digest(Some(digest))).await.unwrap()).unwrap()
     }
 
     /// The content of an output file.

@@ -34,7 +34,7 @@ impl Cas {
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let mut tried = None;
         for _ in 0..RESULT_READ_TRIES {
-            let found = match self.ask(LookupResult { instance: instance.id(), action }).await? {
+            let found = match self.ask(LookupResult { instance: instance.clone(), action }).await? {
                 ResultLookup::Hit(result) => return Ok(Some(result)),
                 ResultLookup::Miss => return Ok(None),
                 ResultLookup::Cold(found) => found,
@@ -67,7 +67,7 @@ impl Cas {
             }
         };
         self.shared().results.insert((id, action), loaded.clone(), loaded.memory());
-        self.ask(ConfirmResult { instance: id, action, loaded }).await
+        self.ask(ConfirmResult { instance: instance.clone(), action, loaded }).await
     }
 
     async fn read_result(

@@ -15,7 +15,7 @@ use super::{
     settings::SMALL_BLOB_BYTES,
 };
 use crate::{
-    digest::Digest,
+    digest::{Digest, Hasher},
     error::{Error, Result},
 };
 use bytes::Bytes;
@@ -151,7 +151,7 @@ pub(super) fn open_checked(cas: &Cas, found: &Found) -> Result<File> {
     }
     let stamp = stamp_of(&metadata);
     if found.stamp != stamp {
-        let actual = hash_file(&file, digest).map_err(|error| failed(cas, found, &error))?;
+        let actual = hash_file(&file, digest.hasher()).map_err(|error| failed(cas, found, &error))?;
         if actual != digest {
             return Err(damaged(cas, found, format!("its content is that of {actual}")));
         }
@@ -197,8 +197,7 @@ pub(super) fn not_found(digest: Digest) -> Error {
 }
 
 /// The digest of a file's content, read by position from the start.
-pub(super) fn hash_file(file: &File, like: Digest) -> io::Result<Digest> {
-    let mut hasher = like.function().hasher();
+pub(super) fn hash_file(file: &File, mut hasher: Hasher) -> io::Result<Digest> {
     let mut piece = vec![0; PIECE_BYTES];
     loop {
         match file.read_at(&mut piece, hasher.size()) {

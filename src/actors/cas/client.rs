@@ -103,7 +103,7 @@ impl Cas {
     /// # Errors
     /// `Unavailable` when the server is going down.
     pub async fn find_missing(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Digest>> {
-        let instance = instance.id();
+        let instance = instance.blobs();
         if digests.len() <= DIGESTS_PER_MESSAGE {
             return self.ask(FindMissing { instance, digests }).await;
         }
@@ -129,7 +129,7 @@ impl Cas {
                 Err(not_found(digest))
             };
         };
-        if let Some(bytes) = self.shared.recent.get(&(instance.id(), digest)) {
+        if let Some(bytes) = self.shared.recent.get(&(instance.blobs(), digest)) {
             return Ok(BlobReader::whole(bytes));
         }
         let cas = self.clone();
@@ -143,7 +143,7 @@ impl Cas {
     pub async fn read_many(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Result<Bytes>>> {
         let located = self.locate(instance, digests.clone(), false).await?;
         let at_hand = |(digest, found): (&Digest, &Option<Found>)| match found {
-            Some(_) => self.shared.recent.get(&(instance.id(), *digest)).map(Ok),
+            Some(_) => self.shared.recent.get(&(instance.blobs(), *digest)).map(Ok),
             None if digest.is_empty() => Some(Ok(Bytes::new())),
             None => Some(Err(not_found(*digest))),
         };
@@ -171,7 +171,7 @@ impl Cas {
         instance: &Instance,
         blobs: Vec<(Digest, Bytes)>,
     ) -> Result<Vec<Result<()>>> {
-        let (id, mut digests) = (instance.id(), HashSet::with_capacity(blobs.len()));
+        let (id, mut digests) = (instance.blobs(), HashSet::with_capacity(blobs.len()));
         let fits = |digest: &Digest, bytes: &Bytes| digest.size() == bytes.len() as u64 && !digest.is_empty();
         digests.extend(blobs.iter().filter(|(digest, bytes)| fits(digest, bytes)).map(|(digest, _)| *digest));
         let prepared = self.ask(Prepare { instance: id, digests: digests.into_iter().collect() }).await?;
@@ -244,7 +244,7 @@ impl Cas {
         if digest.is_empty() {
             return Ok(Upload::Present);
         }
-        let blob = Key { digest, instance: instance.id(), kind: Kind::Blob };
+        let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
         let name = upload_name(instance, name);
         // Twice: a client that goes on at once meets its own broken stream while that is being put away.
         for _ in 0..2 {
@@ -275,7 +275,7 @@ impl Cas {
         if digest.is_empty() {
             return Ok(UploadStatus { committed: 0, complete: true });
         }
-        let blob = Key { digest, instance: instance.id(), kind: Kind::Blob };
+        let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
         self.ask(QueryUpload { name: upload_name(instance, name), blob }).await
     }
 
@@ -296,7 +296,7 @@ impl Cas {
         digests: Vec<Digest>,
         lease: bool,
     ) -> Result<Located> {
-        self.ask(Locate { instance: instance.id(), digests, lease }).await
+        self.ask(Locate { instance: instance.blobs(), digests, lease }).await
     }
 
     pub(super) async fn ask<M>(&self, message: M) -> Result<M::Result>

@@ -11,8 +11,8 @@
 //!   more, one that is used while it is among the newest quarter keeps its place: still, three quarters of all entries go
 //!   before it. Builds ask for the same blobs again and again, and moving an entry touches three more at random.
 //!
-//! It knows no paths and does no IO, and the time is an argument. Memory: an entry is 96 bytes and a table slot 5, which
-//! with the slack of growth stays below 140 bytes for each blob.
+//! It knows no paths and does no IO, and the time is an argument. Memory: an entry is 128 bytes and a table slot 5, which
+//! with the slack of growth stays below 180 bytes for each blob.
 
 pub use words::*;
 

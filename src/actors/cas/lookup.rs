@@ -9,7 +9,11 @@ use super::{
     results::LoadedResult,
     unix_seconds,
 };
-use crate::{digest::Digest, instance::InstanceId, proto::reapi};
+use crate::{
+    digest::Digest,
+    instance::{Instance, InstanceId},
+    proto::reapi,
+};
 use actix::{AsyncContext as _, Context, Handler, MessageResult};
 use std::{collections::HashSet, sync::Arc};
 
@@ -50,13 +54,14 @@ impl CasActor {
     /// that was replaced since it was looked up is still an answer: it was the result when it was asked for (AC-08).
     fn confirm(
         &mut self,
-        instance: InstanceId,
+        instance: &Instance,
         action: Digest,
         loaded: &LoadedResult,
         ctx: &Context<Self>,
     ) -> Option<Arc<reapi::ActionResult>> {
         let now = unix_seconds();
-        let key = Key { digest: action, instance, kind: Kind::Result };
+        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
+        let instance = instance.blobs();
         let found = self.renew_at(&key, now).filter(|found| found.file.generation == loaded.generation);
         if !loaded.is_hit {
             return None;
@@ -87,13 +92,13 @@ impl CasActor {
     /// What is known of a result without reading any file.
     pub(super) fn look_up_result(
         &mut self,
-        instance: InstanceId,
+        instance: &Instance,
         action: Digest,
         ctx: &Context<Self>,
     ) -> ResultLookup {
-        let key = Key { digest: action, instance, kind: Kind::Result };
+        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
         let Some(found) = self.renew(&key) else { return ResultLookup::Miss };
-        match self.shared.results.get(&(instance, action)) {
+        match self.shared.results.get(&(instance.id(), action)) {
             Some(loaded) if loaded.generation == found.file.generation => {
                 match self.confirm(instance, action, &loaded, ctx) {
                     Some(result) => ResultLookup::Hit(result),
@@ -151,7 +156,7 @@ impl Handler<LookupResult> for CasActor {
     type Result = MessageResult<LookupResult>;
 
     fn handle(&mut self, message: LookupResult, ctx: &mut Self::Context) -> Self::Result {
-        MessageResult(self.look_up_result(message.instance, message.action, ctx))
+        MessageResult(self.look_up_result(&message.instance, message.action, ctx))
     }
 }
 
@@ -159,7 +164,7 @@ impl Handler<ConfirmResult> for CasActor {
     type Result = MessageResult<ConfirmResult>;
 
     fn handle(&mut self, message: ConfirmResult, ctx: &mut Self::Context) -> Self::Result {
-        MessageResult(self.confirm(message.instance, message.action, &message.loaded, ctx))
+        MessageResult(self.confirm(&message.instance, message.action, &message.loaded, ctx))
     }
 }
 

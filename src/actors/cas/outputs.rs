@@ -34,21 +34,29 @@ impl Cas {
     ///
     /// # Errors
     /// `Exhausted` when there is no room; `Invalid` when it is larger than the largest blob allowed.
-    pub fn store_output(&self, instance: &Instance, parent: &File, name: &str, file: File) -> Result<Digest> {
+    pub fn store_output(
+        &self,
+        instance: &Instance,
+        function: DigestFunction,
+        parent: &File,
+        name: &str,
+        file: File,
+    ) -> Result<Digest> {
         let failed =
             |error: io::Error| Error::io(&format!("store output \"{}\"", name.escape_debug()), &error);
         let before = file.metadata().map_err(failed)?;
         self.check_blob_size(before.len(), name)?;
-        let like = Digest::empty(DigestFunction::Sha256);
-        let digest = hash_file(&file, like).map_err(failed)?;
-        self.check_blob_size(digest.size(), name)?;
+        let changed =
+            || Error::Precondition(format!("output \"{}\" changed while it was stored", name.escape_debug()));
+        let digest = hash_file(&file, function.hasher(before.len())).map_err(failed)?;
+        if digest.size() != before.len() {
+            return Err(changed());
+        }
         let Some(room) = self.room_for(instance, digest)? else { return Ok(digest) };
         let id = self.new_file(instance, digest);
         let stamp = match self.adopt(&id, &before, parent, name, &file).map_err(failed)? {
             Some(stamp) => stamp,
-            None => self.copy_in(&id, &file).map_err(failed)?.ok_or_else(|| {
-                Error::Precondition(format!("output \"{}\" changed while it was stored", name.escape_debug()))
-            })?,
+            None => self.copy_in(&id, &file).map_err(failed)?.ok_or_else(changed)?,
         };
         self.commit_and_wait(id, stamp, room)?;
         Ok(digest)
@@ -58,8 +66,13 @@ impl Cas {
     ///
     /// # Errors
     /// `Exhausted` when there is no room.
-    pub fn store_bytes(&self, instance: &Instance, bytes: Vec<u8>) -> Result<Digest> {
-        let digest = DigestFunction::Sha256.digest(&bytes);
+    pub fn store_bytes(
+        &self,
+        instance: &Instance,
+        function: DigestFunction,
+        bytes: Vec<u8>,
+    ) -> Result<Digest> {
+        let digest = function.digest(&bytes);
         self.check_blob_size(digest.size(), "the bytes at hand")?;
         let Some(room) = self.room_for(instance, digest)? else { return Ok(digest) };
         let id = self.new_file(instance, digest);
@@ -75,13 +88,13 @@ impl Cas {
             return Ok(None);
         }
         let prepared = self.block_on(async |cas| {
-            cas.ask(Prepare { instance: instance.id(), digests: vec![digest] }).await
+            cas.ask(Prepare { instance: instance.blobs(), digests: vec![digest] }).await
         })?;
         if prepared.absent.is_empty() { Ok(None) } else { prepared.room.map(Some) }
     }
 
     fn new_file(&self, instance: &Instance, digest: Digest) -> FileId {
-        let key = Key { digest, instance: instance.id(), kind: Kind::Blob };
+        let key = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
         FileId { key, generation: self.shared().files.next_generation() }
     }
 
@@ -126,7 +139,7 @@ impl Cas {
     fn copy_in(&self, id: &FileId, file: &File) -> io::Result<Option<Stamp>> {
         let files = &self.shared().files;
         let mut copy = TemporaryFile::create(files.temporary_path(id.generation))?;
-        let mut hasher = id.key.digest.function().hasher();
+        let mut hasher = id.key.digest.hasher();
         let mut piece = vec![0; PIECE_BYTES];
         // One byte more than expected is enough to know.
         while hasher.size() <= id.key.digest.size() {

@@ -9,7 +9,12 @@ use super::{
     results::LoadedResult,
     uploads::{Attempt, Partial, Progress},
 };
-use crate::{digest::Digest, error::Result, instance::InstanceId, proto::reapi};
+use crate::{
+    digest::Digest,
+    error::Result,
+    instance::{Instance, InstanceId},
+    proto::reapi,
+};
 use actix::Message;
 use std::sync::Arc;
 use tokio::sync::oneshot;
@@ -92,7 +97,7 @@ pub struct QueryUpload {
 #[derive(Message)]
 #[rtype(result = "ResultLookup")]
 pub struct LookupResult {
-    pub instance: InstanceId,
+    pub instance: Instance,
     pub action: Digest,
 }
 
@@ -110,7 +115,7 @@ pub enum ResultLookup {
 #[derive(Message)]
 #[rtype(result = "Option<Arc<reapi::ActionResult>>")]
 pub struct ConfirmResult {
-    pub instance: InstanceId,
+    pub instance: Instance,
     pub action: Digest,
     pub loaded: Arc<LoadedResult>,
 }

@@ -33,15 +33,15 @@ pub struct ParsedAction {
 impl CasActor {
     /// The answer, if no file has to be read for it.
     fn resolve_from_memory(&mut self, message: &ResolveAction, ctx: &Context<Self>) -> Option<Resolution> {
-        let instance = message.instance.id();
-        let parsed = self.shared.actions.get(&(instance, message.action))?;
+        let instance = message.instance.blobs();
+        let parsed = self.shared.actions.get(&(message.instance.id(), message.action))?;
         for digest in [message.action, parsed.command] {
             self.renew(&Key { digest, instance, kind: Kind::Blob })?;
         }
         if message.skip_cache_lookup || parsed.action.do_not_cache {
             return Some(Resolution::Run(parsed.action.clone()));
         }
-        match self.look_up_result(instance, message.action, ctx) {
+        match self.look_up_result(&message.instance, message.action, ctx) {
             ResultLookup::Hit(result) => Some(Resolution::Cached(result)),
             ResultLookup::Miss => Some(Resolution::Run(parsed.action.clone())),
             ResultLookup::Cold(_) => None,

@@ -100,6 +100,11 @@ fn all_shards(files: &Files) -> Vec<Shard> {
     for instance in files.instances() {
         for &function in DigestFunction::ALL {
             for kind in [Kind::Blob, Kind::Result] {
+                // Of most functions nothing was ever stored.
+                let first = files.shard(kind, instance, function, 0);
+                if first.parent().is_none_or(|shards| !shards.exists()) {
+                    continue;
+                }
                 shards.extend((0..=u8::MAX).map(|first| Shard { kind, instance, function, first }));
             }
         }

@@ -136,7 +136,7 @@ pub enum Begin {
 
 enum State {
     Running(Arc<Progress>),
-    Parked(Partial),
+    Parked(Box<Partial>),
 }
 
 struct Named {
@@ -204,7 +204,7 @@ impl Uploads {
             Some(partial) if is_of_use => {
                 self.parked_bytes += partial.room.bytes();
                 self.parked.insert((now, number), name);
-                self.named.insert(name, Named { number, state: State::Parked(partial) });
+                self.named.insert(name, Named { number, state: State::Parked(Box::new(partial)) });
                 None
             }
             partial => {
@@ -266,7 +266,7 @@ impl Uploads {
         let Named { number, state: State::Parked(partial) } = self.named.remove(&name)? else { return None };
         self.parked.retain(|(_, parked), _| *parked != number);
         self.parked_bytes -= partial.room.bytes();
-        Some(partial)
+        Some(*partial)
     }
 }
 

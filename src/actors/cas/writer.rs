@@ -215,7 +215,7 @@ fn append(attempt: &mut Attempt, pending: &[Bytes], files: &Files) -> Result<()>
             Some(sink) => sink,
             none => none.insert(Sink {
                 file: TemporaryFile::create(files.temporary_path(files.next_generation()))?,
-                hasher: attempt.blob.digest.function().hasher(),
+                hasher: attempt.blob.digest.hasher(),
             }),
         };
         for bytes in pending {
@@ -242,7 +242,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Shared) -> Result<
     };
     let failed = |error: io::Error| Error::io(&format!("store blob {digest}"), &error);
     let metadata = if attempt.sink.is_none() {
-        let mut hasher = digest.function().hasher();
+        let mut hasher = digest.hasher();
         pending.iter().for_each(|bytes| hasher.update(bytes));
         let actual = hasher.finish();
         if actual != digest {

@@ -246,7 +246,13 @@ impl Storing<'_> {
             return Ok(*digest);
         }
         let file = open_regular(parent, name, path)?;
-        let digest = self.store.store_output(&self.action.instance, parent, name, file)?;
+        let digest = self.store.store_output(
+            &self.action.instance,
+            self.action.digest.function(),
+            parent,
+            name,
+            file,
+        )?;
         self.stored.insert(id, digest);
         Ok(digest)
     }
@@ -256,7 +262,11 @@ impl Storing<'_> {
         let format = self.action.command.directory_format;
         let mut output = reapi::OutputDirectory { path, ..Default::default() };
         if format.tree {
-            let tree = self.store.store_bytes(&self.action.instance, encoded.tree())?;
+            let tree = self.store.store_bytes(
+                &self.action.instance,
+                self.action.digest.function(),
+                encoded.tree(),
+            )?;
             output.tree_digest = Some(tree.to_wire());
             output.is_topologically_sorted = true;
         }
@@ -264,7 +274,7 @@ impl Storing<'_> {
             output.root_directory_digest = encoded.root().map(Digest::to_wire);
             for (_, bytes) in encoded.directories {
                 self.checkpoint.check()?;
-                self.store.store_bytes(&self.action.instance, bytes)?;
+                self.store.store_bytes(&self.action.instance, self.action.digest.function(), bytes)?;
             }
         }
         Ok(output)

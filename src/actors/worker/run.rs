@@ -143,7 +143,13 @@ impl<'a> ActionRun<'a> {
             return Ok(None);
         }
         let file = outputs::open_regular(top, name, name)?;
-        let digest = self.store.store_output(&self.order.action.instance, top, name, file)?;
+        let digest = self.store.store_output(
+            &self.order.action.instance,
+            self.order.action.digest.function(),
+            top,
+            name,
+            file,
+        )?;
         Ok(Some(digest.to_wire()))
     }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     actors::cas::client::{Cas, Provenance, StagedInputs},
-    digest::Digest,
+    digest::{Digest, DigestFunction},
     error::Result,
     instance::Instance,
     proto::reapi,
@@ -22,13 +22,20 @@ pub trait BlobStore: Send + Sync {
     ///
     /// # Errors
     /// As there.
-    fn store_output(&self, instance: &Instance, parent: &File, name: &str, file: File) -> Result<Digest>;
+    fn store_output(
+        &self,
+        instance: &Instance,
+        function: DigestFunction,
+        parent: &File,
+        name: &str,
+        file: File,
+    ) -> Result<Digest>;
 
     /// [`Cas::store_bytes`].
     ///
     /// # Errors
     /// As there.
-    fn store_bytes(&self, instance: &Instance, bytes: Vec<u8>) -> Result<Digest>;
+    fn store_bytes(&self, instance: &Instance, function: DigestFunction, bytes: Vec<u8>) -> Result<Digest>;
 
     /// [`Cas::record_result`].
     ///
@@ -60,12 +67,19 @@ impl BlobStore for Cas {
         Ok(Box::new(Cas::stage_inputs(self, instance, root)?))
     }
 
-    fn store_output(&self, instance: &Instance, parent: &File, name: &str, file: File) -> Result<Digest> {
-        Cas::store_output(self, instance, parent, name, file)
+    fn store_output(
+        &self,
+        instance: &Instance,
+        function: DigestFunction,
+        parent: &File,
+        name: &str,
+        file: File,
+    ) -> Result<Digest> {
+        Cas::store_output(self, instance, function, parent, name, file)
     }
 
-    fn store_bytes(&self, instance: &Instance, bytes: Vec<u8>) -> Result<Digest> {
-        Cas::store_bytes(self, instance, bytes)
+    fn store_bytes(&self, instance: &Instance, function: DigestFunction, bytes: Vec<u8>) -> Result<Digest> {
+        Cas::store_bytes(self, instance, function, bytes)
     }
 
     fn record_result(

@@ -171,7 +171,7 @@ async fn outputs_are_taken_over_or_copied_and_are_the_stores_own_afterwards() {
         .worker(move |cas, main| {
             let parent = File::open(&path).unwrap();
             ["plain", "linked", "link", "empty", "plain"].map(|name| {
-                cas.store_output(&main, &parent, name, File::open(path.join(name)).unwrap()).unwrap()
+                cas.store_output(&main, SHA256, &parent, name, File::open(path.join(name)).unwrap()).unwrap()
             })
         })
         .await;
@@ -186,7 +186,7 @@ async fn outputs_are_taken_over_or_copied_and_are_the_stores_own_afterwards() {
         let mode = std::fs::metadata(store.file_of(blob)).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o444);
     }
-    let bytes = store.worker(|cas, main| cas.store_bytes(&main, b"log".to_vec()).unwrap()).await;
+    let bytes = store.worker(|cas, main| cas.store_bytes(&main, SHA256, b"log".to_vec()).unwrap()).await;
     assert_eq!(store.get(bytes).await.unwrap(), "log");
     assert_eq!(store.inspect().await.totals.reserved, 0);
 }

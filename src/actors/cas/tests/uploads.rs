@@ -235,7 +235,7 @@ async fn broken_uploads_are_bounded_in_age_number_and_bytes() {
         let Begin::Fresh(entered, None) = uploads.begin(name, blob, 0) else { panic!() };
         let file = TemporaryFile::create(store.root.path().join(format!("{n}"))).unwrap();
         let partial = Partial {
-            sink: Sink { file, hasher: SHA256.hasher() },
+            sink: Sink { file, hasher: SHA256.hasher(0) },
             room: Reservation::new(store.cas.actor().clone(), room),
         };
         let Entered { number, progress } = entered;

@@ -16,6 +16,7 @@ pub mod actions;
 pub mod blob;
 pub mod check;
 pub mod groups;
+pub mod job;
 pub mod raw;
 pub mod report;
 pub mod rules;

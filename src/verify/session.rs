@@ -39,6 +39,7 @@ use std::{
     },
     time::Duration,
 };
+use tokio::sync::OnceCell;
 use tonic::{
     Request, Status,
     metadata::{BinaryMetadataValue, MetadataValue},
@@ -99,6 +100,8 @@ struct Run {
     written: AtomicU64,
     /// Names of operations that this run started and has not seen the end of.
     operations: Mutex<BTreeSet<String>>,
+    /// Whether a trivial action was run; see [`Session::runs_actions`].
+    first_action: OnceCell<Verdict>,
 }
 
 impl Session {
@@ -140,6 +143,7 @@ impl Session {
             salt,
             written: AtomicU64::new(0),
             operations: Mutex::default(),
+            first_action: OnceCell::new(),
         };
         let function_number = function.wire().into();
         Ok(Self { run: Arc::new(run), channel, header, instance, function, function_number })
@@ -313,6 +317,11 @@ impl Session {
     /// Bytes sent to be stored so far, by the whole run.
     pub fn bytes_written(&self) -> u64 {
         self.run.written.load(Ordering::Relaxed)
+    }
+
+    /// What came of the run's first action.
+    pub(super) fn first_action(&self) -> &OnceCell<Verdict> {
+        &self.run.first_action
     }
 
     /// Remembers an operation that this run has started, until [`Session::operation_ended`].

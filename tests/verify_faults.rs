@@ -1,12 +1,125 @@
-//! The conformance suite against servers that are wrong on purpose.
+//! The conformance suite against servers that are wrong on purpose: each [fault](faults) has to be found by the checks of the
+//! rules that it breaks, and without one they all pass. A check that would also pass on a server that does nothing, or the wrong
+//! thing, is worthless; this is where that shows.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod faults;
+#[path = "wire/support.rs"]
+#[allow(dead_code)]
+mod support;
+
+use faults::{Fault, change, fault};
+use futures::{StreamExt as _, stream};
+use gorego::verify::{
+    self, Options, Selection,
+    report::{Outcome, Report},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    num::NonZeroUsize,
+    time::{Duration, Instant},
+};
+use support::Server;
+
+/// Faulty servers at the same time.
+const AT_ONCE: usize = 8;
+/// Longest time of one check; where a fault makes a server silent, this is what it costs.
+const CHECK_LIMIT: Duration = Duration::from_secs(20);
+
+/// Rules that the real server keeps and that no fault breaks, each with the reason.
+const UNBROKEN: &[(&str, &str)] = &[];
+
+/// What the suite finds behind a fault.
+async fn verify(fault: &Fault, server: &Server, only: &[&str]) -> Report {
+    let proxy = fault.before(&server.endpoint()).await;
+    let options = Options {
+        selection: Selection { only: only.iter().map(|id| (*id).to_owned()).collect(), level: None },
+        check_limit: CHECK_LIMIT,
+        jobs: NonZeroUsize::new(16).unwrap(),
+        ..Options::new(proxy.endpoint.clone())
+    };
+    verify::run(options).await.unwrap()
+}
+
+/// The rules of the rows with such an outcome.
+fn rules(report: &Report, which: impl Fn(&Outcome) -> bool) -> BTreeSet<&'static str> {
+    report.rows.iter().filter(|row| which(&row.outcome)).flat_map(|row| row.rules.clone()).collect()
+}
+
+fn failed(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Fail { .. })
+}
+
+/// One sentence for each thing that is wrong with the suite or with the list above.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_fault_is_found_and_a_server_without_one_passes() {
+    let settings = [
+        ("EXECUTION__CONCURRENCY", "16"),
+        ("LOG_FILTER", "warn"),
+    ];
+    let server = Server::with(&settings).await;
+    let begin = Instant::now();
+    let sound = verify(&fault("no fault", &[], change::nothing()), &server, &[]).await;
+    let mut problems: Vec<String> = sound
+        .rows
+        .iter()
+        .filter(|row| failed(&row.outcome))
+        .map(|row| format!("without a fault: {:?} {}: {:?}", row.rules, row.title, row.outcome))
+        .collect();
+    let kept = rules(&sound, |outcome| *outcome == Outcome::Pass);
+    eprintln!("without a fault: {:?}, {} rules pass", begin.elapsed(), kept.len());
+
+    let faults = faults::all();
+    let runs = stream::iter(faults.iter().filter(|fault| fault.breaks.iter().any(|id| kept.contains(id))))
+        .map(async |fault| (fault, verify(fault, &server, fault.breaks).await))
+        .buffer_unordered(AT_ONCE);
+    let mut broken: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut times = Vec::new();
+    let runs: Vec<_> = runs.collect().await;
+    for (fault, report) in &runs {
+        times.push((report.elapsed, fault.name));
+        let found = rules(report, failed);
+        for id in fault.breaks {
+            if found.contains(id) {
+                broken.entry(id).or_default().push(fault.name);
+            } else if kept.contains(id) {
+                let seen: Vec<_> = report
+                    .rows
+                    .iter()
+                    .filter(|row| row.rules.contains(id))
+                    .map(|row| format!("{}: {:?}", row.title, row.outcome))
+                    .collect();
+                problems.push(format!("\"{}\" does not break {id}: {seen:?}", fault.name));
+            }
+        }
+    }
+    let excused: BTreeSet<_> = UNBROKEN.iter().map(|(id, _)| *id).collect();
+    for id in kept.iter().filter(|id| !broken.contains_key(*id) && !excused.contains(*id)) {
+        problems.push(format!("{id} passes whatever is wrong: write a fault for it, or say in UNBROKEN why not"));
+    }
+    for id in excused.iter().filter(|id| broken.contains_key(*id)) {
+        problems.push(format!("{id} is broken by {:?} after all: take it out of UNBROKEN", broken[id]));
+    }
+    times.sort_unstable();
+    eprintln!(
+        "{} faults, {} rules broken of {} kept, in {:?}; the slowest: {:?}",
+        runs.len(),
+        broken.len(),
+        kept.len(),
+        begin.elapsed(),
+        times.iter().rev().take(12).collect::<Vec<_>>()
+    );
+    assert!(problems.is_empty(), "{} problems:\n{}", problems.len(), problems.join("\n"));
+}
 
 #[test]
-fn faults_have_names_of_their_own() {
-    let mut names = std::collections::HashSet::new();
+fn faults_have_names_of_their_own_and_break_rules_that_exist() {
+    let mut names = BTreeSet::new();
     for fault in faults::all() {
         assert!(names.insert(fault.name), "{}", fault.name);
+        assert!(!fault.breaks.is_empty(), "{} breaks nothing", fault.name);
+        for id in fault.breaks {
+            assert!(verify::rules::find(id).is_some(), "{}: {id} is no rule", fault.name);
+        }
     }
 }

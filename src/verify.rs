@@ -15,6 +15,7 @@
 pub mod actions;
 pub mod blob;
 pub mod check;
+pub mod compression;
 pub mod groups;
 pub mod job;
 pub mod origin;
@@ -129,11 +130,14 @@ pub async fn run(options: Options) -> Result<Report> {
         .iter()
         .flat_map(|group| group.checks())
         .filter(|check| options.selection.includes(check.rules));
-    let mut rows: Vec<Row> = stream::iter(selected)
-        .map(|check| run_check(check, session.clone(), begin + RUN_LIMIT))
-        .buffered(options.jobs.max(1))
-        .collect()
-        .await;
+    let run = |(at, check)| {
+        let row = run_check(check, session.clone(), begin + RUN_LIMIT);
+        async move { (at, row.await) }
+    };
+    let side_by_side = stream::iter(selected.enumerate().map(run)).buffer_unordered(options.jobs.max(1));
+    let mut done: Vec<(usize, Row)> = side_by_side.collect().await;
+    done.sort_by_key(|(at, _)| *at);
+    let mut rows: Vec<Row> = done.into_iter().map(|(_, row)| row).collect();
     for group in groups::ALL {
         for (rule, reason) in group.beyond() {
             if options.selection.includes(&[rule.id]) {
@@ -210,6 +214,26 @@ mod tests {
             assert!(!check.rules.is_empty() && names.insert(check.name), "{}", check.name);
             for id in check.rules {
                 assert!(rules::find(id).is_some(), "{} serves {id}, which is no rule", check.name);
+            }
+        }
+    }
+
+    #[test]
+    fn every_rule_has_a_check_or_a_reason_why_not() {
+        let served: BTreeSet<&str> = groups::ALL
+            .iter()
+            .flat_map(|group| group.checks())
+            .flat_map(|check| check.rules)
+            .copied()
+            .collect();
+        for group in groups::ALL.iter().filter(|group| group.checks().next().is_some()) {
+            let beyond: BTreeSet<&str> = group.beyond().map(|(rule, _)| rule.id).collect();
+            for rule in group.rules {
+                assert!(
+                    served.contains(rule.id) != beyond.contains(rule.id),
+                    "{} needs a check, or a reason why it has none, and not both",
+                    rule.id
+                );
             }
         }
     }

@@ -22,7 +22,7 @@ mod outputs;
 mod reply;
 mod requests;
 mod resolve;
-mod results;
+pub mod results;
 mod scan;
 mod settings;
 #[cfg(test)]

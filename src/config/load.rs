@@ -142,7 +142,7 @@ pub fn load(sources: &Sources) -> Result<Loaded> {
     let mut merged = Table::new();
     let mut loaded = Loaded::defaults();
     if let Some(path) = &sources.file {
-        read_file(path, &known, &mut merged, &mut loaded.origins)?;
+        take_file(path, &read_text(path)?, &known, &mut merged, &mut loaded.origins)?;
         loaded.file = Some(path.clone());
     }
     for (name, value) in &sources.env {
@@ -161,31 +161,46 @@ pub fn load(sources: &Sources) -> Result<Loaded> {
     Ok(loaded)
 }
 
+/// Merges the text of a file with the defaults; `path` is its name in errors.
+///
+/// # Errors
+/// As [`load`].
+pub fn from_text(path: &Path, text: &str) -> Result<Loaded> {
+    let known = keys(&Config::default()).into_iter().collect();
+    let mut merged = Table::new();
+    let mut loaded = Loaded::defaults();
+    take_file(path, text, &known, &mut merged, &mut loaded.origins)?;
+    loaded.config =
+        Config::deserialize(merged).map_err(|error| Error::Invalid(error.message().to_owned()))?;
+    loaded.file = Some(path.to_owned());
+    Ok(loaded)
+}
+
 /// The file to read: the named one or, where nobody named one, the system's if it exists. The current directory is not
 /// searched, so that a server does not change with the place it is started from.
 pub fn file_to_read(named: Option<PathBuf>) -> Option<PathBuf> {
     named.or_else(|| Some(PathBuf::from(SYSTEM_FILE)).filter(|path| path.exists()))
 }
 
-fn read_file(
+fn take_file(
     path: &Path,
+    text: &str,
     known: &BTreeMap<String, Value>,
     merged: &mut Table,
     origins: &mut BTreeMap<String, Origin>,
 ) -> Result<()> {
-    let text = read_text(path)?;
-    let refuse = |span, message: &str| Error::Invalid(point_at(path, &text, span, message));
-    let document = DeTable::parse(&text).map_err(|error| refuse(error.span(), error.message()))?;
+    let refuse = |span, message: &str| Error::Invalid(point_at(path, text, span, message));
+    let document = DeTable::parse(text).map_err(|error| refuse(error.span(), error.message()))?;
     let mut found = Vec::new();
     walk(document.get_ref(), "", known, &mut found)
         .map_err(|(span, problem)| refuse(Some(span), &problem))?;
     // Types are checked by serde over the text, which knows the place of every value.
-    toml::from_str::<Config>(&text).map_err(|error| refuse(error.span(), error.message()))?;
-    let values: Table = toml::from_str(&text).map_err(|error| refuse(error.span(), error.message()))?;
+    toml::from_str::<Config>(text).map_err(|error| refuse(error.span(), error.message()))?;
+    let values: Table = toml::from_str(text).map_err(|error| refuse(error.span(), error.message()))?;
     for (key, at) in found {
         if let Some(value) = get(&values, &key) {
             set(merged, &key, value.clone());
-            origins.insert(key, Origin::File(path.to_owned(), line_of(&text, at)));
+            origins.insert(key, Origin::File(path.to_owned(), line_of(text, at)));
         }
     }
     Ok(())

@@ -71,6 +71,7 @@ impl ActionCache for ActionCacheService {
         let provenance = Provenance {
             worker: String::new(),
             tool_invocation_id: call.client().tool_invocation_id.clone(),
+            peer: call.peer().map(|peer| peer.to_string()).unwrap_or_default(),
         };
         let stored = self.0.cas.put_result(&instance, action, result, provenance).await?;
         Ok(Response::new(Arc::unwrap_or_clone(stored)))

@@ -18,6 +18,7 @@ use http_body::{Body, Frame, SizeHint};
 use line::Line;
 use std::{
     future::Future,
+    net::SocketAddr,
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
@@ -45,6 +46,7 @@ pub struct Call(Arc<State>);
 #[derive(Debug, Default)]
 struct State {
     client: ClientInfo,
+    peer: Option<SocketAddr>,
     notes: Mutex<Notes>,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
@@ -71,6 +73,11 @@ impl Call {
     /// Who asks, from the request's headers.
     pub fn client(&self) -> &ClientInfo {
         &self.0.client
+    }
+
+    /// The network address of who asks.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.0.peer
     }
 
     /// Notes the namespace.
@@ -143,14 +150,13 @@ where
     }
 
     fn call(&mut self, mut request: Request<TonicBody>) -> Self::Future {
-        let call =
-            Call(Arc::new(State { client: convert::client_info(request.headers()), ..State::default() }));
         let peer = request.extensions().get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
+        let client = convert::client_info(request.headers());
+        let call = Call(Arc::new(State { client, peer, ..State::default() }));
         let line = Line {
             call: call.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),
-            peer,
             code: None,
             error: String::new(),
         };

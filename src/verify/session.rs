@@ -274,6 +274,11 @@ impl Session {
         self.qualify(&format!("uploads/{}/{}", uuid::Uuid::new_v4(), blob.name()))
     }
 
+    /// A new name under which this blob is written compressed.
+    pub fn compressed_write_name(&self, blob: &Blob) -> String {
+        self.qualify(&format!("uploads/{}/{}", uuid::Uuid::new_v4(), blob.compressed_name("zstd")))
+    }
+
     /// A blob of these bytes.
     pub fn blob_of(&self, data: impl Into<bytes::Bytes>) -> Blob {
         Blob::new(self.function, data)

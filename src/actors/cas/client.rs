@@ -48,6 +48,8 @@ pub struct Provenance {
     pub worker: String,
     /// The tool invocation that asked for it; empty when unknown.
     pub tool_invocation_id: String,
+    /// Network address of the client that uploaded it; empty when a worker made it.
+    pub peer: String,
 }
 
 /// An input root whose every blob is leased: none of it can be evicted while this is held.

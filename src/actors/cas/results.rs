@@ -231,6 +231,7 @@ pub fn encode(
         stored_at: Some(now.into()),
         worker: provenance.worker,
         tool_invocation_id: provenance.tool_invocation_id,
+        peer: provenance.peer,
     };
     let mut bytes = vec![0; CHECKSUM_BYTES];
     bytes.reserve_exact(message.encoded_len());
@@ -247,7 +248,9 @@ pub fn decode(
     action: Digest,
 ) -> std::result::Result<reapi::ActionResult, &'static str> {
     let message = gorego::StoredResult::decode(body(bytes)?).map_err(|_| "it does not parse")?;
-    if message.instance_name != instance || message.action_digest != Some(action.to_wire()) {
+    let same_function = message.digest_function == action.function().wire() as i32;
+    if message.instance_name != instance || !same_function || message.action_digest != Some(action.to_wire())
+    {
         return Err("it is the result of another action");
     }
     message.result.ok_or("it is empty")

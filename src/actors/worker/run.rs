@@ -159,8 +159,11 @@ impl<'a> ActionRun<'a> {
         if action.do_not_cache || self.result.exit_code != 0 {
             return;
         }
-        let provenance =
-            Provenance { worker: self.worker(), tool_invocation_id: self.order.tool_invocation_id.clone() };
+        let provenance = Provenance {
+            worker: self.worker(),
+            tool_invocation_id: self.order.tool_invocation_id.clone(),
+            peer: String::new(),
+        };
         let recorded =
             self.store.record_result(&action.instance, action.digest, self.result.clone(), provenance);
         if let Err(error) = recorded {

@@ -5,7 +5,6 @@ use crate::{actors::scheduler::operation::ClientInfo, grpc::status};
 use http::{HeaderMap, Uri};
 use log::kv::{self, Key, Value, VisitSource};
 use std::{
-    net::SocketAddr,
     sync::{PoisonError, atomic::Ordering},
     time::Instant,
 };
@@ -17,7 +16,6 @@ pub(super) struct Line {
     pub call: Call,
     pub started: Instant,
     pub uri: Uri,
-    pub peer: Option<SocketAddr>,
     /// `None` as long as the call has not ended by itself.
     pub code: Option<Code>,
     /// The message of a status that is not OK.
@@ -45,7 +43,7 @@ impl Drop for Line {
             method: short_method(self.uri.path()),
             code: code_name(self.code.unwrap_or(Code::Cancelled)),
             duration_us: u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX),
-            peer: self.peer.map(|peer| peer.to_string()),
+            peer: self.call.peer().map(|peer| peer.to_string()),
             error: &self.error,
             client: &self.call.0.client,
             bytes_in: self.call.0.bytes_in.load(Ordering::Relaxed),

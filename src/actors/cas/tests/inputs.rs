@@ -196,7 +196,8 @@ async fn a_worker_records_a_result_that_the_next_lookup_finds() {
     let store = Store::new().await;
     let action = digest(b"action");
     let result = reapi::ActionResult { stdout_raw: Bytes::from("out"), ..Default::default() };
-    let provenance = Provenance { worker: "host/0".into(), tool_invocation_id: "i".into() };
+    let provenance =
+        Provenance { worker: "host/0".into(), tool_invocation_id: "i".into(), peer: String::new() };
     store.worker(move |cas, main| cas.record_result(&main, action, result, provenance)).await.unwrap();
     let found = store.cas.get_result(&store.main, action).await.unwrap().unwrap();
     assert_eq!(found.stdout_digest, Some(digest(b"out").to_wire()));

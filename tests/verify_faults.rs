@@ -16,26 +16,28 @@ use gorego::verify::{
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
-    num::NonZeroUsize,
     time::{Duration, Instant},
 };
 use support::Server;
 
 /// Faulty servers at the same time.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 12;
 /// Longest time of one check; where a fault makes a server silent, this is what it costs.
-const CHECK_LIMIT: Duration = Duration::from_secs(20);
+const CHECK_LIMIT: Duration = Duration::from_secs(30);
+/// An instance beside the default one, with a name of several segments.
+const OTHER_INSTANCE: &str = "team/a";
 
 /// Rules that the real server keeps and that no fault breaks, each with the reason.
 const UNBROKEN: &[(&str, &str)] = &[];
 
 /// What the suite finds behind a fault.
-async fn verify(fault: &Fault, server: &Server, only: &[&str]) -> Report {
-    let proxy = fault.before(&server.endpoint()).await;
+async fn verify(fault: &Fault, server: &str, only: &[&str]) -> Report {
+    let proxy = fault.before(server).await;
     let options = Options {
         selection: Selection { only: only.iter().map(|id| (*id).to_owned()).collect(), level: None },
+        other_instance: Some(OTHER_INSTANCE.into()),
         check_limit: CHECK_LIMIT,
-        jobs: NonZeroUsize::new(16).unwrap(),
+        jobs: 16,
         ..Options::new(proxy.endpoint.clone())
     };
     verify::run(options).await.unwrap()
@@ -53,13 +55,16 @@ fn failed(outcome: &Outcome) -> bool {
 /// One sentence for each thing that is wrong with the suite or with the list above.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_fault_is_found_and_a_server_without_one_passes() {
-    let settings = [
+    let instances = format!("[\"\", \"{OTHER_INSTANCE}\"]");
+    let server = Server::with(&[
+        ("INSTANCE_NAMES", instances.as_str()),
         ("EXECUTION__CONCURRENCY", "16"),
-        ("LOG_FILTER", "warn"),
-    ];
-    let server = Server::with(&settings).await;
+        ("LOG__FILTER", "warn,gorego::server=info"),
+    ])
+    .await;
+    let endpoint = std::env::var("FAULTS_ENDPOINT").unwrap_or_else(|_| server.endpoint());
     let begin = Instant::now();
-    let sound = verify(&fault("no fault", &[], change::nothing()), &server, &[]).await;
+    let sound = verify(&fault("no fault", &[], change::nothing()), &endpoint, &[]).await;
     let mut problems: Vec<String> = sound
         .rows
         .iter()
@@ -71,7 +76,7 @@ async fn every_fault_is_found_and_a_server_without_one_passes() {
 
     let faults = faults::all();
     let runs = stream::iter(faults.iter().filter(|fault| fault.breaks.iter().any(|id| kept.contains(id))))
-        .map(async |fault| (fault, verify(fault, &server, fault.breaks).await))
+        .map(async |fault| (fault, verify(fault, &endpoint, fault.breaks).await))
         .buffer_unordered(AT_ONCE);
     let mut broken: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     let mut times = Vec::new();

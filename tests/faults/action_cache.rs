@@ -2,8 +2,9 @@
 
 use super::{
     Fault,
-    change::{code, exchange, failure, request, response},
+    change::{code, exchange, failure, instead, read_request, request, response},
     fault,
+    proxy::{Behaviour, Reply},
 };
 use gorego::proto::reapi::{
     ActionResult, Digest, GetActionResultRequest, UpdateActionResultRequest,
@@ -28,7 +29,7 @@ fn remembering(
     + Send
     + Sync
     + 'static,
-) -> super::proxy::Behaviour {
+) -> Behaviour {
     let stored = Stored::default();
     let updates = stored.clone();
     super::change::both(
@@ -62,7 +63,7 @@ pub fn faults() -> Vec<Fault> {
                 (_, answer) => answer,
             })
         }),
-        fault("results are served whatever is left of them", &["AC-03"], {
+        fault("results are served whatever is left of them", &["AC-03", "AC-11"], {
             remembering(|_, known, answer| match (known, answer) {
                 (Some(result), Err(_)) => Ok(result),
                 (_, answer) => answer,
@@ -91,7 +92,7 @@ pub fn faults() -> Vec<Fault> {
         fault("a result too large to inline is an error", &["AC-07"], {
             exchange::<GetActionResultRequest, ActionResult>(get, |asked, answer| {
                 let result = answer?;
-                let large = |digest: &Option<Digest>| digest.as_ref().is_some_and(|d| d.size_bytes > 3_000_000);
+                let large = |digest: &Option<Digest>| digest.as_ref().is_some_and(|d| d.size_bytes >= 3_000_000);
                 if asked.inline_stdout && large(&result.stdout_digest) {
                     return Err(Status::resource_exhausted("the result is too large"));
                 }
@@ -99,8 +100,10 @@ pub fn faults() -> Vec<Fault> {
             })
         }),
         fault("updates are taken and forgotten", &["AC-08"], {
-            exchange::<UpdateActionResultRequest, ActionResult>(update, |asked, _| {
-                Ok(asked.action_result.clone().unwrap_or_default())
+            instead(update, |call, _| async move {
+                let (asked, _) = read_request::<UpdateActionResultRequest>(call).await?;
+                let result = asked.action_result.unwrap_or_default();
+                Ok(Reply::of([result.encode_to_vec().into()]))
             })
         }),
         fault("the first update is the last", &["AC-08"], {
@@ -123,9 +126,9 @@ pub fn faults() -> Vec<Fault> {
         fault("an update is refused as an internal error", &["AC-10"], {
             code(update, Code::InvalidArgument, Code::Internal)
         }),
-        fault("failures are served as hits", &["AC-13"], {
+        fault("failures are served as successes", &["AC-13"], {
             remembering(|_, known, answer| match (known, answer) {
-                (Some(result), Err(_)) if result.exit_code != 0 => Ok(result),
+                (Some(result), Err(_)) if result.exit_code != 0 => Ok(ActionResult { exit_code: 0, ..result }),
                 (_, answer) => answer,
             })
         }),

@@ -34,7 +34,7 @@ pub fn faults() -> Vec<Fault> {
 
 fn names() -> Vec<Fault> {
     vec![
-        fault("instances of several segments have no blobs", &["BS-01"], {
+        fault("instances of several segments have no blobs", &["BS-01", "GEN-12"], {
             request::<ReadRequest>("Read", |asked| {
                 if asked.resource_name.split('/').position(|part| part.ends_with("blobs")) > Some(1) {
                     asked.resource_name.clear();
@@ -92,7 +92,7 @@ fn read() -> Vec<Fault> {
         fault("an absent blob is an empty one", &["BS-08"], {
             failure("Read", |status| if status.code() == Code::NotFound { Ok(None) } else { Err(status) })
         }),
-        fault("a missing blob is an internal error", &["BS-08"], {
+        fault("a read of a missing blob is an internal error", &["BS-08"], {
             code("Read", Code::NotFound, Code::Internal)
         }),
         fault("read_offset is ignored", &["BS-07", "BS-09"], {

@@ -2,18 +2,19 @@
 
 use super::{
     Fault,
-    change::{exchange, response},
+    change::{exchange, instead, job, read_request, response},
     fault,
     proxy::Behaviour,
 };
 use gorego::proto::{
     reapi::{
-        ActionCacheUpdateCapabilities, CacheCapabilities, ExecutionCapabilities, FastCdc2020Params,
+        ActionCacheUpdateCapabilities, CacheCapabilities, ExecuteRequest, ExecutionCapabilities, FastCdc2020Params,
         GetCapabilitiesRequest, ServerCapabilities,
     },
     semver::SemVer,
 };
 use std::sync::atomic::{AtomicI64, Ordering};
+use tonic::Status;
 
 fn said(change: impl Fn(&mut ServerCapabilities) + Send + Sync + 'static) -> Behaviour {
     response("GetCapabilities", change)
@@ -68,7 +69,7 @@ pub fn faults() -> Vec<Fault> {
         fault("execution is claimed to be off", &["CAP-08"], {
             of_execution(|execution| execution.exec_enabled = false)
         }),
-        fault("updates of the action cache are claimed to be off", &["CAP-09"], {
+        fault("updates of the action cache are claimed to be off", &["CAP-09", "AC-12"], {
             of_cache(|cache| {
                 cache.action_cache_update_capabilities = Some(ActionCacheUpdateCapabilities::default());
             })
@@ -82,8 +83,8 @@ pub fn faults() -> Vec<Fault> {
         fault("a compressor is claimed that does not work", &["CAP-12"], {
             of_cache(|cache| cache.supported_compressors.push(3))
         }),
-        fault("a batch compressor is claimed that does not work", &["CAP-13"], {
-            of_cache(|cache| cache.supported_batch_update_compressors.push(3))
+        fault("no compression is claimed to be a batch compressor", &["CAP-13"], {
+            of_cache(|cache| cache.supported_batch_update_compressors.push(0))
         }),
         fault("nothing is said about absolute symlinks", &["CAP-14"], {
             of_cache(|cache| cache.symlink_absolute_path_strategy = 0)
@@ -109,16 +110,17 @@ pub fn faults() -> Vec<Fault> {
                     Some(FastCdc2020Params { avg_chunk_size_bytes: 16, ..Default::default() });
             })
         }),
-        fault("priorities are a range of nothing", &["CAP-18"], {
-            of_execution(|execution| {
-                let ranges = execution.execution_priority_capabilities.get_or_insert_default();
-                ranges.priorities = vec![
-                    gorego::proto::reapi::priority_capabilities::PriorityRange {
-                        min_priority: 10,
-                        max_priority: -10,
-                    },
-                ];
+        fault("priorities are refused", &["CAP-18"], {
+            instead("Execute", |call, upstream| async move {
+                let (asked, call) = read_request::<ExecuteRequest>(call).await?;
+                match asked.execution_policy {
+                    Some(_) => Err(Status::invalid_argument("execution_policy is not supported")),
+                    None => upstream.forward(call).await,
+                }
             })
+        }),
+        fault("a version is claimed whose platforms and paths are not", &["CAP-04"], {
+            job(|job| job.command.output_paths.truncate(1))
         }),
         fault("each connection hears of other capabilities", &["CAP-19"], {
             said(move |said| {

@@ -104,7 +104,7 @@ fn batch_update() -> Vec<Fault> {
                 Ok(answer)
             })
         }),
-        fault("BatchUpdate says OK to everything", &["CAS-10", "CAS-11", "GEN-04"], {
+        fault("BatchUpdate says OK to everything", &["CAS-10", "CAS-11", "CAS-14", "CAP-13", "GEN-04"], {
             response::<BatchUpdateBlobsResponse>(update, |answer| {
                 answer.responses.iter_mut().for_each(|response| response.status = Some(Default::default()));
             })
@@ -127,11 +127,6 @@ fn batch_update() -> Vec<Fault> {
                     request.digest =
                         Some(gorego::digest::DigestFunction::Sha256.digest(&request.data).to_wire());
                 }
-            })
-        }),
-        fault("BatchUpdate takes any compressor for none", &["CAS-14", "CAP-13"], {
-            request::<BatchUpdateBlobsRequest>(update, |asked| {
-                asked.requests.iter_mut().for_each(|request| request.compressor = 0);
             })
         }),
         fault("BatchUpdate has no limit", &["CAS-15"], {

@@ -7,7 +7,8 @@ use super::{
         execute_response, failure, instead, job, messages, operation, read_request, request, result,
     },
     fault,
-    proxy::{Behaviour, Messages},
+    operations::cancel_all_of_its_action,
+    proxy::{Behaviour, Messages, Upstream},
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
@@ -247,8 +248,8 @@ fn stream_faults() -> Vec<Fault> {
         }),
         fault("WaitExecution takes its time", &["EXE-12"], {
             messages("WaitExecution", |messages| {
-                let later = tokio::time::sleep(Duration::from_secs(4));
-                stream::once(later).map(|()| Ok(())).map_ok(|()| Bytes::new()).take(0).chain(messages).boxed()
+                let later = stream::once(tokio::time::sleep(Duration::from_secs(4)));
+                later.filter_map(|()| async { None }).chain(messages).boxed()
             })
         }),
         fault("an operation has one waiter", &["EXE-12"], {
@@ -292,22 +293,17 @@ fn stream_faults() -> Vec<Fault> {
     ]
 }
 
-/// Cancels an operation when its stream is dropped before the end, together with all others of the action, as a server that
-/// keeps no count of its waiters would.
+/// Ends what an operation runs when its stream is dropped before the end, whoever else waits for it.
 struct CancelOnDrop {
-    upstream: super::proxy::Upstream,
+    upstream: Upstream,
     name: Option<String>,
 }
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
         let Some(name) = self.name.take() else { return };
-        let channel = self.upstream.0.clone();
-        tokio::spawn(async move {
-            let mut client = gorego::proto::longrunning::operations_client::OperationsClient::new(channel);
-            let request = gorego::proto::longrunning::CancelOperationRequest { name };
-            let _ = client.cancel_operation(request).await;
-        });
+        let upstream = self.upstream.clone();
+        tokio::spawn(async move { cancel_all_of_its_action(&upstream, &name).await });
     }
 }
 
@@ -427,23 +423,19 @@ fn violations(change: impl Fn(&mut Vec<Violation>) + Send + Sync + 'static) -> B
 
 fn missing() -> Vec<Fault> {
     let invalid_becomes = |to: Code| {
-        let changed = inline_failure(move |status| {
-            if status.code == Code::InvalidArgument as i32 {
-                status.code = to as i32;
-            }
-        });
-        // The one in the stream first, then the one that ends it.
-        both("WaitExecution", changed.clone(), {
-            instead("Execute", move |call, upstream| {
-                let changed = changed.clone();
-                async move {
-                    let reply = changed(call, upstream).await;
-                    reply.map_err(|status| match status.code() {
-                        Code::InvalidArgument => Status::new(to, status.message()),
-                        _ => status,
-                    })
-                }
-            })
+        streams(move |messages| {
+            let change = move |operation: &mut Operation| {
+                change_response(operation, |response| {
+                    if let Some(status) = response.status.as_mut().filter(|status| status.code == 3) {
+                        status.code = to as i32;
+                    }
+                });
+            };
+            let changed = messages.map(move |message| match message {
+                Err(status) if status.code() == Code::InvalidArgument => Err(Status::new(to, status.message())),
+                message => edit(message, &change),
+            });
+            changed.boxed()
         })
     };
     vec![

@@ -2,7 +2,7 @@
 
 use super::{
     Fault,
-    change::{self, code, exchange, execute_response, failure, request, response},
+    change::{self, code, exchange, failure, request, response},
     fault,
     proxy::Transport,
 };
@@ -11,7 +11,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use gorego::proto::{
     bytestream::ReadResponse,
     reapi::{
-        Digest, FindMissingBlobsRequest, FindMissingBlobsResponse, GetActionResultRequest,
+        BatchUpdateBlobsResponse, Digest, FindMissingBlobsRequest, FindMissingBlobsResponse, GetActionResultRequest,
         GetCapabilitiesRequest, GetTreeRequest,
     },
     rpc,
@@ -108,7 +108,7 @@ pub fn faults() -> Vec<Fault> {
                 asked.blob_digests.retain(|digest| digest.hash.len() == 64);
             })
         }),
-        fault("instance names have one segment", &["GEN-12"], {
+        fault("instance names have one segment", &["GEN-12", "BS-01"], {
             exchange::<FindMissingBlobsRequest, FindMissingBlobsResponse>(find, |asked, answer| {
                 match asked.instance_name.contains('/') {
                     true => Err(Status::invalid_argument("malformed instance name")),
@@ -164,11 +164,9 @@ pub fn faults() -> Vec<Fault> {
             )
         }),
         fault("codes are numbers of our own", &["GEN-22"], {
-            execute_response(|response| {
-                if let Some(status) = &mut response.status
-                    && status.code != 0
-                {
-                    status.code = 99;
+            response::<BatchUpdateBlobsResponse>("BatchUpdateBlobs", |answer| {
+                for status in answer.responses.iter_mut().filter_map(|response| response.status.as_mut()) {
+                    status.code = if status.code == 0 { 0 } else { 99 };
                 }
             })
         }),
@@ -183,7 +181,7 @@ pub fn faults() -> Vec<Fault> {
             })
         }),
         fault("whoever does not say who he is is refused", &["GEN-28"], {
-            change::instead("GetCapabilities", |call, upstream| async move {
+            change::instead(find, |call, upstream| async move {
                 let header = "build.bazel.remote.execution.v2.requestmetadata-bin";
                 let metadata = call.metadata.get_bin(header).and_then(|value| value.to_bytes().ok());
                 let known = metadata.and_then(|bytes| {

@@ -4,9 +4,13 @@ use super::{
     Fault,
     change::{self, answer, change_response, code, exchange, failure, instead, response},
     fault,
+    proxy::Upstream,
 };
 use gorego::proto::{
-    longrunning::{CancelOperationRequest, Operation, WaitOperationRequest, operation},
+    longrunning::{
+        CancelOperationRequest, GetOperationRequest, ListOperationsRequest, Operation, WaitOperationRequest,
+        operation, operations_client::OperationsClient,
+    },
     rpc,
 };
 use prost::Message as _;
@@ -64,10 +68,8 @@ pub fn faults() -> Vec<Fault> {
         fault("cancelling what has ended is an error", &["OPS-03"], {
             instead("CancelOperation", |call, upstream| async move {
                 let (asked, call) = change::read_request::<CancelOperationRequest>(call).await?;
-                let mut client = gorego::proto::longrunning::operations_client::OperationsClient::new(
-                    upstream.0.clone(),
-                );
-                let request = gorego::proto::longrunning::GetOperationRequest { name: asked.name };
+                let mut client = OperationsClient::new(upstream.0.clone());
+                let request = GetOperationRequest { name: asked.name };
                 if client.get_operation(request).await?.into_inner().done {
                     return Err(Status::failed_precondition("it has ended"));
                 }
@@ -94,10 +96,9 @@ pub fn faults() -> Vec<Fault> {
             })
         }),
         fault("a merged run ends with the first cancel", &["OPS-04"], {
-            // Cancels whatever else runs the same action, as a server without a count of waiters would.
             instead("CancelOperation", |call, upstream| async move {
                 let (asked, call) = change::read_request::<CancelOperationRequest>(call).await?;
-                cancel_its_kin(&upstream, &asked.name).await;
+                cancel_all_of_its_action(&upstream, &asked.name).await;
                 upstream.forward(call).await
             })
         }),
@@ -107,19 +108,22 @@ pub fn faults() -> Vec<Fault> {
     ]
 }
 
-/// Cancels every other operation of the same action.
-async fn cancel_its_kin(upstream: &super::proxy::Upstream, name: &str) {
-    use gorego::proto::longrunning::{ListOperationsRequest, operations_client::OperationsClient};
+/// Cancels every operation that runs the action of this one, as a server that keeps no count of its waiters would.
+pub async fn cancel_all_of_its_action(upstream: &Upstream, name: &str) {
     let mut client = OperationsClient::new(upstream.0.clone());
-    let Ok(list) = client.list_operations(ListOperationsRequest::default()).await else { return };
-    let action = |operation: &Operation| {
+    let action = |mut operation: Operation| {
         let mut digest = None;
-        change::change_metadata(&mut operation.clone(), |metadata| digest = metadata.action_digest.clone());
+        change::change_metadata(&mut operation, |metadata| digest = metadata.action_digest.clone());
         digest
     };
-    let operations = list.into_inner().operations;
-    let Some(its) = operations.iter().find(|operation| operation.name == name).and_then(action) else { return };
-    for kin in operations.iter().filter(|kin| !kin.done && action(kin).as_ref() == Some(&its)) {
-        let _ = client.cancel_operation(CancelOperationRequest { name: kin.name.clone() }).await;
+    let Ok(its) = client.get_operation(GetOperationRequest { name: name.to_owned() }).await else { return };
+    let its = action(its.into_inner());
+    let running =
+        ListOperationsRequest { filter: "done=false".into(), page_size: 1000, ..Default::default() };
+    let Ok(running) = client.list_operations(running).await else { return };
+    for kin in running.into_inner().operations {
+        if action(kin.clone()) == its {
+            let _ = client.cancel_operation(CancelOperationRequest { name: kin.name }).await;
+        }
     }
 }

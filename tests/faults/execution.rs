@@ -458,7 +458,7 @@ fn missing() -> Vec<Fault> {
             violations(|list| list.push(Violation { r#type: "QUOTA".into(), ..Default::default() }))
         }),
         fault("one missing blob is named at a time", &["EXE-26"], violations(|list| list.truncate(1))),
-        fault("malformed actions are internal errors", &["EXE-27", "GEN-20"], {
+        fault("malformed actions are internal errors", &["EXE-27"], {
             invalid_becomes(Code::Internal)
         }),
         fault("malformed actions are missing blobs", &["EXE-28", "EXE-29", "EXE-32"], {

@@ -175,9 +175,16 @@ pub fn inline(what: &str, status: Option<&rpc::Status>, codes: &[Code]) -> Verdi
     ensure(codes.iter().any(|wanted| *wanted as i32 == code), format!("{what}: {}", names(codes)), seen())
 }
 
-/// `NAME: message`.
+/// `NAME: message`, and the cause where it is of this side's connection.
 pub fn show(status: &Status) -> String {
-    shorten(&format!("{}: {}", code_name(status.code() as i32), status.message()))
+    let cause = std::error::Error::source(status).map(|error| format!(" ({})", innermost(error)));
+    let name = code_name(status.code() as i32);
+    shorten(&format!("{name}: {}{}", status.message(), cause.unwrap_or_default()))
+}
+
+/// The cause at the bottom; the layers above it say only "transport error".
+pub fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    std::iter::successors(Some(error), |error| error.source()).last().unwrap_or(error).to_string()
 }
 
 /// `NAME: message` of a status inside a message.

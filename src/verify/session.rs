@@ -9,7 +9,7 @@
 use super::{
     Options,
     blob::{Blob, Salt, tail},
-    check::{Stop, Verdict, absent, fail, show},
+    check::{Stop, Verdict, absent, fail, innermost, show},
 };
 use crate::{
     client::parse_endpoint,
@@ -438,11 +438,6 @@ fn identity(salt: &Salt) -> BinaryMetadataValue {
         ..Default::default()
     };
     MetadataValue::from_bytes(&metadata.encode_to_vec())
-}
-
-/// The cause at the bottom; the layers above it say only "transport error".
-fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
-    std::iter::successors(Some(error), |error| error.source()).last().unwrap_or(error).to_string()
 }
 
 /// A feature that the server lists a name for, such as a compressor.

@@ -56,7 +56,14 @@ async fn functions_with_a_segment_are_read_and_written_with_it(s: Session) -> Ve
         equal("committed_size", &s.write(&blob).await.wanted(&what)?, &3000)?;
         let read = s.read(&blob.digest).await.wanted(&format!("{} is read", blob.name()))?;
         ensure(read == blob.data, "its bytes", "others")?;
-        // Without the segment, the hash is one of the legacy function of that length, or of none.
+        // Without the segment, the hash is one of the legacy function of that length. Where the server has none such, it may
+        // infer the only function that fits, as in requests (GEN-08); buck2 never writes the segment.
+        let rival = |other: &DigestFunction| {
+            other.resource_segment().is_none() && other.hash_bytes() == function.hash_bytes()
+        };
+        if !s.functions().iter().any(rival) {
+            continue;
+        }
         let bare = s.qualify(&format!("blobs/{}/{}", blob.digest.hash, blob.digest.size_bytes));
         let codes = [Code::NotFound, Code::InvalidArgument];
         s.read_named(&bare).await.refused("Read of it without the segment", &codes)?;

@@ -2,13 +2,15 @@
 
 use crate::{
     checks,
+    proto::bytestream::{ReadRequest, WriteRequest},
     verify::{
         blob::Blob,
-        check::{Answer as _, Check, Verdict, ensure, equal},
+        check::{Answer as _, Check, Verdict, ensure, equal, fail, skipped},
         session::Session,
     },
 };
 use bytes::Bytes;
+use futures::stream;
 use tonic::Code;
 
 /// What this file checks.
@@ -21,11 +23,12 @@ pub const CHECKS: &[Check] = checks![
     a_limit_caps_the_bytes => "BS-10";
     a_negative_limit_is_refused => "BS-10";
     messages_are_of_a_useful_size => "BS-14", "BS-15";
+    a_gigabyte_is_read_whole => "BS-07", "GEN-25";
 ];
 
-/// What is read in the normal, and in the large run.
-const NORMAL_BYTES: usize = 10_000_000;
-const LARGE_BYTES: usize = 1024 * 1024 * 1024;
+/// The large blob is made of so many blocks of this size, never all of them in memory.
+const LARGE_BLOCKS: u32 = 1024;
+const BLOCK_BYTES: usize = 1024 * 1024;
 /// The sizes of messages that BS-14 asks for; its "about 2 MiB" is read generously.
 const MESSAGE_BYTES: std::ops::RangeInclusive<usize> = 16 * 1024..=2_200_000;
 
@@ -47,11 +50,7 @@ async fn blobs_of_every_size_are_read_whole(s: Session) -> Verdict {
     let one = s.blob_of(&b"7"[..]);
     s.store(&[&one]).await?;
     reads(&s, &one, 0, 0, b"7").await?;
-    let mut sizes = vec![17, 16_383, 16_384, 16_385, 4 * MIB - 1, 4 * MIB, 4 * MIB + 1];
-    if s.options().large {
-        sizes.push(LARGE_BYTES);
-    }
-    for size in sizes {
+    for size in [17, 16_383, 16_384, 16_385, 4 * MIB - 1, 4 * MIB, 4 * MIB + 1] {
         let blob = s.stored(size).await?;
         reads(&s, &blob, 0, 0, &blob.data).await?;
     }
@@ -117,7 +116,7 @@ async fn a_negative_limit_is_refused(s: Session) -> Verdict {
 }
 
 async fn messages_are_of_a_useful_size(s: Session) -> Verdict {
-    let blob = s.stored(if s.options().large { 10 * NORMAL_BYTES } else { NORMAL_BYTES }).await?;
+    let blob = s.stored(10_000_000).await?;
     let pieces = s.read_pieces(&s.read_name(&blob.digest), 0, 0).await.wanted("the blob is read")?;
     ensure(pieces.concat() == blob.data, "its bytes", "others")?;
     ensure(!pieces.iter().any(Bytes::is_empty), "no empty message", "one")?;
@@ -125,4 +124,44 @@ async fn messages_are_of_a_useful_size(s: Session) -> Verdict {
     let full = pieces.split_last().map_or(&[][..], |(_, full)| full);
     let odd = full.iter().map(Bytes::len).find(|size| !MESSAGE_BYTES.contains(size));
     ensure(odd.is_none(), "messages of 16 KiB to 2 MiB", format!("one of {} bytes", odd.unwrap_or(0)))
+}
+
+/// A block of the large blob: noise, and its number.
+fn block(noise: &Bytes, number: u32) -> Bytes {
+    Bytes::from([&number.to_be_bytes(), noise.get(4..).unwrap_or_default()].concat())
+}
+
+async fn a_gigabyte_is_read_whole(s: Session) -> Verdict {
+    if !s.options().large {
+        return Err(skipped("moves a gigabyte: run with --large"));
+    }
+    // A connection of its own: the others' calls should not wait behind it.
+    let s = s.reconnect().await?;
+    let noise = s.blob(BLOCK_BYTES).data;
+    let (function, blocks) = (s.function(), noise.clone());
+    let size = u64::from(LARGE_BLOCKS) * BLOCK_BYTES as u64;
+    let hashing = tokio::task::spawn_blocking(move || {
+        let mut hasher = function.hasher(size);
+        (0..LARGE_BLOCKS).for_each(|number| hasher.update(&block(&blocks, number)));
+        hasher.finish()
+    });
+    let digest = hashing.await.map_err(|error| fail("this program can hash a gigabyte", error))?.to_wire();
+    let name = s.write_name(&Blob { digest: digest.clone(), data: Bytes::new(), function });
+    let messages = (0..LARGE_BLOCKS).map(move |number| WriteRequest {
+        resource_name: if number == 0 { name.clone() } else { String::new() },
+        write_offset: i64::from(number) * BLOCK_BYTES as i64,
+        finish_write: number + 1 == LARGE_BLOCKS,
+        data: block(&noise, number),
+    });
+    s.count_written(LARGE_BLOCKS as usize * BLOCK_BYTES);
+    let answer = s.byte_stream().write(stream::iter(messages)).await.wanted("a gigabyte is accepted")?;
+    equal("committed_size", &answer.into_inner().committed_size, &digest.size_bytes)?;
+
+    let request = ReadRequest { resource_name: s.read_name(&digest), ..Default::default() };
+    let mut messages = s.byte_stream().read(request).await.wanted("a gigabyte is read")?.into_inner();
+    let mut hasher = function.hasher(size);
+    while let Some(message) = messages.message().await.wanted("the Read of a gigabyte goes on")? {
+        hasher.update(&message.data);
+    }
+    equal("the digest of what was read", &hasher.finish().to_wire(), &digest)
 }

@@ -38,6 +38,7 @@ async fn main() {
         root: root.path().join("store"),
         max_bytes: 1 << 40,
         max_blob_bytes: 1 << 34,
+        zstd_level: 1,
         partial_upload_retention: Duration::from_secs(60),
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
     };
@@ -131,7 +132,7 @@ async fn main() {
     }
     .encode_to_vec();
     let action_digest = SHA256.digest(&action);
-    let batch = vec![(SHA256.digest(&command), command.into()), (action_digest, action.into())];
+    let batch = vec![(SHA256.digest(&command), Bytes::from(command)), (action_digest, Bytes::from(action))];
     cas.write_many(&main, batch).await.unwrap();
     let output =
         reapi::OutputFile { path: "o".into(), digest: Some(digests[0].to_wire()), ..Default::default() };
@@ -156,7 +157,7 @@ async fn main() {
         .unzip();
     let tree = reapi::Directory { files, ..Default::default() }.encode_to_vec();
     let tree_digest = SHA256.digest(&tree);
-    cas.write_many(&main, vec![(tree_digest, tree.into())]).await.unwrap();
+    cas.write_many(&main, vec![(tree_digest, Bytes::from(tree))]).await.unwrap();
     let (worker, instance, path) = (cas.clone(), main.clone(), root.path().to_owned());
     let large_digest = digest;
     let used = digests.clone();

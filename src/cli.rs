@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod exec;
+pub mod live;
 pub mod progress;
 pub mod serve;
 pub mod verify;

@@ -12,6 +12,7 @@ pub mod connect;
 pub mod destination;
 pub mod download;
 pub mod execute;
+pub mod follow_log;
 pub mod input;
 pub mod read;
 pub mod status;
@@ -19,7 +20,7 @@ pub mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
 pub use connect::{Identity, parse_endpoint};
-pub use execute::{Event, Execution, Finished, Job};
+pub use execute::{Event, Execution, Finished, Job, LogNames};
 pub use input::scan;
 
 use crate::{

@@ -42,6 +42,8 @@ pub struct Config {
     pub cache: CacheConfig,
     /// The scheduler and its workers.
     pub execution: ExecutionConfig,
+    /// Log streams of clients.
+    pub log_streams: LogStreamsConfig,
 }
 
 /// `[instances."NAME"]`: what is different there; everything else is as for all instances.
@@ -97,6 +99,22 @@ pub struct CacheConfig {
     /// How long the bytes of a broken upload are kept for its client to go on.
     #[serde(with = "humantime_serde")]
     pub partial_upload_retention: Duration,
+    /// How hard blobs are compressed for clients that read them compressed, 1 to 19.
+    pub zstd_level: i32,
+    /// What a finished compressed upload answers as `committed_size`.
+    pub compressed_committed_size: CommittedSize,
+}
+
+/// What a finished compressed upload answers as `committed_size`; clients disagree (BS-25).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CommittedSize {
+    /// The compressed bytes, after the offset at which the upload began: Bazel, buck2, and the API's text.
+    Compressed,
+    /// The size of the blob: Siso, and the `cas` package of the Go SDK.
+    Uncompressed,
+    /// -1, which Bazel and buck2 take too.
+    MinusOne,
 }
 
 /// `[execution]`.
@@ -140,6 +158,21 @@ pub struct ExecutionConfig {
     pub platform: BTreeMap<String, String>,
 }
 
+/// `[log_streams]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogStreamsConfig {
+    /// Whether clients may make log streams of their own (LOG-01).
+    pub enabled: bool,
+    /// How many there may be; finished ones make room for new ones.
+    pub max_streams: usize,
+    /// Bound on the bytes of all of them, in GB (10^9 bytes).
+    pub max_size_gb: u64,
+    /// How long one that is finished, or that nobody writes to, is kept.
+    #[serde(with = "humantime_serde")]
+    pub retention: Duration,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -153,6 +186,7 @@ impl Default for Config {
             log: LogConfig::default(),
             cache: CacheConfig::default(),
             execution: ExecutionConfig::default(),
+            log_streams: LogStreamsConfig::default(),
         }
     }
 }
@@ -170,7 +204,15 @@ impl Default for CacheConfig {
             action_cache_updates: true,
             max_blob_size_gb: 16,
             partial_upload_retention: Duration::from_secs(10 * 60),
+            zstd_level: 1,
+            compressed_committed_size: CommittedSize::Compressed,
         }
+    }
+}
+
+impl Default for LogStreamsConfig {
+    fn default() -> Self {
+        Self { enabled: true, max_streams: 4_000, max_size_gb: 1, retention: Duration::from_secs(10 * 60) }
     }
 }
 

@@ -3,8 +3,8 @@
 //! Each service decodes, asks, encodes. What is wire stays here: nothing outside this directory (and the wiring and the client)
 //! knows tonic. The files by what they own:
 //!
-//! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`capabilities`], [`health`]: the
-//!   services; reflection comes from the descriptors.
+//! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`log_stream`], [`capabilities`],
+//!   [`health`]: the services; reflection comes from the descriptors.
 //! - [`convert`]: wire to domain and back. [`status`]: errors to statuses. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`]: parts of answers.
 //! - [`ask`]: the way to the scheduler. [`accept`], [`request_log`], [`panic_guard`]: what every connection and call goes
@@ -25,6 +25,7 @@ pub mod filter;
 pub mod get_tree;
 pub mod health;
 pub mod inline;
+pub mod log_stream;
 pub mod operation_stream;
 pub mod operations;
 pub mod page_token;
@@ -34,12 +35,14 @@ pub mod status;
 
 use crate::{
     actors::cas::client::Cas,
-    config::Config,
+    config::{CommittedSize, Config},
     error::{Error, Result},
     instance::Instances,
+    log_streams::LogStreams,
     proto::{
         self,
         bytestream::{self, byte_stream_server::ByteStreamServer},
+        logstream::log_stream_service_server::LogStreamServiceServer,
         longrunning::{self, operations_server::OperationsServer},
         reapi::{
             self, action_cache_server::ActionCacheServer, capabilities_server::CapabilitiesServer,
@@ -94,6 +97,8 @@ pub struct Edge {
     pub cas: Cas,
     /// The scheduler; `None` where execution is switched off.
     pub scheduler: Option<Scheduler>,
+    /// The log streams.
+    pub log_streams: LogStreams,
     /// What the configuration says about the protocol.
     pub settings: Settings,
 }
@@ -103,12 +108,17 @@ pub struct Edge {
 pub struct Settings {
     /// Largest blob that is accepted, in bytes (CAP-15).
     pub max_blob_bytes: u64,
+    /// What a finished compressed upload answers (BS-25).
+    pub compressed_committed_size: CommittedSize,
 }
 
 impl From<&Config> for Settings {
     fn from(config: &Config) -> Self {
         const GB: u64 = 1_000_000_000;
-        Self { max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB) }
+        Self {
+            max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB),
+            compressed_committed_size: config.cache.compressed_committed_size,
+        }
     }
 }
 
@@ -177,6 +187,7 @@ fn routes(edge: Arc<Edge>, health: &Health) -> Result<Routes> {
         .add_service(limited!(OperationsServer::new(operations::OperationsService(edge.clone()))))
         .add_service(limited!(ContentAddressableStorageServer::new(cas::CasService(edge.clone()))))
         .add_service(limited!(ActionCacheServer::new(action_cache::ActionCacheService(edge.clone()))))
+        .add_service(limited!(LogStreamServiceServer::new(log_stream::LogStreamService(edge.clone()))))
         .add_service(limited!(ByteStreamServer::new(byte_stream::ByteStreamService(edge.clone()))))
         .add_service(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge))))
         .add_service(HealthServer::new(HealthService::from_health_reporter(health.reporter())))

@@ -10,9 +10,17 @@ use crate::{
 };
 use std::{collections::HashMap, fmt, sync::Arc};
 
-/// Segments that would make resource names ambiguous (GEN-13).
-pub const RESERVED_SEGMENTS: &[&str] =
-    &["blobs", "uploads", "actions", "actionResults", "operations", "capabilities", "compressed-blobs"];
+/// Segments that would make resource names ambiguous (GEN-13); the last one only in names of log streams.
+pub const RESERVED_SEGMENTS: &[&str] = &[
+    "blobs",
+    "uploads",
+    "actions",
+    "actionResults",
+    "operations",
+    "capabilities",
+    "compressed-blobs",
+    "logstreams",
+];
 
 /// Checks the form of an instance name; the empty name is well formed.
 ///

@@ -14,6 +14,8 @@ use crate::{
 pub enum Encoding {
     /// As they are.
     Identity,
+    /// As a zstd stream.
+    Zstd,
 }
 
 /// What a ByteStream name points at.
@@ -30,7 +32,7 @@ pub struct ResourceName {
 }
 
 impl ResourceName {
-    /// Parses a name given to Read: `[instance/]blobs/[function/]hash/size`.
+    /// Parses a name given to Read: `[instance/]blobs/[function/]hash/size`, or `compressed-blobs/zstd` instead of `blobs`.
     ///
     /// # Errors
     /// [`Error::Invalid`] that shows the name and the form it should have.
@@ -38,8 +40,8 @@ impl ResourceName {
         Self::parse(name, false).map_err(|problem| explain(name, "[instance/]blobs/{hash}/{size}", &problem))
     }
 
-    /// Parses a name given to Write or QueryWriteStatus: `[instance/]uploads/{uuid}/blobs/[function/]hash/size[/...]`.
-    /// Segments after the size are ignored (BS-02).
+    /// Parses a name given to Write or QueryWriteStatus: `[instance/]uploads/{uuid}/blobs/[function/]hash/size[/...]`,
+    /// or `compressed-blobs/zstd` instead of `blobs`. Segments after the size are ignored (BS-02).
     ///
     /// # Errors
     /// [`Error::Invalid`] that shows the name and the form it should have.
@@ -72,14 +74,17 @@ impl ResourceName {
             }
             word = next("\"blobs\" segment")?;
         }
-        match word {
-            "blobs" => {}
-            "compressed-blobs" => {
-                let compressor = next("compressor")?;
-                return Err(format!("compressor \"{}\" is not supported", compressor.escape_debug()));
-            }
+        let encoding = match word {
+            "blobs" => Encoding::Identity,
+            // Plain bytes have a name of their own: under "identity" they would have two (BS-04).
+            "compressed-blobs" => match next("compressor")? {
+                "zstd" => Encoding::Zstd,
+                other => {
+                    return Err(format!("compressor \"{}\" is not supported, zstd is", other.escape_debug()));
+                }
+            },
             _ => return Err(format!("\"{}\" stands where \"blobs\" should", word.escape_debug())),
-        }
+        };
         let mut hash = next("hash")?;
         let named = DigestFunction::ALL.iter().find(|f| f.resource_segment() == Some(hash));
         let function = match named {
@@ -100,7 +105,7 @@ impl ResourceName {
         if !write && rest.next().is_some() {
             return Err("it goes on after the size".into());
         }
-        Ok(Self { instance_name, digest, function_is_named: named.is_some(), encoding: Encoding::Identity })
+        Ok(Self { instance_name, digest, function_is_named: named.is_some(), encoding })
     }
 }
 
@@ -130,9 +135,15 @@ mod tests {
             let read = ResourceName::parse_read(&format!("{prefix}blobs/{HASH}/0")).unwrap();
             assert_eq!(read.instance_name, instance);
             assert!(read.digest.is_empty());
+            assert_eq!(read.encoding, Encoding::Identity);
+            let packed =
+                ResourceName::parse_read(&format!("{prefix}compressed-blobs/zstd/{HASH}/0")).unwrap();
+            assert_eq!(packed, ResourceName { encoding: Encoding::Zstd, ..read.clone() });
             for tail in ["", "/some/path/123/x.o", "/"] {
                 let name = format!("{prefix}uploads/{UUID}/blobs/{HASH}/0{tail}");
                 assert_eq!(ResourceName::parse_write(&name).unwrap(), read);
+                let name = format!("{prefix}uploads/{UUID}/compressed-blobs/zstd/{HASH}/0{tail}");
+                assert_eq!(ResourceName::parse_write(&name).unwrap(), packed);
             }
         }
         assert!(ResourceName::parse_write(&format!("/uploads/{UUID}/blobs/{HASH}/0")).is_ok());
@@ -173,6 +184,12 @@ mod tests {
             format!("blobs/sha256/{HASH}/0"),
             format!("compressed-blobs/identity/{HASH}/0"),
             format!("compressed-blobs/lz4/{HASH}/0"),
+            format!("compressed-blobs/deflate/{HASH}/0"),
+            format!("compressed-blobs/brotli/{HASH}/0"),
+            format!("compressed-blobs/ZSTD/{HASH}/0"),
+            format!("compressed-blobs/{HASH}/0"),
+            format!("compressed-blobs/zstd/{HASH}"),
+            "compressed-blobs/zstd".into(),
             format!("x//blobs/{HASH}/0"),
             format!("operations/blobs/{HASH}/0"),
             "blobs/a/1".into(),

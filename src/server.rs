@@ -18,6 +18,7 @@ use crate::{
     config::{ExecutionSettings, Settings},
     error::{Error, Result},
     grpc::{self, Edge, ask::Scheduler},
+    log_streams::{Limits, LogSettings, LogStreams},
     logging,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
@@ -79,10 +80,24 @@ fn store_settings(settings: &Settings) -> StoreSettings {
         max_bytes: settings.max_size_bytes,
         max_blob_bytes: settings.max_blob_bytes,
         partial_upload_retention: settings.partial_upload_retention,
+        zstd_level: settings.zstd_level,
         timeouts: settings
             .execution
             .as_ref()
             .map_or(TimeoutPolicy::UNLIMITED, |execution| execution.timeouts),
+    }
+}
+
+/// Run streams are remembered as long as the operations that name them; they hold no bytes.
+fn log_settings(settings: &Settings) -> LogSettings {
+    let (kept, streams) = settings.execution.as_ref().map_or((Duration::ZERO, 0), |execution| {
+        (execution.retention, execution.retained_operations.saturating_add(execution.slots))
+    });
+    LogSettings {
+        client_streams: settings.client_log_streams,
+        clients: settings.log_streams,
+        runs: Limits { streams, bytes: 0, stream_bytes: 0, idle: None, kept },
+        spool_directory: settings.cache_dir.clone(),
     }
 }
 
@@ -100,6 +115,7 @@ struct Server {
     listener: TcpListener,
     cas: Cas,
     scheduler: Option<Addr<SchedulerActor>>,
+    log_streams: LogStreams,
     /// Where connections are served: the runtime's own threads, not the one that the actors live on.
     workers: Handle,
 }
@@ -124,17 +140,17 @@ impl Server {
             .await
             .map_err(|error| Error::io(&format!("listen on {}", settings.listen_addr), &error))?;
         let cas = store.launch();
-        let scheduler = settings
-            .execution
-            .as_ref()
-            .zip(build_root)
-            .map(|(execution, build_root)| start_scheduler(execution, build_root, open_files, &cas));
-        Ok(Self { settings, listener, cas, scheduler, workers })
+        let log_streams = LogStreams::new(log_settings(&settings));
+        workers.spawn(log_streams.clone().sweep());
+        let scheduler = settings.execution.as_ref().zip(build_root).map(|(execution, build_root)| {
+            start_scheduler(execution, build_root, open_files, &cas, log_streams.clone())
+        });
+        Ok(Self { settings, listener, cas, scheduler, log_streams, workers })
     }
 
     /// Serves until a signal or a fault, then shuts down.
     async fn serve(self, ready: impl FnOnce(SocketAddr)) -> Result<()> {
-        let Self { settings, listener, cas, scheduler, workers } = self;
+        let Self { settings, listener, cas, scheduler, log_streams, workers } = self;
         let mut signals = Signals::listen()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -143,7 +159,11 @@ impl Server {
             instances: settings.instances.clone(),
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
-            settings: grpc::Settings { max_blob_bytes: settings.max_blob_bytes },
+            log_streams: log_streams.clone(),
+            settings: grpc::Settings {
+                max_blob_bytes: settings.max_blob_bytes,
+                compressed_committed_size: settings.compressed_committed_size,
+            },
         });
         let (close, closed) = tokio::sync::oneshot::channel::<()>();
         let mut serving = workers.spawn({
@@ -177,6 +197,7 @@ impl Server {
             if let Some(scheduler) = &scheduler {
                 drain(scheduler, settings.shutdown_grace).await;
             }
+            log_streams.close();
             // Whoever waits for the end of a stream hears it now; idle connections are told to go away.
             let _ = close.send(());
             if timeout(CLOSE_GRACE, serving).await.is_err() {
@@ -207,6 +228,7 @@ fn start_scheduler(
     build_root: BuildRoot,
     open_files: Option<u64>,
     cas: &Cas,
+    log_streams: LogStreams,
 ) -> Addr<SchedulerActor> {
     let worker = Arc::new(WorkerSettings {
         name: host_name(),
@@ -214,6 +236,7 @@ fn start_scheduler(
         transfer_timeout: execution.transfer_timeout,
         max_output_file_bytes: execution.max_output_file_bytes,
         runner: WorkerSettings::own_runner(open_files),
+        log_streams,
     });
     let store = Arc::new(cas.clone());
     let workers =

@@ -45,6 +45,8 @@ struct State {
     corrupt: bool,
     /// Streams stay open after their script.
     hang: bool,
+    /// Log streams by name: what there is, and how it ends if not well.
+    logs: HashMap<String, (Bytes, Option<Status>)>,
 }
 
 #[derive(Clone, Default)]
@@ -190,9 +192,16 @@ impl bs::ByteStream for Fake {
         request: Request<bytestream::ReadRequest>,
     ) -> Result<Response<Self::ReadStream>, Status> {
         let request = request.into_inner();
-        let name = gorego::resource_name::ResourceName::parse_read(&request.resource_name).unwrap();
         let mut state = self.state();
         state.calls.push("Read");
+        if request.resource_name.contains("logstreams") {
+            let (bytes, end) = state.logs.get(&request.resource_name).cloned().unwrap_or_default();
+            let rest = bytes.slice(usize::try_from(request.read_offset).unwrap()..);
+            let pieces: Vec<_> = rest.chunks(2).map(Bytes::copy_from_slice).collect();
+            let pieces = pieces.into_iter().map(|data| Ok(bytestream::ReadResponse { data }));
+            return Ok(Response::new(stream::iter(pieces.chain(end.map(Err))).boxed()));
+        }
+        let name = gorego::resource_name::ResourceName::parse_read(&request.resource_name).unwrap();
         let blob = state.blobs.get(&name.digest).cloned().ok_or_else(|| Status::not_found("no blob"))?;
         let mut rest = blob.slice(usize::try_from(request.read_offset).unwrap()..);
         let end = state.break_read_after.take().map(|after| {
@@ -304,6 +313,17 @@ fn stage(stage: Stage) -> Operation {
     longrunning::Operation { name: NAME.into(), metadata, ..Default::default() }
 }
 
+/// A message that says where the output can be followed.
+fn followable() -> Operation {
+    let metadata = reapi::ExecuteOperationMetadata {
+        stage: Stage::Executing.into(),
+        stdout_stream_name: "logstreams/out".into(),
+        stderr_stream_name: "logstreams/err".into(),
+        ..Default::default()
+    };
+    Operation { metadata: Some(any("ExecuteOperationMetadata", &metadata)), ..stage(Stage::Executing) }
+}
+
 fn done(response: &reapi::ExecuteResponse) -> Operation {
     let result = Some(operation::Result::Response(any("ExecuteResponse", response)));
     Operation { done: true, result, ..stage(Stage::Completed) }
@@ -323,6 +343,7 @@ async fn follow(mut execution: Execution) -> Result<(Vec<Stage>, Finished), Erro
     loop {
         match execution.next().await?.expect("an end") {
             Event::Stage(stage) => stages.push(stage),
+            Event::Logs(names) => panic!("the server offers no streams: {names:?}"),
             Event::Finished(finished) => {
                 assert_eq!(execution.next().await, Ok(None));
                 return Ok((stages, *finished));
@@ -482,6 +503,39 @@ async fn exec_prints_what_the_command_printed_and_exits_as_it_did() {
     let command = commands.find(|command| command.arguments == ["sh", "-c", "exit 7"]).unwrap();
     assert_eq!(command.output_paths, ["o", "p"]);
     assert_eq!(command.environment_variables[0].value, "/usr/local/bin:/usr/bin:/bin");
+}
+
+/// Whatever of it came live: all, the beginning, nothing, or something else.
+#[tokio::test(flavor = "multi_thread")]
+async fn exec_prints_each_byte_once_however_much_of_it_came_live() {
+    let fake = Fake::default();
+    let endpoint = fake.serve().await;
+    let broken = || Some(Status::not_found("the stream was forgotten"));
+    let long = "x".repeat(50_000);
+    for (raw, live, end, printed) in [
+        ("hello\n", "hello\n", None, "hello\n"),
+        ("hello\n", "hel", broken(), "hello\n"),
+        ("hello\n", "", broken(), "hello\n"),
+        ("", "", None, ""),
+        (&*long, &long[..20_001], broken(), &*long),
+        (&*long, &*long, None, &*long),
+        ("hello\n", "help", broken(), "helphello\n"),
+        ("hi", "hello\n", None, "hello\nhi"),
+        (&*long, "xxy", broken(), &*format!("xxy{long}")),
+    ] {
+        let mut result = reapi::ActionResult { exit_code: 7, ..Default::default() };
+        match raw.len() {
+            50_000 => result.stdout_digest = Some(fake.store(raw.as_bytes())),
+            _ => result.stdout_raw = Bytes::copy_from_slice(raw.as_bytes()),
+        }
+        let response = reapi::ExecuteResponse { result: Some(result), ..Default::default() };
+        let live = Bytes::copy_from_slice(live.as_bytes());
+        fake.state().logs.insert("logstreams/out".into(), (live.clone(), end));
+        fake.state().scripts = vec![(vec![followable(), followable(), done(&response)], None)].into();
+        let (code, stdout, stderr) = exec(&endpoint, &["sh"]).await;
+        assert_eq!((code, stdout.as_str()), (7, printed), "{live:?}");
+        assert_eq!(stderr.contains("run again"), stdout != raw, "{stderr}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,6 +9,7 @@ mod groups;
 mod machine;
 mod report;
 mod target;
+mod zstd;
 
 use report::Report;
 
@@ -21,6 +22,7 @@ const GROUPS: &[Group] = &[
     ("enqueue", groups::enqueue_burst),
     ("find", groups::find_missing),
     ("stream", groups::streams),
+    ("zstd", zstd::transfers),
     ("memory", groups::memory),
     ("index", groups::million_blobs),
 ];

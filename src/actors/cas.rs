@@ -25,11 +25,14 @@ mod resolve;
 pub mod results;
 mod scan;
 mod settings;
+mod sink;
 #[cfg(test)]
 mod tests;
 mod upkeep;
 mod uploads;
 mod writer;
+mod zstd_form;
+mod zstd_reader;
 
 pub use index::Totals;
 pub use requests::{CloseStore, InspectStore, StoreInspection};
@@ -52,10 +55,15 @@ use reply::Reply;
 use requests::*;
 use std::{
     sync::Arc,
+    thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
-use tokio::{runtime::Handle, sync::watch};
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, watch},
+};
 use uploads::{Attempt, Begin, Partial, Uploads};
+use zstd_form::{Encoders, History};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::cas";
@@ -71,6 +79,17 @@ pub(crate) struct Shared {
     results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
     /// Small blobs as they were written. Whether one is stored is the index's to say; this only saves reading it.
     recent: Memo<(InstanceId, Digest), Bytes>,
+    /// Small blobs as zstd streams; `None` for those that do not get smaller.
+    packed: Memo<(InstanceId, Digest), Option<Bytes>>,
+    /// Larger blobs that were read compressed and have no form.
+    zstd_history: Memo<(InstanceId, Digest), History>,
+    encoders: Encoders,
+    /// Jobs that may compress at the same time.
+    encoding: Arc<Semaphore>,
+    /// The right to make a form.
+    form_turn: Arc<Semaphore>,
+    /// Compressed uploads that may be decoded at the same time.
+    decoders: Arc<Semaphore>,
 }
 
 impl Shared {
@@ -117,6 +136,12 @@ impl CasActor {
             actions: Memo::new(settings::ACTION_MEMO_BYTES),
             results: Memo::new(settings::RESULT_MEMO_BYTES),
             recent: Memo::new(settings::RECENT_MEMO_BYTES),
+            packed: Memo::new(settings::PACKED_MEMO_BYTES),
+            zstd_history: Memo::new(settings::ZSTD_HISTORY_BYTES),
+            encoders: Encoders::new(settings.zstd_level),
+            encoding: Arc::new(Semaphore::new(thread::available_parallelism().map_or(1, usize::from))),
+            form_turn: Arc::new(Semaphore::new(1)),
+            decoders: Arc::new(Semaphore::new(settings::DECODERS_MAX)),
             settings,
         };
         Ok(Self {

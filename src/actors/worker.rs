@@ -14,10 +14,11 @@ pub mod launcher;
 pub mod messages;
 mod outputs;
 mod run;
+mod run_log;
 pub mod store;
 pub mod workspace;
 
-use crate::error::Error;
+use crate::{error::Error, log_streams::LogStreams};
 use actix::{Actor, Handler, MessageResult, SyncContext};
 use launcher::{Launcher, RunnerLauncher};
 use messages::{RunAction, RunFailure};
@@ -51,6 +52,8 @@ pub struct WorkerSettings {
     pub max_output_file_bytes: u64,
     /// Program and arguments of a runner process.
     pub runner: Vec<OsString>,
+    /// Where the output of running commands can be followed.
+    pub log_streams: LogStreams,
 }
 
 impl WorkerSettings {
@@ -99,11 +102,8 @@ impl Handler<RunAction> for WorkerActor {
                 slot = order.slot.0, action_digest = order.action.digest.to_string(), error = what;
                 "a worker panicked; the action is reported as failed and the worker goes on");
             self.launcher.reset();
-            Err(RunFailure {
-                error: Error::Internal(format!("the worker panicked: {what}")),
-                partial: None,
-                retryable: true,
-            })
+            let error = Error::Internal(format!("the worker panicked: {what}"));
+            Err(RunFailure { retryable: true, ..RunFailure::new(error) })
         }))
     }
 }

@@ -1,18 +1,20 @@
 //! `gorego exec`: one command on a server, as if it ran here.
 //!
-//! Builds the Action, uploads what it needs, follows it, prints its standard output and error raw to ours, brings its
-//! outputs home and exits with its exit code. Ctrl-C or SIGTERM cancels the operation on the server before we leave.
+//! Builds the Action, uploads what it needs, follows it, prints its standard output and error raw to ours while it runs,
+//! brings its outputs home and exits with its exit code. Ctrl-C or SIGTERM cancels the operation on the server before we leave.
 
-use super::{EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain, progress::Line};
+use super::{
+    EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain, live::Live, progress::Line,
+};
 use crate::{
     client::{BlobSet, Client, Event, Finished, Identity, Job, Progress, blocking, scan},
-    digest::{Digest, DigestFunction},
+    digest::Digest,
     error::{Error, Result},
     proto::reapi,
 };
 use std::{
     collections::BTreeMap,
-    io::{self, Write},
+    io::{self, Write as _},
     path::Path,
     pin::pin,
     sync::Arc,
@@ -99,17 +101,18 @@ async fn exec(args: ExecArgs, line: &Line, operation: &watch::Sender<Current>) -
     let (action, blobs) = blocking(move || build(&for_scan)).await?;
     let job = Job { action, skip_cache_lookup: args.no_cache, priority: args.priority };
     upload(&client, &blobs, line).await?;
-    let mut finished = follow(&client, job.clone(), line, operation).await;
+    let mut live = Live::default();
+    let mut finished = follow(&client, job.clone(), line, operation, &mut live).await;
     if is_missing(&finished) {
         // Evicted between upload and start; once is bad luck, twice is a store that is too small.
         upload(&client, &blobs, line).await?;
-        finished = follow(&client, job, line, operation).await;
+        finished = follow(&client, job, line, operation, &mut live).await;
     }
     let finished = finished?;
     if finished.cached {
         line.say("the result was cached");
     }
-    let code = conclude(&client, &finished, line).await?;
+    let code = conclude(&client, &finished, live, line).await?;
     if let (Some(result), false) = (&finished.result, args.output.is_empty()) {
         fetch(&client, result, &output_dir, line).await?;
         warn_of_missing(&args.output, result);
@@ -173,6 +176,7 @@ async fn follow(
     job: Job,
     line: &Line,
     operation: &watch::Sender<Current>,
+    live: &mut Live,
 ) -> Result<Finished> {
     use reapi::execution_stage::Value as Stage;
     line.say("waiting for the server");
@@ -190,6 +194,7 @@ async fn follow(
                 Stage::Executing => "running",
                 Stage::Completed | Stage::Unknown => "done",
             }),
+            Ok(Some(Event::Logs(names))) => live.follow(client, &names, line),
             Ok(Some(Event::Finished(finished))) => break Ok(*finished),
             Ok(None) => break Err(Error::internal("the operation ended without a result")),
             Err(error) => break Err(error),
@@ -208,13 +213,10 @@ fn is_missing(finished: &Result<Finished>) -> bool {
     matches!(error, Some(Error::MissingBlobs(_)))
 }
 
-/// Prints what the command printed and decides on the exit code.
-async fn conclude(client: &Client, finished: &Finished, line: &Line) -> Result<u8> {
+/// Prints what the command printed and is not shown yet, and decides on the exit code.
+async fn conclude(client: &Client, finished: &Finished, live: Live, line: &Line) -> Result<u8> {
     line.clear();
-    if let Some(result) = &finished.result {
-        print(client, io::stdout(), &result.stdout_raw, result.stdout_digest.as_ref()).await?;
-        print(client, io::stderr(), &result.stderr_raw, result.stderr_digest.as_ref()).await?;
-    }
+    live.finish(client, finished.result.as_ref()).await?;
     if !finished.message.is_empty() {
         let _ = writeln!(io::stderr(), "gorego: {}", crate::logging::escaped(&finished.message));
     }
@@ -234,52 +236,6 @@ fn exit_code(code: i32) -> u8 {
     match code {
         0 => 0,
         code => u8::try_from(code).unwrap_or_else(|_| u8::try_from(code & 0xff).unwrap_or(0).max(1)),
-    }
-}
-
-/// Prints a log to `sink`: inline where the server sent it so, else read as a blob.
-async fn print(
-    client: &Client,
-    sink: impl Write + Send + 'static,
-    raw: &bytes::Bytes,
-    digest: Option<&reapi::Digest>,
-) -> Result<()> {
-    let mut sink = Quiet(sink);
-    if !raw.is_empty() {
-        let raw = raw.clone();
-        return blocking(move || write_all(&mut sink, &raw)).await;
-    }
-    match digest {
-        Some(digest) if !digest.hash.is_empty() && digest.size_bytes != 0 => {
-            let digest = Digest::from_wire(DigestFunction::Sha256, Some(digest), "log digest")?;
-            let mut sink = client.read_into(digest, sink, &Arc::default()).await?;
-            blocking(move || write_all(&mut sink, b"")).await
-        }
-        _ => Ok(()),
-    }
-}
-
-fn write_all(sink: &mut impl Write, bytes: &[u8]) -> Result<()> {
-    let written = sink.write_all(bytes).and_then(|()| sink.flush());
-    written.map_err(|error| Error::Invalid(format!("could not print the command's output: {error}")))
-}
-
-/// A sink whose reader may leave early (`| head`), which is no failure of the command.
-struct Quiet<W>(W);
-
-impl<W: Write> Write for Quiet<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self.0.write(bytes) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(bytes.len()),
-            done => done,
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match self.0.flush() {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            done => done,
-        }
     }
 }
 

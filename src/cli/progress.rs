@@ -12,8 +12,8 @@ use std::{
 /// How often the line is redrawn.
 const TICK: Duration = Duration::from_millis(100);
 
-/// The line; hidden where standard error is no terminal.
-#[derive(Debug)]
+/// The line, for as many as want to write to it; hidden where standard error is no terminal.
+#[derive(Debug, Clone)]
 pub struct Line(ProgressBar);
 
 impl Line {

@@ -41,8 +41,19 @@ pub struct Job {
 pub enum Event {
     /// It has entered this stage (EXE-04).
     Stage(Stage),
+    /// What it prints can be followed here, while it runs and for a while after (EXE-64); comes again for another run.
+    Logs(LogNames),
     /// It is over; nothing follows.
     Finished(Box<Finished>),
+}
+
+/// Names of the log streams of a run; empty for those that the server does not offer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LogNames {
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
 }
 
 /// How an operation ended.
@@ -66,6 +77,9 @@ pub struct Execution {
     stream: Option<Streaming<Operation>>,
     name: Option<String>,
     stage: Option<Stage>,
+    logs: LogNames,
+    /// What the latest message said besides its first news.
+    more: Option<Event>,
     opened_at: Instant,
     failures: u32,
     reruns: u32,
@@ -81,6 +95,8 @@ impl Client {
             stream: None,
             name: None,
             stage: None,
+            logs: LogNames::default(),
+            more: None,
             opened_at: Instant::now(),
             failures: 0,
             reruns: 0,
@@ -101,6 +117,9 @@ impl Execution {
     /// # Errors
     /// The server's refusal; `Unavailable` when it cannot be reached again.
     pub async fn next(&mut self) -> Result<Option<Event>> {
+        if let Some(event) = self.more.take() {
+            return Ok(Some(event));
+        }
         while !self.finished {
             match self.message().await {
                 Ok(operation) => {
@@ -180,10 +199,16 @@ impl Execution {
         }
         let metadata =
             operation.metadata.and_then(|any| unpack::<reapi::ExecuteOperationMetadata>(&any, METADATA_TYPE));
-        let stage = metadata.map(|metadata| metadata.stage());
+        let Some(metadata) = metadata else { return Ok(None) };
+        let stage = Some(metadata.stage());
         let changed = stage.filter(|stage| *stage != Stage::Unknown && self.stage != Some(*stage));
         self.stage = changed.or(self.stage);
-        Ok(changed.map(Event::Stage))
+        let logs = LogNames { stdout: metadata.stdout_stream_name, stderr: metadata.stderr_stream_name };
+        if logs != LogNames::default() && logs != self.logs {
+            self.logs = logs.clone();
+            self.more = Some(Event::Logs(logs));
+        }
+        Ok(changed.map(Event::Stage).or_else(|| self.more.take()))
     }
 }
 

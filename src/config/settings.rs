@@ -4,12 +4,14 @@
 //! replaced by what they stand for. All problems are reported at once, each with the key, its value and who set it. No file
 //! is touched here.
 
-use super::{Loaded, LogConfig, load::keys};
+use super::{CommittedSize, Loaded, LogConfig, load::keys};
 use crate::{
     action::TimeoutPolicy,
+    compression::LEVELS,
     digest::DigestFunction,
     error::{Error, Result},
     instance::{Instances, Policy},
+    log_streams::{Limits, MAX_STREAM_BYTES},
 };
 use std::{
     collections::BTreeMap,
@@ -28,6 +30,8 @@ const MAX_GB: u64 = 1_000_000_000;
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Most actions at a time on one machine; each slot is a thread and a process.
 const MAX_CONCURRENCY: usize = 4_096;
+/// Most log streams of clients; each that has bytes holds a file open.
+const MAX_LOG_STREAMS: usize = 100_000;
 /// Most tasks that may wait, and most finished operations that are remembered; about 2 GB of memory.
 const MAX_OPERATIONS: usize = 1_000_000;
 
@@ -68,12 +72,20 @@ pub struct Settings {
     pub max_blob_bytes: u64,
     /// How long the bytes of a broken upload are kept.
     pub partial_upload_retention: Duration,
+    /// How hard blobs are compressed; one of [`crate::compression::LEVELS`].
+    pub zstd_level: i32,
+    /// What a finished compressed upload answers (BS-25).
+    pub compressed_committed_size: CommittedSize,
     /// How long requests may go on after SIGTERM.
     pub shutdown_grace: Duration,
     /// Logs.
     pub log: LogConfig,
     /// The scheduler and its workers; `None` for a cache without execution.
     pub execution: Option<ExecutionSettings>,
+    /// Whether clients may make log streams.
+    pub client_log_streams: bool,
+    /// Bounds on the log streams of clients.
+    pub log_streams: Limits,
     /// The file that was read, for logs.
     pub config_file: Option<PathBuf>,
     /// What an operator should know although it is allowed; to be logged once logging works.
@@ -182,10 +194,16 @@ impl Settings {
         let max_blob_bytes = check.gigabytes("cache.max_blob_size_gb", config.cache.max_blob_size_gb);
         check.duration("shutdown_grace", config.shutdown_grace, true);
         check.duration("cache.partial_upload_retention", config.cache.partial_upload_retention, true);
+        check.require(
+            "cache.zstd_level",
+            LEVELS.contains(&config.cache.zstd_level),
+            "must be between 1 and 19",
+        );
         if let Err(problem) = crate::logging::check_filter(&config.log.filter) {
             check.refuse("log.filter", &problem);
         }
         let execution = execution(&mut check, &cache_dir, machine);
+        let log_streams = log_streams(&mut check);
         match (instances, check.problems.is_empty()) {
             (Some(instances), true) => Ok(Self {
                 listen_addr: config.listen_addr,
@@ -194,9 +212,13 @@ impl Settings {
                 max_size_bytes,
                 max_blob_bytes: max_blob_bytes.min(max_size_bytes),
                 partial_upload_retention: config.cache.partial_upload_retention,
+                zstd_level: config.cache.zstd_level,
+                compressed_committed_size: config.cache.compressed_committed_size,
                 shutdown_grace: config.shutdown_grace,
                 log: config.log.clone(),
                 execution: config.execution.enabled.then_some(execution),
+                client_log_streams: config.log_streams.enabled,
+                log_streams,
                 config_file: loaded.file.clone(),
                 warnings,
             }),
@@ -274,6 +296,19 @@ fn check_exposure(check: &mut Check<'_>, warnings: &mut Vec<String>) {
              this machine and change what the cache answers. Listen on 127.0.0.1 (and reach it through an SSH tunnel, \
              say) or, on a network where everybody is trusted that far, set allow_unauthenticated = true",
         );
+    }
+}
+
+fn log_streams(check: &mut Check<'_>) -> Limits {
+    let config = &check.loaded.config.log_streams;
+    check.count("log_streams.max_streams", config.max_streams, MAX_LOG_STREAMS);
+    check.duration("log_streams.retention", config.retention, false);
+    Limits {
+        streams: config.max_streams,
+        bytes: check.gigabytes("log_streams.max_size_gb", config.max_size_gb),
+        stream_bytes: MAX_STREAM_BYTES,
+        idle: Some(config.retention),
+        kept: config.retention,
     }
 }
 

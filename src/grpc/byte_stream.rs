@@ -1,23 +1,28 @@
 //! The ByteStream service: blobs of any size, in pieces.
 //!
+//! Under a compressed name the bytes of the stream are zstd and offsets count those of the blob, but for the offsets inside of a
+//! Write, which go on by what was sent (BS-12, BS-27). What is compressed and decompressed here is the store's affair.
+//!
 //! The rules about offsets are two plain structs, `ReadWindow` and `WriteCheck`; the handlers move bytes between a stream and
 //! a handle of the store. A slow client holds at most one piece of its blob in memory here. An upload that stops in the middle
 //! leaves its bytes with the store under the resource name, for the client to go on (BS-20).
 
-use super::{Edge, ReadStream, request_log::Call};
+use super::{Edge, ReadStream, log_stream, request_log::Call};
 use crate::{
     actors::cas::{
         blob::{BlobReader, BlobWriter},
-        client::Upload,
+        client::{Upload, ZstdReader},
     },
+    config::CommittedSize,
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
+    log_streams::name::LogName,
     proto::bytestream::{
         QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest,
         WriteResponse, byte_stream_server::ByteStream,
     },
-    resource_name::ResourceName,
+    resource_name::{Encoding, ResourceName},
 };
 use futures::stream::{self, StreamExt as _};
 use std::{sync::Arc, time::Duration};
@@ -32,7 +37,7 @@ pub const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
 const SUPERSEDED_CHECK: Duration = Duration::from_secs(1);
 /// How long the end of the stream is waited for after `finish_write`, to see that no more data follows (BS-21). Clients close
 /// their half at once; the bound is for one that waits for the answer first.
-const CLOSE_WAIT: Duration = Duration::from_secs(1);
+pub(super) const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 /// The service.
 #[derive(Debug)]
@@ -43,13 +48,25 @@ impl ByteStream for ByteStreamService {
     type ReadStream = ReadStream;
 
     async fn read(&self, request: Request<ReadRequest>) -> Result<Response<ReadStream>, Status> {
+        if let Some(name) = LogName::parse(&request.get_ref().resource_name) {
+            let stream = log_stream::read(&self.0, &Call::of(&request), &name?, request.get_ref())?;
+            return Ok(Response::new(stream));
+        }
         let name = ResourceName::parse_read(&request.get_ref().resource_name)?;
         let (instance, digest) = self.resolve(&Call::of(&request), &name)?;
         let request = request.into_inner();
         let window = ReadWindow::new(digest, request.read_offset, request.read_limit)?;
         // Before any data: an absent blob is the status of the call (BS-08).
-        let reader = self.0.cas.open(&instance, digest).await?;
-        Ok(Response::new(read_stream(reader, digest, window)))
+        Ok(Response::new(match name.encoding {
+            Encoding::Identity => {
+                let reader = self.0.cas.open(&instance, digest).await?;
+                read_stream(reader, digest, window)
+            }
+            Encoding::Zstd if request.read_limit != 0 => {
+                return Err(Error::invalid("read_limit is set on a compressed read").into());
+            }
+            Encoding::Zstd => zstd_stream(self.0.cas.open_zstd(&instance, digest, window.next).await?),
+        }))
     }
 
     async fn write(
@@ -60,15 +77,22 @@ impl ByteStream for ByteStreamService {
         let mut messages = request.into_inner();
         let first = next_message(&mut messages, WRITE_IDLE_LIMIT).await?;
         let first = first.ok_or_else(|| Error::invalid("the stream has no message"))?;
+        if let Some(name) = LogName::parse(&first.resource_name) {
+            return log_stream::write(&self.0, &call, &name?, messages, first).await;
+        }
         let (name, check) = WriteCheck::begin(&first)?;
         let (instance, digest) = self.resolve(&call, &name)?;
         let upload =
             self.0.cas.begin_upload(&instance, &first.resource_name, digest, check.next_offset).await?;
-        match upload {
-            Upload::Present => {}
-            Upload::Writer(writer) => receive(*writer, messages, first, check).await?,
-        }
-        Ok(Response::new(WriteResponse { committed_size: wire_size(digest.size()) }))
+        let end = match (upload, name.encoding) {
+            (Upload::Present, _) => End::Early,
+            (Upload::Writer(writer), Encoding::Identity) => receive(*writer, messages, first, check).await?,
+            (Upload::Writer(writer), Encoding::Zstd) => {
+                receive(writer.decoding(), messages, first, check).await?
+            }
+        };
+        let committed_size = committed_size(&name, end, self.0.settings.compressed_committed_size);
+        Ok(Response::new(WriteResponse { committed_size }))
     }
 
     async fn query_write_status(
@@ -76,6 +100,9 @@ impl ByteStream for ByteStreamService {
         request: Request<QueryWriteStatusRequest>,
     ) -> Result<Response<QueryWriteStatusResponse>, Status> {
         let resource = &request.get_ref().resource_name;
+        if let Some(name) = LogName::parse(resource) {
+            return Ok(Response::new(log_stream::query(&self.0, &Call::of(&request), &name?)?));
+        }
         let name = ResourceName::parse_write(resource)?;
         let (instance, digest) = self.resolve(&Call::of(&request), &name)?;
         let status = self.0.cas.query_upload(&instance, resource, digest).await?;
@@ -99,6 +126,25 @@ impl ByteStreamService {
 
 fn wire_size(size: u64) -> i64 {
     i64::try_from(size).unwrap_or(i64::MAX)
+}
+
+/// How an upload that succeeded ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// All of it was sent, up to this offset.
+    Sent(u64),
+    /// The blob is stored, whatever was sent (BS-24).
+    Early,
+}
+
+/// What a Write answers that succeeded (BS-23, BS-24, BS-25).
+fn committed_size(name: &ResourceName, end: End, convention: CommittedSize) -> i64 {
+    let size = wire_size(name.digest.size());
+    match (name.encoding, end, convention) {
+        (Encoding::Identity, ..) | (_, End::Sent(_), CommittedSize::Uncompressed) => size,
+        (_, End::Sent(offset), CommittedSize::Compressed) => wire_size(offset),
+        (_, End::Early, _) | (_, _, CommittedSize::MinusOne) => -1,
+    }
 }
 
 /// The part of a blob that a Read asks for.
@@ -148,11 +194,21 @@ fn read_stream(reader: BlobReader, digest: Digest, window: ReadWindow) -> ReadSt
     .boxed()
 }
 
+/// The bytes of a compressed read, in messages of one size but for the last (BS-14).
+fn zstd_stream(reader: ZstdReader) -> ReadStream {
+    stream::try_unfold(reader, move |mut reader| async move {
+        let data = reader.next(READ_WINDOW_BYTES).await?;
+        Ok(data.map(|data| (ReadResponse { data }, reader)))
+    })
+    .boxed()
+}
+
 /// What the messages of one Write have to keep to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct WriteCheck {
     resource_name: String,
-    size: u64,
+    /// Where the stream ends at the latest; a compressed one may end anywhere.
+    limit: Option<u64>,
     /// Where the next message has to start.
     next_offset: u64,
     finished: bool,
@@ -171,7 +227,8 @@ impl WriteCheck {
             Error::Invalid(format!("write_offset {} is not within blob {}", first.write_offset, name.digest))
         })?;
         let resource_name = first.resource_name.clone();
-        Ok((name, Self { resource_name, size, next_offset, finished: false }))
+        let limit = (name.encoding == Encoding::Identity).then_some(size);
+        Ok((name, Self { resource_name, limit, next_offset, finished: false }))
     }
 
     /// Checks one message, the first one included, before its data is taken.
@@ -192,10 +249,9 @@ impl WriteCheck {
             )));
         }
         let end = self.next_offset.saturating_add(message.data.len() as u64);
-        if end > self.size {
+        if let Some(size) = self.limit.filter(|size| end > *size) {
             return Err(Error::Invalid(format!(
-                "the upload goes on to byte {end}; its name says that the blob has {}",
-                self.size
+                "the upload goes on to byte {end}; its name says that the blob has {size}"
             )));
         }
         self.next_offset = end;
@@ -205,10 +261,11 @@ impl WriteCheck {
 
     /// What a stream that is closed without `finish_write` gets (BS-21).
     fn unfinished(&self) -> Error {
+        let of = self.limit.map(|size| format!(" of {size}")).unwrap_or_default();
         Error::Invalid(format!(
-            "the stream ends at byte {} of {} without finish_write; the bytes are kept for a while, \
+            "the stream ends at byte {}{of} without finish_write; the bytes are kept for a while, \
              QueryWriteStatus says from where to go on",
-            self.next_offset, self.size
+            self.next_offset
         ))
     }
 }
@@ -219,7 +276,7 @@ async fn receive(
     mut messages: Streaming<WriteRequest>,
     first: WriteRequest,
     mut check: WriteCheck,
-) -> Result<(), Status> {
+) -> Result<End, Status> {
     let mut message = first;
     loop {
         check.accept(&message)?;
@@ -232,12 +289,12 @@ async fn receive(
                 check.accept(&extra)?;
             }
             writer.finish().await?;
-            return Ok(());
+            return Ok(End::Sent(check.next_offset));
         }
         let deadline = Instant::now() + WRITE_IDLE_LIMIT;
         message = loop {
             if writer.is_superseded() {
-                return Ok(());
+                return Ok(End::Early);
             }
             match timeout(SUPERSEDED_CHECK, messages.message()).await {
                 Ok(next) => break next?.ok_or_else(|| check.unfinished())?,
@@ -249,7 +306,7 @@ async fn receive(
 }
 
 /// The next message, or `None` at the end of the stream.
-async fn next_message(
+pub(super) async fn next_message(
     messages: &mut Streaming<WriteRequest>,
     limit: Duration,
 ) -> Result<Option<WriteRequest>, Status> {
@@ -328,6 +385,32 @@ mod tests {
             let rest = size - offset;
             prop_assert_eq!(sum, if limit == 0 { rest } else { rest.min(limit) });
         }
+    }
+
+    /// BS-23, BS-24, BS-25.
+    #[test]
+    fn what_a_finished_upload_answers_depends_on_its_name_its_end_and_the_convention() {
+        use CommittedSize::{Compressed, MinusOne, Uncompressed};
+        let plain = ResourceName::parse_write(&upload(10)).unwrap();
+        let packed = ResourceName { encoding: Encoding::Zstd, ..plain.clone() };
+        for convention in [Compressed, Uncompressed, MinusOne] {
+            assert_eq!(committed_size(&plain, End::Sent(10), convention), 10);
+            assert_eq!(committed_size(&plain, End::Early, convention), 10);
+            assert_eq!(committed_size(&packed, End::Early, convention), -1);
+        }
+        assert_eq!(committed_size(&packed, End::Sent(7), Compressed), 7);
+        assert_eq!(committed_size(&packed, End::Sent(7), Uncompressed), 10);
+        assert_eq!(committed_size(&packed, End::Sent(7), MinusOne), -1);
+    }
+
+    /// BS-27: the first offset counts bytes of the blob, what follows are compressed bytes, of which there may be more.
+    #[test]
+    fn offsets_of_a_compressed_upload_go_on_by_what_is_sent() {
+        let name = format!("uploads/{UUID}/compressed-blobs/zstd/{HASH}/4");
+        let resumed = [message(&name, 3, b"abcdef", false), message("", 9, b"gh", true)];
+        assert_eq!(stream(&resumed).unwrap().next_offset, 11);
+        assert!(stream(&[message(&name, 5, b"ab", true)]).is_err());
+        assert!(stream(&[message(&name, 0, b"ab", false), message("", 4, b"", true)]).is_err());
     }
 
     /// BS-18.

@@ -7,7 +7,7 @@ use crate::{
     proto::{
         reapi::{
             ActionCacheUpdateCapabilities, CacheCapabilities, ExecutionCapabilities, GetCapabilitiesRequest,
-            PriorityCapabilities, ServerCapabilities, capabilities_server::Capabilities,
+            PriorityCapabilities, ServerCapabilities, capabilities_server::Capabilities, compressor,
             priority_capabilities::PriorityRange, symlink_absolute_path_strategy,
         },
         semver::SemVer,
@@ -52,8 +52,8 @@ fn capabilities(settings: Settings, policy: &Policy, executes: bool) -> ServerCa
         cache_priority_capabilities: None,
         max_batch_total_size_bytes: BATCH_MAX_BYTES as i64,
         symlink_absolute_path_strategy: symlink_absolute_path_strategy::Value::Allowed.into(),
-        supported_compressors: Vec::new(),
-        supported_batch_update_compressors: Vec::new(),
+        supported_compressors: vec![compressor::Value::Zstd.into()],
+        supported_batch_update_compressors: vec![compressor::Value::Zstd.into()],
         max_cas_blob_size_bytes: i64::try_from(settings.max_blob_bytes).unwrap_or(i64::MAX),
         split_blob_support: false,
         splice_blob_support: false,
@@ -85,10 +85,12 @@ fn version((major, minor): (i32, i32)) -> SemVer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::CommittedSize;
 
-    const SETTINGS: Settings = Settings { max_blob_bytes: 7 };
+    const SETTINGS: Settings =
+        Settings { max_blob_bytes: 7, compressed_committed_size: CommittedSize::Compressed };
 
-    /// CAP-02 to CAP-07, CAP-11, CAP-14.
+    /// CAP-02 to CAP-07, CAP-11 to CAP-14.
     #[test]
     fn what_clients_check_at_start_up_is_there() {
         let capabilities = capabilities(SETTINGS, &Policy::default(), true);
@@ -104,6 +106,8 @@ mod tests {
         assert_eq!(cache.digest_functions.len(), 8);
         assert_eq!(cache.max_batch_total_size_bytes, 4_000_000);
         assert_eq!(cache.max_cas_blob_size_bytes, 7);
+        assert_eq!(cache.supported_compressors, [compressor::Value::Zstd as i32]);
+        assert_eq!(cache.supported_batch_update_compressors, [compressor::Value::Zstd as i32]);
         assert_ne!(cache.symlink_absolute_path_strategy, 0);
         assert!(execution.exec_enabled);
     }

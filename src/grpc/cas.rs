@@ -5,6 +5,7 @@
 
 use super::{Edge, TreeStream, convert, get_tree, inline, request_log::Call, status};
 use crate::{
+    actors::cas::client::{Item, Payload},
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
@@ -27,6 +28,11 @@ use tonic::{Request, Response, Status};
 /// Most payload bytes of a batch call, advertised in the capabilities (CAP-10). What 4 MiB leave over is for the digests and
 /// statuses of a thousand blobs and more (CAP-11).
 pub const BATCH_MAX_BYTES: u64 = 4_000_000;
+
+/// What the compressed items of one batch may come to once they are decompressed. A batch of the size limit reaches it when
+/// it shrank to a sixtieth; blobs like that go by ByteStream. It bounds the time and the disk that one call takes: memory it
+/// takes little, since each item is decoded by itself, and a large one into a file.
+pub const BATCH_DECODED_MAX_BYTES: u64 = 256 * 1024 * 1024;
 
 /// Tags and lengths of one entry of a batch answer, rounded up.
 const ENTRY_BYTES: usize = 32;
@@ -74,12 +80,24 @@ impl ContentAddressableStorage for CasService {
     ) -> Result<Response<BatchReadBlobsResponse>, Status> {
         let instance = self.instance(&request, |request| &request.instance_name)?;
         let batch = Read::decode(&instance, request.into_inner())?;
-        let contents = self.0.cas.read_many(&instance, batch.wanted).await?;
+        let contents = if batch.takes_zstd {
+            self.0.cas.read_many_zstd(&instance, batch.wanted).await?
+        } else {
+            let contents = self.0.cas.read_many(&instance, batch.wanted).await?;
+            contents.into_iter().map(|content| content.map(Item::Plain)).collect()
+        };
         let (mut responses, mut left) = (batch.responses, batch.left);
         for (at, result) in batch.positions.into_iter().zip(contents) {
             if let Some(response) = responses.get_mut(at) {
-                match result.and_then(|data| fit(data, &mut left)) {
-                    Ok(data) => response.data = data,
+                let item = result.map(|item| match item {
+                    Item::Plain(data) => (data, compressor::Value::Identity),
+                    Item::Zstd(data) => (data, compressor::Value::Zstd),
+                });
+                match item.and_then(|(data, how)| Ok((fit(data, &mut left)?, how))) {
+                    Ok((data, how)) => {
+                        response.data = data;
+                        response.compressor = how.into();
+                    }
                     Err(error) => response.status = Some(reason(&error, &mut left)),
                 }
             }
@@ -123,7 +141,7 @@ struct Update {
     responses: Vec<batch_update_blobs_response::Response>,
     /// Where in `responses` each of `blobs` belongs.
     positions: Vec<usize>,
-    blobs: Vec<(Digest, Bytes)>,
+    blobs: Vec<(Digest, Payload)>,
     /// What the entries leave of the answer, for reasons.
     left: usize,
 }
@@ -139,13 +157,15 @@ impl Update {
         let function = convert::digest_function(instance, request.digest_function, digests)?;
         let count = request.requests.len();
         let mut batch = Self { responses: Vec::with_capacity(count), positions: vec![], blobs: vec![], left };
+        let mut decoded_left = BATCH_DECODED_MAX_BYTES;
         for (at, item) in request.requests.into_iter().enumerate() {
-            let checked = check_compressor(item.compressor)
-                .and_then(|()| Digest::from_wire(function, item.digest.as_ref(), "digest"));
+            let checked = Digest::from_wire(function, item.digest.as_ref(), "digest").and_then(|digest| {
+                Ok((digest, payload(item.compressor, item.data, digest, &mut decoded_left)?))
+            });
             let status = match checked {
-                Ok(digest) => {
+                Ok(blob) => {
                     batch.positions.push(at);
-                    batch.blobs.push((digest, item.data));
+                    batch.blobs.push(blob);
                     status::inline_ok()
                 }
                 Err(error) => reason(&error, &mut batch.left),
@@ -165,6 +185,8 @@ struct Read {
     /// Where in `responses` each of `wanted` belongs.
     positions: Vec<usize>,
     wanted: Vec<Digest>,
+    /// The client decompresses zstd (CAS-20).
+    takes_zstd: bool,
     /// What the entries leave of the answer, for contents and reasons.
     left: usize,
 }
@@ -181,6 +203,7 @@ impl Read {
             responses: Vec::with_capacity(count),
             positions: Vec::with_capacity(count),
             wanted: Vec::with_capacity(count),
+            takes_zstd: request.acceptable_compressors.contains(&compressor::Value::Zstd.into()),
             left,
         };
         let mut sum = 0u64;
@@ -248,11 +271,22 @@ fn check_batch_size(what: &str, bytes: u64) -> Result<()> {
     )))
 }
 
-/// CAS-14: nothing but plain bytes is advertised.
-fn check_compressor(number: i32) -> Result<()> {
+/// The bytes of an item in the way they came (CAS-14), as long as what is left for decompressed ones allows it.
+fn payload(number: i32, data: Bytes, digest: Digest, decoded_left: &mut u64) -> Result<Payload> {
     match compressor::Value::try_from(number) {
-        Ok(compressor::Value::Identity) => Ok(()),
-        Ok(value) => Err(Error::Invalid(format!("compressor {} is not supported", value.as_str_name()))),
+        Ok(compressor::Value::Identity) => Ok(Payload::Plain(data)),
+        Ok(compressor::Value::Zstd) => {
+            *decoded_left = decoded_left.checked_sub(digest.size()).ok_or_else(|| {
+                Error::Invalid(format!(
+                    "the compressed blobs of this batch come to more than {BATCH_DECODED_MAX_BYTES} bytes when they \
+                     are decompressed; send blob {digest} by ByteStream"
+                ))
+            })?;
+            Ok(Payload::Zstd(data))
+        }
+        Ok(value) => {
+            Err(Error::Invalid(format!("compressor {} is not supported, ZSTD is", value.as_str_name())))
+        }
         Err(_) => Err(Error::Invalid(format!("compressor {number} is unknown"))),
     }
 }
@@ -307,6 +341,22 @@ mod tests {
             let expected = if [4, 6].contains(&at) { Code::Ok } else { Code::InvalidArgument };
             assert_eq!(response.status.as_ref().unwrap().code, expected as i32, "{at}");
         }
+    }
+
+    /// CAS-14, CAS-15: compressed items count as they are sent, and together decompress to so much at most.
+    #[test]
+    fn compressed_items_are_counted_on_the_wire_and_bounded_in_what_they_become() {
+        let zstd = |size: u64| {
+            let digest = Some(reapi::Digest { size_bytes: size as i64, ..digest(b"a") });
+            let data = vec![0; 1_000].into();
+            batch_update_blobs_request::Request { digest, data, compressor: compressor::Value::Zstd.into() }
+        };
+        let half = BATCH_DECODED_MAX_BYTES / 2;
+        let batch = update(vec![zstd(half), zstd(half + 1), zstd(half), item(b"plain")]).unwrap();
+        assert_eq!(batch.positions, [0, 2, 3]);
+        assert!(matches!(batch.blobs[0].1, Payload::Zstd(_)));
+        assert!(matches!(batch.blobs[2].1, Payload::Plain(_)));
+        assert!(update(vec![zstd(u64::MAX / 2)]).unwrap().positions.is_empty());
     }
 
     /// CAP-10, CAS-15.

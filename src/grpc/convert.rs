@@ -5,12 +5,16 @@
 use super::status;
 use crate::{
     actors::{
-        scheduler::operation::{ClientInfo, OperationId, OperationInfo, Snapshot, Stage},
+        scheduler::operation::{ClientInfo, OperationId, OperationInfo, ServerLog, Snapshot, Stage},
         worker::messages::RunStage,
     },
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     instance::{Instance, Instances},
+    log_streams::{
+        name::{LogName, StreamId},
+        run::LogKind,
+    },
     proto::{longrunning, reapi},
 };
 use base64::{
@@ -150,7 +154,8 @@ pub fn operation(
             result,
             cached_result: outcome.cached,
             status: Some(status),
-            server_logs: Default::default(),
+            server_logs: outcome.server_logs.iter().map(server_log).collect(),
+            // The place to add a link to the operation's page, once there is one: only the edge knows where clients find it.
             message: outcome.message.clone(),
         };
         pack("build.bazel.remote.execution.v2.ExecuteResponse", &response)
@@ -178,8 +183,23 @@ fn operation_metadata(info: &OperationInfo, snapshot: &Snapshot) -> reapi::Execu
         action_digest: Some(info.action.to_wire()),
         digest_function: info.action.function().wire().into(),
         partial_execution_metadata: Some(execution_metadata(snapshot)),
-        ..Default::default()
+        stdout_stream_name: stream_name(info, snapshot, LogKind::Stdout),
+        stderr_stream_name: stream_name(info, snapshot, LogKind::Stderr),
     }
+}
+
+/// The name of one output of the latest run (EXE-64); empty while there is none.
+fn stream_name(info: &OperationInfo, snapshot: &Snapshot, kind: LogKind) -> String {
+    let name = |logs| {
+        let parent = info.instance.name().to_owned();
+        LogName { parent, id: StreamId::Run(logs, kind), token: None }.to_string()
+    };
+    snapshot.logs.map_or_else(String::new, name)
+}
+
+/// EXE-61.
+fn server_log(log: &ServerLog) -> (String, reapi::LogFile) {
+    (log.name.clone(), reapi::LogFile { digest: Some(log.digest.to_wire()), human_readable: true })
 }
 
 /// What is known about the run by now; the whole of it once there is a result.
@@ -238,11 +258,18 @@ mod tests {
     }
 
     fn ended(result: Option<reapi::ActionResult>, error: Option<Error>) -> Snapshot {
-        let outcome = Outcome { result: result.map(Arc::new), cached: true, error, message: "m".into() };
+        let outcome = Outcome {
+            result: result.map(Arc::new),
+            cached: true,
+            error,
+            message: "m".into(),
+            server_logs: Vec::new(),
+        };
         Snapshot {
             stage: Stage::Completed,
             queued_at: SystemTime::UNIX_EPOCH,
             run_stage: None,
+            logs: None,
             outcome: Some(Arc::new(outcome)),
         }
     }

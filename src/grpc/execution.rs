@@ -98,11 +98,18 @@ fn stillborn(submit: Submit, error: Error) -> (OperationInfo, Snapshot) {
         inline: submit.inline,
         client: submit.client,
     };
-    let outcome = Outcome { result: None, cached: false, error: Some(error), message: String::new() };
+    let outcome = Outcome {
+        result: None,
+        cached: false,
+        error: Some(error),
+        message: String::new(),
+        server_logs: Vec::new(),
+    };
     let snapshot = Snapshot {
         stage: Stage::Completed,
         queued_at: SystemTime::now(),
         run_stage: None,
+        logs: None,
         outcome: Some(Arc::new(outcome)),
     };
     (info, snapshot)

@@ -125,7 +125,13 @@ mod tests {
     use uuid::Uuid;
 
     fn queued() -> Snapshot {
-        Snapshot { stage: Stage::Queued, queued_at: SystemTime::UNIX_EPOCH, run_stage: None, outcome: None }
+        Snapshot {
+            stage: Stage::Queued,
+            queued_at: SystemTime::UNIX_EPOCH,
+            run_stage: None,
+            logs: None,
+            outcome: None,
+        }
     }
 
     fn executing() -> Snapshot {
@@ -142,6 +148,7 @@ mod tests {
             cached: false,
             error: None,
             message: String::new(),
+            server_logs: Vec::new(),
         };
         Snapshot { stage: Stage::Completed, outcome: Some(Arc::new(outcome)), ..queued() }
     }

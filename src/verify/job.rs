@@ -340,9 +340,8 @@ impl Session {
             Code::Unauthenticated,
             Code::Unimplemented,
         ];
-        let refused = |why: String| {
-            skipped(format!("the server does not run /bin/sh for us: {why}; see --platform"))
-        };
+        let refused =
+            |why: String| skipped(format!("the server does not run /bin/sh for us: {why}; see --platform"));
         let job = Job::sh(self, "exit 0");
         self.store(&job.blobs().iter().collect::<Vec<_>>()).await?;
         let ended = async {

@@ -10,10 +10,12 @@ use gorego::{
             operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
         },
     },
+    config::CommittedSize,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     grpc::{Edge, Settings, ask::Scheduler, health::Health},
     instance::{Instances, Policy},
+    log_streams::{Limits, LogSettings, LogStreams},
     proto::{
         bytestream::byte_stream_client::ByteStreamClient,
         longrunning::operations_client::OperationsClient,
@@ -63,6 +65,7 @@ impl Server {
             max_bytes: 1_000_000_000,
             max_blob_bytes: MAX_BLOB_BYTES,
             partial_upload_retention: Duration::from_secs(600),
+            zstd_level: 1,
             timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(60) },
         };
         let (system, cas, scheduler) = actors(settings, instances.clone());
@@ -70,7 +73,11 @@ impl Server {
             instances,
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
-            settings: Settings { max_blob_bytes: MAX_BLOB_BYTES },
+            log_streams: log_streams(executes, store.path()),
+            settings: Settings {
+                max_blob_bytes: MAX_BLOB_BYTES,
+                compressed_committed_size: CommittedSize::Compressed,
+            },
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -143,6 +150,14 @@ impl Drop for Server {
         self.serving.abort();
         self.system.stop();
     }
+}
+
+/// Log streams with bounds that a test can reach.
+fn log_streams(client_streams: bool, spool_directory: &std::path::Path) -> LogStreams {
+    let kept = Duration::from_secs(600);
+    let clients = Limits { streams: 40, bytes: 10_000_000, stream_bytes: 4_000_000, idle: Some(kept), kept };
+    let runs = Limits { idle: None, ..clients };
+    LogStreams::new(LogSettings { client_streams, clients, runs, spool_directory: spool_directory.into() })
 }
 
 /// Starts the actors on a thread of their own, as the server does.
@@ -306,7 +321,13 @@ impl Handler<ListOperations> for FakeScheduler {
 }
 
 pub fn queued() -> Snapshot {
-    Snapshot { stage: Stage::Queued, queued_at: SystemTime::now(), run_stage: None, outcome: None }
+    Snapshot {
+        stage: Stage::Queued,
+        queued_at: SystemTime::now(),
+        run_stage: None,
+        logs: None,
+        outcome: None,
+    }
 }
 
 pub fn executing() -> Snapshot {
@@ -314,7 +335,13 @@ pub fn executing() -> Snapshot {
 }
 
 pub fn completed(result: Option<reapi::ActionResult>, error: Option<Error>) -> Snapshot {
-    let outcome = Outcome { result: result.map(Arc::new), cached: false, error, message: String::new() };
+    let outcome = Outcome {
+        result: result.map(Arc::new),
+        cached: false,
+        error,
+        message: String::new(),
+        server_logs: Vec::new(),
+    };
     Snapshot { stage: Stage::Completed, outcome: Some(Arc::new(outcome)), ..queued() }
 }
 

@@ -4,6 +4,8 @@
 
 mod byte_stream;
 mod cas;
+mod compressed;
 mod execution;
 mod harness;
+mod log_stream;
 mod service;

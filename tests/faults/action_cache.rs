@@ -6,9 +6,7 @@ use super::{
     fault,
     proxy::{Behaviour, Reply},
 };
-use gorego::proto::reapi::{
-    ActionResult, Digest, GetActionResultRequest, UpdateActionResultRequest,
-};
+use gorego::proto::reapi::{ActionResult, Digest, GetActionResultRequest, UpdateActionResultRequest};
 use prost::Message as _;
 use std::{
     collections::HashMap,
@@ -25,7 +23,11 @@ fn key(digest: Option<&Digest>) -> String {
 
 /// Remembers each accepted update and lets `serve` make an answer out of it and of the server's own.
 fn remembering(
-    serve: impl Fn(&GetActionResultRequest, Option<ActionResult>, Result<ActionResult, Status>) -> Result<ActionResult, Status>
+    serve: impl Fn(
+        &GetActionResultRequest,
+        Option<ActionResult>,
+        Result<ActionResult, Status>,
+    ) -> Result<ActionResult, Status>
     + Send
     + Sync
     + 'static,
@@ -92,7 +94,8 @@ pub fn faults() -> Vec<Fault> {
         fault("a result too large to inline is an error", &["AC-07"], {
             exchange::<GetActionResultRequest, ActionResult>(get, |asked, answer| {
                 let result = answer?;
-                let large = |digest: &Option<Digest>| digest.as_ref().is_some_and(|d| d.size_bytes >= 3_000_000);
+                let large =
+                    |digest: &Option<Digest>| digest.as_ref().is_some_and(|d| d.size_bytes >= 3_000_000);
                 if asked.inline_stdout && large(&result.stdout_digest) {
                     return Err(Status::resource_exhausted("the result is too large"));
                 }
@@ -128,7 +131,9 @@ pub fn faults() -> Vec<Fault> {
         }),
         fault("failures are served as successes", &["AC-13"], {
             remembering(|_, known, answer| match (known, answer) {
-                (Some(result), Err(_)) if result.exit_code != 0 => Ok(ActionResult { exit_code: 0, ..result }),
+                (Some(result), Err(_)) if result.exit_code != 0 => {
+                    Ok(ActionResult { exit_code: 0, ..result })
+                }
                 (_, answer) => answer,
             })
         }),

@@ -9,7 +9,6 @@ use gorego::proto::{
     asset::{FetchBlobRequest, FetchBlobResponse, PushBlobRequest, PushBlobResponse},
     rpc,
 };
-use prost::Message as _;
 use tonic::{Code, Status};
 
 pub fn faults() -> Vec<Fault> {
@@ -103,9 +102,6 @@ pub fn faults() -> Vec<Fault> {
         }),
         fault("a push lasts for ever", &["AST-11"], {
             request::<PushBlobRequest>("PushBlob", |asked| asked.expire_at = None)
-        }),
-        fault("a fetch without content succeeds", &["AST-05"], {
-            change::failure(fetch, |_| Ok(Some(FetchBlobResponse::default().encode_to_vec().into())))
         }),
     ]
 }

@@ -12,6 +12,11 @@ use gorego::proto::bytestream::{
     QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest, WriteResponse,
 };
 use prost::Message as _;
+use std::{
+    collections::{HashMap, HashSet},
+    io::Write as _,
+    sync::{Arc, Mutex},
+};
 use tonic::{Code, Status};
 
 /// What a request says of size in its resource name: the number after the hash.
@@ -22,6 +27,15 @@ fn size_in(name: &str) -> Option<i64> {
 
 fn read_response(data: impl Into<Bytes>) -> Bytes {
     ReadResponse { data: data.into() }.encode_to_vec().into()
+}
+
+/// The same content in a frame that decoders at their defaults refuse.
+fn with_large_window(compressed: &[u8]) -> std::io::Result<Vec<u8>> {
+    let content = zstd::stream::decode_all(compressed)?;
+    let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1)?;
+    encoder.window_log(27)?;
+    encoder.write_all(&content)?;
+    encoder.finish()
 }
 
 pub fn faults() -> Vec<Fault> {
@@ -66,7 +80,7 @@ fn names() -> Vec<Fault> {
             ),
         ),
         fault("an upload is known by its uuid alone", &["BS-06"], {
-            let seen = std::sync::Mutex::new(std::collections::HashMap::new());
+            let seen = Mutex::new(HashMap::new());
             request::<WriteRequest>("Write", move |asked| {
                 let name = asked.resource_name.clone();
                 let uuid = name.split('/').skip_while(|part| *part != "uploads").nth(1).map(str::to_owned);
@@ -125,7 +139,8 @@ fn read() -> Vec<Fault> {
             messages("Read", |messages| {
                 let pieces = messages.map(|message| {
                     let data = change::decode::<ReadResponse>(message?)?.data;
-                    let pieces: Vec<_> = data.chunks(1400).map(|piece| Ok(read_response(piece.to_vec()))).collect();
+                    let pieces: Vec<_> =
+                        data.chunks(1400).map(|piece| Ok(read_response(piece.to_vec()))).collect();
                     Ok::<_, Status>(stream::iter(pieces))
                 });
                 pieces.try_flatten().boxed()
@@ -140,6 +155,36 @@ fn read() -> Vec<Fault> {
                         stream::iter(first.into_iter().chain([message]))
                     })
                     .boxed()
+            })
+        }),
+        fault("a blob is there a little later", &["CAS-03", "CAS-13"], {
+            let tried = Arc::new(Mutex::new(HashSet::new()));
+            instead("Read", move |call, upstream| {
+                let tried = tried.clone();
+                async move {
+                    let (asked, call) = change::read_request::<ReadRequest>(call).await?;
+                    if tried.lock().unwrap().insert(asked.resource_name) {
+                        return Err(Status::not_found("not yet"));
+                    }
+                    upstream.forward(call).await
+                }
+            })
+        }),
+        fault("compressed blobs need a large window", &["BS-13"], {
+            instead("Read", |call, upstream| async move {
+                let (asked, call) = change::read_request::<ReadRequest>(call).await?;
+                let mut reply = upstream.forward(call).await?;
+                if !asked.resource_name.contains("compressed-blobs/") {
+                    return Ok(reply);
+                }
+                let mut compressed = Vec::new();
+                while let Some(message) = reply.messages.try_next().await? {
+                    compressed.extend_from_slice(&change::decode::<ReadResponse>(message)?.data);
+                }
+                let frames =
+                    with_large_window(&compressed).map_err(|error| Status::internal(error.to_string()))?;
+                let messages = frames.chunks(64 * 1024).map(|piece| read_response(piece.to_vec()));
+                Ok(super::proxy::Reply::of(messages.collect::<Vec<_>>()))
             })
         }),
         fault("a read ends short with OK", &["BS-07"], {
@@ -257,8 +302,7 @@ fn write() -> Vec<Fault> {
             response::<WriteResponse>(write, |answer| answer.committed_size /= 2)
         }),
         fault("an upload of what is stored is refused", &["BS-24", "BS-28"], {
-            let seen = std::sync::Mutex::new(std::collections::HashSet::new());
-            let seen = std::sync::Arc::new(seen);
+            let seen = Arc::new(Mutex::new(HashSet::new()));
             instead(write, move |call, upstream| {
                 let seen = seen.clone();
                 async move {

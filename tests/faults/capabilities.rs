@@ -2,19 +2,23 @@
 
 use super::{
     Fault,
-    change::{exchange, instead, job, read_request, response},
+    change::{both, exchange, instead, job, read_request, response},
     fault,
     proxy::Behaviour,
 };
 use gorego::proto::{
+    bytestream::ReadRequest,
     reapi::{
-        ActionCacheUpdateCapabilities, CacheCapabilities, ExecuteRequest, ExecutionCapabilities, FastCdc2020Params,
-        GetCapabilitiesRequest, ServerCapabilities,
+        ActionCacheUpdateCapabilities, BatchUpdateBlobsRequest, BatchUpdateBlobsResponse, CacheCapabilities,
+        ExecuteRequest, ExecutionCapabilities, FastCdc2020Params, GetCapabilitiesRequest, ServerCapabilities,
     },
     semver::SemVer,
 };
 use std::sync::atomic::{AtomicI64, Ordering};
 use tonic::Status;
+
+const BLAKE3: i32 = 9;
+const ZSTD: i32 = 1;
 
 fn said(change: impl Fn(&mut ServerCapabilities) + Send + Sync + 'static) -> Behaviour {
     response("GetCapabilities", change)
@@ -57,8 +61,19 @@ pub fn faults() -> Vec<Fault> {
             of_cache(|cache| cache.digest_functions.push(1))
         }),
         fault("a digest function is listed that does not work", &["CAP-05"], {
-            // MURMUR3, which has neither a text that defines it for blobs nor a client.
-            of_cache(|cache| cache.digest_functions.push(7))
+            let listed = of_cache(|cache| {
+                if !cache.digest_functions.contains(&BLAKE3) {
+                    cache.digest_functions.push(BLAKE3);
+                }
+            });
+            let broken = exchange::<BatchUpdateBlobsRequest, BatchUpdateBlobsResponse>(
+                "BatchUpdateBlobs",
+                |asked, answer| match asked.digest_function {
+                    BLAKE3 => Err(Status::invalid_argument("BLAKE3 is not supported")),
+                    _ => answer,
+                },
+            );
+            both("GetCapabilities", listed, broken)
         }),
         fault("the old field for the digest function is empty", &["CAP-06"], {
             of_execution(|execution| execution.digest_function = 0)
@@ -81,7 +96,15 @@ pub fn faults() -> Vec<Fault> {
             of_cache(|cache| cache.max_batch_total_size_bytes = 4 * 1024 * 1024)
         }),
         fault("a compressor is claimed that does not work", &["CAP-12"], {
-            of_cache(|cache| cache.supported_compressors.push(3))
+            let listed = of_cache(|cache| cache.supported_compressors = vec![ZSTD]);
+            let broken = instead("Read", |call, upstream| async move {
+                let (asked, call) = read_request::<ReadRequest>(call).await?;
+                match asked.resource_name.contains("compressed-blobs/") {
+                    true => Err(Status::invalid_argument("zstd is not supported")),
+                    false => upstream.forward(call).await,
+                }
+            });
+            both("GetCapabilities", listed, broken)
         }),
         fault("no compression is claimed to be a batch compressor", &["CAP-13"], {
             of_cache(|cache| cache.supported_batch_update_compressors.push(0))

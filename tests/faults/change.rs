@@ -11,8 +11,7 @@ use gorego::proto::{
     reapi::{
         Action, ActionResult, BatchReadBlobsRequest, BatchUpdateBlobsRequest, Command, Digest, Directory,
         ExecuteOperationMetadata, ExecuteRequest, ExecuteResponse, OutputDirectory, Tree,
-        batch_update_blobs_request,
-        content_addressable_storage_client::ContentAddressableStorageClient,
+        batch_update_blobs_request, content_addressable_storage_client::ContentAddressableStorageClient,
     },
 };
 use prost::Message;
@@ -147,9 +146,11 @@ pub fn answer<M: Message>(method: &'static str, message: M) -> Behaviour {
 
 /// Two changes, each to the calls of a method of its own.
 pub fn both(method: &'static str, first: Behaviour, otherwise: Behaviour) -> Behaviour {
-    Arc::new(move |call, upstream| {
-        if call.method() == method { first(call, upstream) } else { otherwise(call, upstream) }
-    })
+    Arc::new(
+        move |call, upstream| {
+            if call.method() == method { first(call, upstream) } else { otherwise(call, upstream) }
+        },
+    )
 }
 
 /// A change to the calls of every method.
@@ -262,9 +263,7 @@ where
 }
 
 /// The Tree of every output directory of every Execute is replaced by these bytes, made of it.
-pub fn trees(
-    change: impl Fn(Tree, &mut OutputDirectory) -> Vec<u8> + Send + Sync + 'static,
-) -> Behaviour {
+pub fn trees(change: impl Fn(Tree, &mut OutputDirectory) -> Vec<u8> + Send + Sync + 'static) -> Behaviour {
     let change = Arc::new(change);
     result_with_blobs(move |mut result, upstream, instance| {
         let change = change.clone();
@@ -296,7 +295,8 @@ pub async fn read_blob(upstream: &Upstream, instance: &str, digest: Digest) -> O
         digests: vec![digest],
         ..Default::default()
     };
-    let answer = ContentAddressableStorageClient::new(upstream.0.clone()).batch_read_blobs(request).await.ok()?;
+    let answer =
+        ContentAddressableStorageClient::new(upstream.0.clone()).batch_read_blobs(request).await.ok()?;
     let response = answer.into_inner().responses.into_iter().next()?;
     (response.status.unwrap_or_default().code == 0).then_some(response.data)
 }
@@ -357,10 +357,7 @@ pub fn decode<M: Message + Default>(bytes: Bytes) -> Result<M, Status> {
 }
 
 /// Changes what is packed in the metadata of an operation.
-pub fn change_metadata(
-    operation: &mut Operation,
-    change: impl FnOnce(&mut ExecuteOperationMetadata),
-) {
+pub fn change_metadata(operation: &mut Operation, change: impl FnOnce(&mut ExecuteOperationMetadata)) {
     if let Some(any) = &mut operation.metadata {
         let mut metadata = Message::decode(any.value.as_slice()).unwrap_or_default();
         change(&mut metadata);

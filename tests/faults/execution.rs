@@ -432,7 +432,9 @@ fn missing() -> Vec<Fault> {
                 });
             };
             let changed = messages.map(move |message| match message {
-                Err(status) if status.code() == Code::InvalidArgument => Err(Status::new(to, status.message())),
+                Err(status) if status.code() == Code::InvalidArgument => {
+                    Err(Status::new(to, status.message()))
+                }
                 message => edit(message, &change),
             });
             changed.boxed()
@@ -458,9 +460,7 @@ fn missing() -> Vec<Fault> {
             violations(|list| list.push(Violation { r#type: "QUOTA".into(), ..Default::default() }))
         }),
         fault("one missing blob is named at a time", &["EXE-26"], violations(|list| list.truncate(1))),
-        fault("malformed actions are internal errors", &["EXE-27"], {
-            invalid_becomes(Code::Internal)
-        }),
+        fault("malformed actions are internal errors", &["EXE-27"], { invalid_becomes(Code::Internal) }),
         fault("malformed actions are missing blobs", &["EXE-28", "EXE-29", "EXE-32"], {
             invalid_becomes(Code::FailedPrecondition)
         }),
@@ -515,15 +515,26 @@ fn inputs() -> Vec<Fault> {
         }),
         fault("unknown node properties are refused", &["EXE-37"], {
             job(|job| {
-                if job.root.files.iter().filter_map(|node| node.node_properties.as_ref()).any(|p| !p.properties.is_empty()) {
+                if job
+                    .root
+                    .files
+                    .iter()
+                    .filter_map(|node| node.node_properties.as_ref())
+                    .any(|p| !p.properties.is_empty())
+                {
                     job.command.arguments.clear();
                 }
             })
         }),
-        fault("directories of outputs are not made", &["EXE-38"], job(|job| job.command.output_paths.clear())),
+        fault(
+            "directories of outputs are not made",
+            &["EXE-38"],
+            job(|job| job.command.output_paths.clear()),
+        ),
         fault("outputs are made before the command runs", &["EXE-38"], {
             job(|job| {
-                let outputs = job.command.output_paths.iter().map(|path| format!("'{path}'")).collect::<Vec<_>>();
+                let outputs =
+                    job.command.output_paths.iter().map(|path| format!("'{path}'")).collect::<Vec<_>>();
                 wrap(job, &format!("mkdir -p {}", outputs.join(" ")));
             })
         }),

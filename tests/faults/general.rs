@@ -11,8 +11,8 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use gorego::proto::{
     bytestream::ReadResponse,
     reapi::{
-        BatchUpdateBlobsResponse, Digest, FindMissingBlobsRequest, FindMissingBlobsResponse, GetActionResultRequest,
-        GetCapabilitiesRequest, GetTreeRequest,
+        BatchUpdateBlobsResponse, Digest, FindMissingBlobsRequest, FindMissingBlobsResponse,
+        GetActionResultRequest, GetCapabilitiesRequest, GetTreeRequest,
     },
     rpc,
 };
@@ -30,22 +30,23 @@ fn well_formed(digest: &Digest) -> bool {
 /// A status that carries this detail.
 fn with_detail(status: &Status, type_url: &str, value: Vec<u8>) -> Status {
     let detail = prost_types::Any { type_url: type_url.into(), value };
-    let details = rpc::Status {
-        code: status.code() as i32,
-        message: status.message().into(),
-        details: vec![detail],
-    };
+    let details =
+        rpc::Status { code: status.code() as i32, message: status.message().into(), details: vec![detail] };
     Status::with_details(status.code(), status.message(), details.encode_to_vec().into())
 }
 
 pub fn faults() -> Vec<Fault> {
     let find = "FindMissingBlobs";
     let mut faults = vec![
-        fault("upper-case hashes are folded", &["GEN-01"], request::<FindMissingBlobsRequest>(find, |asked| {
-            for digest in &mut asked.blob_digests {
-                digest.hash.make_ascii_lowercase();
-            }
-        })),
+        fault(
+            "upper-case hashes are folded",
+            &["GEN-01"],
+            request::<FindMissingBlobsRequest>(find, |asked| {
+                for digest in &mut asked.blob_digests {
+                    digest.hash.make_ascii_lowercase();
+                }
+            }),
+        ),
         fault(
             "malformed digests count as present",
             &["GEN-01", "GEN-02", "GEN-03", "CAS-06"],
@@ -184,9 +185,8 @@ pub fn faults() -> Vec<Fault> {
             change::instead(find, |call, upstream| async move {
                 let header = "build.bazel.remote.execution.v2.requestmetadata-bin";
                 let metadata = call.metadata.get_bin(header).and_then(|value| value.to_bytes().ok());
-                let known = metadata.and_then(|bytes| {
-                    gorego::proto::reapi::RequestMetadata::decode(bytes).ok()
-                });
+                let known =
+                    metadata.and_then(|bytes| gorego::proto::reapi::RequestMetadata::decode(bytes).ok());
                 if known.is_none() {
                     return Err(Status::invalid_argument("no RequestMetadata"));
                 }
@@ -231,14 +231,16 @@ pub fn faults() -> Vec<Fault> {
         }),
     ];
     let transport = |name, breaks, transport| Fault { transport, ..fault(name, breaks, change::nothing()) };
-    faults.push(transport("a connection has few streams", &["GEN-27"], Transport {
-        max_streams: Some(8),
-        ..Default::default()
-    }));
-    faults.push(transport("messages are as large as a batch and no larger", &["GEN-24"], Transport {
-        max_message_bytes: Some(4_000_000),
-        ..Default::default()
-    }));
+    faults.push(transport(
+        "a connection has few streams",
+        &["GEN-27"],
+        Transport { max_streams: Some(8), ..Default::default() },
+    ));
+    faults.push(transport(
+        "messages are as large as a batch and no larger",
+        &["GEN-24"],
+        Transport { max_message_bytes: Some(4_000_000), ..Default::default() },
+    ));
     faults.push(fault("answers to a long list are lost", &["CAS-07"], {
         response::<FindMissingBlobsResponse>(find, |answer| answer.missing_blob_digests.truncate(10_000))
     }));

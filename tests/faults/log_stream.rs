@@ -17,18 +17,24 @@ pub fn faults() -> Vec<Fault> {
     vec![
         fault("all streams have one name", &["LOG-01"], {
             response::<LogStream>(create, |created| {
-                created.name = created.name.rsplit_once('/').map_or("", |(parent, _)| parent).to_owned() + "/1";
+                created.name =
+                    created.name.rsplit_once('/').map_or("", |(parent, _)| parent).to_owned() + "/1";
             })
         }),
         fault("the name to write to can be guessed", &["LOG-01"], {
-            response::<LogStream>(create, |created| created.write_resource_name = format!("{}/1", created.name))
+            response::<LogStream>(create, |created| {
+                created.write_resource_name = format!("{}/1", created.name)
+            })
         }),
         fault("any parent is taken", &["LOG-01"], {
             exchange::<CreateLogStreamRequest, LogStream>(create, |asked, answer| match answer {
                 Ok(created) => Ok(created),
                 Err(_) => Ok(LogStream {
                     name: format!("{}/logstreams/1", asked.parent),
-                    write_resource_name: format!("{}/logstreams/1/0123456789abcdef0123456789abcdef", asked.parent),
+                    write_resource_name: format!(
+                        "{}/logstreams/1/0123456789abcdef0123456789abcdef",
+                        asked.parent
+                    ),
                 }),
             })
         }),
@@ -61,8 +67,10 @@ pub fn faults() -> Vec<Fault> {
         fault("a write that ends finishes the stream", &["LOG-05"], {
             instead("Write", |call, upstream| async move {
                 let messages: Vec<_> = call.messages.try_collect().await?;
-                let mut messages =
-                    messages.into_iter().map(change::decode::<WriteRequest>).collect::<Result<Vec<_>, Status>>()?;
+                let mut messages = messages
+                    .into_iter()
+                    .map(change::decode::<WriteRequest>)
+                    .collect::<Result<Vec<_>, Status>>()?;
                 if let Some(last) = messages.last_mut() {
                     last.finish_write = true;
                 }
@@ -76,8 +84,10 @@ pub fn faults() -> Vec<Fault> {
                 let (first, call) = change::read_request::<WriteRequest>(call).await?;
                 let mut reply = upstream.forward(call).await?;
                 if first.resource_name.contains("logstreams") {
-                    let brought = move |answer: &mut WriteResponse| answer.committed_size -= first.write_offset;
-                    reply.messages = reply.messages.map(move |message| change::edit(message, &brought)).boxed();
+                    let brought =
+                        move |answer: &mut WriteResponse| answer.committed_size -= first.write_offset;
+                    reply.messages =
+                        reply.messages.map(move |message| change::edit(message, &brought)).boxed();
                 }
                 Ok(reply)
             })

@@ -155,10 +155,14 @@ fn directories() -> Vec<Fault> {
                 tree.encode_to_vec()
             })
         }),
-        fault("the Tree of an empty directory is empty", &["EXE-56"], trees(|mut tree, _| {
-            tree.root = tree.root.filter(|root| root.encoded_len() > 0);
-            tree.encode_to_vec()
-        })),
+        fault(
+            "the Tree of an empty directory is empty",
+            &["EXE-56"],
+            trees(|mut tree, _| {
+                tree.root = tree.root.filter(|root| root.encoded_len() > 0);
+                tree.encode_to_vec()
+            }),
+        ),
         fault("an empty directory is left out", &["EXE-56"], {
             result(|result| {
                 result
@@ -166,11 +170,15 @@ fn directories() -> Vec<Fault> {
                     .retain(|one| one.tree_digest.as_ref().is_none_or(|digest| digest.size_bytes > 2));
             })
         }),
-        fault("children come before parents", &["EXE-57"], trees(|mut tree, directory| {
-            tree.children.reverse();
-            directory.is_topologically_sorted = true;
-            tree.encode_to_vec()
-        })),
+        fault(
+            "children come before parents",
+            &["EXE-57"],
+            trees(|mut tree, directory| {
+                tree.children.reverse();
+                directory.is_topologically_sorted = true;
+                tree.encode_to_vec()
+            }),
+        ),
         fault("no two Trees are equal", &["EXE-57"], {
             let next = std::sync::atomic::AtomicU32::new(0);
             trees(move |mut tree, _| {
@@ -183,8 +191,7 @@ fn directories() -> Vec<Fault> {
         fault("the root directory is another one", &["EXE-58"], {
             result(|result| {
                 for directory in &mut result.output_directories {
-                    directory.root_directory_digest =
-                        directory.root_directory_digest.take().map(|_| empty());
+                    directory.root_directory_digest = directory.root_directory_digest.take().map(|_| empty());
                 }
             })
         }),
@@ -195,7 +202,9 @@ fn directories() -> Vec<Fault> {
             result(|result| result.output_files.iter_mut().for_each(|file| file.node_properties = None))
         }),
         fault("unknown node properties of outputs are ignored", &["EXE-63"], {
-            job(|job| job.command.output_node_properties.retain(|name| name == "unix_mode" || name == "mtime"))
+            job(|job| {
+                job.command.output_node_properties.retain(|name| name == "unix_mode" || name == "mtime")
+            })
         }),
     ]
 }

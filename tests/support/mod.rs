@@ -18,6 +18,7 @@ use gorego::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     instance::{Instance, Instances},
+    log_streams::{Limits, LogSettings, LogStreams},
     proto::reapi,
     tree::{Directory, InputTree},
 };
@@ -156,6 +157,14 @@ pub struct Bench {
     _directory: tempfile::TempDir,
 }
 
+/// Log streams without bounds that a test could reach.
+pub fn log_streams() -> LogStreams {
+    let kept = Duration::from_secs(600);
+    let limits = Limits { streams: 1_000, bytes: 1 << 30, stream_bytes: 1 << 30, idle: None, kept };
+    let spool_directory = std::env::temp_dir();
+    LogStreams::new(LogSettings { client_streams: true, clients: limits, runs: limits, spool_directory })
+}
+
 /// Runs a test body with one worker.
 pub fn with_worker<T>(body: impl AsyncFnOnce(&Bench) -> T) -> T {
     System::new().block_on(async {
@@ -168,6 +177,7 @@ pub fn with_worker<T>(body: impl AsyncFnOnce(&Bench) -> T) -> T {
             transfer_timeout: Duration::from_secs(60),
             max_output_file_bytes: 1 << 30,
             runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
+            log_streams: log_streams(),
         });
         let handle: Arc<dyn BlobStore> = Arc::new(Handle(store.clone()));
         let worker = SyncArbiter::start(1, move || WorkerActor::new(settings.clone(), handle.clone()));

@@ -3,11 +3,13 @@
 #![allow(clippy::unwrap_used)]
 
 mod cache_interplay;
+mod compression;
 mod digest_functions;
 mod execution;
 mod inputs;
 mod instances;
 mod lifecycle;
+mod live;
 #[path = "../log_schema/mod.rs"]
 mod log_schema;
 mod logs;

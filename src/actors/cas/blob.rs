@@ -52,7 +52,7 @@ struct OpenFile {
     found: Found,
     cas: Cas,
     /// So that the bytes on disk stay counted while they cannot be freed.
-    _lease: Lease,
+    _lease: Arc<Lease>,
 }
 
 impl BlobReader {
@@ -62,13 +62,18 @@ impl BlobReader {
     }
 
     /// Opens what was located. Blocks.
-    pub(super) fn open(cas: Cas, found: Found, lease: Lease) -> Result<Self> {
+    pub(super) fn open(cas: Cas, found: Found, lease: Arc<Lease>) -> Result<Self> {
         let size = found.file.key.digest.size();
         if size <= SMALL_BLOB_BYTES {
             return read_whole(&cas, &found).map(Self::whole);
         }
         let file = open_checked(&cas, &found)?;
-        Ok(Self { size, content: Content::File(Arc::new(OpenFile { file, found, cas, _lease: lease })) })
+        Ok(Self::of_file(cas, found, file, size, lease))
+    }
+
+    /// A reader of the first `size` bytes of a stored file that was checked.
+    pub(super) fn of_file(cas: Cas, found: Found, file: File, size: u64, lease: Arc<Lease>) -> Self {
+        Self { size, content: Content::File(Arc::new(OpenFile { file, found, cas, _lease: lease })) }
     }
 
     /// Size of the blob in bytes.
@@ -101,25 +106,50 @@ impl BlobReader {
         }
         let open = open.clone();
         let runtime = open.cas.shared().runtime.clone();
-        runtime
-            .spawn_blocking(move || {
-                buffer.resize(wanted, 0);
-                match open.file.read_at(&mut buffer, offset) {
-                    Ok(read) if read > 0 => {
-                        buffer.truncate(read);
-                        Ok(buffer.into())
-                    }
-                    outcome => {
-                        let reason =
-                            outcome.map_or_else(|error| error.to_string(), |_| "it is too short".into());
-                        let digest = open.found.file.key.digest;
-                        report(&open.cas, &open.found, reason.clone());
-                        Err(Error::DataLoss(format!("blob {digest} cannot be read any further: {reason}")))
-                    }
-                }
-            })
-            .await
-            .map_err(Error::internal)?
+        let read = runtime.spawn_blocking(move || {
+            buffer.resize(wanted, 0);
+            let read = open.read_at(&mut buffer, offset)?;
+            buffer.truncate(read);
+            Ok(buffer.into())
+        });
+        read.await.map_err(Error::internal)?
+    }
+
+    /// Exactly `length` bytes from `offset`, all of them within the blob. Blocks.
+    ///
+    /// # Errors
+    /// `DataLoss` when the file turns out to be shorter than the blob.
+    pub(super) fn read_exact(&self, offset: u64, length: usize) -> Result<Bytes> {
+        let open = match &self.content {
+            Content::Whole(bytes) => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+                return Ok(bytes.slice(start..start.saturating_add(length).min(bytes.len())));
+            }
+            Content::File(open) => open,
+        };
+        let mut buffer = vec![0; length];
+        let mut filled = 0;
+        while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            filled += open.read_at(rest, offset + filled as u64)?;
+        }
+        Ok(buffer.into())
+    }
+}
+
+impl OpenFile {
+    /// At least one byte. Blocks.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        let reason = loop {
+            match self.file.read_at(buffer, offset) {
+                Ok(0) => break "it is too short".to_owned(),
+                Ok(read) => return Ok(read),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => break error.to_string(),
+            }
+        };
+        let digest = self.found.file.key.digest;
+        report(&self.cas, &self.found, reason.clone());
+        Err(Error::DataLoss(format!("blob {digest} cannot be read any further: {reason}")))
     }
 }
 
@@ -191,6 +221,11 @@ pub(super) fn read_result_file(cas: &Cas, found: &Found) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The error of bytes that are not what they are said to be.
+pub(super) fn hash_mismatch(digest: Digest, actual: Digest) -> Error {
+    Error::Invalid(format!("the bytes sent for blob {digest} are those of {actual}; nothing was stored"))
+}
+
 /// The miss that readers get.
 pub(super) fn not_found(digest: Digest) -> Error {
     Error::NotFound(format!("blob {digest} is not in the CAS"))
@@ -209,7 +244,7 @@ pub(super) fn hash_file(file: &File, mut hasher: Hasher) -> io::Result<Digest> {
     }
 }
 
-fn open(cas: &Cas, found: &Found) -> Result<File> {
+pub(super) fn open(cas: &Cas, found: &Found) -> Result<File> {
     File::open(cas.shared().files.path(&found.file)).map_err(|error| failed(cas, found, &error))
 }
 

@@ -10,6 +10,7 @@ use super::{
     inputs::Source,
     requests::*,
     settings::{DIGESTS_PER_MESSAGE, PARK_WAIT},
+    sink::{Checked, failed},
     writer::write_new,
 };
 use crate::{
@@ -22,6 +23,11 @@ use actix::{Addr, Handler, Message, dev::ToEnvelope};
 use bytes::Bytes;
 use std::{collections::HashSet, fs::File, sync::Arc};
 use tokio::sync::oneshot;
+
+pub use super::{
+    sink::Payload,
+    zstd_reader::{Item, ZstdReader},
+};
 
 /// The answer to [`Cas::begin_upload`].
 #[derive(Debug)]
@@ -135,7 +141,7 @@ impl Cas {
             return Ok(BlobReader::whole(bytes));
         }
         let cas = self.clone();
-        self.blocking(move || BlobReader::open(cas, found, located.lease)).await?
+        self.blocking(move || BlobReader::open(cas, found, Arc::new(located.lease))).await?
     }
 
     /// Reads whole blobs, in the order asked for; duplicates are fine. For small blobs: the caller bounds the sum.
@@ -171,10 +177,15 @@ impl Cas {
     pub async fn write_many(
         &self,
         instance: &Instance,
-        blobs: Vec<(Digest, Bytes)>,
+        blobs: Vec<(Digest, impl Into<Payload>)>,
     ) -> Result<Vec<Result<()>>> {
+        let blobs: Vec<(Digest, Payload)> =
+            blobs.into_iter().map(|(digest, bytes)| (digest, bytes.into())).collect();
         let (id, mut digests) = (instance.blobs(), HashSet::with_capacity(blobs.len()));
-        let fits = |digest: &Digest, bytes: &Bytes| digest.size() == bytes.len() as u64 && !digest.is_empty();
+        let fits = |digest: &Digest, payload: &Payload| match payload {
+            Payload::Plain(bytes) => digest.size() == bytes.len() as u64 && !digest.is_empty(),
+            Payload::Zstd(_) => self.check_blob_size(digest.size(), "").is_ok() && !digest.is_empty(),
+        };
         digests.extend(blobs.iter().filter(|(digest, bytes)| fits(digest, bytes)).map(|(digest, _)| *digest));
         let prepared = self.ask(Prepare { instance: id, digests: digests.into_iter().collect() }).await?;
         let cas = self.clone();
@@ -189,20 +200,16 @@ impl Cas {
     fn write_batch(
         &self,
         instance: crate::instance::InstanceId,
-        blobs: &[(Digest, Bytes)],
+        blobs: &[(Digest, Payload)],
         prepared: Prepared,
     ) -> (Vec<Result<()>>, Option<oneshot::Receiver<()>>) {
         let files = &self.shared.files;
         let mut absent: HashSet<Digest> = prepared.absent.into_iter().collect();
         let mut written = Vec::new();
-        let outcomes = blobs.iter().map(|(digest, bytes)| {
+        let outcomes = blobs.iter().map(|(digest, payload)| {
             self.check_blob_size(digest.size(), &digest.to_string())?;
-            let actual = digest.function().digest(bytes);
-            if actual != *digest {
-                return Err(Error::Invalid(format!(
-                    "the bytes sent for blob {digest} are those of {actual}; nothing was stored"
-                )));
-            }
+            let is_wanted = absent.contains(digest) && prepared.room.is_ok();
+            let checked = Checked::new(*digest, payload, files, is_wanted)?;
             if !absent.contains(digest) {
                 return Ok(());
             }
@@ -211,10 +218,18 @@ impl Cas {
             }
             let key = Key { digest: *digest, instance, kind: Kind::Blob };
             let file = FileId { key, generation: files.next_generation() };
-            let metadata = write_new(&files.path(&file), std::slice::from_ref(bytes))
-                .map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
+            let path = files.path(&file);
+            let metadata = match checked {
+                Checked::Whole(bytes) => {
+                    let metadata = write_new(&path, std::slice::from_ref(&bytes))
+                        .map_err(|error| failed(*digest, &error))?;
+                    self.shared.remember(instance, *digest, &[bytes]);
+                    metadata
+                }
+                Checked::Spilled(Some(sink)) => sink.keep(*digest, &path)?,
+                Checked::Spilled(None) => return Err(Error::internal("an item of a batch lost its file")),
+            };
             absent.remove(digest);
-            self.shared.remember(instance, *digest, std::slice::from_ref(bytes));
             written.push(WrittenFile {
                 file,
                 bytes: files.charge(digest.size()),
@@ -298,7 +313,7 @@ impl Cas {
         digests: Vec<Digest>,
         lease: bool,
     ) -> Result<Located> {
-        self.ask(Locate { instance: instance.blobs(), digests, lease }).await
+        self.ask(Locate { instance: instance.blobs(), digests, lease, zstd: false }).await
     }
 
     pub(super) async fn ask<M>(&self, message: M) -> Result<M::Result>

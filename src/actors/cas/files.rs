@@ -5,14 +5,17 @@
 //! <root>/format                                            which layout this is
 //! <root>/v1/blobs/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/results/<instance>/<function>/<ab>/<hash>-<size>-<generation>
+//! <root>/v1/zstd/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/tmp/<generation>                               uploads in progress; emptied at start
 //! <root>/v1/trash/                                         what start threw away; emptied in the background
 //! ```
 //!
 //! Invariants: a generation is used once, so deleting an old file can never hit a newer one of the same blob. A blob's file
 //! that has its full length under its final name has its right content: it got the name after its hash was checked, or its
-//! bytes were checked before the first was written. A result's name does not tell its length; its file has a checksum. Nothing is fsynced: the death of the process loses nothing, a power
-//! cut may lose or damage what was written last, and the hash check at first read turns that into misses.
+//! bytes were checked before the first was written. A result's name does not tell its length; its file has a checksum. Nor
+//! does that of a zstd form, which carries the name of its blob: it is decoded and hashed before it is first served, unless
+//! this process made it. Nothing is fsynced: the death of the process loses nothing, a power cut may lose or damage what was
+//! written last, and the hash check at first read turns that into misses.
 
 use super::index::{FileId, Key, Kind};
 use crate::{
@@ -216,6 +219,7 @@ fn directory(kind: Kind) -> &'static str {
     match kind {
         Kind::Blob => "blobs",
         Kind::Result => "results",
+        Kind::Zstd => "zstd",
     }
 }
 
@@ -253,7 +257,7 @@ fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
         throw(&tmp)?;
     }
     fs::create_dir(&tmp)?;
-    for kind in [Kind::Blob, Kind::Result] {
+    for kind in Kind::ALL {
         let parent = base.join(directory(kind));
         fs::create_dir_all(&parent)?;
         for entry in fs::read_dir(&parent)? {

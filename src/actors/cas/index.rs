@@ -1,6 +1,6 @@
 //! [`Index`]: what is stored, how much room it takes, what goes first. Pure; [`super::CasActor`] owns the only one.
 //!
-//! Blobs and action results are entries of one index, so one order of recency and one limit hold for both.
+//! Blobs, their zstd forms and action results are entries of one index, so one order of recency and one limit hold for all.
 //!
 //! Invariants, held by the model test in `index/model.rs`:
 //! - `used + reserved` never exceeds the limit. Bytes of files that are being deleted come on top until
@@ -173,13 +173,13 @@ impl Index {
     }
 
     /// Makes a file visible that was written under a promise of at least `bytes`. A result replaces an earlier one
-    /// (AC-08); of a blob that is stored already, the new file is the one to go (BS-28). Either way what comes back is to
+    /// (AC-08); of a blob or a form that is stored already, the new file is the one to go (BS-28). Either way what comes back is to
     /// be deleted.
     pub fn commit(&mut self, file: FileId, bytes: u64, stamp: Stamp, now: u32) -> Option<Victim> {
         self.unreserve(bytes);
         let existing = self.slot_of(&file.key);
         match (existing, file.key.kind) {
-            (Some(slot), Kind::Blob) => {
+            (Some(slot), Kind::Blob | Kind::Zstd) => {
                 self.renew_slot(slot, now);
                 self.count_evicted(bytes);
                 Some(Victim { file, bytes })
@@ -353,6 +353,7 @@ impl Index {
         match kind {
             Kind::Blob => &mut self.totals.blobs,
             Kind::Result => &mut self.totals.results,
+            Kind::Zstd => &mut self.totals.zstd_forms,
         }
     }
 

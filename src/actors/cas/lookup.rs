@@ -124,20 +124,25 @@ impl Handler<Locate> for CasActor {
     fn handle(&mut self, message: Locate, ctx: &mut Self::Context) -> Self::Result {
         let now = unix_seconds();
         let mut leased = Vec::new();
-        let found = message.digests.iter().map(|&digest| {
-            let key = Key { digest, instance: message.instance, kind: Kind::Blob };
-            if !message.lease {
-                return self.renew_at(&key, now);
-            }
-            let found = self.index.lease(&key, now)?;
-            leased.push(found.at);
-            if found.touch_due {
-                self.touch_later(found.file);
-            }
-            Some(found)
-        });
-        let found = found.collect();
-        MessageResult(Located { found, lease: Lease::new(ctx.address(), leased) })
+        let mut locate = |kind| -> Vec<Option<Found>> {
+            let found = message.digests.iter().map(|&digest| {
+                let key = Key { digest, instance: message.instance, kind };
+                if !message.lease {
+                    return self.renew_at(&key, now);
+                }
+                let found = self.index.lease(&key, now)?;
+                leased.push(found.at);
+                if found.touch_due {
+                    self.touch_later(found.file);
+                }
+                Some(found)
+            });
+            found.collect()
+        };
+        // The forms first: so a form is always older than its blob, and is evicted before it.
+        let zstd = if message.zstd { locate(Kind::Zstd) } else { Vec::new() };
+        let found = locate(Kind::Blob);
+        MessageResult(Located { found, zstd, lease: Lease::new(ctx.address(), leased) })
     }
 }
 

@@ -34,11 +34,15 @@ pub struct Locate {
     pub instance: InstanceId,
     pub digests: Vec<Digest>,
     pub lease: bool,
+    /// Their zstd forms too.
+    pub zstd: bool,
 }
 
 /// The answer to [`Locate`], in the order asked; the empty blob is never found, having no file.
 pub struct Located {
     pub found: Vec<Option<Found>>,
+    /// The zstd forms of them, if those were asked for.
+    pub zstd: Vec<Option<Found>>,
     /// Holds what was found, if that was asked for.
     pub lease: Lease,
 }

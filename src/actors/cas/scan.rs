@@ -99,7 +99,7 @@ fn all_shards(files: &Files) -> Vec<Shard> {
     let mut shards = Vec::new();
     for instance in files.instances() {
         for &function in DigestFunction::ALL {
-            for kind in [Kind::Blob, Kind::Result] {
+            for kind in Kind::ALL {
                 // Of most functions nothing was ever stored.
                 let first = files.shard(kind, instance, function, 0);
                 if first.parent().is_none_or(|shards| !shards.exists()) {

@@ -14,6 +14,8 @@ pub struct StoreSettings {
     pub max_blob_bytes: u64,
     /// How long the bytes of a broken upload are kept for its client to go on (BS-20).
     pub partial_upload_retention: Duration,
+    /// How hard blobs are compressed for those who read them compressed; one of [`crate::compression::LEVELS`].
+    pub zstd_level: i32,
     /// Which timeouts an Action may ask for.
     pub timeouts: TimeoutPolicy,
 }
@@ -59,6 +61,28 @@ pub const MAX_PARTIAL_UPLOADS: usize = 256;
 
 /// How far hashing and writing may be behind the network, for each upload: half of it being written, half waiting.
 pub const UPLOAD_BUFFER_BYTES: usize = 4 * 1024 * 1024;
+
+/// Compressed uploads that may be decoded at the same time, of those that need more than one job. Each takes as much as the
+/// window that its client chose, 8 MiB at most and usually 2.
+pub const DECODERS_MAX: usize = 256;
+
+/// How long a compressed upload waits for its turn to be decoded.
+pub const DECODER_WAIT: Duration = Duration::from_secs(30);
+
+/// Small blobs compressed, kept in memory: those of a few thousand batch reads.
+pub const PACKED_MEMO_BYTES: usize = 32 * 1024 * 1024;
+
+/// Memory for which larger blobs were read compressed, at [`ZSTD_HISTORY_WEIGHT`] each.
+pub const ZSTD_HISTORY_BYTES: usize = 8 * 1024 * 1024;
+
+/// What remembering one blob takes.
+pub const ZSTD_HISTORY_WEIGHT: usize = 128;
+
+/// A blob larger than this part of the store gets no zstd form: it would push out too much.
+pub const ZSTD_FORM_PART: u64 = 16;
+
+/// Bytes of a blob after which it is given up to make a form of it, if nothing was saved by then.
+pub const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
 
 /// Uses that wait to be written down as access times before a batch is started early.
 pub const TOUCH_BATCH: usize = 1_024;

@@ -1,5 +1,6 @@
 //! Behaviours of the whole room: a real actor on a real directory.
 
+mod compressed;
 mod inputs;
 mod results;
 mod store;
@@ -47,6 +48,7 @@ impl Store {
             max_bytes,
             max_blob_bytes: 100 * MB,
             partial_upload_retention: Duration::from_secs(600),
+            zstd_level: 1,
             timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
         };
         let instances = Instances::new(["", "other/one"]).unwrap();

@@ -6,10 +6,14 @@
 //! when room is needed.
 
 use super::{
-    CasActor, files::TemporaryFile, guards::Reservation, index::Key, requests::EndUpload,
+    CasActor,
+    guards::Reservation,
+    index::Key,
+    requests::EndUpload,
     settings::MAX_PARTIAL_UPLOADS,
+    sink::{Inflow, Sink},
 };
-use crate::digest::{Digest, Hasher};
+use crate::digest::Digest;
 use actix::Addr;
 use std::{
     collections::{BTreeMap, HashMap},
@@ -27,21 +31,12 @@ const PARTIAL_PART: u64 = 4;
 /// What others can see of a running attempt.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// Bytes taken so far; only grows.
+    /// Bytes of the blob taken so far; only grows.
     pub accepted: AtomicU64,
     /// The blob is stored, whoever did it (BS-24).
     pub superseded: AtomicBool,
     /// Turns true when the attempt is over.
     pub ended: watch::Sender<bool>,
-}
-
-/// The file of an upload, and the hash of what is in it.
-#[derive(Debug)]
-pub struct Sink {
-    /// The bytes.
-    pub file: TemporaryFile,
-    /// Has seen exactly the bytes in the file.
-    pub hasher: Hasher,
 }
 
 /// What a broken attempt left. Its file goes before its room is given back.
@@ -57,6 +52,8 @@ pub struct Partial {
 pub struct Attempt {
     /// `None` until the first bytes are written. Declared before `room`, so that the file goes first.
     pub sink: Option<Sink>,
+    /// How this stream's bytes become the blob's.
+    pub inflow: Inflow,
     /// Room for the whole blob; `None` once it is spent.
     pub room: Option<Reservation>,
     /// Whether the bytes so far may be resumed.
@@ -74,7 +71,8 @@ impl Attempt {
     /// An attempt that [`Uploads::begin`] has entered.
     pub fn new(store: Addr<CasActor>, name: Digest, blob: Key, entered: Entered, room: Reservation) -> Self {
         let Entered { number, progress } = entered;
-        Self { sink: None, room: Some(room), keep: true, progress, blob, name, number, store }
+        let (sink, inflow, room) = (None, Inflow::Plain, Some(room));
+        Self { sink, inflow, room, keep: true, progress, blob, name, number, store }
     }
 
     /// The actor's address.

@@ -4,21 +4,26 @@
 //! upload, at most [`UPLOAD_BUFFER_BYTES`] behind. An upload that fits one job costs exactly one: it is hashed in memory
 //! and written under its final name. A longer one grows under a temporary name, and is renamed once its hash is right.
 //!
+//! A compressed upload is decoded by the same jobs. How far it is shows only then, so it may be refused one job late; and since a
+//! decoder takes megabytes, there are only so many for uploads that need more than one job.
+//!
 //! The attempt travels with the job, and what is left of it when the job or the writer ends is told to the actor by its
 //! drop; so a client that vanishes at any moment leaves either a resumable upload or nothing.
 
 use super::{
     Shared,
-    blob::stamp_of,
-    files::{Files, TemporaryFile, create},
+    blob::{hash_mismatch, stamp_of},
+    files::{Files, create},
     index::FileId,
     requests::{Commit, WrittenFile},
-    settings::UPLOAD_BUFFER_BYTES,
-    uploads::{Attempt, Sink},
+    settings::{DECODER_WAIT, UPLOAD_BUFFER_BYTES},
+    sink::{Inflow, Sink, WHOLE_BYTES, failed},
+    uploads::Attempt,
 };
 use crate::{
     digest::Digest,
     error::{Error, Result},
+    resource_name::Encoding,
 };
 use bytes::Bytes;
 use std::{
@@ -27,7 +32,11 @@ use std::{
     path::Path,
     sync::{Arc, atomic::Ordering},
 };
-use tokio::{sync::oneshot, task::JoinHandle};
+use tokio::{
+    sync::{OwnedSemaphorePermit, oneshot},
+    task::JoinHandle,
+    time::timeout,
+};
 
 /// A job is not worth its start for less, while more is to come.
 const JOB_BYTES: usize = 256 * 1024;
@@ -37,7 +46,11 @@ const JOB_BYTES: usize = 256 * 1024;
 #[derive(Debug)]
 pub struct BlobWriter {
     digest: Digest,
+    /// Bytes that were sent; of a compressed upload, as they were sent.
     accepted: u64,
+    encoding: Encoding,
+    /// The right to keep a decoder from job to job.
+    decoder: Option<OwnedSemaphorePermit>,
     pending: Vec<Bytes>,
     pending_bytes: usize,
     work: Work,
@@ -58,6 +71,8 @@ impl BlobWriter {
     pub(super) fn new(attempt: Box<Attempt>, shared: Arc<Shared>) -> Self {
         Self {
             digest: attempt.blob.digest,
+            encoding: Encoding::Identity,
+            decoder: None,
             accepted: attempt.sink.as_ref().map_or(0, |sink| sink.hasher.size()),
             pending: Vec::new(),
             pending_bytes: 0,
@@ -67,20 +82,31 @@ impl BlobWriter {
         }
     }
 
-    /// How many bytes have been accepted, those of resumed attempts included.
+    /// Takes what is written from here on as a zstd stream, which has to begin with a frame of its own (BS-27).
+    pub fn decoding(mut self) -> Self {
+        self.encoding = Encoding::Zstd;
+        if let Work::Idle(attempt) = &mut self.work {
+            attempt.inflow = Inflow::Zstd(None);
+        }
+        self
+    }
+
+    /// How many bytes of the blob have been accepted, those of resumed attempts included.
     pub fn committed(&self) -> u64 {
-        self.accepted
+        self.progress.accepted.load(Ordering::Relaxed)
     }
 
     /// Takes the next bytes; hashing and writing happen on a blocking thread while the caller gets the next message, at
     /// most a few MiB behind.
     ///
     /// # Errors
-    /// `Invalid` as soon as there are more bytes than the digest says (BS-22), `Exhausted` when the disk is full.
+    /// `Invalid` as soon as there are more bytes than the digest says (BS-22) or they are no zstd (BS-26), `Exhausted` when
+    /// the disk is full or too many compressed uploads are going on.
     pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
         let size = self.digest.size();
         let accepted = self.accepted.saturating_add(bytes.len() as u64);
-        if accepted > size {
+        let plain = self.encoding == Encoding::Identity;
+        if plain && accepted > size {
             self.discard();
             return Err(Error::Invalid(format!(
                 "more than the {size} bytes of blob {} were sent",
@@ -91,15 +117,20 @@ impl BlobWriter {
             return Ok(());
         }
         self.accepted = accepted;
-        self.progress.accepted.store(accepted, Ordering::Relaxed);
+        if plain {
+            self.progress.accepted.store(accepted, Ordering::Relaxed);
+        }
         self.pending_bytes += bytes.len();
         self.pending.push(bytes);
         // The last piece is left to `finish`.
-        if accepted == size || self.pending_bytes < JOB_BYTES {
+        if (plain && accepted == size) || self.pending_bytes < JOB_BYTES {
             return Ok(());
         }
         if matches!(self.work, Work::Running(_)) && self.pending_bytes < UPLOAD_BUFFER_BYTES / 2 {
             return Ok(());
+        }
+        if !plain && self.decoder.is_none() {
+            self.decoder = Some(self.decoder_permit().await?);
         }
         let mut attempt = self.idle().await?;
         let (pending, shared) = (self.take_pending(), self.shared.clone());
@@ -121,7 +152,7 @@ impl BlobWriter {
     /// `Invalid` when the bytes are not the blob that was announced (BS-22); nothing is kept then.
     pub async fn finish(mut self) -> Result<Digest> {
         let digest = self.digest;
-        if self.accepted != digest.size() {
+        if self.encoding == Encoding::Identity && self.accepted != digest.size() {
             self.discard();
             return Err(Error::Invalid(format!("blob {digest} was finished after {} bytes", self.accepted)));
         }
@@ -136,6 +167,16 @@ impl BlobWriter {
             .map_err(Error::internal)??;
         visible.await.map_err(|_| super::client::going_down())?;
         Ok(digest)
+    }
+
+    async fn decoder_permit(&self) -> Result<OwnedSemaphorePermit> {
+        match timeout(DECODER_WAIT, self.shared.decoders.clone().acquire_owned()).await {
+            Ok(permit) => permit.map_err(Error::internal),
+            Err(_) => Err(Error::Exhausted {
+                message: "too many compressed uploads are going on at the same time; try again".into(),
+                retry_after: Some(DECODER_WAIT),
+            }),
+        }
     }
 
     /// Waits for a running job and takes the attempt out.
@@ -207,27 +248,22 @@ fn throw_away(mut attempt: Box<Attempt>) {
 
 /// Writes and hashes the next bytes of a long upload. After an error nothing of the attempt is kept.
 fn append(attempt: &mut Attempt, pending: &[Bytes], files: &Files) -> Result<()> {
-    let outcome = (|| -> io::Result<()> {
-        if pending.is_empty() {
-            return Ok(());
-        }
+    if pending.is_empty() {
+        return Ok(());
+    }
+    let outcome = (|| {
+        let blob = attempt.blob.digest;
         let sink = match &mut attempt.sink {
             Some(sink) => sink,
-            none => none.insert(Sink {
-                file: TemporaryFile::create(files.temporary_path(files.next_generation()))?,
-                hasher: attempt.blob.digest.hasher(),
-            }),
+            none => none.insert(Sink::create(files, blob).map_err(|error| failed(blob, &error))?),
         };
-        for bytes in pending {
-            sink.file.file.write_all(bytes)?;
-            sink.hasher.update(bytes);
-        }
+        pending.iter().try_for_each(|bytes| sink.take(bytes, &mut attempt.inflow, blob))?;
+        // A plain upload was ahead of this.
+        attempt.progress.accepted.fetch_max(sink.hasher.size(), Ordering::Relaxed);
         Ok(())
     })();
-    outcome.map_err(|error| {
-        attempt.keep = false;
-        Error::io(&format!("store blob {}", attempt.blob.digest), &error)
-    })
+    attempt.keep &= outcome.is_ok();
+    outcome
 }
 
 /// Takes the last bytes, checks the whole, gives it its final name and hands it to the actor.
@@ -237,30 +273,25 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Shared) -> Result<
     let digest = attempt.blob.digest;
     let file = FileId { key: attempt.blob, generation: files.next_generation() };
     let path = files.path(&file);
-    let mismatch = |actual: Digest| {
-        Error::Invalid(format!("the bytes sent for blob {digest} are those of {actual}; nothing was stored"))
-    };
-    let failed = |error: io::Error| Error::io(&format!("store blob {digest}"), &error);
-    let metadata = if attempt.sink.is_none() {
+    let plain = matches!(attempt.inflow, Inflow::Plain);
+    let metadata = if attempt.sink.is_none() && (plain || digest.size() <= WHOLE_BYTES) {
+        let pieces = attempt.inflow.whole(pending, digest.size())?;
         let mut hasher = digest.hasher();
-        pending.iter().for_each(|bytes| hasher.update(bytes));
+        pieces.iter().for_each(|bytes| hasher.update(bytes));
         let actual = hasher.finish();
         if actual != digest {
-            return Err(mismatch(actual));
+            return Err(hash_mismatch(digest, actual));
         }
-        let metadata = write_new(&path, pending).map_err(failed)?;
-        shared.remember(attempt.blob.instance, digest, pending);
+        let metadata = write_new(&path, &pieces).map_err(|error| failed(digest, &error))?;
+        shared.remember(attempt.blob.instance, digest, &pieces);
         metadata
     } else {
         append(&mut attempt, pending, files)?;
-        let Some(sink) = attempt.sink.take() else { return Err(Error::internal("an upload lost its file")) };
-        let actual = sink.hasher.finish();
-        if actual != digest {
-            return Err(mismatch(actual));
-        }
-        let metadata = sink.file.file.metadata().map_err(failed)?;
-        sink.file.keep_as(&path).map_err(failed)?;
-        metadata
+        attempt.inflow.finish()?;
+        let Some(sink) = attempt.sink.take() else {
+            return Err(Error::Invalid(format!("nothing was sent for blob {digest}")));
+        };
+        sink.keep(digest, &path)?
     };
     let Some(room) = attempt.room.take() else { return Err(Error::internal("an upload lost its room")) };
     let (reply, visible) = oneshot::channel();

@@ -69,7 +69,13 @@ pub struct Ledger {
 
 impl Outcome {
     fn failed(error: Error) -> Self {
-        Self { result: None, cached: false, error: Some(error), message: String::new() }
+        Self {
+            result: None,
+            cached: false,
+            error: Some(error),
+            message: String::new(),
+            server_logs: Vec::new(),
+        }
     }
 }
 
@@ -112,9 +118,13 @@ impl Ledger {
         let info = Arc::new(OperationInfo { id, instance, action: digest, inline, client });
         match resolution {
             Resolution::Cached(result) => {
-                let outcome =
-                    Outcome { result: Some(result), cached: true, error: None, message: String::new() };
-                let outcome = Arc::new(outcome);
+                let outcome = Arc::new(Outcome {
+                    result: Some(result),
+                    cached: true,
+                    error: None,
+                    message: String::new(),
+                    server_logs: Vec::new(),
+                });
                 let event = Event::Completed { outcome: outcome.clone(), place: None, queued_for: None };
                 self.transitions.push(Transition { info: info.clone(), priority, event });
                 Ok(self.register.enter_finished(info, priority, outcome, now))
@@ -143,6 +153,7 @@ impl Ledger {
             stage: if run.is_some() { Stage::Executing } else { Stage::Queued },
             queued_at: now.wall,
             run_stage: run.and_then(|run| run.reached),
+            logs: run.and_then(|run| run.logs),
             outcome: None,
         };
         let attempt = self.tasks.get(&task).map_or(0, |task| task.attempts);
@@ -188,7 +199,13 @@ impl Ledger {
             });
         }
         let id = TaskId(self.register.next_number());
-        let snapshot = Snapshot { stage: Stage::Queued, queued_at: now.wall, run_stage: None, outcome: None };
+        let snapshot = Snapshot {
+            stage: Stage::Queued,
+            queued_at: now.wall,
+            run_stage: None,
+            logs: None,
+            outcome: None,
+        };
         let (number, subscription) = self.register.enter(info.clone(), priority, id, snapshot, now);
         let task = Task {
             action,
@@ -199,6 +216,7 @@ impl Ledger {
             attempts: 0,
             waiters: BTreeSet::from([(priority, number)]),
             step: Step::Unchecked,
+            server_logs: Vec::new(),
         };
         if let Some(key) = task.key() {
             self.joinable.insert(key, id);
@@ -304,8 +322,9 @@ impl Ledger {
 
     /// Ends a task and all its operations. A run of it, if there still is one, is the caller's to stop.
     fn end_task(&mut self, id: TaskId, outcome: Outcome, now: Moment) {
-        let Some(task) = self.remove_task(id) else { return };
-        let outcome = Arc::new(outcome);
+        let Some(mut task) = self.remove_task(id) else { return };
+        let server_logs = std::mem::take(&mut task.server_logs);
+        let outcome = Arc::new(Outcome { server_logs, ..outcome });
         for number in task.numbers() {
             self.complete(number, id, outcome.clone(), now);
         }

@@ -200,8 +200,13 @@ mod tests {
         };
         let result =
             reapi::ActionResult { exit_code: 3, execution_metadata: Some(metadata), ..Default::default() };
-        let outcome =
-            Outcome { result: Some(Arc::new(result)), cached: false, error: None, message: String::new() };
+        let outcome = Outcome {
+            result: Some(Arc::new(result)),
+            cached: false,
+            error: None,
+            message: String::new(),
+            server_logs: Vec::new(),
+        };
         let completed = |outcome: &Outcome, place, queued_for| {
             line(Event::Completed { outcome: Arc::new(outcome.clone()), place, queued_for })
         };

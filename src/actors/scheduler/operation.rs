@@ -5,6 +5,7 @@ use crate::{
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
+    log_streams::run::RunLogs,
     proto::reapi,
 };
 use std::{fmt, str::FromStr, sync::Arc, time::SystemTime};
@@ -61,6 +62,17 @@ pub struct Outcome {
     pub error: Option<Error>,
     /// A word for people; usually empty.
     pub message: String,
+    /// Accounts of the runs, where there is something to tell (EXE-61).
+    pub server_logs: Vec<ServerLog>,
+}
+
+/// A text about one run, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerLog {
+    /// A plain file name.
+    pub name: String,
+    /// The text, stored.
+    pub digest: Digest,
 }
 
 /// What a subscriber sees.
@@ -72,6 +84,8 @@ pub struct Snapshot {
     pub queued_at: SystemTime,
     /// The worker's current step while executing, and when it was entered.
     pub run_stage: Option<(RunStage, SystemTime)>,
+    /// Where the output of its latest run can be followed, from when there may be any; also after the end (EXE-64).
+    pub logs: Option<RunLogs>,
     /// Set exactly when the stage is [`Stage::Completed`].
     pub outcome: Option<Arc<Outcome>>,
 }

@@ -128,6 +128,7 @@ impl Register {
             stage: Stage::Completed,
             queued_at: now.wall,
             run_stage: None,
+            logs: None,
             outcome: Some(outcome),
         };
         let state = State::Finished { at: now.at, cached };

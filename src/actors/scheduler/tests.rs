@@ -114,7 +114,7 @@ async fn reaches(subscription: &mut Subscription, stage: Stage) {
 }
 
 fn success() -> RunReport {
-    Ok(Box::new(RunResult { result: Default::default(), message: String::new() }))
+    Ok(Box::new(RunResult { result: Default::default(), account: Default::default() }))
 }
 
 /// EXE-01, EXE-04: from Submit to the end, with the worker's news on the way.
@@ -125,7 +125,12 @@ async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
     let Handed { run, answer } = handed.recv().await.unwrap();
     let mut follower = subscription.clone();
     reaches(&mut follower, Stage::Executing).await;
-    run.progress.do_send(StageReached { task: run.task, stage: RunStage::Running, at: SystemTime::now() });
+    run.progress.do_send(StageReached {
+        task: run.task,
+        stage: RunStage::Running,
+        at: SystemTime::now(),
+        logs: None,
+    });
     let running =
         |run_stage: Option<(RunStage, SystemTime)>| run_stage.is_some_and(|s| s.0 == RunStage::Running);
     follower.snapshots.wait_for(|snapshot| running(snapshot.run_stage)).await.unwrap();

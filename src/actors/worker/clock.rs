@@ -76,6 +76,16 @@ impl Timeline {
         self.points[..=point as usize].iter().flatten().copied().max().unwrap_or_default()
     }
 
+    /// When a point was reached, as wall time; `None` when it was not.
+    pub fn reached(&self, point: Point) -> Option<SystemTime> {
+        self.points[point as usize].map(|_| self.wall(point))
+    }
+
+    /// When the action was taken in.
+    pub fn queued(&self) -> SystemTime {
+        self.queued
+    }
+
     /// A point as wall time.
     pub fn wall(&self, point: Point) -> SystemTime {
         let since_start = self.at(point).since(self.at(Point::WorkerStart));

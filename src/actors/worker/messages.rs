@@ -1,7 +1,7 @@
 //! What the scheduler and a worker say to each other.
 
 use super::cancel::CancelToken;
-use crate::{action::Action, error::Error, proto::reapi};
+use crate::{action::Action, digest::Digest, error::Error, log_streams::run::RunLogs, proto::reapi};
 use actix::Recipient;
 use std::{sync::Arc, time::SystemTime};
 
@@ -54,6 +54,8 @@ pub struct StageReached {
     pub stage: RunStage,
     /// When.
     pub at: SystemTime,
+    /// Where the command's output can be followed, from [`RunStage::Running`] on (EXE-64).
+    pub logs: Option<RunLogs>,
 }
 
 /// How a run ended, short of the worker's death.
@@ -65,8 +67,17 @@ pub struct RunResult {
     /// Outputs, exit code, logs, metadata with all timestamps; every blob is stored and, unless the action says otherwise
     /// or the exit code is not 0, the action cache has it (EXE-18, EXE-20, EXE-54).
     pub result: reapi::ActionResult,
-    /// A word for people; usually empty.
+    /// Words for people; usually none.
+    pub account: Account,
+}
+
+/// What people are told about a run, where that is worth telling (EXE-61).
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Account {
+    /// One line; often empty.
     pub message: String,
+    /// A stored text about how it went, step by step.
+    pub log: Option<Digest>,
 }
 
 /// The action could not be run, or not to its end.
@@ -78,4 +89,13 @@ pub struct RunFailure {
     pub partial: Option<Box<reapi::ActionResult>>,
     /// Whether the fault lies with the worker, so that another try may succeed.
     pub retryable: bool,
+    /// Words for people besides the error.
+    pub account: Box<Account>,
+}
+
+impl RunFailure {
+    /// A failure that leaves nothing behind and is for good.
+    pub fn new(error: Error) -> Self {
+        Self { error, partial: None, retryable: false, account: Box::default() }
+    }
 }

@@ -9,24 +9,36 @@ use super::{
     command::{self, Launch},
     inputs,
     launcher::{Ending, Launcher, Ran},
-    messages::{RunAction, RunFailure, RunReport, RunResult, RunStage, StageReached},
-    outputs,
+    messages::{Account, RunAction, RunFailure, RunReport, RunResult, RunStage, StageReached},
+    outputs, run_log,
     store::BlobStore,
     workspace::Workspace,
 };
 use crate::{
     actors::cas::client::Provenance,
+    digest::Digest,
     error::{Error, Result},
+    log_streams::{
+        LiveRun,
+        run::{LogKind, RunLogs},
+    },
     proto::reapi,
 };
 use rustix::fs::{self as rfs, OFlags};
-use std::{fs::File, io::Write as _, path::Path, time::SystemTime};
+use std::{
+    fs::File,
+    io::{Read as _, Write as _},
+    path::Path,
+    time::SystemTime,
+};
 
 const ACTION_FINISHED: &str = "action_finished";
 const RESULT_NOT_RECORDED: &str = "result_not_recorded";
 
 /// Exit codes of processes that a signal ended start here (EXE-46).
-const SIGNAL_BASE: i32 = 128;
+pub(super) const SIGNAL_BASE: i32 = 128;
+/// How much of a log is kept when nobody can say whether its command still writes; so that keeping it takes little time.
+const SALVAGED_BYTES: u64 = 4 * 1024 * 1024;
 
 /// One run.
 pub(super) struct ActionRun<'a> {
@@ -58,16 +70,18 @@ impl<'a> ActionRun<'a> {
         let usage = self.ran.as_ref().map(|ran| &ran.usage);
         self.result.execution_metadata = Some(self.timeline.metadata(self.worker(), usage));
         self.log(&outcome);
+        let account = self.account(&outcome);
         match outcome {
             Ok(()) => {
                 self.record();
-                Ok(Box::new(RunResult { result: self.result, message: String::new() }))
+                Ok(Box::new(RunResult { result: self.result, account }))
             }
             Err(error) => Err(RunFailure {
                 retryable: is_workers_fault(&error),
                 // Without a command that ran there is nothing to tell.
                 partial: self.ran.is_some().then(|| Box::new(self.result)),
                 error,
+                account: Box::new(account),
             }),
         }
     }
@@ -77,7 +91,7 @@ impl<'a> ActionRun<'a> {
         let fetching =
             Checkpoint::new(&self.order.cancel, "fetching the inputs", self.settings.transfer_timeout);
         fetching.check()?;
-        self.enter(RunStage::Fetching, Point::FetchStart);
+        self.enter(RunStage::Fetching, Point::FetchStart, None);
         let workspace = self.settings.build_root.create(self.order.slot)?;
         // Held to the end: while an action runs, its inputs are not evicted.
         let staged = self.store.stage_inputs(&action.instance, action.input_root)?;
@@ -85,22 +99,26 @@ impl<'a> ActionRun<'a> {
         self.note(Point::FetchEnd);
 
         fetching.check()?;
-        self.enter(RunStage::Running, Point::RunStart);
+        // Ends the streams when it goes out of scope, before the workspace does (EXE-64).
+        let live = self.settings.log_streams.begin_run(&action.instance, workspace.path());
+        let logs = live.as_ref().map(LiveRun::logs);
+        self.enter(RunStage::Running, Point::RunStart, logs);
         let launch = Launch::new(&action.command, &workspace, self.settings.max_output_file_bytes);
-        let ran = self.launcher.run(&launch, action.timeout, &self.order.cancel)?;
+        let ran = self.launcher.run(&launch, action.timeout, &self.order.cancel);
+        let ran = ran.inspect_err(|_| self.salvage_logs(&workspace, live.as_ref()))?;
         self.timeline.note(Point::RunStart, ran.started);
         self.timeline.note(Point::RunEnd, ran.ended);
         let ending = ran.ending;
         self.ran = Some(ran);
 
-        self.enter(RunStage::Uploading, Point::UploadStart);
-        let stored = self.conclude(ending, &workspace);
+        self.enter(RunStage::Uploading, Point::UploadStart, logs);
+        let stored = self.conclude(ending, &workspace, live.as_ref());
         self.note(Point::UploadEnd);
         stored
     }
 
     /// Turns the end of the command into exit code, logs and outputs.
-    fn conclude(&mut self, ending: Ending, workspace: &Workspace) -> Result<()> {
+    fn conclude(&mut self, ending: Ending, workspace: &Workspace, live: Option<&LiveRun>) -> Result<()> {
         let action = &self.order.action;
         outputs::open_up(workspace.top()?)?;
         let interrupted = match ending {
@@ -124,8 +142,8 @@ impl<'a> ActionRun<'a> {
             ))),
             Ending::Cancelled => Some(cancelled()),
         };
-        self.result.stdout_digest = self.store_log(workspace, "stdout")?;
-        self.result.stderr_digest = self.store_log(workspace, "stderr")?;
+        self.result.stdout_digest = self.store_log(workspace, LogKind::Stdout, live)?.map(|d| d.to_wire());
+        self.result.stderr_digest = self.store_log(workspace, LogKind::Stderr, live)?.map(|d| d.to_wire());
         if let Some(error) = interrupted {
             // EXE-45: the logs so far are all there is; a killed command has no exit code to speak of.
             self.result.exit_code = SIGNAL_BASE + 9;
@@ -136,21 +154,73 @@ impl<'a> ActionRun<'a> {
         outputs::collect(workspace.root()?, action, self.store, &uploading, &mut self.result)
     }
 
-    /// Stores a log; `None` when it is empty (EXE-59) or the command removed it.
-    fn store_log(&self, workspace: &Workspace, name: &str) -> Result<Option<reapi::Digest>> {
-        let top = workspace.top()?;
-        if super::dir::stat_at(top, name.as_ref()).map_or(true, |stat| stat.st_size == 0) {
-            return Ok(None);
+    /// Stores a log, which ends its stream; `None` when it is empty (EXE-59) or the command removed it.
+    fn store_log(
+        &self,
+        workspace: &Workspace,
+        kind: LogKind,
+        live: Option<&LiveRun>,
+    ) -> Result<Option<Digest>> {
+        let (top, name) = (workspace.top()?, kind.name());
+        let is_empty = super::dir::stat_at(top, name.as_ref()).map_or(true, |stat| stat.st_size == 0);
+        let digest = if is_empty {
+            None
+        } else {
+            let file = outputs::open_regular(top, name, name)?;
+            let action = &self.order.action;
+            Some(self.store.store_output(&action.instance, action.digest.function(), top, name, file)?)
+        };
+        if let Some(live) = live {
+            live.stored(kind, digest);
         }
-        let file = outputs::open_regular(top, name, name)?;
-        let digest = self.store.store_output(
-            &self.order.action.instance,
-            self.order.action.digest.function(),
-            top,
-            name,
-            file,
-        )?;
-        Ok(Some(digest.to_wire()))
+        Ok(digest)
+    }
+
+    /// Keeps what there is of the logs when the runner was lost. Processes that still write may be left, so that the files are
+    /// copied and never taken over. Best effort: the run has failed for another reason.
+    fn salvage_logs(&self, workspace: &Workspace, live: Option<&LiveRun>) {
+        for kind in [LogKind::Stdout, LogKind::Stderr] {
+            let salvage = || {
+                let file = outputs::open_regular(workspace.top()?, kind.name(), kind.name())?;
+                let mut bytes = Vec::new();
+                file.take(SALVAGED_BYTES).read_to_end(&mut bytes).map_err(Error::internal)?;
+                if bytes.is_empty() {
+                    return Ok(None);
+                }
+                self.store_bytes(bytes).map(Some)
+            };
+            if let (Some(live), Ok(digest)) = (live, salvage()) {
+                live.stored(kind, digest);
+            }
+        }
+    }
+
+    /// What people are told; a text that cannot be stored is left out, since the run has news of its own.
+    fn account(&self, outcome: &Result<()>) -> Account {
+        let facts = self.facts();
+        let text = run_log::render(&facts, self.ran.as_ref(), outcome.as_ref().err());
+        Account {
+            message: self.ran.as_ref().map_or_else(String::new, |ran| run_log::message(ran, &facts)),
+            log: text.and_then(|text| self.store_bytes(text.into_bytes()).ok()),
+        }
+    }
+
+    fn store_bytes(&self, bytes: Vec<u8>) -> Result<Digest> {
+        let action = &self.order.action;
+        self.store.store_bytes(&action.instance, action.digest.function(), bytes)
+    }
+
+    fn facts(&self) -> run_log::Facts<'_> {
+        let size = |digest: &Option<reapi::Digest>| digest.as_ref().map_or(0, |digest| digest.size_bytes);
+        run_log::Facts {
+            action: &self.order.action,
+            worker: self.worker(),
+            timeline: &self.timeline,
+            transfer_timeout: self.settings.transfer_timeout,
+            max_file_bytes: self.settings.max_output_file_bytes,
+            stdout_bytes: size(&self.result.stdout_digest),
+            stderr_bytes: size(&self.result.stderr_digest),
+        }
     }
 
     /// EXE-18 to EXE-20: successes only. That nobody can reuse a result does not make it wrong.
@@ -177,10 +247,10 @@ impl<'a> ActionRun<'a> {
         format!("{}/{}", self.settings.name, self.order.slot.0)
     }
 
-    fn enter(&mut self, stage: RunStage, point: Point) {
+    fn enter(&mut self, stage: RunStage, point: Point, logs: Option<RunLogs>) {
         self.note(point);
         let at = self.timeline.wall(point);
-        self.order.progress.do_send(StageReached { task: self.order.task, stage, at });
+        self.order.progress.do_send(StageReached { task: self.order.task, stage, at, logs });
     }
 
     fn note(&mut self, point: Point) {

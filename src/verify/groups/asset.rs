@@ -4,9 +4,7 @@ use super::Beyond;
 use crate::{
     checks,
     proto::{
-        asset::{
-            FetchBlobRequest, FetchBlobResponse, FetchDirectoryRequest, PushBlobRequest, Qualifier,
-        },
+        asset::{FetchBlobRequest, FetchBlobResponse, FetchDirectoryRequest, PushBlobRequest, Qualifier},
         rpc::BadRequest,
     },
     verify::{
@@ -125,15 +123,21 @@ async fn unknown_qualifiers_are_not_ignored(s: Session) -> Verdict {
         // A server with Push may have content of that qualifier; here it has none.
         Ok(answer) => {
             let status = answer.status.unwrap_or_default();
-            ensure(status.code != 0, "a qualifier that is not supported is refused", "content without a look at it")
+            ensure(
+                status.code != 0,
+                "a qualifier that is not supported is refused",
+                "content without a look at it",
+            )
         }
         Err(status) => {
             ensure(status.code() == Code::InvalidArgument, "INVALID_ARGUMENT", show(&status))?;
             // The detail is a `should`: if there is one, it names the qualifier.
             let details = crate::proto::rpc::Status::decode(status.details()).unwrap_or_default().details;
-            for detail in details.iter().filter(|detail| detail.type_url.ends_with("/google.rpc.BadRequest")) {
+            for detail in details.iter().filter(|detail| detail.type_url.ends_with("/google.rpc.BadRequest"))
+            {
                 let bad = BadRequest::decode(detail.value.as_slice()).unwrap_or_default();
-                let named = bad.field_violations.iter().any(|violation| violation.description.contains("x.y"));
+                let named =
+                    bad.field_violations.iter().any(|violation| violation.description.contains("x.y"));
                 ensure(named, "a violation that names the qualifier", format!("{bad:?}"))?;
             }
             Ok(())

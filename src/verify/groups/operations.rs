@@ -5,8 +5,8 @@ use crate::{
     checks,
     proto::{
         longrunning::{
-            CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest, Operation,
-            WaitOperationRequest,
+            CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
+            Operation, WaitOperationRequest,
         },
         reapi::execution_stage::Value as Stage,
     },
@@ -118,7 +118,9 @@ async fn a_cancelled_operation_ends_inside_its_response(s: Session) -> Verdict {
 }
 
 /// Two clients that run one action, each on a connection of its own: the first one's name, and the other one's stream.
-async fn two_clients(s: &Session) -> Verdict<(crate::verify::actions::Run, String, crate::verify::actions::Run)> {
+async fn two_clients(
+    s: &Session,
+) -> Verdict<(crate::verify::actions::Run, String, crate::verify::actions::Run)> {
     let leaving = s.reconnect().await?;
     let job = Job::sh(&leaving, "sleep 2; echo done");
     let mut first = job.start().await?;

@@ -20,7 +20,7 @@ enum Op {
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let kind = || prop_oneof![3 => Just(Kind::Blob), 1 => Just(Kind::Result)];
+    let kind = || prop_oneof![3 => Just(Kind::Blob), 1 => Just(Kind::Result), 1 => Just(Kind::Zstd)];
     let name = || 0u8..12;
     prop_oneof![
         6 => (name(), kind(), 1u64..40).prop_map(|(name, kind, bytes)| Op::Store { name, kind, bytes }),
@@ -99,7 +99,7 @@ proptest! {
                     if got.is_none() { continue }
                     let lost = index.commit(file, bytes, Stamp::new(1), NOW);
                     let expected = match (model.position(&file.key), kind) {
-                        (Some(position), Kind::Blob) => {
+                        (Some(position), Kind::Blob | Kind::Zstd) => {
                             model.use_at(position);
                             model.undeleted += bytes;
                             Some(Victim { file, bytes })
@@ -162,10 +162,11 @@ proptest! {
                 }
             }
             let totals = index.totals();
-            let blobs = model.entries.iter().filter(|(file, ..)| file.key.kind == Kind::Blob).count() as u64;
+            let count = |kind| model.entries.iter().filter(|(file, ..)| file.key.kind == kind).count() as u64;
             prop_assert_eq!(totals, Totals {
-                blobs,
-                results: model.entries.len() as u64 - blobs,
+                blobs: count(Kind::Blob),
+                results: count(Kind::Result),
+                zstd_forms: count(Kind::Zstd),
                 used: model.used(),
                 leased: model.leased(),
                 reserved: model.reserved(),

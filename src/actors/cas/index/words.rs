@@ -9,6 +9,13 @@ pub enum Kind {
     Blob,
     /// An action result, under the digest of its action.
     Result,
+    /// The zstd form of a blob, under the digest of the blob. Nobody asks whether it is stored: it saves work, no more.
+    Zstd,
+}
+
+impl Kind {
+    /// Every kind.
+    pub const ALL: [Self; 3] = [Self::Blob, Self::Result, Self::Zstd];
 }
 
 /// The name of an entry.
@@ -103,7 +110,9 @@ pub struct Totals {
     pub blobs: u64,
     /// Action results.
     pub results: u64,
-    /// Bytes on disk of both.
+    /// zstd forms of blobs.
+    pub zstd_forms: u64,
+    /// Bytes on disk of all of them.
     pub used: u64,
     /// The part of `used` that is leased.
     pub leased: u64,

@@ -219,6 +219,7 @@ async fn a_store_that_cannot_be_written_is_refused_at_start() {
         max_bytes: MB,
         max_blob_bytes: MB,
         partial_upload_retention: Duration::ZERO,
+        zstd_level: 1,
         timeouts: TimeoutPolicy { default: Duration::ZERO, max: Duration::ZERO },
     };
     let error = CasActor::open(settings, &Instances::new([""]).unwrap(), Handle::current()).unwrap_err();

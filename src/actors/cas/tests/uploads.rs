@@ -7,6 +7,7 @@ use crate::actors::cas::{
     guards::Reservation,
     index::{Key, Kind},
     requests::EndUpload,
+    sink::Sink,
 };
 use futures::future::join_all;
 
@@ -228,7 +229,7 @@ async fn a_blob_above_the_largest_size_is_refused_before_a_byte_is_sent() {
 async fn broken_uploads_are_bounded_in_age_number_and_bytes() {
     let store = Store::new().await;
     let (now, hour, limit) = (Instant::now(), Duration::from_secs(3_600), 100 * 4_096);
-    let blob = Key { digest: digest(b"x"), instance: store.main.id(), kind: Kind::Blob };
+    let blob = Key { digest: digest(b"x"), instance: store.main.blobs(), kind: Kind::Blob };
     let mut uploads = Uploads::default();
     let park = |uploads: &mut Uploads, n: u64, room| {
         let name = digest(&n.to_le_bytes());

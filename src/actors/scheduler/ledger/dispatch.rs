@@ -111,6 +111,7 @@ impl Ledger {
             started: now.at,
             deadline: now.after(bound),
             reached: None,
+            logs: None,
             stuck: false,
         };
         let assignment = Assignment {
@@ -146,9 +147,14 @@ impl Ledger {
             return;
         }
         run.reached = Some((fact.stage, fact.at));
+        run.logs = fact.logs.or(run.logs);
+        let logs = run.logs;
         let Some(task) = self.tasks.get(&fact.task) else { return };
         for number in task.numbers() {
-            self.register.update(number, |snapshot| snapshot.run_stage = Some((fact.stage, fact.at)));
+            self.register.update(number, |snapshot| {
+                snapshot.run_stage = Some((fact.stage, fact.at));
+                snapshot.logs = logs;
+            });
         }
     }
 
@@ -161,20 +167,30 @@ impl Ledger {
         if closed {
             self.slots.close(pool);
         }
+        let log = match &end {
+            RunEnd::Reported(Ok(report)) => report.account.log,
+            RunEnd::Reported(Err(failure)) => failure.account.log,
+            RunEnd::Lost { .. } => None,
+        };
+        if let Some(task) = self.tasks.get_mut(&id) {
+            task.keep_log(log);
+        }
         match end {
             RunEnd::Reported(Ok(report)) => {
                 let outcome = Outcome {
                     result: Some(Arc::new(report.result)),
                     cached: false,
                     error: None,
-                    message: report.message,
+                    message: report.account.message,
+                    server_logs: Vec::new(),
                 };
                 self.end_task(id, outcome, now);
             }
             RunEnd::Reported(Err(failure)) if failure.retryable => self.retry(id, failure.error, now),
             RunEnd::Reported(Err(failure)) => {
                 let result = failure.partial.map(|partial| Arc::new(*partial));
-                self.end_task(id, Outcome { result, ..Outcome::failed(failure.error) }, now);
+                let message = failure.account.message;
+                self.end_task(id, Outcome { result, message, ..Outcome::failed(failure.error) }, now);
             }
             RunEnd::Lost { .. } => {
                 let pool = self.slots.name(pool);
@@ -217,6 +233,7 @@ impl Ledger {
             let requeue = |snapshot: &mut super::Snapshot| {
                 snapshot.stage = Stage::Queued;
                 snapshot.run_stage = None;
+                snapshot.logs = None;
             };
             let Some(operation) = self.register.update(number, requeue) else { continue };
             let (info, priority) = (operation.info.clone(), operation.priority);

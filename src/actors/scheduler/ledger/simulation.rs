@@ -256,20 +256,21 @@ impl World {
         let stage = self.random.pick(&stages).unwrap();
         let out = self.runs.get_mut(&slot).unwrap();
         out.stage = out.stage.max(Some(stage));
-        self.ledger.stage_reached(StageReached { task: out.task, stage, at: self.now.wall });
+        self.ledger.stage_reached(StageReached { task: out.task, stage, at: self.now.wall, logs: None });
     }
 
     fn end_run(&mut self) {
         let Some(slot) = self.pick_run() else { return };
         let out = self.runs.remove(&slot).unwrap();
-        let failure = |error, retryable| Err(RunFailure { error, partial: None, retryable });
+        let failure = |error, retryable| Err(RunFailure { retryable, ..RunFailure::new(error) });
         let end = match self.random.below(20) {
             0..12 if out.cancel.is_cancelled() => {
                 RunEnd::Reported(failure(Error::Cancelled("stopped".into()), false))
             }
-            0..12 => {
-                RunEnd::Reported(Ok(Box::new(RunResult { result: Default::default(), message: "".into() })))
-            }
+            0..12 => RunEnd::Reported(Ok(Box::new(RunResult {
+                result: Default::default(),
+                account: Default::default(),
+            }))),
             12..14 => RunEnd::Reported(failure(Error::DeadlineExceeded("too slow".into()), false)),
             14..17 => RunEnd::Reported(failure(Error::internal("bad luck"), true)),
             _ => {

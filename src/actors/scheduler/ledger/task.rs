@@ -4,7 +4,7 @@ use crate::{
     action::Action,
     actors::{
         scheduler::{
-            operation::OperationInfo,
+            operation::{OperationInfo, ServerLog},
             queue::{Place, PoolSet},
             transition::RunPlace,
         },
@@ -15,6 +15,7 @@ use crate::{
     },
     digest::Digest,
     instance::InstanceId,
+    log_streams::run::RunLogs,
 };
 use std::{
     collections::BTreeSet,
@@ -38,6 +39,8 @@ pub(super) struct Task {
     /// Who waits: (priority, number). Never empty. The best priority is the task's own.
     pub(super) waiters: BTreeSet<(i32, u64)>,
     pub(super) step: Step,
+    /// Accounts of its runs so far, in order; at most one a try.
+    pub(super) server_logs: Vec<ServerLog>,
 }
 
 /// Where a task is.
@@ -62,6 +65,8 @@ pub(super) struct Run {
     pub(super) started: Instant,
     pub(super) deadline: Instant,
     pub(super) reached: Option<(RunStage, SystemTime)>,
+    /// Where its output can be followed.
+    pub(super) logs: Option<RunLogs>,
     /// Its deadline passed: nobody waits for it any more, but its slot is not free either.
     pub(super) stuck: bool,
 }
@@ -73,6 +78,12 @@ impl Task {
 
     pub(super) fn place(&self, id: TaskId) -> Place {
         Place { priority: self.waiters.first().map_or(0, |&(priority, _)| priority), task: id }
+    }
+
+    /// Keeps the account of the latest try, under a plain file name (EXE-61).
+    pub(super) fn keep_log(&mut self, log: Option<Digest>) {
+        let name = format!("run-{}.log", self.attempts);
+        self.server_logs.extend(log.map(|digest| ServerLog { name, digest }));
     }
 
     pub(super) fn numbers(&self) -> impl Iterator<Item = u64> {

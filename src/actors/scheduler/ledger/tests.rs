@@ -76,7 +76,7 @@ impl Desk {
 }
 
 fn success() -> RunReport {
-    Ok(Box::new(RunResult { result: reapi::ActionResult::default(), message: String::new() }))
+    Ok(Box::new(RunResult { result: reapi::ActionResult::default(), account: Default::default() }))
 }
 
 fn stage(subscription: &Subscription) -> Stage {
@@ -257,13 +257,13 @@ fn snapshots_follow_the_run_and_late_news_of_it_is_ignored() {
         (RunStage::Uploading, RunStage::Uploading),
         (RunStage::Running, RunStage::Uploading),
     ] {
-        desk.ledger.stage_reached(StageReached { task, stage: news, at });
+        desk.ledger.stage_reached(StageReached { task, stage: news, at, logs: None });
         assert_eq!(operation.snapshots.borrow().run_stage, Some((shown, at)));
     }
     let late = desk.submit(work(1));
     assert_eq!(late.snapshots.borrow().run_stage, Some((RunStage::Uploading, at)), "who joins sees the same");
     desk.finish(task, success());
-    desk.ledger.stage_reached(StageReached { task, stage: RunStage::Uploading, at });
+    desk.ledger.stage_reached(StageReached { task, stage: RunStage::Uploading, at, logs: None });
     assert_eq!(stage(&operation), Stage::Completed);
 }
 

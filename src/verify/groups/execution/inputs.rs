@@ -89,7 +89,8 @@ async fn symlinks_have_their_exact_targets(s: Session) -> Verdict {
     }
     let script = "for link in link*; do readlink \"$link\"; done; cat link0";
     let printed = Job::sh(&s, script).over(&root).stdout().await?;
-    let expected: String = targets.iter().copied().chain(["content"]).map(|line| format!("{line}\n")).collect();
+    let expected: String =
+        targets.iter().copied().chain(["content"]).map(|line| format!("{line}\n")).collect();
     equal("targets", &printed, &expected)
 }
 
@@ -171,7 +172,9 @@ async fn commands_run_in_their_working_directory(s: Session) -> Verdict {
         Ok(run) => run.finish().await?,
         Err(status) => {
             let answer: Result<(), _> = Err(status);
-            return answer.refused("a working directory that is not there", &[Code::InvalidArgument]).map(drop);
+            return answer
+                .refused("a working directory that is not there", &[Code::InvalidArgument])
+                .map(drop);
         }
     };
     let codes = [Code::Ok, Code::InvalidArgument];
@@ -179,7 +182,11 @@ async fn commands_run_in_their_working_directory(s: Session) -> Verdict {
     match answer.result {
         Some(result) if answer.status.unwrap_or_default().code == 0 => {
             let printed = s.stdout_of(&result).await?;
-            ensure(printed.ends_with("/not/there\n"), "a command in not/there", format!("it printed {printed:?}"))
+            ensure(
+                printed.ends_with("/not/there\n"),
+                "a command in not/there",
+                format!("it printed {printed:?}"),
+            )
         }
         _ => Ok(()),
     }

@@ -30,7 +30,8 @@ const SHORT_MESSAGE_BYTES: usize = 4096;
 async fn logs_are_stored_byte_for_byte(s: Session) -> Verdict {
     // Nothing at all: no digest, or that of the empty blob; never a zero-valued one.
     let silent = Job::sh(&s, "exit 0").result().await?;
-    for (what, digest) in [("stdout_digest", &silent.stdout_digest), ("stderr_digest", &silent.stderr_digest)] {
+    for (what, digest) in [("stdout_digest", &silent.stdout_digest), ("stderr_digest", &silent.stderr_digest)]
+    {
         if let Some(digest) = digest {
             equal(&format!("{what} of a silent command"), digest, &s.empty().digest)?;
         }
@@ -75,7 +76,8 @@ async fn contents_are_inlined_only_on_request(s: Session) -> Verdict {
     .await?;
     // A server may decline to inline, but not inline something else.
     let inlined = contents(&result);
-    let wanted = [("stdout", "out\n"), ("stderr", "err\n"), ("a file not asked for", ""), ("a file", "two\n")];
+    let wanted =
+        [("stdout", "out\n"), ("stderr", "err\n"), ("a file not asked for", ""), ("a file", "two\n")];
     for ((what, whole), seen) in wanted.iter().zip(&inlined) {
         let fits = seen.is_empty() || seen == whole;
         ensure(fits, format!("{what}: {whole:?} inlined"), format!("{seen:?}"))?;

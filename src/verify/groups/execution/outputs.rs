@@ -44,7 +44,8 @@ fn outputs(result: &ActionResult, files: &[&str], directories: &[&str], symlinks
 }
 
 async fn output_paths_replace_the_old_lists(s: Session) -> Verdict {
-    let script = "echo > file; mkdir directory; echo > directory/inner; ln -s file link; echo > decoy; mkdir other";
+    let script =
+        "echo > file; mkdir directory; echo > directory/inner; ln -s file link; echo > decoy; mkdir other";
     #[allow(deprecated)]
     let job = Job::sh(&s, script).outputs(["directory", "file", "link"]).command(|command| {
         command.output_files = vec!["decoy".into()];
@@ -146,7 +147,8 @@ async fn outputs_and_logs_of_a_failure_are_stored_before_it_is_done(s: Session) 
     let mut digests: Vec<Digest> = Vec::new();
     for (file, executable) in [("file", false), ("tool", true)] {
         let found = result.output_files.iter().find(|one| one.path == file);
-        let found = found.ok_or_else(|| fail(format!("{file} in output_files"), format!("{:?}", listed(&result))))?;
+        let found =
+            found.ok_or_else(|| fail(format!("{file} in output_files"), format!("{:?}", listed(&result))))?;
         equal(&format!("is_executable of {file}"), &found.is_executable, &executable)?;
         digests.extend(found.digest.clone());
     }

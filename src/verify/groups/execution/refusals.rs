@@ -4,8 +4,8 @@ use crate::{
     checks,
     proto::{
         reapi::{
-            Action, Directory, DirectoryNode, FileNode, Platform, SymlinkNode, execution_stage::Value as Stage,
-            platform::Property,
+            Action, Directory, DirectoryNode, FileNode, Platform, SymlinkNode,
+            execution_stage::Value as Stage, platform::Property,
         },
         rpc::PreconditionFailure,
     },
@@ -60,7 +60,8 @@ fn missing_subjects(refusal: &Refusal) -> Verdict<Vec<String>> {
 /// A job with an input file, a subdirectory and a Command that nothing else has, to leave something out of.
 fn job(s: &Session) -> Job {
     let inner = Folder::new().file("inner", s.text(100).data);
-    Job::sh(s, format!("exit 0 # {}", s.word())).over(&Folder::new().file("file", s.text(100).data).folder("directory", inner))
+    Job::sh(s, format!("exit 0 # {}", s.word()))
+        .over(&Folder::new().file("file", s.text(100).data).folder("directory", inner))
 }
 
 /// Executes a job whose every blob but this one is stored.
@@ -148,7 +149,8 @@ async fn all_missing_inputs_are_listed_at_once(s: Session) -> Verdict {
     }
     let job = Job::sh(&s, "exit 0").over(&root);
     let blobs = job.blobs();
-    let stored: Vec<_> = blobs.iter().filter(|blob| files.iter().all(|file| file.digest != blob.digest)).collect();
+    let stored: Vec<_> =
+        blobs.iter().filter(|blob| files.iter().all(|file| file.digest != blob.digest)).collect();
     s.store(&stored).await?;
     let refusal = s.refusal(&job.digest()).await?;
     let mut expected: Vec<_> = files.iter().map(|file| subject(&s, file)).collect();

@@ -278,7 +278,9 @@ pub fn unlike(name: &str) -> String {
     let (parent, id) = name.rsplit_once('/').map_or(("", name), |(_, id)| (name.trim_end_matches(id), id));
     // A fixed pattern would be the same name in every run; a digit that is turned keeps the randomness of the rest.
     let turn = |letter: char| match letter.to_digit(16) {
-        Some(digit) if !letter.is_ascii_uppercase() => char::from_digit((digit + 5) % 16, 16).unwrap_or(letter),
+        Some(digit) if !letter.is_ascii_uppercase() => {
+            char::from_digit((digit + 5) % 16, 16).unwrap_or(letter)
+        }
         _ => letter,
     };
     let mut turned: Vec<char> = id.chars().collect();

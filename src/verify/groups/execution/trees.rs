@@ -77,7 +77,8 @@ async fn a_tree_holds_each_directory_once_and_all_its_files_are_stored(s: Sessio
         for node in &directory.directories {
             let hash = node.digest.as_ref().map(|digest| digest.hash.clone()).unwrap_or_default();
             let child = children.get(&hash);
-            let child = child.ok_or_else(|| fail(format!("a child for {}", node.name), "a dangling reference"))?;
+            let child =
+                child.ok_or_else(|| fail(format!("a child for {}", node.name), "a dangling reference"))?;
             if seen.insert(hash) {
                 open.push(child);
             }

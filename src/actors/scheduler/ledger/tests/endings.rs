@@ -1,6 +1,10 @@
 //! The ways in which work ends: lost workers, cancellation, deadlines, forgetting, shutdown.
 
 use super::*;
+use crate::{
+    actors::{scheduler::operation::ServerLog, worker::messages::Account},
+    log_streams::run::RunLogs,
+};
 
 /// EXE-62.
 #[test]
@@ -13,9 +17,8 @@ fn a_lost_worker_means_another_try_in_the_old_place_and_not_for_ever() {
         let end = match attempt {
             1 => RunEnd::Lost { pool_closed: false },
             _ => RunEnd::Reported(Err(RunFailure {
-                error: Error::internal("no file descriptors"),
-                partial: None,
                 retryable: true,
+                ..RunFailure::new(Error::internal("no file descriptors"))
             })),
         };
         desk.ledger.finish(first.task, end, desk.now);
@@ -35,10 +38,37 @@ fn a_fault_of_the_command_is_no_reason_to_try_again_and_its_logs_are_kept() {
     let task = desk.dispatch_one().task;
     let late = Error::DeadlineExceeded("ran for 1 s".into());
     let logs = reapi::ActionResult { stdout_raw: b"hi".to_vec().into(), ..Default::default() };
-    let failure = RunFailure { error: late.clone(), partial: Some(Box::new(logs.clone())), retryable: false };
+    let failure = RunFailure { partial: Some(Box::new(logs.clone())), ..RunFailure::new(late.clone()) };
     desk.finish(task, Err(failure));
     assert_eq!(error(&operation), late);
     assert_eq!(outcome(&operation).result.as_deref(), Some(&logs));
+}
+
+/// EXE-61, EXE-64: subscribers see the streams of the latest try only; the account of every try is in the outcome, under plain
+/// file names, whatever the end.
+#[test]
+fn each_try_has_streams_and_an_account_of_its_own() {
+    let mut desk = Desk::new(1, SchedulerSettings { max_attempts: 3, ..settings() });
+    let operation = desk.submit(work(1));
+    let streams = || operation.snapshots.borrow().logs;
+    for attempt in 1..=3 {
+        assert_eq!(streams(), None);
+        let (task, at) = (desk.dispatch_one().task, desk.now.wall);
+        desk.ledger.stage_reached(StageReached { task, stage: RunStage::Fetching, at, logs: None });
+        assert_eq!(streams(), None, "nothing can be printed yet");
+        let logs = Some(RunLogs(uuid::Uuid::from_u128(attempt)));
+        desk.ledger.stage_reached(StageReached { task, stage: RunStage::Running, at, logs });
+        assert_eq!((streams(), desk.submit(work(1)).snapshots.borrow().logs), (logs, logs));
+        // The second worker died without a word.
+        let log = (attempt != 2).then(|| digest(&work(100 + u64::try_from(attempt).unwrap())));
+        let account = Account { message: "m".into(), log };
+        let error = Error::internal("the runner is gone");
+        let failure = RunFailure { retryable: true, account: Box::new(account), ..RunFailure::new(error) };
+        desk.finish(task, Err(failure));
+    }
+    assert_eq!(streams(), Some(RunLogs(uuid::Uuid::from_u128(3))), "the last ones stay");
+    let log = |name: &str, n| ServerLog { name: name.into(), digest: digest(&work(n)) };
+    assert_eq!(outcome(&operation).server_logs, [log("run-1.log", 101), log("run-3.log", 103)]);
 }
 
 /// EXE-62.

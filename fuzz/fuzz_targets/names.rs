@@ -1,0 +1,44 @@
+//! Names in text: digests, resource names, operation names, instance names, paths. What is accepted means one thing, and is
+//! found again under the name that we would give it.
+
+#![no_main]
+
+use gorego::{
+    digest::{Digest, DigestFunction},
+    error::Error,
+    grpc::convert,
+    instance::{Instances, check_instance_name},
+    path::{RootPath, check_node_name},
+    resource_name::ResourceName,
+};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    for &function in DigestFunction::ALL {
+        if let Ok(digest) = Digest::parse(function, text, 7) {
+            assert_eq!(digest.hash_hex(), text);
+        }
+    }
+    for name in [ResourceName::parse_read(text), ResourceName::parse_write(text)] {
+        match name {
+            Ok(name) => {
+                assert!(check_instance_name(&name.instance_name).is_ok());
+                let instances = Instances::new([&name.instance_name]).expect("a name that was just checked");
+                let instance = instances.get(&name.instance_name).expect("the only one");
+                let again = instance.qualify(&name.digest.blob_name());
+                let again = ResourceName::parse_read(&again).expect("the name that we give");
+                assert_eq!((again.digest, again.instance_name), (name.digest, name.instance_name));
+            }
+            Err(error) => assert!(matches!(error, Error::Invalid(_)), "{error:?}"),
+        }
+    }
+    let instances = Instances::new(["", "a/b"]).expect("well formed");
+    match convert::operation_name(&instances, text) {
+        Ok((instance, id)) => assert_eq!(instance.qualify(&format!("operations/{id}")), text),
+        Err(error) => assert!(matches!(error, Error::NotFound(_)), "{error:?}"),
+    }
+    if let Ok(path) = RootPath::root().join(text) {
+        assert!(path.segments().all(|segment| check_node_name(segment).is_ok()));
+        assert!(path.as_path().is_relative());
+    }
+});

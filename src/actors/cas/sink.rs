@@ -1,0 +1,191 @@
+//! [`Sink`] and [`Inflow`]: where the bytes of an upload go, and what they go through on the way.
+//!
+//! A sink hashes exactly what it writes, so what is in its file is known at any moment, and a broken upload can go on from
+//! there. An inflow turns what the client sends into bytes of the blob; it belongs to one stream, a sink may outlive it. All
+//! of this blocks.
+
+use super::{
+    blob::hash_mismatch,
+    files::{Files, TemporaryFile},
+};
+use crate::{
+    compression::{Decoder, decode_all},
+    digest::{Digest, Hasher},
+    error::{Error, Result},
+};
+use bytes::Bytes;
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::Path,
+};
+
+/// Blobs up to this size are decoded in memory, where hashing and writing them in one go is cheaper.
+pub const WHOLE_BYTES: u64 = 1024 * 1024;
+
+/// How the bytes of a blob come in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Payload {
+    /// As they are.
+    Plain(Bytes),
+    /// As a zstd stream.
+    Zstd(Bytes),
+}
+
+impl From<Bytes> for Payload {
+    fn from(bytes: Bytes) -> Self {
+        Self::Plain(bytes)
+    }
+}
+
+/// What turns a stream's bytes into its blob's.
+#[derive(Debug)]
+pub enum Inflow {
+    /// Nothing: they are the blob's.
+    Plain,
+    /// A decoder, made when the first bytes come.
+    Zstd(Option<Box<Decoder>>),
+}
+
+impl Inflow {
+    /// Takes the next bytes of the stream and hands over what they are of the blob, of which `left` bytes are missing.
+    ///
+    /// # Errors
+    /// `Invalid` when they are no zstd, or more than is left (BS-26); those of `put`.
+    pub fn take(&mut self, wire: &[u8], left: u64, mut put: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let decoder = match self {
+            Self::Plain => return put(wire),
+            Self::Zstd(Some(decoder)) => decoder,
+            Self::Zstd(none) => none.insert(Box::new(Decoder::new(left)?)),
+        };
+        decoder.decode(wire, put)
+    }
+
+    /// Makes sure that the stream may end here.
+    ///
+    /// # Errors
+    /// `Invalid` in the middle of a frame (BS-26).
+    pub fn finish(&self) -> Result<()> {
+        match self {
+            Self::Zstd(Some(decoder)) => decoder.finish(),
+            Self::Plain | Self::Zstd(None) => Ok(()),
+        }
+    }
+
+    /// All of a small blob from all of its stream.
+    ///
+    /// # Errors
+    /// As [`Inflow::take`] and [`Inflow::finish`].
+    pub fn whole(&mut self, wire: &[Bytes], size: u64) -> Result<Vec<Bytes>> {
+        if matches!(self, Self::Plain) {
+            return Ok(wire.to_vec());
+        }
+        let mut bytes = Vec::with_capacity(usize::try_from(size.min(WHOLE_BYTES)).unwrap_or_default());
+        for wire in wire {
+            self.take(wire, size, |piece| {
+                bytes.extend_from_slice(piece);
+                Ok(())
+            })?;
+        }
+        self.finish()?;
+        Ok(vec![bytes.into()])
+    }
+}
+
+/// The file of an upload, and the hash of what is in it.
+#[derive(Debug)]
+pub struct Sink {
+    /// The bytes.
+    pub file: TemporaryFile,
+    /// Has seen exactly the bytes in the file.
+    pub hasher: Hasher,
+}
+
+impl Sink {
+    /// An empty one for a blob.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn create(files: &Files, blob: Digest) -> io::Result<Self> {
+        let file = TemporaryFile::create(files.temporary_path(files.next_generation()))?;
+        Ok(Self { file, hasher: blob.hasher() })
+    }
+
+    /// Takes the next bytes of a stream.
+    ///
+    /// # Errors
+    /// Those of [`Inflow::take`]; `Exhausted` or `Internal` when they cannot be written.
+    pub fn take(&mut self, wire: &[u8], inflow: &mut Inflow, blob: Digest) -> Result<()> {
+        let Self { file, hasher } = self;
+        let left = blob.size().saturating_sub(hasher.size());
+        inflow.take(wire, left, |piece| {
+            file.file.write_all(piece).map_err(|error| failed(blob, &error))?;
+            hasher.update(piece);
+            Ok(())
+        })
+    }
+
+    /// Gives the file its final name if it holds the blob, and deletes it otherwise.
+    ///
+    /// # Errors
+    /// `Invalid` when it holds something else (BS-22); `Exhausted` or `Internal` when it cannot be renamed.
+    pub fn keep(self, blob: Digest, path: &Path) -> Result<fs::Metadata> {
+        let actual = self.hasher.finish();
+        if actual != blob {
+            return Err(hash_mismatch(blob, actual));
+        }
+        let metadata = self.file.file.metadata().map_err(|error| failed(blob, &error))?;
+        self.file.keep_as(path).map_err(|error| failed(blob, &error))?;
+        Ok(metadata)
+    }
+}
+
+/// One item of a batch whose bytes are right.
+pub enum Checked {
+    /// All of it.
+    Whole(Bytes),
+    /// Decoded into a file because it is large, or nowhere because it is not wanted.
+    Spilled(Option<Box<Sink>>),
+}
+
+impl Checked {
+    /// Decodes and hashes an item; a large one that is wanted into a file.
+    ///
+    /// # Errors
+    /// `Invalid` when its bytes are not the blob's (CAS-11, CAS-14); `Exhausted` or `Internal` when they cannot be written.
+    pub fn new(blob: Digest, payload: &Payload, files: &Files, is_wanted: bool) -> Result<Self> {
+        let check = |actual| if actual == blob { Ok(()) } else { Err(hash_mismatch(blob, actual)) };
+        let stream = match payload {
+            Payload::Plain(bytes) => {
+                check(blob.function().digest(bytes))?;
+                return Ok(Self::Whole(bytes.clone()));
+            }
+            Payload::Zstd(stream) => stream,
+        };
+        if blob.size() <= WHOLE_BYTES {
+            let bytes = Bytes::from(decode_all(stream, blob.size())?);
+            check(blob.function().digest(&bytes))?;
+            return Ok(Self::Whole(bytes));
+        }
+        let mut inflow = Inflow::Zstd(None);
+        if is_wanted {
+            let mut sink = Sink::create(files, blob).map_err(|error| failed(blob, &error))?;
+            sink.take(stream, &mut inflow, blob)?;
+            inflow.finish()?;
+            return Ok(Self::Spilled(Some(Box::new(sink))));
+        }
+        let mut hasher = blob.hasher();
+        inflow.take(stream, blob.size(), |piece| {
+            hasher.update(piece);
+            Ok(())
+        })?;
+        inflow.finish()?;
+        check(hasher.finish())?;
+        Ok(Self::Spilled(None))
+    }
+}
+
+/// What a write to the store that did not work out means to its client.
+pub fn failed(blob: Digest, error: &io::Error) -> Error {
+    Error::io(&format!("store blob {blob}"), error)
+}

@@ -1,0 +1,236 @@
+//! The zstd form of a blob: its frames in a file of their own, so that they are made once.
+//!
+//! A form is made in the background when a blob is read compressed for the second time, one form at a time. It is an entry of
+//! the index like any other: it counts, it is evicted when it was not used for longest, and a damaged one is dropped. It
+//! answers no question about the blob. Its frames hold [`CHUNK_BYTES`] of the blob each and a [`SeekTable`] follows them, so a
+//! read may begin anywhere.
+//!
+//! A form that this process made is trusted while its file is untouched. Any other is decoded and hashed from end to end
+//! before its first byte is served, as blobs are hashed.
+//!
+//! What does not get smaller is remembered too, and is sent as it is from then on. Blobs up to
+//! [`super::settings::SMALL_BLOB_BYTES`] get no form; [`super::zstd_reader`] keeps them in memory.
+
+use super::{
+    blob::{BlobReader, open, report, stamp_of},
+    client::Cas,
+    files::TemporaryFile,
+    guards::{Lease, Reservation},
+    index::{FileId, Found, Key, Kind},
+    requests::{Commit, Reserve, Verified, WrittenFile},
+    settings::{ZSTD_FORM_PART, ZSTD_HISTORY_WEIGHT, ZSTD_PROBE_BYTES},
+};
+use crate::{
+    compression::{CHUNK_BYTES, Decoder, Encoder, SeekTable, TABLE_END_BYTES, saves},
+    digest::Digest,
+    error::{Error, Result},
+    instance::{Instance, InstanceId},
+};
+use std::{
+    fs::File,
+    io::{self, Write as _},
+    os::unix::fs::FileExt as _,
+    sync::{Arc, Mutex, PoisonError},
+};
+use tokio::sync::oneshot;
+
+/// What was learned from earlier reads of a blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum History {
+    /// It was read compressed.
+    Read,
+    /// It does not get smaller.
+    Incompressible,
+}
+
+/// The encoders of a store; no more than ever worked at the same time.
+#[derive(Debug)]
+pub struct Encoders {
+    level: i32,
+    idle: Mutex<Vec<Encoder>>,
+}
+
+impl Encoders {
+    /// None yet.
+    pub fn new(level: i32) -> Self {
+        Self { level, idle: Mutex::default() }
+    }
+
+    /// Lends an encoder. Its lock is held for moments, never while the encoder works.
+    pub fn with<T>(&self, work: impl FnOnce(&mut Encoder) -> Result<T>) -> Result<T> {
+        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = idle().pop();
+        let mut encoder = kept.map_or_else(|| Encoder::new(self.level), Ok)?;
+        let outcome = work(&mut encoder);
+        idle().push(encoder);
+        outcome
+    }
+}
+
+/// A form that is open and right.
+#[derive(Debug)]
+pub struct Form {
+    /// The frames, without the table.
+    pub frames: BlobReader,
+    /// Where they begin.
+    pub table: SeekTable,
+}
+
+impl Form {
+    /// Opens what was located; `None` when it turns out to be of no use, which is reported. Blocks; for as long as decoding
+    /// takes if it must be.
+    pub fn open(cas: &Cas, found: Found, lease: &Arc<Lease>) -> Option<Self> {
+        let opened = open(cas, &found).and_then(|file| {
+            let digest = found.file.key.digest;
+            let metadata = file.metadata().map_err(Error::internal)?;
+            let table = read_table(&file, metadata.len())
+                .ok()
+                .flatten()
+                .filter(|table| table.sizes().0 == digest.size())
+                .ok_or_else(|| Error::internal("its table does not fit it"))?;
+            let stamp = stamp_of(&metadata);
+            if found.stamp != stamp {
+                verify(&file, &table, digest)?;
+                cas.actor().do_send(Verified { at: found.at, stamp });
+            }
+            Ok((file, table))
+        });
+        match opened {
+            Ok((file, table)) => {
+                let size = table.sizes().1;
+                let frames = BlobReader::of_file(cas.clone(), found, file, size, lease.clone());
+                Some(Self { frames, table })
+            }
+            Err(error) => {
+                report(cas, &found, error.to_string());
+                None
+            }
+        }
+    }
+}
+
+/// The table at the end of a file of this length, if it accounts for all that is before it.
+fn read_table(file: &File, length: u64) -> io::Result<Option<SeekTable>> {
+    let mut end = [0; TABLE_END_BYTES];
+    let Some(end_at) = length.checked_sub(end.len() as u64) else { return Ok(None) };
+    file.read_exact_at(&mut end, end_at)?;
+    let Some(bytes) = SeekTable::length(&end).filter(|bytes| *bytes as u64 <= length) else {
+        return Ok(None);
+    };
+    let mut table = vec![0; bytes];
+    let table_at = length - bytes as u64;
+    file.read_exact_at(&mut table, table_at)?;
+    Ok(SeekTable::decode(&table).filter(|table| table.sizes().1 == table_at))
+}
+
+/// Decodes every frame and makes sure that it holds what the table says, and that together they are the blob.
+fn verify(file: &File, table: &SeekTable, digest: Digest) -> Result<()> {
+    let wrong = |problem: &str| Error::Internal(format!("as a zstd stream, {problem}"));
+    let mut hasher = digest.hasher();
+    let mut decoder = Decoder::new(digest.size())?;
+    let (mut buffer, mut at) = (Vec::new(), 0);
+    for (plain, packed) in table.frames() {
+        // Ours are never larger; a table that says so would cost memory.
+        if plain > CHUNK_BYTES as u64 || packed > 2 * CHUNK_BYTES as u64 {
+            return Err(wrong("it has a frame that is too large"));
+        }
+        buffer.resize(packed as usize, 0);
+        file.read_exact_at(&mut buffer, at).map_err(Error::internal)?;
+        at += packed;
+        decoder.decode(&buffer, |piece| {
+            hasher.update(piece);
+            Ok(())
+        })?;
+        decoder.finish()?;
+        if decoder.produced() != hasher.size() || at > table.sizes().1 {
+            return Err(wrong("its frames are not where its table says"));
+        }
+    }
+    let actual = hasher.finish();
+    if actual == digest { Ok(()) } else { Err(wrong(&format!("its content is that of {actual}"))) }
+}
+
+impl Cas {
+    /// What earlier reads of a larger blob without a form have taught; this one is counted, and from the second on a form is
+    /// made, in the background.
+    pub(super) fn note_zstd_read(&self, instance: &Instance, digest: Digest) -> Option<History> {
+        let shared = self.shared();
+        let key = (instance.blobs(), digest);
+        let history = shared.zstd_history.get(&key);
+        match history {
+            None => shared.zstd_history.insert(key, History::Read, ZSTD_HISTORY_WEIGHT),
+            Some(History::Incompressible) => {}
+            Some(History::Read) => self.make_form(instance, digest),
+        }
+        history
+    }
+
+    /// Starts making the form of a blob, unless another one is being made; then a later read tries again.
+    fn make_form(&self, instance: &Instance, digest: Digest) {
+        if digest.size() > self.shared().settings.max_bytes / ZSTD_FORM_PART {
+            return;
+        }
+        let Ok(turn) = self.shared().form_turn.clone().try_acquire_owned() else { return };
+        let (cas, instance) = (self.clone(), instance.clone());
+        self.shared().runtime.spawn(async move {
+            let _turn = turn;
+            if let Err(error) = cas.try_make_form(&instance, digest).await {
+                log::debug!(target: super::LOG, event = "zstd_form_not_made", digest = digest.to_string(),
+                    error = error.to_string(); "could not keep the zstd form of a blob");
+            }
+        });
+    }
+
+    async fn try_make_form(&self, instance: &Instance, digest: Digest) -> Result<()> {
+        let blob = self.open(instance, digest).await?;
+        let room = self.ask(Reserve(self.shared().files.charge(digest.size()))).await??;
+        let (cas, id) = (self.clone(), instance.blobs());
+        let visible = self.blocking(move || cas.write_form(&blob, id, digest, room)).await??;
+        if let Some(visible) = visible {
+            let _ = visible.await;
+        }
+        Ok(())
+    }
+
+    /// Compresses a blob into a file and hands that to the actor; `None` when it does not get smaller.
+    fn write_form(
+        &self,
+        blob: &BlobReader,
+        instance: InstanceId,
+        digest: Digest,
+        room: Reservation,
+    ) -> Result<Option<oneshot::Receiver<()>>> {
+        let shared = self.shared();
+        let failed = |error: io::Error| Error::io(&format!("write the zstd form of blob {digest}"), &error);
+        let files = &shared.files;
+        let mut target =
+            TemporaryFile::create(files.temporary_path(files.next_generation())).map_err(failed)?;
+        let mut table = SeekTable::default();
+        let mut frame = Vec::new();
+        let mut at = 0;
+        while at < digest.size() {
+            let length = (digest.size() - at).min(CHUNK_BYTES as u64);
+            let chunk = blob.read_exact(at, length as usize)?;
+            frame.clear();
+            shared.encoders.with(|encoder| encoder.frames(&chunk, &mut frame))?;
+            target.file.write_all(&frame).map_err(failed)?;
+            table.push(length, frame.len() as u64)?;
+            at += length;
+            let is_probe = at >= ZSTD_PROBE_BYTES || at == digest.size();
+            if is_probe && !saves(at, table.sizes().1) {
+                let key = (instance, digest);
+                shared.zstd_history.insert(key, History::Incompressible, ZSTD_HISTORY_WEIGHT);
+                return Ok(None);
+            }
+        }
+        target.file.write_all(&table.encode()).map_err(failed)?;
+        let metadata = target.file.metadata().map_err(failed)?;
+        let key = Key { digest, instance, kind: Kind::Zstd };
+        let file = FileId { key, generation: files.next_generation() };
+        target.keep_as(&files.path(&file)).map_err(failed)?;
+        let (reply, visible) = oneshot::channel();
+        let written = WrittenFile { file, bytes: files.charge(metadata.len()), stamp: stamp_of(&metadata) };
+        self.actor().do_send(Commit { files: vec![written], room, reply });
+        Ok(Some(visible))
+    }
+}

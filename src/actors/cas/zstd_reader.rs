@@ -1,0 +1,311 @@
+//! [`ZstdReader`]: a stored blob as a zstd stream, from any offset; and small blobs compressed, for batches.
+//!
+//! The stream is made of frames that stand alone and begin at multiples of [`CHUNK_BYTES`], but for the first, which begins
+//! at the offset: so it can be decoded without anything that came before (BS-12). Frames come from the blob's zstd form if
+//! there is one, or are made on the way, by jobs on blocking threads, one ahead of the caller. At most as many encoders
+//! work as there are CPUs; a reader that nobody asks holds two jobs' output, about half a MiB.
+
+use super::{
+    blob::{BlobReader, not_found, read_whole},
+    client::{Cas, going_down},
+    guards::Lease,
+    index::Found,
+    requests::Locate,
+    settings::SMALL_BLOB_BYTES,
+    zstd_form::{Form, History},
+};
+use crate::{
+    compression::{CHUNK_BYTES, saves, stored_frame},
+    digest::Digest,
+    error::{Error, Result},
+    instance::Instance,
+};
+use bytes::{Bytes, BytesMut};
+use std::sync::Arc;
+use tokio::{sync::OwnedSemaphorePermit, task::JoinHandle};
+
+/// What a job compresses before it hands over: until it has about so much of the stream ...
+const JOB_OUTPUT_BYTES: usize = 128 * 1024;
+/// ... or has taken so much of the blob.
+const JOB_INPUT_BYTES: u64 = 4 * 1024 * 1024;
+/// Blobs below this are sent as they are in batches: a frame around them takes what it saves.
+const WORTHWHILE_BYTES: u64 = 128;
+
+/// A blob as a zstd stream; see the top of this file.
+#[derive(Debug)]
+pub struct ZstdReader {
+    /// Made, and not given out yet.
+    ready: BytesMut,
+    /// Frames that are made here; they come first.
+    making: Option<Making>,
+    /// Frames of the form, and where to go on in it.
+    form: Option<(BlobReader, u64)>,
+}
+
+/// Makes some frames; its answer is what remains to be made, and the frames.
+type Job = JoinHandle<Result<(Part, Vec<u8>)>>;
+
+/// Frames that are made while they are read.
+#[derive(Debug)]
+struct Making {
+    cas: Cas,
+    part: Part,
+    job: Option<Job>,
+}
+
+/// A part of a blob that is still to be compressed.
+#[derive(Debug, Clone)]
+struct Part {
+    blob: Arc<BlobReader>,
+    next: u64,
+    end: u64,
+    /// It is known not to get smaller.
+    stored: bool,
+}
+
+/// An item of a batch read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Item {
+    /// The blob as it is.
+    Plain(Bytes),
+    /// A zstd stream of it, which is smaller.
+    Zstd(Bytes),
+}
+
+impl ZstdReader {
+    /// The next bytes of the stream: `piece` of them, fewer only at the end; `None` after that.
+    ///
+    /// # Errors
+    /// `DataLoss` when the blob turns out to be shorter than it should be.
+    pub async fn next(&mut self, piece: usize) -> Result<Option<Bytes>> {
+        while self.ready.len() < piece {
+            if let Some(making) = &mut self.making {
+                match making.next().await? {
+                    Some(frames) => self.ready.extend_from_slice(&frames),
+                    None => self.making = None,
+                }
+            } else if let Some((frames, at)) = &mut self.form {
+                let bytes = frames.read_at(*at, piece - self.ready.len()).await?;
+                if bytes.is_empty() {
+                    self.form = None;
+                    continue;
+                }
+                *at += bytes.len() as u64;
+                if bytes.len() == piece {
+                    return Ok(Some(bytes));
+                }
+                self.ready.extend_from_slice(&bytes);
+            } else {
+                let rest = std::mem::take(&mut self.ready);
+                return Ok((!rest.is_empty()).then(|| rest.freeze()));
+            }
+        }
+        Ok(Some(self.ready.split_to(piece).freeze()))
+    }
+
+    fn whole(stream: &[u8]) -> Self {
+        Self { ready: BytesMut::from(stream), making: None, form: None }
+    }
+}
+
+impl Making {
+    async fn next(&mut self) -> Result<Option<Vec<u8>>> {
+        let job = match self.job.take() {
+            Some(job) => job,
+            None if self.part.next < self.part.end => {
+                let permit = self.cas.shared().encoding.clone().acquire_owned().await;
+                self.start(permit.map_err(Error::internal)?)
+            }
+            None => return Ok(None),
+        };
+        let (part, frames) = job.await.map_err(|error| {
+            if error.is_panic() { Error::internal("compression panicked") } else { going_down() }
+        })??;
+        self.part = part;
+        // Ahead of the caller only where nobody waits for his turn.
+        if self.part.next < self.part.end
+            && let Ok(permit) = self.cas.shared().encoding.clone().try_acquire_owned()
+        {
+            self.job = Some(self.start(permit));
+        }
+        Ok(Some(frames))
+    }
+
+    fn start(&self, permit: OwnedSemaphorePermit) -> Job {
+        let (cas, mut part) = (self.cas.clone(), self.part.clone());
+        self.cas.shared().runtime.spawn_blocking(move || {
+            let _permit = permit;
+            let frames = part.encode(&cas)?;
+            Ok((part, frames))
+        })
+    }
+}
+
+impl Part {
+    /// The next frames. Blocks.
+    fn encode(&mut self, cas: &Cas) -> Result<Vec<u8>> {
+        let mut frames = Vec::new();
+        let stop = self.next.saturating_add(JOB_INPUT_BYTES).min(self.end);
+        while self.next < stop && frames.len() < JOB_OUTPUT_BYTES {
+            let chunk = CHUNK_BYTES as u64;
+            let chunk_end = (self.next / chunk + 1).saturating_mul(chunk).min(self.end);
+            let plain = self.blob.read_exact(self.next, (chunk_end - self.next) as usize)?;
+            if self.stored {
+                stored_frame(&plain, &mut frames);
+            } else {
+                cas.shared().encoders.with(|encoder| encoder.frames(&plain, &mut frames))?;
+            }
+            self.next = chunk_end;
+        }
+        Ok(frames)
+    }
+}
+
+impl Cas {
+    /// Opens a blob as a zstd stream that stands for its bytes from `offset` on (BS-12); for none of them it is one empty
+    /// frame.
+    ///
+    /// # Errors
+    /// `NotFound` when the blob is not stored, also when its file is damaged (it is dropped then).
+    pub async fn open_zstd(&self, instance: &Instance, digest: Digest, offset: u64) -> Result<ZstdReader> {
+        if digest.size() <= SMALL_BLOB_BYTES {
+            return self.open_small_zstd(instance, digest, offset).await;
+        }
+        let message = Locate { instance: instance.blobs(), digests: vec![digest], lease: true, zstd: true };
+        let mut located = self.ask(message).await?;
+        let (found, form) = (located.found.pop().flatten(), located.zstd.pop().flatten());
+        let found = found.ok_or_else(|| not_found(digest))?;
+        let lease = Arc::new(located.lease);
+        let cas = self.clone();
+        let opened = self.blocking(move || open_parts(&cas, found, form, lease, offset)).await??;
+        let history = if opened.form.is_some() { None } else { self.note_zstd_read(instance, digest) };
+        let making = opened.blob.map(|blob| {
+            let stored = history == Some(History::Incompressible);
+            let part = Part { blob: Arc::new(blob), next: offset, end: opened.form_from, stored };
+            Making { cas: self.clone(), part, job: None }
+        });
+        let mut reader = ZstdReader { ready: BytesMut::new(), making, form: opened.form };
+        if offset >= digest.size() {
+            let mut empty = Vec::new();
+            stored_frame(&[], &mut empty);
+            reader = ZstdReader::whole(&empty);
+        }
+        Ok(reader)
+    }
+
+    async fn open_small_zstd(&self, instance: &Instance, digest: Digest, offset: u64) -> Result<ZstdReader> {
+        let bytes = if offset == 0 {
+            let item = self.read_many_zstd(instance, vec![digest]).await?.pop();
+            item.ok_or_else(|| not_found(digest))??
+        } else {
+            let item = self.read_many(instance, vec![digest]).await?.pop();
+            let bytes = item.ok_or_else(|| not_found(digest))??;
+            Item::Plain(bytes.slice(usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len())..))
+        };
+        Ok(match bytes {
+            Item::Zstd(stream) => ZstdReader::whole(&stream),
+            Item::Plain(bytes) => {
+                // An offset into a small blob is rare, and what does not get smaller is sent as it is.
+                let mut stream = Vec::new();
+                stored_frame(&bytes, &mut stream);
+                ZstdReader::whole(&stream)
+            }
+        })
+    }
+
+    /// Reads whole blobs as [`Cas::read_many`] does, compressed where that saves something (CAS-20). What was made of small
+    /// ones is kept in memory for the next time; larger ones come from their zstd form if they have one.
+    ///
+    /// # Errors
+    /// Each blob's own; the call's when the server is going down.
+    pub async fn read_many_zstd(
+        &self,
+        instance: &Instance,
+        digests: Vec<Digest>,
+    ) -> Result<Vec<Result<Item>>> {
+        let message =
+            Locate { instance: instance.blobs(), digests: digests.clone(), lease: true, zstd: true };
+        let located = self.ask(message).await?;
+        let kept: Vec<Option<Option<Bytes>>> =
+            digests.iter().map(|digest| self.shared().packed.get(&(instance.blobs(), *digest))).collect();
+        let permit = self.shared().encoding.clone().acquire_owned().await.map_err(Error::internal)?;
+        let (cas, instance) = (self.clone(), instance.clone());
+        self.blocking(move || {
+            let _permit = permit;
+            let lease = Arc::new(located.lease);
+            let places = digests.into_iter().zip(kept).zip(located.found).zip(located.zstd);
+            places
+                .map(|(((digest, kept), found), form)| match (kept, found) {
+                    _ if digest.is_empty() => Ok(Item::Plain(Bytes::new())),
+                    (_, None) => Err(not_found(digest)),
+                    (Some(Some(stream)), Some(_)) => Ok(Item::Zstd(stream)),
+                    (Some(None), Some(found)) => cas.read_found(&instance, &found).map(Item::Plain),
+                    (None, Some(found)) => cas.pack_item(&instance, found, form, &lease),
+                })
+                .collect()
+        })
+        .await
+    }
+
+    fn read_found(&self, instance: &Instance, found: &Found) -> Result<Bytes> {
+        let recent = self.shared().recent.get(&(instance.blobs(), found.file.key.digest));
+        recent.map_or_else(|| read_whole(self, found), Ok)
+    }
+
+    /// One item of a batch, of which nothing is in memory. Blocks.
+    fn pack_item(
+        &self,
+        instance: &Instance,
+        found: Found,
+        form: Option<Found>,
+        lease: &Arc<Lease>,
+    ) -> Result<Item> {
+        let digest = found.file.key.digest;
+        let is_small = digest.size() <= SMALL_BLOB_BYTES;
+        if !is_small {
+            if let Some(Form { frames, .. }) = form.and_then(|form| Form::open(self, form, lease)) {
+                let length = usize::try_from(frames.size()).map_err(Error::internal)?;
+                return frames.read_exact(0, length).map(Item::Zstd);
+            }
+            if self.note_zstd_read(instance, digest) == Some(History::Incompressible) {
+                return self.read_found(instance, &found).map(Item::Plain);
+            }
+        }
+        let plain = self.read_found(instance, &found)?;
+        let mut stream = Vec::new();
+        if digest.size() >= WORTHWHILE_BYTES {
+            self.shared().encoders.with(|encoder| encoder.frames(&plain, &mut stream))?;
+        }
+        let stream =
+            (!stream.is_empty() && saves(digest.size(), stream.len() as u64)).then(|| Bytes::from(stream));
+        if is_small {
+            let weight = stream.as_ref().map_or(0, Bytes::len) + super::RECENT_OVERHEAD_BYTES;
+            self.shared().packed.insert((instance.blobs(), digest), stream.clone(), weight);
+        }
+        Ok(stream.map_or(Item::Plain(plain), Item::Zstd))
+    }
+}
+
+/// What a larger blob is read from.
+struct Opened {
+    /// Where the form takes over; the blob's size without a form.
+    form_from: u64,
+    form: Option<(BlobReader, u64)>,
+    /// What comes before that.
+    blob: Option<BlobReader>,
+}
+
+/// Opens what a read from `offset` needs. Blocks.
+fn open_parts(
+    cas: &Cas,
+    found: Found,
+    form: Option<Found>,
+    lease: Arc<Lease>,
+    offset: u64,
+) -> Result<Opened> {
+    let size = found.file.key.digest.size();
+    let form = form.and_then(|form| Form::open(cas, form, &lease));
+    let (form_from, packed_from) = form.as_ref().map_or((size, 0), |form| form.table.frame_from(offset));
+    let blob = (offset < form_from).then(|| BlobReader::open(cas.clone(), found, lease)).transpose()?;
+    Ok(Opened { form_from, form: form.map(|form| (form.frames, packed_from)), blob })
+}

@@ -1,0 +1,176 @@
+//! What people are told about a run that did not go well: a line for `ExecuteResponse.message`, and a text for
+//! `ExecuteResponse.server_logs` (EXE-61). Pure. A run that went well has neither, and costs nothing here.
+
+use super::{
+    clock::{Point, Timeline},
+    launcher::{Ending, Ran},
+    run::SIGNAL_BASE,
+};
+use crate::{action::Action, error::Error};
+use std::{
+    fmt::Write as _,
+    time::{Duration, SystemTime},
+};
+
+/// What is known about a run besides its end.
+#[derive(Debug)]
+pub(super) struct Facts<'a> {
+    pub(super) action: &'a Action,
+    pub(super) worker: String,
+    pub(super) timeline: &'a Timeline,
+    pub(super) transfer_timeout: Duration,
+    pub(super) max_file_bytes: u64,
+    pub(super) stdout_bytes: i64,
+    pub(super) stderr_bytes: i64,
+}
+
+/// One line about a command that ran; empty when its exit code says it all.
+pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
+    let limit = facts.max_file_bytes;
+    match ran.ending {
+        Ending::Exited(code) if code == SIGNAL_BASE + libc::SIGXFSZ => format!(
+            "exit code {code} is what a shell says of a program that wrote a file larger than the {limit} bytes allowed \
+             (execution.max_output_file_gb)"
+        ),
+        Ending::Exited(_) => String::new(),
+        Ending::Signalled(signal) => {
+            let hint = match signal {
+                libc::SIGXFSZ => format!(
+                    ": it wrote a file larger than the {limit} bytes allowed (execution.max_output_file_gb)"
+                ),
+                libc::SIGKILL => ", which this server did not send: was memory short?".into(),
+                _ => String::new(),
+            };
+            format!("the command was killed by {}{hint}", signal_name(signal))
+        }
+        Ending::NotStarted(_) => "the command could not be started; its stderr says why".into(),
+        Ending::TimedOut => format!(
+            "the command was killed after {}, its timeout; its output so far is kept: {} bytes of stdout, {} bytes of stderr",
+            seconds(facts.action.timeout),
+            facts.stdout_bytes,
+            facts.stderr_bytes
+        ),
+        Ending::Cancelled => "the command was killed because nobody waits for it any more".into(),
+    }
+}
+
+/// The account of a run; `None` when there is nothing to tell: it went well, the exit code is the command's own, or the client
+/// knows by itself what was wrong.
+pub(super) fn render(facts: &Facts<'_>, ran: Option<&Ran>, error: Option<&Error>) -> Option<String> {
+    let killed = ran.is_some_and(|ran| matches!(ran.ending, Ending::Signalled(_)));
+    let is_known = matches!(error, Some(Error::Cancelled(_) | Error::MissingBlobs(_)));
+    if is_known || (error.is_none() && !killed) {
+        return None;
+    }
+    let mut text = String::new();
+    // Writing to a String does not fail.
+    let _ = write_account(&mut text, facts, ran, error);
+    Some(text)
+}
+
+fn write_account(
+    text: &mut String,
+    facts: &Facts<'_>,
+    ran: Option<&Ran>,
+    error: Option<&Error>,
+) -> std::fmt::Result {
+    let action = facts.action;
+    writeln!(text, "action {}", action.digest)?;
+    writeln!(text, "instance \"{}\"", action.instance.name())?;
+    writeln!(text, "worker {}", facts.worker)?;
+    writeln!(text)?;
+    writeln!(text, "{}  queued", time(facts.timeline.queued()))?;
+    for (point, what) in [
+        (Point::WorkerStart, "the worker took it"),
+        (Point::FetchStart, "began to bring the inputs in"),
+        (Point::FetchEnd, "the inputs are in place"),
+        (Point::RunStart, "started the command"),
+        (Point::RunEnd, "the command ended"),
+        (Point::UploadStart, "began to store the outputs"),
+        (Point::UploadEnd, "done with the outputs"),
+        (Point::WorkerEnd, "the worker is done"),
+    ] {
+        if let Some(at) = facts.timeline.reached(point) {
+            writeln!(text, "{}  {what}", time(at))?;
+        }
+    }
+    writeln!(text)?;
+    writeln!(
+        text,
+        "limits: command {}, bringing inputs in {}, storing outputs {}, largest file {} bytes",
+        seconds(action.timeout),
+        seconds(facts.transfer_timeout),
+        seconds(facts.transfer_timeout),
+        facts.max_file_bytes
+    )?;
+    if let Some(ran) = ran {
+        match ran.ending {
+            Ending::Exited(code) => writeln!(text, "command: exit code {code}")?,
+            Ending::Signalled(signal) => writeln!(text, "command: killed by {}", signal_name(signal))?,
+            Ending::NotStarted(errno) => {
+                writeln!(text, "command: not started: {}", std::io::Error::from_raw_os_error(errno))?;
+            }
+            Ending::TimedOut => {
+                writeln!(text, "command: its time was up; all its processes were killed (SIGKILL)")?;
+            }
+            Ending::Cancelled => {
+                writeln!(text, "command: cancelled; all its processes were killed (SIGKILL)")?
+            }
+        }
+        let usage = &ran.usage;
+        let cpu = |time: &Option<prost_types::Duration>| {
+            time.and_then(|time| Duration::try_from(time).ok()).map_or_else(String::new, seconds)
+        };
+        writeln!(
+            text,
+            "used: {} of CPU time, {} in the kernel, {} KiB of memory at most",
+            cpu(&usage.user_time),
+            cpu(&usage.system_time),
+            usage.max_resident_bytes / 1024
+        )?;
+        writeln!(
+            text,
+            "output: {} bytes of stdout, {} bytes of stderr",
+            facts.stdout_bytes, facts.stderr_bytes
+        )?;
+    }
+    match error {
+        Some(error) => writeln!(text, "{}: {error}", error.code_name()),
+        None => Ok(()),
+    }
+}
+
+fn time(time: SystemTime) -> impl std::fmt::Display {
+    humantime::format_rfc3339_millis(time)
+}
+
+fn seconds(duration: Duration) -> String {
+    let millis = Duration::from_millis(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
+    humantime::format_duration(millis).to_string()
+}
+
+/// `signal 9 (SIGKILL)`.
+fn signal_name(signal: i32) -> String {
+    let name = match signal {
+        libc::SIGHUP => "SIGHUP",
+        libc::SIGINT => "SIGINT",
+        libc::SIGQUIT => "SIGQUIT",
+        libc::SIGILL => "SIGILL",
+        libc::SIGTRAP => "SIGTRAP",
+        libc::SIGABRT => "SIGABRT",
+        libc::SIGBUS => "SIGBUS",
+        libc::SIGFPE => "SIGFPE",
+        libc::SIGKILL => "SIGKILL",
+        libc::SIGUSR1 => "SIGUSR1",
+        libc::SIGSEGV => "SIGSEGV",
+        libc::SIGUSR2 => "SIGUSR2",
+        libc::SIGPIPE => "SIGPIPE",
+        libc::SIGALRM => "SIGALRM",
+        libc::SIGTERM => "SIGTERM",
+        libc::SIGXCPU => "SIGXCPU",
+        libc::SIGXFSZ => "SIGXFSZ",
+        libc::SIGSYS => "SIGSYS",
+        _ => return format!("signal {signal}"),
+    };
+    format!("signal {signal} ({name})")
+}

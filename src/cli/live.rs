@@ -1,0 +1,252 @@
+//! What a command prints, printed while it runs: each byte once and in order, whether it came live or with the result.
+//!
+//! The first try of an action is followed as far as its streams go; the result then says what is still to be printed. Where a
+//! server has no streams, or they break, the result alone is printed. Should the bytes that were shown not be the beginning of
+//! the result, because a worker failed and the action was run again, the whole result is printed after a word about it.
+
+use super::progress::Line;
+use crate::{
+    client::{Client, LogNames, blocking},
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    proto::reapi,
+};
+use bytes::Bytes;
+use std::{
+    io::{self, Write},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::timeout,
+};
+
+/// Pieces that may wait between the network and a slow reader of ours.
+const PIECES_IN_FLIGHT: usize = 4;
+/// How long a stream may go on when its action is over, before the result is taken instead.
+const END_GRACE: Duration = Duration::from_secs(5);
+
+/// The outputs of one command on their way to ours.
+#[derive(Debug, Default)]
+pub struct Live {
+    stdout: Option<Follower>,
+    stderr: Option<Follower>,
+}
+
+#[derive(Debug)]
+struct Follower {
+    printing: JoinHandle<Shown>,
+    stop: watch::Sender<bool>,
+}
+
+/// What was printed of one output.
+#[derive(Debug, Clone, Copy)]
+struct Shown(Digest);
+
+impl Live {
+    /// Prints streams as they grow, from now on. Only the first call counts for each output.
+    pub fn follow(&mut self, client: &Client, names: &LogNames, line: &Line) {
+        start(&mut self.stdout, client, &names.stdout, io::stdout, line);
+        start(&mut self.stderr, client, &names.stderr, io::stderr, line);
+    }
+
+    /// Prints the rest of both outputs once the result is there.
+    ///
+    /// # Errors
+    /// When an output cannot be read or printed.
+    pub async fn finish(self, client: &Client, result: Option<&reapi::ActionResult>) -> Result<()> {
+        let (stdout, stderr) = (end(self.stdout).await, end(self.stderr).await);
+        let Some(result) = result else { return Ok(()) };
+        let rest = |name, raw: &Bytes, digest: &Option<reapi::Digest>| {
+            Ok::<_, Error>(Printed { name, raw: raw.clone(), digest: printed_digest(raw, digest.as_ref())? })
+        };
+        rest("stdout", &result.stdout_raw, &result.stdout_digest)?.print(client, stdout, io::stdout).await?;
+        rest("stderr", &result.stderr_raw, &result.stderr_digest)?.print(client, stderr, io::stderr).await
+    }
+}
+
+fn start<W: Write + 'static>(
+    place: &mut Option<Follower>,
+    client: &Client,
+    name: &str,
+    sink: fn() -> W,
+    line: &Line,
+) {
+    if place.is_some() || name.is_empty() {
+        return;
+    }
+    let (stop, mut stopped) = watch::channel(false);
+    let (client, name, line) = (client.clone(), name.to_owned(), line.clone());
+    let printing = tokio::spawn(async move {
+        let (sender, mut pieces) = mpsc::channel::<Bytes>(PIECES_IN_FLIGHT);
+        let writer = tokio::task::spawn_blocking(move || {
+            let (mut sink, mut hasher) = (Quiet(sink()), DigestFunction::Sha256.hasher(0));
+            while let Some(piece) = pieces.blocking_recv() {
+                line.clear();
+                if write_all(&mut sink, &piece).is_err() {
+                    // The result fails in the same way, and says so.
+                    break;
+                }
+                hasher.update(&piece);
+            }
+            Shown(hasher.finish())
+        });
+        // A stream that fails is no news: the result has its bytes too.
+        tokio::select! {
+            _ = client.follow_log(&name, &sender) => {}
+            _ = stopped.wait_for(|stop| *stop) => {}
+        }
+        drop(sender);
+        writer.await.unwrap_or(Shown(Digest::empty(DigestFunction::Sha256)))
+    });
+    *place = Some(Follower { printing, stop });
+}
+
+/// Waits for the end of a stream whose action is over.
+async fn end(follower: Option<Follower>) -> Shown {
+    let nothing = Shown(Digest::empty(DigestFunction::Sha256));
+    let Some(Follower { mut printing, stop }) = follower else { return nothing };
+    let shown = match timeout(END_GRACE, &mut printing).await {
+        Ok(shown) => shown,
+        Err(_) => {
+            stop.send_replace(true);
+            printing.await
+        }
+    };
+    shown.unwrap_or(nothing)
+}
+
+/// One output as the result has it.
+struct Printed {
+    name: &'static str,
+    raw: Bytes,
+    digest: Digest,
+}
+
+/// The digest of an output that may be inline, a blob, or empty.
+fn printed_digest(raw: &Bytes, digest: Option<&reapi::Digest>) -> Result<Digest> {
+    match digest {
+        _ if !raw.is_empty() => Ok(DigestFunction::Sha256.digest(raw)),
+        Some(digest) if !digest.hash.is_empty() && digest.size_bytes != 0 => {
+            Digest::from_wire(DigestFunction::Sha256, Some(digest), "log digest")
+        }
+        _ => Ok(Digest::empty(DigestFunction::Sha256)),
+    }
+}
+
+impl Printed {
+    /// Prints what was not shown yet.
+    async fn print<W: Write + Send + 'static>(
+        self,
+        client: &Client,
+        Shown(shown): Shown,
+        sink: fn() -> W,
+    ) -> Result<()> {
+        if self.digest == shown {
+            return Ok(());
+        }
+        if self.digest.size() >= shown.size() {
+            match self.write(client, Rest::after(shown, Quiet(sink()))).await {
+                Err(Error::Precondition(_)) => {}
+                done => return done,
+            }
+        }
+        let notice = format!(
+            "gorego: the action was run again, and printed something else; the whole {} of that run:\n",
+            self.name
+        );
+        let _ = io::stderr().write_all(notice.as_bytes());
+        self.write(client, Rest::after(Digest::empty(DigestFunction::Sha256), Quiet(sink()))).await
+    }
+
+    async fn write<W: Write + Send + 'static>(&self, client: &Client, mut sink: Rest<W>) -> Result<()> {
+        if !self.raw.is_empty() {
+            let raw = self.raw.clone();
+            return blocking(move || {
+                let written = write_all(&mut sink, &raw);
+                sink.check().and(written)
+            })
+            .await;
+        }
+        let differs = sink.differs.clone();
+        match client.read_into(self.digest, sink, &Arc::default()).await {
+            Ok(mut sink) => blocking(move || write_all(&mut sink, b"")).await,
+            Err(_) if differs.load(Ordering::Relaxed) => Err(another_run()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn another_run() -> Error {
+    Error::Precondition("what was shown is not the beginning of the result".into())
+}
+
+/// A sink that leaves out what was shown, provided that it is the same, and otherwise refuses all.
+struct Rest<W> {
+    shown: Digest,
+    skipped: Option<crate::digest::Hasher>,
+    /// Set when it was something else.
+    differs: Arc<AtomicBool>,
+    sink: W,
+}
+
+impl<W> Rest<W> {
+    fn after(shown: Digest, sink: W) -> Self {
+        let skipped = (!shown.is_empty()).then(|| DigestFunction::Sha256.hasher(0));
+        Self { shown, skipped, differs: Arc::default(), sink }
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.differs.load(Ordering::Relaxed) { Err(another_run()) } else { Ok(()) }
+    }
+}
+
+impl<W: Write> Write for Rest<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let Some(hasher) = &mut self.skipped else { return self.sink.write(bytes) };
+        let left = usize::try_from(self.shown.size() - hasher.size()).unwrap_or(usize::MAX);
+        let skipped = bytes.get(..left).unwrap_or(bytes);
+        hasher.update(skipped);
+        if hasher.size() == self.shown.size()
+            && let Some(hasher) = self.skipped.take()
+            && hasher.finish() != self.shown
+        {
+            self.differs.store(true, Ordering::Relaxed);
+            return Err(io::Error::other("not what was shown"));
+        }
+        Ok(skipped.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+fn write_all(sink: &mut impl Write, bytes: &[u8]) -> Result<()> {
+    let written = sink.write_all(bytes).and_then(|()| sink.flush());
+    written.map_err(|error| Error::Invalid(format!("could not print the command's output: {error}")))
+}
+
+/// A sink whose reader may leave early (`| head`), which is no failure of the command.
+struct Quiet<W>(W);
+
+impl<W: Write> Write for Quiet<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.0.write(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(bytes.len()),
+            done => done,
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self.0.flush() {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            done => done,
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! The LogStream service, and log streams in ByteStream: what Read, Write and QueryWriteStatus do with names that have a
+//! `logstreams` segment (LOG-01..05, EXE-64).
+//!
+//! Decodes, asks [`crate::log_streams`], encodes. A reader is pulled by its client: while the client does not read, nothing is
+//! read here either.
+
+use super::{
+    Edge, ReadStream,
+    byte_stream::{CLOSE_WAIT, READ_WINDOW_BYTES, WRITE_IDLE_LIMIT, next_message},
+    convert,
+    request_log::Call,
+};
+use crate::{
+    actors::{
+        cas::{blob::BlobReader, client::Cas},
+        scheduler::{messages::Watch, operation::OperationId},
+    },
+    error::{Error, Result},
+    instance::{Instance, Instances},
+    log_streams::{
+        Committed,
+        follow::{Follower, Piece},
+        name::LogName,
+    },
+    proto::{
+        bytestream::{QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest, WriteResponse},
+        logstream::{CreateLogStreamRequest, LogStream, log_stream_service_server as server},
+    },
+};
+use bytes::Bytes;
+use futures::stream::{self, StreamExt as _};
+use std::sync::Arc;
+use tonic::{Request, Response, Status, Streaming};
+
+/// The service.
+#[derive(Debug)]
+pub struct LogStreamService(pub Arc<Edge>);
+
+#[tonic::async_trait]
+impl server::LogStreamService for LogStreamService {
+    async fn create_log_stream(
+        &self,
+        request: Request<CreateLogStreamRequest>,
+    ) -> Result<Response<LogStream>, Status> {
+        let call = Call::of(&request);
+        let parent = request.into_inner().parent;
+        if parent.is_empty() {
+            return Err(Error::invalid(
+                "parent is empty; it is an instance name or [instance/]operations/{id}",
+            )
+            .into());
+        }
+        let (instance, operation) = self.parent(&parent)?;
+        call.instance(&instance);
+        if let Some(id) = operation {
+            call.operation(&instance, id);
+            self.check_operation(instance, id).await?;
+        }
+        let name = self.0.log_streams.create(parent)?;
+        let write_resource_name = name.to_string();
+        Ok(Response::new(LogStream { name: name.for_reading().to_string(), write_resource_name }))
+    }
+}
+
+impl LogStreamService {
+    fn parent(&self, parent: &str) -> Result<(Instance, Option<OperationId>)> {
+        parent_of(&self.0.instances, parent)
+    }
+
+    /// LOG-01: an operation is a parent while this server knows it.
+    async fn check_operation(&self, instance: Instance, id: OperationId) -> Result<()> {
+        match self.0.scheduler()?.watch(Watch { instance, id }).await {
+            Err(Error::NotFound(unknown)) => Err(Error::Invalid(format!("parent: {unknown}"))),
+            known => known.map(drop),
+        }
+    }
+}
+
+/// What the parent of a stream is: an instance, or an operation in one. Of the default instance, whose name is empty, only
+/// operations can be named as parents.
+fn parent_of(instances: &Instances, parent: &str) -> Result<(Instance, Option<OperationId>)> {
+    let is_operation = parent.split('/').rev().nth(1) == Some("operations");
+    if !is_operation {
+        return Ok((instances.get(parent)?, None));
+    }
+    let operation = convert::operation_name(instances, parent);
+    let (instance, id) = operation.map_err(|error| Error::Invalid(format!("parent: {error}")))?;
+    Ok((instance, Some(id)))
+}
+
+/// ByteStream.Read of a log stream: what there is from the offset, then what comes, to the end (LOG-03).
+pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadRequest) -> Result<ReadStream> {
+    let (instance, _) = parent_of(&edge.instances, &name.parent)?;
+    call.instance(&instance);
+    let offset = u64::try_from(request.read_offset)
+        .map_err(|_| Error::OutOfRange(format!("read_offset {} is negative", request.read_offset)))?;
+    let limit = u64::try_from(request.read_limit).map_err(|_| Error::invalid("read_limit is negative"))?;
+    let reading = Reading {
+        follower: edge.log_streams.follow(name)?,
+        blob: None,
+        cas: edge.cas.clone(),
+        instance,
+        offset,
+        left: if limit == 0 { u64::MAX } else { limit },
+    };
+    let messages = stream::try_unfold(reading, |mut reading| async move {
+        let data = reading.next().await?;
+        Ok(data.map(|data| (ReadResponse { data }, reading)))
+    });
+    Ok(messages.boxed())
+}
+
+/// Where a Read is.
+struct Reading {
+    follower: Follower,
+    /// The rest of the stream, once it is a blob.
+    blob: Option<BlobReader>,
+    cas: Cas,
+    instance: Instance,
+    offset: u64,
+    left: u64,
+}
+
+impl Reading {
+    /// The next bytes, never none; `None` at the end.
+    async fn next(&mut self) -> Result<Option<Bytes>> {
+        let max = usize::try_from(self.left).unwrap_or(usize::MAX).min(READ_WINDOW_BYTES);
+        if max == 0 {
+            return Ok(None);
+        }
+        let data = loop {
+            if let Some(blob) = &self.blob {
+                break blob.read_at(self.offset, max).await?;
+            }
+            match self.follower.next(self.offset, max).await? {
+                Piece::Bytes(data) => break data,
+                Piece::End => return Ok(None),
+                Piece::Stored(digest) if self.offset > digest.size() => {
+                    return Err(Error::OutOfRange(format!(
+                        "read_offset {} is not within the log stream, which ended at byte {}",
+                        self.offset,
+                        digest.size()
+                    )));
+                }
+                Piece::Stored(digest) => self.blob = Some(self.cas.open(&self.instance, digest).await?),
+            }
+        };
+        self.offset = self.offset.saturating_add(data.len() as u64);
+        self.left = self.left.saturating_sub(data.len() as u64);
+        // A blob is empty at its end only.
+        Ok((!data.is_empty()).then_some(data))
+    }
+}
+
+/// ByteStream.Write to a log stream: appends message by message, so that readers have each as it comes. One that ends without
+/// `finish_write` leaves the stream open (LOG-05).
+pub(super) async fn write(
+    edge: &Edge,
+    call: &Call,
+    name: &LogName,
+    mut messages: Streaming<WriteRequest>,
+    first: WriteRequest,
+) -> Result<Response<WriteResponse>, Status> {
+    let (instance, _) = parent_of(&edge.instances, &name.parent)?;
+    call.instance(&instance);
+    let writer = edge.log_streams.writer(name)?;
+    let resource_name = first.resource_name.clone();
+    let mut message = Some(first);
+    let mut committed = writer.committed();
+    while let Some(WriteRequest { resource_name: named, write_offset, data, finish_write }) = message {
+        if !named.is_empty() && named != resource_name {
+            return Err(Error::invalid("resource_name changes within the stream").into());
+        }
+        let offset = u64::try_from(write_offset)
+            .map_err(|_| Error::Invalid(format!("write_offset {write_offset} is negative")))?;
+        committed = writer.append(offset, data, finish_write).await?;
+        if finish_write {
+            if let Ok(Some(_)) = next_message(&mut messages, CLOSE_WAIT).await {
+                return Err(Error::invalid("a message follows the one with finish_write").into());
+            }
+            break;
+        }
+        message = next_message(&mut messages, WRITE_IDLE_LIMIT).await?;
+    }
+    Ok(Response::new(WriteResponse { committed_size: wire_size(committed) }))
+}
+
+/// QueryWriteStatus of a log stream, by its write name.
+pub(super) fn query(edge: &Edge, call: &Call, name: &LogName) -> Result<QueryWriteStatusResponse> {
+    let (instance, _) = parent_of(&edge.instances, &name.parent)?;
+    call.instance(&instance);
+    let committed = edge.log_streams.writer(name)?.committed();
+    Ok(QueryWriteStatusResponse { committed_size: wire_size(committed), complete: committed.finished })
+}
+
+fn wire_size(committed: Committed) -> i64 {
+    i64::try_from(committed.bytes).unwrap_or(i64::MAX)
+}

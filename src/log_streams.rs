@@ -1,0 +1,316 @@
+//! Log streams: bytes that can be read while they are still being written (LOG-01..05, EXE-64).
+//!
+//! [`LogStreams`] is the one owner of both kinds. *Run streams* are the standard output and error of a running action. They
+//! cost nothing until somebody reads: a reader tails the very file that the command writes, and once the worker has stored
+//! that file, the stream is the stored blob. *Client streams* are made by CreateLogStream and written through ByteStream.Write;
+//! their bytes lie in a spool file without a name, which the kernel frees with its last reader.
+//!
+//! Invariants: a stream only grows; a reader gets each byte once and in order, and never holds up the writer; whatever is here
+//! is bounded ([`Limits`] and the constants below), and every stream ends: by itself, by idling, or with the server.
+//!
+//! The bookkeeping is pure ([`registry`]); the lock around it is taken in this file only, and never across IO or a wait. Not
+//! here: the wire ([`crate::grpc::log_stream`]), and the blobs that ended run streams have become.
+
+pub mod follow;
+pub mod name;
+pub mod registry;
+pub mod run;
+mod spool;
+
+use crate::{
+    error::{Error, Result},
+    instance::Instance,
+};
+use bytes::Bytes;
+use follow::Follower;
+use name::{LogName, StreamId, WriteToken};
+use registry::Registry;
+use run::{LogKind, RunLogs, RunState, RunStreams, Tail};
+use spool::Spool;
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio::sync::{Semaphore, watch};
+use uuid::Uuid;
+
+pub use registry::Limits;
+
+/// Largest stream of a client, in bytes; a log that people read is far below.
+pub const MAX_STREAM_BYTES: u64 = 256 * 1024 * 1024;
+/// Readers that may follow streams at the same time. Each may hold a file open, and those of run streams look at it ten times
+/// a second.
+pub const MAX_READERS: usize = 1024;
+/// How often streams that are over their time are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+/// When a reader that found no place should come back.
+const READERS_RETRY: Duration = Duration::from_secs(5);
+
+const GIVEN_UP: &str = "log_streams_given_up";
+
+/// What a server sets.
+#[derive(Debug, Clone)]
+pub struct LogSettings {
+    /// Whether clients may make streams of their own (LOG-01).
+    pub client_streams: bool,
+    /// Bounds on the streams of clients.
+    pub clients: Limits,
+    /// Bounds on the streams of runs, which hold no bytes.
+    pub runs: Limits,
+    /// Where spool files are made; an existing directory on the disk that may fill with them.
+    pub spool_directory: PathBuf,
+}
+
+/// All log streams of a server; cheap to clone.
+#[derive(Clone)]
+pub struct LogStreams(Arc<Inner>);
+
+struct Inner {
+    client_streams: bool,
+    spool_directory: PathBuf,
+    books: Mutex<Books>,
+    readers: Arc<Semaphore>,
+    closing: watch::Sender<bool>,
+}
+
+struct Books {
+    clients: Registry<Arc<ClientStream>>,
+    runs: Registry<Arc<RunStreams>>,
+}
+
+/// A stream that a client made.
+struct ClientStream {
+    parent: String,
+    token: WriteToken,
+    spool: Arc<Spool>,
+}
+
+impl std::fmt::Debug for LogStreams {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LogStreams").finish_non_exhaustive()
+    }
+}
+
+impl LogStreams {
+    /// No streams yet. Nothing is touched on disk.
+    pub fn new(settings: LogSettings) -> Self {
+        Self(Arc::new(Inner {
+            client_streams: settings.client_streams,
+            spool_directory: settings.spool_directory,
+            books: Mutex::new(Books {
+                clients: Registry::new(settings.clients),
+                runs: Registry::new(settings.runs),
+            }),
+            readers: Arc::new(Semaphore::new(MAX_READERS)),
+            closing: watch::Sender::new(false),
+        }))
+    }
+
+    /// Makes a stream below `parent`, which was checked. Its write name is the secret of whoever made it (LOG-01).
+    ///
+    /// # Errors
+    /// `Unimplemented` where clients may not make streams; `Exhausted` when there are too many.
+    pub fn create(&self, parent: String) -> Result<LogName> {
+        if !self.0.client_streams {
+            return Err(Error::Unimplemented(
+                "clients cannot create log streams here (log_streams.enabled = false)".into(),
+            ));
+        }
+        let (id, token) = (Uuid::new_v4(), WriteToken::new());
+        let spool = Arc::new(Spool::new(self.0.spool_directory.join(format!("log-{id}"))));
+        let stream = ClientStream { parent: parent.clone(), token: token.clone(), spool };
+        let displaced = self.books().clients.insert(id, Arc::new(stream), Instant::now())?;
+        give_up(displaced);
+        Ok(LogName { parent, id: StreamId::Client(id), token: Some(token) })
+    }
+
+    /// The right to append to a stream, which its write name gives.
+    ///
+    /// # Errors
+    /// `Invalid` for a name that is for reading (LOG-02); `NotFound` for all that is not here.
+    pub fn writer(&self, name: &LogName) -> Result<Writer> {
+        let Some(token) = &name.token else {
+            return Err(Error::Invalid(format!(
+                "log stream \"{name}\" cannot be written under this name; use the write_resource_name of \
+                 CreateLogStream"
+            )));
+        };
+        let found = match name.id {
+            StreamId::Client(id) => self.books().clients.get(&id).cloned().map(|stream| (id, stream)),
+            StreamId::Run(..) => None,
+        };
+        let found = found.filter(|(_, stream)| stream.parent == name.parent && stream.token == *token);
+        let (id, stream) = found.ok_or_else(|| unknown(name))?;
+        Ok(Writer { streams: self.clone(), id, spool: stream.spool.clone() })
+    }
+
+    /// A reader of a stream, from whatever offset, to its end (LOG-03).
+    ///
+    /// # Errors
+    /// `Invalid` for a name that is for writing (LOG-02); `NotFound` for all that is not here; `Exhausted` when too many
+    /// readers follow.
+    pub fn follow(&self, name: &LogName) -> Result<Follower> {
+        if name.token.is_some() {
+            return Err(Error::invalid("a write_resource_name cannot be read; leave its last segment off"));
+        }
+        let place = self.0.readers.clone().try_acquire_owned().map_err(|_| Error::Exhausted {
+            message: format!("{MAX_READERS} readers follow log streams, the most that this server takes"),
+            retry_after: Some(READERS_RETRY),
+        })?;
+        let closing = self.0.closing.subscribe();
+        match name.id {
+            StreamId::Client(id) => {
+                let stream = self.books().clients.get(&id).cloned();
+                let stream = stream.filter(|stream| stream.parent == name.parent);
+                let spool = stream.ok_or_else(|| unknown(name))?.spool.clone();
+                Ok(Follower::of_spool(spool, closing, place))
+            }
+            StreamId::Run(RunLogs(id), kind) => {
+                let run = self.books().runs.get(&id).cloned();
+                let run =
+                    run.filter(|run| run.instance.name() == name.parent).ok_or_else(|| unknown(name))?;
+                Ok(Follower::of_run(Tail::new(run, kind), closing, place))
+            }
+        }
+    }
+
+    /// Opens the streams of a run whose command writes the files `stdout` and `stderr` of `directory`; `None` when there are
+    /// too many streams. Costs no system call but the one that makes an unguessable id.
+    pub fn begin_run(&self, instance: &Instance, directory: &Path) -> Option<LiveRun> {
+        let id = Uuid::new_v4();
+        let run = Arc::new(RunStreams::new(instance.clone(), directory.to_owned()));
+        self.books().runs.insert(id, run.clone(), Instant::now()).ok()?;
+        Some(LiveRun { streams: self.clone(), id, run })
+    }
+
+    /// Forgets what is over its time, every few seconds, until [`LogStreams::close`].
+    pub async fn sweep(self) {
+        let mut closing = self.0.closing.subscribe();
+        let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
+        loop {
+            tokio::select! {
+                _ = closing.wait_for(|closing| *closing) => return,
+                _ = ticks.tick() => {
+                    let now = Instant::now();
+                    let expired = {
+                        let mut books = self.books();
+                        books.runs.expire(now);
+                        books.clients.expire(now)
+                    };
+                    let unfinished = give_up(expired);
+                    if unfinished > 0 {
+                        log::info!(target: "gorego::log_streams", event = GIVEN_UP, streams = unfinished;
+                            "nobody wrote to some log streams for too long; they are forgotten");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Ends every reader that waits for more, with a status that clients retry: the server is going down.
+    pub fn close(&self) {
+        self.0.closing.send_replace(true);
+    }
+
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Readers of a stream that was not finished must not take its end for a good one. Says how many were not.
+fn give_up(streams: impl IntoIterator<Item = Arc<ClientStream>>) -> usize {
+    let mut unfinished = 0;
+    for stream in streams {
+        stream.spool.give_up();
+        unfinished += usize::from(!stream.spool.committed().finished);
+    }
+    unfinished
+}
+
+fn unknown(name: &LogName) -> Error {
+    Error::NotFound(format!("log stream \"{name}\" is unknown or was forgotten"))
+}
+
+/// The right to append to one client stream.
+pub struct Writer {
+    streams: LogStreams,
+    id: Uuid,
+    spool: Arc<Spool>,
+}
+
+/// How far a client stream is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Committed {
+    /// Its length in bytes; what the next Write has to start at.
+    pub bytes: u64,
+    /// Nothing can be added any more.
+    pub finished: bool,
+}
+
+impl Writer {
+    /// How far the stream is now.
+    pub fn committed(&self) -> Committed {
+        self.spool.committed()
+    }
+
+    /// Adds bytes at `offset`, which must be the stream's length; with `finish`, nothing can follow. Readers have them when
+    /// this returns. What was begun is carried out even if the caller goes away meanwhile.
+    ///
+    /// # Errors
+    /// `Invalid` for any other offset, `Precondition` after the end (LOG-04), `Exhausted` at a bound; those of the disk.
+    pub async fn append(&self, offset: u64, data: Bytes, finish: bool) -> Result<Committed> {
+        let turn = self.spool.turn(offset).await?;
+        let size = data.len() as u64;
+        let displaced = self.streams.books().clients.grow(&self.id, size, Instant::now())?;
+        give_up(displaced);
+        let (streams, id) = (self.streams.clone(), self.id);
+        blocking(move || {
+            let written = turn.append(&data, finish);
+            let mut books = streams.books();
+            if written.is_err() {
+                books.clients.shrink(&id, size);
+            } else if finish {
+                books.clients.finish(&id, Instant::now());
+            }
+            written
+        })
+        .await
+    }
+}
+
+/// The streams of a run that goes on, held by whoever runs it. When this is dropped they end.
+pub struct LiveRun {
+    streams: LogStreams,
+    id: Uuid,
+    run: Arc<RunStreams>,
+}
+
+impl LiveRun {
+    /// What their names are made of.
+    pub fn logs(&self) -> RunLogs {
+        RunLogs(self.id)
+    }
+
+    /// One of the files is complete and is this blob; `None` when it is empty.
+    pub fn stored(&self, kind: LogKind, digest: Option<crate::digest::Digest>) {
+        self.run.end(kind, RunState::Stored(digest));
+    }
+}
+
+impl Drop for LiveRun {
+    fn drop(&mut self) {
+        for kind in [LogKind::Stdout, LogKind::Stderr] {
+            self.run.end(kind, RunState::Lost);
+        }
+        self.streams.books().runs.finish(&self.id, Instant::now());
+    }
+}
+
+/// Runs work on files on a thread for that; it is carried out even if the caller goes away.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(Error::internal)?
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,172 @@
+//! [`Follower`]: one reader of one stream, from any offset to the end (LOG-03, EXE-64).
+//!
+//! It pulls: what it does not ask for stays in the file, so that a slow reader costs no memory and delays nobody. Appends to
+//! client streams wake it; a command's writes to its own file do not, so that file is looked at every [`TAIL_INTERVAL`], but
+//! only while somebody reads. The end of a run wakes it too.
+
+use super::{
+    run::{RunState, Tail},
+    spool::{Spool, SpoolState},
+};
+use crate::{
+    digest::Digest,
+    error::{Error, Result},
+};
+use bytes::Bytes;
+use std::{fs::File, os::unix::fs::FileExt as _, sync::Arc, time::Duration};
+use tokio::{
+    select,
+    sync::{OwnedSemaphorePermit, watch},
+    time::sleep,
+};
+
+/// How often the file of a running command is looked at for a reader that waits: soon enough for eyes, and about one small
+/// system call.
+pub const TAIL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What comes next in a stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// These bytes; never empty.
+    Bytes(Bytes),
+    /// From here on the stream is this blob, at the same offset.
+    Stored(Digest),
+    /// Nothing; the stream is over.
+    End,
+}
+
+/// A reader. Holds one of the places for readers.
+#[derive(Debug)]
+pub struct Follower {
+    source: Source,
+    closing: watch::Receiver<bool>,
+    _place: OwnedSemaphorePermit,
+}
+
+#[derive(Debug)]
+enum Source {
+    Spool(Arc<Spool>, watch::Receiver<SpoolState>),
+    Run(Tail),
+}
+
+impl Follower {
+    pub(super) fn of_spool(
+        spool: Arc<Spool>,
+        closing: watch::Receiver<bool>,
+        place: OwnedSemaphorePermit,
+    ) -> Self {
+        let state = spool.watch();
+        Self { source: Source::Spool(spool, state), closing, _place: place }
+    }
+
+    pub(super) fn of_run(tail: Tail, closing: watch::Receiver<bool>, place: OwnedSemaphorePermit) -> Self {
+        Self { source: Source::Run(tail), closing, _place: place }
+    }
+
+    /// What the stream has at `offset`, at most `max` bytes of it, once it has it.
+    ///
+    /// # Errors
+    /// `OutOfRange` when the stream ended before `offset`; `NotFound` when its bytes are lost; `DeadlineExceeded` when nobody
+    /// wrote to it for too long; `Unavailable` when the server goes down.
+    pub async fn next(&mut self, offset: u64, max: usize) -> Result<Piece> {
+        let closing = &mut self.closing;
+        let piece = async {
+            match &mut self.source {
+                Source::Spool(spool, state) => next_of_spool(spool, state, offset, max).await,
+                Source::Run(tail) => next_of_run(tail, offset, max).await,
+            }
+        };
+        select! {
+            biased;
+            piece = piece => piece,
+            _ = closing.wait_for(|closing| *closing) => {
+                Err(Error::Unavailable("this server is shutting down; the log stream may be cut off".into()))
+            }
+        }
+    }
+}
+
+async fn next_of_spool(
+    spool: &Arc<Spool>,
+    states: &mut watch::Receiver<SpoolState>,
+    offset: u64,
+    max: usize,
+) -> Result<Piece> {
+    loop {
+        let SpoolState { committed, given_up } = *states.borrow_and_update();
+        if let Some(left @ 1..) = committed.bytes.checked_sub(offset) {
+            let max = usize::try_from(left).unwrap_or(usize::MAX).min(max);
+            let spool = spool.clone();
+            let bytes = super::blocking(move || spool.read(offset, max)).await?;
+            return if bytes.is_empty() { Err(lost()) } else { Ok(Piece::Bytes(bytes)) };
+        }
+        if committed.finished {
+            return end(offset, committed.bytes);
+        }
+        if given_up {
+            return Err(Error::DeadlineExceeded(
+                "nobody wrote to the log stream for a long time; it was given up".into(),
+            ));
+        }
+        // The sender lives in the spool, which we hold.
+        let _ = states.changed().await;
+    }
+}
+
+async fn next_of_run(tail: &mut Tail, offset: u64, max: usize) -> Result<Piece> {
+    loop {
+        // Before the file is looked at: what is not there after the end will never be.
+        let state = tail.state();
+        let file = match state {
+            RunState::Open => tail.file().await?,
+            RunState::Stored(_) | RunState::Lost => tail.opened(),
+        };
+        let length = match (file, state) {
+            (Some(file), _) => {
+                let (bytes, length) = super::blocking(move || {
+                    let length = file.metadata().map_or(0, |metadata| metadata.len());
+                    // The common look at a quiet file ends here, before any memory is taken.
+                    let left = usize::try_from(length.saturating_sub(offset)).unwrap_or(usize::MAX);
+                    let bytes = if left == 0 { Bytes::new() } else { read(&file, offset, left.min(max))? };
+                    Ok((bytes, length))
+                })
+                .await?;
+                if !bytes.is_empty() {
+                    return Ok(Piece::Bytes(bytes));
+                }
+                length
+            }
+            (None, RunState::Stored(Some(digest))) => return Ok(Piece::Stored(digest)),
+            (None, RunState::Lost) => return Err(lost()),
+            (None, RunState::Stored(None) | RunState::Open) => 0,
+        };
+        if state != RunState::Open {
+            return end(offset, length);
+        }
+        select! {
+            () = tail.changed() => {}
+            () = sleep(TAIL_INTERVAL) => {}
+        }
+    }
+}
+
+fn end(offset: u64, length: u64) -> Result<Piece> {
+    if offset > length {
+        return Err(Error::OutOfRange(format!(
+            "read_offset {offset} is not within the log stream, which ended at byte {length}"
+        )));
+    }
+    Ok(Piece::End)
+}
+
+fn lost() -> Error {
+    Error::NotFound("the log stream ended without its bytes being kept".into())
+}
+
+/// Up to `max` bytes of a file. Blocks.
+pub(super) fn read(file: &File, offset: u64, max: usize) -> Result<Bytes> {
+    let mut bytes = vec![0; max];
+    let read = file.read_at(&mut bytes, offset);
+    bytes.truncate(read.map_err(|error| Error::io("read a log stream", &error))?);
+    Ok(bytes.into())
+}

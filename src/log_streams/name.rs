@@ -1,0 +1,210 @@
+//! Names of log streams: `{parent}/logstreams/{id}`, and for writing `{parent}/logstreams/{id}/{token}` (LOG-01).
+//!
+//! A pure reading of text from outside. Whether the parent and the stream exist is for others to say.
+
+use super::run::{LogKind, RunLogs};
+use crate::error::{Error, Result};
+use std::fmt;
+use uuid::Uuid;
+
+/// The segment that makes a name one of a log stream.
+pub const KEYWORD: &str = "logstreams";
+/// Segments of which the first decides what a ByteStream name is about.
+const KEYWORDS: [&str; 4] = ["blobs", "compressed-blobs", "uploads", KEYWORD];
+/// How much of a malformed name an error repeats, in characters.
+const SHOWN_CHARS: usize = 300;
+
+/// A well-formed name of a log stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogName {
+    /// An instance name or the name of an operation; empty for streams of actions in the default instance.
+    pub parent: String,
+    /// Which stream.
+    pub id: StreamId,
+    /// The secret that allows writing; `None` in a name for reading.
+    pub token: Option<WriteToken>,
+}
+
+/// Which stream, below its parent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StreamId {
+    /// One that a client made.
+    Client(Uuid),
+    /// An output of a run.
+    Run(RunLogs, LogKind),
+}
+
+impl LogName {
+    /// Reads a ByteStream name; `None` when it is about something else than a log stream.
+    ///
+    /// # Errors
+    /// `Invalid` for a shape that no stream has; `NotFound` for an id or a token that this server never gave out.
+    pub fn parse(name: &str) -> Option<Result<Self>> {
+        let segments: Vec<&str> = name.split('/').collect();
+        let keyword = segments.iter().position(|segment| KEYWORDS.contains(segment))?;
+        if segments.get(keyword) != Some(&KEYWORD) {
+            return None;
+        }
+        let shown = || name.chars().take(SHOWN_CHARS).collect::<String>().escape_debug().to_string();
+        let (parent, rest) = (segments.get(..keyword)?.join("/"), segments.get(keyword + 1..)?);
+        let (id, token) = match *rest {
+            [id] => (id, None),
+            [id, token] => (id, Some(token)),
+            _ => {
+                return Some(Err(Error::Invalid(format!(
+                    "resource name \"{}\" is malformed; the form is {{parent}}/logstreams/{{id}}[/{{token}}]",
+                    shown()
+                ))));
+            }
+        };
+        let unknown = || Error::NotFound(format!("log stream \"{}\" is unknown to this server", shown()));
+        let parsed = || {
+            let id = StreamId::parse(id)?;
+            let token = token.map(|text| WriteToken::parse(text).ok_or(())).transpose().ok()?;
+            Some(Self { parent, id, token })
+        };
+        Some(parsed().ok_or_else(unknown))
+    }
+
+    /// The same stream under its name for reading.
+    pub fn for_reading(&self) -> Self {
+        Self { token: None, ..self.clone() }
+    }
+}
+
+impl fmt::Display for LogName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.parent.is_empty() {
+            write!(f, "{}/", self.parent)?;
+        }
+        write!(f, "{KEYWORD}/{}", self.id)?;
+        self.token.as_ref().map_or(Ok(()), |token| write!(f, "/{}", token.0))
+    }
+}
+
+impl StreamId {
+    fn parse(text: &str) -> Option<Self> {
+        for kind in [LogKind::Stdout, LogKind::Stderr] {
+            if let Some(id) = text.strip_suffix(kind.name()).and_then(|rest| rest.strip_suffix('-')) {
+                return Some(Self::Run(RunLogs(uuid(id)?), kind));
+            }
+        }
+        uuid(text).map(Self::Client)
+    }
+}
+
+impl fmt::Display for StreamId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Client(id) => id.hyphenated().fmt(f),
+            Self::Run(RunLogs(id), kind) => write!(f, "{}-{}", id.hyphenated(), kind.name()),
+        }
+    }
+}
+
+/// One spelling per id, so that a stream has one name.
+fn uuid(text: &str) -> Option<Uuid> {
+    Uuid::try_parse(text).ok().filter(|id| id.hyphenated().to_string() == text)
+}
+
+/// The last segment of a write name: 244 random bits, as 64 hexadecimal digits. Not shown by `Debug`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct WriteToken(String);
+
+impl WriteToken {
+    /// One that nobody knows yet.
+    pub fn new() -> Self {
+        // Each has 122 bits from the system's source of randomness; LOG-01 asks for 128.
+        Self(format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple()))
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        (text.len() == 64 && text.bytes().all(is_hex)).then(|| Self(text.to_owned()))
+    }
+}
+
+impl Default for WriteToken {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for WriteToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WriteToken")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashSet;
+
+    fn client(parent: &str) -> LogName {
+        let id = StreamId::Client(Uuid::new_v4());
+        LogName { parent: parent.into(), id, token: Some(WriteToken::new()) }
+    }
+
+    /// LOG-01.
+    #[test]
+    fn names_are_read_back_and_the_write_name_is_the_name_and_one_segment() {
+        for parent in ["", "main", "a/b/c", "main/operations/6ba7b810-9dad-11d1-80b4-00c04fd430c8"] {
+            let write = client(parent);
+            let read = write.for_reading();
+            assert_eq!(LogName::parse(&write.to_string()), Some(Ok(write.clone())));
+            assert_eq!(LogName::parse(&read.to_string()), Some(Ok(read.clone())));
+            let token = write.to_string();
+            let token = token.strip_prefix(&format!("{read}/")).unwrap();
+            assert!(token.len() == 64 && !token.contains('/'));
+            let run = StreamId::Run(RunLogs(Uuid::new_v4()), LogKind::Stderr);
+            let run = LogName { parent: parent.into(), id: run, token: None };
+            assert_eq!(LogName::parse(&run.to_string()), Some(Ok(run)));
+        }
+    }
+
+    /// LOG-01.
+    #[test]
+    fn tokens_do_not_repeat_and_are_long_enough() {
+        let tokens: HashSet<String> = (0..1000).map(|_| WriteToken::new().0).collect();
+        assert_eq!(tokens.len(), 1000);
+        assert!(tokens.iter().all(|token| token.len() * 4 >= 128));
+        assert!(!format!("{:?}", client("")).contains(tokens.iter().next().unwrap().as_str()));
+    }
+
+    #[test]
+    fn a_name_is_that_of_a_blob_or_an_upload_when_their_word_comes_first() {
+        let id = Uuid::new_v4();
+        for name in [
+            format!("uploads/{id}/blobs/abc/1/logstreams/{id}"),
+            format!("i/blobs/abc/1/logstreams/{id}"),
+            format!("compressed-blobs/zstd/abc/1/logstreams/{id}"),
+            String::new(),
+            "operations/x".into(),
+        ] {
+            assert_eq!(LogName::parse(&name), None, "{name}");
+        }
+        let upper = id.to_string().to_uppercase();
+        for name in ["logstreams".into(), format!("logstreams/{id}/a/b"), format!("a/logstreams/{id}/t/")] {
+            assert!(matches!(LogName::parse(&name), Some(Err(Error::Invalid(_)))), "{name}");
+        }
+        for name in ["logstreams/".into(), format!("logstreams/{upper}"), format!("logstreams/{id}/token")] {
+            assert!(matches!(LogName::parse(&name), Some(Err(Error::NotFound(_)))), "{name}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_read_as_a_name_is_written_the_same(name in "(a/|b/)?logstreams/[0-9a-f/-]{0,80}(stdout|stderr)?") {
+            if let Some(Ok(parsed)) = LogName::parse(&name) {
+                prop_assert_eq!(parsed.to_string(), name);
+            }
+        }
+
+        #[test]
+        fn no_text_is_too_strange_to_be_refused(name in "\\PC{0,200}") {
+            let _ = LogName::parse(&name);
+        }
+    }
+}

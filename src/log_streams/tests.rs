@@ -1,0 +1,255 @@
+//! The handle over both kinds of streams, with real files.
+
+use super::{
+    follow::{Follower, Piece},
+    *,
+};
+use crate::{
+    digest::{Digest, DigestFunction},
+    instance::Instances,
+};
+use proptest::prelude::*;
+use std::fs;
+
+fn limits() -> Limits {
+    let hour = Duration::from_secs(3600);
+    Limits { streams: 8, bytes: 1 << 20, stream_bytes: 1 << 19, idle: Some(hour), kept: hour }
+}
+
+struct Bench {
+    streams: LogStreams,
+    directory: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new(clients: Limits) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let settings = LogSettings {
+            client_streams: true,
+            clients,
+            runs: limits(),
+            spool_directory: directory.path().to_owned(),
+        };
+        Self { streams: LogStreams::new(settings), directory }
+    }
+
+    fn run(&self) -> LiveRun {
+        let instance = Instances::new(["main"]).unwrap().get("main").unwrap();
+        self.streams.begin_run(&instance, self.directory.path()).unwrap()
+    }
+
+    fn write(&self, kind: LogKind, text: &str) {
+        use std::io::Write as _;
+        let path = self.directory.path().join(kind.name());
+        let mut file = fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+    }
+}
+
+fn name(run: &LiveRun, kind: LogKind) -> LogName {
+    LogName { parent: "main".into(), id: StreamId::Run(run.logs(), kind), token: None }
+}
+
+/// Everything from an offset to the end.
+async fn rest(mut follower: Follower, offset: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    loop {
+        match follower.next(offset + bytes.len() as u64, 7).await? {
+            Piece::Bytes(piece) => bytes.extend_from_slice(&piece),
+            Piece::End => return Ok(bytes),
+            Piece::Stored(digest) => return Err(Error::MissingBlobs(vec![digest])),
+        }
+    }
+}
+
+fn digest(text: &str) -> Digest {
+    DigestFunction::Sha256.digest(text.as_bytes())
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// LOG-03, LOG-04, LOG-05: against a vector of bytes; a reader from each offset, joined before, during and after.
+    #[test]
+    fn a_client_stream_is_what_was_appended_in_order_and_nothing_else_can_be_done_to_it(
+        writes in proptest::collection::vec((proptest::collection::vec(any::<u8>(), 0..40), 0i8..4), 0..12),
+        from in 0u64..30,
+    ) {
+        runtime().block_on(async {
+            let bench = Bench::new(limits());
+            let created = bench.streams.create("main".into()).unwrap();
+            let read = created.for_reading();
+            let writer = bench.streams.writer(&created).unwrap();
+            let mut model: Vec<u8> = Vec::new();
+            let mut readers = vec![tokio::spawn(rest(bench.streams.follow(&read).unwrap(), from))];
+            for (bytes, shift) in writes {
+                let offset = model.len() as u64;
+                // Three of four writes start where the stream ends; the others try to overwrite or to leave a hole.
+                if shift == 0 {
+                    let wrong = if bytes.len() % 2 == 0 { offset + 1 } else { offset.wrapping_sub(1) };
+                    let refused = writer.append(wrong, bytes.into(), false).await;
+                    prop_assert!(matches!(refused, Err(Error::Invalid(_))));
+                    continue;
+                }
+                model.extend_from_slice(&bytes);
+                let committed = writer.append(offset, bytes.into(), false).await.unwrap();
+                prop_assert_eq!(committed, Committed { bytes: model.len() as u64, finished: false });
+                prop_assert_eq!(writer.committed(), committed);
+                readers.push(tokio::spawn(rest(bench.streams.follow(&read).unwrap(), from)));
+            }
+            let end = model.len() as u64;
+            let last = writer.append(end, Bytes::new(), true).await.unwrap();
+            prop_assert_eq!(last, Committed { bytes: end, finished: true });
+            for offset in [0, end] {
+                let late = writer.append(offset, Bytes::from_static(b"x"), false).await;
+                prop_assert!(matches!(late, Err(Error::Precondition(_))));
+            }
+            readers.push(tokio::spawn(rest(bench.streams.follow(&read).unwrap(), from)));
+            for reader in readers {
+                let got = reader.await.unwrap();
+                match model.get(usize::try_from(from).unwrap()..) {
+                    Some(wanted) => prop_assert_eq!(got.unwrap(), wanted),
+                    None => prop_assert!(matches!(got, Err(Error::OutOfRange(_)))),
+                }
+            }
+            Ok(())
+        })?;
+    }
+}
+
+/// LOG-04: of two writers that both start at the end, one is too late.
+#[tokio::test]
+async fn two_writers_cannot_write_the_same_place() {
+    let bench = Bench::new(limits());
+    let name = bench.streams.create("main".into()).unwrap();
+    let (one, two) = (bench.streams.writer(&name).unwrap(), bench.streams.writer(&name).unwrap());
+    let (one, two) = tokio::join!(one.append(0, "one".into(), false), two.append(0, "two".into(), false));
+    assert!(one.is_ok() != two.is_ok(), "{one:?} {two:?}");
+    let writer = bench.streams.writer(&name).unwrap();
+    writer.append(3, Bytes::new(), true).await.unwrap();
+    let bytes = rest(bench.streams.follow(&name.for_reading()).unwrap(), 0).await.unwrap();
+    assert_eq!(bytes, if one.is_ok() { b"one" } else { b"two" });
+}
+
+/// LOG-01, LOG-02, GEN-15.
+#[tokio::test]
+async fn only_the_exact_names_open_a_stream() {
+    let bench = Bench::new(limits());
+    let name = bench.streams.create("main".into()).unwrap();
+    let read = name.for_reading();
+    assert!(matches!(bench.streams.writer(&read), Err(Error::Invalid(_))));
+    assert!(matches!(bench.streams.follow(&name), Err(Error::Invalid(_))));
+    let elsewhere = LogName { parent: "other".into(), ..name.clone() };
+    assert!(matches!(bench.streams.writer(&elsewhere), Err(Error::NotFound(_))));
+    assert!(matches!(bench.streams.follow(&elsewhere.for_reading()), Err(Error::NotFound(_))));
+    let guessed = LogName { token: Some(WriteToken::new()), ..name };
+    assert!(matches!(bench.streams.writer(&guessed), Err(Error::NotFound(_))));
+    let run = bench.run();
+    let written = LogName { token: Some(WriteToken::new()), ..self::name(&run, LogKind::Stdout) };
+    assert!(matches!(bench.streams.writer(&written), Err(Error::NotFound(_))));
+}
+
+/// EXE-64: readers that come before there is a file, while there is one, and after it was taken away.
+#[tokio::test]
+async fn the_output_of_a_run_is_read_from_its_file_and_then_from_its_blob() {
+    let bench = Bench::new(limits());
+    let run = bench.run();
+    let stdout = name(&run, LogKind::Stdout);
+    let follow = || bench.streams.follow(&stdout).unwrap();
+    let early = tokio::spawn(rest(follow(), 0));
+    tokio::task::yield_now().await;
+    bench.write(LogKind::Stdout, "first ");
+    let mut during = follow();
+    assert_eq!(during.next(0, 100).await, Ok(Piece::Bytes("first ".into())));
+    let during = tokio::spawn(rest(during, 6));
+    bench.write(LogKind::Stdout, "second");
+    fs::remove_file(bench.directory.path().join("stdout")).unwrap();
+    run.stored(LogKind::Stdout, Some(digest("first second")));
+    assert_eq!(during.await.unwrap().unwrap(), b"second");
+    // Whether this one came to open the file is a matter of chance; either way it misses nothing.
+    match early.await.unwrap() {
+        Ok(bytes) => assert_eq!(bytes, b"first second"),
+        Err(stored) => assert_eq!(stored, Error::MissingBlobs(vec![digest("first second")])),
+    }
+    drop(run);
+    assert_eq!(follow().next(3, 100).await, Ok(Piece::Stored(digest("first second"))));
+}
+
+/// EXE-64: however the run ends, its streams do.
+#[tokio::test]
+async fn the_streams_of_a_run_that_is_lost_end_after_what_there_was() {
+    let bench = Bench::new(limits());
+    let run = bench.run();
+    let (stdout, stderr) = (name(&run, LogKind::Stdout), name(&run, LogKind::Stderr));
+    bench.write(LogKind::Stdout, "so far");
+    let mut follower = bench.streams.follow(&stdout).unwrap();
+    assert_eq!(follower.next(0, 100).await, Ok(Piece::Bytes("so far".into())));
+    let waiting = tokio::spawn(rest(follower, 6));
+    run.stored(LogKind::Stderr, None);
+    drop(run);
+    assert_eq!(waiting.await.unwrap().unwrap(), b"");
+    assert_eq!(rest(bench.streams.follow(&stderr).unwrap(), 0).await.unwrap(), b"");
+    assert!(matches!(rest(bench.streams.follow(&stdout).unwrap(), 0).await, Err(Error::NotFound(_))));
+}
+
+/// What a command puts in the place of its log is not read for it.
+#[tokio::test]
+async fn a_link_or_a_fifo_in_the_place_of_a_log_is_not_followed() {
+    let bench = Bench::new(limits());
+    let run = bench.run();
+    let secret = bench.directory.path().join("secret");
+    fs::write(&secret, "secret").unwrap();
+    std::os::unix::fs::symlink(&secret, bench.directory.path().join("stdout")).unwrap();
+    let fifo = bench.directory.path().join("stderr");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
+        .unwrap();
+    for kind in [LogKind::Stdout, LogKind::Stderr] {
+        let reader = tokio::spawn(rest(bench.streams.follow(&name(&run, kind)).unwrap(), 0));
+        tokio::task::yield_now().await;
+        run.stored(kind, None);
+        assert_eq!(reader.await.unwrap().unwrap(), b"");
+    }
+}
+
+/// Every reader ends: with the stream's idle time, and with the server.
+#[tokio::test]
+async fn readers_do_not_wait_for_ever() {
+    let bench = Bench::new(Limits { idle: Some(Duration::ZERO), ..limits() });
+    let idle = bench.streams.create("main".into()).unwrap();
+    let reader = tokio::spawn(rest(bench.streams.follow(&idle.for_reading()).unwrap(), 0));
+    let sweeping = tokio::spawn(bench.streams.clone().sweep());
+    assert!(matches!(reader.await.unwrap(), Err(Error::DeadlineExceeded(_))));
+    assert!(matches!(bench.streams.writer(&idle), Err(Error::NotFound(_))));
+    let run = bench.run();
+    let reader = tokio::spawn(rest(bench.streams.follow(&name(&run, LogKind::Stdout)).unwrap(), 0));
+    bench.streams.close();
+    assert!(matches!(reader.await.unwrap(), Err(Error::Unavailable(_))));
+    sweeping.await.unwrap();
+}
+
+#[tokio::test]
+async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
+    let bench = Bench::new(Limits { streams: 2, bytes: 10, stream_bytes: 6, ..limits() });
+    let one = bench.streams.create("main".into()).unwrap();
+    let two = bench.streams.create("main".into()).unwrap();
+    let full = |error| matches!(error, Error::Exhausted { .. });
+    assert!(full(bench.streams.create("main".into()).unwrap_err()));
+    let (one, writer) = (bench.streams.writer(&one).unwrap(), bench.streams.writer(&two).unwrap());
+    one.append(0, "123456".into(), false).await.unwrap();
+    assert!(full(one.append(6, "7".into(), false).await.unwrap_err()));
+    writer.append(0, "1234".into(), false).await.unwrap();
+    assert!(full(writer.append(4, "5".into(), false).await.unwrap_err()));
+    assert_eq!(writer.committed(), Committed { bytes: 4, finished: false });
+    // A finished stream makes room; whoever reads it already reads on.
+    one.append(6, Bytes::new(), true).await.unwrap();
+    let three = bench.streams.create("main".into()).unwrap();
+    writer.append(4, "56".into(), true).await.unwrap();
+    assert_eq!(rest(bench.streams.follow(&two.for_reading()).unwrap(), 0).await.unwrap(), b"123456");
+    assert!(bench.streams.writer(&three).is_ok());
+    // Nothing lies around under a name.
+    assert_eq!(fs::read_dir(bench.directory.path()).unwrap().count(), 0);
+}

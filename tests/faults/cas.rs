@@ -243,7 +243,7 @@ fn get_tree() -> Vec<Fault> {
                 }
             })
         }),
-        fault("GetTree gives children first", &["CAS-25"], { pages(|page| page.directories.reverse()) }),
+        fault("GetTree gives children first", &["CAS-25"], pages(|page| page.directories.reverse())),
         fault("GetTree knows no absent root", &["CAS-26"], {
             failure("GetTree", |status| match status.code() {
                 Code::NotFound => Ok(Some(GetTreeResponse::default().encode_to_vec().into())),

@@ -172,7 +172,7 @@ fn stream_faults() -> Vec<Fault> {
                     executing = metadata.stage == 3;
                     metadata.stage = 2;
                 });
-                let again = executing.then(|| vec![again, operation.clone()]).unwrap_or_default();
+                let again = if executing { vec![again, operation.clone()] } else { Vec::new() };
                 [operation].into_iter().chain(again).collect()
             })
         }),
@@ -460,7 +460,7 @@ fn missing() -> Vec<Fault> {
             violations(|list| list.push(Violation { r#type: "QUOTA".into(), ..Default::default() }))
         }),
         fault("one missing blob is named at a time", &["EXE-26"], violations(|list| list.truncate(1))),
-        fault("malformed actions are internal errors", &["EXE-27"], { invalid_becomes(Code::Internal) }),
+        fault("malformed actions are internal errors", &["EXE-27"], invalid_becomes(Code::Internal)),
         fault("malformed actions are missing blobs", &["EXE-28", "EXE-29", "EXE-32"], {
             invalid_becomes(Code::FailedPrecondition)
         }),

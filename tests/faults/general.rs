@@ -4,7 +4,7 @@ use super::{
     Fault,
     change::{self, code, exchange, failure, request, response},
     fault,
-    proxy::Transport,
+    proxy::{Call, Transport},
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -230,17 +230,21 @@ pub fn faults() -> Vec<Fault> {
             })
         }),
     ];
-    let transport = |name, breaks, transport| Fault { transport, ..fault(name, breaks, change::nothing()) };
-    faults.push(transport(
-        "a connection has few streams",
-        &["GEN-27"],
-        Transport { max_streams: Some(8), ..Default::default() },
-    ));
-    faults.push(transport(
-        "messages are as large as a batch and no larger",
-        &["GEN-24"],
-        Transport { max_message_bytes: Some(4_000_000), ..Default::default() },
-    ));
+    let transport = Transport { max_streams: Some(8) };
+    faults.push(Fault { transport, ..fault("a connection has few streams", &["GEN-27"], change::nothing()) });
+    faults.push(fault("messages are as large as a batch and no larger", &["GEN-24"], {
+        let limited = |method| {
+            change::instead(method, |mut call, upstream| async move {
+                let first = call.messages.next().await.unwrap_or_else(|| Ok(Bytes::new()))?;
+                if first.len() > 4_000_000 {
+                    return Err(Status::resource_exhausted("the message is too large"));
+                }
+                let messages = futures::stream::once(async { Ok(first) }).chain(call.messages).boxed();
+                upstream.forward(Call { messages, ..call }).await
+            })
+        };
+        change::every(limited, &["BatchUpdateBlobs", "Write"])
+    }));
     faults.push(fault("answers to a long list are lost", &["CAS-07"], {
         response::<FindMissingBlobsResponse>(find, |answer| answer.missing_blob_digests.truncate(10_000))
     }));

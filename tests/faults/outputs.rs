@@ -280,9 +280,7 @@ fn metadata() -> Vec<Fault> {
         fault("timestamps are out of order", &["EXE-60"], {
             result(|result| {
                 if let Some(metadata) = &mut result.execution_metadata {
-                    let end = metadata.worker_completed_timestamp;
-                    metadata.worker_completed_timestamp = metadata.queued_timestamp;
-                    metadata.queued_timestamp = end;
+                    std::mem::swap(&mut metadata.queued_timestamp, &mut metadata.worker_completed_timestamp);
                 }
             })
         }),

@@ -81,13 +81,11 @@ impl Upstream {
     }
 }
 
-/// Limits of the connection itself, for faults that lie below the calls.
+/// The limit of the connection itself, for a fault that lies below the calls.
 #[derive(Clone, Copy, Default)]
 pub struct Transport {
     /// Streams that one connection may have open.
     pub max_streams: Option<u32>,
-    /// Largest message that is taken.
-    pub max_message_bytes: Option<usize>,
 }
 
 /// A proxy that serves until it is dropped.
@@ -110,7 +108,7 @@ impl Proxy {
         let endpoint = format!("grpc://{}", incoming.local_addr().unwrap());
         let service = tower::service_fn(move |request: http::Request<axum::body::Body>| {
             let (upstream, behaviour) = (upstream.clone(), behaviour.clone());
-            async move { Ok::<_, Infallible>(answer(request, transport, upstream, behaviour).await) }
+            async move { Ok::<_, Infallible>(answer(request, upstream, behaviour).await) }
         });
         let router = Server::builder()
             .max_concurrent_streams(transport.max_streams)
@@ -132,7 +130,6 @@ impl Drop for Proxy {
 
 async fn answer(
     request: http::Request<axum::body::Body>,
-    transport: Transport,
     upstream: Upstream,
     behaviour: Behaviour,
 ) -> http::Response<tonic::body::Body> {
@@ -147,7 +144,7 @@ async fn answer(
         }
     });
     tonic::server::Grpc::new(Raw)
-        .max_decoding_message_size(transport.max_message_bytes.unwrap_or(usize::MAX))
+        .max_decoding_message_size(usize::MAX)
         .max_encoding_message_size(usize::MAX)
         .streaming(handler, request)
         .await

@@ -4,8 +4,8 @@ use crate::{
     checks,
     proto::{
         reapi::{
-            Action, Directory, DirectoryNode, FileNode, Platform, SymlinkNode,
-            execution_stage::Value as Stage, platform::Property,
+            Action, Directory, DirectoryNode, FileNode, SymlinkNode, execution_stage::Value as Stage,
+            platform::Property,
         },
         rpc::PreconditionFailure,
     },
@@ -293,7 +293,7 @@ async fn unsorted_messages_are_refused_or_run(s: Session) -> Verdict {
 
 async fn a_platform_that_no_worker_has_is_refused_from_action_and_command(s: Session) -> Verdict {
     Job::sh(&s, "exit 0").stdout().await?;
-    let mut platform = s.platform().unwrap_or(Platform::default());
+    let mut platform = s.platform().unwrap_or_default();
     platform.properties.retain(|property| property.name != "OSFamily");
     platform.properties.push(Property { name: "OSFamily".into(), value: "plan9".into() });
     platform.properties.sort_by(|a, b| a.name.cmp(&b.name));

@@ -27,8 +27,11 @@ use tonic::{Request, Response, Status, transport::server::TcpIncoming};
 const RUN_LIMIT: Duration = Duration::from_secs(60);
 
 /// A server with more than one instance: one that shares nothing with the first, one that may do little, one that hashes
-/// otherwise.
+/// otherwise. It may fetch from the suite (AST).
 const INSTANCES: &str = r#"
+[assets]
+allowed_hosts = ["127.0.0.1"]
+
 [instances."a/b/c"]
 
 [instances.little]
@@ -55,6 +58,8 @@ const LEFT_OUT: &[(&str, &str)] = &[
     ("BS-17 slow readers cost bounded memory", "needs a look at the memory of the server"),
     ("AC-04 a hit extends the life of its blobs", "needs a store that is about to evict"),
     ("AC-12 an update without permission is refused as such", "needs a server, or an --instance, where"),
+    ("EXE-11 a silent operation is repeated", "needs a minute of silence"),
+    ("EXE-62 a lost worker is UNAVAILABLE or invisible", "needs a worker to be killed"),
 ];
 
 /// Reasons for which checks may be left out as long as our server does not have these features.

@@ -64,6 +64,7 @@ async fn every_fault_is_found_and_a_server_without_one_passes() {
     let server = Server::with(&[
         ("INSTANCE_NAMES", instances.as_str()),
         ("EXECUTION__CONCURRENCY", "16"),
+        ("ASSETS__ALLOWED_HOSTS", "[\"127.0.0.1\"]"),
         ("LOG__FILTER", "warn,gorego::server=info"),
     ])
     .await;

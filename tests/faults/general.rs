@@ -7,7 +7,7 @@ use super::{
     proxy::{Call, Transport},
 };
 use bytes::Bytes;
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use gorego::proto::{
     bytestream::ReadResponse,
     reapi::{
@@ -17,7 +17,7 @@ use gorego::proto::{
     rpc,
 };
 use prost::Message as _;
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::Arc};
 use tonic::{Code, Status};
 
 /// Whether a digest could be one of SHA-256.
@@ -126,14 +126,15 @@ pub fn faults() -> Vec<Fault> {
         fault("all instances are one", &["GEN-15"], {
             request::<FindMissingBlobsRequest>(find, |asked| asked.instance_name.clear())
         }),
-        fault(
-            "what is not there is an unknown error",
-            &["GEN-16"],
-            change::every(
-                |method| code(method, Code::Unimplemented, Code::Unknown),
-                &["SplitBlob", "SpliceBlob", "FetchBlob", "FetchDirectory", "PushBlob", "CreateLogStream"],
-            ),
-        ),
+        fault("what is not there is an unknown error", &["GEN-16"], {
+            let unknown = |status: Status| match status.code() {
+                Code::Unimplemented => Status::unknown(status.message()),
+                _ => status,
+            };
+            Arc::new(move |call, upstream| {
+                async move { upstream.forward(call).await.map_err(unknown) }.boxed()
+            })
+        }),
         fault(
             "an unsupported compressor is an internal error",
             &["GEN-16", "GEN-20", "BS-04"],

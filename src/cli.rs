@@ -8,13 +8,15 @@ pub mod exec;
 pub mod live;
 pub mod progress;
 pub mod serve;
+pub mod verify;
 
-use crate::{actors::worker, error::Error};
+use crate::{actors::worker, error::Error, verify::rules::Level};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{
     ffi::OsString,
     io::{self, Write as _},
     net::SocketAddr,
+    num::NonZeroUsize,
     path::PathBuf,
     process::ExitCode,
     time::Duration,
@@ -33,10 +35,14 @@ pub const EXIT_INFRASTRUCTURE: u8 = 125;
 /// `exec`: stopped by Ctrl-C; 128 + SIGINT.
 pub const EXIT_INTERRUPTED: u8 = 130;
 
+/// `verify`: checks at the same time.
+const DEFAULT_JOBS: NonZeroUsize = crate::verify::DEFAULT_JOBS;
+
 const EXIT_CODES: &str = "Exit codes:
   serve        0 stopped as asked, 1 failed, 2 command line or configuration wrong
   exec         the command's own; 2 command line wrong, 124 the command ran into its timeout, 125 it could not be
                run or its outputs not be brought back, 130 interrupted (the operation is cancelled)
+  verify       0 nothing that must hold failed, 1 something did, 2 the server could not be verified
   config       0 fine, 2 wrong
 
 Every configuration key can be set by an environment variable: GOREGO_LISTEN_ADDR, GOREGO_EXECUTION__CONCURRENCY;
@@ -61,6 +67,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Run a command on a server, as if it ran here
     Exec(ExecArgs),
+    /// Check a server of this API, any server, against the rules that clients rely on
+    Verify(VerifyArgs),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -163,6 +171,53 @@ pub struct ExecArgs {
     pub command: Vec<String>,
 }
 
+/// Flags of `gorego verify`.
+#[derive(Debug, Clone, Args)]
+pub struct VerifyArgs {
+    /// The server
+    #[arg(env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
+    pub endpoint: String,
+    /// Instance name
+    #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
+    pub instance: String,
+    /// A second instance of the server, to check that one does not see the other's data
+    #[arg(long, value_name = "NAME")]
+    pub other_instance: Option<String>,
+    /// Digest function of all checks that are not about digest functions [default: SHA256 if offered]
+    #[arg(long, value_name = "NAME")]
+    pub digest_function: Option<String>,
+    /// Run actions on workers with this property (repeatable)
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_pair)]
+    pub platform: Vec<(String, String)>,
+    /// Only these rules and groups, as in GEN-01,CAS
+    #[arg(long, value_delimiter = ',', value_name = "IDS")]
+    pub only: Vec<String>,
+    /// Only rules of this level and above
+    #[arg(long, value_name = "LEVEL")]
+    pub level: Option<Level>,
+    /// A failed `should` is a failure too, not a warning
+    #[arg(long)]
+    pub strict: bool,
+    /// Print what would be checked, and stop
+    #[arg(long)]
+    pub list: bool,
+    /// Print the report as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write the report as JUnit XML, too
+    #[arg(long, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
+    /// Checks at the same time
+    #[arg(long, default_value_t = DEFAULT_JOBS, value_name = "N")]
+    pub jobs: NonZeroUsize,
+    /// Longest time of one check
+    #[arg(long, default_value = "30s", value_name = "TIME", value_parser = parse_timeout)]
+    pub timeout: Duration,
+    /// Also move a gigabyte where a rule is about that
+    #[arg(long)]
+    pub large: bool,
+}
+
 fn parse_pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
@@ -190,6 +245,7 @@ pub fn main() -> ExitCode {
         None => serve::run(&cli.serve),
         Some(Command::Serve(args)) => serve::run(&args),
         Some(Command::Exec(args)) => exec::run(args),
+        Some(Command::Verify(args)) => verify::run(&args),
         Some(Command::Config(command)) => config::run(&command),
         Some(Command::Runner) => return runner(),
     };

@@ -1,0 +1,87 @@
+//! `gorego verify`: runs the conformance suite against a server and reports to people and machines.
+
+use super::{EXIT_FAILURE, EXIT_OK, EXIT_USAGE, VerifyArgs, complain};
+use crate::{
+    error::{Error, Result},
+    verify::{self, Options, Selection, groups, rules},
+};
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+};
+
+/// Verifies a server, or lists what would be verified; the exit code.
+pub fn run(args: &VerifyArgs) -> u8 {
+    let outcome = if args.list { selection(args).map(|chosen| list(&chosen)) } else { verify(args) };
+    match outcome {
+        Ok((text, good)) => {
+            // A reader that leaves early (`| head`) does not change what was found.
+            let _ = io::stdout().write_all(text.as_bytes());
+            if good { EXIT_OK } else { EXIT_FAILURE }
+        }
+        Err(error) => {
+            complain(&error);
+            EXIT_USAGE
+        }
+    }
+}
+
+/// The text for standard output, and whether nothing failed.
+type Outcome = (String, bool);
+
+fn verify(args: &VerifyArgs) -> Result<Outcome> {
+    let options = options(args)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Error::io("start the threads of a client", &error))?;
+    let report = runtime.block_on(verify::run(options))?;
+    if let Some(file) = &args.junit {
+        std::fs::write(file, report.junit(args.strict)?)
+            .map_err(|error| Error::Invalid(format!("could not write {}: {error}", file.display())))?;
+    }
+    let text = if args.json { report.json(args.strict) + "\n" } else { report.table(args.strict) };
+    Ok((text, report.is_good(args.strict)))
+}
+
+fn options(args: &VerifyArgs) -> Result<Options> {
+    Ok(Options {
+        instance: args.instance.clone(),
+        other_instance: args.other_instance.clone(),
+        digest_function: args.digest_function.clone(),
+        platform: args.platform.clone(),
+        check_limit: args.timeout,
+        jobs: args.jobs.get(),
+        selection: selection(args)?,
+        large: args.large,
+        ..Options::new(args.endpoint.clone())
+    })
+}
+
+fn selection(args: &VerifyArgs) -> Result<Selection> {
+    let only: Vec<String> = args.only.iter().map(|name| name.trim().to_uppercase()).collect();
+    for name in &only {
+        let known = rules::find(name).is_some() || rules::ALL.iter().any(|(group, _)| group == name);
+        if !known {
+            let name = name.escape_debug();
+            return Err(Error::Invalid(format!("--only {name}: no such rule or group; see --list")));
+        }
+    }
+    Ok(Selection { only, level: args.level })
+}
+
+/// Every selected rule: its id, level and title, and its checks or why it has none.
+fn list(selection: &Selection) -> Outcome {
+    let mut text = String::new();
+    for group in groups::ALL {
+        for rule in group.rules.iter().filter(|rule| selection.includes(&[rule.id])) {
+            let _ = writeln!(text, "{:<7} {:<7} {}", rule.id, rule.level, rule.title);
+            let checks = groups::ALL.iter().flat_map(groups::Group::checks);
+            for check in checks.filter(|check| check.rules.contains(&rule.id)) {
+                let _ = writeln!(text, "{:16}- {}", "", check.title());
+            }
+            for (_, reason) in group.beyond().filter(|(beyond, _)| beyond.id == rule.id) {
+                let _ = writeln!(text, "{:16}skipped: {reason}", "");
+            }
+        }
+    }
+    (text, true)
+}

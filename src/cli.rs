@@ -189,6 +189,9 @@ pub struct VerifyArgs {
     /// Run actions on workers with this property (repeatable)
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_pair)]
     pub platform: Vec<(String, String)>,
+    /// Name or address under which the server finds this machine: some checks let it fetch from here [default: 127.0.0.1]
+    #[arg(long, value_name = "HOST")]
+    pub asset_origin: Option<String>,
     /// Only these rules and groups, as in GEN-01,CAS
     #[arg(long, value_delimiter = ',', value_name = "IDS")]
     pub only: Vec<String>,

@@ -18,6 +18,8 @@ pub mod check;
 pub mod compression;
 pub mod connection;
 pub mod groups;
+pub mod job;
+pub mod origin;
 pub mod raw;
 pub mod report;
 pub mod rules;
@@ -60,6 +62,9 @@ pub struct Options {
     pub digest_function: Option<String>,
     /// Platform properties of every action, for servers that need them.
     pub platform: Vec<(String, String)>,
+    /// The name under which the server finds this machine, for the checks that let it fetch from here; the loopback address
+    /// where nothing is said.
+    pub asset_origin: Option<String>,
     /// Longest time of one check.
     pub check_limit: Duration,
     /// Checks at the same time.
@@ -79,6 +84,7 @@ impl Options {
             other_instance: None,
             digest_function: None,
             platform: Vec::new(),
+            asset_origin: None,
             check_limit: CHECK_LIMIT,
             jobs: DEFAULT_JOBS.get(),
             selection: Selection::default(),

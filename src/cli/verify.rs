@@ -48,6 +48,7 @@ fn options(args: &VerifyArgs) -> Result<Options> {
         other_instance: args.other_instance.clone(),
         digest_function: args.digest_function.clone(),
         platform: args.platform.clone(),
+        asset_origin: args.asset_origin.clone(),
         check_limit: args.timeout,
         jobs: args.jobs.get(),
         selection: selection(args)?,

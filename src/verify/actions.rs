@@ -170,7 +170,15 @@ impl Run {
     /// # Errors
     /// A failure when the stream ends otherwise.
     pub async fn next(&mut self) -> Verdict<Option<Operation>> {
-        let operation = self.stream.message().await.wanted("the operation stream goes on")?;
+        self.message().await.wanted("the operation stream goes on")
+    }
+
+    /// The same with the status as it came.
+    ///
+    /// # Errors
+    /// As the server answers.
+    pub async fn message(&mut self) -> Result<Option<Operation>, Status> {
+        let operation = self.stream.message().await?;
         if let Some(operation) = &operation {
             match operation.done {
                 true => self.session.operation_ended(&operation.name),

@@ -96,7 +96,16 @@ pub const ALL: &[Group] = &[
         name: "EXE",
         title: "Execution",
         rules: rules::EXE,
-        checks: &[execution::CHECKS],
+        checks: &[
+            execution::stream::CHECKS,
+            execution::cache::CHECKS,
+            execution::refusals::CHECKS,
+            execution::inputs::CHECKS,
+            execution::running::CHECKS,
+            execution::outputs::CHECKS,
+            execution::trees::CHECKS,
+            execution::logs::CHECKS,
+        ],
         beyond: &[execution::BEYOND],
     },
     Group {

@@ -35,6 +35,7 @@ use std::{
     },
     time::Duration,
 };
+use tokio::sync::OnceCell;
 use tonic::transport::Channel;
 
 /// How long the operations that checks left behind may take to be cancelled, all together.
@@ -61,6 +62,8 @@ struct Run {
     written: AtomicU64,
     /// Names of operations that this run started and has not seen the end of.
     operations: Mutex<BTreeSet<String>>,
+    /// Whether a trivial action was run; see [`Session::runs_actions`].
+    first_action: OnceCell<Verdict>,
 }
 
 impl Session {
@@ -91,9 +94,17 @@ impl Session {
         })?;
         let function = choose_function(options.digest_function.as_deref(), &capabilities)?;
         let instance = options.instance.clone();
-        let (written, operations) = (AtomicU64::new(0), Mutex::default());
-        let run = Arc::new(Run { options, target, capabilities, salt, written, operations });
-        Ok(Self { run, channel, instance, function, function_number: function.wire().into() })
+        let run = Run {
+            options,
+            target,
+            capabilities,
+            salt,
+            written: AtomicU64::new(0),
+            operations: Mutex::default(),
+            first_action: OnceCell::new(),
+        };
+        let function_number = function.wire().into();
+        Ok(Self { run: Arc::new(run), channel, instance, function, function_number })
     }
 
     /// The same over a connection of its own.
@@ -264,6 +275,11 @@ impl Session {
     /// Bytes sent to be stored so far, by the whole run.
     pub fn bytes_written(&self) -> u64 {
         self.run.written.load(Ordering::Relaxed)
+    }
+
+    /// What came of the run's first action.
+    pub(super) fn first_action(&self) -> &OnceCell<Verdict> {
+        &self.run.first_action
     }
 
     /// Remembers an operation that this run has started, until [`Session::operation_ended`].

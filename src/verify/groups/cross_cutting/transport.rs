@@ -42,6 +42,8 @@ pub const CHECKS: &[Check] = checks![
 const MODEST_BATCH_BYTES: usize = 16 * 1024 * 1024;
 /// How many streams clients plan with (GEN-27).
 const STREAMS: usize = 100;
+/// How long opening them takes, amply.
+const STREAMS_OPEN: Duration = Duration::from_millis(500);
 /// How long a call may wait behind them.
 const STREAM_PATIENCE: Duration = Duration::from_secs(5);
 /// Pings, and between them: what GEN-26 asks a server to bear. A server with the default of grpc-go, one ping in five
@@ -144,6 +146,8 @@ async fn a_hundred_streams_leave_room_for_a_call(s: Session) -> Verdict {
     };
     let uploads: Vec<_> = (0..STREAMS - 1).map(upload).collect();
     let blob = s.blob(100);
+    // The uploads first: the call is to come when their streams are open.
+    tokio::time::sleep(STREAMS_OPEN).await;
     let work = async {
         let missing = s.missing(std::slice::from_ref(&blob.digest)).await;
         missing.wanted(&format!("FindMissingBlobs answers beside {} uploads", STREAMS - 1))

@@ -1,0 +1,130 @@
+//! An HTTP server of our own, from which the server under test is asked to fetch.
+//!
+//! It serves what a check tells it to and counts who comes. It listens for as long as it is held, on a port of its own.
+
+use super::check::{Stop, Verdict, skipped};
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::{Request, State},
+    http::{Response, StatusCode, header::LOCATION},
+};
+use std::{
+    collections::HashMap,
+    net::Ipv4Addr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::{net::TcpListener, task::JoinHandle};
+
+/// The name of this machine where nothing else is said.
+pub const LOCAL_HOST: &str = "127.0.0.1";
+
+/// What is served at a path.
+#[derive(Debug, Clone)]
+pub enum Page {
+    /// These bytes.
+    Content(Bytes),
+    /// These bytes, after a while.
+    Slow(Bytes, Duration),
+    /// The value of this request header; empty without it.
+    Echo(&'static str),
+    /// Nothing but a status.
+    Status(StatusCode),
+    /// Somewhere else.
+    Redirect(String),
+}
+
+/// See the top of this file.
+#[derive(Debug)]
+pub struct Origin {
+    authority: String,
+    site: Arc<Mutex<Site>>,
+    serving: JoinHandle<()>,
+}
+
+#[derive(Debug, Default)]
+struct Site {
+    pages: HashMap<String, Page>,
+    visits: HashMap<String, usize>,
+}
+
+impl Origin {
+    /// Listens: on the loopback address, or on all of them when the machine has been given a name for others to find it.
+    ///
+    /// # Errors
+    /// Skipped when no port can be had.
+    pub async fn start(host: &str) -> Verdict<Self> {
+        let ip = if host == LOCAL_HOST { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
+        let no_port = |error| Stop::Skipped(format!("no port to serve an origin from: {error}"));
+        let listener = TcpListener::bind((ip, 0)).await.map_err(no_port)?;
+        let authority = format!("{host}:{}", listener.local_addr().map_err(no_port)?.port());
+        let site = Arc::<Mutex<Site>>::default();
+        let router = Router::new().fallback(answer).with_state(site.clone());
+        let serving = tokio::spawn(async move {
+            // It ends with the task; a broken connection is the server's to notice.
+            let _ = axum::serve(listener, router).await;
+        });
+        Ok(Self { authority, site, serving })
+    }
+
+    /// Serves this at a path from now on; its URL.
+    pub fn page(&self, path: &str, page: Page) -> String {
+        self.site().pages.insert(format!("/{path}"), page);
+        format!("http://{}/{path}", self.authority)
+    }
+
+    /// How often a path was asked for.
+    pub fn visits(&self, path: &str) -> usize {
+        self.site().visits.get(&format!("/{path}")).copied().unwrap_or_default()
+    }
+
+    /// Why a check stops whose server never came here.
+    pub fn unreachable(&self, why: &str) -> Stop {
+        skipped(format!(
+            "the server does not fetch from {}: {why}; allow it there, or say with --asset-origin under which name it finds \
+             this machine",
+            self.authority
+        ))
+    }
+
+    fn site(&self) -> std::sync::MutexGuard<'_, Site> {
+        self.site.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Origin {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+async fn answer(State(site): State<Arc<Mutex<Site>>>, request: Request) -> Response<Body> {
+    let path = request.uri().path().to_owned();
+    let page = {
+        let mut site = site.lock().unwrap_or_else(PoisonError::into_inner);
+        *site.visits.entry(path.clone()).or_default() += 1;
+        site.pages.get(&path).cloned()
+    };
+    let mut response = Response::new(Body::empty());
+    match page {
+        None => *response.status_mut() = StatusCode::NOT_FOUND,
+        Some(Page::Status(status)) => *response.status_mut() = status,
+        Some(Page::Content(bytes)) => *response.body_mut() = bytes.into(),
+        Some(Page::Slow(bytes, wait)) => {
+            tokio::time::sleep(wait).await;
+            *response.body_mut() = bytes.into();
+        }
+        Some(Page::Echo(header)) => {
+            let value = request.headers().get(header).map(|value| value.as_bytes().to_vec());
+            *response.body_mut() = value.unwrap_or_default().into();
+        }
+        Some(Page::Redirect(target)) => {
+            *response.status_mut() = StatusCode::FOUND;
+            if let Ok(target) = target.parse() {
+                response.headers_mut().insert(LOCATION, target);
+            }
+        }
+    }
+    response
+}

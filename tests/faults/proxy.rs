@@ -1,0 +1,190 @@
+//! A gRPC proxy that knows no service: messages pass as bytes, so that what no fault touches arrives to the bit.
+//!
+//! Every call, unary or streaming, is a [`Call`]: a path, headers and a stream of messages. [`Upstream::forward`] makes the same
+//! call at the real server and gives the [`Reply`]: headers, and messages up to the status that ends them. A [`Behaviour`]
+//! stands in between. A client that goes away drops the reply and with it the call at the real server.
+
+use axum::Router;
+use bytes::{Buf as _, BufMut as _, Bytes};
+use futures::{StreamExt as _, future::BoxFuture, stream, stream::BoxStream};
+use http::uri::PathAndQuery;
+use std::{convert::Infallible, sync::Arc};
+use tokio::task::JoinHandle;
+use tonic::{
+    Request, Response, Status, Streaming,
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    metadata::MetadataMap,
+    service::Routes,
+    transport::{Channel, Endpoint, Server, server::TcpIncoming},
+};
+
+/// Messages of one direction; an error is the status that ends them.
+pub type Messages = BoxStream<'static, Result<Bytes, Status>>;
+
+/// What a fault does with a call.
+pub type Behaviour = Arc<dyn Fn(Call, Upstream) -> BoxFuture<'static, Result<Reply, Status>> + Send + Sync>;
+
+/// Windows wide enough that the proxy is not what the suite measures.
+const WINDOW_BYTES: u32 = 16 * 1024 * 1024;
+
+/// A call as the client made it.
+pub struct Call {
+    pub path: PathAndQuery,
+    pub metadata: MetadataMap,
+    pub messages: Messages,
+}
+
+impl Call {
+    /// The name of the method alone.
+    pub fn method(&self) -> &str {
+        self.path.path().rsplit('/').next().unwrap_or_default()
+    }
+}
+
+/// What goes back.
+pub struct Reply {
+    pub metadata: MetadataMap,
+    pub messages: Messages,
+}
+
+impl Reply {
+    /// Exactly these messages, and OK.
+    pub fn of(messages: impl IntoIterator<Item = Bytes>) -> Self {
+        let messages: Vec<_> = messages.into_iter().map(Ok).collect();
+        Self { metadata: MetadataMap::new(), messages: stream::iter(messages).boxed() }
+    }
+}
+
+/// The real server.
+#[derive(Clone)]
+pub struct Upstream(pub Channel);
+
+impl Upstream {
+    /// Makes the call there.
+    pub async fn forward(&self, call: Call) -> Result<Reply, Status> {
+        let mut client = tonic::client::Grpc::new(self.0.clone())
+            .max_decoding_message_size(usize::MAX)
+            .max_encoding_message_size(usize::MAX);
+        let ready = client.ready().await;
+        ready.map_err(|error| Status::unavailable(format!("the real server is not there: {error}")))?;
+        // A client that breaks off is not one that has said all it had to say: the end is never passed on. The reply is
+        // dropped soon, and that cancels the call.
+        let messages = call.messages.flat_map(|message| match message {
+            Ok(message) => stream::once(async { message }).left_stream(),
+            Err(_) => stream::pending().right_stream(),
+        });
+        let mut request = Request::new(messages);
+        *request.metadata_mut() = call.metadata;
+        let response = client.streaming(request, call.path, Raw).await?;
+        let (metadata, messages, _) = response.into_parts();
+        Ok(Reply { metadata, messages: messages.boxed() })
+    }
+}
+
+/// The limit of the connection itself, for a fault that lies below the calls.
+#[derive(Clone, Copy, Default)]
+pub struct Transport {
+    /// Streams that one connection may have open.
+    pub max_streams: Option<u32>,
+}
+
+/// A proxy that serves until it is dropped.
+pub struct Proxy {
+    pub endpoint: String,
+    serving: JoinHandle<()>,
+}
+
+impl Proxy {
+    /// Starts one on a free port.
+    pub async fn start(server: &str, transport: Transport, behaviour: Behaviour) -> Self {
+        let upstream = Endpoint::from_shared(server.to_owned())
+            .unwrap()
+            .tcp_nodelay(true)
+            .initial_connection_window_size(WINDOW_BYTES)
+            .initial_stream_window_size(WINDOW_BYTES)
+            .connect_lazy();
+        let upstream = Upstream(upstream);
+        let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap().with_nodelay(Some(true));
+        let endpoint = format!("grpc://{}", incoming.local_addr().unwrap());
+        let service = tower::service_fn(move |request: http::Request<axum::body::Body>| {
+            let (upstream, behaviour) = (upstream.clone(), behaviour.clone());
+            async move { Ok::<_, Infallible>(answer(request, upstream, behaviour).await) }
+        });
+        let router = Server::builder()
+            .max_concurrent_streams(transport.max_streams)
+            .initial_connection_window_size(WINDOW_BYTES)
+            .initial_stream_window_size(WINDOW_BYTES)
+            .add_routes(Routes::from(Router::new().fallback_service(service)));
+        let serving = tokio::spawn(async move {
+            router.serve_with_incoming(incoming).await.unwrap();
+        });
+        Self { endpoint, serving }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+async fn answer(
+    request: http::Request<axum::body::Body>,
+    upstream: Upstream,
+    behaviour: Behaviour,
+) -> http::Response<tonic::body::Body> {
+    let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    let handler = tower::service_fn(move |request: Request<Streaming<Bytes>>| {
+        let (upstream, behaviour, path) = (upstream.clone(), behaviour.clone(), path.clone());
+        async move {
+            let (metadata, _, messages) = request.into_parts();
+            let call = Call { path, metadata, messages: messages.boxed() };
+            let reply = behaviour(call, upstream).await?;
+            Ok::<_, Status>(Response::from_parts(reply.metadata, reply.messages, Default::default()))
+        }
+    });
+    tonic::server::Grpc::new(Raw)
+        .max_decoding_message_size(usize::MAX)
+        .max_encoding_message_size(usize::MAX)
+        .streaming(handler, request)
+        .await
+}
+
+/// Messages as the bytes they are.
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Bytes;
+    type Decode = Bytes;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.reserve(item.len());
+        buffer.put(item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        let length = buffer.remaining();
+        Ok(Some(buffer.copy_to_bytes(length)))
+    }
+}

@@ -44,6 +44,44 @@ pub struct Config {
     pub execution: ExecutionConfig,
     /// Log streams of clients.
     pub log_streams: LogStreamsConfig,
+    /// The Remote Asset service.
+    pub assets: AssetsConfig,
+    /// The HTTP/1.1 cache.
+    pub http: HttpConfig,
+}
+
+/// `[assets]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AssetsConfig {
+    /// Hosts that may be downloaded from; empty for none (AST-10).
+    pub allowed_hosts: Vec<String>,
+    /// Address ranges that are not public but may be connected to all the same, such as "10.0.0.0/8".
+    pub allowed_networks: Vec<String>,
+    /// Whether clients may bind content to URIs (AST-11).
+    pub push: bool,
+    /// Downloads and unpackings at the same time.
+    pub concurrency: usize,
+    /// Largest download, in GB (10^9 bytes).
+    pub max_download_gb: u64,
+    /// Largest archive once it is unpacked, in GB (10^9 bytes).
+    pub max_unpacked_gb: u64,
+    /// Longest time that a fetch may take, all its mirrors together.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+    /// Redirects that one download follows.
+    pub max_redirects: usize,
+    /// How long content that was fetched without a checksum is taken to be current.
+    #[serde(with = "humantime_serde")]
+    pub max_age: Duration,
+}
+
+/// `[http]`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpConfig {
+    /// Where the HTTP/1.1 cache is served; empty for nowhere.
+    pub listen_addr: String,
 }
 
 /// `[instances."NAME"]`: what is different there; everything else is as for all instances.
@@ -96,6 +134,8 @@ pub struct CacheConfig {
     pub action_cache_updates: bool,
     /// Largest blob that is accepted, in GB (10^9 bytes) (CAP-15).
     pub max_blob_size_gb: u64,
+    /// Whether SplitBlob and SpliceBlob are offered (CAP-16).
+    pub chunking: bool,
     /// How long the bytes of a broken upload are kept for its client to go on.
     #[serde(with = "humantime_serde")]
     pub partial_upload_retention: Duration,
@@ -187,6 +227,24 @@ impl Default for Config {
             cache: CacheConfig::default(),
             execution: ExecutionConfig::default(),
             log_streams: LogStreamsConfig::default(),
+            assets: AssetsConfig::default(),
+            http: HttpConfig::default(),
+        }
+    }
+}
+
+impl Default for AssetsConfig {
+    fn default() -> Self {
+        Self {
+            allowed_hosts: Vec::new(),
+            allowed_networks: Vec::new(),
+            push: true,
+            concurrency: 8,
+            max_download_gb: 4,
+            max_unpacked_gb: 16,
+            timeout: Duration::from_secs(10 * 60),
+            max_redirects: 10,
+            max_age: Duration::from_secs(24 * 3600),
         }
     }
 }
@@ -203,6 +261,7 @@ impl Default for CacheConfig {
             digest_functions: DigestFunction::ALL.to_vec(),
             action_cache_updates: true,
             max_blob_size_gb: 16,
+            chunking: true,
             partial_upload_retention: Duration::from_secs(10 * 60),
             zstd_level: 1,
             compressed_committed_size: CommittedSize::Compressed,

@@ -88,6 +88,11 @@ impl Error {
         Self::Internal(message.to_string())
     }
 
+    /// [`Error::NotFound`] for chunks that a blob was to be made of (CAS-36).
+    pub fn missing_chunks(missing: &[Digest]) -> Self {
+        Self::NotFound(format!("{}; upload these chunks and splice again", missing_message(missing)))
+    }
+
     /// The error of a failed file operation: a full disk is the operator's to mend and worth a retry, everything else is a
     /// fault of this server. `doing` completes "could not ...".
     pub fn io(doing: &str, error: &std::io::Error) -> Self {

@@ -3,8 +3,8 @@
 //! Each service decodes, asks, encodes. What is wire stays here: nothing outside this directory (and the wiring and the client)
 //! knows tonic. The files by what they own:
 //!
-//! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`log_stream`], [`capabilities`],
-//!   [`health`]: the services; reflection comes from the descriptors.
+//! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`log_stream`], [`asset`],
+//!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors.
 //! - [`convert`]: wire to domain and back. [`status`]: errors to statuses. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`]: parts of answers.
 //! - [`ask`]: the way to the scheduler. [`accept`], [`request_log`], [`panic_guard`]: what every connection and call goes
@@ -16,9 +16,11 @@
 pub mod accept;
 pub mod action_cache;
 pub mod ask;
+pub mod asset;
 pub mod byte_stream;
 pub mod capabilities;
 pub mod cas;
+pub mod chunks;
 pub mod convert;
 pub mod execution;
 pub mod filter;
@@ -34,13 +36,14 @@ pub mod request_log;
 pub mod status;
 
 use crate::{
-    actors::cas::client::Cas,
+    actors::{asset::client::Assets, cas::client::Cas},
     config::{CommittedSize, Config},
     error::{Error, Result},
     instance::Instances,
     log_streams::LogStreams,
     proto::{
         self,
+        asset::{fetch_server::FetchServer, push_server::PushServer},
         bytestream::{self, byte_stream_server::ByteStreamServer},
         logstream::log_stream_service_server::LogStreamServiceServer,
         longrunning::{self, operations_server::OperationsServer},
@@ -99,6 +102,8 @@ pub struct Edge {
     pub scheduler: Option<Scheduler>,
     /// The log streams.
     pub log_streams: LogStreams,
+    /// Remote assets; `None` where they are not served.
+    pub assets: Option<Assets>,
     /// What the configuration says about the protocol.
     pub settings: Settings,
 }
@@ -110,6 +115,8 @@ pub struct Settings {
     pub max_blob_bytes: u64,
     /// What a finished compressed upload answers (BS-25).
     pub compressed_committed_size: CommittedSize,
+    /// Whether blobs are split and spliced (CAP-16).
+    pub chunking: bool,
 }
 
 impl From<&Config> for Settings {
@@ -118,6 +125,7 @@ impl From<&Config> for Settings {
         Self {
             max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB),
             compressed_committed_size: config.cache.compressed_committed_size,
+            chunking: config.cache.chunking,
         }
     }
 }
@@ -189,6 +197,8 @@ fn routes(edge: Arc<Edge>, health: &Health) -> Result<Routes> {
         .add_service(limited!(ActionCacheServer::new(action_cache::ActionCacheService(edge.clone()))))
         .add_service(limited!(LogStreamServiceServer::new(log_stream::LogStreamService(edge.clone()))))
         .add_service(limited!(ByteStreamServer::new(byte_stream::ByteStreamService(edge.clone()))))
+        .add_service(limited!(FetchServer::new(asset::AssetService(edge.clone()))))
+        .add_service(limited!(PushServer::new(asset::AssetService(edge.clone()))))
         .add_service(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge))))
         .add_service(HealthServer::new(HealthService::from_health_reporter(health.reporter())))
         .add_service(reflection().build_v1().map_err(unusable)?)

@@ -5,6 +5,7 @@
 
 pub mod action;
 pub mod actors;
+pub mod chunking;
 pub mod cli;
 pub mod client;
 pub mod compression;
@@ -12,6 +13,7 @@ pub mod config;
 pub mod digest;
 pub mod error;
 pub mod grpc;
+pub mod http_cache;
 pub mod instance;
 pub mod log_streams;
 pub mod logging;

@@ -46,13 +46,15 @@ impl ResourceName {
     /// # Errors
     /// [`Error::Invalid`] that shows the name and the form it should have.
     pub fn parse_write(name: &str) -> Result<Self> {
-        // One client writes "/uploads/..." under the empty instance name (clients.md).
-        let relative = name.strip_prefix('/').filter(|rest| rest.starts_with("uploads/")).unwrap_or(name);
-        Self::parse(relative, true)
+        Self::parse(name, true)
             .map_err(|problem| explain(name, "[instance/]uploads/{uuid}/blobs/{hash}/{size}", &problem))
     }
 
     fn parse(name: &str, write: bool) -> std::result::Result<Self, String> {
+        // moon puts "{instance}/" before every name, and so a slash alone when the instance name is empty.
+        let keyword_follows =
+            |rest: &&str| ["uploads/", "blobs/", "compressed-blobs/"].iter().any(|k| rest.starts_with(k));
+        let name = name.strip_prefix('/').filter(keyword_follows).unwrap_or(name);
         let segments: Vec<&str> = name.split('/').collect();
         let is_keyword = |segment: &&str| matches!(*segment, "blobs" | "compressed-blobs" | "uploads");
         let keyword = segments.iter().position(is_keyword).ok_or("it has no \"blobs\" segment")?;
@@ -147,6 +149,7 @@ mod tests {
             }
         }
         assert!(ResourceName::parse_write(&format!("/uploads/{UUID}/blobs/{HASH}/0")).is_ok());
+        assert!(ResourceName::parse_read(&format!("/blobs/{HASH}/0")).is_ok());
     }
 
     /// BS-03, GEN-08.
@@ -201,7 +204,8 @@ mod tests {
             assert!(ResourceName::parse_write(&name).is_err(), "{name}");
         }
         assert!(ResourceName::parse_read(&format!("blobs/{HASH}/0/x")).is_err());
-        assert!(ResourceName::parse_read(&format!("/blobs/{HASH}/0")).is_err());
+        assert!(ResourceName::parse_read(&format!("//blobs/{HASH}/0")).is_err());
+        assert!(ResourceName::parse_read(&format!("/i/blobs/{HASH}/0")).is_err());
         assert!(ResourceName::parse_read(&format!("uploads/{UUID}/blobs/{HASH}/0")).is_err());
         assert!(ResourceName::parse_write(&format!("blobs/{HASH}/0")).is_err());
         assert!(ResourceName::parse_write(&format!("uploads/1/blobs/{HASH}/0")).is_err());

@@ -7,6 +7,7 @@
 use crate::{
     action::TimeoutPolicy,
     actors::{
+        asset::{AssetActor, client::Assets, messages::CloseAssets},
         cas::{CasActor, CloseStore, StoreSettings, client::Cas},
         scheduler::{
             Pool, SchedulerActor,
@@ -18,11 +19,13 @@ use crate::{
     config::{ExecutionSettings, Settings},
     error::{Error, Result},
     grpc::{self, Edge, ask::Scheduler},
+    http_cache::{self, HttpCache},
     log_streams::{Limits, LogSettings, LogStreams},
     logging,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
 use actix_rt::System;
+use futures::{FutureExt as _, future::BoxFuture};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
@@ -30,6 +33,7 @@ use tokio::{
     runtime::{Builder, Handle, Runtime},
     select,
     signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
     time::{interval, timeout},
 };
 
@@ -113,7 +117,10 @@ fn raise_open_files() -> Option<u64> {
 struct Server {
     settings: Settings,
     listener: TcpListener,
+    /// Where the HTTP/1.1 cache is served, if it is.
+    http: Option<TcpListener>,
     cas: Cas,
+    assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
     log_streams: LogStreams,
     /// Where connections are served: the runtime's own threads, not the one that the actors live on.
@@ -136,21 +143,24 @@ impl Server {
         open_files: Option<u64>,
         workers: Handle,
     ) -> Result<Self> {
-        let listener = TcpListener::bind(settings.listen_addr)
-            .await
-            .map_err(|error| Error::io(&format!("listen on {}", settings.listen_addr), &error))?;
+        let listener = listen(settings.listen_addr).await?;
+        let http = match settings.http_addr {
+            Some(address) => Some(listen(address).await?),
+            None => None,
+        };
         let cas = store.launch();
+        let assets = AssetActor::open(settings.assets.clone(), cas.clone(), workers.clone()).launch();
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
         let scheduler = settings.execution.as_ref().zip(build_root).map(|(execution, build_root)| {
             start_scheduler(execution, build_root, open_files, &cas, log_streams.clone())
         });
-        Ok(Self { settings, listener, cas, scheduler, log_streams, workers })
+        Ok(Self { settings, listener, http, cas, assets, scheduler, log_streams, workers })
     }
 
     /// Serves until a signal or a fault, then shuts down.
     async fn serve(self, ready: impl FnOnce(SocketAddr)) -> Result<()> {
-        let Self { settings, listener, cas, scheduler, log_streams, workers } = self;
+        let Self { settings, listener, http, cas, assets, scheduler, log_streams, workers } = self;
         let mut signals = Signals::listen()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -159,13 +169,15 @@ impl Server {
             instances: settings.instances.clone(),
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
+            assets: Some(assets.clone()),
             log_streams: log_streams.clone(),
             settings: grpc::Settings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
+                chunking: settings.chunking,
             },
         });
-        let (close, closed) = tokio::sync::oneshot::channel::<()>();
+        let (close, closed) = oneshot::channel::<()>();
         let mut serving = workers.spawn({
             let health = health.clone();
             async move {
@@ -174,11 +186,13 @@ impl Server {
                 grpc::serve(edge, &health, listener, shutdown).await
             }
         });
+        let (http_close, mut http_serving) = serve_http(http, &settings, &cas, &workers)?;
         ready(address);
 
         let stop = select! {
             signal = signals.next() => Stop::Signal(signal),
-            error = owner_died(&cas, scheduler.as_ref()) => Stop::Fault(error),
+            error = owner_died(&cas, &assets, scheduler.as_ref()) => Stop::Fault(error),
+            error = &mut http_serving => Stop::Fault(error),
             ended = &mut serving => Stop::Fault(match ended {
                 Ok(Ok(())) => Error::internal("the gRPC server stopped by itself"),
                 Ok(Err(error)) => error,
@@ -200,7 +214,9 @@ impl Server {
             log_streams.close();
             // Whoever waits for the end of a stream hears it now; idle connections are told to go away.
             let _ = close.send(());
-            if timeout(CLOSE_GRACE, serving).await.is_err() {
+            drop(http_close);
+            let both = async { tokio::join!(serving, http_serving) };
+            if timeout(CLOSE_GRACE, both).await.is_err() {
                 log::warn!(target: LOG, event = "connections_cut"; "some clients kept their connections open; closing them");
             }
         };
@@ -213,7 +229,9 @@ impl Server {
                 std::process::exit(INTERRUPTED);
             }
         }
-        owners_live(&cas, scheduler.as_ref())?;
+        owners_live(&cas, &assets, scheduler.as_ref())?;
+        // Both write down what the next start should know.
+        let _ = timeout(CLOSE_GRACE, assets.actor().send(CloseAssets)).await;
         // Writes down what was used lately, for the order of eviction after the next start.
         if timeout(CLOSE_GRACE, cas.actor().send(CloseStore)).await.is_err() {
             log::warn!(target: LOG, event = "store_not_closed"; "the store is slow to close; its order of use may be out of date");
@@ -221,6 +239,42 @@ impl Server {
         log::info!(target: LOG, event = "server_stopped"; "stopped");
         Ok(())
     }
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| Error::io(&format!("listen on {address}"), &error))
+}
+
+/// Serves the HTTP/1.1 cache, if there is a listener for it, until the sender is dropped. The future ends with what ended it.
+fn serve_http(
+    listener: Option<TcpListener>,
+    settings: &Settings,
+    cas: &Cas,
+    workers: &Handle,
+) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
+    let (close, closed) = oneshot::channel::<()>();
+    // Nothing to serve is no end of serving, until it is told to end.
+    let Some(listener) = listener else {
+        let ended = closed.map(|_| Error::internal("there is no HTTP server"));
+        return Ok((close, ended.boxed()));
+    };
+    let address =
+        listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
+    let cache = HttpCache {
+        instances: settings.instances.clone(),
+        cas: cas.clone(),
+        max_blob_bytes: settings.max_blob_bytes,
+    };
+    log::info!(target: LOG, event = "http_started", listen_addr:% = address; "serving the HTTP cache on {address}");
+    let serving = workers.spawn(http_cache::serve(cache, listener, async move { drop(closed.await) }));
+    let ended = async move {
+        match serving.await {
+            Ok(Ok(())) => Error::internal("the HTTP server stopped by itself"),
+            Ok(Err(error)) => error,
+            Err(panic) => Error::Internal(format!("the HTTP server panicked: {panic}")),
+        }
+    };
+    Ok((close, ended.boxed()))
 }
 
 fn start_scheduler(
@@ -270,20 +324,23 @@ async fn drain(scheduler: &Addr<SchedulerActor>, grace: Duration) {
 }
 
 /// Ends when an owner actor is gone.
-async fn owner_died(cas: &Cas, scheduler: Option<&Addr<SchedulerActor>>) -> Error {
+async fn owner_died(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActor>>) -> Error {
     let mut ticks = interval(WATCH_INTERVAL);
     loop {
         ticks.tick().await;
-        if let Err(error) = owners_live(cas, scheduler) {
+        if let Err(error) = owners_live(cas, assets, scheduler) {
             return error;
         }
     }
 }
 
 /// A panic in a handler of an owner actor closes its address for good.
-fn owners_live(cas: &Cas, scheduler: Option<&Addr<SchedulerActor>>) -> Result<()> {
+fn owners_live(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActor>>) -> Result<()> {
     if !cas.actor().connected() {
         return Err(Error::internal("the store's actor died"));
+    }
+    if !assets.actor().connected() {
+        return Err(Error::internal("the asset service's actor died"));
     }
     if scheduler.is_some_and(|scheduler| !scheduler.connected()) {
         return Err(Error::internal("the scheduler's actor died"));

@@ -10,6 +10,7 @@
 
 mod action_cache;
 pub mod blob;
+pub mod chunks;
 pub mod client;
 mod files;
 mod guards;
@@ -18,6 +19,7 @@ mod inputs;
 mod lookup;
 mod memo;
 pub mod messages;
+pub mod new_blob;
 mod outputs;
 mod reply;
 mod requests;
@@ -26,8 +28,10 @@ pub mod results;
 mod scan;
 mod settings;
 mod sink;
+pub mod splice;
 #[cfg(test)]
 mod tests;
+mod turns;
 mod upkeep;
 mod uploads;
 mod writer;
@@ -46,6 +50,7 @@ use crate::{
 };
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
 use bytes::Bytes;
+use chunks::ChunkWork;
 use client::Cas;
 use files::Files;
 use guards::Reservation;
@@ -90,6 +95,8 @@ pub(crate) struct Shared {
     form_turn: Arc<Semaphore>,
     /// Compressed uploads that may be decoded at the same time.
     decoders: Arc<Semaphore>,
+    /// Splits and splices; nothing in it says what is stored.
+    chunk_work: ChunkWork,
 }
 
 impl Shared {
@@ -142,6 +149,7 @@ impl CasActor {
             encoding: Arc::new(Semaphore::new(thread::available_parallelism().map_or(1, usize::from))),
             form_turn: Arc::new(Semaphore::new(1)),
             decoders: Arc::new(Semaphore::new(settings::DECODERS_MAX)),
+            chunk_work: ChunkWork::default(),
             settings,
         };
         Ok(Self {

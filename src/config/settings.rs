@@ -7,6 +7,7 @@
 use super::{CommittedSize, Loaded, LogConfig, load::keys};
 use crate::{
     action::TimeoutPolicy,
+    actors::asset::{AssetSettings, origins::Origins},
     compression::LEVELS,
     digest::DigestFunction,
     error::{Error, Result},
@@ -32,6 +33,8 @@ const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
 const MAX_CONCURRENCY: usize = 4_096;
 /// Most log streams of clients; each that has bytes holds a file open.
 const MAX_LOG_STREAMS: usize = 100_000;
+/// Most downloads at a time; each holds a connection, and a thread while it unpacks.
+const MAX_ASSET_CONCURRENCY: usize = 256;
 /// Most tasks that may wait, and most finished operations that are remembered; about 2 GB of memory.
 const MAX_OPERATIONS: usize = 1_000_000;
 
@@ -70,6 +73,8 @@ pub struct Settings {
     pub max_size_bytes: u64,
     /// Largest blob that is accepted; never above `max_size_bytes`.
     pub max_blob_bytes: u64,
+    /// Whether blobs are split and spliced (CAP-16).
+    pub chunking: bool,
     /// How long the bytes of a broken upload are kept.
     pub partial_upload_retention: Duration,
     /// How hard blobs are compressed; one of [`crate::compression::LEVELS`].
@@ -86,6 +91,10 @@ pub struct Settings {
     pub client_log_streams: bool,
     /// Bounds on the log streams of clients.
     pub log_streams: Limits,
+    /// The Remote Asset service.
+    pub assets: AssetSettings,
+    /// Where the HTTP/1.1 cache is served, if at all.
+    pub http_addr: Option<SocketAddr>,
     /// The file that was read, for logs.
     pub config_file: Option<PathBuf>,
     /// What an operator should know although it is allowed; to be logged once logging works.
@@ -177,7 +186,8 @@ impl Settings {
         let config = &loaded.config;
         let mut check = Check { loaded, problems: Vec::new() };
         let mut warnings = Vec::new();
-        check_exposure(&mut check, &mut warnings);
+        check_exposure(&mut check, &mut warnings, "listen_addr", config.listen_addr);
+        let http_addr = http_address(&mut check, &mut warnings);
         let instances = instances(&mut check);
         let cache_dir = if !config.local_cache_dir.as_os_str().is_empty() {
             check.directory("local_cache_dir", &config.local_cache_dir, machine)
@@ -204,6 +214,7 @@ impl Settings {
         }
         let execution = execution(&mut check, &cache_dir, machine);
         let log_streams = log_streams(&mut check);
+        let assets = assets(&mut check, &cache_dir);
         match (instances, check.problems.is_empty()) {
             (Some(instances), true) => Ok(Self {
                 listen_addr: config.listen_addr,
@@ -211,6 +222,7 @@ impl Settings {
                 cache_dir,
                 max_size_bytes,
                 max_blob_bytes: max_blob_bytes.min(max_size_bytes),
+                chunking: config.cache.chunking,
                 partial_upload_retention: config.cache.partial_upload_retention,
                 zstd_level: config.cache.zstd_level,
                 compressed_committed_size: config.cache.compressed_committed_size,
@@ -219,6 +231,8 @@ impl Settings {
                 execution: config.execution.enabled.then_some(execution),
                 client_log_streams: config.log_streams.enabled,
                 log_streams,
+                assets,
+                http_addr,
                 config_file: loaded.file.clone(),
                 warnings,
             }),
@@ -274,9 +288,8 @@ fn instances(check: &mut Check<'_>) -> Option<Instances> {
 }
 
 /// Whoever can reach an endpoint without authentication can run commands on this machine.
-fn check_exposure(check: &mut Check<'_>, warnings: &mut Vec<String>) {
-    let config = &check.loaded.config;
-    let (address, allowed) = (config.listen_addr, config.allow_unauthenticated);
+fn check_exposure(check: &mut Check<'_>, warnings: &mut Vec<String>, key: &str, address: SocketAddr) {
+    let allowed = check.loaded.config.allow_unauthenticated;
     let loopback = match address.ip() {
         IpAddr::V6(ip) => ip.to_ipv4_mapped().map_or(ip.is_loopback(), |ip| ip.is_loopback()),
         IpAddr::V4(ip) => ip.is_loopback(),
@@ -291,7 +304,7 @@ fn check_exposure(check: &mut Check<'_>, warnings: &mut Vec<String>) {
         ));
     } else {
         check.refuse(
-            "listen_addr",
+            key,
             "is not a loopback address. There is no authentication, so everybody who can reach it could run commands on \
              this machine and change what the cache answers. Listen on 127.0.0.1 (and reach it through an SSH tunnel, \
              say) or, on a network where everybody is trusted that far, set allow_unauthenticated = true",
@@ -309,6 +322,47 @@ fn log_streams(check: &mut Check<'_>) -> Limits {
         stream_bytes: MAX_STREAM_BYTES,
         idle: Some(config.retention),
         kept: config.retention,
+    }
+}
+
+fn http_address(check: &mut Check<'_>, warnings: &mut Vec<String>) -> Option<SocketAddr> {
+    const KEY: &str = "http.listen_addr";
+    let text = &check.loaded.config.http.listen_addr;
+    if text.is_empty() {
+        return None;
+    }
+    match text.parse() {
+        Ok(address) => {
+            check_exposure(check, warnings, KEY, address);
+            Some(address)
+        }
+        Err(_) => {
+            check.refuse(KEY, "is no address with a port, such as 127.0.0.1:50052");
+            None
+        }
+    }
+}
+
+fn assets(check: &mut Check<'_>, cache_dir: &Path) -> AssetSettings {
+    let config = &check.loaded.config.assets;
+    let origins = Origins::parse(&config.allowed_hosts, &config.allowed_networks);
+    if let Err(problem) = &origins {
+        check.refuse(problem.key, &problem.text);
+    }
+    check.count("assets.concurrency", config.concurrency, MAX_ASSET_CONCURRENCY);
+    check.require("assets.max_redirects", config.max_redirects <= 100, "must be at most 100");
+    check.duration("assets.timeout", config.timeout, false);
+    check.duration("assets.max_age", config.max_age, true);
+    AssetSettings {
+        origins: origins.unwrap_or_default(),
+        push: config.push,
+        concurrency: config.concurrency,
+        max_download_bytes: check.gigabytes("assets.max_download_gb", config.max_download_gb),
+        max_unpacked_bytes: check.gigabytes("assets.max_unpacked_gb", config.max_unpacked_gb),
+        timeout: config.timeout,
+        max_redirects: config.max_redirects,
+        max_age: config.max_age,
+        file: cache_dir.join("v1").join("assets"),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The Capabilities service: what this endpoint can do. It is computed from the settings alone, so it is cheap and the same
 //! on every connection (CAP-19). Whatever it promises, another file of this directory keeps.
 
-use super::{Edge, Settings, cas::BATCH_MAX_BYTES, request_log::Call};
+use super::{Edge, Settings, cas::BATCH_MAX_BYTES, chunks, request_log::Call};
 use crate::{
     instance::Policy,
     proto::{
@@ -43,7 +43,7 @@ fn capabilities(settings: Settings, policy: &Policy, executes: bool) -> ServerCa
     let priorities = PriorityCapabilities {
         priorities: vec![PriorityRange { min_priority: i32::MIN, max_priority: i32::MAX }],
     };
-    let cache = CacheCapabilities {
+    let mut cache = CacheCapabilities {
         digest_functions: digest_functions.clone(),
         action_cache_update_capabilities: Some(ActionCacheUpdateCapabilities {
             update_enabled: policy.action_cache_updates,
@@ -55,11 +55,9 @@ fn capabilities(settings: Settings, policy: &Policy, executes: bool) -> ServerCa
         supported_compressors: vec![compressor::Value::Zstd.into()],
         supported_batch_update_compressors: vec![compressor::Value::Zstd.into()],
         max_cas_blob_size_bytes: i64::try_from(settings.max_blob_bytes).unwrap_or(i64::MAX),
-        split_blob_support: false,
-        splice_blob_support: false,
-        fast_cdc_2020_params: None,
-        rep_max_cdc_params: None,
+        ..CacheCapabilities::default()
     };
+    chunks::advertise(settings.chunking, &mut cache);
     // CAP-01: an endpoint that only caches says nothing about execution.
     let execution = (executes && policy.execution).then(|| ExecutionCapabilities {
         // Two clients look only at this one (CAP-06); SHA-256 comes first where it is supported.
@@ -88,9 +86,9 @@ mod tests {
     use crate::config::CommittedSize;
 
     const SETTINGS: Settings =
-        Settings { max_blob_bytes: 7, compressed_committed_size: CommittedSize::Compressed };
+        Settings { max_blob_bytes: 7, compressed_committed_size: CommittedSize::Compressed, chunking: true };
 
-    /// CAP-02 to CAP-07, CAP-11 to CAP-14.
+    /// CAP-02 to CAP-07, CAP-11 to CAP-14, CAP-16.
     #[test]
     fn what_clients_check_at_start_up_is_there() {
         let capabilities = capabilities(SETTINGS, &Policy::default(), true);
@@ -108,6 +106,7 @@ mod tests {
         assert_eq!(cache.max_cas_blob_size_bytes, 7);
         assert_eq!(cache.supported_compressors, [compressor::Value::Zstd as i32]);
         assert_eq!(cache.supported_batch_update_compressors, [compressor::Value::Zstd as i32]);
+        assert!(cache.split_blob_support && cache.splice_blob_support);
         assert_ne!(cache.symlink_absolute_path_strategy, 0);
         assert!(execution.exec_enabled);
     }
@@ -117,9 +116,10 @@ mod tests {
     fn what_is_switched_off_is_not_promised() {
         let policy = Policy { action_cache_updates: false, execution: false, ..Policy::default() };
         assert_eq!(capabilities(SETTINGS, &Policy::default(), false).execution_capabilities, None);
-        let off = capabilities(SETTINGS, &policy, true);
+        let off = capabilities(Settings { chunking: false, ..SETTINGS }, &policy, true);
         assert_eq!(off.execution_capabilities, None);
-        let updates = off.cache_capabilities.unwrap().action_cache_update_capabilities.unwrap();
-        assert!(!updates.update_enabled);
+        let cache = off.cache_capabilities.unwrap();
+        assert!(!cache.action_cache_update_capabilities.unwrap().update_enabled);
+        assert!(!cache.split_blob_support && cache.fast_cdc_2020_params.is_none());
     }
 }

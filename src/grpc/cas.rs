@@ -1,9 +1,9 @@
-//! The ContentAddressableStorage service: FindMissingBlobs, the two batch calls, and GetTree (whose walk is in
-//! [`super::get_tree`]).
+//! The ContentAddressableStorage service: FindMissingBlobs, the two batch calls, GetTree (whose walk is in
+//! [`super::get_tree`]), and SplitBlob and SpliceBlob (in [`super::chunks`]).
 //!
 //! Digests are parsed once, here; a call costs the store one message, however many blobs it names.
 
-use super::{Edge, TreeStream, convert, get_tree, inline, request_log::Call, status};
+use super::{Edge, TreeStream, chunks, convert, get_tree, inline, request_log::Call, status};
 use crate::{
     actors::cas::client::{Item, Payload},
     digest::Digest,
@@ -111,15 +111,20 @@ impl ContentAddressableStorage for CasService {
         Ok(Response::new(get_tree::pages(self.0.cas.clone(), instance, walk)))
     }
 
-    async fn split_blob(&self, _: Request<SplitBlobRequest>) -> Result<Response<SplitBlobResponse>, Status> {
-        Err(not_offered("SplitBlob"))
+    async fn split_blob(
+        &self,
+        request: Request<SplitBlobRequest>,
+    ) -> Result<Response<SplitBlobResponse>, Status> {
+        let instance = self.instance(&request, |request| &request.instance_name)?;
+        Ok(Response::new(chunks::split(&self.0, &instance, &request).await?))
     }
 
     async fn splice_blob(
         &self,
-        _: Request<SpliceBlobRequest>,
+        request: Request<SpliceBlobRequest>,
     ) -> Result<Response<SpliceBlobResponse>, Status> {
-        Err(not_offered("SpliceBlob"))
+        let instance = self.instance(&request, |request| &request.instance_name)?;
+        Ok(Response::new(chunks::splice(&self.0, &instance, &request).await?))
     }
 }
 
@@ -129,10 +134,6 @@ impl CasService {
         Call::of(request).instance(&instance);
         Ok(instance)
     }
-}
-
-fn not_offered(method: &str) -> Status {
-    Error::Unimplemented(format!("{method} is not offered here, as the capabilities say")).into()
 }
 
 /// A BatchUpdateBlobs request, checked: an answer for every item (CAS-09), and the items that may be stored.

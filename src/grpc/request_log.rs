@@ -114,6 +114,11 @@ impl Call {
         self.note(|notes| notes.bad_news = Some(error.to_string()));
     }
 
+    /// Notes what an answer with code OK says about its failure.
+    pub fn bad_news(&self, news: &str) {
+        self.note(|notes| notes.bad_news = Some(news.to_owned()));
+    }
+
     fn note(&self, write: impl FnOnce(&mut Notes)) {
         write(&mut self.0.notes.lock().unwrap_or_else(PoisonError::into_inner));
     }

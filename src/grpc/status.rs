@@ -51,6 +51,24 @@ pub fn inline(error: &Error) -> rpc::Status {
     render(error, INLINE_VIOLATIONS_MAX)
 }
 
+/// The status of a fetch with qualifiers that are not supported: a violation for each, as far as they fit (AST-02).
+pub fn unsupported_qualifiers(names: &[String]) -> Status {
+    /// Most qualifiers that are listed, and longest name; together far below [`DETAILS_MAX_BYTES`].
+    const LISTED_MAX: usize = 16;
+    const NAME_MAX_BYTES: usize = 64;
+    let violation = |name: &String| rpc::bad_request::FieldViolation {
+        field: "qualifiers.name".into(),
+        description: format!("\"{}\" not supported", shorten(name.clone(), NAME_MAX_BYTES)),
+        ..Default::default()
+    };
+    let field_violations: Vec<_> = names.iter().take(LISTED_MAX).map(violation).collect();
+    let message = "the request has qualifiers that are not supported".to_owned();
+    let bad_request = pack("google.rpc.BadRequest", &rpc::BadRequest { field_violations });
+    let code = Code::InvalidArgument;
+    let status = rpc::Status { code: code.into(), message: message.clone(), details: vec![bad_request] };
+    Status::with_details(code, message, Bytes::from(status.encode_to_vec()))
+}
+
 /// The status of a blob for which all went well; present as a message although it is empty (CAS-19).
 pub fn inline_ok() -> rpc::Status {
     rpc::Status::default()

@@ -1,5 +1,10 @@
 # What the client scripts share: a server of their own on a free port, and checks that are sentences.
 # Sourced; expects $gorego (the binary).
+#
+# A script ends with 0 when every check held, with 1 when one did not, and with 77 when its client cannot be had here.
+
+# Where clients are installed, once; they stay for the next run.
+cache=${CLIENTS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/gorego-clients}
 
 passed=0
 failed=0
@@ -20,6 +25,11 @@ start_server() {
     exit 1
   }
   endpoint=$(grep -m1 '"event":"server_started"' "$server_log" | grep -o '127\.0\.0\.1:[0-9]*' | head -n 1)
+}
+
+# http_endpoint: host:port of the HTTP cache of the server that was started, if it has one.
+http_endpoint() {
+  grep -m1 '"event":"http_started"' "$server_log" | grep -o '127\.0\.0\.1:[0-9]*' | head -n 1
 }
 
 # Stops the server with SIGTERM and waits for its end.
@@ -61,8 +71,75 @@ check() {
   else
     failed=$((failed + 1))
     echo "FAILED  $sentence"
-    if [ -f "${work:-}/out" ]; then tail -n 30 "$work/out" | sed 's/^/        | /'; fi
+    if [ -f "${work:-}/out" ]; then tail -n 30 "$work/out" | cut -c1-400 | sed 's/^/        | /'; fi
   fi
+}
+
+# skip REASON: ends the script, because its client cannot be had on this machine. Hides no check that failed before.
+skip() {
+  echo "SKIP: $1"
+  [ "$failed" = 0 ] || exit 1
+  exit 77
+}
+
+# later SENTENCE REASON: a check that this build of the server cannot be put to; said plainly, and no failure.
+later() { echo "SKIP    $1: $2"; }
+
+# have PROGRAM...: all of them are installed.
+have() {
+  local program
+  for program in "$@"; do command -v "$program" >/dev/null 2>&1 || return 1; done
+}
+
+# needs_debian PROGRAM[=PACKAGE]...: installs the packages of the programs that are missing, or skips the script.
+needs_debian() {
+  local each missing=()
+  for each in "$@"; do have "${each%%=*}" || missing+=("${each##*=}"); done
+  [ ${#missing[@]} = 0 ] && return
+  { have apt-get && [ "$(id -u)" = 0 ]; } || skip "needs ${missing[*]}; only root on Debian can install packages here"
+  echo "installing ${missing[*]}"
+  { apt-get update -qq &&
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1 ||
+    skip "Debian's packages ${missing[*]} could not be installed"
+  for each in "$@"; do have "${each%%=*}" || skip "${each##*=} is installed but has no ${each%%=*}"; done
+}
+
+# needs_npm DIRECTORY PACKAGE...: installs npm packages there, or skips the script.
+needs_npm() {
+  local directory=$1
+  shift
+  [ -e "$directory/complete" ] && return
+  have npm || skip "npm is not installed"
+  echo "installing $* with npm"
+  mkdir -p "$directory"
+  (cd "$directory" && timeout 300 npm install --prefix . --no-audit --no-fund --silent "$@") >/dev/null 2>&1 ||
+    skip "$* could not be installed with npm"
+  touch "$directory/complete"
+}
+
+# needs_pypi DIRECTORY PACKAGE...: installs Python packages into a virtual environment there, or skips the script.
+needs_pypi() {
+  local directory=$1
+  shift
+  [ -e "$directory/complete" ] && return
+  have python3 || skip "python3 is not installed"
+  echo "installing $* with pip"
+  { python3 -m venv "$directory" && timeout 300 "$directory/bin/pip" install -q "$@"; } >/dev/null 2>&1 ||
+    skip "$* could not be installed with pip"
+  touch "$directory/complete"
+}
+
+# needs_go DIRECTORY PACKAGE...: builds the newest version of Go programs into it, or skips the script.
+needs_go() {
+  local directory=$1 package
+  shift
+  for package in "$@"; do
+    [ -x "$directory/${package##*/}" ] && continue
+    have go || skip "Go is not installed"
+    echo "building ${package##*/} with Go"
+    GOBIN=$directory timeout 400 go install "$package@latest" >/dev/null 2>&1 ||
+      skip "the Go package $package could not be had"
+  done
 }
 
 # summary NAME: the closing line; fails when a check did.

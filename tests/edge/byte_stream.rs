@@ -113,6 +113,17 @@ async fn reads_keep_to_their_range() {
     }
 }
 
+/// GEN-12 asks for none, but moon sends a slash where the empty instance name stands (docs/clients.md).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slash_before_the_keyword_is_the_empty_instance_name() {
+    let server = Server::start().await;
+    let data = blob(300_000);
+    let name = format!("/{}", upload_name("", &digest(&data)));
+    write(&server, pieces(&name, &data, 0, 100_000)).await.unwrap();
+    let messages = read(&server, &format!("/{}", path(&digest(&data))), 0, 0).await.unwrap();
+    assert_eq!(messages.concat(), data);
+}
+
 /// BS-04, BS-05: no other shape of name looks like a missing blob.
 #[tokio::test(flavor = "multi_thread")]
 async fn names_of_any_other_shape_are_refused_by_all_three() {

@@ -183,7 +183,7 @@ async fn one_call_streams_a_whole_tree_and_a_token_goes_on_after_its_page() {
 /// CAP-16, GEN-16.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_offered_is_unimplemented() {
-    let server = Server::start().await;
+    let server = Server::with(false).await;
     let status = server.cas().split_blob(SplitBlobRequest::default()).await.unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented);
 }

@@ -70,6 +70,7 @@ impl Server {
         };
         let (system, cas, scheduler) = actors(settings, instances.clone());
         let edge = Edge {
+            assets: None,
             instances,
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
@@ -77,6 +78,7 @@ impl Server {
             settings: Settings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,
+                chunking: executes,
             },
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod assets;
 mod cache_interplay;
+mod chunks;
 mod compression;
 mod digest_functions;
 mod execution;
+mod http_cache;
 mod inputs;
 mod instances;
 mod lifecycle;

@@ -134,6 +134,25 @@ impl BlobReader {
         }
         Ok(buffer.into())
     }
+
+    /// Reads from `offset` on, as far as there is blob and buffer; at least one byte where both are left. Blocks.
+    ///
+    /// # Errors
+    /// As [`BlobReader::read_at`].
+    pub(super) fn read_into(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        let left = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let wanted = left.min(buffer.len());
+        let buffer = buffer.get_mut(..wanted).unwrap_or_default();
+        match &self.content {
+            _ if wanted == 0 => Ok(0),
+            Content::Whole(bytes) => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+                buffer.copy_from_slice(&bytes[start..start + wanted]);
+                Ok(wanted)
+            }
+            Content::File(open) => open.read_at(buffer, offset),
+        }
+    }
 }
 
 impl OpenFile {

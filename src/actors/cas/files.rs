@@ -186,6 +186,14 @@ impl TemporaryFile {
         Ok(Self { file: create(&path)?, path, kept: false })
     }
 
+    /// Opens it once more, for reading.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn reopen(&self) -> io::Result<File> {
+        File::open(&self.path)
+    }
+
     /// Gives it a name of its own; from then on it stays.
     ///
     /// # Errors

@@ -16,6 +16,7 @@
 
 pub use words::*;
 
+use crate::digest::Digest;
 use hashbrown::HashTable;
 use std::hash::BuildHasher as _;
 
@@ -29,6 +30,9 @@ const NIL: u32 = u32::MAX;
 const MIN_GROWTH: usize = 1_024;
 /// Lists shorter than this are kept in the exact order of use.
 const EXACT_BELOW: usize = 1_024;
+/// Results that may differ in nothing but the size of their action; all the same hash of a real Action has one size. The
+/// table is hashed without sizes so that an entry can be found by hash alone, and more alike would make its lookups slow.
+const MAX_ALIKE: usize = 8;
 /// Stores below this size evict only what each write needs: in a small one, room kept free is room lost.
 const WATERMARKS_FROM_BYTES: u64 = 64 << 20;
 
@@ -104,6 +108,11 @@ impl Index {
     pub fn renew(&mut self, key: &Key, now: u32) -> Option<Found> {
         let slot = self.slot_of(key)?;
         Some(self.renew_slot(slot, now))
+    }
+
+    /// The digest of the newest entry that has this key but for the size of its digest. It does not count as a use.
+    pub fn find_by_hash(&self, like: &Key) -> Option<Digest> {
+        self.alike(like).max_by_key(|entry| entry.generation).map(|entry| entry.key.digest)
     }
 
     /// Looks an entry up, counts it as used, and keeps it from eviction until [`Index::release`].
@@ -190,8 +199,9 @@ impl Index {
                 Some(old)
             }
             (None, _) => {
+                let crowded = self.drop_oldest_alike(&file.key);
                 self.insert(file, bytes, stamp, now);
-                None
+                crowded
             }
         }
     }
@@ -204,7 +214,7 @@ impl Index {
                 return Some(Victim { file, bytes });
             }
             Some(slot) => Some(self.remove_slot(slot)),
-            None => None,
+            None => self.drop_oldest_alike(&file.key),
         };
         self.insert(file, bytes, Stamp::UNTRUSTED, touched);
         loser
@@ -265,8 +275,28 @@ impl Index {
         }
     }
 
+    /// Entries that have this key but for the size of its digest.
+    fn alike(&self, like: &Key) -> impl Iterator<Item = &Entry> {
+        let same = move |key: &Key| {
+            (key.kind, key.instance, key.digest.function(), key.digest.hash())
+                == (like.kind, like.instance, like.digest.function(), like.digest.hash())
+        };
+        let entries = self.table.iter_hash(self.hash(like)).map(|&slot| &self.entries[slot as usize]);
+        entries.filter(move |entry| same(&entry.key))
+    }
+
+    /// Makes room among entries that are alike. Blobs are not limited: the content of each was checked, so there are as many as
+    /// somebody has found collisions.
+    fn drop_oldest_alike(&mut self, key: &Key) -> Option<Victim> {
+        if key.kind == Kind::Blob || self.alike(key).count() < MAX_ALIKE {
+            return None;
+        }
+        let oldest = self.alike(key).min_by_key(|entry| entry.generation).map(|entry| entry.key)?;
+        self.slot_of(&oldest).map(|slot| self.remove_slot(slot))
+    }
+
     fn hash(&self, key: &Key) -> u64 {
-        self.hasher.hash_one(key)
+        hash_without_size(&self.hasher, key)
     }
 
     fn slot_of(&self, key: &Key) -> Option<u32> {
@@ -316,8 +346,9 @@ impl Index {
             slot
         };
         let (entries, hasher) = (&self.entries, &self.hasher);
-        self.table
-            .insert_unique(hasher.hash_one(key), slot, |&slot| hasher.hash_one(entries[slot as usize].key));
+        self.table.insert_unique(hash_without_size(hasher, &key), slot, |&slot| {
+            hash_without_size(hasher, &entries[slot as usize].key)
+        });
         self.totals.used += bytes;
         *self.count_of(key.kind) += 1;
         self.link_newest(slot);
@@ -380,6 +411,12 @@ impl Index {
         }
         self.newest = slot;
     }
+}
+
+/// The hash of a key in the table. The size adds nothing to a hash, so nothing is lost without it.
+fn hash_without_size(hasher: &foldhash::fast::RandomState, key: &Key) -> u64 {
+    let start = key.digest.hash().first_chunk::<16>();
+    hasher.hash_one((key.kind, key.instance, key.digest.function(), start))
 }
 
 impl std::fmt::Debug for Index {

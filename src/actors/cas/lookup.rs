@@ -118,6 +118,14 @@ impl Handler<FindMissing> for CasActor {
     }
 }
 
+impl Handler<FindByHash> for CasActor {
+    type Result = MessageResult<FindByHash>;
+
+    fn handle(&mut self, FindByHash(like): FindByHash, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.index.find_by_hash(&like))
+    }
+}
+
 impl Handler<Locate> for CasActor {
     type Result = MessageResult<Locate>;
 

@@ -47,6 +47,11 @@ pub struct Located {
     pub lease: Lease,
 }
 
+/// Which entry has this key, whatever the size of its digest?
+#[derive(Message)]
+#[rtype(result = "Option<Digest>")]
+pub struct FindByHash(pub Key);
+
 /// Room for those of these blobs that are not stored; the others are renewed.
 #[derive(Message)]
 #[rtype(result = "Prepared")]

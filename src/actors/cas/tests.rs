@@ -1,5 +1,6 @@
 //! Behaviours of the whole room: a real actor on a real directory.
 
+mod chunks;
 mod compressed;
 mod inputs;
 mod results;

@@ -91,6 +91,14 @@ impl BlobWriter {
         self
     }
 
+    /// The same for an upload that nobody can go on with: nothing of it is kept when it breaks.
+    pub(super) fn unresumable(mut self) -> Self {
+        if let Work::Idle(attempt) = &mut self.work {
+            attempt.keep = false;
+        }
+        self
+    }
+
     /// How many bytes of the blob have been accepted, those of resumed attempts included.
     pub fn committed(&self) -> u64 {
         self.progress.accepted.load(Ordering::Relaxed)

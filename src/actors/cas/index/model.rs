@@ -276,3 +276,28 @@ fn blobs_take_less_than_200_bytes_of_memory_each() {
     }
     assert!(index.memory() < 200 * 100_000, "{} bytes each", index.memory() / 100_000);
 }
+
+/// HTTP clients name an entry by its hash alone.
+#[test]
+fn an_entry_is_found_without_its_size_and_results_that_differ_only_in_size_are_few() {
+    let sized = |size: i64, kind| {
+        let hash = key(1, kind).digest.hash_hex();
+        let digest = Digest::parse(DigestFunction::Sha256, &hash, size).unwrap();
+        Key { digest, ..key(1, kind) }
+    };
+    let mut index = Index::new(1 << 30);
+    let mut crowded_out = 0;
+    for size in 1..=20 {
+        let file = FileId { key: sized(size, Kind::Result), generation: size.unsigned_abs() };
+        index.reserve(1).unwrap();
+        crowded_out += usize::from(index.commit(file, 1, Stamp::UNTRUSTED, NOW).is_some());
+    }
+    assert_eq!((index.totals().results as usize, crowded_out), (MAX_ALIKE, 20 - MAX_ALIKE));
+    assert_eq!(
+        index.find_by_hash(&sized(0, Kind::Result)),
+        Some(sized(20, Kind::Result).digest),
+        "the newest"
+    );
+    assert_eq!(index.find_by_hash(&sized(0, Kind::Blob)), None);
+    assert_eq!(index.find_by_hash(&Key { instance: InstanceId(1), ..sized(0, Kind::Result) }), None);
+}

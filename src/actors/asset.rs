@@ -1,0 +1,234 @@
+//! Remote assets: content by URI, fetched or pushed (AST-01..11).
+//!
+//! [`AssetActor`] owns the [`bindings::Bindings`] (which content an asset stands for) and the flights (downloads under way). It
+//! decides and never waits: a flight is a task of its own on the runtime, and tells the actor when it has landed. Everybody asks
+//! through [`client::Assets`], which also asks the store whether what is bound still exists.
+//!
+//! Invariants: an asset has at most one flight, shared by all who want it meanwhile. A flight ends by itself, at the latest
+//! deadline of those who joined it, whether or not anybody still waits. Content is bound only once it is stored and its
+//! checksum was right. Bindings survive a restart; what was bound in the last seconds before a kill may be lost, which costs a
+//! download. Waits go grpc > asset > cas.
+
+pub mod bindings;
+pub mod client;
+mod download;
+mod flight;
+mod integrity;
+mod layout;
+pub mod messages;
+pub mod origins;
+pub mod outcome;
+mod persist;
+pub mod request;
+mod unpack;
+
+use crate::{actors::cas::client::Cas, error::Error};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
+use bindings::Bindings;
+use client::Assets;
+use download::Downloader;
+use flight::Outcome;
+use messages::{BindAsset, CloseAssets, JoinFlight, Joined, Landed, LookUpAsset};
+use origins::Origins;
+use request::AssetKey;
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, watch},
+    time::Instant,
+};
+
+/// Target of this room's log lines.
+const LOG: &str = "gorego::asset";
+/// Flights under way or waiting for their turn; more are refused. Each is a few kilobytes.
+const MAX_FLIGHTS: usize = 10_000;
+/// How long a client should wait before it tries a full house again.
+const FULL_RETRY: Duration = Duration::from_secs(5);
+/// How often bindings that changed are written down.
+const SAVE_INTERVAL: Duration = Duration::from_secs(5);
+/// Messages that may wait for the actor before senders have to wait too.
+const MAILBOX_CAPACITY: usize = 1_024;
+
+/// What the service is told at start; see [`crate::config::AssetsConfig`] for each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AssetSettings {
+    /// What may be contacted.
+    pub origins: Origins,
+    /// Whether clients may bind content to URIs.
+    pub push: bool,
+    /// Flights at the same time.
+    pub concurrency: usize,
+    /// Largest download.
+    pub max_download_bytes: u64,
+    /// What an archive may unpack to.
+    pub max_unpacked_bytes: u64,
+    /// Longest flight.
+    pub timeout: Duration,
+    /// Redirects that one download follows.
+    pub max_redirects: usize,
+    /// How long content without a checksum is taken to be current.
+    pub max_age: Duration,
+    /// Where bindings survive a restart; its directory is the store's.
+    pub file: PathBuf,
+}
+
+/// What the actor, its flights and the handles to it have in common.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    settings: Arc<AssetSettings>,
+    cas: Cas,
+    runtime: Handle,
+    downloader: Downloader,
+    /// One permit for each flight that may be in the air.
+    runway: Semaphore,
+}
+
+/// A download under way.
+#[derive(Debug)]
+struct Flight {
+    outcome: watch::Sender<Option<Outcome>>,
+    /// When it has to end.
+    deadline: watch::Sender<Instant>,
+}
+
+/// The owner of bindings and flights.
+#[derive(Debug)]
+pub struct AssetActor {
+    bindings: Bindings,
+    /// Whether they differ from what is on disk.
+    unsaved: bool,
+    /// Whether a write is under way; one at a time, so that the last one written is the newest.
+    saving: bool,
+    flights: HashMap<AssetKey, Flight>,
+    shared: Arc<Shared>,
+}
+
+impl AssetActor {
+    /// Reads what an earlier run has bound. Blocks. The store's directory must be this process's already.
+    pub fn open(settings: AssetSettings, cas: Cas, runtime: Handle) -> Self {
+        let settings = Arc::new(settings);
+        let shared = Shared {
+            downloader: Downloader::new(settings.clone()),
+            runway: Semaphore::new(settings.concurrency),
+            cas,
+            runtime,
+            settings,
+        };
+        Self {
+            bindings: persist::load(&shared.settings.file),
+            unsaved: false,
+            saving: false,
+            flights: HashMap::new(),
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Starts the actor on the current arbiter or local task set.
+    pub fn launch(self) -> Assets {
+        let shared = self.shared.clone();
+        Assets::new(self.start(), shared)
+    }
+
+    /// Writes the bindings down in the background, if they changed.
+    fn save(&mut self, ctx: &mut Context<Self>) {
+        if !self.unsaved || self.saving {
+            return;
+        }
+        (self.unsaved, self.saving) = (false, true);
+        let (bytes, file) = (self.bindings.encode(), self.shared.settings.file.clone());
+        let written = self.shared.runtime.spawn_blocking(move || persist::write(&file, &bytes));
+        let done = actix::fut::wrap_future::<_, Self>(written);
+        ctx.spawn(actix::fut::ActorFutureExt::map(done, |_, actor, _| actor.saving = false));
+    }
+}
+
+impl Actor for AssetActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.set_mailbox_capacity(MAILBOX_CAPACITY);
+        ctx.run_interval(SAVE_INTERVAL, Self::save);
+    }
+}
+
+impl Handler<LookUpAsset> for AssetActor {
+    type Result = MessageResult<LookUpAsset>;
+
+    fn handle(&mut self, LookUpAsset { keys, oldest }: LookUpAsset, _: &mut Self::Context) -> Self::Result {
+        let now = SystemTime::now();
+        MessageResult(keys.iter().map(|key| self.bindings.look_up(key, oldest, now)).collect())
+    }
+}
+
+impl Handler<BindAsset> for AssetActor {
+    type Result = ();
+
+    fn handle(&mut self, BindAsset { keys, binding }: BindAsset, _: &mut Self::Context) {
+        for key in keys {
+            self.bindings.bind(key, binding.clone());
+        }
+        self.unsaved = true;
+    }
+}
+
+impl Handler<JoinFlight> for AssetActor {
+    type Result = MessageResult<JoinFlight>;
+
+    fn handle(
+        &mut self,
+        JoinFlight { request, deadline }: JoinFlight,
+        ctx: &mut Self::Context,
+    ) -> Self::Result {
+        let key = request.flight_key();
+        if let Some(flight) = self.flights.get(&key) {
+            flight.deadline.send_if_modified(|latest| {
+                let later = deadline > *latest;
+                *latest = deadline.max(*latest);
+                later
+            });
+            return MessageResult(Ok(Joined(flight.outcome.subscribe())));
+        }
+        if self.flights.len() >= MAX_FLIGHTS {
+            return MessageResult(Err(Error::Exhausted {
+                message: format!("{MAX_FLIGHTS} fetches are under way or waiting; try again"),
+                retry_after: Some(FULL_RETRY),
+            }));
+        }
+        let (outcome, landing) = watch::channel(None);
+        let (deadline, latest) = watch::channel(deadline);
+        self.flights.insert(key, Flight { outcome, deadline });
+        flight::launch(self.shared.clone(), ctx.address(), request, latest);
+        MessageResult(Ok(Joined(landing)))
+    }
+}
+
+impl Handler<Landed> for AssetActor {
+    type Result = ();
+
+    fn handle(&mut self, Landed { flight, bind, outcome }: Landed, _: &mut Self::Context) {
+        if let Some((key, binding)) = bind {
+            self.bindings.bind(key, binding);
+            self.unsaved = true;
+        }
+        if let Some(flight) = self.flights.remove(&flight) {
+            flight.outcome.send_replace(Some(outcome));
+        }
+    }
+}
+
+impl Handler<CloseAssets> for AssetActor {
+    type Result = ();
+
+    fn handle(&mut self, _: CloseAssets, ctx: &mut Self::Context) {
+        if self.unsaved {
+            // The last thing that this actor does; nobody waits for it but the end of the process.
+            persist::write(&self.shared.settings.file, &self.bindings.encode());
+        }
+        ctx.stop();
+    }
+}

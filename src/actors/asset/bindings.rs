@@ -1,0 +1,291 @@
+//! [`Bindings`]: which content each asset stands for. Pure; [`super::AssetActor`] owns the only one.
+//!
+//! It promises nothing about the store: whoever uses a binding asks there whether the content still exists. A binding that
+//! has expired is kept until room is needed, because "expired" is a better answer than "unknown".
+
+use super::request::AssetKey;
+use crate::{
+    digest::{Digest, DigestFunction},
+    proto::{gorego, reapi},
+};
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::SystemTime,
+};
+
+/// Most bindings that are kept; beyond it the one that was not used for longest goes. About 20 MB.
+pub const MAX_BINDINGS: usize = 50_000;
+/// Most references of one binding; build tools have a few.
+pub const MAX_REFERENCES: usize = 1_000;
+/// Most references of all bindings together; about 20 MB.
+pub const MAX_REFERENCES_IN_ALL: usize = 200_000;
+/// Length of the checksum in front of the file.
+const CHECKSUM_BYTES: usize = 32;
+
+/// What an asset stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Binding {
+    /// The blob or the root Directory.
+    pub digest: Digest,
+    /// When the content was asked for at its origin, or pushed.
+    pub obtained_at: SystemTime,
+    /// When it is not to be served any more.
+    pub expires_at: Option<SystemTime>,
+    /// What has to be stored beside it.
+    pub references: Arc<References>,
+}
+
+/// What pushed content refers to.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct References {
+    /// Blobs.
+    pub blobs: Vec<Digest>,
+    /// Root Directories, each with all below it.
+    pub directories: Vec<Digest>,
+}
+
+impl References {
+    fn len(&self) -> usize {
+        self.blobs.len() + self.directories.len()
+    }
+}
+
+/// What is known of an asset.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Known {
+    /// Content that may be served, if it is still stored.
+    Fresh(Binding),
+    /// Content that is expired, or older than the caller accepts (AST-08).
+    Stale,
+    /// Nothing.
+    Nothing,
+}
+
+/// The table; see the top of this file.
+#[derive(Debug)]
+pub struct Bindings {
+    entries: HashMap<AssetKey, Entry>,
+    /// By last use, the oldest first.
+    order: BTreeMap<u64, AssetKey>,
+    uses: u64,
+    references: usize,
+    limit: usize,
+    reference_limit: usize,
+}
+
+#[derive(Debug)]
+struct Entry {
+    binding: Binding,
+    used: u64,
+}
+
+impl Default for Bindings {
+    fn default() -> Self {
+        Self::with_limits(MAX_BINDINGS, MAX_REFERENCES_IN_ALL)
+    }
+}
+
+impl Bindings {
+    fn with_limits(limit: usize, reference_limit: usize) -> Self {
+        Self {
+            entries: HashMap::new(),
+            order: BTreeMap::new(),
+            uses: 0,
+            references: 0,
+            limit,
+            reference_limit,
+        }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// What an asset stands for now, and counts that as a use. A caller that names a time does not get older content; one
+    /// that names a time in the future gets none (AST-08).
+    pub fn look_up(&mut self, key: &AssetKey, oldest: Option<SystemTime>, now: SystemTime) -> Known {
+        let Some(entry) = self.entries.get_mut(key) else { return Known::Nothing };
+        let binding = &entry.binding;
+        let expired = binding.expires_at.is_some_and(|at| at <= now);
+        let too_old = oldest.is_some_and(|oldest| binding.obtained_at < oldest);
+        if expired || too_old {
+            return Known::Stale;
+        }
+        self.uses += 1;
+        self.order.remove(&entry.used);
+        self.order.insert(self.uses, *key);
+        entry.used = self.uses;
+        Known::Fresh(binding.clone())
+    }
+
+    /// Lets an asset stand for this from now on.
+    pub fn bind(&mut self, key: AssetKey, binding: Binding) {
+        self.remove(&key);
+        self.uses += 1;
+        self.references += binding.references.len();
+        self.order.insert(self.uses, key);
+        self.entries.insert(key, Entry { binding, used: self.uses });
+        while (self.entries.len() > self.limit || self.references > self.reference_limit)
+            && let Some((_, oldest)) = self.order.first_key_value()
+        {
+            let oldest = *oldest;
+            self.remove(&oldest);
+        }
+    }
+
+    fn remove(&mut self, key: &AssetKey) {
+        if let Some(entry) = self.entries.remove(key) {
+            self.order.remove(&entry.used);
+            self.references -= entry.binding.references.len();
+        }
+    }
+
+    /// Everything, as the content of a file.
+    pub fn encode(&self) -> Vec<u8> {
+        let wire = |digests: &[Digest]| digests.iter().map(|digest| digest.to_wire()).collect();
+        let stored = |key: &AssetKey| {
+            let Binding { digest, obtained_at, expires_at, references } = &self.entries.get(key)?.binding;
+            Some(gorego::StoredBinding {
+                key: key.0.to_vec().into(),
+                digest_function: digest.function().wire() as i32,
+                digest: Some(digest.to_wire()),
+                obtained_at: Some((*obtained_at).into()),
+                expires_at: expires_at.map(Into::into),
+                references_blobs: wire(&references.blobs),
+                references_directories: wire(&references.directories),
+            })
+        };
+        let bindings = self.order.values().filter_map(stored).collect();
+        let body = gorego::StoredBindings { bindings }.encode_to_vec();
+        [&Sha256::digest(&body)[..], &body].concat()
+    }
+
+    /// What such a file says. An entry that this version cannot read is left out.
+    ///
+    /// # Errors
+    /// What is wrong with the file as a whole.
+    pub fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
+        let (checksum, body) = bytes.split_at_checked(CHECKSUM_BYTES).ok_or("it is too short")?;
+        if Sha256::digest(body)[..] != *checksum {
+            return Err("its checksum is wrong");
+        }
+        let file = gorego::StoredBindings::decode(body).map_err(|_| "it does not parse")?;
+        let mut bindings = Self::default();
+        for stored in file.bindings {
+            if let Some((key, binding)) = read(stored) {
+                bindings.bind(key, binding);
+            }
+        }
+        Ok(bindings)
+    }
+}
+
+fn read(stored: gorego::StoredBinding) -> Option<(AssetKey, Binding)> {
+    let key = AssetKey(stored.key.as_ref().try_into().ok()?);
+    let function = DigestFunction::from_wire(stored.digest_function).ok()?;
+    let digest = |wire: &reapi::Digest| Digest::from_wire(function, Some(wire), "binding").ok();
+    let digests = |list: &[reapi::Digest]| list.iter().map(digest).collect::<Option<Vec<_>>>();
+    let binding = Binding {
+        digest: digest(stored.digest.as_ref()?)?,
+        obtained_at: stored.obtained_at?.try_into().ok()?,
+        expires_at: stored.expires_at.map(SystemTime::try_from).transpose().ok()?,
+        references: Arc::new(References {
+            blobs: digests(&stored.references_blobs)?,
+            directories: digests(&stored.references_directories)?,
+        }),
+    };
+    Some((key, binding))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    fn key(name: u8) -> AssetKey {
+        AssetKey([name; 32])
+    }
+
+    fn binding(content: &[u8], obtained: u64, expires: Option<u64>) -> Binding {
+        let digest = DigestFunction::Sha256.digest(content);
+        Binding { digest, obtained_at: at(obtained), expires_at: expires.map(at), references: Arc::default() }
+    }
+
+    /// AST-08, AST-11.
+    #[test]
+    fn content_is_served_until_it_expires_and_never_to_those_who_want_it_newer() {
+        let mut bindings = Bindings::default();
+        let pushed = binding(b"x", 100, Some(200));
+        bindings.bind(key(1), pushed.clone());
+        let fresh = Known::Fresh(pushed);
+        assert_eq!(bindings.look_up(&key(1), None, at(199)), fresh);
+        assert_eq!(bindings.look_up(&key(1), None, at(200)), Known::Stale);
+        assert_eq!(bindings.look_up(&key(1), Some(at(100)), at(150)), fresh);
+        assert_eq!(bindings.look_up(&key(1), Some(at(101)), at(150)), Known::Stale);
+        assert_eq!(bindings.look_up(&key(1), Some(at(9_999)), at(150)), Known::Stale);
+        assert_eq!(bindings.look_up(&key(2), None, at(150)), Known::Nothing);
+    }
+
+    #[test]
+    fn the_table_is_bounded_and_what_was_used_last_stays() {
+        let mut bindings = Bindings::with_limits(2, 3);
+        let now = at(0);
+        for name in [1, 2] {
+            bindings.bind(key(name), binding(b"x", 0, None));
+        }
+        bindings.look_up(&key(1), None, now);
+        bindings.bind(key(3), binding(b"x", 0, None));
+        assert_eq!(bindings.look_up(&key(2), None, now), Known::Nothing);
+        assert!(matches!(bindings.look_up(&key(1), None, now), Known::Fresh(_)));
+        let references =
+            References { blobs: vec![DigestFunction::Sha256.digest(b"r"); 4], directories: vec![] };
+        bindings.bind(key(4), Binding { references: Arc::new(references), ..binding(b"x", 0, None) });
+        assert!(bindings.is_empty(), "references count against a bound of their own");
+    }
+
+    #[test]
+    fn a_file_with_any_bit_flipped_is_no_file() {
+        let mut bindings = Bindings::default();
+        bindings.bind(key(1), binding(b"x", 1, Some(2)));
+        let bytes = bindings.encode();
+        for at in 0..bytes.len() {
+            let mut flipped = bytes.clone();
+            flipped[at] ^= 1;
+            assert!(Bindings::decode(&flipped).is_err(), "bit of byte {at}");
+            assert!(Bindings::decode(&bytes[..at]).is_err(), "cut at {at}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn bindings_are_read_back_as_they_were_in_the_same_order_of_use(
+            list in proptest::collection::vec((any::<u8>(), any::<[u8; 2]>(), 0u64..1 << 40, proptest::option::of(0u64..1 << 40)), 0..40)
+        ) {
+            let mut bindings = Bindings::default();
+            for (name, content, obtained, expires) in list {
+                let references = References { blobs: vec![DigestFunction::Sha256.digest(&content)], directories: vec![] };
+                bindings.bind(key(name), Binding { references: Arc::new(references), ..binding(&content, obtained, expires) });
+            }
+            let again = Bindings::decode(&bindings.encode()).unwrap();
+            let all = |bindings: &Bindings| -> Vec<_> {
+                bindings.order.values().map(|key| (*key, bindings.entries[key].binding.clone())).collect()
+            };
+            prop_assert_eq!(all(&again), all(&bindings));
+            prop_assert_eq!(again.references, bindings.references);
+        }
+    }
+}

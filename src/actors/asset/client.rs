@@ -1,0 +1,260 @@
+//! [`Assets`]: the way to remote assets for RPC handlers.
+//!
+//! What is bound is served only while the store has all of it, which is asked at that moment and renews it (AST-06); what is
+//! bound and lost is fetched again.
+
+use super::{
+    AssetActor, Shared,
+    bindings::{Binding, Known, MAX_REFERENCES, References},
+    flight::Outcome,
+    messages::{BindAsset, JoinFlight, LookUpAsset},
+    outcome::{Failure, FailureKind, Fetched, Problem},
+    request::{AssetRequest, Kind},
+};
+use crate::{
+    actors::cas::messages::CheckInputs,
+    digest::Digest,
+    error::{Error, Result},
+    instance::Instance,
+};
+use actix::{Addr, Handler, Message, dev::ToEnvelope};
+use reqwest::Url;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+use tokio::{sync::watch, time::Instant};
+
+/// A handle to the asset service; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Assets {
+    actor: Addr<AssetActor>,
+    shared: Arc<Shared>,
+}
+
+impl Assets {
+    pub(super) fn new(actor: Addr<AssetActor>, shared: Arc<Shared>) -> Self {
+        Self { actor, shared }
+    }
+
+    /// The actor's address, for [`super::messages::CloseAssets`].
+    pub fn actor(&self) -> &Addr<AssetActor> {
+        &self.actor
+    }
+
+    /// Whether clients may push (AST-11).
+    pub fn push_enabled(&self) -> bool {
+        self.shared.settings.push
+    }
+
+    /// Gets an asset: what is bound to one of its URIs, else what is downloaded from the first that has it. `wait` bounds how
+    /// long this takes; the download goes on for as long as the longest of those who wait for it wants, whatever becomes of them
+    /// (AST-09).
+    ///
+    /// # Errors
+    /// Bad news from the origins; a fault of this server, or a qualifier that makes no sense.
+    pub async fn fetch(
+        &self,
+        request: AssetRequest,
+        oldest: Option<SystemTime>,
+        wait: Option<Duration>,
+    ) -> Result<Fetched, Problem> {
+        // What is wrong with the request is so whether or not there is an answer.
+        request.headers()?;
+        request.qualifiers.integrity()?;
+        let unsupported =
+            || request.qualifiers.unsupported(request.kind).into_iter().map(ToOwned::to_owned).collect();
+        if !self.push_enabled() {
+            let names: Vec<String> = unsupported();
+            if !names.is_empty() {
+                return Err(Problem::Unsupported(names));
+            }
+        }
+        let known = self.ask(LookUpAsset { keys: request.keys(), oldest }).await?;
+        let mut was_bound = false;
+        for (uri, known) in request.uris.iter().zip(known) {
+            was_bound |= !matches!(known, Known::Nothing);
+            let Known::Fresh(Binding { digest, references, expires_at, .. }) = known else { continue };
+            if self.is_stored(&request, digest, &references).await? {
+                return Ok(Fetched { uri: uri.clone(), digest, expires_at });
+            }
+        }
+        let is_place = |uri: &String| uri.starts_with("http:") || uri.starts_with("https:");
+        match unsupported() {
+            names if names.is_empty() => {}
+            // What was pushed under such a qualifier and can be served was found; a download cannot honour it.
+            _ if was_bound => {
+                let message = "what was pushed under these qualifiers is expired, too old or gone";
+                return Err(Problem::origin(FailureKind::NotFound, message));
+            }
+            names if request.uris.iter().any(is_place) => return Err(Problem::Unsupported(names)),
+            // Of a name that is no place it can be said that nothing is there.
+            _ => {}
+        }
+        self.check_fetchable(&request, was_bound)?;
+        let limit = self.shared.settings.timeout.min(wait.unwrap_or(Duration::MAX));
+        let deadline = Instant::now() + limit;
+        let request = Arc::new(request);
+        let mut flight = self.ask(JoinFlight { request: request.clone(), deadline }).await??.0;
+        let fetched = match tokio::time::timeout_at(deadline, landing(&mut flight)).await {
+            Ok(outcome) => outcome?,
+            Err(_) => {
+                let message = format!("it takes longer than {limit:?}; ask again later for what comes of it");
+                return Err(Problem::origin(FailureKind::TimedOut, message));
+            }
+        };
+        if self.is_stored(&request, fetched.digest, &References::default()).await? {
+            return Ok(fetched);
+        }
+        Err(Error::Exhausted {
+            message: "what was fetched had to make room before it could be used".into(),
+            retry_after: Some(crate::error::DISK_FULL_RETRY),
+        }
+        .into())
+    }
+
+    /// Binds stored content to every URI of the request (AST-11).
+    ///
+    /// # Errors
+    /// `MissingBlobs` when it or something that it refers to is not stored; `Invalid` when it does not meet the checksum among
+    /// the qualifiers, or a Directory is malformed.
+    pub async fn push(
+        &self,
+        request: AssetRequest,
+        digest: Digest,
+        references: References,
+        expires_at: Option<SystemTime>,
+    ) -> Result<()> {
+        let count = references.blobs.len() + references.directories.len();
+        if count > MAX_REFERENCES {
+            return Err(Error::Invalid(format!(
+                "there are {count} references; at most {MAX_REFERENCES} are kept"
+            )));
+        }
+        if request.kind == Kind::Directory && request.qualifiers.integrity()?.is_some() {
+            return Err(Error::invalid(
+                "qualifier checksum.sri says nothing about a Directory; push without it",
+            ));
+        }
+        let missing = self.missing(&request, digest, &references).await?;
+        if !missing.is_empty() {
+            return Err(Error::MissingBlobs(missing));
+        }
+        if request.kind == Kind::Blob {
+            self.check_integrity(&request, digest).await?;
+        }
+        let obtained_at = SystemTime::now();
+        let binding = Binding { digest, obtained_at, expires_at, references: Arc::new(references) };
+        self.ask(BindAsset { keys: request.keys(), binding }).await
+    }
+
+    /// Whether any of the URIs could be downloaded, so that a flight makes sense.
+    fn check_fetchable(&self, request: &AssetRequest, was_bound: bool) -> Result<(), Problem> {
+        let mut first = None;
+        for uri in &request.uris {
+            let (kind, message) = match Url::parse(uri) {
+                Ok(url) => match self.shared.settings.origins.check_url(&url) {
+                    Ok(()) => return Ok(()),
+                    // A name and no place; whoever asks for it asks whether it was pushed.
+                    Err(_) if url.scheme() == "urn" => {
+                        (FailureKind::NotFound, "nothing is bound to it".into())
+                    }
+                    Err(problem) => (FailureKind::Denied, problem),
+                },
+                Err(error) => (FailureKind::Denied, format!("it is no URI: {error}")),
+            };
+            first.get_or_insert(Failure { kind, uri: uri.clone(), message });
+        }
+        let Some(mut failure) = first else { return Ok(()) };
+        if was_bound {
+            failure.kind = FailureKind::NotFound;
+            failure.message =
+                format!("what was bound to it is expired, too old or gone, and {}", failure.message);
+        }
+        Err(Problem::Origin(failure))
+    }
+
+    async fn is_stored(
+        &self,
+        request: &AssetRequest,
+        digest: Digest,
+        references: &References,
+    ) -> Result<bool> {
+        match self.missing(request, digest, references).await {
+            Ok(missing) => Ok(missing.is_empty()),
+            // A Directory below that is none was never complete.
+            Err(Error::Invalid(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What is not stored of some content; all else is renewed.
+    async fn missing(
+        &self,
+        request: &AssetRequest,
+        digest: Digest,
+        references: &References,
+    ) -> Result<Vec<Digest>> {
+        let cas = &self.shared.cas;
+        let mut blobs = references.blobs.clone();
+        let mut directories = references.directories.clone();
+        match request.kind {
+            Kind::Blob => blobs.push(digest),
+            Kind::Directory => directories.push(digest),
+        }
+        let mut missing = cas.find_missing(&request.instance, blobs).await?;
+        for root in directories {
+            missing.extend(self.missing_below(&request.instance, root).await?);
+        }
+        Ok(missing)
+    }
+
+    async fn missing_below(&self, instance: &Instance, root: Digest) -> Result<Vec<Digest>> {
+        let check = CheckInputs { instance: instance.clone(), root };
+        match self.shared.cas.actor().send(check).await.map_err(|_| going_down())? {
+            Ok(()) => Ok(Vec::new()),
+            Err(Error::MissingBlobs(missing)) => Ok(missing),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A checksum among the qualifiers holds for what is pushed too (AST-04).
+    async fn check_integrity(&self, request: &AssetRequest, digest: Digest) -> Result<()> {
+        const PIECE_BYTES: usize = 128 * 1024;
+        let Some(integrity) = request.qualifiers.integrity()? else { return Ok(()) };
+        let reader = self.shared.cas.open(&request.instance, digest).await?;
+        let mut witness = integrity.witness();
+        let mut at = 0u64;
+        loop {
+            let piece = reader.read_at(at, PIECE_BYTES).await?;
+            if piece.is_empty() {
+                break;
+            }
+            at = at.saturating_add(piece.len() as u64);
+            witness.update(&piece);
+        }
+        if integrity.is_met_by(witness) {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!("blob {digest} does not have the checksum of qualifier checksum.sri")))
+    }
+
+    async fn ask<M>(&self, message: M) -> Result<M::Result>
+    where
+        M: Message<Result: Send> + Send + 'static,
+        AssetActor: Handler<M>,
+        <AssetActor as actix::Actor>::Context: ToEnvelope<AssetActor, M>,
+    {
+        self.actor.send(message).await.map_err(|_| going_down())
+    }
+}
+
+/// The outcome of a flight, once there is one.
+async fn landing(flight: &mut watch::Receiver<Option<Outcome>>) -> Outcome {
+    let landed = flight.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
+    landed.ok().flatten().unwrap_or_else(|| Err(going_down().into()))
+}
+
+fn going_down() -> Error {
+    Error::Unavailable("the asset service of this server is shutting down".into())
+}

@@ -1,0 +1,227 @@
+//! One download: from a URI to a blob, through redirects, within the rules of [`Origins`](super::origins::Origins).
+//!
+//! The bytes go to the store as they come. Whatever a redirect leads to is judged like the first URI; headers of qualifiers go
+//! to the origin that they are meant for and to no other. No proxy is used: it would connect on our behalf to addresses that
+//! nobody judged.
+
+use super::{
+    AssetSettings,
+    integrity::Integrity,
+    outcome::{FailureKind, Problem},
+    request::AssetRequest,
+};
+use crate::{
+    actors::cas::client::Cas,
+    digest::Digest,
+    error::{Error, Result},
+};
+use reqwest::{
+    Client, Response, StatusCode, Url,
+    dns::{Addrs, Name, Resolve, Resolving},
+    header::{ACCEPT, ACCEPT_ENCODING, HeaderMap, HeaderValue, LOCATION, USER_AGENT},
+    redirect::Policy,
+};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+use tokio::sync::OnceCell;
+
+/// How long a connection may take to be made; short, because the next mirror may do better.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long an origin may be silent in the middle.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What downloads have in common.
+#[derive(Debug)]
+pub struct Downloader {
+    /// Made when it is first needed: a machine without CA certificates is no reason not to start a server that fetches nothing.
+    client: OnceCell<Client>,
+    settings: Arc<AssetSettings>,
+}
+
+/// Resolves names to addresses that may be contacted. The connection is made to what this returns, so nothing can change in
+/// between.
+#[derive(Debug)]
+struct JudgingResolver(Arc<AssetSettings>);
+
+impl Resolve for JudgingResolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        let settings = self.0.clone();
+        Box::pin(async move {
+            let mut refused = None;
+            let mut allowed: Vec<SocketAddr> = Vec::new();
+            // Port 0 stands for the one of the URL.
+            for address in tokio::net::lookup_host((name.as_str(), 0)).await? {
+                match settings.origins.check_address(address.ip()) {
+                    Ok(()) => allowed.push(address),
+                    Err(problem) => refused = Some(problem),
+                }
+            }
+            match refused {
+                Some(problem) if allowed.is_empty() => {
+                    let message = format!("host \"{}\": {problem}", name.as_str());
+                    Err(Problem::origin(FailureKind::Denied, message).into_io().into())
+                }
+                _ => Ok(Box::new(allowed.into_iter()) as Addrs),
+            }
+        })
+    }
+}
+
+impl Downloader {
+    /// A downloader that keeps to these settings.
+    pub fn new(settings: Arc<AssetSettings>) -> Self {
+        Self { client: OnceCell::new(), settings }
+    }
+
+    /// The client. Setting it up reads the CA certificates of this machine, which blocks.
+    async fn client(&self) -> Result<&Client> {
+        let set_up = || async {
+            let settings = self.settings.clone();
+            let work = tokio::task::spawn_blocking(move || {
+                Client::builder()
+                    .no_proxy()
+                    .redirect(Policy::none())
+                    .referer(false)
+                    .dns_resolver(Arc::new(JudgingResolver(settings)))
+                    .connect_timeout(CONNECT_TIMEOUT)
+                    .read_timeout(READ_TIMEOUT)
+                    .build()
+            });
+            work.await.map_err(Error::internal)?.map_err(|error| {
+                let causes = chain(&error);
+                Error::Internal(format!(
+                    "this server cannot set up downloads: {causes}; has it CA certificates?"
+                ))
+            })
+        };
+        self.client.get_or_try_init(set_up).await
+    }
+
+    /// Stores what is at `uri`, whose checksum is right if one is asked for (AST-04).
+    ///
+    /// # Errors
+    /// Bad news of the origin, or of this server.
+    pub async fn download(
+        &self,
+        cas: &Cas,
+        request: &AssetRequest,
+        uri: &str,
+        headers: &HeaderMap,
+        integrity: Option<&Integrity>,
+    ) -> Result<Digest, Problem> {
+        let mut response = self.get(uri, headers, integrity.is_some()).await?;
+        let max = self.settings.max_download_bytes;
+        let too_much = || {
+            let key = "assets.max_download_gb of this server";
+            Problem::origin(FailureKind::TooMuch, format!("it has more than {max} bytes ({key})"))
+        };
+        if response.content_length().is_some_and(|length| length > max) {
+            return Err(too_much());
+        }
+        let mut blob = cas.new_blob(&request.instance, request.function);
+        let mut witness = integrity.map(Integrity::witness).unwrap_or_default();
+        while let Some(bytes) = response.chunk().await.map_err(|error| of_request(&error))? {
+            if blob.size().saturating_add(bytes.len() as u64) > max {
+                return Err(too_much());
+            }
+            witness.update(&bytes);
+            blob.write(bytes).await?;
+        }
+        if integrity.is_some_and(|integrity| !integrity.is_met_by(witness)) {
+            let message = format!("its {} bytes do not have the checksum of checksum.sri", blob.size());
+            return Err(Problem::origin(FailureKind::Unusable, message));
+        }
+        Ok(blob.finish().await?)
+    }
+
+    /// Asks, and follows redirects.
+    async fn get(&self, uri: &str, headers: &HeaderMap, checked: bool) -> Result<Response, Problem> {
+        let invalid = |problem: &dyn std::fmt::Display| {
+            Problem::origin(FailureKind::Denied, format!("it is no URI that can be fetched: {problem}"))
+        };
+        let mut url = Url::parse(uri).map_err(|error| invalid(&error))?;
+        let origin = url.origin();
+        for _ in 0..=self.settings.max_redirects {
+            self.settings
+                .origins
+                .check_url(&url)
+                .map_err(|problem| Problem::origin(FailureKind::Denied, problem))?;
+            // To another origin nothing is sent that was meant for this one.
+            let mut sent = if url.origin() == origin { headers.clone() } else { HeaderMap::new() };
+            for (name, value) in
+                [(USER_AGENT, concat!("gorego/", env!("CARGO_PKG_VERSION"))), (ACCEPT, "*/*")]
+            {
+                sent.entry(name).or_insert(HeaderValue::from_static(value));
+            }
+            sent.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+            let asked = self.client().await?.get(url.clone()).headers(sent).send().await;
+            let response = asked.map_err(|error| of_request(&error))?;
+            if !is_redirect(response.status()) {
+                return check_status(response);
+            }
+            let target = response.headers().get(LOCATION).and_then(|target| target.to_str().ok());
+            let target = target.ok_or_else(|| invalid(&"a redirect leads nowhere"))?;
+            let next = url.join(target).map_err(|error| invalid(&error))?;
+            if url.scheme() == "https" && next.scheme() == "http" && !checked {
+                let problem = "a redirect leads from https to http, which needs a checksum.sri";
+                return Err(Problem::origin(FailureKind::Denied, problem));
+            }
+            url = next;
+        }
+        let message = format!(
+            "there are more than {} redirects (assets.max_redirects of this server)",
+            self.settings.max_redirects
+        );
+        Err(Problem::origin(FailureKind::Unusable, message))
+    }
+}
+
+fn is_redirect(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
+fn check_status(response: Response) -> Result<Response, Problem> {
+    let kind = match response.status().as_u16() {
+        200 => return Ok(response),
+        404 | 410 => FailureKind::NotFound,
+        401 | 403 | 407 | 451 => FailureKind::Denied,
+        408 | 504 => FailureKind::TimedOut,
+        429 => FailureKind::TooMuch,
+        _ => FailureKind::Unusable,
+    };
+    Err(Problem::origin(kind, format!("the origin answers {}", response.status())))
+}
+
+/// What a failed request means.
+fn of_request(error: &reqwest::Error) -> Problem {
+    if let Some(problem) = refused_by_resolver(error) {
+        return problem;
+    }
+    let kind = if error.is_timeout() { FailureKind::TimedOut } else { FailureKind::Unusable };
+    // Without the URL, which may have a password in it and is told beside the message.
+    Problem::origin(kind, format!("the origin could not be asked: {}", chain(error)))
+}
+
+fn refused_by_resolver(error: &reqwest::Error) -> Option<Problem> {
+    let mut next = std::error::Error::source(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<std::io::Error>()
+            && let problem @ Problem::Origin(_) = Problem::of_io(error)
+            && matches!(&problem, Problem::Origin(failure) if failure.kind == FailureKind::Denied)
+        {
+            return Some(problem);
+        }
+        next = error.source();
+    }
+    None
+}
+
+/// An error with its causes, the outermost left out: that one only repeats the URL.
+fn chain(error: &reqwest::Error) -> String {
+    let mut causes = Vec::new();
+    let mut next = std::error::Error::source(error);
+    while let Some(error) = next {
+        causes.push(error.to_string());
+        next = error.source();
+    }
+    if causes.is_empty() { "the request failed".into() } else { causes.join(": ") }
+}

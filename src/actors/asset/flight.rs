@@ -1,0 +1,267 @@
+//! A flight: getting one asset, from the first mirror that has it to the store.
+
+use super::{
+    AssetActor, LOG, Shared,
+    bindings::Binding,
+    layout::Layout,
+    messages::Landed,
+    outcome::{Failure, FailureKind, Fetched, Problem},
+    request::{AssetKey, AssetRequest, Kind},
+    unpack::{Contents, unpack},
+};
+use crate::{
+    actors::cas::{blob::BlobReader, client::Cas},
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    instance::Instance,
+};
+use actix::Addr;
+use bytes::Bytes;
+use futures::FutureExt as _;
+use reqwest::Url;
+use std::{
+    io::{self, Read, Seek, SeekFrom},
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::SystemTime,
+};
+use tokio::{runtime::Handle, select, sync::watch, time::Instant};
+
+/// What those who wait for a flight are told.
+pub type Outcome = Result<Fetched, Problem>;
+
+/// Files of an archive up to this size are stored in batches; larger ones go to the store as they are read.
+const SMALL_FILE_BYTES: usize = 256 * 1024;
+/// Bytes of such a batch.
+const BATCH_BYTES: usize = 2 * 1024 * 1024;
+/// Files of such a batch.
+const BATCH_FILES: usize = 1_000;
+/// Bytes that are read at a time from a stored archive or an unpacked file.
+const PIECE_BYTES: usize = 128 * 1024;
+
+/// Starts a flight. It ends at `latest`, and tells the actor in any case.
+pub fn launch(
+    shared: Arc<Shared>,
+    actor: Addr<AssetActor>,
+    request: Arc<AssetRequest>,
+    latest: watch::Receiver<Instant>,
+) {
+    let runtime = shared.runtime.clone();
+    runtime.spawn(async move {
+        // Content is as old as the question for it, not as its last byte.
+        let (started, asked_at) = (Instant::now(), SystemTime::now());
+        let flight = AssertUnwindSafe(fly(&shared, &request)).catch_unwind();
+        let outcome = select! {
+            outcome = flight => outcome.unwrap_or_else(|_| Err(Error::internal("a fetch panicked").into())),
+            () = passed(latest) => Err(Problem::origin(FailureKind::TimedOut, "it took longer than the fetch may take")),
+        };
+        write_line(&request, started, &outcome);
+        let bind = outcome.as_ref().ok().and_then(|fetched| bind(&request, fetched, asked_at));
+        actor.do_send(Landed { flight: request.flight_key(), bind, outcome });
+    });
+}
+
+/// Ends when the deadline has passed, which may be put off meanwhile.
+async fn passed(mut latest: watch::Receiver<Instant>) {
+    loop {
+        let deadline = *latest.borrow_and_update();
+        select! {
+            () = tokio::time::sleep_until(deadline) => return,
+            changed = latest.changed() => if changed.is_err() {
+                return tokio::time::sleep_until(deadline).await;
+            }
+        }
+    }
+}
+
+fn bind(request: &AssetRequest, fetched: &Fetched, obtained_at: SystemTime) -> Option<(AssetKey, Binding)> {
+    let index = request.uris.iter().position(|uri| *uri == fetched.uri)?;
+    let key = *request.keys().get(index)?;
+    let Fetched { digest, expires_at, .. } = *fetched;
+    Some((key, Binding { digest, obtained_at, expires_at, references: Arc::default() }))
+}
+
+fn write_line(request: &AssetRequest, started: Instant, outcome: &Outcome) {
+    let asset = request.kind.name();
+    let instance = request.instance.name();
+    let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    // Only the host: paths and queries may hold secrets.
+    let host = |uri: &str| {
+        Url::parse(uri).ok().and_then(|url| url.host_str().map(ToOwned::to_owned)).unwrap_or_default()
+    };
+    match outcome {
+        Ok(Fetched { uri, digest, .. }) => {
+            log::info!(target: LOG, event = "asset_fetched", asset = asset, host = host(uri).as_str(),
+                digest = digest.to_string().as_str(), instance = instance, elapsed_ms = elapsed_ms;
+                "fetched a {asset} from {}", host(uri));
+        }
+        Err(problem) => {
+            let (code, text, uri) = match problem {
+                Problem::Origin(failure) => {
+                    (failure.kind.code_name(), failure.message.clone(), failure.uri.as_str())
+                }
+                Problem::Unsupported(names) => ("INVALID_ARGUMENT", names.join(", "), ""),
+                Problem::Server(error) => (error.code_name(), error.to_string(), ""),
+            };
+            log::info!(target: LOG, event = "asset_failed", asset = asset, host = host(uri).as_str(),
+                grpc_code = code, error = text.as_str(), instance = instance, elapsed_ms = elapsed_ms;
+                "could not fetch a {asset}: {text}");
+        }
+    }
+}
+
+async fn fly(shared: &Arc<Shared>, request: &AssetRequest) -> Outcome {
+    let permit = shared.runway.acquire().await;
+    let _permit = permit.map_err(|_| Error::Unavailable("the server is going down".into()))?;
+    let asked_at = SystemTime::now();
+    let headers = request.headers()?;
+    let integrity = request.qualifiers.integrity()?;
+    let expires_at = if integrity.is_some() { None } else { asked_at.checked_add(shared.settings.max_age) };
+    let mut failures: Vec<Failure> = Vec::new();
+    for (uri, headers) in request.uris.iter().zip(&headers) {
+        let fetched = async {
+            let cas = &shared.cas;
+            let blob = shared.downloader.download(cas, request, uri, headers, integrity.as_ref()).await?;
+            match request.kind {
+                Kind::Blob => Ok(blob),
+                Kind::Directory => unpack_blob(shared, request, blob).await,
+            }
+        };
+        match fetched.await {
+            Ok(digest) => return Ok(Fetched { uri: uri.clone(), digest, expires_at }),
+            Err(Problem::Origin(failure)) => failures.push(Failure { uri: uri.clone(), ..failure }),
+            Err(fault) => return Err(fault),
+        }
+    }
+    Err(Problem::Origin(Failure::of_all(failures)))
+}
+
+impl Failure {
+    /// One failure that stands for those of all mirrors: the last one's, with what the others said.
+    fn of_all(mut failures: Vec<Self>) -> Self {
+        let message = match failures.as_slice() {
+            [one] => one.message.clone(),
+            all => {
+                let told =
+                    all.iter().enumerate().map(|(at, failure)| format!("uris[{at}]: {}", failure.message));
+                told.collect::<Vec<_>>().join("; ")
+            }
+        };
+        let last = failures.pop();
+        let (kind, uri) = last.map_or((FailureKind::NotFound, String::new()), |last| (last.kind, last.uri));
+        Self { kind, uri, message }
+    }
+}
+
+/// Turns a stored archive into stored Directories.
+async fn unpack_blob(
+    shared: &Arc<Shared>,
+    request: &AssetRequest,
+    archive: Digest,
+) -> Result<Digest, Problem> {
+    let path = request.qualifiers.directory()?;
+    let reader = shared.cas.open(&request.instance, archive).await?;
+    let runtime = shared.runtime.clone();
+    let max_bytes = shared.settings.max_unpacked_bytes;
+    let mut store = Store {
+        cas: shared.cas.clone(),
+        instance: request.instance.clone(),
+        function: request.function,
+        runtime: runtime.clone(),
+        batch: Vec::new(),
+        batch_bytes: 0,
+    };
+    let function = request.function;
+    let work = shared.runtime.spawn_blocking(move || -> Result<Digest, Problem> {
+        let layout = unpack(Cursor { reader, runtime, at: 0 }, max_bytes, &mut store)?;
+        let refuse = |problem| Problem::origin(FailureKind::NotFound, problem);
+        let layout: Layout =
+            if path.is_root() { layout } else { layout.below(path.as_str()).map_err(refuse)? };
+        let (root, directories) = layout.directories(function);
+        for (digest, bytes) in directories {
+            store.add(digest, bytes)?;
+        }
+        store.flush()?;
+        Ok(root)
+    });
+    work.await.map_err(|_| Error::internal("unpacking an archive panicked"))?
+}
+
+/// Where unpacked files go. On a blocking thread.
+struct Store {
+    cas: Cas,
+    instance: Instance,
+    function: DigestFunction,
+    runtime: Handle,
+    batch: Vec<(Digest, Bytes)>,
+    batch_bytes: usize,
+}
+
+impl Store {
+    fn add(&mut self, digest: Digest, bytes: Bytes) -> Result<()> {
+        self.batch_bytes = self.batch_bytes.saturating_add(bytes.len());
+        self.batch.push((digest, bytes));
+        if self.batch_bytes >= BATCH_BYTES || self.batch.len() >= BATCH_FILES { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let batch = std::mem::take(&mut self.batch);
+        self.batch_bytes = 0;
+        self.runtime.block_on(self.cas.write_many(&self.instance, batch))?.into_iter().collect()
+    }
+}
+
+impl Contents for Store {
+    fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem> {
+        let mut small = Vec::new();
+        let head = content.take(SMALL_FILE_BYTES as u64 + 1).read_to_end(&mut small);
+        head.map_err(|error| Problem::of_io(&error))?;
+        if small.len() <= SMALL_FILE_BYTES {
+            let digest = self.function.digest(&small);
+            self.add(digest, small.into())?;
+            return Ok(digest);
+        }
+        let mut blob = self.cas.new_blob(&self.instance, self.function);
+        let mut piece = Bytes::from(small);
+        while !piece.is_empty() {
+            self.runtime.block_on(blob.write(piece))?;
+            let mut next = Vec::with_capacity(PIECE_BYTES);
+            content
+                .take(PIECE_BYTES as u64)
+                .read_to_end(&mut next)
+                .map_err(|error| Problem::of_io(&error))?;
+            piece = next.into();
+        }
+        Ok(self.runtime.block_on(blob.finish())?)
+    }
+}
+
+/// A stored blob as a file to read. On a blocking thread.
+struct Cursor {
+    reader: BlobReader,
+    runtime: Handle,
+    at: u64,
+}
+
+impl Read for Cursor {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.runtime.block_on(self.reader.read_at(self.at, buffer.len().min(PIECE_BYTES)));
+        let bytes = read.map_err(|error| Problem::Server(error).into_io())?;
+        let target = buffer.get_mut(..bytes.len()).ok_or(io::ErrorKind::InvalidData)?;
+        target.copy_from_slice(&bytes);
+        self.at = self.at.saturating_add(bytes.len() as u64);
+        Ok(bytes.len())
+    }
+}
+
+impl Seek for Cursor {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let target = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::End(offset) => self.reader.size().checked_add_signed(offset),
+            SeekFrom::Current(offset) => self.at.checked_add_signed(offset),
+        };
+        self.at = target.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
+    }
+}

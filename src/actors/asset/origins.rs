@@ -1,0 +1,319 @@
+//! [`Origins`]: which hosts and addresses a download may contact (AST-10). Pure.
+//!
+//! A host is judged by its name before anything is resolved, and again at every redirect; each address that a name resolves to
+//! is judged before it is connected to, so a name cannot be pointed at the inside of the network after it was judged.
+
+use reqwest::Url;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// What may be contacted; nothing by default.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Origins {
+    hosts: Vec<HostRule>,
+    networks: Vec<Network>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct HostRule {
+    name: NameRule,
+    /// `None` for any.
+    port: Option<u16>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum NameRule {
+    Any,
+    /// This name or address.
+    Is(String),
+    /// Every name with this ending, which begins with a dot.
+    Below(String),
+}
+
+/// A range of addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Network {
+    first: IpAddr,
+    bits: u32,
+}
+
+/// What is wrong with a configured rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadRule {
+    /// The configuration key.
+    pub key: &'static str,
+    /// The problem.
+    pub text: String,
+}
+
+impl Origins {
+    /// Reads `assets.allowed_hosts` and `assets.allowed_networks`.
+    ///
+    /// # Errors
+    /// The first entry that is no rule.
+    pub fn parse(hosts: &[String], networks: &[String]) -> Result<Self, BadRule> {
+        let refuse = |key, text: &str, form: &str| BadRule {
+            key,
+            text: format!("\"{}\" is not {form}", text.escape_debug()),
+        };
+        let host = |text: &String| {
+            HostRule::parse(text).ok_or_else(|| {
+                let form =
+                    "a host, such as \"example.com\", \"example.com:8443\", \"*.example.com\" or \"*\"";
+                refuse("assets.allowed_hosts", text, form)
+            })
+        };
+        let network = |text: &String| {
+            Network::parse(text).ok_or_else(|| {
+                refuse("assets.allowed_networks", text, "an address range, such as \"10.0.0.0/8\"")
+            })
+        };
+        Ok(Self {
+            hosts: hosts.iter().map(host).collect::<Result<_, _>>()?,
+            networks: networks.iter().map(network).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Judges a URL by what it says: scheme, host and port.
+    ///
+    /// # Errors
+    /// Why not, naming the configuration key that could allow it.
+    pub fn check_url(&self, url: &Url) -> Result<(), String> {
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(format!("scheme \"{}\" is not fetched; only http and https are", url.scheme()));
+        }
+        let Some(host) = url.host_str().filter(|host| !host.is_empty()) else {
+            return Err("the URI names no host".into());
+        };
+        let host = bare(host);
+        let port = url.port_or_known_default();
+        let mut rules = self.hosts.iter().filter(|rule| rule.port.is_none() || rule.port == port);
+        let matching: Vec<&NameRule> =
+            rules.by_ref().map(|rule| &rule.name).filter(|name| name.covers(&host)).collect();
+        if matching.is_empty() {
+            return Err(format!("host \"{host}\" is not in assets.allowed_hosts of this server"));
+        }
+        match host.parse() {
+            // An address that is listed by itself needs no further leave.
+            Ok(address) if !matching.iter().any(|rule| matches!(rule, NameRule::Is(_))) => {
+                self.check_address(address)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Judges an address that a name resolved to.
+    ///
+    /// # Errors
+    /// Why not, naming the configuration key that could allow it.
+    pub fn check_address(&self, address: IpAddr) -> Result<(), String> {
+        if is_public(address) || self.networks.iter().any(|network| network.contains(address)) {
+            return Ok(());
+        }
+        Err(format!(
+            "address {address} is not public and in no range of assets.allowed_networks of this server"
+        ))
+    }
+}
+
+/// A host without brackets, final dot and capitals.
+fn bare(host: &str) -> String {
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase()
+}
+
+impl HostRule {
+    fn parse(text: &str) -> Option<Self> {
+        // "::1" and "[::1]:80" are hosts too.
+        let (host, port) = match text.rsplit_once(':') {
+            Some((host, port)) if host.ends_with(']') || !host.contains(':') => {
+                (host, Some(port.parse().ok()?))
+            }
+            _ => (text, None),
+        };
+        if host == "*." {
+            return None;
+        }
+        let host = bare(host);
+        let name = match host.strip_prefix('*') {
+            Some("") => NameRule::Any,
+            Some(tail) if tail.len() > 1 && tail.starts_with('.') => NameRule::Below(tail.into()),
+            Some(_) => return None,
+            None => NameRule::Is(host.clone()),
+        };
+        let named = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':');
+        let fine = !host.is_empty() && host.trim_start_matches('*').chars().all(named);
+        let is_name = !host.contains(':') || host.parse::<Ipv6Addr>().is_ok();
+        (fine && is_name).then_some(Self { name, port })
+    }
+}
+
+impl NameRule {
+    fn covers(&self, host: &str) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Is(name) => name == host,
+            // An address is not below anything.
+            Self::Below(tail) => host.ends_with(tail.as_str()) && host.parse::<IpAddr>().is_err(),
+        }
+    }
+}
+
+impl Network {
+    fn parse(text: &str) -> Option<Self> {
+        let (first, bits) = text.split_once('/')?;
+        let (first, bits): (IpAddr, u32) = (first.parse().ok()?, bits.parse().ok()?);
+        (bits <= if first.is_ipv4() { 32 } else { 128 }).then_some(Self { first, bits })
+    }
+
+    fn contains(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        match (self.first, address) {
+            (IpAddr::V4(first), IpAddr::V4(address)) => {
+                let mask = u32::MAX.checked_shl(32 - self.bits).unwrap_or(0);
+                first.to_bits() & mask == address.to_bits() & mask
+            }
+            (IpAddr::V6(first), IpAddr::V6(address)) => {
+                let mask = u128::MAX.checked_shl(128 - self.bits).unwrap_or(0);
+                first.to_bits() & mask == address.to_bits() & mask
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Whether an address belongs to the public internet. What is not known to is not.
+fn is_public(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(address) => is_public_v4(address),
+        IpAddr::V6(address) => is_public_v6(address),
+    }
+}
+
+fn is_public_v4(address: Ipv4Addr) -> bool {
+    let [a, b, c, _] = address.octets();
+    let special = address.is_private()
+        || address.is_loopback()
+        || address.is_link_local()
+        || address.is_documentation()
+        || a == 0
+        || a >= 224 // multicast, reserved, broadcast
+        || (a == 100 && b & 0xc0 == 64) // carrier-grade NAT
+        || (a == 198 && b & 0xfe == 18) // benchmarks
+        || (a == 192 && b == 0 && c == 0); // protocol assignments
+    !special
+}
+
+fn is_public_v6(address: Ipv6Addr) -> bool {
+    let [a, b, c, d, e, f, g, h] = address.segments();
+    let embedded =
+        |high: u16, low: u16| is_public_v4(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)));
+    match (a, b) {
+        // NAT64 and 6to4 lead to the IPv4 address that is in them.
+        (0x64, 0xff9b) if [c, d, e, f] == [0; 4] => embedded(g, h),
+        (0x2002, _) => embedded(b, c),
+        // Protocol assignments (Teredo among them) and documentation.
+        (0x2001, 0..=0x1ff | 0xdb8) | (0x3fff, 0..=0xfff) => false,
+        // All else that is global unicast; loopback, unique local, link local and multicast are outside of this block.
+        _ => a & 0xe000 == 0x2000,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn origins(hosts: &[&str], networks: &[&str]) -> Origins {
+        let own = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
+        Origins::parse(&own(hosts), &own(networks)).unwrap()
+    }
+
+    fn allows(origins: &Origins, url: &str) -> bool {
+        origins.check_url(&Url::parse(url).unwrap()).is_ok()
+    }
+
+    /// AST-10.
+    #[test]
+    fn only_listed_hosts_are_contacted_and_none_by_default() {
+        assert!(!allows(&origins(&[], &[]), "https://example.com/"));
+        let some = origins(&["Example.com", "*.corp.test", "ported.test:8443", "10.1.2.3"], &[]);
+        for url in [
+            "https://example.com/x",
+            "http://EXAMPLE.com.:99/",
+            "https://a.b.corp.test/",
+            "https://ported.test:8443/",
+            "http://10.1.2.3/",
+        ] {
+            assert!(allows(&some, url), "{url}");
+        }
+        for url in [
+            "https://sub.example.com/",
+            "https://corp.test/",
+            "https://evilcorp.test/",
+            "https://ported.test/",
+            "http://10.1.2.4/",
+            "https://example.com@evil.test/",
+            "file:///etc/passwd",
+            "ftp://example.com/",
+            "gopher://example.com/",
+        ] {
+            assert!(!allows(&some, url), "{url}");
+        }
+    }
+
+    /// AST-10: however the address is written.
+    #[test]
+    fn addresses_that_are_not_public_need_to_be_listed() {
+        let all = origins(&["*"], &[]);
+        for url in [
+            "http://127.0.0.1/",
+            "http://0x7f.1/",
+            "http://2130706433/",
+            "http://0/",
+            "http://169.254.169.254/latest/meta-data",
+            "http://10.0.0.1/",
+            "http://172.16.0.1/",
+            "http://192.168.1.1/",
+            "http://100.64.0.1/",
+            "http://198.18.0.1/",
+            "http://224.0.0.1/",
+            "http://255.255.255.255/",
+            "http://[::1]/",
+            "http://[::]/",
+            "http://[fe80::1]/",
+            "http://[fd00::1]/",
+            "http://[ff02::1]/",
+            "http://[::ffff:127.0.0.1]/",
+            "http://[64:ff9b::10.0.0.1]/",
+            "http://[64:ff9b:1::1]/",
+            "http://[2002:7f00:1::]/",
+            "http://[2001:db8::1]/",
+            "http://[::127.0.0.1]/",
+        ] {
+            assert!(!allows(&all, url), "{url}");
+        }
+        for url in ["http://1.1.1.1/", "http://[2606:4700::1111]/", "http://[64:ff9b::1.1.1.1]/"] {
+            assert!(allows(&all, url), "{url}");
+        }
+        let inside = origins(&["*"], &["127.0.0.0/8", "fd00::/8", "0.0.0.0/32"]);
+        for url in ["http://127.9.9.9/", "http://[fd12::1]/", "http://[::ffff:127.0.0.1]/", "http://0/"] {
+            assert!(allows(&inside, url), "{url}");
+        }
+        assert!(!allows(&inside, "http://10.0.0.1/"));
+        assert!(inside.check_address("0.0.0.1".parse().unwrap()).is_err());
+        // A host that is listed by name does not bring its addresses with it.
+        assert!(origins(&["localhost"], &[]).check_address("127.0.0.1".parse().unwrap()).is_err());
+    }
+
+    #[test]
+    fn rules_that_are_none_are_refused_by_key() {
+        for host in ["", "a b", "https://x", "*x", "x:y", "a*", "x/", "*.", "1:2:3"] {
+            let problem = Origins::parse(&[host.into()], &[]).unwrap_err();
+            assert_eq!(problem.key, "assets.allowed_hosts", "{host}");
+        }
+        for network in ["", "10.0.0.0", "10.0.0.0/33", "::/129", "x/8", "10.0.0.0/-1"] {
+            let problem = Origins::parse(&[], &[network.into()]).unwrap_err();
+            assert_eq!(problem.key, "assets.allowed_networks", "{network}");
+        }
+        assert!(Origins::parse(&["[::1]:80".into(), "::1".into(), "*:443".into()], &["::/0".into()]).is_ok());
+    }
+}

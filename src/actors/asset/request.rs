@@ -1,0 +1,363 @@
+//! [`AssetRequest`]: what a client asks for, checked. Pure.
+//!
+//! The URIs and the qualifiers together name an asset. Every qualifier counts for that, also those that only matter to the
+//! download: content that was fetched with somebody's credentials is not served to those who do not have them.
+
+use super::integrity::Integrity;
+use crate::{
+    digest::DigestFunction,
+    error::{Error, Result},
+    instance::Instance,
+    path::RootPath,
+};
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use sha2::{Digest as _, Sha256};
+use std::{collections::BTreeMap, fmt};
+
+/// Most URIs of one request; a list of mirrors is short.
+pub const MAX_URIS: usize = 64;
+/// Longest URI, in bytes.
+pub const MAX_URI_BYTES: usize = 8 * 1024;
+/// Most qualifiers of one request: a few headers for each mirror.
+pub const MAX_QUALIFIERS: usize = 256;
+/// Longest name or value of a qualifier, in bytes; some tokens take several thousand.
+pub const MAX_QUALIFIER_BYTES: usize = 16 * 1024;
+
+const SRI: &str = "checksum.sri";
+const CANONICAL_ID: &str = "bazel.canonical_id";
+const DIRECTORY: &str = "directory";
+const HEADER: &str = "http_header:";
+const HEADER_OF_URI: &str = "http_header_url:";
+
+/// Headers that clients may not set: they are about the connection, or would ask for other bytes than those of the file, or
+/// for another host than the one that was judged.
+const RESERVED_HEADERS: &[&str] = &[
+    "accept-encoding",
+    "connection",
+    "content-length",
+    "expect",
+    "host",
+    "if-match",
+    "if-modified-since",
+    "if-none-match",
+    "if-range",
+    "if-unmodified-since",
+    "keep-alive",
+    "proxy-authorization",
+    "proxy-connection",
+    "range",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+
+/// What an asset is stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// One blob.
+    Blob,
+    /// A Directory with all below it; what is fetched is an archive.
+    Directory,
+}
+
+impl Kind {
+    /// For logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Blob => "blob",
+            Self::Directory => "directory",
+        }
+    }
+}
+
+/// Everything that names one asset under one URI, in 32 bytes; tells nothing about it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AssetKey(pub [u8; 32]);
+
+impl fmt::Debug for AssetKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&const_hex::encode(self.0))
+    }
+}
+
+/// Qualifiers with unique names, by name.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct Qualifiers(BTreeMap<String, String>);
+
+/// Values may be credentials.
+impl fmt::Debug for Qualifiers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+impl Qualifiers {
+    /// Checks a list from the wire.
+    ///
+    /// # Errors
+    /// `Invalid` for a name that is empty or appears twice (AST-01), and beyond the bounds of this file.
+    pub fn parse(list: impl IntoIterator<Item = (String, String)>) -> Result<Self> {
+        let mut qualifiers = BTreeMap::new();
+        for (name, value) in list {
+            if name.is_empty() {
+                return Err(Error::invalid("a qualifier has no name"));
+            }
+            if name.len() > MAX_QUALIFIER_BYTES || value.len() > MAX_QUALIFIER_BYTES {
+                return Err(Error::Invalid(format!(
+                    "a qualifier is longer than {MAX_QUALIFIER_BYTES} bytes"
+                )));
+            }
+            if qualifiers.contains_key(&name) {
+                return Err(Error::Invalid(format!("qualifier \"{}\" appears twice", name.escape_debug())));
+            }
+            qualifiers.insert(name, value);
+            if qualifiers.len() > MAX_QUALIFIERS {
+                return Err(Error::Invalid(format!("there are more than {MAX_QUALIFIERS} qualifiers")));
+            }
+        }
+        Ok(Self(qualifiers))
+    }
+
+    /// Those that may be repeated in an answer: all but headers, whose values may be credentials.
+    pub fn shown(&self) -> impl Iterator<Item = (&str, &str)> {
+        let secret = |name: &str| name.starts_with(HEADER) || name.starts_with(HEADER_OF_URI);
+        self.0
+            .iter()
+            .filter(move |(name, _)| !secret(name))
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    /// The checksums that content has to meet, if there are any.
+    ///
+    /// # Errors
+    /// As [`Integrity::parse`].
+    pub fn integrity(&self) -> Result<Option<Integrity>> {
+        self.0.get(SRI).map(|text| Integrity::parse(text)).transpose()
+    }
+
+    /// The directory of an archive that is asked for; the root if none is.
+    ///
+    /// # Errors
+    /// `Invalid` for a path that is absolute or leaves the archive.
+    pub fn directory(&self) -> Result<RootPath> {
+        let path = self.0.get(DIRECTORY).map_or("", String::as_str);
+        RootPath::root().join(path).map_err(|error| Error::Invalid(format!("qualifier directory: {error}")))
+    }
+
+    /// Names that a download cannot honour (AST-02).
+    pub fn unsupported(&self, kind: Kind) -> Vec<&str> {
+        let known = |name: &str| match name {
+            SRI | CANONICAL_ID => true,
+            DIRECTORY => kind == Kind::Directory,
+            _ => name.starts_with(HEADER) || name.starts_with(HEADER_OF_URI),
+        };
+        self.0.keys().map(String::as_str).filter(|name| !known(name)).collect()
+    }
+
+    /// The headers for the URI at this place: those for all, overridden by those for this one (AST-03).
+    ///
+    /// # Errors
+    /// `Invalid` for what is no header, for one that is reserved, and for a place that no URI has.
+    fn headers(&self, index: usize, uris: usize) -> Result<HeaderMap> {
+        let mut headers = HeaderMap::new();
+        for (qualifier, value) in &self.0 {
+            if let Some(name) = qualifier.strip_prefix(HEADER) {
+                let (name, value) = header(name, value)?;
+                headers.insert(name, value);
+            }
+        }
+        for (qualifier, value) in &self.0 {
+            let Some(rest) = qualifier.strip_prefix(HEADER_OF_URI) else { continue };
+            let parts = rest.split_once(':').and_then(|(at, name)| Some((at.parse::<usize>().ok()?, name)));
+            let Some((at, name)) = parts.filter(|(at, _)| *at < uris) else {
+                return Err(Error::Invalid(format!(
+                    "qualifier \"{}\" is not http_header_url:INDEX:NAME with the index of a URI",
+                    qualifier.escape_debug()
+                )));
+            };
+            let (name, value) = header(name, value)?;
+            if at == index {
+                headers.insert(name, value);
+            }
+        }
+        Ok(headers)
+    }
+}
+
+fn header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue)> {
+    let refuse = |problem: &str| {
+        Error::Invalid(format!("the HTTP header \"{}\" of a qualifier {problem}", name.escape_debug()))
+    };
+    let name: HeaderName = name.parse().map_err(|_| refuse("has no valid name"))?;
+    if RESERVED_HEADERS.contains(&name.as_str()) {
+        return Err(refuse("cannot be set"));
+    }
+    let mut value = HeaderValue::from_str(value).map_err(|_| refuse("has no valid value"))?;
+    value.set_sensitive(true);
+    Ok((name, value))
+}
+
+/// A request for one asset.
+#[derive(Debug, Clone)]
+pub struct AssetRequest {
+    /// The namespace.
+    pub instance: Instance,
+    /// The function of every digest of the answer (AST-07).
+    pub function: DigestFunction,
+    /// What the asset is stored as.
+    pub kind: Kind,
+    /// Where it is, the preferred place first; at least one.
+    pub uris: Vec<String>,
+    /// Which one of what is there.
+    pub qualifiers: Qualifiers,
+}
+
+impl AssetRequest {
+    /// Checks a request.
+    ///
+    /// # Errors
+    /// `Invalid` without URIs (AST-01), with an empty one, and beyond the bounds of this file.
+    pub fn new(
+        instance: Instance,
+        function: DigestFunction,
+        kind: Kind,
+        uris: Vec<String>,
+        qualifiers: Qualifiers,
+    ) -> Result<Self> {
+        if uris.is_empty() {
+            return Err(Error::invalid("there are no uris"));
+        }
+        if uris.len() > MAX_URIS {
+            return Err(Error::Invalid(format!("there are more than {MAX_URIS} uris")));
+        }
+        if uris.iter().any(|uri| uri.is_empty() || uri.len() > MAX_URI_BYTES) {
+            return Err(Error::Invalid(format!("a URI is empty or longer than {MAX_URI_BYTES} bytes")));
+        }
+        Ok(Self { instance, function, kind, uris, qualifiers })
+    }
+
+    /// The key of each URI, in order.
+    pub fn keys(&self) -> Vec<AssetKey> {
+        self.uris.iter().map(|uri| self.key([uri])).collect()
+    }
+
+    /// The key of all URIs together: two requests that have it in common can share a download.
+    pub fn flight_key(&self) -> AssetKey {
+        self.key(&self.uris)
+    }
+
+    fn key<'a>(&self, uris: impl IntoIterator<Item = &'a String>) -> AssetKey {
+        let mut hasher = Sha256::new();
+        // Each part with its length in front, so that no two lists of parts look alike.
+        let mut part = |bytes: &[u8]| {
+            hasher.update((bytes.len() as u64).to_le_bytes());
+            hasher.update(bytes);
+        };
+        part(self.instance.name().as_bytes());
+        part(self.function.name().as_bytes());
+        part(self.kind.name().as_bytes());
+        for (name, value) in &self.qualifiers.0 {
+            part(name.as_bytes());
+            part(value.as_bytes());
+        }
+        part(b"");
+        uris.into_iter().for_each(|uri| part(uri.as_bytes()));
+        AssetKey(hasher.finalize().into())
+    }
+
+    /// The headers with which to ask for each URI, in order.
+    ///
+    /// # Errors
+    /// `Invalid` for headers that cannot be sent.
+    pub fn headers(&self) -> Result<Vec<HeaderMap>> {
+        (0..self.uris.len()).map(|index| self.qualifiers.headers(index, self.uris.len())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::instance::Instances;
+
+    fn qualifiers(list: &[(&str, &str)]) -> Result<Qualifiers> {
+        Qualifiers::parse(list.iter().map(|(name, value)| (name.to_string(), value.to_string())))
+    }
+
+    fn request(uris: &[&str], list: &[(&str, &str)]) -> AssetRequest {
+        let instance = Instances::new([""]).unwrap().get("").unwrap();
+        let uris = uris.iter().map(ToString::to_string).collect();
+        AssetRequest::new(instance, DigestFunction::Sha256, Kind::Blob, uris, qualifiers(list).unwrap())
+            .unwrap()
+    }
+
+    /// AST-01.
+    #[test]
+    fn requests_without_uris_and_qualifiers_named_twice_are_refused() {
+        assert!(qualifiers(&[("a", "1"), ("a", "1")]).is_err());
+        assert!(qualifiers(&[("", "1")]).is_err());
+        let instance = Instances::new([""]).unwrap().get("").unwrap();
+        let none =
+            AssetRequest::new(instance, DigestFunction::Sha256, Kind::Blob, vec![], Qualifiers::default());
+        assert!(matches!(none, Err(Error::Invalid(_))));
+    }
+
+    /// AST-02.
+    #[test]
+    fn qualifiers_that_no_download_knows_are_named() {
+        let some = qualifiers(&[("x.y", ""), ("checksum.sri", ""), ("directory", ""), ("http_header:A", "")])
+            .unwrap();
+        assert_eq!(some.unsupported(Kind::Blob), ["directory", "x.y"]);
+        assert_eq!(some.unsupported(Kind::Directory), ["x.y"]);
+    }
+
+    /// AST-03.
+    #[test]
+    fn a_header_for_one_uri_overrides_the_one_for_all() {
+        let request = request(
+            &["http://a/", "http://b/"],
+            &[("http_header:X-A", "all"), ("http_header:X-B", "all"), ("http_header_url:1:x-a", "one")],
+        );
+        let headers = request.headers().unwrap();
+        assert_eq!(
+            (&headers[0]["x-a"], &headers[0]["x-b"]),
+            (&"all".parse().unwrap(), &"all".parse().unwrap())
+        );
+        assert_eq!(
+            (&headers[1]["x-a"], &headers[1]["x-b"]),
+            (&"one".parse().unwrap(), &"all".parse().unwrap())
+        );
+        assert_eq!(request.qualifiers.shown().count(), 0, "credentials are not repeated");
+    }
+
+    #[test]
+    fn headers_that_would_deceive_are_refused() {
+        for name in [
+            "http_header:Host",
+            "http_header:a b",
+            "http_header_url:1:A",
+            "http_header_url:x:A",
+            "http_header_url:A",
+        ] {
+            assert!(request(&["http://a/"], &[(name, "x")]).headers().is_err(), "{name}");
+        }
+        assert!(request(&["http://a/"], &[("http_header:A", "x\r\nB: y")]).headers().is_err());
+    }
+
+    #[test]
+    fn whatever_differs_makes_another_asset() {
+        let keys = [
+            request(&["a"], &[]),
+            request(&["b"], &[]),
+            request(&["a", "b"], &[]),
+            request(&["ab"], &[]),
+            request(&["a"], &[("b", "")]),
+            request(&["a"], &[("b", "c")]),
+            request(&["a"], &[("bc", "")]),
+        ];
+        let distinct: std::collections::HashSet<_> = keys.iter().map(AssetRequest::flight_key).collect();
+        assert_eq!(distinct.len(), keys.len());
+        let (one, two) = ([("a", "1"), ("b", "2")], [("b", "2"), ("a", "1")]);
+        assert_eq!(request(&["a"], &one).flight_key(), request(&["a"], &two).flight_key());
+    }
+}

@@ -1,0 +1,266 @@
+//! Reading archives: tar (plain or compressed with gzip, xz or zstd) and zip, told apart by their first bytes.
+//!
+//! What an archive says goes through [`Layout`], which refuses what is hostile; contents go straight to the store. Memory is
+//! bounded whatever the archive claims: one piece of one file, the layout, and what a decoder needs, which has a limit too.
+//! All bytes that come out of a decoder count against one limit, headers included, so a bomb ends there.
+//!
+//! Owners, times and permissions other than "executable" are dropped. Devices, pipes, sparse files and encrypted files are
+//! refused.
+
+use super::{
+    layout::Layout,
+    outcome::{FailureKind, Problem},
+};
+use crate::{digest::Digest, error::Error, path::MAX_PATH_BYTES};
+use flate2::read::MultiGzDecoder;
+use liblzma::{read::XzDecoder, stream::Stream as XzStream};
+use std::{
+    cell::Cell,
+    io::{self, BufRead, BufReader, Read, Seek, SeekFrom},
+    rc::Rc,
+};
+use tar::{Archive, EntryType, PaxExtensions};
+use zip::ZipArchive;
+
+/// Memory that decoding one xz stream may take: what the highest preset needs, and some.
+const XZ_MEMORY_BYTES: u64 = 128 * 1024 * 1024;
+/// Largest window of a zstd frame, as a power of two: 128 MiB, what `zstd --ultra` uses at most without `--long=31`.
+const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+/// Largest extension header of a tar entry; it holds a path or two.
+const EXTENSION_MAX_BYTES: u64 = 64 * 1024;
+/// Largest list of contents in a zip: 65,534 entries with long names.
+const ZIP_DIRECTORY_MAX_BYTES: u64 = 64 * 1024 * 1024;
+/// Bytes that are read at a time from the archive.
+const BUFFER_BYTES: usize = 128 * 1024;
+
+/// Where the files of an archive go.
+pub trait Contents {
+    /// Stores all that can be read, and says what it is called.
+    ///
+    /// # Errors
+    /// Those of the store; and of the reader, as [`Problem::of_io`] tells them.
+    fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem>;
+}
+
+/// Reads an archive from its start. `max_bytes` bounds what it may unpack to.
+///
+/// # Errors
+/// `Unusable` for an archive that is damaged, hostile or none; `TooMuch` beyond a bound; those of `contents`.
+pub fn unpack(
+    mut archive: impl Read + Seek,
+    max_bytes: u64,
+    contents: &mut dyn Contents,
+) -> Result<Layout, Problem> {
+    let mut magic = Vec::new();
+    (archive.by_ref().take(6).read_to_end(&mut magic)).map_err(|error| Problem::of_io(&error))?;
+    let start = archive.seek(SeekFrom::Start(0));
+    start.map_err(|error| Problem::of_io(&error))?;
+    let mut input = BufReader::with_capacity(BUFFER_BYTES, archive);
+    let budget = Rc::new(Cell::new(max_bytes));
+    let limited = |reader| Limited { reader, left: budget.clone(), max: max_bytes };
+    match magic.as_slice() {
+        [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => unpack_zip(input, &budget, max_bytes, contents),
+        [0x1f, 0x8b, ..] => {
+            unpack_tar(limited(Box::new(MultiGzDecoder::new(input)) as Box<dyn Read>), contents)
+        }
+        [0xfd, b'7', b'z', b'X', b'Z', 0] => {
+            const CONCATENATED: u32 = liblzma::stream::CONCATENATED;
+            let stream =
+                XzStream::new_stream_decoder(XZ_MEMORY_BYTES, CONCATENATED).map_err(Error::internal)?;
+            unpack_tar(limited(Box::new(XzDecoder::new_stream(input, stream))), contents)
+        }
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+            let decoder = zstd::stream::read::Decoder::with_buffer(&mut input).and_then(|mut decoder| {
+                decoder.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
+                Ok(decoder)
+            });
+            let decoder = decoder.map_err(|error| Problem::of_io(&error))?;
+            unpack_tar(limited(Box::new(decoder)), contents)
+        }
+        _ => unpack_tar(limited(Box::new(&mut input)), contents),
+    }
+}
+
+/// What is wrong with an archive.
+fn refuse(message: impl Into<String>) -> Problem {
+    Problem::origin(FailureKind::Unusable, format!("the archive is refused: {}", message.into()))
+}
+
+/// A reader with a budget that it may share with others.
+struct Limited<R> {
+    reader: R,
+    left: Rc<Cell<u64>>,
+    max: u64,
+}
+
+impl<R: Read> Read for Limited<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.reader.read(buffer)?;
+        match self.left.get().checked_sub(read as u64) {
+            Some(left) => self.left.set(left),
+            None => {
+                let message = format!(
+                    "the archive unpacks to more than {} bytes (assets.max_unpacked_gb of this server)",
+                    self.max
+                );
+                return Err(Problem::origin(FailureKind::TooMuch, message).into_io());
+            }
+        }
+        Ok(read)
+    }
+}
+
+/// What the extension headers in front of an entry say of it.
+#[derive(Default)]
+struct Extensions {
+    path: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+}
+
+fn unpack_tar(reader: impl Read, contents: &mut dyn Contents) -> Result<Layout, Problem> {
+    let damaged = |error: io::Error| Problem::of_io(&error);
+    let mut layout = Layout::default();
+    let mut archive = Archive::new(reader);
+    let mut extensions = Extensions::default();
+    // Raw: the library would read extension headers of any length into memory.
+    for entry in archive.entries().map_err(damaged)?.raw(true) {
+        let mut entry = entry.map_err(damaged)?;
+        let kind = entry.header().entry_type();
+        if is_extension(kind) {
+            let size = entry.header().entry_size().map_err(damaged)?;
+            if size > EXTENSION_MAX_BYTES {
+                return Err(refuse(format!("an extension header has {size} bytes")));
+            }
+            let mut bytes = Vec::new();
+            entry.read_to_end(&mut bytes).map_err(damaged)?;
+            read_extension(kind, &bytes, &mut extensions)?;
+            continue;
+        }
+        let Extensions { path, link } = std::mem::take(&mut extensions);
+        let path = text(path.unwrap_or_else(|| entry.path_bytes().into_owned()))?;
+        let target = || text(link.clone().or(entry.link_name_bytes().map(Into::into)).unwrap_or_default());
+        let added = match kind {
+            EntryType::Directory => layout.add_directory(&path),
+            // Old archives mark a directory by the slash alone.
+            EntryType::Regular if path.ends_with('/') => layout.add_directory(&path),
+            EntryType::Symlink => layout.add_symlink(&path, &target()?),
+            EntryType::Link => layout.add_hard_link(&path, &target()?),
+            EntryType::Regular | EntryType::Continuous => {
+                let executable = entry.header().mode().unwrap_or(0) & 0o111 != 0;
+                let size = entry.header().entry_size().map_err(damaged)?;
+                let digest = contents.put(&mut entry)?;
+                if digest.size() != size {
+                    return Err(refuse(format!("it ends within \"{}\"", path.escape_debug())));
+                }
+                layout.add_file(&path, digest, executable)
+            }
+            _ => Err(format!("\"{}\" is a device, a pipe or a sparse file", path.escape_debug())),
+        };
+        added.map_err(refuse)?;
+    }
+    Ok(layout)
+}
+
+fn is_extension(kind: EntryType) -> bool {
+    kind.is_gnu_longname()
+        || kind.is_gnu_longlink()
+        || kind.is_pax_local_extensions()
+        || kind.is_pax_global_extensions()
+}
+
+fn read_extension(kind: EntryType, bytes: &[u8], extensions: &mut Extensions) -> Result<(), Problem> {
+    let until_nul = || bytes.split(|byte| *byte == 0).next().unwrap_or_default().to_vec();
+    if kind.is_gnu_longname() {
+        extensions.path = Some(until_nul());
+    } else if kind.is_gnu_longlink() {
+        extensions.link = Some(until_nul());
+    } else {
+        for record in PaxExtensions::new(bytes) {
+            let record = record.map_err(|error| Problem::of_io(&error))?;
+            match record.key_bytes() {
+                // Global headers hold a comment of git at most; one that renames everything is not for us.
+                b"path" if kind.is_pax_local_extensions() => {
+                    extensions.path = Some(record.value_bytes().to_vec())
+                }
+                b"linkpath" if kind.is_pax_local_extensions() => {
+                    extensions.link = Some(record.value_bytes().to_vec());
+                }
+                // The bytes of the entry would not be where its header says.
+                b"size" => return Err(refuse("it has a file of more than 8 GiB, or a false size")),
+                key if key.starts_with(b"GNU.sparse.") => return Err(refuse("it has a sparse file")),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+fn text(bytes: Vec<u8>) -> Result<String, Problem> {
+    String::from_utf8(bytes)
+        .map_err(|_| refuse("it has a name that is not UTF-8, which no Directory can have"))
+}
+
+fn unpack_zip(
+    mut input: impl BufRead + Seek,
+    budget: &Rc<Cell<u64>>,
+    max_bytes: u64,
+    contents: &mut dyn Contents,
+) -> Result<Layout, Problem> {
+    check_zip_directory(&mut input)?;
+    let damaged = |error: zip::result::ZipError| Problem::of_io(&error.into());
+    let mut archive = ZipArchive::new(input).map_err(damaged)?;
+    let mut layout = Layout::default();
+    for index in 0..archive.len() {
+        let file = archive.by_index(index).map_err(damaged)?;
+        let path = text(file.name_raw().to_vec())?;
+        let mode = file.unix_mode().unwrap_or(0);
+        let (directory, link) = (file.is_dir(), file.is_symlink());
+        let size = file.size();
+        let mut file = Limited { reader: file, left: budget.clone(), max: max_bytes };
+        let added = if directory {
+            layout.add_directory(&path)
+        } else if link {
+            let mut target = Vec::new();
+            let limit = MAX_PATH_BYTES as u64 + 1;
+            file.take(limit).read_to_end(&mut target).map_err(|error| Problem::of_io(&error))?;
+            layout.add_symlink(&path, &text(target)?)
+        } else {
+            let digest = contents.put(&mut file)?;
+            if digest.size() != size {
+                return Err(refuse(format!("\"{}\" is not as long as it says", path.escape_debug())));
+            }
+            layout.add_file(&path, digest, mode & 0o111 != 0)
+        };
+        added.map_err(refuse)?;
+    }
+    Ok(layout)
+}
+
+/// Looks at the end of a zip before the library reads the list of contents there into memory.
+fn check_zip_directory(input: &mut (impl Read + Seek)) -> Result<(), Problem> {
+    const END_BYTES: usize = 22;
+    const COMMENT_MAX_BYTES: u64 = u16::MAX as u64;
+    const LOCATOR: &[u8] = b"PK\x06\x07";
+    let damaged = |error: io::Error| Problem::of_io(&error);
+    let length = input.seek(SeekFrom::End(0)).map_err(damaged)?;
+    // With the locator of a 64-bit directory, which would stand right before the end record.
+    let tail_start = length.saturating_sub(END_BYTES as u64 + COMMENT_MAX_BYTES + 20);
+    input.seek(SeekFrom::Start(tail_start)).map_err(damaged)?;
+    let mut tail = Vec::new();
+    input.read_to_end(&mut tail).map_err(damaged)?;
+    if tail.windows(LOCATOR.len()).any(|window| window == LOCATOR) {
+        return Err(refuse("it is a 64-bit zip, which is not read here; use tar"));
+    }
+    // Every record that may be taken for the last one, so that it does not matter which one the library takes.
+    for record in tail.windows(END_BYTES).filter(|record| record.starts_with(b"PK\x05\x06")) {
+        let size = record.get(12..16).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes);
+        if u64::from(size) > ZIP_DIRECTORY_MAX_BYTES {
+            return Err(refuse(format!("its list of contents has {size} bytes")));
+        }
+    }
+    input.seek(SeekFrom::Start(0)).map_err(damaged)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

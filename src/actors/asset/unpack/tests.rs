@@ -1,0 +1,302 @@
+//! Archives of every format, and hostile ones.
+
+use super::*;
+use crate::digest::DigestFunction;
+use proptest::prelude::*;
+use std::{collections::HashMap, io::Write as _};
+
+const SHA256: DigestFunction = DigestFunction::Sha256;
+const PLENTY: u64 = 1 << 30;
+
+/// Contents in memory.
+#[derive(Default)]
+struct Kept {
+    files: HashMap<Digest, Vec<u8>>,
+}
+
+impl Contents for Kept {
+    fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem> {
+        let mut bytes = Vec::new();
+        content.read_to_end(&mut bytes).map_err(|error| Problem::of_io(&error))?;
+        let digest = SHA256.digest(&bytes);
+        self.files.insert(digest, bytes);
+        Ok(digest)
+    }
+}
+
+fn read(bytes: &[u8]) -> Result<Layout, Problem> {
+    unpack(io::Cursor::new(bytes), PLENTY, &mut Kept::default())
+}
+
+/// The kind of bad news and the message.
+fn refusal(bytes: &[u8]) -> (FailureKind, String) {
+    match read(bytes) {
+        Err(Problem::Origin(failure)) => (failure.kind, failure.message),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+/// A tar entry, whatever its path says.
+fn entry(kind: EntryType, path: &[u8], link: &[u8], mode: u32, content: &[u8]) -> Vec<u8> {
+    let mut header = tar::Header::new_gnu();
+    header.as_old_mut().name[..path.len()].copy_from_slice(path);
+    header.as_old_mut().linkname[..link.len()].copy_from_slice(link);
+    header.set_entry_type(kind);
+    header.set_mode(mode);
+    header.set_size(content.len() as u64);
+    header.set_cksum();
+    let padding = vec![0; content.len().next_multiple_of(512) - content.len()];
+    [header.as_bytes(), content, &padding].concat()
+}
+
+fn file(path: &str, content: &[u8]) -> Vec<u8> {
+    entry(EntryType::Regular, path.as_bytes(), b"", 0o644, content)
+}
+
+fn end() -> Vec<u8> {
+    vec![0; 1024]
+}
+
+fn pax(key: &str, value: &str) -> Vec<u8> {
+    let mut length = key.len() + value.len() + 3;
+    while length != key.len() + value.len() + 3 + length.to_string().len() {
+        length = key.len() + value.len() + 3 + length.to_string().len();
+    }
+    entry(EntryType::XHeader, b"pax", b"", 0o644, format!("{length} {key}={value}\n").as_bytes())
+}
+
+fn sample_tar() -> Vec<u8> {
+    let long = "d/".repeat(80) + "name";
+    [
+        entry(EntryType::Directory, b"./", b"", 0o755, b""),
+        entry(EntryType::Directory, b"pkg/", b"", 0o755, b""),
+        file("pkg/a.txt", b"content"),
+        entry(EntryType::Regular, b"pkg/run.sh", b"", 0o755, b"#!/bin/sh\n"),
+        entry(EntryType::Symlink, b"pkg/link", b"a.txt", 0o777, b""),
+        entry(EntryType::Link, b"pkg/hard", b"pkg/a.txt", 0o644, b""),
+        entry(EntryType::GNULongName, b"././@LongLink", b"", 0o644, &[long.as_bytes(), b"\0"].concat()),
+        file("short", b"long name"),
+        pax("path", "pkg/p\u{e4}x"),
+        file("ignored", b"pax name"),
+        end(),
+    ]
+    .concat()
+}
+
+fn expected_layout() -> Layout {
+    let mut layout = Layout::default();
+    let mut add = |path: &str, content: &[u8], executable| {
+        layout.add_file(path, SHA256.digest(content), executable).unwrap();
+    };
+    add("pkg/a.txt", b"content", false);
+    add("pkg/run.sh", b"#!/bin/sh\n", true);
+    add("pkg/hard", b"content", false);
+    add(&("d/".repeat(80) + "name"), b"long name", false);
+    add("pkg/p\u{e4}x", b"pax name", false);
+    layout.add_symlink("pkg/link", "a.txt").unwrap();
+    layout
+}
+
+/// The digest of a whole tree says that it is the same.
+fn root(layout: &Layout) -> Digest {
+    layout.directories(SHA256).0
+}
+
+#[test]
+fn a_tar_is_read_however_it_is_compressed() {
+    let tar = sample_tar();
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&tar).unwrap();
+    let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 1);
+    xz.write_all(&tar).unwrap();
+    let zstd = zstd::encode_all(tar.as_slice(), 1).unwrap();
+    for bytes in [tar.clone(), gzip.finish().unwrap(), xz.finish().unwrap(), zstd] {
+        assert_eq!(root(&read(&bytes).unwrap()), root(&expected_layout()));
+    }
+    // One made by two encoders, as parallel tools make them.
+    let (first, second) = tar.split_at(700);
+    let mut parts = Vec::new();
+    for part in [first, second] {
+        let mut gzip = flate2::write::GzEncoder::new(parts, flate2::Compression::fast());
+        gzip.write_all(part).unwrap();
+        parts = gzip.finish().unwrap();
+    }
+    assert_eq!(root(&read(&parts).unwrap()), root(&expected_layout()));
+}
+
+fn zip(build: impl FnOnce(&mut zip::ZipWriter<io::Cursor<Vec<u8>>>)) -> Vec<u8> {
+    let mut writer = zip::ZipWriter::new(io::Cursor::new(Vec::new()));
+    build(&mut writer);
+    writer.finish().unwrap().into_inner()
+}
+
+fn options(mode: u32) -> zip::write::SimpleFileOptions {
+    zip::write::SimpleFileOptions::default().unix_permissions(mode)
+}
+
+#[test]
+fn a_zip_is_read() {
+    let bytes = zip(|zip| {
+        zip.add_directory("pkg", options(0o755)).unwrap();
+        zip.start_file("pkg/a.txt", options(0o644)).unwrap();
+        zip.write_all(b"content").unwrap();
+        zip.start_file("pkg/run.sh", options(0o755)).unwrap();
+        zip.write_all(b"#!/bin/sh\n").unwrap();
+        zip.add_symlink("pkg/link", "a.txt", options(0o777)).unwrap();
+    });
+    let mut layout = Layout::default();
+    layout.add_file("pkg/a.txt", SHA256.digest(b"content"), false).unwrap();
+    layout.add_file("pkg/run.sh", SHA256.digest(b"#!/bin/sh\n"), true).unwrap();
+    layout.add_symlink("pkg/link", "a.txt").unwrap();
+    assert_eq!(root(&read(&bytes).unwrap()), root(&layout));
+    let empty = zip(|_| {});
+    assert_eq!(root(&read(&empty).unwrap()), SHA256.digest(b""));
+}
+
+#[test]
+fn hostile_archives_are_refused_by_what_is_wrong_with_them() {
+    let link = |target: &[u8]| entry(EntryType::Symlink, b"l", target, 0o777, b"");
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("node name", file("../../etc/cron.d/x", b"x")),
+        ("absolute", file("/etc/passwd", b"x")),
+        ("absolute", link(b"/etc/passwd")),
+        ("leads out", link(b"../x")),
+        ("twice", [file("a", b"1"), file("a", b"2")].concat()),
+        ("no directory", [link(b"d"), file("l/x", b"1")].concat()),
+        ("absolute", entry(EntryType::Link, b"h", b"/etc/passwd", 0o644, b"")),
+        ("hard link", entry(EntryType::Link, b"h", b"nothing", 0o644, b"")),
+        ("device", entry(EntryType::Char, b"null", b"", 0o666, b"")),
+        ("device", entry(EntryType::Fifo, b"pipe", b"", 0o666, b"")),
+        ("UTF-8", entry(EntryType::Regular, b"\xff\xfe", b"", 0o644, b"")),
+        ("extension header", entry(EntryType::GNULongName, b"x", b"", 0o644, &vec![b'a'; 70_000])),
+        ("size", [pax("size", "1"), file("a", b"x")].concat()),
+        ("sparse", [pax("GNU.sparse.major", "1"), file("a", b"x")].concat()),
+        ("node name", [pax("path", "a/../../x"), file("a", b"x")].concat()),
+        ("absolute", zip(|zip| zip.add_symlink("l", "/etc/passwd", options(0o777)).unwrap())),
+        (
+            "node name",
+            // Renamed below to a path that no honest writer writes.
+            zip(|zip| zip.start_file("aa/aa", options(0o644)).unwrap()),
+        ),
+    ];
+    for (what, mut bytes) in cases {
+        if bytes.starts_with(b"PK") {
+            for at in 0..bytes.len() - 5 {
+                if &bytes[at..at + 5] == b"aa/aa" {
+                    bytes[at..at + 5].copy_from_slice(b"../aa");
+                }
+            }
+        } else {
+            bytes.extend(end());
+        }
+        let (kind, message) = refusal(&bytes);
+        assert_eq!(kind, FailureKind::Unusable, "{what}: {message}");
+        assert!(message.contains(what), "{what}: {message}");
+    }
+}
+
+#[test]
+fn archives_that_end_early_are_refused() {
+    let tar = [file("a", &[7; 3_000]), end()].concat();
+    refusal(&tar[..2_000]);
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&sample_tar()).unwrap();
+    let gzip = gzip.finish().unwrap();
+    refusal(&gzip[..gzip.len() / 2]);
+    let zip = zip(|zip| zip.add_directory("a", options(0o755)).unwrap());
+    refusal(&zip[..zip.len() - 5]);
+    refusal(
+        b"this is no archive at all, but a page that says that the download has moved elsewhere"
+            .repeat(9)
+            .as_slice(),
+    );
+}
+
+#[test]
+fn bombs_end_at_the_limit() {
+    const LIMIT: u64 = 1 << 20;
+    let bomb = [file("a", &vec![0; 3 << 20]), end()].concat();
+    let zstd = zstd::encode_all(bomb.as_slice(), 1).unwrap();
+    let zipped = zip(|zip| {
+        for name in ["a", "b", "c"] {
+            zip.start_file(name, options(0o644)).unwrap();
+            zip.write_all(&vec![0; LIMIT as usize / 2]).unwrap();
+        }
+    });
+    // Megabytes of headers and nothing in them.
+    let headers = entry(EntryType::Directory, b"d", b"", 0o755, b"").repeat(3_000);
+    for bytes in [bomb, zstd, zipped, headers] {
+        let refused = unpack(io::Cursor::new(&bytes), LIMIT, &mut Kept::default());
+        let Err(Problem::Origin(failure)) = refused else { panic!("not refused") };
+        assert_eq!(failure.kind, FailureKind::TooMuch, "{}", failure.message);
+        assert!(failure.message.contains("max_unpacked_gb"), "{}", failure.message);
+    }
+}
+
+#[test]
+fn a_zip_with_a_huge_or_64_bit_list_of_contents_is_refused_before_it_is_read() {
+    let mut end = b"PK\x05\x06".to_vec();
+    end.extend([0, 0, 0, 0, 0xfe, 0xff, 0xfe, 0xff]);
+    end.extend(0x7fff_ffffu32.to_le_bytes());
+    end.extend([0; 6]);
+    assert!(refusal(&end).1.contains("list of contents"));
+    let locator = [b"PK\x06\x07".as_slice(), &[0; 16], b"PK\x05\x06", &[0; 18]].concat();
+    let archive = [b"PK\x03\x04".as_slice(), &locator].concat();
+    assert!(refusal(&archive).1.contains("64-bit"));
+}
+
+#[test]
+fn faults_of_the_store_are_not_blamed_on_the_archive() {
+    struct Full;
+    impl Contents for Full {
+        fn put(&mut self, _: &mut dyn Read) -> Result<Digest, Problem> {
+            Err(crate::error::Error::internal("no store").into())
+        }
+    }
+    let tar = sample_tar();
+    let outcome = unpack(io::Cursor::new(tar.as_slice()), PLENTY, &mut Full);
+    assert!(matches!(outcome, Err(Problem::Server(_))), "{outcome:?}");
+    struct Failing;
+    impl Read for Failing {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Err(Problem::Server(crate::error::Error::internal("no disk")).into_io())
+        }
+    }
+    impl Seek for Failing {
+        fn seek(&mut self, _: SeekFrom) -> io::Result<u64> {
+            Ok(0)
+        }
+    }
+    let outcome = unpack(Failing, PLENTY, &mut Kept::default());
+    assert!(matches!(outcome, Err(Problem::Server(_))), "{outcome:?}");
+}
+
+proptest! {
+    /// Whatever is changed in an archive, reading it ends, and what comes out has only safe names.
+    #[test]
+    fn damaged_archives_never_panic(at in 0usize..6_000, byte: u8, format in 0usize..4, cut in 0usize..12_000) {
+        let tar = sample_tar();
+        let mut bytes = match format {
+            0 => tar,
+            1 => zstd::encode_all(tar.as_slice(), 1).unwrap(),
+            2 => {
+                let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                gzip.write_all(&tar).unwrap();
+                gzip.finish().unwrap()
+            }
+            _ => zip(|zip| {
+                zip.start_file("pkg/a.txt", options(0o644)).unwrap();
+                zip.write_all(b"content").unwrap();
+                zip.add_symlink("pkg/link", "a.txt", options(0o777)).unwrap();
+            }),
+        };
+        let at = at % bytes.len();
+        bytes[at] = byte;
+        bytes.truncate(cut.max(1));
+        if let Ok(layout) = read(&bytes) {
+            for (_, directory) in layout.directories(SHA256).1 {
+                prop_assert!(crate::tree::Directory::decode(&directory, SHA256).is_ok());
+            }
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Splitting stored blobs into chunks (CAS-30 to CAS-34).
+//!
+//! Chunks are ordinary blobs. A recipe says which of them, in order, make a blob; it is made here alone, by cutting bytes
+//! that the store vouches for or has just checked, so nobody can hand one in. Recipes are kept in memory: one that was
+//! forgotten, or whose chunks were evicted, is made again from the blob, and only the chunks that are missing are written.
+//! Chunks take as much room again as their blob; like everything else they are evicted when they were not used for longest.
+//!
+//! Bounds: one split of a blob at a time, [`MAX_CHUNK_JOBS`] of all blobs, two batches of [`BATCH_BYTES`] and the splitter's
+//! window in memory for each. What was written is leased until all chunks are there.
+
+use super::{
+    blob::{BlobReader, PIECE_BYTES, not_found},
+    client::Cas,
+    guards::Lease,
+    memo::Memo,
+    turns::Turns,
+};
+use crate::{
+    chunking::{Chunking, Splitter},
+    digest::Digest,
+    error::{Error, Result},
+    instance::{Instance, InstanceId},
+};
+use bytes::Bytes;
+use std::{collections::HashSet, sync::Arc, time::Instant};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+/// Splits and splices that run at the same time; each keeps about two cores busy. Others wait.
+const MAX_CHUNK_JOBS: usize = 4;
+/// Chunks are written in batches of about this many bytes, while the next batch is cut and hashed.
+const BATCH_BYTES: usize = 8 * 1024 * 1024;
+/// Memory for recipes: about 1,500,000 chunks.
+const RECIPE_MEMO_BYTES: usize = 64 * 1024 * 1024;
+
+/// Chunks in the order in which they make their blob.
+pub type Chunks = Arc<[Digest]>;
+
+/// Chunks on their way into the store.
+type Batch = Vec<(Digest, Bytes)>;
+
+/// What splits and splices have in common.
+#[derive(Debug)]
+pub(super) struct ChunkWork {
+    recipes: Memo<(InstanceId, Digest, Chunking), Chunks>,
+    turns: Turns<(InstanceId, Digest)>,
+    slots: Semaphore,
+}
+
+impl Default for ChunkWork {
+    fn default() -> Self {
+        Self {
+            recipes: Memo::new(RECIPE_MEMO_BYTES),
+            turns: Turns::default(),
+            slots: Semaphore::new(MAX_CHUNK_JOBS),
+        }
+    }
+}
+
+impl ChunkWork {
+    /// Waits until nobody else works on this blob.
+    pub(super) async fn turn(&self, instance: &Instance, blob: Digest) -> super::turns::Turn {
+        self.turns.take((instance.blobs(), blob)).await
+    }
+
+    /// Waits until few enough work at the same time.
+    pub(super) async fn slot(&self) -> Result<SemaphorePermit<'_>> {
+        self.slots.acquire().await.map_err(Error::internal)
+    }
+
+    /// Keeps a recipe whose chunks are known to make the blob, cut as `chunking` cuts it.
+    pub(super) fn remember(&self, instance: &Instance, blob: Digest, chunking: Chunking, chunks: Chunks) {
+        let weight = size_of_val(&*chunks) + size_of::<(InstanceId, Digest, Chunking)>();
+        self.recipes.insert((instance.blobs(), blob, chunking), chunks, weight);
+    }
+
+    /// Forgets all recipes.
+    #[cfg(test)]
+    pub(super) fn forget(&self) {
+        self.recipes.clear();
+    }
+}
+
+impl Cas {
+    /// The chunks of a stored blob, all of them stored as well and, like the blob, just renewed (CAS-31). At most `max_chunks`:
+    /// what the caller's answer has room for.
+    ///
+    /// # Errors
+    /// `NotFound` when the blob is not stored (CAS-32), `Precondition` when it makes too many chunks, `Exhausted` when there is
+    /// no room for them.
+    pub async fn split(
+        &self,
+        instance: &Instance,
+        blob: Digest,
+        chunking: Chunking,
+        max_chunks: usize,
+    ) -> Result<Chunks> {
+        if blob.is_empty() {
+            return Ok([].into());
+        }
+        if chunking.is_one_chunk(blob.size()) {
+            let missing = self.find_missing(instance, vec![blob]).await?;
+            return if missing.is_empty() { Ok([blob].into()) } else { Err(not_found(blob)) };
+        }
+        let too_many = || {
+            Error::Precondition(format!(
+                "blob {blob} has more than the {max_chunks} chunks that one answer can name; read it by ByteStream"
+            ))
+        };
+        if blob.size() / chunking.chunk_sizes().end() > max_chunks as u64 {
+            return Err(too_many());
+        }
+        let work = &self.shared().chunk_work;
+        let chunks = match self.known_chunks(instance, blob, chunking).await? {
+            Some(chunks) => chunks,
+            None => {
+                let _turn = work.turn(instance, blob).await;
+                // Whoever had the turn before has done it.
+                match self.known_chunks(instance, blob, chunking).await? {
+                    Some(chunks) => chunks,
+                    None => {
+                        self.make_chunks(instance, blob, chunking, max_chunks).await?.ok_or_else(too_many)?
+                    }
+                }
+            }
+        };
+        if chunks.len() > max_chunks { Err(too_many()) } else { Ok(chunks) }
+    }
+
+    /// The chunks of a recipe that is known, if the blob and all of them are stored; they are renewed.
+    pub(super) async fn known_chunks(
+        &self,
+        instance: &Instance,
+        blob: Digest,
+        chunking: Chunking,
+    ) -> Result<Option<Chunks>> {
+        let Some(chunks) = self.shared().chunk_work.recipes.get(&(instance.blobs(), blob, chunking)) else {
+            return Ok(None);
+        };
+        let all = chunks.iter().copied().chain([blob]).collect();
+        let missing = self.find_missing(instance, all).await?;
+        Ok(missing.is_empty().then_some(chunks))
+    }
+
+    /// Cuts a stored blob and stores those of its chunks that are not. `None` when there are more than `max_chunks`.
+    async fn make_chunks(
+        &self,
+        instance: &Instance,
+        blob: Digest,
+        chunking: Chunking,
+        max_chunks: usize,
+    ) -> Result<Option<Chunks>> {
+        let limit = self.shared().settings.max_bytes;
+        if blob.size().saturating_mul(2) > limit {
+            let message = format!(
+                "the store of {limit} bytes has no room for blob {blob} and its chunks, which take as much again \
+                 (max_size_gb raises the limit); read it by ByteStream"
+            );
+            return Err(Error::Exhausted { message, retry_after: None });
+        }
+        let _slot = self.shared().chunk_work.slot().await?;
+        let started = Instant::now();
+        let reader = self.open(instance, blob).await?;
+        let mut scan = Some(Scan { reader, blob, splitter: Splitter::new(chunking), at: 0 });
+        let (mut chunks, mut leases, mut batch) = (Vec::new(), Vec::new(), Vec::new());
+        loop {
+            let cut = async {
+                match scan.take() {
+                    Some(scan) => self.blocking(move || scan.next_batch()).await?.map(Some),
+                    None => Ok(None),
+                }
+            };
+            chunks.extend(batch.iter().map(|(digest, _)| *digest));
+            let (cut, stored) = tokio::join!(cut, self.store_chunks(instance, batch));
+            // All chunks stay until all are there.
+            leases.push(stored?);
+            let Some((rest, next)) = cut? else { break };
+            if chunks.len() + next.len() > max_chunks {
+                return Ok(None);
+            }
+            (scan, batch) = (rest, next);
+        }
+        let chunks: Chunks = chunks.into();
+        log::debug!(target: super::LOG, event = "blob_split", digest = blob.to_string(), chunks = chunks.len(),
+            elapsed_ms = started.elapsed().as_millis() as u64; "cut a blob into chunks");
+        self.shared().chunk_work.remember(instance, blob, chunking, chunks.clone());
+        Ok(Some(chunks))
+    }
+
+    /// Stores chunks and keeps them from eviction.
+    async fn store_chunks(&self, instance: &Instance, batch: Batch) -> Result<Lease> {
+        let distinct: HashSet<Digest> = batch.iter().map(|(digest, _)| *digest).collect();
+        self.write_many(instance, batch).await?.into_iter().collect::<Result<()>>()?;
+        let located = self.locate(instance, distinct.into_iter().collect(), true).await?;
+        if located.found.iter().any(Option::is_none) {
+            return Err(Error::Unavailable(
+                "chunks were evicted as soon as they were written; the store is too busy or too small".into(),
+            ));
+        }
+        Ok(located.lease)
+    }
+}
+
+/// A blob on its way through the splitter; everything here blocks.
+struct Scan {
+    reader: BlobReader,
+    blob: Digest,
+    splitter: Splitter,
+    at: u64,
+}
+
+impl Scan {
+    /// The next chunks, and the scan unless they are the last.
+    fn next_batch(mut self) -> Result<(Option<Self>, Batch)> {
+        let function = self.blob.function();
+        let mut piece = vec![0; PIECE_BYTES];
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        while bytes < BATCH_BYTES {
+            if let Some(chunk) = self.splitter.next_chunk() {
+                bytes += chunk.len();
+                batch.push((function.digest(&chunk), chunk));
+                continue;
+            }
+            if self.at == self.blob.size() {
+                return Ok((None, batch));
+            }
+            let read = self.reader.read_into(&mut piece, self.at)?;
+            self.splitter.push(piece.get(..read).unwrap_or_default());
+            self.at += read as u64;
+            if self.at == self.blob.size() {
+                self.splitter.end();
+            }
+        }
+        Ok((Some(self), batch))
+    }
+}

@@ -1,0 +1,218 @@
+//! [`NewBlob`]: storing bytes of which neither digest nor size is known before the last of them.
+//!
+//! Downloads and HTTP uploads are like that. A small one stays in memory and takes the way of every small blob. A larger one
+//! grows under a temporary name and gets its final one when its digest is known; room for it is reserved in steps, ahead of
+//! the bytes. Nothing of it is visible before [`NewBlob::finish`], and dropping it leaves nothing behind.
+//!
+//! Also the two questions of callers that know a hash and no size.
+
+use super::{
+    blob::{hash_file, stamp_of},
+    client::{Cas, going_down},
+    files::TemporaryFile,
+    guards::Reservation,
+    index::{FileId, Key, Kind},
+    requests::{Commit, FindByHash, Reserve, WrittenFile},
+};
+use crate::{
+    digest::{Digest, DigestFunction, Hasher},
+    error::{Error, Result},
+    instance::Instance,
+};
+use bytes::Bytes;
+use std::{io::Write as _, mem};
+use tokio::sync::oneshot;
+
+/// Bytes that are collected before a blocking thread is bothered; a blob that ends before has no temporary file.
+const PIECE_BYTES: usize = 256 * 1024;
+/// Room is reserved in steps of this size, so that one download asks the actor a few times and not once a piece.
+const ROOM_STEP_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Bytes on their way into the store; see the top of this file.
+#[derive(Debug)]
+pub struct NewBlob {
+    cas: Cas,
+    instance: Instance,
+    function: DigestFunction,
+    size: u64,
+    pending: Vec<Bytes>,
+    pending_bytes: usize,
+    sink: Option<Sink>,
+    room: Option<Reservation>,
+}
+
+#[derive(Debug)]
+struct Sink {
+    file: TemporaryFile,
+    /// `None` for a function that has to know the size first: the file is read once more then.
+    hasher: Option<Hasher>,
+}
+
+impl NewBlob {
+    /// How many bytes it has so far.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Takes the next bytes.
+    ///
+    /// # Errors
+    /// `Invalid` beyond the size of the largest blob (CAP-15), `Exhausted` when there is no room.
+    pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        self.size = self.size.saturating_add(bytes.len() as u64);
+        self.cas.check_blob_size(self.size, "what arrives")?;
+        self.pending_bytes = self.pending_bytes.saturating_add(bytes.len());
+        if !bytes.is_empty() {
+            self.pending.push(bytes);
+        }
+        if self.pending_bytes >= PIECE_BYTES {
+            self.spill().await?;
+        }
+        Ok(())
+    }
+
+    /// Stores what was written; afterwards it is visible to everybody.
+    ///
+    /// # Errors
+    /// `Exhausted` when there is no room.
+    pub async fn finish(self) -> Result<Digest> {
+        self.finish_as(None).await
+    }
+
+    /// Stores what was written if it has the hash of `expected`, whose size does not count.
+    ///
+    /// # Errors
+    /// `Invalid` when the hash is another one, and nothing is stored; `Exhausted` when there is no room.
+    pub async fn finish_checked(self, expected: Digest) -> Result<Digest> {
+        self.finish_as(Some(expected)).await
+    }
+
+    async fn finish_as(mut self, expected: Option<Digest>) -> Result<Digest> {
+        let check = move |digest: Digest| match expected {
+            Some(expected) if expected.hash() != digest.hash() => Err(Error::Invalid(format!(
+                "the bytes sent for hash {} are those of {digest}; nothing was stored",
+                expected.hash_hex()
+            ))),
+            _ => Ok(()),
+        };
+        if self.sink.is_none() {
+            if self.size != self.pending_bytes as u64 {
+                return Err(Error::internal("a write of this blob has failed before"));
+            }
+            let bytes = Bytes::from(mem::take(&mut self.pending).concat());
+            let digest = self.function.digest(&bytes);
+            check(digest)?;
+            let stored = self.cas.write_many(&self.instance, vec![(digest, bytes)]).await?;
+            stored.into_iter().collect::<Result<()>>()?;
+            return Ok(digest);
+        }
+        self.spill().await?;
+        let (Some(Sink { file, hasher }), Some(room)) = (self.sink.take(), self.room.take()) else {
+            return Err(Error::internal("a new blob lost its file"));
+        };
+        let (cas, instance) = (self.cas.clone(), self.instance.blobs());
+        let (function, size) = (self.function, self.size);
+        let stored = self.cas.blocking(move || -> Result<_> {
+            let files = &cas.shared().files;
+            let digest = match hasher {
+                Some(hasher) => hasher.finish(),
+                None => (file.reopen().and_then(|file| hash_file(&file, function.hasher(size))))
+                    .map_err(|error| Error::io("hash a new blob", &error))?,
+            };
+            check(digest)?;
+            let key = Key { digest, instance, kind: Kind::Blob };
+            let id = FileId { key, generation: files.next_generation() };
+            let failed = |error| Error::io(&format!("store blob {digest}"), &error);
+            let stamp = stamp_of(&file.file.metadata().map_err(failed)?);
+            file.keep_as(&files.path(&id)).map_err(failed)?;
+            let (reply, visible) = oneshot::channel();
+            let written = WrittenFile { file: id, bytes: files.charge(digest.size()), stamp };
+            cas.actor().do_send(Commit { files: vec![written], room, reply });
+            Ok((digest, visible))
+        });
+        let (digest, visible) = stored.await??;
+        visible.await.map_err(|_| going_down())?;
+        Ok(digest)
+    }
+
+    /// Moves what is pending into the temporary file.
+    async fn spill(&mut self) -> Result<()> {
+        self.make_room().await?;
+        let pending = mem::take(&mut self.pending);
+        self.pending_bytes = 0;
+        // While the file is away, or lost by an error, `size` and `pending_bytes` differ and nothing can be finished.
+        let (cas, sink, function) = (self.cas.clone(), self.sink.take(), self.function);
+        let work = self.cas.blocking(move || -> Result<Sink> {
+            let files = &cas.shared().files;
+            let failed = |error| Error::io("store a new blob", &error);
+            let mut sink = match sink {
+                Some(sink) => sink,
+                None => Sink {
+                    file: TemporaryFile::create(files.temporary_path(files.next_generation()))
+                        .map_err(failed)?,
+                    hasher: (function != DigestFunction::GitSha1).then(|| function.hasher(0)),
+                },
+            };
+            for bytes in pending {
+                sink.file.file.write_all(&bytes).map_err(failed)?;
+                if let Some(hasher) = &mut sink.hasher {
+                    hasher.update(&bytes);
+                }
+            }
+            Ok(sink)
+        });
+        self.sink = Some(work.await??);
+        Ok(())
+    }
+
+    /// Has at least as much room as there are bytes.
+    async fn make_room(&mut self) -> Result<()> {
+        let needed = self.cas.shared().files.charge(self.size);
+        let held = self.room.as_ref().map_or(0, Reservation::bytes);
+        if needed <= held {
+            return Ok(());
+        }
+        let more = self.cas.ask(Reserve((needed - held).max(ROOM_STEP_BYTES))).await??;
+        // One reservation in place of two, with no moment in which neither counts.
+        let sum = more.disarm().saturating_add(self.room.take().map_or(0, Reservation::disarm));
+        self.room = Some(Reservation::new(self.cas.actor().clone(), sum));
+        Ok(())
+    }
+}
+
+impl Cas {
+    /// Begins a blob whose digest will be of `function`.
+    pub fn new_blob(&self, instance: &Instance, function: DigestFunction) -> NewBlob {
+        NewBlob {
+            cas: self.clone(),
+            instance: instance.clone(),
+            function,
+            size: 0,
+            pending: Vec::new(),
+            pending_bytes: 0,
+            sink: None,
+            room: None,
+        }
+    }
+
+    /// The whole digest of a stored blob of which only the hash is known; the size in `like` does not count.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub async fn blob_by_hash(&self, instance: &Instance, like: Digest) -> Result<Option<Digest>> {
+        let empty = Digest::empty(like.function());
+        if like.hash() == empty.hash() {
+            return Ok(Some(empty));
+        }
+        self.ask(FindByHash(Key { digest: like, instance: instance.blobs(), kind: Kind::Blob })).await
+    }
+
+    /// The whole digest of an action that has a result, of which only the hash is known. That of the newest result, should
+    /// several be stored under one hash.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub async fn action_by_hash(&self, instance: &Instance, like: Digest) -> Result<Option<Digest>> {
+        self.ask(FindByHash(Key { digest: like, instance: instance.id(), kind: Kind::Result })).await
+    }
+}

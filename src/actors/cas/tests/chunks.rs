@@ -1,0 +1,216 @@
+//! Splits and splices: what is stored, remembered, refused, and left behind.
+
+use super::*;
+use crate::chunking::{Chunking, Splitter};
+use futures::FutureExt as _;
+
+fn small() -> Chunking {
+    Chunking::fast_cdc(4_096, 0).unwrap()
+}
+
+/// What a client would upload.
+fn cut(bytes: &[u8], chunking: Chunking) -> Vec<Bytes> {
+    let mut splitter = Splitter::new(chunking);
+    splitter.push(bytes);
+    splitter.end();
+    std::iter::from_fn(|| splitter.next_chunk()).collect()
+}
+
+fn digests(chunks: &[Bytes]) -> Vec<Digest> {
+    chunks.iter().map(|chunk| digest(chunk)).collect()
+}
+
+impl Store {
+    async fn split(&self, blob: Digest) -> Result<Vec<Digest>> {
+        Ok(self.cas.split(&self.main, blob, small(), usize::MAX).await?.to_vec())
+    }
+
+    async fn splice(&self, blob: Digest, chunks: &[Digest]) -> Result<()> {
+        self.cas.splice(&self.main, blob, chunks.to_vec(), small()).await
+    }
+
+    /// Waits until nothing is promised or leased, and no upload waits to be resumed; how many blobs there are then.
+    async fn settled(&self) -> u64 {
+        eventually(|| async {
+            let StoreInspection { totals, running_uploads, partial_uploads } = self.inspect().await;
+            let rest = (totals.reserved, totals.leased, running_uploads, partial_uploads);
+            (rest == (0, 0, 0, 0)).then_some(totals.blobs)
+        })
+        .await
+    }
+
+    async fn put_all(&self, chunks: &[Bytes]) -> Vec<Digest> {
+        let blobs = chunks.iter().map(|chunk| (digest(chunk), chunk.clone())).collect();
+        assert!(self.cas.write_many(&self.main, blobs).await.unwrap().iter().all(Result::is_ok));
+        digests(chunks)
+    }
+}
+
+/// CAS-30, CAS-31, CAS-32.
+#[actix::test]
+async fn a_split_stores_the_chunks_and_renews_everything() {
+    let store = Store::new().await;
+    let bytes = noise(LARGE, 1);
+    let blob = store.put(bytes.clone()).await;
+    let chunks = store.split(blob).await.unwrap();
+    assert_eq!(chunks, digests(&cut(&bytes, small())));
+    let mut joined = vec![];
+    for chunk in &chunks {
+        joined.extend_from_slice(&store.get(*chunk).await.unwrap());
+    }
+    assert_eq!(joined, bytes);
+    assert_eq!(store.split(blob).await.unwrap(), chunks);
+    // One that fits a single chunk, with and without looking at it; and the blob without bytes.
+    for (bytes, count) in [(noise(1_000, 2), 1), (noise(1_100, 2), 1), (Bytes::new(), 0)] {
+        let blob = store.put(bytes).await;
+        assert_eq!(store.split(blob).await.unwrap(), vec![blob; count]);
+    }
+    for absent in [digest(b"absent"), digest(&noise(LARGE, 3))] {
+        assert!(matches!(store.split(absent).await, Err(Error::NotFound(_))));
+    }
+    let elsewhere = store.cas.split(&store.other, blob, small(), usize::MAX).await;
+    assert!(matches!(elsewhere, Err(Error::NotFound(_))), "GEN-15");
+}
+
+/// CAS-32, the better answer: what was lost is made again from the blob. Without the blob nothing claims that it is there.
+#[actix::test]
+async fn lost_chunks_and_forgotten_recipes_are_made_again_and_a_lost_blob_is_not() {
+    let mut store = Store::new().await;
+    let blob = store.put(noise(LARGE, 1)).await;
+    let chunks = store.split(blob).await.unwrap();
+    let written = store.file_of(chunks[0]);
+    store.lose(chunks[1]).await;
+    assert_eq!(store.split(blob).await.unwrap(), chunks);
+    assert!(store.has(chunks[1]).await);
+    assert_eq!(store.file_of(chunks[0]), written, "what was there is not written again");
+    store.cas.shared().chunk_work.forget();
+    assert_eq!(store.split(blob).await.unwrap(), chunks);
+    store = store.restart().await;
+    assert_eq!(store.split(blob).await.unwrap(), chunks);
+    store.lose(blob).await;
+    assert!(matches!(store.split(blob).await, Err(Error::NotFound(_))));
+    store.splice(blob, &chunks).await.unwrap();
+    assert_eq!(store.split(blob).await.unwrap(), chunks);
+}
+
+#[actix::test]
+async fn many_splits_of_one_blob_at_once_are_one_and_a_caller_that_leaves_holds_up_nobody() {
+    let store = Store::new().await;
+    let blob = store.put(noise(3_000_000, 1)).await;
+    let mut left = Box::pin(store.split(blob));
+    assert!(left.as_mut().now_or_never().is_none());
+    let others = futures::future::join_all((0..20).map(|_| store.split(blob)));
+    drop(left);
+    let answers = others.await;
+    assert!(answers.iter().all(|answer| answer.as_ref().unwrap() == answers[0].as_ref().unwrap()));
+    for chunk in answers[0].as_ref().unwrap() {
+        // Two files would be two incarnations.
+        store.file_of(*chunk);
+    }
+    store.settled().await;
+}
+
+#[actix::test]
+async fn a_blob_that_cannot_be_split_here_is_refused_with_the_reason_and_nothing_is_evicted_for_it() {
+    let store = Store::with_limit(2 * MB).await;
+    let other = store.put(noise(5_000, 1)).await;
+    let blob = store.put(noise(1_200_000, 2)).await;
+    let error = store.split(blob).await.unwrap_err();
+    assert!(matches!(&error, Error::Exhausted { retry_after: None, .. }), "{error}");
+    assert!(store.has(other).await && store.has(blob).await);
+
+    let store = Store::new().await;
+    let blob = store.put(noise(LARGE, 1)).await;
+    let count = store.split(blob).await.unwrap().len();
+    for forgotten in [false, true] {
+        for (max, fits) in [(0, false), (count - 1, false), (count, true)] {
+            if forgotten {
+                store.cas.shared().chunk_work.forget();
+            }
+            let answer = store.cas.split(&store.main, blob, small(), max).await;
+            assert_eq!(answer.is_ok(), fits, "{max}");
+            assert!(fits || matches!(answer, Err(Error::Precondition(_))));
+        }
+    }
+}
+
+/// CAS-35, CAS-36, CAS-37, CAS-38.
+#[actix::test]
+async fn a_splice_is_the_chunks_in_order_and_anything_else_is_refused_without_a_trace() {
+    let store = Store::new().await;
+    let (one, two, long) = (noise(100_000, 1), noise(150_000, 2), noise(3_000_000, 3));
+    let parts = store.put_all(&[one.clone(), two.clone(), long.clone()]).await;
+    let [c1, c2, c3] = parts[..] else { panic!() };
+    let whole = [&one[..], &two, &long, &one].concat();
+    let blob = digest(&whole);
+    let absent = digest(b"absent");
+    let attempts: [&[Digest]; 5] =
+        [&[c2, c1, c3, c1], &[c1, c2, c3], &[], &[c1, c2, c3, c1, c1], &[c1, c2, c3, c1, absent]];
+    for chunks in attempts {
+        let error = store.splice(blob, chunks).await.unwrap_err();
+        assert!(matches!(error, Error::Invalid(_)), "{chunks:?}: {error}");
+        assert!(!store.has(blob).await);
+    }
+    // The right size of a chunk that is not there.
+    let unknown = digest(&noise(100_000, 9));
+    let error = store.splice(blob, &[c1, c2, c3, unknown]).await.unwrap_err();
+    assert!(matches!(&error, Error::NotFound(m) if m.contains(&unknown.to_string())), "{error}");
+    let huge = Digest::parse(SHA256, &"1".repeat(64), i64::MAX).unwrap();
+    let error = store.splice(blob, &[huge, huge, huge]).await.unwrap_err();
+    assert!(matches!(error, Error::Invalid(_)), "a sum that overflows: {error}");
+
+    assert_eq!(store.settled().await, 3);
+    for _ in 0..2 {
+        store.splice(blob, &[c1, c2, digest(b""), c3, c1]).await.unwrap();
+        assert_eq!(store.get(blob).await.unwrap(), whole);
+    }
+    store.splice(digest(b""), &[]).await.unwrap();
+}
+
+/// A damaged chunk is a missing one.
+#[actix::test]
+async fn a_splice_over_a_damaged_chunk_stores_nothing() {
+    let store = Store::new().await;
+    let (one, two) = (noise(100_000, 1), noise(200_000, 2));
+    let chunks = store.put_all(&[one.clone(), two.clone()]).await;
+    overwrite(&store.file_of(chunks[1]), |bytes| bytes[7] ^= 1);
+    let blob = digest(&[&one[..], &two].concat());
+    assert!(matches!(store.splice(blob, &chunks).await, Err(Error::NotFound(_))));
+    assert!(!store.has(blob).await && !store.has(chunks[1]).await && store.has(chunks[0]).await);
+    store.put(two).await;
+    store.splice(blob, &chunks).await.unwrap();
+}
+
+/// Nobody can forge a recipe: of a splice it is kept only where its cuts are those of the function.
+#[actix::test]
+async fn a_split_after_a_splice_gives_the_functions_own_chunks_whatever_the_client_cut() {
+    let store = Store::new().await;
+    let bytes = noise(LARGE, 1);
+    let blob = digest(&bytes);
+    let right = cut(&bytes, small());
+    let expected = digests(&right);
+    // Sizes within the bounds, at other places; and far outside of them.
+    let shifted: Vec<Bytes> = bytes.chunks(4_000).map(Bytes::copy_from_slice).collect();
+    let halves: Vec<Bytes> = bytes.chunks(LARGE / 2).map(Bytes::copy_from_slice).collect();
+    for (chunks, remembered) in [(&shifted, false), (&halves, false), (&right, true)] {
+        let parts = store.put_all(chunks).await;
+        store.splice(blob, &parts).await.unwrap();
+        let known = store.cas.known_chunks(&store.main, blob, small()).await.unwrap();
+        assert_eq!(known.is_some(), remembered);
+        assert_eq!(store.split(blob).await.unwrap(), expected);
+        store.cas.shared().chunk_work.forget();
+        store.lose(blob).await;
+    }
+}
+
+#[actix::test]
+async fn chunks_are_not_evicted_while_they_are_spliced_and_what_does_not_fit_harms_nothing() {
+    let store = Store::with_limit(MB).await;
+    let chunks = cut(&noise(600_000, 1), small());
+    let parts = store.put_all(&chunks).await;
+    let blob = digest(&chunks.concat());
+    let error = store.splice(blob, &parts).await.unwrap_err();
+    assert!(matches!(error, Error::Exhausted { .. }), "{error}");
+    assert_eq!(store.cas.find_missing(&store.main, parts).await.unwrap(), []);
+    store.settled().await;
+}

@@ -1,0 +1,69 @@
+//! [`Turns`]: work on one thing, one at a time; work on different things side by side.
+//!
+//! A turn ends when it is dropped, also with a caller that went away, and the next in line goes on from what is there then.
+//! The lock of the table stays in this file and is held for map operations only.
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
+
+/// The turns of things that are being worked on.
+pub struct Turns<K>(Mutex<HashMap<K, Weak<AsyncMutex<()>>>>);
+
+/// Nobody else works on the thing while this is held.
+pub type Turn = OwnedMutexGuard<()>;
+
+impl<K> Default for Turns<K> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K: Hash + Eq> Turns<K> {
+    /// Waits until nobody works on this thing.
+    pub async fn take(&self, key: K) -> Turn {
+        let line = {
+            let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            lines.retain(|_, line| line.strong_count() > 0);
+            match lines.get(&key).and_then(Weak::upgrade) {
+                Some(line) => line,
+                None => {
+                    let line = Arc::default();
+                    lines.insert(key, Arc::downgrade(&line));
+                    line
+                }
+            }
+        };
+        line.lock_owned().await
+    }
+}
+
+impl<K> std::fmt::Debug for Turns<K> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Turns").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::FutureExt as _;
+
+    #[tokio::test]
+    async fn one_thing_has_one_turn_at_a_time_and_leaves_nothing_behind() {
+        let turns = Turns::default();
+        let first = turns.take("a").await;
+        let mut second = Box::pin(turns.take("a"));
+        assert!(second.as_mut().now_or_never().is_none());
+        drop(turns.take("b").await);
+        // Who leaves the line does not hold up those behind.
+        let third = Box::pin(turns.take("a"));
+        drop((second, first));
+        drop(third.await);
+        drop(turns.take("c").await);
+        assert_eq!(turns.0.lock().unwrap().len(), 1);
+    }
+}

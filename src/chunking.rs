@@ -1,0 +1,145 @@
+//! Content-defined chunking: where a blob is cut follows from its bytes, so that two blobs that share a stretch share chunks.
+//!
+//! [`Chunking`] is a function of the API with its parameters; [`Splitter`] cuts a stream of bytes by it. Pure: no IO, no
+//! digests, no store. Invariants: the chunks in order are the stream; where it is cut does not depend on how the bytes
+//! arrive; a splitter holds at most [`Chunking::lookahead`] and what was pushed since a chunk was last taken.
+
+mod fast_cdc;
+mod rep_max;
+#[cfg(test)]
+mod tests;
+
+use crate::proto::reapi;
+use bytes::{Bytes, BytesMut};
+
+/// Room for new bytes is made in steps of this size: what is left of the last chunk is copied once for each.
+const GROWTH_BYTES: usize = 4 * 1024 * 1024;
+
+/// A chunking function of the API, with parameters in the range that the API allows (CAP-17).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Chunking {
+    /// FastCDC of 2020 at normalisation level 2.
+    FastCdc2020(fast_cdc::Parameters),
+    /// RepMaxCDC.
+    RepMaxCdc(rep_max::Parameters),
+}
+
+impl Chunking {
+    /// What this server advertises and prefers: the parameters that the API recommends, because chunks are shared only
+    /// among those who agree on them.
+    pub const FAST_CDC: Self = Self::FastCdc2020(fast_cdc::Parameters::RECOMMENDED);
+    /// The other function that it advertises, with the recommended parameters.
+    pub const REP_MAX: Self = Self::RepMaxCdc(rep_max::Parameters::RECOMMENDED);
+
+    /// FastCDC with another average; `None` unless that is a power of two from 1 KiB to 1 MiB.
+    pub fn fast_cdc(average: u32, seed: u32) -> Option<Self> {
+        fast_cdc::Parameters::new(average, seed).map(Self::FastCdc2020)
+    }
+
+    /// RepMaxCDC with other sizes; `None` unless the minimum is from 64 bytes to 1 MiB and the horizon at most 16 MiB.
+    pub fn rep_max(min: u32, horizon: u32) -> Option<Self> {
+        rep_max::Parameters::new(min, horizon).map(Self::RepMaxCdc)
+    }
+
+    /// Its number on the wire.
+    pub fn wire(self) -> reapi::chunking_function::Value {
+        match self {
+            Self::FastCdc2020(_) => reapi::chunking_function::Value::FastCdc2020,
+            Self::RepMaxCdc(_) => reapi::chunking_function::Value::RepMaxCdc,
+        }
+    }
+
+    /// Its parameters as capabilities, if it is FastCDC.
+    pub fn fast_cdc_params(self) -> Option<reapi::FastCdc2020Params> {
+        match self {
+            Self::FastCdc2020(parameters) => Some(parameters.to_wire()),
+            Self::RepMaxCdc(_) => None,
+        }
+    }
+
+    /// Its parameters as capabilities, if it is RepMaxCDC.
+    pub fn rep_max_params(self) -> Option<reapi::RepMaxCdcParams> {
+        match self {
+            Self::FastCdc2020(_) => None,
+            Self::RepMaxCdc(parameters) => Some(parameters.to_wire()),
+        }
+    }
+
+    /// Sizes that a chunk may have, in bytes; only the last one of a blob may be smaller (CAS-33).
+    pub fn chunk_sizes(self) -> std::ops::RangeInclusive<u64> {
+        let (min, max) = match self {
+            Self::FastCdc2020(parameters) => (parameters.min(), parameters.max()),
+            Self::RepMaxCdc(parameters) => (parameters.min(), parameters.max()),
+        };
+        min as u64..=max as u64
+    }
+
+    /// Whether every blob of this size is a single chunk, whatever is in it.
+    pub fn is_one_chunk(self, size: u64) -> bool {
+        match self {
+            Self::FastCdc2020(parameters) => size <= parameters.min() as u64,
+            Self::RepMaxCdc(parameters) => size <= parameters.max() as u64,
+        }
+    }
+
+    /// How many bytes from the start of a chunk have to be seen before its end is known.
+    pub fn lookahead(self) -> usize {
+        match self {
+            Self::FastCdc2020(parameters) => parameters.max(),
+            Self::RepMaxCdc(parameters) => parameters.lookahead(),
+        }
+    }
+}
+
+/// Cuts one stream of bytes into chunks: [`Splitter::push`] bytes as they come, [`Splitter::end`] after the last, and take
+/// chunks with [`Splitter::next_chunk`] whenever there are some.
+#[derive(Debug)]
+pub struct Splitter {
+    cutter: Cutter,
+    lookahead: usize,
+    /// The bytes since the last cut.
+    window: BytesMut,
+    ended: bool,
+}
+
+#[derive(Debug)]
+enum Cutter {
+    FastCdc(fast_cdc::Cutter),
+    RepMax(rep_max::Cutter),
+}
+
+impl Splitter {
+    /// A splitter at the start of a stream.
+    pub fn new(chunking: Chunking) -> Self {
+        let cutter = match chunking {
+            Chunking::FastCdc2020(parameters) => Cutter::FastCdc(fast_cdc::Cutter::new(parameters)),
+            Chunking::RepMaxCdc(parameters) => Cutter::RepMax(rep_max::Cutter::new(parameters)),
+        };
+        Self { cutter, lookahead: chunking.lookahead(), window: BytesMut::new(), ended: false }
+    }
+
+    /// Takes the next bytes of the stream.
+    pub fn push(&mut self, bytes: &[u8]) {
+        if self.window.capacity() - self.window.len() < bytes.len() {
+            self.window.reserve(bytes.len().max(GROWTH_BYTES));
+        }
+        self.window.extend_from_slice(bytes);
+    }
+
+    /// Says that the stream ends here.
+    pub fn end(&mut self) {
+        self.ended = true;
+    }
+
+    /// The next chunk; `None` while that needs more bytes, and at the end of the stream.
+    pub fn next_chunk(&mut self) -> Option<Bytes> {
+        if self.window.is_empty() || (self.window.len() < self.lookahead && !self.ended) {
+            return None;
+        }
+        let length = match &mut self.cutter {
+            Cutter::FastCdc(cutter) => cutter.cut(&self.window),
+            Cutter::RepMax(cutter) => cutter.cut(&self.window),
+        };
+        Some(self.window.split_to(length.min(self.window.len())).freeze())
+    }
+}

@@ -1,0 +1,287 @@
+//! The Fetch and Push services of the Remote Asset API (AST-01..11).
+//!
+//! Bad news from an origin is an answer with a status inside; faults of this server and of the request are statuses of the RPC
+//! (AST-05).
+
+use super::{Edge, request_log::Call, status};
+use crate::{
+    actors::asset::{
+        bindings::References,
+        client::Assets,
+        outcome::{Failure, FailureKind, Fetched, Problem},
+        request::{AssetRequest, Kind, Qualifiers},
+    },
+    digest::Digest,
+    error::{Error, Result},
+    proto::{
+        asset::{
+            FetchBlobRequest, FetchBlobResponse, FetchDirectoryRequest, FetchDirectoryResponse,
+            PushBlobRequest, PushBlobResponse, PushDirectoryRequest, PushDirectoryResponse, Qualifier,
+            fetch_server::Fetch, push_server::Push,
+        },
+        reapi, rpc,
+    },
+};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+use tonic::{Code, Request, Response, Status};
+
+/// Both services.
+#[derive(Debug, Clone)]
+pub struct AssetService(pub Arc<Edge>);
+
+/// The fields that both kinds of fetch have.
+struct Wanted {
+    instance_name: String,
+    timeout: Option<prost_types::Duration>,
+    oldest_content_accepted: Option<prost_types::Timestamp>,
+    uris: Vec<String>,
+    qualifiers: Vec<Qualifier>,
+    digest_function: i32,
+}
+
+/// The fields that both kinds of push have.
+struct Offered {
+    instance_name: String,
+    uris: Vec<String>,
+    qualifiers: Vec<Qualifier>,
+    expire_at: Option<prost_types::Timestamp>,
+    digest: Option<reapi::Digest>,
+    digest_field: &'static str,
+    references_blobs: Vec<reapi::Digest>,
+    references_directories: Vec<reapi::Digest>,
+    digest_function: i32,
+}
+
+/// The fields that both kinds of answer to a fetch have.
+struct Found {
+    status: rpc::Status,
+    uri: String,
+    qualifiers: Vec<Qualifier>,
+    expires_at: Option<prost_types::Timestamp>,
+    digest: Option<reapi::Digest>,
+    digest_function: i32,
+}
+
+#[tonic::async_trait]
+impl Fetch for AssetService {
+    async fn fetch_blob(
+        &self,
+        request: Request<FetchBlobRequest>,
+    ) -> Result<Response<FetchBlobResponse>, Status> {
+        let call = Call::of(&request);
+        let FetchBlobRequest {
+            instance_name,
+            timeout,
+            oldest_content_accepted,
+            uris,
+            qualifiers,
+            digest_function,
+        } = request.into_inner();
+        let wanted =
+            Wanted { instance_name, timeout, oldest_content_accepted, uris, qualifiers, digest_function };
+        let Found { status, uri, qualifiers, expires_at, digest, digest_function } =
+            self.fetch(&call, Kind::Blob, wanted).await?;
+        let status = Some(status);
+        Ok(Response::new(FetchBlobResponse {
+            status,
+            uri,
+            qualifiers,
+            expires_at,
+            blob_digest: digest,
+            digest_function,
+        }))
+    }
+
+    async fn fetch_directory(
+        &self,
+        request: Request<FetchDirectoryRequest>,
+    ) -> Result<Response<FetchDirectoryResponse>, Status> {
+        let call = Call::of(&request);
+        let FetchDirectoryRequest {
+            instance_name,
+            timeout,
+            oldest_content_accepted,
+            uris,
+            qualifiers,
+            digest_function,
+        } = request.into_inner();
+        let wanted =
+            Wanted { instance_name, timeout, oldest_content_accepted, uris, qualifiers, digest_function };
+        let Found { status, uri, qualifiers, expires_at, digest, digest_function } =
+            self.fetch(&call, Kind::Directory, wanted).await?;
+        let status = Some(status);
+        Ok(Response::new(FetchDirectoryResponse {
+            status,
+            uri,
+            qualifiers,
+            expires_at,
+            root_directory_digest: digest,
+            digest_function,
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl Push for AssetService {
+    async fn push_blob(
+        &self,
+        request: Request<PushBlobRequest>,
+    ) -> Result<Response<PushBlobResponse>, Status> {
+        let call = Call::of(&request);
+        let request = request.into_inner();
+        let offered = Offered {
+            instance_name: request.instance_name,
+            uris: request.uris,
+            qualifiers: request.qualifiers,
+            expire_at: request.expire_at,
+            digest: request.blob_digest,
+            digest_field: "blob_digest",
+            references_blobs: request.references_blobs,
+            references_directories: request.references_directories,
+            digest_function: request.digest_function,
+        };
+        self.push(&call, Kind::Blob, offered).await?;
+        Ok(Response::new(PushBlobResponse {}))
+    }
+
+    async fn push_directory(
+        &self,
+        request: Request<PushDirectoryRequest>,
+    ) -> Result<Response<PushDirectoryResponse>, Status> {
+        let call = Call::of(&request);
+        let request = request.into_inner();
+        let offered = Offered {
+            instance_name: request.instance_name,
+            uris: request.uris,
+            qualifiers: request.qualifiers,
+            expire_at: request.expire_at,
+            digest: request.root_directory_digest,
+            digest_field: "root_directory_digest",
+            references_blobs: request.references_blobs,
+            references_directories: request.references_directories,
+            digest_function: request.digest_function,
+        };
+        self.push(&call, Kind::Directory, offered).await?;
+        Ok(Response::new(PushDirectoryResponse {}))
+    }
+}
+
+impl AssetService {
+    fn assets(&self) -> Result<&Assets> {
+        let absent = || Error::Unimplemented("this server has no asset service".into());
+        self.0.assets.as_ref().ok_or_else(absent)
+    }
+
+    async fn fetch(&self, call: &Call, kind: Kind, wanted: Wanted) -> Result<Found, Status> {
+        let assets = self.assets()?;
+        let instance = self.0.instances.get(&wanted.instance_name)?;
+        call.instance(&instance);
+        // The preferred one when nothing is said: there is no hash to tell from (AST-07).
+        let function = instance.digest_function(wanted.digest_function, [])?;
+        let oldest =
+            wanted.oldest_content_accepted.map(|at| time(at, "oldest_content_accepted")).transpose()?;
+        let wait = wanted.timeout.map(wait).transpose()?.filter(|wait| !wait.is_zero());
+        let request =
+            AssetRequest::new(instance, function, kind, wanted.uris, qualifiers(wanted.qualifiers)?)?;
+        let shown = request.qualifiers.shown();
+        let shown = shown.map(|(name, value)| Qualifier { name: name.into(), value: value.into() }).collect();
+        let first = request.uris.first().cloned().unwrap_or_default();
+        let outcome = assets.fetch(request, oldest, wait).await;
+        let digest_function = function.wire() as i32;
+        match outcome {
+            Ok(Fetched { uri, digest, expires_at }) => {
+                call.blob(digest);
+                Ok(Found {
+                    status: status::inline_ok(),
+                    uri,
+                    qualifiers: shown,
+                    expires_at: expires_at.map(Into::into),
+                    digest: Some(digest.to_wire()),
+                    digest_function,
+                })
+            }
+            Err(Problem::Origin(failure)) => {
+                call.bad_news(&failure.message);
+                let status = inline(&failure);
+                let uri = if failure.uri.is_empty() { first } else { failure.uri };
+                Ok(Found { status, uri, qualifiers: shown, expires_at: None, digest: None, digest_function })
+            }
+            Err(Problem::Unsupported(names)) => Err(status::unsupported_qualifiers(&names)),
+            Err(Problem::Server(error)) => Err(error.into()),
+        }
+    }
+
+    async fn push(&self, call: &Call, kind: Kind, offered: Offered) -> Result<(), Status> {
+        let assets = self.assets()?;
+        let instance = self.0.instances.get(&offered.instance_name)?;
+        call.instance(&instance);
+        if !assets.push_enabled() {
+            let message = "clients may not push assets to this server (assets.push = false)";
+            return Err(Error::Unimplemented(message.into()).into());
+        }
+        let all =
+            offered.digest.iter().chain(&offered.references_blobs).chain(&offered.references_directories);
+        let lengths = all.map(|digest| digest.hash.len());
+        let function = instance.digest_function(offered.digest_function, lengths)?;
+        let digest = Digest::from_wire(function, offered.digest.as_ref(), offered.digest_field)?;
+        call.blob(digest);
+        let list = |digests: &[reapi::Digest], field| -> Result<Vec<Digest>> {
+            digests.iter().map(|digest| Digest::from_wire(function, Some(digest), field)).collect()
+        };
+        let references = References {
+            blobs: list(&offered.references_blobs, "references_blobs")?,
+            directories: list(&offered.references_directories, "references_directories")?,
+        };
+        let expires_at = offered.expire_at.map(|at| time(at, "expire_at")).transpose()?;
+        let request =
+            AssetRequest::new(instance, function, kind, offered.uris, qualifiers(offered.qualifiers)?)?;
+        Ok(assets.push(request, digest, references, expires_at).await?)
+    }
+}
+
+/// The status of bad news inside an answer.
+fn inline(failure: &Failure) -> rpc::Status {
+    let code = match failure.kind {
+        FailureKind::NotFound => Code::NotFound,
+        FailureKind::Denied => Code::PermissionDenied,
+        FailureKind::TimedOut => Code::DeadlineExceeded,
+        FailureKind::Unusable => Code::Aborted,
+        FailureKind::TooMuch => Code::ResourceExhausted,
+    };
+    let message = status::shorten(failure.message.clone(), status::MESSAGE_MAX_BYTES);
+    rpc::Status { code: code.into(), message, details: Vec::new() }
+}
+
+fn qualifiers(list: Vec<Qualifier>) -> Result<Qualifiers> {
+    Qualifiers::parse(list.into_iter().map(|Qualifier { name, value }| (name, value)))
+}
+
+fn time(wire: prost_types::Timestamp, field: &str) -> Result<SystemTime> {
+    wire.try_into().map_err(|_| Error::Invalid(format!("{field} is no valid time")))
+}
+
+fn wait(wire: prost_types::Duration) -> Result<Duration> {
+    wire.try_into().map_err(|_| Error::invalid("timeout is negative or not a valid duration"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_news_has_the_code_in_answers_that_it_has_in_logs() {
+        for kind in [
+            FailureKind::NotFound,
+            FailureKind::Denied,
+            FailureKind::TimedOut,
+            FailureKind::Unusable,
+            FailureKind::TooMuch,
+        ] {
+            let status = inline(&Failure { kind, uri: String::new(), message: String::new() });
+            assert_eq!(rpc::Code::try_from(status.code).unwrap().as_str_name(), kind.code_name());
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! SplitBlob and SpliceBlob: what they ask for, as far as the message says, and what is promised about them.
+//!
+//! Chunks are cut by the functions that [`CHUNKINGS`] lists, with these parameters and no others: clients that cut blobs
+//! themselves get the same chunks. The work is the store's.
+
+use super::{Edge, convert, inline::MESSAGE_MAX_BYTES, request_log::Call};
+use crate::{
+    actors::cas::splice::SPLICE_MAX_CHUNKS,
+    chunking::Chunking,
+    digest::Digest,
+    error::{Error, Result},
+    instance::Instance,
+    proto::reapi::{
+        self, CacheCapabilities, SpliceBlobRequest, SpliceBlobResponse, SplitBlobRequest, SplitBlobResponse,
+        chunking_function::Value,
+    },
+};
+use prost::Message as _;
+use tonic::Request;
+
+/// What is advertised; the first is used for clients that name none.
+const CHUNKINGS: [Chunking; 2] = [Chunking::FAST_CDC, Chunking::REP_MAX];
+/// Tag and length of one digest in an answer, and everything else of the answer, each rounded up.
+const ENTRY_BYTES: usize = 4;
+const ENVELOPE_BYTES: usize = 64;
+
+/// Says what is offered (CAP-16, CAP-17).
+pub fn advertise(enabled: bool, cache: &mut CacheCapabilities) {
+    cache.split_blob_support = enabled;
+    cache.splice_blob_support = enabled;
+    for chunking in CHUNKINGS.iter().filter(|_| enabled) {
+        cache.fast_cdc_2020_params = cache.fast_cdc_2020_params.or(chunking.fast_cdc_params());
+        cache.rep_max_cdc_params = cache.rep_max_cdc_params.or(chunking.rep_max_params());
+    }
+}
+
+/// SplitBlob.
+///
+/// # Errors
+/// Those of [`crate::actors::cas::client::Cas::split`]; `Unimplemented` where chunking is switched off.
+pub async fn split(
+    edge: &Edge,
+    instance: &Instance,
+    request: &Request<SplitBlobRequest>,
+) -> Result<SplitBlobResponse> {
+    check_enabled(edge, "SplitBlob")?;
+    let message = request.get_ref();
+    let blob =
+        convert::digest(instance, message.digest_function, message.blob_digest.as_ref(), "blob_digest")?;
+    Call::of(request).blob(blob);
+    let chunking = chunking(message.chunking_function)?;
+    let chunks = edge.cas.split(instance, blob, chunking, max_chunks(blob)).await?;
+    Ok(SplitBlobResponse {
+        chunk_digests: chunks.iter().map(|chunk| chunk.to_wire()).collect(),
+        chunking_function: chunking.wire().into(),
+    })
+}
+
+/// SpliceBlob.
+///
+/// # Errors
+/// Those of [`crate::actors::cas::client::Cas::splice`]; `Unimplemented` where chunking is switched off.
+pub async fn splice(
+    edge: &Edge,
+    instance: &Instance,
+    request: &Request<SpliceBlobRequest>,
+) -> Result<SpliceBlobResponse> {
+    check_enabled(edge, "SpliceBlob")?;
+    let message = request.get_ref();
+    let count = message.chunk_digests.len();
+    if count > SPLICE_MAX_CHUNKS {
+        // Before anything is made of them: an entry may take two bytes in a request.
+        return Err(Error::Invalid(format!(
+            "chunk_digests has {count} entries; a blob is made of at most {SPLICE_MAX_CHUNKS}"
+        )));
+    }
+    let blob = message.blob_digest.as_ref();
+    // Chunks are of the blob's function (CAS-36), whatever their own length says.
+    let function = convert::digest_function(instance, message.digest_function, [blob])?;
+    let blob = Digest::from_wire(function, blob, "blob_digest")?;
+    Call::of(request).blob(blob);
+    let chunking = chunking(message.chunking_function)?;
+    let chunks = message.chunk_digests.iter();
+    let chunks: Result<Vec<Digest>> =
+        chunks.map(|chunk| Digest::from_wire(function, Some(chunk), "chunk_digests")).collect();
+    edge.cas.splice(instance, blob, chunks?, chunking).await?;
+    // One client fails when it is not set (CAS-37).
+    Ok(SpliceBlobResponse { blob_digest: Some(blob.to_wire()) })
+}
+
+fn check_enabled(edge: &Edge, method: &str) -> Result<()> {
+    if edge.settings.chunking {
+        return Ok(());
+    }
+    Err(Error::Unimplemented(format!(
+        "{method} is switched off here (cache.chunking), as the capabilities say"
+    )))
+}
+
+/// The function of this number; the preferred one for UNKNOWN (CAS-33).
+fn chunking(number: i32) -> Result<Chunking> {
+    match Value::try_from(number) {
+        Ok(Value::Unknown) => Ok(Chunking::FAST_CDC),
+        Ok(value) => CHUNKINGS.into_iter().find(|chunking| chunking.wire() == value).ok_or_else(|| {
+            Error::Invalid(format!("chunking function {} is not supported here", value.as_str_name()))
+        }),
+        Err(_) => Err(Error::Invalid(format!(
+            "chunking function {number} is unknown; the capabilities list those of this server"
+        ))),
+    }
+}
+
+/// How many chunks of this blob an answer can name (GEN-25).
+fn max_chunks(blob: Digest) -> usize {
+    // No chunk is larger, and none has a longer hash.
+    let largest = CHUNKINGS.iter().map(|chunking| *chunking.chunk_sizes().end()).max().unwrap_or_default();
+    let entry = reapi::Digest { hash: blob.hash_hex(), size_bytes: largest as i64 };
+    (MESSAGE_MAX_BYTES - ENVELOPE_BYTES) / (entry.encoded_len() + ENTRY_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::DigestFunction;
+
+    /// CAS-33, CAP-17.
+    #[test]
+    fn every_advertised_function_is_taken_and_no_other() {
+        let mut cache = CacheCapabilities::default();
+        advertise(true, &mut cache);
+        assert!(cache.split_blob_support && cache.splice_blob_support);
+        assert_eq!(cache.fast_cdc_2020_params.unwrap().avg_chunk_size_bytes, 524_288);
+        assert_eq!(cache.rep_max_cdc_params.unwrap().min_chunk_size_bytes, 262_144);
+        assert_eq!(chunking(0).unwrap(), Chunking::FAST_CDC);
+        for value in [Value::FastCdc2020, Value::RepMaxCdc] {
+            assert_eq!(chunking(value.into()).unwrap().wire(), value);
+        }
+        for number in [-1, 3, 99, i32::MAX] {
+            assert!(matches!(chunking(number), Err(Error::Invalid(_))), "{number}");
+        }
+    }
+
+    /// CAP-16.
+    #[test]
+    fn what_is_switched_off_is_not_advertised() {
+        let mut cache = CacheCapabilities::default();
+        advertise(false, &mut cache);
+        assert_eq!(cache, CacheCapabilities::default());
+    }
+
+    /// GEN-25.
+    #[test]
+    fn an_answer_with_as_many_chunks_as_are_allowed_fits_a_message() {
+        for function in DigestFunction::ALL {
+            let blob = function.digest(b"");
+            let largest = reapi::Digest { hash: blob.hash_hex(), size_bytes: 2_097_152 };
+            let chunk_digests = vec![largest; max_chunks(blob)];
+            let answer = SplitBlobResponse { chunk_digests, chunking_function: i32::MAX };
+            let size = answer.encoded_len();
+            assert!((MESSAGE_MAX_BYTES * 9 / 10..=MESSAGE_MAX_BYTES - 5).contains(&size), "{size}");
+        }
+    }
+}

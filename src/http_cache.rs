@@ -1,0 +1,152 @@
+//! The cache over HTTP/1.1, for tools that do not speak gRPC: Bazel's `--remote_cache=http://`, ccache, sccache, Gradle.
+//!
+//! The same store under the same rules, by other names:
+//!
+//! - `/cas/HASH`: blobs. What is put there has that hash, or is refused.
+//! - `/ac/HASH`: action results, as Bazel writes them: an ActionResult message under the hash of its Action. They are the ones
+//!   that gRPC clients see, checked alike on the way in and complete on the way out.
+//! - `/cache/KEY`: opaque values under any key, for tools that have a format of their own. They are stored as blobs, and bound
+//!   to their keys by action results that nobody else asks for, so they are evicted and survive restarts like everything else.
+//!
+//! Each may have the name of an instance in front. A hash comes without a size: the store finds the one that it has. Where a
+//! result is put before its Action, the size is not known, and the result is kept under size 0: HTTP clients find it, gRPC
+//! clients do not. Bazel uploads the Action first.
+//!
+//! Nothing here knows gRPC. It owns no state but a count of requests.
+
+mod body;
+mod range;
+mod read;
+mod request_log;
+mod resource;
+mod status;
+mod write;
+
+use crate::{
+    actors::cas::client::Cas,
+    error::{Error, Result},
+    instance::Instances,
+};
+use axum::{
+    Router,
+    body::Body,
+    extract::{ConnectInfo, Request, State},
+    http::{HeaderValue, Method, StatusCode, header},
+    response::Response,
+    serve::ListenerExt as _,
+};
+use request_log::Line;
+use resource::Resource;
+use std::{future::Future, net::SocketAddr, sync::Arc};
+use tokio::{net::TcpListener, sync::Semaphore};
+
+/// Target of this room's log lines.
+const LOG: &str = "gorego::http";
+/// Requests at a time; more are told to come back. Each holds at most a megabyte.
+const MAX_REQUESTS: usize = 4_096;
+
+/// What requests are answered from.
+#[derive(Debug)]
+pub struct HttpCache {
+    /// The namespaces.
+    pub instances: Instances,
+    /// The store.
+    pub cas: Cas,
+    /// Largest blob that is accepted (CAP-15).
+    pub max_blob_bytes: u64,
+}
+
+struct Service {
+    cache: HttpCache,
+    requests: Arc<Semaphore>,
+}
+
+/// Serves on `listener` until `shutdown` ends, then finishes what is under way.
+///
+/// # Errors
+/// [`Error::Internal`] when the transport fails as a whole.
+pub async fn serve(
+    cache: HttpCache,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<()> {
+    let service = Arc::new(Service { cache, requests: Arc::new(Semaphore::new(MAX_REQUESTS)) });
+    // Small answers would wait for the client's delayed acknowledgement otherwise.
+    let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
+    let router = Router::new().fallback(answer).with_state(service);
+    axum::serve(listener, router.into_make_service_with_connect_info::<SocketAddr>())
+        .with_graceful_shutdown(shutdown)
+        .await
+        .map_err(|error| Error::Internal(format!("the HTTP server failed: {error}")))
+}
+
+async fn answer(
+    State(service): State<Arc<Service>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    request: Request,
+) -> Response {
+    let mut line = Line::new(peer, request.method(), request.uri());
+    let response = match service.requests.clone().try_acquire_owned() {
+        Ok(permit) => {
+            let response = dispatch(&service.cache, request, &mut line).await;
+            line.hold(permit);
+            response
+        }
+        Err(_) => {
+            let mut response = status::plain(StatusCode::SERVICE_UNAVAILABLE, "too many requests at a time");
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            Ok(response)
+        }
+    };
+    let response = response.unwrap_or_else(|error| {
+        line.failed(&error);
+        status::of(&error)
+    });
+    line.follow(response)
+}
+
+/// One request: which thing, and what to do with it.
+async fn dispatch(cache: &HttpCache, request: Request, line: &mut Line) -> Result<Response> {
+    let resource = Resource::parse(request.uri().path())?;
+    let instance = match resource.instance_name() {
+        Some(name) => Some(cache.instances.get(name)?),
+        None => None,
+    };
+    let Some(instance) = instance else {
+        return Ok(match (resource, request.method()) {
+            (Resource::Health, &Method::GET | &Method::HEAD) => status::plain(StatusCode::OK, "ok"),
+            (Resource::Root, &Method::GET | &Method::HEAD) => status::plain(StatusCode::OK, resource::HELP),
+            _ => status::not_allowed("GET, HEAD"),
+        });
+    };
+    line.instance(&instance);
+    let target = (cache, &instance);
+    match (request.method().as_str(), resource) {
+        ("GET", Resource::Blob { hash, .. }) => read::blob(target, hash, request.headers(), line).await,
+        ("HEAD", Resource::Blob { hash, .. }) => {
+            read::blob(target, hash, request.headers(), line).await.map(headers)
+        }
+        ("PUT", Resource::Blob { hash, .. }) => write::blob(target, hash, request, line).await,
+        ("GET", Resource::Result { hash, .. }) => read::result(target, hash).await,
+        ("HEAD", Resource::Result { hash, .. }) => read::result(target, hash).await.map(headers),
+        ("PUT", Resource::Result { hash, .. }) => write::result(target, hash, request, line).await,
+        ("GET", Resource::Value { key, .. }) => read::value(target, &key, request.headers(), line).await,
+        ("HEAD", Resource::Value { key, .. }) => {
+            read::value(target, &key, request.headers(), line).await.map(headers)
+        }
+        ("PUT", Resource::Value { key, .. }) => write::value(target, &key, request, line).await,
+        // What WebDAV clients do before they write: there are no directories, so each is there.
+        ("MKCOL", Resource::Value { .. }) => {
+            Ok(status::plain(StatusCode::CREATED, "there are no directories here"))
+        }
+        ("PROPFIND", Resource::Value { key, .. }) => {
+            read::properties(target, &key, request.uri().path()).await
+        }
+        _ => Ok(status::not_allowed("GET, HEAD, PUT")),
+    }
+}
+
+/// A response without its body, whose headers still describe it.
+fn headers(response: Response) -> Response {
+    response.map(|_| Body::empty())
+}

@@ -1,0 +1,276 @@
+//! Bodies: stored blobs on their way out, uploads on their way in, each as it is or compressed with zstd.
+//!
+//! Bounded whatever is sent: an upload is decoded in pieces of constant size, and its window is limited.
+
+use super::request_log::Line;
+use crate::{
+    actors::cas::{blob::BlobReader, new_blob::NewBlob},
+    error::{Error, Result},
+};
+use axum::{
+    body::Body,
+    extract::Request,
+    http::{HeaderMap, header},
+};
+use bytes::Bytes;
+use futures::stream::{self, StreamExt as _};
+use std::{io::Write as _, ops::Range, time::Duration};
+use zstd::stream::{
+    raw::{DParameter, Decoder, InBuffer, Operation as _, OutBuffer},
+    write::Encoder,
+};
+
+/// Bytes that are read, compressed and decoded at a time.
+const PIECE_BYTES: usize = 128 * 1024;
+/// Compression level: cheap; what is saved is network.
+const LEVEL: i32 = 1;
+/// Largest window of an upload, as a power of two: 128 MiB, which is what decoders take by default.
+const WINDOW_LOG_MAX: u32 = 27;
+/// How long an upload may be silent.
+const IDLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// A part of a blob as it is.
+pub fn of_blob(reader: BlobReader, part: Range<u64>) -> Body {
+    Body::from_stream(stream::try_unfold((reader, part), |(reader, mut part)| async move {
+        if part.is_empty() {
+            return Ok::<_, Error>(None);
+        }
+        let piece = next_piece(&reader, &part).await?;
+        part.start = part.start.saturating_add(piece.len() as u64);
+        Ok(Some((piece, (reader, part))))
+    }))
+}
+
+/// A whole blob, compressed on its way.
+pub fn of_blob_compressed(reader: BlobReader) -> Result<Body> {
+    let encoder = Encoder::new(Vec::new(), LEVEL).map_err(Error::internal)?;
+    let part = 0..reader.size();
+    let pieces = stream::try_unfold(Some((reader, part, encoder)), |state| async move {
+        let Some((reader, mut part, mut encoder)) = state else { return Ok::<_, Error>(None) };
+        let piece = if part.is_empty() { Bytes::new() } else { next_piece(&reader, &part).await? };
+        part.start = part.start.saturating_add(piece.len() as u64);
+        let last = part.is_empty();
+        // Too long for a thread that others wait for.
+        let work = tokio::task::spawn_blocking(move || {
+            encoder.write_all(&piece)?;
+            if last {
+                return Ok((encoder.finish()?, None));
+            }
+            let out = std::mem::take(encoder.get_mut());
+            Ok::<_, std::io::Error>((out, Some(encoder)))
+        });
+        let (out, encoder) = work.await.map_err(Error::internal)?.map_err(Error::internal)?;
+        Ok(Some((Bytes::from(out), encoder.map(|encoder| (reader, part, encoder)))))
+    });
+    // The encoder keeps what it has not yet made a block of.
+    Ok(Body::from_stream(pieces.filter(|piece| {
+        let something = piece.as_ref().map_or(true, |piece| !piece.is_empty());
+        std::future::ready(something)
+    })))
+}
+
+async fn next_piece(reader: &BlobReader, part: &Range<u64>) -> Result<Bytes> {
+    let left = usize::try_from(part.end - part.start).unwrap_or(usize::MAX);
+    let piece = reader.read_at(part.start, left.min(PIECE_BYTES)).await?;
+    if piece.is_empty() {
+        return Err(Error::DataLoss(format!("a blob ends early, at byte {}", part.start)));
+    }
+    Ok(piece)
+}
+
+/// Whether a client takes zstd.
+pub fn accepts_zstd(headers: &HeaderMap) -> bool {
+    let lists = headers.get_all(header::ACCEPT_ENCODING).into_iter().filter_map(|value| value.to_str().ok());
+    lists.flat_map(|list| list.split(',')).any(|item| {
+        let (name, weight) = item.split_once(';').unwrap_or((item, ""));
+        let weight: String = weight.split_whitespace().collect();
+        let refused = weight.strip_prefix("q=").and_then(|q| q.parse::<f32>().ok()).is_some_and(|q| q <= 0.0);
+        name.trim().eq_ignore_ascii_case("zstd") && !refused
+    })
+}
+
+/// The decoded bytes of an upload, piece by piece.
+pub struct Upload {
+    body: axum::body::BodyDataStream,
+    decoder: Option<Decoder<'static>>,
+    /// Bytes as they came, of which `position` are decoded.
+    raw: Bytes,
+    position: usize,
+    /// The decoder is between two frames.
+    between_frames: bool,
+    out: Vec<u8>,
+    left: u64,
+    max: u64,
+}
+
+impl Upload {
+    /// The upload of a request, which may decode to `max` bytes.
+    ///
+    /// # Errors
+    /// `Unimplemented` for an encoding that is not known; `OutOfRange` when it says that it is larger.
+    pub fn new(request: Request, max: u64) -> Result<Self> {
+        let (parts, body) = request.into_parts();
+        let encoding = parts.headers.get(header::CONTENT_ENCODING).map(|value| value.to_str().unwrap_or("?"));
+        let decoder = match encoding {
+            None | Some("" | "identity") => None,
+            Some(name) if name.eq_ignore_ascii_case("zstd") => {
+                let mut decoder = Decoder::new().map_err(Error::internal)?;
+                decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX)).map_err(Error::internal)?;
+                Some(decoder)
+            }
+            Some(other) => {
+                let shown = other.escape_debug();
+                return Err(Error::Unimplemented(format!("encoding \"{shown}\" is not supported; zstd is")));
+            }
+        };
+        let length =
+            parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        if decoder.is_none() && length.is_some_and(|length: u64| length > max) {
+            return Err(too_large(max));
+        }
+        let out = if decoder.is_some() { vec![0; PIECE_BYTES] } else { Vec::new() };
+        let body = body.into_data_stream();
+        Ok(Self { body, decoder, raw: Bytes::new(), position: 0, between_frames: true, out, left: max, max })
+    }
+
+    /// The next bytes, `None` at the end.
+    ///
+    /// # Errors
+    /// `Invalid` when they do not decode or end early; `OutOfRange` when there are too many; `DeadlineExceeded` when none
+    /// come.
+    pub async fn next(&mut self, line: &mut Line) -> Result<Option<Bytes>> {
+        loop {
+            if let Some(piece) = self.decode()? {
+                self.left = self.left.checked_sub(piece.len() as u64).ok_or_else(|| too_large(self.max))?;
+                return Ok(Some(piece));
+            }
+            let silent = || Error::DeadlineExceeded(format!("the upload was silent for {IDLE_LIMIT:?}"));
+            match tokio::time::timeout(IDLE_LIMIT, self.body.next()).await.map_err(|_| silent())? {
+                Some(Ok(bytes)) => {
+                    line.received(bytes.len());
+                    (self.raw, self.position) = (bytes, 0);
+                }
+                Some(Err(error)) => return Err(Error::Invalid(format!("the upload broke off: {error}"))),
+                None if self.between_frames => return Ok(None),
+                None => return Err(Error::invalid("the upload ends within a zstd frame")),
+            }
+        }
+    }
+
+    /// What can be made of the bytes at hand; `None` when more are needed.
+    fn decode(&mut self) -> Result<Option<Bytes>> {
+        let Some(decoder) = &mut self.decoder else {
+            let bytes = std::mem::take(&mut self.raw);
+            return Ok((!bytes.is_empty()).then_some(bytes));
+        };
+        loop {
+            let mut output = OutBuffer::around(self.out.as_mut_slice());
+            let unread = self.raw.get(self.position..).unwrap_or_default();
+            // Without input it may still have output; between two frames it has neither.
+            if unread.is_empty() && self.between_frames {
+                return Ok(None);
+            }
+            let mut input = InBuffer::around(unread);
+            let hint = decoder
+                .run(&mut input, &mut output)
+                .map_err(|error| Error::Invalid(format!("the upload is no zstd: {error}")))?;
+            self.position = self.position.saturating_add(input.pos());
+            self.between_frames = hint == 0;
+            let (written, read) = (output.pos(), input.pos());
+            if written > 0 {
+                return Ok(Some(Bytes::copy_from_slice(self.out.get(..written).unwrap_or_default())));
+            }
+            if read == 0 || self.position >= self.raw.len() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Hands everything to a new blob.
+    ///
+    /// # Errors
+    /// As [`Upload::next`], and those of the store.
+    pub async fn fill(mut self, blob: &mut NewBlob, line: &mut Line) -> Result<()> {
+        while let Some(bytes) = self.next(line).await? {
+            blob.write(bytes).await?;
+        }
+        Ok(())
+    }
+
+    /// Everything, in memory; for small ones, which `max` bounds.
+    ///
+    /// # Errors
+    /// As [`Upload::next`].
+    pub async fn collect(mut self, line: &mut Line) -> Result<Vec<u8>> {
+        let mut all = Vec::new();
+        while let Some(bytes) = self.next(line).await? {
+            all.extend_from_slice(&bytes);
+        }
+        Ok(all)
+    }
+}
+
+fn too_large(max: u64) -> Error {
+    Error::OutOfRange(format!("at most {max} bytes are taken (cache.max_blob_size_gb)"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::http::{Method, Uri};
+    use proptest::prelude::*;
+    use tokio::runtime::Builder;
+
+    /// Decodes an upload that comes in pieces of this size.
+    fn upload(body: &[u8], piece: usize, max: u64) -> Result<Vec<u8>> {
+        let pieces: Vec<_> =
+            body.chunks(piece).map(|piece| Ok::<_, std::io::Error>(Bytes::copy_from_slice(piece))).collect();
+        let mut request = Request::new(Body::from_stream(stream::iter(pieces)));
+        request.headers_mut().insert(header::CONTENT_ENCODING, "zstd".parse().unwrap());
+        let runtime = Builder::new_current_thread().enable_time().build().unwrap();
+        let mut line = Line::new(([127, 0, 0, 1], 1).into(), &Method::PUT, &Uri::from_static("/"));
+        runtime.block_on(async { Upload::new(request, max)?.collect(&mut line).await })
+    }
+
+    #[test]
+    fn a_bomb_ends_at_the_limit() {
+        let bomb = zstd::encode_all(std::io::Read::take(std::io::repeat(0), 64 << 20), 1).unwrap();
+        assert!(bomb.len() < 100_000);
+        assert!(matches!(upload(&bomb, 1_000, 1 << 20), Err(Error::OutOfRange(_))));
+    }
+
+    proptest! {
+        /// However the frames are split on the way.
+        #[test]
+        fn frames_in_pieces_are_what_was_compressed(
+            parts in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..3_000), 0..4), piece in 1usize..500,
+        ) {
+            let frames: Vec<u8> = parts.iter().flat_map(|part| zstd::encode_all(part.as_slice(), 1).unwrap()).collect();
+            prop_assert_eq!(upload(&frames, piece, u64::MAX), Ok(parts.concat()));
+        }
+
+        #[test]
+        fn garbage_and_broken_frames_are_refused(mut bytes in proptest::collection::vec(any::<u8>(), 1..300), cut in 1usize..20) {
+            let whole = zstd::encode_all(bytes.as_slice(), 1).unwrap();
+            prop_assert!(upload(&whole[..whole.len() - cut.min(whole.len() - 1)], 7, 1_000).is_err());
+            bytes[0] |= 1;
+            prop_assert!(upload(&bytes, 7, 1_000).is_err());
+        }
+    }
+
+    #[test]
+    fn encodings_that_are_refused_are_not_accepted() {
+        let accepts = |list: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::ACCEPT_ENCODING, list.parse().unwrap());
+            accepts_zstd(&headers)
+        };
+        for list in ["zstd", "gzip, zstd", "ZSTD;q=0.1", "zstd ; q = 1"] {
+            assert!(accepts(list), "{list}");
+        }
+        for list in ["", "gzip", "zstd;q=0", "zstd;q=0.000", "xzstd", "*"] {
+            assert!(!accepts(list), "{list}");
+        }
+        assert!(!accepts_zstd(&HeaderMap::new()));
+    }
+}

@@ -1,0 +1,157 @@
+//! GET and HEAD.
+
+use super::{
+    HttpCache,
+    body::{accepts_zstd, of_blob, of_blob_compressed},
+    range::{self, Asked},
+    request_log::Line,
+    resource::{Hash, MAX_KEY_BYTES},
+    status,
+};
+use crate::{
+    digest::Digest,
+    error::{Error, Result},
+    instance::Instance,
+    proto::reapi,
+};
+use axum::{
+    body::Body,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::Response,
+};
+use prost::Message as _;
+
+/// Smaller bodies are not compressed: a packet is a packet.
+const COMPRESS_FROM_BYTES: u64 = 1_024;
+
+type Target<'a> = (&'a HttpCache, &'a Instance);
+
+/// A blob, or a range of it.
+pub async fn blob(
+    (cache, instance): Target<'_>,
+    hash: Hash,
+    headers: &HeaderMap,
+    line: &mut Line,
+) -> Result<Response> {
+    let like = like(instance, hash)?;
+    let absent = || Error::NotFound(format!("no blob with hash {} is in the CAS", like.hash_hex()));
+    let digest = cache.cas.blob_by_hash(instance, like).await?.ok_or_else(absent)?;
+    stored((cache, instance), digest, headers, line).await
+}
+
+/// The value of a key, or a range of it.
+pub async fn value(
+    (cache, instance): Target<'_>,
+    key: &str,
+    headers: &HeaderMap,
+    line: &mut Line,
+) -> Result<Response> {
+    let digest = value_digest((cache, instance), key).await?;
+    stored((cache, instance), digest, headers, line).await
+}
+
+/// An action result, complete (AC-03).
+pub async fn result((cache, instance): Target<'_>, hash: Hash) -> Result<Response> {
+    let like = like(instance, hash)?;
+    let absent = || Error::NotFound(format!("the action with hash {} has no result here", like.hash_hex()));
+    let action = cache.cas.action_by_hash(instance, like).await?.ok_or_else(absent)?;
+    let result = cache.cas.get_result(instance, action).await?.ok_or_else(absent)?;
+    let mut response = Response::new(Body::from(result.encode_to_vec()));
+    let kind = HeaderValue::from_static("application/octet-stream");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response.headers_mut().insert(header::CONTENT_LENGTH, result.encoded_len().into());
+    Ok(response)
+}
+
+/// What WebDAV clients ask before they write: is it there, and how long is it? A key that ends with a slash is a directory,
+/// and every directory is there.
+pub async fn properties(target: Target<'_>, key: &str, path: &str) -> Result<Response> {
+    let properties = if key.ends_with('/') {
+        "<D:resourcetype><D:collection/></D:resourcetype>".to_owned()
+    } else {
+        let size = value_digest(target, key).await?.size();
+        format!("<D:resourcetype/><D:getcontentlength>{size}</D:getcontentlength>")
+    };
+    let shown: String = path.chars().take(MAX_KEY_BYTES).collect();
+    let href = shown.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    let text = format!(
+        "<?xml version=\"1.0\" encoding=\"utf-8\"?><D:multistatus xmlns:D=\"DAV:\"><D:response><D:href>{href}</D:href>\
+         <D:propstat><D:prop>{properties}<D:getlastmodified>Thu, 01 Jan 1970 00:00:00 GMT</D:getlastmodified></D:prop>\
+         <D:status>HTTP/1.1 200 OK</D:status></D:propstat></D:response></D:multistatus>"
+    );
+    let mut response = status::plain(StatusCode::MULTI_STATUS, &text);
+    let kind = HeaderValue::from_static("application/xml; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    Ok(response)
+}
+
+/// A hash of a function that may be used with this instance.
+pub fn like(instance: &Instance, hash: Hash) -> Result<Digest> {
+    instance.digest_in_name(hash.like, hash.function_is_named)
+}
+
+/// The name under which the binding of a key is kept among the action results.
+pub fn value_action(instance: &Instance, key: &str) -> Result<Digest> {
+    Ok(instance.digest_function(0, [])?.digest(format!("goREgo value\0{key}").as_bytes()))
+}
+
+/// The path by which such a result names its value.
+pub const VALUE_PATH: &str = "value";
+
+async fn value_digest((cache, instance): Target<'_>, key: &str) -> Result<Digest> {
+    let absent = || Error::NotFound(format!("key \"{}\" has no value here", key.escape_debug()));
+    let action = value_action(instance, key)?;
+    let result = cache.cas.get_result(instance, action).await?.ok_or_else(absent)?;
+    let named = |file: &&reapi::OutputFile| file.path == VALUE_PATH;
+    let file = result.output_files.iter().find(named).ok_or_else(absent)?;
+    Digest::from_wire(action.function(), file.digest.as_ref(), VALUE_PATH)
+}
+
+/// A stored blob as a response.
+async fn stored(
+    (cache, instance): Target<'_>,
+    digest: Digest,
+    headers: &HeaderMap,
+    line: &mut Line,
+) -> Result<Response> {
+    line.blob(digest);
+    let reader = cache.cas.open(instance, digest).await?;
+    let size = reader.size();
+    let asked = range::parse(headers.get(header::RANGE).and_then(|range| range.to_str().ok()), size);
+    // A range counts the bytes of the blob, so it is sent as it is.
+    let compressed = asked == Asked::Whole && size >= COMPRESS_FROM_BYTES && accepts_zstd(headers);
+    let (code, body, length, content_range) = match asked {
+        Asked::Whole if compressed => (StatusCode::OK, of_blob_compressed(reader)?, None, None),
+        Asked::Whole => (StatusCode::OK, of_blob(reader, 0..size), Some(size), None),
+        Asked::Part(part) => {
+            let shown = format!("bytes {}-{}/{size}", part.start, part.end.saturating_sub(1));
+            let length = part.end.saturating_sub(part.start);
+            (StatusCode::PARTIAL_CONTENT, of_blob(reader, part), Some(length), Some(shown))
+        }
+        Asked::Unsatisfiable => {
+            let mut response = status::plain(StatusCode::RANGE_NOT_SATISFIABLE, "it is not that long");
+            response.headers_mut().insert(header::CONTENT_RANGE, text(&format!("bytes */{size}"))?);
+            return Ok(response);
+        }
+    };
+    let mut response = Response::new(body);
+    *response.status_mut() = code;
+    let fields = response.headers_mut();
+    fields.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    fields.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+    fields.insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
+    if compressed {
+        fields.insert(header::CONTENT_ENCODING, HeaderValue::from_static("zstd"));
+    }
+    if let Some(length) = length {
+        fields.insert(header::CONTENT_LENGTH, length.into());
+    }
+    if let Some(range) = content_range {
+        fields.insert(header::CONTENT_RANGE, text(&range)?);
+    }
+    Ok(response)
+}
+
+fn text(value: &str) -> Result<HeaderValue> {
+    HeaderValue::from_str(value).map_err(Error::internal)
+}

@@ -1,0 +1,180 @@
+//! One log line for each request, written when its response is over or its client is gone.
+
+use super::LOG;
+use crate::{digest::Digest, error::Error, instance::Instance};
+use axum::{
+    body::{Body, Bytes, HttpBody},
+    http::{Method, StatusCode, Uri},
+    response::Response,
+};
+use http_body::{Frame, SizeHint};
+use log::{Level, Record, kv::Value};
+use std::{
+    net::SocketAddr,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Instant,
+};
+use tokio::sync::OwnedSemaphorePermit;
+
+/// Longest path in a line, in bytes.
+const PATH_MAX_BYTES: usize = 256;
+/// Longest method in a line, in bytes; clients invent them.
+const METHOD_MAX_BYTES: usize = 16;
+/// Longest error in a line, in bytes.
+const ERROR_MAX_BYTES: usize = 512;
+
+/// The line of a request that is not over yet; written when this is dropped.
+#[derive(Debug)]
+pub struct Line {
+    method: String,
+    path: String,
+    peer: SocketAddr,
+    started: Instant,
+    status: Option<StatusCode>,
+    instance: Option<Instance>,
+    digest: Option<Digest>,
+    error: String,
+    bytes_in: u64,
+    bytes_out: u64,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Line {
+    /// The line of a request that has just begun.
+    pub fn new(peer: SocketAddr, method: &Method, uri: &Uri) -> Self {
+        Self {
+            method: shorten(method.as_str().to_owned(), METHOD_MAX_BYTES),
+            path: shorten(uri.path().to_owned(), PATH_MAX_BYTES),
+            peer,
+            started: Instant::now(),
+            status: None,
+            instance: None,
+            digest: None,
+            error: String::new(),
+            bytes_in: 0,
+            bytes_out: 0,
+            permit: None,
+        }
+    }
+
+    /// Who asks.
+    pub fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    /// Notes the namespace.
+    pub fn instance(&mut self, instance: &Instance) {
+        self.instance = Some(instance.clone());
+    }
+
+    /// Notes the blob.
+    pub fn blob(&mut self, digest: Digest) {
+        self.digest = Some(digest);
+    }
+
+    /// Notes bytes of an upload.
+    pub fn received(&mut self, bytes: usize) {
+        self.bytes_in = self.bytes_in.saturating_add(bytes as u64);
+    }
+
+    /// Notes why there is no better answer. A miss is no error.
+    pub fn failed(&mut self, error: &Error) {
+        if !matches!(error, Error::NotFound(_)) {
+            self.error = shorten(error.to_string(), ERROR_MAX_BYTES);
+        }
+    }
+
+    /// Keeps a request counted until its response is over.
+    pub fn hold(&mut self, permit: OwnedSemaphorePermit) {
+        self.permit = Some(permit);
+    }
+
+    /// Goes with a response to its end.
+    pub fn follow(mut self, response: Response) -> Response {
+        self.status = Some(response.status());
+        response.map(|inner| Body::new(LoggedBody { inner, line: self }))
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        if !log::log_enabled!(target: LOG, Level::Info) {
+            return;
+        }
+        let duration_us = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let (peer, digest) = (self.peer.to_string(), self.digest.map(|digest| digest.to_string()));
+        let mut fields: Vec<(&str, Value<'_>)> = vec![
+            ("event", "http_finished".into()),
+            ("method", self.method.as_str().into()),
+            ("path", self.path.as_str().into()),
+            ("duration_us", duration_us.into()),
+            ("bytes_in", self.bytes_in.into()),
+            ("bytes_out", self.bytes_out.into()),
+            ("peer", peer.as_str().into()),
+        ];
+        // Without one the client was gone before there was an answer.
+        fields.extend(self.status.map(|status| ("http_status", u64::from(status.as_u16()).into())));
+        fields.extend(self.instance.as_ref().map(|instance| ("instance", instance.name().into())));
+        fields.extend(digest.as_deref().map(|digest| ("digest", digest.into())));
+        fields.extend((!self.error.is_empty()).then(|| ("error", self.error.as_str().into())));
+        let told = self.status.map_or("gone", |status| status.canonical_reason().unwrap_or_default());
+        log::logger().log(
+            &Record::builder()
+                .target(LOG)
+                .level(Level::Info)
+                .key_values(&fields)
+                .args(format_args!("{} {}: {told}", self.method, self.path))
+                .build(),
+        );
+    }
+}
+
+/// Cuts a text that a client has chosen.
+fn shorten(mut text: String, max_bytes: usize) -> String {
+    let mut end = max_bytes.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+    text
+}
+
+pin_project_lite::pin_project! {
+    /// A response body that counts its bytes.
+    struct LoggedBody {
+        #[pin]
+        inner: Body,
+        line: Line,
+    }
+}
+
+impl HttpBody for LoggedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let this = self.project();
+        let frame = ready!(this.inner.poll_frame(context));
+        match &frame {
+            Some(Ok(frame)) => {
+                let bytes = frame.data_ref().map_or(0, |data| data.len() as u64);
+                this.line.bytes_out = this.line.bytes_out.saturating_add(bytes);
+            }
+            Some(Err(error)) => this.line.error = shorten(error.to_string(), ERROR_MAX_BYTES),
+            None => {}
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}

@@ -1,0 +1,156 @@
+//! [`Resource`]: what a path names. Pure; paths are hostile until they went through here.
+
+use crate::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+};
+
+/// What a person sees who looks with a browser.
+pub const HELP: &str = "goREgo's HTTP cache: /cas/HASH (blobs), /ac/HASH (action results), /cache/KEY (values), \
+                        each with [/INSTANCE] in front";
+/// Longest key of a value, in bytes.
+pub const MAX_KEY_BYTES: usize = 1_024;
+
+/// The thing at a path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resource {
+    /// `/`: for people.
+    Root,
+    /// `/healthz` or `/status`: for supervisors.
+    Health,
+    /// `[/instance]/cas/[function/]hash`
+    Blob {
+        /// The instance part; not looked up.
+        instance_name: String,
+        /// The hash.
+        hash: Hash,
+    },
+    /// `[/instance]/ac/[function/]hash`
+    Result {
+        /// The instance part; not looked up.
+        instance_name: String,
+        /// Hash of the Action.
+        hash: Hash,
+    },
+    /// `[/instance]/cache/key`
+    Value {
+        /// The instance part; not looked up.
+        instance_name: String,
+        /// Everything after the keyword, as it stands.
+        key: String,
+    },
+}
+
+/// A hash without its size, as a digest of size 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hash {
+    /// Of the function that the path names, else of the one that its length says.
+    pub like: Digest,
+    /// The path names the function.
+    pub function_is_named: bool,
+}
+
+impl Resource {
+    /// Takes a path apart at its first keyword. An instance whose name has one of the keywords as a segment cannot be named
+    /// here.
+    ///
+    /// # Errors
+    /// `NotFound` for a path that names nothing; `Invalid` for one with a malformed hash or key.
+    pub fn parse(path: &str) -> Result<Self> {
+        let segments: Vec<&str> = path.split('/').skip_while(|segment| segment.is_empty()).collect();
+        match segments.as_slice() {
+            [] => return Ok(Self::Root),
+            ["healthz" | "status"] => return Ok(Self::Health),
+            _ => {}
+        }
+        let nothing = || Error::NotFound(format!("there is nothing here. This is {HELP}"));
+        let keyword = segments.iter().position(|segment| matches!(*segment, "cas" | "ac" | "cache"));
+        let (instance, rest) = segments.split_at(keyword.ok_or_else(nothing)?);
+        let instance_name = instance.join("/");
+        match rest {
+            ["cache", key @ ..] => {
+                let key = key.join("/");
+                let fits = !key.is_empty() && key.len() <= MAX_KEY_BYTES;
+                let refuse = || Error::Invalid(format!("a key has between 1 and {MAX_KEY_BYTES} bytes"));
+                fits.then_some(Self::Value { instance_name, key }).ok_or_else(refuse)
+            }
+            ["cas", hash @ ..] => Ok(Self::Blob { instance_name, hash: parse_hash(hash)? }),
+            ["ac", hash @ ..] => Ok(Self::Result { instance_name, hash: parse_hash(hash)? }),
+            _ => Err(nothing()),
+        }
+    }
+
+    /// The instance part of things that are in an instance.
+    pub fn instance_name(&self) -> Option<&str> {
+        match self {
+            Self::Root | Self::Health => None,
+            Self::Blob { instance_name, .. }
+            | Self::Result { instance_name, .. }
+            | Self::Value { instance_name, .. } => Some(instance_name),
+        }
+    }
+}
+
+/// A hash whose function is named in front of it or told by its length, as in ByteStream names.
+fn parse_hash(segments: &[&str]) -> Result<Hash> {
+    let (function, hash, function_is_named) = match segments {
+        [hash] => (DigestFunction::infer(DigestFunction::ALL, hash.len())?, hash, false),
+        [name, hash] => {
+            let named = DigestFunction::ALL.iter().find(|function| function.name() == *name);
+            let unknown = || Error::Invalid(format!("\"{}\" is no digest function", name.escape_debug()));
+            (*named.ok_or_else(unknown)?, hash, true)
+        }
+        _ => return Err(Error::invalid("the path does not end with one hash")),
+    };
+    Ok(Hash { like: Digest::parse(function, hash, 0)?, function_is_named })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    #[test]
+    fn paths_are_taken_apart_at_their_keyword() {
+        for (path, instance) in [("", ""), ("/main", "main"), ("/a/b", "a/b"), ("//a", "a")] {
+            let blob = Resource::parse(&format!("{path}/cas/{HASH}")).unwrap();
+            assert!(
+                matches!(&blob, Resource::Blob { instance_name, .. } if instance_name == instance),
+                "{blob:?}"
+            );
+            let named = Resource::parse(&format!("{path}/cas/blake3/{HASH}")).unwrap();
+            assert!(matches!(named, Resource::Blob { hash, .. } if hash.function_is_named));
+            let result = Resource::parse(&format!("{path}/ac/{HASH}")).unwrap();
+            assert_eq!(result.instance_name(), Some(instance));
+            let value = Resource::parse(&format!("{path}/cache/ac/0/x")).unwrap();
+            assert_eq!(value, Resource::Value { instance_name: instance.into(), key: "ac/0/x".into() });
+        }
+        assert_eq!(Resource::parse("/").unwrap(), Resource::Root);
+        assert_eq!(Resource::parse("/healthz").unwrap(), Resource::Health);
+    }
+
+    #[test]
+    fn what_names_nothing_or_no_hash_is_refused() {
+        for path in ["/x", "/metrics", "/CAS/1", "/blobs/1"] {
+            assert!(matches!(Resource::parse(path), Err(Error::NotFound(_))), "{path}");
+        }
+        let upper = HASH.to_uppercase();
+        let long = "k".repeat(MAX_KEY_BYTES + 1);
+        for path in [
+            "/cas".into(),
+            "/cas/".into(),
+            "/cas/..".into(),
+            "/ac/zz".into(),
+            format!("/cas/{upper}"),
+            format!("/cas/{HASH}/1"),
+            format!("/cas/{HASH}/"),
+            format!("/cas/nonsense/{HASH}"),
+            "/cache".into(),
+            "/cache/".into(),
+            format!("/cache/{long}"),
+        ] {
+            assert!(matches!(Resource::parse(&path), Err(Error::Invalid(_))), "{path}");
+        }
+    }
+}

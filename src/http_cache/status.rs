@@ -1,0 +1,49 @@
+//! The only place where an [`Error`] becomes an HTTP status. Bodies are one line of text for people.
+
+use crate::error::Error;
+use axum::{
+    body::Body,
+    http::{HeaderValue, StatusCode, header},
+    response::Response,
+};
+
+/// A response with a line of text.
+pub fn plain(code: StatusCode, text: &str) -> Response {
+    let mut response = Response::new(Body::from(format!("{text}\n")));
+    *response.status_mut() = code;
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}
+
+/// The answer to a method that a resource does not have.
+pub fn not_allowed(methods: &'static str) -> Response {
+    let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, &format!("this can be done here: {methods}"));
+    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(methods));
+    response
+}
+
+/// The answer to a request that failed.
+pub fn of(error: &Error) -> Response {
+    let mut response = plain(code(error), &error.to_string());
+    if let Error::Exhausted { retry_after: Some(delay), .. } = error {
+        response.headers_mut().insert(header::RETRY_AFTER, delay.as_secs().into());
+    }
+    response
+}
+
+fn code(error: &Error) -> StatusCode {
+    match error {
+        Error::Invalid(_) => StatusCode::BAD_REQUEST,
+        Error::NotFound(_) => StatusCode::NOT_FOUND,
+        Error::MissingBlobs(_) | Error::Precondition(_) => StatusCode::CONFLICT,
+        Error::OutOfRange(_) => StatusCode::PAYLOAD_TOO_LARGE,
+        Error::Exhausted { .. } => StatusCode::INSUFFICIENT_STORAGE,
+        Error::Denied(_) => StatusCode::FORBIDDEN,
+        Error::Unimplemented(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        Error::Unavailable(_) | Error::Cancelled(_) => StatusCode::SERVICE_UNAVAILABLE,
+        Error::DeadlineExceeded(_) => StatusCode::REQUEST_TIMEOUT,
+        Error::DataLoss(_) | Error::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}

@@ -1,0 +1,100 @@
+//! PUT. What is stored was checked before anybody can see it.
+
+use super::{
+    HttpCache,
+    body::Upload,
+    read::{VALUE_PATH, like, value_action},
+    request_log::Line,
+    resource::Hash,
+    status,
+};
+use crate::{
+    actors::cas::client::Provenance,
+    error::{Error, Result},
+    instance::Instance,
+    proto::reapi,
+    tree::check_entries,
+};
+use axum::{extract::Request, http::StatusCode, response::Response};
+use prost::Message as _;
+
+/// Largest ActionResult message that is taken, as over gRPC.
+const MAX_RESULT_BYTES: u64 = 16 * 1024 * 1024;
+
+type Target<'a> = (&'a HttpCache, &'a Instance);
+
+/// Stores a blob under the hash that its bytes have.
+pub async fn blob(
+    (cache, instance): Target<'_>,
+    hash: Hash,
+    request: Request,
+    line: &mut Line,
+) -> Result<Response> {
+    let like = like(instance, hash)?;
+    let upload = Upload::new(request, cache.max_blob_bytes)?;
+    let mut blob = cache.cas.new_blob(instance, like.function());
+    upload.fill(&mut blob, line).await?;
+    line.blob(blob.finish_checked(like).await?);
+    Ok(created())
+}
+
+/// Stores an action result, checked like one that comes by gRPC (AC-10).
+pub async fn result(
+    (cache, instance): Target<'_>,
+    hash: Hash,
+    request: Request,
+    line: &mut Line,
+) -> Result<Response> {
+    let like = like(instance, hash)?;
+    check_writable(instance)?;
+    let bytes = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes))?.collect(line).await?;
+    check_entries(&bytes, 1)?;
+    let result = reapi::ActionResult::decode(bytes.as_slice()).map_err(|error| {
+        Error::Invalid(format!(
+            "this is no ActionResult ({error}); what has another format belongs under /cache/"
+        ))
+    })?;
+    // The Action has the true size, and a result under it is found by gRPC clients too.
+    let action = match cache.cas.blob_by_hash(instance, like).await? {
+        Some(action) => action,
+        None => cache.cas.action_by_hash(instance, like).await?.unwrap_or(like),
+    };
+    cache.cas.put_result(instance, action, result, provenance(line)).await?;
+    Ok(created())
+}
+
+/// Stores a value under a key, in place of the one before.
+pub async fn value(
+    (cache, instance): Target<'_>,
+    key: &str,
+    request: Request,
+    line: &mut Line,
+) -> Result<Response> {
+    let action = value_action(instance, key)?;
+    check_writable(instance)?;
+    let upload = Upload::new(request, cache.max_blob_bytes)?;
+    let mut blob = cache.cas.new_blob(instance, action.function());
+    upload.fill(&mut blob, line).await?;
+    let digest = blob.finish().await?;
+    line.blob(digest);
+    let file =
+        reapi::OutputFile { path: VALUE_PATH.into(), digest: Some(digest.to_wire()), ..Default::default() };
+    let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
+    cache.cas.put_result(instance, action, result, provenance(line)).await?;
+    Ok(created())
+}
+
+fn check_writable(instance: &Instance) -> Result<()> {
+    if instance.policy().action_cache_updates {
+        return Ok(());
+    }
+    Err(Error::Denied("clients may not write results here (action_cache_updates = false)".into()))
+}
+
+fn provenance(line: &Line) -> Provenance {
+    Provenance { peer: line.peer().to_string(), ..Provenance::default() }
+}
+
+fn created() -> Response {
+    status::plain(StatusCode::CREATED, "stored")
+}

@@ -1,0 +1,558 @@
+//! Remote Asset, with origins of the tests' own on 127.0.0.1 (AST-01..11).
+
+use crate::support::{Client, PATIENCE, Server, eventually, files_below, sha256};
+use axum::{
+    Router,
+    body::Body,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::Response,
+    routing::get,
+};
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use gorego::{
+    digest::{Digest, DigestFunction},
+    proto::{
+        asset::{
+            FetchBlobRequest, FetchBlobResponse, FetchDirectoryRequest, PushBlobRequest,
+            PushDirectoryRequest, Qualifier, fetch_client::FetchClient, push_client::PushClient,
+        },
+        reapi::{self, GetTreeRequest},
+        rpc,
+    },
+};
+use prost::Message as _;
+use sha2::{Digest as _, Sha256, Sha384, Sha512};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+use tokio::{net::TcpListener, sync::Semaphore};
+use tonic::{Code, Request, Status};
+
+/// An HTTP server that counts how often it is asked.
+struct Origin {
+    address: String,
+    hits: Arc<AtomicUsize>,
+}
+
+impl Origin {
+    async fn serve(router: Router) -> Self {
+        let hits = Arc::new(AtomicUsize::new(0));
+        let count = hits.clone();
+        let router = router.layer(axum::middleware::from_fn(move |request, next: axum::middleware::Next| {
+            count.fetch_add(1, Ordering::SeqCst);
+            next.run(request)
+        }));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        Self { address, hits }
+    }
+
+    /// One that has this content at every path.
+    async fn of(content: impl Into<Vec<u8>>) -> Self {
+        let content: Vec<u8> = content.into();
+        Self::serve(Router::new().fallback(move || std::future::ready(content.clone()))).await
+    }
+
+    fn uri(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+
+    fn hits(&self) -> usize {
+        self.hits.load(Ordering::SeqCst)
+    }
+}
+
+/// A server that may fetch from 127.0.0.1.
+async fn server() -> Server {
+    Server::with(&[("ASSETS__ALLOWED_HOSTS", r#"["127.0.0.1"]"#)]).await
+}
+
+fn qualifier(name: &str, value: &str) -> Qualifier {
+    Qualifier { name: name.into(), value: value.into() }
+}
+
+fn wanted(uris: &[&str], qualifiers: &[(&str, &str)]) -> FetchBlobRequest {
+    FetchBlobRequest {
+        uris: uris.iter().map(ToString::to_string).collect(),
+        qualifiers: qualifiers.iter().map(|(name, value)| qualifier(name, value)).collect(),
+        ..Default::default()
+    }
+}
+
+async fn fetch(server: &Server, request: FetchBlobRequest) -> Result<FetchBlobResponse, Status> {
+    let mut client = FetchClient::connect(server.endpoint()).await.unwrap();
+    Ok(client.fetch_blob(request).await?.into_inner())
+}
+
+/// The code inside an answer.
+fn code(response: &FetchBlobResponse) -> Code {
+    Code::from_i32(response.status.as_ref().expect("AST-05: there is a status").code)
+}
+
+/// Fetches what has to be there, and reads it back at once (AST-06).
+async fn content(server: &Server, request: FetchBlobRequest) -> Vec<u8> {
+    let response = fetch(server, request.clone()).await.unwrap();
+    assert_eq!(code(&response), Code::Ok, "{response:?}");
+    assert!(request.uris.contains(&response.uri), "AST-06: {response:?}");
+    let function = DigestFunction::from_wire(response.digest_function).unwrap();
+    let digest = Digest::from_wire(function, response.blob_digest.as_ref(), "blob_digest").unwrap();
+    server.client().await.read(digest).await.unwrap()
+}
+
+async fn push(server: &Server, request: PushBlobRequest) -> Result<(), Status> {
+    let mut client = PushClient::connect(server.endpoint()).await.unwrap();
+    client.push_blob(request).await.map(drop)
+}
+
+fn sri(name: &str, hash: &[u8]) -> String {
+    format!("{name}-{}", BASE64.encode(hash))
+}
+
+/// AST-01; BuildStream asks with empty requests whether the services are there (clients.md).
+#[tokio::test]
+async fn requests_without_uris_or_with_a_qualifier_twice_are_invalid() {
+    let server = server().await;
+    let twice = wanted(&["http://127.0.0.1/"], &[("checksum.sri", "x"), ("checksum.sri", "x")]);
+    let unusable = wanted(&["http://127.0.0.1/"], &[("checksum.sri", "md5-AAAA")]);
+    for request in [FetchBlobRequest::default(), twice, unusable] {
+        assert_eq!(fetch(&server, request).await.unwrap_err().code(), Code::InvalidArgument);
+    }
+    let probe = push(&server, PushBlobRequest::default()).await;
+    assert_eq!(probe.unwrap_err().code(), Code::InvalidArgument);
+    let mut client = FetchClient::connect(server.endpoint()).await.unwrap();
+    let probe = client.fetch_directory(FetchDirectoryRequest::default()).await;
+    assert_eq!(probe.unwrap_err().code(), Code::InvalidArgument);
+}
+
+/// AST-02, AST-11.
+#[tokio::test]
+async fn qualifiers_that_are_not_supported_are_named_and_a_server_without_push_says_so() {
+    let server = Server::with(&[("ASSETS__PUSH", "false")]).await;
+    let request = wanted(&["http://127.0.0.1/"], &[("x.y", "1"), ("checksum.sri", &sri("sha256", &[0; 32]))]);
+    let status = fetch(&server, request).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    let details = rpc::Status::decode(status.details()).unwrap();
+    assert_eq!(details.details[0].type_url, "type.googleapis.com/google.rpc.BadRequest");
+    let bad = rpc::BadRequest::decode(details.details[0].value.as_slice()).unwrap();
+    assert_eq!(bad.field_violations.len(), 1);
+    assert_eq!(bad.field_violations[0].field, "qualifiers.name");
+    assert_eq!(bad.field_violations[0].description, "\"x.y\" not supported");
+    assert_eq!(push(&server, PushBlobRequest::default()).await.unwrap_err().code(), Code::Unimplemented);
+}
+
+/// AST-03.
+#[tokio::test]
+async fn headers_of_qualifiers_reach_their_uris_and_are_not_repeated() {
+    let echo = |headers: HeaderMap| async move {
+        let shown = |name: &str| headers.get(name).map_or("-".into(), |v| v.to_str().unwrap().to_owned());
+        format!("{} {} {}", shown("x-all"), shown("x-one"), shown("accept-encoding"))
+    };
+    let origin = Origin::serve(Router::new().route("/echo", get(echo))).await;
+    let server = server().await;
+    let uris = [&*origin.uri("/gone"), &*origin.uri("/echo")];
+    let qualifiers = [
+        ("http_header:X-All", "all"),
+        ("http_header:X-One", "all"),
+        ("http_header_url:1:X-One", "one"),
+        ("http_header_url:0:X-All", "zero"),
+        ("bazel.canonical_id", "id"),
+    ];
+    let request = wanted(&uris, &qualifiers);
+    assert_eq!(content(&server, request.clone()).await, b"all one identity");
+    let response = fetch(&server, request).await.unwrap();
+    assert_eq!(response.qualifiers, [qualifier("bazel.canonical_id", "id")]);
+    let reserved = wanted(&uris, &[("http_header:Host", "evil.test")]);
+    assert_eq!(fetch(&server, reserved).await.unwrap_err().code(), Code::InvalidArgument);
+}
+
+/// AST-04.
+#[tokio::test]
+async fn content_without_one_of_the_checksums_is_aborted_and_not_offered() {
+    let origin = Origin::of("hello").await;
+    let server = server().await;
+    let client = server.client().await;
+    let uri = origin.uri("/");
+    let wrong = sri("sha256", &[1; 32]);
+    let response = fetch(&server, wanted(&[&uri], &[("checksum.sri", &wrong)])).await.unwrap();
+    assert_eq!((code(&response), response.uri.as_str()), (Code::Aborted, uri.as_str()));
+    assert_eq!(client.missing(&[sha256(b"hello")]).await, [sha256(b"hello")], "nothing was stored");
+    for right in [
+        sri("sha256", &Sha256::digest(b"hello")),
+        sri("sha384", &Sha384::digest(b"hello")),
+        sri("sha512", &Sha512::digest(b"hello")),
+        format!("{wrong} {}", sri("sha512", &Sha512::digest(b"hello"))),
+    ] {
+        assert_eq!(content(&server, wanted(&[&uri], &[("checksum.sri", &right)])).await, b"hello");
+    }
+}
+
+/// AST-05.
+#[tokio::test]
+async fn bad_news_of_an_origin_is_told_in_the_answer() {
+    let hang = || async { std::future::pending::<()>().await };
+    let router = Router::new()
+        .route("/403", get(|| std::future::ready(StatusCode::FORBIDDEN)))
+        .route("/429", get(|| std::future::ready(StatusCode::TOO_MANY_REQUESTS)))
+        .route("/500", get(|| std::future::ready(StatusCode::INTERNAL_SERVER_ERROR)))
+        .route(
+            "/huge",
+            get(|| async {
+                let endless =
+                    futures::stream::repeat(Ok::<_, std::fmt::Error>(bytes::Bytes::from_static(&[0; 4096])));
+                let mut response = Response::new(Body::from_stream(endless));
+                response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from_static("5000000000"));
+                response
+            }),
+        )
+        .route("/hang", get(hang));
+    let origin = Origin::serve(router).await;
+    let server = server().await;
+    for (path, expected) in [
+        ("/404", Code::NotFound),
+        ("/403", Code::PermissionDenied),
+        ("/429", Code::ResourceExhausted),
+        ("/500", Code::Aborted),
+        ("/huge", Code::ResourceExhausted),
+        ("/hang", Code::DeadlineExceeded),
+    ] {
+        let timeout = Some(prost_types::Duration { seconds: 0, nanos: 500_000_000 });
+        let timeout = if path == "/hang" { timeout } else { None };
+        let uri = origin.uri(path);
+        let response = fetch(&server, FetchBlobRequest { timeout, ..wanted(&[&uri], &[]) }).await.unwrap();
+        assert_eq!(code(&response), expected, "{path}: {response:?}");
+        assert_eq!(response.uri, uri, "{path}");
+        assert_eq!(response.blob_digest, None, "{path}");
+    }
+}
+
+/// AST-07.
+#[tokio::test]
+async fn the_digest_is_of_the_function_asked_for() {
+    let origin = Origin::of("hello").await;
+    let server = server().await;
+    let uri = origin.uri("/");
+    for function in [DigestFunction::Sha256, DigestFunction::Blake3, DigestFunction::GitSha1] {
+        let request = FetchBlobRequest { digest_function: function.wire().into(), ..wanted(&[&uri], &[]) };
+        assert_eq!(content(&server, request.clone()).await, b"hello");
+        let response = fetch(&server, request).await.unwrap();
+        assert_eq!(response.blob_digest, Some(function.digest(b"hello").to_wire()));
+        assert_eq!(response.digest_function, i32::from(function.wire()));
+    }
+    let response = fetch(&server, wanted(&[&uri], &[])).await.unwrap();
+    assert_eq!(response.digest_function, i32::from(DigestFunction::Sha256.wire()));
+    let unknown = FetchBlobRequest { digest_function: 99, ..wanted(&[&uri], &[]) };
+    assert_eq!(fetch(&server, unknown).await.unwrap_err().code(), Code::InvalidArgument);
+}
+
+/// Content of every size and function takes a way of its own into the store.
+#[tokio::test]
+async fn large_downloads_arrive_whole() {
+    let large: Vec<u8> = (0..3_000_000u32).map(|n| n.wrapping_mul(n) as u8).collect();
+    let origin = Origin::of(large.clone()).await;
+    let server = server().await;
+    for function in [DigestFunction::Sha256, DigestFunction::GitSha1] {
+        let digest_function = function.wire().into();
+        let request = FetchBlobRequest { digest_function, ..wanted(&[&origin.uri("/")], &[]) };
+        assert_eq!(content(&server, request.clone()).await, large);
+        let response = fetch(&server, request).await.unwrap();
+        assert_eq!(response.blob_digest, Some(function.digest(&large).to_wire()));
+    }
+    assert_eq!(origin.hits(), 2);
+}
+
+/// AST-08.
+#[tokio::test]
+async fn cached_content_is_served_until_a_caller_wants_it_newer() {
+    let version = Arc::new(AtomicUsize::new(1));
+    let current = version.clone();
+    let router = Router::new().fallback(move || {
+        let text = format!("version {}", current.load(Ordering::SeqCst));
+        async move { text }
+    });
+    let origin = Origin::serve(router).await;
+    let server = server().await;
+    let request = wanted(&[&origin.uri("/")], &[]);
+    assert_eq!(content(&server, request.clone()).await, b"version 1");
+    version.store(2, Ordering::SeqCst);
+    assert_eq!(content(&server, request.clone()).await, b"version 1", "it is cached");
+    let future = Some((SystemTime::now() + Duration::from_secs(3600)).into());
+    let newer = FetchBlobRequest { oldest_content_accepted: future, ..request.clone() };
+    assert_eq!(content(&server, newer.clone()).await, b"version 2");
+    version.store(3, Ordering::SeqCst);
+    assert_eq!(content(&server, newer).await, b"version 3", "a time in the future means always");
+    let past = Some((SystemTime::now() - Duration::from_secs(3600)).into());
+    let old_enough = FetchBlobRequest { oldest_content_accepted: past, ..request };
+    version.store(4, Ordering::SeqCst);
+    assert_eq!(content(&server, old_enough).await, b"version 3");
+}
+
+/// AST-09.
+#[tokio::test]
+async fn mirrors_are_tried_in_order() {
+    let origin = Origin::of("hello").await;
+    let dead = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let server = server().await;
+    let (dead, alive) = (format!("http://{dead}/"), origin.uri("/"));
+    let response = fetch(&server, wanted(&[&dead, &alive], &[])).await.unwrap();
+    assert_eq!((code(&response), response.uri), (Code::Ok, alive.clone()));
+    // What the second mirror gave is found again, without a look at the first.
+    assert_eq!(content(&server, wanted(&[&dead, &alive], &[])).await, b"hello");
+    assert_eq!(origin.hits(), 1);
+    let response = fetch(&server, wanted(&[&dead], &[])).await.unwrap();
+    assert_eq!(code(&response), Code::Aborted);
+}
+
+/// AST-09.
+#[tokio::test]
+async fn a_fetch_goes_on_when_its_caller_is_gone_and_many_callers_share_one() {
+    let gate = Arc::new(Semaphore::new(0));
+    let entered = gate.clone();
+    let router = Router::new().fallback(move || {
+        let gate = entered.clone();
+        async move {
+            gate.acquire().await.unwrap().forget();
+            "slow"
+        }
+    });
+    let origin = Origin::serve(router).await;
+    let server = server().await;
+    let request = wanted(&[&origin.uri("/")], &[]);
+    let mut client = FetchClient::connect(server.endpoint()).await.unwrap();
+    let mut impatient = Request::new(request.clone());
+    impatient.set_timeout(Duration::from_secs(1));
+    client.fetch_blob(impatient).await.unwrap_err();
+    let callers: Vec<_> = (0..20)
+        .map(|_| {
+            let (mut client, request) = (client.clone(), request.clone());
+            tokio::spawn(async move { client.fetch_blob(request).await.unwrap().into_inner() })
+        })
+        .collect();
+    gate.add_permits(1);
+    for caller in callers {
+        let response = tokio::time::timeout(PATIENCE, caller).await.unwrap().unwrap();
+        assert_eq!(response.blob_digest, Some(sha256(b"slow").to_wire()), "{response:?}");
+    }
+    assert_eq!(origin.hits(), 1);
+}
+
+/// AST-10: nothing is contacted unless the configuration says so, and the answer says how to change that.
+#[tokio::test]
+async fn only_allowed_hosts_are_contacted_redirects_included() {
+    let origin = Origin::of("secret").await;
+    let denied = |response: &FetchBlobResponse, key: &str| {
+        assert_eq!(code(response), Code::PermissionDenied, "{response:?}");
+        let message = &response.status.as_ref().unwrap().message;
+        assert!(message.contains(key), "{message}");
+    };
+    let closed = Server::start().await;
+    let response = fetch(&closed, wanted(&[&origin.uri("/")], &[])).await.unwrap();
+    denied(&response, "assets.allowed_hosts");
+    let port = origin.address.rsplit(':').next().unwrap();
+    let to = |target: String| {
+        move || {
+            let mut response = Response::new(Body::empty());
+            *response.status_mut() = StatusCode::FOUND;
+            response.headers_mut().insert(header::LOCATION, target.parse().unwrap());
+            std::future::ready(response)
+        }
+    };
+    let router = Router::new()
+        .route("/inside", get(to(origin.uri("/"))))
+        .route("/loopback", get(to(format!("http://localhost:{port}/"))))
+        .route("/metadata", get(to("http://169.254.169.254/latest".into())))
+        .route("/file", get(to("file:///etc/passwd".into())))
+        .route("/loop", get(to("/loop".into())));
+    let redirecting = Origin::serve(router).await;
+    // The name is allowed; the address that it resolves to is not.
+    let hosts = format!(r#"["{}", "localhost"]"#, redirecting.address);
+    let server = Server::with(&[("ASSETS__ALLOWED_HOSTS", &hosts)]).await;
+    for (uri, key) in [
+        (redirecting.uri("/inside"), "assets.allowed_hosts"),
+        (redirecting.uri("/loopback"), "assets.allowed_networks"),
+        (redirecting.uri("/metadata"), "assets.allowed_hosts"),
+        (redirecting.uri("/file"), "scheme"),
+        (format!("http://localhost:{port}/"), "assets.allowed_networks"),
+        ("http://169.254.169.254/".into(), "assets.allowed_hosts"),
+        ("http://[::1]/".into(), "assets.allowed_hosts"),
+        ("file:///etc/passwd".into(), "scheme"),
+        ("no uri".into(), "URI"),
+    ] {
+        denied(&fetch(&server, wanted(&[&uri], &[])).await.unwrap(), key);
+    }
+    assert_eq!(origin.hits(), 0, "it was never asked");
+    let response = fetch(&server, wanted(&[&redirecting.uri("/loop")], &[])).await.unwrap();
+    assert_eq!(code(&response), Code::Aborted);
+    let networks = [
+        ("ASSETS__ALLOWED_HOSTS", r#"["localhost"]"#),
+        ("ASSETS__ALLOWED_NETWORKS", r#"["127.0.0.0/8", "::1/128"]"#),
+    ];
+    let open = Server::with(&networks).await;
+    assert_eq!(content(&open, wanted(&[&format!("http://localhost:{port}/")], &[])).await, b"secret");
+}
+
+/// AST-11.
+#[tokio::test]
+async fn what_is_pushed_is_found_under_every_uri_with_the_same_qualifiers() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let uris = ["urn:fdc:example:source", "http://example.test/a"];
+    let absent = fetch(&server, wanted(&uris[..1], &[])).await.unwrap();
+    assert_eq!(code(&absent), Code::NotFound, "a name is no place, so there is nothing to deny");
+    let offer = |digest: Digest| PushBlobRequest {
+        uris: uris.iter().map(ToString::to_string).collect(),
+        qualifiers: vec![qualifier("x.y", "z")],
+        blob_digest: Some(digest.to_wire()),
+        ..Default::default()
+    };
+    let unstored = push(&server, offer(sha256(b"unstored"))).await.unwrap_err();
+    assert_eq!(unstored.code(), Code::FailedPrecondition);
+    let pushed = client.upload("pushed").await;
+    push(&server, offer(pushed)).await.unwrap();
+    for uri in uris {
+        assert_eq!(content(&server, wanted(&[uri], &[("x.y", "z")])).await, b"pushed");
+        let other = fetch(&server, wanted(&[uri], &[("x.y", "other")])).await;
+        assert!(other.is_err_and(|status| status.code() == Code::InvalidArgument) || uri.starts_with("urn"));
+    }
+    // A checksum holds for what is pushed too.
+    let checked = PushBlobRequest {
+        qualifiers: vec![qualifier("checksum.sri", &sri("sha256", &[7; 32]))],
+        ..offer(pushed)
+    };
+    assert_eq!(push(&server, checked).await.unwrap_err().code(), Code::InvalidArgument);
+    // Past its time it is gone.
+    let past = Some((SystemTime::now() - Duration::from_secs(1)).into());
+    push(&server, PushBlobRequest { expire_at: past, ..offer(pushed) }).await.unwrap();
+    for uri in uris {
+        let expired = fetch(&server, wanted(&[uri], &[("x.y", "z")])).await.unwrap();
+        assert_eq!(code(&expired), Code::NotFound, "{uri}");
+    }
+    // It counts as stored only with all that it refers to.
+    let missing = PushBlobRequest { references_blobs: vec![sha256(b"gone").to_wire()], ..offer(pushed) };
+    assert_eq!(push(&server, missing).await.unwrap_err().code(), Code::FailedPrecondition);
+}
+
+/// AST-11; what is bound survives the server, and is not served once its blob is lost.
+#[tokio::test]
+async fn bindings_survive_a_restart_and_lost_content_is_fetched_again() {
+    let origin = Origin::of("hello").await;
+    let allowed = [("ASSETS__ALLOWED_HOSTS", r#"["127.0.0.1"]"#)];
+    let mut first = Server::with(&allowed).await;
+    let client = first.client().await;
+    let request = wanted(&[&origin.uri("/")], &[]);
+    assert_eq!(content(&first, request.clone()).await, b"hello");
+    let pushed = client.upload("pushed").await;
+    let offer = PushBlobRequest {
+        uris: vec!["urn:x".into()],
+        blob_digest: Some(pushed.to_wire()),
+        ..Default::default()
+    };
+    push(&first, offer).await.unwrap();
+    drop(client);
+    first.signal("TERM");
+    first.exit().await;
+    let second = Server::on(first.shared_store(), &allowed).await;
+    assert_eq!(content(&second, request.clone()).await, b"hello");
+    assert_eq!(content(&second, wanted(&["urn:x"], &[])).await, b"pushed");
+    assert_eq!(origin.hits(), 1);
+    for digest in [sha256(b"hello"), pushed] {
+        let hash = digest.hash_hex();
+        let stored =
+            files_below(second.store()).into_iter().find(|path| path.to_string_lossy().contains(&hash));
+        std::fs::remove_file(stored.unwrap()).unwrap();
+        assert!(second.client().await.read(digest).await.is_err());
+    }
+    assert_eq!(content(&second, request).await, b"hello");
+    assert_eq!(origin.hits(), 2);
+    let gone = fetch(&second, wanted(&["urn:x"], &[])).await.unwrap();
+    assert_eq!(code(&gone), Code::NotFound);
+}
+
+fn archive() -> Vec<u8> {
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut add = |path: &str, mode: u32, content: &[u8]| {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(content.len() as u64);
+        header.set_mode(mode);
+        tar.append_data(&mut header, path, content).unwrap();
+    };
+    add("pkg/run.sh", 0o755, b"#!/bin/sh\n");
+    add("pkg/sub/large", 0o644, &vec![7; 1_000_000]);
+    add("pkg/empty", 0o644, b"");
+    zstd::encode_all(tar.into_inner().unwrap().as_slice(), 1).unwrap()
+}
+
+async fn fetch_directory(
+    server: &Server,
+    uri: &str,
+    path: &str,
+) -> gorego::proto::asset::FetchDirectoryResponse {
+    let mut client = FetchClient::connect(server.endpoint()).await.unwrap();
+    let qualifiers = if path.is_empty() { vec![] } else { vec![qualifier("directory", path)] };
+    let request = FetchDirectoryRequest { uris: vec![uri.into()], qualifiers, ..Default::default() };
+    client.fetch_directory(request).await.unwrap().into_inner()
+}
+
+async fn tree(client: &Client, root: Option<reapi::Digest>) -> Vec<reapi::Directory> {
+    let request = GetTreeRequest { root_digest: root, ..Default::default() };
+    let mut stream = client.cas.clone().get_tree(request).await.unwrap().into_inner();
+    let mut directories = Vec::new();
+    while let Some(page) = stream.message().await.unwrap() {
+        directories.extend(page.directories);
+    }
+    directories
+}
+
+/// AST-06.
+#[tokio::test]
+async fn an_archive_becomes_directories_with_everything_in_the_cas() {
+    let origin = Origin::of(archive()).await;
+    let server = server().await;
+    let client = server.client().await;
+    let uri = origin.uri("/pkg.tar.zst");
+    let response = fetch_directory(&server, &uri, "").await;
+    assert_eq!(response.status.unwrap().code, 0);
+    let directories = tree(&client, response.root_directory_digest.clone()).await;
+    assert_eq!(directories.len(), 3);
+    let pkg = directories.iter().find(|directory| directory.files.len() == 2).unwrap();
+    assert_eq!((pkg.files[0].name.as_str(), pkg.files[1].name.as_str()), ("empty", "run.sh"));
+    assert!(pkg.files[1].is_executable && !pkg.files[0].is_executable);
+    assert_eq!(client.read(sha256(&vec![7; 1_000_000])).await.unwrap().len(), 1_000_000);
+    let below = fetch_directory(&server, &uri, "pkg/sub").await;
+    assert_eq!(tree(&client, below.root_directory_digest).await.len(), 1);
+    let none = fetch_directory(&server, &uri, "pkg/nonsense").await;
+    assert_eq!(none.status.unwrap().code, Code::NotFound as i32);
+    // Once more from what is bound, and pushed under a name of one's own.
+    let hits = origin.hits();
+    let again = fetch_directory(&server, &uri, "").await;
+    assert_eq!((again.root_directory_digest, origin.hits()), (response.root_directory_digest.clone(), hits));
+    let offer = PushDirectoryRequest {
+        uris: vec!["urn:tree".into()],
+        root_directory_digest: response.root_directory_digest.clone(),
+        ..Default::default()
+    };
+    let mut pusher = PushClient::connect(server.endpoint()).await.unwrap();
+    pusher.push_directory(offer).await.unwrap();
+    let pushed = fetch_directory(&server, "urn:tree", "").await;
+    assert_eq!(pushed.root_directory_digest, response.root_directory_digest);
+    // What is no archive, or a hostile one, is bad news of the origin.
+    let hostile = Origin::of("this is no archive").await;
+    let response = fetch_directory(&server, &hostile.uri("/x.tar.gz"), "").await;
+    assert_eq!(response.status.unwrap().code, Code::Aborted as i32);
+}
+
+#[tokio::test]
+async fn each_download_leaves_a_line_without_what_may_be_secret() {
+    let origin = Origin::of("hello").await;
+    let server = server().await;
+    let uri = origin.uri("/path?token=secret-token");
+    content(&server, wanted(&[&uri], &[("http_header:Authorization", "secret-header")])).await;
+    let logged =
+        || server.log().iter().any(|line| line["event"] == "asset_fetched" && line["host"] == "127.0.0.1");
+    eventually("the line of a download", logged).await;
+    assert!(server.log().iter().all(|line| !line.to_string().contains("secret-")));
+}

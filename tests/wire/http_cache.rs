@@ -1,0 +1,301 @@
+//! The cache over HTTP/1.1, beside gRPC clients of the same store.
+
+use crate::support::{Server, empty, eventually, sh, sha256};
+use gorego::{
+    digest::{Digest, DigestFunction},
+    proto::reapi::{ActionResult, OutputFile},
+};
+use prost::Message as _;
+use reqwest::{Client, Method, Response, StatusCode, header};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+
+struct Http {
+    server: Server,
+    base: String,
+    client: Client,
+}
+
+impl Http {
+    async fn start(overrides: &[(&str, &str)]) -> Self {
+        let address = [("HTTP__LISTEN_ADDR", "127.0.0.1:0")];
+        let server = Server::with(&[&address, overrides].concat()).await;
+        let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
+        let base = format!("http://{}", started["listen_addr"].as_str().unwrap());
+        Self { server, base, client: Client::builder().no_proxy().build().unwrap() }
+    }
+
+    async fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Vec<u8>>,
+    ) -> Response {
+        let method = Method::from_bytes(method.as_bytes()).unwrap();
+        let mut request = self.client.request(method, format!("{}{path}", self.base));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let body: Vec<u8> = body.into();
+        if !body.is_empty() {
+            request = request.body(body);
+        }
+        request.send().await.unwrap()
+    }
+
+    async fn get(&self, path: &str) -> Option<Vec<u8>> {
+        let response = self.send("GET", path, &[], "").await;
+        match response.status() {
+            StatusCode::OK => Some(response.bytes().await.unwrap().into()),
+            status => {
+                assert_eq!(status, StatusCode::NOT_FOUND);
+                None
+            }
+        }
+    }
+
+    async fn put(&self, path: &str, body: impl Into<Vec<u8>>) -> StatusCode {
+        self.send("PUT", path, &[], body).await.status()
+    }
+}
+
+fn cas(content: &[u8]) -> String {
+    format!("/cas/{}", sha256(content).hash_hex())
+}
+
+/// More than fits one piece of anything, and not too regular.
+fn large() -> Vec<u8> {
+    (0..1_500_000u32).map(|n| (n / 7).wrapping_mul(n) as u8).collect()
+}
+
+#[tokio::test]
+async fn blobs_are_those_of_grpc_clients_and_have_the_hash_of_their_path() {
+    let http = Http::start(&[]).await;
+    let grpc = http.server.client().await;
+    for content in [b"hello".to_vec(), large(), Vec::new()] {
+        if !content.is_empty() {
+            assert_eq!(http.get(&cas(&content)).await, None);
+            assert_eq!(http.put(&cas(&content), content.clone()).await, StatusCode::CREATED);
+        }
+        assert_eq!(http.get(&cas(&content)).await.unwrap(), content);
+        assert_eq!(grpc.read(sha256(&content)).await.unwrap(), content);
+        let head = http.send("HEAD", &cas(&content), &[], "").await;
+        assert_eq!(head.status(), StatusCode::OK);
+        assert_eq!(head.headers()[header::CONTENT_LENGTH], content.len().to_string().as_str());
+    }
+    for wrong in [b"wrong".to_vec(), large()] {
+        assert_eq!(http.put(&cas(b"other"), wrong.clone()).await, StatusCode::BAD_REQUEST);
+        assert_eq!(http.get(&cas(b"other")).await, None);
+    }
+    let uploaded = grpc.upload("by gRPC").await;
+    assert_eq!(http.get(&format!("/cas/{}", uploaded.hash_hex())).await.unwrap(), b"by gRPC");
+    // Other functions by name or length, as in resource names.
+    let blake3 = DigestFunction::Blake3.digest(b"hello");
+    let path = format!("/cas/blake3/{}", blake3.hash_hex());
+    assert_eq!(http.put(&path, "hello").await, StatusCode::CREATED);
+    assert_eq!(grpc.read(blake3).await.unwrap(), b"hello");
+    let sha1 = DigestFunction::Sha1.digest(b"hello");
+    assert_eq!(http.put(&format!("/cas/{}", sha1.hash_hex()), "hello").await, StatusCode::CREATED);
+}
+
+#[tokio::test]
+async fn action_results_are_shared_with_grpc_clients_and_always_complete() {
+    let http = Http::start(&[]).await;
+    let grpc = http.server.client().await;
+    let output = grpc.upload("output").await;
+    let result = |digest: Digest| {
+        let file = OutputFile { path: "out".into(), digest: Some(digest.to_wire()), ..Default::default() };
+        ActionResult { output_files: vec![file], ..Default::default() }.encode_to_vec()
+    };
+    // The Action is stored first, as Bazel does it.
+    let action = grpc.action(sh("echo x"), empty()).await;
+    let path = format!("/ac/{}", action.hash_hex());
+    assert_eq!(http.get(&path).await, None);
+    assert_eq!(http.put(&path, result(output)).await, StatusCode::CREATED);
+    let cached = grpc.cached(action).await.expect("a gRPC client finds it");
+    let read = ActionResult::decode(http.get(&path).await.unwrap().as_slice()).unwrap();
+    assert_eq!(read, cached);
+    // What ran here is found by HTTP clients.
+    let ran = grpc.action(sh("echo ran"), empty()).await;
+    grpc.run(ran).await;
+    assert!(http.get(&format!("/ac/{}", ran.hash_hex())).await.is_some());
+    // Without its Action a result is still found by HTTP clients.
+    let unknown = format!("/ac/{}", sha256(b"unknown action").hash_hex());
+    assert_eq!(http.put(&unknown, result(output)).await, StatusCode::CREATED);
+    assert!(http.get(&unknown).await.is_some());
+    // One that refers to what is not stored is a miss.
+    let incomplete = format!("/ac/{}", sha256(b"incomplete").hash_hex());
+    assert_eq!(http.put(&incomplete, result(sha256(b"not stored"))).await, StatusCode::CREATED);
+    assert_eq!(http.get(&incomplete).await, None);
+    // One that lies or is none is refused.
+    let escaping = OutputFile { path: "../x".into(), digest: Some(output.to_wire()), ..Default::default() };
+    let escaping = ActionResult { output_files: vec![escaping], ..Default::default() }.encode_to_vec();
+    for bad in [escaping, b"\xffopaque".to_vec()] {
+        assert_eq!(http.put(&path, bad).await, StatusCode::BAD_REQUEST);
+    }
+    assert_eq!(
+        http.get(&path).await.map(|bytes| bytes.len()),
+        Some(read.encoded_len()),
+        "the good one is still there"
+    );
+}
+
+#[tokio::test]
+async fn values_have_any_key_are_replaced_and_survive_a_restart() {
+    let http = Http::start(&[("INSTANCE_NAMES", r#"["", "main"]"#)]).await;
+    for key in ["/cache/0a1b2c", "/cache/ab/cdef-manifest", "/main/cache/0a1b2c"] {
+        assert_eq!(http.get(key).await, None);
+        for value in [&b"\xffopaque\0value"[..], b"another"] {
+            assert_eq!(http.put(key, value).await, StatusCode::CREATED);
+            assert_eq!(http.get(key).await.unwrap(), value);
+        }
+        let ranged = http.send("GET", key, &[("range", "bytes=1-2")], "").await;
+        assert_eq!(ranged.bytes().await.unwrap(), "no");
+    }
+    assert_eq!(http.get("/cache/other").await, None);
+    let store = http.server.kill().await;
+    let server =
+        Server::on(store, &[("HTTP__LISTEN_ADDR", "127.0.0.1:0"), ("INSTANCE_NAMES", r#"["", "main"]"#)])
+            .await;
+    let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
+    let base = format!("http://{}", started["listen_addr"].as_str().unwrap());
+    let http = Http { server, base, client: http.client };
+    assert_eq!(http.get("/cache/0a1b2c").await.unwrap(), b"another");
+}
+
+#[tokio::test]
+async fn ranges_are_served_and_those_outside_refused() {
+    let http = Http::start(&[]).await;
+    let content = large();
+    http.put(&cas(&content), content.clone()).await;
+    for (range, from, to) in [
+        ("bytes=0-0", 0, 1),
+        ("bytes=1000-", 1000, content.len()),
+        ("bytes=-7", content.len() - 7, content.len()),
+        ("bytes=5-99999999999", 5, content.len()),
+    ] {
+        let response =
+            http.send("GET", &cas(&content), &[("range", range), ("accept-encoding", "zstd")], "").await;
+        assert_eq!(response.status(), StatusCode::PARTIAL_CONTENT, "{range}");
+        let shown = format!("bytes {from}-{}/{}", to - 1, content.len());
+        assert_eq!(response.headers()[header::CONTENT_RANGE], shown.as_str());
+        assert!(!response.headers().contains_key(header::CONTENT_ENCODING));
+        assert_eq!(response.bytes().await.unwrap(), content[from..to], "{range}");
+    }
+    let outside = http.send("GET", &cas(&content), &[("range", "bytes=9999999-")], "").await;
+    assert_eq!(outside.status(), StatusCode::RANGE_NOT_SATISFIABLE);
+    let shown = format!("bytes */{}", content.len());
+    assert_eq!(outside.headers()[header::CONTENT_RANGE], shown.as_str());
+    let several = http.send("GET", &cas(&content), &[("range", "bytes=0-1,3-4")], "").await;
+    assert_eq!(several.status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn zstd_is_spoken_both_ways() {
+    let http = Http::start(&[]).await;
+    for content in [large(), b"small".to_vec(), vec![0; 3_000_000]] {
+        // Two frames, as parallel compressors write them.
+        let (first, second) = content.split_at(content.len() / 3);
+        let frames = [first, second].map(|part| zstd::encode_all(part, 3).unwrap()).concat();
+        let put = http.send("PUT", &cas(&content), &[("content-encoding", "zstd")], frames.clone()).await;
+        assert_eq!(put.status(), StatusCode::CREATED);
+        assert_eq!(http.get(&cas(&content)).await.unwrap(), content, "it is stored as it is");
+        let get = http.send("GET", &cas(&content), &[("accept-encoding", "gzip, zstd;q=0.8")], "").await;
+        let compressed =
+            get.headers().get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding == "zstd");
+        let body = get.bytes().await.unwrap();
+        let read = if compressed { zstd::decode_all(&body[..]).unwrap() } else { body.to_vec() };
+        assert_eq!((compressed, read == content), (content.len() > 1_000, true));
+        let refused = http.send("GET", &cas(&content), &[("accept-encoding", "zstd;q=0")], "").await;
+        assert!(!refused.headers().contains_key(header::CONTENT_ENCODING));
+        for (body, encoding, status) in [
+            (frames[..frames.len() - 1].to_vec(), "zstd", StatusCode::BAD_REQUEST),
+            (content.clone(), "zstd", StatusCode::BAD_REQUEST),
+            (frames.clone(), "br", StatusCode::UNSUPPORTED_MEDIA_TYPE),
+        ] {
+            let put = http.send("PUT", &cas(&content), &[("content-encoding", encoding)], body).await;
+            assert_eq!(put.status(), status);
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_done_has_the_status_that_says_so() {
+    let http = Http::start(&[("CACHE__ACTION_CACHE_UPDATES", "false")]).await;
+    let hash = sha256(b"x").hash_hex();
+    for (method, path, status) in [
+        ("GET", "/healthz".to_owned(), StatusCode::OK),
+        ("HEAD", "/status".into(), StatusCode::OK),
+        ("GET", "/".into(), StatusCode::OK),
+        ("PUT", "/healthz".into(), StatusCode::METHOD_NOT_ALLOWED),
+        ("DELETE", format!("/cas/{hash}"), StatusCode::METHOD_NOT_ALLOWED),
+        ("POST", format!("/ac/{hash}"), StatusCode::METHOD_NOT_ALLOWED),
+        ("GET", "/cas/zz".into(), StatusCode::BAD_REQUEST),
+        ("GET", format!("/cas/{}", hash.to_uppercase()), StatusCode::BAD_REQUEST),
+        ("GET", format!("/unknown/cas/{hash}"), StatusCode::BAD_REQUEST),
+        ("GET", "/metrics".into(), StatusCode::NOT_FOUND),
+        ("PUT", format!("/ac/{hash}"), StatusCode::FORBIDDEN),
+        ("PUT", "/cache/key".into(), StatusCode::FORBIDDEN),
+        ("PUT", format!("/cas/{hash}"), StatusCode::CREATED),
+    ] {
+        let body = if method == "PUT" { "x" } else { "" };
+        let response = http.send(method, &path, &[], body).await;
+        assert_eq!(response.status(), status, "{method} {path}");
+        assert!(response.text().await.unwrap().len() < 400);
+    }
+    let length = [("content-length", "99000000000")];
+    let mut raw = TcpStream::connect(http.base.strip_prefix("http://").unwrap()).await.unwrap();
+    let head = format!("PUT /cas/{hash} HTTP/1.1\r\nhost: x\r\n{}: {}\r\n\r\n", length[0].0, length[0].1);
+    raw.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = [0; 12];
+    raw.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 413");
+}
+
+/// As sccache's storage layer does it.
+#[tokio::test]
+async fn webdav_clients_find_every_directory_there() {
+    let http = Http::start(&[]).await;
+    assert_eq!(
+        http.send("PROPFIND", "/cache/a/", &[("depth", "0")], "").await.status(),
+        StatusCode::MULTI_STATUS
+    );
+    assert_eq!(http.send("MKCOL", "/cache/a/b/", &[], "").await.status(), StatusCode::CREATED);
+    assert_eq!(
+        http.send("PROPFIND", "/cache/a/k", &[("depth", "0")], "").await.status(),
+        StatusCode::NOT_FOUND
+    );
+    http.put("/cache/a/k", "value").await;
+    let found = http.send("PROPFIND", "/cache/a/k", &[("depth", "0")], "").await.text().await.unwrap();
+    assert!(found.contains("<D:getcontentlength>5<"), "{found}");
+}
+
+#[tokio::test]
+async fn every_request_leaves_one_line_and_the_server_stops_in_good_order() {
+    let mut http = Http::start(&[]).await;
+    http.put(&cas(b"hello"), "hello").await;
+    http.get(&cas(b"hello")).await;
+    http.get("/cache/none").await;
+    // An upload that breaks off.
+    let mut raw = TcpStream::connect(http.base.strip_prefix("http://").unwrap()).await.unwrap();
+    let head = format!("PUT {} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nhalf", cas(b"x"));
+    raw.write_all(head.as_bytes()).await.unwrap();
+    drop(raw);
+    let lines = |http: &Http| -> Vec<_> {
+        http.server.log().into_iter().filter(|line| line["event"] == "http_finished").collect()
+    };
+    eventually("four lines", || lines(&http).len() == 4).await;
+    let all = lines(&http);
+    assert_eq!(all[0]["method"], "PUT");
+    assert_eq!(all[0]["http_status"], 201);
+    assert_eq!(all[0]["bytes_in"], 5);
+    assert_eq!(all[0]["digest"], sha256(b"hello").to_string());
+    assert_eq!((&all[1]["http_status"], &all[1]["bytes_out"]), (&200.into(), &5.into()));
+    assert_eq!((&all[2]["http_status"], &all[2]["path"]), (&404.into(), &"/cache/none".into()));
+    http.server.signal("TERM");
+    assert!(http.server.exit().await.success());
+    assert!(http.server.log().iter().any(|line| line["event"] == "server_stopped"));
+}

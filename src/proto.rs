@@ -10,7 +10,7 @@ mod generated {
 
 pub use generated::build::bazel::remote::asset::v1 as asset;
 pub use generated::build::bazel::remote::execution::v2 as reapi;
-pub use generated::build::bazel::remote::{asset::v1 as asset, logstream::v1 as logstream};
+pub use generated::build::bazel::remote::logstream::v1 as logstream;
 pub use generated::build::bazel::semver;
 pub use generated::google::{bytestream, longrunning, rpc};
 pub use generated::gorego::v1 as gorego;

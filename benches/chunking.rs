@@ -74,6 +74,7 @@ async fn main() {
         max_blob_bytes: 1 << 34,
         partial_upload_retention: Duration::from_secs(60),
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
+        zstd_level: 1,
     };
     let instances = Instances::new([""]).unwrap();
     let main = instances.get("").unwrap();

@@ -6,14 +6,17 @@
 //! only and may hold nonsense; everything past this module gets [`Settings`].
 
 pub mod load;
+pub mod pools;
 pub mod settings;
 pub mod show;
 mod source_text;
 
 pub use load::{Flag, Loaded, Origin, Sources, load};
+pub use pools::PoolSettings;
 pub use settings::{ExecutionSettings, Machine, Settings};
 
-use crate::digest::DigestFunction;
+use crate::{digest::DigestFunction, platform::UnknownProperties};
+use pools::PoolConfig;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -193,9 +196,16 @@ pub struct ExecutionConfig {
     pub max_attempts: u32,
     /// Largest file that a command may write, in GB (10^9 bytes).
     pub max_output_file_gb: u64,
-    /// Properties of this machine's workers. An action that asks for another value of one of these is refused; properties
-    /// that are not listed here do not matter.
+    /// How long an action waits until it gains one step of priority.
+    #[serde(with = "humantime_serde")]
+    pub priority_ageing: Duration,
+    /// What becomes of actions that ask for a platform property of which nothing is said here.
+    pub unknown_properties: UnknownProperties,
+    /// Properties of this machine's workers when there are no pools. An action that asks for another value of one of these
+    /// is refused.
     pub platform: BTreeMap<String, String>,
+    /// Pools by name; without any there is one, "local", made from `concurrency` and `platform`.
+    pub pools: BTreeMap<String, PoolConfig>,
 }
 
 /// `[log_streams]`.
@@ -291,7 +301,10 @@ impl Default for ExecutionConfig {
             abandon_grace: Duration::from_secs(60),
             max_attempts: 3,
             max_output_file_gb: 16,
+            priority_ageing: Duration::from_secs(60),
+            unknown_properties: UnknownProperties::Ignore,
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),
+            pools: BTreeMap::new(),
         }
     }
 }

@@ -18,6 +18,7 @@ pub mod instance;
 pub mod log_streams;
 pub mod logging;
 pub mod path;
+pub mod platform;
 pub mod proto;
 pub mod resource_name;
 pub mod server;

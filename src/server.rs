@@ -13,10 +13,11 @@ use crate::{
             Pool, SchedulerActor,
             messages::{Drain, Inspect},
             settings::SchedulerSettings,
+            slots::PoolSpec,
         },
         worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
     },
-    config::{ExecutionSettings, Settings},
+    config::{ExecutionSettings, PoolSettings, Settings},
     error::{Error, Result},
     grpc::{self, Edge, ask::Scheduler},
     http_cache::{self, HttpCache},
@@ -284,26 +285,35 @@ fn start_scheduler(
     cas: &Cas,
     log_streams: LogStreams,
 ) -> Addr<SchedulerActor> {
-    let worker = Arc::new(WorkerSettings {
-        name: host_name(),
-        build_root,
-        transfer_timeout: execution.transfer_timeout,
-        max_output_file_bytes: execution.max_output_file_bytes,
-        runner: WorkerSettings::own_runner(open_files),
-        log_streams,
-    });
     let store = Arc::new(cas.clone());
-    let workers =
-        SyncArbiter::start(execution.slots, move || WorkerActor::new(worker.clone(), store.clone()));
-    let pool = Pool {
-        name: "local".into(),
-        slots: execution.slots,
-        platform: execution.platform.clone(),
-        runner: workers.recipient(),
-    };
+    let pools = execution.pools.iter().map(|pool| {
+        let worker = Arc::new(WorkerSettings {
+            name: worker_name(pool),
+            pool: pool.name.clone(),
+            build_root: build_root.clone(),
+            transfer_timeout: execution.transfer_timeout,
+            max_output_file_bytes: execution.max_output_file_bytes,
+            runner: WorkerSettings::own_runner(open_files),
+            log_streams: log_streams.clone(),
+        });
+        let spec = PoolSpec {
+            name: pool.name.clone(),
+            section: if pool.is_declared {
+                format!("execution.pools.{}", pool.name)
+            } else {
+                "execution.platform".into()
+            },
+            worker: worker.name.clone(),
+            slots: pool.slots,
+            offers: pool.offers.clone(),
+        };
+        let store = store.clone();
+        let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
+        Pool { spec, runner: workers.recipient() }
+    });
     SchedulerActor::new(
         SchedulerSettings::new(execution),
-        vec![pool],
+        pools.collect(),
         cas.actor().clone().recipient(),
         cas.actor().clone().recipient(),
     )
@@ -368,6 +378,8 @@ impl Signals {
     }
 }
 
-fn host_name() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
+/// What the workers of a pool are called, before their slot: `host` or, for a pool that was declared, `host/pool`.
+fn worker_name(pool: &PoolSettings) -> String {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    if pool.is_declared { format!("{host}/{}", pool.name) } else { host }
 }

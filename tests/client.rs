@@ -344,6 +344,7 @@ async fn follow(mut execution: Execution) -> Result<(Vec<Stage>, Finished), Erro
         match execution.next().await?.expect("an end") {
             Event::Stage(stage) => stages.push(stage),
             Event::Logs(names) => panic!("the server offers no streams: {names:?}"),
+            Event::Waiting(status) => panic!("no script says why it waits: {status:?}"),
             Event::Finished(finished) => {
                 assert_eq!(execution.next().await, Ok(None));
                 return Ok((stages, *finished));

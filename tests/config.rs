@@ -1,10 +1,13 @@
 //! Configuration from the outside: precedence, errors that say what to do, and the files that people read.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use gorego::config::{
-    Config, Flag, Machine, Origin, Settings, Sources,
-    load::{keys, load, variable_of},
-    show::show,
+use gorego::{
+    config::{
+        Config, Flag, Machine, Origin, Settings, Sources,
+        load::{keys, load, variable_of},
+        show::show,
+    },
+    platform::Offer,
 };
 use std::{ffi::OsString, fs, os::unix::ffi::OsStringExt as _, path::PathBuf, time::Duration};
 
@@ -209,6 +212,75 @@ fn values_that_make_no_sense_are_refused_all_at_once_with_their_place() {
         ["instance_names = []", "instance_names = [\"a\", \"a\"]", "max_size_gb = 9223372036854775807"]
     {
         assert!(check(text).is_err(), "{text}");
+    }
+}
+
+#[test]
+fn pools_are_declared_in_the_shortest_form_that_says_how_they_match() {
+    let settings = check(
+        "[execution.pools.gpu]\nslots = 2\n[execution.pools.gpu.properties]\nOSFamily = \"linux\"\n\
+         arch = [\"x86_64\", \"amd64\"]\ncores = { minimum = 16 }\n\"cache-silo-key\" = { ignore = true }\n\
+         [execution.pools.linux]\nslots = 6\nproperties = { OSFamily = \"linux\" }\n[execution.pools.any]\nslots = 1\n",
+    )
+    .unwrap();
+    let execution = settings.execution.unwrap();
+    let pools: Vec<_> = execution.pools.iter().map(|pool| (pool.name.as_str(), pool.slots)).collect();
+    assert_eq!(pools, [("any", 1), ("linux", 6), ("gpu", 2)], "the least special first");
+    assert_eq!(execution.slots, 9);
+    let gpu: Vec<_> = execution.pools[2].offers.values().cloned().collect();
+    let amd64 = Offer::Set(vec!["x86_64".into(), "amd64".into()]);
+    assert_eq!(gpu, [Offer::Exact("linux".into()), amd64, Offer::Ignore, Offer::Minimum(16)]);
+    let local = check("").unwrap().execution.unwrap().pools;
+    assert_eq!((local.len(), local[0].name.as_str(), local[0].slots), (1, "local", 6));
+    assert_eq!(local[0].offers.get("OSFamily"), Some(&Offer::Exact("linux".into())));
+    let sources =
+        Sources { env: env(&[("GOREGO_EXECUTION__POOLS", "{ a = { slots = 3 } }")]), ..Sources::default() };
+    let loaded = load(&sources).unwrap();
+    let text = show(&loaded, &Settings::new(&loaded, &machine()).unwrap());
+    let (_dir, path) = file(&text);
+    let again = load(&Sources { file: Some(path), ..Sources::default() }).unwrap();
+    assert_eq!(Settings::new(&again, &machine()).unwrap().execution.unwrap().slots, 3, "{text}");
+}
+
+#[test]
+fn a_mistake_in_a_pool_is_shown_with_its_place_and_what_to_write_instead() {
+    let pool = |rest: &str| file_error(&format!("[execution.pools.a]\n{rest}\n"));
+    for (error, parts) in [
+        (
+            pool("slot = 1"),
+            &[":2:1: unknown key \"execution.pools.a.slot\"", "did you mean \"execution.pools.a.slots\""][..],
+        ),
+        (pool(""), &["slots"]),
+        (pool("slots = 1\nproperties = { cores = 4 }"), &[":3:", "{ minimum = 4 }", "\"4\""]),
+        (pool("slots = 1\nproperties = { cores = { maximum = 4 } }"), &[":3:", "maximum", "minimum"]),
+        (pool("slots = 1\nproperties = { cores = { minimum = 4, ignore = true } }"), &[":3:", "one way"]),
+        (pool("slots = 1\nproperties = { cores = { minimum = \"x\" } }"), &[":3:"]),
+        (pool("slots = 1\nproperties = { arch = [] }"), &[":3:", "offers nothing"]),
+        (pool("slots = 1\nproperties = { silo = { ignore = false } }"), &[":3:", "leave the property out"]),
+        (file_error("[execution]\nunknown_properties = \"allow\"\n"), &[":2:22: ", "ignore", "refuse"]),
+        (file_error("[execution]\npools = 1\n"), &[":2:9: "]),
+    ] {
+        for part in parts {
+            assert!(error.contains(part), "{part} in {error}");
+        }
+    }
+    let error = check(
+        "[execution]\nconcurrency = 2\nplatform = { a = \"b\" }\npriority_ageing = \"0s\"\n\
+         [execution.pools.\"a/b\"]\nslots = 0\n[execution.pools.c]\nslots = 4096\nproperties = { \"\" = \"x\" }\n\
+         [execution.pools.d]\nslots = 1\n",
+    )
+    .unwrap_err();
+    for part in [
+        "execution.concurrency = 2 (",
+        "each has its own slots",
+        "each has its own properties",
+        "execution.priority_ageing",
+        "\"a/b\" cannot be the name of a pool",
+        "slots of \"a/b\" must be between 1",
+        "\"c\" has a property without a name",
+        "4097 slots together",
+    ] {
+        assert!(error.contains(part), "{part} in {error}");
     }
 }
 

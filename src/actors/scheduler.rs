@@ -28,11 +28,13 @@ use crate::{
 };
 use actix::{Actor, AsyncContext, Context, Handler, MailboxError, Message, Recipient, ResponseFuture};
 use ledger::{Assignment, Check, Ledger, RunEnd};
-use messages::{Cancel, Drain, Forget, Inspect, Inspection, ListOperations, OperationPage, Submit, Watch};
-use operation::{OperationId, Subscription};
+use messages::{
+    Cancel, Drain, Explain, Forget, Inspect, Inspection, ListOperations, OperationPage, Submit, Watch,
+};
+use operation::{OperationId, QueueStatus, Subscription};
 use settings::{Moment, QUEUE_FULL_RETRY, SchedulerSettings};
 use slots::PoolSpec;
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -53,13 +55,8 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
 /// A set of workers: what they offer and the way to run a task on them. A peer would be one more of these.
 #[derive(Clone)]
 pub struct Pool {
-    /// For logs and messages.
-    pub name: String,
-    /// Tasks that it runs at the same time; it is never sent more.
-    pub slots: usize,
-    /// Properties of its workers. An action that asks for another value of one of them does not run here; what is not
-    /// listed does not matter (EXE-31).
-    pub platform: BTreeMap<String, String>,
+    /// What it is called, how many slots it has and what it offers; it is never sent more than it has slots.
+    pub spec: PoolSpec,
     /// Runs a task. Each message is answered when the run is over.
     pub runner: Recipient<RunAction>,
 }
@@ -83,10 +80,7 @@ impl SchedulerActor {
         resolve: Recipient<ResolveAction>,
         check: Recipient<CheckInputs>,
     ) -> Self {
-        let (specs, runners) = pools
-            .into_iter()
-            .map(|Pool { name, slots, platform, runner }| (PoolSpec { name, slots, platform }, runner))
-            .unzip();
+        let (specs, runners) = pools.into_iter().map(|Pool { spec, runner }| (spec, runner)).unzip();
         Self {
             ledger: Ledger::new(settings, specs),
             runners,
@@ -100,10 +94,10 @@ impl SchedulerActor {
 
     /// Carries out what the ledger has decided; to be called after every change to it.
     fn settle(&mut self, ctx: &mut Context<Self>) {
-        while let Some(check) = self.ledger.next_check() {
+        let now = Moment::now();
+        while let Some(check) = self.ledger.next_check(now) {
             self.send_check(check, ctx);
         }
-        let now = Moment::now();
         while let Some(assignment) = self.ledger.assign(now) {
             self.send_run(assignment, ctx);
         }
@@ -299,11 +293,19 @@ impl Handler<Forget> for SchedulerActor {
     }
 }
 
+impl Handler<Explain> for SchedulerActor {
+    type Result = Option<Box<QueueStatus>>;
+
+    fn handle(&mut self, Explain { instance, id }: Explain, _: &mut Self::Context) -> Self::Result {
+        self.ledger.explain(&instance, id, Moment::now()).map(Box::new)
+    }
+}
+
 impl Handler<ListOperations> for SchedulerActor {
     type Result = Result<OperationPage>;
 
     fn handle(&mut self, query: ListOperations, _: &mut Self::Context) -> Self::Result {
-        Ok(self.ledger.list(&query))
+        self.ledger.list(&query)
     }
 }
 

@@ -42,8 +42,11 @@ pub const RUNNER_SUBCOMMAND: &str = "runner";
 /// What all workers of a pool share.
 #[derive(Debug, Clone)]
 pub struct WorkerSettings {
-    /// Name of this host; with the slot, what `ExecutedActionMetadata.worker` says.
+    /// Name of this host and, where there are several pools, of the pool; with the slot, what
+    /// `ExecutedActionMetadata.worker` says.
     pub name: String,
+    /// Name of the pool, for logs.
+    pub pool: String,
     /// Where exec directories are made.
     pub build_root: BuildRoot,
     /// How long bringing in inputs may take, and again how long storing outputs may.
@@ -99,7 +102,7 @@ impl Handler<RunAction> for WorkerActor {
         MessageResult(catch_unwind(run).unwrap_or_else(|panic| {
             let what = panic_message(&*panic);
             log::error!(target: "gorego::worker", event = WORKER_PANICKED, task = order.task.0,
-                slot = order.slot.0, action_digest = order.action.digest.to_string(), error = what;
+                pool = self.settings.pool, slot = order.slot.0, action_digest = order.action.digest.to_string(), error = what;
                 "a worker panicked; the action is reported as failed and the worker goes on");
             self.launcher.reset();
             let error = Error::Internal(format!("the worker panicked: {what}"));

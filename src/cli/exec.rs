@@ -4,7 +4,9 @@
 //! brings its outputs home and exits with its exit code. Ctrl-C or SIGTERM cancels the operation on the server before we leave.
 
 use super::{
-    EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain, live::Live, progress::Line,
+    EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain,
+    live::Live,
+    progress::{self, Line},
 };
 use crate::{
     client::{BlobSet, Client, Event, Finished, Identity, Job, Progress, blocking, scan},
@@ -195,6 +197,7 @@ async fn follow(
                 Stage::Completed | Stage::Unknown => "done",
             }),
             Ok(Some(Event::Logs(names))) => live.follow(client, &names, line),
+            Ok(Some(Event::Waiting(status))) => line.say(&progress::waiting(&status)),
             Ok(Some(Event::Finished(finished))) => break Ok(*finished),
             Ok(None) => break Err(Error::internal("the operation ended without a result")),
             Err(error) => break Err(error),

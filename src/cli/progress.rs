@@ -1,6 +1,6 @@
 //! What `gorego exec` shows while it works: one line on a terminal, nothing in a pipe.
 
-use crate::client::Progress;
+use crate::{client::Progress, proto::gorego::QueueStatus};
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::{
     future::Future,
@@ -56,8 +56,49 @@ impl Line {
     }
 }
 
+/// Why an operation waits, in a line.
+pub fn waiting(status: &QueueStatus) -> String {
+    let QueueStatus { pool, position, busy_slots, slots, reason, .. } = status;
+    match position {
+        1.. => format!("waiting: {} in pool {pool}, {busy_slots} of {slots} slots busy", ordinal(*position)),
+        _ if reason.is_empty() => format!("waiting in pool {pool}"),
+        _ => format!("waiting: {reason}"),
+    }
+}
+
+fn ordinal(number: i64) -> String {
+    let ending = match (number % 10, number % 100) {
+        (1, last) if last != 11 => "st",
+        (2, last) if last != 12 => "nd",
+        (3, last) if last != 13 => "rd",
+        _ => "th",
+    };
+    format!("{number}{ending}")
+}
+
 impl Default for Line {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_person_is_told_how_many_are_ahead() {
+        let status = |position| QueueStatus {
+            pool: "linux".into(),
+            position,
+            busy_slots: 2,
+            slots: 2,
+            reason: "its inputs are being looked up".into(),
+            ..Default::default()
+        };
+        assert_eq!(waiting(&status(12)), "waiting: 12th in pool linux, 2 of 2 slots busy");
+        assert_eq!(waiting(&status(0)), "waiting: its inputs are being looked up");
+        let spoken = [1, 2, 3, 4, 11, 13, 21, 102, 111].map(ordinal);
+        assert_eq!(spoken, ["1st", "2nd", "3rd", "4th", "11th", "13th", "21st", "102nd", "111th"]);
     }
 }

@@ -66,7 +66,14 @@ pub fn banner(settings: &Settings, address: SocketAddr) -> String {
     let _ = writeln!(text, "  data   {} (at most {gb} GB)", settings.cache_dir.display());
     match &settings.execution {
         Some(execution) => {
-            let _ = writeln!(text, "  slots  {} actions at a time", execution.slots);
+            let _ = write!(text, "  slots  {} actions at a time", execution.slots);
+            let declared = execution.pools.iter().filter(|pool| pool.is_declared);
+            let pools: Vec<_> = declared.map(|pool| format!("{} {}", pool.name, pool.slots)).collect();
+            text.push_str(&if pools.is_empty() {
+                "\n".to_owned()
+            } else {
+                format!(" ({})\n", pools.join(", "))
+            });
         }
         None => text.push_str("  slots  none; this is a cache only\n"),
     }

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     digest::Digest,
     error::{Error, Result},
-    proto::{longrunning::Operation, reapi},
+    proto::{gorego, longrunning::Operation, reapi},
 };
 use prost::Message;
 use reapi::execution_stage::Value as Stage;
@@ -23,6 +23,7 @@ const STABLE_AFTER: Duration = Duration::from_secs(30);
 const MAX_RERUNS: u32 = 3;
 /// Names of the packed messages.
 const METADATA_TYPE: &str = "build.bazel.remote.execution.v2.ExecuteOperationMetadata";
+const QUEUE_STATUS_TYPE: &str = "gorego.v1.QueueStatus";
 const RESPONSE_TYPE: &str = "build.bazel.remote.execution.v2.ExecuteResponse";
 
 /// What is to be run. Its blobs must be uploaded.
@@ -43,6 +44,8 @@ pub enum Event {
     Stage(Stage),
     /// What it prints can be followed here, while it runs and for a while after (EXE-64); comes again for another run.
     Logs(LogNames),
+    /// It still waits, and the server says why.
+    Waiting(Box<gorego::QueueStatus>),
     /// It is over; nothing follows.
     Finished(Box<Finished>),
 }
@@ -203,6 +206,9 @@ impl Execution {
         let stage = Some(metadata.stage());
         let changed = stage.filter(|stage| *stage != Stage::Unknown && self.stage != Some(*stage));
         self.stage = changed.or(self.stage);
+        if let Some(status) = queue_status(&metadata).filter(|_| stage == Some(Stage::Queued)) {
+            return Ok(Some(Event::Waiting(Box::new(status))));
+        }
         let logs = LogNames { stdout: metadata.stdout_stream_name, stderr: metadata.stderr_stream_name };
         if logs != LogNames::default() && logs != self.logs {
             self.logs = logs.clone();
@@ -210,6 +216,12 @@ impl Execution {
         }
         Ok(changed.map(Event::Stage).or_else(|| self.more.take()))
     }
+}
+
+/// Why the operation waits, from a server that says so in our way.
+fn queue_status(metadata: &reapi::ExecuteOperationMetadata) -> Option<gorego::QueueStatus> {
+    let known = metadata.partial_execution_metadata.as_ref()?;
+    known.auxiliary_metadata.iter().find_map(|any| unpack(any, QUEUE_STATUS_TYPE))
 }
 
 /// Whether a status comes from the connection and not from the server's mind: then the operation may well go on.

@@ -5,7 +5,7 @@
 //! sense is not decided here but in [`super::settings`].
 
 use super::{
-    Config,
+    Config, pools,
     source_text::{line_of, point_at},
 };
 use crate::error::{Error, Result};
@@ -28,7 +28,9 @@ const ENV_PREFIX: &str = "GOREGO_";
 /// Variables with the prefix that are not keys: they are read by the command line.
 pub const OTHER_VARIABLES: &[&str] = &["GOREGO_CONFIG", "GOREGO_ENDPOINT", "GOREGO_INSTANCE"];
 /// Keys that hold a table of the user's own names.
-const FREE_TABLES: &[&str] = &["execution.platform", "instances"];
+const FREE_TABLES: &[&str] = &["execution.platform", POOLS, "instances"];
+/// Among them, one whose tables have keys of ours again.
+const POOLS: &str = "execution.pools";
 /// How unlike a known key (0 to 1, by edit distance) a mistyped one may be and still be suggested.
 const SUGGESTION_LIMIT: f64 = 0.6;
 /// What a likeness of last words counts less than one of whole keys.
@@ -244,6 +246,9 @@ fn walk(
         let key = format!("{prefix}{}", name.get_ref());
         let is_section = known.keys().any(|k| k.strip_prefix(&key).is_some_and(|rest| rest.starts_with('.')));
         if known.contains_key(&key) {
+            if let (POOLS, Some(pools)) = (key.as_str(), value.get_ref().as_table()) {
+                check_pools(pools)?;
+            }
             found.push((key, name.span().start));
         } else if let (true, Some(section)) = (is_section, value.get_ref().as_table()) {
             walk(section, &format!("{key}."), known, found)?;
@@ -252,6 +257,22 @@ fn walk(
         } else {
             let hint = suggestion(&key, known.keys());
             return Err((name.span(), format!("unknown key \"{}\"{hint}", key.escape_debug())));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses keys of pools that nobody knows. What else can be wrong with them is for serde to find.
+fn check_pools(pools: &DeTable<'_>) -> std::result::Result<(), Misplaced> {
+    for (pool, keys) in pools {
+        for name in keys.get_ref().as_table().into_iter().flatten().map(|(name, _)| name) {
+            if !pools::KEYS.contains(&&**name.get_ref()) {
+                let key = format!("{POOLS}.{}.{}", pool.get_ref(), name.get_ref());
+                let known: Vec<_> =
+                    pools::KEYS.iter().map(|known| format!("{POOLS}.{}.{known}", pool.get_ref())).collect();
+                let hint = suggestion(&key, known.iter());
+                return Err((name.span(), format!("unknown key \"{}\"{hint}", key.escape_debug())));
+            }
         }
     }
     Ok(())

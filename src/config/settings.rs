@@ -4,7 +4,11 @@
 //! replaced by what they stand for. All problems are reported at once, each with the key, its value and who set it. No file
 //! is touched here.
 
-use super::{CommittedSize, Loaded, LogConfig, load::keys};
+use super::{
+    CommittedSize, Loaded, LogConfig,
+    load::keys,
+    pools::{PoolSettings, pools},
+};
 use crate::{
     action::TimeoutPolicy,
     actors::asset::{AssetSettings, origins::Origins},
@@ -13,9 +17,9 @@ use crate::{
     error::{Error, Result},
     instance::{Instances, Policy},
     log_streams::{Limits, MAX_STREAM_BYTES},
+    platform::UnknownProperties,
 };
 use std::{
-    collections::BTreeMap,
     fmt::Write as _,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -30,7 +34,7 @@ const MAX_GB: u64 = 1_000_000_000;
 /// Longest duration that can be configured; keeps sums of times far from overflow.
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Most actions at a time on one machine; each slot is a thread and a process.
-const MAX_CONCURRENCY: usize = 4_096;
+pub(super) const MAX_CONCURRENCY: usize = 4_096;
 /// Most log streams of clients; each that has bytes holds a file open.
 const MAX_LOG_STREAMS: usize = 100_000;
 /// Most downloads at a time; each holds a connection, and a thread while it unpacks.
@@ -104,8 +108,14 @@ pub struct Settings {
 /// Checked settings of the scheduler and the workers; see [`super::ExecutionConfig`] for each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecutionSettings {
-    /// Actions that run at the same time; at least 1.
+    /// Actions that run at the same time, in all pools together; at least 1.
     pub slots: usize,
+    /// The pools, by preference; at least one.
+    pub pools: Vec<PoolSettings>,
+    /// What becomes of actions that ask for a property of which no pool says anything.
+    pub unknown_properties: UnknownProperties,
+    /// How long an action waits until it gains one step of priority.
+    pub priority_ageing: Duration,
     /// Where exec directories are made; absolute.
     pub build_root: PathBuf,
     /// Tasks that may wait; at least 1.
@@ -126,14 +136,12 @@ pub struct ExecutionSettings {
     pub max_attempts: u32,
     /// Largest file that a command may write.
     pub max_output_file_bytes: u64,
-    /// Properties of this machine's workers.
-    pub platform: BTreeMap<String, String>,
 }
 
 /// Collects problems, so that all are shown at once.
-struct Check<'a> {
-    loaded: &'a Loaded,
-    problems: Vec<String>,
+pub(super) struct Check<'a> {
+    pub(super) loaded: &'a Loaded,
+    pub(super) problems: Vec<String>,
 }
 
 impl Check<'_> {
@@ -143,7 +151,7 @@ impl Check<'_> {
         self.problems.push(format!("{key} = {value} ({}): {problem}", self.loaded.origin(key)));
     }
 
-    fn require(&mut self, key: &str, holds: bool, problem: &str) {
+    pub(super) fn require(&mut self, key: &str, holds: bool, problem: &str) {
         if !holds {
             self.refuse(key, problem);
         }
@@ -382,6 +390,7 @@ fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> Exec
         ("execution.max_timeout", config.max_timeout),
         ("execution.transfer_timeout", config.transfer_timeout),
         ("execution.retention", config.retention),
+        ("execution.priority_ageing", config.priority_ageing),
     ] {
         check.duration(key, duration, false);
     }
@@ -391,18 +400,17 @@ fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> Exec
         config.default_timeout <= config.max_timeout,
         "is above execution.max_timeout; lower it too",
     );
-    check.require(
-        "execution.platform",
-        config.platform.keys().all(|name| !name.is_empty()),
-        "has a property without a name",
-    );
+    let pools = pools(check, machine);
     let build_root = if config.build_root.as_os_str().is_empty() {
         cache_dir.join("build")
     } else {
         check.directory("execution.build_root", &config.build_root, machine)
     };
     ExecutionSettings {
-        slots: if config.concurrency == 0 { machine.cpus.max(1) } else { config.concurrency },
+        slots: pools.iter().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots)),
+        pools,
+        unknown_properties: config.unknown_properties,
+        priority_ageing: config.priority_ageing,
         build_root,
         queue_size: config.queue_size,
         queue_timeout: config.queue_timeout,
@@ -413,6 +421,5 @@ fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> Exec
         abandon_grace: config.abandon_grace,
         max_attempts: config.max_attempts,
         max_output_file_bytes: check.gigabytes("execution.max_output_file_gb", config.max_output_file_gb),
-        platform: config.platform.clone(),
     }
 }

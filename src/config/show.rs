@@ -13,7 +13,10 @@ pub fn show(loaded: &Loaded, settings: &Settings) -> String {
     let mut config = loaded.config.clone();
     config.local_cache_dir.clone_from(&settings.cache_dir);
     if let Some(execution) = &settings.execution {
-        config.execution.concurrency = execution.slots;
+        // With pools it has to stay 0 to be loaded again.
+        if execution.pools.iter().all(|pool| !pool.is_declared) {
+            config.execution.concurrency = execution.slots;
+        }
         config.execution.build_root.clone_from(&execution.build_root);
     }
     let configured = keys(&loaded.config);

@@ -5,8 +5,8 @@
 
 use crate::{
     actors::scheduler::{
-        messages::{Cancel, Forget, ListOperations, OperationPage, Submit, Watch},
-        operation::Subscription,
+        messages::{Cancel, Explain, Forget, ListOperations, OperationPage, Submit, Watch},
+        operation::{QueueStatus, Subscription},
     },
     error::{Error, Result},
 };
@@ -25,6 +25,7 @@ pub struct Scheduler {
     cancel: Recipient<Cancel>,
     forget: Recipient<Forget>,
     list: Recipient<ListOperations>,
+    explain: Recipient<Explain>,
 }
 
 impl Scheduler {
@@ -36,14 +37,16 @@ impl Scheduler {
             + Handler<Watch>
             + Handler<Cancel>
             + Handler<Forget>
-            + Handler<ListOperations>,
+            + Handler<ListOperations>
+            + Handler<Explain>,
     {
         Self {
             submit: address.clone().recipient(),
             watch: address.clone().recipient(),
             cancel: address.clone().recipient(),
             forget: address.clone().recipient(),
-            list: address.recipient(),
+            list: address.clone().recipient(),
+            explain: address.recipient(),
         }
     }
 
@@ -82,9 +85,14 @@ impl Scheduler {
     /// See [`ListOperations`].
     ///
     /// # Errors
-    /// `Unavailable` when the scheduler is gone.
+    /// As there, and `Unavailable` when the scheduler is gone.
     pub async fn list(&self, message: ListOperations) -> Result<OperationPage> {
         ask(&self.list, message).await?
+    }
+
+    /// See [`Explain`]. A scheduler that is gone has nothing to say.
+    pub async fn explain(&self, message: Explain) -> Option<Box<QueueStatus>> {
+        ask(&self.explain, message).await.ok().flatten()
     }
 }
 

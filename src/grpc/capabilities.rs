@@ -40,6 +40,7 @@ impl Capabilities for CapabilitiesService {
 
 fn capabilities(settings: Settings, policy: &Policy, executes: bool) -> ServerCapabilities {
     let digest_functions: Vec<i32> = policy.digest_functions.iter().map(|f| f.wire().into()).collect();
+    // CAP-18: all of them are honoured, lower ones first.
     let priorities = PriorityCapabilities {
         priorities: vec![PriorityRange { min_priority: i32::MIN, max_priority: i32::MAX }],
     };

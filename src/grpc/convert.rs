@@ -5,7 +5,9 @@
 use super::status;
 use crate::{
     actors::{
-        scheduler::operation::{ClientInfo, OperationId, OperationInfo, ServerLog, Snapshot, Stage},
+        scheduler::operation::{
+            ClientInfo, OperationId, OperationInfo, QueueStatus, ServerLog, Snapshot, Stage,
+        },
         worker::messages::RunStage,
     },
     digest::{Digest, DigestFunction},
@@ -15,7 +17,7 @@ use crate::{
         name::{LogName, StreamId},
         run::LogKind,
     },
-    proto::{longrunning, reapi},
+    proto::{gorego, longrunning, reapi},
 };
 use base64::{
     Engine as _,
@@ -210,6 +212,8 @@ fn execution_metadata(snapshot: &Snapshot) -> reapi::ExecutedActionMetadata {
     }
     let mut metadata = reapi::ExecutedActionMetadata {
         queued_timestamp: Some(timestamp(snapshot.queued_at)),
+        worker: snapshot.place.as_ref().map(|place| place.worker.to_string()).unwrap_or_default(),
+        auxiliary_metadata: snapshot.queue.iter().map(|status| queue_status(status)).collect(),
         ..Default::default()
     };
     if let Some((stage, since)) = snapshot.run_stage {
@@ -221,6 +225,20 @@ fn execution_metadata(snapshot: &Snapshot) -> reapi::ExecutedActionMetadata {
         }
     }
     metadata
+}
+
+fn queue_status(status: &QueueStatus) -> prost_types::Any {
+    let number = |count| i64::try_from(count).unwrap_or(i64::MAX);
+    let status = gorego::QueueStatus {
+        pool: status.pool.clone(),
+        position: status.position.map_or(0, number),
+        waiting: number(status.waiting),
+        busy_slots: number(status.busy),
+        slots: number(status.slots),
+        reason: status.reason.clone(),
+        other_pools: status.other_pools.clone(),
+    };
+    pack("gorego.v1.QueueStatus", &status)
 }
 
 fn timestamp(time: SystemTime) -> prost_types::Timestamp {
@@ -267,10 +285,8 @@ mod tests {
         };
         Snapshot {
             stage: Stage::Completed,
-            queued_at: SystemTime::UNIX_EPOCH,
-            run_stage: None,
-            logs: None,
             outcome: Some(Arc::new(outcome)),
+            ..Snapshot::queued(SystemTime::UNIX_EPOCH)
         }
     }
 

@@ -1,6 +1,6 @@
 //! The Execution service: Execute and WaitExecution.
 
-use super::{Edge, OperationStream, convert, operation_stream, request_log::Call};
+use super::{Edge, OperationStream, ask::Scheduler, convert, operation_stream, request_log::Call};
 use crate::{
     actors::scheduler::{
         messages::{Submit, Watch},
@@ -33,7 +33,7 @@ impl Execution for ExecutionService {
         match scheduler.submit(submit.clone()).await {
             Ok(subscription) => {
                 call.operation(&subscription.info.instance, subscription.info.id);
-                Ok(self.stream(subscription))
+                Ok(self.stream(scheduler, subscription))
             }
             Err(error @ Error::MissingBlobs(_)) => {
                 call.stillborn(&error);
@@ -53,15 +53,17 @@ impl Execution for ExecutionService {
         let call = Call::of(&request);
         let (instance, id) = convert::operation_name(&self.0.instances, &request.get_ref().name)?;
         call.operation(&instance, id);
-        let subscription = self.0.scheduler()?.watch(Watch { instance, id }).await?;
+        let scheduler = self.0.scheduler()?;
+        let subscription = scheduler.watch(Watch { instance, id }).await?;
         call.action(subscription.info.action);
-        Ok(self.stream(subscription))
+        Ok(self.stream(scheduler, subscription))
     }
 }
 
 impl ExecutionService {
-    fn stream(&self, subscription: Subscription) -> Response<OperationStream> {
-        Response::new(operation_stream::follow(self.0.cas.clone(), subscription).boxed())
+    fn stream(&self, scheduler: &Scheduler, subscription: Subscription) -> Response<OperationStream> {
+        let stream = operation_stream::follow(self.0.cas.clone(), scheduler.clone(), subscription);
+        Response::new(stream.boxed())
     }
 }
 
@@ -107,10 +109,8 @@ fn stillborn(submit: Submit, error: Error) -> (OperationInfo, Snapshot) {
     };
     let snapshot = Snapshot {
         stage: Stage::Completed,
-        queued_at: SystemTime::now(),
-        run_stage: None,
-        logs: None,
         outcome: Some(Arc::new(outcome)),
+        ..Snapshot::queued(SystemTime::now())
     };
     (info, snapshot)
 }

@@ -13,18 +13,27 @@ use crate::{
 pub const FILTER_MAX_BYTES: usize = 4 * 1024;
 
 /// The grammar, for error messages.
-const GRAMMAR: &str = "terms are stage=QUEUED|EXECUTING|COMPLETED, done=true|false, invocation=ID and target=LABEL, \
-     each at most once, joined by AND or spaces";
+const GRAMMAR: &str = "terms are stage=QUEUED|EXECUTING|COMPLETED, done=true|false, invocation=ID, target=LABEL, \
+     pool=NAME, worker=NAME and instance=NAME, each at most once, joined by AND or spaces";
+
+/// A filter, read.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Filter {
+    /// The instance whose operations are wanted.
+    pub instance: Option<String>,
+    /// The other conditions.
+    pub operations: OperationFilter,
+}
 
 /// Reads a filter; the empty one matches everything.
 ///
 /// # Errors
 /// [`Error::Invalid`] that shows the term and the grammar.
-pub fn parse(text: &str) -> Result<OperationFilter> {
+pub fn parse(text: &str) -> Result<Filter> {
     if text.len() > FILTER_MAX_BYTES {
         return Err(Error::Invalid(format!("filter is longer than {FILTER_MAX_BYTES} bytes")));
     }
-    let mut filter = OperationFilter::default();
+    let mut filter = Filter::default();
     let mut rest = text.trim_start();
     let mut joined = false;
     while !rest.is_empty() {
@@ -32,7 +41,7 @@ pub fn parse(text: &str) -> Result<OperationFilter> {
         rest = after.trim_start();
         if word == "AND" {
             // It stands between two terms and nowhere else.
-            if joined || rest.is_empty() || filter == OperationFilter::default() {
+            if joined || rest.is_empty() || filter == Filter::default() {
                 return Err(refuse(word));
             }
             joined = true;
@@ -45,9 +54,11 @@ pub fn parse(text: &str) -> Result<OperationFilter> {
 }
 
 /// Adds one term; `None` when it is unknown, malformed or there already.
-fn term(filter: &mut OperationFilter, word: &str) -> Option<()> {
+fn term(filter: &mut Filter, word: &str) -> Option<()> {
     let (key, value) = word.split_once('=')?;
+    let quoted = value.starts_with('"');
     let value = value.strip_prefix('"').map_or(Some(value), |quoted| quoted.strip_suffix('"'))?;
+    let Filter { instance, operations: filter } = filter;
     match key {
         "stage" => set(
             &mut filter.stage,
@@ -61,6 +72,10 @@ fn term(filter: &mut OperationFilter, word: &str) -> Option<()> {
         "done" => set(&mut filter.done, value.parse().ok()?),
         "invocation" if !value.is_empty() => set(&mut filter.invocation, value.to_owned()),
         "target" if !value.is_empty() => set(&mut filter.target, value.to_owned()),
+        "pool" if !value.is_empty() => set(&mut filter.pool, value.to_owned()),
+        "worker" if !value.is_empty() => set(&mut filter.worker, value.to_owned()),
+        // The default instance has the empty name; it has to be quoted, lest a forgotten value be taken for it.
+        "instance" if !value.is_empty() || quoted => set(instance, value.to_owned()),
         _ => None,
     }
 }
@@ -94,19 +109,24 @@ mod tests {
 
     #[test]
     fn terms_are_joined_by_and_or_by_spaces() {
-        let expected = OperationFilter {
+        let operations = OperationFilter {
             stage: Some(Stage::Queued),
             done: Some(false),
             invocation: Some("a b".into()),
             target: Some("//pkg:name".into()),
+            pool: Some("linux".into()),
+            worker: Some("host/linux/0".into()),
         };
+        let expected = Filter { instance: Some("".into()), operations };
         for text in [
-            "stage=QUEUED AND done=false AND invocation=\"a b\" AND target=//pkg:name",
-            "  target=//pkg:name done=false\tstage=\"QUEUED\" AND invocation=\"a b\" ",
+            "stage=QUEUED AND done=false AND invocation=\"a b\" AND target=//pkg:name \
+             pool=linux AND worker=host/linux/0 AND instance=\"\"",
+            "  target=//pkg:name done=false\tstage=\"QUEUED\" AND invocation=\"a b\" \
+             instance=\"\" worker=host/linux/0 pool=\"linux\" ",
         ] {
             assert_eq!(parse(text), Ok(expected.clone()), "{text}");
         }
-        assert_eq!(parse("  "), Ok(OperationFilter::default()));
+        assert_eq!(parse("  "), Ok(Filter::default()));
     }
 
     #[test]
@@ -120,6 +140,9 @@ mod tests {
             "stage = QUEUED",
             "invocation=",
             "target=\"\"",
+            "pool=",
+            "worker=",
+            "instance=",
             "target=\"x",
             "target=x\"",
             "done=true done=true",

@@ -1,15 +1,18 @@
 //! The stream of one operation: what Execute and WaitExecution answer with.
 //!
 //! It follows the operation's watch cell: the current snapshot at once, each change after, the same again while nothing
-//! changes, and the end right after COMPLETED. A cell that changes faster than the client reads skips the states in between
+//! changes, and the end right after COMPLETED. What is sent again of an operation that waits says why it waits. A cell that changes faster than the client reads skips the states in between
 //! but never the last one. The stream ends with OK only after `done` (EXE-10); when the scheduler goes away before that, the
 //! end is UNAVAILABLE, which every client retries.
 
-use super::{convert, inline};
+use super::{ask::Scheduler, convert, inline};
 use crate::{
     actors::{
         cas::client::Cas,
-        scheduler::operation::{OperationInfo, Snapshot, Subscription},
+        scheduler::{
+            messages::Explain,
+            operation::{OperationInfo, Snapshot, Stage, Subscription},
+        },
     },
     error::Error,
     proto::longrunning::Operation,
@@ -22,6 +25,18 @@ use tonic::Status;
 /// death (EXE-11).
 pub const RESEND_INTERVAL: Duration = Duration::from_secs(30);
 
+/// How long after its first message an operation that still waits is shown again, now with the reason: soon enough for a
+/// person who watches, late enough that most work of a burst runs by then and nobody has to ask for it.
+pub const EXPLAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// Asks why an operation waits, if it does, and puts the answer into the snapshot.
+pub async fn explain(scheduler: &Scheduler, info: &OperationInfo, snapshot: &mut Snapshot) {
+    if snapshot.stage == Stage::Queued {
+        let question = Explain { instance: info.instance.clone(), id: info.id };
+        snapshot.queue = scheduler.explain(question).await;
+    }
+}
+
 /// Makes the Operation message of a snapshot, with the contents that this client wants inlined.
 pub async fn encode(cas: &Cas, info: &OperationInfo, snapshot: &Snapshot) -> Operation {
     let result = match snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref()) {
@@ -33,12 +48,21 @@ pub async fn encode(cas: &Cas, info: &OperationInfo, snapshot: &Snapshot) -> Ope
     convert::operation(info, snapshot, result)
 }
 
-/// The messages of an operation, from now to its end.
-pub fn follow(cas: Cas, subscription: Subscription) -> impl Stream<Item = Result<Operation, Status>> + Send {
+/// The messages of an operation, from now to its end. The first one goes out without asking the scheduler again.
+pub fn follow(
+    cas: Cas,
+    scheduler: Scheduler,
+    subscription: Subscription,
+) -> impl Stream<Item = Result<Operation, Status>> + Send {
     let info = subscription.info.clone();
-    snapshots(subscription, move |snapshot| {
-        let (cas, info) = (cas.clone(), info.clone());
-        async move { encode(&cas, &info, &snapshot).await }
+    snapshots(subscription, move |mut snapshot, is_first| {
+        let (cas, scheduler, info) = (cas.clone(), scheduler.clone(), info.clone());
+        async move {
+            if !is_first {
+                explain(&scheduler, &info, &mut snapshot).await;
+            }
+            encode(&cas, &info, &snapshot).await
+        }
     })
 }
 
@@ -46,7 +70,9 @@ pub fn follow(cas: Cas, subscription: Subscription) -> impl Stream<Item = Result
 enum Position {
     /// Nothing was sent yet.
     Start,
-    /// Something was, and more will be.
+    /// The first message was, and more will be.
+    Started,
+    /// So were others.
     Following,
     /// The last message was sent.
     End,
@@ -56,7 +82,7 @@ enum Position {
 /// held until the stream is dropped, so that its operation counts as waited for.
 fn snapshots<T, F>(
     subscription: Subscription,
-    encode: impl Fn(Snapshot) -> F + Send,
+    encode: impl Fn(Snapshot, bool) -> F + Send,
 ) -> impl Stream<Item = Result<T, Status>> + Send
 where
     T: Send,
@@ -66,24 +92,34 @@ where
         (subscription, encode, Position::Start),
         |(mut subscription, encode, position)| async move {
             let cell = &mut subscription.snapshots;
+            let patience = match position {
+                Position::Started if cell.borrow().stage == Stage::Queued => EXPLAIN_AFTER,
+                _ => RESEND_INTERVAL,
+            };
             match position {
                 Position::End => return None,
                 Position::Start => {}
                 // Silence, which is an error here, is answered with the state as it is.
-                Position::Following => match tokio::time::timeout(RESEND_INTERVAL, cell.changed()).await {
-                    Ok(Ok(())) | Err(_) => {}
-                    Ok(Err(_)) => {
-                        let lost = Error::Unavailable(format!(
-                            "the server stopped following operation {}; ask for it again, or run the action again",
-                            subscription.info.name()
-                        ));
-                        return Some((Err(lost.into()), (subscription, encode, Position::End)));
+                Position::Started | Position::Following => {
+                    match tokio::time::timeout(patience, cell.changed()).await {
+                        Ok(Ok(())) | Err(_) => {}
+                        Ok(Err(_)) => {
+                            let lost = Error::Unavailable(format!(
+                                "the server stopped following operation {}; ask for it again, or run the action again",
+                                subscription.info.name()
+                            ));
+                            return Some((Err(lost.into()), (subscription, encode, Position::End)));
+                        }
                     }
-                },
+                }
             }
             let snapshot = cell.borrow_and_update().clone();
-            let next = if snapshot.outcome.is_some() { Position::End } else { Position::Following };
-            let message = encode(snapshot).await;
+            let next = match position {
+                _ if snapshot.outcome.is_some() => Position::End,
+                Position::Start => Position::Started,
+                _ => Position::Following,
+            };
+            let message = encode(snapshot, matches!(position, Position::Start)).await;
             Some((Ok(message), (subscription, encode, next)))
         },
     )
@@ -125,13 +161,7 @@ mod tests {
     use uuid::Uuid;
 
     fn queued() -> Snapshot {
-        Snapshot {
-            stage: Stage::Queued,
-            queued_at: SystemTime::UNIX_EPOCH,
-            run_stage: None,
-            logs: None,
-            outcome: None,
-        }
+        Snapshot::queued(SystemTime::UNIX_EPOCH)
     }
 
     fn executing() -> Snapshot {
@@ -166,7 +196,7 @@ mod tests {
     }
 
     fn stages(subscription: Subscription) -> stream::BoxStream<'static, Result<Stage, Status>> {
-        snapshots(subscription, |snapshot| async move { snapshot.stage }).boxed()
+        snapshots(subscription, |snapshot, _| async move { snapshot.stage }).boxed()
     }
 
     /// EXE-01, EXE-05, EXE-12.

@@ -1,13 +1,18 @@
 //! The google.longrunning Operations service: Get, List, Cancel, Delete, Wait.
 
-use super::{Edge, convert, filter, inline, operation_stream, page_token, request_log::Call};
+use super::{
+    Edge, convert,
+    filter::{self, Filter},
+    inline, operation_stream, page_token,
+    request_log::Call,
+};
 use crate::{
     actors::scheduler::{
         messages::{Cancel, Forget, ListOperations, OperationFilter, Watch},
-        operation::Subscription,
+        operation::{OperationInfo, Snapshot, Subscription},
     },
     error::{Error, Result},
-    instance::Instance,
+    instance::{Instance, Instances},
     proto::longrunning::{
         CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
         ListOperationsResponse, Operation, WaitOperationRequest, operations_server::Operations,
@@ -39,8 +44,7 @@ impl Operations for OperationsService {
         request: Request<ListOperationsRequest>,
     ) -> Result<Response<ListOperationsResponse>, Status> {
         let call = Call::of(&request);
-        let listing =
-            Listing::decode(self.0.instances.get(collection(&request.get_ref().name)?)?, request.get_ref())?;
+        let listing = Listing::decode(&self.0.instances, request.get_ref())?;
         call.instance(&listing.instance);
         let mut limit = listing.limit;
         loop {
@@ -74,7 +78,7 @@ impl Operations for OperationsService {
     ) -> Result<Response<Operation>, Status> {
         let subscription = self.watch(&Call::of(&request), &request.get_ref().name).await?;
         let (info, snapshot) = operation_stream::current(&subscription);
-        Ok(Response::new(operation_stream::encode(&self.0.cas, &info, &snapshot).await))
+        Ok(Response::new(self.answer(&info, snapshot).await?))
     }
 
     async fn delete_operation(
@@ -102,7 +106,7 @@ impl Operations for OperationsService {
         let limit = wait_limit(request.get_ref().timeout.as_ref())?;
         let mut subscription = self.watch(&Call::of(&request), &request.get_ref().name).await?;
         let snapshot = operation_stream::settle(&mut subscription, limit).await?;
-        Ok(Response::new(operation_stream::encode(&self.0.cas, &subscription.info, &snapshot).await))
+        Ok(Response::new(self.answer(&subscription.info, snapshot).await?))
     }
 }
 
@@ -114,14 +118,19 @@ impl OperationsService {
         call.action(subscription.info.action);
         Ok(subscription)
     }
+
+    async fn answer(&self, info: &OperationInfo, mut snapshot: Snapshot) -> Result<Operation> {
+        operation_stream::explain(self.0.scheduler()?, info, &mut snapshot).await;
+        Ok(operation_stream::encode(&self.0.cas, info, &snapshot).await)
+    }
 }
 
-/// The instance name in `""`, `operations` or `{instance}/operations`.
-fn collection(name: &str) -> Result<&str> {
+/// The instance name in `operations` or `{instance}/operations`; `None` for the empty name, which names none.
+fn collection(name: &str) -> Result<Option<&str>> {
     if name.is_empty() {
-        return Ok("");
+        return Ok(None);
     }
-    convert::operations_of(name).ok_or_else(|| {
+    convert::operations_of(name).map(Some).ok_or_else(|| {
         Error::Invalid(format!(
             "name \"{}\" is malformed; the form is [instance/]operations",
             name.escape_debug()
@@ -140,8 +149,21 @@ struct Listing {
 }
 
 impl Listing {
-    fn decode(instance: Instance, request: &ListOperationsRequest) -> Result<Self> {
-        let filter = filter::parse(&request.filter)?;
+    /// A listing is of one instance, because no instance shows what another has (GEN-15): the one in the name of the
+    /// collection or, for clients that name none, that in the filter, else the default one.
+    fn decode(instances: &Instances, request: &ListOperationsRequest) -> Result<Self> {
+        let Filter { instance, operations: filter } = filter::parse(&request.filter)?;
+        let instance = match (collection(&request.name)?, &instance) {
+            (Some(named), Some(wanted)) if named != wanted => {
+                return Err(Error::Invalid(format!(
+                    "the name is of instance \"{}\" and the filter of instance \"{}\"; a listing is of one",
+                    named.escape_debug(),
+                    wanted.escape_debug()
+                )));
+            }
+            (Some(named), _) => instances.get(named)?,
+            (None, wanted) => instances.get(wanted.as_deref().unwrap_or_default())?,
+        };
         let binding = format!("operations of {:?} with {filter:?}", instance.name());
         let after = match request.page_token.as_str() {
             "" => 0,
@@ -174,24 +196,36 @@ fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::Instances;
 
     fn decode(request: ListOperationsRequest) -> Result<Listing> {
-        let instances = Instances::new(["", "a/b"]).unwrap();
-        Listing::decode(instances.get(collection(&request.name)?)?, &request)
+        Listing::decode(&Instances::new(["", "a/b"]).unwrap(), &request)
     }
 
     #[test]
-    fn a_collection_is_named_by_its_instance() {
-        for (name, instance) in [("", ""), ("operations", ""), ("a/b/operations", "a/b")] {
-            let listing = decode(ListOperationsRequest { name: name.into(), ..Default::default() }).unwrap();
-            assert_eq!(listing.instance.name(), instance);
+    fn a_collection_is_named_by_its_instance_or_in_the_filter() {
+        let decode = |name: &str, filter: &str| {
+            decode(ListOperationsRequest { name: name.into(), filter: filter.into(), ..Default::default() })
+        };
+        for (name, filter, instance) in [
+            ("", "", ""),
+            ("operations", "", ""),
+            ("operations", "instance=\"\"", ""),
+            ("a/b/operations", "", "a/b"),
+            ("a/b/operations", "instance=a/b", "a/b"),
+            ("", "done=true instance=\"a/b\"", "a/b"),
+        ] {
+            assert_eq!(decode(name, filter).unwrap().instance.name(), instance);
         }
-        for name in ["a/b", "nope/operations", "/operations", "operations/1"] {
-            assert!(
-                decode(ListOperationsRequest { name: name.into(), ..Default::default() }).is_err(),
-                "{name}"
-            );
+        for (name, filter) in [
+            ("a/b", ""),
+            ("nope/operations", ""),
+            ("/operations", ""),
+            ("operations/1", ""),
+            ("operations", "instance=a/b"),
+            ("a/b/operations", "instance=\"\""),
+            ("", "instance=nope"),
+        ] {
+            assert!(decode(name, filter).is_err(), "{name} {filter}");
         }
     }
 

@@ -4,6 +4,7 @@ use crate::harness::{Die, Refuse, Server, Show, absent, completed, digest, event
 use gorego::{
     error::Error,
     proto::{
+        gorego::QueueStatus,
         longrunning::{
             CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
             Operation, WaitOperationRequest, operation,
@@ -197,6 +198,31 @@ async fn operations_are_shown_listed_waited_for_cancelled_and_forgotten() {
     operations.delete_operation(DeleteOperationRequest { name: name.clone() }).await.unwrap();
     let gone = operations.get_operation(GetOperationRequest { name }).await.unwrap_err();
     assert_eq!(gone.code(), Code::NotFound);
+}
+
+/// EXE-11, OPS-01: the same in a stream, once it has become clear that there is a wait, as when somebody asks.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_that_waits_says_why() {
+    let told = |operation: &Operation| -> Option<QueueStatus> {
+        let any = operation.metadata.as_ref().unwrap();
+        let metadata = ExecuteOperationMetadata::decode(any.value.as_slice()).unwrap();
+        let known = metadata.partial_execution_metadata.unwrap();
+        let any = known.auxiliary_metadata.first()?;
+        assert_eq!(any.type_url, "type.googleapis.com/gorego.v1.QueueStatus");
+        Some(QueueStatus::decode(any.value.as_slice()).unwrap())
+    };
+    let server = Server::start().await;
+    let mut stream = server.execution().execute(execute()).await.unwrap().into_inner();
+    let first = next(&mut stream).await;
+    assert_eq!(told(&first), None, "the first message waits for nobody");
+    let status = told(&next(&mut stream).await).unwrap();
+    assert_eq!((status.pool.as_str(), status.position), ("fake", 3));
+    let get = GetOperationRequest { name: first.name };
+    let got = server.operations().get_operation(get.clone()).await.unwrap().into_inner();
+    assert_eq!(told(&got), Some(status));
+    server.scheduler.send(Show(executing())).await.unwrap();
+    assert_eq!(told(&next(&mut stream).await), None);
+    assert_eq!(told(server.operations().get_operation(get).await.unwrap().get_ref()), None);
 }
 
 /// GEN-25: a page of long results is shortened, and what is left comes on the next.

@@ -6,8 +6,8 @@ use gorego::{
     actors::{
         cas::{CasActor, StoreSettings, client::Cas},
         scheduler::{
-            messages::{Cancel, Forget, ListOperations, OperationPage, Submit, Watch},
-            operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
+            messages::{Cancel, Explain, Forget, ListOperations, OperationPage, Submit, Watch},
+            operation::{OperationId, OperationInfo, Outcome, QueueStatus, Snapshot, Stage, Subscription},
         },
     },
     config::CommittedSize,
@@ -309,6 +309,15 @@ impl Handler<Forget> for FakeScheduler {
     }
 }
 
+impl Handler<Explain> for FakeScheduler {
+    type Result = Option<Box<QueueStatus>>;
+
+    fn handle(&mut self, _: Explain, _: &mut Self::Context) -> Self::Result {
+        let reason = "the test says so".into();
+        Some(Box::new(QueueStatus { pool: "fake".into(), position: Some(3), reason, ..Default::default() }))
+    }
+}
+
 impl Handler<ListOperations> for FakeScheduler {
     type Result = Result<OperationPage>;
 
@@ -323,13 +332,7 @@ impl Handler<ListOperations> for FakeScheduler {
 }
 
 pub fn queued() -> Snapshot {
-    Snapshot {
-        stage: Stage::Queued,
-        queued_at: SystemTime::now(),
-        run_stage: None,
-        logs: None,
-        outcome: None,
-    }
+    Snapshot::queued(SystemTime::now())
 }
 
 pub fn executing() -> Snapshot {

@@ -172,6 +172,7 @@ pub fn with_worker<T>(body: impl AsyncFnOnce(&Bench) -> T) -> T {
         let build_root = directory.path().join("build");
         let store = Arc::new(MemoryStore::default());
         let settings = Arc::new(WorkerSettings {
+            pool: "test".into(),
             name: "testhost".into(),
             build_root: BuildRoot::open(&build_root).unwrap(),
             transfer_timeout: Duration::from_secs(60),

@@ -18,4 +18,5 @@ mod log_schema;
 mod logs;
 mod operations;
 mod outputs;
+mod pools;
 mod support;

@@ -22,7 +22,10 @@ use crate::{
     instance::Instance,
 };
 use bytes::Bytes;
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 /// Chunks that one blob may be made of. At the average that this server advertises that is a blob of 50 GB; a request has
 /// room for more only where digests are short.

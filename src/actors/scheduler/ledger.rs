@@ -3,12 +3,13 @@
 //! It owns the operations, the tasks that they wait for, the queue and the slots. Its invariants:
 //! - An unfinished operation waits for exactly one task, and a task without operations does not exist.
 //! - A task is waiting (unchecked, checking or ready, in that order) or running; only ready tasks are given a slot.
+//! - A ready task stands in the queue of each pool that can take it, and one that is running in none.
 //! - A slot belongs to one run from [`Ledger::assign`] until [`Ledger::finish`], whatever becomes of the task meanwhile: a
 //!   run that was told to stop, or was given up, holds its slot until its worker answers.
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so that every operation ends, exactly once.
 //!
 //! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks, slots and runs,
-//! `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are. What happened is kept as [`Transition`]s until
+//! `ledger/waiting.rs` where tasks wait and why, `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are. What happened is kept as [`Transition`]s until
 //! [`Ledger::take_transitions`].
 
 mod deadlines;
@@ -20,11 +21,12 @@ mod simulation;
 mod task;
 #[cfg(test)]
 mod tests;
+mod waiting;
 
 use super::{
     messages::{Inspection, ListOperations, OperationPage, Submit},
     operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
-    queue::Queue,
+    queue::{Charge, Queue},
     register::Register,
     settings::{Moment, QUEUE_FULL_RETRY, SchedulerSettings},
     slots::{PoolSpec, Slots},
@@ -37,13 +39,15 @@ use crate::{
     instance::Instance,
 };
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
+    hash::RandomState,
     sync::Arc,
     time::Duration,
 };
 
 pub use dispatch::{Assignment, Check, RunEnd};
 use task::{Key, Run, Step, Task, key};
+use waiting::Board;
 
 /// All work that is known here. See the file's head.
 #[derive(Debug)]
@@ -56,13 +60,17 @@ pub struct Ledger {
     joinable: HashMap<Key, TaskId>,
     runs: BTreeMap<TaskId, Run>,
     unchecked: Queue,
-    ready: Queue,
+    /// One a pool, by its index.
+    ready: Vec<Queue>,
+    board: Board,
+    /// Names builds. Keyed at random, so that nobody can choose names that fall together.
+    names: RandomState,
     /// Tasks that are not running: the length that `queue_size` bounds.
     waiting: usize,
     /// What the actions of all tasks weigh together.
     weight: usize,
     /// Checks at the CAS, of tasks that were cancelled meanwhile too.
-    checks: usize,
+    checks: BTreeMap<TaskId, Charge>,
     draining: bool,
     transitions: Vec<Transition>,
 }
@@ -82,18 +90,21 @@ impl Outcome {
 impl Ledger {
     /// An empty ledger over these pools, listed by preference.
     pub fn new(settings: SchedulerSettings, pools: Vec<PoolSpec>) -> Self {
+        let queue = || Queue::new(settings.priority_ageing);
         Self {
             register: Register::new(&settings),
+            ready: pools.iter().map(|_| queue()).collect(),
+            unchecked: queue(),
+            slots: Slots::new(pools, settings.unknown_properties),
             settings,
-            slots: Slots::new(pools),
+            board: Board::default(),
+            names: RandomState::new(),
             tasks: BTreeMap::new(),
             joinable: HashMap::new(),
             runs: BTreeMap::new(),
-            unchecked: Queue::default(),
-            ready: Queue::default(),
             waiting: 0,
             weight: 0,
-            checks: 0,
+            checks: BTreeMap::new(),
             draining: false,
             transitions: Vec::new(),
         }
@@ -151,10 +162,10 @@ impl Ledger {
         let run = self.runs.get(&task);
         let snapshot = Snapshot {
             stage: if run.is_some() { Stage::Executing } else { Stage::Queued },
-            queued_at: now.wall,
+            place: run.map(|run| run.place.clone()),
             run_stage: run.and_then(|run| run.reached),
             logs: run.and_then(|run| run.logs),
-            outcome: None,
+            ..Snapshot::queued(now.wall)
         };
         let attempt = self.tasks.get(&task).map_or(0, |task| task.attempts);
         let event = match run {
@@ -162,9 +173,10 @@ impl Ledger {
             None => Event::Queued { joined: true },
         };
         self.transitions.push(Transition { info: info.clone(), priority, event });
+        let build = self.build(&info);
         let (number, subscription) = self.register.enter(info, priority, task, snapshot, now);
         self.change_waiters(task, |waiters| {
-            waiters.insert((priority, number));
+            waiters.insert((priority, number), build);
         });
         subscription
     }
@@ -199,30 +211,27 @@ impl Ledger {
             });
         }
         let id = TaskId(self.register.next_number());
-        let snapshot = Snapshot {
-            stage: Stage::Queued,
-            queued_at: now.wall,
-            run_stage: None,
-            logs: None,
-            outcome: None,
-        };
+        let build = self.build(&info);
+        let snapshot = Snapshot::queued(now.wall);
         let (number, subscription) = self.register.enter(info.clone(), priority, id, snapshot, now);
         let task = Task {
             action,
             pools,
             first: info.clone(),
             queued_at: now.wall,
+            queued: now.at,
             waiting_since: now.at,
             attempts: 0,
-            waiters: BTreeSet::from([(priority, number)]),
+            waiters: BTreeMap::from([((priority, number), build)]),
             step: Step::Unchecked,
             server_logs: Vec::new(),
+            position: None,
         };
         if let Some(key) = task.key() {
             self.joinable.insert(key, id);
         }
-        self.unchecked.insert(&task.pools, task.place(id));
         self.tasks.insert(id, task);
+        self.enter_queues(id);
         self.weight = weight;
         self.waiting += 1;
         self.transitions.push(Transition { info, priority, event: Event::Queued { joined: false } });
@@ -266,8 +275,15 @@ impl Ledger {
     }
 
     /// A page of operations, oldest first.
-    pub fn list(&self, query: &ListOperations) -> OperationPage {
-        self.register.page(&query.instance, &query.filter, query.after, query.limit)
+    ///
+    /// # Errors
+    /// `Invalid` when the filter names a pool that there is not.
+    pub fn list(&self, query: &ListOperations) -> Result<OperationPage> {
+        let pool = query.filter.pool.as_deref().map(|name| self.slots.find(name)).transpose()?;
+        // An operation that waits is in no pool yet, but in the queues of some.
+        let waits_for_pool =
+            |task| self.tasks.get(&task).zip(pool).is_some_and(|(task, pool)| task.pools.contains(&pool));
+        Ok(self.register.page(query, waits_for_pool))
     }
 
     /// Counts, for people and health checks.
@@ -349,15 +365,7 @@ impl Ledger {
         if let Some(key) = task.key() {
             self.joinable.remove(&key);
         }
-        match task.step {
-            Step::Unchecked => {
-                self.unchecked.remove(&task.pools, task.place(id));
-            }
-            Step::Ready => {
-                self.ready.remove(&task.pools, task.place(id));
-            }
-            Step::Checking | Step::Running => {}
-        }
+        self.leave_queues(id, &task);
         if task.step != Step::Running {
             self.waiting = self.waiting.saturating_sub(1);
         }
@@ -369,22 +377,6 @@ impl Ledger {
         if let Some(run) = self.runs.get_mut(&id) {
             run.cancel.cancel();
             run.deadline = run.deadline.min(now.after(self.settings.stop_grace));
-        }
-    }
-
-    /// Changes who waits for a task, and with that its place in the queue.
-    fn change_waiters(&mut self, id: TaskId, change: impl FnOnce(&mut BTreeSet<(i32, u64)>)) {
-        let Some(task) = self.tasks.get_mut(&id) else { return };
-        let before = task.place(id);
-        change(&mut task.waiters);
-        let after = task.place(id);
-        let queue = match task.step {
-            Step::Unchecked => &mut self.unchecked,
-            Step::Ready => &mut self.ready,
-            Step::Checking | Step::Running => return,
-        };
-        if before != after && queue.remove(&task.pools, before) {
-            queue.insert(&task.pools, after);
         }
     }
 }

@@ -210,8 +210,8 @@ mod tests {
         let completed = |outcome: &Outcome, place, queued_for| {
             line(Event::Completed { outcome: Arc::new(outcome.clone()), place, queued_for })
         };
-        let place = RunPlace { pool: "local".into(), slot: SlotId(2) };
-        let ran = completed(&outcome, Some(place), Some(Duration::from_millis(15)));
+        let place = RunPlace { pool: "local".into(), slot: SlotId(2), worker: "host/2".into() };
+        let ran = completed(&outcome, Some(Arc::new(place)), Some(Duration::from_millis(15)));
         let common = json!({
             "event": "operation_completed",
             "operation": "operations/00000000-0000-0000-0000-000000000001",

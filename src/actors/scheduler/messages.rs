@@ -1,6 +1,6 @@
 //! What RPC handlers ask of the scheduler. Each message is one intent and its reply the whole answer.
 
-use super::operation::{ClientInfo, Inline, OperationId, OperationInfo, Snapshot, Subscription};
+use super::operation::{ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription};
 use crate::{digest::Digest, error::Result, instance::Instance};
 use std::sync::Arc;
 
@@ -66,7 +66,21 @@ pub struct Forget {
     pub id: OperationId,
 }
 
+/// Asks why an operation waits; `None` when it does not, or is unknown. Answered from a picture of the queue that is made
+/// about once a second, so that any number may ask.
+#[derive(Debug, Clone, actix::Message)]
+#[rtype(result = "Option<Box<QueueStatus>>")]
+pub struct Explain {
+    /// The namespace in the operation's name.
+    pub instance: Instance,
+    /// Which operation.
+    pub id: OperationId,
+}
+
 /// A page of operations, in a stable order: by submission, oldest first.
+///
+/// # Errors
+/// `Invalid` when the filter names a pool that there is not.
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<OperationPage>")]
 pub struct ListOperations {
@@ -91,6 +105,10 @@ pub struct OperationFilter {
     pub invocation: Option<String>,
     /// `target_id` of the client.
     pub target: Option<String>,
+    /// The pool that it runs or ran in or, while it waits, one that can take it.
+    pub pool: Option<String>,
+    /// The worker that runs or ran it.
+    pub worker: Option<String>,
 }
 
 /// The answer to [`ListOperations`].

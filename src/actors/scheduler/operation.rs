@@ -1,5 +1,6 @@
 //! An operation as its clients see it: name, snapshots, subscription, outcome.
 
+use super::transition::RunPlace;
 use crate::{
     actors::worker::messages::RunStage,
     digest::Digest,
@@ -82,12 +83,51 @@ pub struct Snapshot {
     pub stage: Stage,
     /// When it was submitted.
     pub queued_at: SystemTime,
+    /// Where it runs, or ran last.
+    pub place: Option<Arc<RunPlace>>,
     /// The worker's current step while executing, and when it was entered.
     pub run_stage: Option<(RunStage, SystemTime)>,
     /// Where the output of its latest run can be followed, from when there may be any; also after the end (EXE-64).
     pub logs: Option<RunLogs>,
+    /// Why it waits. It changes with everything else that waits, so that it is never in a watch cell: who wants to show it
+    /// asks for it ([`Explain`](super::messages::Explain)) and puts it here.
+    pub queue: Option<Box<QueueStatus>>,
     /// Set exactly when the stage is [`Stage::Completed`].
     pub outcome: Option<Arc<Outcome>>,
+}
+
+/// Why an operation waits, as of the last second or so.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct QueueStatus {
+    /// The pool that is likely to take it.
+    pub pool: String,
+    /// Other pools that can.
+    pub other_pools: Vec<String>,
+    /// Which one it is of those that wait for that pool, from 1, if nothing else comes; `None` when that is not known yet.
+    pub position: Option<usize>,
+    /// How many wait for that pool.
+    pub waiting: usize,
+    /// Slots of that pool that are taken.
+    pub busy: usize,
+    /// Slots of that pool.
+    pub slots: usize,
+    /// The reason, for people.
+    pub reason: String,
+}
+
+impl Snapshot {
+    /// That of an operation that waits, submitted at this time.
+    pub fn queued(queued_at: SystemTime) -> Self {
+        Self {
+            stage: Stage::Queued,
+            queued_at,
+            place: None,
+            run_stage: None,
+            logs: None,
+            queue: None,
+            outcome: None,
+        }
+    }
 }
 
 /// Which contents a client wants inlined in results (AC-05, EXE-59).

@@ -5,7 +5,7 @@
 //! Which operations share a task, and why one ends, is the ledger's business.
 
 use super::{
-    messages::{OperationFilter, OperationPage},
+    messages::{ListOperations, OperationPage},
     operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
     settings::{Moment, SchedulerSettings},
 };
@@ -67,13 +67,23 @@ impl Operation {
         }
     }
 
-    fn matches(&self, instance: &Instance, filter: &OperationFilter) -> bool {
-        let client = &self.info.client;
-        self.info.instance == *instance
+    fn matches(&self, query: &ListOperations, waits_for_pool: impl Fn(TaskId) -> bool) -> bool {
+        let (client, filter) = (&self.info.client, &query.filter);
+        let in_pool = |wanted: &String| match (&self.snapshot.borrow().place, self.task()) {
+            (Some(place), _) => *place.pool == **wanted,
+            (None, Some(task)) => waits_for_pool(task),
+            (None, None) => false,
+        };
+        let on_worker = |wanted: &String| {
+            self.snapshot.borrow().place.as_ref().is_some_and(|place| *place.worker == **wanted)
+        };
+        self.info.instance == query.instance
             && filter.invocation.as_ref().is_none_or(|wanted| client.tool_invocation_id == *wanted)
             && filter.target.as_ref().is_none_or(|wanted| client.target_id == *wanted)
             && filter.done.is_none_or(|wanted| self.task().is_none() == wanted)
             && filter.stage.is_none_or(|wanted| self.snapshot.borrow().stage == wanted)
+            && filter.pool.as_ref().is_none_or(in_pool)
+            && filter.worker.as_ref().is_none_or(on_worker)
     }
 }
 
@@ -124,13 +134,8 @@ impl Register {
         now: Moment,
     ) -> Subscription {
         let cached = outcome.cached;
-        let snapshot = Snapshot {
-            stage: Stage::Completed,
-            queued_at: now.wall,
-            run_stage: None,
-            logs: None,
-            outcome: Some(outcome),
-        };
+        let snapshot =
+            Snapshot { stage: Stage::Completed, outcome: Some(outcome), ..Snapshot::queued(now.wall) };
         let state = State::Finished { at: now.at, cached };
         let snapshot = watch::Sender::new(snapshot);
         let (number, subscription) =
@@ -234,14 +239,10 @@ impl Register {
         abandoned
     }
 
-    /// A page of an instance's operations, oldest first, from after the given number.
-    pub fn page(
-        &self,
-        instance: &Instance,
-        filter: &OperationFilter,
-        after: u64,
-        limit: usize,
-    ) -> OperationPage {
+    /// A page of an instance's operations, oldest first, from after the given number. Whether the task of a waiting
+    /// operation waits for the pool that the filter names is for the caller to say.
+    pub fn page(&self, query: &ListOperations, waits_for_pool: impl Fn(TaskId) -> bool) -> OperationPage {
+        let &ListOperations { after, limit, .. } = query;
         let mut operations = Vec::new();
         let mut last = after;
         let rest = self.operations.range((Bound::Excluded(after), Bound::Unbounded));
@@ -249,7 +250,7 @@ impl Register {
             if examined == PAGE_SCAN {
                 return OperationPage { operations, next: Some(last) };
             }
-            if operation.matches(instance, filter) {
+            if operation.matches(query, &waits_for_pool) {
                 if operations.len() >= limit.max(1) {
                     return OperationPage { operations, next: Some(last) };
                 }

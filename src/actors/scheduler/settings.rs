@@ -1,6 +1,6 @@
 //! [`SchedulerSettings`]: every bound that the scheduler keeps, by name.
 
-use crate::config::ExecutionSettings;
+use crate::{config::ExecutionSettings, platform::UnknownProperties};
 use std::time::{Duration, Instant, SystemTime};
 
 /// How long a client is asked to wait when the queue is full (GEN-21). Long enough that a crowd of waiting clients does not
@@ -21,6 +21,10 @@ pub struct SchedulerSettings {
     pub unfinished_operations: usize,
     /// Input checks at the CAS at the same time. More of them would only queue there.
     pub concurrent_checks: usize,
+    /// How long a task waits until it gains one step of priority.
+    pub priority_ageing: Duration,
+    /// What becomes of actions that ask for a property of which no pool says anything.
+    pub unknown_properties: UnknownProperties,
     /// How long a task may wait, counted again after each requeue.
     pub queue_timeout: Duration,
     /// How long bringing in inputs may take, and again how long storing outputs may.
@@ -54,6 +58,8 @@ impl SchedulerSettings {
             queue_bytes: 1 << 30,
             unfinished_operations: config.queue_size.saturating_mul(4).max(4096),
             concurrent_checks: 64,
+            priority_ageing: config.priority_ageing,
+            unknown_properties: config.unknown_properties,
             queue_timeout: config.queue_timeout,
             transfer_timeout: config.transfer_timeout,
             run_slack: Duration::from_secs(60),

@@ -88,7 +88,7 @@ impl Handler<RunAction> for Doomed {
 }
 
 fn pool(slots: usize, runner: Recipient<RunAction>) -> Pool {
-    Pool { name: "test".into(), slots, platform: BTreeMap::new(), runner }
+    Pool { spec: ledger::fixtures::pool(slots, "linux"), runner }
 }
 
 fn scheduler(settings: SchedulerSettings, works: &[Work], cached: bool, pool: Pool) -> Addr<SchedulerActor> {

@@ -27,7 +27,7 @@ pub enum Event {
     /// Its task was given to a worker, or it joined a task that a worker has.
     Executing {
         /// Where.
-        place: RunPlace,
+        place: Arc<RunPlace>,
         /// How long it waited.
         queued_for: Duration,
         /// Which try this is, from 1.
@@ -45,7 +45,7 @@ pub enum Event {
         /// How.
         outcome: Arc<Outcome>,
         /// Where it ran; `None` when it never did.
-        place: Option<RunPlace>,
+        place: Option<Arc<RunPlace>>,
         /// How long it waited before it ran or ended; `None` for a cache hit, which waits for nothing.
         queued_for: Option<Duration>,
     },
@@ -58,6 +58,8 @@ pub struct RunPlace {
     pub pool: Arc<str>,
     /// The slot in it.
     pub slot: SlotId,
+    /// The name of the worker that serves the slot.
+    pub worker: Arc<str>,
 }
 
 /// How long the parts of a run took, by the worker's own clock; `None` for parts that were not reached.

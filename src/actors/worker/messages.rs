@@ -13,6 +13,13 @@ pub struct TaskId(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SlotId(pub usize);
 
+impl SlotId {
+    /// The name of the worker that serves the slot, given what the workers of its pool are called.
+    pub fn worker(self, prefix: &str) -> String {
+        format!("{prefix}/{}", self.0)
+    }
+}
+
 /// Runs one action, start to end. The reply is the whole answer; a `MailboxError` instead of it means that the worker died.
 #[derive(actix::Message)]
 #[rtype(result = "RunReport")]

@@ -244,7 +244,7 @@ impl<'a> ActionRun<'a> {
     }
 
     fn worker(&self) -> String {
-        format!("{}/{}", self.settings.name, self.order.slot.0)
+        self.order.slot.worker(&self.settings.name)
     }
 
     fn enter(&mut self, stage: RunStage, point: Point, logs: Option<RunLogs>) {
@@ -262,7 +262,7 @@ impl<'a> ActionRun<'a> {
         let millis = |from, to| self.timeline.between(from, to).as_millis() as u64;
         let action = &self.order.action;
         log::debug!(target: "gorego::worker", event = ACTION_FINISHED, task = self.order.task.0,
-            slot = self.order.slot.0, action_digest = action.digest.to_string(), instance = action.instance.name(),
+            pool = self.settings.pool, slot = self.order.slot.0, action_digest = action.digest.to_string(), instance = action.instance.name(),
             fetch_ms = millis(Point::FetchStart, Point::FetchEnd), run_ms = millis(Point::RunStart, Point::RunEnd),
             upload_ms = millis(Point::UploadStart, Point::UploadEnd),
             exit_code = outcome.is_ok().then_some(self.result.exit_code),

@@ -11,11 +11,12 @@ use crate::{
     },
     error::Error,
 };
+use std::sync::Arc;
 
 impl Ledger {
     /// Enforces every deadline; to be called about once a second. Returns the slots that are out of service from now on,
     /// because their run neither ends nor stops. They come back when their worker answers.
-    pub fn tick(&mut self, now: Moment) -> Vec<RunPlace> {
+    pub fn tick(&mut self, now: Moment) -> Vec<Arc<RunPlace>> {
         self.end_overdue_waits(now);
         let stuck = self.give_up_overdue_runs(now);
         for number in self.register.abandoned(self.settings.abandon_grace, now) {
@@ -41,7 +42,7 @@ impl Ledger {
         }
     }
 
-    fn give_up_overdue_runs(&mut self, now: Moment) -> Vec<RunPlace> {
+    fn give_up_overdue_runs(&mut self, now: Moment) -> Vec<Arc<RunPlace>> {
         let overdue: Vec<TaskId> = self
             .runs
             .iter()

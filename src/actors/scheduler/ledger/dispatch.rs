@@ -8,7 +8,7 @@ use crate::{
             operation::Stage,
             settings::Moment,
             slots::Slots,
-            transition::{Event, RunPlace, Transition},
+            transition::{Event, Transition},
         },
         worker::{
             cancel::CancelToken,
@@ -64,39 +64,41 @@ pub enum RunEnd {
 }
 
 impl Ledger {
-    /// The next task whose inputs are to be checked, best priority first; `None` while enough checks are out. Each one must be
-    /// answered by [`Ledger::inputs_checked`], whatever happens.
-    pub fn next_check(&mut self) -> Option<Check> {
-        if self.checks >= self.settings.concurrent_checks {
+    /// The next task whose inputs are to be checked, in the order of a pool's queue; `None` while enough checks are out. Each
+    /// one must be answered by [`Ledger::inputs_checked`], whatever happens.
+    pub fn next_check(&mut self, now: Moment) -> Option<Check> {
+        if self.checks.len() >= self.settings.concurrent_checks {
             return None;
         }
-        let id = self.unchecked.pop(|_| true)?.task;
+        let (id, charge) = self.unchecked.pop(now.at)?;
+        self.checks.insert(id, charge);
         let task = self.tasks.get_mut(&id)?;
         task.step = Step::Checking;
-        self.checks += 1;
         Some(Check { task: id, instance: task.action.instance.clone(), root: task.action.input_root })
     }
 
     /// The CAS has looked at a task's inputs. Whatever is wrong with them ends the task before it takes a slot.
     pub fn inputs_checked(&mut self, id: TaskId, result: Result<()>, now: Moment) {
-        self.checks = self.checks.saturating_sub(1);
+        if let Some(charge) = self.checks.remove(&id) {
+            self.unchecked.ended(charge);
+        }
         let Some(task) = self.tasks.get_mut(&id).filter(|task| task.step == Step::Checking) else { return };
         match result {
             Ok(()) => {
                 task.step = Step::Ready;
-                self.ready.insert(&task.pools, task.place(id));
+                self.enter_queues(id);
             }
             Err(error) => self.end_task(id, Outcome::failed(error), now),
         }
     }
 
-    /// The next task to run, and where; `None` when no ready task has a free slot. Each one must be answered by
-    /// [`Ledger::finish`], whatever happens.
+    /// The next task to run, and where; `None` when no ready task has a free slot. Pools choose in order of preference, so
+    /// that a task goes to the best one that is free. Each assignment must be answered by [`Ledger::finish`], whatever
+    /// happens.
     pub fn assign(&mut self, now: Moment) -> Option<Assignment> {
-        let slots = &self.slots;
-        let id = self.ready.pop(|pools| slots.has_free(pools))?.task;
+        let (pool, id, charge) = self.next_ready(now)?;
+        let place = self.slots.take(pool)?;
         let task = self.tasks.get_mut(&id)?;
-        let (pool, slot) = self.slots.take(&task.pools)?;
         task.step = Step::Running;
         task.attempts = task.attempts.saturating_add(1);
         self.waiting = self.waiting.saturating_sub(1);
@@ -106,7 +108,8 @@ impl Ledger {
             .fold(std::time::Duration::ZERO, std::time::Duration::saturating_add);
         let run = Run {
             pool,
-            place: RunPlace { pool: self.slots.name(pool), slot },
+            place: place.clone(),
+            charge,
             cancel: CancelToken::new(),
             started: now.at,
             deadline: now.after(bound),
@@ -117,17 +120,18 @@ impl Ledger {
         let assignment = Assignment {
             task: id,
             pool,
-            slot,
+            slot: place.slot,
             action: task.action.clone(),
             queued_at: task.queued_at,
             tool_invocation_id: task.first.client.tool_invocation_id.clone(),
             cancel: run.cancel.clone(),
         };
         for number in task.numbers() {
-            let Some(operation) = self.register.update(number, |snapshot| snapshot.stage = Stage::Executing)
-            else {
-                continue;
+            let executing = |snapshot: &mut super::Snapshot| {
+                snapshot.stage = Stage::Executing;
+                snapshot.place = Some(place.clone());
             };
+            let Some(operation) = self.register.update(number, executing) else { continue };
             let event = Event::Executing {
                 place: run.place.clone(),
                 queued_for: now.since(operation.queued),
@@ -161,7 +165,7 @@ impl Ledger {
     /// A run is over: its slot is free, and its task is done, tried again, or given up (EXE-62).
     pub fn finish(&mut self, id: TaskId, end: RunEnd, now: Moment) {
         let Some(run) = self.runs.get(&id) else { return };
-        let (pool, slot) = (run.pool, run.place.slot);
+        let (pool, slot, charge) = (run.pool, run.place.slot, run.charge);
         let closed = matches!(end, RunEnd::Lost { pool_closed: true });
         // Before the task is judged: a task that no pool is left for must not be queued again.
         if closed {
@@ -200,6 +204,9 @@ impl Ledger {
         }
         self.runs.remove(&id);
         self.slots.release(pool, slot);
+        if let Some(queue) = self.ready.get_mut(pool) {
+            queue.ended(charge);
+        }
         if closed {
             self.end_unserved(now);
         }
@@ -228,10 +235,12 @@ impl Ledger {
         task.step = Step::Ready;
         task.waiting_since = now.at;
         self.waiting += 1;
-        self.ready.insert(&task.pools, task.place(id));
+        self.enter_queues(id);
+        let Some(task) = self.tasks.get(&id) else { return };
         for number in task.numbers() {
             let requeue = |snapshot: &mut super::Snapshot| {
                 snapshot.stage = Stage::Queued;
+                snapshot.place = None;
                 snapshot.run_stage = None;
                 snapshot.logs = None;
             };

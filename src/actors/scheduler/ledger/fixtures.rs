@@ -10,6 +10,7 @@ use crate::{
     digest::{Digest, DigestFunction},
     instance::Instances,
     path::RootPath,
+    platform::Offer,
     proto::reapi,
 };
 
@@ -18,11 +19,18 @@ use crate::{
 pub struct Work {
     pub name: u64,
     pub do_not_cache: bool,
+    /// The `OSFamily` that it asks for.
     pub platform: Option<&'static str>,
 }
 
 pub fn work(name: u64) -> Work {
     Work { name, do_not_cache: false, platform: None }
+}
+
+/// The request of one run of a build tool.
+pub fn submit_of(invocation: &str, work: &Work) -> Submit {
+    let client = ClientInfo { tool_invocation_id: invocation.into(), ..Default::default() };
+    Submit { client, ..submit(work) }
 }
 
 pub fn instance() -> Instance {
@@ -78,10 +86,16 @@ pub fn settings() -> SchedulerSettings {
 }
 
 pub fn ledger_with(settings: SchedulerSettings, pools: &[(usize, &str)]) -> Ledger {
-    let pool = |&(slots, family): &(usize, &str)| PoolSpec {
+    Ledger::new(settings, pools.iter().map(|&(slots, family)| pool(slots, family)).collect())
+}
+
+/// A pool for one family of systems.
+pub fn pool(slots: usize, family: &str) -> PoolSpec {
+    PoolSpec {
         name: format!("pool-{family}"),
+        section: format!("execution.pools.pool-{family}"),
+        worker: format!("host/pool-{family}"),
         slots,
-        platform: BTreeMap::from([("OSFamily".into(), family.into())]),
-    };
-    Ledger::new(settings, pools.iter().map(pool).collect())
+        offers: [("OSFamily".to_owned(), Offer::Exact(family.into()))].into(),
+    }
 }

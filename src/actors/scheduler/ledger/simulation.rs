@@ -3,8 +3,10 @@
 //! The world outside is played here: who follows what, which runs are out, what the CAS says. Each step is checked against
 //! it, and at the end the world is brought to rest, where every operation must have ended. A failure names its seed.
 
+mod turns;
+
 use super::{
-    fixtures::{Work, digest, instance, ledger_with, resolution, settings, submit, work},
+    fixtures::{Work, digest, instance, pool, resolution, settings, submit, submit_of, work},
     *,
 };
 use crate::actors::{
@@ -14,7 +16,9 @@ use crate::actors::{
         messages::{RunFailure, RunResult, RunStage, SlotId, StageReached},
     },
 };
+use crate::platform::Offer;
 use std::collections::HashSet;
+use turns::Waiting;
 
 const SEEDS: u64 = 300;
 const STEPS: u32 = 1000;
@@ -23,8 +27,13 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 11] = [
+const SIGHTS: [&str; 16] = [
     "joined",
+    "explained",
+    "in a later pool",
+    "out of turn",
+    "due",
+    "shared",
     "cached",
     "requeued",
     "refused: full",
@@ -115,7 +124,15 @@ struct Out {
     stage: Option<RunStage>,
 }
 
-const POOLS: [(usize, &str); 2] = [(2, "linux"), (1, "plan9")];
+/// Slots of the pools: one for Linux, one for Plan 9, and one for either.
+const POOLS: [usize; 3] = [2, 1, 1];
+
+fn pools() -> Vec<PoolSpec> {
+    let either = Offer::Set(vec!["linux".into(), "plan9".into()]);
+    let offers = [("OSFamily".to_owned(), either)].into();
+    let either = PoolSpec { name: "either".into(), offers, ..pool(POOLS[2], "") };
+    vec![pool(POOLS[0], "linux"), pool(POOLS[1], "plan9"), either]
+}
 
 impl World {
     fn new(seed: u64) -> Self {
@@ -127,11 +144,12 @@ impl World {
             retained_operations: random.below(6),
             retained_cached: random.below(3),
             max_attempts: 1 + random.below(3) as u32,
+            priority_ageing: Duration::from_secs(1 + random.below(60) as u64),
             ..settings()
         };
         Self {
             random,
-            ledger: ledger_with(settings, &POOLS),
+            ledger: Ledger::new(settings, pools()),
             now: Moment::now(),
             known: BTreeMap::new(),
             next_id: 1,
@@ -153,7 +171,8 @@ impl World {
             68..80 => self.end_run(),
             80..84 => self.cancel(),
             84..89 => self.lose_client(),
-            89..92 => self.watch(),
+            89..91 => self.watch(),
+            91 => self.explain(),
             92..94 => self.forget(),
             94 => self.advance(Duration::from_secs(60)),
             95 if self.random.chance(10) => self.advance(Duration::from_secs(4000)),
@@ -167,11 +186,12 @@ impl World {
         // The digest says everything about an action, its platform and whether it may be cached included.
         let (name, do_not_cache) = (self.random.below(8), self.random.chance(15));
         let platform =
-            [None, None, None, None, Some("linux"), Some("Linux"), Some("Plan9"), Some("amiga")][name];
+            [None, None, None, None, Some("linux"), Some("Linux"), Some("plan9"), Some("amiga")][name];
         let name = name as u64 + if do_not_cache { 100 } else { 0 };
         let work = Work { name, do_not_cache, platform };
         let cached = !work.do_not_cache && self.random.chance(10);
-        let submit = Submit { priority: self.random.below(3) as i32 - 1, ..submit(&work) };
+        let invocation = ["", "a", "b"][self.random.below(3)];
+        let submit = Submit { priority: self.random.below(3) as i32 - 1, ..submit_of(invocation, &work) };
         let (before, waiting) = (self.ledger.register.unfinished(), self.ledger.waiting);
         let admitted = self.ledger.admit(submit, resolution(&work, cached), id, self.now);
         match admitted {
@@ -195,12 +215,13 @@ impl World {
                 assert!(waiting >= settings.queue_size || before >= settings.unfinished_operations);
                 self.seen.insert("refused: full");
             }
-            Err(Error::Precondition(_)) => {
+            Err(Error::Precondition(message)) => {
                 assert_eq!(work.platform, Some("amiga"));
+                assert!(message.contains("\"pool-linux\"") && message.contains("amiga"), "{message}");
                 self.seen.insert("refused: platform");
             }
             Err(Error::Unavailable(_)) => {
-                assert!(!self.closed.is_empty());
+                assert!(self.closed.contains(&2));
                 self.seen.insert("refused: no workers");
             }
             Err(other) => panic!("unexpected {other:?}"),
@@ -208,7 +229,7 @@ impl World {
     }
 
     fn send_checks(&mut self) {
-        while let Some(check) = self.ledger.next_check() {
+        while let Some(check) = self.ledger.next_check(self.now) {
             self.checks.push(check.task);
         }
         assert!(self.checks.len() <= self.ledger.settings.concurrent_checks);
@@ -225,23 +246,39 @@ impl World {
     }
 
     fn assign(&mut self) {
-        // The least place of a ready task that has a free pool: what has to come next.
-        let next = |ledger: &Ledger| {
-            let ready = ledger.tasks.iter().filter(|(_, task)| task.step == Step::Ready);
-            let runnable = ready.filter(|(_, task)| ledger.slots.has_free(&task.pools));
-            runnable.map(|(id, task)| task.place(*id)).min().map(|place| place.task)
-        };
         for _ in 0..=self.random.below(3) {
-            let expected = next(&self.ledger);
+            let before: Vec<Waiting> = self.waiting();
+            let free = |pool: usize| self.ledger.slots.has_free(pool);
+            // The first pool, by preference, that has both a slot and a task for it.
+            let expected =
+                (0..POOLS.len()).find(|pool| free(*pool) && before.iter().any(|w| w.pools.contains(pool)));
             let assignment = self.ledger.assign(self.now);
-            assert_eq!(assignment.as_ref().map(|a| a.task), expected, "priority, then first in, first out");
+            assert_eq!(
+                assignment.as_ref().map(|a| a.pool),
+                expected,
+                "no slot idles while there is work for it"
+            );
+            if let Some(Assignment { task, pool, .. }) = assignment {
+                self.check_turn(&before, task, pool);
+            }
             let Some(assignment) = assignment else { return };
             let slot = (assignment.pool, assignment.slot);
             assert!(!self.closed.contains(&assignment.pool), "a closed pool gets no work");
-            assert!(assignment.slot.0 < POOLS[assignment.pool].0, "only slots that there are");
+            assert!(assignment.slot.0 < POOLS[assignment.pool], "only slots that there are");
             let out = Out { task: assignment.task, cancel: assignment.cancel, stage: None };
             assert!(self.runs.insert(slot, out).is_none(), "slot {slot:?} is given out twice");
         }
+    }
+
+    fn explain(&mut self) {
+        let Some(id) = self.pick_operation() else { return };
+        let status = self.ledger.explain(&instance(), id, self.now);
+        let stage = self.known[&id].stage;
+        assert_eq!(status.is_some(), stage == Stage::Queued, "who waits hears why, and nobody else");
+        let Some(status) = status else { return };
+        assert!(!status.reason.is_empty() && !status.pool.is_empty());
+        assert!(status.busy <= status.slots && status.position != Some(0));
+        self.seen.insert("explained");
     }
 
     fn pick_run(&mut self) -> Option<(usize, SlotId)> {
@@ -340,6 +377,10 @@ impl World {
                     assert!(!(joined && known.do_not_cache), "uncacheable work is never merged (EXE-15)");
                     assert!(known.stage == Stage::Queued);
                     if joined {
+                        let builds = |task: &Task| task.waiters.values().collect::<HashSet<_>>().len();
+                        if self.ledger.tasks.values().any(|task| builds(task) > 1) {
+                            self.seen.insert("shared");
+                        }
                         self.seen.insert("joined");
                     }
                 }
@@ -387,7 +428,8 @@ impl World {
         let waiting = ledger.tasks.values().filter(|task| task.step != Step::Running).count();
         assert_eq!(ledger.waiting, waiting);
         assert_eq!(ledger.weight, ledger.tasks.values().map(|task| task.action.weight()).sum::<usize>());
-        assert!(waiting <= settings.queue_size + POOLS.iter().map(|pool| pool.0).sum::<usize>());
+        assert!(waiting <= settings.queue_size + POOLS.iter().sum::<usize>());
+        self.check_queues();
         let unfinished: usize = ledger.tasks.values().map(|task| task.waiters.len()).sum();
         assert_eq!(ledger.register.unfinished(), unfinished, "each operation waits for one task");
         assert!(unfinished <= settings.unfinished_operations);
@@ -429,7 +471,7 @@ impl World {
         assert_eq!(self.ledger.register.len(), 0, "nothing is remembered for ever");
         let query =
             ListOperations { instance: instance(), filter: OperationFilter::default(), after: 0, limit: 10 };
-        assert!(self.ledger.list(&query).operations.is_empty());
+        assert!(self.ledger.list(&query).unwrap().operations.is_empty());
     }
 
     fn check_drained(&mut self) {

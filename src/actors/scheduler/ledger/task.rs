@@ -5,7 +5,8 @@ use crate::{
     actors::{
         scheduler::{
             operation::{OperationInfo, ServerLog},
-            queue::{Place, PoolSet},
+            queue::{Build, Charge, Place},
+            slots::PoolSet,
             transition::RunPlace,
         },
         worker::{
@@ -18,7 +19,7 @@ use crate::{
     log_streams::run::RunLogs,
 };
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     sync::Arc,
     time::{Instant, SystemTime},
 };
@@ -34,13 +35,18 @@ pub(super) struct Task {
     /// The operation that brought it in; it may have been cancelled since.
     pub(super) first: Arc<OperationInfo>,
     pub(super) queued_at: SystemTime,
+    /// The same on the other clock; it goes on for a task that is tried again.
+    pub(super) queued: Instant,
     pub(super) waiting_since: Instant,
     pub(super) attempts: u32,
-    /// Who waits: (priority, number). Never empty. The best priority is the task's own.
-    pub(super) waiters: BTreeSet<(i32, u64)>,
+    /// Who waits: (priority, number), and of which build. Never empty. The first one gives the task its priority, and its
+    /// build is the one that the task counts for: the most urgent, and of several the one that came first.
+    pub(super) waiters: BTreeMap<(i32, u64), Build>,
     pub(super) step: Step,
     /// Accounts of its runs so far, in order; at most one a try.
     pub(super) server_logs: Vec<ServerLog>,
+    /// The pool and the position in its queue, as of when somebody asked last.
+    pub(super) position: Option<(usize, usize)>,
 }
 
 /// Where a task is.
@@ -60,7 +66,9 @@ pub(super) enum Step {
 #[derive(Debug)]
 pub(super) struct Run {
     pub(super) pool: usize,
-    pub(super) place: RunPlace,
+    pub(super) place: Arc<RunPlace>,
+    /// What it counts for in the queue of its pool.
+    pub(super) charge: Charge,
     pub(super) cancel: CancelToken,
     pub(super) started: Instant,
     pub(super) deadline: Instant,
@@ -77,7 +85,9 @@ impl Task {
     }
 
     pub(super) fn place(&self, id: TaskId) -> Place {
-        Place { priority: self.waiters.first().map_or(0, |&(priority, _)| priority), task: id }
+        let first = self.waiters.first_key_value();
+        let (priority, build) = first.map_or((0, Build(0)), |(&(priority, _), &build)| (priority, build));
+        Place { priority, build, task: id, since: self.queued }
     }
 
     /// Keeps the account of the latest try, under a plain file name (EXE-61).
@@ -87,7 +97,7 @@ impl Task {
     }
 
     pub(super) fn numbers(&self) -> impl Iterator<Item = u64> {
-        self.waiters.iter().map(|&(_, number)| number)
+        self.waiters.keys().map(|&(_, number)| number)
     }
 }
 

@@ -1,13 +1,14 @@
-//! What the ledger promises, in sentences: admission, order, sharing, what clients see. `endings.rs` has the rest.
+//! What the ledger promises, in sentences: admission, order, sharing, what clients see. `endings.rs` and `sharing.rs` have the rest.
 
 mod endings;
+mod sharing;
 
 use super::{fixtures::*, *};
 use crate::{
     action::Action,
     actors::{
         scheduler::{
-            messages::OperationFilter, operation::ClientInfo, settings::SchedulerSettings, slots::PoolSpec,
+            messages::OperationFilter, operation::ClientInfo, settings::SchedulerSettings,
             transition::RunPlace,
         },
         worker::messages::{RunFailure, RunReport, RunResult, RunStage, StageReached},
@@ -48,7 +49,7 @@ impl Desk {
 
     /// Has everything checked and assigned.
     fn dispatch(&mut self) -> Vec<Assignment> {
-        while let Some(check) = self.ledger.next_check() {
+        while let Some(check) = self.ledger.next_check(self.now) {
             self.ledger.inputs_checked(check.task, Ok(()), self.now);
         }
         std::iter::from_fn(|| self.ledger.assign(self.now)).collect()
@@ -68,7 +69,7 @@ impl Desk {
         self.ledger.cancel(&instance(), subscription.info.id, self.now).unwrap();
     }
 
-    fn after(&mut self, seconds: u64) -> Vec<RunPlace> {
+    fn after(&mut self, seconds: u64) -> Vec<Arc<RunPlace>> {
         let by = Duration::from_secs(seconds);
         self.now = Moment { at: self.now.at + by, wall: self.now.wall + by };
         self.ledger.tick(self.now)
@@ -236,7 +237,7 @@ fn missing_inputs_end_a_task_before_it_takes_a_slot() {
     let mut desk = Desk::new(1, settings());
     let operation = desk.submit(work(1));
     assert_eq!(stage(&operation), Stage::Queued, "the answer does not wait for the check (EXE-01)");
-    let check = desk.ledger.next_check().unwrap();
+    let check = desk.ledger.next_check(desk.now).unwrap();
     assert!(desk.ledger.assign(desk.now).is_none(), "not before its inputs are there");
     let missing = Error::MissingBlobs(vec![check.root]);
     desk.ledger.inputs_checked(check.task, Err(missing.clone()), desk.now);
@@ -277,7 +278,7 @@ fn an_operation_is_unknown_under_another_instance() {
     assert!(matches!(desk.ledger.cancel(&other, id, desk.now), Err(Error::NotFound(_))));
     assert!(matches!(desk.ledger.forget(&other, id), Err(Error::NotFound(_))));
     let query = ListOperations { instance: other, filter: OperationFilter::default(), after: 0, limit: 9 };
-    assert!(desk.ledger.list(&query).operations.is_empty());
+    assert!(desk.ledger.list(&query).unwrap().operations.is_empty());
 }
 
 #[test]
@@ -294,12 +295,8 @@ fn pages_list_every_matching_operation_once_in_order_of_submission() {
     let list = |filter: OperationFilter, limit| {
         let (mut ids, mut after) = (Vec::new(), 0);
         loop {
-            let page = desk.ledger.list(&ListOperations {
-                instance: instance(),
-                filter: filter.clone(),
-                after,
-                limit,
-            });
+            let query = ListOperations { instance: instance(), filter: filter.clone(), after, limit };
+            let page = desk.ledger.list(&query).unwrap();
             assert!(page.operations.len() <= limit);
             ids.extend(page.operations.iter().map(|(info, _)| info.id.0.as_u128()));
             match page.next {

@@ -132,8 +132,7 @@ fn work_that_nobody_follows_stops_after_the_grace_unless_somebody_comes_back() {
 #[test]
 fn a_task_that_waits_too_long_ends_with_an_error_that_is_not_taken_for_a_slow_command() {
     let mut desk = Desk::new(0, SchedulerSettings { concurrent_checks: 0, ..settings() });
-    desk.ledger.slots =
-        Slots::new(vec![PoolSpec { name: "busy".into(), slots: 1, platform: BTreeMap::new() }]);
+    desk.ledger.slots = Slots::new(vec![pool(1, "linux")], Default::default());
     let operation = desk.submit(work(1));
     desk.after(3599);
     assert_eq!(stage(&operation), Stage::Queued);

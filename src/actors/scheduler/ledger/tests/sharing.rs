@@ -1,0 +1,204 @@
+//! Pools and builds: who gets which slot, and what those who wait are told.
+
+use super::*;
+use crate::{
+    actors::scheduler::slots::PoolSpec,
+    platform::{Offer, UnknownProperties},
+};
+
+fn exact(value: &str) -> Offer {
+    Offer::Exact(value.into())
+}
+
+fn pool_of(name: &str, slots: usize, offers: &[(&str, Offer)]) -> PoolSpec {
+    let offers = offers.iter().map(|(name, offer)| ((*name).to_owned(), offer.clone())).collect();
+    PoolSpec { name: name.into(), offers, ..pool(slots, "") }
+}
+
+/// A desk over a small pool for anything, and one for work that needs a GPU.
+fn two_pools(settings: SchedulerSettings) -> Desk {
+    let plain = pool_of("plain", 1, &[("cores", Offer::Minimum(4))]);
+    let gpu = pool_of("gpu", 1, &[("cores", Offer::Minimum(16)), ("gpu", exact("a100"))]);
+    Desk { ledger: Ledger::new(settings, vec![plain, gpu]), now: Moment::now(), next_id: 1 }
+}
+
+fn asking(name: u64, platform: &[(&str, &str)]) -> (Submit, Resolution) {
+    let Resolution::Run(action) = resolution(&work(name), false) else { unreachable!() };
+    let platform = platform.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+    (submit(&work(name)), Resolution::Run(Arc::new(Action { platform, ..(*action).clone() })))
+}
+
+impl Desk {
+    fn submit_of(&mut self, invocation: &str, name: u64) -> Subscription {
+        self.try_submit(submit_of(invocation, &work(name)), resolution(&work(name), false)).unwrap()
+    }
+
+    fn explain(
+        &mut self,
+        subscription: &Subscription,
+    ) -> Option<crate::actors::scheduler::operation::QueueStatus> {
+        self.ledger.explain(&instance(), subscription.info.id, self.now)
+    }
+}
+
+#[test]
+fn a_build_of_thousands_cannot_starve_one_of_five() {
+    let mut desk = Desk::new(4, SchedulerSettings { concurrent_checks: 8, ..settings() });
+    let _big: Vec<_> = (0..5000).map(|name| desk.submit_of("big", name)).collect();
+    let mut running = std::collections::VecDeque::from(desk.dispatch());
+    let _more: Vec<_> = (5000..8000).map(|name| desk.submit_of("big", name)).collect();
+    let small: Vec<_> = (9000..9005).map(|name| desk.submit_of("small", name)).collect();
+    // Its checks do not wait behind those of the other build either.
+    let checks: Vec<_> =
+        (0..10).map(|_| desk.ledger.next_check(desk.now)).take_while(Option::is_some).collect();
+    let of_small = |task: TaskId| desk.ledger.tasks[&task].first.client.tool_invocation_id == "small";
+    assert_eq!(checks.iter().flatten().filter(|check| of_small(check.task)).count(), 4);
+    for check in checks.into_iter().flatten() {
+        desk.ledger.inputs_checked(check.task, Ok(()), desk.now);
+    }
+    let mut turns = 0;
+    while small.iter().any(|operation| stage(operation) == Stage::Queued) {
+        let oldest: Assignment = running.pop_front().unwrap();
+        desk.finish(oldest.task, success());
+        running.extend(desk.dispatch());
+        turns += 1;
+        let own = running.iter().filter(|run| run.tool_invocation_id == "small").count();
+        assert!(own <= 3, "the big one is not starved either");
+    }
+    assert!(turns <= 10, "{turns} turns for 5 actions beside one other build");
+}
+
+#[test]
+fn a_shared_task_counts_for_its_most_urgent_waiter_and_then_for_the_first() {
+    let mut desk = Desk::new(1, settings());
+    let _busy = desk.submit_of("a", 0);
+    desk.dispatch_one();
+    let _of_a = desk.submit_of("a", 1);
+    let of_b = desk.submit_of("b", 2);
+    let _shared = desk.submit_of("c", 2);
+    assert!(desk.dispatch().is_empty());
+    let build = |desk: &Desk, name: u64| {
+        let (id, task) =
+            desk.ledger.tasks.iter().find(|(_, t)| t.action.digest == digest(&work(name))).unwrap();
+        task.place(*id).build
+    };
+    let (a, b) = (build(&desk, 1), build(&desk, 2));
+    assert_ne!(a, b);
+    desk.cancel(&of_b);
+    assert!(build(&desk, 2) != b && build(&desk, 2) != a, "who left is not charged");
+    let urgent = Submit { priority: -1, ..submit_of("a", &work(2)) };
+    let _urgent = desk.try_submit(urgent, resolution(&work(2), false)).unwrap();
+    assert_eq!(build(&desk, 2), a, "who made it urgent is");
+    let _nameless = [desk.submit(work(3)), desk.submit_of("", 4)];
+    assert_eq!(build(&desk, 3), build(&desk, 4), "all that name no build share as one");
+}
+
+/// No starvation by priority, also when the urgent work never ends.
+#[test]
+fn a_task_gains_a_step_of_priority_with_each_interval() {
+    let mut desk = Desk::new(1, SchedulerSettings { priority_ageing: Duration::from_secs(10), ..settings() });
+    let _running = desk.submit(work(0));
+    let patient = desk.submit_at(work(1), 3);
+    let turn = |desk: &mut Desk, name| {
+        let _urgent = desk.submit_at(work(name), 0);
+        let run = desk.dispatch().pop();
+        let running: Vec<_> = desk.ledger.runs.keys().copied().collect();
+        for task in running {
+            desk.finish(task, success());
+        }
+        run
+    };
+    for name in 100..110 {
+        turn(&mut desk, name);
+        desk.after(2);
+        assert_eq!(stage(&patient), Stage::Queued, "after {} s", 2 * (name - 99));
+    }
+    desk.after(10);
+    for name in 200..202 {
+        turn(&mut desk, name);
+    }
+    assert_eq!(stage(&patient), Stage::Completed);
+}
+
+/// EXE-31.
+#[test]
+fn work_goes_to_the_least_special_pool_that_can_take_it() {
+    let mut desk = two_pools(settings());
+    let submit = |desk: &mut Desk, name, platform: &[(&str, &str)]| {
+        let (submit, resolution) = asking(name, platform);
+        desk.try_submit(submit, resolution).unwrap()
+    };
+    let first = submit(&mut desk, 1, &[]);
+    let second = submit(&mut desk, 2, &[("cores", "2")]);
+    let special = submit(&mut desk, 3, &[("gpu", "a100")]);
+    let runs = desk.dispatch();
+    let of = |run: &Assignment| (run.action.digest, run.pool);
+    assert_eq!(of(&runs[0]), (digest(&work(1)), 0), "the pool that others need less");
+    assert_eq!(of(&runs[1]), (digest(&work(2)), 1), "and the other one when it is taken");
+    let place = |subscription: &Subscription| subscription.snapshots.borrow().place.clone();
+    assert_eq!(place(&first).unwrap().worker.as_ref(), "host/pool-/0");
+    assert_eq!(place(&second).unwrap().pool.as_ref(), "gpu");
+    desk.finish(runs[0].task, success());
+    assert!(desk.dispatch().is_empty(), "a free slot of another pool is no use to it");
+    assert!(desk.explain(&special).is_some());
+    desk.finish(runs[1].task, success());
+    assert_eq!(desk.dispatch_one().pool, 1);
+
+    let by_pool = |pool: &str| {
+        let filter = OperationFilter { pool: Some(pool.into()), ..Default::default() };
+        let query = ListOperations { instance: instance(), filter, after: 0, limit: 9 };
+        desk.ledger.list(&query).map(|page| page.operations.len())
+    };
+    assert_eq!((by_pool("plain"), by_pool("gpu")), (Ok(1), Ok(2)), "finished ones too");
+    assert!(by_pool("nope").unwrap_err().to_string().contains("plain, gpu"));
+    let filter = OperationFilter { worker: Some("host/pool-/0".into()), ..Default::default() };
+    let query = ListOperations { instance: instance(), filter, after: 0, limit: 9 };
+    assert_eq!(desk.ledger.list(&query).unwrap().operations.len(), 3);
+}
+
+/// EXE-31.
+#[test]
+fn the_nearest_pool_is_named_with_every_property_in_which_it_differs() {
+    let mut desk = two_pools(settings());
+    let (request, resolution) = asking(1, &[("gpu", "a100"), ("cores", "32"), ("silo", "x")]);
+    let refusal = desk.try_submit(request, resolution).unwrap_err();
+    let Error::Precondition(message) = refusal else { panic!("{refusal:?}") };
+    for part in ["the nearest, \"gpu\"", "cores (asked for \"32\", offered up to 16", "[execution.pools."] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(!message.contains("silo") && !message.contains("a100"), "{message}");
+    let strict = SchedulerSettings { unknown_properties: UnknownProperties::Refuse, ..settings() };
+    let (request, resolution) = asking(1, &[("silo", "x")]);
+    let refusal = two_pools(strict).try_submit(request, resolution).unwrap_err();
+    assert!(matches!(&refusal, Error::Precondition(m) if m.contains("silo")), "{refusal:?}");
+    let many = vec![("silo", "x"); crate::actors::scheduler::slots::PROPERTIES_MAX + 1];
+    let (request, resolution) = asking(1, &many);
+    assert!(matches!(desk.try_submit(request, resolution), Err(Error::Invalid(_))));
+}
+
+/// A declared pool that is busy: the operation waits, and says so.
+#[test]
+fn who_waits_is_told_for_which_pool_at_which_position_and_why() {
+    let mut desk = Desk::new(2, settings());
+    let unchecked = desk.submit_of("big", 0);
+    assert!(desk.explain(&unchecked).unwrap().reason.contains("inputs"));
+    assert_eq!(desk.explain(&unchecked).unwrap().position, None);
+    let big: Vec<_> = (1..10).map(|name| desk.submit_of("big", name)).collect();
+    let small = desk.submit_of("small", 100);
+    let runs = desk.dispatch();
+    assert_eq!(desk.explain(&unchecked), None, "it runs");
+    // The board still shows what was asked first; a second later it is made anew.
+    assert_eq!(desk.explain(&big[8]).unwrap().position, None);
+    desk.after(2);
+    let status = desk.explain(&big[8]).unwrap();
+    assert_eq!((status.pool.as_str(), status.position, status.waiting), ("pool-linux", Some(9), 9));
+    assert_eq!((status.busy, status.slots, status.other_pools.len()), (2, 2, 0));
+    assert_eq!(status.reason, "2 of 2 slots of pool \"pool-linux\" are busy");
+    assert_eq!(desk.explain(&big[0]).unwrap().position, Some(1));
+    let other = Instances::new(["", "b"]).unwrap().get("b").unwrap();
+    assert_eq!(desk.ledger.explain(&other, big[3].info.id, desk.now), None, "GEN-15");
+    assert_eq!(runs[1].tool_invocation_id, "small");
+    desk.ledger.finish(runs[1].task, RunEnd::Lost { pool_closed: false }, desk.now);
+    let reason = desk.explain(&small).unwrap().reason;
+    assert!(reason.ends_with("its worker failed, this is try 2 of 3"), "{reason}");
+}

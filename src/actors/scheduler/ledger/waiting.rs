@@ -1,0 +1,187 @@
+//! Where tasks wait, and why: the queues of the pools, and the answer to the question.
+//!
+//! A ready task stands in the queue of each pool that can take it; the first pool to have a free slot for it takes it out of
+//! all. Positions are not kept up to date while tasks come and go. They are worked out for all tasks at once when somebody
+//! asks and the last picture, the *board*, is too old: so the price of telling any number of clients is bounded.
+
+use super::{Ledger, Step, Task};
+use crate::{
+    actors::{
+        scheduler::{
+            operation::{OperationId, OperationInfo, QueueStatus},
+            queue::{Build, Charge, Queue},
+            settings::Moment,
+            slots::PoolSet,
+        },
+        worker::messages::TaskId,
+    },
+    instance::Instance,
+};
+use std::{
+    collections::BTreeMap,
+    hash::BuildHasher as _,
+    time::{Duration, Instant},
+};
+
+/// How long a board is good for; so short that what came a second ago is on it.
+const BOARD_AGE: Duration = Duration::from_millis(100);
+
+/// How much longer for each task on it: some hundred times what it costs to put a task there (0.2 us were measured), so that
+/// boards never take more than about one per cent of the scheduler's time.
+const BOARD_AGE_PER_TASK: Duration = Duration::from_micros(50);
+
+/// When positions were worked out last.
+#[derive(Debug, Default)]
+pub(super) struct Board {
+    made: Option<Instant>,
+    tasks: u32,
+}
+
+impl Board {
+    fn is_fresh(&self, now: Moment) -> bool {
+        let age = BOARD_AGE.saturating_add(BOARD_AGE_PER_TASK.saturating_mul(self.tasks));
+        self.made.is_some_and(|made| now.since(made) < age)
+    }
+}
+
+impl Ledger {
+    /// The build that an operation belongs to. Two that fall together, which is next to impossible, share as one.
+    pub(super) fn build(&self, info: &OperationInfo) -> Build {
+        Build(self.names.hash_one((info.instance.id(), &info.client.tool_invocation_id)))
+    }
+
+    /// Has a task wait in the queues that are right for its step.
+    pub(super) fn enter_queues(&mut self, id: TaskId) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        let (place, step, pools) = (task.place(id), task.step, task.pools.clone());
+        self.each_queue(step, &pools, |queue| queue.insert(place));
+    }
+
+    /// Takes a task out of the queues that it stands in.
+    pub(super) fn leave_queues(&mut self, id: TaskId, task: &Task) {
+        let place = task.place(id);
+        self.each_queue(task.step, &task.pools, |queue| {
+            queue.remove(&place);
+        });
+    }
+
+    /// Changes who waits for a task, and with that its place in the queues.
+    pub(super) fn change_waiters(
+        &mut self,
+        id: TaskId,
+        change: impl FnOnce(&mut BTreeMap<(i32, u64), Build>),
+    ) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        let before = task.place(id);
+        change(&mut task.waiters);
+        let after = task.place(id);
+        if before != after {
+            let (step, pools) = (task.step, task.pools.clone());
+            self.each_queue(step, &pools, |queue| {
+                if queue.remove(&before) {
+                    queue.insert(after);
+                }
+            });
+        }
+    }
+
+    fn each_queue(&mut self, step: Step, pools: &PoolSet, mut visit: impl FnMut(&mut Queue)) {
+        match step {
+            Step::Unchecked => visit(&mut self.unchecked),
+            Step::Ready => {
+                for &pool in &**pools {
+                    self.ready.get_mut(pool).map(&mut visit);
+                }
+            }
+            Step::Checking | Step::Running => {}
+        }
+    }
+
+    /// The next pool with a free slot and a task for it; the task is in no queue any more.
+    pub(super) fn next_ready(&mut self, now: Moment) -> Option<(usize, TaskId, Charge)> {
+        let (slots, tasks) = (&self.slots, &self.tasks);
+        let mut free = self.ready.iter_mut().enumerate().filter(|(pool, _)| slots.has_free(*pool));
+        let (pool, id, charge) =
+            free.find_map(|(pool, queue)| queue.pop(now.at).map(|(id, charge)| (pool, id, charge)))?;
+        let task = tasks.get(&id)?;
+        for &other in task.pools.iter().filter(|other| **other != pool) {
+            if let Some(queue) = self.ready.get_mut(other) {
+                queue.remove(&task.place(id));
+            }
+        }
+        Some((pool, id, charge))
+    }
+
+    /// Why an operation waits; `None` when it does not, or there is none of this name.
+    pub fn explain(&mut self, instance: &Instance, id: OperationId, now: Moment) -> Option<QueueStatus> {
+        let number = self.register.find(instance, id).ok()?;
+        let id = self.register.get(number)?.task()?;
+        if self.tasks.get(&id)?.step == Step::Running {
+            return None;
+        }
+        if !self.board.is_fresh(now) {
+            self.make_board(now);
+        }
+        let task = self.tasks.get(&id)?;
+        let (pool, position) = match task.position.filter(|_| task.step == Step::Ready) {
+            Some((pool, position)) => (pool, Some(position)),
+            None => (*task.pools.first()?, None),
+        };
+        let (busy, slots) = self.slots.count(pool);
+        let name = |pool: usize| self.slots.name(pool).to_string();
+        let mut reason = match task.step {
+            Step::Unchecked | Step::Checking => "its inputs are being looked up".to_owned(),
+            Step::Ready | Step::Running => {
+                let (busy, slots) = task
+                    .pools
+                    .iter()
+                    .map(|&pool| self.slots.count(pool))
+                    .fold((0, 0), |(busy, slots): (usize, usize), (b, s)| {
+                        (busy.saturating_add(b), slots.saturating_add(s))
+                    });
+                let names: Vec<_> = task.pools.iter().map(|&pool| format!("\"{}\"", name(pool))).collect();
+                let pools = if names.len() == 1 { "pool" } else { "pools" };
+                format!("{busy} of {slots} slots of {pools} {} are busy", names.join(", "))
+            }
+        };
+        if task.attempts > 0 {
+            reason.push_str(&format!(
+                "; its worker failed, this is try {} of {}",
+                task.attempts.saturating_add(1),
+                self.settings.max_attempts
+            ));
+        }
+        Some(QueueStatus {
+            pool: name(pool),
+            other_pools: task
+                .pools
+                .iter()
+                .filter(|other| **other != pool)
+                .map(|&other| name(other))
+                .collect(),
+            position,
+            waiting: self.ready.get(pool).map_or(0, |queue| queue.len()),
+            busy,
+            slots,
+            reason,
+        })
+    }
+
+    fn make_board(&mut self, now: Moment) {
+        for task in self.tasks.values_mut() {
+            task.position = None;
+        }
+        let mut count = 0u32;
+        for (pool, queue) in self.ready.iter().enumerate() {
+            for (ahead, id) in queue.order().into_iter().enumerate() {
+                count = count.saturating_add(1);
+                let Some(task) = self.tasks.get_mut(&id) else { continue };
+                let position = ahead + 1;
+                if task.position.is_none_or(|(_, best)| position < best) {
+                    task.position = Some((pool, position));
+                }
+            }
+        }
+        self.board = Board { made: Some(now.at), tasks: count };
+    }
+}

@@ -1,0 +1,206 @@
+//! `[execution.pools.NAME]`: how pools are written down.
+//!
+//! What a pool offers is said in the shortest form that shows how it is compared: a string is that value and no other, a list
+//! is any one of its values, `{ minimum = 8 }` is as much as 8, `{ ignore = true }` is whatever is asked for. The forms are
+//! read and written here; what they mean is in [`crate::platform`], and whether the whole makes sense in
+//! [`super::settings`].
+
+use super::{
+    ExecutionConfig,
+    settings::{Check, MAX_CONCURRENCY, Machine},
+};
+use crate::platform::{self, Offer, Offers, UnknownProperties};
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{self, MapAccess, SeqAccess, Visitor},
+    ser::SerializeMap as _,
+};
+use std::fmt;
+
+/// Keys of a pool, for suggestions.
+pub const KEYS: &[&str] = &["slots", "properties"];
+
+/// Most pools. A task stands in the queue of each pool that can take it.
+const MAX_POOLS: usize = 64;
+/// Longest name of a pool; it is part of the names of workers.
+const MAX_POOL_NAME: usize = 64;
+/// The pool that there is when none is declared.
+pub const DEFAULT_POOL: &str = "local";
+
+/// `[execution.pools.NAME]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PoolConfig {
+    /// Actions that run in it at the same time.
+    pub slots: usize,
+    /// What it offers, by the name of the property.
+    #[serde(default)]
+    pub properties: Offers,
+}
+
+impl Serialize for Offer {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Exact(value) => value.serialize(serializer),
+            Self::Set(values) => values.serialize(serializer),
+            Self::Minimum(most) => {
+                let mut map = serializer.serialize_map(Some(1))?;
+                map.serialize_entry("minimum", most)?;
+                map.end()
+            }
+            Self::Ignore => {
+                let mut map = serializer.serialize_map(Some(1))?;
+                map.serialize_entry("ignore", &true)?;
+                map.end()
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Offer {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(OfferVisitor)
+    }
+}
+
+struct OfferVisitor;
+
+impl<'de> Visitor<'de> for OfferVisitor {
+    type Value = Offer;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("\"value\", [\"value\", \"other\"], { minimum = 8 } or { ignore = true }")
+    }
+
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<Offer, E> {
+        Ok(Offer::Exact(value.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Offer, A::Error> {
+        let mut values = Vec::new();
+        while let Some(value) = list.next_element()? {
+            values.push(value);
+        }
+        if values.is_empty() {
+            return Err(de::Error::custom("an empty list offers nothing; leave the property out"));
+        }
+        Ok(Offer::Set(values))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Offer, A::Error> {
+        let key: Option<String> = map.next_key()?;
+        let offer = match key.as_deref() {
+            Some("minimum") => Offer::Minimum(map.next_value()?),
+            Some("ignore") => match map.next_value()? {
+                true => Offer::Ignore,
+                false => {
+                    return Err(de::Error::custom("ignore = false says nothing; leave the property out"));
+                }
+            },
+            Some(other) => return Err(de::Error::unknown_field(other, &["minimum", "ignore"])),
+            None => return Err(de::Error::custom("expected { minimum = 8 } or { ignore = true }")),
+        };
+        match map.next_key::<String>()? {
+            None => Ok(offer),
+            Some(_) => Err(de::Error::custom("a property is compared in one way only")),
+        }
+    }
+
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<Offer, E> {
+        Err(E::custom(format!(
+            "a number can mean two things: write {{ minimum = {number} }} for as much as {number}, or \"{number}\" for that \
+             value and no other"
+        )))
+    }
+}
+
+impl Serialize for UnknownProperties {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match self {
+            Self::Ignore => "ignore",
+            Self::Refuse => "refuse",
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for UnknownProperties {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "ignore" => Ok(Self::Ignore),
+            "refuse" => Ok(Self::Refuse),
+            other => Err(de::Error::unknown_variant(other, &["ignore", "refuse"])),
+        }
+    }
+}
+
+/// Checked settings of one pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolSettings {
+    /// Its name; "local" when none is declared.
+    pub name: String,
+    /// Whether the configuration declares it, or it is there because none is declared.
+    pub is_declared: bool,
+    /// Actions that run in it at the same time; at least 1.
+    pub slots: usize,
+    /// What it offers.
+    pub offers: Offers,
+}
+
+/// The declared pools, or else the one that `concurrency` and `platform` describe.
+pub(super) fn pools(check: &mut Check<'_>, machine: &Machine) -> Vec<PoolSettings> {
+    let (config, default) = (&check.loaded.config.execution, ExecutionConfig::default());
+    check.require(
+        "execution.platform",
+        config.platform.keys().all(|name| !name.is_empty()),
+        "has a property without a name",
+    );
+    if config.pools.is_empty() {
+        let exact = |(name, value): (&String, &String)| (name.clone(), Offer::Exact(value.clone()));
+        return vec![PoolSettings {
+            name: DEFAULT_POOL.into(),
+            is_declared: false,
+            slots: if config.concurrency == 0 { machine.cpus.max(1) } else { config.concurrency },
+            offers: config.platform.iter().map(exact).collect(),
+        }];
+    }
+    let own = "says nothing where pools are declared; each has its own";
+    check.require("execution.concurrency", config.concurrency == 0, &format!("{own} slots"));
+    check.require("execution.platform", config.platform == default.platform, &format!("{own} properties"));
+    let mut problems = Vec::new();
+    for (name, pool) in &config.pools {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if name.is_empty() || name.len() > MAX_POOL_NAME || !name.chars().all(is_plain) {
+            problems.push(format!(
+                "\"{}\" cannot be the name of a pool: use up to {MAX_POOL_NAME} letters, digits, \"-\", \"_\" and \".\"",
+                name.escape_debug()
+            ));
+        }
+        if !(1..=MAX_CONCURRENCY).contains(&pool.slots) {
+            problems.push(format!("slots of \"{name}\" must be between 1 and {MAX_CONCURRENCY}"));
+        }
+        if pool.properties.contains_key("") {
+            problems.push(format!("\"{name}\" has a property without a name"));
+        }
+    }
+    let slots = config.pools.values().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots));
+    if slots > MAX_CONCURRENCY {
+        problems
+            .push(format!("the pools have {slots} slots together; at most {MAX_CONCURRENCY} are possible"));
+    }
+    if config.pools.len() > MAX_POOLS {
+        problems.push(format!("there are {} pools; at most {MAX_POOLS} are possible", config.pools.len()));
+    }
+    for problem in problems {
+        let origin = check.loaded.origin("execution.pools");
+        check.problems.push(format!("execution.pools ({origin}): {problem}"));
+    }
+    let pool = |(name, pool): (&String, &PoolConfig)| PoolSettings {
+        name: name.clone(),
+        is_declared: true,
+        slots: pool.slots,
+        offers: pool.properties.clone(),
+    };
+    let mut pools: Vec<_> = config.pools.iter().map(pool).collect();
+    pools.sort_by_cached_key(|pool| platform::preference(&pool.name, &pool.offers));
+    pools
+}

@@ -1,0 +1,225 @@
+//! Platform properties: what pools offer, what actions ask for, and in what the two differ.
+//!
+//! Pure matching (EXE-31). A property that some pool offers is *known*; an action that asks for a known property runs only
+//! in pools that offer it. One that no pool offers is *unknown*: clients keep caches apart with such names, so that they do
+//! not matter unless the configuration says so. An action may name a property more than once; then each mention must hold.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
+
+/// Differences that a message lists; an action may ask for thousands of properties.
+const DIFFERENCES_SHOWN: usize = 8;
+/// Characters of a name or value of a client that a message shows.
+const TEXT_SHOWN: usize = 100;
+
+/// What a pool offers under the name of one property.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Offer {
+    /// This value and no other.
+    Exact(String),
+    /// Any one of these values.
+    Set(Vec<String>),
+    /// Actions name the least that they need, as a whole number; this much is there.
+    Minimum(u64),
+    /// The pool does not care.
+    Ignore,
+}
+
+/// The properties of a pool, by name.
+pub type Offers = BTreeMap<String, Offer>;
+
+/// What becomes of an action that asks for a property of which no pool says anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum UnknownProperties {
+    /// The property does not matter.
+    #[default]
+    Ignore,
+    /// The action is refused.
+    Refuse,
+}
+
+impl Offer {
+    fn satisfies(&self, name: &str, wanted: &str) -> bool {
+        // Clients spell this one in every way: "linux", "Linux".
+        let same = |offered: &String| match name {
+            "OSFamily" => offered.eq_ignore_ascii_case(wanted),
+            _ => offered == wanted,
+        };
+        match self {
+            Self::Exact(value) => same(value),
+            Self::Set(values) => values.iter().any(same),
+            Self::Minimum(most) => wanted.parse::<u64>().is_ok_and(|wanted| wanted <= *most),
+            Self::Ignore => true,
+        }
+    }
+}
+
+impl fmt::Display for Offer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exact(value) => write!(f, "\"{value}\""),
+            Self::Set(values) => write!(f, "\"{}\"", values.join("\" or \"")),
+            Self::Minimum(most) => write!(f, "up to {most}, as a whole number"),
+            Self::Ignore => f.write_str("anything"),
+        }
+    }
+}
+
+/// A property of which an action wants something else than a pool has.
+#[derive(Debug)]
+pub struct Difference<'a> {
+    name: &'a str,
+    wanted: &'a str,
+    /// `None` when the pool does not offer it, though another one does or nobody may ask for what no pool offers.
+    offered: Option<&'a Offer>,
+    known: bool,
+}
+
+impl fmt::Display for Difference<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (asked for \"{}\", ", shown(self.name), shown(self.wanted))?;
+        match self.offered {
+            Some(offer) => write!(f, "offered {offer})"),
+            None if self.known => f.write_str("not offered)"),
+            None => f.write_str("known to no pool, and execution.unknown_properties is \"refuse\")"),
+        }
+    }
+}
+
+/// Which properties are known, and what becomes of the others.
+#[derive(Debug, Default)]
+pub struct Known {
+    names: BTreeSet<String>,
+    unknown: UnknownProperties,
+}
+
+impl Known {
+    /// The properties that these pools offer.
+    pub fn new<'a>(pools: impl Iterator<Item = &'a Offers>, unknown: UnknownProperties) -> Self {
+        Self { names: pools.flat_map(|offers| offers.keys().cloned()).collect(), unknown }
+    }
+
+    /// In what a pool differs from what an action asks for; nothing when it can take the action.
+    pub fn differences<'a>(
+        &self,
+        offers: &'a Offers,
+        asked: &'a [(String, String)],
+    ) -> impl Iterator<Item = Difference<'a>> {
+        asked.iter().filter_map(move |(name, wanted)| {
+            let offered = offers.get(name);
+            let known = self.names.contains(name);
+            let agrees = match offered {
+                Some(offer) => offer.satisfies(name, wanted),
+                None => !known && self.unknown == UnknownProperties::Ignore,
+            };
+            (!agrees).then_some(Difference { name, wanted, offered, known })
+        })
+    }
+}
+
+/// Differences as a list for a message, the first few of them.
+pub fn list<'a>(mut differences: impl Iterator<Item = Difference<'a>>) -> String {
+    let first: Vec<_> = differences.by_ref().take(DIFFERENCES_SHOWN).map(|d| d.to_string()).collect();
+    match differences.count() {
+        0 => first.join(", "),
+        more => format!("{} and {more} more", first.join(", ")),
+    }
+}
+
+fn shown(text: &str) -> String {
+    text.chars().flat_map(char::escape_debug).take(TEXT_SHOWN).collect()
+}
+
+/// Orders pools by preference, so that work goes where it takes least from others: fewest properties first, then the
+/// smallest minimums, then by name.
+pub fn preference(name: &str, offers: &Offers) -> (usize, Vec<u64>, String) {
+    let demands = offers.values().filter(|offer| **offer != Offer::Ignore).count();
+    let minimums = offers.values().filter_map(|offer| match offer {
+        Offer::Minimum(most) => Some(*most),
+        _ => None,
+    });
+    (demands, minimums.collect(), name.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offers(list: &[(&str, Offer)]) -> Offers {
+        list.iter().map(|(name, offer)| ((*name).to_owned(), offer.clone())).collect()
+    }
+
+    fn big() -> Offers {
+        offers(&[
+            ("OSFamily", Offer::Exact("linux".into())),
+            ("arch", Offer::Set(vec!["x86_64".into(), "amd64".into()])),
+            ("cores", Offer::Minimum(8)),
+            ("silo", Offer::Ignore),
+        ])
+    }
+
+    fn differences(known: &Known, offers: &Offers, asked: &[(&str, &str)]) -> Vec<String> {
+        let asked: Vec<_> = asked.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
+        known.differences(offers, &asked).map(|difference| difference.to_string()).collect()
+    }
+
+    /// EXE-31.
+    #[test]
+    fn each_kind_of_offer_takes_what_it_says() {
+        let known = Known::new([big()].iter(), UnknownProperties::Ignore);
+        let taken = |asked: &[(&str, &str)]| differences(&known, &big(), asked).is_empty();
+        for asked in [
+            &[][..],
+            &[("OSFamily", "Linux"), ("arch", "amd64"), ("cores", "8"), ("silo", "x")],
+            &[("cores", "0"), ("cores", "8"), ("arch", "x86_64"), ("arch", "amd64")],
+            &[("never-heard-of", "1")],
+        ] {
+            assert!(taken(asked), "{asked:?}");
+        }
+        for asked in [
+            &[("OSFamily", "plan9")][..],
+            &[("arch", "X86_64")],
+            &[("arch", "")],
+            &[("cores", "9")],
+            &[("cores", "-1")],
+            &[("cores", "many")],
+            &[("cores", "4"), ("cores", "9")],
+            &[("OSFamily", "linux"), ("OSFamily", "macos")],
+        ] {
+            assert!(!taken(asked), "{asked:?}");
+        }
+    }
+
+    #[test]
+    fn a_property_that_another_pool_offers_has_to_be_offered() {
+        let gpu = offers(&[("gpu", Offer::Exact("a100".into()))]);
+        let known = Known::new([big(), gpu.clone()].iter(), UnknownProperties::Refuse);
+        assert!(differences(&known, &gpu, &[("gpu", "a100")]).is_empty());
+        assert_eq!(
+            differences(&known, &big(), &[("gpu", "a100")]),
+            ["gpu (asked for \"a100\", not offered)"]
+        );
+        let refused = differences(&known, &big(), &[("colour", "red"), ("cores", "64")]);
+        assert!(refused[0].contains("colour") && refused[0].contains("unknown_properties"), "{refused:?}");
+        assert_eq!(refused[1], "cores (asked for \"64\", offered up to 8, as a whole number)");
+    }
+
+    #[test]
+    fn a_message_stays_short_whatever_is_asked_for() {
+        let asked: Vec<_> = (0..1000).map(|_| ("cores".to_owned(), "x\n".repeat(10_000))).collect();
+        let (known, offers) = (Known::new([big()].iter(), UnknownProperties::Ignore), big());
+        let text = list(known.differences(&offers, &asked));
+        assert!(text.len() < 4000 && text.ends_with("and 992 more") && !text.contains('\n'), "{text}");
+    }
+
+    #[test]
+    fn the_least_special_pool_comes_first() {
+        let small = offers(&[("cores", Offer::Minimum(2)), ("silo", Offer::Ignore)]);
+        let large = offers(&[("cores", Offer::Minimum(64))]);
+        let mut pools = [("b", big()), ("l", large), ("s", small)];
+        pools.sort_by_key(|(name, offers)| preference(name, offers));
+        assert_eq!(pools.map(|(name, _)| name), ["s", "l", "b"]);
+    }
+}

@@ -62,14 +62,6 @@ const LEFT_OUT: &[(&str, &str)] = &[
     ("EXE-62 a lost worker is UNAVAILABLE or invisible", "needs a worker to be killed"),
 ];
 
-/// Reasons for which checks may be left out as long as our server does not have these features.
-const NOT_YET: &[&str] = &[
-    "the server states no chunking parameters",
-    "the server does not claim split_blob_support",
-    "the server does not claim splice_blob_support",
-    "none of",
-];
-
 /// Runs `gorego verify` with these arguments; whatever it does, it does in time.
 async fn verify(args: &[&str]) -> Output {
     let begin = Instant::now();
@@ -118,8 +110,7 @@ async fn our_own_server_passes_and_what_is_left_out_is_known() {
     let mut left_out = found.remove("absent").unwrap_or_default();
     left_out.extend(found.remove("skipped").unwrap_or_default());
     let known = |(check, reason): &&(String, String)| {
-        let listed = LEFT_OUT.iter().any(|(name, why)| check == name && reason.starts_with(why));
-        listed || NOT_YET.iter().any(|why| reason.starts_with(why))
+        LEFT_OUT.iter().any(|(name, why)| check == name && reason.starts_with(why))
     };
     let unknown: Vec<_> = left_out.iter().filter(|left| !known(left)).collect();
     assert!(unknown.is_empty(), "left out, and not in the list: {unknown:#?}");

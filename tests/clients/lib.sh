@@ -82,8 +82,8 @@ skip() {
   exit 77
 }
 
-# later SENTENCE REASON: a check that this build of the server cannot be put to; said plainly, and no failure.
-later() { echo "SKIP    $1: $2"; }
+# left_out WHAT REASON: a check that cannot be made here; said plainly, and no failure.
+left_out() { echo "SKIP    $1: $2"; }
 
 # have PROGRAM...: all of them are installed.
 have() {

@@ -21,7 +21,7 @@ testing_chroot() {
     [ -n "$mirror" ] || skip "apt knows no mirror"
     echo "making a Debian testing chroot in $root"
     mkdir -p "$root"
-    timeout 600 debootstrap --variant=minbase --keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
+    timeout 400 debootstrap --variant=minbase --keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
       forky "$root" "$mirror" /usr/share/debootstrap/scripts/sid >/dev/null 2>&1 || skip "debootstrap failed"
     echo 'Acquire::Check-Valid-Until "false";' >"$root/etc/apt/apt.conf.d/99gorego"
     cp /etc/apt/apt.conf.d/*proxy* "$root/etc/apt/apt.conf.d/" 2>/dev/null || true
@@ -31,7 +31,7 @@ testing_chroot() {
   for each in "$@"; do in_chroot sh -c 'command -v "$1" || test -e "$1"' sh "${each%%=*}" >/dev/null || missing+=("${each#*=}"); done
   if [ ${#missing[@]} -gt 0 ]; then
     echo "installing ${missing[*]} there"
-    in_chroot sh -c 'apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 900 apt-get install -y -qq --no-install-recommends "$@"' \
+    in_chroot sh -c 'apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 500 apt-get install -y -qq --no-install-recommends "$@"' \
       sh "${missing[@]}" >/dev/null 2>&1 || skip "Debian testing's packages ${missing[*]} could not be installed"
   fi
   local copy

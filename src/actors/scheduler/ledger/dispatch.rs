@@ -171,6 +171,11 @@ impl Ledger {
         if closed {
             self.slots.close(pool);
         }
+        let failed = match &end {
+            RunEnd::Reported(Ok(_)) => false,
+            RunEnd::Reported(Err(failure)) => failure.retryable,
+            RunEnd::Lost { .. } => true,
+        };
         let log = match &end {
             RunEnd::Reported(Ok(report)) => report.account.log,
             RunEnd::Reported(Err(failure)) => failure.account.log,
@@ -203,7 +208,7 @@ impl Ledger {
             }
         }
         self.runs.remove(&id);
-        self.slots.release(pool, slot);
+        self.slots.release(pool, slot, failed);
         if let Some(queue) = self.ready.get_mut(pool) {
             queue.ended(charge);
         }

@@ -30,6 +30,29 @@ fn a_lost_worker_means_another_try_in_the_old_place_and_not_for_ever() {
     assert_eq!(desk.dispatch_one().action.digest, digest(&work(2)), "the slot serves the next one");
 }
 
+/// A slot that fails at once is free again before all others; it must not get the next task too, nor the same one.
+#[test]
+fn a_slot_that_failed_its_task_is_used_after_all_others() {
+    let mut desk = Desk::new(3, SchedulerSettings { max_attempts: 9, ..settings() });
+    let _operation = desk.submit(work(1));
+    let mut slots = Vec::new();
+    for end in 0..3 {
+        let run = desk.dispatch_one();
+        slots.push(run.slot);
+        let failure = || RunFailure { retryable: true, ..RunFailure::new(Error::internal("no memory")) };
+        let end =
+            if end == 0 { RunEnd::Lost { pool_closed: false } } else { RunEnd::Reported(Err(failure())) };
+        desk.ledger.finish(run.task, end, desk.now);
+    }
+    slots.sort();
+    slots.dedup();
+    assert_eq!(slots.len(), 3, "each was tried once");
+    let good = desk.dispatch_one();
+    desk.finish(good.task, success());
+    desk.submit(work(2));
+    assert_eq!(desk.dispatch_one().slot, good.slot, "one that works is still warm");
+}
+
 /// EXE-45.
 #[test]
 fn a_fault_of_the_command_is_no_reason_to_try_again_and_its_logs_are_kept() {

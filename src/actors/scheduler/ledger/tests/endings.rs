@@ -207,6 +207,40 @@ fn finished_operations_are_remembered_for_a_time_and_in_a_number_that_are_bounde
     assert!(!is_known(&mut desk, 1) && is_known(&mut desk, 2), "ten minutes are over for one of them");
 }
 
+/// EXE-14: long results count by their length.
+#[test]
+fn finished_operations_are_bounded_in_bytes_too() {
+    let settings = SchedulerSettings { retained_bytes: 2500, retained_cached_bytes: 1500, ..settings() };
+    let mut desk = Desk::new(1, settings);
+    let long = reapi::ActionResult { stdout_raw: vec![0; 1000].into(), ..Default::default() };
+    let hits: Vec<_> = (1..4)
+        .map(|name| desk.try_submit(submit(&work(name)), Resolution::Cached(Arc::new(long.clone()))).unwrap())
+        .collect();
+    let runs: Vec<_> = (11..15)
+        .map(|name| {
+            let operation = desk.submit(work(name));
+            let task = desk.dispatch_one().task;
+            let result = RunResult { result: long.clone(), account: Default::default() };
+            desk.finish(task, Ok(Box::new(result)));
+            operation
+        })
+        .collect();
+    let mut known = |operations: &[Subscription]| -> Vec<bool> {
+        operations.iter().map(|one| desk.ledger.watch(&instance(), one.info.id).is_ok()).collect()
+    };
+    assert_eq!(known(&hits), [false, false, true]);
+    assert_eq!(known(&runs), [false, false, true, true]);
+    assert!(outcome(&runs[0]).result.is_some(), "whoever follows one that was forgotten has its end");
+    desk.ledger.forget(&instance(), runs[3].info.id).unwrap();
+    desk.ledger.forget(&instance(), runs[2].info.id).unwrap();
+    assert_eq!(desk.ledger.inspect().operations, 1);
+    let mut huge = submit(&work(20));
+    huge.inline.output_files = vec!["x".repeat(9000)];
+    let hit = desk.try_submit(huge, Resolution::Cached(Arc::new(long))).unwrap();
+    assert!(desk.ledger.watch(&instance(), hit.info.id).is_ok(), "the latest is kept whatever it weighs");
+    assert_eq!(desk.ledger.inspect().operations, 1);
+}
+
 #[test]
 fn deleting_forgets_finished_operations_only() {
     let mut desk = Desk::new(1, settings());

@@ -100,6 +100,8 @@ impl Ledger {
         let place = self.slots.take(pool)?;
         let task = self.tasks.get_mut(&id)?;
         task.step = Step::Running;
+        // Should it come back, it stands somewhere else.
+        task.position = None;
         task.attempts = task.attempts.saturating_add(1);
         self.waiting = self.waiting.saturating_sub(1);
         let limits = &self.settings;

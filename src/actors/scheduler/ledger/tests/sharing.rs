@@ -199,6 +199,9 @@ fn who_waits_is_told_for_which_pool_at_which_position_and_why() {
     assert_eq!(desk.ledger.explain(&other, big[3].info.id, desk.now), None, "GEN-15");
     assert_eq!(runs[1].tool_invocation_id, "small");
     desk.ledger.finish(runs[1].task, RunEnd::Lost { pool_closed: false }, desk.now);
-    let reason = desk.explain(&small).unwrap().reason;
+    // The failed slot is free, but its task has not been sent out again.
+    let status = desk.explain(&small).unwrap();
+    assert_eq!(status.position, None, "where it stood before its first try says nothing");
+    let reason = status.reason;
     assert!(reason.ends_with("its worker failed, this is try 2 of 3"), "{reason}");
 }

@@ -15,10 +15,10 @@
 //! Nothing here knows gRPC. It owns no state but a count of requests.
 
 mod body;
-mod range;
+pub mod range;
 mod read;
 mod request_log;
-mod resource;
+pub mod resource;
 mod status;
 mod write;
 

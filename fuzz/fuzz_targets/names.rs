@@ -1,4 +1,4 @@
-//! Names in text: digests, resource names, operation names, instance names, paths. What is accepted means one thing, and is
+//! Names in text: digests, resource names, operation names, log streams, instance names, paths. What is accepted means one thing, and is
 //! found again under the name that we would give it.
 
 #![no_main]
@@ -8,6 +8,7 @@ use gorego::{
     error::Error,
     grpc::convert,
     instance::{Instances, check_instance_name},
+    log_streams::name::LogName,
     path::{RootPath, check_node_name},
     resource_name::ResourceName,
 };
@@ -36,6 +37,16 @@ fuzz_target!(|text: &str| {
     match convert::operation_name(&instances, text) {
         Ok((instance, id)) => assert_eq!(instance.qualify(&format!("operations/{id}")), text),
         Err(error) => assert!(matches!(error, Error::NotFound(_)), "{error:?}"),
+    }
+    match LogName::parse(text) {
+        Some(Ok(name)) => {
+            assert_eq!(name.to_string(), text);
+            let reading = name.for_reading();
+            assert_eq!(LogName::parse(&reading.to_string()), Some(Ok(reading)));
+            assert!(ResourceName::parse_read(text).is_err(), "one name for two things");
+        }
+        Some(Err(error)) => assert!(matches!(error, Error::Invalid(_) | Error::NotFound(_)), "{error:?}"),
+        None => {}
     }
     if let Ok(path) = RootPath::root().join(text) {
         assert!(path.segments().all(|segment| check_node_name(segment).is_ok()));

@@ -1,4 +1,4 @@
-//! What comes with requests: filters, page tokens, metadata headers, and the unary requests themselves.
+//! What comes with requests: filters, page tokens, metadata headers, platform properties, and the unary requests themselves.
 
 #![no_main]
 
@@ -6,6 +6,7 @@ use gorego::{
     error::Error,
     grpc::{convert, filter, get_tree::Walk, page_token},
     instance::Instances,
+    platform::{self, Known, Offer, Offers, UnknownProperties},
     proto::reapi,
 };
 use http::{HeaderMap, HeaderValue};
@@ -15,9 +16,18 @@ use prost::Message as _;
 fuzz_target!(|data: &[u8]| {
     let Some((kind, data)) = data.split_first() else { return };
     let instance = Instances::new([""]).and_then(|instances| instances.get("")).expect("the default");
-    match (kind % 4, std::str::from_utf8(data)) {
+    match (kind % 5, std::str::from_utf8(data)) {
         (0, Ok(text)) => match filter::parse(text) {
-            Ok(_) => assert!(text.len() <= filter::FILTER_MAX_BYTES),
+            Ok(filter) => {
+                assert!(text.len() <= filter::FILTER_MAX_BYTES);
+                // What is read is in the text, and no character beside the values counts.
+                let told = &filter.operations;
+                let values = [&told.invocation, &told.target, &told.pool, &told.worker, &filter.instance];
+                for value in values.into_iter().flatten() {
+                    assert!(text.contains(value.as_str()) && !value.contains('"'), "{value:?} of {text:?}");
+                }
+                assert_eq!(filter::parse(text.trim()), Ok(filter));
+            }
             Err(error) => assert!(matches!(error, Error::Invalid(_)), "{error:?}"),
         },
         (1, Ok(text)) => {
@@ -30,6 +40,7 @@ fuzz_target!(|data: &[u8]| {
             headers.insert("build.bazel.remote.execution.v2.requestmetadata-bin", value);
             convert::client_info(&headers);
         }
+        (4, Ok(text)) => properties(text),
         _ => {
             if let Ok(request) = reapi::FindMissingBlobsRequest::decode(data) {
                 let digests = &request.blob_digests;
@@ -41,3 +52,26 @@ fuzz_target!(|data: &[u8]| {
         }
     }
 });
+
+/// A line for each property, name and value parted by "=". What is told of differences stays short and in one line, and there
+/// are none exactly when every property that is known is met.
+fn properties(text: &str) {
+    let asked = text.lines().filter_map(|line| line.split_once('='));
+    let asked: Vec<_> = asked.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    let offers = Offers::from([
+        ("OSFamily".to_owned(), Offer::Exact("linux".into())),
+        ("arch".to_owned(), Offer::Set(vec!["x86_64".into(), "amd64".into()])),
+        ("cores".to_owned(), Offer::Minimum(8)),
+        ("silo".to_owned(), Offer::Ignore),
+    ]);
+    let known = Known::new([&offers].into_iter(), UnknownProperties::Ignore);
+    let told = platform::list(known.differences(&offers, &asked));
+    assert!(told.len() < 8 * 1024 && !told.contains(|c: char| c.is_control()), "{told:?}");
+    let met = |(name, value): &(String, String)| match name.as_str() {
+        "OSFamily" => value.eq_ignore_ascii_case("linux"),
+        "arch" => value == "x86_64" || value == "amd64",
+        "cores" => value.parse::<u64>().is_ok_and(|cores| cores <= 8),
+        _ => true,
+    };
+    assert_eq!(told.is_empty(), asked.iter().all(met), "{told}");
+}

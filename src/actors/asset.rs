@@ -13,14 +13,14 @@ pub mod bindings;
 pub mod client;
 mod download;
 mod flight;
-mod integrity;
-mod layout;
+pub mod integrity;
+pub mod layout;
 pub mod messages;
 pub mod origins;
 pub mod outcome;
 mod persist;
 pub mod request;
-mod unpack;
+pub mod unpack;
 
 use crate::{actors::cas::client::Cas, error::Error};
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};

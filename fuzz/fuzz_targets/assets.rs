@@ -1,0 +1,170 @@
+//! Remote assets: checksums, qualifiers, what may be contacted, the layout of an archive, and whole archives. The first byte
+//! says which.
+
+#![no_main]
+
+use gorego::{
+    actors::asset::{
+        integrity::Integrity,
+        layout::Layout,
+        origins::Origins,
+        outcome::{FailureKind, Problem},
+        request::{AssetRequest, Kind, Qualifiers},
+        unpack::{Contents, unpack},
+    },
+    digest::{Digest, DigestFunction},
+    error::Error,
+    instance::Instances,
+    tree::Directory,
+};
+use libfuzzer_sys::fuzz_target;
+use std::{
+    io::{Cursor, Read},
+    net::IpAddr,
+};
+
+const FUNCTION: DigestFunction = DigestFunction::Sha256;
+/// What an archive may unpack to here.
+const MAX_BYTES: u64 = 1024 * 1024;
+
+fuzz_target!(|data: &[u8]| {
+    let Some((kind, data)) = data.split_first() else { return };
+    match (kind % 5, std::str::from_utf8(data)) {
+        (0, Ok(text)) => checksum(text),
+        (1, Ok(text)) => request(text),
+        (2, Ok(text)) => origin(text),
+        (3, Ok(text)) => layout(text),
+        (4, _) => archive(data),
+        _ => {}
+    }
+});
+
+/// One right checksum is enough, beside whatever else; and one that was guessed is not right.
+fn checksum(text: &str) {
+    const HELLO: &str = "sha256-LPJNul+wow4m6DsqxbninhsWHlwfp0JecwQzYpOLmCQ=";
+    let is_met = |text: &str| {
+        let integrity = Integrity::parse(text)?;
+        let mut witness = integrity.witness();
+        witness.update(b"hello");
+        Ok(integrity.is_met_by(witness))
+    };
+    match is_met(text) {
+        Ok(met) => {
+            assert!(!met || text.contains(HELLO));
+            assert_eq!(is_met(&format!("{text} {HELLO}")), Ok(true));
+        }
+        Err(error) => assert!(matches!(error, Error::Invalid(_)), "{error:?}"),
+    }
+}
+
+/// A line for each qualifier, name and value parted by "=".
+fn request(text: &str) {
+    let list = text.lines().map(|line| line.split_once('=').unwrap_or((line, "")));
+    let list = list.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let Ok(qualifiers) = Qualifiers::parse(list) else { return };
+    let instance = Instances::new([""]).and_then(|instances| instances.get("")).expect("the default");
+    let _ = (qualifiers.integrity(), qualifiers.unsupported(Kind::Blob));
+    if let Ok(path) = qualifiers.directory() {
+        assert!(path.as_path().is_relative());
+    }
+    assert!(qualifiers.shown().all(|(name, _)| !name.starts_with("http_header")), "a credential is shown");
+    let new = |qualifiers| {
+        let uris = vec!["http://a/".to_owned(), "http://b/".to_owned()];
+        AssetRequest::new(instance, FUNCTION, Kind::Blob, uris, qualifiers).expect("fine URIs")
+    };
+    let request = new(qualifiers);
+    if let Ok(headers) = request.headers() {
+        assert_eq!(headers.len(), 2);
+        for header in headers.iter().flat_map(|headers| headers.keys()) {
+            let deceptive = ["host", "range", "accept-encoding", "content-length", "transfer-encoding"];
+            assert!(!deceptive.contains(&header.as_str()), "{header}");
+        }
+    }
+    let keys = request.keys();
+    assert!(keys[0] != keys[1] && !keys.contains(&request.flight_key()));
+}
+
+/// A host, a range of addresses and a URL, a line each.
+fn origin(text: &str) {
+    let mut lines = text.lines();
+    let (Some(host), Some(network), Some(url)) = (lines.next(), lines.next(), lines.next()) else { return };
+    let Ok(url) = url::Url::parse(url) else { return };
+    assert!(Origins::default().check_url(&url).is_err(), "nothing is allowed by default");
+    let all = Origins::parse(&["*".into()], &[]).expect("a rule");
+    if all.check_url(&url).is_ok() {
+        assert!(matches!(url.scheme(), "http" | "https"));
+        let host = url.host_str().expect("a host");
+        let host = host.trim_start_matches('[').trim_end_matches(']').trim_end_matches('.');
+        if let Ok(address) = host.parse::<IpAddr>() {
+            assert!(all.check_address(address).is_ok() && !address.is_loopback());
+        }
+    }
+    let Ok(some) = Origins::parse(&[host.to_owned()], &[network.to_owned()]) else { return };
+    if some.check_url(&url).is_ok() && !host.starts_with('*') {
+        let wanted = host.rsplit_once(':').map_or(host, |(wanted, _)| wanted);
+        let is = url.host_str().expect("a host").trim_end_matches('.');
+        let wanted = wanted.trim_end_matches('.');
+        assert!(host.contains("::") || is.eq_ignore_ascii_case(wanted), "{host} covers {url}");
+    }
+}
+
+/// A line for each entry: its kind, its path and, after a tab, its target.
+fn layout(text: &str) {
+    let mut layout = Layout::default();
+    for line in text.lines() {
+        let mut characters = line.chars();
+        let kind = characters.next();
+        let (path, target) = characters.as_str().split_once('\t').unwrap_or((characters.as_str(), ""));
+        // A refused entry ends the whole archive; going on finds more.
+        let _ = match kind {
+            Some('d') => layout.add_directory(path),
+            Some('l') => layout.add_symlink(path, target).inspect(|()| leads_inside(path, target)),
+            Some('h') => layout.add_hard_link(path, target),
+            _ => layout.add_file(path, FUNCTION.digest(b""), kind == Some('x')),
+        };
+    }
+    is_canonical(&layout);
+}
+
+fn leads_inside(path: &str, target: &str) {
+    let names = |text: &str| text.split('/').filter(|name| !matches!(*name, "" | ".")).count();
+    let mut depth = names(path) - 1;
+    for name in target.split('/').filter(|name| !matches!(*name, "" | ".")) {
+        depth = if name == ".." { depth.checked_sub(1).expect("a link leads out") } else { depth + 1 };
+    }
+}
+
+/// Every message of the tree is one that we accept from clients, under its digest.
+fn is_canonical(layout: &Layout) {
+    let (root, blobs) = layout.directories(FUNCTION);
+    assert_eq!(blobs.last().map(|(digest, _)| *digest), Some(root));
+    for (digest, bytes) in &blobs {
+        assert_eq!(FUNCTION.digest(bytes), *digest);
+        Directory::decode(bytes, FUNCTION).expect("a message of ours");
+    }
+}
+
+/// Counts what comes out.
+struct Counted(u64);
+
+impl Contents for Counted {
+    fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem> {
+        let mut bytes = Vec::new();
+        content.read_to_end(&mut bytes).map_err(|error| Problem::of_io(&error))?;
+        self.0 += bytes.len() as u64;
+        Ok(FUNCTION.digest(&bytes))
+    }
+}
+
+fn archive(bytes: &[u8]) {
+    let mut counted = Counted(0);
+    match unpack(Cursor::new(bytes), MAX_BYTES, &mut counted) {
+        Ok(layout) => is_canonical(&layout),
+        // Bytes from outside are never a fault of this server.
+        Err(Problem::Origin(failure)) => {
+            assert!(matches!(failure.kind, FailureKind::Unusable | FailureKind::TooMuch), "{failure:?}");
+        }
+        Err(other) => panic!("{other:?}"),
+    }
+    assert!(counted.0 <= MAX_BYTES);
+}

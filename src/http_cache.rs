@@ -15,6 +15,7 @@
 //! Nothing here knows gRPC. It owns no state but a count of requests.
 
 mod body;
+mod connection;
 mod range;
 mod read;
 mod request_log;
@@ -22,19 +23,14 @@ mod resource;
 mod status;
 mod write;
 
-use crate::{
-    actors::cas::client::Cas,
-    error::{Error, Result},
-    instance::Instances,
-};
+use crate::{actors::cas::client::Cas, error::Result, instance::Instances};
 use axum::{
-    Router,
     body::Body,
-    extract::{ConnectInfo, Request, State},
+    extract::Request,
     http::{HeaderValue, Method, StatusCode, header},
     response::Response,
-    serve::ListenerExt as _,
 };
+use futures::FutureExt as _;
 use request_log::Line;
 use resource::Resource;
 use std::{future::Future, net::SocketAddr, sync::Arc};
@@ -62,29 +58,15 @@ struct Service {
 }
 
 /// Serves on `listener` until `shutdown` ends, then finishes what is under way.
-///
-/// # Errors
-/// [`Error::Internal`] when the transport fails as a whole.
-pub async fn serve(
-    cache: HttpCache,
-    listener: TcpListener,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) -> Result<()> {
+pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Future<Output = ()>) {
     let service = Arc::new(Service { cache, requests: Arc::new(Semaphore::new(MAX_REQUESTS)) });
-    // Small answers would wait for the client's delayed acknowledgement otherwise.
-    let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
-    let router = Router::new().fallback(answer).with_state(service);
-    axum::serve(listener, router.into_make_service_with_connect_info::<SocketAddr>())
-        .with_graceful_shutdown(shutdown)
-        .await
-        .map_err(|error| Error::Internal(format!("the HTTP server failed: {error}")))
+    connection::serve(listener, shutdown, move |peer, request| {
+        answer(service.clone(), peer, request).boxed()
+    })
+    .await;
 }
 
-async fn answer(
-    State(service): State<Arc<Service>>,
-    ConnectInfo(peer): ConnectInfo<SocketAddr>,
-    request: Request,
-) -> Response {
+async fn answer(service: Arc<Service>, peer: SocketAddr, request: Request) -> Response {
     let mut line = Line::new(peer, request.method(), request.uri());
     let response = match service.requests.clone().try_acquire_owned() {
         Ok(permit) => {

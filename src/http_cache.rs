@@ -88,7 +88,7 @@ async fn answer(service: Arc<Service>, peer: SocketAddr, request: Request) -> Re
 }
 
 /// One request: which thing, and what to do with it.
-async fn dispatch(cache: &HttpCache, request: Request, line: &mut Line) -> Result<Response> {
+async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut Line) -> Result<Response> {
     let resource = Resource::parse(request.uri().path())?;
     let instance = match resource.instance_name() {
         Some(name) => Some(cache.instances.get(name)?),
@@ -103,6 +103,10 @@ async fn dispatch(cache: &HttpCache, request: Request, line: &mut Line) -> Resul
     };
     line.instance(&instance);
     let target = (cache, &instance);
+    if request.method() == Method::HEAD {
+        // Ranges are for GET only.
+        request.headers_mut().remove(header::RANGE);
+    }
     match (request.method().as_str(), resource) {
         ("GET", Resource::Blob { hash, .. }) => read::blob(target, hash, request.headers(), line).await,
         ("HEAD", Resource::Blob { hash, .. }) => {

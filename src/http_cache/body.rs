@@ -110,16 +110,21 @@ impl Upload {
     /// `Unimplemented` for an encoding that is not known; `OutOfRange` when it says that it is larger.
     pub fn new(request: Request, max: u64) -> Result<Self> {
         let (parts, body) = request.into_parts();
-        let encoding = parts.headers.get(header::CONTENT_ENCODING).map(|value| value.to_str().unwrap_or("?"));
-        let decoder = match encoding {
-            None | Some("" | "identity") => None,
-            Some(name) if name.eq_ignore_ascii_case("zstd") => {
+        let encodings: Vec<&str> = (parts.headers.get_all(header::CONTENT_ENCODING).into_iter())
+            .flat_map(|value| value.to_str().unwrap_or("?").split(','))
+            .map(str::trim)
+            .filter(|name| !name.is_empty() && !name.eq_ignore_ascii_case("identity"))
+            .collect();
+        let decoder = match encodings.as_slice() {
+            [] => None,
+            [name] if name.eq_ignore_ascii_case("zstd") => {
                 let mut decoder = Decoder::new().map_err(Error::internal)?;
                 decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX)).map_err(Error::internal)?;
                 Some(decoder)
             }
-            Some(other) => {
-                let shown = other.escape_debug();
+            others => {
+                let shown = others.join(", ");
+                let shown = shown.escape_debug();
                 return Err(Error::Unimplemented(format!("encoding \"{shown}\" is not supported; zstd is")));
             }
         };

@@ -38,8 +38,10 @@ use tokio::{net::TcpListener, sync::Semaphore};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::http";
-/// Requests at a time; more are told to come back. Each holds at most a megabyte.
+/// Requests at a time; more are told to come back. Each holds at most a megabyte, or what an upload is ahead of the disk.
 const MAX_REQUESTS: usize = 4_096;
+/// Of these, the encoded uploads. Each holds the window that its client chose, 8 MiB at most.
+const MAX_DECODERS: usize = 256;
 
 /// What requests are answered from.
 #[derive(Debug)]
@@ -55,11 +57,16 @@ pub struct HttpCache {
 struct Service {
     cache: HttpCache,
     requests: Arc<Semaphore>,
+    decoders: Semaphore,
 }
 
 /// Serves on `listener` until `shutdown` ends, then finishes what is under way.
 pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Future<Output = ()>) {
-    let service = Arc::new(Service { cache, requests: Arc::new(Semaphore::new(MAX_REQUESTS)) });
+    let service = Arc::new(Service {
+        cache,
+        requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
+        decoders: Semaphore::new(MAX_DECODERS),
+    });
     connection::serve(listener, shutdown, move |peer, request| {
         answer(service.clone(), peer, request).boxed()
     })
@@ -68,13 +75,15 @@ pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Futur
 
 async fn answer(service: Arc<Service>, peer: SocketAddr, request: Request) -> Response {
     let mut line = Line::new(peer, request.method(), request.uri());
-    let response = match service.requests.clone().try_acquire_owned() {
-        Ok(permit) => {
+    let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
+    let decoder = is_encoded.then(|| service.decoders.try_acquire()).transpose();
+    let response = match (service.requests.clone().try_acquire_owned(), decoder) {
+        (Ok(permit), Ok(_decoder)) => {
             let response = dispatch(&service.cache, request, &mut line).await;
             line.hold(permit);
             response
         }
-        Err(_) => {
+        _ => {
             let mut response = status::plain(StatusCode::SERVICE_UNAVAILABLE, "too many requests at a time");
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
             Ok(response)

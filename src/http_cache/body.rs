@@ -5,6 +5,7 @@
 use super::request_log::Line;
 use crate::{
     actors::cas::{blob::BlobReader, new_blob::NewBlob},
+    compression::WINDOW_MAX_LOG,
     error::{Error, Result},
 };
 use axum::{
@@ -24,8 +25,6 @@ use zstd::stream::{
 const PIECE_BYTES: usize = 128 * 1024;
 /// Compression level: cheap; what is saved is network.
 const LEVEL: i32 = 1;
-/// Largest window of an upload, as a power of two: 128 MiB, which is what decoders take by default.
-const WINDOW_LOG_MAX: u32 = 27;
 /// How long an upload may be silent.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -119,7 +118,7 @@ impl Upload {
             [] => None,
             [name] if name.eq_ignore_ascii_case("zstd") => {
                 let mut decoder = Decoder::new().map_err(Error::internal)?;
-                decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX)).map_err(Error::internal)?;
+                decoder.set_parameter(DParameter::WindowLogMax(WINDOW_MAX_LOG)).map_err(Error::internal)?;
                 Some(decoder)
             }
             others => {
@@ -242,6 +241,17 @@ mod tests {
         let bomb = zstd::encode_all(std::io::Read::take(std::io::repeat(0), 64 << 20), 1).unwrap();
         assert!(bomb.len() < 100_000);
         assert!(matches!(upload(&bomb, 1_000, 1 << 20), Err(Error::OutOfRange(_))));
+    }
+
+    /// A window is memory that a few bytes of a client can claim, for each of many uploads.
+    #[test]
+    fn windows_are_bounded_as_over_grpc() {
+        for (log, fits) in [(WINDOW_MAX_LOG, true), (WINDOW_MAX_LOG + 1, false)] {
+            let mut encoder = Encoder::new(Vec::new(), 1).unwrap();
+            encoder.window_log(log).unwrap();
+            encoder.write_all(b"content").unwrap();
+            assert_eq!(upload(&encoder.finish().unwrap(), 100, 100).is_ok(), fits, "{log}");
+        }
     }
 
     proptest! {

@@ -24,7 +24,7 @@ mod unpack;
 
 use crate::{actors::cas::client::Cas, error::Error};
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
-use bindings::{Binding, Bindings, Known};
+use bindings::{Binding, Bindings};
 use client::Assets;
 use download::Downloader;
 use flight::Outcome;
@@ -32,7 +32,7 @@ use messages::{BindAsset, CloseAssets, JoinFlight, Joined, Landed, LookUpAsset};
 use origins::Origins;
 use outcome::Fetched;
 use persist::BindingsFile;
-use request::{AssetKey, AssetRequest};
+use request::AssetKey;
 use std::{
     collections::HashMap,
     path::PathBuf,
@@ -171,26 +171,6 @@ impl AssetActor {
         let (number, bytes) = (self.saves, self.bindings.encode());
         move |file| file.write(number, &bytes)
     }
-
-    /// What one of these URIs stands for since a caller looked.
-    fn landed_since(
-        &mut self,
-        request: &AssetRequest,
-        known: &[Known],
-        oldest: Option<SystemTime>,
-    ) -> Option<Fetched> {
-        let now = SystemTime::now();
-        request.uris.iter().zip(request.keys()).zip(known).find_map(|((uri, key), before)| {
-            let after = self.bindings.look_up(&key, oldest, now);
-            let is_new = after != *before;
-            match after {
-                Known::Fresh(Binding { digest, expires_at, .. }) if is_new => {
-                    Some(Fetched { uri: uri.clone(), digest, expires_at })
-                }
-                _ => None,
-            }
-        })
-    }
 }
 
 impl Actor for AssetActor {
@@ -239,7 +219,11 @@ impl Handler<JoinFlight> for AssetActor {
             });
             return MessageResult(Ok(Joined(flight.outcome.subscribe())));
         }
-        if let Some(fetched) = self.landed_since(&request, &known, oldest) {
+        let newer = self.bindings.newer(&request.keys(), &known, oldest, SystemTime::now());
+        if let Some((index, Binding { digest, expires_at, .. })) = newer
+            && let Some(uri) = request.uris.get(index).cloned()
+        {
+            let fetched = Fetched { uri, digest, expires_at };
             return MessageResult(Ok(Joined(watch::channel(Some(Ok(fetched))).1)));
         }
         let size = request.size();

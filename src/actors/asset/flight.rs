@@ -161,7 +161,11 @@ impl Failure {
 
 /// Cuts a text into which origins and clients have put what they like.
 fn shorten(mut text: String) -> String {
-    text.truncate(text.floor_char_boundary(MESSAGE_MAX_BYTES));
+    let mut end = MESSAGE_MAX_BYTES.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
     text
 }
 

@@ -15,6 +15,10 @@ use std::{sync::Arc, time::SystemTime};
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
+/// Memory that the list of files whose contents a client wants inlined may take, in bytes. An operation keeps the list until
+/// it is forgotten. Clients name a file or two; inlining is a favour, so that what does not fit is left out.
+const INLINE_LIST_MAX_BYTES: usize = 16 * 1024;
+
 /// The service.
 #[derive(Debug)]
 pub struct ExecutionService(pub Arc<Edge>);
@@ -83,10 +87,25 @@ fn submission(instances: &Instances, client: ClientInfo, request: ExecuteRequest
         inline: Inline {
             stdout: request.inline_stdout,
             stderr: request.inline_stderr,
-            output_files: request.inline_output_files,
+            output_files: within_bounds(request.inline_output_files),
         },
         client,
     })
+}
+
+/// The first files of a list, as many as may be kept.
+fn within_bounds(mut files: Vec<String>) -> Vec<String> {
+    let mut left = INLINE_LIST_MAX_BYTES;
+    let fits = files.iter().position(|file| {
+        let rest = left.checked_sub(file.len().saturating_add(size_of::<String>()));
+        rest.is_none_or(|rest| {
+            left = rest;
+            false
+        })
+    });
+    files.truncate(fits.unwrap_or(files.len()));
+    files.shrink_to_fit();
+    files
 }
 
 /// An operation that ended before it began: a missing Action or Command is reported inside a final Operation, where every
@@ -113,4 +132,20 @@ fn stillborn(submit: Submit, error: Error) -> (OperationInfo, Snapshot) {
         ..Snapshot::queued(SystemTime::now())
     };
     (info, snapshot)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_operation_keeps_a_bounded_list_of_files_to_inline() {
+        let usual: Vec<_> = (0..100).map(|n| format!("bazel-out/bin/pkg/file-{n}.d")).collect();
+        assert_eq!(within_bounds(usual.clone()), usual);
+        for text in ["", "path", &"p".repeat(4096)] {
+            let kept = within_bounds(vec![text.to_owned(); 100_000]);
+            let bytes = kept.capacity() * size_of::<String>() + kept.len() * text.len();
+            assert!(!kept.is_empty() && bytes <= INLINE_LIST_MAX_BYTES, "{} of {}", kept.len(), text.len());
+        }
+    }
 }

@@ -58,6 +58,9 @@ fn term(filter: &mut Filter, word: &str) -> Option<()> {
     let (key, value) = word.split_once('=')?;
     let quoted = value.starts_with('"');
     let value = value.strip_prefix('"').map_or(Some(value), |quoted| quoted.strip_suffix('"'))?;
+    if value.contains('"') {
+        return None;
+    }
     let Filter { instance, operations: filter } = filter;
     match key {
         "stage" => set(
@@ -145,6 +148,8 @@ mod tests {
             "instance=",
             "target=\"x",
             "target=x\"",
+            "target=\"x\"y\"\"",
+            "target=x\"y z\"",
             "done=true done=true",
             "AND done=true",
             "done=true AND",

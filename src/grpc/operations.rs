@@ -49,18 +49,22 @@ impl Operations for OperationsService {
         let mut limit = listing.limit;
         loop {
             let page = self.0.scheduler()?.list(listing.message(limit)).await?;
-            let operations: Vec<Operation> = page
-                .operations
-                .iter()
-                .map(|(info, snapshot)| {
-                    let result = snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_deref());
-                    convert::operation(info, snapshot, result.cloned())
-                })
-                .collect();
-            let bytes: usize = operations.iter().map(|operation| operation.encoded_len() + 8).sum();
-            // Results can be long; a page that does not fit into a message is asked for again, half as long (GEN-25).
-            if bytes > inline::MESSAGE_MAX_BYTES - RESPONSE_ENVELOPE_BYTES && operations.len() > 1 {
-                limit = operations.len() / 2;
+            let mut operations: Vec<Operation> = Vec::new();
+            let mut left = inline::MESSAGE_MAX_BYTES - RESPONSE_ENVELOPE_BYTES;
+            for (info, snapshot) in &page.operations {
+                let result = snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_deref());
+                let operation = convert::operation(info, snapshot, result.cloned());
+                let rest = left.checked_sub(operation.encoded_len() + 8);
+                if rest.is_none() && !operations.is_empty() {
+                    break;
+                }
+                left = rest.unwrap_or(0);
+                operations.push(operation);
+            }
+            // Results can be long; a page that does not fit into a message is asked for again with as many as do (GEN-25). A
+            // thousand copies of long results are never made.
+            if operations.len() < page.operations.len() {
+                limit = operations.len();
                 continue;
             }
             let next_page_token = page.next.map(|after| page_token::seal(&listing.binding, after));

@@ -3,7 +3,9 @@
 //! The order, in words:
 //! 1. Tasks of one priority are a class. The most urgent class that waits is served first.
 //! 2. A task gains one step of priority for every interval (`step`) that it waits. Once that makes up for the difference to
-//!    the most urgent class, its class is *due* and gets every second turn; of several, the one most overdue.
+//!    the most urgent class, its class is *due* and gets every second turn; of several, the one most overdue. No difference
+//!    counts for more than [`STEPS_MAX`] steps, and what has waited that long goes before all else that is due, the oldest
+//!    first: priorities are 32-bit numbers of strangers, and most of their differences are longer than a life.
 //! 3. In a class, the build that has the fewest tasks of this class running is next; among equals the one that has waited
 //!    longest since it was served, or since it came. So builds share what their class gets, however much each one queues.
 //! 4. In a build, tasks go in order of age.
@@ -24,6 +26,10 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     time::{Duration, Instant},
 };
+
+/// Most steps of priority that a task has to make up for. By default a step is a minute, and this an hour: far more than builds
+/// that know of each other need to tell their work apart, and far less than a task may wait in all.
+const STEPS_MAX: u32 = 60;
 
 /// Who shares with whom: one run of a build tool in one instance, as a number. All that do not name their run share as one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -55,6 +61,8 @@ pub struct Queue {
     classes: BTreeMap<i32, Class>,
     /// The same by what their oldest task has of age and urgency together; the least is the most overdue.
     ages: BTreeSet<(i128, i32)>,
+    /// The same by when their oldest task came.
+    arrivals: BTreeSet<(Instant, i32)>,
     running: HashMap<Charge, usize>,
     /// Counts turns and arrivals, to tell who was served least recently.
     turns: u64,
@@ -88,6 +96,7 @@ impl Queue {
             origin: None,
             classes: BTreeMap::new(),
             ages: BTreeSet::new(),
+            arrivals: BTreeSet::new(),
             running: HashMap::new(),
             turns: 0,
             served_due: false,
@@ -177,12 +186,18 @@ impl Queue {
     /// The class whose turn it is, and whether that is because it is due.
     fn next_class(&self, now: Instant) -> Option<(i32, bool)> {
         let &urgent = self.classes.keys().next()?;
-        let limit = self.age(now, urgent);
-        let due = self.ages.iter().find(|(_, priority)| *priority != urgent);
-        match due {
-            Some(&(age, priority)) if age <= limit && !self.served_due => Some((priority, true)),
-            _ => Some((urgent, false)),
+        if self.served_due {
+            return Some((urgent, false));
         }
+        let longest = self.step.saturating_mul(STEPS_MAX);
+        let mut arrivals = self.arrivals.iter().filter(|(_, priority)| *priority != urgent);
+        let oldest = arrivals.next().filter(|(since, _)| now.saturating_duration_since(*since) >= longest);
+        if let Some(&(_, priority)) = oldest {
+            return Some((priority, true));
+        }
+        let limit = self.age(now, urgent);
+        let due = self.ages.iter().find(|(_, priority)| *priority != urgent).filter(|(age, _)| *age <= limit);
+        Some(due.map_or((urgent, false), |(_, priority)| (*priority, true)))
     }
 
     /// `at + priority * step`, in nanoseconds.
@@ -205,10 +220,12 @@ impl Queue {
             if let Some(before) = before {
                 let age = self.age(before, priority);
                 self.ages.remove(&(age, priority));
+                self.arrivals.remove(&(before, priority));
             }
             if let Some(after) = after {
                 let age = self.age(after, priority);
                 self.ages.insert((age, priority));
+                self.arrivals.insert((after, priority));
             }
         }
         if after.is_none() {

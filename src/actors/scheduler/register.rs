@@ -14,8 +14,9 @@ use crate::{
     error::{Error, Result},
     instance::Instance,
 };
+use prost::Message as _;
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     ops::Bound,
     sync::Arc,
     time::{Duration, Instant},
@@ -67,6 +68,15 @@ impl Operation {
         }
     }
 
+    /// Bytes that it holds on to, apart from what all operations do.
+    fn weight(&self) -> usize {
+        let snapshot = self.snapshot.borrow();
+        let result = snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref());
+        let files = self.info.inline.output_files.iter();
+        files
+            .fold(result.map_or(0, |result| result.encoded_len()), |sum, path| sum.saturating_add(path.len()))
+    }
+
     fn matches(&self, query: &ListOperations, waits_for_pool: impl Fn(TaskId) -> bool) -> bool {
         let (client, filter) = (&self.info.client, &query.filter);
         let in_pool = |wanted: &String| match (&self.snapshot.borrow().place, self.task()) {
@@ -95,8 +105,18 @@ impl Register {
             numbers: HashMap::new(),
             last_number: 0,
             unfinished: 0,
-            worked: Retained::new(settings.retained_operations, settings.retention),
-            cached: Retained::new(settings.retained_cached, settings.cached_retention),
+            worked: Retained {
+                limit: settings.retained_operations,
+                limit_bytes: settings.retained_bytes,
+                age: settings.retention,
+                ..Retained::default()
+            },
+            cached: Retained {
+                limit: settings.retained_cached,
+                limit_bytes: settings.retained_cached_bytes,
+                age: settings.cached_retention,
+                ..Retained::default()
+            },
         }
     }
 
@@ -288,9 +308,9 @@ impl Register {
     }
 
     fn retain(&mut self, number: u64, cached: bool, now: Moment) {
-        let retained = self.retained(cached);
-        retained.insert(now.at, number);
-        if let Some(oldest) = retained.pop_excess() {
+        let weight = self.operations.get(&number).map_or(0, Operation::weight);
+        self.retained(cached).insert(now.at, number, weight);
+        while let Some(oldest) = self.retained(cached).pop_excess() {
             self.remove(oldest);
         }
     }
@@ -311,39 +331,42 @@ pub struct CompletedOperation {
     pub queued: Instant,
 }
 
-/// Finished operations in the order in which they ended, bounded in number and age.
-#[derive(Debug)]
+/// Finished operations in the order in which they ended, bounded in number, bytes and age.
+#[derive(Debug, Default)]
 struct Retained {
     limit: usize,
+    limit_bytes: usize,
     age: Duration,
-    by_end: BTreeSet<(Instant, u64)>,
+    /// With what each of them weighs.
+    by_end: BTreeMap<(Instant, u64), usize>,
+    bytes: usize,
 }
 
 impl Retained {
-    fn new(limit: usize, age: Duration) -> Self {
-        Self { limit, age, by_end: BTreeSet::new() }
-    }
-
-    fn insert(&mut self, at: Instant, number: u64) {
-        self.by_end.insert((at, number));
+    fn insert(&mut self, at: Instant, number: u64, weight: usize) {
+        self.by_end.insert((at, number), weight);
+        self.bytes = self.bytes.saturating_add(weight);
     }
 
     fn remove(&mut self, at: Instant, number: u64) {
-        self.by_end.remove(&(at, number));
+        let weight = self.by_end.remove(&(at, number)).unwrap_or(0);
+        self.bytes = self.bytes.saturating_sub(weight);
     }
 
     fn pop_excess(&mut self) -> Option<u64> {
-        if self.by_end.len() <= self.limit {
-            return None;
-        }
-        self.by_end.pop_first().map(|(_, number)| number)
+        // The latest stays, whatever it weighs: whoever lost its stream comes back for it.
+        let too_heavy = self.bytes > self.limit_bytes && self.by_end.len() > 1;
+        if self.by_end.len() > self.limit || too_heavy { self.pop() } else { None }
     }
 
     fn pop_expired(&mut self, now: Moment) -> Option<u64> {
-        let (at, _) = self.by_end.first()?;
-        if now.since(*at) < self.age {
-            return None;
-        }
-        self.by_end.pop_first().map(|(_, number)| number)
+        let ((at, _), _) = self.by_end.first_key_value()?;
+        if now.since(*at) < self.age { None } else { self.pop() }
+    }
+
+    fn pop(&mut self) -> Option<u64> {
+        let ((_, number), weight) = self.by_end.pop_first()?;
+        self.bytes = self.bytes.saturating_sub(weight);
+        Some(number)
     }
 }

@@ -38,12 +38,17 @@ pub struct SchedulerSettings {
     pub retention: Duration,
     /// How many finished operations are remembered; the oldest are forgotten first.
     pub retained_operations: usize,
+    /// Bytes of results and requests in the finished operations that are remembered; the oldest are forgotten first. A result
+    /// may be 4 MiB, and as many of those as there may be operations are no machine's memory.
+    pub retained_bytes: usize,
     /// How long operations that were answered from the cache are remembered. Only a stream that broke before its single
     /// message needs them; whoever comes later asks again and gets the same hit.
     pub cached_retention: Duration,
     /// How many operations answered from the cache are remembered. They have a bound of their own so that a flood of hits
     /// cannot push out results that took work.
     pub retained_cached: usize,
+    /// The same as `retained_bytes`, for those.
+    pub retained_cached_bytes: usize,
     /// How long an operation that nobody follows goes on (EXE-14).
     pub abandon_grace: Duration,
     /// How often a task is tried when workers fail under it (EXE-62); at least 1.
@@ -66,8 +71,10 @@ impl SchedulerSettings {
             stop_grace: Duration::from_secs(30),
             retention: config.retention,
             retained_operations: config.retained_operations,
+            retained_bytes: 256 << 20,
             cached_retention: config.retention.min(Duration::from_secs(60)),
             retained_cached: config.retained_operations.min(2048),
+            retained_cached_bytes: 64 << 20,
             abandon_grace: config.abandon_grace,
             max_attempts: config.max_attempts.max(1),
         }

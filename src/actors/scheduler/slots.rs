@@ -48,7 +48,7 @@ struct PoolSlots {
     section: String,
     offers: Offers,
     places: Vec<Arc<RunPlace>>,
-    /// The slot freed last is used next: its caches are warm.
+    /// The last one is used next. That is the slot freed last, whose caches are warm.
     free: Vec<SlotId>,
     /// Its workers are gone for good.
     closed: bool,
@@ -131,10 +131,11 @@ impl Slots {
         pool.places.get(slot.0).cloned()
     }
 
-    /// Gives a slot back. One of a closed pool is never used again.
-    pub fn release(&mut self, pool: usize, slot: SlotId) {
+    /// Gives a slot back. One of a closed pool is never used again, and one that failed its task is used last: it fails at
+    /// once, so it would be free first each time and take task after task.
+    pub fn release(&mut self, pool: usize, slot: SlotId, failed: bool) {
         if let Some(pool) = self.pools.get_mut(pool).filter(|pool| !pool.closed) {
-            pool.free.push(slot);
+            pool.free.insert(if failed { 0 } else { pool.free.len() }, slot);
         }
     }
 

@@ -100,6 +100,8 @@ impl Ledger {
         let place = self.slots.take(pool)?;
         let task = self.tasks.get_mut(&id)?;
         task.step = Step::Running;
+        // Should it come back, it stands somewhere else.
+        task.position = None;
         task.attempts = task.attempts.saturating_add(1);
         self.waiting = self.waiting.saturating_sub(1);
         let limits = &self.settings;
@@ -171,6 +173,11 @@ impl Ledger {
         if closed {
             self.slots.close(pool);
         }
+        let failed = match &end {
+            RunEnd::Reported(Ok(_)) => false,
+            RunEnd::Reported(Err(failure)) => failure.retryable,
+            RunEnd::Lost { .. } => true,
+        };
         let log = match &end {
             RunEnd::Reported(Ok(report)) => report.account.log,
             RunEnd::Reported(Err(failure)) => failure.account.log,
@@ -203,7 +210,7 @@ impl Ledger {
             }
         }
         self.runs.remove(&id);
-        self.slots.release(pool, slot);
+        self.slots.release(pool, slot, failed);
         if let Some(queue) = self.ready.get_mut(pool) {
             queue.ended(charge);
         }

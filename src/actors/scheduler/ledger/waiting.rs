@@ -123,10 +123,12 @@ impl Ledger {
             self.make_board(now);
         }
         let task = self.tasks.get(&id)?;
-        let (pool, position) = match task.position.filter(|_| task.step == Step::Ready) {
+        let known = task.position.filter(|(pool, _)| task.step == Step::Ready && self.slots.is_open(*pool));
+        let (pool, position) = match known {
             Some((pool, position)) => (pool, Some(position)),
-            None => (*task.pools.first()?, None),
+            None => (*task.pools.iter().find(|pool| self.slots.is_open(**pool))?, None),
         };
+        let waiting = self.ready.get(pool).map_or(0, |queue| queue.len());
         let (busy, slots) = self.slots.count(pool);
         let name = |pool: usize| self.slots.name(pool).to_string();
         let mut reason = match task.step {
@@ -139,7 +141,8 @@ impl Ledger {
                     .fold((0, 0), |(busy, slots): (usize, usize), (b, s)| {
                         (busy.saturating_add(b), slots.saturating_add(s))
                     });
-                let names: Vec<_> = task.pools.iter().map(|&pool| format!("\"{}\"", name(pool))).collect();
+                let open = task.pools.iter().filter(|pool| self.slots.is_open(**pool));
+                let names: Vec<_> = open.map(|&pool| format!("\"{}\"", name(pool))).collect();
                 let pools = if names.len() == 1 { "pool" } else { "pools" };
                 format!("{busy} of {slots} slots of {pools} {} are busy", names.join(", "))
             }
@@ -156,11 +159,12 @@ impl Ledger {
             other_pools: task
                 .pools
                 .iter()
-                .filter(|other| **other != pool)
+                .filter(|other| **other != pool && self.slots.is_open(**other))
                 .map(|&other| name(other))
                 .collect(),
-            position,
-            waiting: self.ready.get(pool).map_or(0, |queue| queue.len()),
+            // The board is older than the count.
+            position: position.map(|position| position.min(waiting)),
+            waiting,
             busy,
             slots,
             reason,
@@ -172,7 +176,8 @@ impl Ledger {
             task.position = None;
         }
         let mut count = 0u32;
-        for (pool, queue) in self.ready.iter().enumerate() {
+        let open = self.ready.iter().enumerate().filter(|(pool, _)| self.slots.is_open(*pool));
+        for (pool, queue) in open {
             for (ahead, id) in queue.order().into_iter().enumerate() {
                 count = count.saturating_add(1);
                 let Some(task) = self.tasks.get_mut(&id) else { continue };

@@ -30,8 +30,13 @@ impl Model {
         let age = |place: &Place| {
             (i128::from((place.since - start).as_secs()) + i128::from(place.priority) * step, place.priority)
         };
-        let others = self.waiting.iter().filter(|place| place.priority != urgent);
-        let due = others.map(age).min().filter(|(age, _)| *age <= seconds + i128::from(urgent) * step);
+        let others = || self.waiting.iter().filter(|place| place.priority != urgent);
+        let came = |place: &Place| (i128::from((place.since - start).as_secs()), place.priority);
+        let longest = i128::from(STEPS_MAX) * step;
+        let due = others().map(came).min().filter(|(since, _)| seconds - since >= longest);
+        let due = due.or_else(|| {
+            others().map(age).min().filter(|(age, _)| *age <= seconds + i128::from(urgent) * step)
+        });
         let due = due.filter(|_| !self.served_due);
         self.served_due = due.is_some();
         let class = due.map_or(urgent, |(_, priority)| priority);
@@ -74,15 +79,21 @@ enum Step {
     Wait(u64),
 }
 
+/// Mostly close to each other, now and then as far apart as can be.
+fn priority() -> impl Strategy<Value = i32> {
+    prop_oneof![8 => -1..3, 1 => Just(i32::MIN), 1 => Just(i32::MAX)]
+}
+
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        4 => (-1..3, 0..4u64).prop_map(|(priority, build)| Step::Insert { priority, build }),
+        4 => (priority(), 0..4u64).prop_map(|(priority, build)| Step::Insert { priority, build }),
         1 => any::<usize>().prop_map(Step::Remove),
         1 => (any::<usize>(), -2..3, 0..4u64)
             .prop_map(|(which, priority, build)| Step::Move { which, priority, build }),
         3 => Just(Step::Pop),
         2 => any::<usize>().prop_map(Step::End),
         1 => (0..150u64).prop_map(Step::Wait),
+        1 => (0..2 * STEP.as_secs() * u64::from(STEPS_MAX)).prop_map(Step::Wait),
     ]
 }
 
@@ -218,6 +229,20 @@ proptest! {
         }
         prop_assert!(left.is_empty(), "{left:?} starve");
     }
+}
+
+/// However far apart priorities are, and with everything else due as well.
+#[test]
+fn no_difference_of_priority_is_too_large_to_be_made_up_for() {
+    let (start, mut queue) = (Instant::now(), Queue::new(STEP));
+    queue.insert(place(i32::MAX, 0, 0, start));
+    let mut served_at = |now: Instant, task: u64| {
+        queue.insert(place(i32::MIN, 1, 10 + 2 * task, now - STEP));
+        queue.insert(place(i32::MIN + 1, 1, 11 + 2 * task, now - STEP));
+        (0..2).any(|_| queue.pop(now).is_some_and(|(task, _)| task == TaskId(0)))
+    };
+    assert!(!served_at(start + STEP * (STEPS_MAX - 1), 0));
+    assert!(served_at(start + STEP * STEPS_MAX, 1));
 }
 
 /// The gain of a build does not depend on how much it queues: with equal run times the slots are shared evenly, one more or

@@ -30,6 +30,29 @@ fn a_lost_worker_means_another_try_in_the_old_place_and_not_for_ever() {
     assert_eq!(desk.dispatch_one().action.digest, digest(&work(2)), "the slot serves the next one");
 }
 
+/// A slot that fails at once is free again before all others; it must not get the next task too, nor the same one.
+#[test]
+fn a_slot_that_failed_its_task_is_used_after_all_others() {
+    let mut desk = Desk::new(3, SchedulerSettings { max_attempts: 9, ..settings() });
+    let _operation = desk.submit(work(1));
+    let mut slots = Vec::new();
+    for end in 0..3 {
+        let run = desk.dispatch_one();
+        slots.push(run.slot);
+        let failure = || RunFailure { retryable: true, ..RunFailure::new(Error::internal("no memory")) };
+        let end =
+            if end == 0 { RunEnd::Lost { pool_closed: false } } else { RunEnd::Reported(Err(failure())) };
+        desk.ledger.finish(run.task, end, desk.now);
+    }
+    slots.sort();
+    slots.dedup();
+    assert_eq!(slots.len(), 3, "each was tried once");
+    let good = desk.dispatch_one();
+    desk.finish(good.task, success());
+    desk.submit(work(2));
+    assert_eq!(desk.dispatch_one().slot, good.slot, "one that works is still warm");
+}
+
 /// EXE-45.
 #[test]
 fn a_fault_of_the_command_is_no_reason_to_try_again_and_its_logs_are_kept() {
@@ -182,6 +205,40 @@ fn finished_operations_are_remembered_for_a_time_and_in_a_number_that_are_bounde
     assert!(is_known(&mut desk, 1));
     desk.after(1);
     assert!(!is_known(&mut desk, 1) && is_known(&mut desk, 2), "ten minutes are over for one of them");
+}
+
+/// EXE-14: long results count by their length.
+#[test]
+fn finished_operations_are_bounded_in_bytes_too() {
+    let settings = SchedulerSettings { retained_bytes: 2500, retained_cached_bytes: 1500, ..settings() };
+    let mut desk = Desk::new(1, settings);
+    let long = reapi::ActionResult { stdout_raw: vec![0; 1000].into(), ..Default::default() };
+    let hits: Vec<_> = (1..4)
+        .map(|name| desk.try_submit(submit(&work(name)), Resolution::Cached(Arc::new(long.clone()))).unwrap())
+        .collect();
+    let runs: Vec<_> = (11..15)
+        .map(|name| {
+            let operation = desk.submit(work(name));
+            let task = desk.dispatch_one().task;
+            let result = RunResult { result: long.clone(), account: Default::default() };
+            desk.finish(task, Ok(Box::new(result)));
+            operation
+        })
+        .collect();
+    let mut known = |operations: &[Subscription]| -> Vec<bool> {
+        operations.iter().map(|one| desk.ledger.watch(&instance(), one.info.id).is_ok()).collect()
+    };
+    assert_eq!(known(&hits), [false, false, true]);
+    assert_eq!(known(&runs), [false, false, true, true]);
+    assert!(outcome(&runs[0]).result.is_some(), "whoever follows one that was forgotten has its end");
+    desk.ledger.forget(&instance(), runs[3].info.id).unwrap();
+    desk.ledger.forget(&instance(), runs[2].info.id).unwrap();
+    assert_eq!(desk.ledger.inspect().operations, 1);
+    let mut huge = submit(&work(20));
+    huge.inline.output_files = vec!["x".repeat(9000)];
+    let hit = desk.try_submit(huge, Resolution::Cached(Arc::new(long))).unwrap();
+    assert!(desk.ledger.watch(&instance(), hit.info.id).is_ok(), "the latest is kept whatever it weighs");
+    assert_eq!(desk.ledger.inspect().operations, 1);
 }
 
 #[test]

@@ -199,6 +199,29 @@ fn who_waits_is_told_for_which_pool_at_which_position_and_why() {
     assert_eq!(desk.ledger.explain(&other, big[3].info.id, desk.now), None, "GEN-15");
     assert_eq!(runs[1].tool_invocation_id, "small");
     desk.ledger.finish(runs[1].task, RunEnd::Lost { pool_closed: false }, desk.now);
-    let reason = desk.explain(&small).unwrap().reason;
+    // The failed slot is free, but its task has not been sent out again.
+    let status = desk.explain(&small).unwrap();
+    assert_eq!(status.position, None, "where it stood before its first try says nothing");
+    let reason = status.reason;
     assert!(reason.ends_with("its worker failed, this is try 2 of 3"), "{reason}");
+}
+
+#[test]
+fn who_waits_is_not_told_of_pools_that_are_gone() {
+    let mut desk = two_pools(settings());
+    let ops: Vec<_> = (1..6).map(|name| desk.submit_of("a", name)).collect();
+    let runs = desk.dispatch();
+    // "plain", the preferred one, loses its workers; what ran there waits again, in its old place.
+    desk.ledger.finish(runs[0].task, RunEnd::Lost { pool_closed: true }, desk.now);
+    desk.after(2);
+    let status = desk.explain(&ops[0]).unwrap();
+    assert_eq!((status.pool.as_str(), status.other_pools.len(), status.position), ("gpu", 0, Some(1)));
+    assert_eq!((status.busy, status.slots, status.waiting), (1, 1, 4));
+    assert!(status.reason.starts_with("1 of 1 slots of pool \"gpu\" are busy"), "{}", status.reason);
+    assert_eq!(desk.explain(&ops[4]).unwrap().position, Some(4));
+    for ended in [&ops[0], &ops[2], &ops[3]] {
+        desk.cancel(ended);
+    }
+    let status = desk.explain(&ops[4]).unwrap();
+    assert_eq!((status.position, status.waiting), (Some(1), 1), "never behind more than there are");
 }

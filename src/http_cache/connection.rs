@@ -6,18 +6,27 @@
 use axum::{
     body::Body,
     extract::Request,
+    http::{HeaderValue, header},
     response::Response,
     serve::{Listener as _, ListenerExt as _},
 };
 use futures::future::{BoxFuture, FutureExt as _};
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper::{
+    body::{Body as _, Frame, Incoming, SizeHint},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
     net::SocketAddr,
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
     time::Duration,
 };
 use tokio::{
@@ -84,7 +93,15 @@ async fn serve_one(
     answer: impl Fn(Request) -> BoxFuture<'static, Response> + Send + Sync + Unpin,
 ) {
     let service = service_fn(|request: hyper::Request<Incoming>| {
-        answer(request.map(Body::new)).map(Ok::<_, Infallible>)
+        let unread = Arc::new(AtomicBool::new(!request.body().is_end_stream()));
+        let request = request.map(|body| Body::new(Watched { body, unread: unread.clone() }));
+        answer(request).map(move |mut response| {
+            if unread.load(Ordering::Relaxed) {
+                // What is left of the body is in the way of another request: a client that is not told would send one.
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(response)
+        })
     });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -101,6 +118,36 @@ async fn serve_one(
     } else {
         Pin::new(&mut connection).graceful_shutdown();
         let _ = connection.await;
+    }
+}
+
+/// The body of a request, of which it is known whether its end was read.
+struct Watched {
+    body: Incoming,
+    unread: Arc<AtomicBool>,
+}
+
+impl hyper::body::Body for Watched {
+    type Data = <Incoming as hyper::body::Body>::Data;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        if frame.is_none() {
+            self.unread.store(false, Ordering::Relaxed);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -159,7 +206,11 @@ mod tests {
         let head = "PUT / HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n\r\n";
         client.write_all(head.as_bytes()).await.unwrap();
         client.write_all(&vec![7; 8_000_000]).await.unwrap();
-        assert!(rest(&mut client).await.starts_with("HTTP/1.1 400"));
+        let answer = rest(&mut client).await;
+        assert!(
+            answer.starts_with("HTTP/1.1 400") && answer.contains("\r\nconnection: close\r\n"),
+            "{answer}"
+        );
     }
 
     #[tokio::test]

@@ -58,7 +58,10 @@ impl Http {
     }
 
     async fn put(&self, path: &str, body: impl Into<Vec<u8>>) -> StatusCode {
-        self.send("PUT", path, &[], body).await.status()
+        let response = self.send("PUT", path, &[], body).await;
+        let is_kept = !response.headers().contains_key(header::CONNECTION);
+        assert!(is_kept || response.status() != StatusCode::CREATED, "a connection that was of further use");
+        response.status()
     }
 }
 

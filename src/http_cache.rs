@@ -15,6 +15,7 @@
 //! Nothing here knows gRPC. It owns no state but a count of requests.
 
 mod body;
+mod connection;
 pub mod range;
 mod read;
 mod request_log;
@@ -22,19 +23,14 @@ pub mod resource;
 mod status;
 mod write;
 
-use crate::{
-    actors::cas::client::Cas,
-    error::{Error, Result},
-    instance::Instances,
-};
+use crate::{actors::cas::client::Cas, error::Result, instance::Instances};
 use axum::{
-    Router,
     body::Body,
-    extract::{ConnectInfo, Request, State},
+    extract::Request,
     http::{HeaderValue, Method, StatusCode, header},
     response::Response,
-    serve::ListenerExt as _,
 };
+use futures::FutureExt as _;
 use request_log::Line;
 use resource::Resource;
 use std::{future::Future, net::SocketAddr, sync::Arc};
@@ -42,8 +38,10 @@ use tokio::{net::TcpListener, sync::Semaphore};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::http";
-/// Requests at a time; more are told to come back. Each holds at most a megabyte.
+/// Requests at a time; more are told to come back. Each holds at most a megabyte, or what an upload is ahead of the disk.
 const MAX_REQUESTS: usize = 4_096;
+/// Of these, the encoded uploads. Each holds the window that its client chose, 8 MiB at most.
+const MAX_DECODERS: usize = 256;
 
 /// What requests are answered from.
 #[derive(Debug)]
@@ -59,40 +57,33 @@ pub struct HttpCache {
 struct Service {
     cache: HttpCache,
     requests: Arc<Semaphore>,
+    decoders: Semaphore,
 }
 
 /// Serves on `listener` until `shutdown` ends, then finishes what is under way.
-///
-/// # Errors
-/// [`Error::Internal`] when the transport fails as a whole.
-pub async fn serve(
-    cache: HttpCache,
-    listener: TcpListener,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) -> Result<()> {
-    let service = Arc::new(Service { cache, requests: Arc::new(Semaphore::new(MAX_REQUESTS)) });
-    // Small answers would wait for the client's delayed acknowledgement otherwise.
-    let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
-    let router = Router::new().fallback(answer).with_state(service);
-    axum::serve(listener, router.into_make_service_with_connect_info::<SocketAddr>())
-        .with_graceful_shutdown(shutdown)
-        .await
-        .map_err(|error| Error::Internal(format!("the HTTP server failed: {error}")))
+pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Future<Output = ()>) {
+    let service = Arc::new(Service {
+        cache,
+        requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
+        decoders: Semaphore::new(MAX_DECODERS),
+    });
+    connection::serve(listener, shutdown, move |peer, request| {
+        answer(service.clone(), peer, request).boxed()
+    })
+    .await;
 }
 
-async fn answer(
-    State(service): State<Arc<Service>>,
-    ConnectInfo(peer): ConnectInfo<SocketAddr>,
-    request: Request,
-) -> Response {
+async fn answer(service: Arc<Service>, peer: SocketAddr, request: Request) -> Response {
     let mut line = Line::new(peer, request.method(), request.uri());
-    let response = match service.requests.clone().try_acquire_owned() {
-        Ok(permit) => {
+    let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
+    let decoder = is_encoded.then(|| service.decoders.try_acquire()).transpose();
+    let response = match (service.requests.clone().try_acquire_owned(), decoder) {
+        (Ok(permit), Ok(_decoder)) => {
             let response = dispatch(&service.cache, request, &mut line).await;
             line.hold(permit);
             response
         }
-        Err(_) => {
+        _ => {
             let mut response = status::plain(StatusCode::SERVICE_UNAVAILABLE, "too many requests at a time");
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
             Ok(response)
@@ -106,7 +97,7 @@ async fn answer(
 }
 
 /// One request: which thing, and what to do with it.
-async fn dispatch(cache: &HttpCache, request: Request, line: &mut Line) -> Result<Response> {
+async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut Line) -> Result<Response> {
     let resource = Resource::parse(request.uri().path())?;
     let instance = match resource.instance_name() {
         Some(name) => Some(cache.instances.get(name)?),
@@ -121,6 +112,10 @@ async fn dispatch(cache: &HttpCache, request: Request, line: &mut Line) -> Resul
     };
     line.instance(&instance);
     let target = (cache, &instance);
+    if request.method() == Method::HEAD {
+        // Ranges are for GET only.
+        request.headers_mut().remove(header::RANGE);
+    }
     match (request.method().as_str(), resource) {
         ("GET", Resource::Blob { hash, .. }) => read::blob(target, hash, request.headers(), line).await,
         ("HEAD", Resource::Blob { hash, .. }) => {

@@ -270,8 +270,7 @@ fn serve_http(
     let serving = workers.spawn(http_cache::serve(cache, listener, async move { drop(closed.await) }));
     let ended = async move {
         match serving.await {
-            Ok(Ok(())) => Error::internal("the HTTP server stopped by itself"),
-            Ok(Err(error)) => error,
+            Ok(()) => Error::internal("the HTTP server stopped by itself"),
             Err(panic) => Error::Internal(format!("the HTTP server panicked: {panic}")),
         }
     };

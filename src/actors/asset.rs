@@ -24,12 +24,14 @@ pub mod unpack;
 
 use crate::{actors::cas::client::Cas, error::Error};
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
-use bindings::Bindings;
+use bindings::{Binding, Bindings};
 use client::Assets;
 use download::Downloader;
 use flight::Outcome;
 use messages::{BindAsset, CloseAssets, JoinFlight, Joined, Landed, LookUpAsset};
 use origins::Origins;
+use outcome::Fetched;
+use persist::BindingsFile;
 use request::AssetKey;
 use std::{
     collections::HashMap,
@@ -45,8 +47,11 @@ use tokio::{
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::asset";
-/// Flights under way or waiting for their turn; more are refused. Each is a few kilobytes.
+/// Flights under way or waiting for their turn; more are refused.
 const MAX_FLIGHTS: usize = 10_000;
+/// Bytes of the requests of all these flights. Most are a kilobyte, but one may have megabytes of qualifiers, and outlives the
+/// call that made it.
+const MAX_FLIGHT_BYTES: usize = 64 * 1024 * 1024;
 /// How long a client should wait before it tries a full house again.
 const FULL_RETRY: Duration = Duration::from_secs(5);
 /// How often bindings that changed are written down.
@@ -86,6 +91,7 @@ pub(crate) struct Shared {
     downloader: Downloader,
     /// One permit for each flight that may be in the air.
     runway: Semaphore,
+    file: BindingsFile,
 }
 
 /// A download under way.
@@ -94,6 +100,8 @@ struct Flight {
     outcome: watch::Sender<Option<Outcome>>,
     /// When it has to end.
     deadline: watch::Sender<Instant>,
+    /// Bytes of its request.
+    size: usize,
 }
 
 /// The owner of bindings and flights.
@@ -102,9 +110,13 @@ pub struct AssetActor {
     bindings: Bindings,
     /// Whether they differ from what is on disk.
     unsaved: bool,
-    /// Whether a write is under way; one at a time, so that the last one written is the newest.
+    /// Whether a write is under way; one at a time.
     saving: bool,
+    /// How many writes were begun.
+    saves: u64,
     flights: HashMap<AssetKey, Flight>,
+    /// Bytes of the requests of all flights.
+    flight_bytes: usize,
     shared: Arc<Shared>,
 }
 
@@ -115,15 +127,18 @@ impl AssetActor {
         let shared = Shared {
             downloader: Downloader::new(settings.clone()),
             runway: Semaphore::new(settings.concurrency),
+            file: BindingsFile::new(settings.file.clone()),
             cas,
             runtime,
             settings,
         };
         Self {
-            bindings: persist::load(&shared.settings.file),
+            bindings: shared.file.load(),
             unsaved: false,
             saving: false,
+            saves: 0,
             flights: HashMap::new(),
+            flight_bytes: 0,
             shared: Arc::new(shared),
         }
     }
@@ -140,10 +155,21 @@ impl AssetActor {
             return;
         }
         (self.unsaved, self.saving) = (false, true);
-        let (bytes, file) = (self.bindings.encode(), self.shared.settings.file.clone());
-        let written = self.shared.runtime.spawn_blocking(move || persist::write(&file, &bytes));
+        let (save, shared) = (self.next_save(), self.shared.clone());
+        let written = self.shared.runtime.spawn_blocking(move || save(&shared.file));
         let done = actix::fut::wrap_future::<_, Self>(written);
-        ctx.spawn(actix::fut::ActorFutureExt::map(done, |_, actor, _| actor.saving = false));
+        ctx.spawn(actix::fut::ActorFutureExt::map(done, |written, actor, _| {
+            actor.saving = false;
+            // What could not be written is tried again.
+            actor.unsaved |= !written.unwrap_or(false);
+        }));
+    }
+
+    /// Writes down what is bound now, and says whether that worked. Blocks.
+    fn next_save(&mut self) -> impl FnOnce(&BindingsFile) -> bool + Send + 'static {
+        self.saves += 1;
+        let (number, bytes) = (self.saves, self.bindings.encode());
+        move |file| file.write(number, &bytes)
     }
 }
 
@@ -181,7 +207,7 @@ impl Handler<JoinFlight> for AssetActor {
 
     fn handle(
         &mut self,
-        JoinFlight { request, deadline }: JoinFlight,
+        JoinFlight { request, known, oldest, deadline }: JoinFlight,
         ctx: &mut Self::Context,
     ) -> Self::Result {
         let key = request.flight_key();
@@ -193,15 +219,24 @@ impl Handler<JoinFlight> for AssetActor {
             });
             return MessageResult(Ok(Joined(flight.outcome.subscribe())));
         }
-        if self.flights.len() >= MAX_FLIGHTS {
+        let newer = self.bindings.newer(&request.keys(), &known, oldest, SystemTime::now());
+        if let Some((index, Binding { digest, expires_at, .. })) = newer
+            && let Some(uri) = request.uris.get(index).cloned()
+        {
+            let fetched = Fetched { uri, digest, expires_at };
+            return MessageResult(Ok(Joined(watch::channel(Some(Ok(fetched))).1)));
+        }
+        let size = request.size();
+        if self.flights.len() >= MAX_FLIGHTS || self.flight_bytes.saturating_add(size) > MAX_FLIGHT_BYTES {
             return MessageResult(Err(Error::Exhausted {
-                message: format!("{MAX_FLIGHTS} fetches are under way or waiting; try again"),
+                message: format!("{} fetches are under way or waiting; try again", self.flights.len()),
                 retry_after: Some(FULL_RETRY),
             }));
         }
         let (outcome, landing) = watch::channel(None);
         let (deadline, latest) = watch::channel(deadline);
-        self.flights.insert(key, Flight { outcome, deadline });
+        self.flight_bytes = self.flight_bytes.saturating_add(size);
+        self.flights.insert(key, Flight { outcome, deadline, size });
         flight::launch(self.shared.clone(), ctx.address(), request, latest);
         MessageResult(Ok(Joined(landing)))
     }
@@ -216,6 +251,7 @@ impl Handler<Landed> for AssetActor {
             self.unsaved = true;
         }
         if let Some(flight) = self.flights.remove(&flight) {
+            self.flight_bytes = self.flight_bytes.saturating_sub(flight.size);
             flight.outcome.send_replace(Some(outcome));
         }
     }
@@ -225,9 +261,10 @@ impl Handler<CloseAssets> for AssetActor {
     type Result = ();
 
     fn handle(&mut self, _: CloseAssets, ctx: &mut Self::Context) {
-        if self.unsaved {
+        if self.unsaved || self.saving {
             // The last thing that this actor does; nobody waits for it but the end of the process.
-            persist::write(&self.shared.settings.file, &self.bindings.encode());
+            let save = self.next_save();
+            save(&self.shared.file);
         }
         ctx.stop();
     }

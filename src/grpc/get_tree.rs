@@ -26,7 +26,7 @@ pub const PAGE_MAX_DIRECTORIES: usize = 1_000;
 /// Bytes of Directories in a page; what 4 MiB leave over is for the page token and framing (GEN-25). A larger directory
 /// travels alone, in a message that only clients with a raised limit take.
 pub const PAGE_MAX_BYTES: usize = inline::MESSAGE_MAX_BYTES - 4 * 1024;
-/// Most distinct directories in one walk; each takes about 100 bytes of memory while the walk lasts.
+/// Most distinct directories in one walk; each takes about 200 bytes of memory while the walk lasts.
 pub const MAX_DIRECTORIES: usize = 1_000_000;
 /// Directories that are read at once.
 const READ_MAX_DIRECTORIES: usize = 256;

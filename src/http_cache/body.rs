@@ -5,6 +5,7 @@
 use super::request_log::Line;
 use crate::{
     actors::cas::{blob::BlobReader, new_blob::NewBlob},
+    compression::WINDOW_MAX_LOG,
     error::{Error, Result},
 };
 use axum::{
@@ -24,8 +25,6 @@ use zstd::stream::{
 const PIECE_BYTES: usize = 128 * 1024;
 /// Compression level: cheap; what is saved is network.
 const LEVEL: i32 = 1;
-/// Largest window of an upload, as a power of two: 128 MiB, which is what decoders take by default.
-const WINDOW_LOG_MAX: u32 = 27;
 /// How long an upload may be silent.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -110,16 +109,21 @@ impl Upload {
     /// `Unimplemented` for an encoding that is not known; `OutOfRange` when it says that it is larger.
     pub fn new(request: Request, max: u64) -> Result<Self> {
         let (parts, body) = request.into_parts();
-        let encoding = parts.headers.get(header::CONTENT_ENCODING).map(|value| value.to_str().unwrap_or("?"));
-        let decoder = match encoding {
-            None | Some("" | "identity") => None,
-            Some(name) if name.eq_ignore_ascii_case("zstd") => {
+        let encodings: Vec<&str> = (parts.headers.get_all(header::CONTENT_ENCODING).into_iter())
+            .flat_map(|value| value.to_str().unwrap_or("?").split(','))
+            .map(str::trim)
+            .filter(|name| !name.is_empty() && !name.eq_ignore_ascii_case("identity"))
+            .collect();
+        let decoder = match encodings.as_slice() {
+            [] => None,
+            [name] if name.eq_ignore_ascii_case("zstd") => {
                 let mut decoder = Decoder::new().map_err(Error::internal)?;
-                decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX)).map_err(Error::internal)?;
+                decoder.set_parameter(DParameter::WindowLogMax(WINDOW_MAX_LOG)).map_err(Error::internal)?;
                 Some(decoder)
             }
-            Some(other) => {
-                let shown = other.escape_debug();
+            others => {
+                let shown = others.join(", ");
+                let shown = shown.escape_debug();
                 return Err(Error::Unimplemented(format!("encoding \"{shown}\" is not supported; zstd is")));
             }
         };
@@ -237,6 +241,17 @@ mod tests {
         let bomb = zstd::encode_all(std::io::Read::take(std::io::repeat(0), 64 << 20), 1).unwrap();
         assert!(bomb.len() < 100_000);
         assert!(matches!(upload(&bomb, 1_000, 1 << 20), Err(Error::OutOfRange(_))));
+    }
+
+    /// A window is memory that a few bytes of a client can claim, for each of many uploads.
+    #[test]
+    fn windows_are_bounded_as_over_grpc() {
+        for (log, fits) in [(WINDOW_MAX_LOG, true), (WINDOW_MAX_LOG + 1, false)] {
+            let mut encoder = Encoder::new(Vec::new(), 1).unwrap();
+            encoder.window_log(log).unwrap();
+            encoder.write_all(b"content").unwrap();
+            assert_eq!(upload(&encoder.finish().unwrap(), 100, 100).is_ok(), fits, "{log}");
+        }
     }
 
     proptest! {

@@ -127,6 +127,23 @@ impl Bindings {
         Known::Fresh(binding.clone())
     }
 
+    /// The first of these assets that stands for something else than it did for a caller who looked before, and may be served.
+    pub fn newer(
+        &mut self,
+        keys: &[AssetKey],
+        before: &[Known],
+        oldest: Option<SystemTime>,
+        now: SystemTime,
+    ) -> Option<(usize, Binding)> {
+        keys.iter().zip(before).enumerate().find_map(|(index, (key, before))| {
+            match self.look_up(key, oldest, now) {
+                same if same == *before => None,
+                Known::Fresh(binding) => Some((index, binding)),
+                Known::Stale | Known::Nothing => None,
+            }
+        })
+    }
+
     /// Lets an asset stand for this from now on.
     pub fn bind(&mut self, key: AssetKey, binding: Binding) {
         self.remove(&key);
@@ -238,6 +255,20 @@ mod tests {
         assert_eq!(bindings.look_up(&key(1), Some(at(101)), at(150)), Known::Stale);
         assert_eq!(bindings.look_up(&key(1), Some(at(9_999)), at(150)), Known::Stale);
         assert_eq!(bindings.look_up(&key(2), None, at(150)), Known::Nothing);
+    }
+
+    /// Content that the store has lost stays bound until it was fetched again.
+    #[test]
+    fn what_was_bound_since_a_look_is_told_from_what_was_bound_before() {
+        let mut bindings = Bindings::default();
+        let (keys, now) = ([key(1), key(2)], at(150));
+        bindings.bind(key(1), binding(b"lost", 100, None));
+        let before = keys.map(|key| bindings.look_up(&key, None, now));
+        assert_eq!(bindings.newer(&keys, &before, None, now), None);
+        let fetched = binding(b"x", 120, None);
+        bindings.bind(key(2), fetched.clone());
+        assert_eq!(bindings.newer(&keys, &before, None, now), Some((1, fetched)));
+        assert_eq!(bindings.newer(&keys, &before, Some(at(121)), now), None);
     }
 
     #[test]

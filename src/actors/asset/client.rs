@@ -72,10 +72,11 @@ impl Assets {
         }
         let known = self.ask(LookUpAsset { keys: request.keys(), oldest }).await?;
         let mut was_bound = false;
-        for (uri, known) in request.uris.iter().zip(known) {
+        for (uri, known) in request.uris.iter().zip(&known) {
             was_bound |= !matches!(known, Known::Nothing);
             let Known::Fresh(Binding { digest, references, expires_at, .. }) = known else { continue };
-            if self.is_stored(&request, digest, &references).await? {
+            let (digest, expires_at) = (*digest, *expires_at);
+            if self.is_stored(&request, digest, references).await? {
                 return Ok(Fetched { uri: uri.clone(), digest, expires_at });
             }
         }
@@ -95,7 +96,8 @@ impl Assets {
         let limit = self.shared.settings.timeout.min(wait.unwrap_or(Duration::MAX));
         let deadline = Instant::now() + limit;
         let request = Arc::new(request);
-        let mut flight = self.ask(JoinFlight { request: request.clone(), deadline }).await??.0;
+        let join = JoinFlight { request: request.clone(), known, oldest, deadline };
+        let mut flight = self.ask(join).await??.0;
         let fetched = match tokio::time::timeout_at(deadline, landing(&mut flight)).await {
             Ok(outcome) => outcome?,
             Err(_) => {

@@ -22,7 +22,10 @@ use reqwest::Url;
 use std::{
     io::{self, Read, Seek, SeekFrom},
     panic::AssertUnwindSafe,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::SystemTime,
 };
 use tokio::{runtime::Handle, select, sync::watch, time::Instant};
@@ -36,6 +39,8 @@ const SMALL_FILE_BYTES: usize = 256 * 1024;
 const BATCH_BYTES: usize = 2 * 1024 * 1024;
 /// Files of such a batch.
 const BATCH_FILES: usize = 1_000;
+/// Longest text about what went wrong, in bytes; there may be 64 mirrors.
+const MESSAGE_MAX_BYTES: usize = 4 * 1024;
 /// Bytes that are read at a time from a stored archive or an unpacked file.
 const PIECE_BYTES: usize = 128 * 1024;
 
@@ -147,10 +152,21 @@ impl Failure {
                 told.collect::<Vec<_>>().join("; ")
             }
         };
+        let message = shorten(message);
         let last = failures.pop();
         let (kind, uri) = last.map_or((FailureKind::NotFound, String::new()), |last| (last.kind, last.uri));
         Self { kind, uri, message }
     }
+}
+
+/// Cuts a text into which origins and clients have put what they like.
+fn shorten(mut text: String) -> String {
+    let mut end = MESSAGE_MAX_BYTES.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+    text
 }
 
 /// Turns a stored archive into stored Directories.
@@ -163,7 +179,11 @@ async fn unpack_blob(
     let reader = shared.cas.open(&request.instance, archive).await?;
     let runtime = shared.runtime.clone();
     let max_bytes = shared.settings.max_unpacked_bytes;
+    // A thread cannot be dropped as a future can; without this it would go on when the flight has ended.
+    let stop = Arc::<Stop>::default();
+    let _stop_at_end = StopOnDrop(stop.clone());
     let mut store = Store {
+        stop: stop.clone(),
         cas: shared.cas.clone(),
         instance: request.instance.clone(),
         function: request.function,
@@ -173,7 +193,7 @@ async fn unpack_blob(
     };
     let function = request.function;
     let work = shared.runtime.spawn_blocking(move || -> Result<Digest, Problem> {
-        let layout = unpack(Cursor { reader, runtime, at: 0 }, max_bytes, &mut store)?;
+        let layout = unpack(Cursor { stop, reader, runtime, at: 0 }, max_bytes, &mut store)?;
         let refuse = |problem| Problem::origin(FailureKind::NotFound, problem);
         let layout: Layout =
             if path.is_root() { layout } else { layout.below(path.as_str()).map_err(refuse)? };
@@ -187,8 +207,28 @@ async fn unpack_blob(
     work.await.map_err(|_| Error::internal("unpacking an archive panicked"))?
 }
 
+/// Whether work on a blocking thread is to end.
+#[derive(Default)]
+struct Stop(AtomicBool);
+
+impl Stop {
+    fn check(&self) -> Result<()> {
+        let message = || Error::Cancelled("the fetch has ended".into());
+        if self.0.load(Ordering::Relaxed) { Err(message()) } else { Ok(()) }
+    }
+}
+
+struct StopOnDrop(Arc<Stop>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Where unpacked files go. On a blocking thread.
 struct Store {
+    stop: Arc<Stop>,
     cas: Cas,
     instance: Instance,
     function: DigestFunction,
@@ -205,6 +245,7 @@ impl Store {
     }
 
     fn flush(&mut self) -> Result<()> {
+        self.stop.check()?;
         let batch = std::mem::take(&mut self.batch);
         self.batch_bytes = 0;
         self.runtime.block_on(self.cas.write_many(&self.instance, batch))?.into_iter().collect()
@@ -224,6 +265,7 @@ impl Contents for Store {
         let mut blob = self.cas.new_blob(&self.instance, self.function);
         let mut piece = Bytes::from(small);
         while !piece.is_empty() {
+            self.stop.check()?;
             self.runtime.block_on(blob.write(piece))?;
             let mut next = Vec::with_capacity(PIECE_BYTES);
             content
@@ -238,6 +280,7 @@ impl Contents for Store {
 
 /// A stored blob as a file to read. On a blocking thread.
 struct Cursor {
+    stop: Arc<Stop>,
     reader: BlobReader,
     runtime: Handle,
     at: u64,
@@ -245,6 +288,7 @@ struct Cursor {
 
 impl Read for Cursor {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stop.check().map_err(|error| Problem::Server(error).into_io())?;
         let read = self.runtime.block_on(self.reader.read_at(self.at, buffer.len().min(PIECE_BYTES)));
         let bytes = read.map_err(|error| Problem::Server(error).into_io())?;
         let target = buffer.get_mut(..bytes.len()).ok_or(io::ErrorKind::InvalidData)?;

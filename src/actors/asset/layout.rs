@@ -15,6 +15,8 @@ use std::collections::BTreeMap;
 
 /// Most nodes of one archive, directories that it only implies included.
 pub const MAX_NODES: usize = 200_000;
+/// Bytes of all names and link targets together; all of it is in memory, twice.
+pub const MAX_TEXT_BYTES: usize = 64 * 1024 * 1024;
 /// Deepest path of an archive, in names.
 pub const MAX_DEPTH: usize = 256;
 
@@ -22,7 +24,28 @@ pub const MAX_DEPTH: usize = 256;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Layout {
     root: Names,
+    size: Size,
+}
+
+/// What of a tree is bounded.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Size {
     nodes: usize,
+    text_bytes: usize,
+}
+
+impl Size {
+    fn add(&mut self, nodes: usize, text_bytes: usize) -> Result<(), Refusal> {
+        self.nodes = self.nodes.saturating_add(nodes);
+        self.text_bytes = self.text_bytes.saturating_add(text_bytes);
+        if self.nodes > MAX_NODES {
+            return Err(format!("the archive has more than {MAX_NODES} entries"));
+        }
+        if self.text_bytes > MAX_TEXT_BYTES {
+            return Err(format!("the names and links of the archive have more than {MAX_TEXT_BYTES} bytes"));
+        }
+        Ok(())
+    }
 }
 
 type Names = BTreeMap<String, Node>;
@@ -128,20 +151,21 @@ impl Layout {
         let Some((name, parents)) = names.split_last() else {
             return Err(format!("\"{}\" is no name of a file", path.escape_debug()));
         };
+        let target = if let Node::Symlink(target) = &node { target.len() } else { 0 };
         if self.descend(path, parents)?.insert((*name).to_owned(), node).is_some() {
             return Err(format!("\"{}\" appears twice", path.escape_debug()));
         }
-        self.nodes = self.nodes.saturating_add(1);
-        if self.nodes > MAX_NODES { Err(too_many()) } else { Ok(()) }
+        self.size.add(1, name.len().saturating_add(target))
     }
 
     /// The directory at a path, made if need be.
     fn descend(&mut self, path: &str, names: &[&str]) -> Result<&mut Names, Refusal> {
-        let mut made = 0;
+        let (mut made, mut bytes) = (0, 0);
         let mut directory = &mut self.root;
         for name in names {
             let node = directory.entry((*name).to_owned()).or_insert_with(|| {
                 made += 1;
+                bytes += name.len();
                 Node::Directory(Names::new())
             });
             let Node::Directory(inner) = node else {
@@ -152,13 +176,9 @@ impl Layout {
             };
             directory = inner;
         }
-        self.nodes = self.nodes.saturating_add(made);
-        if self.nodes > MAX_NODES { Err(too_many()) } else { Ok(directory) }
+        self.size.add(made, bytes)?;
+        Ok(directory)
     }
-}
-
-fn too_many() -> Refusal {
-    format!("the archive has more than {MAX_NODES} entries")
 }
 
 /// The names of a path in an archive; none for the root.
@@ -287,6 +307,14 @@ mod tests {
         let deep = |n: usize| (0..200).map(|level| format!("{n}-{level}/")).collect::<String>();
         let refused = (0..).find(|n| layout.add_file(&format!("{}f", deep(*n)), content(), false).is_err());
         assert_eq!(refused, Some(MAX_NODES / 201));
+    }
+
+    #[test]
+    fn names_and_link_targets_are_bounded_together() {
+        let mut layout = Layout::default();
+        let target = "t".repeat(MAX_PATH_BYTES);
+        let refused = (0..MAX_NODES).find(|n| layout.add_symlink(&n.to_string(), &target).is_err());
+        assert!(refused.is_some_and(|links| links < MAX_TEXT_BYTES / MAX_PATH_BYTES));
     }
 
     proptest! {

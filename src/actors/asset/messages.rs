@@ -30,7 +30,7 @@ pub struct BindAsset {
     pub binding: Binding,
 }
 
-/// Starts a download, or joins the one that is under way.
+/// Starts a download, or joins the one that is under way. If one has landed since the caller looked, its content is the answer.
 ///
 /// # Errors
 /// `Exhausted` when too many are.
@@ -39,6 +39,10 @@ pub struct BindAsset {
 pub struct JoinFlight {
     /// What is wanted.
     pub request: Arc<AssetRequest>,
+    /// What [`LookUpAsset`] said of its URIs, none of which would do.
+    pub known: Vec<Known>,
+    /// Older content does not count (AST-08).
+    pub oldest: Option<SystemTime>,
     /// The flight goes on until then at least, if it has to.
     pub deadline: Instant,
 }

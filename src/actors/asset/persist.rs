@@ -1,27 +1,85 @@
-//! The file in which bindings survive a restart: written whole under another name, then renamed.
+//! [`BindingsFile`]: the file in which bindings survive a restart. Written whole under another name, then renamed.
 
 use super::{LOG, bindings::Bindings};
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+};
 
-/// What the file says. One that cannot be read is no reason not to start: every binding can be made again.
-pub fn load(file: &Path) -> Bindings {
-    let read = match fs::read(file) {
-        Ok(bytes) => Bindings::decode(&bytes).map_err(ToOwned::to_owned),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Bindings::default(),
-        Err(error) => Err(error.to_string()),
-    };
-    read.unwrap_or_else(|problem| {
-        log::warn!(target: LOG, event = "bindings_lost", error = problem.as_str();
-            "what assets stand for could not be read from {} and is forgotten: {problem}", file.display());
-        Bindings::default()
-    })
+/// The file; see its head.
+#[derive(Debug)]
+pub struct BindingsFile {
+    path: PathBuf,
+    /// The number of the newest write, held by the one that is going on: the last one at the end of the process may meet one
+    /// that was begun before.
+    newest: Mutex<u64>,
 }
 
-/// Replaces the file. Blocks.
-pub fn write(file: &Path, bytes: &[u8]) {
-    let fresh = file.with_extension("new");
-    if let Err(error) = fs::write(&fresh, bytes).and_then(|()| fs::rename(&fresh, file)) {
-        log::warn!(target: LOG, event = "bindings_not_saved", error = error.to_string().as_str();
-            "what assets stand for could not be written to {}: {error}", file.display());
+impl BindingsFile {
+    /// Nothing is touched on disk.
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, newest: Mutex::new(0) }
+    }
+
+    /// What the file says. One that cannot be read is no reason not to start: every binding can be made again. Blocks.
+    pub fn load(&self) -> Bindings {
+        let read = match fs::read(&self.path) {
+            Ok(bytes) => Bindings::decode(&bytes).map_err(ToOwned::to_owned),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Bindings::default(),
+            Err(error) => Err(error.to_string()),
+        };
+        read.unwrap_or_else(|problem| {
+            log::warn!(target: LOG, event = "bindings_lost", error = problem.as_str();
+                "what assets stand for could not be read from {} and is forgotten: {problem}", self.path.display());
+            Bindings::default()
+        })
+    }
+
+    /// Replaces the file, unless one with a higher number was written meanwhile. Says whether that worked. Blocks.
+    pub fn write(&self, number: u64, bytes: &[u8]) -> bool {
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        if number < *newest {
+            return true;
+        }
+        *newest = number;
+        let fresh = self.path.with_extension("new");
+        let written = fs::write(&fresh, bytes).and_then(|()| fs::rename(&fresh, &self.path));
+        if let Err(error) = &written {
+            log::warn!(target: LOG, event = "bindings_not_saved", error = error.to_string().as_str();
+                "what assets stand for could not be written to {}: {error}", self.path.display());
+        }
+        written.is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        actors::asset::{bindings::Binding, request::AssetKey},
+        digest::DigestFunction,
+    };
+    use std::{sync::Arc, time::SystemTime};
+
+    #[test]
+    fn the_newest_bindings_stay_whichever_write_comes_last_and_a_damaged_file_is_forgotten() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = BindingsFile::new(directory.path().join("bindings"));
+        assert!(file.load().is_empty());
+        let digest = DigestFunction::Sha256.digest(b"x");
+        let now = SystemTime::UNIX_EPOCH;
+        let mut bindings = Bindings::default();
+        bindings.bind(
+            AssetKey([1; 32]),
+            Binding { digest, obtained_at: now, expires_at: None, references: Arc::default() },
+        );
+        assert!(file.write(2, &bindings.encode()));
+        assert!(file.write(1, &Bindings::default().encode()));
+        assert_eq!(file.load().len(), 1);
+        assert!(file.write(3, b"no bindings"));
+        assert!(file.load().is_empty());
+        let nowhere = BindingsFile::new(directory.path().join("missing/bindings"));
+        assert!(!nowhere.write(1, b""));
     }
 }

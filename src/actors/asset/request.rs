@@ -237,6 +237,12 @@ impl AssetRequest {
         Ok(Self { instance, function, kind, uris, qualifiers })
     }
 
+    /// Bytes of memory that the texts of this take, about.
+    pub fn size(&self) -> usize {
+        let qualifiers = self.qualifiers.0.iter().map(|(name, value)| name.len() + value.len());
+        self.uris.iter().map(String::len).chain(qualifiers).sum()
+    }
+
     /// The key of each URI, in order.
     pub fn keys(&self) -> Vec<AssetKey> {
         self.uris.iter().map(|uri| self.key([uri])).collect()

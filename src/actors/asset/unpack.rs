@@ -20,7 +20,10 @@ use std::{
     rc::Rc,
 };
 use tar::{Archive, EntryType, PaxExtensions};
-use zip::ZipArchive;
+use zip::{
+    ZipArchive,
+    read::{ArchiveOffset, Config},
+};
 
 /// Memory that decoding one xz stream may take: what the highest preset needs, and some.
 const XZ_MEMORY_BYTES: u64 = 128 * 1024 * 1024;
@@ -28,7 +31,8 @@ const XZ_MEMORY_BYTES: u64 = 128 * 1024 * 1024;
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 /// Largest extension header of a tar entry; it holds a path or two.
 const EXTENSION_MAX_BYTES: u64 = 64 * 1024;
-/// Largest list of contents in a zip: 65,534 entries with long names.
+/// Bytes that may be read to find and read the list of contents of a zip: 65,534 entries with long names. What its end says
+/// of its length is not binding, and all of it goes to memory.
 const ZIP_DIRECTORY_MAX_BYTES: u64 = 64 * 1024 * 1024;
 /// Bytes that are read at a time from the archive.
 const BUFFER_BYTES: usize = 128 * 1024;
@@ -53,6 +57,9 @@ pub fn unpack(
 ) -> Result<Layout, Problem> {
     let mut magic = Vec::new();
     (archive.by_ref().take(6).read_to_end(&mut magic)).map_err(|error| Problem::of_io(&error))?;
+    if magic.is_empty() {
+        return Err(refuse("it is empty"));
+    }
     let start = archive.seek(SeekFrom::Start(0));
     start.map_err(|error| Problem::of_io(&error))?;
     let mut input = BufReader::with_capacity(BUFFER_BYTES, archive);
@@ -206,9 +213,15 @@ fn unpack_zip(
     max_bytes: u64,
     contents: &mut dyn Contents,
 ) -> Result<Layout, Problem> {
-    check_zip_directory(&mut input)?;
+    refuse_zip64(&mut input)?;
     let damaged = |error: zip::result::ZipError| Problem::of_io(&error.into());
-    let mut archive = ZipArchive::new(input).map_err(damaged)?;
+    let directory_left = Rc::new(Cell::new(Some(ZIP_DIRECTORY_MAX_BYTES)));
+    let input = Metered { reader: input, left: directory_left.clone() };
+    // The list is where the end says, and is not searched for in all of the file.
+    let config = Config { archive_offset: ArchiveOffset::Known(0) };
+    let mut archive = ZipArchive::with_config(config, input).map_err(damaged)?;
+    // From here on what comes out is counted.
+    directory_left.set(None);
     let mut layout = Layout::default();
     for index in 0..archive.len() {
         let file = archive.by_index(index).map_err(damaged)?;
@@ -236,27 +249,44 @@ fn unpack_zip(
     Ok(layout)
 }
 
-/// Looks at the end of a zip before the library reads the list of contents there into memory.
-fn check_zip_directory(input: &mut (impl Read + Seek)) -> Result<(), Problem> {
-    const END_BYTES: usize = 22;
-    const COMMENT_MAX_BYTES: u64 = u16::MAX as u64;
+/// A file of which only so much may be read while there is a limit.
+struct Metered<R> {
+    reader: R,
+    left: Rc<Cell<Option<u64>>>,
+}
+
+impl<R: Read> Read for Metered<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.reader.read(buffer)?;
+        if let Some(left) = self.left.get() {
+            let left = left.checked_sub(read as u64).ok_or_else(|| {
+                refuse(format!("its list of contents has more than {ZIP_DIRECTORY_MAX_BYTES} bytes"))
+                    .into_io()
+            })?;
+            self.left.set(Some(left));
+        }
+        Ok(read)
+    }
+}
+
+impl<R: Seek> Seek for Metered<R> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.reader.seek(to)
+    }
+}
+
+/// The list of contents of a 64-bit zip may claim any number of entries, for which the library would make room.
+fn refuse_zip64(input: &mut (impl Read + Seek)) -> Result<(), Problem> {
+    /// More than the longest comment and all records that stand before it.
+    const TAIL_BYTES: u64 = 128 * 1024;
     const LOCATOR: &[u8] = b"PK\x06\x07";
     let damaged = |error: io::Error| Problem::of_io(&error);
     let length = input.seek(SeekFrom::End(0)).map_err(damaged)?;
-    // With the locator of a 64-bit directory, which would stand right before the end record.
-    let tail_start = length.saturating_sub(END_BYTES as u64 + COMMENT_MAX_BYTES + 20);
-    input.seek(SeekFrom::Start(tail_start)).map_err(damaged)?;
+    input.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES))).map_err(damaged)?;
     let mut tail = Vec::new();
-    input.read_to_end(&mut tail).map_err(damaged)?;
+    input.take(TAIL_BYTES).read_to_end(&mut tail).map_err(damaged)?;
     if tail.windows(LOCATOR.len()).any(|window| window == LOCATOR) {
         return Err(refuse("it is a 64-bit zip, which is not read here; use tar"));
-    }
-    // Every record that may be taken for the last one, so that it does not matter which one the library takes.
-    for record in tail.windows(END_BYTES).filter(|record| record.starts_with(b"PK\x05\x06")) {
-        let size = record.get(12..16).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes);
-        if u64::from(size) > ZIP_DIRECTORY_MAX_BYTES {
-            return Err(refuse(format!("its list of contents has {size} bytes")));
-        }
     }
     input.seek(SeekFrom::Start(0)).map_err(damaged)?;
     Ok(())

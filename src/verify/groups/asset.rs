@@ -89,7 +89,14 @@ async fn origin(s: &Session) -> Verdict<Origin> {
     let origin = Origin::start(&host).await?;
     let content = s.text(100);
     let uri = origin.page("probe", Page::Content(content.data.clone()));
-    let answer = fetch(s, request(s, &[&uri], &[])).await.offered("FetchBlob answers")?;
+    let answer = fetch(s, request(s, &[&uri], &[])).await;
+    if let Err(status) = &answer
+        && status.code() == Code::NotFound
+        && origin.visits("probe") == 0
+    {
+        return Err(absent(format!("FetchBlob knows what was pushed and fetches nothing: {}", show(status))));
+    }
+    let answer = answer.offered("FetchBlob answers")?;
     if origin.visits("probe") == 0 {
         return Err(origin.unreachable(&show_inline(&answer.status.unwrap_or_default())));
     }

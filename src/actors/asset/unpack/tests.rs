@@ -197,6 +197,7 @@ fn hostile_archives_are_refused_by_what_is_wrong_with_them() {
 
 #[test]
 fn archives_that_end_early_are_refused() {
+    refusal(b"");
     let tar = [file("a", &[7; 3_000]), end()].concat();
     refusal(&tar[..2_000]);
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
@@ -235,11 +236,21 @@ fn bombs_end_at_the_limit() {
 
 #[test]
 fn a_zip_with_a_huge_or_64_bit_list_of_contents_is_refused_before_it_is_read() {
-    let mut end = b"PK\x05\x06".to_vec();
-    end.extend([0, 0, 0, 0, 0xfe, 0xff, 0xfe, 0xff]);
-    end.extend(0x7fff_ffffu32.to_le_bytes());
-    end.extend([0; 6]);
-    assert!(refusal(&end).1.contains("list of contents"));
+    // An honest small list at the end of the file, by its length; but each of its entries has a comment of 64 KiB.
+    let entries = u16::try_from(ZIP_DIRECTORY_MAX_BYTES / 65_535 + 2).unwrap();
+    let mut header = b"PK\x01\x02".to_vec();
+    header.extend([0; 24]);
+    header.extend([1, 0, 0, 0, 0xff, 0xff]);
+    header.extend([0; 12]);
+    header.push(b'n');
+    header.extend(vec![b'c'; 65_535]);
+    let mut bytes = b"PK\x03\x04".to_vec();
+    bytes.extend(header.repeat(entries.into()));
+    bytes.extend(b"PK\x05\x06\0\0\0\0");
+    bytes.extend([entries.to_le_bytes(), entries.to_le_bytes()].concat());
+    bytes.extend([46u32.to_le_bytes(), 4u32.to_le_bytes()].concat());
+    bytes.extend([0; 2]);
+    assert!(refusal(&bytes).1.contains("list of contents"), "{:?}", refusal(&bytes));
     let locator = [b"PK\x06\x07".as_slice(), &[0; 16], b"PK\x05\x06", &[0; 18]].concat();
     let archive = [b"PK\x03\x04".as_slice(), &locator].concat();
     assert!(refusal(&archive).1.contains("64-bit"));

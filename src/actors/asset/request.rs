@@ -121,7 +121,8 @@ impl Qualifiers {
 
     /// Those that may be repeated in an answer: all but headers, whose values may be credentials.
     pub fn shown(&self) -> impl Iterator<Item = (&str, &str)> {
-        let secret = |name: &str| name.starts_with(HEADER) || name.starts_with(HEADER_OF_URI);
+        // A misspelt one may hold a credential as well.
+        let secret = |name: &str| name.starts_with("http_header");
         self.0
             .iter()
             .filter(move |(name, _)| !secret(name))

@@ -6,6 +6,7 @@
 
 mod bare;
 mod groups;
+mod hash;
 mod machine;
 mod report;
 mod target;
@@ -23,6 +24,7 @@ const GROUPS: &[Group] = &[
     ("find", groups::find_missing),
     ("stream", groups::streams),
     ("zstd", zstd::transfers),
+    ("hash", hash::large_blobs),
     ("memory", groups::memory),
     ("index", groups::million_blobs),
 ];

@@ -34,10 +34,10 @@ pub fn saves(plain: u64, packed: u64) -> bool {
     packed < plain - plain / 16
 }
 
-/// Bytes without any order, always the same.
+/// Bytes without any order, always the same for a seed.
 #[cfg(test)]
-pub(crate) fn test_bytes(length: usize) -> Vec<u8> {
-    let mut state = 0x9E37_79B9_7F4A_7C15u64;
+pub(crate) fn test_bytes(length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let next = || {
         state ^= state << 13;
         state ^= state >> 7;

@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn frames_decode_with_a_default_decoder_whatever_they_hold() {
-        let noise = crate::compression::test_bytes(700_000);
+        let noise = crate::compression::test_bytes(700_000, 1);
         let runs: Vec<u8> = noise.iter().flat_map(|byte| [*byte & 3; 9]).collect();
         for plain in [&noise, &runs] {
             for length in [

@@ -20,7 +20,6 @@ use crate::{
     proto::reapi,
 };
 use std::{sync::Arc, time::SystemTime};
-use tokio::sync::oneshot;
 
 impl Cas {
     /// A stored result whose every blob is present and was just renewed (AC-03, AC-04); a result that lacks one is dropped.
@@ -198,10 +197,8 @@ impl Cas {
                 let loaded = Arc::new(LoadedResult::new(file.generation, kept, direct.blobs));
                 cas.shared().results.insert((key.instance, action), loaded.clone(), loaded.memory());
             }
-            let (reply, visible) = oneshot::channel();
             let written = WrittenFile { file, bytes: charge, stamp: stamp_of(&metadata) };
-            cas.actor().do_send(Commit { files: vec![written], room, reply });
-            Ok(visible)
+            Ok(Commit::tell(cas.actor(), written, room))
         });
         visible.await??.await.map_err(|_| going_down())?;
         Ok(result)

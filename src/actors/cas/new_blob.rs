@@ -21,7 +21,6 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{io::Write as _, mem};
-use tokio::sync::oneshot;
 
 /// Bytes that are collected before a blocking thread is bothered; a blob that ends before has no temporary file.
 const PIECE_BYTES: usize = 256 * 1024;
@@ -125,10 +124,8 @@ impl NewBlob {
             let failed = |error| Error::io(&format!("store blob {digest}"), &error);
             let stamp = stamp_of(&file.file.metadata().map_err(failed)?);
             file.keep_as(&files.path(&id)).map_err(failed)?;
-            let (reply, visible) = oneshot::channel();
             let written = WrittenFile { file: id, bytes: files.charge(digest.size()), stamp };
-            cas.actor().do_send(Commit { files: vec![written], room, reply });
-            Ok((digest, visible))
+            Ok((digest, Commit::tell(cas.actor(), written, room)))
         });
         let (digest, visible) = stored.await??;
         visible.await.map_err(|_| going_down())?;

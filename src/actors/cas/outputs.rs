@@ -25,7 +25,6 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::{FileExt as _, MetadataExt as _},
 };
-use tokio::sync::oneshot;
 
 impl Cas {
     /// Stores a file that an action left behind, from a worker thread: takes the file itself over when nobody else can reach
@@ -99,9 +98,8 @@ impl Cas {
     }
 
     fn commit_and_wait(&self, file: FileId, stamp: Stamp, room: Reservation) -> Result<()> {
-        let (reply, visible) = oneshot::channel();
         let bytes = self.shared().files.charge(file.key.digest.size());
-        self.actor().do_send(Commit { files: vec![WrittenFile { file, bytes, stamp }], room, reply });
+        let visible = Commit::tell(self.actor(), WrittenFile { file, bytes, stamp }, room);
         self.block_on(async |_| visible.await).map_err(|_| super::client::going_down())
     }
 

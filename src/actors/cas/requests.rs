@@ -4,6 +4,7 @@
 //! order in which they were told. A dropped answer undoes itself: what it grants are [`Lease`]s and [`Reservation`]s.
 
 use super::{
+    CasActor,
     guards::{Lease, Reservation},
     index::{EntryRef, FileId, Found, Key, Stamp, Totals},
     results::LoadedResult,
@@ -15,7 +16,7 @@ use crate::{
     instance::{Instance, InstanceId},
     proto::reapi,
 };
-use actix::Message;
+use actix::{Addr, Message};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 
@@ -159,6 +160,15 @@ pub struct Commit {
     /// Covers all of them.
     pub room: Reservation,
     pub reply: oneshot::Sender<()>,
+}
+
+impl Commit {
+    /// Tells the store of one file; the answer comes once it is visible.
+    pub fn tell(store: &Addr<CasActor>, file: WrittenFile, room: Reservation) -> oneshot::Receiver<()> {
+        let (reply, visible) = oneshot::channel();
+        store.do_send(Self { files: vec![file], room, reply });
+        visible
+    }
 }
 
 /// A file to be made visible.

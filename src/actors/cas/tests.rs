@@ -163,12 +163,5 @@ fn overwrite(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
 }
 
 fn noise(length: usize, seed: u64) -> Bytes {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    };
-    std::iter::repeat_with(next).take(length).collect()
+    crate::compression::test_bytes(length, seed).into()
 }

@@ -4,8 +4,8 @@
 //! upload, at most [`UPLOAD_BUFFER_BYTES`] behind. An upload that fits one job costs exactly one: it is hashed in memory
 //! and written under its final name. A longer one grows under a temporary name, and is renamed once its hash is right.
 //!
-//! A compressed upload is decoded by the same jobs. How far it is shows only then, so it may be refused one job late; and since a
-//! decoder takes megabytes, there are only so many for uploads that need more than one job.
+//! A compressed upload is decoded by the same jobs. How far it is shows only then, so it may be refused one job late; and
+//! since a decoder takes megabytes, there are only so many for uploads that need more than one job.
 //!
 //! The attempt travels with the job, and what is left of it when the job or the writer ends is told to the actor by its
 //! drop; so a client that vanishes at any moment leaves either a resumable upload or nothing.
@@ -302,10 +302,8 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Shared) -> Result<
         sink.keep(digest, &path)?
     };
     let Some(room) = attempt.room.take() else { return Err(Error::internal("an upload lost its room")) };
-    let (reply, visible) = oneshot::channel();
     let written = WrittenFile { file, bytes: files.charge(digest.size()), stamp: stamp_of(&metadata) };
-    attempt.store().do_send(Commit { files: vec![written], room, reply });
-    Ok(visible)
+    Ok(Commit::tell(attempt.store(), written, room))
 }
 
 /// Writes bytes that were checked before to a new file; leaves none behind if that fails.

@@ -17,7 +17,7 @@ use super::{
     files::TemporaryFile,
     guards::{Lease, Reservation},
     index::{FileId, Found, Key, Kind},
-    requests::{Commit, Reserve, Verified, WrittenFile},
+    requests::{Commit, Locate, Reserve, Verified, WrittenFile},
     settings::{ZSTD_FORM_PART, ZSTD_HISTORY_WEIGHT, ZSTD_PROBE_BYTES},
 };
 use crate::{
@@ -80,7 +80,9 @@ impl Form {
     /// Opens what was located; `None` when it turns out to be of no use, which is reported. Blocks; for as long as decoding
     /// takes if it must be.
     pub fn open(cas: &Cas, found: Found, lease: &Arc<Lease>) -> Option<Self> {
-        let opened = open(cas, &found).and_then(|file| {
+        // What that says of the form, it has reported: to have too many files open says nothing.
+        let file = open(cas, &found).ok()?;
+        let opened = (|| {
             let digest = found.file.key.digest;
             let metadata = file.metadata().map_err(Error::internal)?;
             let table = read_table(&file, metadata.len())
@@ -93,10 +95,10 @@ impl Form {
                 verify(&file, &table, digest)?;
                 cas.actor().do_send(Verified { at: found.at, stamp });
             }
-            Ok((file, table))
-        });
+            Ok::<_, Error>(table)
+        })();
         match opened {
-            Ok((file, table)) => {
+            Ok(table) => {
                 let size = table.sizes().1;
                 let frames = BlobReader::of_file(cas.clone(), found, file, size, lease.clone());
                 Some(Self { frames, table })
@@ -182,6 +184,11 @@ impl Cas {
     }
 
     async fn try_make_form(&self, instance: &Instance, digest: Digest) -> Result<()> {
+        let message = Locate { instance: instance.blobs(), digests: vec![digest], lease: false, zstd: true };
+        if self.ask(message).await?.zstd.pop().flatten().is_some() {
+            // It was finished since this read looked for it.
+            return Ok(());
+        }
         let blob = self.open(instance, digest).await?;
         let room = self.ask(Reserve(self.shared().files.charge(digest.size()))).await??;
         let (cas, id) = (self.clone(), instance.blobs());
@@ -228,9 +235,7 @@ impl Cas {
         let key = Key { digest, instance, kind: Kind::Zstd };
         let file = FileId { key, generation: files.next_generation() };
         target.keep_as(&files.path(&file)).map_err(failed)?;
-        let (reply, visible) = oneshot::channel();
         let written = WrittenFile { file, bytes: files.charge(metadata.len()), stamp: stamp_of(&metadata) };
-        self.actor().do_send(Commit { files: vec![written], room, reply });
-        Ok(Some(visible))
+        Ok(Some(Commit::tell(self.actor(), written, room)))
     }
 }

@@ -23,6 +23,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = env::var("OUT_DIR")?;
     let descriptors = compiler.file_descriptor_set();
     fs::write(Path::new(&out).join("descriptors.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure().bytes(".").include_file("protos.rs").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".")
+        .codec_path("crate::grpc::codec::Codec")
+        .include_file("protos.rs")
+        .compile_fds(descriptors)?;
     Ok(())
 }

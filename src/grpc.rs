@@ -7,8 +7,8 @@
 //!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors.
 //! - [`convert`]: wire to domain and back. [`status`]: errors to statuses. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`]: parts of answers.
-//! - [`ask`]: the way to the scheduler. [`accept`], [`request_log`], [`panic_guard`]: what every connection and call goes
-//!   through.
+//! - [`ask`]: the way to the scheduler. [`accept`], [`intake`], [`codec`], [`request_log`], [`panic_guard`]: what every
+//!   connection and call goes through.
 //!
 //! No service keeps state of its own, so any number of connections sees the same. Graceful shutdown is driven from outside:
 //! [`serve`] stops accepting when its future says so and returns when the last connection is closed.
@@ -21,12 +21,14 @@ pub mod byte_stream;
 pub mod capabilities;
 pub mod cas;
 pub mod chunks;
+pub mod codec;
 pub mod convert;
 pub mod execution;
 pub mod filter;
 pub mod get_tree;
 pub mod health;
 pub mod inline;
+pub mod intake;
 pub mod log_stream;
 pub mod operation_stream;
 pub mod operations;
@@ -72,8 +74,8 @@ pub const STREAMS_MAX: u32 = 20_000;
 pub const PENDING_RESETS_MAX: usize = STREAMS_MAX as usize;
 /// Bytes that one stream may send ahead of its handler; what a fast link with 10 ms of latency needs.
 pub const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
-/// Bytes that one connection may send ahead of all its handlers. This also bounds memory per connection, and it sets how many
-/// small frames the HTTP/2 library lets wait: half of it in bytes, 256 for each. A window that starts small and adapts would
+/// Bytes that one connection may send ahead of all its handlers; what is collected of unfinished messages counts elsewhere
+/// ([`intake`]). It also sets how many small frames the HTTP/2 library lets wait: half of it in bytes, 256 for each. A window that starts small and adapts would
 /// close connections on which 170 small requests arrive at once.
 pub const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
 /// Largest header list of a request.
@@ -166,6 +168,7 @@ pub async fn serve(
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .layer(request_log::RequestLogLayer)
         .layer(panic_guard::PanicGuardLayer)
+        .layer(intake::IntakeLayer::default())
         .add_routes(routes)
         .serve_with_incoming_shutdown(accept::connections(listener), shutdown)
         .await

@@ -176,8 +176,8 @@ pub fn check_entries(bytes: &[u8], levels: u32) -> Result<()> {
     Ok(())
 }
 
-/// Fields of a message, and of the messages in it, up to the first that is malformed.
-fn count_entries(mut bytes: &[u8], levels: u32) -> u64 {
+/// Fields of a message, and of the messages in it, up to the first that is malformed, `levels` deep.
+pub fn count_entries(mut bytes: &[u8], levels: u32) -> u64 {
     let mut count = 0;
     // The public name of prost's varint decoder.
     while let Ok(key) = prost::decode_length_delimiter(&mut bytes) {

@@ -3,7 +3,8 @@
 use crate::harness::Show;
 use crate::harness::{Server, absent, digest, eventually, executing};
 use gorego::proto::reapi::{
-    ExecuteRequest, FindMissingBlobsRequest, GetActionResultRequest, GetCapabilitiesRequest, RequestMetadata,
+    self, ExecuteRequest, FindMissingBlobsRequest, GetActionResultRequest, GetCapabilitiesRequest,
+    RequestMetadata,
 };
 use log::kv::{Key, Value, VisitSource};
 use prost::Message as _;
@@ -148,6 +149,20 @@ async fn a_request_that_is_too_large_is_refused_by_itself() {
     assert!(request.encoded_len() > 16 * 1024 * 1024);
     assert_eq!(server.cas().find_missing_blobs(request).await.unwrap_err().code(), Code::OutOfRange);
     server.capabilities().get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
+}
+
+/// An empty entry takes two bytes on the wire, and a hundred in memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_of_a_million_empty_entries_is_refused_before_it_is_decoded() {
+    let server = Server::start().await;
+    let blob_digests = vec![reapi::Digest::default(); 2_000_000];
+    let request = FindMissingBlobsRequest { blob_digests, ..Default::default() };
+    assert_eq!(server.cas().find_missing_blobs(request).await.unwrap_err().code(), Code::InvalidArgument);
+    let output_files = vec![reapi::OutputFile::default(); 1_500_000];
+    let result = reapi::ActionResult { output_files, ..Default::default() };
+    let request = reapi::UpdateActionResultRequest { action_result: Some(result), ..Default::default() };
+    let status = server.action_cache().update_action_result(request).await.unwrap_err();
+    assert!(status.message().contains("entries"), "{status}");
 }
 
 /// Keeps the lines of the RPC log.

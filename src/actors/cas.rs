@@ -36,7 +36,7 @@ mod upkeep;
 mod uploads;
 mod writer;
 mod zstd_form;
-mod zstd_reader;
+pub mod zstd_reader;
 
 pub use index::Totals;
 pub use requests::{CloseStore, InspectStore, StoreInspection};

@@ -68,9 +68,21 @@ impl Decoder {
     /// `Invalid` when the bytes are no zstd stream, want a larger window or yield more than the limit; those of `take`. The
     /// decoder is of no more use then.
     pub fn decode(&mut self, mut input: &[u8], mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        loop {
+        while let Some(piece) = self.next(&mut input)? {
+            take(piece)?;
+        }
+        Ok(())
+    }
+
+    /// The next piece that comes out, which is not empty, and takes what it is made of from the front of `input`. `None`
+    /// when all of that has been taken in and given out.
+    ///
+    /// # Errors
+    /// As [`Decoder::decode`].
+    pub fn next(&mut self, input: &mut &[u8]) -> Result<Option<&[u8]>> {
+        let written = loop {
             if input.is_empty() && self.at_boundary {
-                return Ok(());
+                return Ok(None);
             }
             self.check_magic(input)?;
             // Room for one byte more than may come: that it comes is how too much is noticed.
@@ -83,10 +95,9 @@ impl Decoder {
             let output = self.piece.get_mut(..room).unwrap_or_default();
             let status = self.context.run_on_buffers(input, output).map_err(|error| self.garbage(&error))?;
             if status.bytes_read == 0 && status.bytes_written == 0 {
-                // All that was there has been taken in and given out.
-                return if input.is_empty() { Ok(()) } else { Err(self.garbage(&"it does not go on")) };
+                return if input.is_empty() { Ok(None) } else { Err(self.garbage(&"it does not go on")) };
             }
-            input = input.get(status.bytes_read..).unwrap_or_default();
+            *input = input.get(status.bytes_read..).unwrap_or_default();
             let written = status.bytes_written as u64;
             if written > left {
                 let limit = self.limit;
@@ -102,9 +113,10 @@ impl Decoder {
                 self.magic_seen = 0;
             }
             if written > 0 {
-                take(self.piece.get(..status.bytes_written).unwrap_or_default())?;
+                break status.bytes_written;
             }
-        }
+        };
+        Ok(self.piece.get(..written))
     }
 
     /// Makes sure that the stream did not end in the middle of a frame.

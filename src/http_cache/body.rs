@@ -4,8 +4,8 @@
 
 use super::request_log::Line;
 use crate::{
-    actors::cas::{blob::BlobReader, new_blob::NewBlob},
-    compression::WINDOW_MAX_LOG,
+    actors::cas::{blob::BlobReader, new_blob::NewBlob, zstd_reader::ZstdReader},
+    compression::Decoder,
     error::{Error, Result},
 };
 use axum::{
@@ -15,16 +15,10 @@ use axum::{
 };
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
-use std::{io::Write as _, ops::Range, time::Duration};
-use zstd::stream::{
-    raw::{DParameter, Decoder, InBuffer, Operation as _, OutBuffer},
-    write::Encoder,
-};
+use std::{ops::Range, time::Duration};
 
-/// Bytes that are read, compressed and decoded at a time.
+/// Bytes that are sent at a time.
 const PIECE_BYTES: usize = 128 * 1024;
-/// Compression level: cheap; what is saved is network.
-const LEVEL: i32 = 1;
 /// How long an upload may be silent.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -40,32 +34,12 @@ pub fn of_blob(reader: BlobReader, part: Range<u64>) -> Body {
     }))
 }
 
-/// A whole blob, compressed on its way.
-pub fn of_blob_compressed(reader: BlobReader) -> Result<Body> {
-    let encoder = Encoder::new(Vec::new(), LEVEL).map_err(Error::internal)?;
-    let part = 0..reader.size();
-    let pieces = stream::try_unfold(Some((reader, part, encoder)), |state| async move {
-        let Some((reader, mut part, mut encoder)) = state else { return Ok::<_, Error>(None) };
-        let piece = if part.is_empty() { Bytes::new() } else { next_piece(&reader, &part).await? };
-        part.start = part.start.saturating_add(piece.len() as u64);
-        let last = part.is_empty();
-        // Too long for a thread that others wait for.
-        let work = tokio::task::spawn_blocking(move || {
-            encoder.write_all(&piece)?;
-            if last {
-                return Ok((encoder.finish()?, None));
-            }
-            let out = std::mem::take(encoder.get_mut());
-            Ok::<_, std::io::Error>((out, Some(encoder)))
-        });
-        let (out, encoder) = work.await.map_err(Error::internal)?.map_err(Error::internal)?;
-        Ok(Some((Bytes::from(out), encoder.map(|encoder| (reader, part, encoder)))))
-    });
-    // The encoder keeps what it has not yet made a block of.
-    Ok(Body::from_stream(pieces.filter(|piece| {
-        let something = piece.as_ref().map_or(true, |piece| !piece.is_empty());
-        std::future::ready(something)
-    })))
+/// A whole blob, compressed.
+pub fn of_zstd(reader: ZstdReader) -> Body {
+    Body::from_stream(stream::try_unfold(reader, |mut reader| async move {
+        let piece = reader.next(PIECE_BYTES).await?;
+        Ok::<_, Error>(piece.map(|piece| (piece, reader)))
+    }))
 }
 
 async fn next_piece(reader: &BlobReader, part: &Range<u64>) -> Result<Bytes> {
@@ -91,13 +65,9 @@ pub fn accepts_zstd(headers: &HeaderMap) -> bool {
 /// The decoded bytes of an upload, piece by piece.
 pub struct Upload {
     body: axum::body::BodyDataStream,
-    decoder: Option<Decoder<'static>>,
-    /// Bytes as they came, of which `position` are decoded.
+    decoder: Option<Decoder>,
+    /// Bytes as they came, still to be decoded.
     raw: Bytes,
-    position: usize,
-    /// The decoder is between two frames.
-    between_frames: bool,
-    out: Vec<u8>,
     left: u64,
     max: u64,
 }
@@ -116,11 +86,8 @@ impl Upload {
             .collect();
         let decoder = match encodings.as_slice() {
             [] => None,
-            [name] if name.eq_ignore_ascii_case("zstd") => {
-                let mut decoder = Decoder::new().map_err(Error::internal)?;
-                decoder.set_parameter(DParameter::WindowLogMax(WINDOW_MAX_LOG)).map_err(Error::internal)?;
-                Some(decoder)
-            }
+            // What comes out is counted here, where too much has a status of its own.
+            [name] if name.eq_ignore_ascii_case("zstd") => Some(Decoder::new(u64::MAX)?),
             others => {
                 let shown = others.join(", ");
                 let shown = shown.escape_debug();
@@ -132,9 +99,7 @@ impl Upload {
         if decoder.is_none() && length.is_some_and(|length: u64| length > max) {
             return Err(too_large(max));
         }
-        let out = if decoder.is_some() { vec![0; PIECE_BYTES] } else { Vec::new() };
-        let body = body.into_data_stream();
-        Ok(Self { body, decoder, raw: Bytes::new(), position: 0, between_frames: true, out, left: max, max })
+        Ok(Self { body: body.into_data_stream(), decoder, raw: Bytes::new(), left: max, max })
     }
 
     /// The next bytes, `None` at the end.
@@ -152,11 +117,13 @@ impl Upload {
             match tokio::time::timeout(IDLE_LIMIT, self.body.next()).await.map_err(|_| silent())? {
                 Some(Ok(bytes)) => {
                     line.received(bytes.len());
-                    (self.raw, self.position) = (bytes, 0);
+                    self.raw = bytes;
                 }
                 Some(Err(error)) => return Err(Error::Invalid(format!("the upload broke off: {error}"))),
-                None if self.between_frames => return Ok(None),
-                None => return Err(Error::invalid("the upload ends within a zstd frame")),
+                None => {
+                    self.decoder.as_ref().map_or(Ok(()), Decoder::finish)?;
+                    return Ok(None);
+                }
             }
         }
     }
@@ -167,27 +134,10 @@ impl Upload {
             let bytes = std::mem::take(&mut self.raw);
             return Ok((!bytes.is_empty()).then_some(bytes));
         };
-        loop {
-            let mut output = OutBuffer::around(self.out.as_mut_slice());
-            let unread = self.raw.get(self.position..).unwrap_or_default();
-            // Without input it may still have output; between two frames it has neither.
-            if unread.is_empty() && self.between_frames {
-                return Ok(None);
-            }
-            let mut input = InBuffer::around(unread);
-            let hint = decoder
-                .run(&mut input, &mut output)
-                .map_err(|error| Error::Invalid(format!("the upload is no zstd: {error}")))?;
-            self.position = self.position.saturating_add(input.pos());
-            self.between_frames = hint == 0;
-            let (written, read) = (output.pos(), input.pos());
-            if written > 0 {
-                return Ok(Some(Bytes::copy_from_slice(self.out.get(..written).unwrap_or_default())));
-            }
-            if read == 0 || self.position >= self.raw.len() {
-                return Ok(None);
-            }
-        }
+        let mut unread = self.raw.as_ref();
+        let piece = decoder.next(&mut unread)?.map(Bytes::copy_from_slice);
+        self.raw = self.raw.slice_ref(unread);
+        Ok(piece)
     }
 
     /// Hands everything to a new blob.
@@ -221,8 +171,10 @@ fn too_large(max: u64) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::compression::WINDOW_MAX_LOG;
     use axum::http::{Method, Uri};
     use proptest::prelude::*;
+    use std::io::Write as _;
     use tokio::runtime::Builder;
 
     /// Decodes an upload that comes in pieces of this size.
@@ -247,7 +199,7 @@ mod tests {
     #[test]
     fn windows_are_bounded_as_over_grpc() {
         for (log, fits) in [(WINDOW_MAX_LOG, true), (WINDOW_MAX_LOG + 1, false)] {
-            let mut encoder = Encoder::new(Vec::new(), 1).unwrap();
+            let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
             encoder.window_log(log).unwrap();
             encoder.write_all(b"content").unwrap();
             assert_eq!(upload(&encoder.finish().unwrap(), 100, 100).is_ok(), fits, "{log}");

@@ -2,7 +2,7 @@
 
 use super::{
     HttpCache,
-    body::{accepts_zstd, of_blob, of_blob_compressed},
+    body::{accepts_zstd, of_blob, of_zstd},
     range::{self, Asked},
     request_log::Line,
     resource::{Hash, MAX_KEY_BYTES},
@@ -115,20 +115,24 @@ async fn stored(
     line: &mut Line,
 ) -> Result<Response> {
     line.blob(digest);
-    let reader = cache.cas.open(instance, digest).await?;
-    let size = reader.size();
+    let size = digest.size();
     // Nothing here has a validator that If-Range could name, so what it names is not what is here.
     let range = headers.get(header::RANGE).filter(|_| !headers.contains_key(header::IF_RANGE));
     let asked = range::parse(range.and_then(|range| range.to_str().ok()), size);
     // A range counts the bytes of the blob, so it is sent as it is.
     let compressed = asked == Asked::Whole && size >= COMPRESS_FROM_BYTES && accepts_zstd(headers);
     let (code, body, length, content_range) = match asked {
-        Asked::Whole if compressed => (StatusCode::OK, of_blob_compressed(reader)?, None, None),
-        Asked::Whole => (StatusCode::OK, of_blob(reader, 0..size), Some(size), None),
+        Asked::Whole if compressed => {
+            (StatusCode::OK, of_zstd(cache.cas.open_zstd(instance, digest, 0).await?), None, None)
+        }
+        Asked::Whole => {
+            (StatusCode::OK, of_blob(cache.cas.open(instance, digest).await?, 0..size), Some(size), None)
+        }
         Asked::Part(part) => {
             let shown = format!("bytes {}-{}/{size}", part.start, part.end.saturating_sub(1));
             let length = part.end.saturating_sub(part.start);
-            (StatusCode::PARTIAL_CONTENT, of_blob(reader, part), Some(length), Some(shown))
+            let body = of_blob(cache.cas.open(instance, digest).await?, part);
+            (StatusCode::PARTIAL_CONTENT, body, Some(length), Some(shown))
         }
         Asked::Unsatisfiable => {
             let mut response = status::plain(StatusCode::RANGE_NOT_SATISFIABLE, "it is not that long");

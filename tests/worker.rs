@@ -267,6 +267,20 @@ fn outputs_that_escape_or_are_not_files_are_refused_by_name() {
     });
 }
 
+/// GEN-25: nobody could be told of it.
+#[test]
+fn outputs_that_fit_no_message_are_refused_with_the_logs_kept() {
+    with_worker(async |bench| {
+        let script = "echo so many; t=$(printf '%04000d' 0); seq 600 | while read n; do ln -s $t $n; done";
+        let paths: Vec<_> = (1..=600).map(|n| n.to_string()).collect();
+        let paths: Vec<_> = paths.iter().map(String::as_str).collect();
+        let failure = bench.failure(&sh(script).outputs(&paths)).await;
+        assert!(matches!(&failure.error, Error::Invalid(m) if m.contains("room")), "{}", failure.error);
+        let partial = failure.partial.unwrap();
+        assert!(partial.output_symlinks.is_empty() && partial.stdout_digest.is_some());
+    });
+}
+
 /// EXE-55 to EXE-58.
 #[test]
 fn trees_are_canonical_deterministic_and_without_duplicates() {

@@ -4,7 +4,10 @@
 //! What does not fit into one message is left out; the result itself never is (AC-07).
 
 use crate::{
-    actors::{cas::client::Cas, scheduler::operation::Inline},
+    actors::{
+        cas::{client::Cas, results::RESULT_MAX_BYTES},
+        scheduler::operation::Inline,
+    },
     digest::{Digest, DigestFunction},
     error::Result,
     instance::Instance,
@@ -16,9 +19,6 @@ use std::collections::HashSet;
 
 /// Largest message that clients with default settings take (GEN-25).
 pub const MESSAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
-/// What a result with its inlined contents may come to. The rest of a message is for the Operation around it: name, metadata,
-/// status, framing.
-pub const RESULT_MAX_BYTES: usize = MESSAGE_MAX_BYTES - 64 * 1024;
 /// Tag and length of one inlined field, and the growth of the lengths around it, rounded up.
 const FIELD_BYTES: usize = 16;
 

@@ -123,12 +123,31 @@ pub enum Uploader {
     Worker,
 }
 
+/// Largest result without the contents that are inlined on request: with the Operation around it, it fits a message of the 4 MiB
+/// that clients take by default (GEN-25).
+pub const RESULT_MAX_BYTES: usize = (4 * 1024 - 64) * 1024;
+
+/// Makes sure that clients can be told of a result.
+///
+/// # Errors
+/// [`Error::Invalid`] when it is larger than [`RESULT_MAX_BYTES`].
+pub fn check_size(result: &reapi::ActionResult) -> Result<()> {
+    let bytes = result.encoded_len();
+    if bytes <= RESULT_MAX_BYTES {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "the action's result has {bytes} bytes, more than the {RESULT_MAX_BYTES} of which a message has room; name a directory as \
+         output instead of the many that are in it"
+    )))
+}
+
 /// Checks a result and makes it fit to be stored: metadata is there (AC-09), a digest is never an empty message (AC-06),
 /// contents are taken out. Returns the blobs that these contents make.
 ///
 /// # Errors
-/// [`Error::Invalid`] for digests or paths that are malformed, absolute, escaping or doubled (AC-10), and for contents that
-/// are not those of the digest next to them.
+/// [`Error::Invalid`] for digests or paths that are malformed, absolute, escaping or doubled (AC-10), for contents that are
+/// not those of the digest next to them, and for a result that is too large.
 pub fn normalise(
     result: &mut reapi::ActionResult,
     function: DigestFunction,
@@ -149,6 +168,7 @@ pub fn normalise(
         let field = named("output_files", &file.path);
         extract(&mut file.contents, &mut file.digest, function, &field, &mut blobs)?;
     }
+    check_size(result)?;
     DirectReferences::of(result, function)?;
     result.execution_metadata.get_or_insert_default();
     Ok(blobs)

@@ -15,7 +15,7 @@ use super::{
     workspace::Workspace,
 };
 use crate::{
-    actors::cas::client::Provenance,
+    actors::cas::{client::Provenance, results::check_size},
     digest::Digest,
     error::{Error, Result},
     log_streams::{
@@ -151,7 +151,14 @@ impl<'a> ActionRun<'a> {
         }
         let uploading =
             Checkpoint::new(&self.order.cancel, "storing the outputs", self.settings.transfer_timeout);
-        outputs::collect(workspace.root()?, action, self.store, &uploading, &mut self.result)
+        outputs::collect(workspace.root()?, action, self.store, &uploading, &mut self.result)?;
+        check_size(&self.result).inspect_err(|_| {
+            // The logs may say why there are so many.
+            let logs = (self.result.stdout_digest.take(), self.result.stderr_digest.take());
+            let exit_code = self.result.exit_code;
+            self.result = reapi::ActionResult { exit_code, ..Default::default() };
+            (self.result.stdout_digest, self.result.stderr_digest) = logs;
+        })
     }
 
     /// Stores a log, which ends its stream; `None` when it is empty (EXE-59) or the command removed it.

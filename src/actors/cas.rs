@@ -270,9 +270,12 @@ impl Handler<BeginUpload> for CasActor {
                         Reply::when(free, Ok(Began::Start(Box::new(attempt))))
                     }
                     Err(error) => {
+                        let twin = self.uploads.twin(&blob, &entered);
                         let room = Reservation::new(ctx.address(), 0);
                         drop(Attempt::new(ctx.address(), name, blob, entered, room));
-                        Reply::Now(Err(error))
+                        Reply::Now(
+                            twin.map_or(Err(error.clone()), |twin| Ok(Began::NoRoomBeside(twin, error))),
+                        )
                     }
                 }
             }

@@ -9,7 +9,7 @@ use super::{
     index::{FileId, Found, Key, Kind},
     inputs::Source,
     requests::*,
-    settings::{DIGESTS_PER_MESSAGE, PARK_WAIT},
+    settings::{DIGESTS_PER_MESSAGE, PARK_WAIT, TWIN_WAIT},
     sink::{Checked, failed},
     writer::write_new,
 };
@@ -263,20 +263,34 @@ impl Cas {
         }
         let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
         let name = upload_name(instance, name);
-        // Twice: a client that goes on at once meets its own broken stream while that is being put away.
-        for _ in 0..2 {
+        let patience = tokio::time::Instant::now() + TWIN_WAIT;
+        let mut was_busy = false;
+        loop {
             match self.ask(BeginUpload { name, blob, offset }).await?? {
                 Began::Present => return Ok(Upload::Present),
                 Began::Start(attempt) => {
                     return Ok(Upload::Writer(Box::new(BlobWriter::new(attempt, self.shared.clone()))));
                 }
-                Began::Busy(progress) => {
+                // A client that goes on at once meets its own broken stream while that is being put away.
+                Began::Busy(progress) if !was_busy => {
+                    was_busy = true;
                     let mut ended = progress.ended.subscribe();
                     let _ = tokio::time::timeout(PARK_WAIT, ended.wait_for(|ended| *ended)).await;
                 }
+                Began::Busy(_) => {
+                    let problem = format!("another stream still uploads blob {digest} under this name");
+                    return Err(Error::Unavailable(problem));
+                }
+                // BS-28: what the other one stores is stored for both.
+                Began::NoRoomBeside(progress, error) => {
+                    let mut ended = progress.ended.subscribe();
+                    let ended = tokio::time::timeout_at(patience, ended.wait_for(|ended| *ended)).await;
+                    if ended.is_err() {
+                        return Err(error);
+                    }
+                }
             }
         }
-        Err(Error::Unavailable(format!("another stream still uploads blob {digest} under this name")))
     }
 
     /// How far an upload is; unknown ones are at 0 (BS-32).

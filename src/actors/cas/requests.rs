@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     digest::Digest,
-    error::Result,
+    error::{Error, Result},
     instance::{Instance, InstanceId},
     proto::reapi,
 };
@@ -91,6 +91,8 @@ pub enum Began {
     Present,
     /// An earlier stream of this upload is still there.
     Busy(Arc<Progress>),
+    /// There is no room, but another stream uploads the same blob.
+    NoRoomBeside(Arc<Progress>, Error),
     /// Go on.
     Start(Box<Attempt>),
 }

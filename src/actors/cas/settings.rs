@@ -93,5 +93,8 @@ pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
 /// Messages that may wait for the actor before senders have to wait too.
 pub const MAILBOX_CAPACITY: usize = 1_024;
 
+/// How long a client for whose upload there is no room waits for another client's upload of the same blob.
+pub const TWIN_WAIT: Duration = Duration::from_secs(300);
+
 /// How long a client that goes on with an upload waits for its own earlier stream to let go of it.
 pub const PARK_WAIT: Duration = Duration::from_secs(2);

@@ -184,6 +184,12 @@ impl Uploads {
         }
     }
 
+    /// Another attempt at the same blob.
+    pub fn twin(&self, blob: &Key, entered: &Entered) -> Option<Arc<Progress>> {
+        let mut attempts = self.running.get(blob)?.iter();
+        attempts.find(|progress| !Arc::ptr_eq(progress, &entered.progress)).cloned()
+    }
+
     /// Takes an attempt out that ended; returns what is to be deleted.
     pub fn end(&mut self, ended: EndUpload, now: Instant) -> Option<Partial> {
         let EndUpload { name, number, blob, progress, partial } = ended;

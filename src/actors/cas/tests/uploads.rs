@@ -185,6 +185,31 @@ async fn an_upload_that_somebody_else_finished_first_takes_no_room() {
     eventually(|| async { (store.files().len() == 1).then_some(()) }).await;
 }
 
+/// BS-28, where there is no room for two.
+#[actix::test]
+async fn an_upload_without_room_waits_for_another_one_of_its_blob() {
+    let store = Store::with_limit(4 * MB).await;
+    for is_finished in [true, false] {
+        let bytes = noise(3_000_000, u64::from(is_finished));
+        let blob = digest(&bytes);
+        let mut first = begin(&store, NAME, blob, 0).await.unwrap();
+        send(&mut first, &bytes.slice(..1_000_000), 300_000).await.unwrap();
+        let mut second = Box::pin(store.cas.begin_upload(&store.main, "another name", blob, 0));
+        assert!(futures::poll!(&mut second).is_pending());
+        let other = begin(&store, "a third name", digest(b"another blob"), 0).await;
+        assert!(other.is_ok() && futures::poll!(&mut second).is_pending());
+        drop(other);
+        if is_finished {
+            send(&mut first, &bytes.slice(1_000_000..), 300_000).await.unwrap();
+            first.finish().await.unwrap();
+        } else {
+            drop(first);
+        }
+        let second = second.await.unwrap();
+        assert_eq!(matches!(second, Upload::Present), is_finished);
+    }
+}
+
 /// A blob whose client leaves while the last bytes are being checked is stored or not, but never half.
 #[actix::test]
 async fn an_upload_whose_client_leaves_at_the_end_is_finished_anyway() {

@@ -3,6 +3,7 @@
 use super::{
     AssetActor, LOG, Shared,
     bindings::Binding,
+    flights::FlightId,
     layout::Layout,
     messages::Landed,
     outcome::{Failure, FailureKind, Fetched, Problem},
@@ -44,17 +45,19 @@ const MESSAGE_MAX_BYTES: usize = 4 * 1024;
 /// Bytes that are read at a time from a stored archive or an unpacked file.
 const PIECE_BYTES: usize = 128 * 1024;
 
-/// Starts a flight. It ends at `latest`, and tells the actor in any case.
+/// Starts a flight. It ends at `latest`, and tells the actor in any case. Its content is as old as the question for it, which
+/// was `asked_at`, and not as its last byte.
 pub fn launch(
     shared: Arc<Shared>,
     actor: Addr<AssetActor>,
+    id: FlightId,
     request: Arc<AssetRequest>,
+    asked_at: SystemTime,
     latest: watch::Receiver<Instant>,
 ) {
     let runtime = shared.runtime.clone();
     runtime.spawn(async move {
-        // Content is as old as the question for it, not as its last byte.
-        let (started, asked_at) = (Instant::now(), SystemTime::now());
+        let started = Instant::now();
         let flight = AssertUnwindSafe(fly(&shared, &request)).catch_unwind();
         let outcome = select! {
             outcome = flight => outcome.unwrap_or_else(|_| Err(Error::internal("a fetch panicked").into())),
@@ -62,7 +65,7 @@ pub fn launch(
         };
         write_line(&request, started, &outcome);
         let bind = outcome.as_ref().ok().and_then(|fetched| bind(&request, fetched, asked_at));
-        actor.do_send(Landed { flight: request.flight_key(), bind, outcome });
+        actor.do_send(Landed { flight: id, bind, outcome });
     });
 }
 

@@ -20,6 +20,7 @@ pub mod layout;
 pub mod messages;
 pub mod origins;
 pub mod outcome;
+mod patience;
 mod persist;
 pub mod request;
 pub mod unpack;

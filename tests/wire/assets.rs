@@ -339,6 +339,33 @@ async fn mirrors_are_tried_in_order() {
     assert_eq!(code(&response), Code::Aborted);
 }
 
+/// AST-09: also when they accept and say nothing, or stop in the middle.
+#[tokio::test]
+async fn a_mirror_that_hangs_leaves_time_for_the_next() {
+    let router = Router::new()
+        .route("/silent", get(|| async { std::future::pending::<()>().await }))
+        .route(
+            "/stuck",
+            get(|| async {
+                let some = futures::stream::iter([Ok::<_, std::fmt::Error>("some")]);
+                Body::from_stream(futures::StreamExt::chain(some, futures::stream::pending()))
+            }),
+        )
+        .route("/good", get(|| std::future::ready("good")));
+    let origin = Origin::serve(router).await;
+    let server = server().await;
+    let good = origin.uri("/good");
+    let timeout = Some(prost_types::Duration { seconds: 8, nanos: 0 });
+    let fetches = ["/silent", "/stuck"].map(|path| FetchBlobRequest {
+        timeout,
+        ..wanted(&[&origin.uri(path), &good], &[("bazel.canonical_id", path)])
+    });
+    for response in futures::future::join_all(fetches.map(|request| fetch(&server, request))).await {
+        let response = response.unwrap();
+        assert_eq!((code(&response), &response.uri), (Code::Ok, &good), "{response:?}");
+    }
+}
+
 /// AST-09.
 #[tokio::test]
 async fn a_fetch_goes_on_when_its_caller_is_gone_and_many_callers_share_one() {

@@ -90,7 +90,10 @@ async fn a_parent_is_an_instance_or_an_operation_that_is_known() {
 #[tokio::test]
 async fn where_clients_may_make_no_streams_the_service_says_so() {
     let server = Server::with(false).await;
-    assert_eq!(code(create(&server, PARENT).await), Code::Unimplemented);
+    // Whatever is asked: the answer is about the service and not about the question.
+    for parent in [PARENT, "", "nope", "operations/1"] {
+        assert_eq!(code(create(&server, parent).await), Code::Unimplemented, "{parent:?}");
+    }
 }
 
 /// LOG-02, GEN-15.

@@ -266,7 +266,8 @@ impl Writer {
     /// this returns. What was begun is carried out even if the caller goes away meanwhile.
     ///
     /// # Errors
-    /// `Invalid` for any other offset, `Precondition` after the end (LOG-04), `Exhausted` at a bound; those of the disk.
+    /// `Invalid` for any other offset, `Precondition` after the end (LOG-04), `OutOfRange` beyond the bound of one stream,
+    /// `Exhausted` at that of all; those of the disk.
     pub async fn append(&self, offset: u64, data: Bytes, finish: bool) -> Result<Committed> {
         let turn = self.spool.turn(offset).await?;
         let size = data.len() as u64;

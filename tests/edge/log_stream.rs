@@ -189,7 +189,8 @@ async fn a_stream_is_bounded() {
     assert_eq!(write(&server, pieces).await.unwrap(), 3 << 20);
     assert_eq!(
         code(write(&server, vec![message(&secret, 3 << 20, &mib, true)]).await),
-        Code::ResourceExhausted
+        Code::OutOfRange,
+        "GEN-20"
     );
     assert_eq!(write(&server, vec![message(&secret, 3 << 20, "", true)]).await.unwrap(), 3 << 20);
     assert_eq!(read(&server, &name, 0, 0).await.unwrap().len(), 3 << 20);

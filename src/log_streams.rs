@@ -107,16 +107,24 @@ impl LogStreams {
         }))
     }
 
+    /// Whether clients may make streams (LOG-01).
+    ///
+    /// # Errors
+    /// `Unimplemented` where they may not.
+    pub fn check_creation(&self) -> Result<()> {
+        if self.0.client_streams {
+            return Ok(());
+        }
+        let message = "clients cannot create log streams here (log_streams.enabled = false)";
+        Err(Error::Unimplemented(message.into()))
+    }
+
     /// Makes a stream below `parent`, which was checked. Its write name is the secret of whoever made it (LOG-01).
     ///
     /// # Errors
     /// `Unimplemented` where clients may not make streams; `Exhausted` when there are too many.
     pub fn create(&self, parent: String) -> Result<LogName> {
-        if !self.0.client_streams {
-            return Err(Error::Unimplemented(
-                "clients cannot create log streams here (log_streams.enabled = false)".into(),
-            ));
-        }
+        self.check_creation()?;
         let (id, token) = (Uuid::new_v4(), WriteToken::new());
         let spool = Arc::new(Spool::new(self.0.spool_directory.join(format!("log-{id}"))));
         let stream = ClientStream { parent: parent.clone(), token: token.clone(), spool };
@@ -258,7 +266,8 @@ impl Writer {
     /// this returns. What was begun is carried out even if the caller goes away meanwhile.
     ///
     /// # Errors
-    /// `Invalid` for any other offset, `Precondition` after the end (LOG-04), `Exhausted` at a bound; those of the disk.
+    /// `Invalid` for any other offset, `Precondition` after the end (LOG-04), `OutOfRange` beyond the bound of one stream,
+    /// `Exhausted` at that of all; those of the disk.
     pub async fn append(&self, offset: u64, data: Bytes, finish: bool) -> Result<Committed> {
         let turn = self.spool.turn(offset).await?;
         let size = data.len() as u64;

@@ -172,6 +172,19 @@ async fn nobody_there_and_nonsense_are_told_apart_from_a_bad_server() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_report_that_cannot_be_written_is_noticed_before_the_server_is_asked_anything() {
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    server.set_nonblocking(true).unwrap();
+    let endpoint = format!("grpc://{}", server.local_addr().unwrap());
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("absent/report.xml");
+    let output = verify(&[&endpoint, "--junit", path.to_str().unwrap()]).await;
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains(path.to_str().unwrap()), "{output:?}");
+    assert_eq!(server.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "nobody called");
+}
+
 /// A server that claims everything and does nothing.
 struct Talker;
 

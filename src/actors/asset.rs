@@ -4,37 +4,38 @@
 //! decides and never waits: a flight is a task of its own on the runtime, and tells the actor when it has landed. Everybody asks
 //! through [`client::Assets`], which also asks the store whether what is bound still exists.
 //!
-//! Invariants: an asset has at most one flight, shared by all who want it meanwhile. A flight ends by itself, at the latest
-//! deadline of those who joined it, whether or not anybody still waits. Content is bound only once it is stored and its
-//! checksum was right. Bindings survive a restart; what was bound in the last seconds before a kill may be lost, which costs a
-//! download. Waits go grpc > asset > cas.
+//! Invariants: who wants an asset shares the flight that is under way, unless it began too long ago for them ([`flights`]). A
+//! flight ends by itself, at the latest deadline of those who joined it and at most `assets.timeout` after its start, whether
+//! or not anybody still waits. Content is bound only once it is stored and its checksum was right, and never in place of newer
+//! content. Bindings survive a restart; what was bound in the last seconds before a kill may be lost, which costs a download.
+//! Waits go grpc > asset > cas.
 
 pub mod bindings;
 pub mod client;
 mod download;
 mod flight;
+mod flights;
 pub mod integrity;
 pub mod layout;
 pub mod messages;
 pub mod origins;
 pub mod outcome;
+mod patience;
 mod persist;
 pub mod request;
 pub mod unpack;
 
-use crate::{actors::cas::client::Cas, error::Error};
+use crate::actors::cas::client::Cas;
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
 use bindings::{Binding, Bindings};
 use client::Assets;
 use download::Downloader;
-use flight::Outcome;
+use flights::{Begun, Flights, Plan};
 use messages::{BindAsset, CloseAssets, JoinFlight, Joined, Landed, LookUpAsset};
 use origins::Origins;
 use outcome::Fetched;
 use persist::BindingsFile;
-use request::AssetKey;
 use std::{
-    collections::HashMap,
     path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -47,13 +48,6 @@ use tokio::{
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::asset";
-/// Flights under way or waiting for their turn; more are refused.
-const MAX_FLIGHTS: usize = 10_000;
-/// Bytes of the requests of all these flights. Most are a kilobyte, but one may have megabytes of qualifiers, and outlives the
-/// call that made it.
-const MAX_FLIGHT_BYTES: usize = 64 * 1024 * 1024;
-/// How long a client should wait before it tries a full house again.
-const FULL_RETRY: Duration = Duration::from_secs(5);
 /// How often bindings that changed are written down.
 const SAVE_INTERVAL: Duration = Duration::from_secs(5);
 /// Messages that may wait for the actor before senders have to wait too.
@@ -94,16 +88,6 @@ pub(crate) struct Shared {
     file: BindingsFile,
 }
 
-/// A download under way.
-#[derive(Debug)]
-struct Flight {
-    outcome: watch::Sender<Option<Outcome>>,
-    /// When it has to end.
-    deadline: watch::Sender<Instant>,
-    /// Bytes of its request.
-    size: usize,
-}
-
 /// The owner of bindings and flights.
 #[derive(Debug)]
 pub struct AssetActor {
@@ -114,9 +98,7 @@ pub struct AssetActor {
     saving: bool,
     /// How many writes were begun.
     saves: u64,
-    flights: HashMap<AssetKey, Flight>,
-    /// Bytes of the requests of all flights.
-    flight_bytes: usize,
+    flights: Flights,
     shared: Arc<Shared>,
 }
 
@@ -137,8 +119,7 @@ impl AssetActor {
             unsaved: false,
             saving: false,
             saves: 0,
-            flights: HashMap::new(),
-            flight_bytes: 0,
+            flights: Flights::default(),
             shared: Arc::new(shared),
         }
     }
@@ -210,35 +191,24 @@ impl Handler<JoinFlight> for AssetActor {
         JoinFlight { request, known, oldest, deadline }: JoinFlight,
         ctx: &mut Self::Context,
     ) -> Self::Result {
-        let key = request.flight_key();
-        if let Some(flight) = self.flights.get(&key) {
-            flight.deadline.send_if_modified(|latest| {
-                let later = deadline > *latest;
-                *latest = deadline.max(*latest);
-                later
-            });
-            return MessageResult(Ok(Joined(flight.outcome.subscribe())));
-        }
-        let newer = self.bindings.newer(&request.keys(), &known, oldest, SystemTime::now());
+        let (now, asked_at) = (Instant::now(), SystemTime::now());
+        let newer = self.bindings.newer(&request.keys(), &known, oldest, asked_at);
         if let Some((index, Binding { digest, expires_at, .. })) = newer
             && let Some(uri) = request.uris.get(index).cloned()
         {
             let fetched = Fetched { uri, digest, expires_at };
             return MessageResult(Ok(Joined(watch::channel(Some(Ok(fetched))).1)));
         }
-        let size = request.size();
-        if self.flights.len() >= MAX_FLIGHTS || self.flight_bytes.saturating_add(size) > MAX_FLIGHT_BYTES {
-            return MessageResult(Err(Error::Exhausted {
-                message: format!("{} fetches are under way or waiting; try again", self.flights.len()),
-                retry_after: Some(FULL_RETRY),
-            }));
+        let key = request.flight_key();
+        if let Some(outcome) = self.flights.join(key, oldest, deadline) {
+            return MessageResult(Ok(Joined(outcome)));
         }
-        let (outcome, landing) = watch::channel(None);
-        let (deadline, latest) = watch::channel(deadline);
-        self.flight_bytes = self.flight_bytes.saturating_add(size);
-        self.flights.insert(key, Flight { outcome, deadline, size });
-        flight::launch(self.shared.clone(), ctx.address(), request, latest);
-        MessageResult(Ok(Joined(landing)))
+        let end = now + self.shared.settings.timeout;
+        let begun = self.flights.begin(key, Plan { asked_at, deadline, end, size: request.size() });
+        MessageResult(begun.map(|Begun { id, outcome, latest }| {
+            flight::launch(self.shared.clone(), ctx.address(), id, request, asked_at, latest);
+            Joined(outcome)
+        }))
     }
 }
 
@@ -247,13 +217,10 @@ impl Handler<Landed> for AssetActor {
 
     fn handle(&mut self, Landed { flight, bind, outcome }: Landed, _: &mut Self::Context) {
         if let Some((key, binding)) = bind {
-            self.bindings.bind(key, binding);
+            self.bindings.bind_unless_newer(key, binding, SystemTime::now());
             self.unsaved = true;
         }
-        if let Some(flight) = self.flights.remove(&flight) {
-            self.flight_bytes = self.flight_bytes.saturating_sub(flight.size);
-            flight.outcome.send_replace(Some(outcome));
-        }
+        self.flights.end(flight, outcome);
     }
 }
 

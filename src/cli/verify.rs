@@ -7,7 +7,9 @@ use crate::{
 };
 use std::{
     fmt::Write as _,
+    fs::File,
     io::{self, Write as _},
+    path::Path,
 };
 
 /// Verifies a server, or lists what would be verified; the exit code.
@@ -15,8 +17,7 @@ pub fn run(args: &VerifyArgs) -> u8 {
     let outcome = if args.list { selection(args).map(|chosen| list(&chosen)) } else { verify(args) };
     match outcome {
         Ok((text, good)) => {
-            // A reader that leaves early (`| head`) does not change what was found.
-            let _ = io::stdout().write_all(text.as_bytes());
+            print(&text);
             if good { EXIT_OK } else { EXIT_FAILURE }
         }
         Err(error) => {
@@ -26,20 +27,33 @@ pub fn run(args: &VerifyArgs) -> u8 {
     }
 }
 
+/// A reader that leaves early (`| head`) does not change what was found.
+fn print(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
+}
+
 /// The text for standard output, and whether nothing failed.
 type Outcome = (String, bool);
 
 fn verify(args: &VerifyArgs) -> Result<Outcome> {
     let options = options(args)?;
+    // Before the run: nobody waits minutes for a report that has no place.
+    let open = |path| File::create(path).map(|file| (path, file)).map_err(unwritable(path));
+    let junit = args.junit.as_deref().map(open).transpose()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Error::io("start the threads of a client", &error))?;
     let report = runtime.block_on(verify::run(options))?;
-    if let Some(file) = &args.junit {
-        std::fs::write(file, report.junit(args.strict)?)
-            .map_err(|error| Error::Invalid(format!("could not write {}: {error}", file.display())))?;
-    }
     let text = if args.json { report.json(args.strict) + "\n" } else { report.table(args.strict) };
+    if let Some((path, mut file)) = junit {
+        let xml = report.junit(args.strict)?;
+        // What was found is told all the same.
+        file.write_all(xml.as_bytes()).inspect_err(|_| print(&text)).map_err(unwritable(path))?;
+    }
     Ok((text, report.is_good(args.strict)))
+}
+
+fn unwritable(path: &Path) -> impl Fn(io::Error) -> Error {
+    move |error| Error::Invalid(format!("could not write {}: {error}", path.display()))
 }
 
 fn options(args: &VerifyArgs) -> Result<Options> {

@@ -43,6 +43,8 @@ impl server::LogStreamService for LogStreamService {
         request: Request<CreateLogStreamRequest>,
     ) -> Result<Response<LogStream>, Status> {
         let call = Call::of(&request);
+        // Whether there is such a service does not depend on the question.
+        self.0.log_streams.check_creation()?;
         let parent = request.into_inner().parent;
         if parent.is_empty() {
             return Err(Error::invalid(

@@ -83,18 +83,16 @@ impl<V> Registry<V> {
     /// Reserves room for bytes that are about to be added; gives the finished streams that made room.
     ///
     /// # Errors
-    /// `NotFound` when the stream has gone; `Exhausted` at the bound of one stream or of all.
+    /// `NotFound` when the stream has gone; `OutOfRange` beyond the bound of one stream, `Exhausted` at that of all.
     pub fn grow(&mut self, id: &Uuid, bytes: u64, now: Instant) -> Result<Vec<V>> {
         let entry = self.entries.get(id).filter(|entry| !entry.finished);
         let entry = entry.ok_or_else(|| Error::NotFound("the log stream was forgotten".into()))?;
         if entry.bytes.saturating_add(bytes) > self.limits.stream_bytes {
-            return Err(Error::Exhausted {
-                message: format!(
-                    "a log stream may have {} bytes; begin another one",
-                    self.limits.stream_bytes
-                ),
-                retry_after: None,
-            });
+            // Not a shortage: no retry makes the stream shorter (GEN-20).
+            return Err(Error::OutOfRange(format!(
+                "a log stream may have {} bytes; begin another one",
+                self.limits.stream_bytes
+            )));
         }
         let mut displaced = Vec::new();
         while self.bytes.saturating_add(bytes) > self.limits.bytes {

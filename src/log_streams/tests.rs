@@ -240,7 +240,8 @@ async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
     assert!(full(bench.streams.create("main".into()).unwrap_err()));
     let (one, writer) = (bench.streams.writer(&one).unwrap(), bench.streams.writer(&two).unwrap());
     one.append(0, "123456".into(), false).await.unwrap();
-    assert!(full(one.append(6, "7".into(), false).await.unwrap_err()));
+    let too_long = one.append(6, "7".into(), false).await.unwrap_err();
+    assert!(matches!(too_long, Error::OutOfRange(_)), "GEN-20: waiting does not help, {too_long}");
     writer.append(0, "1234".into(), false).await.unwrap();
     assert!(full(writer.append(4, "5".into(), false).await.unwrap_err()));
     assert_eq!(writer.committed(), Committed { bytes: 4, finished: false });

@@ -291,6 +291,38 @@ async fn cached_content_is_served_until_a_caller_wants_it_newer() {
     assert_eq!(content(&server, old_enough).await, b"version 3");
 }
 
+/// AST-08: a download that began before the time is no answer, though it goes on, and undoes no newer one.
+#[tokio::test]
+async fn who_wants_newer_content_does_not_get_that_of_a_download_under_way() {
+    let (version, gate) = (Arc::new(AtomicUsize::new(1)), Arc::new(Semaphore::new(0)));
+    let (current, entered) = (version.clone(), gate.clone());
+    let router = Router::new().fallback(move || {
+        let (version, gate) = (current.load(Ordering::SeqCst), entered.clone());
+        async move {
+            if version == 1 {
+                gate.acquire().await.unwrap().forget();
+            }
+            format!("version {version}")
+        }
+    });
+    let origin = Origin::serve(router).await;
+    let server = server().await;
+    let request = wanted(&[&origin.uri("/")], &[]);
+    let (mut client, slow) = (FetchClient::connect(server.endpoint()).await.unwrap(), request.clone());
+    let slow = tokio::spawn(async move { client.fetch_blob(slow).await.unwrap().into_inner() });
+    eventually("the first download", || origin.hits() == 1).await;
+    version.store(2, Ordering::SeqCst);
+    let now = Some(SystemTime::now().into());
+    let newer = FetchBlobRequest { oldest_content_accepted: now, ..request.clone() };
+    assert_eq!(content(&server, newer).await, b"version 2");
+    assert_eq!(content(&server, request.clone()).await, b"version 2");
+    gate.add_permits(1);
+    let slow = tokio::time::timeout(PATIENCE, slow).await.unwrap().unwrap();
+    assert_eq!(slow.blob_digest, Some(sha256(b"version 1").to_wire()), "{slow:?}");
+    assert_eq!(content(&server, request).await, b"version 2");
+    assert_eq!(origin.hits(), 2);
+}
+
 /// AST-09.
 #[tokio::test]
 async fn mirrors_are_tried_in_order() {
@@ -305,6 +337,33 @@ async fn mirrors_are_tried_in_order() {
     assert_eq!(origin.hits(), 1);
     let response = fetch(&server, wanted(&[&dead], &[])).await.unwrap();
     assert_eq!(code(&response), Code::Aborted);
+}
+
+/// AST-09: also when they accept and say nothing, or stop in the middle.
+#[tokio::test]
+async fn a_mirror_that_hangs_leaves_time_for_the_next() {
+    let router = Router::new()
+        .route("/silent", get(|| async { std::future::pending::<()>().await }))
+        .route(
+            "/stuck",
+            get(|| async {
+                let some = futures::stream::iter([Ok::<_, std::fmt::Error>("some")]);
+                Body::from_stream(futures::StreamExt::chain(some, futures::stream::pending()))
+            }),
+        )
+        .route("/good", get(|| std::future::ready("good")));
+    let origin = Origin::serve(router).await;
+    let server = server().await;
+    let good = origin.uri("/good");
+    let timeout = Some(prost_types::Duration { seconds: 8, nanos: 0 });
+    let fetches = ["/silent", "/stuck"].map(|path| FetchBlobRequest {
+        timeout,
+        ..wanted(&[&origin.uri(path), &good], &[("bazel.canonical_id", path)])
+    });
+    for response in futures::future::join_all(fetches.map(|request| fetch(&server, request))).await {
+        let response = response.unwrap();
+        assert_eq!((code(&response), &response.uri), (Code::Ok, &good), "{response:?}");
+    }
 }
 
 /// AST-09.

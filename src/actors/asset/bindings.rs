@@ -159,6 +159,15 @@ impl Bindings {
         }
     }
 
+    /// As [`Bindings::bind`], for content that took a while to come: what was asked for or pushed later stays. A time in the
+    /// future proves nothing, the clock was put back.
+    pub fn bind_unless_newer(&mut self, key: AssetKey, binding: Binding, now: SystemTime) {
+        let bound = self.entries.get(&key).map(|entry| entry.binding.obtained_at);
+        if !bound.is_some_and(|bound| binding.obtained_at < bound && bound <= now) {
+            self.bind(key, binding);
+        }
+    }
+
     fn remove(&mut self, key: &AssetKey) {
         if let Some(entry) = self.entries.remove(key) {
             self.order.remove(&entry.used);
@@ -269,6 +278,18 @@ mod tests {
         bindings.bind(key(2), fetched.clone());
         assert_eq!(bindings.newer(&keys, &before, None, now), Some((1, fetched)));
         assert_eq!(bindings.newer(&keys, &before, Some(at(121)), now), None);
+    }
+
+    /// AST-08: a slow download does not undo a later one.
+    #[test]
+    fn content_that_comes_late_does_not_take_the_place_of_newer_content() {
+        let mut bindings = Bindings::default();
+        let (newer, late) = (binding(b"newer", 120, None), binding(b"late", 100, None));
+        bindings.bind_unless_newer(key(1), newer.clone(), at(130));
+        bindings.bind_unless_newer(key(1), late.clone(), at(140));
+        assert_eq!(bindings.look_up(&key(1), None, at(150)), Known::Fresh(newer));
+        bindings.bind_unless_newer(key(1), late.clone(), at(110));
+        assert_eq!(bindings.look_up(&key(1), None, at(150)), Known::Fresh(late), "the clock was put back");
     }
 
     #[test]

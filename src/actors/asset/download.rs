@@ -8,6 +8,7 @@ use super::{
     AssetSettings,
     integrity::Integrity,
     outcome::{FailureKind, Problem},
+    patience::Patience,
     request::AssetRequest,
 };
 use crate::{
@@ -26,8 +27,6 @@ use tokio::sync::OnceCell;
 
 /// How long a connection may take to be made; short, because the next mirror may do better.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long an origin may be silent in the middle.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What downloads have in common.
 #[derive(Debug)]
@@ -35,6 +34,19 @@ pub struct Downloader {
     /// Made when it is first needed: a machine without CA certificates is no reason not to start a server that fetches nothing.
     client: OnceCell<Client>,
     settings: Arc<AssetSettings>,
+}
+
+/// Where to download from, and on which terms.
+#[derive(Debug)]
+pub struct Source<'a> {
+    /// The place.
+    pub uri: &'a str,
+    /// What qualifiers say is to be sent there (AST-03).
+    pub headers: &'a HeaderMap,
+    /// The checksums that the content has to meet (AST-04).
+    pub integrity: Option<&'a Integrity>,
+    /// How long it may be silent (AST-09).
+    pub patience: Patience,
 }
 
 /// Resolves names to addresses that may be contacted. The connection is made to what this returns, so nothing can change in
@@ -83,7 +95,6 @@ impl Downloader {
                     .referer(false)
                     .dns_resolver(Arc::new(JudgingResolver(settings)))
                     .connect_timeout(CONNECT_TIMEOUT)
-                    .read_timeout(READ_TIMEOUT)
                     .build()
             });
             work.await.map_err(Error::internal)?.map_err(|error| {
@@ -96,7 +107,7 @@ impl Downloader {
         self.client.get_or_try_init(set_up).await
     }
 
-    /// Stores what is at `uri`, whose checksum is right if one is asked for (AST-04).
+    /// Stores what is at the source, whose checksum is right if one is asked for (AST-04).
     ///
     /// # Errors
     /// Bad news of the origin, or of this server.
@@ -104,11 +115,9 @@ impl Downloader {
         &self,
         cas: &Cas,
         request: &AssetRequest,
-        uri: &str,
-        headers: &HeaderMap,
-        integrity: Option<&Integrity>,
+        Source { uri, headers, integrity, patience }: &Source<'_>,
     ) -> Result<Digest, Problem> {
-        let mut response = self.get(uri, headers, integrity.is_some()).await?;
+        let mut response = patience.wait(self.get(uri, headers, integrity.is_some())).await?;
         let max = self.settings.max_download_bytes;
         let too_much = || {
             let key = "assets.max_download_gb of this server";
@@ -119,7 +128,9 @@ impl Downloader {
         }
         let mut blob = cas.new_blob(&request.instance, request.function);
         let mut witness = integrity.map(Integrity::witness).unwrap_or_default();
-        while let Some(bytes) = response.chunk().await.map_err(|error| of_request(&error))? {
+        loop {
+            let next = async { response.chunk().await.map_err(|error| of_request(&error)) };
+            let Some(bytes) = patience.wait(next).await? else { break };
             if blob.size().saturating_add(bytes.len() as u64) > max {
                 return Err(too_much());
             }

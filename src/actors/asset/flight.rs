@@ -3,9 +3,12 @@
 use super::{
     AssetActor, LOG, Shared,
     bindings::Binding,
+    download::Source,
+    flights::FlightId,
     layout::Layout,
     messages::Landed,
     outcome::{Failure, FailureKind, Fetched, Problem},
+    patience::Patience,
     request::{AssetKey, AssetRequest, Kind},
     unpack::{Contents, unpack},
 };
@@ -44,25 +47,27 @@ const MESSAGE_MAX_BYTES: usize = 4 * 1024;
 /// Bytes that are read at a time from a stored archive or an unpacked file.
 const PIECE_BYTES: usize = 128 * 1024;
 
-/// Starts a flight. It ends at `latest`, and tells the actor in any case.
+/// Starts a flight. It ends at `latest`, and tells the actor in any case. Its content is as old as the question for it, which
+/// was `asked_at`, and not as its last byte.
 pub fn launch(
     shared: Arc<Shared>,
     actor: Addr<AssetActor>,
+    id: FlightId,
     request: Arc<AssetRequest>,
+    asked_at: SystemTime,
     latest: watch::Receiver<Instant>,
 ) {
     let runtime = shared.runtime.clone();
     runtime.spawn(async move {
-        // Content is as old as the question for it, not as its last byte.
-        let (started, asked_at) = (Instant::now(), SystemTime::now());
-        let flight = AssertUnwindSafe(fly(&shared, &request)).catch_unwind();
+        let started = Instant::now();
+        let flight = AssertUnwindSafe(fly(&shared, &request, &latest)).catch_unwind();
         let outcome = select! {
             outcome = flight => outcome.unwrap_or_else(|_| Err(Error::internal("a fetch panicked").into())),
-            () = passed(latest) => Err(Problem::origin(FailureKind::TimedOut, "it took longer than the fetch may take")),
+            () = passed(latest.clone()) => Err(Problem::origin(FailureKind::TimedOut, "it took longer than the fetch may take")),
         };
         write_line(&request, started, &outcome);
         let bind = outcome.as_ref().ok().and_then(|fetched| bind(&request, fetched, asked_at));
-        actor.do_send(Landed { flight: request.flight_key(), bind, outcome });
+        actor.do_send(Landed { flight: id, bind, outcome });
     });
 }
 
@@ -115,7 +120,7 @@ fn write_line(request: &AssetRequest, started: Instant, outcome: &Outcome) {
     }
 }
 
-async fn fly(shared: &Arc<Shared>, request: &AssetRequest) -> Outcome {
+async fn fly(shared: &Arc<Shared>, request: &AssetRequest, latest: &watch::Receiver<Instant>) -> Outcome {
     let permit = shared.runway.acquire().await;
     let _permit = permit.map_err(|_| Error::Unavailable("the server is going down".into()))?;
     let asked_at = SystemTime::now();
@@ -123,10 +128,12 @@ async fn fly(shared: &Arc<Shared>, request: &AssetRequest) -> Outcome {
     let integrity = request.qualifiers.integrity()?;
     let expires_at = if integrity.is_some() { None } else { asked_at.checked_add(shared.settings.max_age) };
     let mut failures: Vec<Failure> = Vec::new();
-    for (uri, headers) in request.uris.iter().zip(&headers) {
+    let uris = u32::try_from(request.uris.len()).unwrap_or(u32::MAX);
+    for ((uri, headers), mirrors) in request.uris.iter().zip(&headers).zip((1..=uris).rev()) {
+        let patience = Patience { latest: latest.clone(), mirrors };
+        let source = Source { uri, headers, integrity: integrity.as_ref(), patience };
         let fetched = async {
-            let cas = &shared.cas;
-            let blob = shared.downloader.download(cas, request, uri, headers, integrity.as_ref()).await?;
+            let blob = shared.downloader.download(&shared.cas, request, &source).await?;
             match request.kind {
                 Kind::Blob => Ok(blob),
                 Kind::Directory => unpack_blob(shared, request, blob).await,

@@ -3,6 +3,7 @@
 use super::{
     bindings::{Binding, Known},
     flight::Outcome,
+    flights::FlightId,
     request::{AssetKey, AssetRequest},
 };
 use crate::error::Result;
@@ -30,7 +31,8 @@ pub struct BindAsset {
     pub binding: Binding,
 }
 
-/// Starts a download, or joins the one that is under way. If one has landed since the caller looked, its content is the answer.
+/// Starts a download, or joins the one that is under way if its content will be new enough. If one has landed since the caller
+/// looked, its content is the answer.
 ///
 /// # Errors
 /// `Exhausted` when too many are.
@@ -43,7 +45,7 @@ pub struct JoinFlight {
     pub known: Vec<Known>,
     /// Older content does not count (AST-08).
     pub oldest: Option<SystemTime>,
-    /// The flight goes on until then at least, if it has to.
+    /// The flight goes on until then if it has to, but not beyond the longest time of a fetch.
     pub deadline: Instant,
 }
 
@@ -56,7 +58,7 @@ pub struct Joined(pub watch::Receiver<Option<Outcome>>);
 #[rtype(result = "()")]
 pub struct Landed {
     /// Which one.
-    pub flight: AssetKey,
+    pub flight: FlightId,
     /// The asset that it brought content for.
     pub bind: Option<(AssetKey, Binding)>,
     /// What those who wait are told.

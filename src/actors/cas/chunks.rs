@@ -85,8 +85,8 @@ impl Cas {
     /// what the caller's answer has room for.
     ///
     /// # Errors
-    /// `NotFound` when the blob is not stored (CAS-32), `Precondition` when it makes too many chunks, `Exhausted` when there is
-    /// no room for them.
+    /// `NotFound` when the blob is not stored (CAS-32), `Precondition` when it makes too many chunks or the store is too small
+    /// for it and them, `Exhausted` when there is no room for them now.
     pub async fn split(
         &self,
         instance: &Instance,
@@ -155,7 +155,8 @@ impl Cas {
                 "the store of {limit} bytes has no room for blob {blob} and its chunks, which take as much again \
                  (max_size_gb raises the limit); read it by ByteStream"
             );
-            return Err(Error::Exhausted { message, retry_after: None });
+            // Not a shortage: no retry makes the store larger (GEN-20).
+            return Err(Error::Precondition(message));
         }
         let _slot = self.shared().chunk_work.slot().await?;
         let started = Instant::now();

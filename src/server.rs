@@ -171,6 +171,7 @@ impl Server {
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
             assets: Some(assets.clone()),
+            walks: grpc::get_tree::Walks::default(),
             log_streams: log_streams.clone(),
             settings: grpc::Settings {
                 max_blob_bytes: settings.max_blob_bytes,

@@ -170,13 +170,22 @@ impl Directory {
 /// # Errors
 /// [`Error::Invalid`] when there are more. A message that does not parse is left to its decoder.
 pub fn check_entries(bytes: &[u8], levels: u32) -> Result<()> {
-    if count_entries(bytes, levels) > MAX_TREE_NODES {
-        return Err(Error::Invalid(format!("it has more than {MAX_TREE_NODES} entries")));
+    check_entries_within(bytes, levels, MAX_TREE_NODES)
+}
+
+/// The same with a bound of the caller's.
+///
+/// # Errors
+/// [`Error::Invalid`] when there are more than `most`.
+pub fn check_entries_within(bytes: &[u8], levels: u32, most: u64) -> Result<()> {
+    if count_entries(bytes, levels) > most {
+        return Err(Error::Invalid(format!("it has more than {most} entries")));
     }
     Ok(())
 }
 
-/// Fields of a message, and of the messages in it, up to the first that is malformed, `levels` deep.
+/// Fields of a message, and of the messages in it, `levels` deep, up to the first that is malformed. It has to find the same fields as the
+/// decoder does: what it takes for the inside of a field it does not count.
 pub fn count_entries(mut bytes: &[u8], levels: u32) -> u64 {
     let mut count = 0;
     // The public name of prost's varint decoder.
@@ -186,7 +195,10 @@ pub fn count_entries(mut bytes: &[u8], levels: u32) -> u64 {
             0 => prost::decode_length_delimiter(&mut bytes).map(|_| 0),
             1 => Ok(8),
             2 => prost::decode_length_delimiter(&mut bytes),
-            _ => Ok(4),
+            // The ends of a group; decoders skip the fields between them, one by one.
+            3 | 4 => Ok(0),
+            5 => Ok(4),
+            _ => break,
         };
         let Some((field, rest)) = length.ok().and_then(|length| bytes.split_at_checked(length)) else {
             break;
@@ -340,6 +352,12 @@ mod tests {
         for garbage in [&b"\x0a"[..], b"\x0a\xff", b"\x09", b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"] {
             assert!(count_entries(garbage, 2) <= 1);
         }
+        // An unknown group, and an unknown field of which a reader that has lost its way takes the inside for a field that
+        // swallows the rest.
+        let mut hidden = b"\x7b\x7c\x7a\x05\x00\x7a\xff\xff\x03".to_vec();
+        hidden.extend(branch.encode_to_vec());
+        assert_eq!(reapi::Directory::decode(hidden.as_slice()).unwrap(), branch);
+        assert_eq!(count_entries(&hidden, 1), 3 + 2);
         let empty_files = b"\x0a\x00".repeat(MAX_TREE_NODES as usize + 1);
         let refusal = Directory::decode(&empty_files, SHA256).unwrap_err();
         assert!(refusal.to_string().contains("entries"), "{refusal}");

@@ -93,6 +93,8 @@ pub(crate) struct Shared {
     encoding: Arc<Semaphore>,
     /// The right to make a form.
     form_turn: Arc<Semaphore>,
+    /// Large actions that may be looked up at the same time.
+    large_actions: Semaphore,
     /// Compressed uploads that may be decoded at the same time.
     decoders: Arc<Semaphore>,
     /// Splits and splices; nothing in it says what is stored.
@@ -148,6 +150,7 @@ impl CasActor {
             encoders: Encoders::new(settings.zstd_level),
             encoding: Arc::new(Semaphore::new(thread::available_parallelism().map_or(1, usize::from))),
             form_turn: Arc::new(Semaphore::new(1)),
+            large_actions: Semaphore::new(settings::LARGE_ACTIONS_MAX),
             decoders: Arc::new(Semaphore::new(settings::DECODERS_MAX)),
             chunk_work: ChunkWork::default(),
             settings,

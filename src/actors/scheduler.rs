@@ -13,6 +13,7 @@ pub mod messages;
 pub mod operation;
 mod queue;
 mod register;
+mod room;
 pub mod settings;
 pub mod slots;
 #[cfg(test)]

@@ -108,7 +108,7 @@ impl ContentAddressableStorage for CasService {
     async fn get_tree(&self, request: Request<GetTreeRequest>) -> Result<Response<TreeStream>, Status> {
         let instance = self.instance(&request, |request| &request.instance_name)?;
         let walk = get_tree::Walk::decode(&instance, request.get_ref())?;
-        Ok(Response::new(get_tree::pages(self.0.cas.clone(), instance, walk)))
+        Ok(Response::new(get_tree::pages(self.0.cas.clone(), instance, walk, &self.0.walks)))
     }
 
     async fn split_blob(

@@ -74,6 +74,7 @@ impl Server {
             instances,
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
+            walks: Default::default(),
             log_streams: log_streams(executes, store.path()),
             settings: Settings {
                 max_blob_bytes: MAX_BLOB_BYTES,

@@ -3,6 +3,10 @@
 //! An action that was looked up before is answered within the actor, from memory: are Action and Command still stored, is
 //! there a complete result. Otherwise the files are read in a future of its own. An action that says `do_not_cache` is never
 //! answered from the cache (EXE-19), so an action is always known before its result is served.
+//!
+//! Actions are counted before they are decoded, and large ones are decoded on a blocking thread, [`LARGE_ACTIONS_MAX`] at a time.
+//!
+//! [`LARGE_ACTIONS_MAX`]: super::settings::LARGE_ACTIONS_MAX
 
 use super::{
     CasActor, Reply,
@@ -10,18 +14,20 @@ use super::{
     index::{Key, Kind},
     messages::{CheckInputs, Resolution, ResolveAction},
     requests::ResultLookup,
-    settings::MAX_ACTION_BYTES,
+    settings::{MAX_ACTION_BYTES, MAX_ACTION_ENTRIES, SMALL_BLOB_BYTES},
 };
 use crate::{
     action::Action,
     digest::Digest,
     error::{Error, Result},
+    instance::Instance,
     proto::reapi,
+    tree::check_entries_within,
 };
 use actix::{Context, Handler, ResponseFuture};
 use bytes::Bytes;
-use prost::Message as _;
 use std::sync::Arc;
+use tokio::sync::SemaphorePermit;
 
 /// An action that was read and checked.
 #[derive(Debug)]
@@ -73,18 +79,8 @@ impl Handler<CheckInputs> for CasActor {
 impl Cas {
     async fn resolve(&self, message: ResolveAction) -> Result<Resolution> {
         let ResolveAction { instance, action: digest, skip_cache_lookup } = message;
-        let bytes = self.read_message(&instance, digest, "Action").await?;
-        let wire = reapi::Action::decode(bytes)
-            .map_err(|error| Error::Invalid(format!("blob {digest} does not parse as an Action: {error}")))?;
-        let command_digest =
-            Digest::from_wire(digest.function(), wire.command_digest.as_ref(), "Action.command_digest")?;
-        let bytes = self.read_message(&instance, command_digest, "Command").await?;
-        let command = reapi::Command::decode(bytes).map_err(|error| {
-            Error::Invalid(format!("blob {command_digest} does not parse as a Command: {error}"))
-        })?;
-        let timeouts = self.shared().settings.timeouts;
-        let action = Arc::new(Action::from_wire(instance.clone(), digest, &wire, &command, timeouts)?);
-        let parsed = ParsedAction { action: action.clone(), command: command_digest };
+        let parsed = self.read_action(&instance, digest).await?;
+        let action = parsed.action.clone();
         let weight = size_of::<ParsedAction>() + action.weight();
         self.shared().actions.insert((instance.id(), digest), Arc::new(parsed), weight);
         if !skip_cache_lookup
@@ -96,12 +92,33 @@ impl Cas {
         Ok(Resolution::Run(action))
     }
 
-    /// Reads a message that has to be there.
-    async fn read_message(
-        &self,
-        instance: &crate::instance::Instance,
+    /// Reads an Action and its Command, and checks them. Small ones are decoded right here, on the thread of the actors;
+    /// it must not be held up by large ones.
+    async fn read_action(&self, instance: &Instance, digest: Digest) -> Result<ParsedAction> {
+        // One turn for both messages: who held a turn and waited for a second one could wait for ever.
+        let mut turn = None;
+        let bytes = self.read_message(instance, digest, "Action", &mut turn).await?;
+        let read = move || decode::<reapi::Action>(bytes, digest, "Action");
+        let wire = if turn.is_some() { self.blocking(read).await? } else { read() }?;
+        let command =
+            Digest::from_wire(digest.function(), wire.command_digest.as_ref(), "Action.command_digest")?;
+        let bytes = self.read_message(instance, command, "Command", &mut turn).await?;
+        let (instance, timeouts) = (instance.clone(), self.shared().settings.timeouts);
+        let read = move || {
+            let message = decode::<reapi::Command>(bytes, command, "Command")?;
+            Action::from_wire(instance, digest, &wire, &message, timeouts)
+        };
+        let action = if turn.is_some() { self.blocking(read).await? } else { read() }?;
+        Ok(ParsedAction { action: Arc::new(action), command })
+    }
+
+    /// Reads a message that has to be there; a large one in turn.
+    async fn read_message<'a>(
+        &'a self,
+        instance: &Instance,
         digest: Digest,
         what: &str,
+        turn: &mut Option<SemaphorePermit<'a>>,
     ) -> Result<Bytes> {
         if digest.size() > MAX_ACTION_BYTES {
             let size = digest.size();
@@ -109,10 +126,22 @@ impl Cas {
                 "the {what} {digest} is too large: {size} bytes, at most {MAX_ACTION_BYTES} are read"
             )));
         }
+        if digest.size() > SMALL_BLOB_BYTES && turn.is_none() {
+            *turn = Some(self.shared().large_actions.acquire().await.map_err(Error::internal)?);
+        }
         let read = self.read_many(instance, vec![digest]).await?.pop();
         read.unwrap_or_else(|| Err(super::blob::not_found(digest))).map_err(|error| match error {
             Error::NotFound(_) => Error::MissingBlobs(vec![digest]),
             error => error,
         })
     }
+}
+
+/// Decodes a message, once it is known that it does not take many times its size.
+fn decode<M: prost::Message + Default>(bytes: Bytes, digest: Digest, what: &str) -> Result<M> {
+    // Two levels, for the properties of the platform.
+    check_entries_within(&bytes, 2, MAX_ACTION_ENTRIES)
+        .map_err(|error| Error::Invalid(format!("the {what} {digest} is refused: {error}")))?;
+    M::decode(bytes)
+        .map_err(|error| Error::Invalid(format!("blob {digest} does not parse as {what}: {error}")))
 }

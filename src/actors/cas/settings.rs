@@ -27,6 +27,14 @@ pub const SMALL_BLOB_BYTES: u64 = 64 * 1024;
 /// Largest Action or Command message that is read. Those of real builds are below 1 MiB.
 pub const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
 
+/// Most entries of an Action or a Command: arguments, variables, properties, outputs, and what these consist of. An empty one is
+/// two bytes on the wire and fifty or more in memory. A system takes a few hundred thousand arguments at most.
+pub const MAX_ACTION_ENTRIES: u64 = 500_000;
+
+/// Actions larger than [`SMALL_BLOB_BYTES`], their Commands included, that are read and decoded at the same time; others wait.
+/// Each may take about 100 MB for as long as that takes, a tenth of a second.
+pub const LARGE_ACTIONS_MAX: usize = 4;
+
 /// Largest Tree message that is read to check a result. About 500,000 files; a result with a larger one is a miss.
 pub const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
 

@@ -4,6 +4,7 @@
 //! - An unfinished operation waits for exactly one task, and a task without operations does not exist.
 //! - A task is waiting (unchecked, checking or ready, in that order) or running; only ready tasks are given a slot.
 //! - A ready task stands in the queue of each pool that can take it, and one that is running in none.
+//! - Every task counts for one build, in the queues and in the [`Room`] that there is for tasks.
 //! - A slot belongs to one run from [`Ledger::assign`] until [`Ledger::finish`], whatever becomes of the task meanwhile: a
 //!   run that was told to stop, or was given up, holds its slot until its worker answers.
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so that every operation ends, exactly once.
@@ -28,6 +29,7 @@ use super::{
     operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
     queue::{Charge, Queue},
     register::Register,
+    room::Room,
     settings::{Moment, QUEUE_FULL_RETRY, SchedulerSettings},
     slots::{PoolSpec, Slots},
     transition::{Event, Transition},
@@ -65,10 +67,8 @@ pub struct Ledger {
     board: Board,
     /// Names builds. Keyed at random, so that nobody can choose names that fall together.
     names: RandomState,
-    /// Tasks that are not running: the length that `queue_size` bounds.
-    waiting: usize,
-    /// What the actions of all tasks weigh together.
-    weight: usize,
+    /// What the tasks take up, for the builds that they count for.
+    room: Room,
     /// Checks at the CAS, of tasks that were cancelled meanwhile too.
     checks: BTreeMap<TaskId, Charge>,
     draining: bool,
@@ -96,14 +96,13 @@ impl Ledger {
             ready: pools.iter().map(|_| queue()).collect(),
             unchecked: queue(),
             slots: Slots::new(pools, settings.unknown_properties),
+            room: Room::new(&settings),
             settings,
             board: Board::default(),
             names: RandomState::new(),
             tasks: BTreeMap::new(),
             joinable: HashMap::new(),
             runs: BTreeMap::new(),
-            waiting: 0,
-            weight: 0,
             checks: BTreeMap::new(),
             draining: false,
             transitions: Vec::new(),
@@ -114,7 +113,7 @@ impl Ledger {
     /// the identical task in flight, also when the client asked to skip the cache (EXE-17), or is queued.
     ///
     /// # Errors
-    /// `Unavailable` while draining; `Exhausted` when the queue is full; `Precondition` when no pool suits (EXE-31).
+    /// `Unavailable` while draining; `Exhausted` when the queue is full, or this build has its share of it; `Precondition` when no pool suits (EXE-31).
     pub fn admit(
         &mut self,
         submit: Submit,
@@ -189,29 +188,9 @@ impl Ledger {
         now: Moment,
     ) -> Result<Subscription> {
         let pools = self.slots.suitable(&action)?;
-        if self.waiting >= self.settings.queue_size {
-            return Err(Error::Exhausted {
-                message: format!(
-                    "the queue is full: {} actions wait for a worker (execution.queue_size); try again in {} s",
-                    self.waiting,
-                    QUEUE_FULL_RETRY.as_secs()
-                ),
-                retry_after: Some(QUEUE_FULL_RETRY),
-            });
-        }
-        let weight = self.weight.saturating_add(action.weight());
-        if weight > self.settings.queue_bytes {
-            return Err(Error::Exhausted {
-                message: format!(
-                    "the queue is full: its actions would take {weight} bytes of memory, more than {}; try again in {} s",
-                    self.settings.queue_bytes,
-                    QUEUE_FULL_RETRY.as_secs()
-                ),
-                retry_after: Some(QUEUE_FULL_RETRY),
-            });
-        }
-        let id = TaskId(self.register.next_number());
         let build = self.build(&info);
+        self.room.check(build, action.weight())?;
+        let id = TaskId(self.register.next_number());
         let snapshot = Snapshot::queued(now.wall);
         let (number, subscription) = self.register.enter(info.clone(), priority, id, snapshot, now);
         let task = Task {
@@ -230,10 +209,9 @@ impl Ledger {
         if let Some(key) = task.key() {
             self.joinable.insert(key, id);
         }
+        self.room.add(build, task.load());
         self.tasks.insert(id, task);
         self.enter_queues(id);
-        self.weight = weight;
-        self.waiting += 1;
         self.transitions.push(Transition { info, priority, event: Event::Queued { joined: false } });
         Ok(subscription)
     }
@@ -291,7 +269,7 @@ impl Ledger {
         let stuck = self.runs.values().filter(|run| run.stuck && self.slots.is_open(run.pool)).count();
         Inspection {
             operations: self.register.len(),
-            queued: self.waiting,
+            queued: self.room.all().waiting,
             running: self.runs.len(),
             slots: self.slots.in_service().saturating_sub(stuck),
         }
@@ -361,14 +339,11 @@ impl Ledger {
     /// Takes a task off the books: nobody can join it, it gets no slot.
     fn remove_task(&mut self, id: TaskId) -> Option<Task> {
         let task = self.tasks.remove(&id)?;
-        self.weight = self.weight.saturating_sub(task.action.weight());
+        self.room.remove(task.build(), task.load());
         if let Some(key) = task.key() {
             self.joinable.remove(&key);
         }
         self.leave_queues(id, &task);
-        if task.step != Step::Running {
-            self.waiting = self.waiting.saturating_sub(1);
-        }
         Some(task)
     }
 

@@ -10,11 +10,12 @@ pub const QUEUE_FULL_RETRY: Duration = Duration::from_secs(5);
 /// The bounds of the scheduler. Each one is there so that nothing grows or waits for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SchedulerSettings {
-    /// Tasks that may wait for a slot, those whose inputs are still being checked included. A requeued task may exceed it:
+    /// Tasks that may wait for a slot, those whose inputs are still being checked included; builds share these places
+    /// ([`Room`](super::room::Room)). A requeued task may exceed it:
     /// it was admitted once, and there are never more of them than slots.
     pub queue_size: usize,
     /// Memory that the actions of all tasks may take, in bytes. A task is a few KiB as a rule, but its Command may be 16 MiB,
-    /// and any number of actions may name the same one.
+    /// and any number of actions may name the same one. Shared like the places.
     pub queue_bytes: usize,
     /// Unfinished operations, however many share a task. Joining a task takes no room in the queue, so that it needs a
     /// bound of its own.

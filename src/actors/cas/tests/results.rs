@@ -1,7 +1,10 @@
 //! The action cache, and how an Execute is looked up.
 
 use super::{
-    super::messages::{Resolution, ResolveAction},
+    super::{
+        messages::{Resolution, ResolveAction},
+        settings::LARGE_ACTIONS_MAX,
+    },
     *,
 };
 use futures::future::join_all;
@@ -312,6 +315,51 @@ async fn a_missing_or_malformed_action_is_told_apart() {
     );
     let huge = Digest::parse(SHA256, &"1".repeat(64), 1 << 40).unwrap();
     assert!(matches!(resolve(&store, huge, false).await, Err(Error::Invalid(m)) if m.contains("too large")));
+}
+
+/// EXE-27. They are counted on the wire; decoded they would be half a gigabyte.
+#[actix::test]
+async fn an_action_or_command_of_millions_of_empty_parts_is_refused_before_it_is_decoded() {
+    let store = Store::new().await;
+    let message_of = |field: u8| {
+        let properties = b"\x0a\x00".repeat(8_000_000);
+        let mut message = vec![field << 3 | 2];
+        prost::encode_length_delimiter(properties.len(), &mut message).unwrap();
+        [message, properties].concat()
+    };
+    let command = store.put(message_of(5)).await;
+    let of_command = reapi::Action { command_digest: Some(command.to_wire()), ..Default::default() };
+    let of_command = store.put(of_command.encode_to_vec()).await;
+    let of_itself = store.put(message_of(10)).await;
+    for (action, what) in [(of_command, "Command"), (of_itself, "Action")] {
+        let Err(Error::Invalid(message)) = resolve(&store, action, false).await else {
+            panic!("not refused")
+        };
+        assert!(message.contains("entries") && message.contains(what), "{message}");
+    }
+}
+
+/// More of them at once than there are turns, and both messages of each are large.
+#[actix::test]
+async fn large_actions_are_looked_up_in_turn() {
+    let store = Store::new().await;
+    let text = "x".repeat(100_000);
+    let command = reapi::Command { arguments: vec![text.clone()], ..Default::default() };
+    let command = store.put(command.encode_to_vec()).await;
+    let mut actions = Vec::new();
+    for salt in 0..3 * LARGE_ACTIONS_MAX {
+        let action = reapi::Action {
+            command_digest: Some(command.to_wire()),
+            input_root_digest: Some(digest(b"").to_wire()),
+            salt: format!("{salt}{text}").into(),
+            ..Default::default()
+        };
+        actions.push(store.put(action.encode_to_vec()).await);
+    }
+    let resolved = join_all(actions.iter().map(|action| resolve(&store, *action, false))).await;
+    for (resolution, action) in resolved.iter().zip(&actions) {
+        assert!(matches!(resolution, Ok(Resolution::Run(a)) if a.digest == *action));
+    }
 }
 
 /// Platform properties are held in memory too, so they weigh like the Command.

@@ -6,6 +6,7 @@ use crate::{
     actors::{
         scheduler::{
             operation::Stage,
+            room::Load,
             settings::Moment,
             slots::Slots,
             transition::{Event, Transition},
@@ -103,7 +104,7 @@ impl Ledger {
         // Should it come back, it stands somewhere else.
         task.position = None;
         task.attempts = task.attempts.saturating_add(1);
-        self.waiting = self.waiting.saturating_sub(1);
+        self.room.remove(task.build(), Load::TURN);
         let limits = &self.settings;
         let bound = [task.action.timeout, limits.transfer_timeout, limits.transfer_timeout, limits.run_slack]
             .into_iter()
@@ -241,7 +242,7 @@ impl Ledger {
         // Its inputs were checked when it came in; if some have gone since, its next run will say so.
         task.step = Step::Ready;
         task.waiting_since = now.at;
-        self.waiting += 1;
+        self.room.add(task.build(), Load::TURN);
         self.enter_queues(id);
         let Some(task) = self.tasks.get(&id) else { return };
         for number in task.numbers() {

@@ -10,7 +10,7 @@ use super::{
     *,
 };
 use crate::actors::{
-    scheduler::messages::OperationFilter,
+    scheduler::{messages::OperationFilter, room::SHARE},
     worker::{
         cancel::CancelToken,
         messages::{RunFailure, RunResult, RunStage, SlotId, StageReached},
@@ -27,7 +27,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 16] = [
+const SIGHTS: [&str; 17] = [
     "joined",
     "explained",
     "in a later pool",
@@ -37,6 +37,7 @@ const SIGHTS: [&str; 16] = [
     "cached",
     "requeued",
     "refused: full",
+    "refused: share",
     "refused: platform",
     "refused: no workers",
     "missing inputs",
@@ -192,7 +193,16 @@ impl World {
         let cached = !work.do_not_cache && self.random.chance(10);
         let invocation = ["", "a", "b"][self.random.below(3)];
         let submit = Submit { priority: self.random.below(3) as i32 - 1, ..submit_of(invocation, &work) };
-        let (before, waiting) = (self.ledger.register.unfinished(), self.ledger.waiting);
+        let before = self.ledger.register.unfinished();
+        let waiting = self.ledger.room.all().waiting;
+        let build = self.ledger.build(&OperationInfo {
+            id,
+            instance: submit.instance.clone(),
+            action: submit.action,
+            inline: submit.inline.clone(),
+            client: submit.client.clone(),
+        });
+        let own = self.ledger.room.of(build).waiting;
         let admitted = self.ledger.admit(submit, resolution(&work, cached), id, self.now);
         match admitted {
             Ok(subscription) => {
@@ -212,8 +222,9 @@ impl World {
             }
             Err(Error::Exhausted { .. }) => {
                 let settings = &self.ledger.settings;
-                assert!(waiting >= settings.queue_size || before >= settings.unfinished_operations);
-                self.seen.insert("refused: full");
+                let free = settings.queue_size.saturating_sub(waiting);
+                assert!(own >= SHARE * free || before >= settings.unfinished_operations);
+                self.seen.insert(if free == 0 { "refused: full" } else { "refused: share" });
             }
             Err(Error::Precondition(message)) => {
                 assert_eq!(work.platform, Some("amiga"));
@@ -426,8 +437,12 @@ impl World {
         let settings = &ledger.settings;
         assert_eq!(ledger.runs.len(), self.runs.len(), "every run is out, and every one out is known");
         let waiting = ledger.tasks.values().filter(|task| task.step != Step::Running).count();
-        assert_eq!(ledger.waiting, waiting);
-        assert_eq!(ledger.weight, ledger.tasks.values().map(|task| task.action.weight()).sum::<usize>());
+        let mut room = Room::new(settings);
+        for task in ledger.tasks.values() {
+            room.add(task.build(), task.load());
+        }
+        assert_eq!(room, ledger.room, "what there is counts, once, for the right build");
+        assert_eq!(room.all().waiting, waiting);
         assert!(waiting <= settings.queue_size + POOLS.iter().sum::<usize>());
         self.check_queues();
         let unfinished: usize = ledger.tasks.values().map(|task| task.waiters.len()).sum();

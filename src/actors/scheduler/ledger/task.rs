@@ -6,6 +6,7 @@ use crate::{
         scheduler::{
             operation::{OperationInfo, ServerLog},
             queue::{Build, Charge, Place},
+            room::Load,
             slots::PoolSet,
             transition::RunPlace,
         },
@@ -85,9 +86,18 @@ impl Task {
     }
 
     pub(super) fn place(&self, id: TaskId) -> Place {
-        let first = self.waiters.first_key_value();
-        let (priority, build) = first.map_or((0, Build(0)), |(&(priority, _), &build)| (priority, build));
-        Place { priority, build, task: id, since: self.queued }
+        let priority = self.waiters.first_key_value().map_or(0, |(&(priority, _), _)| priority);
+        Place { priority, build: self.build(), task: id, since: self.queued }
+    }
+
+    /// The build that it counts for.
+    pub(super) fn build(&self) -> Build {
+        self.waiters.first_key_value().map_or(Build(0), |(_, &build)| build)
+    }
+
+    /// What it takes up as it is.
+    pub(super) fn load(&self) -> Load {
+        Load { waiting: usize::from(self.step != Step::Running), weight: self.action.weight() }
     }
 
     /// Keeps the account of the latest try, under a plain file name (EXE-61).

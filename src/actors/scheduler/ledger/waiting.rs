@@ -65,7 +65,7 @@ impl Ledger {
         });
     }
 
-    /// Changes who waits for a task, and with that its place in the queues.
+    /// Changes who waits for a task, and with that its place in the queues and the build that it counts for.
     pub(super) fn change_waiters(
         &mut self,
         id: TaskId,
@@ -75,6 +75,11 @@ impl Ledger {
         let before = task.place(id);
         change(&mut task.waiters);
         let after = task.place(id);
+        if before.build != after.build {
+            let load = task.load();
+            self.room.remove(before.build, load);
+            self.room.add(after.build, load);
+        }
         if before != after {
             let (step, pools) = (task.step, task.pools.clone());
             self.each_queue(step, &pools, |queue| {

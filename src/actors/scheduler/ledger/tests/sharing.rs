@@ -68,6 +68,28 @@ fn a_build_of_thousands_cannot_starve_one_of_five() {
     assert!(turns <= 10, "{turns} turns for 5 actions beside one other build");
 }
 
+/// GEN-21. The room itself is tested where it is counted.
+#[test]
+fn a_build_larger_than_the_queue_leaves_room_to_one_of_five() {
+    let mut desk = Desk::new(4, SchedulerSettings { queue_size: 900, ..settings() });
+    let mut submit =
+        |build: &str, name| desk.try_submit(submit_of(build, &work(name)), resolution(&work(name), false));
+    let big: Vec<_> = (0..5000).map_while(|name| submit("big", name).ok()).collect();
+    assert_eq!(big.len(), 800);
+    let refusal = submit("big", 801).unwrap_err();
+    assert!(
+        matches!(&refusal, Error::Exhausted { retry_after: Some(_), message } if message.contains("share"))
+    );
+    let small: Vec<_> = (9000..9005).map(|name| submit("small", name).unwrap()).collect();
+    assert!(small.iter().all(|operation| stage(operation) == Stage::Queued));
+    assert_eq!(desk.dispatch().len(), 4);
+    big[100..200].iter().for_each(|operation| desk.cancel(operation));
+    let _again = desk.submit_of("big", 801);
+    let now = desk.now;
+    desk.ledger.drain(true, now);
+    assert_eq!(desk.ledger.inspect().queued, 0);
+}
+
 #[test]
 fn a_shared_task_counts_for_its_most_urgent_waiter_and_then_for_the_first() {
     let mut desk = Desk::new(1, settings());

@@ -55,6 +55,7 @@ use crate::{
             execution_server::ExecutionServer,
         },
     },
+    under_way::UnderWay,
 };
 use ask::Scheduler;
 use futures::stream::BoxStream;
@@ -108,6 +109,8 @@ pub struct Edge {
     pub log_streams: LogStreams,
     /// Remote assets; `None` where they are not served.
     pub assets: Option<Assets>,
+    /// Counts the calls that a shutdown waits for.
+    pub under_way: UnderWay,
     /// What the configuration says about the protocol.
     pub settings: Settings,
 }
@@ -149,7 +152,8 @@ impl Edge {
 }
 
 /// Serves on `listener` until `shutdown` ends; then accepts nothing more, tells clients to go elsewhere, and returns when all open
-/// streams are over. The caller ends those that would go on for long, by draining the scheduler.
+/// streams are over and all connections closed. The caller ends the streams that would go on for long, by draining the
+/// scheduler and closing the log streams, and knows from [`Edge::under_way`] when those that are left may be cut.
 ///
 /// # Errors
 /// [`Error::Internal`] when the services cannot be set up or the transport fails as a whole.
@@ -159,6 +163,7 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
+    let under_way = edge.under_way.clone();
     let routes = routes(edge, health)?;
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -168,7 +173,7 @@ pub async fn serve(
         .http2_max_header_list_size(HEADERS_MAX_BYTES)
         .http2_keepalive_interval(Some(PING_INTERVAL))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
-        .layer(request_log::RequestLogLayer)
+        .layer(request_log::RequestLogLayer { under_way })
         .layer(panic_guard::PanicGuardLayer)
         .layer(intake::IntakeLayer::default())
         .add_routes(routes)

@@ -23,7 +23,7 @@ pub mod resource;
 mod status;
 mod write;
 
-use crate::{actors::cas::client::Cas, error::Result, instance::Instances};
+use crate::{actors::cas::client::Cas, error::Result, instance::Instances, under_way::UnderWay};
 use axum::{
     body::Body,
     extract::Request,
@@ -52,6 +52,8 @@ pub struct HttpCache {
     pub cas: Cas,
     /// Largest blob that is accepted (CAP-15).
     pub max_blob_bytes: u64,
+    /// Counts the requests that a shutdown waits for.
+    pub under_way: UnderWay,
 }
 
 struct Service {
@@ -74,7 +76,7 @@ pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Futur
 }
 
 async fn answer(service: Arc<Service>, peer: SocketAddr, request: Request) -> Response {
-    let mut line = Line::new(peer, request.method(), request.uri());
+    let mut line = Line::new(peer, request.method(), request.uri(), service.cache.under_way.begin());
     let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
     let decoder = is_encoded.then(|| service.decoders.try_acquire()).transpose();
     let response = match (service.requests.clone().try_acquire_owned(), decoder) {

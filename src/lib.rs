@@ -24,4 +24,5 @@ pub mod resource_name;
 pub mod server;
 mod spread;
 pub mod tree;
+pub mod under_way;
 pub mod verify;

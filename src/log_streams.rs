@@ -216,7 +216,7 @@ impl LogStreams {
         }
     }
 
-    /// Ends every reader that waits for more, with a status that clients retry: the server is going down.
+    /// Ends every reader and writer that waits for more, with a status that clients retry: the server is going down.
     pub fn close(&self) {
         self.0.closing.send_replace(true);
     }
@@ -260,6 +260,12 @@ impl Writer {
     /// How far the stream is now.
     pub fn committed(&self) -> Committed {
         self.spool.committed()
+    }
+
+    /// Ends when the server goes down, and the stream with it.
+    pub async fn closing(&self) -> Error {
+        let _ = self.streams.0.closing.subscribe().wait_for(|closing| *closing).await;
+        Error::Unavailable("this server is shutting down, and its log streams end with it".into())
     }
 
     /// Adds bytes at `offset`, which must be the stream's length; with `finish`, nothing can follow. Readers have them when

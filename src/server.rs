@@ -1,8 +1,9 @@
 //! One server process, from settings to exit: wiring and shutdown, nothing else.
 //!
 //! Everything is built leaf first: store, workers, scheduler, edge. Shutdown goes the other way round: the scheduler takes
-//! no new work and finishes what it has, within a grace; then the edge lets its last streams end; then the process does. The
-//! owner actors are watched: one that died takes the process down, because half a server is worse than none.
+//! no new work and finishes what it has; then the edge takes no more connections and lets the calls under way end, all within
+//! one grace; then the process ends, whatever clients keep open. The owner actors are watched: one that died takes the process
+//! down, because half a server is worse than none.
 
 use crate::{
     action::TimeoutPolicy,
@@ -23,6 +24,7 @@ use crate::{
     http_cache::{self, HttpCache},
     log_streams::{Limits, LogSettings, LogStreams},
     logging,
+    under_way::UnderWay,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
 use actix_rt::System;
@@ -35,7 +37,7 @@ use tokio::{
     select,
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
-    time::{interval, timeout},
+    time::{Instant, interval, timeout, timeout_at},
 };
 
 /// Target of this file's log lines.
@@ -47,7 +49,8 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 /// How long cancelled work may take to be gone: the time to kill processes and remove directories.
 const CANCEL_GRACE: Duration = Duration::from_secs(10);
 
-/// How long clients may take to hear the end of their streams and to close their connections, and then the store to close.
+/// How long clients may take to close their connections once nothing is under way, or to hear the ends of their streams where
+/// work has used up the grace; and then the store to close.
 const CLOSE_GRACE: Duration = Duration::from_secs(3);
 
 /// The exit code of a second interrupt: 128 + SIGINT.
@@ -166,6 +169,7 @@ impl Server {
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
         let health = grpc::health::Health::serving().await;
+        let under_way = UnderWay::default();
         let edge = Arc::new(Edge {
             instances: settings.instances.clone(),
             cas: cas.clone(),
@@ -173,6 +177,7 @@ impl Server {
             assets: Some(assets.clone()),
             walks: grpc::get_tree::Walks::default(),
             log_streams: log_streams.clone(),
+            under_way: under_way.clone(),
             settings: grpc::Settings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
@@ -188,7 +193,7 @@ impl Server {
                 grpc::serve(edge, &health, listener, shutdown).await
             }
         });
-        let (http_close, mut http_serving) = serve_http(http, &settings, &cas, &workers)?;
+        let (http_close, mut http_serving) = serve_http(http, &settings, &cas, &under_way, &workers)?;
         ready(address);
 
         let stop = select! {
@@ -207,7 +212,8 @@ impl Server {
         };
         log::info!(target: LOG, event = "server_stopping", signal = signal,
             grace_ms = settings.shutdown_grace.as_millis() as u64;
-            "stopping: finishing what runs; a second interrupt stops at once");
+            "stopping: finishing what is under way; a second interrupt stops at once");
+        let grace_over = Instant::now() + settings.shutdown_grace;
         let orderly = async {
             health.drain().await;
             if let Some(scheduler) = &scheduler {
@@ -217,9 +223,12 @@ impl Server {
             // Whoever waits for the end of a stream hears it now; idle connections are told to go away.
             let _ = close.send(());
             drop(http_close);
-            let both = async { tokio::join!(serving, http_serving) };
-            if timeout(CLOSE_GRACE, both).await.is_err() {
-                log::warn!(target: LOG, event = "connections_cut"; "some clients kept their connections open; closing them");
+            let patience = grace_over.max(Instant::now() + CLOSE_GRACE);
+            select! {
+                _ = async { tokio::join!(serving, http_serving) } => {}
+                _ = timeout_at(patience, under_way.finished(CLOSE_GRACE)) => {
+                    log::warn!(target: LOG, event = "connections_cut"; "some clients keep their connections open; closing them");
+                }
             }
         };
         select! {
@@ -252,6 +261,7 @@ fn serve_http(
     listener: Option<TcpListener>,
     settings: &Settings,
     cas: &Cas,
+    under_way: &UnderWay,
     workers: &Handle,
 ) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
     let (close, closed) = oneshot::channel::<()>();
@@ -266,6 +276,7 @@ fn serve_http(
         instances: settings.instances.clone(),
         cas: cas.clone(),
         max_blob_bytes: settings.max_blob_bytes,
+        under_way: under_way.clone(),
     };
     log::info!(target: LOG, event = "http_started", listen_addr:% = address; "serving the HTTP cache on {address}");
     let serving = workers.spawn(http_cache::serve(cache, listener, async move { drop(closed.await) }));

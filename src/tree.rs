@@ -184,8 +184,8 @@ pub fn check_entries_within(bytes: &[u8], levels: u32, most: u64) -> Result<()> 
     Ok(())
 }
 
-/// Fields of a message, and of the messages in it, `levels` deep, up to the first that is malformed. It has to find the same fields as the
-/// decoder does: what it takes for the inside of a field it does not count.
+/// Fields of a message, and of the messages in it, `levels` deep, up to the first that is malformed. It has to find the same
+/// fields as the decoder does: what it takes for the inside of a field it does not count.
 pub fn count_entries(mut bytes: &[u8], levels: u32) -> u64 {
     let mut count = 0;
     // The public name of prost's varint decoder.

@@ -30,6 +30,7 @@ use crate::{
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
 use std::sync::Arc;
+use tokio::select;
 use tonic::{Request, Response, Status, Streaming};
 
 /// The service.
@@ -182,7 +183,10 @@ pub(super) async fn write(
             }
             break;
         }
-        message = next_message(&mut messages, WRITE_IDLE_LIMIT).await?;
+        message = select! {
+            next = next_message(&mut messages, WRITE_IDLE_LIMIT) => next?,
+            closing = writer.closing() => return Err(closing.into()),
+        };
     }
     Ok(Response::new(WriteResponse { committed_size: wire_size(committed) }))
 }

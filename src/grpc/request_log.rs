@@ -11,6 +11,7 @@ use crate::{
     digest::Digest,
     error::Error,
     instance::Instance,
+    under_way::UnderWay,
 };
 use bytes::Bytes;
 use http::{Request, Response};
@@ -34,6 +35,8 @@ use tower::{Layer, Service};
 pub const TARGET: &str = "gorego::rpc";
 /// Event of the line.
 pub const RPC_FINISHED: &str = "rpc_finished";
+/// What clients keep open for as long as they like: a shutdown does not wait for it.
+const OPEN_ENDED: [&str; 2] = ["/grpc.health.v1.Health/Watch", "/grpc.reflection."];
 /// Longest method name in a line, in bytes; callers can name methods that do not exist.
 const METHOD_MAX_BYTES: usize = 128;
 /// Longest error message in a line, in bytes.
@@ -125,14 +128,17 @@ impl Call {
 }
 
 /// Puts a [`RequestLog`] round a service.
-#[derive(Debug, Clone, Copy)]
-pub struct RequestLogLayer;
+#[derive(Debug, Clone)]
+pub struct RequestLogLayer {
+    /// Counts calls up to their lines.
+    pub under_way: UnderWay,
+}
 
 impl<S> Layer<S> for RequestLogLayer {
     type Service = RequestLog<S>;
 
     fn layer(&self, inner: S) -> RequestLog<S> {
-        RequestLog { inner }
+        RequestLog { inner, under_way: self.under_way.clone() }
     }
 }
 
@@ -140,6 +146,7 @@ impl<S> Layer<S> for RequestLogLayer {
 #[derive(Debug, Clone)]
 pub struct RequestLog<S> {
     inner: S,
+    under_way: UnderWay,
 }
 
 impl<S, B> Service<Request<TonicBody>> for RequestLog<S>
@@ -158,12 +165,14 @@ where
         let peer = request.extensions().get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
         let client = convert::client_info(request.headers());
         let call = Call(Arc::new(State { client, peer, ..State::default() }));
+        let is_open_ended = OPEN_ENDED.iter().any(|prefix| request.uri().path().starts_with(prefix));
         let line = Line {
             call: call.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),
             code: None,
             error: String::new(),
+            _unfinished: (!is_open_ended).then(|| self.under_way.begin()),
         };
         request.extensions_mut().insert(call.clone());
         let request = request.map(|inner| TonicBody::new(CountedBody { inner, call }));

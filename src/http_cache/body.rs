@@ -171,7 +171,7 @@ fn too_large(max: u64) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compression::WINDOW_MAX_LOG;
+    use crate::{compression::WINDOW_MAX_LOG, under_way::UnderWay};
     use axum::http::{Method, Uri};
     use proptest::prelude::*;
     use std::io::Write as _;
@@ -184,7 +184,12 @@ mod tests {
         let mut request = Request::new(Body::from_stream(stream::iter(pieces)));
         request.headers_mut().insert(header::CONTENT_ENCODING, "zstd".parse().unwrap());
         let runtime = Builder::new_current_thread().enable_time().build().unwrap();
-        let mut line = Line::new(([127, 0, 0, 1], 1).into(), &Method::PUT, &Uri::from_static("/"));
+        let mut line = Line::new(
+            ([127, 0, 0, 1], 1).into(),
+            &Method::PUT,
+            &Uri::from_static("/"),
+            UnderWay::default().begin(),
+        );
         runtime.block_on(async { Upload::new(request, max)?.collect(&mut line).await })
     }
 

@@ -1,7 +1,7 @@
 //! One log line for each request, written when its response is over or its client is gone.
 
 use super::LOG;
-use crate::{digest::Digest, error::Error, instance::Instance};
+use crate::{digest::Digest, error::Error, instance::Instance, under_way::Unfinished};
 use axum::{
     body::{Body, Bytes, HttpBody},
     http::{Method, StatusCode, Uri},
@@ -38,11 +38,12 @@ pub struct Line {
     bytes_in: u64,
     bytes_out: u64,
     permit: Option<OwnedSemaphorePermit>,
+    _unfinished: Unfinished,
 }
 
 impl Line {
     /// The line of a request that has just begun.
-    pub fn new(peer: SocketAddr, method: &Method, uri: &Uri) -> Self {
+    pub fn new(peer: SocketAddr, method: &Method, uri: &Uri, unfinished: Unfinished) -> Self {
         Self {
             method: shorten(method.as_str().to_owned(), METHOD_MAX_BYTES),
             path: shorten(uri.path().to_owned(), PATH_MAX_BYTES),
@@ -55,6 +56,7 @@ impl Line {
             bytes_in: 0,
             bytes_out: 0,
             permit: None,
+            _unfinished: unfinished,
         }
     }
 

@@ -25,6 +25,7 @@ use gorego::{
             execution_client::ExecutionClient,
         },
     },
+    under_way::UnderWay,
 };
 use std::{
     sync::{Arc, mpsc},
@@ -76,6 +77,7 @@ impl Server {
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
             walks: Default::default(),
             log_streams: log_streams(executes, store.path()),
+            under_way: UnderWay::default(),
             settings: Settings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,

@@ -2,9 +2,18 @@
 
 use crate::execution::running;
 use crate::support::{Client, Server, command, empty, eventually, metadata, sh, sh_with, sha256};
-use gorego::proto::bytestream::WriteRequest;
-use std::{process::Command, time::Duration};
-use tonic::Code;
+use gorego::proto::{
+    bytestream::{ReadRequest, WriteRequest, WriteResponse},
+    logstream::{CreateLogStreamRequest, log_stream_service_client::LogStreamServiceClient},
+};
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
+use tokio::{net::TcpStream, sync::mpsc::Sender, task::JoinHandle};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Response, Status, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 /// What runs is finished, what is new is refused with a code that clients retry, and the exit is clean.
 #[tokio::test]
@@ -27,6 +36,58 @@ async fn sigterm_finishes_what_runs_and_exits_zero() {
     // Fault 15: the result was recorded before the exit.
     let server = Server::on(server.shared_store(), &[]).await;
     assert!(server.client().await.cached(action).await.is_some());
+}
+
+/// An upload that is under way is waited for, however slow; what clients merely keep open is not.
+#[tokio::test]
+async fn sigterm_lets_an_upload_finish_and_waits_for_nothing_else() {
+    let names = ("INSTANCE_NAMES", r#"["", "main"]"#);
+    let mut server = Server::with(&[("SHUTDOWN_GRACE", "25s"), names]).await;
+    let client = server.client().await;
+    let channel = Channel::from_shared(server.endpoint()).unwrap().connect().await.unwrap();
+    let watcher = HealthClient::new(channel.clone()).watch(HealthCheckRequest::default()).await.unwrap();
+    let silent = TcpStream::connect(server.address()).await.unwrap();
+    let parent = CreateLogStreamRequest { parent: "main".into() };
+    let log = LogStreamServiceClient::new(channel).create_log_stream(parent).await.unwrap().into_inner();
+    let line =
+        WriteRequest { resource_name: log.write_resource_name, data: "a line".into(), ..Default::default() };
+    let (logging, logged) = begin_write(&client, line).await;
+    let request = ReadRequest { resource_name: log.name, ..Default::default() };
+    let mut reader = client.bytes.clone().read(request).await.unwrap().into_inner();
+    reader.message().await.unwrap().unwrap();
+
+    let blob = vec![7u8; 3_000_000];
+    let mut messages = messages(&blob, 1 << 18).into_iter();
+    let (sender, upload) = begin_write(&client, messages.next().unwrap()).await;
+    // The second is taken once the first is on its way.
+    sender.send(messages.next().unwrap()).await.unwrap();
+    server.signal("TERM");
+    eventually("stopping is logged", || server.log().iter().any(|e| e["event"] == "server_stopping")).await;
+    // Longer, by far, than connections are kept for nothing.
+    for message in messages {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        sender.send(message).await.unwrap();
+    }
+    assert_eq!(upload.await.unwrap().unwrap().into_inner().committed_size, 3_000_000);
+    let finished = Instant::now();
+    assert_eq!(server.exit().await.code(), Some(0));
+    assert!(finished.elapsed() < Duration::from_secs(10), "{:?}", finished.elapsed());
+    assert_eq!(reader.message().await.unwrap_err().code(), Code::Unavailable);
+    assert_eq!(logged.await.unwrap().unwrap_err().code(), Code::Unavailable);
+    drop((watcher, silent, logging));
+    let server = Server::on(server.shared_store(), &[]).await;
+    assert_eq!(server.client().await.missing(&[sha256(&blob)]).await, []);
+}
+
+type Write = JoinHandle<Result<Response<WriteResponse>, Status>>;
+
+/// A Write that has sent its first message, and the way to send more.
+async fn begin_write(client: &Client, first: WriteRequest) -> (Sender<WriteRequest>, Write) {
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let mut bytes = client.bytes.clone();
+    let write = tokio::spawn(async move { bytes.write(ReceiverStream::new(receiver)).await });
+    sender.send(first).await.unwrap();
+    (sender, write)
 }
 
 /// After the limit the rest is cancelled; every stream ends with a status that clients retry.
@@ -95,11 +156,7 @@ async fn after_kill_nine_the_store_is_whole() {
         data: big[..1_500_000].to_vec().into(),
         ..Default::default()
     };
-    let (sender, receiver) = tokio::sync::mpsc::channel(1);
-    let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
-    let mut bytes = client.bytes.clone();
-    let upload = tokio::spawn(async move { bytes.write(stream).await });
-    sender.send(half).await.unwrap();
+    let (sender, upload) = begin_write(&client, half).await;
     let name = format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/{}", sha256(&big).blob_name());
     let end = std::time::Instant::now() + crate::support::PATIENCE;
     loop {
@@ -114,6 +171,7 @@ async fn after_kill_nine_the_store_is_whole() {
     }
     let store = server.kill().await;
     let _ = upload.await;
+    drop(sender);
     eventually("the command died with the server", || !running("sleep 7454")).await;
 
     let server = Server::on(store, &[]).await;
@@ -227,11 +285,15 @@ async fn any_number_of_broken_uploads_leaves_the_server_reachable() {
     another.upload("still there").await;
 }
 
-async fn upload(client: &Client, blob: &[u8]) -> Result<i64, tonic::Status> {
+async fn upload(client: &Client, blob: &[u8]) -> Result<i64, Status> {
+    let reply = client.bytes.clone().write(tokio_stream::iter(messages(blob, 1 << 20))).await?;
+    Ok(reply.into_inner().committed_size)
+}
+
+/// The messages of one Write.
+fn messages(blob: &[u8], chunk: usize) -> Vec<WriteRequest> {
     let name = format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/{}", sha256(blob).blob_name());
-    let chunk = 1 << 20;
-    let messages: Vec<_> = blob
-        .chunks(chunk)
+    blob.chunks(chunk)
         .enumerate()
         .map(|(n, data)| WriteRequest {
             resource_name: name.clone(),
@@ -239,9 +301,7 @@ async fn upload(client: &Client, blob: &[u8]) -> Result<i64, tonic::Status> {
             finish_write: (n + 1) * chunk >= blob.len(),
             data: data.to_vec().into(),
         })
-        .collect();
-    let reply = client.bytes.clone().write(tokio_stream::iter(messages)).await?;
-    Ok(reply.into_inner().committed_size)
+        .collect()
 }
 
 /// Connections are many, and each is an open file; what commands find is what they would find without this server.

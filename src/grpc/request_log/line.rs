@@ -1,7 +1,7 @@
 //! The text of the log line: which fields it has, and how they are written.
 
 use super::{Call, ERROR_MAX_BYTES, METHOD_MAX_BYTES, Notes, RPC_FINISHED, TARGET};
-use crate::{actors::scheduler::operation::ClientInfo, grpc::status};
+use crate::{actors::scheduler::operation::ClientInfo, grpc::status, under_way::Unfinished};
 use http::{HeaderMap, Uri};
 use log::kv::{self, Key, Value, VisitSource};
 use std::{
@@ -20,6 +20,8 @@ pub(super) struct Line {
     pub code: Option<Code>,
     /// The message of a status that is not OK.
     pub error: String,
+    /// Held so that a shutdown waits for the end of the call.
+    pub _unfinished: Option<Unfinished>,
 }
 
 impl Line {

@@ -23,6 +23,13 @@ const FRAME_MAGIC: [u8; 4] = 0xFD2F_B528u32.to_le_bytes();
 /// The first bytes of a skippable frame; the low half of the first one is free.
 const SKIPPABLE_MAGIC: [u8; 4] = 0x184D_2A50u32.to_le_bytes();
 
+/// Whether a frame that we take begins with these bytes.
+pub fn is_frame_magic(magic: [u8; 4]) -> bool {
+    let [first, rest @ ..] = magic;
+    let [skippable, after @ ..] = SKIPPABLE_MAGIC;
+    magic == FRAME_MAGIC || (first & 0xF0 == skippable && rest == after)
+}
+
 /// Decodes one stream of frames, in whatever pieces it comes; see the top of this file.
 pub struct Decoder {
     context: Context<'static>,

@@ -7,6 +7,8 @@
 //! Owners, times and permissions other than "executable" are dropped. Devices, pipes, sparse files and encrypted files are
 //! refused.
 
+mod zstd_frames;
+
 use super::{
     layout::Layout,
     outcome::{FailureKind, Problem},
@@ -24,6 +26,7 @@ use zip::{
     ZipArchive,
     read::{ArchiveOffset, Config},
 };
+use zstd_frames::ZstdFrames;
 
 /// Memory that decoding one xz stream may take: what the highest preset needs, and some.
 const XZ_MEMORY_BYTES: u64 = 128 * 1024 * 1024;
@@ -76,14 +79,7 @@ pub fn unpack(
                 XzStream::new_stream_decoder(XZ_MEMORY_BYTES, CONCATENATED).map_err(Error::internal)?;
             unpack_tar(limited(Box::new(XzDecoder::new_stream(input, stream))), contents)
         }
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
-            let decoder = zstd::stream::read::Decoder::with_buffer(&mut input).and_then(|mut decoder| {
-                decoder.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
-                Ok(decoder)
-            });
-            let decoder = decoder.map_err(|error| Problem::of_io(&error))?;
-            unpack_tar(limited(Box::new(decoder)), contents)
-        }
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => unpack_tar(limited(Box::new(ZstdFrames::new(input))), contents),
         _ => unpack_tar(limited(Box::new(&mut input)), contents),
     }
 }

@@ -124,6 +124,25 @@ fn a_tar_is_read_however_it_is_compressed() {
     assert_eq!(root(&read(&parts).unwrap()), root(&expected_layout()));
 }
 
+/// A frame of zstd 0.7 that holds these bytes as they are.
+fn legacy_frame(bytes: &[u8; 100]) -> Vec<u8> {
+    [&[0x27, 0xB5, 0x2F, 0xFD, 0x20, 100, 0x40, 0, 100][..], bytes, &[0xC0, 0, 0]].concat()
+}
+
+#[test]
+fn every_frame_of_a_zstd_stream_has_to_be_of_todays_format() {
+    let tar = sample_tar();
+    let pack = |bytes: &[u8]| zstd::encode_all(bytes, 1).unwrap();
+    let (first, rest) = tar.split_at(700);
+    let (middle, last) = rest.split_first_chunk::<100>().unwrap();
+    let skippable = [0x53, 0x2A, 0x4D, 0x18, 3, 0, 0, 0, 1, 2, 3];
+    let good = [&pack(first)[..], &skippable, &pack(b""), &pack(middle), &pack(last)].concat();
+    assert_eq!(root(&read(&good).unwrap()), root(&expected_layout()));
+    let old = [&pack(first)[..], &legacy_frame(middle), &pack(last)].concat();
+    let (kind, message) = refusal(&old);
+    assert!(kind == FailureKind::Unusable && message.contains("no zstd frame begins"), "{message}");
+}
+
 fn zip(build: impl FnOnce(&mut zip::ZipWriter<io::Cursor<Vec<u8>>>)) -> Vec<u8> {
     let mut writer = zip::ZipWriter::new(io::Cursor::new(Vec::new()));
     build(&mut writer);

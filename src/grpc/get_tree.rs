@@ -8,8 +8,8 @@
 //! walk up to the end of its page; resuming walks again from the root and skips so many. The server keeps nothing in between.
 //!
 //! Memory is bounded for all walks together: [`WALKS_MAX`] go on at a time, with [`SMALL_WALK_BYTES`] each, and a walk that
-//! needs more waits until it is one of [`LARGE_WALKS_MAX`]. The others wait in order, which costs next to nothing. A client that
-//! does not read holds its place for as long as its connection lives.
+//! needs more waits until it is one of [`LARGE_WALKS_MAX`]. The others wait in order, which costs next to nothing. So that a
+//! client that does not read cannot hold up all others, its walk ends after [`PAGE_WAIT`].
 
 use super::{TreeStream, convert, inline, page_token};
 use crate::{
@@ -25,9 +25,14 @@ use futures::stream::{self, Stream, StreamExt as _};
 use prost::Message as _;
 use std::{
     collections::{HashSet, VecDeque},
+    pin::pin,
     sync::Arc,
+    time::Duration,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::timeout,
+};
 
 /// Directories in a page when the client does not say, and at most.
 pub const PAGE_MAX_DIRECTORIES: usize = 1_000;
@@ -47,6 +52,8 @@ pub const SMALL_WALK_BYTES: usize = 24 * 1024 * 1024;
 /// Walks that may take more than that at the same time: 320 MB with the most directories, and 300 MB more while the largest
 /// one is sent.
 pub const LARGE_WALKS_MAX: usize = 2;
+/// How long a walk waits for its client to take a page; a full one passes at 35 kB/s.
+pub const PAGE_WAIT: Duration = Duration::from_secs(120);
 /// Directories that are read at once.
 const READ_MAX_DIRECTORIES: usize = 256;
 /// Bytes of directories that are read at once, as far as their digests say; a larger one is read alone.
@@ -202,12 +209,47 @@ fn binding(root: &Digest) -> String {
 
 /// The pages of a walk, once there is a place for it. A stream that is dropped frees its place, or leaves the line.
 pub fn pages(cas: Cas, instance: Instance, walk: Walk, walks: &Walks) -> TreeStream {
-    run(walk, walks.clone(), move |digests| {
+    let pages = run(walk, walks.clone(), move |digests| {
         let (cas, instance) = (cas.clone(), instance.clone());
         async move { cas.read_many(&instance, digests).await }
+    });
+    attended(pages).map(|page| page.map_err(Into::into)).boxed()
+}
+
+/// The pages of a walk that goes on by itself, one page ahead, so that it ends when its client takes none for [`PAGE_WAIT`].
+fn attended(
+    pages: impl Stream<Item = Result<GetTreeResponse>> + Send + 'static,
+) -> impl Stream<Item = Result<GetTreeResponse>> + Send {
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let mut pages = pin!(pages);
+        // The walk stands still until its last page was taken, and gives up its place when it ends here.
+        while let Ok(Ok(room)) = timeout(PAGE_WAIT, sender.reserve()).await {
+            let page = tokio::select! {
+                page = pages.next() => page,
+                () = sender.closed() => return,
+            };
+            let is_last = !matches!(page, Some(Ok(_)));
+            room.send(page);
+            if is_last {
+                return;
+            }
+        }
+    });
+    stream::unfold(Some(receiver), |receiver| async move {
+        let mut receiver = receiver?;
+        match receiver.recv().await {
+            Some(page) => page.map(|page| {
+                let rest = page.is_ok().then_some(receiver);
+                (page, rest)
+            }),
+            None => {
+                let error =
+                    "no page of this tree was taken for too long; go on with the token of the last one";
+                Some((Err(Error::Unavailable(error.into())), None))
+            }
+        }
     })
-    .map(|page| page.map_err(Into::into))
-    .boxed()
 }
 
 /// The places that there are for walks, for all clients together.

@@ -168,6 +168,24 @@ fn large_walks_wait_for_each_other_and_small_ones_do_not_wait_for_them() {
     assert!(next(&mut second).is_some());
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_client_that_does_not_read_loses_its_place_and_is_told_so() {
+    let mut blobs = Blobs::default();
+    let leaves: Vec<_> = (0..5).map(|n| blobs.directory(&n.to_string(), 0, &[])).collect();
+    let root = blobs.directory("root", 0, &leaves);
+    let walks = Walks::new(1, 1);
+    let open = || attended(blobs.pages(request(root, 1), &walks).unwrap()).boxed();
+    let (mut idle, mut waiting) = (open(), open());
+    assert!(idle.next().await.unwrap().is_ok());
+    tokio::task::yield_now().await;
+    let started = tokio::time::Instant::now();
+    assert_eq!(waiting.by_ref().collect::<Vec<_>>().await.len(), 6, "it has not been waiting for its client");
+    assert!(started.elapsed() >= PAGE_WAIT);
+    let rest: Vec<_> = idle.collect().await;
+    assert!(rest.len() < 5, "{rest:?}");
+    assert!(matches!(rest.last(), Some(Err(Error::Unavailable(_)))), "no tree ends early without a word");
+}
+
 /// GEN-25.
 #[test]
 fn no_page_is_larger_than_a_message_may_be() {

@@ -6,7 +6,7 @@
 //! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`log_stream`], [`asset`],
 //!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors.
 //! - [`convert`]: wire to domain and back. [`status`]: errors to statuses. [`inline`], [`page_token`], [`filter`],
-//!   [`operation_stream`]: parts of answers.
+//!   [`operation_stream`], [`stalled`]: parts of answers.
 //! - [`ask`]: the way to the scheduler. [`accept`], [`intake`], [`codec`], [`request_log`], [`panic_guard`]: what every
 //!   connection and call goes through.
 //!
@@ -35,6 +35,7 @@ pub mod operations;
 pub mod page_token;
 pub mod panic_guard;
 pub mod request_log;
+pub mod stalled;
 pub mod status;
 
 use crate::{

@@ -2,7 +2,7 @@
 
 use super::{ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment};
 use crate::{
-    config::{Flag, Loaded, Machine, Settings, Sources, load, load::file_to_read, show::show},
+    config::{Flag, Loaded, LogFormat, Machine, Settings, Sources, load, load::file_to_read, show::show},
     error::{Error, Result},
 };
 use std::{
@@ -49,6 +49,19 @@ pub fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> Result
     let loaded = load(&Sources { file, env, flags: flags(args)? })?;
     let settings = Settings::new(&loaded, &Machine::this())?;
     Ok((loaded, settings))
+}
+
+/// The format of the log, as far as a configuration that cannot be used says it: all of it where only the values do not fit
+/// together, else what environment and flags say.
+pub fn log_format(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> LogFormat {
+    let format = |file, env| {
+        let flags = flags(args).ok()?;
+        Some(load(&Sources { file, env, flags }).ok()?.config.log.format)
+    };
+    format(file_to_read(args.config.clone()), env.clone())
+        .or_else(|| format(None, env))
+        .or_else(|| format(None, Vec::new()))
+        .unwrap_or(LogFormat::Auto)
 }
 
 fn flags(args: &ServeArgs) -> Result<Vec<Flag>> {

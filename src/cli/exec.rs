@@ -244,7 +244,9 @@ fn exit_code(code: i32) -> u8 {
 
 async fn fetch(client: &Client, result: &reapi::ActionResult, to: &Path, line: &Line) -> Result<()> {
     let progress = Arc::new(Progress::default());
-    line.during("downloading", &progress, client.download_outputs(result, to, &progress)).await
+    let fetched = line.during("downloading", &progress, client.download_outputs(result, to, &progress)).await;
+    line.clear();
+    fetched
 }
 
 /// An output that was not produced is no error of the protocol (EXE-50), but whoever asked for it wants to know.

@@ -30,13 +30,22 @@ impl Line {
         Self(bar)
     }
 
-    /// Says what is going on.
+    /// Shows the line again after [`Line::clear`].
+    fn show(&self) {
+        if self.0.is_finished() && !self.0.is_hidden() {
+            self.0.reset();
+            self.0.enable_steady_tick(TICK);
+        }
+    }
+
+    /// Says what is going on, if the line was not taken away.
     pub fn say(&self, what: &str) {
         self.0.set_message(crate::logging::escaped(what));
     }
 
-    /// Says how far a transfer is while it goes on.
+    /// Says how far a transfer is while it goes on, also after [`Line::clear`].
     pub async fn during<T>(&self, what: &str, progress: &Progress, transfer: impl Future<Output = T>) -> T {
+        self.show();
         let mut transfer = pin!(transfer);
         let mut tick = tokio::time::interval(TICK);
         loop {
@@ -50,7 +59,7 @@ impl Line {
         }
     }
 
-    /// Takes the line away, so that the command's own output starts on a clean one.
+    /// Takes the line away, so that other output starts on a clean one; the next transfer shows it again.
     pub fn clear(&self) {
         self.0.finish_and_clear();
     }

@@ -1,8 +1,13 @@
 //! `gorego serve`: configuration, logs, then the server; and what a person sees when it is ready.
 
-use super::{EXIT_FAILURE, EXIT_OK, EXIT_USAGE, ServeArgs, complain, config::load_settings, environment};
+use super::{
+    EXIT_FAILURE, EXIT_OK, EXIT_USAGE, ServeArgs, complain,
+    config::{load_settings, log_format},
+    environment,
+};
 use crate::{
-    config::Settings,
+    config::{Config, LogConfig, Settings},
+    error::Error,
     logging::{self, Style},
     server,
 };
@@ -16,7 +21,7 @@ pub fn run(args: &ServeArgs) -> u8 {
     let settings = match load_settings(args, environment()) {
         Ok((_, settings)) => settings,
         Err(error) => {
-            complain(&error);
+            refuse(args, &error);
             return EXIT_USAGE;
         }
     };
@@ -31,6 +36,18 @@ pub fn run(args: &ServeArgs) -> u8 {
         Err(error) => {
             log::error!(target: "gorego::server", event = "server_failed"; "{error}");
             EXIT_FAILURE
+        }
+    }
+}
+
+/// Says why a configuration cannot be used: to a person in plain text, to a log as one event.
+fn refuse(args: &ServeArgs, error: &Error) {
+    let log = LogConfig { format: log_format(args, environment()), ..Config::default().log };
+    match logging::init(&log) {
+        Style::Text { .. } => complain(error),
+        Style::Json => {
+            log::error!(target: "gorego::server", event = "server_failed"; "{error}");
+            logging::flush();
         }
     }
 }

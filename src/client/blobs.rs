@@ -5,7 +5,10 @@ use bytes::Bytes;
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 /// Where the bytes of a blob come from.
@@ -79,8 +82,28 @@ impl Progress {
         self.done.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// One more blob: as far as it is, it counts in this. A transfer that starts again counts once what it moves twice.
+    pub fn of_blob(self: &Arc<Self>) -> BlobProgress {
+        BlobProgress { all: self.clone(), reached: AtomicU64::new(0) }
+    }
+
     /// Bytes moved, and bytes to move in all as far as is known.
     pub fn bytes(&self) -> (u64, u64) {
         (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed))
+    }
+}
+
+/// How far the transfer of one blob is.
+#[derive(Debug)]
+pub struct BlobProgress {
+    all: Arc<Progress>,
+    reached: AtomicU64,
+}
+
+impl BlobProgress {
+    /// The transfer has come to this byte of the blob.
+    pub fn reach(&self, byte: u64) {
+        let before = self.reached.fetch_max(byte, Ordering::Relaxed);
+        self.all.advance(byte.saturating_sub(before));
     }
 }

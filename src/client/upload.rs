@@ -4,7 +4,9 @@
 //! is an error that names it.
 
 use super::{
-    BlobSet, Client, Progress, Source, backoff, blocking, local, retrying,
+    BlobSet, Client, Progress, Source, backoff,
+    blobs::BlobProgress,
+    blocking, local, retrying,
     status::{from_message, from_status},
     timed,
 };
@@ -76,8 +78,10 @@ impl Client {
             && digest.size() + BLOB_OVERHEAD_BYTES > self.batch_bytes
             && let Some(source) = sources.get(&digest)
         {
-            retrying(async || self.write(digest, source.clone()).await).await?;
-            progress.advance(digest.size());
+            let progress = Arc::new(progress.of_blob());
+            retrying(async || self.write(digest, source.clone(), progress.clone()).await).await?;
+            // The server may have wanted no more (BS-24).
+            progress.reach(digest.size());
             return Ok(());
         }
         let requests = blocking(move || {
@@ -112,10 +116,10 @@ impl Client {
     }
 
     /// Uploads one blob with ByteStream.Write, from the start.
-    async fn write(&self, digest: Digest, source: Source) -> Result<()> {
+    async fn write(&self, digest: Digest, source: Source, progress: Arc<BlobProgress>) -> Result<()> {
         let name = self.qualify(&format!("uploads/{}/{}", uuid::Uuid::new_v4(), digest.blob_name()));
         let (sender, receiver) = mpsc::channel(CHUNKS_IN_FLIGHT);
-        let reader = blocking(move || send_chunks(&digest, &source, name, &sender));
+        let reader = blocking(move || send_chunks(&digest, &source, name, &sender, &progress));
         let answer = async {
             let request = ReceiverStream::new(receiver);
             let answer = self.byte_stream().write(request).await;
@@ -186,6 +190,7 @@ fn send_chunks(
     source: &Source,
     name: String,
     sink: &mpsc::Sender<bytestream::WriteRequest>,
+    progress: &BlobProgress,
 ) -> Result<()> {
     let mut file = match source {
         Source::Bytes(_) => None,
@@ -211,7 +216,11 @@ fn send_chunks(
         let finish_write = sent >= digest.size();
         let resource_name = std::mem::take(&mut name);
         let request = bytestream::WriteRequest { resource_name, write_offset, finish_write, data };
-        if sink.blocking_send(request).is_err() || finish_write {
+        if sink.blocking_send(request).is_err() {
+            return Ok(());
+        }
+        progress.reach(sent);
+        if finish_write {
             return Ok(());
         }
     }
@@ -247,7 +256,14 @@ mod tests {
             let digest = DigestFunction::Sha256.digest(&content);
             for source in [Source::Bytes(content.clone().into()), Source::File(path.clone())] {
                 let (sender, mut receiver) = mpsc::channel(16);
-                send_chunks(&digest, &source, "name".into(), &sender).unwrap();
+                let progress = Arc::new(Progress::default());
+                let blob = progress.of_blob();
+                send_chunks(&digest, &source, "name".into(), &sender, &blob).unwrap();
+                assert_eq!(progress.bytes().0, size as u64);
+                // Again, as after a broken connection: nothing counts twice.
+                let (again, _receiver) = mpsc::channel(16);
+                send_chunks(&digest, &source, "name".into(), &again, &blob).unwrap();
+                assert_eq!(progress.bytes().0, size as u64);
                 drop(sender);
                 let (mut got, mut finished) = (Vec::new(), 0);
                 while let Ok(request) = receiver.try_recv() {
@@ -260,7 +276,8 @@ mod tests {
             }
             let (sender, _receiver) = mpsc::channel(16);
             fs::write(&path, content.get(1..).unwrap_or_default()).unwrap();
-            let shorter = send_chunks(&digest, &Source::File(path), "name".into(), &sender);
+            let blob = Arc::new(Progress::default()).of_blob();
+            let shorter = send_chunks(&digest, &Source::File(path), "name".into(), &sender, &blob);
             assert_eq!(shorter.is_err(), size > 0);
         }
     }

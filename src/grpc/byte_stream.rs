@@ -7,7 +7,7 @@
 //! a handle of the store. A slow client holds at most one piece of its blob in memory here. An upload that stops in the middle
 //! leaves its bytes with the store under the resource name, for the client to go on (BS-20).
 
-use super::{Edge, ReadStream, log_stream, request_log::Call};
+use super::{Edge, ReadStream, log_stream, request_log::Call, stalled};
 use crate::{
     actors::cas::{
         blob::{BlobReader, BlobWriter},
@@ -181,7 +181,8 @@ impl ReadWindow {
 
 /// The window's bytes; ends with an error, never short, when the blob ends early (BS-16).
 fn read_stream(reader: BlobReader, digest: Digest, window: ReadWindow) -> ReadStream {
-    stream::try_unfold((reader, window), move |(reader, mut window)| async move {
+    let holds_a_file = reader.is_file();
+    let messages = stream::try_unfold((reader, window), move |(reader, mut window)| async move {
         let Some(piece) = window.piece() else { return Ok(None) };
         let data = reader.read_at(window.next, piece).await?;
         if data.is_empty() {
@@ -191,16 +192,18 @@ fn read_stream(reader: BlobReader, digest: Digest, window: ReadWindow) -> ReadSt
         window.advance(data.len());
         Ok(Some((ReadResponse { data }, (reader, window))))
     })
-    .boxed()
+    .boxed();
+    // Bytes at hand need no watch: they are few, and an eviction does not wait for them.
+    if holds_a_file { stalled::watched(messages) } else { messages }
 }
 
 /// The bytes of a compressed read, in messages of one size but for the last (BS-14).
 fn zstd_stream(reader: ZstdReader) -> ReadStream {
-    stream::try_unfold(reader, move |mut reader| async move {
+    let messages = stream::try_unfold(reader, move |mut reader| async move {
         let data = reader.next(READ_WINDOW_BYTES).await?;
         Ok(data.map(|data| (ReadResponse { data }, reader)))
-    })
-    .boxed()
+    });
+    stalled::watched(messages.boxed())
 }
 
 /// What the messages of one Write have to keep to.

@@ -1,6 +1,7 @@
-//! grpc.health.v1: the status of the whole server, under the empty name, and of each service under its own.
+//! grpc.health.v1: the status of the whole server, under the empty name, and of each service of the Remote APIs
+//! under its own.
 
-use crate::proto::{bytestream, longrunning, reapi};
+use crate::proto::{asset, bytestream, logstream, longrunning, reapi};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 /// Names that health checks can ask for; the empty one stands for the whole server.
@@ -12,6 +13,9 @@ const NAMES: &[&str] = &[
     reapi::capabilities_server::SERVICE_NAME,
     bytestream::byte_stream_server::SERVICE_NAME,
     longrunning::operations_server::SERVICE_NAME,
+    logstream::log_stream_service_server::SERVICE_NAME,
+    asset::fetch_server::SERVICE_NAME,
+    asset::push_server::SERVICE_NAME,
 ];
 
 /// Switches what health checks answer; cheap to clone. One is given to [`super::serve`] and kept for the drain.

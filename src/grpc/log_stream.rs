@@ -9,6 +9,7 @@ use super::{
     byte_stream::{CLOSE_WAIT, READ_WINDOW_BYTES, WRITE_IDLE_LIMIT, next_message},
     convert,
     request_log::Call,
+    stalled,
 };
 use crate::{
     actors::{
@@ -110,7 +111,7 @@ pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadReque
         let data = reading.next().await?;
         Ok(data.map(|data| (ReadResponse { data }, reading)))
     });
-    Ok(messages.boxed())
+    Ok(stalled::watched(messages.boxed()))
 }
 
 /// Where a Read is.

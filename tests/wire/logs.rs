@@ -284,4 +284,23 @@ async fn a_server_that_cannot_start_says_why_in_its_log() {
     let lines: Vec<Line> =
         String::from_utf8(output.stderr).unwrap().lines().map(|line| schema.check(line).unwrap()).collect();
     assert_eq!(lines[lines.len() - 1]["event"], "server_failed");
+
+    // A configuration with several faults is several lines for a person, and one for a program.
+    let faulty = |format: &str| {
+        let mut server = command(server.store());
+        server
+            .env("GOREGO_LOG__FORMAT", format)
+            .env("GOREGO_SHUTDOWN_GRACE", "0s")
+            .env("GOREGO_INSTANCE_NAMES", r#"["a//b"]"#);
+        let output = server.output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    for format in ["auto", "json"] {
+        let line = schema.check(&faulty(format)).unwrap();
+        assert_eq!(line["event"], "server_failed");
+        let msg = line["msg"].as_str().unwrap();
+        assert!(msg.contains("shutdown_grace") && msg.contains("a//b"), "{msg}");
+    }
+    assert!(faulty("text").starts_with("gorego: "));
 }

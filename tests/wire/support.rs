@@ -72,7 +72,7 @@ impl Server {
     pub async fn on_a_disk_of(bytes: usize) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
         let mut unshare = Command::new("unshare");
-        unshare.args(["--user", "--map-root-user", "--mount", "sh"]);
+        unshare.args(mount_namespace()).arg("sh");
         let mount = format!("mount -t tmpfs -o size={bytes} none {}", store.path().display());
         Self::spawn(in_shell(unshare, &mount, store.path()), store)
     }
@@ -196,6 +196,20 @@ pub fn command(store: &Path) -> Command {
         .stdin(Stdio::null())
         .stderr(Stdio::piped());
     command
+}
+
+/// How unshare(1) makes a mount namespace here: as anybody where user namespaces are on, else as root.
+fn mount_namespace() -> &'static [&'static str] {
+    let ways: [&[&str]; 2] = [&["--user", "--map-root-user", "--mount"], &["--mount"]];
+    let works = |way: &&&[&str]| {
+        let tried = Command::new("unshare").args(**way).arg("true").stderr(Stdio::null()).status();
+        tried.is_ok_and(|status| status.success())
+    };
+    ways.iter().find(works).expect(
+        "this test mounts a small disk in a mount namespace of its own; that takes unshare(1) and either user namespaces \
+         (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns) \
+         or root",
+    )
 }
 
 /// The same from a shell, once a script in it has succeeded.

@@ -81,6 +81,11 @@ impl BlobReader {
         self.size
     }
 
+    /// Whether an open file is behind it, which keeps its bytes on disk, and not bytes at hand.
+    pub fn is_file(&self) -> bool {
+        matches!(self.content, Content::File(_))
+    }
+
     /// Up to `max` bytes from `offset`; empty only at the end of the blob. Does not block the caller's thread: bytes in the
     /// page cache are taken at once, others on a blocking thread.
     ///

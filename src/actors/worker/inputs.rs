@@ -16,7 +16,7 @@ use crate::{
     tree::{Directory, NodeProperties},
 };
 use rustix::{
-    fs::{self as rfs, AtFlags, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT},
+    fs::{self as rfs, Access, AtFlags, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT},
     io::Errno,
 };
 use std::{
@@ -37,7 +37,7 @@ const PLAIN: u32 = 0o644;
 ///
 /// # Errors
 /// Those of the store; of the checkpoint between two files; `Invalid` when a link or file of the tree is in the way of the
-/// working directory or of an output's parent.
+/// working directory or of an output's parent, or a mode in that of the command.
 pub fn place(inputs: &dyn Inputs, root: &File, command: &Command, checkpoint: &Checkpoint) -> Result<()> {
     let adorned = write_tree(inputs, root, checkpoint)?;
     make_directories(root, &command.working_directory, "the working directory")?;
@@ -51,7 +51,23 @@ pub fn place(inputs: &dyn Inputs, root: &File, command: &Command, checkpoint: &C
         }
     }
     // Last of all: a directory's own properties may take away the right to write in it, and each new entry changes its time.
-    if adorned { adorn_directories(inputs, root, checkpoint) } else { Ok(()) }
+    if adorned {
+        adorn_directories(inputs, root, checkpoint)?;
+        check_way(root, &command.working_directory)?;
+    }
+    Ok(())
+}
+
+/// Whether the command can get to its working directory, now that directories have the modes that were asked for.
+fn check_way(root: &File, working_directory: &RootPath) -> Result<()> {
+    match rfs::accessat(root, working_directory.as_path(), Access::EXEC_OK, AtFlags::empty()) {
+        Err(Errno::ACCESS) => Err(Error::Invalid(format!(
+            "the working directory \"{working_directory}\" cannot be entered: the unix_mode of a directory on the way \
+             forbids it"
+        ))),
+        // Any other news comes with the start of the command.
+        _ => Ok(()),
+    }
 }
 
 /// Creates files, links and directories; says whether any directory has properties of its own.

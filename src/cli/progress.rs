@@ -45,6 +45,7 @@ impl Line {
 
     /// Says how far a transfer is while it goes on, also after [`Line::clear`].
     pub async fn during<T>(&self, what: &str, progress: &Progress, transfer: impl Future<Output = T>) -> T {
+        self.say(what);
         self.show();
         let mut transfer = pin!(transfer);
         let mut tick = tokio::time::interval(TICK);

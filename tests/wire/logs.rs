@@ -290,7 +290,7 @@ async fn a_server_that_cannot_start_says_why_in_its_log() {
         let mut server = command(server.store());
         server
             .env("GOREGO_LOG__FORMAT", format)
-            .env("GOREGO_SHUTDOWN_GRACE", "0s")
+            .env("GOREGO_MAX_SIZE_GB", "0")
             .env("GOREGO_INSTANCE_NAMES", r#"["a//b"]"#);
         let output = server.output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{output:?}");
@@ -300,7 +300,7 @@ async fn a_server_that_cannot_start_says_why_in_its_log() {
         let line = schema.check(&faulty(format)).unwrap();
         assert_eq!(line["event"], "server_failed");
         let msg = line["msg"].as_str().unwrap();
-        assert!(msg.contains("shutdown_grace") && msg.contains("a//b"), "{msg}");
+        assert!(msg.contains("max_size_gb") && msg.contains("a//b"), "{msg}");
     }
     assert!(faulty("text").starts_with("gorego: "));
 }

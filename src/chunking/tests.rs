@@ -206,24 +206,22 @@ proptest! {
         };
         prop_assert_eq!(lengths, plain);
     }
+}
 
-    /// What all this is for.
-    #[test]
-    fn a_change_in_the_middle_changes_the_chunks_around_it_only(
-        seed in 0u64..1_000,
-        at in 0usize..200_000,
-        inserted in proptest::collection::vec(any::<u8>(), 1..200),
-        rep_max in any::<bool>(),
-    ) {
-        let chunking = if rep_max { Chunking::rep_max(1_024, 8_192) } else { Chunking::fast_cdc(2_048, 0) };
-        let before = noise(200_000, seed);
-        let after = [&before[..at], &inserted, &before[at..]].concat();
-        let known = split_in_pieces(chunking.unwrap(), &before, &[65_536]);
-        let fresh: usize = split_in_pieces(chunking.unwrap(), &after, &[65_536])
-            .iter()
-            .filter(|chunk| !known.contains(chunk))
-            .map(Bytes::len)
-            .sum();
-        prop_assert!(fresh < 30_000, "{} of {} bytes are in new chunks", fresh, after.len());
+/// What all this is for. Where the chunks meet again is a matter of luck, so it is the mean that counts, over the same changes
+/// each time.
+#[test]
+fn a_change_in_the_middle_changes_the_chunks_around_it_only() {
+    for chunking in [Chunking::rep_max(1_024, 8_192), Chunking::fast_cdc(2_048, 0)] {
+        let fresh = (0..40u64).map(|seed| {
+            let before = noise(200_000, seed);
+            let (before_it, after_it) = before.split_at(20_000 + 4_000 * seed as usize);
+            let after = [before_it, &noise(1 + 5 * seed as usize, seed + 100), after_it].concat();
+            let known = split_in_pieces(chunking.unwrap(), &before, &[65_536]);
+            let chunks = split_in_pieces(chunking.unwrap(), &after, &[65_536]);
+            chunks.iter().filter(|chunk| !known.contains(chunk)).map(Bytes::len).sum::<usize>()
+        });
+        let mean = fresh.sum::<usize>() / 40;
+        assert!(mean < 10_000, "{mean} bytes are in new chunks");
     }
 }

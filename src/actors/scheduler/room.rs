@@ -6,8 +6,8 @@
 //! the more of them take room, the less is free, and the less each may have. One that has nothing gets the last place.
 //!
 //! Pure counting, O(1) each. Nothing is taken away from a build that has more than its share because others came later; it
-//! gets no more until enough of its tasks have run, so that the places which get free go to the others. Builds are what clients call so: one that gives each of its requests
-//! another name gets round this, and has the whole queue, no more.
+//! gets no more until enough of its tasks have run, so that the places which get free go to the others. Builds are what clients
+//! call so: one that gives each of its requests another name gets round this, and has the whole queue, no more.
 
 use super::{
     queue::Build,

@@ -9,8 +9,8 @@
 //!
 //! Beside that, grpc asks AssetActor through [`asset::client::Assets`], whose downloads write to CasActor.
 //!
-//! Waits go one way only (grpc > scheduler > worker > cas, grpc > asset > cas), so the actors cannot deadlock. Mailboxes carry decisions;
-//! bytes go round them through the handles of [`cas::blob`]. No actor thread ever blocks on IO.
+//! Waits go one way only (grpc > scheduler > worker > cas, grpc > asset > cas), so the actors cannot deadlock. Mailboxes carry
+//! decisions; bytes go round them through the handles of [`cas::blob`]. No actor thread ever blocks on IO.
 
 pub mod asset;
 pub mod cas;

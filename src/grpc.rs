@@ -77,13 +77,13 @@ pub const PENDING_RESETS_MAX: usize = STREAMS_MAX as usize;
 /// Bytes that one stream may send ahead of its handler; what a fast link with 10 ms of latency needs.
 pub const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 /// Bytes that one connection may send ahead of all its handlers; what is collected of unfinished messages counts elsewhere
-/// ([`intake`]). It also sets how many small frames the HTTP/2 library lets wait: half of it in bytes, 256 for each. A window that starts small and adapts would
-/// close connections on which 170 small requests arrive at once.
+/// ([`intake`]). It also sets how many small frames the HTTP/2 library lets wait: half of it in bytes, 256 for each. A window
+/// that starts small and adapts would close connections on which 170 small requests arrive at once.
 pub const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
 /// Largest header list of a request.
 pub const HEADERS_MAX_BYTES: u32 = 64 * 1024;
-/// Silence after which the other end is pinged, also on idle connections; with [`PING_TIMEOUT`], a connection that a NAT dropped
-/// is noticed within a minute.
+/// Silence after which the other end is pinged, also on idle connections; with [`PING_TIMEOUT`], a connection that a NAT
+/// dropped is noticed within a minute.
 pub const PING_INTERVAL: Duration = Duration::from_secs(30);
 /// How long the answer to a ping may take.
 pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
@@ -152,8 +152,8 @@ impl Edge {
     }
 }
 
-/// Serves on `listener` until `shutdown` ends; then accepts nothing more, tells clients to go elsewhere, and returns when all open
-/// streams are over and all connections closed. The caller ends the streams that would go on for long, by draining the
+/// Serves on `listener` until `shutdown` ends; then accepts nothing more, tells clients to go elsewhere, and returns when all
+/// open streams are over and all connections closed. The caller ends the streams that would go on for long, by draining the
 /// scheduler and closing the log streams, and knows from [`Edge::under_way`] when those that are left may be cut.
 ///
 /// # Errors

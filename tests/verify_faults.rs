@@ -1,6 +1,6 @@
 //! The conformance suite against servers that are wrong on purpose: each [fault](faults) has to be found by the checks of the
-//! rules that it breaks, and without one they all pass. A check that would also pass on a server that does nothing, or the wrong
-//! thing, is worthless; this is where that shows.
+//! rules that it breaks, and without one they all pass. A check that would also pass on a server that does nothing, or the
+//! wrong thing, is worthless; this is where that shows.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod faults;

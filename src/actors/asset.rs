@@ -1,8 +1,8 @@
 //! Remote assets: content by URI, fetched or pushed (AST-01..11).
 //!
 //! [`AssetActor`] owns the [`bindings::Bindings`] (which content an asset stands for) and the flights (downloads under way). It
-//! decides and never waits: a flight is a task of its own on the runtime, and tells the actor when it has landed. Everybody asks
-//! through [`client::Assets`], which also asks the store whether what is bound still exists.
+//! decides and never waits: a flight is a task of its own on the runtime, and tells the actor when it has landed. Everybody
+//! asks through [`client::Assets`], which also asks the store whether what is bound still exists.
 //!
 //! Invariants: who wants an asset shares the flight that is under way, unless it began too long ago for them ([`flights`]). A
 //! flight ends by itself, at the latest deadline of those who joined it and at most `assets.timeout` after its start, whether

@@ -95,8 +95,8 @@ impl Cutter {
         Self { parameters, gear, start: 0, best: VecDeque::new(), first_block: 0 }
     }
 
-    /// Length of the first chunk of `window`, which has [`Parameters::lookahead`] bytes or goes to the end of the blob. The next
-    /// window begins where this chunk ends.
+    /// Length of the first chunk of `window`, which has [`Parameters::lookahead`] bytes or goes to the end of the blob. The
+    /// next window begins where this chunk ends.
     pub fn cut(&mut self, window: &[u8]) -> usize {
         let length = self.find(window);
         self.start += length as u64;

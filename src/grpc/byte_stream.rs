@@ -1,7 +1,7 @@
 //! The ByteStream service: blobs of any size, in pieces.
 //!
-//! Under a compressed name the bytes of the stream are zstd and offsets count those of the blob, but for the offsets inside of a
-//! Write, which go on by what was sent (BS-12, BS-27). What is compressed and decompressed here is the store's affair.
+//! Under a compressed name the bytes of the stream are zstd and offsets count those of the blob, but for the offsets inside of
+//! a Write, which go on by what was sent (BS-12, BS-27). What is compressed and decompressed here is the store's affair.
 //!
 //! The rules about offsets are two plain structs, `ReadWindow` and `WriteCheck`; the handlers move bytes between a stream and
 //! a handle of the store. A slow client holds at most one piece of its blob in memory here. An upload that stops in the middle

@@ -1,8 +1,8 @@
 //! Request messages on their way in: how much of unfinished ones is held, and for how long.
 //!
 //! A message is collected completely before its handler sees it, and HTTP/2 hands the sender new room for what is collected. So
-//! one connection could leave as much unfinished as streams times the largest message. Here the bytes of unfinished messages are
-//! counted for the whole server, and a sender that stops in the middle of one is not waited for without end.
+//! one connection could leave as much unfinished as streams times the largest message. Here the bytes of unfinished messages
+//! are counted for the whole server, and a sender that stops in the middle of one is not waited for without end.
 
 use bytes::Bytes;
 use http::Request;
@@ -21,7 +21,8 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use tonic::{Status, body::Body};
 use tower::{Layer, Service};
 
-/// Bytes of unfinished messages that the server holds. Sixty-four of the largest ones, and many more of those that clients send.
+/// Bytes of unfinished messages that the server holds. Sixty-four of the largest ones, and many more of those that clients
+/// send.
 pub const UNFINISHED_MAX_BYTES: u64 = 1024 * 1024 * 1024;
 /// How long a sender may be silent in the middle of a message.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(60);

@@ -1,9 +1,9 @@
 //! The stream of one operation: what Execute and WaitExecution answer with.
 //!
 //! It follows the operation's watch cell: the current snapshot at once, each change after, the same again while nothing
-//! changes, and the end right after COMPLETED. What is sent again of an operation that waits says why it waits. A cell that changes faster than the client reads skips the states in between
-//! but never the last one. The stream ends with OK only after `done` (EXE-10); when the scheduler goes away before that, the
-//! end is UNAVAILABLE, which every client retries.
+//! changes, and the end right after COMPLETED. What is sent again of an operation that waits says why it waits. A cell that
+//! changes faster than the client reads skips the states in between but never the last one. The stream ends with OK only after
+//! `done` (EXE-10); when the scheduler goes away before that, the end is UNAVAILABLE, which every client retries.
 
 use super::{ask::Scheduler, convert, inline};
 use crate::{

@@ -1,9 +1,9 @@
 //! Reads whose clients take nothing: an end for them (BS-07).
 //!
-//! A stream is pulled by its client, so one that takes nothing would hold an open file, and with it bytes on disk that cannot be
-//! freed, for as long as the client likes. Nothing polls such a stream, so its end comes from outside: a task that looks whether it was
-//! asked for more. What is slow on this side is no stall. A stream that was given up drops all that it held; its error waits for the
-//! client to come back.
+//! A stream is pulled by its client, so one that takes nothing would hold an open file, and with it bytes on disk that cannot
+//! be freed, for as long as the client likes. Nothing polls such a stream, so its end comes from outside: a task that looks
+//! whether it was asked for more. What is slow on this side is no stall. A stream that was given up drops all that it held;
+//! its error waits for the client to come back.
 
 use super::ReadStream;
 use crate::{error::Error, proto::bytestream::ReadResponse};

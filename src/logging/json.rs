@@ -11,7 +11,8 @@ use std::{io::Write as _, time::SystemTime};
 const COMMON: &[&str] = &["ts", "level", "target", "event", "msg"];
 
 /// Appends the record as one JSON object and a newline: `ts`, `level`, `target`, `event`, `msg`, then its key-values with
-/// their types and without those that have no value. A record without an event is a library's: its key-values go into the object `fields`.
+/// their types and without those that have no value. A record without an event is a library's: its key-values go into the
+/// object `fields`.
 pub fn write_json(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>) {
     let values = record.key_values();
     let event = values.get(Key::from("event"));

@@ -1,8 +1,8 @@
 //! A gRPC proxy that knows no service: messages pass as bytes, so that what no fault touches arrives to the bit.
 //!
-//! Every call, unary or streaming, is a [`Call`]: a path, headers and a stream of messages. [`Upstream::forward`] makes the same
-//! call at the real server and gives the [`Reply`]: headers, and messages up to the status that ends them. A [`Behaviour`]
-//! stands in between. A client that goes away drops the reply and with it the call at the real server.
+//! Every call, unary or streaming, is a [`Call`]: a path, headers and a stream of messages. [`Upstream::forward`] makes the
+//! same call at the real server and gives the [`Reply`]: headers, and messages up to the status that ends them. A
+//! [`Behaviour`] stands in between. A client that goes away drops the reply and with it the call at the real server.
 
 use axum::Router;
 use bytes::{Buf as _, BufMut as _, Bytes};

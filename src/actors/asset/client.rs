@@ -48,8 +48,8 @@ impl Assets {
     }
 
     /// Gets an asset: what is bound to one of its URIs, else what is downloaded from the first that has it. `wait` bounds how
-    /// long this takes; the download goes on for as long as the longest of those who wait for it wants, whatever becomes of them
-    /// (AST-09).
+    /// long this takes; the download goes on for as long as the longest of those who wait for it wants, whatever becomes of
+    /// them (AST-09).
     ///
     /// # Errors
     /// Bad news from the origins; a fault of this server, or a qualifier that makes no sense.

@@ -182,8 +182,8 @@ impl Index {
     }
 
     /// Makes a file visible that was written under a promise of at least `bytes`. A result replaces an earlier one
-    /// (AC-08); of a blob or a form that is stored already, the new file is the one to go (BS-28). Either way what comes back is to
-    /// be deleted.
+    /// (AC-08); of a blob or a form that is stored already, the new file is the one to go (BS-28). Either way what comes back
+    /// is to be deleted.
     pub fn commit(&mut self, file: FileId, bytes: u64, stamp: Stamp, now: u32) -> Option<Victim> {
         self.unreserve(bytes);
         let existing = self.slot_of(&file.key);

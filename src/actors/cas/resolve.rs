@@ -4,7 +4,8 @@
 //! there a complete result. Otherwise the files are read in a future of its own. An action that says `do_not_cache` is never
 //! answered from the cache (EXE-19), so an action is always known before its result is served.
 //!
-//! Actions are counted before they are decoded, and large ones are decoded on a blocking thread, [`LARGE_ACTIONS_MAX`] at a time.
+//! Actions are counted before they are decoded, and large ones are decoded on a blocking thread, [`LARGE_ACTIONS_MAX`] at a
+//! time.
 //!
 //! [`LARGE_ACTIONS_MAX`]: super::settings::LARGE_ACTIONS_MAX
 

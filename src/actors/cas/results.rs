@@ -123,8 +123,8 @@ pub enum Uploader {
     Worker,
 }
 
-/// Largest result without the contents that are inlined on request: with the Operation around it, it fits a message of the 4 MiB
-/// that clients take by default (GEN-25).
+/// Largest result without the contents that are inlined on request: with the Operation around it, it fits a message of the 4
+/// MiB that clients take by default (GEN-25).
 pub const RESULT_MAX_BYTES: usize = (4 * 1024 - 64) * 1024;
 
 /// Makes sure that clients can be told of a result.

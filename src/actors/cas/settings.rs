@@ -27,8 +27,8 @@ pub const SMALL_BLOB_BYTES: u64 = 64 * 1024;
 /// Largest Action or Command message that is read. Those of real builds are below 1 MiB.
 pub const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
 
-/// Most entries of an Action or a Command: arguments, variables, properties, outputs, and what these consist of. An empty one is
-/// two bytes on the wire and fifty or more in memory. A system takes a few hundred thousand arguments at most.
+/// Most entries of an Action or a Command: arguments, variables, properties, outputs, and what these consist of. An empty one
+/// is two bytes on the wire and fifty or more in memory. A system takes a few hundred thousand arguments at most.
 pub const MAX_ACTION_ENTRIES: u64 = 500_000;
 
 /// Actions larger than [`SMALL_BLOB_BYTES`], their Commands included, that are read and decoded at the same time; others wait.

@@ -38,8 +38,8 @@ impl Cas {
     /// it and the chunks are renewed (CAS-38). `chunking` is the function to try the cuts against.
     ///
     /// # Errors
-    /// `Invalid` when the chunks are not the blob (CAS-35); `NotFound` when some are not stored (CAS-36); `Exhausted` when there
-    /// is no room.
+    /// `Invalid` when the chunks are not the blob (CAS-35); `NotFound` when some are not stored (CAS-36); `Exhausted` when
+    /// there is no room.
     pub async fn splice(
         &self,
         instance: &Instance,

@@ -10,8 +10,8 @@
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so that every operation ends, exactly once.
 //!
 //! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks, slots and runs,
-//! `ledger/waiting.rs` where tasks wait and why, `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are. What happened is kept as [`Transition`]s until
-//! [`Ledger::take_transitions`].
+//! `ledger/waiting.rs` where tasks wait and why, `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are.
+//! What happened is kept as [`Transition`]s until [`Ledger::take_transitions`].
 
 mod deadlines;
 mod dispatch;
@@ -113,7 +113,8 @@ impl Ledger {
     /// the identical task in flight, also when the client asked to skip the cache (EXE-17), or is queued.
     ///
     /// # Errors
-    /// `Unavailable` while draining; `Exhausted` when the queue is full, or this build has its share of it; `Precondition` when no pool suits (EXE-31).
+    /// `Unavailable` while draining; `Exhausted` when the queue is full, or this build has its share of it; `Precondition`
+    /// when no pool suits (EXE-31).
     pub fn admit(
         &mut self,
         submit: Submit,

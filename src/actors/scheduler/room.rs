@@ -17,7 +17,8 @@ use crate::error::{Error, Result};
 use std::collections::HashMap;
 
 /// How many times as much as what is free a build may have. Alone it fills 8/9 of a large queue, so that little of the queue
-/// is idle; two fill 8/17 each, and `n` of them leave one part in `8 n + 1`. A queue of up to this many places fills completely.
+/// is idle; two fill 8/17 each, and `n` of them leave one part in `8 n + 1`. A queue of up to this many places fills
+/// completely.
 pub const SHARE: usize = 8;
 
 /// What tasks take up.

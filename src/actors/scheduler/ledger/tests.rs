@@ -1,4 +1,5 @@
-//! What the ledger promises, in sentences: admission, order, sharing, what clients see. `endings.rs` and `sharing.rs` have the rest.
+//! What the ledger promises, in sentences: admission, order, sharing, what clients see. `endings.rs` and `sharing.rs` have the
+//! rest.
 
 mod endings;
 mod sharing;

@@ -238,8 +238,8 @@ impl Children {
     }
 }
 
-/// Sums up rusage. Each child's covers the children that it waited for itself, so nothing is counted twice. The largest resident
-/// set is never below the runner's own few MiB, which the child shares until it execs.
+/// Sums up rusage. Each child's covers the children that it waited for itself, so nothing is counted twice. The largest
+/// resident set is never below the runner's own few MiB, which the child shares until it execs.
 #[derive(Default)]
 struct Usage {
     user: Duration,

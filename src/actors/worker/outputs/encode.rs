@@ -34,8 +34,8 @@ impl Encoded {
         let mut digests: Vec<Option<Digest>> = vec![None; scan.directories.len()];
         let mut position: HashMap<Digest, usize> = HashMap::new();
         let mut directories = Vec::new();
-        // Children have larger positions than their parents, so going backwards meets them first. A Directory is put down when it
-        // is first met, thus after all its children; the reverse of that order has all parents first.
+        // Children have larger positions than their parents, so going backwards meets them first. A Directory is put down when
+        // it is first met, thus after all its children; the reverse of that order has all parents first.
         for (at, found) in scan.directories.iter().enumerate().rev() {
             let bytes = directory(found, scan, &digests, reported)?.encode_to_vec();
             let digest = function.digest(&bytes);

@@ -206,8 +206,12 @@ fn outputs(command: &reapi::Command, working_directory: &RootPath) -> Result<Vec
     let mut outputs: Vec<OutputRequest> = Vec::new();
     let mut seen = HashSet::new();
     let mut add = |requested: &String, kind: OutputKind, field: &str| -> Result<()> {
-        if requested.is_empty() && field != "output_directories" {
-            return Err(Error::Invalid(format!("Command.{field} contains an empty path")));
+        // Elsewhere "" is the working directory, as "." is: Pants sends it in output_paths, others in output_directories.
+        if requested.is_empty() && field == "output_files" {
+            return Err(Error::invalid(
+                "Command.output_files contains an empty path, which is the working directory and no file; \
+                 name it in output_paths",
+            ));
         }
         let path = working_directory
             .join(requested)
@@ -318,6 +322,7 @@ mod tests {
 
     /// EXE-27, EXE-29, EXE-63.
     #[test]
+    #[allow(deprecated)]
     fn commands_that_cannot_be_run_are_refused_by_field() {
         let cases: [(&str, reapi::Command); 8] = [
             ("arguments", reapi::Command { arguments: vec![], ..command() }),
@@ -326,7 +331,7 @@ mod tests {
             ("working_directory", reapi::Command { working_directory: "../..".into(), ..command() }),
             ("output_paths", reapi::Command { output_paths: vec!["a/../../b".into()], ..command() }),
             ("output_paths", reapi::Command { output_paths: vec!["/etc/passwd".into()], ..command() }),
-            ("output_paths", reapi::Command { output_paths: vec!["".into()], ..command() }),
+            ("output_files", reapi::Command { output_files: vec!["".into()], ..command() }),
             ("output_node_properties", {
                 reapi::Command { output_node_properties: vec!["nonsense".into()], ..command() }
             }),

@@ -36,6 +36,9 @@ pub enum Error {
         /// When to try again; `None` when waiting does not help.
         retry_after: Option<Duration>,
     },
+    /// The disk of this server is full; worth another try after [`DISK_FULL_RETRY`].
+    #[error("{0}")]
+    DiskFull(String),
     /// The caller may not do this.
     #[error("{0}")]
     Denied(String),
@@ -67,7 +70,7 @@ impl Error {
             Self::NotFound(_) => "NOT_FOUND",
             Self::MissingBlobs(_) | Self::Precondition(_) => "FAILED_PRECONDITION",
             Self::OutOfRange(_) => "OUT_OF_RANGE",
-            Self::Exhausted { .. } => "RESOURCE_EXHAUSTED",
+            Self::Exhausted { .. } | Self::DiskFull(_) => "RESOURCE_EXHAUSTED",
             Self::Denied(_) => "PERMISSION_DENIED",
             Self::Unimplemented(_) => "UNIMPLEMENTED",
             Self::Unavailable(_) => "UNAVAILABLE",
@@ -75,6 +78,15 @@ impl Error {
             Self::DeadlineExceeded(_) => "DEADLINE_EXCEEDED",
             Self::DataLoss(_) => "DATA_LOSS",
             Self::Internal(_) => "INTERNAL",
+        }
+    }
+
+    /// When to try again; `None` when waiting does not help, or the error's code says enough.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Exhausted { retry_after, .. } => *retry_after,
+            Self::DiskFull(_) => Some(DISK_FULL_RETRY),
+            _ => None,
         }
     }
 
@@ -98,10 +110,9 @@ impl Error {
     pub fn io(doing: &str, error: &std::io::Error) -> Self {
         use std::io::ErrorKind::{QuotaExceeded, StorageFull};
         match error.kind() {
-            StorageFull | QuotaExceeded => Self::Exhausted {
-                message: format!("could not {doing}: the disk of this server is full"),
-                retry_after: Some(DISK_FULL_RETRY),
-            },
+            StorageFull | QuotaExceeded => {
+                Self::DiskFull(format!("could not {doing}: the disk of this server is full"))
+            }
             _ => Self::Internal(format!("could not {doing}: {error}")),
         }
     }

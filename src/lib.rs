@@ -13,6 +13,7 @@ pub mod client;
 pub mod compression;
 pub mod config;
 pub mod digest;
+mod disk;
 pub mod error;
 pub mod grpc;
 pub mod http_cache;

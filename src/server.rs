@@ -126,6 +126,7 @@ struct Server {
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
+    build_root: Option<BuildRoot>,
     log_streams: LogStreams,
     /// Where connections are served: the runtime's own threads, not the one that the actors live on.
     workers: Handle,
@@ -156,15 +157,16 @@ impl Server {
         let assets = AssetActor::open(settings.assets.clone(), cas.clone(), workers.clone()).launch();
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
-        let scheduler = settings.execution.as_ref().zip(build_root).map(|(execution, build_root)| {
+        let scheduler = settings.execution.as_ref().zip(build_root.clone()).map(|(execution, build_root)| {
             start_scheduler(execution, build_root, open_files, &cas, log_streams.clone())
         });
-        Ok(Self { settings, listener, http, cas, assets, scheduler, log_streams, workers })
+        Ok(Self { settings, listener, http, cas, assets, scheduler, build_root, log_streams, workers })
     }
 
     /// Serves until a signal or a fault, then shuts down.
     async fn serve(self, ready: impl FnOnce(SocketAddr)) -> Result<()> {
-        let Self { settings, listener, http, cas, assets, scheduler, log_streams, workers } = self;
+        let Self { settings, listener, http, cas, assets, scheduler, build_root, log_streams, workers } =
+            self;
         let mut signals = Signals::listen()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -241,6 +243,10 @@ impl Server {
             }
         }
         owners_live(&cas, &assets, scheduler.as_ref())?;
+        if let Some(build_root) = build_root {
+            // Actions that were cancelled a moment ago may have left large directories.
+            let _ = workers.spawn_blocking(move || build_root.wait_until_empty(CLOSE_GRACE)).await;
+        }
         // Both write down what the next start should know.
         let _ = timeout(CLOSE_GRACE, assets.actor().send(CloseAssets)).await;
         // Writes down what was used lately, for the order of eviction after the next start.

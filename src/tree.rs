@@ -36,16 +36,28 @@ impl NodeProperties {
     /// The names that clients use for these properties (capabilities, `output_node_properties`).
     pub const NAMES: &[&str] = &["mtime", "unix_mode"];
 
-    fn from_wire(properties: Option<&reapi::NodeProperties>) -> Self {
-        let Some(properties) = properties else { return Self::default() };
-        Self {
-            unix_mode: properties.unix_mode.map(|mode| mode & 0o7777),
-            mtime: properties.mtime.and_then(|time| {
-                let nanos = u32::try_from(time.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
-                UNIX_EPOCH.checked_add(Duration::new(u64::try_from(time.seconds).ok()?, nanos))
-            }),
-        }
+    /// `name` is the node's, for the error.
+    fn from_wire(properties: Option<&reapi::NodeProperties>, name: &str) -> Result<Self> {
+        let Some(properties) = properties else { return Ok(Self::default()) };
+        let mtime = properties.mtime.map(|time| {
+            system_time(time).ok_or_else(|| {
+                Error::Invalid(format!(
+                    "the mtime of \"{}\" is not a valid time: {time}",
+                    name.escape_debug()
+                ))
+            })
+        });
+        Ok(Self { unix_mode: properties.unix_mode.map(|mode| mode & 0o7777), mtime: mtime.transpose()? })
     }
+}
+
+/// A time exactly as it was named, also before 1970; `None` when it is malformed.
+fn system_time(time: prost_types::Timestamp) -> Option<SystemTime> {
+    let nanos = u32::try_from(time.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
+    let seconds = Duration::from_secs(time.seconds.unsigned_abs());
+    let second =
+        if time.seconds < 0 { UNIX_EPOCH.checked_sub(seconds)? } else { UNIX_EPOCH.checked_add(seconds)? };
+    second.checked_add(Duration::from_nanos(nanos.into()))
 }
 
 /// A file in a directory.
@@ -77,6 +89,8 @@ pub struct Symlink {
     pub name: String,
     /// Target, to the letter (EXE-35).
     pub target: String,
+    /// Further properties; a link has no mode of its own.
+    pub properties: NodeProperties,
 }
 
 /// One directory, checked.
@@ -119,7 +133,7 @@ impl Directory {
             }
         };
         let mut directory = Self {
-            properties: NodeProperties::from_wire(message.node_properties.as_ref()),
+            properties: NodeProperties::from_wire(message.node_properties.as_ref(), ".")?,
             ..Self::default()
         };
         for node in &message.files {
@@ -127,7 +141,7 @@ impl Directory {
                 name: check(&node.name)?,
                 digest: Digest::from_wire(function, node.digest.as_ref(), &node.name)?,
                 executable: node.is_executable,
-                properties: NodeProperties::from_wire(node.node_properties.as_ref()),
+                properties: NodeProperties::from_wire(node.node_properties.as_ref(), &node.name)?,
             });
         }
         for node in &message.directories {
@@ -141,7 +155,8 @@ impl Directory {
             if node.target.is_empty() || node.target.contains('\0') || node.target.len() > MAX_PATH_BYTES {
                 return Err(Error::Invalid(format!("the target of symlink \"{name}\" is not usable")));
             }
-            directory.symlinks.push(Symlink { name, target: node.target.clone() });
+            let properties = NodeProperties::from_wire(node.node_properties.as_ref(), &name)?;
+            directory.symlinks.push(Symlink { name, target: node.target.clone(), properties });
         }
         Ok(directory)
     }

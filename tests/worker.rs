@@ -139,6 +139,173 @@ fn a_working_directory_that_modes_of_the_input_root_close_is_refused_at_once() {
     });
 }
 
+/// EXE-33: the same action sees the same world, whenever and in whatever order it was written.
+#[test]
+fn everything_in_an_input_root_carries_one_time() {
+    with_worker(async |bench| {
+        let root = bench.input(&[
+            ("z/z.c", file("int z;")),
+            ("a/e", Node::Dir),
+            ("a/link", link("../z/z.c")),
+            ("tool", program("#!/bin/sh\n")),
+        ]);
+        let job = sh("cd ../..; TZ=UTC find . -printf '%P %TF %TT\n' | LC_ALL=C sort")
+            .root(root)
+            .workdir("w/d")
+            .outputs(&["o/p/q", "../../a/b/c", "../../z/z.o", "../../a/e/f/g"]);
+        let listed = bench.text(&bench.result(&job).await.stdout_digest);
+        assert_eq!(listed.lines().count(), 13, "{listed}");
+        for line in listed.lines() {
+            assert!(line.ends_with(" 2000-01-01 00:00:00.0000000000"), "{listed}");
+        }
+    });
+}
+
+/// What was built and uploaded is up to date when it comes back as inputs, wherever it lies in the tree.
+#[test]
+fn make_does_not_rebuild_what_is_among_its_inputs() {
+    with_worker(async |bench| {
+        let root = bench.input(&[
+            ("Makefile", file("a/a.o: z/z.c Makefile\n\techo rebuilt\n")),
+            ("a/a.o", file("object")),
+            ("z/z.c", file("source")),
+        ]);
+        let result = bench.result(&sh("make -s -q a/a.o").root(root)).await;
+        assert_eq!(result.exit_code, 0, "{}", bench.text(&result.stderr_digest));
+    });
+}
+
+/// EXE-37: to the nanosecond, also before 1970, also where the server makes directories in a directory afterwards.
+#[test]
+fn a_time_that_is_named_is_exact_on_files_directories_and_links() {
+    with_worker(async |bench| {
+        let named = |seconds, nanos| {
+            let mtime = Some(prost_types::Timestamp { seconds, nanos });
+            Some(reapi::NodeProperties { mtime, ..Default::default() })
+        };
+        let file = reapi::FileNode {
+            name: "f".into(),
+            digest: Some(bench.store.put("x").to_wire()),
+            node_properties: named(1_234_567_890, 987_654_321),
+            ..Default::default()
+        };
+        let symlink = reapi::SymlinkNode {
+            name: "l".into(),
+            target: "f".into(),
+            node_properties: named(-1, 500_000_000),
+        };
+        let child = reapi::Directory {
+            files: vec![file],
+            symlinks: vec![symlink],
+            node_properties: named(-86_400, 0),
+            ..Default::default()
+        };
+        let node = reapi::DirectoryNode {
+            name: "d".into(),
+            digest: Some(bench.store.put(child.encode_to_vec()).to_wire()),
+        };
+        let root = reapi::Directory { directories: vec![node.clone()], ..Default::default() };
+        let job = sh("stat -c '%.9Y %n' d d/f d/l d/made")
+            .root(bench.store.put(root.encode_to_vec()))
+            .outputs(&["d/made/by/us"]);
+        assert_eq!(
+            bench.text(&bench.result(&job).await.stdout_digest),
+            "-86400.000000000 d\n1234567890.987654321 d/f\n-0.500000000 d/l\n946684800.000000000 d/made\n"
+        );
+        let bad = reapi::Directory {
+            directories: vec![node],
+            node_properties: named(0, 1_000_000_000),
+            ..Default::default()
+        };
+        let failure = bench.failure(&sh("true").root(bench.store.put(bad.encode_to_vec()))).await;
+        assert!(matches!(&failure.error, Error::Invalid(m) if m.contains("mtime")), "{}", failure.error);
+    });
+}
+
+/// Compilers write their directory into what they make. Two runs at once cannot share one.
+#[test]
+fn the_path_of_the_exec_root_follows_from_the_action() {
+    with_worker(async |bench| {
+        let job = Job { do_not_cache: true, ..sh("pwd") };
+        let path = async |job: &Job| bench.text(&bench.result(job).await.stdout_digest);
+        let first = path(&job).await;
+        for _ in 0..3 {
+            assert_eq!(path(&job).await, first);
+        }
+        assert_ne!(path(&sh("pwd -P")).await, first, "another action");
+
+        let root = bench.input(&[("a.c", file("int a(void) { return 1; }"))]);
+        let compile = sh("gcc -g -c a.c -o a.o").root(root).outputs(&["a.o"]);
+        let object = async || bench.result(&compile).await.output_files[0].digest.clone().unwrap();
+        assert_eq!(object().await, object().await);
+
+        let action = bench.action(&job).digest;
+        let top = bench.build_root.parent().unwrap().join("other");
+        let build_root = BuildRoot::open(&top).unwrap();
+        let runs = [0, 1, 1].map(|slot| build_root.create(SlotId(slot), &action).unwrap());
+        let mut paths: Vec<_> = runs.iter().map(|run| run.root_path().to_owned()).collect();
+        paths.dedup();
+        assert_eq!(paths.len(), 3);
+        for path in &paths {
+            // A socket's path may have 108 bytes.
+            assert!(path.strip_prefix(&top).unwrap().as_os_str().len() <= 20, "{}", path.display());
+        }
+        drop(runs);
+        // At once, although what was in it may still be there.
+        assert_eq!(build_root.create(SlotId(0), &action).unwrap().root_path(), paths[0]);
+        build_root.wait_until_empty(Duration::from_secs(20));
+        assert_eq!(fs::read_dir(&top).unwrap().count(), 0);
+    });
+}
+
+/// A crash leaves the directory of an action behind; the action runs at its usual path nevertheless, from a fresh tree.
+#[test]
+fn what_a_crash_left_is_not_in_the_way_of_the_same_action() {
+    with_worker(async |bench| {
+        let action = bench.action(&sh("true")).digest;
+        let top = bench.build_root.parent().unwrap().join("other");
+        let build_root = BuildRoot::open(&top).unwrap();
+        let usual = build_root.create(SlotId(0), &action).unwrap().root_path().to_owned();
+        build_root.wait_until_empty(Duration::from_secs(20));
+        drop(build_root);
+        fs::create_dir_all(usual.join("left")).unwrap();
+        fs::create_dir(top.join("a-0123456789")).unwrap();
+        let build_root = BuildRoot::open(&top).unwrap();
+        let run = build_root.create(SlotId(0), &action).unwrap();
+        assert_eq!(run.root_path(), usual);
+        assert_eq!(fs::read_dir(&usual).unwrap().count(), 0);
+        drop(run);
+        let left =
+            || fs::read_dir(&top).unwrap().flatten().map(|entry| entry.file_name()).collect::<Vec<_>>();
+        eventually("what is ours is removed, and nothing else", || left() == ["a-0123456789"]).await;
+    });
+}
+
+/// Somebody cleans up where the server works. What ran then has failed by no fault of its own; the next action runs.
+#[test]
+fn a_build_root_that_is_removed_is_made_again() {
+    with_worker(async |bench| {
+        let gate = bench.build_root.parent().unwrap().join("gate");
+        let job = sh(&format!("echo out > o; while ! [ -e {} ]; do :; done", gate.display())).outputs(&["o"]);
+        let (report, ()) = tokio::join!(bench.report(&job), async {
+            let begun = || {
+                let mut runs = fs::read_dir(&bench.build_root).unwrap().flatten();
+                runs.any(|run| run.path().join("root/o").exists())
+            };
+            eventually("the command begins", begun).await;
+            fs::remove_dir_all(&bench.build_root).unwrap();
+            fs::write(&gate, "").unwrap();
+        });
+        let failure = report.unwrap_err();
+        assert!(matches!(failure.error, Error::Unavailable(_)) && failure.retryable, "{}", failure.error);
+        let result = bench.result(&job).await;
+        assert_eq!((result.exit_code, result.output_files.len()), (0, 1));
+        // Also when it was moved away and not removed.
+        fs::rename(&bench.build_root, bench.build_root.with_extension("old")).unwrap();
+        assert_eq!(bench.result(&job).await.output_files.len(), 1);
+    });
+}
+
 /// EXE-37: also for directories, whose time would change and whose mode would be in the way while they are filled.
 #[test]
 fn mode_and_time_of_inputs_are_applied() {
@@ -382,8 +549,8 @@ fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
 fn what_a_command_does_to_its_logs_or_to_the_way_to_an_output_is_its_own_fault() {
     with_worker(async |bench| {
         for script in [
-            "rm ../stdout; ln -s /etc/passwd ../stdout",
-            "rm ../stdout; mkdir ../stdout",
+            "cd ../../0-*; rm stdout; ln -s /etc/passwd stdout",
+            "cd ../../0-*; rm stdout; mkdir stdout",
             // Nothing stops root, who gets a link that leads out instead.
             "echo o > p/o; chmod 0 p; [ $(id -u) != 0 ] || { rm -r p; ln -s / p; }",
         ] {
@@ -587,7 +754,7 @@ fn what_a_crashed_run_left_is_swept_and_nothing_else() {
         fs::set_permissions(left, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
         fs::create_dir(top.join("not-ours")).unwrap();
         let build_root = BuildRoot::open(&top).unwrap();
-        let fresh = build_root.create(SlotId(3)).unwrap();
+        let fresh = build_root.create(SlotId(3), &gorego::digest::Digest::empty(SHA256)).unwrap();
         eventually("leftovers are removed", || !top.join("3-17").exists()).await;
         assert!(top.join("not-ours").exists() && fresh.path().exists());
         assert!(outside.path().join("kept").exists());

@@ -21,6 +21,7 @@ mod memo;
 pub mod messages;
 pub mod new_blob;
 mod outputs;
+mod relief;
 mod reply;
 mod requests;
 mod resolve;
@@ -99,6 +100,8 @@ pub(crate) struct Shared {
     decoders: Arc<Semaphore>,
     /// Splits and splices; nothing in it says what is stored.
     chunk_work: ChunkWork,
+    /// The right to relieve the disk.
+    relief_turn: tokio::sync::Mutex<()>,
 }
 
 impl Shared {
@@ -126,6 +129,8 @@ pub struct CasActor {
     touches: Vec<FileId>,
     /// [`Index::bytes_deleted`], for those who wait for room.
     deleted: watch::Sender<u64>,
+    /// When the log last said that others fill the disk.
+    full_disk_logged: Option<Instant>,
 }
 
 impl CasActor {
@@ -153,6 +158,7 @@ impl CasActor {
             large_actions: Semaphore::new(settings::LARGE_ACTIONS_MAX),
             decoders: Arc::new(Semaphore::new(settings::DECODERS_MAX)),
             chunk_work: ChunkWork::default(),
+            relief_turn: tokio::sync::Mutex::default(),
             settings,
         };
         Ok(Self {
@@ -161,6 +167,7 @@ impl CasActor {
             shared: Arc::new(shared),
             touches: Vec::new(),
             deleted: watch::Sender::new(0),
+            full_disk_logged: None,
         })
     }
 

@@ -9,6 +9,7 @@ mod checkpoint;
 pub mod clock;
 pub mod command;
 mod dir;
+mod disk_watch;
 mod inputs;
 pub mod launcher;
 pub mod messages;

@@ -35,7 +35,7 @@ pub fn code(error: &Error) -> Code {
         Error::NotFound(_) => Code::NotFound,
         Error::MissingBlobs(_) | Error::Precondition(_) => Code::FailedPrecondition,
         Error::OutOfRange(_) => Code::OutOfRange,
-        Error::Exhausted { .. } => Code::ResourceExhausted,
+        Error::Exhausted { .. } | Error::DiskFull(_) => Code::ResourceExhausted,
         Error::Denied(_) => Code::PermissionDenied,
         Error::Unimplemented(_) => Code::Unimplemented,
         Error::Unavailable(_) => Code::Unavailable,
@@ -96,11 +96,10 @@ fn render(error: &Error, violations: usize) -> rpc::Status {
             Some(pack("google.rpc.PreconditionFailure", &rpc::PreconditionFailure { violations }))
         }
         // Never on an error that waiting does not mend: clients retry whatever carries it (GEN-21).
-        Error::Exhausted { retry_after: Some(delay), .. } => {
-            let retry_delay = prost_types::Duration::try_from(*delay).ok();
-            Some(pack("google.rpc.RetryInfo", &rpc::RetryInfo { retry_delay }))
-        }
-        _ => None,
+        _ => error.retry_after().map(|delay| {
+            let retry_delay = prost_types::Duration::try_from(delay).ok();
+            pack("google.rpc.RetryInfo", &rpc::RetryInfo { retry_delay })
+        }),
     };
     rpc::Status {
         code: code(error) as i32,

@@ -27,7 +27,7 @@ pub fn not_allowed(methods: &'static str) -> Response {
 /// The answer to a request that failed.
 pub fn of(error: &Error) -> Response {
     let mut response = plain(code(error), &error.to_string());
-    if let Error::Exhausted { retry_after: Some(delay), .. } = error {
+    if let Some(delay) = error.retry_after() {
         response.headers_mut().insert(header::RETRY_AFTER, delay.as_secs().into());
     }
     response
@@ -39,7 +39,7 @@ fn code(error: &Error) -> StatusCode {
         Error::NotFound(_) => StatusCode::NOT_FOUND,
         Error::MissingBlobs(_) | Error::Precondition(_) => StatusCode::CONFLICT,
         Error::OutOfRange(_) => StatusCode::PAYLOAD_TOO_LARGE,
-        Error::Exhausted { .. } => StatusCode::INSUFFICIENT_STORAGE,
+        Error::Exhausted { .. } | Error::DiskFull(_) => StatusCode::INSUFFICIENT_STORAGE,
         Error::Denied(_) => StatusCode::FORBIDDEN,
         Error::Unimplemented(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
         Error::Unavailable(_) | Error::Cancelled(_) => StatusCode::SERVICE_UNAVAILABLE,

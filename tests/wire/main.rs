@@ -7,6 +7,7 @@ mod cache_interplay;
 mod chunks;
 mod compression;
 mod digest_functions;
+mod disk;
 mod execution;
 mod http_cache;
 mod inputs;

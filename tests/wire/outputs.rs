@@ -190,6 +190,28 @@ async fn the_whole_root_can_be_an_output_and_paths_may_climb_within_it() {
     assert_eq!(tree.root.unwrap().files[0].name, "here");
 }
 
+/// EXE-48: "" is what Pants sends for the working directory; it means what "." means.
+#[tokio::test]
+async fn an_empty_output_path_is_the_working_directory_as_a_tree() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let command = Command {
+        working_directory: "w/d".into(),
+        ..sh_with("mkdir sub; echo here > here; echo up > ../up", &[""])
+    };
+    let action = client.action(command, empty()).await;
+    for cached in [false, true] {
+        let response = client.run(action).await;
+        assert_eq!(response.cached_result, cached);
+        let result = response.result.unwrap();
+        assert_eq!(paths(result.output_directories.iter().map(|d| &d.path)), [""]);
+        assert!(result.output_files.is_empty());
+        let root = tree(&client, &result.output_directories[0]).await.root.unwrap();
+        assert_eq!((&*root.files[0].name, &*root.directories[0].name), ("here", "sub"));
+        assert_eq!((root.files.len(), root.directories.len()), (1, 1));
+    }
+}
+
 /// A host file reached through an output symlink is reported as a link and left alone (clients.md).
 #[tokio::test]
 async fn an_absolute_output_symlink_is_reported_and_never_followed() {

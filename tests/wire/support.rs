@@ -67,13 +67,18 @@ impl Server {
         Self::spawn(command, store)
     }
 
-    /// Starts one whose store lies on a disk of its own of this many bytes, in a mount namespace of its own; see
-    /// [`Server::inside`].
+    /// Starts one whose store lies on a disk of its own of this many bytes; see [`Server::on_a_disk`].
     pub async fn on_a_disk_of(bytes: usize) -> Self {
+        Self::on_a_disk(&format!("size={bytes}")).await
+    }
+
+    /// Starts one whose store lies on a tmpfs with these mount options, in a mount namespace of its own; see
+    /// [`Server::inside`].
+    pub async fn on_a_disk(options: &str) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
         let mut unshare = Command::new("unshare");
         unshare.args(mount_namespace()).arg("sh");
-        let mount = format!("mount -t tmpfs -o size={bytes} none {}", store.path().display());
+        let mount = format!("mount -t tmpfs -o {options} none {}", store.path().display());
         Self::spawn(in_shell(unshare, &mount, store.path()), store)
     }
 

@@ -20,6 +20,7 @@
 use super::index::{FileId, Key, Kind};
 use crate::{
     digest::{Digest, DigestFunction},
+    disk::Space,
     error::{Error, Result},
     instance::{InstanceId, Instances},
     spread::spread_subdirectories,
@@ -133,6 +134,14 @@ impl Files {
     /// Bytes that a file of this size takes on disk.
     pub fn charge(&self, size: u64) -> u64 {
         size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
+    }
+
+    /// The room on the disk of the store. Blocks.
+    ///
+    /// # Errors
+    /// Those of statfs(2).
+    pub fn space(&self) -> io::Result<Space> {
+        Space::of(&self.base)
     }
 
     /// How many instances have directories.

@@ -99,6 +99,11 @@ impl Index {
         self.totals
     }
 
+    /// Bytes of files that the index has let go since the start.
+    pub fn bytes_evicted(&self) -> u64 {
+        self.evicted_ever
+    }
+
     /// Bytes deleted since the start.
     pub fn bytes_deleted(&self) -> u64 {
         self.deleted_ever
@@ -253,6 +258,21 @@ impl Index {
         if self.trimming {
             self.evict_down_to(self.low_water.saturating_sub(reserved), max, &mut victims);
             self.trimming = victims.len() == max;
+        }
+        victims
+    }
+
+    /// Evicts the least recently used entries: at least so many bytes and so many entries, as far as there are any and at
+    /// most `max` entries.
+    pub fn evict(&mut self, bytes: u64, entries: u64, max: usize) -> Vec<Victim> {
+        let (mut victims, mut evicted) = (Vec::new(), 0u64);
+        while (evicted < bytes || (victims.len() as u64) < entries)
+            && self.oldest != NIL
+            && victims.len() < max
+        {
+            let victim = self.remove_slot(self.oldest);
+            evicted = evicted.saturating_add(victim.bytes);
+            victims.push(victim);
         }
         victims
     }

@@ -64,6 +64,15 @@ pub const DIGESTS_PER_MESSAGE: usize = 8_192;
 /// Entries evicted ahead of need in one go.
 pub const TRIM_BATCH: usize = 1_024;
 
+/// Entries evicted in one go to relieve a full disk.
+pub const RELIEF_BATCH: usize = 16_384;
+
+/// How long an action that failed for lack of room waits for the files of evicted entries to be deleted.
+pub const RELIEF_WAIT: Duration = Duration::from_secs(5);
+
+/// How often at most the log says that others fill the disk.
+pub const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
+
 /// Broken uploads that are kept; above it the oldest goes. Each holds a file open, and a process has 1,024 by default.
 pub const MAX_PARTIAL_UPLOADS: usize = 256;
 

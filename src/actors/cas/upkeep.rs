@@ -37,14 +37,18 @@ impl CasActor {
         }
         self.delete(grant.victims, ctx);
         self.trim(ctx);
-        let free = (self.index.bytes_deleted() < grant.after_deletions).then(|| {
+        Ok((Reservation::new(ctx.address(), bytes), self.deletions(grant.after_deletions)))
+    }
+
+    /// Ends when so many bytes, since the start, are deleted; `None` when they are.
+    pub(super) fn deletions(&self, goal: u64) -> Option<impl Future<Output = ()> + use<>> {
+        (self.index.bytes_deleted() < goal).then(|| {
             let mut deleted = self.deleted.subscribe();
             async move {
                 // Ends early only with the actor, and then the write fails by itself.
-                let _ = deleted.wait_for(|bytes| *bytes >= grant.after_deletions).await;
+                let _ = deleted.wait_for(|bytes| *bytes >= goal).await;
             }
-        });
-        Ok((Reservation::new(ctx.address(), bytes), free))
+        })
     }
 
     /// Evicts ahead of need.
@@ -98,6 +102,8 @@ impl CasActor {
             self.discard(partial, ctx);
         }
         self.trim(ctx);
+        let cas = self.client(ctx);
+        self.shared.runtime.spawn(async move { cas.relieve_full_disk().await });
     }
 
     pub(super) fn touch_later(&mut self, file: FileId) {

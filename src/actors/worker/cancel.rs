@@ -10,7 +10,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-/// Set once by the scheduler, seen by the worker thread: between two steps by asking, inside a wait by polling its
+/// Set once, by the scheduler or by the watch over the disk; seen by the worker thread: between two steps by asking, inside a wait by polling its
 /// descriptor together with the child's.
 #[derive(Debug, Clone)]
 pub struct CancelToken(Arc<Inner>);

@@ -19,6 +19,10 @@ pub const EXIT_NOT_FOUND: i32 = 127;
 /// Exit code for a program that is there but cannot be started.
 pub const EXIT_NOT_EXECUTABLE: i32 = 126;
 
+/// Why no program of an input root can be run, and what to do about it.
+pub const NOEXEC: &str = "the build root is on a file system that is mounted noexec; set execution.build_root to another \
+                          directory";
+
 /// Everything the runner needs to start a command. Bytes, because that is what the kernel takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
@@ -48,7 +52,7 @@ impl Launch {
             programs: programs(command),
             arguments: command.arguments.clone(),
             environment: command.environment.iter().map(|(name, value)| format!("{name}={value}")).collect(),
-            root: path.join("root"),
+            root: workspace.root_path().to_owned(),
             working_directory: command.working_directory.as_path().to_owned(),
             stdout: path.join("stdout"),
             stderr: path.join("stderr"),
@@ -74,8 +78,9 @@ fn programs(command: &Command) -> Vec<String> {
         .collect()
 }
 
-/// What it means when no program of a launch could be started: the exit code, and a line for stderr (EXE-42).
-pub fn not_started(command: &Command, errno: i32) -> (i32, String) {
+/// What it means when no program of a launch could be started: the exit code, and a line for stderr (EXE-42). `is_noexec`
+/// says that no program in the build root can be.
+pub fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i32, String) {
     let program = command.arguments.first().map_or("", String::as_str).escape_debug();
     let errno = Errno::from_raw_os_error(errno);
     let code = match errno {
@@ -92,6 +97,9 @@ pub fn not_started(command: &Command, errno: i32) -> (i32, String) {
                 Some((_, path)) => format!("looked in PATH={}", path.escape_debug()),
                 None => format!("the command sets no PATH; looked in {DEFAULT_PATH}"),
             }
+        }
+        Errno::ACCESS if is_noexec && programs(command).iter().any(|program| !program.starts_with('/')) => {
+            NOEXEC.to_owned()
         }
         Errno::ACCESS => "it is not executable, or is a directory".to_owned(),
         Errno::NOEXEC => "it is not a program for this machine and has no #! line".to_owned(),
@@ -128,6 +136,16 @@ mod tests {
             }
         }
         assert_eq!(programs(&command("sh", Some(&format!("{long}:/bin")))), ["/bin/sh"]);
+    }
+
+    /// EXE-42.
+    #[test]
+    fn a_build_root_without_execution_is_named_where_it_matters() {
+        let denied = Errno::ACCESS.raw_os_error();
+        let says = |program: &str, is_noexec| not_started(&command(program, None), denied, is_noexec).1;
+        assert!(says("bin/tool", true).contains("noexec"));
+        assert!(!says("bin/tool", false).contains("noexec"));
+        assert!(!says("/etc/passwd", true).contains("noexec"), "that lies elsewhere");
     }
 
     /// EXE-40.

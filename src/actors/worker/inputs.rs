@@ -1,6 +1,9 @@
 //! Brings an input root into place, exactly as its Directories say (EXE-33 to EXE-37), and then what the command takes for
 //! granted: its working directory (EXE-39) and the parents of its outputs (EXE-38).
 //!
+//! A node that names no mtime carries [`INPUT_TIME`], so that what a command sees does not depend on when or in which order
+//! it was written. Each step leaves the times of the directories that it changes as they were.
+//!
 //! Nothing is followed while the tree is built, so a symbolic link in it cannot redirect a later entry. Absolute link targets
 //! are created as given; the server announces that (CAP-14, EXE-36).
 
@@ -25,7 +28,7 @@ use std::{
     fs::File,
     io,
     path::{Path, PathBuf},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, UNIX_EPOCH},
 };
 
 /// Permission bits of directories, and of files that can be run.
@@ -33,13 +36,18 @@ const EXECUTABLE: u32 = 0o755;
 /// Permission bits of other files.
 const PLAIN: u32 = 0o644;
 
+/// The mtime of every input, and of every directory that this module makes, unless its node properties name another:
+/// 2000-01-01T00:00:00Z. Equal times make nothing look newer than what it was made from (make, ninja). The time is after 1980
+/// in every time zone, which zip needs, and its seconds fit into 32 bits, which Python byte code needs.
+pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec: 0 };
+
 /// Fills the empty directory `root`.
 ///
 /// # Errors
 /// Those of the store; of the checkpoint between two files; `Invalid` when a link or file of the tree is in the way of the
 /// working directory or of an output's parent, or a mode in that of the command.
 pub fn place(inputs: &dyn Inputs, root: &File, command: &Command, checkpoint: &Checkpoint) -> Result<()> {
-    let adorned = write_tree(inputs, root, checkpoint)?;
+    let has_modes = write_tree(inputs, root, checkpoint)?;
     make_directories(root, &command.working_directory, "the working directory")?;
     let mut made = HashSet::new();
     for output in &command.outputs {
@@ -50,9 +58,9 @@ pub fn place(inputs: &dyn Inputs, root: &File, command: &Command, checkpoint: &C
             make_directories(root, &parent, &format!("the parent of output \"{}\"", output.requested))?;
         }
     }
-    // Last of all: a directory's own properties may take away the right to write in it, and each new entry changes its time.
-    if adorned {
-        adorn_directories(inputs, root, checkpoint)?;
+    // Last of all: a directory's own mode may take away the right to write in it.
+    if has_modes {
+        set_directory_modes(inputs, root, checkpoint)?;
         check_way(root, &command.working_directory)?;
     }
     Ok(())
@@ -70,15 +78,18 @@ fn check_way(root: &File, working_directory: &RootPath) -> Result<()> {
     }
 }
 
-/// Creates files, links and directories; says whether any directory has properties of its own.
+/// Creates files, links and directories; says whether any directory has a mode of its own.
 fn write_tree(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Result<bool> {
     let tree = inputs.tree();
     let mut cursor = cursor(root)?;
     fill(inputs, tree.root(), &cursor, checkpoint)?;
-    let mut adorned = tree.root().properties != NodeProperties::default();
-    let mut open = vec![tree.root().directories.iter()];
-    while let Some(remaining) = open.last_mut() {
+    let mut has_modes = tree.root().properties.unix_mode.is_some();
+    let mut open = vec![(tree.root(), tree.root().directories.iter())];
+    while let Some((directory, remaining)) = open.last_mut() {
         let Some(child) = remaining.next() else {
+            // Each new entry has changed it.
+            let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
+            set_mtime(here, ".", mtime_of(directory.properties))?;
             open.pop();
             if !open.is_empty() {
                 cursor.up().map_err(|error| Error::io("go back up in the input root", &error))?;
@@ -86,7 +97,7 @@ fn write_tree(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Resu
             continue;
         };
         let directory = tree.directory(&child.digest);
-        adorned |= directory.properties != NodeProperties::default();
+        has_modes |= directory.properties.unix_mode.is_some();
         make_one(&cursor, &child.name)?;
         cursor.down(child.name.as_ref()).map_err(|error| cannot("enter", &child.name, &error))?;
         if cursor.mode() != Mode::from_raw_mode(EXECUTABLE) {
@@ -95,9 +106,9 @@ fn write_tree(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Resu
                 .map_err(|error| cannot("set the mode of", &child.name, &error.into()))?;
         }
         fill(inputs, directory, &cursor, checkpoint)?;
-        open.push(directory.directories.iter());
+        open.push((directory, directory.directories.iter()));
     }
-    Ok(adorned)
+    Ok(has_modes)
 }
 
 /// The files and links of one directory.
@@ -107,13 +118,12 @@ fn fill(inputs: &dyn Inputs, directory: &Directory, cursor: &Cursor, checkpoint:
         checkpoint.check()?;
         let mode = file.properties.unix_mode.unwrap_or(if file.executable { EXECUTABLE } else { PLAIN });
         inputs.materialise(&file.digest, here, &file.name, mode)?;
-        if let Some(mtime) = file.properties.mtime {
-            set_mtime(here, &file.name, mtime)?;
-        }
+        set_mtime(here, &file.name, mtime_of(file.properties))?;
     }
     for link in &directory.symlinks {
         rfs::symlinkat(&*link.target, here, &*link.name)
             .map_err(|error| cannot("make the symbolic link", &link.name, &error.into()))?;
+        set_mtime(here, &link.name, mtime_of(link.properties))?;
     }
     checkpoint.check()
 }
@@ -125,8 +135,8 @@ fn make_one(cursor: &Cursor, name: &str) -> Result<()> {
         .map_err(|error| cannot("make the directory", name, &error))
 }
 
-/// Sets mode and time of the directories that ask for it, each after everything in it.
-fn adorn_directories(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Result<()> {
+/// Sets the modes of the directories that ask for one, each after everything in it.
+fn set_directory_modes(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Result<()> {
     let tree = inputs.tree();
     let mut cursor = cursor(root)?;
     let mut open = vec![("", tree.root(), tree.root().directories.iter())];
@@ -138,40 +148,50 @@ fn adorn_directories(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) 
             open.push((&child.name, directory, directory.directories.iter()));
             continue;
         }
-        let (name, properties) = (*name, directory.properties);
+        let (name, mode) = (*name, directory.properties.unix_mode);
         open.pop();
         if open.is_empty() {
-            adorn(root, ".", properties)?;
+            set_mode(root, ".", mode)?;
         } else {
             cursor.up().map_err(|error| Error::io("go back up in the input root", &error))?;
             let here = cursor.here().map_err(|error| cannot("enter", name, &error))?;
-            adorn(here, name, properties)?;
+            set_mode(here, name, mode)?;
         }
     }
     Ok(())
 }
 
 /// `name` is a directory that this module made, not a link.
-fn adorn(parent: &File, name: &str, properties: NodeProperties) -> Result<()> {
-    if let Some(mode) = properties.unix_mode {
-        rfs::chmodat(parent, name, Mode::from_raw_mode(mode), AtFlags::empty())
-            .map_err(|error| cannot("set the mode of", name, &error.into()))?;
-    }
-    properties.mtime.map_or(Ok(()), |mtime| set_mtime(parent, name, mtime))
+fn set_mode(parent: &File, name: &str, mode: Option<u32>) -> Result<()> {
+    let Some(mode) = mode else { return Ok(()) };
+    rfs::chmodat(parent, name, Mode::from_raw_mode(mode), AtFlags::empty())
+        .map_err(|error| cannot("set the mode of", name, &error.into()))
 }
 
-fn set_mtime(parent: &File, name: &str, mtime: SystemTime) -> Result<()> {
-    // The tree's constructor lets no time before 1970 in.
-    let since = mtime.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let times = Timestamps {
-        last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
-        last_modification: Timespec {
-            tv_sec: since.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: since.subsec_nanos().into(),
+/// The time that a node carries.
+fn mtime_of(properties: NodeProperties) -> Timespec {
+    let Some(mtime) = properties.mtime else { return INPUT_TIME };
+    // The seconds of a SystemTime are an i64, so neither conversion goes wrong.
+    let seconds = |since: Duration| i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+    match mtime.duration_since(UNIX_EPOCH) {
+        Ok(since) => Timespec { tv_sec: seconds(since), tv_nsec: since.subsec_nanos().into() },
+        // Nanoseconds always count forward.
+        Err(before) => match (seconds(before.duration()), before.duration().subsec_nanos()) {
+            (seconds, 0) => Timespec { tv_sec: -seconds, tv_nsec: 0 },
+            (seconds, nanos) => Timespec { tv_sec: -seconds - 1, tv_nsec: i64::from(1_000_000_000 - nanos) },
         },
-    };
-    rfs::utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW)
-        .map_err(|error| cannot("set the time of", name, &error.into()))
+    }
+}
+
+/// Sets the mtime of `name` itself, which may be a link, and of "." where `parent` is meant.
+fn set_mtime(parent: &File, name: &str, mtime: Timespec) -> Result<()> {
+    set_mtime_at(parent, name, mtime).map_err(|error| cannot("set the time of", name, &error))
+}
+
+fn set_mtime_at(parent: &File, name: &str, mtime: Timespec) -> io::Result<()> {
+    let times =
+        Timestamps { last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT }, last_modification: mtime };
+    Ok(rfs::utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
 /// Makes the directories of `path` that do not exist. Links of the input root may be part of the way as long as they stay
@@ -196,11 +216,17 @@ fn make_directories(root: &File, path: &RootPath, what: &str) -> Result<()> {
     Ok(())
 }
 
+/// Makes one directory; the time of the one above stays what it was.
+#[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
 fn make_beneath(above: &File, name: &str) -> io::Result<File> {
+    let before = rfs::fstat(above)?;
     rfs::mkdirat(above, name, Mode::from_raw_mode(EXECUTABLE))?;
     let made = dir::open_dir(above, OsStr::new(name))?;
     // Whatever the umask of the server says.
     rfs::fchmod(&made, Mode::from_raw_mode(EXECUTABLE))?;
+    set_mtime_at(&made, ".", INPUT_TIME)?;
+    let mtime = Timespec { tv_sec: before.st_mtime as i64, tv_nsec: before.st_mtime_nsec as i64 };
+    set_mtime_at(above, ".", mtime)?;
     Ok(made)
 }
 

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     actors::cas::{client::Provenance, results::check_size},
     digest::Digest,
+    disk::Space,
     error::{Error, Result},
     log_streams::{
         LiveRun,
@@ -29,7 +30,8 @@ use std::{
     fs::File,
     io::{Read as _, Write as _},
     path::Path,
-    time::SystemTime,
+    thread,
+    time::{Duration, Instant, SystemTime},
 };
 
 const ACTION_FINISHED: &str = "action_finished";
@@ -37,6 +39,12 @@ const RESULT_NOT_RECORDED: &str = "result_not_recorded";
 
 /// Exit codes of processes that a signal ended start here (EXE-46).
 pub(super) const SIGNAL_BASE: i32 = 128;
+/// How long an action waits in its slot for a full disk to have room again. What waits in the queue behind it would only fail.
+const ROOM_WAIT: Duration = Duration::from_secs(5);
+/// How long an action that found too little room waits for more before it is tried again.
+const MORE_ROOM_WAIT: Duration = Duration::from_secs(2);
+/// How often it looks.
+const ROOM_POLL: Duration = Duration::from_millis(20);
 /// How much of a log is kept when nobody can say whether its command still writes; so that keeping it takes little time.
 const SALVAGED_BYTES: u64 = 4 * 1024 * 1024;
 
@@ -50,6 +58,10 @@ pub(super) struct ActionRun<'a> {
     result: reapi::ActionResult,
     /// How the command ended, once it has.
     ran: Option<Ran>,
+    /// The disk when the run began.
+    room_at_start: Option<Space>,
+    /// The disk is full and stayed so for [`ROOM_WAIT`].
+    waited_in_vain: bool,
 }
 
 impl<'a> ActionRun<'a> {
@@ -60,12 +72,22 @@ impl<'a> ActionRun<'a> {
         order: &'a RunAction,
     ) -> Self {
         let timeline = Timeline::start(order.queued_at, SystemTime::now(), Moment::now());
-        Self { settings, store, launcher, order, timeline, result: reapi::ActionResult::default(), ran: None }
+        Self {
+            settings,
+            store,
+            launcher,
+            order,
+            timeline,
+            result: reapi::ActionResult::default(),
+            ran: None,
+            room_at_start: None,
+            waited_in_vain: false,
+        }
     }
 
     /// Runs the action to its end.
     pub(super) fn execute(mut self) -> RunReport {
-        let outcome = self.steps();
+        let outcome = self.steps().map_err(|error| self.relieved(error));
         self.note(Point::WorkerEnd);
         let usage = self.ran.as_ref().map(|ran| &ran.usage);
         self.result.execution_metadata = Some(self.timeline.metadata(self.worker(), usage));
@@ -77,7 +99,8 @@ impl<'a> ActionRun<'a> {
                 Ok(Box::new(RunResult { result: self.result, account }))
             }
             Err(error) => Err(RunFailure {
-                retryable: is_workers_fault(&error),
+                // After the wait it is better to let clients wait than slots.
+                retryable: is_workers_fault(&error) && !self.waited_in_vain,
                 // Without a command that ran there is nothing to tell.
                 partial: self.ran.is_some().then(|| Box::new(self.result)),
                 error,
@@ -92,10 +115,21 @@ impl<'a> ActionRun<'a> {
             Checkpoint::new(&self.order.cancel, "fetching the inputs", self.settings.transfer_timeout);
         fetching.check()?;
         self.enter(RunStage::Fetching, Point::FetchStart, None);
-        let workspace = self.settings.build_root.create(self.order.slot)?;
+        self.wait_for_room(&fetching)?;
+        let workspace = self.settings.build_root.create(self.order.slot, &action.digest)?;
+        let outcome = self.steps_in(&workspace, &fetching);
+        if let Err(Error::DiskFull(_)) = outcome {
+            // Before anybody tries again.
+            workspace.remove_now();
+        }
+        outcome
+    }
+
+    fn steps_in(&mut self, workspace: &Workspace, fetching: &Checkpoint) -> Result<()> {
+        let action = &self.order.action;
         // Held to the end: while an action runs, its inputs are not evicted.
         let staged = self.store.stage_inputs(&action.instance, action.input_root)?;
-        inputs::place(&*staged, workspace.root()?, &action.command, &fetching)?;
+        inputs::place(&*staged, workspace.root()?, &action.command, fetching)?;
         self.note(Point::FetchEnd);
 
         fetching.check()?;
@@ -103,18 +137,66 @@ impl<'a> ActionRun<'a> {
         let live = self.settings.log_streams.begin_run(&action.instance, workspace.path());
         let logs = live.as_ref().map(LiveRun::logs);
         self.enter(RunStage::Running, Point::RunStart, logs);
-        let launch = Launch::new(&action.command, &workspace, self.settings.max_output_file_bytes);
+        let launch = Launch::new(&action.command, workspace, self.settings.max_output_file_bytes);
+        let watch = self.settings.build_root.disk().begin(self.order.cancel.clone());
         let ran = self.launcher.run(&launch, action.timeout, &self.order.cancel);
-        let ran = ran.inspect_err(|_| self.salvage_logs(&workspace, live.as_ref()))?;
+        if let Some(space) = watch.end() {
+            self.salvage_logs(workspace, live.as_ref());
+            return Err(Error::DiskFull(format!(
+                "the disk of this server was full while the action ran ({space}), so that what it wrote may be incomplete"
+            )));
+        }
+        let ran = ran.inspect_err(|_| self.salvage_logs(workspace, live.as_ref()))?;
         self.timeline.note(Point::RunStart, ran.started);
         self.timeline.note(Point::RunEnd, ran.ended);
         let ending = ran.ending;
         self.ran = Some(ran);
 
         self.enter(RunStage::Uploading, Point::UploadStart, logs);
-        let stored = self.conclude(ending, &workspace, live.as_ref());
+        let stored = self.conclude(ending, workspace, live.as_ref());
         self.note(Point::UploadEnd);
+        // Outputs that were taken away look like outputs that were never made.
+        workspace.check_in_place()?;
         stored
+    }
+
+    /// Holds the slot while the disk is full, for a while, instead of letting one action after the other fail.
+    fn wait_for_room(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        let disk = self.settings.build_root.disk();
+        self.room_at_start = disk.look();
+        if self.room_at_start.is_none_or(|space| !space.is_exhausted()) {
+            return Ok(());
+        }
+        self.store.relieve_disk();
+        let end = Instant::now() + ROOM_WAIT;
+        loop {
+            self.room_at_start = disk.look();
+            let Some(space) = self.room_at_start.filter(|space| !space.has_room()) else { return Ok(()) };
+            checkpoint.check()?;
+            if Instant::now() >= end {
+                self.waited_in_vain = true;
+                return Err(Error::Unavailable(format!(
+                    "the disk of this server has no room to run the action: {space}"
+                )));
+            }
+            thread::sleep(ROOM_POLL);
+        }
+    }
+
+    /// A full disk is a failure of this server that passes: the store makes room, and the action is worth another try once
+    /// there is more than it had.
+    fn relieved(&self, error: Error) -> Error {
+        let Error::DiskFull(message) = error else { return error };
+        self.store.relieve_disk();
+        let disk = self.settings.build_root.disk();
+        let end = Instant::now() + MORE_ROOM_WAIT;
+        while let Some((before, now)) = self.room_at_start.zip(disk.look())
+            && !now.has_more_than(&before)
+            && Instant::now() < end
+        {
+            thread::sleep(ROOM_POLL);
+        }
+        Error::Unavailable(message)
     }
 
     /// Turns the end of the command into exit code, logs and outputs.
@@ -131,7 +213,8 @@ impl<'a> ActionRun<'a> {
                 None
             }
             Ending::NotStarted(errno) => {
-                let (code, message) = command::not_started(&action.command, errno);
+                let is_noexec = self.settings.build_root.is_noexec();
+                let (code, message) = command::not_started(&action.command, errno, is_noexec);
                 self.result.exit_code = code;
                 append(workspace, "stderr", &message)?;
                 None
@@ -227,6 +310,7 @@ impl<'a> ActionRun<'a> {
             max_file_bytes: self.settings.max_output_file_bytes,
             stdout_bytes: size(&self.result.stdout_digest),
             stderr_bytes: size(&self.result.stderr_digest),
+            is_noexec: self.settings.build_root.is_noexec(),
         }
     }
 
@@ -288,6 +372,7 @@ pub(super) fn is_workers_fault(error: &Error) -> bool {
         | Error::Precondition(_)
         | Error::OutOfRange(_)
         | Error::Exhausted { .. }
+        | Error::DiskFull(_)
         | Error::Denied(_)
         | Error::Unimplemented(_)
         | Error::Cancelled(_)

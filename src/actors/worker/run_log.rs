@@ -3,6 +3,7 @@
 
 use super::{
     clock::{Point, Timeline},
+    command::{EXIT_NOT_EXECUTABLE, NOEXEC},
     launcher::{Ending, Ran},
     run::SIGNAL_BASE,
 };
@@ -22,6 +23,8 @@ pub(super) struct Facts<'a> {
     pub(super) max_file_bytes: u64,
     pub(super) stdout_bytes: i64,
     pub(super) stderr_bytes: i64,
+    /// Programs that lie in the build root cannot be run.
+    pub(super) is_noexec: bool,
 }
 
 /// One line about a command that ran; empty when its exit code says it all.
@@ -32,6 +35,9 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
             "exit code {code} is what a shell says of a program that wrote a file larger than the {limit} bytes allowed \
              (execution.max_output_file_gb)"
         ),
+        Ending::Exited(code) if code == EXIT_NOT_EXECUTABLE && facts.is_noexec => {
+            format!("exit code {code} is what a shell says of a program that cannot be run: {NOEXEC}")
+        }
         Ending::Exited(_) => String::new(),
         Ending::Signalled(signal) => {
             let hint = match signal {

@@ -48,6 +48,9 @@ pub trait BlobStore: Send + Sync {
         result: reapi::ActionResult,
         provenance: Provenance,
     ) -> Result<()>;
+
+    /// [`Cas::relieve_disk`].
+    fn relieve_disk(&self);
 }
 
 /// An input root that is kept from eviction while this is held.
@@ -90,6 +93,10 @@ impl BlobStore for Cas {
         provenance: Provenance,
     ) -> Result<()> {
         Cas::record_result(self, instance, action, result, provenance)
+    }
+
+    fn relieve_disk(&self) {
+        Cas::relieve_disk(self);
     }
 }
 

@@ -1,47 +1,62 @@
-//! Exec directories: one a run, made fresh, removed off the hot path, swept after a crash (EXE-43).
+//! Exec directories: made fresh for each run, removed off the hot path, swept after a crash (EXE-43).
 //!
-//! `<build_root>/<slot>-<number>/` holds `root/` (the input root, where the command runs), `stdout` and `stderr`. The number
-//! is never used twice at the same time. The names are short because commands make sockets below them, whose paths may have
-//! 108 bytes. The directory itself is closed to other users.
+//! ```text
+//! <build_root>/a-89abcdef/root/    the input root, where the command runs
+//! <build_root>/<slot>-<number>/    the run's own: stdout and stderr
+//! ```
 //!
-//! Removal goes to one background thread; when that is behind, the worker removes its directory itself. What cannot be
-//! removed (an immutable file, a mount) is logged, left, and tried again by the sweep of the next start.
+//! The path of the input root follows from the action, because compilers and others write it into what they make: the same
+//! action sees the same path, unless it runs more than once at the same time (`a-89abcdef-2`). The digits are the first of
+//! the action's hash. When a run is over, its `a-` directory moves into the run's own one, so that the path is free at once.
+//! The numbers are never used twice at the same time. All names are short because commands make sockets below them, whose
+//! paths may have 108 bytes. Both directories are closed to other users.
+//!
+//! The build root may be removed while the server runs: the next run makes it again, and runs that lost their directories
+//! say so.
+
+mod removal;
 
 use super::{
-    dir::{self, Cursor},
+    dir::{self, FileId},
+    disk_watch::DiskWatch,
     messages::SlotId,
 };
 use crate::{
+    digest::Digest,
     error::{Error, Result},
     spread::spread_subdirectories,
 };
+use removal::{Job, Remover, Ticket};
 use rustix::{
-    fs::{self as rfs, AtFlags, FileType, FlockOperation, Mode, OFlags, flock},
+    fs::{self as rfs, FlockOperation, Mode, RenameFlags, StatVfsMountFlags, flock},
     io::Errno,
 };
 use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
     io,
-    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
-        mpsc::{SyncSender, sync_channel},
     },
-    thread,
+    time::Duration,
 };
 
-/// How many directories may wait for removal; more would mean that removing is slower than running, and the disk fills.
-const REMOVAL_BACKLOG: usize = 64;
-/// How many names are tried for a new directory; others can only be taken by what a crashed run left.
-const NAME_ATTEMPTS: usize = 10_000;
-/// How often one directory is read again because entries turned up while it was emptied.
-const EMPTYING_ROUNDS: usize = 3;
+pub use removal::remove;
 
-const DIRECTORY_NOT_REMOVED: &str = "exec_directory_not_removed";
+/// How many names are tried for a new directory; others can only be taken by what a crashed run left.
+const NAME_ATTEMPTS: u64 = 10_000;
+/// How many digits of an action's hash are in the name of its directory. Actions that share them run in directories of
+/// their own nevertheless, as one action does that runs twice.
+const HASH_DIGITS: usize = 8;
+/// What the names of directories for actions begin with.
+const ACTION_PREFIX: &str = "a-";
+
 const BUILD_ROOT_SWEPT: &str = "build_root_swept";
+const BUILD_ROOT_NOEXEC: &str = "build_root_noexec";
+const BUILD_ROOT_REMADE: &str = "build_root_remade";
+const DIRECTORIES_LEFT: &str = "exec_directories_left";
 
 /// The build root: where exec directories are made. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -50,15 +65,22 @@ pub struct BuildRoot(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
-    handle: File,
+    place: Mutex<Arc<Place>>,
     next: AtomicU64,
-    /// `None` when the thread could not be started; then everything is removed in line.
-    remover: Option<SyncSender<OsString>>,
+    remover: Remover,
+    disk: DiskWatch,
+}
+
+/// The directory at the path of a build root. It is locked for as long as this lives, or else the sweep would take another
+/// server's directories away under its commands.
+#[derive(Debug)]
+struct Place {
+    handle: File,
+    id: FileId,
 }
 
 impl BuildRoot {
-    /// Opens the build root, which is made if need be, and has what a crashed run left removed in the background. It is locked
-    /// for as long as this lives, or else the sweep would take another server's directories away under its commands.
+    /// Opens the build root, which is made if need be, and has what a crashed run left removed in the background.
     ///
     /// # Errors
     /// When the directory cannot be made or opened, or when another server has it.
@@ -67,7 +89,97 @@ impl BuildRoot {
         fs::create_dir_all(path).map_err(doing)?;
         // Commands get absolute paths into it.
         let path = path.canonicalize().map_err(doing)?;
-        let handle = File::open(&path).map_err(doing)?;
+        let place = Arc::new(Place::open(&path)?);
+        let next = AtomicU64::new(0);
+        let leftovers = place.sweep(&next).map_err(doing)?;
+        if !leftovers.is_empty() {
+            log::info!(target: "gorego::worker", event = BUILD_ROOT_SWEPT, directories = leftovers.len();
+                "removing what an earlier run left in the build root");
+        }
+        let job = |name| Job { place: place.clone(), name, ticket: None };
+        let remover = Remover::start(leftovers.into_iter().map(job).collect());
+        let disk = DiskWatch::new(path.clone());
+        let build_root = Self(Arc::new(Inner { path, place: Mutex::new(place), next, remover, disk }));
+        if build_root.is_noexec() {
+            log::warn!(target: "gorego::worker", event = BUILD_ROOT_NOEXEC, path:% = build_root.0.path.display();
+                "the build root {} is on a file system that is mounted noexec: actions cannot run programs that are among \
+                 their inputs; set execution.build_root to another directory", build_root.0.path.display());
+        }
+        Ok(build_root)
+    }
+
+    /// Makes an empty exec directory for a run of `action`.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn create(&self, slot: SlotId, action: &Digest) -> Result<Workspace> {
+        let doing = |error: io::Error| Error::io("make an exec directory", &error);
+        let place = self.place()?;
+        let ticket = self.0.remover.ticket();
+        let name = numbered(slot, &self.0.next, |name| Ok(rfs::mkdirat(&place.handle, name, Mode::RWXU)?))
+            .map_err(doing)?;
+        let mut workspace = Workspace {
+            path: self.0.path.join(&name),
+            root_path: PathBuf::new(),
+            build_root: self.clone(),
+            place,
+            name,
+            for_action: None,
+            opened: None,
+            ticket: Some(ticket),
+            removes_itself: false,
+        };
+        // From here on a failure drops the workspace, which removes what there is.
+        workspace.lay_out(action).map_err(doing)?;
+        Ok(workspace)
+    }
+
+    /// The watch over its file system.
+    pub fn disk(&self) -> &DiskWatch {
+        &self.0.disk
+    }
+
+    /// Whether programs that lie in it cannot be run.
+    pub fn is_noexec(&self) -> bool {
+        rfs::statvfs(&self.0.path).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::NOEXEC))
+    }
+
+    /// Waits until the directories of all runs are gone, for `limit` at most. For a shutdown, when no run begins any more.
+    /// Blocks.
+    pub fn wait_until_empty(&self, limit: Duration) {
+        let left = self.0.remover.wait(limit);
+        if left > 0 {
+            log::warn!(target: "gorego::worker", event = DIRECTORIES_LEFT, directories = left;
+                "some exec directories are not removed yet; the next start removes them");
+        }
+    }
+
+    /// The directory that is at the path now; made again when it was removed.
+    fn place(&self) -> Result<Arc<Place>> {
+        let Inner { path, place, next, remover, .. } = &*self.0;
+        let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_at(path, place.id) {
+            return Ok(place.clone());
+        }
+        let doing =
+            |error: io::Error| Error::io(&format!("make the build root {} again", path.display()), &error);
+        fs::create_dir_all(path).map_err(doing)?;
+        let made = Arc::new(Place::open(path)?);
+        log::warn!(target: "gorego::worker", event = BUILD_ROOT_REMADE, path:% = path.display();
+            "the build root {} was removed or replaced while the server runs; using the one that is there now",
+            path.display());
+        for name in made.sweep(next).map_err(doing)? {
+            remover.remove(Job { place: made.clone(), name, ticket: None });
+        }
+        *place = made.clone();
+        Ok(made)
+    }
+}
+
+impl Place {
+    fn open(path: &Path) -> Result<Self> {
+        let doing = |error: io::Error| Error::io(&format!("open the build root {}", path.display()), &error);
+        let handle = File::open(path).map_err(doing)?;
         flock(&handle, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
             Errno::WOULDBLOCK => Error::Precondition(format!(
                 "could not open the build root {}: another gorego server runs in it; set execution.build_root to a \
@@ -77,34 +189,121 @@ impl BuildRoot {
             error => doing(error.into()),
         })?;
         spread_subdirectories(&handle);
-        let leftovers = leftovers(&handle).map_err(doing)?;
-        if !leftovers.is_empty() {
-            log::info!(target: "gorego::worker", event = BUILD_ROOT_SWEPT, directories = leftovers.len();
-                "removing what an earlier run left in the build root");
+        let id = dir::file_id(&rfs::fstat(&handle).map_err(|error| doing(error.into()))?);
+        Ok(Self { handle, id })
+    }
+
+    /// What earlier runs left, to be removed. Names that follow from an action are free at once.
+    fn sweep(&self, next: &AtomicU64) -> io::Result<Vec<OsString>> {
+        let mut leftovers = Vec::new();
+        for entry in dir::entries(&self.handle)? {
+            let entry = entry?;
+            match owner(dir::entry_name(&entry)) {
+                Some(Owner::Run) => leftovers.push(dir::entry_name(&entry).to_owned()),
+                Some(Owner::Action) => {
+                    let name = dir::entry_name(&entry);
+                    let aside = |aside: &OsStr| {
+                        let flags = RenameFlags::NOREPLACE;
+                        Ok(rfs::renameat_with(&self.handle, name, &self.handle, aside, flags)?)
+                    };
+                    // One that cannot be moved keeps its name, and runs of that action get another.
+                    leftovers.push(numbered(SlotId(0), next, aside).unwrap_or_else(|_| name.to_owned()));
+                }
+                None => {}
+            }
         }
-        let remover = start_remover(handle.try_clone().map_err(doing)?, leftovers);
-        Ok(Self(Arc::new(Inner { path, handle, next: AtomicU64::new(0), remover })))
+        leftovers.sort_unstable();
+        leftovers.dedup();
+        Ok(leftovers)
+    }
+}
+
+/// Tries names for a run's own directory until one is free.
+fn numbered(
+    slot: SlotId,
+    next: &AtomicU64,
+    mut take: impl FnMut(&OsStr) -> io::Result<()>,
+) -> io::Result<OsString> {
+    for _ in 0..NAME_ATTEMPTS {
+        let number = next.fetch_add(1, Ordering::Relaxed);
+        let name = OsString::from(format!("{}-{number}", slot.0));
+        match take(&name) {
+            Ok(()) => return Ok(name),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Errno::EXIST.into())
+}
+
+/// What a name in the build root stands for.
+enum Owner {
+    /// One run.
+    Run,
+    /// An action that runs.
+    Action,
+}
+
+/// Whose directory an entry of the build root is; `None` when it is not ours.
+fn owner(name: &OsStr) -> Option<Owner> {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let name = name.to_str()?;
+    if let Some(rest) = name.strip_prefix(ACTION_PREFIX) {
+        let (hash, number) = rest.split_once('-').unwrap_or((rest, "2"));
+        let is_hash = hash.len() == HASH_DIGITS && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
+        return (is_hash && is_number(number)).then_some(Owner::Action);
+    }
+    let (slot, number) = name.split_once('-')?;
+    (is_number(slot) && is_number(number)).then_some(Owner::Run)
+}
+
+/// Whether this very file or directory is at a path.
+fn is_at(path: &Path, id: FileId) -> bool {
+    rfs::lstat(path).is_ok_and(|stat| dir::file_id(&stat) == id)
+}
+
+/// An exec directory; removed when dropped.
+#[derive(Debug)]
+pub struct Workspace {
+    build_root: BuildRoot,
+    place: Arc<Place>,
+    name: OsString,
+    path: PathBuf,
+    /// Name of the directory that holds the input root.
+    for_action: Option<OsString>,
+    root_path: PathBuf,
+    opened: Option<Opened>,
+    ticket: Option<Ticket>,
+    removes_itself: bool,
+}
+
+#[derive(Debug)]
+struct Opened {
+    top: File,
+    for_action: File,
+    root: File,
+}
+
+impl Workspace {
+    fn lay_out(&mut self, action: &Digest) -> io::Result<()> {
+        let top = dir::open_dir(&self.place.handle, &self.name)?;
+        let name = self.take_name(action)?;
+        self.root_path = self.build_root.0.path.join(&name).join("root");
+        let for_action = dir::open_dir(&self.place.handle, self.for_action.insert(name))?;
+        rfs::mkdirat(&for_action, "root", Mode::from_raw_mode(0o755))?;
+        let root = dir::open_dir(&for_action, OsStr::new("root"))?;
+        rfs::fchmod(&root, Mode::from_raw_mode(0o755))?;
+        self.opened = Some(Opened { top, for_action, root });
+        Ok(())
     }
 
-    /// Makes an empty exec directory.
-    ///
-    /// # Errors
-    /// Those of the file system.
-    pub fn create(&self, slot: SlotId) -> Result<Workspace> {
-        let doing = |error: io::Error| Error::io("make an exec directory", &error);
-        let name = self.fresh_name(slot).map_err(doing)?;
-        let path = self.0.path.join(&name);
-        let mut workspace = Workspace { build_root: self.clone(), name, path, opened: None };
-        // From here on a failure drops the workspace, which removes what there is.
-        workspace.opened = Some(workspace.lay_out().map_err(doing)?);
-        Ok(workspace)
-    }
-
-    fn fresh_name(&self, slot: SlotId) -> io::Result<OsString> {
-        for _ in 0..NAME_ATTEMPTS {
-            let number = self.0.next.fetch_add(1, Ordering::Relaxed);
-            let name = OsString::from(format!("{}-{number}", slot.0));
-            match rfs::mkdirat(&self.0.handle, &*name, Mode::RWXU) {
+    /// Makes the directory whose name follows from the action.
+    fn take_name(&self, action: &Digest) -> io::Result<OsString> {
+        let hash = action.hash_hex();
+        let first = format!("{ACTION_PREFIX}{}", hash.get(..HASH_DIGITS).unwrap_or(&hash));
+        for number in 1..NAME_ATTEMPTS {
+            let name = OsString::from(if number == 1 { first.clone() } else { format!("{first}-{number}") });
+            match rfs::mkdirat(&self.place.handle, &*name, Mode::RWXU) {
                 Ok(()) => return Ok(name),
                 Err(Errno::EXIST) => {}
                 Err(error) => return Err(error.into()),
@@ -112,38 +311,17 @@ impl BuildRoot {
         }
         Err(Errno::EXIST.into())
     }
-}
 
-/// An exec directory; removed when dropped.
-#[derive(Debug)]
-pub struct Workspace {
-    build_root: BuildRoot,
-    name: OsString,
-    path: PathBuf,
-    opened: Option<Opened>,
-}
-
-#[derive(Debug)]
-struct Opened {
-    top: File,
-    root: File,
-}
-
-impl Workspace {
-    fn lay_out(&self) -> io::Result<Opened> {
-        let top = dir::open_dir(&self.build_root.0.handle, &self.name)?;
-        rfs::mkdirat(&top, "root", Mode::from_raw_mode(0o755))?;
-        let root = dir::open_dir(&top, OsStr::new("root"))?;
-        rfs::fchmod(&root, Mode::from_raw_mode(0o755))?;
-        Ok(Opened { top, root })
+    fn opened(&self) -> Result<&Opened> {
+        self.opened.as_ref().ok_or_else(|| Error::internal("the exec directory is not open"))
     }
 
-    /// The exec directory itself, which holds the logs.
+    /// The run's own directory, which holds the logs.
     ///
     /// # Errors
     /// None in practice; a workspace in hand is laid out.
     pub fn top(&self) -> Result<&File> {
-        self.opened.as_ref().map(|opened| &opened.top).ok_or_else(not_laid_out)
+        self.opened().map(|opened| &opened.top)
     }
 
     /// The input root.
@@ -151,136 +329,62 @@ impl Workspace {
     /// # Errors
     /// As [`Workspace::top`].
     pub fn root(&self) -> Result<&File> {
-        self.opened.as_ref().map(|opened| &opened.root).ok_or_else(not_laid_out)
+        self.opened().map(|opened| &opened.root)
     }
 
-    /// Absolute path of the exec directory.
+    /// Absolute path of the run's own directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
-}
 
-fn not_laid_out() -> Error {
-    Error::internal("the exec directory is not open")
+    /// Absolute path of the input root.
+    pub fn root_path(&self) -> &Path {
+        &self.root_path
+    }
+
+    /// Checks that nobody has taken the directories away. A command has no business with either, so it is not its fault.
+    ///
+    /// # Errors
+    /// `Unavailable` when somebody has.
+    pub fn check_in_place(&self) -> Result<()> {
+        let Opened { top, for_action, .. } = self.opened()?;
+        let around_root = self.root_path.parent().unwrap_or(&self.root_path);
+        for (handle, path) in [(top, self.path.as_path()), (for_action, around_root)] {
+            if !rfs::fstat(handle).is_ok_and(|stat| is_at(path, dir::file_id(&stat))) {
+                return Err(Error::Unavailable(format!(
+                    "the exec directory {} was removed while the action ran",
+                    path.display()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes it before this returns, so that its room is free.
+    pub fn remove_now(mut self) {
+        self.removes_itself = true;
+    }
 }
 
 impl Drop for Workspace {
     fn drop(&mut self) {
-        self.opened = None;
-        let inner = &self.build_root.0;
-        let name = std::mem::take(&mut self.name);
-        let refused = match &inner.remover {
-            Some(remover) => remover.try_send(name.clone()).is_err(),
-            None => true,
-        };
-        if refused {
-            remove_logged(&inner.handle, &name);
+        if let Some(Opened { top, for_action, .. }) = self.opened.take() {
+            // A command may have closed them, and moving takes the right to write in both.
+            let _ = rfs::fchmod(top, Mode::RWXU).and_then(|()| rfs::fchmod(for_action, Mode::RWXU));
         }
-    }
-}
-
-/// Entries of the build root that carry our names; nothing else there is ours to remove.
-fn leftovers(build_root: &File) -> io::Result<Vec<OsString>> {
-    let ours = |name: &OsStr| {
-        let digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
-        name.to_str().and_then(|name| name.split_once('-')).is_some_and(|(a, b)| digits(a) && digits(b))
-    };
-    let mut names = Vec::new();
-    for entry in dir::entries(build_root)? {
-        let entry = entry?;
-        if ours(dir::entry_name(&entry)) {
-            names.push(dir::entry_name(&entry).to_owned());
-        }
-    }
-    Ok(names)
-}
-
-/// The thread ends when the build root is dropped.
-fn start_remover(handle: File, leftovers: Vec<OsString>) -> Option<SyncSender<OsString>> {
-    let (sender, names) = sync_channel::<OsString>(REMOVAL_BACKLOG);
-    thread::Builder::new()
-        .name("gorego-remover".into())
-        .spawn(move || {
-            for name in leftovers.into_iter().chain(names) {
-                remove_logged(&handle, &name);
-            }
-        })
-        .ok()
-        .map(|_| sender)
-}
-
-fn remove_logged(parent: &File, name: &OsStr) {
-    if let Err(error) = remove(parent, name) {
-        log::warn!(target: "gorego::worker", event = DIRECTORY_NOT_REMOVED, name = name.to_string_lossy().as_ref(),
-            error = error.to_string(); "an exec directory could not be removed; the next start tries again");
-    }
-}
-
-/// Removes a directory and all below it, however deep, without following a link or crossing into another mount. Goes on after
-/// a failure and reports the first.
-///
-/// # Errors
-/// When anything is left.
-pub fn remove(parent: &File, name: &OsStr) -> io::Result<()> {
-    // A cursor starts inside its tree and grants itself access on each step down; so the parent is its top.
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let mut cursor = Cursor::new(rfs::openat(parent, ".", flags, Mode::empty())?.into())?;
-    let mut failure = None;
-    // Names still to be entered, for each level; the last of a level is the one being emptied.
-    let mut levels: Vec<Vec<OsString>> = vec![vec![name.to_owned()]];
-    let mut entering = true;
-    let mut rounds = 0;
-    while let Some(level) = levels.last_mut() {
-        let Some(child) = level.last() else {
-            levels.pop();
-            if !levels.is_empty() {
-                cursor.up()?;
-            }
-            entering = false;
-            continue;
-        };
-        if entering {
-            if let Err(error) = cursor.down(child) {
-                failure.get_or_insert(error);
-                level.pop();
-                continue;
-            }
-            let (below, trouble) = empty(cursor.here()?).unwrap_or_else(|error| (Vec::new(), Some(error)));
-            failure = failure.or(trouble);
-            levels.push(below);
-            continue;
-        }
-        // Back from below: what was emptied can go.
-        match rfs::unlinkat(cursor.here()?, &**child, AtFlags::REMOVEDIR) {
-            Err(Errno::NOTEMPTY) if failure.is_none() && rounds < EMPTYING_ROUNDS => rounds += 1,
-            removed => {
-                if let Err(error) = removed {
-                    failure.get_or_insert(error.into());
-                }
-                rounds = 0;
-                level.pop();
+        let place = &self.place;
+        if let Some(name) = self.for_action.take() {
+            let inside = Path::new(&self.name).join("a");
+            if rfs::renameat(&place.handle, &*name, &place.handle, &inside).is_err() {
+                Job { place: place.clone(), name, ticket: None }.remove();
             }
         }
-        entering = true;
-    }
-    failure.map_or(Ok(()), Err)
-}
-
-/// Removes everything in a directory but its subdirectories; gives those, and the first failure.
-fn empty(here: &File) -> io::Result<(Vec<OsString>, Option<io::Error>)> {
-    let (mut below, mut failure) = (Vec::new(), None);
-    for entry in dir::entries(here)? {
-        let entry = entry?;
-        let name = dir::entry_name(&entry);
-        let kind = match entry.file_type() {
-            FileType::Unknown => dir::file_type(&dir::stat_at(here, name)?),
-            known => known,
-        };
-        if kind == FileType::Directory {
-            below.push(name.to_owned());
-        } else if let Err(error) = rfs::unlinkat(here, OsStr::from_bytes(name.as_bytes()), AtFlags::empty()) {
-            failure.get_or_insert(error.into());
+        let job =
+            Job { place: place.clone(), name: std::mem::take(&mut self.name), ticket: self.ticket.take() };
+        if self.removes_itself {
+            job.remove();
+        } else {
+            self.build_root.0.remover.remove(job);
         }
     }
-    Ok((below, failure))
 }

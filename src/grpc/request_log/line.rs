@@ -208,6 +208,7 @@ mod tests {
             Error::Precondition(text()),
             Error::OutOfRange(text()),
             Error::Exhausted { message: text(), retry_after: None },
+            Error::DiskFull(text()),
             Error::Denied(text()),
             Error::Unimplemented(text()),
             Error::Unavailable(text()),

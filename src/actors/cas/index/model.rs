@@ -16,6 +16,7 @@ enum Op {
     Lose { name: u8, kind: Kind },
     Hold { bytes: u64 },
     LetGo { nth: usize },
+    Evict { bytes: u64, entries: u64 },
     Delete,
 }
 
@@ -30,6 +31,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (name(), kind()).prop_map(|(name, kind)| Op::Lose { name, kind }),
         1 => (1u64..30).prop_map(|bytes| Op::Hold { bytes }),
         1 => (0usize..8).prop_map(|nth| Op::LetGo { nth }),
+        1 => (0u64..60, 0u64..3).prop_map(|(bytes, entries)| Op::Evict { bytes, entries }),
         2 => Just(Op::Delete),
     ]
 }
@@ -155,6 +157,16 @@ proptest! {
                     if model.held.is_empty() { continue }
                     let nth = nth % model.held.len();
                     index.unreserve(model.held.remove(nth));
+                }
+                Op::Evict { bytes, entries } => {
+                    let (mut expected, mut evicted) = (vec![], 0);
+                    while evicted < bytes || (expected.len() as u64) < entries {
+                        let oldest = model.entries.iter().position(|(.., leases)| *leases == 0);
+                        let Some(oldest) = oldest else { break };
+                        expected.push(model.remove(oldest));
+                        evicted += expected[expected.len() - 1].bytes;
+                    }
+                    prop_assert_eq!(index.evict(bytes, entries, usize::MAX), expected);
                 }
                 Op::Delete => {
                     index.deleted(model.undeleted);

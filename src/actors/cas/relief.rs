@@ -1,0 +1,81 @@
+//! Relief of a full disk: what was used least recently goes when actions or uploads find no room, although the store is
+//! within its own limit. [`crate::disk::Space::relief`] says how much.
+//!
+//! Bounds: one relief at a time, [`settings::RELIEF_BATCH`] entries each, a wait of [`settings::RELIEF_WAIT`]. A disk that
+//! others fill is not the store's to mend: when half of what it has would not help, it gives nothing.
+
+use super::{
+    CasActor, LOG,
+    client::Cas,
+    index::Totals,
+    reply::Reply,
+    settings::{self, FULL_DISK_LOG_INTERVAL},
+};
+use crate::disk::{Evictable, Space};
+use actix::{Context, Handler, Message};
+use std::time::Instant;
+
+/// Evict what this disk needs. The answer comes when the files are gone.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Relieve(pub Space);
+
+impl Cas {
+    /// Makes room on the disk of the store after an action failed for lack of it, from a worker thread. Blocks until the room
+    /// is there, for a bounded time.
+    pub fn relieve_disk(&self) {
+        self.block_on(async |cas| cas.relieve(|_| true).await);
+    }
+
+    /// Makes room on the disk of the store if it is full now.
+    pub(super) async fn relieve_full_disk(&self) {
+        self.relieve(Space::is_exhausted).await;
+    }
+
+    async fn relieve(&self, is_due: impl Fn(&Space) -> bool) {
+        // Whoever comes second looks at what the first has left to do.
+        let _turn = self.shared().relief_turn.lock().await;
+        let cas = self.clone();
+        let looked = self.blocking(move || cas.shared().files.space()).await;
+        let Ok(Ok(space)) = looked else { return };
+        if is_due(&space) {
+            // What is not deleted by then is deleted later.
+            let _ = tokio::time::timeout(settings::RELIEF_WAIT, self.ask(Relieve(space))).await;
+        }
+    }
+}
+
+impl Handler<Relieve> for CasActor {
+    type Result = Reply<()>;
+
+    fn handle(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Result {
+        let Totals { used, leased, deleting, blobs, results, zstd_forms, .. } = self.index.totals();
+        let store = Evictable {
+            bytes: used.saturating_sub(leased),
+            entries: blobs.saturating_add(results).saturating_add(zstd_forms),
+            deleting,
+        };
+        let Some(relief) = space.relief(&store) else {
+            self.log_full_disk(&space);
+            return Reply::Now(());
+        };
+        let victims = self.index.evict(relief.bytes, relief.entries, settings::RELIEF_BATCH);
+        log::warn!(target: LOG, event = "disk_relieved", entries = victims.len(),
+            bytes = victims.iter().map(|victim| victim.bytes).sum::<u64>(), free_bytes = space.free_bytes;
+            "the disk of the store is nearly full; evicted the least recently used entries");
+        self.delete(victims, ctx);
+        Reply::when(self.deletions(self.index.bytes_evicted()), ())
+    }
+}
+
+impl CasActor {
+    /// Says that the disk is full and not by the store, now and then.
+    fn log_full_disk(&mut self, space: &Space) {
+        let is_due = self.full_disk_logged.is_none_or(|at| at.elapsed() >= FULL_DISK_LOG_INTERVAL);
+        if space.is_exhausted() && is_due {
+            self.full_disk_logged = Some(Instant::now());
+            log::warn!(target: LOG, event = "disk_full", free_bytes = space.free_bytes;
+                "the disk of the store is full, and the store cannot make room: something else fills it");
+        }
+    }
+}

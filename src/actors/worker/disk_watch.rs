@@ -1,0 +1,186 @@
+//! Watches the file system of the exec directories while commands run on it.
+//!
+//! A command whose write failed for lack of room may well exit with 0 and leave half a file. So an action during which the
+//! disk was full has failed, whatever its exit code says; see [`crate::disk`] for what counts as full and what is not seen. One
+//! thread samples for all slots, only while something runs, and stops every run that a full disk has spoilt: its result is
+//! of no use, and its end gives room back.
+//!
+//! [`Runs`] is the pure part: what a sample means to the runs.
+
+use super::cancel::CancelToken;
+use crate::disk::Space;
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+/// How long to wait after a look that failed.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Samples while runs are under way. The thread ends when this is dropped.
+#[derive(Debug)]
+pub struct DiskWatch(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    path: PathBuf,
+    state: Mutex<State>,
+    begun: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    runs: Runs,
+    /// The thread waits for a run to begin.
+    idle: bool,
+    closed: bool,
+}
+
+/// The runs under way, and what became of the disk meanwhile.
+#[derive(Debug, Default)]
+struct Runs {
+    last: u64,
+    watched: HashMap<u64, Watched>,
+}
+
+#[derive(Debug)]
+struct Watched {
+    stop: CancelToken,
+    /// The first sample that counts as full.
+    full: Option<Space>,
+}
+
+impl Runs {
+    fn begin(&mut self, stop: CancelToken) -> u64 {
+        self.last += 1;
+        self.watched.insert(self.last, Watched { stop, full: None });
+        self.last
+    }
+
+    /// A full disk spoils every run under way, and only those.
+    fn note(&mut self, sample: Space) {
+        if !sample.is_exhausted() {
+            return;
+        }
+        for run in self.watched.values_mut().filter(|run| run.full.is_none()) {
+            run.full = Some(sample);
+            run.stop.cancel();
+        }
+    }
+
+    fn end(&mut self, run: u64) -> Option<Space> {
+        self.watched.remove(&run)?.full
+    }
+}
+
+impl DiskWatch {
+    /// A watch over the file system of `path`.
+    pub fn new(path: PathBuf) -> Self {
+        let shared = Arc::new(Shared { path, state: Mutex::default(), begun: Condvar::new() });
+        let sampler = shared.clone();
+        // Without the thread there are still the samples at the ends of runs.
+        let _ = thread::Builder::new().name("gorego-disk".into()).spawn(move || sampler.sample());
+        Self(shared)
+    }
+
+    /// A look at the disk now.
+    pub fn look(&self) -> Option<Space> {
+        Space::of(&self.0.path).ok()
+    }
+
+    /// A command is about to run. `stop` is cancelled when the disk is full.
+    pub fn begin(&self, stop: CancelToken) -> Watch<'_> {
+        let mut state = self.0.lock();
+        let run = state.runs.begin(stop);
+        if std::mem::take(&mut state.idle) {
+            self.0.begun.notify_one();
+        }
+        Watch { watch: self, run }
+    }
+}
+
+impl Drop for DiskWatch {
+    fn drop(&mut self) {
+        self.0.lock().closed = true;
+        self.0.begun.notify_one();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The thread's work.
+    fn sample(&self) {
+        let mut state = self.lock();
+        while !state.closed {
+            if state.runs.watched.is_empty() {
+                state.idle = true;
+                state = self.begun.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            drop(state);
+            let sample = Space::of(&self.path).ok();
+            state = self.lock();
+            if let Some(sample) = sample {
+                state.runs.note(sample);
+            }
+            let pace = sample.map_or(RETRY, |sample| sample.pace());
+            (state, _) = self.begun.wait_timeout(state, pace).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// One run that is watched.
+#[derive(Debug)]
+pub struct Watch<'a> {
+    watch: &'a DiskWatch,
+    run: u64,
+}
+
+impl Watch<'_> {
+    /// The command has ended: how full the disk was, if it was full at any time. Looks once more.
+    pub fn end(self) -> Option<Space> {
+        let sample = self.watch.look();
+        let mut state = self.watch.0.lock();
+        if let Some(sample) = sample {
+            state.runs.note(sample);
+        }
+        state.runs.end(self.run)
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        self.watch.0.lock().runs.end(self.run);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(free_bytes: u64) -> Space {
+        Space { free_bytes, total_bytes: 1 << 30, free_inodes: 0, total_inodes: 0 }
+    }
+
+    #[test]
+    fn a_full_disk_spoils_and_stops_the_runs_under_way_and_no_others() {
+        let mut runs = Runs::default();
+        let tokens = [0; 3].map(|_| CancelToken::new());
+        let ended = runs.begin(tokens[0].clone());
+        assert_eq!(runs.end(ended), None);
+        let spoilt = runs.begin(tokens[1].clone());
+        runs.note(sample(1 << 29));
+        assert!(!tokens[1].is_cancelled());
+        runs.note(sample(7));
+        let later = runs.begin(tokens[2].clone());
+        runs.note(sample(1 << 29));
+        assert_eq!(tokens.map(|token| token.is_cancelled()), [false, true, false]);
+        assert_eq!((runs.end(spoilt), runs.end(later)), (Some(sample(7)), None));
+    }
+}

@@ -1,0 +1,258 @@
+//! How much room a file system has, and when that counts as none. Pure, but for [`Space::of`].
+//!
+//! That a write of somebody else's process failed for lack of room cannot be seen from outside. What can be seen is how much
+//! room there was at a given moment. A disk with less than its [`Reserve`] counts as full. Not seen are a write that fails
+//! although more than the reserve is free (a large allocation, a quota), and a disk that is full only between two looks.
+
+use rustix::{fs::statfs, process::geteuid};
+use std::{io, path::Path, time::Duration};
+
+/// The reserve is this part of a disk, within the bounds that follow.
+const RESERVE_PART: u64 = 1_024;
+/// A write that does not fit fills the disk up before it fails, so a large reserve would see no more than a small one.
+const MAX_RESERVE_BYTES: u64 = 4 << 20;
+/// A failed write may leave a few blocks.
+const MIN_RESERVE_BYTES: u64 = 16 << 10;
+/// The same for inodes.
+const MAX_RESERVE_INODES: u64 = 1_024;
+/// The same for inodes.
+const MIN_RESERVE_INODES: u64 = 8;
+/// From so many reserves on there is room to begin something.
+const ROOM: u64 = 2;
+/// How many reserves the store makes free when there was no room ...
+const RELIEF: u64 = 256;
+/// ... and the part of the disk that this may be.
+const RELIEF_DISK_PART: u64 = 4;
+/// The part of the store that may go for that at one time, unless less than that would leave the disk without [`ROOM`].
+const RELIEF_PART: u64 = 4;
+
+/// Below this the disk could fill up between two slow looks.
+const NEAR_BYTES: u64 = 1 << 30;
+/// The same for inodes.
+const NEAR_INODES: u64 = 100_000;
+/// How often a disk with little room is looked at, and one with plenty. A look takes some microseconds.
+const PACE_NEAR: Duration = Duration::from_millis(5);
+const PACE_FAR: Duration = Duration::from_millis(100);
+
+/// The `f_type` of ext2, ext3 and ext4.
+const EXT4: i64 = 0xEF53;
+/// Blocks that ext4 keeps even from root, unless two per cent of the disk are less.
+const EXT4_KEPT_BLOCKS: u64 = 4_096;
+
+/// The room of a file system at one moment, for this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes that can be written.
+    pub free_bytes: u64,
+    /// Bytes of the whole file system; 0 when it does not know.
+    pub total_bytes: u64,
+    /// Files that can be made.
+    pub free_inodes: u64,
+    /// Files that the file system can hold; 0 when it sets no limit.
+    pub total_inodes: u64,
+}
+
+/// What has to be free at all times, or else the disk counts as full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reserve {
+    /// Bytes.
+    pub bytes: u64,
+    /// Files.
+    pub inodes: u64,
+}
+
+/// What a store holds on a file system, as far as it could let it go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Evictable {
+    /// Bytes of entries that may be evicted.
+    pub bytes: u64,
+    /// How many entries those are.
+    pub entries: u64,
+    /// Bytes of files that are being deleted already.
+    pub deleting: u64,
+}
+
+/// What a store should evict.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Relief {
+    /// At least so many bytes ...
+    pub bytes: u64,
+    /// ... and at least so many entries.
+    pub entries: u64,
+}
+
+impl Space {
+    /// The room of the file system that `path` lies on. Blocks.
+    ///
+    /// # Errors
+    /// Those of statfs(2).
+    #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let stat = statfs(path)?;
+        let block = if stat.f_frsize > 0 { stat.f_frsize as u64 } else { stat.f_bsize as u64 };
+        let (total, free, available) = (stat.f_blocks as u64, stat.f_bfree as u64, stat.f_bavail as u64);
+        let blocks = if stat.f_type as i64 == EXT4 && geteuid().is_root() {
+            available_to_root(total, free, available)
+        } else {
+            available
+        };
+        Ok(Self {
+            free_bytes: blocks.saturating_mul(block),
+            total_bytes: total.saturating_mul(block),
+            free_inodes: stat.f_ffree as u64,
+            total_inodes: stat.f_files as u64,
+        })
+    }
+
+    /// What has to be free here; nothing where the file system sets no limit.
+    pub fn reserve(&self) -> Reserve {
+        let part = |total: u64, min: u64, max: u64| match total {
+            0 => 0,
+            total => (total / RESERVE_PART).clamp(min, max),
+        };
+        Reserve {
+            bytes: part(self.total_bytes, MIN_RESERVE_BYTES, MAX_RESERVE_BYTES),
+            inodes: part(self.total_inodes, MIN_RESERVE_INODES, MAX_RESERVE_INODES),
+        }
+    }
+
+    /// Whether the disk counts as full.
+    pub fn is_exhausted(&self) -> bool {
+        !self.has(1)
+    }
+
+    /// Whether there is room to begin something. More than what [`Space::is_exhausted`] asks for, so that the answers do not
+    /// alternate.
+    pub fn has_room(&self) -> bool {
+        self.has(ROOM)
+    }
+
+    /// Whether there is so much more room than there was `before` that what failed then may succeed now.
+    pub fn has_more_than(&self, before: &Self) -> bool {
+        let Reserve { bytes, inodes } = self.reserve();
+        let has_more =
+            |now: u64, then: u64, reserve: u64| reserve > 0 && now >= then.saturating_add(reserve * ROOM);
+        has_more(self.free_bytes, before.free_bytes, bytes)
+            || has_more(self.free_inodes, before.free_inodes, inodes)
+    }
+
+    /// How soon to look again.
+    pub fn pace(&self) -> Duration {
+        let few_inodes = self.total_inodes > 0 && self.free_inodes < NEAR_INODES;
+        if self.free_bytes < NEAR_BYTES || few_inodes { PACE_NEAR } else { PACE_FAR }
+    }
+
+    /// What a store on this disk should evict so that [`RELIEF`] reserves are free: at most a part of what it holds, unless
+    /// the disk would still be without room. `None` when nothing is needed, or when even half of what the store has would not
+    /// help: then it is not the store that fills the disk.
+    pub fn relief(&self, store: &Evictable) -> Option<Relief> {
+        let Reserve { bytes, inodes } = self.reserve();
+        let free = self.free_bytes.saturating_add(store.deleting);
+        let share = |reserve: u64, total: u64, free: u64, held: u64| {
+            let short_of = (reserve * RELIEF).min(total / RELIEF_DISK_PART).saturating_sub(free);
+            let needed = (reserve * ROOM).saturating_sub(free);
+            let share = short_of.min(held / RELIEF_PART);
+            // What makes no difference is not worth losing entries for.
+            let share = if share < reserve * ROOM { 0 } else { share };
+            (needed <= held / 2).then(|| needed.max(share))
+        };
+        let relief = Relief {
+            bytes: share(bytes, self.total_bytes, free, store.bytes)?,
+            entries: share(inodes, self.total_inodes, self.free_inodes, store.entries)?,
+        };
+        (relief.bytes > 0 || relief.entries > 0).then_some(relief)
+    }
+
+    fn has(&self, reserves: u64) -> bool {
+        let Reserve { bytes, inodes } = self.reserve();
+        self.free_bytes >= bytes * reserves && self.free_inodes >= inodes * reserves
+    }
+}
+
+impl std::fmt::Display for Space {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} of {} bytes", self.free_bytes, self.total_bytes)?;
+        if self.total_inodes > 0 {
+            write!(f, " and {} of {} inodes", self.free_inodes, self.total_inodes)?;
+        }
+        f.write_str(" were free")
+    }
+}
+
+/// Blocks that root can write on ext4, which keeps some from everybody and, usually, five per cent from everybody else.
+fn available_to_root(total: u64, free: u64, available: u64) -> u64 {
+    if free == available { free } else { free.saturating_sub(EXT4_KEPT_BLOCKS.min(total / 50)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn disk(total_bytes: u64, free_bytes: u64) -> Space {
+        Space { free_bytes, total_bytes, free_inodes: 1_000_000, total_inodes: 2_000_000 }
+    }
+
+    #[test]
+    fn a_disk_is_full_below_its_reserve_of_bytes_or_inodes() {
+        for (total, reserve) in [(24 * MIB, 24 * 1024), (1 << 40, 4 * MIB)] {
+            assert_eq!(disk(total, 0).reserve().bytes, reserve);
+            assert!(disk(total, reserve - 1).is_exhausted());
+            assert!(!disk(total, reserve).is_exhausted() && !disk(total, reserve).has_room());
+            assert!(disk(total, 2 * reserve).has_room());
+        }
+        let inodes =
+            |free_inodes, total_inodes| Space { free_inodes, total_inodes, ..disk(1 << 40, 1 << 39) };
+        assert!(inodes(0, 1_000_000).is_exhausted() && inodes(975, 1_000_000).is_exhausted());
+        assert!(!inodes(976, 1_000_000).is_exhausted());
+        assert!(!inodes(0, 0).is_exhausted(), "no limit, as on btrfs");
+        assert!(inodes(7, 100).is_exhausted() && disk(1 << 20, 8_192).is_exhausted(), "however small it is");
+        assert!(!disk(0, 0).is_exhausted(), "nothing is known, as on some FUSE file systems");
+    }
+
+    #[test]
+    fn a_disk_that_could_fill_up_soon_is_looked_at_more_often() {
+        assert!(disk(1 << 40, MIB).pace() < disk(1 << 40, 1 << 39).pace());
+        assert!(Space { free_inodes: 10, ..disk(1 << 40, 1 << 39) }.pace() < disk(1 << 40, 1 << 39).pace());
+    }
+
+    #[test]
+    fn a_store_gives_what_helps_and_nothing_where_nothing_helps() {
+        let large = Evictable { bytes: 1 << 36, entries: 1_000_000, deleting: 0 };
+        let full = disk(1 << 40, 0);
+        assert_eq!(full.relief(&large), Some(Relief { bytes: 1024 * MIB, entries: 0 }));
+        let deleting = Evictable { deleting: 1000 * MIB, ..large };
+        assert_eq!(full.relief(&deleting), Some(Relief { bytes: 24 * MIB, entries: 0 }));
+        assert_eq!(disk(1 << 40, 1 << 30).relief(&large), None, "there is enough");
+        // A quarter of a small store goes, or what it takes to have room at all.
+        let small = |bytes| Evictable { bytes, entries: 100, deleting: 0 };
+        assert_eq!(full.relief(&small(80 * MIB)), Some(Relief { bytes: 20 * MIB, entries: 0 }));
+        assert_eq!(full.relief(&small(16 * MIB)), Some(Relief { bytes: 8 * MIB, entries: 0 }));
+        assert_eq!(full.relief(&small(15 * MIB)), None, "the store is not what fills the disk");
+        let some = disk(1 << 40, 500 * MIB);
+        assert_eq!(some.relief(&small(400 * MIB)), Some(Relief { bytes: 100 * MIB, entries: 0 }));
+        assert_eq!(some.relief(&small(20 * MIB)), None, "what it has makes no difference");
+        let few = Space { free_inodes: 0, ..disk(1 << 40, 1 << 39) };
+        assert_eq!(few.relief(&large), Some(Relief { bytes: 0, entries: 250_000 }));
+        assert_eq!(few.relief(&small(MIB)), None);
+    }
+
+    #[test]
+    fn more_room_is_more_than_a_little_more() {
+        let before = disk(1 << 40, MIB);
+        assert!(!disk(1 << 40, 8 * MIB).has_more_than(&before));
+        assert!(disk(1 << 40, 9 * MIB).has_more_than(&before));
+        let inodes = |free_inodes, total_inodes| Space { free_inodes, total_inodes, ..before };
+        assert!(inodes(10_000, 1 << 20).has_more_than(&inodes(0, 1 << 20)));
+        assert!(!inodes(0, 0).has_more_than(&inodes(0, 0)));
+    }
+
+    #[test]
+    fn root_may_write_what_ext4_keeps_from_others_but_not_all() {
+        assert_eq!(available_to_root(10_000_000, 600_000, 95_904), 595_904);
+        assert_eq!(available_to_root(10_000_000, 4_096, 0), 0);
+        assert_eq!(available_to_root(10_000, 200, 0), 0);
+        assert_eq!(available_to_root(10_000, 0, 0), 0);
+    }
+}

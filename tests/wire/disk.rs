@@ -1,0 +1,165 @@
+//! What a full disk, a disk without execution, and the end of the process mean to exec directories and results.
+
+use crate::support::{Client, Server, directory, empty, eventually, file, metadata, sh, sh_with, sha256};
+use gorego::{digest::Digest, proto::reapi::ExecuteResponse};
+use std::{
+    fs::{self, File},
+    path::PathBuf,
+};
+use tonic::Code;
+
+/// What an action finds on the disk of these tests before it is full.
+const LEFT: u64 = 385_024;
+
+/// Fills the disk up to `left` bytes; to be removed by whoever wants the room back.
+fn ballast(server: &Server, left: u64) -> PathBuf {
+    let path = server.inside("ballast");
+    // As much as fits.
+    let filled = fs::write(&path, vec![1; 64 << 20]).unwrap_err();
+    assert_eq!(filled.kind(), std::io::ErrorKind::StorageFull);
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(file.metadata().unwrap().len() - left).unwrap();
+    path
+}
+
+/// An action that does not notice that its output was cut short.
+async fn careless(client: &Client) -> Digest {
+    let script = "head -c 3000000 /dev/zero > o; sleep 1.5; exit 0";
+    client.action(sh_with(script, &["o"]), empty()).await
+}
+
+fn has_logged(server: &Server, event: &str) -> bool {
+    server.log().iter().any(|line| line["event"] == event)
+}
+
+fn code(response: &ExecuteResponse) -> Code {
+    Code::from_i32(response.status.as_ref().map_or(0, |status| status.code))
+}
+
+/// EXE-62: the command exits with 0 and half an output. The action runs again once there is room.
+#[tokio::test]
+async fn an_output_that_a_full_disk_cut_short_is_no_result() {
+    let server = Server::on_a_disk_of(16 << 20).await;
+    let client = server.client().await;
+    let action = careless(&client).await;
+    let ballast = ballast(&server, LEFT);
+    let run = client.start(action).await;
+    eventually("the first try is given up", || has_logged(&server, "operation_requeued")).await;
+    fs::remove_file(ballast).unwrap();
+    let response = run.finish().await;
+    assert_eq!(code(&response), Code::Ok, "{response:?}");
+    let whole = sha256(&vec![0; 3_000_000]).to_wire();
+    assert_eq!(response.result.unwrap().output_files[0].digest, Some(whole.clone()));
+    assert_eq!(client.cached(action).await.unwrap().output_files[0].digest, Some(whole));
+}
+
+/// EXE-62: a build whose client tries again is not broken.
+#[tokio::test]
+async fn an_action_on_a_disk_that_stays_full_is_unavailable_and_not_cached() {
+    let server = Server::on_a_disk_of(16 << 20).await;
+    let client = server.client().await;
+    let action = careless(&client).await;
+    let strict = client.action(sh_with("head -c 3000000 /dev/zero > o || exit 1", &["o"]), empty()).await;
+    let ballast = ballast(&server, LEFT);
+    for action in [action, strict] {
+        let response = client.run(action).await;
+        assert_eq!(code(&response), Code::Unavailable, "{response:?}");
+        assert!(response.status.unwrap().message.contains("disk"));
+        assert_eq!(client.cached(action).await, None);
+    }
+    fs::remove_file(ballast).unwrap();
+    for action in [action, strict] {
+        let response = client.run(action).await;
+        assert_eq!(response.result.unwrap().output_files[0].digest.as_ref().unwrap().size_bytes, 3_000_000);
+    }
+}
+
+/// The same for files that cannot be made because there are too many.
+#[tokio::test]
+async fn a_disk_without_inodes_is_full_too() {
+    let server = Server::on_a_disk("size=64m,nr_inodes=2000").await;
+    let client = server.client().await;
+    let script = "for i in $(seq 3000); do : > d/$i; done 2> /dev/null; exit 0";
+    let action = client.action(sh_with(script, &["d/3000"]), empty()).await;
+    let response = client.run(action).await;
+    assert_eq!(code(&response), Code::Unavailable, "{response:?}");
+    assert_eq!(client.cached(action).await, None);
+    let result = client.run_command(sh("echo well")).await;
+    assert_eq!(client.stdout(&result).await, "well\n");
+}
+
+/// The disk is smaller than what the store was allowed.
+#[tokio::test]
+async fn the_store_makes_room_for_an_action_that_found_none() {
+    let server = Server::on_a_disk_of(32 << 20).await;
+    let client = server.client().await;
+    let mut blobs = Vec::new();
+    for n in 0..20u8 {
+        blobs.push(client.upload(vec![n; 1 << 20]).await);
+    }
+    let action = careless(&client).await;
+    ballast(&server, LEFT);
+    let response = client.run(action).await;
+    assert_eq!(code(&response), Code::Ok, "{response:?}");
+    assert_eq!(response.result.unwrap().output_files[0].digest.as_ref().unwrap().size_bytes, 3_000_000);
+    assert!(has_logged(&server, "disk_relieved"));
+    let missing = client.missing(&blobs).await;
+    assert!(missing.contains(&blobs[0]) && !missing.contains(&blobs[19]), "{missing:?}");
+    assert!(missing.len() <= 10, "at most a part of the store goes: {missing:?}");
+}
+
+/// What a command says of a full disk is not believed; the disk is looked at.
+#[tokio::test]
+async fn a_failure_on_a_healthy_disk_is_the_commands_own() {
+    let server = Server::on_a_disk_of(16 << 20).await;
+    let client = server.client().await;
+    let action = client.action(sh("echo o: No space left on device >&2; exit 1"), empty()).await;
+    let response = client.run(action).await;
+    assert_eq!((code(&response), response.result.unwrap().exit_code), (Code::Ok, 1));
+    assert!(!has_logged(&server, "operation_requeued"));
+}
+
+#[tokio::test]
+async fn a_build_root_that_is_mounted_noexec_is_named_at_start_and_in_the_failure() {
+    let server = Server::on_a_disk("size=16m,noexec").await;
+    let client = server.client().await;
+    eventually("it is said at start", || has_logged(&server, "build_root_noexec")).await;
+    let tool = client.upload("#!/bin/sh\necho ran\n").await;
+    let mut node = file("tool", tool);
+    node.is_executable = true;
+    let root = client.upload(directory(vec![node], vec![], vec![])).await;
+    let mut direct = sh("");
+    direct.arguments = vec!["./tool".into()];
+    let result = client.run(client.action(direct, root).await).await.result.unwrap();
+    assert_eq!(result.exit_code, 126);
+    let stderr = client.stderr(&result).await;
+    assert!(stderr.contains("noexec") && stderr.contains("execution.build_root"), "{stderr}");
+    let response = client.run(client.action(sh("./tool"), root).await).await;
+    assert_eq!(response.result.as_ref().unwrap().exit_code, 126);
+    assert!(response.message.contains("noexec"), "{response:?}");
+}
+
+/// Large directories take a while to remove; they are gone when the process is.
+#[tokio::test]
+async fn exec_directories_of_actions_that_are_cancelled_at_exit_are_gone() {
+    let overrides = [("SHUTDOWN_GRACE", "300ms"), ("EXECUTION__CONCURRENCY", "3")];
+    let mut server = Server::with(&overrides).await;
+    let client = server.client().await;
+    let mut runs = Vec::new();
+    for n in 0..3 {
+        let script = format!("mkdir d; cd d; seq 1 20000 | xargs touch; : > ../ready; sleep 745{n}");
+        let mut run = client.start(client.action(sh(&script), empty()).await).await;
+        run.until(|operation| metadata(operation).stage == 3).await;
+        runs.push(run);
+    }
+    let build_root = server.store().join("build");
+    let ready = || {
+        let runs = fs::read_dir(&build_root).unwrap().flatten();
+        runs.filter(|run| run.path().join("root/ready").exists()).count() == 3
+    };
+    eventually("the actions have filled their directories", ready).await;
+    server.signal("TERM");
+    assert_eq!(server.exit().await.code(), Some(0));
+    let left: Vec<_> = fs::read_dir(&build_root).unwrap().flatten().map(|entry| entry.path()).collect();
+    assert_eq!(left, Vec::<PathBuf>::new());
+}

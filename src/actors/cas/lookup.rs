@@ -12,10 +12,9 @@ use super::{
 use crate::{
     digest::Digest,
     instance::{Instance, InstanceId},
-    proto::reapi,
 };
 use actix::{AsyncContext as _, Context, Handler, MessageResult};
-use std::{collections::HashSet, sync::Arc};
+use std::collections::HashSet;
 
 impl CasActor {
     /// Looks an entry up, counts it as used now, and sees to it that this is written down some time.

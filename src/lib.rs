@@ -23,6 +23,7 @@ pub mod logging;
 pub mod path;
 pub mod platform;
 pub mod proto;
+mod regular_file;
 pub mod resource_name;
 pub mod server;
 mod spread;

@@ -30,6 +30,7 @@ mod scan;
 mod settings;
 mod sink;
 pub mod splice;
+mod stamps;
 #[cfg(test)]
 mod tests;
 mod turns;
@@ -49,13 +50,13 @@ use crate::{
     instance::{InstanceId, Instances},
     tree::Directory,
 };
-use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult, WeakAddr};
 use bytes::Bytes;
 use chunks::ChunkWork;
 use client::Cas;
 use files::Files;
 use guards::Reservation;
-use index::{FileId, Index};
+use index::{Found, Index};
 use memo::Memo;
 use reply::Reply;
 use requests::*;
@@ -94,6 +95,8 @@ pub(crate) struct Shared {
     encoding: Arc<Semaphore>,
     /// The right to make a form.
     form_turn: Arc<Semaphore>,
+    /// Results whose blobs may be checked at the same time.
+    result_checks: Semaphore,
     /// Large actions that may be looked up at the same time.
     large_actions: Semaphore,
     /// Compressed uploads that may be decoded at the same time.
@@ -126,7 +129,9 @@ pub struct CasActor {
     uploads: Uploads,
     shared: Arc<Shared>,
     /// Files whose use is to be written down.
-    touches: Vec<FileId>,
+    touches: Vec<Found>,
+    /// Its own, once it runs; weak, so that it ends with the last handle.
+    address: Option<WeakAddr<Self>>,
     /// [`Index::bytes_deleted`], for those who wait for room.
     deleted: watch::Sender<u64>,
     /// When the log last said that others fill the disk.
@@ -155,6 +160,7 @@ impl CasActor {
             encoders: Encoders::new(settings.zstd_level),
             encoding: Arc::new(Semaphore::new(thread::available_parallelism().map_or(1, usize::from))),
             form_turn: Arc::new(Semaphore::new(1)),
+            result_checks: Semaphore::new(settings::RESULT_CHECKS_MAX),
             large_actions: Semaphore::new(settings::LARGE_ACTIONS_MAX),
             decoders: Arc::new(Semaphore::new(settings::DECODERS_MAX)),
             chunk_work: ChunkWork::default(),
@@ -166,6 +172,7 @@ impl CasActor {
             uploads: Uploads::default(),
             shared: Arc::new(shared),
             touches: Vec::new(),
+            address: None,
             deleted: watch::Sender::new(0),
             full_disk_logged: None,
         })
@@ -192,6 +199,7 @@ impl Actor for CasActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
+        self.address = Some(ctx.address().downgrade());
         ctx.set_mailbox_capacity(settings::MAILBOX_CAPACITY);
         ctx.run_interval(settings::HOUSEKEEPING_INTERVAL, Self::housekeeping);
         // A limit that was lowered since the last run is met before the first request.
@@ -343,6 +351,16 @@ impl Handler<Verified> for CasActor {
     }
 }
 
+impl Handler<Touched> for CasActor {
+    type Result = ();
+
+    fn handle(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
+        for Touch { at, before, after } in touches {
+            self.index.follow(at, before, after);
+        }
+    }
+}
+
 impl Handler<Damaged> for CasActor {
     type Result = ();
 
@@ -369,7 +387,7 @@ impl Handler<CloseStore> for CasActor {
     type Result = ();
 
     fn handle(&mut self, _: CloseStore, ctx: &mut Self::Context) {
-        self.write_touches();
+        self.write_touches(ctx.address());
         ctx.stop();
     }
 }

@@ -6,6 +6,7 @@ mod assets;
 mod cache_interplay;
 mod chunks;
 mod compression;
+mod damage;
 mod digest_functions;
 mod disk;
 mod execution;

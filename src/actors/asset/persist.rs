@@ -1,11 +1,15 @@
 //! [`BindingsFile`]: the file in which bindings survive a restart. Written whole under another name, then renamed.
 
 use super::{LOG, bindings::Bindings};
+use crate::regular_file;
 use std::{
     fs, io,
     path::PathBuf,
     sync::{Mutex, PoisonError},
 };
+
+/// Largest file that is read; one that this server writes is far smaller.
+const MAX_FILE_BYTES: u64 = 256 * 1024 * 1024;
 
 /// The file; see its head.
 #[derive(Debug)]
@@ -24,7 +28,7 @@ impl BindingsFile {
 
     /// What the file says. One that cannot be read is no reason not to start: every binding can be made again. Blocks.
     pub fn load(&self) -> Bindings {
-        let read = match fs::read(&self.path) {
+        let read = match regular_file::read(&self.path, MAX_FILE_BYTES) {
             Ok(bytes) => Bindings::decode(&bytes).map_err(ToOwned::to_owned),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Bindings::default(),
             Err(error) => Err(error.to_string()),
@@ -44,7 +48,7 @@ impl BindingsFile {
         }
         *newest = number;
         let fresh = self.path.with_extension("new");
-        let written = fs::write(&fresh, bytes).and_then(|()| fs::rename(&fresh, &self.path));
+        let written = regular_file::write(&fresh, bytes).and_then(|()| fs::rename(&fresh, &self.path));
         if let Err(error) = &written {
             log::warn!(target: LOG, event = "bindings_not_saved", error = error.to_string().as_str();
                 "what assets stand for could not be written to {}: {error}", self.path.display());

@@ -1,16 +1,17 @@
 //! The action cache's side of [`Cas`]: results are read, checked against what is stored, and written.
 //!
 //! A result that is looked up for the first time is read from its file, and the Trees and Directories that it names are
-//! read for the files in them. What comes of that is immutable and kept in memory; from then on a hit is one message, and
-//! the actor checks and renews every reference in its index (AC-03, AC-04).
+//! read for the files in them. Blobs of it that nobody has read since the start are hashed, so that no result outlives a blob
+//! that went bad. What comes of that is immutable and kept in memory; from then on a hit is one message, and the actor checks
+//! and renews every reference in its index (AC-03, AC-04).
 
 use super::{
-    blob::{not_found, read_result_file, report, stamp_of},
+    blob::{is_sound, not_found, read_result_file, report},
     client::{Cas, Provenance, going_down},
-    index::{FileId, Found, Key, Kind},
+    index::{FileId, Found, Key, Kind, Stamp},
     requests::{Commit, ConfirmResult, Incomplete, LookupResult, Reserve, ResultLookup, WrittenFile},
     results::{self, DirectReferences, LoadedResult, Uploader},
-    settings::{MAX_TREE_BYTES, RESULT_READ_TRIES},
+    settings::{DIGESTS_PER_MESSAGE, MAX_TREE_BYTES, RESULT_READ_TRIES},
     writer::write_new,
 };
 use crate::{
@@ -65,8 +66,30 @@ impl Cas {
                 return Ok(None);
             }
         };
+        self.check_unread(instance, &loaded.references).await?;
         self.shared().results.insert((id, action), loaded.clone(), loaded.memory());
         self.ask(ConfirmResult { instance: instance.clone(), action, loaded }).await
+    }
+
+    /// Hashes those of a result's blobs that nobody has read since the start. What is bad is dropped, and the result with it when
+    /// it is confirmed.
+    async fn check_unread(&self, instance: &Instance, references: &[Digest]) -> Result<()> {
+        for part in references.chunks(DIGESTS_PER_MESSAGE) {
+            let located = self.locate(instance, part.to_vec(), true).await?;
+            let mut unread = located.found;
+            unread.retain(|found| found.is_some_and(|found| found.stamp == Stamp::UNTRUSTED));
+            if unread.is_empty() {
+                continue;
+            }
+            let _turn = self.shared().result_checks.acquire().await.map_err(Error::internal)?;
+            let (cas, lease) = (self.clone(), located.lease);
+            self.blocking(move || {
+                let _lease = lease;
+                unread.iter().flatten().try_for_each(|found| is_sound(&cas, found).map(drop))
+            })
+            .await??;
+        }
+        Ok(())
     }
 
     async fn read_result(
@@ -187,7 +210,7 @@ impl Cas {
         let visible = self.blocking(move || -> Result<_> {
             let files = &cas.shared().files;
             let file = FileId { key, generation: files.next_generation() };
-            let metadata = write_new(&files.path(&file), &[bytes])
+            let stamp = write_new(files, &files.path(&file), &[bytes])
                 .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
             // Without Trees all references are known at once, and the first hit needs no file.
             if let Ok(direct) = DirectReferences::of(&kept, action.function())
@@ -197,7 +220,7 @@ impl Cas {
                 let loaded = Arc::new(LoadedResult::new(file.generation, kept, direct.blobs));
                 cas.shared().results.insert((key.instance, action), loaded.clone(), loaded.memory());
             }
-            let written = WrittenFile { file, bytes: charge, stamp: stamp_of(&metadata) };
+            let written = WrittenFile { file, bytes: charge, stamp };
             Ok(Commit::tell(cas.actor(), written, room))
         });
         visible.await??.await.map_err(|_| going_down())?;

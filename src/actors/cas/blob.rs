@@ -1,32 +1,33 @@
 //! Handles through which bytes go round the mailbox: one to read a stored blob, one to write a new one.
 //!
 //! This file has the reading: how a stored file is opened, checked and read. A blob up to `SMALL_BLOB_BYTES` is read and
-//! hashed every time. A larger one is trusted while its length and modification time are those that were recorded when this
-//! process last knew its content; otherwise, as after a restart, it is hashed from end to end before its first byte is
-//! served. What does not hash to its digest is reported to the actor, which drops it, and is a miss for the reader. Changes
-//! behind the server's back that keep length and modification time are not noticed in larger blobs.
+//! hashed every time. A larger one is trusted while its length and its [`Stamp`] are those that were recorded when this process
+//! last knew its content; otherwise, as after a restart, it is hashed from end to end before its first byte is served. The
+//! stamp is looked at again after each read and before the bytes are handed out. What does not hash to its digest is reported
+//! to the actor, which drops it, and is a miss for the reader. Changes that move no change time, such as those of a failing
+//! disk, are not noticed in larger blobs.
 
 pub use super::writer::BlobWriter;
 use super::{
     client::Cas,
     guards::Lease,
-    index::{Found, Stamp},
+    index::{Found, Kind, Stamp},
     requests::{Damaged, Verified},
-    settings::SMALL_BLOB_BYTES,
+    settings::{MAX_RESULT_FILE_BYTES, SMALL_BLOB_BYTES},
+    stamps::{nobody_writes, stamp_of},
+    zstd_form::check_form,
 };
 use crate::{
     digest::{Digest, Hasher},
     error::{Error, Result},
+    regular_file,
 };
 use bytes::Bytes;
 use std::{
     fs::File,
-    io::{self, Read as _},
-    os::{
-        fd::AsRawFd as _,
-        unix::fs::{FileExt as _, MetadataExt as _},
-    },
-    sync::Arc,
+    io,
+    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 /// Pieces in which a large file is hashed or copied.
@@ -48,7 +49,7 @@ enum Content {
 
 #[derive(Debug)]
 struct OpenFile {
-    file: File,
+    stored: StoredFile,
     found: Found,
     cas: Cas,
     /// So that the bytes on disk stay counted while they cannot be freed.
@@ -67,13 +68,13 @@ impl BlobReader {
         if size <= SMALL_BLOB_BYTES {
             return read_whole(&cas, &found).map(Self::whole);
         }
-        let file = open_checked(&cas, &found)?;
-        Ok(Self::of_file(cas, found, file, size, lease))
+        let stored = open_checked(&cas, &found)?;
+        Ok(Self::of_file(cas, found, stored, size, lease))
     }
 
     /// A reader of the first `size` bytes of a stored file that was checked.
-    pub(super) fn of_file(cas: Cas, found: Found, file: File, size: u64, lease: Arc<Lease>) -> Self {
-        Self { size, content: Content::File(Arc::new(OpenFile { file, found, cas, _lease: lease })) }
+    pub(super) fn of_file(cas: Cas, found: Found, stored: StoredFile, size: u64, lease: Arc<Lease>) -> Self {
+        Self { size, content: Content::File(Arc::new(OpenFile { stored, found, cas, _lease: lease })) }
     }
 
     /// Size of the blob in bytes.
@@ -106,7 +107,8 @@ impl BlobReader {
         };
         let mut buffer = Vec::with_capacity(wanted);
         // A short read is fine: the caller asks again from where it ended.
-        if read_cached(&open.file, &mut buffer, offset).is_ok_and(|read| read > 0) {
+        let is_cached = read_cached(open.stored.file(), &mut buffer, offset).is_ok_and(|read| read > 0);
+        if is_cached && open.stored.is_unchanged() {
             return Ok(buffer.into());
         }
         let open = open.clone();
@@ -161,19 +163,28 @@ impl BlobReader {
 }
 
 impl OpenFile {
-    /// At least one byte. Blocks.
+    /// At least one byte, all of them right. Blocks.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        let lost = |reason: String| {
+            let digest = self.found.file.key.digest;
+            Error::DataLoss(format!("blob {digest} cannot be read any further: {reason}"))
+        };
         let reason = loop {
-            match self.file.read_at(buffer, offset) {
+            match self.stored.file().read_at(buffer, offset) {
                 Ok(0) => break "it is too short".to_owned(),
-                Ok(read) => return Ok(read),
+                Ok(read) => {
+                    return match self.stored.confirm(&self.cas, &self.found) {
+                        Ok(()) => Ok(read),
+                        Err(Error::NotFound(_)) => Err(lost("its file has changed".into())),
+                        Err(error) => Err(error),
+                    };
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => break error.to_string(),
             }
         };
-        let digest = self.found.file.key.digest;
         report(&self.cas, &self.found, reason.clone());
-        Err(Error::DataLoss(format!("blob {digest} cannot be read any further: {reason}")))
+        Err(lost(reason))
     }
 }
 
@@ -190,28 +201,101 @@ fn read_cached(file: &File, buffer: &mut Vec<u8>, offset: u64) -> io::Result<usi
     Ok(read)
 }
 
-/// The modification time of a file, as the index records it.
-pub(super) fn stamp_of(metadata: &std::fs::Metadata) -> Stamp {
-    Stamp::new(metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec()))
+/// A stored file that is open, and what it looked like when its content was last seen to be right.
+#[derive(Debug)]
+pub(super) struct StoredFile {
+    file: File,
+    stamp: Mutex<Stamp>,
 }
 
-/// Opens a stored file of any size and makes sure of its content. Blocks; for as long as hashing takes if it must be.
-pub(super) fn open_checked(cas: &Cas, found: &Found) -> Result<File> {
-    let digest = found.file.key.digest;
+impl StoredFile {
+    /// A file whose content was right when it had this stamp.
+    pub(super) fn new(file: File, stamp: Stamp) -> Self {
+        Self { file, stamp: Mutex::new(stamp) }
+    }
+
+    /// For reading, which [`StoredFile::confirm`] has to follow.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether what was read so far is right for certain. One system call.
+    fn is_unchanged(&self) -> bool {
+        let stamp = *self.stamp.lock().unwrap_or_else(PoisonError::into_inner);
+        self.file.metadata().is_ok_and(|metadata| stamp_of(&metadata) == stamp)
+    }
+
+    /// Makes sure that what was read so far is right: a file that has changed is checked again. Blocks.
+    ///
+    /// # Errors
+    /// `NotFound` when it is not; that was reported.
+    pub(super) fn confirm(&self, cas: &Cas, found: &Found) -> Result<()> {
+        if self.is_unchanged() {
+            return Ok(());
+        }
+        let stamp = match found.file.key.kind {
+            Kind::Zstd => check_form(cas, found, &self.file)?.1,
+            Kind::Blob | Kind::Result => check_content(cas, found, &self.file)?,
+        };
+        *self.stamp.lock().unwrap_or_else(PoisonError::into_inner) = stamp;
+        Ok(())
+    }
+}
+
+/// Opens the file of a stored blob of any size and makes sure of its content. Blocks; for as long as hashing takes if it must be.
+pub(super) fn open_checked(cas: &Cas, found: &Found) -> Result<StoredFile> {
     let file = open(cas, found)?;
+    let metadata = file.metadata().map_err(|error| failed(cas, found, &error))?;
+    let stamp = stamp_of(&metadata);
+    let is_known = stamp == found.stamp && metadata.len() == found.file.key.digest.size();
+    let stamp = if is_known { stamp } else { check_content(cas, found, &file)? };
+    Ok(StoredFile::new(file, stamp))
+}
+
+/// Hashes a stored blob. Returns the stamp at which it was right, and tells the actor of it. Blocks.
+fn check_content(cas: &Cas, found: &Found, file: &File) -> Result<Stamp> {
+    let digest = found.file.key.digest;
     let metadata = file.metadata().map_err(|error| failed(cas, found, &error))?;
     if metadata.len() != digest.size() {
         return Err(damaged(cas, found, format!("it has {} bytes", metadata.len())));
     }
-    let stamp = stamp_of(&metadata);
-    if found.stamp != stamp {
-        let actual = hash_file(&file, digest.hasher()).map_err(|error| failed(cas, found, &error))?;
-        if actual != digest {
-            return Err(damaged(cas, found, format!("its content is that of {actual}")));
-        }
+    // Before hashing: a change in the same tick of the clock would not show.
+    let trusted = cas.shared().files.stamp(&metadata);
+    let actual = hash_file(file, digest.hasher()).map_err(|error| failed(cas, found, &error))?;
+    if actual != digest {
+        return Err(damaged(cas, found, format!("its content is that of {actual}")));
+    }
+    tell_verified(cas, found, file, trusted);
+    Ok(stamp_of(&metadata))
+}
+
+/// Tells the actor that a file's content is right, if the file still has the stamp from before it was read.
+pub(super) fn tell_verified(cas: &Cas, found: &Found, file: &File, stamp: Stamp) {
+    let is_unchanged = file.metadata().is_ok_and(|metadata| stamp_of(&metadata) == stamp);
+    if is_unchanged && nobody_writes(file) {
         cas.actor().do_send(Verified { at: found.at, stamp });
     }
-    Ok(file)
+}
+
+/// Whether a stored blob's file is what it should be, as far as is known without reading it; if that is not known it is read.
+/// What is bad is reported. Blocks.
+///
+/// # Errors
+/// Those that say nothing of the blob, such as too many open files.
+pub(super) fn is_sound(cas: &Cas, found: &Found) -> Result<bool> {
+    let is_known = std::fs::symlink_metadata(cas.shared().files.path(&found.file)).is_ok_and(|metadata| {
+        metadata.is_file()
+            && metadata.len() == found.file.key.digest.size()
+            && stamp_of(&metadata) == found.stamp
+    });
+    if is_known {
+        return Ok(true);
+    }
+    match open_checked(cas, found) {
+        Ok(_) => Ok(true),
+        Err(Error::NotFound(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Reads a stored blob into memory and makes sure of its content. Blocks.
@@ -219,20 +303,22 @@ pub(super) fn read_whole(cas: &Cas, found: &Found) -> Result<Bytes> {
     let digest = found.file.key.digest;
     let file = open(cas, found)?;
     let metadata = file.metadata().map_err(|error| failed(cas, found, &error))?;
-    let (stamp, size) = (stamp_of(&metadata), digest.size());
+    let size = digest.size();
     if metadata.len() != size {
         return Err(damaged(cas, found, format!("it has {} bytes", metadata.len())));
     }
+    let before = cas.shared().files.stamp(&metadata);
     let mut bytes = vec![0; usize::try_from(size).map_err(Error::internal)?];
     file.read_exact_at(&mut bytes, 0).map_err(|error| failed(cas, found, &error))?;
-    let trusted = found.stamp == stamp;
-    if size <= SMALL_BLOB_BYTES || !trusted {
+    // Looked at after the bytes were read, so that a change before that is seen.
+    let is_known = file.metadata().is_ok_and(|metadata| stamp_of(&metadata) == found.stamp);
+    if size <= SMALL_BLOB_BYTES || !is_known {
         let actual = digest.function().digest(&bytes);
         if actual != digest {
             return Err(damaged(cas, found, format!("its content is that of {actual}")));
         }
-        if !trusted {
-            cas.actor().do_send(Verified { at: found.at, stamp });
+        if !is_known {
+            tell_verified(cas, found, &file, before);
         }
     }
     Ok(bytes.into())
@@ -240,9 +326,8 @@ pub(super) fn read_whole(cas: &Cas, found: &Found) -> Result<Bytes> {
 
 /// Reads the file of an action result, which checks itself. Blocks.
 pub(super) fn read_result_file(cas: &Cas, found: &Found) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    open(cas, found)?.read_to_end(&mut bytes).map_err(|error| failed(cas, found, &error))?;
-    Ok(bytes)
+    let file = open(cas, found)?;
+    regular_file::read_open(&file, MAX_RESULT_FILE_BYTES).map_err(|error| failed(cas, found, &error))
 }
 
 /// The error of bytes that are not what they are said to be.
@@ -268,22 +353,27 @@ pub(super) fn hash_file(file: &File, mut hasher: Hasher) -> io::Result<Digest> {
     }
 }
 
+/// Opens a stored file without looking at its content. Blocks.
 pub(super) fn open(cas: &Cas, found: &Found) -> Result<File> {
-    File::open(cas.shared().files.path(&found.file)).map_err(|error| failed(cas, found, &error))
+    regular_file::open(&cas.shared().files.path(&found.file)).map_err(|error| failed(cas, found, &error))
 }
 
-/// What a failed read means: a file that is gone or cannot be read from its disk is a miss; everything else, such as too
-/// many open files, says nothing about the blob.
+/// What a failed read means: a file that is gone, is no file, is too large or cannot be read from its disk is a miss;
+/// everything else, such as too many open files, says nothing about the blob.
 fn failed(cas: &Cas, found: &Found, error: &io::Error) -> Error {
     let digest = found.file.key.digest;
-    let medium = error.raw_os_error() == Some(libc::EIO);
-    if medium || matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof) {
+    let is_bad = error.raw_os_error() == Some(libc::EIO) || regular_file::is_something_else(error);
+    let is_gone = matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof | io::ErrorKind::FileTooLarge
+    );
+    if is_bad || is_gone {
         return damaged(cas, found, error.to_string());
     }
     Error::io(&format!("read blob {digest}"), error)
 }
 
-fn damaged(cas: &Cas, found: &Found, reason: String) -> Error {
+pub(super) fn damaged(cas: &Cas, found: &Found, reason: String) -> Error {
     report(cas, found, reason);
     not_found(found.file.key.digest)
 }

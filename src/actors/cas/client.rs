@@ -5,11 +5,11 @@
 
 use super::{
     CasActor, Shared,
-    blob::{BlobReader, BlobWriter, not_found, read_whole, stamp_of},
+    blob::{BlobReader, BlobWriter, is_sound, not_found, read_whole},
     index::{FileId, Found, Key, Kind},
     inputs::Source,
     requests::*,
-    settings::{DIGESTS_PER_MESSAGE, PARK_WAIT, TWIN_WAIT},
+    settings::{DIGESTS_PER_MESSAGE, PARK_WAIT, SOUND_TRIES, TWIN_WAIT},
     sink::{Checked, failed},
     writer::write_new,
 };
@@ -90,6 +90,11 @@ pub struct Cas {
 /// The answer of a store whose actor has stopped.
 pub(super) fn going_down() -> Error {
     Error::Unavailable("the store of this server is shutting down".into())
+}
+
+/// The answer to an upload whose blob is stored again and again by somebody, and never well.
+fn spoilt() -> Error {
+    Error::Unavailable("the stored file of this blob changes again and again; try again".into())
 }
 
 impl Cas {
@@ -187,13 +192,52 @@ impl Cas {
             Payload::Zstd(_) => self.check_blob_size(digest.size(), "").is_ok() && !digest.is_empty(),
         };
         digests.extend(blobs.iter().filter(|(digest, bytes)| fits(digest, bytes)).map(|(digest, _)| *digest));
-        let prepared = self.ask(Prepare { instance: id, digests: digests.into_iter().collect() }).await?;
+        let prepared = self.prepare(instance, digests.into_iter().collect()).await?;
         let cas = self.clone();
         let (outcomes, visible) = self.blocking(move || cas.write_batch(id, &blobs, prepared)).await?;
         if let Some(visible) = visible {
             visible.await.map_err(|_| going_down())?;
         }
         Ok(outcomes)
+    }
+
+    /// Room for those of these blobs that are not stored. What is stored is looked at, so that "stored already" is only said of
+    /// a file that is as it should be; a bad one is dropped, and is then one that is not stored.
+    pub(super) async fn prepare(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Prepared> {
+        for _ in 0..SOUND_TRIES {
+            let ask = Prepare { instance: instance.blobs(), digests: digests.clone() };
+            let prepared = self.ask(ask).await?;
+            if prepared.absent.len() == digests.len() {
+                return Ok(prepared);
+            }
+            let absent: HashSet<Digest> = prepared.absent.iter().copied().collect();
+            let present = digests.iter().filter(|digest| !absent.contains(digest)).copied().collect();
+            if self.are_sound(instance, present).await? {
+                return Ok(prepared);
+            }
+        }
+        Err(spoilt())
+    }
+
+    /// Whether these blobs are stored and their files are what they should be, as far as is known without reading them; what is
+    /// not known is hashed, and what is bad is dropped.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub(super) async fn are_sound(&self, instance: &Instance, digests: Vec<Digest>) -> Result<bool> {
+        let located = self.locate(instance, digests, true).await?;
+        let cas = self.clone();
+        self.blocking(move || {
+            let mut all = true;
+            for found in &located.found {
+                all &= match found {
+                    Some(found) => is_sound(&cas, found)?,
+                    None => false,
+                };
+            }
+            Ok(all)
+        })
+        .await?
     }
 
     /// Checks and writes a batch on a blocking thread; what is written is handed to the actor before this returns.
@@ -219,22 +263,18 @@ impl Cas {
             let key = Key { digest: *digest, instance, kind: Kind::Blob };
             let file = FileId { key, generation: files.next_generation() };
             let path = files.path(&file);
-            let metadata = match checked {
+            let stamp = match checked {
                 Checked::Whole(bytes) => {
-                    let metadata = write_new(&path, std::slice::from_ref(&bytes))
+                    let stamp = write_new(files, &path, std::slice::from_ref(&bytes))
                         .map_err(|error| failed(*digest, &error))?;
                     self.shared.remember(instance, *digest, &[bytes]);
-                    metadata
+                    stamp
                 }
-                Checked::Spilled(Some(sink)) => sink.keep(*digest, &path)?,
+                Checked::Spilled(Some(sink)) => sink.keep(files, *digest, &path)?,
                 Checked::Spilled(None) => return Err(Error::internal("an item of a batch lost its file")),
             };
             absent.remove(digest);
-            written.push(WrittenFile {
-                file,
-                bytes: files.charge(digest.size()),
-                stamp: stamp_of(&metadata),
-            });
+            written.push(WrittenFile { file, bytes: files.charge(digest.size()), stamp });
             Ok(())
         });
         let outcomes = outcomes.collect();
@@ -264,10 +304,15 @@ impl Cas {
         let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
         let name = upload_name(instance, name);
         let patience = tokio::time::Instant::now() + TWIN_WAIT;
-        let mut was_busy = false;
+        let (mut was_busy, mut looks) = (false, 0);
         loop {
             match self.ask(BeginUpload { name, blob, offset }).await?? {
-                Began::Present => return Ok(Upload::Present),
+                // What is stored and turns out to be bad is dropped, and this upload replaces it.
+                Began::Present if self.are_sound(instance, vec![digest]).await? => {
+                    return Ok(Upload::Present);
+                }
+                Began::Present if looks < SOUND_TRIES => looks += 1,
+                Began::Present => return Err(spoilt()),
                 Began::Start(attempt) => {
                     return Ok(Upload::Writer(Box::new(BlobWriter::new(attempt, self.shared.clone()))));
                 }
@@ -307,7 +352,12 @@ impl Cas {
             return Ok(UploadStatus { committed: 0, complete: true });
         }
         let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
-        self.ask(QueryUpload { name: upload_name(instance, name), blob }).await
+        let name = upload_name(instance, name);
+        let status = self.ask(QueryUpload { name, blob }).await?;
+        if !status.complete || self.are_sound(instance, vec![digest]).await? {
+            return Ok(status);
+        }
+        self.ask(QueryUpload { name, blob }).await
     }
 
     pub(super) fn check_blob_size(&self, size: u64, what: &str) -> Result<()> {

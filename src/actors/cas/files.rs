@@ -14,29 +14,37 @@
 //! that has its full length under its final name has its right content: it got the name after its hash was checked, or its
 //! bytes were checked before the first was written. A result's name does not tell its length; its file has a checksum. Nor
 //! does that of a zstd form, which carries the name of its blob: it is decoded and hashed before it is first served, unless
-//! this process made it. Nothing is fsynced: the death of the process loses nothing, a power cut may lose or damage what was
+//! this process made it. What this process knows to be right it knows again by its [`Stamp`]. Nothing is fsynced: the death of the process loses nothing, a power cut may lose or damage what was
 //! written last, and the hash check at first read turns that into misses.
 
-use super::index::{FileId, Key, Kind};
+use super::{
+    index::{FileId, Key, Kind, Stamp},
+    stamps::{change_unobserved, has_fine_change_times, settled, stamp_of},
+};
 use crate::{
     digest::{Digest, DigestFunction},
     disk::Space,
     error::{Error, Result},
     instance::{InstanceId, Instances},
+    regular_file,
     spread::spread_subdirectories,
 };
 use rustix::fs::{FlockOperation, flock};
 use std::{
     fmt::Write as _,
-    fs::{self, File, OpenOptions},
+    fs::{self, File, Metadata, OpenOptions},
     io,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
+    time::SystemTime,
 };
+use uuid::Uuid;
 
 /// The content of `<root>/format`.
 const FORMAT: &str = "gorego store 1\n";
+/// More than any format has.
+const MAX_FORMAT_BYTES: u64 = 4_096;
 /// Permission bits of stored files: nobody writes them again.
 pub const STORED_MODE: u32 = 0o444;
 
@@ -48,6 +56,8 @@ pub struct Files {
     instances: Vec<String>,
     block: u64,
     generation: AtomicU64,
+    /// See [`has_fine_change_times`].
+    has_fine_times: bool,
     _lock: File,
 }
 
@@ -68,6 +78,8 @@ impl Files {
             .create(true)
             .truncate(false)
             .write(true)
+            // Whatever was put in its place must not hold up the start.
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
             .open(root.join("lock"))
             .map_err(|error| refuse("it is not writable", &error))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
@@ -75,9 +87,10 @@ impl Files {
             error => refuse("it cannot be locked", &error),
         })?;
         let format = root.join("format");
-        match fs::read_to_string(&format) {
-            Ok(text) if text == FORMAT => {}
+        match regular_file::read(&format, MAX_FORMAT_BYTES) {
+            Ok(text) if text == FORMAT.as_bytes() => {}
             Ok(text) => {
+                let text = String::from_utf8_lossy(&text);
                 let text = text.chars().take(40).collect::<String>();
                 return Err(refuse(
                     "it is of a format that this version does not know",
@@ -85,7 +98,8 @@ impl Files {
                 ));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                fs::write(&format, FORMAT).map_err(|error| refuse("it is not writable", &error))?;
+                regular_file::write(&format, FORMAT.as_bytes())
+                    .map_err(|error| refuse("it is not writable", &error))?;
             }
             Err(error) => return Err(refuse("its format cannot be read", &error)),
         }
@@ -94,7 +108,10 @@ impl Files {
         prepare(&base, &names).map_err(|error| refuse("its directories cannot be made", &error))?;
         let block =
             rustix::fs::statvfs(&base).map_err(|error| refuse("it cannot be examined", &error))?.f_frsize;
-        Ok(Self { base, instances: names, block: block.max(512), generation: AtomicU64::new(1), _lock: lock })
+        let has_fine_times = has_fine_change_times(&base.join("tmp"))
+            .map_err(|error| refuse("a file in it cannot be written", &error))?;
+        let (block, generation) = (block.max(512), AtomicU64::new(1));
+        Ok(Self { base, instances: names, block, generation, has_fine_times, _lock: lock })
     }
 
     /// Where a stored file lies.
@@ -129,6 +146,55 @@ impl Files {
     /// Says that a file of this number exists.
     pub fn saw_generation(&self, generation: u64) {
         self.generation.fetch_max(generation.saturating_add(1), Ordering::Relaxed);
+    }
+
+    /// What a file is to be known by whose content is right and whose metadata were just read.
+    pub fn stamp(&self, metadata: &Metadata) -> Stamp {
+        self.settled(stamp_of(metadata))
+    }
+
+    /// Whether change times tell changes within one tick of the clock apart.
+    pub fn has_fine_times(&self) -> bool {
+        self.has_fine_times
+    }
+
+    fn settled(&self, stamp: Stamp) -> Stamp {
+        settled(stamp, self.has_fine_times, SystemTime::now())
+    }
+
+    /// Gives a temporary file, whose content is right, the name of a stored one. Returns what it is known by.
+    ///
+    /// # Errors
+    /// Those of rename(2).
+    pub fn keep(&self, mut file: TemporaryFile, path: &Path) -> io::Result<Stamp> {
+        let written = stamp_of(&file.file.metadata()?);
+        // A file that is open for writing, by ourselves too, gets no lease.
+        file.file = file.reopen()?;
+        let moved =
+            change_unobserved(&file.file, written, || in_shard(path, || fs::rename(&file.path, path)))?;
+        file.kept = true;
+        Ok(moved.map_or(Stamp::UNTRUSTED, |stamp| self.settled(stamp)))
+    }
+
+    /// Deletes a stored file, or whatever was put in its place.
+    ///
+    /// # Errors
+    /// Those of unlink(2) and rename(2); a file that is gone is none.
+    pub fn delete(&self, file: &FileId) -> io::Result<()> {
+        let path = self.path(file);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => self.throw_away(&path),
+            outcome => outcome,
+        }
+    }
+
+    /// Moves something that is not ours out of the way; the next start deletes it.
+    ///
+    /// # Errors
+    /// Those of rename(2).
+    pub fn throw_away(&self, path: &Path) -> io::Result<()> {
+        fs::rename(path, self.trash().join(Uuid::new_v4().to_string()))
     }
 
     /// Bytes that a file of this size takes on disk.
@@ -181,7 +247,7 @@ pub fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::R
 #[derive(Debug)]
 pub struct TemporaryFile {
     path: PathBuf,
-    /// Open for writing.
+    /// Open for writing, until it is kept.
     pub file: File,
     kept: bool,
 }
@@ -200,17 +266,7 @@ impl TemporaryFile {
     /// # Errors
     /// Those of open(2).
     pub fn reopen(&self) -> io::Result<File> {
-        File::open(&self.path)
-    }
-
-    /// Gives it a name of its own; from then on it stays.
-    ///
-    /// # Errors
-    /// Those of rename(2).
-    pub fn keep_as(mut self, path: &Path) -> io::Result<()> {
-        in_shard(path, || fs::rename(&self.path, path))?;
-        self.kept = true;
-        Ok(())
+        regular_file::open(&self.path)
     }
 }
 

@@ -227,12 +227,15 @@ impl Source {
             .map_err(failed);
         }
         let stored = open_checked(&self.cas, found).map_err(missing)?;
-        (|| {
+        let file = (|| {
             let file = make()?;
-            copy(&stored, &file, digest.size())?;
-            finish(file)
+            copy(stored.file(), &file, digest.size())?;
+            Ok(file)
         })()
-        .map_err(failed)
+        .map_err(failed)?;
+        // What was copied is right only if it was right to the end.
+        stored.confirm(&self.cas, found).map_err(missing)?;
+        finish(file).map_err(failed)
     }
 }
 

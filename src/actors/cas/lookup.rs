@@ -4,7 +4,7 @@ use super::{
     CasActor,
     client::UploadStatus,
     guards::Lease,
-    index::{EntryRef, Found, Key, Kind},
+    index::{EntryRef, Found, Key, Kind, Stamp},
     requests::*,
     results::LoadedResult,
     unix_seconds,
@@ -12,10 +12,9 @@ use super::{
 use crate::{
     digest::Digest,
     instance::{Instance, InstanceId},
-    proto::reapi,
 };
 use actix::{AsyncContext as _, Context, Handler, MessageResult};
-use std::{collections::HashSet, sync::Arc};
+use std::collections::HashSet;
 
 impl CasActor {
     /// Looks an entry up, counts it as used now, and sees to it that this is written down some time.
@@ -26,7 +25,7 @@ impl CasActor {
     fn renew_at(&mut self, key: &Key, now: u32) -> Option<Found> {
         let found = self.index.renew(key, now)?;
         if found.touch_due {
-            self.touch_later(found.file);
+            self.touch_later(found);
         }
         Some(found)
     }
@@ -50,33 +49,40 @@ impl CasActor {
         missing
     }
 
-    /// A result whose every reference is stored: all of them are renewed. One that lacks something is dropped (AC-03). One
-    /// that was replaced since it was looked up is still an answer: it was the result when it was asked for (AC-08).
+    /// A result is a hit if its every reference is stored: all of them are renewed. One that lacks something is dropped
+    /// (AC-03). One that was replaced since it was looked up is still an answer: it was the result when it was asked for
+    /// (AC-08). With `were_read`, a reference that nobody has read since the start makes the result a cold one: its file may be
+    /// bad.
     fn confirm(
         &mut self,
         instance: &Instance,
         action: Digest,
         loaded: &LoadedResult,
+        were_read: bool,
         ctx: &Context<Self>,
-    ) -> Option<Arc<reapi::ActionResult>> {
+    ) -> ResultLookup {
         let now = unix_seconds();
         let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
         let instance = instance.blobs();
         let found = self.renew_at(&key, now).filter(|found| found.file.generation == loaded.generation);
         if !loaded.is_hit {
-            return None;
+            return ResultLookup::Miss;
         }
-        let lost = loaded
-            .references
-            .iter()
-            .find(|&&digest| self.renew_at(&Key { digest, instance, kind: Kind::Blob }, now).is_none());
-        if let Some(lost) = lost {
-            if let Some(found) = found {
+        let mut all_were_read = true;
+        let lost = loaded.references.iter().find(|&&digest| {
+            let blob = self.renew_at(&Key { digest, instance, kind: Kind::Blob }, now);
+            all_were_read &= blob.is_none_or(|blob| blob.stamp != Stamp::UNTRUSTED);
+            blob.is_none()
+        });
+        match (lost, found) {
+            (Some(lost), Some(found)) => {
                 self.drop_result(found.at, &format!("blob {lost} is gone"), ctx);
+                ResultLookup::Miss
             }
-            return None;
+            (Some(_), None) => ResultLookup::Miss,
+            (None, Some(found)) if were_read && !all_were_read => ResultLookup::Cold(found),
+            (None, _) => ResultLookup::Hit(loaded.result.clone()),
         }
-        Some(loaded.result.clone())
     }
 
     /// Drops a result that is not complete any more.
@@ -100,10 +106,7 @@ impl CasActor {
         let Some(found) = self.renew(&key) else { return ResultLookup::Miss };
         match self.shared.results.get(&(instance.id(), action)) {
             Some(loaded) if loaded.generation == found.file.generation => {
-                match self.confirm(instance, action, &loaded, ctx) {
-                    Some(result) => ResultLookup::Hit(result),
-                    None => ResultLookup::Miss,
-                }
+                self.confirm(instance, action, &loaded, true, ctx)
             }
             _ => ResultLookup::Cold(found),
         }
@@ -141,7 +144,7 @@ impl Handler<Locate> for CasActor {
                 let found = self.index.lease(&key, now)?;
                 leased.push(found.at);
                 if found.touch_due {
-                    self.touch_later(found.file);
+                    self.touch_later(found);
                 }
                 Some(found)
             });
@@ -177,7 +180,11 @@ impl Handler<ConfirmResult> for CasActor {
     type Result = MessageResult<ConfirmResult>;
 
     fn handle(&mut self, message: ConfirmResult, ctx: &mut Self::Context) -> Self::Result {
-        MessageResult(self.confirm(&message.instance, message.action, &message.loaded, ctx))
+        let ConfirmResult { instance, action, loaded } = message;
+        MessageResult(match self.confirm(&instance, action, &loaded, false, ctx) {
+            ResultLookup::Hit(result) => Some(result),
+            ResultLookup::Miss | ResultLookup::Cold(_) => None,
+        })
     }
 }
 

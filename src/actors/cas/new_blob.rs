@@ -7,7 +7,7 @@
 //! Also the two questions of callers that know a hash and no size.
 
 use super::{
-    blob::{hash_file, stamp_of},
+    blob::hash_file,
     client::{Cas, going_down},
     files::TemporaryFile,
     guards::Reservation,
@@ -109,26 +109,30 @@ impl NewBlob {
         let (Some(Sink { file, hasher }), Some(room)) = (self.sink.take(), self.room.take()) else {
             return Err(Error::internal("a new blob lost its file"));
         };
-        let (cas, instance) = (self.cas.clone(), self.instance.blobs());
         let (function, size) = (self.function, self.size);
-        let stored = self.cas.blocking(move || -> Result<_> {
-            let files = &cas.shared().files;
+        let hashed = self.cas.blocking(move || -> Result<_> {
             let digest = match hasher {
                 Some(hasher) => hasher.finish(),
                 None => (file.reopen().and_then(|file| hash_file(&file, function.hasher(size))))
                     .map_err(|error| Error::io("hash a new blob", &error))?,
             };
-            check(digest)?;
+            Ok((file, digest))
+        });
+        let (file, digest) = hashed.await??;
+        check(digest)?;
+        // A stored file of it wins over this one, unless it is bad and is dropped here.
+        self.cas.are_sound(&self.instance, vec![digest]).await?;
+        let (cas, instance) = (self.cas.clone(), self.instance.blobs());
+        let stored = self.cas.blocking(move || -> Result<_> {
+            let files = &cas.shared().files;
             let key = Key { digest, instance, kind: Kind::Blob };
             let id = FileId { key, generation: files.next_generation() };
             let failed = |error| Error::io(&format!("store blob {digest}"), &error);
-            let stamp = stamp_of(&file.file.metadata().map_err(failed)?);
-            file.keep_as(&files.path(&id)).map_err(failed)?;
+            let stamp = files.keep(file, &files.path(&id)).map_err(failed)?;
             let written = WrittenFile { file: id, bytes: files.charge(digest.size()), stamp };
-            Ok((digest, Commit::tell(cas.actor(), written, room)))
+            Ok(Commit::tell(cas.actor(), written, room))
         });
-        let (digest, visible) = stored.await??;
-        visible.await.map_err(|_| going_down())?;
+        stored.await??.await.map_err(|_| going_down())?;
         Ok(digest)
     }
 

@@ -1,16 +1,17 @@
 //! Storing what a worker hands over: files that an action left behind, and bytes at hand.
 //!
-//! A file that nobody else can reach becomes the stored file itself: it is hashed where it lies, made read-only, and linked
-//! to its stored name. All processes of the action are dead by then and its directory is removed soon after, so nobody is
-//! left who could write it. Any other file is copied, and hashed as it is copied.
+//! A file that nobody else can reach becomes the stored file itself: it is hashed where it lies, made read-only, and moved
+//! to its stored name. All processes of the action are dead by then, and a read lease makes sure that nobody has the file open
+//! for writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied.
 
 use super::{
-    blob::{PIECE_BYTES, hash_file, stamp_of},
+    blob::{PIECE_BYTES, hash_file},
     client::Cas,
     files::{STORED_MODE, TemporaryFile, in_shard},
     guards::Reservation,
     index::{FileId, Key, Kind, Stamp},
-    requests::{Commit, Prepare, WrittenFile},
+    requests::{Commit, WrittenFile},
+    stamps::{Writers, lease},
     writer::write_new,
 };
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
     instance::Instance,
 };
 use bytes::Bytes;
-use rustix::fs::{AtFlags, CWD, Mode, fchmod, linkat};
+use rustix::fs::{CWD, Mode, fchmod, renameat};
 use std::{
     fs::{self, File, Metadata},
     io::{self, Write as _},
@@ -28,8 +29,8 @@ use std::{
 
 impl Cas {
     /// Stores a file that an action left behind, from a worker thread: takes the file itself over when nobody else can reach
-    /// it (one link, ours, same file system), copies it otherwise. `file` is open for reading, `parent`/`name` is where it
-    /// lies; it still lies there afterwards, but is the store's and must not be written. Returns its digest.
+    /// it (one link, ours, same file system, no writer), copies it otherwise. `file` is open for reading, `parent`/`name` is
+    /// where it lies, and may not lie any more afterwards. Returns its digest.
     ///
     /// # Errors
     /// `Exhausted` when there is no room; `Invalid` when it is larger than the largest blob allowed.
@@ -43,6 +44,8 @@ impl Cas {
     ) -> Result<Digest> {
         let failed =
             |error: io::Error| Error::io(&format!("store output \"{}\"", name.escape_debug()), &error);
+        // Held until `file` is closed.
+        let writers = lease(&file);
         let before = file.metadata().map_err(failed)?;
         self.check_blob_size(before.len(), name)?;
         let changed =
@@ -53,7 +56,13 @@ impl Cas {
         }
         let Some(room) = self.room_for(instance, digest)? else { return Ok(digest) };
         let id = self.new_file(instance, digest);
-        let stamp = match self.adopt(&id, &before, parent, name, &file).map_err(failed)? {
+        let adopted = match writers {
+            Writers::Present => None,
+            Writers::ShutOut | Writers::Unknown => {
+                self.adopt(&id, &before, parent, name, &file).map_err(failed)?
+            }
+        };
+        let stamp = match adopted {
             Some(stamp) => stamp,
             None => self.copy_in(&id, &file).map_err(failed)?.ok_or_else(changed)?,
         };
@@ -75,9 +84,10 @@ impl Cas {
         self.check_blob_size(digest.size(), "the bytes at hand")?;
         let Some(room) = self.room_for(instance, digest)? else { return Ok(digest) };
         let id = self.new_file(instance, digest);
-        let metadata = write_new(&self.shared().files.path(&id), &[Bytes::from(bytes)])
+        let files = &self.shared().files;
+        let stamp = write_new(files, &files.path(&id), &[Bytes::from(bytes)])
             .map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
-        self.commit_and_wait(id, stamp_of(&metadata), room)?;
+        self.commit_and_wait(id, stamp, room)?;
         Ok(digest)
     }
 
@@ -86,9 +96,7 @@ impl Cas {
         if digest.is_empty() {
             return Ok(None);
         }
-        let prepared = self.block_on(async |cas| {
-            cas.ask(Prepare { instance: instance.blobs(), digests: vec![digest] }).await
-        })?;
+        let prepared = self.block_on(async |cas| cas.prepare(instance, vec![digest]).await)?;
         if prepared.absent.is_empty() { Ok(None) } else { prepared.room.map(Some) }
     }
 
@@ -119,17 +127,18 @@ impl Cas {
         }
         let path = self.shared().files.path(id);
         fchmod(file, Mode::from_raw_mode(STORED_MODE))?;
-        if in_shard(&path, || Ok(linkat(parent, name, CWD, &path, AtFlags::empty())?)).is_err() {
-            // Another file system, or one that has no links.
+        if in_shard(&path, || Ok(renameat(parent, name, CWD, &path)?)).is_err() {
+            // Another file system.
             return Ok(None);
         }
-        let (after, linked) = (file.metadata()?, fs::symlink_metadata(&path)?);
-        let same = (after.dev(), after.ino()) == (linked.dev(), linked.ino());
-        let unchanged = after.len() == id.key.digest.size() && stamp_of(&after) == stamp_of(before);
-        if same && unchanged && after.nlink() == 2 {
-            return Ok(Some(stamp_of(&after)));
+        let (after, moved) = (file.metadata()?, fs::symlink_metadata(&path)?);
+        let same = (after.dev(), after.ino()) == (moved.dev(), moved.ino());
+        let times = |metadata: &Metadata| (metadata.mtime(), metadata.mtime_nsec());
+        let unchanged = after.len() == id.key.digest.size() && times(&after) == times(before);
+        if same && unchanged && after.nlink() == 1 {
+            return Ok(Some(self.shared().files.stamp(&after)));
         }
-        fs::remove_file(&path)?;
+        self.shared().files.delete(id)?;
         Ok(None)
     }
 
@@ -149,8 +158,6 @@ impl Cas {
         if hasher.finish() != id.key.digest {
             return Ok(None);
         }
-        let stamp = stamp_of(&copy.file.metadata()?);
-        copy.keep_as(&files.path(id))?;
-        Ok(Some(stamp))
+        files.keep(copy, &files.path(id)).map(Some)
     }
 }

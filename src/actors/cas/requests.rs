@@ -119,7 +119,7 @@ pub enum ResultLookup {
     Hit(Arc<reapi::ActionResult>),
     /// None, or not complete.
     Miss,
-    /// There is one; its file has to be read to know more.
+    /// There is one; its file, or blobs of it that nobody has read since the start, have to be read to know more.
     Cold(Found),
 }
 
@@ -197,6 +197,18 @@ pub struct Unreserve(pub u64);
 pub struct Verified {
     pub at: EntryRef,
     pub stamp: Stamp,
+}
+
+/// Fact: the server itself has changed the change times of these files, and nobody their content.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Touched(pub Vec<Touch>);
+
+/// One of them.
+pub struct Touch {
+    pub at: EntryRef,
+    pub before: Stamp,
+    pub after: Stamp,
 }
 
 /// Fact: a file is not what it should be.

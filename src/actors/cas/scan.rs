@@ -9,10 +9,12 @@ use super::{
     files::{Files, parse_file_name},
     index::{FileId, Index, Key, Kind},
     results,
+    settings::MAX_RESULT_FILE_BYTES,
 };
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceId,
+    regular_file,
 };
 use std::{
     collections::HashMap,
@@ -138,7 +140,10 @@ fn read_shard(files: &Files, shard: &Shard) -> ShardContent {
             continue;
         };
         if !metadata.is_file() {
-            content.foreign += 1;
+            // Something was put in the place of a stored file.
+            let thrown = files.throw_away(&entry.path());
+            content.removed += u64::from(thrown.is_ok());
+            content.unreadable += u64::from(thrown.is_err());
             continue;
         }
         if shard.kind == Kind::Blob && metadata.len() != digest.size() {
@@ -166,7 +171,9 @@ fn remove_torn_updates(files: &Files, content: &mut ShardContent) {
     content.found.retain(|(file, ..)| {
         let is_alone = counts.get(&file.key.digest) == Some(&1);
         let path = files.path(file);
-        if is_alone || fs::read(&path).is_ok_and(|bytes| results::is_whole(&bytes)) {
+        if is_alone
+            || regular_file::read(&path, MAX_RESULT_FILE_BYTES).is_ok_and(|bytes| results::is_whole(&bytes))
+        {
             return true;
         }
         let _ = fs::remove_file(path);

@@ -38,6 +38,16 @@ pub const LARGE_ACTIONS_MAX: usize = 4;
 /// Largest Tree message that is read to check a result. About 500,000 files; a result with a larger one is a miss.
 pub const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
 
+/// Largest file of an action result that is read. A result has at most 4 MiB; who made it takes little more.
+pub const MAX_RESULT_FILE_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Results whose blobs are hashed at the same time, because nobody has read them since the start; other lookups of such results
+/// wait. Each reads from the disk as fast as it can.
+pub const RESULT_CHECKS_MAX: usize = 4;
+
+/// How often an upload that is told "stored already" looks whether that is so. Each look that finds a bad file drops it.
+pub const SOUND_TRIES: usize = 4;
+
 /// How often a lookup starts again because the result was replaced before its file could be read. Twice in a row takes two
 /// updates within microseconds; after so many the answer is a miss, so that every lookup ends.
 pub const RESULT_READ_TRIES: usize = 16;
@@ -103,6 +113,9 @@ pub const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
 
 /// Uses that wait to be written down as access times before a batch is started early.
 pub const TOUCH_BATCH: usize = 1_024;
+
+/// Files that are kept from being written at the same time while their use is written down.
+pub const TOUCH_LEASES: usize = 64;
 
 /// How often waiting uses are written down and broken uploads are looked through.
 pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);

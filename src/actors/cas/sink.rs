@@ -7,6 +7,7 @@
 use super::{
     blob::hash_mismatch,
     files::{Files, TemporaryFile},
+    index::Stamp,
 };
 use crate::{
     compression::{Decoder, decode_all},
@@ -15,7 +16,6 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{
-    fs,
     io::{self, Write as _},
     path::Path,
 };
@@ -129,14 +129,12 @@ impl Sink {
     ///
     /// # Errors
     /// `Invalid` when it holds something else (BS-22); `Exhausted` or `Internal` when it cannot be renamed.
-    pub fn keep(self, blob: Digest, path: &Path) -> Result<fs::Metadata> {
+    pub fn keep(self, files: &Files, blob: Digest, path: &Path) -> Result<Stamp> {
         let actual = self.hasher.finish();
         if actual != blob {
             return Err(hash_mismatch(blob, actual));
         }
-        let metadata = self.file.file.metadata().map_err(|error| failed(blob, &error))?;
-        self.file.keep_as(path).map_err(|error| failed(blob, &error))?;
-        Ok(metadata)
+        files.keep(self.file, path).map_err(|error| failed(blob, &error))
     }
 }
 

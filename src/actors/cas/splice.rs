@@ -51,7 +51,7 @@ impl Cas {
         check_list(blob, &chunks)?;
         let work = &self.shared().chunk_work;
         let _turn = work.turn(instance, blob).await;
-        if self.find_missing(instance, vec![blob]).await?.is_empty() {
+        if self.are_sound(instance, vec![blob]).await? {
             return self.find_missing(instance, chunks).await.map(drop);
         }
         let _slot = work.slot().await?;

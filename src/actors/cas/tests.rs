@@ -2,6 +2,7 @@
 
 mod chunks;
 mod compressed;
+mod damage;
 mod inputs;
 mod results;
 mod store;

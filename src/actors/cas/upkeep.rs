@@ -3,15 +3,18 @@
 
 use super::{
     CasActor, LOG,
+    files::Files,
     guards::Reservation,
-    index::{FileId, Victim},
-    requests::Deleted,
+    index::{Found, Victim},
+    requests::{Deleted, Touch, Touched},
     settings,
+    stamps::{COARSE_TICK, Writers, lease, stamp_of},
     uploads::Partial,
 };
-use crate::error::Result;
-use actix::{AsyncContext as _, Context};
-use std::{fs, future::Future, time::Instant};
+use crate::{error::Result, regular_file};
+use actix::{Addr, AsyncContext as _, Context, WeakAddr};
+use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, futimens};
+use std::{fs::File, future::Future, time::Instant};
 
 impl CasActor {
     /// Finds room, at the cost of broken uploads first and of the least recently used entries then. Without a
@@ -71,8 +74,7 @@ impl CasActor {
         self.shared.runtime.spawn_blocking(move || {
             let failures: Vec<_> = victims
                 .iter()
-                .filter_map(|victim| fs::remove_file(shared.files.path(&victim.file)).err())
-                .filter(|error| error.kind() != std::io::ErrorKind::NotFound)
+                .filter_map(|victim| shared.files.delete(&victim.file).err())
                 .collect();
             if let Some(first) = failures.first() {
                 // Their bytes stay on disk until the next start takes them in again.
@@ -95,7 +97,7 @@ impl CasActor {
     }
 
     pub(super) fn housekeeping(&mut self, ctx: &mut Context<Self>) {
-        self.write_touches();
+        self.write_touches(ctx.address());
         let (now, settings) = (Instant::now(), &self.shared.settings);
         let (retention, limit) = (settings.partial_upload_retention, settings.max_bytes);
         while let Some(partial) = self.uploads.pop_excess(now, retention, limit) {
@@ -106,27 +108,46 @@ impl CasActor {
         self.shared.runtime.spawn(async move { cas.relieve_full_disk().await });
     }
 
-    pub(super) fn touch_later(&mut self, file: FileId) {
-        self.touches.push(file);
-        if self.touches.len() >= settings::TOUCH_BATCH {
-            self.write_touches();
+    pub(super) fn touch_later(&mut self, found: Found) {
+        self.touches.push(found);
+        if self.touches.len() >= settings::TOUCH_BATCH
+            && let Some(actor) = self.address.as_ref().and_then(WeakAddr::upgrade)
+        {
+            self.write_touches(actor);
         }
     }
 
     /// Writes uses down as access times, from which the order of use is recovered at the next start.
-    pub(super) fn write_touches(&mut self) {
-        use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, utimensat};
+    pub(super) fn write_touches(&mut self, actor: Addr<Self>) {
         if self.touches.is_empty() {
             return;
         }
         let (touches, shared) = (std::mem::take(&mut self.touches), self.shared.clone());
         self.shared.runtime.spawn_blocking(move || {
-            let at = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
-            let times = Timestamps { last_access: at(UTIME_NOW), last_modification: at(UTIME_OMIT) };
-            for file in touches {
-                // The file may be gone by now, and a lost use only costs a place in the order.
-                let _ = utimensat(CWD, shared.files.path(&file), &times, AtFlags::empty());
+            for part in touches.chunks(settings::TOUCH_LEASES) {
+                let touched: Vec<_> = part.iter().filter_map(|found| touch(&shared.files, found)).collect();
+                if !touched.is_empty() && !shared.files.has_fine_times() {
+                    // Nobody can write these files before a change would show.
+                    std::thread::sleep(COARSE_TICK);
+                }
+                let moves = touched.into_iter().map(|(moved, _leased)| moved).collect();
+                actor.do_send(Touched(moves));
             }
         });
     }
+}
+
+/// Sets the access time of a stored file to now. Returns the stamps before and after that, with the file as the holder of a
+/// lease, if the content was known to be right before and still is.
+pub(super) fn touch(files: &Files, found: &Found) -> Option<(Touch, File)> {
+    let at = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
+    let times = Timestamps { last_access: at(UTIME_NOW), last_modification: at(UTIME_OMIT) };
+    // The file may be gone by now, and a lost use only costs a place in the order.
+    let file = regular_file::open(&files.path(&found.file)).ok()?;
+    let writers = lease(&file);
+    let before = stamp_of(&file.metadata().ok()?);
+    futimens(&file, &times).ok()?;
+    let after = stamp_of(&file.metadata().ok()?);
+    let is_known = before == found.stamp && writers == Writers::ShutOut;
+    is_known.then_some((Touch { at: found.at, before, after }, file))
 }

@@ -12,9 +12,9 @@
 
 use super::{
     Shared,
-    blob::{hash_mismatch, stamp_of},
+    blob::hash_mismatch,
     files::{Files, create},
-    index::FileId,
+    index::{FileId, Stamp},
     requests::{Commit, WrittenFile},
     settings::{DECODER_WAIT, UPLOAD_BUFFER_BYTES},
     sink::{Inflow, Sink, WHOLE_BYTES, failed},
@@ -27,7 +27,7 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{
-    fs,
+    fs::remove_file,
     io::{self, Write as _},
     path::Path,
     sync::{Arc, atomic::Ordering},
@@ -282,7 +282,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Shared) -> Result<
     let file = FileId { key: attempt.blob, generation: files.next_generation() };
     let path = files.path(&file);
     let plain = matches!(attempt.inflow, Inflow::Plain);
-    let metadata = if attempt.sink.is_none() && (plain || digest.size() <= WHOLE_BYTES) {
+    let stamp = if attempt.sink.is_none() && (plain || digest.size() <= WHOLE_BYTES) {
         let pieces = attempt.inflow.whole(pending, digest.size())?;
         let mut hasher = digest.hasher();
         pieces.iter().for_each(|bytes| hasher.update(bytes));
@@ -290,28 +290,28 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Shared) -> Result<
         if actual != digest {
             return Err(hash_mismatch(digest, actual));
         }
-        let metadata = write_new(&path, &pieces).map_err(|error| failed(digest, &error))?;
+        let stamp = write_new(files, &path, &pieces).map_err(|error| failed(digest, &error))?;
         shared.remember(attempt.blob.instance, digest, &pieces);
-        metadata
+        stamp
     } else {
         append(&mut attempt, pending, files)?;
         attempt.inflow.finish()?;
         let Some(sink) = attempt.sink.take() else {
             return Err(Error::Invalid(format!("nothing was sent for blob {digest}")));
         };
-        sink.keep(digest, &path)?
+        sink.keep(files, digest, &path)?
     };
     let Some(room) = attempt.room.take() else { return Err(Error::internal("an upload lost its room")) };
-    let written = WrittenFile { file, bytes: files.charge(digest.size()), stamp: stamp_of(&metadata) };
+    let written = WrittenFile { file, bytes: files.charge(digest.size()), stamp };
     Ok(Commit::tell(attempt.store(), written, room))
 }
 
-/// Writes bytes that were checked before to a new file; leaves none behind if that fails.
-pub(super) fn write_new(path: &Path, pieces: &[Bytes]) -> io::Result<fs::Metadata> {
+/// Writes bytes that were checked before to a new file; leaves none behind if that fails. Returns what it is known by.
+pub(super) fn write_new(files: &Files, path: &Path, pieces: &[Bytes]) -> io::Result<Stamp> {
     let mut file = create(path)?;
     let outcome = pieces.iter().try_for_each(|bytes| file.write_all(bytes)).and_then(|()| file.metadata());
     if outcome.is_err() {
-        let _ = fs::remove_file(path);
+        let _ = remove_file(path);
     }
-    outcome
+    Ok(files.stamp(&outcome?))
 }

@@ -12,13 +12,14 @@
 //! [`super::settings::SMALL_BLOB_BYTES`] get no form; [`super::zstd_reader`] keeps them in memory.
 
 use super::{
-    blob::{BlobReader, open, report, stamp_of},
+    blob::{BlobReader, StoredFile, damaged, open, tell_verified},
     client::Cas,
     files::TemporaryFile,
     guards::{Lease, Reservation},
-    index::{FileId, Found, Key, Kind},
-    requests::{Commit, Locate, Reserve, Verified, WrittenFile},
+    index::{FileId, Found, Key, Kind, Stamp},
+    requests::{Commit, Locate, Reserve, WrittenFile},
     settings::{ZSTD_FORM_PART, ZSTD_HISTORY_WEIGHT, ZSTD_PROBE_BYTES},
+    stamps::stamp_of,
 };
 use crate::{
     compression::{CHUNK_BYTES, Decoder, Encoder, SeekTable, TABLE_END_BYTES, saves},
@@ -82,33 +83,43 @@ impl Form {
     pub fn open(cas: &Cas, found: Found, lease: &Arc<Lease>) -> Option<Self> {
         // What that says of the form, it has reported: to have too many files open says nothing.
         let file = open(cas, &found).ok()?;
-        let opened = (|| {
-            let digest = found.file.key.digest;
-            let metadata = file.metadata().map_err(Error::internal)?;
-            let table = read_table(&file, metadata.len())
-                .ok()
-                .flatten()
-                .filter(|table| table.sizes().0 == digest.size())
-                .ok_or_else(|| Error::internal("its table does not fit it"))?;
-            let stamp = stamp_of(&metadata);
-            if found.stamp != stamp {
-                verify(&file, &table, digest)?;
-                cas.actor().do_send(Verified { at: found.at, stamp });
-            }
-            Ok::<_, Error>(table)
-        })();
-        match opened {
-            Ok(table) => {
-                let size = table.sizes().1;
-                let frames = BlobReader::of_file(cas.clone(), found, file, size, lease.clone());
-                Some(Self { frames, table })
-            }
-            Err(error) => {
-                report(cas, &found, error.to_string());
-                None
-            }
-        }
+        let is_known = file.metadata().is_ok_and(|metadata| stamp_of(&metadata) == found.stamp);
+        let (table, stamp) = if is_known {
+            (table_of(cas, &found, &file).ok()?, found.stamp)
+        } else {
+            check_form(cas, &found, &file).ok()?
+        };
+        let size = table.sizes().1;
+        let stored = StoredFile::new(file, stamp);
+        let frames = BlobReader::of_file(cas.clone(), found, stored, size, lease.clone());
+        Some(Self { frames, table })
     }
+}
+
+/// Decodes and hashes a form. Returns its table and the stamp at which it was right, and tells the actor of it. Blocks.
+///
+/// # Errors
+/// `NotFound` when it is not right; that was reported.
+pub(super) fn check_form(cas: &Cas, found: &Found, file: &File) -> Result<(SeekTable, Stamp)> {
+    let table = table_of(cas, found, file)?;
+    let metadata = file.metadata().map_err(Error::internal)?;
+    let trusted = cas.shared().files.stamp(&metadata);
+    verify(file, &table, found.file.key.digest).map_err(|error| damaged(cas, found, error.to_string()))?;
+    tell_verified(cas, found, file, trusted);
+    Ok((table, stamp_of(&metadata)))
+}
+
+/// The table of a form.
+///
+/// # Errors
+/// `NotFound` when it does not fit the form; that was reported.
+fn table_of(cas: &Cas, found: &Found, file: &File) -> Result<SeekTable> {
+    let length = file.metadata().map_err(Error::internal)?.len();
+    read_table(file, length)
+        .ok()
+        .flatten()
+        .filter(|table| table.sizes().0 == found.file.key.digest.size())
+        .ok_or_else(|| damaged(cas, found, "its table does not fit it".into()))
 }
 
 /// The table at the end of a file of this length, if it accounts for all that is before it.
@@ -234,8 +245,8 @@ impl Cas {
         let metadata = target.file.metadata().map_err(failed)?;
         let key = Key { digest, instance, kind: Kind::Zstd };
         let file = FileId { key, generation: files.next_generation() };
-        target.keep_as(&files.path(&file)).map_err(failed)?;
-        let written = WrittenFile { file, bytes: files.charge(metadata.len()), stamp: stamp_of(&metadata) };
+        let stamp = files.keep(target, &files.path(&file)).map_err(failed)?;
+        let written = WrittenFile { file, bytes: files.charge(metadata.len()), stamp };
         Ok(Some(Commit::tell(self.actor(), written, room)))
     }
 }

@@ -99,7 +99,7 @@ proptest! {
                     let got = index.reserve(bytes).ok().map(|grant| grant.victims);
                     prop_assert_eq!(&got, &expected);
                     if got.is_none() { continue }
-                    let lost = index.commit(file, bytes, Stamp::new(1), NOW);
+                    let lost = index.commit(file, bytes, Stamp::new(1, 1), NOW);
                     let expected = match (model.position(&file.key), kind) {
                         (Some(position), Kind::Blob | Kind::Zstd) => {
                             model.use_at(position);
@@ -193,7 +193,7 @@ proptest! {
 fn store(index: &mut Index, name: u8, bytes: u64) -> FileId {
     let file = FileId { key: key(name, Kind::Blob), generation: u64::from(name) + 1 };
     index.reserve(bytes).unwrap();
-    assert_eq!(index.commit(file, bytes, Stamp::new(1), NOW), None);
+    assert_eq!(index.commit(file, bytes, Stamp::new(1, 1), NOW), None);
     file
 }
 
@@ -243,7 +243,7 @@ fn a_used_entry_outlives_three_quarters_of_a_long_list() {
     };
     for n in 0..count {
         index.reserve(1).unwrap();
-        index.commit(file(n), 1, Stamp::new(1), NOW);
+        index.commit(file(n), 1, Stamp::new(1, 1), NOW);
     }
     for used in [0, count / 2, count - count / 4, count - 2] {
         index.renew(&file(used).key, NOW).unwrap();

@@ -54,17 +54,26 @@ pub struct EntryRef {
     pub(super) generation: u64,
 }
 
-/// Modification time of a file in nanoseconds, recorded when its content was last known to be right.
+/// Inode number and change time of a file, recorded when its content was last known to be right. No user can restore either;
+/// the modification time is left out because to set it moves the change time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stamp(i64);
+pub struct Stamp {
+    inode: u64,
+    changed: i64,
+}
 
 impl Stamp {
-    /// Nobody in this process has seen the content: it is hashed before it is served.
-    pub const UNTRUSTED: Self = Self(i64::MIN);
+    /// The content is not known to be right: it is hashed before it is served.
+    pub const UNTRUSTED: Self = Self { inode: 0, changed: i64::MIN };
 
-    /// The stamp of a file with this modification time.
-    pub fn new(nanos: i64) -> Self {
-        Self(nanos)
+    /// The stamp of a file with this inode number and this change time, in nanoseconds since 1970.
+    pub fn new(inode: u64, changed: i64) -> Self {
+        Self { inode, changed }
+    }
+
+    /// The change time.
+    pub fn changed(self) -> i64 {
+        self.changed
     }
 }
 
@@ -75,7 +84,7 @@ pub struct Found {
     pub at: EntryRef,
     /// Its file.
     pub file: FileId,
-    /// When its content was last known to be right.
+    /// What its file looked like when its content was last known to be right.
     pub stamp: Stamp,
     /// Its recency on disk is out of date; set at most once an hour for an entry.
     pub touch_due: bool,

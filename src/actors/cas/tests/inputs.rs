@@ -161,24 +161,31 @@ async fn outputs_are_taken_over_or_copied_and_are_the_stores_own_afterwards() {
     // On the same file system as the store.
     let exec = store.root.path().join("exec");
     std::fs::create_dir(&exec).unwrap();
+    let inode = |path: &Path| std::fs::metadata(path).unwrap().ino();
     let (plain, linked) = (noise(LARGE, 1), noise(LARGE, 2));
     std::fs::write(exec.join("plain"), &plain).unwrap();
     std::fs::write(exec.join("linked"), &linked).unwrap();
     std::fs::hard_link(exec.join("linked"), exec.join("link")).unwrap();
     std::fs::write(exec.join("empty"), "").unwrap();
+    std::fs::write(exec.join("open"), &plain[1..]).unwrap();
+    let writer = File::options().write(true).open(exec.join("open")).unwrap();
+    let of_open = inode(&exec.join("open"));
+    let [of_plain, of_linked] = ["plain", "linked"].map(|name| inode(&exec.join(name)));
     let path = exec.clone();
     let digests = store
         .worker(move |cas, main| {
             let parent = File::open(&path).unwrap();
-            ["plain", "linked", "link", "empty", "plain"].map(|name| {
+            ["plain", "linked", "link", "empty", "open"].map(|name| {
                 cas.store_output(&main, SHA256, &parent, name, File::open(path.join(name)).unwrap()).unwrap()
             })
         })
         .await;
-    assert_eq!(digests, [digest(&plain), digest(&linked), digest(&linked), digest(b""), digest(&plain)]);
-    let inode = |path: &Path| std::fs::metadata(path).unwrap().ino();
-    assert_eq!(inode(&store.file_of(digests[0])), inode(&exec.join("plain")));
-    assert_ne!(inode(&store.file_of(digests[1])), inode(&exec.join("linked")));
+    assert_eq!(digests, [digest(&plain), digest(&linked), digest(&linked), digest(b""), digest(&plain[1..])]);
+    assert_eq!(inode(&store.file_of(digests[0])), of_plain);
+    assert!(!exec.join("plain").exists(), "a second name would move the change time once more when it goes");
+    assert_ne!(inode(&store.file_of(digests[1])), of_linked);
+    assert_ne!(inode(&store.file_of(digests[4])), of_open, "somebody could still write it");
+    drop(writer);
     std::fs::write(exec.join("link"), "written by whoever holds the other link").unwrap();
     std::fs::remove_dir_all(&exec).unwrap();
     for (blob, bytes) in [(digests[0], plain), (digests[1], linked)] {

@@ -1,0 +1,161 @@
+//! Taking [`Stamp`]s: what shows that a file is still as it was.
+//!
+//! A stamp is a file's inode number and its change time. Every write, and every change of the modification time, moves the change
+//! time to the present, and no user can set it. It says nothing in two cases, and then the file counts as unchecked and is
+//! hashed before it is served:
+//!
+//! - On kernels before 6.13, and on file systems without fine-grained timestamps, a second change within one tick of the
+//!   clock leaves the change time as it is. [`has_fine_change_times`] finds out; where they are coarse, a stamp counts only
+//!   once it is older than [`COARSE_TICK`].
+//! - Our own renames and touches move the change time too. They are made under a read lease (fcntl(2)), which is granted only
+//!   while nobody has the file open for writing, and keeps everybody from opening it so: [`change_unobserved`].
+
+use super::index::Stamp;
+use std::{
+    fs::{File, Metadata, OpenOptions},
+    io::{self, Write as _},
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+/// More than a tick of any kernel's clock (10 ms at 100 Hz).
+pub const COARSE_TICK: Duration = Duration::from_millis(20);
+/// The fcntl(2) command of this name, which the libc crate does not have; the same on every architecture.
+const F_SETSIG: libc::c_int = 10;
+/// Pairs of changes that are looked at to tell fine timestamps from coarse ones.
+const PROBES: usize = 8;
+
+/// The stamp of a file as it is now.
+pub fn stamp_of(metadata: &Metadata) -> Stamp {
+    let changed = metadata.ctime().saturating_mul(1_000_000_000).saturating_add(metadata.ctime_nsec());
+    Stamp::new(metadata.ino(), changed)
+}
+
+/// The stamp if no later change can leave it as it is, otherwise [`Stamp::UNTRUSTED`].
+pub fn settled(stamp: Stamp, has_fine_times: bool, now: SystemTime) -> Stamp {
+    let nanos = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let age = nanos as i128 - i128::from(stamp.changed());
+    if has_fine_times || age > COARSE_TICK.as_nanos() as i128 { stamp } else { Stamp::UNTRUSTED }
+}
+
+/// Whether each change of a file in this directory shows in its change time once the one before was looked at. Makes a file
+/// and removes it.
+///
+/// # Errors
+/// Those of the file system.
+pub fn has_fine_change_times(directory: &Path) -> io::Result<bool> {
+    let path = directory.join("probe");
+    let mut file = OpenOptions::new().write(true).create_new(true).open(&path)?;
+    std::fs::remove_file(&path)?;
+    for _ in 0..PROBES {
+        file.write_all(b"x")?;
+        let before = stamp_of(&file.metadata()?);
+        file.write_all(b"x")?;
+        if stamp_of(&file.metadata()?) == before {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Whether somebody else may write a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writers {
+    /// Nobody has it open for writing, and nobody can open it so until the lease ends: with [`end_lease`] or with the file.
+    ShutOut,
+    /// Somebody has it open for writing.
+    Present,
+    /// The file system has no leases.
+    Unknown,
+}
+
+/// Takes a read lease on a file that is open for reading only, unless somebody else has it open for writing.
+pub fn lease(file: &File) -> Writers {
+    // Whoever wants to write waits for the end of the lease, and we are told of it by a signal: SIGURG, which is ignored by
+    // default, and not SIGIO, which would end the process.
+    // SAFETY: these commands take integers, and the descriptor is open.
+    let taken = unsafe {
+        libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG) == 0
+            && libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) == 0
+    };
+    match io::Error::last_os_error().raw_os_error() {
+        _ if taken => Writers::ShutOut,
+        Some(libc::EAGAIN) => Writers::Present,
+        _ => Writers::Unknown,
+    }
+}
+
+/// Ends a lease; without one nothing happens.
+pub fn end_lease(file: &File) {
+    // SAFETY: as in `lease`.
+    let _ = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
+}
+
+/// Whether nobody else has a file open for writing, which is open for reading only: such a one could write through a mapping
+/// without the change time moving.
+pub fn nobody_writes(file: &File) -> bool {
+    let writers = lease(file);
+    end_lease(file);
+    writers != Writers::Present
+}
+
+/// Does something that moves the change time of a file, which is open for reading only, and returns the new stamp: `None` if
+/// the file was not as `expected`, or may have been written meanwhile.
+///
+/// # Errors
+/// Those of `change`.
+pub fn change_unobserved(
+    file: &File,
+    expected: Stamp,
+    change: impl FnOnce() -> io::Result<()>,
+) -> io::Result<Option<Stamp>> {
+    let writers = lease(file);
+    let was_expected = file.metadata().is_ok_and(|metadata| stamp_of(&metadata) == expected);
+    let changed = change();
+    let stamp = file.metadata().ok().map(|metadata| stamp_of(&metadata));
+    end_lease(file);
+    changed?;
+    Ok(stamp.filter(|_| was_expected && writers != Writers::Present))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stamp_of_the_same_tick_counts_only_where_change_times_are_fine() {
+        let changed = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        let stamp = Stamp::new(7, 1_000_000_000_000);
+        assert_eq!(settled(stamp, true, changed), stamp);
+        assert_eq!(settled(stamp, false, changed), Stamp::UNTRUSTED);
+        assert_eq!(settled(stamp, false, changed - COARSE_TICK), Stamp::UNTRUSTED, "the clock was set back");
+        assert_eq!(settled(stamp, false, changed + 2 * COARSE_TICK), stamp);
+    }
+
+    #[test]
+    fn a_change_of_our_own_is_followed_unless_somebody_may_have_written_meanwhile() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, "x").unwrap();
+        let file = File::open(&path).unwrap();
+        let now = || stamp_of(&file.metadata().unwrap());
+        let rename = || std::fs::rename(&path, directory.path().join("renamed"));
+        let before = now();
+        let after = change_unobserved(&file, before, rename).unwrap();
+        assert_eq!(after, Some(now()));
+        assert_eq!(
+            change_unobserved(&file, Stamp::new(1, 1), || Ok(())).unwrap(),
+            None,
+            "it was another one"
+        );
+        if lease(&file) == Writers::Unknown {
+            return;
+        }
+        end_lease(&file);
+        let writer = OpenOptions::new().write(true).open(directory.path().join("renamed")).unwrap();
+        assert_eq!(change_unobserved(&file, now(), || Ok(())).unwrap(), None, "a writer is there");
+        drop(writer);
+        assert!(change_unobserved(&file, now(), || Ok(())).unwrap().is_some());
+    }
+}

@@ -1,0 +1,87 @@
+//! Opening files of our own that somebody else may have replaced.
+//!
+//! Other processes of the same user can put anything in the place of a stored file. A FIFO or a device would block whoever
+//! opens or reads it, and a symbolic link would lead out of the store. So files of the store are opened without following
+//! links and without waiting, and only regular ones are read.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::Path,
+};
+
+/// Opens a regular file for reading.
+///
+/// # Errors
+/// Those of open(2); [`is_something_else`] recognises what is no regular file.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::from_raw_os_error(libc::ENXIO)) }
+}
+
+/// Whether [`open`] failed because there is no regular file under the path: a link, a socket, a FIFO, a device, a directory.
+pub(crate) fn is_something_else(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENXIO | libc::ENOTDIR | libc::ENODEV))
+}
+
+/// The content of a regular file of at most `max` bytes.
+///
+/// # Errors
+/// Those of [`open`] and read(2); `FileTooLarge` for a larger file.
+pub(crate) fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    read_open(&open(path)?, max)
+}
+
+/// [`read`] of a file that is open.
+///
+/// # Errors
+/// As there.
+pub(crate) fn read_open(file: &File, max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(bytes) }
+}
+
+/// Writes a new file, in place of whatever is under its path.
+///
+/// # Errors
+/// Those of open(2) and write(2).
+pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    OpenOptions::new().write(true).create_new(true).open(path)?.write_all(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    /// None of these blocks.
+    #[test]
+    fn only_a_regular_file_is_read_and_anything_else_is_recognised() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        fs::write(path("file"), "content").unwrap();
+        assert_eq!(read(&path("file"), 7).unwrap(), b"content");
+        assert_eq!(read(&path("file"), 6).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        mknodat(CWD, path("fifo"), FileType::Fifo, Mode::RWXU, 0).unwrap();
+        fs::create_dir(path("directory")).unwrap();
+        std::os::unix::fs::symlink("file", path("link")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", path("device")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(path("socket")).unwrap();
+        for name in ["fifo", "directory", "link", "device", "socket", "file/below"] {
+            assert!(is_something_else(&open(&path(name)).unwrap_err()), "{name}");
+        }
+        assert!(!is_something_else(&open(&path("absent")).unwrap_err()));
+        for name in ["fifo", "link", "absent"] {
+            write(&path(name), b"new").unwrap();
+            assert_eq!(read(&path(name), 100).unwrap(), b"new", "{name}");
+        }
+        assert_eq!(read(&path("file"), 100).unwrap(), b"content", "the link was replaced, not followed");
+    }
+}

@@ -5,6 +5,8 @@
 
 pub mod action;
 pub mod actors;
+pub mod budget;
+pub mod caller;
 pub mod chunking;
 pub mod cli;
 pub mod client;

@@ -3,6 +3,7 @@
 //! No client is waited for without a limit: for the head of a request it is here, for its body in [`super::body`], and for
 //! one that does not read its answer in the kernel.
 
+use crate::caller::Caller;
 use axum::{
     body::Body,
     extract::Request,
@@ -69,8 +70,13 @@ pub async fn serve(
             next = next => next,
         };
         let (answer, closed) = (answer.clone(), closing.subscribe());
+        let caller = Caller::connected(peer);
         tokio::spawn(async move {
-            serve_one(stream, closed, move |request| answer(peer, request)).await;
+            let answer = move |mut request: Request| {
+                request.extensions_mut().insert(caller);
+                answer(peer, request)
+            };
+            serve_one(stream, closed, answer).await;
             drop(place);
         });
     }

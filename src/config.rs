@@ -34,7 +34,7 @@ pub struct Config {
     pub local_cache_dir: PathBuf,
     /// Bound on what the store keeps on disk, in GB (10^9 bytes), uploads in progress included.
     pub max_size_gb: u64,
-    /// How long running actions and requests under way may go on after SIGTERM before they are cancelled.
+    /// How long the exit may take after SIGTERM; running actions and requests under way go on meanwhile.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,
     /// Instances with a policy of their own, by name; to be named here is enough.

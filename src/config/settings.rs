@@ -85,7 +85,7 @@ pub struct Settings {
     pub zstd_level: i32,
     /// What a finished compressed upload answers (BS-25).
     pub compressed_committed_size: CommittedSize,
-    /// How long requests may go on after SIGTERM.
+    /// How long the exit may take after SIGTERM.
     pub shutdown_grace: Duration,
     /// Logs.
     pub log: LogConfig,

@@ -34,7 +34,7 @@ pub struct Config {
     pub local_cache_dir: PathBuf,
     /// Bound on what the store keeps on disk, in GB (10^9 bytes), uploads in progress included.
     pub max_size_gb: u64,
-    /// How long running actions and requests under way may go on after SIGTERM before they are cancelled.
+    /// How long the exit may take after SIGTERM; running actions and requests under way go on meanwhile.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,
     /// Instances with a policy of their own, by name; to be named here is enough.
@@ -189,9 +189,12 @@ pub struct ExecutionConfig {
     pub retention: Duration,
     /// How many finished operations are remembered at most; the oldest are forgotten first.
     pub retained_operations: usize,
-    /// How long work goes on when nobody waits for it any more.
+    /// How long work goes on when nobody follows it any more.
     #[serde(with = "humantime_serde")]
     pub abandon_grace: Duration,
+    /// How long it goes on when other work waits for its slot, or the server stops.
+    #[serde(with = "humantime_serde")]
+    pub contended_abandon_grace: Duration,
     /// How often a task is tried when workers die under it.
     pub max_attempts: u32,
     /// Largest file that a command may write, in GB (10^9 bytes).
@@ -299,6 +302,7 @@ impl Default for ExecutionConfig {
             retention: Duration::from_secs(600),
             retained_operations: 20_000,
             abandon_grace: Duration::from_secs(60),
+            contended_abandon_grace: Duration::from_secs(2),
             max_attempts: 3,
             max_output_file_gb: 16,
             priority_ageing: Duration::from_secs(60),

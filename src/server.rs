@@ -1,9 +1,9 @@
 //! One server process, from settings to exit: wiring and shutdown, nothing else.
 //!
 //! Everything is built leaf first: store, workers, scheduler, edge. Shutdown goes the other way round: the scheduler takes
-//! no new work and finishes what it has; then the edge takes no more connections and lets the calls under way end, all within
-//! one grace; then the process ends, whatever clients keep open. The owner actors are watched: one that died takes the process
-//! down, because half a server is worse than none.
+//! no new work and finishes what it has; then the edge takes no more connections and lets the calls under way end; then the
+//! store closes. All of that has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: one that
+//! died takes the process down, because half a server is worse than none.
 
 use crate::{
     action::TimeoutPolicy,
@@ -37,7 +37,7 @@ use tokio::{
     select,
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
-    time::{Instant, interval, timeout, timeout_at},
+    time::{Instant, interval, timeout_at},
 };
 
 /// Target of this file's log lines.
@@ -46,12 +46,17 @@ const LOG: &str = "gorego::server";
 /// How often the owner actors are looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 
-/// How long cancelled work may take to be gone: the time to kill processes and remove directories.
-const CANCEL_GRACE: Duration = Duration::from_secs(10);
+/// The part of an exit in which cancelled work ends: the time to kill processes and remove directories.
+const CANCEL_RESERVE: Duration = Duration::from_secs(2);
 
-/// How long clients may take to close their connections once nothing is under way, or to hear the ends of their streams where
-/// work has used up the grace; and then the store to close.
-const CLOSE_GRACE: Duration = Duration::from_secs(3);
+/// The part of an exit after that, in which clients hear how their streams end.
+const TELL_RESERVE: Duration = Duration::from_secs(1);
+
+/// The last part of an exit, in which the store writes down what the next start should know.
+const CLOSE_RESERVE: Duration = Duration::from_secs(1);
+
+/// How long a client may do nothing, when nothing but clients is waited for, before its connection is closed.
+const QUIET: Duration = Duration::from_secs(2);
 
 /// The exit code of a second interrupt: 128 + SIGINT.
 const INTERRUPTED: i32 = 130;
@@ -75,6 +80,8 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 'static) 
     };
     let runtime: Arc<Runtime> = Arc::new(runtime);
     let workers = runtime.handle().clone();
+    // Dropping a runtime waits for its threads, and one of them may be stuck in a system call. The process ends after this.
+    let _kept = std::mem::ManuallyDrop::new(runtime.clone());
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
         let server = Server::start(settings, store, build_root, open_files, workers).await?;
@@ -215,20 +222,19 @@ impl Server {
         log::info!(target: LOG, event = "server_stopping", signal = signal,
             grace_ms = settings.shutdown_grace.as_millis() as u64;
             "stopping: finishing what is under way; a second interrupt stops at once");
-        let grace_over = Instant::now() + settings.shutdown_grace;
+        let exit = Exit::within(settings.shutdown_grace);
         let orderly = async {
             health.drain().await;
             if let Some(scheduler) = &scheduler {
-                drain(scheduler, settings.shutdown_grace).await;
+                drain(scheduler, exit).await;
             }
             log_streams.close();
             // Whoever waits for the end of a stream hears it now; idle connections are told to go away.
             let _ = close.send(());
             drop(http_close);
-            let patience = grace_over.max(Instant::now() + CLOSE_GRACE);
             select! {
                 _ = async { tokio::join!(serving, http_serving) } => {}
-                _ = timeout_at(patience, under_way.finished(CLOSE_GRACE)) => {
+                _ = timeout_at(exit.told(), under_way.finished(QUIET)) => {
                     log::warn!(target: LOG, event = "connections_cut"; "some clients keep their connections open; closing them");
                 }
             }
@@ -243,16 +249,19 @@ impl Server {
             }
         }
         owners_live(&cas, &assets, scheduler.as_ref())?;
-        if let Some(build_root) = build_root {
-            // Actions that were cancelled a moment ago may have left large directories.
-            let _ = workers.spawn_blocking(move || build_root.wait_until_empty(CLOSE_GRACE)).await;
-        }
-        // Both write down what the next start should know.
-        let _ = timeout(CLOSE_GRACE, assets.actor().send(CloseAssets)).await;
-        // Writes down what was used lately, for the order of eviction after the next start.
-        if timeout(CLOSE_GRACE, cas.actor().send(CloseStore)).await.is_err() {
+        // Actions that were cancelled a moment ago may have left large directories.
+        let left = exit.end.saturating_duration_since(Instant::now());
+        let emptied = workers.spawn_blocking(move || {
+            if let Some(build_root) = build_root {
+                build_root.wait_until_empty(left);
+            }
+        });
+        // The bindings, and what was used lately, for the order of eviction after the next start.
+        let closing = async { tokio::join!(assets.actor().send(CloseAssets), cas.actor().send(CloseStore)) };
+        if timeout_at(exit.end, closing).await.is_err() {
             log::warn!(target: LOG, event = "store_not_closed"; "the store is slow to close; its order of use may be out of date");
         }
+        let _ = emptied.await;
         log::info!(target: LOG, event = "server_stopped"; "stopped");
         Ok(())
     }
@@ -337,15 +346,44 @@ fn start_scheduler(
     .start()
 }
 
-/// Lets the scheduler finish, within `grace`; then ends what is left, with a status that clients retry.
-async fn drain(scheduler: &Addr<SchedulerActor>, grace: Duration) {
-    if timeout(grace, scheduler.send(Drain { cancel: false })).await.is_ok() {
+/// The deadlines of an exit.
+#[derive(Debug, Clone, Copy)]
+struct Exit {
+    /// When it has to be over.
+    end: Instant,
+}
+
+impl Exit {
+    /// One that begins now and takes at most this long, but is given the time to end what is left in order.
+    fn within(grace: Duration) -> Self {
+        Self { end: Instant::now() + grace.max(CANCEL_RESERVE + TELL_RESERVE + CLOSE_RESERVE) }
+    }
+
+    /// When running work is cancelled.
+    fn worked(self) -> Instant {
+        self.cancelled() - CANCEL_RESERVE
+    }
+
+    /// When cancelled work is no longer waited for.
+    fn cancelled(self) -> Instant {
+        self.told() - TELL_RESERVE
+    }
+
+    /// When clients are no longer waited for.
+    fn told(self) -> Instant {
+        self.end - CLOSE_RESERVE
+    }
+}
+
+/// Lets the scheduler finish; then ends what is left, with a status that clients retry.
+async fn drain(scheduler: &Addr<SchedulerActor>, exit: Exit) {
+    if timeout_at(exit.worked(), scheduler.send(Drain { cancel: false })).await.is_ok() {
         return;
     }
     let left = scheduler.send(Inspect).await.unwrap_or_default();
     log::warn!(target: LOG, event = "work_cancelled", queued = left.queued, running = left.running;
-        "the grace is over: cancelling what is left");
-    if timeout(CANCEL_GRACE, scheduler.send(Drain { cancel: true })).await.is_err() {
+        "the grace is nearly over: cancelling what is left");
+    if timeout_at(exit.cancelled(), scheduler.send(Drain { cancel: true })).await.is_err() {
         log::error!(target: LOG, event = "work_stuck"; "some work did not stop; leaving it to its runners");
     }
 }

@@ -85,7 +85,7 @@ pub struct Settings {
     pub zstd_level: i32,
     /// What a finished compressed upload answers (BS-25).
     pub compressed_committed_size: CommittedSize,
-    /// How long requests may go on after SIGTERM.
+    /// How long the exit may take after SIGTERM.
     pub shutdown_grace: Duration,
     /// Logs.
     pub log: LogConfig,
@@ -130,8 +130,10 @@ pub struct ExecutionSettings {
     pub retention: Duration,
     /// How many finished operations are remembered; at least 1.
     pub retained_operations: usize,
-    /// How long work goes on when nobody waits for it any more.
+    /// How long work goes on when nobody follows it any more.
     pub abandon_grace: Duration,
+    /// The same when other work waits for its slot, or the server stops.
+    pub contended_abandon_grace: Duration,
     /// How often a task is tried when workers die under it; at least 1.
     pub max_attempts: u32,
     /// Largest file that a command may write.
@@ -395,6 +397,7 @@ fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> Exec
         check.duration(key, duration, false);
     }
     check.duration("execution.abandon_grace", config.abandon_grace, true);
+    check.duration("execution.contended_abandon_grace", config.contended_abandon_grace, true);
     check.require(
         "execution.default_timeout",
         config.default_timeout <= config.max_timeout,
@@ -419,6 +422,7 @@ fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> Exec
         retention: config.retention,
         retained_operations: config.retained_operations,
         abandon_grace: config.abandon_grace,
+        contended_abandon_grace: config.contended_abandon_grace,
         max_attempts: config.max_attempts,
         max_output_file_bytes: check.gigabytes("execution.max_output_file_gb", config.max_output_file_gb),
     }

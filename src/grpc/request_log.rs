@@ -12,7 +12,7 @@ use crate::{
     digest::Digest,
     error::Error,
     instance::Instance,
-    under_way::UnderWay,
+    under_way::{UnderWay, Unfinished},
 };
 use bytes::Bytes;
 use http::{Request, Response};
@@ -54,6 +54,8 @@ struct State {
     notes: Mutex<Notes>,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
+    /// What a shutdown waits for; `None` for what clients keep open. It ends with the line.
+    unfinished: Option<Unfinished>,
 }
 
 /// What handlers find out.
@@ -128,6 +130,11 @@ impl Call {
         self.note(|notes| notes.bad_news = Some(news.to_owned()));
     }
 
+    /// Tells a shutdown whose turn it is.
+    fn turn(&self, tell: impl FnOnce(&Unfinished)) {
+        self.0.unfinished.as_ref().map(tell);
+    }
+
     fn note(&self, write: impl FnOnce(&mut Notes)) {
         write(&mut self.0.notes.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -170,15 +177,15 @@ where
     fn call(&mut self, mut request: Request<TonicBody>) -> Self::Future {
         let connection = request.extensions().get::<ConnectionInfo>().copied();
         let client = convert::client_info(request.headers());
-        let call = Call(Arc::new(State { client, connection, ..State::default() }));
         let is_open_ended = OPEN_ENDED.iter().any(|prefix| request.uri().path().starts_with(prefix));
+        let unfinished = (!is_open_ended).then(|| self.under_way.begin());
+        let call = Call(Arc::new(State { client, connection, unfinished, ..State::default() }));
         let line = Line {
             call: call.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),
             code: None,
             error: String::new(),
-            _unfinished: (!is_open_ended).then(|| self.under_way.begin()),
         };
         request.extensions_mut().insert(call.clone());
         let request = request.map(|inner| TonicBody::new(CountedBody { inner, call }));
@@ -243,10 +250,15 @@ impl<B: Body<Data = Bytes>> Body for LoggedBody<B> {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let this = self.project();
+        // The transport asks for more when the client has taken what there was.
+        if let Some(line) = this.line.as_ref() {
+            line.call.turn(Unfinished::client_moved);
+        }
         let frame = ready!(this.inner.poll_frame(context));
         if let Some(line) = this.line.as_mut() {
             match &frame {
                 Some(Ok(frame)) => {
+                    line.call.turn(Unfinished::wait_for_client);
                     if let Some(data) = frame.data_ref() {
                         line.call.0.bytes_out.fetch_add(data.len() as u64, Ordering::Relaxed);
                     } else if let Some(trailers) = frame.trailers_ref() {
@@ -294,7 +306,11 @@ impl Body for CountedBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.project();
-        let frame = ready!(this.inner.poll_frame(context));
+        let Poll::Ready(frame) = this.inner.poll_frame(context) else {
+            this.call.turn(Unfinished::wait_for_client);
+            return Poll::Pending;
+        };
+        this.call.turn(Unfinished::client_moved);
         if let Some(Ok(frame)) = &frame
             && let Some(data) = frame.data_ref()
         {

@@ -114,7 +114,10 @@ impl Upload {
                 return Ok(Some(piece));
             }
             let silent = || Error::DeadlineExceeded(format!("the upload was silent for {IDLE_LIMIT:?}"));
-            match tokio::time::timeout(IDLE_LIMIT, self.body.next()).await.map_err(|_| silent())? {
+            line.unfinished().wait_for_client();
+            let bytes = tokio::time::timeout(IDLE_LIMIT, self.body.next()).await;
+            line.unfinished().client_moved();
+            match bytes.map_err(|_| silent())? {
                 Some(Ok(bytes)) => {
                     line.received(bytes.len());
                     self.raw = bytes;

@@ -38,7 +38,7 @@ pub struct Line {
     bytes_in: u64,
     bytes_out: u64,
     permit: Option<OwnedSemaphorePermit>,
-    _unfinished: Unfinished,
+    unfinished: Unfinished,
 }
 
 impl Line {
@@ -56,7 +56,7 @@ impl Line {
             bytes_in: 0,
             bytes_out: 0,
             permit: None,
-            _unfinished: unfinished,
+            unfinished,
         }
     }
 
@@ -73,6 +73,11 @@ impl Line {
     /// Notes the blob.
     pub fn blob(&mut self, digest: Digest) {
         self.digest = Some(digest);
+    }
+
+    /// What a shutdown knows of the request.
+    pub fn unfinished(&self) -> &Unfinished {
+        &self.unfinished
     }
 
     /// Notes bytes of an upload.
@@ -160,7 +165,10 @@ impl HttpBody for LoggedBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = self.project();
+        // The transport asks for more when the client has taken what there was.
+        this.line.unfinished.client_moved();
         let frame = ready!(this.inner.poll_frame(context));
+        this.line.unfinished.wait_for_client();
         match &frame {
             Some(Ok(frame)) => {
                 let bytes = frame.data_ref().map_or(0, |data| data.len() as u64);

@@ -108,6 +108,76 @@ async fn sigterm_cancels_what_does_not_finish_in_time() {
     eventually("nothing is left running", || !running("sleep 7451")).await;
 }
 
+/// Sends SIGTERM and waits for the exit, which has to be clean.
+async fn exit_time(server: &mut Server) -> Duration {
+    server.signal("TERM");
+    let asked = Instant::now();
+    assert_eq!(server.exit().await.code(), Some(0));
+    asked.elapsed()
+}
+
+/// With the default grace of half a minute.
+#[tokio::test]
+async fn sigterm_does_not_wait_for_an_action_that_nobody_follows() {
+    let mut server = Server::start().await;
+    let client = server.client().await;
+    let mut run = client.start(client.action(sh("sleep 7455"), empty()).await).await;
+    run.until(|operation| metadata(operation).stage == 3).await;
+    drop((run, client));
+    let took = exit_time(&mut server).await;
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    eventually("nothing is left running", || !running("sleep 7455")).await;
+}
+
+/// A download of which only the first message is taken.
+async fn stalled_read(client: &Client) -> tonic::Streaming<gorego::proto::bytestream::ReadResponse> {
+    let big: Vec<u8> = (0..16_000_000u32).map(|n| (n % 251) as u8).collect();
+    upload(client, &big).await.unwrap();
+    let request = ReadRequest { resource_name: sha256(&big).blob_name(), ..Default::default() };
+    let mut reader = client.bytes.clone().read(request).await.unwrap().into_inner();
+    reader.message().await.unwrap().unwrap();
+    reader
+}
+
+/// Progress counts, not existence: a download that is not taken, and an upload that does not go on.
+#[tokio::test]
+async fn sigterm_does_not_wait_for_clients_that_do_nothing() {
+    let mut server = Server::start().await;
+    let client = server.client().await;
+    let _reader = stalled_read(&client).await;
+    let first = messages(&[7; 3_000_000], 1 << 18).swap_remove(0);
+    let (_sender, _upload) = begin_write(&client, first).await;
+    let took = exit_time(&mut server).await;
+    assert!(took < Duration::from_secs(10), "{took:?}");
+}
+
+/// Everything that can hold up an exit, at once.
+#[tokio::test]
+async fn an_exit_takes_no_longer_than_its_grace() {
+    let mut server = Server::with(&[("SHUTDOWN_GRACE", "6s")]).await;
+    let client = server.client().await;
+    let _reader = stalled_read(&client).await;
+    let _silent = TcpStream::connect(server.address()).await.unwrap();
+    let mut run =
+        client.start(client.action(sh("trap '' TERM; sleep 7456; sleep 7456"), empty()).await).await;
+    run.until(|operation| metadata(operation).stage == 3).await;
+    let mut messages = messages(&[7; 3_000_000], 1 << 14).into_iter();
+    let (sender, _upload) = begin_write(&client, messages.next().unwrap()).await;
+    let moving = tokio::spawn(async move {
+        for message in messages {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            if sender.send(message).await.is_err() {
+                return;
+            }
+        }
+    });
+    let took = exit_time(&mut server).await;
+    moving.abort();
+    assert!(took < Duration::from_secs(7), "{took:?}");
+    assert!(took > Duration::from_secs(4), "the upload that goes on is waited for: {took:?}");
+    eventually("nothing is left running", || !running("sleep 7456")).await;
+}
+
 /// The code with which a stream ended, in the trailers or inside the last message.
 async fn retryable_end(run: crate::support::Run) -> i32 {
     let mut stream = run.0;

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod abandoned;
 mod assets;
 mod cache_interplay;
 mod chunks;

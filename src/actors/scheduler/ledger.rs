@@ -4,19 +4,22 @@
 //! - An unfinished operation waits for exactly one task, and a task without operations does not exist.
 //! - A task is waiting (unchecked, checking or ready, in that order) or running; only ready tasks are given a slot.
 //! - A ready task stands in the queue of each pool that can take it, and one that is running in none.
+//! - A task that no client follows waits behind all that are followed, and gives its slot up when one of those needs it.
 //! - Every task counts for one build, in the queues and in the [`Room`] that there is for tasks.
 //! - A slot belongs to one run from [`Ledger::assign`] until [`Ledger::finish`], whatever becomes of the task meanwhile: a
 //!   run that was told to stop, or was given up, holds its slot until its worker answers.
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so that every operation ends, exactly once.
 //!
 //! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks, slots and runs,
-//! `ledger/waiting.rs` where tasks wait and why, `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are.
+//! `ledger/waiting.rs` where tasks wait and why, `ledger/followers.rs` what becomes of work that no client follows,
+//! `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are.
 //! What happened is kept as [`Transition`]s until [`Ledger::take_transitions`].
 
 mod deadlines;
 mod dispatch;
 #[cfg(test)]
 pub(super) mod fixtures;
+mod followers;
 #[cfg(test)]
 mod simulation;
 mod task;
@@ -48,6 +51,7 @@ use std::{
 };
 
 pub use dispatch::{Assignment, Check, RunEnd};
+use followers::Unfollowed;
 use task::{Key, Run, Step, Task, key};
 use waiting::Board;
 
@@ -65,6 +69,7 @@ pub struct Ledger {
     /// One a pool, by its index.
     ready: Vec<Queue>,
     board: Board,
+    unfollowed: Unfollowed,
     /// Names builds. Keyed at random, so that nobody can choose names that fall together.
     names: RandomState,
     /// What the tasks take up, for the builds that they count for.
@@ -99,6 +104,7 @@ impl Ledger {
             room: Room::new(&settings),
             settings,
             board: Board::default(),
+            unfollowed: Unfollowed::default(),
             names: RandomState::new(),
             tasks: BTreeMap::new(),
             joinable: HashMap::new(),
@@ -178,6 +184,7 @@ impl Ledger {
         self.change_waiters(task, |waiters| {
             waiters.insert((priority, number), build);
         });
+        self.gain_follower(task);
         subscription
     }
 
@@ -203,6 +210,8 @@ impl Ledger {
             waiting_since: now.at,
             attempts: 0,
             waiters: BTreeMap::from([((priority, number), build)]),
+            followers: 1,
+            unfollowed_since: None,
             step: Step::Unchecked,
             server_logs: Vec::new(),
             position: None,
@@ -223,9 +232,14 @@ impl Ledger {
     /// `NotFound` (EXE-13).
     pub fn watch(&mut self, instance: &Instance, id: OperationId) -> Result<Subscription> {
         let number = self.register.find(instance, id)?;
-        self.register
+        let (subscription, gained) = self
+            .register
             .subscribe(number)
-            .ok_or_else(|| Error::internal("an operation vanished while it was asked for"))
+            .ok_or_else(|| Error::internal("an operation vanished while it was asked for"))?;
+        if let Some(task) = gained {
+            self.gain_follower(task);
+        }
+        Ok(subscription)
     }
 
     /// Ends an operation as cancelled, and its task with its last operation (OPS-03, OPS-04). No harm to a finished one.
@@ -276,17 +290,24 @@ impl Ledger {
         }
     }
 
-    /// Admits nothing from now on; with `cancel`, ends everything with a status that clients retry.
+    /// Admits nothing from now on, and ends what nobody follows; with `cancel`, ends everything. Both with a status that
+    /// clients retry.
     pub fn drain(&mut self, cancel: bool, now: Moment) {
         self.draining = true;
         if !cancel {
+            self.notice_losses(now);
+            self.end_unfollowed(now);
             return;
         }
         for id in self.tasks.keys().copied().collect::<Vec<_>>() {
-            let error = Error::Unavailable("this server is shutting down; try again".into());
-            self.end_task(id, Outcome::failed(error), now);
-            self.stop_run(id, now);
+            self.end_for_shutdown(id, now);
         }
+    }
+
+    fn end_for_shutdown(&mut self, id: TaskId, now: Moment) {
+        let error = Error::Unavailable("this server is shutting down; try again".into());
+        self.end_task(id, Outcome::failed(error), now);
+        self.stop_run(id, now);
     }
 
     /// Whether nothing is left to wait for: no task, and no run but those that were given up.
@@ -303,6 +324,7 @@ impl Ledger {
     fn leave(&mut self, number: u64, error: Error, now: Moment) {
         let Some(operation) = self.register.get(number) else { return };
         let (Some(task), priority) = (operation.task(), operation.priority) else { return };
+        let was_followed = operation.is_followed();
         self.complete(number, task, Arc::new(Outcome::failed(error)), now);
         let is_last = self.tasks.get(&task).is_some_and(|task| task.waiters.len() <= 1);
         if is_last {
@@ -312,6 +334,9 @@ impl Ledger {
             self.change_waiters(task, |waiters| {
                 waiters.remove(&(priority, number));
             });
+            if was_followed {
+                self.lose_follower(task, now);
+            }
         }
     }
 
@@ -345,6 +370,7 @@ impl Ledger {
             self.joinable.remove(&key);
         }
         self.leave_queues(id, &task);
+        self.unfollowed.forget(id, &task);
         Some(task)
     }
 

@@ -9,6 +9,7 @@
 //! 3. In a class, the build that has the fewest tasks of this class running is next; among equals the one that has waited
 //!    longest since it was served, or since it came. So builds share what their class gets, however much each one queues.
 //! 4. In a build, tasks go in order of age.
+//! 5. Tasks that nobody follows go after all others, in order of age and nothing else.
 //!
 //! Rule 2 needs no clock that moves tasks about. A task of priority `p` that was queued at `t` is as urgent as a new one of
 //! priority `b` when `p - (now - t) / step <= b`, which is `t + p * step <= now + b * step`: the left side never changes, so
@@ -46,6 +47,8 @@ pub struct Place {
     pub task: TaskId,
     /// When it was submitted; ascends with the ids.
     pub since: Instant,
+    /// Whether a client waits for it.
+    pub followed: bool,
 }
 
 /// What a task that was taken counts for, until [`Queue::ended`].
@@ -63,12 +66,22 @@ pub struct Queue {
     ages: BTreeSet<(i128, i32)>,
     /// The same by when their oldest task came.
     arrivals: BTreeSet<(Instant, i32)>,
+    /// Tasks that nobody follows.
+    unfollowed: BTreeMap<TaskId, Charge>,
     running: HashMap<Charge, usize>,
     /// Counts turns and arrivals, to tell who was served least recently.
     turns: u64,
     /// The last turn went to a class that was due.
     served_due: bool,
     len: usize,
+}
+
+/// Whose turn it is, and why.
+struct Next {
+    priority: i32,
+    due: bool,
+    build: Build,
+    task: TaskId,
 }
 
 /// The waiting tasks of one priority.
@@ -97,6 +110,7 @@ impl Queue {
             classes: BTreeMap::new(),
             ages: BTreeSet::new(),
             arrivals: BTreeSet::new(),
+            unfollowed: BTreeMap::new(),
             running: HashMap::new(),
             turns: 0,
             served_due: false,
@@ -117,6 +131,11 @@ impl Queue {
 
     /// Adds a place. A build that had nothing waiting goes behind its equals.
     pub fn insert(&mut self, place: Place) {
+        if !place.followed {
+            let added = self.unfollowed.insert(place.task, (place.priority, place.build)).is_none();
+            self.len += usize::from(added);
+            return;
+        }
         self.origin.get_or_insert(place.since);
         let running = self.running.get(&(place.priority, place.build)).copied().unwrap_or(0);
         self.turns += 1;
@@ -127,17 +146,31 @@ impl Queue {
 
     /// Takes a place out; whether it was there.
     pub fn remove(&mut self, place: &Place) -> bool {
-        let removed = self.change(place.priority, |class| class.remove(place.build, place.task));
+        let removed = if place.followed {
+            self.change(place.priority, |class| class.remove(place.build, place.task))
+        } else {
+            self.unfollowed.remove(&place.task).is_some()
+        };
         self.len -= usize::from(removed);
         removed
     }
 
+    /// The task whose turn it is, and whether it was put here as followed.
+    pub fn peek(&self, now: Instant) -> Option<(TaskId, bool)> {
+        match self.next(now) {
+            Some(next) => Some((next.task, true)),
+            None => self.unfollowed.first_key_value().map(|(task, _)| (*task, false)),
+        }
+    }
+
     /// Takes out the task whose turn it is. It counts as running until [`Queue::ended`] is told so.
     pub fn pop(&mut self, now: Instant) -> Option<(TaskId, Charge)> {
-        let (priority, due) = self.next_class(now)?;
-        let class = self.classes.get(&priority)?;
-        let &(_, _, build) = class.order.first()?;
-        let &task = class.builds.get(&build)?.tasks.first()?;
+        let Some(Next { priority, due, build, task }) = self.next(now) else {
+            let (task, charge) = self.unfollowed.pop_first()?;
+            *self.running.entry(charge).or_default() += 1;
+            self.len -= 1;
+            return Some((task, charge));
+        };
         self.served_due = due;
         self.turns += 1;
         let turn = self.turns;
@@ -150,6 +183,15 @@ impl Queue {
         });
         self.len -= 1;
         Some((task, (priority, build)))
+    }
+
+    /// The followed task whose turn it is.
+    fn next(&self, now: Instant) -> Option<Next> {
+        let (priority, due) = self.next_class(now)?;
+        let class = self.classes.get(&priority)?;
+        let &(_, _, build) = class.order.first()?;
+        let &task = class.builds.get(&build)?.tasks.first()?;
+        Some(Next { priority, due, build, task })
     }
 
     /// A task that was taken from here runs no more.
@@ -180,6 +222,7 @@ impl Queue {
             waiting.sort_unstable();
             order.extend(waiting.into_iter().map(|(_, _, _, task)| task));
         }
+        order.extend(self.unfollowed.keys());
         order
     }
 

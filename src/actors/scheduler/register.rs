@@ -54,7 +54,7 @@ pub struct Operation {
 #[derive(Debug)]
 enum State {
     /// Waits for a task; since when nobody has been seen to follow it.
-    Unfinished { task: TaskId, unwatched_since: Option<Instant> },
+    Unfinished { task: TaskId, unfollowed_since: Option<Instant> },
     /// Over, and whether its result came from the cache.
     Finished { at: Instant, cached: bool },
 }
@@ -66,6 +66,19 @@ impl Operation {
             State::Unfinished { task, .. } => Some(task),
             State::Finished { .. } => None,
         }
+    }
+
+    /// Whether it is unfinished and was followed when last looked at.
+    pub fn is_followed(&self) -> bool {
+        matches!(self.state, State::Unfinished { unfollowed_since: None, .. })
+    }
+
+    /// Looks whether an unfinished operation has lost its last follower since it was looked at last.
+    fn notice_loss(&mut self, now: Moment) -> bool {
+        let State::Unfinished { unfollowed_since: since @ None, .. } = &mut self.state else { return false };
+        let is_lost = self.snapshot.receiver_count() == 0;
+        *since = is_lost.then_some(now.at);
+        is_lost
     }
 
     /// Bytes that it holds on to, apart from what all operations do.
@@ -135,7 +148,7 @@ impl Register {
         now: Moment,
     ) -> (u64, Subscription) {
         self.unfinished += 1;
-        let state = State::Unfinished { task, unwatched_since: None };
+        let state = State::Unfinished { task, unfollowed_since: None };
         self.insert(Operation {
             info,
             priority,
@@ -218,13 +231,16 @@ impl Register {
         self.operations.get(&number)
     }
 
-    /// Follows an operation. From here on it counts as waited for.
-    pub fn subscribe(&mut self, number: u64) -> Option<Subscription> {
+    /// Follows an operation. Besides, the task that has gained a follower by that: an operation that is not over and that
+    /// nobody was known to follow.
+    pub fn subscribe(&mut self, number: u64) -> Option<(Subscription, Option<TaskId>)> {
         let operation = self.operations.get_mut(&number)?;
-        if let State::Unfinished { unwatched_since, .. } = &mut operation.state {
-            *unwatched_since = None;
-        }
-        Some(Subscription { info: operation.info.clone(), snapshots: operation.snapshot.subscribe() })
+        let gained = match &mut operation.state {
+            State::Unfinished { task, unfollowed_since } => unfollowed_since.take().map(|_| *task),
+            State::Finished { .. } => None,
+        };
+        let snapshots = operation.snapshot.subscribe();
+        Some((Subscription { info: operation.info.clone(), snapshots }, gained))
     }
 
     /// Forgets a finished operation; whether there was one.
@@ -245,18 +261,31 @@ impl Register {
         }
     }
 
-    /// Unfinished operations that nobody has followed for `grace`, as far as this method, called now and then, could see.
-    pub fn abandoned(&mut self, grace: Duration, now: Moment) -> Vec<u64> {
-        let mut abandoned = Vec::new();
-        for (&number, operation) in &mut self.operations {
-            let State::Unfinished { unwatched_since, .. } = &mut operation.state else { continue };
-            if operation.snapshot.receiver_count() > 0 {
-                *unwatched_since = None;
-            } else if now.since(*unwatched_since.get_or_insert(now.at)) >= grace {
-                abandoned.push(number);
-            }
-        }
-        abandoned
+    /// Whether an operation has lost its last follower since it was looked at last.
+    pub fn notice_loss(&mut self, number: u64, now: Moment) -> bool {
+        self.operations.get_mut(&number).is_some_and(|operation| operation.notice_loss(now))
+    }
+
+    /// The same of all operations: the task of each that has.
+    pub fn notice_losses(&mut self, now: Moment) -> Vec<TaskId> {
+        let lost = self.operations.values_mut().filter_map(|operation| {
+            let task = operation.task()?;
+            operation.notice_loss(now).then_some(task)
+        });
+        lost.collect()
+    }
+
+    /// Unfinished operations that nobody has been seen to follow for `grace`.
+    pub fn abandoned(&self, grace: Duration, now: Moment) -> Vec<u64> {
+        let is_abandoned = |operation: &Operation| match operation.state {
+            State::Unfinished { unfollowed_since: Some(since), .. } => now.since(since) >= grace,
+            _ => false,
+        };
+        self.operations
+            .iter()
+            .filter(|(_, operation)| is_abandoned(operation))
+            .map(|(number, _)| *number)
+            .collect()
     }
 
     /// A page of an instance's operations, oldest first, from after the given number. Whether the task of a waiting

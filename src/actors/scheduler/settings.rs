@@ -52,6 +52,9 @@ pub struct SchedulerSettings {
     pub retained_cached_bytes: usize,
     /// How long an operation that nobody follows goes on (EXE-14).
     pub abandon_grace: Duration,
+    /// How long a task that nobody follows goes on when a followed one waits for its slot, or the server stops; never more
+    /// than `abandon_grace`. Long enough for a client that lost its connection to come back.
+    pub contended_abandon_grace: Duration,
     /// How often a task is tried when workers fail under it (EXE-62); at least 1.
     pub max_attempts: u32,
 }
@@ -77,6 +80,7 @@ impl SchedulerSettings {
             retained_cached: config.retained_operations.min(2048),
             retained_cached_bytes: 64 << 20,
             abandon_grace: config.abandon_grace,
+            contended_abandon_grace: config.contended_abandon_grace.min(config.abandon_grace),
             max_attempts: config.max_attempts.max(1),
         }
     }

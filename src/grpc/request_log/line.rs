@@ -20,8 +20,6 @@ pub(super) struct Line {
     pub code: Option<Code>,
     /// The message of a status that is not OK.
     pub error: String,
-    /// Held so that a shutdown waits for the end of the call.
-    pub _unfinished: Option<Unfinished>,
 }
 
 impl Line {
@@ -37,6 +35,7 @@ impl Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
+        self.call.turn(Unfinished::end);
         let level = log::Level::Info;
         if !log::log_enabled!(target: TARGET, level) {
             return;

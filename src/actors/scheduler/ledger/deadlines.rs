@@ -19,6 +19,10 @@ impl Ledger {
     pub fn tick(&mut self, now: Moment) -> Vec<Arc<RunPlace>> {
         self.end_overdue_waits(now);
         let stuck = self.give_up_overdue_runs(now);
+        self.notice_losses(now);
+        if self.draining {
+            self.end_unfollowed(now);
+        }
         for number in self.register.abandoned(self.settings.abandon_grace, now) {
             self.leave(number, Error::Cancelled("nobody follows the operation any more".into()), now);
         }

@@ -93,14 +93,19 @@ impl Ledger {
         }
     }
 
-    /// The next task to run, and where; `None` when no ready task has a free slot. Pools choose in order of preference, so
+    /// The next task to run, and where; `None` when no ready task has a free slot, in which case runs that nobody follows
+    /// are told to make way for tasks that are followed. Pools choose in order of preference, so
     /// that a task goes to the best one that is free. Each assignment must be answered by [`Ledger::finish`], whatever
     /// happens.
     pub fn assign(&mut self, now: Moment) -> Option<Assignment> {
-        let (pool, id, charge) = self.next_ready(now)?;
+        let Some((pool, id, charge)) = self.next_ready(now) else {
+            self.make_way(now);
+            return None;
+        };
         let place = self.slots.take(pool)?;
         let task = self.tasks.get_mut(&id)?;
         task.step = Step::Running;
+        self.unfollowed.note(id, task);
         // Should it come back, it stands somewhere else.
         task.position = None;
         task.attempts = task.attempts.saturating_add(1);
@@ -240,6 +245,7 @@ impl Ledger {
             return self.end_task(id, Outcome::failed(error), now);
         }
         // Its inputs were checked when it came in; if some have gone since, its next run will say so.
+        self.unfollowed.forget(id, task);
         task.step = Step::Ready;
         task.waiting_since = now.at;
         self.room.add(task.build(), Load::TURN);

@@ -27,7 +27,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 17] = [
+const SIGHTS: [&str; 20] = [
     "joined",
     "explained",
     "in a later pool",
@@ -45,6 +45,9 @@ const SIGHTS: [&str; 17] = [
     "given up",
     "stuck",
     "pool closed",
+    "made way",
+    "unfollowed run",
+    "overtaken",
 ];
 
 #[test]
@@ -146,6 +149,7 @@ impl World {
             retained_cached: random.below(3),
             max_attempts: 1 + random.below(3) as u32,
             priority_ageing: Duration::from_secs(1 + random.below(60) as u64),
+            contended_abandon_grace: Duration::from_secs(random.below(10) as u64),
             ..settings()
         };
         Self {
@@ -263,6 +267,7 @@ impl World {
             // The first pool, by preference, that has both a slot and a task for it.
             let expected =
                 (0..POOLS.len()).find(|pool| free(*pool) && before.iter().any(|w| w.pools.contains(pool)));
+            let stopping = self.stopping();
             let assignment = self.ledger.assign(self.now);
             assert_eq!(
                 assignment.as_ref().map(|a| a.pool),
@@ -272,7 +277,7 @@ impl World {
             if let Some(Assignment { task, pool, .. }) = assignment {
                 self.check_turn(&before, task, pool);
             }
-            let Some(assignment) = assignment else { return };
+            let Some(assignment) = assignment else { return self.check_way_made(stopping) };
             let slot = (assignment.pool, assignment.slot);
             assert!(!self.closed.contains(&assignment.pool), "a closed pool gets no work");
             assert!(assignment.slot.0 < POOLS[assignment.pool], "only slots that there are");
@@ -414,6 +419,12 @@ impl World {
                         "cancelled by somebody else (OPS-04)"
                     );
                     self.finished.insert(info.id);
+                    if let Some(Error::Unavailable(message)) = &outcome.error
+                        && message.contains("no client followed")
+                    {
+                        assert!(known.subscription.is_none(), "only what nobody follows makes way");
+                        self.seen.insert("made way");
+                    }
                     match &outcome.error {
                         None if outcome.cached => self.seen.insert("cached"),
                         Some(Error::MissingBlobs(_)) => self.seen.insert("missing inputs"),
@@ -445,6 +456,7 @@ impl World {
         assert_eq!(room.all().waiting, waiting);
         assert!(waiting <= settings.queue_size + POOLS.iter().sum::<usize>());
         self.check_queues();
+        self.check_followers();
         let unfinished: usize = ledger.tasks.values().map(|task| task.waiters.len()).sum();
         assert_eq!(ledger.register.unfinished(), unfinished, "each operation waits for one task");
         assert!(unfinished <= settings.unfinished_operations);

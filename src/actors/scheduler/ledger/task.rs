@@ -43,6 +43,10 @@ pub(super) struct Task {
     /// Who waits: (priority, number), and of which build. Never empty. The first one gives the task its priority, and its
     /// build is the one that the task counts for: the most urgent, and of several the one that came first.
     pub(super) waiters: BTreeMap<(i32, u64), Build>,
+    /// How many of the waiters are followed, as of when they were looked at last.
+    pub(super) followers: usize,
+    /// Since when none is; `None` while one is.
+    pub(super) unfollowed_since: Option<Instant>,
     pub(super) step: Step,
     /// Accounts of its runs so far, in order; at most one a try.
     pub(super) server_logs: Vec<ServerLog>,
@@ -87,7 +91,8 @@ impl Task {
 
     pub(super) fn place(&self, id: TaskId) -> Place {
         let priority = self.waiters.first_key_value().map_or(0, |(&(priority, _), _)| priority);
-        Place { priority, build: self.build(), task: id, since: self.queued }
+        let followed = self.unfollowed_since.is_none();
+        Place { priority, build: self.build(), task: id, since: self.queued, followed }
     }
 
     /// The build that it counts for.

@@ -1,7 +1,8 @@
-//! What the ledger promises, in sentences: admission, order, sharing, what clients see. `endings.rs` and `sharing.rs` have the
-//! rest.
+//! What the ledger promises, in sentences: admission, order, sharing, what clients see. `endings.rs`,
+//! `followers.rs` and `sharing.rs` have the rest.
 
 mod endings;
+mod followers;
 mod sharing;
 
 use super::{fixtures::*, *};

@@ -9,7 +9,7 @@ use crate::{
     actors::{
         scheduler::{
             operation::{OperationId, OperationInfo, QueueStatus},
-            queue::{Build, Charge, Queue},
+            queue::{Build, Charge, Place, Queue},
             settings::Moment,
             slots::PoolSet,
         },
@@ -54,12 +54,18 @@ impl Ledger {
     pub(super) fn enter_queues(&mut self, id: TaskId) {
         let Some(task) = self.tasks.get(&id) else { return };
         let (place, step, pools) = (task.place(id), task.step, task.pools.clone());
+        if step == Step::Ready && place.followed {
+            self.unfollowed.rivals.add(&pools);
+        }
         self.each_queue(step, &pools, |queue| queue.insert(place));
     }
 
     /// Takes a task out of the queues that it stands in.
     pub(super) fn leave_queues(&mut self, id: TaskId, task: &Task) {
         let place = task.place(id);
+        if task.step == Step::Ready && place.followed {
+            self.unfollowed.rivals.remove(&task.pools);
+        }
         self.each_queue(task.step, &task.pools, |queue| {
             queue.remove(&place);
         });
@@ -80,14 +86,24 @@ impl Ledger {
             self.room.remove(before.build, load);
             self.room.add(after.build, load);
         }
-        if before != after {
-            let (step, pools) = (task.step, task.pools.clone());
-            self.each_queue(step, &pools, |queue| {
-                if queue.remove(&before) {
-                    queue.insert(after);
-                }
-            });
+        let (step, pools) = (task.step, task.pools.clone());
+        self.move_place(step, &pools, before, after);
+    }
+
+    /// Moves a task to another place in the queues that it stands in.
+    pub(super) fn move_place(&mut self, step: Step, pools: &PoolSet, before: Place, after: Place) {
+        if before == after {
+            return;
         }
+        if step == Step::Ready && before.followed != after.followed {
+            let rivals = &mut self.unfollowed.rivals;
+            if after.followed { rivals.add(pools) } else { rivals.remove(pools) }
+        }
+        self.each_queue(step, pools, |queue| {
+            if queue.remove(&before) {
+                queue.insert(after);
+            }
+        });
     }
 
     fn each_queue(&mut self, step: Step, pools: &PoolSet, mut visit: impl FnMut(&mut Queue)) {
@@ -104,17 +120,31 @@ impl Ledger {
 
     /// The next pool with a free slot and a task for it; the task is in no queue any more.
     pub(super) fn next_ready(&mut self, now: Moment) -> Option<(usize, TaskId, Charge)> {
-        let (slots, tasks) = (&self.slots, &self.tasks);
-        let mut free = self.ready.iter_mut().enumerate().filter(|(pool, _)| slots.has_free(*pool));
-        let (pool, id, charge) =
-            free.find_map(|(pool, queue)| queue.pop(now.at).map(|(id, charge)| (pool, id, charge)))?;
-        let task = tasks.get(&id)?;
+        let pool =
+            (0..self.ready.len()).find(|&pool| self.slots.has_free(pool) && self.has_next(pool, now))?;
+        let (id, charge) = self.ready.get_mut(pool)?.pop(now.at)?;
+        let task = self.tasks.get(&id)?;
+        let place = task.place(id);
+        if place.followed {
+            self.unfollowed.rivals.remove(&task.pools);
+        }
         for &other in task.pools.iter().filter(|other| **other != pool) {
             if let Some(queue) = self.ready.get_mut(other) {
-                queue.remove(&task.place(id));
+                queue.remove(&place);
             }
         }
         Some((pool, id, charge))
+    }
+
+    /// Whether a task is next in the queue of a pool. One whose followers have just gone is put behind those that are
+    /// followed first.
+    fn has_next(&mut self, pool: usize, now: Moment) -> bool {
+        while let Some((id, followed)) = self.ready.get(pool).and_then(|queue| queue.peek(now.at)) {
+            if !followed || self.is_followed(id, now) {
+                return true;
+            }
+        }
+        false
     }
 
     /// Why an operation waits; `None` when it does not, or there is none of this name.

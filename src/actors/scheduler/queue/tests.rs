@@ -58,7 +58,7 @@ fn charge(place: &Place) -> Charge {
 }
 
 fn place(priority: i32, build: u64, task: u64, since: Instant) -> Place {
-    Place { priority, build: Build(build), task: TaskId(task), since }
+    Place { priority, build: Build(build), task: TaskId(task), since, followed: true }
 }
 
 #[derive(Debug, Clone)]

@@ -294,8 +294,11 @@ async fn an_operation_outlives_its_client(s: Session) -> Verdict {
     // A connection of its own, which goes away with it.
     let name = {
         let client = s.reconnect().await?;
-        let mut run = Job::sh(&client, "sleep 3").uncached().start().await?;
-        run.until("named", |operation| !operation.name.is_empty()).await?.name
+        // A server may give the slot of an action that nobody follows to one that somebody does: this one is followed until
+        // it runs, and is over soon after.
+        let mut run = Job::sh(&client, "sleep 1").uncached().start().await?;
+        let runs = |operation: &Operation| operation.done || rank(operation).is_ok_and(|stage| stage >= 3);
+        run.until("running", runs).await?.name
     };
     tokio::time::sleep(END_LIMIT).await;
     let wait = s.wait(&name).await.wanted("an operation goes on without its client")?;

@@ -1,7 +1,8 @@
-//! What must be true of the queues at any time, and of whoever is served, by the rules of [`Queue`].
+//! What must be true of the queues at any time, of the task that is served, by the rules of [`Queue`], and of the work that
+//! nobody follows.
 
 use super::{
-    super::{Run, Step, Task},
+    super::{Run, Step, Task, followers::Unfollowed},
     POOLS, World,
 };
 use crate::actors::{
@@ -14,6 +15,7 @@ pub(super) struct Waiting {
     pub(super) place: Place,
     pub(super) pools: PoolSet,
     loads: [usize; 3],
+    is_followed: bool,
 }
 
 impl World {
@@ -26,7 +28,12 @@ impl World {
                 let counts = |run: &&Run| run.pool == pool && run.charge == (place.priority, place.build);
                 ledger.runs.values().filter(counts).count()
             });
-            Waiting { place, pools: task.pools.clone(), loads }
+            let is_followed = task.numbers().any(|number| {
+                let id = ledger.register.get(number).expect("a waiter is an operation").info.id;
+                // The operation that is being submitted is not known yet.
+                self.known.get(&id).is_none_or(|known| known.subscription.is_some())
+            });
+            Waiting { place, pools: task.pools.clone(), loads, is_followed }
         };
         ledger.tasks.iter().filter(|(_, task)| task.step == Step::Ready).map(waiting).collect()
     }
@@ -37,6 +44,18 @@ impl World {
         let served =
             rivals.iter().find(|waiting| waiting.place.task == served).expect("only what is ready runs");
         let place = served.place;
+        if !served.is_followed {
+            assert!(rivals.iter().all(|rival| !rival.is_followed), "followed work goes first");
+            let oldest = rivals.iter().map(|rival| rival.place.task).min();
+            assert_eq!(oldest, Some(place.task), "work that nobody follows goes in order of age");
+            self.seen.insert("unfollowed run");
+            return;
+        }
+        let (rivals, unfollowed): (Vec<&Waiting>, Vec<&Waiting>) =
+            rivals.iter().copied().partition(|rival| rival.is_followed);
+        if unfollowed.iter().any(|rival| rival.place.task < place.task) {
+            self.seen.insert("overtaken");
+        }
         if pool != served.pools[0] {
             self.seen.insert("in a later pool");
         }
@@ -56,6 +75,48 @@ impl World {
         if class.iter().any(|rival| rival.place.task < place.task) {
             self.seen.insert("out of turn");
         }
+    }
+
+    /// The runs that were told to stop and will.
+    pub(super) fn stopping(&self) -> usize {
+        let ledger = &self.ledger;
+        let stops = |(id, run): &(&TaskId, &Run)| !run.stuck && !ledger.tasks.contains_key(id);
+        ledger.runs.iter().filter(stops).filter(|(_, run)| ledger.slots.is_open(run.pool)).count()
+    }
+
+    /// After a look for a task to run that found none: as many runs have to make way as are needed, and no more.
+    pub(super) fn check_way_made(&self, stopping_before: usize) {
+        let ledger = &self.ledger;
+        let rivals = |pool: Option<usize>| {
+            let waits = |task: &&Task| task.step == Step::Ready && task.unfollowed_since.is_none();
+            let suits = |task: &&Task| pool.is_none_or(|pool| task.pools.contains(&pool));
+            ledger.tasks.values().filter(waits).filter(suits).count()
+        };
+        let stopping = self.stopping();
+        assert!(stopping - stopping_before <= rivals(None), "no more make way than others wait");
+        for &(since, id) in &ledger.unfollowed.runs {
+            let is_due = self.now.since(since) >= ledger.settings.contended_abandon_grace;
+            let pool = ledger.runs[&id].pool;
+            assert!(!is_due || rivals(Some(pool)) <= stopping, "a slot is kept from those who wait for it");
+        }
+    }
+
+    /// What is counted about followers is what there is.
+    pub(super) fn check_followers(&self) {
+        let ledger = &self.ledger;
+        let mut expected = Unfollowed::default();
+        for (&id, task) in &ledger.tasks {
+            let is_followed = |number: &u64| ledger.register.get(*number).is_some_and(|o| o.is_followed());
+            assert_eq!(task.followers, task.numbers().filter(is_followed).count());
+            assert_eq!(task.followers == 0, task.unfollowed_since.is_some());
+            match task.step {
+                Step::Running => expected.note(id, task),
+                Step::Ready if task.followers > 0 => expected.rivals.add(&task.pools),
+                _ => {}
+            }
+        }
+        assert_eq!(ledger.unfollowed.runs, expected.runs);
+        assert_eq!(ledger.unfollowed.rivals, expected.rivals);
     }
 
     pub(super) fn check_queues(&self) {

@@ -135,8 +135,9 @@ fn cancelling_the_last_operation_stops_the_task_and_the_slot_waits_for_the_worke
 fn work_that_nobody_follows_stops_after_the_grace_unless_somebody_comes_back() {
     let grace = settings().abandon_grace.as_secs();
     let mut desk = Desk::new(2, settings());
-    let (lost, rescued) = (desk.submit(work(1)).info, desk.submit(work(2)).info);
+    let followed = [1, 2].map(|name| desk.submit(work(name)));
     let assignments = desk.dispatch();
+    let [lost, rescued] = followed.map(|operation| operation.info);
     desk.after(1);
     desk.after(grace - 1);
     let follower = desk.ledger.watch(&instance(), rescued.id).unwrap();

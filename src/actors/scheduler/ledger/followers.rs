@@ -1,0 +1,174 @@
+//! What becomes of work that no client follows: it goes on for a while, and makes way for work that is followed.
+//!
+//! A client that lost its connection comes back within seconds and finds its work; one that was interrupted never does. The
+//! server cannot tell them apart, so what nobody follows goes on as long as it is in nobody's way:
+//! - An operation that nobody follows ends after `abandon_grace`, and a task with its last operation.
+//! - A waiting task that nobody follows is behind all that are followed. It does not count as somebody who waits.
+//! - A running task that nobody has followed for `contended_abandon_grace` ends when a followed task waits for its slot. Those
+//!   that were left first end first, and no more of them than tasks wait.
+//! - When the server stops, every task that nobody has followed for `contended_abandon_grace` ends.
+//!
+//! That a follower has gone is noticed when [`Ledger::tick`] looks, or when the task is about to get a slot. That one has come
+//! is known at once. Each task counts its followers, so that no step here costs more than O(log n), apart from
+//! [`Ledger::make_way`], which looks at the runs, and only when one of them has to go.
+
+use super::{Ledger, Outcome, Step, Task};
+use crate::{
+    actors::{
+        scheduler::{settings::Moment, slots::PoolSet},
+        worker::messages::TaskId,
+    },
+    error::Error,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
+
+/// The runs that may have to make way, and for whom.
+#[derive(Debug, Default)]
+pub(super) struct Unfollowed {
+    /// Running tasks that nobody follows, with the time since when.
+    pub(super) runs: BTreeSet<(Instant, TaskId)>,
+    /// Ready tasks that are followed.
+    pub(super) rivals: Rivals,
+}
+
+impl Unfollowed {
+    /// A task has been given a slot.
+    pub(super) fn note(&mut self, id: TaskId, task: &Task) {
+        self.runs.extend(task.unfollowed_since.map(|since| (since, id)));
+    }
+
+    /// A task has no slot any more.
+    pub(super) fn forget(&mut self, id: TaskId, task: &Task) {
+        if let Some(since) = task.unfollowed_since {
+            self.runs.remove(&(since, id));
+        }
+    }
+}
+
+/// How many followed tasks wait for a slot, by the pools that can take them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Rivals(BTreeMap<PoolSet, usize>);
+
+impl Rivals {
+    pub(super) fn add(&mut self, pools: &PoolSet) {
+        *self.0.entry(pools.clone()).or_default() += 1;
+    }
+
+    pub(super) fn remove(&mut self, pools: &PoolSet) {
+        let Some(count) = self.0.get_mut(pools) else { return };
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            self.0.remove(pools);
+        }
+    }
+
+    /// Gives a slot of this pool to one of them, and to the one that has the least choice. Whether there was one.
+    fn serve(&mut self, pool: usize) -> bool {
+        let suited = self.0.keys().filter(|pools| pools.contains(&pool));
+        let Some(pools) = suited.min_by_key(|pools| pools.len()).cloned() else { return false };
+        self.remove(&pools);
+        true
+    }
+}
+
+impl Ledger {
+    /// An operation of this task has a follower again, or a followed operation has joined it.
+    pub(super) fn gain_follower(&mut self, id: TaskId) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        task.followers = task.followers.saturating_add(1);
+        self.set_unfollowed(id, None);
+    }
+
+    /// An operation of this task has lost its last follower, or a followed operation has left it.
+    pub(super) fn lose_follower(&mut self, id: TaskId, now: Moment) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        task.followers = task.followers.saturating_sub(1);
+        if task.followers == 0 {
+            self.set_unfollowed(id, Some(now.at));
+        }
+    }
+
+    fn set_unfollowed(&mut self, id: TaskId, since: Option<Instant>) {
+        let Some(task) = self.tasks.get_mut(&id).filter(|task| task.unfollowed_since != since) else {
+            return;
+        };
+        let before = task.place(id);
+        if task.step == Step::Running {
+            self.unfollowed.forget(id, task);
+        }
+        task.unfollowed_since = since;
+        if task.step == Step::Running {
+            self.unfollowed.note(id, task);
+        }
+        let (step, pools, after) = (task.step, task.pools.clone(), task.place(id));
+        self.move_place(step, &pools, before, after);
+    }
+
+    /// Looks which operations have lost their followers.
+    pub(super) fn notice_losses(&mut self, now: Moment) {
+        for task in self.register.notice_losses(now) {
+            self.lose_follower(task, now);
+        }
+    }
+
+    /// Whether somebody follows a task at this moment.
+    pub(super) fn is_followed(&mut self, id: TaskId, now: Moment) -> bool {
+        let Some(task) = self.tasks.get(&id) else { return false };
+        let mut lost = 0;
+        for number in task.numbers() {
+            if self.register.notice_loss(number, now) {
+                lost += 1;
+            } else if self.register.get(number).is_some_and(|operation| operation.is_followed()) {
+                break;
+            }
+        }
+        for _ in 0..lost {
+            self.lose_follower(id, now);
+        }
+        self.tasks.get(&id).is_some_and(|task| task.followers > 0)
+    }
+
+    /// Ends runs that nobody follows where followed tasks wait for their slots. Slots that will be free soon, because their
+    /// runs were told to stop, count.
+    pub(super) fn make_way(&mut self, now: Moment) {
+        let grace = self.settings.contended_abandon_grace;
+        let is_due = |since: Instant| now.since(since) >= grace;
+        let none_due = self.unfollowed.runs.first().is_none_or(|(since, _)| !is_due(*since));
+        if none_due || self.unfollowed.rivals.0.is_empty() {
+            return;
+        }
+        let mut rivals = self.unfollowed.rivals.clone();
+        let stopping = self.runs.iter().filter(|(id, run)| !run.stuck && !self.tasks.contains_key(id));
+        for (_, run) in stopping.filter(|(_, run)| self.slots.is_open(run.pool)) {
+            rivals.serve(run.pool);
+        }
+        let due = self.unfollowed.runs.iter().take_while(|(since, _)| is_due(*since));
+        let pool_of = |id: TaskId| self.runs.get(&id).map(|run| run.pool);
+        let ended: Vec<TaskId> = due
+            .filter(|(_, id)| pool_of(*id).is_some_and(|pool| rivals.serve(pool)))
+            .map(|(_, id)| *id)
+            .collect();
+        for id in ended {
+            let error = Error::Unavailable(format!(
+                "no client followed the operation for {grace:?} and others waited for its slot \
+                 (execution.contended_abandon_grace); execute the action again"
+            ));
+            self.end_task(id, Outcome::failed(error), now);
+            self.stop_run(id, now);
+        }
+    }
+
+    /// Ends all tasks that have been without a follower long enough to make way.
+    pub(super) fn end_unfollowed(&mut self, now: Moment) {
+        let grace = self.settings.contended_abandon_grace;
+        let is_due = |task: &Task| task.unfollowed_since.is_some_and(|since| now.since(since) >= grace);
+        let due: Vec<TaskId> =
+            self.tasks.iter().filter(|(_, task)| is_due(task)).map(|(id, _)| *id).collect();
+        for id in due {
+            self.end_for_shutdown(id, now);
+        }
+    }
+}

@@ -11,7 +11,7 @@ pub mod progress;
 pub mod serve;
 pub mod verify;
 
-use crate::{actors::worker, error::Error, verify::rules::Level};
+use crate::{actors::worker, config::Size, error::Error, verify::rules::Level};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{
     ffi::OsString,
@@ -95,9 +95,9 @@ pub struct ServeArgs {
     /// Where blobs and results are kept [default: gorego in the user's cache directory]
     #[arg(long, value_name = "DIR")]
     pub local_cache_dir: Option<PathBuf>,
-    /// Bound on what the store keeps on disk, in GB [default: 50]
-    #[arg(long, value_name = "GB")]
-    pub max_size_gb: Option<u64>,
+    /// Bound on what the store keeps on disk, in GB or with a unit: 50, 0.5, "200 MB", 64GiB [default: 50]
+    #[arg(long, value_name = "SIZE", value_parser = Size::from_words)]
+    pub max_size_gb: Option<Size>,
     /// Actions that run at the same time [default: number of CPUs]
     #[arg(long, value_name = "N")]
     pub concurrency: Option<u64>,
@@ -310,9 +310,11 @@ mod tests {
     #[test]
     fn nothing_and_serve_mean_the_same() {
         let bare = Cli::try_parse_from(["gorego", "--max-size-gb", "3"]).unwrap();
-        assert!(bare.command.is_none() && bare.serve.max_size_gb == Some(3));
+        assert!(bare.command.is_none() && bare.serve.max_size_gb == Some(Size::from_gb(3)));
         let named = Cli::try_parse_from(["gorego", "serve", "--max-size-gb", "3"]).unwrap();
-        assert!(matches!(named.command, Some(Command::Serve(args)) if args.max_size_gb == Some(3)));
+        assert!(
+            matches!(named.command, Some(Command::Serve(args)) if args.max_size_gb == Some(Size::from_gb(3)))
+        );
         assert!(Cli::try_parse_from(["gorego", "--listen-addr", "nonsense"]).is_err());
     }
 

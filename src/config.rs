@@ -9,11 +9,13 @@ pub mod load;
 pub mod pools;
 pub mod settings;
 pub mod show;
+pub mod size;
 mod source_text;
 
 pub use load::{Flag, Loaded, Origin, Sources, load};
 pub use pools::PoolSettings;
 pub use settings::{ExecutionSettings, Machine, Settings};
+pub use size::Size;
 
 use crate::{digest::DigestFunction, platform::UnknownProperties};
 use pools::PoolConfig;
@@ -32,8 +34,8 @@ pub struct Config {
     pub instance_names: Vec<String>,
     /// Where blobs, action results and exec directories live; empty for `gorego` in the user's cache directory.
     pub local_cache_dir: PathBuf,
-    /// Bound on what the store keeps on disk, in GB (10^9 bytes), uploads in progress included.
-    pub max_size_gb: u64,
+    /// Bound on what the store keeps on disk, uploads in progress included.
+    pub max_size_gb: Size,
     /// How long the exit may take after SIGTERM; running actions and requests under way go on meanwhile.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,
@@ -65,10 +67,10 @@ pub struct AssetsConfig {
     pub push: bool,
     /// Downloads and unpackings at the same time.
     pub concurrency: usize,
-    /// Largest download, in GB (10^9 bytes).
-    pub max_download_gb: u64,
-    /// Largest archive once it is unpacked, in GB (10^9 bytes).
-    pub max_unpacked_gb: u64,
+    /// Largest download.
+    pub max_download_gb: Size,
+    /// Largest archive once it is unpacked.
+    pub max_unpacked_gb: Size,
     /// Longest time that a fetch may take, all its mirrors together.
     #[serde(with = "humantime_serde")]
     pub timeout: Duration,
@@ -135,8 +137,8 @@ pub struct CacheConfig {
     pub digest_functions: Vec<DigestFunction>,
     /// Whether clients may write action results (AC-12, CAP-09).
     pub action_cache_updates: bool,
-    /// Largest blob that is accepted, in GB (10^9 bytes) (CAP-15).
-    pub max_blob_size_gb: u64,
+    /// Largest blob that is accepted (CAP-15).
+    pub max_blob_size_gb: Size,
     /// Whether SplitBlob and SpliceBlob are offered (CAP-16).
     pub chunking: bool,
     /// How long the bytes of a broken upload are kept for its client to go on.
@@ -197,8 +199,8 @@ pub struct ExecutionConfig {
     pub contended_abandon_grace: Duration,
     /// How often a task is tried when workers die under it.
     pub max_attempts: u32,
-    /// Largest file that a command may write, in GB (10^9 bytes).
-    pub max_output_file_gb: u64,
+    /// Largest file that a command may write.
+    pub max_output_file_gb: Size,
     /// How long an action waits until it gains one step of priority.
     #[serde(with = "humantime_serde")]
     pub priority_ageing: Duration,
@@ -219,8 +221,8 @@ pub struct LogStreamsConfig {
     pub enabled: bool,
     /// How many there may be; finished ones make room for new ones.
     pub max_streams: usize,
-    /// Bound on the bytes of all of them, in GB (10^9 bytes).
-    pub max_size_gb: u64,
+    /// Bound on the bytes of all of them.
+    pub max_size_gb: Size,
     /// How long one that is finished, or that nobody writes to, is kept.
     #[serde(with = "humantime_serde")]
     pub retention: Duration,
@@ -234,7 +236,7 @@ impl Default for Config {
             instance_names: vec![String::new()],
             instances: BTreeMap::new(),
             local_cache_dir: PathBuf::new(),
-            max_size_gb: 50,
+            max_size_gb: Size::from_gb(50),
             shutdown_grace: Duration::from_secs(30),
             log: LogConfig::default(),
             cache: CacheConfig::default(),
@@ -253,8 +255,8 @@ impl Default for AssetsConfig {
             allowed_networks: Vec::new(),
             push: true,
             concurrency: 8,
-            max_download_gb: 4,
-            max_unpacked_gb: 16,
+            max_download_gb: Size::from_gb(4),
+            max_unpacked_gb: Size::from_gb(16),
             timeout: Duration::from_secs(10 * 60),
             max_redirects: 10,
             max_age: Duration::from_secs(24 * 3600),
@@ -273,7 +275,7 @@ impl Default for CacheConfig {
         Self {
             digest_functions: DigestFunction::ALL.to_vec(),
             action_cache_updates: true,
-            max_blob_size_gb: 16,
+            max_blob_size_gb: Size::from_gb(16),
             chunking: true,
             partial_upload_retention: Duration::from_secs(10 * 60),
             zstd_level: 1,
@@ -284,7 +286,12 @@ impl Default for CacheConfig {
 
 impl Default for LogStreamsConfig {
     fn default() -> Self {
-        Self { enabled: true, max_streams: 4_000, max_size_gb: 1, retention: Duration::from_secs(10 * 60) }
+        Self {
+            enabled: true,
+            max_streams: 4_000,
+            max_size_gb: Size::from_gb(1),
+            retention: Duration::from_secs(10 * 60),
+        }
     }
 }
 
@@ -304,7 +311,7 @@ impl Default for ExecutionConfig {
             abandon_grace: Duration::from_secs(60),
             contended_abandon_grace: Duration::from_secs(2),
             max_attempts: 3,
-            max_output_file_gb: 16,
+            max_output_file_gb: Size::from_gb(16),
             priority_ageing: Duration::from_secs(60),
             unknown_properties: UnknownProperties::Ignore,
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),

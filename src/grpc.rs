@@ -129,9 +129,8 @@ pub struct Settings {
 
 impl From<&Config> for Settings {
     fn from(config: &Config) -> Self {
-        const GB: u64 = 1_000_000_000;
         Self {
-            max_blob_bytes: config.cache.max_blob_size_gb.saturating_mul(GB),
+            max_blob_bytes: config.cache.max_blob_size_gb.bytes(),
             compressed_committed_size: config.cache.compressed_committed_size,
             chunking: config.cache.chunking,
         }

@@ -5,6 +5,7 @@
 
 pub mod action;
 pub mod actors;
+pub mod auxiliary;
 pub mod budget;
 pub mod caller;
 pub mod chunking;

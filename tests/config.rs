@@ -3,7 +3,7 @@
 
 use gorego::{
     config::{
-        Config, Flag, Machine, Origin, Settings, Sources,
+        Config, Flag, Machine, Origin, Settings, Size, Sources,
         load::{keys, load, variable_of},
         show::show,
     },
@@ -64,7 +64,10 @@ fn a_flag_wins_over_the_environment_that_over_the_file_that_over_the_default() {
         vec![Flag { flag: "--concurrency", key: "execution.concurrency", value: toml::Value::Integer(4) }];
     let loaded = load(&sources).unwrap();
     let execution = &loaded.config.execution;
-    assert_eq!((execution.concurrency, execution.queue_size, loaded.config.max_size_gb), (4, 3, 2));
+    assert_eq!(
+        (execution.concurrency, execution.queue_size, loaded.config.max_size_gb),
+        (4, 3, Size::from_gb(2))
+    );
     assert_eq!(execution.retention, Duration::from_secs(120));
     assert_eq!(execution.max_attempts, Config::default().execution.max_attempts);
     for (key, origin) in [
@@ -142,8 +145,10 @@ fn errors_in_the_environment_name_the_variable_and_what_was_meant() {
         ("GOREGO_EXECUTION_CONCURRENCY", "1", &["did you mean \"GOREGO_EXECUTION__CONCURRENCY\""]),
         ("GOREGO_CONCURRENCY", "1", &["did you mean \"GOREGO_EXECUTION__CONCURRENCY\""]),
         ("GOREGO_CONFG", "x", &["did you mean \"GOREGO_CONFIG\""]),
-        ("GOREGO_MAX_SIZE_GB", "fifty", &["GOREGO_MAX_SIZE_GB=\"fifty\"", "whole number"]),
-        ("GOREGO_MAX_SIZE_GB", "-1", &["GOREGO_MAX_SIZE_GB=\"-1\""]),
+        ("GOREGO_MAX_SIZE_GB", "fifty", &["GOREGO_MAX_SIZE_GB=\"fifty\"", "is no size"]),
+        ("GOREGO_MAX_SIZE_GB", "-1", &["GOREGO_MAX_SIZE_GB=\"-1\"", "cannot be negative"]),
+        ("GOREGO_MAX_SIZE_GB", "5 XB", &["\"XB\" is no unit"]),
+        ("GOREGO_EXECUTION__QUEUE_SIZE", "many", &["whole number"]),
         ("GOREGO_ALLOW_UNAUTHENTICATED", "yes", &["true or false"]),
         ("GOREGO_LISTEN_ADDR", "somewhere", &["GOREGO_LISTEN_ADDR=\"somewhere\""]),
         ("GOREGO_INSTANCE_NAMES", "main", &["TOML value"]),
@@ -327,7 +332,56 @@ fn what_is_shown_can_be_loaded_again_and_says_where_it_came_from() {
     assert!(text.contains("concurrency = 6  # default, worked out"), "{text}");
     assert!(text.contains("queue_size = 20000  # default\n"), "{text}");
     let again: Config = toml::from_str(&text).unwrap();
-    assert_eq!((again.max_size_gb, again.execution.concurrency), (7, 6));
+    assert_eq!((again.max_size_gb, again.execution.concurrency), (Size::from_gb(7), 6));
     assert_eq!(again.local_cache_dir, PathBuf::from("/home/u/.cache/gorego"));
     assert_eq!(again.execution.platform, Config::default().execution.platform);
+}
+
+#[test]
+fn every_size_may_have_a_fraction_or_a_unit_wherever_it_is_set() {
+    let mut sizes = 0;
+    for (key, value) in keys(&Config::default()) {
+        let (section, name) = key.rsplit_once('.').unwrap_or(("", &key));
+        let line = |value: &str| match section {
+            "" => format!("{name} = {value}\n"),
+            _ => format!("[{section}]\n{name} = {value}\n"),
+        };
+        let with = |value: &str| {
+            let (_dir, path) = file(&line(value));
+            load(&Sources { file: Some(path), ..Sources::default() })
+        };
+        if !key.ends_with("_gb") {
+            let is_text = matches!(value, toml::Value::String(_));
+            assert!(is_text || with("\"200 MB\"").is_err(), "{key} is a size: its name has to end in _gb");
+            continue;
+        }
+        sizes += 1;
+        for (value, words, shown) in [
+            ("0.2", "0.2", "\"200 MB\""),
+            ("\"200 MB\"", "200 MB", "\"200 MB\""),
+            ("\"1.5 TB\"", "1.5 TB", "1500"),
+        ] {
+            let from_file = with(value).unwrap();
+            let variable = env(&[(&variable_of(&key), words)]);
+            let from_env = load(&Sources { env: variable, ..Sources::default() }).unwrap();
+            assert_eq!(from_file.config, from_env.config, "{key} = {value}");
+            let text = show(&from_file, &Settings::new(&from_file, &machine()).unwrap());
+            assert!(format!("\n{text}").contains(&format!("\n{name} = {shown}  # ")), "{text}");
+            let again: Config = toml::from_str(&text).unwrap();
+            let value_of = |config: &Config| keys(config).into_iter().find(|(other, _)| *other == key);
+            assert_eq!(value_of(&again), value_of(&from_file.config), "{text}");
+        }
+        for nonsense in ["-0.5", "nan", "\"0.5\"", "\"5 XB\"", "1e12", "true", "[1]"] {
+            assert!(with(nonsense).is_err(), "{key} = {nonsense}");
+        }
+        let tiny = with("\"999 kB\"").unwrap();
+        let problem = Settings::new(&tiny, &machine()).unwrap_err().to_string();
+        assert!(
+            problem.contains(&format!("{key} = \"999 kB\" (")) && problem.contains("between 1 MB and"),
+            "{problem}"
+        );
+    }
+    assert!(sizes >= 6, "{sizes}");
+    let settings = check("max_size_gb = \"200 MB\"\n[cache]\nmax_blob_size_gb = 0.1\n").unwrap();
+    assert_eq!((settings.max_size_bytes, settings.max_blob_bytes), (200_000_000, 100_000_000));
 }

@@ -7,13 +7,13 @@ mod support;
 use actix::System;
 use gorego::{
     actors::worker::{
-        clock::RESOURCE_USAGE_URL,
         launcher::protocol::{self, Kill, Order, Run, ToRunner},
         messages::{RunStage, SlotId},
         workspace::BuildRoot,
     },
+    auxiliary::resource_usage,
     error::Error,
-    proto::{gorego as own, reapi},
+    proto::reapi,
 };
 use prost::Message as _;
 use std::{
@@ -729,9 +729,9 @@ fn a_success_is_recorded_with_whole_metadata_unless_it_must_not_be_cached() {
         assert_eq!(bench.store.results.lock().unwrap().values().next(), Some(&result));
         let metadata = result.execution_metadata.unwrap();
         assert_eq!(metadata.worker, "testhost/0");
-        let usage = &metadata.auxiliary_metadata[0];
-        assert_eq!(usage.type_url, RESOURCE_USAGE_URL);
-        let usage = own::ResourceUsage::decode(&*usage.value).unwrap();
+        let types: Vec<_> = metadata.auxiliary_metadata.iter().map(|any| any.type_url.as_str()).collect();
+        assert_eq!(types, ["type.googleapis.com/google.protobuf.Struct"], "what every client can print");
+        let usage = resource_usage(&metadata.auxiliary_metadata).unwrap();
         assert!(Duration::try_from(usage.user_time.unwrap()).unwrap() > Duration::ZERO);
         assert!(usage.max_resident_bytes > 0);
 

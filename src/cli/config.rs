@@ -80,7 +80,7 @@ fn flags(args: &ServeArgs) -> Result<Vec<Flag>> {
         add("--local-cache-dir", "local_cache_dir", Value::String(text.to_owned()));
     }
     if let Some(size) = args.max_size_gb {
-        add("--max-size-gb", "max_size_gb", number("--max-size-gb", size)?);
+        add("--max-size-gb", "max_size_gb", Value::String(size.to_string()));
     }
     if let Some(count) = args.concurrency {
         add("--concurrency", "execution.concurrency", number("--concurrency", count)?);

@@ -5,6 +5,7 @@ use super::{
     status::{from_message, from_status},
 };
 use crate::{
+    auxiliary::queue_status,
     digest::Digest,
     error::{Error, Result},
     proto::{gorego, longrunning::Operation, reapi},
@@ -23,7 +24,6 @@ const STABLE_AFTER: Duration = Duration::from_secs(30);
 const MAX_RERUNS: u32 = 3;
 /// Names of the packed messages.
 const METADATA_TYPE: &str = "build.bazel.remote.execution.v2.ExecuteOperationMetadata";
-const QUEUE_STATUS_TYPE: &str = "gorego.v1.QueueStatus";
 const RESPONSE_TYPE: &str = "build.bazel.remote.execution.v2.ExecuteResponse";
 
 /// What is to be run. Its blobs must be uploaded.
@@ -206,7 +206,10 @@ impl Execution {
         let stage = Some(metadata.stage());
         let changed = stage.filter(|stage| *stage != Stage::Unknown && self.stage != Some(*stage));
         self.stage = changed.or(self.stage);
-        if let Some(status) = queue_status(&metadata).filter(|_| stage == Some(Stage::Queued)) {
+        let known = metadata.partial_execution_metadata.as_ref();
+        // Why the operation waits, from a server that says so in our way.
+        let status = known.and_then(|known| queue_status(&known.auxiliary_metadata));
+        if let Some(status) = status.filter(|_| stage == Some(Stage::Queued)) {
             return Ok(Some(Event::Waiting(Box::new(status))));
         }
         let logs = LogNames { stdout: metadata.stdout_stream_name, stderr: metadata.stderr_stream_name };
@@ -216,12 +219,6 @@ impl Execution {
         }
         Ok(changed.map(Event::Stage).or_else(|| self.more.take()))
     }
-}
-
-/// Why the operation waits, from a server that says so in our way.
-fn queue_status(metadata: &reapi::ExecuteOperationMetadata) -> Option<gorego::QueueStatus> {
-    let known = metadata.partial_execution_metadata.as_ref()?;
-    known.auxiliary_metadata.iter().find_map(|any| unpack(any, QUEUE_STATUS_TYPE))
 }
 
 /// Whether a status comes from the connection and not from the server's mind: then the operation may well go on.

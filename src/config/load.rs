@@ -5,7 +5,7 @@
 //! sense is not decided here but in [`super::settings`].
 
 use super::{
-    Config, pools,
+    Config, Size, pools,
     source_text::{line_of, point_at},
 };
 use crate::error::{Error, Result};
@@ -304,6 +304,10 @@ fn read_variable(
         Error::Invalid(format!("environment variable {name}=\"{}\": {problem}", text.escape_debug()))
     };
     let value = match known.get(&key) {
+        Some(_) if is_size(&key) => {
+            let size = Size::from_words(text).map_err(refuse)?;
+            Value::try_from(size).map_err(|error| refuse(error.to_string()))?
+        }
         Some(Value::Integer(_)) => match text.trim().parse() {
             Ok(number) => Value::Integer(number),
             Err(_) => return Err(refuse("expected a whole number".into())),
@@ -325,6 +329,11 @@ fn read_variable(
     };
     check_alone(&key, &value).map_err(refuse)?;
     Ok(Some((key, value)))
+}
+
+/// Whether a key holds a [`Size`]; a test holds the names to that.
+fn is_size(key: &str) -> bool {
+    key.ends_with("_gb")
 }
 
 /// Kubernetes gives every pod variables for each service of its namespace; for a service called "gorego" they have our

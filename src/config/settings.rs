@@ -5,7 +5,7 @@
 //! is touched here.
 
 use super::{
-    CommittedSize, Loaded, LogConfig,
+    CommittedSize, Loaded, LogConfig, Size,
     load::keys,
     pools::{PoolSettings, pools},
 };
@@ -27,10 +27,8 @@ use std::{
     time::Duration,
 };
 
-/// Bytes in a GB of the configuration.
-const GB: u64 = 1_000_000_000;
-/// Largest size that can be configured, in GB; far above any disk, far below what overflows.
-const MAX_GB: u64 = 1_000_000_000;
+/// Smallest size that can be configured: anything below is a mistake in the unit.
+const MIN_SIZE: Size = Size::from_bytes(1_000_000);
 /// Longest duration that can be configured; keeps sums of times far from overflow.
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Most actions at a time on one machine; each slot is a thread and a process.
@@ -159,10 +157,10 @@ impl Check<'_> {
         }
     }
 
-    /// A size in GB, as bytes.
-    fn gigabytes(&mut self, key: &str, gb: u64) -> u64 {
-        self.require(key, (1..=MAX_GB).contains(&gb), "must be between 1 and 1000000000 (GB)");
-        gb.min(MAX_GB) * GB
+    /// A size, as bytes.
+    fn size(&mut self, key: &str, size: Size) -> u64 {
+        self.require(key, size >= MIN_SIZE, &format!("must be between {MIN_SIZE} and {}", Size::MAX));
+        size.bytes()
     }
 
     fn count(&mut self, key: &str, count: usize, max: usize) {
@@ -210,8 +208,8 @@ impl Settings {
             }
             machine.cache_home.as_deref().unwrap_or(Path::new("/")).join("gorego")
         };
-        let max_size_bytes = check.gigabytes("max_size_gb", config.max_size_gb);
-        let max_blob_bytes = check.gigabytes("cache.max_blob_size_gb", config.cache.max_blob_size_gb);
+        let max_size_bytes = check.size("max_size_gb", config.max_size_gb);
+        let max_blob_bytes = check.size("cache.max_blob_size_gb", config.cache.max_blob_size_gb);
         check.duration("shutdown_grace", config.shutdown_grace, true);
         check.duration("cache.partial_upload_retention", config.cache.partial_upload_retention, true);
         check.require(
@@ -328,7 +326,7 @@ fn log_streams(check: &mut Check<'_>) -> Limits {
     check.duration("log_streams.retention", config.retention, false);
     Limits {
         streams: config.max_streams,
-        bytes: check.gigabytes("log_streams.max_size_gb", config.max_size_gb),
+        bytes: check.size("log_streams.max_size_gb", config.max_size_gb),
         stream_bytes: MAX_STREAM_BYTES,
         idle: Some(config.retention),
         kept: config.retention,
@@ -367,8 +365,8 @@ fn assets(check: &mut Check<'_>, cache_dir: &Path) -> AssetSettings {
         origins: origins.unwrap_or_default(),
         push: config.push,
         concurrency: config.concurrency,
-        max_download_bytes: check.gigabytes("assets.max_download_gb", config.max_download_gb),
-        max_unpacked_bytes: check.gigabytes("assets.max_unpacked_gb", config.max_unpacked_gb),
+        max_download_bytes: check.size("assets.max_download_gb", config.max_download_gb),
+        max_unpacked_bytes: check.size("assets.max_unpacked_gb", config.max_unpacked_gb),
         timeout: config.timeout,
         max_redirects: config.max_redirects,
         max_age: config.max_age,
@@ -424,6 +422,6 @@ fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> Exec
         abandon_grace: config.abandon_grace,
         contended_abandon_grace: config.contended_abandon_grace,
         max_attempts: config.max_attempts,
-        max_output_file_bytes: check.gigabytes("execution.max_output_file_gb", config.max_output_file_gb),
+        max_output_file_bytes: check.size("execution.max_output_file_gb", config.max_output_file_gb),
     }
 }

@@ -10,6 +10,7 @@ use crate::{
         },
         worker::messages::RunStage,
     },
+    auxiliary::pack_queue_status,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     instance::{Instance, Instances},
@@ -238,7 +239,7 @@ fn queue_status(status: &QueueStatus) -> prost_types::Any {
         reason: status.reason.clone(),
         other_pools: status.other_pools.clone(),
     };
-    pack("gorego.v1.QueueStatus", &status)
+    pack_queue_status(&status)
 }
 
 fn timestamp(time: SystemTime) -> prost_types::Timestamp {

@@ -2,6 +2,7 @@
 
 use crate::harness::{Die, Refuse, Server, Show, absent, completed, digest, eventually, executing};
 use gorego::{
+    auxiliary::queue_status,
     error::Error,
     proto::{
         gorego::QueueStatus,
@@ -208,8 +209,8 @@ async fn an_operation_that_waits_says_why() {
         let metadata = ExecuteOperationMetadata::decode(any.value.as_slice()).unwrap();
         let known = metadata.partial_execution_metadata.unwrap();
         let any = known.auxiliary_metadata.first()?;
-        assert_eq!(any.type_url, "type.googleapis.com/gorego.v1.QueueStatus");
-        Some(QueueStatus::decode(any.value.as_slice()).unwrap())
+        assert_eq!(any.type_url, "type.googleapis.com/google.protobuf.Struct", "what every client can print");
+        queue_status(&known.auxiliary_metadata)
     };
     let server = Server::start().await;
     let mut stream = server.execution().execute(execute()).await.unwrap().into_inner();

@@ -155,9 +155,7 @@ async fn all_nine_timestamps_are_set_and_ordered() {
     ]
     .map(|time| time.map(|time| (time.seconds, time.nanos)).expect("set"));
     assert!(times.is_sorted(), "{times:?}");
-    let usage =
-        metadata.auxiliary_metadata.iter().find(|any| any.type_url.ends_with("/gorego.v1.ResourceUsage"));
-    let usage = gorego::proto::gorego::ResourceUsage::decode(&*usage.unwrap().value).unwrap();
+    let usage = gorego::auxiliary::resource_usage(&metadata.auxiliary_metadata).unwrap();
     assert!(usage.max_resident_bytes > 0);
 }
 

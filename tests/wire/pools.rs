@@ -31,9 +31,7 @@ fn until(gate: &Path) -> String {
 
 fn queue_status(operation: &Operation) -> Option<QueueStatus> {
     let known = metadata(operation).partial_execution_metadata?;
-    let mut packed = known.auxiliary_metadata.iter();
-    let any = packed.find(|any| any.type_url == "type.googleapis.com/gorego.v1.QueueStatus")?;
-    Some(QueueStatus::decode(&*any.value).unwrap())
+    gorego::auxiliary::queue_status(&known.auxiliary_metadata)
 }
 
 /// EXE-31.

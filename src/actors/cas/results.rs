@@ -5,6 +5,7 @@
 //! them into blobs first, and whoever serves one reads them back on request (AC-05).
 
 use crate::{
+    auxiliary::modernise,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     path::RootPath,
@@ -273,7 +274,11 @@ pub fn decode(
     {
         return Err("it is the result of another action");
     }
-    message.result.ok_or("it is empty")
+    let mut result = message.result.ok_or("it is empty")?;
+    if let Some(metadata) = &mut result.execution_metadata {
+        modernise(&mut metadata.auxiliary_metadata);
+    }
+    Ok(result)
 }
 
 /// Whether a file has all of what was written to it.

@@ -4,7 +4,10 @@
 //! through one pair of readings at the start. So they stay in order and keep their distances even when somebody sets the
 //! wall clock in the middle (EXE-60). Nothing here reads a clock except [`Moment::now`] and [`Timeline::start`].
 
-use crate::proto::{gorego, reapi};
+use crate::{
+    auxiliary::pack_resource_usage,
+    proto::{gorego, reapi},
+};
 use rustix::time::{ClockId, clock_gettime};
 use std::time::{Duration, SystemTime};
 
@@ -116,19 +119,11 @@ impl Timeline {
             execution_completed_timestamp: wall(Point::RunEnd),
             output_upload_start_timestamp: wall(Point::UploadStart),
             output_upload_completed_timestamp: wall(Point::UploadEnd),
-            auxiliary_metadata: usage.map(pack).into_iter().collect(),
+            auxiliary_metadata: usage.map(pack_resource_usage).into_iter().collect(),
             virtual_execution_duration: prost_types::Duration::try_from(run).ok(),
         }
     }
 }
-
-/// GEN-18: the type URL is spelled with this host and nothing else.
-fn pack(usage: &gorego::ResourceUsage) -> prost_types::Any {
-    prost_types::Any { type_url: RESOURCE_USAGE_URL.into(), value: prost::Message::encode_to_vec(usage) }
-}
-
-/// The type URL of [`gorego::ResourceUsage`].
-pub const RESOURCE_USAGE_URL: &str = "type.googleapis.com/gorego.v1.ResourceUsage";
 
 #[cfg(test)]
 mod tests {

@@ -3,10 +3,11 @@
 //! Options are set on each accepted socket, because tonic's own settings do not reach sockets that it did not accept itself.
 //! When the process is out of descriptors, accepting pauses instead of spinning.
 
+use crate::acknowledge::Prompt;
 use futures::stream::{Stream, StreamExt as _};
 use std::{io, time::Duration};
-use tokio::net::{TcpListener, TcpStream};
-use tonic::transport::server::TcpIncoming;
+use tokio::net::TcpListener;
+use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
 /// How long a connection may be silent before the kernel asks whether the other end is still there.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
@@ -14,8 +15,8 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 
 /// The connections of a listener. Nagle's algorithm is off: with it every small answer waits for the client's delayed
-/// acknowledgement, some 40 ms.
-pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> {
+/// acknowledgement, some 40 ms. Clients that leave it on are not made to wait either.
+pub(crate) fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Prompt>> {
     TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(TCP_KEEPALIVE)).then(
         |accepted| async {
             if let Err(error) = &accepted
@@ -27,9 +28,17 @@ pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<TcpSt
                 );
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
-            accepted
+            accepted.map(Prompt::new)
         },
     )
+}
+
+impl Connected for Prompt {
+    type ConnectInfo = TcpConnectInfo;
+
+    fn connect_info(&self) -> Self::ConnectInfo {
+        self.get_ref().connect_info()
+    }
 }
 
 /// Whether the fault lies with one connection that never came to be, so that the next one may be fine.
@@ -42,6 +51,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 mod tests {
     use super::*;
     use std::pin::pin;
+    use tokio::net::TcpStream;
 
     #[tokio::test]
     async fn nagles_algorithm_is_off_on_every_accepted_connection() {
@@ -50,7 +60,7 @@ mod tests {
         let mut connections = pin!(connections(listener));
         for _ in 0..2 {
             let _client = TcpStream::connect(address).await.unwrap();
-            assert!(connections.next().await.unwrap().unwrap().nodelay().unwrap());
+            assert!(connections.next().await.unwrap().unwrap().get_ref().nodelay().unwrap());
         }
     }
 }

@@ -3,6 +3,7 @@
 //! No client is waited for without a limit: for the head of a request it is here, for its body in [`super::body`], and for
 //! one that does not read its answer in the kernel.
 
+use crate::acknowledge::Prompt;
 use axum::{
     body::Body,
     extract::Request,
@@ -106,7 +107,7 @@ async fn serve_one(
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(Prompt::new(stream)), service);
     // What went wrong is in the line of the request, if there was one.
     let closing = async { drop(closing.wait_for(|closing| *closing).await) };
     let is_over = select! {
@@ -152,7 +153,7 @@ impl hyper::body::Body for Watched {
 }
 
 /// Says that nothing more comes from here, and waits a little for the client to say the same.
-async fn linger(mut stream: TcpStream) {
+async fn linger(mut stream: Prompt) {
     let rest = async {
         let mut buffer = vec![0; LINGER_BYTES];
         stream.shutdown().await?;

@@ -7,6 +7,7 @@
 //!   that gRPC clients see, checked alike on the way in and complete on the way out.
 //! - `/cache/KEY`: opaque values under any key, for tools that have a format of their own. They are stored as blobs, and bound
 //!   to their keys by action results that nobody else asks for, so they are evicted and survive restarts like everything else.
+//!   WebDAV clients find a collection at every key that ends with a slash ([`webdav`]).
 //!
 //! Each may have the name of an instance in front. A hash comes without a size: the store finds the one that it has. Where a
 //! result is put before its Action, the size is not known, and the result is kept under size 0: HTTP clients find it, gRPC
@@ -21,6 +22,7 @@ mod read;
 mod request_log;
 pub mod resource;
 mod status;
+mod webdav;
 mod write;
 
 use crate::{actors::cas::client::Cas, error::Result, instance::Instances, under_way::UnderWay};
@@ -127,18 +129,17 @@ async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut Line) -> R
         ("GET", Resource::Result { hash, .. }) => read::result(target, hash).await,
         ("HEAD", Resource::Result { hash, .. }) => read::result(target, hash).await.map(headers),
         ("PUT", Resource::Result { hash, .. }) => write::result(target, hash, request, line).await,
+        ("PROPFIND", Resource::Value { key, .. }) => webdav::properties(target, &key, request, line).await,
+        ("MKCOL", Resource::Value { key, .. }) => webdav::make_collection(target, &key, request, line).await,
+        (_, Resource::Value { key, .. }) if webdav::is_collection(&key) => {
+            Ok(status::not_allowed(webdav::allowed(&key)))
+        }
         ("GET", Resource::Value { key, .. }) => read::value(target, &key, request.headers(), line).await,
         ("HEAD", Resource::Value { key, .. }) => {
             read::value(target, &key, request.headers(), line).await.map(headers)
         }
         ("PUT", Resource::Value { key, .. }) => write::value(target, &key, request, line).await,
-        // What WebDAV clients do before they write: there are no directories, so each is there.
-        ("MKCOL", Resource::Value { .. }) => {
-            Ok(status::plain(StatusCode::CREATED, "there are no directories here"))
-        }
-        ("PROPFIND", Resource::Value { key, .. }) => {
-            read::properties(target, &key, request.uri().path()).await
-        }
+        (_, Resource::Value { key, .. }) => Ok(status::not_allowed(webdav::allowed(&key))),
         _ => Ok(status::not_allowed("GET, HEAD, PUT")),
     }
 }

@@ -17,6 +17,7 @@
 
 mod body;
 mod connection;
+pub mod hosts;
 pub mod range;
 mod read;
 mod request_log;
@@ -32,10 +33,12 @@ use axum::{
     http::{HeaderValue, Method, StatusCode, header},
     response::Response,
 };
+use connection::Ends;
 use futures::FutureExt as _;
+use hosts::{Hosts, Refusal};
 use request_log::Line;
 use resource::Resource;
-use std::{future::Future, net::SocketAddr, sync::Arc};
+use std::{future::Future, sync::Arc};
 use tokio::{net::TcpListener, sync::Semaphore};
 
 /// Target of this room's log lines.
@@ -52,6 +55,8 @@ pub struct HttpCache {
     pub instances: Instances,
     /// The store.
     pub cas: Cas,
+    /// The names that requests may be for.
+    pub hosts: Hosts,
     /// Largest blob that is accepted (CAP-15).
     pub max_blob_bytes: u64,
     /// Counts the requests that a shutdown waits for.
@@ -71,14 +76,24 @@ pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Futur
         requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
         decoders: Semaphore::new(MAX_DECODERS),
     });
-    connection::serve(listener, shutdown, move |peer, request| {
-        answer(service.clone(), peer, request).boxed()
+    connection::serve(listener, shutdown, move |ends, request| {
+        answer(service.clone(), ends, request).boxed()
     })
     .await;
 }
 
-async fn answer(service: Arc<Service>, peer: SocketAddr, request: Request) -> Response {
-    let mut line = Line::new(peer, request.method(), request.uri(), service.cache.under_way.begin());
+async fn answer(service: Arc<Service>, ends: Ends, request: Request) -> Response {
+    let mut line = Line::new(ends.peer, request.method(), request.uri(), service.cache.under_way.begin());
+    let host = service.cache.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
+    if let Err(refusal) = host {
+        let (code, why) = match refusal {
+            Refusal::Malformed(why) => (StatusCode::BAD_REQUEST, why.to_owned()),
+            Refusal::Stranger(why) => (StatusCode::MISDIRECTED_REQUEST, why),
+        };
+        let response = status::plain(code, &why);
+        line.refused(why);
+        return line.follow(response);
+    }
     let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
     let decoder = is_encoded.then(|| service.decoders.try_acquire()).transpose();
     let response = match (service.requests.clone().try_acquire_owned(), decoder) {

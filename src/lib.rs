@@ -14,6 +14,7 @@ pub mod config;
 pub mod digest;
 pub mod error;
 pub mod grpc;
+mod host;
 pub mod http_cache;
 pub mod instance;
 pub mod log_streams;

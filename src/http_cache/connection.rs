@@ -21,7 +21,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     pin::{Pin, pin},
     sync::{
         Arc,
@@ -50,11 +50,20 @@ const LINGER: Duration = Duration::from_secs(2);
 /// Bytes that are thrown away at a time.
 const LINGER_BYTES: usize = 16 * 1024;
 
+/// The two ends of a connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Ends {
+    /// The client's.
+    pub peer: SocketAddr,
+    /// The address of ours that the client has connected to.
+    pub here: IpAddr,
+}
+
 /// Accepts connections until `shutdown` ends, then waits for the end of those that there are.
 pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
-    answer: impl Fn(SocketAddr, Request) -> BoxFuture<'static, Response> + Clone + Send + Sync + Unpin + 'static,
+    answer: impl Fn(Ends, Request) -> BoxFuture<'static, Response> + Clone + Send + Sync + Unpin + 'static,
 ) {
     let mut listener = listener.tap_io(prepare);
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -69,9 +78,12 @@ pub async fn serve(
             () = &mut shutdown => break,
             next = next => next,
         };
+        // Without an address of ours, only requests for loopback and for listed names are answered.
+        let here = stream.local_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip());
+        let ends = Ends { peer, here };
         let (answer, closed) = (answer.clone(), closing.subscribe());
         tokio::spawn(async move {
-            serve_one(stream, closed, move |request| answer(peer, request)).await;
+            serve_one(stream, closed, move |request| answer(ends, request)).await;
             drop(place);
         });
     }

@@ -320,6 +320,48 @@ async fn webdav_clients_find_every_collection_there() {
     assert_eq!(body.status(), StatusCode::UNSUPPORTED_MEDIA_TYPE);
 }
 
+/// Sends this over a connection of its own, and reads the first line of the answer.
+async fn raw(http: &Http, request: &str) -> String {
+    let mut stream = TcpStream::connect(http.base.strip_prefix("http://").unwrap()).await.unwrap();
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = vec![0; 4_096];
+    let length = stream.read(&mut answer).await.unwrap();
+    let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
+    answer.lines().next().unwrap_or_default().to_owned()
+}
+
+/// Against DNS rebinding: a page whose own name was pointed at this machine.
+#[tokio::test]
+async fn a_host_that_is_not_this_server_is_not_answered() {
+    let http = Http::start(&[("HTTP__ALLOWED_HOSTS", r#"["*.corp.test"]"#)]).await;
+    http.put("/cache/secret", "value").await;
+    for host in ["localhost", "127.0.0.1:1", "[::1]:50052", "cache.corp.test:8080"] {
+        let get = http.send("GET", "/cache/secret", &[("host", host)], "").await;
+        assert_eq!(get.status(), StatusCode::OK, "{host}");
+    }
+    for (method, path) in
+        [("GET", "/cache/secret"), ("PUT", "/cache/secret"), ("GET", "/healthz"), ("GET", "/")]
+    {
+        let refused = http.send(method, path, &[("host", "evil.test:50052")], "").await;
+        assert_eq!(refused.status(), StatusCode::MISDIRECTED_REQUEST, "{method} {path}");
+        assert!(refused.text().await.unwrap().contains("http.allowed_hosts"));
+    }
+    assert_eq!(http.get("/cache/secret").await.unwrap(), b"value");
+    let line = |http: &Http| http.server.log().into_iter().find(|line| line["http_status"] == 421);
+    eventually("a line that says why", || line(&http).is_some()).await;
+    assert!(line(&http).unwrap()["error"].as_str().unwrap().contains("evil.test"));
+    for (request, status) in [
+        ("GET /healthz HTTP/1.0\r\n\r\n", "200"),
+        ("GET /healthz HTTP/1.0\r\nhost: evil.test\r\n\r\n", "421"),
+        ("GET /healthz HTTP/1.1\r\n\r\n", "400"),
+        ("GET /healthz HTTP/1.1\r\nhost: localhost\r\nhost: localhost\r\n\r\n", "400"),
+        ("GET http://evil.test/healthz HTTP/1.1\r\nhost: localhost\r\n\r\n", "421"),
+    ] {
+        let answer = raw(&http, request).await;
+        assert!(answer.contains(status), "{request:?}: {answer}");
+    }
+}
+
 /// ccache sends head and body apart and leaves Nagle's algorithm on. Where the head is acknowledged late, each of these takes
 /// 40 ms and more.
 #[tokio::test]

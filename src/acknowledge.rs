@@ -31,6 +31,7 @@ impl Prompt {
     }
 
     /// The stream itself.
+    #[cfg(test)]
     pub fn get_ref(&self) -> &TcpStream {
         &self.stream
     }

@@ -6,6 +6,8 @@
 mod acknowledge;
 pub mod action;
 pub mod actors;
+pub mod budget;
+pub mod caller;
 pub mod chunking;
 pub mod cli;
 pub mod client;

@@ -5,9 +5,10 @@
 
 mod line;
 
-use super::convert;
+use super::{accept::ConnectionInfo, convert};
 use crate::{
     actors::scheduler::operation::{ClientInfo, OperationId},
+    caller::Caller,
     digest::Digest,
     error::Error,
     instance::Instance,
@@ -28,7 +29,7 @@ use std::{
     task::{Context, Poll, ready},
     time::Instant,
 };
-use tonic::{Code, Status, body::Body as TonicBody, transport::server::TcpConnectInfo};
+use tonic::{Code, Status, body::Body as TonicBody};
 use tower::{Layer, Service};
 
 /// Target of the line.
@@ -49,7 +50,7 @@ pub struct Call(Arc<State>);
 #[derive(Debug, Default)]
 struct State {
     client: ClientInfo,
-    peer: Option<SocketAddr>,
+    connection: Option<ConnectionInfo>,
     notes: Mutex<Notes>,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
@@ -80,7 +81,12 @@ impl Call {
 
     /// The network address of who asks.
     pub fn peer(&self) -> Option<SocketAddr> {
-        self.0.peer
+        self.0.connection.map(|connection| connection.address)
+    }
+
+    /// To whom what the call takes is charged.
+    pub fn caller(&self) -> Caller {
+        self.0.connection.map(|connection| connection.caller).unwrap_or_default()
     }
 
     /// Notes the namespace.
@@ -162,9 +168,9 @@ where
     }
 
     fn call(&mut self, mut request: Request<TonicBody>) -> Self::Future {
-        let peer = request.extensions().get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
+        let connection = request.extensions().get::<ConnectionInfo>().copied();
         let client = convert::client_info(request.headers());
-        let call = Call(Arc::new(State { client, peer, ..State::default() }));
+        let call = Call(Arc::new(State { client, connection, ..State::default() }));
         let is_open_ended = OPEN_ENDED.iter().any(|prefix| request.uri().path().starts_with(prefix));
         let line = Line {
             call: call.clone(),

@@ -3,7 +3,7 @@
 //! No client is waited for without a limit: for the head of a request it is here, for its body in [`super::body`], and for
 //! one that does not read its answer in the kernel.
 
-use crate::acknowledge::Prompt;
+use crate::{acknowledge::Prompt, caller::Caller};
 use axum::{
     body::Body,
     extract::Request,
@@ -82,8 +82,13 @@ pub async fn serve(
         let here = stream.local_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip());
         let ends = Ends { peer, here };
         let (answer, closed) = (answer.clone(), closing.subscribe());
+        let caller = Caller::connected(peer);
         tokio::spawn(async move {
-            serve_one(stream, closed, move |request| answer(ends, request)).await;
+            let answer = move |mut request: Request| {
+                request.extensions_mut().insert(caller);
+                answer(ends, request)
+            };
+            serve_one(stream, closed, answer).await;
             drop(place);
         });
     }

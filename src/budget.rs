@@ -1,0 +1,467 @@
+//! [`Budget`]: a bound that all callers share, such as the bytes of answers that nobody has read yet.
+//!
+//! A budget has three bounds: one for the whole server, one for a connection, and a share for each [`Peer`]. A peer may hold
+//! up to [`SHARE`] times as much as is free. So one peer alone gets 8/9 of everything, two get 8/17 each, and the next one
+//! always finds room; nobody has to know how many there are. A peer that holds nothing gets what is left, however little.
+//!
+//! What is held is a [`Share`], which gives itself back when it is dropped. [`Budget::take`] refuses at the bound,
+//! [`Budget::wait_for`] waits for room. Waiting connections are served in turn, one request of each, and a connection that
+//! has reached its own bound, or whose peer has, does not hold up the others. A request that is dropped while it waits leaves
+//! nothing behind. The counting is the plain struct `Holdings`, which knows no clock and no task.
+
+use crate::{
+    caller::{Caller, ConnectionId, Peer},
+    error::Error,
+};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    ops::Bound::{Excluded, Unbounded},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::sync::oneshot;
+
+/// How many times as much as is free a peer may hold.
+pub const SHARE: u64 = 8;
+/// When a caller that was refused should ask again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// The bounds of a [`Budget`]; units are the user's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    /// What is counted, for messages: "bytes of unread answers".
+    pub what: &'static str,
+    /// For all callers together.
+    pub total: u64,
+    /// For one connection.
+    pub connection: u64,
+}
+
+/// Which bound a request met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bound {
+    /// That of the whole server.
+    Server,
+    /// The share of the caller's peer.
+    Peer,
+    /// That of the caller's connection.
+    Connection,
+}
+
+/// Why a request got nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Refusal {
+    what: &'static str,
+    bound: Bound,
+    limit: u64,
+}
+
+impl Refusal {
+    /// The bound that was met.
+    pub fn bound(&self) -> Bound {
+        self.bound
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { what, limit, .. } = self;
+        match self.bound {
+            Bound::Server => write!(formatter, "the server is at its bound of {limit} {what}"),
+            Bound::Peer => write!(formatter, "your address has its share of the server's {limit} {what}"),
+            Bound::Connection => write!(formatter, "this connection is at its bound of {limit} {what}"),
+        }
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        Self::Exhausted {
+            message: format!("{refusal}; try again when earlier requests are done"),
+            retry_after: Some(RETRY_AFTER),
+        }
+    }
+}
+
+/// See the top of this file. Cheap to clone; clones are the same budget.
+#[derive(Debug, Clone)]
+pub struct Budget(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    bounds: Bounds,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    holdings: Holdings,
+    waiting: Waiting,
+}
+
+impl Budget {
+    /// A budget of which nothing is held.
+    pub fn new(bounds: Bounds) -> Self {
+        let state = State { holdings: Holdings::new(bounds), waiting: Waiting::default() };
+        Self(Arc::new(Inner { bounds, state: Mutex::new(state) }))
+    }
+
+    /// The bounds.
+    pub fn bounds(&self) -> Bounds {
+        self.0.bounds
+    }
+
+    /// What is held by all callers together.
+    pub fn held(&self) -> u64 {
+        self.state().holdings.all
+    }
+
+    /// Takes this much at once.
+    ///
+    /// # Errors
+    /// The bound that is in the way.
+    pub fn take(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
+        self.state().holdings.take(caller, amount).map_err(|bound| self.refusal(bound))?;
+        Ok(Share { budget: self.clone(), caller, amount })
+    }
+
+    /// Takes this much as soon as there is room. The caller bounds the wait, by dropping the future.
+    ///
+    /// # Errors
+    /// When a connection can never have this much.
+    pub async fn wait_for(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
+        let bounds = self.0.bounds;
+        if amount > bounds.connection.min(bounds.total) {
+            return Err(self.refusal(Bound::Connection));
+        }
+        let (grant, granted) = oneshot::channel();
+        let ticket = self.settle(|State { waiting, .. }| waiting.add(Waiter { caller, amount, grant }));
+        let _place = Place { budget: self, connection: caller.connection, ticket };
+        // The sender stays in the queue until it has sent, so the error cannot happen.
+        granted.await.map_err(|_| self.refusal(Bound::Server))
+    }
+
+    fn refusal(&self, bound: Bound) -> Refusal {
+        let Bounds { what, total, connection } = self.0.bounds;
+        let limit = if bound == Bound::Connection { connection } else { total };
+        Refusal { what, bound, limit }
+    }
+
+    /// Makes a change and lets in those for whom it makes room.
+    fn settle<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut granted = Vec::new();
+        let changed = {
+            let mut state = self.state();
+            let changed = change(&mut state);
+            let State { holdings, waiting } = &mut *state;
+            granted.extend(std::iter::from_fn(|| waiting.next(holdings)));
+            changed
+        };
+        // Without the lock: a request that was dropped in this moment drops its share, which comes back here.
+        for Waiter { caller, amount, grant } in granted {
+            drop(grant.send(Share { budget: self.clone(), caller, amount }));
+        }
+        changed
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A part of a budget, held until it is dropped.
+#[derive(Debug)]
+pub struct Share {
+    budget: Budget,
+    caller: Caller,
+    amount: u64,
+}
+
+impl Share {
+    /// How much it is.
+    pub fn amount(&self) -> u64 {
+        self.amount
+    }
+
+    /// Who holds it.
+    pub fn caller(&self) -> Caller {
+        self.caller
+    }
+
+    /// Takes this much more.
+    ///
+    /// # Errors
+    /// The bound that is in the way; the share is as before.
+    pub fn grow(&mut self, more: u64) -> Result<(), Refusal> {
+        let taken = self.budget.take(self.caller, more)?;
+        self.merge(taken);
+        Ok(())
+    }
+
+    /// Gives all but this much back.
+    pub fn shrink_to(&mut self, amount: u64) {
+        drop(self.split(self.amount.saturating_sub(amount)));
+    }
+
+    /// Moves this much of it, or all that there is, into a share of its own.
+    #[must_use = "a share that is dropped is given back"]
+    pub fn split(&mut self, amount: u64) -> Self {
+        let amount = amount.min(self.amount);
+        self.amount -= amount;
+        Self { budget: self.budget.clone(), caller: self.caller, amount }
+    }
+
+    /// Adds another share of the same caller and budget to this one.
+    pub fn merge(&mut self, mut other: Self) {
+        debug_assert!(self.caller == other.caller && Arc::ptr_eq(&self.budget.0, &other.budget.0));
+        self.amount += std::mem::take(&mut other.amount);
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        if self.amount > 0 {
+            self.budget.settle(|state| state.holdings.give_back(self.caller, self.amount));
+        }
+    }
+}
+
+/// Who holds how much.
+#[derive(Debug)]
+struct Holdings {
+    bounds: Bounds,
+    all: u64,
+    /// Those that hold something.
+    peers: HashMap<Peer, u64>,
+    connections: HashMap<ConnectionId, u64>,
+}
+
+impl Holdings {
+    fn new(bounds: Bounds) -> Self {
+        Self { bounds, all: 0, peers: HashMap::new(), connections: HashMap::new() }
+    }
+
+    fn take(&mut self, caller: Caller, amount: u64) -> Result<(), Bound> {
+        let of_connection = self.connections.get(&caller.connection).copied().unwrap_or(0);
+        if of_connection.saturating_add(amount) > self.bounds.connection {
+            return Err(Bound::Connection);
+        }
+        let of_peer = self.peers.get(&caller.peer).copied().unwrap_or(0);
+        let left = self.bounds.total.saturating_sub(self.all).checked_sub(amount).ok_or(Bound::Server)?;
+        if of_peer > 0 && of_peer.saturating_add(amount) > left.saturating_mul(SHARE) {
+            return Err(Bound::Peer);
+        }
+        if amount > 0 {
+            self.all += amount;
+            *self.peers.entry(caller.peer).or_default() += amount;
+            *self.connections.entry(caller.connection).or_default() += amount;
+        }
+        Ok(())
+    }
+
+    fn give_back(&mut self, caller: Caller, amount: u64) {
+        self.all = self.all.saturating_sub(amount);
+        subtract(&mut self.peers, caller.peer, amount);
+        subtract(&mut self.connections, caller.connection, amount);
+    }
+}
+
+/// Entries of nothing are not kept: there would be one for each caller that ever was.
+fn subtract<K: Eq + std::hash::Hash>(held: &mut HashMap<K, u64>, key: K, amount: u64) {
+    if let Some(left) = held.get_mut(&key) {
+        *left = left.saturating_sub(amount);
+        if *left == 0 {
+            held.remove(&key);
+        }
+    }
+}
+
+/// A request that waits for room.
+#[derive(Debug)]
+struct Waiter {
+    caller: Caller,
+    amount: u64,
+    grant: oneshot::Sender<Share>,
+}
+
+/// The requests that wait, by connection and in the order in which they came.
+#[derive(Debug, Default)]
+struct Waiting {
+    connections: BTreeMap<ConnectionId, BTreeMap<u64, Waiter>>,
+    next_ticket: u64,
+    /// The connection that was served last.
+    last: ConnectionId,
+}
+
+impl Waiting {
+    fn add(&mut self, waiter: Waiter) -> u64 {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.connections.entry(waiter.caller.connection).or_default().insert(ticket, waiter);
+        ticket
+    }
+
+    fn remove(&mut self, connection: ConnectionId, ticket: u64) -> Option<Waiter> {
+        let queue = self.connections.get_mut(&connection)?;
+        let waiter = queue.remove(&ticket);
+        if queue.is_empty() {
+            self.connections.remove(&connection);
+        }
+        waiter
+    }
+
+    /// Takes out the first request, in the order of turns, for which there is room, and takes it for it. The first one that is too large for what the
+    /// server has left ends the search, so that smaller ones behind it cannot keep it waiting for ever.
+    fn next(&mut self, holdings: &mut Holdings) -> Option<Waiter> {
+        let turns = self
+            .connections
+            .range((Excluded(self.last), Unbounded))
+            .chain(self.connections.range(..=self.last));
+        let mut found = None;
+        for (connection, queue) in turns {
+            let Some((ticket, waiter)) = queue.first_key_value() else { continue };
+            match holdings.take(waiter.caller, waiter.amount) {
+                Ok(()) => {
+                    found = Some((*connection, *ticket));
+                    break;
+                }
+                Err(Bound::Server) => break,
+                Err(Bound::Peer | Bound::Connection) => {}
+            }
+        }
+        let (connection, ticket) = found?;
+        self.last = connection;
+        self.remove(connection, ticket)
+    }
+}
+
+/// A place among those that wait, left when this is dropped.
+struct Place<'a> {
+    budget: &'a Budget,
+    connection: ConnectionId,
+    ticket: u64,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        // The request behind it may need less.
+        self.budget.settle(|state| drop(state.waiting.remove(self.connection, self.ticket)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::FutureExt as _;
+    use proptest::prelude::*;
+    use std::net::Ipv4Addr;
+
+    const BOUNDS: Bounds = Bounds { what: "marbles", total: 900, connection: 500 };
+
+    fn peer(number: u8) -> Peer {
+        Peer::V4(Ipv4Addr::new(127, 0, 0, number))
+    }
+
+    /// A new connection of this peer.
+    fn caller(number: u8) -> Caller {
+        Caller { peer: peer(number), connection: ConnectionId::next() }
+    }
+
+    fn bound(result: Result<Share, Refusal>) -> Bound {
+        result.unwrap_err().bound()
+    }
+
+    #[test]
+    fn a_connection_has_its_bound_and_one_peer_alone_gets_eight_ninths() {
+        let budget = Budget::new(BOUNDS);
+        let mut first = budget.take(caller(1), 500).unwrap();
+        assert_eq!(first.grow(1).unwrap_err().bound(), Bound::Connection);
+        let _second = budget.take(caller(1), 300).unwrap();
+        assert_eq!(bound(budget.take(caller(1), 1)), Bound::Peer);
+        let _other = budget.take(caller(2), 80).unwrap();
+        assert_eq!(bound(budget.take(caller(3), 21)), Bound::Server);
+        let _last = budget.take(caller(3), 20).unwrap();
+        first.shrink_to(100);
+        assert_eq!(budget.held(), 500);
+    }
+
+    #[test]
+    fn a_refusal_says_which_bound_was_met_and_when_to_try_again() {
+        let refusal = Budget::new(BOUNDS).take(caller(1), 501).unwrap_err();
+        let Error::Exhausted { message, retry_after } = Error::from(refusal) else { panic!("{refusal:?}") };
+        assert!(message.contains("this connection is at its bound of 500 marbles"), "{message}");
+        assert!(retry_after.is_some());
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_taken_and_dropped_the_bounds_hold_and_everything_comes_back(
+            steps in proptest::collection::vec((0usize..6, 0u64..300, any::<bool>()), 0..200),
+        ) {
+            let budget = Budget::new(BOUNDS);
+            // Two connections each of three peers.
+            let callers: Vec<Caller> = (0..6).map(|n| caller(n / 2)).collect();
+            let mut shares: Vec<Vec<Share>> = callers.iter().map(|_| Vec::new()).collect();
+            for (which, amount, is_drop) in steps {
+                if is_drop {
+                    shares[which].pop();
+                } else {
+                    shares[which].extend(budget.take(callers[which], amount));
+                }
+                let held: Vec<u64> = shares.iter().map(|all| all.iter().map(Share::amount).sum()).collect();
+                prop_assert_eq!(budget.held(), held.iter().sum::<u64>());
+                prop_assert!(budget.held() <= BOUNDS.total && held.iter().all(|held| *held <= BOUNDS.connection));
+            }
+            drop(shares);
+            let state = budget.state();
+            prop_assert!(state.holdings.all == 0);
+            prop_assert!(state.holdings.peers.is_empty() && state.holdings.connections.is_empty());
+        }
+    }
+
+    #[tokio::test]
+    async fn those_that_wait_are_served_in_turn_and_one_at_its_own_bound_holds_up_nobody() {
+        let budget = Budget::new(Bounds { what: "marbles", total: 1000, connection: 100 });
+        let (greedy, modest) = (caller(1), caller(2));
+        let held = budget.wait_for(greedy, 100).await.unwrap();
+        let mut waits: Vec<_> = (0..2).map(|_| Box::pin(budget.wait_for(greedy, 100))).collect();
+        for wait in &mut waits {
+            assert!(wait.now_or_never().is_none());
+        }
+        drop(budget.wait_for(modest, 100).now_or_never().unwrap().unwrap());
+        drop(held);
+        let share = waits[0].as_mut().now_or_never().unwrap().unwrap();
+        assert!(waits[1].as_mut().now_or_never().is_none());
+        drop(share);
+        assert!(waits[1].as_mut().now_or_never().unwrap().is_ok());
+        assert!(budget.wait_for(modest, 101).await.is_err(), "what can never be had is not waited for");
+    }
+
+    #[tokio::test]
+    async fn a_large_request_is_not_overtaken_for_ever_by_small_ones() {
+        let budget = Budget::new(Bounds { what: "marbles", total: 100, connection: 100 });
+        let first = budget.wait_for(caller(1), 60).await.unwrap();
+        let mut large = Box::pin(budget.wait_for(caller(2), 80));
+        assert!(large.as_mut().now_or_never().is_none());
+        let mut small = Box::pin(budget.wait_for(caller(3), 10));
+        assert!(small.as_mut().now_or_never().is_none(), "the large one was first");
+        drop(first);
+        assert!(large.as_mut().now_or_never().unwrap().is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_wait_that_is_given_up_leaves_nothing_behind() {
+        let budget = Budget::new(BOUNDS);
+        let held = budget.wait_for(caller(1), 500).await.unwrap();
+        let (mut given_up, mut behind) =
+            (Box::pin(budget.wait_for(caller(2), 500)), Box::pin(budget.wait_for(caller(3), 50)));
+        assert!(given_up.as_mut().now_or_never().is_none());
+        assert!(behind.as_mut().now_or_never().is_none());
+        drop(given_up);
+        assert!(behind.as_mut().now_or_never().unwrap().is_ok(), "its place went to the next");
+        drop((held, behind));
+        let state = budget.state();
+        assert!(state.waiting.connections.is_empty() && state.holdings.all == 0);
+    }
+}

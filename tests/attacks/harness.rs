@@ -1,0 +1,92 @@
+//! What all attacks need: a client on an address of its own, a bystander, and the memory of the server.
+
+use crate::support::Server;
+use gorego::proto::reapi::{GetCapabilitiesRequest, capabilities_client::CapabilitiesClient};
+use std::{
+    fs,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+use tonic::transport::{Channel, Endpoint};
+
+/// Peak resident memory that an attack may cause, with default settings.
+pub const MEMORY_MAX_BYTES: u64 = 600_000_000;
+/// How long the bystander may wait for an answer.
+pub const BYSTANDER_LIMIT: Duration = Duration::from_secs(5);
+/// How often the bystander asks.
+const BYSTANDER_PAUSE: Duration = Duration::from_millis(20);
+
+/// A connection of its own from this loopback address, such as "127.0.0.2".
+pub async fn connect_from(address: &str, server: &Server) -> Channel {
+    let address: IpAddr = address.parse().unwrap();
+    Endpoint::from_shared(server.endpoint()).unwrap().local_address(Some(address)).connect().await.unwrap()
+}
+
+/// Another peer, which asks the server for its capabilities again and again.
+pub struct Bystander {
+    leave: oneshot::Sender<()>,
+    asking: JoinHandle<Verdict>,
+}
+
+/// What a bystander saw.
+pub struct Verdict {
+    /// How many answers it got.
+    pub answers: u64,
+    /// The longest that it waited for one.
+    pub slowest: Duration,
+}
+
+impl Bystander {
+    /// One that has had its first answer.
+    pub async fn beside(server: &Server) -> Self {
+        let mut client = CapabilitiesClient::new(connect_from("127.0.0.2", server).await);
+        client.get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
+        let (leave, mut left) = oneshot::channel();
+        let asking = tokio::spawn(async move {
+            let mut verdict = Verdict { answers: 0, slowest: Duration::ZERO };
+            loop {
+                let begin = Instant::now();
+                let asked = client.get_capabilities(GetCapabilitiesRequest::default());
+                let answer = timeout(BYSTANDER_LIMIT, asked).await;
+                answer.expect("the bystander is answered in time").unwrap();
+                verdict.answers += 1;
+                verdict.slowest = verdict.slowest.max(begin.elapsed());
+                if timeout(BYSTANDER_PAUSE, &mut left).await.is_ok() {
+                    return verdict;
+                }
+            }
+        });
+        Self { leave, asking }
+    }
+
+    /// Asks once more and goes. Panics when an answer took longer than [`BYSTANDER_LIMIT`].
+    pub async fn leave(self) -> Verdict {
+        let _ = self.leave.send(());
+        self.asking.await.unwrap()
+    }
+}
+
+/// Panics when the server has ever had more resident memory than [`MEMORY_MAX_BYTES`].
+pub fn assert_memory_is_bounded(server: &Server) {
+    let peak = peak_memory(server);
+    assert!(peak < MEMORY_MAX_BYTES, "the server had {} MB resident", peak / 1_000_000);
+}
+
+/// The most resident memory that the server has had so far, in bytes.
+pub fn peak_memory(server: &Server) -> u64 {
+    memory(server, "VmHWM")
+}
+
+/// The resident memory of the server at this moment, in bytes.
+#[allow(dead_code)]
+pub fn resident_memory(server: &Server) -> u64 {
+    memory(server, "VmRSS")
+}
+
+fn memory(server: &Server, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).unwrap();
+    let kilobytes: u64 = line.trim().trim_end_matches(" kB").trim().parse().unwrap();
+    kilobytes * 1024
+}

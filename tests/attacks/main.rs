@@ -1,0 +1,22 @@
+//! One client against everybody: what a hostile or broken client may cost the server and the clients beside it.
+//!
+//! Each attack is bounded in count and time. It comes from 127.0.0.1; the bystander comes from 127.0.0.2, which is another
+//! peer. During and after each attack the server's peak resident memory stays under [`harness::MEMORY_MAX_BYTES`], and the
+//! bystander is answered within [`harness::BYSTANDER_LIMIT`].
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+#[allow(dead_code)]
+#[path = "../wire/support.rs"]
+mod support;
+
+/// The attack that does nothing: the harness works, and the server is as it should be at rest.
+#[tokio::test]
+async fn a_bystander_alone_is_answered_at_once() {
+    let server = support::Server::start().await;
+    let bystander = harness::Bystander::beside(&server).await;
+    let verdict = bystander.leave().await;
+    assert!(verdict.answers > 0);
+    harness::assert_memory_is_bounded(&server);
+}

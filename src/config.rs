@@ -87,6 +87,8 @@ pub struct AssetsConfig {
 pub struct HttpConfig {
     /// Where the HTTP/1.1 cache is served; empty for nowhere.
     pub listen_addr: String,
+    /// Names that its requests may be for, beside those of this machine.
+    pub allowed_hosts: Vec<String>,
 }
 
 /// `[instances."NAME"]`: what is different there; everything else is as for all instances.

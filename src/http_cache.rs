@@ -7,6 +7,7 @@
 //!   that gRPC clients see, checked alike on the way in and complete on the way out.
 //! - `/cache/KEY`: opaque values under any key, for tools that have a format of their own. They are stored as blobs, and bound
 //!   to their keys by action results that nobody else asks for, so they are evicted and survive restarts like everything else.
+//!   WebDAV clients find a collection at every key that ends with a slash ([`webdav`]).
 //!
 //! Each may have the name of an instance in front. A hash comes without a size: the store finds the one that it has. Where a
 //! result is put before its Action, the size is not known, and the result is kept under size 0: HTTP clients find it, gRPC
@@ -16,11 +17,13 @@
 
 mod body;
 mod connection;
+pub mod hosts;
 pub mod range;
 mod read;
 mod request_log;
 pub mod resource;
 mod status;
+mod webdav;
 mod write;
 
 use crate::{actors::cas::client::Cas, error::Result, instance::Instances, under_way::UnderWay};
@@ -30,10 +33,12 @@ use axum::{
     http::{HeaderValue, Method, StatusCode, header},
     response::Response,
 };
+use connection::Ends;
 use futures::FutureExt as _;
+use hosts::{Hosts, Refusal};
 use request_log::Line;
 use resource::Resource;
-use std::{future::Future, net::SocketAddr, sync::Arc};
+use std::{future::Future, sync::Arc};
 use tokio::{net::TcpListener, sync::Semaphore};
 
 /// Target of this room's log lines.
@@ -50,6 +55,8 @@ pub struct HttpCache {
     pub instances: Instances,
     /// The store.
     pub cas: Cas,
+    /// The names that requests may be for.
+    pub hosts: Hosts,
     /// Largest blob that is accepted (CAP-15).
     pub max_blob_bytes: u64,
     /// Counts the requests that a shutdown waits for.
@@ -69,14 +76,24 @@ pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Futur
         requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
         decoders: Semaphore::new(MAX_DECODERS),
     });
-    connection::serve(listener, shutdown, move |peer, request| {
-        answer(service.clone(), peer, request).boxed()
+    connection::serve(listener, shutdown, move |ends, request| {
+        answer(service.clone(), ends, request).boxed()
     })
     .await;
 }
 
-async fn answer(service: Arc<Service>, peer: SocketAddr, request: Request) -> Response {
-    let mut line = Line::new(peer, request.method(), request.uri(), service.cache.under_way.begin());
+async fn answer(service: Arc<Service>, ends: Ends, request: Request) -> Response {
+    let mut line = Line::new(ends.peer, request.method(), request.uri(), service.cache.under_way.begin());
+    let host = service.cache.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
+    if let Err(refusal) = host {
+        let (code, why) = match refusal {
+            Refusal::Malformed(why) => (StatusCode::BAD_REQUEST, why.to_owned()),
+            Refusal::Stranger(why) => (StatusCode::MISDIRECTED_REQUEST, why),
+        };
+        let response = status::plain(code, &why);
+        line.refused(why);
+        return line.follow(response);
+    }
     let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
     let decoder = is_encoded.then(|| service.decoders.try_acquire()).transpose();
     let response = match (service.requests.clone().try_acquire_owned(), decoder) {
@@ -127,18 +144,17 @@ async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut Line) -> R
         ("GET", Resource::Result { hash, .. }) => read::result(target, hash).await,
         ("HEAD", Resource::Result { hash, .. }) => read::result(target, hash).await.map(headers),
         ("PUT", Resource::Result { hash, .. }) => write::result(target, hash, request, line).await,
+        ("PROPFIND", Resource::Value { key, .. }) => webdav::properties(target, &key, request, line).await,
+        ("MKCOL", Resource::Value { key, .. }) => webdav::make_collection(target, &key, request, line).await,
+        (_, Resource::Value { key, .. }) if webdav::is_collection(&key) => {
+            Ok(status::not_allowed(webdav::allowed(&key)))
+        }
         ("GET", Resource::Value { key, .. }) => read::value(target, &key, request.headers(), line).await,
         ("HEAD", Resource::Value { key, .. }) => {
             read::value(target, &key, request.headers(), line).await.map(headers)
         }
         ("PUT", Resource::Value { key, .. }) => write::value(target, &key, request, line).await,
-        // What WebDAV clients do before they write: there are no directories, so each is there.
-        ("MKCOL", Resource::Value { .. }) => {
-            Ok(status::plain(StatusCode::CREATED, "there are no directories here"))
-        }
-        ("PROPFIND", Resource::Value { key, .. }) => {
-            read::properties(target, &key, request.uri().path()).await
-        }
+        (_, Resource::Value { key, .. }) => Ok(status::not_allowed(webdav::allowed(&key))),
         _ => Ok(status::not_allowed("GET, HEAD, PUT")),
     }
 }

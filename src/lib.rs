@@ -3,6 +3,7 @@
 //! `ARCHITECTURE.md` is the map of this crate: who owns what, who sends what to whom, and one Execute from file to file.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod acknowledge;
 pub mod action;
 pub mod actors;
 pub mod auxiliary;
@@ -17,6 +18,7 @@ pub mod digest;
 mod disk;
 pub mod error;
 pub mod grpc;
+mod host;
 pub mod http_cache;
 pub mod instance;
 pub mod log_streams;

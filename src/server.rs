@@ -290,6 +290,7 @@ fn serve_http(
     let cache = HttpCache {
         instances: settings.instances.clone(),
         cas: cas.clone(),
+        hosts: settings.http_hosts.clone(),
         max_blob_bytes: settings.max_blob_bytes,
         under_way: under_way.clone(),
     };

@@ -41,7 +41,7 @@ fn resource(path: &str) {
             (if is_blob { "cas" } else { "ac" }, rest)
         }
         Resource::Value { key, .. } => {
-            assert!(!key.is_empty() && key.len() <= MAX_KEY_BYTES && path.ends_with(key));
+            assert!(key.len() <= MAX_KEY_BYTES && path.ends_with(key));
             ("cache", key.clone())
         }
     };

@@ -15,6 +15,7 @@ use crate::{
     compression::LEVELS,
     digest::DigestFunction,
     error::{Error, Result},
+    http_cache::hosts::Hosts,
     instance::{Instances, Policy},
     log_streams::{Limits, MAX_STREAM_BYTES},
     platform::UnknownProperties,
@@ -97,6 +98,8 @@ pub struct Settings {
     pub assets: AssetSettings,
     /// Where the HTTP/1.1 cache is served, if at all.
     pub http_addr: Option<SocketAddr>,
+    /// The names that its requests may be for.
+    pub http_hosts: Hosts,
     /// The file that was read, for logs.
     pub config_file: Option<PathBuf>,
     /// What an operator should know although it is allowed; to be logged once logging works.
@@ -196,6 +199,7 @@ impl Settings {
         let mut warnings = Vec::new();
         check_exposure(&mut check, &mut warnings, "listen_addr", config.listen_addr);
         let http_addr = http_address(&mut check, &mut warnings);
+        let http_hosts = http_hosts(&mut check);
         let instances = instances(&mut check);
         let cache_dir = if !config.local_cache_dir.as_os_str().is_empty() {
             check.directory("local_cache_dir", &config.local_cache_dir, machine)
@@ -241,6 +245,7 @@ impl Settings {
                 log_streams,
                 assets,
                 http_addr,
+                http_hosts,
                 config_file: loaded.file.clone(),
                 warnings,
             }),
@@ -349,6 +354,13 @@ fn http_address(check: &mut Check<'_>, warnings: &mut Vec<String>) -> Option<Soc
             None
         }
     }
+}
+
+fn http_hosts(check: &mut Check<'_>) -> Hosts {
+    Hosts::parse(&check.loaded.config.http.allowed_hosts).unwrap_or_else(|problem| {
+        check.refuse("http.allowed_hosts", &problem);
+        Hosts::default()
+    })
 }
 
 fn assets(check: &mut Check<'_>, cache_dir: &Path) -> AssetSettings {

@@ -3,7 +3,7 @@
 //! Options are set on each accepted socket, because tonic's own settings do not reach sockets that it did not accept itself.
 //! When the process is out of descriptors, accepting pauses instead of spinning.
 
-use crate::caller::Caller;
+use crate::{acknowledge::Prompt, caller::Caller};
 use futures::stream::{Stream, StreamExt as _};
 use std::{
     io,
@@ -24,7 +24,7 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 
 /// The connections of a listener. Nagle's algorithm is off: with it every small answer waits for the client's delayed
-/// acknowledgement, some 40 ms.
+/// acknowledgement, some 40 ms. Clients that leave it on are not made to wait either.
 pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Connection>> {
     TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(TCP_KEEPALIVE)).then(
         |accepted| async {
@@ -45,7 +45,7 @@ pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Conne
 /// An accepted connection, which knows who is at its other end.
 #[derive(Debug)]
 pub struct Connection {
-    stream: TcpStream,
+    stream: Prompt,
     info: ConnectionInfo,
 }
 
@@ -61,7 +61,10 @@ pub struct ConnectionInfo {
 impl Connection {
     fn new(stream: TcpStream) -> io::Result<Self> {
         let address = stream.peer_addr()?;
-        Ok(Self { stream, info: ConnectionInfo { address, caller: Caller::connected(address) } })
+        Ok(Self {
+            stream: Prompt::new(stream),
+            info: ConnectionInfo { address, caller: Caller::connected(address) },
+        })
     }
 }
 
@@ -131,7 +134,7 @@ mod tests {
         let mut connections = pin!(connections(listener));
         for _ in 0..2 {
             let _client = TcpStream::connect(address).await.unwrap();
-            assert!(connections.next().await.unwrap().unwrap().stream.nodelay().unwrap());
+            assert!(connections.next().await.unwrap().unwrap().stream.get_ref().nodelay().unwrap());
         }
     }
 }

@@ -48,12 +48,6 @@ impl server::LogStreamService for LogStreamService {
         // Whether there is such a service does not depend on the question.
         self.0.log_streams.check_creation()?;
         let parent = request.into_inner().parent;
-        if parent.is_empty() {
-            return Err(Error::invalid(
-                "parent is empty; it is an instance name or [instance/]operations/{id}",
-            )
-            .into());
-        }
         let (instance, operation) = self.parent(&parent)?;
         call.instance(&instance);
         if let Some(id) = operation {
@@ -80,8 +74,8 @@ impl LogStreamService {
     }
 }
 
-/// What the parent of a stream is: an instance, or an operation in one. Of the default instance, whose name is empty, only
-/// operations can be named as parents.
+/// What the parent of a stream is: an instance, or an operation in one. The API leaves it to the server what a parent may be;
+/// the empty name is the instance of that name, as in every other call, where the server has one (LOG-01).
 fn parent_of(instances: &Instances, parent: &str) -> Result<(Instance, Option<OperationId>)> {
     let is_operation = parent.split('/').rev().nth(1) == Some("operations");
     if !is_operation {

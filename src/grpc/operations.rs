@@ -129,17 +129,10 @@ impl OperationsService {
     }
 }
 
-/// The instance name in `operations` or `{instance}/operations`; `None` for the empty name, which names none.
-fn collection(name: &str) -> Result<Option<&str>> {
-    if name.is_empty() {
-        return Ok(None);
-    }
-    convert::operations_of(name).map(Some).ok_or_else(|| {
-        Error::Invalid(format!(
-            "name \"{}\" is malformed; the form is [instance/]operations",
-            name.escape_debug()
-        ))
-    })
+/// The instance whose operations are listed: by the name of the collection, `[instance/]operations`, or by its own (BuildGrid's
+/// `bgd` sends that). `None` for the empty name, which names none.
+fn collection(name: &str) -> Option<&str> {
+    (!name.is_empty()).then(|| convert::operations_of(name).unwrap_or(name))
 }
 
 /// A ListOperations request, checked.
@@ -157,7 +150,7 @@ impl Listing {
     /// collection or, for clients that name none, that in the filter, else the default one.
     fn decode(instances: &Instances, request: &ListOperationsRequest) -> Result<Self> {
         let Filter { instance, operations: filter } = filter::parse(&request.filter)?;
-        let instance = match (collection(&request.name)?, &instance) {
+        let instance = match (collection(&request.name), &instance) {
             (Some(named), Some(wanted)) if named != wanted => {
                 return Err(Error::Invalid(format!(
                     "the name is of instance \"{}\" and the filter of instance \"{}\"; a listing is of one",
@@ -165,7 +158,9 @@ impl Listing {
                     wanted.escape_debug()
                 )));
             }
-            (Some(named), _) => instances.get(named)?,
+            (Some(named), _) => instances.get(named).map_err(|error| {
+                Error::Invalid(format!("name: {error}; the forms are [instance/]operations and instance"))
+            })?,
             (None, wanted) => instances.get(wanted.as_deref().unwrap_or_default())?,
         };
         let binding = format!("operations of {:?} with {filter:?}", instance.name());
@@ -216,12 +211,16 @@ mod tests {
             ("operations", "instance=\"\"", ""),
             ("a/b/operations", "", "a/b"),
             ("a/b/operations", "instance=a/b", "a/b"),
+            ("a/b", "", "a/b"),
+            ("a/b", "instance=a/b", "a/b"),
             ("", "done=true instance=\"a/b\"", "a/b"),
         ] {
             assert_eq!(decode(name, filter).unwrap().instance.name(), instance);
         }
         for (name, filter) in [
-            ("a/b", ""),
+            ("a", ""),
+            ("a/b/", ""),
+            ("a/b", "instance=\"\""),
             ("nope/operations", ""),
             ("/operations", ""),
             ("operations/1", ""),

@@ -3,7 +3,7 @@
 //! No client is waited for without a limit: for the head of a request it is here, for its body in [`super::body`], and for
 //! one that does not read its answer in the kernel.
 
-use crate::caller::Caller;
+use crate::{acknowledge::Prompt, caller::Caller};
 use axum::{
     body::Body,
     extract::Request,
@@ -21,7 +21,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     pin::{Pin, pin},
     sync::{
         Arc,
@@ -50,11 +50,20 @@ const LINGER: Duration = Duration::from_secs(2);
 /// Bytes that are thrown away at a time.
 const LINGER_BYTES: usize = 16 * 1024;
 
+/// The two ends of a connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Ends {
+    /// The client's.
+    pub peer: SocketAddr,
+    /// The address of ours that the client has connected to.
+    pub here: IpAddr,
+}
+
 /// Accepts connections until `shutdown` ends, then waits for the end of those that there are.
 pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
-    answer: impl Fn(SocketAddr, Request) -> BoxFuture<'static, Response> + Clone + Send + Sync + Unpin + 'static,
+    answer: impl Fn(Ends, Request) -> BoxFuture<'static, Response> + Clone + Send + Sync + Unpin + 'static,
 ) {
     let mut listener = listener.tap_io(prepare);
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -69,12 +78,15 @@ pub async fn serve(
             () = &mut shutdown => break,
             next = next => next,
         };
+        // Without an address of ours, only requests for loopback and for listed names are answered.
+        let here = stream.local_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip());
+        let ends = Ends { peer, here };
         let (answer, closed) = (answer.clone(), closing.subscribe());
         let caller = Caller::connected(peer);
         tokio::spawn(async move {
             let answer = move |mut request: Request| {
                 request.extensions_mut().insert(caller);
-                answer(peer, request)
+                answer(ends, request)
             };
             serve_one(stream, closed, answer).await;
             drop(place);
@@ -112,7 +124,7 @@ async fn serve_one(
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(Prompt::new(stream)), service);
     // What went wrong is in the line of the request, if there was one.
     let closing = async { drop(closing.wait_for(|closing| *closing).await) };
     let is_over = select! {
@@ -158,7 +170,7 @@ impl hyper::body::Body for Watched {
 }
 
 /// Says that nothing more comes from here, and waits a little for the client to say the same.
-async fn linger(mut stream: TcpStream) {
+async fn linger(mut stream: Prompt) {
     let rest = async {
         let mut buffer = vec![0; LINGER_BYTES];
         stream.shutdown().await?;

@@ -5,7 +5,7 @@ use super::{
     body::{accepts_zstd, of_blob, of_zstd},
     range::{self, Asked},
     request_log::Line,
-    resource::{Hash, MAX_KEY_BYTES},
+    resource::Hash,
     status,
 };
 use crate::{
@@ -63,28 +63,6 @@ pub async fn result((cache, instance): Target<'_>, hash: Hash) -> Result<Respons
     Ok(response)
 }
 
-/// What WebDAV clients ask before they write: is it there, and how long is it? A key that ends with a slash is a directory,
-/// and every directory is there.
-pub async fn properties(target: Target<'_>, key: &str, path: &str) -> Result<Response> {
-    let properties = if key.ends_with('/') {
-        "<D:resourcetype><D:collection/></D:resourcetype>".to_owned()
-    } else {
-        let size = value_digest(target, key).await?.size();
-        format!("<D:resourcetype/><D:getcontentlength>{size}</D:getcontentlength>")
-    };
-    let shown: String = path.chars().take(MAX_KEY_BYTES).collect();
-    let href = shown.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    let text = format!(
-        "<?xml version=\"1.0\" encoding=\"utf-8\"?><D:multistatus xmlns:D=\"DAV:\"><D:response><D:href>{href}</D:href>\
-         <D:propstat><D:prop>{properties}<D:getlastmodified>Thu, 01 Jan 1970 00:00:00 GMT</D:getlastmodified></D:prop>\
-         <D:status>HTTP/1.1 200 OK</D:status></D:propstat></D:response></D:multistatus>"
-    );
-    let mut response = status::plain(StatusCode::MULTI_STATUS, &text);
-    let kind = HeaderValue::from_static("application/xml; charset=utf-8");
-    response.headers_mut().insert(header::CONTENT_TYPE, kind);
-    Ok(response)
-}
-
 /// A hash of a function that may be used with this instance.
 pub fn like(instance: &Instance, hash: Hash) -> Result<Digest> {
     instance.digest_in_name(hash.like, hash.function_is_named)
@@ -98,7 +76,8 @@ pub fn value_action(instance: &Instance, key: &str) -> Result<Digest> {
 /// The path by which such a result names its value.
 pub const VALUE_PATH: &str = "value";
 
-async fn value_digest((cache, instance): Target<'_>, key: &str) -> Result<Digest> {
+/// What is stored under a key.
+pub async fn value_digest((cache, instance): Target<'_>, key: &str) -> Result<Digest> {
     let absent = || Error::NotFound(format!("key \"{}\" has no value here", key.escape_debug()));
     let action = value_action(instance, key)?;
     let result = cache.cas.get_result(instance, action).await?.ok_or_else(absent)?;

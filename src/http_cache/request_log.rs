@@ -92,6 +92,11 @@ impl Line {
         }
     }
 
+    /// Notes why a request was not looked at.
+    pub fn refused(&mut self, why: String) {
+        self.error = shorten(why, ERROR_MAX_BYTES);
+    }
+
     /// Keeps a request counted until its response is over.
     pub fn hold(&mut self, permit: OwnedSemaphorePermit) {
         self.permit = Some(permit);

@@ -36,7 +36,7 @@ pub enum Resource {
     Value {
         /// The instance part; not looked up.
         instance_name: String,
-        /// Everything after the keyword, as it stands.
+        /// Everything after the keyword, as it stands. One that is empty or ends with a slash is a collection of WebDAV's.
         key: String,
     },
 }
@@ -70,9 +70,8 @@ impl Resource {
         match rest {
             ["cache", key @ ..] => {
                 let key = key.join("/");
-                let fits = !key.is_empty() && key.len() <= MAX_KEY_BYTES;
-                let refuse = || Error::Invalid(format!("a key has between 1 and {MAX_KEY_BYTES} bytes"));
-                fits.then_some(Self::Value { instance_name, key }).ok_or_else(refuse)
+                let refuse = || Error::Invalid(format!("a key has at most {MAX_KEY_BYTES} bytes"));
+                (key.len() <= MAX_KEY_BYTES).then_some(Self::Value { instance_name, key }).ok_or_else(refuse)
             }
             ["cas", hash @ ..] => Ok(Self::Blob { instance_name, hash: parse_hash(hash)? }),
             ["ac", hash @ ..] => Ok(Self::Result { instance_name, hash: parse_hash(hash)? }),
@@ -126,6 +125,14 @@ mod tests {
             let value = Resource::parse(&format!("{path}/cache/ac/0/x")).unwrap();
             assert_eq!(value, Resource::Value { instance_name: instance.into(), key: "ac/0/x".into() });
         }
+        for (path, key) in [("/cache", ""), ("/main/cache/", ""), ("/cache/a/b/", "a/b/"), ("/cache//", "/")]
+        {
+            let value = Resource::parse(path).unwrap();
+            assert!(
+                matches!(&value, Resource::Value { key: named, .. } if named == key),
+                "{path}: {value:?}"
+            );
+        }
         assert_eq!(Resource::parse("/").unwrap(), Resource::Root);
         assert_eq!(Resource::parse("/healthz").unwrap(), Resource::Health);
     }
@@ -146,9 +153,8 @@ mod tests {
             format!("/cas/{HASH}/1"),
             format!("/cas/{HASH}/"),
             format!("/cas/nonsense/{HASH}"),
-            "/cache".into(),
-            "/cache/".into(),
             format!("/cache/{long}"),
+            format!("/cache/{long}/"),
         ] {
             assert!(matches!(Resource::parse(&path), Err(Error::Invalid(_))), "{path}");
         }

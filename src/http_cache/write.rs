@@ -84,7 +84,8 @@ pub async fn value(
     Ok(created())
 }
 
-fn check_writable(instance: &Instance) -> Result<()> {
+/// Refuses what only clients that may write results may do.
+pub fn check_writable(instance: &Instance) -> Result<()> {
     if instance.policy().action_cache_updates {
         return Ok(());
     }
@@ -95,6 +96,7 @@ fn provenance(line: &Line) -> Provenance {
     Provenance { peer: line.peer().to_string(), ..Provenance::default() }
 }
 
-fn created() -> Response {
+/// The answer to a request that has made something.
+pub fn created() -> Response {
     status::plain(StatusCode::CREATED, "stored")
 }

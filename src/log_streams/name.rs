@@ -17,7 +17,7 @@ const SHOWN_CHARS: usize = 300;
 /// A well-formed name of a log stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogName {
-    /// An instance name or the name of an operation; empty for streams of actions in the default instance.
+    /// An instance name, which may be empty, or the name of an operation.
     pub parent: String,
     /// Which stream.
     pub id: StreamId,

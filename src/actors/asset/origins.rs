@@ -3,30 +3,22 @@
 //! A host is judged by its name before anything is resolved, and again at every redirect; each address that a name resolves to
 //! is judged before it is connected to, so a name cannot be pointed at the inside of the network after it was judged.
 
+use crate::host::{HostRule, bare};
 use reqwest::Url;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// What may be contacted; nothing by default.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Origins {
-    hosts: Vec<HostRule>,
+    hosts: Vec<OriginRule>,
     networks: Vec<Network>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct HostRule {
-    name: NameRule,
+struct OriginRule {
+    host: HostRule,
     /// `None` for any.
     port: Option<u16>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum NameRule {
-    Any,
-    /// This name or address.
-    Is(String),
-    /// Every name with this ending, which begins with a dot.
-    Below(String),
 }
 
 /// A range of addresses.
@@ -56,7 +48,7 @@ impl Origins {
             text: format!("\"{}\" is not {form}", text.escape_debug()),
         };
         let host = |text: &String| {
-            HostRule::parse(text).ok_or_else(|| {
+            OriginRule::parse(text).ok_or_else(|| {
                 let form =
                     "a host, such as \"example.com\", \"example.com:8443\", \"*.example.com\" or \"*\"";
                 refuse("assets.allowed_hosts", text, form)
@@ -87,14 +79,14 @@ impl Origins {
         let host = bare(host);
         let port = url.port_or_known_default();
         let mut rules = self.hosts.iter().filter(|rule| rule.port.is_none() || rule.port == port);
-        let matching: Vec<&NameRule> =
-            rules.by_ref().map(|rule| &rule.name).filter(|name| name.covers(&host)).collect();
+        let matching: Vec<&HostRule> =
+            rules.by_ref().map(|rule| &rule.host).filter(|rule| rule.covers(&host)).collect();
         if matching.is_empty() {
             return Err(format!("host \"{host}\" is not in assets.allowed_hosts of this server"));
         }
         match host.parse() {
             // An address that is listed by itself needs no further leave.
-            Ok(address) if !matching.iter().any(|rule| matches!(rule, NameRule::Is(_))) => {
+            Ok(address) if !matching.iter().any(|rule| matches!(rule, HostRule::Is(_))) => {
                 self.check_address(address)
             }
             _ => Ok(()),
@@ -115,13 +107,7 @@ impl Origins {
     }
 }
 
-/// A host without brackets, final dot and capitals.
-fn bare(host: &str) -> String {
-    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-    host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase()
-}
-
-impl HostRule {
+impl OriginRule {
     fn parse(text: &str) -> Option<Self> {
         // "::1" and "[::1]:80" are hosts too.
         let (host, port) = match text.rsplit_once(':') {
@@ -130,31 +116,7 @@ impl HostRule {
             }
             _ => (text, None),
         };
-        if host == "*." {
-            return None;
-        }
-        let host = bare(host);
-        let name = match host.strip_prefix('*') {
-            Some("") => NameRule::Any,
-            Some(tail) if tail.len() > 1 && tail.starts_with('.') => NameRule::Below(tail.into()),
-            Some(_) => return None,
-            None => NameRule::Is(host.clone()),
-        };
-        let named = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':');
-        let fine = !host.is_empty() && host.trim_start_matches('*').chars().all(named);
-        let is_name = !host.contains(':') || host.parse::<Ipv6Addr>().is_ok();
-        (fine && is_name).then_some(Self { name, port })
-    }
-}
-
-impl NameRule {
-    fn covers(&self, host: &str) -> bool {
-        match self {
-            Self::Any => true,
-            Self::Is(name) => name == host,
-            // An address is not below anything.
-            Self::Below(tail) => host.ends_with(tail.as_str()) && host.parse::<IpAddr>().is_err(),
-        }
+        Some(Self { host: HostRule::parse(host)?, port })
     }
 }
 

@@ -1,0 +1,145 @@
+//! [`Prompt`]: a TCP stream that acknowledges what it has read as soon as it waits for more.
+//!
+//! The kernel holds an acknowledgement back for some 40 ms, to send it along with an answer. A client that leaves Nagle's
+//! algorithm on and writes a request in two pieces (ccache: head and body) holds its second piece back until the first is
+//! acknowledged, so each waits for the other. The kernel's option against that is not lasting (tcp(7), `TCP_QUICKACK`), so it
+//! is set whenever a reader has taken all that there is and nothing was written since, which would have carried the
+//! acknowledgement.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+
+/// A TCP stream whose client is not kept waiting for acknowledgements.
+#[derive(Debug)]
+pub struct Prompt {
+    stream: TcpStream,
+    /// Bytes were read of which the client may not have heard.
+    owed: bool,
+}
+
+impl Prompt {
+    /// Wraps a stream from which nothing was read yet.
+    pub fn new(stream: TcpStream) -> Self {
+        Self { stream, owed: false }
+    }
+
+    /// The stream itself.
+    #[cfg(test)]
+    pub fn get_ref(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    fn stream(self: Pin<&mut Self>) -> Pin<&mut TcpStream> {
+        Pin::new(&mut self.get_mut().stream)
+    }
+
+    /// What was written carries the acknowledgement.
+    fn wrote(mut self: Pin<&mut Self>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if matches!(written, Poll::Ready(Ok(bytes)) if bytes > 0) {
+            self.owed = false;
+        }
+        written
+    }
+}
+
+impl AsyncRead for Prompt {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let read = self.as_mut().stream().poll_read(context, buffer);
+        if read.is_pending() && std::mem::take(&mut self.owed) {
+            // Without it the connection is slow, and no worse.
+            let _ = rustix::net::sockopt::set_tcp_quickack(&self.stream, true);
+        }
+        ready!(read)?;
+        self.owed |= buffer.filled().len() > before;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Prompt {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = self.as_mut().stream().poll_write(context, bytes);
+        self.wrote(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = self.as_mut().stream().poll_write_vectored(context, slices);
+        self.wrote(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream().poll_flush(context)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream().poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        io::{Read as _, Write as _},
+        time::{Duration, Instant},
+    };
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+
+    /// The median of some requests that a client writes in two pieces, with Nagle's algorithm on. It takes 40 ms and more where
+    /// the first piece is acknowledged late.
+    #[tokio::test]
+    async fn a_request_in_two_pieces_does_not_wait_for_an_acknowledgement() {
+        const REQUESTS: usize = 41;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let client = tokio::task::spawn_blocking(move || {
+            let mut stream = std::net::TcpStream::connect(address).unwrap();
+            let mut times: Vec<Duration> = (0..REQUESTS)
+                .map(|_| {
+                    let start = Instant::now();
+                    stream.write_all(b"head").unwrap();
+                    stream.write_all(b"body").unwrap();
+                    stream.read_exact(&mut [0; 6]).unwrap();
+                    start.elapsed()
+                })
+                .collect();
+            times.sort_unstable();
+            times[REQUESTS / 2]
+        });
+        let (stream, _) = listener.accept().await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        let mut stream = Prompt::new(stream);
+        for _ in 0..REQUESTS {
+            stream.read_exact(&mut [0; 8]).await.unwrap();
+            stream.write_all(b"answer").await.unwrap();
+        }
+        let median = client.await.unwrap();
+        assert!(median < Duration::from_millis(25), "{median:?}");
+    }
+}

@@ -1,0 +1,181 @@
+//! [`Hosts`]: the names under which the HTTP port answers. Pure.
+//!
+//! A web page can point a name of its own at this machine (DNS rebinding). To the browser this server is then that page's own
+//! site, and the page may read and write all that is here. The name is in every request, so a name that nobody gave this
+//! server is refused. Addresses cannot be rebound, but only those that lead here are of use: loopback, and the one that the
+//! connection was made to.
+
+use crate::host::{HostRule, bare};
+use axum::http::{HeaderMap, HeaderValue, Uri, Version, header, uri::Authority};
+use std::net::IpAddr;
+
+/// How much of a refused host an answer repeats, in characters.
+const SHOWN_CHARS: usize = 100;
+
+/// The hosts that are configured, beside those that are always answered.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Hosts(Vec<HostRule>);
+
+/// Why a request is not answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// It does not say for which host it is, or says it in a way that HTTP does not have (RFC 9112, 3.2).
+    Malformed(&'static str),
+    /// It is for a host that is not this server.
+    Stranger(String),
+}
+
+impl Hosts {
+    /// Reads `http.allowed_hosts`.
+    ///
+    /// # Errors
+    /// What is wrong with the first entry that is no host.
+    pub fn parse(hosts: &[String]) -> Result<Self, String> {
+        let rule = |text: &String| {
+            HostRule::parse(text).ok_or_else(|| {
+                format!(
+                    "\"{}\" is not a host without a port, such as \"cache.example.com\", \"*.example.com\" or \"*\"",
+                    text.escape_debug()
+                )
+            })
+        };
+        Ok(Self(hosts.iter().map(rule).collect::<Result<_, _>>()?))
+    }
+
+    /// Judges the host of a request that came over a connection to `reached`.
+    ///
+    /// # Errors
+    /// Why it is not answered.
+    pub fn check(
+        &self,
+        version: Version,
+        uri: &Uri,
+        headers: &HeaderMap,
+        reached: IpAddr,
+    ) -> Result<(), Refusal> {
+        let Some(host) = host_of(version, uri, headers).map_err(Refusal::Malformed)? else { return Ok(()) };
+        let leads_here = host
+            .parse::<IpAddr>()
+            .map(|address| address.to_canonical())
+            .is_ok_and(|address| address.is_loopback() || address == reached.to_canonical());
+        if leads_here || host == "localhost" || self.0.iter().any(|rule| rule.covers(&host)) {
+            return Ok(());
+        }
+        let shown: String = host.chars().take(SHOWN_CHARS).collect();
+        Err(Refusal::Stranger(format!(
+            "this server does not answer for host \"{}\"; if it is a name of this server, list it in http.allowed_hosts",
+            shown.escape_debug()
+        )))
+    }
+}
+
+/// The host of a request, bare. `None` where HTTP/1.0 leaves it out, which no browser speaks.
+fn host_of(version: Version, uri: &Uri, headers: &HeaderMap) -> Result<Option<String>, &'static str> {
+    let mut values = headers.get_all(header::HOST).iter();
+    let host = match (values.next(), values.next()) {
+        (_, Some(_)) => return Err("the request has more than one Host field"),
+        (None, None) if version >= Version::HTTP_11 => return Err("the request has no Host field"),
+        (host, None) => host.map(authority).transpose()?,
+    };
+    // A target with a host of its own goes before the field (RFC 9112, 3.2.2).
+    match uri.authority() {
+        Some(target) if target.as_str().contains('@') => Err("the target of the request has a user in it"),
+        Some(target) => Ok(Some(bare(target.host()))),
+        None => Ok(host.map(|host| bare(host.host()))),
+    }
+}
+
+/// A Host field, taken apart.
+fn authority(value: &HeaderValue) -> Result<Authority, &'static str> {
+    let parsed = Authority::try_from(value.as_bytes()).ok();
+    let is_fine = |authority: &Authority| !authority.host().is_empty() && !authority.as_str().contains('@');
+    parsed.filter(is_fine).ok_or("the Host field of the request is no host with a port")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::extract::Request;
+
+    fn check(allowed: &[&str], version: Version, target: &str, hosts: &[&str]) -> Result<(), Refusal> {
+        let allowed: Vec<String> = allowed.iter().map(ToString::to_string).collect();
+        let mut request = Request::builder().version(version).uri(target);
+        for host in hosts {
+            request = request.header(header::HOST, *host);
+        }
+        let request = request.body(()).unwrap();
+        let reached = "192.0.2.7".parse().unwrap();
+        Hosts::parse(&allowed).unwrap().check(version, request.uri(), request.headers(), reached)
+    }
+
+    fn answers(allowed: &[&str], host: &str) -> bool {
+        match check(allowed, Version::HTTP_11, "/", &[host]) {
+            Err(Refusal::Malformed(why)) => panic!("{host}: {why}"),
+            judged => judged.is_ok(),
+        }
+    }
+
+    #[test]
+    fn names_of_this_machine_are_answered_on_any_port_and_all_others_only_when_they_are_listed() {
+        for host in [
+            "localhost",
+            "LOCALHOST:80",
+            "localhost.",
+            "127.0.0.1:50052",
+            "127.8.9.1",
+            "[::1]:1",
+            "192.0.2.7:9",
+        ] {
+            assert!(answers(&[], host), "{host}");
+        }
+        let listed = ["cache.test", "*.corp.test", "10.0.0.9"];
+        for host in ["cache.test:8080", "Cache.Test", "a.b.corp.test", "10.0.0.9:1"] {
+            assert!(answers(&listed, host) && !answers(&[], host), "{host}");
+        }
+        for host in [
+            "evil.test",
+            "localhost.evil.test",
+            "127.0.0.1.evil.test:50052",
+            "x.localhost",
+            "corp.test",
+            "cache.test.evil.test",
+            "192.0.2.8",
+            "0.0.0.0",
+            "[::]",
+            "0x7f.1",
+        ] {
+            assert!(!answers(&listed, host) && answers(&["*"], host), "{host}");
+        }
+    }
+
+    #[test]
+    fn the_answer_names_the_setting_and_not_too_much_of_the_host() {
+        let judged = check(&[], Version::HTTP_11, "/", &[&"a".repeat(5_000)]);
+        let Err(Refusal::Stranger(text)) = judged else { panic!("{judged:?}") };
+        assert!(text.contains("http.allowed_hosts") && text.len() < 300, "{text}");
+    }
+
+    /// RFC 9112, 3.2.
+    #[test]
+    fn a_request_says_its_host_once_and_the_target_goes_before_the_field() {
+        let malformed = |judged| matches!(judged, Err(Refusal::Malformed(_)));
+        let stranger = |judged| matches!(judged, Err(Refusal::Stranger(_)));
+        assert!(malformed(check(&["*"], Version::HTTP_11, "/", &[])));
+        assert!(malformed(check(&["*"], Version::HTTP_11, "/", &["localhost", "localhost"])));
+        assert!(malformed(check(&["*"], Version::HTTP_11, "/", &["evil@localhost"])));
+        assert!(malformed(check(&["*"], Version::HTTP_11, "/", &[""])));
+        assert!(malformed(check(&["*"], Version::HTTP_11, "/", &["local host"])));
+        assert!(malformed(check(&["*"], Version::HTTP_11, "http://localhost/", &[])));
+        assert!(check(&[], Version::HTTP_10, "/", &[]).is_ok());
+        assert!(stranger(check(&[], Version::HTTP_10, "/", &["evil.test"])));
+        assert!(stranger(check(&[], Version::HTTP_11, "http://evil.test/", &["localhost"])));
+        assert!(check(&[], Version::HTTP_11, "http://localhost/", &["evil.test"]).is_ok());
+    }
+
+    #[test]
+    fn entries_that_are_no_host_are_refused() {
+        for entry in ["", "http://x", "x:80", "*x", "a b", "x/"] {
+            assert!(Hosts::parse(&[entry.into()]).is_err(), "{entry}");
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! PROPFIND and MKCOL: what WebDAV clients (sccache) do before they write (RFC 4918).
+//!
+//! There are no directories in the store, so every collection exists from the start and making one changes nothing. The
+//! members of a collection are not known: a collection is described by itself, and a client that asks for everything below
+//! it (`Depth: infinity`) is refused, as the RFC allows. Every answer is small, whatever is asked.
+
+use super::{
+    HttpCache,
+    body::Upload,
+    read::value_digest,
+    request_log::Line,
+    status,
+    write::{check_writable, created},
+};
+use crate::{
+    error::{Error, Result},
+    instance::Instance,
+};
+use axum::{
+    extract::Request,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::Response,
+};
+use std::fmt::Write as _;
+
+/// Longest body of a PROPFIND. It is read and not looked at: all properties are sent, whichever are asked for.
+const MAX_BODY_BYTES: u64 = 64 * 1024;
+/// Nothing here has a time of its own, and clients insist on one.
+const MODIFIED: &str = "<D:getlastmodified>Thu, 01 Jan 1970 00:00:00 GMT</D:getlastmodified>";
+
+type Target<'a> = (&'a HttpCache, &'a Instance);
+
+/// The properties of a key or, when it is empty or ends with a slash, of a collection.
+pub async fn properties(
+    target: Target<'_>,
+    key: &str,
+    request: Request,
+    line: &mut Line,
+) -> Result<Response> {
+    let is_collection = is_collection(key);
+    let depth = Depth::of(request.headers())?;
+    let body = Upload::new(request, MAX_BODY_BYTES)?.collect(line).await;
+    body.map_err(|error| match error {
+        Error::OutOfRange(_) => {
+            Error::OutOfRange(format!("a PROPFIND request has at most {MAX_BODY_BYTES} bytes"))
+        }
+        other => other,
+    })?;
+    if is_collection && depth == Depth::Infinity {
+        let text = "<D:error xmlns:D=\"DAV:\"><D:propfind-finite-depth/></D:error>";
+        return Ok(xml(StatusCode::FORBIDDEN, text));
+    }
+    let properties = if is_collection {
+        "<D:resourcetype><D:collection/></D:resourcetype>".to_owned()
+    } else {
+        let size = value_digest(target, key).await?.size();
+        format!("<D:resourcetype/><D:getcontentlength>{size}</D:getcontentlength>")
+    };
+    let href = href(target.1.name(), key);
+    let text = format!(
+        "<D:multistatus xmlns:D=\"DAV:\"><D:response><D:href>{href}</D:href><D:propstat><D:prop>{properties}{MODIFIED}</D:prop>\
+         <D:status>HTTP/1.1 200 OK</D:status></D:propstat></D:response></D:multistatus>"
+    );
+    Ok(xml(StatusCode::MULTI_STATUS, &text))
+}
+
+/// Makes a collection: a success that changes nothing, unless there is something of that name.
+pub async fn make_collection(
+    target: Target<'_>,
+    key: &str,
+    request: Request,
+    line: &mut Line,
+) -> Result<Response> {
+    check_writable(target.1)?;
+    let body = Upload::new(request, MAX_BODY_BYTES)?.next(line).await?;
+    if body.is_some() {
+        return Err(Error::Unimplemented("a MKCOL request has no body here".into()));
+    }
+    let name = key.trim_end_matches('/');
+    if name.is_empty() {
+        return Ok(status::not_allowed(allowed(key)));
+    }
+    match value_digest(target, name).await {
+        Ok(_) => Ok(status::not_allowed(allowed(name))),
+        Err(Error::NotFound(_)) => Ok(created()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether a key is the name of a collection: all of them, or all below a slash.
+pub fn is_collection(key: &str) -> bool {
+    key.is_empty() || key.ends_with('/')
+}
+
+/// The methods that a key has.
+pub fn allowed(key: &str) -> &'static str {
+    if is_collection(key) { "PROPFIND, MKCOL" } else { "GET, HEAD, PUT, PROPFIND, MKCOL" }
+}
+
+/// How far below a collection is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Depth {
+    /// The thing itself.
+    Zero,
+    /// Its members too, of which none are known.
+    One,
+    /// All below it; also when nothing is said.
+    Infinity,
+}
+
+impl Depth {
+    fn of(headers: &HeaderMap) -> Result<Self> {
+        let mut values = headers.get_all("depth").iter();
+        match (values.next().map(HeaderValue::as_bytes), values.next()) {
+            (None, _) => Ok(Self::Infinity),
+            (Some(b"0"), None) => Ok(Self::Zero),
+            (Some(b"1"), None) => Ok(Self::One),
+            (Some(text), None) if text.eq_ignore_ascii_case(b"infinity") => Ok(Self::Infinity),
+            _ => Err(Error::invalid("Depth is 0, 1 or infinity")),
+        }
+    }
+}
+
+fn xml(code: StatusCode, text: &str) -> Response {
+    let mut response = status::plain(code, &format!("<?xml version=\"1.0\" encoding=\"utf-8\"?>{text}"));
+    let kind = HeaderValue::from_static("application/xml; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response
+}
+
+/// The path of a key as a URI in XML. Whatever is not surely harmless in both is percent-encoded.
+fn href(instance: &str, key: &str) -> String {
+    let mut text = String::from("/");
+    let segments = if instance.is_empty() { vec!["cache", key] } else { vec![instance, "cache", key] };
+    for byte in segments.join("/").bytes() {
+        match byte {
+            // What is encoded already is not encoded again.
+            b'/' | b'%' | b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'(' | b')' | b'*' | b'+' | b','
+            | b';' | b'=' | b':' | b'@' => text.push(char::from(byte)),
+            _ if byte.is_ascii_alphanumeric() => text.push(char::from(byte)),
+            b'&' => text.push_str("&amp;"),
+            _ => {
+                let _ = write!(text, "%{byte:02X}");
+            }
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_path_in_an_answer_is_the_one_that_was_asked_for() {
+        assert_eq!(href("", ""), "/cache/");
+        assert_eq!(href("team/a", "b/4/"), "/team/a/cache/b/4/");
+        assert_eq!(href("", "a%2Fb&c"), "/cache/a%2Fb&amp;c");
+    }
+
+    proptest! {
+        /// A key cannot end its element or make one of its own.
+        #[test]
+        fn no_key_can_break_the_answer(key in "\\PC{0,60}") {
+            let href = href("", &key);
+            let harmless = |c: char| c.is_ascii_graphic() && !"<>\"'".contains(c);
+            prop_assert!(href.chars().all(harmless), "{href}");
+            prop_assert_eq!(href.matches('&').count(), href.matches("&amp;").count());
+        }
+    }
+
+    #[test]
+    fn a_depth_is_one_of_three() {
+        let depth = |values: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append("depth", value.parse().unwrap());
+            }
+            Depth::of(&headers).ok()
+        };
+        assert_eq!(depth(&[]), Some(Depth::Infinity));
+        assert_eq!(depth(&["0"]), Some(Depth::Zero));
+        assert_eq!(depth(&["1"]), Some(Depth::One));
+        assert_eq!(depth(&["Infinity"]), Some(Depth::Infinity));
+        for wrong in [&["2"][..], &[""], &["0", "0"], &["1,noroot"]] {
+            assert_eq!(depth(wrong), None, "{wrong:?}");
+        }
+    }
+}

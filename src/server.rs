@@ -221,6 +221,9 @@ impl Server {
             if let Some(scheduler) = &scheduler {
                 drain(scheduler, settings.shutdown_grace).await;
             }
+            // Actions that were cancelled a moment ago may have left large directories.
+            let removal = build_root
+                .map(|build_root| workers.spawn_blocking(move || build_root.wait_until_empty(CLOSE_GRACE)));
             log_streams.close();
             // Whoever waits for the end of a stream hears it now; idle connections are told to go away.
             let _ = close.send(());
@@ -231,6 +234,9 @@ impl Server {
                 _ = timeout_at(patience, under_way.finished(CLOSE_GRACE)) => {
                     log::warn!(target: LOG, event = "connections_cut"; "some clients keep their connections open; closing them");
                 }
+            }
+            if let Some(removal) = removal {
+                let _ = removal.await;
             }
         };
         select! {
@@ -243,10 +249,6 @@ impl Server {
             }
         }
         owners_live(&cas, &assets, scheduler.as_ref())?;
-        if let Some(build_root) = build_root {
-            // Actions that were cancelled a moment ago may have left large directories.
-            let _ = workers.spawn_blocking(move || build_root.wait_until_empty(CLOSE_GRACE)).await;
-        }
         // Both write down what the next start should know.
         let _ = timeout(CLOSE_GRACE, assets.actor().send(CloseAssets)).await;
         // Writes down what was used lately, for the order of eviction after the next start.

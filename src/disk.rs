@@ -19,7 +19,9 @@ const MAX_RESERVE_INODES: u64 = 1_024;
 const MIN_RESERVE_INODES: u64 = 8;
 /// From so many reserves on there is room to begin something.
 const ROOM: u64 = 2;
-/// How many reserves the store makes free when there was no room ...
+/// Below so many the store makes room before anybody finds none.
+const LOW: u64 = 64;
+/// How many reserves it makes free then, and when there was no room ...
 const RELIEF: u64 = 256;
 /// ... and the part of the disk that this may be.
 const RELIEF_DISK_PART: u64 = 4;
@@ -127,6 +129,11 @@ impl Space {
         self.has(ROOM)
     }
 
+    /// Whether there is so little room that a store should give some.
+    pub fn is_low(&self) -> bool {
+        !self.has(LOW)
+    }
+
     /// Whether there is so much more room than there was `before` that what failed then may succeed now.
     pub fn has_more_than(&self, before: &Self) -> bool {
         let Reserve { bytes, inodes } = self.reserve();
@@ -200,7 +207,8 @@ mod tests {
             assert_eq!(disk(total, 0).reserve().bytes, reserve);
             assert!(disk(total, reserve - 1).is_exhausted());
             assert!(!disk(total, reserve).is_exhausted() && !disk(total, reserve).has_room());
-            assert!(disk(total, 2 * reserve).has_room());
+            assert!(disk(total, 2 * reserve).has_room() && disk(total, 2 * reserve).is_low());
+            assert!(!disk(total, 64 * reserve).is_low());
         }
         let inodes =
             |free_inodes, total_inodes| Space { free_inodes, total_inodes, ..disk(1 << 40, 1 << 39) };

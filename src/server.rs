@@ -228,6 +228,10 @@ impl Server {
             if let Some(scheduler) = &scheduler {
                 drain(scheduler, exit).await;
             }
+            // Actions that were cancelled a moment ago may have left large directories.
+            let left = exit.end.saturating_duration_since(Instant::now());
+            let removal = build_root
+                .map(|build_root| workers.spawn_blocking(move || build_root.wait_until_empty(left)));
             log_streams.close();
             // Whoever waits for the end of a stream hears it now; idle connections are told to go away.
             let _ = close.send(());
@@ -237,6 +241,9 @@ impl Server {
                 _ = timeout_at(exit.told(), under_way.finished(QUIET)) => {
                     log::warn!(target: LOG, event = "connections_cut"; "some clients keep their connections open; closing them");
                 }
+            }
+            if let Some(removal) = removal {
+                let _ = removal.await;
             }
         };
         select! {
@@ -249,19 +256,11 @@ impl Server {
             }
         }
         owners_live(&cas, &assets, scheduler.as_ref())?;
-        // Actions that were cancelled a moment ago may have left large directories.
-        let left = exit.end.saturating_duration_since(Instant::now());
-        let emptied = workers.spawn_blocking(move || {
-            if let Some(build_root) = build_root {
-                build_root.wait_until_empty(left);
-            }
-        });
         // The bindings, and what was used lately, for the order of eviction after the next start.
         let closing = async { tokio::join!(assets.actor().send(CloseAssets), cas.actor().send(CloseStore)) };
         if timeout_at(exit.end, closing).await.is_err() {
             log::warn!(target: LOG, event = "store_not_closed"; "the store is slow to close; its order of use may be out of date");
         }
-        let _ = emptied.await;
         log::info!(target: LOG, event = "server_stopped"; "stopped");
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! What a full disk, a disk without execution, and the end of the process mean to exec directories and results.
 
+use crate::lifecycle::upload;
 use crate::support::{Client, Server, directory, empty, eventually, file, metadata, sh, sh_with, sha256};
 use gorego::{digest::Digest, proto::reapi::ExecuteResponse};
 use std::{
@@ -106,6 +107,26 @@ async fn the_store_makes_room_for_an_action_that_found_none() {
     let missing = client.missing(&blobs).await;
     assert!(missing.contains(&blobs[0]) && !missing.contains(&blobs[19]), "{missing:?}");
     assert!(missing.len() <= 10, "at most a part of the store goes: {missing:?}");
+}
+
+/// The same for uploads; the store looks at its disk every ten seconds.
+#[tokio::test]
+async fn a_store_that_was_allowed_more_than_its_disk_holds_keeps_some_of_it_free() {
+    let server = Server::on_a_disk_of(16 << 20).await;
+    let client = server.client().await;
+    let blob = |n: u8| vec![n; 1 << 20];
+    let mut stored = 0;
+    let refusal = loop {
+        match upload(&client, &blob(stored)).await {
+            Ok(_) => stored += 1,
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(refusal.code(), Code::ResourceExhausted, "{refusal}");
+    eventually("the store makes room", || has_logged(&server, "disk_relieved")).await;
+    upload(&client, &blob(stored)).await.unwrap();
+    let missing = client.missing(&[sha256(&blob(0)), sha256(&blob(stored - 1))]).await;
+    assert_eq!(missing, [sha256(&blob(0))]);
 }
 
 /// What a command says of a full disk is not believed; the disk is looked at.

@@ -1,5 +1,5 @@
-//! Relief of a full disk: what was used least recently goes when actions or uploads find no room, although the store is
-//! within its own limit. [`crate::disk::Space::relief`] says how much.
+//! Relief of a full disk: what was used least recently goes when actions find no room, or uploads soon would, although the
+//! store is within its own limit. [`crate::disk::Space::relief`] says how much.
 //!
 //! Bounds: one relief at a time, [`settings::RELIEF_BATCH`] entries each, a wait of [`settings::RELIEF_WAIT`]. A disk that
 //! others fill is not the store's to mend: when half of what it has would not help, it gives nothing.
@@ -27,9 +27,9 @@ impl Cas {
         self.block_on(async |cas| cas.relieve(|_| true).await);
     }
 
-    /// Makes room on the disk of the store if it is full now.
-    pub(super) async fn relieve_full_disk(&self) {
-        self.relieve(Space::is_exhausted).await;
+    /// Makes room on the disk of the store if there is little.
+    pub(super) async fn relieve_low_disk(&self) {
+        self.relieve(Space::is_low).await;
     }
 
     async fn relieve(&self, is_due: impl Fn(&Space) -> bool) {

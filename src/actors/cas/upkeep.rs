@@ -105,7 +105,7 @@ impl CasActor {
         }
         self.trim(ctx);
         let cas = self.client(ctx);
-        self.shared.runtime.spawn(async move { cas.relieve_full_disk().await });
+        self.shared.runtime.spawn(async move { cas.relieve_low_disk().await });
     }
 
     pub(super) fn touch_later(&mut self, found: Found) {

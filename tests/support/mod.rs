@@ -165,8 +165,13 @@ pub fn log_streams() -> LogStreams {
     LogStreams::new(LogSettings { client_streams: true, clients: limits, runs: limits, spool_directory })
 }
 
-/// Runs a test body with one worker.
+/// Runs a test body with one worker, whose commands may write files of 1 GiB.
 pub fn with_worker<T>(body: impl AsyncFnOnce(&Bench) -> T) -> T {
+    with_worker_of(1 << 30, body)
+}
+
+/// Runs a test body with one worker, whose commands may write files of this size.
+pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Bench) -> T) -> T {
     System::new().block_on(async {
         let directory = tempfile::tempdir().unwrap();
         let build_root = directory.path().join("build");
@@ -176,7 +181,7 @@ pub fn with_worker<T>(body: impl AsyncFnOnce(&Bench) -> T) -> T {
             name: "testhost".into(),
             build_root: BuildRoot::open(&build_root).unwrap(),
             transfer_timeout: Duration::from_secs(60),
-            max_output_file_bytes: 1 << 30,
+            max_output_file_bytes,
             runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
             log_streams: log_streams(),
         });

@@ -253,6 +253,28 @@ async fn ten_megabytes_arrive_live_as_they_are_stored() {
     assert_eq!(result.stdout_digest, Some(sha256(&bytes).to_wire()));
 }
 
+/// EXE-64, LOG-03: a stream only grows, whatever the command does to its standard error.
+#[tokio::test]
+async fn a_reader_gets_each_byte_of_a_command_that_truncates_its_output() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let files = tempfile::tempdir().unwrap();
+    let go = files.path().join("go");
+    let script = format!(
+        "echo a longer line > /dev/stderr; {}; echo two > /dev/stderr; echo three | tee /dev/stderr",
+        until(&go)
+    );
+    let mut run = client.start(client.action(sh(&script), empty()).await).await;
+    let (_, stderr, _) = names(&mut run).await;
+    let mut reader = open(&client, &stderr).await;
+    assert_eq!(first(&mut reader, 14).await, b"a longer line\n");
+    std::fs::write(&go, "").unwrap();
+    assert_eq!(first(&mut reader, 10).await, b"two\nthree\n");
+    assert!(reader.message().await.unwrap().is_none());
+    let result = run.finish().await.result.unwrap();
+    assert_eq!(client.stderr(&result).await, "a longer line\ntwo\nthree\n");
+}
+
 /// In a pipe, as in a build script: the first line comes while the command still runs, and nothing comes twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn exec_shows_the_first_line_before_the_command_ends() {

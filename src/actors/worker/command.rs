@@ -32,11 +32,11 @@ pub struct Launch {
     pub root: PathBuf,
     /// Where to run, below the input root.
     pub working_directory: PathBuf,
-    /// Absolute path of the file for stdout; must not exist.
+    /// Absolute path of the log of stdout; must not exist.
     pub stdout: PathBuf,
-    /// Absolute path of the file for stderr; must not exist.
+    /// Absolute path of the log of stderr; must not exist.
     pub stderr: PathBuf,
-    /// Largest file that the command may write, in bytes.
+    /// Largest file that the command may write, and longest log, in bytes.
     pub max_file_bytes: u64,
 }
 

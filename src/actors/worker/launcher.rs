@@ -8,6 +8,7 @@
 //! command that kills its runner is not told apart from other causes: the run is reported as this server's
 //! fault and worth another try, and the scheduler's bound on tries ends it.
 
+mod capture;
 pub mod protocol;
 mod reap;
 pub mod runner;
@@ -17,9 +18,10 @@ mod sys;
 use super::{cancel::CancelToken, clock::Moment, command::Launch};
 use crate::{
     error::{Error, Result},
+    log_streams::run::LogKind,
     proto::gorego,
 };
-use protocol::{Ended, Order, Reply, Run, ToRunner};
+use protocol::{Ended, Failed, Order, Reply, Run, ToRunner, Unkept};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -60,6 +62,10 @@ pub enum Ending {
     TimedOut,
     /// It was killed because somebody asked for that.
     Cancelled,
+    /// It was killed because it printed more to this output than a log may hold.
+    LogTooLong(LogKind),
+    /// It was killed because what it printed to this output could not be written to its log; this is the errno.
+    LogLost(LogKind, i32),
 }
 
 /// A command that ran. None of the processes that came of it is left.
@@ -196,7 +202,10 @@ impl Runner {
             .ok_or_else(|| lost(&std::io::ErrorKind::UnexpectedEof.into()))?;
         match reply.reply {
             Some(Reply::Ended(ended)) => ran(ended, stopped),
-            Some(Reply::Failed(failed)) => Err(Error::Internal(failed.message)),
+            Some(Reply::Failed(Failed { message, errno })) if is_full(errno) => {
+                Err(Error::Unavailable(message))
+            }
+            Some(Reply::Failed(Failed { message, .. })) => Err(Error::Internal(message)),
             None => Err(Error::internal("a runner process gave an empty answer")),
         }
     }
@@ -206,17 +215,26 @@ fn ran(ended: Ended, stopped: Option<Ending>) -> Result<Ran> {
     if ended.survivors {
         return Err(Error::internal("processes of the command could not be killed"));
     }
-    let natural = match (ended.not_started, ended.signal) {
-        (0, 0) => Ending::Exited(ended.exit_code),
-        (0, signal) => Ending::Signalled(signal),
-        (errno, _) => Ending::NotStarted(errno),
+    let kind = |is_stderr| if is_stderr { LogKind::Stderr } else { LogKind::Stdout };
+    let ending = match (stopped, ended.unkept, ended.not_started, ended.signal) {
+        (Some(stopped), ..) => stopped,
+        (None, Some(Unkept { is_stderr, errno: 0 }), ..) => Ending::LogTooLong(kind(is_stderr)),
+        (None, Some(Unkept { is_stderr, errno }), ..) => Ending::LogLost(kind(is_stderr), errno),
+        (None, None, 0, 0) => Ending::Exited(ended.exit_code),
+        (None, None, 0, signal) => Ending::Signalled(signal),
+        (None, None, errno, _) => Ending::NotStarted(errno),
     };
     Ok(Ran {
-        ending: stopped.unwrap_or(natural),
+        ending,
         usage: ended.usage.unwrap_or_default(),
         started: Moment(ended.started_nanos),
         ended: Moment(ended.ended_nanos),
     })
+}
+
+/// Whether this errno means that a disk has no room.
+pub(super) fn is_full(errno: i32) -> bool {
+    matches!(errno, libc::ENOSPC | libc::EDQUOT)
 }
 
 fn lost(error: &std::io::Error) -> Error {

@@ -8,7 +8,7 @@ use super::{
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
     inputs,
-    launcher::{Ending, Launcher, Ran},
+    launcher::{Ending, Launcher, Ran, is_full},
     messages::{Account, RunAction, RunFailure, RunReport, RunResult, RunStage, StageReached},
     outputs, run_log,
     store::BlobStore,
@@ -141,12 +141,21 @@ impl<'a> ActionRun<'a> {
                 action.timeout
             ))),
             Ending::Cancelled => Some(cancelled()),
+            // What the kernel does about any other file that grows too large.
+            Ending::LogTooLong(_) => {
+                self.result.exit_code = SIGNAL_BASE + libc::SIGXFSZ;
+                None
+            }
+            Ending::LogLost(kind, errno) => {
+                self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
+                return Err(log_lost(kind, errno));
+            }
         };
         self.result.stdout_digest = self.store_log(workspace, LogKind::Stdout, live)?.map(|d| d.to_wire());
         self.result.stderr_digest = self.store_log(workspace, LogKind::Stderr, live)?.map(|d| d.to_wire());
         if let Some(error) = interrupted {
             // EXE-45: the logs so far are all there is; a killed command has no exit code to speak of.
-            self.result.exit_code = SIGNAL_BASE + 9;
+            self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
             return Err(error);
         }
         let uploading =
@@ -294,6 +303,15 @@ pub(super) fn is_workers_fault(error: &Error) -> bool {
         | Error::DeadlineExceeded(_)
         | Error::DataLoss(_) => false,
     }
+}
+
+/// The error of a run whose output could not be kept; the command had no part in that.
+fn log_lost(kind: LogKind, errno: i32) -> Error {
+    let what = format!("the command was stopped because its {} could not be kept", kind.name());
+    if is_full(errno) {
+        return Error::Unavailable(format!("{what}: the disk of this server is full (execution.build_root)"));
+    }
+    Error::Internal(format!("{what}: {}", std::io::Error::from_raw_os_error(errno)))
 }
 
 /// Adds a line of ours to a log of a command.

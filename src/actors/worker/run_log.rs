@@ -51,13 +51,21 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
             facts.stderr_bytes
         ),
         Ending::Cancelled => "the command was killed because nobody waits for it any more".into(),
+        Ending::LogTooLong(kind) => format!(
+            "the command was killed because it printed more to its {} than the {limit} bytes allowed \
+             (execution.max_output_file_gb)",
+            kind.name()
+        ),
+        Ending::LogLost(kind, _) => {
+            format!("the command was killed because this server could not keep its {}", kind.name())
+        }
     }
 }
 
 /// The account of a run; `None` when there is nothing to tell: it went well, the exit code is the command's own, or the client
 /// knows by itself what was wrong.
 pub(super) fn render(facts: &Facts<'_>, ran: Option<&Ran>, error: Option<&Error>) -> Option<String> {
-    let killed = ran.is_some_and(|ran| matches!(ran.ending, Ending::Signalled(_)));
+    let killed = ran.is_some_and(|ran| matches!(ran.ending, Ending::Signalled(_) | Ending::LogTooLong(_)));
     let is_known = matches!(error, Some(Error::Cancelled(_) | Error::MissingBlobs(_)));
     if is_known || (error.is_none() && !killed) {
         return None;
@@ -115,6 +123,14 @@ fn write_account(
             }
             Ending::Cancelled => {
                 writeln!(text, "command: cancelled; all its processes were killed (SIGKILL)")?
+            }
+            Ending::LogTooLong(kind) => {
+                let what = kind.name();
+                writeln!(text, "command: its {what} grew too long; all its processes were killed (SIGKILL)")?;
+            }
+            Ending::LogLost(kind, _) => {
+                let what = kind.name();
+                writeln!(text, "command: its {what} was not kept; all its processes were killed (SIGKILL)")?;
             }
         }
         let usage = &ran.usage;

@@ -51,13 +51,13 @@ pub struct Run {
     /// Where to run, relative to the input root.
     #[prost(bytes = "vec", tag = "5")]
     pub working_directory: Vec<u8>,
-    /// File for stdout, made by the runner.
+    /// Log of stdout, made by the runner.
     #[prost(bytes = "vec", tag = "6")]
     pub stdout: Vec<u8>,
-    /// File for stderr, made by the runner.
+    /// Log of stderr, made by the runner.
     #[prost(bytes = "vec", tag = "7")]
     pub stderr: Vec<u8>,
-    /// Largest file that the command may write.
+    /// Largest file that the command may write, and longest log.
     #[prost(uint64, tag = "8")]
     pub max_file_bytes: u64,
 }
@@ -105,6 +105,20 @@ pub struct Ended {
     /// Some process could not be killed in time.
     #[prost(bool, tag = "7")]
     pub survivors: bool,
+    /// The command was killed because of this.
+    #[prost(message, optional, tag = "8")]
+    pub unkept: Option<Unkept>,
+}
+
+/// An output that is not in its log as a whole.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Unkept {
+    /// Which output: stderr, or else stdout.
+    #[prost(bool, tag = "1")]
+    pub is_stderr: bool,
+    /// Why the log could not be written; 0 when it would have become too long.
+    #[prost(int32, tag = "2")]
+    pub errno: i32,
 }
 
 /// What kept the runner from starting anything.
@@ -113,6 +127,9 @@ pub struct Failed {
     /// For people.
     #[prost(string, tag = "1")]
     pub message: String,
+    /// Errno of the system call that failed; 0 when it was none.
+    #[prost(int32, tag = "2")]
+    pub errno: i32,
 }
 
 /// Sends a message.

@@ -5,12 +5,15 @@
 //! child, a daemonised grandchild too. When the command's first process ends, when it is told to, and when the socket closes
 //! because the server died, it kills all of them (EXE-44).
 //!
-//! It knows nothing of actions, timeouts or files; it gives a command exactly what the order says (EXE-41) and default signal
+//! Meanwhile it moves what the command prints from pipes into log files ([`capture`](super::capture)).
+//!
+//! It knows nothing of actions and timeouts; it gives a command exactly what the order says (EXE-41) and default signal
 //! dispositions. Itself it hears no signal that can be blocked: neither a command nor a service manager that signals every
 //! process ends it before the end of its socket does.
 
 use super::{
     super::clock::Moment,
+    capture::{BUFFER_BYTES, Capture},
     protocol::{self, Ended, Failed, FromRunner, Order, Reply, Run, ToRunner},
     reap,
     spawn::{self, Plan, Stack},
@@ -19,7 +22,7 @@ use super::{
 use crate::{actors::worker::dir, proto::gorego};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    fs::{self as rfs, CWD, Mode, OFlags},
+    fs::{self as rfs, Mode, OFlags},
     io::Errno,
     process::{Resource, Rlimit, getrlimit, setrlimit},
 };
@@ -53,6 +56,8 @@ struct Runner {
     /// Readable when a child ended.
     deaths: OwnedFd,
     stack: Stack,
+    /// For output on its way to the logs.
+    buffer: Vec<u8>,
 }
 
 /// Makes this process what its children should inherit, and turns standard input into the socket.
@@ -62,12 +67,15 @@ fn settle() -> io::Result<Runner> {
     sys::be_subreaper()?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     sys::default_signals();
+    // A log may be as large as our own hard limit allows.
+    let maximum = getrlimit(Resource::Fsize).maximum;
+    let _ = setrlimit(Resource::Fsize, Rlimit { current: maximum, maximum });
     restore_open_files(std::env::args().nth(2).and_then(|limit| limit.parse().ok()));
     let deaths = sys::watch_children()?;
     let socket = UnixStream::from(rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?);
     let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     sys::become_stdin(&null)?;
-    Ok(Runner { socket, deaths, stack: Stack::new() })
+    Ok(Runner { socket, deaths, stack: Stack::new(), buffer: vec![0; BUFFER_BYTES] })
 }
 
 /// Sets the soft limit on open files that commands inherit. Programs exist that visit every number below it, and the server's
@@ -88,9 +96,10 @@ impl Runner {
                     Ok(Some(ended)) => Reply::Ended(ended),
                     // The server is gone, and so is everything that ran for it.
                     Ok(None) => return Ok(()),
-                    Err(error) => {
-                        Reply::Failed(Failed { message: format!("could not start a command: {error}") })
-                    }
+                    Err(error) => Reply::Failed(Failed {
+                        message: format!("could not start a command: {error}"),
+                        errno: error.raw_os_error().unwrap_or(0),
+                    }),
                 };
                 protocol::write(&self.socket, &FromRunner { reply: Some(reply) })?;
             }
@@ -101,42 +110,46 @@ impl Runner {
 
     /// Runs a command to its end; `None` when the server went away meanwhile.
     fn run(&mut self, run: Run) -> io::Result<Option<Ended>> {
-        let (stdout, stderr) = (create(&run.stdout)?, create(&run.stderr)?);
+        // More than our own hard limit may not be asked for.
+        let limit = getrlimit(Resource::Fsize).maximum.unwrap_or(u64::MAX).min(run.max_file_bytes);
+        let mut capture = Capture::open(&run.stdout, &run.stderr, limit)?;
+        let mut children = self.start(run, &capture, limit)?;
+        let (mut server_is_there, mut kept) = (true, Ok(()));
+        while kept.is_ok() && !children.reap_ended()?.first_ended {
+            let ready = self.wait(&capture)?;
+            if ready.order {
+                // The only order that can come now is to kill; the end of the stream means the same.
+                server_is_there = protocol::read::<ToRunner>(&self.socket).is_ok_and(|order| order.is_some());
+                break;
+            }
+            kept = if ready.output { capture.take(Instant::now(), &mut self.buffer) } else { Ok(()) };
+        }
+        self.clear(&mut children)?;
+        children.ended.unkept = kept.and_then(|()| capture.finish(&mut self.buffer)).err();
+        Ok(server_is_there.then(|| children.report()))
+    }
+
+    fn start(&mut self, run: Run, capture: &Capture, max_file_bytes: u64) -> io::Result<Children> {
         let root = File::from(rfs::open(
             OsStr::from_bytes(&run.root),
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )?);
         let directory = dir::open_beneath(&root, Path::new(OsStr::from_bytes(&run.working_directory)))?;
+        let (stdout, stderr) = capture.writing_ends();
         let plan = Plan {
             programs: c_strings(run.programs)?,
             arguments: c_strings(run.arguments)?,
             environment: c_strings(run.environment)?,
             working_directory: directory.as_raw_fd(),
-            stdout: stdout.as_raw_fd(),
-            stderr: stderr.as_raw_fd(),
-            // More than our own hard limit may not be asked for.
-            max_file_bytes: getrlimit(Resource::Fsize).maximum.unwrap_or(u64::MAX).min(run.max_file_bytes),
+            stdout,
+            stderr,
+            max_file_bytes,
         };
         let mut ended = Ended { started_nanos: Moment::now().0, ..Ended::default() };
         let spawned = spawn::spawn(&plan, &mut self.stack)?;
         ended.not_started = spawned.not_started;
-        let mut children = Children { first: spawned.pid, ended, usage: Usage::default() };
-        let mut server_is_there = true;
-        while !children.reap_ended()?.first_ended {
-            match self.wait(None)? {
-                Event::Death => {}
-                Event::Order => {
-                    // The only order that can come now is to kill; the end of the stream means the same.
-                    server_is_there =
-                        protocol::read::<ToRunner>(&self.socket).is_ok_and(|order| order.is_some());
-                    break;
-                }
-                Event::Nothing => {}
-            }
-        }
-        self.clear(&mut children)?;
-        Ok(server_is_there.then(|| children.report()))
+        Ok(Children { first: spawned.pid, ended, usage: Usage::default() })
     }
 
     /// Kills until no child is left.
@@ -155,37 +168,50 @@ impl Runner {
                 sys::kill_group(children.first);
             }
             reap::kill_descendants(std::process::id());
-            self.wait(Some(KILL_ROUND))?;
+            self.wait_for_death()?;
         }
     }
 
-    /// Waits for the death of a child or, without a limit, for the server.
-    fn wait(&self, limit: Option<Duration>) -> io::Result<Event> {
-        let mut fds = [
+    /// Waits for the death of a child, for the server, and for output that is worth moving.
+    fn wait(&self, capture: &Capture) -> io::Result<Ready> {
+        let mut fds = vec![
             PollFd::from_borrowed_fd(self.deaths.as_fd(), PollFlags::IN),
             PollFd::new(&self.socket, PollFlags::IN),
         ];
-        let watched = if limit.is_some() { &mut fds[..1] } else { &mut fds[..] };
+        let pause = capture.watch(Instant::now(), &mut fds);
+        self.poll(&mut fds, pause)?;
+        let is_ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
+        Ok(Ready {
+            order: fds.get(1).is_some_and(is_ready),
+            output: fds.get(2..).unwrap_or_default().iter().any(is_ready),
+        })
+    }
+
+    /// Waits for the death of a child for [`KILL_ROUND`].
+    fn wait_for_death(&self) -> io::Result<()> {
+        self.poll(&mut [PollFd::from_borrowed_fd(self.deaths.as_fd(), PollFlags::IN)], Some(KILL_ROUND))
+    }
+
+    /// Waits for any of these, the first of which are the deaths; who waits looks at all children anyway.
+    fn poll(&self, fds: &mut [PollFd<'_>], limit: Option<Duration>) -> io::Result<()> {
         let timeout = limit.and_then(|limit| Timespec::try_from(limit).ok());
-        match poll(watched, timeout.as_ref()) {
+        match poll(fds, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
-        if ready(&fds[0]) {
-            // One record may stand for many deaths; whoever waits looks at all children anyway.
+        if fds.first().is_some_and(|deaths| !deaths.revents().is_empty()) {
+            // One record may stand for many deaths.
             let mut record = [0u8; size_of::<libc::signalfd_siginfo>()];
             let _ = rustix::io::read(&self.deaths, &mut record);
-            return Ok(Event::Death);
         }
-        Ok(if ready(&fds[1]) { Event::Order } else { Event::Nothing })
+        Ok(())
     }
 }
 
-enum Event {
-    Death,
-    Order,
-    Nothing,
+/// What does not wait any longer.
+struct Ready {
+    order: bool,
+    output: bool,
 }
 
 /// The processes of one command, as far as they were children of the runner.
@@ -276,13 +302,6 @@ impl Usage {
             ..self.wire
         }
     }
-}
-
-/// A new file for a log. Appending, so that processes that opened it separately do not overwrite each other.
-fn create(path: &[u8]) -> io::Result<OwnedFd> {
-    let flags =
-        OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(rfs::openat(CWD, OsStr::from_bytes(path), flags, Mode::from_raw_mode(0o644))?)
 }
 
 fn c_strings(strings: Vec<Vec<u8>>) -> io::Result<Vec<CString>> {

@@ -6,6 +6,7 @@
 pub mod config;
 pub mod exec;
 pub mod live;
+pub mod output;
 pub mod progress;
 pub mod serve;
 pub mod verify;
@@ -44,6 +45,8 @@ const EXIT_CODES: &str = "Exit codes:
                run or its outputs not be brought back, 130 interrupted (the operation is cancelled)
   verify       0 nothing that must hold failed, 1 something did, 2 the server could not be verified
   config       0 fine, 2 wrong
+Where a reader of their output leaves early, as `| head` does, all but serve end by SIGPIPE (141 in a shell); exec
+cancels its operation first.
 
 Every configuration key can be set by an environment variable: GOREGO_LISTEN_ADDR, GOREGO_EXECUTION__CONCURRENCY;
 `gorego config show` lists the keys. A flag wins over the environment, that over the file, that over the default.";
@@ -243,7 +246,10 @@ pub fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|argument| argument == worker::RUNNER_SUBCOMMAND) {
         return runner();
     }
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return ExitCode::from(explain(&error)),
+    };
     let code = match cli.command {
         None => serve::run(&cli.serve),
         Some(Command::Serve(args)) => serve::run(&args),
@@ -253,6 +259,19 @@ pub fn main() -> ExitCode {
         Some(Command::Runner) => return runner(),
     };
     ExitCode::from(code)
+}
+
+/// Prints why the command line is wrong, or the help that it asks for; the exit code that goes with it.
+fn explain(error: &clap::Error) -> u8 {
+    let code = u8::try_from(error.exit_code()).unwrap_or(EXIT_USAGE);
+    match error.print() {
+        Ok(()) => code,
+        Err(failed) if failed.kind() == io::ErrorKind::BrokenPipe => output::end_by_sigpipe(),
+        Err(failed) => {
+            complain(&output::unprintable(&failed));
+            code.max(EXIT_FAILURE)
+        }
+    }
 }
 
 /// The worker's runner process.

@@ -1,15 +1,13 @@
 //! `gorego config`, and how the flags of `gorego serve` become configuration.
 
-use super::{ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment};
+use super::{
+    ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment, output::print,
+};
 use crate::{
     config::{Flag, Loaded, LogFormat, Machine, Settings, Sources, load, load::file_to_read, show::show},
     error::{Error, Result},
 };
-use std::{
-    ffi::OsString,
-    io::{self, Write as _},
-    path::Path,
-};
+use std::{ffi::OsString, path::Path};
 use toml::Value;
 
 /// Runs `gorego config ...` and returns its exit code.
@@ -20,12 +18,8 @@ pub fn run(command: &ConfigCommand) -> u8 {
             load_settings(args, environment()).map(|(loaded, settings)| show(&loaded, &settings))
         }
     };
-    match outcome {
-        Ok(text) => {
-            // A reader that has seen enough (`| head`) is no failure.
-            let _ = io::stdout().write_all(text.as_bytes());
-            EXIT_OK
-        }
+    match outcome.and_then(|text| print(&text)) {
+        Ok(()) => EXIT_OK,
         Err(error) => {
             complain(&error);
             EXIT_USAGE

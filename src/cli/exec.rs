@@ -1,11 +1,13 @@
 //! `gorego exec`: one command on a server, as if it ran here.
 //!
 //! Builds the Action, uploads what it needs, follows it, prints its standard output and error raw to ours while it runs,
-//! brings its outputs home and exits with its exit code. Ctrl-C or SIGTERM cancels the operation on the server before we leave.
+//! brings its outputs home and exits with its exit code. Ctrl-C, SIGTERM, and a reader of our output that leaves (`| head`)
+//! cancel the operation on the server before we leave.
 
 use super::{
     EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain,
     live::Live,
+    output::{Readers, end_by_sigpipe},
     progress::{self, Line},
 };
 use crate::{
@@ -34,6 +36,15 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Exit code of a command that a signal ended elsewhere than by Ctrl-C: 128 + SIGTERM.
 const EXIT_TERMINATED: u8 = 143;
 
+/// How this process ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// With this exit code.
+    Code(u8),
+    /// By SIGPIPE.
+    NobodyReads,
+}
+
 /// What would have to be cancelled on the server if we left now.
 #[derive(Debug, Clone)]
 enum Current {
@@ -55,28 +66,37 @@ pub fn run(args: ExecArgs) -> u8 {
         }
     };
     let line = Line::new();
-    let outcome = runtime.block_on(until_signal(args, &line));
+    let outcome = runtime.block_on(until_stopped(args, &line));
     line.clear();
     // A thread that waits for a disk or a closed pipe must not keep us.
     runtime.shutdown_background();
-    outcome.unwrap_or_else(|error| {
-        complain(&error);
-        EXIT_INFRASTRUCTURE
-    })
+    match outcome {
+        Ok(End::Code(code)) => code,
+        Ok(End::NobodyReads) => end_by_sigpipe(),
+        Err(error) => {
+            complain(&error);
+            EXIT_INFRASTRUCTURE
+        }
+    }
 }
 
-/// Runs the command to its end or until we are told to stop.
-async fn until_signal(args: ExecArgs, line: &Line) -> Result<u8> {
+/// Runs the command to its end, or until we are told to stop or nobody reads what it prints.
+async fn until_stopped(args: ExecArgs, line: &Line) -> Result<End> {
     let listen = |kind| {
         signal(kind).map_err(|error| Error::Internal(format!("could not listen for signals: {error}")))
     };
     let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
     let (current, watching) = watch::channel(Current::Nothing);
-    let mut work = pin!(exec(args, line, &current));
-    let (code, again) = tokio::select! {
-        outcome = &mut work => return outcome,
-        _ = interrupt.recv() => (EXIT_INTERRUPTED, &mut interrupt),
-        _ = terminate.recv() => (EXIT_TERMINATED, &mut terminate),
+    let readers = Readers::default();
+    let mut work = pin!(exec(args, line, &current, readers.clone()));
+    let (end, again) = tokio::select! {
+        // Whatever else came of it: what was printed last had no reader.
+        outcome = &mut work => {
+            return if readers.have_left() { Ok(End::NobodyReads) } else { outcome.map(End::Code) };
+        }
+        _ = interrupt.recv() => (End::Code(EXIT_INTERRUPTED), &mut interrupt),
+        _ = terminate.recv() => (End::Code(EXIT_TERMINATED), &mut terminate),
+        () = readers.left() => (End::NobodyReads, &mut interrupt),
     };
     line.say("cancelling");
     tokio::select! {
@@ -85,10 +105,15 @@ async fn until_signal(args: ExecArgs, line: &Line) -> Result<u8> {
         () = cancel(watching) => {}
         _ = again.recv() => {}
     }
-    Ok(code)
+    Ok(end)
 }
 
-async fn exec(args: ExecArgs, line: &Line, operation: &watch::Sender<Current>) -> Result<u8> {
+async fn exec(
+    args: ExecArgs,
+    line: &Line,
+    operation: &watch::Sender<Current>,
+    readers: Readers,
+) -> Result<u8> {
     let identity = Identity {
         tool: "gorego".into(),
         invocation_id: uuid::Uuid::new_v4().to_string(),
@@ -103,7 +128,7 @@ async fn exec(args: ExecArgs, line: &Line, operation: &watch::Sender<Current>) -
     let (action, blobs) = blocking(move || build(&for_scan)).await?;
     let job = Job { action, skip_cache_lookup: args.no_cache, priority: args.priority };
     upload(&client, &blobs, line).await?;
-    let mut live = Live::default();
+    let mut live = Live::new(readers);
     let mut finished = follow(&client, job.clone(), line, operation, &mut live).await;
     if is_missing(&finished) {
         // Evicted between upload and start; once is bad luck, twice is a store that is too small.

@@ -4,7 +4,7 @@
 //! server has no streams, or they break, the result alone is printed. Should the bytes that were shown not be the beginning of
 //! the result, because a worker failed and the action was run again, the whole result is printed after a word about it.
 
-use super::progress::Line;
+use super::{output::Readers, progress::Line};
 use crate::{
     client::{Client, LogNames, blocking},
     digest::{Digest, DigestFunction},
@@ -32,8 +32,9 @@ const PIECES_IN_FLIGHT: usize = 4;
 const END_GRACE: Duration = Duration::from_secs(5);
 
 /// The outputs of one command on their way to ours.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Live {
+    readers: Readers,
     stdout: Option<Follower>,
     stderr: Option<Follower>,
 }
@@ -49,10 +50,17 @@ struct Follower {
 struct Shown(Digest);
 
 impl Live {
+    /// Nothing is printed yet; `readers` hears when it cannot be because nobody reads it.
+    pub fn new(readers: Readers) -> Self {
+        Self { readers, stdout: None, stderr: None }
+    }
+
     /// Prints streams as they grow, from now on. Only the first call counts for each output.
     pub fn follow(&mut self, client: &Client, names: &LogNames, line: &Line) {
-        start(&mut self.stdout, client, &names.stdout, io::stdout, line);
-        start(&mut self.stderr, client, &names.stderr, io::stderr, line);
+        let readers = self.readers.clone();
+        start(&mut self.stdout, client, &names.stdout, move || readers.of(io::stdout()), line);
+        let readers = self.readers.clone();
+        start(&mut self.stderr, client, &names.stderr, move || readers.of(io::stderr()), line);
     }
 
     /// Prints the rest of both outputs once the result is there.
@@ -65,16 +73,18 @@ impl Live {
         let rest = |name, raw: &Bytes, digest: &Option<reapi::Digest>| {
             Ok::<_, Error>(Printed { name, raw: raw.clone(), digest: printed_digest(raw, digest.as_ref())? })
         };
-        rest("stdout", &result.stdout_raw, &result.stdout_digest)?.print(client, stdout, io::stdout).await?;
-        rest("stderr", &result.stderr_raw, &result.stderr_digest)?.print(client, stderr, io::stderr).await
+        let printed = rest("stdout", &result.stdout_raw, &result.stdout_digest)?;
+        printed.print(client, stdout, || self.readers.of(io::stdout())).await?;
+        let printed = rest("stderr", &result.stderr_raw, &result.stderr_digest)?;
+        printed.print(client, stderr, || self.readers.of(io::stderr())).await
     }
 }
 
-fn start<W: Write + 'static>(
+fn start<W: Write>(
     place: &mut Option<Follower>,
     client: &Client,
     name: &str,
-    sink: fn() -> W,
+    sink: impl FnOnce() -> W + Send + 'static,
     line: &Line,
 ) {
     if place.is_some() || name.is_empty() {
@@ -85,11 +95,11 @@ fn start<W: Write + 'static>(
     let printing = tokio::spawn(async move {
         let (sender, mut pieces) = mpsc::channel::<Bytes>(PIECES_IN_FLIGHT);
         let writer = tokio::task::spawn_blocking(move || {
-            let (mut sink, mut hasher) = (Quiet(sink()), DigestFunction::Sha256.hasher(0));
+            let (mut sink, mut hasher) = (sink(), DigestFunction::Sha256.hasher(0));
             while let Some(piece) = pieces.blocking_recv() {
                 line.clear();
                 if write_all(&mut sink, &piece).is_err() {
-                    // The result fails in the same way, and says so.
+                    // Without a reader all ends here; any other failure the result has too, and it says so.
                     break;
                 }
                 hasher.update(&piece);
@@ -145,13 +155,13 @@ impl Printed {
         self,
         client: &Client,
         Shown(shown): Shown,
-        sink: fn() -> W,
+        sink: impl Fn() -> W,
     ) -> Result<()> {
         if self.digest == shown {
             return Ok(());
         }
         if self.digest.size() >= shown.size() {
-            match self.write(client, Rest::after(shown, Quiet(sink()))).await {
+            match self.write(client, Rest::after(shown, sink())).await {
                 Err(Error::Precondition(_)) => {}
                 done => return done,
             }
@@ -161,7 +171,7 @@ impl Printed {
             self.name
         );
         let _ = io::stderr().write_all(notice.as_bytes());
-        self.write(client, Rest::after(Digest::empty(DigestFunction::Sha256), Quiet(sink()))).await
+        self.write(client, Rest::after(Digest::empty(DigestFunction::Sha256), sink())).await
     }
 
     async fn write<W: Write + Send + 'static>(&self, client: &Client, mut sink: Rest<W>) -> Result<()> {
@@ -230,23 +240,4 @@ impl<W: Write> Write for Rest<W> {
 fn write_all(sink: &mut impl Write, bytes: &[u8]) -> Result<()> {
     let written = sink.write_all(bytes).and_then(|()| sink.flush());
     written.map_err(|error| Error::Invalid(format!("could not print the command's output: {error}")))
-}
-
-/// A sink whose reader may leave early (`| head`), which is no failure of the command.
-struct Quiet<W>(W);
-
-impl<W: Write> Write for Quiet<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self.0.write(bytes) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(bytes.len()),
-            done => done,
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match self.0.flush() {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            done => done,
-        }
-    }
 }

@@ -1,6 +1,6 @@
 //! `gorego verify`: runs the conformance suite against a server and reports to people and machines.
 
-use super::{EXIT_FAILURE, EXIT_OK, EXIT_USAGE, VerifyArgs, complain};
+use super::{EXIT_FAILURE, EXIT_OK, EXIT_USAGE, VerifyArgs, complain, output::print};
 use crate::{
     error::{Error, Result},
     verify::{self, Options, Selection, groups, rules},
@@ -15,21 +15,14 @@ use std::{
 /// Verifies a server, or lists what would be verified; the exit code.
 pub fn run(args: &VerifyArgs) -> u8 {
     let outcome = if args.list { selection(args).map(|chosen| list(&chosen)) } else { verify(args) };
-    match outcome {
-        Ok((text, good)) => {
-            print(&text);
-            if good { EXIT_OK } else { EXIT_FAILURE }
-        }
+    match outcome.and_then(|(text, good)| print(&text).map(|()| good)) {
+        Ok(true) => EXIT_OK,
+        Ok(false) => EXIT_FAILURE,
         Err(error) => {
             complain(&error);
             EXIT_USAGE
         }
     }
-}
-
-/// A reader that leaves early (`| head`) does not change what was found.
-fn print(text: &str) {
-    let _ = io::stdout().write_all(text.as_bytes());
 }
 
 /// The text for standard output, and whether nothing failed.
@@ -47,7 +40,10 @@ fn verify(args: &VerifyArgs) -> Result<Outcome> {
     if let Some((path, mut file)) = junit {
         let xml = report.junit(args.strict)?;
         // What was found is told all the same.
-        file.write_all(xml.as_bytes()).inspect_err(|_| print(&text)).map_err(unwritable(path))?;
+        if let Err(error) = file.write_all(xml.as_bytes()) {
+            print(&text)?;
+            return Err(unwritable(path)(error));
+        }
     }
     Ok((text, report.is_good(args.strict)))
 }

@@ -18,5 +18,6 @@ mod log_schema;
 mod logs;
 mod operations;
 mod outputs;
+mod pipes;
 mod pools;
 mod support;

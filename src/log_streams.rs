@@ -1,8 +1,8 @@
 //! Log streams: bytes that can be read while they are still being written (LOG-01..05, EXE-64).
 //!
 //! [`LogStreams`] is the one owner of both kinds. *Run streams* are the standard output and error of a running action. They
-//! cost nothing until somebody reads: a reader tails the very file that the command writes, and once the worker has stored
-//! that file, the stream is the stored blob. *Client streams* are made by CreateLogStream and written through ByteStream.Write;
+//! cost nothing until somebody reads: a reader tails the log file that the runner fills, and once the worker has stored that
+//! file, the stream is the stored blob. *Client streams* are made by CreateLogStream and written through ByteStream.Write;
 //! their bytes lie in a spool file without a name, which the kernel frees with its last reader.
 //!
 //! Invariants: a stream only grows; a reader gets each byte once and in order, and never holds up the writer; whatever is here
@@ -183,7 +183,7 @@ impl LogStreams {
         }
     }
 
-    /// Opens the streams of a run whose command writes the files `stdout` and `stderr` of `directory`; `None` when there are
+    /// Opens the streams of a run whose output goes to the files `stdout` and `stderr` of `directory`; `None` when there are
     /// too many streams. Costs no system call but the one that makes an unguessable id.
     pub fn begin_run(&self, instance: &Instance, directory: &Path) -> Option<LiveRun> {
         let id = Uuid::new_v4();

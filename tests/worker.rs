@@ -853,7 +853,7 @@ fn an_output_that_somebody_else_holds_open_delays_no_result_and_the_next_one_is_
     });
 }
 
-/// The limit of a file holds for a log too, and it cannot be talked away: a log that is cut off is never a success.
+/// EXE-59: the limit of a file holds for a log too, and no command can turn a log that is cut off into a success.
 #[test]
 fn a_command_that_prints_more_than_a_log_may_hold_is_killed_and_told_the_setting() {
     const LIMIT: usize = 300_000;

@@ -52,7 +52,7 @@ pub struct WorkerSettings {
     pub build_root: BuildRoot,
     /// How long bringing in inputs may take, and again how long storing outputs may.
     pub transfer_timeout: Duration,
-    /// Largest file that a command may write, in bytes.
+    /// Largest file that a command may write, and longest log of its output, in bytes.
     pub max_output_file_bytes: u64,
     /// Program and arguments of a runner process.
     pub runner: Vec<OsString>,

@@ -1,8 +1,8 @@
 //! [`Follower`]: one reader of one stream, from any offset to the end (LOG-03, EXE-64).
 //!
 //! It pulls: what it does not ask for stays in the file, so that a slow reader costs no memory and delays nobody. Appends to
-//! client streams wake it; a command's writes to its own file do not, so that file is looked at every [`TAIL_INTERVAL`], but
-//! only while somebody reads. The end of a run wakes it too.
+//! client streams wake it; what the runner adds to a log does not, so that file is looked at every [`TAIL_INTERVAL`], but only
+//! while somebody reads. The end of a run wakes it too.
 
 use super::{
     run::{RunState, Tail},
@@ -20,7 +20,7 @@ use tokio::{
     time::sleep,
 };
 
-/// How often the file of a running command is looked at for a reader that waits: soon enough for eyes, and about one small
+/// How often the log of a running command is looked at for a reader that waits: soon enough for eyes, and about one small
 /// system call.
 pub const TAIL_INTERVAL: Duration = Duration::from_millis(100);
 

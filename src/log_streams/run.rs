@@ -1,4 +1,4 @@
-//! The streams of a run: where the files lie that a command writes, and what has become of them.
+//! The streams of a run: where the log files of its command lie, and what has become of them.
 //!
 //! Nothing here copies a byte or holds a file open on behalf of the run. While the command runs, a reader opens the file by
 //! itself ([`Tail`]); an open file outlives the exec directory. Afterwards the stream is the blob that the worker stored.
@@ -39,7 +39,7 @@ impl LogKind {
 /// What has become of one output of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum RunState {
-    /// The command may still write, or has not started.
+    /// The log may still grow, or the command has not started.
     Open,
     /// It is complete, and this blob; `None` when it is empty.
     Stored(Option<Digest>),
@@ -56,7 +56,7 @@ pub(super) struct RunStreams {
 }
 
 impl RunStreams {
-    /// Those of a command that is about to write below `directory`.
+    /// Those of a command whose logs will lie in `directory`.
     pub(super) fn new(instance: Instance, directory: PathBuf) -> Self {
         Self { instance, directory, states: watch::Sender::new([RunState::Open; 2]) }
     }

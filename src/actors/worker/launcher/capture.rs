@@ -13,7 +13,7 @@ use rustix::{
     event::{PollFd, PollFlags},
     fs::{self as rfs, CWD, Mode, OFlags},
     io::{Errno, ioctl_fionread},
-    pipe::{PipeFlags, pipe_with},
+    pipe::{PipeFlags, fcntl_getpipe_size, pipe_with},
 };
 use std::{
     ffi::OsStr,
@@ -26,11 +26,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What a pipe holds when it is full; the right size of a buffer for it.
-pub const PIPE_BYTES: usize = 64 * 1024;
-/// How much a pipe should hold when it is read. A quarter: the writer does not wait even when it is four times faster than
-/// expected, or leaves half of each page of the pipe empty.
-const GOAL_BYTES: u32 = 16 * 1024;
+/// The most that is read at once: what a full pipe holds, unless it was made larger or smaller.
+pub const BUFFER_BYTES: usize = 64 * 1024;
+/// Which part of a pipe should be full when it is read. A quarter: the writer does not wait even when it is four times faster
+/// than expected, or leaves half of each page of the pipe empty.
+const GOAL_PART: u32 = 4;
 /// Longest time that a pipe is left alone after a read. A command that prints a byte at a time wakes the runner 500 times a
 /// second at most; a command that prints a lot after a silence waits this long once.
 const READ_PAUSE: Duration = Duration::from_millis(2);
@@ -51,6 +51,8 @@ struct Stream {
     log: File,
     /// How many more bytes the log may take.
     left: u64,
+    /// How much the pipe can hold; known from its first bytes on.
+    capacity: Option<u32>,
     last_read: Instant,
     /// When the pipe is worth reading again.
     due: Instant,
@@ -97,7 +99,7 @@ impl Capture {
             if stream.due <= now {
                 let read = stream.read(buffer).map_err(|failure| failure.of(is_stderr))?;
                 if read > 0 {
-                    stream.due = now + pause(read, now.duration_since(stream.last_read));
+                    stream.due = now + pause(read, now.duration_since(stream.last_read), stream.capacity());
                     stream.last_read = now;
                 }
             }
@@ -130,7 +132,23 @@ impl Stream {
         let log = rfs::openat(CWD, OsStr::from_bytes(log), flags, Mode::from_raw_mode(0o644))?;
         let (pipe, writing_end) = output_pipe()?;
         let now = Instant::now();
-        Ok(Self { pipe, writing_end, log: File::from(log), left: limit, last_read: now, due: now })
+        Ok(Self {
+            pipe,
+            writing_end,
+            log: File::from(log),
+            left: limit,
+            capacity: None,
+            last_read: now,
+            due: now,
+        })
+    }
+
+    /// Pipes are smaller for a user who has many, and the command may change this one's size.
+    fn capacity(&mut self) -> u32 {
+        *self.capacity.get_or_insert_with(|| {
+            let size = fcntl_getpipe_size(&self.pipe).unwrap_or(BUFFER_BYTES);
+            u32::try_from(size.min(BUFFER_BYTES)).unwrap_or(u32::MAX)
+        })
     }
 
     /// One read, and the write that follows from it; says how many bytes there were.
@@ -167,14 +185,17 @@ fn output_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((reading_end, writing_end))
 }
 
-/// How long a pipe is left alone of which `read` bytes were read that came within `elapsed`: until it holds [`GOAL_BYTES`] if
-/// it goes on like that, and never longer than [`READ_PAUSE`]. Not at all where the writer may have had to wait.
-fn pause(read: usize, elapsed: Duration) -> Duration {
-    if read >= PIPE_BYTES / 2 {
+/// How long a pipe is left alone of which `read` bytes were read that came within `elapsed`: until [`GOAL_PART`] of its
+/// capacity is full if it goes on like that, and never longer than [`READ_PAUSE`]. Not at all where the writer may have had
+/// to wait.
+fn pause(read: usize, elapsed: Duration, capacity: u32) -> Duration {
+    let read = u32::try_from(read).unwrap_or(u32::MAX).max(1);
+    if read >= capacity / 2 {
         return Duration::ZERO;
     }
-    let read = u32::try_from(read).unwrap_or(u32::MAX).max(1);
-    let pause = elapsed.min(READ_PAUSE * read).saturating_mul(GOAL_BYTES) / read;
+    let goal = capacity / GOAL_PART;
+    // What comes to more than the longest pause anyway is cut off before it is multiplied.
+    let pause = elapsed.min(READ_PAUSE.saturating_mul(read)).saturating_mul(goal) / read;
     if pause < SHORTEST_PAUSE { Duration::ZERO } else { pause.min(READ_PAUSE) }
 }
 
@@ -191,46 +212,51 @@ impl Failure {
 mod tests {
     use super::*;
 
-    /// A writer of a steady rate, on a clock without noise. Says how often the pipe was read in a second, and how full it was
-    /// at most once the rate was known.
-    fn read_for_a_second(bytes_per_second: f64) -> (u32, f64) {
+    /// A writer of a steady rate, on a clock without noise. Says how often its pipe was read in a second, and which part of it
+    /// was full at most once the rate was known.
+    fn read_for_a_second(bytes_per_second: f64, capacity: u32) -> (u32, f64) {
         let (mut now, mut last_read, mut reads, mut fullest) = (1.0, 0.0, 0, 0.0);
         while now < 2.0 {
-            let there = ((now - last_read) * bytes_per_second).clamp(1.0, PIPE_BYTES as f64);
+            let there = ((now - last_read) * bytes_per_second).clamp(1.0, f64::from(capacity));
             if now > 1.1 {
-                fullest = f64::max(fullest, there);
+                fullest = f64::max(fullest, there / f64::from(capacity));
             }
-            let pause = pause(there as usize, Duration::from_secs_f64(now - last_read));
+            let pause = pause(there as usize, Duration::from_secs_f64(now - last_read), capacity);
             last_read = now;
             reads += 1;
             // A read and its poll take some microseconds; then the next byte is waited for.
-            now += (pause.as_secs_f64() + 10e-6).max(1.0 / bytes_per_second);
+            now += (pause.as_secs_f64() + 5e-6).max(1.0 / bytes_per_second);
         }
         (reads, fullest)
     }
 
     #[test]
     fn a_pipe_is_read_seldom_and_its_writer_never_waits_for_long() {
+        const FULL: u32 = BUFFER_BYTES as u32;
         for bytes_per_second in [10.0, 1e3, 1e5, 1e6, 3e6, 1e7, 3e7, 1e8, 1e9, 5e9] {
-            let (reads, fullest) = read_for_a_second(bytes_per_second);
+            let (reads, fullest) = read_for_a_second(bytes_per_second, FULL);
             let per_read = bytes_per_second / f64::from(reads);
-            assert!(reads <= 500 || per_read > 800.0, "{reads} reads at {bytes_per_second} bytes/s");
-            assert!(fullest < 0.8 * PIPE_BYTES as f64, "{fullest} bytes at {bytes_per_second} bytes/s");
+            assert!(reads <= 500 || per_read > 400.0, "{reads} reads at {bytes_per_second} bytes/s");
+            assert!(fullest < 0.8, "{fullest} of the pipe at {bytes_per_second} bytes/s");
+        }
+        // What a user gets who has very many pipes.
+        for bytes_per_second in [1e3, 1e6, 1e7, 1e8, 1e9] {
+            let (_, fullest) = read_for_a_second(bytes_per_second, 2 * 4096);
+            assert!(fullest < 0.8, "{fullest} of a small pipe at {bytes_per_second} bytes/s");
         }
     }
 
     #[test]
     fn what_a_pause_is_made_of_does_not_overflow() {
-        for read in [0, 1, PIPE_BYTES / 2 - 1, PIPE_BYTES, usize::MAX] {
-            for elapsed in [Duration::ZERO, Duration::from_nanos(1), Duration::MAX] {
-                assert!(pause(read, elapsed) <= READ_PAUSE);
+        for capacity in [0, 1, 4096, u32::MAX] {
+            for read in [0, 1, BUFFER_BYTES / 2 - 1, BUFFER_BYTES, usize::MAX] {
+                for elapsed in [Duration::ZERO, Duration::from_nanos(1), Duration::MAX] {
+                    assert!(pause(read, elapsed, capacity) <= READ_PAUSE);
+                }
             }
         }
-        assert_eq!(pause(1, Duration::from_secs(5)), READ_PAUSE, "a first word is followed by a pause");
-        assert_eq!(
-            pause(PIPE_BYTES, Duration::from_secs(5)),
-            Duration::ZERO,
-            "a full pipe is read again at once"
-        );
+        let (first_word, full) = (5, BUFFER_BYTES);
+        assert_eq!(pause(first_word, Duration::from_secs(5), BUFFER_BYTES as u32), READ_PAUSE);
+        assert_eq!(pause(full, Duration::from_secs(5), BUFFER_BYTES as u32), Duration::ZERO);
     }
 }

@@ -13,7 +13,7 @@
 
 use super::{
     super::clock::Moment,
-    capture::{Capture, PIPE_BYTES},
+    capture::{BUFFER_BYTES, Capture},
     protocol::{self, Ended, Failed, FromRunner, Order, Reply, Run, ToRunner},
     reap,
     spawn::{self, Plan, Stack},
@@ -75,7 +75,7 @@ fn settle() -> io::Result<Runner> {
     let socket = UnixStream::from(rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?);
     let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     sys::become_stdin(&null)?;
-    Ok(Runner { socket, deaths, stack: Stack::new(), buffer: vec![0; PIPE_BYTES] })
+    Ok(Runner { socket, deaths, stack: Stack::new(), buffer: vec![0; BUFFER_BYTES] })
 }
 
 /// Sets the soft limit on open files that commands inherit. Programs exist that visit every number below it, and the server's

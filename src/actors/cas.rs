@@ -45,6 +45,7 @@ pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
 
 use crate::{
+    budget::Budget,
     digest::Digest,
     error::{Error, Result},
     instance::{InstanceId, Instances},
@@ -55,13 +56,13 @@ use bytes::Bytes;
 use chunks::ChunkWork;
 use client::Cas;
 use files::Files;
-use guards::Reservation;
+use guards::{Reservation, Room};
 use index::{Found, Index};
 use memo::Memo;
 use reply::Reply;
 use requests::*;
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -99,6 +100,8 @@ pub(crate) struct Shared {
     result_checks: Semaphore,
     /// Large actions that may be looked up at the same time.
     large_actions: Semaphore,
+    /// What clients' unfinished uploads hold of the store.
+    upload_budget: Budget,
     /// Compressed uploads that may be decoded at the same time.
     decoders: Arc<Semaphore>,
     /// Splits and splices; nothing in it says what is stored.
@@ -162,6 +165,7 @@ impl CasActor {
             form_turn: Arc::new(Semaphore::new(1)),
             result_checks: Semaphore::new(settings::RESULT_CHECKS_MAX),
             large_actions: Semaphore::new(settings::LARGE_ACTIONS_MAX),
+            upload_budget: Budget::new(settings.upload_bounds()),
             decoders: Arc::new(Semaphore::new(settings::DECODERS_MAX)),
             chunk_work: ChunkWork::default(),
             relief_turn: tokio::sync::Mutex::default(),
@@ -259,44 +263,56 @@ impl Handler<Commit> for CasActor {
 }
 
 impl Handler<BeginUpload> for CasActor {
-    type Result = Reply<Result<Began>>;
+    type Result = MessageResult<BeginUpload>;
 
     fn handle(&mut self, message: BeginUpload, ctx: &mut Self::Context) -> Self::Result {
-        let BeginUpload { name, blob, offset } = message;
+        let BeginUpload { name, blob, offset, .. } = message;
         if self.renew(&blob).is_some() {
-            return Reply::Now(Ok(Began::Present));
+            return MessageResult(Ok(Began::Present));
         }
         match self.uploads.begin(name, blob, offset) {
-            Begin::Busy(progress) => Reply::Now(Ok(Began::Busy(progress))),
-            Begin::Elsewhere(committed) => Reply::Now(Err(Error::Invalid(format!(
+            Begin::Busy(progress) => MessageResult(Ok(Began::Busy(progress))),
+            Begin::Elsewhere(committed) => MessageResult(Err(Error::Invalid(format!(
                 "the upload of blob {} stands at {committed}; write_offset {offset} does not go on from there",
                 blob.digest
             )))),
             Begin::Resume(entered, Partial { sink, room }) => {
                 let mut attempt = Attempt::new(ctx.address(), name, blob, entered, room);
                 attempt.sink = Some(sink);
-                Reply::Now(Ok(Began::Start(Box::new(attempt))))
+                MessageResult(Ok(Began::Start(Box::new(attempt))))
             }
             Begin::Fresh(entered, leftover) => {
                 if let Some(partial) = leftover {
                     self.discard(partial, ctx);
                 }
-                let bytes = self.shared.files.charge(blob.digest.size());
-                match self.reserve(bytes, ctx) {
-                    Ok((room, free)) => {
-                        let attempt = Attempt::new(ctx.address(), name, blob, entered, room);
-                        Reply::when(free, Ok(Began::Start(Box::new(attempt))))
-                    }
-                    Err(error) => {
-                        let twin = self.uploads.twin(&blob, &entered);
-                        let room = Reservation::new(ctx.address(), 0);
-                        drop(Attempt::new(ctx.address(), name, blob, entered, room));
-                        Reply::Now(
-                            twin.map_or(Err(error.clone()), |twin| Ok(Began::NoRoomBeside(twin, error))),
-                        )
-                    }
-                }
+                // What cannot fit is refused before the first byte; what can gets its room as its bytes come.
+                let twin = self.uploads.twin(&blob, &entered).filter(|_| !message.beside);
+                let size = self.shared.files.charge(blob.digest.size());
+                let of_twin = twin
+                    .as_ref()
+                    .map_or(0, |twin| size.saturating_sub(twin.accepted.load(Ordering::Relaxed)));
+                let fits = self.index.check_fit(size.saturating_add(of_twin), self.uploads.parked_bytes());
+                let attempt = Attempt::new(ctx.address(), name, blob, entered, Room::none(ctx.address()));
+                MessageResult(match (fits, twin) {
+                    (Ok(()), _) => Ok(Began::Start(Box::new(attempt))),
+                    (Err(_), Some(twin)) => Ok(Began::NoRoomBeside(twin)),
+                    (Err(shortage), None) => Err(shortage.into()),
+                })
             }
+        }
+    }
+}
+
+impl Handler<DiscardPartials> for CasActor {
+    type Result = ();
+
+    fn handle(&mut self, DiscardPartials { peer, bytes }: DiscardPartials, ctx: &mut Self::Context) {
+        let mut freed = 0;
+        while freed < bytes
+            && let Some(partial) = self.uploads.pop_oldest_of(peer)
+        {
+            freed += partial.room.bytes();
+            self.discard(partial, ctx);
         }
     }
 }

@@ -82,8 +82,8 @@ impl ByteStream for ByteStreamService {
         }
         let (name, check) = WriteCheck::begin(&first)?;
         let (instance, digest) = self.resolve(&call, &name)?;
-        let upload =
-            self.0.cas.begin_upload(&instance, &first.resource_name, digest, check.next_offset).await?;
+        let cas = self.0.cas.on_behalf_of(call.caller());
+        let upload = cas.begin_upload(&instance, &first.resource_name, digest, check.next_offset).await?;
         let end = match (upload, name.encoding) {
             (Upload::Present, _) => End::Early,
             (Upload::Writer(writer), Encoding::Identity) => receive(*writer, messages, first, check).await?,

@@ -63,8 +63,9 @@ impl ContentAddressableStorage for CasService {
         request: Request<BatchUpdateBlobsRequest>,
     ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
         let instance = self.instance(&request, |request| &request.instance_name)?;
+        let cas = self.0.cas.on_behalf_of(Call::of(&request).caller());
         let batch = Update::decode(&instance, request.into_inner())?;
-        let stored = self.0.cas.write_many(&instance, batch.blobs).await?;
+        let stored = cas.write_many(&instance, batch.blobs).await?;
         let (mut responses, mut left) = (batch.responses, batch.left);
         for (at, result) in batch.positions.into_iter().zip(stored) {
             if let (Some(response), Err(error)) = (responses.get_mut(at), result) {

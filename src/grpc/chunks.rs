@@ -83,7 +83,8 @@ pub async fn splice(
     let chunks = message.chunk_digests.iter();
     let chunks: Result<Vec<Digest>> =
         chunks.map(|chunk| Digest::from_wire(function, Some(chunk), "chunk_digests")).collect();
-    edge.cas.splice(instance, blob, chunks?, chunking).await?;
+    let cas = edge.cas.on_behalf_of(Call::of(request).caller());
+    cas.splice(instance, blob, chunks?, chunking).await?;
     // One client fails when it is not set (CAS-37).
     Ok(SpliceBlobResponse { blob_digest: Some(blob.to_wire()) })
 }

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     actors::cas::client::Provenance,
+    caller::Caller,
     error::{Error, Result},
     instance::Instance,
     proto::reapi,
@@ -31,8 +32,9 @@ pub async fn blob(
     line: &mut Line,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
+    let cas = cache.cas.on_behalf_of(caller(&request));
     let upload = Upload::new(request, cache.max_blob_bytes)?;
-    let mut blob = cache.cas.new_blob(instance, like.function());
+    let mut blob = cas.new_blob(instance, like.function());
     upload.fill(&mut blob, line).await?;
     line.blob(blob.finish_checked(like).await?);
     Ok(created())
@@ -72,8 +74,9 @@ pub async fn value(
 ) -> Result<Response> {
     let action = value_action(instance, key)?;
     check_writable(instance)?;
+    let cas = cache.cas.on_behalf_of(caller(&request));
     let upload = Upload::new(request, cache.max_blob_bytes)?;
-    let mut blob = cache.cas.new_blob(instance, action.function());
+    let mut blob = cas.new_blob(instance, action.function());
     upload.fill(&mut blob, line).await?;
     let digest = blob.finish().await?;
     line.blob(digest);
@@ -94,6 +97,11 @@ pub fn check_writable(instance: &Instance) -> Result<()> {
 
 fn provenance(line: &Line) -> Provenance {
     Provenance { peer: line.peer().to_string(), ..Provenance::default() }
+}
+
+/// Who sends it; set for every request of a connection.
+fn caller(request: &Request) -> Caller {
+    request.extensions().get().copied().unwrap_or_default()
 }
 
 /// The answer to a request that has made something.

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod harness;
+mod reservations;
 #[allow(dead_code)]
 #[path = "../wire/support.rs"]
 mod support;

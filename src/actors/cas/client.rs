@@ -6,14 +6,16 @@
 use super::{
     CasActor, Shared,
     blob::{BlobReader, BlobWriter, is_sound, not_found, read_whole},
+    guards::Room,
     index::{FileId, Found, Key, Kind},
     inputs::Source,
     requests::*,
-    settings::{DIGESTS_PER_MESSAGE, PARK_WAIT, SOUND_TRIES, TWIN_WAIT},
-    sink::{Checked, failed},
+    settings::{DIGESTS_PER_MESSAGE, PARK_WAIT, ROOM_STEP_BYTES, SOUND_TRIES, TWIN_WAIT},
+    sink::{WHOLE_BYTES, check_item, check_stream, failed},
     writer::write_new,
 };
 use crate::{
+    caller::Caller,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     instance::Instance,
@@ -22,7 +24,7 @@ use crate::{
 use actix::{Addr, Handler, Message, dev::ToEnvelope};
 use bytes::Bytes;
 use std::{collections::HashSet, fs::File, sync::Arc};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 
 pub use super::{
     sink::Payload,
@@ -83,6 +85,8 @@ impl StagedInputs {
 pub struct Cas {
     store: Addr<CasActor>,
     shared: Arc<Shared>,
+    /// On whose account bytes are taken in; `None` for the server's own.
+    caller: Option<Caller>,
     /// This handle belongs to a worker thread, which may block: file work is done right there.
     blocks: bool,
 }
@@ -99,12 +103,31 @@ fn spoilt() -> Error {
 
 impl Cas {
     pub(super) fn new(store: Addr<CasActor>, shared: Arc<Shared>) -> Self {
-        Self { store, shared, blocks: false }
+        Self { store, shared, caller: None, blocks: false }
     }
 
     /// The actor's address, for the messages of [`super::messages`] and [`super::InspectStore`].
     pub fn actor(&self) -> &Addr<CasActor> {
         &self.store
+    }
+
+    /// This handle for what a client sends: it counts against the bounds of its connection and its peer.
+    pub fn on_behalf_of(&self, caller: Caller) -> Self {
+        Self { caller: Some(caller), ..self.clone() }
+    }
+
+    /// Room for bytes that are going to come in through this handle.
+    pub(super) fn new_room(&self) -> Result<Room> {
+        let mut room = Room::none(self.store.clone());
+        self.pay_for(&mut room)?;
+        Ok(room)
+    }
+
+    fn pay_for(&self, room: &mut Room) -> Result<()> {
+        match self.caller {
+            Some(caller) => room.charge_to(self.shared.upload_budget.take(caller, 0)?),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn shared(&self) -> &Arc<Shared> {
@@ -184,21 +207,64 @@ impl Cas {
         instance: &Instance,
         blobs: Vec<(Digest, impl Into<Payload>)>,
     ) -> Result<Vec<Result<()>>> {
-        let blobs: Vec<(Digest, Payload)> =
+        let blobs: Arc<[(Digest, Payload)]> =
             blobs.into_iter().map(|(digest, bytes)| (digest, bytes.into())).collect();
-        let (id, mut digests) = (instance.blobs(), HashSet::with_capacity(blobs.len()));
-        let fits = |digest: &Digest, payload: &Payload| match payload {
-            Payload::Plain(bytes) => digest.size() == bytes.len() as u64 && !digest.is_empty(),
-            Payload::Zstd(_) => self.check_blob_size(digest.size(), "").is_ok() && !digest.is_empty(),
-        };
-        digests.extend(blobs.iter().filter(|(digest, bytes)| fits(digest, bytes)).map(|(digest, _)| *digest));
-        let prepared = self.prepare(instance, digests.into_iter().collect()).await?;
-        let cas = self.clone();
-        let (outcomes, visible) = self.blocking(move || cas.write_batch(id, &blobs, prepared)).await?;
-        if let Some(visible) = visible {
+        let mut outcomes = vec![Ok(()); blobs.len()];
+        let mut all_visible = Vec::new();
+        for step in in_steps(&blobs) {
+            if let [at] = step[..]
+                && let Some((digest, Payload::Zstd(stream))) = blobs.get(at)
+                && digest.size() > WHOLE_BYTES
+            {
+                outcomes[at] = self.write_stream(instance, *digest, stream.clone()).await;
+                continue;
+            }
+            let (stored, visible) = self.write_step(instance, blobs.clone(), step.clone()).await?;
+            for (at, outcome) in step.into_iter().zip(stored) {
+                outcomes[at] = outcome;
+            }
+            all_visible.extend(visible);
+        }
+        for visible in all_visible {
             visible.await.map_err(|_| going_down())?;
         }
         Ok(outcomes)
+    }
+
+    /// Stores those items of a batch for which room is taken at once.
+    async fn write_step(
+        &self,
+        instance: &Instance,
+        blobs: Arc<[(Digest, Payload)]>,
+        step: Vec<usize>,
+    ) -> Result<(Vec<Result<()>>, Option<oneshot::Receiver<()>>)> {
+        let fits = |digest: &Digest, payload: &Payload| match payload {
+            Payload::Plain(bytes) => digest.size() == bytes.len() as u64 && !digest.is_empty(),
+            Payload::Zstd(_) => !digest.is_empty(),
+        };
+        let items = step.iter().filter_map(|&at| blobs.get(at));
+        let digests: HashSet<Digest> =
+            items.filter(|(digest, bytes)| fits(digest, bytes)).map(|(digest, _)| *digest).collect();
+        let prepared = self.prepare(instance, digests.into_iter().collect()).await?;
+        let (cas, id) = (self.clone(), instance.blobs());
+        self.blocking(move || {
+            let items: Vec<_> = step.iter().filter_map(|&at| blobs.get(at)).collect();
+            cas.write_batch(id, &items, prepared)
+        })
+        .await
+    }
+
+    /// Stores a large item that has to be decoded, as an upload does that nobody can go on with.
+    async fn write_stream(&self, instance: &Instance, digest: Digest, stream: Bytes) -> Result<()> {
+        let name = format!("batch/{:x}", self.shared.files.next_generation());
+        match self.begin_upload(instance, &name, digest, 0).await? {
+            Upload::Present => self.blocking(move || check_stream(digest, &stream)).await?,
+            Upload::Writer(writer) => {
+                let mut writer = writer.decoding().unresumable();
+                writer.write(stream).await?;
+                writer.finish().await.map(drop)
+            }
+        }
     }
 
     /// Room for those of these blobs that are not stored. What is stored is looked at, so that "stored already" is only said of
@@ -240,11 +306,11 @@ impl Cas {
         .await?
     }
 
-    /// Checks and writes a batch on a blocking thread; what is written is handed to the actor before this returns.
+    /// Checks and writes items on a blocking thread; what is written is handed to the actor before this returns.
     fn write_batch(
         &self,
         instance: crate::instance::InstanceId,
-        blobs: &[(Digest, Payload)],
+        blobs: &[&(Digest, Payload)],
         prepared: Prepared,
     ) -> (Vec<Result<()>>, Option<oneshot::Receiver<()>>) {
         let files = &self.shared.files;
@@ -252,8 +318,7 @@ impl Cas {
         let mut written = Vec::new();
         let outcomes = blobs.iter().map(|(digest, payload)| {
             self.check_blob_size(digest.size(), &digest.to_string())?;
-            let is_wanted = absent.contains(digest) && prepared.room.is_ok();
-            let checked = Checked::new(*digest, payload, files, is_wanted)?;
+            let bytes = check_item(*digest, payload)?;
             if !absent.contains(digest) {
                 return Ok(());
             }
@@ -262,17 +327,9 @@ impl Cas {
             }
             let key = Key { digest: *digest, instance, kind: Kind::Blob };
             let file = FileId { key, generation: files.next_generation() };
-            let path = files.path(&file);
-            let stamp = match checked {
-                Checked::Whole(bytes) => {
-                    let stamp = write_new(files, &path, std::slice::from_ref(&bytes))
-                        .map_err(|error| failed(*digest, &error))?;
-                    self.shared.remember(instance, *digest, &[bytes]);
-                    stamp
-                }
-                Checked::Spilled(Some(sink)) => sink.keep(files, *digest, &path)?,
-                Checked::Spilled(None) => return Err(Error::internal("an item of a batch lost its file")),
-            };
+            let stamp = write_new(files, &files.path(&file), std::slice::from_ref(&bytes))
+                .map_err(|error| failed(*digest, &error))?;
+            self.shared.remember(instance, *digest, &[bytes]);
             absent.remove(digest);
             written.push(WrittenFile { file, bytes: files.charge(digest.size()), stamp });
             Ok(())
@@ -303,17 +360,24 @@ impl Cas {
         }
         let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
         let name = upload_name(instance, name);
-        let patience = tokio::time::Instant::now() + TWIN_WAIT;
-        let (mut was_busy, mut looks) = (false, 0);
+        let patience = Instant::now() + TWIN_WAIT;
+        let (mut was_busy, mut looks, mut beside) = (false, 0, false);
         loop {
-            match self.ask(BeginUpload { name, blob, offset }).await?? {
+            match self.ask(BeginUpload { name, blob, offset, beside }).await?? {
                 // What is stored and turns out to be bad is dropped, and this upload replaces it.
                 Began::Present if self.are_sound(instance, vec![digest]).await? => {
                     return Ok(Upload::Present);
                 }
                 Began::Present if looks < SOUND_TRIES => looks += 1,
                 Began::Present => return Err(spoilt()),
-                Began::Start(attempt) => {
+                Began::Start(mut attempt) => {
+                    if let Some(room) = &mut attempt.room
+                        && let Err(error) = self.pay_for(room)
+                    {
+                        // Kept, it would be on nobody's account.
+                        attempt.keep = false;
+                        return Err(error);
+                    }
                     return Ok(Upload::Writer(Box::new(BlobWriter::new(attempt, self.shared.clone()))));
                 }
                 // A client that goes on at once meets its own broken stream while that is being put away.
@@ -327,13 +391,7 @@ impl Cas {
                     return Err(Error::Unavailable(problem));
                 }
                 // BS-28: what the other one stores is stored for both.
-                Began::NoRoomBeside(progress, error) => {
-                    let mut ended = progress.ended.subscribe();
-                    let ended = tokio::time::timeout_at(patience, ended.wait_for(|ended| *ended)).await;
-                    if ended.is_err() {
-                        return Err(error);
-                    }
-                }
+                Began::NoRoomBeside(twin) => beside = !twin.ends_before(patience).await,
             }
         }
     }
@@ -415,6 +473,31 @@ impl Cas {
     pub fn stage_inputs(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
         self.block_on(async |cas| cas.stage(instance, root).await)
     }
+}
+
+/// The items of a batch, by position, in the steps in which room is taken for them: together for those whose bytes are at hand,
+/// [`ROOM_STEP_BYTES`] at a time for those of which only the digest says how many bytes they will be, alone for one of more.
+fn in_steps(blobs: &[(Digest, Payload)]) -> Vec<Vec<usize>> {
+    let (mut plain, mut steps): (Vec<usize>, Vec<Vec<usize>>) = (Vec::new(), Vec::new());
+    let mut left = 0;
+    for (at, (digest, payload)) in blobs.iter().enumerate() {
+        let size = digest.size().max(1);
+        match (payload, steps.last_mut()) {
+            (Payload::Plain(_), _) => plain.push(at),
+            (Payload::Zstd(_), Some(step)) if size <= left => {
+                step.push(at);
+                left -= size;
+            }
+            (Payload::Zstd(_), _) => {
+                steps.push(vec![at]);
+                left = ROOM_STEP_BYTES.saturating_sub(size);
+            }
+        }
+    }
+    if !plain.is_empty() {
+        steps.insert(0, plain);
+    }
+    steps
 }
 
 /// A key of constant length for a name of any length.

@@ -1,13 +1,22 @@
-//! Promises of the actor that end when they are dropped: [`Lease`] keeps blobs, [`Reservation`] keeps room.
+//! Promises of the actor that end when they are dropped: [`Lease`] keeps blobs, [`Reservation`] keeps room, and [`Room`] is a
+//! reservation that grows with the bytes that arrive.
 //!
 //! The end is told to the actor by a message that no mailbox bound can refuse, so none is lost while the actor lives.
 
 use super::{
     CasActor,
+    client::going_down,
     index::EntryRef,
-    requests::{Release, Unreserve},
+    requests::{DiscardPartials, Release, Reserve, Unreserve},
+    settings::ROOM_STEP_BYTES,
+};
+use crate::{
+    budget::{Bound, Share},
+    caller::Peer,
+    error::Result,
 };
 use actix::Addr;
+use tokio::runtime::Handle;
 
 /// Entries that are not evicted while this is held.
 pub struct Lease {
@@ -53,6 +62,11 @@ impl Reservation {
         self.bytes
     }
 
+    /// Adds another one to this.
+    fn absorb(&mut self, other: Self) {
+        self.bytes += other.disarm();
+    }
+
     /// Ends it without telling the actor; for the actor itself. Returns how much room it was.
     pub fn disarm(mut self) -> u64 {
         std::mem::take(&mut self.bytes)
@@ -70,5 +84,98 @@ impl Drop for Reservation {
 impl std::fmt::Debug for Reservation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Reservation({} bytes)", self.bytes)
+    }
+}
+
+/// Room for bytes of which nobody knows yet whether they arrive. It is reserved ahead of each write, at most
+/// [`ROOM_STEP_BYTES`] ahead: what a client says that it is going to send evicts nothing. What is reserved for a client counts
+/// against the bounds of its connection and its peer, also while a broken upload is kept. Nobody waits for room that others
+/// hold: there is room once what may go is gone, or the write fails and its client tries again later, so no two uploads can
+/// wait for one another.
+#[derive(Debug)]
+pub struct Room {
+    reservation: Reservation,
+    /// `None` for what the server does on its own account.
+    share: Option<Share>,
+}
+
+impl Room {
+    /// None yet.
+    pub fn none(store: Addr<CasActor>) -> Self {
+        Self { reservation: Reservation::new(store, 0), share: None }
+    }
+
+    /// Room that the index has counted.
+    #[cfg(test)]
+    pub fn of(reservation: Reservation) -> Self {
+        Self { reservation, share: None }
+    }
+
+    /// How much.
+    pub fn bytes(&self) -> u64 {
+        self.reservation.bytes()
+    }
+
+    /// Whose.
+    pub fn peer(&self) -> Option<Peer> {
+        self.share.as_ref().map(|share| share.caller().peer)
+    }
+
+    /// From here on it counts as that of this share's caller.
+    ///
+    /// # Errors
+    /// `Exhausted` at a bound of the caller's.
+    pub fn charge_to(&mut self, mut share: Share) -> Result<()> {
+        self.share = None;
+        share.grow(self.bytes())?;
+        self.share = Some(share);
+        Ok(())
+    }
+
+    /// Has room for `needed` bytes when this returns, and perhaps for a step more, but not for more than `most`.
+    ///
+    /// # Errors
+    /// `Exhausted` when there is none, or at a bound of the caller's.
+    pub async fn grow(&mut self, needed: u64, most: u64) -> Result<()> {
+        let Some(lacking) = needed.checked_sub(self.bytes()).filter(|lacking| *lacking > 0) else {
+            return Ok(());
+        };
+        let more = lacking.max(ROOM_STEP_BYTES.min(most.saturating_sub(self.bytes())));
+        let store = self.reservation.store.clone();
+        if let Some(share) = &mut self.share
+            && let Err(refusal) = share.grow(more)
+        {
+            if refusal.bound() == Bound::Connection {
+                return Err(refusal.into());
+            }
+            // Its own broken uploads are the first to go.
+            let discard = DiscardPartials { peer: share.caller().peer, bytes: more };
+            store.send(discard).await.map_err(|_| going_down())?;
+            share.grow(more)?;
+        }
+        let reserved = store.send(Reserve(more)).await.map_err(|_| going_down()).flatten();
+        match reserved {
+            Ok(reservation) => self.reservation.absorb(reservation),
+            Err(error) => {
+                if let Some(share) = &mut self.share {
+                    share.shrink_to(self.reservation.bytes());
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Room::grow`] on a blocking thread.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn grow_here(&mut self, runtime: &Handle, needed: u64, most: u64) -> Result<()> {
+        if needed <= self.bytes() { Ok(()) } else { runtime.block_on(self.grow(needed, most)) }
+    }
+
+    /// The reservation, which the bytes that were written take up.
+    pub fn into_reservation(self) -> Reservation {
+        self.reservation
     }
 }

@@ -147,10 +147,8 @@ impl Index {
     /// # Errors
     /// [`Shortage`] when leases and other promises leave too little; nothing is evicted then.
     pub fn reserve(&mut self, wanted: u64) -> Result<Grant, Shortage> {
-        let Totals { used, leased, reserved, limit, .. } = self.totals;
-        if !self.could_fit(wanted, 0) {
-            return Err(Shortage { wanted, leased, reserved, limit });
-        }
+        self.check_fit(wanted, 0)?;
+        let Totals { used, reserved, limit, .. } = self.totals;
         let mut victims = Vec::new();
         // All that is not leased can go, so this ends with enough room.
         let target = limit - reserved - wanted;
@@ -168,11 +166,15 @@ impl Index {
         limit.saturating_sub(used).saturating_sub(reserved) >= wanted
     }
 
-    /// Whether `wanted` bytes could be made free by evicting all that can be, and by taking back `revocable` bytes of
-    /// earlier promises.
-    pub fn could_fit(&self, wanted: u64, revocable: u64) -> bool {
+    /// Makes sure that `wanted` bytes could be made free by evicting all that can be, and by taking back `revocable` bytes of
+    /// earlier promises. Nothing is promised or evicted.
+    ///
+    /// # Errors
+    /// [`Shortage`] otherwise.
+    pub fn check_fit(&self, wanted: u64, revocable: u64) -> Result<(), Shortage> {
         let Totals { leased, reserved, limit, .. } = self.totals;
-        limit.saturating_sub(leased).saturating_sub(reserved.saturating_sub(revocable)) >= wanted
+        let free = limit.saturating_sub(leased).saturating_sub(reserved.saturating_sub(revocable));
+        if free >= wanted { Ok(()) } else { Err(Shortage { wanted, leased, reserved, limit }) }
     }
 
     /// Takes back what is left of a promise.

@@ -10,9 +10,9 @@ use super::{
     blob::hash_file,
     client::{Cas, going_down},
     files::TemporaryFile,
-    guards::Reservation,
+    guards::Room,
     index::{FileId, Key, Kind},
-    requests::{Commit, FindByHash, Reserve, WrittenFile},
+    requests::{Commit, FindByHash, WrittenFile},
 };
 use crate::{
     digest::{Digest, DigestFunction, Hasher},
@@ -24,8 +24,6 @@ use std::{io::Write as _, mem};
 
 /// Bytes that are collected before a blocking thread is bothered; a blob that ends before has no temporary file.
 const PIECE_BYTES: usize = 256 * 1024;
-/// Room is reserved in steps of this size, so that one download asks the actor a few times and not once a piece.
-const ROOM_STEP_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Bytes on their way into the store; see the top of this file.
 #[derive(Debug)]
@@ -37,7 +35,7 @@ pub struct NewBlob {
     pending: Vec<Bytes>,
     pending_bytes: usize,
     sink: Option<Sink>,
-    room: Option<Reservation>,
+    room: Option<Room>,
 }
 
 #[derive(Debug)]
@@ -130,7 +128,7 @@ impl NewBlob {
             let failed = |error| Error::io(&format!("store blob {digest}"), &error);
             let stamp = files.keep(file, &files.path(&id)).map_err(failed)?;
             let written = WrittenFile { file: id, bytes: files.charge(digest.size()), stamp };
-            Ok(Commit::tell(cas.actor(), written, room))
+            Ok(Commit::tell(cas.actor(), written, room.into_reservation()))
         });
         stored.await??.await.map_err(|_| going_down())?;
         Ok(digest)
@@ -169,15 +167,11 @@ impl NewBlob {
     /// Has at least as much room as there are bytes.
     async fn make_room(&mut self) -> Result<()> {
         let needed = self.cas.shared().files.charge(self.size);
-        let held = self.room.as_ref().map_or(0, Reservation::bytes);
-        if needed <= held {
-            return Ok(());
-        }
-        let more = self.cas.ask(Reserve((needed - held).max(ROOM_STEP_BYTES))).await??;
-        // One reservation in place of two, with no moment in which neither counts.
-        let sum = more.disarm().saturating_add(self.room.take().map_or(0, Reservation::disarm));
-        self.room = Some(Reservation::new(self.cas.actor().clone(), sum));
-        Ok(())
+        let room = match &mut self.room {
+            Some(room) => room,
+            none => none.insert(self.cas.new_room()?),
+        };
+        room.grow(needed, u64::MAX).await
     }
 }
 

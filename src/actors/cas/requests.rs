@@ -11,8 +11,9 @@ use super::{
     uploads::{Attempt, Partial, Progress},
 };
 use crate::{
+    caller::Peer,
     digest::Digest,
-    error::{Error, Result},
+    error::Result,
     instance::{Instance, InstanceId},
     proto::reapi,
 };
@@ -70,7 +71,7 @@ pub struct Prepared {
     pub room: Result<Reservation>,
 }
 
-/// Room for a file of an action result.
+/// Room for bytes that are there or about to come.
 #[derive(Message)]
 #[rtype(result = "Result<Reservation>")]
 pub struct Reserve(pub u64);
@@ -83,6 +84,8 @@ pub struct BeginUpload {
     pub name: Digest,
     pub blob: Key,
     pub offset: u64,
+    /// Do not wait for another upload of the same blob, whatever room there is for both.
+    pub beside: bool,
 }
 
 /// The answer to [`BeginUpload`].
@@ -91,10 +94,18 @@ pub enum Began {
     Present,
     /// An earlier stream of this upload is still there.
     Busy(Arc<Progress>),
-    /// There is no room, but another stream uploads the same blob.
-    NoRoomBeside(Arc<Progress>, Error),
+    /// There is no room for two of this blob, and another stream uploads it.
+    NoRoomBeside(Arc<Progress>),
     /// Go on.
     Start(Box<Attempt>),
+}
+
+/// Broken uploads of this peer are to go, the oldest first, until this much room is free again or none is left.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct DiscardPartials {
+    pub peer: Peer,
+    pub bytes: u64,
 }
 
 /// How far is an upload, and is its blob stored?

@@ -1,6 +1,6 @@
 //! [`StoreSettings`]: what the store is told from outside, and the bounds that are its own.
 
-use crate::action::TimeoutPolicy;
+use crate::{action::TimeoutPolicy, budget::Bounds};
 use std::{path::PathBuf, time::Duration};
 
 /// What the store is told at start.
@@ -18,6 +18,17 @@ pub struct StoreSettings {
     pub zstd_level: i32,
     /// Which timeouts an Action may ask for.
     pub timeouts: TimeoutPolicy,
+}
+
+impl StoreSettings {
+    /// How much of the store unfinished uploads may hold: half of it together, and one connection half of that; but the largest
+    /// blob always fits, even if nobody but its client holds anything (a peer alone may have 8/9 of all).
+    pub(super) fn upload_bounds(&self) -> Bounds {
+        let largest = self.max_blob_bytes.min(self.max_bytes).saturating_add(2 * ROOM_STEP_BYTES);
+        let total =
+            (self.max_bytes / 2).max(largest.saturating_add(largest / 8).saturating_add(ROOM_STEP_BYTES));
+        Bounds { what: "bytes of unfinished uploads", total, connection: (total / 2).max(largest) }
+    }
 }
 
 /// Blobs up to this size are read in one piece and hashed at every read: at this size hashing costs about as much as the
@@ -83,6 +94,9 @@ pub const RELIEF_WAIT: Duration = Duration::from_secs(5);
 /// How often at most the log says that others fill the disk.
 pub const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Room for bytes that arrive is reserved at most this much ahead of them.
+pub const ROOM_STEP_BYTES: u64 = 1024 * 1024;
+
 /// Broken uploads that are kept; above it the oldest goes. Each holds a file open, and a process has 1,024 by default.
 pub const MAX_PARTIAL_UPLOADS: usize = 256;
 
@@ -123,8 +137,11 @@ pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
 /// Messages that may wait for the actor before senders have to wait too.
 pub const MAILBOX_CAPACITY: usize = 1_024;
 
-/// How long a client for whose upload there is no room waits for another client's upload of the same blob.
+/// How long a client for whose upload there is no room waits for another client's upload of the same blob ...
 pub const TWIN_WAIT: Duration = Duration::from_secs(300);
+
+/// ... and how long it waits for the next byte of that one. After either it goes ahead, as far as there is room.
+pub const TWIN_STALL: Duration = Duration::from_secs(10);
 
 /// How long a client that goes on with an upload waits for its own earlier stream to let go of it.
 pub const PARK_WAIT: Duration = Duration::from_secs(2);

@@ -111,14 +111,21 @@ impl Sink {
         Ok(Self { file, hasher: blob.hasher() })
     }
 
-    /// Takes the next bytes of a stream.
+    /// Takes the next bytes of a stream. Before any are written, `make_room` is told how many there will be.
     ///
     /// # Errors
-    /// Those of [`Inflow::take`]; `Exhausted` or `Internal` when they cannot be written.
-    pub fn take(&mut self, wire: &[u8], inflow: &mut Inflow, blob: Digest) -> Result<()> {
+    /// Those of [`Inflow::take`] and `make_room`; `Exhausted` or `Internal` when they cannot be written.
+    pub fn take(
+        &mut self,
+        wire: &[u8],
+        inflow: &mut Inflow,
+        blob: Digest,
+        mut make_room: impl FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
         let Self { file, hasher } = self;
         let left = blob.size().saturating_sub(hasher.size());
         inflow.take(wire, left, |piece| {
+            make_room(hasher.size().saturating_add(piece.len() as u64))?;
             file.file.write_all(piece).map_err(|error| failed(blob, &error))?;
             hasher.update(piece);
             Ok(())
@@ -138,49 +145,32 @@ impl Sink {
     }
 }
 
-/// One item of a batch whose bytes are right.
-pub enum Checked {
-    /// All of it.
-    Whole(Bytes),
-    /// Decoded into a file because it is large, or nowhere because it is not wanted.
-    Spilled(Option<Box<Sink>>),
+/// The bytes of a small item of a batch, decoded and hashed.
+///
+/// # Errors
+/// `Invalid` when they are not the blob's (CAS-11, CAS-14).
+pub fn check_item(blob: Digest, payload: &Payload) -> Result<Bytes> {
+    let bytes = match payload {
+        Payload::Plain(bytes) => bytes.clone(),
+        Payload::Zstd(stream) => decode_all(stream, blob.size())?.into(),
+    };
+    let actual = blob.function().digest(&bytes);
+    if actual == blob { Ok(bytes) } else { Err(hash_mismatch(blob, actual)) }
 }
 
-impl Checked {
-    /// Decodes and hashes an item; a large one that is wanted into a file.
-    ///
-    /// # Errors
-    /// `Invalid` when its bytes are not the blob's (CAS-11, CAS-14); `Exhausted` or `Internal` when they cannot be written.
-    pub fn new(blob: Digest, payload: &Payload, files: &Files, is_wanted: bool) -> Result<Self> {
-        let check = |actual| if actual == blob { Ok(()) } else { Err(hash_mismatch(blob, actual)) };
-        let stream = match payload {
-            Payload::Plain(bytes) => {
-                check(blob.function().digest(bytes))?;
-                return Ok(Self::Whole(bytes.clone()));
-            }
-            Payload::Zstd(stream) => stream,
-        };
-        if blob.size() <= WHOLE_BYTES {
-            let bytes = Bytes::from(decode_all(stream, blob.size())?);
-            check(blob.function().digest(&bytes))?;
-            return Ok(Self::Whole(bytes));
-        }
-        let mut inflow = Inflow::Zstd(None);
-        if is_wanted {
-            let mut sink = Sink::create(files, blob).map_err(|error| failed(blob, &error))?;
-            sink.take(stream, &mut inflow, blob)?;
-            inflow.finish()?;
-            return Ok(Self::Spilled(Some(Box::new(sink))));
-        }
-        let mut hasher = blob.hasher();
-        inflow.take(stream, blob.size(), |piece| {
-            hasher.update(piece);
-            Ok(())
-        })?;
-        inflow.finish()?;
-        check(hasher.finish())?;
-        Ok(Self::Spilled(None))
-    }
+/// Decodes and hashes a compressed item that is not wanted, and keeps nothing of it.
+///
+/// # Errors
+/// As [`check_item`].
+pub fn check_stream(blob: Digest, stream: &[u8]) -> Result<()> {
+    let (mut inflow, mut hasher) = (Inflow::Zstd(None), blob.hasher());
+    inflow.take(stream, blob.size(), |piece| {
+        hasher.update(piece);
+        Ok(())
+    })?;
+    inflow.finish()?;
+    let actual = hasher.finish();
+    if actual == blob { Ok(()) } else { Err(hash_mismatch(blob, actual)) }
 }
 
 /// What a write to the store that did not work out means to its client.

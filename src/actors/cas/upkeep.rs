@@ -25,7 +25,7 @@ impl CasActor {
         ctx: &Context<Self>,
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
         // Not for a write that does not fit even so.
-        let could_fit = self.index.could_fit(bytes, self.uploads.parked_bytes());
+        let could_fit = self.index.check_fit(bytes, self.uploads.parked_bytes()).is_ok();
         while could_fit
             && !self.index.has_room(bytes)
             && let Some(partial) = self.uploads.pop_oldest()
@@ -88,7 +88,7 @@ impl CasActor {
     /// Deletes what a broken upload left.
     pub(super) fn discard(&mut self, partial: Partial, ctx: &Context<Self>) {
         let Partial { sink, room } = partial;
-        let (bytes, store) = (room.disarm(), ctx.address());
+        let (bytes, store) = (room.into_reservation().disarm(), ctx.address());
         self.index.forfeit(bytes);
         self.shared.runtime.spawn_blocking(move || {
             drop(sink);

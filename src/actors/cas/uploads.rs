@@ -7,13 +7,13 @@
 
 use super::{
     CasActor,
-    guards::Reservation,
+    guards::Room,
     index::Key,
     requests::EndUpload,
-    settings::MAX_PARTIAL_UPLOADS,
+    settings::{MAX_PARTIAL_UPLOADS, TWIN_STALL},
     sink::{Inflow, Sink},
 };
-use crate::digest::Digest;
+use crate::{caller::Peer, digest::Digest};
 use actix::Addr;
 use std::{
     collections::{BTreeMap, HashMap},
@@ -39,13 +39,32 @@ pub struct Progress {
     pub ended: watch::Sender<bool>,
 }
 
+impl Progress {
+    /// Waits for the end of the attempt, until `deadline` or until it has taken nothing for [`TWIN_STALL`]. Says whether it
+    /// ended.
+    pub async fn ends_before(&self, deadline: tokio::time::Instant) -> bool {
+        let mut ended = self.ended.subscribe();
+        loop {
+            let accepted = self.accepted.load(Ordering::Relaxed);
+            let look = deadline.min(tokio::time::Instant::now() + TWIN_STALL);
+            match tokio::time::timeout_at(look, ended.wait_for(|ended| *ended)).await {
+                Ok(_) => return true,
+                Err(_) if look == deadline || self.accepted.load(Ordering::Relaxed) == accepted => {
+                    return false;
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
+
 /// What a broken attempt left. Its file goes before its room is given back.
 #[derive(Debug)]
 pub struct Partial {
     /// The bytes so far.
     pub sink: Sink,
-    /// Room for the whole blob.
-    pub room: Reservation,
+    /// Room for them.
+    pub room: Room,
 }
 
 /// The right to write one upload. Dropped, it tells the actor what is left of it.
@@ -54,8 +73,8 @@ pub struct Attempt {
     pub sink: Option<Sink>,
     /// How this stream's bytes become the blob's.
     pub inflow: Inflow,
-    /// Room for the whole blob; `None` once it is spent.
-    pub room: Option<Reservation>,
+    /// Room for the bytes so far; `None` once it is spent.
+    pub room: Option<Room>,
     /// Whether the bytes so far may be resumed.
     pub keep: bool,
     /// Seen by others.
@@ -69,7 +88,7 @@ pub struct Attempt {
 
 impl Attempt {
     /// An attempt that [`Uploads::begin`] has entered.
-    pub fn new(store: Addr<CasActor>, name: Digest, blob: Key, entered: Entered, room: Reservation) -> Self {
+    pub fn new(store: Addr<CasActor>, name: Digest, blob: Key, entered: Entered, room: Room) -> Self {
         let Entered { number, progress } = entered;
         let (sink, inflow, room) = (None, Inflow::Plain, Some(room));
         Self { sink, inflow, room, keep: true, progress, blob, name, number, store }
@@ -241,6 +260,16 @@ impl Uploads {
     /// Takes out the broken upload that has waited longest.
     pub fn pop_oldest(&mut self) -> Option<Partial> {
         let name = *self.parked.first_key_value()?.1;
+        self.unpark(name)
+    }
+
+    /// Takes out the broken upload of this peer that has waited longest.
+    pub fn pop_oldest_of(&mut self, peer: Peer) -> Option<Partial> {
+        let is_theirs = |name: &&Digest| match self.named.get(*name).map(|named| &named.state) {
+            Some(State::Parked(partial)) => partial.room.peer() == Some(peer),
+            Some(State::Running(_)) | None => false,
+        };
+        let name = *self.parked.values().find(is_theirs)?;
         self.unpark(name)
     }
 

@@ -5,7 +5,11 @@
 //! and written under its final name. A longer one grows under a temporary name, and is renamed once its hash is right.
 //!
 //! A compressed upload is decoded by the same jobs. How far it is shows only then, so it may be refused one job late; and
-//! since a decoder takes megabytes, there are only so many for uploads that need more than one job.
+//! since a decoder takes megabytes, there are only so many for uploads that need more than one job or yield more than
+//! [`WHOLE_BYTES`]. So there are also only so many blocking threads that wait for room, and some are left to delete files.
+//!
+//! Room is reserved ahead of each write and no earlier; an upload for which there is none fails, and its client may go on later
+//! from the bytes that were written.
 //!
 //! The attempt travels with the job, and what is left of it when the job or the writer ends is told to the actor by its
 //! drop; so a client that vanishes at any moment leaves either a resumable upload or nothing.
@@ -140,10 +144,10 @@ impl BlobWriter {
         if !plain && self.decoder.is_none() {
             self.decoder = Some(self.decoder_permit().await?);
         }
-        let mut attempt = self.idle().await?;
+        let mut attempt = self.idle_with_room().await?;
         let (pending, shared) = (self.take_pending(), self.shared.clone());
         self.work = Work::Running(self.shared.runtime.spawn_blocking(move || {
-            append(&mut attempt, &pending, &shared.files)?;
+            append(&mut attempt, &pending, &shared)?;
             Ok(attempt)
         }));
         Ok(())
@@ -164,7 +168,10 @@ impl BlobWriter {
             self.discard();
             return Err(Error::Invalid(format!("blob {digest} was finished after {} bytes", self.accepted)));
         }
-        let attempt = self.idle().await?;
+        if self.encoding == Encoding::Zstd && digest.size() > WHOLE_BYTES && self.decoder.is_none() {
+            self.decoder = Some(self.decoder_permit().await?);
+        }
+        let attempt = self.idle_with_room().await?;
         let (pending, shared) = (self.take_pending(), self.shared.clone());
         // Once started this runs to its end, whether or not anybody still waits for it.
         let visible = self
@@ -175,6 +182,19 @@ impl BlobWriter {
             .map_err(Error::internal)??;
         visible.await.map_err(|_| super::client::going_down())?;
         Ok(digest)
+    }
+
+    /// Takes the attempt out once there is room for all bytes that were accepted. How many a compressed upload has shows only
+    /// when they are decoded; its job makes room by itself.
+    async fn idle_with_room(&mut self) -> Result<Box<Attempt>> {
+        // Back in its place: if this future is dropped, the attempt stays where `drop` finds it.
+        self.work = Work::Idle(self.idle().await?);
+        if self.encoding == Encoding::Identity
+            && let Work::Idle(attempt) = &mut self.work
+        {
+            make_room(attempt, self.accepted, &self.shared.files).await?;
+        }
+        self.idle().await
     }
 
     async fn decoder_permit(&self) -> Result<OwnedSemaphorePermit> {
@@ -229,43 +249,64 @@ impl BlobWriter {
 
 impl Drop for BlobWriter {
     fn drop(&mut self) {
-        let (pending, shared) = (self.take_pending(), self.shared.clone());
-        // What was accepted has been reported as committed (BS-31), so it is written before the attempt is put away.
-        let flush = move |mut attempt: Box<Attempt>| {
-            let _ = append(&mut attempt, &pending, &shared.files);
-        };
-        match std::mem::replace(&mut self.work, Work::Over) {
-            Work::Idle(attempt) => {
-                self.shared.runtime.spawn_blocking(move || flush(attempt));
-            }
-            Work::Running(job) => {
-                self.shared.runtime.spawn(async move {
-                    if let Ok(Ok(attempt)) = job.await {
-                        let _ = tokio::task::spawn_blocking(move || flush(attempt)).await;
-                    }
-                });
-            }
-            Work::Over => {}
+        let work = std::mem::replace(&mut self.work, Work::Over);
+        if matches!(work, Work::Over) {
+            return;
         }
+        let (pending, shared) = (self.take_pending(), self.shared.clone());
+        let plain_bytes = (self.encoding == Encoding::Identity).then_some(self.accepted);
+        // What was accepted has been reported as committed (BS-31), so it is written before the attempt is put away; but for
+        // what there is no room for.
+        self.shared.runtime.spawn(async move {
+            let mut attempt = match work {
+                Work::Idle(attempt) => attempt,
+                Work::Running(job) => match job.await {
+                    Ok(Ok(attempt)) => attempt,
+                    Ok(Err(_)) | Err(_) => return,
+                },
+                Work::Over => return,
+            };
+            let has_room = match plain_bytes {
+                Some(bytes) => make_room(&mut attempt, bytes, &shared.files).await.is_ok(),
+                None => true,
+            };
+            let flush = move || {
+                if has_room {
+                    let _ = append(&mut attempt, &pending, &shared);
+                }
+            };
+            let _ = tokio::task::spawn_blocking(flush).await;
+        });
     }
+}
+
+/// Has room for so many bytes of the blob. If there is none, the bytes that were written are kept.
+async fn make_room(attempt: &mut Attempt, bytes: u64, files: &Files) -> Result<()> {
+    let most = files.charge(attempt.blob.digest.size());
+    let Some(room) = &mut attempt.room else { return Err(lost_room()) };
+    room.grow(files.charge(bytes), most).await
 }
 
 fn throw_away(mut attempt: Box<Attempt>) {
     attempt.keep = false;
 }
 
-/// Writes and hashes the next bytes of a long upload. After an error nothing of the attempt is kept.
-fn append(attempt: &mut Attempt, pending: &[Bytes], files: &Files) -> Result<()> {
+/// Writes and hashes the next bytes of a long upload, as far as there is room. After an error nothing of the attempt is kept.
+fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &Shared) -> Result<()> {
     if pending.is_empty() {
         return Ok(());
     }
     let outcome = (|| {
-        let blob = attempt.blob.digest;
+        let (blob, files) = (attempt.blob.digest, &shared.files);
+        let Some(room) = &mut attempt.room else { return Err(lost_room()) };
         let sink = match &mut attempt.sink {
             Some(sink) => sink,
             none => none.insert(Sink::create(files, blob).map_err(|error| failed(blob, &error))?),
         };
-        pending.iter().try_for_each(|bytes| sink.take(bytes, &mut attempt.inflow, blob))?;
+        // A plain upload has its room; how much a compressed one needs shows only here.
+        let mut make_room =
+            |bytes| room.grow_here(&shared.runtime, files.charge(bytes), files.charge(blob.size()));
+        pending.iter().try_for_each(|bytes| sink.take(bytes, &mut attempt.inflow, blob, &mut make_room))?;
         // A plain upload was ahead of this.
         attempt.progress.accepted.fetch_max(sink.hasher.size(), Ordering::Relaxed);
         Ok(())
@@ -290,20 +331,26 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Shared) -> Result<
         if actual != digest {
             return Err(hash_mismatch(digest, actual));
         }
+        let Some(room) = &mut attempt.room else { return Err(lost_room()) };
+        room.grow_here(&shared.runtime, files.charge(digest.size()), files.charge(digest.size()))?;
         let stamp = write_new(files, &path, &pieces).map_err(|error| failed(digest, &error))?;
         shared.remember(attempt.blob.instance, digest, &pieces);
         stamp
     } else {
-        append(&mut attempt, pending, files)?;
+        append(&mut attempt, pending, shared)?;
         attempt.inflow.finish()?;
         let Some(sink) = attempt.sink.take() else {
             return Err(Error::Invalid(format!("nothing was sent for blob {digest}")));
         };
         sink.keep(files, digest, &path)?
     };
-    let Some(room) = attempt.room.take() else { return Err(Error::internal("an upload lost its room")) };
+    let Some(room) = attempt.room.take() else { return Err(lost_room()) };
     let written = WrittenFile { file, bytes: files.charge(digest.size()), stamp };
-    Ok(Commit::tell(attempt.store(), written, room))
+    Ok(Commit::tell(attempt.store(), written, room.into_reservation()))
+}
+
+fn lost_room() -> Error {
+    Error::internal("an upload lost its room")
 }
 
 /// Writes bytes that were checked before to a new file; leaves none behind if that fails. Returns what it is known by.

@@ -15,9 +15,9 @@ use super::{
     blob::{BlobReader, StoredFile, damaged, open, tell_verified},
     client::Cas,
     files::TemporaryFile,
-    guards::{Lease, Reservation},
+    guards::{Lease, Room},
     index::{FileId, Found, Key, Kind, Stamp},
-    requests::{Commit, Locate, Reserve, WrittenFile},
+    requests::{Commit, Locate, WrittenFile},
     settings::{ZSTD_FORM_PART, ZSTD_HISTORY_WEIGHT, ZSTD_PROBE_BYTES},
     stamps::stamp_of,
 };
@@ -201,9 +201,8 @@ impl Cas {
             return Ok(());
         }
         let blob = self.open(instance, digest).await?;
-        let room = self.ask(Reserve(self.shared().files.charge(digest.size()))).await??;
         let (cas, id) = (self.clone(), instance.blobs());
-        let visible = self.blocking(move || cas.write_form(&blob, id, digest, room)).await??;
+        let visible = self.blocking(move || cas.write_form(&blob, id, digest)).await??;
         if let Some(visible) = visible {
             let _ = visible.await;
         }
@@ -216,13 +215,15 @@ impl Cas {
         blob: &BlobReader,
         instance: InstanceId,
         digest: Digest,
-        room: Reservation,
     ) -> Result<Option<oneshot::Receiver<()>>> {
         let shared = self.shared();
         let failed = |error: io::Error| Error::io(&format!("write the zstd form of blob {digest}"), &error);
         let files = &shared.files;
         let mut target =
             TemporaryFile::create(files.temporary_path(files.next_generation())).map_err(failed)?;
+        // One form is made at a time, so one thread at most waits for room.
+        let mut room = Room::none(self.actor().clone());
+        let mut grow = |bytes: u64| room.grow_here(&shared.runtime, files.charge(bytes), u64::MAX);
         let mut table = SeekTable::default();
         let mut frame = Vec::new();
         let mut at = 0;
@@ -231,6 +232,7 @@ impl Cas {
             let chunk = blob.read_exact(at, length as usize)?;
             frame.clear();
             shared.encoders.with(|encoder| encoder.frames(&chunk, &mut frame))?;
+            grow(table.sizes().1 + frame.len() as u64)?;
             target.file.write_all(&frame).map_err(failed)?;
             table.push(length, frame.len() as u64)?;
             at += length;
@@ -241,12 +243,14 @@ impl Cas {
                 return Ok(None);
             }
         }
-        target.file.write_all(&table.encode()).map_err(failed)?;
+        let table_bytes = table.encode();
+        grow(table.sizes().1 + table_bytes.len() as u64)?;
+        target.file.write_all(&table_bytes).map_err(failed)?;
         let metadata = target.file.metadata().map_err(failed)?;
         let key = Key { digest, instance, kind: Kind::Zstd };
         let file = FileId { key, generation: files.next_generation() };
         let stamp = files.keep(target, &files.path(&file)).map_err(failed)?;
         let written = WrittenFile { file, bytes: files.charge(metadata.len()), stamp };
-        Ok(Some(Commit::tell(self.actor(), written, room)))
+        Ok(Some(Commit::tell(self.actor(), written, room.into_reservation())))
     }
 }

@@ -4,11 +4,12 @@ use super::{super::uploads::*, *};
 use crate::actors::cas::{
     blob::BlobWriter,
     files::TemporaryFile,
-    guards::Reservation,
+    guards::{Reservation, Room},
     index::{Key, Kind},
     requests::EndUpload,
     sink::Sink,
 };
+use crate::caller::Caller;
 use futures::future::join_all;
 
 const NAME: &str = "uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/blobs/x";
@@ -262,7 +263,7 @@ async fn broken_uploads_are_bounded_in_age_number_and_bytes() {
         let file = TemporaryFile::create(store.root.path().join(format!("{n}"))).unwrap();
         let partial = Partial {
             sink: Sink { file, hasher: SHA256.hasher(0) },
-            room: Reservation::new(store.cas.actor().clone(), room),
+            room: Room::of(Reservation::new(store.cas.actor().clone(), room)),
         };
         let Entered { number, progress } = entered;
         assert!(
@@ -284,4 +285,164 @@ async fn broken_uploads_are_bounded_in_age_number_and_bytes() {
     }
     assert!(uploads.pop_excess(now, hour, limit).is_some(), "one too many");
     assert_eq!(uploads.counts(), (0, settings::MAX_PARTIAL_UPLOADS));
+}
+
+/// A store of `limit` bytes with three blobs, and an account.
+async fn store_with_blobs(limit: u64) -> (Store, Vec<Digest>, Caller) {
+    let store = Store::with_limit(limit).await;
+    let mut blobs = Vec::new();
+    for seed in 0..3 {
+        blobs.push(store.put(noise(1_000_000, 100 + seed)).await);
+    }
+    (store, blobs, Caller::connected("127.0.0.1:1".parse().unwrap()))
+}
+
+async fn all_there(store: &Store, blobs: &[Digest]) -> bool {
+    store.cas.find_missing(&store.main, blobs.to_vec()).await.unwrap().is_empty()
+}
+
+/// What a client says that it will send evicts nothing, whichever way it says so; what it sends is room that it gets.
+#[actix::test]
+async fn room_is_reserved_for_bytes_that_arrive_and_not_for_those_that_are_announced() {
+    let (store, blobs, caller) = store_with_blobs(30 * MB).await;
+    let cas = store.cas.on_behalf_of(caller);
+    let mut writers = Vec::new();
+    for seed in 0..5 {
+        let announced = Digest::parse(SHA256, &digest(&[seed]).hash_hex(), 20_000_000).unwrap();
+        let name = format!("uploads/{seed}");
+        let Upload::Writer(writer) = cas.begin_upload(&store.main, &name, announced, 0).await.unwrap() else {
+            panic!()
+        };
+        let mut writer = if seed % 2 == 0 { *writer } else { writer.decoding() };
+        writer.write(Bytes::from_static(b"(")).await.unwrap();
+        writers.push(writer);
+    }
+    assert_eq!(store.inspect().await.totals.reserved, 0);
+    // A batch whose items are all lies: a MiB each, 40 MiB in all.
+    let lies = (0..40u8).map(|n| {
+        let digest = Digest::parse(SHA256, &digest(&[n, n]).hash_hex(), 1 << 20).unwrap();
+        (digest, Payload::Zstd(Bytes::from_static(b"no zstd")))
+    });
+    let outcomes = cas.write_many(&store.main, lies.collect()).await.unwrap();
+    assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Invalid(_)))));
+    assert!(all_there(&store, &blobs).await);
+    // Bytes that come are another matter, a step ahead.
+    let bytes = noise(5_000_000, 1);
+    let mut writer = writers.remove(0);
+    send(&mut writer, &bytes, 100_000).await.unwrap();
+    drop(writer);
+    eventually(|| async { (store.inspect().await.partial_uploads == 1).then_some(()) }).await;
+    let reserved = store.inspect().await.totals.reserved;
+    let most = 5_000_001 + settings::ROOM_STEP_BYTES + 4_096;
+    assert!((5_000_001..=most).contains(&reserved), "{reserved}");
+    drop(writers);
+    eventually(|| async { (store.inspect().await.running_uploads == 0).then_some(()) }).await;
+    assert!(all_there(&store, &blobs).await);
+}
+
+/// BS-26: a few bytes that become many get room as they are decoded, and an end where there is none.
+#[actix::test]
+async fn a_compressed_upload_gets_room_as_it_is_decoded() {
+    let (store, blobs, caller) = store_with_blobs(10 * MB).await;
+    let cas = store.cas.on_behalf_of(caller);
+    let zeros = vec![0u8; 9_500_000];
+    for (kept, fits) in [(6_000_000, true), (9_500_000, false)] {
+        let plain = Bytes::from(zeros[..kept].to_vec());
+        let mut stream = Vec::new();
+        crate::compression::Encoder::new(1).unwrap().frames(&plain, &mut stream).unwrap();
+        let reader = store.cas.open(&store.main, blobs[0]).await.unwrap();
+        let outcomes =
+            cas.write_many(&store.main, vec![(digest(&plain), Payload::Zstd(stream.into()))]).await.unwrap();
+        assert_eq!(outcomes[0].is_ok(), fits, "{outcomes:?}");
+        assert_eq!(store.has(digest(&plain)).await, fits);
+        drop(reader);
+        eventually(|| async { (store.inspect().await.totals.reserved == 0).then_some(()) }).await;
+    }
+}
+
+/// Each holds a part and none can have the rest: all end, and those that may go on later say so.
+#[actix::test]
+async fn uploads_that_do_not_fit_together_all_end() {
+    let store = Store::with_limit(10 * MB).await;
+    let upload = async |seed: u64| {
+        let bytes = noise(6_000_000, seed);
+        let name = format!("uploads/{seed}");
+        loop {
+            let stored = async {
+                let mut writer = match store.cas.begin_upload(&store.main, &name, digest(&bytes), 0).await? {
+                    Upload::Present => return Ok(()),
+                    Upload::Writer(writer) => writer,
+                };
+                for at in (0..bytes.len()).step_by(500_000) {
+                    writer.write(bytes.slice(at..at + 500_000)).await?;
+                    tokio::task::yield_now().await;
+                }
+                writer.finish().await.map(drop)
+            };
+            match stored.await {
+                Ok(()) => return,
+                Err(Error::Exhausted { retry_after: Some(_), .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(seed)).await;
+        }
+    };
+    let all = futures::future::join_all((1..=4).map(upload));
+    tokio::time::timeout(Duration::from_secs(60), all).await.unwrap();
+    let on_disk: u64 = store.files().iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum();
+    assert!(on_disk <= 10 * MB);
+}
+
+/// One connection has a bound, one peer has a share, and its own broken uploads make room for its new ones.
+#[actix::test]
+async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
+    let store = Store::with_limit(600 * MB).await;
+    let bounds = store.cas.shared().settings.upload_bounds();
+    assert_eq!((bounds.total, bounds.connection), (300 * MB, 150 * MB));
+    let caller = Caller::connected("127.0.0.1:1".parse().unwrap());
+    let budget = &store.cas.shared().upload_budget;
+    // As if it had so much in running uploads.
+    let held = budget.take(caller, 149 * MB).unwrap();
+    let upload = async |caller: Caller, name: &str| {
+        let bytes = noise(3_000_000, 1);
+        let cas = store.cas.on_behalf_of(caller);
+        let Upload::Writer(mut writer) =
+            cas.begin_upload(&store.main, name, digest(&bytes), 0).await.unwrap()
+        else {
+            panic!()
+        };
+        send(&mut writer, &bytes.slice(..2_900_000), 300_000).await?;
+        Ok::<_, Error>(writer)
+    };
+    let error = upload(caller, "uploads/a").await.unwrap_err();
+    assert!(
+        matches!(&error, Error::Exhausted { message, retry_after: Some(_) } if message.contains("connection")),
+        "{error}"
+    );
+    let neighbour = Caller::connected("127.0.0.2:1".parse().unwrap());
+    drop(upload(neighbour, "uploads/b").await.unwrap());
+    drop(held);
+    eventually(|| async { (store.inspect().await.partial_uploads == 2).then_some(()) }).await;
+    let kept = budget.held();
+    assert!(kept >= 2_900_000, "broken uploads count: {kept}");
+    // Another connection of the first peer takes all that a peer may have, and its broken upload goes for a new one.
+    let again = Caller::connected("127.0.0.1:2".parse().unwrap());
+    let all = [again, caller].map(|caller| {
+        let mut share = budget.take(caller, 0).unwrap();
+        while share.grow(MB / 4).is_ok() {}
+        share
+    });
+    let third = Caller::connected("127.0.0.1:3".parse().unwrap());
+    let _ = upload(third, "uploads/c").await;
+    assert_eq!(
+        store
+            .cas
+            .query_upload(&store.main, "uploads/a", digest(&noise(3_000_000, 1)))
+            .await
+            .unwrap()
+            .committed,
+        0
+    );
+    assert!(upload(neighbour, "uploads/d").await.is_ok());
+    drop(all);
 }

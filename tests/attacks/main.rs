@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod fairness;
 mod harness;
 #[allow(dead_code)]
 #[path = "../wire/support.rs"]

@@ -203,6 +203,10 @@ pub struct ExecutionConfig {
     pub max_attempts: u32,
     /// Largest file that a command may write.
     pub max_output_file_gb: Size,
+    /// The most urgent priority that counts; more urgent ones count as this.
+    pub min_priority: i32,
+    /// The least urgent priority that counts; less urgent ones count as this.
+    pub max_priority: i32,
     /// How long an action waits until it gains one step of priority.
     #[serde(with = "humantime_serde")]
     pub priority_ageing: Duration,
@@ -314,6 +318,8 @@ impl Default for ExecutionConfig {
             contended_abandon_grace: Duration::from_secs(2),
             max_attempts: 3,
             max_output_file_gb: Size::from_gb(16),
+            min_priority: -100,
+            max_priority: 100,
             priority_ageing: Duration::from_secs(60),
             unknown_properties: UnknownProperties::Ignore,
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),

@@ -39,7 +39,7 @@ pub mod stalled;
 pub mod status;
 
 use crate::{
-    actors::{asset::client::Assets, cas::client::Cas},
+    actors::{asset::client::Assets, cas::client::Cas, scheduler::settings::Priorities},
     config::{CommittedSize, Config},
     error::{Error, Result},
     instance::Instances,
@@ -125,6 +125,8 @@ pub struct Settings {
     pub compressed_committed_size: CommittedSize,
     /// Whether blobs are split and spliced (CAP-16).
     pub chunking: bool,
+    /// The priorities of actions that count (CAP-18).
+    pub priorities: Priorities,
 }
 
 impl From<&Config> for Settings {
@@ -133,6 +135,7 @@ impl From<&Config> for Settings {
             max_blob_bytes: config.cache.max_blob_size_gb.bytes(),
             compressed_committed_size: config.cache.compressed_committed_size,
             chunking: config.cache.chunking,
+            priorities: Priorities { min: config.execution.min_priority, max: config.execution.max_priority },
         }
     }
 }

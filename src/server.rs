@@ -13,7 +13,7 @@ use crate::{
         scheduler::{
             Pool, SchedulerActor,
             messages::{Drain, Inspect},
-            settings::SchedulerSettings,
+            settings::{Priorities, SchedulerSettings},
             slots::PoolSpec,
         },
         worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
@@ -191,6 +191,10 @@ impl Server {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
                 chunking: settings.chunking,
+                priorities: settings
+                    .execution
+                    .as_ref()
+                    .map_or(Priorities { min: 0, max: 0 }, |e| e.priorities),
             },
         });
         let (close, closed) = oneshot::channel::<()>();

@@ -33,7 +33,8 @@ use messages::{
     Cancel, Drain, Explain, Forget, Inspect, Inspection, ListOperations, OperationPage, Submit, Watch,
 };
 use operation::{OperationId, QueueStatus, Subscription};
-use settings::{Moment, QUEUE_FULL_RETRY, SchedulerSettings};
+use room::Places;
+use settings::{Moment, SchedulerSettings};
 use slots::PoolSpec;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -46,7 +47,7 @@ const MAILBOX: usize = 1024;
 /// How often deadlines are looked at: what times out here is measured in minutes.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Submissions whose action is being looked up at the CAS. Each holds its request in memory until the CAS answers, and none
+/// Submissions whose action is being looked up at the CAS; peers share these places. Each holds its request in memory until the CAS answers, and none
 /// is in the queue yet, so that the queue's bound does not cover them.
 const RESOLVING: usize = 16_384;
 
@@ -69,7 +70,7 @@ pub struct SchedulerActor {
     resolve: Recipient<ResolveAction>,
     check: Recipient<CheckInputs>,
     check_timeout: Duration,
-    resolving: usize,
+    resolving: Places,
     drained: Vec<oneshot::Sender<()>>,
 }
 
@@ -88,7 +89,7 @@ impl SchedulerActor {
             resolve,
             check,
             check_timeout: settings.transfer_timeout,
-            resolving: 0,
+            resolving: Places::new("submissions that wait for the store", RESOLVING),
             drained: Vec::new(),
         }
     }
@@ -209,13 +210,10 @@ impl Handler<Submit> for SchedulerActor {
     type Result = ResponseFuture<Result<Subscription>>;
 
     fn handle(&mut self, submit: Submit, ctx: &mut Self::Context) -> Self::Result {
-        if self.resolving >= RESOLVING {
-            let message =
-                format!("{RESOLVING} submissions wait for the store of this server; try again later");
-            let error = Error::Exhausted { message, retry_after: Some(QUEUE_FULL_RETRY) };
+        if let Err(error) = self.resolving.check(submit.peer) {
             return Box::pin(async { Err(error) });
         }
-        self.resolving += 1;
+        self.resolving.take(submit.peer);
         let Submit { ref instance, action, skip_cache_lookup, .. } = submit;
         let question = ResolveAction { instance: instance.clone(), action, skip_cache_lookup };
         let request = self.resolve.send(question).timeout(RESOLVE_TIMEOUT);
@@ -235,7 +233,7 @@ impl Handler<Resolved> for SchedulerActor {
     type Result = Result<Subscription>;
 
     fn handle(&mut self, Resolved { submit, resolution }: Resolved, ctx: &mut Self::Context) -> Self::Result {
-        self.resolving = self.resolving.saturating_sub(1);
+        self.resolving.give_back(submit.peer);
         let admitted = self.ledger.admit(submit, resolution?, OperationId(Uuid::new_v4()), Moment::now());
         self.settle(ctx);
         admitted

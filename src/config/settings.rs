@@ -11,7 +11,10 @@ use super::{
 };
 use crate::{
     action::TimeoutPolicy,
-    actors::asset::{AssetSettings, origins::Origins},
+    actors::{
+        asset::{AssetSettings, origins::Origins},
+        scheduler::settings::Priorities,
+    },
     compression::LEVELS,
     digest::DigestFunction,
     error::{Error, Result},
@@ -40,6 +43,9 @@ const MAX_LOG_STREAMS: usize = 100_000;
 const MAX_ASSET_CONCURRENCY: usize = 256;
 /// Most tasks that may wait, and most finished operations that are remembered; about 2 GB of memory.
 const MAX_OPERATIONS: usize = 1_000_000;
+
+/// Priorities farther from 0 than this cannot be configured; the cost of choosing who is next grows with their number.
+const PRIORITY_MAX: i32 = 1_000;
 
 /// What is taken from the machine and not from the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,6 +121,8 @@ pub struct ExecutionSettings {
     pub pools: Vec<PoolSettings>,
     /// What becomes of actions that ask for a property of which no pool says anything.
     pub unknown_properties: UnknownProperties,
+    /// The priorities that count.
+    pub priorities: Priorities,
     /// How long an action waits until it gains one step of priority.
     pub priority_ageing: Duration,
     /// Where exec directories are made; absolute.
@@ -413,6 +421,16 @@ fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> Exec
         config.default_timeout <= config.max_timeout,
         "is above execution.max_timeout; lower it too",
     );
+    check.require(
+        "execution.min_priority",
+        (-PRIORITY_MAX..=0).contains(&config.min_priority),
+        &format!("must be between -{PRIORITY_MAX} and 0"),
+    );
+    check.require(
+        "execution.max_priority",
+        (0..=PRIORITY_MAX).contains(&config.max_priority),
+        &format!("must be between 0 and {PRIORITY_MAX}"),
+    );
     let pools = pools(check, machine);
     let build_root = if config.build_root.as_os_str().is_empty() {
         cache_dir.join("build")
@@ -423,6 +441,7 @@ fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> Exec
         slots: pools.iter().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots)),
         pools,
         unknown_properties: config.unknown_properties,
+        priorities: Priorities { min: config.min_priority, max: config.max_priority },
         priority_ageing: config.priority_ageing,
         build_root,
         queue_size: config.queue_size,

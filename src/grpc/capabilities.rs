@@ -3,6 +3,7 @@
 
 use super::{Edge, Settings, cas::BATCH_MAX_BYTES, chunks, request_log::Call};
 use crate::{
+    actors::scheduler::settings::Priorities,
     instance::Policy,
     proto::{
         reapi::{
@@ -40,10 +41,10 @@ impl Capabilities for CapabilitiesService {
 
 fn capabilities(settings: Settings, policy: &Policy, executes: bool) -> ServerCapabilities {
     let digest_functions: Vec<i32> = policy.digest_functions.iter().map(|f| f.wire().into()).collect();
-    // CAP-18: all of them are honoured, lower ones first.
-    let priorities = PriorityCapabilities {
-        priorities: vec![PriorityRange { min_priority: i32::MIN, max_priority: i32::MAX }],
-    };
+    // CAP-18: others are taken too, and count as the nearest of these.
+    let Priorities { min, max } = settings.priorities;
+    let priorities =
+        PriorityCapabilities { priorities: vec![PriorityRange { min_priority: min, max_priority: max }] };
     let mut cache = CacheCapabilities {
         digest_functions: digest_functions.clone(),
         action_cache_update_capabilities: Some(ActionCacheUpdateCapabilities {
@@ -86,10 +87,14 @@ mod tests {
     use super::*;
     use crate::config::CommittedSize;
 
-    const SETTINGS: Settings =
-        Settings { max_blob_bytes: 7, compressed_committed_size: CommittedSize::Compressed, chunking: true };
+    const SETTINGS: Settings = Settings {
+        max_blob_bytes: 7,
+        compressed_committed_size: CommittedSize::Compressed,
+        chunking: true,
+        priorities: Priorities { min: -3, max: 4 },
+    };
 
-    /// CAP-02 to CAP-07, CAP-11 to CAP-14, CAP-16.
+    /// CAP-02 to CAP-07, CAP-11 to CAP-14, CAP-16, CAP-18.
     #[test]
     fn what_clients_check_at_start_up_is_there() {
         let capabilities = capabilities(SETTINGS, &Policy::default(), true);
@@ -110,6 +115,8 @@ mod tests {
         assert!(cache.split_blob_support && cache.splice_blob_support);
         assert_ne!(cache.symlink_absolute_path_strategy, 0);
         assert!(execution.exec_enabled);
+        let range = PriorityRange { min_priority: -3, max_priority: 4 };
+        assert_eq!(execution.execution_priority_capabilities.unwrap().priorities, [range], "CAP-18");
     }
 
     /// CAP-01, CAP-08, CAP-09.

@@ -273,6 +273,7 @@ mod tests {
             action: Digest::empty(DigestFunction::Sha256),
             inline: Default::default(),
             client: ClientInfo::default(),
+            peer: Default::default(),
         }
     }
 

@@ -4,7 +4,7 @@ use super::{Edge, OperationStream, ask::Scheduler, convert, operation_stream, re
 use crate::{
     actors::scheduler::{
         messages::{Submit, Watch},
-        operation::{ClientInfo, Inline, OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
+        operation::{Inline, OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
     },
     error::Error,
     instance::Instances,
@@ -31,7 +31,7 @@ impl Execution for ExecutionService {
     async fn execute(&self, request: Request<ExecuteRequest>) -> Result<Response<OperationStream>, Status> {
         let call = Call::of(&request);
         let scheduler = self.0.scheduler()?;
-        let submit = submission(&self.0.instances, call.client().clone(), request.into_inner())?;
+        let submit = submission(&self.0.instances, &call, request.into_inner())?;
         call.instance(&submit.instance);
         call.action(submit.action);
         match scheduler.submit(submit.clone()).await {
@@ -72,7 +72,7 @@ impl ExecutionService {
 }
 
 /// What an Execute request asks of the scheduler.
-fn submission(instances: &Instances, client: ClientInfo, request: ExecuteRequest) -> Result<Submit, Error> {
+fn submission(instances: &Instances, call: &Call, request: ExecuteRequest) -> Result<Submit, Error> {
     let instance = instances.get(&request.instance_name)?;
     if !instance.policy().execution {
         let problem = "no actions are run under this instance name (execution = false)";
@@ -89,7 +89,8 @@ fn submission(instances: &Instances, client: ClientInfo, request: ExecuteRequest
             stderr: request.inline_stderr,
             output_files: within_bounds(request.inline_output_files),
         },
-        client,
+        client: call.client().clone(),
+        peer: call.caller().peer,
     })
 }
 
@@ -118,6 +119,7 @@ fn stillborn(submit: Submit, error: Error) -> (OperationInfo, Snapshot) {
         action: submit.action,
         inline: submit.inline,
         client: submit.client,
+        peer: submit.peer,
     };
     let outcome = Outcome {
         result: None,

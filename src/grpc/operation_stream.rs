@@ -190,6 +190,7 @@ mod tests {
             action: Digest::empty(DigestFunction::Sha256),
             inline: Inline::default(),
             client: ClientInfo::default(),
+            peer: Default::default(),
         };
         let (sender, snapshots) = watch::channel(snapshot);
         (sender, Subscription { info: Arc::new(info), snapshots })

@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod fairness;
 mod harness;
 mod reservations;
 #[allow(dead_code)]

@@ -8,6 +8,7 @@ use gorego::{
         scheduler::{
             messages::{Cancel, Explain, Forget, ListOperations, OperationPage, Submit, Watch},
             operation::{OperationId, OperationInfo, Outcome, QueueStatus, Snapshot, Stage, Subscription},
+            settings::Priorities,
         },
     },
     config::CommittedSize,
@@ -82,6 +83,7 @@ impl Server {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,
                 chunking: executes,
+                priorities: Priorities { min: -100, max: 100 },
             },
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -276,6 +278,7 @@ impl Handler<Submit> for FakeScheduler {
             action: message.action,
             inline: message.inline,
             client: message.client,
+            peer: message.peer,
         });
         let (cell, snapshots) = watch::channel(queued());
         self.operations.push((info.clone(), cell));

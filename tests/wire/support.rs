@@ -249,7 +249,11 @@ pub struct Client {
 impl Client {
     /// Connects.
     pub async fn connect(endpoint: String) -> Self {
-        let channel = Channel::from_shared(endpoint).unwrap().connect().await.unwrap();
+        Self::over(Channel::from_shared(endpoint).unwrap().connect().await.unwrap())
+    }
+
+    /// Over a connection that there is.
+    pub fn over(channel: Channel) -> Self {
         Self {
             cas: ContentAddressableStorageClient::new(channel.clone()),
             bytes: ByteStreamClient::new(channel.clone()),

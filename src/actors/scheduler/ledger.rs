@@ -5,7 +5,7 @@
 //! - A task is waiting (unchecked, checking or ready, in that order) or running; only ready tasks are given a slot.
 //! - A ready task stands in the queue of each pool that can take it, and one that is running in none.
 //! - A task that no client follows waits behind all that are followed, and gives its slot up when one of those needs it.
-//! - Every task counts for one build, in the queues and in the [`Room`] that there is for tasks.
+//! - Every task counts for one owner, in the queues and in the [`Room`] that there is for tasks.
 //! - A slot belongs to one run from [`Ledger::assign`] until [`Ledger::finish`], whatever becomes of the task meanwhile: a
 //!   run that was told to stop, or was given up, holds its slot until its worker answers.
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so that every operation ends, exactly once.
@@ -33,7 +33,7 @@ use super::{
     queue::{Charge, Queue},
     register::Register,
     room::Room,
-    settings::{Moment, QUEUE_FULL_RETRY, SchedulerSettings},
+    settings::{Moment, SchedulerSettings},
     slots::{PoolSpec, Slots},
     transition::{Event, Transition},
 };
@@ -72,7 +72,7 @@ pub struct Ledger {
     unfollowed: Unfollowed,
     /// Names builds. Keyed at random, so that nobody can choose names that fall together.
     names: RandomState,
-    /// What the tasks take up, for the builds that they count for.
+    /// What the tasks take up, for their owners.
     room: Room,
     /// Checks at the CAS, of tasks that were cancelled meanwhile too.
     checks: BTreeMap<TaskId, Charge>,
@@ -119,8 +119,8 @@ impl Ledger {
     /// the identical task in flight, also when the client asked to skip the cache (EXE-17), or is queued.
     ///
     /// # Errors
-    /// `Unavailable` while draining; `Exhausted` when the queue is full, or this build has its share of it; `Precondition`
-    /// when no pool suits (EXE-31).
+    /// `Unavailable` while draining; `Exhausted` when the queue is full, or this peer or build has its share of it;
+    /// `Precondition` when no pool suits (EXE-31).
     pub fn admit(
         &mut self,
         submit: Submit,
@@ -131,8 +131,9 @@ impl Ledger {
         if self.draining {
             return Err(Error::Unavailable("this server is shutting down; try again".into()));
         }
-        let Submit { instance, action: digest, priority, inline, client, .. } = submit;
-        let info = Arc::new(OperationInfo { id, instance, action: digest, inline, client });
+        let Submit { instance, action: digest, priority, inline, client, peer, .. } = submit;
+        let priority = self.settings.priorities.nearest(priority);
+        let info = Arc::new(OperationInfo { id, instance, action: digest, inline, client, peer });
         match resolution {
             Resolution::Cached(result) => {
                 let outcome = Arc::new(Outcome {
@@ -147,15 +148,7 @@ impl Ledger {
                 Ok(self.register.enter_finished(info, priority, outcome, now))
             }
             Resolution::Run(action) => {
-                if self.register.unfinished() >= self.settings.unfinished_operations {
-                    return Err(Error::Exhausted {
-                        message: format!(
-                            "{} operations are unfinished, the most that this server takes; try again later",
-                            self.settings.unfinished_operations
-                        ),
-                        retry_after: Some(QUEUE_FULL_RETRY),
-                    });
-                }
+                self.register.check_place(peer)?;
                 match key(&action).and_then(|key| self.joinable.get(&key).copied()) {
                     Some(task) => Ok(self.join(task, info, priority, now)),
                     None => self.enqueue(action, info, priority, now),
@@ -179,10 +172,10 @@ impl Ledger {
             None => Event::Queued { joined: true },
         };
         self.transitions.push(Transition { info: info.clone(), priority, event });
-        let build = self.build(&info);
+        let owner = self.owner(&info);
         let (number, subscription) = self.register.enter(info, priority, task, snapshot, now);
         self.change_waiters(task, |waiters| {
-            waiters.insert((priority, number), build);
+            waiters.insert((priority, number), owner);
         });
         self.gain_follower(task);
         subscription
@@ -196,8 +189,8 @@ impl Ledger {
         now: Moment,
     ) -> Result<Subscription> {
         let pools = self.slots.suitable(&action)?;
-        let build = self.build(&info);
-        self.room.check(build, action.weight())?;
+        let owner = self.owner(&info);
+        self.room.check(owner, action.weight())?;
         let id = TaskId(self.register.next_number());
         let snapshot = Snapshot::queued(now.wall);
         let (number, subscription) = self.register.enter(info.clone(), priority, id, snapshot, now);
@@ -209,7 +202,7 @@ impl Ledger {
             queued: now.at,
             waiting_since: now.at,
             attempts: 0,
-            waiters: BTreeMap::from([((priority, number), build)]),
+            waiters: BTreeMap::from([((priority, number), owner)]),
             followers: 1,
             unfollowed_since: None,
             step: Step::Unchecked,
@@ -219,7 +212,7 @@ impl Ledger {
         if let Some(key) = task.key() {
             self.joinable.insert(key, id);
         }
-        self.room.add(build, task.load());
+        self.room.add(owner, task.load());
         self.tasks.insert(id, task);
         self.enter_queues(id);
         self.transitions.push(Transition { info, priority, event: Event::Queued { joined: false } });
@@ -365,7 +358,7 @@ impl Ledger {
     /// Takes a task off the books: nobody can join it, it gets no slot.
     fn remove_task(&mut self, id: TaskId) -> Option<Task> {
         let task = self.tasks.remove(&id)?;
-        self.room.remove(task.build(), task.load());
+        self.room.remove(task.owner(), task.load());
         if let Some(key) = task.key() {
             self.joinable.remove(&key);
         }

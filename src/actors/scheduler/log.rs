@@ -184,7 +184,7 @@ mod tests {
         client.target_id = "//a:b".into();
         let id = OperationId(uuid::Uuid::from_u128(1));
         let (instance, action, inline) = (submit.instance, submit.action, submit.inline);
-        let info = Arc::new(OperationInfo { id, instance, action, inline, client });
+        let info = Arc::new(OperationInfo { id, instance, action, inline, client, peer: Default::default() });
         let last = Last::default();
         write(&Transition { info, priority: -3, event }, Level::Info, &last);
         last.0.into_inner().unwrap()

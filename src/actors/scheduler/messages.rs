@@ -1,7 +1,7 @@
 //! What RPC handlers ask of the scheduler. Each message is one intent and its reply the whole answer.
 
 use super::operation::{ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription};
-use crate::{digest::Digest, error::Result, instance::Instance};
+use crate::{caller::Peer, digest::Digest, error::Result, instance::Instance};
 use std::sync::Arc;
 
 /// Takes an action in: answered from the cache, joined to the same work in flight, or queued.
@@ -18,12 +18,14 @@ pub struct Submit {
     pub action: Digest,
     /// Run even if a result is cached (EXE-17).
     pub skip_cache_lookup: bool,
-    /// Lower runs sooner.
+    /// Lower runs sooner. One outside of the range that is configured counts as the nearest in it.
     pub priority: i32,
     /// What the client wants inlined.
     pub inline: Inline,
-    /// Who asks.
+    /// Who asks, in its own words.
     pub client: ClientInfo,
+    /// Where it asks from.
+    pub peer: Peer,
 }
 
 /// Joins an operation (EXE-12).

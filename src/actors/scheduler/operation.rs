@@ -3,6 +3,7 @@
 use super::transition::RunPlace;
 use crate::{
     actors::worker::messages::RunStage,
+    caller::Peer,
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
@@ -103,7 +104,8 @@ pub struct QueueStatus {
     pub pool: String,
     /// Other pools that can.
     pub other_pools: Vec<String>,
-    /// Which one it is of those that wait for that pool, from 1, if nothing else comes; `None` when that is not known yet.
+    /// Which one it is of those that wait for that pool, from 1, if nothing else comes, in the order in which they will be
+    /// served; `None` when that is not known yet.
     pub position: Option<usize>,
     /// How many wait for that pool.
     pub waiting: usize,
@@ -152,8 +154,10 @@ pub struct OperationInfo {
     pub action: Digest,
     /// What its client wants inlined.
     pub inline: Inline,
-    /// Who asked.
+    /// Who asked, in its own words.
     pub client: ClientInfo,
+    /// Where it asked from.
+    pub peer: Peer,
 }
 
 impl OperationInfo {

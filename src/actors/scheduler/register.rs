@@ -7,10 +7,12 @@
 use super::{
     messages::{ListOperations, OperationPage},
     operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
+    room::Places,
     settings::{Moment, SchedulerSettings},
 };
 use crate::{
     actors::worker::messages::TaskId,
+    caller::Peer,
     error::{Error, Result},
     instance::Instance,
 };
@@ -33,7 +35,8 @@ pub struct Register {
     operations: BTreeMap<u64, Operation>,
     numbers: HashMap<OperationId, u64>,
     last_number: u64,
-    unfinished: usize,
+    /// Places of the operations that are not over.
+    unfinished: Places,
     worked: Retained,
     cached: Retained,
 }
@@ -117,7 +120,7 @@ impl Register {
             operations: BTreeMap::new(),
             numbers: HashMap::new(),
             last_number: 0,
-            unfinished: 0,
+            unfinished: Places::new("unfinished operations", settings.unfinished_operations),
             worked: Retained {
                 limit: settings.retained_operations,
                 limit_bytes: settings.retained_bytes,
@@ -147,7 +150,7 @@ impl Register {
         snapshot: Snapshot,
         now: Moment,
     ) -> (u64, Subscription) {
-        self.unfinished += 1;
+        self.unfinished.take(info.peer);
         let state = State::Unfinished { task, unfollowed_since: None };
         self.insert(Operation {
             info,
@@ -198,7 +201,7 @@ impl Register {
             priority: operation.priority,
             queued: operation.queued,
         };
-        self.unfinished = self.unfinished.saturating_sub(1);
+        self.unfinished.give_back(completed.info.peer);
         self.retain(number, cached, now);
         Some(completed)
     }
@@ -316,8 +319,17 @@ impl Register {
     }
 
     /// How many of them are not over.
+    #[cfg(test)]
     pub fn unfinished(&self) -> usize {
-        self.unfinished
+        self.unfinished.taken()
+    }
+
+    /// Whether a peer may have one more unfinished operation.
+    ///
+    /// # Errors
+    /// `Exhausted` when there are too many, or the peer has its share of them.
+    pub fn check_place(&self, peer: Peer) -> Result<()> {
+        self.unfinished.check(peer)
     }
 
     fn insert(&mut self, operation: Operation) -> (u64, Subscription) {

@@ -10,18 +10,20 @@ pub const QUEUE_FULL_RETRY: Duration = Duration::from_secs(5);
 /// The bounds of the scheduler. Each one is there so that nothing grows or waits for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SchedulerSettings {
-    /// Tasks that may wait for a slot, those whose inputs are still being checked included; builds share these places
-    /// ([`Room`](super::room::Room)). A requeued task may exceed it:
-    /// it was admitted once, and there are never more of them than slots.
+    /// Tasks that may wait for a slot, those whose inputs are still being checked included; peers and their builds share these
+    /// places ([`Room`](super::room::Room)). A requeued task may exceed it: it was admitted once, and there are never more of
+    /// them than slots.
     pub queue_size: usize,
     /// Memory that the actions of all tasks may take, in bytes. A task is a few KiB as a rule, but its Command may be 16 MiB,
     /// and any number of actions may name the same one. Shared like the places.
     pub queue_bytes: usize,
-    /// Unfinished operations, however many share a task. Joining a task takes no room in the queue, so that it needs a
-    /// bound of its own.
+    /// Unfinished operations, however many share a task; peers share these places. Joining a task takes no room in the queue,
+    /// so that it needs a bound of its own.
     pub unfinished_operations: usize,
     /// Input checks at the CAS at the same time. More of them would only queue there.
     pub concurrent_checks: usize,
+    /// The priorities that count.
+    pub priorities: Priorities,
     /// How long a task waits until it gains one step of priority.
     pub priority_ageing: Duration,
     /// What becomes of actions that ask for a property of which no pool says anything.
@@ -67,6 +69,7 @@ impl SchedulerSettings {
             queue_bytes: 1 << 30,
             unfinished_operations: config.queue_size.saturating_mul(4).max(4096),
             concurrent_checks: 64,
+            priorities: config.priorities,
             priority_ageing: config.priority_ageing,
             unknown_properties: config.unknown_properties,
             queue_timeout: config.queue_timeout,
@@ -93,6 +96,22 @@ impl Default for SchedulerSettings {
         let machine = Machine { cpus: 1, cache_home: Some("/cache".into()), current_dir: "/".into() };
         let settings = Settings::new(&Loaded::defaults(), &machine).unwrap();
         Self::new(&settings.execution.unwrap())
+    }
+}
+
+/// A range of priorities that has 0 in it (CAP-18); lower ones are more urgent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Priorities {
+    /// The most urgent.
+    pub min: i32,
+    /// The least urgent.
+    pub max: i32,
+}
+
+impl Priorities {
+    /// The priority of this range that is nearest to one that a client asks for.
+    pub fn nearest(self, priority: i32) -> i32 {
+        priority.min(self.max).max(self.min)
     }
 }
 

@@ -109,7 +109,7 @@ impl Ledger {
         // Should it come back, it stands somewhere else.
         task.position = None;
         task.attempts = task.attempts.saturating_add(1);
-        self.room.remove(task.build(), Load::TURN);
+        self.room.remove(task.owner(), Load::TURN);
         let limits = &self.settings;
         let bound = [task.action.timeout, limits.transfer_timeout, limits.transfer_timeout, limits.run_slack]
             .into_iter()
@@ -248,7 +248,7 @@ impl Ledger {
         self.unfollowed.forget(id, task);
         task.step = Step::Ready;
         task.waiting_since = now.at;
-        self.room.add(task.build(), Load::TURN);
+        self.room.add(task.owner(), Load::TURN);
         self.enter_queues(id);
         let Some(task) = self.tasks.get(&id) else { return };
         for number in task.numbers() {

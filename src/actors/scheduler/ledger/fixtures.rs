@@ -7,6 +7,7 @@ use crate::{
         operation::{ClientInfo, Inline},
         slots::PoolSpec,
     },
+    caller::Peer,
     digest::{Digest, DigestFunction},
     instance::Instances,
     path::RootPath,
@@ -37,6 +38,11 @@ pub fn instance() -> Instance {
     Instances::new([""]).unwrap().get("").unwrap()
 }
 
+/// The peer at this loopback address.
+pub fn peer(number: u8) -> Peer {
+    Peer::V4(std::net::Ipv4Addr::new(127, 0, 0, number))
+}
+
 /// The digest of an action.
 pub fn digest(work: &Work) -> Digest {
     Digest::parse(DigestFunction::Sha256, &format!("{:064x}", work.name), 1).unwrap()
@@ -50,6 +56,7 @@ pub fn submit(work: &Work) -> Submit {
         priority: 0,
         inline: Inline::default(),
         client: ClientInfo::default(),
+        peer: Default::default(),
     }
 }
 

@@ -5,7 +5,7 @@ use crate::{
     actors::{
         scheduler::{
             operation::{OperationInfo, ServerLog},
-            queue::{Build, Charge, Place},
+            queue::{Build, Charge, Owner, Place},
             room::Load,
             slots::PoolSet,
             transition::RunPlace,
@@ -15,6 +15,7 @@ use crate::{
             messages::{RunStage, TaskId},
         },
     },
+    caller::Peer,
     digest::Digest,
     instance::InstanceId,
     log_streams::run::RunLogs,
@@ -40,9 +41,9 @@ pub(super) struct Task {
     pub(super) queued: Instant,
     pub(super) waiting_since: Instant,
     pub(super) attempts: u32,
-    /// Who waits: (priority, number), and of which build. Never empty. The first one gives the task its priority, and its
-    /// build is the one that the task counts for: the most urgent, and of several the one that came first.
-    pub(super) waiters: BTreeMap<(i32, u64), Build>,
+    /// Who waits: (priority, number), and the owner. Never empty. The first one gives the task its priority and its owner: the
+    /// most urgent, and of several the one that came first.
+    pub(super) waiters: BTreeMap<(i32, u64), Owner>,
     /// How many of the waiters are followed, as of when they were looked at last.
     pub(super) followers: usize,
     /// Since when none is; `None` while one is.
@@ -92,12 +93,13 @@ impl Task {
     pub(super) fn place(&self, id: TaskId) -> Place {
         let priority = self.waiters.first_key_value().map_or(0, |(&(priority, _), _)| priority);
         let followed = self.unfollowed_since.is_none();
-        Place { priority, build: self.build(), task: id, since: self.queued, followed }
+        Place { priority, owner: self.owner(), task: id, since: self.queued, followed }
     }
 
-    /// The build that it counts for.
-    pub(super) fn build(&self) -> Build {
-        self.waiters.first_key_value().map_or(Build(0), |(_, &build)| build)
+    /// For whom it counts.
+    pub(super) fn owner(&self) -> Owner {
+        let nobody = Owner { peer: Peer::Unknown, build: Build(0) };
+        self.waiters.first_key_value().map_or(nobody, |(_, &owner)| owner)
     }
 
     /// What it takes up as it is.

@@ -9,7 +9,7 @@ use crate::{
     actors::{
         scheduler::{
             operation::{OperationId, OperationInfo, QueueStatus},
-            queue::{Build, Charge, Place, Queue},
+            queue::{Build, Charge, Owner, Place, Queue},
             settings::Moment,
             slots::PoolSet,
         },
@@ -45,9 +45,10 @@ impl Board {
 }
 
 impl Ledger {
-    /// The build that an operation belongs to. Two that fall together, which is next to impossible, share as one.
-    pub(super) fn build(&self, info: &OperationInfo) -> Build {
-        Build(self.names.hash_one((info.instance.id(), &info.client.tool_invocation_id)))
+    /// For whom an operation counts. Two builds that fall together, which is next to impossible, share as one.
+    pub(super) fn owner(&self, info: &OperationInfo) -> Owner {
+        let build = Build(self.names.hash_one((info.instance.id(), &info.client.tool_invocation_id)));
+        Owner { peer: info.peer, build }
     }
 
     /// Has a task wait in the queues that are right for its step.
@@ -71,20 +72,20 @@ impl Ledger {
         });
     }
 
-    /// Changes who waits for a task, and with that its place in the queues and the build that it counts for.
+    /// Changes who waits for a task, and with that its place in the queues and its owner.
     pub(super) fn change_waiters(
         &mut self,
         id: TaskId,
-        change: impl FnOnce(&mut BTreeMap<(i32, u64), Build>),
+        change: impl FnOnce(&mut BTreeMap<(i32, u64), Owner>),
     ) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         let before = task.place(id);
         change(&mut task.waiters);
         let after = task.place(id);
-        if before.build != after.build {
+        if before.owner != after.owner {
             let load = task.load();
-            self.room.remove(before.build, load);
-            self.room.add(after.build, load);
+            self.room.remove(before.owner, load);
+            self.room.add(after.owner, load);
         }
         let (step, pools) = (task.step, task.pools.clone());
         self.move_place(step, &pools, before, after);

@@ -5,41 +5,57 @@ use super::{
     super::{Run, Step, Task, followers::Unfollowed},
     POOLS, World,
 };
-use crate::actors::{
-    scheduler::{queue::Place, slots::PoolSet},
-    worker::messages::TaskId,
+use crate::{
+    actors::{
+        scheduler::{
+            queue::{Charge, Place, STEPS_MAX},
+            slots::PoolSet,
+        },
+        worker::messages::TaskId,
+    },
+    caller::Peer,
 };
+use std::{collections::HashSet, time::Instant};
 
 /// A ready task as the world sees it.
 pub(super) struct Waiting {
     pub(super) place: Place,
     pub(super) pools: PoolSet,
     loads: [usize; 3],
+    peer_loads: [usize; 3],
     is_followed: bool,
 }
 
 impl World {
-    /// The ready tasks, and how many of its build and priority each pool runs.
+    /// The ready tasks, and how many of its owner and priority, and of its peer, each pool runs.
     pub(super) fn waiting(&self) -> Vec<Waiting> {
         let ledger = &self.ledger;
         let waiting = |(id, task): (&TaskId, &Task)| {
             let place = task.place(*id);
-            let loads = std::array::from_fn(|pool| {
-                let counts = |run: &&Run| run.pool == pool && run.charge == (place.priority, place.build);
-                ledger.runs.values().filter(counts).count()
-            });
+            let own = Charge { priority: place.priority, owner: place.owner };
+            let count = |pool, counts: &dyn Fn(&Charge) -> bool| {
+                ledger.runs.values().filter(|run| run.pool == pool && counts(&run.charge)).count()
+            };
             let is_followed = task.numbers().any(|number| {
                 let id = ledger.register.get(number).expect("a waiter is an operation").info.id;
-                // The operation that is being submitted is not known yet.
-                self.known.get(&id).is_none_or(|known| known.subscription.is_some())
+                self.known.get(&id).is_some_and(|known| known.subscription.is_some())
             });
-            Waiting { place, pools: task.pools.clone(), loads, is_followed }
+            Waiting {
+                place,
+                pools: task.pools.clone(),
+                loads: std::array::from_fn(|pool| count(pool, &|charge| *charge == own)),
+                peer_loads: std::array::from_fn(|pool| {
+                    count(pool, &|charge| charge.owner.peer == place.owner.peer)
+                }),
+                is_followed,
+            }
         };
         ledger.tasks.iter().filter(|(_, task)| task.step == Step::Ready).map(waiting).collect()
     }
 
-    /// What must be true of whoever was served: see the rules of [`Queue`].
-    pub(super) fn check_turn(&mut self, before: &[Waiting], served: TaskId, pool: usize) {
+    /// What must be true of whoever was served: see the rules of [`Queue`]. Where the ledger had not noticed yet who is gone,
+    /// those count too, and not all can be said.
+    pub(super) fn check_turn(&mut self, before: &[Waiting], served: TaskId, pool: usize, is_exact: bool) {
         let rivals: Vec<_> = before.iter().filter(|waiting| waiting.pools.contains(&pool)).collect();
         let served =
             rivals.iter().find(|waiting| waiting.place.task == served).expect("only what is ready runs");
@@ -59,21 +75,60 @@ impl World {
         if pool != served.pools[0] {
             self.seen.insert("in a later pool");
         }
-        let urgent = rivals.iter().map(|rival| rival.place.priority).min().unwrap();
-        let class: Vec<_> = rivals.iter().filter(|rival| rival.place.priority == place.priority).collect();
+        if is_exact {
+            self.check_peer(&rivals, served, pool);
+        }
+        let own: Vec<_> = rivals.iter().filter(|rival| rival.place.owner.peer == place.owner.peer).collect();
+        let urgent = own.iter().map(|rival| rival.place.priority).min().unwrap();
+        let class: Vec<_> = own.iter().filter(|rival| rival.place.priority == place.priority).collect();
         if urgent != place.priority {
             let oldest = class.iter().map(|rival| rival.place.since).min().unwrap();
-            let steps = (place.priority - urgent) as u32;
-            let made_up = self.now.since(oldest) >= self.ledger.settings.priority_ageing * steps;
-            assert!(made_up, "less urgent work goes first only when its age makes up for that");
+            assert!(
+                self.makes_up(oldest, place.priority - urgent),
+                "less urgent work goes first only when its age makes up for that"
+            );
             self.seen.insert("due");
         }
         let least = class.iter().map(|rival| rival.loads[pool]).min().unwrap();
         assert_eq!(served.loads[pool], least, "the build with the least running is next");
-        let of_build = class.iter().filter(|rival| rival.place.build == place.build);
+        let of_build = class.iter().filter(|rival| rival.place.owner == place.owner);
         assert_eq!(of_build.map(|rival| rival.place.task).min(), Some(place.task), "in a build, age decides");
         if class.iter().any(|rival| rival.place.task < place.task) {
             self.seen.insert("out of turn");
+        }
+    }
+
+    /// Whether a task that has waited since then makes up for this difference of priority.
+    fn makes_up(&self, since: Instant, steps: i32) -> bool {
+        self.now.since(since) >= self.ledger.settings.priority_ageing * (steps as u32).min(STEPS_MAX)
+    }
+
+    /// Of the peers that compete, one with the least running is served.
+    fn check_peer(&mut self, rivals: &[&Waiting], served: &Waiting, pool: usize) {
+        let peers: HashSet<Peer> = rivals.iter().map(|rival| rival.place.owner.peer).collect();
+        let most_urgent = |peer: Peer| {
+            let own = || rivals.iter().filter(move |rival| rival.place.owner.peer == peer);
+            let priority = own().map(|rival| rival.place.priority).min().unwrap();
+            let since = own().filter(|rival| rival.place.priority == priority).map(|rival| rival.place.since);
+            (priority.max(0), since.min().unwrap())
+        };
+        let standings: Vec<_> = peers.iter().map(|peer| (*peer, most_urgent(*peer))).collect();
+        let lowest = standings.iter().map(|(_, (rank, _))| *rank).min().unwrap();
+        let is_due = |rank: i32| {
+            let mut group = standings.iter().filter(|(_, (other, _))| *other == rank);
+            rank == lowest || group.any(|(_, (_, since))| self.makes_up(*since, rank - lowest))
+        };
+        let competing: HashSet<Peer> =
+            standings.iter().filter(|(_, (rank, _))| is_due(*rank)).map(|(peer, _)| *peer).collect();
+        assert!(competing.contains(&served.place.owner.peer), "a peer that yields waits");
+        let competitors = rivals.iter().filter(|rival| competing.contains(&rival.place.owner.peer));
+        let least = competitors.map(|rival| rival.peer_loads[pool]).min().unwrap();
+        assert_eq!(served.peer_loads[pool], least, "the peer with the least running is next");
+        if competing.len() > 1 {
+            self.seen.insert("peers");
+        }
+        if most_urgent(served.place.owner.peer).0 > lowest {
+            self.seen.insert("peer due");
         }
     }
 

@@ -106,6 +106,7 @@ async fn our_own_server_passes_and_what_is_left_out_is_known() {
     let mut found = by_outcome(&output);
     assert!(!found.contains_key("fail"), "{:#?}", found["fail"]);
     assert!(!found.contains_key("warn"), "{:#?}", found["warn"]);
+    assert!(!found.contains_key("inconclusive"), "{:#?}", found["inconclusive"]);
     assert_eq!(output.status.code(), Some(0));
     let mut left_out = found.remove("absent").unwrap_or_default();
     left_out.extend(found.remove("skipped").unwrap_or_default());

@@ -12,18 +12,21 @@ use faults::{Fault, change, fault};
 use futures::{StreamExt as _, stream};
 use gorego::verify::{
     self, Options, Selection,
-    report::{Outcome, Report},
+    report::{Judgement, Outcome, Report},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 use support::Server;
+use tonic::Status;
 
 /// Faulty servers at the same time.
 const AT_ONCE: usize = 16;
 /// Longest time of one check against a faulty server: where a fault makes it silent, this is what it costs.
 const FAULTY_LIMIT: Duration = Duration::from_secs(15);
+/// The same where no check may run out of time, however busy the machine is.
+const PATIENT_LIMIT: Duration = Duration::from_secs(120);
 /// An instance beside the default one, with a name of several segments.
 const OTHER_INSTANCE: &str = "team/a";
 
@@ -52,29 +55,17 @@ fn failed(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::Fail { .. })
 }
 
-/// Whether a check found something wrong, and did not merely run out of time on a busy machine.
-fn found(outcome: &Outcome) -> bool {
-    matches!(outcome, Outcome::Fail { observed, .. } if observed != "no end")
-}
-
 /// One sentence for each thing that is wrong with the suite or with the list above.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_fault_is_found_and_a_server_without_one_passes() {
-    let instances = format!("[\"\", \"{OTHER_INSTANCE}\"]");
-    let server = Server::with(&[
-        ("INSTANCE_NAMES", instances.as_str()),
-        ("EXECUTION__CONCURRENCY", "16"),
-        ("ASSETS__ALLOWED_HOSTS", "[\"127.0.0.1\"]"),
-        ("LOG__FILTER", "warn,gorego::server=info"),
-    ])
-    .await;
+    let server = server().await;
     let endpoint = server.endpoint();
     let begin = Instant::now();
     let sound = verify(&fault("no fault", &[], change::nothing()), &endpoint, &[], verify::CHECK_LIMIT).await;
     let mut problems: Vec<String> = sound
         .rows
         .iter()
-        .filter(|row| failed(&row.outcome))
+        .filter(|row| failed(&row.outcome) || matches!(row.outcome, Outcome::Inconclusive { .. }))
         .map(|row| format!("without a fault: {:?} {}: {:?}", row.rules, row.title, row.outcome))
         .collect();
     let kept = rules(&sound, |outcome| *outcome == Outcome::Pass);
@@ -89,7 +80,7 @@ async fn every_fault_is_found_and_a_server_without_one_passes() {
     let runs: Vec<_> = runs.collect().await;
     for (fault, report) in &runs {
         times.push((report.elapsed, fault.name));
-        let found = rules(report, found);
+        let found = rules(report, failed);
         for id in fault.breaks {
             if found.contains(id) {
                 broken.entry(id).or_default().push(fault.name);
@@ -122,6 +113,105 @@ async fn every_fault_is_found_and_a_server_without_one_passes() {
         times.iter().rev().take(12).collect::<Vec<_>>()
     );
     assert!(problems.is_empty(), "{} problems:\n{}", problems.len(), problems.join("\n"));
+}
+
+/// The proxied server, and one whose slots and instances suit the suite.
+async fn server() -> Server {
+    let instances = format!("[\"\", \"{OTHER_INSTANCE}\"]");
+    Server::with(&[
+        ("INSTANCE_NAMES", instances.as_str()),
+        ("EXECUTION__CONCURRENCY", "16"),
+        ("ASSETS__ALLOWED_HOSTS", "[\"127.0.0.1\"]"),
+        ("LOG__FILTER", "warn,gorego::server=info"),
+    ])
+    .await
+}
+
+/// The rows with such a judgement, as text.
+fn judged(report: &Report, judgement: Judgement) -> Vec<String> {
+    let rows = report.rows.iter().filter(|row| row.judgement(false) == judgement);
+    rows.map(|row| format!("{:?} {}: {:?}", row.rules, row.title, row.outcome)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_may_do_is_no_fault() {
+    let server = server().await;
+    for lawful in faults::lawful::all() {
+        let report = verify(&lawful, &server.endpoint(), lawful.breaks, PATIENT_LIMIT).await;
+        let passed = judged(&report, Judgement::Pass);
+        assert_eq!(passed.len(), report.rows.len(), "{}: {:#?}", lawful.name, report.rows);
+    }
+}
+
+/// The answer ends the connection that it comes over: a client takes no more than 8 KiB of headers.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_that_ends_its_connection_leaves_the_others_alone() {
+    let server = server().await;
+    let lost = fault("missing blobs come in the trailers", &[], faults::inline_as_status(usize::MAX));
+    let report =
+        verify(&lost, &server.endpoint(), &["GEN", "CAS-01", "CAS-17", "BS-07"], PATIENT_LIMIT).await;
+    assert_eq!(rules(&report, failed), BTreeSet::from(["EXE-25", "GEN-19"]), "{:#?}", report.rows);
+    assert_eq!(judged(&report, Judgement::Inconclusive), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_fault_is_one_failure_and_what_needs_the_rule_is_skipped() {
+    let server = server().await;
+    let bare =
+        fault("no message has metadata", &[], change::operation(|operation| operation.metadata = None));
+    let report = verify(&bare, &server.endpoint(), &["EXE", "GEN-18", "OPS"], PATIENT_LIMIT).await;
+    let others: Vec<_> =
+        judged(&report, Judgement::Fail).into_iter().filter(|row| !row.contains("EXE-03")).collect();
+    assert_eq!(others, Vec::<String>::new());
+    assert_eq!(rules(&report, failed), BTreeSet::from(["EXE-03"]), "{:#?}", judged(&report, Judgement::Warn));
+    assert_eq!(judged(&report, Judgement::Inconclusive), Vec::<String>::new());
+    let needs =
+        |outcome: &Outcome| matches!(outcome, Outcome::Skipped(why) if why.starts_with("needs EXE-03: "));
+    let skipped = rules(&report, needs);
+    for id in ["EXE-04", "EXE-05", "EXE-06", "GEN-18", "OPS-03"] {
+        assert!(skipped.contains(id), "{id} is not among {skipped:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_control_is_a_kind_of_its_own_in_every_report() {
+    let server = server().await;
+    let broken = fault("nothing can be read", &[], {
+        change::instead("Read", |_, _| async { Err(Status::internal("the disk is on fire")) })
+    });
+    // Read is not checked itself, so nobody else says what is wrong.
+    let report = verify(&broken, &server.endpoint(), &["BS-04"], PATIENT_LIMIT).await;
+    assert_eq!(judged(&report, Judgement::Inconclusive).len(), 2, "{:#?}", report.rows);
+    assert!(!report.is_good(false) && rules(&report, failed).is_empty());
+    let table = report.table(false);
+    for part in ["unclear must", "needs     BS-07", "observed  INTERNAL: the disk is on fire", "2 unclear"] {
+        assert!(table.contains(part), "{part} is not in {table}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&report.json(false)).unwrap();
+    assert_eq!((&json["good"], &json["checks"][0]["outcome"]), (&false.into(), &"inconclusive".into()));
+    assert_eq!(json["checks"][0]["needs"], "BS-07");
+    let xml = report.junit(false).unwrap();
+    assert!(xml.contains("errors=\"2\"") && xml.contains("failures=\"0\""), "{xml}");
+    // Beside the check of Read itself that one fails, and the others wait for it.
+    let report = verify(&broken, &server.endpoint(), &["BS-04", "BS-07"], PATIENT_LIMIT).await;
+    assert!(rules(&report, failed).contains("BS-07") && !rules(&report, failed).contains("BS-04"));
+    assert_eq!(judged(&report, Judgement::Inconclusive), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_of_several_cases_says_which_one_failed() {
+    let server = server().await;
+    let all = faults::all();
+    for (name, case) in [
+        ("commands run in the root", "a working directory of the input tree: "),
+        ("an absent output is an error", "a command that exits with 0 and makes one of three outputs: "),
+        ("no result is said to be cached", "a result that was uploaded: "),
+    ] {
+        let fault = all.iter().find(|fault| fault.name == name).unwrap();
+        let report = verify(fault, &server.endpoint(), fault.breaks, PATIENT_LIMIT).await;
+        let named = |outcome: &Outcome| matches!(outcome, Outcome::Fail { expected, .. } if expected.starts_with(case));
+        assert!(report.rows.iter().any(|row| named(&row.outcome)), "{name}: {:#?}", report.rows);
+    }
 }
 
 #[test]

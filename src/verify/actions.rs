@@ -2,7 +2,7 @@
 
 use super::{
     blob::Blob,
-    check::{Answer as _, Verdict, fail, inline},
+    check::{Answer as _, Step as _, Verdict, fail, inline},
     session::Session,
 };
 use crate::proto::{
@@ -151,10 +151,10 @@ impl Session {
 /// The result in a response that has to be OK.
 ///
 /// # Errors
-/// A failure when the status is not OK or the result is not there (EXE-08).
+/// A failure when the status is not OK; needs EXE-08 when the result is not there.
 pub fn result_of(response: ExecuteResponse) -> Verdict<ActionResult> {
     inline("ExecuteResponse.status", response.status.as_ref(), &[Code::Ok])?;
-    response.result.ok_or_else(|| fail("ExecuteResponse.result is set", "it is not set"))
+    response.result.ok_or_else(|| fail("ExecuteResponse.result is set", "it is not set")).needs("EXE-08")
 }
 
 /// A stream of operations.
@@ -170,7 +170,7 @@ impl Run {
     /// # Errors
     /// A failure when the stream ends otherwise.
     pub async fn next(&mut self) -> Verdict<Option<Operation>> {
-        self.message().await.wanted("the operation stream goes on")
+        self.message().await.control("the operation stream goes on")
     }
 
     /// The same with the status as it came.
@@ -203,7 +203,8 @@ impl Run {
                 return Ok(operation);
             }
         }
-        Err(fail(format!("a message that is {what}"), "the stream ended OK without one"))
+        let stop = fail(format!("a message that is {what}"), "the stream ended OK without one");
+        Err(stop).needs("EXE-10")
     }
 
     /// Reads to the response.
@@ -219,28 +220,28 @@ impl Run {
 /// The metadata of an operation.
 ///
 /// # Errors
-/// A failure when it is absent or something else (EXE-03).
+/// Needs EXE-03 when it is absent or something else.
 pub fn metadata(operation: &Operation) -> Verdict<ExecuteOperationMetadata> {
     let what = "Operation.metadata is a packed ExecuteOperationMetadata";
-    let any = operation.metadata.as_ref().ok_or_else(|| fail(what, "no metadata"))?;
+    let any = operation.metadata.as_ref().ok_or_else(|| fail(what, "no metadata")).needs("EXE-03")?;
     if !any.type_url.ends_with("/build.bazel.remote.execution.v2.ExecuteOperationMetadata") {
-        return Err(fail(what, &any.type_url));
+        return Err(fail(what, &any.type_url)).needs("EXE-03");
     }
-    ExecuteOperationMetadata::decode(&*any.value).map_err(|error| fail(what, error))
+    ExecuteOperationMetadata::decode(&*any.value).map_err(|error| fail(what, error)).needs("EXE-03")
 }
 
 /// The response of a finished operation.
 ///
 /// # Errors
-/// A failure when there is none (EXE-07).
+/// Needs EXE-07 when there is none.
 pub fn response(operation: &Operation) -> Verdict<ExecuteResponse> {
     let what = "the last Operation carries a packed ExecuteResponse";
     match &operation.result {
         Some(operation::Result::Response(any))
             if any.type_url.ends_with("/build.bazel.remote.execution.v2.ExecuteResponse") =>
         {
-            ExecuteResponse::decode(&*any.value).map_err(|error| fail(what, error))
+            ExecuteResponse::decode(&*any.value).map_err(|error| fail(what, error)).needs("EXE-07")
         }
-        other => Err(fail(what, format!("{other:?}"))),
+        other => Err(fail(what, format!("{other:?}"))).needs("EXE-07"),
     }
 }

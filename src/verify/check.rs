@@ -3,6 +3,11 @@
 //! A check is an async function from a [`Session`] to a [`Verdict`]: `Ok(())` passes, and `?` on any of the helpers below
 //! ends it with the reason. A check of a refusal first shows that the good form is accepted; otherwise it would pass against
 //! a server that does nothing.
+//!
+//! A failure is about the check's own rules. Where a step that only leads there does not succeed, the check says so with
+//! [`Answer::control`] and [`Step::control`], or with [`Answer::needs`] and [`Step::needs`] where another rule, with a check of its
+//! own, asks for that step. Helpers that many checks share name the rule that they stand on, and a check of that very rule fails
+//! by it. So one fault is one failure, and never one in every check that came past it.
 
 use super::{rules, rules::Level, session::Session};
 use crate::proto::rpc;
@@ -22,6 +27,15 @@ pub enum Stop {
     /// The server does otherwise.
     Fail {
         /// What the rule asks for.
+        expected: String,
+        /// What the server did.
+        observed: String,
+    },
+    /// A step before the rule's own matter did not succeed, so nothing can be said about the rule.
+    Unmet {
+        /// The rule that asks for this step, if it is one with a check of its own.
+        needs: Option<&'static str>,
+        /// What the step needed.
         expected: String,
         /// What the server did.
         observed: String,
@@ -105,6 +119,73 @@ pub fn equal<T: PartialEq + Debug>(what: &str, observed: &T, expected: &T) -> Ve
     ensure(observed == expected, say(expected), say(observed))
 }
 
+/// What a failed step says of the rule that is checked.
+pub trait Step<T>: Sized {
+    /// The step is a positive control: where it fails, the check is inconclusive.
+    ///
+    /// # Errors
+    /// Unmet for a failure.
+    fn control(self) -> Verdict<T>;
+
+    /// The step is the matter of that rule: where it fails, the check is skipped if that rule fails in the same run, and
+    /// inconclusive if not.
+    ///
+    /// # Errors
+    /// Unmet for a failure.
+    fn needs(self, rule: &'static str) -> Verdict<T>;
+
+    /// The step is the matter of this check, whatever its helper says.
+    ///
+    /// # Errors
+    /// A failure for what was unmet.
+    fn own(self) -> Verdict<T>;
+
+    /// Says in which of several cases a failure happened.
+    ///
+    /// # Errors
+    /// The same, named.
+    fn case(self, case: impl Display) -> Verdict<T>;
+}
+
+impl<T> Step<T> for Verdict<T> {
+    fn control(self) -> Self {
+        self.map_err(|stop| stop.unmet(None))
+    }
+
+    fn needs(self, rule: &'static str) -> Self {
+        self.map_err(|stop| stop.unmet(Some(rule)))
+    }
+
+    fn own(self) -> Self {
+        self.map_err(|stop| match stop {
+            Stop::Unmet { expected, observed, .. } => Stop::Fail { expected, observed },
+            other => other,
+        })
+    }
+
+    fn case(self, case: impl Display) -> Self {
+        self.map_err(|stop| match stop {
+            Stop::Fail { expected, observed } => {
+                Stop::Fail { expected: format!("{case}: {expected}"), observed }
+            }
+            Stop::Unmet { needs, expected, observed } => {
+                Stop::Unmet { needs, expected: format!("{case}: {expected}"), observed }
+            }
+            other => other,
+        })
+    }
+}
+
+impl Stop {
+    /// A failure as one of a step; anything else as it is.
+    fn unmet(self, needs: Option<&'static str>) -> Self {
+        match self {
+            Self::Fail { expected, observed } => Self::Unmet { needs, expected, observed },
+            other => other,
+        }
+    }
+}
+
 /// What the server answered, against what it should have.
 pub trait Answer<T> {
     /// The value of an answer that has to be OK; `what` is a sentence: "the upload is accepted".
@@ -112,6 +193,18 @@ pub trait Answer<T> {
     /// # Errors
     /// A failure otherwise.
     fn wanted(self, what: &str) -> Verdict<T>;
+
+    /// The same for a positive control.
+    ///
+    /// # Errors
+    /// As [`Step::control`].
+    fn control(self, what: &str) -> Verdict<T>;
+
+    /// The same for a call that is the matter of that rule.
+    ///
+    /// # Errors
+    /// As [`Step::needs`].
+    fn needs(self, rule: &'static str, what: &str) -> Verdict<T>;
 
     /// The same for a call that a server need not have: UNIMPLEMENTED means that the feature is absent.
     ///
@@ -136,6 +229,14 @@ pub trait Answer<T> {
 impl<T: Debug> Answer<T> for Result<T, Status> {
     fn wanted(self, what: &str) -> Verdict<T> {
         self.map_err(|status| fail(what, show(&status)))
+    }
+
+    fn control(self, what: &str) -> Verdict<T> {
+        Step::control(self.wanted(what))
+    }
+
+    fn needs(self, rule: &'static str, what: &str) -> Verdict<T> {
+        Step::needs(self.wanted(what), rule)
     }
 
     fn offered(self, what: &str) -> Verdict<T> {
@@ -223,6 +324,20 @@ mod tests {
         assert_eq!(expected, "an x is refused with INVALID_ARGUMENT or NOT_FOUND");
         assert_eq!(observed, "INTERNAL: why");
         assert!(matches!(Ok::<_, Status>(7).refused("x", &codes), Err(Stop::Fail { .. })));
+    }
+
+    #[test]
+    fn a_step_that_fails_is_no_failure_unless_it_is_the_checks_own_and_names_its_case() {
+        let failed = || fail("x", "y");
+        let unmet = |needs| Stop::Unmet { needs, expected: "x".into(), observed: "y".into() };
+        let step = || Err::<(), _>(failed());
+        assert_eq!(step().control(), Err(unmet(None)));
+        assert_eq!(step().needs("EXE-03"), Err(unmet(Some("EXE-03"))));
+        assert_eq!(step().needs("EXE-03").needs("EXE-07"), Err(unmet(Some("EXE-03"))), "the innermost rule");
+        assert_eq!(step().needs("EXE-03").own(), Err(failed()));
+        assert_eq!(step().case("the second"), Err(fail("the second: x", "y")));
+        assert_eq!(Err::<(), _>(skipped("z")).control().case("a"), Err(skipped("z")));
+        assert_eq!(Ok::<_, Stop>(7).control(), Ok(7));
     }
 
     #[test]

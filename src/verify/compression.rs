@@ -2,7 +2,7 @@
 
 use super::check::{Verdict, fail};
 use bytes::Bytes;
-use std::io::Read as _;
+use std::{future::Future, io::Read as _, time::Duration};
 
 /// The number of zstd in the API.
 pub const ZSTD: i32 = 1;
@@ -33,6 +33,19 @@ pub fn decompress(data: &[u8], limit: usize) -> Verdict<Bytes> {
     let limit = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
     decoder.take(limit).read_to_end(&mut bytes).map_err(undecodable)?;
     Ok(bytes.into())
+}
+
+/// How long a server may take to refuse a [`bomb`]: far more than it needs to see that the content is too long, far less than it
+/// takes to unpack it all.
+const BOMB_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The answer to a [`bomb`].
+///
+/// # Errors
+/// A failure when none comes before the server can only be unpacking.
+pub async fn defused<T>(answer: impl Future<Output = T>) -> Verdict<T> {
+    let late = |_| fail(format!("a refusal of a bomb within {BOMB_PATIENCE:?}"), "no answer");
+    tokio::time::timeout(BOMB_PATIENCE, answer).await.map_err(late)
 }
 
 /// A few hundred kB that decompress to this many MiB of zeros.

@@ -10,7 +10,7 @@
 use super::{
     actions::{Run, response, result_of},
     blob::Blob,
-    check::{Answer as _, Stop, Verdict, ensure, fail, inline, show, show_inline, skipped},
+    check::{Answer as _, Step as _, Stop, Verdict, ensure, fail, inline, show, show_inline, skipped},
     session::Session,
 };
 use crate::proto::{
@@ -179,7 +179,7 @@ impl Job {
     /// Uploads and starts it.
     ///
     /// # Errors
-    /// As [`Job::upload`]; a failure when Execute is refused.
+    /// As [`Job::upload`]; a failure when Execute is refused: that a trivial action is accepted is known by then.
     pub async fn start(&self) -> Verdict<Run> {
         self.start_with(|_| {}).await
     }
@@ -259,16 +259,16 @@ impl Job {
 /// All messages of a stream up to its end.
 ///
 /// # Errors
-/// A failure when it does not end OK, and soon after `done`.
+/// Unmet when it does not end OK, and soon after `done` (EXE-05).
 pub async fn story(mut run: Run) -> Verdict<Vec<Operation>> {
     let mut messages = Vec::new();
     loop {
         let next = match messages.last() {
             Some(Operation { done: true, .. }) => {
                 let end = tokio::time::timeout(END_LIMIT, run.next()).await;
-                end.map_err(|_| {
-                    fail(format!("the stream ends within {END_LIMIT:?} after done"), "it stays open")
-                })?
+                let open =
+                    || fail(format!("the stream ends within {END_LIMIT:?} after done"), "it stays open");
+                end.unwrap_or_else(|_| Err(open())).own().needs("EXE-05")
             }
             _ => run.next().await,
         };
@@ -325,8 +325,8 @@ impl Session {
     /// Goes on only where the server runs a trivial action of ours; found out once in a run of the suite.
     ///
     /// # Errors
-    /// Absent when execution is not claimed; skipped when the action was refused or nobody took it. Any other trouble is for
-    /// the checks to find.
+    /// Absent when execution is not claimed; skipped when the action was refused or nobody took it; needs CAP-08 when it failed.
+    /// A malformed answer is for the checks to find.
     pub async fn runs_actions(&self) -> Verdict {
         self.executes()?;
         self.first_action().get_or_init(|| self.try_first_action()).await.clone()
@@ -342,20 +342,25 @@ impl Session {
         ];
         let refused =
             |why: String| skipped(format!("the server does not run /bin/sh for us: {why}; see --platform"));
-        let job = Job::sh(self, "exit 0");
-        self.store(&job.blobs().iter().collect::<Vec<_>>()).await?;
+        // Not over the connection of whichever check happens to come first: the others go by this too.
+        let s = self.reconnect().await.control()?;
+        let job = Job::sh(&s, "exit 0");
+        s.store(&job.blobs().iter().collect::<Vec<_>>()).await?;
         let ended = async {
-            let run = self.start(self.execute_request(&job.digest())).await?;
+            let run = s.start(s.execute_request(&job.digest())).await?;
             Ok::<_, Status>(run.finish().await)
         };
         match tokio::time::timeout(FIRST_ACTION_LIMIT, ended).await {
             Err(_) => Err(refused(format!("no worker took it within {FIRST_ACTION_LIMIT:?}"))),
             Ok(Err(status)) if REFUSALS.contains(&status.code()) => Err(refused(show(&status))),
+            Ok(Err(status)) => Err(fail("a trivial action is run", show(&status))).needs("CAP-08"),
             Ok(Ok(Ok(response))) => {
                 let status = response.status.unwrap_or_default();
                 let code = response.result.unwrap_or_default().exit_code;
                 if REFUSALS.iter().any(|refusal| *refusal as i32 == status.code) {
                     Err(refused(show_inline(&status)))
+                } else if status.code != 0 {
+                    Err(fail("a trivial action is run", show_inline(&status))).needs("CAP-08")
                 } else if NOT_STARTED.contains(&code) {
                     Err(refused(format!("exit code {code}")))
                 } else {
@@ -381,7 +386,7 @@ impl Session {
     pub async fn log_bytes(&self, digest: Option<&Digest>, raw: &Bytes) -> Verdict<Bytes> {
         match digest {
             Some(digest) if raw.is_empty() && digest.size_bytes > 0 => {
-                self.read(digest).await.wanted("a log of the action can be read")
+                self.read(digest).await.needs("EXE-59", "a log of the action can be read")
             }
             _ => Ok(raw.clone()),
         }

@@ -13,6 +13,8 @@ use tonic::{
 pub mod path {
     /// Capabilities.
     pub const GET_CAPABILITIES: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
+    /// What no server has.
+    pub const NO_SUCH_METHOD: &str = "/build.bazel.remote.execution.v2.Capabilities/NoSuchMethod";
     /// ContentAddressableStorage.
     pub const FIND_MISSING: &str =
         "/build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs";

@@ -4,12 +4,12 @@ pub mod json;
 pub mod junit;
 
 use super::{
-    check::{Check, Stop, Verdict},
+    check::{Check, Step as _, Stop, Verdict},
     groups,
     rules::{self, Level, Rule},
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::{self, Write as _},
     time::Duration,
 };
@@ -26,6 +26,15 @@ pub enum Outcome {
         /// What the server did.
         observed: String,
     },
+    /// A step that leads to the rule's own matter did not succeed, so nothing can be said about the rule.
+    Inconclusive {
+        /// The rule that asks for this step, if it is one with a check of its own.
+        needs: Option<&'static str>,
+        /// What the step needed.
+        expected: String,
+        /// What the server did.
+        observed: String,
+    },
     /// The server does not claim the feature.
     Absent(String),
     /// It could not be tested here.
@@ -37,6 +46,9 @@ impl From<Verdict> for Outcome {
         match verdict {
             Ok(()) => Self::Pass,
             Err(Stop::Fail { expected, observed }) => Self::Fail { expected, observed },
+            Err(Stop::Unmet { needs, expected, observed }) => {
+                Self::Inconclusive { needs, expected, observed }
+            }
             Err(Stop::Absent(why)) => Self::Absent(why),
             Err(Stop::Skipped(why)) => Self::Skipped(why),
         }
@@ -51,6 +63,8 @@ pub enum Judgement {
     Pass,
     /// A `must` failed; or a `should`, of a strict run.
     Fail,
+    /// Something that a check builds on did not work, and no other check says why.
+    Inconclusive,
     /// A `should` or a `may` failed.
     Warn,
     /// The server does not have it.
@@ -64,6 +78,7 @@ impl fmt::Display for Judgement {
         f.pad(match self {
             Self::Pass => "pass",
             Self::Fail => "FAIL",
+            Self::Inconclusive => "unclear",
             Self::Warn => "warn",
             Self::Absent => "absent",
             Self::Skipped => "skipped",
@@ -87,9 +102,11 @@ pub struct Row {
 }
 
 impl Row {
-    /// What came of a check.
-    pub fn of(check: &Check, outcome: Outcome, elapsed: Duration) -> Self {
+    /// What came of a check. A step that the check's own rule asks for is its own matter.
+    pub fn of(check: &Check, verdict: Verdict, elapsed: Duration) -> Self {
         let rules = check.rules.to_vec();
+        let own = matches!(&verdict, Err(Stop::Unmet { needs: Some(rule), .. }) if rules.contains(rule));
+        let outcome = Outcome::from(if own { verdict.own() } else { verdict });
         Self { rules, level: check.level(), title: check.title(), outcome, elapsed }
     }
 
@@ -116,6 +133,7 @@ impl Row {
             Outcome::Pass => Judgement::Pass,
             Outcome::Fail { .. } if self.level >= least => Judgement::Fail,
             Outcome::Fail { .. } => Judgement::Warn,
+            Outcome::Inconclusive { .. } => Judgement::Inconclusive,
             Outcome::Absent(_) => Judgement::Absent,
             Outcome::Skipped(_) => Judgement::Skipped,
         }
@@ -169,9 +187,25 @@ impl Report {
         counts
     }
 
-    /// Whether nothing failed.
+    /// Whether nothing failed, and nothing that could be checked was left undecided.
     pub fn is_good(&self, strict: bool) -> bool {
-        !self.counts(strict).contains_key(&Judgement::Fail)
+        let counts = self.counts(strict);
+        !counts.contains_key(&Judgement::Fail) && !counts.contains_key(&Judgement::Inconclusive)
+    }
+
+    /// Makes one fault one failure: what could not be decided because of a rule that failed itself is skipped.
+    pub fn settle(&mut self) {
+        let failed = |row: &&Row| matches!(row.outcome, Outcome::Fail { .. });
+        let failed: BTreeSet<&str> =
+            self.rows.iter().filter(failed).flat_map(|row| row.rules.clone()).collect();
+        for row in &mut self.rows {
+            if let Outcome::Inconclusive { needs: Some(rule), expected, observed } = &row.outcome
+                && failed.contains(rule)
+            {
+                row.outcome =
+                    Outcome::Skipped(format!("needs {rule}: expected {expected}; observed {observed}"));
+            }
+        }
     }
 
     /// The table for people.
@@ -216,6 +250,12 @@ fn write_row(text: &mut String, row: &Row, strict: bool) {
             detail("expected", expected);
             detail("observed", observed);
             detail("breaks", &row.breaks());
+        }
+        Outcome::Inconclusive { needs, expected, observed } => {
+            detail("because", "a step before the rule itself failed");
+            detail("needs", needs.unwrap_or_default());
+            detail("expected", expected);
+            detail("observed", observed);
         }
         Outcome::Absent(why) | Outcome::Skipped(why) => detail("because", why),
     }

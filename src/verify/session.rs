@@ -87,7 +87,7 @@ impl Session {
             answer.unwrap_or_else(|_| Err(fail("an answer", format!("none within {CONNECT_LIMIT:?}"))));
         let (channel, capabilities) = answer.map_err(|stop| {
             let why = match stop {
-                Stop::Fail { observed, .. } => observed,
+                Stop::Fail { observed, .. } | Stop::Unmet { observed, .. } => observed,
                 Stop::Absent(why) | Stop::Skipped(why) => why,
             };
             Error::Unavailable(format!("no server to verify at {}: {why}", options.endpoint))

@@ -4,7 +4,7 @@
 
 use super::{
     blob::Blob,
-    check::{Answer as _, Verdict, ensure, inline},
+    check::{Answer as _, Step as _, Verdict, ensure, inline},
     session::Session,
 };
 use crate::proto::{
@@ -17,10 +17,15 @@ use crate::proto::{
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
+use std::time::Duration;
+use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
 /// Bytes in one WriteRequest: well below every limit on messages.
 pub const PIECE_BYTES: usize = 64 * 1024;
+/// How often a running upload is asked about, and the pause between: two seconds in all.
+const UPLOAD_LOOKS: usize = 100;
+const UPLOAD_PAUSE: Duration = Duration::from_millis(20);
 /// What an entry of a batch costs besides its data, rounded up.
 const ENTRY_BYTES: usize = 150;
 
@@ -177,7 +182,7 @@ impl Session {
     /// Stores blobs, by batch where they fit and by ByteStream where not.
     ///
     /// # Errors
-    /// A failure when the server does not take one; every check needs that it does.
+    /// Needs CAS-09 or BS-23 when the server does not take one.
     pub async fn store(&self, blobs: &[&Blob]) -> Verdict {
         let limit = self.batch_limit().min(3_000_000);
         let cost = |blob: &Blob| blob.data.len() + ENTRY_BYTES;
@@ -194,13 +199,15 @@ impl Session {
         }
         self.store_batch(&batch).await?;
         for blob in large {
-            let committed = self.write(blob).await.wanted("a blob needed by the check is uploaded")?;
+            let committed =
+                self.write(blob).await.needs("BS-23", "a blob needed by the check is uploaded")?;
             let size = blob.digest.size_bytes;
             ensure(
                 committed == size,
                 format!("committed_size {size}"),
                 format!("committed_size {committed}"),
-            )?;
+            )
+            .needs("BS-23")?;
         }
         Ok(())
     }
@@ -209,12 +216,14 @@ impl Session {
         if blobs.is_empty() {
             return Ok(());
         }
-        let answer = self.update(blobs).await.wanted("blobs needed by the check are uploaded")?;
+        let answer = self.update(blobs).await.needs("CAS-09", "blobs needed by the check are uploaded")?;
         for response in &answer.responses {
-            inline("a blob needed by the check is stored", response.status.as_ref(), &[Code::Ok])?;
+            inline("a blob needed by the check is stored", response.status.as_ref(), &[Code::Ok])
+                .needs("CAS-09")?;
         }
         let seen = format!("{} answers", answer.responses.len());
         ensure(answer.responses.len() == blobs.len(), format!("{} answers", blobs.len()), seen)
+            .needs("CAS-09")
     }
 
     /// A stored blob that nobody has.
@@ -235,6 +244,33 @@ impl Session {
         let blob = self.message(directory);
         self.store(&[&blob]).await?;
         Ok(blob)
+    }
+}
+
+impl Session {
+    /// Starts an upload, and breaks it off once the server says that it has taken in so many bytes, or has had ample time to.
+    pub async fn broken_upload(&self, messages: Vec<WriteRequest>, bytes: i64) {
+        let name = messages.first().map(|message| message.resource_name.clone()).unwrap_or_default();
+        let upload = self.open_upload(messages);
+        self.upload_reaches(&name, bytes).await;
+        upload.abort();
+    }
+
+    /// Starts an upload that stays open after these messages, until it is aborted.
+    pub fn open_upload(&self, messages: Vec<WriteRequest>) -> JoinHandle<()> {
+        let s = self.clone();
+        tokio::spawn(async move { drop(s.byte_stream().write(stalled(messages)).await) })
+    }
+
+    /// Waits until the server says that an upload has so many bytes, or for long enough that any server has. What is asked before
+    /// the first byte is there proves nothing.
+    pub async fn upload_reaches(&self, name: &str, bytes: i64) {
+        for _ in 0..UPLOAD_LOOKS {
+            match self.query(name).await {
+                Ok(status) if status.committed_size >= bytes => return,
+                _ => tokio::time::sleep(UPLOAD_PAUSE).await,
+            }
+        }
     }
 }
 

@@ -4,7 +4,8 @@ use super::{
     Fault,
     change::{
         self, METADATA_TYPE, both, change_metadata, change_response, decode, edit, every, exchange,
-        execute_response, failure, instead, job, messages, operation, read_request, request, result,
+        execute_response, failure, instead, job, messages, operation, read_request, request, response,
+        result,
     },
     fault,
     operations::cancel_all_of_its_action,
@@ -16,7 +17,7 @@ use gorego::proto::{
     longrunning::{Operation, operation as outcome},
     reapi::{
         ActionResult, Digest, ExecuteRequest, ExecuteResponse, FileNode, GetActionResultRequest,
-        UpdateActionResultRequest, WaitExecutionRequest, command::EnvironmentVariable,
+        ServerCapabilities, UpdateActionResultRequest, WaitExecutionRequest, command::EnvironmentVariable,
     },
     rpc::{self, precondition_failure::Violation},
 };
@@ -199,7 +200,7 @@ fn stream_faults() -> Vec<Fault> {
                 }
             })
         }),
-        fault("a failed command has no result", &["EXE-08", "EXE-46"], {
+        fault("a failed command has no result", &["EXE-08"], {
             execute_response(|response| {
                 response.result = response.result.take().filter(|result| result.exit_code == 0);
             })
@@ -308,9 +309,9 @@ impl Drop for CancelOnDrop {
 }
 
 /// Results of finished operations by the hash of their action.
-type Results = Arc<Mutex<HashMap<String, ActionResult>>>;
+pub type Results = Arc<Mutex<HashMap<String, ActionResult>>>;
 
-fn hash(digest: Option<&Digest>) -> String {
+pub fn hash(digest: Option<&Digest>) -> String {
     digest.map(|digest| digest.hash.clone()).unwrap_or_default()
 }
 
@@ -318,6 +319,17 @@ fn cache() -> Vec<Fault> {
     vec![
         fault("no result is said to be cached", &["EXE-16"], {
             execute_response(|response| response.cached_result = false)
+        }),
+        fault("no result is said to be cached where nobody may upload one", &["EXE-16"], {
+            both(
+                "GetCapabilities",
+                response::<ServerCapabilities>("GetCapabilities", |answer| {
+                    if let Some(cache) = &mut answer.cache_capabilities {
+                        cache.action_cache_update_capabilities = None;
+                    }
+                }),
+                execute_response(|response| response.cached_result = false),
+            )
         }),
         fault("every result is said to be cached", &["EXE-16", "EXE-17"], {
             execute_response(|response| response.cached_result = true)

@@ -11,11 +11,13 @@ mod cas;
 pub mod change;
 mod execution;
 mod general;
+pub mod lawful;
 mod log_stream;
 mod operations;
 mod outputs;
 pub mod proxy;
 
+pub use execution::inline_as_status;
 use proxy::{Behaviour, Proxy, Transport};
 
 /// One way to be wrong.

@@ -8,7 +8,7 @@ use crate::{
         logstream::{CreateLogStreamRequest, LogStream},
     },
     verify::{
-        check::{Answer as _, Check, Stop, Verdict, absent, ensure, equal, fail, show, skipped},
+        check::{Answer as _, Check, Step as _, Stop, Verdict, absent, ensure, equal, fail, show, skipped},
         job::Job,
         session::Session,
     },
@@ -65,7 +65,7 @@ async fn parent(s: &Session) -> Verdict<String> {
 
 /// The name of an operation of ours.
 async fn operation(s: &Session) -> Verdict<String> {
-    let messages = Job::sh(s, "exit 0").story().await?;
+    let messages = Job::sh(s, "exit 0").story().await.control()?;
     let name = messages.first().map(|operation| operation.name.clone());
     name.ok_or_else(|| fail("an operation", "an empty stream"))
 }
@@ -76,7 +76,7 @@ fn below(parent: &str) -> String {
 }
 
 async fn stream(s: &Session) -> Verdict<LogStream> {
-    create(s, &parent(s).await?).await.wanted("CreateLogStream is accepted")
+    create(s, &parent(s).await?).await.needs("LOG-01", "CreateLogStream is accepted")
 }
 
 /// One call of Write: the `committed_size`.
@@ -136,7 +136,9 @@ async fn streams_without_a_known_parent_are_refused(s: Session) -> Verdict {
 
 async fn each_name_serves_one_purpose(s: Session) -> Verdict {
     let stream = stream(&s).await?;
-    write(&s, &stream.write_resource_name, 0, "x", true).await.wanted("a log stream can be written")?;
+    write(&s, &stream.write_resource_name, 0, "x", true)
+        .await
+        .needs("LOG-03", "a log stream can be written")?;
     equal("the log", &read(&s, &stream.name, 0).await?.as_str(), &"x")?;
     let refused = &[Code::InvalidArgument];
     let read = s.read_named(&stream.write_resource_name).await;
@@ -170,7 +172,7 @@ async fn readers_follow_a_stream_to_its_end(s: Session) -> Verdict {
 async fn what_was_written_stays_as_it_is(s: Session) -> Verdict {
     let stream = stream(&s).await?;
     let target = stream.write_resource_name.as_str();
-    write(&s, target, 0, "0123456789", false).await.wanted("a log stream can be written")?;
+    write(&s, target, 0, "0123456789", false).await.needs("LOG-05", "a log stream can be written")?;
     let refused = &[Code::InvalidArgument, Code::FailedPrecondition];
     let overwritten = write(&s, target, 0, "abcdefghij", false).await;
     overwritten.refused("a Write at offset 0 of a stream of 10 bytes", refused)?;

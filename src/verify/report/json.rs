@@ -27,6 +27,8 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     observed: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    needs: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<&'a str>,
     #[serde(skip_serializing_if = "String::is_empty")]
     breaks: String,
@@ -50,11 +52,15 @@ impl Report {
 }
 
 fn line(row: &Row, strict: bool) -> Line<'_> {
-    let (mut expected, mut observed, mut reason, mut breaks) = (None, None, None, String::new());
+    let (mut expected, mut observed, mut needs, mut reason, mut breaks) =
+        (None, None, None, None, String::new());
     match &row.outcome {
         Outcome::Pass => {}
         Outcome::Fail { expected: wanted, observed: seen } => {
             (expected, observed, breaks) = (Some(wanted.as_str()), Some(seen.as_str()), row.breaks());
+        }
+        Outcome::Inconclusive { needs: rule, expected: wanted, observed: seen } => {
+            (expected, observed, needs) = (Some(wanted.as_str()), Some(seen.as_str()), *rule);
         }
         Outcome::Absent(why) | Outcome::Skipped(why) => reason = Some(why.as_str()),
     }
@@ -66,6 +72,7 @@ fn line(row: &Row, strict: bool) -> Line<'_> {
         outcome: row.judgement(strict),
         expected,
         observed,
+        needs,
         reason,
         breaks,
         elapsed_ms: millis(row.elapsed),

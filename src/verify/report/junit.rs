@@ -1,6 +1,7 @@
 //! A run as JUnit XML: one suite a group, one case a check.
 //!
-//! JUnit knows no warnings: one is a skipped case whose message says so, and a failure of a strict run.
+//! JUnit knows no warnings: one is a skipped case whose message says so, and a failure of a strict run. A check that could not
+//! be decided is an `error`, which JUnit tells from a failure.
 
 use super::{Judgement, Outcome, Report, Row};
 use crate::{
@@ -41,6 +42,13 @@ fn case(row: &Row, strict: bool) -> TestCase {
                 _ => TestCaseStatus::skipped(),
             };
             (status, format!("{judgement} ({}): expected {expected}; observed {observed}", row.level))
+        }
+        Outcome::Inconclusive { needs, expected, observed } => {
+            let needs = needs.map(|rule| format!(" (needs {rule})")).unwrap_or_default();
+            let message = format!(
+                "a step before the rule itself failed{needs}: expected {expected}; observed {observed}"
+            );
+            (TestCaseStatus::non_success(NonSuccessKind::Error), message)
         }
         Outcome::Absent(why) | Outcome::Skipped(why) => {
             (TestCaseStatus::skipped(), format!("{judgement}: {why}"))

@@ -45,8 +45,8 @@ async fn a_miss_is_not_found(s: Session) -> Verdict {
 async fn every_part_of_the_key_counts(s: Session) -> Verdict {
     s.updates_results()?;
     let action = s.fresh_action().await?;
-    s.update_result(&action, s.a_result().await?).await.wanted("the result is stored")?;
-    s.result(&action).await.wanted("the result is a hit")?;
+    s.update_result(&action, s.a_result().await?).await.needs("AC-08", "the result is stored")?;
+    s.result(&action).await.needs("AC-08", "the result is a hit")?;
     let misses = [Code::NotFound, Code::InvalidArgument];
     let longer = Digest { size_bytes: action.size_bytes + 1, ..action.clone() };
     s.result(&longer).await.refused("the same hash with another size", &misses)?;
@@ -120,8 +120,8 @@ async fn loss_makes_a_miss(s: &Session, what: &str, lost: Lost) -> Verdict {
     s.updates_results()?;
     let action = s.fresh_action().await?;
     let complete = result_without(s, Lost::Nothing).await?;
-    s.update_result(&action, complete).await.wanted("a complete result is stored")?;
-    s.result(&action).await.wanted("a complete result is a hit")?;
+    s.update_result(&action, complete).await.needs("AC-08", "a complete result is stored")?;
+    s.result(&action).await.needs("AC-08", "a complete result is a hit")?;
     let action = s.fresh_action().await?;
     let incomplete = result_without(s, lost).await?;
     s.update_result(&action, incomplete).await.or_refused("UpdateActionResult of it", REFUSED)?;
@@ -133,8 +133,8 @@ async fn a_result_with_all_of_its_blobs_is_a_hit(s: Session) -> Verdict {
     s.updates_results()?;
     let action = s.fresh_action().await?;
     let stored = result_without(&s, Lost::Nothing).await?;
-    s.update_result(&action, stored.clone()).await.wanted("a complete result is stored")?;
-    let hit = s.result(&action).await.wanted("a complete result is a hit")?;
+    s.update_result(&action, stored.clone()).await.needs("AC-08", "a complete result is stored")?;
+    let hit = s.result(&action).await.needs("AC-08", "a complete result is a hit")?;
     equal("output_files", &hit.output_files, &stored.output_files)?;
     equal("output_directories", &hit.output_directories, &stored.output_directories)?;
     equal("stdout_digest", &hit.stdout_digest, &stored.stdout_digest)?;

@@ -32,7 +32,7 @@ async fn recorded(s: &Session, stdout: &Blob, stderr: &Blob, output: &Blob) -> V
         ..Default::default()
     };
     let action = s.fresh_action().await?;
-    s.update_result(&action, result).await.wanted("the result is stored")?;
+    s.update_result(&action, result).await.needs("AC-08", "the result is stored")?;
     Ok(action)
 }
 
@@ -57,7 +57,7 @@ async fn agree(s: &Session, what: &str, raw: &[u8], digest: Option<&Digest>, blo
 async fn nothing_is_inlined_unasked(s: Session) -> Verdict {
     let (stdout, stderr, output) = (s.blob(100), s.blob(100), s.blob(100));
     let action = recorded(&s, &stdout, &stderr, &output).await?;
-    let hit = s.result(&action).await.wanted("the result is a hit")?;
+    let hit = s.result(&action).await.needs("AC-08", "the result is a hit")?;
     let raw = hit.stdout_raw.len() + hit.stderr_raw.len();
     let contents: usize = hit.output_files.iter().map(|file| file.contents.len()).sum();
     equal("inlined bytes", &(raw, contents), &(0, 0))?;
@@ -75,7 +75,7 @@ async fn raw_logs_are_handed_out_by_digest(s: Session) -> Verdict {
         ..s.a_result().await?
     };
     s.update_result(&action, result).await.wanted("a result with raw logs is stored")?;
-    let hit = s.result(&action).await.wanted("the result is a hit")?;
+    let hit = s.result(&action).await.needs("AC-08", "the result is a hit")?;
     equal("inlined bytes", &(hit.stdout_raw.len(), hit.stderr_raw.len()), &(0, 0))?;
     agree(&s, "stdout", b"", hit.stdout_digest.as_ref(), &stdout).await?;
     agree(&s, "stderr", b"", hit.stderr_digest.as_ref(), &stderr).await?;
@@ -96,7 +96,7 @@ async fn what_is_inlined_on_request_is_the_blob(s: Session) -> Verdict {
 async fn no_digest_is_a_zero_valued_message(s: Session) -> Verdict {
     s.updates_results()?;
     let action = s.fresh_action().await?;
-    s.update_result(&action, s.a_result().await?).await.wanted("a result without logs is stored")?;
+    s.update_result(&action, s.a_result().await?).await.needs("AC-08", "a result without logs is stored")?;
     let hit = s.result_request(all_inline(&s, &action)).await.wanted("the result is a hit")?;
     let files = hit.output_files.iter().filter_map(|file| file.digest.as_ref());
     for digest in files.chain(&hit.stdout_digest).chain(&hit.stderr_digest) {

@@ -7,7 +7,7 @@ use crate::{
         OutputFile, OutputSymlink, ResultsCachePolicy, Tree, UpdateActionResultRequest,
     },
     verify::{
-        check::{Answer as _, Check, Verdict, ensure, equal, fail, skipped},
+        check::{Answer as _, Check, Step as _, Verdict, ensure, equal, fail, skipped},
         session::Session,
     },
 };
@@ -35,7 +35,7 @@ async fn an_update_is_seen_over_another_connection(s: Session) -> Verdict {
     let (action, result) = (s.fresh_action().await?, s.a_result().await?);
     let answer = s.update_result(&action, result.clone()).await.wanted("the result is stored")?;
     equal("output_files of the answer", &answer.output_files, &result.output_files)?;
-    let hit = s.reconnect().await?.result(&action).await.wanted("the result is a hit at once")?;
+    let hit = s.reconnect().await.control()?.result(&action).await.wanted("the result is a hit at once")?;
     equal("output_files", &hit.output_files, &result.output_files)
 }
 
@@ -74,12 +74,12 @@ async fn racing_updates_leave_one_whole_result(s: Session) -> Verdict {
 async fn results_have_metadata_although_none_was_sent(s: Session) -> Verdict {
     s.updates_results()?;
     let bare = ActionResult::default();
-    for result in [s.a_result().await?, bare] {
+    for (case, result) in [("a result with an output", s.a_result().await?), ("an empty result", bare)] {
         let action = s.fresh_action().await?;
-        s.update_result(&action, result).await.wanted("a result without metadata is stored")?;
-        let hit = s.result(&action).await.wanted("the result is a hit")?;
-        ensure(hit.execution_metadata.is_some(), "execution_metadata is set", "it is not set")?;
-        ensure(hit.encoded_len() > 0, "a result that is not empty on the wire", "0 bytes")?;
+        s.update_result(&action, result).await.wanted("a result without metadata is stored").case(case)?;
+        let hit = s.result(&action).await.needs("AC-08", "the result is a hit").case(case)?;
+        ensure(hit.execution_metadata.is_some(), "execution_metadata is set", "it is not set").case(case)?;
+        ensure(hit.encoded_len() > 0, "a result that is not empty on the wire", "0 bytes").case(case)?;
     }
     Ok(())
 }
@@ -88,7 +88,7 @@ async fn malformed_results_are_refused(s: Session) -> Verdict {
     s.updates_results()?;
     let good = s.a_result().await?;
     let action = s.fresh_action().await?;
-    s.update_result(&action, good.clone()).await.wanted("a good result is stored")?;
+    s.update_result(&action, good.clone()).await.needs("AC-08", "a good result is stored")?;
     let request = UpdateActionResultRequest {
         instance_name: s.instance(),
         action_digest: Some(action),
@@ -188,7 +188,7 @@ async fn fields_that_are_not_used_come_back(s: Session) -> Verdict {
     };
     let action = s.fresh_action().await?;
     s.update_result(&action, result.clone()).await.wanted("a full result is stored")?;
-    let hit = s.result(&action).await.wanted("the result is a hit")?;
+    let hit = s.result(&action).await.needs("AC-08", "the result is a hit")?;
     equal("output_files", &hit.output_files, &result.output_files)?;
     equal("output_directories", &hit.output_directories, &result.output_directories)?;
     equal("output_symlinks", &hit.output_symlinks, &result.output_symlinks)?;
@@ -218,7 +218,7 @@ async fn a_cache_policy_is_harmless(s: Session) -> Verdict {
         };
         let answer = s.action_cache().update_action_result(request).await;
         answer.wanted(&format!("an update with cache priority {priority} is accepted"))?;
-        s.result(&action).await.wanted("the result is a hit")?;
+        s.result(&action).await.needs("AC-08", "the result is a hit")?;
     }
     Ok(())
 }

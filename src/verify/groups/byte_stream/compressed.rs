@@ -5,8 +5,8 @@ use crate::{
     proto::reapi::Digest,
     verify::{
         blob::Blob,
-        check::{Answer as _, Check, Verdict, ensure, equal},
-        compression::{ZSTD, bomb, compress, decompress},
+        check::{Answer as _, Check, Step as _, Verdict, ensure, equal},
+        compression::{ZSTD, bomb, compress, decompress, defused},
         session::{Session, listed},
         store::pieces,
     },
@@ -47,13 +47,13 @@ async fn upload(s: &Session, blob: &Blob, data: &Bytes, piece: usize) -> Result<
 }
 
 async fn is_stored(s: &Session, blob: &Blob) -> Verdict {
-    let read = s.read(&blob.digest).await.wanted("the blob is read plain after its upload")?;
+    let read = s.read(&blob.digest).await.needs("BS-07", "the blob is read plain after its upload")?;
     ensure(read == blob.data, "the bytes before compression", "others")
 }
 
 async fn a_compressed_read_takes_no_limit(s: Session) -> Verdict {
     let (blob, name) = readable(&s, 10_000).await?;
-    let packed = s.read_pieces(&name, 0, 0).await.wanted("a compressed read is OK")?.concat();
+    let packed = s.read_pieces(&name, 0, 0).await.needs("BS-13", "a compressed read is OK")?.concat();
     ensure(decompress(&packed, blob.data.len())? == blob.data, "the blob, once decompressed", "other bytes")?;
     s.read_pieces(&name, 0, 1).await.refused("a compressed read with limit 1", INVALID)?;
     Ok(())
@@ -79,18 +79,20 @@ async fn compressed_reads_decode_with_default_settings(s: Session) -> Verdict {
     // Large enough for a window above 8 MiB, were one used.
     for blob in [s.text(9_000_000), s.blob(100_000), s.empty()] {
         s.store(&[&blob]).await?;
+        let case = format!("a blob of {} bytes", blob.data.len());
         let pieces = s.read_pieces(&s.qualify(&blob.compressed_name("zstd")), 0, 0).await;
-        let pieces = pieces.wanted("a compressed read is OK")?;
-        ensure(!pieces.iter().any(Bytes::is_empty), "no empty message", "one")?;
-        let plain = decompress(&pieces.concat(), blob.data.len())?;
-        ensure(plain == blob.data, "the blob, once decompressed", format!("{} bytes", plain.len()))?;
+        let pieces = pieces.wanted("a compressed read is OK").case(&case)?;
+        ensure(!pieces.iter().any(Bytes::is_empty), "no empty message", "one").case(&case)?;
+        let plain = decompress(&pieces.concat(), blob.data.len()).case(&case)?;
+        let seen = format!("{} bytes", plain.len());
+        ensure(plain == blob.data, "the blob, once decompressed", seen).case(&case)?;
     }
     Ok(())
 }
 
 async fn a_compressed_read_of_an_absent_blob_is_not_found(s: Session) -> Verdict {
     let (_, name) = readable(&s, 1000).await?;
-    s.read_named(&name).await.wanted("a compressed read of a stored blob is OK")?;
+    s.read_named(&name).await.needs("BS-13", "a compressed read of a stored blob is OK")?;
     let absent = s.qualify(&s.blob(100).compressed_name("zstd"));
     s.read_named(&absent).await.refused("a compressed read of an absent blob", &[Code::NotFound])?;
     Ok(())
@@ -113,7 +115,9 @@ async fn a_compressed_upload_answers_its_compressed_length(s: Session) -> Verdic
 async fn compressed_content_is_verified(s: Session) -> Verdict {
     zstd(&s)?;
     let good = s.text(10_000);
-    upload(&s, &good, &compress(&good.data)?, 1000).await.wanted("a compressed upload is accepted")?;
+    upload(&s, &good, &compress(&good.data)?, 1000)
+        .await
+        .needs("BS-25", "a compressed upload is accepted")?;
     is_stored(&s, &good).await?;
     let noise = s.blob(1000).data;
     for what in [
@@ -136,7 +140,7 @@ async fn compressed_content_is_verified(s: Session) -> Verdict {
         };
         upload(&s, &blob, &data, 500).await.refused(&format!("an upload of {what}"), INVALID)?;
         let asked = std::slice::from_ref(&blob.digest);
-        let missing = s.missing(asked).await.wanted("FindMissingBlobs answers")?;
+        let missing = s.missing(asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
         equal(&format!("after {what}: missing_blob_digests"), &missing, &asked.to_vec())?;
     }
     Ok(())
@@ -147,7 +151,8 @@ async fn a_bomb_is_refused(s: Session) -> Verdict {
     // 10 GiB of zeros that claim to be 1000 bytes: a server that unpacks them all is not done in time.
     let claimed = Blob { digest: Digest { size_bytes: 1000, ..s.unknown() }, ..s.blob(0) };
     let bomb = bomb(10 * 1024)?;
-    upload(&s, &claimed, &bomb, 64 * 1024).await.refused("10 GiB in 1000 bytes", INVALID)?;
+    let answer = defused(upload(&s, &claimed, &bomb, 64 * 1024)).await?;
+    answer.refused("10 GiB in 1000 bytes", INVALID)?;
     Ok(())
 }
 

@@ -33,7 +33,7 @@ async fn write_names_may_go_on_after_the_size(s: Session) -> Verdict {
         let committed = s.write_messages(pieces(&name, &blob.data, 0, 300)).await;
         let committed = committed.wanted(&format!("an upload to .../hash/size/{rest} is accepted"))?;
         equal("committed_size", &committed, &1000)?;
-        let read = s.read(&blob.digest).await.wanted("the blob is read")?;
+        let read = s.read(&blob.digest).await.needs("BS-07", "the blob is read")?;
         ensure(read == blob.data, "its bytes", "others")?;
     }
     Ok(())
@@ -73,7 +73,7 @@ async fn functions_with_a_segment_are_read_and_written_with_it(s: Session) -> Ve
 
 async fn unknown_and_upper_case_functions_are_refused(s: Session) -> Verdict {
     let blob = s.stored(100).await?;
-    s.read(&blob.digest).await.wanted("the blob is read")?;
+    s.read(&blob.digest).await.needs("BS-07", "the blob is read")?;
     let tail = format!("{}/{}", blob.digest.hash, blob.digest.size_bytes);
     for segment in ["BLAKE3", "Sha256Tree", "whirlpool", "unknown", "9"] {
         let name = s.qualify(&format!("blobs/{segment}/{tail}"));
@@ -87,7 +87,7 @@ async fn unknown_and_upper_case_functions_are_refused(s: Session) -> Verdict {
 
 async fn an_unknown_compressor_is_no_missing_blob(s: Session) -> Verdict {
     let (stored, missing) = (s.stored(100).await?, s.blob(100));
-    s.read(&stored.digest).await.wanted("the blob is read")?;
+    s.read(&stored.digest).await.needs("BS-07", "the blob is read")?;
     s.read(&missing.digest).await.refused("Read of an unknown blob", &[Code::NotFound])?;
     for compressor in ["identity", "lz4", "ZSTD", ""] {
         for blob in [&stored, &missing] {
@@ -125,7 +125,7 @@ fn bad_tails(blob: &Blob) -> Vec<(&'static str, String)> {
 
 async fn malformed_names_are_refused_by_read(s: Session) -> Verdict {
     let blob = s.stored(100).await?;
-    s.read(&blob.digest).await.wanted("the blob is read by its good name")?;
+    s.read(&blob.digest).await.needs("BS-07", "the blob is read by its good name")?;
     let mut names = bad_tails(&blob);
     names.push(("segments after the size", format!("{}/x", blob.name())));
     names.push(("the name of an upload", format!("uploads/{}/{}", uuid::Uuid::new_v4(), blob.name())));
@@ -154,12 +154,13 @@ fn bad_write_names(s: &Session, blob: &Blob) -> Vec<(&'static str, String)> {
 
 async fn malformed_names_are_refused_by_write(s: Session) -> Verdict {
     let blob = s.blob(100);
-    s.write(&s.blob(100)).await.wanted("an upload to a good name is accepted")?;
+    s.write(&s.blob(100)).await.needs("BS-23", "an upload to a good name is accepted")?;
     for (what, name) in bad_write_names(&s, &blob) {
         let answer = s.write_messages(pieces(&name, &blob.data, 0, 100)).await;
         answer.refused(&format!("Write to a name with {what} ({name})"), INVALID)?;
     }
-    let missing = s.missing(std::slice::from_ref(&blob.digest)).await.wanted("FindMissingBlobs answers")?;
+    let missing =
+        s.missing(std::slice::from_ref(&blob.digest)).await.needs("CAS-01", "FindMissingBlobs answers")?;
     equal("missing_blob_digests", &missing, &vec![blob.digest])
 }
 
@@ -200,7 +201,7 @@ async fn two_uploads_may_share_a_uuid(s: Session) -> Verdict {
         let committed =
             answer.wanted("each of two uploads with one uuid is accepted")?.into_inner().committed_size;
         equal("committed_size", &committed, &blob.digest.size_bytes)?;
-        let read = s.read(&blob.digest).await.wanted("each of them is read")?;
+        let read = s.read(&blob.digest).await.needs("BS-07", "each of them is read")?;
         ensure(read == blob.data, "its bytes", "others")?;
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! BS-31 to BS-33: QueryWriteStatus. A server without it has none of this.
 
+use super::write::go_on;
 use crate::{
     checks,
     verify::{
@@ -82,16 +83,13 @@ async fn a_broken_compressed_upload_goes_on_at_a_plain_offset(s: Session) -> Ver
         last.finish_write = false;
     }
     s.count_written(frame.len());
-    let upload = async { s.byte_stream().write(crate::verify::store::stalled(messages)).await };
-    let _ = tokio::time::timeout(Duration::from_millis(200), upload).await;
-    let status = s.query(&name).await.wanted("QueryWriteStatus of a broken upload answers")?;
-    equal("complete", &status.complete, &false)?;
-    let at = status.committed_size;
-    ensure((0..=100_000).contains(&at), "a position in the uncompressed blob, up to 100000", at)?;
-    let from = usize::try_from(at).unwrap_or(usize::MAX).min(blob.data.len());
-    let rest = compress(&blob.data.slice(from..))?;
-    let answer = s.write_messages(pieces(&name, &rest, at, 1000)).await;
-    answer.wanted(&format!("the upload goes on at byte {at} of the uncompressed blob"))?;
-    let read = s.read(&blob.digest).await.wanted("the blob is read")?;
+    s.broken_upload(messages, 1).await;
+    let committed = go_on(&s, &name, |at| {
+        ensure((0..=100_000).contains(&at), "a position in the uncompressed blob, up to 100000", at)?;
+        let from = usize::try_from(at).unwrap_or(usize::MAX).min(blob.data.len());
+        Ok(pieces(&name, &compress(&blob.data.slice(from..))?, at, 1000))
+    });
+    committed.await?;
+    let read = s.read(&blob.digest).await.needs("BS-07", "the blob is read")?;
     ensure(read == blob.data, "its bytes", "others")
 }

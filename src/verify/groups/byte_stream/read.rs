@@ -5,7 +5,7 @@ use crate::{
     proto::bytestream::{ReadRequest, WriteRequest},
     verify::{
         blob::Blob,
-        check::{Answer as _, Check, Verdict, ensure, equal, fail, skipped},
+        check::{Answer as _, Check, Step as _, Verdict, ensure, equal, fail, skipped},
         session::Session,
     },
 };
@@ -69,7 +69,7 @@ async fn any_offset_gives_the_rest(s: Session) -> Verdict {
 
 async fn an_absent_blob_is_not_found(s: Session) -> Verdict {
     let stored = s.stored(100).await?;
-    reads(&s, &stored, 0, 0, &stored.data).await?;
+    reads(&s, &stored, 0, 0, &stored.data).await.needs("BS-07")?;
     let name = s.read_name(&s.unknown());
     s.read_pieces(&name, 0, 0).await.refused("Read of an absent blob", &[Code::NotFound])?;
     Ok(())
@@ -83,7 +83,7 @@ async fn an_offset_at_the_end_gives_nothing(s: Session) -> Verdict {
 
 async fn offsets_outside_the_blob_are_out_of_range(s: Session) -> Verdict {
     let blob = s.stored(1000).await?;
-    reads(&s, &blob, 0, 0, &blob.data).await?;
+    reads(&s, &blob, 0, 0, &blob.data).await.needs("BS-07")?;
     let name = s.read_name(&blob.digest);
     for offset in [1001, -1, i64::MAX, i64::MIN] {
         let answer = s.read_pieces(&name, offset, 0).await;
@@ -111,7 +111,7 @@ async fn a_limit_caps_the_bytes(s: Session) -> Verdict {
 async fn a_negative_limit_is_refused(s: Session) -> Verdict {
     let blob = s.stored(1000).await?;
     let name = s.read_name(&blob.digest);
-    let pieces = s.read_pieces(&name, 0, 1).await.wanted("Read with limit 1 is OK")?;
+    let pieces = s.read_pieces(&name, 0, 1).await.control("Read with limit 1 is OK")?;
     equal("bytes", &pieces.concat(), &blob.data.slice(..1).to_vec())?;
     s.read_pieces(&name, 0, -1).await.refused("Read with limit -1", &[Code::InvalidArgument])?;
     Ok(())
@@ -119,7 +119,7 @@ async fn a_negative_limit_is_refused(s: Session) -> Verdict {
 
 async fn messages_are_of_a_useful_size(s: Session) -> Verdict {
     let blob = s.stored(10_000_000).await?;
-    let pieces = s.read_pieces(&s.read_name(&blob.digest), 0, 0).await.wanted("the blob is read")?;
+    let pieces = s.read_pieces(&s.read_name(&blob.digest), 0, 0).await.needs("BS-07", "the blob is read")?;
     ensure(pieces.concat() == blob.data, "its bytes", "others")?;
     ensure(!pieces.iter().any(Bytes::is_empty), "no empty message", "one")?;
     // The last one may be as small as it likes.

@@ -8,7 +8,7 @@ use crate::{
     },
     verify::{
         blob::Blob,
-        check::{Answer as _, Check, Verdict, absent, ensure, equal, fail, inline, skipped},
+        check::{Answer as _, Check, Step as _, Verdict, absent, ensure, equal, fail, inline, skipped},
         session::Session,
     },
 };
@@ -79,7 +79,7 @@ async fn stored_and_split(s: &Session, function: Chunking) -> Verdict<(Blob, Spl
             "the server has no split information for a blob that was uploaded whole: {}",
             status.message()
         ))),
-        answer => Ok((blob, answer.wanted("SplitBlob of a stored blob answers")?)),
+        answer => Ok((blob, answer.needs("CAS-30", "SplitBlob of a stored blob answers")?)),
     }
 }
 
@@ -126,7 +126,7 @@ async fn chunks_keep_to_the_bounds_of_their_function(s: Session) -> Verdict {
     asked.extend(fast.map(|_| Chunking::FastCdc2020));
     asked.extend(rep_max.map(|_| Chunking::RepMaxCdc));
     for function in asked {
-        let (_, answer) = stored_and_split(&s, function).await?;
+        let (_, answer) = stored_and_split(&s, function).await.own()?;
         let used = answer.chunking_function;
         if function != Chunking::Unknown {
             equal("chunking_function of the response", &used, &(function as i32))?;
@@ -174,7 +174,7 @@ fn join(s: &Session, chunks: &[&Blob]) -> Blob {
 
 async fn is_missing(s: &Session, digest: &Digest) -> Verdict {
     let asked = std::slice::from_ref(digest);
-    let missing = s.missing(asked).await.wanted("FindMissingBlobs answers")?;
+    let missing = s.missing(asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
     equal("missing_blob_digests after a refused splice", &missing, &asked.to_vec())
 }
 
@@ -183,7 +183,9 @@ async fn a_splice_in_the_wrong_order_is_refused(s: Session) -> Verdict {
     let swapped = splice(&s, &whole.digest, &[&second, &first]).await;
     swapped.refused("a splice of swapped chunks", &[Code::InvalidArgument])?;
     is_missing(&s, &whole.digest).await?;
-    splice(&s, &whole.digest, &[&first, &second]).await.wanted("a splice in the right order is accepted")?;
+    splice(&s, &whole.digest, &[&first, &second])
+        .await
+        .needs("CAS-37", "a splice in the right order is accepted")?;
     Ok(())
 }
 
@@ -196,7 +198,9 @@ async fn a_splice_of_the_wrong_size_is_refused(s: Session) -> Verdict {
         answer.refused(&format!("a splice with {what}"), &[Code::InvalidArgument])?;
         is_missing(&s, &whole.digest).await?;
     }
-    splice(&s, &whole.digest, &[&first, &second]).await.wanted("a splice of all chunks is accepted")?;
+    splice(&s, &whole.digest, &[&first, &second])
+        .await
+        .needs("CAS-37", "a splice of all chunks is accepted")?;
     Ok(())
 }
 
@@ -226,7 +230,7 @@ async fn a_spliced_blob_is_a_blob_like_others(s: Session) -> Verdict {
     let answer = splice(&s, &whole.digest, &[&first, &second]).await.wanted("the splice is accepted")?;
     equal("blob_digest of the response", &answer, &Some(whole.digest.clone()))?;
     let asked = std::slice::from_ref(&whole.digest);
-    let missing = s.missing(asked).await.wanted("FindMissingBlobs answers")?;
+    let missing = s.missing(asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
     equal("missing_blob_digests", &missing, &Vec::new())?;
     let read = s.read(&whole.digest).await.wanted("it is read")?;
     ensure(read == whole.data, "its bytes", "others")?;
@@ -238,7 +242,7 @@ async fn a_spliced_blob_is_a_blob_like_others(s: Session) -> Verdict {
         let action = s.fresh_action().await?;
         let file = OutputFile { path: "out".into(), digest: Some(whole.digest), ..Default::default() };
         let result = ActionResult { output_files: vec![file], ..Default::default() };
-        s.update_result(&action, result).await.wanted("a result with it is stored")?;
+        s.update_result(&action, result).await.needs("AC-08", "a result with it is stored")?;
         s.result(&action).await.wanted("a result with it is complete")?;
     }
     Ok(())

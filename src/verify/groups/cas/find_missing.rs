@@ -4,9 +4,9 @@ use crate::{
     checks,
     proto::reapi::Digest,
     verify::{
-        check::{Answer as _, Check, Verdict, ensure, equal, inline},
+        check::{Answer as _, Check, Step as _, Verdict, ensure, equal, inline},
         session::Session,
-        store::{half, stalled},
+        store::half,
     },
 };
 use tonic::Code;
@@ -60,9 +60,9 @@ async fn what_is_not_missing_is_read_at_once_over_another_connection(s: Session)
     for round in 0..25 {
         let (batched, streamed) = (s.blob(200), s.blob(200));
         s.store(&[&batched]).await?;
-        s.write(&streamed).await.wanted("the upload is accepted")?;
+        s.write(&streamed).await.needs("BS-23", "the upload is accepted")?;
         let asked = [batched.digest.clone(), streamed.digest.clone()];
-        let missing = other.missing(&asked).await.wanted("FindMissingBlobs answers")?;
+        let missing = other.missing(&asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
         equal(&format!("round {round}: missing_blob_digests"), &missing, &Vec::new())?;
         let read = other.read(&batched.digest).await.wanted("what is not missing is read")?;
         ensure(read == batched.data, "its bytes", "others")?;
@@ -77,11 +77,11 @@ async fn what_is_not_missing_is_read_at_once_over_another_connection(s: Session)
 
 async fn a_blob_in_upload_is_missing(s: Session) -> Verdict {
     let (blob, control) = (s.blob(100_000), s.stored(100).await?);
-    let messages = half(&s.write_name(&blob), &blob.data, 50_000);
-    let uploading = s.clone();
-    let upload =
-        tokio::spawn(async move { uploading.byte_stream().write(stalled(messages)).await.map(drop) });
-    let other = s.reconnect().await?;
+    let name = s.write_name(&blob);
+    let messages = half(&name, &blob.data, 50_000);
+    let other = s.reconnect().await.control()?;
+    let upload = s.open_upload(messages);
+    other.upload_reaches(&name, 50_000).await;
     let asked = [blob.digest.clone(), control.digest];
     let missing = other.missing(&asked).await;
     let read = other.read(&blob.digest).await;
@@ -94,7 +94,7 @@ async fn a_blob_in_upload_is_missing(s: Session) -> Verdict {
 
 async fn one_malformed_digest_fails_the_call(s: Session) -> Verdict {
     let mut asked: Vec<Digest> = (0..10).map(|_| s.unknown()).collect();
-    let missing = s.missing(&asked).await.wanted("FindMissingBlobs of ten good digests answers")?;
+    let missing = s.missing(&asked).await.needs("CAS-01", "FindMissingBlobs of ten good digests answers")?;
     equal("missing", &missing.len(), &10)?;
     if let Some(digest) = asked.get_mut(6) {
         digest.hash.pop();

@@ -5,7 +5,7 @@ use crate::{
     proto::reapi::{Digest, Directory, DirectoryNode, FileNode, GetTreeRequest, GetTreeResponse},
     verify::{
         blob::Blob,
-        check::{Answer as _, Check, Verdict, ensure, equal, fail, skipped},
+        check::{Answer as _, Check, Step as _, Verdict, ensure, equal, fail, skipped},
         session::Session,
     },
 };
@@ -137,7 +137,7 @@ async fn an_absent_descendant_is_skipped(s: Session) -> Verdict {
 
 async fn an_absent_root_is_not_found(s: Session) -> Verdict {
     let planted = plant(&s, 1).await?;
-    s.tree(planted.root(), 0).await.offered("a stored tree is sent")?;
+    s.tree(planted.root(), 0).await.offered("a stored tree is sent").needs("CAS-24")?;
     s.tree(&s.unknown(), 0).await.refused("GetTree of an absent root", &[Code::NotFound])?;
     Ok(())
 }
@@ -167,8 +167,13 @@ async fn a_page_token_resumes_after_its_message(s: Session) -> Verdict {
         digest_function: s.function_number(),
     };
     // Over another connection, as after a break.
-    let rest =
-        s.reconnect().await?.tree_request(request).await.wanted("GetTree resumes from a page token")?;
+    let rest = s
+        .reconnect()
+        .await
+        .control()?
+        .tree_request(request)
+        .await
+        .wanted("GetTree resumes from a page token")?;
     let mut joined = hashes(&s, pages.get(..2).unwrap_or_default());
     let before = joined.len();
     joined.extend(hashes(&s, &rest));
@@ -186,7 +191,7 @@ async fn garbled_tokens_and_negative_sizes_are_refused(s: Session) -> Verdict {
         page_token,
         digest_function: s.function_number(),
     };
-    s.tree_request(request(String::new(), 1)).await.offered("a stored tree is sent")?;
+    s.tree_request(request(String::new(), 1)).await.offered("a stored tree is sent").needs("CAS-24")?;
     for token in ["nonsense", "\u{7f}", "AAAAAAAAAAAAAAAAAAAAAAAA", "9223372036854775808"] {
         let answer = s.tree_request(request(token.to_owned(), 1)).await;
         answer.refused(&format!("the page token {token:?}"), &[Code::InvalidArgument])?;
@@ -194,7 +199,7 @@ async fn garbled_tokens_and_negative_sizes_are_refused(s: Session) -> Verdict {
     let answer = s.tree_request(request(String::new(), -1)).await;
     answer.refused("a page_size of -1", &[Code::InvalidArgument])?;
     let other = plant(&s, 3).await?;
-    let pages = s.tree(other.root(), 1).await.wanted("another stored tree is sent")?;
+    let pages = s.tree(other.root(), 1).await.needs("CAS-24", "another stored tree is sent")?;
     let foreign = pages.first().map(|page| page.next_page_token.clone()).unwrap_or_default();
     ensure(!foreign.is_empty(), "a next_page_token in the first of seven messages", "none")?;
     let answer = s.tree_request(request(foreign, 1)).await;
@@ -204,7 +209,7 @@ async fn garbled_tokens_and_negative_sizes_are_refused(s: Session) -> Verdict {
 
 async fn a_root_that_is_no_directory_is_an_argument_error(s: Session) -> Verdict {
     let planted = plant(&s, 1).await?;
-    s.tree(planted.root(), 0).await.offered("a stored tree is sent")?;
+    s.tree(planted.root(), 0).await.offered("a stored tree is sent").needs("CAS-24")?;
     let text = s.blob_of(format!("this is no Directory: {}", s.word()));
     if Directory::decode(&*text.data).is_ok() {
         return Err(fail("text that does not parse as a Directory", "it does"));

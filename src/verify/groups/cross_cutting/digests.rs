@@ -12,7 +12,7 @@ use crate::{
     },
     verify::{
         blob::Blob,
-        check::{Answer as _, Check, Verdict, absent, ensure, equal, inline},
+        check::{Answer as _, Check, Step as _, Verdict, absent, ensure, equal, inline},
         session::Session,
     },
 };
@@ -66,10 +66,13 @@ async fn refused_everywhere(s: &Session, what: &str, digest: &Digest) -> Verdict
 /// The good form of a digest that nothing is stored under, shown to be understood.
 async fn understood(s: &Session) -> Verdict<Digest> {
     let good = s.unknown();
-    let missing = s.missing(std::slice::from_ref(&good)).await.wanted("FindMissingBlobs answers")?;
-    equal("missing_blob_digests", &missing, &vec![good.clone()])?;
-    s.read(&good).await.refused("Read of an unknown blob", &[Code::NotFound])?;
-    s.result(&good).await.refused("GetActionResult of an unknown action", &[Code::NotFound])?;
+    let missing = s.missing(std::slice::from_ref(&good)).await.needs("CAS-01", "FindMissingBlobs answers")?;
+    equal("missing_blob_digests", &missing, &vec![good.clone()]).needs("CAS-01")?;
+    s.read(&good).await.refused("Read of an unknown blob", &[Code::NotFound]).needs("BS-08")?;
+    s.result(&good)
+        .await
+        .refused("GetActionResult of an unknown action", &[Code::NotFound])
+        .needs("AC-01")?;
     Ok(good)
 }
 
@@ -107,7 +110,7 @@ async fn negative_and_overflowing_sizes_are_refused(s: Session) -> Verdict {
 
 async fn the_right_hash_with_a_wrong_size_finds_nothing(s: Session) -> Verdict {
     let blob = s.stored(100).await?;
-    s.read(&blob.digest).await.wanted("the right digest is read")?;
+    s.read(&blob.digest).await.needs("BS-07", "the right digest is read")?;
     for size_bytes in [101, 99, 0] {
         let wrong = Digest { size_bytes, ..blob.digest.clone() };
         let asked = std::slice::from_ref(&wrong);
@@ -119,11 +122,12 @@ async fn the_right_hash_with_a_wrong_size_finds_nothing(s: Session) -> Verdict {
             }
         }
         let codes = [Code::NotFound, Code::InvalidArgument];
-        s.read(&wrong).await.refused("Read with a wrong size", &codes)?;
+        s.read(&wrong).await.refused(&format!("Read with size {size_bytes} instead of 100"), &codes)?;
         let upload = Blob { digest: wrong, ..blob.clone() };
         if let Some(answer) = s.update(&[&upload]).await.or_refused("the batch", INVALID)? {
             for response in &answer.responses {
-                inline("an upload with a wrong size", response.status.as_ref(), INVALID)?;
+                let what = format!("an upload with size {size_bytes} instead of 100");
+                inline(&what, response.status.as_ref(), INVALID)?;
             }
         }
     }
@@ -131,10 +135,10 @@ async fn the_right_hash_with_a_wrong_size_finds_nothing(s: Session) -> Verdict {
 }
 
 async fn a_wrong_size_is_no_action_to_execute(s: Session) -> Verdict {
-    s.executes()?;
+    s.runs_actions().await?;
     let action = s.action(&s.shell("true", &[]), &s.empty().digest).await?;
     let right = s.execute(&action).await?;
-    inline("an Execute of the right digest", right.status.as_ref(), &[Code::Ok])?;
+    inline("an Execute of the right digest", right.status.as_ref(), &[Code::Ok]).control()?;
     let wrong = Digest { size_bytes: action.size_bytes + 1, ..action };
     let codes = [Code::FailedPrecondition, Code::InvalidArgument];
     match s.start(s.execute_request(&wrong)).await {
@@ -214,7 +218,7 @@ async fn the_empty_blob_counts_as_present_in_results(s: Session) -> Verdict {
         let action = s.fresh_action().await?;
         let file = OutputFile { path: "empty".into(), digest: Some(s.empty().digest), ..Default::default() };
         let result = ActionResult { output_files: vec![file], ..Default::default() };
-        s.update_result(&action, result).await.wanted("the result is stored")?;
+        s.update_result(&action, result).await.needs("AC-08", "the result is stored")?;
         let what = format!("a result whose only output is the empty blob of {} is a hit", function.name());
         s.result(&action).await.wanted(&what)?;
     }
@@ -222,7 +226,7 @@ async fn the_empty_blob_counts_as_present_in_results(s: Session) -> Verdict {
 }
 
 async fn the_empty_blob_is_an_input_directory_and_file(s: Session) -> Verdict {
-    s.executes()?;
+    s.runs_actions().await?;
     let (mut root, empty) = (Directory::default(), s.empty().digest);
     let directory = reapi::DirectoryNode { name: "d".into(), digest: Some(empty.clone()) };
     root.directories.push(directory);
@@ -268,7 +272,7 @@ async fn an_unset_digest_function_is_inferred(s: Session) -> Verdict {
         for response in s.batch_read(asked, &[]).await.wanted(&what)?.responses {
             inline(&what, response.status.as_ref(), &[Code::Ok])?;
         }
-        let missing = named.missing(asked).await.wanted("FindMissingBlobs answers")?;
+        let missing = named.missing(asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
         equal(&format!("{what}; missing under its name"), &missing, &Vec::new())?;
         s.result(&blob.digest).await.refused("an unknown action without a function", &[Code::NotFound])?;
     }
@@ -367,7 +371,7 @@ async fn presence_under_one_function_says_nothing_of_another(s: Session) -> Verd
         let s = s.with_function(function);
         let other = Blob::new(function, blob.data.clone());
         let asked = std::slice::from_ref(&other.digest);
-        let missing = s.missing(asked).await.wanted("FindMissingBlobs answers")?;
+        let missing = s.missing(asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
         if missing.is_empty() {
             let what = format!("what is present under {} can be read so", function.name());
             let resource_name = s.read_name(&other.digest);

@@ -15,7 +15,9 @@ use crate::{
     verify::{
         actions::{metadata, response},
         blob::Blob,
-        check::{Answer as _, Check, Verdict, absent, code_name, ensure, equal, fail, inline, show},
+        check::{
+            Answer as _, Check, Step as _, Verdict, absent, code_name, ensure, equal, fail, inline, show,
+        },
         raw,
         session::Session,
         store::pieces,
@@ -52,11 +54,9 @@ const RETRIED: &[Code] = &[
 async fn methods_that_do_not_exist_are_unimplemented(s: Session) -> Verdict {
     let known = GetCapabilitiesRequest { instance_name: s.instance() }.encode_to_vec();
     let call = |path: &'static str| raw::call(s.service(), path, Request::new(known.clone().into()));
-    call(raw::path::GET_CAPABILITIES).await.wanted("GetCapabilities answers")?;
-    for path in [
-        "/build.bazel.remote.execution.v2.Capabilities/NoSuchMethod",
-        "/build.bazel.remote.execution.v2.NoSuchService/GetCapabilities",
-    ] {
+    call(raw::path::GET_CAPABILITIES).await.control("GetCapabilities answers")?;
+    for path in [raw::path::NO_SUCH_METHOD, "/build.bazel.remote.execution.v2.NoSuchService/GetCapabilities"]
+    {
         call(path).await.refused(path, &[Code::Unimplemented])?;
     }
     Ok(())
@@ -103,7 +103,7 @@ async fn optional_methods_work_or_say_that_they_do_not_exist(s: Session) -> Verd
 
 async fn unsupported_values_are_argument_errors(s: Session) -> Verdict {
     let blob = s.stored(100).await?;
-    s.read(&blob.digest).await.wanted("the blob is read")?;
+    s.read(&blob.digest).await.needs("BS-07", "the blob is read")?;
     let name = s.qualify(&blob.compressed_name("lzma"));
     s.read_named(&name).await.refused("Read with the compressor lzma", &[Code::InvalidArgument])?;
     let mut item = s.item(&blob);
@@ -203,7 +203,7 @@ async fn details_of_errors_repeat_code_and_message(s: Session) -> Verdict {
 }
 
 async fn packed_messages_have_the_usual_type_url(s: Session) -> Verdict {
-    s.executes()?;
+    s.runs_actions().await?;
     let is = |url: &str, name: &str| {
         let wanted = format!("type.googleapis.com/{name}");
         equal("type_url", &url, &wanted.as_str())
@@ -213,7 +213,9 @@ async fn packed_messages_have_the_usual_type_url(s: Session) -> Verdict {
     for action in [good, missing] {
         let mut run = s.start(s.execute_request(&action)).await.wanted("Execute is accepted")?;
         let last = loop {
-            let next = run.next().await?.ok_or_else(|| fail("a done message", "the end of the stream"))?;
+            let next = run.next().await?.ok_or_else(|| fail("a done message", "the end of the stream"));
+            let next = next.needs("EXE-10")?;
+            ensure(next.metadata.is_some(), "metadata in each message", "none").needs("EXE-03")?;
             let url = next.metadata.as_ref().map_or("", |any| any.type_url.as_str());
             is(url, "build.bazel.remote.execution.v2.ExecuteOperationMetadata")?;
             metadata(&next)?;
@@ -236,21 +238,14 @@ async fn packed_messages_have_the_usual_type_url(s: Session) -> Verdict {
 }
 
 async fn a_long_list_of_missing_inputs_arrives(s: Session) -> Verdict {
-    s.executes()?;
+    s.runs_actions().await?;
     let file =
         |at: usize| FileNode { name: format!("f{at:04}"), digest: Some(s.unknown()), ..Default::default() };
     let root = Directory { files: (0..500).map(file).collect(), ..Default::default() };
     let root = s.stored_directory(&root).await?;
     let action = s.action(&s.shell("true", &[]), &root.digest).await?;
-    let codes = [Code::FailedPrecondition];
-    match s.start(s.execute_request(&action)).await {
-        Err(status) => drop(Err::<(), _>(status).refused("an Execute without 500 of its inputs", &codes)?),
-        Ok(run) => {
-            let status = run.finish().await?.status;
-            inline("an Execute without 500 of its inputs", status.as_ref(), &codes)?;
-        }
-    }
-    Ok(())
+    let refusal = s.refusal(&action).await.own()?;
+    inline("an Execute without 500 of its inputs", Some(&refusal.status), &[Code::FailedPrecondition])
 }
 
 async fn an_error_about_a_long_name_arrives(s: Session) -> Verdict {

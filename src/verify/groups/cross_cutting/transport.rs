@@ -68,7 +68,7 @@ async fn a_batch_of_one_blob_may_have_the_full_size(s: Session) -> Verdict {
     for response in &answer.responses {
         inline("its only item", response.status.as_ref(), &[Code::Ok])?;
     }
-    let read = s.read(&blob.digest).await.wanted("it is read back")?;
+    let read = s.read(&blob.digest).await.needs("BS-07", "it is read back")?;
     ensure(read == blob.data, "the bytes that were uploaded", "others")
 }
 
@@ -131,7 +131,7 @@ async fn pings_on_an_idle_connection_are_tolerated(s: Session) -> Verdict {
         return Err(skipped(format!("watches a connection for {PING_WATCH:?}: run with --large")));
     }
     let s = s.reconnect_pinging(PING_INTERVAL).await?;
-    s.missing(&[]).await.wanted("FindMissingBlobs answers")?;
+    s.missing(&[]).await.needs("CAS-02", "FindMissingBlobs answers")?;
     tokio::time::sleep(PING_WATCH).await;
     s.missing(&[]).await.wanted("the connection lives after three pings")?;
     Ok(())
@@ -243,13 +243,13 @@ async fn unknown_fields_are_ignored(s: Session) -> Verdict {
 }
 
 async fn directories_made_by_the_server_are_canonical(s: Session) -> Verdict {
-    s.executes()?;
+    s.runs_actions().await?;
     let script = "mkdir -p d/b d/a/z && echo 1 > d/b/x && echo 2 > d/a/z/y && ln -s b d/l && chmod +x d/b/x";
     let result = s.run_command(&s.shell(script, &["d"])).await?;
     let digest = result.output_directories.first().and_then(|directory| directory.tree_digest.as_ref());
     let digest =
         digest.ok_or_else(|| fail("an output directory with a tree_digest", format!("{result:?}")))?;
-    let bytes = s.read(digest).await.wanted("the Tree is read")?;
+    let bytes = s.read(digest).await.needs("EXE-54", "the Tree is read")?;
     let tree = Tree::decode(bytes.clone()).map_err(|error| fail("the Tree is a Tree", error))?;
     // This library writes fields in the order of their numbers, leaves defaults out, and keeps no unknown ones.
     let again = tree.encode_to_vec();

@@ -6,7 +6,7 @@ use crate::{
         Directory, FileNode, NodeProperties, NodeProperty, symlink_absolute_path_strategy::Value as Strategy,
     },
     verify::{
-        check::{Answer as _, Check, Verdict, absent, ensure, equal, fail, inline},
+        check::{Answer as _, Check, Step as _, Verdict, absent, ensure, equal, fail, inline},
         job::{Folder, Job},
         session::Session,
     },
@@ -145,10 +145,10 @@ async fn parents_of_outputs_exist_and_outputs_do_not(s: Session) -> Verdict {
     #[allow(deprecated)]
     let old = Job::sh(&s, script).command(|command| command.output_files = paths.to_vec());
     for (what, job) in [("output_paths", new), ("output_files", old)] {
-        let result = job.result().await?;
+        let result = job.result().await.case(what)?;
         let seen = format!("exit code {}", result.exit_code);
         ensure(result.exit_code == 0, format!("parents of {what} and nothing more"), seen)?;
-        equal("number of output files", &result.output_files.len(), &2)?;
+        equal("number of output files", &result.output_files.len(), &2).case(what)?;
     }
     Ok(())
 }
@@ -158,27 +158,31 @@ async fn commands_run_in_their_working_directory(s: Session) -> Verdict {
     let root = Folder::new().folder("w", Folder::new().folder("d", inner)).file("top", "top\n");
     let script = "pwd; cat inner ../../top; echo out > out";
     let job = Job::sh(&s, script).over(&root).within("w/d").outputs(["out"]);
-    let result = job.result().await?;
-    let printed = s.stdout_of(&result).await?;
-    let as_expected = printed.ends_with("/w/d\ninner\ntop\n");
-    ensure(as_expected, "a command in w/d", format!("it printed {printed:?}"))?;
-    let paths: Vec<_> = result.output_files.iter().map(|file| file.path.as_str()).collect();
-    equal("output paths relative to the working directory", &paths, &vec!["out"])?;
+    let in_the_tree = async {
+        let result = job.result().await?;
+        let printed = s.stdout_of(&result).await?;
+        let as_expected = printed.ends_with("/w/d\ninner\ntop\n");
+        ensure(as_expected, "a command in w/d", format!("it printed {printed:?}"))?;
+        let paths: Vec<_> = result.output_files.iter().map(|file| file.path.as_str()).collect();
+        equal("output paths relative to the working directory", &paths, &vec!["out"])
+    };
+    in_the_tree.await.case("a working directory of the input tree")?;
+    beside_the_tree(&s).await.case("a working directory that is not in the input tree")
+}
 
-    // One that is not in the tree is made; the strict reading is a refusal.
-    let job = Job::sh(&s, "pwd").over_root(&Directory::default(), []).within("not/there");
+/// Such a directory is made; the strict reading is a refusal.
+async fn beside_the_tree(s: &Session) -> Verdict {
+    let job = Job::sh(s, "pwd").over_root(&Directory::default(), []).within("not/there");
     job.upload().await?;
     let answer = match s.start(s.execute_request(&job.digest())).await {
         Ok(run) => run.finish().await?,
         Err(status) => {
             let answer: Result<(), _> = Err(status);
-            return answer
-                .refused("a working directory that is not there", &[Code::InvalidArgument])
-                .map(drop);
+            return answer.refused("the action", &[Code::InvalidArgument]).map(drop);
         }
     };
     let codes = [Code::Ok, Code::InvalidArgument];
-    inline("a working directory that is not there", answer.status.as_ref(), &codes)?;
+    inline("the action", answer.status.as_ref(), &codes)?;
     match answer.result {
         Some(result) if answer.status.unwrap_or_default().code == 0 => {
             let printed = s.stdout_of(&result).await?;

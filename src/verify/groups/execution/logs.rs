@@ -5,7 +5,7 @@ use crate::{
     proto::reapi::{ActionResult, ExecuteRequest, ExecutedActionMetadata},
     verify::{
         actions::{metadata, response, result_of},
-        check::{Answer as _, Check, Verdict, absent, ensure, equal, fail},
+        check::{Answer as _, Check, Step as _, Verdict, absent, ensure, equal, fail},
         job::Job,
         session::Session,
     },
@@ -129,15 +129,15 @@ async fn server_logs_are_stored_under_plain_names(s: Session) -> Verdict {
     let job = Job::sh(&s, "echo out; echo err >&2; exit 3");
     let slow = Job::sh(&s, "echo out; sleep 20").timeout(Duration::from_secs(1));
     let responses = [job.response().await?, slow.response().await?];
-    for response in &responses {
+    for (case, response) in ["a failure", "a timeout"].into_iter().zip(&responses) {
         let length = response.message.len();
         let seen = format!("{length} bytes");
-        ensure(length <= SHORT_MESSAGE_BYTES, "a message of a few lines", seen)?;
+        ensure(length <= SHORT_MESSAGE_BYTES, "a message of a few lines", seen).case(case)?;
         for (name, log) in &response.server_logs {
             let plain = !name.is_empty() && !name.contains('/') && !name.contains("..");
-            ensure(plain, "a plain file name for each server log", format!("{name:?}"))?;
+            ensure(plain, "a plain file name for each server log", format!("{name:?}")).case(case)?;
             let digest = log.digest.as_ref().ok_or_else(|| fail("a digest for each server log", "none"))?;
-            let read = s.read(digest).await.wanted("a server log can be read")?;
+            let read = s.read(digest).await.wanted("a server log can be read").case(case)?;
             let text = !log.human_readable || std::str::from_utf8(&read).is_ok();
             ensure(text, "text in a log that is human_readable", format!("{name} is not UTF-8"))?;
         }

@@ -4,7 +4,7 @@ use crate::{
     checks,
     proto::reapi::{ActionResult, Digest, symlink_absolute_path_strategy::Value as Strategy},
     verify::{
-        check::{Answer as _, Check, Verdict, ensure, equal, fail, inline},
+        check::{Answer as _, Check, Step as _, Verdict, ensure, equal, fail, inline},
         job::Job,
         session::Session,
     },
@@ -68,10 +68,12 @@ async fn each_output_is_reported_once(s: Session) -> Verdict {
 
 async fn an_output_that_was_not_made_is_left_out(s: Session) -> Verdict {
     for code in [0, 3] {
+        let case = format!("a command that exits with {code} and makes one of three outputs");
         let script = format!("echo > made; exit {code}");
-        let result = Job::sh(&s, script).outputs(["absent", "made", "not/there"]).result().await?;
-        equal("exit_code", &result.exit_code, &code)?;
-        outputs(&result, &["made"], &[], &[])?;
+        let result =
+            Job::sh(&s, script).outputs(["absent", "made", "not/there"]).result().await.case(&case)?;
+        equal("exit_code", &result.exit_code, &code).case(&case)?;
+        outputs(&result, &["made"], &[], &[]).case(&case)?;
     }
     Ok(())
 }
@@ -86,9 +88,12 @@ async fn the_old_lists_ask_for_a_kind(s: Session) -> Verdict {
             command.output_directories = owned(directories);
         })
     };
-    outputs(&old(&["file"], &["directory"]).result().await?, &["file"], &["directory"], &[])?;
-    let undecided = old(&["directory", "file"], &["directory", "file"]);
-    outputs(&undecided.result().await?, &["file"], &["directory"], &[])?;
+    for (case, job) in [
+        ("each path in the list of its kind", old(&["file"], &["directory"])),
+        ("both paths in both lists", old(&["directory", "file"], &["directory", "file"])),
+    ] {
+        outputs(&job.result().await.case(case)?, &["file"], &["directory"], &[]).case(case)?;
+    }
     for (what, job) in [
         ("a directory that was asked for as a file", old(&["directory"], &[])),
         ("a file that was asked for as a directory", old(&[], &["file"])),
@@ -156,7 +161,7 @@ async fn outputs_and_logs_of_a_failure_are_stored_before_it_is_done(s: Session) 
     digests.extend(result.stdout_digest.clone());
     digests.extend(result.stderr_digest.clone());
     equal("number of blobs", &digests.len(), &5)?;
-    let missing = s.missing(&digests).await.wanted("FindMissingBlobs answers")?;
+    let missing = s.missing(&digests).await.needs("CAS-01", "FindMissingBlobs answers")?;
     equal("blobs of the result that are missing", &missing, &Vec::new())?;
     for digest in &digests {
         let read = s.read(digest).await.wanted("a blob of the result can be read")?;

@@ -12,7 +12,7 @@ use crate::{
     verify::{
         actions::{metadata, response},
         blob::{Blob, tail},
-        check::{Check, Verdict, ensure, equal, fail, inline, show, show_inline},
+        check::{Check, Step as _, Verdict, ensure, equal, fail, inline, show, show_inline},
         job::{Folder, Job, Refusal, variable},
         session::Session,
     },
@@ -81,19 +81,22 @@ fn subject(s: &Session, blob: &Blob) -> String {
 }
 
 async fn each_kind_of_missing_blob_is_a_failed_precondition(s: Session) -> Verdict {
-    // The file, the inner file, the inner Directory, the root, the Command and the Action.
-    for left_out in 0..job(&s).blobs().len() {
+    // In the order of the blobs.
+    let kinds =
+        ["an input file", "a file below", "a Directory below", "the input root", "the Command", "the Action"];
+    for (left_out, kind) in kinds.into_iter().enumerate() {
         let job = job(&s);
         let blobs = job.blobs();
         let Some(blob) = blobs.get(left_out) else { continue };
-        let refusal = without(&job, blob).await?;
+        let refusal = without(&job, blob).await.case(format!("without {kind}"))?;
         let subjects = missing_subjects(&refusal)?;
         let named = subjects.iter().any(|subject| subject.contains(&blob.digest.hash));
         let seen = format!("{} with {subjects:?}", show_inline(&refusal.status));
-        ensure(named, format!("a violation of type MISSING for {}", blob.digest.hash), seen)?;
+        let wanted = format!("without {kind}: a violation of type MISSING for {}", blob.digest.hash);
+        ensure(named, wanted, seen)?;
     }
     // All there: it runs.
-    job(&s).stdout().await.map(drop)
+    job(&s).stdout().await.control().map(drop)
 }
 
 async fn subjects_of_missing_blobs_are_their_names(s: Session) -> Verdict {
@@ -161,7 +164,7 @@ async fn all_missing_inputs_are_listed_at_once(s: Session) -> Verdict {
 }
 
 async fn malformed_actions_are_argument_errors(s: Session) -> Verdict {
-    Job::sh(&s, "exit 0").stdout().await?;
+    Job::sh(&s, "exit 0").stdout().await.control()?;
     let garbage = || s.blob_of([vec![0xff; 40], s.word().into_bytes()].concat());
     let invalid = &[Code::InvalidArgument];
     let refused = async |what: &str, action: Action, blobs: &[&Blob]| {
@@ -210,7 +213,7 @@ async fn malformed_directory_entries_are_refused(s: Session) -> Verdict {
         ..Default::default()
     };
     let run = |root: &Directory| Job::sh(&s, "exit 0").over_root(root, [content.clone()]);
-    run(&files(&["good"])).stdout().await?;
+    run(&files(&["good"])).stdout().await.control()?;
     let twice = [
         files(&["x", "x"]),
         Directory { directories: vec![empty("x")], ..files(&["x"]) },
@@ -232,7 +235,7 @@ async fn malformed_directory_entries_are_refused(s: Session) -> Verdict {
             ..Default::default()
         };
         let below = Job::sh(&s, "exit 0").over_root(&outer, [content.clone(), inner]);
-        below.refused(&what, &[Code::InvalidArgument]).await?;
+        below.refused(&format!("below the root, {what}"), &[Code::InvalidArgument]).await?;
     }
     Ok(())
 }
@@ -245,7 +248,7 @@ fn names_in(directory: &Directory) -> String {
 }
 
 async fn paths_that_leave_the_input_root_are_refused(s: Session) -> Verdict {
-    Job::sh(&s, "echo > out").outputs(["out"]).stdout().await?;
+    Job::sh(&s, "echo > out").outputs(["out"]).stdout().await.control()?;
     for path in ["/etc", "..", "../..", "a/../../.."] {
         let job = Job::sh(&s, "exit 0").within(path);
         job.refused(&format!("the working directory {path:?}"), &[Code::InvalidArgument]).await?;
@@ -265,34 +268,35 @@ async fn unsorted_messages_are_refused_or_run(s: Session) -> Verdict {
         ..Default::default()
     };
     let root = Directory { files: vec![file("b"), file("a")], ..Default::default() };
+    let unsorted = vec![variable("PATH", "/bin"), variable("A", "1")];
+    let environment = Job::sh(&s, "exit 0").command(|command| command.environment_variables = unsorted);
     let jobs = [
-        Job::sh(&s, "exit 0").command(|command| {
-            command.environment_variables = vec![variable("PATH", "/bin"), variable("A", "1")];
-        }),
-        Job::sh(&s, "exit 0").outputs(["b", "a"]),
-        Job::sh(&s, "exit 0").over_root(&root, [content.clone()]),
+        ("environment_variables", environment),
+        ("output_paths", Job::sh(&s, "exit 0").outputs(["b", "a"])),
+        ("the files of a Directory", Job::sh(&s, "exit 0").over_root(&root, [content.clone()])),
     ];
-    for job in jobs {
+    for (what, job) in jobs {
         job.upload().await?;
         let run = s.start(s.execute_request(&job.digest())).await;
         let answer = match run {
             Ok(run) => run.finish().await?,
             Err(status) => {
-                ensure(status.code() == Code::InvalidArgument, "INVALID_ARGUMENT, or a run", show(&status))?;
+                let refused = status.code() == Code::InvalidArgument;
+                ensure(refused, format!("{what} not sorted: INVALID_ARGUMENT, or a run"), show(&status))?;
                 continue;
             }
         };
         let refused = [Code::Ok, Code::InvalidArgument];
-        inline("an action whose messages are not sorted", answer.status.as_ref(), &refused)?;
+        inline(&format!("{what} not sorted"), answer.status.as_ref(), &refused)?;
         if let Some(result) = answer.result {
-            equal("exit_code", &result.exit_code, &0)?;
+            equal("exit_code", &result.exit_code, &0).case(format!("{what} not sorted"))?;
         }
     }
     Ok(())
 }
 
 async fn a_platform_that_no_worker_has_is_refused_from_action_and_command(s: Session) -> Verdict {
-    Job::sh(&s, "exit 0").stdout().await?;
+    Job::sh(&s, "exit 0").stdout().await.control()?;
     let mut platform = s.platform().unwrap_or_default();
     platform.properties.retain(|property| property.name != "OSFamily");
     platform.properties.push(Property { name: "OSFamily".into(), value: "plan9".into() });
@@ -351,8 +355,8 @@ async fn refusal_or_wait(job: &Job, what: &str) -> Verdict<Option<Refusal>> {
 }
 
 async fn a_negative_or_malformed_timeout_is_refused(s: Session) -> Verdict {
-    Job::sh(&s, "exit 0").stdout().await?;
-    Job::sh(&s, "exit 0").timeout(Duration::from_secs(10)).stdout().await?;
+    Job::sh(&s, "exit 0").stdout().await.control()?;
+    Job::sh(&s, "exit 0").timeout(Duration::from_secs(10)).stdout().await.control()?;
     let job = |seconds, nanos| {
         let timeout = prost_types::Duration { seconds, nanos };
         Job::sh(&s, "exit 0").action(|action| action.timeout = Some(timeout))

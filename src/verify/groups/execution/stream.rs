@@ -6,7 +6,7 @@ use crate::{
     proto::{longrunning::Operation, reapi::execution_stage::Value as Stage},
     verify::{
         actions::{metadata, response, result_of},
-        check::{Answer as _, Check, Verdict, ensure, equal, fail, inline, skipped},
+        check::{Answer as _, Check, Step as _, Verdict, ensure, equal, fail, inline, skipped},
         job::{END_LIMIT, Job, story},
         session::Session,
     },
@@ -74,7 +74,7 @@ async fn operations_have_a_name_of_their_own_which_waitexecution_takes(s: Sessio
         let first = run.next().await?.ok_or_else(|| fail("a first message", "the stream ended OK"))?;
         ensure(!first.name.is_empty(), "a name", "no name in the first message")?;
         let wait = s.wait(&first.name).await.wanted("WaitExecution takes the name of the operation")?;
-        let (rest, waited) = tokio::try_join!(story(run), story(wait))?;
+        let (rest, waited) = tokio::try_join!(story(run), story(wait)).own()?;
         for operation in rest.iter().chain(&waited) {
             equal("name", &operation.name, &first.name)?;
         }
@@ -101,23 +101,26 @@ async fn every_message_carries_the_metadata_of_its_action(s: Session) -> Verdict
 }
 
 async fn the_stage_is_never_unknown_and_a_running_action_is_executing(s: Session) -> Verdict {
-    let stages = stages(&Job::sh(&s, "sleep 1").story().await?)?;
+    // Longer than the interval at which a server may look what its workers do.
+    let stages = stages(&Job::sh(&s, "sleep 3").story().await?)?;
     let known = stages.iter().all(|stage| (1..=4).contains(stage));
     ensure(known, "stages from 1 to 4", format!("stages {stages:?}"))?;
     let ran = stages.contains(&Stage::Executing.into());
-    ensure(ran, "EXECUTING (3) while a command runs for a second", format!("stages {stages:?}"))
+    ensure(ran, "EXECUTING (3) while a command runs for three seconds", format!("stages {stages:?}"))
 }
 
 async fn completed_and_done_come_together_in_the_last_message(s: Session) -> Verdict {
     let failing = Job::sh(&s, "exit 3");
     let missing = Job::sh(&s, "exit 0").action(|action| action.input_root_digest = Some(s.unknown()));
-    for job in [Job::sh(&s, "exit 0"), failing, missing] {
-        let messages = job.story().await?;
+    let jobs =
+        [("a success", Job::sh(&s, "exit 0")), ("a failure", failing), ("a missing input root", missing)];
+    for (case, job) in jobs {
+        let messages = job.story().await.case(case)?;
         for (at, operation) in messages.iter().enumerate() {
             let completed = rank(operation)? == i32::from(Stage::Completed);
             let last = at + 1 == messages.len();
             let seen = format!(
-                "message {} of {}: done {}, completed {completed}",
+                "{case}, message {} of {}: done {}, completed {completed}",
                 at + 1,
                 messages.len(),
                 operation.done
@@ -171,9 +174,10 @@ async fn every_end_is_a_response_and_none_is_an_error(s: Session) -> Verdict {
 
 async fn a_failed_command_has_a_result(s: Session) -> Verdict {
     for code in [0, 7] {
-        let response = Job::sh(&s, format!("exit {code}")).response().await?;
-        let result = result_of(response)?;
-        equal("exit_code", &result.exit_code, &code)?;
+        let case = format!("a command that exits with {code}");
+        let response = Job::sh(&s, format!("exit {code}")).response().await.case(&case)?;
+        let result = result_of(response).case(&case)?;
+        equal("exit_code", &result.exit_code, &code).case(&case)?;
     }
     Ok(())
 }
@@ -181,7 +185,7 @@ async fn a_failed_command_has_a_result(s: Session) -> Verdict {
 async fn malformed_requests_fail_as_calls_and_timeouts_inside_the_operation(s: Session) -> Verdict {
     s.runs_actions().await?;
     let job = Job::sh(&s, "exit 0");
-    job.result().await?;
+    job.result().await.control()?;
     let mut digest = job.digest();
     digest.hash.pop();
     for malformed in [Some(digest), None] {
@@ -202,7 +206,7 @@ async fn malformed_requests_fail_as_calls_and_timeouts_inside_the_operation(s: S
 async fn no_stream_ends_ok_before_the_operation_is_done(s: Session) -> Verdict {
     let mut run = Job::sh(&s, "sleep 1").uncached().start().await?;
     let first = run.next().await?.ok_or_else(|| fail("messages", "the stream ended OK without any"))?;
-    let wait = s.wait(&first.name).await.wanted("WaitExecution takes the name of the operation")?;
+    let wait = s.wait(&first.name).await.needs("EXE-02", "WaitExecution takes the name of the operation")?;
     let (rest, waited) = tokio::try_join!(story(run), story(wait))?;
     for (what, messages) in [("Execute", rest), ("WaitExecution", waited)] {
         let done = messages.last().is_some_and(|last| last.done);
@@ -234,28 +238,28 @@ async fn every_waiter_gets_the_current_state_and_the_end(s: Session) -> Verdict 
         tokio::time::sleep(delay).await;
         let begin = Instant::now();
         let mut wait = s.wait(&first.name).await.wanted("WaitExecution takes the name of the operation")?;
-        let now = wait.next().await?.ok_or_else(|| fail("the current state", "the stream ended OK"))?;
+        let now = wait.next().await.own()?.ok_or_else(|| fail("the current state", "the stream ended OK"))?;
         let took = begin.elapsed();
-        ensure(took < 2 * AT_ONCE, "the current state at once", format!("a first message after {took:?}"))?;
-        match now.done {
-            true => Ok((vec![rank(&now)?], response(&now)?)),
-            false => {
-                let messages = story(wait).await?;
-                let last = messages.last().ok_or_else(|| fail("the end", "the stream ended OK"))?;
-                let stages = std::iter::once(&now).chain(&messages).map(rank).collect::<Verdict<_>>()?;
-                Ok((stages, response(last)?))
-            }
+        if now.done {
+            return Ok((took, response(&now)?));
         }
+        let messages = story(wait).await.own()?;
+        let last = messages.last().ok_or_else(|| fail("the end", "the stream ended OK"))?;
+        Ok((took, response(last)?))
     };
     let early = try_join_all([0, 0, 300, 900].map(|delay| wait(Duration::from_millis(delay))));
     let (messages, waited) = tokio::try_join!(story(run), early)?;
+    // A busy machine may be late once; a server that is late for every waiter is late.
+    let fastest = waited.iter().map(|(took, _)| *took).min().unwrap_or_default();
+    ensure(fastest < 2 * AT_ONCE, "the current state at once", format!("{fastest:?} at best"))?;
     let last = messages.last().ok_or_else(|| fail("the end", "the stream ended OK"))?;
     let expected = response(last)?;
     for (_, got) in &waited {
         equal("the response that a waiter gets", got, &expected)?;
     }
-    // The operation is over, and remembered for some minutes (EXE-14).
-    let late = story(s.wait(&first.name).await.wanted("a finished operation is remembered")?).await?;
+    // The operation is over. That it is remembered for some minutes is for EXE-14.
+    let late = async { story(s.wait(&first.name).await.wanted("a finished operation is remembered")?).await };
+    let late = late.await.needs("EXE-14")?;
     equal("number of messages about a finished operation", &late.len(), &1)?;
     let ended = late.first().is_some_and(|operation| operation.done);
     ensure(ended, "the final message first", format!("stages {:?}", stages(&late)?))

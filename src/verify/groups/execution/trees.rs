@@ -4,7 +4,7 @@ use crate::{
     checks,
     proto::reapi::{Directory, OutputDirectory, Tree, command::OutputDirectoryFormat as Format},
     verify::{
-        check::{Answer as _, Check, Verdict, ensure, equal, fail},
+        check::{Answer as _, Check, Step as _, Verdict, ensure, equal, fail},
         job::Job,
         session::Session,
     },
@@ -39,7 +39,7 @@ async fn directory_of(job: &Job) -> Verdict<OutputDirectory> {
 /// The bytes of a directory's Tree, and the Tree.
 async fn tree_of(s: &Session, directory: &OutputDirectory) -> Verdict<(Bytes, Tree)> {
     let digest = directory.tree_digest.as_ref().ok_or_else(|| fail("a tree_digest", "none"))?;
-    let bytes = s.read(digest).await.wanted("the Tree can be read")?;
+    let bytes = s.read(digest).await.needs("EXE-54", "the Tree can be read")?;
     let tree = Tree::decode(bytes.clone()).map_err(|error| fail("a Tree", error))?;
     Ok((bytes, tree))
 }
@@ -90,7 +90,7 @@ async fn a_tree_holds_each_directory_once_and_all_its_files_are_stored(s: Sessio
     equal("files", &files.len(), &4)?;
     let links: Vec<_> = root.symlinks.iter().map(|link| (link.name.as_str(), link.target.as_str())).collect();
     equal("symlinks of the root", &links, &vec![("link", "f1")])?;
-    let missing = s.missing(&files).await.wanted("FindMissingBlobs answers")?;
+    let missing = s.missing(&files).await.needs("CAS-01", "FindMissingBlobs answers")?;
     equal("files of the Tree that are missing", &missing, &Vec::new())
 }
 
@@ -138,7 +138,7 @@ async fn each_output_directory_format_describes_the_same_root(s: Session) -> Ver
     for format in [Format::TreeOnly, Format::DirectoryOnly, Format::TreeAndDirectory] {
         let job = Job::sh(&s, MAKE).outputs(["d"]);
         let job = job.command(|command| command.output_directory_format = format.into());
-        let directory = directory_of(&job).await?;
+        let directory = directory_of(&job).await.case(format.as_str_name())?;
         let has = (directory.tree_digest.is_some(), directory.root_directory_digest.is_some());
         let (tree, root) = match format {
             Format::TreeOnly => (true, has.1),
@@ -160,10 +160,12 @@ async fn each_output_directory_format_describes_the_same_root(s: Session) -> Ver
                 .map(|directory| s.message(directory).digest.hash)
                 .collect();
             // The root and the six of the Tree.
-            equal("distinct Directories below root_directory_digest", &found.len(), &7)?;
+            equal("distinct Directories below root_directory_digest", &found.len(), &7)
+                .case(format.as_str_name())?;
             let root = described.and_then(|tree| tree.root).map(|root| s.message(&root).digest);
             if root.is_some() {
-                equal("digest of the root in the Tree", &root.as_ref(), &Some(digest))?;
+                equal("digest of the root in the Tree", &root.as_ref(), &Some(digest))
+                    .case(format.as_str_name())?;
             }
         }
     }

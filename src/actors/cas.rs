@@ -12,6 +12,7 @@ mod action_cache;
 pub mod blob;
 pub mod chunks;
 pub mod client;
+mod decoding;
 mod files;
 mod guards;
 mod index;
@@ -43,6 +44,7 @@ pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
 
 use crate::{
+    budget::Budget,
     digest::Digest,
     error::{Error, Result},
     instance::{InstanceId, Instances},
@@ -93,8 +95,10 @@ pub(crate) struct Shared {
     encoding: Arc<Semaphore>,
     /// The right to make a form.
     form_turn: Arc<Semaphore>,
-    /// Large actions that may be looked up at the same time.
-    large_actions: Semaphore,
+    /// Memory for stored messages that are being decoded.
+    decoded: Budget,
+    /// Large trees that may be walked at the same time.
+    large_trees: Semaphore,
     /// Compressed uploads that may be decoded at the same time.
     decoders: Arc<Semaphore>,
     /// Splits and splices; nothing in it says what is stored.
@@ -150,7 +154,8 @@ impl CasActor {
             encoders: Encoders::new(settings.zstd_level),
             encoding: Arc::new(Semaphore::new(thread::available_parallelism().map_or(1, usize::from))),
             form_turn: Arc::new(Semaphore::new(1)),
-            large_actions: Semaphore::new(settings::LARGE_ACTIONS_MAX),
+            decoded: Budget::new(settings::DECODED),
+            large_trees: Semaphore::new(settings::LARGE_TREES_MAX),
             decoders: Arc::new(Semaphore::new(settings::DECODERS_MAX)),
             chunk_work: ChunkWork::default(),
             settings,

@@ -6,6 +6,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod decoding;
+mod find_missing;
 mod harness;
 #[allow(dead_code)]
 #[path = "../wire/support.rs"]

@@ -7,10 +7,11 @@
 use super::{
     blob::{not_found, read_result_file, report, stamp_of},
     client::{Cas, Provenance, going_down},
-    index::{FileId, Found, Key, Kind},
+    index::{EntryRef, FileId, Found, Key, Kind},
     requests::{Commit, ConfirmResult, Incomplete, LookupResult, Reserve, ResultLookup, WrittenFile},
     results::{self, DirectReferences, LoadedResult, Uploader},
-    settings::{MAX_TREE_BYTES, RESULT_READ_TRIES},
+    decoding::{TreeRoom, worst_case},
+    settings::{DIGESTS_PER_MESSAGE, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
     writer::write_new,
 };
 use crate::{
@@ -18,6 +19,7 @@ use crate::{
     error::{Error, Result},
     instance::Instance,
     proto::reapi,
+    tree::MAX_MESSAGE_MEMORY,
 };
 use std::{sync::Arc, time::SystemTime};
 
@@ -36,6 +38,9 @@ impl Cas {
             let found = match self.ask(LookupResult { instance: instance.clone(), action }).await? {
                 ResultLookup::Hit(result) => return Ok(Some(result)),
                 ResultLookup::Miss => return Ok(None),
+                ResultLookup::Long(found, loaded) => {
+                    return self.confirm_in_parts(instance, found.at, &loaded).await;
+                }
                 ResultLookup::Cold(found) => found,
             };
             // Only one that has been replaced since is worth another look.
@@ -66,7 +71,29 @@ impl Cas {
             }
         };
         self.shared().results.insert((id, action), loaded.clone(), loaded.memory());
+        if loaded.references.len() > DIGESTS_PER_MESSAGE {
+            return self.confirm_in_parts(instance, found.at, &loaded).await;
+        }
         self.ask(ConfirmResult { instance: instance.clone(), action, loaded }).await
+    }
+
+    /// What [`ConfirmResult`] does, for a result that refers to many blobs: others are served in between.
+    async fn confirm_in_parts(
+        &self,
+        instance: &Instance,
+        at: EntryRef,
+        loaded: &LoadedResult,
+    ) -> Result<Option<Arc<reapi::ActionResult>>> {
+        if !loaded.is_hit {
+            return Ok(None);
+        }
+        for part in loaded.references.chunks(DIGESTS_PER_MESSAGE) {
+            if let Some(lost) = self.find_missing(instance, part.to_vec()).await?.first() {
+                self.actor().do_send(Incomplete { at, reason: format!("blob {lost} is gone") });
+                return Ok(None);
+            }
+        }
+        Ok(Some(loaded.result.clone()))
     }
 
     async fn read_result(
@@ -75,22 +102,25 @@ impl Cas {
         action: Digest,
         found: Found,
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
+        let cas = self.clone();
+        let bytes = match self.blocking(move || read_result_file(&cas, &found)).await? {
+            Ok(bytes) => bytes,
+            Err(Error::NotFound(_)) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let room = self.room_to_decode(worst_case(bytes.len() as u64, MAX_MESSAGE_MEMORY)).await?;
         let (cas, instance) = (self.clone(), instance.clone());
         self.blocking(move || {
-            let bytes = match read_result_file(&cas, &found) {
-                Ok(bytes) => bytes,
-                Err(Error::NotFound(_)) => return Ok(None),
-                Err(error) => return Err(error),
-            };
+            let _room = room;
             match results::decode(&bytes, instance.name(), action) {
-                Ok(result) => Ok(Some(Arc::new(result))),
+                Ok(result) => Some(Arc::new(result)),
                 Err(reason) => {
                     report(&cas, &found, reason.into());
-                    Ok(None)
+                    None
                 }
             }
         })
-        .await?
+        .await
     }
 
     /// Everything that a result references, or why that cannot be known.
@@ -106,24 +136,36 @@ impl Cas {
             Err(error) => return Ok(Err(error.to_string())),
         };
         let mut references = direct.blobs;
+        let mut room = TreeRoom::new(self.shared());
         for tree in direct.trees {
             if tree.size() > MAX_TREE_BYTES {
                 return Ok(Err(format!("its Tree {tree} is larger than {MAX_TREE_BYTES} bytes")));
             }
+            let decoding = self.room_to_decode(worst_case(tree.size(), MAX_MESSAGE_MEMORY)).await?;
             let read = self.read_many(instance, vec![tree]).await?.pop();
             let files = match read.unwrap_or_else(|| Err(not_found(tree))) {
+                Ok(bytes) if decoding.is_some() => {
+                    self.blocking(move || results::files_of_tree(bytes, function)).await?
+                }
                 Ok(bytes) => results::files_of_tree(bytes, function),
                 Err(error @ Error::NotFound(_)) => Err(error),
                 Err(error) => return Err(error),
             };
             match files {
-                Ok(files) => references.extend(files),
+                Ok(files) => {
+                    drop(decoding);
+                    room.grow(files.len() * size_of::<Digest>()).await?;
+                    references.extend(files);
+                }
                 Err(error) => return Ok(Err(format!("its Tree {tree}: {error}"))),
             }
             references.push(tree);
+            if references.len() > MAX_REFERENCES {
+                return Ok(Err(format!("it refers to more than {MAX_REFERENCES} blobs")));
+            }
         }
         for root in direct.roots {
-            match self.closure(instance, root).await {
+            match self.closure(instance, root, &mut room).await {
                 Ok(closure) => match closure.missing.first() {
                     None => references.extend(closure.directories.keys().copied().chain(closure.files())),
                     Some(lost) => return Ok(Err(format!("its Directory {lost} is gone"))),

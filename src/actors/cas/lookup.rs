@@ -7,6 +7,7 @@ use super::{
     index::{EntryRef, Found, Key, Kind},
     requests::*,
     results::LoadedResult,
+    settings::DIGESTS_PER_MESSAGE,
     unix_seconds,
 };
 use crate::{
@@ -43,8 +44,7 @@ impl CasActor {
             }
         }
         if missing.len() > 1 {
-            let mut seen =
-                HashSet::with_capacity_and_hasher(missing.len(), foldhash::fast::RandomState::default());
+            let mut seen = HashSet::with_capacity(missing.len());
             missing.retain(|digest| seen.insert(*digest));
         }
         missing
@@ -100,6 +100,9 @@ impl CasActor {
         let Some(found) = self.renew(&key) else { return ResultLookup::Miss };
         match self.shared.results.get(&(instance.id(), action)) {
             Some(loaded) if loaded.generation == found.file.generation => {
+                if loaded.references.len() > DIGESTS_PER_MESSAGE {
+                    return ResultLookup::Long(found, loaded);
+                }
                 match self.confirm(instance, action, &loaded, ctx) {
                     Some(result) => ResultLookup::Hit(result),
                     None => ResultLookup::Miss,

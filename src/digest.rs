@@ -329,6 +329,16 @@ mod tests {
         }
     }
 
+    /// Anybody can ask for digests that begin alike.
+    #[test]
+    fn digests_that_differ_at_the_end_only_have_other_hashes_in_tables() {
+        use std::hash::{BuildHasher as _, RandomState};
+        let (state, start) = (RandomState::new(), "0".repeat(60));
+        let digest = |n: u32| Digest::parse(DigestFunction::Sha256, &format!("{start}{n:04x}"), 1).unwrap();
+        let hashes: std::collections::HashSet<u64> = (0..1_000).map(|n| state.hash_one(digest(n))).collect();
+        assert_eq!(hashes.len(), 1_000);
+    }
+
     /// GEN-05.
     #[test]
     fn an_absent_digest_is_an_error_and_not_the_empty_blob() {

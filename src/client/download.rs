@@ -7,8 +7,8 @@ use super::{Client, Progress, blocking, destination::Destination};
 use crate::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
-    path::RootPath,
     grpc::codec::ANSWER_MAX_MEMORY,
+    path::RootPath,
     proto::reapi,
     tree::{Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_TREE_NODES},
     wire,

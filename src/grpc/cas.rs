@@ -3,7 +3,9 @@
 //!
 //! Digests are parsed once, here; a call costs the store one message, however many blobs it names.
 
-use super::{Edge, TreeStream, chunks, claim::unhindered, convert, get_tree, inline, request_log::Call, status};
+use super::{
+    Edge, TreeStream, chunks, claim::unhindered, convert, get_tree, inline, request_log::Call, status,
+};
 use crate::{
     actors::cas::client::{Item, Payload},
     digest::Digest,

@@ -65,7 +65,9 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
         if length > UNCOUNTED_BYTES {
             let most = if Claim::is_present() { REQUEST_MAX_MEMORY } else { ANSWER_MAX_MEMORY };
             memory = wire::cost::<U>(buffer.chunk(), Limits::memory(most))
-                .map_err(|refusal| Status::invalid_argument(format!("the {} is refused: {refusal}", U::NAME)))?
+                .map_err(|refusal| {
+                    Status::invalid_argument(format!("the {} is refused: {refusal}", U::NAME))
+                })?
                 .memory;
         }
         let message = self.0.decode(buffer);

@@ -318,8 +318,11 @@ where
             for (digest, blob) in ready.by_ref() {
                 let bytes = blob.as_deref().unwrap_or_default();
                 let is_laborious = bytes.len() >= LABORIOUS_BYTES;
-                let weight =
-                    if is_laborious { unhindered(|| walk.weight_with(bytes)) } else { walk.weight_with(bytes) };
+                let weight = if is_laborious {
+                    unhindered(|| walk.weight_with(bytes))
+                } else {
+                    walk.weight_with(bytes)
+                };
                 held.grow(weight).await?;
                 let visited = if is_laborious {
                     unhindered(|| walk.visit(digest, blob))

@@ -99,8 +99,7 @@ impl<S: Service<Request<Body>>> Service<Request<Body>> for Intake<S> {
         let has_lists = wire::request_has_lists(request.uri().path());
         let (budgets, claim) = (self.budgets.clone(), Arc::<Claim>::default());
         let of_body = claim.clone();
-        let request =
-            request.map(|body| Body::new(Watched::new(body, caller, budgets, of_body, has_lists)));
+        let request = request.map(|body| Body::new(Watched::new(body, caller, budgets, of_body, has_lists)));
         Claimed::new(self.inner.call(request), claim)
     }
 }
@@ -186,15 +185,16 @@ impl Watched {
             true => (message.bytes, REQUEST_MAX_BYTES as u64),
             false => (message.bytes, 0),
         };
-        let memory = if self.has_lists { wire::worst_case(length.max(plain), REQUEST_MAX_MEMORY) } else { plain };
+        let memory =
+            if self.has_lists { wire::worst_case(length.max(plain), REQUEST_MAX_MEMORY) } else { plain };
         let claimed = length.min(REQUEST_MAX_BYTES as u64) + plain + memory;
         let (budget, caller) = (self.budgets.decoded.clone(), self.caller);
         let turn = Box::pin(async move {
             let share = timeout(DECODING_WAIT, budget.wait_for(caller, claimed)).await;
             share.map_err(|_| Status::resource_exhausted(BUSY))?.map_err(too_much)
         });
-        let is_laborious = length
-            >= if message.is_compressed { LABORIOUS_COMPRESSED_BYTES } else { LABORIOUS_BYTES };
+        let is_laborious =
+            length >= if message.is_compressed { LABORIOUS_COMPRESSED_BYTES } else { LABORIOUS_BYTES };
         Some(KeptBack { frame: Frame::data(Bytes::new()), is_laborious, turn: Some(turn) })
     }
 
@@ -408,7 +408,10 @@ mod tests {
         let mut body = stalled(message(UNCOUNTED_BYTES + 1), &budgets);
         assert!(next(&mut body).now_or_never().is_none(), "it waits");
         drop(others);
-        assert_eq!(next(&mut body).await.unwrap().into_data().unwrap().len(), UNCOUNTED_BYTES + 1 + PREFIX_BYTES);
+        assert_eq!(
+            next(&mut body).await.unwrap().into_data().unwrap().len(),
+            UNCOUNTED_BYTES + 1 + PREFIX_BYTES
+        );
         assert!(budgets.decoded.held() > 0, "the call holds it");
         drop(body);
         assert_eq!(budgets.decoded.held(), 0);

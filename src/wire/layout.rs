@@ -173,7 +173,12 @@ impl<'a> Types<'a> {
     fn layout(&self, at: usize, sizes: &mut [Size]) -> Layout {
         let size = self.size(at, sizes);
         let mut fields: Vec<Field> = self.messages.get(at).map_or_else(Vec::new, |message| {
-            message.field.iter().enumerate().map(|(place, field)| self.field(at, place, field, sizes)).collect()
+            message
+                .field
+                .iter()
+                .enumerate()
+                .map(|(place, field)| self.field(at, place, field, sizes))
+                .collect()
         });
         fields.sort_unstable_by_key(|field| field.number);
         Layout { size, fields }
@@ -221,7 +226,8 @@ impl<'a> Types<'a> {
                 None => sum += size,
             }
         }
-        sum += oneofs.into_iter().filter(|largest| *largest > 0).map(|largest| largest + TAG_BYTES).sum::<u32>();
+        sum +=
+            oneofs.into_iter().filter(|largest| *largest > 0).map(|largest| largest + TAG_BYTES).sum::<u32>();
         let size = sum.next_multiple_of(8);
         sizes[at] = Size::Known(size);
         size
@@ -262,7 +268,8 @@ impl<'a> Types<'a> {
             if seen.get_mut(at).is_some_and(|seen| !std::mem::replace(seen, true)) {
                 let singular = |field: &&FieldDescriptorProto| field.label() != Label::Repeated;
                 let fields = self.messages[at].field.iter().filter(singular);
-                stack.extend(fields.filter(|field| field.type_name.is_some()).map(|field| self.target(field)));
+                stack
+                    .extend(fields.filter(|field| field.type_name.is_some()).map(|field| self.target(field)));
             }
         }
         false

@@ -137,7 +137,11 @@ fn nested_empty_entries_count_at_every_depth() {
     assert!(memory >= entry * 100_000, "{memory}");
     assert!(cost::<reapi::Tree>(&wrap(2, &node_properties), ANY).unwrap().memory >= memory);
     let refusal = decode::<reapi::Tree>(wrap(2, &node_properties).as_slice(), 1_000_000, "Tree").unwrap_err();
-    assert!(refusal.to_string().contains("the Tree is refused: decoded it would take more than the 1000000 bytes"));
+    assert!(
+        refusal
+            .to_string()
+            .contains("the Tree is refused: decoded it would take more than the 1000000 bytes")
+    );
     // A text of the same bytes is a text.
     let text = reapi::Command { arguments: vec!["\n\0".repeat(100_000)], ..Default::default() };
     assert!(cost::<reapi::Command>(&text.encode_to_vec(), ANY).unwrap().memory < 201_000);

@@ -42,10 +42,8 @@ async fn a_storm_of_large_look_ups_is_answered_beside_others_and_its_memory_goes
         let server = &server;
         async move {
             let channel = connect_from("127.0.0.1", server).await;
-            for round in 0..2 {
-                let asked = digests("", (2 * client + round) * DIGESTS, DIGESTS);
-                assert_eq!(find(channel.clone(), asked).await.missing_blob_digests.len() as u64, DIGESTS);
-            }
+            let asked = digests("", client * DIGESTS, DIGESTS);
+            assert_eq!(find(channel, asked).await.missing_blob_digests.len() as u64, DIGESTS);
         }
     });
     join_all(clients).await;

@@ -7,10 +7,10 @@
 use super::{
     blob::{not_found, read_result_file, report, stamp_of},
     client::{Cas, Provenance, going_down},
+    decoding::{TreeRoom, worst_case},
     index::{EntryRef, FileId, Found, Key, Kind},
     requests::{Commit, ConfirmResult, Incomplete, LookupResult, Reserve, ResultLookup, WrittenFile},
     results::{self, DirectReferences, LoadedResult, Uploader},
-    decoding::{TreeRoom, worst_case},
     settings::{DIGESTS_PER_MESSAGE, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
     writer::write_new,
 };

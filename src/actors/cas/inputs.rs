@@ -17,9 +17,7 @@ use crate::{
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
-    tree::{
-        Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY, MAX_TREE_DEPTH, MAX_TREE_NODES,
-    },
+    tree::{Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY, MAX_TREE_DEPTH, MAX_TREE_NODES},
 };
 use rustix::fs::{Mode, OFlags, copy_file_range, fchmod, openat};
 use std::{

@@ -10,10 +10,10 @@
 use super::{
     CasActor, Reply,
     client::Cas,
+    decoding,
     index::{Key, Kind},
     messages::{CheckInputs, Resolution, ResolveAction},
     requests::ResultLookup,
-    decoding,
     settings::{MAX_ACTION_BYTES, MAX_ACTION_MEMORY},
 };
 use crate::{

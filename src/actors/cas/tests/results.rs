@@ -1,9 +1,7 @@
 //! The action cache, and how an Execute is looked up.
 
 use super::{
-    super::{
-        messages::{Resolution, ResolveAction},
-    },
+    super::messages::{Resolution, ResolveAction},
     *,
 };
 use futures::future::join_all;

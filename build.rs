@@ -23,10 +23,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = env::var("OUT_DIR")?;
     let descriptors = compiler.file_descriptor_set();
     fs::write(Path::new(&out).join("descriptors.bin"), descriptors.encode_to_vec())?;
+    // The counted decoder finds the layout of a message by its name.
+    let mut config = prost_build::Config::new();
+    config.enable_type_names();
     tonic_prost_build::configure()
         .bytes(".")
         .codec_path("crate::grpc::codec::Codec")
         .include_file("protos.rs")
-        .compile_fds(descriptors)?;
+        .compile_fds_with_config(descriptors, config)?;
     Ok(())
 }

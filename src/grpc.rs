@@ -7,8 +7,8 @@
 //!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors.
 //! - [`convert`]: wire to domain and back. [`status`]: errors to statuses. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`], [`stalled`]: parts of answers.
-//! - [`ask`]: the way to the scheduler. [`accept`], [`intake`], [`codec`], [`request_log`], [`panic_guard`]: what every
-//!   connection and call goes through.
+//! - [`ask`]: the way to the scheduler. [`accept`], [`intake`], [`claim`], [`codec`], [`request_log`], [`panic_guard`]: what
+//!   every connection and call goes through.
 //!
 //! No service keeps state of its own, so any number of connections sees the same. Graceful shutdown is driven from outside:
 //! [`serve`] stops accepting when its future says so and returns when the last connection is closed.
@@ -21,6 +21,7 @@ pub mod byte_stream;
 pub mod capabilities;
 pub mod cas;
 pub mod chunks;
+pub mod claim;
 pub mod codec;
 pub mod convert;
 pub mod execution;

@@ -23,7 +23,7 @@ use crate::{
     grpc::{self, Edge, ask::Scheduler},
     http_cache::{self, HttpCache},
     log_streams::{Limits, LogSettings, LogStreams},
-    logging,
+    logging, memory,
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
@@ -164,6 +164,7 @@ impl Server {
         let assets = AssetActor::open(settings.assets.clone(), cas.clone(), workers.clone()).launch();
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
+        workers.spawn(memory::give_back());
         let scheduler = settings.execution.as_ref().zip(build_root.clone()).map(|(execution, build_root)| {
             start_scheduler(execution, build_root, open_files, &cas, log_streams.clone())
         });

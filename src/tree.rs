@@ -8,8 +8,8 @@ use crate::{
     error::{Error, Result},
     path::{MAX_PATH_BYTES, check_node_name},
     proto::reapi,
+    wire,
 };
-use prost::Message as _;
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
@@ -22,6 +22,9 @@ pub const MAX_TREE_DEPTH: usize = 1_000;
 pub const MAX_TREE_NODES: u64 = 2_000_000;
 /// Largest Directory message that is read, in bytes.
 pub const MAX_DIRECTORY_BYTES: u64 = 64 * 1024 * 1024;
+/// Most memory that a Directory or Tree message may take once it is decoded: that of half a million files with all their
+/// properties.
+pub const MAX_MESSAGE_MEMORY: u64 = 192 * 1024 * 1024;
 
 /// Properties of a node that goREgo applies and reports (EXE-37, EXE-63).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -112,9 +115,7 @@ impl Directory {
     /// # Errors
     /// [`Error::Invalid`] when it does not parse, or a name, digest or target in it is not acceptable (EXE-27, EXE-28).
     pub fn decode(bytes: &[u8], function: DigestFunction) -> Result<Self> {
-        check_entries(bytes, 1)?;
-        let message = reapi::Directory::decode(bytes)
-            .map_err(|error| Error::Invalid(format!("it does not parse as a Directory: {error}")))?;
+        let message: reapi::Directory = wire::decode(bytes, MAX_MESSAGE_MEMORY, "Directory")?;
         Self::from_wire(&message, function)
     }
 
@@ -177,53 +178,6 @@ impl Directory {
             + self.directories.len() * size_of::<Subdirectory>()
             + self.symlinks.len() * size_of::<Symlink>()
     }
-}
-
-/// Refuses a message of more than [`MAX_TREE_NODES`] entries before it is decoded, counting `levels` deep: 1 for a Directory, 2
-/// for a Tree. An empty entry takes two bytes on the wire and about a hundred in memory.
-///
-/// # Errors
-/// [`Error::Invalid`] when there are more. A message that does not parse is left to its decoder.
-pub fn check_entries(bytes: &[u8], levels: u32) -> Result<()> {
-    check_entries_within(bytes, levels, MAX_TREE_NODES)
-}
-
-/// The same with a bound of the caller's.
-///
-/// # Errors
-/// [`Error::Invalid`] when there are more than `most`.
-pub fn check_entries_within(bytes: &[u8], levels: u32, most: u64) -> Result<()> {
-    if count_entries(bytes, levels) > most {
-        return Err(Error::Invalid(format!("it has more than {most} entries")));
-    }
-    Ok(())
-}
-
-/// Fields of a message, and of the messages in it, `levels` deep, up to the first that is malformed. It has to find the same
-/// fields as the decoder does: what it takes for the inside of a field it does not count.
-pub fn count_entries(mut bytes: &[u8], levels: u32) -> u64 {
-    let mut count = 0;
-    // The public name of prost's varint decoder.
-    while let Ok(key) = prost::decode_length_delimiter(&mut bytes) {
-        count += 1;
-        let length = match key & 7 {
-            0 => prost::decode_length_delimiter(&mut bytes).map(|_| 0),
-            1 => Ok(8),
-            2 => prost::decode_length_delimiter(&mut bytes),
-            // The ends of a group; decoders skip the fields between them, one by one.
-            3 | 4 => Ok(0),
-            5 => Ok(4),
-            _ => break,
-        };
-        let Some((field, rest)) = length.ok().and_then(|length| bytes.split_at_checked(length)) else {
-            break;
-        };
-        if levels > 1 && key & 7 == 2 {
-            count += count_entries(field, levels - 1);
-        }
-        bytes = rest;
-    }
-    count
 }
 
 /// A whole input root: every distinct directory once, all present, bounded in depth and size.
@@ -315,6 +269,7 @@ fn measure(root: Digest, directories: &HashMap<Digest, Arc<Directory>>) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use prost::Message as _;
 
     const SHA256: DigestFunction = DigestFunction::Sha256;
 
@@ -355,27 +310,9 @@ mod tests {
     }
 
     #[test]
-    fn entries_are_counted_before_they_take_memory() {
-        let leaf = directory(&["a", "b"], None).1;
-        assert_eq!(leaf.entries(), 2);
-        let nodes = ["a", "b"].map(|name| reapi::DirectoryNode { name: name.into(), ..Default::default() });
-        let branch = reapi::Directory { directories: nodes.to_vec(), ..Default::default() };
-        let tree = reapi::Tree { root: Some(branch.clone()), children: vec![branch.clone(); 3] };
-        assert_eq!(count_entries(&branch.encode_to_vec(), 1), 2);
-        assert_eq!(count_entries(&tree.encode_to_vec(), 1), 4);
-        assert_eq!(count_entries(&tree.encode_to_vec(), 2), 4 + 4 * 2);
-        for garbage in [&b"\x0a"[..], b"\x0a\xff", b"\x09", b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"] {
-            assert!(count_entries(garbage, 2) <= 1);
-        }
-        // An unknown group, and an unknown field of which a reader that has lost its way takes the inside for a field that
-        // swallows the rest.
-        let mut hidden = b"\x7b\x7c\x7a\x05\x00\x7a\xff\xff\x03".to_vec();
-        hidden.extend(branch.encode_to_vec());
-        assert_eq!(reapi::Directory::decode(hidden.as_slice()).unwrap(), branch);
-        assert_eq!(count_entries(&hidden, 1), 3 + 2);
-        let empty_files = b"\x0a\x00".repeat(MAX_TREE_NODES as usize + 1);
-        let refusal = Directory::decode(&empty_files, SHA256).unwrap_err();
-        assert!(refusal.to_string().contains("entries"), "{refusal}");
+    fn a_directory_of_millions_of_nothings_is_refused_before_it_takes_memory() {
+        let refusal = Directory::decode(&b"\x0a\x00".repeat(2_000_000), SHA256).unwrap_err();
+        assert!(refusal.to_string().contains("the Directory is refused"), "{refusal}");
     }
 
     /// EXE-28.

@@ -12,6 +12,7 @@ mod action_cache;
 pub mod blob;
 pub mod chunks;
 pub mod client;
+mod decoding;
 mod files;
 mod guards;
 mod index;
@@ -98,10 +99,12 @@ pub(crate) struct Shared {
     form_turn: Arc<Semaphore>,
     /// Results whose blobs may be checked at the same time.
     result_checks: Semaphore,
-    /// Large actions that may be looked up at the same time.
-    large_actions: Semaphore,
     /// What clients' unfinished uploads hold of the store.
     upload_budget: Budget,
+    /// Memory for stored messages that are being decoded.
+    decoded: Budget,
+    /// Large trees that may be walked at the same time.
+    large_trees: Semaphore,
     /// Compressed uploads that may be decoded at the same time.
     decoders: Arc<Semaphore>,
     /// Splits and splices; nothing in it says what is stored.
@@ -164,8 +167,9 @@ impl CasActor {
             encoding: Arc::new(Semaphore::new(thread::available_parallelism().map_or(1, usize::from))),
             form_turn: Arc::new(Semaphore::new(1)),
             result_checks: Semaphore::new(settings::RESULT_CHECKS_MAX),
-            large_actions: Semaphore::new(settings::LARGE_ACTIONS_MAX),
             upload_budget: Budget::new(settings.upload_bounds()),
+            decoded: Budget::new(settings::DECODED),
+            large_trees: Semaphore::new(settings::LARGE_TREES_MAX),
             decoders: Arc::new(Semaphore::new(settings::DECODERS_MAX)),
             chunk_work: ChunkWork::default(),
             relief_turn: tokio::sync::Mutex::default(),

@@ -7,9 +7,11 @@ use super::{Client, Progress, blocking, destination::Destination};
 use crate::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
+    grpc::codec::ANSWER_MAX_MEMORY,
     path::RootPath,
     proto::reapi,
     tree::{Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_TREE_NODES},
+    wire,
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
@@ -171,7 +173,8 @@ impl Plan {
         let malformed = |problem: &dyn std::fmt::Display| {
             Error::Invalid(format!("output directory {path}: the server sent a malformed Tree: {problem}"))
         };
-        let tree = reapi::Tree::decode(tree).map_err(|error| malformed(&error))?;
+        let tree: reapi::Tree =
+            wire::decode(tree, ANSWER_MAX_MEMORY, "Tree").map_err(|error| malformed(&error))?;
         let root = tree.root.unwrap_or_default();
         let mut directories = HashMap::new();
         for message in std::iter::once(&root).chain(&tree.children) {

@@ -1,20 +1,25 @@
-//! [`Codec`]: protobuf, with the entries of a message counted before it is decoded.
+//! [`Codec`]: protobuf, with what a message takes in memory measured before it is decoded ([`crate::wire`]).
 //!
 //! An empty entry takes two bytes on the wire, less when compressed, and a hundred and more in memory: a kilobyte could become
-//! a gigabyte before any handler has seen it.
+//! a gigabyte before any handler has seen it. Large answers are encoded off the threads that serve everybody.
 
-use crate::{proto::reapi::UpdateActionResultRequest, tree::count_entries};
+use super::claim::{Claim, unhindered};
+use crate::wire::{self, Limits, UNCOUNTED_BYTES};
 use bytes::Buf as _;
-use prost::Message;
-use std::{any::TypeId, marker::PhantomData};
+use prost::{Message, Name};
+use std::marker::PhantomData;
 use tonic::{
     Status,
-    codec::{DecodeBuf, Decoder},
+    codec::{DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
-/// Entries of a message; four times the digests of which the largest request has room.
-pub const MESSAGE_MAX_ENTRIES: u64 = 1_000_000;
+/// Memory that a request message may take once it is decoded; twice what the largest request of FindMissingBlobs takes.
+pub const REQUEST_MAX_MEMORY: u64 = 64 * 1024 * 1024;
+/// Memory that an answer may take at a client: that of the largest Directory, in a page of GetTree.
+pub const ANSWER_MAX_MEMORY: u64 = 1024 * 1024 * 1024;
+/// Answers from this size on take more than a millisecond or so to encode.
+const LARGE_ANSWER_BYTES: usize = 512 * 1024;
 
 /// The codec of all our services and clients; see the top of this file.
 #[derive(Debug)]
@@ -29,38 +34,60 @@ impl<T, U> Default for Codec<T, U> {
 impl<T, U> tonic::codec::Codec for Codec<T, U>
 where
     T: Message + Send + 'static,
-    U: Message + Default + Send + 'static,
+    U: Message + Name + Default + Send + 'static,
 {
     type Encode = T;
     type Decode = U;
-    type Encoder = ProstEncoder<T>;
-    type Decoder = CountingDecoder<U>;
+    type Encoder = CarefulEncoder<T>;
+    type Decoder = MeasuringDecoder<U>;
 
     fn encoder(&mut self) -> Self::Encoder {
-        ProstCodec::<T, U>::default().encoder()
+        CarefulEncoder(ProstCodec::<T, U>::default().encoder())
     }
 
     fn decoder(&mut self) -> Self::Decoder {
-        CountingDecoder(ProstCodec::<T, U>::default().decoder())
+        MeasuringDecoder(ProstCodec::<T, U>::default().decoder())
     }
 }
 
-/// Decodes messages of at most [`MESSAGE_MAX_ENTRIES`] entries.
+/// Decodes messages of at most [`REQUEST_MAX_MEMORY`], or [`ANSWER_MAX_MEMORY`] at a client.
 #[derive(Debug)]
-pub struct CountingDecoder<U>(ProstDecoder<U>);
+pub struct MeasuringDecoder<U>(ProstDecoder<U>);
 
-impl<U: Message + Default + 'static> Decoder for CountingDecoder<U> {
+impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
     type Item = U;
     type Error = Status;
 
     fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
-        // The one request that has its lists in a message of its own. Elsewhere what is inside may be content.
-        let levels = if TypeId::of::<U>() == TypeId::of::<UpdateActionResultRequest>() { 2 } else { 1 };
         // All of the message: it lies in one piece.
-        if count_entries(buffer.chunk(), levels) > MESSAGE_MAX_ENTRIES {
-            let problem = format!("the message has more than {MESSAGE_MAX_ENTRIES} entries");
-            return Err(Status::invalid_argument(problem));
+        let length = buffer.remaining();
+        let mut memory = wire::worst_case(length as u64, REQUEST_MAX_MEMORY);
+        if length > UNCOUNTED_BYTES {
+            let most = if Claim::is_present() { REQUEST_MAX_MEMORY } else { ANSWER_MAX_MEMORY };
+            memory = wire::cost::<U>(buffer.chunk(), Limits::memory(most))
+                .map_err(|refusal| {
+                    Status::invalid_argument(format!("the {} is refused: {refusal}", U::NAME))
+                })?
+                .memory;
         }
-        self.0.decode(buffer)
+        let message = self.0.decode(buffer);
+        Claim::settle(memory.saturating_add(length as u64));
+        message
+    }
+}
+
+/// Encodes large messages without holding up others.
+#[derive(Debug)]
+pub struct CarefulEncoder<T>(ProstEncoder<T>);
+
+impl<T: Message + 'static> Encoder for CarefulEncoder<T> {
+    type Item = T;
+    type Error = Status;
+
+    fn encode(&mut self, item: T, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        if item.encoded_len() < LARGE_ANSWER_BYTES {
+            return self.0.encode(item, buffer);
+        }
+        unhindered(|| self.0.encode(item, buffer))
     }
 }

@@ -11,14 +11,15 @@
 //! needs more waits until it is one of [`LARGE_WALKS_MAX`]. The others wait in order, which costs next to nothing. So that a
 //! client that does not read cannot hold up all others, its walk ends after [`PAGE_WAIT`].
 
-use super::{TreeStream, convert, inline, page_token};
+use super::{TreeStream, claim::unhindered, convert, inline, page_token};
 use crate::{
     actors::cas::client::Cas,
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
     proto::reapi::{Directory, GetTreeRequest, GetTreeResponse},
-    tree::{MAX_DIRECTORY_BYTES, check_entries, count_entries},
+    tree::MAX_DIRECTORY_BYTES,
+    wire::{self, Limits},
 };
 use bytes::Bytes;
 use futures::stream::{self, Stream, StreamExt as _};
@@ -31,6 +32,7 @@ use std::{
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    task::coop::consume_budget,
     time::timeout,
 };
 
@@ -43,8 +45,12 @@ pub const PAGE_MAX_BYTES: usize = inline::MESSAGE_MAX_BYTES - 4 * 1024;
 pub const MAX_DIRECTORIES: usize = 1_000_000;
 /// What a directory that was found takes while the walk lasts: its digest in the set and in the queue, both with room to grow.
 const FOUND_BYTES: usize = 320;
-/// What a node of a decoded directory takes beside its bytes on the wire.
-const NODE_BYTES: usize = 256;
+/// Least bytes of a subdirectory on the wire: its name, and a digest of 32 characters.
+const NODE_MIN_BYTES: usize = 40;
+/// Memory that one directory may take once it is decoded: that of some 250,000 files. Clients take 4 MiB by default.
+const DIRECTORY_MAX_MEMORY: u64 = 96 * 1024 * 1024;
+/// Directories from this size on may take a millisecond to decode.
+const LABORIOUS_BYTES: usize = 16 * 1024;
 /// Walks that go on at the same time. Few clients ask for trees, and most trees take milliseconds.
 pub const WALKS_MAX: usize = 32;
 /// What a walk may take in memory without a large place: a full page of usual directories (15 MiB) and 25,000 found ones.
@@ -141,10 +147,8 @@ impl Walk {
             }
             Err(error) => return Err(error),
         };
-        check_entries(&blob, 1).map_err(|error| Error::Invalid(format!("directory {digest}: {error}")))?;
-        let directory = Directory::decode(blob.as_ref()).map_err(|error| {
-            Error::Invalid(format!("blob {digest} does not parse as a Directory: {error}"))
-        })?;
+        let directory: Directory = wire::decode(blob.as_ref(), DIRECTORY_MAX_MEMORY, "Directory")
+            .map_err(|error| Error::Invalid(format!("blob {digest}: {error}")))?;
         for child in &directory.directories {
             let child = Digest::from_wire(digest.function(), child.digest.as_ref(), "DirectoryNode.digest")
                 .map_err(|error| Error::Invalid(format!("directory {digest}: {error}")))?;
@@ -159,7 +163,7 @@ impl Walk {
             }
         }
         let bytes = directory.encoded_len() + ENTRY_BYTES;
-        let weight = weigh(&blob, NODE_BYTES);
+        let weight = weigh(&blob);
         let full = !self.page.is_empty()
             && (self.page.len() >= self.page_size || self.page_bytes + bytes > PAGE_MAX_BYTES);
         // Before this directory is counted: the token of a page points right behind its last directory.
@@ -180,7 +184,8 @@ impl Walk {
 
     /// The same once it has visited this directory, at most.
     fn weight_with(&self, blob: &[u8]) -> usize {
-        self.weight().saturating_add(weigh(blob, NODE_BYTES + FOUND_BYTES))
+        let found = blob.len() / NODE_MIN_BYTES * FOUND_BYTES;
+        self.weight().saturating_add(weigh(blob)).saturating_add(found)
     }
 
     /// What is left when there is nothing more to visit; empty only if the tree has shrunk since the token was made.
@@ -196,10 +201,11 @@ impl Walk {
     }
 }
 
-/// About what a directory takes in memory, with so much for each of its nodes.
-fn weigh(blob: &[u8], node_bytes: usize) -> usize {
-    let nodes = usize::try_from(count_entries(blob, 1)).unwrap_or(usize::MAX);
-    nodes.saturating_mul(node_bytes).saturating_add(blob.len())
+/// About what a directory takes in memory. One that is refused is not decoded.
+fn weigh(blob: &[u8]) -> usize {
+    let cost = wire::cost::<Directory>(blob, Limits::memory(DIRECTORY_MAX_MEMORY));
+    let memory = cost.map_or(0, |cost| cost.memory);
+    usize::try_from(memory).unwrap_or(usize::MAX).saturating_add(blob.len())
 }
 
 /// What a token is bound to: a token of another root is refused (CAS-28).
@@ -310,8 +316,21 @@ where
         let Some((mut walk, mut ready, mut held)) = state else { return Ok(None) };
         loop {
             for (digest, blob) in ready.by_ref() {
-                held.grow(walk.weight_with(blob.as_deref().unwrap_or_default())).await?;
-                if let Some(page) = walk.visit(digest, blob)? {
+                let bytes = blob.as_deref().unwrap_or_default();
+                let is_laborious = bytes.len() >= LABORIOUS_BYTES;
+                let weight = if is_laborious {
+                    unhindered(|| walk.weight_with(bytes))
+                } else {
+                    walk.weight_with(bytes)
+                };
+                held.grow(weight).await?;
+                let visited = if is_laborious {
+                    unhindered(|| walk.visit(digest, blob))
+                } else {
+                    consume_budget().await;
+                    walk.visit(digest, blob)
+                };
+                if let Some(page) = visited? {
                     return Ok(Some((page, (Some((walk, ready, held)), read))));
                 }
             }

@@ -14,13 +14,13 @@ use crate::{
     error::{Error, Result},
     instance::Instance,
     proto::reapi,
-    tree::check_entries,
 };
 use axum::{extract::Request, http::StatusCode, response::Response};
-use prost::Message as _;
 
 /// Largest ActionResult message that is taken, as over gRPC.
 const MAX_RESULT_BYTES: u64 = 16 * 1024 * 1024;
+/// Memory that it may take once it is decoded, as over gRPC.
+const RESULT_MAX_MEMORY: u64 = 64 * 1024 * 1024;
 
 type Target<'a> = (&'a HttpCache, &'a Instance);
 
@@ -50,8 +50,8 @@ pub async fn result(
     let like = like(instance, hash)?;
     check_writable(instance)?;
     let bytes = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes))?.collect(line).await?;
-    check_entries(&bytes, 1)?;
-    let result = reapi::ActionResult::decode(bytes.as_slice()).map_err(|error| {
+    let decoded = cache.cas.decode(bytes.into(), RESULT_MAX_MEMORY, "ActionResult").await;
+    let (result, _room): (reapi::ActionResult, _) = decoded.map_err(|error| {
         Error::Invalid(format!(
             "this is no ActionResult ({error}); what has another format belongs under /cache/"
         ))

@@ -6,7 +6,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod decoding;
 mod fairness;
+mod find_missing;
 mod harness;
 mod reservations;
 #[allow(dead_code)]

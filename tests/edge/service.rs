@@ -162,7 +162,7 @@ async fn a_request_of_a_million_empty_entries_is_refused_before_it_is_decoded() 
     let result = reapi::ActionResult { output_files, ..Default::default() };
     let request = reapi::UpdateActionResultRequest { action_result: Some(result), ..Default::default() };
     let status = server.action_cache().update_action_result(request).await.unwrap_err();
-    assert!(status.message().contains("entries"), "{status}");
+    assert!(status.message().contains("bytes of memory"), "{status}");
 }
 
 /// Keeps the lines of the RPC log.

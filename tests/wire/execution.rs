@@ -55,6 +55,20 @@ async fn arguments_and_environment_arrive_byte_for_byte() {
     assert_eq!(client.stdout(&result).await, "A=1\n2\0EMPTY=\0");
 }
 
+/// Text is text, whatever it would mean as a message: what Linux runs is run.
+#[tokio::test]
+async fn a_dozen_arguments_as_long_as_the_system_takes_them_arrive() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    for character in ["0", " ", "x"] {
+        let mut command = sh("for argument; do sum=$((sum + ${#argument})); done; echo $# $sum");
+        command.arguments.push("sh".into());
+        command.arguments.extend(vec![character.repeat(125_000); 12]);
+        let result = client.run_command(command).await;
+        assert_eq!(client.stdout(&result).await, "12 1500000\n");
+    }
+}
+
 /// EXE-40, EXE-42.
 #[tokio::test]
 async fn a_program_that_cannot_be_started_fails_at_once_and_says_why() {

@@ -8,10 +8,11 @@
 use super::{
     blob::{is_sound, not_found, read_result_file, report},
     client::{Cas, Provenance, going_down},
-    index::{FileId, Found, Key, Kind, Stamp},
+    decoding::{TreeRoom, worst_case},
+    index::{EntryRef, FileId, Found, Key, Kind, Stamp},
     requests::{Commit, ConfirmResult, Incomplete, LookupResult, Reserve, ResultLookup, WrittenFile},
     results::{self, DirectReferences, LoadedResult, Uploader},
-    settings::{DIGESTS_PER_MESSAGE, MAX_TREE_BYTES, RESULT_READ_TRIES},
+    settings::{DIGESTS_PER_MESSAGE, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
     writer::write_new,
 };
 use crate::{
@@ -19,6 +20,7 @@ use crate::{
     error::{Error, Result},
     instance::Instance,
     proto::reapi,
+    tree::MAX_MESSAGE_MEMORY,
 };
 use std::{sync::Arc, time::SystemTime};
 
@@ -37,6 +39,10 @@ impl Cas {
             let found = match self.ask(LookupResult { instance: instance.clone(), action }).await? {
                 ResultLookup::Hit(result) => return Ok(Some(result)),
                 ResultLookup::Miss => return Ok(None),
+                ResultLookup::Long(found, loaded) => {
+                    self.check_unread(instance, &loaded.references).await?;
+                    return self.confirm_in_parts(instance, found.at, &loaded).await;
+                }
                 ResultLookup::Cold(found) => found,
             };
             // Only one that has been replaced since is worth another look.
@@ -68,6 +74,9 @@ impl Cas {
         };
         self.check_unread(instance, &loaded.references).await?;
         self.shared().results.insert((id, action), loaded.clone(), loaded.memory());
+        if loaded.references.len() > DIGESTS_PER_MESSAGE {
+            return self.confirm_in_parts(instance, found.at, &loaded).await;
+        }
         self.ask(ConfirmResult { instance: instance.clone(), action, loaded }).await
     }
 
@@ -92,28 +101,50 @@ impl Cas {
         Ok(())
     }
 
+    /// What [`ConfirmResult`] does, for a result that refers to many blobs: others are served in between.
+    async fn confirm_in_parts(
+        &self,
+        instance: &Instance,
+        at: EntryRef,
+        loaded: &LoadedResult,
+    ) -> Result<Option<Arc<reapi::ActionResult>>> {
+        if !loaded.is_hit {
+            return Ok(None);
+        }
+        for part in loaded.references.chunks(DIGESTS_PER_MESSAGE) {
+            if let Some(lost) = self.find_missing(instance, part.to_vec()).await?.first() {
+                self.actor().do_send(Incomplete { at, reason: format!("blob {lost} is gone") });
+                return Ok(None);
+            }
+        }
+        Ok(Some(loaded.result.clone()))
+    }
+
     async fn read_result(
         &self,
         instance: &Instance,
         action: Digest,
         found: Found,
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
+        let cas = self.clone();
+        let bytes = match self.blocking(move || read_result_file(&cas, &found)).await? {
+            Ok(bytes) => bytes,
+            Err(Error::NotFound(_)) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let room = self.room_to_decode(worst_case(bytes.len() as u64, MAX_MESSAGE_MEMORY)).await?;
         let (cas, instance) = (self.clone(), instance.clone());
         self.blocking(move || {
-            let bytes = match read_result_file(&cas, &found) {
-                Ok(bytes) => bytes,
-                Err(Error::NotFound(_)) => return Ok(None),
-                Err(error) => return Err(error),
-            };
+            let _room = room;
             match results::decode(&bytes, instance.name(), action) {
-                Ok(result) => Ok(Some(Arc::new(result))),
+                Ok(result) => Some(Arc::new(result)),
                 Err(reason) => {
                     report(&cas, &found, reason.into());
-                    Ok(None)
+                    None
                 }
             }
         })
-        .await?
+        .await
     }
 
     /// Everything that a result references, or why that cannot be known.
@@ -129,24 +160,36 @@ impl Cas {
             Err(error) => return Ok(Err(error.to_string())),
         };
         let mut references = direct.blobs;
+        let mut room = TreeRoom::new(self.shared());
         for tree in direct.trees {
             if tree.size() > MAX_TREE_BYTES {
                 return Ok(Err(format!("its Tree {tree} is larger than {MAX_TREE_BYTES} bytes")));
             }
+            let decoding = self.room_to_decode(worst_case(tree.size(), MAX_MESSAGE_MEMORY)).await?;
             let read = self.read_many(instance, vec![tree]).await?.pop();
             let files = match read.unwrap_or_else(|| Err(not_found(tree))) {
+                Ok(bytes) if decoding.is_some() => {
+                    self.blocking(move || results::files_of_tree(bytes, function)).await?
+                }
                 Ok(bytes) => results::files_of_tree(bytes, function),
                 Err(error @ Error::NotFound(_)) => Err(error),
                 Err(error) => return Err(error),
             };
             match files {
-                Ok(files) => references.extend(files),
+                Ok(files) => {
+                    drop(decoding);
+                    room.grow(files.len() * size_of::<Digest>()).await?;
+                    references.extend(files);
+                }
                 Err(error) => return Ok(Err(format!("its Tree {tree}: {error}"))),
             }
             references.push(tree);
+            if references.len() > MAX_REFERENCES {
+                return Ok(Err(format!("it refers to more than {MAX_REFERENCES} blobs")));
+            }
         }
         for root in direct.roots {
-            match self.closure(instance, root).await {
+            match self.closure(instance, root, &mut room).await {
                 Ok(closure) => match closure.missing.first() {
                     None => references.extend(closure.directories.keys().copied().chain(closure.files())),
                     Some(lost) => return Ok(Err(format!("its Directory {lost} is gone"))),

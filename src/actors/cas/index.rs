@@ -18,7 +18,7 @@ pub use words::*;
 
 use crate::digest::Digest;
 use hashbrown::HashTable;
-use std::hash::BuildHasher as _;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 
 #[cfg(test)]
 mod model;
@@ -57,7 +57,7 @@ pub struct Index {
     entries: Vec<Entry>,
     free: u32,
     table: HashTable<u32>,
-    hasher: foldhash::fast::RandomState,
+    hasher: RandomState,
     newest: u32,
     oldest: u32,
     /// How often an entry was put at the head of the list; wraps, which at worst forgets one use.
@@ -81,7 +81,7 @@ impl Index {
             entries: Vec::new(),
             free: NIL,
             table: HashTable::new(),
-            hasher: foldhash::fast::RandomState::default(),
+            hasher: RandomState::new(),
             newest: NIL,
             oldest: NIL,
             links: 0,
@@ -443,9 +443,12 @@ impl Index {
 }
 
 /// The hash of a key in the table. The size adds nothing to a hash, so nothing is lost without it.
-fn hash_without_size(hasher: &foldhash::fast::RandomState, key: &Key) -> u64 {
-    let start = key.digest.hash().first_chunk::<16>();
-    hasher.hash_one((key.kind, key.instance, key.digest.function(), start))
+fn hash_without_size(hasher: &RandomState, key: &Key) -> u64 {
+    let Key { digest, instance, kind } = key;
+    let mut state = hasher.build_hasher();
+    state.write(digest.hash());
+    state.write_u32(u32::from(instance.0) << 16 | (*kind as u32) << 8 | digest.function() as u32);
+    state.finish()
 }
 
 impl std::fmt::Debug for Index {

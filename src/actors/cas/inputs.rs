@@ -8,17 +8,17 @@
 use super::{
     blob::{PIECE_BYTES, open_checked, read_whole},
     client::{Cas, StagedInputs},
+    decoding::{TreeRoom, worst_case},
     guards::Lease,
     index::Found,
-    settings::{DIGESTS_PER_MESSAGE, SMALL_BLOB_BYTES},
+    settings::{DIGESTS_PER_MESSAGE, DIRECTORIES_AT_ONCE, SMALL_BLOB_BYTES},
 };
 use crate::{
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
-    tree::{Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_TREE_DEPTH, MAX_TREE_NODES},
+    tree::{Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY, MAX_TREE_DEPTH, MAX_TREE_NODES},
 };
-use foldhash::fast::RandomState;
 use rustix::fs::{Mode, OFlags, copy_file_range, fchmod, openat};
 use std::{
     collections::{HashMap, HashSet},
@@ -46,16 +46,21 @@ impl Closure {
     /// Everything that is known to belong to the tree and takes room: distinct, the empty blob left out.
     fn digests(&self) -> Vec<Digest> {
         let all = self.directories.keys().copied().chain(self.files());
-        let mut seen: HashSet<Digest, RandomState> = HashSet::default();
+        let mut seen: HashSet<Digest> = HashSet::default();
         all.filter(|digest| !digest.is_empty() && seen.insert(*digest)).collect()
     }
 }
 
 impl Cas {
-    /// All Directories below a root.
-    pub(super) async fn closure(&self, instance: &Instance, root: Digest) -> Result<Closure> {
+    /// All Directories below a root. The room is to be kept as long as they are.
+    pub(super) async fn closure(
+        &self,
+        instance: &Instance,
+        root: Digest,
+        room: &mut TreeRoom<'_>,
+    ) -> Result<Closure> {
         let mut closure = Closure::default();
-        let mut seen: HashSet<Digest, RandomState> = HashSet::from_iter([root]);
+        let mut seen: HashSet<Digest> = HashSet::from_iter([root]);
         let mut level = vec![root];
         let (mut depth, mut nodes) = (0, 0u64);
         while !level.is_empty() {
@@ -78,6 +83,7 @@ impl Cas {
                             "directory {root} has more than {MAX_TREE_NODES} nodes below it"
                         )));
                     }
+                    room.grow(directory.memory()).await?;
                     let children = directory.directories.iter().map(|child| child.digest);
                     next.extend(children.filter(|child| seen.insert(*child)));
                     closure.directories.insert(*digest, directory);
@@ -90,7 +96,8 @@ impl Cas {
 
     /// Checks that a whole input root is stored, and renews it.
     pub(super) async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
-        let closure = self.closure(instance, root).await?;
+        let mut room = TreeRoom::new(self.shared());
+        let closure = self.closure(instance, root, &mut room).await?;
         let digests = closure.digests();
         let mut missing = closure.missing;
         missing.extend(self.find_missing(instance, digests).await?);
@@ -101,12 +108,13 @@ impl Cas {
         InputTree::new(root, closure.directories).map(drop)
     }
 
-    /// Reads and leases a whole input root.
+    /// Reads and leases a whole input root. What is staged is bounded by the number of slots.
     pub(super) async fn stage(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
-        let closure = self.closure(instance, root).await?;
+        let mut room = TreeRoom::new(self.shared());
+        let closure = self.closure(instance, root, &mut room).await?;
         let digests = closure.digests();
         let mut missing = closure.missing;
-        let mut files = HashMap::with_capacity_and_hasher(digests.len(), RandomState::default());
+        let mut files = HashMap::with_capacity(digests.len());
         let mut leases: Vec<Lease> = Vec::new();
         for part in digests.chunks(DIGESTS_PER_MESSAGE) {
             let located = self.locate(instance, part.to_vec(), true).await?;
@@ -158,20 +166,38 @@ impl Cas {
         if to_read.is_empty() {
             return Ok(known);
         }
-        let cas = self.clone();
-        let read = self.blocking(move || {
-            to_read
-                .into_iter()
-                .map(|(at, found)| Ok((at, read_directory(&cas, &found)?)))
-                .collect::<Result<Vec<_>>>()
-        });
-        for (at, directory) in read.await?? {
-            if let Some(place) = known.get_mut(at) {
-                *place = directory;
+        while !to_read.is_empty() {
+            let (count, bytes) = first_part(&to_read);
+            let part: Vec<_> = to_read.drain(..count).collect();
+            let room = self.room_to_decode(bytes).await?;
+            let cas = self.clone();
+            let read = self.blocking(move || {
+                let read = |(at, found): (usize, Found)| Ok((at, read_directory(&cas, &found)?));
+                let read = part.into_iter().map(read).collect::<Result<Vec<_>>>();
+                drop(room);
+                read
+            });
+            for (at, directory) in read.await?? {
+                if let Some(place) = known.get_mut(at) {
+                    *place = directory;
+                }
             }
         }
         Ok(known)
     }
+}
+
+/// How many of these directories are read in one go, at least one, and the room that they need.
+fn first_part(to_read: &[(usize, Found)]) -> (usize, u64) {
+    let (mut count, mut bytes) = (0, 0);
+    for (_, found) in to_read {
+        let more = worst_case(found.file.key.digest.size(), MAX_MESSAGE_MEMORY);
+        if count > 0 && bytes + more > DIRECTORIES_AT_ONCE {
+            break;
+        }
+        (count, bytes) = (count + 1, bytes + more);
+    }
+    (count, bytes)
 }
 
 fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
@@ -192,7 +218,7 @@ fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
 #[derive(Debug)]
 pub struct Source {
     cas: Cas,
-    files: HashMap<Digest, Found, RandomState>,
+    files: HashMap<Digest, Found>,
     _leases: Vec<Lease>,
 }
 

@@ -7,6 +7,7 @@ use super::{
     index::{EntryRef, Found, Key, Kind, Stamp},
     requests::*,
     results::LoadedResult,
+    settings::DIGESTS_PER_MESSAGE,
     unix_seconds,
 };
 use crate::{
@@ -42,8 +43,7 @@ impl CasActor {
             }
         }
         if missing.len() > 1 {
-            let mut seen =
-                HashSet::with_capacity_and_hasher(missing.len(), foldhash::fast::RandomState::default());
+            let mut seen = HashSet::with_capacity(missing.len());
             missing.retain(|digest| seen.insert(*digest));
         }
         missing
@@ -106,6 +106,9 @@ impl CasActor {
         let Some(found) = self.renew(&key) else { return ResultLookup::Miss };
         match self.shared.results.get(&(instance.id(), action)) {
             Some(loaded) if loaded.generation == found.file.generation => {
+                if loaded.references.len() > DIGESTS_PER_MESSAGE {
+                    return ResultLookup::Long(found, loaded);
+                }
                 self.confirm(instance, action, &loaded, true, ctx)
             }
             _ => ResultLookup::Cold(found),
@@ -183,7 +186,7 @@ impl Handler<ConfirmResult> for CasActor {
         let ConfirmResult { instance, action, loaded } = message;
         MessageResult(match self.confirm(&instance, action, &loaded, false, ctx) {
             ResultLookup::Hit(result) => Some(result),
-            ResultLookup::Miss | ResultLookup::Cold(_) => None,
+            ResultLookup::Miss | ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
         })
     }
 }

@@ -9,7 +9,7 @@
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasher, Hash},
+    hash::{BuildHasher, Hash, RandomState},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -21,13 +21,13 @@ const LARGEST_PART: usize = 4;
 /// A bounded cache; see the top of this file.
 pub struct Memo<K, V> {
     shards: Vec<Mutex<Shard<K, V>>>,
-    hasher: foldhash::fast::RandomState,
+    hasher: RandomState,
     budget: usize,
 }
 
 struct Shard<K, V> {
-    young: HashMap<K, (V, usize), foldhash::fast::RandomState>,
-    old: HashMap<K, (V, usize), foldhash::fast::RandomState>,
+    young: HashMap<K, (V, usize)>,
+    old: HashMap<K, (V, usize)>,
     young_weight: usize,
 }
 
@@ -37,7 +37,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
         let shard = || Shard { young: HashMap::default(), old: HashMap::default(), young_weight: 0 };
         Self {
             shards: (0..SHARDS).map(|_| Mutex::new(shard())).collect(),
-            hasher: foldhash::fast::RandomState::default(),
+            hasher: RandomState::new(),
             budget,
         }
     }

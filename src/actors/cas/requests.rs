@@ -132,6 +132,8 @@ pub enum ResultLookup {
     Miss,
     /// There is one; its file, or blobs of it that nobody has read since the start, have to be read to know more.
     Cold(Found),
+    /// It is in memory, and refers to more blobs than the actor looks up at once.
+    Long(Found, Arc<LoadedResult>),
 }
 
 /// A result was read: is it complete?

@@ -4,18 +4,17 @@
 //! there a complete result. Otherwise the files are read in a future of its own. An action that says `do_not_cache` is never
 //! answered from the cache (EXE-19), so an action is always known before its result is served.
 //!
-//! Actions are counted before they are decoded, and large ones are decoded on a blocking thread, [`LARGE_ACTIONS_MAX`] at a
-//! time.
-//!
-//! [`LARGE_ACTIONS_MAX`]: super::settings::LARGE_ACTIONS_MAX
+//! Actions are measured before they are decoded, and large ones are decoded on a blocking thread when there is room for them
+//! ([`super::decoding`]).
 
 use super::{
     CasActor, Reply,
     client::Cas,
+    decoding,
     index::{Key, Kind},
     messages::{CheckInputs, Resolution, ResolveAction},
     requests::ResultLookup,
-    settings::{MAX_ACTION_BYTES, MAX_ACTION_ENTRIES, SMALL_BLOB_BYTES},
+    settings::{MAX_ACTION_BYTES, MAX_ACTION_MEMORY},
 };
 use crate::{
     action::Action,
@@ -23,12 +22,11 @@ use crate::{
     error::{Error, Result},
     instance::Instance,
     proto::reapi,
-    tree::check_entries_within,
+    wire,
 };
 use actix::{Context, Handler, ResponseFuture};
 use bytes::Bytes;
 use std::sync::Arc;
-use tokio::sync::SemaphorePermit;
 
 /// An action that was read and checked.
 #[derive(Debug)]
@@ -51,7 +49,7 @@ impl CasActor {
         match self.look_up_result(&message.instance, message.action, ctx) {
             ResultLookup::Hit(result) => Some(Resolution::Cached(result)),
             ResultLookup::Miss => Some(Resolution::Run(parsed.action.clone())),
-            ResultLookup::Cold(_) => None,
+            ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
         }
     }
 }
@@ -96,39 +94,37 @@ impl Cas {
     /// Reads an Action and its Command, and checks them. Small ones are decoded right here, on the thread of the actors;
     /// it must not be held up by large ones.
     async fn read_action(&self, instance: &Instance, digest: Digest) -> Result<ParsedAction> {
-        // One turn for both messages: who held a turn and waited for a second one could wait for ever.
-        let mut turn = None;
-        let bytes = self.read_message(instance, digest, "Action", &mut turn).await?;
+        // Room for both messages at once, where the first one is large.
+        let room = match worst_case(digest.size()) {
+            0 => 0,
+            of_action => of_action + worst_case(MAX_ACTION_BYTES),
+        };
+        let mut room = self.room_to_decode(room).await?;
+        let bytes = self.read_message(instance, digest, "Action").await?;
         let read = move || decode::<reapi::Action>(bytes, digest, "Action");
-        let wire = if turn.is_some() { self.blocking(read).await? } else { read() }?;
+        let wire = if room.is_some() { self.blocking(read).await? } else { read() }?;
         let command =
             Digest::from_wire(digest.function(), wire.command_digest.as_ref(), "Action.command_digest")?;
-        let bytes = self.read_message(instance, command, "Command", &mut turn).await?;
+        if room.is_none() {
+            room = self.room_to_decode(worst_case(command.size())).await?;
+        }
+        let bytes = self.read_message(instance, command, "Command").await?;
         let (instance, timeouts) = (instance.clone(), self.shared().settings.timeouts);
         let read = move || {
             let message = decode::<reapi::Command>(bytes, command, "Command")?;
             Action::from_wire(instance, digest, &wire, &message, timeouts)
         };
-        let action = if turn.is_some() { self.blocking(read).await? } else { read() }?;
+        let action = if room.is_some() { self.blocking(read).await? } else { read() }?;
         Ok(ParsedAction { action: Arc::new(action), command })
     }
 
-    /// Reads a message that has to be there; a large one in turn.
-    async fn read_message<'a>(
-        &'a self,
-        instance: &Instance,
-        digest: Digest,
-        what: &str,
-        turn: &mut Option<SemaphorePermit<'a>>,
-    ) -> Result<Bytes> {
+    /// Reads a message that has to be there.
+    async fn read_message(&self, instance: &Instance, digest: Digest, what: &str) -> Result<Bytes> {
         if digest.size() > MAX_ACTION_BYTES {
             let size = digest.size();
             return Err(Error::Invalid(format!(
                 "the {what} {digest} is too large: {size} bytes, at most {MAX_ACTION_BYTES} are read"
             )));
-        }
-        if digest.size() > SMALL_BLOB_BYTES && turn.is_none() {
-            *turn = Some(self.shared().large_actions.acquire().await.map_err(Error::internal)?);
         }
         let read = self.read_many(instance, vec![digest]).await?.pop();
         read.unwrap_or_else(|| Err(super::blob::not_found(digest))).map_err(|error| match error {
@@ -138,11 +134,15 @@ impl Cas {
     }
 }
 
-/// Decodes a message, once it is known that it does not take many times its size.
-fn decode<M: prost::Message + Default>(bytes: Bytes, digest: Digest, what: &str) -> Result<M> {
-    // Two levels, for the properties of the platform.
-    check_entries_within(&bytes, 2, MAX_ACTION_ENTRIES)
-        .map_err(|error| Error::Invalid(format!("the {what} {digest} is refused: {error}")))?;
-    M::decode(bytes)
-        .map_err(|error| Error::Invalid(format!("blob {digest} does not parse as {what}: {error}")))
+/// What a message of this size takes at worst; no larger one is read.
+fn worst_case(bytes: u64) -> u64 {
+    decoding::worst_case(bytes.min(MAX_ACTION_BYTES), MAX_ACTION_MEMORY)
+}
+
+fn decode<M>(bytes: Bytes, digest: Digest, what: &str) -> Result<M>
+where
+    M: prost::Message + prost::Name + Default,
+{
+    wire::decode(bytes, MAX_ACTION_MEMORY, what)
+        .map_err(|error| Error::Invalid(format!("blob {digest}: {error}")))
 }

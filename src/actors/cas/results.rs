@@ -10,7 +10,8 @@ use crate::{
     error::{Error, Result},
     path::RootPath,
     proto::{gorego, reapi},
-    tree::check_entries,
+    tree::MAX_MESSAGE_MEMORY,
+    wire::{self, Limits},
 };
 use bytes::Bytes;
 use prost::Message as _;
@@ -48,8 +49,11 @@ impl LoadedResult {
 
     /// Roughly how many bytes of memory it holds.
     pub fn memory(&self) -> usize {
-        // Decoded strings and messages take about three times their encoding.
-        size_of::<Self>() + self.references.len() * size_of::<Digest>() + self.result.encoded_len() * 3
+        let wire = self.result.encode_to_vec();
+        let result = wire::cost::<reapi::ActionResult>(&wire, Limits::memory(u64::MAX));
+        let result = result.map_or(usize::MAX, |cost| usize::try_from(cost.memory).unwrap_or(usize::MAX));
+        let references = self.references.len() * size_of::<Digest>();
+        result.saturating_add(size_of::<Self>() + references)
     }
 }
 
@@ -104,9 +108,7 @@ impl DirectReferences {
 /// # Errors
 /// [`Error::Invalid`] when it is no Tree.
 pub fn files_of_tree(bytes: Bytes, function: DigestFunction) -> Result<Vec<Digest>> {
-    check_entries(&bytes, 2)?;
-    let tree = reapi::Tree::decode(bytes)
-        .map_err(|error| Error::Invalid(format!("it does not parse as a Tree: {error}")))?;
+    let tree: reapi::Tree = wire::decode(bytes, MAX_MESSAGE_MEMORY, "Tree")?;
     tree.root
         .iter()
         .chain(&tree.children)
@@ -268,7 +270,8 @@ pub fn decode(
     instance: &str,
     action: Digest,
 ) -> std::result::Result<reapi::ActionResult, &'static str> {
-    let message = gorego::StoredResult::decode(body(bytes)?).map_err(|_| "it does not parse")?;
+    let message: gorego::StoredResult = wire::decode(body(bytes)?, MAX_MESSAGE_MEMORY, "result")
+        .map_err(|_| "it does not parse, or not within a bound of memory")?;
     let same_function = message.digest_function == action.function().wire() as i32;
     if message.instance_name != instance || !same_function || message.action_digest != Some(action.to_wire())
     {
@@ -375,7 +378,7 @@ mod tests {
         prost::encode_length_delimiter(files.len(), &mut nested).unwrap();
         nested.extend(files);
         let refusal = files_of_tree(nested.into(), SHA256).unwrap_err();
-        assert!(refusal.to_string().contains("entries"), "{refusal}");
+        assert!(refusal.to_string().contains("the Tree is refused"), "{refusal}");
     }
 
     #[test]

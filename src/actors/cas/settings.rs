@@ -1,6 +1,10 @@
 //! [`StoreSettings`]: what the store is told from outside, and the bounds that are its own.
 
-use crate::{action::TimeoutPolicy, budget::Bounds};
+use crate::{
+    action::TimeoutPolicy,
+    budget::Bounds,
+    tree::{MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY},
+};
 use std::{path::PathBuf, time::Duration};
 
 /// What the store is told at start.
@@ -38,13 +42,27 @@ pub const SMALL_BLOB_BYTES: u64 = 64 * 1024;
 /// Largest Action or Command message that is read. Those of real builds are below 1 MiB.
 pub const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
 
-/// Most entries of an Action or a Command: arguments, variables, properties, outputs, and what these consist of. An empty one
-/// is two bytes on the wire and fifty or more in memory. A system takes a few hundred thousand arguments at most.
-pub const MAX_ACTION_ENTRIES: u64 = 500_000;
+/// Most memory that an Action or a Command may take once it is decoded. A system takes a few hundred thousand arguments at most.
+pub const MAX_ACTION_MEMORY: u64 = 64 * 1024 * 1024;
 
-/// Actions larger than [`SMALL_BLOB_BYTES`], their Commands included, that are read and decoded at the same time; others wait.
-/// Each may take about 100 MB for as long as that takes, a tenth of a second.
-pub const LARGE_ACTIONS_MAX: usize = 4;
+/// Memory for stored messages that are being read and decoded: enough for the largest one, and for many of usual ones at a time.
+pub const DECODED: Bounds = Bounds {
+    what: "bytes of stored messages that are being decoded",
+    total: MAX_DIRECTORY_BYTES + MAX_MESSAGE_MEMORY,
+    connection: MAX_DIRECTORY_BYTES + MAX_MESSAGE_MEMORY,
+};
+
+/// Memory for which directories are read in one go.
+pub const DIRECTORIES_AT_ONCE: u64 = 64 * 1024 * 1024;
+
+/// Decoded directories of one tree that are held without a large place: those of some 100,000 files.
+pub const SMALL_TREE_BYTES: usize = 24 * 1024 * 1024;
+
+/// Larger trees that are walked at the same time; others wait.
+pub const LARGE_TREES_MAX: usize = 2;
+
+/// Most blobs that one result may refer to.
+pub const MAX_REFERENCES: usize = 2_000_000;
 
 /// Largest Tree message that is read to check a result. About 500,000 files; a result with a larger one is a miss.
 pub const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
@@ -79,8 +97,8 @@ pub const RECENT_MEMO_BYTES: usize = 16 * 1024 * 1024;
 /// Memory for decoded results with their reference lists.
 pub const RESULT_MEMO_BYTES: usize = 32 * 1024 * 1024;
 
-/// Digests in one message to the actor; a longer list is sent in parts, so that others are served in between (about 1 ms).
-pub const DIGESTS_PER_MESSAGE: usize = 8_192;
+/// Digests in one message to the actor; a longer list is sent in parts, so that others are served in between (about 0.2 ms).
+pub const DIGESTS_PER_MESSAGE: usize = 1_024;
 
 /// Entries evicted ahead of need in one go.
 pub const TRIM_BATCH: usize = 1_024;

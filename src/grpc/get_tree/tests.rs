@@ -152,7 +152,7 @@ fn more_walks_than_there_are_places_for_wait_in_order() {
 #[test]
 fn large_walks_wait_for_each_other_and_small_ones_do_not_wait_for_them() {
     let mut blobs = Blobs::default();
-    let files = b"\x0a\x00".repeat(SMALL_WALK_BYTES / NODE_BYTES);
+    let files = b"\x0a\x00".repeat(SMALL_WALK_BYTES / (2 * size_of::<FileNode>()));
     // Small on the wire. Both its page and what is found count, before they are made.
     let large = blobs.add(files);
     let small = blobs.directory("small", 0, &[]);

@@ -1,0 +1,99 @@
+//! [`Claim`]: the memory that one call may take for its request, from the moment its last byte is there until its handler is
+//! done.
+//!
+//! What a message takes once it is decoded is known only when all of it is there, and to find that out takes time too. So before
+//! a large message is handed on, [`super::intake`] waits for the most that it could take; few messages can have that much at a
+//! time, and the others wait in turn. [`super::codec`] measures and decodes it, and gives back what was not needed. The rest is
+//! held until the call is answered. All of this is done off the threads that serve everybody ([`unhindered`]).
+
+use crate::{budget::Share, memory};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+};
+use tokio::runtime::{Handle, RuntimeFlavor};
+
+tokio::task_local! {
+    static CLAIM: Arc<Claim>;
+}
+
+/// See the top of this file.
+#[derive(Debug, Default)]
+pub struct Claim {
+    share: Mutex<Option<Share>>,
+    /// What comes next takes long.
+    is_laborious: AtomicBool,
+}
+
+impl Claim {
+    /// Takes the share for the next message, in place of the one for the message before.
+    pub fn hold(&self, share: Share, is_laborious: bool) {
+        *self.share() = Some(share);
+        self.is_laborious.store(is_laborious, Ordering::Relaxed);
+    }
+
+    /// Whether a request is being decoded here, and not the answer of another server.
+    pub fn is_present() -> bool {
+        CLAIM.try_with(|_| ()).is_ok()
+    }
+
+    /// Gives back all but this much of what the call holds.
+    pub fn settle(memory: u64) {
+        let _ = CLAIM.try_with(|claim| {
+            if let Some(share) = claim.share().as_mut() {
+                share.shrink_to(memory);
+            }
+        });
+    }
+
+    fn share(&self) -> std::sync::MutexGuard<'_, Option<Share>> {
+        self.share.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        memory::freed(self.share().as_ref().map_or(0, Share::amount));
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// A call with its claim, which ends when the call is answered.
+    #[derive(Debug)]
+    pub struct Claimed<F> {
+        #[pin]
+        call: F,
+        claim: Arc<Claim>,
+    }
+}
+
+impl<F> Claimed<F> {
+    /// A call whose messages are paid for by this claim.
+    pub fn new(call: F, claim: Arc<Claim>) -> Self {
+        Self { call, claim }
+    }
+}
+
+impl<F: Future> Future for Claimed<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.project();
+        let (call, claim) = (this.call, this.claim);
+        let is_laborious = claim.is_laborious.swap(false, Ordering::Relaxed);
+        let poll = || CLAIM.sync_scope(claim.clone(), || call.poll(context));
+        if is_laborious { unhindered(poll) } else { poll() }
+    }
+}
+
+/// Does work that takes long while other tasks go on elsewhere, where the runtime can do that.
+pub fn unhindered<T>(work: impl FnOnce() -> T) -> T {
+    let can_move =
+        Handle::try_current().is_ok_and(|here| here.runtime_flavor() == RuntimeFlavor::MultiThread);
+    if can_move { tokio::task::block_in_place(work) } else { work() }
+}

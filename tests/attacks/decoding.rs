@@ -1,0 +1,274 @@
+//! Messages that are small on the wire and large in memory, stored and received.
+
+use crate::{
+    harness::{Bystander, assert_memory_is_bounded, connect_from},
+    support::{Client, Server, empty, sh, sha256},
+};
+use bytes::{Buf as _, BufMut as _, Bytes};
+use futures::{StreamExt as _, future::join_all, stream};
+use gorego::{
+    digest::Digest,
+    proto::{
+        bytestream::WriteRequest,
+        reapi::{Action, ActionResult, GetTreeRequest, OutputDirectory, UpdateActionResultRequest},
+    },
+};
+use prost::Message as _;
+use tonic::{
+    Code, Request, Status,
+    codec::{Codec, CompressionEncoding, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    transport::Channel,
+};
+
+/// A message field of this number with this content.
+fn field(number: u8, content: &[u8]) -> Vec<u8> {
+    let mut message = vec![number << 3 | 2];
+    prost::encode_length_delimiter(content.len(), &mut message).unwrap();
+    [&message[..], content].concat()
+}
+
+/// So many empty messages as field 1: two bytes each.
+fn nothings(count: usize) -> Vec<u8> {
+    b"\x0a\x00".repeat(count)
+}
+
+/// A Directory whose own properties are 30 million nothings. Salted, so that each is a blob of its own.
+fn directory_of_nothings(salt: u8) -> Vec<u8> {
+    let mut properties = nothings(30_000_000);
+    properties.extend(field(1, &field(1, &[b'a' + salt])));
+    field(5, &properties)
+}
+
+/// Stores a blob of any size.
+async fn store(client: &Client, data: Vec<u8>) -> Digest {
+    const PIECE: usize = 1024 * 1024;
+    let digest = sha256(&data);
+    let resource_name = format!("uploads/c0ffee00-0000-4000-8000-{:012x}/blobs/{digest}", data.len());
+    let pieces: Vec<WriteRequest> = data
+        .chunks(PIECE)
+        .enumerate()
+        .map(|(at, piece)| WriteRequest {
+            resource_name: if at == 0 { resource_name.clone() } else { String::new() },
+            write_offset: (at * PIECE) as i64,
+            finish_write: (at + 1) * PIECE >= data.len(),
+            data: piece.to_vec().into(),
+        })
+        .collect();
+    client.bytes.clone().write(stream::iter(pieces)).await.unwrap();
+    digest
+}
+
+/// EXE-27. The case: 60 MB took 1.5 GB for each action.
+#[tokio::test(flavor = "multi_thread")]
+async fn actions_whose_directories_are_millions_of_nothings_are_refused_within_bounds() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let roots = stream::iter(0..3).then(|salt| store(&client, directory_of_nothings(salt)));
+    let roots: Vec<Digest> = roots.collect().await;
+    let bystander = Bystander::beside(&server).await;
+    let executions = (0..6).map(|at| {
+        let (client, root) = (client.clone(), roots[at % roots.len()]);
+        async move {
+            let action = client.action(sh(&format!("echo {at}")), root).await;
+            let status = client.run(action).await.status.unwrap();
+            assert_eq!(status.code, Code::InvalidArgument as i32, "{status:?}");
+            assert!(status.message.contains("the Directory is refused"), "{}", status.message);
+            assert!(status.message.contains("bytes of memory"), "{}", status.message);
+        }
+    });
+    join_all(executions).await;
+    let trees = (0..4).map(|at| {
+        let (mut cas, root) = (client.cas.clone(), roots[at % roots.len()]);
+        async move {
+            let request = GetTreeRequest { root_digest: Some(root.to_wire()), ..Default::default() };
+            let mut pages = cas.get_tree(request).await.unwrap().into_inner();
+            assert_eq!(pages.message().await.unwrap_err().code(), Code::InvalidArgument);
+        }
+    });
+    join_all(trees).await;
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}
+
+/// AC-03. Such a Tree or Directory makes the result a miss.
+#[tokio::test(flavor = "multi_thread")]
+async fn results_whose_trees_are_millions_of_nothings_are_misses_within_bounds() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let directory = store(&client, directory_of_nothings(0)).await;
+    let tree = store(&client, field(2, &directory_of_nothings(1))).await;
+    let bystander = Bystander::beside(&server).await;
+    let results = (0..6u8).map(|at| {
+        let client = client.clone();
+        async move {
+            let action = sha256(&[at]);
+            let (tree_digest, root_directory_digest) = match at % 2 {
+                0 => (Some(tree.to_wire()), None),
+                _ => (None, Some(directory.to_wire())),
+            };
+            let output = OutputDirectory {
+                path: "out".into(),
+                tree_digest,
+                root_directory_digest,
+                ..Default::default()
+            };
+            let result = ActionResult { output_directories: vec![output], ..Default::default() };
+            let request = UpdateActionResultRequest {
+                action_digest: Some(action.to_wire()),
+                action_result: Some(result),
+                ..Default::default()
+            };
+            client.action_cache.clone().update_action_result(request).await.unwrap();
+            assert_eq!(client.cached(action).await, None);
+        }
+    });
+    join_all(results).await;
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}
+
+/// The bytes of a message as they are.
+#[derive(Default)]
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Bytes;
+    type Decode = Bytes;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put(item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
+    }
+}
+
+async fn call(
+    channel: Channel,
+    method: &'static str,
+    message: Vec<u8>,
+    compression: Option<CompressionEncoding>,
+) -> Result<Bytes, Status> {
+    let mut client = tonic::client::Grpc::new(channel);
+    if let Some(compression) = compression {
+        client = client.send_compressed(compression);
+    }
+    client.ready().await.unwrap();
+    let path = http::uri::PathAndQuery::from_static(method);
+    client.unary(Request::new(message.into()), path, Raw).await.map(|response| response.into_inner())
+}
+
+const FIND_MISSING: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs";
+const BATCH_UPDATE: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchUpdateBlobs";
+const BATCH_READ: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchReadBlobs";
+const UPDATE_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/UpdateActionResult";
+const GET_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
+const PUSH_BLOB: &str = "/build.bazel.remote.asset.v1.Push/PushBlob";
+
+/// Requests of 15 MB that would take a gigabyte, in every place where a list may stand; also as a few kilobytes, compressed.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_of_millions_of_nothings_are_refused_within_bounds() {
+    let server = Server::start().await;
+    let many = nothings(7_500_000);
+    let in_list = |number: u8| vec![number << 3 | 2, 0].repeat(7_500_000);
+    let result = |number: u8, content: &[u8]| field(3, &field(number, content));
+    let requests: Vec<(&str, Vec<u8>)> = vec![
+        (FIND_MISSING, in_list(2)),
+        (BATCH_UPDATE, in_list(2)),
+        (BATCH_READ, in_list(2)),
+        (GET_RESULT, in_list(5)),
+        (PUSH_BLOB, in_list(3)),
+        // ActionResult.output_files, output_symlinks; then their node_properties; then auxiliary_metadata.
+        (UPDATE_RESULT, field(3, &in_list(2))),
+        (UPDATE_RESULT, field(3, &in_list(12))),
+        (UPDATE_RESULT, result(2, &field(7, &many))),
+        (UPDATE_RESULT, result(12, &field(4, &many))),
+        (UPDATE_RESULT, field(3, &field(9, &in_list(11)))),
+    ];
+    let bystander = Bystander::beside(&server).await;
+    for compression in [None, Some(CompressionEncoding::Gzip), Some(CompressionEncoding::Zstd)] {
+        let calls = requests.iter().map(|(method, message)| {
+            let message = message.clone();
+            let server = &server;
+            async move {
+                let channel = connect_from("127.0.0.1", server).await;
+                let status = call(channel, method, message, compression).await.unwrap_err();
+                assert_eq!(status.code(), Code::InvalidArgument, "{method}: {status}");
+                assert!(status.message().contains("bytes of memory"), "{method}: {status}");
+            }
+        });
+        join_all(calls).await;
+    }
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}
+
+/// EXE-27. Command and Action: variables, outputs, platform properties; sixteen megabytes each.
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_and_actions_of_millions_of_nothings_are_refused_within_bounds() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let in_list = |number: u8| vec![number << 3 | 2, 0].repeat(8_000_000);
+    let mut actions = Vec::new();
+    for command in [in_list(1), in_list(2), in_list(7), in_list(9), field(5, &nothings(8_000_000))] {
+        let command = store(&client, command).await;
+        let action = Action {
+            command_digest: Some(command.to_wire()),
+            input_root_digest: Some(empty().to_wire()),
+            ..Default::default()
+        };
+        actions.push(client.upload(action.encode_to_vec()).await);
+    }
+    actions.push(store(&client, field(10, &nothings(8_000_000))).await);
+    let bystander = Bystander::beside(&server).await;
+    let runs = actions.iter().map(|action| async {
+        let status = client.start_request(client.request(*action)).await.err().expect("it is refused");
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        assert!(status.message().contains("bytes of memory"), "{status}");
+    });
+    join_all(runs).await;
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}
+
+/// The HTTP port takes ActionResults too.
+#[tokio::test(flavor = "multi_thread")]
+async fn results_of_millions_of_nothings_over_http_are_refused_within_bounds() {
+    let server = Server::with(&[("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;
+    let started = server.log().into_iter().find(|event| event["event"] == "http_started");
+    let address = started.unwrap()["listen_addr"].as_str().unwrap().to_owned();
+    let bystander = Bystander::beside(&server).await;
+    let puts = (0..4).map(|at| {
+        let url = format!("http://{address}/ac/{}", sha256(&[at]).hash_hex());
+        async move {
+            let body = b"\x12\x00".repeat(7_500_000);
+            let answer = reqwest::Client::new().put(url).body(body).send().await.unwrap();
+            assert_eq!(answer.status(), 400);
+        }
+    });
+    join_all(puts).await;
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}

@@ -117,6 +117,11 @@ impl Budget {
         self.state().holdings.all
     }
 
+    /// What a connection holds.
+    pub fn held_by(&self, connection: ConnectionId) -> u64 {
+        self.state().holdings.connections.get(&connection).copied().unwrap_or(0)
+    }
+
     /// Takes this much at once.
     ///
     /// # Errors
@@ -134,6 +139,13 @@ impl Budget {
         let bounds = self.0.bounds;
         if amount > bounds.connection.min(bounds.total) {
             return Err(self.refusal(Bound::Connection));
+        }
+        {
+            let mut state = self.state();
+            let State { holdings, waiting } = &mut *state;
+            if waiting.connections.is_empty() && holdings.take(caller, amount).is_ok() {
+                return Ok(Share { budget: self.clone(), caller, amount });
+            }
         }
         let (grant, granted) = oneshot::channel();
         let ticket = self.settle(|State { waiting, .. }| waiting.add(Waiter { caller, amount, grant }));

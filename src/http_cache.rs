@@ -23,7 +23,13 @@ pub mod resource;
 mod status;
 mod write;
 
-use crate::{actors::cas::client::Cas, error::Result, instance::Instances, under_way::UnderWay};
+use crate::{
+    actors::cas::client::Cas,
+    connections::{ConnectionState, Connections},
+    error::Result,
+    instance::Instances,
+    under_way::UnderWay,
+};
 use axum::{
     body::Body,
     extract::Request,
@@ -33,7 +39,7 @@ use axum::{
 use futures::FutureExt as _;
 use request_log::Line;
 use resource::Resource;
-use std::{future::Future, net::SocketAddr, sync::Arc};
+use std::{future::Future, sync::Arc};
 use tokio::{net::TcpListener, sync::Semaphore};
 
 /// Target of this room's log lines.
@@ -54,6 +60,8 @@ pub struct HttpCache {
     pub max_blob_bytes: u64,
     /// Counts the requests that a shutdown waits for.
     pub under_way: UnderWay,
+    /// The connections of this port and of others.
+    pub connections: Connections,
 }
 
 struct Service {
@@ -64,19 +72,20 @@ struct Service {
 
 /// Serves on `listener` until `shutdown` ends, then finishes what is under way.
 pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Future<Output = ()>) {
+    let connections = cache.connections.clone();
     let service = Arc::new(Service {
         cache,
         requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
         decoders: Semaphore::new(MAX_DECODERS),
     });
-    connection::serve(listener, shutdown, move |peer, request| {
-        answer(service.clone(), peer, request).boxed()
+    connection::serve(listener, connections, shutdown, move |connection, request| {
+        answer(service.clone(), connection, request).boxed()
     })
     .await;
 }
 
-async fn answer(service: Arc<Service>, peer: SocketAddr, request: Request) -> Response {
-    let mut line = Line::new(peer, request.method(), request.uri(), service.cache.under_way.begin());
+async fn answer(service: Arc<Service>, connection: Arc<ConnectionState>, request: Request) -> Response {
+    let mut line = Line::new(&connection, request.method(), request.uri(), service.cache.under_way.begin());
     let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
     let decoder = is_encoded.then(|| service.decoders.try_acquire()).transpose();
     let response = match (service.requests.clone().try_acquire_owned(), decoder) {
@@ -124,8 +133,8 @@ async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut Line) -> R
             read::blob(target, hash, request.headers(), line).await.map(headers)
         }
         ("PUT", Resource::Blob { hash, .. }) => write::blob(target, hash, request, line).await,
-        ("GET", Resource::Result { hash, .. }) => read::result(target, hash).await,
-        ("HEAD", Resource::Result { hash, .. }) => read::result(target, hash).await.map(headers),
+        ("GET", Resource::Result { hash, .. }) => read::result(target, hash, line).await,
+        ("HEAD", Resource::Result { hash, .. }) => read::result(target, hash, line).await.map(headers),
         ("PUT", Resource::Result { hash, .. }) => write::result(target, hash, request, line).await,
         ("GET", Resource::Value { key, .. }) => read::value(target, &key, request.headers(), line).await,
         ("HEAD", Resource::Value { key, .. }) => {

@@ -12,6 +12,7 @@ pub mod cli;
 pub mod client;
 pub mod compression;
 pub mod config;
+pub mod connections;
 pub mod digest;
 pub mod error;
 pub mod grpc;

@@ -6,10 +6,16 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod connections;
 mod harness;
+mod log_streams;
+#[allow(dead_code)]
+mod raw;
+mod resets;
 #[allow(dead_code)]
 #[path = "../wire/support.rs"]
 mod support;
+mod unread_answers;
 
 /// The attack that does nothing: the harness works, and the server is as it should be at rest.
 #[tokio::test]

@@ -1,7 +1,9 @@
 //! The text of the log line: which fields it has, and how they are written.
 
 use super::{Call, ERROR_MAX_BYTES, METHOD_MAX_BYTES, Notes, RPC_FINISHED, TARGET};
-use crate::{actors::scheduler::operation::ClientInfo, grpc::status, under_way::Unfinished};
+use crate::{
+    actors::scheduler::operation::ClientInfo, connections::OpenCall, grpc::status, under_way::Unfinished,
+};
 use http::{HeaderMap, Uri};
 use log::kv::{self, Key, Value, VisitSource};
 use std::{
@@ -22,6 +24,8 @@ pub(super) struct Line {
     pub error: String,
     /// Held so that a shutdown waits for the end of the call.
     pub _unfinished: Option<Unfinished>,
+    /// Held so that the connection is not taken for idle.
+    pub _open: Option<OpenCall>,
 }
 
 impl Line {
@@ -35,10 +39,21 @@ impl Line {
     }
 }
 
+impl Line {
+    /// Whether the call gets a line. Cancelled and refused ones cost their clients nothing, so only so many do; the others are
+    /// counted.
+    fn is_listed(&self) -> bool {
+        let code = self.code.unwrap_or(Code::Cancelled);
+        let is_cheap = self.code.is_none() || code == Code::ResourceExhausted;
+        let connection = self.call.connection().filter(|_| is_cheap);
+        connection.is_none_or(|info| info.connections.takes_line(info.caller().peer, code_name(code)))
+    }
+}
+
 impl Drop for Line {
     fn drop(&mut self) {
         let level = log::Level::Info;
-        if !log::log_enabled!(target: TARGET, level) {
+        if !log::log_enabled!(target: TARGET, level) || !self.is_listed() {
             return;
         }
         let fields = Fields {

@@ -4,7 +4,7 @@
 //! them drops them when they are written, or when the connection is gone, and the room is free in that moment.
 //!
 //! A stream that nobody reads holds one piece of its blob. Pieces get smaller while the connection holds much, so that a
-//! thousand such streams leave room for one that is read ([`ConnectionState::piece`]).
+//! thousand such streams leave room for one that is read ([`ConnectionState::reserve_piece`]).
 
 use super::ConnectionState;
 use crate::{
@@ -68,16 +68,23 @@ impl ConnectionState {
         self.answers.take(self.caller, within_connection(bytes))
     }
 
-    /// How many bytes the next piece of a stream should have that may have `max`.
-    pub fn piece(&self, max: usize) -> usize {
+    /// Waits for room for the next piece of a stream, and says how many bytes it may have, `max` at most.
+    ///
+    /// # Errors
+    /// As [`ConnectionState::reserve`].
+    pub async fn reserve_piece(&self, max: usize) -> Result<(usize, Share)> {
         let held = self.answers.held_by(self.caller.connection);
-        if held <= ANSWERS.connection / 2 {
-            max
-        } else if held <= ANSWERS.connection / 4 * 3 {
-            max.min(SMALL_PIECE_BYTES)
-        } else {
-            max.min(SMALLEST_PIECE_BYTES)
+        let piece = match held {
+            _ if held <= ANSWERS.connection / 2 => max,
+            _ if held <= ANSWERS.connection / 4 * 3 => max.min(SMALL_PIECE_BYTES),
+            _ => max.min(SMALLEST_PIECE_BYTES),
+        };
+        if let Some(room) = self.answers.take_in_turn(self.caller, piece_room(piece)) {
+            return Ok((piece, room));
         }
+        // What is waited for is small, so that it holds up nobody behind it for long.
+        let piece = piece.min(SMALLEST_PIECE_BYTES);
+        Ok((piece, self.reserve(piece_room(piece)).await?))
     }
 
     /// These bytes, which hold this room until they are dropped.
@@ -88,6 +95,11 @@ impl ConnectionState {
         }
         Bytes::from_owner(Charged { bytes, _room: room, connection: self.clone() })
     }
+}
+
+/// A piece with what is round it: its frame, and that of its message.
+fn piece_room(bytes: usize) -> u64 {
+    bytes as u64 + 2 * FRAME_BYTES
 }
 
 fn within_connection(bytes: u64) -> u64 {

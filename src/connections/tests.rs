@@ -25,9 +25,9 @@ async fn one_peer_gets_nearly_all_places_and_then_that_of_its_own_oldest_idle_co
         tokio::time::advance(Duration::from_millis(10)).await;
     }
     let busy = open[0].state().begin_call();
-    let other = connections.admit(address(2, 1)).expect("another peer finds a place");
     let next = connections.admit(address(1, 9)).expect("the place of an idle one");
     assert_eq!(open.iter().map(is_closing).collect::<Vec<_>>(), [0, 1, 0, 0, 0, 0, 0, 0].map(|n| n == 1));
+    let other = connections.admit(address(2, 1)).expect("another peer finds a place");
     assert!(!is_closing(&next) && !is_closing(&other));
     drop(busy);
 }

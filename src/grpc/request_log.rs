@@ -125,9 +125,19 @@ impl Call {
     /// # Errors
     /// As [`Call::reserve`].
     pub async fn reserve_piece(&self, max: usize) -> Result<usize, Error> {
-        let piece = self.connection().map_or(max, |connection| connection.state.piece(max));
-        self.reserve(piece).await?;
+        let Some(connection) = self.connection() else { return Ok(max) };
+        if self.has_room() {
+            // Small messages are collected to a frame while more are at hand. They go out first, so that no more is held than
+            // one piece.
+            tokio::task::yield_now().await;
+        }
+        let (piece, room) = connection.state.reserve_piece(max).await?;
+        self.keep(room);
         Ok(piece)
+    }
+
+    fn has_room(&self) -> bool {
+        self.0.room.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     fn keep(&self, room: Share) {

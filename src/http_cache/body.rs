@@ -30,8 +30,7 @@ pub fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) 
         if part.is_empty() {
             return Ok::<_, Error>(None);
         }
-        let max = to.piece(PIECE_BYTES);
-        let room = to.reserve(max as u64 + FRAME_BYTES).await?;
+        let (max, room) = to.reserve_piece(PIECE_BYTES).await?;
         let piece = next_piece(&reader, &part, max).await?;
         part.start = part.start.saturating_add(piece.len() as u64);
         Ok(Some((to.charge(piece, room), (reader, part, to))))
@@ -41,8 +40,7 @@ pub fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) 
 /// A whole blob, compressed; otherwise as [`of_blob`].
 pub fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
     Body::from_stream(stream::try_unfold((reader, to.clone()), |(mut reader, to)| async move {
-        let max = to.piece(PIECE_BYTES);
-        let room = to.reserve(max as u64 + FRAME_BYTES).await?;
+        let (max, room) = to.reserve_piece(PIECE_BYTES).await?;
         let piece = reader.next(max).await?;
         Ok::<_, Error>(piece.map(|piece| (to.charge(piece, room), (reader, to))))
     }))

@@ -8,7 +8,7 @@ use gorego::proto::logstream::{CreateLogStreamRequest, log_stream_service_client
 
 #[tokio::test]
 async fn unfinished_log_streams_of_one_client_leave_places_for_others() {
-    let server = Server::with(&[("INSTANCE_NAMES", "main")]).await;
+    let server = Server::with(&[("INSTANCE_NAMES", "[\"\", \"main\"]")]).await;
     let bystander = Bystander::beside(&server).await;
     let request = || CreateLogStreamRequest { parent: "main".into() };
     let mut greedy = LogStreamServiceClient::new(connect_from("127.0.0.1", &server).await);

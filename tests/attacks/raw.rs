@@ -124,3 +124,18 @@ pub fn write_until_closed(socket: &mut TcpStream, pieces: impl Iterator<Item = V
     }
     panic!("the server took all of it");
 }
+
+/// Sends a PING and reads until it is answered: the server has seen all before it.
+pub fn ping(socket: &mut TcpStream) {
+    const OPAQUE: [u8; 8] = *b"are you?";
+    let answer = frame(PING, 1, 0, &OPAQUE);
+    socket.write_all(&frame(PING, 0, 0, &OPAQUE)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut seen: Vec<u8> = Vec::new();
+    let mut buffer = vec![0; 64 * 1024];
+    while !seen.windows(answer.len()).any(|window| window == answer.as_slice()) {
+        let read = socket.read(&mut buffer).unwrap();
+        assert!(read > 0, "the server closed the connection");
+        seen.extend(&buffer[..read]);
+    }
+}

@@ -40,11 +40,12 @@ impl Line {
 }
 
 impl Line {
-    /// Whether the call gets a line. Cancelled and refused ones cost their clients nothing, so only so many do; the others are
-    /// counted.
+    /// Whether the call gets a line. Those that were cancelled, refused, or given up before their request was sent cost their
+    /// clients nothing, so only so many do; the others are counted.
     fn is_listed(&self) -> bool {
         let code = self.code.unwrap_or(Code::Cancelled);
-        let is_cheap = self.code.is_none() || code == Code::ResourceExhausted;
+        let sent_nothing = self.call.0.bytes_in.load(Ordering::Relaxed) == 0;
+        let is_cheap = self.code.is_none() || code == Code::ResourceExhausted || sent_nothing;
         let connection = self.call.connection().filter(|_| is_cheap);
         connection.is_none_or(|info| info.connections.takes_line(info.caller().peer, code_name(code)))
     }

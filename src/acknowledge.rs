@@ -31,7 +31,6 @@ impl Prompt {
     }
 
     /// The stream itself.
-    #[cfg(test)]
     pub fn get_ref(&self) -> &TcpStream {
         &self.stream
     }

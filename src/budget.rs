@@ -117,6 +117,11 @@ impl Budget {
         self.state().holdings.all
     }
 
+    /// What a connection holds.
+    pub fn held_by(&self, connection: ConnectionId) -> u64 {
+        self.state().holdings.connections.get(&connection).copied().unwrap_or(0)
+    }
+
     /// Takes this much at once.
     ///
     /// # Errors
@@ -124,6 +129,15 @@ impl Budget {
     pub fn take(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
         self.state().holdings.take(caller, amount).map_err(|bound| self.refusal(bound))?;
         Ok(Share { budget: self.clone(), caller, amount })
+    }
+
+    /// Takes this much at once, unless others of the same connection wait.
+    pub fn take_in_turn(&self, caller: Caller, amount: u64) -> Option<Share> {
+        let mut state = self.state();
+        let is_first = !state.waiting.connections.contains_key(&caller.connection);
+        let taken = is_first && state.holdings.take(caller, amount).is_ok();
+        drop(state);
+        taken.then(|| Share { budget: self.clone(), caller, amount })
     }
 
     /// Takes this much as soon as there is room. The caller bounds the wait, by dropping the future.
@@ -134,6 +148,13 @@ impl Budget {
         let bounds = self.0.bounds;
         if amount > bounds.connection.min(bounds.total) {
             return Err(self.refusal(Bound::Connection));
+        }
+        {
+            let mut state = self.state();
+            let State { holdings, waiting } = &mut *state;
+            if waiting.connections.is_empty() && holdings.take(caller, amount).is_ok() {
+                return Ok(Share { budget: self.clone(), caller, amount });
+            }
         }
         let (grant, granted) = oneshot::channel();
         let ticket = self.settle(|State { waiting, .. }| waiting.add(Waiter { caller, amount, grant }));
@@ -243,6 +264,9 @@ impl Holdings {
     }
 
     fn take(&mut self, caller: Caller, amount: u64) -> Result<(), Bound> {
+        if amount == 0 {
+            return Ok(());
+        }
         let of_connection = self.connections.get(&caller.connection).copied().unwrap_or(0);
         if of_connection.saturating_add(amount) > self.bounds.connection {
             return Err(Bound::Connection);
@@ -252,11 +276,9 @@ impl Holdings {
         if of_peer > 0 && of_peer.saturating_add(amount) > left.saturating_mul(SHARE) {
             return Err(Bound::Peer);
         }
-        if amount > 0 {
-            self.all += amount;
-            *self.peers.entry(caller.peer).or_default() += amount;
-            *self.connections.entry(caller.connection).or_default() += amount;
-        }
+        self.all += amount;
+        *self.peers.entry(caller.peer).or_default() += amount;
+        *self.connections.entry(caller.connection).or_default() += amount;
         Ok(())
     }
 

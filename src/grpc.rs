@@ -7,14 +7,15 @@
 //!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors.
 //! - [`convert`]: wire to domain and back. [`status`]: errors to statuses. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`], [`stalled`]: parts of answers.
-//! - [`ask`]: the way to the scheduler. [`accept`], [`intake`], [`claim`], [`codec`], [`request_log`], [`panic_guard`]: what
-//!   every connection and call goes through.
+//! - [`ask`]: the way to the scheduler. [`accept`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`], [`answers`],
+//!   [`request_log`], [`panic_guard`]: what every connection and call goes through.
 //!
 //! No service keeps state of its own, so any number of connections sees the same. Graceful shutdown is driven from outside:
 //! [`serve`] stops accepting when its future says so and returns when the last connection is closed.
 
 pub mod accept;
 pub mod action_cache;
+pub mod answers;
 pub mod ask;
 pub mod asset;
 pub mod byte_stream;
@@ -23,9 +24,11 @@ pub mod cas;
 pub mod chunks;
 pub mod claim;
 pub mod codec;
+mod conduct;
 pub mod convert;
 pub mod execution;
 pub mod filter;
+mod frames;
 pub mod get_tree;
 pub mod health;
 pub mod inline;
@@ -42,6 +45,7 @@ pub mod status;
 use crate::{
     actors::{asset::client::Assets, cas::client::Cas, scheduler::settings::Priorities},
     config::{CommittedSize, Config},
+    connections::Connections,
     error::{Error, Result},
     instance::Instances,
     log_streams::LogStreams,
@@ -113,6 +117,8 @@ pub struct Edge {
     pub assets: Option<Assets>,
     /// Counts the calls that a shutdown waits for.
     pub under_way: UnderWay,
+    /// The connections, and what they may have under way.
+    pub connections: Connections,
     /// What the configuration says about the protocol.
     pub settings: Settings,
 }
@@ -167,7 +173,7 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let under_way = edge.under_way.clone();
+    let (under_way, connections) = (edge.under_way.clone(), edge.connections.clone());
     let routes = routes(edge, health)?;
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -178,10 +184,11 @@ pub async fn serve(
         .http2_keepalive_interval(Some(PING_INTERVAL))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .layer(request_log::RequestLogLayer { under_way })
+        .layer(answers::AnswersLayer)
         .layer(panic_guard::PanicGuardLayer)
         .layer(intake::IntakeLayer::default())
         .add_routes(routes)
-        .serve_with_incoming_shutdown(accept::connections(listener), shutdown)
+        .serve_with_incoming_shutdown(accept::connections(listener, connections), shutdown)
         .await
         .map_err(|error| Error::Internal(format!("the gRPC server failed: {error}")))
 }

@@ -26,7 +26,13 @@ mod status;
 mod webdav;
 mod write;
 
-use crate::{actors::cas::client::Cas, error::Result, instance::Instances, under_way::UnderWay};
+use crate::{
+    actors::cas::client::Cas,
+    connections::Connections,
+    error::Result,
+    instance::Instances,
+    under_way::UnderWay,
+};
 use axum::{
     body::Body,
     extract::Request,
@@ -61,6 +67,8 @@ pub struct HttpCache {
     pub max_blob_bytes: u64,
     /// Counts the requests that a shutdown waits for.
     pub under_way: UnderWay,
+    /// The connections of this port and of others.
+    pub connections: Connections,
 }
 
 struct Service {
@@ -71,19 +79,20 @@ struct Service {
 
 /// Serves on `listener` until `shutdown` ends, then finishes what is under way.
 pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Future<Output = ()>) {
+    let connections = cache.connections.clone();
     let service = Arc::new(Service {
         cache,
         requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
         decoders: Semaphore::new(MAX_DECODERS),
     });
-    connection::serve(listener, shutdown, move |ends, request| {
+    connection::serve(listener, connections, shutdown, move |ends, request| {
         answer(service.clone(), ends, request).boxed()
     })
     .await;
 }
 
 async fn answer(service: Arc<Service>, ends: Ends, request: Request) -> Response {
-    let mut line = Line::new(ends.peer, request.method(), request.uri(), service.cache.under_way.begin());
+    let mut line = Line::new(&ends.client, request.method(), request.uri(), service.cache.under_way.begin());
     let host = service.cache.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
     if let Err(refusal) = host {
         let (code, why) = match refusal {
@@ -141,8 +150,8 @@ async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut Line) -> R
             read::blob(target, hash, request.headers(), line).await.map(headers)
         }
         ("PUT", Resource::Blob { hash, .. }) => write::blob(target, hash, request, line).await,
-        ("GET", Resource::Result { hash, .. }) => read::result(target, hash).await,
-        ("HEAD", Resource::Result { hash, .. }) => read::result(target, hash).await.map(headers),
+        ("GET", Resource::Result { hash, .. }) => read::result(target, hash, line).await,
+        ("HEAD", Resource::Result { hash, .. }) => read::result(target, hash, line).await.map(headers),
         ("PUT", Resource::Result { hash, .. }) => write::result(target, hash, request, line).await,
         ("PROPFIND", Resource::Value { key, .. }) => webdav::properties(target, &key, request, line).await,
         ("MKCOL", Resource::Value { key, .. }) => webdav::make_collection(target, &key, request, line).await,

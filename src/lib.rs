@@ -14,6 +14,7 @@ pub mod cli;
 pub mod client;
 pub mod compression;
 pub mod config;
+pub mod connections;
 pub mod digest;
 mod disk;
 pub mod error;

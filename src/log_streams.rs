@@ -6,7 +6,8 @@
 //! their bytes lie in a spool file without a name, which the kernel frees with its last reader.
 //!
 //! Invariants: a stream only grows; a reader gets each byte once and in order, and never holds up the writer; whatever is here
-//! is bounded ([`Limits`] and the constants below), and every stream ends: by itself, by idling, or with the server.
+//! is bounded ([`Limits`] and the constants below), and every stream ends: by itself, by idling, or with the server. What
+//! clients have not finished is shared out among them as a [`Budget`].
 //!
 //! The bookkeeping is pure ([`registry`]); the lock around it is taken in this file only, and never across IO or a wait. Not
 //! here: the wire ([`crate::grpc::log_stream`]), and the blobs that ended run streams have become.
@@ -18,6 +19,8 @@ pub mod run;
 mod spool;
 
 use crate::{
+    budget::{Bounds, Budget, Share},
+    caller::Caller,
     error::{Error, Result},
     instance::Instance,
 };
@@ -68,6 +71,10 @@ pub struct LogStreams(Arc<Inner>);
 
 struct Inner {
     client_streams: bool,
+    /// Places of unfinished streams of clients.
+    places: Budget,
+    /// Bytes of unfinished streams of clients.
+    bytes: Budget,
     spool_directory: PathBuf,
     books: Mutex<Books>,
     readers: Arc<Semaphore>,
@@ -84,6 +91,25 @@ struct ClientStream {
     parent: String,
     token: WriteToken,
     spool: Arc<Spool>,
+    /// What it takes of the bounds while it is not finished.
+    held: Mutex<Option<Held>>,
+}
+
+/// A place, and room for bytes.
+struct Held {
+    _place: Share,
+    bytes: Share,
+}
+
+impl ClientStream {
+    fn held(&self) -> MutexGuard<'_, Option<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives back what it held: it is finished, or given up.
+    fn release(&self) {
+        drop(self.held().take());
+    }
 }
 
 impl std::fmt::Debug for LogStreams {
@@ -95,8 +121,12 @@ impl std::fmt::Debug for LogStreams {
 impl LogStreams {
     /// No streams yet. Nothing is touched on disk.
     pub fn new(settings: LogSettings) -> Self {
+        let Limits { streams, bytes, .. } = settings.clients;
+        let bounds = |what, total| Budget::new(Bounds { what, total, connection: total });
         Self(Arc::new(Inner {
             client_streams: settings.client_streams,
+            places: bounds("unfinished log streams", streams as u64),
+            bytes: bounds("bytes of unfinished log streams", bytes),
             spool_directory: settings.spool_directory,
             books: Mutex::new(Books {
                 clients: Registry::new(settings.clients),
@@ -119,15 +149,18 @@ impl LogStreams {
         Err(Error::Unimplemented(message.into()))
     }
 
-    /// Makes a stream below `parent`, which was checked. Its write name is the secret of whoever made it (LOG-01).
+    /// Makes a stream below `parent`, which was checked. Its write name is the secret of the client that made it (LOG-01). It is
+    /// charged to that client until it is finished.
     ///
     /// # Errors
-    /// `Unimplemented` where clients may not make streams; `Exhausted` when there are too many.
-    pub fn create(&self, parent: String) -> Result<LogName> {
+    /// `Unimplemented` where clients may not make streams; `Exhausted` when there are too many, or too many of this caller.
+    pub fn create(&self, parent: String, caller: Caller) -> Result<LogName> {
         self.check_creation()?;
+        let held = Held { _place: self.0.places.take(caller, 1)?, bytes: self.0.bytes.take(caller, 0)? };
         let (id, token) = (Uuid::new_v4(), WriteToken::new());
         let spool = Arc::new(Spool::new(self.0.spool_directory.join(format!("log-{id}"))));
-        let stream = ClientStream { parent: parent.clone(), token: token.clone(), spool };
+        let held = Mutex::new(Some(held));
+        let stream = ClientStream { parent: parent.clone(), token: token.clone(), spool, held };
         let displaced = self.books().clients.insert(id, Arc::new(stream), Instant::now())?;
         give_up(displaced);
         Ok(LogName { parent, id: StreamId::Client(id), token: Some(token) })
@@ -150,7 +183,7 @@ impl LogStreams {
         };
         let found = found.filter(|(_, stream)| stream.parent == name.parent && stream.token == *token);
         let (id, stream) = found.ok_or_else(|| unknown(name))?;
-        Ok(Writer { streams: self.clone(), id, spool: stream.spool.clone() })
+        Ok(Writer { streams: self.clone(), id, stream })
     }
 
     /// A reader of a stream, from whatever offset, to its end (LOG-03).
@@ -231,6 +264,7 @@ fn give_up(streams: impl IntoIterator<Item = Arc<ClientStream>>) -> usize {
     let mut unfinished = 0;
     for stream in streams {
         stream.spool.give_up();
+        stream.release();
         unfinished += usize::from(!stream.spool.committed().finished);
     }
     unfinished
@@ -244,7 +278,7 @@ fn unknown(name: &LogName) -> Error {
 pub struct Writer {
     streams: LogStreams,
     id: Uuid,
-    spool: Arc<Spool>,
+    stream: Arc<ClientStream>,
 }
 
 /// How far a client stream is.
@@ -259,7 +293,7 @@ pub struct Committed {
 impl Writer {
     /// How far the stream is now.
     pub fn committed(&self) -> Committed {
-        self.spool.committed()
+        self.stream.spool.committed()
     }
 
     /// Ends when the server goes down, and the stream with it.
@@ -275,18 +309,28 @@ impl Writer {
     /// `Invalid` for any other offset, `Precondition` after the end (LOG-04), `OutOfRange` beyond the bound of one stream,
     /// `Exhausted` at that of all; those of the disk.
     pub async fn append(&self, offset: u64, data: Bytes, finish: bool) -> Result<Committed> {
-        let turn = self.spool.turn(offset).await?;
+        let turn = self.stream.spool.turn(offset).await?;
         let size = data.len() as u64;
         let displaced = self.streams.books().clients.grow(&self.id, size, Instant::now())?;
         give_up(displaced);
-        let (streams, id) = (self.streams.clone(), self.id);
+        let (streams, stream, id) = (self.streams.clone(), self.stream.clone(), self.id);
+        let has_room = stream.held().as_mut().map_or(Ok(()), |held| held.bytes.grow(size));
+        if let Err(refusal) = has_room {
+            streams.books().clients.shrink(&id, size);
+            return Err(refusal.into());
+        }
         blocking(move || {
             let written = turn.append(&data, finish);
             let mut books = streams.books();
             if written.is_err() {
                 books.clients.shrink(&id, size);
+                if let Some(held) = &mut *stream.held() {
+                    let left = held.bytes.amount().saturating_sub(size);
+                    held.bytes.shrink_to(left);
+                }
             } else if finish {
                 books.clients.finish(&id, Instant::now());
+                stream.release();
             }
             written
         })

@@ -19,6 +19,7 @@ use crate::{
         worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
     },
     config::{ExecutionSettings, PoolSettings, Settings},
+    connections::Connections,
     error::{Error, Result},
     grpc::{self, Edge, ask::Scheduler},
     http_cache::{self, HttpCache},
@@ -124,6 +125,11 @@ fn raise_open_files() -> Option<u64> {
     limit.current
 }
 
+/// How many files this process may have open now.
+fn descriptors() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
 /// The running parts.
 struct Server {
     settings: Settings,
@@ -180,6 +186,8 @@ impl Server {
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
         let health = grpc::health::Health::serving().await;
         let under_way = UnderWay::default();
+        let connections = Connections::new(descriptors());
+        workers.spawn(connections.clone().sweep());
         let edge = Arc::new(Edge {
             instances: settings.instances.clone(),
             cas: cas.clone(),
@@ -188,6 +196,7 @@ impl Server {
             walks: grpc::get_tree::Walks::default(),
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
+            connections: connections.clone(),
             settings: grpc::Settings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
@@ -207,7 +216,8 @@ impl Server {
                 grpc::serve(edge, &health, listener, shutdown).await
             }
         });
-        let (http_close, mut http_serving) = serve_http(http, &settings, &cas, &under_way, &workers)?;
+        let (http_close, mut http_serving) =
+            serve_http(http, &settings, &cas, (&under_way, &connections), &workers)?;
         ready(address);
 
         let stop = select! {
@@ -280,7 +290,7 @@ fn serve_http(
     listener: Option<TcpListener>,
     settings: &Settings,
     cas: &Cas,
-    under_way: &UnderWay,
+    (under_way, connections): (&UnderWay, &Connections),
     workers: &Handle,
 ) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
     let (close, closed) = oneshot::channel::<()>();
@@ -297,6 +307,7 @@ fn serve_http(
         hosts: settings.http_hosts.clone(),
         max_blob_bytes: settings.max_blob_bytes,
         under_way: under_way.clone(),
+        connections: connections.clone(),
     };
     log::info!(target: LOG, event = "http_started", listen_addr:% = address; "serving the HTTP cache on {address}");
     let serving = workers.spawn(http_cache::serve(cache, listener, async move { drop(closed.await) }));

@@ -1,15 +1,25 @@
-//! Accepting connections.
+//! Accepting connections, and watching what goes over them.
 //!
 //! Options are set on each accepted socket, because tonic's own settings do not reach sockets that it did not accept itself.
-//! When the process is out of descriptors, accepting pauses instead of spinning.
+//! When the process is out of descriptors, accepting pauses instead of spinning. A connection that [`Connections`] has no place
+//! for is closed at once.
+//!
+//! The bytes of a [`Connection`] pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that has to
+//! close fails its next read or write, which ends all its calls; the client is told to be calm before where that is possible.
 
-use crate::{acknowledge::Prompt, caller::Caller};
+use super::conduct::Conduct;
+use crate::{
+    acknowledge::Prompt,
+    caller::Caller,
+    connections::{Admitted, ConnectionState, Connections, Reason},
+};
 use futures::stream::{Stream, StreamExt as _};
 use std::{
     io,
     net::SocketAddr,
     pin::Pin,
-    task::{Context, Poll},
+    sync::Arc,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 use tokio::{
@@ -23,11 +33,19 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 /// Pause after a failed accept, long enough for connections to close and short enough that nobody notices.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 
+/// Frames that one connection may have looked at before others get a turn.
+const FRAMES_PER_TURN: u64 = 512;
+
 /// The connections of a listener. Nagle's algorithm is off: with it every small answer waits for the client's delayed
 /// acknowledgement, some 40 ms. Clients that leave it on are not made to wait either.
-pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Connection>> {
-    TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(TCP_KEEPALIVE)).then(
-        |accepted| async {
+pub fn connections(
+    listener: TcpListener,
+    connections: Connections,
+) -> impl Stream<Item = io::Result<Connection>> {
+    let sockets = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(TCP_KEEPALIVE));
+    sockets.filter_map(move |accepted| {
+        let connections = connections.clone();
+        async move {
             if let Err(error) = &accepted
                 && !is_of_one_connection(error)
             {
@@ -37,34 +55,85 @@ pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Conne
                 );
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
-            accepted.and_then(Connection::new)
-        },
-    )
+            accepted.and_then(|stream| Connection::new(stream, &connections)).transpose()
+        }
+    })
 }
 
-/// An accepted connection, which knows who is at its other end.
+/// An accepted connection, which knows who is at its other end and what it may do.
 #[derive(Debug)]
 pub struct Connection {
     stream: Prompt,
-    info: ConnectionInfo,
+    admitted: Admitted,
+    conduct: Conduct,
+    /// Frames that were read since others had a turn.
+    frames: u64,
 }
 
 /// What each request of a connection has among its extensions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct ConnectionInfo {
+    /// What is known about the connection.
+    pub state: Arc<ConnectionState>,
+    /// All connections.
+    pub connections: Connections,
+}
+
+impl ConnectionInfo {
     /// The address at the other end.
-    pub address: SocketAddr,
+    pub fn address(&self) -> SocketAddr {
+        self.state.address
+    }
+
     /// To whom what the request takes is charged.
-    pub caller: Caller,
+    pub fn caller(&self) -> Caller {
+        self.state.caller
+    }
 }
 
 impl Connection {
-    fn new(stream: TcpStream) -> io::Result<Self> {
-        let address = stream.peer_addr()?;
-        Ok(Self {
-            stream: Prompt::new(stream),
-            info: ConnectionInfo { address, caller: Caller::connected(address) },
-        })
+    fn new(stream: TcpStream, connections: &Connections) -> io::Result<Option<Self>> {
+        let Some(admitted) = connections.admit(stream.peer_addr()?) else { return Ok(None) };
+        let conduct = Conduct::new(admitted.state().now_ms());
+        Ok(Some(Self { stream: Prompt::new(stream), admitted, conduct, frames: 0 }))
+    }
+
+    /// Fails when the connection has to close.
+    fn check(&self, context: &Context<'_>) -> io::Result<()> {
+        match self.admitted.state().poll_closing(context) {
+            Poll::Ready(reason) => Err(self.end(reason)),
+            Poll::Pending => Ok(()),
+        }
+    }
+
+    /// Tells the client, if it can be told without waiting, and gives the error that ends the connection.
+    fn end(&self, reason: Reason) -> io::Error {
+        if let Some(frame) = self.conduct.goaway() {
+            let _ = self.stream.get_ref().try_write(&frame);
+        }
+        io::Error::new(io::ErrorKind::ConnectionAborted, reason.name())
+    }
+
+    /// Judges what was read.
+    fn judge(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let state = self.admitted.state();
+        let received = self.conduct.receive(bytes, state.now_ms());
+        self.frames += received.frames;
+        if let Some(is_open) = received.head_is_open {
+            state.note_head(is_open);
+        }
+        let (connections, peer) = (self.admitted.connections(), state.caller.peer);
+        let reason = if received.is_noise {
+            Reason::Noise
+        } else if received.resets_too_much
+            || received.resets > 0 && !connections.take_resets(peer, received.resets, received.finished)
+        {
+            Reason::Resets
+        } else {
+            return Ok(());
+        };
+        connections.close(state, reason);
+        Err(self.end(reason))
     }
 }
 
@@ -72,7 +141,10 @@ impl Connected for Connection {
     type ConnectInfo = ConnectionInfo;
 
     fn connect_info(&self) -> ConnectionInfo {
-        self.info
+        ConnectionInfo {
+            state: self.admitted.state().clone(),
+            connections: self.admitted.connections().clone(),
+        }
     }
 }
 
@@ -82,7 +154,46 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        self.check(context)?;
+        if self.frames >= FRAMES_PER_TURN {
+            self.frames = 0;
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let before = buffer.filled().len();
+        match Pin::new(&mut self.stream).poll_read(context, buffer) {
+            Poll::Ready(Ok(())) => {
+                self.judge(buffer.filled().get(before..).unwrap_or_default())?;
+                Poll::Ready(Ok(()))
+            }
+            Poll::Pending => {
+                self.frames = 0;
+                Poll::Pending
+            }
+            failed => failed,
+        }
+    }
+}
+
+impl Connection {
+    /// Counts what was written, of all that was to be.
+    fn wrote<'a>(
+        &mut self,
+        written: Poll<io::Result<usize>>,
+        buffers: impl IntoIterator<Item = &'a [u8]>,
+    ) -> Poll<io::Result<usize>> {
+        self.admitted.state().note_blocked(written.is_pending());
+        let written = ready!(written)?;
+        let mut left = written;
+        for buffer in buffers {
+            let part = buffer.get(..left).unwrap_or(buffer);
+            self.conduct.send(part);
+            left -= part.len();
+            if left == 0 {
+                break;
+            }
+        }
+        Poll::Ready(Ok(written))
     }
 }
 
@@ -92,7 +203,9 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        self.check(context)?;
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.wrote(written, [bytes])
     }
 
     fn poll_write_vectored(
@@ -100,7 +213,9 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, buffers)
+        self.check(context)?;
+        let written = Pin::new(&mut self.stream).poll_write_vectored(context, buffers);
+        self.wrote(written, buffers.iter().map(|buffer| &**buffer))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -131,7 +246,7 @@ mod tests {
     async fn nagles_algorithm_is_off_on_every_accepted_connection() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let mut connections = pin!(connections(listener));
+        let mut connections = pin!(connections(listener, Connections::default()));
         for _ in 0..2 {
             let _client = TcpStream::connect(address).await.unwrap();
             assert!(connections.next().await.unwrap().unwrap().stream.get_ref().nodelay().unwrap());

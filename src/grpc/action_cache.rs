@@ -9,6 +9,7 @@ use crate::{
         ActionResult, GetActionResultRequest, UpdateActionResultRequest, action_cache_server::ActionCache,
     },
 };
+use prost::Message as _;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
@@ -44,7 +45,7 @@ impl ActionCache for ActionCacheService {
             stderr: request.inline_stderr,
             output_files: request.inline_output_files,
         };
-        let result = inline::prepare(&self.0.cas, &instance, action.function(), &want, &result).await;
+        let result = inline::prepare(&self.0.cas, &instance, action.function(), &want, &result, &call).await;
         Ok(Response::new(result))
     }
 
@@ -68,6 +69,8 @@ impl ActionCache for ActionCacheService {
             return Err(Error::Denied(problem.into()).into());
         }
         let result = request.action_result.ok_or_else(|| Error::invalid("action_result is not set"))?;
+        // What is stored is the answer.
+        call.reserve_now(result.encoded_len())?;
         let provenance = Provenance {
             worker: String::new(),
             tool_invocation_id: call.client().tool_invocation_id.clone(),

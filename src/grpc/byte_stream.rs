@@ -4,7 +4,8 @@
 //! a Write, which go on by what was sent (BS-12, BS-27). What is compressed and decompressed here is the store's affair.
 //!
 //! The rules about offsets are two plain structs, `ReadWindow` and `WriteCheck`; the handlers move bytes between a stream and
-//! a handle of the store. A slow client holds at most one piece of its blob in memory here. An upload that stops in the middle
+//! a handle of the store. A piece is read when there is room for it among the answers
+//! that were not taken, so a slow client holds at most one in memory here. An upload that stops in the middle
 //! leaves its bytes with the store under the resource name, for the client to go on (BS-20).
 
 use super::{Edge, ReadStream, log_stream, request_log::Call, stalled};
@@ -53,19 +54,20 @@ impl ByteStream for ByteStreamService {
             return Ok(Response::new(stream));
         }
         let name = ResourceName::parse_read(&request.get_ref().resource_name)?;
-        let (instance, digest) = self.resolve(&Call::of(&request), &name)?;
+        let call = Call::of(&request);
+        let (instance, digest) = self.resolve(&call, &name)?;
         let request = request.into_inner();
         let window = ReadWindow::new(digest, request.read_offset, request.read_limit)?;
         // Before any data: an absent blob is the status of the call (BS-08).
         Ok(Response::new(match name.encoding {
             Encoding::Identity => {
                 let reader = self.0.cas.open(&instance, digest).await?;
-                read_stream(reader, digest, window)
+                read_stream(reader, digest, window, call)
             }
             Encoding::Zstd if request.read_limit != 0 => {
                 return Err(Error::invalid("read_limit is set on a compressed read").into());
             }
-            Encoding::Zstd => zstd_stream(self.0.cas.open_zstd(&instance, digest, window.next).await?),
+            Encoding::Zstd => zstd_stream(self.0.cas.open_zstd(&instance, digest, window.next).await?, call),
         }))
     }
 
@@ -180,28 +182,30 @@ impl ReadWindow {
 }
 
 /// The window's bytes; ends with an error, never short, when the blob ends early (BS-16).
-fn read_stream(reader: BlobReader, digest: Digest, window: ReadWindow) -> ReadStream {
+fn read_stream(reader: BlobReader, digest: Digest, window: ReadWindow, call: Call) -> ReadStream {
     let holds_a_file = reader.is_file();
-    let messages = stream::try_unfold((reader, window), move |(reader, mut window)| async move {
+    let messages = stream::try_unfold((reader, window, call), move |(reader, mut window, call)| async move {
         let Some(piece) = window.piece() else { return Ok(None) };
+        let piece = call.reserve_piece(piece).await?;
         let data = reader.read_at(window.next, piece).await?;
         if data.is_empty() {
             let problem = format!("blob {digest} ends at byte {}; upload it again", window.next);
             return Err(Status::from(Error::DataLoss(problem)));
         }
         window.advance(data.len());
-        Ok(Some((ReadResponse { data }, (reader, window))))
+        Ok(Some((ReadResponse { data }, (reader, window, call))))
     })
     .boxed();
     // Bytes at hand need no watch: they are few, and an eviction does not wait for them.
     if holds_a_file { stalled::watched(messages) } else { messages }
 }
 
-/// The bytes of a compressed read, in messages of one size but for the last (BS-14).
-fn zstd_stream(reader: ZstdReader) -> ReadStream {
-    let messages = stream::try_unfold(reader, move |mut reader| async move {
-        let data = reader.next(READ_WINDOW_BYTES).await?;
-        Ok(data.map(|data| (ReadResponse { data }, reader)))
+/// The bytes of a compressed read, in messages that are as large as they may be but for the last (BS-14).
+fn zstd_stream(reader: ZstdReader, call: Call) -> ReadStream {
+    let messages = stream::try_unfold((reader, call), |(mut reader, call)| async move {
+        let piece = call.reserve_piece(READ_WINDOW_BYTES).await?;
+        let data = reader.next(piece).await?;
+        Ok(data.map(|data| (ReadResponse { data }, (reader, call))))
     });
     stalled::watched(messages.boxed())
 }

@@ -55,12 +55,15 @@ impl ContentAddressableStorage for CasService {
         request: Request<FindMissingBlobsRequest>,
     ) -> Result<Response<FindMissingBlobsResponse>, Status> {
         let instance = self.instance(&request, |request| &request.instance_name)?;
+        let call = Call::of(&request);
         let digests = {
             // The texts go before the store is asked: they take more than the digests.
             let request = request.into_inner();
             convert::digests(&instance, request.digest_function, &request.blob_digests, "blob_digests")?
         };
         let missing = self.0.cas.find_missing(&instance, digests).await?;
+        let entry = |digest: &Digest| ENTRY_BYTES + digest.hash_hex().len();
+        call.reserve_now(missing.iter().map(entry).sum())?;
         let is_many = missing.len() > MANY_DIGESTS;
         let to_wire = || missing.into_iter().map(Digest::to_wire).collect();
         let missing_blob_digests = if is_many { unhindered(to_wire) } else { to_wire() };
@@ -72,8 +75,10 @@ impl ContentAddressableStorage for CasService {
         request: Request<BatchUpdateBlobsRequest>,
     ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
         let instance = self.instance(&request, |request| &request.instance_name)?;
-        let cas = self.0.cas.on_behalf_of(Call::of(&request).caller());
+        let call = Call::of(&request);
+        let cas = self.0.cas.on_behalf_of(call.caller());
         let batch = Update::decode(&instance, request.into_inner())?;
+        call.reserve_now(inline::MESSAGE_MAX_BYTES - batch.left)?;
         let stored = cas.write_many(&instance, batch.blobs).await?;
         let (mut responses, mut left) = (batch.responses, batch.left);
         for (at, result) in batch.positions.into_iter().zip(stored) {
@@ -89,7 +94,9 @@ impl ContentAddressableStorage for CasService {
         request: Request<BatchReadBlobsRequest>,
     ) -> Result<Response<BatchReadBlobsResponse>, Status> {
         let instance = self.instance(&request, |request| &request.instance_name)?;
+        let call = Call::of(&request);
         let batch = Read::decode(&instance, request.into_inner())?;
+        call.reserve(batch.answer_bytes()).await?;
         let contents = if batch.takes_zstd {
             self.0.cas.read_many_zstd(&instance, batch.wanted).await?
         } else {
@@ -118,7 +125,8 @@ impl ContentAddressableStorage for CasService {
     async fn get_tree(&self, request: Request<GetTreeRequest>) -> Result<Response<TreeStream>, Status> {
         let instance = self.instance(&request, |request| &request.instance_name)?;
         let walk = get_tree::Walk::decode(&instance, request.get_ref())?;
-        Ok(Response::new(get_tree::pages(self.0.cas.clone(), instance, walk, &self.0.walks)))
+        let call = Call::of(&request);
+        Ok(Response::new(get_tree::pages(self.0.cas.clone(), instance, walk, &self.0.walks, call)))
     }
 
     async fn split_blob(
@@ -237,6 +245,13 @@ impl Read {
         }
         check_batch_size("read", sum)?;
         Ok(batch)
+    }
+
+    /// What the answer takes at most: its entries and all contents.
+    fn answer_bytes(&self) -> usize {
+        let contents = self.wanted.iter().map(|digest| digest.size()).fold(0, u64::saturating_add);
+        let entries = inline::MESSAGE_MAX_BYTES - self.left;
+        entries.saturating_add(usize::try_from(contents).unwrap_or(usize::MAX))
     }
 }
 

@@ -37,7 +37,7 @@ impl Execution for ExecutionService {
         match scheduler.submit(submit.clone()).await {
             Ok(subscription) => {
                 call.operation(&subscription.info.instance, subscription.info.id);
-                Ok(self.stream(scheduler, subscription))
+                Ok(self.stream(scheduler, subscription, call))
             }
             Err(error @ Error::MissingBlobs(_)) => {
                 call.stillborn(&error);
@@ -60,13 +60,18 @@ impl Execution for ExecutionService {
         let scheduler = self.0.scheduler()?;
         let subscription = scheduler.watch(Watch { instance, id }).await?;
         call.action(subscription.info.action);
-        Ok(self.stream(scheduler, subscription))
+        Ok(self.stream(scheduler, subscription, call))
     }
 }
 
 impl ExecutionService {
-    fn stream(&self, scheduler: &Scheduler, subscription: Subscription) -> Response<OperationStream> {
-        let stream = operation_stream::follow(self.0.cas.clone(), scheduler.clone(), subscription);
+    fn stream(
+        &self,
+        scheduler: &Scheduler,
+        subscription: Subscription,
+        call: Call,
+    ) -> Response<OperationStream> {
+        let stream = operation_stream::follow(self.0.cas.clone(), scheduler.clone(), subscription, call);
         Response::new(stream.boxed())
     }
 }

@@ -11,7 +11,7 @@
 //! needs more waits until it is one of [`LARGE_WALKS_MAX`]. The others wait in order, which costs next to nothing. So that a
 //! client that does not read cannot hold up all others, its walk ends after [`PAGE_WAIT`].
 
-use super::{TreeStream, claim::unhindered, convert, inline, page_token};
+use super::{TreeStream, claim::unhindered, convert, inline, page_token, request_log::Call};
 use crate::{
     actors::cas::client::Cas,
     digest::Digest,
@@ -22,7 +22,7 @@ use crate::{
     wire::{self, Limits},
 };
 use bytes::Bytes;
-use futures::stream::{self, Stream, StreamExt as _};
+use futures::stream::{self, BoxStream, Stream, StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
 use std::{
     collections::{HashSet, VecDeque},
@@ -214,12 +214,37 @@ fn binding(root: &Digest) -> String {
 }
 
 /// The pages of a walk, once there is a place for it. A stream that is dropped frees its place, or leaves the line.
-pub fn pages(cas: Cas, instance: Instance, walk: Walk, walks: &Walks) -> TreeStream {
+///
+/// A page is made when there is room for it among the answers.
+pub fn pages(cas: Cas, instance: Instance, walk: Walk, walks: &Walks, call: Call) -> TreeStream {
     let pages = run(walk, walks.clone(), move |digests| {
         let (cas, instance) = (cas.clone(), instance.clone());
         async move { cas.read_many(&instance, digests).await }
     });
-    attended(pages).map(|page| page.map_err(Into::into)).boxed()
+    attended(with_room(pages.boxed(), call)).map(|page| page.map_err(Into::into)).boxed()
+}
+
+/// These pages, each made when there is room for it among the answers.
+fn with_room(
+    pages: BoxStream<'static, Result<GetTreeResponse>>,
+    call: Call,
+) -> impl Stream<Item = Result<GetTreeResponse>> {
+    stream::try_unfold(Some(pages), move |pages| {
+        let call = call.clone();
+        async move {
+            let Some(mut pages) = pages else { return Ok(None) };
+            call.reserve(PAGE_MAX_BYTES).await?;
+            let Some(page) = pages.try_next().await? else { return Ok(None) };
+            let bytes = page.encoded_len();
+            call.give_room_back_beyond(bytes);
+            if bytes > PAGE_MAX_BYTES {
+                call.give_room_back();
+                call.reserve(bytes).await?;
+            }
+            let is_last = page.next_page_token.is_empty();
+            Ok(Some((page, (!is_last).then_some(pages))))
+        }
+    })
 }
 
 /// The pages of a walk that goes on by itself, one page ahead, so that it ends when its client takes none for [`PAGE_WAIT`].

@@ -3,6 +3,7 @@
 //! A client gets contents only when it asks for them, whoever stored the result (AC-05), and next to their digest (AC-06).
 //! What does not fit into one message is left out; the result itself never is (AC-07).
 
+use super::request_log::Call;
 use crate::{
     actors::{
         cas::{client::Cas, results::RESULT_MAX_BYTES},
@@ -22,6 +23,9 @@ pub const MESSAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
 /// Tag and length of one inlined field, and the growth of the lengths around it, rounded up.
 const FIELD_BYTES: usize = 16;
 
+/// An operation round a result, rounded up.
+const ENVELOPE_BYTES: usize = 4 * 1024;
+
 /// A place for contents in a result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Slot {
@@ -30,18 +34,21 @@ enum Slot {
     File(usize),
 }
 
-/// The result as this client wants it; its digests are of `function`.
+/// The result as this client wants it; its digests are of `function`. Waits for room for it among the answers of `call`.
 pub async fn prepare(
     cas: &Cas,
     instance: &Instance,
     function: DigestFunction,
     want: &Inline,
     result: &reapi::ActionResult,
+    call: &Call,
 ) -> reapi::ActionResult {
     let mut result = strip(result.clone());
     let (slots, digests): (Vec<_>, Vec<_>) =
         plan(want, &result, function, RESULT_MAX_BYTES).into_iter().unzip();
-    if !slots.is_empty() {
+    let contents = digests.iter().map(|digest| digest.size() as usize + FIELD_BYTES).sum::<usize>();
+    let has_room = call.reserve(result.encoded_len() + contents + ENVELOPE_BYTES).await.is_ok();
+    if has_room && !slots.is_empty() {
         // Without contents the result is as good: the client reads the digests.
         if let Ok(contents) = cas.read_many(instance, digests).await {
             fill(&mut result, &slots, contents);

@@ -54,7 +54,7 @@ impl server::LogStreamService for LogStreamService {
             call.operation(&instance, id);
             self.check_operation(instance, id).await?;
         }
-        let name = self.0.log_streams.create(parent)?;
+        let name = self.0.log_streams.create(parent, call.caller())?;
         let write_resource_name = name.to_string();
         Ok(Response::new(LogStream { name: name.for_reading().to_string(), write_resource_name }))
     }

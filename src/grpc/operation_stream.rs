@@ -5,7 +5,7 @@
 //! changes faster than the client reads skips the states in between but never the last one. The stream ends with OK only after
 //! `done` (EXE-10); when the scheduler goes away before that, the end is UNAVAILABLE, which every client retries.
 
-use super::{ask::Scheduler, convert, inline};
+use super::{ask::Scheduler, convert, inline, request_log::Call};
 use crate::{
     actors::{
         cas::client::Cas,
@@ -38,10 +38,11 @@ pub async fn explain(scheduler: &Scheduler, info: &OperationInfo, snapshot: &mut
 }
 
 /// Makes the Operation message of a snapshot, with the contents that this client wants inlined.
-pub async fn encode(cas: &Cas, info: &OperationInfo, snapshot: &Snapshot) -> Operation {
+pub async fn encode(cas: &Cas, info: &OperationInfo, snapshot: &Snapshot, call: &Call) -> Operation {
     let result = match snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref()) {
         Some(result) => {
-            Some(inline::prepare(cas, &info.instance, info.action.function(), &info.inline, result).await)
+            let function = info.action.function();
+            Some(inline::prepare(cas, &info.instance, function, &info.inline, result, call).await)
         }
         None => None,
     };
@@ -53,15 +54,16 @@ pub fn follow(
     cas: Cas,
     scheduler: Scheduler,
     subscription: Subscription,
+    call: Call,
 ) -> impl Stream<Item = Result<Operation, Status>> + Send {
     let info = subscription.info.clone();
     snapshots(subscription, move |mut snapshot, is_first| {
-        let (cas, scheduler, info) = (cas.clone(), scheduler.clone(), info.clone());
+        let (cas, scheduler, info, call) = (cas.clone(), scheduler.clone(), info.clone(), call.clone());
         async move {
             if !is_first {
                 explain(&scheduler, &info, &mut snapshot).await;
             }
-            encode(&cas, &info, &snapshot).await
+            encode(&cas, &info, &snapshot, &call).await
         }
     })
 }

@@ -46,6 +46,7 @@ impl Operations for OperationsService {
         let call = Call::of(&request);
         let listing = Listing::decode(&self.0.instances, request.get_ref())?;
         call.instance(&listing.instance);
+        call.reserve(inline::MESSAGE_MAX_BYTES).await?;
         let mut limit = listing.limit;
         loop {
             let page = self.0.scheduler()?.list(listing.message(limit)).await?;
@@ -80,9 +81,10 @@ impl Operations for OperationsService {
         &self,
         request: Request<GetOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
-        let subscription = self.watch(&Call::of(&request), &request.get_ref().name).await?;
+        let call = Call::of(&request);
+        let subscription = self.watch(&call, &request.get_ref().name).await?;
         let (info, snapshot) = operation_stream::current(&subscription);
-        Ok(Response::new(self.answer(&info, snapshot).await?))
+        Ok(Response::new(self.answer(&info, snapshot, &call).await?))
     }
 
     async fn delete_operation(
@@ -108,9 +110,10 @@ impl Operations for OperationsService {
         request: Request<WaitOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
         let limit = wait_limit(request.get_ref().timeout.as_ref())?;
-        let mut subscription = self.watch(&Call::of(&request), &request.get_ref().name).await?;
+        let call = Call::of(&request);
+        let mut subscription = self.watch(&call, &request.get_ref().name).await?;
         let snapshot = operation_stream::settle(&mut subscription, limit).await?;
-        Ok(Response::new(self.answer(&subscription.info, snapshot).await?))
+        Ok(Response::new(self.answer(&subscription.info, snapshot, &call).await?))
     }
 }
 
@@ -123,9 +126,9 @@ impl OperationsService {
         Ok(subscription)
     }
 
-    async fn answer(&self, info: &OperationInfo, mut snapshot: Snapshot) -> Result<Operation> {
+    async fn answer(&self, info: &OperationInfo, mut snapshot: Snapshot, call: &Call) -> Result<Operation> {
         operation_stream::explain(self.0.scheduler()?, info, &mut snapshot).await;
-        Ok(operation_stream::encode(&self.0.cas, info, &snapshot).await)
+        Ok(operation_stream::encode(&self.0.cas, info, &snapshot, call).await)
     }
 }
 

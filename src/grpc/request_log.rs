@@ -8,7 +8,9 @@ mod line;
 use super::{accept::ConnectionInfo, convert};
 use crate::{
     actors::scheduler::operation::{ClientInfo, OperationId},
+    budget::Share,
     caller::Caller,
+    connections::answers::FRAME_BYTES,
     digest::Digest,
     error::Error,
     instance::Instance,
@@ -52,6 +54,8 @@ struct State {
     client: ClientInfo,
     connection: Option<ConnectionInfo>,
     notes: Mutex<Notes>,
+    /// Room for what is to be answered.
+    room: Mutex<Option<Share>>,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
     /// What a shutdown waits for; `None` for what clients keep open. It ends with the line.
@@ -83,12 +87,92 @@ impl Call {
 
     /// The network address of who asks.
     pub fn peer(&self) -> Option<SocketAddr> {
-        self.0.connection.map(|connection| connection.address)
+        self.0.connection.as_ref().map(ConnectionInfo::address)
     }
 
     /// To whom what the call takes is charged.
     pub fn caller(&self) -> Caller {
-        self.0.connection.map(|connection| connection.caller).unwrap_or_default()
+        self.0.connection.as_ref().map(ConnectionInfo::caller).unwrap_or_default()
+    }
+
+    /// The connection that it came over; `None` for a request that does not come from a socket.
+    pub fn connection(&self) -> Option<&ConnectionInfo> {
+        self.0.connection.as_ref()
+    }
+
+    /// Waits for room for this much of the answer, and keeps it for what is sent next.
+    ///
+    /// # Errors
+    /// `Exhausted` when there is none for too long.
+    pub async fn reserve(&self, bytes: usize) -> Result<(), Error> {
+        if let Some(connection) = self.connection() {
+            self.keep(connection.state.reserve(bytes as u64 + 2 * FRAME_BYTES).await?);
+        }
+        Ok(())
+    }
+
+    /// As [`Call::reserve`], but for answers to requests that are too large to let them wait.
+    ///
+    /// # Errors
+    /// `Exhausted` when there is no room at once.
+    pub fn reserve_now(&self, bytes: usize) -> Result<(), Error> {
+        if let Some(connection) = self.connection() {
+            self.keep(connection.state.reserve_now(bytes as u64 + 2 * FRAME_BYTES)?);
+        }
+        Ok(())
+    }
+
+    /// Reserves room for the next piece of a stream, and says how many bytes it may have, `max` at most.
+    ///
+    /// # Errors
+    /// As [`Call::reserve`].
+    pub async fn reserve_piece(&self, max: usize) -> Result<usize, Error> {
+        let Some(connection) = self.connection() else { return Ok(max) };
+        if self.has_room() {
+            // Small messages are collected to a frame while more are at hand. They go out first, so that no more is held than
+            // one piece.
+            tokio::task::yield_now().await;
+        }
+        let (piece, room) = connection.state.reserve_piece(max).await?;
+        self.keep(room);
+        Ok(piece)
+    }
+
+    fn has_room(&self) -> bool {
+        self.0.room.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn keep(&self, room: Share) {
+        let mut kept = self.0.room.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *kept {
+            Some(kept) => kept.merge(room),
+            None => *kept = Some(room),
+        }
+    }
+
+    /// As much of the room that was reserved as this, if there is so much. What would be left for the framing goes with it.
+    pub(super) fn take_room(&self, bytes: u64) -> Option<Share> {
+        let mut kept = self.0.room.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = kept.as_mut().filter(|kept| kept.amount() >= bytes)?;
+        let rest = all.amount() - bytes;
+        let part = all.split(if rest <= 2 * FRAME_BYTES { all.amount() } else { bytes });
+        if all.amount() == 0 {
+            *kept = None;
+        }
+        Some(part)
+    }
+
+    /// Gives back what was reserved for more than this much of an answer.
+    pub(super) fn give_room_back_beyond(&self, bytes: usize) {
+        let mut kept = self.0.room.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kept) = &mut *kept {
+            kept.shrink_to(bytes as u64 + 2 * FRAME_BYTES);
+        }
+    }
+
+    /// Gives back what was reserved and is not needed.
+    pub(super) fn give_room_back(&self) {
+        drop(self.0.room.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
     /// Notes the namespace.
@@ -175,8 +259,9 @@ where
     }
 
     fn call(&mut self, mut request: Request<TonicBody>) -> Self::Future {
-        let connection = request.extensions().get::<ConnectionInfo>().copied();
+        let connection = request.extensions().get::<ConnectionInfo>().cloned();
         let client = convert::client_info(request.headers());
+        let open = connection.as_ref().map(|connection| connection.state.begin_call());
         let is_open_ended = OPEN_ENDED.iter().any(|prefix| request.uri().path().starts_with(prefix));
         let unfinished = (!is_open_ended).then(|| self.under_way.begin());
         let call = Call(Arc::new(State { client, connection, unfinished, ..State::default() }));
@@ -186,6 +271,7 @@ where
             uri: request.uri().clone(),
             code: None,
             error: String::new(),
+            _open: open,
         };
         request.extensions_mut().insert(call.clone());
         let request = request.map(|inner| TonicBody::new(CountedBody { inner, call }));

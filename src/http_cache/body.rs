@@ -6,6 +6,7 @@ use super::request_log::Line;
 use crate::{
     actors::cas::{blob::BlobReader, new_blob::NewBlob, zstd_reader::ZstdReader},
     compression::Decoder,
+    connections::{ConnectionState, answers::FRAME_BYTES},
     error::{Error, Result},
 };
 use axum::{
@@ -15,36 +16,48 @@ use axum::{
 };
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
-use std::{ops::Range, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 /// Bytes that are sent at a time.
 const PIECE_BYTES: usize = 128 * 1024;
 /// How long an upload may be silent.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
-/// A part of a blob as it is.
-pub fn of_blob(reader: BlobReader, part: Range<u64>) -> Body {
-    Body::from_stream(stream::try_unfold((reader, part), |(reader, mut part)| async move {
+/// A part of a blob as it is, read piece by piece as there is room among the answers of this connection.
+pub fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) -> Body {
+    let start = (reader, part, to.clone());
+    Body::from_stream(stream::try_unfold(start, |(reader, mut part, to)| async move {
         if part.is_empty() {
             return Ok::<_, Error>(None);
         }
-        let piece = next_piece(&reader, &part).await?;
+        let (max, room) = to.reserve_piece(PIECE_BYTES).await?;
+        let piece = next_piece(&reader, &part, max).await?;
         part.start = part.start.saturating_add(piece.len() as u64);
-        Ok(Some((piece, (reader, part))))
+        Ok(Some((to.charge(piece, room), (reader, part, to))))
     }))
 }
 
-/// A whole blob, compressed.
-pub fn of_zstd(reader: ZstdReader) -> Body {
-    Body::from_stream(stream::try_unfold(reader, |mut reader| async move {
-        let piece = reader.next(PIECE_BYTES).await?;
-        Ok::<_, Error>(piece.map(|piece| (piece, reader)))
+/// A whole blob, compressed; otherwise as [`of_blob`].
+pub fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
+    Body::from_stream(stream::try_unfold((reader, to.clone()), |(mut reader, to)| async move {
+        let (max, room) = to.reserve_piece(PIECE_BYTES).await?;
+        let piece = reader.next(max).await?;
+        Ok::<_, Error>(piece.map(|piece| (to.charge(piece, room), (reader, to))))
     }))
 }
 
-async fn next_piece(reader: &BlobReader, part: &Range<u64>) -> Result<Bytes> {
+/// A message that is made when there is room for it.
+///
+/// # Errors
+/// `Exhausted` when there is none for too long.
+pub async fn of_message(message: &impl prost::Message, to: &Arc<ConnectionState>) -> Result<Body> {
+    let room = to.reserve(message.encoded_len() as u64 + FRAME_BYTES).await?;
+    Ok(Body::from(to.charge(message.encode_to_vec().into(), room)))
+}
+
+async fn next_piece(reader: &BlobReader, part: &Range<u64>, max: usize) -> Result<Bytes> {
     let left = usize::try_from(part.end - part.start).unwrap_or(usize::MAX);
-    let piece = reader.read_at(part.start, left.min(PIECE_BYTES)).await?;
+    let piece = reader.read_at(part.start, left.min(max)).await?;
     if piece.is_empty() {
         return Err(Error::DataLoss(format!("a blob ends early, at byte {}", part.start)));
     }
@@ -174,7 +187,7 @@ fn too_large(max: u64) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{compression::WINDOW_MAX_LOG, under_way::UnderWay};
+    use crate::{compression::WINDOW_MAX_LOG, connections::Connections, under_way::UnderWay};
     use axum::http::{Method, Uri};
     use proptest::prelude::*;
     use std::io::Write as _;
@@ -187,12 +200,10 @@ mod tests {
         let mut request = Request::new(Body::from_stream(stream::iter(pieces)));
         request.headers_mut().insert(header::CONTENT_ENCODING, "zstd".parse().unwrap());
         let runtime = Builder::new_current_thread().enable_time().build().unwrap();
-        let mut line = Line::new(
-            ([127, 0, 0, 1], 1).into(),
-            &Method::PUT,
-            &Uri::from_static("/"),
-            UnderWay::default().begin(),
-        );
+        let admitted = Connections::default().admit(([127, 0, 0, 1], 1).into()).unwrap();
+        let connection = admitted.state().clone();
+        let mut line =
+            Line::new(&connection, &Method::PUT, &Uri::from_static("/"), UnderWay::default().begin());
         runtime.block_on(async { Upload::new(request, max)?.collect(&mut line).await })
     }
 

@@ -1,9 +1,12 @@
-//! Connections: accepted up to a bound, served one request after the other, and closed so that the last answer arrives.
+//! Connections: let in by [`Connections`], served one request after the other, and closed so that the last answer arrives.
 //!
 //! No client is waited for without a limit: for the head of a request it is here, for its body in [`super::body`], and for
 //! one that does not read its answer in the kernel.
 
-use crate::{acknowledge::Prompt, caller::Caller};
+use crate::{
+    acknowledge::Prompt,
+    connections::{ConnectionState, Connections},
+};
 use axum::{
     body::Body,
     extract::Request,
@@ -21,7 +24,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr},
     pin::{Pin, pin},
     sync::{
         Arc,
@@ -34,12 +37,10 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     select,
-    sync::{Semaphore, watch},
+    sync::watch,
     time::timeout,
 };
 
-/// Connections at a time; more wait in the listener's queue. Twice the requests, since many only keep a connection for later.
-const MAX_CONNECTIONS: usize = 2 * super::MAX_REQUESTS;
 /// How long a client may take for the head of a request, counted from the answer before: idle connections end by it too.
 const HEAD_LIMIT: Duration = Duration::from_secs(60);
 /// How long a client may leave what we send unread before the kernel gives the connection up.
@@ -51,10 +52,10 @@ const LINGER: Duration = Duration::from_secs(2);
 const LINGER_BYTES: usize = 16 * 1024;
 
 /// The two ends of a connection.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Ends {
     /// The client's.
-    pub peer: SocketAddr,
+    pub client: Arc<ConnectionState>,
     /// The address of ours that the client has connected to.
     pub here: IpAddr,
 }
@@ -62,34 +63,34 @@ pub struct Ends {
 /// Accepts connections until `shutdown` ends, then waits for the end of those that there are.
 pub async fn serve(
     listener: TcpListener,
+    connections: Connections,
     shutdown: impl Future<Output = ()>,
     answer: impl Fn(Ends, Request) -> BoxFuture<'static, Response> + Clone + Send + Sync + Unpin + 'static,
 ) {
     let mut listener = listener.tap_io(prepare);
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let closing = watch::Sender::new(false);
     let mut shutdown = pin!(shutdown);
     loop {
-        let next = async {
-            let place = places.clone().acquire_owned().await;
-            (place, listener.accept().await)
-        };
-        let (place, (stream, peer)) = select! {
+        let (stream, peer) = select! {
             () = &mut shutdown => break,
-            next = next => next,
+            accepted = listener.accept() => accepted,
         };
         // Without an address of ours, only requests for loopback and for listed names are answered.
         let here = stream.local_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip());
-        let ends = Ends { peer, here };
+        let Some(admitted) = connections.admit(peer) else { continue };
+        let ends = Ends { client: admitted.state().clone(), here };
         let (answer, closed) = (answer.clone(), closing.subscribe());
-        let caller = Caller::connected(peer);
         tokio::spawn(async move {
+            let state = admitted.state();
             let answer = move |mut request: Request| {
-                request.extensions_mut().insert(caller);
-                answer(ends, request)
+                request.extensions_mut().insert(state.caller);
+                answer(ends.clone(), request)
             };
-            serve_one(stream, closed, answer).await;
-            drop(place);
+            // One that has to close takes nothing with it that somebody waits for.
+            select! {
+                () = serve_one(stream, closed, answer) => {}
+                _ = poll_fn(|context| state.poll_closing(context)) => {}
+            }
         });
     }
     drop(listener);

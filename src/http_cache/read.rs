@@ -2,7 +2,7 @@
 
 use super::{
     HttpCache,
-    body::{accepts_zstd, of_blob, of_zstd},
+    body::{accepts_zstd, of_blob, of_message, of_zstd},
     range::{self, Asked},
     request_log::Line,
     resource::Hash,
@@ -15,7 +15,6 @@ use crate::{
     proto::reapi,
 };
 use axum::{
-    body::Body,
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
 };
@@ -51,12 +50,12 @@ pub async fn value(
 }
 
 /// An action result, complete (AC-03).
-pub async fn result((cache, instance): Target<'_>, hash: Hash) -> Result<Response> {
+pub async fn result((cache, instance): Target<'_>, hash: Hash, line: &Line) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("the action with hash {} has no result here", like.hash_hex()));
     let action = cache.cas.action_by_hash(instance, like).await?.ok_or_else(absent)?;
     let result = cache.cas.get_result(instance, action).await?.ok_or_else(absent)?;
-    let mut response = Response::new(Body::from(result.encode_to_vec()));
+    let mut response = Response::new(of_message(&*result, line.connection()).await?);
     let kind = HeaderValue::from_static("application/octet-stream");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response.headers_mut().insert(header::CONTENT_LENGTH, result.encoded_len().into());
@@ -94,6 +93,7 @@ async fn stored(
     line: &mut Line,
 ) -> Result<Response> {
     line.blob(digest);
+    let to = line.connection();
     let size = digest.size();
     // Nothing here has a validator that If-Range could name, so what it names is not what is here.
     let range = headers.get(header::RANGE).filter(|_| !headers.contains_key(header::IF_RANGE));
@@ -102,15 +102,15 @@ async fn stored(
     let compressed = asked == Asked::Whole && size >= COMPRESS_FROM_BYTES && accepts_zstd(headers);
     let (code, body, length, content_range) = match asked {
         Asked::Whole if compressed => {
-            (StatusCode::OK, of_zstd(cache.cas.open_zstd(instance, digest, 0).await?), None, None)
+            (StatusCode::OK, of_zstd(cache.cas.open_zstd(instance, digest, 0).await?, to), None, None)
         }
         Asked::Whole => {
-            (StatusCode::OK, of_blob(cache.cas.open(instance, digest).await?, 0..size), Some(size), None)
+            (StatusCode::OK, of_blob(cache.cas.open(instance, digest).await?, 0..size, to), Some(size), None)
         }
         Asked::Part(part) => {
             let shown = format!("bytes {}-{}/{size}", part.start, part.end.saturating_sub(1));
             let length = part.end.saturating_sub(part.start);
-            let body = of_blob(cache.cas.open(instance, digest).await?, part);
+            let body = of_blob(cache.cas.open(instance, digest).await?, part, to);
             (StatusCode::PARTIAL_CONTENT, body, Some(length), Some(shown))
         }
         Asked::Unsatisfiable => {

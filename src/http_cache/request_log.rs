@@ -1,7 +1,13 @@
 //! One log line for each request, written when its response is over or its client is gone.
 
 use super::LOG;
-use crate::{digest::Digest, error::Error, instance::Instance, under_way::Unfinished};
+use crate::{
+    connections::{ConnectionState, OpenCall},
+    digest::Digest,
+    error::Error,
+    instance::Instance,
+    under_way::Unfinished,
+};
 use axum::{
     body::{Body, Bytes, HttpBody},
     http::{Method, StatusCode, Uri},
@@ -12,6 +18,7 @@ use log::{Level, Record, kv::Value};
 use std::{
     net::SocketAddr,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Instant,
 };
@@ -29,7 +36,8 @@ const ERROR_MAX_BYTES: usize = 512;
 pub struct Line {
     method: String,
     path: String,
-    peer: SocketAddr,
+    connection: Arc<ConnectionState>,
+    _open: OpenCall,
     started: Instant,
     status: Option<StatusCode>,
     instance: Option<Instance>,
@@ -43,11 +51,17 @@ pub struct Line {
 
 impl Line {
     /// The line of a request that has just begun.
-    pub fn new(peer: SocketAddr, method: &Method, uri: &Uri, unfinished: Unfinished) -> Self {
+    pub fn new(
+        connection: &Arc<ConnectionState>,
+        method: &Method,
+        uri: &Uri,
+        unfinished: Unfinished,
+    ) -> Self {
         Self {
             method: shorten(method.as_str().to_owned(), METHOD_MAX_BYTES),
             path: shorten(uri.path().to_owned(), PATH_MAX_BYTES),
-            peer,
+            connection: connection.clone(),
+            _open: connection.begin_call(),
             started: Instant::now(),
             status: None,
             instance: None,
@@ -62,7 +76,12 @@ impl Line {
 
     /// Who asks.
     pub fn peer(&self) -> SocketAddr {
-        self.peer
+        self.connection.address
+    }
+
+    /// The connection that the answer goes over.
+    pub fn connection(&self) -> &Arc<ConnectionState> {
+        &self.connection
     }
 
     /// Notes the namespace.
@@ -115,7 +134,8 @@ impl Drop for Line {
             return;
         }
         let duration_us = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let (peer, digest) = (self.peer.to_string(), self.digest.map(|digest| digest.to_string()));
+        let (peer, digest) =
+            (self.connection.address.to_string(), self.digest.map(|digest| digest.to_string()));
         let mut fields: Vec<(&str, Value<'_>)> = vec![
             ("event", "http_finished".into()),
             ("method", self.method.as_str().into()),

@@ -16,6 +16,11 @@ fn limits() -> Limits {
     Limits { streams: 8, bytes: 1 << 20, stream_bytes: 1 << 19, idle: Some(hour), kept: hour }
 }
 
+/// A client with an address of its own.
+fn client(host: u8) -> Caller {
+    Caller::connected(([127, 0, 0, host], 1).into())
+}
+
 struct Bench {
     streams: LogStreams,
     directory: tempfile::TempDir,
@@ -81,7 +86,7 @@ proptest! {
     ) {
         runtime().block_on(async {
             let bench = Bench::new(limits());
-            let created = bench.streams.create("main".into()).unwrap();
+            let created = bench.streams.create("main".into(), client(1)).unwrap();
             let read = created.for_reading();
             let writer = bench.streams.writer(&created).unwrap();
             let mut model: Vec<u8> = Vec::new();
@@ -125,7 +130,7 @@ proptest! {
 #[tokio::test]
 async fn two_writers_cannot_write_the_same_place() {
     let bench = Bench::new(limits());
-    let name = bench.streams.create("main".into()).unwrap();
+    let name = bench.streams.create("main".into(), client(2)).unwrap();
     let (one, two) = (bench.streams.writer(&name).unwrap(), bench.streams.writer(&name).unwrap());
     let (one, two) = tokio::join!(one.append(0, "one".into(), false), two.append(0, "two".into(), false));
     assert!(one.is_ok() != two.is_ok(), "{one:?} {two:?}");
@@ -139,7 +144,7 @@ async fn two_writers_cannot_write_the_same_place() {
 #[tokio::test]
 async fn only_the_exact_names_open_a_stream() {
     let bench = Bench::new(limits());
-    let name = bench.streams.create("main".into()).unwrap();
+    let name = bench.streams.create("main".into(), client(3)).unwrap();
     let read = name.for_reading();
     assert!(matches!(bench.streams.writer(&read), Err(Error::Invalid(_))));
     assert!(matches!(bench.streams.follow(&name), Err(Error::Invalid(_))));
@@ -219,7 +224,7 @@ async fn a_link_or_a_fifo_in_the_place_of_a_log_is_not_followed() {
 #[tokio::test]
 async fn readers_do_not_wait_for_ever() {
     let bench = Bench::new(Limits { idle: Some(Duration::ZERO), ..limits() });
-    let idle = bench.streams.create("main".into()).unwrap();
+    let idle = bench.streams.create("main".into(), client(4)).unwrap();
     let reader = tokio::spawn(rest(bench.streams.follow(&idle.for_reading()).unwrap(), 0));
     let sweeping = tokio::spawn(bench.streams.clone().sweep());
     assert!(matches!(reader.await.unwrap(), Err(Error::DeadlineExceeded(_))));
@@ -234,10 +239,10 @@ async fn readers_do_not_wait_for_ever() {
 #[tokio::test]
 async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
     let bench = Bench::new(Limits { streams: 2, bytes: 10, stream_bytes: 6, ..limits() });
-    let one = bench.streams.create("main".into()).unwrap();
-    let two = bench.streams.create("main".into()).unwrap();
+    let one = bench.streams.create("main".into(), client(5)).unwrap();
+    let two = bench.streams.create("main".into(), client(6)).unwrap();
     let full = |error| matches!(error, Error::Exhausted { .. });
-    assert!(full(bench.streams.create("main".into()).unwrap_err()));
+    assert!(full(bench.streams.create("main".into(), client(7)).unwrap_err()));
     let (one, writer) = (bench.streams.writer(&one).unwrap(), bench.streams.writer(&two).unwrap());
     one.append(0, "123456".into(), false).await.unwrap();
     let too_long = one.append(6, "7".into(), false).await.unwrap_err();
@@ -247,10 +252,29 @@ async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
     assert_eq!(writer.committed(), Committed { bytes: 4, finished: false });
     // A finished stream makes room; whoever reads it already reads on.
     one.append(6, Bytes::new(), true).await.unwrap();
-    let three = bench.streams.create("main".into()).unwrap();
+    let three = bench.streams.create("main".into(), client(8)).unwrap();
     writer.append(4, "56".into(), true).await.unwrap();
     assert_eq!(rest(bench.streams.follow(&two.for_reading()).unwrap(), 0).await.unwrap(), b"123456");
     assert!(bench.streams.writer(&three).is_ok());
     // Nothing lies around under a name.
     assert_eq!(fs::read_dir(bench.directory.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn unfinished_streams_of_one_client_leave_places_and_bytes_for_others() {
+    let bench = Bench::new(Limits { streams: 9, bytes: 90, stream_bytes: 90, ..limits() });
+    let greedy = client(1);
+    let mut made: Vec<_> = (0..8).map(|_| bench.streams.create("main".into(), greedy).unwrap()).collect();
+    assert!(matches!(bench.streams.create("main".into(), greedy), Err(Error::Exhausted { .. })));
+    let other = bench.streams.create("main".into(), client(2)).unwrap();
+    let writer = bench.streams.writer(&made.pop().unwrap()).unwrap();
+    writer.append(0, vec![b'x'; 80].into(), false).await.unwrap();
+    let refused = writer.append(80, "x".into(), false).await.unwrap_err();
+    assert!(matches!(refused, Error::Exhausted { .. }), "{refused}");
+    let other = bench.streams.writer(&other).unwrap();
+    other.append(0, vec![b'x'; 10].into(), true).await.unwrap();
+    // What is finished makes room, here first for its own client.
+    writer.append(80, Bytes::new(), true).await.unwrap();
+    bench.streams.create("main".into(), greedy).unwrap();
+    assert_eq!(bench.streams.0.bytes.held(), 0);
 }

@@ -6,14 +6,20 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod connections;
 mod decoding;
 mod fairness;
 mod find_missing;
 mod harness;
+mod log_streams;
+#[allow(dead_code)]
+mod raw;
 mod reservations;
+mod resets;
 #[allow(dead_code)]
 #[path = "../wire/support.rs"]
 mod support;
+mod unread_answers;
 
 /// The attack that does nothing: the harness works, and the server is as it should be at rest.
 #[tokio::test]

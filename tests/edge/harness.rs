@@ -79,6 +79,7 @@ impl Server {
             walks: Default::default(),
             log_streams: log_streams(executes, store.path()),
             under_way: UnderWay::default(),
+            connections: Default::default(),
             settings: Settings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,

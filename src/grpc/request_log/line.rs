@@ -1,7 +1,9 @@
 //! The text of the log line: which fields it has, and how they are written.
 
 use super::{Call, ERROR_MAX_BYTES, METHOD_MAX_BYTES, Notes, RPC_FINISHED, TARGET};
-use crate::{actors::scheduler::operation::ClientInfo, grpc::status, under_way::Unfinished};
+use crate::{
+    actors::scheduler::operation::ClientInfo, connections::OpenCall, grpc::status, under_way::Unfinished,
+};
 use http::{HeaderMap, Uri};
 use log::kv::{self, Key, Value, VisitSource};
 use std::{
@@ -20,6 +22,8 @@ pub(super) struct Line {
     pub code: Option<Code>,
     /// The message of a status that is not OK.
     pub error: String,
+    /// Held so that the connection is not taken for idle.
+    pub _open: Option<OpenCall>,
 }
 
 impl Line {
@@ -33,11 +37,23 @@ impl Line {
     }
 }
 
+impl Line {
+    /// Whether the call gets a line. Those that were cancelled, refused, or given up before their request was sent cost their
+    /// clients nothing, so only so many do; the others are counted.
+    fn is_listed(&self) -> bool {
+        let code = self.code.unwrap_or(Code::Cancelled);
+        let sent_nothing = self.call.0.bytes_in.load(Ordering::Relaxed) == 0;
+        let is_cheap = self.code.is_none() || code == Code::ResourceExhausted || sent_nothing;
+        let connection = self.call.connection().filter(|_| is_cheap);
+        connection.is_none_or(|info| info.connections.takes_line(info.caller().peer, code_name(code)))
+    }
+}
+
 impl Drop for Line {
     fn drop(&mut self) {
         self.call.turn(Unfinished::end);
         let level = log::Level::Info;
-        if !log::log_enabled!(target: TARGET, level) {
+        if !log::log_enabled!(target: TARGET, level) || !self.is_listed() {
             return;
         }
         let fields = Fields {

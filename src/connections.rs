@@ -1,0 +1,303 @@
+//! [`Connections`]: the connections that there are, of both ports, and which of them have to go.
+//!
+//! A connection costs a descriptor and memory for as long as its client likes. So there is a limit, which leaves descriptors
+//! for files and commands, and it is shared out by peer as every [`Budget`] is. A client beyond it takes the place of the
+//! connection that has been idle for longest, among those of its own address or, at the limit of the server, of the address
+//! that has most; where all are busy it is refused. What a client may keep others waiting with has a limit of time each.
+//!
+//! It also owns what is counted by peer over all connections: cancelled calls, and the lines about them in the log.
+
+pub mod answers;
+pub mod rate;
+mod state;
+
+pub use state::{ConnectionState, OpenCall, Reason};
+
+use crate::{
+    budget::{Bound, Bounds, Budget},
+    caller::{Caller, ConnectionId, Peer},
+};
+use rate::{Bucket, Rate};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+use tokio::time::{Instant, interval};
+
+/// Connections at a time, where there are descriptors enough. An idle one takes about 20 KB.
+pub const CONNECTIONS_MAX: u64 = 8_192;
+/// Of the descriptors of this process, the part that connections may take.
+pub const CONNECTIONS_PER_DESCRIPTOR: u64 = 8;
+/// Calls at a time over all connections, where there are descriptors enough: each may hold a file open.
+pub const CALLS_MAX: u64 = 65_536;
+/// Of the descriptors of this process, the part that calls may take.
+pub const CALLS_PER_DESCRIPTOR: u64 = 2;
+/// How long a client may take for its first request. One that connects ahead of time connects again without notice.
+pub const FIRST_REQUEST_LIMIT: Duration = Duration::from_secs(60);
+/// How long the head of a request may take from its first frame to its last.
+pub const HEAD_LIMIT: Duration = Duration::from_secs(20);
+/// How long a client may leave its socket unread while bytes wait for it.
+pub const UNREAD_LIMIT: Duration = Duration::from_secs(60);
+/// How long a client may take nothing of the answers that wait for it, although it reads its socket; as long as one of its
+/// downloads may be left alone.
+pub const UNTAKEN_LIMIT: Duration = crate::grpc::stalled::READ_IDLE_LIMIT;
+/// Calls of one peer that may be cancelled without having finished others: a build with thousands of actions under way that
+/// fails cancels them all.
+pub const PEER_RESETS: Rate = Rate { burst: 20_000, per_second: 1_000 };
+/// Lines about cancelled and refused calls of one peer; more are counted.
+pub const PEER_LINES: Rate = Rate { burst: 200, per_second: 20 };
+/// How often the connections are looked at.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Lines about what was counted, for each look.
+const TALLY_LINES_MAX: usize = 32;
+
+/// Time in milliseconds since these connections came to be, plus one, so that it is never 0.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock(Instant);
+
+impl Clock {
+    fn now_ms(self) -> u64 {
+        u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+}
+
+/// See the top of this file. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Connections(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    clock: Clock,
+    places: Budget,
+    calls: Budget,
+    answers: Budget,
+    books: Mutex<Books>,
+}
+
+#[derive(Debug, Default)]
+struct Books {
+    open: HashMap<ConnectionId, Arc<ConnectionState>>,
+    peers: HashMap<Peer, PeerRates>,
+    tally: BTreeMap<(Peer, Counted), u64>,
+}
+
+#[derive(Debug)]
+struct PeerRates {
+    resets: Bucket,
+    lines: Bucket,
+}
+
+/// What is told in the log by its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Counted {
+    Closed(Reason),
+    Rpc(&'static str),
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self::new(u64::MAX)
+    }
+}
+
+impl Connections {
+    /// No connections yet, of a process that may have this many descriptors.
+    pub fn new(descriptors: u64) -> Self {
+        let total = CONNECTIONS_MAX.min(descriptors / CONNECTIONS_PER_DESCRIPTOR).max(1);
+        let places = Bounds { what: "connections", total, connection: 1 };
+        let total = CALLS_MAX.min(descriptors / CALLS_PER_DESCRIPTOR).max(1);
+        let calls = Bounds { what: "calls at a time", total, connection: crate::grpc::STREAMS_MAX.into() };
+        Self(Arc::new(Inner {
+            clock: Clock(Instant::now()),
+            places: Budget::new(places),
+            calls: Budget::new(calls),
+            answers: Budget::new(answers::ANSWERS),
+            books: Mutex::default(),
+        }))
+    }
+
+    /// The calls under way.
+    pub fn calls(&self) -> &Budget {
+        &self.0.calls
+    }
+
+    /// Lets a new connection in; `None` when it has to be refused.
+    pub fn admit(&self, address: SocketAddr) -> Option<Admitted> {
+        let caller = Caller::connected(address);
+        let place = loop {
+            let bound = match self.0.places.take(caller, 1) {
+                Ok(place) => break place,
+                Err(refusal) => refusal.bound(),
+            };
+            let victim = oldest_idle(&self.books().open, (bound != Bound::Server).then_some(caller.peer));
+            let Some(victim) = victim else {
+                self.count(caller.peer, Counted::Closed(Reason::TooMany), 1);
+                return None;
+            };
+            self.close(&victim, Reason::Idle);
+        };
+        let (clock, answers) = (self.0.clock, self.0.answers.clone());
+        let state = Arc::new(ConnectionState::new(caller, address, clock, answers, Some(place)));
+        self.books().open.insert(caller.connection, state.clone());
+        Some(Admitted { connections: self.clone(), state })
+    }
+
+    /// Tells a connection to close.
+    pub fn close(&self, state: &ConnectionState, reason: Reason) {
+        self.books().open.remove(&state.caller.connection);
+        if state.close(reason) {
+            self.count(state.caller.peer, Counted::Closed(reason), 1);
+        }
+    }
+
+    /// Counts cancelled calls of a peer, and as many that finished; false when it cancels too much.
+    pub fn take_resets(&self, peer: Peer, resets: u64, finished: u64) -> bool {
+        let now = self.0.clock.now_ms();
+        let mut books = self.books();
+        let rates = books.rates(peer, now);
+        rates.resets.earn(finished);
+        rates.resets.take(resets, now)
+    }
+
+    /// Whether a cancelled or refused call of a peer gets a line of its own; otherwise it was counted.
+    pub fn takes_line(&self, peer: Peer, code: &'static str) -> bool {
+        let now = self.0.clock.now_ms();
+        let takes = self.books().rates(peer, now).lines.take(1, now);
+        if !takes {
+            self.count(peer, Counted::Rpc(code), 1);
+        }
+        takes
+    }
+
+    /// Closes what is over its time and tells what was counted, every second, for as long as there are connections to come.
+    pub async fn sweep(self) {
+        let inner = Arc::downgrade(&self.0);
+        drop(self);
+        let mut ticks = interval(SWEEP_INTERVAL);
+        loop {
+            ticks.tick().await;
+            let Some(connections) = Weak::upgrade(&inner).map(Self) else { return };
+            connections.look();
+        }
+    }
+
+    fn look(&self) {
+        let now = self.0.clock.now_ms();
+        let overdue: Vec<_> = {
+            let books = self.books();
+            let overdue = books.open.values().filter_map(|state| Some((state.clone(), state.overdue(now)?)));
+            overdue.collect()
+        };
+        for (state, reason) in overdue {
+            self.close(&state, reason);
+        }
+        let tally = {
+            let mut books = self.books();
+            books.peers.retain(|_, rates| !(rates.resets.is_full(now) && rates.lines.is_full(now)));
+            std::mem::take(&mut books.tally)
+        };
+        tell(tally);
+    }
+
+    fn count(&self, peer: Peer, what: Counted, number: u64) {
+        *self.books().tally.entry((peer, what)).or_default() += number;
+    }
+
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Books {
+    fn rates(&mut self, peer: Peer, now_ms: u64) -> &mut PeerRates {
+        self.peers.entry(peer).or_insert_with(|| PeerRates {
+            resets: Bucket::new(PEER_RESETS, now_ms),
+            lines: Bucket::new(PEER_LINES, now_ms),
+        })
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let books = self.books.get_mut().unwrap_or_else(PoisonError::into_inner);
+        tell(std::mem::take(&mut books.tally));
+    }
+}
+
+/// A connection that was let in, until this is dropped.
+#[derive(Debug)]
+pub struct Admitted {
+    connections: Connections,
+    state: Arc<ConnectionState>,
+}
+
+impl Admitted {
+    /// What is known about it.
+    pub fn state(&self) -> &Arc<ConnectionState> {
+        &self.state
+    }
+
+    /// Those that it is one of.
+    pub fn connections(&self) -> &Connections {
+        &self.connections
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.connections.books().open.remove(&self.state.caller.connection);
+        self.state.give_up_place();
+    }
+}
+
+/// The connection that has been idle for longest, of this peer or of the one that has most connections.
+fn oldest_idle(
+    open: &HashMap<ConnectionId, Arc<ConnectionState>>,
+    peer: Option<Peer>,
+) -> Option<Arc<ConnectionState>> {
+    let peer = peer.or_else(|| {
+        let mut counts: HashMap<Peer, usize> = HashMap::new();
+        for state in open.values() {
+            *counts.entry(state.caller.peer).or_default() += 1;
+        }
+        counts.into_iter().max_by_key(|(_, count)| *count).map(|(peer, _)| peer)
+    })?;
+    let idle = open.values().filter(|state| state.caller.peer == peer);
+    let idle = idle.filter_map(|state| Some((state.idle_since_ms()?, state.caller.connection)));
+    let (_, oldest) = idle.min()?;
+    open.get(&oldest).cloned()
+}
+
+/// One line for each peer and thing, up to a bound; the rest in one line for each thing.
+fn tell(tally: BTreeMap<(Peer, Counted), u64>) {
+    let mut rest: BTreeMap<Counted, u64> = BTreeMap::new();
+    for (at, ((peer, what), number)) in tally.into_iter().enumerate() {
+        if at < TALLY_LINES_MAX {
+            tell_one(&peer.to_string(), what, number);
+        } else {
+            *rest.entry(what).or_default() += number;
+        }
+    }
+    for (what, number) in rest {
+        tell_one("others", what, number);
+    }
+}
+
+fn tell_one(peer: &str, what: Counted, number: u64) {
+    match what {
+        Counted::Closed(reason) => log::info!(
+            target: "gorego::rpc", event = "connections_closed", peer = peer, reason = reason.name(),
+            connections = number;
+            "closed {number} connections of {peer}: {}", reason.name()
+        ),
+        Counted::Rpc(code) => log::info!(
+            target: "gorego::rpc", event = "rpcs_not_listed", peer = peer, grpc_code = code, rpcs = number;
+            "{number} more RPCs of {peer} ended with {code}"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests;

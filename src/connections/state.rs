@@ -1,0 +1,212 @@
+//! [`ConnectionState`]: what is known about one connection, shared by its socket, its calls and the sweep.
+//!
+//! All of it is atomic, because every read, write and call of the connection touches it, and the sweep looks at thousands of
+//! them. Times are milliseconds of the [`Clock`] of the [`super::Connections`]; 0 stands for "not now".
+
+use super::{Clock, FIRST_REQUEST_LIMIT, HEAD_LIMIT, UNREAD_LIMIT, UNTAKEN_LIMIT};
+use crate::{
+    budget::{Budget, Share},
+    caller::Caller,
+};
+use futures::task::AtomicWaker;
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+/// Why a connection is closed by this server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Reason {
+    /// No complete request came within [`FIRST_REQUEST_LIMIT`].
+    Silent = 1,
+    /// The head of a request took longer than [`HEAD_LIMIT`].
+    SlowHead,
+    /// The client did not read its socket for [`UNREAD_LIMIT`] while bytes waited for it.
+    Unread,
+    /// The client took nothing of its answers for [`UNTAKEN_LIMIT`].
+    Untaken,
+    /// It was idle, and its place was needed.
+    Idle,
+    /// There was no place for it.
+    TooMany,
+    /// The client cancelled more calls than it let finish.
+    Resets,
+    /// The client sent frames that ask for nothing.
+    Noise,
+}
+
+impl Reason {
+    const ALL: [Self; 8] = [
+        Self::Silent,
+        Self::SlowHead,
+        Self::Unread,
+        Self::Untaken,
+        Self::Idle,
+        Self::TooMany,
+        Self::Resets,
+        Self::Noise,
+    ];
+
+    /// The word in the log.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Silent => "no_request",
+            Self::SlowHead => "slow_head",
+            Self::Unread => "socket_not_read",
+            Self::Untaken => "answers_not_taken",
+            Self::Idle => "idle_at_the_limit",
+            Self::TooMany => "too_many_connections",
+            Self::Resets => "too_many_resets",
+            Self::Noise => "too_many_empty_frames",
+        }
+    }
+
+    fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| *reason as u8 == number)
+    }
+}
+
+/// See the top of this file.
+#[derive(Debug)]
+pub struct ConnectionState {
+    /// Who is at the other end.
+    pub caller: Caller,
+    /// The address of the other end, with its port.
+    pub address: SocketAddr,
+    pub(super) clock: Clock,
+    pub(super) answers: Budget,
+    /// Its place among the connections; gone once it was told to close.
+    place: Mutex<Option<Share>>,
+    accepted_ms: u64,
+    has_asked: AtomicBool,
+    calls: AtomicUsize,
+    idle_since_ms: AtomicU64,
+    head_since_ms: AtomicU64,
+    blocked_since_ms: AtomicU64,
+    /// Pieces of answers that were made and are not yet with the kernel.
+    pub(super) pieces: AtomicUsize,
+    pub(super) progress_ms: AtomicU64,
+    closing: AtomicU8,
+    waker: AtomicWaker,
+}
+
+impl ConnectionState {
+    pub(super) fn new(
+        caller: Caller,
+        address: SocketAddr,
+        clock: Clock,
+        answers: Budget,
+        place: Option<Share>,
+    ) -> Self {
+        let now = clock.now_ms();
+        Self {
+            caller,
+            address,
+            clock,
+            answers,
+            place: Mutex::new(place),
+            accepted_ms: now,
+            has_asked: AtomicBool::new(false),
+            calls: AtomicUsize::new(0),
+            idle_since_ms: AtomicU64::new(now),
+            head_since_ms: AtomicU64::new(0),
+            blocked_since_ms: AtomicU64::new(0),
+            pieces: AtomicUsize::new(0),
+            progress_ms: AtomicU64::new(now),
+            closing: AtomicU8::new(0),
+            waker: AtomicWaker::new(),
+        }
+    }
+
+    /// The time of the clock that all connections share.
+    pub fn now_ms(&self) -> u64 {
+        self.clock.now_ms()
+    }
+
+    /// Counts a call or request until the guard is dropped; a connection without any is idle.
+    pub fn begin_call(self: &Arc<Self>) -> OpenCall {
+        self.has_asked.store(true, Relaxed);
+        self.calls.fetch_add(1, Relaxed);
+        OpenCall(self.clone())
+    }
+
+    /// Since when no call is open; `None` while one is.
+    pub fn idle_since_ms(&self) -> Option<u64> {
+        (self.calls.load(Relaxed) == 0).then(|| self.idle_since_ms.load(Relaxed))
+    }
+
+    /// Notes whether the head of a request has begun and not ended.
+    pub fn note_head(&self, is_open: bool) {
+        if is_open {
+            let _ = self.head_since_ms.compare_exchange(0, self.now_ms(), Relaxed, Relaxed);
+        } else {
+            self.head_since_ms.store(0, Relaxed);
+            self.has_asked.store(true, Relaxed);
+        }
+    }
+
+    /// Notes whether the last write waits for the client to read.
+    pub fn note_blocked(&self, is_blocked: bool) {
+        if is_blocked {
+            let _ = self.blocked_since_ms.compare_exchange(0, self.now_ms(), Relaxed, Relaxed);
+        } else if self.blocked_since_ms.load(Relaxed) != 0 {
+            self.blocked_since_ms.store(0, Relaxed);
+        }
+    }
+
+    /// Which limit this connection is beyond.
+    pub(super) fn overdue(&self, now_ms: u64) -> Option<Reason> {
+        let over = |since_ms: u64, limit: Duration| {
+            since_ms != 0 && u128::from(now_ms.saturating_sub(since_ms)) >= limit.as_millis()
+        };
+        if !self.has_asked.load(Relaxed) && over(self.accepted_ms, FIRST_REQUEST_LIMIT) {
+            return Some(Reason::Silent);
+        }
+        if over(self.head_since_ms.load(Relaxed), HEAD_LIMIT) {
+            return Some(Reason::SlowHead);
+        }
+        if over(self.blocked_since_ms.load(Relaxed), UNREAD_LIMIT) {
+            return Some(Reason::Unread);
+        }
+        let is_owed = self.pieces.load(Relaxed) > 0;
+        (is_owed && over(self.progress_ms.load(Relaxed), UNTAKEN_LIMIT)).then_some(Reason::Untaken)
+    }
+
+    /// Tells the connection to close, and gives its place back. False when it was told before.
+    pub fn close(&self, reason: Reason) -> bool {
+        let is_first = self.closing.compare_exchange(0, reason as u8, SeqCst, SeqCst).is_ok();
+        if is_first {
+            self.give_up_place();
+            self.waker.wake();
+        }
+        is_first
+    }
+
+    /// Gives its place to others, at its end at the latest.
+    pub(super) fn give_up_place(&self) {
+        drop(self.place.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// Ready when the connection has to close. Only its one task may ask.
+    pub fn poll_closing(&self, context: &Context<'_>) -> Poll<Reason> {
+        self.waker.register(context.waker());
+        Reason::from_number(self.closing.load(SeqCst)).map_or(Poll::Pending, Poll::Ready)
+    }
+}
+
+/// A call that is not over, as long as this is held.
+#[derive(Debug)]
+pub struct OpenCall(Arc<ConnectionState>);
+
+impl Drop for OpenCall {
+    fn drop(&mut self) {
+        self.0.idle_since_ms.store(self.0.now_ms(), Relaxed);
+        self.0.calls.fetch_sub(1, Relaxed);
+    }
+}

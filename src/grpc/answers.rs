@@ -1,0 +1,223 @@
+//! Answers on their way out: each frame of a response holds its room until it was written to the socket.
+//!
+//! Handlers reserve room before they make what is large ([`Call::reserve`]). Here the room goes over to the frame. A frame for
+//! which nothing was reserved waits for room, or is refused where it is too large to be kept waiting. The number of calls is
+//! bounded here as well, because each one costs memory before it is answered.
+
+use super::request_log::Call;
+use crate::{
+    budget::Share,
+    connections::answers::{FRAME_BYTES, reserve_owned},
+    error::Result,
+};
+use bytes::Bytes;
+use futures::future::{BoxFuture, FutureExt as _};
+use http::{HeaderMap, Request, Response};
+use http_body::{Body, Frame, SizeHint};
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+use tonic::{Status, body::Body as TonicBody};
+use tower::{Layer, Service};
+
+/// The largest frame that waits for room after it was made: a piece of a log stream, of which only so many are read at a time.
+const UNRESERVED_MAX_BYTES: usize = 256 * 1024;
+
+/// Puts an [`AnswerService`] before a service.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AnswersLayer;
+
+impl<S> Layer<S> for AnswersLayer {
+    type Service = AnswerService<S>;
+
+    fn layer(&self, inner: S) -> AnswerService<S> {
+        AnswerService { inner }
+    }
+}
+
+/// A service whose calls and answers are bounded.
+#[derive(Debug, Clone)]
+pub struct AnswerService<S> {
+    inner: S,
+}
+
+impl<S, B> Service<Request<TonicBody>> for AnswerService<S>
+where
+    S: Service<Request<TonicBody>, Response = Response<B>>,
+{
+    type Response = Response<AnswerBody<B>>;
+    type Error = S::Error;
+    type Future = AnswerFuture<S::Future>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<TonicBody>) -> Self::Future {
+        let call = request.extensions().get::<Call>().cloned().unwrap_or_default();
+        let place = call.connection().map(|info| info.connections.calls().take(info.caller(), 1)).transpose();
+        match place {
+            Ok(place) => AnswerFuture { inner: Some(self.inner.call(request)), call, place, refused: None },
+            Err(refusal) => {
+                let status = crate::error::Error::from(refusal).into();
+                AnswerFuture { inner: None, call, place: None, refused: Some(status) }
+            }
+        }
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// The future of an [`AnswerService`] call.
+    pub struct AnswerFuture<F> {
+        #[pin]
+        inner: Option<F>,
+        call: Call,
+        place: Option<Share>,
+        refused: Option<Status>,
+    }
+}
+
+impl<F, B, E> Future for AnswerFuture<F>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+{
+    type Output = Result<Response<AnswerBody<B>>, E>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let Some(inner) = this.inner.as_pin_mut() else {
+            let status = this.refused.take().unwrap_or_else(|| Status::internal("polled after its end"));
+            return Poll::Ready(Ok(status.into_http()));
+        };
+        let response = ready!(inner.poll(context))?;
+        let (call, place) = (this.call.clone(), this.place.take());
+        Poll::Ready(Ok(response.map(|inner| AnswerBody {
+            inner: Some(inner),
+            call,
+            _place: place,
+            waiting: None,
+        })))
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// A response body whose frames hold their room.
+    pub struct AnswerBody<B> {
+        // `None` at the end.
+        #[pin]
+        inner: Option<B>,
+        call: Call,
+        _place: Option<Share>,
+        waiting: Option<Waiting>,
+    }
+}
+
+/// A frame that waits for its room.
+struct Waiting {
+    data: Bytes,
+    room: BoxFuture<'static, Result<Share>>,
+}
+
+impl<B> Default for AnswerBody<B> {
+    fn default() -> Self {
+        Self { inner: None, call: Call::default(), _place: None, waiting: None }
+    }
+}
+
+impl<B: Body<Data = Bytes>> Body for AnswerBody<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        let mut this = self.project();
+        if this.waiting.is_none() {
+            let Some(inner) = this.inner.as_mut().as_pin_mut() else { return Poll::Ready(None) };
+            let frame = match ready!(inner.poll_frame(context)) {
+                Some(Ok(frame)) => frame,
+                over => {
+                    this.call.give_room_back();
+                    return Poll::Ready(over);
+                }
+            };
+            let data = match frame.into_data() {
+                Ok(data) => data,
+                Err(trailers) => {
+                    this.call.give_room_back();
+                    return Poll::Ready(Some(Ok(trailers)));
+                }
+            };
+            match room_for(this.call, data) {
+                Room::Taken(data) => return Poll::Ready(Some(Ok(Frame::data(data)))),
+                Room::Waits(waiting) => *this.waiting = Some(waiting),
+                Room::Refused(status) => {
+                    this.inner.set(None);
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers(&status)))));
+                }
+            }
+        }
+        let Some(waiting) = this.waiting.as_mut() else { return Poll::Pending };
+        let room = ready!(waiting.room.as_mut().poll(context));
+        let data = std::mem::take(&mut waiting.data);
+        *this.waiting = None;
+        Poll::Ready(Some(Ok(match room {
+            Ok(room) => Frame::data(charge(this.call, data, room)),
+            Err(error) => {
+                this.inner.set(None);
+                Frame::trailers(trailers(&error.into()))
+            }
+        })))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.waiting.is_none() && self.inner.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        if self.waiting.is_some() {
+            return SizeHint::default();
+        }
+        self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+    }
+}
+
+enum Room {
+    Taken(Bytes),
+    Waits(Waiting),
+    Refused(Status),
+}
+
+/// What was reserved goes over to the frame. Where that is too little it is given back first, so that nothing is held while
+/// more is waited for.
+fn room_for(call: &Call, data: Bytes) -> Room {
+    let Some(info) = call.connection() else { return Room::Taken(data) };
+    let bytes = data.len() as u64 + FRAME_BYTES;
+    if let Some(room) = call.take_room(bytes) {
+        return Room::Taken(charge(call, data, room));
+    }
+    call.give_room_back();
+    match info.state.reserve_now(bytes) {
+        Ok(room) => Room::Taken(charge(call, data, room)),
+        Err(_) if data.len() <= UNRESERVED_MAX_BYTES => {
+            Room::Waits(Waiting { data, room: reserve_owned(info.state.clone(), bytes).boxed() })
+        }
+        Err(refusal) => Room::Refused(crate::error::Error::from(refusal).into()),
+    }
+}
+
+fn charge(call: &Call, data: Bytes, room: Share) -> Bytes {
+    match call.connection() {
+        Some(info) => info.state.charge(data, room),
+        None => data,
+    }
+}
+
+fn trailers(status: &Status) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    // Only a status whose text does not fit into a header fails; its code does not depend on it.
+    let _ = status.add_header(&mut trailers);
+    trailers
+}

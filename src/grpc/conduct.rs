@@ -1,0 +1,174 @@
+//! [`Conduct`]: what a client does with its connection, judged by the frames that go in both directions. Pure.
+//!
+//! Opening a stream and cancelling it costs a client nothing and this server all the work of a call (CVE-2023-44487). The HTTP/2
+//! library bounds what of that waits at a time, not how much of it there is in a second. So cancelled streams take from a
+//! bucket that finished ones fill, and so do frames that ask for nothing.
+
+use super::frames::{Frame, FrameReader, kind};
+use crate::connections::rate::{Bucket, Rate};
+
+/// Streams that one connection may cancel without having finished others. A build that fails cancels each action that it has
+/// under way.
+pub const RESETS: Rate = Rate { burst: 10_000, per_second: 200 };
+/// What frames may cost that ask for nothing, in the cost of a WINDOW_UPDATE. Clients measure the link with pings while they
+/// download, and give windows back in small parts; so each frame of an answer pays for [`UPDATES_PER_DATA`].
+pub const NOISE: Rate = Rate { burst: 640_000, per_second: 64_000 };
+/// The cost of a PING, SETTINGS, PRIORITY, an empty frame, or one of an unknown type: each is answered or looked up.
+const NOISE_COST: u64 = 64;
+/// Updates and pings that a frame of an answer pays for.
+const UPDATES_PER_DATA: u64 = 2 * NOISE_COST;
+
+/// See the top of this file.
+#[derive(Debug)]
+pub(super) struct Conduct {
+    inward: FrameReader,
+    outward: FrameReader,
+    resets: Bucket,
+    noise: Bucket,
+    /// Streams that were answered since the last look.
+    finished: u64,
+    last_stream: u32,
+}
+
+/// What came in.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Received {
+    pub frames: u64,
+    pub resets: u64,
+    /// Streams that were answered since the last time.
+    pub finished: u64,
+    /// Whether the head of a request has begun and not ended, where that changed.
+    pub head_is_open: Option<bool>,
+    /// More streams were cancelled than this connection may.
+    pub resets_too_much: bool,
+    /// More was sent that asks for nothing than this connection may.
+    pub is_noise: bool,
+}
+
+impl Conduct {
+    pub fn new(now_ms: u64) -> Self {
+        Self {
+            inward: FrameReader::of_client(),
+            outward: FrameReader::of_server(),
+            resets: Bucket::new(RESETS, now_ms),
+            noise: Bucket::new(NOISE, now_ms),
+            finished: 0,
+            last_stream: 0,
+        }
+    }
+
+    /// Looks at bytes that the client sent.
+    pub fn receive(&mut self, bytes: &[u8], now_ms: u64) -> Received {
+        let mut received = Received { finished: std::mem::take(&mut self.finished), ..Received::default() };
+        let (mut noise, mut last) = (0u64, self.last_stream);
+        self.inward.take(bytes, |frame| {
+            received.frames += 1;
+            received.resets += u64::from(frame.kind == kind::RST_STREAM);
+            noise += cost(frame);
+            match frame.kind {
+                kind::HEADERS => {
+                    last = last.max(frame.stream);
+                    received.head_is_open = Some(!frame.ends_headers());
+                }
+                kind::CONTINUATION if frame.ends_headers() => received.head_is_open = Some(false),
+                _ => {}
+            }
+        });
+        self.last_stream = last;
+        self.resets.earn(received.finished);
+        received.resets_too_much = received.resets > 0 && !self.resets.take(received.resets, now_ms);
+        received.is_noise = noise > 0 && !self.noise.take(noise, now_ms);
+        received
+    }
+
+    /// Looks at bytes that this server sent.
+    pub fn send(&mut self, bytes: &[u8]) {
+        let (mut finished, mut data) = (0, 0);
+        self.outward.take(bytes, |frame| {
+            finished += u64::from(frame.ends_stream());
+            data += u64::from(matches!(frame.kind, kind::DATA | kind::HEADERS));
+        });
+        self.finished += finished;
+        if data > 0 {
+            self.noise.earn(data * UPDATES_PER_DATA);
+        }
+    }
+
+    /// The frame that tells the client to be calm, where one can be sent.
+    pub fn goaway(&self) -> Option<[u8; 17]> {
+        const ENHANCE_YOUR_CALM: u8 = 0xb;
+        let [a, b, c, d] = self.last_stream.to_be_bytes();
+        let frame = [0, 0, 8, kind::GOAWAY, 0, 0, 0, 0, 0, a, b, c, d, 0, 0, 0, ENHANCE_YOUR_CALM];
+        self.outward.is_between_frames().then_some(frame)
+    }
+}
+
+fn cost(frame: Frame) -> u64 {
+    match frame.kind {
+        // Bounded by streams and by resets.
+        kind::HEADERS | kind::RST_STREAM => 0,
+        kind::DATA if frame.length > 0 || frame.ends_stream() => 0,
+        kind::CONTINUATION if frame.length > 0 || frame.ends_headers() => 0,
+        kind::WINDOW_UPDATE => 1,
+        _ => NOISE_COST,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(kind: u8, flags: u8, length: u8) -> Vec<u8> {
+        let mut bytes = vec![0, 0, length, kind, flags, 0, 0, 0, 5];
+        bytes.extend(std::iter::repeat_n(0, length.into()));
+        bytes
+    }
+
+    fn connected() -> Conduct {
+        let mut conduct = Conduct::new(0);
+        conduct.receive(&[b'x'; 24], 0);
+        conduct
+    }
+
+    #[test]
+    fn streams_may_be_cancelled_as_many_as_were_finished_and_a_burst_besides() {
+        let reset = frame(kind::RST_STREAM, 0, 4);
+        let mut conduct = connected();
+        for _ in 0..RESETS.burst {
+            assert!(!conduct.receive(&reset, 0).resets_too_much);
+        }
+        assert!(conduct.receive(&reset, 0).resets_too_much);
+        conduct.send(&frame(kind::HEADERS, 0x5, 10));
+        let received = conduct.receive(&reset, 0);
+        assert_eq!((received.finished, received.resets_too_much), (1, false));
+        assert!(conduct.receive(&reset, 0).resets_too_much);
+        assert!(!conduct.receive(&reset, 1_000).resets_too_much, "it comes back with time");
+    }
+
+    #[test]
+    fn frames_that_ask_for_nothing_are_noise_unless_answers_pay_for_them() {
+        const PING: u8 = 6;
+        for quiet in [frame(kind::DATA, 0, 0), frame(PING, 0, 8), frame(77, 0, 0), frame(4, 0, 0)] {
+            let mut conduct = connected();
+            let flood = quiet.repeat(usize::try_from(NOISE.burst / NOISE_COST).unwrap());
+            assert!(!conduct.receive(&flood, 0).is_noise);
+            assert!(conduct.receive(&quiet, 0).is_noise);
+            conduct.send(&frame(kind::DATA, 0, 100));
+            assert!(!conduct.receive(&quiet, 0).is_noise);
+        }
+        let mut conduct = connected();
+        let upload = frame(kind::DATA, 0, 1).repeat(100_000);
+        assert!(!conduct.receive(&upload, 0).is_noise);
+    }
+
+    #[test]
+    fn a_head_is_open_from_its_first_frame_to_its_last() {
+        let mut conduct = connected();
+        assert_eq!(conduct.receive(&frame(kind::HEADERS, 0, 3), 0).head_is_open, Some(true));
+        assert_eq!(conduct.receive(&frame(kind::CONTINUATION, 0, 3), 0).head_is_open, None);
+        assert_eq!(conduct.receive(&frame(kind::CONTINUATION, 0x4, 3), 0).head_is_open, Some(false));
+        assert_eq!(conduct.goaway().unwrap()[9..13], [0, 0, 0, 5]);
+        conduct.send(&[0, 0]);
+        assert!(conduct.goaway().is_none(), "not in the middle of a frame");
+    }
+}

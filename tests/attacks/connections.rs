@@ -1,0 +1,45 @@
+//! Connections without end: silent ones, those that begin and do not go on, and more than there are places for.
+
+use crate::{
+    harness::{Bystander, assert_memory_is_bounded, connect_from},
+    raw,
+    support::{Server, sh},
+};
+use gorego::proto::reapi::{GetCapabilitiesRequest, capabilities_client::CapabilitiesClient};
+use std::{io::Write as _, net::SocketAddr, time::Duration};
+use tokio::time::timeout;
+
+#[tokio::test]
+async fn one_peer_cannot_take_all_connections_nor_the_descriptors_of_files_and_commands() {
+    // 4,096 descriptors leave 512 for connections.
+    let server = Server::after("ulimit -n 4096").await;
+    let bystander = Bystander::beside(&server).await;
+    let address: SocketAddr = server.address().parse().unwrap();
+    let mut sockets = Vec::new();
+    for n in 0..1_500 {
+        let mut socket = raw::connect_from("127.0.0.1", address);
+        // Silent ones, half a preface, and those that say hello and nothing more.
+        let _ = match n % 3 {
+            0 => Ok(()),
+            1 => socket.write_all(&raw::preface()[..10]),
+            _ => socket.write_all(&raw::preface()),
+        };
+        sockets.push(socket);
+    }
+    let fresh = async {
+        let mut client = CapabilitiesClient::new(connect_from("127.0.0.3", &server).await);
+        client.get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
+        // The same address is served too: idle ones make room.
+        let mut client = CapabilitiesClient::new(connect_from("127.0.0.1", &server).await);
+        client.get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
+    };
+    timeout(Duration::from_secs(5), fresh).await.expect("new connections are served");
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().count();
+    assert!(descriptors < 700, "{descriptors} descriptors are open");
+    // Commands and files work beside them.
+    let client = server.client().await;
+    let ran = timeout(Duration::from_secs(20), client.run_command(sh("echo hello"))).await.expect("it ends");
+    assert_eq!(client.stdout(&ran).await, "hello\n");
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}

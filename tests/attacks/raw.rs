@@ -1,0 +1,141 @@
+//! HTTP/2 as a hostile client writes it: frames without a library, which would keep to the rules (RFC 9113, RFC 7541).
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpStream},
+    time::Duration,
+};
+
+pub const DATA: u8 = 0;
+pub const HEADERS: u8 = 1;
+pub const RST_STREAM: u8 = 3;
+pub const SETTINGS: u8 = 4;
+pub const PING: u8 = 6;
+pub const GOAWAY: u8 = 7;
+pub const WINDOW_UPDATE: u8 = 8;
+pub const CONTINUATION: u8 = 9;
+pub const END_STREAM: u8 = 0x1;
+pub const END_HEADERS: u8 = 0x4;
+pub const ENHANCE_YOUR_CALM: u32 = 0xb;
+
+/// The largest window that there is.
+const WINDOW_MAX: u32 = (1 << 31) - 1;
+
+/// A frame.
+pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+    bytes.extend([kind, flags]);
+    bytes.extend(stream.to_be_bytes());
+    bytes.extend(payload);
+    bytes
+}
+
+/// What a client sends first that takes whatever comes.
+pub fn preface() -> Vec<u8> {
+    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    let mut window = 4u16.to_be_bytes().to_vec();
+    window.extend(WINDOW_MAX.to_be_bytes());
+    bytes.extend(frame(SETTINGS, 0, 0, &window));
+    bytes.extend(frame(WINDOW_UPDATE, 0, 0, &(WINDOW_MAX - 65_535).to_be_bytes()));
+    bytes
+}
+
+/// The header block of a call of this method.
+pub fn header_block(path: &str) -> Vec<u8> {
+    let text = |text: &str| {
+        let mut bytes = vec![u8::try_from(text.len()).unwrap()];
+        bytes.extend(text.as_bytes());
+        bytes
+    };
+    // POST and http, from the static table; then literals, which are not remembered.
+    let mut block = vec![0x83, 0x86, 0x04];
+    block.extend(text(path));
+    block.push(0x01);
+    block.extend(text("localhost"));
+    for (name, value) in [("content-type", "application/grpc"), ("te", "trailers")] {
+        block.push(0);
+        block.extend(text(name));
+        block.extend(text(value));
+    }
+    block
+}
+
+/// The start of a call.
+pub fn headers(stream: u32, path: &str) -> Vec<u8> {
+    frame(HEADERS, END_HEADERS, stream, &header_block(path))
+}
+
+/// A whole call with this message.
+pub fn call(stream: u32, path: &str, message: &impl prost::Message) -> Vec<u8> {
+    let mut payload = vec![0];
+    payload.extend((message.encoded_len() as u32).to_be_bytes());
+    payload.extend(message.encode_to_vec());
+    let mut bytes = headers(stream, path);
+    bytes.extend(frame(DATA, END_STREAM, stream, &payload));
+    bytes
+}
+
+/// The streams that a client may open, in order.
+pub fn streams() -> impl Iterator<Item = u32> {
+    (1..).step_by(2)
+}
+
+/// A socket, connected from this address.
+pub fn connect_from(address: &str, server: SocketAddr) -> TcpStream {
+    let from: IpAddr = address.parse().unwrap();
+    let socket =
+        rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddr::new(from, 0)).unwrap();
+    rustix::net::connect(&socket, &server).unwrap();
+    TcpStream::from(socket)
+}
+
+/// Reads frames until the server closes, and gives the code of its GOAWAY, if it sent one. Panics when it does not close.
+pub fn goodbye(socket: &mut TcpStream) -> Option<u32> {
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut bytes = Vec::new();
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(read) => bytes.extend(&buffer[..read]),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break,
+            Err(error) => panic!("the server does not close: {error}"),
+        }
+    }
+    let mut rest = bytes.as_slice();
+    let mut code = None;
+    while rest.len() >= 9 {
+        let length = u32::from_be_bytes([0, rest[0], rest[1], rest[2]]) as usize;
+        if rest[3] == GOAWAY && rest.len() >= 17 {
+            code = Some(u32::from_be_bytes(rest[13..17].try_into().unwrap()));
+        }
+        rest = rest.get(9 + length..).unwrap_or_default();
+    }
+    code
+}
+
+/// Writes until the server closes; panics when it took all of it.
+pub fn write_until_closed(socket: &mut TcpStream, pieces: impl Iterator<Item = Vec<u8>>) {
+    for piece in pieces {
+        if socket.write_all(&piece).is_err() {
+            return;
+        }
+    }
+    panic!("the server took all of it");
+}
+
+/// Sends a PING and reads until it is answered: the server has seen all before it.
+pub fn ping(socket: &mut TcpStream) {
+    const OPAQUE: [u8; 8] = *b"are you?";
+    let answer = frame(PING, 1, 0, &OPAQUE);
+    socket.write_all(&frame(PING, 0, 0, &OPAQUE)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut seen: Vec<u8> = Vec::new();
+    let mut buffer = vec![0; 64 * 1024];
+    while !seen.windows(answer.len()).any(|window| window == answer.as_slice()) {
+        let read = socket.read(&mut buffer).unwrap();
+        assert!(read > 0, "the server closed the connection");
+        seen.extend(&buffer[..read]);
+    }
+}

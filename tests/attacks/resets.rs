@@ -1,0 +1,143 @@
+//! Frames that cost their sender nothing: streams that are opened and cancelled (CVE-2023-44487), pings, empty frames, heads
+//! without an end. A connection that sends too many is told to be calm and closed.
+
+use crate::{
+    harness::{Bystander, assert_memory_is_bounded},
+    raw::{self, CONTINUATION, DATA, ENHANCE_YOUR_CALM, HEADERS, PING, RST_STREAM, SETTINGS},
+    support::Server,
+};
+use std::{io::Write as _, net::TcpStream};
+
+const CAPABILITIES: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
+const WRITE: &str = "/google.bytestream.ByteStream/Write";
+const CANCEL: [u8; 4] = 8u32.to_be_bytes();
+
+fn connect(server: &Server) -> TcpStream {
+    let mut socket = raw::connect_from("127.0.0.1", server.address().parse().unwrap());
+    socket.write_all(&raw::preface()).unwrap();
+    socket
+}
+
+/// A stream that is opened and cancelled at once.
+fn opened_and_cancelled(stream: u32) -> Vec<u8> {
+    let mut bytes = raw::headers(stream, CAPABILITIES);
+    bytes.extend(raw::frame(RST_STREAM, 0, stream, &CANCEL));
+    bytes
+}
+
+#[tokio::test]
+async fn connections_that_cancel_what_they_open_are_closed() {
+    let mut server = Server::start().await;
+    let bystander = Bystander::beside(&server).await;
+    for _ in 0..4 {
+        let mut socket = connect(&server);
+        tokio::task::spawn_blocking(move || {
+            let floods = raw::streams().take(50_000).map(opened_and_cancelled).collect::<Vec<_>>();
+            raw::write_until_closed(&mut socket, floods.chunks(100).map(<[_]>::concat));
+        })
+        .await
+        .unwrap();
+    }
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+    let log = log_to_the_end(&mut server).await;
+    let closed = log.iter().filter(|line| line["event"] == "connections_closed");
+    let resets = closed.filter(|line| line["reason"] == "too_many_resets" && line["peer"] == "127.0.0.1");
+    assert_eq!(resets.map(|line| line["connections"].as_u64().unwrap()).sum::<u64>(), 4);
+}
+
+/// A build tool that cancels thousands of actions is served, and the log tells of them without a line for each.
+#[tokio::test]
+async fn cancelled_calls_are_counted_where_there_are_too_many_to_list() {
+    const CALLS: u64 = 5_000;
+    let mut server = Server::start().await;
+    let mut socket = connect(&server);
+    tokio::task::spawn_blocking(move || {
+        for stream in raw::streams().take(CALLS as usize) {
+            socket.write_all(&raw::headers(stream, WRITE)).unwrap();
+        }
+        // Its answer says that all before it are under way.
+        raw::ping(&mut socket);
+        for stream in raw::streams().take(CALLS as usize) {
+            socket.write_all(&raw::frame(RST_STREAM, 0, stream, &CANCEL)).unwrap();
+        }
+        raw::ping(&mut socket);
+    })
+    .await
+    .unwrap();
+    let log = log_to_the_end(&mut server).await;
+    let events = |name: &'static str| log.iter().filter(move |line| line["event"] == name);
+    let listed = events("rpc_finished").count() as u64;
+    let counted = events("rpcs_not_listed").map(|line| line["rpcs"].as_u64().unwrap()).sum::<u64>();
+    assert!((100..1_000).contains(&listed), "{listed} listed");
+    assert_eq!(listed + counted, CALLS);
+}
+
+async fn log_to_the_end(server: &mut Server) -> Vec<serde_json::Value> {
+    server.signal("TERM");
+    server.exit().await;
+    server.log()
+}
+
+#[tokio::test]
+async fn a_client_that_floods_is_told_to_be_calm() {
+    let server = Server::start().await;
+    let bystander = Bystander::beside(&server).await;
+    let floods: [(&str, Vec<u8>); 4] = [
+        ("pings", raw::frame(PING, 1, 0, &[0; 8])),
+        ("settings", raw::frame(SETTINGS, 0, 0, &[])),
+        ("unknown frames", raw::frame(0x77, 0, 0, &[])),
+        ("empty data", raw::frame(DATA, 0, 1, &[])),
+    ];
+    for (what, flood) in floods {
+        let mut socket = connect(&server);
+        let code = tokio::task::spawn_blocking(move || {
+            socket.write_all(&raw::headers(1, WRITE)).unwrap();
+            for _ in 0..200 {
+                if socket.write_all(&flood.repeat(1_000)).is_err() {
+                    break;
+                }
+            }
+            raw::goodbye(&mut socket)
+        })
+        .await
+        .unwrap();
+        // The connection is reset when it had more to read, and the farewell may be lost with it.
+        assert!(code.is_none_or(|code| code == ENHANCE_YOUR_CALM), "{what}: {code:?}");
+    }
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}
+
+#[tokio::test]
+async fn a_head_without_an_end_is_not_collected() {
+    let server = Server::start().await;
+    let bystander = Bystander::beside(&server).await;
+    let mut socket = connect(&server);
+    tokio::task::spawn_blocking(move || {
+        socket.write_all(&raw::frame(HEADERS, 0, 1, &raw::header_block(CAPABILITIES))).unwrap();
+        // Each adds a header of its own.
+        let more = raw::frame(CONTINUATION, 0, 1, &[0, 1, b'a', 1, b'b'].repeat(100));
+        raw::write_until_closed(&mut socket, (0..200_000).map(|_| more.clone()));
+    })
+    .await
+    .unwrap();
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}
+
+#[tokio::test]
+async fn thousands_of_calls_that_are_begun_and_never_made_leave_others_alone() {
+    let server = Server::start().await;
+    let bystander = Bystander::beside(&server).await;
+    let mut sockets = Vec::new();
+    for _ in 0..3 {
+        let mut socket = connect(&server);
+        for stream in raw::streams().take(20_000) {
+            socket.write_all(&raw::headers(stream, WRITE)).unwrap();
+        }
+        sockets.push(socket);
+    }
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}

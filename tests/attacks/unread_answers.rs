@@ -1,0 +1,167 @@
+//! Answers that nobody reads: held up to a bound, and not longer than their connection.
+
+use crate::{
+    harness::{Bystander, MEMORY_MAX_BYTES, assert_memory_is_bounded, resident_memory},
+    raw,
+    support::{Server, eventually},
+};
+use gorego::{
+    digest::{Digest, DigestFunction},
+    proto::{
+        bytestream::{ReadRequest, byte_stream_client::ByteStreamClient},
+        reapi::{
+            BatchReadBlobsRequest, BatchUpdateBlobsRequest, batch_update_blobs_request,
+            content_addressable_storage_client::ContentAddressableStorageClient,
+        },
+    },
+};
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+use tonic::transport::Endpoint;
+
+const BATCH_READ: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchReadBlobs";
+const READ: &str = "/google.bytestream.ByteStream/Read";
+/// What a server at rest may have resident after an attack: what the allocator keeps, but not the answers.
+const LEFT_MAX_BYTES: u64 = 300_000_000;
+
+/// Stores a blob that does not compress well, near the limit of a batch.
+async fn stored_blob(server: &Server) -> Digest {
+    let data: Vec<u8> = (0..3_900_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let digest = DigestFunction::Sha256.digest(&data);
+    let mut client = ContentAddressableStorageClient::connect(server.endpoint()).await.unwrap();
+    let request = batch_update_blobs_request::Request {
+        digest: Some(digest.to_wire()),
+        data: data.into(),
+        ..Default::default()
+    };
+    let request = BatchUpdateBlobsRequest { requests: vec![request], ..Default::default() };
+    let answer = client.batch_update_blobs(request).await.unwrap().into_inner();
+    assert_eq!(answer.responses[0].status.as_ref().unwrap().code, 0);
+    digest
+}
+
+fn address(server: &Server) -> SocketAddr {
+    server.address().parse().unwrap()
+}
+
+fn read_request(digest: Digest) -> ReadRequest {
+    ReadRequest {
+        resource_name: format!("blobs/{}/{}", digest.hash_hex(), digest.size()),
+        ..Default::default()
+    }
+}
+
+/// Makes these calls over one connection that is never read, and looks at the server meanwhile and after.
+async fn ask_and_do_not_read(server: &Server, calls: Vec<u8>) {
+    let bystander = Bystander::beside(server).await;
+    let mut socket = raw::connect_from("127.0.0.1", address(server));
+    let writer = std::thread::spawn(move || {
+        socket.write_all(&raw::preface()).unwrap();
+        // The server need not take all of it from a client that does not read.
+        socket.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
+        let _ = socket.write_all(&calls);
+        socket
+    });
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let socket = writer.join().unwrap();
+    drop(socket);
+    eventually("the answers are given back", || resident_memory(server) < LEFT_MAX_BYTES).await;
+    bystander.leave().await;
+    assert_memory_is_bounded(server);
+}
+
+#[tokio::test]
+async fn batches_that_nobody_reads_are_made_only_as_far_as_there_is_room() {
+    let server = Server::start().await;
+    let digest = stored_blob(&server).await;
+    let request = BatchReadBlobsRequest { digests: vec![digest.to_wire()], ..Default::default() };
+    let calls = raw::streams().take(3_000).flat_map(|stream| raw::call(stream, BATCH_READ, &request));
+    ask_and_do_not_read(&server, calls.collect()).await;
+}
+
+#[tokio::test]
+async fn downloads_that_nobody_reads_are_made_only_as_far_as_there_is_room() {
+    let server = Server::start().await;
+    let digest = stored_blob(&server).await;
+    let request = read_request(digest);
+    let calls = raw::streams().take(4_000).flat_map(|stream| raw::call(stream, READ, &request));
+    ask_and_do_not_read(&server, calls.collect()).await;
+}
+
+/// Ten connections of one peer have no more than its share, and another peer's downloads go on beside them.
+#[tokio::test]
+async fn many_connections_of_one_peer_leave_room_for_another() {
+    let server = Server::start().await;
+    let digest = stored_blob(&server).await;
+    let request = BatchReadBlobsRequest { digests: vec![digest.to_wire()], ..Default::default() };
+    let calls: Vec<u8> =
+        raw::streams().take(50).flat_map(|stream| raw::call(stream, BATCH_READ, &request)).collect();
+    let sockets: Vec<TcpStream> = (0..12)
+        .map(|_| {
+            let mut socket = raw::connect_from("127.0.0.1", address(&server));
+            socket.write_all(&raw::preface()).unwrap();
+            socket.write_all(&calls).unwrap();
+            socket
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let channel = crate::harness::connect_from("127.0.0.2", &server).await;
+    let mut other = ContentAddressableStorageClient::new(channel).max_decoding_message_size(8 << 20);
+    let answer = tokio::time::timeout(Duration::from_secs(5), other.batch_read_blobs(request)).await;
+    assert_eq!(answer.unwrap().unwrap().into_inner().responses[0].data.len() as u64, digest.size());
+    assert!(resident_memory(&server) < MEMORY_MAX_BYTES);
+    drop(sockets);
+    assert_memory_is_bounded(&server);
+}
+
+#[tokio::test]
+async fn a_download_that_is_read_comes_through_beside_hundreds_that_are_not() {
+    let server = Server::start().await;
+    let digest = stored_blob(&server).await;
+    let endpoint = Endpoint::from_shared(server.endpoint()).unwrap();
+    let endpoint = endpoint.initial_stream_window_size(65_535).initial_connection_window_size(1 << 30);
+    let client = ByteStreamClient::new(endpoint.connect().await.unwrap());
+    let mut unread = Vec::new();
+    for _ in 0..500 {
+        unread.push(client.clone().read(read_request(digest)).await.unwrap().into_inner());
+    }
+    let mut messages = client.clone().read(read_request(digest)).await.unwrap().into_inner();
+    let mut bytes = 0;
+    let all = async {
+        while let Some(message) = messages.message().await.unwrap() {
+            bytes += message.data.len() as u64;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), all).await.expect("it comes through");
+    assert_eq!(bytes, digest.size());
+    assert_memory_is_bounded(&server);
+}
+
+#[tokio::test]
+async fn downloads_over_http_that_nobody_reads_are_made_only_as_far_as_there_is_room() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let http = listener.local_addr().unwrap();
+    drop(listener);
+    let server = Server::with(&[("HTTP__LISTEN_ADDR", &http.to_string())]).await;
+    let digest = stored_blob(&server).await;
+    let bystander = Bystander::beside(&server).await;
+    let head = format!("GET /cas/{} HTTP/1.1\r\nhost: localhost\r\n\r\n", digest.hash_hex());
+    let mut sockets: Vec<TcpStream> = Vec::new();
+    for _ in 0..600 {
+        let mut socket = raw::connect_from("127.0.0.1", http);
+        socket.write_all(head.as_bytes()).unwrap();
+        sockets.push(socket);
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // One that is read in the end gets all of it.
+    let mut first = sockets.swap_remove(0);
+    drop(sockets);
+    first.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut answer = vec![0; digest.size() as usize];
+    first.read_exact(&mut answer).unwrap();
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}

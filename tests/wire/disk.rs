@@ -168,7 +168,7 @@ async fn exec_directories_of_actions_that_are_cancelled_at_exit_are_gone() {
     let client = server.client().await;
     let mut runs = Vec::new();
     for n in 0..3 {
-        let script = format!("mkdir d; cd d; seq 1 20000 | xargs touch; : > ../ready; sleep 745{n}");
+        let script = format!("mkdir d; cd d; seq 1 8000 | xargs touch; : > ../ready; sleep 745{n}");
         let mut run = client.start(client.action(sh(&script), empty()).await).await;
         run.until(|operation| metadata(operation).stage == 3).await;
         runs.push(run);
@@ -179,6 +179,8 @@ async fn exec_directories_of_actions_that_are_cancelled_at_exit_are_gone() {
         runs.filter(|run| run.path().join("root/ready").exists()).count() == 3
     };
     eventually("the actions have filled their directories", ready).await;
+    // Nothing else holds the exit up.
+    drop((runs, client));
     server.signal("TERM");
     assert_eq!(server.exit().await.code(), Some(0));
     let left: Vec<_> = fs::read_dir(&build_root).unwrap().flatten().map(|entry| entry.path()).collect();

@@ -612,7 +612,7 @@ fn exit_codes_and_signals_are_passed_on() {
 fn a_command_past_its_timeout_is_killed_with_all_it_started_and_keeps_its_log() {
     with_worker(async |bench| {
         let job = sh("echo begun; sh -c 'echo $$; exec sleep 600' & sleep 600")
-            .timeout(Duration::from_millis(300))
+            .timeout(Duration::from_secs(2))
             .outputs(&["o"]);
         let failure = bench.failure(&job).await;
         assert!(matches!(failure.error, Error::DeadlineExceeded(_)) && !failure.retryable);
@@ -620,9 +620,9 @@ fn a_command_past_its_timeout_is_killed_with_all_it_started_and_keeps_its_log() 
         let log = bench.text(&partial.stdout_digest);
         let (begun, pid) = log.split_once('\n').unwrap();
         assert_eq!(begun, "begun");
-        assert!(!is_alive(pid));
+        assert!(pid.trim().parse::<u32>().is_ok() && !is_alive(pid), "{log}");
         let run = partial.execution_metadata.unwrap().virtual_execution_duration.unwrap();
-        assert!(Duration::try_from(run).unwrap() >= Duration::from_millis(290));
+        assert!(Duration::try_from(run).unwrap() >= Duration::from_millis(1_990));
         assert!(bench.store.results.lock().unwrap().is_empty(), "EXE-19");
     });
 }
@@ -891,10 +891,10 @@ fn a_command_that_prints_more_than_a_log_may_hold_is_killed_and_told_the_setting
 fn a_chatty_command_is_stopped_by_its_timeout() {
     with_worker(async |bench| {
         let begun = std::time::Instant::now();
-        let job = sh("while :; do echo spam; done & yes spam").timeout(Duration::from_millis(300));
+        let job = sh("while :; do echo spam; done & yes spam").timeout(Duration::from_secs(1));
         let failure = bench.failure(&job).await;
         assert!(matches!(failure.error, Error::DeadlineExceeded(_)), "{}", failure.error);
-        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
         let log = bench.text(&failure.partial.unwrap().stdout_digest);
         assert!(log.starts_with("spam\n") && log.len() > 100_000, "{} bytes", log.len());
     });

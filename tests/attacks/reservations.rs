@@ -80,7 +80,7 @@ async fn uploads_that_declare_everything_and_send_a_byte_evict_nothing_and_hold_
     let server = Server::start().await;
     let bystander = Bystander::beside(&server).await;
     let mut neighbour = Neighbour::beside(&server).await;
-    let content = |seed: u8| [seed; 3_000_000].to_vec();
+    let content = |seed: u8| vec![seed; 3_000_000];
     let mut stored = Vec::new();
     for seed in 0..5 {
         stored.push(neighbour.upload(content(seed)).await);
@@ -130,7 +130,7 @@ async fn uploads_that_declare_everything_and_send_a_byte_evict_nothing_and_hold_
         server
             .log()
             .iter()
-            .filter(|line| line["rpc"].as_str().is_some_and(|rpc| rpc.ends_with("Write")))
+            .filter(|line| line["method"].as_str().is_some_and(|method| method.ends_with("Write")))
             .count()
     };
     eventually("the uploads end", || writes() >= stored.len() + 5).await;

@@ -168,12 +168,19 @@ impl BlobWriter {
             self.discard();
             return Err(Error::Invalid(format!("blob {digest} was finished after {} bytes", self.accepted)));
         }
+        // Once started this runs to its end, whether or not anybody still waits for it.
+        let runtime = self.shared.runtime.clone();
+        runtime.spawn(self.store()).await.map_err(Error::internal)?
+    }
+
+    /// [`BlobWriter::finish`], of a blob that has its length.
+    async fn store(mut self) -> Result<Digest> {
+        let digest = self.digest;
         if self.encoding == Encoding::Zstd && digest.size() > WHOLE_BYTES && self.decoder.is_none() {
             self.decoder = Some(self.decoder_permit().await?);
         }
         let attempt = self.idle_with_room().await?;
         let (pending, shared) = (self.take_pending(), self.shared.clone());
-        // Once started this runs to its end, whether or not anybody still waits for it.
         let visible = self
             .shared
             .runtime
@@ -185,14 +192,18 @@ impl BlobWriter {
     }
 
     /// Takes the attempt out once there is room for all bytes that were accepted. How many a compressed upload has shows only
-    /// when they are decoded; its job makes room by itself.
+    /// when they are decoded: a small blob gets its room at once, and the job of a larger one makes room by itself, for which
+    /// it has the right to a decoder.
     async fn idle_with_room(&mut self) -> Result<Box<Attempt>> {
         // Back in its place: if this future is dropped, the attempt stays where `drop` finds it.
         self.work = Work::Idle(self.idle().await?);
-        if self.encoding == Encoding::Identity
-            && let Work::Idle(attempt) = &mut self.work
-        {
-            make_room(attempt, self.accepted, &self.shared.files).await?;
+        let bytes = match self.encoding {
+            Encoding::Identity => self.accepted,
+            Encoding::Zstd if self.digest.size() <= WHOLE_BYTES => self.digest.size(),
+            Encoding::Zstd => 0,
+        };
+        if let Work::Idle(attempt) = &mut self.work {
+            make_room(attempt, bytes, &self.shared.files).await?;
         }
         self.idle().await
     }
@@ -254,9 +265,10 @@ impl Drop for BlobWriter {
             return;
         }
         let (pending, shared) = (self.take_pending(), self.shared.clone());
-        let plain_bytes = (self.encoding == Encoding::Identity).then_some(self.accepted);
-        // What was accepted has been reported as committed (BS-31), so it is written before the attempt is put away; but for
-        // what there is no room for.
+        let (is_plain, accepted, decoder) =
+            (self.encoding == Encoding::Identity, self.accepted, self.decoder.take());
+        // What was accepted of a plain upload has been reported as committed (BS-31), so it is written before the attempt is put
+        // away; but for what there is no room for. What is compressed is reported once it is decoded.
         self.shared.runtime.spawn(async move {
             let mut attempt = match work {
                 Work::Idle(attempt) => attempt,
@@ -266,12 +278,14 @@ impl Drop for BlobWriter {
                 },
                 Work::Over => return,
             };
-            let has_room = match plain_bytes {
-                Some(bytes) => make_room(&mut attempt, bytes, &shared.files).await.is_ok(),
-                None => true,
+            let may_go_on = if is_plain {
+                make_room(&mut attempt, accepted, &shared.files).await.is_ok()
+            } else {
+                decoder.is_some()
             };
             let flush = move || {
-                if has_room {
+                let _decoder = decoder;
+                if may_go_on {
                     let _ = append(&mut attempt, &pending, &shared);
                 }
             };

@@ -5,7 +5,8 @@
 //! - A task is waiting (unchecked, checking or ready, in that order) or running; only ready tasks are given a slot.
 //! - A ready task stands in the queue of each pool that can take it, and one that is running in none.
 //! - A task that no client follows waits behind all that are followed, and gives its slot up when one of those needs it.
-//! - Every task counts for one owner, in the queues and in the [`Room`] that there is for tasks.
+//! - A task has a place in the queues for each owner that waits for it, counts for one of them in the [`Room`] that there is
+//!   for tasks, and for the one whose turn it was while it runs.
 //! - A slot belongs to one run from [`Ledger::assign`] until [`Ledger::finish`], whatever becomes of the task meanwhile: a
 //!   run that was told to stop, or was given up, holds its slot until its worker answers.
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so that every operation ends, exactly once.
@@ -44,7 +45,7 @@ use crate::{
     instance::Instance,
 };
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     hash::RandomState,
     sync::Arc,
     time::Duration,
@@ -174,9 +175,7 @@ impl Ledger {
         self.transitions.push(Transition { info: info.clone(), priority, event });
         let owner = self.owner(&info);
         let (number, subscription) = self.register.enter(info, priority, task, snapshot, now);
-        self.change_waiters(task, |waiters| {
-            waiters.insert((priority, number), owner);
-        });
+        self.add_waiter(task, owner, (priority, number));
         self.gain_follower(task);
         subscription
     }
@@ -202,7 +201,8 @@ impl Ledger {
             queued: now.at,
             waiting_since: now.at,
             attempts: 0,
-            waiters: BTreeMap::from([((priority, number), owner)]),
+            waiters: BTreeMap::from([(owner, BTreeSet::from([(priority, number)]))]),
+            owner,
             followers: 1,
             unfollowed_since: None,
             step: Step::Unchecked,
@@ -317,16 +317,14 @@ impl Ledger {
     fn leave(&mut self, number: u64, error: Error, now: Moment) {
         let Some(operation) = self.register.get(number) else { return };
         let (Some(task), priority) = (operation.task(), operation.priority) else { return };
-        let was_followed = operation.is_followed();
+        let (was_followed, owner) = (operation.is_followed(), self.owner(&operation.info));
         self.complete(number, task, Arc::new(Outcome::failed(error)), now);
-        let is_last = self.tasks.get(&task).is_some_and(|task| task.waiters.len() <= 1);
+        let is_last = self.tasks.get(&task).is_some_and(|task| task.has_one_waiter());
         if is_last {
             self.remove_task(task);
             self.stop_run(task, now);
         } else {
-            self.change_waiters(task, |waiters| {
-                waiters.remove(&(priority, number));
-            });
+            self.remove_waiter(task, owner, (priority, number));
             if was_followed {
                 self.lose_follower(task, now);
             }
@@ -358,7 +356,7 @@ impl Ledger {
     /// Takes a task off the books: nobody can join it, it gets no slot.
     fn remove_task(&mut self, id: TaskId) -> Option<Task> {
         let task = self.tasks.remove(&id)?;
-        self.room.remove(task.owner(), task.load());
+        self.room.remove(task.owner, task.load());
         if let Some(key) = task.key() {
             self.joinable.remove(&key);
         }

@@ -12,6 +12,10 @@
 //! 3. Within a peer, [`Line`] has the order: by priority, then fairly between builds, then by age.
 //! 4. Tasks that nobody follows go after all others, in order of age and nothing else.
 //!
+//! A task that several owners wait for has a place for each of them. It is taken with the first place whose turn comes, and
+//! counts as running for that owner; the caller removes the others. So nobody waits longer because somebody else, with a long
+//! backlog, wants the same.
+//!
 //! Why peers come first and priority second: with priority first, a peer that calls everything urgent has the pool for itself,
 //! and no range of priorities that is useful within a team would be small enough to prevent that. Why positive priorities count
 //! between peers: nightly builds that yield to people are what priorities are used for most, and those run on other machines
@@ -34,7 +38,7 @@ use crate::{actors::worker::messages::TaskId, caller::Peer};
 use line::{Line, Turn};
 use ranks::Ranks;
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -87,13 +91,14 @@ pub struct Queue {
     /// The same by rank.
     groups: BTreeMap<i32, Group>,
     ranks: Ranks,
-    /// Tasks that nobody follows.
-    unfollowed: BTreeMap<TaskId, Charge>,
+    /// Places of tasks that nobody follows, with their priorities.
+    unfollowed: BTreeMap<(TaskId, Owner), i32>,
+    /// How many places each task has here.
+    tasks: HashMap<TaskId, usize>,
     running: HashMap<Charge, usize>,
     running_of: HashMap<Peer, usize>,
     /// Counts turns and arrivals, to tell who was served least recently.
     turns: u64,
-    len: usize,
 }
 
 /// What waits of one peer; never empty between changes.
@@ -127,16 +132,16 @@ impl Queue {
             groups: BTreeMap::new(),
             ranks: Ranks::new(step),
             unfollowed: BTreeMap::new(),
+            tasks: HashMap::new(),
             running: HashMap::new(),
             running_of: HashMap::new(),
             turns: 0,
-            len: 0,
         }
     }
 
     /// How many tasks wait.
     pub fn len(&self) -> usize {
-        self.len
+        self.tasks.len()
     }
 
     /// How many tasks that were taken from here run.
@@ -148,8 +153,9 @@ impl Queue {
     /// Adds a place. A peer, or a build within its peer, that had nothing waiting goes behind its equals.
     pub fn insert(&mut self, place: Place) {
         let charge = Charge { priority: place.priority, owner: place.owner };
+        *self.tasks.entry(place.task).or_default() += 1;
         if !place.followed {
-            self.len += usize::from(self.unfollowed.insert(place.task, charge).is_none());
+            self.unfollowed.insert((place.task, place.owner), place.priority);
             return;
         }
         self.turns += 1;
@@ -161,9 +167,7 @@ impl Queue {
             turn,
             line: Line::new(self.step),
         });
-        let added =
-            self.change(place.owner.peer, |peer| peer.line.insert(&place, Turn { running, at: turn }));
-        self.len += usize::from(added == Some(true));
+        self.change(place.owner.peer, |peer| peer.line.insert(&place, Turn { running, at: turn }));
     }
 
     /// Takes a place out; whether it was there.
@@ -171,21 +175,31 @@ impl Queue {
         let removed = if place.followed {
             self.change(place.owner.peer, |peer| peer.line.remove(place)) == Some(true)
         } else {
-            self.unfollowed.remove(&place.task).is_some()
+            self.unfollowed.remove(&(place.task, place.owner)).is_some()
         };
-        self.len -= usize::from(removed);
+        if removed {
+            self.forget_place(place.task);
+        }
         removed
+    }
+
+    fn forget_place(&mut self, task: TaskId) {
+        let Some(places) = self.tasks.get_mut(&task) else { return };
+        *places -= 1;
+        if *places == 0 {
+            self.tasks.remove(&task);
+        }
     }
 
     /// The task whose turn it is, and whether it was put here as followed.
     pub fn peek(&self, now: Instant) -> Option<(TaskId, bool)> {
         match self.next_peer(now) {
             Some(peer) => Some((self.peers.get(&peer)?.line.next(now)?.task, true)),
-            None => self.unfollowed.first_key_value().map(|(task, _)| (*task, false)),
+            None => self.unfollowed.first_key_value().map(|((task, _), _)| (*task, false)),
         }
     }
 
-    /// Takes out the task whose turn it is. It counts as running until [`Queue::ended`] is told so.
+    /// Takes out the place whose turn it is. Its task counts as running until [`Queue::ended`] is told so.
     pub fn pop(&mut self, now: Instant) -> Option<(TaskId, Charge)> {
         let (task, charge) = match self.next_peer(now) {
             Some(peer) => {
@@ -201,12 +215,13 @@ impl Queue {
                 (next.task, charge)
             }
             None => {
-                let (task, charge) = self.unfollowed.pop_first()?;
+                let ((task, owner), priority) = self.unfollowed.pop_first()?;
+                let charge = Charge { priority, owner };
                 self.charge(charge);
                 (task, charge)
             }
         };
-        self.len -= 1;
+        self.forget_place(task);
         Some((task, charge))
     }
 
@@ -231,10 +246,11 @@ impl Queue {
         });
     }
 
-    /// All tasks in the order in which they would be taken now if nothing else came or ended, ageing aside. Costs
-    /// O(n log n).
+    /// All tasks in the order in which they would be taken now if nothing else came or ended, ageing aside; nearly so for
+    /// tasks of several owners. Costs O(n log n).
     pub fn order(&self) -> Vec<TaskId> {
-        let mut order = Vec::with_capacity(self.len);
+        let mut order = Vec::with_capacity(self.len());
+        let mut left: HashSet<TaskId> = self.tasks.keys().copied().collect();
         let mut lines: HashMap<Peer, VecDeque<(i32, TaskId)>> =
             self.peers.iter().map(|(peer, waiting)| (*peer, waiting.line.order().into())).collect();
         let mut next: BTreeSet<(i32, usize, u64, Peer)> = (self.groups.iter())
@@ -243,13 +259,17 @@ impl Queue {
             })
             .collect();
         let mut turns = self.turns;
-        while let Some((_, running, _, peer)) = next.pop_first() {
+        while let Some((_, running, turn, peer)) = next.pop_first() {
             let Some(line) = lines.get_mut(&peer) else { continue };
-            order.extend(line.pop_front().map(|(_, task)| task));
-            turns += 1;
-            next.extend(line.front().map(|(priority, _)| (rank(*priority), running + 1, turns, peer)));
+            let Some((_, task)) = line.pop_front() else { continue };
+            // What was taken with another place takes no turn of this peer.
+            let is_taken = left.remove(&task);
+            order.extend(is_taken.then_some(task));
+            turns += u64::from(is_taken);
+            let (running, turn) = if is_taken { (running + 1, turns) } else { (running, turn) };
+            next.extend(line.front().map(|(priority, _)| (rank(*priority), running, turn, peer)));
         }
-        order.extend(self.unfollowed.keys());
+        order.extend(self.unfollowed.keys().map(|(task, _)| *task).filter(|task| left.remove(task)));
         order
     }
 

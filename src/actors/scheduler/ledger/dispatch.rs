@@ -74,6 +74,9 @@ impl Ledger {
         let (id, charge) = self.unchecked.pop(now.at)?;
         self.checks.insert(id, charge);
         let task = self.tasks.get_mut(&id)?;
+        for place in task.places(id) {
+            self.unchecked.remove(&place);
+        }
         task.step = Step::Checking;
         Some(Check { task: id, instance: task.action.instance.clone(), root: task.action.input_root })
     }
@@ -109,7 +112,7 @@ impl Ledger {
         // Should it come back, it stands somewhere else.
         task.position = None;
         task.attempts = task.attempts.saturating_add(1);
-        self.room.remove(task.owner(), Load::TURN);
+        self.room.remove(task.owner, Load::TURN);
         let limits = &self.settings;
         let bound = [task.action.timeout, limits.transfer_timeout, limits.transfer_timeout, limits.run_slack]
             .into_iter()
@@ -248,7 +251,7 @@ impl Ledger {
         self.unfollowed.forget(id, task);
         task.step = Step::Ready;
         task.waiting_since = now.at;
-        self.room.add(task.owner(), Load::TURN);
+        self.room.add(task.owner, Load::TURN);
         self.enter_queues(id);
         let Some(task) = self.tasks.get(&id) else { return };
         for number in task.numbers() {

@@ -9,8 +9,8 @@
 //! - When the server stops, every task that nobody has followed for `contended_abandon_grace` ends.
 //!
 //! That a follower has gone is noticed when [`Ledger::tick`] looks, or when the task is about to get a slot. That one has come
-//! is known at once. Each task counts its followers, so that no step here costs more than O(log n), apart from
-//! [`Ledger::make_way`], which looks at the runs, and only when one of them has to go.
+//! is known at once. Each task counts its followers, so that a change costs O(log n) for each owner of the task. Only
+//! [`Ledger::make_way`] looks at all runs, and only when one of them may have to go.
 
 use super::{Ledger, Outcome, Step, Task};
 use crate::{
@@ -92,10 +92,12 @@ impl Ledger {
     }
 
     fn set_unfollowed(&mut self, id: TaskId, since: Option<Instant>) {
-        let Some(task) = self.tasks.get_mut(&id).filter(|task| task.unfollowed_since != since) else {
+        let Some(task) =
+            self.tasks.get_mut(&id).filter(|task| task.unfollowed_since.is_some() != since.is_some())
+        else {
             return;
         };
-        let before = task.place(id);
+        let before = task.places(id);
         if task.step == Step::Running {
             self.unfollowed.forget(id, task);
         }
@@ -103,8 +105,18 @@ impl Ledger {
         if task.step == Step::Running {
             self.unfollowed.note(id, task);
         }
-        let (step, pools, after) = (task.step, task.pools.clone(), task.place(id));
-        self.move_place(step, &pools, before, after);
+        let (step, pools, after) = (task.step, task.pools.clone(), task.places(id));
+        if step == Step::Ready {
+            let rivals = &mut self.unfollowed.rivals;
+            if since.is_none() { rivals.add(&pools) } else { rivals.remove(&pools) }
+        }
+        self.each_queue(step, &pools, |queue| {
+            for (before, after) in before.iter().zip(&after) {
+                if queue.remove(before) {
+                    queue.insert(*after);
+                }
+            }
+        });
     }
 
     /// Looks which operations have lost their followers.

@@ -402,8 +402,7 @@ impl World {
                     assert!(!(joined && known.do_not_cache), "uncacheable work is never merged (EXE-15)");
                     assert!(known.stage == Stage::Queued);
                     if joined {
-                        let builds = |task: &Task| task.waiters.values().collect::<HashSet<_>>().len();
-                        if self.ledger.tasks.values().any(|task| builds(task) > 1) {
+                        if self.ledger.tasks.values().any(|task| task.waiters.len() > 1) {
                             self.seen.insert("shared");
                         }
                         self.seen.insert("joined");
@@ -459,14 +458,17 @@ impl World {
         let waiting = ledger.tasks.values().filter(|task| task.step != Step::Running).count();
         let mut room = Room::new(settings);
         for task in ledger.tasks.values() {
-            room.add(task.owner(), task.load());
+            room.add(task.owner, task.load());
+            assert!(
+                task.waiters.contains_key(&task.owner) && task.waiters.values().all(|own| !own.is_empty())
+            );
         }
         assert_eq!(room, ledger.room, "what there is counts, once, for the right owner");
         assert_eq!(room.all().waiting, waiting);
         assert!(waiting <= settings.queue_size + POOLS.iter().sum::<usize>());
         self.check_queues();
         self.check_followers();
-        let unfinished: usize = ledger.tasks.values().map(|task| task.waiters.len()).sum();
+        let unfinished: usize = ledger.tasks.values().map(|task| task.numbers().count()).sum();
         assert_eq!(ledger.register.unfinished(), unfinished, "each operation waits for one task");
         assert!(unfinished <= settings.unfinished_operations);
         assert!(ledger.tasks.values().all(|task| !task.waiters.is_empty()));

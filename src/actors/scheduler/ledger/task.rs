@@ -5,7 +5,7 @@ use crate::{
     actors::{
         scheduler::{
             operation::{OperationInfo, ServerLog},
-            queue::{Build, Charge, Owner, Place},
+            queue::{Charge, Owner, Place},
             room::Load,
             slots::PoolSet,
             transition::RunPlace,
@@ -15,13 +15,12 @@ use crate::{
             messages::{RunStage, TaskId},
         },
     },
-    caller::Peer,
     digest::Digest,
     instance::InstanceId,
     log_streams::run::RunLogs,
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Instant, SystemTime},
 };
@@ -41,9 +40,11 @@ pub(super) struct Task {
     pub(super) queued: Instant,
     pub(super) waiting_since: Instant,
     pub(super) attempts: u32,
-    /// Who waits: (priority, number), and the owner. Never empty. The first one gives the task its priority and its owner: the
-    /// most urgent, and of several the one that came first.
-    pub(super) waiters: BTreeMap<(i32, u64), Owner>,
+    /// The operations that wait, by owner: (priority, number). No set is empty, and there is one at least. The first of each
+    /// set gives the task its place for this owner.
+    pub(super) waiters: BTreeMap<Owner, BTreeSet<(i32, u64)>>,
+    /// One of these owners: the one for which the task counts in the room that there is.
+    pub(super) owner: Owner,
     /// How many of the waiters are followed, as of when they were looked at last.
     pub(super) followers: usize,
     /// Since when none is; `None` while one is.
@@ -90,16 +91,21 @@ impl Task {
         key(&self.action)
     }
 
-    pub(super) fn place(&self, id: TaskId) -> Place {
-        let priority = self.waiters.first_key_value().map_or(0, |(&(priority, _), _)| priority);
+    /// Where it stands for one of its owners.
+    pub(super) fn place(&self, id: TaskId, owner: Owner) -> Option<Place> {
+        let &(priority, _) = self.waiters.get(&owner)?.first()?;
         let followed = self.unfollowed_since.is_none();
-        Place { priority, owner: self.owner(), task: id, since: self.queued, followed }
+        Some(Place { priority, owner, task: id, since: self.queued, followed })
     }
 
-    /// For whom it counts.
-    pub(super) fn owner(&self) -> Owner {
-        let nobody = Owner { peer: Peer::Unknown, build: Build(0) };
-        self.waiters.first_key_value().map_or(nobody, |(_, &owner)| owner)
+    /// Where it stands, for each of its owners.
+    pub(super) fn places(&self, id: TaskId) -> Vec<Place> {
+        self.waiters.keys().filter_map(|owner| self.place(id, *owner)).collect()
+    }
+
+    /// Whether no more than one operation waits for it.
+    pub(super) fn has_one_waiter(&self) -> bool {
+        self.waiters.len() <= 1 && self.waiters.values().all(|numbers| numbers.len() <= 1)
     }
 
     /// What it takes up as it is.
@@ -114,7 +120,7 @@ impl Task {
     }
 
     pub(super) fn numbers(&self) -> impl Iterator<Item = u64> {
-        self.waiters.keys().map(|&(_, number)| number)
+        self.waiters.values().flatten().map(|&(_, number)| number)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Where tasks wait, and why: the queues of the pools, and the answer to the question.
 //!
 //! A ready task stands in the queue of each pool that can take it; the first pool to have a free slot for it takes it out of
-//! all. Positions are not kept up to date while tasks come and go. They are worked out for all tasks at once when somebody
+//! all. In each queue it has a place for each owner that waits for it. Positions are not kept up to date while tasks come and go. They are worked out for all tasks at once when somebody
 //! asks and the last picture, the *board*, is too old: so the price of telling any number of clients is bounded.
 
 use super::{Ledger, Step, Task};
@@ -9,7 +9,7 @@ use crate::{
     actors::{
         scheduler::{
             operation::{OperationId, OperationInfo, QueueStatus},
-            queue::{Build, Charge, Owner, Place, Queue},
+            queue::{Build, Charge, Owner, Queue},
             settings::Moment,
             slots::PoolSet,
         },
@@ -18,7 +18,6 @@ use crate::{
     instance::Instance,
 };
 use std::{
-    collections::BTreeMap,
     hash::BuildHasher as _,
     time::{Duration, Instant},
 };
@@ -54,60 +53,74 @@ impl Ledger {
     /// Has a task wait in the queues that are right for its step.
     pub(super) fn enter_queues(&mut self, id: TaskId) {
         let Some(task) = self.tasks.get(&id) else { return };
-        let (place, step, pools) = (task.place(id), task.step, task.pools.clone());
-        if step == Step::Ready && place.followed {
+        let (places, step, pools) = (task.places(id), task.step, task.pools.clone());
+        if step == Step::Ready && task.unfollowed_since.is_none() {
             self.unfollowed.rivals.add(&pools);
         }
-        self.each_queue(step, &pools, |queue| queue.insert(place));
+        self.each_queue(step, &pools, |queue| places.iter().for_each(|place| queue.insert(*place)));
     }
 
     /// Takes a task out of the queues that it stands in.
     pub(super) fn leave_queues(&mut self, id: TaskId, task: &Task) {
-        let place = task.place(id);
-        if task.step == Step::Ready && place.followed {
+        let places = task.places(id);
+        if task.step == Step::Ready && task.unfollowed_since.is_none() {
             self.unfollowed.rivals.remove(&task.pools);
         }
         self.each_queue(task.step, &task.pools, |queue| {
-            queue.remove(&place);
+            for place in &places {
+                queue.remove(place);
+            }
         });
     }
 
-    /// Changes who waits for a task, and with that its place in the queues and its owner.
-    pub(super) fn change_waiters(
-        &mut self,
-        id: TaskId,
-        change: impl FnOnce(&mut BTreeMap<(i32, u64), Owner>),
-    ) {
-        let Some(task) = self.tasks.get_mut(&id) else { return };
-        let before = task.place(id);
-        change(&mut task.waiters);
-        let after = task.place(id);
-        if before.owner != after.owner {
-            let load = task.load();
-            self.room.remove(before.owner, load);
-            self.room.add(after.owner, load);
-        }
-        let (step, pools) = (task.step, task.pools.clone());
-        self.move_place(step, &pools, before, after);
+    /// An operation waits for a task from now on, and gives it a place for its owner.
+    pub(super) fn add_waiter(&mut self, id: TaskId, owner: Owner, waiter: (i32, u64)) {
+        self.change_place(id, owner, |task| {
+            task.waiters.entry(owner).or_default().insert(waiter);
+        });
     }
 
-    /// Moves a task to another place in the queues that it stands in.
-    pub(super) fn move_place(&mut self, step: Step, pools: &PoolSet, before: Place, after: Place) {
+    /// An operation, which is not the last, waits for a task no more.
+    pub(super) fn remove_waiter(&mut self, id: TaskId, owner: Owner, waiter: (i32, u64)) {
+        self.change_place(id, owner, |task| {
+            let Some(own) = task.waiters.get_mut(&owner) else { return };
+            own.remove(&waiter);
+            if own.is_empty() {
+                task.waiters.remove(&owner);
+            }
+        });
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        if !task.waiters.contains_key(&task.owner)
+            && let Some((&heir, _)) = task.waiters.first_key_value()
+        {
+            let load = task.load();
+            self.room.remove(task.owner, load);
+            self.room.add(heir, load);
+            task.owner = heir;
+        }
+    }
+
+    /// Changes who waits for a task on behalf of one owner, and with that its place for this owner.
+    fn change_place(&mut self, id: TaskId, owner: Owner, change: impl FnOnce(&mut Task)) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        let before = task.place(id, owner);
+        change(task);
+        let after = task.place(id, owner);
         if before == after {
             return;
         }
-        if step == Step::Ready && before.followed != after.followed {
-            let rivals = &mut self.unfollowed.rivals;
-            if after.followed { rivals.add(pools) } else { rivals.remove(pools) }
-        }
-        self.each_queue(step, pools, |queue| {
-            if queue.remove(&before) {
+        let (step, pools) = (task.step, task.pools.clone());
+        self.each_queue(step, &pools, |queue| {
+            if let Some(before) = &before {
+                queue.remove(before);
+            }
+            if let Some(after) = after {
                 queue.insert(after);
             }
         });
     }
 
-    fn each_queue(&mut self, step: Step, pools: &PoolSet, mut visit: impl FnMut(&mut Queue)) {
+    pub(super) fn each_queue(&mut self, step: Step, pools: &PoolSet, mut visit: impl FnMut(&mut Queue)) {
         match step {
             Step::Unchecked => visit(&mut self.unchecked),
             Step::Ready => {
@@ -125,13 +138,16 @@ impl Ledger {
             (0..self.ready.len()).find(|&pool| self.slots.has_free(pool) && self.has_next(pool, now))?;
         let (id, charge) = self.ready.get_mut(pool)?.pop(now.at)?;
         let task = self.tasks.get(&id)?;
-        let place = task.place(id);
-        if place.followed {
+        if task.unfollowed_since.is_none() {
             self.unfollowed.rivals.remove(&task.pools);
         }
-        for &other in task.pools.iter().filter(|other| **other != pool) {
-            if let Some(queue) = self.ready.get_mut(other) {
-                queue.remove(&place);
+        let places = task.places(id);
+        for &pool in &*task.pools {
+            if let Some(queue) = self.ready.get_mut(pool) {
+                // It has none any more where it was taken.
+                for place in &places {
+                    queue.remove(place);
+                }
             }
         }
         Some((pool, id, charge))

@@ -46,7 +46,8 @@ pub(super) struct Next {
 /// The waiting tasks of one priority.
 #[derive(Debug, Default)]
 struct Class {
-    tasks: BTreeMap<TaskId, Instant>,
+    /// A task that several builds wait for is here for each of them.
+    tasks: BTreeMap<(TaskId, Build), Instant>,
     builds: HashMap<Build, Waiting>,
     /// (tasks running, turn, build): the least is next.
     order: BTreeSet<(usize, u64, Build)>,
@@ -157,7 +158,7 @@ impl Class {
             Waiting { turn, tasks: BTreeSet::new() }
         });
         waiting.tasks.insert(place.task);
-        self.tasks.insert(place.task, place.since).is_none()
+        self.tasks.insert((place.task, build), place.since).is_none()
     }
 
     fn remove(&mut self, build: Build, task: TaskId) -> bool {
@@ -169,7 +170,7 @@ impl Class {
             self.order.remove(&(waiting.turn.running, waiting.turn.at, build));
             self.builds.remove(&build);
         }
-        self.tasks.remove(&task);
+        self.tasks.remove(&(task, build));
         true
     }
 

@@ -200,7 +200,8 @@ proptest! {
             queue.ended(charge);
         }
         let is_empty = queue.peers.is_empty() && queue.groups.is_empty() && queue.ranks.is_empty();
-        prop_assert!(is_empty && queue.running.is_empty() && queue.running_of.is_empty(), "{queue:?}");
+        let is_idle = queue.running.is_empty() && queue.running_of.is_empty() && queue.tasks.is_empty();
+        prop_assert!(is_empty && is_idle, "{queue:?}");
     }
 
     #[test]
@@ -397,6 +398,22 @@ fn a_peer_believes_another_that_its_work_matters_less_and_not_that_it_matters_mo
         HashMap::from([(peer(1), 20), (peer(2), 20), (peer(3), 20)]),
         "age makes it an equal, no more"
     );
+}
+
+/// An action that a large backlog wants too is not behind that.
+#[test]
+fn a_task_of_several_owners_is_taken_when_the_turn_of_the_first_of_them_comes() {
+    let (start, mut queue) = (Instant::now(), Queue::new(STEP));
+    for task in 0..100 {
+        queue.insert(place_of(1, 0, 0, task, start));
+    }
+    let shared = place_of(2, 0, 0, 99, start);
+    queue.insert(shared);
+    assert_eq!((queue.len(), queue.order().len(), queue.order()[1]), (100, 100, TaskId(99)));
+    assert_eq!(queue.pop(start).unwrap().0, TaskId(0));
+    assert_eq!(queue.pop(start).unwrap(), (TaskId(99), charge(&shared)));
+    assert!(queue.remove(&place_of(1, 0, 0, 99, start)) && !queue.remove(&shared));
+    assert_eq!(queue.len(), 98);
 }
 
 /// A flood in which every task has a build of its own, and any priority.

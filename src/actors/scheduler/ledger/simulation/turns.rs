@@ -27,11 +27,10 @@ pub(super) struct Waiting {
 }
 
 impl World {
-    /// The ready tasks, and how many of its owner and priority, and of its peer, each pool runs.
+    /// The places of the ready tasks, and how many of its owner and priority, and of its peer, each pool runs.
     pub(super) fn waiting(&self) -> Vec<Waiting> {
         let ledger = &self.ledger;
-        let waiting = |(id, task): (&TaskId, &Task)| {
-            let place = task.place(*id);
+        let waiting = |task: &Task, place: Place| {
             let own = Charge { priority: place.priority, owner: place.owner };
             let count = |pool, counts: &dyn Fn(&Charge) -> bool| {
                 ledger.runs.values().filter(|run| run.pool == pool && counts(&run.charge)).count()
@@ -50,15 +49,19 @@ impl World {
                 is_followed,
             }
         };
-        ledger.tasks.iter().filter(|(_, task)| task.step == Step::Ready).map(waiting).collect()
+        let ready = ledger.tasks.iter().filter(|(_, task)| task.step == Step::Ready);
+        let places =
+            ready.flat_map(|(id, task)| task.places(*id).into_iter().map(move |place| (task, place)));
+        places.map(|(task, place)| waiting(task, place)).collect()
     }
 
     /// What must be true of whoever was served: see the rules of [`Queue`]. Where the ledger had not noticed yet who is gone,
     /// those count too, and not all can be said.
     pub(super) fn check_turn(&mut self, before: &[Waiting], served: TaskId, pool: usize, is_exact: bool) {
         let rivals: Vec<_> = before.iter().filter(|waiting| waiting.pools.contains(&pool)).collect();
-        let served =
-            rivals.iter().find(|waiting| waiting.place.task == served).expect("only what is ready runs");
+        let charge = self.ledger.runs[&served].charge;
+        let is_served = |place: Place| place.task == served && place.owner == charge.owner;
+        let served = rivals.iter().find(|waiting| is_served(waiting.place)).expect("only what is ready runs");
         let place = served.place;
         if !served.is_followed {
             assert!(rivals.iter().all(|rival| !rival.is_followed), "followed work goes first");

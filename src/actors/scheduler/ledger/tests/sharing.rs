@@ -90,29 +90,38 @@ fn a_build_larger_than_the_queue_leaves_room_to_one_of_five() {
     assert_eq!(desk.ledger.inspect().queued, 0);
 }
 
+/// Whoever wants what others want too does not wait for their backlog, and nobody counts for what others have taken.
 #[test]
-fn a_shared_task_counts_for_its_most_urgent_waiter_and_then_for_the_first() {
+fn a_shared_task_has_a_place_for_each_of_its_builds_and_runs_for_the_first_whose_turn_comes() {
     let mut desk = Desk::new(1, settings());
     let _busy = desk.submit_of("a", 0);
-    desk.dispatch_one();
-    let _of_a = desk.submit_of("a", 1);
-    let of_b = desk.submit_of("b", 2);
-    let _shared = desk.submit_of("c", 2);
-    assert!(desk.dispatch().is_empty());
-    let build = |desk: &Desk, name: u64| {
-        let (id, task) =
-            desk.ledger.tasks.iter().find(|(_, t)| t.action.digest == digest(&work(name))).unwrap();
-        task.place(*id).owner.build
+    let busy = desk.dispatch_one();
+    let of_a: Vec<_> = (1..10).map(|name| desk.submit_of("a", name)).collect();
+    let from = |invocation: &str, number| Submit { peer: peer(number), ..submit_of(invocation, &work(9)) };
+    let mut join = |invocation: &str, number| {
+        desk.try_submit(from(invocation, number), resolution(&work(9), false)).unwrap()
     };
-    let (a, b) = (build(&desk, 1), build(&desk, 2));
-    assert_ne!(a, b);
-    desk.cancel(&of_b);
-    assert!(build(&desk, 2) != b && build(&desk, 2) != a, "who left is not charged");
-    let urgent = Submit { priority: -1, ..submit_of("a", &work(2)) };
-    let _urgent = desk.try_submit(urgent, resolution(&work(2), false)).unwrap();
-    assert_eq!(build(&desk, 2), a, "who made it urgent is");
-    let _nameless = [desk.submit(work(3)), desk.submit_of("", 4)];
-    assert_eq!(build(&desk, 3), build(&desk, 4), "all that name no build share as one");
+    let (of_b, of_c) = (join("b", 1), join("a", 2));
+    assert!(desk.dispatch().is_empty());
+    desk.after(2);
+    assert_eq!(desk.explain(&of_a[8]).unwrap().position, Some(1));
+    desk.cancel(&of_c);
+    desk.after(2);
+    assert_eq!(desk.explain(&of_a[8]).unwrap().position, Some(1));
+    assert_eq!(desk.explain(&of_a[8]).unwrap().waiting, 9, "tasks are counted, not places");
+    desk.finish(busy.task, success());
+    // Neither runs anything, and the other peer came later.
+    let first = desk.dispatch_one();
+    assert_eq!(first.action.digest, digest(&work(1)));
+    desk.finish(first.task, success());
+    let shared = desk.dispatch_one();
+    assert_eq!(shared.action.digest, digest(&work(9)));
+    let charge = desk.ledger.runs[&shared.task].charge;
+    assert_eq!(charge.owner, desk.ledger.owner(&of_b.info));
+    assert_eq!(desk.ledger.ready[0].len(), 7, "it is in no queue any more");
+    let nameless =
+        [desk.submit(work(30)), desk.submit_of("", 40)].map(|operation| desk.ledger.owner(&operation.info));
+    assert_eq!(nameless[0], nameless[1], "all of a peer that name no build share as one");
 }
 
 /// No starvation by priority, also when the urgent work never ends.

@@ -9,7 +9,8 @@ use crate::proto::{
     longrunning::{Operation, operation},
     reapi::{
         Action, ActionResult, Command, Digest, ExecuteOperationMetadata, ExecuteRequest, ExecuteResponse,
-        OutputFile, Platform, WaitExecutionRequest, command::EnvironmentVariable, platform::Property,
+        OutputFile, Platform, WaitExecutionRequest, command::EnvironmentVariable,
+        execution_stage::Value as Stage, platform::Property,
     },
 };
 use prost::Message as _;
@@ -205,6 +206,23 @@ impl Run {
         }
         let stop = fail(format!("a message that is {what}"), "the stream ended OK without one");
         Err(stop).needs("EXE-10")
+    }
+
+    /// Reads to the first message of the stage EXECUTING.
+    ///
+    /// # Errors
+    /// Needs EXE-03 for a message without metadata, EXE-04 when that stage never comes.
+    pub async fn until_executing(&mut self) -> Verdict<Operation> {
+        while let Some(operation) = self.next().await? {
+            let stage = metadata(&operation)?.stage();
+            if stage == Stage::Executing {
+                return Ok(operation);
+            }
+            if operation.done {
+                break;
+            }
+        }
+        Err(fail("a message of the stage EXECUTING", "the operation ended without one")).needs("EXE-04")
     }
 
     /// Reads to the response.

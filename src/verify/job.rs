@@ -304,7 +304,15 @@ impl Session {
     /// # Errors
     /// See [`Job::refusal`].
     pub async fn refusal(&self, action: &Digest) -> Verdict<Refusal> {
-        let mut run = match self.start(self.execute_request(action)).await {
+        self.refusal_of(self.execute_request(action)).await
+    }
+
+    /// The same with everything said.
+    ///
+    /// # Errors
+    /// See [`Job::refusal`].
+    pub async fn refusal_of(&self, request: ExecuteRequest) -> Verdict<Refusal> {
+        let mut run = match self.start(request).await {
             Ok(run) => run,
             Err(status) => return Ok(Refusal::of_call(&status)),
         };

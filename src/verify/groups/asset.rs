@@ -377,9 +377,9 @@ async fn pushed_for(s: &Session, life: Duration) -> Verdict<bool> {
     tokio::time::sleep(left + Duration::from_secs(1)).await;
     let [uri, _] = &uris;
     within_patience(|| async {
-        let answer = fetch(s, request(s, &[uri], &[])).await.wanted("FetchBlob answers")?;
-        // NOT_FOUND, or what came of a look at the origin.
-        let gone = answer.status.unwrap_or_default().code != 0;
+        let answer = fetch(s, request(s, &[uri], &[])).await.or_refused("FetchBlob", &[Code::NotFound])?;
+        // NOT_FOUND, as a status of the call or inside it, or what came of a look at the origin.
+        let gone = answer.is_none_or(|answer| answer.status.unwrap_or_default().code != 0);
         ensure(gone, "nothing under the URI once the push has expired", "the content")
     })
     .await?;

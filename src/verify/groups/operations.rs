@@ -54,7 +54,7 @@ fn is_executing(operation: &Operation) -> bool {
 async fn getoperation_says_what_the_stream_says(s: Session) -> Verdict {
     let job = Job::sh(&s, "sleep 1").uncached();
     let mut run = job.start().await?;
-    let running = run.until("EXECUTING", is_executing).await?;
+    let running = run.until_executing().await?;
     let seen = get(&s, &running.name).await.offered("GetOperation answers")?;
     equal("name", &seen.name, &running.name)?;
     let described = metadata(&seen).own()?;
@@ -96,7 +96,7 @@ async fn a_cancelled_operation_ends_inside_its_response(s: Session) -> Verdict {
     let fraction = s.word().bytes().fold(7_u32, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
     let sleep = format!("sleep 25.{fraction}");
     let mut run = Job::sh(&s, &sleep).uncached().start().await?;
-    let name = run.until("EXECUTING", is_executing).await?.name;
+    let name = run.until_executing().await?.name;
     let begin = Instant::now();
     cancel(&s, &name).await.offered("CancelOperation of a running operation is OK")?;
     let late = |_| fail(format!("an end within {PROMPT:?} of the cancel"), "the operation goes on");
@@ -129,7 +129,7 @@ async fn two_clients(
     let leaving = s.reconnect().await?;
     let job = Job::sh(&leaving, "sleep 2; echo done");
     let mut first = job.start().await?;
-    let name = first.until("EXECUTING", is_executing).await?.name;
+    let name = first.until_executing().await?.name;
     let mut second = s.start(s.execute_request(&job.digest())).await.wanted("Execute is accepted")?;
     second.until("EXECUTING", |operation| is_executing(operation) || operation.done).await?;
     Ok((first, name, second))
@@ -152,7 +152,7 @@ async fn a_merged_run_outlives_the_disconnect_of_one_client(s: Session) -> Verdi
 async fn waitoperation_returns_when_the_time_is_up_or_the_operation_ends(s: Session) -> Verdict {
     const LIMIT: Duration = Duration::from_secs(1);
     let mut run = Job::sh(&s, "sleep 8").uncached().start().await?;
-    let name = run.until("EXECUTING", is_executing).await?.name;
+    let name = run.until_executing().await?.name;
     let wait = async |limit: Duration| {
         let begin = Instant::now();
         let request = WaitOperationRequest { name: name.clone(), timeout: limit.try_into().ok() };

@@ -141,13 +141,8 @@ async fn a_wrong_size_is_no_action_to_execute(s: Session) -> Verdict {
     inline("an Execute of the right digest", right.status.as_ref(), &[Code::Ok]).control()?;
     let wrong = Digest { size_bytes: action.size_bytes + 1, ..action };
     let codes = [Code::FailedPrecondition, Code::InvalidArgument];
-    match s.start(s.execute_request(&wrong)).await {
-        Err(status) => drop(Err::<(), _>(status).refused("Execute with a wrong size", &codes)?),
-        Ok(run) => {
-            inline("Execute with a wrong size", run.finish().await?.status.as_ref(), &codes)?;
-        }
-    }
-    Ok(())
+    let refusal = s.refusal(&wrong).await?;
+    inline("Execute with a wrong size", Some(&refusal.status), &codes)
 }
 
 async fn a_digest_that_is_not_set_is_an_argument_error(s: Session) -> Verdict {
@@ -172,13 +167,8 @@ async fn a_digest_that_is_not_set_is_an_argument_error(s: Session) -> Verdict {
         answer.refused("SplitBlob without blob_digest", INVALID_OR_NONE)?;
         if s.executes().is_ok() {
             let request = ExecuteRequest { action_digest: digest, ..s.execute_request(&s.unknown()) };
-            match s.start(request).await {
-                Err(status) => drop(Err::<(), _>(status).refused("Execute without action_digest", INVALID)?),
-                Ok(run) => {
-                    let status = run.finish().await?.status;
-                    inline("Execute without action_digest", status.as_ref(), INVALID)?;
-                }
-            }
+            let refusal = s.refusal_of(request).await?;
+            inline("Execute without action_digest", Some(&refusal.status), INVALID)?;
         }
     }
     Ok(())

@@ -72,7 +72,8 @@ async fn without(job: &Job, left_out: &Blob) -> Verdict<Refusal> {
     let stored: Vec<_> = blobs.iter().filter(|blob| blob.digest != left_out.digest).collect();
     s.store(&stored).await?;
     let refusal = s.refusal(&job.digest()).await?;
-    inline("Execute without one of its blobs", Some(&refusal.status), &[Code::FailedPrecondition])?;
+    let what = "Execute without one of its blobs";
+    inline(what, Some(&refusal.status), &[Code::FailedPrecondition]).needs("EXE-22")?;
     Ok(refusal)
 }
 
@@ -156,6 +157,8 @@ async fn all_missing_inputs_are_listed_at_once(s: Session) -> Verdict {
         blobs.iter().filter(|blob| files.iter().all(|file| file.digest != blob.digest)).collect();
     s.store(&stored).await?;
     let refusal = s.refusal(&job.digest()).await?;
+    let what = "Execute without its input files";
+    inline(what, Some(&refusal.status), &[Code::FailedPrecondition]).needs("EXE-22")?;
     let mut expected: Vec<_> = files.iter().map(|file| subject(&s, file)).collect();
     expected.sort_unstable();
     let subjects = missing_subjects(&refusal)?;

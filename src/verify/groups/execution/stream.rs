@@ -222,8 +222,7 @@ async fn a_silent_operation_is_repeated(s: Session) -> Verdict {
         return Err(skipped(format!("needs a minute of silence; give each check --timeout {seconds}s")));
     }
     let mut run = Job::sh(&s, format!("sleep {}", MAX_SILENCE.as_secs() + 4)).uncached().start().await?;
-    let executing = |operation: &Operation| rank(operation).is_ok_and(|stage| stage == 3);
-    let operation = run.until("EXECUTING", executing).await?;
+    let operation = run.until_executing().await?;
     let again = tokio::time::timeout(MAX_SILENCE, run.next()).await;
     s.give_up(&operation.name).await;
     let silent = |_| fail(format!("a message at least every {MAX_SILENCE:?}"), "silence");

@@ -203,7 +203,7 @@ impl Runner {
         match reply.reply {
             Some(Reply::Ended(ended)) => ran(ended, stopped),
             Some(Reply::Failed(Failed { message, errno })) if is_full(errno) => {
-                Err(Error::Unavailable(message))
+                Err(Error::DiskFull(message))
             }
             Some(Reply::Failed(Failed { message, .. })) => Err(Error::Internal(message)),
             None => Err(Error::internal("a runner process gave an empty answer")),

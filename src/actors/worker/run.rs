@@ -394,7 +394,7 @@ pub(super) fn is_workers_fault(error: &Error) -> bool {
 fn log_lost(kind: LogKind, errno: i32) -> Error {
     let what = format!("the command was stopped because its {} could not be kept", kind.name());
     if is_full(errno) {
-        return Error::Unavailable(format!("{what}: the disk of this server is full (execution.build_root)"));
+        return Error::DiskFull(format!("{what}: the disk of this server is full (execution.build_root)"));
     }
     Error::Internal(format!("{what}: {}", std::io::Error::from_raw_os_error(errno)))
 }

@@ -33,15 +33,18 @@ impl Cas {
     }
 
     async fn relieve(&self, is_due: impl Fn(&Space) -> bool) {
-        // Whoever comes second looks at what the first has left to do.
-        let _turn = self.shared().relief_turn.lock().await;
-        let cas = self.clone();
-        let looked = self.blocking(move || cas.shared().files.space()).await;
-        let Ok(Ok(space)) = looked else { return };
-        if is_due(&space) {
-            // What is not deleted by then is deleted later.
-            let _ = tokio::time::timeout(settings::RELIEF_WAIT, self.ask(Relieve(space))).await;
-        }
+        let relieved = async {
+            // Whoever comes second looks at what the first has left to do.
+            let _turn = self.shared().relief_turn.lock().await;
+            let cas = self.clone();
+            let looked = self.blocking(move || cas.shared().files.space()).await;
+            let Ok(Ok(space)) = looked else { return };
+            if is_due(&space) {
+                let _ = self.ask(Relieve(space)).await;
+            }
+        };
+        // What is not deleted by then is deleted later.
+        let _ = tokio::time::timeout(settings::RELIEF_WAIT, relieved).await;
     }
 }
 

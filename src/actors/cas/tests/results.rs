@@ -114,7 +114,8 @@ async fn a_result_of_thousands_of_blobs_is_served_only_while_all_of_them_are_sto
     for n in 0..DIGESTS_PER_MESSAGE + 100 {
         output_files.push(output(&n.to_string(), store.put(n.to_string()).await));
     }
-    let last = Digest::from_wire(SHA256, output_files.iter().filter_map(|f| f.digest.as_ref()).next_back(), "last");
+    let last =
+        Digest::from_wire(SHA256, output_files.iter().filter_map(|f| f.digest.as_ref()).next_back(), "last");
     let (action, result) = (digest(b"action"), reapi::ActionResult { output_files, ..Default::default() });
     let stored = update(&store, action, result).await;
     assert_eq!(lookup(&store, action).await.as_ref(), Some(&stored));

@@ -1,4 +1,5 @@
-//! Stored messages: Action with Command, Directory, Tree, ActionResult, and a result's file. The first byte says which.
+//! Stored messages: Action with Command, Directory, Tree, ActionResult, and a result's file. The first byte says which. Each is
+//! measured before it is decoded: what decodes was measured, and takes no more than the most that its size allows.
 
 #![no_main]
 
@@ -12,9 +13,10 @@ use gorego::{
     path::check_node_name,
     proto::reapi,
     tree::Directory,
+    wire::{self, Limits, Refusal},
 };
 use libfuzzer_sys::fuzz_target;
-use prost::Message as _;
+use prost::{Message, Name};
 use std::time::{Duration, SystemTime};
 
 const FUNCTION: DigestFunction = DigestFunction::Sha256;
@@ -24,16 +26,35 @@ fuzz_target!(|data: &[u8]| {
     match kind % 4 {
         0 => action(data),
         1 => directory(data),
-        2 => drop(results::files_of_tree(Bytes::copy_from_slice(data), FUNCTION)),
+        2 => {
+            decode::<reapi::Tree>(data);
+            drop(results::files_of_tree(Bytes::copy_from_slice(data), FUNCTION));
+        }
         _ => result(data),
     }
 });
+
+fn decode<M: Message + Name + Default>(data: &[u8]) -> Option<M> {
+    let cost = wire::cost::<M>(data, Limits::memory(u64::MAX));
+    let message = M::decode(data).ok();
+    match (cost, &message) {
+        (Ok(cost), _) => {
+            let most = wire::EXPANSION_MAX * data.len() as u64 + 2 * size_of::<M>() as u64;
+            assert!(cost.memory <= most, "{cost:?} of {} bytes", data.len());
+        }
+        (Err(Refusal::Malformed("it has a group")), _) => {}
+        (Err(refusal), decoded) => assert!(decoded.is_none(), "{refusal}"),
+    }
+    message
+}
 
 /// A length byte parts the two messages.
 fn action(data: &[u8]) {
     let Some((length, data)) = data.split_first() else { return };
     let (first, second) = data.split_at(data.len().min(usize::from(*length)));
-    let (Ok(action), Ok(command)) = (reapi::Action::decode(first), reapi::Command::decode(second)) else { return };
+    let (Some(action), Some(command)) = (decode::<reapi::Action>(first), decode::<reapi::Command>(second)) else {
+        return;
+    };
     let instance = Instances::new([""]).and_then(|instances| instances.get("")).expect("the default");
     let timeouts = TimeoutPolicy { default: Duration::from_secs(1), max: Duration::from_secs(60) };
     match Action::from_wire(instance, Digest::empty(FUNCTION), &action, &command, timeouts) {
@@ -48,6 +69,7 @@ fn action(data: &[u8]) {
 }
 
 fn directory(data: &[u8]) {
+    decode::<reapi::Directory>(data);
     match Directory::decode(data, FUNCTION) {
         Ok(directory) => {
             let names = directory.files.iter().map(|node| &node.name);
@@ -66,7 +88,7 @@ fn directory(data: &[u8]) {
 fn result(data: &[u8]) {
     let action = Digest::empty(FUNCTION);
     let _ = results::decode(data, "", action);
-    let Ok(mut result) = reapi::ActionResult::decode(data) else { return };
+    let Some(mut result) = decode::<reapi::ActionResult>(data) else { return };
     match results::normalise(&mut result, FUNCTION, Uploader::Client) {
         Ok(blobs) => {
             assert!(blobs.iter().all(|(digest, bytes)| FUNCTION.digest(bytes) == *digest));

@@ -26,11 +26,19 @@ tokio::task_local! {
 #[derive(Debug, Default)]
 pub struct Claim {
     share: Mutex<Option<Share>>,
+    /// Whether what a message takes is held until the call is answered, or only while it is decoded.
+    is_kept: bool,
     /// What comes next takes long.
     is_laborious: AtomicBool,
 }
 
 impl Claim {
+    /// A claim that holds nothing yet. `is_kept` says whether it goes on after a message was decoded: not for long streams of
+    /// messages that are passed on one by one.
+    pub fn new(is_kept: bool) -> Self {
+        Self { share: Mutex::default(), is_kept, is_laborious: AtomicBool::default() }
+    }
+
     /// Takes the share for the next message, in place of the one for the message before.
     pub fn hold(&self, share: Share, is_laborious: bool) {
         *self.share() = Some(share);
@@ -46,7 +54,7 @@ impl Claim {
     pub fn settle(memory: u64) {
         let _ = CLAIM.try_with(|claim| {
             if let Some(share) = claim.share().as_mut() {
-                share.shrink_to(memory);
+                share.shrink_to(if claim.is_kept { memory } else { 0 });
             }
         });
     }

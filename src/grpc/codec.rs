@@ -61,17 +61,16 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
     fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
         // All of the message: it lies in one piece.
         let length = buffer.remaining();
-        let mut memory = wire::worst_case(length as u64, REQUEST_MAX_MEMORY);
+        let mut taken = 0;
         if length > UNCOUNTED_BYTES {
             let most = if Claim::is_present() { REQUEST_MAX_MEMORY } else { ANSWER_MAX_MEMORY };
-            memory = wire::cost::<U>(buffer.chunk(), Limits::memory(most))
-                .map_err(|refusal| {
-                    Status::invalid_argument(format!("the {} is refused: {refusal}", U::NAME))
-                })?
-                .memory;
+            let cost = wire::cost::<U>(buffer.chunk(), Limits::memory(most)).map_err(|refusal| {
+                Status::invalid_argument(format!("the {} is refused: {refusal}", U::NAME))
+            })?;
+            taken = cost.memory.saturating_add(length as u64);
         }
         let message = self.0.decode(buffer);
-        Claim::settle(memory.saturating_add(length as u64));
+        Claim::settle(taken);
         message
     }
 }

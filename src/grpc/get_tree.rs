@@ -17,6 +17,7 @@ use crate::{
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
+    memory,
     proto::reapi::{Directory, GetTreeRequest, GetTreeResponse},
     tree::MAX_DIRECTORY_BYTES,
     wire::{self, Limits},
@@ -308,6 +309,14 @@ struct Held {
     walks: Walks,
     place: Option<OwnedSemaphorePermit>,
     large: Option<OwnedSemaphorePermit>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.large.is_some() {
+            memory::freed(DIRECTORY_MAX_MEMORY);
+        }
+    }
 }
 
 impl Held {

@@ -97,7 +97,7 @@ impl<S: Service<Request<Body>>> Service<Request<Body>> for Intake<S> {
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let caller = request.extensions().get::<Call>().map(Call::caller).unwrap_or_default();
         let has_lists = wire::request_has_lists(request.uri().path());
-        let (budgets, claim) = (self.budgets.clone(), Arc::<Claim>::default());
+        let (budgets, claim) = (self.budgets.clone(), Arc::new(Claim::new(has_lists)));
         let of_body = claim.clone();
         let request = request.map(|body| Body::new(Watched::new(body, caller, budgets, of_body, has_lists)));
         Claimed::new(self.inner.call(request), claim)

@@ -1,7 +1,10 @@
 //! The action cache, and how an Execute is looked up.
 
 use super::{
-    super::messages::{Resolution, ResolveAction},
+    super::{
+        messages::{Resolution, ResolveAction},
+        settings::DIGESTS_PER_MESSAGE,
+    },
     *,
 };
 use futures::future::join_all;
@@ -101,6 +104,26 @@ async fn a_result_is_served_only_while_everything_it_references_is_stored() {
             eventually(|| async { store.files_of(action).is_empty().then_some(()) }).await;
         }
     }
+}
+
+/// AC-03, for a result that refers to more blobs than the actor looks up at once.
+#[actix::test]
+async fn a_result_of_thousands_of_blobs_is_served_only_while_all_of_them_are_stored() {
+    let mut store = Store::new().await;
+    let mut output_files = Vec::new();
+    for n in 0..DIGESTS_PER_MESSAGE + 100 {
+        output_files.push(output(&n.to_string(), store.put(n.to_string()).await));
+    }
+    let last =
+        Digest::from_wire(SHA256, output_files.iter().filter_map(|f| f.digest.as_ref()).next_back(), "last");
+    let (action, result) = (digest(b"action"), reapi::ActionResult { output_files, ..Default::default() });
+    let stored = update(&store, action, result).await;
+    assert_eq!(lookup(&store, action).await.as_ref(), Some(&stored));
+    store = store.restart().await;
+    assert_eq!(lookup(&store, action).await.as_ref(), Some(&stored));
+    store.lose(last.unwrap()).await;
+    assert_eq!(lookup(&store, action).await, None);
+    eventually(|| async { store.files_of(action).is_empty().then_some(()) }).await;
 }
 
 /// AC-04: a hit keeps its blobs alive, those inside its Trees too.

@@ -271,6 +271,7 @@ fn a_mistake_in_a_pool_is_shown_with_its_place_and_what_to_write_instead() {
     }
     let error = check(
         "[execution]\nconcurrency = 2\nplatform = { a = \"b\" }\npriority_ageing = \"0s\"\n\
+         min_priority = 1\nmax_priority = 1001\n\
          [execution.pools.\"a/b\"]\nslots = 0\n[execution.pools.c]\nslots = 4096\nproperties = { \"\" = \"x\" }\n\
          [execution.pools.d]\nslots = 1\n",
     )
@@ -280,6 +281,8 @@ fn a_mistake_in_a_pool_is_shown_with_its_place_and_what_to_write_instead() {
         "each has its own slots",
         "each has its own properties",
         "execution.priority_ageing",
+        "execution.min_priority = 1 (",
+        "execution.max_priority = 1001 (",
         "\"a/b\" cannot be the name of a pool",
         "slots of \"a/b\" must be between 1",
         "\"c\" has a property without a name",

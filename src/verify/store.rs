@@ -23,8 +23,8 @@ use tonic::{Code, Status};
 
 /// Bytes in one WriteRequest: well below every limit on messages.
 pub const PIECE_BYTES: usize = 64 * 1024;
-/// How often a running upload is asked about, and the pause between: two seconds in all.
-const UPLOAD_LOOKS: usize = 100;
+/// How long a server may take to say that it has taken in a part of an upload, and the pause between two looks.
+const UPLOAD_PATIENCE: Duration = Duration::from_secs(2);
 const UPLOAD_PAUSE: Duration = Duration::from_millis(20);
 /// What an entry of a batch costs besides its data, rounded up.
 const ENTRY_BYTES: usize = 150;
@@ -265,12 +265,13 @@ impl Session {
     /// Waits until the server says that an upload has so many bytes, or for long enough that any server has. What is asked before
     /// the first byte is there proves nothing.
     pub async fn upload_reaches(&self, name: &str, bytes: i64) {
-        for _ in 0..UPLOAD_LOOKS {
-            match self.query(name).await {
-                Ok(status) if status.committed_size >= bytes => return,
-                _ => tokio::time::sleep(UPLOAD_PAUSE).await,
+        let reached = async {
+            while !self.query(name).await.is_ok_and(|status| status.committed_size >= bytes) {
+                tokio::time::sleep(UPLOAD_PAUSE).await;
             }
-        }
+        };
+        // A server may not tell before the end, or answer only then.
+        let _ = tokio::time::timeout(UPLOAD_PATIENCE, reached).await;
     }
 }
 

@@ -141,7 +141,7 @@ async fn a_wrong_size_is_no_action_to_execute(s: Session) -> Verdict {
     inline("an Execute of the right digest", right.status.as_ref(), &[Code::Ok]).control()?;
     let wrong = Digest { size_bytes: action.size_bytes + 1, ..action };
     let codes = [Code::FailedPrecondition, Code::InvalidArgument];
-    let refusal = s.refusal(&wrong).await?;
+    let refusal = s.refusal(&wrong).await.case("Execute with a wrong size")?;
     inline("Execute with a wrong size", Some(&refusal.status), &codes)
 }
 
@@ -167,7 +167,7 @@ async fn a_digest_that_is_not_set_is_an_argument_error(s: Session) -> Verdict {
         answer.refused("SplitBlob without blob_digest", INVALID_OR_NONE)?;
         if s.executes().is_ok() {
             let request = ExecuteRequest { action_digest: digest, ..s.execute_request(&s.unknown()) };
-            let refusal = s.refusal_of(request).await?;
+            let refusal = s.refusal_of(request).await.case("Execute without action_digest")?;
             inline("Execute without action_digest", Some(&refusal.status), INVALID)?;
         }
     }

@@ -24,7 +24,7 @@ use tower::{Layer, Service};
 /// Bytes of unfinished messages that the server holds. Sixty-four of the largest ones, and many more of those that clients
 /// send.
 pub const UNFINISHED_MAX_BYTES: u64 = 1024 * 1024 * 1024;
-/// How long a sender may be silent in the middle of a message.
+/// How long a sender may be silent before its first message and in the middle of one.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What precedes each message: a flag and four bytes of length.
@@ -69,6 +69,8 @@ impl<S: Service<Request<Body>>> Service<Request<Body>> for Intake<S> {
 /// The body of a request.
 struct Watched {
     body: Body,
+    /// Whether anything has come.
+    is_begun: bool,
     message: Unfinished,
     /// What all requests hold together.
     held: Arc<AtomicU64>,
@@ -79,7 +81,8 @@ struct Watched {
 
 impl Watched {
     fn new(body: Body, held: Arc<AtomicU64>) -> Self {
-        Self { body, message: Unfinished::default(), held, last: Instant::now(), silence: None }
+        let message = Unfinished::default();
+        Self { body, is_begun: false, message, held, last: Instant::now(), silence: None }
     }
 
     fn take(&mut self, data: &[u8]) -> Result<(), Status> {
@@ -130,12 +133,14 @@ impl http_body::Body for Watched {
         match Pin::new(&mut self.body).poll_frame(context) {
             Poll::Ready(Some(Ok(frame))) => {
                 self.last = Instant::now();
+                self.is_begun = true;
                 let taken = frame.data_ref().map_or(Ok(()), |data| self.take(data));
                 Poll::Ready(Some(taken.map(|()| frame)))
             }
-            Poll::Pending if self.message.is_begun() => self.poll_silence(context).map(|()| {
-                let problem =
-                    format!("the request broke off: it was silent for {SILENCE_LIMIT:?} inside of a message");
+            Poll::Pending if self.message.is_begun() || !self.is_begun => self.poll_silence(context).map(|()| {
+                let problem = format!(
+                    "the request broke off: it was silent for {SILENCE_LIMIT:?} before or inside of a message"
+                );
                 Some(Err(Status::deadline_exceeded(problem)))
             }),
             other => other,
@@ -241,6 +246,10 @@ mod tests {
         assert_eq!(begin.elapsed().as_secs(), SILENCE_LIMIT.as_secs());
         drop(body);
         assert_eq!(held.load(Ordering::Relaxed), 0);
+        // One that opens a stream and sends nothing is not waited for either.
+        let nothing = stream::pending::<Result<Bytes, Status>>();
+        let mut body = Watched::new(Body::new(axum::body::Body::from_stream(nothing)), held.clone());
+        assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
         // Between two messages it may be silent: that is for the handler to judge.
         let mut body = stalled(message(100), &held);
         next(&mut body).await.unwrap();

@@ -27,10 +27,7 @@ mod webdav;
 mod write;
 
 use crate::{
-    actors::cas::client::Cas,
-    connections::Connections,
-    error::Result,
-    instance::Instances,
+    actors::cas::client::Cas, connections::Connections, error::Result, instance::Instances,
     under_way::UnderWay,
 };
 use axum::{

@@ -35,7 +35,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use uuid::Uuid;
 
 pub use registry::Limits;
@@ -44,11 +44,9 @@ pub use registry::Limits;
 pub const MAX_STREAM_BYTES: u64 = 256 * 1024 * 1024;
 /// Readers that may follow streams at the same time. Each may hold a file open, and those of run streams look at it ten times
 /// a second.
-pub const MAX_READERS: usize = 1024;
+pub const MAX_READERS: u64 = 1024;
 /// How often streams that are over their time are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
-/// When a reader that found no place should come back.
-const READERS_RETRY: Duration = Duration::from_secs(5);
 
 const GIVEN_UP: &str = "log_streams_given_up";
 
@@ -77,7 +75,8 @@ struct Inner {
     bytes: Budget,
     spool_directory: PathBuf,
     books: Mutex<Books>,
-    readers: Arc<Semaphore>,
+    /// Places of readers.
+    readers: Budget,
     closing: watch::Sender<bool>,
 }
 
@@ -132,7 +131,7 @@ impl LogStreams {
                 clients: Registry::new(settings.clients),
                 runs: Registry::new(settings.runs),
             }),
-            readers: Arc::new(Semaphore::new(MAX_READERS)),
+            readers: bounds("readers of log streams", MAX_READERS),
             closing: watch::Sender::new(false),
         }))
     }
@@ -190,15 +189,12 @@ impl LogStreams {
     ///
     /// # Errors
     /// `Invalid` for a name that is for writing (LOG-02); `NotFound` for all that is not here; `Exhausted` when too many
-    /// readers follow.
-    pub fn follow(&self, name: &LogName) -> Result<Follower> {
+    /// readers follow, or too many of this caller.
+    pub fn follow(&self, name: &LogName, caller: Caller) -> Result<Follower> {
         if name.token.is_some() {
             return Err(Error::invalid("a write_resource_name cannot be read; leave its last segment off"));
         }
-        let place = self.0.readers.clone().try_acquire_owned().map_err(|_| Error::Exhausted {
-            message: format!("{MAX_READERS} readers follow log streams, the most that this server takes"),
-            retry_after: Some(READERS_RETRY),
-        })?;
+        let place = self.0.readers.take(caller, 1)?;
         let closing = self.0.closing.subscribe();
         match name.id {
             StreamId::Client(id) => {

@@ -40,7 +40,7 @@ pub const UNFINISHED: Bounds =
 /// Memory for large requests that are being decoded or answered. Two of the worst ones fit, and many of usual ones.
 pub const DECODED: Bounds =
     Bounds { what: "bytes of large requests", total: 192 * 1024 * 1024, connection: 128 * 1024 * 1024 };
-/// How long a sender may be silent in the middle of a message.
+/// How long a sender may be silent before its first message and in the middle of one.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// How long a large message may wait until it is decoded.
 pub const DECODING_WAIT: Duration = Duration::from_secs(60);
@@ -107,6 +107,8 @@ impl<S: Service<Request<Body>>> Service<Request<Body>> for Intake<S> {
 /// The body of a request.
 struct Watched {
     body: Body,
+    /// Whether anything has come.
+    is_begun: bool,
     message: Unfinished,
     caller: Caller,
     budgets: Budgets,
@@ -134,6 +136,7 @@ impl Watched {
     fn new(body: Body, caller: Caller, budgets: Budgets, claim: Arc<Claim>, has_lists: bool) -> Self {
         Self {
             body,
+            is_begun: false,
             message: Unfinished::default(),
             caller,
             budgets,
@@ -253,15 +256,16 @@ impl http_body::Body for Watched {
             return match Pin::new(&mut self.body).poll_frame(context) {
                 Poll::Ready(Some(Ok(frame))) => {
                     self.last = Instant::now();
+                    self.is_begun = true;
                     match self.take(frame) {
                         Ok(None) => continue,
                         Ok(Some(frame)) => Poll::Ready(Some(Ok(frame))),
                         Err(status) => Poll::Ready(Some(Err(status))),
                     }
                 }
-                Poll::Pending if self.message.is_begun() => self.poll_silence(context).map(|()| {
+                Poll::Pending if self.message.is_begun() || !self.is_begun => self.poll_silence(context).map(|()| {
                     let problem = format!(
-                        "the request broke off: it was silent for {SILENCE_LIMIT:?} inside of a message"
+                        "the request broke off: it was silent for {SILENCE_LIMIT:?} before or inside of a message"
                     );
                     Some(Err(Status::deadline_exceeded(problem)))
                 }),
@@ -363,7 +367,13 @@ mod tests {
 
     /// A body that sends this and then nothing, and is never over.
     fn stalled(bytes: Vec<u8>, budgets: &Budgets) -> Watched {
-        let pieces = stream::iter([Ok::<_, Status>(Bytes::from(bytes))]).chain(stream::pending());
+        watched(stream::iter([Ok::<_, Status>(Bytes::from(bytes))]).chain(stream::pending()), budgets)
+    }
+
+    fn watched(
+        pieces: impl futures::Stream<Item = Result<Bytes, Status>> + Send + 'static,
+        budgets: &Budgets,
+    ) -> Watched {
         let body = Body::new(axum::body::Body::from_stream(pieces));
         Watched::new(body, Caller::default(), budgets.clone(), Arc::default(), true)
     }
@@ -384,6 +394,10 @@ mod tests {
         assert_eq!(begin.elapsed().as_secs(), SILENCE_LIMIT.as_secs());
         drop(body);
         assert_eq!(budgets.unfinished.held(), 0);
+        // One that opens a stream and sends nothing is not waited for either.
+        let nothing = stream::pending::<Result<Bytes, Status>>();
+        let mut body = watched(nothing, &budgets);
+        assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
         // Between two messages it may be silent: that is for the handler to judge.
         let mut body = stalled(message(100), &budgets);
         next(&mut body).await.unwrap();

@@ -94,7 +94,7 @@ pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadReque
         .map_err(|_| Error::OutOfRange(format!("read_offset {} is negative", request.read_offset)))?;
     let limit = u64::try_from(request.read_limit).map_err(|_| Error::invalid("read_limit is negative"))?;
     let reading = Reading {
-        follower: edge.log_streams.follow(name)?,
+        follower: edge.log_streams.follow(name, call.caller())?,
         blob: None,
         cas: edge.cas.clone(),
         instance,

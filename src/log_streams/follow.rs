@@ -9,16 +9,13 @@ use super::{
     spool::{Spool, SpoolState},
 };
 use crate::{
+    budget::Share,
     digest::Digest,
     error::{Error, Result},
 };
 use bytes::Bytes;
 use std::{fs::File, os::unix::fs::FileExt as _, sync::Arc, time::Duration};
-use tokio::{
-    select,
-    sync::{OwnedSemaphorePermit, watch},
-    time::sleep,
-};
+use tokio::{select, sync::watch, time::sleep};
 
 /// How often the log of a running command is looked at for a reader that waits: soon enough for eyes, and about one small
 /// system call.
@@ -40,7 +37,7 @@ pub enum Piece {
 pub struct Follower {
     source: Source,
     closing: watch::Receiver<bool>,
-    _place: OwnedSemaphorePermit,
+    _place: Share,
 }
 
 #[derive(Debug)]
@@ -50,16 +47,12 @@ enum Source {
 }
 
 impl Follower {
-    pub(super) fn of_spool(
-        spool: Arc<Spool>,
-        closing: watch::Receiver<bool>,
-        place: OwnedSemaphorePermit,
-    ) -> Self {
+    pub(super) fn of_spool(spool: Arc<Spool>, closing: watch::Receiver<bool>, place: Share) -> Self {
         let state = spool.watch();
         Self { source: Source::Spool(spool, state), closing, _place: place }
     }
 
-    pub(super) fn of_run(tail: Tail, closing: watch::Receiver<bool>, place: OwnedSemaphorePermit) -> Self {
+    pub(super) fn of_run(tail: Tail, closing: watch::Receiver<bool>, place: Share) -> Self {
         Self { source: Source::Run(tail), closing, _place: place }
     }
 

@@ -90,7 +90,7 @@ proptest! {
             let read = created.for_reading();
             let writer = bench.streams.writer(&created).unwrap();
             let mut model: Vec<u8> = Vec::new();
-            let mut readers = vec![tokio::spawn(rest(bench.streams.follow(&read).unwrap(), from))];
+            let mut readers = vec![tokio::spawn(rest(bench.streams.follow(&read, client(20)).unwrap(), from))];
             for (bytes, shift) in writes {
                 let offset = model.len() as u64;
                 // Three of four writes start where the stream ends; the others try to overwrite or to leave a hole.
@@ -104,7 +104,7 @@ proptest! {
                 let committed = writer.append(offset, bytes.into(), false).await.unwrap();
                 prop_assert_eq!(committed, Committed { bytes: model.len() as u64, finished: false });
                 prop_assert_eq!(writer.committed(), committed);
-                readers.push(tokio::spawn(rest(bench.streams.follow(&read).unwrap(), from)));
+                readers.push(tokio::spawn(rest(bench.streams.follow(&read, client(20)).unwrap(), from)));
             }
             let end = model.len() as u64;
             let last = writer.append(end, Bytes::new(), true).await.unwrap();
@@ -113,7 +113,7 @@ proptest! {
                 let late = writer.append(offset, Bytes::from_static(b"x"), false).await;
                 prop_assert!(matches!(late, Err(Error::Precondition(_))));
             }
-            readers.push(tokio::spawn(rest(bench.streams.follow(&read).unwrap(), from)));
+            readers.push(tokio::spawn(rest(bench.streams.follow(&read, client(20)).unwrap(), from)));
             for reader in readers {
                 let got = reader.await.unwrap();
                 match model.get(usize::try_from(from).unwrap()..) {
@@ -136,7 +136,7 @@ async fn two_writers_cannot_write_the_same_place() {
     assert!(one.is_ok() != two.is_ok(), "{one:?} {two:?}");
     let writer = bench.streams.writer(&name).unwrap();
     writer.append(3, Bytes::new(), true).await.unwrap();
-    let bytes = rest(bench.streams.follow(&name.for_reading()).unwrap(), 0).await.unwrap();
+    let bytes = rest(bench.streams.follow(&name.for_reading(), client(20)).unwrap(), 0).await.unwrap();
     assert_eq!(bytes, if one.is_ok() { b"one" } else { b"two" });
 }
 
@@ -147,10 +147,10 @@ async fn only_the_exact_names_open_a_stream() {
     let name = bench.streams.create("main".into(), client(3)).unwrap();
     let read = name.for_reading();
     assert!(matches!(bench.streams.writer(&read), Err(Error::Invalid(_))));
-    assert!(matches!(bench.streams.follow(&name), Err(Error::Invalid(_))));
+    assert!(matches!(bench.streams.follow(&name, client(20)), Err(Error::Invalid(_))));
     let elsewhere = LogName { parent: "other".into(), ..name.clone() };
     assert!(matches!(bench.streams.writer(&elsewhere), Err(Error::NotFound(_))));
-    assert!(matches!(bench.streams.follow(&elsewhere.for_reading()), Err(Error::NotFound(_))));
+    assert!(matches!(bench.streams.follow(&elsewhere.for_reading(), client(20)), Err(Error::NotFound(_))));
     let guessed = LogName { token: Some(WriteToken::new()), ..name };
     assert!(matches!(bench.streams.writer(&guessed), Err(Error::NotFound(_))));
     let run = bench.run();
@@ -164,7 +164,7 @@ async fn the_output_of_a_run_is_read_from_its_file_and_then_from_its_blob() {
     let bench = Bench::new(limits());
     let run = bench.run();
     let stdout = name(&run, LogKind::Stdout);
-    let follow = || bench.streams.follow(&stdout).unwrap();
+    let follow = || bench.streams.follow(&stdout, client(20)).unwrap();
     let early = tokio::spawn(rest(follow(), 0));
     tokio::task::yield_now().await;
     bench.write(LogKind::Stdout, "first ");
@@ -191,14 +191,17 @@ async fn the_streams_of_a_run_that_is_lost_end_after_what_there_was() {
     let run = bench.run();
     let (stdout, stderr) = (name(&run, LogKind::Stdout), name(&run, LogKind::Stderr));
     bench.write(LogKind::Stdout, "so far");
-    let mut follower = bench.streams.follow(&stdout).unwrap();
+    let mut follower = bench.streams.follow(&stdout, client(20)).unwrap();
     assert_eq!(follower.next(0, 100).await, Ok(Piece::Bytes("so far".into())));
     let waiting = tokio::spawn(rest(follower, 6));
     run.stored(LogKind::Stderr, None);
     drop(run);
     assert_eq!(waiting.await.unwrap().unwrap(), b"");
-    assert_eq!(rest(bench.streams.follow(&stderr).unwrap(), 0).await.unwrap(), b"");
-    assert!(matches!(rest(bench.streams.follow(&stdout).unwrap(), 0).await, Err(Error::NotFound(_))));
+    assert_eq!(rest(bench.streams.follow(&stderr, client(20)).unwrap(), 0).await.unwrap(), b"");
+    assert!(matches!(
+        rest(bench.streams.follow(&stdout, client(20)).unwrap(), 0).await,
+        Err(Error::NotFound(_))
+    ));
 }
 
 /// What a command puts in the place of its log is not read for it.
@@ -213,7 +216,7 @@ async fn a_link_or_a_fifo_in_the_place_of_a_log_is_not_followed() {
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
         .unwrap();
     for kind in [LogKind::Stdout, LogKind::Stderr] {
-        let reader = tokio::spawn(rest(bench.streams.follow(&name(&run, kind)).unwrap(), 0));
+        let reader = tokio::spawn(rest(bench.streams.follow(&name(&run, kind), client(20)).unwrap(), 0));
         tokio::task::yield_now().await;
         run.stored(kind, None);
         assert_eq!(reader.await.unwrap().unwrap(), b"");
@@ -225,12 +228,13 @@ async fn a_link_or_a_fifo_in_the_place_of_a_log_is_not_followed() {
 async fn readers_do_not_wait_for_ever() {
     let bench = Bench::new(Limits { idle: Some(Duration::ZERO), ..limits() });
     let idle = bench.streams.create("main".into(), client(4)).unwrap();
-    let reader = tokio::spawn(rest(bench.streams.follow(&idle.for_reading()).unwrap(), 0));
+    let reader = tokio::spawn(rest(bench.streams.follow(&idle.for_reading(), client(20)).unwrap(), 0));
     let sweeping = tokio::spawn(bench.streams.clone().sweep());
     assert!(matches!(reader.await.unwrap(), Err(Error::DeadlineExceeded(_))));
     assert!(matches!(bench.streams.writer(&idle), Err(Error::NotFound(_))));
     let run = bench.run();
-    let reader = tokio::spawn(rest(bench.streams.follow(&name(&run, LogKind::Stdout)).unwrap(), 0));
+    let reader =
+        tokio::spawn(rest(bench.streams.follow(&name(&run, LogKind::Stdout), client(20)).unwrap(), 0));
     bench.streams.close();
     assert!(matches!(reader.await.unwrap(), Err(Error::Unavailable(_))));
     sweeping.await.unwrap();
@@ -254,7 +258,10 @@ async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
     one.append(6, Bytes::new(), true).await.unwrap();
     let three = bench.streams.create("main".into(), client(8)).unwrap();
     writer.append(4, "56".into(), true).await.unwrap();
-    assert_eq!(rest(bench.streams.follow(&two.for_reading()).unwrap(), 0).await.unwrap(), b"123456");
+    assert_eq!(
+        rest(bench.streams.follow(&two.for_reading(), client(20)).unwrap(), 0).await.unwrap(),
+        b"123456"
+    );
     assert!(bench.streams.writer(&three).is_ok());
     // Nothing lies around under a name.
     assert_eq!(fs::read_dir(bench.directory.path()).unwrap().count(), 0);

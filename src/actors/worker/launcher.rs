@@ -202,9 +202,7 @@ impl Runner {
             .ok_or_else(|| lost(&std::io::ErrorKind::UnexpectedEof.into()))?;
         match reply.reply {
             Some(Reply::Ended(ended)) => ran(ended, stopped),
-            Some(Reply::Failed(Failed { message, errno })) if is_full(errno) => {
-                Err(Error::DiskFull(message))
-            }
+            Some(Reply::Failed(Failed { message, errno })) if is_full(errno) => Err(Error::DiskFull(message)),
             Some(Reply::Failed(Failed { message, .. })) => Err(Error::Internal(message)),
             None => Err(Error::internal("a runner process gave an empty answer")),
         }

@@ -32,7 +32,9 @@ const RELIEF_PART: u64 = 4;
 const NEAR_BYTES: u64 = 1 << 30;
 /// The same for inodes.
 const NEAR_INODES: u64 = 100_000;
-/// How often a disk with little room is looked at, and one with plenty. A look takes some microseconds.
+/// How often a disk is looked at that is nearly full, one that soon could be, and one with plenty of room. A look takes some
+/// microseconds. Compilers remove what they could not write to its end, so that a full disk may have room again very soon.
+const PACE_LOW: Duration = Duration::from_millis(1);
 const PACE_NEAR: Duration = Duration::from_millis(5);
 const PACE_FAR: Duration = Duration::from_millis(100);
 
@@ -146,7 +148,13 @@ impl Space {
     /// How soon to look again.
     pub fn pace(&self) -> Duration {
         let few_inodes = self.total_inodes > 0 && self.free_inodes < NEAR_INODES;
-        if self.free_bytes < NEAR_BYTES || few_inodes { PACE_NEAR } else { PACE_FAR }
+        if self.is_low() {
+            PACE_LOW
+        } else if self.free_bytes < NEAR_BYTES || few_inodes {
+            PACE_NEAR
+        } else {
+            PACE_FAR
+        }
     }
 
     /// What a store on this disk should evict so that [`RELIEF`] reserves are free: at most a part of what it holds, unless
@@ -221,7 +229,8 @@ mod tests {
 
     #[test]
     fn a_disk_that_could_fill_up_soon_is_looked_at_more_often() {
-        assert!(disk(1 << 40, MIB).pace() < disk(1 << 40, 1 << 39).pace());
+        let paces = [MIB, 300 * MIB, 1 << 39].map(|free| disk(1 << 40, free).pace());
+        assert!(paces[0] < paces[1] && paces[1] < paces[2], "{paces:?}");
         assert!(Space { free_inodes: 10, ..disk(1 << 40, 1 << 39) }.pace() < disk(1 << 40, 1 << 39).pace());
     }
 

@@ -42,12 +42,20 @@ fn code(response: &ExecuteResponse) -> Code {
 async fn an_output_that_a_full_disk_cut_short_is_no_result() {
     let server = Server::on_a_disk_of(16 << 20).await;
     let client = server.client().await;
-    let action = careless(&client).await;
+    let outside = tempfile::tempdir().unwrap();
+    let begun = outside.path().join("begun");
+    let script = format!("echo > {}; head -c 3000000 /dev/zero > o; sleep 1.5; exit 0", begun.display());
+    let action = client.action(sh_with(&script, &["o"]), empty()).await;
     let ballast = ballast(&server, LEFT);
     let run = client.start(action).await;
-    eventually("the first try is given up", || has_logged(&server, "operation_requeued")).await;
+    eventually("the command begins", || begun.exists()).await;
+    let build_root = server.inside("build");
+    let given_up = || fs::read_dir(&build_root).unwrap().count() == 0;
+    eventually("the first try is given up, while the command would sleep", given_up).await;
+    assert!(!has_logged(&server, "operation_completed"));
     fs::remove_file(ballast).unwrap();
     let response = run.finish().await;
+    assert!(has_logged(&server, "operation_requeued"));
     assert_eq!(code(&response), Code::Ok, "{response:?}");
     let whole = sha256(&vec![0; 3_000_000]).to_wire();
     assert_eq!(response.result.unwrap().output_files[0].digest, Some(whole.clone()));

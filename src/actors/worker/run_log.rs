@@ -23,7 +23,7 @@ pub(super) struct Facts<'a> {
     pub(super) max_file_bytes: u64,
     pub(super) stdout_bytes: i64,
     pub(super) stderr_bytes: i64,
-    /// Programs that lie in the build root cannot be run.
+    /// The command may have failed because programs that lie in the build root cannot be run.
     pub(super) is_noexec: bool,
 }
 

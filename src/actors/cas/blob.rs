@@ -12,7 +12,7 @@ use super::{
     client::Cas,
     guards::Lease,
     index::{Found, Kind, Stamp},
-    requests::{Damaged, Verified},
+    requests::{Damaged, KnownStamp, Verified},
     settings::{MAX_RESULT_FILE_BYTES, SMALL_BLOB_BYTES},
     stamps::{nobody_writes, stamp_of},
     zstd_form::check_form,
@@ -233,7 +233,11 @@ impl StoredFile {
         if self.is_unchanged() {
             return Ok(());
         }
+        // The server itself may have written down a use.
+        let now = self.file.metadata().map_err(|error| failed(cas, found, &error))?;
+        let known = cas.shared().runtime.block_on(cas.ask(KnownStamp(found.at)))?;
         let stamp = match found.file.key.kind {
+            _ if known == Some(stamp_of(&now)) => stamp_of(&now),
             Kind::Zstd => check_form(cas, found, &self.file)?.1,
             Kind::Blob | Kind::Result => check_content(cas, found, &self.file)?,
         };

@@ -14,8 +14,9 @@
 //! that has its full length under its final name has its right content: it got the name after its hash was checked, or its
 //! bytes were checked before the first was written. A result's name does not tell its length; its file has a checksum. Nor
 //! does that of a zstd form, which carries the name of its blob: it is decoded and hashed before it is first served, unless
-//! this process made it. What this process knows to be right it knows again by its [`Stamp`]. Nothing is fsynced: the death of the process loses nothing, a power cut may lose or damage what was
-//! written last, and the hash check at first read turns that into misses.
+//! this process made it. What this process knows to be right it knows again by its [`Stamp`]. Nothing is fsynced: the death of
+//! the process loses nothing, a power cut may lose or damage what was written last, and the hash check at first read turns that
+//! into misses.
 
 use super::{
     index::{FileId, Key, Kind, Stamp},

@@ -245,6 +245,11 @@ impl Index {
         }
     }
 
+    /// The stamp of an entry that is still there.
+    pub fn stamp(&mut self, at: EntryRef) -> Option<Stamp> {
+        self.live(at).map(|entry| entry.stamp)
+    }
+
     /// Follows a file through a change that did not touch its content. Nothing happens if its stamp is not `before` any more.
     pub fn follow(&mut self, at: EntryRef, before: Stamp, after: Stamp) {
         if let Some(entry) = self.live(at).filter(|entry| entry.stamp == before) {

@@ -124,6 +124,14 @@ impl Handler<FindMissing> for CasActor {
     }
 }
 
+impl Handler<KnownStamp> for CasActor {
+    type Result = MessageResult<KnownStamp>;
+
+    fn handle(&mut self, KnownStamp(at): KnownStamp, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.index.stamp(at))
+    }
+}
+
 impl Handler<FindByHash> for CasActor {
     type Result = MessageResult<FindByHash>;
 

@@ -49,6 +49,11 @@ pub struct Located {
     pub lease: Lease,
 }
 
+/// At which stamp is the content of this entry known to be right?
+#[derive(Message)]
+#[rtype(result = "Option<Stamp>")]
+pub struct KnownStamp(pub EntryRef);
+
 /// Which entry has this key, whatever the size of its digest?
 #[derive(Message)]
 #[rtype(result = "Option<Digest>")]

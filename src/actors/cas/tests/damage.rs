@@ -254,9 +254,10 @@ fn writing_down_a_use_leaves_a_file_known_only_if_it_was() {
     let found = index.renew(&key, 0).unwrap();
     assert_eq!(found.stamp, now());
     tamper(&path);
-    assert!(touch(&files, &found).is_none());
-    index.follow(found.at, touched.before, now());
-    assert_eq!(index.renew(&key, 0).unwrap().stamp, found.stamp, "an older touch does not count");
+    let (of_changed, _) = touch(&files, &found).unwrap();
+    assert_eq!(of_changed.after, now());
+    index.follow(found.at, of_changed.before, of_changed.after);
+    assert_eq!(index.renew(&key, 0).unwrap().stamp, found.stamp, "somebody else has changed it before");
 }
 
 fn put_in_place(path: &Path, what: &str, other: &Path) {

@@ -65,15 +65,15 @@ impl Cas {
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let id = instance.id();
         let Some(result) = self.read_result(instance, action, found).await? else { return Ok(None) };
-        let loaded = match self.load_references(instance, action, &result).await? {
-            Ok(references) => Arc::new(LoadedResult::new(found.file.generation, result, references)),
+        let (loaded, weight) = match self.load_references(instance, action, &result).await? {
+            Ok(references) => self.loaded(found.file.generation, result, references).await?,
             Err(reason) => {
                 self.actor().do_send(Incomplete { at: found.at, reason });
                 return Ok(None);
             }
         };
         self.check_unread(instance, &loaded.references).await?;
-        self.shared().results.insert((id, action), loaded.clone(), loaded.memory());
+        self.shared().results.insert((id, action), loaded.clone(), weight);
         if loaded.references.len() > DIGESTS_PER_MESSAGE {
             return self.confirm_in_parts(instance, found.at, &loaded).await;
         }
@@ -118,6 +118,22 @@ impl Cas {
             }
         }
         Ok(Some(loaded.result.clone()))
+    }
+
+    /// What is kept of a result in memory, under its weight.
+    async fn loaded(
+        &self,
+        generation: u64,
+        result: Arc<reapi::ActionResult>,
+        references: Vec<Digest>,
+    ) -> Result<(Arc<LoadedResult>, usize)> {
+        let is_long = references.len() > DIGESTS_PER_MESSAGE;
+        let load = move || {
+            let loaded = Arc::new(LoadedResult::new(generation, result, references));
+            let weight = loaded.memory();
+            (loaded, weight)
+        };
+        if is_long { self.blocking(load).await } else { Ok(load()) }
     }
 
     async fn read_result(

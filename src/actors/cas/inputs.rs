@@ -27,6 +27,10 @@ use std::{
     os::unix::fs::FileExt as _,
     sync::Arc,
 };
+use tokio::task::coop::consume_budget;
+
+/// To go through so many nodes takes more than a millisecond.
+const MANY_NODES: usize = 10_000;
 
 /// What was found below a root.
 #[derive(Debug, Default)]
@@ -84,6 +88,8 @@ impl Cas {
                         )));
                     }
                     room.grow(directory.memory()).await?;
+                    // A tree of many directories that are all at hand would hold up the others on this thread.
+                    consume_budget().await;
                     let children = directory.directories.iter().map(|child| child.digest);
                     next.extend(children.filter(|child| seen.insert(*child)));
                     closure.directories.insert(*digest, directory);
@@ -94,25 +100,53 @@ impl Cas {
         Ok(closure)
     }
 
+    /// The same, and [`Closure::digests`].
+    async fn closure_with_digests(
+        &self,
+        instance: &Instance,
+        root: Digest,
+        room: &mut TreeRoom<'_>,
+    ) -> Result<(Closure, Vec<Digest>)> {
+        let closure = self.closure(instance, root, room).await?;
+        if !is_large(&closure.directories) {
+            let digests = closure.digests();
+            return Ok((closure, digests));
+        }
+        self.blocking(move || {
+            let digests = closure.digests();
+            (closure, digests)
+        })
+        .await
+    }
+
+    async fn input_tree(
+        &self,
+        root: Digest,
+        directories: HashMap<Digest, Arc<Directory>>,
+    ) -> Result<InputTree> {
+        if !is_large(&directories) {
+            return InputTree::new(root, directories);
+        }
+        self.blocking(move || InputTree::new(root, directories)).await?
+    }
+
     /// Checks that a whole input root is stored, and renews it.
     pub(super) async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
         let mut room = TreeRoom::new(self.shared());
-        let closure = self.closure(instance, root, &mut room).await?;
-        let digests = closure.digests();
+        let (closure, digests) = self.closure_with_digests(instance, root, &mut room).await?;
         let mut missing = closure.missing;
         missing.extend(self.find_missing(instance, digests).await?);
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
         // Its bounds on what the tree expands to are the worker's, better met now than after the queue.
-        InputTree::new(root, closure.directories).map(drop)
+        self.input_tree(root, closure.directories).await.map(drop)
     }
 
     /// Reads and leases a whole input root. What is staged is bounded by the number of slots.
     pub(super) async fn stage(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
         let mut room = TreeRoom::new(self.shared());
-        let closure = self.closure(instance, root, &mut room).await?;
-        let digests = closure.digests();
+        let (closure, digests) = self.closure_with_digests(instance, root, &mut room).await?;
         let mut missing = closure.missing;
         let mut files = HashMap::with_capacity(digests.len());
         let mut leases: Vec<Lease> = Vec::new();
@@ -129,7 +163,7 @@ impl Cas {
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
-        let tree = InputTree::new(root, closure.directories)?;
+        let tree = self.input_tree(root, closure.directories).await?;
         Ok(StagedInputs { tree, source: Source { cas: self.clone(), files, _leases: leases } })
     }
 
@@ -185,6 +219,10 @@ impl Cas {
         }
         Ok(known)
     }
+}
+
+fn is_large(directories: &HashMap<Digest, Arc<Directory>>) -> bool {
+    directories.values().map(|directory| 1 + directory.entries()).sum::<usize>() > MANY_NODES
 }
 
 /// How many of these directories are read in one go, at least one, and the room that they need.

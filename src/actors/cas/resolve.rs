@@ -1,7 +1,7 @@
 //! Looking up what an Execute needs: [`ResolveAction`] and [`CheckInputs`].
 //!
 //! An action that was looked up before is answered within the actor, from memory: are Action and Command still stored, is
-//! there a complete result. Otherwise the files are read in a future of its own. An action that says `do_not_cache` is never
+//! there a complete result. Otherwise the files are read in a task of its own, on the threads that serve connections. An action that says `do_not_cache` is never
 //! answered from the cache (EXE-19), so an action is always known before its result is served.
 //!
 //! Actions are measured before they are decoded, and large ones are decoded on a blocking thread when there is room for them
@@ -9,7 +9,7 @@
 
 use super::{
     CasActor, Reply,
-    client::Cas,
+    client::{Cas, going_down},
     decoding,
     index::{Key, Kind},
     messages::{CheckInputs, Resolution, ResolveAction},
@@ -62,7 +62,7 @@ impl Handler<ResolveAction> for CasActor {
             return Reply::Now(Ok(resolution));
         }
         let cas = self.client(ctx);
-        Reply::Later(Box::pin(async move { cas.resolve(message).await }))
+        Reply::Later(Box::pin(self.elsewhere(async move { cas.resolve(message).await })))
     }
 }
 
@@ -71,7 +71,26 @@ impl Handler<CheckInputs> for CasActor {
 
     fn handle(&mut self, message: CheckInputs, ctx: &mut Self::Context) -> Self::Result {
         let cas = self.client(ctx);
-        Box::pin(async move { cas.check_inputs(&message.instance, message.root).await })
+        Box::pin(self.elsewhere(async move { cas.check_inputs(&message.instance, message.root).await }))
+    }
+}
+
+impl CasActor {
+    /// Does work on the runtime's own threads: this one moves mail. It runs to its end even if nobody waits for it any more.
+    fn elsewhere<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> impl Future<Output = Result<T>> + Send + 'static {
+        let working = self.shared.runtime.spawn(work);
+        async move {
+            working.await.unwrap_or_else(|error| {
+                Err(if error.is_panic() {
+                    Error::internal("work of the store panicked")
+                } else {
+                    going_down()
+                })
+            })
+        }
     }
 }
 
@@ -91,8 +110,8 @@ impl Cas {
         Ok(Resolution::Run(action))
     }
 
-    /// Reads an Action and its Command, and checks them. Small ones are decoded right here, on the thread of the actors;
-    /// it must not be held up by large ones.
+    /// Reads an Action and its Command, and checks them. Small ones are decoded right here; others must
+    /// not be held up by large ones.
     async fn read_action(&self, instance: &Instance, digest: Digest) -> Result<ParsedAction> {
         // Room for both messages at once, where the first one is large.
         let room = match worst_case(digest.size()) {

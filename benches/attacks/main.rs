@@ -5,7 +5,7 @@
 //! a Markdown table; nothing here fails.
 
 mod hostile;
-#[allow(dead_code, missing_docs)]
+#[allow(dead_code, missing_docs, clippy::unwrap_used)]
 #[path = "../../tests/attacks/raw.rs"]
 mod raw;
 #[allow(dead_code)]

@@ -45,7 +45,7 @@ pub const UNREAD_LIMIT: Duration = Duration::from_secs(60);
 pub const UNTAKEN_LIMIT: Duration = crate::grpc::stalled::READ_IDLE_LIMIT;
 /// Calls of one peer that may be cancelled without having finished others: a build with thousands of actions under way that
 /// fails cancels them all.
-pub const PEER_RESETS: Rate = Rate { burst: 20_000, per_second: 1_000 };
+pub const PEER_RESETS: Rate = Rate { burst: 10_000, per_second: 1_000 };
 /// Lines about cancelled and refused calls of one peer; more are counted.
 pub const PEER_LINES: Rate = Rate { burst: 200, per_second: 20 };
 /// How often the connections are looked at.

@@ -5,7 +5,7 @@
 //! a Markdown table; nothing here fails.
 
 mod hostile;
-#[allow(dead_code, missing_docs)]
+#[allow(dead_code, missing_docs, clippy::unwrap_used)]
 #[path = "../../tests/attacks/raw.rs"]
 mod raw;
 #[allow(dead_code)]
@@ -81,8 +81,11 @@ async fn bystander(endpoint: &str) -> Vec<Duration> {
     let mut waits = Vec::new();
     while Instant::now() < end {
         let asked = Instant::now();
-        if let Err(status) = client.get_capabilities(GetCapabilitiesRequest::default()).await {
-            eprintln!("the bystander was refused: {status}");
+        let call = client.get_capabilities(GetCapabilitiesRequest::default());
+        match tokio::time::timeout(DURATION, call).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(status)) => eprintln!("the bystander was refused: {status}"),
+            Err(_) => eprintln!("the bystander had no answer for {DURATION:?}"),
         }
         waits.push(asked.elapsed());
         tokio::time::sleep(PAUSE).await;

@@ -13,7 +13,6 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{
-    future::Future,
     pin::pin,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
@@ -135,10 +134,10 @@ impl Drop for Charged {
     }
 }
 
-/// A wait for room that owns its connection.
-pub fn reserve_owned(
-    connection: Arc<ConnectionState>,
-    bytes: u64,
-) -> impl Future<Output = Result<Share>> + Send {
-    async move { connection.reserve(bytes).await }
+/// A wait for room that owns its connection; otherwise as [`ConnectionState::reserve`].
+///
+/// # Errors
+/// As there.
+pub async fn reserve_owned(connection: Arc<ConnectionState>, bytes: u64) -> Result<Share> {
+    connection.reserve(bytes).await
 }

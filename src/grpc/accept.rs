@@ -33,8 +33,8 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 /// Pause after a failed accept, long enough for connections to close and short enough that nobody notices.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 
-/// Frames that one connection may have looked at before others get a turn.
-const FRAMES_PER_TURN: u64 = 512;
+/// Frames that one connection may have looked at before others get a turn; 2 MiB of an upload.
+const FRAMES_PER_TURN: u64 = 128;
 
 /// The connections of a listener. Nagle's algorithm is off: with it every small answer waits for the client's delayed
 /// acknowledgement, some 40 ms. Clients that leave it on are not made to wait either.

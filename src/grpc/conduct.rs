@@ -9,7 +9,7 @@ use crate::connections::rate::{Bucket, Rate};
 
 /// Streams that one connection may cancel without having finished others. A build that fails cancels each action that it has
 /// under way.
-pub const RESETS: Rate = Rate { burst: 10_000, per_second: 200 };
+pub const RESETS: Rate = Rate { burst: 5_000, per_second: 200 };
 /// What frames may cost that ask for nothing, in the cost of a WINDOW_UPDATE. Clients measure the link with pings while they
 /// download, and give windows back in small parts; so each frame of an answer pays for [`UPDATES_PER_DATA`].
 pub const NOISE: Rate = Rate { burst: 640_000, per_second: 64_000 };

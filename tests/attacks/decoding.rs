@@ -192,7 +192,7 @@ const PUSH_BLOB: &str = "/build.bazel.remote.asset.v1.Push/PushBlob";
 async fn requests_of_millions_of_nothings_are_refused_within_bounds() {
     let server = Server::start().await;
     let many = nothings(7_500_000);
-    let in_list = |number: u8| vec![number << 3 | 2, 0].repeat(7_500_000);
+    let in_list = |number: u8| [number << 3 | 2, 0].repeat(7_500_000);
     let result = |number: u8, content: &[u8]| field(3, &field(number, content));
     let requests: Vec<(&str, Vec<u8>)> = vec![
         (FIND_MISSING, in_list(2)),
@@ -230,7 +230,7 @@ async fn requests_of_millions_of_nothings_are_refused_within_bounds() {
 async fn commands_and_actions_of_millions_of_nothings_are_refused_within_bounds() {
     let server = Server::start().await;
     let client = server.client().await;
-    let in_list = |number: u8| vec![number << 3 | 2, 0].repeat(8_000_000);
+    let in_list = |number: u8| [number << 3 | 2, 0].repeat(8_000_000);
     let mut actions = Vec::new();
     for command in [in_list(1), in_list(2), in_list(7), in_list(8), field(5, &nothings(8_000_000))] {
         let command = store(&client, command).await;

@@ -1,6 +1,7 @@
 //! Look-ups of many digests at once.
 
 use crate::{
+    decoding::apart,
     harness::{Bystander, assert_memory_is_bounded, connect_from, resident_memory},
     support::{Server, eventually},
 };
@@ -9,7 +10,10 @@ use gorego::proto::reapi::{
     Digest, FindMissingBlobsRequest, FindMissingBlobsResponse,
     content_addressable_storage_client::ContentAddressableStorageClient as Cas,
 };
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tonic::transport::Channel;
 
 /// Largest answer that the test takes.
@@ -35,18 +39,22 @@ async fn find(channel: Channel, blob_digests: Vec<Digest>) -> FindMissingBlobsRe
 async fn a_storm_of_large_look_ups_is_answered_beside_others_and_its_memory_goes_back() {
     const CLIENTS: u64 = 20;
     const DIGESTS: u64 = 80_000;
-    let server = Server::start().await;
+    let server = Arc::new(Server::start().await);
     let before = resident_memory(&server);
     let bystander = Bystander::beside(&server).await;
-    let clients = (0..CLIENTS).map(|client| {
-        let server = &server;
-        async move {
-            let channel = connect_from("127.0.0.1", server).await;
-            let asked = digests("", client * DIGESTS, DIGESTS);
-            assert_eq!(find(channel, asked).await.missing_blob_digests.len() as u64, DIGESTS);
-        }
-    });
-    join_all(clients).await;
+    let target = server.clone();
+    let storm = async move || {
+        let clients = (0..CLIENTS).map(|client| {
+            let target = &target;
+            async move {
+                let channel = connect_from("127.0.0.1", target).await;
+                let asked = digests("", client * DIGESTS, DIGESTS);
+                assert_eq!(find(channel, asked).await.missing_blob_digests.len() as u64, DIGESTS);
+            }
+        });
+        join_all(clients).await;
+    };
+    apart(storm).await;
     bystander.leave().await;
     assert_memory_is_bounded(&server);
     let what = format!("not more than {} MB are kept", KEPT_MAX_BYTES / 1_000_000);

@@ -1,6 +1,7 @@
 //! Look-ups of many digests at once.
 
 use crate::{
+    decoding::apart,
     harness::{Bystander, assert_memory_is_bounded, connect_from, resident_memory},
     support::{Server, eventually},
 };
@@ -9,7 +10,10 @@ use gorego::proto::reapi::{
     Digest, FindMissingBlobsRequest, FindMissingBlobsResponse,
     content_addressable_storage_client::ContentAddressableStorageClient as Cas,
 };
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tonic::transport::Channel;
 
 /// Largest answer that the test takes.
@@ -17,11 +21,15 @@ const ANSWER_MAX_BYTES: usize = 16 * 1024 * 1024;
 /// What the server may keep of a storm once it is over, beside what it had before.
 const KEPT_MAX_BYTES: u64 = 100_000_000;
 
-/// So many digests of blobs that nobody has; all begin with these characters.
-fn digests(prefix: &str, from: u64, count: u64) -> Vec<Digest> {
-    let width = 64 - prefix.len();
-    let hash = |n: u64| format!("{prefix}{:0>width$x}", n.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+/// So many digests of blobs that nobody has.
+fn digests(from: u64, count: u64) -> Vec<Digest> {
+    let hash = |n: u64| format!("{:016x}", n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).repeat(4);
     (from..from + count).map(|n| Digest { hash: hash(n), size_bytes: 1 }).collect()
+}
+
+/// The same, but all of them begin alike.
+fn alike(count: u64) -> Vec<Digest> {
+    (0..count).map(|n| Digest { hash: format!("{n:064x}"), size_bytes: 1 }).collect()
 }
 
 async fn find(channel: Channel, blob_digests: Vec<Digest>) -> FindMissingBlobsResponse {
@@ -35,18 +43,22 @@ async fn find(channel: Channel, blob_digests: Vec<Digest>) -> FindMissingBlobsRe
 async fn a_storm_of_large_look_ups_is_answered_beside_others_and_its_memory_goes_back() {
     const CLIENTS: u64 = 20;
     const DIGESTS: u64 = 80_000;
-    let server = Server::start().await;
+    let server = Arc::new(Server::start().await);
     let before = resident_memory(&server);
     let bystander = Bystander::beside(&server).await;
-    let clients = (0..CLIENTS).map(|client| {
-        let server = &server;
-        async move {
-            let channel = connect_from("127.0.0.1", server).await;
-            let asked = digests("", client * DIGESTS, DIGESTS);
-            assert_eq!(find(channel, asked).await.missing_blob_digests.len() as u64, DIGESTS);
-        }
-    });
-    join_all(clients).await;
+    let target = server.clone();
+    let storm = async move || {
+        let clients = (0..CLIENTS).map(|client| {
+            let target = &target;
+            async move {
+                let channel = connect_from("127.0.0.1", target).await;
+                let asked = digests(client * DIGESTS, DIGESTS);
+                assert_eq!(find(channel, asked).await.missing_blob_digests.len() as u64, DIGESTS);
+            }
+        });
+        join_all(clients).await;
+    };
+    apart(storm).await;
     bystander.leave().await;
     assert_memory_is_bounded(&server);
     let what = format!("not more than {} MB are kept", KEPT_MAX_BYTES / 1_000_000);
@@ -59,8 +71,7 @@ async fn digests_that_begin_alike_take_no_longer_than_others() {
     let server = Server::start().await;
     let bystander = Bystander::beside(&server).await;
     let mut times = Vec::new();
-    for prefix in ["", "00000000000000000000000000000000"] {
-        let asked = digests(prefix, 1, 40_000);
+    for asked in [digests(1, 40_000), alike(40_000)] {
         let begin = Instant::now();
         let channel = connect_from("127.0.0.1", &server).await;
         assert_eq!(find(channel, asked).await.missing_blob_digests.len(), 40_000);

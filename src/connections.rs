@@ -193,11 +193,13 @@ impl Connections {
         for (state, reason) in overdue {
             self.close(&state, reason);
         }
-        let tally = {
-            let mut books = self.books();
-            books.peers.retain(|_, rates| !(rates.resets.is_full(now) && rates.lines.is_full(now)));
-            std::mem::take(&mut books.tally)
-        };
+        self.books().peers.retain(|_, rates| !(rates.resets.is_full(now) && rates.lines.is_full(now)));
+        self.tell_counted();
+    }
+
+    /// Logs what was counted since the last time. [`Self::sweep`] does so every second; a shutdown does so once more.
+    pub fn tell_counted(&self) {
+        let tally = std::mem::take(&mut self.books().tally);
         tell(tally);
     }
 
@@ -216,13 +218,6 @@ impl Books {
             resets: Bucket::new(PEER_RESETS, now_ms),
             lines: Bucket::new(PEER_LINES, now_ms),
         })
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        let books = self.books.get_mut().unwrap_or_else(PoisonError::into_inner);
-        tell(std::mem::take(&mut books.tally));
     }
 }
 

@@ -276,6 +276,7 @@ impl Server {
         if timeout_at(exit.end, closing).await.is_err() {
             log::warn!(target: LOG, event = "store_not_closed"; "the store is slow to close; its order of use may be out of date");
         }
+        connections.tell_counted();
         log::info!(target: LOG, event = "server_stopped"; "stopped");
         Ok(())
     }

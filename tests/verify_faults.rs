@@ -26,7 +26,7 @@ const AT_ONCE: usize = 16;
 /// Longest time of one check against a faulty server: where a fault makes it silent, this is what it costs.
 const FAULTY_LIMIT: Duration = Duration::from_secs(30);
 /// The same where no check may run out of time, however busy the machine is.
-const PATIENT_LIMIT: Duration = Duration::from_secs(120);
+const PATIENT_LIMIT: Duration = Duration::from_secs(60);
 /// An instance beside the default one, with a name of several segments.
 const OTHER_INSTANCE: &str = "team/a";
 

@@ -24,6 +24,8 @@ debian_chroot() {
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | head -n 1)
     [ -n "$mirror" ] || skip "apt knows no mirror"
     echo "making a Debian $suite chroot in $root"
+    # What a run left that was cut off cannot be continued.
+    rm -rf --one-file-system "$root"
     mkdir -p "$root"
     timeout 400 debootstrap --variant=minbase --keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
       "$suite" "$root" "$mirror" /usr/share/debootstrap/scripts/sid >/dev/null 2>&1 || skip "debootstrap failed"

@@ -37,7 +37,7 @@ pub(crate) fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
 /// [`read`] of a file that is open.
 ///
 /// # Errors
-/// As there.
+/// See [`read`].
 pub(crate) fn read_open(file: &File, max: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(max.saturating_add(1)).read_to_end(&mut bytes)?;

@@ -243,8 +243,8 @@ impl Server {
             if let Some(scheduler) = &scheduler {
                 drain(scheduler, exit).await;
             }
-            // Actions that were cancelled a moment ago may have left large directories.
-            let left = exit.end.saturating_duration_since(Instant::now());
+            // Actions that were cancelled a moment ago may have left large directories. The time to close the store is kept.
+            let left = exit.told().saturating_duration_since(Instant::now());
             let removal = build_root
                 .map(|build_root| workers.spawn_blocking(move || build_root.wait_until_empty(left)));
             log_streams.close();

@@ -96,7 +96,10 @@ fn by_outcome(output: &Output) -> BTreeMap<String, Vec<(String, String)>> {
 async fn server_with_instances() -> (Server, tempfile::NamedTempFile) {
     let config = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(config.path(), INSTANCES).unwrap();
-    (Server::with(&[("CONFIG", config.path().to_str().unwrap())]).await, config)
+    // The suite leaves work behind and looks for it later, while its other checks wait for slots.
+    let settings =
+        [("CONFIG", config.path().to_str().unwrap()), ("EXECUTION__CONTENDED_ABANDON_GRACE", "1m")];
+    (Server::with(&settings).await, config)
 }
 
 #[tokio::test(flavor = "multi_thread")]

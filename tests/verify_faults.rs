@@ -121,6 +121,8 @@ async fn server() -> Server {
     Server::with(&[
         ("INSTANCE_NAMES", instances.as_str()),
         ("EXECUTION__CONCURRENCY", "16"),
+        // The suite leaves work behind and looks for it later, while its other checks wait for slots.
+        ("EXECUTION__CONTENDED_ABANDON_GRACE", "1m"),
         ("ASSETS__ALLOWED_HOSTS", "[\"127.0.0.1\"]"),
         ("LOG__FILTER", "warn,gorego::server=info"),
     ])

@@ -311,6 +311,27 @@ fn a_build_root_that_is_removed_is_made_again() {
     });
 }
 
+/// A link at its path leads to the directory that is used, and one that was moved away may come back while runs in it go on.
+#[test]
+fn a_build_root_may_become_a_link_and_come_back() {
+    let parent = tempfile::tempdir().unwrap();
+    let [top, away, elsewhere] = ["build", "away", "elsewhere"].map(|name| parent.path().join(name));
+    let build_root = BuildRoot::open(&top).unwrap();
+    let action = gorego::digest::Digest::empty(SHA256);
+    let create = || build_root.create(SlotId(0), &action).unwrap();
+    let first = create();
+    fs::rename(&top, &away).unwrap();
+    fs::create_dir(&elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &top).unwrap();
+    let of_link = [create(), create()];
+    assert!(of_link.iter().all(|run| elsewhere.join(run.path().file_name().unwrap()).exists()));
+    fs::remove_file(&top).unwrap();
+    fs::rename(&away, &top).unwrap();
+    let back = create();
+    assert!(first.check_in_place().is_ok() && back.check_in_place().is_ok());
+    assert!(of_link[0].check_in_place().is_err());
+}
+
 /// EXE-37: also for directories, whose time would change and whose mode would be in the way while they are filled.
 #[test]
 fn mode_and_time_of_inputs_are_applied() {
@@ -839,7 +860,7 @@ fn all_output_is_kept_in_the_order_of_its_pipe() {
 #[test]
 fn an_output_that_somebody_else_holds_open_delays_no_result_and_the_next_one_is_not_his() {
     with_worker(async |bench| {
-        let job = sh("echo $$ > pid; echo mine; while ! [ -e ../../gate ]; do :; done");
+        let job = sh("echo mine; echo $$ > pid; while ! [ -e ../../gate ]; do :; done");
         let (report, held) = tokio::join!(bench.report(&job), async {
             let pid = || {
                 let mut runs = fs::read_dir(&bench.build_root).unwrap().flatten();
@@ -891,10 +912,10 @@ fn a_command_that_prints_more_than_a_log_may_hold_is_killed_and_told_the_setting
 fn a_chatty_command_is_stopped_by_its_timeout() {
     with_worker(async |bench| {
         let begun = std::time::Instant::now();
-        let job = sh("while :; do echo spam; done & yes spam").timeout(Duration::from_secs(1));
+        let job = sh("while :; do echo spam; done & yes spam").timeout(Duration::from_secs(3));
         let failure = bench.failure(&job).await;
         assert!(matches!(failure.error, Error::DeadlineExceeded(_)), "{}", failure.error);
-        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
         let log = bench.text(&failure.partial.unwrap().stdout_digest);
         assert!(log.starts_with("spam\n") && log.len() > 100_000, "{} bytes", log.len());
     });

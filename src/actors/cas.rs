@@ -57,6 +57,7 @@ use bytes::Bytes;
 use chunks::ChunkWork;
 use client::Cas;
 use files::Files;
+use futures::FutureExt as _;
 use guards::{Reservation, Room};
 use index::{Found, Index};
 use memo::Memo;
@@ -310,10 +311,11 @@ impl Handler<BeginUpload> for CasActor {
 impl Handler<DiscardPartials> for CasActor {
     type Result = ();
 
-    fn handle(&mut self, DiscardPartials { peer, bytes }: DiscardPartials, ctx: &mut Self::Context) {
+    fn handle(&mut self, message: DiscardPartials, ctx: &mut Self::Context) {
+        let DiscardPartials { caller, bound, bytes } = message;
         let mut freed = 0;
         while freed < bytes
-            && let Some(partial) = self.uploads.pop_oldest_of(peer)
+            && let Some(partial) = self.uploads.pop_oldest_of(caller, bound)
         {
             freed += partial.room.bytes();
             self.discard(partial, ctx);
@@ -404,10 +406,12 @@ impl Handler<InspectStore> for CasActor {
 }
 
 impl Handler<CloseStore> for CasActor {
-    type Result = ();
+    type Result = Reply<()>;
 
-    fn handle(&mut self, _: CloseStore, ctx: &mut Self::Context) {
-        self.write_touches(ctx.address());
+    fn handle(&mut self, _: CloseStore, ctx: &mut Self::Context) -> Self::Result {
+        let written = self.write_touches(ctx.address());
         ctx.stop();
+        // A job that panicked has written what it could.
+        Reply::when(written.map(|written| written.map(drop)), ())
     }
 }

@@ -117,7 +117,7 @@ impl BlobStore for Handle {
         Ok(())
     }
 
-    fn relieve_disk(&self) {}
+    fn relieve_disk(&self, _: &dyn Fn() -> bool) {}
 }
 
 impl Inputs for Staged {

@@ -56,7 +56,9 @@ async fn an_interrupted_build_does_not_block_the_next_one() {
 /// EXE-12, EXE-14: a connection that broke, while others wait for its slot.
 #[tokio::test]
 async fn a_client_that_comes_back_at_once_finds_its_work() {
-    let server = Server::with(&[("EXECUTION__CONCURRENCY", "1")]).await;
+    // Time enough to come back, also on a slow machine.
+    let settings = [("EXECUTION__CONCURRENCY", "1"), ("EXECUTION__CONTENDED_ABANDON_GRACE", "6s")];
+    let server = Server::with(&settings).await;
     let dir = tempfile::tempdir().unwrap();
     let gate = dir.path().join("gate");
     let client = server.client().await;
@@ -69,8 +71,8 @@ async fn a_client_that_comes_back_at_once_finds_its_work() {
     let client = server.client().await;
     let mut back = wait_execution(&client, &name).await;
     assert_eq!(metadata(&back.next().await.unwrap()).stage, 3);
-    // Longer than work without a follower has.
-    tokio::time::sleep(Duration::from_secs(5)).await;
+    // Longer than the grace of work without a follower.
+    tokio::time::sleep(Duration::from_secs(9)).await;
     std::fs::write(&gate, "").unwrap();
     let result = back.finish().await.result.unwrap();
     assert_eq!(client.stdout(&result).await, "mine\n");

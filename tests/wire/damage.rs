@@ -14,6 +14,7 @@ use std::{
     fs,
     os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _},
     path::PathBuf,
+    time::Duration,
 };
 use tonic::Code;
 
@@ -30,6 +31,8 @@ fn stored_file(server: &Server, digest: Digest) -> PathBuf {
 
 /// Flips a bit of a stored file in place, and restores its size, mode and times.
 fn tamper(server: &Server, digest: Digest) {
+    // Longer than a tick of the kernel's clock, within which a second change does not show where change times are coarse.
+    std::thread::sleep(Duration::from_millis(40));
     let path = stored_file(server, digest);
     let before = fs::metadata(&path).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();

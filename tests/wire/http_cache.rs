@@ -415,5 +415,6 @@ async fn every_request_leaves_one_line_and_the_server_stops_in_good_order() {
     assert_eq!((&all[2]["http_status"], &all[2]["path"]), (&404.into(), &"/cache/none".into()));
     http.server.signal("TERM");
     assert!(http.server.exit().await.success());
-    assert!(http.server.log().iter().any(|line| line["event"] == "server_stopped"));
+    let stopped = || http.server.log().iter().any(|line| line["event"] == "server_stopped");
+    eventually("the last line", stopped).await;
 }

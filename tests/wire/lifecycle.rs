@@ -125,7 +125,7 @@ async fn sigterm_does_not_wait_for_an_action_that_nobody_follows() {
     run.until(|operation| metadata(operation).stage == 3).await;
     drop((run, client));
     let took = exit_time(&mut server).await;
-    assert!(took < Duration::from_secs(10), "{took:?}");
+    assert!(took < Duration::from_secs(15), "{took:?}");
     eventually("nothing is left running", || !running("sleep 7455")).await;
 }
 
@@ -148,7 +148,7 @@ async fn sigterm_does_not_wait_for_clients_that_do_nothing() {
     let first = messages(&[7; 3_000_000], 1 << 18).swap_remove(0);
     let (_sender, _upload) = begin_write(&client, first).await;
     let took = exit_time(&mut server).await;
-    assert!(took < Duration::from_secs(10), "{took:?}");
+    assert!(took < Duration::from_secs(15), "{took:?}");
 }
 
 /// Everything that can hold up an exit, at once.
@@ -173,7 +173,7 @@ async fn an_exit_takes_no_longer_than_its_grace() {
     });
     let took = exit_time(&mut server).await;
     moving.abort();
-    assert!(took < Duration::from_secs(7), "{took:?}");
+    assert!(took < Duration::from_secs(9), "{took:?}");
     assert!(took > Duration::from_secs(4), "the upload that goes on is waited for: {took:?}");
     eventually("nothing is left running", || !running("sleep 7456")).await;
 }

@@ -138,8 +138,8 @@ async fn every_command_that_prints_ends_by_sigpipe_without_a_reader_and_fails_on
 async fn a_server_whose_standard_error_is_closed_serves_and_stops_as_asked() {
     for format in ["text", "json"] {
         let store = tempfile::tempdir().unwrap();
-        // It cannot say which port it took, so it is told one that was free a moment ago.
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        // It cannot say which port it took, so it is told one that was free a moment ago. Other tests take theirs elsewhere.
+        let address = TcpListener::bind("127.0.0.77:0").unwrap().local_addr().unwrap().to_string();
         let (reader, writer) = pipe().unwrap();
         drop(reader);
         let mut serve = Command::new(env!("CARGO_BIN_EXE_gorego"));

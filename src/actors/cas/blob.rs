@@ -14,7 +14,7 @@ use super::{
     index::{Found, Kind, Stamp},
     requests::{Damaged, KnownStamp, Verified},
     settings::{MAX_RESULT_FILE_BYTES, SMALL_BLOB_BYTES},
-    stamps::{nobody_writes, stamp_of},
+    stamps::{COARSE_TICK, nobody_writes, stamp_of},
     zstd_form::check_form,
 };
 use crate::{
@@ -28,10 +28,14 @@ use std::{
     io,
     os::{fd::AsRawFd as _, unix::fs::FileExt as _},
     sync::{Arc, Mutex, PoisonError},
+    thread,
 };
+use tokio::task::unconstrained;
 
 /// Pieces in which a large file is hashed or copied.
 pub(super) const PIECE_BYTES: usize = 256 * 1024;
+/// How often a file whose stamp differs from the known one is looked at, [`COARSE_TICK`] apart, before it is hashed.
+const STAMP_LOOKS: usize = 3;
 
 /// A stored blob, open for reading; checked against its digest before it was handed out. It stays readable while this is
 /// held, whatever the index decides.
@@ -233,13 +237,10 @@ impl StoredFile {
         if self.is_unchanged() {
             return Ok(());
         }
-        // The server itself may have written down a use.
-        let now = self.file.metadata().map_err(|error| failed(cas, found, &error))?;
-        let known = cas.shared().runtime.block_on(cas.ask(KnownStamp(found.at)))?;
-        let stamp = match found.file.key.kind {
-            _ if known == Some(stamp_of(&now)) => stamp_of(&now),
-            Kind::Zstd => check_form(cas, found, &self.file)?.1,
-            Kind::Blob | Kind::Result => check_content(cas, found, &self.file)?,
+        let stamp = match (known_stamp(cas, found, &self.file)?, found.file.key.kind) {
+            (Some(known), _) => known,
+            (None, Kind::Zstd) => check_form(cas, found, &self.file)?.1,
+            (None, Kind::Blob | Kind::Result) => check_content(cas, found, &self.file)?,
         };
         *self.stamp.lock().unwrap_or_else(PoisonError::into_inner) = stamp;
         Ok(())
@@ -250,10 +251,37 @@ impl StoredFile {
 pub(super) fn open_checked(cas: &Cas, found: &Found) -> Result<StoredFile> {
     let file = open(cas, found)?;
     let metadata = file.metadata().map_err(|error| failed(cas, found, &error))?;
-    let stamp = stamp_of(&metadata);
-    let is_known = stamp == found.stamp && metadata.len() == found.file.key.digest.size();
-    let stamp = if is_known { stamp } else { check_content(cas, found, &file)? };
+    let has_its_size = metadata.len() == found.file.key.digest.size();
+    let known = if has_its_size { known_stamp(cas, found, &file)? } else { None };
+    let stamp = match known {
+        Some(stamp) => stamp,
+        None => check_content(cas, found, &file)?,
+    };
     Ok(StoredFile::new(file, stamp))
+}
+
+/// The stamp of a file as it is now, if its content is known to be right at that stamp. The server itself moves the change
+/// time when it writes down a use, and the actor hears of that a moment later. So a file that differs from what is known is
+/// looked at a few times before anybody hashes it. Blocks.
+pub(super) fn known_stamp(cas: &Cas, found: &Found, file: &File) -> Result<Option<Stamp>> {
+    for look in 0..STAMP_LOOKS {
+        if look > 0 {
+            thread::sleep(COARSE_TICK);
+        }
+        let metadata = file.metadata().map_err(|error| failed(cas, found, &error))?;
+        let now = stamp_of(&metadata);
+        if now == found.stamp {
+            return Ok(Some(now));
+        }
+        // A worker's thread may be inside `Cas::block_on`, which cannot be nested.
+        match futures::executor::block_on(unconstrained(cas.ask(KnownStamp(found.at))))? {
+            Some(known) if known == now => return Ok(Some(now)),
+            // Only a stamp that is known can be out of date.
+            None | Some(Stamp::UNTRUSTED) => return Ok(None),
+            Some(_) => {}
+        }
+    }
+    Ok(None)
 }
 
 /// Hashes a stored blob. Returns the stamp at which it was right, and tells the actor of it. Blocks.

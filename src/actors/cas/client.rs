@@ -73,7 +73,7 @@ impl StagedInputs {
     /// the file system can. Never a hard link: an action may write its inputs, nobody else sees it (EXE-43). Blocks.
     ///
     /// # Errors
-    /// `MissingBlobs` when the stored file turns out to be damaged; `Exhausted` when the disk is full.
+    /// `MissingBlobs` when the stored file turns out to be damaged; `DiskFull` when the disk is full.
     pub fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
         self.source.materialise(digest, parent, name, mode)
     }
@@ -96,7 +96,7 @@ pub(super) fn going_down() -> Error {
     Error::Unavailable("the store of this server is shutting down".into())
 }
 
-/// The answer to an upload whose blob is stored again and again by somebody, and never well.
+/// The error for an upload whose stored copy was found damaged on every try.
 fn spoilt() -> Error {
     Error::Unavailable("the stored file of this blob changes again and again; try again".into())
 }
@@ -254,7 +254,7 @@ impl Cas {
         .await
     }
 
-    /// Stores a large item that has to be decoded, as an upload does that nobody can go on with.
+    /// Stores one large compressed item as an upload that cannot be resumed.
     async fn write_stream(&self, instance: &Instance, digest: Digest, stream: Bytes) -> Result<()> {
         let name = format!("batch/{:x}", self.shared.files.next_generation());
         match self.begin_upload(instance, &name, digest, 0).await? {
@@ -374,7 +374,7 @@ impl Cas {
                     if let Some(room) = &mut attempt.room
                         && let Err(error) = self.pay_for(room)
                     {
-                        // Kept, it would be on nobody's account.
+                        // Without a share it would be charged to nobody, so it is not kept.
                         attempt.keep = false;
                         return Err(error);
                     }

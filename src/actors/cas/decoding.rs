@@ -56,8 +56,8 @@ impl Cas {
     }
 }
 
-/// The right to hold the directories of one tree: a large one needs one of few places. Whoever has a place waits for no other
-/// one.
+/// Permission to hold the directories of one tree in memory. A tree above `SMALL_TREE_BYTES` takes one of `LARGE_TREES_MAX`
+/// permits; a holder never waits for a second.
 #[derive(Debug)]
 pub(super) struct TreeRoom<'a> {
     shared: &'a Shared,

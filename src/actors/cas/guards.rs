@@ -10,11 +10,7 @@ use super::{
     requests::{DiscardPartials, Release, Reserve, Unreserve},
     settings::ROOM_STEP_BYTES,
 };
-use crate::{
-    budget::{Bound, Share},
-    caller::Peer,
-    error::Result,
-};
+use crate::{budget::Share, caller::Caller, error::Result};
 use actix::Addr;
 use tokio::runtime::Handle;
 
@@ -87,11 +83,10 @@ impl std::fmt::Debug for Reservation {
     }
 }
 
-/// Room for bytes of which nobody knows yet whether they arrive. It is reserved ahead of each write, at most
-/// [`ROOM_STEP_BYTES`] ahead: what a client says that it is going to send evicts nothing. What is reserved for a client counts
-/// against the bounds of its connection and its peer, also while a broken upload is kept. Nobody waits for room that others
-/// hold: there is room once what may go is gone, or the write fails and its client tries again later, so no two uploads can
-/// wait for one another.
+/// Disk space for an upload, reserved at most [`ROOM_STEP_BYTES`] ahead of the bytes received. A declared size reserves
+/// nothing. What is reserved for a client counts against the bounds of its connection and its peer, also while a broken
+/// upload is kept. Nobody waits for room that others hold: there is room once what may go is gone, or the write fails and its
+/// client tries again later, so no two uploads can wait for one another.
 #[derive(Debug)]
 pub struct Room {
     reservation: Reservation,
@@ -116,9 +111,9 @@ impl Room {
         self.reservation.bytes()
     }
 
-    /// Whose.
-    pub fn peer(&self) -> Option<Peer> {
-        self.share.as_ref().map(|share| share.caller().peer)
+    /// Who is charged for it.
+    pub fn caller(&self) -> Option<Caller> {
+        self.share.as_ref().map(Share::caller)
     }
 
     /// From here on it counts as that of this share's caller.
@@ -142,26 +137,20 @@ impl Room {
         };
         let more = lacking.max(ROOM_STEP_BYTES.min(most.saturating_sub(self.bytes())));
         let store = self.reservation.store.clone();
-        if let Some(share) = &mut self.share
-            && let Err(refusal) = share.grow(more)
+        // Apart from what is held already, so that an error, or the end of this future, gives it back.
+        let mut charge = self.share.as_mut().map(|share| share.split(0));
+        if let Some(charge) = &mut charge
+            && let Err(refusal) = charge.grow(more)
         {
-            if refusal.bound() == Bound::Connection {
-                return Err(refusal.into());
-            }
             // Its own broken uploads are the first to go.
-            let discard = DiscardPartials { peer: share.caller().peer, bytes: more };
+            let discard = DiscardPartials { caller: charge.caller(), bound: refusal.bound(), bytes: more };
             store.send(discard).await.map_err(|_| going_down())?;
-            share.grow(more)?;
+            charge.grow(more)?;
         }
-        let reserved = store.send(Reserve(more)).await.map_err(|_| going_down()).flatten();
-        match reserved {
-            Ok(reservation) => self.reservation.absorb(reservation),
-            Err(error) => {
-                if let Some(share) = &mut self.share {
-                    share.shrink_to(self.reservation.bytes());
-                }
-                return Err(error);
-            }
+        let reservation = store.send(Reserve(more)).await.map_err(|_| going_down()).flatten()?;
+        self.reservation.absorb(reservation);
+        if let (Some(share), Some(charge)) = (&mut self.share, charge) {
+            share.merge(charge);
         }
         Ok(())
     }
@@ -169,7 +158,7 @@ impl Room {
     /// [`Room::grow`] on a blocking thread.
     ///
     /// # Errors
-    /// As there.
+    /// See [`Room::grow`].
     pub fn grow_here(&mut self, runtime: &Handle, needed: u64, most: u64) -> Result<()> {
         if needed <= self.bytes() { Ok(()) } else { runtime.block_on(self.grow(needed, most)) }
     }

@@ -22,9 +22,19 @@ pub struct Relieve(pub Space);
 
 impl Cas {
     /// Makes room on the disk of the store after an action failed for lack of it, from a worker thread. Blocks until the room
-    /// is there, for a bounded time.
-    pub fn relieve_disk(&self) {
-        self.block_on(async |cas| cas.relieve(|_| true).await);
+    /// is there or the action is cancelled, for a bounded time.
+    pub fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
+        self.block_on(async |cas| {
+            let cancelled = async {
+                while !is_cancelled() {
+                    tokio::time::sleep(settings::RELIEF_POLL).await;
+                }
+            };
+            tokio::select! {
+                () = cas.relieve(|_| true) => {}
+                () = cancelled => {}
+            }
+        });
     }
 
     /// Makes room on the disk of the store if there is little.
@@ -72,7 +82,7 @@ impl Handler<Relieve> for CasActor {
 }
 
 impl CasActor {
-    /// Says that the disk is full and not by the store, now and then.
+    /// Logs, at most once a minute, that the disk is full and the store cannot help.
     fn log_full_disk(&mut self, space: &Space) {
         let is_due = self.full_disk_logged.is_none_or(|at| at.elapsed() >= FULL_DISK_LOG_INTERVAL);
         if space.is_exhausted() && is_due {

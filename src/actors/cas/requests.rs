@@ -11,7 +11,8 @@ use super::{
     uploads::{Attempt, Partial, Progress},
 };
 use crate::{
-    caller::Peer,
+    budget::Bound,
+    caller::Caller,
     digest::Digest,
     error::Result,
     instance::{Instance, InstanceId},
@@ -105,11 +106,13 @@ pub enum Began {
     Start(Box<Attempt>),
 }
 
-/// Broken uploads of this peer are to go, the oldest first, until this much room is free again or none is left.
+/// Broken uploads of a caller that met this bound are to go, the oldest first, until this much room is free again or none is
+/// left.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct DiscardPartials {
-    pub peer: Peer,
+    pub caller: Caller,
+    pub bound: Bound,
     pub bytes: u64,
 }
 
@@ -166,8 +169,8 @@ pub struct StoreInspection {
     pub partial_uploads: usize,
 }
 
-/// Stops the store once everything told to it before is done. Later calls get `Unavailable`; the directory can be opened
-/// again when the last handle is gone.
+/// Stops the store once everything told to it before is done. The answer comes when the last uses are on disk. Later calls
+/// get `Unavailable`; the directory can be opened again when the last handle is gone.
 #[derive(Debug, Clone, Copy, Message)]
 #[rtype(result = "()")]
 pub struct CloseStore;
@@ -217,7 +220,7 @@ pub struct Verified {
     pub stamp: Stamp,
 }
 
-/// Fact: the server itself has changed the change times of these files, and nobody their content.
+/// Fact: the server itself moved the change times of these files. Their content did not change.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Touched(pub Vec<Touch>);

@@ -1,8 +1,9 @@
 //! Looking up what an Execute needs: [`ResolveAction`] and [`CheckInputs`].
 //!
 //! An action that was looked up before is answered within the actor, from memory: are Action and Command still stored, is
-//! there a complete result. Otherwise the files are read in a task of its own, on the threads that serve connections. An action that says `do_not_cache` is never
-//! answered from the cache (EXE-19), so an action is always known before its result is served.
+//! there a complete result. Otherwise the files are read in a task of its own, on the threads that serve connections. An
+//! action that says `do_not_cache` is never answered from the cache (EXE-19), so an action is always known before its result
+//! is served.
 //!
 //! Actions are measured before they are decoded, and large ones are decoded on a blocking thread when there is room for them
 //! ([`super::decoding`]).

@@ -109,6 +109,9 @@ pub const RELIEF_BATCH: usize = 16_384;
 /// How long an action that failed for lack of room waits for the files of evicted entries to be deleted.
 pub const RELIEF_WAIT: Duration = Duration::from_secs(5);
 
+/// How often that action looks whether it was cancelled.
+pub const RELIEF_POLL: Duration = Duration::from_millis(20);
+
 /// How often at most the log says that others fill the disk.
 pub const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
 

@@ -114,7 +114,7 @@ impl Sink {
     /// Takes the next bytes of a stream. Before any are written, `make_room` is told how many there will be.
     ///
     /// # Errors
-    /// Those of [`Inflow::take`] and `make_room`; `Exhausted` or `Internal` when they cannot be written.
+    /// Those of [`Inflow::take`] and `make_room`; `DiskFull` or `Internal` when they cannot be written.
     pub fn take(
         &mut self,
         wire: &[u8],
@@ -135,7 +135,7 @@ impl Sink {
     /// Gives the file its final name if it holds the blob, and deletes it otherwise.
     ///
     /// # Errors
-    /// `Invalid` when it holds something else (BS-22); `Exhausted` or `Internal` when it cannot be renamed.
+    /// `Invalid` when it holds something else (BS-22); `DiskFull` or `Internal` when it cannot be renamed.
     pub fn keep(self, files: &Files, blob: Digest, path: &Path) -> Result<Stamp> {
         let actual = self.hasher.finish();
         if actual != blob {

@@ -6,7 +6,8 @@
 //!
 //! - On kernels before 6.13, and on file systems without fine-grained timestamps, a second change within one tick of the
 //!   clock leaves the change time as it is. [`has_fine_change_times`] finds out; where they are coarse, a stamp counts only
-//!   once it is older than [`COARSE_TICK`].
+//!   once it is older than [`COARSE_TICK`]. There is one gap there: a reader that has opened a file within that time of its
+//!   last change does not see another change by somebody else within the same tick.
 //! - Our own renames and touches move the change time too. They are made under a read lease (fcntl(2)), which is granted only
 //!   while nobody has the file open for writing, and keeps everybody from opening it so: [`change_unobserved`].
 
@@ -92,8 +93,8 @@ pub fn end_lease(file: &File) {
     let _ = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
 }
 
-/// Whether nobody else has a file open for writing, which is open for reading only: such a one could write through a mapping
-/// without the change time moving.
+/// Whether no other process has this file open for writing. A writer could change it through a mapping without moving the
+/// change time. `file` must be open for reading only.
 pub fn nobody_writes(file: &File) -> bool {
     let writers = lease(file);
     end_lease(file);

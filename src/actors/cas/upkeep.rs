@@ -15,6 +15,7 @@ use crate::{error::Result, regular_file};
 use actix::{Addr, AsyncContext as _, Context, WeakAddr};
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, futimens};
 use std::{fs::File, future::Future, time::Instant};
+use tokio::task::JoinHandle;
 
 impl CasActor {
     /// Finds room, at the cost of broken uploads first and of the least recently used entries then. Without a
@@ -117,23 +118,27 @@ impl CasActor {
         }
     }
 
-    /// Writes uses down as access times, from which the order of use is recovered at the next start.
-    pub(super) fn write_touches(&mut self, actor: Addr<Self>) {
+    /// Writes uses down as access times, from which the order of use is recovered at the next start. Returns the job that
+    /// does it, if there is anything to write.
+    pub(super) fn write_touches(&mut self, actor: Addr<Self>) -> Option<JoinHandle<()>> {
         if self.touches.is_empty() {
-            return;
+            return None;
         }
         let (touches, shared) = (std::mem::take(&mut self.touches), self.shared.clone());
-        self.shared.runtime.spawn_blocking(move || {
-            for part in touches.chunks(settings::TOUCH_LEASES) {
+        Some(self.shared.runtime.spawn_blocking(move || {
+            let has_fine_times = shared.files.has_fine_times();
+            // Readers hash a file whose new change time the actor has not heard of.
+            let at_once = if has_fine_times { 1 } else { settings::TOUCH_LEASES };
+            for part in touches.chunks(at_once) {
                 let touched: Vec<_> = part.iter().filter_map(|found| touch(&shared.files, found)).collect();
-                if !touched.is_empty() && !shared.files.has_fine_times() {
+                if !touched.is_empty() && !has_fine_times {
                     // Nobody can write these files before a change would show.
                     std::thread::sleep(COARSE_TICK);
                 }
                 let moves = touched.into_iter().map(|(moved, _leased)| moved).collect();
                 actor.do_send(Touched(moves));
             }
-        });
+        }))
     }
 }
 

@@ -13,7 +13,7 @@ use super::{
     settings::{MAX_PARTIAL_UPLOADS, TWIN_STALL},
     sink::{Inflow, Sink},
 };
-use crate::{caller::Peer, digest::Digest};
+use crate::{budget::Bound, caller::Caller, digest::Digest};
 use actix::Addr;
 use std::{
     collections::{BTreeMap, HashMap},
@@ -263,10 +263,15 @@ impl Uploads {
         self.unpark(name)
     }
 
-    /// Takes out the broken upload of this peer that has waited longest.
-    pub fn pop_oldest_of(&mut self, peer: Peer) -> Option<Partial> {
+    /// Takes out the broken upload that has waited longest among those that count against this bound of the caller's: those
+    /// of its connection, or else those of its peer.
+    pub fn pop_oldest_of(&mut self, caller: Caller, bound: Bound) -> Option<Partial> {
+        let counts = |other: Caller| match bound {
+            Bound::Connection => other.connection == caller.connection,
+            Bound::Peer | Bound::Server => other.peer == caller.peer,
+        };
         let is_theirs = |name: &&Digest| match self.named.get(*name).map(|named| &named.state) {
-            Some(State::Parked(partial)) => partial.room.peer() == Some(peer),
+            Some(State::Parked(partial)) => partial.room.caller().is_some_and(counts),
             Some(State::Running(_)) | None => false,
         };
         let name = *self.parked.values().find(is_theirs)?;

@@ -12,7 +12,7 @@
 //! [`super::settings::SMALL_BLOB_BYTES`] get no form; [`super::zstd_reader`] keeps them in memory.
 
 use super::{
-    blob::{BlobReader, StoredFile, damaged, open, tell_verified},
+    blob::{BlobReader, StoredFile, damaged, known_stamp, open, tell_verified},
     client::Cas,
     files::TemporaryFile,
     guards::{Lease, Room},
@@ -83,11 +83,9 @@ impl Form {
     pub fn open(cas: &Cas, found: Found, lease: &Arc<Lease>) -> Option<Self> {
         // What that says of the form, it has reported: to have too many files open says nothing.
         let file = open(cas, &found).ok()?;
-        let is_known = file.metadata().is_ok_and(|metadata| stamp_of(&metadata) == found.stamp);
-        let (table, stamp) = if is_known {
-            (table_of(cas, &found, &file).ok()?, found.stamp)
-        } else {
-            check_form(cas, &found, &file).ok()?
+        let (table, stamp) = match known_stamp(cas, &found, &file).ok()? {
+            Some(stamp) => (table_of(cas, &found, &file).ok()?, stamp),
+            None => check_form(cas, &found, &file).ok()?,
         };
         let size = table.sizes().1;
         let stored = StoredFile::new(file, stamp);

@@ -22,7 +22,7 @@ pub struct Submit {
     pub priority: i32,
     /// What the client wants inlined.
     pub inline: Inline,
-    /// Who asks, in its own words.
+    /// What the client says about itself (RequestMetadata).
     pub client: ClientInfo,
     /// Where it asks from.
     pub peer: Peer,

@@ -10,14 +10,16 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-/// Set once, by the scheduler or by the watch over the disk; seen by the worker thread: between two steps by asking, inside a wait by polling its
-/// descriptor together with the child's.
+/// Tells the worker thread of one run to stop. The scheduler cancels the run; the watch over the disk only stops its command,
+/// since the run has failed and what follows is the worker's to decide. Between two steps the thread asks; inside a wait it
+/// polls the descriptor together with the child's.
 #[derive(Debug, Clone)]
 pub struct CancelToken(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     cancelled: AtomicBool,
+    stopped: AtomicBool,
     event: Option<OwnedFd>,
 }
 
@@ -25,12 +27,18 @@ impl CancelToken {
     /// A token that nobody has cancelled. Without a free descriptor it still works between steps.
     pub fn new() -> Self {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok();
-        Self(Arc::new(Inner { cancelled: AtomicBool::new(false), event }))
+        Self(Arc::new(Inner { cancelled: AtomicBool::new(false), stopped: AtomicBool::new(false), event }))
     }
 
-    /// Asks the action to stop; more than once does no harm.
+    /// Asks the run to end as soon as it can; more than once does no harm.
     pub fn cancel(&self) {
-        if !self.0.cancelled.swap(true, Ordering::SeqCst)
+        self.0.cancelled.store(true, Ordering::SeqCst);
+        self.stop();
+    }
+
+    /// Asks the command to stop; the run is not cancelled. More than once does no harm.
+    pub fn stop(&self) {
+        if !self.0.stopped.swap(true, Ordering::SeqCst)
             && let Some(event) = &self.0.event
         {
             // An eventfd at 0 takes a 1 without blocking.
@@ -38,12 +46,17 @@ impl CancelToken {
         }
     }
 
-    /// Whether it was cancelled.
+    /// Whether the run was cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.0.cancelled.load(Ordering::SeqCst)
     }
 
-    /// Readable once cancelled, and for good.
+    /// Whether the command is to stop, for whatever reason.
+    pub fn is_stopped(&self) -> bool {
+        self.0.stopped.load(Ordering::SeqCst)
+    }
+
+    /// Readable once stopped, and for good.
     pub fn event(&self) -> Option<BorrowedFd<'_>> {
         self.0.event.as_ref().map(AsFd::as_fd)
     }

@@ -67,7 +67,7 @@ impl Runs {
         }
         for run in self.watched.values_mut().filter(|run| run.full.is_none()) {
             run.full = Some(sample);
-            run.stop.cancel();
+            run.stop.stop();
         }
     }
 
@@ -91,7 +91,7 @@ impl DiskWatch {
         Space::of(&self.0.path).ok()
     }
 
-    /// A command is about to run. `stop` is cancelled when the disk is full.
+    /// A command is about to run. `stop` is stopped when the disk is full.
     pub fn begin(&self, stop: CancelToken) -> Watch<'_> {
         let mut state = self.0.lock();
         let run = state.runs.begin(stop);
@@ -176,11 +176,12 @@ mod tests {
         assert_eq!(runs.end(ended), None);
         let spoilt = runs.begin(tokens[1].clone());
         runs.note(sample(1 << 29));
-        assert!(!tokens[1].is_cancelled());
+        assert!(!tokens[1].is_stopped());
         runs.note(sample(7));
         let later = runs.begin(tokens[2].clone());
         runs.note(sample(1 << 29));
-        assert_eq!(tokens.map(|token| token.is_cancelled()), [false, true, false]);
+        assert_eq!(tokens.each_ref().map(CancelToken::is_stopped), [false, true, false]);
+        assert!(!tokens[1].is_cancelled(), "that is for the scheduler");
         assert_eq!((runs.end(spoilt), runs.end(later)), (Some(sample(7)), None));
     }
 }

@@ -267,7 +267,7 @@ fn wait(socket: &UnixStream, deadline: Option<Instant>, cancel: &CancelToken) ->
         if !fds[0].revents().is_empty() {
             return Ok(Waited::Ready);
         }
-        if cancel.is_cancelled() {
+        if cancel.is_stopped() {
             return Ok(Waited::Cancelled);
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {

@@ -167,7 +167,7 @@ impl<'a> ActionRun<'a> {
         if self.room_at_start.is_none_or(|space| !space.is_exhausted()) {
             return Ok(());
         }
-        self.store.relieve_disk();
+        self.store.relieve_disk(&|| self.order.cancel.is_cancelled());
         let end = Instant::now() + ROOM_WAIT;
         loop {
             self.room_at_start = disk.look();
@@ -187,16 +187,18 @@ impl<'a> ActionRun<'a> {
     /// there is more than it had.
     fn relieved(&self, error: Error) -> Error {
         let Error::DiskFull(message) = error else { return error };
-        self.store.relieve_disk();
+        let is_cancelled = || self.order.cancel.is_cancelled();
+        self.store.relieve_disk(&is_cancelled);
         let disk = self.settings.build_root.disk();
         let end = Instant::now() + MORE_ROOM_WAIT;
         while let Some((before, now)) = self.room_at_start.zip(disk.look())
             && !now.has_more_than(&before)
+            && !is_cancelled()
             && Instant::now() < end
         {
             thread::sleep(ROOM_POLL);
         }
-        Error::Unavailable(message)
+        if is_cancelled() { cancelled() } else { Error::Unavailable(message) }
     }
 
     /// Turns the end of the command into exit code, logs and outputs.

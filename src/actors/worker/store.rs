@@ -15,13 +15,13 @@ pub trait BlobStore: Send + Sync {
     /// [`Cas::stage_inputs`].
     ///
     /// # Errors
-    /// As there.
+    /// See [`Cas::stage_inputs`].
     fn stage_inputs(&self, instance: &Instance, root: Digest) -> Result<Box<dyn Inputs>>;
 
     /// [`Cas::store_output`].
     ///
     /// # Errors
-    /// As there.
+    /// See [`Cas::store_output`].
     fn store_output(
         &self,
         instance: &Instance,
@@ -34,13 +34,13 @@ pub trait BlobStore: Send + Sync {
     /// [`Cas::store_bytes`].
     ///
     /// # Errors
-    /// As there.
+    /// See [`Cas::store_bytes`].
     fn store_bytes(&self, instance: &Instance, function: DigestFunction, bytes: Vec<u8>) -> Result<Digest>;
 
     /// [`Cas::record_result`].
     ///
     /// # Errors
-    /// As there.
+    /// See [`Cas::record_result`].
     fn record_result(
         &self,
         instance: &Instance,
@@ -50,7 +50,7 @@ pub trait BlobStore: Send + Sync {
     ) -> Result<()>;
 
     /// [`Cas::relieve_disk`].
-    fn relieve_disk(&self);
+    fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool);
 }
 
 /// An input root that is kept from eviction while this is held.
@@ -61,7 +61,7 @@ pub trait Inputs {
     /// [`StagedInputs::materialise`].
     ///
     /// # Errors
-    /// As there.
+    /// See [`StagedInputs::materialise`].
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()>;
 }
 
@@ -95,8 +95,8 @@ impl BlobStore for Cas {
         Cas::record_result(self, instance, action, result, provenance)
     }
 
-    fn relieve_disk(&self) {
-        Cas::relieve_disk(self);
+    fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
+        Cas::relieve_disk(self, is_cancelled);
     }
 }
 

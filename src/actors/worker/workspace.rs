@@ -37,7 +37,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -65,10 +65,18 @@ pub struct BuildRoot(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
-    place: Mutex<Arc<Place>>,
+    places: Mutex<Places>,
     next: AtomicU64,
     remover: Remover,
     disk: DiskWatch,
+}
+
+/// The directories that are or were at the path of a build root.
+#[derive(Debug)]
+struct Places {
+    current: Arc<Place>,
+    /// Those before, in which runs may still be under way.
+    former: Vec<Weak<Place>>,
 }
 
 /// The directory at the path of a build root. It is locked for as long as this lives, or else the sweep would take another
@@ -99,7 +107,8 @@ impl BuildRoot {
         let job = |name| Job { place: place.clone(), name, ticket: None };
         let remover = Remover::start(leftovers.into_iter().map(job).collect());
         let disk = DiskWatch::new(path.clone());
-        let build_root = Self(Arc::new(Inner { path, place: Mutex::new(place), next, remover, disk }));
+        let places = Mutex::new(Places { current: place, former: Vec::new() });
+        let build_root = Self(Arc::new(Inner { path, places, next, remover, disk }));
         if build_root.is_noexec() {
             log::warn!(target: "gorego::worker", event = BUILD_ROOT_NOEXEC, path:% = build_root.0.path.display();
                 "the build root {} is on a file system that is mounted noexec: actions cannot run programs that are among \
@@ -156,10 +165,18 @@ impl BuildRoot {
 
     /// The directory that is at the path now; made again when it was removed.
     fn place(&self) -> Result<Arc<Place>> {
-        let Inner { path, place, next, remover, .. } = &*self.0;
-        let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
-        if is_at(path, place.id) {
-            return Ok(place.clone());
+        let Inner { path, places, next, remover, .. } = &*self.0;
+        let mut places = places.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_there = |place: &Place| rfs::stat(path).is_ok_and(|stat| dir::file_id(&stat) == place.id);
+        if is_there(&places.current) {
+            return Ok(places.current.clone());
+        }
+        // One that is back cannot be opened anew: this process itself has it locked.
+        places.former.retain(|place| place.strong_count() > 0);
+        let back = places.former.iter().filter_map(Weak::upgrade).find(|place| is_there(place));
+        if let Some(place) = back {
+            places.replace(place.clone());
+            return Ok(place);
         }
         let doing =
             |error: io::Error| Error::io(&format!("make the build root {} again", path.display()), &error);
@@ -171,8 +188,15 @@ impl BuildRoot {
         for name in made.sweep(next).map_err(doing)? {
             remover.remove(Job { place: made.clone(), name, ticket: None });
         }
-        *place = made.clone();
+        places.replace(made.clone());
         Ok(made)
+    }
+}
+
+impl Places {
+    fn replace(&mut self, place: Arc<Place>) {
+        let former = std::mem::replace(&mut self.current, place);
+        self.former.push(Arc::downgrade(&former));
     }
 }
 
@@ -342,7 +366,8 @@ impl Workspace {
         &self.root_path
     }
 
-    /// Checks that nobody has taken the directories away. A command has no business with either, so it is not its fault.
+    /// Checks that both directories are still in place. A command has no reason to touch them, so a loss is reported as the
+    /// server's failure.
     ///
     /// # Errors
     /// `Unavailable` when somebody has.

@@ -3,7 +3,7 @@
 use super::{
     super::{
         index::{FileId, Key, Kind},
-        stamps::stamp_of,
+        stamps::{COARSE_TICK, has_fine_change_times, stamp_of},
         upkeep::touch,
         writer::write_new,
     },
@@ -16,8 +16,17 @@ use std::{
     os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _},
 };
 
+/// Waits until the next change of a file shows in its change time, also where change times are coarse.
+fn wait_for_next_tick() {
+    let directory = TempDir::new().unwrap();
+    if !has_fine_change_times(directory.path()).unwrap() {
+        std::thread::sleep(2 * COARSE_TICK);
+    }
+}
+
 /// Flips a bit in the middle of a file in place, and restores everything that a user can restore.
 fn tamper(path: &Path) {
+    wait_for_next_tick();
     let before = fs::metadata(path).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
@@ -246,6 +255,7 @@ fn writing_down_a_use_leaves_a_file_known_only_if_it_was() {
     index.reserve(1).unwrap();
     index.commit(file, 1, now(), 0);
     let found = index.renew(&key, 0).unwrap();
+    wait_for_next_tick();
     let Some((touched, lease)) = touch(&files, &found) else { return };
     drop(lease);
     assert_eq!(touched.after, now());
@@ -258,6 +268,26 @@ fn writing_down_a_use_leaves_a_file_known_only_if_it_was() {
     assert_eq!(of_changed.after, now());
     index.follow(found.at, of_changed.before, of_changed.after);
     assert_eq!(index.renew(&key, 0).unwrap().stamp, found.stamp, "somebody else has changed it before");
+}
+
+/// Readers wait a moment for the news of such a change instead of hashing the file: here its content would not pass.
+#[actix::test]
+async fn a_change_that_the_server_is_about_to_report_is_waited_for() {
+    let store = Store::new().await;
+    let blob = store.put(noise(LARGE, 1)).await;
+    assert!(store.get(blob).await.is_ok());
+    let reader = store.cas.open(&store.main, blob).await.unwrap();
+    let located = Locate { instance: store.main.blobs(), digests: vec![blob], lease: false, zstd: false };
+    let found = store.cas.ask(located).await.unwrap().found.remove(0).unwrap();
+    let path = store.file_of(blob);
+    tamper(&path);
+    let after = stamp_of(&fs::metadata(&path).unwrap());
+    let late = async {
+        tokio::time::sleep(COARSE_TICK / 2).await;
+        store.cas.actor().do_send(Touched(vec![Touch { at: found.at, before: found.stamp, after }]));
+    };
+    let (read, opened, ()) = tokio::join!(reader.read_at(0, 10), store.cas.open(&store.main, blob), late);
+    assert!(read.is_ok() && opened.is_ok(), "{read:?} {opened:?}");
 }
 
 fn put_in_place(path: &Path, what: &str, other: &Path) {

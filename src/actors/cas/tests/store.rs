@@ -106,6 +106,38 @@ async fn a_large_file_that_changed_since_it_was_written_is_hashed_again() {
     assert!(matches!(store.get(other).await, Err(Error::NotFound(_))));
 }
 
+/// The process ends right after this answer, and the order of eviction after the next start follows from these times.
+#[actix::test]
+async fn a_store_that_is_closed_has_written_down_what_was_used() {
+    let mut store = Store::new().await;
+    let mut blobs = Vec::new();
+    for n in 0..500 {
+        let blob = store.put(format!("{n}")).await;
+        let long_ago = std::fs::FileTimes::new().set_accessed(UNIX_EPOCH);
+        std::fs::File::open(store.file_of(blob)).unwrap().set_times(long_ago).unwrap();
+        blobs.push(blob);
+    }
+    store = store.restart().await;
+    assert!(store.cas.find_missing(&store.main, blobs).await.unwrap().is_empty());
+    store.cas.actor().send(CloseStore).await.unwrap();
+    let accessed = |path: &PathBuf| path.metadata().unwrap().accessed().unwrap();
+    let is_blob = |path: &PathBuf| path.metadata().unwrap().len() > 0;
+    let files: Vec<_> = store.files().into_iter().filter(is_blob).collect();
+    assert!(files.len() >= 500);
+    let stale = files.iter().filter(|path| accessed(path) == UNIX_EPOCH).count();
+    assert_eq!(stale, 0);
+}
+
+/// Another relief of the disk is under way, and the server is about to stop.
+#[actix::test]
+async fn an_action_that_is_cancelled_does_not_wait_for_room_on_the_disk() {
+    let store = Store::new().await;
+    let _turn = store.cas.shared().relief_turn.lock().await;
+    let asked = Instant::now();
+    store.worker(|cas, _| cas.relieve_disk(&|| true)).await;
+    assert!(asked.elapsed() < settings::RELIEF_WAIT);
+}
+
 /// A reader outlives the blob, and notices when the file is cut under it.
 #[actix::test]
 async fn a_reader_gets_all_bytes_or_an_error() {

@@ -384,13 +384,26 @@ async fn uploads_that_do_not_fit_together_all_end() {
                 Err(Error::Exhausted { retry_after: Some(_), .. }) => {}
                 Err(error) => panic!("{error}"),
             }
-            tokio::time::sleep(Duration::from_millis(seed)).await;
+            tokio::time::sleep(Duration::from_millis(20 * seed)).await;
         }
     };
     let all = futures::future::join_all((1..=4).map(upload));
     tokio::time::timeout(Duration::from_secs(60), all).await.unwrap();
     let on_disk: u64 = store.files().iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum();
     assert!(on_disk <= 10 * MB);
+}
+
+#[actix::test]
+async fn a_caller_that_leaves_while_it_waits_for_room_is_not_charged_for_it() {
+    let store = Store::new().await;
+    let budget = &store.cas.shared().upload_budget;
+    let mut room = Room::none(store.cas.actor().clone());
+    room.charge_to(budget.take(Caller::connected("127.0.0.1:1".parse().unwrap()), 0).unwrap()).unwrap();
+    assert!(room.grow(1_000, 1_000).now_or_never().is_none(), "the actor has not answered yet");
+    assert_eq!(budget.held(), 0);
+    eventually(|| async { (store.inspect().await.totals.reserved == 0).then_some(()) }).await;
+    room.grow(1_000, 1_000).await.unwrap();
+    assert_eq!((budget.held(), room.bytes()), (1_000, 1_000));
 }
 
 /// One connection has a bound, one peer has a share, and its own broken uploads make room for its new ones.
@@ -421,8 +434,18 @@ async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
     );
     let neighbour = Caller::connected("127.0.0.2:1".parse().unwrap());
     drop(upload(neighbour, "uploads/b").await.unwrap());
+    eventually(|| async { (store.inspect().await.partial_uploads == 2).then_some(()) }).await;
+    let committed = async |name: &str| {
+        let blob = digest(&noise(3_000_000, 1));
+        store.cas.query_upload(&store.main, name, blob).await.unwrap().committed
+    };
+    assert!(committed("uploads/a").await > 0);
+    // The connection is at its bound with this broken upload, which makes way for the first bytes of the next.
+    drop(upload(caller, "uploads/instead").await.unwrap_err());
+    assert_eq!(committed("uploads/a").await, 0);
     drop(held);
     eventually(|| async { (store.inspect().await.partial_uploads == 2).then_some(()) }).await;
+    assert!(committed("uploads/instead").await > 0);
     let kept = budget.held();
     assert!(kept >= 2_900_000, "broken uploads count: {kept}");
     // Another connection of the first peer takes all that a peer may have, and its broken upload goes for a new one.
@@ -434,15 +457,7 @@ async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
     });
     let third = Caller::connected("127.0.0.1:3".parse().unwrap());
     let _ = upload(third, "uploads/c").await;
-    assert_eq!(
-        store
-            .cas
-            .query_upload(&store.main, "uploads/a", digest(&noise(3_000_000, 1)))
-            .await
-            .unwrap()
-            .committed,
-        0
-    );
+    assert_eq!(committed("uploads/instead").await, 0);
     assert!(upload(neighbour, "uploads/d").await.is_ok());
     drop(all);
 }

@@ -97,9 +97,8 @@ impl Ledger {
     }
 
     /// The next task to run, and where; `None` when no ready task has a free slot, in which case runs that nobody follows
-    /// are told to make way for tasks that are followed. Pools choose in order of preference, so
-    /// that a task goes to the best one that is free. Each assignment must be answered by [`Ledger::finish`], whatever
-    /// happens.
+    /// are told to make way for tasks that are followed. Pools choose in order of preference, so that a task goes to the
+    /// best one that is free. Each assignment must be answered by [`Ledger::finish`], whatever happens.
     pub fn assign(&mut self, now: Moment) -> Option<Assignment> {
         let Some((pool, id, charge)) = self.next_ready(now) else {
             self.make_way(now);
@@ -233,14 +232,10 @@ impl Ledger {
     fn retry(&mut self, id: TaskId, reason: Error, now: Moment) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         if task.attempts >= self.settings.max_attempts {
-            let error = match reason {
-                // It tells clients by itself when to come back.
-                Error::Exhausted { .. } => reason,
-                _ => Error::Unavailable(format!(
-                    "action {} was given up after {} tries: {reason}",
-                    task.action.digest, task.attempts
-                )),
-            };
+            let error = Error::Unavailable(format!(
+                "action {} was given up after {} tries: {reason}",
+                task.action.digest, task.attempts
+            ));
             return self.end_task(id, Outcome::failed(error), now);
         }
         if !self.slots.is_served(&task.pools) {

@@ -65,7 +65,7 @@ impl Rivals {
         }
     }
 
-    /// Gives a slot of this pool to one of them, and to the one that has the least choice. Whether there was one.
+    /// Assigns a slot of this pool to the rival with the fewest suitable pools. Returns false if none can use it.
     fn serve(&mut self, pool: usize) -> bool {
         let suited = self.0.keys().filter(|pools| pools.contains(&pool));
         let Some(pools) = suited.min_by_key(|pools| pools.len()).cloned() else { return false };

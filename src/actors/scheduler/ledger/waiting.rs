@@ -1,8 +1,9 @@
 //! Where tasks wait, and why: the queues of the pools, and the answer to the question.
 //!
 //! A ready task stands in the queue of each pool that can take it; the first pool to have a free slot for it takes it out of
-//! all. In each queue it has a place for each owner that waits for it. Positions are not kept up to date while tasks come and go. They are worked out for all tasks at once when somebody
-//! asks and the last picture, the *board*, is too old: so the price of telling any number of clients is bounded.
+//! all. In each queue it has a place for each owner that waits for it. Positions are not kept up to date while tasks come and
+//! go. They are worked out for all tasks at once when somebody asks and the last picture, the *board*, is too old: so the price
+//! of telling any number of clients is bounded.
 
 use super::{Ledger, Step, Task};
 use crate::{

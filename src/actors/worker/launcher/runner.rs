@@ -208,7 +208,7 @@ impl Runner {
     }
 }
 
-/// What does not wait any longer.
+/// Which of the awaited events are ready.
 struct Ready {
     order: bool,
     output: bool,

@@ -297,9 +297,10 @@ async fn an_operation_outlives_its_client(s: Session) -> Verdict {
     // A connection of its own, which goes away with it.
     let name = {
         let client = s.reconnect().await?;
-        // A server may give the slot of an action that nobody follows to one that somebody does: this one is followed until
-        // it runs, and is over soon after.
-        let mut run = Job::sh(&client, "sleep 1").uncached().start().await?;
+        // A server may give the slot of an action that nobody follows to one that somebody follows. So this one is followed
+        // until it runs, and ends well before such a server would stop it, but not before a server that ties operations
+        // to connections does.
+        let mut run = Job::sh(&client, "sleep 0.5").uncached().start().await?;
         let runs = |operation: &Operation| operation.done || rank(operation).is_ok_and(|stage| stage >= 3);
         run.until("running", runs).await?.name
     };

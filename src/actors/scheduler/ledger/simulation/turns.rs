@@ -159,7 +159,7 @@ impl World {
         }
     }
 
-    /// What is counted about followers is what there is.
+    /// The follower counts equal what the register says.
     pub(super) fn check_followers(&self) {
         let ledger = &self.ledger;
         let mut expected = Unfollowed::default();

@@ -90,7 +90,8 @@ fn a_build_larger_than_the_queue_leaves_room_to_one_of_five() {
     assert_eq!(desk.ledger.inspect().queued, 0);
 }
 
-/// Whoever wants what others want too does not wait for their backlog, and nobody counts for what others have taken.
+/// A build that joins an action does not wait behind another build's backlog, and is charged only for what runs on its own
+/// turn.
 #[test]
 fn a_shared_task_has_a_place_for_each_of_its_builds_and_runs_for_the_first_whose_turn_comes() {
     let mut desk = Desk::new(1, settings());

@@ -33,7 +33,9 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 /// Pause after a failed accept, long enough for connections to close and short enough that nobody notices.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 
-/// Frames that one connection may have looked at before others get a turn; 2 MiB of an upload.
+/// Frames after which a read pretends that no more have come, so that the HTTP/2 library handles those that it has; 2 MiB of an
+/// upload. The turn of the connection's task ends with that only where no streams wait to be accepted; otherwise it is tokio's
+/// budget for tasks that ends it.
 const FRAMES_PER_TURN: u64 = 128;
 
 /// The connections of a listener. Nagle's algorithm is off: with it every small answer waits for the client's delayed
@@ -185,13 +187,18 @@ impl Connection {
         self.admitted.state().note_blocked(written.is_pending());
         let written = ready!(written)?;
         let mut left = written;
+        let mut is_progress = false;
         for buffer in buffers {
             let part = buffer.get(..left).unwrap_or(buffer);
-            self.conduct.send(part);
+            is_progress |= self.conduct.send(part);
             left -= part.len();
             if left == 0 {
                 break;
             }
+        }
+        if is_progress {
+            // Streams share the link, so on a slow one it may take minutes until all of an answer is sent.
+            self.admitted.state().note_progress();
         }
         Poll::Ready(Ok(written))
     }

@@ -1,14 +1,14 @@
 //! [`Budget`]: a bound that all callers share, such as the bytes of answers that nobody has read yet.
 //!
 //! A budget has three bounds: one for the whole server, one for a connection, and a share for each [`Peer`]. A peer may hold
-//! up to [`SHARE`] times as much as is free. So one peer alone gets 8/9 of everything, two get 8/17 each, and some room is left
-//! for the next one, less with each of them; nobody has to know how many there are. A peer that holds nothing may take all of it.
+//! up to [`SHARE`] times as much as is free. So one peer alone gets 8/9 of everything, two get 8/17 each, and what is left for
+//! the next one shrinks with each peer; nobody has to know how many there are. A peer that holds nothing may take all of it.
 //!
 //! What is held is a [`Share`], which gives itself back when it is dropped. [`Budget::take`] refuses at the bound,
 //! [`Budget::wait_for`] waits for room. Waiting peers are served in turn, and so are the connections of each, one request at a
 //! time. A connection or peer that has reached its own bound does not hold up the others. Within a connection, small requests
-//! go before large ones ([`Budget::wait_for_small`]). A request that is dropped while it waits leaves nothing behind. The counting is the plain
-//! struct `Holdings`, which knows no clock and no task.
+//! go before large ones ([`Budget::wait_for_small`]). A request that is dropped while it waits leaves nothing behind. The
+//! counting is the plain struct `Holdings`, which knows no clock and no task.
 
 use crate::{
     caller::{Caller, ConnectionId, Peer},
@@ -159,8 +159,8 @@ impl Budget {
         self.wait(caller, amount, Size::Large).await
     }
 
-    /// As [`Budget::wait_for`], but before the large requests of the same connection. What is small is for the caller to say:
-    /// while many small requests come, the large ones wait.
+    /// As [`Budget::wait_for`], but before all requests of the same connection that wait there. Only for amounts that are a
+    /// small part of what a connection may hold: large ones wait for as long as small ones take all room.
     ///
     /// # Errors
     /// As there.

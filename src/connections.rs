@@ -3,8 +3,9 @@
 //! A connection costs a descriptor and memory for as long as its client likes. So there is a limit, which leaves descriptors
 //! for files and commands, and it is shared out by peer as every [`Budget`] is. A client beyond it takes the place of the
 //! connection that has been idle for longest, among those of its own address or, at the limit of the server, of the address
-//! that has most; where all are busy it is refused. Each way
-//! in which a client can hold resources without progress has a time limit.
+//! that has most; where all are busy it is refused.
+//!
+//! Each way in which a client can hold resources without progress has a time limit.
 //!
 //! It also owns what is counted by peer over all connections: cancelled calls, and the lines about them in the log.
 

@@ -1,13 +1,14 @@
 //! [`Budget`]: a bound that all callers share, such as the bytes of answers that nobody has read yet.
 //!
 //! A budget has three bounds: one for the whole server, one for a connection, and a share for each [`Peer`]. A peer may hold
-//! up to [`SHARE`] times as much as is free. So one peer alone gets 8/9 of everything, two get 8/17 each, and the next one
-//! always finds room; nobody has to know how many there are. A peer that holds nothing gets what is left, however little.
+//! up to [`SHARE`] times as much as is free. So one peer alone gets 8/9 of everything, two get 8/17 each, and what is left for
+//! the next one shrinks with each peer; nobody has to know how many there are. A peer that holds nothing may take all of it.
 //!
 //! What is held is a [`Share`], which gives itself back when it is dropped. [`Budget::take`] refuses at the bound,
-//! [`Budget::wait_for`] waits for room. Waiting connections are served in turn, one request of each, and a connection that
-//! has reached its own bound, or whose peer has, does not hold up the others. A request that is dropped while it waits leaves
-//! nothing behind. The counting is the plain struct `Holdings`, which knows no clock and no task.
+//! [`Budget::wait_for`] waits for room. Waiting peers are served in turn, and so are the connections of each, one request at a
+//! time. A connection or peer that has reached its own bound does not hold up the others. Within a connection, small requests
+//! go before large ones ([`Budget::wait_for_small`]). A request that is dropped while it waits leaves nothing behind. The
+//! counting is the plain struct `Holdings`, which knows no clock and no task.
 
 use crate::{
     caller::{Caller, ConnectionId, Peer},
@@ -47,6 +48,16 @@ pub enum Bound {
     Peer,
     /// That of the caller's connection.
     Connection,
+}
+
+/// How a request that waits is ordered among those of its connection. Where a small one has no room, a large one has none
+/// either, so the small ones go first and a large one does not hold them up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Size {
+    /// A small part of what a connection may hold.
+    Small,
+    /// Any other.
+    Large,
 }
 
 /// Why a request got nothing.
@@ -131,10 +142,10 @@ impl Budget {
         Ok(Share { budget: self.clone(), caller, amount })
     }
 
-    /// Takes this much at once, unless others of the same connection wait.
-    pub fn take_in_turn(&self, caller: Caller, amount: u64) -> Option<Share> {
+    /// Takes this small amount at once, unless other small requests of the same connection wait.
+    pub fn take_small(&self, caller: Caller, amount: u64) -> Option<Share> {
         let mut state = self.state();
-        let is_first = !state.waiting.connections.contains_key(&caller.connection);
+        let is_first = !state.waiting.has_small(caller);
         let taken = is_first && state.holdings.take(caller, amount).is_ok();
         drop(state);
         taken.then(|| Share { budget: self.clone(), caller, amount })
@@ -145,6 +156,19 @@ impl Budget {
     /// # Errors
     /// When a connection can never have this much.
     pub async fn wait_for(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
+        self.wait(caller, amount, Size::Large).await
+    }
+
+    /// As [`Budget::wait_for`], but before all requests of the same connection that wait there. Only for amounts that are a
+    /// small part of what a connection may hold: large ones wait for as long as small ones take all room.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn wait_for_small(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
+        self.wait(caller, amount, Size::Small).await
+    }
+
+    async fn wait(&self, caller: Caller, amount: u64, size: Size) -> Result<Share, Refusal> {
         let bounds = self.0.bounds;
         if amount > bounds.connection.min(bounds.total) {
             return Err(self.refusal(Bound::Connection));
@@ -152,13 +176,13 @@ impl Budget {
         {
             let mut state = self.state();
             let State { holdings, waiting } = &mut *state;
-            if waiting.connections.is_empty() && holdings.take(caller, amount).is_ok() {
+            if waiting.peers.is_empty() && holdings.take(caller, amount).is_ok() {
                 return Ok(Share { budget: self.clone(), caller, amount });
             }
         }
         let (grant, granted) = oneshot::channel();
-        let ticket = self.settle(|State { waiting, .. }| waiting.add(Waiter { caller, amount, grant }));
-        let _place = Place { budget: self, connection: caller.connection, ticket };
+        let ticket = self.settle(|State { waiting, .. }| waiting.add(Waiter { caller, amount, grant }, size));
+        let _place = Place { budget: self, caller, ticket };
         // The sender stays in the queue until it has sent, so the error cannot happen.
         granted.await.map_err(|_| self.refusal(Bound::Server))
     }
@@ -307,68 +331,110 @@ struct Waiter {
     grant: oneshot::Sender<Share>,
 }
 
-/// The requests that wait, by connection and in the order in which they came.
+/// Where a request waits in its connection: small ones first, then in the order in which they came.
+type Ticket = (Size, u64);
+
+/// The requests that wait, by peer and connection.
 #[derive(Debug, Default)]
 struct Waiting {
-    connections: BTreeMap<ConnectionId, BTreeMap<u64, Waiter>>,
-    next_ticket: u64,
+    peers: BTreeMap<Peer, Queues>,
+    next_number: u64,
+    /// The peer that was served last.
+    last: Peer,
+}
+
+/// The requests of one peer that wait; never empty.
+#[derive(Debug, Default)]
+struct Queues {
+    connections: BTreeMap<ConnectionId, BTreeMap<Ticket, Waiter>>,
     /// The connection that was served last.
     last: ConnectionId,
 }
 
 impl Waiting {
-    fn add(&mut self, waiter: Waiter) -> u64 {
-        let ticket = self.next_ticket;
-        self.next_ticket += 1;
-        self.connections.entry(waiter.caller.connection).or_default().insert(ticket, waiter);
+    fn add(&mut self, waiter: Waiter, size: Size) -> Ticket {
+        let ticket = (size, self.next_number);
+        self.next_number += 1;
+        let Caller { peer, connection } = waiter.caller;
+        let queues = self.peers.entry(peer).or_default();
+        queues.connections.entry(connection).or_default().insert(ticket, waiter);
         ticket
     }
 
-    fn remove(&mut self, connection: ConnectionId, ticket: u64) -> Option<Waiter> {
-        let queue = self.connections.get_mut(&connection)?;
+    fn has_small(&self, caller: Caller) -> bool {
+        let queue =
+            self.peers.get(&caller.peer).and_then(|queues| queues.connections.get(&caller.connection));
+        queue.and_then(BTreeMap::first_key_value).is_some_and(|((size, _), _)| *size == Size::Small)
+    }
+
+    fn remove(&mut self, caller: Caller, ticket: Ticket) -> Option<Waiter> {
+        let queues = self.peers.get_mut(&caller.peer)?;
+        let queue = queues.connections.get_mut(&caller.connection)?;
         let waiter = queue.remove(&ticket);
         if queue.is_empty() {
-            self.connections.remove(&connection);
+            queues.connections.remove(&caller.connection);
+        }
+        if queues.connections.is_empty() {
+            self.peers.remove(&caller.peer);
         }
         waiter
     }
 
-    /// Takes out the first request, in the order of turns, for which there is room, and takes it for it. The first one that is too large for what the
-    /// server has left ends the search, so that smaller ones behind it cannot keep it waiting for ever.
+    /// Takes out the first request, in the order of turns, for which there is room, and takes it for it. The first one that is
+    /// too large for what the server has left ends the search, so that smaller ones behind it cannot keep it waiting for ever.
     fn next(&mut self, holdings: &mut Holdings) -> Option<Waiter> {
-        let turns = self
-            .connections
-            .range((Excluded(self.last), Unbounded))
-            .chain(self.connections.range(..=self.last));
         let mut found = None;
-        for (connection, queue) in turns {
-            let Some((ticket, waiter)) = queue.first_key_value() else { continue };
-            match holdings.take(waiter.caller, waiter.amount) {
-                Ok(()) => {
-                    found = Some((*connection, *ticket));
+        for (_, queues) in turns(&self.peers, self.last) {
+            match queues.next(holdings) {
+                Ok(taken) => {
+                    found = Some(taken);
                     break;
                 }
                 Err(Bound::Server) => break,
                 Err(Bound::Peer | Bound::Connection) => {}
             }
         }
-        let (connection, ticket) = found?;
-        self.last = connection;
-        self.remove(connection, ticket)
+        let (caller, ticket) = found?;
+        self.last = caller.peer;
+        if let Some(queues) = self.peers.get_mut(&caller.peer) {
+            queues.last = caller.connection;
+        }
+        self.remove(caller, ticket)
     }
+}
+
+impl Queues {
+    /// Takes room for the first request for which there is some. A peer at its bound is not searched further: it may have
+    /// thousands of connections. Few of them can be at their own bound.
+    fn next(&self, holdings: &mut Holdings) -> Result<(Caller, Ticket), Bound> {
+        for (_, queue) in turns(&self.connections, self.last) {
+            let Some((ticket, waiter)) = queue.first_key_value() else { continue };
+            match holdings.take(waiter.caller, waiter.amount) {
+                Ok(()) => return Ok((waiter.caller, *ticket)),
+                Err(Bound::Connection) => {}
+                Err(bound) => return Err(bound),
+            }
+        }
+        Err(Bound::Connection)
+    }
+}
+
+/// All entries, beginning behind the one that was served last.
+fn turns<K: Ord + Copy, V>(all: &BTreeMap<K, V>, last: K) -> impl Iterator<Item = (&K, &V)> {
+    all.range((Excluded(last), Unbounded)).chain(all.range(..=last))
 }
 
 /// A place among those that wait, left when this is dropped.
 struct Place<'a> {
     budget: &'a Budget,
-    connection: ConnectionId,
-    ticket: u64,
+    caller: Caller,
+    ticket: Ticket,
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         // The request behind it may need less.
-        self.budget.settle(|state| drop(state.waiting.remove(self.connection, self.ticket)));
+        self.budget.settle(|state| drop(state.waiting.remove(self.caller, self.ticket)));
     }
 }
 
@@ -473,6 +539,60 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_large_request_does_not_hold_up_the_small_ones_of_its_connection() {
+        let budget = Budget::new(BOUNDS);
+        let caller = caller(1);
+        let unread = budget.take(caller, 450).unwrap();
+        let mut large = Box::pin(budget.wait_for(caller, 100));
+        assert!(large.as_mut().now_or_never().is_none());
+        let first = budget.take_small(caller, 50).expect("there is room for a small one");
+        let mut small = Box::pin(budget.wait_for_small(caller, 50));
+        assert!(small.as_mut().now_or_never().is_none());
+        assert!(budget.take_small(caller, 50).is_none(), "small ones are served in their order");
+        drop(first);
+        let second = small.as_mut().now_or_never().expect("before the large one").unwrap();
+        drop((unread, second));
+        assert!(large.as_mut().now_or_never().unwrap().is_ok());
+    }
+
+    #[tokio::test]
+    async fn waiting_peers_are_served_in_turn_however_many_connections_they_have() {
+        let budget = Budget::new(Bounds { what: "marbles", total: 100, connection: 100 });
+        let mut held = vec![budget.take(caller(9), 100).unwrap()];
+        let mut waits: Vec<_> = [1, 1, 1, 1, 2, 2]
+            .map(|number| {
+                let caller = caller(number);
+                let budget = budget.clone();
+                (number, Box::pin(async move { budget.wait_for(caller, 100).await.unwrap() }))
+            })
+            .into_iter()
+            .collect();
+        assert!(waits.iter_mut().all(|(_, wait)| wait.as_mut().now_or_never().is_none()));
+        let mut order = Vec::new();
+        while !waits.is_empty() {
+            held.clear();
+            let served = waits
+                .iter_mut()
+                .enumerate()
+                .find_map(|(at, (number, wait))| Some((at, *number, wait.as_mut().now_or_never()?)));
+            let (at, number, share) = served.expect("somebody is served");
+            held.push(share);
+            order.push(number);
+            drop(waits.remove(at));
+        }
+        assert_eq!(order, [1, 2, 1, 2, 1, 1]);
+    }
+
+    #[tokio::test]
+    async fn a_peer_at_its_share_does_not_hold_up_another() {
+        let budget = Budget::new(BOUNDS);
+        let _held: Vec<_> = [400, 400].map(|amount| budget.take(caller(1), amount).unwrap()).into();
+        let mut waits: Vec<_> = (0..3).map(|_| Box::pin(budget.wait_for(caller(1), 50))).collect();
+        assert!(waits.iter_mut().all(|wait| wait.as_mut().now_or_never().is_none()));
+        assert!(budget.wait_for(caller(2), 50).now_or_never().is_some());
+    }
+
+    #[tokio::test]
     async fn a_wait_that_is_given_up_leaves_nothing_behind() {
         let budget = Budget::new(BOUNDS);
         let held = budget.wait_for(caller(1), 500).await.unwrap();
@@ -484,6 +604,6 @@ mod tests {
         assert!(behind.as_mut().now_or_never().unwrap().is_ok(), "its place went to the next");
         drop((held, behind));
         let state = budget.state();
-        assert!(state.waiting.connections.is_empty() && state.holdings.all == 0);
+        assert!(state.waiting.peers.is_empty() && state.holdings.all == 0);
     }
 }

@@ -3,7 +3,9 @@
 //! A connection costs a descriptor and memory for as long as its client likes. So there is a limit, which leaves descriptors
 //! for files and commands, and it is shared out by peer as every [`Budget`] is. A client beyond it takes the place of the
 //! connection that has been idle for longest, among those of its own address or, at the limit of the server, of the address
-//! that has most; where all are busy it is refused. What a client may keep others waiting with has a limit of time each.
+//! that has most; where all are busy it is refused.
+//!
+//! Each way in which a client can hold resources without progress has a time limit.
 //!
 //! It also owns what is counted by peer over all connections: cancelled calls, and the lines about them in the log.
 
@@ -34,7 +36,7 @@ pub const CONNECTIONS_PER_DESCRIPTOR: u64 = 8;
 pub const CALLS_MAX: u64 = 65_536;
 /// Of the descriptors of this process, the part that calls may take.
 pub const CALLS_PER_DESCRIPTOR: u64 = 2;
-/// How long a client may take for its first request. One that connects ahead of time connects again without notice.
+/// How long a new connection may take to send its first request. Clients that preconnect simply reconnect.
 pub const FIRST_REQUEST_LIMIT: Duration = Duration::from_secs(60);
 /// How long the head of a request may take from its first frame to its last.
 pub const HEAD_LIMIT: Duration = Duration::from_secs(20);
@@ -89,7 +91,7 @@ struct PeerRates {
     lines: Bucket,
 }
 
-/// What is told in the log by its number.
+/// Events that are logged as a count per second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Counted {
     Closed(Reason),
@@ -152,7 +154,7 @@ impl Connections {
         }
     }
 
-    /// Counts cancelled calls of a peer, and as many that finished; false when it cancels too much.
+    /// Counts calls that a peer cancelled, after crediting those that it let finish; false when it cancels too many.
     pub fn take_resets(&self, peer: Peer, resets: u64, finished: u64) -> bool {
         let now = self.0.clock.now_ms();
         let mut books = self.books();

@@ -3,8 +3,10 @@
 //! [`ConnectionState::reserve`] waits for room, [`ConnectionState::charge`] ties the room to the bytes: the library that writes
 //! them drops them when they are written, or when the connection is gone, and the room is free in that moment.
 //!
-//! A stream that nobody reads holds one piece of its blob. Pieces get smaller while the connection holds much, so that a
-//! thousand such streams leave room for one that is read ([`ConnectionState::reserve_piece`]).
+//! A stream that nobody reads holds two pieces of its blob: the one that the HTTP/2 library has, and the next, which hyper asks
+//! for before it knows whether there is room in the window. Pieces get smaller while the connection holds much, so that a
+//! thousand such streams leave room for one that is read, and they do not wait behind large answers
+//! ([`ConnectionState::reserve_piece`]).
 
 use super::ConnectionState;
 use crate::{
@@ -43,10 +45,13 @@ impl ConnectionState {
     /// `Exhausted` when there is none, and the client has taken nothing for [`ROOM_WAIT`].
     pub async fn reserve(&self, bytes: u64) -> Result<Share> {
         let bytes = within_connection(bytes);
-        let begin = self.now_ms();
-        // Waits for as long as the client goes on to read: a slow link may need minutes for what it has asked for.
-        let mut wait = pin!(self.answers.wait_for(self.caller, bytes));
-        let mut since = begin;
+        self.wait_while_read(self.answers.wait_for(self.caller, bytes)).await
+    }
+
+    /// Waits for room for as long as the client goes on to read: a slow link may need minutes for the answers before.
+    async fn wait_while_read(&self, room: impl Future<Output = Result<Share, Refusal>>) -> Result<Share> {
+        let mut since = self.now_ms();
+        let mut wait = pin!(room);
         loop {
             let silent = Duration::from_millis(self.now_ms().saturating_sub(since));
             match timeout(ROOM_WAIT.saturating_sub(silent), wait.as_mut()).await {
@@ -78,19 +83,25 @@ impl ConnectionState {
             _ if held <= ANSWERS.connection / 4 * 3 => max.min(SMALL_PIECE_BYTES),
             _ => max.min(SMALLEST_PIECE_BYTES),
         };
-        if let Some(room) = self.answers.take_in_turn(self.caller, piece_room(piece)) {
+        if let Some(room) = self.answers.take_small(self.caller, piece_room(piece)) {
             return Ok((piece, room));
         }
         // What is waited for is small, so that it holds up nobody behind it for long.
         let piece = piece.min(SMALLEST_PIECE_BYTES);
-        Ok((piece, self.reserve(piece_room(piece)).await?))
+        let room = self.answers.wait_for_small(self.caller, piece_room(piece));
+        Ok((piece, self.wait_while_read(room).await?))
+    }
+
+    /// Notes that the client has taken a part of its answers.
+    pub fn note_progress(&self) {
+        self.progress_ms.store(self.now_ms(), Relaxed);
     }
 
     /// These bytes, which hold this room until they are dropped.
     pub fn charge(self: &Arc<Self>, bytes: Bytes, room: Share) -> Bytes {
         if self.pieces.fetch_add(1, Relaxed) == 0 {
             // Until now there was nothing to take.
-            self.progress_ms.store(self.now_ms(), Relaxed);
+            self.note_progress();
         }
         Bytes::from_owner(Charged { bytes, _room: room, connection: self.clone() })
     }
@@ -129,7 +140,7 @@ impl AsRef<[u8]> for Charged {
 
 impl Drop for Charged {
     fn drop(&mut self) {
-        self.connection.progress_ms.store(self.connection.now_ms(), Relaxed);
+        self.connection.note_progress();
         self.connection.pieces.fetch_sub(1, Relaxed);
     }
 }

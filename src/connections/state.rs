@@ -37,7 +37,7 @@ pub enum Reason {
     TooMany,
     /// The client cancelled more calls than it let finish.
     Resets,
-    /// The client sent frames that ask for nothing.
+    /// The client sent too many frames without payload or effect.
     Noise,
 }
 
@@ -81,7 +81,7 @@ pub struct ConnectionState {
     pub address: SocketAddr,
     pub(super) clock: Clock,
     pub(super) answers: Budget,
-    /// Its place among the connections; gone once it was told to close.
+    /// Its place in the connection budget; `None` once it was told to close.
     place: Mutex<Option<Share>>,
     accepted_ms: u64,
     has_asked: AtomicBool,
@@ -91,6 +91,7 @@ pub struct ConnectionState {
     blocked_since_ms: AtomicU64,
     /// Pieces of answers that were made and are not yet with the kernel.
     pub(super) pieces: AtomicUsize,
+    /// When the client last took a part of an answer.
     pub(super) progress_ms: AtomicU64,
     closing: AtomicU8,
     waker: AtomicWaker,

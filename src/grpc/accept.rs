@@ -33,7 +33,9 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 /// Pause after a failed accept, long enough for connections to close and short enough that nobody notices.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 
-/// Frames that one connection may have looked at before others get a turn; 2 MiB of an upload.
+/// Frames after which a read pretends that no more have come, so that the HTTP/2 library handles those that it has; 2 MiB of an
+/// upload. The turn of the connection's task ends with that only where no streams wait to be accepted; otherwise it is tokio's
+/// budget for tasks that ends it.
 const FRAMES_PER_TURN: u64 = 128;
 
 /// The connections of a listener. Nagle's algorithm is off: with it every small answer waits for the client's delayed
@@ -185,13 +187,18 @@ impl Connection {
         self.admitted.state().note_blocked(written.is_pending());
         let written = ready!(written)?;
         let mut left = written;
+        let mut is_progress = false;
         for buffer in buffers {
             let part = buffer.get(..left).unwrap_or(buffer);
-            self.conduct.send(part);
+            is_progress |= self.conduct.send(part);
             left -= part.len();
             if left == 0 {
                 break;
             }
+        }
+        if is_progress {
+            // Streams share the link, so on a slow one it may take minutes until all of an answer is sent.
+            self.admitted.state().note_progress();
         }
         Poll::Ready(Ok(written))
     }
@@ -240,7 +247,9 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connections::answers::{ANSWERS, ROOM_WAIT};
     use std::pin::pin;
+    use tokio::{io::AsyncWriteExt as _, time::timeout};
 
     #[tokio::test]
     async fn nagles_algorithm_is_off_on_every_accepted_connection() {
@@ -251,5 +260,25 @@ mod tests {
             let _client = TcpStream::connect(address).await.unwrap();
             assert!(connections.next().await.unwrap().unwrap().stream.get_ref().nodelay().unwrap());
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_frames_of_large_answers_is_waited_for_though_no_answer_is_done() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut connections = pin!(connections(listener, Connections::default()));
+        let mut connection = connections.next().await.unwrap().unwrap();
+        let state = connection.connect_info().state;
+        let _unsent = state.reserve(ANSWERS.connection).await.unwrap();
+        let mut next = pin!(state.reserve(1_000));
+        let data = [0, 0, 3, 0, 0, 0, 0, 0, 1, b'a', b'b', b'c'];
+        for _ in 0..6 {
+            assert!(timeout(ROOM_WAIT / 2, next.as_mut()).await.is_err());
+            connection.write_all(&data).await.unwrap();
+        }
+        // A PING is no part of an answer.
+        assert!(timeout(ROOM_WAIT / 2, next.as_mut()).await.is_err());
+        connection.write_all(&[0, 0, 8, 6, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]).await.unwrap();
+        assert!(timeout(ROOM_WAIT, next).await.unwrap().is_err());
     }
 }

@@ -70,7 +70,7 @@ impl ActionCache for ActionCacheService {
         }
         let result = request.action_result.ok_or_else(|| Error::invalid("action_result is not set"))?;
         // What is stored is the answer.
-        call.reserve_now(result.encoded_len())?;
+        call.reserve_soon(result.encoded_len()).await?;
         let provenance = Provenance {
             worker: String::new(),
             tool_invocation_id: call.client().tool_invocation_id.clone(),

@@ -4,8 +4,8 @@
 //! a Write, which go on by what was sent (BS-12, BS-27). What is compressed and decompressed here is the store's affair.
 //!
 //! The rules about offsets are two plain structs, `ReadWindow` and `WriteCheck`; the handlers move bytes between a stream and
-//! a handle of the store. A piece is read when there is room for it among the answers
-//! that were not taken, so a slow client holds at most one in memory here. An upload that stops in the middle
+//! a handle of the store. A piece is read when there is room for it among the answers that were not taken. A slow client holds
+//! at most two in memory: one that is being sent and the next. An upload that stops in the middle
 //! leaves its bytes with the store under the resource name, for the client to go on (BS-20).
 
 use super::{Edge, ReadStream, log_stream, request_log::Call, stalled};

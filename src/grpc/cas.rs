@@ -63,7 +63,10 @@ impl ContentAddressableStorage for CasService {
         };
         let missing = self.0.cas.find_missing(&instance, digests).await?;
         let entry = |digest: &Digest| ENTRY_BYTES + digest.hash_hex().len();
-        call.reserve_now(missing.iter().map(entry).sum())?;
+        let bytes = missing.iter().map(entry).sum();
+        // The digests that were asked for are gone, so a call that waits here keeps no room from other requests.
+        super::claim::Claim::settle(bytes as u64);
+        call.reserve_soon(bytes).await?;
         let is_many = missing.len() > MANY_DIGESTS;
         let to_wire = || missing.into_iter().map(Digest::to_wire).collect();
         let missing_blob_digests = if is_many { unhindered(to_wire) } else { to_wire() };
@@ -78,7 +81,7 @@ impl ContentAddressableStorage for CasService {
         let call = Call::of(&request);
         let cas = self.0.cas.on_behalf_of(call.caller());
         let batch = Update::decode(&instance, request.into_inner())?;
-        call.reserve_now(inline::MESSAGE_MAX_BYTES - batch.left)?;
+        call.reserve_soon(inline::MESSAGE_MAX_BYTES - batch.left).await?;
         let stored = cas.write_many(&instance, batch.blobs).await?;
         let (mut responses, mut left) = (batch.responses, batch.left);
         for (at, result) in batch.positions.into_iter().zip(stored) {

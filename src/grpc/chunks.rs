@@ -51,7 +51,7 @@ pub async fn split(
     let chunking = chunking(message.chunking_function)?;
     let chunks = edge.cas.split(instance, blob, chunking, max_chunks(blob)).await?;
     let entry = |chunk: &Digest| chunk.hash_hex().len() + 4 * ENTRY_BYTES;
-    Call::of(request).reserve_now(chunks.iter().map(entry).sum::<usize>() + ENVELOPE_BYTES)?;
+    Call::of(request).reserve_soon(chunks.iter().map(entry).sum::<usize>() + ENVELOPE_BYTES).await?;
     Ok(SplitBlobResponse {
         chunk_digests: chunks.iter().map(|chunk| chunk.to_wire()).collect(),
         chunking_function: chunking.wire().into(),

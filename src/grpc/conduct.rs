@@ -2,7 +2,8 @@
 //!
 //! Opening a stream and cancelling it costs a client nothing and this server all the work of a call (CVE-2023-44487). The HTTP/2
 //! library bounds what of that waits at a time, not how much of it there is in a second. So cancelled streams take from a
-//! bucket that finished ones fill, and so do frames that ask for nothing.
+//! bucket that finished ones fill. Frames without payload or effect (PING, SETTINGS, empty DATA) take from another one, which
+//! answers fill.
 
 use super::frames::{Frame, FrameReader, kind};
 use crate::connections::rate::{Bucket, Rate};
@@ -10,7 +11,7 @@ use crate::connections::rate::{Bucket, Rate};
 /// Streams that one connection may cancel without having finished others. A build that fails cancels each action that it has
 /// under way.
 pub const RESETS: Rate = Rate { burst: 5_000, per_second: 200 };
-/// What frames may cost that ask for nothing, in the cost of a WINDOW_UPDATE. Clients measure the link with pings while they
+/// What frames without payload or effect may cost, in the cost of a WINDOW_UPDATE. Clients measure the link with pings while they
 /// download, and give windows back in small parts; so each frame of an answer pays for [`UPDATES_PER_DATA`].
 pub const NOISE: Rate = Rate { burst: 640_000, per_second: 64_000 };
 /// The cost of a PING, SETTINGS, PRIORITY, an empty frame, or one of an unknown type: each is answered or looked up.
@@ -25,7 +26,7 @@ pub(super) struct Conduct {
     outward: FrameReader,
     resets: Bucket,
     noise: Bucket,
-    /// Streams that were answered since the last look.
+    /// Streams that were answered since the last resets.
     finished: u64,
     last_stream: u32,
 }
@@ -35,13 +36,13 @@ pub(super) struct Conduct {
 pub(super) struct Received {
     pub frames: u64,
     pub resets: u64,
-    /// Streams that were answered since the last time.
+    /// Streams that were answered since the last resets; 0 where there are no resets.
     pub finished: u64,
     /// Whether the head of a request has begun and not ended, where that changed.
     pub head_is_open: Option<bool>,
     /// More streams were cancelled than this connection may.
     pub resets_too_much: bool,
-    /// More was sent that asks for nothing than this connection may.
+    /// More frames without payload or effect were sent than this connection may send.
     pub is_noise: bool,
 }
 
@@ -59,7 +60,7 @@ impl Conduct {
 
     /// Looks at bytes that the client sent.
     pub fn receive(&mut self, bytes: &[u8], now_ms: u64) -> Received {
-        let mut received = Received { finished: std::mem::take(&mut self.finished), ..Received::default() };
+        let mut received = Received::default();
         let (mut noise, mut last) = (0u64, self.last_stream);
         self.inward.take(bytes, |frame| {
             received.frames += 1;
@@ -75,23 +76,28 @@ impl Conduct {
             }
         });
         self.last_stream = last;
-        self.resets.earn(received.finished);
-        received.resets_too_much = received.resets > 0 && !self.resets.take(received.resets, now_ms);
+        if received.resets > 0 {
+            received.finished = std::mem::take(&mut self.finished);
+            self.resets.earn(received.finished);
+            received.resets_too_much = !self.resets.take(received.resets, now_ms);
+        }
         received.is_noise = noise > 0 && !self.noise.take(noise, now_ms);
         received
     }
 
-    /// Looks at bytes that this server sent.
-    pub fn send(&mut self, bytes: &[u8]) {
-        let (mut finished, mut data) = (0, 0);
+    /// Looks at bytes that this server sent. Returns whether a DATA frame began in them.
+    pub fn send(&mut self, bytes: &[u8]) -> bool {
+        let (mut finished, mut heads, mut data) = (0, 0, 0);
         self.outward.take(bytes, |frame| {
             finished += u64::from(frame.ends_stream());
-            data += u64::from(matches!(frame.kind, kind::DATA | kind::HEADERS));
+            heads += u64::from(frame.kind == kind::HEADERS);
+            data += u64::from(frame.kind == kind::DATA);
         });
         self.finished += finished;
-        if data > 0 {
-            self.noise.earn(data * UPDATES_PER_DATA);
+        if heads + data > 0 {
+            self.noise.earn((heads + data) * UPDATES_PER_DATA);
         }
+        data > 0
     }
 
     /// The frame that tells the client to be calm, where one can be sent.
@@ -146,7 +152,19 @@ mod tests {
     }
 
     #[test]
-    fn frames_that_ask_for_nothing_are_noise_unless_answers_pay_for_them() {
+    fn finished_streams_are_credited_whatever_comes_before_the_next_resets() {
+        let (reset, window) = (frame(kind::RST_STREAM, 0, 4), frame(kind::WINDOW_UPDATE, 0, 4));
+        let mut conduct = connected();
+        for _ in 0..3 {
+            conduct.send(&frame(kind::HEADERS, 0x5, 10));
+            assert_eq!(conduct.receive(&window, 0).finished, 0);
+        }
+        assert_eq!(conduct.receive(&reset, 0).finished, 3);
+        assert_eq!(conduct.receive(&reset, 0).finished, 0, "they are credited once");
+    }
+
+    #[test]
+    fn frames_without_effect_are_noise_unless_answers_pay_for_them() {
         const PING: u8 = 6;
         for quiet in [frame(kind::DATA, 0, 0), frame(PING, 0, 8), frame(77, 0, 0), frame(4, 0, 0)] {
             let mut conduct = connected();

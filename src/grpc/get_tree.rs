@@ -8,12 +8,15 @@
 //! walk up to the end of its page; resuming walks again from the root and skips so many. The server keeps nothing in between.
 //!
 //! Memory is bounded for all walks together: [`WALKS_MAX`] go on at a time, with [`SMALL_WALK_BYTES`] each, and a walk that
-//! needs more waits until it is one of [`LARGE_WALKS_MAX`]. The others wait in order, which costs next to nothing. So that a
-//! client that does not read cannot hold up all others, its walk ends after [`PAGE_WAIT`].
+//! needs more waits until it is one of [`LARGE_WALKS_MAX`]. Both are shared out by peer ([`Budget`]). The others wait in turn,
+//! which costs next to nothing. So that a client that does not read cannot hold up all others, its walk ends after
+//! [`PAGE_WAIT`].
 
 use super::{TreeStream, claim::unhindered, convert, inline, page_token, request_log::Call};
 use crate::{
     actors::cas::client::Cas,
+    budget::{Bounds, Budget, Share},
+    caller::Caller,
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
@@ -28,14 +31,9 @@ use prost::Message as _;
 use std::{
     collections::{HashSet, VecDeque},
     pin::pin,
-    sync::Arc,
     time::Duration,
 };
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    task::coop::consume_budget,
-    time::timeout,
-};
+use tokio::{sync::mpsc, task::coop::consume_budget, time::timeout};
 
 /// Directories in a page when the client does not say, and at most.
 pub const PAGE_MAX_DIRECTORIES: usize = 1_000;
@@ -53,13 +51,13 @@ const DIRECTORY_MAX_MEMORY: u64 = 96 * 1024 * 1024;
 /// Directories from this size on may take a millisecond to decode.
 const LABORIOUS_BYTES: usize = 16 * 1024;
 /// Walks that go on at the same time. Few clients ask for trees, and most trees take milliseconds.
-pub const WALKS_MAX: usize = 32;
+pub const WALKS_MAX: u64 = 32;
 /// What a walk may take in memory without a large place: a full page of usual directories (15 MiB) and 25,000 found ones.
 pub const SMALL_WALK_BYTES: usize = 24 * 1024 * 1024;
 /// Walks that may take more than that at the same time: 320 MB with the most directories, and 300 MB more while the largest
-/// one is sent.
-pub const LARGE_WALKS_MAX: usize = 2;
-/// How long a walk waits for its client to take a page; a full one passes at 35 kB/s.
+/// one is sent. One peer gets one of the two.
+pub const LARGE_WALKS_MAX: u64 = 2;
+/// How long a walk waits for room for a page, and for its client to take it; a full one passes at 35 kB/s.
 pub const PAGE_WAIT: Duration = Duration::from_secs(120);
 /// Directories that are read at once.
 const READ_MAX_DIRECTORIES: usize = 256;
@@ -216,16 +214,17 @@ fn binding(root: &Digest) -> String {
 
 /// The pages of a walk, once there is a place for it. A stream that is dropped frees its place, or leaves the line.
 ///
-/// A page is made when there is room for it among the answers.
+/// A page is sent when there is room for it among the answers.
 pub fn pages(cas: Cas, instance: Instance, walk: Walk, walks: &Walks, call: Call) -> TreeStream {
-    let pages = run(walk, walks.clone(), move |digests| {
+    let pages = run(walk, walks.clone(), call.caller(), move |digests| {
         let (cas, instance) = (cas.clone(), instance.clone());
         async move { cas.read_many(&instance, digests).await }
     });
     attended(with_room(pages.boxed(), call)).map(|page| page.map_err(Into::into)).boxed()
 }
 
-/// These pages, each made when there is room for it among the answers.
+/// These pages, each given when there is room for it among the answers. A page is made before that: until it is given, its
+/// memory is a part of what its walk may take, and a walk that waits for its place holds no room.
 fn with_room(
     pages: BoxStream<'static, Result<GetTreeResponse>>,
     call: Call,
@@ -234,14 +233,9 @@ fn with_room(
         let call = call.clone();
         async move {
             let Some(mut pages) = pages else { return Ok(None) };
-            call.reserve(PAGE_MAX_BYTES).await?;
             let Some(page) = pages.try_next().await? else { return Ok(None) };
-            let bytes = page.encoded_len();
-            call.give_room_back_beyond(bytes);
-            if bytes > PAGE_MAX_BYTES {
-                call.give_room_back();
-                call.reserve(bytes).await?;
-            }
+            let room = timeout(PAGE_WAIT, call.reserve(page.encoded_len())).await;
+            room.unwrap_or_else(|_| Err(not_taken()))?;
             let is_last = page.next_page_token.is_empty();
             Ok(Some((page, (!is_last).then_some(pages))))
         }
@@ -275,20 +269,21 @@ fn attended(
                 let rest = page.is_ok().then_some(receiver);
                 (page, rest)
             }),
-            None => {
-                let error =
-                    "no page of this tree was taken for too long; go on with the token of the last one";
-                Some((Err(Error::Unavailable(error.into())), None))
-            }
+            None => Some((Err(not_taken()), None)),
         }
     })
+}
+
+fn not_taken() -> Error {
+    let problem = "no page of this tree was taken for too long; go on with the token of the last one";
+    Error::Unavailable(problem.into())
 }
 
 /// The places that there are for walks, for all clients together.
 #[derive(Debug, Clone)]
 pub struct Walks {
-    places: Arc<Semaphore>,
-    large: Arc<Semaphore>,
+    places: Budget,
+    large: Budget,
 }
 
 impl Default for Walks {
@@ -298,17 +293,20 @@ impl Default for Walks {
 }
 
 impl Walks {
-    fn new(places: usize, large: usize) -> Self {
-        Self { places: Arc::new(Semaphore::new(places)), large: Arc::new(Semaphore::new(large)) }
+    fn new(places: u64, large: u64) -> Self {
+        let budget = |what, total| Budget::new(Bounds { what, total, connection: total });
+        Self { places: budget("walks over trees", places), large: budget("walks over large trees", large) }
     }
 }
 
-/// What a walk holds of [`Walks`]. A walk that has a large place waits for nothing else, so nobody waits for ever.
+/// What a walk holds of [`Walks`]. Only a walk that has a place waits for a large one, and one that has both waits only for its
+/// client, [`PAGE_WAIT`] at a time. So all walks end.
 #[derive(Debug)]
 struct Held {
     walks: Walks,
-    place: Option<OwnedSemaphorePermit>,
-    large: Option<OwnedSemaphorePermit>,
+    caller: Caller,
+    place: Option<Share>,
+    large: Option<Share>,
 }
 
 impl Drop for Held {
@@ -322,12 +320,11 @@ impl Drop for Held {
 impl Held {
     /// Waits for the right to take this much memory.
     async fn grow(&mut self, weight: usize) -> Result<()> {
-        let take = |from: &Arc<Semaphore>| from.clone().acquire_owned();
         if self.place.is_none() {
-            self.place = Some(take(&self.walks.places).await.map_err(Error::internal)?);
+            self.place = Some(self.walks.places.wait_for(self.caller, 1).await?);
         }
         if weight > SMALL_WALK_BYTES && self.large.is_none() {
-            self.large = Some(take(&self.walks.large).await.map_err(Error::internal)?);
+            self.large = Some(self.walks.large.wait_for(self.caller, 1).await?);
         }
         Ok(())
     }
@@ -337,6 +334,7 @@ impl Held {
 fn run<F>(
     walk: Walk,
     walks: Walks,
+    caller: Caller,
     read: impl Fn(Vec<Digest>) -> F + Send + 'static,
 ) -> impl Stream<Item = Result<GetTreeResponse>> + Send
 where
@@ -344,7 +342,7 @@ where
 {
     /// Directories that were read and not yet visited.
     type Ready = std::vec::IntoIter<(Digest, Result<Bytes>)>;
-    let held = Held { walks, place: None, large: None };
+    let held = Held { walks, caller, place: None, large: None };
     let start: Option<(Walk, Ready, Held)> = Some((walk, Vec::new().into_iter(), held));
     stream::try_unfold((start, read), |(state, read)| async move {
         let Some((mut walk, mut ready, mut held)) = state else { return Ok(None) };

@@ -40,6 +40,8 @@ pub const TARGET: &str = "gorego::rpc";
 pub const RPC_FINISHED: &str = "rpc_finished";
 /// What clients keep open for as long as they like: a shutdown does not wait for it.
 const OPEN_ENDED: [&str; 2] = ["/grpc.health.v1.Health/Watch", "/grpc.reflection."];
+/// The largest answer that always waits for room.
+pub const SMALL_ANSWER_BYTES: usize = 64 * 1024;
 /// Longest method name in a line, in bytes; callers can name methods that do not exist.
 const METHOD_MAX_BYTES: usize = 128;
 /// Longest error message in a line, in bytes.
@@ -70,7 +72,7 @@ struct Notes {
     action: Option<Digest>,
     blob: Option<Digest>,
     cached: Option<bool>,
-    /// Why the RPC brings bad news although its code is OK.
+    /// The error inside a response whose gRPC code is OK.
     bad_news: Option<String>,
 }
 
@@ -78,6 +80,12 @@ impl Call {
     /// The call that a request belongs to; one that goes nowhere when the layer is not there.
     pub fn of<T>(request: &tonic::Request<T>) -> Self {
         request.extensions().get::<Self>().cloned().unwrap_or_default()
+    }
+
+    /// A call over this connection.
+    #[cfg(test)]
+    pub(super) fn over(connection: ConnectionInfo) -> Self {
+        Self(Arc::new(State { connection: Some(connection), ..State::default() }))
     }
 
     /// Who asks, from the request's headers.
@@ -111,11 +119,15 @@ impl Call {
         Ok(())
     }
 
-    /// As [`Call::reserve`], but for answers to requests that are too large to let them wait.
+    /// As [`Call::reserve`], but only answers up to [`SMALL_ANSWER_BYTES`] wait. For handlers that hold what they answer, or a
+    /// large request, while they wait.
     ///
     /// # Errors
-    /// `Exhausted` when there is no room at once.
-    pub fn reserve_now(&self, bytes: usize) -> Result<(), Error> {
+    /// `Exhausted` when there is no room for a larger answer at once, or none for a small one for too long.
+    pub async fn reserve_soon(&self, bytes: usize) -> Result<(), Error> {
+        if bytes <= SMALL_ANSWER_BYTES {
+            return self.reserve(bytes).await;
+        }
         if let Some(connection) = self.connection() {
             self.keep(connection.state.reserve_now(bytes as u64 + 2 * FRAME_BYTES)?);
         }
@@ -160,14 +172,6 @@ impl Call {
             *kept = None;
         }
         Some(part)
-    }
-
-    /// Gives back what was reserved for more than this much of an answer.
-    pub(super) fn give_room_back_beyond(&self, bytes: usize) {
-        let mut kept = self.0.room.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kept) = &mut *kept {
-            kept.shrink_to(bytes as u64 + 2 * FRAME_BYTES);
-        }
     }
 
     /// Gives back what was reserved and is not needed.
@@ -336,7 +340,7 @@ impl<B: Body<Data = Bytes>> Body for LoggedBody<B> {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let this = self.project();
-        // The transport asks for more when the client has taken what there was.
+        // The transport asks for more when it has passed on what there was. It may hold one frame that the client has not taken.
         if let Some(line) = this.line.as_ref() {
             line.call.turn(Unfinished::client_moved);
         }

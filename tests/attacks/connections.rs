@@ -6,26 +6,34 @@ use crate::{
     support::{Server, sh},
 };
 use gorego::proto::reapi::{GetCapabilitiesRequest, capabilities_client::CapabilitiesClient};
-use std::{io::Write as _, net::SocketAddr, time::Duration};
+use std::{
+    io::Write as _,
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
 use tokio::time::timeout;
 
-#[tokio::test]
-async fn one_peer_cannot_take_all_connections_nor_the_descriptors_of_files_and_commands() {
-    // 4,096 descriptors leave 512 for connections.
-    let server = Server::after("ulimit -n 4096").await;
-    let bystander = Bystander::beside(&server).await;
-    let address: SocketAddr = server.address().parse().unwrap();
-    let mut sockets = Vec::new();
-    for n in 0..1_500 {
+/// Connections of one peer: silent ones, ones with half a preface, and ones that say hello and nothing more.
+fn connect_many(address: SocketAddr) -> Vec<TcpStream> {
+    let connect = |n: usize| {
         let mut socket = raw::connect_from("127.0.0.1", address);
-        // Silent ones, half a preface, and those that say hello and nothing more.
         let _ = match n % 3 {
             0 => Ok(()),
             1 => socket.write_all(&raw::preface()[..10]),
             _ => socket.write_all(&raw::preface()),
         };
-        sockets.push(socket);
-    }
+        socket
+    };
+    (0..1_500).map(connect).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_peer_cannot_take_all_connections_nor_the_descriptors_of_files_and_commands() {
+    // 4,096 descriptors leave 512 for connections.
+    let server = Server::after("ulimit -n 4096").await;
+    let bystander = Bystander::beside(&server).await;
+    let address: SocketAddr = server.address().parse().unwrap();
+    let sockets = tokio::task::spawn_blocking(move || connect_many(address)).await.unwrap();
     let fresh = async {
         let mut client = CapabilitiesClient::new(connect_from("127.0.0.3", &server).await);
         client.get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
@@ -42,4 +50,5 @@ async fn one_peer_cannot_take_all_connections_nor_the_descriptors_of_files_and_c
     assert_eq!(client.stdout(&ran).await, "hello\n");
     bystander.leave().await;
     assert_memory_is_bounded(&server);
+    drop(sockets);
 }

@@ -125,7 +125,32 @@ pub fn write_until_closed(socket: &mut TcpStream, pieces: impl Iterator<Item = V
     panic!("the server took all of it");
 }
 
-/// Sends a PING and reads until it is answered: the server has seen all before it.
+/// Makes a whole call and reads until it is answered. The server accepts streams in order, so all earlier ones have been
+/// accepted by then.
+pub fn call_and_wait(socket: &mut TcpStream, stream: u32, path: &str, message: &impl prost::Message) {
+    socket.write_all(&call(stream, path, message)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut unread: Vec<u8> = Vec::new();
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        while let Some(head) = unread.first_chunk::<9>() {
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+            let of = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+            if unread.len() < 9 + length {
+                break;
+            }
+            if of == stream && head[3] == HEADERS && head[4] & END_STREAM != 0 {
+                return;
+            }
+            unread.drain(..9 + length);
+        }
+        let read = socket.read(&mut buffer).unwrap();
+        assert!(read > 0, "the server closed the connection");
+        unread.extend(&buffer[..read]);
+    }
+}
+
+/// Sends a PING and reads until it is answered: the HTTP/2 library has read all before it, and need not have accepted it.
 pub fn ping(socket: &mut TcpStream) {
     const OPAQUE: [u8; 8] = *b"are you?";
     let answer = frame(PING, 1, 0, &OPAQUE);

@@ -58,7 +58,7 @@ fn read_request(digest: Digest) -> ReadRequest {
 async fn ask_and_do_not_read(server: &Server, calls: Vec<u8>) {
     let bystander = Bystander::beside(server).await;
     let mut socket = raw::connect_from("127.0.0.1", address(server));
-    let writer = std::thread::spawn(move || {
+    let writer = tokio::task::spawn_blocking(move || {
         socket.write_all(&raw::preface()).unwrap();
         // The server need not take all of it from a client that does not read.
         socket.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
@@ -66,14 +66,13 @@ async fn ask_and_do_not_read(server: &Server, calls: Vec<u8>) {
         socket
     });
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let socket = writer.join().unwrap();
-    drop(socket);
+    drop(writer.await.unwrap());
     eventually("the answers are given back", || resident_memory(server) < LEFT_MAX_BYTES).await;
     bystander.leave().await;
     assert_memory_is_bounded(server);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn batches_that_nobody_reads_are_made_only_as_far_as_there_is_room() {
     let server = Server::start().await;
     let digest = stored_blob(&server).await;
@@ -82,7 +81,7 @@ async fn batches_that_nobody_reads_are_made_only_as_far_as_there_is_room() {
     ask_and_do_not_read(&server, calls.collect()).await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn downloads_that_nobody_reads_are_made_only_as_far_as_there_is_room() {
     let server = Server::start().await;
     let digest = stored_blob(&server).await;
@@ -91,22 +90,25 @@ async fn downloads_that_nobody_reads_are_made_only_as_far_as_there_is_room() {
     ask_and_do_not_read(&server, calls.collect()).await;
 }
 
-/// Ten connections of one peer have no more than its share, and another peer's downloads go on beside them.
-#[tokio::test]
+/// So many connections that send these bytes and read nothing.
+async fn send_over_each_of(connections: usize, address: SocketAddr, bytes: Vec<u8>) -> Vec<TcpStream> {
+    let connect = move |_| {
+        let mut socket = raw::connect_from("127.0.0.1", address);
+        socket.write_all(&bytes).unwrap();
+        socket
+    };
+    tokio::task::spawn_blocking(move || (0..connections).map(connect).collect()).await.unwrap()
+}
+
+/// Twelve connections of one peer have no more than its share, and another peer's downloads go on beside them.
+#[tokio::test(flavor = "multi_thread")]
 async fn many_connections_of_one_peer_leave_room_for_another() {
     let server = Server::start().await;
     let digest = stored_blob(&server).await;
     let request = BatchReadBlobsRequest { digests: vec![digest.to_wire()], ..Default::default() };
     let calls: Vec<u8> =
         raw::streams().take(50).flat_map(|stream| raw::call(stream, BATCH_READ, &request)).collect();
-    let sockets: Vec<TcpStream> = (0..12)
-        .map(|_| {
-            let mut socket = raw::connect_from("127.0.0.1", address(&server));
-            socket.write_all(&raw::preface()).unwrap();
-            socket.write_all(&calls).unwrap();
-            socket
-        })
-        .collect();
+    let sockets = send_over_each_of(12, address(&server), [raw::preface(), calls].concat()).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let channel = crate::harness::connect_from("127.0.0.2", &server).await;
     let mut other = ContentAddressableStorageClient::new(channel).max_decoding_message_size(8 << 20);
@@ -117,7 +119,7 @@ async fn many_connections_of_one_peer_leave_room_for_another() {
     assert_memory_is_bounded(&server);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_download_that_is_read_comes_through_beside_hundreds_that_are_not() {
     let server = Server::start().await;
     let digest = stored_blob(&server).await;
@@ -140,28 +142,22 @@ async fn a_download_that_is_read_comes_through_beside_hundreds_that_are_not() {
     assert_memory_is_bounded(&server);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn downloads_over_http_that_nobody_reads_are_made_only_as_far_as_there_is_room() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let http = listener.local_addr().unwrap();
-    drop(listener);
-    let server = Server::with(&[("HTTP__LISTEN_ADDR", &http.to_string())]).await;
+    let server = Server::with(&[("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;
+    let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
+    let http: SocketAddr = started["listen_addr"].as_str().unwrap().parse().unwrap();
     let digest = stored_blob(&server).await;
     let bystander = Bystander::beside(&server).await;
     let head = format!("GET /cas/{} HTTP/1.1\r\nhost: localhost\r\n\r\n", digest.hash_hex());
-    let mut sockets: Vec<TcpStream> = Vec::new();
-    for _ in 0..600 {
-        let mut socket = raw::connect_from("127.0.0.1", http);
-        socket.write_all(head.as_bytes()).unwrap();
-        sockets.push(socket);
-    }
+    let mut sockets = send_over_each_of(600, http, head.into_bytes()).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     // One that is read in the end gets all of it.
     let mut first = sockets.swap_remove(0);
     drop(sockets);
     first.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut answer = vec![0; digest.size() as usize];
-    first.read_exact(&mut answer).unwrap();
+    tokio::task::spawn_blocking(move || first.read_exact(&mut answer)).await.unwrap().unwrap();
     bystander.leave().await;
     assert_memory_is_bounded(&server);
 }

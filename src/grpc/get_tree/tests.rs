@@ -2,7 +2,12 @@
 
 use super::*;
 use crate::{
+    connections::{
+        Connections,
+        answers::{ANSWERS, FRAME_BYTES},
+    },
     digest::DigestFunction,
+    grpc::accept::ConnectionInfo,
     instance::Instances,
     proto::reapi::{DirectoryNode, FileNode},
 };
@@ -47,9 +52,13 @@ impl Blobs {
     }
 
     fn pages(&self, request: GetTreeRequest, walks: &Walks) -> Result<Pages> {
+        self.pages_for(peer(1), request, walks)
+    }
+
+    fn pages_for(&self, caller: Caller, request: GetTreeRequest, walks: &Walks) -> Result<Pages> {
         let blobs = self.0.clone();
         let walk = Walk::decode(&Instances::new([""]).unwrap().get("").unwrap(), &request)?;
-        let pages = run(walk, walks.clone(), move |digests| {
+        let pages = run(walk, walks.clone(), caller, move |digests| {
             let get = |digest: Digest| match blobs.get(&digest) {
                 Some(blob) => Ok(blob.clone()),
                 None if digest.is_empty() => Ok(Bytes::new()),
@@ -60,6 +69,11 @@ impl Blobs {
         });
         Ok(pages.boxed())
     }
+}
+
+/// A new connection of this peer.
+fn peer(number: u8) -> Caller {
+    Caller::connected(([127, 0, 0, number], 1).into())
 }
 
 fn request(root: Digest, page_size: i32) -> GetTreeRequest {
@@ -138,7 +152,8 @@ fn more_walks_than_there_are_places_for_wait_in_order() {
     let leaf = blobs.directory("leaf", 0, &[]);
     let root = blobs.directory("root", 0, &[leaf]);
     let walks = Walks::new(2, 1);
-    let mut pages: Vec<Pages> = (0..5).map(|_| blobs.pages(request(root, 1), &walks).unwrap()).collect();
+    let open = |number| blobs.pages_for(peer(number), request(root, 1), &walks).unwrap();
+    let mut pages: Vec<Pages> = (1..=5).map(open).collect();
     let given: Vec<bool> = pages.iter_mut().map(|pages| next(pages).is_some()).collect();
     assert_eq!(given, [true, true, false, false, false]);
     drop(pages.remove(2));
@@ -166,6 +181,43 @@ fn large_walks_wait_for_each_other_and_small_ones_do_not_wait_for_them() {
     let [first, mut second, _] = walking;
     drop(first);
     assert!(next(&mut second).is_some());
+}
+
+#[test]
+fn one_peer_does_not_take_all_large_places() {
+    let mut blobs = Blobs::default();
+    let large = blobs.add(b"\x0a\x00".repeat(SMALL_WALK_BYTES / (2 * size_of::<FileNode>())));
+    let root = blobs.directory("root", 0, &[large]);
+    let walks = Walks::default();
+    let mut walking =
+        [1, 1, 2].map(|number| blobs.pages_for(peer(number), request(root, 1), &walks).unwrap());
+    let given: Vec<bool> = walking.iter_mut().map(|pages| next(pages).is_some()).collect();
+    assert_eq!(given, [true, false, true]);
+}
+
+/// Walks that wait for a place would otherwise keep the one that has it from sending its pages.
+#[tokio::test]
+async fn a_walk_holds_room_for_the_pages_that_it_has_given_and_for_nothing_else() {
+    let connections = Connections::default();
+    let admitted = connections.admit(([127, 0, 0, 1], 1).into()).unwrap();
+    let state = admitted.state().clone();
+    let call = || Call::over(ConnectionInfo { state: state.clone(), connections: connections.clone() });
+    let mut blobs = Blobs::default();
+    let leaf = blobs.directory("leaf", 100_000, &[]);
+    let root = blobs.directory("root", 0, &[leaf]);
+    let walks = Walks::new(1, 1);
+    let open = |call| with_room(blobs.pages(request(root, 1), &walks).unwrap(), call).boxed();
+    let first = call();
+    let mut walking = open(first.clone());
+    let small = next(&mut walking).unwrap().encoded_len() as u64;
+    let mut waiting: Vec<Pages> = (0..9).map(|_| open(call())).collect();
+    assert!(waiting.iter_mut().all(|pages| next(pages).is_none()), "there is one place");
+    let large = next(&mut walking).unwrap().encoded_len() as u64;
+    assert!(large > small);
+    // Both may go out in one frame.
+    let room = first.take_room(small + large + FRAME_BYTES).expect("room for both");
+    first.give_room_back();
+    assert!(state.reserve_now(ANSWERS.connection - room.amount()).is_ok(), "nobody else holds room");
 }
 
 #[tokio::test(start_paused = true)]

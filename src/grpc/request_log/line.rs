@@ -38,8 +38,8 @@ impl Line {
 }
 
 impl Line {
-    /// Whether the call gets a line. Those that were cancelled, refused, or given up before their request was sent cost their
-    /// clients nothing, so only so many do; the others are counted.
+    /// Whether the call gets its own log line. Calls that cost the client nothing (cancelled, refused, nothing sent) are
+    /// rate-limited by peer and counted beyond that.
     fn is_listed(&self) -> bool {
         let code = self.code.unwrap_or(Code::Cancelled);
         let sent_nothing = self.call.0.bytes_in.load(Ordering::Relaxed) == 0;

@@ -1,13 +1,13 @@
 //! `gorego exec`: one command on a server, as if it ran here.
 //!
 //! Builds the Action, uploads what it needs, follows it, prints its standard output and error raw to ours while it runs,
-//! brings its outputs home and exits with its exit code. Ctrl-C, SIGTERM, and a reader of our output that leaves (`| head`)
-//! cancel the operation on the server before we leave.
+//! brings its outputs home and exits with its exit code. Ctrl-C, SIGTERM, and output that cannot be written any more (its
+//! reader has left, its disk is full) cancel the operation on the server before we leave.
 
 use super::{
     EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain,
     live::Live,
-    output::{Readers, end_by_sigpipe},
+    output::{Lost, Readers, end_by_sigpipe},
     progress::{self, Line},
 };
 use crate::{
@@ -37,12 +37,14 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 const EXIT_TERMINATED: u8 = 143;
 
 /// How this process ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum End {
     /// With this exit code.
     Code(u8),
     /// By SIGPIPE.
     NobodyReads,
+    /// With this complaint.
+    Failed(Error),
 }
 
 /// What would have to be cancelled on the server if we left now.
@@ -73,7 +75,7 @@ pub fn run(args: ExecArgs) -> u8 {
     match outcome {
         Ok(End::Code(code)) => code,
         Ok(End::NobodyReads) => end_by_sigpipe(),
-        Err(error) => {
+        Ok(End::Failed(error)) | Err(error) => {
             complain(&error);
             EXIT_INFRASTRUCTURE
         }
@@ -96,7 +98,13 @@ async fn until_stopped(args: ExecArgs, line: &Line) -> Result<End> {
         }
         _ = interrupt.recv() => (End::Code(EXIT_INTERRUPTED), &mut interrupt),
         _ = terminate.recv() => (End::Code(EXIT_TERMINATED), &mut terminate),
-        () = readers.left() => (End::NobodyReads, &mut interrupt),
+        lost = readers.lost() => (
+            match lost {
+                Lost::Reader => End::NobodyReads,
+                Lost::Output(error) => End::Failed(error),
+            },
+            &mut interrupt,
+        ),
     };
     line.say("cancelling");
     tokio::select! {
@@ -126,22 +134,34 @@ async fn exec(
     line.say("reading the inputs");
     let for_scan = args.clone();
     let (action, blobs) = blocking(move || build(&for_scan)).await?;
-    let job = Job { action, skip_cache_lookup: args.no_cache, priority: args.priority };
+    let mut job = Job { action, skip_cache_lookup: args.no_cache, priority: args.priority };
     upload(&client, &blobs, line).await?;
     let mut live = Live::new(readers);
     let mut finished = follow(&client, job.clone(), line, operation, &mut live).await;
     if is_missing(&finished) {
         // Evicted between upload and start; once is bad luck, twice is a store that is too small.
         upload(&client, &blobs, line).await?;
-        finished = follow(&client, job, line, operation, &mut live).await;
+        finished = follow(&client, job.clone(), line, operation, &mut live).await;
     }
-    let finished = finished?;
+    let mut finished = finished?;
+    let home = Home { client: &client, requested: &args.output, directory: &output_dir, line };
+    let mut fetched = None;
     if finished.cached {
         line.say("the result was cached");
+        // Before anything is printed: an output that went bad in the store makes the result worthless.
+        fetched = Some(home.fetch(&finished).await);
+        if let Some(Err(Error::NotFound(_))) = fetched {
+            job.skip_cache_lookup = true;
+            finished = follow(&client, job, line, operation, &mut live).await?;
+            fetched = None;
+        }
     }
     let code = conclude(&client, &finished, live, line).await?;
-    if let (Some(result), false) = (&finished.result, args.output.is_empty()) {
-        fetch(&client, result, &output_dir, line).await?;
+    match fetched {
+        Some(fetched) => fetched?,
+        None => home.fetch(&finished).await?,
+    }
+    if let Some(result) = &finished.result {
         warn_of_missing(&args.output, result);
     }
     Ok(code)
@@ -267,11 +287,24 @@ fn exit_code(code: i32) -> u8 {
     }
 }
 
-async fn fetch(client: &Client, result: &reapi::ActionResult, to: &Path, line: &Line) -> Result<()> {
-    let progress = Arc::new(Progress::default());
-    let fetched = line.during("downloading", &progress, client.download_outputs(result, to, &progress)).await;
-    line.clear();
-    fetched
+/// Where outputs are brought.
+struct Home<'a> {
+    client: &'a Client,
+    requested: &'a [String],
+    directory: &'a Path,
+    line: &'a Line,
+}
+
+impl Home<'_> {
+    /// Brings the outputs home, if there are any and somebody asked for them.
+    async fn fetch(&self, finished: &Finished) -> Result<()> {
+        let (Some(result), false) = (&finished.result, self.requested.is_empty()) else { return Ok(()) };
+        let progress = Arc::new(Progress::default());
+        let fetching = self.client.download_outputs(result, self.directory, &progress);
+        let fetched = self.line.during("downloading", &progress, fetching).await;
+        self.line.clear();
+        fetched
+    }
 }
 
 /// An output that was not produced is no error of the protocol (EXE-50), but whoever asked for it wants to know.

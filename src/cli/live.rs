@@ -50,7 +50,7 @@ struct Follower {
 struct Shown(Digest);
 
 impl Live {
-    /// Nothing is printed yet; `readers` hears when it cannot be because nobody reads it.
+    /// Nothing is printed yet; `readers` hears when it cannot be.
     pub fn new(readers: Readers) -> Self {
         Self { readers, stdout: None, stderr: None }
     }
@@ -99,7 +99,7 @@ fn start<W: Write>(
             while let Some(piece) = pieces.blocking_recv() {
                 line.clear();
                 if write_all(&mut sink, &piece).is_err() {
-                    // Without a reader all ends here; any other failure the result has too, and it says so.
+                    // The readers know, and `exec` ends.
                     break;
                 }
                 hasher.update(&piece);

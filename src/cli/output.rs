@@ -46,29 +46,44 @@ pub fn end_by_sigpipe() -> ! {
     std::process::exit(EXIT_BROKEN_PIPE)
 }
 
-/// Whether our standard output and error are still read. Clones share what they know.
+/// Whether our standard output and error can still be written. Clones share what they know.
 #[derive(Debug, Clone, Default)]
-pub struct Readers(Arc<watch::Sender<bool>>);
+pub struct Readers(Arc<watch::Sender<Option<Lost>>>);
+
+/// Why output cannot be written any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lost {
+    /// Nobody reads it.
+    Reader,
+    /// It cannot be written, such as to a full disk.
+    Output(Error),
+}
 
 impl Readers {
-    /// Notes when a write to `sink` finds no reader.
+    /// Notes when a write to `sink` fails.
     pub fn of<W>(&self, sink: W) -> Watched<W> {
         Watched { sink, readers: self.clone() }
     }
 
     /// Whether one of them is known to have left.
     pub fn have_left(&self) -> bool {
-        *self.0.borrow()
+        matches!(*self.0.borrow(), Some(Lost::Reader))
     }
 
-    /// Waits until one has left.
-    pub async fn left(&self) {
-        // The sender is ours, so the wait cannot fail.
-        let _ = self.0.subscribe().wait_for(|left| *left).await;
+    /// Waits until a write has failed.
+    pub async fn lost(&self) -> Lost {
+        loop {
+            // The sender is ours, so the wait cannot fail.
+            if let Ok(lost) = self.0.subscribe().wait_for(Option::is_some).await
+                && let Some(lost) = lost.clone()
+            {
+                return lost;
+            }
+        }
     }
 }
 
-/// A sink that tells [`Readers`] when its reader has left.
+/// A sink that tells [`Readers`] when it cannot be written.
 #[derive(Debug)]
 pub struct Watched<W> {
     sink: W,
@@ -78,9 +93,17 @@ pub struct Watched<W> {
 impl<W> Watched<W> {
     fn note<T>(&self, done: io::Result<T>) -> io::Result<T> {
         done.inspect_err(|error| {
-            if error.kind() == ErrorKind::BrokenPipe {
-                self.readers.0.send_replace(true);
-            }
+            let lost = match error.kind() {
+                // Writers try again.
+                ErrorKind::Interrupted => return,
+                ErrorKind::BrokenPipe => Lost::Reader,
+                _ => Lost::Output(Error::Invalid(format!("could not print the command's output: {error}"))),
+            };
+            self.readers.0.send_if_modified(|known| {
+                let is_news = known.is_none();
+                known.get_or_insert(lost);
+                is_news
+            });
         })
     }
 }

@@ -118,6 +118,26 @@ async fn changed_blobs_are_misses_by_every_way_and_heal() {
     assert_eq!(get_tree(&client, root).await.unwrap_err().code(), Code::NotFound);
 }
 
+/// Until a damaged file is read, its blob counts as present; `gorego exec` runs the action again when an output is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn exec_runs_an_action_again_whose_cached_output_is_gone() {
+    let server = Server::start().await;
+    let home = tempfile::tempdir().unwrap();
+    let exec = || {
+        let mut exec = std::process::Command::new(env!("CARGO_BIN_EXE_gorego"));
+        exec.args(["exec", "--endpoint", &format!("grpc://{}", server.address()), "--output", "o"]);
+        exec.arg("--output-dir").arg(home.path()).args(["--", "sh", "-c", "echo ran; seq 100000 > o"]);
+        tokio::task::block_in_place(|| exec.output()).unwrap()
+    };
+    assert_eq!(exec().stdout, b"ran\n");
+    let output = fs::read(home.path().join("o")).unwrap();
+    fs::remove_file(stored_file(&server, sha256(&output))).unwrap();
+    fs::remove_file(home.path().join("o")).unwrap();
+    let again = exec();
+    assert_eq!((again.status.code(), again.stdout), (Some(0), b"ran\n".to_vec()), "{:?}", again.stderr);
+    assert_eq!(fs::read(home.path().join("o")).unwrap(), output);
+}
+
 /// AC-03: an output that went bad while the server was down takes the result with it, read or not.
 #[tokio::test]
 async fn a_result_is_gone_after_a_restart_when_its_output_went_bad() {

@@ -96,6 +96,21 @@ async fn exec_of_a_cached_result_ends_by_sigpipe_without_a_reader() {
     }
 }
 
+/// A command that prints for ever to a full disk does not run for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn exec_whose_output_cannot_be_written_cancels_the_operation_and_says_why() {
+    let server = Server::start().await;
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut exec = Command::new(env!("CARGO_BIN_EXE_gorego"));
+    exec.args(["exec", "--endpoint", &format!("grpc://{}", server.address()), "yes", "to-a-full-disk"]);
+    let mut child = exec.stdin(Stdio::null()).stdout(full).stderr(Stdio::piped()).spawn().unwrap();
+    assert_eq!(end(&mut child).await.code(), Some(125));
+    let mut complaint = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut complaint).unwrap();
+    assert!(complaint.contains("could not print the command's output: No space left"), "{complaint}");
+    eventually("the command is killed", || !running("yes to-a-full-disk")).await;
+}
+
 /// And not by a panic, nor as if all had been printed.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_command_that_prints_ends_by_sigpipe_without_a_reader_and_fails_on_a_full_disk() {

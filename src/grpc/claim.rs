@@ -4,7 +4,8 @@
 //! What a message takes once it is decoded is known only when all of it is there, and to find that out takes time too. So before
 //! a large message is handed on, [`super::intake`] waits for the most that it could take; few messages can have that much at a
 //! time, and the others wait in turn. [`super::codec`] measures and decodes it, and gives back what was not needed. The rest is
-//! held until the call is answered, or until the handler of a stream asks for the next message. All of this is done off the threads that serve everybody ([`unhindered`]).
+//! held until the call is answered, or until the handler of a stream asks for the next message. All of this is done off the
+//! threads that serve everybody ([`unhindered`]).
 
 use crate::{budget::Share, memory};
 use std::{

@@ -2,7 +2,8 @@
 //!
 //! A job on a blocking thread is not worth its start for a few bytes, so each upload collects some before it starts one. Thousands of
 //! uploads that say nothing more would keep those in memory, so all of them share a [`Budget`]. Where it has no room for the next
-//! piece, [`Received::push`] says so, and the upload writes what it has at once and waits for that.
+//! piece, [`Received::push`] says so, and the upload writes what it has at once and waits for that. So that many uploads of one
+//! client do not come to that, each is less far behind when half of the budget is taken ([`Received::has_plenty`]).
 
 use crate::{
     budget::{Bounds, Budget, Refusal, Share},
@@ -46,6 +47,13 @@ impl Received {
         self.bytes
     }
 
+    /// Whether this upload may be far behind: neither all uploads nor those of its connection have half of what they may.
+    pub fn has_plenty(&self) -> bool {
+        self.account.as_ref().is_none_or(|(budget, caller)| {
+            budget.held() < RECEIVED.total / 2 && budget.held_by(caller.connection) < RECEIVED.connection / 2
+        })
+    }
+
     /// Adds a piece, unless it is empty.
     ///
     /// # Errors
@@ -71,5 +79,31 @@ impl Received {
     pub fn take(&mut self) -> Pieces {
         self.bytes = 0;
         std::mem::take(&mut self.pieces)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_counted_until_they_are_dropped_and_one_without_room_is_added_all_the_same() {
+        let budget = Budget::new(RECEIVED);
+        let caller = Caller::connected(([127, 0, 0, 1], 1).into());
+        let mut received = Received::new(Some((budget.clone(), caller)));
+        received.push(Bytes::new()).unwrap();
+        assert_eq!(budget.held(), 0);
+        received.push(Bytes::from_static(b"first")).unwrap();
+        assert_eq!(budget.held(), 5 + PIECE_OVERHEAD_BYTES);
+        assert!(received.has_plenty());
+        let others = budget.take(caller, RECEIVED.connection - budget.held()).unwrap();
+        assert!(!received.has_plenty());
+        assert!(received.push(Bytes::from_static(b"second")).is_err());
+        assert_eq!(received.bytes(), 11);
+        let pieces = received.take();
+        assert_eq!((received.bytes(), pieces.bytes.concat()), (0, b"firstsecond".to_vec()));
+        assert!(budget.held() > others.amount());
+        drop(pieces);
+        assert_eq!(budget.held(), others.amount());
     }
 }

@@ -155,8 +155,9 @@ impl BlobWriter {
     /// and left to `finish`.
     fn may_wait(&self) -> bool {
         let is_all = self.encoding == Encoding::Identity && self.accepted == self.digest.size();
-        let is_busy = matches!(self.work, Work::Running(_));
-        is_all || self.received.bytes() < if is_busy { UPLOAD_BUFFER_BYTES / 2 } else { JOB_BYTES }
+        let is_busy = || matches!(self.work, Work::Running(_)) && self.received.has_plenty();
+        let bytes = self.received.bytes();
+        is_all || bytes < JOB_BYTES || (bytes < UPLOAD_BUFFER_BYTES / 2 && is_busy())
     }
 
     /// Whether the blob has meanwhile been stored by somebody else (BS-24).

@@ -3,6 +3,8 @@
 //! A budget has three bounds: one for the whole server, one for a connection, and a share for each [`Peer`]. A peer may hold
 //! up to [`SHARE`] times as much as is free. So one peer alone gets 8/9 of everything, two get 8/17 each, and what is left for
 //! the next one shrinks with each peer; nobody has to know how many there are. A peer that holds nothing may take all of it.
+//! Where one request may take much of the budget, that is not enough, so such a budget keeps an amount free from every peer
+//! that holds something already ([`Budget::keeping_free`]).
 //!
 //! What is held is a [`Share`], which gives itself back when it is dropped. [`Budget::take`] refuses at the bound,
 //! [`Budget::wait_for`] waits for room. Waiting peers are served in turn, and so are the connections of each, one request at a
@@ -114,7 +116,13 @@ struct State {
 impl Budget {
     /// A budget of which nothing is held.
     pub fn new(bounds: Bounds) -> Self {
-        let state = State { holdings: Holdings::new(bounds), waiting: Waiting::default() };
+        Self::keeping_free(bounds, 0)
+    }
+
+    /// A budget of which a peer that holds something may take more only while this much is left for the others: the most that
+    /// one request takes.
+    pub fn keeping_free(bounds: Bounds, free: u64) -> Self {
+        let state = State { holdings: Holdings::new(bounds, free), waiting: Waiting::default() };
         Self(Arc::new(Inner { bounds, state: Mutex::new(state) }))
     }
 
@@ -276,6 +284,8 @@ impl Drop for Share {
 #[derive(Debug)]
 struct Holdings {
     bounds: Bounds,
+    /// See [`Budget::keeping_free`].
+    free: u64,
     all: u64,
     /// Those that hold something.
     peers: HashMap<Peer, u64>,
@@ -283,8 +293,8 @@ struct Holdings {
 }
 
 impl Holdings {
-    fn new(bounds: Bounds) -> Self {
-        Self { bounds, all: 0, peers: HashMap::new(), connections: HashMap::new() }
+    fn new(bounds: Bounds, free: u64) -> Self {
+        Self { bounds, free, all: 0, peers: HashMap::new(), connections: HashMap::new() }
     }
 
     fn take(&mut self, caller: Caller, amount: u64) -> Result<(), Bound> {
@@ -297,7 +307,8 @@ impl Holdings {
         }
         let of_peer = self.peers.get(&caller.peer).copied().unwrap_or(0);
         let left = self.bounds.total.saturating_sub(self.all).checked_sub(amount).ok_or(Bound::Server)?;
-        if of_peer > 0 && of_peer.saturating_add(amount) > left.saturating_mul(SHARE) {
+        let is_beyond_share = of_peer.saturating_add(amount) > left.saturating_mul(SHARE);
+        if of_peer > 0 && (left < self.free || is_beyond_share) {
             return Err(Bound::Peer);
         }
         self.all += amount;
@@ -472,6 +483,15 @@ mod tests {
         let _last = budget.take(caller(3), 20).unwrap();
         first.shrink_to(100);
         assert_eq!(budget.held(), 500);
+    }
+
+    #[test]
+    fn what_one_peer_holds_leaves_room_for_the_largest_request_of_the_next() {
+        let budget = Budget::keeping_free(BOUNDS, 400);
+        let _first = budget.take(caller(1), 300).unwrap();
+        let _second = budget.take(caller(1), 200).unwrap();
+        assert_eq!(bound(budget.take(caller(1), 1)), Bound::Peer);
+        let _other = budget.take(caller(2), 400).unwrap();
     }
 
     #[test]

@@ -13,7 +13,8 @@
 //! result is put before its Action, the size is not known, and the result is kept under size 0: HTTP clients find it, gRPC
 //! clients do not. Bazel uploads the Action first.
 //!
-//! Nothing here knows gRPC. It owns no state but a count of requests.
+//! Nothing here knows gRPC. A request counts as a call does ([`Connections::calls`]), and what it has sent counts as the bytes of
+//! any upload do. The only state of its own is the budget of decoders.
 
 mod body;
 mod connection;
@@ -27,7 +28,11 @@ mod webdav;
 mod write;
 
 use crate::{
-    actors::cas::client::Cas, connections::Connections, error::Result, instance::Instances,
+    actors::cas::client::Cas,
+    budget::{Bounds, Budget},
+    connections::Connections,
+    error::Result,
+    instance::Instances,
     under_way::UnderWay,
 };
 use axum::{
@@ -42,14 +47,12 @@ use hosts::{Hosts, Refusal};
 use request_log::Line;
 use resource::Resource;
 use std::{future::Future, sync::Arc};
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::net::TcpListener;
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::http";
-/// Requests at a time; more are told to come back. Each holds at most a megabyte, or what an upload is ahead of the disk.
-const MAX_REQUESTS: usize = 4_096;
-/// Of these, the encoded uploads. Each holds the window that its client chose, 8 MiB at most.
-const MAX_DECODERS: usize = 256;
+/// Encoded uploads at a time; more are told to come back. Each holds the window that its client chose, 8 MiB at most.
+const DECODERS: Bounds = Bounds { what: "encoded uploads at a time", total: 256, connection: 1 };
 
 /// What requests are answered from.
 #[derive(Debug)]
@@ -70,18 +73,13 @@ pub struct HttpCache {
 
 struct Service {
     cache: HttpCache,
-    requests: Arc<Semaphore>,
-    decoders: Semaphore,
+    decoders: Budget,
 }
 
 /// Serves on `listener` until `shutdown` ends, then finishes what is under way.
 pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Future<Output = ()>) {
     let connections = cache.connections.clone();
-    let service = Arc::new(Service {
-        cache,
-        requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
-        decoders: Semaphore::new(MAX_DECODERS),
-    });
+    let service = Arc::new(Service { cache, decoders: Budget::new(DECODERS) });
     connection::serve(listener, connections, shutdown, move |ends, request| {
         answer(service.clone(), ends, request).boxed()
     })
@@ -101,17 +99,18 @@ async fn answer(service: Arc<Service>, ends: Ends, request: Request) -> Response
         return line.follow(response);
     }
     let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
-    let decoder = is_encoded.then(|| service.decoders.try_acquire()).transpose();
-    let response = match (service.requests.clone().try_acquire_owned(), decoder) {
-        (Ok(permit), Ok(_decoder)) => {
+    let caller = ends.client.caller;
+    let place = service.cache.connections.calls().take(caller, 1);
+    let decoder = is_encoded.then(|| service.decoders.take(caller, 1)).transpose();
+    let response = match (place, decoder) {
+        (Ok(place), Ok(_decoder)) => {
             let response = dispatch(&service.cache, request, &mut line).await;
-            line.hold(permit);
+            line.hold(place);
             response
         }
-        _ => {
-            let mut response = status::plain(StatusCode::SERVICE_UNAVAILABLE, "too many requests at a time");
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-            Ok(response)
+        (Err(refusal), _) | (_, Err(refusal)) => {
+            line.refused(refusal.to_string());
+            Ok(busy(&refusal.to_string()))
         }
     };
     let response = response.unwrap_or_else(|error| {
@@ -119,6 +118,13 @@ async fn answer(service: Arc<Service>, ends: Ends, request: Request) -> Response
         status::of(&error)
     });
     line.follow(response)
+}
+
+/// The answer to a request that may be sent again in a second.
+fn busy(why: &str) -> Response {
+    let mut response = status::plain(StatusCode::SERVICE_UNAVAILABLE, why);
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    response
 }
 
 /// One request: which thing, and what to do with it.

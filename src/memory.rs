@@ -1,8 +1,8 @@
 //! Memory that goes back to the system after large requests.
 //!
 //! The allocator keeps what was freed, in an arena for about each thread, and gives back only what lies at the end of one. A
-//! large message is many small pieces, so after a storm of them hundreds of megabytes stayed resident. Whoever frees much says
-//! so here ([`freed`]), and a little later the allocator is asked to let go of all free pages.
+//! large message is many small pieces, so after a storm of them hundreds of megabytes stayed resident. Code that frees large
+//! amounts reports it with [`freed`]; a task then calls malloc_trim.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -12,7 +12,7 @@ use tokio::{runtime::Handle, time::sleep};
 
 /// How much has to be freed before it is worth the look through all arenas, which takes some milliseconds.
 const WORTH_BYTES: u64 = 32 * 1024 * 1024;
-/// How often that is looked at.
+/// How often the task checks how much that is.
 const INTERVAL: Duration = Duration::from_secs(3);
 
 /// What was freed since the last time.

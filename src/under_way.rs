@@ -1,9 +1,9 @@
 //! [`UnderWay`]: the requests that a server that stops lets finish, as long as they make progress.
 //!
-//! A request is always somebody's turn. It is the server's while the server works on an answer, and its client's while the
-//! server waits for bytes of the request, or for the client to take bytes of the answer. The turns of the server are counted,
-//! and so are the moves: each time that a client does what it was waited for. A shutdown waits while there is a turn of the
-//! server and while clients move; a client that does nothing cannot hold it up. What a client may keep open for as long as it
+//! At any time a request waits either for the server or for its client: for the server while that works on an answer, and for
+//! its client while bytes of the request are missing, or bytes of the answer are not taken. The requests that wait for the server
+//! are counted, and so is progress: each time that a client does what it was waited for. A shutdown waits while a request waits
+//! for the server and while clients make progress; a client that does nothing cannot hold it up. What a client may keep open for as long as it
 //! likes is not counted, and neither are connections.
 
 use std::{
@@ -49,8 +49,8 @@ impl UnderWay {
         Unfinished { counts: self.0.clone(), turn: AtomicU8::new(SERVER) }
     }
 
-    /// Ends when there has been no turn of the server and no move of a client for `quiet`. Clients may begin requests until
-    /// they know better.
+    /// Returns when, for `quiet`, no request waited for the server and no client made progress. Clients may begin requests until
+    /// they are told not to.
     pub async fn finished(&self, quiet: Duration) {
         let (mut seen, mut since) = (None, Instant::now());
         loop {

@@ -22,6 +22,7 @@ mod memo;
 pub mod messages;
 pub mod new_blob;
 mod outputs;
+pub mod received;
 mod relief;
 mod reply;
 mod requests;
@@ -102,6 +103,8 @@ pub(crate) struct Shared {
     result_checks: Semaphore,
     /// What clients' unfinished uploads hold of the store.
     upload_budget: Budget,
+    /// What clients sent and is not written yet.
+    received: Budget,
     /// Memory for stored messages that are being decoded.
     decoded: Budget,
     /// Large trees that may be walked at the same time.
@@ -169,6 +172,7 @@ impl CasActor {
             form_turn: Arc::new(Semaphore::new(1)),
             result_checks: Semaphore::new(settings::RESULT_CHECKS_MAX),
             upload_budget: Budget::new(settings.upload_bounds()),
+            received: Budget::new(received::RECEIVED),
             decoded: Budget::new(settings::DECODED),
             large_trees: Semaphore::new(settings::LARGE_TREES_MAX),
             decoders: Arc::new(Semaphore::new(settings::DECODERS_MAX)),

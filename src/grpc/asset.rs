@@ -3,7 +3,7 @@
 //! Bad news from an origin is an answer with a status inside; faults of this server and of the request are statuses of the RPC
 //! (AST-05).
 
-use super::{Edge, request_log::Call, status};
+use super::{Edge, claim::Claim, request_log::Call, status};
 use crate::{
     actors::asset::{
         bindings::References,
@@ -189,6 +189,8 @@ impl AssetService {
         let shown = request.qualifiers.shown();
         let shown = shown.map(|(name, value)| Qualifier { name: name.into(), value: value.into() }).collect();
         let first = request.uris.first().cloned().unwrap_or_default();
+        // The origin may be slow, and the client may have chosen it. Twice: the qualifiers are shown in the answer.
+        Claim::settle(2 * request.size() as u64);
         let outcome = assets.fetch(request, oldest, wait).await;
         let digest_function = function.wire() as i32;
         match outcome {

@@ -4,7 +4,11 @@
 //! Digests are parsed once, here; a call costs the store one message, however many blobs it names.
 
 use super::{
-    Edge, TreeStream, chunks, claim::unhindered, convert, get_tree, inline, request_log::Call, status,
+    Edge, TreeStream, chunks,
+    claim::{Claim, unhindered},
+    convert, get_tree, inline,
+    request_log::Call,
+    status,
 };
 use crate::{
     actors::cas::client::{Item, Payload},
@@ -99,6 +103,8 @@ impl ContentAddressableStorage for CasService {
         let instance = self.instance(&request, |request| &request.instance_name)?;
         let call = Call::of(&request);
         let batch = Read::decode(&instance, request.into_inner())?;
+        // The wait is for the client to read other answers.
+        Claim::settle(batch.memory());
         call.reserve(batch.answer_bytes()).await?;
         let contents = if batch.takes_zstd {
             self.0.cas.read_many_zstd(&instance, batch.wanted).await?
@@ -248,6 +254,14 @@ impl Read {
         }
         check_batch_size("read", sum)?;
         Ok(batch)
+    }
+
+    /// What it takes in memory, about.
+    fn memory(&self) -> u64 {
+        const HASH_MAX_BYTES: usize = 128;
+        let entry =
+            size_of::<batch_read_blobs_response::Response>() + size_of::<(usize, Digest)>() + HASH_MAX_BYTES;
+        (self.responses.len() * entry) as u64
     }
 
     /// What the answer takes at most: its entries and all contents.

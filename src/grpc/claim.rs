@@ -4,7 +4,8 @@
 //! What a message takes once it is decoded is known only when all of it is there, and to find that out takes time too. So before
 //! a large message is handed on, [`super::intake`] waits for the most that it could take; few messages can have that much at a
 //! time, and the others wait in turn. [`super::codec`] measures and decodes it, and gives back what was not needed. The rest is
-//! held until the call is answered. All of this is done off the threads that serve everybody ([`unhindered`]).
+//! held until the call is answered, or until the handler of a stream asks for the next message. All of this is done off the
+//! threads that serve everybody ([`unhindered`]).
 
 use crate::{budget::Share, memory};
 use std::{
@@ -26,19 +27,11 @@ tokio::task_local! {
 #[derive(Debug, Default)]
 pub struct Claim {
     share: Mutex<Option<Share>>,
-    /// Whether what a message takes is held until the call is answered, or only while it is decoded.
-    is_kept: bool,
-    /// What comes next takes long.
+    /// The next poll decodes a large message and may take long.
     is_laborious: AtomicBool,
 }
 
 impl Claim {
-    /// A claim that holds nothing yet. `is_kept` says whether it goes on after a message was decoded: not for long streams of
-    /// messages that are passed on one by one.
-    pub fn new(is_kept: bool) -> Self {
-        Self { share: Mutex::default(), is_kept, is_laborious: AtomicBool::default() }
-    }
-
     /// Takes the share for the next message, in place of the one for the message before.
     pub fn hold(&self, share: Share, is_laborious: bool) {
         *self.share() = Some(share);
@@ -50,13 +43,19 @@ impl Claim {
         CLAIM.try_with(|_| ()).is_ok()
     }
 
-    /// Gives back all but this much of what the call holds.
+    /// Gives back all but this much of what the call holds. Handlers do so too, before they wait for what their client decides:
+    /// what they keep of a request is often small.
     pub fn settle(memory: u64) {
         let _ = CLAIM.try_with(|claim| {
             if let Some(share) = claim.share().as_mut() {
-                share.shrink_to(if claim.is_kept { memory } else { 0 });
+                share.shrink_to(memory);
             }
         });
+    }
+
+    /// Gives everything back: the handler of a stream has taken the message.
+    pub fn let_go(&self) {
+        drop(self.share().take());
     }
 
     fn share(&self) -> std::sync::MutexGuard<'_, Option<Share>> {

@@ -18,6 +18,8 @@ use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 pub const REQUEST_MAX_MEMORY: u64 = 64 * 1024 * 1024;
 /// Memory that an answer may take at a client: that of the largest Directory, in a page of GetTree.
 pub const ANSWER_MAX_MEMORY: u64 = 1024 * 1024 * 1024;
+/// Messages from this size on are looked at for bytes that mean nothing.
+const COMPACT_FROM_BYTES: usize = 1024;
 /// Answers from this size on take more than a millisecond or so to encode.
 const LARGE_ANSWER_BYTES: usize = 512 * 1024;
 
@@ -71,8 +73,17 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
         }
         let message = self.0.decode(buffer);
         Claim::settle(taken);
-        message
+        Ok(message?.map(|message| compact(message, length)))
     }
+}
+
+/// A request as it was decoded, or a copy that does not keep most of its bytes in memory for nothing: what was decoded refers to
+/// the bytes that came, also to those of unknown fields.
+fn compact<U: Message + Default>(message: U, length: usize) -> U {
+    if length < COMPACT_FROM_BYTES || !Claim::is_present() || message.encoded_len() >= length / 2 {
+        return message;
+    }
+    U::decode(bytes::Bytes::from(message.encode_to_vec())).unwrap_or(message)
 }
 
 /// Encodes large messages without holding up others.

@@ -2,11 +2,14 @@
 //!
 //! A message is collected completely before its handler sees it, and HTTP/2 hands the sender new room for what is collected. So
 //! one connection could leave as much unfinished as streams times the largest message. Here the bytes of unfinished messages
-//! are counted ([`UNFINISHED`]), and a sender that stops in the middle of one is not waited for without end.
+//! are counted ([`UNFINISHED`]) until the handler asks for what follows them, and a sender that stops in the middle of one, or
+//! before the end of a request of one message, is not waited for without end.
 //!
 //! A message that may take much memory or time to decode is handed on when there is room for it ([`DECODED`], and
-//! [`super::claim`]); until then the last piece of it is kept back. That is one that is compressed, or one of more than
-//! [`UNCOUNTED_BYTES`] with lists in it.
+//! [`super::claim`]); until then the last piece of it is kept back, and what came behind it. This applies to compressed
+//! messages, and to messages above [`UNCOUNTED_BYTES`] whose type contains lists.
+//!
+//! Most methods take one message. A second one is refused: the library would decode it and throw it away.
 
 use super::{
     REQUEST_MAX_BYTES,
@@ -34,13 +37,25 @@ use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tonic::{Status, body::Body};
 use tower::{Layer, Service};
 
-/// Bytes of unfinished messages that the server holds: twenty of the largest ones, and many more of those that clients send.
+/// Bytes of unfinished messages, and of those that a handler has not taken yet: twenty of the largest ones, and many more of
+/// those that clients send.
 pub const UNFINISHED: Bounds =
     Bounds { what: "bytes of unfinished requests", total: 320 * 1024 * 1024, connection: 256 * 1024 * 1024 };
 /// Memory for large requests that are being decoded or answered. Two of the worst ones fit, and many of usual ones.
-pub const DECODED: Bounds =
-    Bounds { what: "bytes of large requests", total: 192 * 1024 * 1024, connection: 128 * 1024 * 1024 };
-/// How long a sender may be silent before its first message and in the middle of one.
+pub const DECODED: Bounds = Bounds {
+    what: "bytes of large requests",
+    total: 256 * 1024 * 1024,
+    connection: 256 * 1024 * 1024 - LARGEST_CLAIM,
+};
+/// The most that one request claims of [`DECODED`]: its compressed bytes, its plain bytes, and the decoded message. A peer that
+/// holds something leaves that much to the others.
+const LARGEST_CLAIM: u64 = 2 * REQUEST_MAX_BYTES as u64 + REQUEST_MAX_MEMORY;
+/// The most that gzip saves: a byte never stands for more than 1,032.
+const GZIP_RATIO_MAX: u64 = 1_100;
+/// Requests that are a stream of messages, with pauses that their handlers judge.
+const STREAMS: [&str; 2] = ["/google.bytestream.ByteStream/Write", "/grpc.reflection."];
+/// How long a sender may be silent before its first message, in the middle of one, and before the end of a request that is
+/// one message.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// How long a large message may wait until it is decoded.
 pub const DECODING_WAIT: Duration = Duration::from_secs(60);
@@ -60,7 +75,7 @@ pub struct IntakeLayer {
 
 impl Default for IntakeLayer {
     fn default() -> Self {
-        Self { budgets: Budgets { unfinished: Budget::new(UNFINISHED), decoded: Budget::new(DECODED) } }
+        Self { budgets: Budgets::default() }
     }
 }
 
@@ -68,6 +83,13 @@ impl Default for IntakeLayer {
 struct Budgets {
     unfinished: Budget,
     decoded: Budget,
+}
+
+impl Default for Budgets {
+    fn default() -> Self {
+        let decoded = Budget::keeping_free(DECODED, LARGEST_CLAIM);
+        Self { unfinished: Budget::new(UNFINISHED), decoded }
+    }
 }
 
 impl<S> Layer<S> for IntakeLayer {
@@ -96,11 +118,51 @@ impl<S: Service<Request<Body>>> Service<Request<Body>> for Intake<S> {
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let caller = request.extensions().get::<Call>().map(Call::caller).unwrap_or_default();
-        let has_lists = wire::request_has_lists(request.uri().path());
-        let (budgets, claim) = (self.budgets.clone(), Arc::new(Claim::new(has_lists)));
+        let kind = RequestKind::of(request.uri().path(), request.headers());
+        let (budgets, claim) = (self.budgets.clone(), Arc::<Claim>::default());
         let of_body = claim.clone();
-        let request = request.map(|body| Body::new(Watched::new(body, caller, budgets, of_body, has_lists)));
+        let request = request.map(|body| Body::new(Watched::new(body, caller, budgets, of_body, kind)));
         Claimed::new(self.inner.call(request), claim)
+    }
+}
+
+/// What is known of a request from its headers.
+#[derive(Debug, Clone, Copy)]
+struct RequestKind {
+    /// Whether it is a stream of messages.
+    is_stream: bool,
+    /// Whether its messages have lists in them.
+    has_lists: bool,
+    /// Whether its compressed messages are in the gzip format.
+    is_gzip: bool,
+}
+
+impl RequestKind {
+    fn of(path: &str, headers: &http::HeaderMap) -> Self {
+        Self {
+            is_stream: STREAMS.iter().any(|prefix| path.starts_with(prefix)),
+            has_lists: wire::request_has_lists(path),
+            is_gzip: headers.get("grpc-encoding").is_some_and(|encoding| encoding == "gzip"),
+        }
+    }
+
+    /// The most memory that a message takes until it is decoded and answered; `None` when that is little.
+    fn claim(self, message: Finished) -> Option<u64> {
+        let is_large = self.has_lists && message.bytes > UNCOUNTED_BYTES as u64;
+        if !is_large && !message.is_compressed {
+            return None;
+        }
+        let length = message.bytes.min(REQUEST_MAX_BYTES as u64);
+        let plain = match message.is_compressed {
+            true if self.is_gzip => length.saturating_mul(GZIP_RATIO_MAX).min(REQUEST_MAX_BYTES as u64),
+            true => REQUEST_MAX_BYTES as u64,
+            false => 0,
+        };
+        let decoded = match self.has_lists {
+            true => wire::worst_case(length.max(plain), REQUEST_MAX_MEMORY),
+            false => plain,
+        };
+        Some(length + plain + decoded)
     }
 }
 
@@ -113,12 +175,15 @@ struct Watched {
     caller: Caller,
     budgets: Budgets,
     claim: Arc<Claim>,
-    /// Whether its messages have lists in them.
-    has_lists: bool,
-    /// What is held of the unfinished message.
+    kind: RequestKind,
+    /// Whether a message is complete.
+    is_complete: bool,
+    /// For the bytes that were handed on and not taken, and for those of the unfinished message.
     held: Option<Share>,
     /// The end of a message that waits for its turn to be decoded.
     kept_back: Option<KeptBack>,
+    /// What came behind such an end.
+    rest: Bytes,
     last: Instant,
     /// Set when a message was waited for.
     silence: Option<Pin<Box<Sleep>>>,
@@ -126,14 +191,14 @@ struct Watched {
 
 /// See [`Watched::kept_back`].
 struct KeptBack {
-    frame: Frame<Bytes>,
+    data: Bytes,
     is_laborious: bool,
     /// `None` when it was over.
     turn: Option<BoxFuture<'static, Result<Share, Status>>>,
 }
 
 impl Watched {
-    fn new(body: Body, caller: Caller, budgets: Budgets, claim: Arc<Claim>, has_lists: bool) -> Self {
+    fn new(body: Body, caller: Caller, budgets: Budgets, claim: Arc<Claim>, kind: RequestKind) -> Self {
         Self {
             body,
             is_begun: false,
@@ -141,26 +206,49 @@ impl Watched {
             caller,
             budgets,
             claim,
-            has_lists,
+            kind,
+            is_complete: false,
             held: None,
             kept_back: None,
+            rest: Bytes::new(),
             last: Instant::now(),
             silence: None,
         }
     }
 
-    /// Takes a frame in, and keeps it back if a message ends in it that has to wait.
-    fn take(&mut self, frame: Frame<Bytes>) -> Result<Option<Frame<Bytes>>, Status> {
-        let Some(data) = frame.data_ref() else { return Ok(Some(frame)) };
-        let finished = self.message.take(data);
-        if let Some(kept_back) = finished.and_then(|message| self.keep_back(&message)) {
-            // What is held is let go of when the message is handed on.
-            self.hold(self.message.bytes.max(self.held.as_ref().map_or(0, Share::amount)))?;
-            self.kept_back = Some(KeptBack { frame, ..kept_back });
+    /// Takes bytes in up to the end of a message that has to wait for its turn, if there is one among them; then that end is kept
+    /// back, and nothing is returned.
+    fn take(&mut self, mut data: Bytes) -> Result<Option<Bytes>, Status> {
+        if self.is_complete && !self.kind.is_stream && !data.is_empty() {
+            return Err(Status::invalid_argument("the request has more than the one message of this method"));
+        }
+        let (mut at, mut turn) = (0, None);
+        while let Some(rest) = data.get(at..).filter(|rest| !rest.is_empty()) {
+            let (taken, finished) = self.message.take(rest);
+            at += taken;
+            self.is_complete |= finished.is_some();
+            turn = finished.and_then(|message| self.turn(message));
+            if turn.is_some() || (self.is_complete && !self.kind.is_stream) {
+                break;
+            }
+        }
+        self.rest = data.split_off(at);
+        self.hold(self.held.as_ref().map_or(0, Share::amount) + data.len() as u64)?;
+        if let Some(turn) = turn {
+            self.kept_back = Some(KeptBack { data, ..turn });
             return Ok(None);
         }
-        self.hold(self.message.bytes)?;
-        Ok(Some(frame))
+        Ok(Some(data))
+    }
+
+    /// The handler asks for more, so it has taken what it was given. A request of one message is held until its end, because it
+    /// is answered only then.
+    fn let_go(&mut self) -> Result<(), Status> {
+        if self.kind.is_stream && self.held.is_some() {
+            self.claim.let_go();
+            return self.hold(self.message.bytes);
+        }
+        Ok(())
     }
 
     /// Counts so many bytes as unfinished.
@@ -179,26 +267,16 @@ impl Watched {
         }
     }
 
-    fn keep_back(&self, message: &Finished) -> Option<KeptBack> {
-        let is_large = self.has_lists && message.bytes > UNCOUNTED_BYTES as u64;
-        if !is_large && !message.is_compressed {
-            return None;
-        }
-        let (length, plain) = match message.is_compressed {
-            true => (message.bytes, REQUEST_MAX_BYTES as u64),
-            false => (message.bytes, 0),
-        };
-        let memory =
-            if self.has_lists { wire::worst_case(length.max(plain), REQUEST_MAX_MEMORY) } else { plain };
-        let claimed = length.min(REQUEST_MAX_BYTES as u64) + plain + memory;
+    /// The turn that a message has to wait for, if it has to.
+    fn turn(&self, message: Finished) -> Option<KeptBack> {
+        let claimed = self.kind.claim(message)?;
         let (budget, caller) = (self.budgets.decoded.clone(), self.caller);
         let turn = Box::pin(async move {
             let share = timeout(DECODING_WAIT, budget.wait_for(caller, claimed)).await;
             share.map_err(|_| Status::resource_exhausted(BUSY))?.map_err(too_much)
         });
-        let is_laborious =
-            length >= if message.is_compressed { LABORIOUS_COMPRESSED_BYTES } else { LABORIOUS_BYTES };
-        Some(KeptBack { frame: Frame::data(Bytes::new()), is_laborious, turn: Some(turn) })
+        let laborious = if message.is_compressed { LABORIOUS_COMPRESSED_BYTES } else { LABORIOUS_BYTES };
+        Some(KeptBack { data: Bytes::new(), is_laborious: message.bytes >= laborious, turn: Some(turn) })
     }
 
     /// Hands the end of a message on when its turn has come.
@@ -215,8 +293,12 @@ impl Watched {
                 return Poll::Pending;
             }
         }
-        let unfinished = self.message.bytes;
-        Poll::Ready(self.kept_back.take().map(|kept_back| self.hold(unfinished).map(|()| kept_back.frame)))
+        Poll::Ready(self.kept_back.take().map(|kept_back| Ok(Frame::data(kept_back.data))))
+    }
+
+    /// Whether the server waits for the client here, and not the handler of a stream.
+    fn is_waited_for(&self) -> bool {
+        !self.kind.is_stream || !self.is_begun || self.message.is_begun()
     }
 
     fn poll_silence(&mut self, context: &mut Context<'_>) -> Poll<()> {
@@ -237,6 +319,11 @@ impl Watched {
 
 const BUSY: &str = "the server is busy with other large requests; try again later, or send smaller ones";
 
+fn silent() -> Status {
+    let problem = format!("the request broke off: it was silent for {SILENCE_LIMIT:?} before its end");
+    Status::deadline_exceeded(problem)
+}
+
 fn too_much(refusal: Refusal) -> Status {
     crate::error::Error::from(refusal).into()
 }
@@ -249,37 +336,44 @@ impl http_body::Body for Watched {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.kept_back.is_none() {
+            self.let_go()?;
+        }
         loop {
             if self.kept_back.is_some() {
                 return self.poll_kept_back(context);
             }
-            return match Pin::new(&mut self.body).poll_frame(context) {
-                Poll::Ready(Some(Ok(frame))) => {
-                    self.last = Instant::now();
-                    self.is_begun = true;
-                    match self.take(frame) {
-                        Ok(None) => continue,
-                        Ok(Some(frame)) => Poll::Ready(Some(Ok(frame))),
-                        Err(status) => Poll::Ready(Some(Err(status))),
+            let data = if self.rest.is_empty() {
+                match Pin::new(&mut self.body).poll_frame(context) {
+                    Poll::Ready(Some(Ok(frame))) => {
+                        self.last = Instant::now();
+                        self.is_begun = true;
+                        match frame.into_data() {
+                            Ok(data) => data,
+                            Err(frame) => return Poll::Ready(Some(Ok(frame))),
+                        }
                     }
+                    Poll::Pending if self.is_waited_for() => {
+                        return self.poll_silence(context).map(|()| Some(Err(silent())));
+                    }
+                    other => return other,
                 }
-                Poll::Pending if self.message.is_begun() || !self.is_begun => self.poll_silence(context).map(|()| {
-                    let problem = format!(
-                        "the request broke off: it was silent for {SILENCE_LIMIT:?} before or inside of a message"
-                    );
-                    Some(Err(Status::deadline_exceeded(problem)))
-                }),
-                other => other,
+            } else {
+                std::mem::take(&mut self.rest)
             };
+            if let Some(data) = self.take(data)? {
+                return Poll::Ready(Some(Ok(Frame::data(data))));
+            }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.kept_back.is_none() && self.body.is_end_stream()
+        self.kept_back.is_none() && self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        if self.kept_back.is_some() { SizeHint::default() } else { self.body.size_hint() }
+        let is_all = self.kept_back.is_none() && self.rest.is_empty();
+        if is_all { self.body.size_hint() } else { SizeHint::default() }
     }
 }
 
@@ -307,31 +401,28 @@ impl Unfinished {
         self.seen > 0
     }
 
-    /// Takes the next bytes. Returns the largest message that ends in them, a compressed one before all others.
-    fn take(&mut self, mut data: &[u8]) -> Option<Finished> {
-        let mut largest: Option<Finished> = None;
-        while let Some(&first) = data.first() {
-            if let Some(place) = self.prefix.get_mut(self.seen) {
-                *place = first;
-                self.seen += 1;
-                data = data.get(1..).unwrap_or_default();
-                let [_, length @ ..] = self.prefix;
-                self.left = u32::from_be_bytes(length).into();
-            } else {
-                let part = usize::try_from(self.left).unwrap_or(usize::MAX).min(data.len());
-                data = data.get(part..).unwrap_or_default();
-                self.left -= part as u64;
-                self.bytes += part as u64;
-            }
-            if self.seen == PREFIX_BYTES && self.left == 0 {
-                let [flag, ..] = self.prefix;
-                let finished = Finished { bytes: self.bytes, is_compressed: flag != 0 };
-                let weight = |message: &Finished| (message.is_compressed, message.bytes);
-                largest = largest.into_iter().chain([finished]).max_by_key(weight);
-                *self = Self::default();
-            }
+    /// Takes bytes up to the end of the message. Returns how many these are, and the message if it is complete.
+    fn take(&mut self, data: &[u8]) -> (usize, Option<Finished>) {
+        let mut taken = 0;
+        while let Some(place) = self.prefix.get_mut(self.seen) {
+            let Some(&next) = data.get(taken) else { return (taken, None) };
+            *place = next;
+            self.seen += 1;
+            taken += 1;
+            let [_, length @ ..] = self.prefix;
+            self.left = u32::from_be_bytes(length).into();
         }
-        largest
+        let part = usize::try_from(self.left).unwrap_or(usize::MAX).min(data.len() - taken);
+        self.left -= part as u64;
+        self.bytes += part as u64;
+        taken += part;
+        if self.left > 0 {
+            return (taken, None);
+        }
+        let [flag, ..] = self.prefix;
+        let finished = Finished { bytes: self.bytes, is_compressed: flag != 0 };
+        *self = Self::default();
+        (taken, Some(finished))
     }
 }
 
@@ -352,15 +443,22 @@ mod tests {
         fn what_is_held_is_the_unfinished_message_however_it_is_cut(
             lengths in proptest::collection::vec(0usize..50, 0..8), rest in 1usize..40, piece in 1usize..60,
         ) {
-            let mut all: Vec<u8> = lengths.into_iter().flat_map(message).collect();
+            let mut all: Vec<u8> = lengths.iter().copied().flat_map(message).collect();
             all.extend(&message(rest)[..rest]);
             let mut unfinished = Unfinished::default();
-            for piece in all.chunks(piece) {
-                unfinished.take(piece);
+            let mut ends = Vec::new();
+            for mut piece in all.chunks(piece) {
+                while !piece.is_empty() {
+                    let (taken, finished) = unfinished.take(piece);
+                    ends.extend(finished.map(|message| message.bytes as usize));
+                    piece = &piece[taken..];
+                }
             }
+            prop_assert_eq!(ends, lengths);
             prop_assert_eq!(unfinished.bytes, rest.saturating_sub(PREFIX_BYTES) as u64);
             prop_assert!(unfinished.is_begun());
-            unfinished.take(&message(rest)[rest..]);
+            let end = &message(rest)[rest..];
+            prop_assert_eq!(unfinished.take(end), (end.len(), Some(Finished { bytes: rest as u64, is_compressed: false })));
             prop_assert!(!unfinished.is_begun() && unfinished.bytes == 0);
         }
     }
@@ -375,7 +473,8 @@ mod tests {
         budgets: &Budgets,
     ) -> Watched {
         let body = Body::new(axum::body::Body::from_stream(pieces));
-        Watched::new(body, Caller::default(), budgets.clone(), Arc::default(), true)
+        let kind = RequestKind { is_stream: false, has_lists: true, is_gzip: false };
+        Watched::new(body, Caller::default(), budgets.clone(), Arc::default(), kind)
     }
 
     async fn next(body: &mut Watched) -> Result<Frame<Bytes>, Status> {
@@ -388,7 +487,7 @@ mod tests {
         let budgets = IntakeLayer::default().budgets;
         let mut body = stalled(message(100)[..50].to_vec(), &budgets);
         next(&mut body).await.unwrap();
-        assert_eq!(budgets.unfinished.held(), 45);
+        assert_eq!(budgets.unfinished.held(), 50);
         let begin = Instant::now();
         assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
         assert_eq!(begin.elapsed().as_secs(), SILENCE_LIMIT.as_secs());
@@ -398,10 +497,57 @@ mod tests {
         let nothing = stream::pending::<Result<Bytes, Status>>();
         let mut body = watched(nothing, &budgets);
         assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
-        // Between two messages it may be silent: that is for the handler to judge.
+        // Nor is one that leaves the end of a request of one message open.
         let mut body = stalled(message(100), &budgets);
         next(&mut body).await.unwrap();
+        assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
+        assert_eq!(budgets.unfinished.held(), 105, "it is held until its end");
+        // Between two messages of a stream it may be silent: that is for the handler to judge.
+        let mut body = stalled(message(100), &budgets);
+        body.kind.is_stream = true;
+        next(&mut body).await.unwrap();
         assert!(tokio::time::timeout(10 * SILENCE_LIMIT, next(&mut body)).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_second_message_is_refused_where_a_method_has_one() {
+        let budgets = Budgets::default();
+        for second in [message(7), message(0), vec![0]] {
+            let mut body = stalled([message(100), second].concat(), &budgets);
+            assert_eq!(next(&mut body).await.unwrap().into_data().unwrap().len(), 100 + PREFIX_BYTES);
+            assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::InvalidArgument);
+        }
+    }
+
+    #[tokio::test]
+    async fn each_compressed_message_of_a_stream_has_a_claim_of_its_own_until_the_handler_asks_for_more() {
+        let budgets = Budgets::default();
+        let mut compressed = message(10);
+        compressed[0] = 1;
+        let mut body = stalled([compressed.clone(), compressed, message(5)].concat(), &budgets);
+        (body.kind.is_stream, body.kind.has_lists) = (true, false);
+        for _ in 0..2 {
+            assert_eq!(next(&mut body).await.unwrap().into_data().unwrap().len(), 10 + PREFIX_BYTES);
+            assert_eq!(budgets.decoded.held(), 10 + 2 * REQUEST_MAX_BYTES as u64);
+            assert_eq!(budgets.unfinished.held(), 10 + PREFIX_BYTES as u64);
+        }
+        assert_eq!(next(&mut body).await.unwrap().into_data().unwrap().len(), 5 + PREFIX_BYTES);
+        assert_eq!(budgets.decoded.held(), 0);
+    }
+
+    #[test]
+    fn no_claim_is_larger_than_what_is_kept_free_and_small_gzip_claims_little() {
+        let kind = RequestKind { is_stream: false, has_lists: true, is_gzip: true };
+        let claim = |kind: RequestKind, bytes, is_compressed| kind.claim(Finished { bytes, is_compressed });
+        for bytes in [UNCOUNTED_BYTES as u64 + 1, 1 << 20, u32::MAX.into()] {
+            for (is_gzip, is_compressed) in [(false, false), (false, true), (true, true)] {
+                assert!(
+                    claim(RequestKind { is_gzip, ..kind }, bytes, is_compressed).unwrap() <= LARGEST_CLAIM
+                );
+            }
+        }
+        assert!(claim(kind, 20, true).unwrap() < 10 * 1024 * 1024);
+        assert_eq!(claim(kind, UNCOUNTED_BYTES as u64, false), None);
     }
 
     #[tokio::test]
@@ -411,7 +557,7 @@ mod tests {
         let mut body = stalled(message(100)[..50].to_vec(), &budgets);
         assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::ResourceExhausted);
         drop(body);
-        assert!(next(&mut stalled(message(100), &budgets)).await.is_ok(), "what came completely is not held");
+        assert!(next(&mut stalled(message(1), &budgets)).await.is_ok());
         assert_eq!(budgets.unfinished.held(), others.amount());
     }
 

@@ -167,13 +167,18 @@ impl Upload {
         Ok(())
     }
 
-    /// Everything, in memory; for small ones, which `max` bounds.
+    /// Everything, in memory; for small ones, which `max` bounds. Each piece is told to `hold` before it is added.
     ///
     /// # Errors
-    /// As [`Upload::next`].
-    pub async fn collect(mut self, line: &mut Line) -> Result<Vec<u8>> {
+    /// As [`Upload::next`], and those of `hold`.
+    pub async fn collect(
+        mut self,
+        line: &mut Line,
+        mut hold: impl FnMut(u64) -> Result<()>,
+    ) -> Result<Vec<u8>> {
         let mut all = Vec::new();
         while let Some(bytes) = self.next(line).await? {
+            hold(bytes.len() as u64)?;
             all.extend_from_slice(&bytes);
         }
         Ok(all)
@@ -204,7 +209,7 @@ mod tests {
         let connection = admitted.state().clone();
         let mut line =
             Line::new(&connection, &Method::PUT, &Uri::from_static("/"), UnderWay::default().begin());
-        runtime.block_on(async { Upload::new(request, max)?.collect(&mut line).await })
+        runtime.block_on(async { Upload::new(request, max)?.collect(&mut line, |_| Ok(())).await })
     }
 
     #[test]

@@ -86,7 +86,8 @@ pub async fn serve(
                 request.extensions_mut().insert(state.caller);
                 answer(ends.clone(), request)
             };
-            // One that has to close takes nothing with it that somebody waits for.
+            // A connection is told to close when it is idle, or when its client does not read the answers that it has asked for. So
+            // a request that is dropped here is one that its client keeps waiting.
             select! {
                 () = serve_one(stream, closed, answer) => {}
                 _ = poll_fn(|context| state.poll_closing(context)) => {}

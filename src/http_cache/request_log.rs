@@ -2,6 +2,7 @@
 
 use super::LOG;
 use crate::{
+    budget::Share,
     connections::{ConnectionState, OpenCall},
     digest::Digest,
     error::Error,
@@ -22,7 +23,6 @@ use std::{
     task::{Context, Poll, ready},
     time::Instant,
 };
-use tokio::sync::OwnedSemaphorePermit;
 
 /// Longest path in a line, in bytes.
 const PATH_MAX_BYTES: usize = 256;
@@ -45,7 +45,7 @@ pub struct Line {
     error: String,
     bytes_in: u64,
     bytes_out: u64,
-    permit: Option<OwnedSemaphorePermit>,
+    place: Option<Share>,
     unfinished: Unfinished,
 }
 
@@ -69,7 +69,7 @@ impl Line {
             error: String::new(),
             bytes_in: 0,
             bytes_out: 0,
-            permit: None,
+            place: None,
             unfinished,
         }
     }
@@ -117,8 +117,8 @@ impl Line {
     }
 
     /// Keeps a request counted until its response is over.
-    pub fn hold(&mut self, permit: OwnedSemaphorePermit) {
-        self.permit = Some(permit);
+    pub fn hold(&mut self, place: Share) {
+        self.place = Some(place);
     }
 
     /// Goes with a response to its end.

@@ -39,7 +39,7 @@ pub async fn properties(
 ) -> Result<Response> {
     let is_collection = is_collection(key);
     let depth = Depth::of(request.headers())?;
-    let body = Upload::new(request, MAX_BODY_BYTES)?.collect(line).await;
+    let body = Upload::new(request, MAX_BODY_BYTES)?.collect(line, |_| Ok(())).await;
     body.map_err(|error| match error {
         Error::OutOfRange(_) => {
             Error::OutOfRange(format!("a PROPFIND request has at most {MAX_BODY_BYTES} bytes"))

@@ -49,7 +49,9 @@ pub async fn result(
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     check_writable(instance)?;
-    let bytes = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes))?.collect(line).await?;
+    let mut held = cache.cas.hold(caller(&request), 0)?;
+    let upload = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes))?;
+    let bytes = upload.collect(line, |bytes| Ok(held.grow(bytes)?)).await?;
     let decoded = cache.cas.decode(bytes.into(), RESULT_MAX_MEMORY, "ActionResult").await;
     let (result, _room): (reapi::ActionResult, _) = decoded.map_err(|error| {
         Error::Invalid(format!(

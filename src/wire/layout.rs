@@ -148,7 +148,7 @@ impl Layouts {
 #[derive(Debug, Clone, Copy)]
 enum Size {
     Unknown,
-    /// It is being added up: whoever refers to it in this moment is part of it, and has it boxed.
+    /// Its size is being computed; a field that refers back to it is boxed.
     Open,
     Known(u32),
 }

@@ -22,7 +22,7 @@ use tonic::{
 };
 
 /// A message field of this number with this content.
-fn field(number: u8, content: &[u8]) -> Vec<u8> {
+pub fn field(number: u8, content: &[u8]) -> Vec<u8> {
     let mut message = vec![number << 3 | 2];
     prost::encode_length_delimiter(content.len(), &mut message).unwrap();
     [&message[..], content].concat()
@@ -130,7 +130,7 @@ async fn results_whose_trees_are_millions_of_nothings_are_misses_within_bounds()
 
 /// The bytes of a message as they are.
 #[derive(Default)]
-struct Raw;
+pub struct Raw;
 
 impl Codec for Raw {
     type Encode = Bytes;
@@ -189,14 +189,15 @@ async fn call(
     client.unary(Request::new(message.into()), path, Raw).await.map(|response| response.into_inner())
 }
 
-const FIND_MISSING: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs";
+pub const FIND_MISSING: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs";
 const BATCH_UPDATE: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchUpdateBlobs";
 const BATCH_READ: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchReadBlobs";
 const UPDATE_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/UpdateActionResult";
 const GET_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
 const PUSH_BLOB: &str = "/build.bazel.remote.asset.v1.Push/PushBlob";
 
-/// Requests of 15 MB that would take a gigabyte, in every place where a list may stand; also as a few kilobytes, compressed.
+/// Requests of 15 MB that would take a gigabyte, in every place where a list may stand; one also as a few
+/// kilobytes, compressed.
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_of_millions_of_nothings_are_refused_within_bounds() {
     let server = Arc::new(Server::start().await);
@@ -219,8 +220,14 @@ async fn requests_of_millions_of_nothings_are_refused_within_bounds() {
     let bystander = Bystander::beside(&server).await;
     let target = server.clone();
     let attack = async move || {
-        for compression in [None, Some(CompressionEncoding::Gzip), Some(CompressionEncoding::Zstd)] {
-            let calls = requests.iter().map(|(method, message)| {
+        // The client takes seconds to compress one of them.
+        let compressed = requests.len() - 1..requests.len();
+        for (compression, chosen) in [
+            (None, 0..requests.len()),
+            (Some(CompressionEncoding::Gzip), compressed.clone()),
+            (Some(CompressionEncoding::Zstd), compressed),
+        ] {
+            let calls = requests[chosen].iter().map(|(method, message)| {
                 let (message, target) = (message.clone(), &target);
                 async move {
                     let channel = connect_from("127.0.0.1", target).await;

@@ -14,8 +14,9 @@ use tonic::{Code, Request, metadata::MetadataValue};
 const ACTIONS: usize = 3_000;
 /// How long each of them runs.
 const RUN_TIME: &str = "0.2";
-/// How long the single action of the other peer may wait: two runs, and what a busy machine adds.
-const FAIR_WAIT: Duration = Duration::from_secs(4);
+/// How long the single action of the other peer may wait: two runs, and much for a busy machine. In the order of
+/// arrival it would be five minutes.
+const FAIR_WAIT: Duration = Duration::from_secs(15);
 
 /// Starts an Execute that says this about itself.
 async fn start(client: &Client, script: &str, invocation: &str, priority: i32) -> Result<Run, tonic::Status> {
@@ -56,7 +57,7 @@ async fn a_flood_of_urgent_builds_does_not_hold_up_a_single_action_of_another_pe
         let waited = waits(&other, priority).await;
         assert!(waited < FAIR_WAIT, "{waited:?}");
     }
-    // Whoever yields is not forgotten either, but waits for its age to make up for that.
+    // Low-priority work is not starved; it waits until its age outweighs its priority.
     let mut yielding = start(&other, "true", "nightly", 50).await.unwrap();
     assert_eq!(metadata(&yielding.next().await.unwrap()).stage, 2);
     drop((flood, yielding));

@@ -12,6 +12,7 @@ mod fairness;
 mod find_missing;
 mod harness;
 mod log_streams;
+mod open_requests;
 #[allow(dead_code)]
 mod raw;
 mod reservations;

@@ -9,12 +9,14 @@ use super::{
     guards::Room,
     index::{FileId, Found, Key, Kind},
     inputs::Source,
+    received::Received,
     requests::*,
     settings::{DIGESTS_PER_MESSAGE, PARK_WAIT, ROOM_STEP_BYTES, SOUND_TRIES, TWIN_WAIT},
     sink::{WHOLE_BYTES, check_item, check_stream, failed},
     writer::write_new,
 };
 use crate::{
+    budget::Share,
     caller::Caller,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
@@ -128,6 +130,19 @@ impl Cas {
             Some(caller) => room.charge_to(self.shared.upload_budget.take(caller, 0)?),
             None => Ok(()),
         }
+    }
+
+    /// For bytes that come in through this handle and are not written yet.
+    pub(super) fn received(&self) -> Received {
+        Received::new(self.caller.map(|caller| (self.shared.received.clone(), caller)))
+    }
+
+    /// Counts bytes of a client that are collected in memory, until the share is dropped.
+    ///
+    /// # Errors
+    /// `Exhausted` at a bound.
+    pub fn hold(&self, caller: Caller, bytes: u64) -> Result<Share> {
+        Ok(self.shared.received.take(caller, bytes)?)
     }
 
     pub(super) fn shared(&self) -> &Arc<Shared> {
@@ -378,7 +393,11 @@ impl Cas {
                         attempt.keep = false;
                         return Err(error);
                     }
-                    return Ok(Upload::Writer(Box::new(BlobWriter::new(attempt, self.shared.clone()))));
+                    return Ok(Upload::Writer(Box::new(BlobWriter::new(
+                        attempt,
+                        self.received(),
+                        self.shared.clone(),
+                    ))));
                 }
                 // A client that goes on at once meets its own broken stream while that is being put away.
                 Began::Busy(progress) if !was_busy => {

@@ -12,6 +12,7 @@ use super::{
     files::TemporaryFile,
     guards::Room,
     index::{FileId, Key, Kind},
+    received::Received,
     requests::{Commit, FindByHash, WrittenFile},
 };
 use crate::{
@@ -20,7 +21,7 @@ use crate::{
     instance::Instance,
 };
 use bytes::Bytes;
-use std::{io::Write as _, mem};
+use std::io::Write as _;
 
 /// Bytes that are collected before a blocking thread is bothered; a blob that ends before has no temporary file.
 const PIECE_BYTES: usize = 256 * 1024;
@@ -32,8 +33,7 @@ pub struct NewBlob {
     instance: Instance,
     function: DigestFunction,
     size: u64,
-    pending: Vec<Bytes>,
-    pending_bytes: usize,
+    received: Received,
     sink: Option<Sink>,
     room: Option<Room>,
 }
@@ -58,11 +58,8 @@ impl NewBlob {
     pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
         self.size = self.size.saturating_add(bytes.len() as u64);
         self.cas.check_blob_size(self.size, "what arrives")?;
-        self.pending_bytes = self.pending_bytes.saturating_add(bytes.len());
-        if !bytes.is_empty() {
-            self.pending.push(bytes);
-        }
-        if self.pending_bytes >= PIECE_BYTES {
+        let has_room = self.received.push(bytes).is_ok();
+        if !has_room || self.received.bytes() >= PIECE_BYTES {
             self.spill().await?;
         }
         Ok(())
@@ -93,10 +90,11 @@ impl NewBlob {
             _ => Ok(()),
         };
         if self.sink.is_none() {
-            if self.size != self.pending_bytes as u64 {
+            if self.size != self.received.bytes() as u64 {
                 return Err(Error::internal("a write of this blob has failed before"));
             }
-            let bytes = Bytes::from(mem::take(&mut self.pending).concat());
+            let received = self.received.take();
+            let bytes = Bytes::from(received.bytes.concat());
             let digest = self.function.digest(&bytes);
             check(digest)?;
             let stored = self.cas.write_many(&self.instance, vec![(digest, bytes)]).await?;
@@ -137,9 +135,8 @@ impl NewBlob {
     /// Moves what is pending into the temporary file.
     async fn spill(&mut self) -> Result<()> {
         self.make_room().await?;
-        let pending = mem::take(&mut self.pending);
-        self.pending_bytes = 0;
-        // While the file is away, or lost by an error, `size` and `pending_bytes` differ and nothing can be finished.
+        let pending = self.received.take();
+        // While the file is away, or lost by an error, `size` and what was received differ and nothing can be finished.
         let (cas, sink, function) = (self.cas.clone(), self.sink.take(), self.function);
         let work = self.cas.blocking(move || -> Result<Sink> {
             let files = &cas.shared().files;
@@ -152,10 +149,10 @@ impl NewBlob {
                     hasher: (function != DigestFunction::GitSha1).then(|| function.hasher(0)),
                 },
             };
-            for bytes in pending {
-                sink.file.file.write_all(&bytes).map_err(failed)?;
+            for bytes in &pending.bytes {
+                sink.file.file.write_all(bytes).map_err(failed)?;
                 if let Some(hasher) = &mut sink.hasher {
-                    hasher.update(&bytes);
+                    hasher.update(bytes);
                 }
             }
             Ok(sink)
@@ -183,8 +180,7 @@ impl Cas {
             instance: instance.clone(),
             function,
             size: 0,
-            pending: Vec::new(),
-            pending_bytes: 0,
+            received: self.received(),
             sink: None,
             room: None,
         }

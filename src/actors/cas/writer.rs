@@ -1,7 +1,8 @@
 //! [`BlobWriter`]: an upload in progress.
 //!
 //! The caller hands chunks over and goes on; a job on a blocking thread hashes and writes them, one job at a time for each
-//! upload, at most [`UPLOAD_BUFFER_BYTES`] behind. An upload that fits one job costs exactly one: it is hashed in memory
+//! upload, at most [`UPLOAD_BUFFER_BYTES`] behind. What is not written yet has its room in memory ([`Received`]); where there is
+//! none, each piece is written before the next one is taken. An upload that fits one job costs exactly one: it is hashed in memory
 //! and written under its final name. A longer one grows under a temporary name, and is renamed once its hash is right.
 //!
 //! A compressed upload is decoded by the same jobs. How far it is shows only then, so it may be refused one job late; and
@@ -19,6 +20,7 @@ use super::{
     blob::hash_mismatch,
     files::{Files, create},
     index::{FileId, Stamp},
+    received::Received,
     requests::{Commit, WrittenFile},
     settings::{DECODER_WAIT, UPLOAD_BUFFER_BYTES},
     sink::{Inflow, Sink, WHOLE_BYTES, failed},
@@ -55,8 +57,7 @@ pub struct BlobWriter {
     encoding: Encoding,
     /// The right to keep a decoder from job to job.
     decoder: Option<OwnedSemaphorePermit>,
-    pending: Vec<Bytes>,
-    pending_bytes: usize,
+    received: Received,
     work: Work,
     progress: Arc<super::uploads::Progress>,
     shared: Arc<Shared>,
@@ -72,14 +73,13 @@ enum Work {
 
 impl BlobWriter {
     /// A writer that goes on where the attempt stands.
-    pub(super) fn new(attempt: Box<Attempt>, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(attempt: Box<Attempt>, received: Received, shared: Arc<Shared>) -> Self {
         Self {
             digest: attempt.blob.digest,
             encoding: Encoding::Identity,
             decoder: None,
             accepted: attempt.sink.as_ref().map_or(0, |sink| sink.hasher.size()),
-            pending: Vec::new(),
-            pending_bytes: 0,
+            received,
             progress: attempt.progress.clone(),
             work: Work::Idle(attempt),
             shared,
@@ -132,25 +132,32 @@ impl BlobWriter {
         if plain {
             self.progress.accepted.store(accepted, Ordering::Relaxed);
         }
-        self.pending_bytes += bytes.len();
-        self.pending.push(bytes);
-        // The last piece is left to `finish`.
-        if (plain && accepted == size) || self.pending_bytes < JOB_BYTES {
-            return Ok(());
-        }
-        if matches!(self.work, Work::Running(_)) && self.pending_bytes < UPLOAD_BUFFER_BYTES / 2 {
+        let has_room = self.received.push(bytes).is_ok();
+        if has_room && self.may_wait() {
             return Ok(());
         }
         if !plain && self.decoder.is_none() {
             self.decoder = Some(self.decoder_permit().await?);
         }
         let mut attempt = self.idle_with_room().await?;
-        let (pending, shared) = (self.take_pending(), self.shared.clone());
+        let (pending, shared) = (self.received.take(), self.shared.clone());
         self.work = Work::Running(self.shared.runtime.spawn_blocking(move || {
-            append(&mut attempt, &pending, &shared)?;
+            append(&mut attempt, &pending.bytes, &shared)?;
             Ok(attempt)
         }));
+        if !has_room {
+            self.work = Work::Idle(self.idle().await?);
+        }
         Ok(())
+    }
+
+    /// Whether what was received may wait in memory for more: there is too little for a job, or one is running, or all is there
+    /// and left to `finish`.
+    fn may_wait(&self) -> bool {
+        let is_all = self.encoding == Encoding::Identity && self.accepted == self.digest.size();
+        let is_busy = || matches!(self.work, Work::Running(_)) && self.received.has_plenty();
+        let bytes = self.received.bytes();
+        is_all || bytes < JOB_BYTES || (bytes < UPLOAD_BUFFER_BYTES / 2 && is_busy())
     }
 
     /// Whether the blob has meanwhile been stored by somebody else (BS-24).
@@ -180,11 +187,11 @@ impl BlobWriter {
             self.decoder = Some(self.decoder_permit().await?);
         }
         let attempt = self.idle_with_room().await?;
-        let (pending, shared) = (self.take_pending(), self.shared.clone());
+        let (pending, shared) = (self.received.take(), self.shared.clone());
         let visible = self
             .shared
             .runtime
-            .spawn_blocking(move || complete(*attempt, &pending, &shared))
+            .spawn_blocking(move || complete(*attempt, &pending.bytes, &shared))
             .await
             .map_err(Error::internal)??;
         visible.await.map_err(|_| super::client::going_down())?;
@@ -234,14 +241,9 @@ impl BlobWriter {
         }
     }
 
-    fn take_pending(&mut self) -> Vec<Bytes> {
-        self.pending_bytes = 0;
-        std::mem::take(&mut self.pending)
-    }
-
     /// Ends the upload without keeping anything of it.
     fn discard(&mut self) {
-        self.pending.clear();
+        drop(self.received.take());
         match std::mem::replace(&mut self.work, Work::Over) {
             Work::Idle(attempt) => {
                 self.shared.runtime.spawn_blocking(move || throw_away(attempt));
@@ -264,7 +266,7 @@ impl Drop for BlobWriter {
         if matches!(work, Work::Over) {
             return;
         }
-        let (pending, shared) = (self.take_pending(), self.shared.clone());
+        let (pending, shared) = (self.received.take(), self.shared.clone());
         let (is_plain, accepted, decoder) =
             (self.encoding == Encoding::Identity, self.accepted, self.decoder.take());
         // What was accepted of a plain upload has been reported as committed (BS-31), so it is written before the attempt is put
@@ -286,7 +288,7 @@ impl Drop for BlobWriter {
             let flush = move || {
                 let _decoder = decoder;
                 if may_go_on {
-                    let _ = append(&mut attempt, &pending, &shared);
+                    let _ = append(&mut attempt, &pending.bytes, &shared);
                 }
             };
             let _ = tokio::task::spawn_blocking(flush).await;

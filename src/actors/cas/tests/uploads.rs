@@ -53,6 +53,41 @@ async fn a_blob_is_visible_once_it_is_whole() {
     );
 }
 
+/// Without room in memory each piece is written before the next one is taken, and the blob is the same.
+#[actix::test]
+async fn uploads_go_on_where_there_is_no_room_for_bytes_that_wait() {
+    let store = Store::new().await;
+    let budget = &store.cas.shared().received;
+    let caller = Caller::connected("127.0.0.1:1".parse().unwrap());
+    let all = budget.take(caller, budget.bounds().connection).unwrap();
+    let cas = store.cas.on_behalf_of(caller);
+    for (length, is_compressed) in [(100_000, false), (1_000_000, false), (900_000, true), (2_000_000, true)]
+    {
+        let bytes = noise(length, length as u64);
+        let blob = digest(&bytes);
+        let Upload::Writer(writer) = cas.begin_upload(&store.main, NAME, blob, 0).await.unwrap() else {
+            panic!()
+        };
+        let (mut writer, sent) = match is_compressed {
+            true => (writer.decoding(), Bytes::from(zstd::encode_all(&*bytes, 1).unwrap())),
+            false => (*writer, bytes.clone()),
+        };
+        for piece in sent.chunks(30_000) {
+            writer.write(Bytes::copy_from_slice(piece)).await.unwrap();
+            assert_eq!(budget.held(), all.amount(), "it is written");
+        }
+        assert_eq!(writer.finish().await.unwrap(), blob);
+        assert_eq!(store.get(blob).await.unwrap(), bytes);
+    }
+    let mut new = cas.new_blob(&store.main, SHA256);
+    let bytes = noise(100_000, 7);
+    for piece in bytes.chunks(30_000) {
+        new.write(Bytes::copy_from_slice(piece)).await.unwrap();
+        assert_eq!(budget.held(), all.amount(), "it is written");
+    }
+    assert_eq!(store.get(new.finish().await.unwrap()).await.unwrap(), bytes);
+}
+
 /// BS-22, BS-29.
 #[actix::test]
 async fn bytes_that_are_not_the_announced_blob_leave_nothing_behind() {

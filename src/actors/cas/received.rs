@@ -1,0 +1,109 @@
+//! [`Received`]: the pieces of an upload that came in and are not written yet.
+//!
+//! A job on a blocking thread is not worth its start for a few bytes, so each upload collects some before it starts one. Thousands of
+//! uploads that say nothing more would keep those in memory, so all of them share a [`Budget`]. Where it has no room for the next
+//! piece, [`Received::push`] says so, and the upload writes what it has at once and waits for that. So that many uploads of one
+//! client do not come to that, each is less far behind when half of the budget is taken ([`Received::has_plenty`]).
+
+use crate::{
+    budget::{Bounds, Budget, Refusal, Share},
+    caller::Caller,
+};
+use bytes::Bytes;
+
+/// Bytes that clients sent and that are not written yet.
+pub const RECEIVED: Bounds = Bounds {
+    what: "bytes of uploads that are not written yet",
+    total: 128 * 1024 * 1024,
+    connection: 96 * 1024 * 1024,
+};
+/// What a piece takes beside its bytes: its handle, and the rest of the message that it is a part of.
+const PIECE_OVERHEAD_BYTES: u64 = 1024;
+
+/// See the top of this file.
+#[derive(Debug)]
+pub struct Received {
+    account: Option<(Budget, Caller)>,
+    pieces: Pieces,
+    bytes: usize,
+}
+
+/// Pieces, with their share of the budget.
+#[derive(Debug, Default)]
+pub struct Pieces {
+    /// The bytes.
+    pub bytes: Vec<Bytes>,
+    share: Option<Share>,
+}
+
+impl Received {
+    /// Nothing yet. What the server itself takes in is on no account.
+    pub fn new(account: Option<(Budget, Caller)>) -> Self {
+        Self { account, pieces: Pieces::default(), bytes: 0 }
+    }
+
+    /// How many bytes there are.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether this upload may be far behind: neither all uploads nor those of its connection have half of what they may.
+    pub fn has_plenty(&self) -> bool {
+        self.account.as_ref().is_none_or(|(budget, caller)| {
+            budget.held() < RECEIVED.total / 2 && budget.held_by(caller.connection) < RECEIVED.connection / 2
+        })
+    }
+
+    /// Adds a piece, unless it is empty.
+    ///
+    /// # Errors
+    /// When there is no room for it in memory. It was added all the same, and has to be written at once.
+    pub fn push(&mut self, piece: Bytes) -> Result<(), Refusal> {
+        if piece.is_empty() {
+            return Ok(());
+        }
+        let amount = piece.len() as u64 + PIECE_OVERHEAD_BYTES;
+        self.bytes = self.bytes.saturating_add(piece.len());
+        self.pieces.bytes.push(piece);
+        match (&mut self.pieces.share, &self.account) {
+            (Some(share), _) => share.grow(amount),
+            (none, Some((budget, caller))) => {
+                *none = Some(budget.take(*caller, amount)?);
+                Ok(())
+            }
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// Takes out what there is.
+    pub fn take(&mut self) -> Pieces {
+        self.bytes = 0;
+        std::mem::take(&mut self.pieces)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_counted_until_they_are_dropped_and_one_without_room_is_added_all_the_same() {
+        let budget = Budget::new(RECEIVED);
+        let caller = Caller::connected(([127, 0, 0, 1], 1).into());
+        let mut received = Received::new(Some((budget.clone(), caller)));
+        received.push(Bytes::new()).unwrap();
+        assert_eq!(budget.held(), 0);
+        received.push(Bytes::from_static(b"first")).unwrap();
+        assert_eq!(budget.held(), 5 + PIECE_OVERHEAD_BYTES);
+        assert!(received.has_plenty());
+        let others = budget.take(caller, RECEIVED.connection - budget.held()).unwrap();
+        assert!(!received.has_plenty());
+        assert!(received.push(Bytes::from_static(b"second")).is_err());
+        assert_eq!(received.bytes(), 11);
+        let pieces = received.take();
+        assert_eq!((received.bytes(), pieces.bytes.concat()), (0, b"firstsecond".to_vec()));
+        assert!(budget.held() > others.amount());
+        drop(pieces);
+        assert_eq!(budget.held(), others.amount());
+    }
+}

@@ -1,0 +1,108 @@
+//! Requests that are complete but for their end: their clients send what counts, and then nothing more.
+
+use crate::{
+    decoding::{FIND_MISSING, Raw, apart, field},
+    harness::{Bystander, assert_memory_is_bounded, connect_from, resident_memory},
+    support::{Server, eventually, sha256},
+};
+use bytes::Bytes;
+use futures::{StreamExt as _, future::join_all, stream};
+use gorego::proto::{
+    bytestream::{QueryWriteStatusRequest, WriteRequest, byte_stream_client::ByteStreamClient},
+    reapi::{
+        BatchUpdateBlobsRequest, batch_update_blobs_request,
+        content_addressable_storage_client::ContentAddressableStorageClient,
+    },
+};
+use std::{sync::Arc, time::Duration};
+use tokio::{task::JoinHandle, time::timeout};
+use tonic::{Request, Status, transport::Channel};
+
+/// Makes a call whose request is never over.
+fn call_without_end(
+    channel: Channel,
+    method: &'static str,
+    message: Vec<u8>,
+) -> JoinHandle<Result<(), Status>> {
+    tokio::spawn(async move {
+        let mut client = tonic::client::Grpc::new(channel);
+        client.ready().await.unwrap();
+        let messages = stream::iter([Bytes::from(message)]).chain(stream::pending());
+        let path = http::uri::PathAndQuery::from_static(method);
+        client.client_streaming(Request::new(messages), path, Raw).await.map(drop)
+    })
+}
+
+/// Two requests that take almost as much memory as requests may, and are held for as long as their clients like, leave room
+/// for the largest one of another peer.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_requests_without_an_end_leave_room_for_those_of_another_peer() {
+    let server = Server::start().await;
+    let bystander = Bystander::beside(&server).await;
+    let before = resident_memory(&server);
+    let hostile = connect_from("127.0.0.1", &server).await;
+    let digests = [0x12, 0].repeat(820_000);
+    let message = [field(1, &[b'a'; 13_000_000]), digests].concat();
+    let calls = [(); 2].map(|()| call_without_end(hostile.clone(), FIND_MISSING, message.clone()));
+    eventually("both are decoded", || resident_memory(&server) > before + 85_000_000).await;
+    let data = vec![7; 3_900_000];
+    let digest = Some(sha256(&data).to_wire());
+    let request = batch_update_blobs_request::Request { digest, data: data.into(), ..Default::default() };
+    let request = BatchUpdateBlobsRequest { requests: vec![request], ..Default::default() };
+    let mut other = ContentAddressableStorageClient::new(connect_from("127.0.0.2", &server).await);
+    let answer = timeout(Duration::from_secs(5), other.batch_update_blobs(request)).await;
+    let answer = answer.expect("a batch of another peer is answered").unwrap().into_inner();
+    assert_eq!(answer.responses[0].status.as_ref().unwrap().code, 0);
+    for call in calls {
+        assert!(!call.is_finished(), "the attack went on all the time");
+        call.abort();
+    }
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}
+
+/// BS-31. What was received of thousands of uploads is written when there is too much of it, even if each has sent less than a
+/// write is worth.
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_that_stop_after_their_first_message_are_not_kept_in_memory() {
+    const UPLOADS: u32 = 2_500;
+    const SENT: usize = 250_000;
+    let server = Arc::new(Server::start().await);
+    let bystander = Bystander::beside(&server).await;
+    let target = server.clone();
+    let attack = async move || {
+        let client = ByteStreamClient::new(connect_from("127.0.0.1", &target).await);
+        let data = Bytes::from(vec![7; SENT]);
+        let name = |number: u32| {
+            let digest = sha256(&number.to_le_bytes());
+            format!("uploads/c0ffee00-0000-4000-8000-{number:012x}/blobs/{}/1000000", digest.hash_hex())
+        };
+        let write = |number: u32| {
+            let message =
+                WriteRequest { resource_name: name(number), data: data.clone(), ..Default::default() };
+            let mut client = client.clone();
+            let messages = stream::iter([message]).chain(stream::pending());
+            tokio::spawn(async move { client.write(messages).await.map(drop) })
+        };
+        let writes: Vec<_> = (0..UPLOADS).map(write).collect();
+        let received = (0..UPLOADS).map(|number| {
+            let mut client = client.clone();
+            async move {
+                loop {
+                    let request = QueryWriteStatusRequest { resource_name: name(number) };
+                    let status = client.query_write_status(request).await.unwrap().into_inner();
+                    if status.committed_size == SENT as i64 {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+            }
+        });
+        let received = timeout(Duration::from_secs(100), join_all(received)).await;
+        received.expect("all uploads are received");
+        assert!(writes.iter().all(|write| !write.is_finished()), "none is refused");
+    };
+    apart(attack).await;
+    bystander.leave().await;
+    assert_memory_is_bounded(&server);
+}

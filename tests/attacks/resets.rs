@@ -149,7 +149,6 @@ async fn thousands_of_calls_that_are_begun_and_never_made_leave_others_alone() {
     .await
     .unwrap();
     bystander.leave().await;
-    eprintln!("peak {} MB", crate::harness::peak_memory(&server) / 1_000_000);
     drop(sockets);
     assert_memory_is_bounded(&server);
 }

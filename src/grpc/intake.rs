@@ -57,6 +57,9 @@ const STREAMS: [&str; 2] = ["/google.bytestream.ByteStream/Write", "/grpc.reflec
 /// How long a sender may be silent before its first message, in the middle of one, and before the end of a request that is
 /// one message.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// How long a stream may be silent between two messages until the buffer of its largest one counts as well: the library keeps it
+/// for the next message.
+const IDLE_AFTER: Duration = Duration::from_secs(1);
 /// How long a large message may wait until it is decoded.
 pub const DECODING_WAIT: Duration = Duration::from_secs(60);
 /// Messages from this size on may take more than a millisecond or so to decode.
@@ -153,16 +156,22 @@ impl RequestKind {
             return None;
         }
         let length = message.bytes.min(REQUEST_MAX_BYTES as u64);
-        let plain = match message.is_compressed {
-            true if self.is_gzip => length.saturating_mul(GZIP_RATIO_MAX).min(REQUEST_MAX_BYTES as u64),
-            true => REQUEST_MAX_BYTES as u64,
-            false => 0,
-        };
+        let plain = self.decompressed(message);
         let decoded = match self.has_lists {
             true => wire::worst_case(length.max(plain), REQUEST_MAX_MEMORY),
             false => plain,
         };
         Some(length + plain + decoded)
+    }
+
+    /// The most bytes that a compressed message can become; none of another one.
+    fn decompressed(self, message: Finished) -> u64 {
+        let most = REQUEST_MAX_BYTES as u64;
+        match message.is_compressed {
+            true if self.is_gzip => message.bytes.saturating_mul(GZIP_RATIO_MAX).min(most),
+            true => most,
+            false => 0,
+        }
     }
 }
 
@@ -178,6 +187,10 @@ struct Watched {
     kind: RequestKind,
     /// Whether a message is complete.
     is_complete: bool,
+    /// Whether bytes were handed on since the handler asked for more.
+    is_given: bool,
+    /// What the buffers for the largest message so far take.
+    largest: u64,
     /// For the bytes that were handed on and not taken, and for those of the unfinished message.
     held: Option<Share>,
     /// The end of a message that waits for its turn to be decoded.
@@ -208,6 +221,8 @@ impl Watched {
             claim,
             kind,
             is_complete: false,
+            is_given: false,
+            largest: 0,
             held: None,
             kept_back: None,
             rest: Bytes::new(),
@@ -227,12 +242,15 @@ impl Watched {
             let (taken, finished) = self.message.take(rest);
             at += taken;
             self.is_complete |= finished.is_some();
+            let buffers = finished.map_or(0, |message| message.bytes + self.kind.decompressed(message));
+            self.largest = self.largest.max(buffers);
             turn = finished.and_then(|message| self.turn(message));
             if turn.is_some() || (self.is_complete && !self.kind.is_stream) {
                 break;
             }
         }
         self.rest = data.split_off(at);
+        self.is_given = true;
         self.hold(self.held.as_ref().map_or(0, Share::amount) + data.len() as u64)?;
         if let Some(turn) = turn {
             self.kept_back = Some(KeptBack { data, ..turn });
@@ -244,7 +262,7 @@ impl Watched {
     /// The handler asks for more, so it has taken what it was given. A request of one message is held until its end, because it
     /// is answered only then.
     fn let_go(&mut self) -> Result<(), Status> {
-        if self.kind.is_stream && self.held.is_some() {
+        if self.kind.is_stream && std::mem::take(&mut self.is_given) {
             self.claim.let_go();
             return self.hold(self.message.bytes);
         }
@@ -293,6 +311,7 @@ impl Watched {
                 return Poll::Pending;
             }
         }
+        self.last = Instant::now();
         Poll::Ready(self.kept_back.take().map(|kept_back| Ok(Frame::data(kept_back.data))))
     }
 
@@ -301,9 +320,13 @@ impl Watched {
         !self.kind.is_stream || !self.is_begun || self.message.is_begun()
     }
 
-    fn poll_silence(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        let end = self.last + SILENCE_LIMIT;
+    /// Ready when nothing came for so long.
+    fn poll_silence(&mut self, context: &mut Context<'_>, limit: Duration) -> Poll<()> {
+        let end = self.last + limit;
         let silence = self.silence.get_or_insert_with(|| Box::pin(sleep_until(end)));
+        if silence.deadline() > end {
+            silence.as_mut().reset(end);
+        }
         loop {
             if silence.as_mut().poll(context).is_pending() {
                 return Poll::Pending;
@@ -354,7 +377,14 @@ impl http_body::Body for Watched {
                         }
                     }
                     Poll::Pending if self.is_waited_for() => {
-                        return self.poll_silence(context).map(|()| Some(Err(silent())));
+                        return self.poll_silence(context, SILENCE_LIMIT).map(|()| Some(Err(silent())));
+                    }
+                    Poll::Pending => {
+                        if self.poll_silence(context, IDLE_AFTER).is_ready() {
+                            let largest = self.largest;
+                            self.hold(largest)?;
+                        }
+                        return Poll::Pending;
                     }
                     other => return other,
                 }

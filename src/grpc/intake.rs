@@ -54,6 +54,8 @@ const LARGEST_CLAIM: u64 = 2 * REQUEST_MAX_BYTES as u64 + REQUEST_MAX_MEMORY;
 const GZIP_RATIO_MAX: u64 = 1_100;
 /// Requests that are a stream of messages, with pauses that their handlers judge.
 const STREAMS: [&str; 2] = ["/google.bytestream.ByteStream/Write", "/grpc.reflection."];
+/// Requests up to this size are not counted: the calls are, and a client that has used up its bound can still ask small things.
+const UNHELD_BYTES: u64 = 4 * 1024;
 /// How long a sender may be silent before its first message, in the middle of one, and before the end of a request that is
 /// one message.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(60);
@@ -187,6 +189,8 @@ struct Watched {
     kind: RequestKind,
     /// Whether a message is complete.
     is_complete: bool,
+    /// Bytes that were handed on and not taken.
+    given: u64,
     /// Whether bytes were handed on since the handler asked for more.
     is_given: bool,
     /// What the buffers for the largest message so far take.
@@ -221,6 +225,7 @@ impl Watched {
             claim,
             kind,
             is_complete: false,
+            given: 0,
             is_given: false,
             largest: 0,
             held: None,
@@ -251,7 +256,8 @@ impl Watched {
         }
         self.rest = data.split_off(at);
         self.is_given = true;
-        self.hold(self.held.as_ref().map_or(0, Share::amount) + data.len() as u64)?;
+        self.given += data.len() as u64;
+        self.hold(self.given)?;
         if let Some(turn) = turn {
             self.kept_back = Some(KeptBack { data, ..turn });
             return Ok(None);
@@ -264,13 +270,15 @@ impl Watched {
     fn let_go(&mut self) -> Result<(), Status> {
         if self.kind.is_stream && std::mem::take(&mut self.is_given) {
             self.claim.let_go();
-            return self.hold(self.message.bytes);
+            self.given = self.message.bytes;
+            return self.hold(self.given);
         }
         Ok(())
     }
 
-    /// Counts so many bytes as unfinished.
+    /// Counts so many bytes as unfinished, if they are worth it.
     fn hold(&mut self, bytes: u64) -> Result<(), Status> {
+        let bytes = if bytes > UNHELD_BYTES { bytes } else { 0 };
         match &mut self.held {
             Some(held) if bytes > held.amount() => held.grow(bytes - held.amount()).map_err(too_much),
             Some(held) => {
@@ -381,8 +389,8 @@ impl http_body::Body for Watched {
                     }
                     Poll::Pending => {
                         if self.poll_silence(context, IDLE_AFTER).is_ready() {
-                            let largest = self.largest;
-                            self.hold(largest)?;
+                            let most = self.largest.max(self.given);
+                            self.hold(most)?;
                         }
                         return Poll::Pending;
                     }
@@ -515,9 +523,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_sender_that_stops_inside_of_a_message_is_not_waited_for() {
         let budgets = IntakeLayer::default().budgets;
-        let mut body = stalled(message(100)[..50].to_vec(), &budgets);
+        let mut body = stalled(message(10_000)[..5_000].to_vec(), &budgets);
         next(&mut body).await.unwrap();
-        assert_eq!(budgets.unfinished.held(), 50);
+        assert_eq!(budgets.unfinished.held(), 5_000);
         let begin = Instant::now();
         assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
         assert_eq!(begin.elapsed().as_secs(), SILENCE_LIMIT.as_secs());
@@ -528,15 +536,17 @@ mod tests {
         let mut body = watched(nothing, &budgets);
         assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
         // Nor is one that leaves the end of a request of one message open.
-        let mut body = stalled(message(100), &budgets);
+        let mut body = stalled(message(10_000), &budgets);
         next(&mut body).await.unwrap();
         assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
-        assert_eq!(budgets.unfinished.held(), 105, "it is held until its end");
+        assert_eq!(budgets.unfinished.held(), 10_005, "it is held until its end");
+        drop(body);
         // Between two messages of a stream it may be silent: that is for the handler to judge.
-        let mut body = stalled(message(100), &budgets);
+        let mut body = stalled(message(10_000), &budgets);
         body.kind.is_stream = true;
         next(&mut body).await.unwrap();
         assert!(tokio::time::timeout(10 * SILENCE_LIMIT, next(&mut body)).await.is_err());
+        assert_eq!(budgets.unfinished.held(), 10_000, "the buffer of a silent stream");
     }
 
     #[tokio::test]
@@ -552,14 +562,14 @@ mod tests {
     #[tokio::test]
     async fn each_compressed_message_of_a_stream_has_a_claim_of_its_own_until_the_handler_asks_for_more() {
         let budgets = Budgets::default();
-        let mut compressed = message(10);
+        let mut compressed = message(5_000);
         compressed[0] = 1;
         let mut body = stalled([compressed.clone(), compressed, message(5)].concat(), &budgets);
         (body.kind.is_stream, body.kind.has_lists) = (true, false);
         for _ in 0..2 {
-            assert_eq!(next(&mut body).await.unwrap().into_data().unwrap().len(), 10 + PREFIX_BYTES);
-            assert_eq!(budgets.decoded.held(), 10 + 2 * REQUEST_MAX_BYTES as u64);
-            assert_eq!(budgets.unfinished.held(), 10 + PREFIX_BYTES as u64);
+            assert_eq!(next(&mut body).await.unwrap().into_data().unwrap().len(), 5_000 + PREFIX_BYTES);
+            assert_eq!(budgets.decoded.held(), 5_000 + 2 * REQUEST_MAX_BYTES as u64);
+            assert_eq!(budgets.unfinished.held(), 5_000 + PREFIX_BYTES as u64);
         }
         assert_eq!(next(&mut body).await.unwrap().into_data().unwrap().len(), 5 + PREFIX_BYTES);
         assert_eq!(budgets.decoded.held(), 0);
@@ -584,7 +594,7 @@ mod tests {
     async fn what_all_hold_together_is_bounded() {
         let budgets = IntakeLayer::default().budgets;
         let others = budgets.unfinished.take(Caller::default(), UNFINISHED.connection - 10).unwrap();
-        let mut body = stalled(message(100)[..50].to_vec(), &budgets);
+        let mut body = stalled(message(10_000)[..5_000].to_vec(), &budgets);
         assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::ResourceExhausted);
         drop(body);
         assert!(next(&mut stalled(message(1), &budgets)).await.is_ok());

@@ -73,15 +73,9 @@ const LABORIOUS_COMPRESSED_BYTES: u64 = 256;
 const PREFIX_BYTES: usize = 5;
 
 /// Puts an [`Intake`] before a service.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct IntakeLayer {
     budgets: Budgets,
-}
-
-impl Default for IntakeLayer {
-    fn default() -> Self {
-        Self { budgets: Budgets::default() }
-    }
 }
 
 #[derive(Debug, Clone)]

@@ -54,9 +54,14 @@ const LARGEST_CLAIM: u64 = 2 * REQUEST_MAX_BYTES as u64 + REQUEST_MAX_MEMORY;
 const GZIP_RATIO_MAX: u64 = 1_100;
 /// Requests that are a stream of messages, with pauses that their handlers judge.
 const STREAMS: [&str; 2] = ["/google.bytestream.ByteStream/Write", "/grpc.reflection."];
+/// Requests up to this size are not counted: the calls are, and a client that has used up its bound can still ask small things.
+const UNHELD_BYTES: u64 = 4 * 1024;
 /// How long a sender may be silent before its first message, in the middle of one, and before the end of a request that is
 /// one message.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// How long a stream may be silent between two messages until the buffer of its largest one counts as well: the library keeps it
+/// for the next message.
+const IDLE_AFTER: Duration = Duration::from_secs(1);
 /// How long a large message may wait until it is decoded.
 pub const DECODING_WAIT: Duration = Duration::from_secs(60);
 /// Messages from this size on may take more than a millisecond or so to decode.
@@ -68,15 +73,9 @@ const LABORIOUS_COMPRESSED_BYTES: u64 = 256;
 const PREFIX_BYTES: usize = 5;
 
 /// Puts an [`Intake`] before a service.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct IntakeLayer {
     budgets: Budgets,
-}
-
-impl Default for IntakeLayer {
-    fn default() -> Self {
-        Self { budgets: Budgets::default() }
-    }
 }
 
 #[derive(Debug, Clone)]
@@ -153,16 +152,22 @@ impl RequestKind {
             return None;
         }
         let length = message.bytes.min(REQUEST_MAX_BYTES as u64);
-        let plain = match message.is_compressed {
-            true if self.is_gzip => length.saturating_mul(GZIP_RATIO_MAX).min(REQUEST_MAX_BYTES as u64),
-            true => REQUEST_MAX_BYTES as u64,
-            false => 0,
-        };
+        let plain = self.decompressed(message);
         let decoded = match self.has_lists {
             true => wire::worst_case(length.max(plain), REQUEST_MAX_MEMORY),
             false => plain,
         };
         Some(length + plain + decoded)
+    }
+
+    /// The most bytes that a compressed message can become; none of another one.
+    fn decompressed(self, message: Finished) -> u64 {
+        let most = REQUEST_MAX_BYTES as u64;
+        match message.is_compressed {
+            true if self.is_gzip => message.bytes.saturating_mul(GZIP_RATIO_MAX).min(most),
+            true => most,
+            false => 0,
+        }
     }
 }
 
@@ -178,6 +183,12 @@ struct Watched {
     kind: RequestKind,
     /// Whether a message is complete.
     is_complete: bool,
+    /// Bytes that were handed on and not taken.
+    given: u64,
+    /// Whether bytes were handed on since the handler asked for more.
+    is_given: bool,
+    /// What the buffers for the largest message so far take.
+    largest: u64,
     /// For the bytes that were handed on and not taken, and for those of the unfinished message.
     held: Option<Share>,
     /// The end of a message that waits for its turn to be decoded.
@@ -208,6 +219,9 @@ impl Watched {
             claim,
             kind,
             is_complete: false,
+            given: 0,
+            is_given: false,
+            largest: 0,
             held: None,
             kept_back: None,
             rest: Bytes::new(),
@@ -227,13 +241,17 @@ impl Watched {
             let (taken, finished) = self.message.take(rest);
             at += taken;
             self.is_complete |= finished.is_some();
+            let buffers = finished.map_or(0, |message| message.bytes + self.kind.decompressed(message));
+            self.largest = self.largest.max(buffers);
             turn = finished.and_then(|message| self.turn(message));
             if turn.is_some() || (self.is_complete && !self.kind.is_stream) {
                 break;
             }
         }
         self.rest = data.split_off(at);
-        self.hold(self.held.as_ref().map_or(0, Share::amount) + data.len() as u64)?;
+        self.is_given = true;
+        self.given += data.len() as u64;
+        self.hold(self.given)?;
         if let Some(turn) = turn {
             self.kept_back = Some(KeptBack { data, ..turn });
             return Ok(None);
@@ -244,15 +262,17 @@ impl Watched {
     /// The handler asks for more, so it has taken what it was given. A request of one message is held until its end, because it
     /// is answered only then.
     fn let_go(&mut self) -> Result<(), Status> {
-        if self.kind.is_stream && self.held.is_some() {
+        if self.kind.is_stream && std::mem::take(&mut self.is_given) {
             self.claim.let_go();
-            return self.hold(self.message.bytes);
+            self.given = self.message.bytes;
+            return self.hold(self.given);
         }
         Ok(())
     }
 
-    /// Counts so many bytes as unfinished.
+    /// Counts so many bytes as unfinished, if they are worth it.
     fn hold(&mut self, bytes: u64) -> Result<(), Status> {
+        let bytes = if bytes > UNHELD_BYTES { bytes } else { 0 };
         match &mut self.held {
             Some(held) if bytes > held.amount() => held.grow(bytes - held.amount()).map_err(too_much),
             Some(held) => {
@@ -293,6 +313,7 @@ impl Watched {
                 return Poll::Pending;
             }
         }
+        self.last = Instant::now();
         Poll::Ready(self.kept_back.take().map(|kept_back| Ok(Frame::data(kept_back.data))))
     }
 
@@ -301,9 +322,13 @@ impl Watched {
         !self.kind.is_stream || !self.is_begun || self.message.is_begun()
     }
 
-    fn poll_silence(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        let end = self.last + SILENCE_LIMIT;
+    /// Ready when nothing came for so long.
+    fn poll_silence(&mut self, context: &mut Context<'_>, limit: Duration) -> Poll<()> {
+        let end = self.last + limit;
         let silence = self.silence.get_or_insert_with(|| Box::pin(sleep_until(end)));
+        if silence.deadline() > end {
+            silence.as_mut().reset(end);
+        }
         loop {
             if silence.as_mut().poll(context).is_pending() {
                 return Poll::Pending;
@@ -354,7 +379,14 @@ impl http_body::Body for Watched {
                         }
                     }
                     Poll::Pending if self.is_waited_for() => {
-                        return self.poll_silence(context).map(|()| Some(Err(silent())));
+                        return self.poll_silence(context, SILENCE_LIMIT).map(|()| Some(Err(silent())));
+                    }
+                    Poll::Pending => {
+                        if self.poll_silence(context, IDLE_AFTER).is_ready() {
+                            let most = self.largest.max(self.given);
+                            self.hold(most)?;
+                        }
+                        return Poll::Pending;
                     }
                     other => return other,
                 }
@@ -485,9 +517,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_sender_that_stops_inside_of_a_message_is_not_waited_for() {
         let budgets = IntakeLayer::default().budgets;
-        let mut body = stalled(message(100)[..50].to_vec(), &budgets);
+        let mut body = stalled(message(10_000)[..5_000].to_vec(), &budgets);
         next(&mut body).await.unwrap();
-        assert_eq!(budgets.unfinished.held(), 50);
+        assert_eq!(budgets.unfinished.held(), 5_000);
         let begin = Instant::now();
         assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
         assert_eq!(begin.elapsed().as_secs(), SILENCE_LIMIT.as_secs());
@@ -498,15 +530,17 @@ mod tests {
         let mut body = watched(nothing, &budgets);
         assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
         // Nor is one that leaves the end of a request of one message open.
-        let mut body = stalled(message(100), &budgets);
+        let mut body = stalled(message(10_000), &budgets);
         next(&mut body).await.unwrap();
         assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
-        assert_eq!(budgets.unfinished.held(), 105, "it is held until its end");
+        assert_eq!(budgets.unfinished.held(), 10_005, "it is held until its end");
+        drop(body);
         // Between two messages of a stream it may be silent: that is for the handler to judge.
-        let mut body = stalled(message(100), &budgets);
+        let mut body = stalled(message(10_000), &budgets);
         body.kind.is_stream = true;
         next(&mut body).await.unwrap();
         assert!(tokio::time::timeout(10 * SILENCE_LIMIT, next(&mut body)).await.is_err());
+        assert_eq!(budgets.unfinished.held(), 10_000, "the buffer of a silent stream");
     }
 
     #[tokio::test]
@@ -522,14 +556,14 @@ mod tests {
     #[tokio::test]
     async fn each_compressed_message_of_a_stream_has_a_claim_of_its_own_until_the_handler_asks_for_more() {
         let budgets = Budgets::default();
-        let mut compressed = message(10);
+        let mut compressed = message(5_000);
         compressed[0] = 1;
         let mut body = stalled([compressed.clone(), compressed, message(5)].concat(), &budgets);
         (body.kind.is_stream, body.kind.has_lists) = (true, false);
         for _ in 0..2 {
-            assert_eq!(next(&mut body).await.unwrap().into_data().unwrap().len(), 10 + PREFIX_BYTES);
-            assert_eq!(budgets.decoded.held(), 10 + 2 * REQUEST_MAX_BYTES as u64);
-            assert_eq!(budgets.unfinished.held(), 10 + PREFIX_BYTES as u64);
+            assert_eq!(next(&mut body).await.unwrap().into_data().unwrap().len(), 5_000 + PREFIX_BYTES);
+            assert_eq!(budgets.decoded.held(), 5_000 + 2 * REQUEST_MAX_BYTES as u64);
+            assert_eq!(budgets.unfinished.held(), 5_000 + PREFIX_BYTES as u64);
         }
         assert_eq!(next(&mut body).await.unwrap().into_data().unwrap().len(), 5 + PREFIX_BYTES);
         assert_eq!(budgets.decoded.held(), 0);
@@ -554,7 +588,7 @@ mod tests {
     async fn what_all_hold_together_is_bounded() {
         let budgets = IntakeLayer::default().budgets;
         let others = budgets.unfinished.take(Caller::default(), UNFINISHED.connection - 10).unwrap();
-        let mut body = stalled(message(100)[..50].to_vec(), &budgets);
+        let mut body = stalled(message(10_000)[..5_000].to_vec(), &budgets);
         assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::ResourceExhausted);
         drop(body);
         assert!(next(&mut stalled(message(1), &budgets)).await.is_ok());

@@ -409,7 +409,8 @@ mod tests {
 
     #[test]
     fn the_head_of_a_frame_says_what_it_takes() {
-        let none = |head: &[u8]| assert_eq!(Decoder::memory(head, u64::MAX), DECODER_BYTES + WINDOW_MAX_BYTES);
+        let none =
+            |head: &[u8]| assert_eq!(Decoder::memory(head, u64::MAX), DECODER_BYTES + WINDOW_MAX_BYTES);
         for log in [17, 21, WINDOW_MAX_LOG] {
             let stream = with_window(&vec![7; 300_000], log);
             assert_eq!(window(&stream), Some(1 << log));

@@ -62,7 +62,12 @@ where
     fn call(&mut self, request: Request<TonicBody>) -> Self::Future {
         let call = request.extensions().get::<Call>().cloned().unwrap_or_default();
         match Place::take(&call, &request) {
-            Ok(place) => AnswerFuture { inner: Some(self.inner.call(request)), call, place: Some(place), refused: None },
+            Ok(place) => AnswerFuture {
+                inner: Some(self.inner.call(request)),
+                call,
+                place: Some(place),
+                refused: None,
+            },
             Err(refusal) => {
                 let status = crate::error::Error::from(refusal).into();
                 AnswerFuture { inner: None, call, place: None, refused: Some(status) }

@@ -39,10 +39,7 @@ use std::{
     path::Path,
     sync::{Arc, atomic::Ordering},
 };
-use tokio::{
-    sync::oneshot,
-    task::JoinHandle,
-};
+use tokio::{sync::oneshot, task::JoinHandle};
 
 /// A job is not worth its start for less, while more is to come.
 const JOB_BYTES: usize = 256 * 1024;

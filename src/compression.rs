@@ -14,7 +14,7 @@ mod decoder;
 mod encoder;
 mod seek_table;
 
-pub use decoder::{Decoder, WINDOW_MAX_LOG, decode_all, is_frame_magic};
+pub use decoder::{DECODER_BYTES, Decoder, WINDOW_MAX_LOG, decode_all, is_frame_magic};
 pub use encoder::{Encoder, stored_frame};
 pub use seek_table::{SeekTable, TABLE_END_BYTES};
 

@@ -34,6 +34,10 @@ pub const CONNECTIONS_MAX: u64 = 8_192;
 pub const CONNECTIONS_PER_DESCRIPTOR: u64 = 8;
 /// Calls at a time over all connections, where there are descriptors enough: each may hold a file open.
 pub const CALLS_MAX: u64 = 65_536;
+/// Memory for the heads of calls that are larger than usual: those of thousands of calls that carry a long token. One that
+/// is within the limit of the HTTP/2 library can take 200 KB.
+pub const HEADS: Bounds =
+    Bounds { what: "bytes of large headers", total: 128 * 1024 * 1024, connection: 48 * 1024 * 1024 };
 /// Of the descriptors of this process, the part that calls may take.
 pub const CALLS_PER_DESCRIPTOR: u64 = 2;
 /// How long a new connection may take to send its first request. Clients that preconnect simply reconnect.
@@ -74,6 +78,7 @@ struct Inner {
     clock: Clock,
     places: Budget,
     calls: Budget,
+    heads: Budget,
     answers: Budget,
     books: Mutex<Books>,
 }
@@ -115,6 +120,7 @@ impl Connections {
             clock: Clock(Instant::now()),
             places: Budget::new(places),
             calls: Budget::new(calls),
+            heads: Budget::new(HEADS),
             answers: Budget::new(answers::ANSWERS),
             books: Mutex::default(),
         }))
@@ -123,6 +129,11 @@ impl Connections {
     /// The calls under way.
     pub fn calls(&self) -> &Budget {
         &self.0.calls
+    }
+
+    /// Memory for the large heads of calls under way.
+    pub fn heads(&self) -> &Budget {
+        &self.0.heads
     }
 
     /// Lets a new connection in; `None` when it has to be refused.

@@ -12,6 +12,7 @@ mod action_cache;
 pub mod blob;
 pub mod chunks;
 pub mod client;
+pub mod decoders;
 mod decoding;
 mod files;
 mod guards;
@@ -109,8 +110,8 @@ pub(crate) struct Shared {
     decoded: Budget,
     /// Large trees that may be walked at the same time.
     large_trees: Semaphore,
-    /// Compressed uploads that may be decoded at the same time.
-    decoders: Arc<Semaphore>,
+    /// Memory for the decoders of compressed uploads.
+    decoders: Budget,
     /// Splits and splices; nothing in it says what is stored.
     chunk_work: ChunkWork,
     /// The right to relieve the disk.
@@ -175,7 +176,7 @@ impl CasActor {
             received: Budget::new(received::RECEIVED),
             decoded: Budget::new(settings::DECODED),
             large_trees: Semaphore::new(settings::LARGE_TREES_MAX),
-            decoders: Arc::new(Semaphore::new(settings::DECODERS_MAX)),
+            decoders: Budget::new(decoders::DECODERS),
             chunk_work: ChunkWork::default(),
             relief_turn: tokio::sync::Mutex::default(),
             settings,

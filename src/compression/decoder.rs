@@ -1,18 +1,32 @@
 //! [`Decoder`]: the zstd stream of an upload, which may be anything.
 //!
 //! Invariants: no more bytes come out than the limit, and the first one too many is an error, so a bomb stops there. Memory
-//! is a window of at most 8 MiB and one piece, whatever the frames ask for. Every call ends: it does work in proportion to
+//! is a window of at most 8 MiB and one piece, whatever the frames ask for; a decoder that has room of its own
+//! ([`Decoder::within`]) takes no more than that, and looks at the head of each frame before the library does. Every call ends: it does work in proportion to
 //! its input and to what that yields, and input that yields nothing is bounded ([`BARREN_MAX_BYTES`]).
 //!
 //! Only frames of today's format and skippable ones are taken; the library would also read those of versions before 1.0,
 //! whose decoders nobody looks after.
 
 use super::PIECE_BYTES;
-use crate::error::{Error, Result};
+use crate::{
+    budget::Share,
+    error::{Error, Result},
+    memory,
+};
 use zstd::stream::raw::{DParameter, Decoder as Context, Operation as _};
 
 /// Logarithm of the largest window: 8 MiB, which every decoder has to grant and which is all that clients' levels use.
 pub const WINDOW_MAX_LOG: u32 = 23;
+
+/// That many bytes.
+const WINDOW_MAX_BYTES: u64 = 1 << WINDOW_MAX_LOG;
+
+/// What a decoder takes beside its window: its tables, a piece, and two blocks on their way in and out; rounded up.
+pub const DECODER_BYTES: u64 = 1024 * 1024;
+
+/// Longest head of a frame, without its last field where that says nothing new: magic number, descriptor, dictionary, size.
+const HEAD_MAX_BYTES: usize = 4 + 1 + 4 + 8;
 
 /// Input in a row that yields nothing. A block yields something after 128 KiB and a few bytes; only skippable and empty
 /// frames go on without, and nobody needs so many.
@@ -30,6 +44,29 @@ pub fn is_frame_magic(magic: [u8; 4]) -> bool {
     magic == FRAME_MAGIC || (first & 0xF0 == skippable && rest == after)
 }
 
+/// The window that a frame needs which begins with these bytes; `None` where they do not say, because there are too few or it is
+/// a skippable frame (RFC 8878, 3.1.1.1).
+fn window(head: &[u8]) -> Option<u64> {
+    let (magic, head) = head.split_first_chunk::<4>()?;
+    let (&descriptor, head) = head.split_first()?;
+    if *magic != FRAME_MAGIC {
+        return None;
+    }
+    let is_single_segment = descriptor & 0x20 != 0;
+    if !is_single_segment {
+        let &window = head.first()?;
+        let (exponent, mantissa) = (window >> 3, u64::from(window & 7));
+        let base = 1u64 << (10 + exponent);
+        return Some(base + base / 8 * mantissa);
+    }
+    // The content is the window. Its size comes after the number of the dictionary.
+    let dictionary = [0, 1, 2, 4].get(usize::from(descriptor & 3))?;
+    let length = 1 << (descriptor >> 6);
+    let size = head.get(*dictionary..*dictionary + length)?;
+    let value = size.iter().rev().fold(0u64, |value, &byte| value << 8 | u64::from(byte));
+    Some(if length == 2 { value + 256 } else { value })
+}
+
 /// Decodes one stream of frames, in whatever pieces it comes; see the top of this file.
 pub struct Decoder {
     context: Context<'static>,
@@ -39,9 +76,11 @@ pub struct Decoder {
     barren: usize,
     /// Between two frames, or before the first.
     at_boundary: bool,
-    /// How much of the current frame's magic number was seen, and what it was.
-    magic_seen: usize,
-    magic: [u8; 4],
+    /// How much of the current frame's head was seen, and what it was.
+    head_seen: usize,
+    head: [u8; HEAD_MAX_BYTES],
+    /// What it may take; `None` when nobody counts that.
+    room: Option<Share>,
 }
 
 impl Decoder {
@@ -59,9 +98,28 @@ impl Decoder {
             produced: 0,
             barren: 0,
             at_boundary: true,
-            magic_seen: 0,
-            magic: [0; 4],
+            head_seen: 0,
+            head: [0; HEAD_MAX_BYTES],
+            room: None,
         })
+    }
+
+    /// What it takes to decode a stream that begins with these bytes and stands for at most `limit` bytes; the most where they
+    /// do not say. A window is filled by what comes out, so no more of it is used than that.
+    pub fn memory(head: &[u8], limit: u64) -> u64 {
+        DECODER_BYTES + window(head).unwrap_or(WINDOW_MAX_BYTES).min(WINDOW_MAX_BYTES).min(limit)
+    }
+
+    /// The same decoder with this room.
+    #[must_use]
+    pub fn within(mut self, room: Share) -> Self {
+        self.hold(room);
+        self
+    }
+
+    /// Takes this as the room that it has. A frame that needs more takes more from the same budget.
+    pub fn hold(&mut self, room: Share) {
+        self.room = Some(room);
     }
 
     /// Bytes that came out so far.
@@ -72,7 +130,8 @@ impl Decoder {
     /// Decodes the next bytes of the stream completely and hands over what comes out, in pieces that are never empty.
     ///
     /// # Errors
-    /// `Invalid` when the bytes are no zstd stream, want a larger window or yield more than the limit; those of `take`. The
+    /// `Invalid` when the bytes are no zstd stream, want a larger window or yield more than the limit; `Exhausted` when there is no room
+    /// for a later frame's larger window; those of `take`. The
     /// decoder is of no more use then.
     pub fn decode(&mut self, mut input: &[u8], mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         while let Some(piece) = self.next(&mut input)? {
@@ -91,7 +150,7 @@ impl Decoder {
             if input.is_empty() && self.at_boundary {
                 return Ok(None);
             }
-            self.check_magic(input)?;
+            self.check_head(input)?;
             // Room for one byte more than may come: that it comes is how too much is noticed.
             let left = self.limit - self.produced;
             let room =
@@ -114,10 +173,10 @@ impl Decoder {
             }
             self.produced += written;
             self.count_barren(status.bytes_read, status.bytes_written)?;
-            self.magic_seen = (self.magic_seen + status.bytes_read).min(4);
+            self.head_seen = self.head_seen.saturating_add(status.bytes_read).min(HEAD_MAX_BYTES);
             self.at_boundary = status.remaining == 0;
             if self.at_boundary {
-                self.magic_seen = 0;
+                self.head_seen = 0;
             }
             if written > 0 {
                 break status.bytes_written;
@@ -140,22 +199,28 @@ impl Decoder {
         )))
     }
 
-    /// Looks at the bytes that say what kind of frame begins here, of which there may be only some yet.
-    fn check_magic(&mut self, input: &[u8]) -> Result<()> {
-        let mut seen = self.magic_seen;
-        for &byte in input.iter().take(4 - seen) {
-            if let Some(place) = self.magic.get_mut(seen) {
-                *place = byte;
-            }
+    /// Looks at the bytes that say what kind of frame begins here, of which there may be only some yet, and what it takes.
+    fn check_head(&mut self, input: &[u8]) -> Result<()> {
+        let mut seen = self.head_seen;
+        for (place, &byte) in self.head.iter_mut().skip(seen).zip(input) {
+            *place = byte;
             seen += 1;
         }
-        let mut first = self.magic;
-        first[0] &= 0xF0;
-        let begins = |magic: &[u8; 4], with: &[u8; 4]| magic.iter().zip(with).take(seen).all(|(a, b)| a == b);
-        if begins(&self.magic, &FRAME_MAGIC) || begins(&first, &SKIPPABLE_MAGIC) {
-            return Ok(());
+        let head = self.head.get(..seen).unwrap_or_default();
+        let begins = |with: [u8; 4], mask: u8| {
+            let masks = [mask, 0xFF, 0xFF, 0xFF];
+            head.iter().zip(with).zip(masks).all(|((byte, with), mask)| byte & mask == with)
+        };
+        if !begins(FRAME_MAGIC, 0xFF) && !begins(SKIPPABLE_MAGIC, 0xF0) {
+            return Err(self.garbage(&"no frame begins here"));
         }
-        Err(self.garbage(&"no frame begins here"))
+        if let (Some(room), Some(_)) = (&mut self.room, window(head)) {
+            let needed = Self::memory(head, self.limit);
+            if needed > room.amount() {
+                room.grow(needed - room.amount())?;
+            }
+        }
+        Ok(())
     }
 
     fn count_barren(&mut self, read: usize, written: usize) -> Result<()> {
@@ -171,6 +236,12 @@ impl Decoder {
             "the zstd stream is not valid after {} decoded bytes: {problem}",
             self.produced
         ))
+    }
+}
+
+impl Drop for Decoder {
+    fn drop(&mut self) {
+        memory::freed(self.room.as_ref().map_or(0, Share::amount));
     }
 }
 
@@ -201,7 +272,11 @@ pub fn decode_all(stream: &[u8], limit: u64) -> Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compression::{Encoder, stored_frame};
+    use crate::{
+        budget::{Bounds, Budget},
+        caller::Caller,
+        compression::{Encoder, stored_frame},
+    };
     use proptest::prelude::*;
 
     fn pack(plain: &[u8], level: i32) -> Vec<u8> {
@@ -322,6 +397,59 @@ mod tests {
             let outcome = decode_all(&encoder.finish().unwrap(), noise.len() as u64);
             assert_eq!(outcome.is_ok_and(|bytes| bytes == noise), fits, "{log}");
         }
+    }
+
+    /// A stream as clients make it that do not know how long it gets, with this window.
+    fn with_window(plain: &[u8], log: u32) -> Vec<u8> {
+        let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(log).unwrap();
+        std::io::Write::write_all(&mut encoder, plain).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn the_head_of_a_frame_says_what_it_takes() {
+        let none =
+            |head: &[u8]| assert_eq!(Decoder::memory(head, u64::MAX), DECODER_BYTES + WINDOW_MAX_BYTES);
+        for log in [17, 21, WINDOW_MAX_LOG] {
+            let stream = with_window(&vec![7; 300_000], log);
+            assert_eq!(window(&stream), Some(1 << log));
+            assert_eq!(Decoder::memory(&stream, u64::MAX), DECODER_BYTES + (1 << log));
+            assert_eq!(Decoder::memory(&stream, 1_000), DECODER_BYTES + 1_000);
+            none(&stream[..5]);
+        }
+        for size in [0, 1, 255, 256, 257, 65_791, 65_792, 1_000_000] {
+            let frame = zstd::bulk::compress(&vec![7; size], 1).unwrap();
+            let is_single_segment = frame[4] & 0x20 != 0;
+            assert!(!is_single_segment || window(&frame) == Some(size as u64), "{size}");
+            assert!(window(&frame).is_some_and(|window| window >= 1 << 10 || is_single_segment));
+        }
+        none(&skippable(100));
+        none(b"");
+        // As large as it can be said; and what nobody has sent for a single segment of more than 2^63 bytes.
+        assert_eq!(window(&[&FRAME_MAGIC[..], &[0, 0xFF]].concat()), Some((1 << 41) / 8 * 15));
+        assert_eq!(window(&[&FRAME_MAGIC[..], &[0xE0], &[0xFF; 8]].concat()), Some(u64::MAX));
+    }
+
+    #[test]
+    fn a_later_frame_with_a_larger_window_takes_more_room_before_it_is_decoded() {
+        let bounds = Bounds { what: "bytes", total: 1 << 30, connection: DECODER_BYTES + (1 << 22) };
+        let budget = Budget::new(bounds);
+        let caller = Caller::connected(([127, 0, 0, 1], 1).into());
+        let plain = vec![7; 100_000];
+        let frames = [20, 18, 22, 23].map(|log| with_window(&plain, log));
+        let room = budget.take(caller, Decoder::memory(&frames[0], u64::MAX)).unwrap();
+        let mut decoder = Decoder::new(u64::MAX).unwrap().within(room);
+        for (frame, log) in frames.iter().zip([20, 20, 22]) {
+            for piece in frame.chunks(3) {
+                decoder.decode(piece, |_| Ok(())).unwrap();
+            }
+            assert_eq!(budget.held(), DECODER_BYTES + (1 << log));
+        }
+        let refused = decoder.decode(&frames[3], |_| Ok(())).unwrap_err();
+        assert!(matches!(refused, Error::Exhausted { .. }), "{refused}");
+        drop(decoder);
+        assert_eq!(budget.held(), 0);
     }
 
     #[test]

@@ -2,17 +2,18 @@
 //!
 //! Handlers reserve room before they make what is large ([`Call::reserve`]). Here the room goes over to the frame. A frame for
 //! which nothing was reserved waits for room, or is refused where it is too large to be kept waiting. The number of calls is
-//! bounded here as well, because each one costs memory before it is answered.
+//! bounded here as well, and so is the memory for their heads, because each one costs memory before it is answered.
 
 use super::request_log::Call;
 use crate::{
-    budget::Share,
+    budget::{Refusal, Share},
     connections::answers::{FRAME_BYTES, reserve_owned},
     error::Result,
+    memory,
 };
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt as _};
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use std::{
     pin::Pin,
@@ -23,6 +24,10 @@ use tower::{Layer, Service};
 
 /// The largest frame that waits for room after it was made: a piece of a log stream, of which only so many are read at a time.
 const UNRESERVED_MAX_BYTES: usize = 256 * 1024;
+/// What a header field takes in memory beside its name and its value.
+const FIELD_BYTES: u64 = 110;
+/// Heads up to this size are not counted. Those of build clients take about 1.5 KB; with a token, a few KB.
+const UNCOUNTED_HEAD_BYTES: u64 = 2 * 1024;
 
 /// Puts an [`AnswerService`] before a service.
 #[derive(Debug, Clone, Copy, Default)]
@@ -56,9 +61,13 @@ where
 
     fn call(&mut self, request: Request<TonicBody>) -> Self::Future {
         let call = request.extensions().get::<Call>().cloned().unwrap_or_default();
-        let place = call.connection().map(|info| info.connections.calls().take(info.caller(), 1)).transpose();
-        match place {
-            Ok(place) => AnswerFuture { inner: Some(self.inner.call(request)), call, place, refused: None },
+        match Place::take(&call, &request) {
+            Ok(place) => AnswerFuture {
+                inner: Some(self.inner.call(request)),
+                call,
+                place: Some(place),
+                refused: None,
+            },
             Err(refusal) => {
                 let status = crate::error::Error::from(refusal).into();
                 AnswerFuture { inner: None, call, place: None, refused: Some(status) }
@@ -67,13 +76,50 @@ where
     }
 }
 
+/// What a call holds from its first byte to the last one of its answer.
+#[derive(Debug)]
+struct Place {
+    /// `None` for a call that does not come from a socket.
+    _call: Option<Share>,
+    /// `None` for a head of the usual size.
+    head: Option<Share>,
+}
+
+impl Place {
+    fn take(call: &Call, request: &Request<TonicBody>) -> Result<Self, Refusal> {
+        let Some(info) = call.connection() else { return Ok(Self { _call: None, head: None }) };
+        let (caller, bytes) = (info.caller(), head_bytes(request));
+        let place = info.connections.calls().take(caller, 1)?;
+        if bytes <= UNCOUNTED_HEAD_BYTES {
+            return Ok(Self { _call: Some(place), head: None });
+        }
+        let head = info.connections.heads().take(caller, bytes).inspect_err(|_| memory::freed(bytes))?;
+        Ok(Self { _call: Some(place), head: Some(head) })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        memory::freed(self.head.as_ref().map_or(0, Share::amount));
+    }
+}
+
+/// What the head of a request takes in memory.
+fn head_bytes<B>(request: &Request<B>) -> u64 {
+    let field = |(name, value): (&HeaderName, &HeaderValue)| {
+        FIELD_BYTES + name.as_str().len() as u64 + value.len() as u64
+    };
+    let path = request.uri().path_and_query().map_or(0, |path| path.as_str().len() as u64);
+    path + request.headers().iter().map(field).sum::<u64>()
+}
+
 pin_project_lite::pin_project! {
     /// The future of an [`AnswerService`] call.
     pub struct AnswerFuture<F> {
         #[pin]
         inner: Option<F>,
         call: Call,
-        place: Option<Share>,
+        place: Option<Place>,
         refused: Option<Status>,
     }
 }
@@ -108,7 +154,7 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: Option<B>,
         call: Call,
-        _place: Option<Share>,
+        _place: Option<Place>,
         waiting: Option<Waiting>,
     }
 }

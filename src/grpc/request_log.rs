@@ -26,7 +26,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
     time::Instant,
@@ -60,6 +60,8 @@ struct State {
     room: Mutex<Option<Share>>,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
+    /// Whether the client went away before the end of its request.
+    is_broken_off: AtomicBool,
     /// What a shutdown waits for; `None` for what clients keep open. It ends with the line.
     unfinished: Option<Unfinished>,
 }
@@ -401,10 +403,13 @@ impl Body for CountedBody {
             return Poll::Pending;
         };
         this.call.turn(Unfinished::client_moved);
-        if let Some(Ok(frame)) = &frame
-            && let Some(data) = frame.data_ref()
-        {
-            this.call.0.bytes_in.fetch_add(data.len() as u64, Ordering::Relaxed);
+        match &frame {
+            Some(Ok(frame)) => {
+                let bytes = frame.data_ref().map_or(0, Bytes::len);
+                this.call.0.bytes_in.fetch_add(bytes as u64, Ordering::Relaxed);
+            }
+            Some(Err(_)) => this.call.0.is_broken_off.store(true, Ordering::Relaxed),
+            None => {}
         }
         Poll::Ready(frame)
     }

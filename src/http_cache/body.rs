@@ -4,7 +4,9 @@
 
 use super::request_log::Line;
 use crate::{
-    actors::cas::{blob::BlobReader, new_blob::NewBlob, zstd_reader::ZstdReader},
+    actors::cas::{blob::BlobReader, decoders, new_blob::NewBlob, zstd_reader::ZstdReader},
+    budget::Budget,
+    caller::Caller,
     compression::Decoder,
     connections::{ConnectionState, answers::FRAME_BYTES},
     error::{Error, Result},
@@ -79,6 +81,8 @@ pub fn accepts_zstd(headers: &HeaderMap) -> bool {
 pub struct Upload {
     body: axum::body::BodyDataStream,
     decoder: Option<Decoder>,
+    /// Where the decoder gets its room; `None` when it has it.
+    decoders: Option<(Budget, Caller)>,
     /// Bytes as they came, still to be decoded.
     raw: Bytes,
     left: u64,
@@ -86,12 +90,13 @@ pub struct Upload {
 }
 
 impl Upload {
-    /// The upload of a request, which may decode to `max` bytes.
+    /// The upload of a request, which may decode to `max` bytes. If it is compressed, its decoder takes room in `decoders`.
     ///
     /// # Errors
     /// `Unimplemented` for an encoding that is not known; `OutOfRange` when it says that it is larger.
-    pub fn new(request: Request, max: u64) -> Result<Self> {
+    pub fn new(request: Request, max: u64, decoders: &Budget) -> Result<Self> {
         let (parts, body) = request.into_parts();
+        let caller = parts.extensions.get().copied().unwrap_or_default();
         let encodings: Vec<&str> = (parts.headers.get_all(header::CONTENT_ENCODING).into_iter())
             .flat_map(|value| value.to_str().unwrap_or("?").split(','))
             .map(str::trim)
@@ -112,14 +117,15 @@ impl Upload {
         if decoder.is_none() && length.is_some_and(|length: u64| length > max) {
             return Err(too_large(max));
         }
-        Ok(Self { body: body.into_data_stream(), decoder, raw: Bytes::new(), left: max, max })
+        let decoders = Some((decoders.clone(), caller));
+        Ok(Self { body: body.into_data_stream(), decoder, decoders, raw: Bytes::new(), left: max, max })
     }
 
     /// The next bytes, `None` at the end.
     ///
     /// # Errors
     /// `Invalid` when they do not decode or end early; `OutOfRange` when there are too many; `DeadlineExceeded` when none
-    /// come.
+    /// come; `Exhausted` when there is no room to decode them for too long.
     pub async fn next(&mut self, line: &mut Line) -> Result<Option<Bytes>> {
         loop {
             if let Some(piece) = self.decode()? {
@@ -134,6 +140,7 @@ impl Upload {
                 Some(Ok(bytes)) => {
                     line.received(bytes.len());
                     self.raw = bytes;
+                    self.make_room().await?;
                 }
                 Some(Err(error)) => return Err(Error::Invalid(format!("the upload broke off: {error}"))),
                 None => {
@@ -142,6 +149,14 @@ impl Upload {
                 }
             }
         }
+    }
+
+    /// Waits for the room that the decoder needs, before it gets its first bytes.
+    async fn make_room(&mut self) -> Result<()> {
+        let Some(decoder) = &mut self.decoder else { return Ok(()) };
+        let Some((decoders, caller)) = self.decoders.take_if(|_| !self.raw.is_empty()) else { return Ok(()) };
+        decoder.hold(decoders::room(&decoders, caller, &self.raw, self.max).await?);
+        Ok(())
     }
 
     /// What can be made of the bytes at hand; `None` when more are needed.
@@ -209,7 +224,8 @@ mod tests {
         let connection = admitted.state().clone();
         let mut line =
             Line::new(&connection, &Method::PUT, &Uri::from_static("/"), UnderWay::default().begin());
-        runtime.block_on(async { Upload::new(request, max)?.collect(&mut line, |_| Ok(())).await })
+        let decoders = Budget::new(decoders::DECODERS);
+        runtime.block_on(async { Upload::new(request, max, &decoders)?.collect(&mut line, |_| Ok(())).await })
     }
 
     #[test]

@@ -43,6 +43,9 @@ use tokio::{
 
 /// How long a client may take for the head of a request, counted from the answer before: idle connections end by it too.
 const HEAD_LIMIT: Duration = Duration::from_secs(60);
+/// Bytes of a connection that are read ahead, which bounds the head of a request too; browsers and proxies stop far below. Bodies of
+/// any size pass through it.
+const READ_MAX_BYTES: usize = 64 * 1024;
 /// How long a client may leave what we send unread before the kernel gives the connection up.
 const UNREAD_LIMIT: Duration = Duration::from_secs(60);
 /// How long the rest of a request is thrown away that was answered before its end. Closing at once would reset the
@@ -126,6 +129,7 @@ async fn serve_one(
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)
+        .max_buf_size(READ_MAX_BYTES)
         .serve_connection(TokioIo::new(Prompt::new(stream)), service);
     // What went wrong is in the line of the request, if there was one.
     let closing = async { drop(closing.wait_for(|closing| *closing).await) };
@@ -218,6 +222,15 @@ mod tests {
         let (mut client, _closing) = connect().await;
         client.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
         assert!(rest(&mut client).await.starts_with("HTTP/1.1 400"));
+    }
+
+    #[tokio::test]
+    async fn a_head_without_an_end_is_refused() {
+        let (mut client, _closing) = connect().await;
+        let head = format!("GET / HTTP/1.1\r\nhost: x\r\nx-long: {}", "a".repeat(READ_MAX_BYTES));
+        client.write_all(head.as_bytes()).await.unwrap();
+        let answer = rest(&mut client).await;
+        assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
     }
 
     #[tokio::test]

@@ -39,7 +39,7 @@ pub async fn properties(
 ) -> Result<Response> {
     let is_collection = is_collection(key);
     let depth = Depth::of(request.headers())?;
-    let body = Upload::new(request, MAX_BODY_BYTES)?.collect(line, |_| Ok(())).await;
+    let body = Upload::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.collect(line, |_| Ok(())).await;
     body.map_err(|error| match error {
         Error::OutOfRange(_) => {
             Error::OutOfRange(format!("a PROPFIND request has at most {MAX_BODY_BYTES} bytes"))
@@ -72,7 +72,7 @@ pub async fn make_collection(
     line: &mut Line,
 ) -> Result<Response> {
     check_writable(target.1)?;
-    let body = Upload::new(request, MAX_BODY_BYTES)?.next(line).await?;
+    let body = Upload::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.next(line).await?;
     if body.is_some() {
         return Err(Error::Unimplemented("a MKCOL request has no body here".into()));
     }

@@ -33,7 +33,7 @@ pub async fn blob(
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     let cas = cache.cas.on_behalf_of(caller(&request));
-    let upload = Upload::new(request, cache.max_blob_bytes)?;
+    let upload = Upload::new(request, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, like.function());
     upload.fill(&mut blob, line).await?;
     line.blob(blob.finish_checked(like).await?);
@@ -50,7 +50,7 @@ pub async fn result(
     let like = like(instance, hash)?;
     check_writable(instance)?;
     let mut held = cache.cas.hold(caller(&request), 0)?;
-    let upload = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes))?;
+    let upload = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes), cache.cas.decoders())?;
     let bytes = upload.collect(line, |bytes| Ok(held.grow(bytes)?)).await?;
     let decoded = cache.cas.decode(bytes.into(), RESULT_MAX_MEMORY, "ActionResult").await;
     let (result, _room): (reapi::ActionResult, _) = decoded.map_err(|error| {
@@ -77,7 +77,7 @@ pub async fn value(
     let action = value_action(instance, key)?;
     check_writable(instance)?;
     let cas = cache.cas.on_behalf_of(caller(&request));
-    let upload = Upload::new(request, cache.max_blob_bytes)?;
+    let upload = Upload::new(request, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, action.function());
     upload.fill(&mut blob, line).await?;
     let digest = blob.finish().await?;

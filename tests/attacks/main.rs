@@ -11,6 +11,7 @@ mod decoding;
 mod fairness;
 mod find_missing;
 mod harness;
+mod heads;
 mod log_streams;
 mod open_requests;
 #[allow(dead_code)]
@@ -21,6 +22,7 @@ mod resets;
 #[path = "../wire/support.rs"]
 mod support;
 mod unread_answers;
+mod windows;
 
 /// The attack that does nothing: the harness works, and the server is as it should be at rest.
 #[tokio::test]

@@ -16,7 +16,7 @@ use super::{
     writer::write_new,
 };
 use crate::{
-    budget::Share,
+    budget::{Budget, Share},
     caller::Caller,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
@@ -185,6 +185,11 @@ impl Cas {
         }
         let cas = self.clone();
         self.blocking(move || BlobReader::open(cas, found, Arc::new(located.lease))).await?
+    }
+
+    /// Memory for the decoders of compressed uploads; see [`super::decoders`].
+    pub fn decoders(&self) -> &Budget {
+        &self.shared.decoders
     }
 
     /// Reads whole blobs, in the order asked for; duplicates are fine. For small blobs: the caller bounds the sum.

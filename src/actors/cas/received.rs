@@ -42,6 +42,16 @@ impl Received {
         Self { account, pieces: Pieces::default(), bytes: 0 }
     }
 
+    /// Who sends it; nobody in particular where the server itself takes it in.
+    pub fn caller(&self) -> Caller {
+        self.account.as_ref().map(|(_, caller)| *caller).unwrap_or_default()
+    }
+
+    /// The first bytes, as far as they are in one piece.
+    pub fn head(&self) -> &[u8] {
+        self.pieces.bytes.first().map(AsRef::as_ref).unwrap_or_default()
+    }
+
     /// How many bytes there are.
     pub fn bytes(&self) -> usize {
         self.bytes

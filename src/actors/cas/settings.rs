@@ -124,13 +124,6 @@ pub const MAX_PARTIAL_UPLOADS: usize = 256;
 /// How far hashing and writing may be behind the network, for each upload: half of it being written, half waiting.
 pub const UPLOAD_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 
-/// Compressed uploads that may be decoded at the same time, of those that need more than one job. Each takes as much as the
-/// window that its client chose, 8 MiB at most and usually 2.
-pub const DECODERS_MAX: usize = 256;
-
-/// How long a compressed upload waits for its turn to be decoded.
-pub const DECODER_WAIT: Duration = Duration::from_secs(30);
-
 /// Small blobs compressed, kept in memory: those of a few thousand batch reads.
 pub const PACKED_MEMO_BYTES: usize = 32 * 1024 * 1024;
 

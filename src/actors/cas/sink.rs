@@ -10,6 +10,7 @@ use super::{
     index::Stamp,
 };
 use crate::{
+    budget::Share,
     compression::{Decoder, decode_all},
     digest::{Digest, Hasher},
     error::{Error, Result},
@@ -43,11 +44,22 @@ impl From<Bytes> for Payload {
 pub enum Inflow {
     /// Nothing: they are the blob's.
     Plain,
-    /// A decoder, made when the first bytes come.
+    /// A decoder; made when the first bytes come, unless there had to be room for it.
     Zstd(Option<Box<Decoder>>),
 }
 
 impl Inflow {
+    /// Makes the decoder of a compressed stream, of which `left` bytes are missing, within this room.
+    ///
+    /// # Errors
+    /// `Internal` when there is no memory for it.
+    pub fn begin(&mut self, left: u64, room: Share) -> Result<()> {
+        if let Self::Zstd(decoder) = self {
+            *decoder = Some(Box::new(Decoder::new(left)?.within(room)));
+        }
+        Ok(())
+    }
+
     /// Takes the next bytes of the stream and hands over what they are of the blob, of which `left` bytes are missing.
     ///
     /// # Errors

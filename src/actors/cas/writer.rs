@@ -6,7 +6,7 @@
 //! and written under its final name. A longer one grows under a temporary name, and is renamed once its hash is right.
 //!
 //! A compressed upload is decoded by the same jobs. How far it is shows only then, so it may be refused one job late; and
-//! since a decoder takes megabytes, there are only so many for uploads that need more than one job or yield more than
+//! since a decoder takes megabytes, it needs room ([`decoders`]) when the upload needs more than one job or yields more than
 //! [`WHOLE_BYTES`]. So there are also only so many blocking threads that wait for room, and some are left to delete files.
 //!
 //! Room is reserved ahead of each write and no earlier; an upload for which there is none fails, and its client may go on later
@@ -18,11 +18,12 @@
 use super::{
     Shared,
     blob::hash_mismatch,
+    decoders,
     files::{Files, create},
     index::{FileId, Stamp},
     received::Received,
     requests::{Commit, WrittenFile},
-    settings::{DECODER_WAIT, UPLOAD_BUFFER_BYTES},
+    settings::UPLOAD_BUFFER_BYTES,
     sink::{Inflow, Sink, WHOLE_BYTES, failed},
     uploads::Attempt,
 };
@@ -38,11 +39,7 @@ use std::{
     path::Path,
     sync::{Arc, atomic::Ordering},
 };
-use tokio::{
-    sync::{OwnedSemaphorePermit, oneshot},
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{sync::oneshot, task::JoinHandle};
 
 /// A job is not worth its start for less, while more is to come.
 const JOB_BYTES: usize = 256 * 1024;
@@ -55,8 +52,8 @@ pub struct BlobWriter {
     /// Bytes that were sent; of a compressed upload, as they were sent.
     accepted: u64,
     encoding: Encoding,
-    /// The right to keep a decoder from job to job.
-    decoder: Option<OwnedSemaphorePermit>,
+    /// Whether there is a decoder with its room, which goes from job to job.
+    has_decoder: bool,
     received: Received,
     work: Work,
     progress: Arc<super::uploads::Progress>,
@@ -77,7 +74,7 @@ impl BlobWriter {
         Self {
             digest: attempt.blob.digest,
             encoding: Encoding::Identity,
-            decoder: None,
+            has_decoder: false,
             accepted: attempt.sink.as_ref().map_or(0, |sink| sink.hasher.size()),
             received,
             progress: attempt.progress.clone(),
@@ -136,8 +133,8 @@ impl BlobWriter {
         if has_room && self.may_wait() {
             return Ok(());
         }
-        if !plain && self.decoder.is_none() {
-            self.decoder = Some(self.decoder_permit().await?);
+        if !plain && !self.has_decoder {
+            self.make_decoder().await?;
         }
         let mut attempt = self.idle_with_room().await?;
         let (pending, shared) = (self.received.take(), self.shared.clone());
@@ -183,8 +180,8 @@ impl BlobWriter {
     /// [`BlobWriter::finish`], of a blob that has its length.
     async fn store(mut self) -> Result<Digest> {
         let digest = self.digest;
-        if self.encoding == Encoding::Zstd && digest.size() > WHOLE_BYTES && self.decoder.is_none() {
-            self.decoder = Some(self.decoder_permit().await?);
+        if self.encoding == Encoding::Zstd && digest.size() > WHOLE_BYTES && !self.has_decoder {
+            self.make_decoder().await?;
         }
         let attempt = self.idle_with_room().await?;
         let (pending, shared) = (self.received.take(), self.shared.clone());
@@ -215,14 +212,17 @@ impl BlobWriter {
         self.idle().await
     }
 
-    async fn decoder_permit(&self) -> Result<OwnedSemaphorePermit> {
-        match timeout(DECODER_WAIT, self.shared.decoders.clone().acquire_owned()).await {
-            Ok(permit) => permit.map_err(Error::internal),
-            Err(_) => Err(Error::Exhausted {
-                message: "too many compressed uploads are going on at the same time; try again".into(),
-                retry_after: Some(DECODER_WAIT),
-            }),
+    /// Makes the decoder once there is room for it.
+    async fn make_decoder(&mut self) -> Result<()> {
+        let (caller, size) = (self.received.caller(), self.digest.size());
+        let room = decoders::room(&self.shared.decoders, caller, self.received.head(), size).await?;
+        self.work = Work::Idle(self.idle().await?);
+        if let Work::Idle(attempt) = &mut self.work {
+            let written = attempt.sink.as_ref().map_or(0, |sink| sink.hasher.size());
+            attempt.inflow.begin(size.saturating_sub(written), room)?;
+            self.has_decoder = true;
         }
+        Ok(())
     }
 
     /// Waits for a running job and takes the attempt out.
@@ -267,8 +267,8 @@ impl Drop for BlobWriter {
             return;
         }
         let (pending, shared) = (self.received.take(), self.shared.clone());
-        let (is_plain, accepted, decoder) =
-            (self.encoding == Encoding::Identity, self.accepted, self.decoder.take());
+        let (is_plain, accepted, has_decoder) =
+            (self.encoding == Encoding::Identity, self.accepted, self.has_decoder);
         // What was accepted of a plain upload has been reported as committed (BS-31), so it is written before the attempt is put
         // away; but for what there is no room for. What is compressed is reported once it is decoded.
         self.shared.runtime.spawn(async move {
@@ -283,10 +283,9 @@ impl Drop for BlobWriter {
             let may_go_on = if is_plain {
                 make_room(&mut attempt, accepted, &shared.files).await.is_ok()
             } else {
-                decoder.is_some()
+                has_decoder
             };
             let flush = move || {
-                let _decoder = decoder;
                 if may_go_on {
                     let _ = append(&mut attempt, &pending.bytes, &shared);
                 }

@@ -12,6 +12,9 @@ use std::{
 };
 use tonic::Code;
 
+/// The error of a call whose client went away before the end of its request.
+const BROKEN_OFF: &str = "the request broke off before its end";
+
 /// The line of a call that is not over yet; written when this is dropped.
 #[derive(Debug)]
 pub(super) struct Line {
@@ -27,10 +30,18 @@ pub(super) struct Line {
 }
 
 impl Line {
-    /// Takes code and message from headers or trailers that have them.
+    /// Takes code and message from headers or trailers that have them. When the client went away before the end of its request,
+    /// the library that reads requests finds a fault of ours (INTERNAL "Missing request message."); such a call was cancelled.
     pub fn read_status(&mut self, headers: &HeaderMap) {
         if let Some(code) = headers.get("grpc-status") {
-            self.code = Some(Code::from_bytes(code.as_bytes()));
+            let code = Code::from_bytes(code.as_bytes());
+            let is_broken_off = self.call.0.is_broken_off.load(Ordering::Relaxed);
+            if is_broken_off && matches!(code, Code::Internal | Code::Unknown) {
+                self.code = Some(Code::Cancelled);
+                self.error = BROKEN_OFF.into();
+                return;
+            }
+            self.code = Some(code);
             let message = headers.get("grpc-message").map(|message| percent_decode(message.as_bytes()));
             self.error = status::shorten(message.unwrap_or_default(), ERROR_MAX_BYTES);
         }

@@ -1,0 +1,48 @@
+//! Memory for decoders of compressed uploads, of both ports: what all of them take together has a bound.
+//!
+//! A few bytes of a client make a decoder take a window of up to 8 MiB, and keep it for as long as the client is silent. So room
+//! is taken before a decoder gets its first bytes, as much as the head of its first frame says ([`Decoder::memory`]), and is
+//! given back with the decoder. A later frame with a larger window takes more at once, or fails: a decoder that holds room never
+//! waits for more of it. Small decoders go before large ones of the same connection.
+
+use crate::{
+    budget::{Bounds, Budget, Share},
+    caller::Caller,
+    compression::{DECODER_BYTES, Decoder},
+    error::{Error, Result},
+};
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// Most clients compress with windows of 2 MiB, of which 85 fit; some with windows of 8 MiB. Since each decoder takes at least
+/// [`DECODER_BYTES`], there are 256 at most; so some blocking threads are left when all of them wait for the disk.
+pub const DECODERS: Bounds = Bounds {
+    what: "bytes of memory to decompress uploads",
+    total: 256 * DECODER_BYTES,
+    connection: 160 * DECODER_BYTES,
+};
+/// A small part of it.
+const SMALL_BYTES: u64 = 2 * DECODER_BYTES;
+/// How long a compressed upload waits for its turn to be decoded.
+const WAIT: Duration = Duration::from_secs(30);
+
+/// Waits for room to decode a stream that begins with these bytes and stands for at most `limit` bytes.
+///
+/// # Errors
+/// `Exhausted` when there is none for too long.
+pub async fn room(decoders: &Budget, caller: Caller, head: &[u8], limit: u64) -> Result<Share> {
+    let bytes = Decoder::memory(head, limit);
+    let room = async {
+        match bytes <= SMALL_BYTES {
+            true => decoders.wait_for_small(caller, bytes).await,
+            false => decoders.wait_for(caller, bytes).await,
+        }
+    };
+    match timeout(WAIT, room).await {
+        Ok(room) => Ok(room?),
+        Err(_) => Err(Error::Exhausted {
+            message: "too many compressed uploads are going on at the same time; try again".into(),
+            retry_after: Some(WAIT),
+        }),
+    }
+}

@@ -59,9 +59,6 @@ const UNHELD_BYTES: u64 = 4 * 1024;
 /// How long a sender may be silent before its first message, in the middle of one, and before the end of a request that is
 /// one message.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(60);
-/// How long a stream may be silent between two messages until the buffer of its largest one counts as well: the library keeps it
-/// for the next message.
-const IDLE_AFTER: Duration = Duration::from_secs(1);
 /// How long a large message may wait until it is decoded.
 pub const DECODING_WAIT: Duration = Duration::from_secs(60);
 /// Messages from this size on may take more than a millisecond or so to decode.
@@ -382,10 +379,9 @@ impl http_body::Body for Watched {
                         return self.poll_silence(context, SILENCE_LIMIT).map(|()| Some(Err(silent())));
                     }
                     Poll::Pending => {
-                        if self.poll_silence(context, IDLE_AFTER).is_ready() {
-                            let most = self.largest.max(self.given);
-                            self.hold(most)?;
-                        }
+                        // The library keeps the buffer of the largest message for the next one.
+                        let most = self.largest.max(self.given);
+                        self.hold(most)?;
                         return Poll::Pending;
                     }
                     other => return other,

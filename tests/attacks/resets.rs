@@ -51,7 +51,7 @@ async fn connections_that_cancel_what_they_open_are_closed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn cancelled_calls_are_counted_where_there_are_too_many_to_list() {
     const CALLS: u64 = 4_000;
-    let mut server = Server::start().await;
+    let server = Server::start().await;
     let mut socket = connect(&server);
     tokio::task::spawn_blocking(move || {
         let mut streams = raw::streams();
@@ -68,15 +68,19 @@ async fn cancelled_calls_are_counted_where_there_are_too_many_to_list() {
     })
     .await
     .unwrap();
-    let log = log_to_the_end(&mut server).await;
-    let events = |name: &'static str| log.iter().filter(move |line| line["event"] == name);
-    let cancelled = |line: &&serde_json::Value| line["method"] == "ByteStream/Write";
-    let listed = events("rpc_finished").filter(cancelled).count() as u64;
-    let counted = events("rpcs_not_listed").map(|line| line["rpcs"].as_u64().unwrap()).sum::<u64>();
+    let told = || {
+        let log = server.log();
+        let events = |name: &'static str| log.iter().filter(move |line| line["event"] == name);
+        let cancelled = |line: &&serde_json::Value| line["method"] == "ByteStream/Write";
+        let listed = events("rpc_finished").filter(cancelled).count() as u64;
+        let counted = events("rpcs_not_listed").map(|line| line["rpcs"].as_u64().unwrap()).sum::<u64>();
+        (listed, counted)
+    };
+    // Before the shutdown, which does not wait until the last of them has noticed that it was cancelled.
+    eventually("the log tells of every call", || told().0 + told().1 >= CALLS).await;
+    let (listed, counted) = told();
     assert!((100..1_000).contains(&listed), "{listed} were listed, {counted} were counted");
-    // A shutdown does not wait for the last of them to notice that they were cancelled.
-    let told = listed + counted;
-    assert!((CALLS * 9 / 10..=CALLS).contains(&told), "{listed} were listed, {counted} were counted");
+    assert_eq!(listed + counted, CALLS, "{listed} were listed, {counted} were counted");
 }
 
 async fn log_to_the_end(server: &mut Server) -> Vec<serde_json::Value> {

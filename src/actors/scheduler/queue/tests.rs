@@ -415,23 +415,3 @@ fn a_task_of_several_owners_is_taken_when_the_turn_of_the_first_of_them_comes() 
     assert!(queue.remove(&place_of(1, 0, 0, 99, start)) && !queue.remove(&shared));
     assert_eq!(queue.len(), 98);
 }
-
-/// A flood in which every task has a build of its own, and any priority.
-#[test]
-#[ignore = "a measurement"]
-fn the_cost_of_a_turn_hardly_grows_with_the_number_of_builds() {
-    let start = Instant::now();
-    let cost = |tasks: u64| {
-        let mut queue = Queue::new(STEP);
-        let begin = Instant::now();
-        for task in 0..tasks {
-            queue.insert(place_of((task % 7) as u8, (task % 201) as i32 - 100, task, task, start));
-        }
-        let charges: Vec<_> = std::iter::from_fn(|| queue.pop(start + STEP * 50)).collect();
-        charges.iter().for_each(|(_, charge)| queue.ended(*charge));
-        assert_eq!(charges.len() as u64, tasks);
-        begin.elapsed().as_nanos() / u128::from(tasks)
-    };
-    let (few, many) = (cost(1_000), cost(20_000));
-    println!("a task in and out: {few} ns of 1,000, {many} ns of 20,000");
-}

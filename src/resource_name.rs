@@ -1,6 +1,6 @@
 //! ByteStream resource names.
 //!
-//! The grammar of `reapi-rules.md` section 0 (BS-01..05), read from the keyword outwards so that an instance name may have
+//! The grammar of BS-01 to BS-05, read from the keyword outwards so that an instance name may have
 //! any number of segments. Whether the instance is known is for the caller to ask.
 
 use crate::{

@@ -1,7 +1,7 @@
 //! `gorego verify`: a conformance suite for any server of the Remote Execution API.
 //!
 //! It speaks the wire and nothing else: what it knows of a server is what the server says and does. The rules are those of
-//! `reapi-rules.md` ([`rules`]); each group of them has a file in [`groups`], each check there is one small async function
+//! `docs/rules.md` ([`rules`]); each group of them has a file in [`groups`], each check there is one small async function
 //! ([`check`]) that is given a [`Session`] and says what it expected and what it saw.
 //!
 //! A run is safe beside other people's builds: every blob, action and result carries the salt of the run, so nothing is
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    /// The counts of `reapi-rules.md`, section 0.
+    /// The number of rules in each group.
     #[test]
     fn every_rule_is_listed_once() {
         let counts: Vec<(&str, usize)> =

@@ -34,7 +34,7 @@ pub struct Group {
 /// The id of a rule that cannot be checked from outside, and what would be needed.
 pub type Beyond = (&'static str, &'static str);
 
-/// Every group, in the order of `reapi-rules.md`.
+/// Every group, in the order of `docs/rules.md`.
 pub const ALL: &[Group] = &[
     Group {
         name: "GEN",

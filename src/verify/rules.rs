@@ -1,7 +1,7 @@
-//! The rules that are verified: the ids, levels and short titles of `reapi-rules.md`, all 220 of them.
+//! The rules that are verified: the ids, levels and short titles of all 220.
 //!
-//! A title is a reminder for whoever reads a report, not the rule. Nothing here says how a rule is tested: that is for the
-//! groups.
+//! `docs/rules.md` states each rule in full; `tests/tidy` holds its ids and levels equal to these. A title is a reminder for the
+//! reader of a report. How a rule is tested is up to the groups.
 
 use std::fmt;
 

@@ -1,3 +1,5 @@
+//! What the measuring of messages must do, compared with decoding them.
+
 use super::*;
 use crate::proto::{asset, bytestream, gorego, longrunning, reapi};
 use proptest::prelude::*;

@@ -63,7 +63,7 @@ async fn failures_and_actions_not_to_be_cached_are_run_again() {
     assert!(!client.run(uncached).await.cached_result, "not even from an entry that somebody else wrote");
 }
 
-/// AC-03, EXE-21, fault 1 and 3 of user-asks.md: whichever blob is lost, the result is a miss and the action runs.
+/// AC-03, EXE-21: whichever blob is lost, the result is a miss and the action runs.
 #[tokio::test]
 async fn a_result_with_a_lost_blob_is_never_served() {
     let server = Server::start().await;
@@ -94,7 +94,7 @@ async fn a_result_with_a_lost_blob_is_never_served() {
     }
 }
 
-/// CAS-22, fault 24: a flipped bit on disk is a miss, never wrong bytes.
+/// CAS-22: a flipped bit on disk is a miss, never wrong bytes.
 fn damage(server: &Server, digest: Digest) {
     let hash = digest.hash_hex();
     let named =

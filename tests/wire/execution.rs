@@ -217,7 +217,7 @@ async fn an_operation_can_be_joined_by_name_before_and_after_its_end() {
     }
 }
 
-/// EXE-15: one run for many, but never for actions that are not to be cached. Fault 12, 13 of user-asks.md.
+/// EXE-15: one run for many, but never for actions that are not to be cached.
 #[tokio::test]
 async fn identical_actions_in_flight_are_run_once() {
     let server = Server::with(&[("EXECUTION__CONCURRENCY", "4")]).await;

@@ -67,7 +67,7 @@ async fn parents_of_outputs_exist_and_the_outputs_do_not() {
     assert_eq!(client.output(&result, "a/b/c.o").await, "x\n");
 }
 
-/// EXE-43, fault 16 and 18 of user-asks.md.
+/// EXE-43.
 #[tokio::test]
 async fn what_an_action_does_to_its_inputs_nobody_else_sees() {
     let server = Server::start().await;

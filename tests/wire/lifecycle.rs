@@ -33,7 +33,7 @@ async fn sigterm_finishes_what_runs_and_exits_zero() {
     assert_eq!(result.exit_code, 0);
     drop(client);
     assert_eq!(server.exit().await.code(), Some(0));
-    // Fault 15: the result was recorded before the exit.
+    // The result was recorded before the exit.
     let server = Server::on(server.shared_store(), &[]).await;
     assert!(server.client().await.cached(action).await.is_some());
 }
@@ -302,7 +302,7 @@ async fn a_public_address_is_refused_unless_it_is_allowed() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("allow_unauthenticated"));
 }
 
-/// Fault 20 of user-asks.md: somebody else fills the disk. Reads go on, writes say so, nothing is visible that is not whole,
+/// Somebody else fills the disk. Reads go on, writes say so, nothing is visible that is not whole,
 /// and all is well again when there is room.
 #[tokio::test]
 async fn a_full_disk_refuses_writes_serves_reads_and_recovers_by_itself() {

@@ -56,7 +56,7 @@ async fn cancelling_one_waiter_leaves_the_others_running() {
     assert_eq!(client.stdout(&result).await, "whole\n");
 }
 
-/// Fault 31: the client's host is gone; the work stops after the grace.
+/// If the client's host is gone, its work stops after the grace period.
 #[tokio::test]
 async fn work_stops_when_its_last_waiter_is_gone() {
     let server = Server::with(&[("EXECUTION__ABANDON_GRACE", "1s")]).await;

@@ -81,7 +81,7 @@ async fn an_input_root_ten_thousand_directories_deep_is_refused() {
     assert!(matches!(check(&store, below).await, Err(Error::Invalid(message)) if message.contains("deeper")));
 }
 
-/// Fault 5: nothing that a running action needs is evicted, and all of it can be once the action is over.
+/// Nothing that a running action needs is evicted, and all of it can be once the action is over.
 #[actix::test]
 async fn staged_inputs_stay_until_they_are_dropped() {
     let store = Store::with_limit(MB).await;
@@ -101,7 +101,7 @@ async fn staged_inputs_stay_until_they_are_dropped() {
     assert!(!store.has(large).await);
 }
 
-/// EXE-43, fault 16: an action can do with its inputs what it likes.
+/// EXE-43: an action can do with its inputs what it likes.
 #[actix::test]
 async fn inputs_are_copies_with_the_mode_asked_for() {
     let store = Store::new().await;

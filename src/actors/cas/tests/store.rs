@@ -201,7 +201,8 @@ async fn the_least_recently_used_blobs_make_room() {
     assert!(!store.has(digest(&noise(998, 1))).await);
 }
 
-/// Fault 6 and 37 of the field's list: what cannot fit is an error that names the numbers, and harms nothing.
+/// A blob that is being read is not evicted: a write that finds no room fails with the bytes that are held, until the reader is gone. A
+/// blob above the limit is refused for good.
 #[actix::test]
 async fn leased_blobs_stay_and_a_full_store_says_what_holds_it() {
     let store = Store::with_limit(2 * MB).await;

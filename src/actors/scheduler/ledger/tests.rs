@@ -119,7 +119,7 @@ fn a_flood_of_hits_does_not_push_out_results_that_took_work() {
     assert_eq!(desk.ledger.inspect().operations, 4);
 }
 
-/// EXE-15, OPS-04, and fault 12 of the list of asks.
+/// EXE-15, OPS-04.
 #[test]
 fn two_hundred_identical_submissions_are_one_run_and_two_hundred_answers() {
     let mut desk = Desk::new(4, settings());

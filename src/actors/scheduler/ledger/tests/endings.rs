@@ -130,7 +130,7 @@ fn cancelling_the_last_operation_stops_the_task_and_the_slot_waits_for_the_worke
     assert!(matches!(desk.ledger.cancel(&instance(), unknown, desk.now), Err(Error::NotFound(_))));
 }
 
-/// EXE-14, and fault 31 of the list of asks.
+/// EXE-14.
 #[test]
 fn work_that_nobody_follows_stops_after_the_grace_unless_somebody_comes_back() {
     let grace = settings().abandon_grace.as_secs();
@@ -164,7 +164,7 @@ fn a_task_that_waits_too_long_ends_with_an_error_that_is_not_taken_for_a_slow_co
     assert!(matches!(error(&operation), Error::Exhausted { retry_after: Some(_), .. }));
 }
 
-/// EXE-62, and fault 9 of the list of asks.
+/// EXE-62.
 #[test]
 fn a_run_that_never_answers_is_given_up_but_its_slot_is_not_used_meanwhile() {
     let mut desk = Desk::new(1, settings());

@@ -1,0 +1,88 @@
+//! What holds for each file: how it begins, how long it is, and where its links lead.
+
+use crate::tree::Source;
+
+/// Lines that a file of the product may have.
+const LINES: usize = 600;
+/// Lines that a file of tests may have.
+const TEST_LINES: usize = 1_000;
+
+/// Files that may be longer, each with the reason. Empty today.
+pub const LONGER: &[(&str, &str)] = &[];
+
+/// Rust files that do not begin by saying what they are.
+pub fn silent(files: &[Source]) -> Vec<String> {
+    let silent = files.iter().filter(|file| file.is_rust() && !file.text.starts_with("//!"));
+    silent
+        .map(|file| format!("{} does not begin with `//!`: say what it is and what it owns", file.path))
+        .collect()
+}
+
+/// Rust files that are too long, and exceptions from that which are none.
+pub fn long(files: &[Source], exceptions: &[(&str, &str)]) -> Vec<String> {
+    let too_long = |file: &Source| {
+        let limit = if file.is_test() { TEST_LINES } else { LINES };
+        file.is_rust() && file.text.lines().count() > limit
+    };
+    let excepted = |path: &str| exceptions.iter().any(|(except, _)| *except == path);
+    let long = files.iter().filter(|file| too_long(file) && !excepted(&file.path));
+    let long = long.map(|file| format!("{} has {} lines: split it", file.path, file.text.lines().count()));
+    let is_stale = |path: &str| !files.iter().any(|file| file.path == path && too_long(file));
+    let stale = exceptions.iter().filter(|(path, _)| is_stale(path));
+    long.chain(stale.map(|(path, _)| format!("{path} is no exception any more: take it off the list")))
+        .collect()
+}
+
+/// Links in documents that lead to no file or directory of the repository.
+pub fn dead_links(files: &[Source]) -> Vec<String> {
+    let documents = files.iter().filter(|file| file.path.ends_with(".md"));
+    documents
+        .flat_map(|document| {
+            let links = document.text.split("](").skip(1).filter_map(|rest| Some(rest.split_once(')')?.0));
+            let dead = links.filter(|link| !leads_somewhere(files, &document.path, link));
+            dead.map(|link| format!("{} links to {link}, which does not exist", document.path))
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+fn leads_somewhere(files: &[Source], document: &str, link: &str) -> bool {
+    let path = link.split('#').next().unwrap_or_default();
+    if path.is_empty() || path.contains("://") || path.contains(char::is_whitespace) {
+        return true;
+    }
+    let mut segments: Vec<_> = document.split('/').collect();
+    segments.pop();
+    for segment in path.trim_end_matches('/').split('/') {
+        match segment {
+            "." => {}
+            ".." => _ = segments.pop(),
+            name => segments.push(name),
+        }
+    }
+    let (wanted, inside) = (segments.join("/"), format!("{}/", segments.join("/")));
+    files.iter().any(|file| file.path == wanted || file.path.starts_with(&inside))
+}
+
+#[test]
+fn a_file_that_does_not_say_what_it_is_is_found() {
+    let files =
+        [Source::new("src/a.rs", "use b;"), Source::new("src/b.rs", "//! B."), Source::new("x.md", "x")];
+    assert_eq!(silent(&files).len(), 1);
+}
+
+#[test]
+fn a_long_file_is_found_unless_it_is_an_exception() {
+    let lines = |path: &str, count: usize| Source::new(path, &"x\n".repeat(count));
+    assert!(long(&[lines("src/a.rs", LINES), lines("tests/a.rs", TEST_LINES)], &[]).is_empty());
+    assert_eq!(long(&[lines("src/a.rs", LINES + 1), lines("src/a/tests.rs", TEST_LINES + 1)], &[]).len(), 2);
+    assert!(long(&[lines("src/a.rs", LINES + 1)], &[("src/a.rs", "a table")]).is_empty());
+    assert_eq!(long(&[lines("src/a.rs", LINES)], &[("src/a.rs", "a table")]).len(), 1);
+}
+
+#[test]
+fn a_dead_link_is_found() {
+    let link = |text: &str| [Source::new("docs/a.md", text), Source::new("src/b.rs", "")];
+    assert!(dead_links(&link("[b](../src/b.rs) [s](../src/) [c](#c) [d](https://d) f[x](y z)")).is_empty());
+    assert_eq!(dead_links(&link("[b](../src/c.rs#x) [b](src/b.rs)")).len(), 2);
+}

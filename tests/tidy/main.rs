@@ -1,0 +1,89 @@
+//! The source tree keeps to the rules that `ARCHITECTURE.md`, `CONTRIBUTING.md` and `docs/rules.md` state.
+//!
+//! Each rule is a small function from the files to a list of problems, with a test of its own on a bad sample. This crate uses nothing
+//! but the standard library and reads the tree as text, so `.ci/run` can build and run it alone in a few seconds, before
+//! anything else is compiled.
+
+mod files;
+mod ids;
+mod rooms;
+mod tree;
+mod words;
+
+use std::{path::Path, sync::LazyLock};
+use tree::Source;
+
+/// The repository. Tests run in the directory of their package, which is its root.
+static FILES: LazyLock<Vec<Source>> = LazyLock::new(|| tree::read(Path::new(".")));
+
+fn none(problems: &[String]) {
+    assert!(problems.is_empty(), "\n  {}\n", problems.join("\n  "));
+}
+
+fn text(path: &str) -> &'static str {
+    &FILES.iter().find(|file| file.path == path).unwrap_or_else(|| panic!("{path} is missing")).text
+}
+
+#[test]
+fn every_rule_that_is_cited_is_listed() {
+    none(&ids::unknown(&FILES, &ids::listed(text(ids::LIST)).unwrap()));
+}
+
+#[test]
+fn every_rule_is_cited_by_a_test_or_a_check() {
+    none(&ids::untested(&FILES, &ids::listed(text(ids::LIST)).unwrap(), ids::UNTESTABLE));
+}
+
+#[test]
+fn the_list_of_rules_and_the_table_of_the_conformance_suite_agree() {
+    let table = ids::table(&FILES).expect("the conformance suite has a table of the rules");
+    none(&ids::differences(&ids::listed(text(ids::LIST)).unwrap(), &ids::tabled(&table.text)));
+}
+
+#[test]
+fn nothing_refers_to_documents_that_are_not_here() {
+    none(&words::elsewhere(&FILES));
+}
+
+#[test]
+fn libraries_are_named_only_where_they_belong() {
+    none(&words::strays(&FILES, words::WORDS));
+}
+
+#[test]
+fn pure_code_has_no_clock_and_no_disk() {
+    none(&words::impure(&FILES, words::PURE));
+}
+
+#[test]
+fn no_registry_is_named() {
+    none(&words::registries(&FILES));
+}
+
+#[test]
+fn rooms_import_each_other_without_cycles() {
+    let crates = rooms::imports(&FILES);
+    let cycles: Vec<_> = crates.values().flat_map(|imports| rooms::cycles(imports, rooms::CYCLES)).collect();
+    none(&cycles);
+    none(&rooms::stale(crates.values(), rooms::CYCLES));
+}
+
+#[test]
+fn the_map_is_complete_and_true() {
+    none(&rooms::map(&FILES, text(rooms::MAP)));
+}
+
+#[test]
+fn every_file_says_what_it_is() {
+    none(&files::silent(&FILES));
+}
+
+#[test]
+fn no_file_is_too_long() {
+    none(&files::long(&FILES, files::LONGER));
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    none(&files::dead_links(&FILES));
+}

@@ -1,0 +1,275 @@
+//! Rooms: the modules at the top of a crate, and each actor. Their imports form no cycle but those that are listed, and each is on
+//! the map of `ARCHITECTURE.md`.
+
+use crate::tree::Source;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The document with the map.
+pub const MAP: &str = "ARCHITECTURE.md";
+
+/// Imports that close a cycle today, each with what would remove it. The list may only shrink: an entry that closes no
+/// cycle any more has to go.
+pub const CYCLES: &[(&str, &str, &str)] = &[
+    (
+        "error",
+        "digest",
+        "an error names the digests that are missing, and a digest that cannot be parsed is an error",
+    ),
+    (
+        "config",
+        "actors::scheduler",
+        "the scheduler takes its settings from the configuration, which uses its types",
+    ),
+    ("config", "logging", "logging takes its settings from the configuration, which checks filters with it"),
+    ("config", "http_cache", "the configuration uses the cache's type for host names"),
+    ("connections", "grpc", "the bounds of connections are derived from the limits of a gRPC connection"),
+];
+
+/// Which room imports which, in one crate; for each import a file that has it.
+pub type Imports = BTreeMap<String, BTreeMap<String, String>>;
+
+/// The crate and the room of a file: `src/actors/cas/index.rs` is `actors::cas` of `src`.
+pub fn room(path: &str) -> Option<(&str, String)> {
+    let end = path.find("src/")? + "src".len();
+    let (home, inner) = (&path[..end], path[end + 1..].strip_suffix(".rs")?);
+    let known_home = home == "src" || (home.starts_with("crates/") && home.matches('/').count() == 2);
+    let mut segments = inner.split('/');
+    let first = segments.next()?;
+    let room = match (first, segments.next()) {
+        ("actors", Some(actor)) => format!("actors::{actor}"),
+        _ => first.to_owned(),
+    };
+    (known_home && !matches!(inner, "lib" | "main")).then_some((home, room))
+}
+
+/// The imports between the rooms of each crate.
+pub fn imports(files: &[Source]) -> BTreeMap<&str, Imports> {
+    let homes: BTreeSet<_> = files.iter().filter_map(|file| room(&file.path)).collect();
+    let mut crates: BTreeMap<&str, Imports> = BTreeMap::new();
+    for file in files {
+        let Some((home, own)) = room(&file.path) else { continue };
+        let of_own = crates.entry(home).or_default().entry(own.clone()).or_default();
+        for target in paths_from_root(&file.code()).iter().map(|path| target(path)) {
+            if target != own && homes.contains(&(home, target.clone())) {
+                of_own.entry(target).or_insert_with(|| file.path.clone());
+            }
+        }
+    }
+    crates
+}
+
+/// The room that a path such as `actors::cas::Cas` leads to.
+fn target(path: &str) -> String {
+    let mut segments = path.split("::");
+    match (segments.next(), segments.next()) {
+        (Some("actors"), Some(actor)) => format!("actors::{actor}"),
+        (first, _) => first.unwrap_or_default().to_owned(),
+    }
+}
+
+/// All paths that begin at `crate::`, with groups in braces taken apart, without `crate::` itself.
+fn paths_from_root(code: &str) -> Vec<String> {
+    let compact: String = code.split_whitespace().collect::<Vec<_>>().join(" ");
+    let mut found = Vec::new();
+    for (at, start) in compact.match_indices("crate::") {
+        if !compact[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == '$') {
+            expand(&compact[at + start.len()..], "", &mut found);
+        }
+    }
+    found
+}
+
+/// Takes one path, or group of paths, from the beginning of `rest`; returns what follows it.
+fn expand<'a>(rest: &'a str, prefix: &str, found: &mut Vec<String>) -> &'a str {
+    let rest = rest.trim_start();
+    let Some(mut group) = rest.strip_prefix('{') else {
+        let end = rest.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(rest.len());
+        let path = format!("{prefix}{}", &rest[..end]);
+        return match rest[end..].strip_prefix("::") {
+            Some(deeper) if end > 0 => expand(deeper, &format!("{path}::"), found),
+            _ => {
+                found.push(path);
+                &rest[end..]
+            }
+        };
+    };
+    loop {
+        group = group.trim_start_matches([' ', ',']);
+        if let Some(after) = group.strip_prefix('}') {
+            return after;
+        }
+        let after = expand(group, prefix, found);
+        // Past `as name`, or whatever else is no path.
+        let next = after.find([',', '}']).unwrap_or(after.len());
+        group = &after[next..];
+        if group.is_empty() {
+            return group;
+        }
+    }
+}
+
+/// Cycles among the imports of one crate, apart from the listed ones.
+pub fn cycles(imports: &Imports, listed: &[(&str, &str, &str)]) -> Vec<String> {
+    let is_listed = |from: &str, to: &str| listed.iter().any(|(a, b, _)| (*a, *b) == (from, to));
+    let mut found = Vec::new();
+    for (from, targets) in imports {
+        for (to, file) in targets.iter().filter(|(to, _)| !is_listed(from, to)) {
+            if reaches(imports, to, from, &is_listed) {
+                found.push(format!("{file} imports `{to}` into `{from}`, which `{to}` needs in turn"));
+            }
+        }
+    }
+    found
+}
+
+/// Listed imports that close no cycle in any crate.
+pub fn stale<'a>(
+    crates: impl Iterator<Item = &'a Imports> + Clone,
+    listed: &[(&str, &str, &str)],
+) -> Vec<String> {
+    let closes = |from: &str, to: &str| {
+        let mut having =
+            crates.clone().filter(|imports| imports.get(from).is_some_and(|t| t.contains_key(to)));
+        having.any(|imports| reaches(imports, to, from, &|_, _| false))
+    };
+    let stale = listed.iter().filter(|(from, to, _)| !closes(from, to));
+    stale
+        .map(|(from, to, _)| format!("`{from}` to `{to}` closes no cycle any more: take it off the list"))
+        .collect()
+}
+
+/// Whether imports lead from one room to another without those that are to be left out.
+fn reaches(imports: &Imports, from: &str, to: &str, without: &dyn Fn(&str, &str) -> bool) -> bool {
+    let (mut seen, mut open) = (BTreeSet::new(), vec![from]);
+    while let Some(room) = open.pop() {
+        if room == to {
+            return true;
+        }
+        if seen.insert(room) {
+            let targets = imports.get(room).into_iter().flat_map(BTreeMap::keys);
+            open.extend(targets.map(String::as_str).filter(|target| !without(room, target)));
+        }
+    }
+    false
+}
+
+/// Rooms, crates and directories of tests that the map does not name, and paths on the map that do not exist.
+pub fn map(files: &[Source], document: &str) -> Vec<String> {
+    let block = document.split("## Map").nth(1).and_then(|rest| rest.split("```").nth(1)).unwrap_or_default();
+    let named = on_the_map(block, files);
+    let missing = places(files).into_iter().filter(|place| !named.contains(place.as_str()));
+    let missing = missing.map(|place| format!("{place} is not on the map of {MAP}"));
+    let exists = |path: &str| files.iter().any(|file| file.lies_in(&[path]) || file.path == path);
+    let gone = named
+        .iter()
+        .filter(|path| !exists(path))
+        .map(|path| format!("{MAP} has {path}, which does not exist"));
+    missing.chain(gone).collect()
+}
+
+/// What has to be on the map: the rooms of the server, the crates, and the directories of tests.
+fn places(files: &[Source]) -> BTreeSet<String> {
+    let mut places = BTreeSet::new();
+    for file in files {
+        let segments: Vec<_> = file.path.split('/').collect();
+        match segments.as_slice() {
+            ["src", "lib.rs" | "actors.rs"] => {}
+            ["src", "actors", name, ..] => {
+                _ = places.insert(format!("src/actors/{}", name.trim_end_matches(".rs")))
+            }
+            ["src", name, ..] => _ = places.insert(format!("src/{}", name.trim_end_matches(".rs"))),
+            ["crates" | "tests", name, _, ..] => _ = places.insert(format!("{}/{name}", segments[0])),
+            _ => {}
+        }
+    }
+    places
+}
+
+/// The paths at the beginnings of the lines of the map, without `.rs` and the last slash. A path that does not begin at the root
+/// of the repository lies beside the path before it.
+fn on_the_map(block: &str, files: &[Source]) -> BTreeSet<String> {
+    let tops: BTreeSet<_> = files.iter().filter_map(|file| Some(file.path.split_once('/')?.0)).collect();
+    let (mut named, mut beside) = (BTreeSet::new(), String::new());
+    for line in block.lines().filter(|line| !line.starts_with(' ')) {
+        let words = line.split_whitespace().map(|word| word.trim_end_matches(','));
+        for token in words.take_while(|word| word.ends_with('/') || word.ends_with(".rs")) {
+            let plain = token.trim_end_matches('/').trim_end_matches(".rs");
+            let from_root = tops.contains(plain.split('/').next().unwrap_or_default()) && token.contains('/');
+            let path = if from_root { plain.to_owned() } else { format!("{beside}{plain}") };
+            beside = path.rfind('/').map_or_else(String::new, |slash| path[..=slash].to_owned());
+            named.insert(path);
+        }
+    }
+    named
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn graph(files: &[(&str, &str)]) -> Imports {
+        let files: Vec<_> = files.iter().map(|(path, text)| Source::new(path, text)).collect();
+        imports(&files).remove("src").unwrap_or_default()
+    }
+
+    #[test]
+    fn a_file_belongs_to_a_room() {
+        assert_eq!(room("src/actors/cas/index.rs"), Some(("src", "actors::cas".into())));
+        assert_eq!(room("src/grpc.rs"), Some(("src", "grpc".into())));
+        assert_eq!(room("crates/reapi/src/digest/tests.rs"), Some(("crates/reapi/src", "digest".into())));
+        assert_eq!(room("src/lib.rs"), None);
+        assert_eq!(room("tests/wire/main.rs"), None);
+    }
+
+    #[test]
+    fn groups_of_imports_are_taken_apart() {
+        let paths = paths_from_root(
+            "use crate::{\n a::{b, c as d},\n actors::{cas::Cas, worker},\n e,\n}; crate::f::g(); my_crate::h",
+        );
+        assert_eq!(paths, ["a::b", "a::c", "actors::cas::Cas", "actors::worker", "e", "f::g"]);
+    }
+
+    #[test]
+    fn a_cycle_is_found_unless_it_is_listed() {
+        let files = [
+            ("src/a.rs", "use crate::{b::X, b::Y};"),
+            ("src/b/c.rs", "crate::c::f()"),
+            ("src/c.rs", "use crate::a;"),
+        ];
+        assert_eq!(cycles(&graph(&files), &[]).len(), 3);
+        assert!(cycles(&graph(&files), &[("c", "a", "")]).is_empty());
+        assert!(cycles(&graph(&files[..2]), &[]).is_empty());
+        let in_tests = [files[0], files[1], ("src/c.rs", "#[cfg(test)]\nuse crate::a;")];
+        assert!(cycles(&graph(&in_tests), &[]).is_empty());
+    }
+
+    #[test]
+    fn an_actor_is_a_room_of_its_own() {
+        let files =
+            [("src/actors/a.rs", "use crate::actors::b;"), ("src/actors/b.rs", "use crate::actors::{a::X};")];
+        assert_eq!(cycles(&graph(&files), &[]).len(), 2);
+    }
+
+    #[test]
+    fn a_listed_cycle_that_is_gone_has_to_go() {
+        let one_way = graph(&[("src/a.rs", "use crate::b;"), ("src/b.rs", "")]);
+        assert_eq!(stale([&one_way].into_iter(), &[("a", "b", "")]).len(), 1);
+        let both = graph(&[("src/a.rs", "use crate::b;"), ("src/b.rs", "use crate::a;")]);
+        assert!(stale([&one_way, &both].into_iter(), &[("a", "b", "")]).is_empty());
+    }
+
+    #[test]
+    fn the_map_has_every_room_and_nothing_else() {
+        let files: Vec<_> =
+            ["src/a.rs", "src/a/x.rs", "src/b.rs", "src/actors/cas.rs", "tests/wire/main.rs", "src/lib.rs"]
+                .iter()
+                .map(|path| Source::new(path, ""))
+                .collect();
+        let document = |lines: &str| format!("## Map\n\n```\n{lines}\n```\n");
+        let whole = "src/a.rs, a/ first; b.rs\n             more of b/\nsrc/b.rs  x\nsrc/actors/cas/  y\ntests/wire/  z";
+        assert_eq!(map(&files, &document(whole)), [""; 0]);
+        assert_eq!(map(&files, &document(&whole.replace("src/b.rs", ""))).len(), 1);
+        assert_eq!(map(&files, &document(&format!("{whole}\nsrc/gone.rs  w"))).len(), 1);
+        assert_eq!(map(&files, "").len(), 4);
+    }
+}

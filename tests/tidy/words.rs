@@ -1,0 +1,213 @@
+//! Who may name what: libraries, clocks, disks and documents.
+
+use crate::tree::{Source, names};
+
+/// A word that only some places may name.
+pub struct Word {
+    /// The word, or path.
+    pub word: &'static str,
+    /// The places that may name it.
+    pub only: &'static [&'static str],
+    /// Why.
+    pub why: &'static str,
+}
+
+/// Words with a home.
+pub const WORDS: &[Word] = &[
+    Word {
+        word: "tonic",
+        only: &["src/grpc", "src/server", "src/client", "src/verify", "src/cli", "crates", "build"],
+        why: "the gRPC library stays at the edge: only the services, the clients and the wiring know it",
+    },
+    Word {
+        word: "actix",
+        only: &["src/actors", "src/server", "src/main", "src/grpc/ask"],
+        why: "only actors, the wiring and the one place that asks an actor for a handler know the actor library",
+    },
+    Word {
+        word: "reqwest",
+        only: &["src/actors/asset"],
+        why: "only the download of assets contacts anybody by HTTP",
+    },
+    Word {
+        word: "unsafe",
+        only: &[
+            "src/actors/worker/launcher/sys",
+            "src/actors/worker/launcher/spawn",
+            "src/actors/worker/launcher/reap",
+            "src/actors/cas/stamps",
+            "src/actors/cas/blob",
+            "src/cli/output",
+            "src/memory",
+        ],
+        why: "unsafe code stays in the few files that make system calls which no safe library offers",
+    },
+    Word {
+        word: "fsync",
+        only: &[],
+        why: "a damaged blob is noticed when it is read, so nobody waits for the disk",
+    },
+];
+
+/// The files that have no clock, no disk, no network, no actor and no thread: all that happens in them follows from
+/// their arguments. `ARCHITECTURE.md` calls them pure.
+pub const PURE: &[&str] = &[
+    "src/actors/scheduler/ledger",
+    "src/actors/scheduler/queue",
+    "src/actors/scheduler/room",
+    "src/actors/cas/index",
+    "src/actors/asset/bindings",
+    "src/actors/asset/layout",
+    "src/actors/asset/origins",
+    "src/log_streams/names",
+    "src/log_streams/registry",
+    "src/chunking",
+    "src/compression",
+    "src/wire",
+    "src/tree",
+    "src/path",
+    "src/platform",
+    "src/digest",
+    "src/instance",
+    "src/resource_name",
+    "src/action",
+    "crates/reapi/src",
+];
+
+/// What pure code does not use.
+const IMPURE: &[&str] = &[
+    "Instant::now",
+    "SystemTime::now",
+    "Moment::now",
+    "fs",
+    "env",
+    "thread",
+    "spawn",
+    "TcpStream",
+    "TcpListener",
+    "actix",
+];
+
+/// Documents of the project's authors that nobody else has.
+const ELSEWHERE: &[&str] = &[
+    concat!("user", "-asks"),
+    concat!("reapi", "-rules.md"),
+    concat!("DESIGN", ".md"),
+    concat!("list of", " asks"),
+    concat!("/work", "/"),
+];
+
+/// Hosts of package registries. Packages are fetched by their ordinary clients, which know their registry; a machine behind
+/// a mirror configures the client, and nothing here overrides that.
+const REGISTRIES: &[&str] = &[
+    concat!("crates", ".io"),
+    concat!("static.rust", "-lang.org"),
+    concat!("pypi", ".org"),
+    concat!("pythonhosted", ".org"),
+    concat!("registry.npm", "js"),
+    concat!("proxy.go", "lang.org"),
+    concat!("deb.deb", "ian.org"),
+    concat!("repo1.mav", "en.org"),
+    concat!("repo.mav", "en.apache.org"),
+    concat!("plugins.grad", "le.org"),
+    concat!("rubygems", ".org"),
+    concat!("docker", ".io"),
+    concat!("gh", "cr.io"),
+    concat!("gc", "r.io"),
+    concat!("qu", "ay.io"),
+];
+
+/// Words outside their home.
+pub fn strays(files: &[Source], words: &[Word]) -> Vec<String> {
+    let product = files.iter().filter(|file| file.is_rust() && !file.is_test());
+    let coded = product.map(|file| (file, file.code()));
+    coded
+        .flat_map(|(file, code)| {
+            let stray = words.iter().filter(move |word| !file.lies_in(word.only) && names(&code, word.word));
+            stray.map(|word| format!("{} names `{}`: {}", file.path, word.word, word.why))
+        })
+        .collect()
+}
+
+/// Uses of a clock, a disk and the like in pure files.
+pub fn impure(files: &[Source], pure: &[&str]) -> Vec<String> {
+    let pure = files.iter().filter(|file| file.is_rust() && file.lies_in(pure));
+    pure.flat_map(|file| {
+        let code = file.code();
+        let used = IMPURE.iter().filter(move |word| names(&code, word));
+        used.map(|word| format!("{} is pure, but names `{word}`", file.path))
+    })
+    .collect()
+}
+
+/// References to documents that are not in the repository, and to numbered faults, whose list is not in it either.
+pub fn elsewhere(files: &[Source]) -> Vec<String> {
+    let mut found = Vec::new();
+    for file in files {
+        for (number, line) in file.text.lines().enumerate() {
+            let place = format!("{}:{}", file.path, number + 1);
+            if let Some(document) = ELSEWHERE.iter().find(|document| line.contains(*document)) {
+                found.push(format!("{place} refers to {document}, which is not in the repository"));
+            }
+            if numbered_fault(line) {
+                found.push(format!("{place} cites a fault by its number; say what goes wrong instead"));
+            }
+        }
+    }
+    found
+}
+
+fn numbered_fault(line: &str) -> bool {
+    let line = line.to_ascii_lowercase();
+    line.match_indices("fault ").any(|(at, word)| {
+        let whole = !line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
+        whole && line[at + word.len()..].starts_with(|c: char| c.is_ascii_digit())
+    })
+}
+
+/// Hosts of registries in any file but the lock file, which cargo writes.
+pub fn registries(files: &[Source]) -> Vec<String> {
+    let ours = files.iter().filter(|file| !file.path.ends_with("Cargo.lock"));
+    ours.flat_map(|file| {
+        let named = REGISTRIES.iter().filter(|host| file.text.contains(*host));
+        named.map(|host| format!("{} names the registry host {host}", file.path))
+    })
+    .collect()
+}
+
+#[test]
+fn a_word_outside_its_home_is_found() {
+    let word = || Word { word: "tonic", only: &["src/grpc"], why: "edge" };
+    let bad = Source::new("src/budget.rs", "use tonic::Code;");
+    assert_eq!(strays(&[bad], &[word()]), ["src/budget.rs names `tonic`: edge"]);
+    let good = [
+        Source::new("src/grpc/cas.rs", "use tonic::Code;"),
+        Source::new("src/budget.rs", "// tonic\n#[cfg(test)]\nuse tonic::Code;"),
+        Source::new("tests/edge/cas.rs", "use tonic::Code;"),
+    ];
+    assert!(strays(&good, &[word()]).is_empty());
+}
+
+#[test]
+fn a_clock_in_a_pure_file_is_found() {
+    let bad = Source::new("src/ledger/queue.rs", "let now = Instant::now();");
+    assert_eq!(impure(&[bad], &["src/ledger"]), ["src/ledger/queue.rs is pure, but names `Instant::now`"]);
+    let good = Source::new("src/ledger.rs", "fn f(at: Instant) { known(at) }\n#[cfg(test)]\nInstant::now()");
+    assert!(impure(&[good], &["src/ledger"]).is_empty());
+}
+
+#[test]
+fn a_document_from_elsewhere_is_found() {
+    let named = Source::new("src/a.rs", &format!("//! As {} says.", ELSEWHERE[0]));
+    assert_eq!(elsewhere(&[named]).len(), 1);
+    let numbered = Source::new("src/a.rs", &format!("/// EXE-43, {} 16: inputs.", "Fault"));
+    assert_eq!(elsewhere(&[numbered]).len(), 1);
+    assert!(elsewhere(&[Source::new("src/a.rs", "a page fault is default 3")]).is_empty());
+}
+
+#[test]
+fn a_registry_host_is_found() {
+    let text = format!("curl https://{}/x", REGISTRIES[0]);
+    assert_eq!(registries(&[Source::new("tests/run", &text)]).len(), 1);
+    assert!(registries(&[Source::new("Cargo.lock", &text)]).is_empty());
+}

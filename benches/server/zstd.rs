@@ -53,10 +53,10 @@ pub fn transfers(report: &mut Report) {
     for (what, ours, library, limit) in [
         ("upload", up, decode, "decompression"),
         ("first download", first, encode, "compression"),
-        ("download from then on", kept, encode, "compression"),
+        ("later download", kept, encode, "compression"),
     ] {
         report.add(
-            &format!("zstd {what} of 256 MiB, counted as the blob has them"),
+            &format!("zstd {what} of 256 MiB (uncompressed)"),
             format!("{:.0} MB/s ({:.0} %)", ours / 1e6, 100.0 * ours / library),
             format!("the library's {limit} in one thread {:.0} MB/s", library / 1e6),
             "70 %",

@@ -1,6 +1,7 @@
 //! What holds for each file: how it begins, how long it is, and where its links lead.
 
 use crate::tree::Source;
+use std::collections::BTreeSet;
 
 /// Lines that a file of the product may have.
 const LINES: usize = 600;
@@ -46,6 +47,28 @@ pub fn dead_links(files: &[Source]) -> Vec<String> {
         .collect()
 }
 
+/// Paths in backquotes in documents, such as `src/grpc.rs`, that are no file or directory of the repository.
+pub fn dead_paths(files: &[Source]) -> Vec<String> {
+    let tops: BTreeSet<_> = files.iter().filter_map(|file| Some(file.path.split_once('/')?.0)).collect();
+    let is_path = |text: &str| {
+        let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "_-./".contains(c));
+        plain && text.split_once('/').is_some_and(|(top, _)| tops.contains(top))
+    };
+    let exists = |path: &str| {
+        let inside = format!("{}/", path.trim_end_matches('/'));
+        files.iter().any(|file| file.path == path || file.path.starts_with(&inside))
+    };
+    let documents = files.iter().filter(|file| file.path.ends_with(".md"));
+    documents
+        .flat_map(|document| {
+            let quoted = document.text.split('`').skip(1).step_by(2);
+            let dead = quoted.filter(|text| is_path(text) && !exists(text));
+            dead.map(|path| format!("{} names {path}, which does not exist", document.path))
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}
+
 fn leads_somewhere(files: &[Source], document: &str, link: &str) -> bool {
     let path = link.split('#').next().unwrap_or_default();
     if path.is_empty() || path.contains("://") || path.contains(char::is_whitespace) {
@@ -85,4 +108,14 @@ fn a_dead_link_is_found() {
     let link = |text: &str| [Source::new("docs/a.md", text), Source::new("src/b.rs", "")];
     assert!(dead_links(&link("[b](../src/b.rs) [s](../src/) [c](#c) [d](https://d) f[x](y z)")).is_empty());
     assert_eq!(dead_links(&link("[b](../src/c.rs#x) [b](src/b.rs)")).len(), 2);
+}
+
+#[test]
+fn a_dead_path_is_found() {
+    let named = |text: &str| [Source::new("docs/a.md", text), Source::new("src/b/c.rs", "")];
+    assert!(
+        dead_paths(&named("`src/b/c.rs` `src/b/` `docs` `blobs/x` `src/*.rs`\n```\nsrc/gone.rs\n```\n"))
+            .is_empty()
+    );
+    assert_eq!(dead_paths(&named("```sh\nx\n```\n`src/b.rs` and `src/gone/`")).len(), 2);
 }

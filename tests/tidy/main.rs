@@ -88,3 +88,8 @@ fn no_file_is_too_long() {
 fn links_between_documents_lead_somewhere() {
     none(&files::dead_links(&FILES));
 }
+
+#[test]
+fn documents_name_paths_that_exist() {
+    none(&files::dead_paths(&FILES));
+}

@@ -185,22 +185,26 @@ fn places(files: &[Source]) -> BTreeSet<String> {
     places
 }
 
-/// The paths at the beginnings of the lines of the map, without `.rs` and the last slash. A path that does not begin at the root
-/// of the repository lies beside the path before it.
+/// The paths at the beginnings of the lines of the map, without `.rs` and the last slash. The first of a line begins at the root
+/// of the repository; each other lies beside the one before it, or begins at the root.
 fn on_the_map(block: &str, files: &[Source]) -> BTreeSet<String> {
-    let tops: BTreeSet<_> = files.iter().filter_map(|file| Some(file.path.split_once('/')?.0)).collect();
-    let (mut named, mut beside) = (BTreeSet::new(), String::new());
+    let mut named = BTreeSet::new();
     for line in block.lines().filter(|line| !line.starts_with(' ')) {
         let words = line.split_whitespace().map(|word| word.trim_end_matches(','));
-        for token in words.take_while(|word| word.ends_with('/') || word.ends_with(".rs")) {
-            let plain = token.trim_end_matches('/').trim_end_matches(".rs");
-            let from_root = tops.contains(plain.split('/').next().unwrap_or_default()) && token.contains('/');
-            let path = if from_root { plain.to_owned() } else { format!("{beside}{plain}") };
+        let mut beside = String::new();
+        for word in words.take_while(|word| word.ends_with('/') || word.ends_with(".rs")) {
+            let plain = word.trim_end_matches('/').trim_end_matches(".rs");
+            let path = [format!("{beside}{plain}"), plain.to_owned()];
+            let path = path.iter().find(|path| exists(files, path)).unwrap_or(&path[0]).clone();
             beside = path.rfind('/').map_or_else(String::new, |slash| path[..=slash].to_owned());
             named.insert(path);
         }
     }
     named
+}
+
+fn exists(files: &[Source], path: &str) -> bool {
+    files.iter().any(|file| file.lies_in(&[path]))
 }
 
 #[cfg(test)]
@@ -260,13 +264,20 @@ mod tests {
 
     #[test]
     fn the_map_has_every_room_and_nothing_else() {
-        let files: Vec<_> =
-            ["src/a.rs", "src/a/x.rs", "src/b.rs", "src/actors/cas.rs", "tests/wire/main.rs", "src/lib.rs"]
-                .iter()
-                .map(|path| Source::new(path, ""))
-                .collect();
+        let files: Vec<_> = [
+            "src/a.rs",
+            "src/a/x.rs",
+            "src/b.rs",
+            "src/actors/cas.rs",
+            "tests/wire/main.rs",
+            "src/lib.rs",
+            "build.rs",
+        ]
+        .iter()
+        .map(|path| Source::new(path, ""))
+        .collect();
         let document = |lines: &str| format!("## Map\n\n```\n{lines}\n```\n");
-        let whole = "src/a.rs, a/ first; b.rs\n             more of b/\nsrc/b.rs  x\nsrc/actors/cas/  y\ntests/wire/  z";
+        let whole = "src/a.rs, a/ first; b.rs\n             more of b/\nsrc/b.rs  x\nsrc/actors/cas/, build.rs  y\ntests/wire/  z";
         assert_eq!(map(&files, &document(whole)), [""; 0]);
         assert_eq!(map(&files, &document(&whole.replace("src/b.rs", ""))).len(), 1);
         assert_eq!(map(&files, &document(&format!("{whole}\nsrc/gone.rs  w"))).len(), 1);

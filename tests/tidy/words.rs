@@ -16,7 +16,19 @@ pub struct Word {
 pub const WORDS: &[Word] = &[
     Word {
         word: "tonic",
-        only: &["src/grpc", "src/server", "src/client", "src/verify", "src/cli", "crates", "build"],
+        only: &[
+            "src/grpc",
+            "src/server",
+            "src/client",
+            "src/verify",
+            "src/cli",
+            "crates/client",
+            "crates/verify",
+            "crates/bench",
+            "crates/reapi/src/lib",
+            "crates/reapi/src/status",
+            "build",
+        ],
         why: "the gRPC library stays at the edge: only the services, the clients and the wiring know it",
     },
     Word {

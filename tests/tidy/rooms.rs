@@ -16,12 +16,11 @@ pub const CYCLES: &[(&str, &str, &str)] = &[
         "an error names the digests that are missing, and a digest that cannot be parsed is an error",
     ),
     (
-        "config",
         "actors::scheduler",
-        "the scheduler takes its settings from the configuration, which uses its types",
+        "config",
+        "the scheduler is built from the configuration's struct, which uses its types",
     ),
-    ("config", "logging", "logging takes its settings from the configuration, which checks filters with it"),
-    ("config", "http_cache", "the configuration uses the cache's type for host names"),
+    ("logging", "config", "logging is set up from the configuration's struct"),
     ("connections", "grpc", "the bounds of connections are derived from the limits of a gRPC connection"),
 ];
 

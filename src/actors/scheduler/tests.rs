@@ -1,7 +1,10 @@
 //! The actor against fake pools and a fake CAS: what only the shell can get wrong.
 //!
 //! No test sleeps: fakes hand over what they were sent through channels, and answers come when a test gives them.
-#![expect(clippy::disallowed_methods, reason = "the test bounds how many messages its unbounded channels hold")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the test bounds how many messages its unbounded channels hold"
+)]
 
 use super::{
     ledger::fixtures::{Work, instance, resolution, settings, submit, work},

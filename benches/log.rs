@@ -36,13 +36,21 @@ struct Way {
 enum Pace {
     /// One line after the other.
     FlatOut,
+    /// A line at a time, so long apart, as RPCs end.
+    Every(Duration),
     /// So many lines in each millisecond.
     PerMillisecond(u32),
     /// Each line is written before the next one is made.
     Flushed,
 }
 
-const WAYS: [Way; 5] = [
+const WAYS: [Way; 6] = [
+    Way {
+        name: "one thread, a line every 100 us",
+        threads: 1,
+        lines: 10_000,
+        pace: Pace::Every(Duration::from_micros(100)),
+    },
     Way { name: "one thread, 25,000 lines/s", threads: 1, lines: 50_000, pace: Pace::PerMillisecond(25) },
     Way { name: "two threads, 50,000 lines/s", threads: 2, lines: 50_000, pace: Pace::PerMillisecond(25) },
     Way { name: "one thread, flat out", threads: 1, lines: 200_000, pace: Pace::FlatOut },
@@ -116,7 +124,7 @@ fn log_lines(way: &Way) -> Duration {
     let burst = match way.pace {
         Pace::FlatOut => way.lines,
         Pace::PerMillisecond(lines) => lines,
-        Pace::Flushed => 1,
+        Pace::Every(_) | Pace::Flushed => 1,
     };
     let mut spent = Duration::ZERO;
     let mut due = Instant::now();
@@ -127,9 +135,19 @@ fn log_lines(way: &Way) -> Duration {
             logging::flush();
         }
         spent += thread_cpu() - before;
-        if matches!(way.pace, Pace::PerMillisecond(_)) {
-            due += Duration::from_millis(1);
-            thread::sleep(due.saturating_duration_since(Instant::now()));
+        match way.pace {
+            Pace::PerMillisecond(_) => {
+                due += Duration::from_millis(1);
+                thread::sleep(due.saturating_duration_since(Instant::now()));
+            }
+            // Not asleep: sleeping takes longer than this.
+            Pace::Every(apart) => {
+                due += apart;
+                while Instant::now() < due {
+                    std::hint::spin_loop();
+                }
+            }
+            Pace::FlatOut | Pace::Flushed => {}
         }
     }
     spent

@@ -144,7 +144,9 @@ impl HandOver {
         let goal = state.arrived;
         state.flushing += 1;
         if state.written < goal && state.wakes_writer(self.0.pace) {
+            drop(state);
             self.0.arrived.notify_one();
+            state = self.0.lock();
         }
         let waited = self.0.written.wait_timeout_while(state, patience, |state| state.written < goal);
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);

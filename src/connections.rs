@@ -18,6 +18,7 @@ pub use state::{ConnectionState, OpenCall, Reason};
 use crate::{
     budget::{Bound, Bounds, Budget},
     caller::{Caller, ConnectionId, Peer},
+    logging::Event,
 };
 use rate::{Bucket, Rate};
 use std::{
@@ -295,15 +296,16 @@ fn tell(tally: BTreeMap<(Peer, Counted), u64>) {
 
 fn tell_one(peer: &str, what: Counted, number: u64) {
     match what {
-        Counted::Closed(reason) => log::info!(
-            target: "gorego::rpc", event = "connections_closed", peer = peer, reason = reason.name(),
-            connections = number;
-            "closed {number} connections of {peer}: {}", reason.name()
-        ),
-        Counted::Rpc(code) => log::info!(
-            target: "gorego::rpc", event = "rpcs_not_listed", peer = peer, grpc_code = code, rpcs = number;
-            "{number} more RPCs of {peer} ended with {code}"
-        ),
+        Counted::Closed(reason) => Event::info("gorego::rpc", "connections_closed")
+            .with("peer", peer)
+            .with("reason", reason.name())
+            .with("connections", number)
+            .log(format_args!("closed {number} connections of {peer}: {}", reason.name())),
+        Counted::Rpc(code) => Event::info("gorego::rpc", "rpcs_not_listed")
+            .with("peer", peer)
+            .with("grpc_code", code)
+            .with("rpcs", number)
+            .log(format_args!("{number} more RPCs of {peer} ended with {code}")),
     }
 }
 

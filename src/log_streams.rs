@@ -23,6 +23,7 @@ use crate::{
     caller::Caller,
     error::{Error, Result},
     instance::Instance,
+    logging::Event,
 };
 use bytes::Bytes;
 use follow::Follower;
@@ -237,8 +238,9 @@ impl LogStreams {
                     };
                     let unfinished = give_up(expired);
                     if unfinished > 0 {
-                        log::info!(target: "gorego::log_streams", event = GIVEN_UP, streams = unfinished;
-                            "nobody wrote to some log streams for too long; they are forgotten");
+                        Event::info("gorego::log_streams", GIVEN_UP).with("streams", unfinished).log(format_args!(
+                            "nobody wrote to some log streams for too long; they are forgotten"
+                        ));
                     }
                 }
             }

@@ -1,27 +1,26 @@
-//! Logs: the `log` crate with key-values, written by env_logger as JSON lines or as text.
+//! Logs: records of the `log` crate with key-values, filtered by env_logger and written as JSON lines or as text.
 //!
-//! A line is one event of this server (`event = "rpc_finished"` among its key-values) or a message of a library, which gets
-//! `event = "library"` and its key-values in an object of their own, so that a library can never change the type of a
-//! documented field. `docs/logs.md` lists events and fields. Every line is made in memory by whoever logs and handed to one
-//! thread that writes to standard error, so lines never mix and nobody waits for a reader. Panics are logged like everything
-//! else. Where the process ends, [`flush`] or a [`FlushOnDrop`] sees to it that the last lines get out.
+//! A line is one [`Event`] of this server or a message of a library, which gets `event = "library"` and its key-values in an
+//! object of their own, so that a library can never change the type of a documented field. `docs/logs.md` lists events and
+//! fields. Each thread writes its lines into a buffer of its own that it uses again, and hands them to one thread that writes
+//! them to standard error in batches, so lines never mix and nobody waits for a reader. Lines of level error are written at
+//! once. Panics are logged like everything else. Where the process ends, [`flush`] or a [`FlushOnDrop`] writes the last lines.
 //!
 //! This module decides how lines look and how they leave. It does not decide what is logged: each room does that where it
 //! happens.
 
+mod event;
 mod hand_over;
 mod json;
 mod text;
 
+pub use event::{Event, FIELDS_MAX, Field};
 pub use json::write_json;
 pub use text::{escaped, write_text};
 
 use crate::config::{LogConfig, LogFormat};
-use hand_over::HandOver;
-use log::{
-    Level, LevelFilter, Record,
-    kv::{Error, Value, VisitValue},
-};
+use hand_over::{HandOver, Pace};
+use log::{Level, LevelFilter, Record};
 use std::{
     cell::RefCell,
     io::{self, IsTerminal as _, Write as _},
@@ -77,30 +76,17 @@ static OUT: OnceLock<HandOver> = OnceLock::new();
 pub fn init(config: &LogConfig) -> Style {
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let style = Style::choose(config.format, io::stderr().is_terminal(), no_color);
-    let mut builder = env_logger::Builder::new();
-    builder.parse_filters(&config.filter).format(move |out, record| {
-        // Taken out, so that a value whose own formatting logs simply finds an empty buffer here.
-        let mut line = LINE.take();
-        line.clear();
-        write_line(&mut line, style, record);
-        let written = out.write_all(&line);
-        if line.capacity() <= KEPT_BUFFER_BYTES {
-            LINE.set(line);
+    if OUT.get().is_none() {
+        let report = move |line: &mut Vec<u8>, lines| report_dropped(line, style, lines);
+        if let Ok(out) = HandOver::start(io::stderr(), Pace::default(), report) {
+            // Should a second call come at the same time, the one that loses leaves an idle thread behind.
+            let _ = OUT.set(out);
         }
-        written
-    });
-    if OUT.get().is_none()
-        && let Ok(out) = HandOver::start(io::stderr(), move |line, lines| report_dropped(line, style, lines))
-    {
-        // Should a second call come at the same time, the one that loses leaves an idle thread behind.
-        let _ = OUT.set(out);
     }
-    // Without a thread to hand lines to, whoever logs writes them: late lines are better than none.
-    builder.target(match OUT.get() {
-        Some(out) => env_logger::Target::Pipe(Box::new(out.clone())),
-        None => env_logger::Target::Stderr,
-    });
-    if builder.try_init().is_ok() {
+    let logger = logger(config, style, OUT.get());
+    let max_level = logger.filter();
+    if log::set_boxed_logger(Box::new(logger)).is_ok() {
+        log::set_max_level(max_level);
         panic::set_hook(Box::new(|info| {
             log_panic(info);
             // It may be the last that this process does.
@@ -110,12 +96,49 @@ pub fn init(config: &LogConfig) -> Style {
     style
 }
 
+/// The logger that hands the lines it lets through to `out`. Without a thread to hand lines to, whoever logs writes them: late
+/// lines are better than none.
+fn logger(config: &LogConfig, style: Style, out: Option<&HandOver>) -> env_logger::Logger {
+    let mut builder = env_logger::Builder::new();
+    builder.parse_filters(&config.filter);
+    match out.cloned() {
+        // The lines go past env_logger's own writer, which does not know their levels and locks what it writes to.
+        Some(out) => {
+            builder.target(env_logger::Target::Pipe(Box::new(io::sink()))).format(move |_, record| {
+                with_line(style, record, |line| match record.level() {
+                    Level::Error => out.put_urgent(line),
+                    _ => out.put(line),
+                });
+                Ok(())
+            })
+        }
+        None => builder
+            .target(env_logger::Target::Stderr)
+            .format(move |out, record| with_line(style, record, |line| out.write_all(line))),
+    };
+    builder.build()
+}
+
+/// Writes a record as a line into the buffer of this thread, for as long as `use_line` takes.
+fn with_line<T>(style: Style, record: &Record<'_>, use_line: impl FnOnce(&[u8]) -> T) -> T {
+    // Taken out, so that a value whose own formatting logs simply finds an empty buffer here. There is none when the thread
+    // ends: what its last destructors log is written too.
+    let mut line = LINE.try_with(RefCell::take).unwrap_or_default();
+    line.clear();
+    write_line(&mut line, style, record);
+    let used = use_line(&line);
+    if line.capacity() <= KEPT_BUFFER_BYTES {
+        let _ = LINE.try_with(|kept| kept.replace(line));
+    }
+    used
+}
+
 /// Writes text for people to standard error, in order with log lines and like them without waiting for a reader.
 pub fn print(text: &str) {
-    let _ = match OUT.get() {
-        Some(out) => out.clone().write_all(text.as_bytes()),
-        None => io::stderr().write_all(text.as_bytes()),
-    };
+    match OUT.get() {
+        Some(out) => out.put_urgent(text.as_bytes()),
+        None => drop(io::stderr().write_all(text.as_bytes())),
+    }
 }
 
 /// Waits until everything that was logged before is written; not for long where nobody reads. Blocks, so it has its place only
@@ -144,29 +167,12 @@ fn write_line(line: &mut Vec<u8>, style: Style, record: &Record<'_>) {
     }
 }
 
-/// Whether a value is an `Option` without anything in it: such a field is left out of its line, in every form.
-fn is_absent(value: &Value<'_>) -> bool {
-    struct Absent(bool);
-    impl<'v> VisitValue<'v> for Absent {
-        fn visit_any(&mut self, _: Value<'_>) -> Result<(), Error> {
-            Ok(())
-        }
-
-        fn visit_null(&mut self) -> Result<(), Error> {
-            self.0 = true;
-            Ok(())
-        }
-    }
-    let mut absent = Absent(false);
-    value.visit(&mut absent).is_ok() && absent.0
-}
-
 fn report_dropped(line: &mut Vec<u8>, style: Style, lines: u64) {
-    let fields = [("event", Value::from(LINES_DROPPED)), ("lines", Value::from(lines))];
-    let mut record = Record::builder();
-    record.level(Level::Warn).target("gorego::log").key_values(&fields);
-    let message = "lines are missing here: standard error takes them too slowly or not at all";
-    write_line(line, style, &record.args(format_args!("{message}")).build());
+    // Straight into the batch at whose end the lines are missing.
+    Event::warn("gorego::log", LINES_DROPPED).with("lines", lines).with_record(
+        format_args!("lines are missing here: standard error takes them too slowly or not at all"),
+        |record| write_line(line, style, record),
+    );
 }
 
 fn log_panic(info: &panic::PanicHookInfo<'_>) {
@@ -176,8 +182,10 @@ fn log_panic(info: &panic::PanicHookInfo<'_>) {
     let message = payload.downcast_ref::<&str>().copied();
     let message =
         message.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
-    log::error!(target: "gorego::panic", event = PANIC_EVENT, location = location.as_str(), thread = thread.as_str();
-        "a thread panicked: {message}");
+    Event::error("gorego::panic", PANIC_EVENT)
+        .with("location", &location)
+        .with("thread", &thread)
+        .log(format_args!("a thread panicked: {message}"));
 }
 
 /// Whether this is a filter that env_logger understands: `level`, `target` or `target=level`, separated by commas. Its own
@@ -211,6 +219,42 @@ fn near_level(word: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::mpsc;
+
+    /// Tells what is written, one text for each write.
+    struct Told(mpsc::Sender<String>);
+
+    impl io::Write for Told {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.0.send(String::from_utf8_lossy(bytes).into_owned());
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn lines_gather_and_one_of_level_error_takes_them_along_at_once() {
+        const PATIENCE: Duration = Duration::from_secs(30);
+        let (told, writes) = mpsc::channel();
+        // Nothing but urgency ends this rest.
+        let pace = Pace { bytes: usize::MAX, time: Duration::from_secs(3600) };
+        let out = HandOver::start(Told(told), pace, |_, _| {}).unwrap();
+        let config = LogConfig { filter: "info".into(), format: LogFormat::Text };
+        let logger = logger(&config, Style::Text { colour: false }, Some(&out));
+        Event::info("gorego::server", "server_stopped").log_to(&logger, format_args!("first"));
+        assert!(writes.recv_timeout(PATIENCE).unwrap().contains("first"));
+        Event::info("gorego::server", "server_stopped").log_to(&logger, format_args!("second"));
+        Event::warn("gorego::server", "connections_cut").log_to(&logger, format_args!("third"));
+        Event::debug("gorego::worker", "action_finished").log_to(&logger, format_args!("filtered out"));
+        assert!(writes.try_recv().is_err(), "these are in no hurry");
+        Event::error("gorego::server", "server_failed").log_to(&logger, format_args!("last"));
+        let written = writes.recv_timeout(PATIENCE).unwrap();
+        let last_words = written.lines().filter_map(|line| line.split_whitespace().last());
+        assert_eq!(last_words.collect::<Vec<_>>(), ["second", "third", "last"]);
+    }
 
     #[test]
     fn auto_is_text_exactly_on_a_terminal_and_colour_never_leaves_it() {

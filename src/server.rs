@@ -24,7 +24,8 @@ use crate::{
     grpc::{self, Edge, ask::Scheduler},
     http_cache::{self, HttpCache},
     log_streams::{Limits, LogSettings, LogStreams},
-    logging, memory,
+    logging::{self, Event},
+    memory,
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
@@ -234,9 +235,10 @@ impl Server {
             Stop::Signal(signal) => signal,
             Stop::Fault(error) => return Err(error),
         };
-        log::info!(target: LOG, event = "server_stopping", signal = signal,
-            grace_ms = settings.shutdown_grace.as_millis() as u64;
-            "stopping: finishing what is under way; a second interrupt stops at once");
+        Event::info(LOG, "server_stopping")
+            .with("signal", signal)
+            .with("grace_ms", settings.shutdown_grace.as_millis() as u64)
+            .log(format_args!("stopping: finishing what is under way; a second interrupt stops at once"));
         let exit = Exit::within(settings.shutdown_grace);
         let orderly = async {
             health.drain().await;
@@ -254,7 +256,8 @@ impl Server {
             select! {
                 _ = async { tokio::join!(serving, http_serving) } => {}
                 _ = timeout_at(exit.told(), under_way.finished(QUIET)) => {
-                    log::warn!(target: LOG, event = "connections_cut"; "some clients keep their connections open; closing them");
+                    Event::warn(LOG, "connections_cut")
+                        .log(format_args!("some clients keep their connections open; closing them"));
                 }
             }
             if let Some(removal) = removal {
@@ -264,7 +267,9 @@ impl Server {
         select! {
             () = orderly => {}
             signal = signals.next() => {
-                log::warn!(target: LOG, event = "server_interrupted", signal = signal; "stopping at once");
+                Event::warn(LOG, "server_interrupted")
+                    .with("signal", signal)
+                    .log(format_args!("stopping at once"));
                 logging::flush();
                 // Runners see their sockets close and kill what they run.
                 std::process::exit(INTERRUPTED);
@@ -274,10 +279,11 @@ impl Server {
         // The bindings, and what was used lately, for the order of eviction after the next start.
         let closing = async { tokio::join!(assets.actor().send(CloseAssets), cas.actor().send(CloseStore)) };
         if timeout_at(exit.end, closing).await.is_err() {
-            log::warn!(target: LOG, event = "store_not_closed"; "the store is slow to close; its order of use may be out of date");
+            Event::warn(LOG, "store_not_closed")
+                .log(format_args!("the store is slow to close; its order of use may be out of date"));
         }
         connections.tell_counted();
-        log::info!(target: LOG, event = "server_stopped"; "stopped");
+        Event::info(LOG, "server_stopped").log(format_args!("stopped"));
         Ok(())
     }
 }
@@ -310,7 +316,9 @@ fn serve_http(
         under_way: under_way.clone(),
         connections: connections.clone(),
     };
-    log::info!(target: LOG, event = "http_started", listen_addr:% = address; "serving the HTTP cache on {address}");
+    Event::info(LOG, "http_started")
+        .with_shown("listen_addr", &address)
+        .log(format_args!("serving the HTTP cache on {address}"));
     let serving = workers.spawn(http_cache::serve(cache, listener, async move { drop(closed.await) }));
     let ended = async move {
         match serving.await {
@@ -398,10 +406,13 @@ async fn drain(scheduler: &Addr<SchedulerActor>, exit: Exit) {
         return;
     }
     let left = scheduler.send(Inspect).await.unwrap_or_default();
-    log::warn!(target: LOG, event = "work_cancelled", queued = left.queued, running = left.running;
-        "the grace is nearly over: cancelling what is left");
+    Event::warn(LOG, "work_cancelled")
+        .with("queued", left.queued)
+        .with("running", left.running)
+        .log(format_args!("the grace is nearly over: cancelling what is left"));
     if timeout_at(exit.cancelled(), scheduler.send(Drain { cancel: true })).await.is_err() {
-        log::error!(target: LOG, event = "work_stuck"; "some work did not stop; leaving it to its runners");
+        Event::error(LOG, "work_stuck")
+            .log(format_args!("some work did not stop; leaving it to its runners"));
     }
 }
 

@@ -3,7 +3,10 @@
 
 mod log_schema;
 
-use gorego::config::{LogConfig, LogFormat};
+use gorego::{
+    config::{LogConfig, LogFormat},
+    logging::Event,
+};
 use log::{Level, Record, kv::Value as Kv};
 use log_schema::Schema;
 use proptest::prelude::*;
@@ -141,7 +144,10 @@ fn a_process_with_a_log() {
     let panicked = thread.spawn(|| panic!("no {}", "luck")).unwrap().join();
     assert!(panicked.is_err());
     for n in 0..LAST_WORDS {
-        log::info!(target: "gorego::server", event = "server_stopping", signal = "SIGTERM", grace_ms = n; "last words");
+        Event::info("gorego::server", "server_stopping")
+            .with("signal", "SIGTERM")
+            .with("grace_ms", n)
+            .log(format_args!("last words"));
     }
     gorego::logging::flush();
     std::process::exit(3);
@@ -179,22 +185,27 @@ fn the_page_lists_every_event_that_the_source_names_and_no_other() {
         Some(after.split('"').next()?.to_owned())
     };
     let mut named = 0;
-    for after in source.split("event = ").skip(1) {
-        // A name in quotes, or a constant, perhaps with a module in front.
-        let word = after.split([',', ';']).next().unwrap_or_default().trim();
-        let event = match word.strip_prefix('"') {
-            Some(quoted) => quoted.trim_end_matches('"').to_owned(),
-            None => match constant(word.rsplit("::").next().unwrap_or_default()) {
-                Some(event) => event,
-                None => continue,
-            },
-        };
-        assert!(schema.events.contains_key(&event), "docs/logs.md does not list {event:?}");
-        named += 1;
+    for level in ["error", "warn", "info", "debug"] {
+        for after in source.split(&format!("Event::{level}(")).skip(1) {
+            // After the target: a name in quotes, or a constant, perhaps with a module in front.
+            let word = after.split([',', ')']).nth(1).unwrap_or_default().trim();
+            let event = match word.strip_prefix('"') {
+                Some(quoted) => quoted.trim_end_matches('"').to_owned(),
+                None => constant(word.rsplit("::").next().unwrap_or_default())
+                    .unwrap_or_else(|| panic!("{word:?} should be the name of an event")),
+            };
+            let documented = schema.events.get(&event);
+            let documented = documented.unwrap_or_else(|| panic!("docs/logs.md does not list {event:?}"));
+            assert_eq!(documented.level, level.to_uppercase(), "level of {event}");
+            named += 1;
+        }
+        let macro_call = format!("log::{level}!(");
+        assert!(!source.contains(&macro_call), "events are logged with `Event`, not with {macro_call}");
     }
-    assert!(named > 20, "the way in which events are written changed; this test finds {named}");
-    for event in schema.events.keys() {
-        assert!(source.contains(&format!("\"{event}\"")), "nothing logs {event}, which docs/logs.md lists");
+    assert!(named > 40, "the way in which events are written changed; this test finds {named}");
+    for (name, event) in &schema.events {
+        assert!(source.contains(&format!("\"{name}\"")), "nothing logs {name}, which docs/logs.md lists");
+        assert!(event.fields.len() <= gorego::logging::FIELDS_MAX, "{name} has too many fields");
     }
 }
 
@@ -213,7 +224,35 @@ fn source_below(directory: &Path) -> String {
     text
 }
 
+fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap()
+}
+
 proptest! {
+    #[test]
+    fn a_line_is_to_the_byte_what_serde_json_makes_of_its_values(
+        message in any::<String>(), target in any::<String>(), key in "[^a-z]*", text in any::<String>(),
+        natural in any::<u64>(), integer in any::<i64>(), fraction in any::<f64>(), flag in any::<bool>()
+    ) {
+        let kvs = [
+            ("event", Kv::from("e")),
+            (key.as_str(), Kv::from(text.as_str())),
+            ("shown", Kv::from_display(&text)),
+            ("natural", Kv::from(natural)),
+            ("integer", Kv::from(integer)),
+            ("fraction", Kv::from(fraction)),
+            ("flag", Kv::from(flag)),
+        ];
+        let line = write(Level::Info, &target, format_args!("{message}"), &kvs);
+        let expected = format!(
+            "{{\"ts\":\"2023-11-14T22:13:20.123Z\",\"level\":\"INFO\",\"target\":{},\"event\":\"e\",\"msg\":{},{}:{},\
+             \"shown\":{},\"natural\":{},\"integer\":{},\"fraction\":{},\"flag\":{}}}\n",
+            json(&target), json(&message), json(&key), json(&text), json(&text), json(&natural), json(&integer),
+            json(&fraction), json(&flag)
+        );
+        prop_assert_eq!(line, expected);
+    }
+
     #[test]
     fn whatever_clients_send_stays_one_line_of_json(message in any::<String>(), key in any::<String>(), value in any::<String>()) {
         let kvs = [("event", Kv::from("e")), (key.as_str(), Kv::from(value.as_str()))];

@@ -52,6 +52,7 @@ use crate::{
     digest::Digest,
     error::{Error, Result},
     instance::{InstanceId, Instances},
+    logging::Event,
     tree::Directory,
 };
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult, WeakAddr};
@@ -220,7 +221,7 @@ impl Actor for CasActor {
         match self.reserve(0, ctx) {
             Ok(_) => {}
             Err(error) => {
-                log::error!(target: LOG, event = "store_over_limit"; "the store cannot be used: {error}");
+                Event::error(LOG, "store_over_limit").log(format_args!("the store cannot be used: {error}"));
                 ctx.stop();
             }
         }
@@ -394,8 +395,9 @@ impl Handler<Damaged> for CasActor {
     fn handle(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
         // A file that was evicted under its reader is not damaged: its entry is stale and nothing happens.
         if let Some(victim) = self.index.remove(at) {
-            log::warn!(target: LOG, event = "blob_damaged", digest = victim.file.key.digest.to_string();
-                "dropped a stored {:?}: {reason}", victim.file.key.kind);
+            Event::warn(LOG, "blob_damaged")
+                .with_shown("digest", &victim.file.key.digest)
+                .log(format_args!("dropped a stored {:?}: {reason}", victim.file.key.kind));
             self.delete(vec![victim], ctx);
         }
     }

@@ -26,6 +26,7 @@ use crate::{
         worker::messages::{RunAction, StageReached, TaskId},
     },
     error::{Error, Result},
+    logging::Event,
 };
 use actix::{Actor, AsyncContext, Context, Handler, MailboxError, Message, Recipient, ResponseFuture};
 use ledger::{Assignment, Check, Ledger, RunEnd};
@@ -196,11 +197,10 @@ impl Handler<Tick> for SchedulerActor {
 
     fn handle(&mut self, _: Tick, ctx: &mut Self::Context) {
         for place in self.ledger.tick(Moment::now()) {
-            ::log::warn!(
-                target: log::TARGET,
-                event = log::SLOT_STUCK, pool = &*place.pool, slot = place.slot.0;
-                "a worker does not answer; its slot is out of service until it does"
-            );
+            Event::warn(log::TARGET, log::SLOT_STUCK)
+                .with("pool", &*place.pool)
+                .with("slot", place.slot.0)
+                .log(format_args!("a worker does not answer; its slot is out of service until it does"));
         }
         self.settle(ctx);
     }
@@ -321,11 +321,11 @@ impl Handler<Drain> for SchedulerActor {
 
     fn handle(&mut self, Drain { cancel }: Drain, ctx: &mut Self::Context) -> Self::Result {
         let Inspection { queued, running, .. } = self.ledger.inspect();
-        ::log::info!(
-            target: log::TARGET,
-            event = log::DRAINING, cancel, queued, running;
-            "the scheduler takes no more work"
-        );
+        Event::info(log::TARGET, log::DRAINING)
+            .with("cancel", cancel)
+            .with("queued", queued)
+            .with("running", running)
+            .log(format_args!("the scheduler takes no more work"));
         self.ledger.drain(cancel, Moment::now());
         let (sender, drained) = oneshot::channel();
         self.drained.push(sender);

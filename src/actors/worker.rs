@@ -19,7 +19,7 @@ mod run_log;
 pub mod store;
 pub mod workspace;
 
-use crate::{error::Error, log_streams::LogStreams};
+use crate::{error::Error, log_streams::LogStreams, logging::Event};
 use actix::{Actor, Handler, MessageResult, SyncContext};
 use launcher::{Launcher, RunnerLauncher};
 use messages::{RunAction, RunFailure};
@@ -102,9 +102,15 @@ impl Handler<RunAction> for WorkerActor {
         });
         MessageResult(catch_unwind(run).unwrap_or_else(|panic| {
             let what = panic_message(&*panic);
-            log::error!(target: "gorego::worker", event = WORKER_PANICKED, task = order.task.0,
-                pool = self.settings.pool, slot = order.slot.0, action_digest = order.action.digest.to_string(), error = what;
-                "a worker panicked; the action is reported as failed and the worker goes on");
+            Event::error("gorego::worker", WORKER_PANICKED)
+                .with("task", order.task.0)
+                .with("pool", &*self.settings.pool)
+                .with("slot", order.slot.0)
+                .with_shown("action_digest", &order.action.digest)
+                .with("error", what)
+                .log(format_args!(
+                    "a worker panicked; the action is reported as failed and the worker goes on"
+                ));
             self.launcher.reset();
             let error = Error::Internal(format!("the worker panicked: {what}"));
             Err(RunFailure { retryable: true, ..RunFailure::new(error) })

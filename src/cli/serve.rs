@@ -8,12 +8,13 @@ use super::{
 use crate::{
     config::{Config, LogConfig, Settings},
     error::Error,
-    logging::{self, Style},
+    logging::{self, Event, Style},
     server,
 };
 use std::{
     fmt::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
 };
 
 /// Runs a server and returns the exit code of the process.
@@ -28,13 +29,13 @@ pub fn run(args: &ServeArgs) -> u8 {
     let style = logging::init(&settings.log);
     let _flush = logging::FlushOnDrop;
     for warning in &settings.warnings {
-        log::warn!(target: "gorego::config", event = "config_warning"; "{warning}");
+        Event::warn("gorego::config", "config_warning").log(format_args!("{warning}"));
     }
     let announced = settings.clone();
     match server::run(settings, move |address| announce(style, &announced, address)) {
         Ok(()) => EXIT_OK,
         Err(error) => {
-            log::error!(target: "gorego::server", event = "server_failed"; "{error}");
+            Event::error("gorego::server", "server_failed").log(format_args!("{error}"));
             EXIT_FAILURE
         }
     }
@@ -46,7 +47,7 @@ fn refuse(args: &ServeArgs, error: &Error) {
     match logging::init(&log) {
         Style::Text { .. } => complain(error),
         Style::Json => {
-            log::error!(target: "gorego::server", event = "server_failed"; "{error}");
+            Event::error("gorego::server", "server_failed").log(format_args!("{error}"));
             logging::flush();
         }
     }
@@ -59,12 +60,15 @@ fn announce(style: Style, settings: &Settings, address: SocketAddr) {
         // In one piece, so that no log line comes in between.
         Style::Text { .. } => logging::print(&banner(settings, address)),
         Style::Json => {
-            let data_dir = settings.cache_dir.to_string_lossy();
-            let config_file = settings.config_file.as_deref().map(|file| file.to_string_lossy().into_owned());
-            log::info!(target: "gorego::server", event = "server_started", listen_addr:% = address,
-                data_dir:% = data_dir, slots = slots, max_size_bytes = settings.max_size_bytes,
-                config_file:% = config_file.unwrap_or_default(), version = env!("CARGO_PKG_VERSION");
-                "serving on {address}");
+            let config_file = settings.config_file.as_deref().unwrap_or(Path::new(""));
+            Event::info("gorego::server", "server_started")
+                .with_shown("listen_addr", &address)
+                .with_shown("data_dir", &settings.cache_dir.display())
+                .with("slots", slots)
+                .with("max_size_bytes", settings.max_size_bytes)
+                .with_shown("config_file", &config_file.display())
+                .with("version", env!("CARGO_PKG_VERSION"))
+                .log(format_args!("serving on {address}"));
         }
     }
 }

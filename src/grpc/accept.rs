@@ -12,6 +12,7 @@ use crate::{
     acknowledge::Prompt,
     caller::Caller,
     connections::{Admitted, ConnectionState, Connections, Reason},
+    logging::Event,
 };
 use futures::stream::{Stream, StreamExt as _};
 use std::{
@@ -51,10 +52,9 @@ pub fn connections(
             if let Err(error) = &accepted
                 && !is_of_one_connection(error)
             {
-                log::warn!(
-                    target: "gorego::rpc", event = "accept_failed", error = error.to_string().as_str();
+                Event::warn("gorego::rpc", "accept_failed").with_shown("error", &error).log(format_args!(
                     "could not accept a connection: {error}; raise the limit on open files if this goes on"
-                );
+                ));
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
             accepted.and_then(|stream| Connection::new(stream, &connections)).transpose()

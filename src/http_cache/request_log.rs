@@ -7,6 +7,7 @@ use crate::{
     digest::Digest,
     error::Error,
     instance::Instance,
+    logging::{Event, Field},
     under_way::Unfinished,
 };
 use axum::{
@@ -15,7 +16,7 @@ use axum::{
     response::Response,
 };
 use http_body::{Frame, SizeHint};
-use log::{Level, Record, kv::Value};
+use log::Level;
 use std::{
     net::SocketAddr,
     pin::Pin,
@@ -133,32 +134,20 @@ impl Drop for Line {
         if !log::log_enabled!(target: LOG, Level::Info) {
             return;
         }
-        let duration_us = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let (peer, digest) =
-            (self.connection.address.to_string(), self.digest.map(|digest| digest.to_string()));
-        let mut fields: Vec<(&str, Value<'_>)> = vec![
-            ("event", "http_finished".into()),
-            ("method", self.method.as_str().into()),
-            ("path", self.path.as_str().into()),
-            ("duration_us", duration_us.into()),
-            ("bytes_in", self.bytes_in.into()),
-            ("bytes_out", self.bytes_out.into()),
-            ("peer", peer.as_str().into()),
-        ];
-        // Without one the client was gone before there was an answer.
-        fields.extend(self.status.map(|status| ("http_status", u64::from(status.as_u16()).into())));
-        fields.extend(self.instance.as_ref().map(|instance| ("instance", instance.name().into())));
-        fields.extend(digest.as_deref().map(|digest| ("digest", digest.into())));
-        fields.extend((!self.error.is_empty()).then(|| ("error", self.error.as_str().into())));
         let told = self.status.map_or("gone", |status| status.canonical_reason().unwrap_or_default());
-        log::logger().log(
-            &Record::builder()
-                .target(LOG)
-                .level(Level::Info)
-                .key_values(&fields)
-                .args(format_args!("{} {}: {told}", self.method, self.path))
-                .build(),
-        );
+        Event::info(LOG, "http_finished")
+            .with("method", &self.method)
+            .with("path", &self.path)
+            .with("duration_us", u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
+            .with("bytes_in", self.bytes_in)
+            .with("bytes_out", self.bytes_out)
+            .with_shown("peer", &self.connection.address)
+            // Without one the client was gone before there was an answer.
+            .with_some("http_status", self.status.map(|status| status.as_u16()))
+            .with_some("instance", self.instance.as_ref().map(Instance::name))
+            .with_some("digest", self.digest.as_ref().map(|digest| Field::Shown(digest)))
+            .with_said("error", &self.error)
+            .log(format_args!("{} {}: {told}", self.method, self.path));
     }
 }
 

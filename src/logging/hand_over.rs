@@ -1,42 +1,62 @@
 //! The hand-over of finished lines to the one thread that writes them.
 //!
-//! Whoever logs only appends to a buffer: a reader of standard error that is slow, stuck or gone costs an actor or an RPC
-//! nothing. The writer takes all that waits at once and writes it with one call, so a line that comes alone is written at
-//! once and a burst costs few calls. The buffer is bounded; lines that find it full are dropped and counted, and the writer
-//! says how many where they are missing.
+//! Logging appends to a buffer and returns: a reader of standard error that is slow, stuck or gone costs an actor or an RPC
+//! nothing. The writer takes everything that waits and writes it with one call. A line that comes after a pause is written at
+//! once. After each write the writer rests for a few milliseconds, and lines gather meanwhile, so a busy server pays for one
+//! wake-up per batch and not per line. The rest ends early when a batch is full, when a line is urgent, and when somebody waits
+//! in [`HandOver::flush`]. A process that is killed loses at most the lines of one rest.
 //!
 //! Invariants: lines are written in the order in which they were handed over; a line is written whole or not at all, unless
-//! a write fails in the middle of it; no lock is held while something is written. This file knows nothing of levels and
-//! fields.
+//! a write fails in the middle of it; the buffer is bounded, and lines that find it full are dropped, counted and reported where
+//! they are missing; no lock is held while something is written. This file knows nothing of levels and fields.
 
 use std::{
     io::{self, ErrorKind, Write},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Most bytes of lines that wait for the writer: some 10,000 lines, which is every line of a few thousand actions that are
 /// submitted at once. The writer may hold as many again.
 pub const WAITING_MAX_BYTES: usize = 4 * 1024 * 1024;
-/// How much of a buffer is kept after a burst. As much as a pipe takes in one call.
-const KEPT_BYTES: usize = 64 * 1024;
+/// So many bytes of lines are written without waiting for more: as many as a pipe takes in one call.
+const BATCH_BYTES: usize = 64 * 1024;
+/// How long the writer rests after it took a batch. At 200 wake-ups a second, waking costs less than writing the lines; shorter
+/// than anybody notices who follows the log.
+const BATCH_TIME: Duration = Duration::from_millis(5);
+/// How much of a buffer is kept after a burst: room for a full batch and the lines that come while it is written.
+const KEPT_BYTES: usize = 4 * BATCH_BYTES;
 /// How long the writer waits when standard error is in non-blocking mode, as programs that share it may leave it, and full.
 const NOT_READY_PAUSE: Duration = Duration::from_millis(10);
 
+/// How many lines the writer takes at a time.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// A batch is full with so many bytes.
+    pub bytes: usize,
+    /// Lines that are not urgent wait no longer than this for a batch to fill.
+    pub time: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { bytes: BATCH_BYTES, time: BATCH_TIME }
+    }
+}
+
 /// The end where lines go in; every clone leads to the same writer.
-///
-/// As a [`Write`] it takes whole lines, one with each call, and never fails.
 #[derive(Debug, Clone)]
 pub struct HandOver(Arc<Shared>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// Lines came while the writer was idle.
+    /// Wakes the writer.
     arrived: Condvar,
     /// The writer is done with what it took.
     written: Condvar,
+    pace: Pace,
 }
 
 #[derive(Debug, Default)]
@@ -49,10 +69,23 @@ struct State {
     arrived: u64,
     /// How many of them the writer is done with.
     written: u64,
-    /// The writer sleeps.
-    idle: bool,
+    /// One of the lines that wait is to be written at once.
+    is_urgent: bool,
     /// How many wait for `written`.
     flushing: usize,
+    writer: WriterState,
+}
+
+/// What the writer does, for those who may have to wake it.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum WriterState {
+    /// It is awake, or was woken, and will look again before it sleeps.
+    #[default]
+    Awake,
+    /// It sleeps until its rest is over.
+    Resting,
+    /// It sleeps until a line comes.
+    Idle,
 }
 
 impl HandOver {
@@ -62,13 +95,46 @@ impl HandOver {
     /// When no thread can be started.
     pub fn start(
         out: impl Write + Send + 'static,
+        pace: Pace,
         report: impl Fn(&mut Vec<u8>, u64) + Send + 'static,
     ) -> io::Result<Self> {
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            arrived: Condvar::new(),
+            written: Condvar::new(),
+            pace,
+        });
         let writer = Writer { out, lost: 0, torn: false };
         let taken_from = shared.clone();
         thread::Builder::new().name("log-writer".into()).spawn(move || writer.run(&taken_from, report))?;
         Ok(Self(shared))
+    }
+
+    /// Hands over a whole line. Never waits for the writer, and never fails: a line without room is counted and dropped.
+    pub fn put(&self, line: &[u8]) {
+        self.take_in(line, false);
+    }
+
+    /// As [`HandOver::put`], and the writer does not let this line wait for others.
+    pub fn put_urgent(&self, line: &[u8]) {
+        self.take_in(line, true);
+    }
+
+    fn take_in(&self, line: &[u8], is_urgent: bool) {
+        let mut state = self.0.lock();
+        state.arrived += 1;
+        if state.dropped > 0 || line.len() > WAITING_MAX_BYTES.saturating_sub(state.waiting.len()) {
+            state.dropped += 1;
+        } else {
+            state.waiting.extend_from_slice(line);
+        }
+        state.is_urgent |= is_urgent;
+        let wakes = state.wakes_writer(self.0.pace);
+        drop(state);
+        // Only then: waking a thread that is not to wake is a system call for nothing.
+        if wakes {
+            self.0.arrived.notify_one();
+        }
     }
 
     /// Waits, but no longer than `patience`, until all that was handed over before this call is written or reported as
@@ -77,6 +143,11 @@ impl HandOver {
         let mut state = self.0.lock();
         let goal = state.arrived;
         state.flushing += 1;
+        if state.written < goal && state.wakes_writer(self.0.pace) {
+            drop(state);
+            self.0.arrived.notify_one();
+            state = self.0.lock();
+        }
         let waited = self.0.written.wait_timeout_while(state, patience, |state| state.written < goal);
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         state.flushing -= 1;
@@ -84,27 +155,23 @@ impl HandOver {
     }
 }
 
-impl Write for HandOver {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let mut state = self.0.lock();
-        state.arrived += 1;
-        if state.dropped > 0 || line.len() > WAITING_MAX_BYTES.saturating_sub(state.waiting.len()) {
-            state.dropped += 1;
-        } else {
-            state.waiting.extend_from_slice(line);
-        }
-        let wake = std::mem::take(&mut state.idle);
-        drop(state);
-        // Only then: waking a thread that does not sleep is a system call for nothing.
-        if wake {
-            self.0.arrived.notify_one();
-        }
-        Ok(line.len())
+impl State {
+    /// Whether what waits is to be written now.
+    fn is_due(&self, pace: Pace) -> bool {
+        self.is_urgent || self.flushing > 0 || self.dropped > 0 || self.waiting.len() >= pace.bytes
     }
 
-    /// Nothing to do and never waits; see [`HandOver::flush`] for waiting.
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    /// Whether the writer sleeps and is to be woken. Says so once.
+    fn wakes_writer(&mut self, pace: Pace) -> bool {
+        let wakes = match self.writer {
+            WriterState::Awake => false,
+            WriterState::Resting => self.is_due(pace),
+            WriterState::Idle => true,
+        };
+        if wakes {
+            self.writer = WriterState::Awake;
+        }
+        wakes
     }
 }
 
@@ -113,14 +180,26 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for lines and moves all of them into `batch`, which is empty. Returns up to which line that is, and how many
-    /// are missing at its end.
-    fn take(&self, batch: &mut Vec<u8>) -> (u64, u64) {
+    /// Waits until lines are to be written, which may be any time after `rested`, and moves all of them into `batch`, which is
+    /// empty. Returns up to which line that is, and how many are missing at its end.
+    fn take(&self, batch: &mut Vec<u8>, rested: Instant) -> (u64, u64) {
         let mut state = self.lock();
-        while state.arrived == state.written {
-            state.idle = true;
-            state = self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let has_lines = state.arrived > state.written;
+            let rest = rested.saturating_duration_since(Instant::now());
+            if has_lines && (rest.is_zero() || state.is_due(self.pace)) {
+                break;
+            }
+            state = if rest.is_zero() {
+                state.writer = WriterState::Idle;
+                self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner)
+            } else {
+                state.writer = WriterState::Resting;
+                self.arrived.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0
+            };
         }
+        state.writer = WriterState::Awake;
+        state.is_urgent = false;
         std::mem::swap(&mut state.waiting, batch);
         (state.arrived, std::mem::take(&mut state.dropped))
     }
@@ -148,8 +227,11 @@ struct Writer<W> {
 impl<W: Write> Writer<W> {
     fn run(mut self, shared: &Shared, report: impl Fn(&mut Vec<u8>, u64)) {
         let mut batch = Vec::new();
+        let mut rested = Instant::now();
         loop {
-            let (upto, dropped) = shared.take(&mut batch);
+            let (upto, dropped) = shared.take(&mut batch, rested);
+            // From here and not from the end of the write, which may be slow: lines that came meanwhile have waited.
+            rested = Instant::now() + shared.pace.time;
             if self.lost > 0 {
                 let mut before = Vec::new();
                 if self.torn {
@@ -193,128 +275,4 @@ impl<W: Write> Writer<W> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::{
-        io::{BufRead as _, BufReader},
-        sync::mpsc,
-    };
-
-    /// How long anything here may take before it is called stuck.
-    const PATIENCE: Duration = Duration::from_secs(30);
-
-    fn report(line: &mut Vec<u8>, lines: u64) {
-        let _ = writeln!(line, "dropped {lines}");
-    }
-
-    fn log(to: &mut HandOver, line: &str) {
-        to.write_all(format!("{line}\n").as_bytes()).unwrap();
-    }
-
-    /// Runs something that must not block, and says so when it does.
-    fn without_blocking(what: impl FnOnce() + Send + 'static) {
-        let (done, finished) = mpsc::channel();
-        thread::spawn(move || {
-            what();
-            let _ = done.send(());
-        });
-        finished.recv_timeout(PATIENCE).expect("logging does not wait for a reader");
-    }
-
-    #[test]
-    fn a_pipe_that_nobody_reads_blocks_no_logger_and_what_is_dropped_is_counted() {
-        const LINES: u64 = 60_000;
-        const FILLER: usize = 200;
-        let (reader, writer) = io::pipe().unwrap();
-        let to = HandOver::start(writer, report).unwrap();
-        let filler = "x".repeat(FILLER);
-        let mut logger = to.clone();
-        without_blocking(move || (0..LINES).for_each(|n| log(&mut logger, &format!("{n} {filler}"))));
-        assert!(!to.flush(Duration::from_millis(1)), "a flush does not wait for ever");
-        log(&mut to.clone(), "turned away too");
-
-        let mut lines = BufReader::new(reader).lines().map(Result::unwrap);
-        let (mut whole, mut dropped, mut bytes) = (0, 0, 0);
-        // A writer that is slow to start reports twice: its first batch made room for more.
-        while whole + dropped < LINES + 1 {
-            let line = lines.next().unwrap();
-            if let Some(count) = line.strip_prefix("dropped ") {
-                dropped += count.parse::<u64>().unwrap();
-                continue;
-            }
-            assert_eq!(
-                line.split(' ').next(),
-                Some((whole + dropped).to_string().as_str()),
-                "in order and whole"
-            );
-            whole += 1;
-            bytes += line.len() + 1;
-        }
-        assert_eq!(whole + dropped, LINES + 1);
-        assert!(bytes > WAITING_MAX_BYTES - FILLER - 10, "what has room is kept: {bytes} bytes");
-        assert!(bytes <= 2 * WAITING_MAX_BYTES, "the bound holds: {bytes} bytes");
-        log(&mut to.clone(), "after");
-        assert_eq!(lines.next().as_deref(), Some("after"));
-        assert!(to.flush(PATIENCE));
-    }
-
-    #[test]
-    fn a_line_that_comes_alone_is_written_without_waiting_for_more() {
-        let (reader, writer) = io::pipe().unwrap();
-        let mut to = HandOver::start(writer, report).unwrap();
-        let mut lines = BufReader::new(reader).lines().map(Result::unwrap);
-        for n in 0..100 {
-            log(&mut to, &n.to_string());
-            assert_eq!(lines.next(), Some(n.to_string()));
-        }
-    }
-
-    /// Does with each write what it is told, and tells what was written.
-    struct Scripted(mpsc::Receiver<io::Result<usize>>, mpsc::Sender<String>);
-
-    impl Write for Scripted {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let taken = self.0.recv().unwrap_or(Ok(usize::MAX))?.min(bytes.len());
-            let _ = self.1.send(String::from_utf8_lossy(&bytes[..taken]).into_owned());
-            Ok(taken)
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn what_waits_is_written_with_one_call() {
-        let (step, steps) = mpsc::channel();
-        let (wrote, written) = mpsc::channel();
-        let mut to = HandOver::start(Scripted(steps, wrote), report).unwrap();
-        log(&mut to, "first");
-        // The writer may take some of these with the first one; the rest goes together.
-        (0..1000).for_each(|_| log(&mut to, "more"));
-        drop(step);
-        assert!(to.flush(PATIENCE));
-        drop(to);
-        assert!(written.try_iter().count() <= 2);
-    }
-
-    #[test]
-    fn lines_lost_to_a_full_disk_are_reported_when_there_is_room_again() {
-        let (step, steps) = mpsc::channel();
-        let (wrote, written) = mpsc::channel();
-        let mut to = HandOver::start(Scripted(steps, wrote), report).unwrap();
-        let full = || Err(ErrorKind::StorageFull.into());
-        for (line, script) in [
-            ("whole", vec![Err(ErrorKind::Interrupted.into()), Err(ErrorKind::WouldBlock.into()), Ok(99)]),
-            ("torn", vec![Ok(2), full()]),
-            ("lost", vec![full(), full()]),
-            ("after", vec![Ok(99), Ok(99)]),
-        ] {
-            script.into_iter().for_each(|result| step.send(result).unwrap());
-            log(&mut to, line);
-            assert!(to.flush(PATIENCE));
-        }
-        let written: String = written.try_iter().collect();
-        assert_eq!(written, "whole\nto\ndropped 2\nafter\n");
-    }
-}
+mod tests;

@@ -1,28 +1,29 @@
 //! One record as one line of JSON.
+//!
+//! Everything is written straight into the line: strings, numbers and booleans by `serde_json`'s writers of such values, and
+//! only what a library logs as a structure through its serializer.
 
-use super::{LIBRARY_EVENT, is_absent};
+use super::{LIBRARY_EVENT, event::EVENT};
 use log::{
     Record,
-    kv::{Error, Key, Value, VisitSource},
+    kv::{Error, Key, Value, VisitSource, VisitValue},
 };
+use serde::Serialize;
 use std::{io::Write as _, time::SystemTime};
 
 /// Fields that every line has; a key-value of the same name would make the object ambiguous and is left out.
-const COMMON: &[&str] = &["ts", "level", "target", "event", "msg"];
+const COMMON: &[&str] = &["ts", "level", "target", EVENT, "msg"];
 
 /// Appends the record as one JSON object and a newline: `ts`, `level`, `target`, `event`, `msg`, then its key-values with
 /// their types and without those that have no value. A record without an event is a library's: its key-values go into the
 /// object `fields`.
 pub fn write_json(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>) {
     let values = record.key_values();
-    let event = values.get(Key::from("event"));
+    let event = values.get(Key::from(EVENT));
     // Writing to a Vec does not fail.
-    let _ = write!(
-        line,
-        "{{\"ts\":\"{}\",\"level\":\"{}\",\"target\":",
-        humantime::format_rfc3339_millis(now),
-        record.level()
-    );
+    let _ = write!(line, "{{\"ts\":\"{}\",\"level\":\"", humantime::format_rfc3339_millis(now));
+    line.extend_from_slice(record.level().as_str().as_bytes());
+    line.extend_from_slice(b"\",\"target\":");
     write_value(line, record.target());
     line.extend_from_slice(b",\"event\":");
     match &event {
@@ -30,7 +31,10 @@ pub fn write_json(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>) {
         None => write_value(line, LIBRARY_EVENT),
     }
     line.extend_from_slice(b",\"msg\":");
-    write_value(line, record.args());
+    match record.args().as_str() {
+        Some(message) => write_value(line, message),
+        None => write_value(line, record.args()),
+    }
     if event.is_some() {
         let _ = values.visit(&mut Fields { line, separator: b"," });
     } else if values.count() > 0 {
@@ -42,7 +46,7 @@ pub fn write_json(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>) {
 }
 
 /// Appends a value as JSON; one that cannot be serialised becomes the text of its error.
-fn write_value(line: &mut Vec<u8>, value: &(impl serde::Serialize + ?Sized)) {
+fn write_value(line: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) {
     let start = line.len();
     if let Err(error) = serde_json::to_writer(&mut *line, value) {
         line.truncate(start);
@@ -50,6 +54,7 @@ fn write_value(line: &mut Vec<u8>, value: &(impl serde::Serialize + ?Sized)) {
     }
 }
 
+/// Writes key-values, each after a separator.
 struct Fields<'a> {
     line: &'a mut Vec<u8>,
     separator: &'static [u8],
@@ -57,14 +62,58 @@ struct Fields<'a> {
 
 impl<'kvs> VisitSource<'kvs> for Fields<'_> {
     fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), Error> {
-        if COMMON.contains(&key.as_str()) || is_absent(&value) {
+        if COMMON.contains(&key.as_str()) {
             return Ok(());
         }
+        let start = self.line.len();
         self.line.extend_from_slice(self.separator);
-        self.separator = b",";
         write_value(self.line, key.as_str());
         self.line.push(b':');
+        let mut present = Present { line: self.line, is_absent: false };
+        value.visit(&mut present)?;
+        if present.is_absent {
+            self.line.truncate(start);
+        } else {
+            self.separator = b",";
+        }
+        Ok(())
+    }
+}
+
+/// Writes a value unless it is an `Option` without anything in it.
+struct Present<'a> {
+    line: &'a mut Vec<u8>,
+    is_absent: bool,
+}
+
+impl VisitValue<'_> for Present<'_> {
+    fn visit_any(&mut self, value: Value<'_>) -> Result<(), Error> {
         write_value(self.line, &value);
+        Ok(())
+    }
+
+    fn visit_null(&mut self) -> Result<(), Error> {
+        self.is_absent = true;
+        Ok(())
+    }
+
+    fn visit_u64(&mut self, value: u64) -> Result<(), Error> {
+        write_value(self.line, &value);
+        Ok(())
+    }
+
+    fn visit_i64(&mut self, value: i64) -> Result<(), Error> {
+        write_value(self.line, &value);
+        Ok(())
+    }
+
+    fn visit_bool(&mut self, value: bool) -> Result<(), Error> {
+        write_value(self.line, &value);
+        Ok(())
+    }
+
+    fn visit_str(&mut self, value: &str) -> Result<(), Error> {
+        write_value(self.line, value);
         Ok(())
     }
 }

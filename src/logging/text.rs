@@ -3,10 +3,10 @@
 //! What clients send (target names, paths) ends up in logs, so control characters are escaped: nobody can move the
 //! operator's cursor or forge a line.
 
-use super::is_absent;
+use super::event::EVENT;
 use log::{
     Level, Record,
-    kv::{Error, Key, Value, VisitSource},
+    kv::{Error, Key, Value, VisitSource, VisitValue},
 };
 use std::{
     fmt::{self, Write as _},
@@ -70,7 +70,7 @@ struct Fields<'a>(&'a mut String);
 impl<'kvs> VisitSource<'kvs> for Fields<'_> {
     fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), Error> {
         // The message says what happened; the name of the event is for programs.
-        if key.as_str() == "event" || is_absent(&value) {
+        if key.as_str() == EVENT || is_absent(&value) {
             return Ok(());
         }
         self.0.push(' ');
@@ -85,6 +85,23 @@ impl<'kvs> VisitSource<'kvs> for Fields<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether a value is an `Option` without anything in it: such a field is left out of its line.
+fn is_absent(value: &Value<'_>) -> bool {
+    struct Absent(bool);
+    impl<'v> VisitValue<'v> for Absent {
+        fn visit_any(&mut self, _: Value<'_>) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn visit_null(&mut self) -> Result<(), Error> {
+            self.0 = true;
+            Ok(())
+        }
+    }
+    let mut absent = Absent(false);
+    value.visit(&mut absent).is_ok() && absent.0
 }
 
 #[cfg(test)]

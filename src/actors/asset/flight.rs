@@ -17,6 +17,7 @@ use crate::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     instance::Instance,
+    logging::Event,
 };
 use actix::Addr;
 use bytes::Bytes;
@@ -101,9 +102,14 @@ fn write_line(request: &AssetRequest, started: Instant, outcome: &Outcome) {
     };
     match outcome {
         Ok(Fetched { uri, digest, .. }) => {
-            log::info!(target: LOG, event = "asset_fetched", asset = asset, host = host(uri).as_str(),
-                digest = digest.to_string().as_str(), instance = instance, elapsed_ms = elapsed_ms;
-                "fetched a {asset} from {}", host(uri));
+            let host = host(uri);
+            Event::info(LOG, "asset_fetched")
+                .with("asset", asset)
+                .with("host", &host)
+                .with_shown("digest", digest)
+                .with("instance", instance)
+                .with("elapsed_ms", elapsed_ms)
+                .log(format_args!("fetched a {asset} from {host}"));
         }
         Err(problem) => {
             let (code, text, uri) = match problem {
@@ -113,9 +119,14 @@ fn write_line(request: &AssetRequest, started: Instant, outcome: &Outcome) {
                 Problem::Unsupported(names) => ("INVALID_ARGUMENT", names.join(", "), ""),
                 Problem::Server(error) => (error.code_name(), error.to_string(), ""),
             };
-            log::info!(target: LOG, event = "asset_failed", asset = asset, host = host(uri).as_str(),
-                grpc_code = code, error = text.as_str(), instance = instance, elapsed_ms = elapsed_ms;
-                "could not fetch a {asset}: {text}");
+            Event::info(LOG, "asset_failed")
+                .with("asset", asset)
+                .with("host", &host(uri))
+                .with("grpc_code", code)
+                .with("error", &text)
+                .with("instance", instance)
+                .with("elapsed_ms", elapsed_ms)
+                .log(format_args!("could not fetch a {asset}: {text}"));
         }
     }
 }

@@ -1,7 +1,7 @@
 //! [`BindingsFile`]: the file in which bindings survive a restart. Written whole under another name, then renamed.
 
 use super::{LOG, bindings::Bindings};
-use crate::regular_file;
+use crate::{logging::Event, regular_file};
 use std::{
     fs, io,
     path::PathBuf,
@@ -34,8 +34,10 @@ impl BindingsFile {
             Err(error) => Err(error.to_string()),
         };
         read.unwrap_or_else(|problem| {
-            log::warn!(target: LOG, event = "bindings_lost", error = problem.as_str();
-                "what assets stand for could not be read from {} and is forgotten: {problem}", self.path.display());
+            Event::warn(LOG, "bindings_lost").with("error", &problem).log(format_args!(
+                "what assets stand for could not be read from {} and is forgotten: {problem}",
+                self.path.display()
+            ));
             Bindings::default()
         })
     }
@@ -50,8 +52,10 @@ impl BindingsFile {
         let fresh = self.path.with_extension("new");
         let written = regular_file::write(&fresh, bytes).and_then(|()| fs::rename(&fresh, &self.path));
         if let Err(error) = &written {
-            log::warn!(target: LOG, event = "bindings_not_saved", error = error.to_string().as_str();
-                "what assets stand for could not be written to {}: {error}", self.path.display());
+            Event::warn(LOG, "bindings_not_saved").with_shown("error", error).log(format_args!(
+                "what assets stand for could not be written to {}: {error}",
+                self.path.display()
+            ));
         }
         written.is_ok()
     }

@@ -20,6 +20,7 @@ use crate::{
     digest::Digest,
     error::{Error, Result},
     instance::{Instance, InstanceId},
+    logging::Event,
 };
 use bytes::Bytes;
 use std::{collections::HashSet, sync::Arc, time::Instant};
@@ -181,8 +182,11 @@ impl Cas {
             (scan, batch) = (rest, next);
         }
         let chunks: Chunks = chunks.into();
-        log::debug!(target: super::LOG, event = "blob_split", digest = blob.to_string(), chunks = chunks.len(),
-            elapsed_ms = started.elapsed().as_millis() as u64; "cut a blob into chunks");
+        Event::debug(super::LOG, "blob_split")
+            .with_shown("digest", &blob)
+            .with("chunks", chunks.len())
+            .with("elapsed_ms", started.elapsed().as_millis() as u64)
+            .log(format_args!("cut a blob into chunks"));
         self.shared().chunk_work.remember(instance, blob, chunking, chunks.clone());
         Ok(Some(chunks))
     }

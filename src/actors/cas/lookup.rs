@@ -13,6 +13,7 @@ use super::{
 use crate::{
     digest::Digest,
     instance::{Instance, InstanceId},
+    logging::Event,
 };
 use actix::{AsyncContext as _, Context, Handler, MessageResult};
 use std::collections::HashSet;
@@ -88,9 +89,9 @@ impl CasActor {
     /// Drops a result that is not complete any more.
     pub(super) fn drop_result(&mut self, at: EntryRef, reason: &str, ctx: &Context<Self>) {
         if let Some(victim) = self.index.remove(at) {
-            log::debug!(target: super::LOG, event = "result_dropped",
-                action_digest = victim.file.key.digest.to_string();
-                "dropped an action result that is not complete any more: {reason}");
+            Event::debug(super::LOG, "result_dropped")
+                .with_shown("action_digest", &victim.file.key.digest)
+                .log(format_args!("dropped an action result that is not complete any more: {reason}"));
             self.delete(vec![victim], ctx);
         }
     }

@@ -11,7 +11,10 @@ use super::{
     reply::Reply,
     settings::{self, FULL_DISK_LOG_INTERVAL},
 };
-use crate::disk::{Evictable, Space};
+use crate::{
+    disk::{Evictable, Space},
+    logging::Event,
+};
 use actix::{Context, Handler, Message};
 use std::time::Instant;
 
@@ -73,9 +76,13 @@ impl Handler<Relieve> for CasActor {
             return Reply::Now(());
         };
         let victims = self.index.evict(relief.bytes, relief.entries, settings::RELIEF_BATCH);
-        log::warn!(target: LOG, event = "disk_relieved", entries = victims.len(),
-            bytes = victims.iter().map(|victim| victim.bytes).sum::<u64>(), free_bytes = space.free_bytes;
-            "the disk of the store is nearly full; evicted the least recently used entries");
+        Event::warn(LOG, "disk_relieved")
+            .with("entries", victims.len())
+            .with("bytes", victims.iter().map(|victim| victim.bytes).sum::<u64>())
+            .with("free_bytes", space.free_bytes)
+            .log(format_args!(
+                "the disk of the store is nearly full; evicted the least recently used entries"
+            ));
         self.delete(victims, ctx);
         Reply::when(self.deletions(self.index.bytes_evicted()), ())
     }
@@ -87,8 +94,9 @@ impl CasActor {
         let is_due = self.full_disk_logged.is_none_or(|at| at.elapsed() >= FULL_DISK_LOG_INTERVAL);
         if space.is_exhausted() && is_due {
             self.full_disk_logged = Some(Instant::now());
-            log::warn!(target: LOG, event = "disk_full", free_bytes = space.free_bytes;
-                "the disk of the store is full, and the store cannot make room: something else fills it");
+            Event::warn(LOG, "disk_full").with("free_bytes", space.free_bytes).log(format_args!(
+                "the disk of the store is full, and the store cannot make room: something else fills it"
+            ));
         }
     }
 }

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceId,
+    logging::Event,
     regular_file,
 };
 use std::{
@@ -86,13 +87,23 @@ pub fn recover(files: &Files, limit: u64) -> Index {
     empty_trash(files);
     let totals = index.totals();
     let elapsed_ms = started.elapsed().as_millis() as u64;
-    log::info!(target: super::LOG, event = "store_opened", blobs = totals.blobs, results = totals.results,
-        bytes = totals.used, max_size_bytes = limit, removed = sums.removed, ignored = sums.foreign, elapsed_ms = elapsed_ms;
-        "the store has {} blobs and {} action results", totals.blobs, totals.results);
+    Event::info(super::LOG, "store_opened")
+        .with("blobs", totals.blobs)
+        .with("results", totals.results)
+        .with("bytes", totals.used)
+        .with("max_size_bytes", limit)
+        .with("removed", sums.removed)
+        .with("ignored", sums.foreign)
+        .with("elapsed_ms", elapsed_ms)
+        .log(format_args!("the store has {} blobs and {} action results", totals.blobs, totals.results));
     if sums.removed + sums.foreign + sums.unreadable > 0 {
-        log::warn!(target: super::LOG, event = "store_repaired", removed = sums.removed, ignored = sums.foreign,
-            unreadable = sums.unreadable;
-            "the store had unfinished, foreign or unreadable files; what is lost will be uploaded again");
+        Event::warn(super::LOG, "store_repaired")
+            .with("removed", sums.removed)
+            .with("ignored", sums.foreign)
+            .with("unreadable", sums.unreadable)
+            .log(format_args!(
+                "the store had unfinished, foreign or unreadable files; what is lost will be uploaded again"
+            ));
     }
     index
 }
@@ -193,6 +204,8 @@ fn empty_trash(files: &Files) {
         }
     });
     if let Err(error) = spawned {
-        log::warn!(target: super::LOG, event = "trash_kept", error = error.to_string(); "could not start deleting old files");
+        Event::warn(super::LOG, "trash_kept")
+            .with_shown("error", &error)
+            .log(format_args!("could not start deleting old files"));
     }
 }

@@ -11,7 +11,7 @@ use super::{
     stamps::{COARSE_TICK, Writers, lease, stamp_of},
     uploads::Partial,
 };
-use crate::{error::Result, regular_file};
+use crate::{error::Result, logging::Event, regular_file};
 use actix::{Addr, AsyncContext as _, Context, WeakAddr};
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, futimens};
 use std::{fs::File, future::Future, time::Instant};
@@ -35,9 +35,10 @@ impl CasActor {
         }
         let grant = self.index.reserve(bytes)?;
         if !grant.victims.is_empty() {
-            log::info!(target: LOG, event = "blobs_evicted", entries = grant.victims.len(),
-                bytes = grant.victims.iter().map(|victim| victim.bytes).sum::<u64>();
-                "evicted the least recently used entries to make room");
+            Event::info(LOG, "blobs_evicted")
+                .with("entries", grant.victims.len())
+                .with("bytes", grant.victims.iter().map(|victim| victim.bytes).sum::<u64>())
+                .log(format_args!("evicted the least recently used entries to make room"));
         }
         self.delete(grant.victims, ctx);
         self.trim(ctx);
@@ -59,9 +60,10 @@ impl CasActor {
     pub(super) fn trim(&mut self, ctx: &Context<Self>) {
         let victims = self.index.trim(settings::TRIM_BATCH);
         if !victims.is_empty() {
-            log::info!(target: LOG, event = "store_trimmed", entries = victims.len(),
-                bytes = victims.iter().map(|victim| victim.bytes).sum::<u64>();
-                "evicted the least recently used entries ahead of need");
+            Event::info(LOG, "store_trimmed")
+                .with("entries", victims.len())
+                .with("bytes", victims.iter().map(|victim| victim.bytes).sum::<u64>())
+                .log(format_args!("evicted the least recently used entries ahead of need"));
         }
         self.delete(victims, ctx);
     }
@@ -79,8 +81,12 @@ impl CasActor {
                 .collect();
             if let Some(first) = failures.first() {
                 // Their bytes stay on disk until the next start takes them in again.
-                log::error!(target: LOG, event = "delete_failed", entries = failures.len(), error = first.to_string();
-                    "could not delete the files of evicted entries; look at the rights in the store's directory");
+                Event::error(LOG, "delete_failed")
+                    .with("entries", failures.len())
+                    .with_shown("error", first)
+                    .log(format_args!(
+                        "could not delete the files of evicted entries; look at the rights in the store's directory"
+                    ));
             }
             store.do_send(Deleted(victims.iter().map(|victim| victim.bytes).sum()));
         });

@@ -26,6 +26,7 @@ use crate::{
     digest::Digest,
     error::{Error, Result},
     instance::{Instance, InstanceId},
+    logging::Event,
 };
 use std::{
     fs::File,
@@ -186,8 +187,10 @@ impl Cas {
         self.shared().runtime.spawn(async move {
             let _turn = turn;
             if let Err(error) = cas.try_make_form(&instance, digest).await {
-                log::debug!(target: super::LOG, event = "zstd_form_not_made", digest = digest.to_string(),
-                    error = error.to_string(); "could not keep the zstd form of a blob");
+                Event::debug(super::LOG, "zstd_form_not_made")
+                    .with_shown("digest", &digest)
+                    .with_shown("error", &error)
+                    .log(format_args!("could not keep the zstd form of a blob"));
             }
         });
     }

@@ -1,11 +1,14 @@
 //! One log line per [`Transition`]. The only place where the scheduler's events and fields get their names.
 
-use super::transition::{Event, Phases, RunPlace, Transition};
-use crate::error::Error;
-use log::{
-    Level, Log, Record,
-    kv::{ToValue, Value},
+use super::{
+    operation::Outcome,
+    transition::{Event as Step, Phases, RunPlace, Transition},
 };
+use crate::{
+    error::Error,
+    logging::{Event, Field},
+};
+use log::Log;
 use std::time::Duration;
 
 /// The target of every line of this room.
@@ -26,106 +29,67 @@ pub const DRAINING: &str = "scheduler_draining";
 
 /// Logs a transition.
 pub fn transition(transition: &Transition) {
-    let level = match &transition.event {
-        Event::Requeued { .. } => Level::Warn,
-        _ => Level::Info,
+    log_to(log::logger(), transition);
+}
+
+fn log_to(logger: &dyn Log, Transition { info, priority, event: step }: &Transition) {
+    let operation = info.name();
+    let mut event = match step {
+        Step::Queued { .. } => Event::info(TARGET, OPERATION_QUEUED),
+        Step::Executing { .. } => Event::info(TARGET, OPERATION_EXECUTING),
+        Step::Requeued { .. } => Event::warn(TARGET, OPERATION_REQUEUED),
+        Step::Completed { .. } => Event::info(TARGET, OPERATION_COMPLETED),
     };
-    if log::log_enabled!(target: TARGET, level) {
-        write(transition, level, log::logger());
-    }
-}
-
-fn write(transition: &Transition, level: Level, logger: &dyn Log) {
-    let Transition { info, priority, event } = transition;
-    let (operation, action) = (info.name(), info.action.to_string());
-    let mut line = Line::default();
-    line.set("operation", &operation);
-    line.set("action_digest", &action);
-    line.set("instance", info.instance.name());
-    line.set_text("invocation_id", &info.client.tool_invocation_id);
-    line.set_text("target_id", &info.client.target_id);
-    line.set_text("mnemonic", &info.client.action_mnemonic);
-    line.set("priority", priority);
-    match event {
-        Event::Queued { joined } => {
-            line.set("joined", joined);
-            line.write(logger, level, OPERATION_QUEUED, "an operation waits for a worker");
+    event
+        .with("operation", &operation)
+        .with_shown("action_digest", &info.action)
+        .with("instance", info.instance.name())
+        .with_said("invocation_id", &info.client.tool_invocation_id)
+        .with_said("target_id", &info.client.target_id)
+        .with_said("mnemonic", &info.client.action_mnemonic)
+        .with("priority", *priority);
+    let message = match step {
+        Step::Queued { joined } => {
+            event.with("joined", *joined);
+            "an operation waits for a worker"
         }
-        Event::Executing { place, queued_for, attempt } => {
-            let queue_ms = millis(*queued_for);
-            line.set_place(place);
-            line.set("queue_ms", &queue_ms);
-            line.set("attempt", attempt);
-            line.write(logger, level, OPERATION_EXECUTING, "a worker has an operation's action");
+        Step::Executing { place, queued_for, attempt } => {
+            with_place(&mut event, place);
+            event.with("queue_ms", millis(*queued_for)).with("attempt", *attempt);
+            "a worker has an operation's action"
         }
-        Event::Requeued { reason, attempt } => {
-            let error = reason.to_string();
-            line.set("attempt", attempt);
-            line.set("grpc_code", reason.code_name());
-            line.set("error", &error);
-            line.write(logger, level, OPERATION_REQUEUED, "a worker failed, an operation waits again");
+        Step::Requeued { reason, attempt } => {
+            event.with("attempt", *attempt).with("grpc_code", reason.code_name()).with_shown("error", reason);
+            "a worker failed, an operation waits again"
         }
-        Event::Completed { outcome, place, queued_for } => {
-            // A cached result tells of the run that made it, which is not this operation's.
-            let result = outcome.result.as_ref().filter(|_| !outcome.cached);
-            let phases = result.map(|result| Phases::of(result)).unwrap_or_default();
-            let [queue_ms, fetch_ms, run_ms, upload_ms] =
-                [*queued_for, phases.fetch, phases.run, phases.upload].map(|time| time.map(millis));
-            let error = outcome.error.as_ref().map(Error::to_string);
-            line.set("cached", &outcome.cached);
+        Step::Completed { outcome, place, queued_for } => {
+            event.with("cached", outcome.cached);
             if let Some(place) = place {
-                line.set_place(place);
+                with_place(&mut event, place);
             }
-            line.set_some("queue_ms", &queue_ms);
-            line.set_some("fetch_ms", &fetch_ms);
-            line.set_some("run_ms", &run_ms);
-            line.set_some("upload_ms", &upload_ms);
-            let exit_code = outcome.result.as_ref().map(|result| result.exit_code);
-            line.set_some("exit_code", &exit_code);
-            line.set("grpc_code", outcome.error.as_ref().map_or("OK", Error::code_name));
-            line.set_some("error", &error);
-            line.write(logger, level, OPERATION_COMPLETED, "an operation ended");
+            event.with_some("queue_ms", queued_for.map(millis));
+            with_outcome(&mut event, outcome);
+            "an operation ended"
         }
-    }
+    };
+    event.log_to(logger, format_args!("{message}"));
 }
 
-/// Fields of one line. What does not apply is left out instead of being written as nothing.
-#[derive(Default)]
-struct Line<'a>(Vec<(&'static str, Value<'a>)>);
+fn with_place<'a>(event: &mut Event<'a>, place: &'a RunPlace) {
+    event.with("pool", &*place.pool).with("slot", place.slot.0);
+}
 
-impl<'a> Line<'a> {
-    fn set<T: ToValue + ?Sized>(&mut self, name: &'static str, value: &'a T) {
-        self.0.push((name, value.to_value()));
-    }
-
-    fn set_some<T: ToValue>(&mut self, name: &'static str, value: &'a Option<T>) {
-        if let Some(value) = value {
-            self.set(name, value);
-        }
-    }
-
-    fn set_text(&mut self, name: &'static str, text: &'a str) {
-        if !text.is_empty() {
-            self.set(name, text);
-        }
-    }
-
-    fn set_place(&mut self, place: &'a RunPlace) {
-        self.set("pool", &*place.pool);
-        self.set("slot", &place.slot.0);
-    }
-
-    fn write(mut self, logger: &dyn Log, level: Level, event: &'static str, message: &str) {
-        self.0.insert(0, ("event", Value::from(event)));
-        logger.log(
-            &Record::builder()
-                .target(TARGET)
-                .level(level)
-                .key_values(&self.0)
-                .args(format_args!("{message}"))
-                .build(),
-        );
-    }
+fn with_outcome<'a>(event: &mut Event<'a>, outcome: &'a Outcome) {
+    // A cached result tells of the run that made it, which is not this operation's.
+    let result = outcome.result.as_ref().filter(|_| !outcome.cached);
+    let phases = result.map(|result| Phases::of(result)).unwrap_or_default();
+    event
+        .with_some("fetch_ms", phases.fetch.map(millis))
+        .with_some("run_ms", phases.run.map(millis))
+        .with_some("upload_ms", phases.upload.map(millis))
+        .with_some("exit_code", outcome.result.as_ref().map(|result| result.exit_code))
+        .with("grpc_code", outcome.error.as_ref().map_or("OK", Error::code_name))
+        .with_some("error", outcome.error.as_ref().map(|error| Field::Shown(error)));
 }
 
 fn millis(time: Duration) -> u64 {
@@ -139,12 +103,13 @@ mod tests {
         actors::{
             scheduler::{
                 ledger::fixtures::{submit, work},
-                operation::{OperationId, OperationInfo, Outcome},
+                operation::{OperationId, OperationInfo},
             },
             worker::messages::SlotId,
         },
         proto::reapi,
     };
+    use log::{Record, kv::Value};
     use prost_types::Timestamp;
     use serde_json::{Map, Value as Json, json};
     use std::sync::{Arc, Mutex};
@@ -178,7 +143,7 @@ mod tests {
         fn flush(&self) {}
     }
 
-    fn line(event: Event) -> Map<String, Json> {
+    fn line(event: Step) -> Map<String, Json> {
         let submit = submit(&work(7));
         let mut client = submit.client;
         client.target_id = "//a:b".into();
@@ -186,7 +151,7 @@ mod tests {
         let (instance, action, inline) = (submit.instance, submit.action, submit.inline);
         let info = Arc::new(OperationInfo { id, instance, action, inline, client, peer: Default::default() });
         let last = Last::default();
-        write(&Transition { info, priority: -3, event }, Level::Info, &last);
+        log_to(&last, &Transition { info, priority: -3, event });
         last.0.into_inner().unwrap()
     }
 
@@ -208,7 +173,7 @@ mod tests {
             server_logs: Vec::new(),
         };
         let completed = |outcome: &Outcome, place, queued_for| {
-            line(Event::Completed { outcome: Arc::new(outcome.clone()), place, queued_for })
+            line(Step::Completed { outcome: Arc::new(outcome.clone()), place, queued_for })
         };
         let place = RunPlace { pool: "local".into(), slot: SlotId(2), worker: "host/2".into() };
         let ran = completed(&outcome, Some(Arc::new(place)), Some(Duration::from_millis(15)));

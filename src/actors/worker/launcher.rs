@@ -19,6 +19,7 @@ use super::{cancel::CancelToken, clock::Moment, command::Launch};
 use crate::{
     error::{Error, Result},
     log_streams::run::LogKind,
+    logging::Event,
     proto::gorego,
 };
 use protocol::{Ended, Failed, Order, Reply, Run, ToRunner, Unkept};
@@ -139,8 +140,9 @@ impl Launcher for RunnerLauncher {
     fn run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
         let outcome = self.runner()?.run(launch, timeout, cancel);
         if let Err(error) = &outcome {
-            log::warn!(target: "gorego::worker", event = RUNNER_REPLACED, error = error.to_string();
-                "a runner process did not do its work and is replaced");
+            Event::warn("gorego::worker", RUNNER_REPLACED)
+                .with_shown("error", error)
+                .log(format_args!("a runner process did not do its work and is replaced"));
             self.reset();
         }
         outcome

@@ -23,6 +23,7 @@ use crate::{
         LiveRun,
         run::{LogKind, RunLogs},
     },
+    logging::{Event, Field},
     proto::reapi,
 };
 use rustix::fs::{self as rfs, OFlags};
@@ -340,9 +341,11 @@ impl<'a> ActionRun<'a> {
         let recorded =
             self.store.record_result(&action.instance, action.digest, self.result.clone(), provenance);
         if let Err(error) = recorded {
-            log::warn!(target: "gorego::worker", event = RESULT_NOT_RECORDED, task = self.order.task.0,
-                action_digest = action.digest.to_string(), error = error.to_string();
-                "a result could not be written to the action cache");
+            Event::warn("gorego::worker", RESULT_NOT_RECORDED)
+                .with("task", self.order.task.0)
+                .with_shown("action_digest", &action.digest)
+                .with_shown("error", &error)
+                .log(format_args!("a result could not be written to the action cache"));
         }
     }
 
@@ -364,13 +367,18 @@ impl<'a> ActionRun<'a> {
     fn log(&self, outcome: &Result<()>) {
         let millis = |from, to| self.timeline.between(from, to).as_millis() as u64;
         let action = &self.order.action;
-        log::debug!(target: "gorego::worker", event = ACTION_FINISHED, task = self.order.task.0,
-            pool = self.settings.pool, slot = self.order.slot.0, action_digest = action.digest.to_string(), instance = action.instance.name(),
-            fetch_ms = millis(Point::FetchStart, Point::FetchEnd), run_ms = millis(Point::RunStart, Point::RunEnd),
-            upload_ms = millis(Point::UploadStart, Point::UploadEnd),
-            exit_code = outcome.is_ok().then_some(self.result.exit_code),
-            error = outcome.as_ref().err().map(ToString::to_string);
-            "an action ended");
+        Event::debug("gorego::worker", ACTION_FINISHED)
+            .with("task", self.order.task.0)
+            .with("pool", &*self.settings.pool)
+            .with("slot", self.order.slot.0)
+            .with_shown("action_digest", &action.digest)
+            .with("instance", action.instance.name())
+            .with("fetch_ms", millis(Point::FetchStart, Point::FetchEnd))
+            .with("run_ms", millis(Point::RunStart, Point::RunEnd))
+            .with("upload_ms", millis(Point::UploadStart, Point::UploadEnd))
+            .with_some("exit_code", outcome.is_ok().then_some(self.result.exit_code))
+            .with_some("error", outcome.as_ref().err().map(|error| Field::Shown(error)))
+            .log(format_args!("an action ended"));
     }
 }
 

@@ -24,6 +24,7 @@ use super::{
 use crate::{
     digest::Digest,
     error::{Error, Result},
+    logging::Event,
     spread::spread_subdirectories,
 };
 use removal::{Job, Remover, Ticket};
@@ -101,8 +102,9 @@ impl BuildRoot {
         let next = AtomicU64::new(0);
         let leftovers = place.sweep(&next).map_err(doing)?;
         if !leftovers.is_empty() {
-            log::info!(target: "gorego::worker", event = BUILD_ROOT_SWEPT, directories = leftovers.len();
-                "removing what an earlier run left in the build root");
+            Event::info("gorego::worker", BUILD_ROOT_SWEPT)
+                .with("directories", leftovers.len())
+                .log(format_args!("removing what an earlier run left in the build root"));
         }
         let job = |name| Job { place: place.clone(), name, ticket: None };
         let remover = Remover::start(leftovers.into_iter().map(job).collect());
@@ -110,9 +112,11 @@ impl BuildRoot {
         let places = Mutex::new(Places { current: place, former: Vec::new() });
         let build_root = Self(Arc::new(Inner { path, places, next, remover, disk }));
         if build_root.is_noexec() {
-            log::warn!(target: "gorego::worker", event = BUILD_ROOT_NOEXEC, path:% = build_root.0.path.display();
-                "the build root {} is on a file system that is mounted noexec: actions cannot run programs that are among \
-                 their inputs; set execution.build_root to another directory", build_root.0.path.display());
+            let path = build_root.0.path.display();
+            Event::warn("gorego::worker", BUILD_ROOT_NOEXEC).with_shown("path", &path).log(format_args!(
+                "the build root {path} is on a file system that is mounted noexec: actions cannot run programs that are \
+                 among their inputs; set execution.build_root to another directory"
+            ));
         }
         Ok(build_root)
     }
@@ -158,8 +162,9 @@ impl BuildRoot {
     pub fn wait_until_empty(&self, limit: Duration) {
         let left = self.0.remover.wait(limit);
         if left > 0 {
-            log::warn!(target: "gorego::worker", event = DIRECTORIES_LEFT, directories = left;
-                "some exec directories are not removed yet; the next start removes them");
+            Event::warn("gorego::worker", DIRECTORIES_LEFT)
+                .with("directories", left)
+                .log(format_args!("some exec directories are not removed yet; the next start removes them"));
         }
     }
 
@@ -182,9 +187,10 @@ impl BuildRoot {
             |error: io::Error| Error::io(&format!("make the build root {} again", path.display()), &error);
         fs::create_dir_all(path).map_err(doing)?;
         let made = Arc::new(Place::open(path)?);
-        log::warn!(target: "gorego::worker", event = BUILD_ROOT_REMADE, path:% = path.display();
+        Event::warn("gorego::worker", BUILD_ROOT_REMADE).with_shown("path", &path.display()).log(format_args!(
             "the build root {} was removed or replaced while the server runs; using the one that is there now",
-            path.display());
+            path.display()
+        ));
         for name in made.sweep(next).map_err(doing)? {
             remover.remove(Job { place: made.clone(), name, ticket: None });
         }

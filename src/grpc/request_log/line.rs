@@ -1,12 +1,16 @@
 //! The text of the log line: which fields it has, and how they are written.
 
-use super::{Call, ERROR_MAX_BYTES, METHOD_MAX_BYTES, Notes, RPC_FINISHED, TARGET};
+use super::{Call, ERROR_MAX_BYTES, METHOD_MAX_BYTES, RPC_FINISHED, State, TARGET};
 use crate::{
-    actors::scheduler::operation::ClientInfo, connections::OpenCall, grpc::status, under_way::Unfinished,
+    connections::OpenCall,
+    grpc::status,
+    instance::Instance,
+    logging::{Event, Field},
+    under_way::Unfinished,
 };
 use http::{HeaderMap, Uri};
-use log::kv::{self, Key, Value, VisitSource};
 use std::{
+    mem,
     sync::{PoisonError, atomic::Ordering},
     time::Instant,
 };
@@ -63,103 +67,39 @@ impl Line {
 impl Drop for Line {
     fn drop(&mut self) {
         self.call.turn(Unfinished::end);
-        let level = log::Level::Info;
-        if !log::log_enabled!(target: TARGET, level) || !self.is_listed() {
-            return;
-        }
-        let fields = Fields {
-            method: short_method(self.uri.path()),
-            code: code_name(self.code.unwrap_or(Code::Cancelled)),
-            duration_us: u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX),
-            peer: self.call.peer().map(|peer| peer.to_string()),
-            error: &self.error,
-            client: &self.call.0.client,
-            bytes_in: self.call.0.bytes_in.load(Ordering::Relaxed),
-            bytes_out: self.call.0.bytes_out.load(Ordering::Relaxed),
-            noted: Noted::of(&self.call.0.notes.lock().unwrap_or_else(PoisonError::into_inner)),
-        };
-        log::logger().log(
-            &log::Record::builder()
-                .target(TARGET)
-                .level(level)
-                .key_values(&fields)
-                .args(format_args!("{} {}", fields.method, fields.code))
-                .build(),
-        );
-    }
-}
-
-/// The key-values of the line.
-struct Fields<'a> {
-    method: &'a str,
-    code: &'static str,
-    duration_us: u64,
-    peer: Option<String>,
-    error: &'a str,
-    client: &'a ClientInfo,
-    bytes_in: u64,
-    bytes_out: u64,
-    noted: Noted,
-}
-
-/// [`Notes`] as text.
-#[derive(Default)]
-struct Noted {
-    instance: Option<String>,
-    operation: Option<String>,
-    action_digest: Option<String>,
-    digest: Option<String>,
-    cached: Option<bool>,
-    bad_news: Option<String>,
-}
-
-impl Noted {
-    fn of(notes: &Notes) -> Self {
-        Self {
-            instance: notes.instance.as_ref().map(|instance| instance.name().to_owned()),
-            operation: notes.instance.as_ref().zip(notes.operation).map(|(instance, id)| id.name(instance)),
-            action_digest: notes.action.map(|digest| digest.to_string()),
-            digest: notes.blob.map(|digest| digest.to_string()),
-            cached: notes.cached,
-            bad_news: notes.bad_news.clone().map(|text| status::shorten(text, ERROR_MAX_BYTES)),
+        if log::log_enabled!(target: TARGET, log::Level::Info) && self.is_listed() {
+            self.log();
         }
     }
 }
 
-impl kv::Source for Fields<'_> {
-    fn visit<'kvs>(&'kvs self, visitor: &mut dyn VisitSource<'kvs>) -> Result<(), kv::Error> {
-        let mut pair = |key: &'static str, value: Value<'kvs>| visitor.visit_pair(Key::from_str(key), value);
-        pair("event", Value::from(RPC_FINISHED))?;
-        pair("method", Value::from(self.method))?;
-        pair("grpc_code", Value::from(self.code))?;
-        pair("duration_us", Value::from(self.duration_us))?;
-        pair("bytes_in", Value::from(self.bytes_in))?;
-        pair("bytes_out", Value::from(self.bytes_out))?;
-        if let Some(cached) = self.noted.cached {
-            pair("cached", Value::from(cached))?;
-        }
-        let texts = [
-            ("peer", self.peer.as_deref()),
-            ("instance", self.noted.instance.as_deref()),
-            ("operation", self.noted.operation.as_deref()),
-            ("action_digest", self.noted.action_digest.as_deref()),
-            ("digest", self.noted.digest.as_deref()),
-            ("invocation_id", said(&self.client.tool_invocation_id)),
-            ("target_id", said(&self.client.target_id)),
-            ("mnemonic", said(&self.client.action_mnemonic)),
-            ("error", said(self.error).or(self.noted.bad_news.as_deref())),
-        ];
-        for (key, text) in texts {
-            if let Some(text) = text {
-                pair(key, Value::from(text))?;
-            }
-        }
-        Ok(())
+impl Line {
+    fn log(&self) {
+        let State { client, notes, bytes_in, bytes_out, .. } = &*self.call.0;
+        // Taken, not copied: the call is over, and nobody reads its notes again.
+        let notes = mem::take(&mut *notes.lock().unwrap_or_else(PoisonError::into_inner));
+        let (method, code) = (short_method(self.uri.path()), code_name(self.code.unwrap_or(Code::Cancelled)));
+        let operation = notes.instance.as_ref().zip(notes.operation).map(|(instance, id)| id.name(instance));
+        let bad_news = notes.bad_news.map(|text| status::shorten(text, ERROR_MAX_BYTES)).unwrap_or_default();
+        let peer = self.call.peer();
+        Event::info(TARGET, RPC_FINISHED)
+            .with("method", method)
+            .with("grpc_code", code)
+            .with("duration_us", u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
+            .with("bytes_in", bytes_in.load(Ordering::Relaxed))
+            .with("bytes_out", bytes_out.load(Ordering::Relaxed))
+            .with_some("cached", notes.cached)
+            .with_some("peer", peer.as_ref().map(|peer| Field::Shown(peer)))
+            .with_some("instance", notes.instance.as_ref().map(Instance::name))
+            .with_some("operation", operation.as_ref())
+            .with_some("action_digest", notes.action.as_ref().map(|digest| Field::Shown(digest)))
+            .with_some("digest", notes.blob.as_ref().map(|digest| Field::Shown(digest)))
+            .with_said("invocation_id", &client.tool_invocation_id)
+            .with_said("target_id", &client.target_id)
+            .with_said("mnemonic", &client.action_mnemonic)
+            .with_said("error", if self.error.is_empty() { &bad_news } else { &self.error })
+            .log(format_args!("{method} {code}"));
     }
-}
-
-fn said(text: &str) -> Option<&str> {
-    (!text.is_empty()).then_some(text)
 }
 
 /// `Service/Method` without the package.

@@ -5,7 +5,10 @@
 //! directory of a run that is not gone yet, so that a shutdown can wait for all of them.
 
 use super::Place;
-use crate::actors::worker::dir::{self, Cursor};
+use crate::{
+    actors::worker::dir::{self, Cursor},
+    logging::Event,
+};
 use rustix::{
     fs::{self as rfs, AtFlags, FileType, Mode, OFlags},
     io::Errno,
@@ -54,9 +57,10 @@ impl Job {
     pub fn remove(self) {
         let Self { place, name, ticket } = self;
         if let Err(error) = remove(&place.handle, &name) {
-            log::warn!(target: "gorego::worker", event = DIRECTORY_NOT_REMOVED,
-                name = name.to_string_lossy().as_ref(), error = error.to_string();
-                "an exec directory could not be removed; the next start tries again");
+            Event::warn("gorego::worker", DIRECTORY_NOT_REMOVED)
+                .with_shown("name", &name.display())
+                .with_shown("error", &error)
+                .log(format_args!("an exec directory could not be removed; the next start tries again"));
         }
         // Whoever waits for the ticket may open the build root again.
         drop((place, ticket));

@@ -10,6 +10,7 @@ use super::{
     connection::{CONNECT_LIMIT, Service, Target},
 };
 use crate::{
+    client::foreign_protocol,
     digest::DigestFunction,
     error::{Error, Result},
     instance::check_instance_name,
@@ -105,13 +106,20 @@ impl Session {
         let answer = tokio::time::timeout(CONNECT_LIMIT, first_answer).await;
         let answer =
             answer.unwrap_or_else(|_| Err(fail("an answer", format!("none within {CONNECT_LIMIT:?}"))));
-        let (channel, capabilities) = answer.map_err(|stop| {
-            let why = match stop {
-                Stop::Fail { observed, .. } | Stop::Unmet { observed, .. } => observed,
-                Stop::Absent(why) | Stop::Skipped(why) => why,
-            };
-            Error::Unavailable(format!("no server to verify at {}: {why}", options.endpoint))
-        })?;
+        let (channel, capabilities) = match answer {
+            Ok(found) => found,
+            Err(stop) => {
+                let why = match stop {
+                    Stop::Fail { observed, .. } | Stop::Unmet { observed, .. } => observed,
+                    Stop::Absent(why) | Stop::Skipped(why) => why,
+                };
+                let why = foreign_protocol(&options.endpoint).await.map_or(why, str::to_owned);
+                return Err(Error::Unavailable(format!(
+                    "no server to verify at {}: {why}",
+                    options.endpoint
+                )));
+            }
+        };
         let function = choose_function(options.digest_function.as_deref(), &capabilities)?;
         let instance = options.instance.clone();
         let run = Run {

@@ -12,7 +12,10 @@ pub mod serve;
 pub mod verify;
 
 use crate::{actors::worker, config::Size, error::Error, verify::rules::Level};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 use std::{
     ffi::OsString,
     io::{self, Write as _},
@@ -33,8 +36,8 @@ pub const EXIT_USAGE: u8 = 2;
 pub const EXIT_TIMEOUT: u8 = 124;
 /// `exec`: the command could not be run, or its outputs not be brought back; the code of env(1) and docker.
 pub const EXIT_INFRASTRUCTURE: u8 = 125;
-/// `exec`: stopped by Ctrl-C; 128 + SIGINT.
-pub const EXIT_INTERRUPTED: u8 = 130;
+/// `exec`: stopped by a signal, whose number is added: 130 for Ctrl-C.
+pub const EXIT_SIGNALLED: u8 = 128;
 
 /// `verify`: checks at the same time.
 const DEFAULT_JOBS: NonZeroUsize = crate::verify::DEFAULT_JOBS;
@@ -42,7 +45,8 @@ const DEFAULT_JOBS: NonZeroUsize = crate::verify::DEFAULT_JOBS;
 const EXIT_CODES: &str = "Exit codes:
   serve        0 stopped as asked, 1 failed, 2 command line or configuration wrong
   exec         the command's own; 2 command line wrong, 124 the command ran into its timeout, 125 it could not be
-               run or its outputs not be brought back, 130 interrupted (the operation is cancelled)
+               run or its outputs not be brought back, 129 hung up, 130 interrupted, 143 terminated (the operation
+               is cancelled)
   verify       0 nothing that must hold failed, 1 something did, 2 the server could not be verified
   config       0 fine, 2 wrong
 Where a reader of their output leaves early, as `| head` does, all but serve end by SIGPIPE (141 in a shell); exec
@@ -248,7 +252,7 @@ pub fn main() -> ExitCode {
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => return ExitCode::from(explain(&error)),
+        Err(error) => return ExitCode::from(explain(&hinted(error))),
     };
     let code = match cli.command {
         None => serve::run(&cli.serve),
@@ -259,6 +263,20 @@ pub fn main() -> ExitCode {
         Some(Command::Runner) => return runner(),
     };
     ExitCode::from(code)
+}
+
+/// Flags of `serve` before a subcommand belong behind it.
+fn hinted(mut error: clap::Error) -> clap::Error {
+    if let (ErrorKind::ArgumentConflict, Some(ContextValue::String(command))) =
+        (error.kind(), error.get(ContextKind::InvalidSubcommand))
+    {
+        let hint = match command.as_str() {
+            "config" => "write flags behind the subcommand: gorego config show --config FILE".to_owned(),
+            command => format!("write flags behind the subcommand; see gorego {command} --help"),
+        };
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![hint.into()]));
+    }
+    error
 }
 
 /// Prints why the command line is wrong, or the help that it asks for; the exit code that goes with it.
@@ -316,6 +334,18 @@ mod tests {
             matches!(named.command, Some(Command::Serve(args)) if args.max_size_gb == Some(Size::from_gb(3)))
         );
         assert!(Cli::try_parse_from(["gorego", "--listen-addr", "nonsense"]).is_err());
+    }
+
+    #[test]
+    fn flags_before_a_subcommand_are_refused_with_the_place_where_they_belong() {
+        for (args, hint) in [
+            (&["gorego", "--config", "f", "config", "show"][..], "gorego config show --config FILE"),
+            (&["gorego", "--log-filter", "info", "exec", "true"], "gorego exec --help"),
+        ] {
+            let error = hinted(Cli::try_parse_from(args).unwrap_err()).to_string();
+            assert!(error.contains(hint), "{error}");
+        }
+        assert!(Cli::try_parse_from(["gorego", "config", "show", "--config", "f"]).is_ok());
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub mod status;
 pub mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
-pub use connect::{Identity, parse_endpoint};
+pub use connect::{Identity, foreign_protocol, parse_endpoint};
 pub use execute::{Event, Execution, Finished, Job, LogNames};
 pub use input::scan;
 

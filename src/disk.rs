@@ -4,6 +4,7 @@
 //! room there was at a given moment. A disk with less than its [`Reserve`] counts as full. Not seen are a write that fails
 //! although more than the reserve is free (a large allocation, a quota), and a disk that is full only between two looks.
 
+use crate::config::Size;
 use rustix::{fs::statfs, process::geteuid};
 use std::{io, path::Path, time::Duration};
 
@@ -186,7 +187,9 @@ impl Space {
 
 impl std::fmt::Display for Space {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} of {} bytes", self.free_bytes, self.total_bytes)?;
+        let [free, total] =
+            [self.free_bytes, self.total_bytes].map(|bytes| Size::from_bytes(bytes).rounded());
+        write!(f, "{free} of {total}")?;
         if self.total_inodes > 0 {
             write!(f, " and {} of {} inodes", self.free_inodes, self.total_inodes)?;
         }
@@ -253,6 +256,16 @@ mod tests {
         let few = Space { free_inodes: 0, ..disk(1 << 40, 1 << 39) };
         assert_eq!(few.relief(&large), Some(Relief { bytes: 0, entries: 250_000 }));
         assert_eq!(few.relief(&small(MIB)), None);
+    }
+
+    #[test]
+    fn people_are_told_of_a_disk_in_units() {
+        assert_eq!(
+            disk(1_500_000_000_000, 2_345_678).to_string(),
+            "2.3 MB of 1.5 TB and 1000000 of 2000000 inodes were free"
+        );
+        let without_inodes = Space { total_inodes: 0, ..disk(10_000_000_000, 0) };
+        assert_eq!(without_inodes.to_string(), "0 B of 10 GB were free");
     }
 
     #[test]

@@ -32,7 +32,7 @@ use actix::{Actor as _, Addr, SyncArbiter};
 use actix_rt::System;
 use futures::{FutureExt as _, future::BoxFuture};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
@@ -162,9 +162,9 @@ impl Server {
         open_files: Option<u64>,
         workers: Handle,
     ) -> Result<Self> {
-        let listener = listen(settings.listen_addr).await?;
+        let listener = listen(settings.listen_addr, "listen_addr").await?;
         let http = match settings.http_addr {
-            Some(address) => Some(listen(address).await?),
+            Some(address) => Some(listen(address, "http.listen_addr").await?),
             None => None,
         };
         let cas = store.launch();
@@ -288,8 +288,18 @@ impl Server {
     }
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| Error::io(&format!("listen on {address}"), &error))
+/// Listens on the address of that key.
+async fn listen(address: SocketAddr, key: &str) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| match error.kind() {
+        ErrorKind::AddrInUse => Error::Precondition(format!(
+            "could not listen on {address}: another process listens there, perhaps another goREgo; stop it, or set {key} to \
+             another address"
+        )),
+        ErrorKind::AddrNotAvailable => Error::Precondition(format!(
+            "could not listen on {address}: this machine does not have that address; set {key} to one that it has"
+        )),
+        _ => Error::io(&format!("listen on {address} ({key})"), &error),
+    })
 }
 
 /// Serves the HTTP/1.1 cache, if there is a listener for it, until the sender is dropped. The future ends with what ended it.
@@ -465,4 +475,22 @@ impl Signals {
 fn worker_name(pool: &PoolSettings) -> String {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     if pool.is_declared { format!("{host}/{}", pool.name) } else { host }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_that_is_taken_is_named_with_its_key() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let first = listen(taken, "listen_addr").await.unwrap();
+        let error = listen(taken, "http.listen_addr").await.unwrap_err().to_string();
+        for part in [taken.to_string().as_str(), "another goREgo", "http.listen_addr"] {
+            assert!(error.contains(part), "{part} is not in {error}");
+        }
+        drop(first);
+        let error = listen("192.0.2.1:1".parse().unwrap(), "listen_addr").await.unwrap_err().to_string();
+        assert!(error.contains("does not have that address"), "{error}");
+    }
 }

@@ -29,7 +29,7 @@ pub mod session;
 pub mod store;
 
 use crate::error::Result;
-use check::{Check, Step as _, Stop};
+use check::{Check, Step as _, Stop, Verdict};
 use futures::{StreamExt as _, stream};
 use report::{Report, Row};
 use rules::Level;
@@ -169,6 +169,8 @@ async fn run_check(check: &'static Check, session: Session, end: Instant) -> Row
         let stop = Stop::Skipped(format!("the run has taken {} s already", RUN_LIMIT.as_secs()));
         return Row::of(check, Err(stop), Duration::ZERO);
     }
+    let session = session.for_check();
+    let cases = session.clone();
     let work = async move {
         let own = session.reconnect().await.control()?;
         (check.run)(own).await
@@ -177,10 +179,15 @@ async fn run_check(check: &'static Check, session: Session, end: Instant) -> Row
     let verdict = match task.await {
         Ok(Ok(verdict)) => verdict,
         // A busy machine and a server that hangs look the same from here. What has to come in time is timed by its check.
-        Ok(Err(_)) => Err(check::fail(format!("an end within {limit:?}"), "no end")).control(),
-        Err(error) => Err(check::fail("a verdict", format!("the check itself is broken: {error}"))),
+        Ok(Err(_)) => named(&cases, check::fail(format!("an end within {limit:?}"), "no end")).control(),
+        Err(error) => named(&cases, check::fail("a verdict", format!("the check itself is broken: {error}"))),
     };
     Row::of(check, verdict, begin.elapsed())
+}
+
+/// A failure of a check that did not come to its own verdict, with the cases that it was in.
+fn named(session: &Session, stop: Stop) -> Verdict {
+    session.open_cases().into_iter().rev().fold(Err(stop), |verdict, case| verdict.case(case))
 }
 
 #[cfg(test)]

@@ -591,25 +591,71 @@ async fn exec_uploads_again_what_the_server_lost_but_not_for_ever() {
     assert!(code == 125 && stderr.contains(&lost.to_string()), "{stderr}");
 }
 
-/// OPS-03.
+/// OPS-03: Ctrl-C, a service manager, and a terminal that is closed.
 #[tokio::test(flavor = "multi_thread")]
-async fn ctrl_c_cancels_the_operation_before_exec_leaves() {
+async fn a_signal_cancels_the_operation_before_exec_leaves() {
+    use rustix::process::{Pid, Signal, kill_process};
+    for (signal, code) in [(Signal::HUP, 129), (Signal::INT, 130), (Signal::TERM, 143)] {
+        let fake = Fake::default();
+        let endpoint = fake.serve().await;
+        let child =
+            hanging_exec(&fake, std::process::Command::new(env!("CARGO_BIN_EXE_gorego")), &endpoint).await;
+        // The name of the operation may still be on its way.
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        assert_eq!(exit_code(child).await, Some(code));
+        assert_eq!(fake.state().calls.last(), Some(&"CancelOperation"), "{signal:?}");
+    }
+}
+
+/// As with any other program, `nohup` keeps SIGHUP away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_that_is_ignored_from_the_start_stops_nothing() {
+    use rustix::process::{Pid, Signal, kill_process};
     let fake = Fake::default();
     let endpoint = fake.serve().await;
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_gorego")]);
+    let child = hanging_exec(&fake, command, &endpoint).await;
+    kill_process(Pid::from_child(&child), Signal::HUP).unwrap();
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(exit_code(child).await, Some(143));
+}
+
+/// `gorego exec` of an operation that does not end, once it has asked for it.
+async fn hanging_exec(
+    fake: &Fake,
+    mut command: std::process::Command,
+    endpoint: &str,
+) -> std::process::Child {
     fake.state().hang = true;
     fake.state().scripts = vec![(vec![stage(Stage::Queued)], None)].into();
-    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_gorego"))
-        .args(["exec", "--endpoint", &endpoint, "sleep", "1000"])
-        .spawn()
-        .unwrap();
+    let child = command.args(["exec", "--endpoint", endpoint, "sleep", "1000"]).spawn().unwrap();
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
     while !fake.state().calls.contains(&"Execute") {
         assert!(std::time::Instant::now() < deadline, "exec does not come to the point");
         tokio::task::yield_now().await;
     }
-    // The name of the operation may still be on its way.
-    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT)
-        .unwrap();
-    assert_eq!(tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap().code(), Some(130));
-    assert_eq!(fake.state().calls.last(), Some(&"CancelOperation"));
+    child
+}
+
+async fn exit_code(mut child: std::process::Child) -> Option<i32> {
+    tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap().code()
+}
+
+/// The server's message about a timeout says the same as the error.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_timeout_is_told_in_one_line() {
+    let fake = Fake::default();
+    let endpoint = fake.serve().await;
+    let status =
+        rpc::Status { code: Code::DeadlineExceeded as i32, message: "ran for 1s".into(), details: vec![] };
+    let late = reapi::ExecuteResponse {
+        status: Some(status),
+        result: Some(reapi::ActionResult::default()),
+        message: "it was stopped after 1s".into(),
+        ..Default::default()
+    };
+    fake.state().scripts = vec![(vec![done(&late)], None)].into();
+    let (code, _, stderr) = exec(&endpoint, &["true"]).await;
+    assert!(code == 124 && stderr.contains("ran for 1s") && stderr.lines().count() == 1, "{stderr}");
 }

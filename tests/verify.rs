@@ -177,6 +177,18 @@ async fn nobody_there_and_nonsense_are_told_apart_from_a_bad_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_port_of_the_http_cache_is_told_from_one_of_grpc() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("grpc://{}", listener.local_addr().unwrap());
+    let serving = tokio::spawn(axum::serve(listener, axum::Router::new()).into_future());
+    let output = verify(&[&endpoint]).await;
+    serving.abort();
+    assert_eq!(output.status.code(), Some(2));
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(told.contains("speaks HTTP/1 and not gRPC") && told.lines().count() == 1, "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_report_that_cannot_be_written_is_noticed_before_the_server_is_asked_anything() {
     let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     server.set_nonblocking(true).unwrap();

@@ -10,10 +10,14 @@ mod support;
 
 use faults::{Fault, change, fault};
 use futures::{StreamExt as _, stream};
-use gorego::verify::{
-    self, Options, Selection,
-    report::{Judgement, Outcome, Report},
+use gorego::{
+    proto::reapi::FindMissingBlobsRequest,
+    verify::{
+        self, Options, Selection,
+        report::{Judgement, Outcome, Report},
+    },
 };
+use prost::Message as _;
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
@@ -200,6 +204,14 @@ async fn a_failed_control_is_a_kind_of_its_own_in_every_report() {
     assert_eq!(judged(&report, Judgement::Inconclusive), Vec::<String>::new());
 }
 
+/// Whether what a check expected begins with the name of this case.
+fn named(outcome: &Outcome, case: &str) -> bool {
+    match outcome {
+        Outcome::Fail { expected, .. } | Outcome::Inconclusive { expected, .. } => expected.starts_with(case),
+        _ => false,
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_of_several_cases_says_which_one_failed() {
     let server = server().await;
@@ -208,12 +220,52 @@ async fn a_check_of_several_cases_says_which_one_failed() {
         ("commands run in the root", "a working directory of the input tree: "),
         ("an absent output is an error", "a command that exits with 0 and makes one of three outputs: "),
         ("no result is said to be cached", "a result that was uploaded: "),
+        ("the size is no part of the key", "size 101 instead of 100: "),
     ] {
         let fault = all.iter().find(|fault| fault.name == name).unwrap();
         let report = verify(fault, &server.endpoint(), fault.breaks, PATIENT_LIMIT).await;
-        let named = |outcome: &Outcome| matches!(outcome, Outcome::Fail { expected, .. } if expected.starts_with(case));
-        assert!(report.rows.iter().any(|row| named(&row.outcome)), "{name}: {:#?}", report.rows);
+        let found = report.rows.iter().any(|row| failed(&row.outcome) && named(&row.outcome, case));
+        assert!(found, "{name}: {:#?}", report.rows);
     }
+}
+
+/// Whether a request asks for the digest of 100 bytes under the size of GEN-04's second case.
+fn asks_for_99_bytes(asked: &FindMissingBlobsRequest) -> bool {
+    asked.blob_digests.iter().any(|digest| digest.size_bytes == 99)
+}
+
+/// A fault that shows in the second case of a check only, and one that makes it silent there.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_case_is_named_in_the_report_also_when_the_check_runs_out_of_time() {
+    /// Longest time of a check that gets no answer: enough for the steps before that.
+    const LIMIT: Duration = Duration::from_secs(10);
+    let server = server().await;
+    let case = "size 99 instead of 100: ";
+    let wrong = fault("one size is present", &["GEN-04"], {
+        change::request::<FindMissingBlobsRequest>("FindMissingBlobs", |asked| {
+            if asks_for_99_bytes(asked) {
+                asked.blob_digests.clear();
+            }
+        })
+    });
+    let report = verify(&wrong, &server.endpoint(), wrong.breaks, PATIENT_LIMIT).await;
+    let failed: Vec<_> = report.rows.iter().filter(|row| failed(&row.outcome)).collect();
+    assert!(matches!(&failed[..], [row] if named(&row.outcome, case)), "{:#?}", report.rows);
+    assert!(report.table(false).contains(case), "{}", report.table(false));
+
+    let silent = fault("no answer about one size", &["GEN-04"], {
+        change::instead("FindMissingBlobs", |mut call, upstream| async move {
+            let message = call.messages.next().await.unwrap()?;
+            if FindMissingBlobsRequest::decode(message.clone()).is_ok_and(|asked| asks_for_99_bytes(&asked)) {
+                std::future::pending::<()>().await;
+            }
+            call.messages = stream::iter([Ok(message)]).boxed();
+            upstream.forward(call).await
+        })
+    });
+    let report = verify(&silent, &server.endpoint(), silent.breaks, LIMIT).await;
+    let unclear = report.rows.iter().find(|row| matches!(row.outcome, Outcome::Inconclusive { .. }));
+    assert!(unclear.is_some_and(|row| named(&row.outcome, case)), "{:#?}", report.rows);
 }
 
 #[test]

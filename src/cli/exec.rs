@@ -1,11 +1,11 @@
 //! `gorego exec`: one command on a server, as if it ran here.
 //!
 //! Builds the Action, uploads what it needs, follows it, prints its standard output and error raw to ours while it runs,
-//! brings its outputs home and exits with its exit code. Ctrl-C, SIGTERM, and output that cannot be written any more (its
-//! reader has left, its disk is full) cancel the operation on the server before we leave.
+//! brings its outputs home and exits with its exit code. Ctrl-C, SIGTERM, SIGHUP, and output that cannot be written any more
+//! (its reader has left, its disk is full) cancel the operation on the server before we leave.
 
 use super::{
-    EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_TIMEOUT, ExecArgs, complain,
+    EXIT_INFRASTRUCTURE, EXIT_SIGNALLED, EXIT_TIMEOUT, ExecArgs, complain,
     live::Live,
     output::{Lost, Readers, end_by_sigpipe},
     progress::{self, Line},
@@ -16,6 +16,7 @@ use crate::{
     error::{Error, Result},
     proto::reapi,
 };
+use futures::{StreamExt as _, stream::FuturesUnordered};
 use std::{
     collections::BTreeMap,
     io::{self, Write as _},
@@ -25,7 +26,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::watch,
 };
 
@@ -33,8 +34,6 @@ use tokio::{
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 /// How long a cancellation may take before we leave without knowing.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Exit code of a command that a signal ended elsewhere than by Ctrl-C: 128 + SIGTERM.
-const EXIT_TERMINATED: u8 = 143;
 
 /// How this process ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,36 +83,71 @@ pub fn run(args: ExecArgs) -> u8 {
 
 /// Runs the command to its end, or until we are told to stop or nobody reads what it prints.
 async fn until_stopped(args: ExecArgs, line: &Line) -> Result<End> {
-    let listen = |kind| {
-        signal(kind).map_err(|error| Error::Internal(format!("could not listen for signals: {error}")))
-    };
-    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    let mut signals = Signals::listen()?;
     let (current, watching) = watch::channel(Current::Nothing);
     let readers = Readers::default();
     let mut work = pin!(exec(args, line, &current, readers.clone()));
-    let (end, again) = tokio::select! {
+    let end = tokio::select! {
         // Whatever else came of it: what was printed last had no reader.
         outcome = &mut work => {
             return if readers.have_left() { Ok(End::NobodyReads) } else { outcome.map(End::Code) };
         }
-        _ = interrupt.recv() => (End::Code(EXIT_INTERRUPTED), &mut interrupt),
-        _ = terminate.recv() => (End::Code(EXIT_TERMINATED), &mut terminate),
-        lost = readers.lost() => (
-            match lost {
-                Lost::Reader => End::NobodyReads,
-                Lost::Output(error) => End::Failed(error),
-            },
-            &mut interrupt,
-        ),
+        number = signals.next() => End::Code(EXIT_SIGNALLED + number),
+        lost = readers.lost() => match lost {
+            Lost::Reader => End::NobodyReads,
+            Lost::Output(error) => End::Failed(error),
+        },
     };
     line.say("cancelling");
     tokio::select! {
         // It goes on meanwhile, since only it can learn the name of an operation that was just asked for.
         _ = work => {}
         () = cancel(watching) => {}
-        _ = again.recv() => {}
+        _ = signals.next() => {}
     }
     Ok(end)
+}
+
+/// The signals that stop us. One that was ignored when this process began, as nohup does with SIGHUP, stays ignored.
+struct Signals([(u8, Option<Signal>); 3]);
+
+impl Signals {
+    fn listen() -> Result<Self> {
+        let listen = |(number, kind)| match is_ignored(kind) {
+            true => Ok((number, None)),
+            false => signal(kind).map(|signal| (number, Some(signal))),
+        };
+        let failed = |error| Error::Internal(format!("could not listen for signals: {error}"));
+        let [hangup, interrupt, terminate] =
+            [(1, SignalKind::hangup()), (2, SignalKind::interrupt()), (15, SignalKind::terminate())]
+                .map(listen);
+        Ok(Self([hangup.map_err(failed)?, interrupt.map_err(failed)?, terminate.map_err(failed)?]))
+    }
+
+    /// The number of the next one.
+    async fn next(&mut self) -> u8 {
+        let arrivals = self.0.iter_mut().filter_map(|(number, signal)| Some((*number, signal.as_mut()?)));
+        let mut arrivals: FuturesUnordered<_> = arrivals
+            .map(|(number, signal)| async move {
+                signal.recv().await;
+                number
+            })
+            .collect();
+        match arrivals.next().await {
+            Some(number) => number,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Whether this process ignores a signal.
+fn is_ignored(kind: SignalKind) -> bool {
+    // SAFETY: without a new action the call only writes the present one to the place that it is given.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(kind.as_raw_value(), std::ptr::null(), &mut action) == 0
+            && action.sa_sigaction == libc::SIG_IGN
+    }
 }
 
 async fn exec(
@@ -265,7 +299,9 @@ fn is_missing(finished: &Result<Finished>) -> bool {
 async fn conclude(client: &Client, finished: &Finished, live: Live, line: &Line) -> Result<u8> {
     line.clear();
     live.finish(client, finished.result.as_ref()).await?;
-    if !finished.message.is_empty() {
+    // About a timeout the error says enough.
+    let timed_out = matches!(finished.error, Some(Error::DeadlineExceeded(_)));
+    if !finished.message.is_empty() && !timed_out {
         let _ = writeln!(io::stderr(), "gorego: {}", crate::logging::escaped(&finished.message));
     }
     match (&finished.error, &finished.result) {

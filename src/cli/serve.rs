@@ -6,7 +6,7 @@ use super::{
     environment,
 };
 use crate::{
-    config::{Config, LogConfig, Settings},
+    config::{Config, LogConfig, Settings, Size},
     error::Error,
     logging::{self, Event, Style},
     server,
@@ -82,9 +82,9 @@ pub fn banner(settings: &Settings, address: SocketAddr) -> String {
     };
     let endpoint = format!("grpc://{}", SocketAddr::new(host, address.port()));
     let mut text = format!("goREgo {} listens on {address}\n", env!("CARGO_PKG_VERSION"));
-    let gb = settings.max_size_bytes / 1_000_000_000;
+    let most = Size::from_bytes(settings.max_size_bytes).rounded();
     // Writing to a String cannot fail.
-    let _ = writeln!(text, "  data   {} (at most {gb} GB)", settings.cache_dir.display());
+    let _ = writeln!(text, "  data   {} (at most {most})", settings.cache_dir.display());
     match &settings.execution {
         Some(execution) => {
             let _ = write!(text, "  slots  {} actions at a time", execution.slots);
@@ -156,5 +156,17 @@ mod tests {
             assert!(text.contains(part), "{part} in {text}");
         }
         assert!(!text.contains("remote_executor"));
+    }
+
+    /// A newcomer sees both.
+    #[test]
+    fn the_readme_has_the_same_lines_for_bazel_as_the_banner() {
+        let readme = include_str!("../../README.md");
+        let lines = |text: &str| -> Vec<String> {
+            let lines = text.lines().map(str::trim).filter(|line| line.starts_with("build --"));
+            lines.map(str::to_owned).collect()
+        };
+        let banner = lines(&banner(&settings(|_| {}), "127.0.0.1:50051".parse().unwrap()));
+        assert_eq!(lines(readme), banner);
     }
 }

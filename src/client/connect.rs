@@ -6,6 +6,10 @@ use crate::{
 };
 use prost::Message as _;
 use std::{error::Error as _, time::Duration};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 use tonic::{
     Request, Status,
     metadata::{BinaryMetadataValue, MetadataValue},
@@ -21,6 +25,8 @@ const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often an idle connection is probed, and how long the answer may take (GEN-26).
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+/// What a client of HTTP/2 sends first: the preface, and SETTINGS without any.
+const HTTP2_OPENING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 /// The header of GEN-28.
 const METADATA_HEADER: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
 
@@ -122,6 +128,28 @@ fn unreachable(endpoint: &str, why: &str) -> Error {
     ))
 }
 
+/// What speaks at an endpoint with which no HTTP/2 connection came about, as the end of a sentence; `None` where it does not
+/// show. Calls there once more.
+pub async fn foreign_protocol(endpoint: &str) -> Option<&'static str> {
+    let uri = parse_endpoint(endpoint).ok()?;
+    let answer = async {
+        let mut stream = TcpStream::connect(uri.strip_prefix("http://")?).await.ok()?;
+        stream.write_all(HTTP2_OPENING).await.ok()?;
+        let mut answer = [0; 5];
+        stream.read_exact(&mut answer).await.ok()?;
+        Some(answer)
+    };
+    let answer = tokio::time::timeout(CONNECT_TIMEOUT, answer).await.ok()??;
+    match &answer {
+        b"HTTP/" => {
+            Some("the server there speaks HTTP/1 and not gRPC; name the port at which it serves gRPC")
+        }
+        // An alert or a handshake record of some version of TLS 1.
+        [0x15 | 0x16, 3, ..] => Some("the server there expects TLS, which this client does not speak yet"),
+        _ => None,
+    }
+}
+
 /// The cause at the bottom; the layers above it say only "transport error".
 fn innermost(error: &tonic::transport::Error) -> String {
     let mut cause = error.source();
@@ -156,6 +184,30 @@ mod tests {
         ] {
             let error = parse_endpoint(wrong).unwrap_err().to_string();
             assert!(error.contains(hint), "{wrong}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_speaks_another_protocol_is_named() {
+        let cases: [(&[u8], Option<&str>); 4] = [
+            (b"HTTP/1.1 400 Bad Request\r\n\r\n", Some("HTTP/1")),
+            (&[0x15, 3, 1, 0, 2, 2, 70], Some("TLS")),
+            (b"\0\0\0\x04\0\0\0\0\0", None),
+            (b"", None),
+        ];
+        for (bytes, named) in cases {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let endpoint = format!("grpc://{}", listener.local_addr().unwrap());
+            let answering = tokio::spawn(async move {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut opening = [0; HTTP2_OPENING.len()];
+                stream.read_exact(&mut opening).await.unwrap();
+                stream.write_all(bytes).await.unwrap();
+            });
+            let found = foreign_protocol(&endpoint).await;
+            answering.await.unwrap();
+            assert_eq!(found.is_some(), named.is_some(), "{bytes:?}: {found:?}");
+            assert!(named.is_none_or(|named| found.unwrap().contains(named)), "{bytes:?}: {found:?}");
         }
     }
 

@@ -49,6 +49,20 @@ impl Size {
         self.0
     }
 
+    /// The size for people: in the largest SI unit that fits, with one decimal below 100 of it. Not for files, since it drops
+    /// the rest.
+    pub fn rounded(self) -> String {
+        let si = UNITS.iter().filter(|(name, _)| !name.contains('i'));
+        let Some((name, unit)) = si.into_iter().find(|(_, unit)| self.0 >= *unit) else {
+            return "0 B".into();
+        };
+        let tenths = u128::from(self.0) * 10 / u128::from(*unit);
+        match (tenths / 10, tenths % 10) {
+            (whole @ ..100, decimal @ 1..) => format!("{whole}.{decimal} {name}"),
+            (whole, _) => format!("{whole} {name}"),
+        }
+    }
+
     /// What a number without a unit stands for, as a variable or a flag has it: GB, or else a number and a unit.
     ///
     /// # Errors
@@ -70,6 +84,12 @@ fn is_number(text: &str) -> bool {
     let unsigned = text.strip_prefix(['-', '+']).unwrap_or(text);
     unsigned.starts_with(|first: char| first.is_ascii_digit() || first == '.')
         && unsigned.chars().all(|each| each.is_ascii_digit() || matches!(each, '.' | '_'))
+}
+
+/// Whether what follows a number is the rest of its scientific notation.
+fn is_exponent(unit: &str) -> bool {
+    let digits = unit.strip_prefix(['e', 'E']).map(|rest| rest.strip_prefix(['-', '+']).unwrap_or(rest));
+    digits.is_some_and(|digits| digits.starts_with(|first: char| first.is_ascii_digit()))
 }
 
 fn too_large() -> String {
@@ -113,6 +133,11 @@ impl FromStr for Size {
         let number = number.trim_end();
         if !is_number(number) {
             return Err(format!("\"{shown}\" is no size; {EXAMPLES}"));
+        }
+        if is_exponent(unit) {
+            return Err(format!(
+                "\"{shown}\" is a number with an exponent; write it out, such as \"1500 GB\" instead of 1.5e3"
+            ));
         }
         if unit.is_empty() {
             return Err(format!(
@@ -235,6 +260,21 @@ mod tests {
     }
 
     #[test]
+    fn people_are_shown_few_digits() {
+        for (bytes, shown) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1_500_000_000, "1.5 GB"),
+            (1_049_999_999, "1 GB"),
+            (64 << 30, "68.7 GB"),
+            (123_456_789, "123 MB"),
+            (Size::MAX.bytes(), "1000 PB"),
+        ] {
+            assert_eq!(Size(bytes).rounded(), shown);
+        }
+    }
+
+    #[test]
     fn what_is_no_size_is_refused_with_what_is_wrong() {
         for (text, problem) in [
             ("-1", "-1: a size cannot be negative"),
@@ -248,6 +288,8 @@ mod tests {
             ("\"0.5\"", "\"0.5\" has no unit; write \"0.5 GB\", or 0.5 without quotes"),
             ("\"5 XB\"", "\"XB\" is no unit; there are B, kB, KiB, MB, MiB, GB, GiB, TB, TiB, PB, PiB"),
             ("\"5 Gb/s\"", "\"Gb/s\" is no unit"),
+            ("\"1e3\"", "\"1e3\" is a number with an exponent; write it out"),
+            ("\"1.5E-3 GB\"", "with an exponent"),
             ("\"fifty\"", "\"fifty\" is no size; write a number of GB such as 50 or 0.5"),
             ("\"\"", "\"\" is no size"),
             ("\"1.2.3 GB\"", "\"1.2.3\" is no number"),

@@ -10,7 +10,7 @@
 use super::{
     actions::{Run, response, result_of},
     blob::Blob,
-    check::{Answer as _, Step as _, Stop, Verdict, ensure, fail, inline, show, show_inline, skipped},
+    check::{Answer as _, Step as _, Verdict, ensure, fail, inline, show, show_inline, skipped},
     session::Session,
 };
 use crate::proto::{
@@ -247,10 +247,7 @@ impl Job {
     /// # Errors
     /// As [`Job::refusal`]; a failure for another code.
     pub async fn refused(&self, what: &str, codes: &[Code]) -> Verdict<Refusal> {
-        let refusal = self.refusal().await.map_err(|stop| match stop {
-            Stop::Fail { expected, observed } => fail(format!("{what}: {expected}"), observed),
-            other => other,
-        })?;
+        let refusal = self.session.case(what, self.refusal()).await?;
         inline(what, Some(&refusal.status), codes)?;
         Ok(refusal)
     }

@@ -6,10 +6,11 @@
 use super::{
     Options,
     blob::{Blob, Salt, tail},
-    check::{Answer as _, Stop, Verdict, absent, fail},
+    check::{Answer as _, Step as _, Stop, Verdict, absent, fail},
     connection::{CONNECT_LIMIT, Service, Target},
 };
 use crate::{
+    client::foreign_protocol,
     digest::DigestFunction,
     error::{Error, Result},
     instance::check_instance_name,
@@ -28,9 +29,10 @@ use crate::{
 };
 use prost::Message;
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
+    fmt::Display,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -50,6 +52,25 @@ pub struct Session {
     function: DigestFunction,
     /// What requests say about it; 0 in a session that leaves the field unset.
     function_number: i32,
+    /// The cases that the check is in.
+    cases: Arc<Cases>,
+}
+
+/// The cases that a check is in, by the order in which it entered them.
+#[derive(Debug, Default)]
+struct Cases(Mutex<BTreeMap<u64, String>>);
+
+impl Cases {
+    fn open(&self) -> MutexGuard<'_, BTreeMap<u64, String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(&self, case: String) -> u64 {
+        let mut open = self.open();
+        let number = open.last_key_value().map_or(0, |(last, _)| last + 1);
+        open.insert(number, case);
+        number
+    }
 }
 
 /// What all sessions of a run share.
@@ -85,13 +106,20 @@ impl Session {
         let answer = tokio::time::timeout(CONNECT_LIMIT, first_answer).await;
         let answer =
             answer.unwrap_or_else(|_| Err(fail("an answer", format!("none within {CONNECT_LIMIT:?}"))));
-        let (channel, capabilities) = answer.map_err(|stop| {
-            let why = match stop {
-                Stop::Fail { observed, .. } | Stop::Unmet { observed, .. } => observed,
-                Stop::Absent(why) | Stop::Skipped(why) => why,
-            };
-            Error::Unavailable(format!("no server to verify at {}: {why}", options.endpoint))
-        })?;
+        let (channel, capabilities) = match answer {
+            Ok(found) => found,
+            Err(stop) => {
+                let why = match stop {
+                    Stop::Fail { observed, .. } | Stop::Unmet { observed, .. } => observed,
+                    Stop::Absent(why) | Stop::Skipped(why) => why,
+                };
+                let why = foreign_protocol(&options.endpoint).await.map_or(why, str::to_owned);
+                return Err(Error::Unavailable(format!(
+                    "no server to verify at {}: {why}",
+                    options.endpoint
+                )));
+            }
+        };
         let function = choose_function(options.digest_function.as_deref(), &capabilities)?;
         let instance = options.instance.clone();
         let run = Run {
@@ -104,7 +132,30 @@ impl Session {
             first_action: OnceCell::new(),
         };
         let function_number = function.wire().into();
-        Ok(Self { run: Arc::new(run), channel, instance, function, function_number })
+        Ok(Self { run: Arc::new(run), channel, instance, function, function_number, cases: Arc::default() })
+    }
+
+    /// The same for one check, which is in no case yet.
+    pub fn for_check(&self) -> Self {
+        Self { cases: Arc::default(), ..self.clone() }
+    }
+
+    /// Runs a part of a check as one of its cases: a failure of the part names the case.
+    ///
+    /// # Errors
+    /// Those of the part.
+    pub async fn case<T>(&self, case: impl Display, part: impl Future<Output = Verdict<T>>) -> Verdict<T> {
+        let case = case.to_string();
+        let number = self.cases.enter(case.clone());
+        let verdict = part.await;
+        // A part that is given up, because the check ran out of time, stays in the list for the report.
+        self.cases.open().remove(&number);
+        verdict.case(case)
+    }
+
+    /// The cases that the check is in, the outermost first.
+    pub fn open_cases(&self) -> Vec<String> {
+        self.cases.open().values().cloned().collect()
     }
 
     /// The same over a connection of its own.
@@ -292,7 +343,7 @@ impl Session {
         self.operations_of_run().remove(name);
     }
 
-    fn operations_of_run(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+    fn operations_of_run(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.run.operations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

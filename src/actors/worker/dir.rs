@@ -37,6 +37,29 @@ pub fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
     open2(parent, name, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV)
 }
 
+/// The same for a directory that its owner may not read, write or search, which is made accessible first. Gives the stat from
+/// before that, too.
+///
+/// # Errors
+/// Those of openat2(2); `EXDEV` for a mount point.
+pub fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, Stat)> {
+    let opened = match open_dir(parent, name) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let before = stat_at(parent, name)?;
+            grant(parent, name, Mode::RWXU)?;
+            return Ok((open_dir(parent, name)?, before));
+        }
+        opened => opened?,
+    };
+    let stat = rfs::fstat(&opened)?;
+    let mode = Mode::from_raw_mode(stat.st_mode);
+    if !mode.contains(Mode::RWXU) {
+        // It may belong to another user. Then the operation that needs the permission fails.
+        let _ = rfs::fchmod(&opened, mode | Mode::RWXU);
+    }
+    Ok((opened, stat))
+}
+
 /// Opens a regular file by one name in `parent` for reading. Never follows a link and never waits for the other end of a
 /// FIFO; the caller checks what kind of thing it got.
 ///
@@ -133,7 +156,8 @@ impl Cursor {
     /// # Errors
     /// Those of fstat(2).
     pub fn new(top: File) -> io::Result<Self> {
-        Ok(Self { levels: vec![level(top)?] })
+        let stat = rfs::fstat(&top)?;
+        Ok(Self { levels: vec![Level::new(top, &stat)] })
     }
 
     /// The directory it stands in.
@@ -154,22 +178,8 @@ impl Cursor {
     /// # Errors
     /// Those of openat2(2); `EXDEV` for a mount point.
     pub fn down(&mut self, name: &OsStr) -> io::Result<()> {
-        let here = self.here()?;
-        let opened = match open_dir(here, name) {
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                grant(here, name, Mode::RWXU)?;
-                open_dir(here, name)?
-            }
-            opened => opened?,
-        };
-        let entered = level(opened)?;
-        if let Some(open) = &entered.open
-            && !entered.mode.contains(Mode::RWXU)
-        {
-            // Not ours: whoever needs the permission will hear of it.
-            let _ = rfs::fchmod(open, entered.mode | Mode::RWXU);
-        }
-        self.levels.push(entered);
+        let (open, stat) = open_accessible(self.here()?, name)?;
+        self.levels.push(Level::new(open, &stat));
         if let Some(far) = self.levels.len().checked_sub(KEPT_OPEN + 1) {
             self.levels[far].open = None;
         }
@@ -186,17 +196,18 @@ impl Cursor {
         if parent.open.is_none() {
             let below = left.open.as_ref().ok_or(Errno::BADF)?;
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let found = level(rfs::openat(below, "..", flags, Mode::empty())?.into())?;
-            if found.id != parent.id {
+            let found = rfs::openat(below, "..", flags, Mode::empty())?;
+            if file_id(&rfs::fstat(&found)?) != parent.id {
                 return Err(Errno::STALE.into());
             }
-            parent.open = found.open;
+            parent.open = Some(found.into());
         }
         Ok(())
     }
 }
 
-fn level(open: File) -> io::Result<Level> {
-    let stat = rfs::fstat(&open)?;
-    Ok(Level { id: file_id(&stat), mode: Mode::from_raw_mode(stat.st_mode), open: Some(open) })
+impl Level {
+    fn new(open: File, stat: &Stat) -> Self {
+        Self { id: file_id(stat), mode: Mode::from_raw_mode(stat.st_mode), open: Some(open) }
+    }
 }

@@ -177,19 +177,25 @@ fn sri<D: sha2::Digest>(name: &str, bytes: &[u8]) -> String {
 
 async fn checksums_are_verified(s: Session) -> Verdict {
     let origin = origin(&s).await?;
-    let sums: [fn(&[u8]) -> String; 3] =
-        [|b| sri::<Sha256>("sha256", b), |b| sri::<Sha384>("sha384", b), |b| sri::<Sha512>("sha512", b)];
-    for (at, sum) in sums.iter().enumerate() {
-        let content = content(&s);
-        let uri = origin.page(&format!("sum{at}"), Page::Content(content.data.clone()));
-        let (right, wrong) = (sum(&content.data), sum(b"something else"));
-        let with = |value: &str| request(&s, &[&uri], &[qualifier(SRI, value)]);
-        // Wrong first: nothing of it may be left to answer the others.
-        let answer = fetch(&s, with(&wrong)).await.wanted("FetchBlob answers")?;
-        inline(&format!("a fetch against {wrong}"), answer.status.as_ref(), &[Code::Aborted])?;
-        fetched(&s, with(&format!("{wrong} {right}"))).await?;
-        let (_, bytes) = fetched(&s, with(&right)).await?;
-        ensure(bytes == content.data, "the content", "other bytes")?;
+    let sums: [(&str, fn(&[u8]) -> String); 3] = [
+        ("sha256", |bytes| sri::<Sha256>("sha256", bytes)),
+        ("sha384", |bytes| sri::<Sha384>("sha384", bytes)),
+        ("sha512", |bytes| sri::<Sha512>("sha512", bytes)),
+    ];
+    for (name, sum) in sums {
+        s.case(name, async {
+            let content = content(&s);
+            let uri = origin.page(name, Page::Content(content.data.clone()));
+            let (right, wrong) = (sum(&content.data), sum(b"something else"));
+            let with = |value: &str| request(&s, &[&uri], &[qualifier(SRI, value)]);
+            // Wrong first: nothing of it may be left to answer the others.
+            let answer = fetch(&s, with(&wrong)).await.wanted("FetchBlob answers")?;
+            inline(&format!("a fetch against {wrong}"), answer.status.as_ref(), &[Code::Aborted])?;
+            fetched(&s, with(&format!("{wrong} {right}"))).await?;
+            let (_, bytes) = fetched(&s, with(&right)).await?;
+            ensure(bytes == content.data, "the content", "other bytes")
+        })
+        .await?;
     }
     Ok(())
 }
@@ -202,14 +208,17 @@ async fn trouble_at_the_origin_is_inside_the_answer(s: Session) -> Verdict {
         ("closed", Page::Status(StatusCode::FORBIDDEN), Code::PermissionDenied),
         ("slow", slow, Code::DeadlineExceeded),
     ] {
-        let uri = origin.page(path, page);
-        let mut request = request(&s, &[&uri], &[]);
-        if code == Code::DeadlineExceeded {
-            request.timeout = Duration::from_secs(1).try_into().ok();
-        }
-        let answer = fetch(&s, request).await.wanted("FetchBlob answers with OK")?;
-        inline(&format!("a fetch of what is {path}"), answer.status.as_ref(), &[code])?;
-        equal("uri", &answer.uri, &uri)?;
+        s.case(format!("a fetch of what is {path}"), async {
+            let uri = origin.page(path, page);
+            let mut request = request(&s, &[&uri], &[]);
+            if code == Code::DeadlineExceeded {
+                request.timeout = Duration::from_secs(1).try_into().ok();
+            }
+            let answer = fetch(&s, request).await.wanted("FetchBlob answers with OK")?;
+            inline("the fetch", answer.status.as_ref(), &[code])?;
+            equal("uri", &answer.uri, &uri)
+        })
+        .await?;
     }
     Ok(())
 }
@@ -260,12 +269,15 @@ async fn an_archive_is_fetched_as_a_directory(s: Session) -> Verdict {
 async fn digests_are_of_the_function_asked_for(s: Session) -> Verdict {
     let origin = origin(&s).await?;
     for function in s.functions() {
-        let s = s.with_function(function);
-        let content = content(&s);
-        let uri = origin.page(&s.word(), Page::Content(content.data.clone()));
-        let (answer, _) = fetched(&s, request(&s, &[&uri], &[])).await?;
-        equal("blob_digest", &answer.blob_digest, &Some(content.digest))?;
-        equal("digest_function", &answer.digest_function, &i32::from(function.wire()))?;
+        s.case(function.name(), async {
+            let s = s.with_function(function);
+            let content = content(&s);
+            let uri = origin.page(&s.word(), Page::Content(content.data.clone()));
+            let (answer, _) = fetched(&s, request(&s, &[&uri], &[])).await?;
+            equal("blob_digest", &answer.blob_digest, &Some(content.digest))?;
+            equal("digest_function", &answer.digest_function, &i32::from(function.wire()))
+        })
+        .await?;
     }
     let uri = origin.page("unset", Page::Content(content(&s).data));
     let unset = FetchBlobRequest { digest_function: 0, ..request(&s, &[&uri], &[]) };
@@ -366,12 +378,18 @@ async fn pushed_for(s: &Session, life: Duration) -> Verdict<bool> {
         return Err(absent(format!("this caller may not push: {}", show(status))));
     }
     answer.offered("PushBlob is accepted")?;
-    for uri in &uris {
-        let answer = fetch(s, request(s, &[uri], &[])).await.wanted("FetchBlob answers")?;
-        if answer.status.unwrap_or_default().code != 0 {
+    for (which, uri) in ["the first URI", "the second URI"].into_iter().zip(&uris) {
+        let found = s.case(which, async {
+            let answer = fetch(s, request(s, &[uri], &[])).await.wanted("FetchBlob answers")?;
+            if answer.status.unwrap_or_default().code != 0 {
+                return Ok(false);
+            }
+            equal("blob_digest of what was pushed", &answer.blob_digest, &Some(content.digest.clone()))?;
+            Ok(true)
+        });
+        if !found.await? {
             return Ok(false);
         }
-        equal("blob_digest of what was pushed", &answer.blob_digest, &Some(content.digest.clone()))?;
     }
     let left = end.duration_since(now()).unwrap_or_default();
     tokio::time::sleep(left + Duration::from_secs(1)).await;

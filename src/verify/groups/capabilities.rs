@@ -126,26 +126,32 @@ async fn every_listed_digest_function_works(s: Session) -> Verdict {
     ensure(!listed.is_empty() && !listed.contains(&0), "functions, and not UNKNOWN", format!("{listed:?}"))?;
     ensure(unique.len() == listed.len(), "no function twice", format!("{listed:?}"))?;
     for function in s.functions() {
-        let s = s.with_function(function);
-        let name = function.wire().as_str_name();
-        // Long enough that SHA256TREE differs from SHA256.
-        let (streamed, batched) = (s.blob(3000), s.blob(3000));
-        s.store(&[&batched]).await.own().case(name)?;
-        s.write(&streamed).await.wanted(&format!("an upload under {name} is accepted"))?;
-        for blob in [&batched, &streamed] {
-            let read = s.read(&blob.digest).await.wanted(&format!("a blob of {name} is read"))?;
-            ensure(read == blob.data, "the bytes that were uploaded", "others")?;
-        }
-        if s.updates_results().is_ok() {
-            let action = s.fresh_action().await?;
-            let file =
-                OutputFile { path: "out".into(), digest: Some(batched.digest.clone()), ..Default::default() };
-            let result = ActionResult { output_files: vec![file], ..Default::default() };
-            s.update_result(&action, result).await.wanted(&format!("a result under {name} is stored"))?;
-            let hit = s.result(&action).await.wanted(&format!("a result under {name} is a hit"))?;
-            let digest = hit.output_files.first().and_then(|file| file.digest.clone());
-            equal("the output's digest", &digest, &Some(batched.digest))?;
-        }
+        s.case(function.name(), async {
+            let s = s.with_function(function);
+            // Long enough that SHA256TREE differs from SHA256.
+            let (streamed, batched) = (s.blob(3000), s.blob(3000));
+            s.store(&[&batched]).await.own()?;
+            s.write(&streamed).await.wanted("an upload is accepted")?;
+            for (how, blob) in [("a batch", &batched), ("a Write", &streamed)] {
+                let read = s.read(&blob.digest).await.wanted(&format!("what came in by {how} is read"))?;
+                ensure(read == blob.data, format!("the bytes that came in by {how}"), "others")?;
+            }
+            if s.updates_results().is_ok() {
+                let action = s.fresh_action().await?;
+                let file = OutputFile {
+                    path: "out".into(),
+                    digest: Some(batched.digest.clone()),
+                    ..Default::default()
+                };
+                let result = ActionResult { output_files: vec![file], ..Default::default() };
+                s.update_result(&action, result).await.wanted("a result is stored")?;
+                let hit = s.result(&action).await.wanted("a result is a hit")?;
+                let digest = hit.output_files.first().and_then(|file| file.digest.clone());
+                equal("the output's digest", &digest, &Some(batched.digest))?;
+            }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -225,8 +231,8 @@ async fn a_full_batch_is_read_in_one_default_message(s: Session) -> Verdict {
     let answer =
         s.batch_read(&digests, &[]).await.wanted("1000 blobs of the full size are read in one call")?;
     equal("responses", &answer.responses.len(), &count)?;
-    for response in &answer.responses {
-        inline("each blob", response.status.as_ref(), &[Code::Ok])?;
+    for (at, response) in answer.responses.iter().enumerate() {
+        inline(&format!("response {at}"), response.status.as_ref(), &[Code::Ok])?;
     }
     Ok(())
 }
@@ -246,18 +252,22 @@ async fn every_blob_is_written_and_read_compressed(s: Session) -> Verdict {
     let messages = pieces(&s.compressed_write_name(&compressed), &compress(&compressed.data)?, 0, 1000);
     s.write_messages(messages).await.wanted("a compressed upload is accepted")?;
     for (how, blob) in [("a Write", &streamed), ("a batch", &batched), ("a compressed Write", &compressed)] {
-        let plain =
-            s.read(&blob.digest).await.needs("BS-07", &format!("what came in by {how} is read plain"))?;
-        ensure(plain == blob.data, format!("the bytes that came in by {how}"), "others")?;
-        let name = s.qualify(&blob.compressed_name("zstd"));
-        let packed =
-            s.read_named(&name).await.wanted(&format!("what came in by {how} is read compressed"))?;
-        let unpacked = decompress(&packed, blob.data.len())?;
-        ensure(
-            unpacked == blob.data,
-            format!("the bytes that came in by {how}"),
-            "others, once decompressed",
-        )?;
+        s.case(how, async {
+            let plain =
+                s.read(&blob.digest).await.needs("BS-07", &format!("what came in by {how} is read plain"))?;
+            ensure(plain == blob.data, format!("the bytes that came in by {how}"), "others")?;
+            let name = s.qualify(&blob.compressed_name("zstd"));
+            let packed =
+                s.read_named(&name).await.wanted(&format!("what came in by {how} is read compressed"))?;
+            let unpacked = decompress(&packed, blob.data.len())?;
+            ensure(
+                unpacked == blob.data,
+                format!("the bytes that came in by {how}"),
+                "others, once decompressed",
+            )?;
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -270,24 +280,27 @@ async fn batch_compressors_are_accepted_exactly_as_listed(s: Session) -> Verdict
         format!("{listed:?}"),
     )?;
     for number in [ZSTD, DEFLATE, BROTLI] {
-        let blob = s.text(1000);
-        let mut item = s.item(&blob);
-        item.compressor = number;
-        // What is not zstd is refused for its number, whatever the data.
-        item.data = compress(&blob.data)?;
-        if listed.contains(&number) && number != ZSTD {
-            continue;
-        }
-        let answer = s.update_items(vec![item]).await.wanted("BatchUpdateBlobs answers")?;
-        let code = if listed.contains(&number) { Code::Ok } else { Code::InvalidArgument };
-        for response in &answer.responses {
-            inline(&format!("an item with compressor {number}"), response.status.as_ref(), &[code])?;
-        }
-        let stored = s
-            .missing(std::slice::from_ref(&blob.digest))
-            .await
-            .needs("CAS-01", "FindMissingBlobs answers")?;
-        equal("stored", &stored.is_empty(), &(code == Code::Ok))?;
+        s.case(format!("compressor {number}"), async {
+            let blob = s.text(1000);
+            let mut item = s.item(&blob);
+            item.compressor = number;
+            // What is not zstd is refused for its number, whatever the data.
+            item.data = compress(&blob.data)?;
+            if listed.contains(&number) && number != ZSTD {
+                return Ok(());
+            }
+            let answer = s.update_items(vec![item]).await.wanted("BatchUpdateBlobs answers")?;
+            let code = if listed.contains(&number) { Code::Ok } else { Code::InvalidArgument };
+            for response in &answer.responses {
+                inline("an item", response.status.as_ref(), &[code])?;
+            }
+            let stored = s
+                .missing(std::slice::from_ref(&blob.digest))
+                .await
+                .needs("CAS-01", "FindMissingBlobs answers")?;
+            equal("stored", &stored.is_empty(), &(code == Code::Ok))
+        })
+        .await?;
     }
     Ok(())
 }
@@ -384,13 +397,15 @@ async fn priorities_of_the_listed_ranges_work(s: Session) -> Verdict {
     let mut priorities = vec![0];
     priorities.extend(ranges.iter().flat_map(|range| [range.min_priority, range.max_priority]));
     for priority in priorities {
-        let action = s.fresh_action().await?;
-        let mut request = s.execute_request(&action);
-        request.execution_policy = Some(ExecutionPolicy { priority });
-        let case = format!("priority {priority}");
-        let run = s.start(request).await.wanted("Execute is accepted").case(&case)?;
-        let result = result_of(run.finish().await?).case(&case)?;
-        equal("exit_code", &result.exit_code, &0).case(&case)?;
+        s.case(format!("priority {priority}"), async {
+            let action = s.fresh_action().await?;
+            let mut request = s.execute_request(&action);
+            request.execution_policy = Some(ExecutionPolicy { priority });
+            let run = s.start(request).await.wanted("Execute is accepted")?;
+            let result = result_of(run.finish().await?)?;
+            equal("exit_code", &result.exit_code, &0)
+        })
+        .await?;
     }
     Ok(())
 }
@@ -398,21 +413,28 @@ async fn priorities_of_the_listed_ranges_work(s: Session) -> Verdict {
 async fn every_connection_gets_the_same_answer_quickly(s: Session) -> Verdict {
     let (connections, calls) = COMPARED;
     let (mut times, mut floor) = (Vec::new(), Vec::new());
-    for _ in 0..connections {
-        let s = s.reconnect().await?;
-        for _ in 0..calls {
-            let begin = Instant::now();
-            let answer = capabilities(&s).await.wanted("GetCapabilities answers")?;
-            times.push(begin.elapsed());
-            let begin = Instant::now();
-            // Whatever it answers, it does not have to think about it.
-            let _ =
-                raw::call(s.service(), raw::path::NO_SUCH_METHOD, tonic::Request::new(bytes::Bytes::new()))
-                    .await;
-            floor.push(begin.elapsed());
-            let same = answer == *s.capabilities();
-            ensure(same, "the capabilities of the first connection", format!("{answer:?}"))?;
-        }
+    for connection in 0..connections {
+        s.case(format!("connection {connection} of {connections}"), async {
+            let s = s.reconnect().await?;
+            for _ in 0..calls {
+                let begin = Instant::now();
+                let answer = capabilities(&s).await.wanted("GetCapabilities answers")?;
+                times.push(begin.elapsed());
+                let begin = Instant::now();
+                // Whatever it answers, it does not have to think about it.
+                let _ = raw::call(
+                    s.service(),
+                    raw::path::NO_SUCH_METHOD,
+                    tonic::Request::new(bytes::Bytes::new()),
+                )
+                .await;
+                floor.push(begin.elapsed());
+                let same = answer == *s.capabilities();
+                ensure(same, "the capabilities of the first connection", format!("{answer:?}"))?;
+            }
+            Ok(())
+        })
+        .await?;
     }
     let median = |mut times: Vec<Duration>| {
         times.sort_unstable();

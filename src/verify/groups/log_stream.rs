@@ -102,19 +102,24 @@ async fn streams_have_a_name_to_read_and_a_secret_one_to_write(s: Session) -> Ve
     const STREAMS: usize = 32;
     let parent = parent(&s).await?;
     let (mut names, mut secrets) = (BTreeSet::new(), BTreeSet::new());
-    for _ in 0..STREAMS {
-        let stream = create(&s, &parent).await.wanted("CreateLogStream is accepted")?;
-        let prefix = below(&parent);
-        let id = stream.name.strip_prefix(&prefix).unwrap_or_default();
-        let well_formed = !id.is_empty() && !id.contains('/');
-        ensure(well_formed, format!("a name {prefix}{{id}}"), &stream.name)?;
-        let token = stream.write_resource_name.strip_prefix(&format!("{}/", stream.name)).unwrap_or_default();
-        let distinct: BTreeSet<_> = token.chars().collect();
-        let unguessable = token.len() >= TOKEN_LETTERS && distinct.len() > 4;
-        let what = "a write_resource_name of the name and a token of 128 bits";
-        ensure(unguessable, what, &stream.write_resource_name)?;
-        names.insert(stream.name.clone());
-        secrets.insert(token.to_owned());
+    for at in 0..STREAMS {
+        s.case(format!("stream {at} of {STREAMS}"), async {
+            let stream = create(&s, &parent).await.wanted("CreateLogStream is accepted")?;
+            let prefix = below(&parent);
+            let id = stream.name.strip_prefix(&prefix).unwrap_or_default();
+            let well_formed = !id.is_empty() && !id.contains('/');
+            ensure(well_formed, format!("a name {prefix}{{id}}"), &stream.name)?;
+            let token =
+                stream.write_resource_name.strip_prefix(&format!("{}/", stream.name)).unwrap_or_default();
+            let distinct: BTreeSet<_> = token.chars().collect();
+            let unguessable = token.len() >= TOKEN_LETTERS && distinct.len() > 4;
+            let what = "a write_resource_name of the name and a token of 128 bits";
+            ensure(unguessable, what, &stream.write_resource_name)?;
+            names.insert(stream.name.clone());
+            secrets.insert(token.to_owned());
+            Ok(())
+        })
+        .await?;
     }
     equal("distinct names and tokens", &(names.len(), secrets.len()), &(STREAMS, STREAMS))
 }
@@ -185,8 +190,12 @@ async fn a_stream_is_written_in_several_calls(s: Session) -> Verdict {
     let stream = stream(&s).await?;
     let mut committed = Vec::new();
     for offset in [0, 10, 20] {
-        let answer = write(&s, &stream.write_resource_name, offset, "0123456789", false).await;
-        committed.push(answer.wanted("a Write without finish_write is OK")?);
+        s.case(format!("offset {offset}"), async {
+            let answer = write(&s, &stream.write_resource_name, offset, "0123456789", false).await;
+            committed.push(answer.wanted("a Write without finish_write is OK")?);
+            Ok(())
+        })
+        .await?;
     }
     equal("committed sizes", &committed, &vec![10, 20, 30])?;
     let end = write(&s, &stream.write_resource_name, 30, "", true).await;

@@ -98,9 +98,10 @@ async fn no_digest_is_a_zero_valued_message(s: Session) -> Verdict {
     let action = s.fresh_action().await?;
     s.update_result(&action, s.a_result().await?).await.needs("AC-08", "a result without logs is stored")?;
     let hit = s.result_request(all_inline(&s, &action)).await.wanted("the result is a hit")?;
-    let files = hit.output_files.iter().filter_map(|file| file.digest.as_ref());
-    for digest in files.chain(&hit.stdout_digest).chain(&hit.stderr_digest) {
-        ensure(!digest.hash.is_empty(), "a digest with a hash, or none", "a digest without a hash")?;
+    let files = hit.output_files.iter().map(|file| (file.path.as_str(), &file.digest));
+    for (what, digest) in files.chain([("stdout", &hit.stdout_digest), ("stderr", &hit.stderr_digest)]) {
+        let hashed = digest.as_ref().is_none_or(|digest| !digest.hash.is_empty());
+        ensure(hashed, format!("{what}: a digest with a hash, or none"), "a digest without a hash")?;
     }
     Ok(())
 }

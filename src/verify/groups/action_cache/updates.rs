@@ -42,11 +42,14 @@ async fn an_update_is_seen_over_another_connection(s: Session) -> Verdict {
 async fn a_later_update_replaces_the_earlier_one(s: Session) -> Verdict {
     s.updates_results()?;
     let action = s.fresh_action().await?;
-    for _ in 0..2 {
-        let result = s.a_result().await?;
-        s.update_result(&action, result.clone()).await.wanted("the result is stored")?;
-        let hit = s.result(&action).await.wanted("the result is a hit")?;
-        equal("output_files", &hit.output_files, &result.output_files)?;
+    for update in ["the first update", "the second update"] {
+        s.case(update, async {
+            let result = s.a_result().await?;
+            s.update_result(&action, result.clone()).await.wanted("the result is stored")?;
+            let hit = s.result(&action).await.wanted("the result is a hit")?;
+            equal("output_files", &hit.output_files, &result.output_files)
+        })
+        .await?;
     }
     Ok(())
 }
@@ -63,8 +66,8 @@ async fn racing_updates_leave_one_whole_result(s: Session) -> Verdict {
         results.push(result);
     }
     let updates = results.iter().map(|result| s.update_result(&action, result.clone()));
-    for answer in join_all(updates).await {
-        answer.wanted(&format!("each of {RACERS} racing updates is accepted"))?;
+    for (at, answer) in join_all(updates).await.into_iter().enumerate() {
+        answer.wanted(&format!("update {at} of {RACERS} that race is accepted"))?;
     }
     let hit = s.result(&action).await.wanted("one of them is a hit")?;
     let whole = results.iter().any(|result| result.output_files == hit.output_files);
@@ -75,11 +78,14 @@ async fn results_have_metadata_although_none_was_sent(s: Session) -> Verdict {
     s.updates_results()?;
     let bare = ActionResult::default();
     for (case, result) in [("a result with an output", s.a_result().await?), ("an empty result", bare)] {
-        let action = s.fresh_action().await?;
-        s.update_result(&action, result).await.wanted("a result without metadata is stored").case(case)?;
-        let hit = s.result(&action).await.needs("AC-08", "the result is a hit").case(case)?;
-        ensure(hit.execution_metadata.is_some(), "execution_metadata is set", "it is not set").case(case)?;
-        ensure(hit.encoded_len() > 0, "a result that is not empty on the wire", "0 bytes").case(case)?;
+        s.case(case, async {
+            let action = s.fresh_action().await?;
+            s.update_result(&action, result).await.wanted("a result without metadata is stored")?;
+            let hit = s.result(&action).await.needs("AC-08", "the result is a hit")?;
+            ensure(hit.execution_metadata.is_some(), "execution_metadata is set", "it is not set")?;
+            ensure(hit.encoded_len() > 0, "a result that is not empty on the wire", "0 bytes")
+        })
+        .await?;
     }
     Ok(())
 }
@@ -113,10 +119,14 @@ async fn malformed_results_are_refused(s: Session) -> Verdict {
         ("a path twice", with(vec![at("x"), at("x")])),
         ("an empty path", with(vec![at("")])),
     ] {
-        let action = s.fresh_action().await?;
-        let answer = s.update_result(&action, result).await;
-        answer.refused(&format!("a result with {what}"), &[Code::InvalidArgument])?;
-        s.result(&action).await.refused(&format!("GetActionResult after {what}"), &[Code::NotFound])?;
+        s.case(what, async {
+            let action = s.fresh_action().await?;
+            let answer = s.update_result(&action, result).await;
+            answer.refused(&format!("a result with {what}"), &[Code::InvalidArgument])?;
+            s.result(&action).await.refused(&format!("GetActionResult after {what}"), &[Code::NotFound])?;
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -208,17 +218,21 @@ async fn fields_that_are_not_used_come_back(s: Session) -> Verdict {
 async fn a_cache_policy_is_harmless(s: Session) -> Verdict {
     s.updates_results()?;
     for priority in [0, 7, -7] {
-        let action = s.fresh_action().await?;
-        let request = UpdateActionResultRequest {
-            instance_name: s.instance(),
-            action_digest: Some(action.clone()),
-            action_result: Some(s.a_result().await?),
-            results_cache_policy: Some(ResultsCachePolicy { priority }),
-            digest_function: s.function_number(),
-        };
-        let answer = s.action_cache().update_action_result(request).await;
-        answer.wanted(&format!("an update with cache priority {priority} is accepted"))?;
-        s.result(&action).await.needs("AC-08", "the result is a hit")?;
+        s.case(format!("cache priority {priority}"), async {
+            let action = s.fresh_action().await?;
+            let request = UpdateActionResultRequest {
+                instance_name: s.instance(),
+                action_digest: Some(action.clone()),
+                action_result: Some(s.a_result().await?),
+                results_cache_policy: Some(ResultsCachePolicy { priority }),
+                digest_function: s.function_number(),
+            };
+            let answer = s.action_cache().update_action_result(request).await;
+            answer.wanted("the update is accepted")?;
+            s.result(&action).await.needs("AC-08", "the result is a hit")?;
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }

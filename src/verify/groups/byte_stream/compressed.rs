@@ -5,7 +5,7 @@ use crate::{
     proto::reapi::Digest,
     verify::{
         blob::Blob,
-        check::{Answer as _, Check, Step as _, Verdict, ensure, equal},
+        check::{Answer as _, Check, Verdict, ensure, equal},
         compression::{ZSTD, bomb, compress, decompress, defused},
         session::{Session, listed},
         store::pieces,
@@ -62,12 +62,15 @@ async fn a_compressed_read_takes_no_limit(s: Session) -> Verdict {
 async fn a_compressed_read_from_an_offset_is_the_rest(s: Session) -> Verdict {
     let (blob, name) = readable(&s, 300_000).await?;
     for offset in [0, 1, 100_000, 150_001, 299_999, 300_000] {
-        let int = i64::try_from(offset).unwrap_or(i64::MAX);
-        let packed = s.read_pieces(&name, int, 0).await;
-        let packed = packed.wanted(&format!("a compressed read from {offset} is OK"))?.concat();
-        let rest = decompress(&packed, blob.data.len())?;
-        let seen = format!("{} bytes", rest.len());
-        ensure(rest == blob.data.slice(offset..), format!("the blob from byte {offset} on"), seen)?;
+        s.case(format!("offset {offset}"), async {
+            let int = i64::try_from(offset).unwrap_or(i64::MAX);
+            let packed = s.read_pieces(&name, int, 0).await;
+            let packed = packed.wanted("a compressed read is OK")?.concat();
+            let rest = decompress(&packed, blob.data.len())?;
+            let seen = format!("{} bytes", rest.len());
+            ensure(rest == blob.data.slice(offset..), format!("the blob from byte {offset} on"), seen)
+        })
+        .await?;
     }
     let answer = s.read_pieces(&name, 300_001, 0).await;
     answer.refused("a compressed read from beyond the end", &[Code::OutOfRange])?;
@@ -78,14 +81,16 @@ async fn compressed_reads_decode_with_default_settings(s: Session) -> Verdict {
     zstd(&s)?;
     // Large enough for a window above 8 MiB, were one used.
     for blob in [s.text(9_000_000), s.blob(100_000), s.empty()] {
-        s.store(&[&blob]).await?;
-        let case = format!("a blob of {} bytes", blob.data.len());
-        let pieces = s.read_pieces(&s.qualify(&blob.compressed_name("zstd")), 0, 0).await;
-        let pieces = pieces.wanted("a compressed read is OK").case(&case)?;
-        ensure(!pieces.iter().any(Bytes::is_empty), "no empty message", "one").case(&case)?;
-        let plain = decompress(&pieces.concat(), blob.data.len()).case(&case)?;
-        let seen = format!("{} bytes", plain.len());
-        ensure(plain == blob.data, "the blob, once decompressed", seen).case(&case)?;
+        s.case(format!("a blob of {} bytes", blob.data.len()), async {
+            s.store(&[&blob]).await?;
+            let pieces = s.read_pieces(&s.qualify(&blob.compressed_name("zstd")), 0, 0).await;
+            let pieces = pieces.wanted("a compressed read is OK")?;
+            ensure(!pieces.iter().any(Bytes::is_empty), "no empty message", "one")?;
+            let plain = decompress(&pieces.concat(), blob.data.len())?;
+            let seen = format!("{} bytes", plain.len());
+            ensure(plain == blob.data, "the blob, once decompressed", seen)
+        })
+        .await?;
     }
     Ok(())
 }

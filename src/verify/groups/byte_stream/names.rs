@@ -28,13 +28,16 @@ const INVALID: &[Code] = &[Code::InvalidArgument];
 
 async fn write_names_may_go_on_after_the_size(s: Session) -> Verdict {
     for rest in ["some/path/123/x.o", "x", "uploads/blobs/7"] {
-        let blob = s.blob(1000);
-        let name = format!("{}/{rest}", s.write_name(&blob));
-        let committed = s.write_messages(pieces(&name, &blob.data, 0, 300)).await;
-        let committed = committed.wanted(&format!("an upload to .../hash/size/{rest} is accepted"))?;
-        equal("committed_size", &committed, &1000)?;
-        let read = s.read(&blob.digest).await.needs("BS-07", "the blob is read")?;
-        ensure(read == blob.data, "its bytes", "others")?;
+        s.case(format!("an upload to .../hash/size/{rest}"), async {
+            let blob = s.blob(1000);
+            let name = format!("{}/{rest}", s.write_name(&blob));
+            let committed = s.write_messages(pieces(&name, &blob.data, 0, 300)).await;
+            let committed = committed.wanted("it is accepted")?;
+            equal("committed_size", &committed, &1000)?;
+            let read = s.read(&blob.digest).await.needs("BS-07", "the blob is read")?;
+            ensure(read == blob.data, "its bytes", "others")
+        })
+        .await?;
     }
     Ok(())
 }
@@ -50,23 +53,27 @@ fn with_segment(s: &Session) -> Verdict<Vec<DigestFunction>> {
 
 async fn functions_with_a_segment_are_read_and_written_with_it(s: Session) -> Verdict {
     for function in with_segment(&s)? {
-        let s = s.with_function(function);
-        let blob = s.blob(3000);
-        let what = format!("an upload to {} is accepted", blob.name());
-        equal("committed_size", &s.write(&blob).await.wanted(&what)?, &3000)?;
-        let read = s.read(&blob.digest).await.wanted(&format!("{} is read", blob.name()))?;
-        ensure(read == blob.data, "its bytes", "others")?;
-        // Without the segment, the hash is one of the legacy function of that length. Where the server has none such, it may
-        // infer the only function that fits, as in requests (GEN-08); buck2 never writes the segment.
-        let rival = |other: &DigestFunction| {
-            other.resource_segment().is_none() && other.hash_bytes() == function.hash_bytes()
-        };
-        if !s.functions().iter().any(rival) {
-            continue;
-        }
-        let bare = s.qualify(&format!("blobs/{}/{}", blob.digest.hash, blob.digest.size_bytes));
-        let codes = [Code::NotFound, Code::InvalidArgument];
-        s.read_named(&bare).await.refused("Read of it without the segment", &codes)?;
+        s.case(function.name(), async {
+            let s = s.with_function(function);
+            let blob = s.blob(3000);
+            let what = format!("an upload to {} is accepted", blob.name());
+            equal("committed_size", &s.write(&blob).await.wanted(&what)?, &3000)?;
+            let read = s.read(&blob.digest).await.wanted(&format!("{} is read", blob.name()))?;
+            ensure(read == blob.data, "its bytes", "others")?;
+            // Without the segment, the hash is one of the legacy function of that length. Where the server has none such, it may
+            // infer the only function that fits, as in requests (GEN-08); buck2 never writes the segment.
+            let rival = |other: &DigestFunction| {
+                other.resource_segment().is_none() && other.hash_bytes() == function.hash_bytes()
+            };
+            if !s.functions().iter().any(rival) {
+                return Ok(());
+            }
+            let bare = s.qualify(&format!("blobs/{}/{}", blob.digest.hash, blob.digest.size_bytes));
+            let codes = [Code::NotFound, Code::InvalidArgument];
+            s.read_named(&bare).await.refused("Read of it without the segment", &codes)?;
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -90,12 +97,16 @@ async fn an_unknown_compressor_is_no_missing_blob(s: Session) -> Verdict {
     s.read(&stored.digest).await.needs("BS-07", "the blob is read")?;
     s.read(&missing.digest).await.refused("Read of an unknown blob", &[Code::NotFound])?;
     for compressor in ["identity", "lz4", "ZSTD", ""] {
-        for blob in [&stored, &missing] {
-            let name = s.qualify(&blob.compressed_name(compressor));
-            let codes = [Code::InvalidArgument, Code::Unimplemented];
-            s.read_named(&name)
-                .await
-                .refused(&format!("Read with the compressor \"{compressor}\""), &codes)?;
+        for (what, blob) in [("a stored blob", &stored), ("an unknown blob", &missing)] {
+            s.case(what, async {
+                let name = s.qualify(&blob.compressed_name(compressor));
+                let codes = [Code::InvalidArgument, Code::Unimplemented];
+                s.read_named(&name)
+                    .await
+                    .refused(&format!("Read with the compressor \"{compressor}\""), &codes)?;
+                Ok(())
+            })
+            .await?;
         }
     }
     Ok(())
@@ -196,13 +207,15 @@ async fn two_uploads_may_share_a_uuid(s: Session) -> Verdict {
         }
     }
     for ((send, _, upload), blob) in uploads.into_iter().zip(&blobs) {
-        drop(send);
-        let answer = upload.await.map_err(|error| crate::verify::check::fail("an answer", error))?;
-        let committed =
-            answer.wanted("each of two uploads with one uuid is accepted")?.into_inner().committed_size;
-        equal("committed_size", &committed, &blob.digest.size_bytes)?;
-        let read = s.read(&blob.digest).await.needs("BS-07", "each of them is read")?;
-        ensure(read == blob.data, "its bytes", "others")?;
+        s.case(format!("the upload of {} bytes", blob.digest.size_bytes), async {
+            drop(send);
+            let answer = upload.await.map_err(|error| crate::verify::check::fail("an answer", error))?;
+            let committed = answer.wanted("it is accepted")?.into_inner().committed_size;
+            equal("committed_size", &committed, &blob.digest.size_bytes)?;
+            let read = s.read(&blob.digest).await.needs("BS-07", "it is read")?;
+            ensure(read == blob.data, "its bytes", "others")
+        })
+        .await?;
     }
     Ok(())
 }

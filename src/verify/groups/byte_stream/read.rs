@@ -53,8 +53,11 @@ async fn blobs_of_every_size_are_read_whole(s: Session) -> Verdict {
     s.store(&[&one]).await?;
     reads(&s, &one, 0, 0, b"7").await?;
     for size in [17, 16_383, 16_384, 16_385, 4 * MIB - 1, 4 * MIB, 4 * MIB + 1] {
-        let blob = s.stored(size).await?;
-        reads(&s, &blob, 0, 0, &blob.data).await?;
+        s.case(format!("a blob of {size} bytes"), async {
+            let blob = s.stored(size).await?;
+            reads(&s, &blob, 0, 0, &blob.data).await
+        })
+        .await?;
     }
     Ok(())
 }

@@ -83,18 +83,20 @@ pub async fn go_on(
 }
 
 async fn the_name_may_be_on_the_first_or_on_every_message(s: Session) -> Verdict {
-    for repeated in [false, true] {
-        let blob = s.blob(1000);
-        let name = s.write_name(&blob);
-        let mut messages = pieces(&name, &blob.data, 0, 300);
-        if repeated {
-            messages.iter_mut().for_each(|message| message.resource_name.clone_from(&name));
-        }
-        let what = if repeated { "on every message" } else { "on the first message only" };
-        let committed = s.write_messages(messages).await;
-        let committed = committed.wanted(&format!("an upload with its name {what} is accepted"))?;
-        equal("committed_size", &committed, &1000)?;
-        is_stored(&s, &blob).await?;
+    for (what, repeated) in [("on the first message only", false), ("on every message", true)] {
+        s.case(format!("the name {what}"), async {
+            let blob = s.blob(1000);
+            let name = s.write_name(&blob);
+            let mut messages = pieces(&name, &blob.data, 0, 300);
+            if repeated {
+                messages.iter_mut().for_each(|message| message.resource_name.clone_from(&name));
+            }
+            let committed = s.write_messages(messages).await;
+            let committed = committed.wanted("the upload is accepted")?;
+            equal("committed_size", &committed, &1000)?;
+            is_stored(&s, &blob).await
+        })
+        .await?;
     }
     Ok(())
 }
@@ -116,14 +118,17 @@ async fn a_name_that_changes_or_is_missing_is_refused(s: Session) -> Verdict {
 async fn offsets_with_gaps_and_overlaps_are_refused(s: Session) -> Verdict {
     s.write(&s.blob(1000)).await.needs("BS-23", "an upload is accepted")?;
     for (what, second) in [("a gap", 301), ("an overlap", 299), ("0 again", 0), ("a negative offset", -1)] {
-        let blob = s.blob(1000);
-        let mut messages = pieces(&s.write_name(&blob), &blob.data, 0, 300);
-        if let Some(message) = messages.get_mut(1) {
-            message.write_offset = second;
-        }
-        let answer = s.write_messages(messages).await;
-        answer.refused(&format!("an upload whose second offset is {what}"), INVALID)?;
-        is_missing(&s, what, &blob).await?;
+        s.case(what, async {
+            let blob = s.blob(1000);
+            let mut messages = pieces(&s.write_name(&blob), &blob.data, 0, 300);
+            if let Some(message) = messages.get_mut(1) {
+                message.write_offset = second;
+            }
+            let answer = s.write_messages(messages).await;
+            answer.refused(&format!("an upload whose second offset is {what}"), INVALID)?;
+            is_missing(&s, what, &blob).await
+        })
+        .await?;
     }
     Ok(())
 }
@@ -197,19 +202,22 @@ async fn data_after_finish_write_is_refused(s: Session) -> Verdict {
 
 async fn content_that_is_not_the_digests_is_refused(s: Session) -> Verdict {
     for what in ["a flipped bit", "a byte too few", "a byte too many"] {
-        let good = s.blob(1000);
-        let mut data = good.data.to_vec();
-        match what {
-            "a flipped bit" => data[500] ^= 1,
-            "a byte too few" => drop(data.pop()),
-            _ => data.push(b'x'),
-        }
-        let answer = s.write(&Blob { data: data.into(), ..good.clone() }).await;
-        answer.refused(&format!("an upload with {what}"), INVALID)?;
-        is_missing(&s, what, &good).await?;
-        // The failure must not stand in the way of the right bytes.
-        s.write(&good).await.wanted("the right bytes are accepted afterwards")?;
-        is_stored(&s, &good).await?;
+        s.case(what, async {
+            let good = s.blob(1000);
+            let mut data = good.data.to_vec();
+            match what {
+                "a flipped bit" => data[500] ^= 1,
+                "a byte too few" => drop(data.pop()),
+                _ => data.push(b'x'),
+            }
+            let answer = s.write(&Blob { data: data.into(), ..good.clone() }).await;
+            answer.refused(&format!("an upload with {what}"), INVALID)?;
+            is_missing(&s, what, &good).await?;
+            // The failure must not stand in the way of the right bytes.
+            s.write(&good).await.wanted("the right bytes are accepted afterwards")?;
+            is_stored(&s, &good).await
+        })
+        .await?;
     }
     Ok(())
 }
@@ -237,9 +245,12 @@ async fn an_endless_upload_is_refused_once_it_is_too_long(s: Session) -> Verdict
 
 async fn a_stored_blob_may_be_written_again(s: Session) -> Verdict {
     let blob = s.stored(100_000).await?;
-    for _ in 0..2 {
-        let committed = s.write(&blob).await.wanted("a blob that is stored is accepted again")?;
-        equal("committed_size", &committed, &100_000)?;
+    for upload in ["the second upload", "the third upload"] {
+        s.case(upload, async {
+            let committed = s.write(&blob).await.wanted("a blob that is stored is accepted again")?;
+            equal("committed_size", &committed, &100_000)
+        })
+        .await?;
     }
     is_stored(&s, &blob).await
 }
@@ -284,9 +295,13 @@ async fn many_simultaneous_uploads_of_one_blob_all_succeed(s: Session) -> Verdic
         };
         async move { (compressed, s.write_messages(messages).await) }
     };
-    for (compressed, answer) in join_all((0..WRITERS).map(upload)).await {
-        let committed = answer.wanted(&format!("each of {WRITERS} uploads is accepted"))?;
-        ensure(compressed || committed == 100_000, "committed_size 100000", committed)?;
+    for (at, (compressed, answer)) in join_all((0..WRITERS).map(upload)).await.into_iter().enumerate() {
+        let form = if compressed { "compressed" } else { "plain" };
+        s.case(format!("upload {at} of {WRITERS}, {form}"), async {
+            let committed = answer.wanted("it is accepted")?;
+            ensure(compressed || committed == 100_000, "committed_size 100000", committed)
+        })
+        .await?;
     }
     is_stored(&s, &blob).await
 }
@@ -300,10 +315,13 @@ async fn cancelled_uploads_leave_nothing(s: Session) -> Verdict {
     asked.push(control.digest);
     let missing = s.missing(&asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
     equal("missing of 20 cancelled uploads", &missing.len(), &20)?;
-    for blob in blobs.iter().take(3) {
-        s.read(&blob.digest).await.refused("Read of a cancelled upload", &[Code::NotFound])?;
-        s.write(blob).await.wanted("a cancelled upload is accepted anew")?;
-        is_stored(&s, blob).await?;
+    for (at, blob) in blobs.iter().take(3).enumerate() {
+        s.case(format!("upload {at} of 20"), async {
+            s.read(&blob.digest).await.refused("Read of a cancelled upload", &[Code::NotFound])?;
+            s.write(blob).await.wanted("a cancelled upload is accepted anew")?;
+            is_stored(&s, blob).await
+        })
+        .await?;
     }
     Ok(())
 }

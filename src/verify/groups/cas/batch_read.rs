@@ -40,13 +40,17 @@ async fn every_digest_has_a_response_with_digest_and_status(s: Session) -> Verdi
         let asked_for = digest.is_some_and(|digest| asked.contains(digest));
         ensure(asked_for, "digests that were asked for", format!("{digest:?}"))?;
         // Pants takes an absent message for UNKNOWN.
-        ensure(response.status.is_some(), "a status message in each response", "none")?;
+        let expected = format!("a status message in the response for {digest:?}");
+        ensure(response.status.is_some(), expected, "none")?;
     }
     inline("an absent blob", only(&answer, &absent)?.status.as_ref(), &[Code::NotFound])?;
-    for blob in [first, last] {
-        let response = only(&answer, &blob.digest)?;
-        inline("a stored blob", response.status.as_ref(), &[Code::Ok])?;
-        ensure(response.data == blob.data, "its bytes", "others")?;
+    for (which, blob) in [("the first", first), ("the last", last)] {
+        s.case(format!("{which} of three digests"), async {
+            let response = only(&answer, &blob.digest)?;
+            inline("a stored blob", response.status.as_ref(), &[Code::Ok])?;
+            ensure(response.data == blob.data, "its bytes", "others")
+        })
+        .await?;
     }
     Ok(())
 }
@@ -63,20 +67,22 @@ async fn data_is_compressed_only_as_acceptable(s: Session) -> Verdict {
     s.store(&[&blob]).await?;
     let asked = std::slice::from_ref(&blob.digest);
     for acceptable in [&[][..], &[0], &[ZSTD], &[BROTLI], &[DEFLATE], &[ZSTD, 0]] {
-        let what = format!("BatchReadBlobs accepting {acceptable:?}");
-        let answer = s.batch_read(asked, acceptable).await.wanted(&format!("{what} answers"))?;
-        let response = only(&answer, &blob.digest)?;
-        inline(&what, response.status.as_ref(), &[Code::Ok])?;
-        let compressor = response.compressor;
-        let fine = compressor == 0 || acceptable.contains(&compressor);
-        ensure(fine, format!("{what}: one of them, or IDENTITY"), format!("compressor {compressor}"))?;
-        let data = match compressor {
-            0 => response.data.clone(),
-            ZSTD => decompress(&response.data, blob.data.len())?,
-            // Truthful or not: there is no decoder for it here.
-            _ => continue,
-        };
-        ensure(data == blob.data, format!("{what}: the bytes, in the encoding that it names"), "others")?;
+        s.case(format!("accepting {acceptable:?}"), async {
+            let answer = s.batch_read(asked, acceptable).await.wanted("BatchReadBlobs answers")?;
+            let response = only(&answer, &blob.digest)?;
+            inline("a stored blob", response.status.as_ref(), &[Code::Ok])?;
+            let compressor = response.compressor;
+            let fine = compressor == 0 || acceptable.contains(&compressor);
+            ensure(fine, "one of them, or IDENTITY", format!("compressor {compressor}"))?;
+            let data = match compressor {
+                0 => response.data.clone(),
+                ZSTD => decompress(&response.data, blob.data.len())?,
+                // Truthful or not: there is no decoder for it here.
+                _ => return Ok(()),
+            };
+            ensure(data == blob.data, "the bytes, in the encoding that it names", "others")
+        })
+        .await?;
     }
     Ok(())
 }
@@ -90,8 +96,8 @@ async fn a_batch_above_the_limit_is_refused_by_its_digests(s: Session) -> Verdic
     let of_size = |size_bytes| Digest { size_bytes, ..s.unknown() };
     let exact = [of_size(limit - 1000), of_size(1000)];
     let answer = s.batch_read(&exact, &[]).await.wanted("a batch of exactly the limit is answered")?;
-    for response in &answer.responses {
-        inline("an absent blob", response.status.as_ref(), &[Code::NotFound])?;
+    for (at, response) in answer.responses.iter().enumerate() {
+        inline(&format!("response {at}, of an absent blob"), response.status.as_ref(), &[Code::NotFound])?;
     }
     let above = [of_size(limit - 1000), of_size(1001)];
     s.batch_read(&above, &[])
@@ -107,14 +113,17 @@ async fn what_is_read_is_what_was_stored(s: Session) -> Verdict {
     let asked: Vec<_> = blobs.iter().map(|blob| blob.digest.clone()).collect();
     let answer = s.batch_read(&asked, &[]).await.needs("CAS-17", "BatchReadBlobs answers")?;
     for blob in &blobs {
-        let response = only(&answer, &blob.digest)?;
-        inline("a stored blob", response.status.as_ref(), &[Code::Ok])?;
-        let size = blob.digest.size_bytes;
-        ensure(
-            response.data == blob.data,
-            format!("{size} bytes as stored"),
-            format!("{} bytes", response.data.len()),
-        )?;
+        s.case(format!("a blob of {} bytes", blob.digest.size_bytes), async {
+            let response = only(&answer, &blob.digest)?;
+            inline("a stored blob", response.status.as_ref(), &[Code::Ok])?;
+            ensure(
+                response.data == blob.data,
+                "the bytes that were stored",
+                format!("{} bytes", response.data.len()),
+            )?;
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -133,10 +142,11 @@ async fn a_malformed_digest_is_an_error_of_its_own(s: Session) -> Verdict {
         return Ok(());
     };
     equal("responses", &answer.responses.len(), &6)?;
-    for response in &answer.responses {
+    for (at, response) in answer.responses.iter().enumerate() {
         let malformed = response.digest.as_ref() == Some(&bad);
         let code = if malformed { Code::InvalidArgument } else { Code::Ok };
-        inline("each digest by itself", response.status.as_ref(), &[code])?;
+        let kind = if malformed { "a malformed digest" } else { "a stored blob" };
+        inline(&format!("response {at}, of {kind}"), response.status.as_ref(), &[code])?;
     }
     Ok(())
 }

@@ -59,8 +59,8 @@ async fn not_stored(s: &Session, what: &str, digest: &Digest) -> Verdict {
 async fn every_item_has_a_response(s: Session) -> Verdict {
     let blobs: Vec<Blob> = (0..100).map(|at| s.blob(64 + at)).collect();
     let answer = s.update(&blobs.iter().collect::<Vec<_>>()).await.wanted("a batch of 100 is accepted")?;
-    for response in &answer.responses {
-        inline("each item", response.status.as_ref(), &[Code::Ok])?;
+    for (at, response) in answer.responses.iter().enumerate() {
+        inline(&format!("response {at}"), response.status.as_ref(), &[Code::Ok])?;
     }
     let mut asked: Vec<Digest> = blobs.into_iter().map(|blob| blob.digest).collect();
     asked.sort_by(|a, b| a.hash.cmp(&b.hash));
@@ -82,9 +82,12 @@ async fn a_bad_item_leaves_the_others_alone(s: Session) -> Verdict {
     let answer = s.update(&[&first, &bad, &last]).await.wanted("the call is OK although an item is bad")?;
     equal("responses", &answer.responses.len(), &3)?;
     status_of(&answer, "the bad item", &bad.digest, INVALID)?;
-    for good in [&first, &last] {
-        status_of(&answer, "a good item", &good.digest, &[Code::Ok])?;
-        stored(&s, "a good item", good).await?;
+    for (which, good) in [("the item before it", &first), ("the item after it", &last)] {
+        s.case(which, async {
+            status_of(&answer, "a good item", &good.digest, &[Code::Ok])?;
+            stored(&s, "a good item", good).await
+        })
+        .await?;
     }
     Ok(())
 }
@@ -95,20 +98,23 @@ async fn data_that_is_not_the_digests_is_refused_and_not_stored(s: Session) -> V
     };
     let longer = |data: &Bytes| -> Bytes { [&data[..], b"x"].concat().into() };
     for (what, change) in [
-        ("data with a flipped bit", Box::new(flip) as Box<dyn Fn(&Bytes) -> Bytes + Send>),
+        ("data with a flipped bit", Box::new(flip) as Box<dyn Fn(&Bytes) -> Bytes + Send + Sync>),
         ("truncated data", Box::new(|data: &Bytes| data.slice(..data.len() - 1))),
         ("data with a byte too many", Box::new(longer)),
         ("no data", Box::new(|_: &Bytes| Bytes::new())),
     ] {
-        let good = s.blob(100);
-        let bad = Blob { data: change(&good.data), ..good.clone() };
-        let answer = s.update(&[&bad]).await.wanted("the call is OK although its item is bad")?;
-        status_of(&answer, what, &good.digest, INVALID)?;
-        not_stored(&s, what, &good.digest).await?;
-        s.read(&good.digest).await.refused(&format!("Read after {what}"), &[Code::NotFound])?;
-        // The failure must not stand in the way of the right bytes.
-        s.store(&[&good]).await?;
-        stored(&s, "the right data", &good).await?;
+        s.case(what, async {
+            let good = s.blob(100);
+            let bad = Blob { data: change(&good.data), ..good.clone() };
+            let answer = s.update(&[&bad]).await.wanted("the call is OK although its item is bad")?;
+            status_of(&answer, what, &good.digest, INVALID)?;
+            not_stored(&s, what, &good.digest).await?;
+            s.read(&good.digest).await.refused(&format!("Read after {what}"), &[Code::NotFound])?;
+            // The failure must not stand in the way of the right bytes.
+            s.store(&[&good]).await?;
+            stored(&s, "the right data", &good).await
+        })
+        .await?;
     }
     Ok(())
 }
@@ -151,10 +157,13 @@ async fn compressed_items_are_checked_by_their_content(s: Session) -> Verdict {
         ("a frame of other content", frame.clone()),
         ("no data", Bytes::new()),
     ] {
-        let claimed = s.text(10_000).digest;
-        let answer = update_zstd(&s, &claimed, data).await?;
-        status_of(&answer, what, &claimed, INVALID)?;
-        not_stored(&s, what, &claimed).await?;
+        s.case(what, async {
+            let claimed = s.text(10_000).digest;
+            let answer = update_zstd(&s, &claimed, data).await?;
+            status_of(&answer, what, &claimed, INVALID)?;
+            not_stored(&s, what, &claimed).await
+        })
+        .await?;
     }
     // A gibibyte of zeros that claims to be 1000 bytes: a server that unpacks it all is not done in time.
     let claimed = Digest { size_bytes: 1000, ..s.unknown() };
@@ -188,8 +197,8 @@ async fn compressed_items_count_by_what_is_sent(s: Session) -> Verdict {
     }
     let answer = s.update_items(items).await;
     let answer = answer.wanted("a batch above the limit, but not as it is sent, is accepted")?;
-    for blob in &blobs {
-        status_of(&answer, "each of them", &blob.digest, &[Code::Ok])?;
+    for (which, blob) in ["the first item", "the second item"].into_iter().zip(&blobs) {
+        status_of(&answer, which, &blob.digest, &[Code::Ok])?;
     }
     Ok(())
 }

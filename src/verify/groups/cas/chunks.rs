@@ -91,10 +91,18 @@ async fn split_chunks_join_to_the_blob(s: Session) -> Verdict {
     let sum: i64 = chunks.iter().map(|chunk| chunk.size_bytes).sum();
     equal("the sum of the sizes", &sum, &blob.digest.size_bytes)?;
     let mut joined = Vec::new();
-    for chunk in chunks {
-        let bytes = s.read(chunk).await.wanted("each chunk is read under the function of the request")?;
-        ensure(s.blob_of(bytes.clone()).digest == *chunk, "bytes that hash to the chunk's digest", "others")?;
-        joined.extend_from_slice(&bytes);
+    for (at, chunk) in chunks.iter().enumerate() {
+        s.case(format!("chunk {at} of {}", chunks.len()), async {
+            let bytes = s.read(chunk).await.wanted("it is read under the function of the request")?;
+            ensure(
+                s.blob_of(bytes.clone()).digest == *chunk,
+                "bytes that hash to the chunk's digest",
+                "others",
+            )?;
+            joined.extend_from_slice(&bytes);
+            Ok(())
+        })
+        .await?;
     }
     ensure(blob.data == joined, "chunks that join to the blob", "other bytes")?;
     // CAS-31 names BatchReadBlobs too.
@@ -126,16 +134,20 @@ async fn chunks_keep_to_the_bounds_of_their_function(s: Session) -> Verdict {
     asked.extend(fast.map(|_| Chunking::FastCdc2020));
     asked.extend(rep_max.map(|_| Chunking::RepMaxCdc));
     for function in asked {
-        let (_, answer) = stored_and_split(&s, function).await.own()?;
-        let used = answer.chunking_function;
-        if function != Chunking::Unknown {
-            equal("chunking_function of the response", &used, &(function as i32))?;
-        }
-        let largest = answer.chunk_digests.iter().map(|chunk| chunk.size_bytes).max().unwrap_or(0);
-        if let Some(bound) = bound_of(used) {
-            let within = u64::try_from(largest).is_ok_and(|largest| largest <= bound);
-            ensure(within, format!("chunks of at most {bound} bytes"), format!("one of {largest}"))?;
-        }
+        s.case(function.as_str_name(), async {
+            let (_, answer) = stored_and_split(&s, function).await.own()?;
+            let used = answer.chunking_function;
+            if function != Chunking::Unknown {
+                equal("chunking_function of the response", &used, &(function as i32))?;
+            }
+            let largest = answer.chunk_digests.iter().map(|chunk| chunk.size_bytes).max().unwrap_or(0);
+            if let Some(bound) = bound_of(used) {
+                let within = u64::try_from(largest).is_ok_and(|largest| largest <= bound);
+                ensure(within, format!("chunks of at most {bound} bytes"), format!("one of {largest}"))?;
+            }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -194,9 +206,12 @@ async fn a_splice_of_the_wrong_size_is_refused(s: Session) -> Verdict {
     for (what, chunks) in
         [("a chunk too few", &[&first][..]), ("a chunk too many", &[&first, &second, &first])]
     {
-        let answer = splice(&s, &whole.digest, chunks).await;
-        answer.refused(&format!("a splice with {what}"), &[Code::InvalidArgument])?;
-        is_missing(&s, &whole.digest).await?;
+        s.case(what, async {
+            let answer = splice(&s, &whole.digest, chunks).await;
+            answer.refused(&format!("a splice with {what}"), &[Code::InvalidArgument])?;
+            is_missing(&s, &whole.digest).await
+        })
+        .await?;
     }
     splice(&s, &whole.digest, &[&first, &second])
         .await

@@ -58,19 +58,27 @@ async fn a_digest_asked_five_times_is_missing_once(s: Session) -> Verdict {
 async fn what_is_not_missing_is_read_at_once_over_another_connection(s: Session) -> Verdict {
     let other = s.reconnect().await?;
     for round in 0..25 {
-        let (batched, streamed) = (s.blob(200), s.blob(200));
-        s.store(&[&batched]).await?;
-        s.write(&streamed).await.needs("BS-23", "the upload is accepted")?;
-        let asked = [batched.digest.clone(), streamed.digest.clone()];
-        let missing = other.missing(&asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
-        equal(&format!("round {round}: missing_blob_digests"), &missing, &Vec::new())?;
-        let read = other.read(&batched.digest).await.wanted("what is not missing is read")?;
-        ensure(read == batched.data, "its bytes", "others")?;
-        let batch = other.batch_read(&asked, &[]).await.wanted("BatchReadBlobs answers")?;
-        equal("responses", &batch.responses.len(), &2)?;
-        for response in &batch.responses {
-            inline("what is not missing", response.status.as_ref(), &[Code::Ok])?;
-        }
+        s.case(format!("round {round} of 25"), async {
+            let (batched, streamed) = (s.blob(200), s.blob(200));
+            s.store(&[&batched]).await?;
+            s.write(&streamed).await.needs("BS-23", "the upload is accepted")?;
+            let asked = [batched.digest.clone(), streamed.digest.clone()];
+            let missing = other.missing(&asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
+            equal("missing_blob_digests", &missing, &Vec::new())?;
+            let read = other.read(&batched.digest).await.wanted("what is not missing is read")?;
+            ensure(read == batched.data, "its bytes", "others")?;
+            let batch = other.batch_read(&asked, &[]).await.wanted("BatchReadBlobs answers")?;
+            equal("responses", &batch.responses.len(), &2)?;
+            for (at, response) in batch.responses.iter().enumerate() {
+                inline(
+                    &format!("response {at}, of what is not missing"),
+                    response.status.as_ref(),
+                    &[Code::Ok],
+                )?;
+            }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }

@@ -48,13 +48,17 @@ async fn refused_everywhere(s: &Session, what: &str, digest: &Digest) -> Verdict
     s.result(digest).await.refused(&format!("{what} in GetActionResult"), INVALID)?;
     s.tree(digest, 0).await.refused(&format!("{what} in GetTree"), INVALID_OR_NONE)?;
     // In a batch, either the call or the entry is refused.
-    if let Some(answer) = s.batch_read(asked, &[]).await.or_refused("the batch", INVALID)? {
+    if let Some(answer) =
+        s.batch_read(asked, &[]).await.or_refused(&format!("{what} in BatchReadBlobs"), INVALID)?
+    {
         for response in answer.responses {
             inline(&format!("{what} in BatchReadBlobs"), response.status.as_ref(), INVALID)?;
         }
     }
     let blob = Blob { digest: digest.clone(), ..s.blob(100) };
-    if let Some(answer) = s.update(&[&blob]).await.or_refused("the batch", INVALID)? {
+    if let Some(answer) =
+        s.update(&[&blob]).await.or_refused(&format!("{what} in BatchUpdateBlobs"), INVALID)?
+    {
         for response in answer.responses {
             inline(&format!("{what} in BatchUpdateBlobs"), response.status.as_ref(), INVALID)?;
         }
@@ -112,24 +116,29 @@ async fn the_right_hash_with_a_wrong_size_finds_nothing(s: Session) -> Verdict {
     let blob = s.stored(100).await?;
     s.read(&blob.digest).await.needs("BS-07", "the right digest is read")?;
     for size_bytes in [101, 99, 0] {
-        let wrong = Digest { size_bytes, ..blob.digest.clone() };
-        let asked = std::slice::from_ref(&wrong);
-        match s.missing(asked).await {
-            // Size 0 can be seen to be wrong without looking (GEN-07).
-            Err(status) if size_bytes == 0 && status.code() == Code::InvalidArgument => {}
-            answer => {
-                equal("missing_blob_digests", &answer.wanted("FindMissingBlobs answers")?, &asked.to_vec())?
+        s.case(format!("size {size_bytes} instead of 100"), async {
+            let wrong = Digest { size_bytes, ..blob.digest.clone() };
+            let asked = std::slice::from_ref(&wrong);
+            match s.missing(asked).await {
+                // Size 0 can be seen to be wrong without looking (GEN-07).
+                Err(status) if size_bytes == 0 && status.code() == Code::InvalidArgument => {}
+                answer => equal(
+                    "missing_blob_digests",
+                    &answer.wanted("FindMissingBlobs answers")?,
+                    &asked.to_vec(),
+                )?,
             }
-        }
-        let codes = [Code::NotFound, Code::InvalidArgument];
-        s.read(&wrong).await.refused(&format!("Read with size {size_bytes} instead of 100"), &codes)?;
-        let upload = Blob { digest: wrong, ..blob.clone() };
-        if let Some(answer) = s.update(&[&upload]).await.or_refused("the batch", INVALID)? {
-            for response in &answer.responses {
-                let what = format!("an upload with size {size_bytes} instead of 100");
-                inline(&what, response.status.as_ref(), INVALID)?;
+            let codes = [Code::NotFound, Code::InvalidArgument];
+            s.read(&wrong).await.refused("Read", &codes)?;
+            let upload = Blob { digest: wrong, ..blob.clone() };
+            if let Some(answer) = s.update(&[&upload]).await.or_refused("the batch", INVALID)? {
+                for response in &answer.responses {
+                    inline("an upload", response.status.as_ref(), INVALID)?;
+                }
             }
-        }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -147,29 +156,34 @@ async fn a_wrong_size_is_no_action_to_execute(s: Session) -> Verdict {
 
 async fn a_digest_that_is_not_set_is_an_argument_error(s: Session) -> Verdict {
     understood(&s).await?;
-    for digest in [None, Some(Digest::default())] {
-        let request = GetActionResultRequest { action_digest: digest.clone(), ..s.result_of(&s.unknown()) };
-        s.result_request(request).await.refused("GetActionResult without action_digest", INVALID)?;
-        let request = GetTreeRequest {
-            instance_name: s.instance(),
-            root_digest: digest.clone(),
-            digest_function: s.function_number(),
-            ..Default::default()
-        };
-        s.tree_request(request).await.refused("GetTree without root_digest", INVALID_OR_NONE)?;
-        let request = SplitBlobRequest {
-            instance_name: s.instance(),
-            blob_digest: digest.clone(),
-            digest_function: s.function_number(),
-            ..Default::default()
-        };
-        let answer = s.cas().split_blob(request).await;
-        answer.refused("SplitBlob without blob_digest", INVALID_OR_NONE)?;
-        if s.executes().is_ok() {
-            let request = ExecuteRequest { action_digest: digest, ..s.execute_request(&s.unknown()) };
-            let refusal = s.refusal_of(request).await.case("Execute without action_digest")?;
-            inline("Execute without action_digest", Some(&refusal.status), INVALID)?;
-        }
+    for (what, digest) in [("no digest", None), ("a zero-valued digest", Some(Digest::default()))] {
+        s.case(what, async {
+            let request =
+                GetActionResultRequest { action_digest: digest.clone(), ..s.result_of(&s.unknown()) };
+            s.result_request(request).await.refused("GetActionResult without action_digest", INVALID)?;
+            let request = GetTreeRequest {
+                instance_name: s.instance(),
+                root_digest: digest.clone(),
+                digest_function: s.function_number(),
+                ..Default::default()
+            };
+            s.tree_request(request).await.refused("GetTree without root_digest", INVALID_OR_NONE)?;
+            let request = SplitBlobRequest {
+                instance_name: s.instance(),
+                blob_digest: digest.clone(),
+                digest_function: s.function_number(),
+                ..Default::default()
+            };
+            let answer = s.cas().split_blob(request).await;
+            answer.refused("SplitBlob without blob_digest", INVALID_OR_NONE)?;
+            if s.executes().is_ok() {
+                let request = ExecuteRequest { action_digest: digest, ..s.execute_request(&s.unknown()) };
+                let refusal = s.refusal_of(request).await.case("Execute without action_digest")?;
+                inline("Execute without action_digest", Some(&refusal.status), INVALID)?;
+            }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -177,26 +191,31 @@ async fn a_digest_that_is_not_set_is_an_argument_error(s: Session) -> Verdict {
 async fn the_empty_blob_exists_in_every_call(s: Session) -> Verdict {
     s.cache()?;
     for function in s.functions() {
-        let s = s.with_function(function);
-        let (empty, named) = (s.empty().digest, function.wire().as_str_name());
-        let asked = std::slice::from_ref(&empty);
-        let missing = s.missing(asked).await.wanted(&format!("FindMissingBlobs under {named} answers"))?;
-        ensure(missing.is_empty(), format!("the empty blob of {named} is not missing"), "it is missing")?;
-        let read = s.read(&empty).await.wanted(&format!("the empty blob of {named} is read"))?;
-        ensure(read.is_empty(), "no bytes", format!("{} bytes", read.len()))?;
-        let batch = s.batch_read(asked, &[]).await.wanted("BatchReadBlobs answers")?;
-        ensure(batch.responses.len() == 1, "one response", batch.responses.len())?;
-        for response in &batch.responses {
-            inline(&format!("BatchReadBlobs of {named}"), response.status.as_ref(), &[Code::Ok])?;
-        }
-        match s.tree(&empty, 0).await {
-            Err(status) if status.code() == Code::Unimplemented => {}
-            answer => {
-                let pages = answer.wanted("GetTree of the empty digest answers")?;
-                let all: Vec<_> = pages.into_iter().flat_map(|page| page.directories).collect();
-                equal("directories", &all, &vec![Directory::default()])?;
+        s.case(function.name(), async {
+            let s = s.with_function(function);
+            let (empty, named) = (s.empty().digest, function.wire().as_str_name());
+            let asked = std::slice::from_ref(&empty);
+            let missing =
+                s.missing(asked).await.wanted(&format!("FindMissingBlobs under {named} answers"))?;
+            ensure(missing.is_empty(), format!("the empty blob of {named} is not missing"), "it is missing")?;
+            let read = s.read(&empty).await.wanted(&format!("the empty blob of {named} is read"))?;
+            ensure(read.is_empty(), "no bytes", format!("{} bytes", read.len()))?;
+            let batch = s.batch_read(asked, &[]).await.wanted("BatchReadBlobs answers")?;
+            ensure(batch.responses.len() == 1, "one response", batch.responses.len())?;
+            for response in &batch.responses {
+                inline(&format!("BatchReadBlobs of {named}"), response.status.as_ref(), &[Code::Ok])?;
             }
-        }
+            match s.tree(&empty, 0).await {
+                Err(status) if status.code() == Code::Unimplemented => {}
+                answer => {
+                    let pages = answer.wanted("GetTree of the empty digest answers")?;
+                    let all: Vec<_> = pages.into_iter().flat_map(|page| page.directories).collect();
+                    equal("directories", &all, &vec![Directory::default()])?;
+                }
+            }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -204,13 +223,19 @@ async fn the_empty_blob_exists_in_every_call(s: Session) -> Verdict {
 async fn the_empty_blob_counts_as_present_in_results(s: Session) -> Verdict {
     s.updates_results()?;
     for function in s.functions() {
-        let s = s.with_function(function);
-        let action = s.fresh_action().await?;
-        let file = OutputFile { path: "empty".into(), digest: Some(s.empty().digest), ..Default::default() };
-        let result = ActionResult { output_files: vec![file], ..Default::default() };
-        s.update_result(&action, result).await.needs("AC-08", "the result is stored")?;
-        let what = format!("a result whose only output is the empty blob of {} is a hit", function.name());
-        s.result(&action).await.wanted(&what)?;
+        s.case(function.name(), async {
+            let s = s.with_function(function);
+            let action = s.fresh_action().await?;
+            let file =
+                OutputFile { path: "empty".into(), digest: Some(s.empty().digest), ..Default::default() };
+            let result = ActionResult { output_files: vec![file], ..Default::default() };
+            s.update_result(&action, result).await.needs("AC-08", "the result is stored")?;
+            let what =
+                format!("a result whose only output is the empty blob of {} is a hit", function.name());
+            s.result(&action).await.wanted(&what)?;
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -250,21 +275,27 @@ async fn an_unset_digest_function_is_inferred(s: Session) -> Verdict {
     s.cache()?;
     let listed = s.functions();
     for function in listed.iter().copied().filter(|function| stands_for_itself(*function, &listed)) {
-        let named = s.with_function(function);
-        let s = named.without_function_number();
-        let blob = s.blob(100);
-        let asked = std::slice::from_ref(&blob.digest);
-        let what = format!("{} is inferred from the length of the hash", function.wire().as_str_name());
-        equal("missing_blob_digests", &s.missing(asked).await.wanted(&what)?, &asked.to_vec())?;
-        for response in s.update(&[&blob]).await.wanted(&what)?.responses {
-            inline(&what, response.status.as_ref(), &[Code::Ok])?;
-        }
-        for response in s.batch_read(asked, &[]).await.wanted(&what)?.responses {
-            inline(&what, response.status.as_ref(), &[Code::Ok])?;
-        }
-        let missing = named.missing(asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
-        equal(&format!("{what}; missing under its name"), &missing, &Vec::new())?;
-        s.result(&blob.digest).await.refused("an unknown action without a function", &[Code::NotFound])?;
+        s.case(function.name(), async {
+            let named = s.with_function(function);
+            let s = named.without_function_number();
+            let blob = s.blob(100);
+            let asked = std::slice::from_ref(&blob.digest);
+            let what = format!("{} is inferred from the length of the hash", function.wire().as_str_name());
+            equal("missing_blob_digests", &s.missing(asked).await.wanted(&what)?, &asked.to_vec())?;
+            for response in s.update(&[&blob]).await.wanted(&what)?.responses {
+                inline(&what, response.status.as_ref(), &[Code::Ok])?;
+            }
+            for response in s.batch_read(asked, &[]).await.wanted(&what)?.responses {
+                inline(&what, response.status.as_ref(), &[Code::Ok])?;
+            }
+            let missing = named.missing(asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
+            equal(&format!("{what}; missing under its name"), &missing, &Vec::new())?;
+            s.result(&blob.digest)
+                .await
+                .refused("an unknown action without a function", &[Code::NotFound])?;
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -292,7 +323,7 @@ async fn number_refused(s: &Session, number: i32, blob: &Blob) -> Verdict {
         ..Default::default()
     };
     let answer = s.cas().batch_read_blobs(request).await.map(tonic::Response::into_inner);
-    if let Some(answer) = answer.or_refused("the batch", INVALID)? {
+    if let Some(answer) = answer.or_refused(&format!("{what} in BatchReadBlobs"), INVALID)? {
         for response in answer.responses {
             inline(&format!("{what} in BatchReadBlobs"), response.status.as_ref(), INVALID)?;
         }
@@ -303,7 +334,7 @@ async fn number_refused(s: &Session, number: i32, blob: &Blob) -> Verdict {
         digest_function: number,
     };
     let answer = s.cas().batch_update_blobs(request).await.map(tonic::Response::into_inner);
-    if let Some(answer) = answer.or_refused("the batch", INVALID)? {
+    if let Some(answer) = answer.or_refused(&format!("{what} in BatchUpdateBlobs"), INVALID)? {
         for response in answer.responses {
             inline(&format!("{what} in BatchUpdateBlobs"), response.status.as_ref(), INVALID)?;
         }
@@ -326,7 +357,8 @@ async fn unsupported_digest_functions_are_refused(s: Session) -> Verdict {
         }
         // Listed or not: a hash of another length is none of this function.
         if function.hash_bytes() != s.function().hash_bytes() {
-            number_refused(&s, number, &blob).await?;
+            let case = format!("a hash of {} bytes", s.function().hash_bytes());
+            s.case(case, number_refused(&s, number, &blob)).await?;
         }
     }
     Ok(())
@@ -336,15 +368,23 @@ async fn hashes_of_two_functions_in_one_request_are_refused(s: Session) -> Verdi
     let good = understood(&s).await?;
     let length = if good.hash.len() == 40 { 64 } else { 40 };
     let other = Digest { hash: "a1".repeat(length / 2), size_bytes: 100 };
-    for s in [s.clone(), s.without_function_number()] {
-        for mixed in [[good.clone(), other.clone()], [other.clone(), good.clone()]] {
-            s.missing(&mixed).await.refused("FindMissingBlobs of hashes of two lengths", INVALID)?;
-            if let Some(answer) = s.batch_read(&mixed, &[]).await.or_refused("the batch", INVALID)? {
-                let refused =
-                    |status: &crate::proto::rpc::Status| status.code == Code::InvalidArgument as i32;
-                let some = answer.responses.iter().any(|one| one.status.as_ref().is_some_and(refused));
-                ensure(some, "one of the two is refused in BatchReadBlobs", format!("{answer:?}"))?;
-            }
+    for (named, s) in
+        [("digest_function set", s.clone()), ("digest_function unset", s.without_function_number())]
+    {
+        for (order, mixed) in
+            [("second", [good.clone(), other.clone()]), ("first", [other.clone(), good.clone()])]
+        {
+            s.case(format!("{named}, the odd hash {order}"), async {
+                s.missing(&mixed).await.refused("FindMissingBlobs of hashes of two lengths", INVALID)?;
+                if let Some(answer) = s.batch_read(&mixed, &[]).await.or_refused("the batch", INVALID)? {
+                    let refused =
+                        |status: &crate::proto::rpc::Status| status.code == Code::InvalidArgument as i32;
+                    let some = answer.responses.iter().any(|one| one.status.as_ref().is_some_and(refused));
+                    ensure(some, "one of the two is refused in BatchReadBlobs", format!("{answer:?}"))?;
+                }
+                Ok(())
+            })
+            .await?;
         }
     }
     Ok(())
@@ -358,18 +398,22 @@ async fn presence_under_one_function_says_nothing_of_another(s: Session) -> Verd
     }
     let blob = s.stored(2000).await?;
     for function in others {
-        let s = s.with_function(function);
-        let other = Blob::new(function, blob.data.clone());
-        let asked = std::slice::from_ref(&other.digest);
-        let missing = s.missing(asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
-        if missing.is_empty() {
-            let what = format!("what is present under {} can be read so", function.name());
-            let resource_name = s.read_name(&other.digest);
-            let request = ReadRequest { resource_name, ..Default::default() };
-            drop(s.byte_stream().read(request).await.wanted(&what)?);
-            let read = s.read(&other.digest).await.wanted(&what)?;
-            ensure(read == blob.data, what, "other bytes")?;
-        }
+        s.case(function.name(), async {
+            let s = s.with_function(function);
+            let other = Blob::new(function, blob.data.clone());
+            let asked = std::slice::from_ref(&other.digest);
+            let missing = s.missing(asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
+            if missing.is_empty() {
+                let what = format!("what is present under {} can be read so", function.name());
+                let resource_name = s.read_name(&other.digest);
+                let request = ReadRequest { resource_name, ..Default::default() };
+                drop(s.byte_stream().read(request).await.wanted(&what)?);
+                let read = s.read(&other.digest).await.wanted(&what)?;
+                ensure(read == blob.data, what, "other bytes")?;
+            }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }

@@ -210,29 +210,34 @@ async fn packed_messages_have_the_usual_type_url(s: Session) -> Verdict {
     };
     let missing = s.action(&s.shell("true", &[]), &s.unknown()).await?;
     let good = s.fresh_action().await?;
-    for action in [good, missing] {
-        let mut run = s.start(s.execute_request(&action)).await.wanted("Execute is accepted")?;
-        let last = loop {
-            let next = run.message().await.needs("EXE-25", "the operation stream goes on to done")?;
-            let next = next.ok_or_else(|| fail("a done message", "the end of the stream")).needs("EXE-10")?;
-            ensure(next.metadata.is_some(), "metadata in each message", "none").needs("EXE-03")?;
-            let url = next.metadata.as_ref().map_or("", |any| any.type_url.as_str());
-            is(url, "build.bazel.remote.execution.v2.ExecuteOperationMetadata")?;
-            metadata(&next)?;
-            if next.done {
-                break next;
+    for (what, action) in [("an action that runs", good), ("an action without its inputs", missing)] {
+        s.case(what, async {
+            let mut run = s.start(s.execute_request(&action)).await.wanted("Execute is accepted")?;
+            let last = loop {
+                let next = run.message().await.needs("EXE-25", "the operation stream goes on to done")?;
+                let next =
+                    next.ok_or_else(|| fail("a done message", "the end of the stream")).needs("EXE-10")?;
+                ensure(next.metadata.is_some(), "metadata in each message", "none").needs("EXE-03")?;
+                let url = next.metadata.as_ref().map_or("", |any| any.type_url.as_str());
+                is(url, "build.bazel.remote.execution.v2.ExecuteOperationMetadata")?;
+                metadata(&next)?;
+                if next.done {
+                    break next;
+                }
+            };
+            if let Some(operation::Result::Response(any)) = &last.result {
+                is(&any.type_url, "build.bazel.remote.execution.v2.ExecuteResponse")?;
             }
-        };
-        if let Some(operation::Result::Response(any)) = &last.result {
-            is(&any.type_url, "build.bazel.remote.execution.v2.ExecuteResponse")?;
-        }
-        for any in response(&last)?.status.unwrap_or_default().details {
-            ensure(
-                any.type_url.starts_with("type.googleapis.com/google.rpc."),
-                "type.googleapis.com/google.rpc.PreconditionFailure",
-                &any.type_url,
-            )?;
-        }
+            for any in response(&last)?.status.unwrap_or_default().details {
+                ensure(
+                    any.type_url.starts_with("type.googleapis.com/google.rpc."),
+                    "type.googleapis.com/google.rpc.PreconditionFailure",
+                    &any.type_url,
+                )?;
+            }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -257,11 +262,15 @@ async fn an_error_about_a_long_name_arrives(s: Session) -> Verdict {
     let long = "nonsense/".repeat(4_000);
     let long = s.read_named(&long).await;
     let long = long.refused("Read of a malformed name of 36 kB", &[Code::InvalidArgument])?;
-    for status in [short, long] {
-        let headers = status.metadata().clone().into_headers();
-        let rest: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
-        let trailers = rest + status.message().len() + status.details().len() * 4 / 3;
-        ensure(trailers < 8192, "trailers below 8192 bytes", format!("{trailers} bytes"))?;
+    for (what, status) in [("an error about a short name", short), ("an error about 36 kB", long)] {
+        s.case(what, async {
+            let headers = status.metadata().clone().into_headers();
+            let rest: usize =
+                headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+            let trailers = rest + status.message().len() + status.details().len() * 4 / 3;
+            ensure(trailers < 8192, "trailers below 8192 bytes", format!("{trailers} bytes"))
+        })
+        .await?;
     }
     Ok(())
 }
@@ -272,16 +281,19 @@ async fn codes_inside_messages_exist(s: Session) -> Verdict {
     let wrong = Blob { digest: s.unknown(), ..s.blob(100) };
     let mut codes = Vec::new();
     if let Ok(answer) = s.batch_read(&[good, s.empty().digest], &[]).await {
-        codes.extend(answer.responses.iter().filter_map(|one| Some(one.status.as_ref()?.code)));
+        let found = answer.responses.into_iter().filter_map(|one| one.status);
+        codes.extend(found.map(|status| ("BatchReadBlobs", status.code)));
     }
     if let Ok(answer) = s.batch_read(&[short], &[]).await {
-        codes.extend(answer.responses.iter().filter_map(|one| Some(one.status.as_ref()?.code)));
+        let found = answer.responses.into_iter().filter_map(|one| one.status);
+        codes.extend(found.map(|status| ("BatchReadBlobs of a malformed digest", status.code)));
     }
     let answer = s.update(&[&wrong, &s.blob(100)]).await.wanted("BatchUpdateBlobs answers")?;
-    codes.extend(answer.responses.iter().filter_map(|one| Some(one.status.as_ref()?.code)));
+    let found = answer.responses.into_iter().filter_map(|one| one.status);
+    codes.extend(found.map(|status| ("BatchUpdateBlobs", status.code)));
     ensure(codes.len() >= 2, "inline statuses of several kinds", format!("{codes:?}"))?;
-    for code in codes {
-        ensure((0..=16).contains(&code), "a code within 0 to 16", code_name(code))?;
+    for (what, code) in codes {
+        ensure((0..=16).contains(&code), format!("{what}: a code within 0 to 16"), code_name(code))?;
     }
     Ok(())
 }

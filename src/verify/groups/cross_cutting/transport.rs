@@ -79,8 +79,8 @@ async fn a_batch_of_4000_blobs_may_have_the_full_size(s: Session) -> Verdict {
     let all: Vec<&Blob> = blobs.iter().collect();
     let answer = s.update(&all).await.wanted("a batch of 4000 blobs of the advertised size is accepted")?;
     equal("responses", &answer.responses.len(), &count)?;
-    for response in &answer.responses {
-        inline("each item", response.status.as_ref(), &[Code::Ok])?;
+    for (at, response) in answer.responses.iter().enumerate() {
+        inline(&format!("response {at}"), response.status.as_ref(), &[Code::Ok])?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use crate::{
     proto::reapi::{ActionResult, ExecuteRequest, ExecutedActionMetadata},
     verify::{
         actions::{metadata, response, result_of},
-        check::{Answer as _, Check, Step as _, Verdict, absent, ensure, equal, fail},
+        check::{Answer as _, Check, Verdict, absent, ensure, equal, fail},
         job::Job,
         session::Session,
     },
@@ -29,26 +29,31 @@ const SHORT_MESSAGE_BYTES: usize = 4096;
 
 async fn logs_are_stored_byte_for_byte(s: Session) -> Verdict {
     // Nothing at all: no digest, or that of the empty blob; never a zero-valued one.
-    let silent = Job::sh(&s, "exit 0").result().await?;
+    let silent = s.case("a silent command", Job::sh(&s, "exit 0").result()).await?;
     for (what, digest) in [("stdout_digest", &silent.stdout_digest), ("stderr_digest", &silent.stderr_digest)]
     {
         if let Some(digest) = digest {
             equal(&format!("{what} of a silent command"), digest, &s.empty().digest)?;
         }
     }
-    let loud = Job::sh(&s, "printf 'a\\000\\001\\377\\r\\nb'; printf '\\000e' >&2").result().await?;
+    let loud = Job::sh(&s, "printf 'a\\000\\001\\377\\r\\nb'; printf '\\000e' >&2");
+    let loud = s.case("a command that prints", loud.result()).await?;
     for (what, digest, raw, bytes) in [
         ("stdout", &loud.stdout_digest, &loud.stdout_raw, &b"a\0\x01\xff\r\nb"[..]),
         ("stderr", &loud.stderr_digest, &loud.stderr_raw, &b"\0e"[..]),
     ] {
-        let wanted = s.blob_of(bytes.to_vec()).digest;
-        equal(&format!("{what}_digest"), digest, &Some(wanted.clone()))?;
-        equal(&format!("{what}_raw, which nobody asked for"), &raw.len(), &0)?;
-        let read = s.read(&wanted).await.wanted("a log can be read")?;
-        ensure(read == bytes, format!("{what} as it was printed"), format!("{read:?}"))?;
+        s.case(what, async {
+            let wanted = s.blob_of(bytes.to_vec()).digest;
+            equal("its digest", digest, &Some(wanted.clone()))?;
+            equal("its raw bytes, which nobody asked for", &raw.len(), &0)?;
+            let read = s.read(&wanted).await.wanted("a log can be read")?;
+            ensure(read == bytes, "the bytes that were printed", format!("{read:?}"))
+        })
+        .await?;
     }
     // Larger than any message.
-    let large = Job::sh(&s, "head -c 6000000 /dev/zero").result().await?;
+    let large = Job::sh(&s, "head -c 6000000 /dev/zero");
+    let large = s.case("a command that prints 6,000,000 zeros", large.result()).await?;
     let zeros = s.blob_of(vec![0; 6_000_000]);
     equal("stdout_digest of 6,000,000 zeros", &large.stdout_digest, &Some(zeros.digest))
 }
@@ -67,13 +72,13 @@ async fn contents_are_inlined_only_on_request(s: Session) -> Verdict {
         [result.stdout_raw.clone(), result.stderr_raw.clone(), file("one"), file("two")]
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
     };
-    let nothing = contents(&run(|_| {}).await?);
+    let nothing = contents(&s.case("without a request", run(|_| {})).await?);
     equal("inlined without a request", &nothing, &["", "", "", ""].map(str::to_owned))?;
-    let result = run(|request| {
+    let asking = run(|request| {
         (request.inline_stdout, request.inline_stderr) = (true, true);
         request.inline_output_files = vec!["two".into(), "no-such-output".into()];
-    })
-    .await?;
+    });
+    let result = s.case("on request", asking).await?;
     // A server may decline to inline, but not inline something else.
     let inlined = contents(&result);
     let wanted =
@@ -104,23 +109,30 @@ fn times(metadata: &ExecutedActionMetadata) -> [(&'static str, Option<prost_type
 
 async fn metadata_is_present_and_its_times_are_in_order(s: Session) -> Verdict {
     let scripts = ["exit 0", "exit 3", "echo > out", "sleep 0.2"];
-    let jobs = scripts.map(|script| Job::sh(&s, script).outputs(["out"]));
-    for result in try_join_all(jobs.iter().map(Job::result)).await? {
-        let metadata = result.execution_metadata.ok_or_else(|| fail("execution_metadata", "none"))?;
-        if metadata.worker.is_empty() {
-            continue;
-        }
-        let times = times(&metadata);
-        for (name, time) in &times {
-            ensure(time.is_some(), format!("{name}_timestamp, since worker is set"), "none")?;
-        }
-        let in_order = times.is_sorted_by_key(|(_, time)| time.map(|time| (time.seconds, time.nanos)));
-        ensure(in_order, "the nine timestamps in their order", format!("{times:?}"))?;
-        if let Some(duration) = metadata.virtual_execution_duration {
-            let duration = Duration::try_from(duration);
-            let sane = matches!(&duration, Ok(duration) if *duration < Duration::from_secs(3600));
-            ensure(sane, "a plausible virtual_execution_duration", format!("{duration:?}"))?;
-        }
+    let run = async |script: &'static str| {
+        let job = Job::sh(&s, script).outputs(["out"]);
+        Ok((script, s.case(script, job.result()).await?))
+    };
+    for (script, result) in try_join_all(scripts.map(run)).await? {
+        s.case(script, async {
+            let metadata = result.execution_metadata.ok_or_else(|| fail("execution_metadata", "none"))?;
+            if metadata.worker.is_empty() {
+                return Ok(());
+            }
+            let times = times(&metadata);
+            for (name, time) in &times {
+                ensure(time.is_some(), format!("{name}_timestamp, since worker is set"), "none")?;
+            }
+            let in_order = times.is_sorted_by_key(|(_, time)| time.map(|time| (time.seconds, time.nanos)));
+            ensure(in_order, "the nine timestamps in their order", format!("{times:?}"))?;
+            if let Some(duration) = metadata.virtual_execution_duration {
+                let duration = Duration::try_from(duration);
+                let sane = matches!(&duration, Ok(duration) if *duration < Duration::from_secs(3600));
+                ensure(sane, "a plausible virtual_execution_duration", format!("{duration:?}"))?;
+            }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -130,17 +142,22 @@ async fn server_logs_are_stored_under_plain_names(s: Session) -> Verdict {
     let slow = Job::sh(&s, "echo out; sleep 20").timeout(Duration::from_secs(1));
     let responses = [job.response().await?, slow.response().await?];
     for (case, response) in ["a failure", "a timeout"].into_iter().zip(&responses) {
-        let length = response.message.len();
-        let seen = format!("{length} bytes");
-        ensure(length <= SHORT_MESSAGE_BYTES, "a message of a few lines", seen).case(case)?;
-        for (name, log) in &response.server_logs {
-            let plain = !name.is_empty() && !name.contains('/') && !name.contains("..");
-            ensure(plain, "a plain file name for each server log", format!("{name:?}")).case(case)?;
-            let digest = log.digest.as_ref().ok_or_else(|| fail("a digest for each server log", "none"))?;
-            let read = s.read(digest).await.wanted("a server log can be read").case(case)?;
-            let text = !log.human_readable || std::str::from_utf8(&read).is_ok();
-            ensure(text, "text in a log that is human_readable", format!("{name} is not UTF-8"))?;
-        }
+        s.case(case, async {
+            let length = response.message.len();
+            let seen = format!("{length} bytes");
+            ensure(length <= SHORT_MESSAGE_BYTES, "a message of a few lines", seen)?;
+            for (name, log) in &response.server_logs {
+                let plain = !name.is_empty() && !name.contains('/') && !name.contains("..");
+                ensure(plain, "a plain file name for each server log", format!("{name:?}"))?;
+                let digest =
+                    log.digest.as_ref().ok_or_else(|| fail("a digest for each server log", "none"))?;
+                let read = s.read(digest).await.wanted("a server log can be read")?;
+                let text = !log.human_readable || std::str::from_utf8(&read).is_ok();
+                ensure(text, "text in a log that is human_readable", format!("{name} is not UTF-8"))?;
+            }
+            Ok(())
+        })
+        .await?;
     }
     let some = responses.iter().any(|one| !one.server_logs.is_empty() || !one.message.is_empty());
     if some { Ok(()) } else { Err(absent("neither server_logs nor a message after a failure or a timeout")) }
@@ -159,14 +176,22 @@ async fn unknown_output_node_properties_are_refused_and_known_ones_filled_in(s: 
         return Err(absent("supported_node_properties lists neither unix_mode nor mtime"));
     }
     for name in ["unix_mode", "mtime"].into_iter().filter(|name| has(name)) {
-        let result = job(name).result().await?;
-        let properties = result.output_files.into_iter().find_map(|file| file.node_properties);
-        let properties = properties.unwrap_or_default();
-        let filled_in = match name {
-            "unix_mode" => properties.unix_mode == Some(0o640),
-            _ => properties.mtime.is_some_and(|time| time.seconds == 1_000_000_000),
-        };
-        ensure(filled_in, format!("{name} of the output as the command set it"), format!("{properties:?}"))?;
+        s.case(name, async {
+            let result = job(name).result().await?;
+            let properties = result.output_files.into_iter().find_map(|file| file.node_properties);
+            let properties = properties.unwrap_or_default();
+            let filled_in = match name {
+                "unix_mode" => properties.unix_mode == Some(0o640),
+                _ => properties.mtime.is_some_and(|time| time.seconds == 1_000_000_000),
+            };
+            ensure(
+                filled_in,
+                format!("{name} of the output as the command set it"),
+                format!("{properties:?}"),
+            )?;
+            Ok(())
+        })
+        .await?;
     }
     job("nonsense").refused("an unknown output node property", &[Code::InvalidArgument]).await.map(drop)
 }

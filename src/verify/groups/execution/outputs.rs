@@ -53,9 +53,15 @@ async fn output_paths_replace_the_old_lists(s: Session) -> Verdict {
             command.output_directories = vec!["other".into()];
         })
     };
-    outputs(&job(&["directory", "file"]).result().await?, &["file"], &["directory"], &[])?;
-    let result = job(&["directory", "file", "link"]).result().await.case("a symlink too").needs("EXE-52")?;
-    outputs(&result, &["file"], &["directory"], &["link"]).case("a symlink too")
+    s.case("a file and a directory", async {
+        outputs(&job(&["directory", "file"]).result().await?, &["file"], &["directory"], &[])
+    })
+    .await?;
+    s.case("a symlink too", async {
+        let result = job(&["directory", "file", "link"]).result().await.needs("EXE-52")?;
+        outputs(&result, &["file"], &["directory"], &["link"])
+    })
+    .await
 }
 
 async fn paths_are_reported_to_the_letter(s: Session) -> Verdict {
@@ -72,12 +78,13 @@ async fn each_output_is_reported_once(s: Session) -> Verdict {
 
 async fn an_output_that_was_not_made_is_left_out(s: Session) -> Verdict {
     for code in [0, 3] {
-        let case = format!("a command that exits with {code} and makes one of three outputs");
-        let script = format!("echo > made; exit {code}");
-        let result =
-            Job::sh(&s, script).outputs(["absent", "made", "not/there"]).result().await.case(&case)?;
-        equal("exit_code", &result.exit_code, &code).case(&case)?;
-        outputs(&result, &["made"], &[], &[]).case(&case)?;
+        s.case(format!("a command that exits with {code} and makes one of three outputs"), async {
+            let script = format!("echo > made; exit {code}");
+            let result = Job::sh(&s, script).outputs(["absent", "made", "not/there"]).result().await?;
+            equal("exit_code", &result.exit_code, &code)?;
+            outputs(&result, &["made"], &[], &[])
+        })
+        .await?;
     }
     Ok(())
 }
@@ -96,14 +103,20 @@ async fn the_old_lists_ask_for_a_kind(s: Session) -> Verdict {
         ("each path in the list of its kind", old(&["file"], &["directory"])),
         ("both paths in both lists", old(&["directory", "file"], &["directory", "file"])),
     ] {
-        outputs(&job.result().await.case(case)?, &["file"], &["directory"], &[]).case(case)?;
+        s.case(case, async {
+            outputs(&job.result().await?, &["file"], &["directory"], &[])
+        })
+        .await?;
     }
     for (what, job) in [
         ("a directory that was asked for as a file", old(&["directory"], &[])),
         ("a file that was asked for as a directory", old(&[], &["file"])),
     ] {
-        let response = job.response().await?;
-        inline(what, response.status.as_ref(), &[Code::FailedPrecondition])?;
+        s.case(what, async {
+            let response = job.response().await?;
+            inline("the response", response.status.as_ref(), &[Code::FailedPrecondition])
+        })
+        .await?;
     }
     Ok(())
 }
@@ -168,8 +181,11 @@ async fn outputs_and_logs_of_a_failure_are_stored_before_it_is_done(s: Session) 
     let missing = s.missing(&digests).await.needs("CAS-01", "FindMissingBlobs answers")?;
     equal("blobs of the result that are missing", &missing, &Vec::new())?;
     for digest in &digests {
-        let read = s.read(digest).await.wanted("a blob of the result can be read")?;
-        ensure(s.blob_of(read).digest == *digest, "the bytes of the digest", "other bytes")?;
+        s.case(format!("the blob {}", digest.hash), async {
+            let read = s.read(digest).await.wanted("a blob of the result can be read")?;
+            ensure(s.blob_of(read).digest == *digest, "the bytes of the digest", "other bytes")
+        })
+        .await?;
     }
     Ok(())
 }

@@ -86,15 +86,18 @@ async fn each_kind_of_missing_blob_is_a_failed_precondition(s: Session) -> Verdi
     let kinds =
         ["an input file", "a file below", "a Directory below", "the input root", "the Command", "the Action"];
     for (left_out, kind) in kinds.into_iter().enumerate() {
-        let job = job(&s);
-        let blobs = job.blobs();
-        let Some(blob) = blobs.get(left_out) else { continue };
-        let refusal = without(&job, blob).await.case(format!("without {kind}"))?;
-        let subjects = missing_subjects(&refusal)?;
-        let named = subjects.iter().any(|subject| subject.contains(&blob.digest.hash));
-        let seen = format!("{} with {subjects:?}", show_inline(&refusal.status));
-        let wanted = format!("without {kind}: a violation of type MISSING for {}", blob.digest.hash);
-        ensure(named, wanted, seen)?;
+        s.case(format!("without {kind}"), async {
+            let job = job(&s);
+            let blobs = job.blobs();
+            let Some(blob) = blobs.get(left_out) else { return Ok(()) };
+            let refusal = without(&job, blob).await?;
+            let subjects = missing_subjects(&refusal)?;
+            let named = subjects.iter().any(|subject| subject.contains(&blob.digest.hash));
+            let seen = format!("{} with {subjects:?}", show_inline(&refusal.status));
+            let wanted = format!("a violation of type MISSING for {}", blob.digest.hash);
+            ensure(named, wanted, seen)
+        })
+        .await?;
     }
     // All there: it runs.
     job(&s).stdout().await.control().map(drop)
@@ -103,10 +106,13 @@ async fn each_kind_of_missing_blob_is_a_failed_precondition(s: Session) -> Verdi
 async fn subjects_of_missing_blobs_are_their_names(s: Session) -> Verdict {
     let other = s.options().other_instance.clone().map(|instance| s.with_instance(instance));
     for s in std::iter::once(s).chain(other) {
-        let job = job(&s);
-        let Some(file) = job.blobs().into_iter().next() else { continue };
-        let subjects = missing_subjects(&without(&job, &file).await?)?;
-        equal("subjects", &subjects, &vec![subject(&s, &file)])?;
+        s.case(format!("instance {:?}", s.instance()), async {
+            let job = job(&s);
+            let Some(file) = job.blobs().into_iter().next() else { return Ok(()) };
+            let subjects = missing_subjects(&without(&job, &file).await?)?;
+            equal("subjects", &subjects, &vec![subject(&s, &file)])
+        })
+        .await?;
     }
     Ok(())
 }
@@ -129,11 +135,17 @@ async fn missing_blobs_are_the_only_detail(s: Session) -> Verdict {
 async fn missing_inputs_are_reported_inside_the_response(s: Session) -> Verdict {
     // An input file and the Action itself: servers look for the latter before there is an operation.
     let (of_file, of_action) = (job(&s), job(&s));
-    let left_out = [(&of_file, of_file.blobs().into_iter().next()), (&of_action, of_action.blobs().pop())];
-    for (job, blob) in left_out {
-        let Some(blob) = blob else { continue };
-        let refusal = without(job, &blob).await?;
-        ensure(refusal.inline, "missing blobs in ExecuteResponse.status", "in the status of the call")?;
+    let left_out = [
+        ("an input file", &of_file, of_file.blobs().into_iter().next()),
+        ("the Action", &of_action, of_action.blobs().pop()),
+    ];
+    for (kind, job, blob) in left_out {
+        s.case(format!("without {kind}"), async {
+            let Some(blob) = blob else { return Ok(()) };
+            let refusal = without(job, &blob).await?;
+            ensure(refusal.inline, "missing blobs in ExecuteResponse.status", "in the status of the call")
+        })
+        .await?;
     }
     Ok(())
 }
@@ -171,16 +183,22 @@ async fn malformed_actions_are_argument_errors(s: Session) -> Verdict {
     let garbage = || s.blob_of([vec![0xff; 40], s.word().into_bytes()].concat());
     let invalid = &[Code::InvalidArgument];
     let refused = async |what: &str, action: Action, blobs: &[&Blob]| {
-        let action = s.message(&action);
-        s.store(blobs).await?;
+        s.case(what, async {
+            let action = s.message(&action);
+            s.store(blobs).await?;
+            s.store(&[&action]).await?;
+            let refusal = s.refusal(&action.digest).await?;
+            inline("Execute", Some(&refusal.status), invalid)
+        })
+        .await
+    };
+    s.case("an Action that is no Action", async {
+        let action = garbage();
         s.store(&[&action]).await?;
         let refusal = s.refusal(&action.digest).await?;
-        inline(what, Some(&refusal.status), invalid)
-    };
-    let action = garbage();
-    s.store(&[&action]).await?;
-    let refusal = s.refusal(&action.digest).await?;
-    inline("an Action that is no Action", Some(&refusal.status), invalid)?;
+        inline("Execute", Some(&refusal.status), invalid)
+    })
+    .await?;
 
     let good = Job::sh(&s, "exit 0");
     let command_digest = Some(good.command_blob().digest);
@@ -279,21 +297,25 @@ async fn unsorted_messages_are_refused_or_run(s: Session) -> Verdict {
         ("the files of a Directory", Job::sh(&s, "exit 0").over_root(&root, [content.clone()])),
     ];
     for (what, job) in jobs {
-        job.upload().await?;
-        let run = s.start(s.execute_request(&job.digest())).await;
-        let answer = match run {
-            Ok(run) => run.finish().await?,
-            Err(status) => {
-                let refused = status.code() == Code::InvalidArgument;
-                ensure(refused, format!("{what} not sorted: INVALID_ARGUMENT, or a run"), show(&status))?;
-                continue;
+        s.case(format!("{what} not sorted"), async {
+            job.upload().await?;
+            let run = s.start(s.execute_request(&job.digest())).await;
+            let answer = match run {
+                Ok(run) => run.finish().await?,
+                Err(status) => {
+                    let refused = status.code() == Code::InvalidArgument;
+                    ensure(refused, "INVALID_ARGUMENT, or a run", show(&status))?;
+                    return Ok(());
+                }
+            };
+            let refused = [Code::Ok, Code::InvalidArgument];
+            inline("the response", answer.status.as_ref(), &refused)?;
+            if let Some(result) = answer.result {
+                equal("exit_code", &result.exit_code, &0)?;
             }
-        };
-        let refused = [Code::Ok, Code::InvalidArgument];
-        inline(&format!("{what} not sorted"), answer.status.as_ref(), &refused)?;
-        if let Some(result) = answer.result {
-            equal("exit_code", &result.exit_code, &0).case(format!("{what} not sorted"))?;
-        }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -310,18 +332,20 @@ async fn a_platform_that_no_worker_has_is_refused_from_action_and_command(s: Ses
         .action(|action| action.platform = None)
         .command(|command| command.platform = Some(platform));
     for (place, job) in [("Action", in_action), ("Command", in_command)] {
-        let what = format!("OSFamily=plan9 in the platform of the {place}");
-        let Some(refusal) = refusal_or_wait(&job, &what).await? else { continue };
-        let codes = [Code::FailedPrecondition, Code::InvalidArgument, Code::Unavailable];
-        inline(&what, Some(&refusal.status), &codes)?;
-        let missing = missing_subjects(&refusal)?;
-        ensure(missing.is_empty(), format!("{what}: no MISSING violation"), format!("{missing:?}"))?;
+        s.case(format!("OSFamily=plan9 in the platform of the {place}"), async {
+            let Some(refusal) = refusal_or_wait(&job).await? else { return Ok(()) };
+            let codes = [Code::FailedPrecondition, Code::InvalidArgument, Code::Unavailable];
+            inline("Execute", Some(&refusal.status), &codes)?;
+            let missing = missing_subjects(&refusal)?;
+            ensure(missing.is_empty(), "no MISSING violation", format!("{missing:?}"))
+        })
+        .await?;
     }
     Ok(())
 }
 
 /// Executes an action that no worker can take: why it was refused, or `None` when it waits for such a worker.
-async fn refusal_or_wait(job: &Job, what: &str) -> Verdict<Option<Refusal>> {
+async fn refusal_or_wait(job: &Job) -> Verdict<Option<Refusal>> {
     let s = job.session();
     job.upload().await?;
     let mut name = String::new();
@@ -334,15 +358,15 @@ async fn refusal_or_wait(job: &Job, what: &str) -> Verdict<Option<Refusal>> {
             match run.message().await {
                 Ok(Some(operation)) if operation.done => {
                     let status = response(&operation)?.status.unwrap_or_default();
-                    ensure(status.code != 0, format!("{what} is refused"), "the action was run")?;
+                    ensure(status.code != 0, "a refusal", "the action was run")?;
                     return Ok(Refusal { status, inline: true });
                 }
                 Ok(Some(operation)) => {
                     let executing = metadata(&operation)?.stage == i32::from(Stage::Executing);
-                    ensure(!executing, format!("{what} is refused"), "the action is executing")?;
+                    ensure(!executing, "a refusal", "the action is executing")?;
                     name = operation.name;
                 }
-                Ok(None) => return Err(fail(format!("{what} is refused"), "an end with OK")),
+                Ok(None) => return Err(fail("a refusal", "an end with OK")),
                 Err(status) => return Ok(Refusal::of_call(&status)),
             }
         }

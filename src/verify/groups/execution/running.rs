@@ -44,7 +44,10 @@ async fn programs_are_found_by_path_and_by_name(s: Session) -> Verdict {
     let root = Folder::new().program("tool", tool).folder("w", Folder::new().program("tool", tool));
     let run = async |program: &str, directory: &str| {
         let job = Job::args(&s, [program, "x"]).over(&root).within(directory);
-        equal(&format!("stdout of {program} in {directory:?}"), &job.stdout().await?.as_str(), &"tool x\n")
+        s.case(format!("{program} in {directory:?}"), async {
+            equal("stdout", &job.stdout().await?.as_str(), &"tool x\n")
+        })
+        .await
     };
     run("./tool", "").await?;
     run("w/tool", "").await?;
@@ -85,30 +88,33 @@ async fn a_program_that_cannot_be_started_fails_clearly(s: Session) -> Verdict {
     Job::sh(&s, "exit 0").stdout().await.control()?;
     let root = Folder::new().file("data", "#!/bin/sh\nexit 0\n");
     for program in ["./nope", "./data", "no-such-program-anywhere"] {
-        let begin = Instant::now();
-        let job = Job::args(&s, [program]).over(&root);
-        job.upload().await?;
         let what = format!("{program}, which cannot be started");
-        let codes = [Code::Ok, Code::InvalidArgument, Code::FailedPrecondition];
-        match s.start(s.execute_request(&job.digest())).await {
-            Err(status) => drop(Err::<(), _>(status).refused(&what, &codes)?),
-            Ok(run) => {
-                let response = run.finish().await?;
-                inline(&what, response.status.as_ref(), &codes)?;
-                let status = response.status.unwrap_or_default();
-                if status.code == 0 {
-                    let result = response.result.unwrap_or_default();
-                    let text = s.log_text(result.stderr_digest.as_ref(), &result.stderr_raw).await?;
-                    let told = NOT_STARTED.contains(&result.exit_code) && !text.is_empty();
-                    let seen = format!("exit code {} and stderr {text:?}", result.exit_code);
-                    ensure(told, format!("{what}: exit code 126 or 127 with a word on stderr"), seen)?;
-                } else {
-                    ensure(!status.message.is_empty(), format!("{what}: a message"), show_inline(&status))?;
+        s.case(what, async {
+            let begin = Instant::now();
+            let job = Job::args(&s, [program]).over(&root);
+            job.upload().await?;
+            let codes = [Code::Ok, Code::InvalidArgument, Code::FailedPrecondition];
+            match s.start(s.execute_request(&job.digest())).await {
+                Err(status) => drop(Err::<(), _>(status).refused("Execute", &codes)?),
+                Ok(run) => {
+                    let response = run.finish().await?;
+                    inline("the response", response.status.as_ref(), &codes)?;
+                    let status = response.status.unwrap_or_default();
+                    if status.code == 0 {
+                        let result = response.result.unwrap_or_default();
+                        let text = s.log_text(result.stderr_digest.as_ref(), &result.stderr_raw).await?;
+                        let told = NOT_STARTED.contains(&result.exit_code) && !text.is_empty();
+                        let seen = format!("exit code {} and stderr {text:?}", result.exit_code);
+                        ensure(told, "exit code 126 or 127 with a word on stderr", seen)?;
+                    } else {
+                        ensure(!status.message.is_empty(), "a message", show_inline(&status))?;
+                    }
                 }
             }
-        }
-        let took = begin.elapsed();
-        ensure(took < PROMPT, format!("{what}: an end at once"), format!("an end after {took:?}"))?;
+            let took = begin.elapsed();
+            ensure(took < PROMPT, "an end at once", format!("an end after {took:?}"))
+        })
+        .await?;
     }
     Ok(())
 }
@@ -121,10 +127,15 @@ async fn what_an_action_does_to_its_inputs_is_seen_by_nobody(s: Session) -> Verd
     let spoil = "chmod u+w . file d d/inner; echo spoilt >> file; rm -f d/inner; echo stray > stray; echo stray > d/stray; exit 0";
     let look = "ls; cat file; ls d; cat d/inner";
     let expected = format!("d\nfile\n{}inner\ninner\n", String::from_utf8_lossy(&content.data));
-    for _ in 0..ROUNDS {
-        Job::sh(&s, spoil).over(&root).uncached().stdout().await?;
-        let seen = Job::sh(&s, look).over(&root).uncached().stdout().await?;
-        equal("what the next action sees", &seen, &expected)?;
+    for round in 1..=ROUNDS {
+        s.case(format!("round {round} of {ROUNDS}"), async {
+            s.case("the action that spoils its inputs", Job::sh(&s, spoil).over(&root).uncached().stdout())
+                .await?;
+            let next = Job::sh(&s, look).over(&root).uncached();
+            let seen = s.case("the next action", next.stdout()).await?;
+            equal("what the next action sees", &seen, &expected)
+        })
+        .await?;
     }
     let read = s.read(&content.digest).await.needs("BS-07", "the input can still be read")?;
     ensure(read == content.data, "the input as it was uploaded", "other bytes")
@@ -183,7 +194,8 @@ async fn a_timeout_keeps_the_output_so_far(s: Session) -> Verdict {
 
 async fn exit_codes_and_signals_are_passed_through(s: Session) -> Verdict {
     let exit_code = async |script: String| {
-        let result = result_of(Job::sh(&s, script).response().await?)?;
+        let job = Job::sh(&s, &script);
+        let result = s.case(script, async { result_of(job.response().await?) }).await?;
         Ok(result.exit_code)
     };
     let codes = [0, 1, 42, 255];

@@ -87,15 +87,18 @@ async fn operations_have_a_name_of_their_own_which_waitexecution_takes(s: Sessio
 
 async fn every_message_carries_the_metadata_of_its_action(s: Session) -> Verdict {
     let job = Job::sh(&s, "exit 0");
-    for operation in job.story().await? {
-        let metadata = metadata(&operation)?;
-        equal("action_digest", &metadata.action_digest, &Some(job.digest()))?;
-        let function = i32::from(s.function().wire());
-        let fits = metadata.digest_function == function
-            // What the length of a hash says of itself may be left out.
-            || (metadata.digest_function == 0 && function <= 7);
-        let seen = format!("digest_function {}", metadata.digest_function);
-        ensure(fits, format!("digest_function {function}"), seen)?;
+    for (at, operation) in job.story().await?.into_iter().enumerate() {
+        s.case(format!("message {at}"), async {
+            let metadata = metadata(&operation)?;
+            equal("action_digest", &metadata.action_digest, &Some(job.digest()))?;
+            let function = i32::from(s.function().wire());
+            let fits = metadata.digest_function == function
+                // What the length of a hash says of itself may be left out.
+                || (metadata.digest_function == 0 && function <= 7);
+            let seen = format!("digest_function {}", metadata.digest_function);
+            ensure(fits, format!("digest_function {function}"), seen)
+        })
+        .await?;
     }
     Ok(())
 }
@@ -115,20 +118,23 @@ async fn completed_and_done_come_together_in_the_last_message(s: Session) -> Ver
     let jobs =
         [("a success", Job::sh(&s, "exit 0")), ("a failure", failing), ("a missing input root", missing)];
     for (case, job) in jobs {
-        let messages = job.story().await.case(case)?;
-        for (at, operation) in messages.iter().enumerate() {
-            let completed = rank(operation)? == i32::from(Stage::Completed);
-            let last = at + 1 == messages.len();
-            let seen = format!(
-                "{case}, message {} of {}: done {}, completed {completed}",
-                at + 1,
-                messages.len(),
-                operation.done
-            );
-            let together = completed == last && operation.done == last;
-            ensure(together, "COMPLETED and done, both in the last message and only there", seen)?;
-        }
-        ensure(!messages.is_empty(), "at least one message", "an empty stream")?;
+        s.case(case, async {
+            let messages = job.story().await?;
+            for (at, operation) in messages.iter().enumerate() {
+                let completed = rank(operation)? == i32::from(Stage::Completed);
+                let last = at + 1 == messages.len();
+                let seen = format!(
+                    "message {} of {}: done {}, completed {completed}",
+                    at + 1,
+                    messages.len(),
+                    operation.done
+                );
+                let together = completed == last && operation.done == last;
+                ensure(together, "COMPLETED and done, both in the last message and only there", seen)?;
+            }
+            ensure(!messages.is_empty(), "at least one message", "an empty stream")
+        })
+        .await?;
     }
     Ok(())
 }
@@ -138,14 +144,18 @@ async fn stages_do_not_go_back(s: Session) -> Verdict {
     let jobs: Vec<_> = (0..RUNS).map(|_| Job::sh(&s, "sleep 0.1").uncached()).collect();
     let stories = try_join_all(jobs.iter().map(Job::story)).await?;
     let mut requeued = 0;
-    for messages in &stories {
-        let stages = stages(messages)?;
-        for (before, after) in stages.iter().zip(stages.iter().skip(1)) {
-            match (before, after) {
-                (3, 2) => requeued += 1,
-                _ => ensure(before <= after, "stages in their order", format!("stages {stages:?}"))?,
+    for (at, messages) in stories.iter().enumerate() {
+        s.case(format!("run {at} of {RUNS}"), async {
+            let stages = stages(messages)?;
+            for (before, after) in stages.iter().zip(stages.iter().skip(1)) {
+                match (before, after) {
+                    (3, 2) => requeued += 1,
+                    _ => ensure(before <= after, "stages in their order", format!("stages {stages:?}"))?,
+                }
             }
-        }
+            Ok(())
+        })
+        .await?;
     }
     // A worker may be lost once, but not every time.
     ensure(requeued <= 1, "EXECUTING to QUEUED only for work that was requeued", format!("{requeued} times"))
@@ -155,29 +165,44 @@ async fn every_end_is_a_response_and_none_is_an_error(s: Session) -> Verdict {
     use crate::proto::longrunning::operation::Result as End;
     let timeout = Job::sh(&s, "sleep 20").timeout(Duration::from_secs(1));
     let missing = Job::sh(&s, "exit 0").action(|action| action.input_root_digest = Some(s.unknown()));
-    let jobs = [Job::sh(&s, "exit 0"), Job::sh(&s, "exit 7"), missing, timeout];
-    for messages in try_join_all(jobs.iter().map(Job::story)).await? {
-        for operation in messages {
-            match (&operation.result, operation.done) {
-                (None, false) => {}
-                (Some(End::Response(_)), true) => drop(response(&operation)?),
-                (Some(End::Error(status)), _) => {
-                    return Err(fail("Operation.error is never set", format!("error {}", status.message)));
+    let jobs = [
+        ("a success", Job::sh(&s, "exit 0")),
+        ("a failure", Job::sh(&s, "exit 7")),
+        ("a missing input root", missing),
+        ("a timeout", timeout),
+    ];
+    let stories = try_join_all(jobs.iter().map(|(case, job)| s.case(case, job.story()))).await?;
+    for ((case, _), messages) in jobs.iter().zip(stories) {
+        s.case(case, async {
+            for operation in messages {
+                match (&operation.result, operation.done) {
+                    (None, false) => {}
+                    (Some(End::Response(_)), true) => drop(response(&operation)?),
+                    (Some(End::Error(status)), _) => {
+                        return Err(fail(
+                            "Operation.error is never set",
+                            format!("error {}", status.message),
+                        ));
+                    }
+                    (Some(_), false) => return Err(fail("no response before done", "a response")),
+                    (None, true) => return Err(fail("a response when done", "neither response nor error")),
                 }
-                (Some(_), false) => return Err(fail("no response before done", "a response")),
-                (None, true) => return Err(fail("a response when done", "neither response nor error")),
             }
-        }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }
 
 async fn a_failed_command_has_a_result(s: Session) -> Verdict {
     for code in [0, 7] {
-        let case = format!("a command that exits with {code}");
-        let response = Job::sh(&s, format!("exit {code}")).response().await.case(&case)?;
-        let result = result_of(response).case(&case)?;
-        equal("exit_code", &result.exit_code, &code).case(&case)?;
+        s.case(format!("a command that exits with {code}"), async {
+            let response = Job::sh(&s, format!("exit {code}")).response().await?;
+            let result = result_of(response)?;
+            equal("exit_code", &result.exit_code, &code)
+        })
+        .await?;
     }
     Ok(())
 }
@@ -188,15 +213,19 @@ async fn malformed_requests_fail_as_calls_and_timeouts_inside_the_operation(s: S
     job.result().await.control()?;
     let mut digest = job.digest();
     digest.hash.pop();
-    for malformed in [Some(digest), None] {
-        let mut request = s.execute_request(&job.digest());
-        request.action_digest = malformed;
-        // A call may be accepted and still fail as a whole, with its first message.
-        let answer = match s.start(request).await {
-            Ok(mut run) => run.message().await,
-            Err(status) => Err(status),
-        };
-        answer.refused("Execute of a malformed digest", &[Code::InvalidArgument])?;
+    for (what, malformed) in [("a short hash", Some(digest)), ("no action_digest", None)] {
+        s.case(what, async {
+            let mut request = s.execute_request(&job.digest());
+            request.action_digest = malformed;
+            // A call may be accepted and still fail as a whole, with its first message.
+            let answer = match s.start(request).await {
+                Ok(mut run) => run.message().await,
+                Err(status) => Err(status),
+            };
+            answer.refused("Execute", &[Code::InvalidArgument])?;
+            Ok(())
+        })
+        .await?;
     }
     let slow = Job::sh(&s, "sleep 20").timeout(Duration::from_secs(1));
     let refusal = slow.refused("a timeout", &[Code::DeadlineExceeded]).await?;
@@ -246,15 +275,17 @@ async fn every_waiter_gets_the_current_state_and_the_end(s: Session) -> Verdict 
         let last = messages.last().ok_or_else(|| fail("the end", "the stream ended OK"))?;
         Ok((took, response(last)?))
     };
-    let early = try_join_all([0, 0, 300, 900].map(|delay| wait(Duration::from_millis(delay))));
+    const DELAYS: [u64; 4] = [0, 0, 300, 900];
+    let waiter = |delay: u64| format!("a waiter that comes after {delay} ms");
+    let early = try_join_all(DELAYS.map(|delay| s.case(waiter(delay), wait(Duration::from_millis(delay)))));
     let (messages, waited) = tokio::try_join!(story(run), early)?;
     // A busy machine may be late once; a server that is late for every waiter is late.
     let fastest = waited.iter().map(|(took, _)| *took).min().unwrap_or_default();
     ensure(fastest < 2 * AT_ONCE, "the current state at once", format!("{fastest:?} at best"))?;
     let last = messages.last().ok_or_else(|| fail("the end", "the stream ended OK"))?;
     let expected = response(last)?;
-    for (_, got) in &waited {
-        equal("the response that a waiter gets", got, &expected)?;
+    for ((_, got), delay) in waited.iter().zip(DELAYS) {
+        equal(&format!("the response to {}", waiter(delay)), got, &expected)?;
     }
     // The operation is over. That it is remembered for some minutes is for EXE-14.
     let late = async { story(s.wait(&first.name).await.wanted("a finished operation is remembered")?).await };
@@ -314,14 +345,19 @@ async fn an_operation_outlives_its_client(s: Session) -> Verdict {
 async fn actions_that_are_not_cached_are_not_merged(s: Session) -> Verdict {
     let shared = Job::sh(&s, format!("sleep 0.5; {UNIQUE} 0"));
     shared.upload().await?;
-    let (one, other) = tokio::try_join!(shared.story(), shared.story())?;
-    for messages in [one, other] {
-        let last = messages.last().ok_or_else(|| fail("a stream for each caller", "an empty one"))?;
-        result_of(response(last)?)?;
-    }
+    let caller = async |name: &str| {
+        s.case(format!("an action that may be merged, {name}"), async {
+            let messages = shared.story().await?;
+            let last = messages.last().ok_or_else(|| fail("a stream for each caller", "an empty one"))?;
+            result_of(response(last)?)
+        })
+        .await
+    };
+    tokio::try_join!(caller("first caller"), caller("second caller"))?;
     let apart = Job::sh(&s, format!("sleep 0.5; {UNIQUE} 0")).uncached();
     apart.upload().await?;
-    let (one, other) = tokio::try_join!(apart.stdout(), apart.stdout())?;
+    let caller = |name: &str| s.case(format!("an action that says do_not_cache, {name}"), apart.stdout());
+    let (one, other) = tokio::try_join!(caller("first caller"), caller("second caller"))?;
     ensure(one != other, "two runs of an action that says do_not_cache", format!("one run for both: {one}"))
 }
 

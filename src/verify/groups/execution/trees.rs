@@ -121,14 +121,18 @@ fn topologically_sorted(s: &Session, tree: &Tree, bytes: &Bytes) -> bool {
 async fn trees_are_sorted_as_they_claim_and_equal_directories_have_equal_trees(s: Session) -> Verdict {
     let job = Job::sh(&s, MAKE).outputs(["d"]).uncached();
     let mut digests = Vec::new();
-    for _ in 0..3 {
-        let directory = directory_of(&job).await?;
-        let (bytes, tree) = tree_of(&s, &directory).await?;
-        if directory.is_topologically_sorted {
-            let holds = topologically_sorted(&s, &tree, &bytes);
-            ensure(holds, "parents before children, as is_topologically_sorted says", "another order")?;
-        }
-        digests.push(directory.tree_digest);
+    for at in 1..=3 {
+        s.case(format!("run {at} of 3"), async {
+            let directory = directory_of(&job).await?;
+            let (bytes, tree) = tree_of(&s, &directory).await?;
+            if directory.is_topologically_sorted {
+                let holds = topologically_sorted(&s, &tree, &bytes);
+                ensure(holds, "parents before children, as is_topologically_sorted says", "another order")?;
+            }
+            digests.push(directory.tree_digest);
+            Ok(())
+        })
+        .await?;
     }
     let equal_trees = digests.windows(2).all(|pair| pair.first() == pair.last());
     ensure(equal_trees, "equal Trees for equal directories", format!("{digests:?}"))
@@ -136,38 +140,41 @@ async fn trees_are_sorted_as_they_claim_and_equal_directories_have_equal_trees(s
 
 async fn each_output_directory_format_describes_the_same_root(s: Session) -> Verdict {
     for format in [Format::TreeOnly, Format::DirectoryOnly, Format::TreeAndDirectory] {
-        let job = Job::sh(&s, MAKE).outputs(["d"]);
-        let job = job.command(|command| command.output_directory_format = format.into());
-        let directory = directory_of(&job).await.case(format.as_str_name())?;
-        let has = (directory.tree_digest.is_some(), directory.root_directory_digest.is_some());
-        let (tree, root) = match format {
-            Format::TreeOnly => (true, has.1),
-            // A server may fall back to TREE_ONLY.
-            Format::DirectoryOnly => (!has.1 || has.0, has.1),
-            Format::TreeAndDirectory => (true, has.1),
-        };
-        let seen = format!("tree_digest {}, root_directory_digest {}", has.0, has.1);
-        ensure(has == (tree, root), format!("the digests of {}", format.as_str_name()), seen)?;
-        let described = match has.0 {
-            true => Some(tree_of(&s, &directory).await?.1),
-            false => None,
-        };
-        if let Some(digest) = &directory.root_directory_digest {
-            let pages = s.tree(digest, 0).await.wanted("GetTree of root_directory_digest")?;
-            let found: BTreeSet<_> = pages
-                .iter()
-                .flat_map(|page| &page.directories)
-                .map(|directory| s.message(directory).digest.hash)
-                .collect();
-            // The root and the six of the Tree.
-            equal("distinct Directories below root_directory_digest", &found.len(), &7)
-                .case(format.as_str_name())?;
-            let root = described.and_then(|tree| tree.root).map(|root| s.message(&root).digest);
-            if root.is_some() {
-                equal("digest of the root in the Tree", &root.as_ref(), &Some(digest))
-                    .case(format.as_str_name())?;
+        s.case(format.as_str_name(), async {
+            let job = Job::sh(&s, MAKE).outputs(["d"]);
+            let job = job.command(|command| command.output_directory_format = format.into());
+            let directory = directory_of(&job).await?;
+            let has = (directory.tree_digest.is_some(), directory.root_directory_digest.is_some());
+            let (tree, root) = match format {
+                Format::TreeOnly => (true, has.1),
+                // A server may fall back to TREE_ONLY.
+                Format::DirectoryOnly => (!has.1 || has.0, has.1),
+                Format::TreeAndDirectory => (true, has.1),
+            };
+            let seen = format!("tree_digest {}, root_directory_digest {}", has.0, has.1);
+            ensure(has == (tree, root), "the digests of the format", seen)?;
+            let described = match has.0 {
+                true => Some(tree_of(&s, &directory).await?.1),
+                false => None,
+            };
+            if let Some(digest) = &directory.root_directory_digest {
+                let pages = s.tree(digest, 0).await.wanted("GetTree of root_directory_digest")?;
+                let found: BTreeSet<_> = pages
+                    .iter()
+                    .flat_map(|page| &page.directories)
+                    .map(|directory| s.message(directory).digest.hash)
+                    .collect();
+                // The root and the six of the Tree.
+                equal("distinct Directories below root_directory_digest", &found.len(), &7)?;
+                let root = described.and_then(|tree| tree.root).map(|root| s.message(&root).digest);
+                if root.is_some() {
+                    equal("digest of the root in the Tree", &root.as_ref(), &Some(digest))
+                        .case(format.as_str_name())?;
+                }
             }
-        }
+            Ok(())
+        })
+        .await?;
     }
     Ok(())
 }

@@ -1,0 +1,235 @@
+//! What a command finds in its input root.
+
+use crate::support::*;
+use gorego::{error::Error, proto::reapi};
+use prost::Message as _;
+use std::{fs, process};
+
+/// EXE-33 to EXE-39: everything in the tree, and nothing else.
+#[test]
+fn the_input_root_is_reproduced_exactly() {
+    with_worker(async |bench| {
+        let root = bench.input(&[
+            ("f", file("content")),
+            ("empty", file("")),
+            ("d/x", program("run")),
+            ("d/e", Node::Dir),
+            ("up", link("../../outside/./x")),
+            ("abs", link("/usr/bin/env")),
+            ("d/dangling", link("no such thing")),
+        ]);
+        let job = sh("cd ../..; find . -printf '%P %y %m %l\\n' | LC_ALL=C sort")
+            .root(root)
+            .workdir("w/d")
+            .outputs(&["o/p/q", "../r"]);
+        let listed = bench.text(&bench.result(&job).await.stdout_digest);
+        let expected = " d 755 \nabs l 777 /usr/bin/env\nd d 755 \nd/dangling l 777 no such thing\nd/e d 755 \n\
+            d/x f 755 \nempty f 644 \nf f 644 \nup l 777 ../../outside/./x\nw d 755 \nw/d d 755 \nw/d/o d 755 \n\
+            w/d/o/p d 755 \n";
+        assert_eq!(listed, expected);
+    });
+}
+
+/// EXE-37: it is the input's fault, and no other try would do better.
+#[test]
+fn a_working_directory_that_modes_of_the_input_root_close_is_refused_at_once() {
+    with_worker(async |bench| {
+        let below = bench.store.put(reapi::Directory::default().encode_to_vec());
+        let node = |name: &str, digest: gorego::digest::Digest| reapi::DirectoryNode {
+            name: name.into(),
+            digest: Some(digest.to_wire()),
+        };
+        let closed = reapi::Directory {
+            directories: vec![node("below", below)],
+            node_properties: Some(reapi::NodeProperties { unix_mode: Some(0), ..Default::default() }),
+            ..Default::default()
+        };
+        let closed = bench.store.put(closed.encode_to_vec());
+        let root = reapi::Directory { directories: vec![node("closed", closed)], ..Default::default() };
+        let root = bench.store.put(root.encode_to_vec());
+        for workdir in ["closed", "closed/below"] {
+            let job = sh("echo here").root(root).workdir(workdir);
+            // Nothing is closed to root.
+            if rustix::process::geteuid().is_root() {
+                assert_eq!(bench.text(&bench.result(&job).await.stdout_digest), "here\n");
+                continue;
+            }
+            let failure = bench.failure(&job).await;
+            assert!(matches!(failure.error, Error::Invalid(_)) && !failure.retryable, "{}", failure.error);
+            assert!(failure.error.to_string().contains(workdir), "{}", failure.error);
+        }
+    });
+}
+
+/// EXE-33: the same action sees the same world, whenever and in whatever order it was written.
+#[test]
+fn everything_in_an_input_root_carries_one_time() {
+    with_worker(async |bench| {
+        let root = bench.input(&[
+            ("z/z.c", file("int z;")),
+            ("a/e", Node::Dir),
+            ("a/link", link("../z/z.c")),
+            ("tool", program("#!/bin/sh\n")),
+        ]);
+        let job = sh("cd ../..; TZ=UTC find . -printf '%P %TF %TT\n' | LC_ALL=C sort")
+            .root(root)
+            .workdir("w/d")
+            .outputs(&["o/p/q", "../../a/b/c", "../../z/z.o", "../../a/e/f/g"]);
+        let listed = bench.text(&bench.result(&job).await.stdout_digest);
+        assert_eq!(listed.lines().count(), 13, "{listed}");
+        for line in listed.lines() {
+            assert!(line.ends_with(" 2000-01-01 00:00:00.0000000000"), "{listed}");
+        }
+    });
+}
+
+/// What was built and uploaded is up to date when it comes back as inputs, wherever it lies in the tree.
+#[test]
+fn make_does_not_rebuild_what_is_among_its_inputs() {
+    if process::Command::new("make").arg("--version").output().is_err() {
+        eprintln!("skipped: make is not installed");
+        return;
+    }
+    with_worker(async |bench| {
+        let root = bench.input(&[
+            ("Makefile", file("a/a.o: z/z.c Makefile\n\techo rebuilt\n")),
+            ("a/a.o", file("object")),
+            ("z/z.c", file("source")),
+        ]);
+        let result = bench.result(&sh("make -s -q a/a.o").root(root)).await;
+        assert_eq!(result.exit_code, 0, "{}", bench.text(&result.stderr_digest));
+    });
+}
+
+/// EXE-37: to the nanosecond, also before 1970, also where the server makes directories in a directory afterwards.
+#[test]
+fn a_time_that_is_named_is_exact_on_files_directories_and_links() {
+    with_worker(async |bench| {
+        let named = |seconds, nanos| {
+            let mtime = Some(prost_types::Timestamp { seconds, nanos });
+            Some(reapi::NodeProperties { mtime, ..Default::default() })
+        };
+        let file = reapi::FileNode {
+            name: "f".into(),
+            digest: Some(bench.store.put("x").to_wire()),
+            node_properties: named(1_234_567_890, 987_654_321),
+            ..Default::default()
+        };
+        let symlink = reapi::SymlinkNode {
+            name: "l".into(),
+            target: "f".into(),
+            node_properties: named(-1, 500_000_000),
+        };
+        let child = reapi::Directory {
+            files: vec![file],
+            symlinks: vec![symlink],
+            node_properties: named(-86_400, 0),
+            ..Default::default()
+        };
+        let node = reapi::DirectoryNode {
+            name: "d".into(),
+            digest: Some(bench.store.put(child.encode_to_vec()).to_wire()),
+        };
+        let root = reapi::Directory { directories: vec![node.clone()], ..Default::default() };
+        let job = sh("stat -c '%.9Y %n' d d/f d/l d/made")
+            .root(bench.store.put(root.encode_to_vec()))
+            .outputs(&["d/made/by/us"]);
+        assert_eq!(
+            bench.text(&bench.result(&job).await.stdout_digest),
+            "-86400.000000000 d\n1234567890.987654321 d/f\n-0.500000000 d/l\n946684800.000000000 d/made\n"
+        );
+        let bad = reapi::Directory {
+            directories: vec![node],
+            node_properties: named(0, 1_000_000_000),
+            ..Default::default()
+        };
+        let failure = bench.failure(&sh("true").root(bench.store.put(bad.encode_to_vec()))).await;
+        assert!(matches!(&failure.error, Error::Invalid(m) if m.contains("mtime")), "{}", failure.error);
+    });
+}
+
+/// EXE-37: also for directories, whose time would change and whose mode would be in the way while they are filled.
+#[test]
+fn mode_and_time_of_inputs_are_applied() {
+    with_worker(async |bench| {
+        let at = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });
+        let properties = |mode, seconds| {
+            Some(reapi::NodeProperties { unix_mode: Some(mode), mtime: at(seconds), ..Default::default() })
+        };
+        let file = reapi::FileNode {
+            name: "f".into(),
+            digest: Some(bench.store.put("x").to_wire()),
+            node_properties: properties(0o440, 1_000),
+            ..Default::default()
+        };
+        let child = reapi::Directory {
+            files: vec![file],
+            node_properties: properties(0o550, 2_000),
+            ..Default::default()
+        };
+        let node = reapi::DirectoryNode {
+            name: "d".into(),
+            digest: Some(bench.store.put(child.encode_to_vec()).to_wire()),
+        };
+        let root = reapi::Directory { directories: vec![node], ..Default::default() };
+        let job = sh("stat -c '%a %Y %n' d d/f")
+            .root(bench.store.put(root.encode_to_vec()))
+            .outputs(&["d/made/by/us"]);
+        assert_eq!(bench.text(&bench.result(&job).await.stdout_digest), "550 2000 d\n440 1000 d/f\n");
+    });
+}
+
+/// EXE-38, EXE-39: what the input root puts in the way is named, and nothing is made elsewhere.
+#[test]
+fn working_directories_and_output_parents_never_leave_the_root() {
+    with_worker(async |bench| {
+        let outside = tempfile::tempdir().unwrap();
+        let root = bench.input(&[
+            ("out", link(outside.path().to_str().unwrap())),
+            ("up", link("../..")),
+            ("file", file("")),
+            ("gone", link("nothing")),
+            ("inside", link("real/dir")),
+            ("real/dir", Node::Dir),
+        ]);
+        for (workdir, output) in [
+            ("out/x", "o"),
+            ("out", "o"),
+            ("up", "o"),
+            ("file/x", "o"),
+            ("gone", "o"),
+            ("", "out/x/o"),
+            ("", "up/x/o"),
+            ("", "file/o"),
+        ] {
+            let job = sh("true").root(root).workdir(workdir).outputs(&[output]);
+            let failure = bench.failure(&job).await;
+            let component = format!("{workdir}{output}");
+            let component =
+                ["out", "up", "file", "gone"].into_iter().find(|c| component.starts_with(c)).unwrap();
+            assert!(
+                matches!(&failure.error, Error::Invalid(m) if m.contains(&format!("\"{component}"))),
+                "{workdir} {output}: {}",
+                failure.error
+            );
+        }
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+        let job = sh("pwd -P; echo > x/y").root(root).workdir("inside").outputs(&["x/y"]);
+        let result = bench.result(&job).await;
+        assert!(bench.text(&result.stdout_digest).ends_with("/root/real/dir\n"));
+        assert_eq!(result.output_files[0].path, "x/y");
+    });
+}
+
+/// EXE-43.
+#[test]
+fn an_action_that_changes_its_inputs_changes_nothing_for_the_next() {
+    with_worker(async |bench| {
+        let root = bench.input(&[("f", file("original")), ("d", Node::Dir)]);
+        let spoil = sh("cat f; echo spoilt >> f; chmod 0 f; touch d/left").root(root);
+        let look = sh("cat f; ls d").root(root);
+        for job in [spoil, look] {
+            assert_eq!(bench.text(&bench.result(&job).await.stdout_digest), "original");
+        }
+    });
+}

@@ -100,7 +100,16 @@ struct PeerRates {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Counted {
     Closed(Reason),
+    Ended(End),
+}
+
+/// How a call or request ended that may be counted instead of listed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum End {
+    /// An RPC, with this gRPC code.
     Rpc(&'static str),
+    /// A request to the HTTP cache, with this status; `None` when its client went away before there was an answer.
+    Http(Option<u16>),
 }
 
 impl Default for Connections {
@@ -175,11 +184,11 @@ impl Connections {
     }
 
     /// Whether a cancelled or refused call of a peer gets a line of its own; otherwise it was counted.
-    pub fn takes_line(&self, peer: Peer, code: &'static str) -> bool {
+    pub fn takes_line(&self, peer: Peer, end: End) -> bool {
         let now = self.0.clock.now_ms();
         let takes = self.books().rates(peer, now).lines.take(1, now);
         if !takes {
-            self.count(peer, Counted::Rpc(code), 1);
+            self.count(peer, Counted::Ended(end), 1);
         }
         takes
     }
@@ -300,9 +309,17 @@ fn tell_one(peer: &str, what: Counted, number: u64) {
             connections = number;
             "closed {number} connections of {peer}: {}", reason.name()
         ),
-        Counted::Rpc(code) => log::info!(
+        Counted::Ended(End::Rpc(code)) => log::info!(
             target: "gorego::rpc", event = "rpcs_not_listed", peer = peer, grpc_code = code, rpcs = number;
             "{number} more RPCs of {peer} ended with {code}"
+        ),
+        Counted::Ended(End::Http(Some(status))) => log::info!(
+            target: "gorego::http", event = "http_not_listed", peer = peer, http_status = status, requests = number;
+            "{number} more HTTP requests of {peer} were answered with {status}"
+        ),
+        Counted::Ended(End::Http(None)) => log::info!(
+            target: "gorego::http", event = "http_not_listed", peer = peer, requests = number;
+            "{number} more HTTP requests of {peer} were left before their answer"
         ),
     }
 }

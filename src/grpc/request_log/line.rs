@@ -2,7 +2,10 @@
 
 use super::{Call, ERROR_MAX_BYTES, METHOD_MAX_BYTES, Notes, RPC_FINISHED, TARGET};
 use crate::{
-    actors::scheduler::operation::ClientInfo, connections::OpenCall, grpc::status, under_way::Unfinished,
+    actors::scheduler::operation::ClientInfo,
+    connections::{End, OpenCall},
+    grpc::status,
+    under_way::Unfinished,
 };
 use http::{HeaderMap, Uri};
 use log::kv::{self, Key, Value, VisitSource};
@@ -56,7 +59,7 @@ impl Line {
         let sent_nothing = self.call.0.bytes_in.load(Ordering::Relaxed) == 0;
         let is_cheap = self.code.is_none() || code == Code::ResourceExhausted || sent_nothing;
         let connection = self.call.connection().filter(|_| is_cheap);
-        connection.is_none_or(|info| info.connections.takes_line(info.caller().peer, code_name(code)))
+        connection.is_none_or(|info| info.connections.takes_line(info.caller().peer, End::Rpc(code_name(code))))
     }
 }
 

@@ -9,6 +9,7 @@
 //!
 //! It also owns what is counted by peer over all connections: cancelled calls, and the lines about them in the log.
 
+pub mod ahead;
 pub mod answers;
 pub mod rate;
 mod state;
@@ -19,6 +20,7 @@ use crate::{
     budget::{Bound, Bounds, Budget},
     caller::{Caller, ConnectionId, Peer},
 };
+use ahead::Ahead;
 use rate::{Bucket, Rate};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -80,6 +82,7 @@ struct Inner {
     calls: Budget,
     heads: Budget,
     answers: Budget,
+    ahead: Budget,
     books: Mutex<Books>,
 }
 
@@ -131,6 +134,7 @@ impl Connections {
             calls: Budget::new(calls),
             heads: Budget::new(HEADS),
             answers: Budget::new(answers::ANSWERS),
+            ahead: Budget::new(ahead::AHEAD),
             books: Mutex::default(),
         }))
     }
@@ -161,7 +165,8 @@ impl Connections {
             self.close(&victim, Reason::Idle);
         };
         let (clock, answers) = (self.0.clock, self.0.answers.clone());
-        let state = Arc::new(ConnectionState::new(caller, address, clock, answers, Some(place)));
+        let ahead = Ahead::new(self.0.ahead.clone(), caller);
+        let state = Arc::new(ConnectionState::new(caller, address, clock, answers, ahead, Some(place)));
         self.books().open.insert(caller.connection, state.clone());
         Some(Admitted { connections: self.clone(), state })
     }

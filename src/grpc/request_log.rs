@@ -10,7 +10,7 @@ use crate::{
     actors::scheduler::operation::{ClientInfo, OperationId},
     budget::Share,
     caller::Caller,
-    connections::answers::FRAME_BYTES,
+    connections::{ahead, answers::FRAME_BYTES},
     digest::Digest,
     error::Error,
     instance::Instance,
@@ -28,7 +28,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Instant,
 };
 use tonic::{Code, Status, body::Body as TonicBody};
@@ -220,6 +220,14 @@ impl Call {
         self.note(|notes| notes.bad_news = Some(news.to_owned()));
     }
 
+    /// Tells the connection what was taken of the request.
+    fn took(&self, frame: &Option<Result<Frame<Bytes>, Status>>) {
+        let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
+        if let (Some(data), Some(connection)) = (data, self.connection()) {
+            connection.state.ahead.taken(ahead::cost(data.len() as u64));
+        }
+    }
+
     /// Tells a shutdown whose turn it is.
     fn turn(&self, tell: impl FnOnce(&Unfinished)) {
         self.0.unfinished.as_ref().map(tell);
@@ -280,7 +288,7 @@ where
             _open: open,
         };
         request.extensions_mut().insert(call.clone());
-        let request = request.map(|inner| TonicBody::new(CountedBody { inner, call }));
+        let request = request.map(|inner| TonicBody::new(CountedBody { inner, call, is_over: false }));
         LoggedFuture { inner: self.inner.call(request), line: Some(line) }
     }
 }
@@ -386,6 +394,29 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: TonicBody,
         call: Call,
+        is_over: bool,
+    }
+
+    impl PinnedDrop for CountedBody {
+        fn drop(this: Pin<&mut Self>) {
+            this.discard();
+        }
+    }
+}
+
+impl CountedBody {
+    /// Tells the connection that what was read of the request will not be taken any more.
+    fn discard(mut self: Pin<&mut Self>) {
+        if self.call.connection().is_none() || std::thread::panicking() {
+            return;
+        }
+        let mut context = Context::from_waker(Waker::noop());
+        while !self.is_over {
+            let this = self.as_mut().project();
+            let Poll::Ready(frame) = this.inner.poll_frame(&mut context) else { return };
+            *this.is_over = !matches!(frame, Some(Ok(_)));
+            this.call.took(&frame);
+        }
     }
 }
 
@@ -402,6 +433,8 @@ impl Body for CountedBody {
             this.call.turn(Unfinished::wait_for_client);
             return Poll::Pending;
         };
+        *this.is_over = !matches!(frame, Some(Ok(_)));
+        this.call.took(&frame);
         this.call.turn(Unfinished::client_moved);
         match &frame {
             Some(Ok(frame)) => {

@@ -59,7 +59,8 @@ impl Line {
         let sent_nothing = self.call.0.bytes_in.load(Ordering::Relaxed) == 0;
         let is_cheap = self.code.is_none() || code == Code::ResourceExhausted || sent_nothing;
         let connection = self.call.connection().filter(|_| is_cheap);
-        connection.is_none_or(|info| info.connections.takes_line(info.caller().peer, End::Rpc(code_name(code))))
+        connection
+            .is_none_or(|info| info.connections.takes_line(info.caller().peer, End::Rpc(code_name(code))))
     }
 }
 

@@ -6,16 +6,19 @@
 //!
 //! - A connection is read while it is ahead by at most [`ALWAYS_READ_BYTES`], or by at most the room that it holds of [`AHEAD`].
 //!   All connections together are therefore ahead by no more than that budget, and by [`ALWAYS_READ_BYTES`] and one read each.
-//! - A connection that is not read waits for two things at once, and goes on with the first: its own handlers take enough of what was
-//!   read, or the budget has room. It never waits for bytes that are still in its own socket unless one of its handlers does.
-//! - That wait ends. What was read belongs to calls, and each handler takes it or ends within a time limit of its own; a call
-//!   that ends gives back what it had not taken. At the latest the connection itself ends: while it is not read, no PING is
-//!   answered, so the keep-alive of HTTP/2 closes it.
+//! - A connection whose every request waits for its client is read: nothing of what was read is left then. So it waits only
+//!   while a handler has bytes before it that it does not take.
+//! - A connection that is not read waits for three things at once, and goes on with the first: its handlers take enough of what was
+//!   read, all of its requests wait for the client, or the budget has room.
+//! - That wait ends. Each handler takes what is before it or ends within a time limit of its own, and a call that ends gives back
+//!   what it had not taken. At the latest the connection itself ends: while it is not read, no PING is answered, so the keep-alive
+//!   of HTTP/2 closes it.
 //!
 //! The count errs on the high side. A stream that ends early may have sent bytes that the HTTP/2 library throws away without
-//! telling; they are forgotten when the connection's open streams cannot have sent as much as is counted
-//! ([`Ahead::at_most`]).
+//! telling. They are forgotten when all requests wait for the client, and when the connection's open streams cannot have sent as
+//! much as is counted ([`Ahead::at_most`]).
 
+use super::ConnectionState;
 use crate::{
     budget::{Bounds, Budget, Refusal, Share},
     caller::Caller,
@@ -26,10 +29,10 @@ use futures::{
 };
 use std::{
     sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::SeqCst},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, Wake, Waker},
 };
 
 /// Bytes that all connections may be ahead of their handlers. One connection may use its whole window.
@@ -62,6 +65,10 @@ pub struct Ahead {
     /// The amount of `share`.
     room: AtomicU64,
     share: Mutex<Option<Share>>,
+    /// Requests that are not over.
+    requests: AtomicUsize,
+    /// Those of them that wait for the client.
+    waiting: AtomicUsize,
     /// The task that reads the socket, while it waits.
     reader: AtomicWaker,
 }
@@ -74,6 +81,8 @@ impl Ahead {
             bytes: AtomicU64::new(0),
             room: AtomicU64::new(0),
             share: Mutex::default(),
+            requests: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
             reader: AtomicWaker::new(),
         }
     }
@@ -139,6 +148,9 @@ impl Ahead {
         if !self.may_read() {
             self.reader.register(context.waker());
         }
+        if self.bytes.load(SeqCst) > 0 && self.requests.load(SeqCst) == self.waiting.load(SeqCst) {
+            self.at_most(0);
+        }
         while !self.may_read() {
             let pending = wait.get_or_insert_with(|| {
                 let (budget, caller) = (self.budget.clone(), self.caller);
@@ -159,11 +171,92 @@ impl Ahead {
     }
 }
 
+/// The body of a request that is not over: whether it waits for its client, or has bytes before it.
+#[derive(Debug)]
+pub struct OpenBody {
+    connection: Arc<ConnectionState>,
+    /// The task that reads the body.
+    task: AtomicWaker,
+    is_waiting: AtomicBool,
+    /// Whether bytes came since it was polled.
+    is_woken: AtomicBool,
+    is_closed: AtomicBool,
+}
+
+impl OpenBody {
+    /// One of which nothing has come.
+    pub fn new(connection: Arc<ConnectionState>) -> Arc<Self> {
+        connection.ahead.requests.fetch_add(1, SeqCst);
+        Arc::new(Self {
+            connection,
+            task: AtomicWaker::new(),
+            is_waiting: AtomicBool::new(false),
+            is_woken: AtomicBool::new(false),
+            is_closed: AtomicBool::new(false),
+        })
+    }
+
+    /// Polls the body, and notes whether it waits.
+    pub fn poll<T>(
+        self: &Arc<Self>,
+        context: &Context<'_>,
+        poll: impl FnOnce(&mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        self.task.register(context.waker());
+        self.is_woken.store(false, SeqCst);
+        let waker = Waker::from(self.clone());
+        let polled = poll(&mut Context::from_waker(&waker));
+        self.set_waiting(polled.is_pending());
+        if self.is_woken.load(SeqCst) {
+            self.set_waiting(false);
+        }
+        polled
+    }
+
+    /// Counts what the handler has taken.
+    pub fn taken(&self, bytes: u64) {
+        self.connection.ahead.taken(cost(bytes));
+    }
+
+    /// The body is over, or nobody reads it any more.
+    pub fn close(&self) {
+        if !self.is_closed.swap(true, SeqCst) {
+            self.set_waiting(false);
+            self.connection.ahead.requests.fetch_sub(1, SeqCst);
+            self.connection.ahead.reader.wake();
+        }
+    }
+
+    fn set_waiting(&self, is_waiting: bool) {
+        let ahead = &self.connection.ahead;
+        match (self.is_waiting.swap(is_waiting, SeqCst), is_waiting) {
+            (false, true) => {
+                ahead.waiting.fetch_add(1, SeqCst);
+                ahead.reader.wake();
+            }
+            (true, false) => drop(ahead.waiting.fetch_sub(1, SeqCst)),
+            _ => {}
+        }
+    }
+}
+
+impl Wake for OpenBody {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.is_woken.store(true, SeqCst);
+        self.set_waiting(false);
+        self.task.wake();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connections::Connections;
     use futures::task::{ArcWake, waker};
-    use std::sync::{Arc, atomic::AtomicBool};
 
     /// A task that remembers that it was woken.
     #[derive(Default)]
@@ -183,9 +276,12 @@ mod tests {
     }
 
     impl Reader {
+        /// One with a request whose handler has bytes before it.
         fn of(budget: &Budget, host: u8) -> Self {
             let caller = Caller::connected(([127, 0, 0, host], 1).into());
-            Self { ahead: Ahead::new(budget.clone(), caller), wait: None, task: Arc::default() }
+            let ahead = Ahead::new(budget.clone(), caller);
+            ahead.requests.store(1, SeqCst);
+            Self { ahead, wait: None, task: Arc::default() }
         }
 
         fn may_read(&mut self) -> bool {
@@ -225,9 +321,39 @@ mod tests {
         last.read_on();
         drop(hostile);
         assert!(last.was_woken() && last.may_read(), "so does room that others give back");
-        last.ahead.at_most(0);
-        other.ahead.at_most(0);
+        for reader in [&mut last, &mut other] {
+            reader.ahead.at_most(0);
+            assert!(reader.may_read());
+        }
         assert_eq!(budget.held(), 0);
+    }
+
+    #[test]
+    fn a_connection_whose_requests_all_wait_for_the_client_is_read_whatever_is_counted() {
+        let admitted = Connections::default().admit(([127, 0, 0, 1], 1).into()).unwrap();
+        let ahead = &admitted.state().ahead;
+        let _others = ahead.budget.take(Caller::connected(([127, 0, 0, 2], 1).into()), AHEAD.connection);
+        let task: Arc<Task> = Arc::default();
+        let reader = waker(task.clone());
+        let mut wait = None;
+        let mut poll_room = || ahead.poll_room(&mut wait, &mut Context::from_waker(&reader)).is_ready();
+        let bodies = [(); 2].map(|()| OpenBody::new(admitted.state().clone()));
+        let context = Context::from_waker(Waker::noop());
+        let mut of_library = None;
+        let _ = bodies[0].poll(&context, |context| {
+            of_library = Some(context.waker().clone());
+            Poll::<()>::Pending
+        });
+        ahead.received(2 * AHEAD.connection);
+        assert!(!poll_room(), "the other one has bytes before it");
+        let _ = bodies[1].poll(&context, |_| Poll::<()>::Pending);
+        assert!(task.0.swap(false, SeqCst) && poll_room());
+        // Bytes that have come since are before their handler until it takes them.
+        ahead.received(2 * AHEAD.connection);
+        of_library.unwrap().wake();
+        assert!(!poll_room());
+        bodies[0].close();
+        assert!(task.0.swap(false, SeqCst) && poll_room());
     }
 
     #[test]

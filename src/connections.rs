@@ -9,6 +9,7 @@
 //!
 //! It also owns what is counted by peer over all connections: cancelled calls, and the lines about them in the log.
 
+pub mod ahead;
 pub mod answers;
 pub mod rate;
 mod state;
@@ -20,6 +21,7 @@ use crate::{
     caller::{Caller, ConnectionId, Peer},
     logging::Event,
 };
+use ahead::Ahead;
 use rate::{Bucket, Rate};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -81,6 +83,7 @@ struct Inner {
     calls: Budget,
     heads: Budget,
     answers: Budget,
+    ahead: Budget,
     books: Mutex<Books>,
 }
 
@@ -101,7 +104,16 @@ struct PeerRates {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Counted {
     Closed(Reason),
+    Ended(End),
+}
+
+/// How a call or request ended that may be counted instead of listed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum End {
+    /// An RPC, with this gRPC code.
     Rpc(&'static str),
+    /// A request to the HTTP cache, with this status; `None` when its client went away before there was an answer.
+    Http(Option<u16>),
 }
 
 impl Default for Connections {
@@ -123,6 +135,7 @@ impl Connections {
             calls: Budget::new(calls),
             heads: Budget::new(HEADS),
             answers: Budget::new(answers::ANSWERS),
+            ahead: Budget::new(ahead::AHEAD),
             books: Mutex::default(),
         }))
     }
@@ -153,7 +166,8 @@ impl Connections {
             self.close(&victim, Reason::Idle);
         };
         let (clock, answers) = (self.0.clock, self.0.answers.clone());
-        let state = Arc::new(ConnectionState::new(caller, address, clock, answers, Some(place)));
+        let ahead = Ahead::new(self.0.ahead.clone(), caller);
+        let state = Arc::new(ConnectionState::new(caller, address, clock, answers, ahead, Some(place)));
         self.books().open.insert(caller.connection, state.clone());
         Some(Admitted { connections: self.clone(), state })
     }
@@ -176,11 +190,11 @@ impl Connections {
     }
 
     /// Whether a cancelled or refused call of a peer gets a line of its own; otherwise it was counted.
-    pub fn takes_line(&self, peer: Peer, code: &'static str) -> bool {
+    pub fn takes_line(&self, peer: Peer, end: End) -> bool {
         let now = self.0.clock.now_ms();
         let takes = self.books().rates(peer, now).lines.take(1, now);
         if !takes {
-            self.count(peer, Counted::Rpc(code), 1);
+            self.count(peer, Counted::Ended(end), 1);
         }
         takes
     }
@@ -301,11 +315,20 @@ fn tell_one(peer: &str, what: Counted, number: u64) {
             .with("reason", reason.name())
             .with("connections", number)
             .log(format_args!("closed {number} connections of {peer}: {}", reason.name())),
-        Counted::Rpc(code) => Event::info("gorego::rpc", "rpcs_not_listed")
+        Counted::Ended(End::Rpc(code)) => Event::info("gorego::rpc", "rpcs_not_listed")
             .with("peer", peer)
             .with("grpc_code", code)
             .with("rpcs", number)
             .log(format_args!("{number} more RPCs of {peer} ended with {code}")),
+        Counted::Ended(End::Http(Some(status))) => Event::info("gorego::http", "http_not_listed")
+            .with("peer", peer)
+            .with("http_status", status)
+            .with("requests", number)
+            .log(format_args!("{number} more HTTP requests of {peer} were answered with {status}")),
+        Counted::Ended(End::Http(None)) => Event::info("gorego::http", "http_not_listed")
+            .with("peer", peer)
+            .with("requests", number)
+            .log(format_args!("{number} more HTTP requests of {peer} were left before their answer")),
     }
 }
 

@@ -81,8 +81,8 @@ pub const STREAMS_MAX: u32 = 20_000;
 pub const PENDING_RESETS_MAX: usize = STREAMS_MAX as usize;
 /// Bytes that one stream may send ahead of its handler; what a fast link with 10 ms of latency needs.
 pub const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
-/// Bytes that one connection may send ahead of all its handlers; what is collected of unfinished messages counts elsewhere
-/// ([`intake`]). It also sets how many small frames the HTTP/2 library lets wait: half of it in bytes, 256 for each. A window
+/// Bytes that one connection may send ahead of all its handlers, as far as all connections together are within their bound
+/// ([`crate::connections::ahead`]); what is collected of unfinished messages counts elsewhere ([`intake`]). It also sets how many small frames the HTTP/2 library lets wait: half of it in bytes, 256 for each. A window
 /// that starts small and adapts would close connections on which 170 small requests arrive at once.
 pub const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
 /// Largest header list of a request.

@@ -87,8 +87,10 @@ pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Futur
 }
 
 async fn answer(service: Arc<Service>, ends: Ends, request: Request) -> Response {
-    let mut line = Line::new(&ends.client, request.method(), request.uri(), service.cache.under_way.begin());
-    let host = service.cache.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
+    let cache = &service.cache;
+    let mut line =
+        Line::new(&cache.connections, &ends.client, request.method(), request.uri(), cache.under_way.begin());
+    let host = cache.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
     if let Err(refusal) = host {
         let (code, why) = match refusal {
             Refusal::Malformed(why) => (StatusCode::BAD_REQUEST, why.to_owned()),
@@ -100,11 +102,11 @@ async fn answer(service: Arc<Service>, ends: Ends, request: Request) -> Response
     }
     let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
     let caller = ends.client.caller;
-    let place = service.cache.connections.calls().take(caller, 1);
+    let place = cache.connections.calls().take(caller, 1);
     let decoder = is_encoded.then(|| service.decoders.take(caller, 1)).transpose();
     let response = match (place, decoder) {
         (Ok(place), Ok(_decoder)) => {
-            let response = dispatch(&service.cache, request, &mut line).await;
+            let response = dispatch(cache, request, &mut line).await;
             line.hold(place);
             response
         }

@@ -1,23 +1,31 @@
 //! The attacks. Each goes on until its process is killed, on one thread.
 
-use crate::raw::{self, RST_STREAM};
+use crate::{
+    raw::{self, RST_STREAM},
+    target::Client,
+};
+use futures::stream::{self, StreamExt as _};
 use gorego::{
     digest::{Digest, DigestFunction},
     proto::{
         bytestream::{WriteRequest, byte_stream_client::ByteStreamClient},
+        logstream::{CreateLogStreamRequest, log_stream_service_client::LogStreamServiceClient},
         reapi::{
-            BatchReadBlobsRequest, BatchUpdateBlobsRequest, FindMissingBlobsRequest, GetTreeRequest,
-            batch_update_blobs_request, content_addressable_storage_client::ContentAddressableStorageClient,
+            BatchReadBlobsRequest, BatchUpdateBlobsRequest, ExecuteRequest, ExecutionPolicy,
+            FindMissingBlobsRequest, GetTreeRequest, RequestMetadata, batch_update_blobs_request,
+            content_addressable_storage_client::ContentAddressableStorageClient,
+            execution_client::ExecutionClient,
         },
     },
 };
+use prost::Message as _;
 use std::{
     collections::VecDeque,
     io::Write as _,
     net::{SocketAddr, TcpStream},
     time::{Duration, Instant},
 };
-use tonic::transport::Channel;
+use tonic::{Request, metadata::MetadataValue, transport::Channel};
 
 /// The first argument of a hostile process.
 pub const SUBCOMMAND: &str = "hostile";
@@ -38,6 +46,13 @@ pub const ATTACKS: &[(&str, &str, Attack)] = &[
         block_on(decode(server))
     }),
     ("connections", "silent connections, 3,000 at a time", connections),
+    ("reservations", "uploads that declare 10 GB each and send a byte, 500 at a time", |server| {
+        block_on(reservations(server))
+    }),
+    ("urgent", "actions of builds of their own with the most urgent priority, 1,000 at a time", |server| {
+        block_on(urgent(server))
+    }),
+    ("streams", "log streams that are created and never finished", |server| block_on(log_streams(server))),
 ];
 
 /// Runs one of them.
@@ -174,10 +189,71 @@ async fn upload(server: SocketAddr, digest: Digest, data: Vec<u8>) {
         })
         .collect();
     let client = ByteStreamClient::connect(format!("http://{server}")).await;
-    let stored = client.expect("a connection").write(futures::stream::iter(messages)).await;
+    let stored = client.expect("a connection").write(stream::iter(messages)).await;
     if let Err(status) = stored {
         eprintln!("the directory was not stored: {status}");
     }
+}
+
+/// Again and again, so that the server has to begin and end them all the time.
+async fn reservations(server: SocketAddr) {
+    const UPLOADS: u32 = 500;
+    const PAUSE: Duration = Duration::from_millis(500);
+    let client = ByteStreamClient::connect(format!("http://{server}")).await.expect("a connection");
+    let end = Instant::now() + LIFETIME;
+    for round in (0u32..).take_while(|_| Instant::now() < end) {
+        let uploads = (0..UPLOADS).map(|number| {
+            let digest = DigestFunction::Sha256.digest(&[round, number].map(u32::to_be_bytes).concat());
+            let message = WriteRequest {
+                resource_name: format!(
+                    "uploads/6ba7b810-9dad-11d1-80b4-{number:012x}/blobs/{}/10000000000",
+                    digest.hash_hex()
+                ),
+                data: bytes::Bytes::from_static(b"x"),
+                ..Default::default()
+            };
+            let mut client = client.clone();
+            async move { client.write(stream::iter([message]).chain(stream::pending())).await }
+        });
+        let _ = tokio::time::timeout(PAUSE, futures::future::join_all(uploads)).await;
+    }
+}
+
+async fn urgent(server: SocketAddr) {
+    const AT_A_TIME: usize = 1_000;
+    let client = Client::connect(&format!("http://{server}")).await;
+    let execution = ExecutionClient::connect(format!("http://{server}")).await.expect("a connection");
+    let end = Instant::now() + LIFETIME;
+    let builds = (0u32..).take_while(|_| Instant::now() < end).map(|number| {
+        let (client, mut execution) = (client.clone(), execution.clone());
+        async move {
+            let action = client.upload_action(&["true"], &number.to_string()).await;
+            let mut request = Request::new(ExecuteRequest {
+                action_digest: Some(action.to_wire()),
+                execution_policy: Some(ExecutionPolicy { priority: i32::MIN }),
+                ..Default::default()
+            });
+            let build = RequestMetadata { tool_invocation_id: number.to_string(), ..Default::default() };
+            let build = MetadataValue::from_bytes(&build.encode_to_vec());
+            request.metadata_mut().insert_bin("build.bazel.remote.execution.v2.requestmetadata-bin", build);
+            if let Ok(operation) = execution.execute(request).await {
+                let mut operation = operation.into_inner();
+                while let Ok(Some(_)) = operation.message().await {}
+            }
+        }
+    });
+    stream::iter(builds).buffer_unordered(AT_A_TIME).for_each(|()| async {}).await;
+}
+
+async fn log_streams(server: SocketAddr) {
+    let client = LogStreamServiceClient::connect(format!("http://{server}")).await;
+    let client = client.expect("a connection");
+    let end = Instant::now() + LIFETIME;
+    let creations = (0..).take_while(|_| Instant::now() < end).map(|_: u64| {
+        let mut client = client.clone();
+        async move { client.create_log_stream(CreateLogStreamRequest::default()).await }
+    });
+    stream::iter(creations).buffer_unordered(100).for_each(|_| async {}).await;
 }
 
 fn connections(server: SocketAddr) {

@@ -3,7 +3,7 @@
 //! All of it is atomic, because every read, write and call of the connection touches it, and the sweep looks at thousands of
 //! them. Times are milliseconds of the [`Clock`] of the [`super::Connections`]; 0 stands for "not now".
 
-use super::{Clock, FIRST_REQUEST_LIMIT, HEAD_LIMIT, UNREAD_LIMIT, UNTAKEN_LIMIT};
+use super::{Ahead, Clock, FIRST_REQUEST_LIMIT, HEAD_LIMIT, UNREAD_LIMIT, UNTAKEN_LIMIT};
 use crate::{
     budget::{Budget, Share},
     caller::Caller,
@@ -81,6 +81,8 @@ pub struct ConnectionState {
     pub address: SocketAddr,
     pub(super) clock: Clock,
     pub(super) answers: Budget,
+    /// What its client has sent and no handler has taken.
+    pub ahead: Ahead,
     /// Its place in the connection budget; `None` once it was told to close.
     place: Mutex<Option<Share>>,
     accepted_ms: u64,
@@ -103,6 +105,7 @@ impl ConnectionState {
         address: SocketAddr,
         clock: Clock,
         answers: Budget,
+        ahead: Ahead,
         place: Option<Share>,
     ) -> Self {
         let now = clock.now_ms();
@@ -111,6 +114,7 @@ impl ConnectionState {
             address,
             clock,
             answers,
+            ahead,
             place: Mutex::new(place),
             accepted_ms: now,
             has_asked: AtomicBool::new(false),

@@ -102,13 +102,14 @@ async fn answers_that_are_never_taken_close_their_connection_and_give_everything
 
 #[tokio::test(start_paused = true)]
 async fn a_peer_gets_lines_and_resets_up_to_its_rates_over_all_its_connections() {
+    const CANCELLED: End = End::Rpc("CANCELLED");
     let connections = Connections::default();
     let [one, other] = [1, 2].map(|host| Peer::from(address(host, 1)));
     assert!(connections.take_resets(one, PEER_RESETS.burst, 0) && !connections.take_resets(one, 1, 0));
     assert!(connections.take_resets(one, 1, 1) && connections.take_resets(other, 1, 0));
-    let lines = (0..PEER_LINES.burst + 50).filter(|_| connections.takes_line(one, "CANCELLED")).count();
+    let lines = (0..PEER_LINES.burst + 50).filter(|_| connections.takes_line(one, CANCELLED)).count();
     assert_eq!(lines as u64, PEER_LINES.burst);
-    assert_eq!(connections.books().tally.get(&(one, Counted::Rpc("CANCELLED"))), Some(&50));
+    assert_eq!(connections.books().tally.get(&(one, Counted::Ended(CANCELLED))), Some(&50));
     tokio::time::advance(Duration::from_secs(60)).await;
     connections.look();
     let books = connections.books();

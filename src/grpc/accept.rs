@@ -6,12 +6,13 @@
 //!
 //! The bytes of a [`Connection`] pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that has to
 //! close fails its next read or write, which ends all its calls; the client is told to be calm before where that is possible.
+//! One whose handlers are too far behind is not read ([`crate::connections::ahead`]).
 
-use super::conduct::Conduct;
+use super::conduct::{Conduct, Sent};
 use crate::{
     acknowledge::Prompt,
     caller::Caller,
-    connections::{Admitted, ConnectionState, Connections, Reason},
+    connections::{Admitted, ConnectionState, Connections, Reason, ahead::Wait},
     logging::Event,
 };
 use futures::stream::{Stream, StreamExt as _};
@@ -63,13 +64,14 @@ pub fn connections(
 }
 
 /// An accepted connection, which knows who is at its other end and what it may do.
-#[derive(Debug)]
 pub struct Connection {
     stream: Prompt,
     admitted: Admitted,
     conduct: Conduct,
     /// Frames that were read since others had a turn.
     frames: u64,
+    /// Set while the client is too far ahead of its handlers.
+    wait: Option<Wait>,
 }
 
 /// What each request of a connection has among its extensions.
@@ -97,7 +99,7 @@ impl Connection {
     fn new(stream: TcpStream, connections: &Connections) -> io::Result<Option<Self>> {
         let Some(admitted) = connections.admit(stream.peer_addr()?) else { return Ok(None) };
         let conduct = Conduct::new(admitted.state().now_ms());
-        Ok(Some(Self { stream: Prompt::new(stream), admitted, conduct, frames: 0 }))
+        Ok(Some(Self { stream: Prompt::new(stream), admitted, conduct, frames: 0, wait: None }))
     }
 
     /// Fails when the connection has to close.
@@ -106,6 +108,11 @@ impl Connection {
             Poll::Ready(reason) => Err(self.end(reason)),
             Poll::Pending => Ok(()),
         }
+    }
+
+    /// Ready when the client may be read, for as far as it is ahead of its handlers.
+    fn poll_room(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        self.admitted.state().ahead.poll_room(&mut self.wait, context)
     }
 
     /// Tells the client, if it can be told without waiting, and gives the error that ends the connection.
@@ -121,6 +128,10 @@ impl Connection {
         let state = self.admitted.state();
         let received = self.conduct.receive(bytes, state.now_ms());
         self.frames += received.frames;
+        state.ahead.received(received.ahead);
+        if received.has_closed {
+            state.ahead.at_most(self.conduct.ahead_at_most());
+        }
         if let Some(is_open) = received.head_is_open {
             state.note_head(is_open);
         }
@@ -162,6 +173,10 @@ impl AsyncRead for Connection {
             context.waker().wake_by_ref();
             return Poll::Pending;
         }
+        if self.poll_room(context).is_pending() {
+            self.frames = 0;
+            return Poll::Pending;
+        }
         let before = buffer.filled().len();
         match Pin::new(&mut self.stream).poll_read(context, buffer) {
             Poll::Ready(Ok(())) => {
@@ -187,16 +202,19 @@ impl Connection {
         self.admitted.state().note_blocked(written.is_pending());
         let written = ready!(written)?;
         let mut left = written;
-        let mut is_progress = false;
+        let mut sent = Sent::default();
         for buffer in buffers {
             let part = buffer.get(..left).unwrap_or(buffer);
-            is_progress |= self.conduct.send(part);
+            self.conduct.send(part, &mut sent);
             left -= part.len();
             if left == 0 {
                 break;
             }
         }
-        if is_progress {
+        if sent.has_closed {
+            self.admitted.state().ahead.at_most(self.conduct.ahead_at_most());
+        }
+        if sent.has_data {
             // Streams share the link, so on a slow one it may take minutes until all of an answer is sent.
             self.admitted.state().note_progress();
         }

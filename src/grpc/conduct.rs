@@ -4,9 +4,18 @@
 //! library bounds what of that waits at a time, not how much of it there is in a second. So cancelled streams take from a
 //! bucket that finished ones fill. Frames without payload or effect (PING, SETTINGS, empty DATA) take from another one, which
 //! answers fill.
+//!
+//! It also counts what the client has sent of each stream that is open, for [`crate::connections::ahead`].
 
-use super::frames::{Frame, FrameReader, kind};
-use crate::connections::rate::{Bucket, Rate};
+use super::{
+    STREAM_WINDOW_BYTES, STREAMS_MAX,
+    frames::{Frame, FrameReader, kind},
+};
+use crate::connections::{
+    ahead,
+    rate::{Bucket, Rate},
+};
+use std::collections::HashMap;
 
 /// Streams that one connection may cancel without having finished others. A build that fails cancels each action that it has
 /// under way.
@@ -29,6 +38,55 @@ pub(super) struct Conduct {
     /// Streams that were answered since the last resets.
     finished: u64,
     last_stream: u32,
+    open: OpenStreams,
+}
+
+/// What the client has sent of the streams that are open. The HTTP/2 library throws away what comes of others.
+#[derive(Debug, Default)]
+struct OpenStreams {
+    streams: HashMap<u32, SentAhead>,
+    /// The most that all of them can be ahead together.
+    most: u64,
+}
+
+#[derive(Debug, Default)]
+struct SentAhead {
+    bytes: u64,
+    /// What small frames count beside their bytes.
+    surplus: u64,
+}
+
+impl SentAhead {
+    /// The most of it that no handler has taken.
+    fn most(&self) -> u64 {
+        self.bytes.min(STREAM_WINDOW_BYTES.into()) + self.surplus
+    }
+}
+
+impl OpenStreams {
+    /// The library refuses more streams, so there is nothing to count of them.
+    fn open(&mut self, stream: u32) {
+        if self.streams.len() < STREAMS_MAX as usize {
+            self.streams.entry(stream).or_default();
+        }
+    }
+
+    /// Counts a frame; returns what it counts.
+    fn receive(&mut self, frame: Frame) -> u64 {
+        let Some(sent) = self.streams.get_mut(&frame.stream) else { return 0 };
+        let (before, bytes) = (sent.most(), u64::from(frame.length));
+        let cost = ahead::cost(bytes);
+        sent.bytes += bytes;
+        sent.surplus += cost - bytes;
+        self.most += sent.most() - before;
+        cost
+    }
+
+    fn close(&mut self, stream: u32) -> bool {
+        let closed = self.streams.remove(&stream);
+        self.most -= closed.as_ref().map_or(0, SentAhead::most);
+        closed.is_some()
+    }
 }
 
 /// What came in.
@@ -44,6 +102,19 @@ pub(super) struct Received {
     pub resets_too_much: bool,
     /// More frames without payload or effect were sent than this connection may send.
     pub is_noise: bool,
+    /// What the parts of requests count until handlers take them.
+    pub ahead: u64,
+    /// Whether a stream was closed.
+    pub has_closed: bool,
+}
+
+/// What went out.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Sent {
+    /// Whether a DATA frame began in it.
+    pub has_data: bool,
+    /// Whether a stream was closed.
+    pub has_closed: bool,
 }
 
 impl Conduct {
@@ -55,6 +126,7 @@ impl Conduct {
             noise: Bucket::new(NOISE, now_ms),
             finished: 0,
             last_stream: 0,
+            open: OpenStreams::default(),
         }
     }
 
@@ -68,9 +140,14 @@ impl Conduct {
             noise += cost(frame);
             match frame.kind {
                 kind::HEADERS => {
-                    last = last.max(frame.stream);
+                    if frame.stream > last {
+                        last = frame.stream;
+                        self.open.open(last);
+                    }
                     received.head_is_open = Some(!frame.ends_headers());
                 }
+                kind::DATA => received.ahead += self.open.receive(frame),
+                kind::RST_STREAM => received.has_closed |= self.open.close(frame.stream),
                 kind::CONTINUATION if frame.ends_headers() => received.head_is_open = Some(false),
                 _ => {}
             }
@@ -85,19 +162,27 @@ impl Conduct {
         received
     }
 
-    /// Looks at bytes that this server sent. Returns whether a DATA frame began in them.
-    pub fn send(&mut self, bytes: &[u8]) -> bool {
+    /// Looks at bytes that this server sent, and adds what it sees.
+    pub fn send(&mut self, bytes: &[u8], sent: &mut Sent) {
         let (mut finished, mut heads, mut data) = (0, 0, 0);
         self.outward.take(bytes, |frame| {
             finished += u64::from(frame.ends_stream());
             heads += u64::from(frame.kind == kind::HEADERS);
             data += u64::from(frame.kind == kind::DATA);
+            if frame.ends_stream() || frame.kind == kind::RST_STREAM {
+                sent.has_closed |= self.open.close(frame.stream);
+            }
         });
         self.finished += finished;
         if heads + data > 0 {
             self.noise.earn((heads + data) * UPDATES_PER_DATA);
         }
-        data > 0
+        sent.has_data |= data > 0;
+    }
+
+    /// The most that this connection can be ahead of its handlers, by the streams that are open.
+    pub fn ahead_at_most(&self) -> u64 {
+        self.open.most
     }
 
     /// The frame that tells the client to be calm, where one can be sent.
@@ -144,7 +229,7 @@ mod tests {
             assert!(!conduct.receive(&reset, 0).resets_too_much);
         }
         assert!(conduct.receive(&reset, 0).resets_too_much);
-        conduct.send(&frame(kind::HEADERS, 0x5, 10));
+        conduct.send(&frame(kind::HEADERS, 0x5, 10), &mut Sent::default());
         let received = conduct.receive(&reset, 0);
         assert_eq!((received.finished, received.resets_too_much), (1, false));
         assert!(conduct.receive(&reset, 0).resets_too_much);
@@ -156,7 +241,7 @@ mod tests {
         let (reset, window) = (frame(kind::RST_STREAM, 0, 4), frame(kind::WINDOW_UPDATE, 0, 4));
         let mut conduct = connected();
         for _ in 0..3 {
-            conduct.send(&frame(kind::HEADERS, 0x5, 10));
+            conduct.send(&frame(kind::HEADERS, 0x5, 10), &mut Sent::default());
             assert_eq!(conduct.receive(&window, 0).finished, 0);
         }
         assert_eq!(conduct.receive(&reset, 0).finished, 3);
@@ -171,12 +256,30 @@ mod tests {
             let flood = quiet.repeat(usize::try_from(NOISE.burst / NOISE_COST).unwrap());
             assert!(!conduct.receive(&flood, 0).is_noise);
             assert!(conduct.receive(&quiet, 0).is_noise);
-            conduct.send(&frame(kind::DATA, 0, 100));
+            conduct.send(&frame(kind::DATA, 0, 100), &mut Sent::default());
             assert!(!conduct.receive(&quiet, 0).is_noise);
         }
         let mut conduct = connected();
         let upload = frame(kind::DATA, 0, 1).repeat(100_000);
         assert!(!conduct.receive(&upload, 0).is_noise);
+    }
+
+    #[test]
+    fn what_a_client_is_ahead_is_what_it_sent_of_streams_that_are_open() {
+        let mut conduct = connected();
+        let data = frame(kind::DATA, 0, 200);
+        assert_eq!(conduct.receive(&data, 0).ahead, 0, "the stream is not open");
+        conduct.receive(&frame(kind::HEADERS, 0x4, 3), 0);
+        let cost = ahead::cost(200);
+        assert_eq!((conduct.receive(&data, 0).ahead, conduct.ahead_at_most()), (cost, cost));
+        let mut sent = Sent::default();
+        conduct.send(&frame(kind::HEADERS, 0x4, 3), &mut sent);
+        assert_eq!((sent.has_closed, conduct.ahead_at_most()), (false, cost));
+        conduct.send(&frame(kind::HEADERS, 0x5, 3), &mut sent);
+        assert_eq!((sent.has_closed, conduct.ahead_at_most()), (true, 0), "it was answered");
+        assert_eq!(conduct.receive(&data, 0).ahead, 0);
+        conduct.receive(&frame(kind::HEADERS, 0x5, 3), 0);
+        assert_eq!(conduct.receive(&data, 0).ahead, 0, "trailers open nothing");
     }
 
     #[test]
@@ -186,7 +289,7 @@ mod tests {
         assert_eq!(conduct.receive(&frame(kind::CONTINUATION, 0, 3), 0).head_is_open, None);
         assert_eq!(conduct.receive(&frame(kind::CONTINUATION, 0x4, 3), 0).head_is_open, Some(false));
         assert_eq!(conduct.goaway().unwrap()[9..13], [0, 0, 0, 5]);
-        conduct.send(&[0, 0]);
+        conduct.send(&[0, 0], &mut Sent::default());
         assert!(conduct.goaway().is_none(), "not in the middle of a frame");
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     actors::scheduler::operation::{ClientInfo, OperationId},
     budget::Share,
     caller::Caller,
-    connections::answers::FRAME_BYTES,
+    connections::{ahead::OpenBody, answers::FRAME_BYTES},
     digest::Digest,
     error::Error,
     instance::Instance,
@@ -28,7 +28,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Instant,
 };
 use tonic::{Code, Status, body::Body as TonicBody};
@@ -270,6 +270,7 @@ where
         let open = connection.as_ref().map(|connection| connection.state.begin_call());
         let is_open_ended = OPEN_ENDED.iter().any(|prefix| request.uri().path().starts_with(prefix));
         let unfinished = (!is_open_ended).then(|| self.under_way.begin());
+        let body = connection.as_ref().map(|connection| OpenBody::new(connection.state.clone()));
         let call = Call(Arc::new(State { client, connection, unfinished, ..State::default() }));
         let line = Line {
             call: call.clone(),
@@ -280,7 +281,7 @@ where
             _open: open,
         };
         request.extensions_mut().insert(call.clone());
-        let request = request.map(|inner| TonicBody::new(CountedBody { inner, call }));
+        let request = request.map(|inner| TonicBody::new(CountedBody { inner, call, open: body }));
         LoggedFuture { inner: self.inner.call(request), line: Some(line) }
     }
 }
@@ -386,6 +387,48 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: TonicBody,
         call: Call,
+        // Until the end of the request; `None` for a request that does not come from a socket.
+        open: Option<Arc<OpenBody>>,
+    }
+
+    impl PinnedDrop for CountedBody {
+        fn drop(this: Pin<&mut Self>) {
+            this.discard();
+        }
+    }
+}
+
+impl CountedBody {
+    /// Polls the body, and tells the connection what was taken.
+    fn poll_inner(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = self.project();
+        let Some(open) = this.open else { return this.inner.poll_frame(context) };
+        let polled = open.poll(context, |context| this.inner.poll_frame(context));
+        match &polled {
+            Poll::Ready(Some(Ok(frame))) => open.taken(frame.data_ref().map_or(0, |data| data.len() as u64)),
+            Poll::Ready(_) => {
+                open.close();
+                *this.open = None;
+            }
+            Poll::Pending => {}
+        }
+        polled
+    }
+
+    /// Takes what has come and nobody will read.
+    fn discard(mut self: Pin<&mut Self>) {
+        let mut context = Context::from_waker(Waker::noop());
+        while self.open.is_some() && !std::thread::panicking() {
+            if self.as_mut().poll_inner(&mut context).is_pending() {
+                break;
+            }
+        }
+        if let Some(open) = &self.open {
+            open.close();
+        }
     }
 }
 
@@ -394,11 +437,12 @@ impl Body for CountedBody {
     type Error = Status;
 
     fn poll_frame(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let polled = self.as_mut().poll_inner(context);
         let this = self.project();
-        let Poll::Ready(frame) = this.inner.poll_frame(context) else {
+        let Poll::Ready(frame) = polled else {
             this.call.turn(Unfinished::wait_for_client);
             return Poll::Pending;
         };

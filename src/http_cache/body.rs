@@ -220,10 +220,10 @@ mod tests {
         let mut request = Request::new(Body::from_stream(stream::iter(pieces)));
         request.headers_mut().insert(header::CONTENT_ENCODING, "zstd".parse().unwrap());
         let runtime = Builder::new_current_thread().enable_time().build().unwrap();
-        let admitted = Connections::default().admit(([127, 0, 0, 1], 1).into()).unwrap();
-        let connection = admitted.state().clone();
-        let mut line =
-            Line::new(&connection, &Method::PUT, &Uri::from_static("/"), UnderWay::default().begin());
+        let connections = Connections::default();
+        let connection = connections.admit(([127, 0, 0, 1], 1).into()).unwrap().state().clone();
+        let (uri, unfinished) = (Uri::from_static("/"), UnderWay::default().begin());
+        let mut line = Line::new(&connections, &connection, &Method::PUT, &uri, unfinished);
         let decoders = Budget::new(decoders::DECODERS);
         runtime.block_on(async { Upload::new(request, max, &decoders)?.collect(&mut line, |_| Ok(())).await })
     }

@@ -1,9 +1,12 @@
 //! One log line for each request, written when its response is over or its client is gone.
+//!
+//! Requests that cost their client nothing (refused before a handler, or left before their answer) are limited by peer, and
+//! counted beyond that ([`Connections::takes_line`]).
 
 use super::LOG;
 use crate::{
     budget::Share,
-    connections::{ConnectionState, OpenCall},
+    connections::{ConnectionState, Connections, End, OpenCall},
     digest::Digest,
     error::Error,
     instance::Instance,
@@ -37,6 +40,7 @@ const ERROR_MAX_BYTES: usize = 512;
 pub struct Line {
     method: String,
     path: String,
+    connections: Connections,
     connection: Arc<ConnectionState>,
     _open: OpenCall,
     started: Instant,
@@ -53,6 +57,7 @@ pub struct Line {
 impl Line {
     /// The line of a request that has just begun.
     pub fn new(
+        connections: &Connections,
         connection: &Arc<ConnectionState>,
         method: &Method,
         uri: &Uri,
@@ -61,6 +66,7 @@ impl Line {
         Self {
             method: shorten(method.as_str().to_owned(), METHOD_MAX_BYTES),
             path: shorten(uri.path().to_owned(), PATH_MAX_BYTES),
+            connections: connections.clone(),
             connection: connection.clone(),
             _open: connection.begin_call(),
             started: Instant::now(),
@@ -122,6 +128,17 @@ impl Line {
         self.place = Some(place);
     }
 
+    /// Whether the request gets its own log line.
+    fn is_listed(&self) -> bool {
+        const WITHOUT_A_HANDLER: [StatusCode; 2] =
+            [StatusCode::METHOD_NOT_ALLOWED, StatusCode::SERVICE_UNAVAILABLE];
+        let is_cheap = self.status.is_none_or(|status| {
+            WITHOUT_A_HANDLER.contains(&status) || self.instance.is_none() && !status.is_success()
+        });
+        let end = End::Http(self.status.map(|status| status.as_u16()));
+        !is_cheap || self.connections.takes_line(self.connection.caller.peer, end)
+    }
+
     /// Goes with a response to its end.
     pub fn follow(mut self, response: Response) -> Response {
         self.status = Some(response.status());
@@ -131,7 +148,7 @@ impl Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        if !log::log_enabled!(target: LOG, Level::Info) {
+        if !log::log_enabled!(target: LOG, Level::Info) || !self.is_listed() {
             return;
         }
         let told = self.status.map_or("gone", |status| status.canonical_reason().unwrap_or_default());

@@ -33,18 +33,24 @@ fn call_without_end(
     })
 }
 
+/// Makes two calls whose requests take as much of the memory to decode requests as one peer can have, and are never over.
+pub async fn hold_the_room_to_decode(server: &Server) -> [JoinHandle<Result<(), Status>>; 2] {
+    let before = resident_memory(server);
+    let hostile = connect_from("127.0.0.1", server).await;
+    let digests = [0x12, 0].repeat(820_000);
+    let message = [field(1, &[b'a'; 13_000_000]), digests].concat();
+    let calls = [(); 2].map(|()| call_without_end(hostile.clone(), FIND_MISSING, message.clone()));
+    eventually("both are decoded", || resident_memory(server) > before + 85_000_000).await;
+    calls
+}
+
 /// Two requests that take almost as much memory as requests may, and are held for as long as their clients like, leave room
 /// for the largest one of another peer.
 #[tokio::test(flavor = "multi_thread")]
 async fn large_requests_without_an_end_leave_room_for_those_of_another_peer() {
     let server = Server::start().await;
     let bystander = Bystander::beside(&server).await;
-    let before = resident_memory(&server);
-    let hostile = connect_from("127.0.0.1", &server).await;
-    let digests = [0x12, 0].repeat(820_000);
-    let message = [field(1, &[b'a'; 13_000_000]), digests].concat();
-    let calls = [(); 2].map(|()| call_without_end(hostile.clone(), FIND_MISSING, message.clone()));
-    eventually("both are decoded", || resident_memory(&server) > before + 85_000_000).await;
+    let calls = hold_the_room_to_decode(&server).await;
     let data = vec![7; 3_900_000];
     let digest = Some(sha256(&data).to_wire());
     let request = batch_update_blobs_request::Request { digest, data: data.into(), ..Default::default() };

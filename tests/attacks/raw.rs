@@ -14,6 +14,7 @@ pub const PING: u8 = 6;
 pub const GOAWAY: u8 = 7;
 pub const WINDOW_UPDATE: u8 = 8;
 pub const CONTINUATION: u8 = 9;
+pub const ACK: u8 = 0x1;
 pub const END_STREAM: u8 = 0x1;
 pub const END_HEADERS: u8 = 0x4;
 pub const ENHANCE_YOUR_CALM: u32 = 0xb;
@@ -129,17 +130,22 @@ pub fn write_until_closed(socket: &mut TcpStream, pieces: impl Iterator<Item = V
 /// accepted by then.
 pub fn call_and_wait(socket: &mut TcpStream, stream: u32, path: &str, message: &impl prost::Message) {
     socket.write_all(&call(stream, path, message)).unwrap();
+    read_until(socket, |kind, flags, of| of == stream && kind == HEADERS && flags & END_STREAM != 0);
+}
+
+/// Reads frames until one has this type, flags and stream.
+pub fn read_until(socket: &mut TcpStream, is_it: impl Fn(u8, u8, u32) -> bool) {
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut unread: Vec<u8> = Vec::new();
     let mut buffer = vec![0; 64 * 1024];
     loop {
         while let Some(head) = unread.first_chunk::<9>() {
             let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
-            let of = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+            let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
             if unread.len() < 9 + length {
                 break;
             }
-            if of == stream && head[3] == HEADERS && head[4] & END_STREAM != 0 {
+            if is_it(head[3], head[4], stream) {
                 return;
             }
             unread.drain(..9 + length);
@@ -152,15 +158,6 @@ pub fn call_and_wait(socket: &mut TcpStream, stream: u32, path: &str, message: &
 
 /// Sends a PING and reads until it is answered: the HTTP/2 library has read all before it, and need not have accepted it.
 pub fn ping(socket: &mut TcpStream) {
-    const OPAQUE: [u8; 8] = *b"are you?";
-    let answer = frame(PING, 1, 0, &OPAQUE);
-    socket.write_all(&frame(PING, 0, 0, &OPAQUE)).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let mut seen: Vec<u8> = Vec::new();
-    let mut buffer = vec![0; 64 * 1024];
-    while !seen.windows(answer.len()).any(|window| window == answer.as_slice()) {
-        let read = socket.read(&mut buffer).unwrap();
-        assert!(read > 0, "the server closed the connection");
-        seen.extend(&buffer[..read]);
-    }
+    socket.write_all(&frame(PING, 0, 0, b"are you?")).unwrap();
+    read_until(socket, |kind, flags, _| kind == PING && flags & ACK != 0);
 }

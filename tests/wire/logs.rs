@@ -275,6 +275,46 @@ async fn the_last_word_of_an_interrupted_server_is_written() {
     one(&conforming(&server), &json!({"event": "server_interrupted", "signal": "SIGINT"}));
 }
 
+/// Requests that were refused unseen cost their client nothing, so most of a flood of them is only counted.
+#[tokio::test]
+async fn http_refusals_are_counted_where_there_are_too_many_to_list() {
+    const REFUSED: u64 = 1_000;
+    const ORDINARY: usize = 300;
+    let server = Server::with(&[("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;
+    let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
+    let base = format!("http://{}", started["listen_addr"].as_str().unwrap());
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    for at in 0..REFUSED {
+        let request = match at % 4 {
+            0 => client.get(format!("{base}/cas/no-hash")),
+            1 => client.delete(format!("{base}/status")),
+            2 => client.get(format!("{base}/no-such-instance/cas/{}", empty().hash_hex())),
+            _ => client.get(format!("{base}/status")).header("host", "stranger.example"),
+        };
+        assert!(request.send().await.unwrap().status().is_client_error());
+    }
+    for _ in 0..ORDINARY {
+        let miss = client.get(format!("{base}/cas/{}", sha256(b"absent").hash_hex()));
+        assert_eq!(miss.send().await.unwrap().status(), 404);
+    }
+    let told = || {
+        let lines = conforming(&server);
+        let finished = with(&lines, &json!({"event": "http_finished"}));
+        let (ordinary, refused): (Vec<&Line>, Vec<_>) =
+            finished.into_iter().partition(|line| line.get("instance").is_some());
+        let counted = with(&lines, &json!({"event": "http_not_listed", "peer": "127.0.0.1"}));
+        let counted: u64 = counted.iter().map(|line| line["requests"].as_u64().unwrap()).sum();
+        (ordinary.len(), refused.len() as u64, counted)
+    };
+    eventually("the log tells of every request", || {
+        let (ordinary, listed, counted) = told();
+        ordinary == ORDINARY && listed + counted == REFUSED
+    })
+    .await;
+    let (_, listed, counted) = told();
+    assert!(listed >= 200 && counted > 0, "{listed} were listed, {counted} were counted");
+}
+
 /// Why a server could not start is its last line, in the form of every other line.
 #[tokio::test]
 async fn a_server_that_cannot_start_says_why_in_its_log() {

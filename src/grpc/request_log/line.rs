@@ -2,7 +2,7 @@
 
 use super::{Call, ERROR_MAX_BYTES, METHOD_MAX_BYTES, RPC_FINISHED, State, TARGET};
 use crate::{
-    connections::OpenCall,
+    connections::{End, OpenCall},
     grpc::status,
     instance::Instance,
     logging::{Event, Field},
@@ -60,7 +60,8 @@ impl Line {
         let sent_nothing = self.call.0.bytes_in.load(Ordering::Relaxed) == 0;
         let is_cheap = self.code.is_none() || code == Code::ResourceExhausted || sent_nothing;
         let connection = self.call.connection().filter(|_| is_cheap);
-        connection.is_none_or(|info| info.connections.takes_line(info.caller().peer, code_name(code)))
+        connection
+            .is_none_or(|info| info.connections.takes_line(info.caller().peer, End::Rpc(code_name(code))))
     }
 }
 

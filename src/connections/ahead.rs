@@ -1,0 +1,370 @@
+//! [`Ahead`]: what a client has sent over an HTTP/2 connection and no handler has taken yet, and whether more may be read.
+//!
+//! HTTP/2 lets the client of each connection send as much ahead as its window allows
+//! ([`CONNECTION_WINDOW_BYTES`](crate::grpc::CONNECTION_WINDOW_BYTES)), and a window that was granted cannot be taken back. So this
+//! bound is kept by not reading the socket: what was not read stays in the kernel and with the client. The invariants:
+//!
+//! - A connection is read while it is ahead by at most [`ALWAYS_READ_BYTES`], or by at most the room that it holds of [`AHEAD`].
+//!   All connections together are therefore ahead by no more than that budget, and by [`ALWAYS_READ_BYTES`] and one read each.
+//! - A connection whose every request waits for its client is read: nothing of what was read is left then. So it waits only
+//!   while a handler has bytes before it that it does not take.
+//! - A connection that is not read waits for three things at once, and goes on with the first: its handlers take enough of what was
+//!   read, all of its requests wait for the client, or the budget has room.
+//! - That wait ends. Each handler takes what is before it or ends within a time limit of its own, and a call that ends gives back
+//!   what it had not taken. At the latest the connection itself ends: while it is not read, no PING is answered, so the keep-alive
+//!   of HTTP/2 closes it.
+//!
+//! The count errs on the high side. A stream that ends early may have sent bytes that the HTTP/2 library throws away without
+//! telling. They are forgotten when all requests wait for the client, and when the connection's open streams cannot have sent as
+//! much as is counted ([`Ahead::at_most`]).
+
+use super::ConnectionState;
+use crate::{
+    budget::{Bounds, Budget, Refusal, Share},
+    caller::Caller,
+};
+use futures::{
+    future::{BoxFuture, FutureExt as _},
+    task::AtomicWaker,
+};
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
+    },
+    task::{Context, Poll, Wake, Waker},
+};
+
+/// Bytes that all connections may be ahead of their handlers. One connection may use its whole window.
+pub const AHEAD: Bounds = Bounds {
+    what: "bytes that were sent ahead",
+    total: 128 * 1024 * 1024,
+    connection: crate::grpc::CONNECTION_WINDOW_BYTES as u64,
+};
+/// Bytes that every connection may be ahead, whatever the others hold: a frame of the usual size.
+pub const ALWAYS_READ_BYTES: u64 = 16 * 1024;
+/// What a frame counts at least: a small one keeps the buffer that it was read into.
+const FRAME_MIN_BYTES: u64 = 8 * 1024;
+/// Room is taken in such steps.
+const STEP_BYTES: u64 = 64 * 1024;
+
+/// What a frame of this many bytes counts.
+pub fn cost(bytes: u64) -> u64 {
+    if bytes == 0 { 0 } else { bytes.max(FRAME_MIN_BYTES) }
+}
+
+/// A connection's wait for room, owned by the task that reads its socket.
+pub type Wait = BoxFuture<'static, Result<Share, Refusal>>;
+
+/// See the top of this file.
+#[derive(Debug)]
+pub struct Ahead {
+    budget: Budget,
+    caller: Caller,
+    bytes: AtomicU64,
+    /// The amount of `share`.
+    room: AtomicU64,
+    share: Mutex<Option<Share>>,
+    /// Requests that are not over.
+    requests: AtomicUsize,
+    /// Those of them that wait for the client.
+    waiting: AtomicUsize,
+    /// The task that reads the socket, while it waits.
+    reader: AtomicWaker,
+}
+
+impl Ahead {
+    pub(super) fn new(budget: Budget, caller: Caller) -> Self {
+        Self {
+            budget,
+            caller,
+            bytes: AtomicU64::new(0),
+            room: AtomicU64::new(0),
+            share: Mutex::default(),
+            requests: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+            reader: AtomicWaker::new(),
+        }
+    }
+
+    /// Counts what was read from the socket.
+    pub fn received(&self, cost: u64) {
+        self.bytes.fetch_add(cost, SeqCst);
+    }
+
+    /// Counts what a handler has taken or will not take.
+    pub fn taken(&self, cost: u64) {
+        self.lower(|bytes| bytes.saturating_sub(cost));
+    }
+
+    /// Corrects the count: it cannot be more than this.
+    pub fn at_most(&self, most: u64) {
+        self.lower(|bytes| bytes.min(most));
+    }
+
+    fn lower(&self, lower: impl Fn(u64) -> u64) {
+        // It always succeeds, because there is always a new value.
+        let _ = self.bytes.fetch_update(SeqCst, SeqCst, |bytes| Some(lower(bytes)));
+        let (needed, room) = (self.needed(), self.room.load(SeqCst));
+        if room > 0 && needed <= room / 2 {
+            self.give_back();
+        }
+        self.reader.wake();
+    }
+
+    /// The room that the connection should hold.
+    fn needed(&self) -> u64 {
+        match self.bytes.load(SeqCst) {
+            ..=ALWAYS_READ_BYTES => 0,
+            bytes => bytes.next_multiple_of(STEP_BYTES),
+        }
+    }
+
+    fn give_back(&self) {
+        let mut share = self.share.lock().unwrap_or_else(PoisonError::into_inner);
+        let needed = self.needed();
+        if let Some(share) = share.as_mut() {
+            share.shrink_to(needed);
+            self.room.store(share.amount(), SeqCst);
+        }
+    }
+
+    fn keep(&self, more: Share) {
+        let mut share = self.share.lock().unwrap_or_else(PoisonError::into_inner);
+        let amount = more.amount();
+        match share.as_mut() {
+            Some(share) => share.merge(more),
+            None => *share = Some(more),
+        }
+        self.room.fetch_add(amount, SeqCst);
+    }
+
+    fn may_read(&self) -> bool {
+        self.bytes.load(SeqCst) <= self.room.load(SeqCst).max(ALWAYS_READ_BYTES)
+    }
+
+    /// Ready when the socket may be read. Only the task that reads it may ask.
+    pub fn poll_room(&self, wait: &mut Option<Wait>, context: &mut Context<'_>) -> Poll<()> {
+        if !self.may_read() {
+            self.reader.register(context.waker());
+        }
+        if self.bytes.load(SeqCst) > 0 && self.requests.load(SeqCst) == self.waiting.load(SeqCst) {
+            self.at_most(0);
+        }
+        while !self.may_read() {
+            let pending = wait.get_or_insert_with(|| {
+                let (budget, caller) = (self.budget.clone(), self.caller);
+                async move { budget.wait_for(caller, STEP_BYTES).await }.boxed()
+            });
+            let room = std::task::ready!(pending.poll_unpin(context));
+            *wait = None;
+            // A step is never more than a connection may hold.
+            let Ok(room) = room else { return Poll::Pending };
+            self.keep(room);
+            if self.needed() == 0 {
+                // Its handlers took what it had read while it waited.
+                self.give_back();
+            }
+        }
+        *wait = None;
+        Poll::Ready(())
+    }
+}
+
+/// The body of a request that is not over: whether it waits for its client, or has bytes before it.
+#[derive(Debug)]
+pub struct OpenBody {
+    connection: Arc<ConnectionState>,
+    /// The task that reads the body.
+    task: AtomicWaker,
+    is_waiting: AtomicBool,
+    /// Whether bytes came since it was polled.
+    is_woken: AtomicBool,
+    is_closed: AtomicBool,
+}
+
+impl OpenBody {
+    /// One of which nothing has come.
+    pub fn new(connection: Arc<ConnectionState>) -> Arc<Self> {
+        connection.ahead.requests.fetch_add(1, SeqCst);
+        Arc::new(Self {
+            connection,
+            task: AtomicWaker::new(),
+            is_waiting: AtomicBool::new(false),
+            is_woken: AtomicBool::new(false),
+            is_closed: AtomicBool::new(false),
+        })
+    }
+
+    /// Polls the body, and notes whether it waits.
+    pub fn poll<T>(
+        self: &Arc<Self>,
+        context: &Context<'_>,
+        poll: impl FnOnce(&mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        self.task.register(context.waker());
+        self.is_woken.store(false, SeqCst);
+        let waker = Waker::from(self.clone());
+        let polled = poll(&mut Context::from_waker(&waker));
+        self.set_waiting(polled.is_pending());
+        if self.is_woken.load(SeqCst) {
+            self.set_waiting(false);
+        }
+        polled
+    }
+
+    /// Counts what the handler has taken.
+    pub fn taken(&self, bytes: u64) {
+        self.connection.ahead.taken(cost(bytes));
+    }
+
+    /// The body is over, or nobody reads it any more.
+    pub fn close(&self) {
+        if !self.is_closed.swap(true, SeqCst) {
+            self.set_waiting(false);
+            self.connection.ahead.requests.fetch_sub(1, SeqCst);
+            self.connection.ahead.reader.wake();
+        }
+    }
+
+    fn set_waiting(&self, is_waiting: bool) {
+        let ahead = &self.connection.ahead;
+        match (self.is_waiting.swap(is_waiting, SeqCst), is_waiting) {
+            (false, true) => {
+                ahead.waiting.fetch_add(1, SeqCst);
+                ahead.reader.wake();
+            }
+            (true, false) => drop(ahead.waiting.fetch_sub(1, SeqCst)),
+            _ => {}
+        }
+    }
+}
+
+impl Wake for OpenBody {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.is_woken.store(true, SeqCst);
+        self.set_waiting(false);
+        self.task.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connections::Connections;
+    use futures::task::{ArcWake, waker};
+
+    /// A task that remembers that it was woken.
+    #[derive(Default)]
+    struct Task(AtomicBool);
+
+    impl ArcWake for Task {
+        fn wake_by_ref(task: &Arc<Self>) {
+            task.0.store(true, SeqCst);
+        }
+    }
+
+    /// A connection with the task that reads it.
+    struct Reader {
+        ahead: Ahead,
+        wait: Option<Wait>,
+        task: Arc<Task>,
+    }
+
+    impl Reader {
+        /// One with a request whose handler has bytes before it.
+        fn of(budget: &Budget, host: u8) -> Self {
+            let caller = Caller::connected(([127, 0, 0, host], 1).into());
+            let ahead = Ahead::new(budget.clone(), caller);
+            ahead.requests.store(1, SeqCst);
+            Self { ahead, wait: None, task: Arc::default() }
+        }
+
+        fn may_read(&mut self) -> bool {
+            let waker = waker(self.task.clone());
+            self.ahead.poll_room(&mut self.wait, &mut Context::from_waker(&waker)).is_ready()
+        }
+
+        /// Reads frames until it has to wait.
+        fn read_on(&mut self) {
+            while self.may_read() {
+                self.ahead.received(ALWAYS_READ_BYTES);
+            }
+        }
+
+        fn was_woken(&self) -> bool {
+            self.task.0.swap(false, SeqCst)
+        }
+    }
+
+    #[test]
+    fn connections_that_nobody_reads_stop_at_the_bound_and_every_other_one_gets_its_floor() {
+        let budget = Budget::new(AHEAD);
+        let mut hostile: Vec<_> = (0..50).map(|_| Reader::of(&budget, 1)).collect();
+        hostile.iter_mut().for_each(Reader::read_on);
+        let ahead: u64 = hostile.iter().map(|reader| reader.ahead.bytes.load(SeqCst)).sum();
+        assert!(ahead <= AHEAD.total + 50 * 2 * ALWAYS_READ_BYTES, "{ahead}");
+        let mut other = Reader::of(&budget, 2);
+        other.read_on();
+        assert!(other.ahead.bytes.load(SeqCst) > 1024 * 1024, "another peer has a share");
+        let mut last = Reader::of(&budget, 1);
+        for _ in 0..3 {
+            last.read_on();
+            assert_eq!(last.ahead.bytes.load(SeqCst), 2 * ALWAYS_READ_BYTES);
+            last.ahead.taken(2 * ALWAYS_READ_BYTES);
+            assert!(last.was_woken(), "its own handler lets it go on");
+        }
+        last.read_on();
+        drop(hostile);
+        assert!(last.was_woken() && last.may_read(), "so does room that others give back");
+        for reader in [&mut last, &mut other] {
+            reader.ahead.at_most(0);
+            assert!(reader.may_read());
+        }
+        assert_eq!(budget.held(), 0);
+    }
+
+    #[test]
+    fn a_connection_whose_requests_all_wait_for_the_client_is_read_whatever_is_counted() {
+        let admitted = Connections::default().admit(([127, 0, 0, 1], 1).into()).unwrap();
+        let ahead = &admitted.state().ahead;
+        let _others = ahead.budget.take(Caller::connected(([127, 0, 0, 2], 1).into()), AHEAD.connection);
+        let task: Arc<Task> = Arc::default();
+        let reader = waker(task.clone());
+        let mut wait = None;
+        let mut poll_room = || ahead.poll_room(&mut wait, &mut Context::from_waker(&reader)).is_ready();
+        let bodies = [(); 2].map(|()| OpenBody::new(admitted.state().clone()));
+        let context = Context::from_waker(Waker::noop());
+        let mut of_library = None;
+        let _ = bodies[0].poll(&context, |context| {
+            of_library = Some(context.waker().clone());
+            Poll::<()>::Pending
+        });
+        ahead.received(2 * AHEAD.connection);
+        assert!(!poll_room(), "the other one has bytes before it");
+        let _ = bodies[1].poll(&context, |_| Poll::<()>::Pending);
+        assert!(task.0.swap(false, SeqCst) && poll_room());
+        // Bytes that have come since are before their handler until it takes them.
+        ahead.received(2 * AHEAD.connection);
+        of_library.unwrap().wake();
+        assert!(!poll_room());
+        bodies[0].close();
+        assert!(task.0.swap(false, SeqCst) && poll_room());
+    }
+
+    #[test]
+    fn what_handlers_take_is_given_back_in_time() {
+        let budget = Budget::new(AHEAD);
+        let mut reader = Reader::of(&budget, 1);
+        reader.ahead.received(1024 * 1024);
+        assert!(reader.may_read() && budget.held() == 1024 * 1024);
+        reader.ahead.taken(512 * 1024);
+        assert_eq!(budget.held(), 512 * 1024);
+        reader.ahead.at_most(ALWAYS_READ_BYTES);
+        assert!(budget.held() == 0 && reader.may_read());
+    }
+}

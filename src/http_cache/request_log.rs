@@ -3,6 +3,7 @@
 use super::LOG;
 use crate::{
     budget::Share,
+    caller::Caller,
     connections::{ConnectionState, OpenCall},
     digest::Digest,
     error::Error,
@@ -77,6 +78,11 @@ impl Line {
     /// Who asks.
     pub fn peer(&self) -> SocketAddr {
         self.connection.address
+    }
+
+    /// The same, for bounds.
+    pub fn caller(&self) -> Caller {
+        self.connection.caller
     }
 
     /// The connection that the answer goes over.

@@ -18,6 +18,7 @@ mod open_requests;
 mod raw;
 mod reservations;
 mod resets;
+mod shared_places;
 #[allow(dead_code)]
 #[path = "../wire/support.rs"]
 mod support;

@@ -12,6 +12,7 @@ use gorego::{
         client::{Provenance, Upload},
         messages::{Resolution, ResolveAction},
     },
+    caller::{Caller, Peer},
     digest::{Digest, DigestFunction},
     instance::Instances,
     proto::reapi,
@@ -138,8 +139,12 @@ async fn main() {
         reapi::OutputFile { path: "o".into(), digest: Some(digests[0].to_wire()), ..Default::default() };
     let result = reapi::ActionResult { output_files: vec![output; 1], ..Default::default() };
     cas.put_result(&main, action_digest, result, Provenance::default()).await.unwrap();
-    let resolve =
-        || ResolveAction { instance: main.clone(), action: action_digest, skip_cache_lookup: false };
+    let resolve = || ResolveAction {
+        instance: main.clone(),
+        action: action_digest,
+        skip_cache_lookup: false,
+        caller: Caller::default(),
+    };
     cas.actor().send(resolve()).await.unwrap().unwrap();
     let start = Instant::now();
     for _ in 0..50_000 {
@@ -162,9 +167,9 @@ async fn main() {
     let large_digest = digest;
     let used = digests.clone();
     let work = move || {
-        worker.stage_inputs(&instance, tree_digest).unwrap();
+        worker.stage_inputs(&instance, tree_digest, Peer::default()).unwrap();
         let start = Instant::now();
-        let staged = worker.stage_inputs(&instance, tree_digest).unwrap();
+        let staged = worker.stage_inputs(&instance, tree_digest, Peer::default()).unwrap();
         report("stage_inputs of 1,000 files, known", 1, start.elapsed());
         fs::create_dir(path.join("exec")).unwrap();
         let parent = fs::File::open(path.join("exec")).unwrap();
@@ -187,7 +192,7 @@ async fn main() {
             ..Default::default()
         };
         let root = worker.store_bytes(&instance, DigestFunction::Sha256, tree.encode_to_vec()).unwrap();
-        let staged = worker.stage_inputs(&instance, root).unwrap();
+        let staged = worker.stage_inputs(&instance, root, Peer::default()).unwrap();
         let start = Instant::now();
         staged.materialise(&large_digest, &parent, "large", 0o644).unwrap();
         report("materialise 64 MiB", 1, start.elapsed());

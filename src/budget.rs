@@ -6,6 +6,9 @@
 //! Where one request may take much of the budget, that is not enough, so such a budget keeps an amount free from every peer
 //! that holds something already ([`Budget::keeping_free`]).
 //!
+//! Where everything that is held comes back within moments, nothing is kept for others: a peer alone has it all, and the next
+//! one has its turn as soon as something comes back ([`Budget::in_turns`]).
+//!
 //! What is held is a [`Share`], which gives itself back when it is dropped. [`Budget::take`] refuses at the bound,
 //! [`Budget::wait_for`] waits for room. Waiting peers are served in turn, and so are the connections of each, one request at a
 //! time. A connection or peer that has reached its own bound does not hold up the others. Within a connection, small requests
@@ -29,6 +32,18 @@ use tokio::sync::oneshot;
 pub const SHARE: u64 = 8;
 /// When a caller that was refused should ask again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// What a peer that holds something may take besides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    /// [`SHARE`] times what is left then, and only while `free` is left.
+    Shares {
+        /// See [`Budget::keeping_free`].
+        free: u64,
+    },
+    /// All that there is.
+    Turns,
+}
 
 /// The bounds of a [`Budget`]; units are the user's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,7 +137,16 @@ impl Budget {
     /// A budget of which a peer that holds something may take more only while this much is left for the others: the most that
     /// one request takes.
     pub fn keeping_free(bounds: Bounds, free: u64) -> Self {
-        let state = State { holdings: Holdings::new(bounds, free), waiting: Waiting::default() };
+        Self::shared_out(bounds, Sharing::Shares { free })
+    }
+
+    /// A budget for short work, of which a peer alone may hold everything. Those who wait are served in turn.
+    pub fn in_turns(bounds: Bounds) -> Self {
+        Self::shared_out(bounds, Sharing::Turns)
+    }
+
+    fn shared_out(bounds: Bounds, sharing: Sharing) -> Self {
+        let state = State { holdings: Holdings::new(bounds, sharing), waiting: Waiting::default() };
         Self(Arc::new(Inner { bounds, state: Mutex::new(state) }))
     }
 
@@ -137,8 +161,14 @@ impl Budget {
     }
 
     /// What a connection holds.
-    pub fn held_by(&self, connection: ConnectionId) -> u64 {
-        self.state().holdings.connections.get(&connection).copied().unwrap_or(0)
+    pub fn held_by(&self, caller: Caller) -> u64 {
+        self.state().holdings.connections.get(&caller).copied().unwrap_or(0)
+    }
+
+    /// Whether anybody waits.
+    #[cfg(test)]
+    pub fn is_awaited(&self) -> bool {
+        !self.state().waiting.peers.is_empty()
     }
 
     /// Takes this much at once.
@@ -155,6 +185,14 @@ impl Budget {
         let mut state = self.state();
         let is_first = !state.waiting.has_small(caller);
         let taken = is_first && state.holdings.take(caller, amount).is_ok();
+        drop(state);
+        taken.then(|| Share { budget: self.clone(), caller, amount })
+    }
+
+    /// Takes this much at once, unless there is no room or anybody waits.
+    pub fn take_unless_awaited(&self, caller: Caller, amount: u64) -> Option<Share> {
+        let mut state = self.state();
+        let taken = state.waiting.peers.is_empty() && state.holdings.take(caller, amount).is_ok();
         drop(state);
         taken.then(|| Share { budget: self.clone(), caller, amount })
     }
@@ -284,43 +322,48 @@ impl Drop for Share {
 #[derive(Debug)]
 struct Holdings {
     bounds: Bounds,
-    /// See [`Budget::keeping_free`].
-    free: u64,
+    sharing: Sharing,
     all: u64,
     /// Those that hold something.
     peers: HashMap<Peer, u64>,
-    connections: HashMap<ConnectionId, u64>,
+    /// By caller, because the work of one peer that no connection waits for is not that of another.
+    connections: HashMap<Caller, u64>,
 }
 
 impl Holdings {
-    fn new(bounds: Bounds, free: u64) -> Self {
-        Self { bounds, free, all: 0, peers: HashMap::new(), connections: HashMap::new() }
+    fn new(bounds: Bounds, sharing: Sharing) -> Self {
+        Self { bounds, sharing, all: 0, peers: HashMap::new(), connections: HashMap::new() }
     }
 
     fn take(&mut self, caller: Caller, amount: u64) -> Result<(), Bound> {
         if amount == 0 {
             return Ok(());
         }
-        let of_connection = self.connections.get(&caller.connection).copied().unwrap_or(0);
+        let of_connection = self.connections.get(&caller).copied().unwrap_or(0);
         if of_connection.saturating_add(amount) > self.bounds.connection {
             return Err(Bound::Connection);
         }
         let of_peer = self.peers.get(&caller.peer).copied().unwrap_or(0);
         let left = self.bounds.total.saturating_sub(self.all).checked_sub(amount).ok_or(Bound::Server)?;
-        let is_beyond_share = of_peer.saturating_add(amount) > left.saturating_mul(SHARE);
-        if of_peer > 0 && (left < self.free || is_beyond_share) {
+        let is_within_share = match self.sharing {
+            Sharing::Shares { free } => {
+                left >= free && of_peer.saturating_add(amount) <= left.saturating_mul(SHARE)
+            }
+            Sharing::Turns => true,
+        };
+        if of_peer > 0 && !is_within_share {
             return Err(Bound::Peer);
         }
         self.all += amount;
         *self.peers.entry(caller.peer).or_default() += amount;
-        *self.connections.entry(caller.connection).or_default() += amount;
+        *self.connections.entry(caller).or_default() += amount;
         Ok(())
     }
 
     fn give_back(&mut self, caller: Caller, amount: u64) {
         self.all = self.all.saturating_sub(amount);
         subtract(&mut self.peers, caller.peer, amount);
-        subtract(&mut self.connections, caller.connection, amount);
+        subtract(&mut self.connections, caller, amount);
     }
 }
 

@@ -77,6 +77,11 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// The server's work for this peer that no connection waits for, such as an action in the queue.
+    pub fn without_connection(peer: Peer) -> Self {
+        Self { peer, connection: ConnectionId::default() }
+    }
+
     /// A new connection from this address.
     pub fn connected(address: SocketAddr) -> Self {
         Self { peer: address.into(), connection: ConnectionId::next() }

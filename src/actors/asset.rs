@@ -25,12 +25,15 @@ mod persist;
 pub mod request;
 pub mod unpack;
 
-use crate::actors::cas::client::Cas;
+use crate::{
+    actors::cas::client::Cas,
+    budget::{Bounds, Budget},
+};
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
 use bindings::{Binding, Bindings};
 use client::Assets;
 use download::Downloader;
-use flights::{Begun, Flights, Plan};
+use flights::{Flights, Plan};
 use messages::{BindAsset, CloseAssets, JoinFlight, Joined, Landed, LookUpAsset};
 use origins::Origins;
 use outcome::Fetched;
@@ -40,11 +43,7 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
-use tokio::{
-    runtime::Handle,
-    sync::{Semaphore, watch},
-    time::Instant,
-};
+use tokio::{runtime::Handle, sync::watch, time::Instant};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::asset";
@@ -83,9 +82,15 @@ pub(crate) struct Shared {
     cas: Cas,
     runtime: Handle,
     downloader: Downloader,
-    /// One permit for each flight that may be in the air.
-    runway: Semaphore,
+    /// A place for each flight that may be in the air. One peer gets all but the last ones.
+    runway: Budget,
     file: BindingsFile,
+}
+
+/// Room for so many flights in the air.
+fn runway(concurrency: usize) -> Budget {
+    let total = concurrency as u64;
+    Budget::new(Bounds { what: "downloads", total, connection: total })
 }
 
 /// The owner of bindings and flights.
@@ -108,7 +113,7 @@ impl AssetActor {
         let settings = Arc::new(settings);
         let shared = Shared {
             downloader: Downloader::new(settings.clone()),
-            runway: Semaphore::new(settings.concurrency),
+            runway: runway(settings.concurrency),
             file: BindingsFile::new(settings.file.clone()),
             cas,
             runtime,
@@ -188,7 +193,7 @@ impl Handler<JoinFlight> for AssetActor {
 
     fn handle(
         &mut self,
-        JoinFlight { request, known, oldest, deadline }: JoinFlight,
+        JoinFlight { request, known, oldest, deadline, caller }: JoinFlight,
         ctx: &mut Self::Context,
     ) -> Self::Result {
         let (now, asked_at) = (Instant::now(), SystemTime::now());
@@ -200,14 +205,15 @@ impl Handler<JoinFlight> for AssetActor {
             return MessageResult(Ok(Joined(watch::channel(Some(Ok(fetched))).1)));
         }
         let key = request.flight_key();
-        if let Some(outcome) = self.flights.join(key, oldest, deadline) {
+        if let Some(outcome) = self.flights.join(key, oldest, deadline, caller) {
             return MessageResult(Ok(Joined(outcome)));
         }
         let end = now + self.shared.settings.timeout;
-        let begun = self.flights.begin(key, Plan { asked_at, deadline, end, size: request.size() });
-        MessageResult(begun.map(|Begun { id, outcome, latest }| {
-            flight::launch(self.shared.clone(), ctx.address(), id, request, asked_at, latest);
-            Joined(outcome)
+        let begun = self.flights.begin(key, Plan { asked_at, deadline, end, size: request.size(), caller });
+        MessageResult(begun.map(|begun| {
+            let joined = Joined(begun.outcome.clone());
+            flight::launch(self.shared.clone(), ctx.address(), begun, request, asked_at);
+            joined
         }))
     }
 }

@@ -48,7 +48,7 @@ pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
 
 use crate::{
-    budget::Budget,
+    budget::{Bounds, Budget},
     digest::Digest,
     error::{Error, Result},
     instance::{InstanceId, Instances},
@@ -98,11 +98,13 @@ pub(crate) struct Shared {
     zstd_history: Memo<(InstanceId, Digest), History>,
     encoders: Encoders,
     /// Jobs that may compress at the same time.
-    encoding: Arc<Semaphore>,
-    /// The right to make a form.
+    encoding: Budget,
+    /// The right to make a form. Nobody waits for it: who does not get it leaves the form to a later read.
     form_turn: Arc<Semaphore>,
     /// Results whose blobs may be checked at the same time.
-    result_checks: Semaphore,
+    result_checks: Budget,
+    /// Large blobs that may be hashed at the same time before they are read.
+    cold_reads: Budget,
     /// What clients' unfinished uploads hold of the store.
     upload_budget: Budget,
     /// What clients sent and is not written yet.
@@ -110,12 +112,12 @@ pub(crate) struct Shared {
     /// Memory for stored messages that are being decoded.
     decoded: Budget,
     /// Large trees that may be walked at the same time.
-    large_trees: Semaphore,
+    large_trees: Budget,
     /// Memory for the decoders of compressed uploads.
     decoders: Budget,
     /// Splits and splices; nothing in it says what is stored.
     chunk_work: ChunkWork,
-    /// The right to relieve the disk.
+    /// The right to relieve the disk, which is done for everybody at once.
     relief_turn: tokio::sync::Mutex<()>,
 }
 
@@ -170,13 +172,14 @@ impl CasActor {
             packed: Memo::new(settings::PACKED_MEMO_BYTES),
             zstd_history: Memo::new(settings::ZSTD_HISTORY_BYTES),
             encoders: Encoders::new(settings.zstd_level),
-            encoding: Arc::new(Semaphore::new(thread::available_parallelism().map_or(1, usize::from))),
+            encoding: Budget::in_turns(places("jobs that compress", encoders())),
             form_turn: Arc::new(Semaphore::new(1)),
-            result_checks: Semaphore::new(settings::RESULT_CHECKS_MAX),
+            result_checks: Budget::new(places("results that are being checked", settings::RESULT_CHECKS_MAX)),
+            cold_reads: Budget::new(places("blobs that are being hashed", settings::COLD_READS_MAX)),
             upload_budget: Budget::new(settings.upload_bounds()),
             received: Budget::new(received::RECEIVED),
-            decoded: Budget::new(settings::DECODED),
-            large_trees: Semaphore::new(settings::LARGE_TREES_MAX),
+            decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
+            large_trees: Budget::new(places("large trees", settings::LARGE_TREES_MAX)),
             decoders: Budget::new(decoders::DECODERS),
             chunk_work: ChunkWork::default(),
             relief_turn: tokio::sync::Mutex::default(),
@@ -202,6 +205,16 @@ impl CasActor {
     fn client(&self, ctx: &Context<Self>) -> Cas {
         Cas::new(ctx.address(), self.shared.clone())
     }
+}
+
+/// So many places, which one connection may have as far as its peer may.
+fn places(what: &'static str, total: u64) -> Bounds {
+    Bounds { what, total, connection: total }
+}
+
+/// As many jobs compress at the same time as there are CPUs. Each takes a part of a second, so they are shared out in turns.
+fn encoders() -> u64 {
+    thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64)
 }
 
 /// Seconds since 1970.
@@ -338,7 +351,7 @@ impl Handler<EndUpload> for CasActor {
         }
         let (_, partials) = self.uploads.counts();
         if partials > settings::MAX_PARTIAL_UPLOADS {
-            self.housekeeping(ctx);
+            self.discard_excess(ctx);
         }
     }
 }

@@ -25,6 +25,7 @@ use crate::{
         cas::messages::{CheckInputs, Resolution, ResolveAction},
         worker::messages::{RunAction, StageReached, TaskId},
     },
+    caller::Caller,
     error::{Error, Result},
     logging::Event,
 };
@@ -115,8 +116,9 @@ impl SchedulerActor {
         }
     }
 
-    fn send_check(&self, Check { task, instance, root }: Check, ctx: &mut Context<Self>) {
-        let request = self.check.send(CheckInputs { instance, root }).timeout(self.check_timeout);
+    fn send_check(&self, Check { task, instance, root, peer }: Check, ctx: &mut Context<Self>) {
+        let caller = Caller::without_connection(peer);
+        let request = self.check.send(CheckInputs { instance, root, caller }).timeout(self.check_timeout);
         let scheduler = ctx.address();
         actix::spawn(async move {
             let result = request.await.unwrap_or_else(|error| Err(cas_unreachable(error)));
@@ -125,13 +127,13 @@ impl SchedulerActor {
     }
 
     fn send_run(&self, assignment: Assignment, ctx: &mut Context<Self>) {
-        let Assignment { task, pool, slot, action, queued_at, tool_invocation_id, cancel } = assignment;
+        let Assignment { task, pool, slot, action, peer, queued_at, tool_invocation_id, cancel } = assignment;
         let scheduler = ctx.address();
         let Some(runner) = self.runners.get(pool).cloned() else {
             return scheduler.do_send(RunEnded { task, end: RunEnd::Lost { pool_closed: true } });
         };
         let progress = scheduler.clone().recipient();
-        let run = RunAction { task, slot, action, queued_at, tool_invocation_id, cancel, progress };
+        let run = RunAction { task, slot, action, peer, queued_at, tool_invocation_id, cancel, progress };
         actix::spawn(async move {
             let end = match runner.send(run).await {
                 Ok(report) => RunEnd::Reported(report),
@@ -210,12 +212,12 @@ impl Handler<Submit> for SchedulerActor {
     type Result = ResponseFuture<Result<Subscription>>;
 
     fn handle(&mut self, submit: Submit, ctx: &mut Self::Context) -> Self::Result {
-        if let Err(error) = self.resolving.check(submit.peer) {
+        if let Err(error) = self.resolving.check(submit.caller.peer) {
             return Box::pin(async { Err(error) });
         }
-        self.resolving.take(submit.peer);
-        let Submit { ref instance, action, skip_cache_lookup, .. } = submit;
-        let question = ResolveAction { instance: instance.clone(), action, skip_cache_lookup };
+        self.resolving.take(submit.caller.peer);
+        let Submit { ref instance, action, skip_cache_lookup, caller, .. } = submit;
+        let question = ResolveAction { instance: instance.clone(), action, skip_cache_lookup, caller };
         let request = self.resolve.send(question).timeout(RESOLVE_TIMEOUT);
         let scheduler = ctx.address();
         // This goes on when the caller has gone, so that `Resolved` always comes. The operation is then admitted with nobody
@@ -233,7 +235,7 @@ impl Handler<Resolved> for SchedulerActor {
     type Result = Result<Subscription>;
 
     fn handle(&mut self, Resolved { submit, resolution }: Resolved, ctx: &mut Self::Context) -> Self::Result {
-        self.resolving.give_back(submit.peer);
+        self.resolving.give_back(submit.caller.peer);
         let admitted = self.ledger.admit(submit, resolution?, OperationId(Uuid::new_v4()), Moment::now());
         self.settle(ctx);
         admitted

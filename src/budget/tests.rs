@@ -44,6 +44,42 @@ fn what_one_peer_holds_leaves_room_for_the_largest_request_of_the_next() {
 }
 
 #[test]
+fn work_that_no_connection_waits_for_counts_for_its_own_peer() {
+    let budget = Budget::new(BOUNDS);
+    let [one, other] = [1, 2].map(|number| Caller::without_connection(peer(number)));
+    let _held = budget.take(one, 500).unwrap();
+    assert_eq!(bound(budget.take(one, 1)), Bound::Connection);
+    assert_eq!(budget.held_by(other), 0);
+    let _other = budget.take(other, 300).unwrap();
+}
+
+#[tokio::test]
+async fn where_work_is_short_a_peer_alone_has_everything_and_the_next_one_has_the_next_turn() {
+    let budget = Budget::in_turns(Bounds { what: "marbles", total: 2, connection: 2 });
+    let (greedy, modest) = (caller(1), caller(2));
+    let mut held: Vec<_> = (0..2).map(|_| budget.take(greedy, 1).unwrap()).collect();
+    assert_eq!(bound(budget.take(modest, 1)), Bound::Server);
+    let mut more: Vec<_> = (0..2).map(|_| Box::pin(budget.wait_for(greedy, 1))).collect();
+    assert!(more.iter_mut().all(|wait| wait.as_mut().now_or_never().is_none()));
+    let mut turn = Box::pin(budget.wait_for(modest, 1));
+    assert!(turn.as_mut().now_or_never().is_none());
+    held.clear();
+    assert!(turn.as_mut().now_or_never().is_some(), "not after all of the first one's requests");
+    assert!(more[0].as_mut().now_or_never().is_some());
+}
+
+#[tokio::test]
+async fn what_is_taken_ahead_of_need_is_not_taken_from_those_that_wait() {
+    let budget = Budget::in_turns(Bounds { what: "marbles", total: 2, connection: 2 });
+    let ahead = budget.take_unless_awaited(caller(1), 1).unwrap();
+    let mut large = Box::pin(budget.wait_for(caller(2), 2));
+    assert!(large.as_mut().now_or_never().is_none());
+    assert!(budget.take_unless_awaited(caller(1), 1).is_none(), "there is one, but somebody waits");
+    drop(ahead);
+    assert!(large.as_mut().now_or_never().is_some());
+}
+
+#[test]
 fn a_refusal_says_which_bound_was_met_and_when_to_try_again() {
     let refusal = Budget::new(BOUNDS).take(caller(1), 501).unwrap_err();
     let Error::Exhausted { message, retry_after } = Error::from(refusal) else { panic!("{refusal:?}") };

@@ -77,7 +77,7 @@ impl ConnectionState {
     /// # Errors
     /// As [`ConnectionState::reserve`].
     pub async fn reserve_piece(&self, max: usize) -> Result<(usize, Share)> {
-        let held = self.answers.held_by(self.caller.connection);
+        let held = self.answers.held_by(self.caller);
         let piece = match held {
             _ if held <= ANSWERS.connection / 2 => max,
             _ if held <= ANSWERS.connection / 4 * 3 => max.min(SMALL_PIECE_BYTES),

@@ -34,7 +34,8 @@ impl ActionCache for ActionCacheService {
             "action_digest",
         )?;
         call.action(action);
-        let found = self.0.cas.get_result(&instance, action).await?;
+        let cas = self.0.cas.on_behalf_of(call.caller());
+        let found = cas.get_result(&instance, action).await?;
         // A failure is returned to who asked for it and never served to others (AC-13).
         let found = found.filter(|result| result.exit_code == 0);
         call.cached(found.is_some());
@@ -45,7 +46,7 @@ impl ActionCache for ActionCacheService {
             stderr: request.inline_stderr,
             output_files: request.inline_output_files,
         };
-        let result = inline::prepare(&self.0.cas, &instance, action.function(), &want, &result, &call).await;
+        let result = inline::prepare(&cas, &instance, action.function(), &want, &result, &call).await;
         Ok(Response::new(result))
     }
 
@@ -76,7 +77,8 @@ impl ActionCache for ActionCacheService {
             tool_invocation_id: call.client().tool_invocation_id.clone(),
             peer: call.peer().map(|peer| peer.to_string()).unwrap_or_default(),
         };
-        let stored = self.0.cas.put_result(&instance, action, result, provenance).await?;
+        let cas = self.0.cas.on_behalf_of(call.caller());
+        let stored = cas.put_result(&instance, action, result, provenance).await?;
         Ok(Response::new(Arc::unwrap_or_clone(stored)))
     }
 }

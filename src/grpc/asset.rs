@@ -170,13 +170,13 @@ impl Push for AssetService {
 }
 
 impl AssetService {
-    fn assets(&self) -> Result<&Assets> {
+    fn assets(&self, call: &Call) -> Result<Assets> {
         let absent = || Error::Unimplemented("this server has no asset service".into());
-        self.0.assets.as_ref().ok_or_else(absent)
+        Ok(self.0.assets.as_ref().ok_or_else(absent)?.on_behalf_of(call.caller()))
     }
 
     async fn fetch(&self, call: &Call, kind: Kind, wanted: Wanted) -> Result<Found, Status> {
-        let assets = self.assets()?;
+        let assets = self.assets(call)?;
         let instance = self.0.instances.get(&wanted.instance_name)?;
         call.instance(&instance);
         // The preferred one when nothing is said: there is no hash to tell from (AST-07).
@@ -217,7 +217,7 @@ impl AssetService {
     }
 
     async fn push(&self, call: &Call, kind: Kind, offered: Offered) -> Result<(), Status> {
-        let assets = self.assets()?;
+        let assets = self.assets(call)?;
         let instance = self.0.instances.get(&offered.instance_name)?;
         call.instance(&instance);
         if !assets.push_enabled() {

@@ -58,16 +58,17 @@ impl ByteStream for ByteStreamService {
         let (instance, digest) = self.resolve(&call, &name)?;
         let request = request.into_inner();
         let window = ReadWindow::new(digest, request.read_offset, request.read_limit)?;
+        let cas = self.0.cas.on_behalf_of(call.caller());
         // Before any data: an absent blob is the status of the call (BS-08).
         Ok(Response::new(match name.encoding {
             Encoding::Identity => {
-                let reader = self.0.cas.open(&instance, digest).await?;
+                let reader = cas.open(&instance, digest).await?;
                 read_stream(reader, digest, window, call)
             }
             Encoding::Zstd if request.read_limit != 0 => {
                 return Err(Error::invalid("read_limit is set on a compressed read").into());
             }
-            Encoding::Zstd => zstd_stream(self.0.cas.open_zstd(&instance, digest, window.next).await?, call),
+            Encoding::Zstd => zstd_stream(cas.open_zstd(&instance, digest, window.next).await?, call),
         }))
     }
 
@@ -106,8 +107,10 @@ impl ByteStream for ByteStreamService {
             return Ok(Response::new(log_stream::query(&self.0, &Call::of(&request), &name?)?));
         }
         let name = ResourceName::parse_write(resource)?;
-        let (instance, digest) = self.resolve(&Call::of(&request), &name)?;
-        let status = self.0.cas.query_upload(&instance, resource, digest).await?;
+        let call = Call::of(&request);
+        let (instance, digest) = self.resolve(&call, &name)?;
+        let cas = self.0.cas.on_behalf_of(call.caller());
+        let status = cas.query_upload(&instance, resource, digest).await?;
         Ok(Response::new(QueryWriteStatusResponse {
             committed_size: wire_size(status.committed),
             complete: status.complete,

@@ -106,10 +106,11 @@ impl ContentAddressableStorage for CasService {
         // The wait is for the client to read other answers.
         Claim::settle(batch.memory());
         call.reserve(batch.answer_bytes()).await?;
+        let cas = self.0.cas.on_behalf_of(call.caller());
         let contents = if batch.takes_zstd {
-            self.0.cas.read_many_zstd(&instance, batch.wanted).await?
+            cas.read_many_zstd(&instance, batch.wanted).await?
         } else {
-            let contents = self.0.cas.read_many(&instance, batch.wanted).await?;
+            let contents = cas.read_many(&instance, batch.wanted).await?;
             contents.into_iter().map(|content| content.map(Item::Plain)).collect()
         };
         let (mut responses, mut left) = (batch.responses, batch.left);
@@ -135,7 +136,8 @@ impl ContentAddressableStorage for CasService {
         let instance = self.instance(&request, |request| &request.instance_name)?;
         let walk = get_tree::Walk::decode(&instance, request.get_ref())?;
         let call = Call::of(&request);
-        Ok(Response::new(get_tree::pages(self.0.cas.clone(), instance, walk, &self.0.walks, call)))
+        let cas = self.0.cas.on_behalf_of(call.caller());
+        Ok(Response::new(get_tree::pages(cas, instance, walk, &self.0.walks, call)))
     }
 
     async fn split_blob(

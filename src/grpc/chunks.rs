@@ -47,11 +47,13 @@ pub async fn split(
     let message = request.get_ref();
     let blob =
         convert::digest(instance, message.digest_function, message.blob_digest.as_ref(), "blob_digest")?;
-    Call::of(request).blob(blob);
+    let call = Call::of(request);
+    call.blob(blob);
     let chunking = chunking(message.chunking_function)?;
-    let chunks = edge.cas.split(instance, blob, chunking, max_chunks(blob)).await?;
+    let cas = edge.cas.on_behalf_of(call.caller());
+    let chunks = cas.split(instance, blob, chunking, max_chunks(blob)).await?;
     let entry = |chunk: &Digest| chunk.hash_hex().len() + 4 * ENTRY_BYTES;
-    Call::of(request).reserve_soon(chunks.iter().map(entry).sum::<usize>() + ENVELOPE_BYTES).await?;
+    call.reserve_soon(chunks.iter().map(entry).sum::<usize>() + ENVELOPE_BYTES).await?;
     Ok(SplitBlobResponse {
         chunk_digests: chunks.iter().map(|chunk| chunk.to_wire()).collect(),
         chunking_function: chunking.wire().into(),

@@ -95,7 +95,7 @@ fn submission(instances: &Instances, call: &Call, request: ExecuteRequest) -> Re
             output_files: within_bounds(request.inline_output_files),
         },
         client: call.client().clone(),
-        peer: call.caller().peer,
+        caller: call.caller(),
     })
 }
 
@@ -124,7 +124,7 @@ fn stillborn(submit: Submit, error: Error) -> (OperationInfo, Snapshot) {
         action: submit.action,
         inline: submit.inline,
         client: submit.client,
-        peer: submit.peer,
+        peer: submit.caller.peer,
     };
     let outcome = Outcome {
         result: None,

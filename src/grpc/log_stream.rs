@@ -96,7 +96,7 @@ pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadReque
     let reading = Reading {
         follower: edge.log_streams.follow(name, call.caller())?,
         blob: None,
-        cas: edge.cas.clone(),
+        cas: edge.cas.on_behalf_of(call.caller()),
         instance,
         offset,
         left: if limit == 0 { u64::MAX } else { limit },

@@ -9,6 +9,7 @@ use super::{
     status,
 };
 use crate::{
+    actors::cas::client::Cas,
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
@@ -34,8 +35,9 @@ pub async fn blob(
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("no blob with hash {} is in the CAS", like.hash_hex()));
-    let digest = cache.cas.blob_by_hash(instance, like).await?.ok_or_else(absent)?;
-    stored((cache, instance), digest, headers, line).await
+    let cas = cache.cas.on_behalf_of(line.caller());
+    let digest = cas.blob_by_hash(instance, like).await?.ok_or_else(absent)?;
+    stored((&cas, instance), digest, headers, line).await
 }
 
 /// The value of a key, or a range of it.
@@ -45,16 +47,18 @@ pub async fn value(
     headers: &HeaderMap,
     line: &mut Line,
 ) -> Result<Response> {
-    let digest = value_digest((cache, instance), key).await?;
-    stored((cache, instance), digest, headers, line).await
+    let cas = cache.cas.on_behalf_of(line.caller());
+    let digest = value_digest((&cas, instance), key).await?;
+    stored((&cas, instance), digest, headers, line).await
 }
 
 /// An action result, complete (AC-03).
 pub async fn result((cache, instance): Target<'_>, hash: Hash, line: &Line) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("the action with hash {} has no result here", like.hash_hex()));
-    let action = cache.cas.action_by_hash(instance, like).await?.ok_or_else(absent)?;
-    let result = cache.cas.get_result(instance, action).await?.ok_or_else(absent)?;
+    let cas = cache.cas.on_behalf_of(line.caller());
+    let action = cas.action_by_hash(instance, like).await?.ok_or_else(absent)?;
+    let result = cas.get_result(instance, action).await?.ok_or_else(absent)?;
     let mut response = Response::new(of_message(&*result, line.connection()).await?);
     let kind = HeaderValue::from_static("application/octet-stream");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
@@ -76,10 +80,10 @@ pub fn value_action(instance: &Instance, key: &str) -> Result<Digest> {
 pub const VALUE_PATH: &str = "value";
 
 /// What is stored under a key.
-pub async fn value_digest((cache, instance): Target<'_>, key: &str) -> Result<Digest> {
+pub async fn value_digest((cas, instance): (&Cas, &Instance), key: &str) -> Result<Digest> {
     let absent = || Error::NotFound(format!("key \"{}\" has no value here", key.escape_debug()));
     let action = value_action(instance, key)?;
-    let result = cache.cas.get_result(instance, action).await?.ok_or_else(absent)?;
+    let result = cas.get_result(instance, action).await?.ok_or_else(absent)?;
     let named = |file: &&reapi::OutputFile| file.path == VALUE_PATH;
     let file = result.output_files.iter().find(named).ok_or_else(absent)?;
     Digest::from_wire(action.function(), file.digest.as_ref(), VALUE_PATH)
@@ -87,7 +91,7 @@ pub async fn value_digest((cache, instance): Target<'_>, key: &str) -> Result<Di
 
 /// A stored blob as a response.
 async fn stored(
-    (cache, instance): Target<'_>,
+    (cas, instance): (&Cas, &Instance),
     digest: Digest,
     headers: &HeaderMap,
     line: &mut Line,
@@ -102,15 +106,15 @@ async fn stored(
     let compressed = asked == Asked::Whole && size >= COMPRESS_FROM_BYTES && accepts_zstd(headers);
     let (code, body, length, content_range) = match asked {
         Asked::Whole if compressed => {
-            (StatusCode::OK, of_zstd(cache.cas.open_zstd(instance, digest, 0).await?, to), None, None)
+            (StatusCode::OK, of_zstd(cas.open_zstd(instance, digest, 0).await?, to), None, None)
         }
         Asked::Whole => {
-            (StatusCode::OK, of_blob(cache.cas.open(instance, digest).await?, 0..size, to), Some(size), None)
+            (StatusCode::OK, of_blob(cas.open(instance, digest).await?, 0..size, to), Some(size), None)
         }
         Asked::Part(part) => {
             let shown = format!("bytes {}-{}/{size}", part.start, part.end.saturating_sub(1));
             let length = part.end.saturating_sub(part.start);
-            let body = of_blob(cache.cas.open(instance, digest).await?, part, to);
+            let body = of_blob(cas.open(instance, digest).await?, part, to);
             (StatusCode::PARTIAL_CONTENT, body, Some(length), Some(shown))
         }
         Asked::Unsatisfiable => {

@@ -6,6 +6,7 @@
 use super::LOG;
 use crate::{
     budget::Share,
+    caller::Caller,
     connections::{ConnectionState, Connections, End, OpenCall},
     digest::Digest,
     error::Error,
@@ -84,6 +85,11 @@ impl Line {
     /// Who asks.
     pub fn peer(&self) -> SocketAddr {
         self.connection.address
+    }
+
+    /// The same, for bounds.
+    pub fn caller(&self) -> Caller {
+        self.connection.caller
     }
 
     /// The connection that the answer goes over.

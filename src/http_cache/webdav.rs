@@ -53,7 +53,8 @@ pub async fn properties(
     let properties = if is_collection {
         "<D:resourcetype><D:collection/></D:resourcetype>".to_owned()
     } else {
-        let size = value_digest(target, key).await?.size();
+        let cas = target.0.cas.on_behalf_of(line.caller());
+        let size = value_digest((&cas, target.1), key).await?.size();
         format!("<D:resourcetype/><D:getcontentlength>{size}</D:getcontentlength>")
     };
     let href = href(target.1.name(), key);
@@ -80,7 +81,8 @@ pub async fn make_collection(
     if name.is_empty() {
         return Ok(status::not_allowed(allowed(key)));
     }
-    match value_digest(target, name).await {
+    let cas = target.0.cas.on_behalf_of(line.caller());
+    match value_digest((&cas, target.1), name).await {
         Ok(_) => Ok(status::not_allowed(allowed(name))),
         Err(Error::NotFound(_)) => Ok(created()),
         Err(error) => Err(error),

@@ -10,7 +10,6 @@ use super::{
 };
 use crate::{
     actors::cas::client::Provenance,
-    caller::Caller,
     error::{Error, Result},
     instance::Instance,
     proto::reapi,
@@ -32,7 +31,7 @@ pub async fn blob(
     line: &mut Line,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
-    let cas = cache.cas.on_behalf_of(caller(&request));
+    let cas = cache.cas.on_behalf_of(line.caller());
     let upload = Upload::new(request, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, like.function());
     upload.fill(&mut blob, line).await?;
@@ -49,21 +48,22 @@ pub async fn result(
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     check_writable(instance)?;
-    let mut held = cache.cas.hold(caller(&request), 0)?;
-    let upload = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes), cache.cas.decoders())?;
+    let (caller, cas) = (line.caller(), cache.cas.on_behalf_of(line.caller()));
+    let mut held = cas.hold(caller, 0)?;
+    let upload = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes), cas.decoders())?;
     let bytes = upload.collect(line, |bytes| Ok(held.grow(bytes)?)).await?;
-    let decoded = cache.cas.decode(bytes.into(), RESULT_MAX_MEMORY, "ActionResult").await;
+    let decoded = cas.decode(bytes.into(), RESULT_MAX_MEMORY, "ActionResult").await;
     let (result, _room): (reapi::ActionResult, _) = decoded.map_err(|error| {
         Error::Invalid(format!(
             "this is no ActionResult ({error}); what has another format belongs under /cache/"
         ))
     })?;
     // The Action has the true size, and a result under it is found by gRPC clients too.
-    let action = match cache.cas.blob_by_hash(instance, like).await? {
+    let action = match cas.blob_by_hash(instance, like).await? {
         Some(action) => action,
-        None => cache.cas.action_by_hash(instance, like).await?.unwrap_or(like),
+        None => cas.action_by_hash(instance, like).await?.unwrap_or(like),
     };
-    cache.cas.put_result(instance, action, result, provenance(line)).await?;
+    cas.put_result(instance, action, result, provenance(line)).await?;
     Ok(created())
 }
 
@@ -76,7 +76,7 @@ pub async fn value(
 ) -> Result<Response> {
     let action = value_action(instance, key)?;
     check_writable(instance)?;
-    let cas = cache.cas.on_behalf_of(caller(&request));
+    let cas = cache.cas.on_behalf_of(line.caller());
     let upload = Upload::new(request, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, action.function());
     upload.fill(&mut blob, line).await?;
@@ -85,7 +85,7 @@ pub async fn value(
     let file =
         reapi::OutputFile { path: VALUE_PATH.into(), digest: Some(digest.to_wire()), ..Default::default() };
     let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
-    cache.cas.put_result(instance, action, result, provenance(line)).await?;
+    cas.put_result(instance, action, result, provenance(line)).await?;
     Ok(created())
 }
 
@@ -99,11 +99,6 @@ pub fn check_writable(instance: &Instance) -> Result<()> {
 
 fn provenance(line: &Line) -> Provenance {
     Provenance { peer: line.peer().to_string(), ..Provenance::default() }
-}
-
-/// Who sends it; set for every request of a connection.
-fn caller(request: &Request) -> Caller {
-    request.extensions().get().copied().unwrap_or_default()
 }
 
 /// The answer to a request that has made something.

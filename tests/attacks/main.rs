@@ -19,6 +19,7 @@ mod raw;
 mod reservations;
 mod resets;
 mod sent_ahead;
+mod shared_places;
 #[allow(dead_code)]
 #[path = "../wire/support.rs"]
 mod support;

@@ -280,7 +280,7 @@ impl Handler<Submit> for FakeScheduler {
             action: message.action,
             inline: message.inline,
             client: message.client,
-            peer: message.peer,
+            peer: message.caller.peer,
         });
         let (cell, snapshots) = watch::channel(queued());
         self.operations.push((info.clone(), cell));

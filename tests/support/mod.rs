@@ -15,6 +15,7 @@ use gorego::{
             workspace::BuildRoot,
         },
     },
+    caller::Peer,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     instance::{Instance, Instances},
@@ -67,7 +68,7 @@ struct Staged {
 }
 
 impl BlobStore for Handle {
-    fn stage_inputs(&self, _: &Instance, root: Digest) -> Result<Box<dyn Inputs>> {
+    fn stage_inputs(&self, _: &Instance, root: Digest, _: Peer) -> Result<Box<dyn Inputs>> {
         let blobs = self.0.blobs.lock().unwrap().clone();
         if std::mem::take(&mut *self.0.panic_next.lock().unwrap()) {
             panic!("as the test asked");
@@ -283,6 +284,7 @@ impl Bench {
                 task: TaskId(7),
                 slot: SlotId(0),
                 action: Arc::new(self.action(job)),
+                peer: Peer::default(),
                 queued_at: SystemTime::now(),
                 tool_invocation_id: "invocation".into(),
                 cancel: job.cancel.clone(),

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     actors::cas::messages::CheckInputs,
+    caller::Caller,
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
@@ -30,16 +31,23 @@ use tokio::{sync::watch, time::Instant};
 pub struct Assets {
     actor: Addr<AssetActor>,
     shared: Arc<Shared>,
+    /// Who asks.
+    caller: Caller,
 }
 
 impl Assets {
     pub(super) fn new(actor: Addr<AssetActor>, shared: Arc<Shared>) -> Self {
-        Self { actor, shared }
+        Self { actor, shared, caller: Caller::default() }
     }
 
     /// The actor's address, for [`super::messages::CloseAssets`].
     pub fn actor(&self) -> &Addr<AssetActor> {
         &self.actor
+    }
+
+    /// This handle for the requests of a client: its downloads count against the bounds of its peer.
+    pub fn on_behalf_of(&self, caller: Caller) -> Self {
+        Self { caller, ..self.clone() }
     }
 
     /// Whether clients may push (AST-11).
@@ -96,7 +104,8 @@ impl Assets {
         let limit = self.shared.settings.timeout.min(wait.unwrap_or(Duration::MAX));
         let deadline = Instant::now() + limit;
         let request = Arc::new(request);
-        let join = JoinFlight { request: request.clone(), known, oldest, deadline };
+        let caller = self.caller;
+        let join = JoinFlight { request: request.clone(), known, oldest, deadline, caller };
         let mut flight = self.ask(join).await??.0;
         let fetched = match tokio::time::timeout_at(deadline, landing(&mut flight)).await {
             Ok(outcome) => outcome?,
@@ -212,7 +221,7 @@ impl Assets {
     }
 
     async fn missing_below(&self, instance: &Instance, root: Digest) -> Result<Vec<Digest>> {
-        let check = CheckInputs { instance: instance.clone(), root };
+        let check = CheckInputs { instance: instance.clone(), root, caller: self.caller };
         match self.shared.cas.actor().send(check).await.map_err(|_| going_down())? {
             Ok(()) => Ok(Vec::new()),
             Err(Error::MissingBlobs(missing)) => Ok(missing),
@@ -224,7 +233,7 @@ impl Assets {
     async fn check_integrity(&self, request: &AssetRequest, digest: Digest) -> Result<()> {
         const PIECE_BYTES: usize = 128 * 1024;
         let Some(integrity) = request.qualifiers.integrity()? else { return Ok(()) };
-        let reader = self.shared.cas.open(&request.instance, digest).await?;
+        let reader = self.shared.cas.working_for(self.caller).open(&request.instance, digest).await?;
         let mut witness = integrity.witness();
         let mut at = 0u64;
         loop {

@@ -4,7 +4,7 @@ use super::{
     AssetActor, LOG, Shared,
     bindings::Binding,
     download::Source,
-    flights::FlightId,
+    flights::Begun,
     layout::Layout,
     messages::Landed,
     outcome::{Failure, FailureKind, Fetched, Problem},
@@ -14,6 +14,8 @@ use super::{
 };
 use crate::{
     actors::cas::{blob::BlobReader, client::Cas},
+    budget::{Budget, Share},
+    caller::Caller,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     instance::Instance,
@@ -21,7 +23,7 @@ use crate::{
 };
 use actix::Addr;
 use bytes::Bytes;
-use futures::FutureExt as _;
+use futures::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
 use reqwest::Url;
 use std::{
     io::{self, Read, Seek, SeekFrom},
@@ -48,20 +50,19 @@ const MESSAGE_MAX_BYTES: usize = 4 * 1024;
 /// Bytes that are read at a time from a stored archive or an unpacked file.
 const PIECE_BYTES: usize = 128 * 1024;
 
-/// Starts a flight. It ends at `latest`, and tells the actor in any case. Its content is as old as the question for it, which
+/// Starts a flight. It ends at the latest deadline of its callers, and tells the actor in any case. Its content is as old as the question for it, which
 /// was `asked_at`, and not as its last byte.
 pub fn launch(
     shared: Arc<Shared>,
     actor: Addr<AssetActor>,
-    id: FlightId,
+    Begun { id, latest, callers, .. }: Begun,
     request: Arc<AssetRequest>,
     asked_at: SystemTime,
-    latest: watch::Receiver<Instant>,
 ) {
     let runtime = shared.runtime.clone();
     runtime.spawn(async move {
         let started = Instant::now();
-        let flight = AssertUnwindSafe(fly(&shared, &request, &latest)).catch_unwind();
+        let flight = AssertUnwindSafe(fly(&shared, &request, &latest, callers)).catch_unwind();
         let outcome = select! {
             outcome = flight => outcome.unwrap_or_else(|_| Err(Error::internal("a fetch panicked").into())),
             () = passed(latest.clone()) => Err(Problem::origin(FailureKind::TimedOut, "it took longer than the fetch may take")),
@@ -131,9 +132,29 @@ fn write_line(request: &AssetRequest, started: Instant, outcome: &Outcome) {
     }
 }
 
-async fn fly(shared: &Arc<Shared>, request: &AssetRequest, latest: &watch::Receiver<Instant>) -> Outcome {
-    let permit = shared.runway.acquire().await;
-    let _permit = permit.map_err(|_| Error::Unavailable("the server is going down".into()))?;
+/// Waits for a place in the air, in the line of each peer that wants this flight. The first one whose turn comes gets it for all.
+async fn take_off(runway: &Budget, mut callers: watch::Receiver<Vec<Caller>>) -> Result<Share> {
+    let mut lines = FuturesUnordered::new();
+    loop {
+        let new = callers.borrow_and_update().iter().skip(lines.len()).copied().collect::<Vec<_>>();
+        lines.extend(new.into_iter().map(|caller| runway.wait_for(caller, 1)));
+        select! {
+            Some(place) = lines.next() => return Ok(place?),
+            Ok(()) = callers.changed() => {}
+            else => return Err(Error::Unavailable("the server is going down".into())),
+        }
+    }
+}
+
+async fn fly(
+    shared: &Arc<Shared>,
+    request: &AssetRequest,
+    latest: &watch::Receiver<Instant>,
+    callers: watch::Receiver<Vec<Caller>>,
+) -> Outcome {
+    let place = take_off(&shared.runway, callers).await?;
+    // What is downloaded counts as an upload of that caller.
+    let cas = shared.cas.on_behalf_of(place.caller());
     let asked_at = SystemTime::now();
     let headers = request.headers()?;
     let integrity = request.qualifiers.integrity()?;
@@ -144,10 +165,10 @@ async fn fly(shared: &Arc<Shared>, request: &AssetRequest, latest: &watch::Recei
         let patience = Patience { latest: latest.clone(), mirrors };
         let source = Source { uri, headers, integrity: integrity.as_ref(), patience };
         let fetched = async {
-            let blob = shared.downloader.download(&shared.cas, request, &source).await?;
+            let blob = shared.downloader.download(&cas, request, &source).await?;
             match request.kind {
                 Kind::Blob => Ok(blob),
-                Kind::Directory => unpack_blob(shared, request, blob).await,
+                Kind::Directory => unpack_blob(shared, &cas, request, blob).await,
             }
         };
         match fetched.await {
@@ -190,11 +211,12 @@ fn shorten(mut text: String) -> String {
 /// Turns a stored archive into stored Directories.
 async fn unpack_blob(
     shared: &Arc<Shared>,
+    cas: &Cas,
     request: &AssetRequest,
     archive: Digest,
 ) -> Result<Digest, Problem> {
     let path = request.qualifiers.directory()?;
-    let reader = shared.cas.open(&request.instance, archive).await?;
+    let reader = cas.open(&request.instance, archive).await?;
     let runtime = shared.runtime.clone();
     let max_bytes = shared.settings.max_unpacked_bytes;
     // A thread cannot be dropped as a future can; without this it would go on when the flight has ended.
@@ -202,7 +224,7 @@ async fn unpack_blob(
     let _stop_at_end = StopOnDrop(stop.clone());
     let mut store = Store {
         stop: stop.clone(),
-        cas: shared.cas.clone(),
+        cas: cas.clone(),
         instance: request.instance.clone(),
         function: request.function,
         runtime: runtime.clone(),
@@ -325,5 +347,29 @@ impl Seek for Cursor {
         };
         self.at = target.ok_or(io::ErrorKind::InvalidInput)?;
         Ok(self.at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::budget::Bounds;
+
+    /// A peer that joins a flight of another one does not wait behind all that the other one wants.
+    #[tokio::test]
+    async fn a_flight_takes_off_when_the_turn_of_any_peer_comes_that_wants_it() {
+        let [greedy, modest] = [1, 2].map(|host| Caller::connected(([127, 0, 0, host], 1).into()));
+        let runway = Budget::new(Bounds { what: "downloads", total: 8, connection: 8 });
+        let held: Vec<_> = std::iter::from_fn(|| runway.take(greedy, 1).ok()).collect();
+        assert_eq!(held.len(), 7);
+        let (callers, lines) = watch::channel(vec![greedy]);
+        let mut flight = Box::pin(take_off(&runway, lines));
+        assert!(flight.as_mut().now_or_never().is_none());
+        callers.send_modify(|callers| callers.push(modest));
+        let place = flight.as_mut().now_or_never().expect("there is a place for the other peer").unwrap();
+        assert_eq!(place.caller(), modest);
+        drop((held, place));
+        drop(flight);
+        assert_eq!(runway.held(), 0, "no line is left");
     }
 }

@@ -2,23 +2,33 @@
 //!
 //! Invariants: a flight ends at the latest deadline of those who joined it, and never later than the end that it was given at
 //! its start. Nobody joins one that began before the oldest content that they accept (AST-08); such a caller gets a flight of
-//! its own, which those who come after it join. How many there are is bounded, and so are the bytes of their requests.
+//! its own, which those who come after it join. How many there are is bounded, and so are the bytes of their requests; peers
+//! share both, and a flight counts for the one that began it. A flight that waits for its turn does so for every peer that has
+//! joined it, so that nobody waits behind the other downloads of whoever was first.
 
-use super::{flight::Outcome, request::AssetKey};
-use crate::error::{Error, Result};
-use std::{
-    collections::BTreeMap,
-    time::{Duration, SystemTime},
+use super::{
+    flight::Outcome,
+    request::{AssetKey, MAX_QUALIFIER_BYTES, MAX_QUALIFIERS, MAX_URI_BYTES, MAX_URIS},
 };
+use crate::{
+    budget::{Bounds, Budget, Share},
+    caller::Caller,
+    error::Result,
+};
+use std::{collections::BTreeMap, time::SystemTime};
 use tokio::{sync::watch, time::Instant};
 
 /// Flights under way or waiting for their turn; more are refused.
-const MAX_FLIGHTS: usize = 10_000;
+const FLIGHTS: Bounds =
+    Bounds { what: "fetches that are under way or waiting", total: 10_000, connection: 10_000 };
 /// Bytes of the requests of all these flights. Most are a kilobyte, but one may have megabytes of qualifiers, and outlives the
 /// call that made it.
-const MAX_FLIGHT_BYTES: usize = 64 * 1024 * 1024;
-/// How long a client should wait before it tries a full house again.
-const FULL_RETRY: Duration = Duration::from_secs(5);
+const FLIGHT_BYTES: Bounds =
+    Bounds { what: "bytes of such requests", total: 64 * 1024 * 1024, connection: 64 * 1024 * 1024 };
+/// What one request may take: its URIs and its qualifiers.
+const LARGEST_REQUEST: u64 = (MAX_URIS * MAX_URI_BYTES + MAX_QUALIFIERS * 2 * MAX_QUALIFIER_BYTES) as u64;
+/// Peers for which one flight waits. Each has a line of its own, and so many of them are hardly ever all held up.
+const MAX_LINES: usize = 64;
 
 /// One flight: what it brings, and a number that grows with every flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,6 +48,8 @@ pub struct Plan {
     pub end: Instant,
     /// Bytes of its request.
     pub size: usize,
+    /// Who begins it.
+    pub caller: Caller,
 }
 
 /// A flight that has just begun, for who flies it.
@@ -49,23 +61,39 @@ pub struct Begun {
     pub outcome: watch::Receiver<Option<Outcome>>,
     /// When it has to end; callers who join may put that off.
     pub latest: watch::Receiver<Instant>,
+    /// Who wants it: a caller of each peer.
+    pub callers: watch::Receiver<Vec<Caller>>,
 }
 
 #[derive(Debug)]
 struct Flight {
     plan: Plan,
     latest: watch::Sender<Instant>,
+    callers: watch::Sender<Vec<Caller>>,
+    /// A place, and the bytes of its request.
+    _held: [Share; 2],
     outcome: watch::Sender<Option<Outcome>>,
 }
 
 /// The downloads under way; see the top of this file.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Flights {
     /// Those of one asset beside each other, the newest last.
     flights: BTreeMap<FlightId, Flight>,
     begun: u64,
-    /// Bytes of the requests of all flights.
-    bytes: usize,
+    places: Budget,
+    bytes: Budget,
+}
+
+impl Default for Flights {
+    fn default() -> Self {
+        Self {
+            flights: BTreeMap::new(),
+            begun: 0,
+            places: Budget::new(FLIGHTS),
+            bytes: Budget::keeping_free(FLIGHT_BYTES, LARGEST_REQUEST),
+        }
+    }
 }
 
 impl Flights {
@@ -76,9 +104,10 @@ impl Flights {
         key: AssetKey,
         oldest: Option<SystemTime>,
         deadline: Instant,
+        caller: Caller,
     ) -> Option<watch::Receiver<Option<Outcome>>> {
         let all = FlightId { key, number: 0 }..=FlightId { key, number: u64::MAX };
-        let (_, Flight { plan, latest, outcome }) = self.flights.range(all).next_back()?;
+        let (_, Flight { plan, latest, outcome, callers, .. }) = self.flights.range(all).next_back()?;
         if oldest.is_some_and(|oldest| plan.asked_at < oldest) {
             return None;
         }
@@ -88,34 +117,36 @@ impl Flights {
             *latest = deadline.max(*latest);
             later
         });
+        // Once it is in the air it waits for nobody's turn.
+        if !callers.is_closed() {
+            callers.send_if_modified(|callers| {
+                let has_line = callers.iter().any(|other| other.peer == caller.peer);
+                let is_new = !has_line && callers.len() < MAX_LINES;
+                callers.extend(is_new.then_some(caller));
+                is_new
+            });
+        }
         Some(outcome.subscribe())
     }
 
     /// Begins a flight.
     ///
     /// # Errors
-    /// `Exhausted` when there are too many.
+    /// `Exhausted` when there are too many, or too many of this caller.
     pub fn begin(&mut self, key: AssetKey, plan: Plan) -> Result<Begun> {
-        let bytes = self.bytes.saturating_add(plan.size);
-        if self.flights.len() >= MAX_FLIGHTS || bytes > MAX_FLIGHT_BYTES {
-            return Err(Error::Exhausted {
-                message: format!("{} fetches are under way or waiting; try again", self.flights.len()),
-                retry_after: Some(FULL_RETRY),
-            });
-        }
+        let held = [self.places.take(plan.caller, 1)?, self.bytes.take(plan.caller, plan.size as u64)?];
         self.begun += 1;
         let id = FlightId { key, number: self.begun };
         let (outcome, landing) = watch::channel(None);
         let (latest, until) = watch::channel(plan.deadline.min(plan.end));
-        self.bytes = bytes;
-        self.flights.insert(id, Flight { plan, latest, outcome });
-        Ok(Begun { id, outcome: landing, latest: until })
+        let (callers, lines) = watch::channel(vec![plan.caller]);
+        self.flights.insert(id, Flight { plan, latest, callers, _held: held, outcome });
+        Ok(Begun { id, outcome: landing, latest: until, callers: lines })
     }
 
     /// A flight has ended; tells all who joined it.
     pub fn end(&mut self, id: FlightId, outcome: Outcome) {
         if let Some(flight) = self.flights.remove(&id) {
-            self.bytes = self.bytes.saturating_sub(flight.plan.size);
             flight.outcome.send_replace(Some(outcome));
         }
     }
@@ -124,7 +155,11 @@ impl Flights {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::actors::asset::outcome::{FailureKind, Problem};
+    use crate::{
+        actors::asset::outcome::{FailureKind, Problem},
+        error::Error,
+    };
+    use std::time::Duration;
 
     const KEY: AssetKey = AssetKey([1; 32]);
 
@@ -135,7 +170,11 @@ mod tests {
     fn plan(asked_at: u64, size: usize) -> Plan {
         let now = Instant::now();
         let (deadline, end) = (now + Duration::from_secs(1), now + Duration::from_secs(600));
-        Plan { asked_at: at(asked_at), deadline, end, size }
+        Plan { asked_at: at(asked_at), deadline, end, size, caller: Caller::default() }
+    }
+
+    fn from(host: u8) -> Caller {
+        Caller::connected(([127, 0, 0, host], 1).into())
     }
 
     #[test]
@@ -148,7 +187,7 @@ mod tests {
         let mut expected = plan.deadline;
         for minutes in [5, 3, 9, 11, 60, 1_000] {
             let wanted = plan.deadline + minute * minutes;
-            flights.join(KEY, None, wanted).unwrap();
+            flights.join(KEY, None, wanted, from(1)).unwrap();
             expected = expected.max(wanted.min(plan.end));
             assert_eq!(*latest.borrow(), expected, "{minutes} minutes");
         }
@@ -164,29 +203,55 @@ mod tests {
     fn nobody_joins_a_flight_that_began_before_the_oldest_content_accepted() {
         let mut flights = Flights::default();
         let (first, deadline) = (flights.begin(KEY, plan(100, 0)).unwrap(), Instant::now());
-        assert!(flights.join(KEY, Some(at(101)), deadline).is_none());
-        assert!(flights.join(KEY, Some(at(100)), deadline).is_some());
-        assert!(flights.join(AssetKey([2; 32]), None, deadline).is_none());
+        assert!(flights.join(KEY, Some(at(101)), deadline, from(1)).is_none());
+        assert!(flights.join(KEY, Some(at(100)), deadline, from(1)).is_some());
+        assert!(flights.join(AssetKey([2; 32]), None, deadline, from(1)).is_none());
         let second = flights.begin(KEY, plan(101, 0)).unwrap();
-        let joined = flights.join(KEY, Some(at(101)), deadline).unwrap();
+        let joined = flights.join(KEY, Some(at(101)), deadline, from(1)).unwrap();
         let failed = |text: &str| Err(Problem::origin(FailureKind::NotFound, text));
         flights.end(first.id, failed("first"));
         assert!(joined.borrow().is_none(), "it is the newer one that was joined");
         flights.end(second.id, failed("second"));
         assert_eq!(*first.outcome.borrow(), Some(failed("first")));
         assert_eq!(*joined.borrow(), Some(failed("second")));
-        assert!(flights.join(KEY, None, deadline).is_none());
+        assert!(flights.join(KEY, None, deadline, from(1)).is_none());
     }
 
     #[test]
-    fn requests_in_flight_are_bounded_in_number_and_bytes_and_give_back_what_they_took() {
+    fn a_peer_that_fetches_all_that_it_may_leaves_flights_and_bytes_to_the_next() {
         let mut flights = Flights::default();
-        let large = flights.begin(KEY, plan(100, MAX_FLIGHT_BYTES)).unwrap();
-        assert!(matches!(flights.begin(KEY, plan(100, 1)), Err(Error::Exhausted { .. })));
-        flights.end(large.id, Err(Problem::origin(FailureKind::TimedOut, "")));
-        for _ in 0..MAX_FLIGHTS {
-            flights.begin(KEY, plan(100, 1)).unwrap();
+        let fill = |flights: &mut Flights, size| {
+            let all =
+                std::iter::from_fn(|| flights.begin(KEY, Plan { caller: from(1), ..plan(100, size) }).ok());
+            all.map(|begun| begun.id).collect::<Vec<_>>()
+        };
+        for size in [1, LARGEST_REQUEST as usize] {
+            let all = fill(&mut flights, size);
+            assert!(all.len() > 5, "{}", all.len());
+            let refusal = flights.begin(KEY, Plan { caller: from(1), ..plan(100, size) });
+            assert!(matches!(refusal, Err(Error::Exhausted { .. })));
+            let other = Plan { caller: from(2), ..plan(100, LARGEST_REQUEST as usize) };
+            let other =
+                flights.begin(KEY, other).expect("there is room for the largest request of another peer");
+            for id in all.into_iter().chain([other.id]) {
+                flights.end(id, Err(Problem::origin(FailureKind::TimedOut, "")));
+            }
+            assert_eq!((flights.places.held(), flights.bytes.held()), (0, 0));
         }
-        assert!(matches!(flights.begin(KEY, plan(100, 1)), Err(Error::Exhausted { .. })));
+    }
+
+    #[test]
+    fn a_flight_waits_for_one_caller_of_each_peer_that_wants_it() {
+        let mut flights = Flights::default();
+        let begun = flights.begin(KEY, Plan { caller: from(1), ..plan(100, 1) }).unwrap();
+        for host in [1, 2, 2, 3] {
+            flights.join(KEY, None, Instant::now(), from(host)).unwrap();
+        }
+        let peers: Vec<_> = begun.callers.borrow().iter().map(|caller| caller.peer).collect();
+        assert_eq!(peers, [1, 2, 3].map(|host| from(host).peer));
+        for host in 4..=255 {
+            flights.join(KEY, None, Instant::now(), from(host)).unwrap();
+        }
+        assert_eq!(begun.callers.borrow().len(), MAX_LINES);
     }
 }

@@ -6,7 +6,7 @@ use super::{
     flights::FlightId,
     request::{AssetKey, AssetRequest},
 };
-use crate::error::Result;
+use crate::{caller::Caller, error::Result};
 use actix::Message;
 use std::{sync::Arc, time::SystemTime};
 use tokio::{sync::watch, time::Instant};
@@ -35,7 +35,7 @@ pub struct BindAsset {
 /// looked, its content is the answer.
 ///
 /// # Errors
-/// `Exhausted` when too many are.
+/// `Exhausted` when too many are, or too many of this caller.
 #[derive(Debug, Message)]
 #[rtype(result = "Result<Joined>")]
 pub struct JoinFlight {
@@ -47,6 +47,8 @@ pub struct JoinFlight {
     pub oldest: Option<SystemTime>,
     /// The flight goes on until then if it has to, but not beyond the longest time of a fetch.
     pub deadline: Instant,
+    /// Who wants it.
+    pub caller: Caller,
 }
 
 /// A place in a flight: holds its outcome once it has landed.

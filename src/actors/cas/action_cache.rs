@@ -90,7 +90,7 @@ impl Cas {
             if unread.is_empty() {
                 continue;
             }
-            let _turn = self.shared().result_checks.acquire().await.map_err(Error::internal)?;
+            let _place = self.shared().result_checks.wait_for(self.caller(), 1).await?;
             let (cas, lease) = (self.clone(), located.lease);
             self.blocking(move || {
                 let _lease = lease;
@@ -176,7 +176,7 @@ impl Cas {
             Err(error) => return Ok(Err(error.to_string())),
         };
         let mut references = direct.blobs;
-        let mut room = TreeRoom::new(self.shared());
+        let mut room = TreeRoom::new(self);
         for tree in direct.trees {
             if tree.size() > MAX_TREE_BYTES {
                 return Ok(Err(format!("its Tree {tree} is larger than {MAX_TREE_BYTES} bytes")));

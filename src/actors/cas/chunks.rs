@@ -5,17 +5,20 @@
 //! forgotten, or whose chunks were evicted, is made again from the blob, and only the chunks that are missing are written.
 //! Chunks take as much room again as their blob; like everything else they are evicted when they were not used for longest.
 //!
-//! Bounds: one split of a blob at a time, [`MAX_CHUNK_JOBS`] of all blobs, two batches of [`BATCH_BYTES`] and the splitter's
-//! window in memory for each. What was written is leased until all chunks are there.
+//! Bounds: one split of a blob at a time, [`MAX_CHUNK_JOBS`] of all blobs, of which one peer gets all but one; two batches of
+//! [`BATCH_BYTES`] and the splitter's window in memory for each. What was written is leased until all chunks are there. Nobody
+//! keeps the turn of a blob while waiting for a place, so that a peer that waits for a place holds up no other one.
 
 use super::{
     blob::{BlobReader, PIECE_BYTES, not_found},
     client::Cas,
     guards::Lease,
     memo::Memo,
-    turns::Turns,
+    turns::{Turn, Turns},
 };
 use crate::{
+    budget::{Budget, Share},
+    caller::Caller,
     chunking::{Chunking, Splitter},
     digest::Digest,
     error::{Error, Result},
@@ -24,10 +27,9 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{collections::HashSet, sync::Arc, time::Instant};
-use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Splits and splices that run at the same time; each keeps about two cores busy. Others wait.
-const MAX_CHUNK_JOBS: usize = 4;
+const MAX_CHUNK_JOBS: u64 = 4;
 /// Chunks are written in batches of about this many bytes, while the next batch is cut and hashed.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// Memory for recipes: about 1,500,000 chunks.
@@ -44,7 +46,14 @@ type Batch = Vec<(Digest, Bytes)>;
 pub(super) struct ChunkWork {
     recipes: Memo<(InstanceId, Digest, Chunking), Chunks>,
     turns: Turns<(InstanceId, Digest)>,
-    slots: Semaphore,
+    pub(super) places: Budget,
+}
+
+/// Nobody else works on the blob while this is held, and few enough work on others.
+#[derive(Debug)]
+pub(super) struct Right {
+    _place: Share,
+    _turn: Turn,
 }
 
 impl Default for ChunkWork {
@@ -52,20 +61,35 @@ impl Default for ChunkWork {
         Self {
             recipes: Memo::new(RECIPE_MEMO_BYTES),
             turns: Turns::default(),
-            slots: Semaphore::new(MAX_CHUNK_JOBS),
+            places: Budget::new(super::places("splits and splices", MAX_CHUNK_JOBS)),
         }
     }
 }
 
 impl ChunkWork {
-    /// Waits until nobody else works on this blob.
-    pub(super) async fn turn(&self, instance: &Instance, blob: Digest) -> super::turns::Turn {
-        self.turns.take((instance.blobs(), blob)).await
+    /// Waits for the right to work on this blob: a place, then the turn of the blob.
+    pub(super) async fn begin(&self, instance: &Instance, blob: Digest, caller: Caller) -> Result<Right> {
+        let place = self.places.wait_for(caller, 1).await?;
+        let turn = self.turns.take((instance.blobs(), blob)).await;
+        Ok(Right { _place: place, _turn: turn })
     }
 
-    /// Waits until few enough work at the same time.
-    pub(super) async fn slot(&self) -> Result<SemaphorePermit<'_>> {
-        self.slots.acquire().await.map_err(Error::internal)
+    /// The same; but if somebody else works on this blob, `None` when that is over. Most often nothing is left to do then, so it
+    /// is waited for without a place.
+    pub(super) async fn begin_or_wait(
+        &self,
+        instance: &Instance,
+        blob: Digest,
+        caller: Caller,
+    ) -> Result<Option<Right>> {
+        let key = (instance.blobs(), blob);
+        let place = self.places.wait_for(caller, 1).await?;
+        if let Some(turn) = self.turns.take_now(key) {
+            return Ok(Some(Right { _place: place, _turn: turn }));
+        }
+        drop(place);
+        drop(self.turns.take(key).await);
+        Ok(None)
     }
 
     /// Keeps a recipe whose chunks are known to make the blob, cut as `chunking` cuts it.
@@ -110,19 +134,9 @@ impl Cas {
         if blob.size() / chunking.chunk_sizes().end() > max_chunks as u64 {
             return Err(too_many());
         }
-        let work = &self.shared().chunk_work;
         let chunks = match self.known_chunks(instance, blob, chunking).await? {
             Some(chunks) => chunks,
-            None => {
-                let _turn = work.turn(instance, blob).await;
-                // Whoever had the turn before has done it.
-                match self.known_chunks(instance, blob, chunking).await? {
-                    Some(chunks) => chunks,
-                    None => {
-                        self.make_chunks(instance, blob, chunking, max_chunks).await?.ok_or_else(too_many)?
-                    }
-                }
-            }
+            None => self.chunks_in_turn(instance, blob, chunking, max_chunks).await?.ok_or_else(too_many)?,
         };
         if chunks.len() > max_chunks { Err(too_many()) } else { Ok(chunks) }
     }
@@ -142,6 +156,29 @@ impl Cas {
         Ok(missing.is_empty().then_some(chunks))
     }
 
+    /// Cuts a blob once there is a place for that, unless somebody else does it first. `None` when there are more than
+    /// `max_chunks`.
+    async fn chunks_in_turn(
+        &self,
+        instance: &Instance,
+        blob: Digest,
+        chunking: Chunking,
+        max_chunks: usize,
+    ) -> Result<Option<Chunks>> {
+        let work = &self.shared().chunk_work;
+        let mut right = work.begin_or_wait(instance, blob, self.caller()).await?;
+        loop {
+            // Somebody else may have done it meanwhile.
+            if let Some(chunks) = self.known_chunks(instance, blob, chunking).await? {
+                return Ok(Some(chunks));
+            }
+            match right {
+                Some(_right) => return self.make_chunks(instance, blob, chunking, max_chunks).await,
+                None => right = Some(work.begin(instance, blob, self.caller()).await?),
+            }
+        }
+    }
+
     /// Cuts a stored blob and stores those of its chunks that are not. `None` when there are more than `max_chunks`.
     async fn make_chunks(
         &self,
@@ -159,7 +196,6 @@ impl Cas {
             // Not a shortage: no retry makes the store larger (GEN-20).
             return Err(Error::Precondition(message));
         }
-        let _slot = self.shared().chunk_work.slot().await?;
         let started = Instant::now();
         let reader = self.open(instance, blob).await?;
         let mut scan = Some(Scan { reader, blob, splitter: Splitter::new(chunking), at: 0 });

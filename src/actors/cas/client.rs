@@ -7,17 +7,17 @@ use super::{
     CasActor, Shared,
     blob::{BlobReader, BlobWriter, is_sound, not_found, read_whole},
     guards::Room,
-    index::{FileId, Found, Key, Kind},
+    index::{FileId, Found, Key, Kind, Stamp},
     inputs::Source,
     received::Received,
     requests::*,
-    settings::{DIGESTS_PER_MESSAGE, PARK_WAIT, ROOM_STEP_BYTES, SOUND_TRIES, TWIN_WAIT},
+    settings::{DIGESTS_PER_MESSAGE, PARK_WAIT, ROOM_STEP_BYTES, SMALL_BLOB_BYTES, SOUND_TRIES, TWIN_WAIT},
     sink::{WHOLE_BYTES, check_item, check_stream, failed},
     writer::write_new,
 };
 use crate::{
     budget::{Budget, Share},
-    caller::Caller,
+    caller::{Caller, Peer},
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     instance::Instance,
@@ -87,8 +87,10 @@ impl StagedInputs {
 pub struct Cas {
     store: Addr<CasActor>,
     shared: Arc<Shared>,
-    /// On whose account bytes are taken in; `None` for the server's own.
-    caller: Option<Caller>,
+    /// For whom the store works: what is read, decoded and hashed counts against the bounds of this caller and its peer.
+    caller: Caller,
+    /// Whether what is taken in counts too. What the server itself stores does not.
+    is_client: bool,
     /// This handle belongs to a worker thread, which may block: file work is done right there.
     blocks: bool,
 }
@@ -105,7 +107,7 @@ fn spoilt() -> Error {
 
 impl Cas {
     pub(super) fn new(store: Addr<CasActor>, shared: Arc<Shared>) -> Self {
-        Self { store, shared, caller: None, blocks: false }
+        Self { store, shared, caller: Caller::default(), is_client: false, blocks: false }
     }
 
     /// The actor's address, for the messages of [`super::messages`] and [`super::InspectStore`].
@@ -113,9 +115,25 @@ impl Cas {
         &self.store
     }
 
-    /// This handle for what a client sends: it counts against the bounds of its connection and its peer.
+    /// This handle for the requests of a client: what it sends and what it asks for count against the bounds of its connection
+    /// and its peer.
     pub fn on_behalf_of(&self, caller: Caller) -> Self {
-        Self { caller: Some(caller), ..self.clone() }
+        Self { caller, is_client: true, ..self.clone() }
+    }
+
+    /// This handle for the server's own work that a client has asked for, such as an action or a download: what is read counts
+    /// as the client's, and what is stored does not.
+    pub fn working_for(&self, caller: Caller) -> Self {
+        Self { caller, is_client: false, ..self.clone() }
+    }
+
+    /// For whom the store works.
+    pub(super) fn caller(&self) -> Caller {
+        self.caller
+    }
+
+    fn client(&self) -> Option<Caller> {
+        self.is_client.then_some(self.caller)
     }
 
     /// Room for bytes that are going to come in through this handle.
@@ -126,7 +144,7 @@ impl Cas {
     }
 
     fn pay_for(&self, room: &mut Room) -> Result<()> {
-        match self.caller {
+        match self.client() {
             Some(caller) => room.charge_to(self.shared.upload_budget.take(caller, 0)?),
             None => Ok(()),
         }
@@ -134,7 +152,7 @@ impl Cas {
 
     /// For bytes that come in through this handle and are not written yet.
     pub(super) fn received(&self) -> Received {
-        Received::new(self.caller.map(|caller| (self.shared.received.clone(), caller)))
+        Received::new(self.client().map(|caller| (self.shared.received.clone(), caller)))
     }
 
     /// Counts bytes of a client that are collected in memory, until the share is dropped.
@@ -183,8 +201,27 @@ impl Cas {
         if let Some(bytes) = self.shared.recent.get(&(instance.blobs(), digest)) {
             return Ok(BlobReader::whole(bytes));
         }
+        let place = self.place_to_hash([&found]).await?;
         let cas = self.clone();
-        self.blocking(move || BlobReader::open(cas, found, Arc::new(located.lease))).await?
+        self.blocking(move || {
+            let _place = place;
+            BlobReader::open(cas, found, Arc::new(located.lease))
+        })
+        .await?
+    }
+
+    /// Waits for a place if one of these has to be hashed before it is read, and is large.
+    pub(super) async fn place_to_hash(
+        &self,
+        found: impl IntoIterator<Item = &Found>,
+    ) -> Result<Option<Share>> {
+        let is_laborious = |found: &Found| {
+            found.stamp == Stamp::UNTRUSTED && found.file.key.digest.size() > SMALL_BLOB_BYTES
+        };
+        if !found.into_iter().any(is_laborious) {
+            return Ok(None);
+        }
+        Ok(Some(self.shared.cold_reads.wait_for(self.caller, 1).await?))
     }
 
     /// Memory for the decoders of compressed uploads; see [`super::decoders`].
@@ -312,8 +349,10 @@ impl Cas {
     /// `Unavailable` when the server is going down.
     pub(super) async fn are_sound(&self, instance: &Instance, digests: Vec<Digest>) -> Result<bool> {
         let located = self.locate(instance, digests, true).await?;
+        let place = self.place_to_hash(located.found.iter().flatten()).await?;
         let cas = self.clone();
         self.blocking(move || {
+            let _place = place;
             let mut all = true;
             for found in &located.found {
                 all &= match found {
@@ -490,12 +529,13 @@ impl Cas {
         self.shared.runtime.block_on(ask(here))
     }
 
-    /// Reads an input root and leases every blob of it, from a worker thread.
+    /// Reads an input root and leases every blob of it, from a worker thread; for an action of this peer.
     ///
     /// # Errors
     /// `MissingBlobs` with all that is missing (EXE-26); `Invalid` when a Directory is malformed.
-    pub fn stage_inputs(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
-        self.block_on(async |cas| cas.stage(instance, root).await)
+    pub fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<StagedInputs> {
+        let cas = self.working_for(Caller::without_connection(peer));
+        cas.block_on(async |cas| cas.stage(instance, root).await)
     }
 }
 

@@ -1,20 +1,21 @@
-//! Room to decode stored messages in: what all of them take together has a bound.
+//! Room to decode stored messages in: what all of them take together has a bound, which peers share.
 //!
 //! What a message takes is known only once it was read, so room is taken for the worst that its size allows, before it is read,
-//! and held until it was made into something else. Whoever holds room never waits for more of it, so nobody waits for ever.
-//! Small messages need none.
+//! and held until it was made into something else. A request that holds room never waits for more of it, so no two wait for one
+//! another. Small messages need none.
+//!
+//! Room is charged to the caller for whom the store works. Messages of half a MiB may take as much as the largest, so there is room
+//! for two of the largest, and a peer that holds some leaves room for one to the others.
 
-use super::{Shared, client::Cas, settings::SMALL_TREE_BYTES};
+use super::{client::Cas, settings::SMALL_TREE_BYTES};
 use crate::{
     budget::Share,
-    caller::Caller,
-    error::{Error, Result},
+    error::Result,
     memory,
     wire::{self, UNCOUNTED_BYTES},
 };
 use bytes::Bytes;
 use prost::{Message, Name};
-use tokio::sync::SemaphorePermit;
 
 /// What a message of this many bytes takes at worst, when it is read and decoded within a bound.
 pub(super) fn worst_case(bytes: u64, most: u64) -> u64 {
@@ -37,8 +38,7 @@ impl Cas {
         if bytes == 0 {
             return Ok(None);
         }
-        // Work of many callers shares one answer here, so it is charged to none of them.
-        Ok(Some(Room(self.shared().decoded.wait_for(Caller::default(), bytes).await?)))
+        Ok(Some(Room(self.shared().decoded.wait_for(self.caller(), bytes).await?)))
     }
 
     /// Decodes a message that was received, a large one on a blocking thread. The room is to be kept as long as the message.
@@ -57,24 +57,24 @@ impl Cas {
 }
 
 /// Permission to hold the directories of one tree in memory. A tree above `SMALL_TREE_BYTES` takes one of `LARGE_TREES_MAX`
-/// permits; a holder never waits for a second.
+/// places, of which one peer gets all but one; a holder never waits for a second.
 #[derive(Debug)]
 pub(super) struct TreeRoom<'a> {
-    shared: &'a Shared,
+    cas: &'a Cas,
     bytes: usize,
-    place: Option<SemaphorePermit<'a>>,
+    place: Option<Share>,
 }
 
 impl<'a> TreeRoom<'a> {
-    pub(super) fn new(shared: &'a Shared) -> Self {
-        Self { shared, bytes: 0, place: None }
+    pub(super) fn new(cas: &'a Cas) -> Self {
+        Self { cas, bytes: 0, place: None }
     }
 
     /// Waits for the right to hold this much more.
     pub(super) async fn grow(&mut self, bytes: usize) -> Result<()> {
         self.bytes = self.bytes.saturating_add(bytes);
         if self.bytes > SMALL_TREE_BYTES && self.place.is_none() {
-            self.place = Some(self.shared.large_trees.acquire().await.map_err(Error::internal)?);
+            self.place = Some(self.cas.shared().large_trees.wait_for(self.cas.caller(), 1).await?);
         }
         Ok(())
     }

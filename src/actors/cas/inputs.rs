@@ -132,7 +132,7 @@ impl Cas {
 
     /// Checks that a whole input root is stored, and renews it.
     pub(super) async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
-        let mut room = TreeRoom::new(self.shared());
+        let mut room = TreeRoom::new(self);
         let (closure, digests) = self.closure_with_digests(instance, root, &mut room).await?;
         let mut missing = closure.missing;
         missing.extend(self.find_missing(instance, digests).await?);
@@ -145,7 +145,7 @@ impl Cas {
 
     /// Reads and leases a whole input root. What is staged is bounded by the number of slots.
     pub(super) async fn stage(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
-        let mut room = TreeRoom::new(self.shared());
+        let mut room = TreeRoom::new(self);
         let (closure, digests) = self.closure_with_digests(instance, root, &mut room).await?;
         let mut missing = closure.missing;
         let mut files = HashMap::with_capacity(digests.len());

@@ -3,7 +3,9 @@
 //! Everybody else (RPC handlers, worker threads) goes through [`super::client::Cas`], which turns each call into one or two
 //! of the actor's private messages and does the file work outside the actor.
 
-use crate::{action::Action, digest::Digest, error::Result, instance::Instance, proto::reapi};
+use crate::{
+    action::Action, caller::Caller, digest::Digest, error::Result, instance::Instance, proto::reapi,
+};
 use std::sync::Arc;
 
 /// Looks an Execute request up: is there a complete result, or what is to be run?
@@ -19,6 +21,8 @@ pub struct ResolveAction {
     pub action: Digest,
     /// Do not look into the action cache (EXE-17).
     pub skip_cache_lookup: bool,
+    /// Who asks.
+    pub caller: Caller,
 }
 
 /// The answer to [`ResolveAction`].
@@ -41,4 +45,6 @@ pub struct CheckInputs {
     pub instance: Instance,
     /// Digest of the root Directory.
     pub root: Digest,
+    /// For whom.
+    pub caller: Caller,
 }

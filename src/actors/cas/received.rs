@@ -60,7 +60,7 @@ impl Received {
     /// Whether this upload may be far behind: neither all uploads nor those of its connection have half of what they may.
     pub fn has_plenty(&self) -> bool {
         self.account.as_ref().is_none_or(|(budget, caller)| {
-            budget.held() < RECEIVED.total / 2 && budget.held_by(caller.connection) < RECEIVED.connection / 2
+            budget.held() < RECEIVED.total / 2 && budget.held_by(*caller) < RECEIVED.connection / 2
         })
     }
 

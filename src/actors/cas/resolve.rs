@@ -62,7 +62,7 @@ impl Handler<ResolveAction> for CasActor {
         if let Some(resolution) = self.resolve_from_memory(&message, ctx) {
             return Reply::Now(Ok(resolution));
         }
-        let cas = self.client(ctx);
+        let cas = self.client(ctx).working_for(message.caller);
         Reply::Later(Box::pin(self.elsewhere(async move { cas.resolve(message).await })))
     }
 }
@@ -71,7 +71,7 @@ impl Handler<CheckInputs> for CasActor {
     type Result = ResponseFuture<Result<()>>;
 
     fn handle(&mut self, message: CheckInputs, ctx: &mut Self::Context) -> Self::Result {
-        let cas = self.client(ctx);
+        let cas = self.client(ctx).working_for(message.caller);
         Box::pin(self.elsewhere(async move { cas.check_inputs(&message.instance, message.root).await }))
     }
 }
@@ -97,7 +97,7 @@ impl CasActor {
 
 impl Cas {
     async fn resolve(&self, message: ResolveAction) -> Result<Resolution> {
-        let ResolveAction { instance, action: digest, skip_cache_lookup } = message;
+        let ResolveAction { instance, action: digest, skip_cache_lookup, .. } = message;
         let parsed = self.read_action(&instance, digest).await?;
         let action = parsed.action.clone();
         let weight = size_of::<ParsedAction>() + action.weight();

@@ -45,11 +45,14 @@ pub const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
 /// Most memory that an Action or a Command may take once it is decoded. A system takes a few hundred thousand arguments at most.
 pub const MAX_ACTION_MEMORY: u64 = 64 * 1024 * 1024;
 
-/// Memory for stored messages that are being read and decoded: enough for the largest one, and for many of usual ones at a time.
+/// What the largest stored message takes while it is read and decoded.
+pub const LARGEST_DECODED: u64 = MAX_DIRECTORY_BYTES + MAX_MESSAGE_MEMORY;
+
+/// Memory for stored messages that are being read and decoded: the largest one for one peer, and as much for the others.
 pub const DECODED: Bounds = Bounds {
     what: "bytes of stored messages that are being decoded",
-    total: MAX_DIRECTORY_BYTES + MAX_MESSAGE_MEMORY,
-    connection: MAX_DIRECTORY_BYTES + MAX_MESSAGE_MEMORY,
+    total: 2 * LARGEST_DECODED,
+    connection: LARGEST_DECODED,
 };
 
 /// Memory for which directories are read in one go.
@@ -58,8 +61,8 @@ pub const DIRECTORIES_AT_ONCE: u64 = 64 * 1024 * 1024;
 /// Decoded directories of one tree that are held without a large place: those of some 100,000 files.
 pub const SMALL_TREE_BYTES: usize = 24 * 1024 * 1024;
 
-/// Larger trees that are walked at the same time; others wait.
-pub const LARGE_TREES_MAX: usize = 2;
+/// Larger trees that are walked at the same time; others wait. One peer gets one of the two.
+pub const LARGE_TREES_MAX: u64 = 2;
 
 /// Most blobs that one result may refer to.
 pub const MAX_REFERENCES: usize = 2_000_000;
@@ -71,8 +74,12 @@ pub const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
 pub const MAX_RESULT_FILE_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Results whose blobs are hashed at the same time, because nobody has read them since the start; other lookups of such results
-/// wait. Each reads from the disk as fast as it can.
-pub const RESULT_CHECKS_MAX: usize = 4;
+/// wait. Each reads from the disk as fast as it can. One peer gets all but one.
+pub const RESULT_CHECKS_MAX: u64 = 4;
+
+/// Large blobs that are hashed at the same time before their first byte is served, because nobody has read them since the start;
+/// other readers of such blobs wait. Each keeps a thread busy for as long as its disk needs. One peer gets 14 of them.
+pub const COLD_READS_MAX: u64 = 16;
 
 /// How often an upload that is told "stored already" looks whether that is so. Each look that finds a bad file drops it.
 pub const SOUND_TRIES: usize = 4;
@@ -118,7 +125,8 @@ pub const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Room for bytes that arrive is reserved at most this much ahead of them.
 pub const ROOM_STEP_BYTES: u64 = 1024 * 1024;
 
-/// Broken uploads that are kept; above it the oldest goes. Each holds a file open, and a process has 1,024 by default.
+/// Broken uploads that are kept; above it the oldest goes of the peer that has most. Each holds a file open, and a process has
+/// 1,024 by default.
 pub const MAX_PARTIAL_UPLOADS: usize = 256;
 
 /// How far hashing and writing may be behind the network, for each upload: half of it being written, half waiting.

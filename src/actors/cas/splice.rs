@@ -50,11 +50,16 @@ impl Cas {
         self.check_blob_size(blob.size(), &blob.to_string())?;
         check_list(blob, &chunks)?;
         let work = &self.shared().chunk_work;
-        let _turn = work.turn(instance, blob).await;
-        if self.are_sound(instance, vec![blob]).await? {
-            return self.find_missing(instance, chunks).await.map(drop);
-        }
-        let _slot = work.slot().await?;
+        let mut right = work.begin_or_wait(instance, blob, self.caller()).await?;
+        let _right = loop {
+            if self.are_sound(instance, vec![blob]).await? {
+                return self.find_missing(instance, chunks).await.map(drop);
+            }
+            match right {
+                Some(right) => break right,
+                None => right = Some(work.begin(instance, blob, self.caller()).await?),
+            }
+        };
         let (found, _leases) = self.lease_chunks(instance, &chunks).await?;
         let name = format!("splice/{blob}");
         let mut writer = match self.begin_upload(instance, &name, blob, 0).await? {

@@ -5,11 +5,18 @@ mod compressed;
 mod damage;
 mod inputs;
 mod results;
+mod sharing;
 mod store;
 mod uploads;
 
 use super::{blob::BlobReader, client::*, *};
-use crate::{action::TimeoutPolicy, digest::DigestFunction, instance::Instance, proto::reapi};
+use crate::{
+    action::TimeoutPolicy,
+    caller::{Caller, Peer},
+    digest::DigestFunction,
+    instance::Instance,
+    proto::reapi,
+};
 use bytes::Bytes;
 use std::{
     path::{Path, PathBuf},

@@ -25,19 +25,25 @@ impl<K> Default for Turns<K> {
 impl<K: Hash + Eq> Turns<K> {
     /// Waits until nobody works on this thing.
     pub async fn take(&self, key: K) -> Turn {
-        let line = {
-            let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            lines.retain(|_, line| line.strong_count() > 0);
-            match lines.get(&key).and_then(Weak::upgrade) {
-                Some(line) => line,
-                None => {
-                    let line = Arc::default();
-                    lines.insert(key, Arc::downgrade(&line));
-                    line
-                }
+        self.line(key).lock_owned().await
+    }
+
+    /// The turn, if nobody works on this thing.
+    pub fn take_now(&self, key: K) -> Option<Turn> {
+        self.line(key).try_lock_owned().ok()
+    }
+
+    fn line(&self, key: K) -> Arc<AsyncMutex<()>> {
+        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.retain(|_, line| line.strong_count() > 0);
+        match lines.get(&key).and_then(Weak::upgrade) {
+            Some(line) => line,
+            None => {
+                let line = Arc::default();
+                lines.insert(key, Arc::downgrade(&line));
+                line
             }
-        };
-        line.lock_owned().await
+        }
     }
 }
 
@@ -58,6 +64,7 @@ mod tests {
         let first = turns.take("a").await;
         let mut second = Box::pin(turns.take("a"));
         assert!(second.as_mut().now_or_never().is_none());
+        assert!(turns.take_now("a").is_none() && turns.take_now("b").is_some());
         drop(turns.take("b").await);
         // Who leaves the line does not hold up those behind.
         let third = Box::pin(turns.take("a"));

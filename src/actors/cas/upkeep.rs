@@ -29,7 +29,7 @@ impl CasActor {
         let could_fit = self.index.check_fit(bytes, self.uploads.parked_bytes()).is_ok();
         while could_fit
             && !self.index.has_room(bytes)
-            && let Some(partial) = self.uploads.pop_oldest()
+            && let Some(partial) = self.uploads.pop_for_room()
         {
             self.discard(partial, ctx);
         }
@@ -103,13 +103,18 @@ impl CasActor {
         });
     }
 
-    pub(super) fn housekeeping(&mut self, ctx: &mut Context<Self>) {
-        self.write_touches(ctx.address());
+    /// Deletes the broken uploads that are over a bound.
+    pub(super) fn discard_excess(&mut self, ctx: &Context<Self>) {
         let (now, settings) = (Instant::now(), &self.shared.settings);
         let (retention, limit) = (settings.partial_upload_retention, settings.max_bytes);
         while let Some(partial) = self.uploads.pop_excess(now, retention, limit) {
             self.discard(partial, ctx);
         }
+    }
+
+    pub(super) fn housekeeping(&mut self, ctx: &mut Context<Self>) {
+        self.write_touches(ctx.address());
+        self.discard_excess(ctx);
         self.trim(ctx);
         let cas = self.client(ctx);
         self.shared.runtime.spawn(async move { cas.relieve_low_disk().await });

@@ -3,7 +3,8 @@
 //! An upload is known by its whole resource name (BS-06). A name has one entry: its latest attempt while that runs, or what
 //! a broken attempt left. A new attempt at offset 0 takes the name over; the older one may still finish, but what it
 //! leaves if it breaks is discarded (BS-20). Broken uploads are bounded in number, bytes and age, and are the first to go
-//! when room is needed.
+//! when room is needed. Beyond a bound the oldest one goes of the peer that has most of what is short, so that nobody loses an
+//! upload because another peer has many. Connections have no share of their own: an upload is broken when its connection is.
 
 use super::{
     CasActor,
@@ -13,7 +14,11 @@ use super::{
     settings::{MAX_PARTIAL_UPLOADS, TWIN_STALL},
     sink::{Inflow, Sink},
 };
-use crate::{budget::Bound, caller::Caller, digest::Digest};
+use crate::{
+    budget::Bound,
+    caller::{Caller, Peer},
+    digest::Digest,
+};
 use actix::Addr;
 use std::{
     collections::{BTreeMap, HashMap},
@@ -65,6 +70,13 @@ pub struct Partial {
     pub sink: Sink,
     /// Room for them.
     pub room: Room,
+}
+
+impl Partial {
+    /// Whose it is.
+    fn peer(&self) -> Peer {
+        self.room.caller().unwrap_or_default().peer
+    }
 }
 
 /// The right to write one upload. Dropped, it tells the actor what is left of it.
@@ -257,10 +269,30 @@ impl Uploads {
         }
     }
 
-    /// Takes out the broken upload that has waited longest.
-    pub fn pop_oldest(&mut self) -> Option<Partial> {
-        let name = *self.parked.first_key_value()?.1;
+    /// Takes out a broken upload to make room: the oldest of the peer whose broken uploads hold the most bytes.
+    pub fn pop_for_room(&mut self) -> Option<Partial> {
+        self.pop_of_largest(|partial| partial.room.bytes())
+    }
+
+    /// Takes out the oldest broken upload of the peer whose broken uploads weigh most; of several such peers, the oldest of all.
+    fn pop_of_largest(&mut self, weight: impl Fn(&Partial) -> u64) -> Option<Partial> {
+        let mut weights: HashMap<Peer, u64> = HashMap::new();
+        for (_, partial) in self.by_age() {
+            let sum = weights.entry(partial.peer()).or_default();
+            *sum = sum.saturating_add(weight(partial));
+        }
+        let most = weights.values().copied().max()?;
+        let is_theirs = |(_, partial): &(Digest, &Partial)| weights.get(&partial.peer()) == Some(&most);
+        let (name, _) = self.by_age().find(is_theirs)?;
         self.unpark(name)
+    }
+
+    /// The broken uploads, the oldest first.
+    fn by_age(&self) -> impl Iterator<Item = (Digest, &Partial)> {
+        self.parked.values().filter_map(|name| match &self.named.get(name)?.state {
+            State::Parked(partial) => Some((*name, &**partial)),
+            State::Running(_) => None,
+        })
     }
 
     /// Takes out the broken upload that has waited longest among those that count against this bound of the caller's: those
@@ -270,21 +302,22 @@ impl Uploads {
             Bound::Connection => other.connection == caller.connection,
             Bound::Peer | Bound::Server => other.peer == caller.peer,
         };
-        let is_theirs = |name: &&Digest| match self.named.get(*name).map(|named| &named.state) {
-            Some(State::Parked(partial)) => partial.room.caller().is_some_and(counts),
-            Some(State::Running(_)) | None => false,
-        };
-        let name = *self.parked.values().find(is_theirs)?;
+        let (name, _) = self.by_age().find(|(_, partial)| partial.room.caller().is_some_and(counts))?;
         self.unpark(name)
     }
 
     /// Takes out a broken upload that is over a bound: too old, or one too many, or too much of a store of `limit` bytes.
     pub fn pop_excess(&mut self, now: Instant, retention: Duration, limit: u64) -> Option<Partial> {
-        let (&(since, _), _) = self.parked.first_key_value()?;
-        let excess = now.saturating_duration_since(since) >= retention
-            || self.parked.len() > MAX_PARTIAL_UPLOADS
-            || self.parked_bytes > limit / PARTIAL_PART;
-        if excess { self.pop_oldest() } else { None }
+        let (&(since, _), &oldest) = self.parked.first_key_value()?;
+        if now.saturating_duration_since(since) >= retention {
+            self.unpark(oldest)
+        } else if self.parked.len() > MAX_PARTIAL_UPLOADS {
+            self.pop_of_largest(|_| 1)
+        } else if self.parked_bytes > limit / PARTIAL_PART {
+            self.pop_for_room()
+        } else {
+            None
+        }
     }
 
     /// Bytes that broken uploads hold and that can be had back.

@@ -3,7 +3,7 @@
 //! The stream is made of frames that stand alone and begin at multiples of [`CHUNK_BYTES`], but for the first, which begins
 //! at the offset: so it can be decoded without anything that came before (BS-12). Frames come from the blob's zstd form if
 //! there is one, or are made on the way, by jobs on blocking threads, one ahead of the caller. At most as many encoders
-//! work as there are CPUs; a reader that nobody asks holds two jobs' output, about half a MiB.
+//! work as there are CPUs, in turns among those who wait; a reader that nobody asks holds two jobs' output, about half a MiB.
 
 use super::{
     blob::{BlobReader, not_found, read_whole},
@@ -15,6 +15,7 @@ use super::{
     zstd_form::{Form, History},
 };
 use crate::{
+    budget::Share,
     compression::{CHUNK_BYTES, saves, stored_frame},
     digest::Digest,
     error::{Error, Result},
@@ -22,7 +23,7 @@ use crate::{
 };
 use bytes::{Bytes, BytesMut};
 use std::sync::Arc;
-use tokio::{sync::OwnedSemaphorePermit, task::JoinHandle};
+use tokio::task::JoinHandle;
 
 /// What a job compresses before it hands over: until it has about so much of the stream ...
 const JOB_OUTPUT_BYTES: usize = 128 * 1024;
@@ -113,8 +114,8 @@ impl Making {
         let job = match self.job.take() {
             Some(job) => job,
             None if self.part.next < self.part.end => {
-                let permit = self.cas.shared().encoding.clone().acquire_owned().await;
-                self.start(permit.map_err(Error::internal)?)
+                let place = self.cas.shared().encoding.wait_for(self.cas.caller(), 1).await?;
+                self.start(place)
             }
             None => return Ok(None),
         };
@@ -122,19 +123,18 @@ impl Making {
             if error.is_panic() { Error::internal("compression panicked") } else { going_down() }
         })??;
         self.part = part;
-        // Ahead of the caller only where nobody waits for his turn.
         if self.part.next < self.part.end
-            && let Ok(permit) = self.cas.shared().encoding.clone().try_acquire_owned()
+            && let Some(place) = self.cas.shared().encoding.take_unless_awaited(self.cas.caller(), 1)
         {
-            self.job = Some(self.start(permit));
+            self.job = Some(self.start(place));
         }
         Ok(Some(frames))
     }
 
-    fn start(&self, permit: OwnedSemaphorePermit) -> Job {
+    fn start(&self, place: Share) -> Job {
         let (cas, mut part) = (self.cas.clone(), self.part.clone());
         self.cas.shared().runtime.spawn_blocking(move || {
-            let _permit = permit;
+            let _place = place;
             let frames = part.encode(&cas)?;
             Ok((part, frames))
         })
@@ -176,8 +176,13 @@ impl Cas {
         let (found, form) = (located.found.pop().flatten(), located.zstd.pop().flatten());
         let found = found.ok_or_else(|| not_found(digest))?;
         let lease = Arc::new(located.lease);
+        let place = self.place_to_hash([&found].into_iter().chain(&form)).await?;
         let cas = self.clone();
-        let opened = self.blocking(move || open_parts(&cas, found, form, lease, offset)).await??;
+        let open = move || {
+            let _place = place;
+            open_parts(&cas, found, form, lease, offset)
+        };
+        let opened = self.blocking(open).await??;
         let history = if opened.form.is_some() { None } else { self.note_zstd_read(instance, digest) };
         let making = opened.blob.map(|blob| {
             let stored = history == Some(History::Incompressible);
@@ -228,10 +233,10 @@ impl Cas {
         let located = self.ask(message).await?;
         let kept: Vec<Option<Option<Bytes>>> =
             digests.iter().map(|digest| self.shared().packed.get(&(instance.blobs(), *digest))).collect();
-        let permit = self.shared().encoding.clone().acquire_owned().await.map_err(Error::internal)?;
+        let place = self.shared().encoding.wait_for(self.caller(), 1).await?;
         let (cas, instance) = (self.clone(), instance.clone());
         self.blocking(move || {
-            let _permit = permit;
+            let _place = place;
             let lease = Arc::new(located.lease);
             let places = digests.into_iter().zip(kept).zip(located.found).zip(located.zstd);
             places

@@ -132,7 +132,8 @@ impl Ledger {
         if self.draining {
             return Err(Error::Unavailable("this server is shutting down; try again".into()));
         }
-        let Submit { instance, action: digest, priority, inline, client, peer, .. } = submit;
+        let Submit { instance, action: digest, priority, inline, client, caller, .. } = submit;
+        let peer = caller.peer;
         let priority = self.settings.priorities.nearest(priority);
         let info = Arc::new(OperationInfo { id, instance, action: digest, inline, client, peer });
         match resolution {

@@ -1,7 +1,7 @@
 //! What RPC handlers ask of the scheduler. Each message is one intent and its reply the whole answer.
 
 use super::operation::{ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription};
-use crate::{caller::Peer, digest::Digest, error::Result, instance::Instance};
+use crate::{caller::Caller, digest::Digest, error::Result, instance::Instance};
 use std::sync::Arc;
 
 /// Takes an action in: answered from the cache, joined to the same work in flight, or queued.
@@ -24,8 +24,8 @@ pub struct Submit {
     pub inline: Inline,
     /// What the client says about itself (RequestMetadata).
     pub client: ClientInfo,
-    /// Where it asks from.
-    pub peer: Peer,
+    /// Who asks.
+    pub caller: Caller,
 }
 
 /// Joins an operation (EXE-12).

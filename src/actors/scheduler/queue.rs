@@ -199,6 +199,13 @@ impl Queue {
         }
     }
 
+    /// How many tasks that were taken from here run for the peer whose turn it is.
+    pub fn running_of_next(&self, now: Instant) -> usize {
+        let next = self.next_peer(now);
+        let next = next.or_else(|| self.unfollowed.first_key_value().map(|((_, owner), _)| owner.peer));
+        next.and_then(|peer| self.running_of.get(&peer)).copied().unwrap_or(0)
+    }
+
     /// Takes out the place whose turn it is. Its task counts as running until [`Queue::ended`] is told so.
     pub fn pop(&mut self, now: Instant) -> Option<(TaskId, Charge)> {
         let (task, charge) = match self.next_peer(now) {

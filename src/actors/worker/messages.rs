@@ -1,7 +1,9 @@
 //! What the scheduler and a worker say to each other.
 
 use super::cancel::CancelToken;
-use crate::{action::Action, digest::Digest, error::Error, log_streams::run::RunLogs, proto::reapi};
+use crate::{
+    action::Action, caller::Peer, digest::Digest, error::Error, log_streams::run::RunLogs, proto::reapi,
+};
 use actix::Recipient;
 use std::{sync::Arc, time::SystemTime};
 
@@ -30,6 +32,8 @@ pub struct RunAction {
     pub slot: SlotId,
     /// What to run.
     pub action: Arc<Action>,
+    /// For whom; what is read for the action counts as this peer's.
+    pub peer: Peer,
     /// When the scheduler took the work in, for `queued_timestamp`.
     pub queued_at: SystemTime,
     /// The tool invocation that asked first, for the result's provenance; empty when unknown.

@@ -129,7 +129,7 @@ impl<'a> ActionRun<'a> {
     fn steps_in(&mut self, workspace: &Workspace, fetching: &Checkpoint) -> Result<()> {
         let action = &self.order.action;
         // Held to the end: while an action runs, its inputs are not evicted.
-        let staged = self.store.stage_inputs(&action.instance, action.input_root)?;
+        let staged = self.store.stage_inputs(&action.instance, action.input_root, self.order.peer)?;
         inputs::place(&*staged, workspace.root()?, &action.command, fetching)?;
         self.note(Point::FetchEnd);
 

@@ -2,6 +2,7 @@
 
 use crate::{
     actors::cas::client::{Cas, Provenance, StagedInputs},
+    caller::Peer,
     digest::{Digest, DigestFunction},
     error::Result,
     instance::Instance,
@@ -16,7 +17,7 @@ pub trait BlobStore: Send + Sync {
     ///
     /// # Errors
     /// See [`Cas::stage_inputs`].
-    fn stage_inputs(&self, instance: &Instance, root: Digest) -> Result<Box<dyn Inputs>>;
+    fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>>;
 
     /// [`Cas::store_output`].
     ///
@@ -66,8 +67,8 @@ pub trait Inputs {
 }
 
 impl BlobStore for Cas {
-    fn stage_inputs(&self, instance: &Instance, root: Digest) -> Result<Box<dyn Inputs>> {
-        Ok(Box::new(Cas::stage_inputs(self, instance, root)?))
+    fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>> {
+        Ok(Box::new(Cas::stage_inputs(self, instance, root, peer)?))
     }
 
     fn store_output(

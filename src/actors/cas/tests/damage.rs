@@ -62,7 +62,7 @@ async fn materialise(store: &Store, blob: Digest) -> Result<()> {
     let root = store.put(prost::Message::encode_to_vec(&root)).await;
     store
         .worker(move |cas, main| {
-            let staged = cas.stage_inputs(&main, root)?;
+            let staged = cas.stage_inputs(&main, root, Peer::default())?;
             let target = TempDir::new().unwrap();
             let parent = fs::File::open(target.path()).unwrap();
             staged.materialise(&blob, &parent, "f", 0o644)

@@ -26,11 +26,16 @@ fn message(files: &[(&str, Digest)], directories: &[(&str, Digest)]) -> Vec<u8> 
 }
 
 async fn check(store: &Store, root: Digest) -> Result<()> {
-    store.cas.actor().send(CheckInputs { instance: store.main.clone(), root }).await.unwrap()
+    store
+        .cas
+        .actor()
+        .send(CheckInputs { instance: store.main.clone(), root, caller: Caller::default() })
+        .await
+        .unwrap()
 }
 
 async fn stage(store: &Store, root: Digest) -> Result<StagedInputs> {
-    store.worker(move |cas, main| cas.stage_inputs(&main, root)).await
+    store.worker(move |cas, main| cas.stage_inputs(&main, root, Peer::default())).await
 }
 
 /// EXE-26: files of several directories and directories themselves, in one answer.

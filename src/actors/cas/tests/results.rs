@@ -281,7 +281,12 @@ async fn resolve(store: &Store, action: Digest, skip_cache_lookup: bool) -> Resu
     store
         .cas
         .actor()
-        .send(ResolveAction { instance: store.main.clone(), action, skip_cache_lookup })
+        .send(ResolveAction {
+            instance: store.main.clone(),
+            action,
+            skip_cache_lookup,
+            caller: Caller::default(),
+        })
         .await
         .unwrap()
 }

@@ -9,7 +9,6 @@ use crate::actors::cas::{
     requests::EndUpload,
     sink::Sink,
 };
-use crate::caller::Caller;
 use futures::future::join_all;
 
 const NAME: &str = "uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/blobs/x";
@@ -286,24 +285,56 @@ async fn a_blob_above_the_largest_size_is_refused_before_a_byte_is_sent() {
     assert!(matches!(&error, Error::Invalid(message) if message.contains("104857600")), "{error}");
 }
 
+/// Enters an upload that broke, under a name of its own; its first byte is that of the name.
+fn park(store: &Store, uploads: &mut Uploads, (n, blob): (u64, Key), room: Room, now: Instant) {
+    let name = digest(&n.to_le_bytes());
+    let Begin::Fresh(Entered { number, progress }, None) = uploads.begin(name, blob, 0) else { panic!() };
+    let file = TemporaryFile::create(store.root.path().join(format!("{n}"))).unwrap();
+    let partial = Some(Partial { sink: Sink { file, hasher: SHA256.hasher(0) }, room });
+    assert!(uploads.end(EndUpload { name, number, blob, progress, partial }, now).is_none());
+}
+
+/// A peer that keeps as many broken uploads as it can loses its own, however old those of the other are.
+#[actix::test]
+async fn a_peer_with_many_broken_uploads_loses_its_own_and_never_anothers() {
+    let store = Store::new().await;
+    let (now, hour, limit) = (Instant::now(), Duration::from_secs(3_600), 100 * MB);
+    let blob = Key { digest: digest(b"x"), instance: store.main.blobs(), kind: Kind::Blob };
+    let budget = &store.cas.shared().upload_budget;
+    let [few, many] = [1, 2].map(|host| Caller::connected(([127, 0, 0, host], 1).into()));
+    let mut uploads = Uploads::default();
+    let park = |uploads: &mut Uploads, n, caller, bytes| {
+        let mut room = Room::of(Reservation::new(store.cas.actor().clone(), bytes));
+        room.charge_to(budget.take(caller, 0).unwrap()).unwrap();
+        park(&store, uploads, (n, blob), room, now + Duration::from_millis(n));
+    };
+    let peer_of = |partial: Option<Partial>| partial.unwrap().room.caller().unwrap().peer;
+    park(&mut uploads, 0, few, 1);
+    for n in 1..=settings::MAX_PARTIAL_UPLOADS as u64 + 9 {
+        park(&mut uploads, n, many, 1);
+    }
+    for _ in 0..10 {
+        assert_eq!(peer_of(uploads.pop_excess(now, hour, limit)), many.peer);
+    }
+    assert!(uploads.pop_excess(now, hour, limit).is_none());
+    assert_eq!(uploads.counts(), (0, settings::MAX_PARTIAL_UPLOADS));
+    // By bytes the other one has most, and its largest stays as long as it has older ones.
+    park(&mut uploads, 1_000, few, 30 * MB);
+    for _ in 0..2 {
+        assert_eq!(peer_of(uploads.pop_for_room()), few.peer);
+    }
+    assert_eq!(peer_of(uploads.pop_for_room()), many.peer);
+}
+
 #[actix::test]
 async fn broken_uploads_are_bounded_in_age_number_and_bytes() {
     let store = Store::new().await;
     let (now, hour, limit) = (Instant::now(), Duration::from_secs(3_600), 100 * 4_096);
     let blob = Key { digest: digest(b"x"), instance: store.main.blobs(), kind: Kind::Blob };
     let mut uploads = Uploads::default();
-    let park = |uploads: &mut Uploads, n: u64, room| {
-        let name = digest(&n.to_le_bytes());
-        let Begin::Fresh(entered, None) = uploads.begin(name, blob, 0) else { panic!() };
-        let file = TemporaryFile::create(store.root.path().join(format!("{n}"))).unwrap();
-        let partial = Partial {
-            sink: Sink { file, hasher: SHA256.hasher(0) },
-            room: Room::of(Reservation::new(store.cas.actor().clone(), room)),
-        };
-        let Entered { number, progress } = entered;
-        assert!(
-            uploads.end(EndUpload { name, number, blob, progress, partial: Some(partial) }, now).is_none()
-        );
+    let park = |uploads: &mut Uploads, n: u64, bytes| {
+        let room = Room::of(Reservation::new(store.cas.actor().clone(), bytes));
+        park(&store, uploads, (n, blob), room, now);
     };
     park(&mut uploads, 0, 1);
     assert!(uploads.pop_excess(now + hour / 2, hour, limit).is_none());
@@ -314,7 +345,7 @@ async fn broken_uploads_are_bounded_in_age_number_and_bytes() {
     assert!(uploads.pop_excess(now, hour, limit).is_none());
     park(&mut uploads, 6, limit / 20);
     assert!(uploads.pop_excess(now, hour, limit).is_some(), "more than a quarter of the store");
-    while uploads.pop_oldest().is_some() {}
+    while uploads.pop_for_room().is_some() {}
     for n in 0..=settings::MAX_PARTIAL_UPLOADS as u64 {
         park(&mut uploads, n, 0);
     }

@@ -6,7 +6,7 @@ use crate::{
     actors::{
         scheduler::{
             operation::Stage,
-            room::Load,
+            room::{Load, SHARE},
             settings::Moment,
             slots::Slots,
             transition::{Event, Transition},
@@ -16,6 +16,7 @@ use crate::{
             messages::{RunReport, SlotId, StageReached, TaskId},
         },
     },
+    caller::Peer,
     digest::Digest,
     error::{Error, Result},
     instance::Instance,
@@ -31,6 +32,8 @@ pub struct Check {
     pub instance: Instance,
     /// Digest of the root Directory.
     pub root: Digest,
+    /// Whose turn it was.
+    pub peer: Peer,
 }
 
 /// A decision: run this task on this slot.
@@ -44,6 +47,8 @@ pub struct Assignment {
     pub slot: SlotId,
     /// What to run.
     pub action: Arc<Action>,
+    /// Whose turn it was.
+    pub peer: Peer,
     /// When the task was taken in.
     pub queued_at: SystemTime,
     /// The tool invocation that brought the task in.
@@ -65,10 +70,12 @@ pub enum RunEnd {
 }
 
 impl Ledger {
-    /// The next task whose inputs are to be checked, in the order of a pool's queue; `None` while enough checks are out. Each
-    /// one must be answered by [`Ledger::inputs_checked`], whatever happens.
+    /// The next task whose inputs are to be checked, in the order of a pool's queue; `None` while enough checks are out, or the
+    /// peer whose turn it is has its share of them. Each one must be answered by [`Ledger::inputs_checked`], whatever happens.
     pub fn next_check(&mut self, now: Moment) -> Option<Check> {
-        if self.checks.len() >= self.settings.concurrent_checks {
+        let left = self.settings.concurrent_checks.checked_sub(self.checks.len() + 1)?;
+        let own = self.unchecked.running_of_next(now.at);
+        if own > 0 && own >= left.saturating_mul(SHARE) {
             return None;
         }
         let (id, charge) = self.unchecked.pop(now.at)?;
@@ -78,7 +85,12 @@ impl Ledger {
             self.unchecked.remove(&place);
         }
         task.step = Step::Checking;
-        Some(Check { task: id, instance: task.action.instance.clone(), root: task.action.input_root })
+        Some(Check {
+            task: id,
+            instance: task.action.instance.clone(),
+            root: task.action.input_root,
+            peer: charge.owner.peer,
+        })
     }
 
     /// The CAS has looked at a task's inputs. Whatever is wrong with them ends the task before it takes a slot.
@@ -132,6 +144,7 @@ impl Ledger {
             pool,
             slot: place.slot,
             action: task.action.clone(),
+            peer: charge.owner.peer,
             queued_at: task.queued_at,
             tool_invocation_id: task.first.client.tool_invocation_id.clone(),
             cancel: run.cancel.clone(),

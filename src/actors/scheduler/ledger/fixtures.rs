@@ -56,7 +56,7 @@ pub fn submit(work: &Work) -> Submit {
         priority: 0,
         inline: Inline::default(),
         client: ClientInfo::default(),
-        peer: Default::default(),
+        caller: Default::default(),
     }
 }
 

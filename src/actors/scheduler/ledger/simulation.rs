@@ -16,7 +16,7 @@ use crate::actors::{
         messages::{RunFailure, RunResult, RunStage, SlotId, StageReached},
     },
 };
-use crate::platform::Offer;
+use crate::{caller::Caller, platform::Offer};
 use std::collections::HashSet;
 use turns::Waiting;
 
@@ -200,7 +200,8 @@ impl World {
         let invocation = ["", "a", "b"][self.random.below(3)];
         let priority = self.random.below(5) as i32 - 2;
         let peer = peer(self.random.below(3) as u8);
-        let submit = Submit { priority, peer, ..submit_of(invocation, &work) };
+        let caller = Caller::without_connection(peer);
+        let submit = Submit { priority, caller, ..submit_of(invocation, &work) };
         let waiting = self.ledger.room.all().waiting;
         let owner = self.ledger.owner(&OperationInfo {
             id,

@@ -3,6 +3,7 @@
 use super::*;
 use crate::{
     actors::scheduler::slots::PoolSpec,
+    caller::Caller,
     platform::{Offer, UnknownProperties},
 };
 
@@ -42,8 +43,45 @@ impl Desk {
 }
 
 #[test]
+fn checks_and_runs_say_for_which_peer_they_are() {
+    let mut desk = Desk::new(2, settings());
+    for host in [1, 2] {
+        let caller = Caller::without_connection(peer(host));
+        let name = u64::from(host);
+        let submit = Submit { caller, ..submit(&work(name)) };
+        desk.try_submit(submit, resolution(&work(name), false)).unwrap();
+    }
+    let checks: Vec<_> = std::iter::from_fn(|| desk.ledger.next_check(desk.now)).collect();
+    assert_eq!(checks.iter().map(|check| check.peer).collect::<Vec<_>>(), [peer(1), peer(2)]);
+    for check in checks {
+        desk.ledger.inputs_checked(check.task, Ok(()), desk.now);
+    }
+    let runs: Vec<_> = std::iter::from_fn(|| desk.ledger.assign(desk.now)).collect();
+    assert_eq!(runs.iter().map(|run| run.peer).collect::<Vec<_>>(), [peer(1), peer(2)]);
+}
+
+/// Checks of large inputs take long.
+#[test]
+fn a_peer_whose_checks_do_not_end_leaves_some_to_the_next() {
+    let mut desk = Desk::new(1, SchedulerSettings { concurrent_checks: 18, ..settings() });
+    let mut submit_from = |host, names: std::ops::Range<u64>| {
+        for name in names {
+            let caller = Caller::without_connection(peer(host));
+            desk.try_submit(Submit { caller, ..submit(&work(name)) }, resolution(&work(name), false))
+                .unwrap();
+        }
+        let checks = std::iter::from_fn(|| desk.ledger.next_check(desk.now));
+        checks.map(|check| check.peer).collect::<Vec<_>>()
+    };
+    assert_eq!(submit_from(1, 0..100), [peer(1); 16]);
+    assert_eq!(submit_from(2, 100..200), [peer(2)]);
+    assert_eq!(submit_from(3, 200..300), [peer(3)]);
+    assert_eq!(submit_from(4, 300..400), []);
+}
+
+#[test]
 fn a_build_of_thousands_cannot_starve_one_of_five() {
-    let mut desk = Desk::new(4, SchedulerSettings { concurrent_checks: 8, ..settings() });
+    let mut desk = Desk::new(4, SchedulerSettings { concurrent_checks: 9, ..settings() });
     let _big: Vec<_> = (0..5000).map(|name| desk.submit_of("big", name)).collect();
     let mut running = std::collections::VecDeque::from(desk.dispatch());
     let _more: Vec<_> = (5000..8000).map(|name| desk.submit_of("big", name)).collect();
@@ -98,7 +136,10 @@ fn a_shared_task_has_a_place_for_each_of_its_builds_and_runs_for_the_first_whose
     let _busy = desk.submit_of("a", 0);
     let busy = desk.dispatch_one();
     let of_a: Vec<_> = (1..10).map(|name| desk.submit_of("a", name)).collect();
-    let from = |invocation: &str, number| Submit { peer: peer(number), ..submit_of(invocation, &work(9)) };
+    let from = |invocation: &str, number| Submit {
+        caller: Caller::without_connection(peer(number)),
+        ..submit_of(invocation, &work(9))
+    };
     let mut join = |invocation: &str, number| {
         desk.try_submit(from(invocation, number), resolution(&work(9), false)).unwrap()
     };

@@ -1,0 +1,143 @@
+//! What peers share of the store's threads and memory: each bound leaves a place to the next peer, however much the first one
+//! asks for.
+
+use super::{
+    super::{chunks::ChunkWork, decoding::TreeRoom, messages::CheckInputs, settings},
+    *,
+};
+use crate::{budget::Share, chunking::Chunking};
+use futures::FutureExt as _;
+use prost::Message as _;
+
+/// A client at this loopback address.
+fn client(host: u8) -> Caller {
+    Caller::connected(([127, 0, 0, host], 1).into())
+}
+
+/// Everything of a budget that this caller gets, a unit at a time.
+fn all_of(budget: &Budget, caller: Caller, unit: u64) -> Vec<Share> {
+    let held: Vec<_> = std::iter::from_fn(|| budget.take(caller, unit).ok()).collect();
+    assert!(!held.is_empty() && budget.held() < budget.bounds().total, "the last part is for others");
+    held
+}
+
+impl Store {
+    /// While a peer holds its share of a budget, its next request waits, and the same request of another peer is answered.
+    async fn assert_shared<T>(
+        &self,
+        (budget, unit): (&Budget, u64),
+        request: impl AsyncFn(Cas, Caller) -> Result<T>,
+    ) -> T {
+        let held = all_of(budget, client(1), unit);
+        let ask = |caller| request(self.cas.on_behalf_of(caller), caller).boxed_local();
+        let mut waiting = ask(client(1));
+        while !budget.is_awaited() {
+            let answer = tokio::time::timeout(Duration::from_millis(1), waiting.as_mut()).await;
+            assert!(answer.is_err(), "a peer gets more than its share of {:?}", budget.bounds());
+        }
+        let answer = tokio::time::timeout(Duration::from_secs(30), ask(client(2))).await;
+        assert!(answer.expect("another peer is served").is_ok());
+        assert!(budget.is_awaited() && waiting.as_mut().now_or_never().is_none());
+        drop(held);
+        let answer = tokio::time::timeout(Duration::from_secs(30), waiting).await;
+        answer.expect("what waits is served in time").unwrap()
+    }
+}
+
+/// A Directory that needs room to be decoded, whose files are all stored.
+async fn large_directory(store: &Store) -> Digest {
+    let content = Some(store.put("content").await.to_wire());
+    let file = |n| reapi::FileNode { name: format!("{n:08}"), digest: content.clone(), ..Default::default() };
+    let directory = reapi::Directory { files: (0..1_000).map(file).collect(), ..Default::default() };
+    store.put(directory.encode_to_vec()).await
+}
+
+#[actix::test]
+async fn memory_for_stored_messages() {
+    let store = Store::new().await;
+    let (root, shared) = (large_directory(&store).await, store.cas.shared().clone());
+    let budget = (&shared.decoded, settings::LARGEST_DECODED / 4);
+    let decode = async |cas: Cas, _| cas.room_to_decode(settings::LARGEST_DECODED).await;
+    store.assert_shared(budget, decode).await;
+    // The caller travels with the question.
+    let instance = &store.main;
+    let check = async |cas: Cas, caller| {
+        shared.directories.clear();
+        let question = CheckInputs { instance: instance.clone(), root, caller };
+        cas.actor().send(question).await.unwrap()
+    };
+    store.assert_shared(budget, check).await;
+    assert_eq!(shared.decoded.held(), 0);
+}
+
+#[actix::test]
+async fn places_for_large_trees() {
+    let store = Store::new().await;
+    let shared = store.cas.shared().clone();
+    let hold = async |cas: Cas, _| {
+        let mut room = TreeRoom::new(&cas);
+        room.grow(settings::SMALL_TREE_BYTES).await?;
+        room.grow(1).await
+    };
+    store.assert_shared((&shared.large_trees, 1), hold).await;
+}
+
+#[actix::test]
+async fn checks_of_results_and_reads_of_blobs_that_nobody_has_read_since_the_start() {
+    let store = Store::new().await;
+    let blobs = [store.put(noise(LARGE, 1)).await, store.put(noise(LARGE, 2)).await];
+    let actions = [digest(b"first"), digest(b"second")];
+    for (action, blob) in actions.into_iter().zip(blobs) {
+        let file = reapi::OutputFile { path: "o".into(), digest: Some(blob.to_wire()), ..Default::default() };
+        let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
+        store.cas.put_result(&store.main, action, result, Provenance::default()).await.unwrap();
+    }
+    let is_first = |caller: Caller| usize::from(caller.peer != client(1).peer);
+    let store = store.restart().await;
+    let (shared, main) = (store.cas.shared().clone(), store.main.clone());
+    let look_up = async |cas: Cas, caller| cas.get_result(&main, actions[is_first(caller)]).await;
+    assert!(store.assert_shared((&shared.result_checks, 1), look_up).await.is_some());
+    drop(shared);
+    let store = store.restart().await;
+    let (shared, main) = (store.cas.shared().clone(), store.main.clone());
+    let open = async |cas: Cas, caller| cas.open(&main, blobs[is_first(caller)]).await;
+    store.assert_shared((&shared.cold_reads, 1), open).await;
+}
+
+/// The blob that the first peer waits to split is split for the other one.
+#[actix::test]
+async fn places_to_split_blobs() {
+    let store = Store::new().await;
+    let (blob, main) = (store.put(noise(LARGE, 1)).await, store.main.clone());
+    let chunking = Chunking::fast_cdc(4_096, 0).unwrap();
+    let shared = store.cas.shared().clone();
+    let ChunkWork { places, .. } = &shared.chunk_work;
+    let split = async |cas: Cas, _| cas.split(&main, blob, chunking, usize::MAX).await;
+    store.assert_shared((places, 1), split).await;
+    assert_eq!(places.held(), 0);
+}
+
+/// Compression is short work: a peer alone has all places, and another one has the next turn.
+#[actix::test]
+async fn places_to_compress_in_turns() {
+    let store = Store::new().await;
+    let blob = store.put("text ".repeat(1_000)).await;
+    let places = store.cas.shared().encoding.clone();
+    let greedy = client(1);
+    let mut held: Vec<_> = std::iter::from_fn(|| places.take(greedy, 1).ok()).collect();
+    assert_eq!(places.held(), places.bounds().total);
+    let mut more: Vec<_> = (0..50).map(|_| places.wait_for(greedy, 1).boxed_local()).collect();
+    assert!(more.iter_mut().all(|wait| wait.as_mut().now_or_never().is_none()));
+    let cas = store.cas.on_behalf_of(client(2));
+    let mut read = cas.read_many_zstd(&store.main, vec![blob]).boxed_local();
+    // The actor has answered it when it has answered the next question.
+    assert!(read.as_mut().now_or_never().is_none());
+    store.inspect().await;
+    assert!(read.as_mut().now_or_never().is_none());
+    // The first place may go to the first peer, the next one does not.
+    for _ in 0..2 {
+        drop(held.pop().or_else(|| more.iter_mut().find_map(|wait| wait.as_mut().now_or_never()?.ok())));
+    }
+    let items = tokio::time::timeout(Duration::from_secs(30), read).await.expect("its turn came").unwrap();
+    assert!(matches!(items[..], [Ok(Item::Zstd(_))]));
+}

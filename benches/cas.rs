@@ -119,7 +119,7 @@ async fn main() {
             .collect();
         let start = Instant::now();
         for query in queries {
-            cas.find_missing(&main, query).await.unwrap();
+            cas.find_missing(&main, &query).await.unwrap();
         }
         report(&format!("find_missing of 1,000 {what}, of {blobs} stored"), 200, start.elapsed());
     }

@@ -34,7 +34,7 @@ pub async fn blob(
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("no blob with hash {} is in the CAS", like.hash_hex()));
-    let digest = cache.cas.blob_by_hash(instance, like).await?.ok_or_else(absent)?;
+    let digest = cache.cas.blob_by_hash(instance, like)?.ok_or_else(absent)?;
     stored((cache, instance), digest, headers, line).await
 }
 
@@ -53,7 +53,7 @@ pub async fn value(
 pub async fn result((cache, instance): Target<'_>, hash: Hash, line: &Line) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("the action with hash {} has no result here", like.hash_hex()));
-    let action = cache.cas.action_by_hash(instance, like).await?.ok_or_else(absent)?;
+    let action = cache.cas.action_by_hash(instance, like)?.ok_or_else(absent)?;
     let result = cache.cas.get_result(instance, action).await?.ok_or_else(absent)?;
     let mut response = Response::new(of_message(&*result, line.connection()).await?);
     let kind = HeaderValue::from_static("application/octet-stream");

@@ -1,17 +1,18 @@
 //! [`Cas`]: the way to the store for RPC handlers and worker threads.
 //!
-//! Each call is one or two questions to the actor, and file work on a blocking thread between or after them. Staging and
-//! storing for workers is in `inputs` and `outputs`, action results are in `action_cache`.
+//! Each call is a look-up in the index (`lookup`), or one or two questions to the actor, and file work on a blocking thread between or
+//! after them. Staging and storing for workers is in `inputs` and `outputs`, action results are in `action_cache`.
 
 use super::{
     CasActor, Shared,
     blob::{BlobReader, BlobWriter, is_sound, not_found, read_whole},
-    guards::Room,
+    guards::{Reservation, Room},
     index::{FileId, Found, Key, Kind},
+    lookup::Purpose,
     inputs::Source,
     received::Received,
     requests::*,
-    settings::{DIGESTS_PER_MESSAGE, PARK_WAIT, ROOM_STEP_BYTES, SOUND_TRIES, TWIN_WAIT},
+    settings::{PARK_WAIT, ROOM_STEP_BYTES, SOUND_TRIES, TWIN_WAIT},
     sink::{WHOLE_BYTES, check_item, check_stream, failed},
     writer::write_new,
 };
@@ -149,30 +150,12 @@ impl Cas {
         &self.shared
     }
 
-    /// Those of the digests that are not stored, each once; the others are renewed (CAS-01..04).
-    ///
-    /// # Errors
-    /// `Unavailable` when the server is going down.
-    pub async fn find_missing(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Digest>> {
-        let instance = instance.blobs();
-        if digests.len() <= DIGESTS_PER_MESSAGE {
-            return self.ask(FindMissing { instance, digests }).await;
-        }
-        let mut missing = Vec::new();
-        let mut seen = HashSet::new();
-        for part in digests.chunks(DIGESTS_PER_MESSAGE) {
-            let part = self.ask(FindMissing { instance, digests: part.to_vec() }).await?;
-            missing.extend(part.into_iter().filter(|digest| seen.insert(*digest)));
-        }
-        Ok(missing)
-    }
-
     /// Opens a blob.
     ///
     /// # Errors
     /// `NotFound` when it is not stored, also when its file is damaged (it is dropped then).
     pub async fn open(&self, instance: &Instance, digest: Digest) -> Result<BlobReader> {
-        let mut located = self.locate(instance, vec![digest], true).await?;
+        let mut located = self.locate(instance, &[digest], Purpose::Read).await?;
         let Some(found) = located.found.pop().flatten() else {
             return if digest.is_empty() {
                 Ok(BlobReader::whole(Bytes::new()))
@@ -197,7 +180,7 @@ impl Cas {
     /// # Errors
     /// Each blob's own; the call's when the server is going down.
     pub async fn read_many(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Result<Bytes>>> {
-        let located = self.locate(instance, digests.clone(), false).await?;
+        let located = self.locate(instance, &digests, Purpose::Look).await?;
         let at_hand = |(digest, found): (&Digest, &Option<Found>)| match found {
             Some(_) => self.shared.recent.get(&(instance.blobs(), *digest)).map(Ok),
             None if digest.is_empty() => Some(Ok(Bytes::new())),
@@ -291,18 +274,28 @@ impl Cas {
     /// a file that is as it should be; a bad one is dropped, and is then one that is not stored.
     pub(super) async fn prepare(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Prepared> {
         for _ in 0..SOUND_TRIES {
-            let ask = Prepare { instance: instance.blobs(), digests: digests.clone() };
-            let prepared = self.ask(ask).await?;
-            if prepared.absent.len() == digests.len() {
-                return Ok(prepared);
+            let absent = self.find_missing(instance, &digests).await?;
+            if absent.len() < digests.len() {
+                let absent: HashSet<&Digest> = absent.iter().collect();
+                let present = digests.iter().filter(|digest| !absent.contains(digest)).copied().collect();
+                if !self.are_sound(instance, present).await? {
+                    continue;
+                }
             }
-            let absent: HashSet<Digest> = prepared.absent.iter().copied().collect();
-            let present = digests.iter().filter(|digest| !absent.contains(digest)).copied().collect();
-            if self.are_sound(instance, present).await? {
-                return Ok(prepared);
-            }
+            let room = self.reserve_for(&absent).await?;
+            return Ok(Prepared { absent, room });
         }
         Err(spoilt())
+    }
+
+    /// Room for blobs that are not stored.
+    async fn reserve_for(&self, absent: &[Digest]) -> Result<Result<Reservation>> {
+        if absent.is_empty() {
+            return Ok(Ok(Reservation::new(self.store.clone(), 0)));
+        }
+        let charge = |digest: &Digest| self.shared.files.charge(digest.size());
+        let bytes = absent.iter().map(charge).fold(0, u64::saturating_add);
+        self.ask(Reserve(bytes)).await
     }
 
     /// Whether these blobs are stored and their files are what they should be, as far as is known without reading them; what is
@@ -311,7 +304,7 @@ impl Cas {
     /// # Errors
     /// `Unavailable` when the server is going down.
     pub(super) async fn are_sound(&self, instance: &Instance, digests: Vec<Digest>) -> Result<bool> {
-        let located = self.locate(instance, digests, true).await?;
+        let located = self.locate(instance, &digests, Purpose::Read).await?;
         let cas = self.clone();
         self.blocking(move || {
             let mut all = true;
@@ -451,15 +444,6 @@ impl Cas {
             "{} has {size} bytes; this server stores blobs of at most {max} (cache.max_blob_size_gb)",
             what.escape_debug()
         )))
-    }
-
-    pub(super) async fn locate(
-        &self,
-        instance: &Instance,
-        digests: Vec<Digest>,
-        lease: bool,
-    ) -> Result<Located> {
-        self.ask(Locate { instance: instance.blobs(), digests, lease, zstd: false }).await
     }
 
     pub(super) async fn ask<M>(&self, message: M) -> Result<M::Result>

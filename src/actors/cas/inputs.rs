@@ -11,7 +11,8 @@ use super::{
     decoding::{TreeRoom, worst_case},
     guards::Lease,
     index::Found,
-    settings::{DIGESTS_PER_MESSAGE, DIRECTORIES_AT_ONCE, SMALL_BLOB_BYTES},
+    lookup::Purpose,
+    settings::{LOOKUPS_PER_TURN, DIRECTORIES_AT_ONCE, SMALL_BLOB_BYTES},
 };
 use crate::{
     digest::Digest,
@@ -75,7 +76,7 @@ impl Cas {
             }
             depth += 1;
             let mut next = Vec::new();
-            for part in level.chunks(DIGESTS_PER_MESSAGE) {
+            for part in level.chunks(LOOKUPS_PER_TURN) {
                 for (digest, directory) in part.iter().zip(self.directories(instance, part).await?) {
                     let Some(directory) = directory else {
                         closure.missing.push(*digest);
@@ -135,7 +136,7 @@ impl Cas {
         let mut room = TreeRoom::new(self.shared());
         let (closure, digests) = self.closure_with_digests(instance, root, &mut room).await?;
         let mut missing = closure.missing;
-        missing.extend(self.find_missing(instance, digests).await?);
+        missing.extend(self.find_missing(instance, &digests).await?);
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
@@ -149,22 +150,18 @@ impl Cas {
         let (closure, digests) = self.closure_with_digests(instance, root, &mut room).await?;
         let mut missing = closure.missing;
         let mut files = HashMap::with_capacity(digests.len());
-        let mut leases: Vec<Lease> = Vec::new();
-        for part in digests.chunks(DIGESTS_PER_MESSAGE) {
-            let located = self.locate(instance, part.to_vec(), true).await?;
-            leases.push(located.lease);
-            for (digest, found) in part.iter().zip(located.found) {
-                match found {
-                    Some(found) => drop(files.insert(*digest, found)),
-                    None => missing.push(*digest),
-                }
+        let located = self.locate(instance, &digests, Purpose::Read).await?;
+        for (digest, found) in digests.iter().zip(located.found) {
+            match found {
+                Some(found) => drop(files.insert(*digest, found)),
+                None => missing.push(*digest),
             }
         }
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
         let tree = self.input_tree(root, closure.directories).await?;
-        Ok(StagedInputs { tree, source: Source { cas: self.clone(), files, _leases: leases } })
+        Ok(StagedInputs { tree, source: Source { cas: self.clone(), files, _lease: located.lease } })
     }
 
     /// Directories by digest, in the order asked for; `None` for those that are not stored.
@@ -184,7 +181,7 @@ impl Cas {
         let mut known = Vec::with_capacity(digests.len());
         let mut to_read = Vec::new();
         // What is kept decoded says nothing of what is stored, so the index is asked for all.
-        let located = self.locate(instance, digests.to_vec(), false).await?;
+        let located = self.locate(instance, digests, Purpose::Look).await?;
         for (at, (&digest, found)) in digests.iter().zip(located.found).enumerate() {
             known.push(match found {
                 Some(found) => {
@@ -257,7 +254,7 @@ fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
 pub struct Source {
     cas: Cas,
     files: HashMap<Digest, Found>,
-    _leases: Vec<Lease>,
+    _lease: Lease,
 }
 
 impl Source {

@@ -97,8 +97,17 @@ pub const RECENT_MEMO_BYTES: usize = 16 * 1024 * 1024;
 /// Memory for decoded results with their reference lists.
 pub const RESULT_MEMO_BYTES: usize = 32 * 1024 * 1024;
 
-/// Digests in one message to the actor; a longer list is sent in parts, so that others are served in between (about 0.2 ms).
-pub const DIGESTS_PER_MESSAGE: usize = 1_024;
+/// Entries that are looked up before a call lets others run on its thread (about 0.1 ms).
+pub const LOOKUPS_PER_TURN: usize = 1_024;
+
+/// Entries that are looked up while the actor cannot change the index.
+pub const LOOKUPS_PER_HOLD: usize = 256;
+
+/// Notes of look-ups, of either kind, after which the actor is told that there is work.
+pub const NOTES_BATCH: usize = 1_024;
+
+/// Notes of look-ups, of either kind, that are kept for the actor.
+pub const NOTES_MAX: usize = 64 * 1_024;
 
 /// Entries evicted ahead of need in one go.
 pub const TRIM_BATCH: usize = 1_024;
@@ -138,9 +147,6 @@ pub const ZSTD_FORM_PART: u64 = 16;
 
 /// Bytes of a blob after which it is given up to make a form of it, if nothing was saved by then.
 pub const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
-
-/// Uses that wait to be written down as access times before a batch is started early.
-pub const TOUCH_BATCH: usize = 1_024;
 
 /// Files that are kept from being written at the same time while their use is written down.
 pub const TOUCH_LEASES: usize = 64;

@@ -91,7 +91,7 @@ async fn staged_inputs_stay_until_they_are_dropped() {
     for seed in 10..40 {
         store.put(noise(200_000, seed)).await;
     }
-    assert!(store.cas.find_missing(&store.main, vec![small, large, root]).await.unwrap().is_empty());
+    assert!(store.cas.find_missing(&store.main, &[small, large, root]).await.unwrap().is_empty());
     assert!(store.inspect().await.totals.leased >= LARGE as u64);
     drop(staged);
     assert_eq!(store.inspect().await.totals.leased, 0);

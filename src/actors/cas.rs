@@ -45,6 +45,7 @@ mod zstd_form;
 pub mod zstd_reader;
 
 pub use index::Totals;
+pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
 
@@ -75,8 +76,8 @@ use tokio::{
     runtime::Handle,
     sync::{Semaphore, watch},
 };
-use view::View;
 use uploads::{Attempt, Begin, Partial, Uploads};
+use view::View;
 use zstd_form::{Encoders, History};
 
 /// Target of this room's log lines.
@@ -91,6 +92,7 @@ pub(crate) struct Shared {
     files: Files,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
+    input_roots: Memo<(InstanceId, Digest), Arc<inputs::InputRoot>>,
     actions: Memo<(InstanceId, Digest), Arc<resolve::ParsedAction>>,
     results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
     /// Small blobs as they were written. Whether one is stored is the index's to say; this only saves reading it.
@@ -167,6 +169,7 @@ impl CasActor {
             files,
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
+            input_roots: Memo::new(settings::INPUT_ROOT_MEMO_BYTES),
             actions: Memo::new(settings::ACTION_MEMO_BYTES),
             results: Memo::new(settings::RESULT_MEMO_BYTES),
             recent: Memo::new(settings::RECENT_MEMO_BYTES),

@@ -8,8 +8,8 @@ use super::{
     blob::{BlobReader, BlobWriter, is_sound, not_found, read_whole},
     guards::{Reservation, Room},
     index::{FileId, Found, Key, Kind},
+    inputs::{InputRoot, Source},
     lookup::Purpose,
-    inputs::Source,
     received::Received,
     requests::*,
     settings::{PARK_WAIT, ROOM_STEP_BYTES, SOUND_TRIES, TWIN_WAIT},
@@ -66,12 +66,16 @@ pub struct Provenance {
 /// An input root whose every blob is leased: none of it can be evicted while this is held.
 #[derive(Debug)]
 pub struct StagedInputs {
-    /// Its directories.
-    pub tree: InputTree,
+    pub(super) input_root: Arc<InputRoot>,
     pub(super) source: Source,
 }
 
 impl StagedInputs {
+    /// Its directories.
+    pub fn tree(&self) -> &InputTree {
+        &self.input_root.tree
+    }
+
     /// Copies a file of the tree to a new file at `name` in the directory `parent`, with these permission bits; a clone where
     /// the file system can. Never a hard link: an action may write its inputs, nobody else sees it (EXE-43). Blocks.
     ///
@@ -100,7 +104,7 @@ pub(super) fn going_down() -> Error {
 }
 
 /// The error for an upload whose stored copy was found damaged on every try.
-fn spoilt() -> Error {
+pub(super) fn spoilt() -> Error {
     Error::Unavailable("the stored file of this blob changes again and again; try again".into())
 }
 

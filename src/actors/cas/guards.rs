@@ -68,7 +68,7 @@ impl Reservation {
     }
 
     /// Adds another one to this.
-    fn absorb(&mut self, other: Self) {
+    pub fn absorb(&mut self, other: Self) {
         self.bytes += other.disarm();
     }
 

@@ -262,7 +262,8 @@ impl Index {
     /// Puts recovered entries in the order of their recorded use.
     pub fn finish_recovery(&mut self) {
         let mut order: Vec<(u32, u32)> = Vec::with_capacity(self.table.len());
-        order.extend(self.table.iter().map(|&slot| (self.entries[slot as usize].touched.load(Relaxed), slot)));
+        order
+            .extend(self.table.iter().map(|&slot| (self.entries[slot as usize].touched.load(Relaxed), slot)));
         order.sort_unstable();
         (self.newest, self.oldest) = (NIL, NIL);
         for (_, slot) in order {

@@ -259,7 +259,6 @@ impl CasActor {
     pub(super) fn renew(&self, key: &Key) -> Option<Found> {
         self.shared.view.read(|index| index.renew(key)).0
     }
-
 }
 
 impl Handler<SettleUses> for CasActor {

@@ -11,13 +11,7 @@ use super::{
     results::LoadedResult,
     uploads::{Attempt, Partial, Progress},
 };
-use crate::{
-    budget::Bound,
-    caller::Caller,
-    digest::Digest,
-    error::Result,
-    proto::reapi,
-};
+use crate::{budget::Bound, caller::Caller, digest::Digest, error::Result, proto::reapi};
 use actix::{Addr, Message};
 use std::sync::Arc;
 use tokio::sync::oneshot;
@@ -131,6 +125,7 @@ impl Commit {
 }
 
 /// A file to be made visible.
+#[derive(Debug)]
 pub struct WrittenFile {
     pub file: FileId,
     /// Bytes on disk.

@@ -84,6 +84,10 @@ pub const RESULT_READ_TRIES: usize = 16;
 /// Memory for decoded directories, so that the input roots of a build are not decoded for each of its actions.
 pub const DIRECTORY_MEMO_BYTES: usize = 64 * 1024 * 1024;
 
+/// Memory for input roots that were walked and wait for their worker. One of more than 4 MiB, some 20,000 files, is not kept and
+/// is put together again from its decoded directories.
+pub const INPUT_ROOT_MEMO_BYTES: usize = 128 * 1024 * 1024;
+
 /// Memory for parsed actions. An action is looked up once or twice in its life, soon after one another.
 pub const ACTION_MEMO_BYTES: usize = 16 * 1024 * 1024;
 
@@ -126,6 +130,12 @@ pub const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Room for bytes that arrive is reserved at most this much ahead of them.
 pub const ROOM_STEP_BYTES: u64 = 1024 * 1024;
+
+/// Room for the outputs of an action is reserved at most this much ahead of writing them. They are on disk already.
+pub const ROOM_AHEAD_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Files of one batch of outputs that become visible together at most; those of a larger batch do so in parts.
+pub const FILES_PER_COMMIT: usize = 4_096;
 
 /// Broken uploads that are kept; above it the oldest goes. Each holds a file open, and a process has 1,024 by default.
 pub const MAX_PARTIAL_UPLOADS: usize = 256;

@@ -186,7 +186,10 @@ async fn every_way_to_store_a_blob_replaces_a_file_that_went_bad() {
             1 => assert_eq!(store.put(bytes.clone()).await, blob),
             2 => {
                 let bytes = bytes.to_vec();
-                store.worker(move |cas, main| cas.store_bytes(&main, SHA256, bytes)).await.unwrap();
+                let stored =
+                    store.worker(move |cas, main| cas.begin_outputs(&main, SHA256, 0).bytes(bytes)).await;
+                assert_eq!(stored, Ok(blob));
+                store.inspect().await;
             }
             3 => {
                 let mut new = store.cas.new_blob(&store.main, SHA256);

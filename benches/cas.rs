@@ -120,7 +120,7 @@ async fn main() {
             .collect();
         let start = Instant::now();
         for query in queries {
-            cas.find_missing(&main, query).await.unwrap();
+            cas.find_missing(&main, &query).await.unwrap();
         }
         report(&format!("find_missing of 1,000 {what}, of {blobs} stored"), 200, start.elapsed());
     }
@@ -191,19 +191,23 @@ async fn main() {
             }],
             ..Default::default()
         };
-        let root = worker.store_bytes(&instance, DigestFunction::Sha256, tree.encode_to_vec()).unwrap();
+        let mut batch = worker.begin_outputs(&instance, DigestFunction::Sha256, 0);
+        let root = batch.bytes(tree.encode_to_vec()).unwrap();
+        batch.commit().unwrap();
         let staged = worker.stage_inputs(&instance, root, Peer::default()).unwrap();
         let start = Instant::now();
         staged.materialise(&large_digest, &parent, "large", 0o644).unwrap();
         report("materialise 64 MiB", 1, start.elapsed());
         let start = Instant::now();
+        let mut batch = worker.begin_outputs(&instance, DigestFunction::Sha256, 1_000 * 4_096);
         for n in 0..1_000 {
             let name = format!("out{n}");
             fs::write(path.join("exec").join(&name), format!("output {n}")).unwrap();
             let file = fs::File::open(path.join("exec").join(&name)).unwrap();
-            worker.store_output(&instance, DigestFunction::Sha256, &parent, &name, file).unwrap();
+            batch.file(&parent, &name, file).unwrap();
         }
-        report("write a small file and store_output", 1_000, start.elapsed());
+        batch.commit().unwrap();
+        report("write a small file and store it", 1_000, start.elapsed());
     };
     tokio::task::spawn_blocking(work).await.unwrap();
 

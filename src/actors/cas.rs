@@ -1,7 +1,7 @@
 //! The content-addressable store and the action cache: the actor, its index, its files.
 //!
 //! [`CasActor`] owns the `index::Index` (what is stored, how recently used, leased or promised) and the table of
-//! `uploads`. It decides and never touches a file: readers and writers work on files that its answers name, on blocking
+//! `uploads`. Others may look things up in the index (`view`), and only the actor changes it. It decides and never touches a file: readers and writers work on files that its answers name, on blocking
 //! threads, and report back. Everybody asks it through [`client::Cas`].
 //!
 //! Invariants: a blob is in the index only while a whole file of it is on disk, and is visible to others only through the
@@ -39,11 +39,13 @@ mod tests;
 mod turns;
 mod upkeep;
 mod uploads;
+mod view;
 mod writer;
 mod zstd_form;
 pub mod zstd_reader;
 
 pub use index::Totals;
+pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
 
@@ -55,19 +57,19 @@ use crate::{
     logging::Event,
     tree::Directory,
 };
-use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult, WeakAddr};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
 use bytes::Bytes;
 use chunks::ChunkWork;
 use client::Cas;
 use files::Files;
 use futures::FutureExt as _;
 use guards::{Reservation, Room};
-use index::{Found, Index};
+use index::{Index, Victim};
 use memo::Memo;
 use reply::Reply;
 use requests::*;
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, RwLockWriteGuard, atomic::Ordering},
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -76,18 +78,22 @@ use tokio::{
     sync::{Semaphore, watch},
 };
 use uploads::{Attempt, Begin, Partial, Uploads};
+use view::View;
 use zstd_form::{Encoders, History};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::cas";
 
-/// What the actor and the handles to it have in common; nothing in it changes but caches of immutable things.
+/// What the actor and the handles to it have in common: the view of the index, budgets, and caches of immutable things.
 #[derive(Debug)]
 pub(crate) struct Shared {
     settings: StoreSettings,
+    /// What is stored. Only the actor changes it.
+    view: View,
     files: Files,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
+    input_roots: Memo<(InstanceId, Digest), Arc<inputs::InputRoot>>,
     actions: Memo<(InstanceId, Digest), Arc<resolve::ParsedAction>>,
     results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
     /// Small blobs as they were written. Whether one is stored is the index's to say; this only saves reading it.
@@ -139,13 +145,10 @@ const RECENT_OVERHEAD_BYTES: usize = 160;
 /// The owner of the store.
 #[derive(Debug)]
 pub struct CasActor {
-    index: Index,
     uploads: Uploads,
     shared: Arc<Shared>,
-    /// Files whose use is to be written down.
-    touches: Vec<Found>,
-    /// Its own, once it runs; weak, so that it ends with the last handle.
-    address: Option<WeakAddr<Self>>,
+    /// What was evicted before the actor started.
+    over_limit: Vec<Victim>,
     /// [`Index::bytes_deleted`], for those who wait for room.
     deleted: watch::Sender<u64>,
     /// When the log last said that others fill the disk.
@@ -161,11 +164,15 @@ impl CasActor {
     /// `Precondition` when the directory cannot be used, naming it and the reason.
     pub fn open(settings: StoreSettings, instances: &Instances, runtime: Handle) -> Result<Self> {
         let files = Files::open(&settings.root, instances)?;
-        let index = scan::recover(&files, settings.max_bytes);
+        let mut index = scan::recover(&files, settings.max_bytes);
+        // A limit that was lowered since the last run is met before the first look-up.
+        let over_limit = index.reserve(0)?.victims;
         let shared = Shared {
+            view: View::new(index),
             files,
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
+            input_roots: Memo::new(settings::INPUT_ROOT_MEMO_BYTES),
             actions: Memo::new(settings::ACTION_MEMO_BYTES),
             results: Memo::new(settings::RESULT_MEMO_BYTES),
             recent: Memo::new(settings::RECENT_MEMO_BYTES),
@@ -186,11 +193,9 @@ impl CasActor {
             settings,
         };
         Ok(Self {
-            index,
             uploads: Uploads::default(),
             shared: Arc::new(shared),
-            touches: Vec::new(),
-            address: None,
+            over_limit,
             deleted: watch::Sender::new(0),
             full_disk_logged: None,
         })
@@ -200,6 +205,11 @@ impl CasActor {
     pub fn launch(self) -> Cas {
         let shared = self.shared.clone();
         Cas::new(self.start(), shared)
+    }
+
+    /// The index, to change it.
+    fn index(&self) -> RwLockWriteGuard<'_, Index> {
+        self.shared.view.write()
     }
 
     fn client(&self, ctx: &Context<Self>) -> Cas {
@@ -227,17 +237,11 @@ impl Actor for CasActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        self.address = Some(ctx.address().downgrade());
         ctx.set_mailbox_capacity(settings::MAILBOX_CAPACITY);
         ctx.run_interval(settings::HOUSEKEEPING_INTERVAL, Self::housekeeping);
-        // A limit that was lowered since the last run is met before the first request.
-        match self.reserve(0, ctx) {
-            Ok(_) => {}
-            Err(error) => {
-                Event::error(LOG, "store_over_limit").log(format_args!("the store cannot be used: {error}"));
-                ctx.stop();
-            }
-        }
+        let over_limit = std::mem::take(&mut self.over_limit);
+        self.evict(over_limit, ctx);
+        self.trim(ctx);
     }
 }
 
@@ -252,21 +256,6 @@ impl Handler<Reserve> for CasActor {
     }
 }
 
-impl Handler<Prepare> for CasActor {
-    type Result = Reply<Prepared>;
-
-    fn handle(&mut self, message: Prepare, ctx: &mut Self::Context) -> Self::Result {
-        let absent = self.find_missing(message.instance, &message.digests);
-        let bytes = absent
-            .iter()
-            .fold(0u64, |sum, digest| sum.saturating_add(self.shared.files.charge(digest.size())));
-        match self.reserve(bytes, ctx) {
-            Ok((room, free)) => Reply::when(free, Prepared { absent, room: Ok(room) }),
-            Err(error) => Reply::Now(Prepared { absent, room: Err(error) }),
-        }
-    }
-}
-
 impl Handler<Commit> for CasActor {
     type Result = ();
 
@@ -274,12 +263,14 @@ impl Handler<Commit> for CasActor {
         let mut rest = message.room.disarm();
         let now = unix_seconds();
         let mut superfluous = Vec::new();
+        let mut index = self.shared.view.write();
         for WrittenFile { file, bytes, stamp } in message.files {
             rest = rest.saturating_sub(bytes);
-            superfluous.extend(self.index.commit(file, bytes, stamp, now));
+            superfluous.extend(index.commit(file, bytes, stamp, now));
             self.uploads.supersede(&file.key);
         }
-        self.index.unreserve(rest);
+        index.unreserve(rest);
+        drop(index);
         self.delete(superfluous, ctx);
         self.trim(ctx);
         let _ = message.reply.send(());
@@ -315,7 +306,7 @@ impl Handler<BeginUpload> for CasActor {
                 let of_twin = twin
                     .as_ref()
                     .map_or(0, |twin| size.saturating_sub(twin.accepted.load(Ordering::Relaxed)));
-                let fits = self.index.check_fit(size.saturating_add(of_twin), self.uploads.parked_bytes());
+                let fits = self.index().check_fit(size.saturating_add(of_twin), self.uploads.parked_bytes());
                 let attempt = Attempt::new(ctx.address(), name, blob, entered, Room::none(ctx.address()));
                 MessageResult(match (fits, twin) {
                     (Ok(()), _) => Ok(Began::Start(Box::new(attempt))),
@@ -356,21 +347,11 @@ impl Handler<EndUpload> for CasActor {
     }
 }
 
-impl Handler<Release> for CasActor {
-    type Result = ();
-
-    fn handle(&mut self, Release(entries): Release, _: &mut Self::Context) {
-        for at in entries {
-            self.index.release(at);
-        }
-    }
-}
-
 impl Handler<Unreserve> for CasActor {
     type Result = ();
 
     fn handle(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
-        self.index.unreserve(bytes);
+        self.index().unreserve(bytes);
     }
 }
 
@@ -378,8 +359,11 @@ impl Handler<Deleted> for CasActor {
     type Result = ();
 
     fn handle(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
-        self.index.deleted(bytes);
-        self.deleted.send_replace(self.index.bytes_deleted());
+        let mut index = self.index();
+        index.deleted(bytes);
+        let deleted = index.bytes_deleted();
+        drop(index);
+        self.deleted.send_replace(deleted);
         self.trim(ctx);
     }
 }
@@ -388,7 +372,7 @@ impl Handler<Verified> for CasActor {
     type Result = ();
 
     fn handle(&mut self, Verified { at, stamp }: Verified, _: &mut Self::Context) {
-        self.index.trust(at, stamp);
+        self.index().trust(at, stamp);
     }
 }
 
@@ -396,8 +380,9 @@ impl Handler<Touched> for CasActor {
     type Result = ();
 
     fn handle(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
+        let mut index = self.index();
         for Touch { at, before, after } in touches {
-            self.index.follow(at, before, after);
+            index.follow(at, before, after);
         }
     }
 }
@@ -407,7 +392,8 @@ impl Handler<Damaged> for CasActor {
 
     fn handle(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
         // A file that was evicted under its reader is not damaged: its entry is stale and nothing happens.
-        if let Some(victim) = self.index.remove(at) {
+        let removed = self.index().remove(at);
+        if let Some(victim) = removed {
             Event::warn(LOG, "blob_damaged")
                 .with_shown("digest", &victim.file.key.digest)
                 .log(format_args!("dropped a stored {:?}: {reason}", victim.file.key.kind));
@@ -421,7 +407,7 @@ impl Handler<InspectStore> for CasActor {
 
     fn handle(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Result {
         let (running_uploads, partial_uploads) = self.uploads.counts();
-        MessageResult(StoreInspection { totals: self.index.totals(), running_uploads, partial_uploads })
+        MessageResult(StoreInspection { totals: self.index().totals(), running_uploads, partial_uploads })
     }
 }
 

@@ -65,7 +65,7 @@ impl ContentAddressableStorage for CasService {
             let request = request.into_inner();
             convert::digests(&instance, request.digest_function, &request.blob_digests, "blob_digests")?
         };
-        let missing = self.0.cas.find_missing(&instance, digests).await?;
+        let missing = self.0.cas.find_missing(&instance, &digests).await?;
         let entry = |digest: &Digest| ENTRY_BYTES + digest.hash_hex().len();
         let bytes = missing.iter().map(entry).sum();
         // The digests that were asked for are gone, so a call that waits here keeps no room from other requests.

@@ -36,7 +36,7 @@ pub async fn blob(
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("no blob with hash {} is in the CAS", like.hash_hex()));
     let cas = cache.cas.on_behalf_of(line.caller());
-    let digest = cas.blob_by_hash(instance, like).await?.ok_or_else(absent)?;
+    let digest = cas.blob_by_hash(instance, like)?.ok_or_else(absent)?;
     stored((&cas, instance), digest, headers, line).await
 }
 
@@ -57,7 +57,7 @@ pub async fn result((cache, instance): Target<'_>, hash: Hash, line: &Line) -> R
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("the action with hash {} has no result here", like.hash_hex()));
     let cas = cache.cas.on_behalf_of(line.caller());
-    let action = cas.action_by_hash(instance, like).await?.ok_or_else(absent)?;
+    let action = cas.action_by_hash(instance, like)?.ok_or_else(absent)?;
     let result = cas.get_result(instance, action).await?.ok_or_else(absent)?;
     let mut response = Response::new(of_message(&*result, line.connection()).await?);
     let kind = HeaderValue::from_static("application/octet-stream");

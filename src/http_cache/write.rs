@@ -59,9 +59,9 @@ pub async fn result(
         ))
     })?;
     // The Action has the true size, and a result under it is found by gRPC clients too.
-    let action = match cas.blob_by_hash(instance, like).await? {
+    let action = match cas.blob_by_hash(instance, like)? {
         Some(action) => action,
-        None => cas.action_by_hash(instance, like).await?.unwrap_or(like),
+        None => cas.action_by_hash(instance, like)?.unwrap_or(like),
     };
     cas.put_result(instance, action, result, provenance(line)).await?;
     Ok(created())

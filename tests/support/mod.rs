@@ -11,7 +11,7 @@ use gorego::{
             WorkerActor, WorkerSettings,
             cancel::CancelToken,
             messages::{RunAction, RunFailure, RunReport, RunStage, SlotId, StageReached, TaskId},
-            store::{BlobStore, Inputs},
+            store::{BlobStore, Inputs, Outputs},
             workspace::BuildRoot,
         },
     },
@@ -85,26 +85,9 @@ impl BlobStore for Handle {
         Ok(Box::new(Staged { tree, blobs }))
     }
 
-    fn store_output(
-        &self,
-        _: &Instance,
-        function: DigestFunction,
-        parent: &File,
-        name: &str,
-        mut file: File,
-    ) -> Result<Digest> {
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).unwrap();
-        if rustix::fs::fstat(&file).unwrap().st_nlink == 1 {
-            rustix::fs::unlinkat(parent, name, AtFlags::empty()).unwrap();
-        }
+    fn begin_outputs(&self, _: &Instance, function: DigestFunction, _: u64) -> Box<dyn Outputs + '_> {
         assert_eq!(function, DigestFunction::Sha256, "the function of all actions here");
-        Ok(self.0.put(bytes))
-    }
-
-    fn store_bytes(&self, _: &Instance, function: DigestFunction, bytes: Vec<u8>) -> Result<Digest> {
-        assert_eq!(function, DigestFunction::Sha256, "the function of all actions here");
-        Ok(self.0.put(bytes))
+        Box::new(Batch(self.0.clone()))
     }
 
     fn record_result(
@@ -119,6 +102,27 @@ impl BlobStore for Handle {
     }
 
     fn relieve_disk(&self, _: &dyn Fn() -> bool) {}
+}
+
+struct Batch(Arc<MemoryStore>);
+
+impl Outputs for Batch {
+    fn file(&mut self, parent: &File, name: &str, mut file: File) -> Result<Digest> {
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).unwrap();
+        if rustix::fs::fstat(&file).unwrap().st_nlink == 1 {
+            rustix::fs::unlinkat(parent, name, AtFlags::empty()).unwrap();
+        }
+        Ok(self.0.put(bytes))
+    }
+
+    fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest> {
+        Ok(self.0.put(bytes))
+    }
+
+    fn commit(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl Inputs for Staged {

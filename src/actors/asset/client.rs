@@ -213,7 +213,7 @@ impl Assets {
             Kind::Blob => blobs.push(digest),
             Kind::Directory => directories.push(digest),
         }
-        let mut missing = cas.find_missing(&request.instance, blobs).await?;
+        let mut missing = cas.find_missing(&request.instance, &blobs).await?;
         for root in directories {
             missing.extend(self.missing_below(&request.instance, root).await?);
         }

@@ -2,17 +2,18 @@
 //!
 //! A result that is looked up for the first time is read from its file, and the Trees and Directories that it names are
 //! read for the files in them. Blobs of it that nobody has read since the start are hashed, so that no result outlives a blob
-//! that went bad. What comes of that is immutable and kept in memory; from then on a hit is one message, and the actor checks
-//! and renews every reference in its index (AC-03, AC-04).
+//! that went bad. What comes of that is immutable and kept in memory; from then on a hit is a look-up that checks and renews every
+//! reference in the index (AC-03, AC-04).
 
 use super::{
     blob::{is_sound, not_found, read_result_file, report},
     client::{Cas, Provenance, going_down},
     decoding::{TreeRoom, worst_case},
     index::{EntryRef, FileId, Found, Key, Kind, Stamp},
-    requests::{Commit, ConfirmResult, Incomplete, LookupResult, Reserve, ResultLookup, WrittenFile},
+    lookup::Purpose,
+    requests::{Commit, Reserve, ResultLookup, WrittenFile},
     results::{self, DirectReferences, LoadedResult, Uploader},
-    settings::{DIGESTS_PER_MESSAGE, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
+    settings::{LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
     writer::write_new,
 };
 use crate::{
@@ -36,7 +37,7 @@ impl Cas {
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let mut tried = None;
         for _ in 0..RESULT_READ_TRIES {
-            let found = match self.ask(LookupResult { instance: instance.clone(), action }).await? {
+            let found = match self.look_up_result(instance, action)? {
                 ResultLookup::Hit(result) => return Ok(Some(result)),
                 ResultLookup::Miss => return Ok(None),
                 ResultLookup::Long(found, loaded) => {
@@ -68,23 +69,23 @@ impl Cas {
         let (loaded, weight) = match self.load_references(instance, action, &result).await? {
             Ok(references) => self.loaded(found.file.generation, result, references).await?,
             Err(reason) => {
-                self.actor().do_send(Incomplete { at: found.at, reason });
+                self.drop_result(found.at, reason);
                 return Ok(None);
             }
         };
         self.check_unread(instance, &loaded.references).await?;
         self.shared().results.insert((id, action), loaded.clone(), weight);
-        if loaded.references.len() > DIGESTS_PER_MESSAGE {
+        if loaded.references.len() > LOOKUPS_PER_TURN {
             return self.confirm_in_parts(instance, found.at, &loaded).await;
         }
-        self.ask(ConfirmResult { instance: instance.clone(), action, loaded }).await
+        self.confirm_loaded(instance, found, &loaded)
     }
 
     /// Hashes those of a result's blobs that nobody has read since the start. What is bad is dropped, and the result with it when
     /// it is confirmed.
     async fn check_unread(&self, instance: &Instance, references: &[Digest]) -> Result<()> {
-        for part in references.chunks(DIGESTS_PER_MESSAGE) {
-            let located = self.locate(instance, part.to_vec(), true).await?;
+        for part in references.chunks(LOOKUPS_PER_TURN) {
+            let located = self.locate(instance, part, Purpose::Read).await?;
             let mut unread = located.found;
             unread.retain(|found| found.is_some_and(|found| found.stamp == Stamp::UNTRUSTED));
             if unread.is_empty() {
@@ -101,7 +102,7 @@ impl Cas {
         Ok(())
     }
 
-    /// What [`ConfirmResult`] does, for a result that refers to many blobs: others are served in between.
+    /// What [`Cas::confirm_loaded`] does, for a result that refers to many blobs: others are served in between.
     async fn confirm_in_parts(
         &self,
         instance: &Instance,
@@ -111,9 +112,9 @@ impl Cas {
         if !loaded.is_hit {
             return Ok(None);
         }
-        for part in loaded.references.chunks(DIGESTS_PER_MESSAGE) {
-            if let Some(lost) = self.find_missing(instance, part.to_vec()).await?.first() {
-                self.actor().do_send(Incomplete { at, reason: format!("blob {lost} is gone") });
+        for part in loaded.references.chunks(LOOKUPS_PER_TURN) {
+            if let Some(lost) = self.find_missing(instance, part).await?.first() {
+                self.drop_result(at, format!("blob {lost} is gone"));
                 return Ok(None);
             }
         }
@@ -127,7 +128,7 @@ impl Cas {
         result: Arc<reapi::ActionResult>,
         references: Vec<Digest>,
     ) -> Result<(Arc<LoadedResult>, usize)> {
-        let is_long = references.len() > DIGESTS_PER_MESSAGE;
+        let is_long = references.len() > LOOKUPS_PER_TURN;
         let load = move || {
             let loaded = Arc::new(LoadedResult::new(generation, result, references));
             let weight = loaded.memory();

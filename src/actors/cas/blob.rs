@@ -12,7 +12,7 @@ use super::{
     client::Cas,
     guards::Lease,
     index::{Found, Kind, Stamp},
-    requests::{Damaged, KnownStamp, Verified},
+    requests::{Damaged, Verified},
     settings::{MAX_RESULT_FILE_BYTES, SMALL_BLOB_BYTES},
     stamps::{COARSE_TICK, nobody_writes, stamp_of},
     zstd_form::check_form,
@@ -30,7 +30,6 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     thread,
 };
-use tokio::task::unconstrained;
 
 /// Pieces in which a large file is hashed or copied.
 pub(super) const PIECE_BYTES: usize = 256 * 1024;
@@ -273,8 +272,7 @@ pub(super) fn known_stamp(cas: &Cas, found: &Found, file: &File) -> Result<Optio
         if now == found.stamp {
             return Ok(Some(now));
         }
-        // A worker's thread may be inside `Cas::block_on`, which cannot be nested.
-        match futures::executor::block_on(unconstrained(cas.ask(KnownStamp(found.at))))? {
+        match cas.known_stamp(found.at)? {
             Some(known) if known == now => return Ok(Some(now)),
             // Only a stamp that is known can be out of date.
             None | Some(Stamp::UNTRUSTED) => return Ok(None),
@@ -410,7 +408,8 @@ pub(super) fn damaged(cas: &Cas, found: &Found, reason: String) -> Error {
     not_found(found.file.key.digest)
 }
 
-/// Tells the actor, which knows whether the file was merely evicted meanwhile.
+/// Hides the entry at once and tells the actor, which knows whether the file was merely evicted meanwhile.
 pub(super) fn report(cas: &Cas, found: &Found, reason: String) {
+    cas.shared().view.condemn(found.at);
     cas.actor().do_send(Damaged { at: found.at, reason });
 }

@@ -13,6 +13,7 @@ use super::{
     blob::{BlobReader, PIECE_BYTES, not_found},
     client::Cas,
     guards::Lease,
+    lookup::Purpose,
     memo::Memo,
     turns::{Turn, Turns},
 };
@@ -123,7 +124,7 @@ impl Cas {
             return Ok([].into());
         }
         if chunking.is_one_chunk(blob.size()) {
-            let missing = self.find_missing(instance, vec![blob]).await?;
+            let missing = self.find_missing(instance, &[blob]).await?;
             return if missing.is_empty() { Ok([blob].into()) } else { Err(not_found(blob)) };
         }
         let too_many = || {
@@ -151,8 +152,8 @@ impl Cas {
         let Some(chunks) = self.shared().chunk_work.recipes.get(&(instance.blobs(), blob, chunking)) else {
             return Ok(None);
         };
-        let all = chunks.iter().copied().chain([blob]).collect();
-        let missing = self.find_missing(instance, all).await?;
+        let all: Vec<Digest> = chunks.iter().copied().chain([blob]).collect();
+        let missing = self.find_missing(instance, &all).await?;
         Ok(missing.is_empty().then_some(chunks))
     }
 
@@ -231,7 +232,8 @@ impl Cas {
     async fn store_chunks(&self, instance: &Instance, batch: Batch) -> Result<Lease> {
         let distinct: HashSet<Digest> = batch.iter().map(|(digest, _)| *digest).collect();
         self.write_many(instance, batch).await?.into_iter().collect::<Result<()>>()?;
-        let located = self.locate(instance, distinct.into_iter().collect(), true).await?;
+        let distinct: Vec<Digest> = distinct.into_iter().collect();
+        let located = self.locate(instance, &distinct, Purpose::Read).await?;
         if located.found.iter().any(Option::is_none) {
             return Err(Error::Unavailable(
                 "chunks were evicted as soon as they were written; the store is too busy or too small".into(),

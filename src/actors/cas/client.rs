@@ -1,17 +1,18 @@
 //! [`Cas`]: the way to the store for RPC handlers and worker threads.
 //!
-//! Each call is one or two questions to the actor, and file work on a blocking thread between or after them. Staging and
-//! storing for workers is in `inputs` and `outputs`, action results are in `action_cache`.
+//! Each call is a look-up in the index (`lookup`), or one or two questions to the actor, and file work on a blocking thread between or
+//! after them. Staging and storing for workers is in `inputs` and `outputs`, action results are in `action_cache`.
 
 use super::{
     CasActor, Shared,
     blob::{BlobReader, BlobWriter, is_sound, not_found, read_whole},
-    guards::Room,
+    guards::{Reservation, Room},
     index::{FileId, Found, Key, Kind, Stamp},
-    inputs::Source,
+    inputs::{InputRoot, Source},
+    lookup::Purpose,
     received::Received,
     requests::*,
-    settings::{DIGESTS_PER_MESSAGE, PARK_WAIT, ROOM_STEP_BYTES, SMALL_BLOB_BYTES, SOUND_TRIES, TWIN_WAIT},
+    settings::{PARK_WAIT, ROOM_STEP_BYTES, SMALL_BLOB_BYTES, SOUND_TRIES, TWIN_WAIT},
     sink::{WHOLE_BYTES, check_item, check_stream, failed},
     writer::write_new,
 };
@@ -65,12 +66,16 @@ pub struct Provenance {
 /// An input root whose every blob is leased: none of it can be evicted while this is held.
 #[derive(Debug)]
 pub struct StagedInputs {
-    /// Its directories.
-    pub tree: InputTree,
+    pub(super) input_root: Arc<InputRoot>,
     pub(super) source: Source,
 }
 
 impl StagedInputs {
+    /// Its directories.
+    pub fn tree(&self) -> &InputTree {
+        &self.input_root.tree
+    }
+
     /// Copies a file of the tree to a new file at `name` in the directory `parent`, with these permission bits; a clone where
     /// the file system can. Never a hard link: an action may write its inputs, nobody else sees it (EXE-43). Blocks.
     ///
@@ -101,7 +106,7 @@ pub(super) fn going_down() -> Error {
 }
 
 /// The error for an upload whose stored copy was found damaged on every try.
-fn spoilt() -> Error {
+pub(super) fn spoilt() -> Error {
     Error::Unavailable("the stored file of this blob changes again and again; try again".into())
 }
 
@@ -167,30 +172,12 @@ impl Cas {
         &self.shared
     }
 
-    /// Those of the digests that are not stored, each once; the others are renewed (CAS-01..04).
-    ///
-    /// # Errors
-    /// `Unavailable` when the server is going down.
-    pub async fn find_missing(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Digest>> {
-        let instance = instance.blobs();
-        if digests.len() <= DIGESTS_PER_MESSAGE {
-            return self.ask(FindMissing { instance, digests }).await;
-        }
-        let mut missing = Vec::new();
-        let mut seen = HashSet::new();
-        for part in digests.chunks(DIGESTS_PER_MESSAGE) {
-            let part = self.ask(FindMissing { instance, digests: part.to_vec() }).await?;
-            missing.extend(part.into_iter().filter(|digest| seen.insert(*digest)));
-        }
-        Ok(missing)
-    }
-
     /// Opens a blob.
     ///
     /// # Errors
     /// `NotFound` when it is not stored, also when its file is damaged (it is dropped then).
     pub async fn open(&self, instance: &Instance, digest: Digest) -> Result<BlobReader> {
-        let mut located = self.locate(instance, vec![digest], true).await?;
+        let mut located = self.locate(instance, &[digest], Purpose::Read).await?;
         let Some(found) = located.found.pop().flatten() else {
             return if digest.is_empty() {
                 Ok(BlobReader::whole(Bytes::new()))
@@ -234,7 +221,7 @@ impl Cas {
     /// # Errors
     /// Each blob's own; the call's when the server is going down.
     pub async fn read_many(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Result<Bytes>>> {
-        let located = self.locate(instance, digests.clone(), false).await?;
+        let located = self.locate(instance, &digests, Purpose::Look).await?;
         let at_hand = |(digest, found): (&Digest, &Option<Found>)| match found {
             Some(_) => self.shared.recent.get(&(instance.blobs(), *digest)).map(Ok),
             None if digest.is_empty() => Some(Ok(Bytes::new())),
@@ -328,18 +315,28 @@ impl Cas {
     /// a file that is as it should be; a bad one is dropped, and is then one that is not stored.
     pub(super) async fn prepare(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Prepared> {
         for _ in 0..SOUND_TRIES {
-            let ask = Prepare { instance: instance.blobs(), digests: digests.clone() };
-            let prepared = self.ask(ask).await?;
-            if prepared.absent.len() == digests.len() {
-                return Ok(prepared);
+            let absent = self.find_missing(instance, &digests).await?;
+            if absent.len() < digests.len() {
+                let absent: HashSet<&Digest> = absent.iter().collect();
+                let present = digests.iter().filter(|digest| !absent.contains(digest)).copied().collect();
+                if !self.are_sound(instance, present).await? {
+                    continue;
+                }
             }
-            let absent: HashSet<Digest> = prepared.absent.iter().copied().collect();
-            let present = digests.iter().filter(|digest| !absent.contains(digest)).copied().collect();
-            if self.are_sound(instance, present).await? {
-                return Ok(prepared);
-            }
+            let room = self.reserve_for(&absent).await?;
+            return Ok(Prepared { absent, room });
         }
         Err(spoilt())
+    }
+
+    /// Room for blobs that are not stored.
+    async fn reserve_for(&self, absent: &[Digest]) -> Result<Result<Reservation>> {
+        if absent.is_empty() {
+            return Ok(Ok(Reservation::new(self.store.clone(), 0)));
+        }
+        let charge = |digest: &Digest| self.shared.files.charge(digest.size());
+        let bytes = absent.iter().map(charge).fold(0, u64::saturating_add);
+        self.ask(Reserve(bytes)).await
     }
 
     /// Whether these blobs are stored and their files are what they should be, as far as is known without reading them; what is
@@ -348,7 +345,7 @@ impl Cas {
     /// # Errors
     /// `Unavailable` when the server is going down.
     pub(super) async fn are_sound(&self, instance: &Instance, digests: Vec<Digest>) -> Result<bool> {
-        let located = self.locate(instance, digests, true).await?;
+        let located = self.locate(instance, &digests, Purpose::Read).await?;
         let place = self.place_to_hash(located.found.iter().flatten()).await?;
         let cas = self.clone();
         self.blocking(move || {
@@ -490,15 +487,6 @@ impl Cas {
             "{} has {size} bytes; this server stores blobs of at most {max} (cache.max_blob_size_gb)",
             what.escape_debug()
         )))
-    }
-
-    pub(super) async fn locate(
-        &self,
-        instance: &Instance,
-        digests: Vec<Digest>,
-        lease: bool,
-    ) -> Result<Located> {
-        self.ask(Locate { instance: instance.blobs(), digests, lease, zstd: false }).await
     }
 
     pub(super) async fn ask<M>(&self, message: M) -> Result<M::Result>

@@ -1,13 +1,14 @@
 //! Promises of the actor that end when they are dropped: [`Lease`] keeps blobs, [`Reservation`] keeps room, and [`Room`] is a
 //! reservation that grows with the bytes that arrive.
 //!
-//! The end is told to the actor by a message that no mailbox bound can refuse, so none is lost while the actor lives.
+//! The end of a lease is marked in the index at once. That of a reservation is told to the actor by a message that no mailbox
+//! bound can refuse, so none is lost while the actor lives.
 
 use super::{
     CasActor,
-    client::going_down,
+    client::{Cas, going_down},
     index::EntryRef,
-    requests::{DiscardPartials, Release, Reserve, Unreserve},
+    requests::{DiscardPartials, Reserve, SettleUses, Unreserve},
     settings::ROOM_STEP_BYTES,
 };
 use crate::{budget::Share, caller::Caller, error::Result};
@@ -16,21 +17,29 @@ use tokio::runtime::Handle;
 
 /// Entries that are not evicted while this is held.
 pub struct Lease {
-    store: Addr<CasActor>,
+    cas: Cas,
     entries: Vec<EntryRef>,
 }
 
 impl Lease {
-    /// A lease on entries that the index has counted.
-    pub fn new(store: Addr<CasActor>, entries: Vec<EntryRef>) -> Self {
-        Self { store, entries }
+    /// A lease on nothing yet.
+    pub fn none(cas: Cas) -> Self {
+        Self { cas, entries: Vec::new() }
+    }
+
+    /// Adds an entry that the index has counted as leased.
+    pub fn add(&mut self, entry: EntryRef) {
+        self.entries.push(entry);
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         if !self.entries.is_empty() {
-            self.store.do_send(Release(std::mem::take(&mut self.entries)));
+            let is_work = self.cas.shared().view.release(std::mem::take(&mut self.entries));
+            if is_work {
+                self.cas.actor().do_send(SettleUses);
+            }
         }
     }
 }
@@ -59,7 +68,7 @@ impl Reservation {
     }
 
     /// Adds another one to this.
-    fn absorb(&mut self, other: Self) {
+    pub fn absorb(&mut self, other: Self) {
         self.bytes += other.disarm();
     }
 

@@ -6,19 +6,25 @@
 //! - `used + reserved` never exceeds the limit. Bytes of files that are being deleted come on top until
 //!   [`Index::deleted`] says that they are gone; whoever got room that such files still take waits for that first
 //!   ([`Grant::after_deletions`]), so the disk never holds more than the limit either.
-//! - A leased entry is not in the list of candidates and is never evicted.
+//! - A leased entry is never evicted.
 //! - Entries leave in the order of their last use; the end of a lease is a use. In a list of [`EXACT_BELOW`] entries or
 //!   more, one that is used while it is among the newest quarter keeps its place: still, three quarters of all entries go
 //!   before it. Builds ask for the same blobs again and again, and moving an entry touches three more at random.
+//! - Looking up needs no exclusive access ([`Index::renew`], [`Index::lease`], [`Index::release`]): a use is marked in the
+//!   entry itself, and an eviction looks at the mark before it removes anything. [`Index::settle`] moves a used entry to the
+//!   head of the list later. Until then it stands where it was, but is not evicted.
 //!
-//! It knows no paths and does no IO, and the time is an argument. Memory: an entry is 136 bytes and a table slot 5, which
+//! It knows no paths and does no IO, and the time is an argument. Memory: an entry is 144 bytes and a table slot 5, which
 //! with the slack of growth stays below 180 bytes for each blob.
 
 pub use words::*;
 
 use crate::digest::Digest;
 use hashbrown::HashTable;
-use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::{
+    hash::{BuildHasher as _, Hasher as _, RandomState},
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
+};
 
 #[cfg(test)]
 mod model;
@@ -42,14 +48,29 @@ struct Entry {
     generation: u64,
     stamp: Stamp,
     bytes: u64,
-    leases: u32,
+    leases: AtomicU32,
     /// Seconds since 1970 of the last use that is recorded on disk.
-    touched: u32,
-    /// Neighbours in the list of candidates, newer and older; NIL for a leased entry.
+    touched: AtomicU32,
+    /// Neighbours in the order of use, newer and older.
     prev: u32,
     next: u32,
     /// [`Index::links`] when it was last put at the head of the list.
     linked_at: u32,
+    /// [`Index::links`] when it was last used and not at the head of the list.
+    used_at: AtomicU32,
+    /// [`Index::condemn`].
+    condemned: AtomicBool,
+}
+
+impl Entry {
+    /// It was used since it was put at the head of the list. The numbers wrap, which at worst forgets one use.
+    fn is_unsettled(&self) -> bool {
+        self.used_at.load(Relaxed).wrapping_sub(self.linked_at).cast_signed() > 0
+    }
+
+    fn is_leased(&self) -> bool {
+        self.leases.load(Relaxed) > 0
+    }
 }
 
 /// The index; see the top of this file.
@@ -62,7 +83,9 @@ pub struct Index {
     oldest: u32,
     /// How often an entry was put at the head of the list; wraps, which at worst forgets one use.
     links: u32,
+    /// All but the leased bytes.
     totals: Totals,
+    leased: AtomicU64,
     high_water: u64,
     low_water: u64,
     trimming: bool,
@@ -86,6 +109,7 @@ impl Index {
             oldest: NIL,
             links: 0,
             totals: Totals { limit, ..Totals::default() },
+            leased: AtomicU64::new(0),
             high_water: if marks { limit - limit / 50 } else { limit },
             low_water: if marks { limit - limit / 20 } else { limit },
             trimming: false,
@@ -96,7 +120,7 @@ impl Index {
 
     /// The sums.
     pub fn totals(&self) -> Totals {
-        self.totals
+        Totals { leased: self.leased.load(Relaxed), ..self.totals }
     }
 
     /// Bytes of files that the index has let go since the start.
@@ -110,9 +134,8 @@ impl Index {
     }
 
     /// Looks an entry up and counts it as used at `now` (seconds since 1970).
-    pub fn renew(&mut self, key: &Key, now: u32) -> Option<Found> {
-        let slot = self.slot_of(key)?;
-        Some(self.renew_slot(slot, now))
+    pub fn renew(&self, key: &Key, now: u32) -> Option<Found> {
+        self.slot_of(key).map(|slot| self.renew_slot(slot, now))
     }
 
     /// The digest of the newest entry that has this key but for the size of its digest. It does not count as a use.
@@ -121,24 +144,32 @@ impl Index {
     }
 
     /// Looks an entry up, counts it as used, and keeps it from eviction until [`Index::release`].
-    pub fn lease(&mut self, key: &Key, now: u32) -> Option<Found> {
+    pub fn lease(&self, key: &Key, now: u32) -> Option<Found> {
         let slot = self.slot_of(key)?;
-        let found = self.renew_slot(slot, now);
-        if self.entries[slot as usize].leases == 0 {
-            self.unlink(slot);
-            self.totals.leased += self.entries[slot as usize].bytes;
+        let entry = &self.entries[slot as usize];
+        if entry.leases.fetch_add(1, Relaxed) == 0 {
+            self.leased.fetch_add(entry.bytes, Relaxed);
         }
-        self.entries[slot as usize].leases += 1;
-        Some(found)
+        Some(self.renew_slot(slot, now))
     }
 
-    /// Ends a lease. An entry that was lost meanwhile is passed over.
-    pub fn release(&mut self, at: EntryRef) {
-        let Some(entry) = self.live(at).filter(|entry| entry.leases > 0) else { return };
-        entry.leases -= 1;
-        if entry.leases == 0 {
-            self.totals.leased -= self.entries[at.slot as usize].bytes;
-            self.link_newest(at.slot);
+    /// Ends a lease, which is a use if it was the last one. An entry that was lost meanwhile is passed over. Returns whether the
+    /// entry is to be settled.
+    pub fn release(&self, at: EntryRef) -> bool {
+        let Some(entry) = self.live(at) else { return false };
+        match entry.leases.fetch_update(Relaxed, Relaxed, |leases| leases.checked_sub(1)) {
+            Ok(1) => {
+                self.leased.fetch_sub(entry.bytes, Relaxed);
+                self.mark_used(entry)
+            }
+            _ => false,
+        }
+    }
+
+    /// Moves an entry that was used to the head of the list, unless that was done already.
+    pub fn settle(&mut self, at: EntryRef) {
+        if self.live(at).is_some_and(Entry::is_unsettled) {
+            self.move_to_head(at.slot);
         }
     }
 
@@ -150,7 +181,7 @@ impl Index {
         self.check_fit(wanted, 0)?;
         let Totals { used, reserved, limit, .. } = self.totals;
         let mut victims = Vec::new();
-        // All that is not leased can go, so this ends with enough room.
+        // Nobody can take a lease meanwhile, and all that is not leased can go, so this ends with enough room.
         let target = limit - reserved - wanted;
         if used > target {
             self.evict_down_to(target, usize::MAX, &mut victims);
@@ -172,7 +203,7 @@ impl Index {
     /// # Errors
     /// [`Shortage`] otherwise.
     pub fn check_fit(&self, wanted: u64, revocable: u64) -> Result<(), Shortage> {
-        let Totals { leased, reserved, limit, .. } = self.totals;
+        let Totals { leased, reserved, limit, .. } = self.totals();
         let free = limit.saturating_sub(leased).saturating_sub(reserved.saturating_sub(revocable));
         if free >= wanted { Ok(()) } else { Err(Shortage { wanted, leased, reserved, limit }) }
     }
@@ -196,7 +227,8 @@ impl Index {
         let existing = self.slot_of(&file.key);
         match (existing, file.key.kind) {
             (Some(slot), Kind::Blob | Kind::Zstd) => {
-                self.renew_slot(slot, now);
+                let found = self.renew_slot(slot, now);
+                self.settle(found.at);
                 self.count_evicted(bytes);
                 Some(Victim { file, bytes })
             }
@@ -230,7 +262,8 @@ impl Index {
     /// Puts recovered entries in the order of their recorded use.
     pub fn finish_recovery(&mut self) {
         let mut order: Vec<(u32, u32)> = Vec::with_capacity(self.table.len());
-        order.extend(self.table.iter().map(|&slot| (self.entries[slot as usize].touched, slot)));
+        order
+            .extend(self.table.iter().map(|&slot| (self.entries[slot as usize].touched.load(Relaxed), slot)));
         order.sort_unstable();
         (self.newest, self.oldest) = (NIL, NIL);
         for (_, slot) in order {
@@ -240,20 +273,28 @@ impl Index {
 
     /// Records that the content of a file is known to be right.
     pub fn trust(&mut self, at: EntryRef, stamp: Stamp) {
-        if let Some(entry) = self.live(at) {
+        if let Some(entry) = self.live_mut(at) {
             entry.stamp = stamp;
         }
     }
 
     /// The stamp of an entry that is still there.
-    pub fn stamp(&mut self, at: EntryRef) -> Option<Stamp> {
+    pub fn stamp(&self, at: EntryRef) -> Option<Stamp> {
         self.live(at).map(|entry| entry.stamp)
     }
 
     /// Follows a file through a change that did not touch its content. Nothing happens if its stamp is not `before` any more.
     pub fn follow(&mut self, at: EntryRef, before: Stamp, after: Stamp) {
-        if let Some(entry) = self.live(at).filter(|entry| entry.stamp == before) {
+        if let Some(entry) = self.live_mut(at).filter(|entry| entry.stamp == before) {
             entry.stamp = after;
+        }
+    }
+
+    /// Hides an entry whose file turned out to be damaged or gone. Whoever has found that out may rely on it at once;
+    /// [`Index::remove`] has to follow.
+    pub fn condemn(&self, at: EntryRef) {
+        if let Some(entry) = self.live(at) {
+            entry.condemned.store(true, Relaxed);
         }
     }
 
@@ -281,10 +322,10 @@ impl Index {
     pub fn evict(&mut self, bytes: u64, entries: u64, max: usize) -> Vec<Victim> {
         let (mut victims, mut evicted) = (Vec::new(), 0u64);
         while (evicted < bytes || (victims.len() as u64) < entries)
-            && self.oldest != NIL
             && victims.len() < max
+            && let Some(oldest) = self.oldest_evictable()
         {
-            let victim = self.remove_slot(self.oldest);
+            let victim = self.remove_slot(oldest);
             evicted = evicted.saturating_add(victim.bytes);
             victims.push(victim);
         }
@@ -304,9 +345,34 @@ impl Index {
     }
 
     fn evict_down_to(&mut self, target: u64, max: usize, victims: &mut Vec<Victim>) {
-        while self.totals.used > target && self.oldest != NIL && victims.len() < max {
-            victims.push(self.remove_slot(self.oldest));
+        while self.totals.used > target
+            && victims.len() < max
+            && let Some(oldest) = self.oldest_evictable()
+        {
+            victims.push(self.remove_slot(oldest));
         }
+    }
+
+    /// The least recently used entry that is not leased. Those before it in the list that are leased, or whose use was not
+    /// settled yet, move to the head; so a look at each entry, and at the first once more, sees all.
+    fn oldest_evictable(&mut self) -> Option<u32> {
+        if self.totals.used == self.leased.load(Relaxed) {
+            return None;
+        }
+        for _ in 0..=self.table.len() {
+            let slot = self.oldest;
+            let entry = self.entries.get(slot as usize)?;
+            if !entry.is_leased() && !entry.is_unsettled() {
+                return Some(slot);
+            }
+            self.move_to_head(slot);
+        }
+        None
+    }
+
+    fn move_to_head(&mut self, slot: u32) {
+        self.unlink(slot);
+        self.link_newest(slot);
     }
 
     /// Entries that have this key but for the size of its digest.
@@ -316,7 +382,7 @@ impl Index {
                 == (like.kind, like.instance, like.digest.function(), like.digest.hash())
         };
         let entries = self.table.iter_hash(self.hash(like)).map(|&slot| &self.entries[slot as usize]);
-        entries.filter(move |entry| same(&entry.key))
+        entries.filter(move |entry| same(&entry.key) && !entry.condemned.load(Relaxed))
     }
 
     /// Makes room among entries that are alike. Blobs are not limited: the content of each was checked, so there are as many as
@@ -334,10 +400,18 @@ impl Index {
     }
 
     fn slot_of(&self, key: &Key) -> Option<u32> {
-        self.table.find(self.hash(key), |&slot| self.entries[slot as usize].key == *key).copied()
+        let is_it = |&slot: &u32| {
+            let entry = &self.entries[slot as usize];
+            entry.key == *key && !entry.condemned.load(Relaxed)
+        };
+        self.table.find(self.hash(key), is_it).copied()
     }
 
-    fn live(&mut self, at: EntryRef) -> Option<&mut Entry> {
+    fn live(&self, at: EntryRef) -> Option<&Entry> {
+        self.entries.get(at.slot as usize).filter(|entry| entry.generation == at.generation)
+    }
+
+    fn live_mut(&mut self, at: EntryRef) -> Option<&mut Entry> {
         self.entries.get_mut(at.slot as usize).filter(|entry| entry.generation == at.generation)
     }
 
@@ -346,27 +420,44 @@ impl Index {
         FileId { key: entry.key, generation: entry.generation }
     }
 
-    fn renew_slot(&mut self, slot: u32, now: u32) -> Found {
-        let behind = self.links.wrapping_sub(self.entries[slot as usize].linked_at) as usize;
-        // So many entries at most are newer.
-        let is_new = behind == 0 || (self.table.len() >= EXACT_BELOW && behind < self.table.len() / 4);
-        if self.entries[slot as usize].leases == 0 && !is_new {
-            self.unlink(slot);
-            self.link_newest(slot);
-        }
-        let entry = &mut self.entries[slot as usize];
-        let touch_due = now.saturating_sub(entry.touched) > Self::TOUCH_AFTER_SECS;
-        if touch_due {
-            entry.touched = now;
-        }
+    fn renew_slot(&self, slot: u32, now: u32) -> Found {
+        let entry = &self.entries[slot as usize];
+        let settle_due = self.mark_used(entry);
+        let touched = entry.touched.load(Relaxed);
+        let touch_due = now.saturating_sub(touched) > Self::TOUCH_AFTER_SECS
+            && entry.touched.compare_exchange(touched, now, Relaxed, Relaxed).is_ok();
         let (generation, key, stamp) = (entry.generation, entry.key, entry.stamp);
-        Found { at: EntryRef { slot, generation }, file: FileId { key, generation }, stamp, touch_due }
+        let at = EntryRef { slot, generation };
+        Found { at, file: FileId { key, generation }, stamp, touch_due, settle_due }
+    }
+
+    /// Marks an entry as used, unless its place in the list says so already. Returns whether the mark is new.
+    fn mark_used(&self, entry: &Entry) -> bool {
+        // So many entries at most are newer.
+        let behind = self.links.wrapping_sub(entry.linked_at) as usize;
+        let is_new = behind == 0 || (self.table.len() >= EXACT_BELOW && behind < self.table.len() / 4);
+        if is_new || entry.used_at.load(Relaxed) == self.links {
+            return false;
+        }
+        entry.used_at.store(self.links, Relaxed);
+        true
     }
 
     fn insert(&mut self, file: FileId, bytes: u64, stamp: Stamp, touched: u32) {
         let FileId { key, generation } = file;
-        let entry =
-            Entry { key, generation, stamp, bytes, leases: 0, touched, prev: NIL, next: NIL, linked_at: 0 };
+        let entry = Entry {
+            key,
+            generation,
+            stamp,
+            bytes,
+            leases: AtomicU32::new(0),
+            touched: AtomicU32::new(touched),
+            prev: NIL,
+            next: NIL,
+            linked_at: 0,
+            used_at: AtomicU32::new(self.links),
+            condemned: AtomicBool::new(false),
+        };
         let slot = if self.free == NIL {
             if self.entries.len() == self.entries.capacity() {
                 self.entries.reserve_exact(MIN_GROWTH.max(self.entries.len() / 4));
@@ -394,14 +485,13 @@ impl Index {
         if let Ok(found) = self.table.find_entry(hash, |&candidate| candidate == slot) {
             found.remove();
         }
-        let Entry { bytes, leases, .. } = self.entries[slot as usize];
-        if leases == 0 {
-            self.unlink(slot);
-        } else {
-            self.totals.leased -= bytes;
-        }
+        self.unlink(slot);
         let entry = &mut self.entries[slot as usize];
-        (entry.generation, entry.leases, entry.next) = (0, 0, self.free);
+        let bytes = entry.bytes;
+        if std::mem::take(entry.leases.get_mut()) > 0 {
+            *self.leased.get_mut() -= bytes;
+        }
+        (entry.generation, entry.next) = (0, self.free);
         self.free = slot;
         self.totals.used -= bytes;
         *self.count_of(file.key.kind) -= 1;
@@ -458,6 +548,6 @@ fn hash_without_size(hasher: &RandomState, key: &Key) -> u64 {
 
 impl std::fmt::Debug for Index {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Index").field("totals", &self.totals).finish_non_exhaustive()
+        f.debug_struct("Index").field("totals", &self.totals()).finish_non_exhaustive()
     }
 }

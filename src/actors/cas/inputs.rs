@@ -1,7 +1,7 @@
 //! Input roots: read, checked, leased, and copied out.
 //!
 //! Directories are read level by level, each distinct one once, and kept decoded for the next action, which mostly shares
-//! them. All that is missing is reported at once, Directories and files; what lies below a missing Directory cannot be known
+//! them. A root that was walked is kept too, so that the worker only leases what the check before the queue has found. All that is missing is reported at once, Directories and files; what lies below a missing Directory cannot be known
 //! (EXE-26). Bounds: [`MAX_DIRECTORY_BYTES`] a message, [`MAX_TREE_DEPTH`] levels, [`MAX_TREE_NODES`] entries in distinct
 //! directories and again in the tree written out.
 
@@ -11,7 +11,8 @@ use super::{
     decoding::{TreeRoom, worst_case},
     guards::Lease,
     index::Found,
-    settings::{DIGESTS_PER_MESSAGE, DIRECTORIES_AT_ONCE, SMALL_BLOB_BYTES},
+    lookup::Purpose,
+    settings::{DIRECTORIES_AT_ONCE, LOOKUPS_PER_TURN, SMALL_BLOB_BYTES},
 };
 use crate::{
     digest::Digest,
@@ -55,6 +56,28 @@ impl Closure {
     }
 }
 
+/// A whole input root as it was walked. Digests name contents, so it stays true; whether all of it is still stored is the index's
+/// to say.
+#[derive(Debug)]
+pub(crate) struct InputRoot {
+    pub(super) tree: InputTree,
+    /// All that belongs to it and takes room: distinct, the empty blob left out.
+    digests: Vec<Digest>,
+}
+
+impl InputRoot {
+    /// The root of these directories, and what it takes in memory.
+    fn new(
+        root: Digest,
+        directories: HashMap<Digest, Arc<Directory>>,
+        digests: Vec<Digest>,
+    ) -> Result<(Arc<Self>, usize)> {
+        let nodes: usize = directories.values().map(|directory| directory.memory()).sum();
+        let weight = nodes + digests.len() * size_of::<Digest>();
+        Ok((Arc::new(Self { tree: InputTree::new(root, directories)?, digests }), weight))
+    }
+}
+
 impl Cas {
     /// All Directories below a root. The room is to be kept as long as they are.
     pub(super) async fn closure(
@@ -75,7 +98,7 @@ impl Cas {
             }
             depth += 1;
             let mut next = Vec::new();
-            for part in level.chunks(DIGESTS_PER_MESSAGE) {
+            for part in level.chunks(LOOKUPS_PER_TURN) {
                 for (digest, directory) in part.iter().zip(self.directories(instance, part).await?) {
                     let Some(directory) = directory else {
                         closure.missing.push(*digest);
@@ -119,52 +142,54 @@ impl Cas {
         .await
     }
 
-    async fn input_tree(
-        &self,
-        root: Digest,
-        directories: HashMap<Digest, Arc<Directory>>,
-    ) -> Result<InputTree> {
-        if !is_large(&directories) {
-            return InputTree::new(root, directories);
-        }
-        self.blocking(move || InputTree::new(root, directories)).await?
-    }
-
     /// Checks that a whole input root is stored, and renews it.
     pub(super) async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
-        let mut room = TreeRoom::new(self);
-        let (closure, digests) = self.closure_with_digests(instance, root, &mut room).await?;
-        let mut missing = closure.missing;
-        missing.extend(self.find_missing(instance, digests).await?);
-        if !missing.is_empty() {
-            return Err(Error::MissingBlobs(missing));
-        }
-        // Its bounds on what the tree expands to are the worker's, better met now than after the queue.
-        self.input_tree(root, closure.directories).await.map(drop)
+        let Some(kept) = self.shared().input_roots.get(&(instance.blobs(), root)) else {
+            return self.walk(instance, root).await.map(drop);
+        };
+        let missing = self.find_missing(instance, &kept.digests).await?;
+        if missing.is_empty() { Ok(()) } else { Err(Error::MissingBlobs(missing)) }
     }
 
-    /// Reads and leases a whole input root. What is staged is bounded by the number of slots.
+    /// Leases a whole input root. What is staged is bounded by the number of slots.
     pub(super) async fn stage(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
-        let mut room = TreeRoom::new(self);
-        let (closure, digests) = self.closure_with_digests(instance, root, &mut room).await?;
-        let mut missing = closure.missing;
-        let mut files = HashMap::with_capacity(digests.len());
-        let mut leases: Vec<Lease> = Vec::new();
-        for part in digests.chunks(DIGESTS_PER_MESSAGE) {
-            let located = self.locate(instance, part.to_vec(), true).await?;
-            leases.push(located.lease);
-            for (digest, found) in part.iter().zip(located.found) {
-                match found {
-                    Some(found) => drop(files.insert(*digest, found)),
-                    None => missing.push(*digest),
-                }
+        let input_root = match self.shared().input_roots.get(&(instance.blobs(), root)) {
+            Some(kept) => kept,
+            None => self.walk(instance, root).await?,
+        };
+        let located = self.locate(instance, &input_root.digests, Purpose::Read).await?;
+        let mut missing = Vec::new();
+        let mut files = HashMap::with_capacity(input_root.digests.len());
+        for (digest, found) in input_root.digests.iter().zip(located.found) {
+            match found {
+                Some(found) => drop(files.insert(*digest, found)),
+                None => missing.push(*digest),
             }
         }
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
-        let tree = self.input_tree(root, closure.directories).await?;
-        Ok(StagedInputs { tree, source: Source { cas: self.clone(), files, _leases: leases } })
+        let source = Source { cas: self.clone(), files, _lease: located.lease };
+        Ok(StagedInputs { input_root, source })
+    }
+
+    /// Reads a whole input root, checks that all of it is stored, and keeps what was found at hand.
+    async fn walk(&self, instance: &Instance, root: Digest) -> Result<Arc<InputRoot>> {
+        let mut room = TreeRoom::new(self);
+        let (closure, digests) = self.closure_with_digests(instance, root, &mut room).await?;
+        let mut missing = closure.missing;
+        missing.extend(self.find_missing(instance, &digests).await?);
+        if !missing.is_empty() {
+            return Err(Error::MissingBlobs(missing));
+        }
+        let is_large = is_large(&closure.directories);
+        let build = move || InputRoot::new(root, closure.directories, digests);
+        // The bounds on what the tree expands to are met now rather than after the queue.
+        let built = if is_large { self.blocking(build).await? } else { build() };
+        let (input_root, weight) = built?;
+        let key = (instance.blobs(), root);
+        self.shared().input_roots.insert(key, input_root.clone(), weight);
+        Ok(input_root)
     }
 
     /// Directories by digest, in the order asked for; `None` for those that are not stored.
@@ -184,7 +209,7 @@ impl Cas {
         let mut known = Vec::with_capacity(digests.len());
         let mut to_read = Vec::new();
         // What is kept decoded says nothing of what is stored, so the index is asked for all.
-        let located = self.locate(instance, digests.to_vec(), false).await?;
+        let located = self.locate(instance, digests, Purpose::Look).await?;
         for (at, (&digest, found)) in digests.iter().zip(located.found).enumerate() {
             known.push(match found {
                 Some(found) => {
@@ -257,7 +282,7 @@ fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
 pub struct Source {
     cas: Cas,
     files: HashMap<Digest, Found>,
-    _leases: Vec<Lease>,
+    _lease: Lease,
 }
 
 impl Source {

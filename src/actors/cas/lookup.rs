@@ -1,53 +1,216 @@
-//! The actor's answers that need nothing but the index and what is in memory.
+//! Look-ups: what [`Cas`] answers from the index and from memory alone, without a message to the actor.
 
 use super::{
     CasActor,
-    client::UploadStatus,
+    client::{Cas, UploadStatus, going_down},
     guards::Lease,
     index::{EntryRef, Found, Key, Kind, Stamp},
-    requests::*,
+    requests::{Incomplete, QueryUpload, ResultLookup, SettleUses},
     results::LoadedResult,
-    settings::DIGESTS_PER_MESSAGE,
-    unix_seconds,
+    settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
+    view::LookUp,
 };
 use crate::{
     digest::Digest,
+    error::Result,
     instance::{Instance, InstanceId},
     logging::Event,
+    proto::reapi,
 };
-use actix::{AsyncContext as _, Context, Handler, MessageResult};
-use std::collections::HashSet;
+use actix::{AsyncContext as _, Handler, MessageResult};
+use std::{collections::HashSet, sync::Arc};
+use tokio::task;
 
-impl CasActor {
-    /// Looks an entry up, counts it as used now, and sees to it that this is written down some time.
-    pub(super) fn renew(&mut self, key: &Key) -> Option<Found> {
-        self.renew_at(key, unix_seconds())
-    }
+/// Where blobs are, in the order asked; the empty blob is never found, having no file.
+#[derive(Debug)]
+pub struct Located {
+    pub found: Vec<Option<Found>>,
+    /// The zstd forms of them, if those were asked for.
+    pub zstd: Vec<Option<Found>>,
+    /// Holds what was found, if that was asked for.
+    pub lease: Lease,
+}
 
-    fn renew_at(&mut self, key: &Key, now: u32) -> Option<Found> {
-        let found = self.index.renew(key, now)?;
-        if found.touch_due {
-            self.touch_later(found);
+/// What a look-up is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To know whether something is stored, or to read what is read at once.
+    Look,
+    /// To read, with a lease.
+    Read,
+    /// To read, with a lease, the zstd forms too.
+    ReadZstd,
+}
+
+impl Cas {
+    /// Asks the index a few questions at one moment.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub(super) fn look_up<T>(&self, look: impl FnOnce(&mut LookUp<'_>) -> T) -> Result<T> {
+        if !self.actor().connected() {
+            return Err(going_down());
         }
-        Some(found)
+        let (answer, is_work) = self.shared().view.read(look);
+        if is_work {
+            self.actor().do_send(SettleUses);
+        }
+        Ok(answer)
     }
 
-    /// Those of these blobs that are not stored, each once; the others are renewed.
-    pub(super) fn find_missing(&mut self, instance: InstanceId, digests: &[Digest]) -> Vec<Digest> {
-        let now = unix_seconds();
+    /// Those of the digests that are not stored, each once; the others are renewed (CAS-01..04). The empty blob is never missing
+    /// (GEN-06).
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub async fn find_missing(&self, instance: &Instance, digests: &[Digest]) -> Result<Vec<Digest>> {
         let mut missing = Vec::new();
-        for &digest in digests {
-            let key = Key { digest, instance, kind: Kind::Blob };
-            // The empty blob is asked about last: it is rare, and to recognise it takes a hash.
-            if self.renew_at(&key, now).is_none() && !digest.is_empty() {
-                missing.push(digest);
+        for (turn, part) in digests.chunks(LOOKUPS_PER_TURN).enumerate() {
+            if turn > 0 {
+                task::yield_now().await;
             }
+            self.find_missing_now(instance.blobs(), part, &mut missing)?;
         }
         if missing.len() > 1 {
             let mut seen = HashSet::with_capacity(missing.len());
             missing.retain(|digest| seen.insert(*digest));
         }
-        missing
+        Ok(missing)
+    }
+
+    fn find_missing_now(
+        &self,
+        instance: InstanceId,
+        digests: &[Digest],
+        missing: &mut Vec<Digest>,
+    ) -> Result<()> {
+        for part in digests.chunks(LOOKUPS_PER_HOLD) {
+            self.look_up(|index| {
+                // The empty blob is asked about last: it is rare, and to recognise it takes a hash.
+                let is_missing =
+                    |digest: &&Digest| index.renew_blob(instance, **digest).is_none() && !digest.is_empty();
+                missing.extend(part.iter().filter(is_missing));
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Where blobs are. They are renewed, and leased as the purpose needs it.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub(super) async fn locate(
+        &self,
+        instance: &Instance,
+        digests: &[Digest],
+        purpose: Purpose,
+    ) -> Result<Located> {
+        let capacity = digests.len();
+        let mut located = Located {
+            found: Vec::with_capacity(capacity),
+            zstd: Vec::new(),
+            lease: Lease::none(self.clone()),
+        };
+        for (turn, part) in digests.chunks(LOOKUPS_PER_TURN).enumerate() {
+            if turn > 0 {
+                task::yield_now().await;
+            }
+            for part in part.chunks(LOOKUPS_PER_HOLD) {
+                self.locate_part(instance.blobs(), part, purpose, &mut located)?;
+            }
+        }
+        Ok(located)
+    }
+
+    fn locate_part(
+        &self,
+        instance: InstanceId,
+        digests: &[Digest],
+        purpose: Purpose,
+        located: &mut Located,
+    ) -> Result<()> {
+        let Located { found, zstd, lease } = located;
+        self.look_up(|index| {
+            let mut locate = |kind| {
+                let look = |&digest: &Digest| {
+                    let key = Key { digest, instance, kind };
+                    match purpose {
+                        Purpose::Look => index.renew(&key),
+                        Purpose::Read | Purpose::ReadZstd => {
+                            index.lease(&key).inspect(|found| lease.add(found.at))
+                        }
+                    }
+                };
+                digests.iter().map(look).collect::<Vec<_>>()
+            };
+            // The forms first: so a form is always older than its blob, and is evicted before it.
+            if purpose == Purpose::ReadZstd {
+                zstd.extend(locate(Kind::Zstd));
+            }
+            found.extend(locate(Kind::Blob));
+        })
+    }
+
+    /// Where one blob's zstd form is, if it has one.
+    pub(super) fn locate_form(&self, instance: &Instance, digest: Digest) -> Result<Option<Found>> {
+        let key = Key { digest, instance: instance.blobs(), kind: Kind::Zstd };
+        self.look_up(|index| index.renew(&key))
+    }
+
+    /// At which stamp the content of an entry is known to be right.
+    pub(super) fn known_stamp(&self, at: EntryRef) -> Result<Option<Stamp>> {
+        self.look_up(|index| index.stamp(at))
+    }
+
+    /// The whole digest of a stored blob of which only the hash is known; the size in `like` does not count.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub fn blob_by_hash(&self, instance: &Instance, like: Digest) -> Result<Option<Digest>> {
+        let empty = Digest::empty(like.function());
+        if like.hash() == empty.hash() {
+            return Ok(Some(empty));
+        }
+        let key = Key { digest: like, instance: instance.blobs(), kind: Kind::Blob };
+        self.look_up(|index| index.find_by_hash(&key))
+    }
+
+    /// The whole digest of an action that has a result, of which only the hash is known. That of the newest result, should
+    /// several be stored under one hash.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub fn action_by_hash(&self, instance: &Instance, like: Digest) -> Result<Option<Digest>> {
+        let key = Key { digest: like, instance: instance.id(), kind: Kind::Result };
+        self.look_up(|index| index.find_by_hash(&key))
+    }
+
+    /// What is known of a result without reading any file.
+    pub(super) fn look_up_result(&self, instance: &Instance, action: Digest) -> Result<ResultLookup> {
+        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
+        let Some(found) = self.look_up(|index| index.renew(&key))? else { return Ok(ResultLookup::Miss) };
+        match self.shared().results.get(&(instance.id(), action)) {
+            Some(loaded) if loaded.generation == found.file.generation => {
+                if loaded.references.len() > LOOKUPS_PER_TURN {
+                    return Ok(ResultLookup::Long(found, loaded));
+                }
+                self.confirm(instance, found, &loaded, true)
+            }
+            _ => Ok(ResultLookup::Cold(found)),
+        }
+    }
+
+    /// [`Cas::look_up_result`] of a result that was just read.
+    pub(super) fn confirm_loaded(
+        &self,
+        instance: &Instance,
+        found: Found,
+        loaded: &LoadedResult,
+    ) -> Result<Option<Arc<reapi::ActionResult>>> {
+        Ok(match self.confirm(instance, found, loaded, false)? {
+            ResultLookup::Hit(result) => Some(result),
+            ResultLookup::Miss | ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
+        })
     }
 
     /// A result is a hit if its every reference is stored: all of them are renewed. One that lacks something is dropped
@@ -55,117 +218,56 @@ impl CasActor {
     /// (AC-08). With `were_read`, a reference that nobody has read since the start makes the result a cold one: its file may be
     /// bad.
     fn confirm(
-        &mut self,
+        &self,
         instance: &Instance,
-        action: Digest,
+        found: Found,
         loaded: &LoadedResult,
         were_read: bool,
-        ctx: &Context<Self>,
-    ) -> ResultLookup {
-        let now = unix_seconds();
-        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
-        let instance = instance.blobs();
-        let found = self.renew_at(&key, now).filter(|found| found.file.generation == loaded.generation);
+    ) -> Result<ResultLookup> {
         if !loaded.is_hit {
-            return ResultLookup::Miss;
+            return Ok(ResultLookup::Miss);
         }
         let mut all_were_read = true;
-        let lost = loaded.references.iter().find(|&&digest| {
-            let blob = self.renew_at(&Key { digest, instance, kind: Kind::Blob }, now);
-            all_were_read &= blob.is_none_or(|blob| blob.stamp != Stamp::UNTRUSTED);
-            blob.is_none()
-        });
-        match (lost, found) {
-            (Some(lost), Some(found)) => {
-                self.drop_result(found.at, &format!("blob {lost} is gone"), ctx);
-                ResultLookup::Miss
+        for part in loaded.references.chunks(LOOKUPS_PER_HOLD) {
+            let lost = self.look_up(|index| {
+                part.iter().copied().find(|&digest| {
+                    let blob = index.renew_blob(instance.blobs(), digest);
+                    all_were_read &= blob.is_none_or(|blob| blob.stamp != Stamp::UNTRUSTED);
+                    blob.is_none()
+                })
+            })?;
+            if let Some(lost) = lost {
+                // If it was replaced since, there is nothing to drop.
+                self.drop_result(found.at, format!("blob {lost} is gone"));
+                return Ok(ResultLookup::Miss);
             }
-            (Some(_), None) => ResultLookup::Miss,
-            (None, Some(found)) if were_read && !all_were_read => ResultLookup::Cold(found),
-            (None, _) => ResultLookup::Hit(loaded.result.clone()),
         }
+        if were_read && !all_were_read {
+            return Ok(ResultLookup::Cold(found));
+        }
+        Ok(ResultLookup::Hit(loaded.result.clone()))
     }
 
     /// Drops a result that is not complete any more.
-    pub(super) fn drop_result(&mut self, at: EntryRef, reason: &str, ctx: &Context<Self>) {
-        if let Some(victim) = self.index.remove(at) {
-            Event::debug(super::LOG, "result_dropped")
-                .with_shown("action_digest", &victim.file.key.digest)
-                .log(format_args!("dropped an action result that is not complete any more: {reason}"));
-            self.delete(vec![victim], ctx);
-        }
-    }
-
-    /// What is known of a result without reading any file.
-    pub(super) fn look_up_result(
-        &mut self,
-        instance: &Instance,
-        action: Digest,
-        ctx: &Context<Self>,
-    ) -> ResultLookup {
-        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
-        let Some(found) = self.renew(&key) else { return ResultLookup::Miss };
-        match self.shared.results.get(&(instance.id(), action)) {
-            Some(loaded) if loaded.generation == found.file.generation => {
-                if loaded.references.len() > DIGESTS_PER_MESSAGE {
-                    return ResultLookup::Long(found, loaded);
-                }
-                self.confirm(instance, action, &loaded, true, ctx)
-            }
-            _ => ResultLookup::Cold(found),
-        }
+    pub(super) fn drop_result(&self, at: EntryRef, reason: String) {
+        self.shared().view.condemn(at);
+        self.actor().do_send(Incomplete { at, reason });
     }
 }
 
-impl Handler<FindMissing> for CasActor {
-    type Result = MessageResult<FindMissing>;
-
-    fn handle(&mut self, message: FindMissing, _: &mut Self::Context) -> Self::Result {
-        MessageResult(self.find_missing(message.instance, &message.digests))
+impl CasActor {
+    /// Looks an entry up and counts it as used now.
+    pub(super) fn renew(&self, key: &Key) -> Option<Found> {
+        self.shared.view.read(|index| index.renew(key)).0
     }
 }
 
-impl Handler<KnownStamp> for CasActor {
-    type Result = MessageResult<KnownStamp>;
+impl Handler<SettleUses> for CasActor {
+    type Result = ();
 
-    fn handle(&mut self, KnownStamp(at): KnownStamp, _: &mut Self::Context) -> Self::Result {
-        MessageResult(self.index.stamp(at))
-    }
-}
-
-impl Handler<FindByHash> for CasActor {
-    type Result = MessageResult<FindByHash>;
-
-    fn handle(&mut self, FindByHash(like): FindByHash, _: &mut Self::Context) -> Self::Result {
-        MessageResult(self.index.find_by_hash(&like))
-    }
-}
-
-impl Handler<Locate> for CasActor {
-    type Result = MessageResult<Locate>;
-
-    fn handle(&mut self, message: Locate, ctx: &mut Self::Context) -> Self::Result {
-        let now = unix_seconds();
-        let mut leased = Vec::new();
-        let mut locate = |kind| -> Vec<Option<Found>> {
-            let found = message.digests.iter().map(|&digest| {
-                let key = Key { digest, instance: message.instance, kind };
-                if !message.lease {
-                    return self.renew_at(&key, now);
-                }
-                let found = self.index.lease(&key, now)?;
-                leased.push(found.at);
-                if found.touch_due {
-                    self.touch_later(found);
-                }
-                Some(found)
-            });
-            found.collect()
-        };
-        // The forms first: so a form is always older than its blob, and is evicted before it.
-        let zstd = if message.zstd { locate(Kind::Zstd) } else { Vec::new() };
-        let found = locate(Kind::Blob);
-        MessageResult(Located { found, zstd, lease: Lease::new(ctx.address(), leased) })
+    fn handle(&mut self, _: SettleUses, ctx: &mut Self::Context) {
+        drop(self.index());
+        self.write_touches(ctx.address());
     }
 }
 
@@ -180,30 +282,16 @@ impl Handler<QueryUpload> for CasActor {
     }
 }
 
-impl Handler<LookupResult> for CasActor {
-    type Result = MessageResult<LookupResult>;
-
-    fn handle(&mut self, message: LookupResult, ctx: &mut Self::Context) -> Self::Result {
-        MessageResult(self.look_up_result(&message.instance, message.action, ctx))
-    }
-}
-
-impl Handler<ConfirmResult> for CasActor {
-    type Result = MessageResult<ConfirmResult>;
-
-    fn handle(&mut self, message: ConfirmResult, ctx: &mut Self::Context) -> Self::Result {
-        let ConfirmResult { instance, action, loaded } = message;
-        MessageResult(match self.confirm(&instance, action, &loaded, false, ctx) {
-            ResultLookup::Hit(result) => Some(result),
-            ResultLookup::Miss | ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
-        })
-    }
-}
-
 impl Handler<Incomplete> for CasActor {
     type Result = ();
 
     fn handle(&mut self, Incomplete { at, reason }: Incomplete, ctx: &mut Self::Context) {
-        self.drop_result(at, &reason, ctx);
+        let removed = self.index().remove(at);
+        if let Some(victim) = removed {
+            Event::debug(super::LOG, "result_dropped")
+                .with_shown("action_digest", &victim.file.key.digest)
+                .log(format_args!("dropped an action result that is not complete any more: {reason}"));
+            self.delete(vec![victim], ctx);
+        }
     }
 }

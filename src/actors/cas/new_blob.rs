@@ -13,7 +13,7 @@ use super::{
     guards::Room,
     index::{FileId, Key, Kind},
     received::Received,
-    requests::{Commit, FindByHash, WrittenFile},
+    requests::{Commit, WrittenFile},
 };
 use crate::{
     digest::{Digest, DigestFunction, Hasher},
@@ -184,26 +184,5 @@ impl Cas {
             sink: None,
             room: None,
         }
-    }
-
-    /// The whole digest of a stored blob of which only the hash is known; the size in `like` does not count.
-    ///
-    /// # Errors
-    /// `Unavailable` when the server is going down.
-    pub async fn blob_by_hash(&self, instance: &Instance, like: Digest) -> Result<Option<Digest>> {
-        let empty = Digest::empty(like.function());
-        if like.hash() == empty.hash() {
-            return Ok(Some(empty));
-        }
-        self.ask(FindByHash(Key { digest: like, instance: instance.blobs(), kind: Kind::Blob })).await
-    }
-
-    /// The whole digest of an action that has a result, of which only the hash is known. That of the newest result, should
-    /// several be stored under one hash.
-    ///
-    /// # Errors
-    /// `Unavailable` when the server is going down.
-    pub async fn action_by_hash(&self, instance: &Instance, like: Digest) -> Result<Option<Digest>> {
-        self.ask(FindByHash(Key { digest: like, instance: instance.id(), kind: Kind::Result })).await
     }
 }

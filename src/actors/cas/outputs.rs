@@ -6,11 +6,12 @@
 
 use super::{
     blob::{PIECE_BYTES, hash_file},
-    client::Cas,
+    client::{Cas, going_down, spoilt},
     files::{STORED_MODE, TemporaryFile, in_shard},
     guards::Reservation,
     index::{FileId, Key, Kind, Stamp},
-    requests::{Commit, WrittenFile},
+    requests::{Commit, Reserve, WrittenFile},
+    settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, SOUND_TRIES},
     stamps::{Writers, lease},
     writer::write_new,
 };
@@ -22,95 +23,177 @@ use crate::{
 use bytes::Bytes;
 use rustix::fs::{CWD, Mode, fchmod, renameat};
 use std::{
+    collections::HashSet,
     fs::{self, File, Metadata},
     io::{self, Write as _},
     os::unix::fs::{FileExt as _, MetadataExt as _},
 };
+use tokio::sync::oneshot;
+
+/// Blobs that a worker stores together: room for them is taken ahead, and they become visible together. What was written when it
+/// is dropped becomes visible too. Methods block and are for worker threads.
+#[derive(Debug)]
+pub struct OutputBatch {
+    cas: Cas,
+    instance: Instance,
+    function: DigestFunction,
+    /// What the caller says is still to come, in bytes on disk.
+    expected: u64,
+    room: Reservation,
+    written: Vec<WrittenFile>,
+    /// All of it, also what was made visible already.
+    stored: HashSet<Digest>,
+}
 
 impl Cas {
-    /// Stores a file that an action left behind, from a worker thread: takes the file itself over when nobody else can reach
-    /// it (one link, ours, same file system, no writer), copies it otherwise. `file` is open for reading, `parent`/`name` is
-    /// where it lies, and may not lie any more afterwards. Returns its digest.
+    /// Begins to store what an action of this function has made; about `expected` bytes.
+    pub fn begin_outputs(&self, instance: &Instance, function: DigestFunction, expected: u64) -> OutputBatch {
+        OutputBatch {
+            cas: self.clone(),
+            instance: instance.clone(),
+            function,
+            expected,
+            room: Reservation::new(self.actor().clone(), 0),
+            written: Vec::new(),
+            stored: HashSet::new(),
+        }
+    }
+
+    /// Whether a blob is stored and its file is as it should be; a bad one is dropped.
+    async fn is_stored(&self, instance: &Instance, digest: Digest) -> Result<bool> {
+        for _ in 0..SOUND_TRIES {
+            if !self.find_missing(instance, &[digest]).await?.is_empty() {
+                return Ok(false);
+            }
+            if self.are_sound(instance, vec![digest]).await? {
+                return Ok(true);
+            }
+        }
+        Err(spoilt())
+    }
+}
+
+impl OutputBatch {
+    /// Stores a file that an action left behind: takes the file itself over when nobody else can reach it (one link, ours, same
+    /// file system, no writer), copies it otherwise. `file` is open for reading, `parent`/`name` is where it lies, and may not
+    /// lie any more afterwards. Returns its digest.
     ///
     /// # Errors
     /// `Exhausted` when there is no room; `Invalid` when it is larger than the largest blob allowed.
-    pub fn store_output(
-        &self,
-        instance: &Instance,
-        function: DigestFunction,
-        parent: &File,
-        name: &str,
-        file: File,
-    ) -> Result<Digest> {
+    pub fn file(&mut self, parent: &File, name: &str, file: File) -> Result<Digest> {
         let failed =
             |error: io::Error| Error::io(&format!("store output \"{}\"", name.escape_debug()), &error);
         // Held until `file` is closed.
         let writers = lease(&file);
         let before = file.metadata().map_err(failed)?;
-        self.check_blob_size(before.len(), name)?;
+        self.cas.check_blob_size(before.len(), name)?;
         let changed =
             || Error::Precondition(format!("output \"{}\" changed while it was stored", name.escape_debug()));
-        let digest = hash_file(&file, function.hasher(before.len())).map_err(failed)?;
+        let digest = hash_file(&file, self.function.hasher(before.len())).map_err(failed)?;
         if digest.size() != before.len() {
             return Err(changed());
         }
-        let Some(room) = self.room_for(instance, digest)? else { return Ok(digest) };
-        let id = self.new_file(instance, digest);
+        let Some(id) = self.make_room(digest)? else { return Ok(digest) };
         let adopted = match writers {
             Writers::Present => None,
             Writers::ShutOut | Writers::Unknown => {
-                self.adopt(&id, &before, parent, name, &file).map_err(failed)?
+                self.cas.adopt(&id, &before, parent, name, &file).map_err(failed)?
             }
         };
         let stamp = match adopted {
             Some(stamp) => stamp,
-            None => self.copy_in(&id, &file).map_err(failed)?.ok_or_else(changed)?,
+            None => self.cas.copy_in(&id, &file).map_err(failed)?.ok_or_else(changed)?,
         };
-        self.commit_and_wait(id, stamp, room)?;
+        self.push(id, stamp);
         Ok(digest)
     }
 
-    /// Stores bytes at hand, from a worker thread.
+    /// Stores bytes at hand.
     ///
     /// # Errors
     /// `Exhausted` when there is no room.
-    pub fn store_bytes(
-        &self,
-        instance: &Instance,
-        function: DigestFunction,
-        bytes: Vec<u8>,
-    ) -> Result<Digest> {
-        let digest = function.digest(&bytes);
-        self.check_blob_size(digest.size(), "the bytes at hand")?;
-        let Some(room) = self.room_for(instance, digest)? else { return Ok(digest) };
-        let id = self.new_file(instance, digest);
-        let files = &self.shared().files;
+    pub fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest> {
+        let digest = self.function.digest(&bytes);
+        self.cas.check_blob_size(digest.size(), "the bytes at hand")?;
+        let Some(id) = self.make_room(digest)? else { return Ok(digest) };
+        let files = &self.cas.shared().files;
         let stamp = write_new(files, &files.path(&id), &[Bytes::from(bytes)])
             .map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
-        self.commit_and_wait(id, stamp, room)?;
+        self.push(id, stamp);
         Ok(digest)
     }
 
-    /// Room for a blob; `None` when it is stored already.
-    fn room_for(&self, instance: &Instance, digest: Digest) -> Result<Option<Reservation>> {
-        if digest.is_empty() {
+    /// Returns when everything is visible to others.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub fn commit(mut self) -> Result<()> {
+        match self.tell() {
+            // The actor handles what it is told in order, so the last answer stands for all.
+            Some(visible) => self.cas.block_on(async |_| visible.await).map_err(|_| going_down()),
+            None => Ok(()),
+        }
+    }
+
+    /// A new file for a blob, with room for it; `None` when it is stored already.
+    fn make_room(&mut self, digest: Digest) -> Result<Option<FileId>> {
+        let bytes = self.cas.shared().files.charge(digest.size());
+        let left = self.expected.saturating_sub(bytes);
+        let ahead = std::mem::replace(&mut self.expected, left).min(ROOM_AHEAD_BYTES);
+        if digest.is_empty() || self.stored.contains(&digest) {
             return Ok(None);
         }
-        let prepared = self.block_on(async |cas| cas.prepare(instance, vec![digest]).await)?;
-        if prepared.absent.is_empty() { Ok(None) } else { prepared.room.map(Some) }
+        let (instance, room) = (&self.instance, &self.room);
+        let more = self.cas.block_on(async |cas| -> Result<_> {
+            if cas.is_stored(instance, digest).await? {
+                return Ok(None);
+            }
+            let Some(lacking) = bytes.checked_sub(room.bytes()).filter(|lacking| *lacking > 0) else {
+                return Ok(Some(None));
+            };
+            match cas.ask(Reserve(lacking.max(ahead))).await? {
+                // What is to come may be stored already, or be smaller.
+                Err(_) if ahead > lacking => cas.ask(Reserve(lacking)).await?.map(Some).map(Some),
+                room => room.map(Some).map(Some),
+            }
+        })?;
+        let Some(more) = more else { return Ok(None) };
+        if let Some(more) = more {
+            self.room.absorb(more);
+        }
+        let key = Key { digest, instance: self.instance.blobs(), kind: Kind::Blob };
+        Ok(Some(FileId { key, generation: self.cas.shared().files.next_generation() }))
     }
 
-    fn new_file(&self, instance: &Instance, digest: Digest) -> FileId {
-        let key = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
-        FileId { key, generation: self.shared().files.next_generation() }
+    fn push(&mut self, file: FileId, stamp: Stamp) {
+        let bytes = self.cas.shared().files.charge(file.key.digest.size());
+        self.stored.insert(file.key.digest);
+        self.written.push(WrittenFile { file, bytes, stamp });
+        if self.written.len() >= FILES_PER_COMMIT {
+            self.tell();
+        }
     }
 
-    fn commit_and_wait(&self, file: FileId, stamp: Stamp, room: Reservation) -> Result<()> {
-        let bytes = self.shared().files.charge(file.key.digest.size());
-        let visible = Commit::tell(self.actor(), WrittenFile { file, bytes, stamp }, room);
-        self.block_on(async |_| visible.await).map_err(|_| super::client::going_down())
+    /// Tells the actor of what was written; the answer comes once it is visible.
+    fn tell(&mut self) -> Option<oneshot::Receiver<()>> {
+        if self.written.is_empty() {
+            return None;
+        }
+        let files = std::mem::take(&mut self.written);
+        let (reply, visible) = oneshot::channel();
+        let room = std::mem::replace(&mut self.room, Reservation::new(self.cas.actor().clone(), 0));
+        self.cas.actor().do_send(Commit { files, room, reply });
+        Some(visible)
     }
+}
 
+impl Drop for OutputBatch {
+    fn drop(&mut self) {
+        self.tell();
+    }
+}
+
+impl Cas {
     /// Makes a file itself the stored one, if that is safe.
     fn adopt(
         &self,

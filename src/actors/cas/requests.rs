@@ -1,75 +1,22 @@
-//! The actor's private messages: what [`super::client::Cas`] and the handles ask and report.
+//! The actor's private messages: what [`super::client::Cas`] and the handles ask and report. Questions that need only the
+//! index are no messages: see [`super::lookup`].
 //!
 //! Questions are sent and answered; facts are told with `do_send`, which no mailbox bound refuses, and are handled in the
-//! order in which they were told. A dropped answer undoes itself: what it grants are [`Lease`]s and [`Reservation`]s.
+//! order in which they were told. A dropped answer undoes itself: what it grants are [`Reservation`]s.
 
 use super::{
     CasActor,
-    guards::{Lease, Reservation},
+    guards::Reservation,
     index::{EntryRef, FileId, Found, Key, Stamp, Totals},
     results::LoadedResult,
     uploads::{Attempt, Partial, Progress},
 };
-use crate::{
-    budget::Bound,
-    caller::Caller,
-    digest::Digest,
-    error::Result,
-    instance::{Instance, InstanceId},
-    proto::reapi,
-};
+use crate::{budget::Bound, caller::Caller, digest::Digest, error::Result, proto::reapi};
 use actix::{Addr, Message};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 
-/// Which of these blobs are not stored? The others are renewed. The empty blob is never missing (GEN-06).
-#[derive(Message)]
-#[rtype(result = "Vec<Digest>")]
-pub struct FindMissing {
-    pub instance: InstanceId,
-    pub digests: Vec<Digest>,
-}
-
-/// Where are these blobs? They are renewed, and leased on demand.
-#[derive(Message)]
-#[rtype(result = "Located")]
-pub struct Locate {
-    pub instance: InstanceId,
-    pub digests: Vec<Digest>,
-    pub lease: bool,
-    /// Their zstd forms too.
-    pub zstd: bool,
-}
-
-/// The answer to [`Locate`], in the order asked; the empty blob is never found, having no file.
-pub struct Located {
-    pub found: Vec<Option<Found>>,
-    /// The zstd forms of them, if those were asked for.
-    pub zstd: Vec<Option<Found>>,
-    /// Holds what was found, if that was asked for.
-    pub lease: Lease,
-}
-
-/// At which stamp is the content of this entry known to be right?
-#[derive(Message)]
-#[rtype(result = "Option<Stamp>")]
-pub struct KnownStamp(pub EntryRef);
-
-/// Which entry has this key, whatever the size of its digest?
-#[derive(Message)]
-#[rtype(result = "Option<Digest>")]
-pub struct FindByHash(pub Key);
-
-/// Room for those of these blobs that are not stored; the others are renewed.
-#[derive(Message)]
-#[rtype(result = "Prepared")]
-pub struct Prepare {
-    pub instance: InstanceId,
-    /// Distinct, none of them empty.
-    pub digests: Vec<Digest>,
-}
-
-/// The answer to [`Prepare`].
+/// Room for those of some blobs that are not stored.
 pub struct Prepared {
     /// Those that are not stored.
     pub absent: Vec<Digest>,
@@ -124,15 +71,7 @@ pub struct QueryUpload {
     pub blob: Key,
 }
 
-/// Is there a complete result?
-#[derive(Message)]
-#[rtype(result = "ResultLookup")]
-pub struct LookupResult {
-    pub instance: Instance,
-    pub action: Digest,
-}
-
-/// The answer to [`LookupResult`].
+/// What is known of a result.
 pub enum ResultLookup {
     /// Complete; everything it references was just renewed.
     Hit(Arc<reapi::ActionResult>),
@@ -140,17 +79,8 @@ pub enum ResultLookup {
     Miss,
     /// There is one; its file, or blobs of it that nobody has read since the start, have to be read to know more.
     Cold(Found),
-    /// It is in memory, and refers to more blobs than the actor looks up at once.
+    /// It is in memory, and refers to more blobs than are looked up in one turn.
     Long(Found, Arc<LoadedResult>),
-}
-
-/// A result was read: is it complete?
-#[derive(Message)]
-#[rtype(result = "Option<Arc<reapi::ActionResult>>")]
-pub struct ConfirmResult {
-    pub instance: Instance,
-    pub action: Digest,
-    pub loaded: Arc<LoadedResult>,
 }
 
 /// The sums of the store, for people and health checks.
@@ -195,6 +125,7 @@ impl Commit {
 }
 
 /// A file to be made visible.
+#[derive(Debug)]
 pub struct WrittenFile {
     pub file: FileId,
     /// Bytes on disk.
@@ -202,10 +133,10 @@ pub struct WrittenFile {
     pub stamp: Stamp,
 }
 
-/// Fact: a lease ended.
+/// Fact: look-ups have left a batch of notes in the [`super::view::View`].
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Release(pub Vec<EntryRef>);
+pub struct SettleUses;
 
 /// Fact: room is not needed any more.
 #[derive(Message)]

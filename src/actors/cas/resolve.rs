@@ -12,7 +12,6 @@ use super::{
     CasActor, Reply,
     client::{Cas, going_down},
     decoding,
-    index::{Key, Kind},
     messages::{CheckInputs, Resolution, ResolveAction},
     requests::ResultLookup,
     settings::{MAX_ACTION_BYTES, MAX_ACTION_MEMORY},
@@ -25,7 +24,7 @@ use crate::{
     proto::reapi,
     wire,
 };
-use actix::{Context, Handler, ResponseFuture};
+use actix::{Handler, ResponseFuture};
 use bytes::Bytes;
 use std::sync::Arc;
 
@@ -36,18 +35,18 @@ pub struct ParsedAction {
     command: Digest,
 }
 
-impl CasActor {
+impl Cas {
     /// The answer, if no file has to be read for it.
-    fn resolve_from_memory(&mut self, message: &ResolveAction, ctx: &Context<Self>) -> Option<Resolution> {
+    fn resolve_from_memory(&self, message: &ResolveAction) -> Option<Resolution> {
         let instance = message.instance.blobs();
-        let parsed = self.shared.actions.get(&(message.instance.id(), message.action))?;
+        let parsed = self.shared().actions.get(&(message.instance.id(), message.action))?;
         for digest in [message.action, parsed.command] {
-            self.renew(&Key { digest, instance, kind: Kind::Blob })?;
+            self.look_up(|index| index.renew_blob(instance, digest)).ok()??;
         }
         if message.skip_cache_lookup || parsed.action.do_not_cache {
             return Some(Resolution::Run(parsed.action.clone()));
         }
-        match self.look_up_result(&message.instance, message.action, ctx) {
+        match self.look_up_result(&message.instance, message.action).ok()? {
             ResultLookup::Hit(result) => Some(Resolution::Cached(result)),
             ResultLookup::Miss => Some(Resolution::Run(parsed.action.clone())),
             ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
@@ -59,10 +58,10 @@ impl Handler<ResolveAction> for CasActor {
     type Result = Reply<Result<Resolution>>;
 
     fn handle(&mut self, message: ResolveAction, ctx: &mut Self::Context) -> Self::Result {
-        if let Some(resolution) = self.resolve_from_memory(&message, ctx) {
+        let cas = self.client(ctx).working_for(message.caller);
+        if let Some(resolution) = cas.resolve_from_memory(&message) {
             return Reply::Now(Ok(resolution));
         }
-        let cas = self.client(ctx).working_for(message.caller);
         Reply::Later(Box::pin(self.elsewhere(async move { cas.resolve(message).await })))
     }
 }

@@ -91,6 +91,10 @@ pub const RESULT_READ_TRIES: usize = 16;
 /// Memory for decoded directories, so that the input roots of a build are not decoded for each of its actions.
 pub const DIRECTORY_MEMO_BYTES: usize = 64 * 1024 * 1024;
 
+/// Memory for input roots that were walked and wait for their worker. One of more than 4 MiB, some 20,000 files, is not kept and
+/// is put together again from its decoded directories.
+pub const INPUT_ROOT_MEMO_BYTES: usize = 128 * 1024 * 1024;
+
 /// Memory for parsed actions. An action is looked up once or twice in its life, soon after one another.
 pub const ACTION_MEMO_BYTES: usize = 16 * 1024 * 1024;
 
@@ -104,8 +108,17 @@ pub const RECENT_MEMO_BYTES: usize = 16 * 1024 * 1024;
 /// Memory for decoded results with their reference lists.
 pub const RESULT_MEMO_BYTES: usize = 32 * 1024 * 1024;
 
-/// Digests in one message to the actor; a longer list is sent in parts, so that others are served in between (about 0.2 ms).
-pub const DIGESTS_PER_MESSAGE: usize = 1_024;
+/// Entries that are looked up before a call lets others run on its thread (about 0.1 ms).
+pub const LOOKUPS_PER_TURN: usize = 1_024;
+
+/// Entries that are looked up while the actor cannot change the index.
+pub const LOOKUPS_PER_HOLD: usize = 256;
+
+/// Notes of look-ups, of either kind, after which the actor is told that there is work.
+pub const NOTES_BATCH: usize = 1_024;
+
+/// Notes of look-ups, of either kind, that are kept for the actor.
+pub const NOTES_MAX: usize = 64 * 1_024;
 
 /// Entries evicted ahead of need in one go.
 pub const TRIM_BATCH: usize = 1_024;
@@ -124,6 +137,12 @@ pub const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Room for bytes that arrive is reserved at most this much ahead of them.
 pub const ROOM_STEP_BYTES: u64 = 1024 * 1024;
+
+/// Room for the outputs of an action is reserved at most this much ahead of writing them. They are on disk already.
+pub const ROOM_AHEAD_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Files of one batch of outputs that become visible together at most; those of a larger batch do so in parts.
+pub const FILES_PER_COMMIT: usize = 4_096;
 
 /// Broken uploads that are kept; above it the oldest goes of the peer that has most. Each holds a file open, and a process has
 /// 1,024 by default.
@@ -146,9 +165,6 @@ pub const ZSTD_FORM_PART: u64 = 16;
 
 /// Bytes of a blob after which it is given up to make a form of it, if nothing was saved by then.
 pub const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
-
-/// Uses that wait to be written down as access times before a batch is started early.
-pub const TOUCH_BATCH: usize = 1_024;
 
 /// Files that are kept from being written at the same time while their use is written down.
 pub const TOUCH_LEASES: usize = 64;

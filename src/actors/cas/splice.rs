@@ -13,7 +13,7 @@ use super::{
     client::{Cas, Upload},
     guards::Lease,
     index::Found,
-    settings::DIGESTS_PER_MESSAGE,
+    lookup::Purpose,
 };
 use crate::{
     chunking::{Chunking, Splitter},
@@ -53,7 +53,7 @@ impl Cas {
         let mut right = work.begin_or_wait(instance, blob, self.caller()).await?;
         let _right = loop {
             if self.are_sound(instance, vec![blob]).await? {
-                return self.find_missing(instance, chunks).await.map(drop);
+                return self.find_missing(instance, &chunks).await.map(drop);
             }
             match right {
                 Some(right) => break right,
@@ -103,22 +103,19 @@ impl Cas {
         &self,
         instance: &Instance,
         chunks: &[Digest],
-    ) -> Result<(HashMap<Digest, Found>, Vec<Lease>)> {
+    ) -> Result<(HashMap<Digest, Found>, Lease)> {
         let distinct: HashSet<Digest> = chunks.iter().filter(|chunk| !chunk.is_empty()).copied().collect();
         let distinct: Vec<Digest> = distinct.into_iter().collect();
         let mut found = HashMap::with_capacity(distinct.len());
-        let (mut leases, mut missing) = (Vec::new(), Vec::new());
-        for part in distinct.chunks(DIGESTS_PER_MESSAGE) {
-            let located = self.locate(instance, part.to_vec(), true).await?;
-            leases.push(located.lease);
-            for (digest, place) in part.iter().zip(located.found) {
-                match place {
-                    Some(place) => drop(found.insert(*digest, place)),
-                    None => missing.push(*digest),
-                }
+        let mut missing = Vec::new();
+        let located = self.locate(instance, &distinct, Purpose::Read).await?;
+        for (digest, place) in distinct.iter().zip(located.found) {
+            match place {
+                Some(place) => drop(found.insert(*digest, place)),
+                None => missing.push(*digest),
             }
         }
-        if missing.is_empty() { Ok((found, leases)) } else { Err(Error::missing_chunks(&missing)) }
+        if missing.is_empty() { Ok((found, located.lease)) } else { Err(Error::missing_chunks(&missing)) }
     }
 }
 
@@ -169,7 +166,7 @@ impl Concatenation {
                 // The empty chunk has no file; all others were found.
                 if let Some(&found) = self.found.get(&chunk) {
                     // The caller holds the lease.
-                    let lease = Lease::new(self.cas.actor().clone(), Vec::new());
+                    let lease = Lease::none(self.cas.clone());
                     self.open = Some((BlobReader::open(self.cas.clone(), found, Arc::new(lease))?, 0));
                 }
                 continue;

@@ -92,7 +92,7 @@ impl Store {
     }
 
     async fn has(&self, digest: Digest) -> bool {
-        self.cas.find_missing(&self.main, vec![digest]).await.unwrap().is_empty()
+        self.cas.find_missing(&self.main, &[digest]).await.unwrap().is_empty()
     }
 
     async fn inspect(&self) -> StoreInspection {

@@ -12,7 +12,7 @@ use super::{
     uploads::Partial,
 };
 use crate::{error::Result, logging::Event, regular_file};
-use actix::{Addr, AsyncContext as _, Context, WeakAddr};
+use actix::{Addr, AsyncContext as _, Context};
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, futimens};
 use std::{fs::File, future::Future, time::Instant};
 use tokio::task::JoinHandle;
@@ -26,28 +26,33 @@ impl CasActor {
         ctx: &Context<Self>,
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
         // Not for a write that does not fit even so.
-        let could_fit = self.index.check_fit(bytes, self.uploads.parked_bytes()).is_ok();
+        let could_fit = self.index().check_fit(bytes, self.uploads.parked_bytes()).is_ok();
         while could_fit
-            && !self.index.has_room(bytes)
+            && !self.index().has_room(bytes)
             && let Some(partial) = self.uploads.pop_for_room()
         {
             self.discard(partial, ctx);
         }
-        let grant = self.index.reserve(bytes)?;
-        if !grant.victims.is_empty() {
-            Event::info(LOG, "blobs_evicted")
-                .with("entries", grant.victims.len())
-                .with("bytes", grant.victims.iter().map(|victim| victim.bytes).sum::<u64>())
-                .log(format_args!("evicted the least recently used entries to make room"));
-        }
-        self.delete(grant.victims, ctx);
+        let grant = self.index().reserve(bytes)?;
+        self.evict(grant.victims, ctx);
         self.trim(ctx);
         Ok((Reservation::new(ctx.address(), bytes), self.deletions(grant.after_deletions)))
     }
 
+    /// Deletes what had to go to make room.
+    pub(super) fn evict(&self, victims: Vec<Victim>, ctx: &Context<Self>) {
+        if !victims.is_empty() {
+            Event::info(LOG, "blobs_evicted")
+                .with("entries", victims.len())
+                .with("bytes", victims.iter().map(|victim| victim.bytes).sum::<u64>())
+                .log(format_args!("evicted the least recently used entries to make room"));
+        }
+        self.delete(victims, ctx);
+    }
+
     /// Ends when so many bytes, since the start, are deleted; `None` when they are.
     pub(super) fn deletions(&self, goal: u64) -> Option<impl Future<Output = ()> + use<>> {
-        (self.index.bytes_deleted() < goal).then(|| {
+        (self.index().bytes_deleted() < goal).then(|| {
             let mut deleted = self.deleted.subscribe();
             async move {
                 // Ends early only with the actor, and then the write fails by itself.
@@ -58,7 +63,7 @@ impl CasActor {
 
     /// Evicts ahead of need.
     pub(super) fn trim(&mut self, ctx: &Context<Self>) {
-        let victims = self.index.trim(settings::TRIM_BATCH);
+        let victims = self.index().trim(settings::TRIM_BATCH);
         if !victims.is_empty() {
             Event::info(LOG, "store_trimmed")
                 .with("entries", victims.len())
@@ -96,7 +101,7 @@ impl CasActor {
     pub(super) fn discard(&mut self, partial: Partial, ctx: &Context<Self>) {
         let Partial { sink, room } = partial;
         let (bytes, store) = (room.into_reservation().disarm(), ctx.address());
-        self.index.forfeit(bytes);
+        self.index().forfeit(bytes);
         self.shared.runtime.spawn_blocking(move || {
             drop(sink);
             store.do_send(Deleted(bytes));
@@ -120,22 +125,13 @@ impl CasActor {
         self.shared.runtime.spawn(async move { cas.relieve_low_disk().await });
     }
 
-    pub(super) fn touch_later(&mut self, found: Found) {
-        self.touches.push(found);
-        if self.touches.len() >= settings::TOUCH_BATCH
-            && let Some(actor) = self.address.as_ref().and_then(WeakAddr::upgrade)
-        {
-            self.write_touches(actor);
-        }
-    }
-
     /// Writes uses down as access times, from which the order of use is recovered at the next start. Returns the job that
     /// does it, if there is anything to write.
-    pub(super) fn write_touches(&mut self, actor: Addr<Self>) -> Option<JoinHandle<()>> {
-        if self.touches.is_empty() {
+    pub(super) fn write_touches(&self, actor: Addr<Self>) -> Option<JoinHandle<()>> {
+        let (touches, shared) = (self.shared.view.take_touches(), self.shared.clone());
+        if touches.is_empty() {
             return None;
         }
-        let (touches, shared) = (std::mem::take(&mut self.touches), self.shared.clone());
         Some(self.shared.runtime.spawn_blocking(move || {
             let has_fine_times = shared.files.has_fine_times();
             // Readers hash a file whose new change time the actor has not heard of.

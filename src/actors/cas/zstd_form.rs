@@ -17,7 +17,7 @@ use super::{
     files::TemporaryFile,
     guards::{Lease, Room},
     index::{FileId, Found, Key, Kind, Stamp},
-    requests::{Commit, Locate, WrittenFile},
+    requests::{Commit, WrittenFile},
     settings::{ZSTD_FORM_PART, ZSTD_HISTORY_WEIGHT, ZSTD_PROBE_BYTES},
     stamps::stamp_of,
 };
@@ -196,8 +196,7 @@ impl Cas {
     }
 
     async fn try_make_form(&self, instance: &Instance, digest: Digest) -> Result<()> {
-        let message = Locate { instance: instance.blobs(), digests: vec![digest], lease: false, zstd: true };
-        if self.ask(message).await?.zstd.pop().flatten().is_some() {
+        if self.locate_form(instance, digest)?.is_some() {
             // It was finished since this read looked for it.
             return Ok(());
         }

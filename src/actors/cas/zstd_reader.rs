@@ -10,7 +10,7 @@ use super::{
     client::{Cas, going_down},
     guards::Lease,
     index::Found,
-    requests::Locate,
+    lookup::Purpose,
     settings::SMALL_BLOB_BYTES,
     zstd_form::{Form, History},
 };
@@ -171,8 +171,7 @@ impl Cas {
         if digest.size() <= SMALL_BLOB_BYTES {
             return self.open_small_zstd(instance, digest, offset).await;
         }
-        let message = Locate { instance: instance.blobs(), digests: vec![digest], lease: true, zstd: true };
-        let mut located = self.ask(message).await?;
+        let mut located = self.locate(instance, &[digest], Purpose::ReadZstd).await?;
         let (found, form) = (located.found.pop().flatten(), located.zstd.pop().flatten());
         let found = found.ok_or_else(|| not_found(digest))?;
         let lease = Arc::new(located.lease);
@@ -228,9 +227,7 @@ impl Cas {
         instance: &Instance,
         digests: Vec<Digest>,
     ) -> Result<Vec<Result<Item>>> {
-        let message =
-            Locate { instance: instance.blobs(), digests: digests.clone(), lease: true, zstd: true };
-        let located = self.ask(message).await?;
+        let located = self.locate(instance, &digests, Purpose::ReadZstd).await?;
         let kept: Vec<Option<Option<Bytes>>> =
             digests.iter().map(|digest| self.shared().packed.get(&(instance.blobs(), *digest))).collect();
         let place = self.shared().encoding.wait_for(self.caller(), 1).await?;

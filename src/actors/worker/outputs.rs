@@ -10,7 +10,7 @@ pub mod scan;
 use super::{
     checkpoint::Checkpoint,
     dir::{self, FileId},
-    store::BlobStore,
+    store::{BlobStore, Outputs},
 };
 use crate::{
     action::{Action, OutputKind, OutputRequest},
@@ -98,15 +98,17 @@ pub fn collect(
             found.push((output, node));
         }
     }
+    let batch = store.begin_outputs(&action.instance, action.digest.function(), budget.bytes_on_disk());
     let mut storing = Storing {
         root,
         action,
-        store,
+        batch,
         checkpoint,
         stored: HashMap::new(),
         reported: Reported { mtime: action.command.report_mtime, unix_mode: action.command.report_unix_mode },
     };
-    found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))
+    found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))?;
+    storing.batch.commit()
 }
 
 /// Undoes a command's closing of a directory of ours to its own user; says how that looked before.
@@ -146,7 +148,10 @@ fn look(
     let (kind, seen) = (dir::file_type(&stat), Seen::from(&stat));
     expect(output, kind)?;
     Ok(Some(match kind {
-        FileType::RegularFile => Found::File { name: name.to_owned(), id: dir::file_id(&stat), seen },
+        FileType::RegularFile => {
+            budget.count_file(&stat);
+            Found::File { name: name.to_owned(), id: dir::file_id(&stat), seen }
+        }
         FileType::Directory => {
             Found::Directory(Scan::of(open_directory(root, output)?, seen, path, checkpoint, budget)?)
         }
@@ -178,7 +183,7 @@ fn expect(output: &OutputRequest, kind: FileType) -> Result<()> {
 struct Storing<'a> {
     root: &'a File,
     action: &'a Action,
-    store: &'a dyn BlobStore,
+    batch: Box<dyn Outputs + 'a>,
     checkpoint: &'a Checkpoint<'a>,
     /// Files already stored; the store may have taken them away from where they were.
     stored: HashMap<FileId, Digest>,
@@ -246,27 +251,17 @@ impl Storing<'_> {
             return Ok(*digest);
         }
         let file = open_regular(parent, name, path)?;
-        let digest = self.store.store_output(
-            &self.action.instance,
-            self.action.digest.function(),
-            parent,
-            name,
-            file,
-        )?;
+        let digest = self.batch.file(parent, name, file)?;
         self.stored.insert(id, digest);
         Ok(digest)
     }
 
-    fn directory(&self, path: String, scan: &Scan) -> Result<reapi::OutputDirectory> {
+    fn directory(&mut self, path: String, scan: &Scan) -> Result<reapi::OutputDirectory> {
         let encoded = Encoded::new(scan, self.action.digest.function(), self.reported)?;
         let format = self.action.command.directory_format;
         let mut output = reapi::OutputDirectory { path, ..Default::default() };
         if format.tree {
-            let tree = self.store.store_bytes(
-                &self.action.instance,
-                self.action.digest.function(),
-                encoded.tree(),
-            )?;
+            let tree = self.batch.bytes(encoded.tree())?;
             output.tree_digest = Some(tree.to_wire());
             output.is_topologically_sorted = true;
         }
@@ -274,7 +269,7 @@ impl Storing<'_> {
             output.root_directory_digest = encoded.root().map(Digest::to_wire);
             for (_, bytes) in encoded.directories {
                 self.checkpoint.check()?;
-                self.store.store_bytes(&self.action.instance, self.action.digest.function(), bytes)?;
+                self.batch.bytes(bytes)?;
             }
         }
         Ok(output)

@@ -11,7 +11,7 @@ use super::{
     launcher::{Ending, Launcher, Ran, is_full},
     messages::{Account, RunAction, RunFailure, RunReport, RunResult, RunStage, StageReached},
     outputs, run_log,
-    store::BlobStore,
+    store::{BlobStore, Outputs},
     workspace::Workspace,
 };
 use crate::{
@@ -237,8 +237,7 @@ impl<'a> ActionRun<'a> {
                 return Err(log_lost(kind, errno));
             }
         };
-        self.result.stdout_digest = self.store_log(workspace, LogKind::Stdout, live)?.map(|d| d.to_wire());
-        self.result.stderr_digest = self.store_log(workspace, LogKind::Stderr, live)?.map(|d| d.to_wire());
+        self.store_logs(workspace, live)?;
         if let Some(error) = interrupted {
             // EXE-45: the logs so far are all there is; a killed command has no exit code to speak of.
             self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
@@ -256,26 +255,27 @@ impl<'a> ActionRun<'a> {
         })
     }
 
-    /// Stores a log, which ends its stream; `None` when it is empty (EXE-59) or the command removed it.
-    fn store_log(
-        &self,
-        workspace: &Workspace,
-        kind: LogKind,
-        live: Option<&LiveRun>,
-    ) -> Result<Option<Digest>> {
-        let (top, name) = (workspace.top()?, kind.name());
-        let is_empty = super::dir::stat_at(top, name.as_ref()).map_or(true, |stat| stat.st_size == 0);
-        let digest = if is_empty {
-            None
-        } else {
-            let file = outputs::open_regular(top, name, name)?;
-            let action = &self.order.action;
-            Some(self.store.store_output(&action.instance, action.digest.function(), top, name, file)?)
+    /// Stores the logs, which ends their streams. One that is empty (EXE-59) or was removed by the command has no digest.
+    fn store_logs(&mut self, workspace: &Workspace, live: Option<&LiveRun>) -> Result<()> {
+        let top = workspace.top()?;
+        let mut batch = self.begin_outputs();
+        let mut store = |kind: LogKind| {
+            let name = kind.name();
+            let is_empty = super::dir::stat_at(top, name.as_ref()).map_or(true, |stat| stat.st_size == 0);
+            if is_empty {
+                return Ok(None);
+            }
+            batch.file(top, name, outputs::open_regular(top, name, name)?).map(Some)
         };
+        let (stdout, stderr) = (store(LogKind::Stdout)?, store(LogKind::Stderr)?);
+        batch.commit()?;
         if let Some(live) = live {
-            live.stored(kind, digest);
+            live.stored(LogKind::Stdout, stdout);
+            live.stored(LogKind::Stderr, stderr);
         }
-        Ok(digest)
+        self.result.stdout_digest = stdout.map(Digest::to_wire);
+        self.result.stderr_digest = stderr.map(Digest::to_wire);
+        Ok(())
     }
 
     /// Keeps what there is of the logs when the runner was lost. Processes that still write may be left, so that the files are
@@ -308,8 +308,15 @@ impl<'a> ActionRun<'a> {
     }
 
     fn store_bytes(&self, bytes: Vec<u8>) -> Result<Digest> {
+        let mut batch = self.begin_outputs();
+        let digest = batch.bytes(bytes)?;
+        batch.commit()?;
+        Ok(digest)
+    }
+
+    fn begin_outputs(&self) -> Box<dyn Outputs + 'a> {
         let action = &self.order.action;
-        self.store.store_bytes(&action.instance, action.digest.function(), bytes)
+        self.store.begin_outputs(&action.instance, action.digest.function(), 0)
     }
 
     fn facts(&self) -> run_log::Facts<'_> {

@@ -1,7 +1,10 @@
 //! [`BlobStore`]: the part of the store that a worker needs, as a trait, so that a run can be tested without one.
 
 use crate::{
-    actors::cas::client::{Cas, Provenance, StagedInputs},
+    actors::cas::{
+        OutputBatch,
+        client::{Cas, Provenance, StagedInputs},
+    },
     caller::Peer,
     digest::{Digest, DigestFunction},
     error::Result,
@@ -19,24 +22,13 @@ pub trait BlobStore: Send + Sync {
     /// See [`Cas::stage_inputs`].
     fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>>;
 
-    /// [`Cas::store_output`].
-    ///
-    /// # Errors
-    /// See [`Cas::store_output`].
-    fn store_output(
+    /// [`Cas::begin_outputs`].
+    fn begin_outputs(
         &self,
         instance: &Instance,
         function: DigestFunction,
-        parent: &File,
-        name: &str,
-        file: File,
-    ) -> Result<Digest>;
-
-    /// [`Cas::store_bytes`].
-    ///
-    /// # Errors
-    /// See [`Cas::store_bytes`].
-    fn store_bytes(&self, instance: &Instance, function: DigestFunction, bytes: Vec<u8>) -> Result<Digest>;
+        expected: u64,
+    ) -> Box<dyn Outputs + '_>;
 
     /// [`Cas::record_result`].
     ///
@@ -52,6 +44,27 @@ pub trait BlobStore: Send + Sync {
 
     /// [`Cas::relieve_disk`].
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool);
+}
+
+/// What is stored for one action, together.
+pub trait Outputs {
+    /// [`OutputBatch::file`].
+    ///
+    /// # Errors
+    /// See [`OutputBatch::file`].
+    fn file(&mut self, parent: &File, name: &str, file: File) -> Result<Digest>;
+
+    /// [`OutputBatch::bytes`].
+    ///
+    /// # Errors
+    /// See [`OutputBatch::bytes`].
+    fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest>;
+
+    /// [`OutputBatch::commit`].
+    ///
+    /// # Errors
+    /// See [`OutputBatch::commit`].
+    fn commit(self: Box<Self>) -> Result<()>;
 }
 
 /// An input root that is kept from eviction while this is held.
@@ -71,19 +84,13 @@ impl BlobStore for Cas {
         Ok(Box::new(Cas::stage_inputs(self, instance, root, peer)?))
     }
 
-    fn store_output(
+    fn begin_outputs(
         &self,
         instance: &Instance,
         function: DigestFunction,
-        parent: &File,
-        name: &str,
-        file: File,
-    ) -> Result<Digest> {
-        Cas::store_output(self, instance, function, parent, name, file)
-    }
-
-    fn store_bytes(&self, instance: &Instance, function: DigestFunction, bytes: Vec<u8>) -> Result<Digest> {
-        Cas::store_bytes(self, instance, function, bytes)
+        expected: u64,
+    ) -> Box<dyn Outputs + '_> {
+        Box::new(Cas::begin_outputs(self, instance, function, expected))
     }
 
     fn record_result(
@@ -101,9 +108,23 @@ impl BlobStore for Cas {
     }
 }
 
+impl Outputs for OutputBatch {
+    fn file(&mut self, parent: &File, name: &str, file: File) -> Result<Digest> {
+        OutputBatch::file(self, parent, name, file)
+    }
+
+    fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest> {
+        OutputBatch::bytes(self, bytes)
+    }
+
+    fn commit(self: Box<Self>) -> Result<()> {
+        OutputBatch::commit(*self)
+    }
+}
+
 impl Inputs for StagedInputs {
     fn tree(&self) -> &InputTree {
-        &self.tree
+        StagedInputs::tree(self)
     }
 
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {

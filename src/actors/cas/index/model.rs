@@ -3,6 +3,7 @@
 use super::*;
 use crate::{digest::DigestFunction, instance::InstanceId};
 use proptest::prelude::*;
+use std::collections::HashSet;
 
 const LIMIT: u64 = 100;
 const NOW: u32 = 1_000_000;
@@ -83,6 +84,13 @@ impl Model {
     }
 }
 
+/// What the owner of an index does with the notes of a look-up.
+fn settle(index: &mut Index, found: Option<Found>) {
+    if let Some(found) = found.filter(|found| found.settle_due) {
+        index.settle(found.at);
+    }
+}
+
 proptest! {
     /// The oldest unleased entries go first and only when needed; sums are right; the limit holds.
     #[test]
@@ -116,13 +124,16 @@ proptest! {
                 }
                 Op::Renew { name, kind } => {
                     let position = model.position(&key(name, kind));
-                    let found = index.renew(&key(name, kind), NOW).map(|found| found.file);
+                    let found = index.renew(&key(name, kind), NOW);
+                    settle(&mut index, found);
+                    let found = found.map(|found| found.file);
                     prop_assert_eq!(found, position.map(|position| model.entries[position].0));
                     if let Some(position) = position { model.use_at(position) }
                 }
                 Op::Lease { name, kind } => {
                     let position = model.position(&key(name, kind));
                     let found = index.lease(&key(name, kind), NOW);
+                    settle(&mut index, found);
                     prop_assert_eq!(found.is_some(), position.is_some());
                     if let (Some(found), Some(position)) = (found, position) {
                         leases.push(found.at);
@@ -133,7 +144,9 @@ proptest! {
                 Op::Release { nth } => {
                     if leases.is_empty() { continue }
                     let at = leases.remove(nth % leases.len());
-                    index.release(at);
+                    if index.release(at) {
+                        index.settle(at);
+                    }
                     let found = model.entries.iter().position(|(file, ..)| file.generation == at.generation);
                     if let Some(position) = found {
                         model.entries[position].2 -= 1;
@@ -197,6 +210,49 @@ fn store(index: &mut Index, name: u8, bytes: u64) -> FileId {
     file
 }
 
+proptest! {
+    /// Look-ups run beside the owner, which settles them late, out of order, or never: whatever it knows of them, it evicts no
+    /// entry that is leased, and none that was used after another one which it keeps was used last.
+    #[test]
+    fn an_eviction_sees_uses_that_are_not_settled(
+        touches in proptest::collection::vec((0u8..20, 0u8..4), 0..60),
+        evicted in 1u64..20,
+    ) {
+        let mut index = Index::new(LIMIT);
+        for name in 0..20 {
+            store(&mut index, name, 1);
+        }
+        let (mut used, mut leases, mut notes) = (HashSet::new(), vec![], vec![]);
+        for (name, what) in touches {
+            let key = key(name, Kind::Blob);
+            match what {
+                0 | 1 => {
+                    let found = index.renew(&key, NOW).unwrap();
+                    used.insert(key);
+                    if what == 0 { notes.push(found.at) }
+                }
+                2 => leases.push((key, index.lease(&key, NOW).unwrap().at)),
+                _ => if let Some(at) = notes.pop() { index.settle(at) },
+            }
+        }
+        let victims = index.evict(evicted, 0, usize::MAX);
+        let gone: HashSet<Key> = victims.iter().map(|victim| victim.file.key).collect();
+        for (key, _) in &leases {
+            prop_assert!(!gone.contains(key), "it was leased");
+            used.insert(*key);
+        }
+        let unused = (0..20).map(|name| key(name, Kind::Blob)).filter(|key| !used.contains(key));
+        // The newest entry at the start counts as used: a use of it changes nothing.
+        let kept_unused = unused.filter(|unused| !gone.contains(unused) && *unused != key(19, Kind::Blob)).count();
+        prop_assert!(kept_unused == 0 || gone.is_disjoint(&used), "{gone:?}");
+        for (_, at) in leases {
+            index.release(at);
+        }
+        prop_assert_eq!(index.totals().leased, 0);
+        prop_assert_eq!(index.evict(LIMIT, 0, usize::MAX).len() + gone.len(), 20);
+    }
+}
+
 #[test]
 fn a_writer_waits_for_the_deletion_of_what_it_evicted() {
     let mut index = Index::new(LIMIT);
@@ -258,7 +314,7 @@ fn a_used_entry_outlives_three_quarters_of_a_long_list() {
 fn recency_is_written_down_at_most_once_an_hour() {
     let mut index = Index::new(LIMIT);
     let file = store(&mut index, 0, 1);
-    let mut due = |now| index.renew(&file.key, now).unwrap().touch_due;
+    let due = |now| index.renew(&file.key, now).unwrap().touch_due;
     assert!(!due(NOW + 60));
     assert!(due(NOW + Index::TOUCH_AFTER_SECS + 1));
     assert!(!due(NOW + Index::TOUCH_AFTER_SECS + 2));

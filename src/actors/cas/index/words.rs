@@ -88,6 +88,8 @@ pub struct Found {
     pub stamp: Stamp,
     /// Its recency on disk is out of date; set at most once an hour for an entry.
     pub touch_due: bool,
+    /// Its place in the order of use is out of date: [`super::Index::settle`] should be told.
+    pub settle_due: bool,
 }
 
 /// Room for a write.

@@ -211,6 +211,6 @@ async fn chunks_are_not_evicted_while_they_are_spliced_and_what_does_not_fit_har
     let blob = digest(&chunks.concat());
     let error = store.splice(blob, &parts).await.unwrap_err();
     assert!(matches!(error, Error::Exhausted { .. }), "{error}");
-    assert_eq!(store.cas.find_missing(&store.main, parts).await.unwrap(), []);
+    assert_eq!(store.cas.find_missing(&store.main, &parts).await.unwrap(), []);
     store.settled().await;
 }

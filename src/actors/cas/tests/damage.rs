@@ -3,6 +3,7 @@
 use super::{
     super::{
         index::{FileId, Key, Kind},
+        lookup::Purpose,
         stamps::{COARSE_TICK, has_fine_change_times, stamp_of},
         upkeep::touch,
         writer::write_new,
@@ -185,7 +186,10 @@ async fn every_way_to_store_a_blob_replaces_a_file_that_went_bad() {
             1 => assert_eq!(store.put(bytes.clone()).await, blob),
             2 => {
                 let bytes = bytes.to_vec();
-                store.worker(move |cas, main| cas.store_bytes(&main, SHA256, bytes)).await.unwrap();
+                let stored =
+                    store.worker(move |cas, main| cas.begin_outputs(&main, SHA256, 0).bytes(bytes)).await;
+                assert_eq!(stored, Ok(blob));
+                store.inspect().await;
             }
             3 => {
                 let mut new = store.cas.new_blob(&store.main, SHA256);
@@ -277,8 +281,8 @@ async fn a_change_that_the_server_is_about_to_report_is_waited_for() {
     let blob = store.put(noise(LARGE, 1)).await;
     assert!(store.get(blob).await.is_ok());
     let reader = store.cas.open(&store.main, blob).await.unwrap();
-    let located = Locate { instance: store.main.blobs(), digests: vec![blob], lease: false, zstd: false };
-    let found = store.cas.ask(located).await.unwrap().found.remove(0).unwrap();
+    let mut located = store.cas.locate(&store.main, &[blob], Purpose::Look).await.unwrap();
+    let found = located.found.remove(0).unwrap();
     let path = store.file_of(blob);
     tamper(&path);
     let after = stamp_of(&fs::metadata(&path).unwrap());

@@ -38,6 +38,12 @@ async fn stage(store: &Store, root: Digest) -> Result<StagedInputs> {
     store.worker(move |cas, main| cas.stage_inputs(&main, root, Peer::default())).await
 }
 
+fn store_bytes(cas: &Cas, main: &Instance, bytes: impl Into<Vec<u8>>) -> Result<Digest> {
+    let mut batch = cas.begin_outputs(main, SHA256, 0);
+    let digest = batch.bytes(bytes.into())?;
+    batch.commit().map(|()| digest)
+}
+
 /// EXE-26: files of several directories and directories themselves, in one answer.
 #[actix::test]
 async fn everything_missing_of_an_input_root_is_reported_at_once() {
@@ -70,7 +76,7 @@ async fn everything_missing_of_an_input_root_is_reported_at_once() {
 async fn an_empty_input_root_needs_nothing() {
     let store = Store::new().await;
     assert_eq!(check(&store, digest(b"")).await, Ok(()));
-    assert_eq!(stage(&store, digest(b"")).await.unwrap().tree.nodes(), 0);
+    assert_eq!(stage(&store, digest(b"")).await.unwrap().tree().nodes(), 0);
 }
 
 #[actix::test]
@@ -96,7 +102,7 @@ async fn staged_inputs_stay_until_they_are_dropped() {
     for seed in 10..40 {
         store.put(noise(200_000, seed)).await;
     }
-    assert!(store.cas.find_missing(&store.main, vec![small, large, root]).await.unwrap().is_empty());
+    assert!(store.cas.find_missing(&store.main, &[small, large, root]).await.unwrap().is_empty());
     assert!(store.inspect().await.totals.leased >= LARGE as u64);
     drop(staged);
     assert_eq!(store.inspect().await.totals.leased, 0);
@@ -180,9 +186,11 @@ async fn outputs_are_taken_over_or_copied_and_are_the_stores_own_afterwards() {
     let digests = store
         .worker(move |cas, main| {
             let parent = File::open(&path).unwrap();
-            ["plain", "linked", "link", "empty", "open"].map(|name| {
-                cas.store_output(&main, SHA256, &parent, name, File::open(path.join(name)).unwrap()).unwrap()
-            })
+            let mut batch = cas.begin_outputs(&main, SHA256, 0);
+            let digests = ["plain", "linked", "link", "empty", "open"]
+                .map(|name| batch.file(&parent, name, File::open(path.join(name)).unwrap()).unwrap());
+            batch.commit().unwrap();
+            digests
         })
         .await;
     assert_eq!(digests, [digest(&plain), digest(&linked), digest(&linked), digest(b""), digest(&plain[1..])]);
@@ -198,9 +206,35 @@ async fn outputs_are_taken_over_or_copied_and_are_the_stores_own_afterwards() {
         let mode = std::fs::metadata(store.file_of(blob)).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o444);
     }
-    let bytes = store.worker(|cas, main| cas.store_bytes(&main, SHA256, b"log".to_vec()).unwrap()).await;
+    let bytes = store.worker(|cas, main| store_bytes(&cas, &main, "log").unwrap()).await;
     assert_eq!(store.get(bytes).await.unwrap(), "log");
     assert_eq!(store.inspect().await.totals.reserved, 0);
+}
+
+/// Room is taken ahead as far as there is room, whatever the worker says is to come; what is not used is given back.
+#[actix::test]
+async fn outputs_become_visible_together_and_those_of_a_failed_run_are_kept_too() {
+    let store = Store::with_limit(MB).await;
+    for (expected, commits) in [(0, true), (64 * 4_096, true), (1_000 * MB, true), (64 * 4_096, false)] {
+        let seed = expected + u64::from(commits);
+        let blobs = store
+            .worker(move |cas, main| {
+                let mut batch = cas.begin_outputs(&main, SHA256, expected);
+                let mut blobs = vec![];
+                for n in 0..32 {
+                    let bytes = noise(100, seed * 100 + n).to_vec();
+                    blobs.push(batch.bytes(bytes.clone()).unwrap());
+                    assert_eq!(batch.bytes(bytes).unwrap(), blobs[blobs.len() - 1], "stored once");
+                }
+                if commits {
+                    batch.commit().unwrap();
+                }
+                blobs
+            })
+            .await;
+        assert_eq!(store.inspect().await.totals.reserved, 0);
+        assert_eq!(store.cas.find_missing(&store.main, &blobs).await.unwrap(), [], "{expected}");
+    }
 }
 
 #[actix::test]

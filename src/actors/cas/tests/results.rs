@@ -3,7 +3,7 @@
 use super::{
     super::{
         messages::{Resolution, ResolveAction},
-        settings::DIGESTS_PER_MESSAGE,
+        settings::LOOKUPS_PER_TURN,
     },
     *,
 };
@@ -111,7 +111,7 @@ async fn a_result_is_served_only_while_everything_it_references_is_stored() {
 async fn a_result_of_thousands_of_blobs_is_served_only_while_all_of_them_are_stored() {
     let mut store = Store::new().await;
     let mut output_files = Vec::new();
-    for n in 0..DIGESTS_PER_MESSAGE + 100 {
+    for n in 0..LOOKUPS_PER_TURN + 100 {
         output_files.push(output(&n.to_string(), store.put(n.to_string()).await));
     }
     let last =

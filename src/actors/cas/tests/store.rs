@@ -11,7 +11,7 @@ async fn what_is_not_missing_can_be_read_and_the_rest_is_reported_once() {
     let resized = Digest::parse(SHA256, &small.hash_hex(), 6).unwrap();
     let not_empty = Digest::parse(SHA256, &"0".repeat(64), 0).unwrap();
     let asked = vec![absent, small, absent, large, resized, not_empty];
-    let missing = store.cas.find_missing(&store.main, asked.clone()).await.unwrap();
+    let missing = store.cas.find_missing(&store.main, &asked).await.unwrap();
     assert_eq!(missing, [absent, resized, not_empty]);
     assert_eq!(store.get(small).await.unwrap(), "small");
     assert_eq!(store.get(large).await.unwrap(), noise(LARGE, 1));
@@ -26,7 +26,7 @@ async fn the_empty_blob_is_everywhere_without_a_file() {
     let store = Store::new().await;
     let empty = digest(b"");
     for instance in [&store.main, &store.other] {
-        assert!(store.cas.find_missing(instance, vec![empty]).await.unwrap().is_empty());
+        assert!(store.cas.find_missing(instance, &[empty]).await.unwrap().is_empty());
         assert_eq!(store.cas.open(instance, empty).await.unwrap().size(), 0);
         assert_eq!(store.cas.read_many(instance, vec![empty]).await.unwrap(), [Ok(Bytes::new())]);
         assert!(store.cas.directories(instance, &[empty]).await.unwrap()[0].is_some());
@@ -42,7 +42,7 @@ async fn the_empty_blob_is_everywhere_without_a_file() {
 async fn blobs_of_one_instance_are_not_seen_from_another() {
     let store = Store::new().await;
     let blob = store.put("x").await;
-    assert_eq!(store.cas.find_missing(&store.other, vec![blob]).await.unwrap(), [blob]);
+    assert_eq!(store.cas.find_missing(&store.other, &[blob]).await.unwrap(), [blob]);
     assert!(matches!(store.cas.open(&store.other, blob).await, Err(Error::NotFound(_))));
 }
 
@@ -118,7 +118,7 @@ async fn a_store_that_is_closed_has_written_down_what_was_used() {
         blobs.push(blob);
     }
     store = store.restart().await;
-    assert!(store.cas.find_missing(&store.main, blobs).await.unwrap().is_empty());
+    assert!(store.cas.find_missing(&store.main, &blobs).await.unwrap().is_empty());
     store.cas.actor().send(CloseStore).await.unwrap();
     let accessed = |path: &PathBuf| path.metadata().unwrap().accessed().unwrap();
     let is_blob = |path: &PathBuf| path.metadata().unwrap().len() > 0;
@@ -239,7 +239,7 @@ async fn a_restart_under_a_lower_limit_keeps_what_was_used_last() {
         blobs.push(blob);
     }
     let store = store.restart_with_limit(3 * 4_096).await;
-    let missing = store.cas.find_missing(&store.main, blobs.clone()).await.unwrap();
+    let missing = store.cas.find_missing(&store.main, &blobs).await.unwrap();
     assert_eq!(missing, [0, 1, 5, 6, 7, 8, 9].map(|n| blobs[n]));
 }
 

@@ -364,7 +364,7 @@ async fn store_with_blobs(limit: u64) -> (Store, Vec<Digest>, Caller) {
 }
 
 async fn all_there(store: &Store, blobs: &[Digest]) -> bool {
-    store.cas.find_missing(&store.main, blobs.to_vec()).await.unwrap().is_empty()
+    store.cas.find_missing(&store.main, blobs).await.unwrap().is_empty()
 }
 
 /// What a client says that it will send evicts nothing, whichever way it says so; what it sends is room that it gets.

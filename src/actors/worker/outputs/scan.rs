@@ -22,6 +22,9 @@ pub const MAX_OUTPUT_NODES: u64 = crate::tree::MAX_TREE_NODES;
 /// memory at once. That is 128 for each node.
 pub const MAX_OUTPUT_NAME_BYTES: u64 = 128 * MAX_OUTPUT_NODES;
 
+/// Files take whole blocks on disk.
+const BLOCK_BYTES: u64 = 4_096;
+
 /// A file that was found.
 #[derive(Debug, Clone)]
 pub struct FoundFile {
@@ -68,17 +71,28 @@ pub struct Scan {
     pub directories: Vec<FoundDirectory>,
 }
 
-/// Counts nodes down from [`MAX_OUTPUT_NODES`] and their texts from [`MAX_OUTPUT_NAME_BYTES`].
+/// Counts nodes down from [`MAX_OUTPUT_NODES`] and their texts from [`MAX_OUTPUT_NAME_BYTES`], and sums up the files.
 #[derive(Debug)]
 pub struct NodeBudget {
     nodes: u64,
     name_bytes: u64,
+    bytes_on_disk: u64,
 }
 
 impl NodeBudget {
     /// The whole budget.
     pub fn new() -> Self {
-        Self { nodes: MAX_OUTPUT_NODES, name_bytes: MAX_OUTPUT_NAME_BYTES }
+        Self { nodes: MAX_OUTPUT_NODES, name_bytes: MAX_OUTPUT_NAME_BYTES, bytes_on_disk: 0 }
+    }
+
+    /// What all files that were found take on disk, about.
+    pub fn bytes_on_disk(&self) -> u64 {
+        self.bytes_on_disk
+    }
+
+    pub(super) fn count_file(&mut self, stat: &Stat) {
+        let bytes = u64::try_from(stat.st_size).unwrap_or_default().next_multiple_of(BLOCK_BYTES);
+        self.bytes_on_disk = self.bytes_on_disk.saturating_add(bytes);
     }
 
     fn take_node(&mut self, name: &str) -> Result<()> {
@@ -174,12 +188,11 @@ impl Scan {
             let stat = dir::stat_at(here, OsStr::new(&name)).map_err(failed)?;
             let seen = Seen::from(&stat);
             match dir::file_type(&stat) {
-                FileType::RegularFile => self.directories[at].files.push(FoundFile {
-                    name,
-                    id: dir::file_id(&stat),
-                    seen,
-                    digest: None,
-                }),
+                FileType::RegularFile => {
+                    budget.count_file(&stat);
+                    let id = dir::file_id(&stat);
+                    self.directories[at].files.push(FoundFile { name, id, seen, digest: None });
+                }
                 FileType::Symlink => {
                     let target = super::read_link(here, &name, path)?;
                     budget.take_text(&target)?;
@@ -238,7 +251,7 @@ mod tests {
         let scan = |name_bytes| {
             let top = File::open(directory.path()).unwrap();
             let seen = Seen::from(&rustix::fs::fstat(&top).unwrap());
-            Scan::of(top, seen, "d", &checkpoint, &mut NodeBudget { nodes: 2, name_bytes })
+            Scan::of(top, seen, "d", &checkpoint, &mut NodeBudget { nodes: 2, name_bytes, bytes_on_disk: 0 })
         };
         assert_eq!(scan(14).unwrap().directories.len(), 2);
         assert!(matches!(scan(13), Err(Error::Precondition(_))));

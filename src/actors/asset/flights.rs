@@ -225,7 +225,7 @@ mod tests {
                 std::iter::from_fn(|| flights.begin(KEY, Plan { caller: from(1), ..plan(100, size) }).ok());
             all.map(|begun| begun.id).collect::<Vec<_>>()
         };
-        for size in [1, LARGEST_REQUEST as usize] {
+        for size in [1, 100_000, LARGEST_REQUEST as usize] {
             let all = fill(&mut flights, size);
             assert!(all.len() > 5, "{}", all.len());
             let refusal = flights.begin(KEY, Plan { caller: from(1), ..plan(100, size) });

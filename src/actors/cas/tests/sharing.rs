@@ -123,10 +123,9 @@ async fn places_to_compress_in_turns() {
     let store = Store::new().await;
     let blob = store.put("text ".repeat(1_000)).await;
     let places = store.cas.shared().encoding.clone();
-    let greedy = client(1);
-    let mut held: Vec<_> = std::iter::from_fn(|| places.take(greedy, 1).ok()).collect();
+    let mut held: Vec<_> = std::iter::from_fn(|| places.take(client(1), 1).ok()).collect();
     assert_eq!(places.held(), places.bounds().total);
-    let mut more: Vec<_> = (0..50).map(|_| places.wait_for(greedy, 1).boxed_local()).collect();
+    let mut more: Vec<_> = (0..50).map(|_| places.wait_for(client(1), 1).boxed_local()).collect();
     assert!(more.iter_mut().all(|wait| wait.as_mut().now_or_never().is_none()));
     let cas = store.cas.on_behalf_of(client(2));
     let mut read = cas.read_many_zstd(&store.main, vec![blob]).boxed_local();

@@ -103,10 +103,7 @@ async fn the_old_lists_ask_for_a_kind(s: Session) -> Verdict {
         ("each path in the list of its kind", old(&["file"], &["directory"])),
         ("both paths in both lists", old(&["directory", "file"], &["directory", "file"])),
     ] {
-        s.case(case, async {
-            outputs(&job.result().await?, &["file"], &["directory"], &[])
-        })
-        .await?;
+        s.case(case, async { outputs(&job.result().await?, &["file"], &["directory"], &[]) }).await?;
     }
     for (what, job) in [
         ("a directory that was asked for as a file", old(&["directory"], &[])),

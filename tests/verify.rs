@@ -21,6 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 use support::Server;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::{Request, Response, Status, transport::server::TcpIncoming};
 
 /// What a run may take, on whatever machine and beside whatever else: far more than the half minute that it needs.
@@ -180,7 +181,14 @@ async fn nobody_there_and_nonsense_are_told_apart_from_a_bad_server() {
 async fn the_port_of_the_http_cache_is_told_from_one_of_grpc() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("grpc://{}", listener.local_addr().unwrap());
-    let serving = tokio::spawn(axum::serve(listener, axum::Router::new()).into_future());
+    let serving = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            // As a server of HTTP/1 answers the first line of HTTP/2.
+            let _ = stream.read(&mut [0; 1024]).await;
+            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").await;
+        }
+    });
     let output = verify(&[&endpoint]).await;
     serving.abort();
     assert_eq!(output.status.code(), Some(2));

@@ -12,8 +12,10 @@ use gorego::{
         client::{Provenance, Upload},
         messages::{Resolution, ResolveAction},
     },
-    digest::{Digest, DigestFunction},
     instance::Instances,
+};
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
     proto::reapi,
 };
 use prost::Message as _;

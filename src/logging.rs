@@ -14,7 +14,7 @@ mod json;
 mod text;
 
 pub use json::write_json;
-pub use text::{escaped, write_text};
+pub use text::write_text;
 
 use crate::config::{LogConfig, LogFormat};
 use hand_over::HandOver;

@@ -10,8 +10,8 @@ mod support;
 
 use faults::{Fault, change, fault};
 use futures::{StreamExt as _, stream};
-use gorego::verify::{
-    self, Options, Selection,
+use gorego_verify::{
+    self as verify, Options, Selection,
     report::{Judgement, Outcome, Report},
 };
 use std::{

@@ -5,16 +5,12 @@
 mod support;
 
 use actix::System;
-use gorego::{
-    actors::worker::{
-        launcher::protocol::{self, Kill, Order, Run, ToRunner},
-        messages::{RunStage, SlotId},
-        workspace::BuildRoot,
-    },
-    auxiliary::resource_usage,
-    error::Error,
-    proto::reapi,
+use gorego::actors::worker::{
+    launcher::protocol::{self, Kill, Order, Run, ToRunner},
+    messages::{RunStage, SlotId},
+    workspace::BuildRoot,
 };
+use gorego_reapi::{auxiliary::resource_usage, error::Error, proto::reapi};
 use prost::Message as _;
 use std::{
     fs,
@@ -114,7 +110,7 @@ fn the_input_root_is_reproduced_exactly() {
 fn a_working_directory_that_modes_of_the_input_root_close_is_refused_at_once() {
     with_worker(async |bench| {
         let below = bench.store.put(reapi::Directory::default().encode_to_vec());
-        let node = |name: &str, digest: gorego::digest::Digest| reapi::DirectoryNode {
+        let node = |name: &str, digest: gorego_reapi::digest::Digest| reapi::DirectoryNode {
             name: name.into(),
             digest: Some(digest.to_wire()),
         };
@@ -317,7 +313,7 @@ fn a_build_root_may_become_a_link_and_come_back() {
     let parent = tempfile::tempdir().unwrap();
     let [top, away, elsewhere] = ["build", "away", "elsewhere"].map(|name| parent.path().join(name));
     let build_root = BuildRoot::open(&top).unwrap();
-    let action = gorego::digest::Digest::empty(SHA256);
+    let action = gorego_reapi::digest::Digest::empty(SHA256);
     let create = || build_root.create(SlotId(0), &action).unwrap();
     let first = create();
     fs::rename(&top, &away).unwrap();
@@ -783,7 +779,7 @@ fn what_a_crashed_run_left_is_swept_and_nothing_else() {
         fs::set_permissions(left, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
         fs::create_dir(top.join("not-ours")).unwrap();
         let build_root = BuildRoot::open(&top).unwrap();
-        let fresh = build_root.create(SlotId(3), &gorego::digest::Digest::empty(SHA256)).unwrap();
+        let fresh = build_root.create(SlotId(3), &gorego_reapi::digest::Digest::empty(SHA256)).unwrap();
         eventually("leftovers are removed", || !top.join("3-17").exists()).await;
         assert!(top.join("not-ours").exists() && fresh.path().exists());
         assert!(outside.path().join("kept").exists());

@@ -1,13 +1,14 @@
 //! The attacks. Each goes on until its process is killed, on one thread.
 
 use crate::raw::{self, RST_STREAM};
-use gorego::{
+use gorego_client::stubs::{ByteStreamClient, ContentAddressableStorageClient};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
-        bytestream::{WriteRequest, byte_stream_client::ByteStreamClient},
+        bytestream::WriteRequest,
         reapi::{
             BatchReadBlobsRequest, BatchUpdateBlobsRequest, FindMissingBlobsRequest, GetTreeRequest,
-            batch_update_blobs_request, content_addressable_storage_client::ContentAddressableStorageClient,
+            batch_update_blobs_request,
         },
     },
 };

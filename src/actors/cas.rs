@@ -49,10 +49,7 @@ pub use settings::StoreSettings;
 
 use crate::{
     budget::Budget,
-    digest::Digest,
-    error::{Error, Result},
     instance::{InstanceId, Instances},
-    tree::Directory,
 };
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult, WeakAddr};
 use bytes::Bytes;
@@ -60,6 +57,11 @@ use chunks::ChunkWork;
 use client::Cas;
 use files::Files;
 use futures::FutureExt as _;
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
+    tree::Directory,
+};
 use guards::{Reservation, Room};
 use index::{Found, Index};
 use memo::Memo;

@@ -20,14 +20,12 @@ pub mod slots;
 mod tests;
 pub mod transition;
 
-use crate::{
-    actors::{
-        cas::messages::{CheckInputs, Resolution, ResolveAction},
-        worker::messages::{RunAction, StageReached, TaskId},
-    },
-    error::{Error, Result},
+use crate::actors::{
+    cas::messages::{CheckInputs, Resolution, ResolveAction},
+    worker::messages::{RunAction, StageReached, TaskId},
 };
 use actix::{Actor, AsyncContext, Context, Handler, MailboxError, Message, Recipient, ResponseFuture};
+use gorego_reapi::error::{Error, Result};
 use ledger::{Assignment, Check, Ledger, RunEnd};
 use messages::{
     Cancel, Drain, Explain, Forget, Inspect, Inspection, ListOperations, OperationPage, Submit, Watch,

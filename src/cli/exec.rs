@@ -10,8 +10,8 @@ use super::{
     output::{Lost, Readers, end_by_sigpipe},
     progress::{self, Line},
 };
-use crate::{
-    client::{BlobSet, Client, Event, Finished, Identity, Job, Progress, blocking, scan},
+use gorego_client::{BlobSet, Client, Event, Finished, Identity, Job, Progress, blocking, scan};
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
     proto::reapi,
@@ -266,7 +266,7 @@ async fn conclude(client: &Client, finished: &Finished, live: Live, line: &Line)
     line.clear();
     live.finish(client, finished.result.as_ref()).await?;
     if !finished.message.is_empty() {
-        let _ = writeln!(io::stderr(), "gorego: {}", crate::logging::escaped(&finished.message));
+        let _ = writeln!(io::stderr(), "gorego: {}", gorego_reapi::escape::escaped(&finished.message));
     }
     match (&finished.error, &finished.result) {
         (None, Some(result)) => Ok(exit_code(result.exit_code)),
@@ -316,7 +316,11 @@ fn warn_of_missing(requested: &[String], result: &reapi::ActionResult) {
     let directories = result.output_directories.iter().map(|directory| &directory.path);
     let found: Vec<&String> = links.chain(files).chain(directories).collect();
     for path in requested.iter().filter(|path| !found.contains(path)) {
-        let _ = writeln!(io::stderr(), "gorego: the command did not make {}", crate::logging::escaped(path));
+        let _ = writeln!(
+            io::stderr(),
+            "gorego: the command did not make {}",
+            gorego_reapi::escape::escaped(path)
+        );
     }
 }
 

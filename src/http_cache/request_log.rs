@@ -4,8 +4,6 @@ use super::LOG;
 use crate::{
     budget::Share,
     connections::{ConnectionState, OpenCall},
-    digest::Digest,
-    error::Error,
     instance::Instance,
     under_way::Unfinished,
 };
@@ -14,6 +12,7 @@ use axum::{
     http::{Method, StatusCode, Uri},
     response::Response,
 };
+use gorego_reapi::{digest::Digest, error::Error};
 use http_body::{Frame, SizeHint};
 use log::{Level, Record, kv::Value};
 use std::{

@@ -4,15 +4,12 @@
 //! operator's cursor or forge a line.
 
 use super::is_absent;
+use gorego_reapi::escape::{Escaped, escaped};
 use log::{
     Level, Record,
     kv::{Error, Key, Value, VisitSource},
 };
-use std::{
-    fmt::{self, Write as _},
-    io::Write as _,
-    time::SystemTime,
-};
+use std::{fmt::Write as _, io::Write as _, time::SystemTime};
 
 /// Where key-values begin if the message leaves room, so that the eye finds them.
 const MESSAGE_WIDTH: usize = 44;
@@ -43,28 +40,6 @@ pub fn write_text(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>, colo
     line.push(b'\n');
 }
 
-/// Text with its control characters escaped, on one line.
-pub fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let _ = Escaped(&mut out).write_str(text);
-    out
-}
-
-struct Escaped<'a>(&'a mut String);
-
-impl fmt::Write for Escaped<'_> {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for c in text.chars() {
-            if c.is_control() {
-                self.0.extend(c.escape_default());
-            } else {
-                self.0.push(c);
-            }
-        }
-        Ok(())
-    }
-}
-
 struct Fields<'a>(&'a mut String);
 
 impl<'kvs> VisitSource<'kvs> for Fields<'_> {
@@ -90,7 +65,10 @@ impl<'kvs> VisitSource<'kvs> for Fields<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::{Duration, UNIX_EPOCH};
+    use std::{
+        fmt,
+        time::{Duration, UNIX_EPOCH},
+    };
 
     fn line(args: fmt::Arguments<'_>, kvs: &[(&str, Value<'_>)]) -> String {
         let mut line = Vec::new();

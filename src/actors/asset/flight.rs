@@ -14,13 +14,15 @@ use super::{
 };
 use crate::{
     actors::cas::{blob::BlobReader, client::Cas},
-    digest::{Digest, DigestFunction},
-    error::{Error, Result},
     instance::Instance,
 };
 use actix::Addr;
 use bytes::Bytes;
 use futures::FutureExt as _;
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+};
 use reqwest::Url;
 use std::{
     io::{self, Read, Seek, SeekFrom},

@@ -5,7 +5,7 @@
 //! its own, which those who come after it join. How many there are is bounded, and so are the bytes of their requests.
 
 use super::{flight::Outcome, request::AssetKey};
-use crate::error::{Error, Result};
+use gorego_reapi::error::{Error, Result};
 use std::{
     collections::BTreeMap,
     time::{Duration, SystemTime},

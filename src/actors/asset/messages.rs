@@ -6,8 +6,8 @@ use super::{
     flights::FlightId,
     request::{AssetKey, AssetRequest},
 };
-use crate::error::Result;
 use actix::Message;
+use gorego_reapi::error::Result;
 use std::{sync::Arc, time::SystemTime};
 use tokio::{sync::watch, time::Instant};
 

@@ -15,13 +15,13 @@ use super::{
     memo::Memo,
     turns::Turns,
 };
-use crate::{
+use crate::instance::{Instance, InstanceId};
+use bytes::Bytes;
+use gorego_reapi::{
     chunking::{Chunking, Splitter},
     digest::Digest,
     error::{Error, Result},
-    instance::{Instance, InstanceId},
 };
-use bytes::Bytes;
 use std::{collections::HashSet, sync::Arc, time::Instant};
 use tokio::sync::{Semaphore, SemaphorePermit};
 

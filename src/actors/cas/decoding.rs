@@ -5,14 +5,12 @@
 //! Small messages need none.
 
 use super::{Shared, client::Cas, settings::SMALL_TREE_BYTES};
-use crate::{
-    budget::Share,
-    caller::Caller,
+use crate::{budget::Share, caller::Caller, memory};
+use bytes::Bytes;
+use gorego_reapi::{
     error::{Error, Result},
-    memory,
     wire::{self, UNCOUNTED_BYTES},
 };
-use bytes::Bytes;
 use prost::{Message, Name};
 use tokio::sync::SemaphorePermit;
 

@@ -13,10 +13,10 @@ use super::{
     index::Found,
     settings::{DIGESTS_PER_MESSAGE, DIRECTORIES_AT_ONCE, SMALL_BLOB_BYTES},
 };
-use crate::{
+use crate::instance::Instance;
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
     tree::{Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY, MAX_TREE_DEPTH, MAX_TREE_NODES},
 };
 use rustix::fs::{Mode, OFlags, copy_file_range, fchmod, openat};

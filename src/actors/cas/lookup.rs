@@ -10,11 +10,9 @@ use super::{
     settings::DIGESTS_PER_MESSAGE,
     unix_seconds,
 };
-use crate::{
-    digest::Digest,
-    instance::{Instance, InstanceId},
-};
+use crate::instance::{Instance, InstanceId};
 use actix::{AsyncContext as _, Context, Handler, MessageResult};
+use gorego_reapi::digest::Digest;
 use std::collections::HashSet;
 
 impl CasActor {

@@ -13,12 +13,10 @@ use super::{
 use crate::{
     budget::Bound,
     caller::Caller,
-    digest::Digest,
-    error::Result,
     instance::{Instance, InstanceId},
-    proto::reapi,
 };
 use actix::{Addr, Message};
+use gorego_reapi::{digest::Digest, error::Result, proto::reapi};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 

@@ -13,8 +13,9 @@ use super::{
     settings::{MAX_PARTIAL_UPLOADS, TWIN_STALL},
     sink::{Inflow, Sink},
 };
-use crate::{budget::Bound, caller::Caller, digest::Digest};
+use crate::{budget::Bound, caller::Caller};
 use actix::Addr;
+use gorego_reapi::digest::Digest;
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{

@@ -21,11 +21,11 @@ use super::{
     settings::{ZSTD_FORM_PART, ZSTD_HISTORY_WEIGHT, ZSTD_PROBE_BYTES},
     stamps::stamp_of,
 };
-use crate::{
+use crate::instance::{Instance, InstanceId};
+use gorego_reapi::{
     compression::{CHUNK_BYTES, Decoder, Encoder, SeekTable, TABLE_END_BYTES, saves},
     digest::Digest,
     error::{Error, Result},
-    instance::{Instance, InstanceId},
 };
 use std::{
     fs::File,

@@ -1,7 +1,7 @@
 //! One log line per [`Transition`]. The only place where the scheduler's events and fields get their names.
 
 use super::transition::{Event, Phases, RunPlace, Transition};
-use crate::error::Error;
+use gorego_reapi::error::Error;
 use log::{
     Level, Log, Record,
     kv::{ToValue, Value},
@@ -135,16 +135,14 @@ fn millis(time: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        actors::{
-            scheduler::{
-                ledger::fixtures::{submit, work},
-                operation::{OperationId, OperationInfo, Outcome},
-            },
-            worker::messages::SlotId,
+    use crate::actors::{
+        scheduler::{
+            ledger::fixtures::{submit, work},
+            operation::{OperationId, OperationInfo, Outcome},
         },
-        proto::reapi,
+        worker::messages::SlotId,
     };
+    use gorego_reapi::proto::reapi;
     use prost_types::Timestamp;
     use serde_json::{Map, Value as Json, json};
     use std::sync::{Arc, Mutex};

@@ -16,13 +16,15 @@ use super::{
 };
 use crate::{
     actors::cas::{client::Provenance, results::check_size},
-    digest::Digest,
     disk::Space,
-    error::{Error, Result},
     log_streams::{
         LiveRun,
         run::{LogKind, RunLogs},
     },
+};
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
     proto::reapi,
 };
 use rustix::fs::{self as rfs, OFlags};

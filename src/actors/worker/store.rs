@@ -2,9 +2,11 @@
 
 use crate::{
     actors::cas::client::{Cas, Provenance, StagedInputs},
+    instance::Instance,
+};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::Result,
-    instance::Instance,
     proto::reapi,
     tree::InputTree,
 };

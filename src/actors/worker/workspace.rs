@@ -21,10 +21,10 @@ use super::{
     disk_watch::DiskWatch,
     messages::SlotId,
 };
-use crate::{
+use crate::spread::spread_subdirectories;
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    spread::spread_subdirectories,
 };
 use removal::{Job, Remover, Ticket};
 use rustix::{

@@ -1,9 +1,8 @@
 //! The text of the log line: which fields it has, and how they are written.
 
 use super::{Call, ERROR_MAX_BYTES, METHOD_MAX_BYTES, Notes, RPC_FINISHED, TARGET};
-use crate::{
-    actors::scheduler::operation::ClientInfo, connections::OpenCall, grpc::status, under_way::Unfinished,
-};
+use crate::{actors::scheduler::operation::ClientInfo, connections::OpenCall, under_way::Unfinished};
+use gorego_reapi::status;
 use http::{HeaderMap, Uri};
 use log::kv::{self, Key, Value, VisitSource};
 use std::{
@@ -221,7 +220,7 @@ fn percent_decode(text: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Error;
+    use gorego_reapi::error::Error;
     use tonic::Status;
 
     #[test]

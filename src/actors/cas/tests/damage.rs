@@ -9,7 +9,7 @@ use super::{
     },
     *,
 };
-use crate::chunking::Chunking;
+use gorego_reapi::chunking::Chunking;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, mknodat, utimensat};
 use std::{
     fs,

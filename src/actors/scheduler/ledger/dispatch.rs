@@ -16,9 +16,11 @@ use crate::{
             messages::{RunReport, SlotId, StageReached, TaskId},
         },
     },
+    instance::Instance,
+};
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
 };
 use std::{sync::Arc, time::SystemTime};
 

@@ -9,14 +9,16 @@ use super::{
     fixtures::{Work, digest, instance, peer, pool, resolution, settings, submit, submit_of, work},
     *,
 };
-use crate::actors::{
-    scheduler::messages::OperationFilter,
-    worker::{
-        cancel::CancelToken,
-        messages::{RunFailure, RunResult, RunStage, SlotId, StageReached},
+use crate::{
+    actors::{
+        scheduler::messages::OperationFilter,
+        worker::{
+            cancel::CancelToken,
+            messages::{RunFailure, RunResult, RunStage, SlotId, StageReached},
+        },
     },
+    platform::Offer,
 };
-use crate::platform::Offer;
 use std::collections::HashSet;
 use turns::Waiting;
 

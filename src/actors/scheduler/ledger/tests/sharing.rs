@@ -5,7 +5,6 @@ use crate::{
     actors::scheduler::slots::PoolSpec,
     platform::{Offer, UnknownProperties},
 };
-
 fn exact(value: &str) -> Offer {
     Offer::Exact(value.into())
 }

@@ -2,7 +2,11 @@
 
 #![no_main]
 
-use gorego::{grpc::{convert, filter, get_tree::Walk, page_token}, instance::Instances, platform::{self, Known, Offer, Offers, UnknownProperties}};
+use gorego::{
+    grpc::{convert, filter, get_tree::Walk, page_token},
+    instance::Instances,
+    platform::{self, Known, Offer, Offers, UnknownProperties},
+};
 use gorego_reapi::{error::Error, proto::reapi};
 use http::{HeaderMap, HeaderValue};
 use libfuzzer_sys::fuzz_target;

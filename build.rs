@@ -1,35 +1,30 @@
-//! Compiles `proto/` into Rust without protoc, and writes the descriptor set that reflection serves.
+//! Generates the server side of each service in `proto/`. The messages are those of `gorego-reapi`.
 
-use prost::Message as _;
-use std::{env, error::Error, fs, path::Path};
+use std::error::Error;
 
-const FILES: &[&str] = &[
-    "build/bazel/remote/execution/v2/remote_execution.proto",
-    "build/bazel/semver/semver.proto",
-    "build/bazel/remote/asset/v1/remote_asset.proto",
-    "build/bazel/remote/logstream/v1/remote_logstream.proto",
-    "google/bytestream/bytestream.proto",
-    "google/longrunning/operations.proto",
-    "google/rpc/code.proto",
-    "google/rpc/error_details.proto",
-    "google/rpc/status.proto",
-    "gorego/v1/gorego.proto",
+const PROTO: &str = "proto";
+/// Each file with services, its package, and the module of `gorego_reapi::proto` with its messages.
+const SERVICES: &[(&str, &str, &str)] = &[
+    ("build/bazel/remote/asset/v1/remote_asset.proto", ".build.bazel.remote.asset.v1", "asset"),
+    ("build/bazel/remote/execution/v2/remote_execution.proto", ".build.bazel.remote.execution.v2", "reapi"),
+    (
+        "build/bazel/remote/logstream/v1/remote_logstream.proto",
+        ".build.bazel.remote.logstream.v1",
+        "logstream",
+    ),
+    ("google/bytestream/bytestream.proto", ".google.bytestream", "bytestream"),
+    ("google/longrunning/operations.proto", ".google.longrunning", "longrunning"),
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    println!("cargo::rerun-if-changed=proto");
-    let mut compiler = protox::Compiler::new(["proto"])?;
-    compiler.include_imports(true).include_source_info(true).open_files(FILES)?;
-    let out = env::var("OUT_DIR")?;
-    let descriptors = compiler.file_descriptor_set();
-    fs::write(Path::new(&out).join("descriptors.bin"), descriptors.encode_to_vec())?;
-    // The counted decoder finds the layout of a message by its name.
-    let mut config = prost_build::Config::new();
-    config.enable_type_names();
-    tonic_prost_build::configure()
-        .bytes(".")
-        .codec_path("crate::grpc::codec::Codec")
-        .include_file("protos.rs")
-        .compile_fds_with_config(descriptors, config)?;
+    println!("cargo::rerun-if-changed={PROTO}");
+    let mut descriptors = protox::compile(SERVICES.iter().map(|(file, ..)| file), [PROTO])?;
+    descriptors.file.retain(|file| !file.service.is_empty());
+    let mut services =
+        tonic_prost_build::configure().build_client(false).codec_path("crate::grpc::codec::Codec");
+    for (_, package, module) in SERVICES {
+        services = services.extern_path(*package, format!("::gorego_reapi::proto::{module}"));
+    }
+    services.compile_fds(descriptors)?;
     Ok(())
 }

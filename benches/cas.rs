@@ -13,8 +13,10 @@ use gorego::{
         messages::{Resolution, ResolveAction},
     },
     caller::{Caller, Peer},
-    digest::{Digest, DigestFunction},
     instance::Instances,
+};
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
     proto::reapi,
 };
 use prost::Message as _;

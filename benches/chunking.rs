@@ -9,9 +9,11 @@ use fastcdc::v2020::{FastCDC, Normalization};
 use gorego::{
     action::TimeoutPolicy,
     actors::cas::{CasActor, StoreSettings, client::Upload},
+    instance::Instances,
+};
+use gorego_reapi::{
     chunking::{Chunking, Splitter},
     digest::DigestFunction,
-    instance::Instances,
 };
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;

@@ -3,10 +3,10 @@
 //! An [`Action`] in hand can be run as far as its own text goes: it has arguments, its paths stay inside the input root, its
 //! timeout is one that this server allows. Whether its inputs are stored is not known here.
 
-use crate::{
+use crate::instance::Instance;
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
     path::RootPath,
     proto::reapi,
     tree::NodeProperties,
@@ -261,7 +261,8 @@ fn timeout(wire: Option<&prost_types::Duration>, policy: TimeoutPolicy) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{digest::DigestFunction, instance::Instances};
+    use crate::instance::Instances;
+    use gorego_reapi::digest::DigestFunction;
 
     const POLICY: TimeoutPolicy =
         TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) };

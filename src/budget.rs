@@ -15,10 +15,8 @@
 //! go before large ones ([`Budget::wait_for_small`]). A request that is dropped while it waits leaves nothing behind. The
 //! counting is the plain struct `Holdings`, which knows no clock and no task.
 
-use crate::{
-    caller::{Caller, ConnectionId, Peer},
-    error::Error,
-};
+use crate::caller::{Caller, ConnectionId, Peer};
+use gorego_reapi::error::Error;
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,

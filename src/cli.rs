@@ -11,11 +11,13 @@ pub mod progress;
 pub mod serve;
 pub mod verify;
 
-use crate::{actors::worker, config::Size, error::Error, verify::rules::Level};
+use crate::{actors::worker, config::Size};
 use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+use gorego_reapi::error::Error;
+use gorego_verify::rules::Level;
 use std::{
     ffi::OsString,
     io::{self, Write as _},
@@ -40,7 +42,7 @@ pub const EXIT_INFRASTRUCTURE: u8 = 125;
 pub const EXIT_SIGNALLED: u8 = 128;
 
 /// `verify`: checks at the same time.
-const DEFAULT_JOBS: NonZeroUsize = crate::verify::DEFAULT_JOBS;
+const DEFAULT_JOBS: NonZeroUsize = gorego_verify::DEFAULT_JOBS;
 
 const EXIT_CODES: &str = "Exit codes:
   serve        0 stopped as asked, 1 failed, 2 command line or configuration wrong

@@ -17,7 +17,8 @@ pub use pools::PoolSettings;
 pub use settings::{ExecutionSettings, Machine, Settings};
 pub use size::Size;
 
-use crate::{digest::DigestFunction, platform::UnknownProperties};
+use crate::platform::UnknownProperties;
+use gorego_reapi::digest::DigestFunction;
 use pools::PoolConfig;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};

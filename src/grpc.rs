@@ -4,8 +4,8 @@
 //! knows tonic. The files by what they own:
 //!
 //! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`log_stream`], [`asset`],
-//!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors.
-//! - [`convert`]: wire to domain and back. [`status`]: errors to statuses. [`inline`], [`page_token`], [`filter`],
+//!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors. [`services`]: what `build.rs` generates.
+//! - [`convert`]: wire to domain and back. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`], [`stalled`]: parts of answers.
 //! - [`ask`]: the way to the scheduler. [`accept`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`], [`answers`],
 //!   [`request_log`], [`panic_guard`]: what every connection and call goes through.
@@ -39,32 +39,31 @@ pub mod operations;
 pub mod page_token;
 pub mod panic_guard;
 pub mod request_log;
+pub mod services;
 pub mod stalled;
-pub mod status;
 
 use crate::{
     actors::{asset::client::Assets, cas::client::Cas, scheduler::settings::Priorities},
     config::{CommittedSize, Config},
     connections::Connections,
-    error::{Error, Result},
+    grpc::services::{
+        action_cache_server::ActionCacheServer, byte_stream_server::ByteStreamServer,
+        capabilities_server::CapabilitiesServer,
+        content_addressable_storage_server::ContentAddressableStorageServer,
+        execution_server::ExecutionServer, fetch_server::FetchServer,
+        log_stream_service_server::LogStreamServiceServer, operations_server::OperationsServer,
+        push_server::PushServer,
+    },
     instance::Instances,
     log_streams::LogStreams,
-    proto::{
-        self,
-        asset::{fetch_server::FetchServer, push_server::PushServer},
-        bytestream::{self, byte_stream_server::ByteStreamServer},
-        logstream::log_stream_service_server::LogStreamServiceServer,
-        longrunning::{self, operations_server::OperationsServer},
-        reapi::{
-            self, action_cache_server::ActionCacheServer, capabilities_server::CapabilitiesServer,
-            content_addressable_storage_server::ContentAddressableStorageServer,
-            execution_server::ExecutionServer,
-        },
-    },
     under_way::UnderWay,
 };
 use ask::Scheduler;
 use futures::stream::BoxStream;
+use gorego_reapi::{
+    error::{Error, Result},
+    proto::{self, bytestream, longrunning, reapi},
+};
 use health::Health;
 use std::{future::Future, sync::Arc, time::Duration};
 use tokio::net::TcpListener;

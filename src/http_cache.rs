@@ -31,7 +31,6 @@ use crate::{
     actors::cas::client::Cas,
     budget::{Bounds, Budget},
     connections::Connections,
-    error::Result,
     instance::Instances,
     under_way::UnderWay,
 };
@@ -43,6 +42,7 @@ use axum::{
 };
 use connection::Ends;
 use futures::FutureExt as _;
+use gorego_reapi::error::Result;
 use hosts::{Hosts, Refusal};
 use request_log::Line;
 use resource::Resource;

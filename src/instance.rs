@@ -4,44 +4,12 @@
 //! two share their blobs. An [`Instance`] in hand is one that the configuration lists; an unknown name is an error that no
 //! client can take for a cache miss (GEN-14). What its clients may do is its [`Policy`].
 
-use crate::{
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
+    instance_name::check_instance_name,
 };
 use std::{collections::HashMap, fmt, sync::Arc};
-
-/// Segments that would make resource names ambiguous (GEN-13); the last one only in names of log streams.
-pub const RESERVED_SEGMENTS: &[&str] = &[
-    "blobs",
-    "uploads",
-    "actions",
-    "actionResults",
-    "operations",
-    "capabilities",
-    "compressed-blobs",
-    "logstreams",
-];
-
-/// Checks the form of an instance name; the empty name is well formed.
-///
-/// # Errors
-/// [`Error::Invalid`] for reserved words, empty segments and control characters (GEN-13).
-pub fn check_instance_name(name: &str) -> Result<()> {
-    if name.is_empty() {
-        return Ok(());
-    }
-    for segment in name.split('/') {
-        if segment.is_empty() || segment.chars().any(char::is_control) || RESERVED_SEGMENTS.contains(&segment)
-        {
-            return Err(Error::Invalid(format!(
-                "instance name \"{}\" is malformed: segment \"{}\" is not allowed",
-                name.escape_debug(),
-                segment.escape_debug()
-            )));
-        }
-    }
-    Ok(())
-}
 
 /// A small number that stands for an instance inside this process; not stable across restarts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

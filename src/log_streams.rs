@@ -21,12 +21,12 @@ mod spool;
 use crate::{
     budget::{Bounds, Budget, Share},
     caller::Caller,
-    error::{Error, Result},
     instance::Instance,
     logging::Event,
 };
 use bytes::Bytes;
 use follow::Follower;
+use gorego_reapi::error::{Error, Result};
 use name::{LogName, StreamId, WriteToken};
 use registry::Registry;
 use run::{LogKind, RunLogs, RunState, RunStreams, Tail};
@@ -350,7 +350,7 @@ impl LiveRun {
     }
 
     /// One of the files is complete and is this blob; `None` when it is empty.
-    pub fn stored(&self, kind: LogKind, digest: Option<crate::digest::Digest>) {
+    pub fn stored(&self, kind: LogKind, digest: Option<gorego_reapi::digest::Digest>) {
         self.run.end(kind, RunState::Stored(digest));
     }
 }

@@ -16,7 +16,7 @@ mod text;
 
 pub use event::{Event, FIELDS_MAX, Field};
 pub use json::write_json;
-pub use text::{escaped, write_text};
+pub use text::write_text;
 
 use crate::config::{LogConfig, LogFormat};
 use hand_over::{HandOver, Pace};

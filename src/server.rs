@@ -20,7 +20,6 @@ use crate::{
     },
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
-    error::{Error, Result},
     grpc::{self, Edge, ask::Scheduler},
     http_cache::{self, HttpCache},
     log_streams::{Limits, LogSettings, LogStreams},
@@ -31,6 +30,7 @@ use crate::{
 use actix::{Actor as _, Addr, SyncArbiter};
 use actix_rt::System;
 use futures::{FutureExt as _, future::BoxFuture};
+use gorego_reapi::error::{Error, Result};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{

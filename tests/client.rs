@@ -3,17 +3,18 @@
 
 use bytes::Bytes;
 use futures::{StreamExt as _, stream, stream::BoxStream};
-use gorego::{
-    client::{BlobSet, Client, Event, Execution, Finished, Identity, Job, Progress, scan},
+use gorego::grpc::services::{
+    byte_stream_server as bs, capabilities_server as caps, content_addressable_storage_server as cas,
+    execution_server as exec, operations_server as ops,
+};
+use gorego_client::{BlobSet, Client, Event, Execution, Finished, Identity, Job, Progress, scan};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::Error,
     proto::{
-        bytestream::{self, byte_stream_server as bs},
-        longrunning::{self, Operation, operation, operations_server as ops},
-        reapi::{
-            self, capabilities_server as caps, content_addressable_storage_server as cas,
-            execution_server as exec, execution_stage::Value as Stage,
-        },
+        bytestream,
+        longrunning::{self, Operation, operation},
+        reapi::{self, execution_stage::Value as Stage},
         rpc,
     },
 };
@@ -201,7 +202,7 @@ impl bs::ByteStream for Fake {
             let pieces = pieces.into_iter().map(|data| Ok(bytestream::ReadResponse { data }));
             return Ok(Response::new(stream::iter(pieces.chain(end.map(Err))).boxed()));
         }
-        let name = gorego::resource_name::ResourceName::parse_read(&request.resource_name).unwrap();
+        let name = gorego_reapi::resource_name::ResourceName::parse_read(&request.resource_name).unwrap();
         let blob = state.blobs.get(&name.digest).cloned().ok_or_else(|| Status::not_found("no blob"))?;
         let mut rest = blob.slice(usize::try_from(request.read_offset).unwrap()..);
         let end = state.break_read_after.take().map(|after| {
@@ -225,7 +226,7 @@ impl bs::ByteStream for Fake {
             data.extend_from_slice(&message.data);
             finished = message.finish_write;
         }
-        let name = gorego::resource_name::ResourceName::parse_write(&name).unwrap();
+        let name = gorego_reapi::resource_name::ResourceName::parse_write(&name).unwrap();
         assert!(finished && SHA256.digest(&data) == name.digest);
         let mut state = self.state();
         state.calls.push("Write");
@@ -396,7 +397,7 @@ fn as_output(fake: &Fake, dir: &std::path::Path) -> reapi::ActionResult {
     let mut blobs = BlobSet::default();
     let root = scan(dir, &mut blobs).unwrap();
     let directory = |digest: &Digest| match blobs.get(digest) {
-        Some(gorego::client::Source::Bytes(bytes)) => Some(reapi::Directory::decode(bytes.clone()).unwrap()),
+        Some(gorego_client::Source::Bytes(bytes)) => Some(reapi::Directory::decode(bytes.clone()).unwrap()),
         _ => None,
     };
     let children = blobs.digests().filter(|digest| *digest != root).filter_map(|digest| directory(&digest));

@@ -6,11 +6,11 @@
 #[path = "wire/support.rs"]
 mod support;
 
-use gorego::proto::{
+use gorego::grpc::services::capabilities_server::{Capabilities, CapabilitiesServer};
+use gorego_reapi::proto::{
     reapi::{
         ActionCacheUpdateCapabilities, CacheCapabilities, ExecutionCapabilities, FastCdc2020Params,
         GetCapabilitiesRequest, ServerCapabilities,
-        capabilities_server::{Capabilities, CapabilitiesServer},
     },
     semver::SemVer,
 };

@@ -10,12 +10,10 @@ mod support;
 
 use faults::{Fault, change, fault};
 use futures::{StreamExt as _, stream};
-use gorego::{
-    proto::reapi::FindMissingBlobsRequest,
-    verify::{
-        self, Options, Selection,
-        report::{Judgement, Outcome, Report},
-    },
+use gorego_reapi::proto::reapi::FindMissingBlobsRequest;
+use gorego_verify::{
+    self as verify, Options, Selection,
+    report::{Judgement, Outcome, Report},
 };
 use prost::Message as _;
 use std::{

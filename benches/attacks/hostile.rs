@@ -5,16 +5,17 @@ use crate::{
     target::Client,
 };
 use futures::stream::{self, StreamExt as _};
-use gorego::{
+use gorego_client::stubs::{
+    ByteStreamClient, ContentAddressableStorageClient, ExecutionClient, LogStreamServiceClient,
+};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
-        bytestream::{WriteRequest, byte_stream_client::ByteStreamClient},
-        logstream::{CreateLogStreamRequest, log_stream_service_client::LogStreamServiceClient},
+        bytestream::WriteRequest,
+        logstream::CreateLogStreamRequest,
         reapi::{
             BatchReadBlobsRequest, BatchUpdateBlobsRequest, ExecuteRequest, ExecutionPolicy,
             FindMissingBlobsRequest, GetTreeRequest, RequestMetadata, batch_update_blobs_request,
-            content_addressable_storage_client::ContentAddressableStorageClient,
-            execution_client::ExecutionClient,
         },
     },
 };

@@ -12,7 +12,8 @@ mod raw;
 #[path = "../server/target.rs"]
 mod target;
 
-use gorego::proto::reapi::{GetCapabilitiesRequest, capabilities_client::CapabilitiesClient};
+use gorego_client::stubs::CapabilitiesClient;
+use gorego_reapi::proto::reapi::GetCapabilitiesRequest;
 use std::{
     net::{IpAddr, Ipv4Addr},
     process::Command,

@@ -1,16 +1,16 @@
 //! The yardstick: a tonic server that does nothing, in a process of its own.
 
 use futures::stream;
-use gorego::proto::{
+use gorego::grpc::services::{
+    byte_stream_server::{ByteStream, ByteStreamServer},
+    capabilities_server::{Capabilities, CapabilitiesServer},
+};
+use gorego_reapi::proto::{
     bytestream::{
         QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest,
         WriteResponse,
-        byte_stream_server::{ByteStream, ByteStreamServer},
     },
-    reapi::{
-        GetCapabilitiesRequest, ServerCapabilities,
-        capabilities_server::{Capabilities, CapabilitiesServer},
-    },
+    reapi::{GetCapabilitiesRequest, ServerCapabilities},
 };
 use std::{
     io::{BufRead as _, BufReader},

@@ -8,13 +8,14 @@ use crate::{
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
-use gorego::{
+use gorego_client::stubs::{ByteStreamClient, CapabilitiesClient};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
-        bytestream::{ReadRequest, WriteRequest, byte_stream_client::ByteStreamClient},
+        bytestream::{ReadRequest, WriteRequest},
         reapi::{
             BatchUpdateBlobsRequest, FindMissingBlobsRequest, GetCapabilitiesRequest,
-            batch_update_blobs_request, capabilities_client::CapabilitiesClient,
+            batch_update_blobs_request,
         },
     },
 };

@@ -7,7 +7,7 @@ use crate::{
 };
 use bytes::Bytes;
 use futures::stream;
-use gorego::{
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::bytestream::{ReadRequest, WriteRequest},
 };

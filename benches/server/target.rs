@@ -1,14 +1,13 @@
 //! The server under test: the real binary on an empty store, and a client with the few calls that the groups need.
 
-use gorego::{
+use gorego_client::stubs::{ByteStreamClient, ContentAddressableStorageClient, ExecutionClient};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
-        bytestream::byte_stream_client::ByteStreamClient,
         longrunning::Operation,
         reapi::{
             Action, BatchUpdateBlobsRequest, Command as ReapiCommand, ExecuteRequest,
-            batch_update_blobs_request, content_addressable_storage_client::ContentAddressableStorageClient,
-            execution_client::ExecutionClient,
+            batch_update_blobs_request,
         },
     },
 };

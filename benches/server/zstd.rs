@@ -6,10 +6,11 @@ use crate::{
 };
 use bytes::Bytes;
 use futures::stream;
-use gorego::{
+use gorego_client::stubs::ByteStreamClient;
+use gorego_reapi::{
     compression::{CHUNK_BYTES, Encoder},
     digest::{Digest, DigestFunction},
-    proto::bytestream::{ReadRequest, WriteRequest, byte_stream_client::ByteStreamClient},
+    proto::bytestream::{ReadRequest, WriteRequest},
 };
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;

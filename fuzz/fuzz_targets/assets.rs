@@ -12,9 +12,11 @@ use gorego::{
         request::{AssetRequest, Kind, Qualifiers},
         unpack::{Contents, unpack},
     },
+    instance::Instances,
+};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::Error,
-    instance::Instances,
     tree::Directory,
 };
 use libfuzzer_sys::fuzz_target;

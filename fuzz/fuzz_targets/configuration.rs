@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 fuzz_target!(|text: &str| {
     let Ok(loaded) = load::from_text(Path::new("gorego.toml"), text) else { return };
-    let machine = Machine { cpus: 2, cache_home: Some(PathBuf::from("/cache")), current_dir: PathBuf::from("/") };
+    let machine =
+        Machine { cpus: 2, cache_home: Some(PathBuf::from("/cache")), current_dir: PathBuf::from("/") };
     if let Ok(settings) = Settings::new(&loaded, &machine) {
         assert!(settings.cache_dir.is_absolute() && settings.max_blob_bytes <= settings.max_size_bytes);
         assert!(settings.execution.is_none_or(|execution| execution.slots > 0));

@@ -2,13 +2,11 @@
 
 #![no_main]
 
-use gorego::{
-    error::Error,
-    http_cache::{
-        range::{self, Asked},
-        resource::{MAX_KEY_BYTES, Resource},
-    },
+use gorego::http_cache::{
+    range::{self, Asked},
+    resource::{MAX_KEY_BYTES, Resource},
 };
+use gorego_reapi::error::Error;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {

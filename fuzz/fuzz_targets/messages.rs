@@ -7,9 +7,11 @@ use bytes::Bytes;
 use gorego::{
     action::{Action, TimeoutPolicy},
     actors::cas::results::{self, DirectReferences, Uploader},
+    instance::Instances,
+};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::Error,
-    instance::Instances,
     path::check_node_name,
     proto::reapi,
     tree::Directory,
@@ -52,7 +54,8 @@ fn decode<M: Message + Name + Default>(data: &[u8]) -> Option<M> {
 fn action(data: &[u8]) {
     let Some((length, data)) = data.split_first() else { return };
     let (first, second) = data.split_at(data.len().min(usize::from(*length)));
-    let (Some(action), Some(command)) = (decode::<reapi::Action>(first), decode::<reapi::Command>(second)) else {
+    let (Some(action), Some(command)) = (decode::<reapi::Action>(first), decode::<reapi::Command>(second))
+    else {
         return;
     };
     let instance = Instances::new([""]).and_then(|instances| instances.get("")).expect("the default");

@@ -3,12 +3,11 @@
 
 #![no_main]
 
-use gorego::{
+use gorego::{grpc::convert, instance::Instances, log_streams::name::LogName};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::Error,
-    grpc::convert,
-    instance::{Instances, check_instance_name},
-    log_streams::name::LogName,
+    instance_name::check_instance_name,
     path::{RootPath, check_node_name},
     resource_name::ResourceName,
 };

@@ -3,12 +3,11 @@
 #![no_main]
 
 use gorego::{
-    error::Error,
     grpc::{convert, filter, get_tree::Walk, page_token},
     instance::Instances,
     platform::{self, Known, Offer, Offers, UnknownProperties},
-    proto::reapi,
 };
+use gorego_reapi::{error::Error, proto::reapi};
 use http::{HeaderMap, HeaderValue};
 use libfuzzer_sys::fuzz_target;
 use prost::Message as _;

@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use gorego::{
+use gorego_reapi::{
     chunking::{Chunking, Splitter},
     compression::{Decoder, Encoder, LEVELS, SeekTable, TABLE_END_BYTES, decode_all, stored_frame},
     error::Error,

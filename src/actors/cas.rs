@@ -51,11 +51,8 @@ pub use settings::StoreSettings;
 
 use crate::{
     budget::{Bounds, Budget},
-    digest::Digest,
-    error::{Error, Result},
     instance::{InstanceId, Instances},
     logging::Event,
-    tree::Directory,
 };
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
 use bytes::Bytes;
@@ -63,6 +60,11 @@ use chunks::ChunkWork;
 use client::Cas;
 use files::Files;
 use futures::FutureExt as _;
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
+    tree::Directory,
+};
 use guards::{Reservation, Room};
 use index::{Index, Victim};
 use memo::Memo;

@@ -26,10 +26,10 @@ use crate::{
         worker::messages::{RunAction, StageReached, TaskId},
     },
     caller::Caller,
-    error::{Error, Result},
     logging::Event,
 };
 use actix::{Actor, AsyncContext, Context, Handler, MailboxError, Message, Recipient, ResponseFuture};
+use gorego_reapi::error::{Error, Result};
 use ledger::{Assignment, Check, Ledger, RunEnd};
 use messages::{
     Cancel, Drain, Explain, Forget, Inspect, Inspection, ListOperations, OperationPage, Submit, Watch,

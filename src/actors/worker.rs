@@ -19,8 +19,9 @@ mod run_log;
 pub mod store;
 pub mod workspace;
 
-use crate::{error::Error, log_streams::LogStreams, logging::Event};
+use crate::{log_streams::LogStreams, logging::Event};
 use actix::{Actor, Handler, MessageResult, SyncContext};
+use gorego_reapi::error::Error;
 use launcher::{Launcher, RunnerLauncher};
 use messages::{RunAction, RunFailure};
 use run::ActionRun;

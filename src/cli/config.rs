@@ -3,10 +3,10 @@
 use super::{
     ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment, output::print,
 };
-use crate::{
-    config::{Flag, Loaded, LogFormat, Machine, Settings, Sources, load, load::file_to_read, show::show},
-    error::{Error, Result},
+use crate::config::{
+    Flag, Loaded, LogFormat, Machine, Settings, Sources, load, load::file_to_read, show::show,
 };
+use gorego_reapi::error::{Error, Result};
 use std::{ffi::OsString, path::Path};
 use toml::Value;
 

@@ -10,13 +10,13 @@ use super::{
     output::{Lost, Readers, end_by_sigpipe},
     progress::{self, Line},
 };
-use crate::{
-    client::{BlobSet, Client, Event, Finished, Identity, Job, Progress, blocking, scan},
+use futures::{StreamExt as _, stream::FuturesUnordered};
+use gorego_client::{BlobSet, Client, Event, Finished, Identity, Job, Progress, blocking, scan};
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
     proto::reapi,
 };
-use futures::{StreamExt as _, stream::FuturesUnordered};
 use std::{
     collections::BTreeMap,
     io::{self, Write as _},
@@ -302,7 +302,7 @@ async fn conclude(client: &Client, finished: &Finished, live: Live, line: &Line)
     // About a timeout the error says enough.
     let timed_out = matches!(finished.error, Some(Error::DeadlineExceeded(_)));
     if !finished.message.is_empty() && !timed_out {
-        let _ = writeln!(io::stderr(), "gorego: {}", crate::logging::escaped(&finished.message));
+        let _ = writeln!(io::stderr(), "gorego: {}", gorego_reapi::escape::escaped(&finished.message));
     }
     match (&finished.error, &finished.result) {
         (None, Some(result)) => Ok(exit_code(result.exit_code)),
@@ -352,7 +352,11 @@ fn warn_of_missing(requested: &[String], result: &reapi::ActionResult) {
     let directories = result.output_directories.iter().map(|directory| &directory.path);
     let found: Vec<&String> = links.chain(files).chain(directories).collect();
     for path in requested.iter().filter(|path| !found.contains(path)) {
-        let _ = writeln!(io::stderr(), "gorego: the command did not make {}", crate::logging::escaped(path));
+        let _ = writeln!(
+            io::stderr(),
+            "gorego: the command did not make {}",
+            gorego_reapi::escape::escaped(path)
+        );
     }
 }
 

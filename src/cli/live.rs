@@ -5,13 +5,13 @@
 //! the result, because a worker failed and the action was run again, the whole result is printed after a word about it.
 
 use super::{output::Readers, progress::Line};
-use crate::{
-    client::{Client, LogNames, blocking},
+use bytes::Bytes;
+use gorego_client::{Client, LogNames, blocking};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     proto::reapi,
 };
-use bytes::Bytes;
 use std::{
     io::{self, Write},
     sync::{
@@ -199,7 +199,7 @@ fn another_run() -> Error {
 /// A sink that leaves out what was shown, provided that it is the same, and otherwise refuses all.
 struct Rest<W> {
     shown: Digest,
-    skipped: Option<crate::digest::Hasher>,
+    skipped: Option<gorego_reapi::digest::Hasher>,
     /// Set when it was something else.
     differs: Arc<AtomicBool>,
     sink: W,

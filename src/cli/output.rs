@@ -4,7 +4,7 @@
 //! signal, and this one has to, since a closed connection raises it too. So a write that fails for want of a reader is noticed
 //! here, and the process then ends by SIGPIPE all the same: shells show 141, and pipelines treat it like any other program.
 
-use crate::error::{Error, Result};
+use gorego_reapi::error::{Error, Result};
 use std::{
     io::{self, ErrorKind, Write},
     sync::Arc,

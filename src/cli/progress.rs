@@ -1,6 +1,7 @@
 //! What `gorego exec` shows while it works: one line on a terminal, nothing in a pipe.
 
-use crate::{client::Progress, proto::gorego::QueueStatus};
+use gorego_client::Progress;
+use gorego_reapi::proto::gorego::QueueStatus;
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::{
     future::Future,
@@ -40,7 +41,7 @@ impl Line {
 
     /// Says what is going on, if the line was not taken away.
     pub fn say(&self, what: &str) {
-        self.0.set_message(crate::logging::escaped(what));
+        self.0.set_message(gorego_reapi::escape::escaped(what));
     }
 
     /// Says how far a transfer is while it goes on, also after [`Line::clear`].

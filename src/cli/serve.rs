@@ -7,10 +7,10 @@ use super::{
 };
 use crate::{
     config::{Config, LogConfig, Settings, Size},
-    error::Error,
     logging::{self, Event, Style},
     server,
 };
+use gorego_reapi::error::Error;
 use std::{
     fmt::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},

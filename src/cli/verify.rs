@@ -1,10 +1,8 @@
 //! `gorego verify`: runs the conformance suite against a server and reports to people and machines.
 
 use super::{EXIT_FAILURE, EXIT_OK, EXIT_USAGE, VerifyArgs, complain, output::print};
-use crate::{
-    error::{Error, Result},
-    verify::{self, Options, Selection, groups, rules},
-};
+use gorego_reapi::error::{Error, Result};
+use gorego_verify::{self as verify, Options, Selection, groups, rules};
 use std::{
     fmt::Write as _,
     fs::File,

@@ -8,7 +8,7 @@ use super::{
     Config, Size, pools,
     source_text::{line_of, point_at},
 };
-use crate::error::{Error, Result};
+use gorego_reapi::error::{Error, Result};
 use serde::Deserialize as _;
 use std::{
     collections::BTreeMap,

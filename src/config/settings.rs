@@ -15,13 +15,15 @@ use crate::{
         asset::{AssetSettings, origins::Origins},
         scheduler::settings::Priorities,
     },
-    compression::LEVELS,
-    digest::DigestFunction,
-    error::{Error, Result},
     http_cache::hosts::Hosts,
     instance::{Instances, Policy},
     log_streams::{Limits, MAX_STREAM_BYTES},
     platform::UnknownProperties,
+};
+use gorego_reapi::{
+    compression::LEVELS,
+    digest::DigestFunction,
+    error::{Error, Result},
 };
 use std::{
     fmt::Write as _,
@@ -86,7 +88,7 @@ pub struct Settings {
     pub chunking: bool,
     /// How long the bytes of a broken upload are kept.
     pub partial_upload_retention: Duration,
-    /// How hard blobs are compressed; one of [`crate::compression::LEVELS`].
+    /// How hard blobs are compressed; one of [`gorego_reapi::compression::LEVELS`].
     pub zstd_level: i32,
     /// What a finished compressed upload answers (BS-25).
     pub compressed_committed_size: CommittedSize,

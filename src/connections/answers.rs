@@ -9,11 +9,9 @@
 //! ([`ConnectionState::reserve_piece`]).
 
 use super::ConnectionState;
-use crate::{
-    budget::{Bounds, Refusal, Share},
-    error::{Error, Result},
-};
+use crate::budget::{Bounds, Refusal, Share};
 use bytes::Bytes;
+use gorego_reapi::error::{Error, Result};
 use std::{
     pin::pin,
     sync::{Arc, atomic::Ordering::Relaxed},

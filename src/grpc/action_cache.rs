@@ -4,10 +4,11 @@
 use super::{Edge, convert, inline, request_log::Call};
 use crate::{
     actors::{cas::client::Provenance, scheduler::operation::Inline},
+    grpc::services::action_cache_server::ActionCache,
+};
+use gorego_reapi::{
     error::Error,
-    proto::reapi::{
-        ActionResult, GetActionResultRequest, UpdateActionResultRequest, action_cache_server::ActionCache,
-    },
+    proto::reapi::{ActionResult, GetActionResultRequest, UpdateActionResultRequest},
 };
 use prost::Message as _;
 use std::sync::Arc;

@@ -8,11 +8,11 @@ use super::request_log::Call;
 use crate::{
     budget::{Refusal, Share},
     connections::answers::{FRAME_BYTES, reserve_owned},
-    error::Result,
     memory,
 };
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt as _};
+use gorego_reapi::error::Result;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use std::{
@@ -69,7 +69,7 @@ where
                 refused: None,
             },
             Err(refusal) => {
-                let status = crate::error::Error::from(refusal).into();
+                let status = gorego_reapi::error::Error::from(refusal).into();
                 AnswerFuture { inner: None, call, place: None, refused: Some(status) }
             }
         }
@@ -250,7 +250,7 @@ fn room_for(call: &Call, data: Bytes) -> Room {
         Err(_) if data.len() <= UNRESERVED_MAX_BYTES => {
             Room::Waits(Waiting { data, room: reserve_owned(info.state.clone(), bytes).boxed() })
         }
-        Err(refusal) => Room::Refused(crate::error::Error::from(refusal).into()),
+        Err(refusal) => Room::Refused(gorego_reapi::error::Error::from(refusal).into()),
     }
 }
 

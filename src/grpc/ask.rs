@@ -3,14 +3,12 @@
 //! It holds one recipient a message, not an address, so that handlers know the messages and not the actor, and tests can put
 //! another actor in its place.
 
-use crate::{
-    actors::scheduler::{
-        messages::{Cancel, Explain, Forget, ListOperations, OperationPage, Submit, Watch},
-        operation::{QueueStatus, Subscription},
-    },
-    error::{Error, Result},
+use crate::actors::scheduler::{
+    messages::{Cancel, Explain, Forget, ListOperations, OperationPage, Submit, Watch},
+    operation::{QueueStatus, Subscription},
 };
 use actix::{Actor, Addr, Context, Handler, Message, Recipient};
+use gorego_reapi::error::{Error, Result};
 use std::time::Duration;
 
 /// How long the scheduler may take to answer. It answers within microseconds; the bound is for a machine on its knees, so

@@ -3,7 +3,7 @@
 //! Bad news from an origin is an answer with a status inside; faults of this server and of the request are statuses of the RPC
 //! (AST-05).
 
-use super::{Edge, claim::Claim, request_log::Call, status};
+use super::{Edge, claim::Claim, request_log::Call};
 use crate::{
     actors::asset::{
         bindings::References,
@@ -11,16 +11,19 @@ use crate::{
         outcome::{Failure, FailureKind, Fetched, Problem},
         request::{AssetRequest, Kind, Qualifiers},
     },
+    grpc::services::{fetch_server::Fetch, push_server::Push},
+};
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
     proto::{
         asset::{
             FetchBlobRequest, FetchBlobResponse, FetchDirectoryRequest, FetchDirectoryResponse,
             PushBlobRequest, PushBlobResponse, PushDirectoryRequest, PushDirectoryResponse, Qualifier,
-            fetch_server::Fetch, push_server::Push,
         },
         reapi, rpc,
     },
+    status,
 };
 use std::{
     sync::Arc,

@@ -15,17 +15,20 @@ use crate::{
         client::{Upload, ZstdReader},
     },
     config::CommittedSize,
-    digest::Digest,
-    error::{Error, Result},
+    grpc::services::byte_stream_server::ByteStream,
     instance::Instance,
     log_streams::name::LogName,
+};
+use futures::stream::{self, StreamExt as _};
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
     proto::bytestream::{
         QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest,
-        WriteResponse, byte_stream_server::ByteStream,
+        WriteResponse,
     },
     resource_name::{Encoding, ResourceName},
 };
-use futures::stream::{self, StreamExt as _};
 use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout};
 use tonic::{Request, Response, Status, Streaming};
@@ -332,8 +335,8 @@ fn silent(limit: Duration) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::digest::DigestFunction;
     use bytes::Bytes;
+    use gorego_reapi::digest::DigestFunction;
     use proptest::prelude::*;
 
     const HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";

@@ -3,13 +3,15 @@
 
 use super::{Edge, Settings, cas::BATCH_MAX_BYTES, chunks, request_log::Call};
 use crate::{
-    actors::scheduler::settings::Priorities,
+    actors::scheduler::settings::Priorities, grpc::services::capabilities_server::Capabilities,
     instance::Policy,
+};
+use gorego_reapi::{
     proto::{
         reapi::{
             ActionCacheUpdateCapabilities, CacheCapabilities, ExecutionCapabilities, GetCapabilitiesRequest,
-            PriorityCapabilities, ServerCapabilities, capabilities_server::Capabilities, compressor,
-            priority_capabilities::PriorityRange, symlink_absolute_path_strategy,
+            PriorityCapabilities, ServerCapabilities, compressor, priority_capabilities::PriorityRange,
+            symlink_absolute_path_strategy,
         },
         semver::SemVer,
     },
@@ -106,7 +108,7 @@ mod tests {
         assert!(execution.digest_functions.contains(&execution.digest_function));
         assert!(execution.digest_functions.iter().all(|f| cache.digest_functions.contains(f)));
         assert!(!cache.digest_functions.contains(&0));
-        assert_eq!(execution.digest_function, crate::digest::DigestFunction::Sha256.wire() as i32);
+        assert_eq!(execution.digest_function, gorego_reapi::digest::DigestFunction::Sha256.wire() as i32);
         assert_eq!(cache.digest_functions.len(), 8);
         assert_eq!(cache.max_batch_total_size_bytes, 4_000_000);
         assert_eq!(cache.max_cas_blob_size_bytes, 7);

@@ -8,25 +8,27 @@ use super::{
     claim::{Claim, unhindered},
     convert, get_tree, inline,
     request_log::Call,
-    status,
 };
 use crate::{
     actors::cas::client::{Item, Payload},
+    grpc::services::content_addressable_storage_server::ContentAddressableStorage,
+    instance::Instance,
+};
+use bytes::Bytes;
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
     proto::{
         reapi::{
             self, BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest,
             BatchUpdateBlobsResponse, FindMissingBlobsRequest, FindMissingBlobsResponse, GetTreeRequest,
             SpliceBlobRequest, SpliceBlobResponse, SplitBlobRequest, SplitBlobResponse,
             batch_read_blobs_response, batch_update_blobs_response, compressor,
-            content_addressable_storage_server::ContentAddressableStorage,
         },
         rpc,
     },
+    status,
 };
-use bytes::Bytes;
 use prost::Message as _;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
@@ -339,7 +341,8 @@ fn payload(number: i32, data: Bytes, digest: Digest, decoded_left: &mut u64) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{digest::DigestFunction, instance::Instances, proto::reapi::batch_update_blobs_request};
+    use crate::instance::Instances;
+    use gorego_reapi::{digest::DigestFunction, proto::reapi::batch_update_blobs_request};
     use tonic::Code;
 
     fn instance() -> Instance {

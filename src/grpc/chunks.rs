@@ -4,12 +4,11 @@
 //! themselves get the same chunks. The work is the store's.
 
 use super::{Edge, convert, inline::MESSAGE_MAX_BYTES, request_log::Call};
-use crate::{
-    actors::cas::splice::SPLICE_MAX_CHUNKS,
+use crate::{actors::cas::splice::SPLICE_MAX_CHUNKS, instance::Instance};
+use gorego_reapi::{
     chunking::Chunking,
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
     proto::reapi::{
         self, CacheCapabilities, SpliceBlobRequest, SpliceBlobResponse, SplitBlobRequest, SplitBlobResponse,
         chunking_function::Value,
@@ -126,7 +125,7 @@ fn max_chunks(blob: Digest) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::digest::DigestFunction;
+    use gorego_reapi::digest::DigestFunction;
 
     /// CAS-33, CAP-17.
     #[test]

@@ -1,11 +1,11 @@
-//! [`Codec`]: protobuf, with what a message takes in memory measured before it is decoded ([`crate::wire`]).
+//! [`Codec`]: protobuf, with what a message takes in memory measured before it is decoded ([`gorego_reapi::wire`]).
 //!
 //! An empty entry takes two bytes on the wire, less when compressed, and a hundred and more in memory: a kilobyte could become
 //! a gigabyte before any handler has seen it. Large answers are encoded off the threads that serve everybody.
 
 use super::claim::{Claim, unhindered};
-use crate::wire::{self, Limits, UNCOUNTED_BYTES};
 use bytes::Buf as _;
+use gorego_reapi::wire::{self, Limits, UNCOUNTED_BYTES};
 use prost::{Message, Name};
 use std::marker::PhantomData;
 use tonic::{
@@ -16,14 +16,12 @@ use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
 /// Memory that a request message may take once it is decoded; twice what the largest request of FindMissingBlobs takes.
 pub const REQUEST_MAX_MEMORY: u64 = 64 * 1024 * 1024;
-/// Memory that an answer may take at a client: that of the largest Directory, in a page of GetTree.
-pub const ANSWER_MAX_MEMORY: u64 = 1024 * 1024 * 1024;
 /// Messages from this size on are looked at for bytes that mean nothing.
 const COMPACT_FROM_BYTES: usize = 1024;
 /// Answers from this size on take more than a millisecond or so to encode.
 const LARGE_ANSWER_BYTES: usize = 512 * 1024;
 
-/// The codec of all our services and clients; see the top of this file.
+/// The codec of all our services; see the top of this file.
 #[derive(Debug)]
 pub struct Codec<T, U>(PhantomData<(T, U)>);
 
@@ -52,7 +50,7 @@ where
     }
 }
 
-/// Decodes messages of at most [`REQUEST_MAX_MEMORY`], or [`ANSWER_MAX_MEMORY`] at a client.
+/// Decodes messages of at most [`REQUEST_MAX_MEMORY`].
 #[derive(Debug)]
 pub struct MeasuringDecoder<U>(ProstDecoder<U>);
 
@@ -65,8 +63,8 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
         let length = buffer.remaining();
         let mut taken = 0;
         if length > UNCOUNTED_BYTES {
-            let most = if Claim::is_present() { REQUEST_MAX_MEMORY } else { ANSWER_MAX_MEMORY };
-            let cost = wire::cost::<U>(buffer.chunk(), Limits::memory(most)).map_err(|refusal| {
+            let limits = Limits::memory(REQUEST_MAX_MEMORY);
+            let cost = wire::cost::<U>(buffer.chunk(), limits).map_err(|refusal| {
                 Status::invalid_argument(format!("the {} is refused: {refusal}", U::NAME))
             })?;
             taken = cost.memory.saturating_add(length as u64);

@@ -2,7 +2,6 @@
 //!
 //! The only code that knows both sides. It reads nothing and waits for nothing.
 
-use super::status;
 use crate::{
     actors::{
         scheduler::operation::{
@@ -10,32 +9,28 @@ use crate::{
         },
         worker::messages::RunStage,
     },
-    auxiliary::pack_queue_status,
-    digest::{Digest, DigestFunction},
-    error::{Error, Result},
     instance::{Instance, Instances},
     log_streams::{
         name::{LogName, StreamId},
         run::LogKind,
     },
-    proto::{gorego, longrunning, reapi},
 };
 use base64::{
     Engine as _,
     alphabet::STANDARD,
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
+use gorego_reapi::{
+    any::pack,
+    auxiliary::pack_queue_status,
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    proto::{gorego, longrunning, reapi},
+    status,
+};
 use http::HeaderMap;
 use prost::Message;
 use std::time::SystemTime;
-
-/// Every `Any` names its type under this authority; one client compares the whole string (GEN-18).
-const TYPE_URL_PREFIX: &str = "type.googleapis.com/";
-
-/// Packs a message of the given full name.
-pub fn pack(full_name: &str, message: &impl Message) -> prost_types::Any {
-    prost_types::Any { type_url: format!("{TYPE_URL_PREFIX}{full_name}"), value: message.encode_to_vec() }
-}
 
 /// The digest function of a request: [`Instance::digest_function`] of its digests.
 ///

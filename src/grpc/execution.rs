@@ -6,11 +6,14 @@ use crate::{
         messages::{Submit, Watch},
         operation::{Inline, OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
     },
-    error::Error,
+    grpc::services::execution_server::Execution,
     instance::Instances,
-    proto::reapi::{ExecuteRequest, WaitExecutionRequest, execution_server::Execution},
 };
 use futures::{StreamExt as _, stream};
+use gorego_reapi::{
+    error::Error,
+    proto::reapi::{ExecuteRequest, WaitExecutionRequest},
+};
 use std::{sync::Arc, time::SystemTime};
 use tonic::{Request, Response, Status};
 use uuid::Uuid;

@@ -4,10 +4,8 @@
 //! Whatever the grammar does not know is refused with the grammar, never ignored: a filter that silently matched everything
 //! would be worse than none.
 
-use crate::{
-    actors::scheduler::{messages::OperationFilter, operation::Stage},
-    error::{Error, Result},
-};
+use crate::actors::scheduler::{messages::OperationFilter, operation::Stage};
+use gorego_reapi::error::{Error, Result};
 
 /// Longest filter, in bytes.
 pub const FILTER_MAX_BYTES: usize = 4 * 1024;

@@ -17,16 +17,18 @@ use crate::{
     actors::cas::client::Cas,
     budget::{Bounds, Budget, Share},
     caller::Caller,
-    digest::Digest,
-    error::{Error, Result},
     instance::Instance,
     memory,
+};
+use bytes::Bytes;
+use futures::stream::{self, BoxStream, Stream, StreamExt as _, TryStreamExt as _};
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
     proto::reapi::{Directory, GetTreeRequest, GetTreeResponse},
     tree::MAX_DIRECTORY_BYTES,
     wire::{self, Limits},
 };
-use bytes::Bytes;
-use futures::stream::{self, BoxStream, Stream, StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
 use std::{
     collections::{HashSet, VecDeque},

@@ -1,21 +1,24 @@
 //! grpc.health.v1: the status of the whole server, under the empty name, and of each service of the Remote APIs
 //! under its own.
 
-use crate::proto::{asset, bytestream, logstream, longrunning, reapi};
+use super::services::{
+    action_cache_server, byte_stream_server, capabilities_server, content_addressable_storage_server,
+    execution_server, fetch_server, log_stream_service_server, operations_server, push_server,
+};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 /// Names that health checks can ask for; the empty one stands for the whole server.
 const NAMES: &[&str] = &[
     "",
-    reapi::execution_server::SERVICE_NAME,
-    reapi::action_cache_server::SERVICE_NAME,
-    reapi::content_addressable_storage_server::SERVICE_NAME,
-    reapi::capabilities_server::SERVICE_NAME,
-    bytestream::byte_stream_server::SERVICE_NAME,
-    longrunning::operations_server::SERVICE_NAME,
-    logstream::log_stream_service_server::SERVICE_NAME,
-    asset::fetch_server::SERVICE_NAME,
-    asset::push_server::SERVICE_NAME,
+    execution_server::SERVICE_NAME,
+    action_cache_server::SERVICE_NAME,
+    content_addressable_storage_server::SERVICE_NAME,
+    capabilities_server::SERVICE_NAME,
+    byte_stream_server::SERVICE_NAME,
+    operations_server::SERVICE_NAME,
+    log_stream_service_server::SERVICE_NAME,
+    fetch_server::SERVICE_NAME,
+    push_server::SERVICE_NAME,
 ];
 
 /// Switches what health checks answer; cheap to clone. One is given to [`super::serve`] and kept for the drain.

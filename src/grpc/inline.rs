@@ -9,12 +9,14 @@ use crate::{
         cas::{client::Cas, results::RESULT_MAX_BYTES},
         scheduler::operation::Inline,
     },
-    digest::{Digest, DigestFunction},
-    error::Result,
     instance::Instance,
-    proto::reapi,
 };
 use bytes::Bytes;
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    error::Result,
+    proto::reapi,
+};
 use prost::Message as _;
 use std::collections::HashSet;
 
@@ -120,7 +122,7 @@ fn fill(result: &mut reapi::ActionResult, slots: &[Slot], contents: Vec<Result<B
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Error;
+    use gorego_reapi::error::Error;
     use proptest::prelude::*;
 
     const SHA256: DigestFunction = DigestFunction::Sha256;

@@ -20,10 +20,10 @@ use super::{
 use crate::{
     budget::{Bounds, Budget, Refusal, Share},
     caller::Caller,
-    wire::{self, UNCOUNTED_BYTES},
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use gorego_reapi::wire::{self, UNCOUNTED_BYTES};
 use http::Request;
 use http_body::{Frame, SizeHint};
 use std::{
@@ -347,7 +347,7 @@ fn silent() -> Status {
 }
 
 fn too_much(refusal: Refusal) -> Status {
-    crate::error::Error::from(refusal).into()
+    gorego_reapi::error::Error::from(refusal).into()
 }
 
 impl http_body::Body for Watched {

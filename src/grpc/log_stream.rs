@@ -16,20 +16,23 @@ use crate::{
         cas::{blob::BlobReader, client::Cas},
         scheduler::{messages::Watch, operation::OperationId},
     },
-    error::{Error, Result},
+    grpc::services::log_stream_service_server as server,
     instance::{Instance, Instances},
     log_streams::{
         Committed,
         follow::{Follower, Piece},
         name::LogName,
     },
-    proto::{
-        bytestream::{QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest, WriteResponse},
-        logstream::{CreateLogStreamRequest, LogStream, log_stream_service_server as server},
-    },
 };
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
+use gorego_reapi::{
+    error::{Error, Result},
+    proto::{
+        bytestream::{QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest, WriteResponse},
+        logstream::{CreateLogStreamRequest, LogStream},
+    },
+};
 use std::sync::Arc;
 use tokio::select;
 use tonic::{Request, Response, Status, Streaming};

@@ -6,18 +6,15 @@
 //! `done` (EXE-10); when the scheduler goes away before that, the end is UNAVAILABLE, which every client retries.
 
 use super::{ask::Scheduler, convert, inline, request_log::Call};
-use crate::{
-    actors::{
-        cas::client::Cas,
-        scheduler::{
-            messages::Explain,
-            operation::{OperationInfo, Snapshot, Stage, Subscription},
-        },
+use crate::actors::{
+    cas::client::Cas,
+    scheduler::{
+        messages::Explain,
+        operation::{OperationInfo, Snapshot, Stage, Subscription},
     },
-    error::Error,
-    proto::longrunning::Operation,
 };
 use futures::stream::{self, Stream};
+use gorego_reapi::{error::Error, proto::longrunning::Operation};
 use std::{sync::Arc, time::Duration};
 use tonic::Status;
 
@@ -153,11 +150,13 @@ mod tests {
             scheduler::operation::{ClientInfo, Inline, OperationId, Outcome, Stage},
             worker::messages::RunStage,
         },
-        digest::{Digest, DigestFunction},
         instance::Instances,
-        proto::reapi,
     };
     use futures::StreamExt as _;
+    use gorego_reapi::{
+        digest::{Digest, DigestFunction},
+        proto::reapi,
+    };
     use std::time::SystemTime;
     use tokio::{sync::watch, time::Instant};
     use uuid::Uuid;

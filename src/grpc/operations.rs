@@ -11,11 +11,14 @@ use crate::{
         messages::{Cancel, Forget, ListOperations, OperationFilter, Watch},
         operation::{OperationInfo, Snapshot, Subscription},
     },
-    error::{Error, Result},
+    grpc::services::operations_server::Operations,
     instance::{Instance, Instances},
+};
+use gorego_reapi::{
+    error::{Error, Result},
     proto::longrunning::{
         CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
-        ListOperationsResponse, Operation, WaitOperationRequest, operations_server::Operations,
+        ListOperationsResponse, Operation, WaitOperationRequest,
     },
 };
 use prost::Message as _;

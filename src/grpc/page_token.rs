@@ -4,7 +4,7 @@
 //! so that a garbled token, or one from another listing, is refused instead of skipping entries silently (CAS-28). It is no
 //! secret and grants nothing.
 
-use crate::{
+use gorego_reapi::{
     digest::DigestFunction,
     error::{Error, Result},
 };

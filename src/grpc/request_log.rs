@@ -11,12 +11,11 @@ use crate::{
     budget::Share,
     caller::Caller,
     connections::{ahead::OpenBody, answers::FRAME_BYTES},
-    digest::Digest,
-    error::Error,
     instance::Instance,
     under_way::{UnderWay, Unfinished},
 };
 use bytes::Bytes;
+use gorego_reapi::{digest::Digest, error::Error};
 use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use line::Line;

@@ -6,8 +6,8 @@
 //! its error waits for the client to come back.
 
 use super::ReadStream;
-use crate::{error::Error, proto::bytestream::ReadResponse};
 use futures::stream::{Stream, StreamExt as _};
+use gorego_reapi::{error::Error, proto::bytestream::ReadResponse};
 use std::{
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},

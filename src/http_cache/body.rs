@@ -7,9 +7,7 @@ use crate::{
     actors::cas::{blob::BlobReader, decoders, new_blob::NewBlob, zstd_reader::ZstdReader},
     budget::Budget,
     caller::Caller,
-    compression::Decoder,
     connections::{ConnectionState, answers::FRAME_BYTES},
-    error::{Error, Result},
 };
 use axum::{
     body::Body,
@@ -18,6 +16,10 @@ use axum::{
 };
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
+use gorego_reapi::{
+    compression::Decoder,
+    error::{Error, Result},
+};
 use std::{ops::Range, sync::Arc, time::Duration};
 
 /// Bytes that are sent at a time.
@@ -207,8 +209,9 @@ fn too_large(max: u64) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{compression::WINDOW_MAX_LOG, connections::Connections, under_way::UnderWay};
+    use crate::{connections::Connections, under_way::UnderWay};
     use axum::http::{Method, Uri};
+    use gorego_reapi::compression::WINDOW_MAX_LOG;
     use proptest::prelude::*;
     use std::io::Write as _;
     use tokio::runtime::Builder;

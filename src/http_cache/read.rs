@@ -8,16 +8,15 @@ use super::{
     resource::Hash,
     status,
 };
-use crate::{
-    actors::cas::client::Cas,
-    digest::Digest,
-    error::{Error, Result},
-    instance::Instance,
-    proto::reapi,
-};
+use crate::{actors::cas::client::Cas, instance::Instance};
 use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
+};
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
+    proto::reapi,
 };
 use prost::Message as _;
 

@@ -8,8 +8,6 @@ use crate::{
     budget::Share,
     caller::Caller,
     connections::{ConnectionState, Connections, End, OpenCall},
-    digest::Digest,
-    error::Error,
     instance::Instance,
     logging::{Event, Field},
     under_way::Unfinished,
@@ -19,6 +17,7 @@ use axum::{
     http::{Method, StatusCode, Uri},
     response::Response,
 };
+use gorego_reapi::{digest::Digest, error::Error};
 use http_body::{Frame, SizeHint};
 use log::Level;
 use std::{

@@ -1,6 +1,6 @@
 //! [`Resource`]: what a path names. Pure; paths are hostile until they went through here.
 
-use crate::{
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
 };

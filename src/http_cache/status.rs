@@ -1,11 +1,11 @@
 //! The only place where an [`Error`] becomes an HTTP status. Bodies are one line of text for people.
 
-use crate::error::Error;
 use axum::{
     body::Body,
     http::{HeaderValue, StatusCode, header},
     response::Response,
 };
+use gorego_reapi::error::Error;
 
 /// A response with a line of text.
 pub fn plain(code: StatusCode, text: &str) -> Response {

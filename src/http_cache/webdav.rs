@@ -12,15 +12,13 @@ use super::{
     status,
     write::{check_writable, created},
 };
-use crate::{
-    error::{Error, Result},
-    instance::Instance,
-};
+use crate::instance::Instance;
 use axum::{
     extract::Request,
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
 };
+use gorego_reapi::error::{Error, Result};
 use std::fmt::Write as _;
 
 /// Longest body of a PROPFIND. It is read and not looked at: all properties are sent, whichever are asked for.

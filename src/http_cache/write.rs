@@ -8,13 +8,12 @@ use super::{
     resource::Hash,
     status,
 };
-use crate::{
-    actors::cas::client::Provenance,
+use crate::{actors::cas::client::Provenance, instance::Instance};
+use axum::{extract::Request, http::StatusCode, response::Response};
+use gorego_reapi::{
     error::{Error, Result},
-    instance::Instance,
     proto::reapi,
 };
-use axum::{extract::Request, http::StatusCode, response::Response};
 
 /// Largest ActionResult message that is taken, as over gRPC.
 const MAX_RESULT_BYTES: u64 = 16 * 1024 * 1024;

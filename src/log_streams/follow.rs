@@ -8,12 +8,12 @@ use super::{
     run::{RunState, Tail},
     spool::{Spool, SpoolState},
 };
-use crate::{
-    budget::Share,
+use crate::budget::Share;
+use bytes::Bytes;
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
 };
-use bytes::Bytes;
 use std::{fs::File, os::unix::fs::FileExt as _, sync::Arc, time::Duration};
 use tokio::{select, sync::watch, time::sleep};
 

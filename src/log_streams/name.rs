@@ -3,7 +3,7 @@
 //! A pure reading of text from outside. Whether the parent and the stream exist is for others to say.
 
 use super::run::{LogKind, RunLogs};
-use crate::error::{Error, Result};
+use gorego_reapi::error::{Error, Result};
 use std::fmt;
 use uuid::Uuid;
 

@@ -3,7 +3,7 @@
 //! Invariants: never more streams or bytes than [`Limits`] say; a stream that is not finished goes only by idling; when room is
 //! needed, the stream that finished first goes first.
 
-use crate::error::{Error, Result};
+use gorego_reapi::error::{Error, Result};
 use std::{
     collections::{BTreeSet, HashMap},
     time::{Duration, Instant},

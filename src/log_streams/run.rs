@@ -3,7 +3,8 @@
 //! Nothing here copies a byte or holds a file open on behalf of the run. While the command runs, a reader opens the file by
 //! itself ([`Tail`]); an open file outlives the exec directory. Afterwards the stream is the blob that the worker stored.
 
-use crate::{digest::Digest, error::Result, instance::Instance};
+use crate::instance::Instance;
+use gorego_reapi::{digest::Digest, error::Result};
 use std::{
     fs::{File, OpenOptions},
     os::unix::fs::OpenOptionsExt as _,

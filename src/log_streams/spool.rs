@@ -4,8 +4,8 @@
 //! is not there, and none ever waits for a writer. Bounds on length are the registry's business.
 
 use super::Committed;
-use crate::error::{Error, Result};
 use bytes::Bytes;
+use gorego_reapi::error::{Error, Result};
 use std::{
     fs::{self, File, OpenOptions},
     io,

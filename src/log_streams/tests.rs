@@ -4,10 +4,8 @@ use super::{
     follow::{Follower, Piece},
     *,
 };
-use crate::{
-    digest::{Digest, DigestFunction},
-    instance::Instances,
-};
+use crate::instance::Instances;
+use gorego_reapi::digest::{Digest, DigestFunction};
 use proptest::prelude::*;
 use std::fs;
 

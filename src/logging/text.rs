@@ -4,6 +4,7 @@
 //! operator's cursor or forge a line.
 
 use super::event::EVENT;
+use gorego_reapi::escape::{Escaped, escaped};
 use log::{
     Level, Record,
     kv::{Error, Key, Value, VisitSource, VisitValue},
@@ -41,28 +42,6 @@ pub fn write_text(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>, colo
         let _ = write!(line, "{text:MESSAGE_WIDTH$}{fields}");
     }
     line.push(b'\n');
-}
-
-/// Text with its control characters escaped, on one line.
-pub fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let _ = Escaped(&mut out).write_str(text);
-    out
-}
-
-struct Escaped<'a>(&'a mut String);
-
-impl fmt::Write for Escaped<'_> {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for c in text.chars() {
-            if c.is_control() {
-                self.0.extend(c.escape_default());
-            } else {
-                self.0.push(c);
-            }
-        }
-        Ok(())
-    }
 }
 
 struct Fields<'a>(&'a mut String);

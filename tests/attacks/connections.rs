@@ -5,7 +5,8 @@ use crate::{
     raw,
     support::{Server, sh},
 };
-use gorego::proto::reapi::{GetCapabilitiesRequest, capabilities_client::CapabilitiesClient};
+use gorego_client::stubs::CapabilitiesClient;
+use gorego_reapi::proto::reapi::GetCapabilitiesRequest;
 use std::{
     io::Write as _,
     net::{SocketAddr, TcpStream},

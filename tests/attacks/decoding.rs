@@ -6,7 +6,7 @@ use crate::{
 };
 use bytes::{Buf as _, BufMut as _, Bytes};
 use futures::{StreamExt as _, future::join_all, stream};
-use gorego::{
+use gorego_reapi::{
     digest::Digest,
     proto::{
         bytestream::WriteRequest,

@@ -5,7 +5,7 @@ use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
     support::{Client, Run, Server, empty, metadata, sh},
 };
-use gorego::proto::reapi::{ExecutionPolicy, RequestMetadata};
+use gorego_reapi::proto::reapi::{ExecutionPolicy, RequestMetadata};
 use prost::Message as _;
 use std::time::{Duration, Instant};
 use tonic::{Code, Request, metadata::MetadataValue};
@@ -22,7 +22,7 @@ const FAIR_WAIT: Duration = Duration::from_secs(15);
 async fn start(client: &Client, script: &str, invocation: &str, priority: i32) -> Result<Run, tonic::Status> {
     let action = client.action_with(sh(script), empty(), |action| action.do_not_cache = true).await;
     let policy = ExecutionPolicy { priority };
-    let mut request = Request::new(gorego::proto::reapi::ExecuteRequest {
+    let mut request = Request::new(gorego_reapi::proto::reapi::ExecuteRequest {
         execution_policy: Some(policy),
         ..client.request(action)
     });

@@ -6,10 +6,8 @@ use crate::{
     support::{Server, eventually},
 };
 use futures::future::join_all;
-use gorego::proto::reapi::{
-    Digest, FindMissingBlobsRequest, FindMissingBlobsResponse,
-    content_addressable_storage_client::ContentAddressableStorageClient as Cas,
-};
+use gorego_client::stubs::ContentAddressableStorageClient as Cas;
+use gorego_reapi::proto::reapi::{Digest, FindMissingBlobsRequest, FindMissingBlobsResponse};
 use std::{
     sync::Arc,
     time::{Duration, Instant},

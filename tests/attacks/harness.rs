@@ -1,7 +1,8 @@
 //! What all attacks need: a client on an address of its own, a bystander, and the memory of the server.
 
 use crate::support::Server;
-use gorego::proto::reapi::{GetCapabilitiesRequest, capabilities_client::CapabilitiesClient};
+use gorego_client::stubs::CapabilitiesClient;
+use gorego_reapi::proto::reapi::GetCapabilitiesRequest;
 use std::{
     fs,
     net::IpAddr,

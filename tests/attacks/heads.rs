@@ -6,7 +6,7 @@ use crate::{
     raw::{self, END_HEADERS, HEADERS},
     support::{Server, eventually},
 };
-use gorego::proto::reapi::FindMissingBlobsRequest;
+use gorego_reapi::proto::reapi::FindMissingBlobsRequest;
 use std::{io::Write as _, net::TcpStream};
 
 fn connect(server: &Server) -> TcpStream {

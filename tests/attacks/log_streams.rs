@@ -4,7 +4,8 @@ use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
     support::Server,
 };
-use gorego::proto::logstream::{CreateLogStreamRequest, log_stream_service_client::LogStreamServiceClient};
+use gorego_client::stubs::LogStreamServiceClient;
+use gorego_reapi::proto::logstream::CreateLogStreamRequest;
 
 #[tokio::test]
 async fn unfinished_log_streams_of_one_client_leave_places_for_others() {

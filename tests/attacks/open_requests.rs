@@ -7,12 +7,10 @@ use crate::{
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, future::join_all, stream};
-use gorego::proto::{
-    bytestream::{QueryWriteStatusRequest, WriteRequest, byte_stream_client::ByteStreamClient},
-    reapi::{
-        BatchUpdateBlobsRequest, batch_update_blobs_request,
-        content_addressable_storage_client::ContentAddressableStorageClient,
-    },
+use gorego_client::stubs::{ByteStreamClient, ContentAddressableStorageClient};
+use gorego_reapi::proto::{
+    bytestream::{QueryWriteStatusRequest, WriteRequest},
+    reapi::{BatchUpdateBlobsRequest, batch_update_blobs_request},
 };
 use std::{sync::Arc, time::Duration};
 use tokio::{task::JoinHandle, time::timeout};

@@ -5,14 +5,12 @@ use crate::{
     support::{Server, eventually, sha256},
 };
 use futures::stream;
-use gorego::{
+use gorego_client::stubs::{ByteStreamClient, ContentAddressableStorageClient};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
-        bytestream::{ReadRequest, WriteRequest, byte_stream_client::ByteStreamClient},
-        reapi::{
-            BatchUpdateBlobsRequest, FindMissingBlobsRequest, batch_update_blobs_request, compressor,
-            content_addressable_storage_client::ContentAddressableStorageClient,
-        },
+        bytestream::{ReadRequest, WriteRequest},
+        reapi::{BatchUpdateBlobsRequest, FindMissingBlobsRequest, batch_update_blobs_request, compressor},
     },
 };
 use std::{future::IntoFuture as _, time::Duration};

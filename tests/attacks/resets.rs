@@ -6,7 +6,7 @@ use crate::{
     raw::{self, CONTINUATION, DATA, ENHANCE_YOUR_CALM, HEADERS, PING, RST_STREAM, SETTINGS},
     support::{Server, eventually},
 };
-use gorego::proto::reapi::GetCapabilitiesRequest;
+use gorego_reapi::proto::reapi::GetCapabilitiesRequest;
 use std::{io::Write as _, net::TcpStream};
 
 const CAPABILITIES: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";

@@ -8,7 +8,8 @@ use crate::{
     support::{Server, sha256},
 };
 use futures::{future::try_join_all, stream};
-use gorego::proto::bytestream::{WriteRequest, byte_stream_client::ByteStreamClient};
+use gorego_client::stubs::ByteStreamClient;
+use gorego_reapi::proto::bytestream::WriteRequest;
 use std::{
     io::Write as _,
     net::{SocketAddr, TcpStream},

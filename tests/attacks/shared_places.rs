@@ -5,7 +5,8 @@ use crate::{
     support::{PATIENCE, Server, eventually},
 };
 use axum::{Router, routing::get};
-use gorego::proto::asset::{FetchBlobRequest, FetchBlobResponse, fetch_client::FetchClient};
+use gorego_client::stubs::FetchClient;
+use gorego_reapi::proto::asset::{FetchBlobRequest, FetchBlobResponse};
 use std::{
     future::pending,
     sync::{

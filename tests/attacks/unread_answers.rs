@@ -5,14 +5,12 @@ use crate::{
     raw,
     support::{Server, eventually},
 };
-use gorego::{
+use gorego_client::stubs::{ByteStreamClient, ContentAddressableStorageClient};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
-        bytestream::{ReadRequest, byte_stream_client::ByteStreamClient},
-        reapi::{
-            BatchReadBlobsRequest, BatchUpdateBlobsRequest, batch_update_blobs_request,
-            content_addressable_storage_client::ContentAddressableStorageClient,
-        },
+        bytestream::ReadRequest,
+        reapi::{BatchReadBlobsRequest, BatchUpdateBlobsRequest, batch_update_blobs_request},
     },
 };
 use std::{

@@ -8,9 +8,8 @@ use crate::{
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, future::join_all, stream};
-use gorego::proto::bytestream::{
-    QueryWriteStatusRequest, WriteRequest, byte_stream_client::ByteStreamClient,
-};
+use gorego_client::stubs::ByteStreamClient;
+use gorego_reapi::proto::bytestream::{QueryWriteStatusRequest, WriteRequest};
 use std::{io::Write as _, sync::Arc, time::Duration};
 use tokio::time::timeout;
 

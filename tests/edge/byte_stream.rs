@@ -1,7 +1,7 @@
 //! ByteStream.
 
 use crate::harness::{MAX_BLOB_BYTES, Server, absent, digest, eventually, path};
-use gorego::proto::{
+use gorego_reapi::proto::{
     bytestream::{
         QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, WriteRequest, WriteResponse,
     },

@@ -1,7 +1,7 @@
 //! ContentAddressableStorage and ActionCache.
 
 use crate::harness::{Server, absent, digest};
-use gorego::proto::reapi::{
+use gorego_reapi::proto::reapi::{
     self, ActionResult, BatchReadBlobsRequest, BatchUpdateBlobsRequest, Directory, DirectoryNode,
     FindMissingBlobsRequest, GetActionResultRequest, GetTreeRequest, OutputFile, SplitBlobRequest,
     UpdateActionResultRequest, batch_update_blobs_request::Request,
@@ -207,7 +207,7 @@ async fn a_result_comes_back_with_what_was_asked_to_be_inlined() {
     let mut messages = Vec::new();
     for (at, chunk) in large.chunks(1_000_000).enumerate() {
         let name = format!("uploads/{}/blobs/{}/10000000", uuid::Uuid::new_v4(), digest(&large).hash);
-        messages.push(gorego::proto::bytestream::WriteRequest {
+        messages.push(gorego_reapi::proto::bytestream::WriteRequest {
             resource_name: if at == 0 { name } else { String::new() },
             write_offset: at as i64 * 1_000_000,
             finish_write: at == 9,

@@ -1,7 +1,7 @@
 //! zstd on the wire: ByteStream, batches, and the compression of gRPC itself.
 
 use crate::harness::{Server, digest, eventually};
-use gorego::proto::{
+use gorego_reapi::proto::{
     bytestream::{QueryWriteStatusRequest, ReadRequest, WriteRequest},
     reapi::{
         self, BatchReadBlobsRequest, BatchUpdateBlobsRequest, FindMissingBlobsRequest,

@@ -1,7 +1,7 @@
 //! Execution and google.longrunning.Operations, over a scheduler that does what the test says.
 
 use crate::harness::{Die, Refuse, Server, Show, absent, completed, digest, eventually, executing};
-use gorego::{
+use gorego_reapi::{
     auxiliary::queue_status,
     error::Error,
     proto::{
@@ -49,9 +49,9 @@ async fn a_stream_shows_each_state_and_ends_well_after_the_result() {
     let server = Server::start().await;
     server.store(&[b"said"]).await;
     let mut other = server.cas();
-    let request = gorego::proto::reapi::BatchUpdateBlobsRequest {
+    let request = gorego_reapi::proto::reapi::BatchUpdateBlobsRequest {
         instance_name: "a/b/c".into(),
-        requests: vec![gorego::proto::reapi::batch_update_blobs_request::Request {
+        requests: vec![gorego_reapi::proto::reapi::batch_update_blobs_request::Request {
             digest: Some(digest(b"said")),
             data: "said".into(),
             compressor: 0,
@@ -232,7 +232,8 @@ async fn a_list_of_long_results_stays_within_a_message() {
     let server = Server::start().await;
     for _ in 0..8 {
         server.execution().execute(execute()).await.unwrap();
-        let file = gorego::proto::reapi::OutputFile { path: "x".repeat(1_000_000), ..Default::default() };
+        let file =
+            gorego_reapi::proto::reapi::OutputFile { path: "x".repeat(1_000_000), ..Default::default() };
         let result = ActionResult { output_files: vec![file], ..Default::default() };
         server.scheduler.send(Show(completed(Some(result), None))).await.unwrap();
     }

@@ -12,21 +12,19 @@ use gorego::{
         },
     },
     config::CommittedSize,
-    digest::{Digest, DigestFunction},
-    error::{Error, Result},
     grpc::{Edge, Settings, ask::Scheduler, health::Health},
     instance::{Instances, Policy},
     log_streams::{Limits, LogSettings, LogStreams},
-    proto::{
-        bytestream::byte_stream_client::ByteStreamClient,
-        longrunning::operations_client::OperationsClient,
-        reapi::{
-            self, action_cache_client::ActionCacheClient, capabilities_client::CapabilitiesClient,
-            content_addressable_storage_client::ContentAddressableStorageClient,
-            execution_client::ExecutionClient,
-        },
-    },
     under_way::UnderWay,
+};
+use gorego_client::stubs::{
+    ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,
+    ExecutionClient, OperationsClient,
+};
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    proto::reapi,
 };
 use std::{
     sync::{Arc, mpsc},

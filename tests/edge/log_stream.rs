@@ -1,9 +1,10 @@
 //! Log streams of clients over the wire: CreateLogStream, and what ByteStream does with their names.
 
 use crate::harness::Server;
-use gorego::proto::{
+use gorego_client::stubs::LogStreamServiceClient;
+use gorego_reapi::proto::{
     bytestream::{QueryWriteStatusRequest, ReadRequest, WriteRequest},
-    logstream::{CreateLogStreamRequest, LogStream, log_stream_service_client::LogStreamServiceClient},
+    logstream::{CreateLogStreamRequest, LogStream},
     reapi::ExecuteRequest,
 };
 use std::collections::HashSet;

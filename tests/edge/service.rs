@@ -2,7 +2,7 @@
 
 use crate::harness::Show;
 use crate::harness::{Server, absent, digest, eventually, executing};
-use gorego::proto::reapi::{
+use gorego_reapi::proto::reapi::{
     self, ExecuteRequest, FindMissingBlobsRequest, GetActionResultRequest, GetCapabilitiesRequest,
     RequestMetadata,
 };

@@ -6,7 +6,7 @@ use super::{
     fault,
     proxy::{Behaviour, Reply},
 };
-use gorego::proto::reapi::{ActionResult, Digest, GetActionResultRequest, UpdateActionResultRequest};
+use gorego_reapi::proto::reapi::{ActionResult, Digest, GetActionResultRequest, UpdateActionResultRequest};
 use prost::Message as _;
 use std::{
     collections::HashMap,

@@ -5,7 +5,7 @@ use super::{
     change::{self, code, exchange, request, response},
     fault,
 };
-use gorego::proto::{
+use gorego_reapi::proto::{
     asset::{FetchBlobRequest, FetchBlobResponse, PushBlobRequest, PushBlobResponse},
     rpc,
 };

@@ -6,7 +6,7 @@ use super::{
     fault,
     proxy::Behaviour,
 };
-use gorego::proto::{
+use gorego_reapi::proto::{
     bytestream::ReadRequest,
     reapi::{
         ActionCacheUpdateCapabilities, BatchUpdateBlobsRequest, BatchUpdateBlobsResponse, CacheCapabilities,

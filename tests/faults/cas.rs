@@ -7,7 +7,7 @@ use super::{
     proxy::{Behaviour, Messages},
 };
 use futures::{StreamExt as _, TryStreamExt as _, stream};
-use gorego::proto::{
+use gorego_reapi::proto::{
     reapi::{
         BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest, BatchUpdateBlobsResponse,
         Digest, FindMissingBlobsRequest, FindMissingBlobsResponse, GetTreeRequest, GetTreeResponse,
@@ -126,14 +126,14 @@ fn batch_update() -> Vec<Fault> {
                 for request in &mut asked.requests {
                     request.data.clear();
                     request.digest =
-                        Some(gorego::digest::DigestFunction::Sha256.digest(&request.data).to_wire());
+                        Some(gorego_reapi::digest::DigestFunction::Sha256.digest(&request.data).to_wire());
                 }
             })
         }),
         fault("BatchUpdate has no limit", &["CAS-15"], {
             exchange::<BatchUpdateBlobsRequest, BatchUpdateBlobsResponse>(update, |asked, answer| {
-                let stored = |request: &gorego::proto::reapi::batch_update_blobs_request::Request| {
-                    gorego::proto::reapi::batch_update_blobs_response::Response {
+                let stored = |request: &gorego_reapi::proto::reapi::batch_update_blobs_request::Request| {
+                    gorego_reapi::proto::reapi::batch_update_blobs_response::Response {
                         digest: request.digest.clone(),
                         status: Some(Default::default()),
                     }
@@ -196,11 +196,12 @@ fn batch_read() -> Vec<Fault> {
         }),
         fault("BatchRead has no limit", &["CAS-21"], {
             exchange::<BatchReadBlobsRequest, BatchReadBlobsResponse>(read, |asked, answer| {
-                let absent = |digest: &Digest| gorego::proto::reapi::batch_read_blobs_response::Response {
-                    digest: Some(digest.clone()),
-                    status: Some(rpc::Status { code: 5, ..Default::default() }),
-                    ..Default::default()
-                };
+                let absent =
+                    |digest: &Digest| gorego_reapi::proto::reapi::batch_read_blobs_response::Response {
+                        digest: Some(digest.clone()),
+                        status: Some(rpc::Status { code: 5, ..Default::default() }),
+                        ..Default::default()
+                    };
                 answer.or_else(|_| {
                     Ok(BatchReadBlobsResponse { responses: asked.digests.iter().map(absent).collect() })
                 })
@@ -260,8 +261,8 @@ fn get_tree() -> Vec<Fault> {
                     let mut named = Vec::new();
                     for page in &pages {
                         for directory in super::change::decode::<GetTreeResponse>(page.clone())?.directories {
-                            let digest =
-                                gorego::digest::DigestFunction::Sha256.digest(&directory.encode_to_vec());
+                            let digest = gorego_reapi::digest::DigestFunction::Sha256
+                                .digest(&directory.encode_to_vec());
                             present.insert(digest.to_wire().hash);
                             named.extend(directory.directories.into_iter().filter_map(|node| node.digest));
                         }

@@ -6,12 +6,13 @@
 use super::proxy::{Behaviour, Call, Messages, Reply, Upstream};
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
-use gorego::proto::{
+use gorego_client::stubs::ContentAddressableStorageClient;
+use gorego_reapi::proto::{
     longrunning::{Operation, operation},
     reapi::{
         Action, ActionResult, BatchReadBlobsRequest, BatchUpdateBlobsRequest, Command, Digest, Directory,
         ExecuteOperationMetadata, ExecuteRequest, ExecuteResponse, OutputDirectory, Tree,
-        batch_update_blobs_request, content_addressable_storage_client::ContentAddressableStorageClient,
+        batch_update_blobs_request,
     },
 };
 use prost::Message;
@@ -303,7 +304,7 @@ pub async fn read_blob(upstream: &Upstream, instance: &str, digest: Digest) -> O
 
 /// Stores a blob at the real server.
 pub async fn write_blob(upstream: &Upstream, instance: &str, data: Vec<u8>) -> Option<Digest> {
-    let digest = gorego::digest::DigestFunction::Sha256.digest(&data).to_wire();
+    let digest = gorego_reapi::digest::DigestFunction::Sha256.digest(&data).to_wire();
     let item = batch_update_blobs_request::Request {
         digest: Some(digest.clone()),
         data: data.into(),

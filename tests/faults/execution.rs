@@ -13,7 +13,7 @@ use super::{
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
-use gorego::proto::{
+use gorego_reapi::proto::{
     longrunning::{Operation, operation as outcome},
     reapi::{
         ActionResult, Digest, ExecuteRequest, ExecuteResponse, FileNode, GetActionResultRequest,
@@ -496,7 +496,9 @@ fn inputs() -> Vec<Fault> {
     vec![
         fault("something else lies in the root", &["EXE-33", "EXE-43"], {
             job(|job| {
-                let digest = gorego::digest::Digest::empty(gorego::digest::DigestFunction::Sha256).to_wire();
+                let digest =
+                    gorego_reapi::digest::Digest::empty(gorego_reapi::digest::DigestFunction::Sha256)
+                        .to_wire();
                 let node = FileNode { name: "left-over".into(), digest: Some(digest), ..Default::default() };
                 job.root.files.push(node);
             })

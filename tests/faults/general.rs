@@ -8,7 +8,7 @@ use super::{
 };
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
-use gorego::proto::{
+use gorego_reapi::proto::{
     bytestream::ReadResponse,
     reapi::{
         BatchUpdateBlobsResponse, Digest, FindMissingBlobsRequest, FindMissingBlobsResponse,
@@ -76,7 +76,8 @@ pub fn faults() -> Vec<Fault> {
         fault("an absent digest is the empty blob", &["GEN-05"], {
             request::<GetTreeRequest>("GetTree", |asked| {
                 asked.root_digest.get_or_insert_with(|| {
-                    gorego::digest::Digest::empty(gorego::digest::DigestFunction::Sha256).to_wire()
+                    gorego_reapi::digest::Digest::empty(gorego_reapi::digest::DigestFunction::Sha256)
+                        .to_wire()
                 });
             })
         }),
@@ -186,8 +187,8 @@ pub fn faults() -> Vec<Fault> {
             change::instead(find, |call, upstream| async move {
                 let header = "build.bazel.remote.execution.v2.requestmetadata-bin";
                 let metadata = call.metadata.get_bin(header).and_then(|value| value.to_bytes().ok());
-                let known =
-                    metadata.and_then(|bytes| gorego::proto::reapi::RequestMetadata::decode(bytes).ok());
+                let known = metadata
+                    .and_then(|bytes| gorego_reapi::proto::reapi::RequestMetadata::decode(bytes).ok());
                 if known.is_none() {
                     return Err(Status::invalid_argument("no RequestMetadata"));
                 }

@@ -7,7 +7,7 @@ use super::{
     fault,
 };
 use futures::StreamExt as _;
-use gorego::proto::{
+use gorego_reapi::proto::{
     longrunning::Operation,
     reapi::{ActionResult, ExecuteRequest, GetActionResultRequest},
 };

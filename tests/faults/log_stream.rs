@@ -6,7 +6,7 @@ use super::{
     fault,
 };
 use futures::{StreamExt as _, TryStreamExt as _, stream};
-use gorego::proto::{
+use gorego_reapi::proto::{
     bytestream::{ReadRequest, WriteRequest, WriteResponse},
     logstream::{CreateLogStreamRequest, LogStream},
 };

@@ -6,10 +6,11 @@ use super::{
     fault,
     proxy::Upstream,
 };
-use gorego::proto::{
+use gorego_client::stubs::OperationsClient;
+use gorego_reapi::proto::{
     longrunning::{
         CancelOperationRequest, GetOperationRequest, ListOperationsRequest, Operation, WaitOperationRequest,
-        operation, operations_client::OperationsClient,
+        operation,
     },
     rpc,
 };

@@ -5,7 +5,7 @@ use super::{
     change::{execute_response, job, request, result, result_with_blobs, trees, write_blob},
     fault,
 };
-use gorego::{
+use gorego_reapi::{
     digest::DigestFunction,
     proto::{
         reapi::{Digest, ExecuteRequest, LogFile, OutputDirectory, OutputFile},
@@ -15,7 +15,7 @@ use gorego::{
 use prost::Message as _;
 
 fn empty() -> Digest {
-    gorego::digest::Digest::empty(DigestFunction::Sha256).to_wire()
+    gorego_reapi::digest::Digest::empty(DigestFunction::Sha256).to_wire()
 }
 
 fn absent() -> Digest {

@@ -16,10 +16,12 @@ use gorego::{
         },
     },
     caller::Peer,
-    digest::{Digest, DigestFunction},
-    error::{Error, Result},
     instance::{Instance, Instances},
     log_streams::{Limits, LogSettings, LogStreams},
+};
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
     proto::reapi,
     tree::{Directory, InputTree},
 };

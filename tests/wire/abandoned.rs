@@ -2,7 +2,7 @@
 
 use crate::execution::running;
 use crate::support::{Client, PATIENCE, Run, Server, empty, eventually, metadata, response, sh};
-use gorego::proto::reapi::WaitExecutionRequest;
+use gorego_reapi::proto::reapi::WaitExecutionRequest;
 use std::time::{Duration, Instant};
 use tonic::Code;
 

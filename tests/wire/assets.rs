@@ -9,12 +9,13 @@ use axum::{
     routing::get,
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use gorego::{
+use gorego_client::stubs::{FetchClient, PushClient};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
         asset::{
             FetchBlobRequest, FetchBlobResponse, FetchDirectoryRequest, PushBlobRequest,
-            PushDirectoryRequest, Qualifier, fetch_client::FetchClient, push_client::PushClient,
+            PushDirectoryRequest, Qualifier,
         },
         reapi::{self, GetTreeRequest},
         rpc,
@@ -549,7 +550,7 @@ async fn fetch_directory(
     server: &Server,
     uri: &str,
     path: &str,
-) -> gorego::proto::asset::FetchDirectoryResponse {
+) -> gorego_reapi::proto::asset::FetchDirectoryResponse {
     let mut client = FetchClient::connect(server.endpoint()).await.unwrap();
     let qualifiers = if path.is_empty() { vec![] } else { vec![qualifier("directory", path)] };
     let request = FetchDirectoryRequest { uris: vec![uri.into()], qualifiers, ..Default::default() };

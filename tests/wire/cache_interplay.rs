@@ -1,7 +1,7 @@
 //! Execute and the action cache: EXE-16..21, AC-01..15 as far as they show through execution.
 
 use crate::support::{Client, Server, directory, empty, file, files_below, sh, sh_with, sha256};
-use gorego::{
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::reapi::{ActionResult, ExecuteRequest, UpdateActionResultRequest},
 };

@@ -2,12 +2,13 @@
 
 use crate::support::*;
 use bytes::Bytes;
-use gorego::{
+use gorego_client::stubs::CapabilitiesClient;
+use gorego_reapi::{
     chunking::{Chunking, Splitter},
     digest::{Digest, DigestFunction},
     proto::reapi::{
         self, GetCapabilitiesRequest, SpliceBlobRequest, SplitBlobRequest, SplitBlobResponse,
-        capabilities_client::CapabilitiesClient, chunking_function::Value,
+        chunking_function::Value,
     },
 };
 use tonic::{Code, Status};

@@ -1,7 +1,7 @@
 //! Compressed transfers against the real binary: what is kept over a restart, and what can be switched.
 
 use crate::support::{Client, Server, eventually, files_below, sha256};
-use gorego::{
+use gorego_reapi::{
     digest::Digest,
     proto::bytestream::{ReadRequest, WriteRequest},
 };

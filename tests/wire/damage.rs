@@ -1,7 +1,7 @@
 //! Stored files that were changed by somebody else: never wrong bytes, and everything heals by itself (CAS-22).
 
 use crate::support::{Client, Server, directory, empty, file, files_below, sh, sh_with, sha256};
-use gorego::{
+use gorego_reapi::{
     digest::Digest,
     proto::{
         bytestream::ReadRequest,

@@ -1,7 +1,7 @@
 //! Digest functions: each does everything that SHA-256 does, and none knows of another's blobs (GEN-06, GEN-08..11, CAP-05).
 
 use crate::support::{Client, Server, directory, file, missing_subjects, sh_with};
-use gorego::{
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
         bytestream::WriteRequest,

@@ -4,7 +4,7 @@ use crate::lifecycle::upload;
 use crate::support::{
     Client, PATIENCE, Server, directory, empty, eventually, file, metadata, sh, sh_with, sha256,
 };
-use gorego::{digest::Digest, proto::reapi::ExecuteResponse};
+use gorego_reapi::{digest::Digest, proto::reapi::ExecuteResponse};
 use std::{
     fs::{self, File},
     path::PathBuf,

@@ -1,7 +1,7 @@
 //! The operation stream and the command itself: EXE-01..15, EXE-39..46, EXE-59, EXE-60.
 
 use crate::support::{Server, empty, eventually, metadata, sh, sh_with};
-use gorego::proto::reapi::{
+use gorego_reapi::proto::reapi::{
     Command, ExecuteRequest, ExecutionPolicy, Platform, WaitExecutionRequest, command::EnvironmentVariable,
     platform::Property,
 };
@@ -169,7 +169,7 @@ async fn all_nine_timestamps_are_set_and_ordered() {
     ]
     .map(|time| time.map(|time| (time.seconds, time.nanos)).expect("set"));
     assert!(times.is_sorted(), "{times:?}");
-    let usage = gorego::auxiliary::resource_usage(&metadata.auxiliary_metadata).unwrap();
+    let usage = gorego_reapi::auxiliary::resource_usage(&metadata.auxiliary_metadata).unwrap();
     assert!(usage.max_resident_bytes > 0);
 }
 
@@ -292,7 +292,7 @@ async fn a_full_queue_says_when_to_come_back() {
     }
     let status = refused.expect("one running, one queued, one refused");
     assert_eq!((runs.len(), status.code()), (2, Code::ResourceExhausted));
-    let details = gorego::proto::rpc::Status::decode(status.details()).unwrap();
+    let details = gorego_reapi::proto::rpc::Status::decode(status.details()).unwrap();
     assert_eq!((details.code, details.message.as_str()), (8, status.message()), "GEN-17");
     let retry = details.details.iter().find(|any| any.type_url == "type.googleapis.com/google.rpc.RetryInfo");
     assert!(retry.is_some());

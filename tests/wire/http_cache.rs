@@ -1,7 +1,7 @@
 //! The cache over HTTP/1.1, beside gRPC clients of the same store.
 
 use crate::support::{Server, empty, eventually, sh, sha256};
-use gorego::{
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::reapi::{ActionResult, OutputFile},
 };

@@ -3,7 +3,7 @@
 use crate::support::{
     Client, Server, directory, empty, file, missing_subjects, sh, sh_with, sha256, subdirectory, symlink,
 };
-use gorego::{
+use gorego_reapi::{
     digest::Digest,
     proto::reapi::{Action, Command, ExecuteResponse, FileNode, NodeProperties},
 };

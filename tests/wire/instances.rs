@@ -1,12 +1,10 @@
 //! Instances with policies of their own: GEN-14, GEN-15, CAP-01, CAP-05, CAP-08, CAP-09, AC-12.
 
 use crate::support::{Client, Server, empty, sh, sha256};
-use gorego::{
+use gorego_client::stubs::CapabilitiesClient;
+use gorego_reapi::{
     digest::DigestFunction,
-    proto::reapi::{
-        ActionResult, GetCapabilitiesRequest, ServerCapabilities, UpdateActionResultRequest,
-        capabilities_client::CapabilitiesClient,
-    },
+    proto::reapi::{ActionResult, GetCapabilitiesRequest, ServerCapabilities, UpdateActionResultRequest},
 };
 use tonic::Code;
 
@@ -25,7 +23,7 @@ async fn capabilities(server: &Server, instance: &str) -> Result<ServerCapabilit
     client.get_capabilities(request).await.map(tonic::Response::into_inner)
 }
 
-async fn update(client: &Client, action: gorego::digest::Digest) -> Result<(), tonic::Status> {
+async fn update(client: &Client, action: gorego_reapi::digest::Digest) -> Result<(), tonic::Status> {
     let request = UpdateActionResultRequest {
         instance_name: client.instance.clone(),
         action_digest: Some(action.to_wire()),

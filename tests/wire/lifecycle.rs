@@ -2,9 +2,10 @@
 
 use crate::execution::running;
 use crate::support::{Client, Server, command, empty, eventually, metadata, sh, sh_with, sha256};
-use gorego::proto::{
+use gorego_client::stubs::LogStreamServiceClient;
+use gorego_reapi::proto::{
     bytestream::{ReadRequest, WriteRequest, WriteResponse},
-    logstream::{CreateLogStreamRequest, log_stream_service_client::LogStreamServiceClient},
+    logstream::CreateLogStreamRequest,
 };
 use std::{
     process::Command,
@@ -130,7 +131,7 @@ async fn sigterm_does_not_wait_for_an_action_that_nobody_follows() {
 }
 
 /// A download of which only the first message is taken.
-async fn stalled_read(client: &Client) -> tonic::Streaming<gorego::proto::bytestream::ReadResponse> {
+async fn stalled_read(client: &Client) -> tonic::Streaming<gorego_reapi::proto::bytestream::ReadResponse> {
     let big: Vec<u8> = (0..16_000_000u32).map(|n| (n % 251) as u8).collect();
     upload(client, &big).await.unwrap();
     let request = ReadRequest { resource_name: sha256(&big).blob_name(), ..Default::default() };
@@ -230,7 +231,8 @@ async fn after_kill_nine_the_store_is_whole() {
     let name = format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/{}", sha256(&big).blob_name());
     let end = std::time::Instant::now() + crate::support::PATIENCE;
     loop {
-        let request = gorego::proto::bytestream::QueryWriteStatusRequest { resource_name: name.clone() };
+        let request =
+            gorego_reapi::proto::bytestream::QueryWriteStatusRequest { resource_name: name.clone() };
         let status = client.bytes.clone().query_write_status(request).await.unwrap().into_inner();
         assert!(!status.complete);
         if status.committed_size > 0 {

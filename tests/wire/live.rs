@@ -1,7 +1,7 @@
 //! What a command prints, while it runs and after, and what is told about runs that did not go well.
 
 use crate::support::{Client, Run, Server, empty, metadata, response, sh, sha256};
-use gorego::{
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
         bytestream::{ReadRequest, ReadResponse},

@@ -4,11 +4,12 @@ use crate::{
     log_schema::Schema,
     support::{Client, PATIENCE, Server, command, empty, eventually, metadata, sh, sha256},
 };
-use gorego::proto::{
+use gorego_client::stubs::CapabilitiesClient;
+use gorego_reapi::proto::{
     longrunning::CancelOperationRequest,
     reapi::{
         ExecuteRequest, FindMissingBlobsRequest, GetActionResultRequest, GetCapabilitiesRequest,
-        RequestMetadata, capabilities_client::CapabilitiesClient,
+        RequestMetadata,
     },
 };
 use prost::Message as _;
@@ -88,7 +89,7 @@ async fn every_line_of_a_server_is_documented_and_says_what_happened() {
     rpcs += 5;
 
     let request = |action| {
-        let policy = gorego::proto::reapi::ExecutionPolicy { priority: 5 };
+        let policy = gorego_reapi::proto::reapi::ExecutionPolicy { priority: 5 };
         ExecuteRequest { execution_policy: Some(policy), ..client.request(action) }
     };
     let fresh = execute(&client, request(good)).await;

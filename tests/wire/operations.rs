@@ -4,7 +4,7 @@ use crate::{
     execution::running,
     support::{Server, empty, eventually, metadata, response, sh},
 };
-use gorego::proto::longrunning::{
+use gorego_reapi::proto::longrunning::{
     CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
     WaitOperationRequest,
 };

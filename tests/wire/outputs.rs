@@ -1,7 +1,7 @@
 //! What comes back: EXE-47..58, EXE-63.
 
 use crate::support::{Client, Server, empty, sh, sh_with, sha256};
-use gorego::{
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::reapi::{
         Command, Directory, GetTreeRequest, OutputDirectory, Tree, command::OutputDirectoryFormat,
@@ -27,7 +27,7 @@ async fn the_kind_of_an_output_path_is_decided_after_the_run() {
     let result = client.run_command(command).await;
     assert_eq!(paths(result.output_files.iter().map(|f| &f.path)), ["a file"]);
     assert_eq!(paths(result.output_directories.iter().map(|d| &d.path)), ["dir"]);
-    let links = |links: &[gorego::proto::reapi::OutputSymlink]| -> Vec<(String, String)> {
+    let links = |links: &[gorego_reapi::proto::reapi::OutputSymlink]| -> Vec<(String, String)> {
         let mut links: Vec<_> = links.iter().map(|l| (l.path.clone(), l.target.clone())).collect();
         links.sort();
         links
@@ -230,7 +230,7 @@ fn paths<'a>(paths: impl Iterator<Item = &'a String>) -> Vec<&'a str> {
     paths.map(String::as_str).collect()
 }
 
-fn parse(digest: Option<&gorego::proto::reapi::Digest>) -> Digest {
+fn parse(digest: Option<&gorego_reapi::proto::reapi::Digest>) -> Digest {
     Digest::from_wire(DigestFunction::Sha256, digest, "digest").unwrap()
 }
 

@@ -1,7 +1,7 @@
 //! Pools, fairness between builds, and what an operation that waits says about it: EXE-11, EXE-31, OPS-01, CAP-18.
 
 use crate::support::{Client, Run, Server, empty, eventually, metadata, sh};
-use gorego::{
+use gorego_reapi::{
     digest::Digest,
     proto::{
         gorego::QueueStatus,
@@ -31,7 +31,7 @@ fn until(gate: &Path) -> String {
 
 fn queue_status(operation: &Operation) -> Option<QueueStatus> {
     let known = metadata(operation).partial_execution_metadata?;
-    gorego::auxiliary::queue_status(&known.auxiliary_metadata)
+    gorego_reapi::auxiliary::queue_status(&known.auxiliary_metadata)
 }
 
 /// EXE-31.

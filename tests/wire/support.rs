@@ -1,17 +1,17 @@
 //! A real server on a free port, a raw client for each service, and builders for the blobs that tests need.
 
-use gorego::{
+use gorego_client::stubs::{
+    ActionCacheClient, ByteStreamClient, ContentAddressableStorageClient, ExecutionClient, OperationsClient,
+};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
-        bytestream::{ReadRequest, byte_stream_client::ByteStreamClient},
-        longrunning::{Operation, operation, operations_client::OperationsClient},
+        bytestream::ReadRequest,
+        longrunning::{Operation, operation},
         reapi::{
             Action, ActionResult, BatchUpdateBlobsRequest, Command as ReapiCommand, Directory, DirectoryNode,
             ExecuteOperationMetadata, ExecuteRequest, ExecuteResponse, FileNode, FindMissingBlobsRequest,
-            GetActionResultRequest, SymlinkNode, action_cache_client::ActionCacheClient,
-            batch_update_blobs_request, command::EnvironmentVariable,
-            content_addressable_storage_client::ContentAddressableStorageClient,
-            execution_client::ExecutionClient,
+            GetActionResultRequest, SymlinkNode, batch_update_blobs_request, command::EnvironmentVariable,
         },
         rpc,
     },
@@ -276,7 +276,7 @@ impl Client {
     }
 
     /// A digest that the server sent.
-    pub fn digest(&self, digest: Option<&gorego::proto::reapi::Digest>) -> Digest {
+    pub fn digest(&self, digest: Option<&gorego_reapi::proto::reapi::Digest>) -> Digest {
         Digest::from_wire(self.function, digest, "digest").unwrap()
     }
 
@@ -418,7 +418,7 @@ impl Client {
         self.text(result.stderr_digest.as_ref()).await
     }
 
-    async fn text(&self, digest: Option<&gorego::proto::reapi::Digest>) -> String {
+    async fn text(&self, digest: Option<&gorego_reapi::proto::reapi::Digest>) -> String {
         let Some(digest) = digest else { return String::new() };
         String::from_utf8(self.read(self.digest(Some(digest))).await.unwrap()).unwrap()
     }

@@ -2,13 +2,11 @@
 
 use crate::support::*;
 use actix::System;
-use gorego::{
-    actors::worker::{
-        launcher::protocol::{self, Kill, Order, Run, ToRunner},
-        messages::RunStage,
-    },
-    error::Error,
+use gorego::actors::worker::{
+    launcher::protocol::{self, Kill, Order, Run, ToRunner},
+    messages::RunStage,
 };
+use gorego_reapi::error::Error;
 use std::{
     fs,
     os::{fd::OwnedFd, unix::net::UnixStream},

@@ -1,10 +1,8 @@
 //! Where exec directories are, who owns them, and how they are removed.
 
 use crate::support::*;
-use gorego::{
-    actors::worker::{messages::SlotId, workspace::BuildRoot},
-    error::Error,
-};
+use gorego::actors::worker::{messages::SlotId, workspace::BuildRoot};
+use gorego_reapi::error::Error;
 use std::{fs, time::Duration};
 
 /// Compilers write their directory into what they make. Two runs at once cannot share one.
@@ -97,7 +95,7 @@ fn a_build_root_may_become_a_link_and_come_back() {
     let parent = tempfile::tempdir().unwrap();
     let [top, away, elsewhere] = ["build", "away", "elsewhere"].map(|name| parent.path().join(name));
     let build_root = BuildRoot::open(&top).unwrap();
-    let action = gorego::digest::Digest::empty(SHA256);
+    let action = gorego_reapi::digest::Digest::empty(SHA256);
     let create = || build_root.create(SlotId(0), &action).unwrap();
     let first = create();
     fs::rename(&top, &away).unwrap();
@@ -125,7 +123,7 @@ fn what_a_crashed_run_left_is_swept_and_nothing_else() {
         fs::set_permissions(left, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
         fs::create_dir(top.join("not-ours")).unwrap();
         let build_root = BuildRoot::open(&top).unwrap();
-        let fresh = build_root.create(SlotId(3), &gorego::digest::Digest::empty(SHA256)).unwrap();
+        let fresh = build_root.create(SlotId(3), &gorego_reapi::digest::Digest::empty(SHA256)).unwrap();
         eventually("leftovers are removed", || !top.join("3-17").exists()).await;
         assert!(top.join("not-ours").exists() && fresh.path().exists());
         assert!(outside.path().join("kept").exists());

@@ -1,7 +1,7 @@
 //! What a command finds in its input root.
 
 use crate::support::*;
-use gorego::{error::Error, proto::reapi};
+use gorego_reapi::{error::Error, proto::reapi};
 use prost::Message as _;
 use std::{fs, process};
 
@@ -35,7 +35,7 @@ fn the_input_root_is_reproduced_exactly() {
 fn a_working_directory_that_modes_of_the_input_root_close_is_refused_at_once() {
     with_worker(async |bench| {
         let below = bench.store.put(reapi::Directory::default().encode_to_vec());
-        let node = |name: &str, digest: gorego::digest::Digest| reapi::DirectoryNode {
+        let node = |name: &str, digest: gorego_reapi::digest::Digest| reapi::DirectoryNode {
             name: name.into(),
             digest: Some(digest.to_wire()),
         };

@@ -1,7 +1,7 @@
 //! What a command prints.
 
 use crate::support::*;
-use gorego::error::Error;
+use gorego_reapi::error::Error;
 use std::{fs, io::Write as _, time::Duration};
 
 /// A command cannot fill the disk with one file; the limit of these tests is 1 GiB.

@@ -1,7 +1,7 @@
 //! Which outputs a result names, and what is recorded of it.
 
 use crate::support::*;
-use gorego::{auxiliary::resource_usage, error::Error, proto::reapi};
+use gorego_reapi::{auxiliary::resource_usage, error::Error, proto::reapi};
 use prost::Message as _;
 use std::{fs, time::Duration};
 

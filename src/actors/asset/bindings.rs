@@ -4,7 +4,7 @@
 //! has expired is kept until room is needed, because "expired" is a better answer than "unknown".
 
 use super::request::AssetKey;
-use crate::{
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{gorego, reapi},
 };

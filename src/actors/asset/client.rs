@@ -11,14 +11,12 @@ use super::{
     outcome::{Failure, FailureKind, Fetched, Problem},
     request::{AssetRequest, Kind},
 };
-use crate::{
-    actors::cas::messages::CheckInputs,
-    caller::Caller,
+use crate::{actors::cas::messages::CheckInputs, caller::Caller, instance::Instance};
+use actix::{Addr, Handler, Message, dev::ToEnvelope};
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
 };
-use actix::{Addr, Handler, Message, dev::ToEnvelope};
 use reqwest::Url;
 use std::{
     sync::Arc,
@@ -119,7 +117,7 @@ impl Assets {
         }
         Err(Error::Exhausted {
             message: "what was fetched had to make room before it could be used".into(),
-            retry_after: Some(crate::error::DISK_FULL_RETRY),
+            retry_after: Some(gorego_reapi::error::DISK_FULL_RETRY),
         }
         .into())
     }

@@ -11,8 +11,8 @@ use super::{
     patience::Patience,
     request::AssetRequest,
 };
-use crate::{
-    actors::cas::client::Cas,
+use crate::actors::cas::client::Cas;
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
 };

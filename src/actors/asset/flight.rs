@@ -16,14 +16,16 @@ use crate::{
     actors::cas::{blob::BlobReader, client::Cas},
     budget::{Budget, Share},
     caller::Caller,
-    digest::{Digest, DigestFunction},
-    error::{Error, Result},
     instance::Instance,
     logging::Event,
 };
 use actix::Addr;
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+};
 use reqwest::Url;
 use std::{
     io::{self, Read, Seek, SeekFrom},

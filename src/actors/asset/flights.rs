@@ -13,8 +13,8 @@ use super::{
 use crate::{
     budget::{Bounds, Budget, Share},
     caller::Caller,
-    error::Result,
 };
+use gorego_reapi::error::Result;
 use std::{collections::BTreeMap, time::SystemTime};
 use tokio::{sync::watch, time::Instant};
 
@@ -155,10 +155,8 @@ impl Flights {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        actors::asset::outcome::{FailureKind, Problem},
-        error::Error,
-    };
+    use crate::actors::asset::outcome::{FailureKind, Problem};
+    use gorego_reapi::error::Error;
     use std::time::Duration;
 
     const KEY: AssetKey = AssetKey([1; 32]);

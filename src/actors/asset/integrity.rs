@@ -1,7 +1,7 @@
 //! Subresource integrity: the `checksum.sri` qualifier (AST-04). Pure.
 
-use crate::error::{Error, Result};
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use gorego_reapi::error::{Error, Result};
 use sha2::{Digest as _, Sha256, Sha384, Sha512};
 
 /// Checksums of which content has to meet at least one.

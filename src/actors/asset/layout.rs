@@ -4,12 +4,12 @@
 //! what is not a directory, and no link leads out. Since real directories are all that a path passes through, and a link may
 //! have ".." at its front only, no chain of links leads out either.
 
-use crate::{
+use bytes::Bytes;
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     path::{MAX_PATH_BYTES, check_node_name},
     proto::reapi,
 };
-use bytes::Bytes;
 use prost::Message as _;
 use std::collections::BTreeMap;
 
@@ -240,7 +240,7 @@ fn encode(names: &Names, function: DigestFunction, blobs: &mut Vec<(Digest, Byte
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tree::Directory;
+    use gorego_reapi::tree::Directory;
     use proptest::prelude::*;
 
     const SHA256: DigestFunction = DigestFunction::Sha256;

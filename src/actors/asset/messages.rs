@@ -6,8 +6,9 @@ use super::{
     flights::FlightId,
     request::{AssetKey, AssetRequest},
 };
-use crate::{caller::Caller, error::Result};
+use crate::caller::Caller;
 use actix::Message;
+use gorego_reapi::error::Result;
 use std::{sync::Arc, time::SystemTime};
 use tokio::{sync::watch, time::Instant};
 

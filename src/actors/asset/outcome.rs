@@ -1,6 +1,6 @@
 //! How a fetch ends: with content, with bad news from the origin, or with a fault of this server (AST-05).
 
-use crate::{digest::Digest, error::Error};
+use gorego_reapi::{digest::Digest, error::Error};
 use std::{error::Error as StdError, io, time::SystemTime};
 
 /// Content that is in the store.

@@ -64,10 +64,8 @@ impl BindingsFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        actors::asset::{bindings::Binding, request::AssetKey},
-        digest::DigestFunction,
-    };
+    use crate::actors::asset::{bindings::Binding, request::AssetKey};
+    use gorego_reapi::digest::DigestFunction;
     use std::{sync::Arc, time::SystemTime};
 
     #[test]

@@ -4,10 +4,10 @@
 //! download: content that was fetched with somebody's credentials is not served to those who do not have them.
 
 use super::integrity::Integrity;
-use crate::{
+use crate::instance::Instance;
+use gorego_reapi::{
     digest::DigestFunction,
     error::{Error, Result},
-    instance::Instance,
     path::RootPath,
 };
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};

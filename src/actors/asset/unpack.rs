@@ -13,8 +13,8 @@ use super::{
     layout::Layout,
     outcome::{FailureKind, Problem},
 };
-use crate::{digest::Digest, error::Error, path::MAX_PATH_BYTES};
 use flate2::read::MultiGzDecoder;
+use gorego_reapi::{digest::Digest, error::Error, path::MAX_PATH_BYTES};
 use liblzma::{read::XzDecoder, stream::Stream as XzStream};
 use std::{
     cell::Cell,

@@ -16,10 +16,10 @@ use super::{
     settings::{LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
     writer::write_new,
 };
-use crate::{
+use crate::instance::Instance;
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
     proto::reapi,
     tree::MAX_MESSAGE_MEMORY,
 };

@@ -17,12 +17,12 @@ use super::{
     stamps::{COARSE_TICK, nobody_writes, stamp_of},
     zstd_form::check_form,
 };
-use crate::{
+use crate::regular_file;
+use bytes::Bytes;
+use gorego_reapi::{
     digest::{Digest, Hasher},
     error::{Error, Result},
-    regular_file,
 };
-use bytes::Bytes;
 use std::{
     fs::File,
     io,

@@ -20,13 +20,15 @@ use super::{
 use crate::{
     budget::{Budget, Share},
     caller::Caller,
-    chunking::{Chunking, Splitter},
-    digest::Digest,
-    error::{Error, Result},
     instance::{Instance, InstanceId},
     logging::Event,
 };
 use bytes::Bytes;
+use gorego_reapi::{
+    chunking::{Chunking, Splitter},
+    digest::Digest,
+    error::{Error, Result},
+};
 use std::{collections::HashSet, sync::Arc, time::Instant};
 
 /// Splits and splices that run at the same time; each keeps about two cores busy. Others wait.

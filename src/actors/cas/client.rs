@@ -19,13 +19,15 @@ use super::{
 use crate::{
     budget::{Budget, Share},
     caller::{Caller, Peer},
-    digest::{Digest, DigestFunction},
-    error::{Error, Result},
     instance::Instance,
-    tree::InputTree,
 };
 use actix::{Addr, Handler, Message, dev::ToEnvelope};
 use bytes::Bytes;
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    tree::InputTree,
+};
 use std::{collections::HashSet, fs::File, sync::Arc};
 use tokio::{sync::oneshot, time::Instant};
 

@@ -8,7 +8,10 @@
 use crate::{
     budget::{Bounds, Budget, Share},
     caller::Caller,
-    compression::{DECODER_BYTES, Decoder},
+    memory,
+};
+use gorego_reapi::{
+    compression::{DECODER_BYTES, Decoder, Room},
     error::{Error, Result},
 };
 use std::time::Duration;
@@ -26,11 +29,31 @@ const SMALL_BYTES: u64 = 2 * DECODER_BYTES;
 /// How long a compressed upload waits for its turn to be decoded.
 const WAIT: Duration = Duration::from_secs(30);
 
+/// What one decoder holds of [`DECODERS`].
+#[derive(Debug)]
+pub struct DecoderRoom(Share);
+
+impl Room for DecoderRoom {
+    fn amount(&self) -> u64 {
+        self.0.amount()
+    }
+
+    fn grow(&mut self, more: u64) -> Result<()> {
+        Ok(self.0.grow(more)?)
+    }
+}
+
+impl Drop for DecoderRoom {
+    fn drop(&mut self) {
+        memory::freed(self.0.amount());
+    }
+}
+
 /// Waits for room to decode a stream that begins with these bytes and stands for at most `limit` bytes.
 ///
 /// # Errors
 /// `Exhausted` when there is none for too long.
-pub async fn room(decoders: &Budget, caller: Caller, head: &[u8], limit: u64) -> Result<Share> {
+pub async fn room(decoders: &Budget, caller: Caller, head: &[u8], limit: u64) -> Result<DecoderRoom> {
     let bytes = Decoder::memory(head, limit);
     let room = async {
         match bytes <= SMALL_BYTES {
@@ -39,7 +62,7 @@ pub async fn room(decoders: &Budget, caller: Caller, head: &[u8], limit: u64) ->
         }
     };
     match timeout(WAIT, room).await {
-        Ok(room) => Ok(room?),
+        Ok(room) => Ok(DecoderRoom(room?)),
         Err(_) => Err(Error::Exhausted {
             message: "too many compressed uploads are going on at the same time; try again".into(),
             retry_after: Some(WAIT),

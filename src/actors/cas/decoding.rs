@@ -8,13 +8,12 @@
 //! for two of the largest, and a peer that holds some leaves room for one to the others.
 
 use super::{client::Cas, settings::SMALL_TREE_BYTES};
-use crate::{
-    budget::Share,
+use crate::{budget::Share, memory};
+use bytes::Bytes;
+use gorego_reapi::{
     error::Result,
-    memory,
     wire::{self, UNCOUNTED_BYTES},
 };
-use bytes::Bytes;
 use prost::{Message, Name};
 
 /// What a message of this many bytes takes at worst, when it is read and decoded within a bound.

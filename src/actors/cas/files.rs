@@ -23,12 +23,14 @@ use super::{
     stamps::{change_unobserved, has_fine_change_times, settled, stamp_of},
 };
 use crate::{
-    digest::{Digest, DigestFunction},
     disk::Space,
-    error::{Error, Result},
     instance::{InstanceId, Instances},
     regular_file,
     spread::spread_subdirectories,
+};
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
 };
 use rustix::fs::{FlockOperation, flock};
 use std::{

@@ -11,8 +11,9 @@ use super::{
     requests::{DiscardPartials, Reserve, SettleUses, Unreserve},
     settings::ROOM_STEP_BYTES,
 };
-use crate::{budget::Share, caller::Caller, error::Result};
+use crate::{budget::Share, caller::Caller};
 use actix::Addr;
+use gorego_reapi::error::Result;
 use tokio::runtime::Handle;
 
 /// Entries that are not evicted while this is held.

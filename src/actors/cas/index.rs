@@ -19,7 +19,7 @@
 
 pub use words::*;
 
-use crate::digest::Digest;
+use gorego_reapi::digest::Digest;
 use hashbrown::HashTable;
 use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},

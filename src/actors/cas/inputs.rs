@@ -14,10 +14,10 @@ use super::{
     lookup::Purpose,
     settings::{DIRECTORIES_AT_ONCE, LOOKUPS_PER_TURN, SMALL_BLOB_BYTES},
 };
-use crate::{
+use crate::instance::Instance;
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
     tree::{Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY, MAX_TREE_DEPTH, MAX_TREE_NODES},
 };
 use rustix::fs::{Mode, OFlags, copy_file_range, fchmod, openat};

@@ -11,13 +11,11 @@ use super::{
     view::LookUp,
 };
 use crate::{
-    digest::Digest,
-    error::Result,
     instance::{Instance, InstanceId},
     logging::Event,
-    proto::reapi,
 };
 use actix::{AsyncContext as _, Handler, MessageResult};
+use gorego_reapi::{digest::Digest, error::Result, proto::reapi};
 use std::{collections::HashSet, sync::Arc};
 use tokio::task;
 

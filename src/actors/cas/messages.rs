@@ -3,9 +3,8 @@
 //! Everybody else (RPC handlers, worker threads) goes through [`super::client::Cas`], which turns each call into one or two
 //! of the actor's private messages and does the file work outside the actor.
 
-use crate::{
-    action::Action, caller::Caller, digest::Digest, error::Result, instance::Instance, proto::reapi,
-};
+use crate::{action::Action, caller::Caller, instance::Instance};
+use gorego_reapi::{digest::Digest, error::Result, proto::reapi};
 use std::sync::Arc;
 
 /// Looks an Execute request up: is there a complete result, or what is to be run?

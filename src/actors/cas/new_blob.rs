@@ -15,12 +15,12 @@ use super::{
     received::Received,
     requests::{Commit, WrittenFile},
 };
-use crate::{
+use crate::instance::Instance;
+use bytes::Bytes;
+use gorego_reapi::{
     digest::{Digest, DigestFunction, Hasher},
     error::{Error, Result},
-    instance::Instance,
 };
-use bytes::Bytes;
 use std::io::Write as _;
 
 /// Bytes that are collected before a blocking thread is bothered; a blob that ends before has no temporary file.

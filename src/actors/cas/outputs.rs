@@ -15,12 +15,12 @@ use super::{
     stamps::{Writers, lease},
     writer::write_new,
 };
-use crate::{
+use crate::instance::Instance;
+use bytes::Bytes;
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
-    instance::Instance,
 };
-use bytes::Bytes;
 use rustix::fs::{CWD, Mode, fchmod, renameat};
 use std::{
     collections::HashSet,

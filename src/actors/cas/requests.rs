@@ -11,8 +11,9 @@ use super::{
     results::LoadedResult,
     uploads::{Attempt, Partial, Progress},
 };
-use crate::{budget::Bound, caller::Caller, digest::Digest, error::Result, proto::reapi};
+use crate::{budget::Bound, caller::Caller};
 use actix::{Addr, Message};
+use gorego_reapi::{digest::Digest, error::Result, proto::reapi};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 

@@ -16,16 +16,15 @@ use super::{
     requests::ResultLookup,
     settings::{MAX_ACTION_BYTES, MAX_ACTION_MEMORY},
 };
-use crate::{
-    action::Action,
+use crate::{action::Action, instance::Instance};
+use actix::{Handler, ResponseFuture};
+use bytes::Bytes;
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
     proto::reapi,
     wire,
 };
-use actix::{Handler, ResponseFuture};
-use bytes::Bytes;
 use std::sync::Arc;
 
 /// An action that was read and checked.

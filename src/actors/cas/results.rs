@@ -4,7 +4,8 @@
 //! checksum or key is wrong is a miss. Results never carry inlined contents on disk or in memory: whoever stores one turns
 //! them into blobs first, and whoever serves one reads them back on request (AC-05).
 
-use crate::{
+use bytes::Bytes;
+use gorego_reapi::{
     auxiliary::modernise,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
@@ -13,7 +14,6 @@ use crate::{
     tree::MAX_MESSAGE_MEMORY,
     wire::{self, Limits},
 };
-use bytes::Bytes;
 use prost::Message as _;
 use std::{collections::HashSet, sync::Arc, time::SystemTime};
 

@@ -11,12 +11,8 @@ use super::{
     results,
     settings::MAX_RESULT_FILE_BYTES,
 };
-use crate::{
-    digest::{Digest, DigestFunction},
-    instance::InstanceId,
-    logging::Event,
-    regular_file,
-};
+use crate::{instance::InstanceId, logging::Event, regular_file};
+use gorego_reapi::digest::{Digest, DigestFunction};
 use std::{
     collections::HashMap,
     fs, io,

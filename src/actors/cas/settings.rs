@@ -1,10 +1,7 @@
 //! [`StoreSettings`]: what the store is told from outside, and the bounds that are its own.
 
-use crate::{
-    action::TimeoutPolicy,
-    budget::Bounds,
-    tree::{MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY},
-};
+use crate::{action::TimeoutPolicy, budget::Bounds};
+use gorego_reapi::tree::{MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY};
 use std::{path::PathBuf, time::Duration};
 
 /// What the store is told at start.
@@ -18,7 +15,7 @@ pub struct StoreSettings {
     pub max_blob_bytes: u64,
     /// How long the bytes of a broken upload are kept for its client to go on (BS-20).
     pub partial_upload_retention: Duration,
-    /// How hard blobs are compressed for those who read them compressed; one of [`crate::compression::LEVELS`].
+    /// How hard blobs are compressed for those who read them compressed; one of [`gorego_reapi::compression::LEVELS`].
     pub zstd_level: i32,
     /// Which timeouts an Action may ask for.
     pub timeouts: TimeoutPolicy,

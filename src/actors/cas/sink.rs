@@ -6,16 +6,16 @@
 
 use super::{
     blob::hash_mismatch,
+    decoders::DecoderRoom,
     files::{Files, TemporaryFile},
     index::Stamp,
 };
-use crate::{
-    budget::Share,
+use bytes::Bytes;
+use gorego_reapi::{
     compression::{Decoder, decode_all},
     digest::{Digest, Hasher},
     error::{Error, Result},
 };
-use bytes::Bytes;
 use std::{
     io::{self, Write as _},
     path::Path,
@@ -53,7 +53,7 @@ impl Inflow {
     ///
     /// # Errors
     /// `Internal` when there is no memory for it.
-    pub fn begin(&mut self, left: u64, room: Share) -> Result<()> {
+    pub fn begin(&mut self, left: u64, room: DecoderRoom) -> Result<()> {
         if let Self::Zstd(decoder) = self {
             *decoder = Some(Box::new(Decoder::new(left)?.within(room)));
         }

@@ -15,13 +15,13 @@ use super::{
     index::Found,
     lookup::Purpose,
 };
-use crate::{
+use crate::instance::Instance;
+use bytes::Bytes;
+use gorego_reapi::{
     chunking::{Chunking, Splitter},
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
 };
-use bytes::Bytes;
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,

@@ -13,11 +13,10 @@ use super::{blob::BlobReader, client::*, *};
 use crate::{
     action::TimeoutPolicy,
     caller::{Caller, Peer},
-    digest::DigestFunction,
     instance::Instance,
-    proto::reapi,
 };
 use bytes::Bytes;
+use gorego_reapi::{digest::DigestFunction, proto::reapi};
 use std::{
     path::{Path, PathBuf},
     rc::Rc,
@@ -170,6 +169,8 @@ fn overwrite(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     std::fs::write(path, bytes).unwrap();
 }
 
+/// Bytes without any order, always the same for a seed.
 fn noise(length: usize, seed: u64) -> Bytes {
-    crate::compression::test_bytes(length, seed).into()
+    let block = |n: u64| SHA256.digest(&[seed.to_le_bytes(), n.to_le_bytes()].concat()).hash().to_vec();
+    (0..).flat_map(block).take(length).collect()
 }

@@ -11,8 +11,9 @@ use super::{
     stamps::{COARSE_TICK, Writers, lease, stamp_of},
     uploads::Partial,
 };
-use crate::{error::Result, logging::Event, regular_file};
+use crate::{logging::Event, regular_file};
 use actix::{Addr, AsyncContext as _, Context};
+use gorego_reapi::error::Result;
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, futimens};
 use std::{fs::File, future::Future, time::Instant};
 use tokio::task::JoinHandle;

@@ -17,9 +17,9 @@ use super::{
 use crate::{
     budget::Bound,
     caller::{Caller, Peer},
-    digest::Digest,
 };
 use actix::Addr;
+use gorego_reapi::digest::Digest;
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{

@@ -13,7 +13,8 @@ use super::{
     settings::{LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
     unix_seconds,
 };
-use crate::{digest::Digest, instance::InstanceId};
+use crate::instance::InstanceId;
+use gorego_reapi::digest::Digest;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// What look-ups leave for the actor to do.
@@ -149,7 +150,8 @@ impl LookUp<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{actors::cas::index::FileId, digest::DigestFunction};
+    use crate::actors::cas::index::FileId;
+    use gorego_reapi::digest::DigestFunction;
     use std::{
         sync::atomic::{AtomicBool, Ordering},
         thread,

@@ -27,12 +27,12 @@ use super::{
     sink::{Inflow, Sink, WHOLE_BYTES, failed},
     uploads::Attempt,
 };
-use crate::{
+use bytes::Bytes;
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
     resource_name::Encoding,
 };
-use bytes::Bytes;
 use std::{
     fs::remove_file,
     io::{self, Write as _},

@@ -22,11 +22,13 @@ use super::{
     stamps::stamp_of,
 };
 use crate::{
+    instance::{Instance, InstanceId},
+    logging::Event,
+};
+use gorego_reapi::{
     compression::{CHUNK_BYTES, Decoder, Encoder, SeekTable, TABLE_END_BYTES, saves},
     digest::Digest,
     error::{Error, Result},
-    instance::{Instance, InstanceId},
-    logging::Event,
 };
 use std::{
     fs::File,

@@ -14,14 +14,13 @@ use super::{
     settings::SMALL_BLOB_BYTES,
     zstd_form::{Form, History},
 };
-use crate::{
-    budget::Share,
+use crate::{budget::Share, instance::Instance};
+use bytes::{Bytes, BytesMut};
+use gorego_reapi::{
     compression::{CHUNK_BYTES, saves, stored_frame},
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
 };
-use bytes::{Bytes, BytesMut};
 use std::sync::Arc;
 use tokio::task::JoinHandle;
 

@@ -41,9 +41,9 @@ use super::{
 use crate::{
     action::Action,
     actors::{cas::messages::Resolution, worker::messages::TaskId},
-    error::{Error, Result},
     instance::Instance,
 };
+use gorego_reapi::error::{Error, Result};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     hash::RandomState,

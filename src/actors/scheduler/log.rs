@@ -4,10 +4,8 @@ use super::{
     operation::Outcome,
     transition::{Event as Step, Phases, RunPlace, Transition},
 };
-use crate::{
-    error::Error,
-    logging::{Event, Field},
-};
+use crate::logging::{Event, Field};
+use gorego_reapi::error::Error;
 use log::Log;
 use std::time::Duration;
 
@@ -99,16 +97,14 @@ fn millis(time: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        actors::{
-            scheduler::{
-                ledger::fixtures::{submit, work},
-                operation::{OperationId, OperationInfo},
-            },
-            worker::messages::SlotId,
+    use crate::actors::{
+        scheduler::{
+            ledger::fixtures::{submit, work},
+            operation::{OperationId, OperationInfo},
         },
-        proto::reapi,
+        worker::messages::SlotId,
     };
+    use gorego_reapi::proto::reapi;
     use log::{Record, kv::Value};
     use prost_types::Timestamp;
     use serde_json::{Map, Value as Json, json};

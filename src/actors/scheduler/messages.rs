@@ -1,7 +1,8 @@
 //! What RPC handlers ask of the scheduler. Each message is one intent and its reply the whole answer.
 
 use super::operation::{ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription};
-use crate::{caller::Caller, digest::Digest, error::Result, instance::Instance};
+use crate::{caller::Caller, instance::Instance};
+use gorego_reapi::{digest::Digest, error::Result};
 use std::sync::Arc;
 
 /// Takes an action in: answered from the cache, joined to the same work in flight, or queued.

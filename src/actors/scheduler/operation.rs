@@ -2,12 +2,11 @@
 
 use super::transition::RunPlace;
 use crate::{
-    actors::worker::messages::RunStage,
-    caller::Peer,
+    actors::worker::messages::RunStage, caller::Peer, instance::Instance, log_streams::run::RunLogs,
+};
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
-    log_streams::run::RunLogs,
     proto::reapi,
 };
 use std::{fmt, str::FromStr, sync::Arc, time::SystemTime};

@@ -10,12 +10,8 @@ use super::{
     room::Places,
     settings::{Moment, SchedulerSettings},
 };
-use crate::{
-    actors::worker::messages::TaskId,
-    caller::Peer,
-    error::{Error, Result},
-    instance::Instance,
-};
+use crate::{actors::worker::messages::TaskId, caller::Peer, instance::Instance};
+use gorego_reapi::error::{Error, Result};
 use prost::Message as _;
 use std::{
     collections::{BTreeMap, HashMap},

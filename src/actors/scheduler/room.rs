@@ -15,10 +15,8 @@ use super::{
     queue::Owner,
     settings::{QUEUE_FULL_RETRY, SchedulerSettings},
 };
-use crate::{
-    caller::Peer,
-    error::{Error, Result},
-};
+use crate::caller::Peer;
+use gorego_reapi::error::{Error, Result};
 use std::collections::HashMap;
 
 /// How many times as much as what is free a peer may have, and a build of what is left to its peer. One peer alone fills 8/9

@@ -7,9 +7,9 @@
 use crate::{
     action::Action,
     actors::{scheduler::transition::RunPlace, worker::messages::SlotId},
-    error::{Error, Result},
     platform::{self, Known, Offers, UnknownProperties},
 };
+use gorego_reapi::error::{Error, Result};
 use std::{collections::BTreeSet, sync::Arc};
 
 /// Properties that one action may ask for. Each is looked up in each pool; nobody has use for more than a few.

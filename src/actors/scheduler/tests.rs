@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 /// A CAS that knows these actions and has all inputs.
 #[derive(Default)]
 struct FakeCas {
-    actions: HashMap<crate::digest::Digest, Resolution>,
+    actions: HashMap<gorego_reapi::digest::Digest, Resolution>,
 }
 
 impl Actor for FakeCas {

@@ -1,7 +1,8 @@
 //! [`Transition`]: what happened to an operation, as a value. The ledger returns them; logs, metrics and a journal read them.
 
 use super::operation::{OperationInfo, Outcome};
-use crate::{actors::worker::messages::SlotId, error::Error, proto::reapi};
+use crate::actors::worker::messages::SlotId;
+use gorego_reapi::{error::Error, proto::reapi};
 use prost_types::Timestamp;
 use std::{sync::Arc, time::Duration};
 

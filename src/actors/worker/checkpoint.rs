@@ -1,7 +1,7 @@
 //! [`Checkpoint`]: asked between two files, so that a cancelled or slow transfer ends soon.
 
 use super::cancel::CancelToken;
-use crate::error::{Error, Result};
+use gorego_reapi::error::{Error, Result};
 use std::time::{Duration, Instant};
 
 /// The bounds of one step of a run.

@@ -4,7 +4,7 @@
 //! through one pair of readings at the start. So they stay in order and keep their distances even when somebody sets the
 //! wall clock in the middle (EXE-60). Nothing here reads a clock except [`Moment::now`] and [`Timeline::start`].
 
-use crate::{
+use gorego_reapi::{
     auxiliary::pack_resource_usage,
     proto::{gorego, reapi},
 };

@@ -112,7 +112,8 @@ pub fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i32, Stri
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{action::DirectoryFormat, path::RootPath};
+    use crate::action::DirectoryFormat;
+    use gorego_reapi::path::RootPath;
 
     fn command(program: &str, path: Option<&str>) -> Command {
         Command {

@@ -12,8 +12,8 @@ use super::{
     dir::{self, Cursor},
     store::Inputs,
 };
-use crate::{
-    action::Command,
+use crate::action::Command;
+use gorego_reapi::{
     error::{Error, Result},
     path::RootPath,
     tree::{Directory, NodeProperties},

@@ -16,10 +16,9 @@ mod spawn;
 mod sys;
 
 use super::{cancel::CancelToken, clock::Moment, command::Launch};
-use crate::{
+use crate::{log_streams::run::LogKind, logging::Event};
+use gorego_reapi::{
     error::{Error, Result},
-    log_streams::run::LogKind,
-    logging::Event,
     proto::gorego,
 };
 use protocol::{Ended, Failed, Order, Reply, Run, ToRunner, Unkept};

@@ -1,10 +1,9 @@
 //! What the scheduler and a worker say to each other.
 
 use super::cancel::CancelToken;
-use crate::{
-    action::Action, caller::Peer, digest::Digest, error::Error, log_streams::run::RunLogs, proto::reapi,
-};
+use crate::{action::Action, caller::Peer, log_streams::run::RunLogs};
 use actix::Recipient;
+use gorego_reapi::{digest::Digest, error::Error, proto::reapi};
 use std::{sync::Arc, time::SystemTime};
 
 /// Names one piece of work inside this process; the work of one action, however many operations wait for it.

@@ -12,14 +12,14 @@ use super::{
     dir::{self, FileId},
     store::{BlobStore, Outputs},
 };
-use crate::{
-    action::{Action, OutputKind, OutputRequest},
+use crate::action::{Action, OutputKind, OutputRequest};
+use encode::Encoded;
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
     path::RootPath,
     proto::reapi,
 };
-use encode::Encoded;
 use rustix::{
     fs::{self as rfs, FileType, Mode, OFlags},
     io::Errno,

@@ -16,14 +16,16 @@ use super::{
 };
 use crate::{
     actors::cas::{client::Provenance, results::check_size},
-    digest::Digest,
     disk::Space,
-    error::{Error, Result},
     log_streams::{
         LiveRun,
         run::{LogKind, RunLogs},
     },
     logging::{Event, Field},
+};
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
     proto::reapi,
 };
 use rustix::fs::{self as rfs, OFlags};

@@ -7,7 +7,8 @@ use super::{
     launcher::{Ending, Ran},
     run::SIGNAL_BASE,
 };
-use crate::{action::Action, error::Error};
+use crate::action::Action;
+use gorego_reapi::error::Error;
 use std::{
     fmt::Write as _,
     time::{Duration, SystemTime},

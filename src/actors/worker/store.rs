@@ -6,9 +6,11 @@ use crate::{
         client::{Cas, Provenance, StagedInputs},
     },
     caller::Peer,
+    instance::Instance,
+};
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::Result,
-    instance::Instance,
     proto::reapi,
     tree::InputTree,
 };

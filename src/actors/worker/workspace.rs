@@ -21,11 +21,10 @@ use super::{
     disk_watch::DiskWatch,
     messages::SlotId,
 };
-use crate::{
+use crate::{logging::Event, spread::spread_subdirectories};
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    logging::Event,
-    spread::spread_subdirectories,
 };
 use removal::{Job, Remover, Ticket};
 use rustix::{

@@ -6,12 +6,14 @@ use crate::{
         Connections,
         answers::{ANSWERS, FRAME_BYTES},
     },
-    digest::DigestFunction,
     grpc::accept::ConnectionInfo,
     instance::Instances,
-    proto::reapi::{DirectoryNode, FileNode},
 };
 use futures::executor::block_on;
+use gorego_reapi::{
+    digest::DigestFunction,
+    proto::reapi::{DirectoryNode, FileNode},
+};
 use proptest::prelude::*;
 use std::collections::HashMap;
 

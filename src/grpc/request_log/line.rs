@@ -3,11 +3,11 @@
 use super::{Call, ERROR_MAX_BYTES, METHOD_MAX_BYTES, RPC_FINISHED, State, TARGET};
 use crate::{
     connections::{End, OpenCall},
-    grpc::status,
     instance::Instance,
     logging::{Event, Field},
     under_way::Unfinished,
 };
+use gorego_reapi::status;
 use http::{HeaderMap, Uri};
 use std::{
     mem,
@@ -162,7 +162,7 @@ fn percent_decode(text: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Error;
+    use gorego_reapi::error::Error;
     use tonic::Status;
 
     #[test]

@@ -1,7 +1,7 @@
 //! Archives of every format, and hostile ones.
 
 use super::*;
-use crate::digest::DigestFunction;
+use gorego_reapi::digest::DigestFunction;
 use proptest::prelude::*;
 use std::{collections::HashMap, io::Write as _};
 
@@ -280,7 +280,7 @@ fn faults_of_the_store_are_not_blamed_on_the_archive() {
     struct Full;
     impl Contents for Full {
         fn put(&mut self, _: &mut dyn Read) -> Result<Digest, Problem> {
-            Err(crate::error::Error::internal("no store").into())
+            Err(gorego_reapi::error::Error::internal("no store").into())
         }
     }
     let tar = sample_tar();
@@ -289,7 +289,7 @@ fn faults_of_the_store_are_not_blamed_on_the_archive() {
     struct Failing;
     impl Read for Failing {
         fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
-            Err(Problem::Server(crate::error::Error::internal("no disk")).into_io())
+            Err(Problem::Server(gorego_reapi::error::Error::internal("no disk")).into_io())
         }
     }
     impl Seek for Failing {
@@ -325,7 +325,7 @@ proptest! {
         bytes.truncate(cut.max(1));
         if let Ok(layout) = read(&bytes) {
             for (_, directory) in layout.directories(SHA256).1 {
-                prop_assert!(crate::tree::Directory::decode(&directory, SHA256).is_ok());
+                prop_assert!(gorego_reapi::tree::Directory::decode(&directory, SHA256).is_ok());
             }
         }
     }

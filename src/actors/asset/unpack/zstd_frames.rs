@@ -5,7 +5,7 @@
 //! feature out is not in our hands alone: whoever else of our dependencies uses the library asks for it as well.)
 
 use super::ZSTD_WINDOW_LOG_MAX;
-use crate::compression::is_frame_magic;
+use gorego_reapi::compression::is_frame_magic;
 use std::{
     io::{self, BufRead, Chain, Cursor, Read},
     mem,

@@ -1,7 +1,8 @@
 //! The index against a naive model, with random operations.
 
 use super::*;
-use crate::{digest::DigestFunction, instance::InstanceId};
+use crate::instance::InstanceId;
+use gorego_reapi::digest::DigestFunction;
 use proptest::prelude::*;
 use std::collections::HashSet;
 

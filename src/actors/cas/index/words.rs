@@ -1,6 +1,7 @@
 //! The words in which the index is asked and answers.
 
-use crate::{digest::Digest, error::Error, instance::InstanceId};
+use crate::instance::InstanceId;
+use gorego_reapi::{digest::Digest, error::Error};
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -143,6 +144,9 @@ impl From<Shortage> for Error {
              readers and {reserved} are promised to other uploads (max_size_gb raises the limit)"
         );
         // What does not fit an empty store will not fit later.
-        Self::Exhausted { message, retry_after: (wanted <= limit).then_some(crate::error::DISK_FULL_RETRY) }
+        Self::Exhausted {
+            message,
+            retry_after: (wanted <= limit).then_some(gorego_reapi::error::DISK_FULL_RETRY),
+        }
     }
 }

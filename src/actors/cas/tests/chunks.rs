@@ -1,8 +1,8 @@
 //! Splits and splices: what is stored, remembered, refused, and left behind.
 
 use super::*;
-use crate::chunking::{Chunking, Splitter};
 use futures::FutureExt as _;
+use gorego_reapi::chunking::{Chunking, Splitter};
 
 fn small() -> Chunking {
     Chunking::fast_cdc(4_096, 0).unwrap()

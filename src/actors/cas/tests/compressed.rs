@@ -1,11 +1,9 @@
 //! zstd: uploads, reads from any offset, forms, batches.
 
 use super::*;
-use crate::{
-    actors::cas::{blob::BlobWriter, settings::SMALL_BLOB_BYTES},
-    compression::{CHUNK_BYTES, decode_all, stored_frame},
-};
+use crate::actors::cas::{blob::BlobWriter, settings::SMALL_BLOB_BYTES};
 use futures::future::join_all;
+use gorego_reapi::compression::{CHUNK_BYTES, decode_all, stored_frame};
 
 const NAME: &str = "uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/compressed-blobs/zstd/x";
 

@@ -10,7 +10,7 @@ use super::{
     },
     *,
 };
-use crate::chunking::Chunking;
+use gorego_reapi::chunking::Chunking;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, mknodat, utimensat};
 use std::{
     fs,

@@ -5,8 +5,9 @@ use super::{
     super::{chunks::ChunkWork, decoding::TreeRoom, messages::CheckInputs, settings},
     *,
 };
-use crate::{budget::Share, chunking::Chunking};
+use crate::budget::Share;
 use futures::FutureExt as _;
+use gorego_reapi::chunking::Chunking;
 use prost::Message as _;
 
 /// A client at this loopback address.

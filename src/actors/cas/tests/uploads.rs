@@ -415,7 +415,7 @@ async fn a_compressed_upload_gets_room_as_it_is_decoded() {
     for (kept, fits) in [(6_000_000, true), (9_500_000, false)] {
         let plain = Bytes::from(zeros[..kept].to_vec());
         let mut stream = Vec::new();
-        crate::compression::Encoder::new(1).unwrap().frames(&plain, &mut stream).unwrap();
+        gorego_reapi::compression::Encoder::new(1).unwrap().frames(&plain, &mut stream).unwrap();
         let reader = store.cas.open(&store.main, blobs[0]).await.unwrap();
         let outcomes =
             cas.write_many(&store.main, vec![(digest(&plain), Payload::Zstd(stream.into()))]).await.unwrap();

@@ -1,16 +1,14 @@
 //! The clock of the ledger: what ends because nothing else ended it.
 
 use super::{Ledger, Outcome, Step};
-use crate::{
-    actors::{
-        scheduler::{
-            settings::{Moment, QUEUE_FULL_RETRY},
-            transition::RunPlace,
-        },
-        worker::messages::TaskId,
+use crate::actors::{
+    scheduler::{
+        settings::{Moment, QUEUE_FULL_RETRY},
+        transition::RunPlace,
     },
-    error::Error,
+    worker::messages::TaskId,
 };
+use gorego_reapi::error::Error;
 use std::sync::Arc;
 
 impl Ledger {

@@ -17,9 +17,11 @@ use crate::{
         },
     },
     caller::Peer,
+    instance::Instance,
+};
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    instance::Instance,
 };
 use std::{sync::Arc, time::SystemTime};
 

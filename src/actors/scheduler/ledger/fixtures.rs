@@ -8,10 +8,12 @@ use crate::{
         slots::PoolSpec,
     },
     caller::Peer,
-    digest::{Digest, DigestFunction},
     instance::Instances,
-    path::RootPath,
     platform::Offer,
+};
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    path::RootPath,
     proto::reapi,
 };
 

@@ -13,13 +13,11 @@
 //! [`Ledger::make_way`] looks at all runs, and only when one of them may have to go.
 
 use super::{Ledger, Outcome, Step, Task};
-use crate::{
-    actors::{
-        scheduler::{settings::Moment, slots::PoolSet},
-        worker::messages::TaskId,
-    },
-    error::Error,
+use crate::actors::{
+    scheduler::{settings::Moment, slots::PoolSet},
+    worker::messages::TaskId,
 };
+use gorego_reapi::error::Error;
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::Instant,

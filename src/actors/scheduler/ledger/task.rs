@@ -15,10 +15,10 @@ use crate::{
             messages::{RunStage, TaskId},
         },
     },
-    digest::Digest,
     instance::InstanceId,
     log_streams::run::RunLogs,
 };
+use gorego_reapi::digest::Digest;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,

@@ -16,8 +16,8 @@ use crate::{
         worker::messages::{RunFailure, RunReport, RunResult, RunStage, StageReached},
     },
     instance::Instances,
-    proto::reapi,
 };
+use gorego_reapi::proto::reapi;
 
 /// A ledger with a clock, and shorthands for what its world does.
 struct Desk {

@@ -3,7 +3,7 @@
 //! Both ends are always the same binary, so there is no versioning. One [`Run`] is answered by one [`FromRunner`]; a [`Kill`]
 //! hurries that answer and is ignored when nothing runs.
 
-use crate::proto::gorego;
+use gorego_reapi::proto::gorego;
 use prost::Message;
 use std::io::{self, Read, Write};
 

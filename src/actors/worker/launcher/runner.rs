@@ -19,7 +19,8 @@ use super::{
     spawn::{self, Plan, Stack},
     sys,
 };
-use crate::{actors::worker::dir, proto::gorego};
+use crate::actors::worker::dir;
+use gorego_reapi::proto::gorego;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{self as rfs, Mode, OFlags},

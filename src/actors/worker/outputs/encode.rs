@@ -7,7 +7,7 @@ use super::{
     Reported,
     scan::{FoundDirectory, Scan},
 };
-use crate::{
+use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     proto::reapi,

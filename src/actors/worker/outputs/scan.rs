@@ -4,11 +4,11 @@
 //! the same directory. Nothing is followed, and no file is opened.
 
 use super::{Seen, name_of};
-use crate::{
-    actors::worker::{
-        checkpoint::Checkpoint,
-        dir::{self, Cursor, FileId},
-    },
+use crate::actors::worker::{
+    checkpoint::Checkpoint,
+    dir::{self, Cursor, FileId},
+};
+use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
 };
@@ -16,7 +16,7 @@ use rustix::fs::{FileType, Stat};
 use std::{ffi::OsStr, fs::File, io};
 
 /// Most nodes that the outputs of one action may have, all together. The same number bounds input roots.
-pub const MAX_OUTPUT_NODES: u64 = crate::tree::MAX_TREE_NODES;
+pub const MAX_OUTPUT_NODES: u64 = gorego_reapi::tree::MAX_TREE_NODES;
 
 /// Most bytes that the names and link targets below the outputs of one action may have, all together: all of them are in
 /// memory at once. That is 128 for each node.

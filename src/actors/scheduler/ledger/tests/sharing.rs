@@ -6,7 +6,6 @@ use crate::{
     caller::Caller,
     platform::{Offer, UnknownProperties},
 };
-
 fn exact(value: &str) -> Offer {
     Offer::Exact(value.into())
 }

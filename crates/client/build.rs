@@ -1,0 +1,29 @@
+//! Generates a client for each service in `proto/`. The messages are those of `gorego-reapi`.
+
+use std::error::Error;
+
+const PROTO: &str = "../../proto";
+/// Each file with services, its package, and the module of `gorego_reapi::proto` with its messages.
+const SERVICES: &[(&str, &str, &str)] = &[
+    ("build/bazel/remote/asset/v1/remote_asset.proto", ".build.bazel.remote.asset.v1", "asset"),
+    ("build/bazel/remote/execution/v2/remote_execution.proto", ".build.bazel.remote.execution.v2", "reapi"),
+    (
+        "build/bazel/remote/logstream/v1/remote_logstream.proto",
+        ".build.bazel.remote.logstream.v1",
+        "logstream",
+    ),
+    ("google/bytestream/bytestream.proto", ".google.bytestream", "bytestream"),
+    ("google/longrunning/operations.proto", ".google.longrunning", "longrunning"),
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed={PROTO}");
+    let mut descriptors = protox::compile(SERVICES.iter().map(|(file, ..)| file), [PROTO])?;
+    descriptors.file.retain(|file| !file.service.is_empty());
+    let mut services = tonic_prost_build::configure().build_server(false).codec_path("crate::codec::Codec");
+    for (_, package, module) in SERVICES {
+        services = services.extern_path(*package, format!("::gorego_reapi::proto::{module}"));
+    }
+    services.compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,55 @@
+//! Following a log stream: its bytes as they appear, from the first to the last (EXE-64, LOG-03).
+
+use super::{CALL_TIMEOUT, Client, backoff, status::from_status};
+use bytes::Bytes;
+use gorego_reapi::{
+    error::{Error, Result},
+    proto::bytestream,
+};
+use tokio::sync::mpsc;
+
+impl Client {
+    /// Sends the bytes of a log stream to `sink` until the stream ends or nobody takes them any more. A stream that breaks is
+    /// taken up where it stopped. Silence has no limit: a command may be quiet for as long as it runs.
+    ///
+    /// # Errors
+    /// What the server answers; what was sent until then is the beginning of the stream.
+    pub async fn follow_log(&self, name: &str, sink: &mpsc::Sender<Bytes>) -> Result<()> {
+        let (mut received, mut tries) = (0u64, 0);
+        loop {
+            let before = received;
+            let Err(error) = self.follow_log_from(name, &mut received, sink).await else { return Ok(()) };
+            tries = if received > before { 1 } else { tries + 1 };
+            match backoff(&error, tries) {
+                Some(wait) => tokio::time::sleep(wait).await,
+                None => return Err(error),
+            }
+        }
+    }
+
+    async fn follow_log_from(
+        &self,
+        name: &str,
+        received: &mut u64,
+        sink: &mpsc::Sender<Bytes>,
+    ) -> Result<()> {
+        let call = format!("log stream {name}");
+        let request = bytestream::ReadRequest {
+            resource_name: name.to_owned(),
+            read_offset: i64::try_from(*received).unwrap_or(i64::MAX),
+            read_limit: 0,
+        };
+        let failed = |status: tonic::Status| from_status(&call, &status);
+        let silent = |_| Error::Unavailable(format!("{call}: the server is silent"));
+        let mut client = self.byte_stream();
+        let answer = tokio::time::timeout(CALL_TIMEOUT, client.read(request)).await.map_err(silent)?;
+        let mut stream = answer.map_err(failed)?.into_inner();
+        while let Some(message) = stream.message().await.map_err(failed)? {
+            *received += message.data.len() as u64;
+            if sink.send(message.data).await.is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,266 @@
+//! A client of the Remote Execution API, for `gorego exec`, `gorego verify`, tests and benchmarks.
+//!
+//! One [`Client`] is one connection and one instance; it is cheap to clone and its calls may run side by side. It speaks to
+//! any REAPI server, and trusts none: what is downloaded is checked against its digest and written below the destination
+//! only. Every call has a time limit; what is worth another try (UNAVAILABLE, a broken stream) is tried a bounded number of
+//! times. Errors are [`gorego_reapi::error::Error`], as seen from here. [`stubs`] are the bare services, for those who need no more.
+//!
+//! Not here: compression, further digest functions, TLS.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod blobs;
+mod codec;
+pub mod connect;
+pub mod destination;
+pub mod download;
+pub mod execute;
+pub mod follow_log;
+pub mod input;
+pub mod read;
+pub mod status;
+pub mod stubs;
+pub mod upload;
+
+pub use blobs::{BlobSet, Progress, Source};
+pub use connect::{Identity, foreign_protocol, parse_endpoint};
+pub use execute::{Event, Execution, Finished, Job, LogNames};
+pub use input::scan;
+
+use crate::stubs::{
+    ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,
+    ExecutionClient, OperationsClient,
+};
+use connect::Service;
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    instance_name::check_instance_name,
+    proto::{longrunning, reapi},
+};
+use status::from_status;
+use std::{future::Future, time::Duration};
+use tonic::Request;
+
+/// Time limit of a call that answers at once.
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest silence of a blob that is being read.
+pub const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often a call is made before its failure counts, if the failure is one that may pass.
+pub const MAX_TRIES: u32 = 5;
+/// Wait before the second try; it doubles with each.
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+/// Longest wait between two tries, also when a server asks for more.
+const MAX_BACKOFF: Duration = Duration::from_secs(5);
+/// Largest message that is accepted; servers stay under 4 MiB (GEN-25).
+const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+/// Sum of blob sizes in one batch call where the server names none (CAP-11).
+pub const DEFAULT_BATCH_BYTES: u64 = 4_000_000;
+/// Digests in one FindMissingBlobs call; about 700 kB, which every server takes (CAS-07).
+const DIGESTS_PER_CALL: usize = 10_000;
+
+/// A connection to a server.
+#[derive(Debug, Clone)]
+pub struct Client {
+    service: Service,
+    endpoint: String,
+    instance: String,
+    batch_bytes: u64,
+}
+
+impl Client {
+    /// Connects to `endpoint` (`grpc://host:port`) and asks for its capabilities.
+    ///
+    /// # Errors
+    /// `Invalid` for a malformed endpoint or instance name; `Unavailable` with a hint when nothing answers there;
+    /// `Precondition` when the server has no SHA-256.
+    pub async fn connect(endpoint: &str, instance: &str, identity: &Identity) -> Result<Self> {
+        check_instance_name(instance)?;
+        let service = connect::connect(endpoint, identity).await?;
+        let mut client = Self {
+            service,
+            endpoint: endpoint.to_owned(),
+            instance: instance.to_owned(),
+            batch_bytes: DEFAULT_BATCH_BYTES,
+        };
+        let capabilities = client.capabilities().await?;
+        if let Some(cache) = capabilities.cache_capabilities {
+            if !cache.digest_functions.contains(&(DigestFunction::Sha256.wire() as i32)) {
+                return Err(Error::Precondition(format!("{endpoint} does not offer SHA-256")));
+            }
+            if let Ok(bytes @ 1..) = u64::try_from(cache.max_batch_total_size_bytes) {
+                client.batch_bytes = bytes.min(DEFAULT_BATCH_BYTES);
+            }
+        }
+        Ok(client)
+    }
+
+    /// Where it is connected to, as it was given.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// What the server says about itself.
+    ///
+    /// # Errors
+    /// As the server answers.
+    pub async fn capabilities(&self) -> Result<reapi::ServerCapabilities> {
+        let request = reapi::GetCapabilitiesRequest { instance_name: self.instance.clone() };
+        retrying(async || {
+            let mut client = CapabilitiesClient::new(self.service.clone());
+            let answer = client.get_capabilities(timed(request.clone())).await;
+            answer.map(tonic::Response::into_inner).map_err(|status| from_status("GetCapabilities", &status))
+        })
+        .await
+    }
+
+    /// Those of the digests that the server does not have.
+    ///
+    /// # Errors
+    /// As the server answers.
+    pub async fn find_missing(&self, digests: impl IntoIterator<Item = Digest>) -> Result<Vec<Digest>> {
+        let digests: Vec<_> = digests.into_iter().map(|digest| digest.to_wire()).collect();
+        let mut missing = Vec::new();
+        for chunk in digests.chunks(DIGESTS_PER_CALL) {
+            let request = reapi::FindMissingBlobsRequest {
+                instance_name: self.instance.clone(),
+                blob_digests: chunk.to_vec(),
+                ..Default::default()
+            };
+            let answer = retrying(async || {
+                let answer = self.cas().find_missing_blobs(timed(request.clone())).await;
+                answer.map_err(|status| from_status("FindMissingBlobs", &status))
+            })
+            .await?;
+            for digest in answer.into_inner().missing_blob_digests {
+                missing.push(Digest::from_wire(
+                    DigestFunction::Sha256,
+                    Some(&digest),
+                    "missing_blob_digests",
+                )?);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// The cached result of an action; `None` on a miss.
+    ///
+    /// # Errors
+    /// As the server answers, NOT_FOUND excepted.
+    pub async fn action_result(&self, action: Digest) -> Result<Option<reapi::ActionResult>> {
+        let request = reapi::GetActionResultRequest {
+            instance_name: self.instance.clone(),
+            action_digest: Some(action.to_wire()),
+            ..Default::default()
+        };
+        let answer = retrying(async || {
+            let mut client =
+                ActionCacheClient::new(self.service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
+            let answer = client.get_action_result(timed(request.clone())).await;
+            answer.map_err(|status| from_status("GetActionResult", &status))
+        })
+        .await;
+        match answer {
+            Ok(answer) => Ok(Some(answer.into_inner())),
+            Err(Error::NotFound(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Asks the server to stop an operation (OPS-03).
+    ///
+    /// # Errors
+    /// As the server answers.
+    pub async fn cancel(&self, operation: &str) -> Result<()> {
+        let request = longrunning::CancelOperationRequest { name: operation.to_owned() };
+        let mut client = OperationsClient::new(self.service.clone());
+        let answer = client.cancel_operation(timed(request)).await;
+        answer.map(|_| ()).map_err(|status| from_status("CancelOperation", &status))
+    }
+
+    fn cas(&self) -> ContentAddressableStorageClient<Service> {
+        ContentAddressableStorageClient::new(self.service.clone())
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    fn byte_stream(&self) -> ByteStreamClient<Service> {
+        ByteStreamClient::new(self.service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    fn execution(&self) -> ExecutionClient<Service> {
+        ExecutionClient::new(self.service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// A resource name under this instance (GEN-12).
+    fn qualify(&self, rest: &str) -> String {
+        if self.instance.is_empty() { rest.to_owned() } else { format!("{}/{rest}", self.instance) }
+    }
+}
+
+/// A request with [`CALL_TIMEOUT`].
+fn timed<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(CALL_TIMEOUT);
+    request
+}
+
+/// Makes a call until it succeeds, fails for good, or was made [`MAX_TRIES`] times.
+async fn retrying<T, F: Future<Output = Result<T>>>(mut call: impl FnMut() -> F) -> Result<T> {
+    let mut tries = 0;
+    loop {
+        match call().await {
+            Err(error) => {
+                tries += 1;
+                match backoff(&error, tries) {
+                    Some(wait) => tokio::time::sleep(wait).await,
+                    None => return Err(error),
+                }
+            }
+            done => return done,
+        }
+    }
+}
+
+/// How long to wait after this many failed tries; `None` when it is not worth another one.
+fn backoff(error: &Error, tries: u32) -> Option<Duration> {
+    let asked = match error {
+        Error::Unavailable(_) => None,
+        Error::Exhausted { retry_after: Some(wait), .. } => Some(*wait),
+        _ => return None,
+    };
+    let growing = FIRST_BACKOFF.saturating_mul(1 << (tries - 1).min(16));
+    (tries < MAX_TRIES).then(|| asked.unwrap_or(growing).clamp(FIRST_BACKOFF, MAX_BACKOFF))
+}
+
+/// Runs blocking work on a thread for that.
+///
+/// # Errors
+/// Its own, or `Internal` when it panics.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::Internal(format!("a client thread failed: {error}"))),
+    }
+}
+
+/// A failed operation on a local file; `doing` completes "could not ...".
+fn local(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Error {
+    Error::Invalid(format!("could not {doing} {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_failures_that_may_pass_are_tried_again_and_not_for_ever() {
+        let waits = |error: &Error| (1..).map_while(|tries| backoff(error, tries)).collect::<Vec<_>>();
+        let gone = waits(&Error::Unavailable("gone".into()));
+        assert_eq!(gone.len() as u32, MAX_TRIES - 1);
+        assert!(gone.is_sorted() && gone[0] == FIRST_BACKOFF);
+        let full = |retry_after| Error::Exhausted { message: "full".into(), retry_after };
+        // A server may ask for patience, but not for ever and not for none at all.
+        assert_eq!(waits(&full(Some(Duration::from_secs(3600)))), [MAX_BACKOFF; MAX_TRIES as usize - 1]);
+        assert_eq!(waits(&full(Some(Duration::ZERO))), [FIRST_BACKOFF; MAX_TRIES as usize - 1]);
+        assert!(waits(&full(None)).is_empty() && waits(&Error::Invalid("no".into())).is_empty());
+    }
+}

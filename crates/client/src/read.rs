@@ -1,0 +1,160 @@
+//! Reading blobs: every byte is checked against the digest that was asked for.
+
+use super::{
+    CALL_TIMEOUT, Client, Progress, STREAM_IDLE_TIMEOUT, backoff, blocking, retrying,
+    status::{from_message, from_status},
+    timed,
+};
+use bytes::Bytes;
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    error::{Error, Result},
+    proto::{bytestream, reapi},
+};
+use std::{collections::HashMap, io::Write, sync::Arc};
+use tokio::sync::mpsc;
+
+/// Messages that may wait between the network and a slow sink.
+const CHUNKS_IN_FLIGHT: usize = 4;
+
+impl Client {
+    /// Reads a blob into `sink` and returns it; a stream that breaks is taken up where it stopped.
+    ///
+    /// # Errors
+    /// `DataLoss` when the bytes are not the blob, `Invalid` when the sink cannot be written, what the server answers.
+    pub async fn read_into<W: Write + Send + 'static>(
+        &self,
+        digest: Digest,
+        sink: W,
+        progress: &Arc<Progress>,
+    ) -> Result<W> {
+        let (sender, mut receiver) = mpsc::channel::<Bytes>(CHUNKS_IN_FLIGHT);
+        let writer = blocking(move || {
+            let (mut sink, mut hasher) = (sink, digest.hasher());
+            while let Some(chunk) = receiver.blocking_recv() {
+                hasher.update(&chunk);
+                sink.write_all(&chunk).map_err(|error| {
+                    Error::Invalid(format!("could not write what blob {digest} holds: {error}"))
+                })?;
+            }
+            Ok((sink, hasher.finish()))
+        });
+        let source = async move { self.read_chunks(digest, &sender, progress).await };
+        let (written, read) = tokio::join!(writer, source);
+        let (sink, received) = written?;
+        read?;
+        check_digest(digest, received)?;
+        Ok(sink)
+    }
+
+    async fn read_chunks(
+        &self,
+        digest: Digest,
+        sink: &mpsc::Sender<Bytes>,
+        progress: &Progress,
+    ) -> Result<()> {
+        let (mut received, mut tries) = (0u64, 0);
+        while received < digest.size() {
+            let before = received;
+            let Err(error) = self.read_from(digest, &mut received, sink, progress).await else { break };
+            // Only tries that brought nothing count, so that a long download may break more often than a short one.
+            tries = if received > before { 1 } else { tries + 1 };
+            match backoff(&error, tries) {
+                Some(wait) => tokio::time::sleep(wait).await,
+                None => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    async fn read_from(
+        &self,
+        digest: Digest,
+        received: &mut u64,
+        sink: &mpsc::Sender<Bytes>,
+        progress: &Progress,
+    ) -> Result<()> {
+        let call = format!("download of {digest}");
+        let request = bytestream::ReadRequest {
+            resource_name: self.qualify(&digest.blob_name()),
+            read_offset: i64::try_from(*received).unwrap_or(i64::MAX),
+            read_limit: 0,
+        };
+        let failed = |status: tonic::Status| from_status(&call, &status);
+        let silent = |_| Error::Unavailable(format!("{call}: the server is silent"));
+        let mut client = self.byte_stream();
+        let answer = tokio::time::timeout(CALL_TIMEOUT, client.read(request)).await.map_err(silent)?;
+        let mut stream = answer.map_err(failed)?.into_inner();
+        while let Some(message) = tokio::time::timeout(STREAM_IDLE_TIMEOUT, stream.message())
+            .await
+            .map_err(silent)?
+            .map_err(failed)?
+        {
+            let count = message.data.len() as u64;
+            *received += count;
+            if *received > digest.size() {
+                return Err(Error::DataLoss(format!("{call}: the server sends more than the blob holds")));
+            }
+            progress.advance(count);
+            if sink.send(message.data).await.is_err() {
+                // The writer has failed and says why.
+                return Ok(());
+            }
+        }
+        if *received < digest.size() {
+            return Err(Error::DataLoss(format!("{call}: it ends after {received} bytes")));
+        }
+        Ok(())
+    }
+
+    /// Reads small blobs, in any order; each is checked. The sum of sizes must be at most [`Client::batch_bytes`].
+    ///
+    /// # Errors
+    /// The first that any blob has.
+    pub(super) async fn read_batch(&self, digests: &[Digest]) -> Result<HashMap<Digest, Bytes>> {
+        let request = reapi::BatchReadBlobsRequest {
+            instance_name: self.instance.clone(),
+            digests: digests.iter().map(|digest| digest.to_wire()).collect(),
+            ..Default::default()
+        };
+        let answer = retrying(async || {
+            let answer = self.cas().batch_read_blobs(timed(request.clone())).await;
+            answer.map_err(|status| from_status("BatchReadBlobs", &status))
+        })
+        .await?;
+        blocking(move || {
+            let mut blobs = HashMap::new();
+            for response in answer.into_inner().responses {
+                let digest =
+                    Digest::from_wire(DigestFunction::Sha256, response.digest.as_ref(), "Response.digest")?;
+                match from_message(&format!("download of {digest}"), response.status.as_ref()) {
+                    Some(error) => return Err(error),
+                    None => check_digest(digest, DigestFunction::Sha256.digest(&response.data))?,
+                }
+                blobs.insert(digest, response.data);
+            }
+            Ok(blobs)
+        })
+        .await
+    }
+
+    /// Reads a blob into memory.
+    ///
+    /// # Errors
+    /// `Invalid` when it is larger than `max`; those of [`Client::read_into`].
+    pub async fn read_bytes(&self, digest: Digest, max: u64, progress: &Arc<Progress>) -> Result<Vec<u8>> {
+        if digest.size() > max {
+            return Err(Error::Invalid(format!(
+                "blob {digest} is larger than the {max} bytes expected here"
+            )));
+        }
+        self.read_into(digest, Vec::new(), progress).await
+    }
+}
+
+fn check_digest(wanted: Digest, found: Digest) -> Result<()> {
+    if wanted == found {
+        return Ok(());
+    }
+    Err(Error::DataLoss(format!("the server sent {found} where blob {wanted} was asked for")))
+}

@@ -1,0 +1,117 @@
+//! From a server's status to an [`Error`]: the way back of what the gRPC room does with its own errors.
+
+use gorego_reapi::{digest::Digest, error::Error, proto::rpc, resource_name::ResourceName};
+use prost::Message as _;
+use std::time::Duration;
+use tonic::{Code, Status};
+
+/// Violations of this type name missing blobs (EXE-22).
+const MISSING: &str = "MISSING";
+
+/// The error of a call named `call`.
+pub fn from_status(call: &str, status: &Status) -> Error {
+    // GEN-17: the details are a whole google.rpc.Status.
+    let details = rpc::Status::decode(status.details()).map(|status| status.details).unwrap_or_default();
+    from_parts(call, status.code(), status.message(), &details)
+}
+
+/// The error of a status inside of a message; `None` when it is OK or absent.
+pub fn from_message(call: &str, status: Option<&rpc::Status>) -> Option<Error> {
+    let status = status.filter(|status| status.code != 0)?;
+    Some(from_parts(call, Code::from_i32(status.code), &status.message, &status.details))
+}
+
+fn from_parts(call: &str, code: Code, message: &str, details: &[prost_types::Any]) -> Error {
+    let text = if message.is_empty() { format!("{call}: {code}") } else { format!("{call}: {message}") };
+    match code {
+        Code::FailedPrecondition => match missing_blobs(details) {
+            missing if missing.is_empty() => Error::Precondition(text),
+            missing => Error::MissingBlobs(missing),
+        },
+        Code::InvalidArgument => Error::Invalid(text),
+        Code::NotFound => Error::NotFound(text),
+        Code::OutOfRange => Error::OutOfRange(text),
+        Code::ResourceExhausted => Error::Exhausted { message: text, retry_after: retry_after(details) },
+        Code::PermissionDenied | Code::Unauthenticated => Error::Denied(text),
+        Code::Unimplemented => Error::Unimplemented(text),
+        Code::Unavailable | Code::Aborted => Error::Unavailable(text),
+        Code::Cancelled => Error::Cancelled(text),
+        Code::DeadlineExceeded => Error::DeadlineExceeded(text),
+        Code::DataLoss => Error::DataLoss(text),
+        Code::Ok | Code::Unknown | Code::AlreadyExists | Code::Internal => Error::Internal(text),
+    }
+}
+
+/// The details of one type that decode.
+fn unpack<'a, M: prost::Message + Default>(
+    details: &'a [prost_types::Any],
+    name: &'a str,
+) -> impl Iterator<Item = M> + 'a {
+    details
+        .iter()
+        .filter(move |any| any.type_url.rsplit('/').next() == Some(name))
+        .filter_map(|any| M::decode(any.value.as_slice()).ok())
+}
+
+fn missing_blobs(details: &[prost_types::Any]) -> Vec<Digest> {
+    unpack::<rpc::PreconditionFailure>(details, "google.rpc.PreconditionFailure")
+        .flat_map(|failure| failure.violations)
+        .filter(|violation| violation.r#type == MISSING)
+        .filter_map(|violation| ResourceName::parse_read(&violation.subject).ok().map(|name| name.digest))
+        .collect()
+}
+
+fn retry_after(details: &[prost_types::Any]) -> Option<Duration> {
+    let delay = unpack::<rpc::RetryInfo>(details, "google.rpc.RetryInfo").next()?.retry_delay?;
+    Duration::try_from(delay).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gorego_reapi::digest::DigestFunction;
+
+    fn any(name: &str, message: &impl prost::Message) -> prost_types::Any {
+        prost_types::Any { type_url: format!("type.googleapis.com/{name}"), value: message.encode_to_vec() }
+    }
+
+    /// EXE-22, EXE-23, EXE-25: the two places where missing blobs are reported, and what is no such report.
+    #[test]
+    fn missing_blobs_are_understood_in_a_status_and_in_its_trailer() {
+        let digest = DigestFunction::Sha256.digest(b"x");
+        let violation = |kind: &str, subject: String| rpc::precondition_failure::Violation {
+            r#type: kind.into(),
+            subject,
+            ..Default::default()
+        };
+        let status = |violations| rpc::Status {
+            code: Code::FailedPrecondition as i32,
+            message: "inputs".into(),
+            details: vec![any("google.rpc.PreconditionFailure", &rpc::PreconditionFailure { violations })],
+        };
+        let inline = status(vec![violation("MISSING", digest.blob_name())]);
+        assert_eq!(from_message("Execute", Some(&inline)), Some(Error::MissingBlobs(vec![digest])));
+        let trailer = Status::with_details(Code::FailedPrecondition, "inputs", inline.encode_to_vec().into());
+        assert_eq!(from_status("Execute", &trailer), Error::MissingBlobs(vec![digest]));
+        for other in [violation("OTHER", digest.blob_name()), violation("MISSING", "blobs/zz/1".into())] {
+            let error = from_message("Execute", Some(&status(vec![other])));
+            assert_eq!(error, Some(Error::Precondition("Execute: inputs".into())));
+        }
+    }
+
+    /// GEN-21.
+    #[test]
+    fn a_full_server_says_when_to_come_back() {
+        let delay = prost_types::Duration { seconds: 2, nanos: 0 };
+        let status = rpc::Status {
+            code: Code::ResourceExhausted as i32,
+            message: "queue".into(),
+            details: vec![any("google.rpc.RetryInfo", &rpc::RetryInfo { retry_delay: Some(delay) })],
+        };
+        let error = from_message("Execute", Some(&status));
+        let wanted =
+            Error::Exhausted { message: "Execute: queue".into(), retry_after: Some(Duration::from_secs(2)) };
+        assert_eq!(error, Some(wanted));
+        assert_eq!(from_message("Execute", Some(&rpc::Status::default())), None);
+    }
+}

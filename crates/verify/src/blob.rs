@@ -1,0 +1,135 @@
+//! Blobs that nobody else has: each starts with the salt of its run and a number.
+
+use bytes::Bytes;
+use gorego_reapi::{
+    digest::DigestFunction,
+    proto::reapi::{self, digest_function},
+};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes and their digest under one function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blob {
+    /// The bytes.
+    pub data: Bytes,
+    /// Their digest.
+    pub digest: reapi::Digest,
+    /// The function of the digest.
+    pub function: DigestFunction,
+}
+
+impl Blob {
+    /// The blob of these bytes.
+    pub fn new(function: DigestFunction, data: impl Into<Bytes>) -> Self {
+        let data = data.into();
+        Self { digest: function.digest(&data).to_wire(), data, function }
+    }
+
+    /// `blobs/[function/]hash/size`.
+    pub fn name(&self) -> String {
+        format!("blobs/{}", tail(self.function, &self.digest))
+    }
+
+    /// `compressed-blobs/{compressor}/[function/]hash/size`.
+    pub fn compressed_name(&self, compressor: &str) -> String {
+        format!("compressed-blobs/{compressor}/{}", tail(self.function, &self.digest))
+    }
+}
+
+/// `[function/]hash/size`, as it stands in resource names (BS-03).
+pub fn tail(function: DigestFunction, digest: &reapi::Digest) -> String {
+    use digest_function::Value;
+    // By number, so that a function that this build adds later has its segment too.
+    let segment = match function.wire() {
+        Value::Sha256tree => "sha256tree/",
+        Value::Blake3 => "blake3/",
+        Value::Gitsha1 => "gitsha1/",
+        _ => "",
+    };
+    format!("{segment}{}/{}", digest.hash, digest.size_bytes)
+}
+
+/// The same hash with its first character changed: well formed, and the name of nothing.
+pub fn another_hash(digest: &reapi::Digest) -> reapi::Digest {
+    let flipped = if digest.hash.starts_with('0') { "1" } else { "0" };
+    let rest = digest.hash.get(1..).unwrap_or_default();
+    reapi::Digest { hash: format!("{flipped}{rest}"), size_bytes: digest.size_bytes }
+}
+
+/// Where unique bytes come from.
+#[derive(Debug)]
+pub struct Salt {
+    run: uuid::Uuid,
+    next: AtomicU64,
+}
+
+impl Salt {
+    /// A new one, unlike that of any other run.
+    pub fn new() -> Self {
+        Self { run: uuid::Uuid::new_v4(), next: AtomicU64::new(0) }
+    }
+
+    /// The run, as a name.
+    pub fn run(&self) -> String {
+        self.run.to_string()
+    }
+
+    /// A word that was not used before.
+    pub fn word(&self) -> String {
+        format!("{}-{}", self.run, self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Bytes that no compressor can shorten, unlike all others while there are at least 16 of them.
+    pub fn noise(&self, size: usize) -> Vec<u8> {
+        let [high, low] = [self.run.as_u128() >> 64, self.run.as_u128()].map(|half| half as u64);
+        let mut state = high ^ self.next.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut bytes = Vec::with_capacity(size + 8);
+        while bytes.len() < size {
+            // The generator splitmix64: any state is as good as another, and every bit of the output depends on all of it.
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut word = state ^ low;
+            word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            bytes.extend_from_slice(&(word ^ (word >> 31)).to_le_bytes());
+        }
+        bytes.truncate(size);
+        bytes
+    }
+
+    /// Text that compresses well, unlike all other text while there are at least 60 bytes of it.
+    pub fn text(&self, size: usize) -> Vec<u8> {
+        let mut bytes = format!("{}\n", self.word()).into_bytes();
+        let line = b"the quick brown fox jumps over the lazy dog\n";
+        while bytes.len() < size {
+            bytes.extend_from_slice(line);
+        }
+        bytes.truncate(size);
+        bytes
+    }
+}
+
+impl Default for Salt {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_blobs_of_any_two_runs_are_equal_and_sizes_are_exact() {
+        let runs = [Salt::new(), Salt::new()];
+        let mut seen = std::collections::HashSet::new();
+        for salt in &runs {
+            for size in [60, 61, 1000] {
+                for bytes in [salt.noise(size), salt.noise(size), salt.text(size), salt.text(size)] {
+                    assert_eq!(bytes.len(), size);
+                    assert!(seen.insert(bytes));
+                }
+            }
+            assert_eq!(salt.noise(0).len() + salt.noise(7).len(), 7);
+        }
+    }
+}

@@ -1,0 +1,495 @@
+//! What checks ask to be run: salted commands over small input roots.
+//!
+//! Programs are `/bin/sh` and plain coreutils; a server whose workers have neither cannot be verified beyond its refusals. Each
+//! [`Job`] carries a salt of its own, so nothing that another run left in the action cache can answer it. What is uploaded
+//! is built here by hand and may be wrong on purpose: nothing is checked.
+//!
+//! Before its first action a run of the suite finds out whether the server runs anything for it at all
+//! ([`Session::runs_actions`]); if not, checks that need a result are skipped and say why.
+
+use super::{
+    actions::{Run, response, result_of},
+    blob::Blob,
+    check::{Answer as _, Step as _, Verdict, ensure, fail, inline, show, show_inline, skipped},
+    session::Session,
+};
+use bytes::Bytes;
+use gorego_reapi::proto::{
+    longrunning::{CancelOperationRequest, Operation},
+    reapi::{
+        Action, ActionResult, Command, Digest, Directory, DirectoryNode, ExecuteRequest, ExecuteResponse,
+        FileNode, SymlinkNode, command::EnvironmentVariable,
+    },
+    rpc,
+};
+use prost::Message as _;
+use std::time::Duration;
+use tonic::{Code, Status};
+
+/// Where the programs of checks are found.
+pub const PATH: &str = "/usr/bin:/bin";
+/// How long a stream may take to end after its last message (EXE-05); far more than a server needs.
+pub const END_LIMIT: Duration = Duration::from_secs(5);
+/// How long the first action of a run may wait for a worker before the server counts as one that has none for us.
+const FIRST_ACTION_LIMIT: Duration = Duration::from_secs(20);
+/// Exit codes with which shells and servers say that a program cannot be started (EXE-42).
+pub const NOT_STARTED: [i32; 2] = [126, 127];
+
+/// An action in the making, with every blob that it needs.
+#[derive(Debug, Clone)]
+pub struct Job {
+    session: Session,
+    /// The command; what is changed here changes the Action's digest.
+    pub command: Command,
+    /// The action without its `command_digest`, which [`Job::blobs`] sets.
+    pub action: Action,
+    inputs: Vec<Blob>,
+}
+
+impl Job {
+    /// Runs a script with the shell, over an empty root.
+    pub fn sh(session: &Session, script: impl AsRef<str>) -> Self {
+        Self::args(session, ["/bin/sh", "-c", script.as_ref()])
+    }
+
+    /// Runs these arguments over an empty root.
+    pub fn args<A: Into<String>>(session: &Session, arguments: impl IntoIterator<Item = A>) -> Self {
+        let platform = session.platform();
+        #[allow(deprecated)]
+        let command = Command {
+            arguments: arguments.into_iter().map(Into::into).collect(),
+            environment_variables: vec![variable("PATH", PATH)],
+            platform: platform.clone(),
+            ..Default::default()
+        };
+        let action = Action {
+            input_root_digest: Some(session.empty().digest),
+            salt: session.word().into_bytes().into(),
+            platform,
+            ..Default::default()
+        };
+        Self { session: session.clone(), command, action, inputs: Vec::new() }
+    }
+
+    /// The same over this input root.
+    pub fn over(self, root: &Folder) -> Self {
+        let (digest, inputs) = root.blobs(&self.session);
+        let mut job = self.over_blobs(inputs);
+        job.action.input_root_digest = Some(digest);
+        job
+    }
+
+    /// The same with these blobs to upload; for roots that are built by hand.
+    pub fn over_blobs(mut self, blobs: impl IntoIterator<Item = Blob>) -> Self {
+        self.inputs.extend(blobs);
+        self
+    }
+
+    /// The same with this Directory as its root, as it is.
+    pub fn over_root(self, root: &Directory, files: impl IntoIterator<Item = Blob>) -> Self {
+        let blob = self.session.message(root);
+        let digest = blob.digest.clone();
+        let mut job = self.over_blobs(files).over_blobs([blob]);
+        job.action.input_root_digest = Some(digest);
+        job
+    }
+
+    /// The same with these `output_paths`.
+    pub fn outputs<P: Into<String>>(mut self, paths: impl IntoIterator<Item = P>) -> Self {
+        self.command.output_paths = paths.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// The same in this directory.
+    pub fn within(mut self, working_directory: &str) -> Self {
+        working_directory.clone_into(&mut self.command.working_directory);
+        self
+    }
+
+    /// The same with these variables beside `PATH`.
+    pub fn env(mut self, variables: &[(&str, &str)]) -> Self {
+        let list = &mut self.command.environment_variables;
+        list.extend(variables.iter().map(|(name, value)| variable(name, value)));
+        list.sort_by(|a, b| a.name.cmp(&b.name));
+        self
+    }
+
+    /// The same with this timeout.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.action.timeout = timeout.try_into().ok();
+        self
+    }
+
+    /// The same, never cached.
+    pub fn uncached(mut self) -> Self {
+        self.action.do_not_cache = true;
+        self
+    }
+
+    /// The same with a change to its Command.
+    pub fn command(mut self, change: impl FnOnce(&mut Command)) -> Self {
+        change(&mut self.command);
+        self
+    }
+
+    /// The same with a change to its Action.
+    pub fn action(mut self, change: impl FnOnce(&mut Action)) -> Self {
+        change(&mut self.action);
+        self
+    }
+
+    /// The session in which it runs.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// The Command as a blob.
+    pub fn command_blob(&self) -> Blob {
+        self.session.message(&self.command)
+    }
+
+    /// The Action as a blob.
+    pub fn action_blob(&self) -> Blob {
+        let command_digest = Some(self.command_blob().digest);
+        self.session.message(&Action { command_digest, ..self.action.clone() })
+    }
+
+    /// The digest of the Action.
+    pub fn digest(&self) -> Digest {
+        self.action_blob().digest
+    }
+
+    /// All that has to be stored: inputs, Command, Action.
+    pub fn blobs(&self) -> Vec<Blob> {
+        let mut blobs = self.inputs.clone();
+        blobs.extend([self.command_blob(), self.action_blob()]);
+        blobs
+    }
+
+    /// Stores everything; the digest of the Action.
+    ///
+    /// # Errors
+    /// Absent or skipped where the server runs nothing for us; those of [`Session::store`].
+    pub async fn upload(&self) -> Verdict<Digest> {
+        self.session.runs_actions().await?;
+        self.session.store(&self.blobs().iter().collect::<Vec<_>>()).await?;
+        Ok(self.digest())
+    }
+
+    /// Uploads and starts it.
+    ///
+    /// # Errors
+    /// As [`Job::upload`]; a failure when Execute is refused: that a trivial action is accepted is known by then.
+    pub async fn start(&self) -> Verdict<Run> {
+        self.start_with(|_| {}).await
+    }
+
+    /// The same with a change to the request.
+    ///
+    /// # Errors
+    /// As [`Job::start`].
+    pub async fn start_with(&self, change: impl FnOnce(&mut ExecuteRequest)) -> Verdict<Run> {
+        let mut request = self.session.execute_request(&self.upload().await?);
+        change(&mut request);
+        self.session.start(request).await.wanted("Execute is accepted")
+    }
+
+    /// Runs it to its end, however it ends.
+    ///
+    /// # Errors
+    /// As [`Job::start`]; a failure when there is no response.
+    pub async fn response(&self) -> Verdict<ExecuteResponse> {
+        self.start().await?.finish().await
+    }
+
+    /// Runs it to a result, whatever the exit code.
+    ///
+    /// # Errors
+    /// As [`Job::response`]; a failure when the status is not OK.
+    pub async fn result(&self) -> Verdict<ActionResult> {
+        result_of(self.response().await?)
+    }
+
+    /// Runs it, which has to succeed; what it printed.
+    ///
+    /// # Errors
+    /// As [`Job::result`]; a failure for any exit code but 0.
+    pub async fn stdout(&self) -> Verdict<String> {
+        let result = self.result().await?;
+        let text = self.session.log_text(result.stdout_digest.as_ref(), &result.stdout_raw).await?;
+        if result.exit_code != 0 {
+            let stderr = self.session.log_text(result.stderr_digest.as_ref(), &result.stderr_raw).await?;
+            let seen = format!("exit code {}: {stderr}{text}", result.exit_code);
+            return Err(fail("the action of the check succeeds", seen));
+        }
+        Ok(text)
+    }
+
+    /// Runs it and keeps every message up to the end of the stream, which has to come soon after the last one and be OK.
+    ///
+    /// # Errors
+    /// As [`Job::start`]; a failure when the stream does not end so.
+    pub async fn story(&self) -> Verdict<Vec<Operation>> {
+        story(self.start().await?).await
+    }
+
+    /// Executes it, which has to fail, be it with a status of the call or inside the response (EXE-09).
+    ///
+    /// # Errors
+    /// As [`Job::upload`]; a failure when a command was run or the stream ends without an answer.
+    pub async fn refusal(&self) -> Verdict<Refusal> {
+        let action = self.upload().await?;
+        self.session.refusal(&action).await
+    }
+
+    /// Executes it, which has to be refused with one of these codes; `what` names what is wrong with it.
+    ///
+    /// # Errors
+    /// As [`Job::refusal`]; a failure for another code.
+    pub async fn refused(&self, what: &str, codes: &[Code]) -> Verdict<Refusal> {
+        let refusal = self.session.case(what, self.refusal()).await?;
+        inline(what, Some(&refusal.status), codes)?;
+        Ok(refusal)
+    }
+}
+
+/// All messages of a stream up to its end.
+///
+/// # Errors
+/// Unmet when it does not end OK, and soon after `done` (EXE-05).
+pub async fn story(mut run: Run) -> Verdict<Vec<Operation>> {
+    let mut messages = Vec::new();
+    loop {
+        let next = match messages.last() {
+            Some(Operation { done: true, .. }) => {
+                let end = tokio::time::timeout(END_LIMIT, run.next()).await;
+                let open =
+                    || fail(format!("the stream ends within {END_LIMIT:?} after done"), "it stays open");
+                end.unwrap_or_else(|_| Err(open())).own().needs("EXE-05")
+            }
+            _ => run.next().await,
+        };
+        match next? {
+            Some(operation) => messages.push(operation),
+            None => return Ok(messages),
+        }
+    }
+}
+
+/// Why an action was not run.
+#[derive(Debug, Clone)]
+pub struct Refusal {
+    /// The status, with its details.
+    pub status: rpc::Status,
+    /// Whether it was inside an `ExecuteResponse`.
+    pub inline: bool,
+}
+
+impl Refusal {
+    /// The status of a call.
+    pub fn of_call(status: &Status) -> Self {
+        let details = rpc::Status::decode(status.details()).map(|status| status.details).unwrap_or_default();
+        let status =
+            rpc::Status { code: status.code() as i32, message: status.message().to_owned(), details };
+        Self { status, inline: false }
+    }
+}
+
+impl Session {
+    /// Executes an action that has to fail.
+    ///
+    /// # Errors
+    /// See [`Job::refusal`].
+    pub async fn refusal(&self, action: &Digest) -> Verdict<Refusal> {
+        self.refusal_of(self.execute_request(action)).await
+    }
+
+    /// The same with everything said.
+    ///
+    /// # Errors
+    /// See [`Job::refusal`].
+    pub async fn refusal_of(&self, request: ExecuteRequest) -> Verdict<Refusal> {
+        let mut run = match self.start(request).await {
+            Ok(run) => run,
+            Err(status) => return Ok(Refusal::of_call(&status)),
+        };
+        loop {
+            match run.message().await {
+                Ok(Some(operation)) if operation.done => {
+                    let status = response(&operation)?.status.unwrap_or_default();
+                    ensure(status.code != 0, "a refusal", "the action was run")?;
+                    return Ok(Refusal { status, inline: true });
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => return Err(fail("a refusal", "the stream ended OK without an answer")),
+                Err(status) => return Ok(Refusal::of_call(&status)),
+            }
+        }
+    }
+
+    /// Goes on only where the server runs a trivial action of ours; found out once in a run of the suite.
+    ///
+    /// # Errors
+    /// Absent when execution is not claimed; skipped when the action was refused or nobody took it; needs CAP-08 when it failed.
+    /// A malformed answer is for the checks to find.
+    pub async fn runs_actions(&self) -> Verdict {
+        self.executes()?;
+        self.first_action().get_or_init(|| self.try_first_action()).await.clone()
+    }
+
+    async fn try_first_action(&self) -> Verdict {
+        const REFUSALS: [Code; 5] = [
+            Code::InvalidArgument,
+            Code::FailedPrecondition,
+            Code::PermissionDenied,
+            Code::Unauthenticated,
+            Code::Unimplemented,
+        ];
+        let refused =
+            |why: String| skipped(format!("the server does not run /bin/sh for us: {why}; see --platform"));
+        // Not over the connection of whichever check happens to come first: the others go by this too.
+        let s = self.reconnect().await.control()?;
+        let job = Job::sh(&s, "exit 0");
+        s.store(&job.blobs().iter().collect::<Vec<_>>()).await?;
+        let ended = async {
+            let run = s.start(s.execute_request(&job.digest())).await?;
+            Ok::<_, Status>(run.finish().await)
+        };
+        match tokio::time::timeout(FIRST_ACTION_LIMIT, ended).await {
+            Err(_) => Err(refused(format!("no worker took it within {FIRST_ACTION_LIMIT:?}"))),
+            Ok(Err(status)) if REFUSALS.contains(&status.code()) => Err(refused(show(&status))),
+            Ok(Err(status)) => Err(fail("a trivial action is run", show(&status))).needs("CAP-08"),
+            Ok(Ok(Ok(response))) => {
+                let status = response.status.unwrap_or_default();
+                let code = response.result.unwrap_or_default().exit_code;
+                if REFUSALS.iter().any(|refusal| *refusal as i32 == status.code) {
+                    Err(refused(show_inline(&status)))
+                } else if status.code != 0 {
+                    Err(fail("a trivial action is run", show_inline(&status))).needs("CAP-08")
+                } else if NOT_STARTED.contains(&code) {
+                    Err(refused(format!("exit code {code}")))
+                } else {
+                    Ok(())
+                }
+            }
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// Asks for the end of an operation of ours, so that it does not hold a slot for longer than it is needed.
+    pub async fn give_up(&self, name: &str) {
+        let request = CancelOperationRequest { name: name.to_owned() };
+        if self.operations().cancel_operation(request).await.is_ok() {
+            self.operation_ended(name);
+        }
+    }
+
+    /// What a log of a result holds: the inlined bytes, else the blob; nothing when there is neither.
+    ///
+    /// # Errors
+    /// A failure when the blob cannot be read.
+    pub async fn log_bytes(&self, digest: Option<&Digest>, raw: &Bytes) -> Verdict<Bytes> {
+        match digest {
+            Some(digest) if raw.is_empty() && digest.size_bytes > 0 => {
+                self.read(digest).await.needs("EXE-59", "a log of the action can be read")
+            }
+            _ => Ok(raw.clone()),
+        }
+    }
+
+    /// The same as text.
+    ///
+    /// # Errors
+    /// As [`Session::log_bytes`].
+    pub async fn log_text(&self, digest: Option<&Digest>, raw: &Bytes) -> Verdict<String> {
+        Ok(String::from_utf8_lossy(&self.log_bytes(digest, raw).await?).into_owned())
+    }
+
+    /// What the action printed to stdout.
+    ///
+    /// # Errors
+    /// As [`Session::log_bytes`].
+    pub async fn stdout_of(&self, result: &ActionResult) -> Verdict<String> {
+        self.log_text(result.stdout_digest.as_ref(), &result.stdout_raw).await
+    }
+}
+
+/// A directory of an input root.
+#[derive(Debug, Clone, Default)]
+pub struct Folder {
+    files: Vec<(FileNode, Bytes)>,
+    folders: Vec<(String, Folder)>,
+    symlinks: Vec<SymlinkNode>,
+}
+
+impl Folder {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With a file.
+    pub fn file(self, name: &str, data: impl Into<Bytes>) -> Self {
+        self.node(FileNode { name: name.to_owned(), ..Default::default() }, data)
+    }
+
+    /// With a file that can be run.
+    pub fn program(self, name: &str, data: impl Into<Bytes>) -> Self {
+        self.node(FileNode { name: name.to_owned(), is_executable: true, ..Default::default() }, data)
+    }
+
+    /// With a file of this node, whose digest is filled in.
+    pub fn node(mut self, node: FileNode, data: impl Into<Bytes>) -> Self {
+        self.files.push((node, data.into()));
+        self
+    }
+
+    /// With a directory.
+    pub fn folder(mut self, name: &str, folder: Folder) -> Self {
+        self.folders.push((name.to_owned(), folder));
+        self
+    }
+
+    /// With a symlink.
+    pub fn symlink(mut self, name: &str, target: &str) -> Self {
+        let symlink = SymlinkNode { name: name.to_owned(), target: target.to_owned(), node_properties: None };
+        self.symlinks.push(symlink);
+        self
+    }
+
+    /// The Directory message, in canonical order; the blobs below it go to `blobs`.
+    fn directory(&self, session: &Session, blobs: &mut Vec<Blob>) -> Directory {
+        let mut directory = Directory { symlinks: self.symlinks.clone(), ..Default::default() };
+        for (node, data) in &self.files {
+            let blob = session.blob_of(data.clone());
+            directory.files.push(FileNode { digest: Some(blob.digest.clone()), ..node.clone() });
+            blobs.push(blob);
+        }
+        for (name, folder) in &self.folders {
+            let blob = session.message(&folder.directory(session, blobs));
+            directory
+                .directories
+                .push(DirectoryNode { name: name.clone(), digest: Some(blob.digest.clone()) });
+            blobs.push(blob);
+        }
+        directory.files.sort_by(|a, b| a.name.cmp(&b.name));
+        directory.directories.sort_by(|a, b| a.name.cmp(&b.name));
+        directory.symlinks.sort_by(|a, b| a.name.cmp(&b.name));
+        directory
+    }
+
+    /// The root's digest, and every blob. Empty ones are left out, as clients do (GEN-06).
+    pub fn blobs(&self, session: &Session) -> (Digest, Vec<Blob>) {
+        let mut blobs = Vec::new();
+        let root = session.message(&self.directory(session, &mut blobs));
+        let digest = root.digest.clone();
+        blobs.push(root);
+        blobs.retain(|blob| !blob.data.is_empty());
+        (digest, blobs)
+    }
+}
+
+/// A variable of the environment.
+pub fn variable(name: &str, value: &str) -> EnvironmentVariable {
+    EnvironmentVariable { name: name.to_owned(), value: value.to_owned() }
+}

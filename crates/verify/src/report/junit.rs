@@ -1,0 +1,62 @@
+//! A run as JUnit XML: one suite a group, one case a check.
+//!
+//! JUnit knows no warnings: one is a skipped case whose message says so, and a failure of a strict run. A check that could not
+//! be decided is an `error`, which JUnit tells from a failure.
+
+use super::{Judgement, Outcome, Report, Row};
+use crate::groups;
+use gorego_reapi::error::{Error, Result};
+use quick_junit::{NonSuccessKind, Report as Xml, TestCase, TestCaseStatus, TestSuite};
+
+impl Report {
+    /// The run as JUnit XML.
+    ///
+    /// # Errors
+    /// `Internal` when it cannot be written as XML.
+    pub fn junit(&self, strict: bool) -> Result<String> {
+        let mut xml = Xml::new("gorego verify");
+        xml.set_time(self.elapsed);
+        for group in groups::ALL {
+            let rows = self.group(group.name);
+            if rows.is_empty() {
+                continue;
+            }
+            let mut suite = TestSuite::new(group.name);
+            suite.add_property(("endpoint", self.endpoint.as_str()));
+            suite.add_test_cases(rows.into_iter().map(|row| case(row, strict)));
+            xml.add_test_suite(suite);
+        }
+        xml.to_string().map_err(Error::internal)
+    }
+}
+
+fn case(row: &Row, strict: bool) -> TestCase {
+    let judgement = row.judgement(strict);
+    let (mut status, message) = match &row.outcome {
+        Outcome::Pass => (TestCaseStatus::success(), String::new()),
+        Outcome::Fail { expected, observed } => {
+            let status = match judgement {
+                Judgement::Fail => TestCaseStatus::non_success(NonSuccessKind::Failure),
+                _ => TestCaseStatus::skipped(),
+            };
+            (status, format!("{judgement} ({}): expected {expected}; observed {observed}", row.level))
+        }
+        Outcome::Inconclusive { needs, expected, observed } => {
+            let needs = needs.map(|rule| format!(" (needs {rule})")).unwrap_or_default();
+            let message = format!(
+                "a step before the rule itself failed{needs}: expected {expected}; observed {observed}"
+            );
+            (TestCaseStatus::non_success(NonSuccessKind::Error), message)
+        }
+        Outcome::Absent(why) | Outcome::Skipped(why) => {
+            (TestCaseStatus::skipped(), format!("{judgement}: {why}"))
+        }
+    };
+    if !message.is_empty() {
+        status.set_message(message);
+    }
+    let mut case = TestCase::new(format!("{} {}", row.rules.join(" "), row.title), status);
+    case.set_classname(format!("gorego.verify.{}", row.group()));
+    case.set_time(row.elapsed);
+    case
+}

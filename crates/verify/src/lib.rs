@@ -188,7 +188,8 @@ async fn run_check(check: &'static Check, session: Session, end: Instant) -> Row
 
 /// A failure of a check that did not come to its own verdict, with the cases that it was in.
 fn named(session: &Session, stop: Stop) -> Verdict {
-    session.open_cases().into_iter().rev().fold(Err(stop), |verdict, case| verdict.case(case))
+    let cases = session.open_cases();
+    if cases.is_empty() { Err(stop) } else { Err(stop).case(cases.join(": ")) }
 }
 
 #[cfg(test)]

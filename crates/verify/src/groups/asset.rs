@@ -173,8 +173,9 @@ fn sri<D: sha2::Digest>(name: &str, bytes: &[u8]) -> String {
 }
 
 async fn checksums_are_verified(s: Session) -> Verdict {
+    type Sum = fn(&[u8]) -> String;
     let origin = origin(&s).await?;
-    let sums: [(&str, fn(&[u8]) -> String); 3] = [
+    let sums: [(&str, Sum); 3] = [
         ("sha256", |bytes| sri::<Sha256>("sha256", bytes)),
         ("sha384", |bytes| sri::<Sha384>("sha384", bytes)),
         ("sha512", |bytes| sri::<Sha512>("sha512", bytes)),

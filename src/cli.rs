@@ -11,7 +11,7 @@ pub mod progress;
 pub mod serve;
 pub mod verify;
 
-use crate::{actors::worker, config::Size};
+use crate::{actors::worker, size::Size};
 use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},

@@ -9,15 +9,13 @@ pub mod load;
 pub mod pools;
 pub mod settings;
 pub mod show;
-pub mod size;
 mod source_text;
 
 pub use load::{Flag, Loaded, Origin, Sources, load};
 pub use pools::PoolSettings;
 pub use settings::{ExecutionSettings, Machine, Settings};
-pub use size::Size;
 
-use crate::platform::UnknownProperties;
+use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
 use pools::PoolConfig;
 use serde::{Deserialize, Serialize};

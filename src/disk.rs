@@ -4,7 +4,7 @@
 //! room there was at a given moment. A disk with less than its [`Reserve`] counts as full. Not seen are a write that fails
 //! although more than the reserve is free (a large allocation, a quota), and a disk that is full only between two looks.
 
-use crate::config::Size;
+use crate::size::Size;
 use rustix::{fs::statfs, process::geteuid};
 use std::{io, path::Path, time::Duration};
 

@@ -22,5 +22,6 @@ mod memory;
 pub mod platform;
 mod regular_file;
 pub mod server;
+pub mod size;
 mod spread;
 pub mod under_way;

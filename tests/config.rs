@@ -3,11 +3,12 @@
 
 use gorego::{
     config::{
-        Config, Flag, Machine, Origin, Settings, Size, Sources,
+        Config, Flag, Machine, Origin, Settings, Sources,
         load::{keys, load, variable_of},
         show::show,
     },
     platform::Offer,
+    size::Size,
 };
 use std::{ffi::OsString, fs, os::unix::ffi::OsStringExt as _, path::PathBuf, time::Duration};
 

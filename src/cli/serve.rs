@@ -6,9 +6,10 @@ use super::{
     environment,
 };
 use crate::{
-    config::{Config, LogConfig, Settings, Size},
+    config::{Config, LogConfig, Settings},
     logging::{self, Event, Style},
     server,
+    size::Size,
 };
 use gorego_reapi::error::Error;
 use std::{

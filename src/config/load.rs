@@ -5,9 +5,10 @@
 //! sense is not decided here but in [`super::settings`].
 
 use super::{
-    Config, Size, pools,
+    Config, pools,
     source_text::{line_of, point_at},
 };
+use crate::size::Size;
 use gorego_reapi::error::{Error, Result};
 use serde::Deserialize as _;
 use std::{

@@ -5,7 +5,7 @@
 //! is touched here.
 
 use super::{
-    CommittedSize, Loaded, LogConfig, Size,
+    CommittedSize, Loaded, LogConfig,
     load::keys,
     pools::{PoolSettings, pools},
 };
@@ -19,6 +19,7 @@ use crate::{
     instance::{Instances, Policy},
     log_streams::{Limits, MAX_STREAM_BYTES},
     platform::UnknownProperties,
+    size::Size,
 };
 use gorego_reapi::{
     compression::LEVELS,

@@ -9,11 +9,7 @@ use log::{
     Level, Record,
     kv::{Error, Key, Value, VisitSource, VisitValue},
 };
-use std::{
-    fmt::{self, Write as _},
-    io::Write as _,
-    time::SystemTime,
-};
+use std::{fmt::Write as _, io::Write as _, time::SystemTime};
 
 /// Where key-values begin if the message leaves room, so that the eye finds them.
 const MESSAGE_WIDTH: usize = 44;
@@ -88,7 +84,7 @@ mod tests {
     use super::*;
     use std::time::{Duration, UNIX_EPOCH};
 
-    fn line(args: fmt::Arguments<'_>, kvs: &[(&str, Value<'_>)]) -> String {
+    fn line(args: std::fmt::Arguments<'_>, kvs: &[(&str, Value<'_>)]) -> String {
         let mut line = Vec::new();
         let mut builder = Record::builder();
         let record = builder.target("gorego::cas").level(Level::Warn).key_values(&kvs).args(args).build();

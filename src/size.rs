@@ -3,7 +3,7 @@
 //! A bare number is in GB of 10^9 bytes, which the names of the keys say too. A text is a number and a unit, either of the SI
 //! (`kB`, `MB`, `GB`, `TB`, `PB`) or of the IEC (`KiB`, `MiB`, `GiB`, `TiB`, `PiB`), in any mixture of capitals. A [`Size`]
 //! is whole bytes and never more than [`Size::MAX`]; whether it makes sense for its key is checked in
-//! [`settings`](super::settings). What [`Display`](fmt::Display) and serde write is read back as the same number of bytes.
+//! [`config`](crate::config). What [`Display`](fmt::Display) and serde write is read back as the same number of bytes.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::{fmt, str::FromStr};

@@ -56,7 +56,7 @@ struct Entry {
     next: u32,
     /// [`Index::links`] when it was last put at the head of the list.
     linked_at: u32,
-    /// [`Index::links`] when it was last used and not at the head of the list.
+    /// [`Index::links`] when it was last used.
     used_at: AtomicU32,
     /// [`Index::condemn`].
     condemned: AtomicBool,
@@ -65,7 +65,7 @@ struct Entry {
 impl Entry {
     /// It was used since it was put at the head of the list. The numbers wrap, which at worst forgets one use.
     fn is_unsettled(&self) -> bool {
-        self.used_at.load(Relaxed).wrapping_sub(self.linked_at).cast_signed() > 0
+        self.used_at.load(Relaxed).wrapping_sub(self.linked_at).cast_signed() >= 0
     }
 
     fn is_leased(&self) -> bool {
@@ -433,9 +433,10 @@ impl Index {
 
     /// Marks an entry as used, unless its place in the list says so already. Returns whether the mark is new.
     fn mark_used(&self, entry: &Entry) -> bool {
-        // So many entries at most are newer.
+        // So many entries at most are newer. Even the newest is marked in a short list: others that were used before it may be
+        // about to move past it.
         let behind = self.links.wrapping_sub(entry.linked_at) as usize;
-        let is_new = behind == 0 || (self.table.len() >= EXACT_BELOW && behind < self.table.len() / 4);
+        let is_new = self.table.len() >= EXACT_BELOW && behind < self.table.len() / 4;
         if is_new || entry.used_at.load(Relaxed) == self.links {
             return false;
         }

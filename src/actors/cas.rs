@@ -71,7 +71,7 @@ use memo::Memo;
 use reply::Reply;
 use requests::*;
 use std::{
-    sync::{Arc, RwLockWriteGuard, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -209,9 +209,9 @@ impl CasActor {
         Cas::new(self.start(), shared)
     }
 
-    /// The index, to change it.
-    fn index(&self) -> RwLockWriteGuard<'_, Index> {
-        self.shared.view.write()
+    /// Changes the index, or looks at its sums.
+    fn change<T>(&self, change: impl FnOnce(&mut Index) -> T) -> T {
+        self.shared.view.change(change)
     }
 
     fn client(&self, ctx: &Context<Self>) -> Cas {
@@ -264,15 +264,15 @@ impl Handler<Commit> for CasActor {
     fn handle(&mut self, message: Commit, ctx: &mut Self::Context) {
         let mut rest = message.room.disarm();
         let now = unix_seconds();
-        let mut superfluous = Vec::new();
-        let mut index = self.shared.view.write();
-        for WrittenFile { file, bytes, stamp } in message.files {
-            rest = rest.saturating_sub(bytes);
-            superfluous.extend(index.commit(file, bytes, stamp, now));
-            self.uploads.supersede(&file.key);
-        }
-        index.unreserve(rest);
-        drop(index);
+        let (uploads, mut superfluous) = (&mut self.uploads, Vec::new());
+        self.shared.view.change(|index| {
+            for WrittenFile { file, bytes, stamp } in message.files {
+                rest = rest.saturating_sub(bytes);
+                superfluous.extend(index.commit(file, bytes, stamp, now));
+                uploads.supersede(&file.key);
+            }
+            index.unreserve(rest);
+        });
         self.delete(superfluous, ctx);
         self.trim(ctx);
         let _ = message.reply.send(());
@@ -308,7 +308,8 @@ impl Handler<BeginUpload> for CasActor {
                 let of_twin = twin
                     .as_ref()
                     .map_or(0, |twin| size.saturating_sub(twin.accepted.load(Ordering::Relaxed)));
-                let fits = self.index().check_fit(size.saturating_add(of_twin), self.uploads.parked_bytes());
+                let wanted = size.saturating_add(of_twin);
+                let fits = self.change(|index| index.check_fit(wanted, self.uploads.parked_bytes()));
                 let attempt = Attempt::new(ctx.address(), name, blob, entered, Room::none(ctx.address()));
                 MessageResult(match (fits, twin) {
                     (Ok(()), _) => Ok(Began::Start(Box::new(attempt))),
@@ -353,7 +354,7 @@ impl Handler<Unreserve> for CasActor {
     type Result = ();
 
     fn handle(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
-        self.index().unreserve(bytes);
+        self.change(|index| index.unreserve(bytes));
     }
 }
 
@@ -361,10 +362,10 @@ impl Handler<Deleted> for CasActor {
     type Result = ();
 
     fn handle(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
-        let mut index = self.index();
-        index.deleted(bytes);
-        let deleted = index.bytes_deleted();
-        drop(index);
+        let deleted = self.change(|index| {
+            index.deleted(bytes);
+            index.bytes_deleted()
+        });
         self.deleted.send_replace(deleted);
         self.trim(ctx);
     }
@@ -374,7 +375,7 @@ impl Handler<Verified> for CasActor {
     type Result = ();
 
     fn handle(&mut self, Verified { at, stamp }: Verified, _: &mut Self::Context) {
-        self.index().trust(at, stamp);
+        self.change(|index| index.trust(at, stamp));
     }
 }
 
@@ -382,10 +383,11 @@ impl Handler<Touched> for CasActor {
     type Result = ();
 
     fn handle(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
-        let mut index = self.index();
-        for Touch { at, before, after } in touches {
-            index.follow(at, before, after);
-        }
+        self.change(|index| {
+            for Touch { at, before, after } in touches {
+                index.follow(at, before, after);
+            }
+        });
     }
 }
 
@@ -394,7 +396,7 @@ impl Handler<Damaged> for CasActor {
 
     fn handle(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
         // A file that was evicted under its reader is not damaged: its entry is stale and nothing happens.
-        let removed = self.index().remove(at);
+        let removed = self.change(|index| index.remove(at));
         if let Some(victim) = removed {
             Event::warn(LOG, "blob_damaged")
                 .with_shown("digest", &victim.file.key.digest)
@@ -409,7 +411,8 @@ impl Handler<InspectStore> for CasActor {
 
     fn handle(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Result {
         let (running_uploads, partial_uploads) = self.uploads.counts();
-        MessageResult(StoreInspection { totals: self.index().totals(), running_uploads, partial_uploads })
+        let totals = self.change(|index| index.totals());
+        MessageResult(StoreInspection { totals, running_uploads, partial_uploads })
     }
 }
 

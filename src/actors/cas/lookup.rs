@@ -264,7 +264,7 @@ impl Handler<SettleUses> for CasActor {
     type Result = ();
 
     fn handle(&mut self, _: SettleUses, ctx: &mut Self::Context) {
-        drop(self.index());
+        self.change(|_| ());
         self.write_touches(ctx.address());
     }
 }
@@ -284,7 +284,7 @@ impl Handler<Incomplete> for CasActor {
     type Result = ();
 
     fn handle(&mut self, Incomplete { at, reason }: Incomplete, ctx: &mut Self::Context) {
-        let removed = self.index().remove(at);
+        let removed = self.change(|index| index.remove(at));
         if let Some(victim) = removed {
             Event::debug(super::LOG, "result_dropped")
                 .with_shown("action_digest", &victim.file.key.digest)

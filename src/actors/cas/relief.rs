@@ -65,7 +65,8 @@ impl Handler<Relieve> for CasActor {
     type Result = Reply<()>;
 
     fn handle(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Result {
-        let Totals { used, leased, deleting, blobs, results, zstd_forms, .. } = self.index().totals();
+        let Totals { used, leased, deleting, blobs, results, zstd_forms, .. } =
+            self.change(|index| index.totals());
         let store = Evictable {
             bytes: used.saturating_sub(leased),
             entries: blobs.saturating_add(results).saturating_add(zstd_forms),
@@ -75,7 +76,7 @@ impl Handler<Relieve> for CasActor {
             self.log_full_disk(&space);
             return Reply::Now(());
         };
-        let victims = self.index().evict(relief.bytes, relief.entries, settings::RELIEF_BATCH);
+        let victims = self.change(|index| index.evict(relief.bytes, relief.entries, settings::RELIEF_BATCH));
         Event::warn(LOG, "disk_relieved")
             .with("entries", victims.len())
             .with("bytes", victims.iter().map(|victim| victim.bytes).sum::<u64>())
@@ -84,7 +85,8 @@ impl Handler<Relieve> for CasActor {
                 "the disk of the store is nearly full; evicted the least recently used entries"
             ));
         self.delete(victims, ctx);
-        Reply::when(self.deletions(self.index().bytes_evicted()), ())
+        let evicted = self.change(|index| index.bytes_evicted());
+        Reply::when(self.deletions(evicted), ())
     }
 }
 

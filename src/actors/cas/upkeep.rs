@@ -27,14 +27,15 @@ impl CasActor {
         ctx: &Context<Self>,
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
         // Not for a write that does not fit even so.
-        let could_fit = self.index().check_fit(bytes, self.uploads.parked_bytes()).is_ok();
+        let parked = self.uploads.parked_bytes();
+        let could_fit = self.change(|index| index.check_fit(bytes, parked)).is_ok();
         while could_fit
-            && !self.index().has_room(bytes)
+            && !self.change(|index| index.has_room(bytes))
             && let Some(partial) = self.uploads.pop_for_room()
         {
             self.discard(partial, ctx);
         }
-        let grant = self.index().reserve(bytes)?;
+        let grant = self.change(|index| index.reserve(bytes))?;
         self.evict(grant.victims, ctx);
         self.trim(ctx);
         Ok((Reservation::new(ctx.address(), bytes), self.deletions(grant.after_deletions)))
@@ -53,7 +54,8 @@ impl CasActor {
 
     /// Ends when so many bytes, since the start, are deleted; `None` when they are.
     pub(super) fn deletions(&self, goal: u64) -> Option<impl Future<Output = ()> + use<>> {
-        (self.index().bytes_deleted() < goal).then(|| {
+        let deleted = self.change(|index| index.bytes_deleted());
+        (deleted < goal).then(|| {
             let mut deleted = self.deleted.subscribe();
             async move {
                 // Ends early only with the actor, and then the write fails by itself.
@@ -64,7 +66,7 @@ impl CasActor {
 
     /// Evicts ahead of need.
     pub(super) fn trim(&mut self, ctx: &Context<Self>) {
-        let victims = self.index().trim(settings::TRIM_BATCH);
+        let victims = self.change(|index| index.trim(settings::TRIM_BATCH));
         if !victims.is_empty() {
             Event::info(LOG, "store_trimmed")
                 .with("entries", victims.len())
@@ -102,7 +104,7 @@ impl CasActor {
     pub(super) fn discard(&mut self, partial: Partial, ctx: &Context<Self>) {
         let Partial { sink, room } = partial;
         let (bytes, store) = (room.into_reservation().disarm(), ctx.address());
-        self.index().forfeit(bytes);
+        self.change(|index| index.forfeit(bytes));
         self.shared.runtime.spawn_blocking(move || {
             drop(sink);
             store.do_send(Deleted(bytes));

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::instance::InstanceId;
 use gorego_reapi::digest::Digest;
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 /// What look-ups leave for the actor to do.
 #[derive(Debug, Default)]
@@ -38,15 +38,16 @@ impl View {
         Self { index: RwLock::new(index), notes: Mutex::default() }
     }
 
-    /// The index, for the actor alone. Uses are settled first.
-    pub(super) fn write(&self) -> RwLockWriteGuard<'_, Index> {
+    /// Changes the index; for the actor alone. Uses are settled first. The lock is held by `change` and by nothing after it, so that
+    /// no two changes can meet in one expression.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Index) -> T) -> T {
         // A panic elsewhere leaves the index whole: its operations do not panic halfway.
         let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
         let unsettled = std::mem::take(&mut self.notes().unsettled);
         for at in unsettled {
             index.settle(at);
         }
-        index
+        change(&mut index)
     }
 
     /// Looks up what takes moments, under one hold of the lock. Returns also whether there is work for the actor.
@@ -186,15 +187,16 @@ mod tests {
             let mut generation = 0;
             while !is_over.load(Ordering::Relaxed) {
                 generation += 1;
-                let mut index = view.write();
-                if index.reserve(1).is_ok() {
-                    let file = FileId { key: key(generation % (2 * ENTRIES)), generation };
-                    let superfluous = index.commit(file, 1, Stamp::new(generation, 0), 0);
-                    index.deleted(u64::from(superfluous.is_some()));
-                }
+                view.change(|index| {
+                    if index.reserve(1).is_ok() {
+                        let file = FileId { key: key(generation % (2 * ENTRIES)), generation };
+                        let superfluous = index.commit(file, 1, Stamp::new(generation, 0), 0);
+                        index.deleted(u64::from(superfluous.is_some()));
+                    }
+                });
             }
         });
-        let totals = view.write().totals();
+        let totals = view.change(|index| index.totals());
         assert_eq!((totals.leased, totals.used <= ENTRIES), (0, true), "{totals:?}");
     }
 }

@@ -35,6 +35,7 @@ pub fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) 
             return Ok::<_, Error>(None);
         }
         let (max, room) = to.reserve_piece(PIECE_BYTES).await?;
+        give_way().await;
         let piece = next_piece(&reader, &part, max).await?;
         part.start = part.start.saturating_add(piece.len() as u64);
         Ok(Some((to.charge(piece, room), (reader, part, to))))
@@ -45,6 +46,7 @@ pub fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) 
 pub fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
     Body::from_stream(stream::try_unfold((reader, to.clone()), |(mut reader, to)| async move {
         let (max, room) = to.reserve_piece(PIECE_BYTES).await?;
+        give_way().await;
         let piece = reader.next(max).await?;
         Ok::<_, Error>(piece.map(|piece| (to.charge(piece, room), (reader, to))))
     }))
@@ -57,6 +59,12 @@ pub fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
 pub async fn of_message(message: &impl prost::Message, to: &Arc<ConnectionState>) -> Result<Body> {
     let room = to.reserve(message.encoded_len() as u64 + FRAME_BYTES).await?;
     Ok(Body::from(to.charge(message.encode_to_vec().into(), room)))
+}
+
+/// Lets other requests run between two pieces. The kernel takes megabytes for a client that reads nothing, so that a body would
+/// otherwise be written in one go.
+async fn give_way() {
+    tokio::task::yield_now().await;
 }
 
 async fn next_piece(reader: &BlobReader, part: &Range<u64>, max: usize) -> Result<Bytes> {

@@ -143,15 +143,23 @@ impl Ahead {
         self.bytes.load(SeqCst) <= self.room.load(SeqCst).max(ALWAYS_READ_BYTES)
     }
 
-    /// Ready when the socket may be read. Only the task that reads it may ask.
-    pub fn poll_room(&self, wait: &mut Option<Wait>, context: &mut Context<'_>) -> Poll<()> {
-        if !self.may_read() {
-            self.reader.register(context.waker());
-        }
+    /// Where all requests wait for the client, nothing is left of what was read.
+    fn forget_what_is_taken(&self) {
         if self.bytes.load(SeqCst) > 0 && self.requests.load(SeqCst) == self.waiting.load(SeqCst) {
             self.at_most(0);
         }
+    }
+
+    /// Ready when the socket may be read. Only the task that reads it may ask.
+    pub fn poll_room(&self, wait: &mut Option<Wait>, context: &mut Context<'_>) -> Poll<()> {
+        self.forget_what_is_taken();
         while !self.may_read() {
+            // Before a last look, so that whatever changes after it wakes this task.
+            self.reader.register(context.waker());
+            self.forget_what_is_taken();
+            if self.may_read() {
+                break;
+            }
             let pending = wait.get_or_insert_with(|| {
                 let (budget, caller) = (self.budget.clone(), self.caller);
                 async move { budget.wait_for(caller, STEP_BYTES).await }.boxed()

@@ -10,13 +10,13 @@
 //!   while a handler has bytes before it that it does not take.
 //! - A connection that is not read waits for three things at once, and goes on with the first: its handlers take enough of what was
 //!   read, all of its requests wait for the client, or the budget has room.
-//! - That wait ends. Each handler takes what is before it or ends within a time limit of its own, and a call that ends gives back
-//!   what it had not taken. At the latest the connection itself ends: while it is not read, no PING is answered, so the keep-alive
-//!   of HTTP/2 closes it.
+//! - That wait ends. Each handler takes what is before it or ends within a time limit of its own, and what it had not taken is
+//!   forgotten with its stream. At the latest the connection itself ends: while it is not read, no PING is answered, so the
+//!   keep-alive of HTTP/2 closes it.
 //!
-//! The count errs on the high side. A stream that ends early may have sent bytes that the HTTP/2 library throws away without
-//! telling. They are forgotten when all requests wait for the client, and when the connection's open streams cannot have sent as
-//! much as is counted ([`Ahead::at_most`]).
+//! The count errs on the high side. A stream that ends early may have sent bytes that no handler takes, and that the HTTP/2
+//! library throws away without telling. They are forgotten when all requests wait for the client, and when the connection's open
+//! streams cannot have sent as much as is counted ([`Ahead::at_most`]).
 
 use super::ConnectionState;
 use crate::{
@@ -92,9 +92,15 @@ impl Ahead {
         self.bytes.fetch_add(cost, SeqCst);
     }
 
-    /// Counts what a handler has taken or will not take.
+    /// Counts what a handler has taken.
     pub fn taken(&self, cost: u64) {
         self.lower(|bytes| bytes.saturating_sub(cost));
+    }
+
+    /// The count.
+    #[cfg(test)]
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(SeqCst)
     }
 
     /// Corrects the count: it cannot be more than this.

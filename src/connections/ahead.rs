@@ -10,13 +10,13 @@
 //!   while a handler has bytes before it that it does not take.
 //! - A connection that is not read waits for three things at once, and goes on with the first: its handlers take enough of what was
 //!   read, all of its requests wait for the client, or the budget has room.
-//! - That wait ends. Each handler takes what is before it or ends within a time limit of its own, and a call that ends gives back
-//!   what it had not taken. At the latest the connection itself ends: while it is not read, no PING is answered, so the keep-alive
-//!   of HTTP/2 closes it.
+//! - That wait ends. Each handler takes what is before it or ends within a time limit of its own, and what it had not taken is
+//!   forgotten with its stream. At the latest the connection itself ends: while it is not read, no PING is answered, so the
+//!   keep-alive of HTTP/2 closes it.
 //!
-//! The count errs on the high side. A stream that ends early may have sent bytes that the HTTP/2 library throws away without
-//! telling. They are forgotten when all requests wait for the client, and when the connection's open streams cannot have sent as
-//! much as is counted ([`Ahead::at_most`]).
+//! The count errs on the high side. A stream that ends early may have sent bytes that no handler takes, and that the HTTP/2
+//! library throws away without telling. They are forgotten when all requests wait for the client, and when the connection's open
+//! streams cannot have sent as much as is counted ([`Ahead::at_most`]).
 
 use super::ConnectionState;
 use crate::{
@@ -92,9 +92,15 @@ impl Ahead {
         self.bytes.fetch_add(cost, SeqCst);
     }
 
-    /// Counts what a handler has taken or will not take.
+    /// Counts what a handler has taken.
     pub fn taken(&self, cost: u64) {
         self.lower(|bytes| bytes.saturating_sub(cost));
+    }
+
+    /// The count.
+    #[cfg(test)]
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(SeqCst)
     }
 
     /// Corrects the count: it cannot be more than this.
@@ -143,15 +149,23 @@ impl Ahead {
         self.bytes.load(SeqCst) <= self.room.load(SeqCst).max(ALWAYS_READ_BYTES)
     }
 
-    /// Ready when the socket may be read. Only the task that reads it may ask.
-    pub fn poll_room(&self, wait: &mut Option<Wait>, context: &mut Context<'_>) -> Poll<()> {
-        if !self.may_read() {
-            self.reader.register(context.waker());
-        }
+    /// Where all requests wait for the client, nothing is left of what was read.
+    fn forget_what_is_taken(&self) {
         if self.bytes.load(SeqCst) > 0 && self.requests.load(SeqCst) == self.waiting.load(SeqCst) {
             self.at_most(0);
         }
+    }
+
+    /// Ready when the socket may be read. Only the task that reads it may ask.
+    pub fn poll_room(&self, wait: &mut Option<Wait>, context: &mut Context<'_>) -> Poll<()> {
+        self.forget_what_is_taken();
         while !self.may_read() {
+            // Before a last look, so that whatever changes after it wakes this task.
+            self.reader.register(context.waker());
+            self.forget_what_is_taken();
+            if self.may_read() {
+                break;
+            }
             let pending = wait.get_or_insert_with(|| {
                 let (budget, caller) = (self.budget.clone(), self.caller);
                 async move { budget.wait_for(caller, STEP_BYTES).await }.boxed()

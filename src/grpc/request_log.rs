@@ -27,7 +27,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    task::{Context, Poll, Waker, ready},
+    task::{Context, Poll, ready},
     time::Instant,
 };
 use tonic::{Code, Status, body::Body as TonicBody};
@@ -392,7 +392,11 @@ pin_project_lite::pin_project! {
 
     impl PinnedDrop for CountedBody {
         fn drop(this: Pin<&mut Self>) {
-            this.discard();
+            // The library throws away what has come and nobody has read. The connection forgets it with the stream: counted here
+            // too, it would hide what other streams are ahead.
+            if let Some(open) = this.project().open {
+                open.close();
+            }
         }
     }
 }
@@ -415,19 +419,6 @@ impl CountedBody {
             Poll::Pending => {}
         }
         polled
-    }
-
-    /// Takes what has come and nobody will read.
-    fn discard(mut self: Pin<&mut Self>) {
-        let mut context = Context::from_waker(Waker::noop());
-        while self.open.is_some() && !std::thread::panicking() {
-            if self.as_mut().poll_inner(&mut context).is_pending() {
-                break;
-            }
-        }
-        if let Some(open) = &self.open {
-            open.close();
-        }
     }
 }
 
@@ -463,5 +454,34 @@ impl Body for CountedBody {
 
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connections::{Connections, ahead::cost};
+    use std::{pin::pin, task::Waker};
+
+    /// Else a client could hide what one stream is ahead behind others that it cancels.
+    #[test]
+    fn what_was_sent_ahead_of_a_stream_that_is_cancelled_is_forgotten_once() {
+        const EACH: usize = 1024 * 1024;
+        let connections = Connections::default();
+        let admitted = connections.admit(([127, 0, 0, 1], 1).into()).unwrap();
+        let state = admitted.state();
+        let body = || CountedBody {
+            inner: TonicBody::new("x".repeat(EACH)),
+            call: Call::default(),
+            open: Some(OpenBody::new(state.clone())),
+        };
+        let (other, cancelled) = (body(), body());
+        state.ahead.received(2 * cost(EACH as u64));
+        // The connection sees the end of the stream before its handler does.
+        state.ahead.at_most(cost(EACH as u64));
+        drop(cancelled);
+        assert_eq!(state.ahead.bytes(), cost(EACH as u64));
+        assert!(pin!(other).poll_frame(&mut Context::from_waker(Waker::noop())).is_ready());
+        assert_eq!(state.ahead.bytes(), 0);
     }
 }

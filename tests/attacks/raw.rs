@@ -136,6 +136,10 @@ pub fn call_and_wait(socket: &mut TcpStream, stream: u32, path: &str, message: &
 /// Reads frames until one has this type, flags and stream.
 pub fn read_until(socket: &mut TcpStream, is_it: impl Fn(u8, u8, u32) -> bool) {
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    try_read_until(socket, is_it).unwrap();
+}
+
+fn try_read_until(socket: &mut TcpStream, is_it: impl Fn(u8, u8, u32) -> bool) -> std::io::Result<()> {
     let mut unread: Vec<u8> = Vec::new();
     let mut buffer = vec![0; 64 * 1024];
     loop {
@@ -146,11 +150,11 @@ pub fn read_until(socket: &mut TcpStream, is_it: impl Fn(u8, u8, u32) -> bool) {
                 break;
             }
             if is_it(head[3], head[4], stream) {
-                return;
+                return Ok(());
             }
             unread.drain(..9 + length);
         }
-        let read = socket.read(&mut buffer).unwrap();
+        let read = socket.read(&mut buffer)?;
         assert!(read > 0, "the server closed the connection");
         unread.extend(&buffer[..read]);
     }
@@ -160,4 +164,11 @@ pub fn read_until(socket: &mut TcpStream, is_it: impl Fn(u8, u8, u32) -> bool) {
 pub fn ping(socket: &mut TcpStream) {
     socket.write_all(&frame(PING, 0, 0, b"are you?")).unwrap();
     read_until(socket, |kind, flags, _| kind == PING && flags & ACK != 0);
+}
+
+/// The same, unless it is not answered for so long.
+pub fn ping_within(socket: &mut TcpStream, patience: Duration) -> std::io::Result<()> {
+    socket.set_read_timeout(Some(patience))?;
+    socket.write_all(&frame(PING, 0, 0, b"are you?"))?;
+    try_read_until(socket, |kind, flags, _| kind == PING && flags & ACK != 0)
 }

@@ -4,7 +4,7 @@ use crate::{
     decoding::FIND_MISSING,
     harness::{Bystander, assert_memory_is_bounded, connect_from},
     open_requests::hold_the_room_to_decode,
-    raw::{self, ACK, DATA, SETTINGS, WINDOW_UPDATE},
+    raw::{self, ACK, DATA, RST_STREAM, SETTINGS, WINDOW_UPDATE},
     support::{Server, sha256},
 };
 use futures::{future::try_join_all, stream};
@@ -23,13 +23,16 @@ const FRAME: usize = 16 * 1024;
 /// What is written to one of them at most, beside heads: two streams fill the window of their connection.
 const FRAMES_PER_STREAM: usize = 1_000;
 
-/// Opens two calls that wait for their turn to be decoded, and sends as much behind their messages as the windows allow. Returns
-/// whether the server stopped reading before that.
-fn send_ahead(server: SocketAddr) -> (TcpStream, bool) {
+/// How long the server does not read until it counts as having stopped.
+const STOPPED: Duration = Duration::from_secs(3);
+
+/// Opens two calls that wait for their turn to be decoded, and sends as much behind their messages as the windows allow. May cancel
+/// the second one then. Returns whether the server stopped reading before that.
+fn send_ahead(server: SocketAddr, cancels: bool) -> (TcpStream, bool) {
     let mut socket = raw::connect_from("127.0.0.1", server);
     socket.write_all(&[raw::preface(), raw::frame(SETTINGS, ACK, 0, &[])].concat()).unwrap();
     raw::read_until(&mut socket, |kind, _, stream| kind == WINDOW_UPDATE && stream == 0);
-    socket.set_write_timeout(Some(Duration::from_secs(3))).unwrap();
+    socket.set_write_timeout(Some(STOPPED)).unwrap();
     // A compressed message may become large, however small it is.
     let message = [vec![1, 0, 0, 4, 0], vec![7; 1_024]].concat();
     let mut send = || {
@@ -38,6 +41,11 @@ fn send_ahead(server: SocketAddr) -> (TcpStream, bool) {
             socket.write_all(&beginning.concat())?;
             let junk = raw::frame(DATA, 0, stream, &[0; FRAME]);
             (0..FRAMES_PER_STREAM).try_for_each(|_| socket.write_all(&junk))?;
+        }
+        if cancels {
+            const CANCEL: [u8; 4] = [0, 0, 0, 8];
+            socket.write_all(&raw::frame(RST_STREAM, 0, 3, &CANCEL))?;
+            raw::ping_within(&mut socket, STOPPED)?;
         }
         Ok::<_, std::io::Error>(())
     };
@@ -80,7 +88,7 @@ async fn what_is_sent_ahead_of_slow_handlers_is_bounded_and_uploads_beside_it_co
     let address = server.address().parse().unwrap();
     let bystander = Bystander::beside(&server).await;
     let holding = hold_the_room_to_decode(&server).await;
-    let senders = (0..CONNECTIONS).map(|_| tokio::task::spawn_blocking(move || send_ahead(address)));
+    let senders = (0..CONNECTIONS).map(|_| tokio::task::spawn_blocking(move || send_ahead(address, false)));
     let sockets = futures::future::join_all(senders).await;
     let sockets: Vec<_> = sockets.into_iter().map(Result::unwrap).collect();
     assert_memory_is_bounded(&server);
@@ -89,6 +97,26 @@ async fn what_is_sent_ahead_of_slow_handlers_is_bounded_and_uploads_beside_it_co
     upload_in_parallel(connect_from("127.0.0.1", &server).await, 1).await;
     assert!(holding.iter().all(|call| !call.is_finished()), "the attack went on all the time");
     bystander.leave().await;
+    assert_memory_is_bounded(&server);
+    drop(sockets);
+    holding.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+/// What a call is ahead does not count less because another one was.
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_that_are_cancelled_do_not_hide_what_others_are_ahead() {
+    let server = Server::start().await;
+    let address = server.address().parse().unwrap();
+    let holding = hold_the_room_to_decode(&server).await;
+    let mut sockets = Vec::new();
+    let mut was_stopped = false;
+    while !was_stopped && sockets.len() < CONNECTIONS {
+        let sent = tokio::task::spawn_blocking(move || send_ahead(address, true)).await;
+        let socket;
+        (socket, was_stopped) = sent.unwrap();
+        sockets.push(socket);
+    }
+    assert!(was_stopped, "the server stopped reading");
     assert_memory_is_bounded(&server);
     drop(sockets);
     holding.iter().for_each(tokio::task::JoinHandle::abort);

@@ -56,16 +56,17 @@ struct Entry {
     next: u32,
     /// [`Index::links`] when it was last put at the head of the list.
     linked_at: u32,
-    /// [`Index::links`] when it was last used.
+    /// [`Index::links`] when it was last used; one less than `linked_at` while it was not used since then.
     used_at: AtomicU32,
     /// [`Index::condemn`].
     condemned: AtomicBool,
 }
 
 impl Entry {
-    /// It was used since it was put at the head of the list. The numbers wrap, which at worst forgets one use.
+    /// It was used since it was put at the head of the list. The numbers wrap, so they are not compared by size: an entry may not
+    /// be used for days, while the others are put there billions of times.
     fn is_unsettled(&self) -> bool {
-        self.used_at.load(Relaxed).wrapping_sub(self.linked_at).cast_signed() >= 0
+        self.used_at.load(Relaxed) != self.linked_at.wrapping_sub(1)
     }
 
     fn is_leased(&self) -> bool {
@@ -456,7 +457,7 @@ impl Index {
             prev: NIL,
             next: NIL,
             linked_at: 0,
-            used_at: AtomicU32::new(self.links),
+            used_at: AtomicU32::new(0),
             condemned: AtomicBool::new(false),
         };
         let slot = if self.free == NIL {
@@ -530,6 +531,7 @@ impl Index {
         self.links = self.links.wrapping_add(1);
         let entry = &mut self.entries[slot as usize];
         (entry.prev, entry.next, entry.linked_at) = (NIL, old, self.links);
+        *entry.used_at.get_mut() = self.links.wrapping_sub(1);
         match old {
             NIL => self.oldest = slot,
             _ => self.entries[old as usize].prev = slot,

@@ -40,6 +40,8 @@ pub struct OutputBatch {
     /// What the caller says is still to come, in bytes on disk.
     expected: u64,
     room: Reservation,
+    /// Bytes on disk of `written`, which `room` covers.
+    spent: u64,
     written: Vec<WrittenFile>,
     /// All of it, also what was made visible already.
     stored: HashSet<Digest>,
@@ -54,6 +56,7 @@ impl Cas {
             function,
             expected,
             room: Reservation::new(self.actor().clone(), 0),
+            spent: 0,
             written: Vec::new(),
             stored: HashSet::new(),
         }
@@ -143,14 +146,16 @@ impl OutputBatch {
         if digest.is_empty() || self.stored.contains(&digest) {
             return Ok(None);
         }
-        let (instance, room) = (&self.instance, &self.room);
+        // What was written takes up its room until it is visible.
+        let (instance, needed) = (&self.instance, self.spent.saturating_add(bytes));
+        let lacking = needed.saturating_sub(self.room.bytes());
         let more = self.cas.block_on(async |cas| -> Result<_> {
             if cas.is_stored(instance, digest).await? {
                 return Ok(None);
             }
-            let Some(lacking) = bytes.checked_sub(room.bytes()).filter(|lacking| *lacking > 0) else {
+            if lacking == 0 {
                 return Ok(Some(None));
-            };
+            }
             match cas.ask(Reserve(lacking.max(ahead))).await? {
                 // What is to come may be stored already, or be smaller.
                 Err(_) if ahead > lacking => cas.ask(Reserve(lacking)).await?.map(Some).map(Some),
@@ -168,6 +173,7 @@ impl OutputBatch {
     fn push(&mut self, file: FileId, stamp: Stamp) {
         let bytes = self.cas.shared().files.charge(file.key.digest.size());
         self.stored.insert(file.key.digest);
+        self.spent = self.spent.saturating_add(bytes);
         self.written.push(WrittenFile { file, bytes, stamp });
         if self.written.len() >= FILES_PER_COMMIT {
             self.tell();
@@ -180,6 +186,7 @@ impl OutputBatch {
             return None;
         }
         let files = std::mem::take(&mut self.written);
+        self.spent = 0;
         let (reply, visible) = oneshot::channel();
         let room = std::mem::replace(&mut self.room, Reservation::new(self.cas.actor().clone(), 0));
         self.cas.actor().do_send(Commit { files, room, reply });

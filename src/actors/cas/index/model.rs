@@ -266,6 +266,25 @@ fn two_that_are_used_together_go_in_the_order_of_their_use() {
     assert_eq!(order, [form, blob]);
 }
 
+/// Whatever else was used meanwhile, and however often.
+#[test]
+fn a_use_counts_however_long_ago_the_one_before_was() {
+    let mut index = Index::new(LIMIT);
+    for (number, links) in [0, 1, 1 << 30, 1 << 31, (1 << 31) + 1, u32::MAX - 1, 1].into_iter().enumerate() {
+        let first = 4 * number as u8;
+        let files = [first, first + 1, first + 2].map(|name| store(&mut index, name, 1));
+        index.links = index.links.wrapping_add(links);
+        let found = index.renew(&files[0].key, NOW).unwrap();
+        assert!(found.settle_due);
+        if number % 2 == 0 {
+            index.settle(found.at);
+        }
+        let victims = index.evict(2, 0, usize::MAX);
+        assert_eq!(victims.iter().map(|victim| victim.file).collect::<Vec<_>>(), files[1..], "{links}");
+        assert_eq!(index.evict(1, 0, usize::MAX).len(), 1);
+    }
+}
+
 #[test]
 fn a_writer_waits_for_the_deletion_of_what_it_evicted() {
     let mut index = Index::new(LIMIT);

@@ -237,6 +237,29 @@ async fn outputs_become_visible_together_and_those_of_a_failed_run_are_kept_too(
     }
 }
 
+/// Also those for which none was taken ahead, as where there is more of them than that: or else they would take up room that was
+/// promised to others.
+#[actix::test]
+async fn all_outputs_that_are_not_visible_yet_have_room() {
+    let store = Store::with_limit(MB).await;
+    let held = store.cas.ask(Reserve(4_096)).await.unwrap().unwrap();
+    for expected in [0, 3 * 4_096] {
+        let (cas, main) = (store.cas.clone(), store.main.clone());
+        let batch = store
+            .worker(move |_, _| {
+                let mut batch = cas.begin_outputs(&main, SHA256, expected);
+                for n in 0..8 {
+                    batch.bytes(noise(100, expected + n).to_vec()).unwrap();
+                }
+                batch
+            })
+            .await;
+        assert_eq!(store.inspect().await.totals.reserved, 9 * 4_096);
+        store.worker(move |_, _| batch.commit().unwrap()).await;
+        assert_eq!(store.inspect().await.totals.reserved, held.bytes());
+    }
+}
+
 #[actix::test]
 async fn a_worker_records_a_result_that_the_next_lookup_finds() {
     let store = Store::new().await;

@@ -1,6 +1,7 @@
 //! Blobs: presence, damage, restart, eviction.
 
-use super::*;
+use super::{super::relief::Relieve, *};
+use crate::disk::Space;
 
 /// CAS-01, CAS-02, CAS-03, GEN-04, GEN-07.
 #[actix::test]
@@ -126,6 +127,21 @@ async fn a_store_that_is_closed_has_written_down_what_was_used() {
     assert!(files.len() >= 500);
     let stale = files.iter().filter(|path| accessed(path) == UNIX_EPOCH).count();
     assert_eq!(stale, 0);
+}
+
+/// Also where no disk can be mounted to show it.
+#[actix::test]
+async fn a_full_disk_is_relieved_of_what_was_used_least_recently() {
+    let store = Store::new().await;
+    let mut blobs = Vec::new();
+    for n in 0..20 {
+        blobs.push(store.put(noise(4_096, n)).await);
+    }
+    // Twice a thousandth of the disk has to be free, which is no more than half of what the store holds.
+    let full = Space { free_bytes: 0, total_bytes: 16 << 20, free_inodes: 0, total_inodes: 0 };
+    store.cas.actor().send(Relieve(full)).await.unwrap();
+    assert_eq!(store.cas.find_missing(&store.main, &blobs).await.unwrap(), blobs[..8]);
+    assert_eq!(store.inspect().await.totals.deleting, 0, "the files are gone");
 }
 
 /// Another relief of the disk is under way, and the server is about to stop.

@@ -8,46 +8,34 @@
 //! index. What the index lets go is deleted in the background under a name that is never used again. Promises
 //! (`guards`) end by themselves. No handler waits for anything: an answer that needs IO is a future of its own.
 
-mod action_cache;
 pub mod blob;
-pub mod chunks;
 pub mod client;
-pub mod decoders;
 mod decoding;
-mod files;
+pub mod forms;
 mod guards;
 mod index;
-mod inputs;
 mod lookup;
 mod memo;
 pub mod messages;
-pub mod new_blob;
-mod outputs;
-pub mod received;
 mod relief;
 mod reply;
 mod requests;
 mod resolve;
 pub mod results;
-mod scan;
 mod settings;
-mod sink;
-pub mod splice;
-mod stamps;
 #[cfg(test)]
 mod tests;
+mod trees;
 mod turns;
 mod upkeep;
-mod uploads;
+pub mod uploads;
 mod view;
-mod writer;
-mod zstd_form;
-pub mod zstd_reader;
+mod volume;
 
 pub use index::Totals;
-pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
+pub use uploads::outputs::OutputBatch;
 
 use crate::{
     budget::{Bounds, Budget},
@@ -56,9 +44,11 @@ use crate::{
 };
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
 use bytes::Bytes;
-use chunks::ChunkWork;
 use client::Cas;
-use files::Files;
+use forms::{
+    chunks::ChunkWork,
+    zstd_form::{Encoders, History},
+};
 use futures::FutureExt as _;
 use gorego_reapi::{
     digest::Digest,
@@ -81,7 +71,7 @@ use tokio::{
 };
 use uploads::{Attempt, Begin, Partial, Uploads};
 use view::View;
-use zstd_form::{Encoders, History};
+use volume::files::Files;
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::cas";
@@ -95,7 +85,7 @@ pub(crate) struct Shared {
     files: Files,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
-    input_roots: Memo<(InstanceId, Digest), Arc<inputs::InputRoot>>,
+    input_roots: Memo<(InstanceId, Digest), Arc<trees::inputs::InputRoot>>,
     actions: Memo<(InstanceId, Digest), Arc<resolve::ParsedAction>>,
     results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
     /// Small blobs as they were written. Whether one is stored is the index's to say; this only saves reading it.
@@ -166,7 +156,7 @@ impl CasActor {
     /// `Precondition` when the directory cannot be used, naming it and the reason.
     pub fn open(settings: StoreSettings, instances: &Instances, runtime: Handle) -> Result<Self> {
         let files = Files::open(&settings.root, instances)?;
-        let mut index = scan::recover(&files, settings.max_bytes);
+        let mut index = volume::scan::recover(&files, settings.max_bytes);
         // A limit that was lowered since the last run is met before the first look-up.
         let over_limit = index.reserve(0)?.victims;
         let shared = Shared {
@@ -186,10 +176,10 @@ impl CasActor {
             result_checks: Budget::new(places("results that are being checked", settings::RESULT_CHECKS_MAX)),
             cold_reads: Budget::new(places("blobs that are being hashed", settings::COLD_READS_MAX)),
             upload_budget: Budget::new(settings.upload_bounds()),
-            received: Budget::new(received::RECEIVED),
+            received: Budget::new(uploads::received::RECEIVED),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
             large_trees: Budget::new(places("large trees", settings::LARGE_TREES_MAX)),
-            decoders: Budget::new(decoders::DECODERS),
+            decoders: Budget::new(uploads::decoders::DECODERS),
             chunk_work: ChunkWork::default(),
             relief_turn: tokio::sync::Mutex::default(),
             settings,

@@ -47,7 +47,7 @@ pub const WORDS: &[Word] = &[
             "src/actors/worker/launcher/sys",
             "src/actors/worker/launcher/spawn",
             "src/actors/worker/launcher/reap",
-            "src/actors/cas/stamps",
+            "src/actors/cas/volume/stamps",
             "src/actors/cas/blob",
             "src/cli/output",
             "src/cli/exec",

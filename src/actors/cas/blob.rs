@@ -7,15 +7,15 @@
 //! to the actor, which drops it, and is a miss for the reader. Changes that move no change time, such as those of a failing
 //! disk, are not noticed in larger blobs.
 
-pub use super::writer::BlobWriter;
+pub use super::uploads::writer::BlobWriter;
 use super::{
     client::Cas,
+    forms::zstd_form::check_form,
     guards::Lease,
     index::{Found, Kind, Stamp},
     requests::{Damaged, Verified},
     settings::{MAX_RESULT_FILE_BYTES, SMALL_BLOB_BYTES},
-    stamps::{COARSE_TICK, nobody_writes, stamp_of},
-    zstd_form::check_form,
+    volume::stamps::{COARSE_TICK, nobody_writes, stamp_of},
 };
 use crate::regular_file;
 use bytes::Bytes;

@@ -8,13 +8,13 @@ use super::{
     blob::{BlobReader, BlobWriter, is_sound, not_found, read_whole},
     guards::{Reservation, Room},
     index::{FileId, Found, Key, Kind, Stamp},
-    inputs::{InputRoot, Source},
     lookup::Purpose,
-    received::Received,
     requests::*,
     settings::{PARK_WAIT, ROOM_STEP_BYTES, SMALL_BLOB_BYTES, SOUND_TRIES, TWIN_WAIT},
-    sink::{WHOLE_BYTES, check_item, check_stream, failed},
-    writer::write_new,
+    trees::inputs::{InputRoot, Source},
+    uploads::received::Received,
+    uploads::sink::{WHOLE_BYTES, check_item, check_stream, failed},
+    uploads::writer::write_new,
 };
 use crate::{
     budget::{Budget, Share},
@@ -32,8 +32,8 @@ use std::{collections::HashSet, fs::File, sync::Arc};
 use tokio::{sync::oneshot, time::Instant};
 
 pub use super::{
-    sink::Payload,
-    zstd_reader::{Item, ZstdReader},
+    forms::zstd_reader::{Item, ZstdReader},
+    uploads::sink::Payload,
 };
 
 /// The answer to [`Cas::begin_upload`].
@@ -213,7 +213,7 @@ impl Cas {
         Ok(Some(self.shared.cold_reads.wait_for(self.caller, 1).await?))
     }
 
-    /// Memory for the decoders of compressed uploads; see [`super::decoders`].
+    /// Memory for the decoders of compressed uploads; see [`super::uploads::decoders`].
     pub fn decoders(&self) -> &Budget {
         &self.shared.decoders
     }

@@ -4,6 +4,8 @@
 //! checksum or key is wrong is a miss. Results never carry inlined contents on disk or in memory: whoever stores one turns
 //! them into blobs first, and whoever serves one reads them back on request (AC-05).
 
+mod action_cache;
+
 use bytes::Bytes;
 use gorego_reapi::{
     auxiliary::modernise,

@@ -3,13 +3,13 @@
 
 use super::{
     CasActor, LOG,
-    files::Files,
     guards::Reservation,
     index::{Found, Victim},
     requests::{Deleted, Touch, Touched},
     settings,
-    stamps::{COARSE_TICK, Writers, lease, stamp_of},
     uploads::Partial,
+    volume::files::Files,
+    volume::stamps::{COARSE_TICK, Writers, lease, stamp_of},
 };
 use crate::{logging::Event, regular_file};
 use actix::{Addr, AsyncContext as _, Context};

@@ -6,13 +6,20 @@
 //! when room is needed. Beyond a bound the oldest one goes of the peer that has most of what is short, so that nobody loses an
 //! upload because another peer has many. Connections have no share of their own: an upload is broken when its connection is.
 
+pub mod decoders;
+pub mod new_blob;
+pub(crate) mod outputs;
+pub mod received;
+pub(crate) mod sink;
+pub(crate) mod writer;
+
 use super::{
     CasActor,
     guards::Room,
     index::Key,
     requests::EndUpload,
     settings::{MAX_PARTIAL_UPLOADS, TWIN_STALL},
-    sink::{Inflow, Sink},
+    uploads::sink::{Inflow, Sink},
 };
 use crate::{
     budget::Bound,

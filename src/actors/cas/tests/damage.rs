@@ -4,9 +4,9 @@ use super::{
     super::{
         index::{FileId, Key, Kind},
         lookup::Purpose,
-        stamps::{COARSE_TICK, has_fine_change_times, stamp_of},
         upkeep::touch,
-        writer::write_new,
+        uploads::writer::write_new,
+        volume::stamps::{COARSE_TICK, has_fine_change_times, stamp_of},
     },
     *,
 };

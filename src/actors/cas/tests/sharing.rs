@@ -2,7 +2,7 @@
 //! asks for.
 
 use super::{
-    super::{chunks::ChunkWork, decoding::TreeRoom, messages::CheckInputs, settings},
+    super::{decoding::TreeRoom, forms::chunks::ChunkWork, messages::CheckInputs, settings},
     *,
 };
 use crate::budget::Share;

@@ -3,11 +3,11 @@
 use super::{super::uploads::*, *};
 use crate::actors::cas::{
     blob::BlobWriter,
-    files::TemporaryFile,
     guards::{Reservation, Room},
     index::{Key, Kind},
     requests::EndUpload,
-    sink::Sink,
+    uploads::sink::Sink,
+    volume::files::TemporaryFile,
 };
 use futures::future::join_all;
 

@@ -15,17 +15,17 @@
 //! The attempt travels with the job, and what is left of it when the job or the writer ends is told to the actor by its
 //! drop; so a client that vanishes at any moment leaves either a resumable upload or nothing.
 
-use super::{
+use crate::actors::cas::{
     Shared,
     blob::hash_mismatch,
-    decoders,
-    files::{Files, create},
     index::{FileId, Stamp},
-    received::Received,
     requests::{Commit, WrittenFile},
     settings::UPLOAD_BUFFER_BYTES,
-    sink::{Inflow, Sink, WHOLE_BYTES, failed},
     uploads::Attempt,
+    uploads::decoders,
+    uploads::received::Received,
+    uploads::sink::{Inflow, Sink, WHOLE_BYTES, failed},
+    volume::files::{Files, create},
 };
 use bytes::Bytes;
 use gorego_reapi::{
@@ -56,7 +56,7 @@ pub struct BlobWriter {
     has_decoder: bool,
     received: Received,
     work: Work,
-    progress: Arc<super::uploads::Progress>,
+    progress: Arc<crate::actors::cas::uploads::Progress>,
     shared: Arc<Shared>,
 }
 
@@ -70,7 +70,7 @@ enum Work {
 
 impl BlobWriter {
     /// A writer that goes on where the attempt stands.
-    pub(super) fn new(attempt: Box<Attempt>, received: Received, shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(attempt: Box<Attempt>, received: Received, shared: Arc<Shared>) -> Self {
         Self {
             digest: attempt.blob.digest,
             encoding: Encoding::Identity,
@@ -93,7 +93,7 @@ impl BlobWriter {
     }
 
     /// The same for an upload that nobody can go on with: nothing of it is kept when it breaks.
-    pub(super) fn unresumable(mut self) -> Self {
+    pub(crate) fn unresumable(mut self) -> Self {
         if let Work::Idle(attempt) = &mut self.work {
             attempt.keep = false;
         }
@@ -191,7 +191,7 @@ impl BlobWriter {
             .spawn_blocking(move || complete(*attempt, &pending.bytes, &shared))
             .await
             .map_err(Error::internal)??;
-        visible.await.map_err(|_| super::client::going_down())?;
+        visible.await.map_err(|_| crate::actors::cas::client::going_down())?;
         Ok(digest)
     }
 
@@ -369,7 +369,7 @@ fn lost_room() -> Error {
 }
 
 /// Writes bytes that were checked before to a new file; leaves none behind if that fails. Returns what it is known by.
-pub(super) fn write_new(files: &Files, path: &Path, pieces: &[Bytes]) -> io::Result<Stamp> {
+pub(crate) fn write_new(files: &Files, path: &Path, pieces: &[Bytes]) -> io::Result<Stamp> {
     let mut file = create(path)?;
     let outcome = pieces.iter().try_for_each(|bytes| file.write_all(bytes)).and_then(|()| file.metadata());
     if outcome.is_err() {

@@ -4,16 +4,16 @@
 //! to its stored name. All processes of the action are dead by then, and a read lease makes sure that nobody has the file open
 //! for writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied.
 
-use super::{
+use crate::actors::cas::{
     blob::{PIECE_BYTES, hash_file},
     client::{Cas, going_down, spoilt},
-    files::{STORED_MODE, TemporaryFile, in_shard},
     guards::Reservation,
     index::{FileId, Key, Kind, Stamp},
     requests::{Commit, Reserve, WrittenFile},
     settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, SOUND_TRIES},
-    stamps::{Writers, lease},
-    writer::write_new,
+    uploads::writer::write_new,
+    volume::files::{STORED_MODE, TemporaryFile, in_shard},
+    volume::stamps::{Writers, lease},
 };
 use crate::instance::Instance;
 use bytes::Bytes;

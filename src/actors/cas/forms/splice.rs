@@ -7,10 +7,10 @@
 //! Bounds: [`SPLICE_MAX_CHUNKS`] a blob, one splice of a blob at a time, as many of all blobs as of splits; what is read
 //! ahead of the writer is [`READ_BYTES`].
 
-use super::{
+use crate::actors::cas::{
     blob::{BlobReader, PIECE_BYTES},
-    chunks::Chunks,
     client::{Cas, Upload},
+    forms::chunks::Chunks,
     guards::Lease,
     index::Found,
     lookup::Purpose,

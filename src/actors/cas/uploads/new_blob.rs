@@ -6,14 +6,14 @@
 //!
 //! Also the two questions of callers that know a hash and no size.
 
-use super::{
+use crate::actors::cas::{
     blob::hash_file,
     client::{Cas, going_down},
-    files::TemporaryFile,
     guards::Room,
     index::{FileId, Key, Kind},
-    received::Received,
     requests::{Commit, WrittenFile},
+    uploads::received::Received,
+    volume::files::TemporaryFile,
 };
 use crate::instance::Instance;
 use bytes::Bytes;

@@ -4,11 +4,11 @@
 //! there. An inflow turns what the client sends into bytes of the blob; it belongs to one stream, a sink may outlive it. All
 //! of this blocks.
 
-use super::{
+use crate::actors::cas::{
     blob::hash_mismatch,
-    decoders::DecoderRoom,
-    files::{Files, TemporaryFile},
     index::Stamp,
+    uploads::decoders::DecoderRoom,
+    volume::files::{Files, TemporaryFile},
 };
 use bytes::Bytes;
 use gorego_reapi::{

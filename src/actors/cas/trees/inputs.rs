@@ -5,7 +5,7 @@
 //! (EXE-26). Bounds: [`MAX_DIRECTORY_BYTES`] a message, [`MAX_TREE_DEPTH`] levels, [`MAX_TREE_NODES`] entries in distinct
 //! directories and again in the tree written out.
 
-use super::{
+use crate::actors::cas::{
     blob::{PIECE_BYTES, open_checked, read_whole},
     client::{Cas, StagedInputs},
     decoding::{TreeRoom, worst_case},
@@ -35,7 +35,7 @@ const MANY_NODES: usize = 10_000;
 
 /// What was found below a root.
 #[derive(Debug, Default)]
-pub(super) struct Closure {
+pub(crate) struct Closure {
     /// Every distinct Directory that is stored.
     pub directories: HashMap<Digest, Arc<Directory>>,
     /// Directories that are not.
@@ -60,7 +60,7 @@ impl Closure {
 /// to say.
 #[derive(Debug)]
 pub(crate) struct InputRoot {
-    pub(super) tree: InputTree,
+    pub(crate) tree: InputTree,
     /// All that belongs to it and takes room: distinct, the empty blob left out.
     digests: Vec<Digest>,
 }
@@ -80,7 +80,7 @@ impl InputRoot {
 
 impl Cas {
     /// All Directories below a root. The room is to be kept as long as they are.
-    pub(super) async fn closure(
+    pub(crate) async fn closure(
         &self,
         instance: &Instance,
         root: Digest,
@@ -143,7 +143,7 @@ impl Cas {
     }
 
     /// Checks that a whole input root is stored, and renews it.
-    pub(super) async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
+    pub(crate) async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
         let Some(kept) = self.shared().input_roots.get(&(instance.blobs(), root)) else {
             return self.walk(instance, root).await.map(drop);
         };
@@ -152,7 +152,7 @@ impl Cas {
     }
 
     /// Leases a whole input root. What is staged is bounded by the number of slots.
-    pub(super) async fn stage(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
+    pub(crate) async fn stage(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
         let input_root = match self.shared().input_roots.get(&(instance.blobs(), root)) {
             Some(kept) => kept,
             None => self.walk(instance, root).await?,
@@ -287,7 +287,7 @@ pub struct Source {
 
 impl Source {
     /// [`StagedInputs::materialise`].
-    pub(super) fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
+    pub(crate) fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
         let failed =
             |error: io::Error| Error::io(&format!("make input file \"{}\"", name.escape_debug()), &error);
         let missing = |error| match error {
@@ -329,7 +329,7 @@ impl Source {
 }
 
 /// Copies a whole file; where the file system can, the two share their blocks until one is written.
-pub(super) fn copy(from: &File, to: &File, size: u64) -> io::Result<()> {
+pub(crate) fn copy(from: &File, to: &File, size: u64) -> io::Result<()> {
     let (mut read_at, mut written_at) = (0u64, 0u64);
     while read_at < size {
         let left = usize::try_from(size - read_at).unwrap_or(usize::MAX);

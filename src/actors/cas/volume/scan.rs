@@ -5,11 +5,11 @@
 //! not give is left alone and counted. Contents are checked later, at first read; only where a result has two files, which
 //! is as rare as a kill, are they read to see which one is whole.
 
-use super::{
-    files::{Files, parse_file_name},
+use crate::actors::cas::{
     index::{FileId, Index, Key, Kind},
     results,
     settings::MAX_RESULT_FILE_BYTES,
+    volume::files::{Files, parse_file_name},
 };
 use crate::{instance::InstanceId, logging::Event, regular_file};
 use gorego_reapi::digest::{Digest, DigestFunction};
@@ -83,7 +83,7 @@ pub fn recover(files: &Files, limit: u64) -> Index {
     empty_trash(files);
     let totals = index.totals();
     let elapsed_ms = started.elapsed().as_millis() as u64;
-    Event::info(super::LOG, "store_opened")
+    Event::info(crate::actors::cas::LOG, "store_opened")
         .with("blobs", totals.blobs)
         .with("results", totals.results)
         .with("bytes", totals.used)
@@ -93,7 +93,7 @@ pub fn recover(files: &Files, limit: u64) -> Index {
         .with("elapsed_ms", elapsed_ms)
         .log(format_args!("the store has {} blobs and {} action results", totals.blobs, totals.results));
     if sums.removed + sums.foreign + sums.unreadable > 0 {
-        Event::warn(super::LOG, "store_repaired")
+        Event::warn(crate::actors::cas::LOG, "store_repaired")
             .with("removed", sums.removed)
             .with("ignored", sums.foreign)
             .with("unreadable", sums.unreadable)
@@ -200,7 +200,7 @@ fn empty_trash(files: &Files) {
         }
     });
     if let Err(error) = spawned {
-        Event::warn(super::LOG, "trash_kept")
+        Event::warn(crate::actors::cas::LOG, "trash_kept")
             .with_shown("error", &error)
             .log(format_args!("could not start deleting old files"));
     }

@@ -18,9 +18,9 @@
 //! the process loses nothing, a power cut may lose or damage what was written last, and the hash check at first read turns that
 //! into misses.
 
-use super::{
+use crate::actors::cas::{
     index::{FileId, Key, Kind, Stamp},
-    stamps::{change_unobserved, has_fine_change_times, settled, stamp_of},
+    volume::stamps::{change_unobserved, has_fine_change_times, settled, stamp_of},
 };
 use crate::{
     disk::Space,

@@ -9,17 +9,17 @@
 //! before its first byte is served, as blobs are hashed.
 //!
 //! What does not get smaller is remembered too, and is sent as it is from then on. Blobs up to
-//! [`super::settings::SMALL_BLOB_BYTES`] get no form; [`super::zstd_reader`] keeps them in memory.
+//! `SMALL_BLOB_BYTES` get no form; [`super::zstd_reader`] keeps them in memory.
 
-use super::{
+use crate::actors::cas::{
     blob::{BlobReader, StoredFile, damaged, known_stamp, open, tell_verified},
     client::Cas,
-    files::TemporaryFile,
     guards::{Lease, Room},
     index::{FileId, Found, Key, Kind, Stamp},
     requests::{Commit, WrittenFile},
     settings::{ZSTD_FORM_PART, ZSTD_HISTORY_WEIGHT, ZSTD_PROBE_BYTES},
-    stamps::stamp_of,
+    volume::files::TemporaryFile,
+    volume::stamps::stamp_of,
 };
 use crate::{
     instance::{Instance, InstanceId},
@@ -101,7 +101,7 @@ impl Form {
 ///
 /// # Errors
 /// `NotFound` when it is not right; that was reported.
-pub(super) fn check_form(cas: &Cas, found: &Found, file: &File) -> Result<(SeekTable, Stamp)> {
+pub(crate) fn check_form(cas: &Cas, found: &Found, file: &File) -> Result<(SeekTable, Stamp)> {
     let table = table_of(cas, found, file)?;
     let metadata = file.metadata().map_err(Error::internal)?;
     let trusted = cas.shared().files.stamp(&metadata);
@@ -167,7 +167,7 @@ fn verify(file: &File, table: &SeekTable, digest: Digest) -> Result<()> {
 impl Cas {
     /// What earlier reads of a larger blob without a form have taught; this one is counted, and from the second on a form is
     /// made, in the background.
-    pub(super) fn note_zstd_read(&self, instance: &Instance, digest: Digest) -> Option<History> {
+    pub(crate) fn note_zstd_read(&self, instance: &Instance, digest: Digest) -> Option<History> {
         let shared = self.shared();
         let key = (instance.blobs(), digest);
         let history = shared.zstd_history.get(&key);
@@ -189,7 +189,7 @@ impl Cas {
         self.shared().runtime.spawn(async move {
             let _turn = turn;
             if let Err(error) = cas.try_make_form(&instance, digest).await {
-                Event::debug(super::LOG, "zstd_form_not_made")
+                Event::debug(crate::actors::cas::LOG, "zstd_form_not_made")
                     .with_shown("digest", &digest)
                     .with_shown("error", &error)
                     .log(format_args!("could not keep the zstd form of a blob"));

@@ -5,7 +5,7 @@
 //! that went bad. What comes of that is immutable and kept in memory; from then on a hit is a look-up that checks and renews every
 //! reference in the index (AC-03, AC-04).
 
-use super::{
+use crate::actors::cas::{
     blob::{is_sound, not_found, read_result_file, report},
     client::{Cas, Provenance, going_down},
     decoding::{TreeRoom, worst_case},
@@ -14,7 +14,7 @@ use super::{
     requests::{Commit, Reserve, ResultLookup, WrittenFile},
     results::{self, DirectReferences, LoadedResult, Uploader},
     settings::{LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
-    writer::write_new,
+    uploads::writer::write_new,
 };
 use crate::instance::Instance;
 use gorego_reapi::{

@@ -1,0 +1,3 @@
+//! Directories and input roots: read level by level, checked, leased, and copied out.
+
+pub(crate) mod inputs;

@@ -1,4 +1,4 @@
-//! The content-addressable store and the action cache: the actor, its index, its files.
+//! The content-addressable store and the action cache: the actor, its index, and the rooms of the store.
 //!
 //! [`CasActor`] owns the `index::Index` (what is stored, how recently used, leased or promised) and the table of
 //! `uploads`. Others may look things up in the index (`view`), and only the actor changes it. It decides and never touches a file: readers and writers work on files that its answers name, on blocking
@@ -17,6 +17,8 @@ mod index;
 mod lookup;
 mod memo;
 pub mod messages;
+mod new_files;
+mod recovery;
 mod relief;
 mod reply;
 mod requests;
@@ -25,7 +27,7 @@ pub mod results;
 mod settings;
 #[cfg(test)]
 mod tests;
-mod trees;
+pub mod trees;
 mod turns;
 mod upkeep;
 pub mod uploads;
@@ -35,6 +37,7 @@ mod volume;
 pub use index::Totals;
 pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
+pub use trees::StagedInputs;
 pub use uploads::outputs::OutputBatch;
 
 use crate::{
@@ -71,7 +74,7 @@ use tokio::{
 };
 use uploads::{Attempt, Begin, Partial, Uploads};
 use view::View;
-use volume::files::Files;
+use volume::{Volume, files::Files};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::cas";
@@ -82,7 +85,8 @@ pub(crate) struct Shared {
     settings: StoreSettings,
     /// What is stored. Only the actor changes it.
     view: View,
-    files: Files,
+    /// Where the stored files are.
+    volume: Box<dyn Volume>,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
     input_roots: Memo<(InstanceId, Digest), Arc<trees::inputs::InputRoot>>,
@@ -155,13 +159,21 @@ impl CasActor {
     /// # Errors
     /// `Precondition` when the directory cannot be used, naming it and the reason.
     pub fn open(settings: StoreSettings, instances: &Instances, runtime: Handle) -> Result<Self> {
-        let files = Files::open(&settings.root, instances)?;
-        let mut index = volume::scan::recover(&files, settings.max_bytes);
+        let volume = Files::open(&settings.root, instances)?;
+        Self::over(Box::new(volume), settings, runtime)
+    }
+
+    /// The same over any volume, with what it holds.
+    ///
+    /// # Errors
+    /// When what it holds cannot be brought within the limit.
+    fn over(volume: Box<dyn Volume>, settings: StoreSettings, runtime: Handle) -> Result<Self> {
+        let mut index = recovery::recover(&*volume, settings.max_bytes);
         // A limit that was lowered since the last run is met before the first look-up.
         let over_limit = index.reserve(0)?.victims;
         let shared = Shared {
             view: View::new(index),
-            files,
+            volume,
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
             input_roots: Memo::new(settings::INPUT_ROOT_MEMO_BYTES),
@@ -294,7 +306,7 @@ impl Handler<BeginUpload> for CasActor {
                 }
                 // What cannot fit is refused before the first byte; what can gets its room as its bytes come.
                 let twin = self.uploads.twin(&blob, &entered).filter(|_| !message.beside);
-                let size = self.shared.files.charge(blob.digest.size());
+                let size = self.shared.volume.charge(blob.digest.size());
                 let of_twin = twin
                     .as_ref()
                     .map_or(0, |twin| size.saturating_sub(twin.accepted.load(Ordering::Relaxed)));

@@ -12,7 +12,8 @@ use super::{Edge, ReadStream, log_stream, request_log::Call, stalled};
 use crate::{
     actors::cas::{
         blob::{BlobReader, BlobWriter},
-        client::{Upload, ZstdReader},
+        client::Upload,
+        forms::zstd_reader::ZstdReader,
     },
     config::CommittedSize,
     grpc::services::byte_stream_server::ByteStream,

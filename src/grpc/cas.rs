@@ -10,7 +10,7 @@ use super::{
     request_log::Call,
 };
 use crate::{
-    actors::cas::client::{Item, Payload},
+    actors::cas::{client::Payload, forms::zstd_reader::Item},
     grpc::services::content_addressable_storage_server::ContentAddressableStorage,
     instance::Instance,
 };

@@ -48,7 +48,7 @@ pub const WORDS: &[Word] = &[
             "src/actors/worker/launcher/spawn",
             "src/actors/worker/launcher/reap",
             "src/actors/cas/volume/stamps",
-            "src/actors/cas/blob",
+            "src/actors/cas/volume/stored",
             "src/cli/output",
             "src/cli/exec",
             "src/memory",

@@ -50,7 +50,7 @@ impl Cas {
             // Whoever comes second looks at what the first has left to do.
             let _turn = self.shared().relief_turn.lock().await;
             let cas = self.clone();
-            let looked = self.blocking(move || cas.shared().files.space()).await;
+            let looked = self.blocking(move || cas.shared().volume.space()).await;
             let Ok(Ok(space)) = looked else { return };
             if is_due(&space) {
                 let _ = self.ask(Relieve(space)).await;

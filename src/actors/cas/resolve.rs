@@ -13,7 +13,7 @@ use super::{
     client::{Cas, going_down},
     decoding,
     messages::{CheckInputs, Resolution, ResolveAction},
-    requests::ResultLookup,
+    results::ResultLookup,
     settings::{MAX_ACTION_BYTES, MAX_ACTION_MEMORY},
 };
 use crate::{action::Action, instance::Instance};

@@ -5,6 +5,9 @@
 //! them into blobs first, and whoever serves one reads them back on request (AC-05).
 
 mod action_cache;
+mod lookup;
+
+pub(super) use lookup::ResultLookup;
 
 use bytes::Bytes;
 use gorego_reapi::{
@@ -18,6 +21,9 @@ use gorego_reapi::{
 };
 use prost::Message as _;
 use std::{collections::HashSet, sync::Arc, time::SystemTime};
+
+/// Largest file of an action result that is read. A result has at most 4 MiB; who made it takes little more.
+pub(super) const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Length of the checksum in front of a stored result.
 const CHECKSUM_BYTES: usize = 32;

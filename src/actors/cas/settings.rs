@@ -67,9 +67,6 @@ pub const MAX_REFERENCES: usize = 2_000_000;
 /// Largest Tree message that is read to check a result. About 500,000 files; a result with a larger one is a miss.
 pub const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
 
-/// Largest file of an action result that is read. A result has at most 4 MiB; who made it takes little more.
-pub const MAX_RESULT_FILE_BYTES: u64 = 16 * 1024 * 1024;
-
 /// Results whose blobs are hashed at the same time, because nobody has read them since the start; other lookups of such results
 /// wait. Each reads from the disk as fast as it can. One peer gets all but one.
 pub const RESULT_CHECKS_MAX: u64 = 4;
@@ -162,9 +159,6 @@ pub const ZSTD_FORM_PART: u64 = 16;
 
 /// Bytes of a blob after which it is given up to make a form of it, if nothing was saved by then.
 pub const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
-
-/// Files that are kept from being written at the same time while their use is written down.
-pub const TOUCH_LEASES: usize = 64;
 
 /// How often waiting uses are written down and broken uploads are looked through.
 pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);

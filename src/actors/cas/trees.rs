@@ -1,3 +1,10 @@
-//! Directories and input roots: read level by level, checked, leased, and copied out.
+//! Directories and the trees that they make.
+//!
+//! [`inputs`] reads input roots for actions: every directory and file has to be there, and all of it is leased and copied out. The
+//! memory of the larger ones is bounded for all of them together.
 
-pub(crate) mod inputs;
+pub mod inputs;
+mod room;
+
+pub use inputs::StagedInputs;
+pub(super) use room::TreeRoom;

@@ -5,6 +5,9 @@
 //! leaves if it breaks is discarded (BS-20). Broken uploads are bounded in number, bytes and age, and are the first to go
 //! when room is needed. Beyond a bound the oldest one goes of the peer that has most of what is short, so that nobody loses an
 //! upload because another peer has many. Connections have no share of their own: an upload is broken when its connection is.
+//!
+//! The modules below have the bytes on their way in: [`writer`] an upload, [`new_blob`] bytes of unknown digest, [`outputs`] what a
+//! worker stores; [`received`], [`sink`] and [`decoders`] what they share.
 
 pub mod decoders;
 pub mod new_blob;

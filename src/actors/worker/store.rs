@@ -2,8 +2,8 @@
 
 use crate::{
     actors::cas::{
-        OutputBatch,
-        client::{Cas, Provenance, StagedInputs},
+        OutputBatch, StagedInputs,
+        client::{Cas, Provenance},
     },
     caller::Peer,
     instance::Instance,

@@ -10,12 +10,13 @@
 //! keeps the turn of a blob while waiting for a place, so that a peer that waits for a place holds up no other one.
 
 use crate::actors::cas::{
-    blob::{BlobReader, PIECE_BYTES, not_found},
+    blob::{BlobReader, not_found},
     client::Cas,
     guards::Lease,
     lookup::Purpose,
     memo::Memo,
     turns::{Turn, Turns},
+    volume::PIECE_BYTES,
 };
 use crate::{
     budget::{Budget, Share},

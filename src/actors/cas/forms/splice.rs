@@ -8,12 +8,13 @@
 //! ahead of the writer is [`READ_BYTES`].
 
 use crate::actors::cas::{
-    blob::{BlobReader, PIECE_BYTES},
+    blob::BlobReader,
     client::{Cas, Upload},
     forms::chunks::Chunks,
     guards::Lease,
     index::Found,
     lookup::Purpose,
+    volume::PIECE_BYTES,
 };
 use crate::instance::Instance;
 use bytes::Bytes;

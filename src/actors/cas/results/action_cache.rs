@@ -6,15 +6,14 @@
 //! reference in the index (AC-03, AC-04).
 
 use crate::actors::cas::{
-    blob::{is_sound, not_found, read_result_file, report},
-    client::{Cas, Provenance, going_down},
-    decoding::{TreeRoom, worst_case},
-    index::{EntryRef, FileId, Found, Key, Kind, Stamp},
+    blob::{is_sound, not_found, read_unchecked, report},
+    client::{Cas, Provenance},
+    decoding::worst_case,
+    index::{EntryRef, Found, Key, Kind, Stamp},
     lookup::Purpose,
-    requests::{Commit, Reserve, ResultLookup, WrittenFile},
-    results::{self, DirectReferences, LoadedResult, Uploader},
+    results::{self, DirectReferences, LoadedResult, ResultLookup, Uploader},
     settings::{LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
-    uploads::writer::write_new,
+    trees::TreeRoom,
 };
 use crate::instance::Instance;
 use gorego_reapi::{
@@ -144,7 +143,8 @@ impl Cas {
         found: Found,
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let cas = self.clone();
-        let bytes = match self.blocking(move || read_result_file(&cas, &found)).await? {
+        let bytes = match self.blocking(move || read_unchecked(&cas, &found, results::MAX_FILE_BYTES)).await?
+        {
             Ok(bytes) => bytes,
             Err(Error::NotFound(_)) => return Ok(None),
             Err(error) => return Err(error),
@@ -263,14 +263,13 @@ impl Cas {
         }
         let result = Arc::new(result);
         let bytes = results::encode(instance.name(), action, &result, provenance, SystemTime::now());
-        let charge = self.shared().files.charge(bytes.len() as u64);
-        let room = self.ask(Reserve(charge)).await??;
+        let room = self.take_room(self.shared().volume.charge(bytes.len() as u64)).await?;
         let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
         let (cas, kept) = (self.clone(), result.clone());
         let visible = self.blocking(move || -> Result<_> {
-            let files = &cas.shared().files;
-            let file = FileId { key, generation: files.next_generation() };
-            let stamp = write_new(files, &files.path(&file), &[bytes])
+            let mut files = cas.new_files(room);
+            let file = files
+                .write(key, &[bytes])
                 .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
             // Without Trees all references are known at once, and the first hit needs no file.
             if let Ok(direct) = DirectReferences::of(&kept, action.function())
@@ -280,10 +279,11 @@ impl Cas {
                 let loaded = Arc::new(LoadedResult::new(file.generation, kept, direct.blobs));
                 cas.shared().results.insert((key.instance, action), loaded.clone(), loaded.memory());
             }
-            let written = WrittenFile { file, bytes: charge, stamp };
-            Ok(Commit::tell(cas.actor(), written, room))
+            Ok(files.commit())
         });
-        visible.await??.await.map_err(|_| going_down())?;
+        if let Some(visible) = visible.await?? {
+            visible.wait().await?;
+        }
         Ok(result)
     }
 }

@@ -248,3 +248,22 @@ async fn a_worker_records_a_result_that_the_next_lookup_finds() {
     let found = store.cas.get_result(&store.main, action).await.unwrap().unwrap();
     assert_eq!(found.stdout_digest, Some(digest(b"out").to_wire()));
 }
+
+/// Bytes that have no room of their own would be taken from what others were promised.
+#[actix::test]
+async fn every_output_takes_room_of_its_own_until_it_is_visible() {
+    let store = Store::new().await;
+    let outputs = store.worker(|cas, main| {
+        let mut outputs = cas.begin_outputs(&main, SHA256, 0);
+        for seed in 0..3 {
+            outputs.bytes(noise(LARGE, seed).to_vec()).unwrap();
+        }
+        outputs
+    });
+    let outputs = outputs.await;
+    let totals = store.inspect().await.totals;
+    assert!(totals.reserved >= 3 * LARGE as u64 && totals.used == 0, "{totals:?}");
+    drop(outputs);
+    let totals = store.inspect().await.totals;
+    assert!(totals.used >= 3 * LARGE as u64 && totals.reserved == 0, "{totals:?}");
+}

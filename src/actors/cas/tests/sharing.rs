@@ -2,7 +2,7 @@
 //! asks for.
 
 use super::{
-    super::{decoding::TreeRoom, forms::chunks::ChunkWork, messages::CheckInputs, settings},
+    super::{forms::chunks::ChunkWork, messages::CheckInputs, settings, trees::TreeRoom},
     *,
 };
 use crate::budget::Share;

@@ -7,7 +7,6 @@ use crate::actors::cas::{
     index::{Key, Kind},
     requests::EndUpload,
     uploads::sink::Sink,
-    volume::files::TemporaryFile,
 };
 use futures::future::join_all;
 
@@ -289,7 +288,7 @@ async fn a_blob_above_the_largest_size_is_refused_before_a_byte_is_sent() {
 fn park(store: &Store, uploads: &mut Uploads, (n, blob): (u64, Key), room: Room, now: Instant) {
     let name = digest(&n.to_le_bytes());
     let Begin::Fresh(Entered { number, progress }, None) = uploads.begin(name, blob, 0) else { panic!() };
-    let file = TemporaryFile::create(store.root.path().join(format!("{n}"))).unwrap();
+    let file = store.cas.shared().volume.draft().unwrap();
     let partial = Some(Partial { sink: Sink { file, hasher: SHA256.hasher(0) }, room });
     assert!(uploads.end(EndUpload { name, number, blob, progress, partial }, now).is_none());
 }

@@ -194,7 +194,6 @@ impl Server {
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
             assets: Some(assets.clone()),
-            walks: grpc::get_tree::Walks::default(),
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
             connections: connections.clone(),

@@ -72,6 +72,7 @@ use tokio::{
     runtime::Handle,
     sync::{Semaphore, watch},
 };
+use trees::walk::Walks;
 use uploads::{Attempt, Begin, Partial, Uploads};
 use view::View;
 use volume::{Volume, files::Files};
@@ -115,6 +116,8 @@ pub(crate) struct Shared {
     decoded: Budget,
     /// Large trees that may be walked at the same time.
     large_trees: Budget,
+    /// Walks for clients that may go on at the same time.
+    walks: Walks,
     /// Memory for the decoders of compressed uploads.
     decoders: Budget,
     /// Splits and splices; nothing in it says what is stored.
@@ -191,6 +194,7 @@ impl CasActor {
             received: Budget::new(uploads::received::RECEIVED),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
             large_trees: Budget::new(places("large trees", settings::LARGE_TREES_MAX)),
+            walks: Walks::default(),
             decoders: Budget::new(uploads::decoders::DECODERS),
             chunk_work: ChunkWork::default(),
             relief_turn: tokio::sync::Mutex::default(),

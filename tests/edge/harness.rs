@@ -74,7 +74,6 @@ impl Server {
             instances,
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
-            walks: Default::default(),
             log_streams: log_streams(executes, store.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),

@@ -50,11 +50,12 @@ pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
 
 use crate::{
+    actors::mail::{Mail, Receive, counted},
     budget::{Bounds, Budget},
     instance::{InstanceId, Instances},
     logging::Event,
 };
-use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
 use bytes::Bytes;
 use chunks::ChunkWork;
 use client::Cas;
@@ -147,6 +148,7 @@ const RECENT_OVERHEAD_BYTES: usize = 160;
 /// The owner of the store.
 #[derive(Debug)]
 pub struct CasActor {
+    mail: Mail,
     uploads: Uploads,
     shared: Arc<Shared>,
     /// What was evicted before the actor started.
@@ -195,6 +197,7 @@ impl CasActor {
             settings,
         };
         Ok(Self {
+            mail: Mail::default(),
             uploads: Uploads::default(),
             shared: Arc::new(shared),
             over_limit,
@@ -207,6 +210,11 @@ impl CasActor {
     pub fn launch(self) -> Cas {
         let shared = self.shared.clone();
         Cas::new(self.start(), shared)
+    }
+
+    /// Counts the messages that it handles.
+    pub fn mail(&self) -> Mail {
+        self.mail.clone()
     }
 
     /// The index, to change it.
@@ -235,6 +243,8 @@ fn unix_seconds() -> u32 {
     u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)
 }
 
+counted!(CasActor);
+
 impl Actor for CasActor {
     type Context = Context<Self>;
 
@@ -247,10 +257,10 @@ impl Actor for CasActor {
     }
 }
 
-impl Handler<Reserve> for CasActor {
-    type Result = Reply<Result<Reservation>>;
+impl Receive<Reserve> for CasActor {
+    type Answer = Reply<Result<Reservation>>;
 
-    fn handle(&mut self, Reserve(bytes): Reserve, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Reserve(bytes): Reserve, ctx: &mut Self::Context) -> Self::Answer {
         match self.reserve(bytes, ctx) {
             Ok((room, free)) => Reply::when(free, Ok(room)),
             Err(error) => Reply::Now(Err(error)),
@@ -258,10 +268,10 @@ impl Handler<Reserve> for CasActor {
     }
 }
 
-impl Handler<Commit> for CasActor {
-    type Result = ();
+impl Receive<Commit> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, message: Commit, ctx: &mut Self::Context) {
+    fn receive(&mut self, message: Commit, ctx: &mut Self::Context) {
         let mut rest = message.room.disarm();
         let now = unix_seconds();
         let mut superfluous = Vec::new();
@@ -279,10 +289,10 @@ impl Handler<Commit> for CasActor {
     }
 }
 
-impl Handler<BeginUpload> for CasActor {
-    type Result = MessageResult<BeginUpload>;
+impl Receive<BeginUpload> for CasActor {
+    type Answer = MessageResult<BeginUpload>;
 
-    fn handle(&mut self, message: BeginUpload, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, message: BeginUpload, ctx: &mut Self::Context) -> Self::Answer {
         let BeginUpload { name, blob, offset, .. } = message;
         if self.renew(&blob).is_some() {
             return MessageResult(Ok(Began::Present));
@@ -320,10 +330,10 @@ impl Handler<BeginUpload> for CasActor {
     }
 }
 
-impl Handler<DiscardPartials> for CasActor {
-    type Result = ();
+impl Receive<DiscardPartials> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, message: DiscardPartials, ctx: &mut Self::Context) {
+    fn receive(&mut self, message: DiscardPartials, ctx: &mut Self::Context) {
         let DiscardPartials { caller, bound, bytes } = message;
         let mut freed = 0;
         while freed < bytes
@@ -335,10 +345,10 @@ impl Handler<DiscardPartials> for CasActor {
     }
 }
 
-impl Handler<EndUpload> for CasActor {
-    type Result = ();
+impl Receive<EndUpload> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, ended: EndUpload, ctx: &mut Self::Context) {
+    fn receive(&mut self, ended: EndUpload, ctx: &mut Self::Context) {
         if let Some(partial) = self.uploads.end(ended, Instant::now()) {
             self.discard(partial, ctx);
         }
@@ -349,18 +359,18 @@ impl Handler<EndUpload> for CasActor {
     }
 }
 
-impl Handler<Unreserve> for CasActor {
-    type Result = ();
+impl Receive<Unreserve> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
+    fn receive(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
         self.index().unreserve(bytes);
     }
 }
 
-impl Handler<Deleted> for CasActor {
-    type Result = ();
+impl Receive<Deleted> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
+    fn receive(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
         let mut index = self.index();
         index.deleted(bytes);
         let deleted = index.bytes_deleted();
@@ -370,18 +380,18 @@ impl Handler<Deleted> for CasActor {
     }
 }
 
-impl Handler<Verified> for CasActor {
-    type Result = ();
+impl Receive<Verified> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Verified { at, stamp }: Verified, _: &mut Self::Context) {
+    fn receive(&mut self, Verified { at, stamp }: Verified, _: &mut Self::Context) {
         self.index().trust(at, stamp);
     }
 }
 
-impl Handler<Touched> for CasActor {
-    type Result = ();
+impl Receive<Touched> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
+    fn receive(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
         let mut index = self.index();
         for Touch { at, before, after } in touches {
             index.follow(at, before, after);
@@ -389,10 +399,10 @@ impl Handler<Touched> for CasActor {
     }
 }
 
-impl Handler<Damaged> for CasActor {
-    type Result = ();
+impl Receive<Damaged> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
+    fn receive(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
         // A file that was evicted under its reader is not damaged: its entry is stale and nothing happens.
         let removed = self.index().remove(at);
         if let Some(victim) = removed {
@@ -404,19 +414,19 @@ impl Handler<Damaged> for CasActor {
     }
 }
 
-impl Handler<InspectStore> for CasActor {
-    type Result = MessageResult<InspectStore>;
+impl Receive<InspectStore> for CasActor {
+    type Answer = MessageResult<InspectStore>;
 
-    fn handle(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Answer {
         let (running_uploads, partial_uploads) = self.uploads.counts();
         MessageResult(StoreInspection { totals: self.index().totals(), running_uploads, partial_uploads })
     }
 }
 
-impl Handler<CloseStore> for CasActor {
-    type Result = Reply<()>;
+impl Receive<CloseStore> for CasActor {
+    type Answer = Reply<()>;
 
-    fn handle(&mut self, _: CloseStore, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, _: CloseStore, ctx: &mut Self::Context) -> Self::Answer {
         let written = self.write_touches(ctx.address());
         ctx.stop();
         // A job that panicked has written what it could.

@@ -23,12 +23,13 @@ pub mod transition;
 use crate::{
     actors::{
         cas::messages::{CheckInputs, Resolution, ResolveAction},
+        mail::{Mail, Receive, counted},
         worker::messages::{RunAction, StageReached, TaskId},
     },
     caller::Caller,
     logging::Event,
 };
-use actix::{Actor, AsyncContext, Context, Handler, MailboxError, Message, Recipient, ResponseFuture};
+use actix::{Actor, AsyncContext, Context, MailboxError, Message, Recipient, ResponseFuture};
 use gorego_reapi::error::{Error, Result};
 use ledger::{Assignment, Check, Ledger, RunEnd};
 use messages::{
@@ -67,6 +68,7 @@ pub struct Pool {
 
 /// The owner of all operations, tasks and slots.
 pub struct SchedulerActor {
+    mail: Mail,
     ledger: Ledger,
     runners: Vec<Recipient<RunAction>>,
     resolve: Recipient<ResolveAction>,
@@ -86,6 +88,7 @@ impl SchedulerActor {
     ) -> Self {
         let (specs, runners) = pools.into_iter().map(|Pool { spec, runner }| (spec, runner)).unzip();
         Self {
+            mail: Mail::default(),
             ledger: Ledger::new(settings, specs),
             runners,
             resolve,
@@ -94,6 +97,11 @@ impl SchedulerActor {
             resolving: Places::new("submissions that wait for the store", RESOLVING),
             drained: Vec::new(),
         }
+    }
+
+    /// Counts the messages that it handles.
+    pub fn mail(&self) -> Mail {
+        self.mail.clone()
     }
 
     /// Carries out what the ledger has decided; to be called after every change to it.
@@ -156,12 +164,14 @@ fn cas_unreachable(error: MailboxError) -> Error {
     })
 }
 
+counted!(SchedulerActor);
+
 impl Actor for SchedulerActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
         ctx.set_mailbox_capacity(MAILBOX);
-        ctx.run_interval(TICK_INTERVAL, |actor, ctx| actor.handle(Tick, ctx));
+        ctx.run_interval(TICK_INTERVAL, |actor, ctx| actor.receive(Tick, ctx));
     }
 }
 
@@ -194,10 +204,10 @@ struct RunEnded {
 #[rtype(result = "()")]
 struct Tick;
 
-impl Handler<Tick> for SchedulerActor {
-    type Result = ();
+impl Receive<Tick> for SchedulerActor {
+    type Answer = ();
 
-    fn handle(&mut self, _: Tick, ctx: &mut Self::Context) {
+    fn receive(&mut self, _: Tick, ctx: &mut Self::Context) {
         for place in self.ledger.tick(Moment::now()) {
             Event::warn(log::TARGET, log::SLOT_STUCK)
                 .with("pool", &*place.pool)
@@ -208,10 +218,10 @@ impl Handler<Tick> for SchedulerActor {
     }
 }
 
-impl Handler<Submit> for SchedulerActor {
-    type Result = ResponseFuture<Result<Subscription>>;
+impl Receive<Submit> for SchedulerActor {
+    type Answer = ResponseFuture<Result<Subscription>>;
 
-    fn handle(&mut self, submit: Submit, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, submit: Submit, ctx: &mut Self::Context) -> Self::Answer {
         if let Err(error) = self.resolving.check(submit.caller.peer) {
             return Box::pin(async { Err(error) });
         }
@@ -231,10 +241,10 @@ impl Handler<Submit> for SchedulerActor {
     }
 }
 
-impl Handler<Resolved> for SchedulerActor {
-    type Result = Result<Subscription>;
+impl Receive<Resolved> for SchedulerActor {
+    type Answer = Result<Subscription>;
 
-    fn handle(&mut self, Resolved { submit, resolution }: Resolved, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Resolved { submit, resolution }: Resolved, ctx: &mut Self::Context) -> Self::Answer {
         self.resolving.give_back(submit.caller.peer);
         let admitted = self.ledger.admit(submit, resolution?, OperationId(Uuid::new_v4()), Moment::now());
         self.settle(ctx);
@@ -242,86 +252,86 @@ impl Handler<Resolved> for SchedulerActor {
     }
 }
 
-impl Handler<InputsChecked> for SchedulerActor {
-    type Result = ();
+impl Receive<InputsChecked> for SchedulerActor {
+    type Answer = ();
 
-    fn handle(&mut self, InputsChecked { task, result }: InputsChecked, ctx: &mut Self::Context) {
+    fn receive(&mut self, InputsChecked { task, result }: InputsChecked, ctx: &mut Self::Context) {
         self.ledger.inputs_checked(task, result, Moment::now());
         self.settle(ctx);
     }
 }
 
-impl Handler<StageReached> for SchedulerActor {
-    type Result = ();
+impl Receive<StageReached> for SchedulerActor {
+    type Answer = ();
 
-    fn handle(&mut self, fact: StageReached, _: &mut Self::Context) {
+    fn receive(&mut self, fact: StageReached, _: &mut Self::Context) {
         self.ledger.stage_reached(fact);
     }
 }
 
-impl Handler<RunEnded> for SchedulerActor {
-    type Result = ();
+impl Receive<RunEnded> for SchedulerActor {
+    type Answer = ();
 
-    fn handle(&mut self, RunEnded { task, end }: RunEnded, ctx: &mut Self::Context) {
+    fn receive(&mut self, RunEnded { task, end }: RunEnded, ctx: &mut Self::Context) {
         self.ledger.finish(task, end, Moment::now());
         self.settle(ctx);
     }
 }
 
-impl Handler<Watch> for SchedulerActor {
-    type Result = Result<Subscription>;
+impl Receive<Watch> for SchedulerActor {
+    type Answer = Result<Subscription>;
 
-    fn handle(&mut self, Watch { instance, id }: Watch, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Watch { instance, id }: Watch, _: &mut Self::Context) -> Self::Answer {
         self.ledger.watch(&instance, id)
     }
 }
 
-impl Handler<Cancel> for SchedulerActor {
-    type Result = Result<()>;
+impl Receive<Cancel> for SchedulerActor {
+    type Answer = Result<()>;
 
-    fn handle(&mut self, Cancel { instance, id }: Cancel, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Cancel { instance, id }: Cancel, ctx: &mut Self::Context) -> Self::Answer {
         let cancelled = self.ledger.cancel(&instance, id, Moment::now());
         self.settle(ctx);
         cancelled
     }
 }
 
-impl Handler<Forget> for SchedulerActor {
-    type Result = Result<()>;
+impl Receive<Forget> for SchedulerActor {
+    type Answer = Result<()>;
 
-    fn handle(&mut self, Forget { instance, id }: Forget, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Forget { instance, id }: Forget, _: &mut Self::Context) -> Self::Answer {
         self.ledger.forget(&instance, id)
     }
 }
 
-impl Handler<Explain> for SchedulerActor {
-    type Result = Option<Box<QueueStatus>>;
+impl Receive<Explain> for SchedulerActor {
+    type Answer = Option<Box<QueueStatus>>;
 
-    fn handle(&mut self, Explain { instance, id }: Explain, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Explain { instance, id }: Explain, _: &mut Self::Context) -> Self::Answer {
         self.ledger.explain(&instance, id, Moment::now()).map(Box::new)
     }
 }
 
-impl Handler<ListOperations> for SchedulerActor {
-    type Result = Result<OperationPage>;
+impl Receive<ListOperations> for SchedulerActor {
+    type Answer = Result<OperationPage>;
 
-    fn handle(&mut self, query: ListOperations, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, query: ListOperations, _: &mut Self::Context) -> Self::Answer {
         self.ledger.list(&query)
     }
 }
 
-impl Handler<Inspect> for SchedulerActor {
-    type Result = actix::MessageResult<Inspect>;
+impl Receive<Inspect> for SchedulerActor {
+    type Answer = actix::MessageResult<Inspect>;
 
-    fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Answer {
         actix::MessageResult(self.ledger.inspect())
     }
 }
 
-impl Handler<Drain> for SchedulerActor {
-    type Result = ResponseFuture<()>;
+impl Receive<Drain> for SchedulerActor {
+    type Answer = ResponseFuture<()>;
 
-    fn handle(&mut self, Drain { cancel }: Drain, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Drain { cancel }: Drain, ctx: &mut Self::Context) -> Self::Answer {
         let Inspection { queued, running, .. } = self.ledger.inspect();
         Event::info(log::TARGET, log::DRAINING)
             .with("cancel", cancel)

@@ -159,7 +159,7 @@ impl Drop for Server {
 }
 
 /// Log streams with bounds that a test can reach.
-fn log_streams(client_streams: bool, spool_directory: &std::path::Path) -> LogStreams {
+pub fn log_streams(client_streams: bool, spool_directory: &std::path::Path) -> LogStreams {
     let kept = Duration::from_secs(600);
     // Of which one client gets 40.
     let clients = Limits { streams: 45, bytes: 10_000_000, stream_bytes: 4_000_000, idle: Some(kept), kept };

@@ -11,10 +11,11 @@ use super::{
     view::LookUp,
 };
 use crate::{
+    actors::mail::Receive,
     instance::{Instance, InstanceId},
     logging::Event,
 };
-use actix::{AsyncContext as _, Handler, MessageResult};
+use actix::{AsyncContext as _, MessageResult};
 use gorego_reapi::{digest::Digest, error::Result, proto::reapi};
 use std::{collections::HashSet, sync::Arc};
 use tokio::task;
@@ -260,19 +261,19 @@ impl CasActor {
     }
 }
 
-impl Handler<SettleUses> for CasActor {
-    type Result = ();
+impl Receive<SettleUses> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, _: SettleUses, ctx: &mut Self::Context) {
+    fn receive(&mut self, _: SettleUses, ctx: &mut Self::Context) {
         drop(self.index());
         self.write_touches(ctx.address());
     }
 }
 
-impl Handler<QueryUpload> for CasActor {
-    type Result = MessageResult<QueryUpload>;
+impl Receive<QueryUpload> for CasActor {
+    type Answer = MessageResult<QueryUpload>;
 
-    fn handle(&mut self, message: QueryUpload, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, message: QueryUpload, _: &mut Self::Context) -> Self::Answer {
         MessageResult(match self.renew(&message.blob) {
             Some(_) => UploadStatus { committed: message.blob.digest.size(), complete: true },
             None => UploadStatus { committed: self.uploads.committed(message.name), complete: false },
@@ -280,10 +281,10 @@ impl Handler<QueryUpload> for CasActor {
     }
 }
 
-impl Handler<Incomplete> for CasActor {
-    type Result = ();
+impl Receive<Incomplete> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Incomplete { at, reason }: Incomplete, ctx: &mut Self::Context) {
+    fn receive(&mut self, Incomplete { at, reason }: Incomplete, ctx: &mut Self::Context) {
         let removed = self.index().remove(at);
         if let Some(victim) = removed {
             Event::debug(super::LOG, "result_dropped")

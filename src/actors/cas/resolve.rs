@@ -16,8 +16,8 @@ use super::{
     requests::ResultLookup,
     settings::{MAX_ACTION_BYTES, MAX_ACTION_MEMORY},
 };
-use crate::{action::Action, instance::Instance};
-use actix::{Handler, ResponseFuture};
+use crate::{action::Action, actors::mail::Receive, instance::Instance};
+use actix::ResponseFuture;
 use bytes::Bytes;
 use gorego_reapi::{
     digest::Digest,
@@ -53,10 +53,10 @@ impl Cas {
     }
 }
 
-impl Handler<ResolveAction> for CasActor {
-    type Result = Reply<Result<Resolution>>;
+impl Receive<ResolveAction> for CasActor {
+    type Answer = Reply<Result<Resolution>>;
 
-    fn handle(&mut self, message: ResolveAction, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, message: ResolveAction, ctx: &mut Self::Context) -> Self::Answer {
         let cas = self.client(ctx).working_for(message.caller);
         if let Some(resolution) = cas.resolve_from_memory(&message) {
             return Reply::Now(Ok(resolution));
@@ -65,10 +65,10 @@ impl Handler<ResolveAction> for CasActor {
     }
 }
 
-impl Handler<CheckInputs> for CasActor {
-    type Result = ResponseFuture<Result<()>>;
+impl Receive<CheckInputs> for CasActor {
+    type Answer = ResponseFuture<Result<()>>;
 
-    fn handle(&mut self, message: CheckInputs, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, message: CheckInputs, ctx: &mut Self::Context) -> Self::Answer {
         let cas = self.client(ctx).working_for(message.caller);
         Box::pin(self.elsewhere(async move { cas.check_inputs(&message.instance, message.root).await }))
     }

@@ -13,7 +13,7 @@ use super::{
     *,
 };
 use crate::actors::worker::messages::{RunReport, RunResult, RunStage};
-use actix::{ActorContext, ActorFutureExt, Addr, SyncArbiter, SyncContext, WrapFuture, fut};
+use actix::{ActorContext, ActorFutureExt, Addr, Handler, SyncArbiter, SyncContext, WrapFuture, fut};
 use futures::future::{self, FutureExt};
 use std::{collections::HashMap, sync::Arc, time::SystemTime};
 use tokio::sync::mpsc;

@@ -375,8 +375,7 @@ fn start_scheduler(
     SchedulerActor::new(
         SchedulerSettings::new(execution),
         pools.collect(),
-        cas.actor().clone().recipient(),
-        cas.actor().clone().recipient(),
+        cas.clone(),
     )
     .start()
 }

@@ -188,8 +188,7 @@ fn actors(directory: &Path, instances: &Instances) -> Actors {
                 offers: Default::default(),
             };
             let pool = Pool { spec, runner: workers.recipient() };
-            let (resolve, check) = (cas.actor().clone().recipient(), cas.actor().clone().recipient());
-            let scheduler = SchedulerActor::new(of_scheduler, vec![pool], resolve, check);
+            let scheduler = SchedulerActor::new(of_scheduler, vec![pool], cas.clone());
             let mail = [of_store, scheduler.mail(), of_workers];
             sender.send((System::current(), cas, scheduler.start(), mail)).unwrap();
         });

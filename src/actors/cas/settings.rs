@@ -36,6 +36,9 @@ impl StoreSettings {
 /// rest of the request (50 us).
 pub const SMALL_BLOB_BYTES: u64 = 64 * 1024;
 
+/// How long it may take to look an action up: one index look-up and two small blobs.
+pub const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Largest Action or Command message that is read. Those of real builds are below 1 MiB.
 pub const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
 

@@ -1,6 +1,6 @@
 //! What workers do: stage an input root, copy files out of it, store outputs.
 
-use super::{super::messages::CheckInputs, *};
+use super::*;
 use prost::Message as _;
 use std::{
     fs::File,
@@ -26,12 +26,7 @@ fn message(files: &[(&str, Digest)], directories: &[(&str, Digest)]) -> Vec<u8> 
 }
 
 async fn check(store: &Store, root: Digest) -> Result<()> {
-    store
-        .cas
-        .actor()
-        .send(CheckInputs { instance: store.main.clone(), root, caller: Caller::default() })
-        .await
-        .unwrap()
+    store.cas.check_inputs(&store.main, root).await
 }
 
 async fn stage(store: &Store, root: Digest) -> Result<StagedInputs> {

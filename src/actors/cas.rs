@@ -221,6 +221,17 @@ impl CasActor {
         self.shared.view.write()
     }
 
+    /// Takes an upload off the books, or puts what is left of it away.
+    fn end_upload(&mut self, ended: EndUpload, ctx: &Context<Self>) {
+        if let Some(partial) = self.uploads.end(ended, Instant::now()) {
+            self.discard(partial, ctx);
+        }
+        let (_, partials) = self.uploads.counts();
+        if partials > settings::MAX_PARTIAL_UPLOADS {
+            self.discard_excess(ctx);
+        }
+    }
+
     fn client(&self, ctx: &Context<Self>) -> Cas {
         Cas::new(ctx.address(), self.shared.clone())
     }
@@ -273,15 +284,19 @@ impl Receive<Commit> for CasActor {
     fn receive(&mut self, message: Commit, ctx: &mut Self::Context) {
         let mut rest = message.room.disarm();
         let now = unix_seconds();
-        let mut superfluous = Vec::new();
-        let mut index = self.shared.view.write();
+        let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
+        let mut index = self.index();
         for WrittenFile { file, bytes, stamp } in message.files {
             rest = rest.saturating_sub(bytes);
             superfluous.extend(index.commit(file, bytes, stamp, now));
-            self.uploads.supersede(&file.key);
+            stored.push(file.key);
         }
         index.unreserve(rest);
         drop(index);
+        if let Some(ended) = message.upload {
+            self.end_upload(ended, ctx);
+        }
+        stored.iter().for_each(|blob| self.uploads.supersede(blob));
         self.delete(superfluous, ctx);
         self.trim(ctx);
         let _ = message.reply.send(());
@@ -348,13 +363,7 @@ impl Receive<EndUpload> for CasActor {
     type Answer = ();
 
     fn receive(&mut self, ended: EndUpload, ctx: &mut Self::Context) {
-        if let Some(partial) = self.uploads.end(ended, Instant::now()) {
-            self.discard(partial, ctx);
-        }
-        let (_, partials) = self.uploads.counts();
-        if partials > settings::MAX_PARTIAL_UPLOADS {
-            self.discard_excess(ctx);
-        }
+        self.end_upload(ended, ctx);
     }
 }
 

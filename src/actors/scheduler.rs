@@ -114,7 +114,8 @@ impl SchedulerActor {
         let checking = tokio::time::timeout(self.check_timeout, self.inputs.check(instance, root, caller));
         let scheduler = ctx.address();
         actix::spawn(async move {
-            let silent = |_| Err(Error::Unavailable("the store of this server does not answer; try again".into()));
+            let silent =
+                |_| Err(Error::Unavailable("the store of this server does not answer; try again".into()));
             let result = checking.await.unwrap_or_else(silent);
             scheduler.do_send(InputsChecked { task, result });
         });

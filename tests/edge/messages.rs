@@ -86,8 +86,7 @@ impl Server {
         tokio::spawn(async move {
             gorego::grpc::serve(Arc::new(edge), &health, listener, std::future::pending()).await
         });
-        let channel =
-            Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+        let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
         Self { cas, scheduler, mail, channel, system, _directory: directory }
     }
 
@@ -265,8 +264,10 @@ async fn uploads_cost_two_messages_a_batch_and_three_a_stream() {
 
     let data = b"sent in one message".to_vec();
     let digest = digest(&data);
-    let name = format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/blobs/{}/{}", digest.hash, digest.size_bytes);
-    let message = WriteRequest { resource_name: name, write_offset: 0, finish_write: true, data: data.into() };
+    let name =
+        format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/blobs/{}/{}", digest.hash, digest.size_bytes);
+    let message =
+        WriteRequest { resource_name: name, write_offset: 0, finish_write: true, data: data.into() };
     let write = async || {
         let stream = futures::stream::iter([message.clone()]);
         ByteStreamClient::new(server.channel.clone()).write(stream).await.unwrap().into_inner().committed_size

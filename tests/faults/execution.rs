@@ -141,10 +141,11 @@ fn stream_faults() -> Vec<Fault> {
                 let over = over.clone();
                 async move {
                     let (asked, call) = read_request::<WaitExecutionRequest>(call).await?;
-                    match over.lock().unwrap().contains(&asked.name) {
-                        true => Err(Status::not_found("it was over before it began")),
-                        false => upstream.forward(call).await,
+                    let was_over = over.lock().unwrap().contains(&asked.name);
+                    if was_over {
+                        return Err(Status::not_found("it was over before it began"));
                     }
+                    upstream.forward(call).await
                 }
             });
             both("WaitExecution", forget, note)

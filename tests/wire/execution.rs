@@ -1,8 +1,6 @@
 //! The operation stream and the command itself: EXE-01..15, EXE-39..46, EXE-59, EXE-60.
 
-use crate::support::{
-    Server, empty, eventually, metadata, missing_subjects, response, sh, sh_with, sha256,
-};
+use crate::support::{Server, empty, eventually, metadata, missing_subjects, response, sh, sh_with, sha256};
 use gorego_reapi::proto::{
     longrunning::{
         CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,

@@ -16,7 +16,8 @@ use super::{
     settings::{LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
     writer::write_new,
 };
-use crate::instance::Instance;
+use crate::instance::{Instance, InstanceId};
+use bytes::Bytes;
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -230,60 +231,70 @@ impl Cas {
         result: reapi::ActionResult,
         provenance: Provenance,
     ) -> Result<Arc<reapi::ActionResult>> {
-        self.store_result(instance, action, result, provenance, Uploader::Client).await
+        let mut prepared = PreparedResult::new(instance, action, result, provenance, Uploader::Client)?;
+        let contents = std::mem::take(&mut prepared.contents);
+        if !contents.is_empty() {
+            self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
+        }
+        let (charge, result) = (prepared.charge(self), prepared.result.clone());
+        let room = self.ask(Reserve(charge)).await??;
+        let (cas, id) = (self.clone(), instance.id());
+        let visible = self.blocking(move || -> Result<_> {
+            let written = prepared.write(&cas, id)?;
+            Ok(Commit::tell(cas.actor(), written, room))
+        });
+        visible.await??.await.map_err(|_| going_down())?;
+        Ok(result)
     }
+}
 
-    /// [`Cas::put_result`] from a worker thread.
+/// A result that was checked and encoded, for one file.
+pub(super) struct PreparedResult {
+    action: Digest,
+    result: Arc<reapi::ActionResult>,
+    file: Bytes,
+    /// What was inlined; these blobs have to be stored first.
+    pub(super) contents: Vec<(Digest, Bytes)>,
+}
+
+impl PreparedResult {
+    /// Checks and encodes a result.
     ///
     /// # Errors
-    /// As there; but output paths may step out of the working directory with "..".
-    pub fn record_result(
-        &self,
-        instance: &Instance,
-        action: Digest,
-        result: reapi::ActionResult,
-        provenance: Provenance,
-    ) -> Result<()> {
-        self.block_on(async |cas| {
-            cas.store_result(instance, action, result, provenance, Uploader::Worker).await.map(drop)
-        })
-    }
-
-    async fn store_result(
-        &self,
+    /// Those of [`results::normalise`].
+    pub(super) fn new(
         instance: &Instance,
         action: Digest,
         mut result: reapi::ActionResult,
         provenance: Provenance,
         uploader: Uploader,
-    ) -> Result<Arc<reapi::ActionResult>> {
+    ) -> Result<Self> {
         let contents = results::normalise(&mut result, action.function(), uploader)?;
-        if !contents.is_empty() {
-            self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
+        let file = results::encode(instance.name(), action, &result, provenance, SystemTime::now());
+        Ok(Self { action, result: Arc::new(result), file, contents })
+    }
+
+    /// Bytes that it takes on disk.
+    pub(super) fn charge(&self, cas: &Cas) -> u64 {
+        cas.shared().files.charge(self.file.len() as u64)
+    }
+
+    /// Writes the file, which is not visible yet. Blocks.
+    pub(super) fn write(self, cas: &Cas, instance: InstanceId) -> Result<WrittenFile> {
+        let (charge, Self { action, result, file: bytes, .. }) = (self.charge(cas), self);
+        let files = &cas.shared().files;
+        let key = Key { digest: action, instance, kind: Kind::Result };
+        let file = FileId { key, generation: files.next_generation() };
+        let stamp = write_new(files, &files.path(&file), &[bytes])
+            .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
+        // Without Trees all references are known at once, and the first hit needs no file.
+        if let Ok(direct) = DirectReferences::of(&result, action.function())
+            && direct.trees.is_empty()
+            && direct.roots.is_empty()
+        {
+            let loaded = Arc::new(LoadedResult::new(file.generation, result, direct.blobs));
+            cas.shared().results.insert((instance, action), loaded.clone(), loaded.memory());
         }
-        let result = Arc::new(result);
-        let bytes = results::encode(instance.name(), action, &result, provenance, SystemTime::now());
-        let charge = self.shared().files.charge(bytes.len() as u64);
-        let room = self.ask(Reserve(charge)).await??;
-        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
-        let (cas, kept) = (self.clone(), result.clone());
-        let visible = self.blocking(move || -> Result<_> {
-            let files = &cas.shared().files;
-            let file = FileId { key, generation: files.next_generation() };
-            let stamp = write_new(files, &files.path(&file), &[bytes])
-                .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
-            // Without Trees all references are known at once, and the first hit needs no file.
-            if let Ok(direct) = DirectReferences::of(&kept, action.function())
-                && direct.trees.is_empty()
-                && direct.roots.is_empty()
-            {
-                let loaded = Arc::new(LoadedResult::new(file.generation, kept, direct.blobs));
-                cas.shared().results.insert((key.instance, action), loaded.clone(), loaded.memory());
-            }
-            let written = WrittenFile { file, bytes: charge, stamp };
-            Ok(Commit::tell(cas.actor(), written, room))
-        });
-        visible.await??.await.map_err(|_| going_down())?;
-        Ok(result)
+        Ok(WrittenFile { file, bytes: charge, stamp })
     }
 }

@@ -395,7 +395,7 @@ impl Cas {
         let outcomes = outcomes.collect();
         let Ok(room) = prepared.room else { return (outcomes, None) };
         let (reply, visible) = oneshot::channel();
-        self.store.do_send(Commit { files: written, room, reply });
+        self.store.do_send(Commit { files: written, room, upload: None, reply });
         (outcomes, Some(visible))
     }
 
@@ -445,8 +445,7 @@ impl Cas {
                 // A client that goes on at once meets its own broken stream while that is being put away.
                 Began::Busy(progress) if !was_busy => {
                     was_busy = true;
-                    let mut ended = progress.ended.subscribe();
-                    let _ = tokio::time::timeout(PARK_WAIT, ended.wait_for(|ended| *ended)).await;
+                    let _ = tokio::time::timeout(PARK_WAIT, progress.ended()).await;
                 }
                 Began::Busy(_) => {
                     let problem = format!("another stream still uploads blob {digest} under this name");

@@ -1,17 +1,19 @@
-//! Storing what a worker hands over: files that an action left behind, and bytes at hand.
+//! Storing what a worker hands over: files that an action left behind, bytes at hand, and the result.
 //!
 //! A file that nobody else can reach becomes the stored file itself: it is hashed where it lies, made read-only, and moved
 //! to its stored name. All processes of the action are dead by then, and a read lease makes sure that nobody has the file open
 //! for writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied.
 
 use super::{
+    action_cache::PreparedResult,
     blob::{PIECE_BYTES, hash_file},
-    client::{Cas, going_down, spoilt},
+    client::{Cas, Provenance, going_down, spoilt},
     files::{STORED_MODE, TemporaryFile, in_shard},
     guards::Reservation,
     index::{FileId, Key, Kind, Stamp},
     requests::{Commit, Reserve, WrittenFile},
-    settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, SOUND_TRIES},
+    results::Uploader,
+    settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
     stamps::{Writers, lease},
     writer::write_new,
 };
@@ -20,6 +22,7 @@ use bytes::Bytes;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
+    proto::reapi,
 };
 use rustix::fs::{CWD, Mode, fchmod, renameat};
 use std::{
@@ -30,8 +33,8 @@ use std::{
 };
 use tokio::sync::oneshot;
 
-/// Blobs that a worker stores together: room for them is taken ahead, and they become visible together. What was written when it
-/// is dropped becomes visible too. Methods block and are for worker threads.
+/// What a worker stores together, blobs and the result that refers to them: room for them is taken ahead, and they become visible
+/// together. What was written when it is dropped becomes visible too. Methods block and are for worker threads.
 #[derive(Debug)]
 pub struct OutputBatch {
     cas: Cas,
@@ -39,7 +42,10 @@ pub struct OutputBatch {
     function: DigestFunction,
     /// What the caller says is still to come, in bytes on disk.
     expected: u64,
+    /// For what was written, and for what is to come.
     room: Reservation,
+    /// Bytes on disk of what was written.
+    spent: u64,
     written: Vec<WrittenFile>,
     /// All of it, also what was made visible already.
     stored: HashSet<Digest>,
@@ -54,6 +60,7 @@ impl Cas {
             function,
             expected,
             room: Reservation::new(self.actor().clone(), 0),
+            spent: 0,
             written: Vec::new(),
             stored: HashSet::new(),
         }
@@ -104,7 +111,7 @@ impl OutputBatch {
             Some(stamp) => stamp,
             None => self.cas.copy_in(&id, &file).map_err(failed)?.ok_or_else(changed)?,
         };
-        self.push(id, stamp);
+        self.push_blob(id, stamp);
         Ok(digest)
     }
 
@@ -119,8 +126,47 @@ impl OutputBatch {
         let files = &self.cas.shared().files;
         let stamp = write_new(files, &files.path(&id), &[Bytes::from(bytes)])
             .map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
-        self.push(id, stamp);
+        self.push_blob(id, stamp);
         Ok(digest)
+    }
+
+    /// Says that about so many bytes on disk are still to come.
+    pub fn expect(&mut self, bytes: u64) {
+        self.expected = bytes;
+    }
+
+    /// Adds the result of the action that made all this. It replaces an earlier one when all of it becomes visible (AC-08).
+    ///
+    /// # Errors
+    /// `Exhausted` when there is no room for it; what else is in the batch is not concerned.
+    pub fn result(
+        &mut self,
+        action: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+    ) -> Result<()> {
+        let prepared = PreparedResult::new(&self.instance, action, result, provenance, Uploader::Worker)?;
+        for (_, bytes) in prepared.contents.iter() {
+            self.bytes(bytes.to_vec())?;
+        }
+        let charge = prepared.charge(&self.cas);
+        let ahead = std::mem::take(&mut self.expected);
+        let (room, spent) = (&self.room, self.spent);
+        let more = self.cas.block_on(async |cas| take_room(&cas, charge, room, spent, ahead).await)?;
+        self.room.absorb(more);
+        let written = prepared.write(&self.cas, self.instance.id())?;
+        self.push(written);
+        Ok(())
+    }
+
+    /// Returns when all that was stored so far is visible to others. Room that is left is kept for what is to come.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub fn publish(&mut self) -> Result<()> {
+        let room = self.room.split(self.spent);
+        let told = self.tell(room);
+        self.wait_for(told)
     }
 
     /// Returns when everything is visible to others.
@@ -128,8 +174,14 @@ impl OutputBatch {
     /// # Errors
     /// `Unavailable` when the server is going down.
     pub fn commit(mut self) -> Result<()> {
-        match self.tell() {
-            // The actor handles what it is told in order, so the last answer stands for all.
+        let room = self.room.split(u64::MAX);
+        let told = self.tell(room);
+        self.wait_for(told)
+    }
+
+    /// The actor handles what it is told in order, so the last answer stands for all.
+    fn wait_for(&self, visible: Option<oneshot::Receiver<()>>) -> Result<()> {
+        match visible {
             Some(visible) => self.cas.block_on(async |_| visible.await).map_err(|_| going_down()),
             None => Ok(()),
         }
@@ -139,57 +191,78 @@ impl OutputBatch {
     fn make_room(&mut self, digest: Digest) -> Result<Option<FileId>> {
         let bytes = self.cas.shared().files.charge(digest.size());
         let left = self.expected.saturating_sub(bytes);
-        let ahead = std::mem::replace(&mut self.expected, left).min(ROOM_AHEAD_BYTES);
+        let ahead = std::mem::replace(&mut self.expected, left);
         if digest.is_empty() || self.stored.contains(&digest) {
             return Ok(None);
         }
-        let (instance, room) = (&self.instance, &self.room);
+        let (instance, room, spent) = (&self.instance, &self.room, self.spent);
         let more = self.cas.block_on(async |cas| -> Result<_> {
             if cas.is_stored(instance, digest).await? {
                 return Ok(None);
             }
-            let Some(lacking) = bytes.checked_sub(room.bytes()).filter(|lacking| *lacking > 0) else {
-                return Ok(Some(None));
-            };
-            match cas.ask(Reserve(lacking.max(ahead))).await? {
-                // What is to come may be stored already, or be smaller.
-                Err(_) if ahead > lacking => cas.ask(Reserve(lacking)).await?.map(Some).map(Some),
-                room => room.map(Some).map(Some),
-            }
+            take_room(&cas, bytes, room, spent, ahead).await.map(Some)
         })?;
         let Some(more) = more else { return Ok(None) };
-        if let Some(more) = more {
-            self.room.absorb(more);
-        }
+        self.room.absorb(more);
         let key = Key { digest, instance: self.instance.blobs(), kind: Kind::Blob };
         Ok(Some(FileId { key, generation: self.cas.shared().files.next_generation() }))
     }
 
-    fn push(&mut self, file: FileId, stamp: Stamp) {
+    fn push_blob(&mut self, file: FileId, stamp: Stamp) {
         let bytes = self.cas.shared().files.charge(file.key.digest.size());
         self.stored.insert(file.key.digest);
-        self.written.push(WrittenFile { file, bytes, stamp });
+        self.push(WrittenFile { file, bytes, stamp });
+    }
+
+    fn push(&mut self, written: WrittenFile) {
+        self.spent += written.bytes;
+        self.written.push(written);
         if self.written.len() >= FILES_PER_COMMIT {
-            self.tell();
+            let room = self.room.split(self.spent);
+            self.tell(room);
         }
     }
 
-    /// Tells the actor of what was written; the answer comes once it is visible.
-    fn tell(&mut self) -> Option<oneshot::Receiver<()>> {
+    /// Tells the actor of what was written, with the room for it; the answer comes once it is visible.
+    fn tell(&mut self, room: Reservation) -> Option<oneshot::Receiver<()>> {
         if self.written.is_empty() {
             return None;
         }
         let files = std::mem::take(&mut self.written);
+        self.spent = 0;
         let (reply, visible) = oneshot::channel();
-        let room = std::mem::replace(&mut self.room, Reservation::new(self.cas.actor().clone(), 0));
-        self.cas.actor().do_send(Commit { files, room, reply });
+        self.cas.actor().do_send(Commit { files, room, upload: None, reply });
         Some(visible)
+    }
+}
+
+/// Room for `bytes` more than `spent`, as far as `room` does not cover it; and for what is expected to come, if there is any to
+/// be had.
+async fn take_room(
+    cas: &Cas,
+    bytes: u64,
+    room: &Reservation,
+    spent: u64,
+    expected: u64,
+) -> Result<Reservation> {
+    let lacking = spent.saturating_add(bytes).saturating_sub(room.bytes());
+    if lacking == 0 {
+        return Ok(Reservation::new(cas.actor().clone(), 0));
+    }
+    // A small action stores its logs, its outputs and its result with one step.
+    let step = RUN_ROOM_BYTES.min(cas.shared().settings.max_bytes / RUN_ROOM_PART);
+    let ahead = lacking.max(expected.min(ROOM_AHEAD_BYTES)).max(step);
+    match cas.ask(Reserve(ahead)).await? {
+        // What is to come may be stored already, or be smaller.
+        Err(_) if ahead > lacking => cas.ask(Reserve(lacking)).await?,
+        room => room,
     }
 }
 
 impl Drop for OutputBatch {
     fn drop(&mut self) {
-        self.tell();
+        let room = self.room.split(u64::MAX);
+        self.tell(room);
     }
 }
 

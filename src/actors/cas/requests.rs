@@ -113,6 +113,8 @@ pub struct Commit {
     pub files: Vec<WrittenFile>,
     /// Covers all of them.
     pub room: Reservation,
+    /// The upload that ends with this, having stored its blob.
+    pub upload: Option<EndUpload>,
     pub reply: oneshot::Sender<()>,
 }
 
@@ -120,7 +122,15 @@ impl Commit {
     /// Tells the store of one file; the answer comes once it is visible.
     pub fn tell(store: &Addr<CasActor>, file: WrittenFile, room: Reservation) -> oneshot::Receiver<()> {
         let (reply, visible) = oneshot::channel();
-        store.do_send(Self { files: vec![file], room, reply });
+        store.do_send(Self { files: vec![file], room, upload: None, reply });
+        visible
+    }
+
+    /// The same of the blob of an upload, which is over then.
+    pub fn tell_of_upload(attempt: Attempt, file: WrittenFile, room: Reservation) -> oneshot::Receiver<()> {
+        let (reply, visible) = oneshot::channel();
+        let store = attempt.store().clone();
+        store.do_send(Self { files: vec![file], room, upload: Some(attempt.into_end()), reply });
         visible
     }
 }
@@ -185,7 +195,8 @@ pub struct Incomplete {
 #[rtype(result = "()")]
 pub struct Deleted(pub u64);
 
-/// Fact: a stream of an upload ended, one way or the other.
+/// Fact: a stream of an upload ended without its blob, or with a blob that is stored already. The end of one that stored its
+/// blob is a part of [`Commit`].
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct EndUpload {

@@ -62,7 +62,8 @@ impl Cas {
             Ok(Err(error @ (Error::MissingBlobs(_) | Error::Invalid(_)))) => Ok(Resolution::Unusable(error)),
             Ok(resolution) => resolution,
             Err(_) => {
-                let problem = format!("the store of this server did not answer within {RESOLVE_TIMEOUT:?}; try again");
+                let problem =
+                    format!("the store of this server did not answer within {RESOLVE_TIMEOUT:?}; try again");
                 Err(Error::Unavailable(problem))
             }
         }

@@ -159,7 +159,12 @@ impl BlobWriter {
 
     /// Whether the blob has meanwhile been stored by somebody else (BS-24).
     pub fn is_superseded(&self) -> bool {
-        self.progress.superseded.load(Ordering::Relaxed)
+        self.progress.is_superseded()
+    }
+
+    /// Waits until [`BlobWriter::is_superseded`], perhaps for ever.
+    pub fn superseded(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.progress.superseded()
     }
 
     /// Checks length and hash and makes the blob visible.
@@ -361,7 +366,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Shared) -> Result<
     };
     let Some(room) = attempt.room.take() else { return Err(lost_room()) };
     let written = WrittenFile { file, bytes: files.charge(digest.size()), stamp };
-    Ok(Commit::tell(attempt.store(), written, room.into_reservation()))
+    Ok(Commit::tell_of_upload(attempt, written, room.into_reservation()))
 }
 
 fn lost_room() -> Error {

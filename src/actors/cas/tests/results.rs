@@ -323,16 +323,12 @@ async fn a_missing_or_malformed_action_is_told_apart() {
     let absent = digest(b"absent");
     assert_eq!(unusable(&store, absent).await, Error::MissingBlobs(vec![absent]));
     let no_action = store.put("\u{1}no action").await;
-    assert!(
-        matches!(unusable(&store, no_action).await, Error::Invalid(m) if m.contains("Action"))
-    );
+    assert!(matches!(unusable(&store, no_action).await, Error::Invalid(m) if m.contains("Action")));
     let orphan = reapi::Action { command_digest: Some(absent.to_wire()), ..Default::default() };
     let orphan = store.put(orphan.encode_to_vec()).await;
     assert_eq!(unusable(&store, orphan).await, Error::MissingBlobs(vec![absent]));
     let empty = digest(b"");
-    assert!(
-        matches!(unusable(&store, empty).await, Error::Invalid(m) if m.contains("command_digest"))
-    );
+    assert!(matches!(unusable(&store, empty).await, Error::Invalid(m) if m.contains("command_digest")));
     let huge = Digest::parse(SHA256, &"1".repeat(64), 1 << 40).unwrap();
     assert!(matches!(unusable(&store, huge).await, Error::Invalid(m) if m.contains("too large")));
 }
@@ -352,9 +348,7 @@ async fn an_action_or_command_of_millions_of_empty_parts_is_refused_before_it_is
     let of_command = store.put(of_command.encode_to_vec()).await;
     let of_itself = store.put(message_of(10)).await;
     for (action, what) in [(of_command, "Command"), (of_itself, "Action")] {
-        let Error::Invalid(message) = unusable(&store, action).await else {
-            panic!("not refused")
-        };
+        let Error::Invalid(message) = unusable(&store, action).await else { panic!("not refused") };
         assert!(message.contains("bytes of memory") && message.contains(what), "{message}");
     }
 }

@@ -27,7 +27,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 22] = [
+const SIGHTS: [&str; 23] = [
     "joined",
     "explained",
     "in a later pool",

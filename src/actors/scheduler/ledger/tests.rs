@@ -115,7 +115,8 @@ fn a_cache_hit_is_born_completed_and_takes_no_slot_and_no_room_in_the_queue() {
 fn an_action_that_cannot_run_is_an_operation_that_is_over_at_birth() {
     let mut desk = Desk::new(1, SchedulerSettings { queue_size: 0, unfinished_operations: 0, ..settings() });
     let malformed = Resolution::Unusable(Error::invalid("no Action"));
-    for (name, resolution) in [(1, Resolution::Unusable(Error::MissingBlobs(vec![digest(&work(1))]))), (2, malformed)]
+    for (name, resolution) in
+        [(1, Resolution::Unusable(Error::MissingBlobs(vec![digest(&work(1))]))), (2, malformed)]
     {
         let Resolution::Unusable(expected) = resolution.clone() else { unreachable!() };
         let operation = desk.try_submit(submit(&work(name)), resolution).unwrap();
@@ -125,15 +126,21 @@ fn an_action_that_cannot_run_is_an_operation_that_is_over_at_birth() {
         desk.cancel(&operation);
         assert_eq!(error(&operation), expected, "it was over before");
     }
-    let query = ListOperations { instance: instance(), filter: OperationFilter::default(), after: 0, limit: 9 };
+    let query =
+        ListOperations { instance: instance(), filter: OperationFilter::default(), after: 0, limit: 9 };
     assert_eq!(desk.ledger.list(&query).unwrap().operations.len(), 2);
     let told = desk.ledger.take_transitions();
-    let ends = told.iter().filter(|told| matches!(&told.event, Event::Completed { place: None, queued_for: None, .. }));
+    let ends = told
+        .iter()
+        .filter(|told| matches!(&told.event, Event::Completed { place: None, queued_for: None, .. }));
     assert_eq!((told.len(), ends.count()), (2, 2));
     assert!(desk.dispatch().is_empty() && desk.ledger.is_idle());
     desk.ledger.drain(false, desk.now);
     let refusal = desk.try_submit(submit(&work(1)), Resolution::Unusable(Error::invalid("no Action")));
-    assert!(matches!(refusal, Err(Error::Unavailable(_))), "an error of the request itself stays one of the call");
+    assert!(
+        matches!(refusal, Err(Error::Unavailable(_))),
+        "an error of the request itself stays one of the call"
+    );
 }
 
 /// EXE-14.

@@ -16,13 +16,13 @@ mod guards;
 mod index;
 mod lookup;
 mod memo;
-pub mod messages;
 mod new_files;
+mod outputs;
 mod recovery;
 mod relief;
 mod reply;
 mod requests;
-mod resolve;
+pub mod resolve;
 pub mod results;
 mod settings;
 #[cfg(test)]
@@ -35,17 +35,18 @@ mod view;
 mod volume;
 
 pub use index::Totals;
+pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
 pub use trees::StagedInputs;
-pub use uploads::outputs::OutputBatch;
 
 use crate::{
+    actors::mail::{Mail, Receive, counted},
     budget::{Bounds, Budget},
     instance::{InstanceId, Instances},
     logging::Event,
 };
-use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
 use bytes::Bytes;
 use client::Cas;
 use forms::{
@@ -144,6 +145,7 @@ const RECENT_OVERHEAD_BYTES: usize = 160;
 /// The owner of the store.
 #[derive(Debug)]
 pub struct CasActor {
+    mail: Mail,
     uploads: Uploads,
     shared: Arc<Shared>,
     /// What was evicted before the actor started.
@@ -201,6 +203,7 @@ impl CasActor {
             settings,
         };
         Ok(Self {
+            mail: Mail::default(),
             uploads: Uploads::default(),
             shared: Arc::new(shared),
             over_limit,
@@ -215,9 +218,25 @@ impl CasActor {
         Cas::new(self.start(), shared)
     }
 
+    /// Counts the messages that it handles.
+    pub fn mail(&self) -> Mail {
+        self.mail.clone()
+    }
+
     /// The index, to change it.
     fn index(&self) -> RwLockWriteGuard<'_, Index> {
         self.shared.view.write()
+    }
+
+    /// Takes an upload off the books, or puts what is left of it away.
+    fn end_upload(&mut self, ended: EndUpload, ctx: &Context<Self>) {
+        if let Some(partial) = self.uploads.end(ended, Instant::now()) {
+            self.discard(partial, ctx);
+        }
+        let (_, partials) = self.uploads.counts();
+        if partials > settings::MAX_PARTIAL_UPLOADS {
+            self.discard_excess(ctx);
+        }
     }
 
     fn client(&self, ctx: &Context<Self>) -> Cas {
@@ -241,6 +260,8 @@ fn unix_seconds() -> u32 {
     u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)
 }
 
+counted!(CasActor);
+
 impl Actor for CasActor {
     type Context = Context<Self>;
 
@@ -253,10 +274,10 @@ impl Actor for CasActor {
     }
 }
 
-impl Handler<Reserve> for CasActor {
-    type Result = Reply<Result<Reservation>>;
+impl Receive<Reserve> for CasActor {
+    type Answer = Reply<Result<Reservation>>;
 
-    fn handle(&mut self, Reserve(bytes): Reserve, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Reserve(bytes): Reserve, ctx: &mut Self::Context) -> Self::Answer {
         match self.reserve(bytes, ctx) {
             Ok((room, free)) => Reply::when(free, Ok(room)),
             Err(error) => Reply::Now(Err(error)),
@@ -264,31 +285,35 @@ impl Handler<Reserve> for CasActor {
     }
 }
 
-impl Handler<Commit> for CasActor {
-    type Result = ();
+impl Receive<Commit> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, message: Commit, ctx: &mut Self::Context) {
+    fn receive(&mut self, message: Commit, ctx: &mut Self::Context) {
         let mut rest = message.room.disarm();
         let now = unix_seconds();
-        let mut superfluous = Vec::new();
-        let mut index = self.shared.view.write();
+        let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
+        let mut index = self.index();
         for WrittenFile { file, bytes, stamp } in message.files {
             rest = rest.saturating_sub(bytes);
             superfluous.extend(index.commit(file, bytes, stamp, now));
-            self.uploads.supersede(&file.key);
+            stored.push(file.key);
         }
         index.unreserve(rest);
         drop(index);
+        if let Some(ended) = message.upload {
+            self.end_upload(ended, ctx);
+        }
+        stored.iter().for_each(|blob| self.uploads.supersede(blob));
         self.delete(superfluous, ctx);
         self.trim(ctx);
         let _ = message.reply.send(());
     }
 }
 
-impl Handler<BeginUpload> for CasActor {
-    type Result = MessageResult<BeginUpload>;
+impl Receive<BeginUpload> for CasActor {
+    type Answer = MessageResult<BeginUpload>;
 
-    fn handle(&mut self, message: BeginUpload, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, message: BeginUpload, ctx: &mut Self::Context) -> Self::Answer {
         let BeginUpload { name, blob, offset, .. } = message;
         if self.renew(&blob).is_some() {
             return MessageResult(Ok(Began::Present));
@@ -326,10 +351,10 @@ impl Handler<BeginUpload> for CasActor {
     }
 }
 
-impl Handler<DiscardPartials> for CasActor {
-    type Result = ();
+impl Receive<DiscardPartials> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, message: DiscardPartials, ctx: &mut Self::Context) {
+    fn receive(&mut self, message: DiscardPartials, ctx: &mut Self::Context) {
         let DiscardPartials { caller, bound, bytes } = message;
         let mut freed = 0;
         while freed < bytes
@@ -341,32 +366,26 @@ impl Handler<DiscardPartials> for CasActor {
     }
 }
 
-impl Handler<EndUpload> for CasActor {
-    type Result = ();
+impl Receive<EndUpload> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, ended: EndUpload, ctx: &mut Self::Context) {
-        if let Some(partial) = self.uploads.end(ended, Instant::now()) {
-            self.discard(partial, ctx);
-        }
-        let (_, partials) = self.uploads.counts();
-        if partials > settings::MAX_PARTIAL_UPLOADS {
-            self.discard_excess(ctx);
-        }
+    fn receive(&mut self, ended: EndUpload, ctx: &mut Self::Context) {
+        self.end_upload(ended, ctx);
     }
 }
 
-impl Handler<Unreserve> for CasActor {
-    type Result = ();
+impl Receive<Unreserve> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
+    fn receive(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
         self.index().unreserve(bytes);
     }
 }
 
-impl Handler<Deleted> for CasActor {
-    type Result = ();
+impl Receive<Deleted> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
+    fn receive(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
         let mut index = self.index();
         index.deleted(bytes);
         let deleted = index.bytes_deleted();
@@ -376,18 +395,18 @@ impl Handler<Deleted> for CasActor {
     }
 }
 
-impl Handler<Verified> for CasActor {
-    type Result = ();
+impl Receive<Verified> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Verified { at, stamp }: Verified, _: &mut Self::Context) {
+    fn receive(&mut self, Verified { at, stamp }: Verified, _: &mut Self::Context) {
         self.index().trust(at, stamp);
     }
 }
 
-impl Handler<Touched> for CasActor {
-    type Result = ();
+impl Receive<Touched> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
+    fn receive(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
         let mut index = self.index();
         for Touch { at, before, after } in touches {
             index.follow(at, before, after);
@@ -395,10 +414,10 @@ impl Handler<Touched> for CasActor {
     }
 }
 
-impl Handler<Damaged> for CasActor {
-    type Result = ();
+impl Receive<Damaged> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
+    fn receive(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
         // A file that was evicted under its reader is not damaged: its entry is stale and nothing happens.
         let removed = self.index().remove(at);
         if let Some(victim) = removed {
@@ -410,19 +429,19 @@ impl Handler<Damaged> for CasActor {
     }
 }
 
-impl Handler<InspectStore> for CasActor {
-    type Result = MessageResult<InspectStore>;
+impl Receive<InspectStore> for CasActor {
+    type Answer = MessageResult<InspectStore>;
 
-    fn handle(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Answer {
         let (running_uploads, partial_uploads) = self.uploads.counts();
         MessageResult(StoreInspection { totals: self.index().totals(), running_uploads, partial_uploads })
     }
 }
 
-impl Handler<CloseStore> for CasActor {
-    type Result = Reply<()>;
+impl Receive<CloseStore> for CasActor {
+    type Answer = Reply<()>;
 
-    fn handle(&mut self, _: CloseStore, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, _: CloseStore, ctx: &mut Self::Context) -> Self::Answer {
         let written = self.write_touches(ctx.address());
         ctx.stop();
         // A job that panicked has written what it could.

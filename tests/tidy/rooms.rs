@@ -29,7 +29,7 @@ pub const CYCLES: &[(&str, &str, &str)] = &[
 pub const STORE: &str = "src/actors/cas";
 
 /// The rooms of the store.
-const STORE_ROOMS: &[&str] = &["index", "volume", "results", "trees", "forms", "resolve"];
+const STORE_ROOMS: &[&str] = &["index", "volume", "results", "trees", "forms", "resolve", "outputs"];
 
 /// The name of the store's ground floor.
 const GROUND: &str = "ground floor";
@@ -43,6 +43,7 @@ pub const STORE_ARROWS: &[(&str, &[&str])] = &[
     ("forms", &[GROUND, "index", "volume"]),
     ("results", &["trees", GROUND, "index", "volume"]),
     ("resolve", &["results", "trees", GROUND]),
+    ("outputs", &["results", GROUND, "index", "volume"]),
 ];
 
 /// The one file above the rooms of the store that fills the index from what the volume and the results say.

@@ -10,7 +10,7 @@ use super::{
     guards::{Reservation, Room},
     index::{Found, Key, Kind, Stamp},
     lookup::Purpose,
-    new_files::Visible,
+    new_files::{NewFiles, Visible},
     requests::*,
     settings::{PARK_WAIT, ROOM_STEP_BYTES, SMALL_BLOB_BYTES, SOUND_TRIES, TWIN_WAIT},
     uploads::received::Received,
@@ -101,7 +101,7 @@ impl Cas {
         Self { store, shared, caller: Caller::default(), is_client: false, blocks: false }
     }
 
-    /// The actor's address, for the messages of [`super::messages`] and [`super::InspectStore`].
+    /// The actor's address, for messages such as [`super::InspectStore`].
     pub fn actor(&self) -> &Addr<CasActor> {
         &self.store
     }
@@ -371,7 +371,7 @@ impl Cas {
             Ok(())
         });
         let outcomes = outcomes.collect();
-        (outcomes, files.ok().and_then(|mut files| files.commit()))
+        (outcomes, files.ok().and_then(NewFiles::commit))
     }
 
     /// Starts an upload, or goes on with one that broke: `name` is the whole resource name (BS-06), `offset` the first
@@ -420,8 +420,7 @@ impl Cas {
                 // A client that goes on at once meets its own broken stream while that is being put away.
                 Began::Busy(progress) if !was_busy => {
                     was_busy = true;
-                    let mut ended = progress.ended.subscribe();
-                    let _ = tokio::time::timeout(PARK_WAIT, ended.wait_for(|ended| *ended)).await;
+                    let _ = tokio::time::timeout(PARK_WAIT, progress.ended()).await;
                 }
                 Began::Busy(_) => {
                     let problem = format!("another stream still uploads blob {digest} under this name");

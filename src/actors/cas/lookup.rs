@@ -9,8 +9,11 @@ use super::{
     settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
     view::LookUp,
 };
-use crate::instance::{Instance, InstanceId};
-use actix::{AsyncContext as _, Handler, MessageResult};
+use crate::{
+    actors::mail::Receive,
+    instance::{Instance, InstanceId},
+};
+use actix::{AsyncContext as _, MessageResult};
 use gorego_reapi::{digest::Digest, error::Result};
 use std::collections::HashSet;
 use tokio::task;
@@ -171,19 +174,19 @@ impl CasActor {
     }
 }
 
-impl Handler<SettleUses> for CasActor {
-    type Result = ();
+impl Receive<SettleUses> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, _: SettleUses, ctx: &mut Self::Context) {
+    fn receive(&mut self, _: SettleUses, ctx: &mut Self::Context) {
         drop(self.index());
         self.write_touches(ctx.address());
     }
 }
 
-impl Handler<QueryUpload> for CasActor {
-    type Result = MessageResult<QueryUpload>;
+impl Receive<QueryUpload> for CasActor {
+    type Answer = MessageResult<QueryUpload>;
 
-    fn handle(&mut self, message: QueryUpload, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, message: QueryUpload, _: &mut Self::Context) -> Self::Answer {
         MessageResult(match self.renew(&message.blob) {
             Some(_) => UploadStatus { committed: message.blob.digest.size(), complete: true },
             None => UploadStatus { committed: self.uploads.committed(message.name), complete: false },

@@ -12,7 +12,8 @@ use super::{
     client::{Cas, going_down},
     guards::Reservation,
     index::{FileId, Key, Stamp},
-    requests::{Commit, Reserve, WrittenFile},
+    requests::{Commit, EndUpload, Reserve, WrittenFile},
+    uploads::Attempt,
     volume::{Draft, outside::LeftFile},
 };
 use actix::Addr;
@@ -26,7 +27,10 @@ use tokio::sync::oneshot;
 pub(super) struct NewFiles {
     store: Addr<CasActor>,
     shared: Arc<Shared>,
+    /// For what was written, and for what is to come.
     room: Reservation,
+    /// The part of it that what was written takes.
+    spent: u64,
     written: Vec<WrittenFile>,
 }
 
@@ -47,13 +51,12 @@ impl Visible {
 impl NewFiles {
     /// None yet, with room for what is to come.
     pub(super) fn new(store: &Addr<CasActor>, shared: &Arc<Shared>, room: Reservation) -> Self {
-        Self { store: store.clone(), shared: shared.clone(), room, written: Vec::new() }
+        Self { store: store.clone(), shared: shared.clone(), room, spent: 0, written: Vec::new() }
     }
 
-    /// Room that is not used up yet.
-    pub(super) fn room(&self) -> u64 {
-        let used = self.written.iter().map(|file| file.bytes).fold(0, u64::saturating_add);
-        self.room.bytes().saturating_sub(used)
+    /// How much room is lacking to write so many bytes more.
+    pub(super) fn lacks(&self, bytes: u64) -> u64 {
+        self.spent.saturating_add(bytes).saturating_sub(self.room.bytes())
     }
 
     /// Adds room.
@@ -97,15 +100,32 @@ impl NewFiles {
         self.written.len()
     }
 
-    /// Hands over what was written, with all of the room. `None` when nothing was.
-    pub(super) fn commit(&mut self) -> Option<Visible> {
-        if self.written.is_empty() {
+    /// Hands over what was written so far; room that is left is kept for what is to come. `None` when nothing was.
+    pub(super) fn publish(&mut self) -> Option<Visible> {
+        let room = self.room.split(self.spent);
+        self.tell(room, None)
+    }
+
+    /// Hands over what was written, and what is left of the room. `None` when nothing was.
+    pub(super) fn commit(mut self) -> Option<Visible> {
+        let room = self.room.split(u64::MAX);
+        self.tell(room, None)
+    }
+
+    /// The same of the blob of an upload, which is over then.
+    pub(super) fn commit_upload(mut self, attempt: Attempt) -> Option<Visible> {
+        let room = self.room.split(u64::MAX);
+        self.tell(room, Some(attempt.into_end()))
+    }
+
+    fn tell(&mut self, room: Reservation, upload: Option<EndUpload>) -> Option<Visible> {
+        if self.written.is_empty() && upload.is_none() {
             return None;
         }
         let (reply, visible) = oneshot::channel();
         let files = std::mem::take(&mut self.written);
-        let room = std::mem::replace(&mut self.room, Reservation::new(self.store.clone(), 0));
-        self.store.do_send(Commit { files, room, reply });
+        self.spent = 0;
+        self.store.do_send(Commit { files, room, upload, reply });
         Some(Visible(visible))
     }
 
@@ -114,14 +134,17 @@ impl NewFiles {
     }
 
     fn add(&mut self, file: FileId, size: u64, stamp: Stamp) -> FileId {
-        self.written.push(WrittenFile { file, bytes: self.shared.volume.charge(size), stamp });
+        let bytes = self.shared.volume.charge(size);
+        self.spent = self.spent.saturating_add(bytes);
+        self.written.push(WrittenFile { file, bytes, stamp });
         file
     }
 }
 
 impl Drop for NewFiles {
     fn drop(&mut self) {
-        self.commit();
+        let room = self.room.split(u64::MAX);
+        self.tell(room, None);
     }
 }
 

@@ -12,10 +12,11 @@ use super::{
     settings::{self, FULL_DISK_LOG_INTERVAL},
 };
 use crate::{
+    actors::mail::Receive,
     disk::{Evictable, Space},
     logging::Event,
 };
-use actix::{Context, Handler, Message};
+use actix::{Context, Message};
 use std::time::Instant;
 
 /// Evict what this disk needs. The answer comes when the files are gone.
@@ -61,10 +62,10 @@ impl Cas {
     }
 }
 
-impl Handler<Relieve> for CasActor {
-    type Result = Reply<()>;
+impl Receive<Relieve> for CasActor {
+    type Answer = Reply<()>;
 
-    fn handle(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Result {
+    fn receive(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Answer {
         let Totals { used, leased, deleting, blobs, results, zstd_forms, .. } = self.index().totals();
         let store = Evictable {
             bytes: used.saturating_sub(leased),

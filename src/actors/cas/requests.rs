@@ -99,6 +99,8 @@ pub struct Commit {
     pub files: Vec<WrittenFile>,
     /// Covers all of them.
     pub room: Reservation,
+    /// The upload that ends with this, having stored its blob.
+    pub upload: Option<EndUpload>,
     pub reply: oneshot::Sender<()>,
 }
 
@@ -154,7 +156,8 @@ pub struct Damaged {
 #[rtype(result = "()")]
 pub struct Deleted(pub u64);
 
-/// Fact: a stream of an upload ended, one way or the other.
+/// Fact: a stream of an upload ended without its blob, or with a blob that is stored already. The end of one that stored its
+/// blob is a part of [`Commit`].
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct EndUpload {

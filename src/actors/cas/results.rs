@@ -7,6 +7,7 @@
 mod action_cache;
 mod lookup;
 
+pub(super) use action_cache::PreparedResult;
 pub(super) use lookup::ResultLookup;
 
 use bytes::Bytes;

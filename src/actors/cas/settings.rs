@@ -36,6 +36,9 @@ impl StoreSettings {
 /// rest of the request (50 us).
 pub const SMALL_BLOB_BYTES: u64 = 64 * 1024;
 
+/// How long it may take to look an action up: one index look-up and two small blobs.
+pub const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Largest Action or Command message that is read. Those of real builds are below 1 MiB.
 pub const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
 
@@ -134,6 +137,13 @@ pub const ROOM_STEP_BYTES: u64 = 1024 * 1024;
 
 /// Room for the outputs of an action is reserved at most this much ahead of writing them. They are on disk already.
 pub const ROOM_AHEAD_BYTES: u64 = 64 * 1024 * 1024;
+
+/// What a worker takes at least when it takes room: enough for the logs, outputs and result of a small action, so that they cost
+/// one message. What it does not need, it gives back when the action ends ...
+pub const RUN_ROOM_BYTES: u64 = 256 * 1024;
+
+/// ... and in a small store no more than this part of all.
+pub const RUN_ROOM_PART: u64 = 10_000;
 
 /// Files of one batch of outputs that become visible together at most; those of a larger batch do so in parts.
 pub const FILES_PER_COMMIT: usize = 4_096;

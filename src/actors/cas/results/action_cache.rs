@@ -11,11 +11,13 @@ use crate::actors::cas::{
     decoding::worst_case,
     index::{EntryRef, Found, Key, Kind, Stamp},
     lookup::Purpose,
+    new_files::NewFiles,
     results::{self, DirectReferences, LoadedResult, ResultLookup, Uploader},
     settings::{LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
     trees::TreeRoom,
 };
-use crate::instance::Instance;
+use crate::instance::{Instance, InstanceId};
+use bytes::Bytes;
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -230,60 +232,72 @@ impl Cas {
         result: reapi::ActionResult,
         provenance: Provenance,
     ) -> Result<Arc<reapi::ActionResult>> {
-        self.store_result(instance, action, result, provenance, Uploader::Client).await
-    }
-
-    /// [`Cas::put_result`] from a worker thread.
-    ///
-    /// # Errors
-    /// As there; but output paths may step out of the working directory with "..".
-    pub fn record_result(
-        &self,
-        instance: &Instance,
-        action: Digest,
-        result: reapi::ActionResult,
-        provenance: Provenance,
-    ) -> Result<()> {
-        self.block_on(async |cas| {
-            cas.store_result(instance, action, result, provenance, Uploader::Worker).await.map(drop)
-        })
-    }
-
-    async fn store_result(
-        &self,
-        instance: &Instance,
-        action: Digest,
-        mut result: reapi::ActionResult,
-        provenance: Provenance,
-        uploader: Uploader,
-    ) -> Result<Arc<reapi::ActionResult>> {
-        let contents = results::normalise(&mut result, action.function(), uploader)?;
+        let mut prepared = PreparedResult::new(instance, action, result, provenance, Uploader::Client)?;
+        let contents = std::mem::take(&mut prepared.contents);
         if !contents.is_empty() {
             self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
         }
-        let result = Arc::new(result);
-        let bytes = results::encode(instance.name(), action, &result, provenance, SystemTime::now());
-        let room = self.take_room(self.shared().volume.charge(bytes.len() as u64)).await?;
-        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
-        let (cas, kept) = (self.clone(), result.clone());
+        let (charge, result) = (prepared.charge(self), prepared.result.clone());
+        let room = self.take_room(charge).await?;
+        let (cas, id) = (self.clone(), instance.id());
         let visible = self.blocking(move || -> Result<_> {
             let mut files = cas.new_files(room);
-            let file = files
-                .write(key, &[bytes])
-                .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
-            // Without Trees all references are known at once, and the first hit needs no file.
-            if let Ok(direct) = DirectReferences::of(&kept, action.function())
-                && direct.trees.is_empty()
-                && direct.roots.is_empty()
-            {
-                let loaded = Arc::new(LoadedResult::new(file.generation, kept, direct.blobs));
-                cas.shared().results.insert((key.instance, action), loaded.clone(), loaded.memory());
-            }
+            prepared.write(&cas, &mut files, id)?;
             Ok(files.commit())
         });
         if let Some(visible) = visible.await?? {
             visible.wait().await?;
         }
         Ok(result)
+    }
+}
+
+/// A result that was checked and encoded, for one file.
+pub(crate) struct PreparedResult {
+    action: Digest,
+    result: Arc<reapi::ActionResult>,
+    file: Bytes,
+    /// What was inlined; these blobs have to be stored first.
+    pub(crate) contents: Vec<(Digest, Bytes)>,
+}
+
+impl PreparedResult {
+    /// Checks and encodes a result.
+    ///
+    /// # Errors
+    /// Those of [`results::normalise`].
+    pub(crate) fn new(
+        instance: &Instance,
+        action: Digest,
+        mut result: reapi::ActionResult,
+        provenance: Provenance,
+        uploader: Uploader,
+    ) -> Result<Self> {
+        let contents = results::normalise(&mut result, action.function(), uploader)?;
+        let file = results::encode(instance.name(), action, &result, provenance, SystemTime::now());
+        Ok(Self { action, result: Arc::new(result), file, contents })
+    }
+
+    /// Bytes that it takes on disk.
+    pub(crate) fn charge(&self, cas: &Cas) -> u64 {
+        cas.shared().volume.charge(self.file.len() as u64)
+    }
+
+    /// Writes the file, which is not visible yet. Blocks.
+    pub(crate) fn write(self, cas: &Cas, files: &mut NewFiles, instance: InstanceId) -> Result<()> {
+        let Self { action, result, file: bytes, .. } = self;
+        let key = Key { digest: action, instance, kind: Kind::Result };
+        let file = files
+            .write(key, &[bytes])
+            .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
+        // Without Trees all references are known at once, and the first hit needs no file.
+        if let Ok(direct) = DirectReferences::of(&result, action.function())
+            && direct.trees.is_empty()
+            && direct.roots.is_empty()
+        {
+            let loaded = Arc::new(LoadedResult::new(file.generation, result, direct.blobs));
+            cas.shared().results.insert((instance, action), loaded.clone(), loaded.memory());
+        }
+        Ok(())
     }
 }

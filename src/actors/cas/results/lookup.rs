@@ -8,10 +8,11 @@ use crate::{
         index::{EntryRef, Found, Key, Kind, Stamp},
         settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
     },
+    actors::mail::Receive,
     instance::Instance,
     logging::Event,
 };
-use actix::{Handler, Message};
+use actix::Message;
 use gorego_reapi::{digest::Digest, error::Result, proto::reapi};
 use std::sync::Arc;
 
@@ -116,10 +117,10 @@ impl Cas {
     }
 }
 
-impl Handler<Incomplete> for CasActor {
-    type Result = ();
+impl Receive<Incomplete> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Incomplete { at, reason }: Incomplete, ctx: &mut Self::Context) {
+    fn receive(&mut self, Incomplete { at, reason }: Incomplete, ctx: &mut Self::Context) {
         let removed = self.index().remove(at);
         if let Some(victim) = removed {
             Event::debug(LOG, "result_dropped")

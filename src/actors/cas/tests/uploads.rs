@@ -196,9 +196,10 @@ async fn a_writer_learns_that_somebody_else_was_faster() {
     let store = Store::new().await;
     let bytes = noise(1_000, 1);
     let writer = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
-    assert!(!writer.is_superseded());
+    let mut superseded = std::pin::pin!(writer.superseded());
+    assert!(!writer.is_superseded() && futures::poll!(&mut superseded).is_pending());
     store.put(bytes).await;
-    assert!(writer.is_superseded());
+    assert!(writer.is_superseded() && futures::poll!(&mut superseded).is_ready());
 }
 
 /// BS-24, BS-29: the bytes of an upload that came too late are of no use to anybody.

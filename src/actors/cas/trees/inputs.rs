@@ -178,7 +178,10 @@ impl Cas {
     }
 
     /// Checks that a whole input root is stored, and renews it.
-    pub(crate) async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
+    ///
+    /// # Errors
+    /// `MissingBlobs` with everything that is missing (EXE-26), `Invalid` when a Directory is malformed.
+    pub async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
         let Some(kept) = self.shared().input_roots.get(&(instance.blobs(), root)) else {
             return self.walk(instance, root).await.map(drop);
         };

@@ -153,7 +153,12 @@ impl BlobWriter {
 
     /// Whether the blob has meanwhile been stored by somebody else (BS-24).
     pub fn is_superseded(&self) -> bool {
-        self.progress.superseded.load(Ordering::Relaxed)
+        self.progress.is_superseded()
+    }
+
+    /// Waits until [`BlobWriter::is_superseded`], perhaps for ever.
+    pub fn superseded(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.progress.superseded()
     }
 
     /// Checks length and hash and makes the blob visible.
@@ -331,7 +336,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<Shared>) -> Re
     attempt.keep = false;
     let (key, digest) = (attempt.blob, attempt.blob.digest);
     let is_plain = matches!(attempt.inflow, Inflow::Plain);
-    let mut files = if attempt.sink.is_none() && (is_plain || digest.size() <= WHOLE_BYTES) {
+    let files = if attempt.sink.is_none() && (is_plain || digest.size() <= WHOLE_BYTES) {
         let pieces = attempt.inflow.whole(pending, digest.size())?;
         let mut hasher = digest.hasher();
         pieces.iter().for_each(|bytes| hasher.update(bytes));
@@ -356,7 +361,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<Shared>) -> Re
         files.keep(key, draft, digest.size()).map_err(|error| failed(digest, &error))?;
         files
     };
-    Ok(files.commit())
+    Ok(files.commit_upload(attempt))
 }
 
 /// The room of an attempt, for the file that it is to become.

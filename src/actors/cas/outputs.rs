@@ -1,15 +1,16 @@
-//! Storing what a worker hands over: files that an action left behind, and bytes at hand.
+//! Storing what a worker hands over: files that an action left behind, bytes at hand, and the result.
 //!
 //! A file that nobody else can reach becomes the stored file itself: it is hashed where it lies, made read-only, and moved
 //! to its stored name. All processes of the action are dead by then, and a read lease makes sure that nobody has the file open
 //! for writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied.
 
-use crate::actors::cas::{
-    client::{Cas, spoilt},
+use super::{
+    client::{Cas, Provenance, spoilt},
     guards::Reservation,
     index::{Key, Kind},
-    new_files::NewFiles,
-    settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, SOUND_TRIES},
+    new_files::{NewFiles, Visible},
+    results::{PreparedResult, Uploader},
+    settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
     volume::{Draft, PIECE_BYTES, outside::LeftFile},
 };
 use crate::instance::Instance;
@@ -17,11 +18,12 @@ use bytes::Bytes;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
+    proto::reapi,
 };
 use std::{collections::HashSet, fs::File, io};
 
-/// Blobs that a worker stores together: room for them is taken ahead, and they become visible together. What was written when it
-/// is dropped becomes visible too. Methods block and are for worker threads.
+/// What a worker stores together, blobs and the result that refers to them: room for them is taken ahead, and they become visible
+/// together. What was written when it is dropped becomes visible too. Methods block and are for worker threads.
 #[derive(Debug)]
 pub struct OutputBatch {
     cas: Cas,
@@ -85,7 +87,7 @@ impl OutputBatch {
             let copy = self.copy(digest, &left).map_err(failed)?.ok_or_else(changed)?;
             self.files.keep(key, copy, digest.size()).map_err(failed)?;
         }
-        self.stored(digest);
+        self.add_stored(digest);
         Ok(digest)
     }
 
@@ -100,55 +102,85 @@ impl OutputBatch {
         self.files
             .write(key, &[Bytes::from(bytes)])
             .map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
-        self.stored(digest);
+        self.add_stored(digest);
         Ok(digest)
+    }
+
+    /// Says that about so many bytes on disk are still to come.
+    pub fn expect(&mut self, bytes: u64) {
+        self.expected = bytes;
+    }
+
+    /// Adds the result of the action that made all this. It replaces an earlier one when all of it becomes visible (AC-08).
+    ///
+    /// # Errors
+    /// `Exhausted` when there is no room for it; what else is in the batch is not concerned.
+    pub fn result(
+        &mut self,
+        action: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+    ) -> Result<()> {
+        let prepared = PreparedResult::new(&self.instance, action, result, provenance, Uploader::Worker)?;
+        for (_, bytes) in prepared.contents.iter() {
+            self.bytes(bytes.to_vec())?;
+        }
+        let charge = prepared.charge(&self.cas);
+        let ahead = std::mem::take(&mut self.expected);
+        let lacking = self.files.lacks(charge);
+        let more = self.cas.block_on(async |cas| take_room(&cas, lacking, ahead).await)?;
+        self.files.add_room(more);
+        prepared.write(&self.cas, &mut self.files, self.instance.id())?;
+        self.publish_if_full();
+        Ok(())
+    }
+
+    /// Returns when all that was stored so far is visible to others. Room that is left is kept for what is to come.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub fn publish(&mut self) -> Result<()> {
+        let told = self.files.publish();
+        wait_for(&self.cas, told)
     }
 
     /// Returns when everything is visible to others.
     ///
     /// # Errors
     /// `Unavailable` when the server is going down.
-    pub fn commit(mut self) -> Result<()> {
-        match self.files.commit() {
-            // The actor handles what it is told in order, so the last answer stands for all.
-            Some(visible) => self.cas.block_on(async |_| visible.wait().await),
-            None => Ok(()),
-        }
+    pub fn commit(self) -> Result<()> {
+        let told = self.files.commit();
+        wait_for(&self.cas, told)
     }
 
     /// Takes room for a blob; `None` when it is stored already.
     fn make_room(&mut self, digest: Digest) -> Result<Option<Key>> {
         let bytes = self.cas.shared().volume.charge(digest.size());
         let left = self.expected.saturating_sub(bytes);
-        let ahead = std::mem::replace(&mut self.expected, left).min(ROOM_AHEAD_BYTES);
+        let ahead = std::mem::replace(&mut self.expected, left);
         if digest.is_empty() || self.stored.contains(&digest) {
             return Ok(None);
         }
-        let (instance, room) = (&self.instance, self.files.room());
+        let (instance, lacking) = (&self.instance, self.files.lacks(bytes));
         let more = self.cas.block_on(async |cas| -> Result<_> {
             if cas.is_stored(instance, digest).await? {
                 return Ok(None);
             }
-            let Some(lacking) = bytes.checked_sub(room).filter(|lacking| *lacking > 0) else {
-                return Ok(Some(None));
-            };
-            match cas.take_room(lacking.max(ahead)).await {
-                // What is to come may be stored already, or be smaller.
-                Err(_) if ahead > lacking => cas.take_room(lacking).await.map(Some).map(Some),
-                room => room.map(Some).map(Some),
-            }
+            take_room(&cas, lacking, ahead).await.map(Some)
         })?;
         let Some(more) = more else { return Ok(None) };
-        if let Some(more) = more {
-            self.files.add_room(more);
-        }
+        self.files.add_room(more);
         Ok(Some(Key { digest, instance: self.instance.blobs(), kind: Kind::Blob }))
     }
 
-    fn stored(&mut self, digest: Digest) {
+    fn add_stored(&mut self, digest: Digest) {
         self.stored.insert(digest);
+        self.publish_if_full();
+    }
+
+    fn publish_if_full(&mut self) {
         if self.files.len() >= FILES_PER_COMMIT {
-            self.files.commit();
+            self.files.publish();
         }
     }
 
@@ -165,5 +197,28 @@ impl OutputBatch {
             copy.write(bytes)?;
         }
         Ok((hasher.finish() == digest).then_some(copy))
+    }
+}
+
+/// The actor handles what it is told in order, so the last answer stands for all.
+fn wait_for(cas: &Cas, visible: Option<Visible>) -> Result<()> {
+    match visible {
+        Some(visible) => cas.block_on(async |_| visible.wait().await),
+        None => Ok(()),
+    }
+}
+
+/// The room that is lacking, and room for what is expected to come, if there is any to be had.
+async fn take_room(cas: &Cas, lacking: u64, expected: u64) -> Result<Reservation> {
+    if lacking == 0 {
+        return Ok(Reservation::new(cas.actor().clone(), 0));
+    }
+    // A small action stores its logs, its outputs and its result with one step.
+    let step = RUN_ROOM_BYTES.min(cas.shared().settings.max_bytes / RUN_ROOM_PART);
+    let ahead = lacking.max(expected.min(ROOM_AHEAD_BYTES)).max(step);
+    match cas.take_room(ahead).await {
+        // What is to come may be stored already, or be smaller.
+        Err(_) if ahead > lacking => cas.take_room(lacking).await,
+        room => room,
     }
 }

@@ -10,9 +10,9 @@ use gorego::{
     actors::cas::{
         CasActor, CloseStore, StoreSettings,
         client::{Provenance, Upload},
-        messages::{Resolution, ResolveAction},
+        resolve::Resolution,
     },
-    caller::{Caller, Peer},
+    caller::Peer,
     instance::Instances,
 };
 use gorego_reapi::{
@@ -141,19 +141,13 @@ async fn main() {
         reapi::OutputFile { path: "o".into(), digest: Some(digests[0].to_wire()), ..Default::default() };
     let result = reapi::ActionResult { output_files: vec![output; 1], ..Default::default() };
     cas.put_result(&main, action_digest, result, Provenance::default()).await.unwrap();
-    let resolve = || ResolveAction {
-        instance: main.clone(),
-        action: action_digest,
-        skip_cache_lookup: false,
-        caller: Caller::default(),
-    };
-    cas.actor().send(resolve()).await.unwrap().unwrap();
+    let resolve = || cas.resolve_action(&main, action_digest, false);
+    resolve().await.unwrap();
     let start = Instant::now();
     for _ in 0..50_000 {
-        let answer = cas.actor().send(resolve()).await.unwrap();
-        assert!(matches!(answer, Ok(Resolution::Cached(_))));
+        assert!(matches!(resolve().await, Ok(Resolution::Cached(_))));
     }
-    report("ResolveAction, cached", 50_000, start.elapsed());
+    report("resolve_action, cached", 50_000, start.elapsed());
 
     let (names, files): (Vec<String>, Vec<_>) = (0..1_000u32)
         .map(|n| {

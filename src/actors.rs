@@ -14,5 +14,6 @@
 
 pub mod asset;
 pub mod cas;
+pub mod mail;
 pub mod scheduler;
 pub mod worker;

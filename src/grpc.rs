@@ -108,8 +108,6 @@ pub struct Edge {
     pub cas: Cas,
     /// The scheduler; `None` where execution is switched off.
     pub scheduler: Option<Scheduler>,
-    /// The places that there are for walks of trees.
-    pub walks: get_tree::Walks,
     /// The log streams.
     pub log_streams: LogStreams,
     /// Remote assets; `None` where they are not served.

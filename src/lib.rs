@@ -25,3 +25,4 @@ pub mod server;
 pub mod size;
 mod spread;
 pub mod under_way;
+mod unhindered;

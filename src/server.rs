@@ -194,7 +194,6 @@ impl Server {
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
             assets: Some(assets.clone()),
-            walks: grpc::get_tree::Walks::default(),
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
             connections: connections.clone(),
@@ -372,13 +371,7 @@ fn start_scheduler(
         let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
         Pool { spec, runner: workers.recipient() }
     });
-    SchedulerActor::new(
-        SchedulerSettings::new(execution),
-        pools.collect(),
-        cas.actor().clone().recipient(),
-        cas.actor().clone().recipient(),
-    )
-    .start()
+    SchedulerActor::new(SchedulerSettings::new(execution), pools.collect(), cas.clone()).start()
 }
 
 /// The deadlines of an exit.

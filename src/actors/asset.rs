@@ -26,10 +26,13 @@ pub mod request;
 pub mod unpack;
 
 use crate::{
-    actors::cas::client::Cas,
+    actors::{
+        cas::client::Cas,
+        mail::{Mail, Receive, counted},
+    },
     budget::{Bounds, Budget},
 };
-use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
 use bindings::{Binding, Bindings};
 use client::Assets;
 use download::Downloader;
@@ -96,6 +99,7 @@ fn runway(concurrency: usize) -> Budget {
 /// The owner of bindings and flights.
 #[derive(Debug)]
 pub struct AssetActor {
+    mail: Mail,
     bindings: Bindings,
     /// Whether they differ from what is on disk.
     unsaved: bool,
@@ -120,6 +124,7 @@ impl AssetActor {
             settings,
         };
         Self {
+            mail: Mail::default(),
             bindings: shared.file.load(),
             unsaved: false,
             saving: false,
@@ -127,6 +132,11 @@ impl AssetActor {
             flights: Flights::default(),
             shared: Arc::new(shared),
         }
+    }
+
+    /// Counts the messages that it handles.
+    pub fn mail(&self) -> Mail {
+        self.mail.clone()
     }
 
     /// Starts the actor on the current arbiter or local task set.
@@ -159,6 +169,8 @@ impl AssetActor {
     }
 }
 
+counted!(AssetActor);
+
 impl Actor for AssetActor {
     type Context = Context<Self>;
 
@@ -168,19 +180,19 @@ impl Actor for AssetActor {
     }
 }
 
-impl Handler<LookUpAsset> for AssetActor {
-    type Result = MessageResult<LookUpAsset>;
+impl Receive<LookUpAsset> for AssetActor {
+    type Answer = MessageResult<LookUpAsset>;
 
-    fn handle(&mut self, LookUpAsset { keys, oldest }: LookUpAsset, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, LookUpAsset { keys, oldest }: LookUpAsset, _: &mut Self::Context) -> Self::Answer {
         let now = SystemTime::now();
         MessageResult(keys.iter().map(|key| self.bindings.look_up(key, oldest, now)).collect())
     }
 }
 
-impl Handler<BindAsset> for AssetActor {
-    type Result = ();
+impl Receive<BindAsset> for AssetActor {
+    type Answer = ();
 
-    fn handle(&mut self, BindAsset { keys, binding }: BindAsset, _: &mut Self::Context) {
+    fn receive(&mut self, BindAsset { keys, binding }: BindAsset, _: &mut Self::Context) {
         for key in keys {
             self.bindings.bind(key, binding.clone());
         }
@@ -188,14 +200,14 @@ impl Handler<BindAsset> for AssetActor {
     }
 }
 
-impl Handler<JoinFlight> for AssetActor {
-    type Result = MessageResult<JoinFlight>;
+impl Receive<JoinFlight> for AssetActor {
+    type Answer = MessageResult<JoinFlight>;
 
-    fn handle(
+    fn receive(
         &mut self,
         JoinFlight { request, known, oldest, deadline, caller }: JoinFlight,
         ctx: &mut Self::Context,
-    ) -> Self::Result {
+    ) -> Self::Answer {
         let (now, asked_at) = (Instant::now(), SystemTime::now());
         let newer = self.bindings.newer(&request.keys(), &known, oldest, asked_at);
         if let Some((index, Binding { digest, expires_at, .. })) = newer
@@ -218,10 +230,10 @@ impl Handler<JoinFlight> for AssetActor {
     }
 }
 
-impl Handler<Landed> for AssetActor {
-    type Result = ();
+impl Receive<Landed> for AssetActor {
+    type Answer = ();
 
-    fn handle(&mut self, Landed { flight, bind, outcome }: Landed, _: &mut Self::Context) {
+    fn receive(&mut self, Landed { flight, bind, outcome }: Landed, _: &mut Self::Context) {
         if let Some((key, binding)) = bind {
             self.bindings.bind_unless_newer(key, binding, SystemTime::now());
             self.unsaved = true;
@@ -230,10 +242,10 @@ impl Handler<Landed> for AssetActor {
     }
 }
 
-impl Handler<CloseAssets> for AssetActor {
-    type Result = ();
+impl Receive<CloseAssets> for AssetActor {
+    type Answer = ();
 
-    fn handle(&mut self, _: CloseAssets, ctx: &mut Self::Context) {
+    fn receive(&mut self, _: CloseAssets, ctx: &mut Self::Context) {
         if self.unsaved || self.saving {
             // The last thing that this actor does; nobody waits for it but the end of the process.
             let save = self.next_save();

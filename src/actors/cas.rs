@@ -1,4 +1,4 @@
-//! The content-addressable store and the action cache: the actor, its index, its files.
+//! The content-addressable store and the action cache: the actor, its index, and the rooms of the store.
 //!
 //! [`CasActor`] owns the `index::Index` (what is stored, how recently used, leased or promised) and the table of
 //! `uploads`. Others may look things up in the index (`view`), and only the actor changes it. It decides and never touches a file: readers and writers work on files that its answers name, on blocking
@@ -8,57 +8,51 @@
 //! index. What the index lets go is deleted in the background under a name that is never used again. Promises
 //! (`guards`) end by themselves. No handler waits for anything: an answer that needs IO is a future of its own.
 
-mod action_cache;
 pub mod blob;
-pub mod chunks;
 pub mod client;
-pub mod decoders;
 mod decoding;
-mod files;
+pub mod forms;
 mod guards;
 mod index;
-mod inputs;
 mod lookup;
 mod memo;
-pub mod messages;
-pub mod new_blob;
+mod new_files;
 mod outputs;
-pub mod received;
+mod recovery;
 mod relief;
 mod reply;
 mod requests;
-mod resolve;
+pub mod resolve;
 pub mod results;
-mod scan;
 mod settings;
-mod sink;
-pub mod splice;
-mod stamps;
 #[cfg(test)]
 mod tests;
+pub mod trees;
 mod turns;
 mod upkeep;
-mod uploads;
+pub mod uploads;
 mod view;
-mod writer;
-mod zstd_form;
-pub mod zstd_reader;
+mod volume;
 
 pub use index::Totals;
 pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
+pub use trees::StagedInputs;
 
 use crate::{
+    actors::mail::{Mail, Receive, counted},
     budget::{Bounds, Budget},
     instance::{InstanceId, Instances},
     logging::Event,
 };
-use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Handler, MessageResult};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
 use bytes::Bytes;
-use chunks::ChunkWork;
 use client::Cas;
-use files::Files;
+use forms::{
+    chunks::ChunkWork,
+    zstd_form::{Encoders, History},
+};
 use futures::FutureExt as _;
 use gorego_reapi::{
     digest::Digest,
@@ -79,9 +73,10 @@ use tokio::{
     runtime::Handle,
     sync::{Semaphore, watch},
 };
+use trees::walk::Walks;
 use uploads::{Attempt, Begin, Partial, Uploads};
 use view::View;
-use zstd_form::{Encoders, History};
+use volume::{Volume, files::Files};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::cas";
@@ -92,10 +87,11 @@ pub(crate) struct Shared {
     settings: StoreSettings,
     /// What is stored. Only the actor changes it.
     view: View,
-    files: Files,
+    /// Where the stored files are.
+    volume: Box<dyn Volume>,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
-    input_roots: Memo<(InstanceId, Digest), Arc<inputs::InputRoot>>,
+    input_roots: Memo<(InstanceId, Digest), Arc<trees::inputs::InputRoot>>,
     actions: Memo<(InstanceId, Digest), Arc<resolve::ParsedAction>>,
     results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
     /// Small blobs as they were written. Whether one is stored is the index's to say; this only saves reading it.
@@ -121,6 +117,8 @@ pub(crate) struct Shared {
     decoded: Budget,
     /// Large trees that may be walked at the same time.
     large_trees: Budget,
+    /// Walks for clients that may go on at the same time.
+    walks: Walks,
     /// Memory for the decoders of compressed uploads.
     decoders: Budget,
     /// Splits and splices; nothing in it says what is stored.
@@ -147,6 +145,7 @@ const RECENT_OVERHEAD_BYTES: usize = 160;
 /// The owner of the store.
 #[derive(Debug)]
 pub struct CasActor {
+    mail: Mail,
     uploads: Uploads,
     shared: Arc<Shared>,
     /// What was evicted before the actor started.
@@ -165,13 +164,21 @@ impl CasActor {
     /// # Errors
     /// `Precondition` when the directory cannot be used, naming it and the reason.
     pub fn open(settings: StoreSettings, instances: &Instances, runtime: Handle) -> Result<Self> {
-        let files = Files::open(&settings.root, instances)?;
-        let mut index = scan::recover(&files, settings.max_bytes);
+        let volume = Files::open(&settings.root, instances)?;
+        Self::over(Box::new(volume), settings, runtime)
+    }
+
+    /// The same over any volume, with what it holds.
+    ///
+    /// # Errors
+    /// When what it holds cannot be brought within the limit.
+    fn over(volume: Box<dyn Volume>, settings: StoreSettings, runtime: Handle) -> Result<Self> {
+        let mut index = recovery::recover(&*volume, settings.max_bytes);
         // A limit that was lowered since the last run is met before the first look-up.
         let over_limit = index.reserve(0)?.victims;
         let shared = Shared {
             view: View::new(index),
-            files,
+            volume,
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
             input_roots: Memo::new(settings::INPUT_ROOT_MEMO_BYTES),
@@ -186,15 +193,17 @@ impl CasActor {
             result_checks: Budget::new(places("results that are being checked", settings::RESULT_CHECKS_MAX)),
             cold_reads: Budget::new(places("blobs that are being hashed", settings::COLD_READS_MAX)),
             upload_budget: Budget::new(settings.upload_bounds()),
-            received: Budget::new(received::RECEIVED),
+            received: Budget::new(uploads::received::RECEIVED),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
             large_trees: Budget::new(places("large trees", settings::LARGE_TREES_MAX)),
-            decoders: Budget::new(decoders::DECODERS),
+            walks: Walks::default(),
+            decoders: Budget::new(uploads::decoders::DECODERS),
             chunk_work: ChunkWork::default(),
             relief_turn: tokio::sync::Mutex::default(),
             settings,
         };
         Ok(Self {
+            mail: Mail::default(),
             uploads: Uploads::default(),
             shared: Arc::new(shared),
             over_limit,
@@ -209,9 +218,25 @@ impl CasActor {
         Cas::new(self.start(), shared)
     }
 
+    /// Counts the messages that it handles.
+    pub fn mail(&self) -> Mail {
+        self.mail.clone()
+    }
+
     /// Changes the index, or looks at its sums.
     fn change<T>(&self, change: impl FnOnce(&mut Index) -> T) -> T {
         self.shared.view.change(change)
+    }
+
+    /// Takes an upload off the books, or puts what is left of it away.
+    fn end_upload(&mut self, ended: EndUpload, ctx: &Context<Self>) {
+        if let Some(partial) = self.uploads.end(ended, Instant::now()) {
+            self.discard(partial, ctx);
+        }
+        let (_, partials) = self.uploads.counts();
+        if partials > settings::MAX_PARTIAL_UPLOADS {
+            self.discard_excess(ctx);
+        }
     }
 
     fn client(&self, ctx: &Context<Self>) -> Cas {
@@ -235,6 +260,8 @@ fn unix_seconds() -> u32 {
     u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)
 }
 
+counted!(CasActor);
+
 impl Actor for CasActor {
     type Context = Context<Self>;
 
@@ -247,10 +274,10 @@ impl Actor for CasActor {
     }
 }
 
-impl Handler<Reserve> for CasActor {
-    type Result = Reply<Result<Reservation>>;
+impl Receive<Reserve> for CasActor {
+    type Answer = Reply<Result<Reservation>>;
 
-    fn handle(&mut self, Reserve(bytes): Reserve, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Reserve(bytes): Reserve, ctx: &mut Self::Context) -> Self::Answer {
         match self.reserve(bytes, ctx) {
             Ok((room, free)) => Reply::when(free, Ok(room)),
             Err(error) => Reply::Now(Err(error)),
@@ -258,31 +285,35 @@ impl Handler<Reserve> for CasActor {
     }
 }
 
-impl Handler<Commit> for CasActor {
-    type Result = ();
+impl Receive<Commit> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, message: Commit, ctx: &mut Self::Context) {
+    fn receive(&mut self, message: Commit, ctx: &mut Self::Context) {
         let mut rest = message.room.disarm();
         let now = unix_seconds();
-        let (uploads, mut superfluous) = (&mut self.uploads, Vec::new());
-        self.shared.view.change(|index| {
+        let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
+        self.change(|index| {
             for WrittenFile { file, bytes, stamp } in message.files {
                 rest = rest.saturating_sub(bytes);
                 superfluous.extend(index.commit(file, bytes, stamp, now));
-                uploads.supersede(&file.key);
+                stored.push(file.key);
             }
             index.unreserve(rest);
         });
+        if let Some(ended) = message.upload {
+            self.end_upload(ended, ctx);
+        }
+        stored.iter().for_each(|blob| self.uploads.supersede(blob));
         self.delete(superfluous, ctx);
         self.trim(ctx);
         let _ = message.reply.send(());
     }
 }
 
-impl Handler<BeginUpload> for CasActor {
-    type Result = MessageResult<BeginUpload>;
+impl Receive<BeginUpload> for CasActor {
+    type Answer = MessageResult<BeginUpload>;
 
-    fn handle(&mut self, message: BeginUpload, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, message: BeginUpload, ctx: &mut Self::Context) -> Self::Answer {
         let BeginUpload { name, blob, offset, .. } = message;
         if self.renew(&blob).is_some() {
             return MessageResult(Ok(Began::Present));
@@ -304,7 +335,7 @@ impl Handler<BeginUpload> for CasActor {
                 }
                 // What cannot fit is refused before the first byte; what can gets its room as its bytes come.
                 let twin = self.uploads.twin(&blob, &entered).filter(|_| !message.beside);
-                let size = self.shared.files.charge(blob.digest.size());
+                let size = self.shared.volume.charge(blob.digest.size());
                 let of_twin = twin
                     .as_ref()
                     .map_or(0, |twin| size.saturating_sub(twin.accepted.load(Ordering::Relaxed)));
@@ -321,10 +352,10 @@ impl Handler<BeginUpload> for CasActor {
     }
 }
 
-impl Handler<DiscardPartials> for CasActor {
-    type Result = ();
+impl Receive<DiscardPartials> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, message: DiscardPartials, ctx: &mut Self::Context) {
+    fn receive(&mut self, message: DiscardPartials, ctx: &mut Self::Context) {
         let DiscardPartials { caller, bound, bytes } = message;
         let mut freed = 0;
         while freed < bytes
@@ -336,32 +367,26 @@ impl Handler<DiscardPartials> for CasActor {
     }
 }
 
-impl Handler<EndUpload> for CasActor {
-    type Result = ();
+impl Receive<EndUpload> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, ended: EndUpload, ctx: &mut Self::Context) {
-        if let Some(partial) = self.uploads.end(ended, Instant::now()) {
-            self.discard(partial, ctx);
-        }
-        let (_, partials) = self.uploads.counts();
-        if partials > settings::MAX_PARTIAL_UPLOADS {
-            self.discard_excess(ctx);
-        }
+    fn receive(&mut self, ended: EndUpload, ctx: &mut Self::Context) {
+        self.end_upload(ended, ctx);
     }
 }
 
-impl Handler<Unreserve> for CasActor {
-    type Result = ();
+impl Receive<Unreserve> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
+    fn receive(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
         self.change(|index| index.unreserve(bytes));
     }
 }
 
-impl Handler<Deleted> for CasActor {
-    type Result = ();
+impl Receive<Deleted> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
+    fn receive(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
         let deleted = self.change(|index| {
             index.deleted(bytes);
             index.bytes_deleted()
@@ -371,18 +396,18 @@ impl Handler<Deleted> for CasActor {
     }
 }
 
-impl Handler<Verified> for CasActor {
-    type Result = ();
+impl Receive<Verified> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Verified { at, stamp }: Verified, _: &mut Self::Context) {
+    fn receive(&mut self, Verified { at, stamp }: Verified, _: &mut Self::Context) {
         self.change(|index| index.trust(at, stamp));
     }
 }
 
-impl Handler<Touched> for CasActor {
-    type Result = ();
+impl Receive<Touched> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
+    fn receive(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
         self.change(|index| {
             for Touch { at, before, after } in touches {
                 index.follow(at, before, after);
@@ -391,10 +416,10 @@ impl Handler<Touched> for CasActor {
     }
 }
 
-impl Handler<Damaged> for CasActor {
-    type Result = ();
+impl Receive<Damaged> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
+    fn receive(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
         // A file that was evicted under its reader is not damaged: its entry is stale and nothing happens.
         let removed = self.change(|index| index.remove(at));
         if let Some(victim) = removed {
@@ -406,20 +431,20 @@ impl Handler<Damaged> for CasActor {
     }
 }
 
-impl Handler<InspectStore> for CasActor {
-    type Result = MessageResult<InspectStore>;
+impl Receive<InspectStore> for CasActor {
+    type Answer = MessageResult<InspectStore>;
 
-    fn handle(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Answer {
         let (running_uploads, partial_uploads) = self.uploads.counts();
         let totals = self.change(|index| index.totals());
         MessageResult(StoreInspection { totals, running_uploads, partial_uploads })
     }
 }
 
-impl Handler<CloseStore> for CasActor {
-    type Result = Reply<()>;
+impl Receive<CloseStore> for CasActor {
+    type Answer = Reply<()>;
 
-    fn handle(&mut self, _: CloseStore, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, _: CloseStore, ctx: &mut Self::Context) -> Self::Answer {
         let written = self.write_touches(ctx.address());
         ctx.stop();
         // A job that panicked has written what it could.

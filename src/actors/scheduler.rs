@@ -1,12 +1,14 @@
 //! The scheduler: which action runs when and where, and who hears of it.
 //!
 //! [`SchedulerActor`] is a thin shell. It owns the [`Ledger`], which decides everything, and moves the mail: requests and facts
-//! go in with the time, decisions go out to the CAS and to the pools. Every wait for another actor is a task of its own
+//! go in with the time, decisions go out to the store and to the pools. Every wait for them is a task of its own
 //! whose end comes back as a message, so that no handler waits, facts arrive in the order in which they were sent, and a
 //! wait costs nothing while it lasts (futures kept in an actix context are all polled whenever one of them wakes).
 //!
-//! It does not touch bytes, files or processes, and knows the CAS and the workers only as recipients of their messages.
+//! It does not touch bytes, files or processes. It knows the workers as recipients of their messages and the store as
+//! [`InputCheck`]. What an action is, and whether there is a result of it, has been looked up before it is admitted.
 
+pub mod inputs;
 pub mod ledger;
 mod log;
 pub mod messages;
@@ -22,20 +24,20 @@ pub mod transition;
 
 use crate::{
     actors::{
-        cas::messages::{CheckInputs, Resolution, ResolveAction},
+        mail::{Mail, Receive, counted},
         worker::messages::{RunAction, StageReached, TaskId},
     },
     caller::Caller,
     logging::Event,
 };
-use actix::{Actor, AsyncContext, Context, Handler, MailboxError, Message, Recipient, ResponseFuture};
+use actix::{Actor, AsyncContext, Context, MailboxError, Message, Recipient, ResponseFuture};
 use gorego_reapi::error::{Error, Result};
+use inputs::InputCheck;
 use ledger::{Assignment, Check, Ledger, RunEnd};
 use messages::{
-    Cancel, Drain, Explain, Forget, Inspect, Inspection, ListOperations, OperationPage, Submit, Watch,
+    Admit, Cancel, Drain, Explain, Forget, Inspect, Inspection, ListOperations, OperationPage, Watch,
 };
 use operation::{OperationId, QueueStatus, Subscription};
-use room::Places;
 use settings::{Moment, SchedulerSettings};
 use slots::PoolSpec;
 use std::time::Duration;
@@ -49,13 +51,6 @@ const MAILBOX: usize = 1024;
 /// How often deadlines are looked at: what times out here is measured in minutes.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Submissions whose action is being looked up at the CAS; peers share these places. Each holds its request in memory until the CAS answers, and none
-/// is in the queue yet, so that the queue's bound does not cover them.
-const RESOLVING: usize = 16_384;
-
-/// How long the CAS may take to look an action up: one index look-up and two small blobs.
-const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// A set of workers: what they offer and the way to run a task on them. A peer would be one more of these.
 #[derive(Clone)]
 pub struct Pool {
@@ -67,33 +62,31 @@ pub struct Pool {
 
 /// The owner of all operations, tasks and slots.
 pub struct SchedulerActor {
+    mail: Mail,
     ledger: Ledger,
     runners: Vec<Recipient<RunAction>>,
-    resolve: Recipient<ResolveAction>,
-    check: Recipient<CheckInputs>,
+    inputs: Box<dyn InputCheck>,
     check_timeout: Duration,
-    resolving: Places,
     drained: Vec<oneshot::Sender<()>>,
 }
 
 impl SchedulerActor {
-    /// A scheduler over these pools, listed by preference, that asks the CAS through these recipients.
-    pub fn new(
-        settings: SchedulerSettings,
-        pools: Vec<Pool>,
-        resolve: Recipient<ResolveAction>,
-        check: Recipient<CheckInputs>,
-    ) -> Self {
+    /// A scheduler over these pools, listed by preference.
+    pub fn new(settings: SchedulerSettings, pools: Vec<Pool>, inputs: impl InputCheck) -> Self {
         let (specs, runners) = pools.into_iter().map(|Pool { spec, runner }| (spec, runner)).unzip();
         Self {
+            mail: Mail::default(),
             ledger: Ledger::new(settings, specs),
             runners,
-            resolve,
-            check,
+            inputs: Box::new(inputs),
             check_timeout: settings.transfer_timeout,
-            resolving: Places::new("submissions that wait for the store", RESOLVING),
             drained: Vec::new(),
         }
+    }
+
+    /// Counts the messages that it handles.
+    pub fn mail(&self) -> Mail {
+        self.mail.clone()
     }
 
     /// Carries out what the ledger has decided; to be called after every change to it.
@@ -118,10 +111,12 @@ impl SchedulerActor {
 
     fn send_check(&self, Check { task, instance, root, peer }: Check, ctx: &mut Context<Self>) {
         let caller = Caller::without_connection(peer);
-        let request = self.check.send(CheckInputs { instance, root, caller }).timeout(self.check_timeout);
+        let checking = tokio::time::timeout(self.check_timeout, self.inputs.check(instance, root, caller));
         let scheduler = ctx.address();
         actix::spawn(async move {
-            let result = request.await.unwrap_or_else(|error| Err(cas_unreachable(error)));
+            let silent =
+                |_| Err(Error::Unavailable("the store of this server does not answer; try again".into()));
+            let result = checking.await.unwrap_or_else(silent);
             scheduler.do_send(InputsChecked { task, result });
         });
     }
@@ -149,31 +144,18 @@ impl SchedulerActor {
     }
 }
 
-fn cas_unreachable(error: MailboxError) -> Error {
-    Error::Unavailable(match error {
-        MailboxError::Closed => "the store of this server is going down; try again".into(),
-        MailboxError::Timeout => "the store of this server does not answer; try again".into(),
-    })
-}
+counted!(SchedulerActor);
 
 impl Actor for SchedulerActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
         ctx.set_mailbox_capacity(MAILBOX);
-        ctx.run_interval(TICK_INTERVAL, |actor, ctx| actor.handle(Tick, ctx));
+        ctx.run_interval(TICK_INTERVAL, |actor, ctx| actor.receive(Tick, ctx));
     }
 }
 
-/// A fact: the CAS has answered for a submission.
-#[derive(Message)]
-#[rtype(result = "Result<Subscription>")]
-struct Resolved {
-    submit: Submit,
-    resolution: Result<Resolution>,
-}
-
-/// A fact: the CAS has looked at the inputs of a task.
+/// A fact: the store has looked at the inputs of a task.
 #[derive(Message)]
 #[rtype(result = "()")]
 struct InputsChecked {
@@ -194,10 +176,10 @@ struct RunEnded {
 #[rtype(result = "()")]
 struct Tick;
 
-impl Handler<Tick> for SchedulerActor {
-    type Result = ();
+impl Receive<Tick> for SchedulerActor {
+    type Answer = ();
 
-    fn handle(&mut self, _: Tick, ctx: &mut Self::Context) {
+    fn receive(&mut self, _: Tick, ctx: &mut Self::Context) {
         for place in self.ledger.tick(Moment::now()) {
             Event::warn(log::TARGET, log::SLOT_STUCK)
                 .with("pool", &*place.pool)
@@ -208,120 +190,96 @@ impl Handler<Tick> for SchedulerActor {
     }
 }
 
-impl Handler<Submit> for SchedulerActor {
-    type Result = ResponseFuture<Result<Subscription>>;
+impl Receive<Admit> for SchedulerActor {
+    type Answer = Result<Subscription>;
 
-    fn handle(&mut self, submit: Submit, ctx: &mut Self::Context) -> Self::Result {
-        if let Err(error) = self.resolving.check(submit.caller.peer) {
-            return Box::pin(async { Err(error) });
-        }
-        self.resolving.take(submit.caller.peer);
-        let Submit { ref instance, action, skip_cache_lookup, caller, .. } = submit;
-        let question = ResolveAction { instance: instance.clone(), action, skip_cache_lookup, caller };
-        let request = self.resolve.send(question).timeout(RESOLVE_TIMEOUT);
-        let scheduler = ctx.address();
-        // This goes on when the caller has gone, so that `Resolved` always comes. The operation is then admitted with nobody
-        // to follow it and is abandoned in time, like that of any client that vanishes.
-        Box::pin(async move {
-            let resolution = request.await.unwrap_or_else(|error| Err(cas_unreachable(error)));
-            let admitted = scheduler.send(Resolved { submit, resolution }).await;
-            admitted
-                .unwrap_or_else(|_| Err(Error::Unavailable("the scheduler is going down; try again".into())))
-        })
-    }
-}
-
-impl Handler<Resolved> for SchedulerActor {
-    type Result = Result<Subscription>;
-
-    fn handle(&mut self, Resolved { submit, resolution }: Resolved, ctx: &mut Self::Context) -> Self::Result {
-        self.resolving.give_back(submit.caller.peer);
-        let admitted = self.ledger.admit(submit, resolution?, OperationId(Uuid::new_v4()), Moment::now());
+    fn receive(&mut self, Admit { submit, resolution }: Admit, ctx: &mut Self::Context) -> Self::Answer {
+        let admitted = self.ledger.admit(submit, resolution, OperationId(Uuid::new_v4()), Moment::now());
         self.settle(ctx);
         admitted
     }
 }
 
-impl Handler<InputsChecked> for SchedulerActor {
-    type Result = ();
+impl Receive<InputsChecked> for SchedulerActor {
+    type Answer = ();
 
-    fn handle(&mut self, InputsChecked { task, result }: InputsChecked, ctx: &mut Self::Context) {
+    fn receive(&mut self, InputsChecked { task, result }: InputsChecked, ctx: &mut Self::Context) {
         self.ledger.inputs_checked(task, result, Moment::now());
         self.settle(ctx);
     }
 }
 
-impl Handler<StageReached> for SchedulerActor {
-    type Result = ();
+impl Receive<StageReached> for SchedulerActor {
+    type Answer = ();
 
-    fn handle(&mut self, fact: StageReached, _: &mut Self::Context) {
+    fn receive(&mut self, fact: StageReached, _: &mut Self::Context) {
         self.ledger.stage_reached(fact);
     }
 }
 
-impl Handler<RunEnded> for SchedulerActor {
-    type Result = ();
+impl Receive<RunEnded> for SchedulerActor {
+    type Answer = ();
 
-    fn handle(&mut self, RunEnded { task, end }: RunEnded, ctx: &mut Self::Context) {
+    fn receive(&mut self, RunEnded { task, end }: RunEnded, ctx: &mut Self::Context) {
         self.ledger.finish(task, end, Moment::now());
         self.settle(ctx);
     }
 }
 
-impl Handler<Watch> for SchedulerActor {
-    type Result = Result<Subscription>;
+impl Receive<Watch> for SchedulerActor {
+    type Answer = Result<Subscription>;
 
-    fn handle(&mut self, Watch { instance, id }: Watch, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Watch { instance, id }: Watch, _: &mut Self::Context) -> Self::Answer {
         self.ledger.watch(&instance, id)
     }
 }
 
-impl Handler<Cancel> for SchedulerActor {
-    type Result = Result<()>;
+impl Receive<Cancel> for SchedulerActor {
+    type Answer = Result<()>;
 
-    fn handle(&mut self, Cancel { instance, id }: Cancel, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Cancel { instance, id }: Cancel, ctx: &mut Self::Context) -> Self::Answer {
         let cancelled = self.ledger.cancel(&instance, id, Moment::now());
         self.settle(ctx);
         cancelled
     }
 }
 
-impl Handler<Forget> for SchedulerActor {
-    type Result = Result<()>;
+impl Receive<Forget> for SchedulerActor {
+    type Answer = Result<()>;
 
-    fn handle(&mut self, Forget { instance, id }: Forget, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Forget { instance, id }: Forget, _: &mut Self::Context) -> Self::Answer {
         self.ledger.forget(&instance, id)
     }
 }
 
-impl Handler<Explain> for SchedulerActor {
-    type Result = Option<Box<QueueStatus>>;
+impl Receive<Explain> for SchedulerActor {
+    type Answer = Option<Box<QueueStatus>>;
 
-    fn handle(&mut self, Explain { instance, id }: Explain, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Explain { instance, id }: Explain, _: &mut Self::Context) -> Self::Answer {
         self.ledger.explain(&instance, id, Moment::now()).map(Box::new)
     }
 }
 
-impl Handler<ListOperations> for SchedulerActor {
-    type Result = Result<OperationPage>;
+impl Receive<ListOperations> for SchedulerActor {
+    type Answer = Result<OperationPage>;
 
-    fn handle(&mut self, query: ListOperations, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, query: ListOperations, _: &mut Self::Context) -> Self::Answer {
         self.ledger.list(&query)
     }
 }
 
-impl Handler<Inspect> for SchedulerActor {
-    type Result = actix::MessageResult<Inspect>;
+impl Receive<Inspect> for SchedulerActor {
+    type Answer = actix::MessageResult<Inspect>;
 
-    fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Answer {
         actix::MessageResult(self.ledger.inspect())
     }
 }
 
-impl Handler<Drain> for SchedulerActor {
-    type Result = ResponseFuture<()>;
+impl Receive<Drain> for SchedulerActor {
+    type Answer = ResponseFuture<()>;
 
-    fn handle(&mut self, Drain { cancel }: Drain, ctx: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, Drain { cancel }: Drain, ctx: &mut Self::Context) -> Self::Answer {
         let Inspection { queued, running, .. } = self.ledger.inspect();
         Event::info(log::TARGET, log::DRAINING)
             .with("cancel", cancel)

@@ -19,8 +19,12 @@ mod run_log;
 pub mod store;
 pub mod workspace;
 
-use crate::{log_streams::LogStreams, logging::Event};
-use actix::{Actor, Handler, MessageResult, SyncContext};
+use crate::{
+    actors::mail::{Mail, Receive, counted},
+    log_streams::LogStreams,
+    logging::Event,
+};
+use actix::{Actor, MessageResult, SyncContext};
 use gorego_reapi::error::Error;
 use launcher::{Launcher, RunnerLauncher};
 use messages::{RunAction, RunFailure};
@@ -73,6 +77,7 @@ impl WorkerSettings {
 
 /// Runs actions, one at a time.
 pub struct WorkerActor {
+    mail: Mail,
     settings: Arc<WorkerSettings>,
     store: Arc<dyn BlobStore>,
     launcher: Box<dyn Launcher>,
@@ -82,9 +87,16 @@ impl WorkerActor {
     /// A worker that gets inputs from `store` and puts outputs there.
     pub fn new(settings: Arc<WorkerSettings>, store: Arc<dyn BlobStore>) -> Self {
         let launcher = Box::new(RunnerLauncher::new(settings.runner.clone()));
-        Self { settings, store, launcher }
+        Self { mail: Mail::default(), settings, store, launcher }
+    }
+
+    /// The same, whose messages are counted here.
+    pub fn counted_in(self, mail: Mail) -> Self {
+        Self { mail, ..self }
     }
 }
+
+counted!(WorkerActor);
 
 impl Actor for WorkerActor {
     type Context = SyncContext<Self>;
@@ -94,10 +106,10 @@ impl Actor for WorkerActor {
     }
 }
 
-impl Handler<RunAction> for WorkerActor {
-    type Result = MessageResult<RunAction>;
+impl Receive<RunAction> for WorkerActor {
+    type Answer = MessageResult<RunAction>;
 
-    fn handle(&mut self, order: RunAction, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, order: RunAction, _: &mut Self::Context) -> Self::Answer {
         let run = AssertUnwindSafe(|| {
             ActionRun::new(&self.settings, &*self.store, &mut *self.launcher, &order).execute()
         });

@@ -4,7 +4,7 @@
 //! another actor in its place.
 
 use crate::actors::scheduler::{
-    messages::{Cancel, Explain, Forget, ListOperations, OperationPage, Submit, Watch},
+    messages::{Admit, Cancel, Explain, Forget, ListOperations, OperationPage, Watch},
     operation::{QueueStatus, Subscription},
 };
 use actix::{Actor, Addr, Context, Handler, Message, Recipient};
@@ -18,7 +18,7 @@ pub const ASK_TIMEOUT: Duration = Duration::from_secs(60);
 /// A handle to the scheduler; cheap to clone.
 #[derive(Clone)]
 pub struct Scheduler {
-    submit: Recipient<Submit>,
+    admit: Recipient<Admit>,
     watch: Recipient<Watch>,
     cancel: Recipient<Cancel>,
     forget: Recipient<Forget>,
@@ -31,7 +31,7 @@ impl Scheduler {
     pub fn new<A>(address: Addr<A>) -> Self
     where
         A: Actor<Context = Context<A>>
-            + Handler<Submit>
+            + Handler<Admit>
             + Handler<Watch>
             + Handler<Cancel>
             + Handler<Forget>
@@ -39,7 +39,7 @@ impl Scheduler {
             + Handler<Explain>,
     {
         Self {
-            submit: address.clone().recipient(),
+            admit: address.clone().recipient(),
             watch: address.clone().recipient(),
             cancel: address.clone().recipient(),
             forget: address.clone().recipient(),
@@ -48,12 +48,12 @@ impl Scheduler {
         }
     }
 
-    /// See [`Submit`].
+    /// See [`Admit`].
     ///
     /// # Errors
     /// As there, and `Unavailable` when the scheduler is gone.
-    pub async fn submit(&self, message: Submit) -> Result<Subscription> {
-        ask(&self.submit, message).await?
+    pub async fn admit(&self, message: Admit) -> Result<Subscription> {
+        ask(&self.admit, message).await?
     }
 
     /// See [`Watch`].

@@ -12,7 +12,8 @@ use super::{Edge, ReadStream, log_stream, request_log::Call, stalled};
 use crate::{
     actors::cas::{
         blob::{BlobReader, BlobWriter},
-        client::{Upload, ZstdReader},
+        client::Upload,
+        forms::zstd_reader::ZstdReader,
     },
     config::CommittedSize,
     grpc::services::byte_stream_server::ByteStream,
@@ -29,16 +30,14 @@ use gorego_reapi::{
     },
     resource_name::{Encoding, ResourceName},
 };
-use std::{sync::Arc, time::Duration};
-use tokio::time::{Instant, timeout};
+use std::{pin::pin, sync::Arc, time::Duration};
+use tokio::{select, time::timeout};
 use tonic::{Request, Response, Status, Streaming};
 
 /// Bytes in one ReadResponse (BS-14): few enough to be in the page cache together, enough that framing costs nothing.
 pub const READ_WINDOW_BYTES: usize = 128 * 1024;
 /// How long an upload may be silent before it is given up; its bytes so far are kept for a while.
 pub const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
-/// How often a silent upload looks whether somebody else has stored the blob meanwhile (BS-24).
-const SUPERSEDED_CHECK: Duration = Duration::from_secs(1);
 /// How long the end of the stream is waited for after `finish_write`, to see that no more data follows (BS-21). Clients close
 /// their half at once; the bound is for one that waits for the answer first.
 pub(super) const CLOSE_WAIT: Duration = Duration::from_secs(1);
@@ -291,6 +290,7 @@ async fn receive(
     mut check: WriteCheck,
 ) -> Result<End, Status> {
     let mut message = first;
+    let mut superseded = pin!(writer.superseded());
     loop {
         check.accept(&message)?;
         let finish = message.finish_write;
@@ -304,16 +304,11 @@ async fn receive(
             writer.finish().await?;
             return Ok(End::Sent(check.next_offset));
         }
-        let deadline = Instant::now() + WRITE_IDLE_LIMIT;
-        message = loop {
-            if writer.is_superseded() {
-                return Ok(End::Early);
-            }
-            match timeout(SUPERSEDED_CHECK, messages.message()).await {
-                Ok(next) => break next?.ok_or_else(|| check.unfinished())?,
-                Err(_) if Instant::now() >= deadline => return Err(silent(WRITE_IDLE_LIMIT).into()),
-                Err(_) => {}
-            }
+        message = select! {
+            biased;
+            // At once, also while the client is silent (BS-24).
+            () = &mut superseded => return Ok(End::Early),
+            next = next_message(&mut messages, WRITE_IDLE_LIMIT) => next?.ok_or_else(|| check.unfinished())?,
         };
     }
 }

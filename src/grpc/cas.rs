@@ -10,7 +10,7 @@ use super::{
     request_log::Call,
 };
 use crate::{
-    actors::cas::client::{Item, Payload},
+    actors::cas::{client::Payload, forms::zstd_reader::Item},
     grpc::services::content_addressable_storage_server::ContentAddressableStorage,
     instance::Instance,
 };
@@ -136,10 +136,10 @@ impl ContentAddressableStorage for CasService {
 
     async fn get_tree(&self, request: Request<GetTreeRequest>) -> Result<Response<TreeStream>, Status> {
         let instance = self.instance(&request, |request| &request.instance_name)?;
-        let walk = get_tree::Walk::decode(&instance, request.get_ref())?;
+        let paging = get_tree::Paging::decode(&instance, request.get_ref())?;
         let call = Call::of(&request);
         let cas = self.0.cas.on_behalf_of(call.caller());
-        Ok(Response::new(get_tree::pages(cas, instance, walk, &self.0.walks, call)))
+        Ok(Response::new(get_tree::pages(&cas, &instance, paging, call)))
     }
 
     async fn split_blob(

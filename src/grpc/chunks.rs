@@ -4,7 +4,7 @@
 //! themselves get the same chunks. The work is the store's.
 
 use super::{Edge, convert, inline::MESSAGE_MAX_BYTES, request_log::Call};
-use crate::{actors::cas::splice::SPLICE_MAX_CHUNKS, instance::Instance};
+use crate::{actors::cas::forms::splice::SPLICE_MAX_CHUNKS, instance::Instance};
 use gorego_reapi::{
     chunking::Chunking,
     digest::Digest,

@@ -7,6 +7,8 @@
 //! held until the call is answered, or until the handler of a stream asks for the next message. All of this is done off the
 //! threads that serve everybody ([`unhindered`]).
 
+pub(crate) use crate::unhindered::unhindered;
+
 use crate::{budget::Share, memory};
 use std::{
     future::Future,
@@ -17,7 +19,6 @@ use std::{
     },
     task::{Context, Poll},
 };
-use tokio::runtime::{Handle, RuntimeFlavor};
 
 tokio::task_local! {
     static CLAIM: Arc<Claim>;
@@ -96,11 +97,4 @@ impl<F: Future> Future for Claimed<F> {
         let poll = || CLAIM.sync_scope(claim.clone(), || call.poll(context));
         if is_laborious { unhindered(poll) } else { poll() }
     }
-}
-
-/// Does work that takes long while other tasks go on elsewhere, where the runtime can do that.
-pub fn unhindered<T>(work: impl FnOnce() -> T) -> T {
-    let can_move =
-        Handle::try_current().is_ok_and(|here| here.runtime_flavor() == RuntimeFlavor::MultiThread);
-    if can_move { tokio::task::block_in_place(work) } else { work() }
 }

@@ -3,20 +3,19 @@
 use super::{Edge, OperationStream, ask::Scheduler, convert, operation_stream, request_log::Call};
 use crate::{
     actors::scheduler::{
-        messages::{Submit, Watch},
-        operation::{Inline, OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
+        messages::{Admit, Submit, Watch},
+        operation::{Inline, Subscription},
     },
     grpc::services::execution_server::Execution,
     instance::Instances,
 };
-use futures::{StreamExt as _, stream};
+use futures::StreamExt as _;
 use gorego_reapi::{
     error::Error,
     proto::reapi::{ExecuteRequest, WaitExecutionRequest},
 };
-use std::{sync::Arc, time::SystemTime};
+use std::sync::Arc;
 use tonic::{Request, Response, Status};
-use uuid::Uuid;
 
 /// Memory that the list of files whose contents a client wants inlined may take, in bytes. An operation keeps the list until
 /// it is forgotten. Clients name a file or two; inlining is a favour, so that what does not fit is left out.
@@ -37,20 +36,14 @@ impl Execution for ExecutionService {
         let submit = submission(&self.0.instances, &call, request.into_inner())?;
         call.instance(&submit.instance);
         call.action(submit.action);
-        match scheduler.submit(submit.clone()).await {
-            Ok(subscription) => {
-                call.operation(&subscription.info.instance, subscription.info.id);
-                Ok(self.stream(scheduler, subscription, call))
-            }
-            Err(error @ Error::MissingBlobs(_)) => {
-                call.stillborn(&error);
-                let (info, snapshot) = stillborn(submit, error);
-                call.operation(&info.instance, info.id);
-                let operation = convert::operation(&info, &snapshot, None);
-                Ok(Response::new(stream::iter([Ok(operation)]).boxed()))
-            }
-            Err(error) => Err(error.into()),
-        }
+        let Submit { instance, action, skip_cache_lookup, caller, .. } = &submit;
+        // A missing or malformed action is no error of the call: it is reported inside a final Operation, where every client
+        // finds the list of blobs to upload, and not in the details of a status, which one client drops (EXE-25).
+        let cas = self.0.cas.working_for(*caller);
+        let resolution = cas.resolve_action(instance, *action, *skip_cache_lookup).await?;
+        let subscription = scheduler.admit(Admit { submit, resolution }).await?;
+        call.operation(&subscription.info.instance, subscription.info.id);
+        Ok(self.stream(scheduler, subscription, call))
     }
 
     async fn wait_execution(
@@ -115,33 +108,6 @@ fn within_bounds(mut files: Vec<String>) -> Vec<String> {
     files.truncate(fits.unwrap_or(files.len()));
     files.shrink_to_fit();
     files
-}
-
-/// An operation that ended before it began: a missing Action or Command is reported inside a final Operation, where every
-/// client finds the list of blobs to upload, and not as a gRPC status, whose details one client drops (EXE-25). The scheduler
-/// does not know the name; WaitExecution answers NOT_FOUND, upon which clients call Execute again.
-fn stillborn(submit: Submit, error: Error) -> (OperationInfo, Snapshot) {
-    let info = OperationInfo {
-        id: OperationId(Uuid::new_v4()),
-        instance: submit.instance,
-        action: submit.action,
-        inline: submit.inline,
-        client: submit.client,
-        peer: submit.caller.peer,
-    };
-    let outcome = Outcome {
-        result: None,
-        cached: false,
-        error: Some(error),
-        message: String::new(),
-        server_logs: Vec::new(),
-    };
-    let snapshot = Snapshot {
-        stage: Stage::Completed,
-        outcome: Some(Arc::new(outcome)),
-        ..Snapshot::queued(SystemTime::now())
-    };
-    (info, snapshot)
 }
 
 #[cfg(test)]

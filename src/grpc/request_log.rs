@@ -208,12 +208,6 @@ impl Call {
         self.note(|notes| notes.cached = Some(cached));
     }
 
-    /// Notes why an Execute ends badly although its stream is fine: an operation that never got as far as the scheduler has no
-    /// line of its own that could say so.
-    pub fn stillborn(&self, error: &Error) {
-        self.note(|notes| notes.bad_news = Some(error.to_string()));
-    }
-
     /// Notes what an answer with code OK says about its failure.
     pub fn bad_news(&self, news: &str) {
         self.note(|notes| notes.bad_news = Some(news.to_owned()));

@@ -4,7 +4,11 @@
 
 use super::request_log::Line;
 use crate::{
-    actors::cas::{blob::BlobReader, decoders, new_blob::NewBlob, zstd_reader::ZstdReader},
+    actors::cas::{
+        blob::BlobReader,
+        forms::zstd_reader::ZstdReader,
+        uploads::{decoders, new_blob::NewBlob},
+    },
     budget::Budget,
     caller::Caller,
     connections::{ConnectionState, answers::FRAME_BYTES},

@@ -95,8 +95,10 @@ async fn a_stream_shows_each_state_and_ends_well_after_the_result() {
 async fn missing_blobs_are_reported_inside_a_final_operation() {
     let server = Server::start().await;
     let missing: Vec<_> = (0..500).map(absent).collect();
-    server.scheduler.send(Refuse(Error::MissingBlobs(missing.clone()))).await.unwrap();
     let mut stream = server.execution().execute(execute()).await.unwrap().into_inner();
+    next(&mut stream).await;
+    let end = completed(None, Some(Error::MissingBlobs(missing.clone())));
+    server.scheduler.send(Show(end)).await.unwrap();
     let operation = next(&mut stream).await;
     assert_eq!(stage(&operation), execution_stage::Value::Completed);
     let status = response(&operation).status.unwrap();

@@ -6,7 +6,7 @@ use gorego::{
     actors::{
         cas::{CasActor, StoreSettings, client::Cas},
         scheduler::{
-            messages::{Cancel, Explain, Forget, ListOperations, OperationPage, Submit, Watch},
+            messages::{Admit, Cancel, Explain, Forget, ListOperations, OperationPage, Watch},
             operation::{OperationId, OperationInfo, Outcome, QueueStatus, Snapshot, Stage, Subscription},
             settings::Priorities,
         },
@@ -74,7 +74,6 @@ impl Server {
             instances,
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
-            walks: Default::default(),
             log_streams: log_streams(executes, store.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
@@ -159,7 +158,7 @@ impl Drop for Server {
 }
 
 /// Log streams with bounds that a test can reach.
-fn log_streams(client_streams: bool, spool_directory: &std::path::Path) -> LogStreams {
+pub fn log_streams(client_streams: bool, spool_directory: &std::path::Path) -> LogStreams {
     let kept = Duration::from_secs(600);
     // Of which one client gets 40.
     let clients = Limits { streams: 45, bytes: 10_000_000, stream_bytes: 4_000_000, idle: Some(kept), kept };
@@ -223,7 +222,7 @@ impl Actor for FakeScheduler {
     }
 }
 
-/// From now on every Submit fails like this.
+/// From now on every Admit fails like this.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Refuse(pub Error);
@@ -265,10 +264,10 @@ impl Handler<Die> for FakeScheduler {
     }
 }
 
-impl Handler<Submit> for FakeScheduler {
+impl Handler<Admit> for FakeScheduler {
     type Result = Result<Subscription>;
 
-    fn handle(&mut self, message: Submit, _: &mut Self::Context) -> Self::Result {
+    fn handle(&mut self, Admit { submit: message, .. }: Admit, _: &mut Self::Context) -> Self::Result {
         if let Some(error) = &self.refusal {
             return Err(error.clone());
         }

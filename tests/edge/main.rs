@@ -8,4 +8,5 @@ mod compressed;
 mod execution;
 mod harness;
 mod log_stream;
+mod messages;
 mod service;

@@ -23,7 +23,7 @@ use gorego_reapi::proto::{
 };
 use prost::Message as _;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -127,6 +127,28 @@ fn stream_faults() -> Vec<Fault> {
         }),
         fault("all operations have one name", &["EXE-02"], {
             operation(|operation| operation.name = "operations/1".into())
+        }),
+        fault("an operation that is over at once has no name that is known later", &["EXE-02"], {
+            let (seen, over) = (Mutex::new(HashSet::new()), Arc::new(Mutex::new(HashSet::new())));
+            let noted = over.clone();
+            let note = operation(move |operation| {
+                let is_first = seen.lock().unwrap().insert(operation.name.clone());
+                if is_first && operation.done && code_of(operation) != 0 {
+                    noted.lock().unwrap().insert(operation.name.clone());
+                }
+            });
+            let forget = instead("WaitExecution", move |call, upstream| {
+                let over = over.clone();
+                async move {
+                    let (asked, call) = read_request::<WaitExecutionRequest>(call).await?;
+                    let was_over = over.lock().unwrap().contains(&asked.name);
+                    if was_over {
+                        return Err(Status::not_found("it was over before it began"));
+                    }
+                    upstream.forward(call).await
+                }
+            });
+            both("WaitExecution", forget, note)
         }),
         fault("the last message has no metadata", &["EXE-03"], {
             operation(|operation| operation.metadata = operation.metadata.take().filter(|_| !operation.done))

@@ -87,20 +87,9 @@ impl BlobStore for Handle {
         Ok(Box::new(Staged { tree, blobs }))
     }
 
-    fn begin_outputs(&self, _: &Instance, function: DigestFunction, _: u64) -> Box<dyn Outputs + '_> {
+    fn begin_outputs(&self, _: &Instance, function: DigestFunction) -> Box<dyn Outputs + '_> {
         assert_eq!(function, DigestFunction::Sha256, "the function of all actions here");
         Box::new(Batch(self.0.clone()))
-    }
-
-    fn record_result(
-        &self,
-        _: &Instance,
-        action: Digest,
-        result: reapi::ActionResult,
-        _: Provenance,
-    ) -> Result<()> {
-        self.0.results.lock().unwrap().insert(action, result);
-        Ok(())
     }
 
     fn relieve_disk(&self, _: &dyn Fn() -> bool) {}
@@ -120,6 +109,17 @@ impl Outputs for Batch {
 
     fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest> {
         Ok(self.0.put(bytes))
+    }
+
+    fn expect(&mut self, _: u64) {}
+
+    fn publish(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn result(&mut self, action: Digest, result: reapi::ActionResult, _: Provenance) -> Result<()> {
+        self.0.results.lock().unwrap().insert(action, result);
+        Ok(())
     }
 
     fn commit(self: Box<Self>) -> Result<()> {

@@ -70,6 +70,16 @@ fn rooms_import_each_other_without_cycles() {
 }
 
 #[test]
+fn rooms_of_the_store_import_each_other_along_the_arrows() {
+    none(&rooms::store_strays(&FILES, rooms::STORE_ARROWS));
+}
+
+#[test]
+fn only_the_volume_of_the_store_knows_how_bytes_lie_on_disk() {
+    none(&rooms::store_disk(&FILES));
+}
+
+#[test]
 fn the_map_is_complete_and_true() {
     none(&rooms::map(&FILES, text(rooms::MAP)));
 }

@@ -24,6 +24,31 @@ pub const CYCLES: &[(&str, &str, &str)] = &[
     ("connections", "grpc", "the bounds of connections are derived from the limits of a gRPC connection"),
 ];
 
+/// The store is large enough to have rooms of its own: those of its modules that are listed here, and the ground floor, which is
+/// all of its other files. `src/actors/cas.rs` puts them together, as `src/lib.rs` does with the rooms of the server, and is none.
+pub const STORE: &str = "src/actors/cas";
+
+/// The rooms of the store.
+const STORE_ROOMS: &[&str] = &["index", "volume", "results", "trees", "forms", "resolve", "outputs"];
+
+/// The name of the store's ground floor.
+const GROUND: &str = "ground floor";
+
+/// Which rooms of the store a room may import, the ground floor included. Nothing leads back, so there are no cycles.
+pub const STORE_ARROWS: &[(&str, &[&str])] = &[
+    ("index", &[]),
+    ("volume", &["index"]),
+    (GROUND, &["index", "volume"]),
+    ("trees", &[GROUND, "index", "volume"]),
+    ("forms", &[GROUND, "index", "volume"]),
+    ("results", &["trees", GROUND, "index", "volume"]),
+    ("resolve", &["results", "trees", GROUND]),
+    ("outputs", &["results", GROUND, "index", "volume"]),
+];
+
+/// The one file above the rooms of the store that fills the index from what the volume and the results say.
+const STORE_START: &str = "src/actors/cas/recovery.rs";
+
 /// Which room imports which, in one crate; for each import a file that has it.
 pub type Imports = BTreeMap<String, BTreeMap<String, String>>;
 
@@ -57,6 +82,69 @@ pub fn imports(files: &[Source]) -> BTreeMap<&str, Imports> {
     crates
 }
 
+/// Imports between the rooms of the store that are not among the arrows.
+pub fn store_strays(files: &[Source], arrows: &[(&str, &[&str])]) -> Vec<String> {
+    let mut strays = Vec::new();
+    for file in files.iter().filter(|file| file.path != STORE_START) {
+        let Some(own) = store_room(&file.path) else { continue };
+        let may = arrows.iter().find(|(room, _)| *room == own).map_or(&[][..], |(_, may)| may);
+        for target in store_imports(file) {
+            if target != own && !may.contains(&target) {
+                strays.push(format!("{} imports `{target}` of the store into `{own}`", file.path));
+            }
+        }
+    }
+    strays
+}
+
+/// The room of the store that a file belongs to.
+fn store_room(path: &str) -> Option<&str> {
+    let inner = path.strip_prefix(STORE)?.strip_prefix('/')?.strip_suffix(".rs")?;
+    let module = inner.split('/').next()?;
+    Some(if STORE_ROOMS.contains(&module) { module } else { GROUND })
+}
+
+/// The rooms of the store that a file names. Names of types and constants lead to `cas.rs` itself and are left out.
+fn store_imports(file: &Source) -> BTreeSet<&'static str> {
+    let code = file.code();
+    let depth = file.path.matches('/').count() - STORE.matches('/').count();
+    let up = "super::".repeat(depth);
+    let mut targets = BTreeSet::new();
+    let from_root = paths_from_root(&code);
+    let from_root = from_root.iter().filter_map(|path| path.strip_prefix("actors::cas::"));
+    for path in from_root.map(str::to_owned).chain(paths_from(&code, &up)) {
+        let module = path.split("::").next().unwrap_or_default();
+        match STORE_ROOMS.iter().find(|room| **room == module) {
+            Some(room) => _ = targets.insert(*room),
+            None if module.starts_with(char::is_lowercase) && path.contains("::") => {
+                targets.insert(GROUND);
+            }
+            None => {}
+        }
+    }
+    targets
+}
+
+/// Files of the store outside the volume that name the file system. A handle that a worker hands over (`fs::File`) is no file of the
+/// store, and the settings name the directory that the volume gets.
+pub fn store_disk(files: &[Source]) -> Vec<String> {
+    const DISK: &[&str] =
+        &["fs", "Path", "PathBuf", "OpenOptions", "FileExt", "MetadataExt", "Metadata", "regular_file"];
+    let theirs = ["src/actors/cas/volume", "src/actors/cas/settings"];
+    let others = files
+        .iter()
+        .filter(|file| file.is_rust() && !file.is_test() && file.lies_in(&[STORE]) && !file.lies_in(&theirs));
+    let mut found = Vec::new();
+    for file in others {
+        let code = file.code().replace("fs::File", "");
+        let named = DISK.iter().filter(|word| crate::tree::names(&code, word));
+        found.extend(named.map(|word| {
+            format!("{} names `{word}`: only {} knows how bytes lie on disk", file.path, theirs[0])
+        }));
+    }
+    found
+}
+
 /// The room that a path such as `actors::cas::Cas` leads to.
 fn target(path: &str) -> String {
     let mut segments = path.split("::");
@@ -68,10 +156,15 @@ fn target(path: &str) -> String {
 
 /// All paths that begin at `crate::`, with groups in braces taken apart, without `crate::` itself.
 fn paths_from_root(code: &str) -> Vec<String> {
+    paths_from(code, "crate::")
+}
+
+/// The same for another beginning, such as `super::`.
+fn paths_from(code: &str, start: &str) -> Vec<String> {
     let compact: String = code.split_whitespace().collect::<Vec<_>>().join(" ");
     let mut found = Vec::new();
-    for (at, start) in compact.match_indices("crate::") {
-        if !compact[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == '$') {
+    for (at, start) in compact.match_indices(start) {
+        if !compact[..at].ends_with(|c: char| c.is_alphanumeric() || matches!(c, '_' | '$' | ':')) {
             expand(&compact[at + start.len()..], "", &mut found);
         }
     }
@@ -244,6 +337,41 @@ mod tests {
         assert!(cycles(&graph(&files[..2]), &[]).is_empty());
         let in_tests = [files[0], files[1], ("src/c.rs", "#[cfg(test)]\nuse crate::a;")];
         assert!(cycles(&graph(&in_tests), &[]).is_empty());
+    }
+
+    #[test]
+    fn an_import_against_the_arrows_of_the_store_is_found() {
+        let stray = |path: &str, code: &str| store_strays(&[Source::new(path, code)], STORE_ARROWS).len();
+        assert_eq!(stray("src/actors/cas/index.rs", "use super::client::Cas;"), 1);
+        assert_eq!(
+            stray("src/actors/cas/volume/files.rs", "use crate::{actors::cas::{index::Key, results}};"),
+            1
+        );
+        assert_eq!(stray("src/actors/cas/trees/walk.rs", "use super::super::results::LoadedResult;"), 1);
+        assert_eq!(stray("src/actors/cas/client.rs", "use super::{CasActor, forms::chunks::ChunkWork};"), 1);
+        let good = "use crate::actors::cas::{CasActor, LOG, client::Cas, index::Found, trees::TreeRoom};";
+        assert_eq!(stray("src/actors/cas/results/lookup.rs", good), 0);
+        assert_eq!(stray("src/actors/cas.rs", "use results::X; use super::cas::forms::Y;"), 0);
+    }
+
+    #[test]
+    fn the_arrows_of_the_store_make_no_cycle_and_a_cycle_among_them_is_found() {
+        let as_imports = |arrows: &[(&str, &[&str])]| -> Imports {
+            let targets = |may: &[&str]| may.iter().map(|to| ((*to).into(), String::new())).collect();
+            arrows.iter().map(|(from, may)| ((*from).into(), targets(may))).collect()
+        };
+        assert_eq!(cycles(&as_imports(STORE_ARROWS), &[]), [""; 0]);
+        assert_eq!(cycles(&as_imports(&[("index", &["volume"]), ("volume", &["index"])]), &[]).len(), 2);
+    }
+
+    #[test]
+    fn a_path_in_the_store_outside_its_volume_is_found() {
+        let found = |path: &str, code: &str| store_disk(&[Source::new(path, code)]).len();
+        assert_eq!(found("src/actors/cas/blob.rs", "use std::{fs::{self, File}, path::Path};"), 2);
+        assert_eq!(found("src/actors/cas/forms/x.rs", "rustix::fs::openat()"), 1);
+        assert_eq!(found("src/actors/cas/trees/inputs.rs", "use std::fs::File;"), 0);
+        assert_eq!(found("src/actors/cas/volume/files.rs", "use std::fs;"), 0);
+        assert_eq!(found("src/actors/worker/dir.rs", "use std::fs;"), 0);
     }
 
     #[test]

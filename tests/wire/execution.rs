@@ -1,9 +1,14 @@
 //! The operation stream and the command itself: EXE-01..15, EXE-39..46, EXE-59, EXE-60.
 
-use crate::support::{Server, empty, eventually, metadata, sh, sh_with};
-use gorego_reapi::proto::reapi::{
-    Command, ExecuteRequest, ExecutionPolicy, Platform, WaitExecutionRequest, command::EnvironmentVariable,
-    platform::Property,
+use crate::support::{Server, empty, eventually, metadata, missing_subjects, response, sh, sh_with, sha256};
+use gorego_reapi::proto::{
+    longrunning::{
+        CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
+    },
+    reapi::{
+        Action, Command, ExecuteRequest, ExecutionPolicy, Platform, WaitExecutionRequest,
+        command::EnvironmentVariable, platform::Property,
+    },
 };
 use prost::Message as _;
 use tonic::Code;
@@ -215,6 +220,48 @@ async fn an_operation_can_be_joined_by_name_before_and_after_its_end() {
         let status = wait(unknown).await.err().unwrap();
         assert_eq!(status.code(), Code::NotFound, "{unknown}: {status}");
     }
+}
+
+/// EXE-02, EXE-09, EXE-22, EXE-25, EXE-27, OPS-01, OPS-03: what is wrong with an action, and not with the request, ends an
+/// operation like any other.
+#[tokio::test]
+async fn an_action_that_cannot_run_is_an_operation_that_is_over_at_once() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let absent = sha256(b"an action that nobody has stored");
+    let orphan = Action { command_digest: Some(absent.to_wire()), ..Default::default() };
+    let orphan = client.upload(orphan.encode_to_vec()).await;
+    let malformed = client.upload(*b"\x01 no action").await;
+    let mut names = Vec::new();
+    for (action, code) in [
+        (absent, Code::FailedPrecondition),
+        (orphan, Code::FailedPrecondition),
+        (malformed, Code::InvalidArgument),
+    ] {
+        let mut run = client.start(action).await;
+        let end = run.next().await.unwrap();
+        let status = response(&end).status.unwrap();
+        assert_eq!((end.done, metadata(&end).stage, status.code), (true, 4, code as i32), "{status:?}");
+        let missing = if code == Code::InvalidArgument { vec![] } else { vec![absent.blob_name()] };
+        assert_eq!(missing_subjects(&status), missing);
+        let mut operations = client.operations.clone();
+        let wait = WaitExecutionRequest { name: end.name.clone() };
+        let mut waiting = client.execution.clone().wait_execution(wait).await.unwrap().into_inner();
+        assert_eq!(waiting.message().await.unwrap().as_ref(), Some(&end));
+        assert_eq!(waiting.message().await.unwrap(), None);
+        operations.cancel_operation(CancelOperationRequest { name: end.name.clone() }).await.unwrap();
+        let got = operations.get_operation(GetOperationRequest { name: end.name.clone() }).await.unwrap();
+        assert_eq!(got.into_inner(), end);
+        names.push(end.name);
+    }
+    let list = ListOperationsRequest { name: "operations".into(), page_size: 9, ..Default::default() };
+    let mut operations = client.operations.clone();
+    let listed = operations.list_operations(list).await.unwrap().into_inner().operations;
+    assert_eq!(listed.into_iter().map(|operation| operation.name).collect::<Vec<_>>(), names);
+    let name = names.remove(0);
+    operations.delete_operation(DeleteOperationRequest { name: name.clone() }).await.unwrap();
+    let gone = operations.get_operation(GetOperationRequest { name }).await.unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound);
 }
 
 /// EXE-15: one run for many, but never for actions that are not to be cached.

@@ -97,7 +97,7 @@ async fn every_line_of_a_server_is_documented_and_says_what_happened() {
     let failed = execute(&client, request(failing)).await;
     let rootless = execute(&client, request(without_root)).await;
     let timed_out = execute(&client, request(late)).await;
-    let stillborn = execute(&client, request(missing)).await;
+    let unstored = execute(&client, request(missing)).await;
     rpcs += 6;
     let mut run = client.start(endless).await;
     let cancelled = run.until(|operation| metadata(operation).stage == 3).await.name;
@@ -149,6 +149,7 @@ async fn every_line_of_a_server_is_documented_and_says_what_happened() {
             &["operation_queued", "operation_completed"],
             json!({"grpc_code": "FAILED_PRECONDITION"}),
         ),
+        (&unstored, &["operation_completed"], json!({"grpc_code": "FAILED_PRECONDITION", "cached": false})),
     ];
     let who = json!({"instance": "main/a", "priority": 5, "invocation_id": "invocation-1",
         "target_id": "//app:hello\n", "mnemonic": "CppCompile"});
@@ -161,9 +162,11 @@ async fn every_line_of_a_server_is_documented_and_says_what_happened() {
     let cancelled = steps_of(&lines, &cancelled, RAN);
     let end = one(&cancelled, &json!({"event": "operation_completed", "grpc_code": "CANCELLED"}));
     assert!(!end.contains_key("invocation_id"), "what a client does not say is absent: {end:?}");
-    steps_of(&lines, &stillborn, &[]);
-    let rpc = one(&lines, &json!({"event": "rpc_finished", "operation": stillborn, "grpc_code": "OK"}));
-    assert!(rpc["error"].as_str().is_some_and(|error| error.contains(&missing.to_string())), "{rpc:?}");
+    let rpc = one(&lines, &json!({"event": "rpc_finished", "operation": unstored, "grpc_code": "OK"}));
+    assert!(!rpc.contains_key("error"), "{rpc:?}");
+    let end = one(&steps_of(&lines, &unstored, &["operation_completed"]), &json!({"cached": false})).clone();
+    assert!(end["error"].as_str().is_some_and(|error| error.contains(&missing.to_string())), "{end:?}");
+    assert!(!end.contains_key("queue_ms") && !end.contains_key("pool"), "it waited for nothing: {end:?}");
 
     let completed = one(&lines, &json!({"operation": fresh, "event": "operation_completed"}));
     for timed in ["queue_ms", "fetch_ms", "run_ms", "upload_ms", "slot", "pool"] {

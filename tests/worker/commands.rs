@@ -138,11 +138,11 @@ fn a_cancelled_command_stops_at_once_and_keeps_its_log() {
         let failure = bench.failure(&job).await;
         assert!(matches!(failure.error, Error::Cancelled(_)) && !failure.retryable);
         assert_eq!(bench.text(&failure.partial.unwrap().stdout_digest), "begun\n");
-        let expected = [RunStage::Fetching, RunStage::Running, RunStage::Uploading];
+        let expected = [RunStage::Running, RunStage::Uploading];
         eventually("the stages are heard of", || *stages.lock().unwrap() == expected).await;
         // And before it begins, nothing is done at all.
         assert!(matches!(bench.failure(&job).await.error, Error::Cancelled(_)));
-        assert_eq!(stages.lock().unwrap().len(), 3);
+        assert_eq!(stages.lock().unwrap().len(), 2);
     });
 }
 

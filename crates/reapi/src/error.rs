@@ -90,6 +90,26 @@ impl Error {
         }
     }
 
+    /// Bytes of memory that it holds on to.
+    pub fn memory(&self) -> usize {
+        match self {
+            Self::MissingBlobs(missing) => size_of_val(missing.as_slice()),
+            Self::Exhausted { message, .. }
+            | Self::Invalid(message)
+            | Self::NotFound(message)
+            | Self::Precondition(message)
+            | Self::OutOfRange(message)
+            | Self::DiskFull(message)
+            | Self::Denied(message)
+            | Self::Unimplemented(message)
+            | Self::Unavailable(message)
+            | Self::Cancelled(message)
+            | Self::DeadlineExceeded(message)
+            | Self::DataLoss(message)
+            | Self::Internal(message) => message.len(),
+        }
+    }
+
     /// [`Error::Invalid`] from anything that can be shown.
     pub fn invalid(message: impl ToString) -> Self {
         Self::Invalid(message.to_string())

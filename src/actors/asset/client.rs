@@ -11,7 +11,7 @@ use super::{
     outcome::{Failure, FailureKind, Fetched, Problem},
     request::{AssetRequest, Kind},
 };
-use crate::{actors::cas::messages::CheckInputs, caller::Caller, instance::Instance};
+use crate::{caller::Caller, instance::Instance};
 use actix::{Addr, Handler, Message, dev::ToEnvelope};
 use gorego_reapi::{
     digest::Digest,
@@ -219,8 +219,7 @@ impl Assets {
     }
 
     async fn missing_below(&self, instance: &Instance, root: Digest) -> Result<Vec<Digest>> {
-        let check = CheckInputs { instance: instance.clone(), root, caller: self.caller };
-        match self.shared.cas.actor().send(check).await.map_err(|_| going_down())? {
+        match self.shared.cas.working_for(self.caller).check_inputs(instance, root).await {
             Ok(()) => Ok(Vec::new()),
             Err(Error::MissingBlobs(missing)) => Ok(missing),
             Err(error) => Err(error),

@@ -7,32 +7,26 @@
 //! to the actor, which drops it, and is a miss for the reader. Changes that move no change time, such as those of a failing
 //! disk, are not noticed in larger blobs.
 
-pub use super::writer::BlobWriter;
+pub use super::uploads::writer::BlobWriter;
 use super::{
     client::Cas,
     guards::Lease,
-    index::{Found, Kind, Stamp},
+    index::{Found, Stamp},
     requests::{Damaged, Verified},
-    settings::{MAX_RESULT_FILE_BYTES, SMALL_BLOB_BYTES},
-    stamps::{COARSE_TICK, nobody_writes, stamp_of},
-    zstd_form::check_form,
+    settings::SMALL_BLOB_BYTES,
+    volume::{self, COARSE_TICK, Stored},
 };
-use crate::regular_file;
 use bytes::Bytes;
 use gorego_reapi::{
-    digest::{Digest, Hasher},
+    digest::Digest,
     error::{Error, Result},
 };
 use std::{
-    fs::File,
     io,
-    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
     sync::{Arc, Mutex, PoisonError},
     thread,
 };
 
-/// Pieces in which a large file is hashed or copied.
-pub(super) const PIECE_BYTES: usize = 256 * 1024;
 /// How often a file whose stamp differs from the known one is looked at, [`COARSE_TICK`] apart, before it is hashed.
 const STAMP_LOOKS: usize = 3;
 
@@ -52,7 +46,7 @@ enum Content {
 
 #[derive(Debug)]
 struct OpenFile {
-    stored: StoredFile,
+    stored: CheckedFile,
     found: Found,
     cas: Cas,
     /// So that the bytes on disk stay counted while they cannot be freed.
@@ -76,7 +70,7 @@ impl BlobReader {
     }
 
     /// A reader of the first `size` bytes of a stored file that was checked.
-    pub(super) fn of_file(cas: Cas, found: Found, stored: StoredFile, size: u64, lease: Arc<Lease>) -> Self {
+    pub(super) fn of_file(cas: Cas, found: Found, stored: CheckedFile, size: u64, lease: Arc<Lease>) -> Self {
         Self { size, content: Content::File(Arc::new(OpenFile { stored, found, cas, _lease: lease })) }
     }
 
@@ -110,7 +104,7 @@ impl BlobReader {
         };
         let mut buffer = Vec::with_capacity(wanted);
         // A short read is fine: the caller asks again from where it ended.
-        let is_cached = read_cached(open.stored.file(), &mut buffer, offset).is_ok_and(|read| read > 0);
+        let is_cached = open.stored.file().read_cached(&mut buffer, offset).is_ok_and(|read| read > 0);
         if is_cached && open.stored.is_unchanged() {
             return Ok(buffer.into());
         }
@@ -191,41 +185,35 @@ impl OpenFile {
     }
 }
 
-/// Fills a buffer's capacity with what the page cache has at an offset.
-fn read_cached(file: &File, buffer: &mut Vec<u8>, offset: u64) -> io::Result<usize> {
-    let spare = buffer.spare_capacity_mut();
-    let vector = libc::iovec { iov_base: spare.as_mut_ptr().cast(), iov_len: spare.len() };
-    let offset = i64::try_from(offset).map_err(io::Error::other)?;
-    // SAFETY: the vector describes memory that the buffer owns and that nothing else uses during the call.
-    let read = unsafe { libc::preadv2(file.as_raw_fd(), &raw const vector, 1, offset, libc::RWF_NOWAIT) };
-    let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
-    // SAFETY: the kernel has written this many bytes, which it was told is at most the capacity.
-    unsafe { buffer.set_len(read) };
-    Ok(read)
-}
+/// Checks the content of a stored file from end to end. Returns the stamp at which it was right. Blocks.
+///
+/// # Errors
+/// `NotFound` when it is not right; that was reported.
+pub(super) type Check = fn(&Cas, &Found, &dyn Stored) -> Result<Stamp>;
 
 /// A stored file that is open, and what it looked like when its content was last seen to be right.
 #[derive(Debug)]
-pub(super) struct StoredFile {
-    file: File,
+pub(super) struct CheckedFile {
+    file: Box<dyn Stored>,
     stamp: Mutex<Stamp>,
+    check: Check,
 }
 
-impl StoredFile {
-    /// A file whose content was right when it had this stamp.
-    pub(super) fn new(file: File, stamp: Stamp) -> Self {
-        Self { file, stamp: Mutex::new(stamp) }
+impl CheckedFile {
+    /// A file whose content was right when it had this stamp, and how to find out once more.
+    pub(super) fn new(file: Box<dyn Stored>, stamp: Stamp, check: Check) -> Self {
+        Self { file, stamp: Mutex::new(stamp), check }
     }
 
-    /// For reading, which [`StoredFile::confirm`] has to follow.
-    pub(super) fn file(&self) -> &File {
-        &self.file
+    /// For reading, which [`CheckedFile::confirm`] has to follow.
+    pub(super) fn file(&self) -> &dyn Stored {
+        &*self.file
     }
 
     /// Whether what was read so far is right for certain. One system call.
     fn is_unchanged(&self) -> bool {
         let stamp = *self.stamp.lock().unwrap_or_else(PoisonError::into_inner);
-        self.file.metadata().is_ok_and(|metadata| stamp_of(&metadata) == stamp)
+        self.file.look().is_ok_and(|now| now.stamp == stamp)
     }
 
     /// Makes sure that what was read so far is right: a file that has changed is checked again. Blocks.
@@ -236,10 +224,9 @@ impl StoredFile {
         if self.is_unchanged() {
             return Ok(());
         }
-        let stamp = match (known_stamp(cas, found, &self.file)?, found.file.key.kind) {
-            (Some(known), _) => known,
-            (None, Kind::Zstd) => check_form(cas, found, &self.file)?.1,
-            (None, Kind::Blob | Kind::Result) => check_content(cas, found, &self.file)?,
+        let stamp = match known_stamp(cas, found, self.file())? {
+            Some(known) => known,
+            None => (self.check)(cas, found, self.file())?,
         };
         *self.stamp.lock().unwrap_or_else(PoisonError::into_inner) = stamp;
         Ok(())
@@ -247,28 +234,27 @@ impl StoredFile {
 }
 
 /// Opens the file of a stored blob of any size and makes sure of its content. Blocks; for as long as hashing takes if it must be.
-pub(super) fn open_checked(cas: &Cas, found: &Found) -> Result<StoredFile> {
+pub(super) fn open_checked(cas: &Cas, found: &Found) -> Result<CheckedFile> {
     let file = open(cas, found)?;
-    let metadata = file.metadata().map_err(|error| failed(cas, found, &error))?;
-    let has_its_size = metadata.len() == found.file.key.digest.size();
-    let known = if has_its_size { known_stamp(cas, found, &file)? } else { None };
+    let look = file.look().map_err(|error| failed(cas, found, &error))?;
+    let has_its_size = look.size == found.file.key.digest.size();
+    let known = if has_its_size { known_stamp(cas, found, &*file)? } else { None };
     let stamp = match known {
         Some(stamp) => stamp,
-        None => check_content(cas, found, &file)?,
+        None => check_content(cas, found, &*file)?,
     };
-    Ok(StoredFile::new(file, stamp))
+    Ok(CheckedFile::new(file, stamp, check_content))
 }
 
 /// The stamp of a file as it is now, if its content is known to be right at that stamp. The server itself moves the change
 /// time when it writes down a use, and the actor hears of that a moment later. So a file that differs from what is known is
 /// looked at a few times before anybody hashes it. Blocks.
-pub(super) fn known_stamp(cas: &Cas, found: &Found, file: &File) -> Result<Option<Stamp>> {
+pub(super) fn known_stamp(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<Option<Stamp>> {
     for look in 0..STAMP_LOOKS {
         if look > 0 {
             thread::sleep(COARSE_TICK);
         }
-        let metadata = file.metadata().map_err(|error| failed(cas, found, &error))?;
-        let now = stamp_of(&metadata);
+        let now = file.look().map_err(|error| failed(cas, found, &error))?.stamp;
         if now == found.stamp {
             return Ok(Some(now));
         }
@@ -283,26 +269,26 @@ pub(super) fn known_stamp(cas: &Cas, found: &Found, file: &File) -> Result<Optio
 }
 
 /// Hashes a stored blob. Returns the stamp at which it was right, and tells the actor of it. Blocks.
-fn check_content(cas: &Cas, found: &Found, file: &File) -> Result<Stamp> {
+fn check_content(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<Stamp> {
     let digest = found.file.key.digest;
-    let metadata = file.metadata().map_err(|error| failed(cas, found, &error))?;
-    if metadata.len() != digest.size() {
-        return Err(damaged(cas, found, format!("it has {} bytes", metadata.len())));
-    }
     // Before hashing: a change in the same tick of the clock would not show.
-    let trusted = cas.shared().files.stamp(&metadata);
-    let actual = hash_file(file, digest.hasher()).map_err(|error| failed(cas, found, &error))?;
+    let before = file.look().map_err(|error| failed(cas, found, &error))?;
+    if before.size != digest.size() {
+        return Err(damaged(cas, found, format!("it has {} bytes", before.size)));
+    }
+    let actual = volume::hash(digest.hasher(), |piece, at| file.read_at(piece, at))
+        .map_err(|error| failed(cas, found, &error))?;
     if actual != digest {
         return Err(damaged(cas, found, format!("its content is that of {actual}")));
     }
-    tell_verified(cas, found, file, trusted);
-    Ok(stamp_of(&metadata))
+    tell_verified(cas, found, file, before.lasting);
+    Ok(before.stamp)
 }
 
 /// Tells the actor that a file's content is right, if the file still has the stamp from before it was read.
-pub(super) fn tell_verified(cas: &Cas, found: &Found, file: &File, stamp: Stamp) {
-    let is_unchanged = file.metadata().is_ok_and(|metadata| stamp_of(&metadata) == stamp);
-    if is_unchanged && nobody_writes(file) {
+pub(super) fn tell_verified(cas: &Cas, found: &Found, file: &dyn Stored, stamp: Stamp) {
+    let is_unchanged = file.look().is_ok_and(|now| now.stamp == stamp);
+    if is_unchanged && file.nobody_writes() {
         cas.actor().do_send(Verified { at: found.at, stamp });
     }
 }
@@ -313,12 +299,8 @@ pub(super) fn tell_verified(cas: &Cas, found: &Found, file: &File, stamp: Stamp)
 /// # Errors
 /// Those that say nothing of the blob, such as too many open files.
 pub(super) fn is_sound(cas: &Cas, found: &Found) -> Result<bool> {
-    let is_known = std::fs::symlink_metadata(cas.shared().files.path(&found.file)).is_ok_and(|metadata| {
-        metadata.is_file()
-            && metadata.len() == found.file.key.digest.size()
-            && stamp_of(&metadata) == found.stamp
-    });
-    if is_known {
+    let look = cas.shared().volume.look(&found.file);
+    if look.is_ok_and(|now| now.size == found.file.key.digest.size() && now.stamp == found.stamp) {
         return Ok(true);
     }
     match open_checked(cas, found) {
@@ -332,32 +314,31 @@ pub(super) fn is_sound(cas: &Cas, found: &Found) -> Result<bool> {
 pub(super) fn read_whole(cas: &Cas, found: &Found) -> Result<Bytes> {
     let digest = found.file.key.digest;
     let file = open(cas, found)?;
-    let metadata = file.metadata().map_err(|error| failed(cas, found, &error))?;
+    let before = file.look().map_err(|error| failed(cas, found, &error))?;
     let size = digest.size();
-    if metadata.len() != size {
-        return Err(damaged(cas, found, format!("it has {} bytes", metadata.len())));
+    if before.size != size {
+        return Err(damaged(cas, found, format!("it has {} bytes", before.size)));
     }
-    let before = cas.shared().files.stamp(&metadata);
     let mut bytes = vec![0; usize::try_from(size).map_err(Error::internal)?];
-    file.read_exact_at(&mut bytes, 0).map_err(|error| failed(cas, found, &error))?;
+    volume::read_exact(&*file, &mut bytes, 0).map_err(|error| failed(cas, found, &error))?;
     // Looked at after the bytes were read, so that a change before that is seen.
-    let is_known = file.metadata().is_ok_and(|metadata| stamp_of(&metadata) == found.stamp);
+    let is_known = file.look().is_ok_and(|now| now.stamp == found.stamp);
     if size <= SMALL_BLOB_BYTES || !is_known {
         let actual = digest.function().digest(&bytes);
         if actual != digest {
             return Err(damaged(cas, found, format!("its content is that of {actual}")));
         }
         if !is_known {
-            tell_verified(cas, found, &file, before);
+            tell_verified(cas, found, &*file, before.lasting);
         }
     }
     Ok(bytes.into())
 }
 
-/// Reads the file of an action result, which checks itself. Blocks.
-pub(super) fn read_result_file(cas: &Cas, found: &Found) -> Result<Vec<u8>> {
+/// Reads all of a stored file of at most `max` bytes, whose content the caller checks. Blocks.
+pub(super) fn read_unchecked(cas: &Cas, found: &Found, max: u64) -> Result<Vec<u8>> {
     let file = open(cas, found)?;
-    regular_file::read_open(&file, MAX_RESULT_FILE_BYTES).map_err(|error| failed(cas, found, &error))
+    volume::read_all(&*file, max).map_err(|error| failed(cas, found, &error))
 }
 
 /// The error of bytes that are not what they are said to be.
@@ -370,37 +351,18 @@ pub(super) fn not_found(digest: Digest) -> Error {
     Error::NotFound(format!("blob {digest} is not in the CAS"))
 }
 
-/// The digest of a file's content, read by position from the start.
-pub(super) fn hash_file(file: &File, mut hasher: Hasher) -> io::Result<Digest> {
-    let mut piece = vec![0; PIECE_BYTES];
-    loop {
-        match file.read_at(&mut piece, hasher.size()) {
-            Ok(0) => return Ok(hasher.finish()),
-            Ok(read) => hasher.update(piece.get(..read).unwrap_or_default()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
 /// Opens a stored file without looking at its content. Blocks.
-pub(super) fn open(cas: &Cas, found: &Found) -> Result<File> {
-    regular_file::open(&cas.shared().files.path(&found.file)).map_err(|error| failed(cas, found, &error))
+pub(super) fn open(cas: &Cas, found: &Found) -> Result<Box<dyn Stored>> {
+    cas.shared().volume.open(&found.file).map_err(|error| failed(cas, found, &error))
 }
 
 /// What a failed read means: a file that is gone, is no file, is too large or cannot be read from its disk is a miss;
 /// everything else, such as too many open files, says nothing about the blob.
 fn failed(cas: &Cas, found: &Found, error: &io::Error) -> Error {
-    let digest = found.file.key.digest;
-    let is_bad = error.raw_os_error() == Some(libc::EIO) || regular_file::is_something_else(error);
-    let is_gone = matches!(
-        error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof | io::ErrorKind::FileTooLarge
-    );
-    if is_bad || is_gone {
+    if volume::is_lost(error) {
         return damaged(cas, found, error.to_string());
     }
-    Error::io(&format!("read blob {digest}"), error)
+    Error::io(&format!("read blob {}", found.file.key.digest), error)
 }
 
 pub(super) fn damaged(cas: &Cas, found: &Found, reason: String) -> Error {

@@ -1,24 +1,24 @@
 //! [`Cas`]: the way to the store for RPC handlers and worker threads.
 //!
 //! Each call is a look-up in the index (`lookup`), or one or two questions to the actor, and file work on a blocking thread between or
-//! after them. Staging and storing for workers is in `inputs` and `outputs`, action results are in `action_cache`.
+//! after them. The rooms add their own calls: `results` those of the action cache, `trees` those on directories and input roots, `forms`
+//! those on compressed blobs and chunks, `uploads` those of workers and downloads.
 
 use super::{
     CasActor, Shared,
     blob::{BlobReader, BlobWriter, is_sound, not_found, read_whole},
     guards::{Reservation, Room},
-    index::{FileId, Found, Key, Kind, Stamp},
-    inputs::{InputRoot, Source},
+    index::{Found, Key, Kind, Stamp},
     lookup::Purpose,
-    received::Received,
+    new_files::{NewFiles, Visible},
     requests::*,
     settings::{PARK_WAIT, ROOM_STEP_BYTES, SMALL_BLOB_BYTES, SOUND_TRIES, TWIN_WAIT},
-    sink::{WHOLE_BYTES, check_item, check_stream, failed},
-    writer::write_new,
+    uploads::received::Received,
+    uploads::sink::{WHOLE_BYTES, check_item, check_stream, failed},
 };
 use crate::{
     budget::{Budget, Share},
-    caller::{Caller, Peer},
+    caller::Caller,
     instance::Instance,
 };
 use actix::{Addr, Handler, Message, dev::ToEnvelope};
@@ -26,15 +26,11 @@ use bytes::Bytes;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
-    tree::InputTree,
 };
-use std::{collections::HashSet, fs::File, sync::Arc};
-use tokio::{sync::oneshot, time::Instant};
+use std::{collections::HashSet, sync::Arc};
+use tokio::time::Instant;
 
-pub use super::{
-    sink::Payload,
-    zstd_reader::{Item, ZstdReader},
-};
+pub use super::uploads::sink::Payload;
 
 /// The answer to [`Cas::begin_upload`].
 #[derive(Debug)]
@@ -65,31 +61,19 @@ pub struct Provenance {
     pub peer: String,
 }
 
-/// An input root whose every blob is leased: none of it can be evicted while this is held.
-#[derive(Debug)]
-pub struct StagedInputs {
-    pub(super) input_root: Arc<InputRoot>,
-    pub(super) source: Source,
-}
-
-impl StagedInputs {
-    /// Its directories.
-    pub fn tree(&self) -> &InputTree {
-        &self.input_root.tree
-    }
-
-    /// Copies a file of the tree to a new file at `name` in the directory `parent`, with these permission bits; a clone where
-    /// the file system can. Never a hard link: an action may write its inputs, nobody else sees it (EXE-43). Blocks.
-    ///
-    /// # Errors
-    /// `MissingBlobs` when the stored file turns out to be damaged; `DiskFull` when the disk is full.
-    pub fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
-        self.source.materialise(digest, parent, name, mode)
-    }
-}
-
 /// A handle to the store; cheap to clone, usable from any thread. Methods that are not `async` block and are for worker
 /// threads only: they panic on a thread that runs an async runtime.
+///
+/// A tier, such as a backing cache or the node of a cluster that holds a blob, would stand in front of it. Handlers and workers use
+/// nothing of the store but this type and what it returns, so a tier would implement these and leave the rest as it is:
+///
+/// - presence: [`Cas::find_missing`], [`Cas::blob_by_hash`];
+/// - reading: [`Cas::open`], [`Cas::read_many`], and [`Cas::directories`] where a walk meets what is not here;
+/// - writing: [`Cas::write_many`], [`Cas::begin_upload`] and [`Cas::new_blob`];
+/// - results: [`Cas::get_result`] and [`Cas::put_result`].
+///
+/// A miss here would be asked for there and be written here before it is handed out, so that leases and checks stay what they
+/// are. Staging, outputs, compressed reads, splits and splices are made of these calls.
 #[derive(Clone)]
 pub struct Cas {
     store: Addr<CasActor>,
@@ -117,7 +101,7 @@ impl Cas {
         Self { store, shared, caller: Caller::default(), is_client: false, blocks: false }
     }
 
-    /// The actor's address, for the messages of [`super::messages`] and [`super::InspectStore`].
+    /// The actor's address, for messages such as [`super::InspectStore`].
     pub fn actor(&self) -> &Addr<CasActor> {
         &self.store
     }
@@ -213,7 +197,7 @@ impl Cas {
         Ok(Some(self.shared.cold_reads.wait_for(self.caller, 1).await?))
     }
 
-    /// Memory for the decoders of compressed uploads; see [`super::decoders`].
+    /// Memory for the decoders of compressed uploads; see [`super::uploads::decoders`].
     pub fn decoders(&self) -> &Budget {
         &self.shared.decoders
     }
@@ -272,7 +256,7 @@ impl Cas {
             all_visible.extend(visible);
         }
         for visible in all_visible {
-            visible.await.map_err(|_| going_down())?;
+            visible.wait().await?;
         }
         Ok(outcomes)
     }
@@ -283,7 +267,7 @@ impl Cas {
         instance: &Instance,
         blobs: Arc<[(Digest, Payload)]>,
         step: Vec<usize>,
-    ) -> Result<(Vec<Result<()>>, Option<oneshot::Receiver<()>>)> {
+    ) -> Result<(Vec<Result<()>>, Option<Visible>)> {
         let fits = |digest: &Digest, payload: &Payload| match payload {
             Payload::Plain(bytes) => digest.size() == bytes.len() as u64 && !digest.is_empty(),
             Payload::Zstd(_) => !digest.is_empty(),
@@ -302,7 +286,7 @@ impl Cas {
 
     /// Stores one large compressed item as an upload that cannot be resumed.
     async fn write_stream(&self, instance: &Instance, digest: Digest, stream: Bytes) -> Result<()> {
-        let name = format!("batch/{:x}", self.shared.files.next_generation());
+        let name = format!("batch/{:x}", self.shared.volume.next_generation());
         match self.begin_upload(instance, &name, digest, 0).await? {
             Upload::Present => self.blocking(move || check_stream(digest, &stream)).await?,
             Upload::Writer(writer) => {
@@ -336,7 +320,7 @@ impl Cas {
         if absent.is_empty() {
             return Ok(Ok(Reservation::new(self.store.clone(), 0)));
         }
-        let charge = |digest: &Digest| self.shared.files.charge(digest.size());
+        let charge = |digest: &Digest| self.shared.volume.charge(digest.size());
         let bytes = absent.iter().map(charge).fold(0, u64::saturating_add);
         self.ask(Reserve(bytes)).await
     }
@@ -370,33 +354,24 @@ impl Cas {
         instance: crate::instance::InstanceId,
         blobs: &[&(Digest, Payload)],
         prepared: Prepared,
-    ) -> (Vec<Result<()>>, Option<oneshot::Receiver<()>>) {
-        let files = &self.shared.files;
+    ) -> (Vec<Result<()>>, Option<Visible>) {
         let mut absent: HashSet<Digest> = prepared.absent.into_iter().collect();
-        let mut written = Vec::new();
+        let mut files = prepared.room.map(|room| self.new_files(room));
         let outcomes = blobs.iter().map(|(digest, payload)| {
             self.check_blob_size(digest.size(), &digest.to_string())?;
             let bytes = check_item(*digest, payload)?;
             if !absent.contains(digest) {
                 return Ok(());
             }
-            if let Err(error) = &prepared.room {
-                return Err(error.clone());
-            }
+            let files = files.as_mut().map_err(|error| error.clone())?;
             let key = Key { digest: *digest, instance, kind: Kind::Blob };
-            let file = FileId { key, generation: files.next_generation() };
-            let stamp = write_new(files, &files.path(&file), std::slice::from_ref(&bytes))
-                .map_err(|error| failed(*digest, &error))?;
+            files.write(key, std::slice::from_ref(&bytes)).map_err(|error| failed(*digest, &error))?;
             self.shared.remember(instance, *digest, &[bytes]);
             absent.remove(digest);
-            written.push(WrittenFile { file, bytes: files.charge(digest.size()), stamp });
             Ok(())
         });
         let outcomes = outcomes.collect();
-        let Ok(room) = prepared.room else { return (outcomes, None) };
-        let (reply, visible) = oneshot::channel();
-        self.store.do_send(Commit { files: written, room, reply });
-        (outcomes, Some(visible))
+        (outcomes, files.ok().and_then(NewFiles::commit))
     }
 
     /// Starts an upload, or goes on with one that broke: `name` is the whole resource name (BS-06), `offset` the first
@@ -445,8 +420,7 @@ impl Cas {
                 // A client that goes on at once meets its own broken stream while that is being put away.
                 Began::Busy(progress) if !was_busy => {
                     was_busy = true;
-                    let mut ended = progress.ended.subscribe();
-                    let _ = tokio::time::timeout(PARK_WAIT, ended.wait_for(|ended| *ended)).await;
+                    let _ = tokio::time::timeout(PARK_WAIT, progress.ended()).await;
                 }
                 Began::Busy(_) => {
                     let problem = format!("another stream still uploads blob {digest} under this name");
@@ -517,15 +491,6 @@ impl Cas {
     pub(super) fn block_on<T>(&self, ask: impl AsyncFnOnce(Self) -> T) -> T {
         let here = Self { blocks: true, ..self.clone() };
         self.shared.runtime.block_on(ask(here))
-    }
-
-    /// Reads an input root and leases every blob of it, from a worker thread; for an action of this peer.
-    ///
-    /// # Errors
-    /// `MissingBlobs` with all that is missing (EXE-26); `Invalid` when a Directory is malformed.
-    pub fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<StagedInputs> {
-        let cas = self.working_for(Caller::without_connection(peer));
-        cas.block_on(async |cas| cas.stage(instance, root).await)
     }
 }
 

@@ -7,7 +7,7 @@
 //! Room is charged to the caller for whom the store works. Messages of half a MiB may take as much as the largest, so there is room
 //! for two of the largest, and a peer that holds some leaves room for one to the others.
 
-use super::{client::Cas, settings::SMALL_TREE_BYTES};
+use super::client::Cas;
 use crate::{budget::Share, memory};
 use bytes::Bytes;
 use gorego_reapi::{
@@ -52,29 +52,5 @@ impl Cas {
         let decode = move || wire::decode(bytes, most, what);
         let message = if room.is_some() { self.blocking(decode).await? } else { decode() }?;
         Ok((message, room))
-    }
-}
-
-/// Permission to hold the directories of one tree in memory. A tree above `SMALL_TREE_BYTES` takes one of `LARGE_TREES_MAX`
-/// places, of which one peer gets all but one; a holder never waits for a second.
-#[derive(Debug)]
-pub(super) struct TreeRoom<'a> {
-    cas: &'a Cas,
-    bytes: usize,
-    place: Option<Share>,
-}
-
-impl<'a> TreeRoom<'a> {
-    pub(super) fn new(cas: &'a Cas) -> Self {
-        Self { cas, bytes: 0, place: None }
-    }
-
-    /// Waits for the right to hold this much more.
-    pub(super) async fn grow(&mut self, bytes: usize) -> Result<()> {
-        self.bytes = self.bytes.saturating_add(bytes);
-        if self.bytes > SMALL_TREE_BYTES && self.place.is_none() {
-            self.place = Some(self.cas.shared().large_trees.wait_for(self.cas.caller(), 1).await?);
-        }
-        Ok(())
     }
 }

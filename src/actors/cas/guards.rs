@@ -73,6 +73,13 @@ impl Reservation {
         self.bytes += other.disarm();
     }
 
+    /// Takes this much of it out, or all that there is.
+    pub fn split(&mut self, bytes: u64) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Self { store: self.store.clone(), bytes }
+    }
+
     /// Ends it without telling the actor; for the actor itself. Returns how much room it was.
     pub fn disarm(mut self) -> u64 {
         std::mem::take(&mut self.bytes)

@@ -5,18 +5,17 @@ use super::{
     client::{Cas, UploadStatus, going_down},
     guards::Lease,
     index::{EntryRef, Found, Key, Kind, Stamp},
-    requests::{Incomplete, QueryUpload, ResultLookup, SettleUses},
-    results::LoadedResult,
+    requests::{QueryUpload, SettleUses},
     settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
     view::LookUp,
 };
 use crate::{
+    actors::mail::Receive,
     instance::{Instance, InstanceId},
-    logging::Event,
 };
-use actix::{AsyncContext as _, Handler, MessageResult};
-use gorego_reapi::{digest::Digest, error::Result, proto::reapi};
-use std::{collections::HashSet, sync::Arc};
+use actix::{AsyncContext as _, MessageResult};
+use gorego_reapi::{digest::Digest, error::Result};
+use std::collections::HashSet;
 use tokio::task;
 
 /// Where blobs are, in the order asked; the empty blob is never found, having no file.
@@ -149,12 +148,6 @@ impl Cas {
         })
     }
 
-    /// Where one blob's zstd form is, if it has one.
-    pub(super) fn locate_form(&self, instance: &Instance, digest: Digest) -> Result<Option<Found>> {
-        let key = Key { digest, instance: instance.blobs(), kind: Kind::Zstd };
-        self.look_up(|index| index.renew(&key))
-    }
-
     /// At which stamp the content of an entry is known to be right.
     pub(super) fn known_stamp(&self, at: EntryRef) -> Result<Option<Stamp>> {
         self.look_up(|index| index.stamp(at))
@@ -172,85 +165,6 @@ impl Cas {
         let key = Key { digest: like, instance: instance.blobs(), kind: Kind::Blob };
         self.look_up(|index| index.find_by_hash(&key))
     }
-
-    /// The whole digest of an action that has a result, of which only the hash is known. That of the newest result, should
-    /// several be stored under one hash.
-    ///
-    /// # Errors
-    /// `Unavailable` when the server is going down.
-    pub fn action_by_hash(&self, instance: &Instance, like: Digest) -> Result<Option<Digest>> {
-        let key = Key { digest: like, instance: instance.id(), kind: Kind::Result };
-        self.look_up(|index| index.find_by_hash(&key))
-    }
-
-    /// What is known of a result without reading any file.
-    pub(super) fn look_up_result(&self, instance: &Instance, action: Digest) -> Result<ResultLookup> {
-        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
-        let Some(found) = self.look_up(|index| index.renew(&key))? else { return Ok(ResultLookup::Miss) };
-        match self.shared().results.get(&(instance.id(), action)) {
-            Some(loaded) if loaded.generation == found.file.generation => {
-                if loaded.references.len() > LOOKUPS_PER_TURN {
-                    return Ok(ResultLookup::Long(found, loaded));
-                }
-                self.confirm(instance, found, &loaded, true)
-            }
-            _ => Ok(ResultLookup::Cold(found)),
-        }
-    }
-
-    /// [`Cas::look_up_result`] of a result that was just read.
-    pub(super) fn confirm_loaded(
-        &self,
-        instance: &Instance,
-        found: Found,
-        loaded: &LoadedResult,
-    ) -> Result<Option<Arc<reapi::ActionResult>>> {
-        Ok(match self.confirm(instance, found, loaded, false)? {
-            ResultLookup::Hit(result) => Some(result),
-            ResultLookup::Miss | ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
-        })
-    }
-
-    /// A result is a hit if its every reference is stored: all of them are renewed. One that lacks something is dropped
-    /// (AC-03). One that was replaced since it was looked up is still an answer: it was the result when it was asked for
-    /// (AC-08). With `were_read`, a reference that nobody has read since the start makes the result a cold one: its file may be
-    /// bad.
-    fn confirm(
-        &self,
-        instance: &Instance,
-        found: Found,
-        loaded: &LoadedResult,
-        were_read: bool,
-    ) -> Result<ResultLookup> {
-        if !loaded.is_hit {
-            return Ok(ResultLookup::Miss);
-        }
-        let mut all_were_read = true;
-        for part in loaded.references.chunks(LOOKUPS_PER_HOLD) {
-            let lost = self.look_up(|index| {
-                part.iter().copied().find(|&digest| {
-                    let blob = index.renew_blob(instance.blobs(), digest);
-                    all_were_read &= blob.is_none_or(|blob| blob.stamp != Stamp::UNTRUSTED);
-                    blob.is_none()
-                })
-            })?;
-            if let Some(lost) = lost {
-                // If it was replaced since, there is nothing to drop.
-                self.drop_result(found.at, format!("blob {lost} is gone"));
-                return Ok(ResultLookup::Miss);
-            }
-        }
-        if were_read && !all_were_read {
-            return Ok(ResultLookup::Cold(found));
-        }
-        Ok(ResultLookup::Hit(loaded.result.clone()))
-    }
-
-    /// Drops a result that is not complete any more.
-    pub(super) fn drop_result(&self, at: EntryRef, reason: String) {
-        self.shared().view.condemn(at);
-        self.actor().do_send(Incomplete { at, reason });
-    }
 }
 
 impl CasActor {
@@ -260,36 +174,22 @@ impl CasActor {
     }
 }
 
-impl Handler<SettleUses> for CasActor {
-    type Result = ();
+impl Receive<SettleUses> for CasActor {
+    type Answer = ();
 
-    fn handle(&mut self, _: SettleUses, ctx: &mut Self::Context) {
+    fn receive(&mut self, _: SettleUses, ctx: &mut Self::Context) {
         self.change(|_| ());
         self.write_touches(ctx.address());
     }
 }
 
-impl Handler<QueryUpload> for CasActor {
-    type Result = MessageResult<QueryUpload>;
+impl Receive<QueryUpload> for CasActor {
+    type Answer = MessageResult<QueryUpload>;
 
-    fn handle(&mut self, message: QueryUpload, _: &mut Self::Context) -> Self::Result {
+    fn receive(&mut self, message: QueryUpload, _: &mut Self::Context) -> Self::Answer {
         MessageResult(match self.renew(&message.blob) {
             Some(_) => UploadStatus { committed: message.blob.digest.size(), complete: true },
             None => UploadStatus { committed: self.uploads.committed(message.name), complete: false },
         })
-    }
-}
-
-impl Handler<Incomplete> for CasActor {
-    type Result = ();
-
-    fn handle(&mut self, Incomplete { at, reason }: Incomplete, ctx: &mut Self::Context) {
-        let removed = self.change(|index| index.remove(at));
-        if let Some(victim) = removed {
-            Event::debug(super::LOG, "result_dropped")
-                .with_shown("action_digest", &victim.file.key.digest)
-                .log(format_args!("dropped an action result that is not complete any more: {reason}"));
-            self.delete(vec![victim], ctx);
-        }
     }
 }

@@ -1,37 +1,29 @@
-//! Storing what a worker hands over: files that an action left behind, and bytes at hand.
+//! Storing what a worker hands over: files that an action left behind, bytes at hand, and the result.
 //!
 //! A file that nobody else can reach becomes the stored file itself: it is hashed where it lies, made read-only, and moved
 //! to its stored name. All processes of the action are dead by then, and a read lease makes sure that nobody has the file open
 //! for writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied.
 
 use super::{
-    blob::{PIECE_BYTES, hash_file},
-    client::{Cas, going_down, spoilt},
-    files::{STORED_MODE, TemporaryFile, in_shard},
+    client::{Cas, Provenance, spoilt},
     guards::Reservation,
-    index::{FileId, Key, Kind, Stamp},
-    requests::{Commit, Reserve, WrittenFile},
-    settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, SOUND_TRIES},
-    stamps::{Writers, lease},
-    writer::write_new,
+    index::{Key, Kind},
+    new_files::{NewFiles, Visible},
+    results::{PreparedResult, Uploader},
+    settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
+    volume::{Draft, PIECE_BYTES, outside::LeftFile},
 };
 use crate::instance::Instance;
 use bytes::Bytes;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
+    proto::reapi,
 };
-use rustix::fs::{CWD, Mode, fchmod, renameat};
-use std::{
-    collections::HashSet,
-    fs::{self, File, Metadata},
-    io::{self, Write as _},
-    os::unix::fs::{FileExt as _, MetadataExt as _},
-};
-use tokio::sync::oneshot;
+use std::{collections::HashSet, fs::File, io};
 
-/// Blobs that a worker stores together: room for them is taken ahead, and they become visible together. What was written when it
-/// is dropped becomes visible too. Methods block and are for worker threads.
+/// What a worker stores together, blobs and the result that refers to them: room for them is taken ahead, and they become visible
+/// together. What was written when it is dropped becomes visible too. Methods block and are for worker threads.
 #[derive(Debug)]
 pub struct OutputBatch {
     cas: Cas,
@@ -39,10 +31,8 @@ pub struct OutputBatch {
     function: DigestFunction,
     /// What the caller says is still to come, in bytes on disk.
     expected: u64,
-    room: Reservation,
-    /// Bytes on disk of `written`, which `room` covers.
-    spent: u64,
-    written: Vec<WrittenFile>,
+    /// What was written and is not visible yet, with room for more.
+    files: NewFiles,
     /// All of it, also what was made visible already.
     stored: HashSet<Digest>,
 }
@@ -55,9 +45,7 @@ impl Cas {
             instance: instance.clone(),
             function,
             expected,
-            room: Reservation::new(self.actor().clone(), 0),
-            spent: 0,
-            written: Vec::new(),
+            files: self.new_files(Reservation::new(self.actor().clone(), 0)),
             stored: HashSet::new(),
         }
     }
@@ -86,28 +74,20 @@ impl OutputBatch {
     pub fn file(&mut self, parent: &File, name: &str, file: File) -> Result<Digest> {
         let failed =
             |error: io::Error| Error::io(&format!("store output \"{}\"", name.escape_debug()), &error);
-        // Held until `file` is closed.
-        let writers = lease(&file);
-        let before = file.metadata().map_err(failed)?;
-        self.cas.check_blob_size(before.len(), name)?;
+        let left = LeftFile::new(parent, name, file).map_err(failed)?;
+        self.cas.check_blob_size(left.size(), name)?;
         let changed =
             || Error::Precondition(format!("output \"{}\" changed while it was stored", name.escape_debug()));
-        let digest = hash_file(&file, self.function.hasher(before.len())).map_err(failed)?;
-        if digest.size() != before.len() {
+        let digest = left.hash(self.function.hasher(left.size())).map_err(failed)?;
+        if digest.size() != left.size() {
             return Err(changed());
         }
-        let Some(id) = self.make_room(digest)? else { return Ok(digest) };
-        let adopted = match writers {
-            Writers::Present => None,
-            Writers::ShutOut | Writers::Unknown => {
-                self.cas.adopt(&id, &before, parent, name, &file).map_err(failed)?
-            }
-        };
-        let stamp = match adopted {
-            Some(stamp) => stamp,
-            None => self.cas.copy_in(&id, &file).map_err(failed)?.ok_or_else(changed)?,
-        };
-        self.push(id, stamp);
+        let Some(key) = self.make_room(digest)? else { return Ok(digest) };
+        if self.files.adopt(key, &left).map_err(failed)?.is_none() {
+            let copy = self.copy(digest, &left).map_err(failed)?.ok_or_else(changed)?;
+            self.files.keep(key, copy, digest.size()).map_err(failed)?;
+        }
+        self.add_stored(digest);
         Ok(digest)
     }
 
@@ -118,136 +98,127 @@ impl OutputBatch {
     pub fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest> {
         let digest = self.function.digest(&bytes);
         self.cas.check_blob_size(digest.size(), "the bytes at hand")?;
-        let Some(id) = self.make_room(digest)? else { return Ok(digest) };
-        let files = &self.cas.shared().files;
-        let stamp = write_new(files, &files.path(&id), &[Bytes::from(bytes)])
+        let Some(key) = self.make_room(digest)? else { return Ok(digest) };
+        self.files
+            .write(key, &[Bytes::from(bytes)])
             .map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
-        self.push(id, stamp);
+        self.add_stored(digest);
         Ok(digest)
+    }
+
+    /// Says that about so many bytes on disk are still to come.
+    pub fn expect(&mut self, bytes: u64) {
+        self.expected = bytes;
+    }
+
+    /// Adds the result of the action that made all this. It replaces an earlier one when all of it becomes visible (AC-08).
+    ///
+    /// # Errors
+    /// `Exhausted` when there is no room for it; what else is in the batch is not concerned.
+    pub fn result(
+        &mut self,
+        action: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+    ) -> Result<()> {
+        let prepared = PreparedResult::new(&self.instance, action, result, provenance, Uploader::Worker)?;
+        for (_, bytes) in prepared.contents.iter() {
+            self.bytes(bytes.to_vec())?;
+        }
+        let charge = prepared.charge(&self.cas);
+        let ahead = std::mem::take(&mut self.expected);
+        let lacking = self.files.lacks(charge);
+        let more = self.cas.block_on(async |cas| take_room(&cas, lacking, ahead).await)?;
+        self.files.add_room(more);
+        prepared.write(&self.cas, &mut self.files, self.instance.id())?;
+        self.publish_if_full();
+        Ok(())
+    }
+
+    /// Returns when all that was stored so far is visible to others. Room that is left is kept for what is to come.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down.
+    pub fn publish(&mut self) -> Result<()> {
+        let told = self.files.publish();
+        wait_for(&self.cas, told)
     }
 
     /// Returns when everything is visible to others.
     ///
     /// # Errors
     /// `Unavailable` when the server is going down.
-    pub fn commit(mut self) -> Result<()> {
-        match self.tell() {
-            // The actor handles what it is told in order, so the last answer stands for all.
-            Some(visible) => self.cas.block_on(async |_| visible.await).map_err(|_| going_down()),
-            None => Ok(()),
-        }
+    pub fn commit(self) -> Result<()> {
+        let told = self.files.commit();
+        wait_for(&self.cas, told)
     }
 
-    /// A new file for a blob, with room for it; `None` when it is stored already.
-    fn make_room(&mut self, digest: Digest) -> Result<Option<FileId>> {
-        let bytes = self.cas.shared().files.charge(digest.size());
+    /// Takes room for a blob; `None` when it is stored already.
+    fn make_room(&mut self, digest: Digest) -> Result<Option<Key>> {
+        let bytes = self.cas.shared().volume.charge(digest.size());
         let left = self.expected.saturating_sub(bytes);
-        let ahead = std::mem::replace(&mut self.expected, left).min(ROOM_AHEAD_BYTES);
+        let ahead = std::mem::replace(&mut self.expected, left);
         if digest.is_empty() || self.stored.contains(&digest) {
             return Ok(None);
         }
-        // What was written takes up its room until it is visible.
-        let (instance, needed) = (&self.instance, self.spent.saturating_add(bytes));
-        let lacking = needed.saturating_sub(self.room.bytes());
+        let (instance, lacking) = (&self.instance, self.files.lacks(bytes));
         let more = self.cas.block_on(async |cas| -> Result<_> {
             if cas.is_stored(instance, digest).await? {
                 return Ok(None);
             }
-            if lacking == 0 {
-                return Ok(Some(None));
-            }
-            match cas.ask(Reserve(lacking.max(ahead))).await? {
-                // What is to come may be stored already, or be smaller.
-                Err(_) if ahead > lacking => cas.ask(Reserve(lacking)).await?.map(Some).map(Some),
-                room => room.map(Some).map(Some),
-            }
+            take_room(&cas, lacking, ahead).await.map(Some)
         })?;
         let Some(more) = more else { return Ok(None) };
-        if let Some(more) = more {
-            self.room.absorb(more);
-        }
-        let key = Key { digest, instance: self.instance.blobs(), kind: Kind::Blob };
-        Ok(Some(FileId { key, generation: self.cas.shared().files.next_generation() }))
+        self.files.add_room(more);
+        Ok(Some(Key { digest, instance: self.instance.blobs(), kind: Kind::Blob }))
     }
 
-    fn push(&mut self, file: FileId, stamp: Stamp) {
-        let bytes = self.cas.shared().files.charge(file.key.digest.size());
-        self.stored.insert(file.key.digest);
-        self.spent = self.spent.saturating_add(bytes);
-        self.written.push(WrittenFile { file, bytes, stamp });
-        if self.written.len() >= FILES_PER_COMMIT {
-            self.tell();
+    fn add_stored(&mut self, digest: Digest) {
+        self.stored.insert(digest);
+        self.publish_if_full();
+    }
+
+    fn publish_if_full(&mut self) {
+        if self.files.len() >= FILES_PER_COMMIT {
+            self.files.publish();
         }
     }
 
-    /// Tells the actor of what was written; the answer comes once it is visible.
-    fn tell(&mut self) -> Option<oneshot::Receiver<()>> {
-        if self.written.is_empty() {
-            return None;
-        }
-        let files = std::mem::take(&mut self.written);
-        self.spent = 0;
-        let (reply, visible) = oneshot::channel();
-        let room = std::mem::replace(&mut self.room, Reservation::new(self.cas.actor().clone(), 0));
-        self.cas.actor().do_send(Commit { files, room, reply });
-        Some(visible)
-    }
-}
-
-impl Drop for OutputBatch {
-    fn drop(&mut self) {
-        self.tell();
-    }
-}
-
-impl Cas {
-    /// Makes a file itself the stored one, if that is safe.
-    fn adopt(
-        &self,
-        id: &FileId,
-        before: &Metadata,
-        parent: &File,
-        name: &str,
-        file: &File,
-    ) -> io::Result<Option<Stamp>> {
-        let ours =
-            before.is_file() && before.nlink() == 1 && before.uid() == rustix::process::geteuid().as_raw();
-        if !ours {
-            return Ok(None);
-        }
-        let path = self.shared().files.path(id);
-        fchmod(file, Mode::from_raw_mode(STORED_MODE))?;
-        if in_shard(&path, || Ok(renameat(parent, name, CWD, &path)?)).is_err() {
-            // Another file system.
-            return Ok(None);
-        }
-        let (after, moved) = (file.metadata()?, fs::symlink_metadata(&path)?);
-        let same = (after.dev(), after.ino()) == (moved.dev(), moved.ino());
-        let times = |metadata: &Metadata| (metadata.mtime(), metadata.mtime_nsec());
-        let unchanged = after.len() == id.key.digest.size() && times(&after) == times(before);
-        if same && unchanged && after.nlink() == 1 {
-            return Ok(Some(self.shared().files.stamp(&after)));
-        }
-        self.shared().files.delete(id)?;
-        Ok(None)
-    }
-
-    /// Copies a file in; `None` when it is not what it was when it was hashed.
-    fn copy_in(&self, id: &FileId, file: &File) -> io::Result<Option<Stamp>> {
-        let files = &self.shared().files;
-        let mut copy = TemporaryFile::create(files.temporary_path(id.generation))?;
-        let mut hasher = id.key.digest.hasher();
+    /// Copies a file; `None` when it is not what it was when it was hashed.
+    fn copy(&self, digest: Digest, left: &LeftFile<'_>) -> io::Result<Option<Box<dyn Draft>>> {
+        let mut copy = self.cas.shared().volume.draft()?;
+        let mut hasher = digest.hasher();
         let mut piece = vec![0; PIECE_BYTES];
         // One byte more than expected is enough to know.
-        while hasher.size() <= id.key.digest.size() {
-            let read = file.read_at(&mut piece, hasher.size())?;
+        while hasher.size() <= digest.size() {
+            let read = left.read_at(&mut piece, hasher.size())?;
             let Some(bytes) = piece.get(..read).filter(|bytes| !bytes.is_empty()) else { break };
             hasher.update(bytes);
-            copy.file.write_all(bytes)?;
+            copy.write(bytes)?;
         }
-        if hasher.finish() != id.key.digest {
-            return Ok(None);
-        }
-        files.keep(copy, &files.path(id)).map(Some)
+        Ok((hasher.finish() == digest).then_some(copy))
+    }
+}
+
+/// The actor handles what it is told in order, so the last answer stands for all.
+fn wait_for(cas: &Cas, visible: Option<Visible>) -> Result<()> {
+    match visible {
+        Some(visible) => cas.block_on(async |_| visible.wait().await),
+        None => Ok(()),
+    }
+}
+
+/// The room that is lacking, and room for what is expected to come, if there is any to be had.
+async fn take_room(cas: &Cas, lacking: u64, expected: u64) -> Result<Reservation> {
+    if lacking == 0 {
+        return Ok(Reservation::new(cas.actor().clone(), 0));
+    }
+    // A small action stores its logs, its outputs and its result with one step.
+    let step = RUN_ROOM_BYTES.min(cas.shared().settings.max_bytes / RUN_ROOM_PART);
+    let ahead = lacking.max(expected.min(ROOM_AHEAD_BYTES)).max(step);
+    match cas.take_room(ahead).await {
+        // What is to come may be stored already, or be smaller.
+        Err(_) if ahead > lacking => cas.take_room(lacking).await,
+        room => room,
     }
 }

@@ -12,10 +12,11 @@ use super::{
     settings::{self, FULL_DISK_LOG_INTERVAL},
 };
 use crate::{
+    actors::mail::Receive,
     disk::{Evictable, Space},
     logging::Event,
 };
-use actix::{Context, Handler, Message};
+use actix::{Context, Message};
 use std::time::Instant;
 
 /// Evict what this disk needs. The answer comes when the files are gone.
@@ -50,7 +51,7 @@ impl Cas {
             // Whoever comes second looks at what the first has left to do.
             let _turn = self.shared().relief_turn.lock().await;
             let cas = self.clone();
-            let looked = self.blocking(move || cas.shared().files.space()).await;
+            let looked = self.blocking(move || cas.shared().volume.space()).await;
             let Ok(Ok(space)) = looked else { return };
             if is_due(&space) {
                 let _ = self.ask(Relieve(space)).await;
@@ -61,10 +62,10 @@ impl Cas {
     }
 }
 
-impl Handler<Relieve> for CasActor {
-    type Result = Reply<()>;
+impl Receive<Relieve> for CasActor {
+    type Answer = Reply<()>;
 
-    fn handle(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Result {
+    fn receive(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Answer {
         let Totals { used, leased, deleting, blobs, results, zstd_forms, .. } =
             self.change(|index| index.totals());
         let store = Evictable {

@@ -5,15 +5,13 @@
 //! order in which they were told. A dropped answer undoes itself: what it grants are [`Reservation`]s.
 
 use super::{
-    CasActor,
     guards::Reservation,
-    index::{EntryRef, FileId, Found, Key, Stamp, Totals},
-    results::LoadedResult,
+    index::{EntryRef, FileId, Key, Stamp, Totals},
     uploads::{Attempt, Partial, Progress},
 };
 use crate::{budget::Bound, caller::Caller};
-use actix::{Addr, Message};
-use gorego_reapi::{digest::Digest, error::Result, proto::reapi};
+use actix::Message;
+use gorego_reapi::{digest::Digest, error::Result};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 
@@ -72,18 +70,6 @@ pub struct QueryUpload {
     pub blob: Key,
 }
 
-/// What is known of a result.
-pub enum ResultLookup {
-    /// Complete; everything it references was just renewed.
-    Hit(Arc<reapi::ActionResult>),
-    /// None, or not complete.
-    Miss,
-    /// There is one; its file, or blobs of it that nobody has read since the start, have to be read to know more.
-    Cold(Found),
-    /// It is in memory, and refers to more blobs than are looked up in one turn.
-    Long(Found, Arc<LoadedResult>),
-}
-
 /// The sums of the store, for people and health checks.
 #[derive(Debug, Clone, Copy, Message)]
 #[rtype(result = "StoreInspection")]
@@ -113,16 +99,9 @@ pub struct Commit {
     pub files: Vec<WrittenFile>,
     /// Covers all of them.
     pub room: Reservation,
+    /// The upload that ends with this, having stored its blob.
+    pub upload: Option<EndUpload>,
     pub reply: oneshot::Sender<()>,
-}
-
-impl Commit {
-    /// Tells the store of one file; the answer comes once it is visible.
-    pub fn tell(store: &Addr<CasActor>, file: WrittenFile, room: Reservation) -> oneshot::Receiver<()> {
-        let (reply, visible) = oneshot::channel();
-        store.do_send(Self { files: vec![file], room, reply });
-        visible
-    }
 }
 
 /// A file to be made visible.
@@ -172,20 +151,13 @@ pub struct Damaged {
     pub reason: String,
 }
 
-/// Fact: a stored result references what is not stored any more.
-#[derive(Message)]
-#[rtype(result = "()")]
-pub struct Incomplete {
-    pub at: EntryRef,
-    pub reason: String,
-}
-
 /// Fact: so many bytes of files that the index let go are gone from the disk.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Deleted(pub u64);
 
-/// Fact: a stream of an upload ended, one way or the other.
+/// Fact: a stream of an upload ended without its blob, or with a blob that is stored already. The end of one that stored its
+/// blob is a part of [`Commit`].
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct EndUpload {

@@ -1,23 +1,19 @@
-//! Looking up what an Execute needs: [`ResolveAction`] and [`CheckInputs`].
+//! Looking up what an Execute needs: [`Cas::resolve_action`] and [`Cas::check_inputs_apart`].
 //!
-//! An action that was looked up before is answered within the actor, from memory: are Action and Command still stored, is
-//! there a complete result. Otherwise the files are read in a task of its own, on the threads that serve connections. An
-//! action that says `do_not_cache` is never answered from the cache (EXE-19), so an action is always known before its result
-//! is served.
+//! An action that was looked up before is answered from memory: are Action and Command still stored, is there a complete
+//! result. Otherwise the files are read. Both happen on the thread that asks. An action that says `do_not_cache` is never
+//! answered from the cache (EXE-19), so an action is always known before its result is served.
 //!
 //! Actions are measured before they are decoded, and large ones are decoded on a blocking thread when there is room for them
 //! ([`super::decoding`]).
 
 use super::{
-    CasActor, Reply,
     client::{Cas, going_down},
     decoding,
-    messages::{CheckInputs, Resolution, ResolveAction},
-    requests::ResultLookup,
-    settings::{MAX_ACTION_BYTES, MAX_ACTION_MEMORY},
+    results::ResultLookup,
+    settings::{MAX_ACTION_BYTES, MAX_ACTION_MEMORY, RESOLVE_TIMEOUT},
 };
 use crate::{action::Action, instance::Instance};
-use actix::{Handler, ResponseFuture};
 use bytes::Bytes;
 use gorego_reapi::{
     digest::Digest,
@@ -27,62 +23,110 @@ use gorego_reapi::{
 };
 use std::sync::Arc;
 
+/// What there is to do about an action.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Resolution {
+    /// A stored result; everything it references is present and was just renewed (AC-03, AC-04).
+    Cached(Arc<reapi::ActionResult>),
+    /// No usable result; this is what has to run.
+    Run(Arc<Action>),
+    /// It cannot run: the Action or its Command is not stored (`MissingBlobs`) or malformed (`Invalid`).
+    Unusable(Error),
+}
+
 /// An action that was read and checked.
 #[derive(Debug)]
-pub struct ParsedAction {
+pub(super) struct ParsedAction {
     action: Arc<Action>,
     command: Digest,
 }
 
 impl Cas {
-    /// The answer, if no file has to be read for it.
-    fn resolve_from_memory(&self, message: &ResolveAction) -> Option<Resolution> {
-        let instance = message.instance.blobs();
-        let parsed = self.shared().actions.get(&(message.instance.id(), message.action))?;
-        for digest in [message.action, parsed.command] {
-            self.look_up(|index| index.renew_blob(instance, digest)).ok()??;
-        }
-        if message.skip_cache_lookup || parsed.action.do_not_cache {
-            return Some(Resolution::Run(parsed.action.clone()));
-        }
-        match self.look_up_result(&message.instance, message.action).ok()? {
-            ResultLookup::Hit(result) => Some(Resolution::Cached(result)),
-            ResultLookup::Miss => Some(Resolution::Run(parsed.action.clone())),
-            ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
-        }
-    }
-}
-
-impl Handler<ResolveAction> for CasActor {
-    type Result = Reply<Result<Resolution>>;
-
-    fn handle(&mut self, message: ResolveAction, ctx: &mut Self::Context) -> Self::Result {
-        let cas = self.client(ctx).working_for(message.caller);
-        if let Some(resolution) = cas.resolve_from_memory(&message) {
-            return Reply::Now(Ok(resolution));
-        }
-        Reply::Later(Box::pin(self.elsewhere(async move { cas.resolve(message).await })))
-    }
-}
-
-impl Handler<CheckInputs> for CasActor {
-    type Result = ResponseFuture<Result<()>>;
-
-    fn handle(&mut self, message: CheckInputs, ctx: &mut Self::Context) -> Self::Result {
-        let cas = self.client(ctx).working_for(message.caller);
-        Box::pin(self.elsewhere(async move { cas.check_inputs(&message.instance, message.root).await }))
-    }
-}
-
-impl CasActor {
-    /// Does work on the runtime's own threads: this one moves mail. It runs to its end even if nobody waits for it any more.
-    fn elsewhere<T: Send + 'static>(
+    /// Looks an Execute request up: is there a complete result, or what is to be run? With `skip_cache_lookup` the action cache
+    /// is not asked (EXE-17).
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is going down or the store does not answer within [`RESOLVE_TIMEOUT`]. What is wrong with
+    /// the action is no error of this call: see [`Resolution::Unusable`].
+    pub async fn resolve_action(
         &self,
-        work: impl Future<Output = Result<T>> + Send + 'static,
-    ) -> impl Future<Output = Result<T>> + Send + 'static {
-        let working = self.shared.runtime.spawn(work);
+        instance: &Instance,
+        action: Digest,
+        skip_cache_lookup: bool,
+    ) -> Result<Resolution> {
+        let resolved = match self.resolve_from_memory(instance, action, skip_cache_lookup)? {
+            Some(resolution) => return Ok(resolution),
+            None => self.resolve(instance, action, skip_cache_lookup),
+        };
+        match tokio::time::timeout(RESOLVE_TIMEOUT, resolved).await {
+            Ok(Err(error @ (Error::MissingBlobs(_) | Error::Invalid(_)))) => Ok(Resolution::Unusable(error)),
+            Ok(resolution) => resolution,
+            Err(_) => {
+                let problem =
+                    format!("the store of this server did not answer within {RESOLVE_TIMEOUT:?}; try again");
+                Err(Error::Unavailable(problem))
+            }
+        }
+    }
+
+    /// The answer, if no file has to be read for it.
+    fn resolve_from_memory(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        skip_cache_lookup: bool,
+    ) -> Result<Option<Resolution>> {
+        let Some(parsed) = self.shared().actions.get(&(instance.id(), action)) else { return Ok(None) };
+        for digest in [action, parsed.command] {
+            if self.look_up(|index| index.renew_blob(instance.blobs(), digest))?.is_none() {
+                return Ok(None);
+            }
+        }
+        let run = || Resolution::Run(parsed.action.clone());
+        if skip_cache_lookup || parsed.action.do_not_cache {
+            return Ok(Some(run()));
+        }
+        Ok(match self.look_up_result(instance, action)? {
+            ResultLookup::Hit(result) => Some(Resolution::Cached(result)),
+            ResultLookup::Miss => Some(run()),
+            ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
+        })
+    }
+
+    async fn resolve(
+        &self,
+        instance: &Instance,
+        digest: Digest,
+        skip_cache_lookup: bool,
+    ) -> Result<Resolution> {
+        let parsed = self.read_action(instance, digest).await?;
+        let action = parsed.action.clone();
+        let weight = size_of::<ParsedAction>() + action.weight();
+        self.shared().actions.insert((instance.id(), digest), Arc::new(parsed), weight);
+        if !skip_cache_lookup
+            && !action.do_not_cache
+            && let Some(result) = self.get_result(instance, digest).await?
+        {
+            return Ok(Resolution::Cached(result));
+        }
+        Ok(Resolution::Run(action))
+    }
+
+    /// [`Cas::check_inputs`] on the runtime's own threads, wherever this is called: the actors' thread moves mail and walks no
+    /// trees. The check runs to its end even if nobody waits for it any more.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_inputs_apart(
+        &self,
+        instance: Instance,
+        root: Digest,
+    ) -> impl Future<Output = Result<()>> + Send + use<> {
+        let cas = self.clone();
+        let check = async move { cas.check_inputs(&instance, root).await };
+        let checking = self.shared().runtime.spawn(check);
         async move {
-            working.await.unwrap_or_else(|error| {
+            checking.await.unwrap_or_else(|error| {
                 Err(if error.is_panic() {
                     Error::internal("work of the store panicked")
                 } else {
@@ -90,23 +134,6 @@ impl CasActor {
                 })
             })
         }
-    }
-}
-
-impl Cas {
-    async fn resolve(&self, message: ResolveAction) -> Result<Resolution> {
-        let ResolveAction { instance, action: digest, skip_cache_lookup, .. } = message;
-        let parsed = self.read_action(&instance, digest).await?;
-        let action = parsed.action.clone();
-        let weight = size_of::<ParsedAction>() + action.weight();
-        self.shared().actions.insert((instance.id(), digest), Arc::new(parsed), weight);
-        if !skip_cache_lookup
-            && !action.do_not_cache
-            && let Some(result) = self.get_result(&instance, digest).await?
-        {
-            return Ok(Resolution::Cached(result));
-        }
-        Ok(Resolution::Run(action))
     }
 
     /// Reads an Action and its Command, and checks them. Small ones are decoded right here; others must

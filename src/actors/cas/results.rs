@@ -4,6 +4,12 @@
 //! checksum or key is wrong is a miss. Results never carry inlined contents on disk or in memory: whoever stores one turns
 //! them into blobs first, and whoever serves one reads them back on request (AC-05).
 
+mod action_cache;
+mod lookup;
+
+pub(super) use action_cache::PreparedResult;
+pub(super) use lookup::ResultLookup;
+
 use bytes::Bytes;
 use gorego_reapi::{
     auxiliary::modernise,
@@ -16,6 +22,9 @@ use gorego_reapi::{
 };
 use prost::Message as _;
 use std::{collections::HashSet, sync::Arc, time::SystemTime};
+
+/// Largest file of an action result that is read. A result has at most 4 MiB; who made it takes little more.
+pub(super) const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Length of the checksum in front of a stored result.
 const CHECKSUM_BYTES: usize = 32;

@@ -36,6 +36,9 @@ impl StoreSettings {
 /// rest of the request (50 us).
 pub const SMALL_BLOB_BYTES: u64 = 64 * 1024;
 
+/// How long it may take to look an action up: one index look-up and two small blobs.
+pub const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Largest Action or Command message that is read. Those of real builds are below 1 MiB.
 pub const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
 
@@ -66,9 +69,6 @@ pub const MAX_REFERENCES: usize = 2_000_000;
 
 /// Largest Tree message that is read to check a result. About 500,000 files; a result with a larger one is a miss.
 pub const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
-
-/// Largest file of an action result that is read. A result has at most 4 MiB; who made it takes little more.
-pub const MAX_RESULT_FILE_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Results whose blobs are hashed at the same time, because nobody has read them since the start; other lookups of such results
 /// wait. Each reads from the disk as fast as it can. One peer gets all but one.
@@ -138,6 +138,13 @@ pub const ROOM_STEP_BYTES: u64 = 1024 * 1024;
 /// Room for the outputs of an action is reserved at most this much ahead of writing them. They are on disk already.
 pub const ROOM_AHEAD_BYTES: u64 = 64 * 1024 * 1024;
 
+/// What a worker takes at least when it takes room: enough for the logs, outputs and result of a small action, so that they cost
+/// one message. What it does not need, it gives back when the action ends ...
+pub const RUN_ROOM_BYTES: u64 = 256 * 1024;
+
+/// ... and in a small store no more than this part of all.
+pub const RUN_ROOM_PART: u64 = 10_000;
+
 /// Files of one batch of outputs that become visible together at most; those of a larger batch do so in parts.
 pub const FILES_PER_COMMIT: usize = 4_096;
 
@@ -162,9 +169,6 @@ pub const ZSTD_FORM_PART: u64 = 16;
 
 /// Bytes of a blob after which it is given up to make a form of it, if nothing was saved by then.
 pub const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
-
-/// Files that are kept from being written at the same time while their use is written down.
-pub const TOUCH_LEASES: usize = 64;
 
 /// How often waiting uses are written down and broken uploads are looked through.
 pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);

@@ -8,8 +8,9 @@ mod results;
 mod sharing;
 mod store;
 mod uploads;
+mod volumes;
 
-use super::{blob::BlobReader, client::*, *};
+use super::{blob::BlobReader, client::*, forms::zstd_reader::Item, *};
 use crate::{
     action::TimeoutPolicy,
     caller::{Caller, Peer},
@@ -33,6 +34,17 @@ fn digest(bytes: &[u8]) -> Digest {
     SHA256.digest(bytes)
 }
 
+fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
+    StoreSettings {
+        root,
+        max_bytes,
+        max_blob_bytes: 100 * MB,
+        partial_upload_retention: Duration::from_secs(600),
+        zstd_level: 1,
+        timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
+    }
+}
+
 /// A running store. Every test runs on one thread: a blocking call must be made through [`Store::worker`].
 struct Store {
     root: Rc<TempDir>,
@@ -51,14 +63,7 @@ impl Store {
     }
 
     async fn at(root: Rc<TempDir>, max_bytes: u64) -> Self {
-        let settings = StoreSettings {
-            root: root.path().join("store"),
-            max_bytes,
-            max_blob_bytes: 100 * MB,
-            partial_upload_retention: Duration::from_secs(600),
-            zstd_level: 1,
-            timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
-        };
+        let settings = settings_at(root.path().join("store"), max_bytes);
         let instances = Instances::new(["", "other/one"]).unwrap();
         let actor =
             eventually(|| async { CasActor::open(settings.clone(), &instances, Handle::current()).ok() })

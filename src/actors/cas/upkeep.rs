@@ -3,19 +3,17 @@
 
 use super::{
     CasActor, LOG,
-    files::Files,
     guards::Reservation,
-    index::{Found, Victim},
+    index::{FileId, Victim},
     requests::{Deleted, Touch, Touched},
     settings,
-    stamps::{COARSE_TICK, Writers, lease, stamp_of},
     uploads::Partial,
+    volume::Moved,
 };
-use crate::{logging::Event, regular_file};
+use crate::logging::Event;
 use actix::{Addr, AsyncContext as _, Context};
 use gorego_reapi::error::Result;
-use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, futimens};
-use std::{fs::File, future::Future, time::Instant};
+use std::{future::Future, time::Instant};
 use tokio::task::JoinHandle;
 
 impl CasActor {
@@ -85,7 +83,7 @@ impl CasActor {
         self.shared.runtime.spawn_blocking(move || {
             let failures: Vec<_> = victims
                 .iter()
-                .filter_map(|victim| shared.files.delete(&victim.file).err())
+                .filter_map(|victim| shared.volume.delete(&victim.file).err())
                 .collect();
             if let Some(first) = failures.first() {
                 // Their bytes stay on disk until the next start takes them in again.
@@ -136,32 +134,13 @@ impl CasActor {
             return None;
         }
         Some(self.shared.runtime.spawn_blocking(move || {
-            let has_fine_times = shared.files.has_fine_times();
-            // Readers hash a file whose new change time the actor has not heard of.
-            let at_once = if has_fine_times { 1 } else { settings::TOUCH_LEASES };
-            for part in touches.chunks(at_once) {
-                let touched: Vec<_> = part.iter().filter_map(|found| touch(&shared.files, found)).collect();
-                if !touched.is_empty() && !has_fine_times {
-                    // Nobody can write these files before a change would show.
-                    std::thread::sleep(COARSE_TICK);
-                }
-                let moves = touched.into_iter().map(|(moved, _leased)| moved).collect();
-                actor.do_send(Touched(moves));
-            }
+            let files: Vec<FileId> = touches.iter().map(|found| found.file).collect();
+            shared.volume.touch(&files, &mut |moved| {
+                let of_entry = |Moved { at, before, after }| {
+                    touches.get(at).map(|found| Touch { at: found.at, before, after })
+                };
+                actor.do_send(Touched(moved.into_iter().filter_map(of_entry).collect()));
+            });
         }))
     }
-}
-
-/// Sets the access time of a stored file to now. Returns the stamps before and after that, with the file as the holder of a
-/// lease, if nobody can have written it in between. Whether the content was right before is the index's to say.
-pub(super) fn touch(files: &Files, found: &Found) -> Option<(Touch, File)> {
-    let at = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
-    let times = Timestamps { last_access: at(UTIME_NOW), last_modification: at(UTIME_OMIT) };
-    // The file may be gone by now, and a lost use only costs a place in the order.
-    let file = regular_file::open(&files.path(&found.file)).ok()?;
-    let writers = lease(&file);
-    let before = stamp_of(&file.metadata().ok()?);
-    futimens(&file, &times).ok()?;
-    let after = stamp_of(&file.metadata().ok()?);
-    (writers == Writers::ShutOut).then_some((Touch { at: found.at, before, after }, file))
 }

@@ -5,6 +5,15 @@
 //! leaves if it breaks is discarded (BS-20). Broken uploads are bounded in number, bytes and age, and are the first to go
 //! when room is needed. Beyond a bound the oldest one goes of the peer that has most of what is short, so that nobody loses an
 //! upload because another peer has many. Connections have no share of their own: an upload is broken when its connection is.
+//!
+//! The modules below have the bytes on their way in: [`writer`] an upload, [`new_blob`] bytes of unknown digest;
+//! [`received`], [`sink`] and [`decoders`] what they share.
+
+pub mod decoders;
+pub mod new_blob;
+pub mod received;
+pub(crate) mod sink;
+pub(crate) mod writer;
 
 use super::{
     CasActor,
@@ -12,7 +21,7 @@ use super::{
     index::Key,
     requests::EndUpload,
     settings::{MAX_PARTIAL_UPLOADS, TWIN_STALL},
-    sink::{Inflow, Sink},
+    uploads::sink::{Inflow, Sink},
 };
 use crate::{
     budget::Bound,
@@ -24,7 +33,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -38,22 +47,53 @@ const PARTIAL_PART: u64 = 4;
 pub struct Progress {
     /// Bytes of the blob taken so far; only grows.
     pub accepted: AtomicU64,
+    fate: watch::Sender<Fate>,
+}
+
+/// What has become of an attempt; nothing of it is ever taken back.
+#[derive(Debug, Clone, Copy, Default)]
+struct Fate {
     /// The blob is stored, whoever did it (BS-24).
-    pub superseded: AtomicBool,
-    /// Turns true when the attempt is over.
-    pub ended: watch::Sender<bool>,
+    is_superseded: bool,
+    /// The attempt is over.
+    has_ended: bool,
 }
 
 impl Progress {
+    /// Whether the blob has been stored since the attempt began, whoever did it (BS-24).
+    pub fn is_superseded(&self) -> bool {
+        self.fate.borrow().is_superseded
+    }
+
+    /// Waits until [`Progress::is_superseded`], perhaps for ever.
+    pub fn superseded(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.reaches(|fate| fate.is_superseded)
+    }
+
+    /// Waits until the attempt is over.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.reaches(|fate| fate.has_ended)
+    }
+
+    fn reaches(&self, is_reached: fn(&Fate) -> bool) -> impl Future<Output = ()> + Send + use<> {
+        let mut fate = self.fate.subscribe();
+        async move {
+            if fate.wait_for(is_reached).await.is_err() {
+                // Nobody is left to bring it about.
+                std::future::pending().await
+            }
+        }
+    }
+
     /// Waits for the end of the attempt, until `deadline` or until it has taken nothing for [`TWIN_STALL`]. Says whether it
     /// ended.
     pub async fn ends_before(&self, deadline: tokio::time::Instant) -> bool {
-        let mut ended = self.ended.subscribe();
+        let mut ended = std::pin::pin!(self.ended());
         loop {
             let accepted = self.accepted.load(Ordering::Relaxed);
             let look = deadline.min(tokio::time::Instant::now() + TWIN_STALL);
-            match tokio::time::timeout_at(look, ended.wait_for(|ended| *ended)).await {
-                Ok(_) => return true,
+            match tokio::time::timeout_at(look, &mut ended).await {
+                Ok(()) => return true,
                 Err(_) if look == deadline || self.accepted.load(Ordering::Relaxed) == accepted => {
                     return false;
                 }
@@ -79,7 +119,8 @@ impl Partial {
     }
 }
 
-/// The right to write one upload. Dropped, it tells the actor what is left of it.
+/// The right to write one upload. Dropped, it tells the actor what is left of it; one that stored its blob ends with the
+/// message that says so ([`Attempt::into_end`]).
 pub struct Attempt {
     /// `None` until the first bytes are written. Declared before `room`, so that the file goes first.
     pub sink: Option<Sink>,
@@ -96,6 +137,8 @@ pub struct Attempt {
     name: Digest,
     number: u64,
     store: Addr<CasActor>,
+    /// The actor need not be told any more.
+    is_told: bool,
 }
 
 impl Attempt {
@@ -103,7 +146,18 @@ impl Attempt {
     pub fn new(store: Addr<CasActor>, name: Digest, blob: Key, entered: Entered, room: Room) -> Self {
         let Entered { number, progress } = entered;
         let (sink, inflow, room) = (None, Inflow::Plain, Some(room));
-        Self { sink, inflow, room, keep: true, progress, blob, name, number, store }
+        Self { sink, inflow, room, keep: true, progress, blob, name, number, store, is_told: false }
+    }
+
+    /// The end of this attempt, of which nothing is left, to be told with something else.
+    pub fn into_end(mut self) -> EndUpload {
+        self.is_told = true;
+        self.end(None)
+    }
+
+    fn end(&self, partial: Option<Partial>) -> EndUpload {
+        let (name, number, blob, progress) = (self.name, self.number, self.blob, self.progress.clone());
+        EndUpload { name, number, blob, progress, partial }
     }
 
     /// The actor's address.
@@ -122,13 +176,9 @@ impl Drop for Attempt {
                 None
             }
         };
-        self.store.do_send(EndUpload {
-            name: self.name,
-            number: self.number,
-            blob: self.blob,
-            progress: self.progress.clone(),
-            partial,
-        });
+        if !self.is_told {
+            self.store.do_send(self.end(partial));
+        }
     }
 }
 
@@ -234,7 +284,7 @@ impl Uploads {
         }
         let is_latest = self.named.get(&name).is_some_and(|named| named.number == number);
         // Nobody goes on with an upload of what is stored.
-        let is_of_use = is_latest && !progress.superseded.load(Ordering::Relaxed);
+        let is_of_use = is_latest && !progress.is_superseded();
         let discarded = match partial {
             Some(partial) if is_of_use => {
                 self.parked_bytes += partial.room.bytes();
@@ -249,7 +299,7 @@ impl Uploads {
                 partial
             }
         };
-        progress.ended.send_replace(true);
+        progress.fate.send_modify(|fate| fate.has_ended = true);
         discarded
     }
 
@@ -265,7 +315,7 @@ impl Uploads {
     /// Tells all who upload this blob that it is stored.
     pub fn supersede(&self, blob: &Key) {
         for progress in self.running.get(blob).into_iter().flatten() {
-            progress.superseded.store(true, Ordering::Relaxed);
+            progress.fate.send_modify(|fate| fate.is_superseded = true);
         }
     }
 

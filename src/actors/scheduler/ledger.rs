@@ -40,7 +40,7 @@ use super::{
 };
 use crate::{
     action::Action,
-    actors::{cas::messages::Resolution, worker::messages::TaskId},
+    actors::{cas::resolve::Resolution, worker::messages::TaskId},
     instance::Instance,
 };
 use gorego_reapi::error::{Error, Result};
@@ -116,8 +116,9 @@ impl Ledger {
         }
     }
 
-    /// Takes an action in, once the CAS has said what there is to do about it. A hit is completed at birth; other work joins
-    /// the identical task in flight, also when the client asked to skip the cache (EXE-17), or is queued.
+    /// Takes an action in, once the store has said what there is to do about it. A hit is completed at birth, and so is what
+    /// cannot run, so that its name is known like any other (EXE-02). Other work joins the identical task in flight, also when
+    /// the client asked to skip the cache (EXE-17), or is queued.
     ///
     /// # Errors
     /// `Unavailable` while draining; `Exhausted` when the queue is full, or this peer or build has its share of it;
@@ -138,16 +139,17 @@ impl Ledger {
         let info = Arc::new(OperationInfo { id, instance, action: digest, inline, client, peer });
         match resolution {
             Resolution::Cached(result) => {
-                let outcome = Arc::new(Outcome {
+                let outcome = Outcome {
                     result: Some(result),
                     cached: true,
                     error: None,
                     message: String::new(),
                     server_logs: Vec::new(),
-                });
-                let event = Event::Completed { outcome: outcome.clone(), place: None, queued_for: None };
-                self.transitions.push(Transition { info: info.clone(), priority, event });
-                Ok(self.register.enter_finished(info, priority, outcome, now))
+                };
+                Ok(self.complete_at_birth(info, priority, outcome, now))
+            }
+            Resolution::Unusable(error) => {
+                Ok(self.complete_at_birth(info, priority, Outcome::failed(error), now))
             }
             Resolution::Run(action) => {
                 self.register.check_place(peer)?;
@@ -157,6 +159,20 @@ impl Ledger {
                 }
             }
         }
+    }
+
+    /// Enters an operation that waits for nothing.
+    fn complete_at_birth(
+        &mut self,
+        info: Arc<OperationInfo>,
+        priority: i32,
+        outcome: Outcome,
+        now: Moment,
+    ) -> Subscription {
+        let outcome = Arc::new(outcome);
+        let event = Event::Completed { outcome: outcome.clone(), place: None, queued_for: None };
+        self.transitions.push(Transition { info: info.clone(), priority, event });
+        self.register.enter_finished(info, priority, outcome, now)
     }
 
     fn join(&mut self, task: TaskId, info: Arc<OperationInfo>, priority: i32, now: Moment) -> Subscription {

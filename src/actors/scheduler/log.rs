@@ -18,7 +18,7 @@ pub const OPERATION_QUEUED: &str = "operation_queued";
 pub const OPERATION_EXECUTING: &str = "operation_executing";
 /// A worker failed; the operation waits again.
 pub const OPERATION_REQUEUED: &str = "operation_requeued";
-/// An operation ended; the only line of a cache hit.
+/// An operation ended; the only line of one that was over at once.
 pub const OPERATION_COMPLETED: &str = "operation_completed";
 /// A run neither ends nor stops; its slot is out of service.
 pub const SLOT_STUCK: &str = "slot_stuck";

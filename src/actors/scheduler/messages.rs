@@ -1,17 +1,26 @@
 //! What RPC handlers ask of the scheduler. Each message is one intent and its reply the whole answer.
 
 use super::operation::{ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription};
-use crate::{caller::Caller, instance::Instance};
+use crate::{actors::cas::resolve::Resolution, caller::Caller, instance::Instance};
 use gorego_reapi::{digest::Digest, error::Result};
 use std::sync::Arc;
 
-/// Takes an action in: answered from the cache, joined to the same work in flight, or queued.
+/// Takes an action in: answered from the cache, joined to the same work in flight, queued, or over at once because it cannot
+/// run. In each case there is an operation afterwards.
 ///
 /// # Errors
-/// `Exhausted` when the queue is full or `Unavailable` during shutdown; `Invalid` for a malformed action; `MissingBlobs`
-/// when the Action or Command is not stored; `Precondition` when no pool can ever take it (EXE-31).
+/// `Exhausted` when the queue is full, `Unavailable` during shutdown, `Precondition` when no pool can ever take it (EXE-31).
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<Subscription>")]
+pub struct Admit {
+    /// What the client asks for.
+    pub submit: Submit,
+    /// What the store knows of the action.
+    pub resolution: Resolution,
+}
+
+/// A client's request to execute an action.
+#[derive(Debug, Clone)]
 pub struct Submit {
     /// The namespace.
     pub instance: Instance,

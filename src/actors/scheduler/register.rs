@@ -35,6 +35,7 @@ pub struct Register {
     unfinished: Places,
     worked: Retained,
     cached: Retained,
+    unusable: Retained,
 }
 
 /// One entry of the register.
@@ -54,8 +55,20 @@ pub struct Operation {
 enum State {
     /// Waits for a task; since when nobody has been seen to follow it.
     Unfinished { task: TaskId, unfollowed_since: Option<Instant> },
-    /// Over, and whether its result came from the cache.
-    Finished { at: Instant, cached: bool },
+    /// Over.
+    Finished { at: Instant, kind: Kind },
+}
+
+/// Finished operations of different kinds are remembered under bounds of their own, so that those of one kind, however many
+/// there are, push out none of another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// It waited for a task.
+    Worked,
+    /// It was answered from the cache.
+    Cached,
+    /// Its action could not run, and that was known at once.
+    Unusable,
 }
 
 impl Operation {
@@ -83,10 +96,13 @@ impl Operation {
     /// Bytes that it holds on to, apart from what all operations do.
     fn weight(&self) -> usize {
         let snapshot = self.snapshot.borrow();
-        let result = snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref());
+        let outcome = snapshot.outcome.as_ref();
+        let result = outcome.and_then(|outcome| outcome.result.as_ref());
+        let error = outcome.and_then(|outcome| outcome.error.as_ref());
+        let of_outcome = result.map_or(0, |result| result.encoded_len())
+            + error.map_or(0, gorego_reapi::error::Error::memory);
         let files = self.info.inline.output_files.iter();
-        files
-            .fold(result.map_or(0, |result| result.encoded_len()), |sum, path| sum.saturating_add(path.len()))
+        files.fold(of_outcome, |sum, path| sum.saturating_add(path.len()))
     }
 
     fn matches(&self, query: &ListOperations, waits_for_pool: impl Fn(TaskId) -> bool) -> bool {
@@ -123,12 +139,8 @@ impl Register {
                 age: settings.retention,
                 ..Retained::default()
             },
-            cached: Retained {
-                limit: settings.retained_cached,
-                limit_bytes: settings.retained_cached_bytes,
-                age: settings.cached_retention,
-                ..Retained::default()
-            },
+            cached: Retained::at_birth(settings),
+            unusable: Retained::at_birth(settings),
         }
     }
 
@@ -165,14 +177,14 @@ impl Register {
         outcome: Arc<Outcome>,
         now: Moment,
     ) -> Subscription {
-        let cached = outcome.cached;
+        let kind = if outcome.cached { Kind::Cached } else { Kind::Unusable };
         let snapshot =
             Snapshot { stage: Stage::Completed, outcome: Some(outcome), ..Snapshot::queued(now.wall) };
-        let state = State::Finished { at: now.at, cached };
+        let state = State::Finished { at: now.at, kind };
         let snapshot = watch::Sender::new(snapshot);
         let (number, subscription) =
             self.insert(Operation { info, priority, queued: now.at, state, snapshot });
-        self.retain(number, cached, now);
+        self.retain(number, kind, now);
         subscription
     }
 
@@ -185,8 +197,8 @@ impl Register {
     ) -> Option<CompletedOperation> {
         let operation = self.operations.get_mut(&number)?;
         operation.task()?;
-        let cached = outcome.cached;
-        operation.state = State::Finished { at: now.at, cached };
+        let kind = Kind::Worked;
+        operation.state = State::Finished { at: now.at, kind };
         operation.snapshot.send_modify(|snapshot| {
             snapshot.stage = Stage::Completed;
             snapshot.run_stage = None;
@@ -198,7 +210,7 @@ impl Register {
             queued: operation.queued,
         };
         self.unfinished.give_back(completed.info.peer);
-        self.retain(number, cached, now);
+        self.retain(number, kind, now);
         Some(completed)
     }
 
@@ -244,19 +256,20 @@ impl Register {
 
     /// Forgets a finished operation; whether there was one.
     pub fn forget(&mut self, number: u64) -> bool {
-        let Some(State::Finished { at, cached }) = self.operations.get(&number).map(|o| &o.state) else {
+        let Some(&State::Finished { at, kind }) = self.operations.get(&number).map(|o| &o.state) else {
             return false;
         };
-        let (at, cached) = (*at, *cached);
-        self.retained(cached).remove(at, number);
+        self.retained(kind).remove(at, number);
         self.remove(number);
         true
     }
 
     /// Forgets what has been remembered long enough.
     pub fn expire(&mut self, now: Moment) {
-        while let Some(number) = self.worked.pop_expired(now).or_else(|| self.cached.pop_expired(now)) {
-            self.remove(number);
+        for kind in [Kind::Worked, Kind::Cached, Kind::Unusable] {
+            while let Some(number) = self.retained(kind).pop_expired(now) {
+                self.remove(number);
+            }
         }
     }
 
@@ -344,16 +357,20 @@ impl Register {
         }
     }
 
-    fn retain(&mut self, number: u64, cached: bool, now: Moment) {
+    fn retain(&mut self, number: u64, kind: Kind, now: Moment) {
         let weight = self.operations.get(&number).map_or(0, Operation::weight);
-        self.retained(cached).insert(now.at, number, weight);
-        while let Some(oldest) = self.retained(cached).pop_excess() {
+        self.retained(kind).insert(now.at, number, weight);
+        while let Some(oldest) = self.retained(kind).pop_excess() {
             self.remove(oldest);
         }
     }
 
-    fn retained(&mut self, cached: bool) -> &mut Retained {
-        if cached { &mut self.cached } else { &mut self.worked }
+    fn retained(&mut self, kind: Kind) -> &mut Retained {
+        match kind {
+            Kind::Worked => &mut self.worked,
+            Kind::Cached => &mut self.cached,
+            Kind::Unusable => &mut self.unusable,
+        }
     }
 }
 
@@ -380,6 +397,16 @@ struct Retained {
 }
 
 impl Retained {
+    /// For operations that were over when they came.
+    fn at_birth(settings: &SchedulerSettings) -> Self {
+        Self {
+            limit: settings.retained_cached,
+            limit_bytes: settings.retained_cached_bytes,
+            age: settings.cached_retention,
+            ..Self::default()
+        }
+    }
+
     fn insert(&mut self, at: Instant, number: u64, weight: usize) {
         self.by_end.insert((at, number), weight);
         self.bytes = self.bytes.saturating_add(weight);

@@ -44,13 +44,13 @@ pub struct SchedulerSettings {
     /// Bytes of results and requests in the finished operations that are remembered; the oldest are forgotten first. A result
     /// may be 4 MiB, and as many of those as there may be operations are no machine's memory.
     pub retained_bytes: usize,
-    /// How long operations that were answered from the cache are remembered. Only a stream that broke before its single
-    /// message needs them; whoever comes later asks again and gets the same hit.
+    /// How long operations are remembered that were over at once: answered from the cache, or of an action that cannot run.
+    /// Only a stream that broke before its single message needs them; who comes later asks again and gets the same answer.
     pub cached_retention: Duration,
-    /// How many operations answered from the cache are remembered. They have a bound of their own so that a flood of hits
-    /// cannot push out results that took work.
+    /// How many operations answered from the cache are remembered, and as many again whose action cannot run. Both have bounds
+    /// of their own, so that a flood of them cannot push out results that took work.
     pub retained_cached: usize,
-    /// The same as `retained_bytes`, for those.
+    /// The same as `retained_bytes`, for each of the two.
     pub retained_cached_bytes: usize,
     /// How long an operation that nobody follows goes on (EXE-14).
     pub abandon_grace: Duration,

@@ -1,4 +1,4 @@
-//! The actor against fake pools and a fake CAS: what only the shell can get wrong.
+//! The actor against fake pools and a fake store: what only the shell can get wrong.
 //!
 //! No test sleeps: fakes hand over what they were sent through channels, and answers come when a test gives them.
 #![expect(
@@ -12,37 +12,31 @@ use super::{
     operation::{Outcome, Stage, Subscription},
     *,
 };
-use crate::actors::worker::messages::{RunReport, RunResult, RunStage};
-use actix::{ActorContext, ActorFutureExt, Addr, SyncArbiter, SyncContext, WrapFuture, fut};
+use crate::{
+    actors::worker::messages::{RunReport, RunResult, RunStage},
+    instance::Instance,
+};
+use actix::{ActorContext, ActorFutureExt, Addr, Handler, SyncArbiter, SyncContext, WrapFuture, fut};
 use futures::future::{self, FutureExt};
-use std::{collections::HashMap, sync::Arc, time::SystemTime};
+use gorego_reapi::digest::Digest;
+use std::{sync::Arc, time::SystemTime};
 use tokio::sync::mpsc;
 
-/// A CAS that knows these actions and has all inputs.
-#[derive(Default)]
-struct FakeCas {
-    actions: HashMap<gorego_reapi::digest::Digest, Resolution>,
+/// A store that has all inputs, unless it is gone.
+struct FakeStore {
+    is_gone: bool,
 }
 
-impl Actor for FakeCas {
-    type Context = Context<Self>;
-}
-
-impl Handler<ResolveAction> for FakeCas {
-    type Result = Result<Resolution>;
-
-    fn handle(&mut self, question: ResolveAction, _: &mut Self::Context) -> Self::Result {
-        let found = self.actions.get(&question.action).cloned();
-        found.ok_or_else(|| Error::MissingBlobs(vec![question.action]))
+impl InputCheck for FakeStore {
+    fn check(&self, _: Instance, _: Digest, _: Caller) -> future::BoxFuture<'static, Result<()>> {
+        let gone = || Err(Error::Unavailable("the store is going down".into()));
+        future::ready(if self.is_gone { gone() } else { Ok(()) }).boxed()
     }
 }
 
-impl Handler<CheckInputs> for FakeCas {
-    type Result = Result<()>;
-
-    fn handle(&mut self, _: CheckInputs, _: &mut Self::Context) -> Self::Result {
-        Ok(())
-    }
+/// A request for this work, of which the store has no result.
+fn ask(work: &Work) -> Admit {
+    Admit { submit: submit(work), resolution: resolution(work, false) }
 }
 
 /// A pool that hands each run to the test and ends it with what the test says. A dropped sender is
@@ -95,17 +89,15 @@ fn pool(slots: usize, runner: Recipient<RunAction>) -> Pool {
     Pool { spec: ledger::fixtures::pool(slots, "linux"), runner }
 }
 
-fn scheduler(settings: SchedulerSettings, works: &[Work], cached: bool, pool: Pool) -> Addr<SchedulerActor> {
-    let actions = works.iter().map(|work| (submit(work).action, resolution(work, cached)));
-    let cas = FakeCas { actions: actions.collect() }.start();
-    SchedulerActor::new(settings, vec![pool], cas.clone().recipient(), cas.recipient()).start()
+fn scheduler(settings: SchedulerSettings, pool: Pool) -> Addr<SchedulerActor> {
+    SchedulerActor::new(settings, vec![pool], FakeStore { is_gone: false }).start()
 }
 
 /// A scheduler whose runs the test answers.
-fn attended(slots: usize, works: &[Work]) -> (Addr<SchedulerActor>, mpsc::UnboundedReceiver<Handed>) {
+fn attended(slots: usize) -> (Addr<SchedulerActor>, mpsc::UnboundedReceiver<Handed>) {
     let (sender, handed) = mpsc::unbounded_channel();
     let runner = FakePool(sender).start().recipient();
-    (scheduler(settings(), works, false, pool(slots, runner)), handed)
+    (scheduler(settings(), pool(slots, runner)), handed)
 }
 
 async fn outcome(mut subscription: Subscription) -> Arc<Outcome> {
@@ -124,8 +116,8 @@ fn success() -> RunReport {
 /// EXE-01, EXE-04: from Submit to the end, with the worker's news on the way.
 #[actix::test]
 async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
-    let (scheduler, mut handed) = attended(1, &[work(1)]);
-    let subscription = scheduler.send(submit(&work(1))).await.unwrap().unwrap();
+    let (scheduler, mut handed) = attended(1);
+    let subscription = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
     let Handed { run, answer } = handed.recv().await.unwrap();
     let mut follower = subscription.clone();
     reaches(&mut follower, Stage::Executing).await;
@@ -147,19 +139,18 @@ async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
 async fn a_hit_is_answered_without_any_worker() {
     let (sender, mut handed) = mpsc::unbounded_channel();
     let runner = FakePool(sender).start().recipient();
-    let scheduler = scheduler(settings(), &[work(1)], true, pool(1, runner));
-    let subscription = scheduler.send(submit(&work(1))).await.unwrap().unwrap();
+    let scheduler = scheduler(settings(), pool(1, runner));
+    let hit = Admit { submit: submit(&work(1)), resolution: resolution(&work(1), true) };
+    let subscription = scheduler.send(hit).await.unwrap().unwrap();
     assert!(outcome(subscription).await.cached);
     assert!(handed.try_recv().is_err());
-    let unknown = scheduler.send(submit(&work(2))).await.unwrap().unwrap_err();
-    assert!(matches!(unknown, Error::MissingBlobs(_)), "what the CAS refuses is refused");
 }
 
 /// EXE-15, OPS-04.
 #[actix::test]
 async fn two_hundred_submissions_at_once_are_one_run() {
-    let (scheduler, mut handed) = attended(8, &[work(1)]);
-    let submissions = (0..200).map(|_| scheduler.send(submit(&work(1))));
+    let (scheduler, mut handed) = attended(8);
+    let submissions = (0..200).map(|_| scheduler.send(ask(&work(1))));
     let subscriptions = future::join_all(submissions).await;
     let mut subscriptions: Vec<_> = subscriptions.into_iter().map(|s| s.unwrap().unwrap()).collect();
     let only = handed.recv().await.unwrap();
@@ -180,8 +171,8 @@ async fn a_client_that_vanishes_leaves_nothing_behind() {
     let (sender, mut handed) = mpsc::unbounded_channel();
     let runner = FakePool(sender).start().recipient();
     let settings = SchedulerSettings { abandon_grace: Duration::ZERO, ..settings() };
-    let scheduler = scheduler(settings, &[work(1)], false, pool(1, runner));
-    drop(scheduler.send(submit(&work(1))).await.unwrap().unwrap());
+    let scheduler = scheduler(settings, pool(1, runner));
+    drop(scheduler.send(ask(&work(1))).await.unwrap().unwrap());
     let handed = handed.recv().await.unwrap();
     scheduler.send(Tick).await.unwrap();
     assert!(handed.run.cancel.is_cancelled());
@@ -195,9 +186,9 @@ async fn a_client_that_vanishes_leaves_nothing_behind() {
 #[actix::test]
 async fn workers_that_die_of_an_action_do_not_take_the_scheduler_along() {
     let runner = SyncArbiter::start(2, || Doomed).recipient();
-    let scheduler = scheduler(settings(), &[work(1), work(2)], false, pool(2, runner));
+    let scheduler = scheduler(settings(), pool(2, runner));
     for name in [1, 2] {
-        let error = match scheduler.send(submit(&work(name))).await.unwrap() {
+        let error = match scheduler.send(ask(&work(name))).await.unwrap() {
             Ok(subscription) => outcome(subscription).await.error.clone().expect("it cannot have worked"),
             // All workers may be gone by now.
             Err(error) => error,
@@ -210,13 +201,13 @@ async fn workers_that_die_of_an_action_do_not_take_the_scheduler_along() {
 /// EXE-62.
 #[actix::test]
 async fn a_pool_that_closes_ends_its_work_and_refuses_more() {
-    let (scheduler, mut handed) = attended(1, &[work(1), work(2), work(3)]);
-    let running = scheduler.send(submit(&work(1))).await.unwrap().unwrap();
-    let queued = scheduler.send(submit(&work(2))).await.unwrap().unwrap();
+    let (scheduler, mut handed) = attended(1);
+    let running = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
+    let queued = scheduler.send(ask(&work(2))).await.unwrap().unwrap();
     drop(handed.recv().await.unwrap().answer);
     assert!(matches!(outcome(running).await.error, Some(Error::Unavailable(_))));
     assert!(matches!(outcome(queued).await.error, Some(Error::Unavailable(_))));
-    let refusal = scheduler.send(submit(&work(3))).await.unwrap().unwrap_err();
+    let refusal = scheduler.send(ask(&work(3))).await.unwrap().unwrap_err();
     assert!(matches!(refusal, Error::Unavailable(_)));
 }
 
@@ -227,10 +218,10 @@ async fn never_more_runs_than_slots_nor_more_waiting_than_the_queue_holds() {
     let (sender, mut handed) = mpsc::unbounded_channel();
     let runner = FakePool(sender).start().recipient();
     let settings = SchedulerSettings { queue_size: 4, ..settings() };
-    let scheduler = scheduler(settings, &works, false, pool(2, runner));
+    let scheduler = scheduler(settings, pool(2, runner));
     let (mut runs, mut subscriptions, mut refused) = (Vec::new(), Vec::new(), 0);
     for (submitted, work) in works.iter().enumerate() {
-        match scheduler.send(submit(work)).await.unwrap() {
+        match scheduler.send(ask(work)).await.unwrap() {
             Ok(subscription) => subscriptions.push(subscription),
             Err(Error::Exhausted { retry_after: Some(_), .. }) => refused += 1,
             Err(other) => panic!("{other:?}"),
@@ -261,13 +252,13 @@ async fn never_more_runs_than_slots_nor_more_waiting_than_the_queue_holds() {
 /// EXE-10.
 #[actix::test]
 async fn a_drain_is_answered_when_the_last_run_is_over() {
-    let (scheduler, mut handed) = attended(1, &[work(1), work(2)]);
-    let running = scheduler.send(submit(&work(1))).await.unwrap().unwrap();
-    let queued = scheduler.send(submit(&work(2))).await.unwrap().unwrap();
+    let (scheduler, mut handed) = attended(1);
+    let running = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
+    let queued = scheduler.send(ask(&work(2))).await.unwrap().unwrap();
     let run = handed.recv().await.unwrap();
     let mut patient = Box::pin(scheduler.send(Drain { cancel: false }));
     assert!(futures::poll!(&mut patient).is_pending());
-    let refusal = scheduler.send(submit(&work(1))).await.unwrap().unwrap_err();
+    let refusal = scheduler.send(ask(&work(1))).await.unwrap().unwrap_err();
     assert!(matches!(refusal, Error::Unavailable(_)));
     let mut hasty = Box::pin(scheduler.send(Drain { cancel: true }));
     assert!(futures::poll!(&mut hasty).is_pending());
@@ -283,27 +274,14 @@ async fn a_drain_is_answered_when_the_last_run_is_over() {
     hasty.await.unwrap();
 }
 
-/// A CAS that dies in the middle of everything is no reason to hang.
+/// A store that dies in the middle of everything is no reason to hang.
 #[actix::test]
-async fn a_store_that_is_gone_is_said_to_be_unavailable() {
-    let (sender, _handed) = mpsc::unbounded_channel();
+async fn work_whose_inputs_cannot_be_checked_ends_retryably() {
+    let (sender, mut handed) = mpsc::unbounded_channel();
     let runner = FakePool(sender).start().recipient();
-    let cas = FakeCas::default().start();
-    let (resolve, check) = (cas.clone().recipient(), cas.clone().recipient());
-    let scheduler = SchedulerActor::new(settings(), vec![pool(1, runner)], resolve, check).start();
-    cas.do_send(Stop);
-    let refusal = scheduler.send(submit(&work(1))).await.unwrap().unwrap_err();
-    assert!(matches!(refusal, Error::Unavailable(_)));
-}
-
-#[derive(Message)]
-#[rtype(result = "()")]
-struct Stop;
-
-impl Handler<Stop> for FakeCas {
-    type Result = ();
-
-    fn handle(&mut self, _: Stop, ctx: &mut Self::Context) {
-        ctx.stop();
-    }
+    let store = FakeStore { is_gone: true };
+    let scheduler = SchedulerActor::new(settings(), vec![pool(1, runner)], store).start();
+    let subscription = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
+    assert!(matches!(outcome(subscription).await.error, Some(Error::Unavailable(_))));
+    assert!(handed.try_recv().is_err());
 }

@@ -47,7 +47,7 @@ pub enum Event {
         outcome: Arc<Outcome>,
         /// Where it ran; `None` when it never did.
         place: Option<Arc<RunPlace>>,
-        /// How long it waited before it ran or ended; `None` for a cache hit, which waits for nothing.
+        /// How long it waited before it ran or ended; `None` for one that was over when it was admitted.
         queued_for: Option<Duration>,
     },
 }

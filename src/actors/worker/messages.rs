@@ -54,7 +54,7 @@ pub enum RunStage {
     Uploading,
 }
 
-/// A worker has entered a step. A fact, not a request.
+/// A worker has entered a step after [`RunStage::Fetching`], with which each run begins. A fact, not a request.
 #[derive(Debug, Clone, Copy, actix::Message)]
 #[rtype(result = "()")]
 pub struct StageReached {

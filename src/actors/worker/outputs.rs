@@ -10,7 +10,7 @@ pub mod scan;
 use super::{
     checkpoint::Checkpoint,
     dir::{self, FileId},
-    store::{BlobStore, Outputs},
+    store::Outputs,
 };
 use crate::action::{Action, OutputKind, OutputRequest};
 use encode::Encoded;
@@ -78,14 +78,15 @@ enum Found {
     Directory(Scan),
 }
 
-/// Collects the outputs of `action` below `root` into `result`. No process may be left that could change them.
+/// Collects the outputs of `action` below `root` into `result`. No process may be left that could change them. What is stored in
+/// the batch is for the caller to commit.
 ///
 /// # Errors
 /// `Precondition` naming an output that cannot be one; those of the store; those of the checkpoint between two files.
 pub fn collect(
     root: &File,
     action: &Action,
-    store: &dyn BlobStore,
+    batch: &mut dyn Outputs,
     checkpoint: &Checkpoint,
     result: &mut reapi::ActionResult,
 ) -> Result<()> {
@@ -98,7 +99,7 @@ pub fn collect(
             found.push((output, node));
         }
     }
-    let batch = store.begin_outputs(&action.instance, action.digest.function(), budget.bytes_on_disk());
+    batch.expect(budget.bytes_on_disk());
     let mut storing = Storing {
         root,
         action,
@@ -107,8 +108,7 @@ pub fn collect(
         stored: HashMap::new(),
         reported: Reported { mtime: action.command.report_mtime, unix_mode: action.command.report_unix_mode },
     };
-    found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))?;
-    storing.batch.commit()
+    found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))
 }
 
 /// Undoes a command's closing of a directory of ours to its own user; says how that looked before.
@@ -183,7 +183,7 @@ fn expect(output: &OutputRequest, kind: FileType) -> Result<()> {
 struct Storing<'a> {
     root: &'a File,
     action: &'a Action,
-    batch: Box<dyn Outputs + 'a>,
+    batch: &'a mut dyn Outputs,
     checkpoint: &'a Checkpoint<'a>,
     /// Files already stored; the store may have taken them away from where they were.
     stored: HashMap<FileId, Digest>,

@@ -90,17 +90,23 @@ impl<'a> ActionRun<'a> {
 
     /// Runs the action to its end.
     pub(super) fn execute(mut self) -> RunReport {
-        let outcome = self.steps().map_err(|error| self.relieved(error));
+        let mut batch = self.begin_outputs();
+        let stored = match self.steps(&mut *batch) {
+            Ok(()) => Ok(batch),
+            Err(error) => {
+                // What it holds is not to be in the way of a full disk.
+                drop(batch);
+                Err(self.relieved(error))
+            }
+        };
         self.note(Point::WorkerEnd);
         let usage = self.ran.as_ref().map(|ran| &ran.usage);
         self.result.execution_metadata = Some(self.timeline.metadata(self.worker(), usage));
+        let outcome = stored.and_then(|batch| self.keep(batch));
         self.log(&outcome);
         let account = self.account(&outcome);
         match outcome {
-            Ok(()) => {
-                self.record();
-                Ok(Box::new(RunResult { result: self.result, account }))
-            }
+            Ok(()) => Ok(Box::new(RunResult { result: self.result, account })),
             Err(error) => Err(RunFailure {
                 // After the wait it is better to let clients wait than slots.
                 retryable: is_workers_fault(&error) && !self.waited_in_vain,
@@ -112,15 +118,16 @@ impl<'a> ActionRun<'a> {
         }
     }
 
-    fn steps(&mut self) -> Result<()> {
+    fn steps(&mut self, batch: &mut dyn Outputs) -> Result<()> {
         let action = &self.order.action;
         let fetching =
             Checkpoint::new(&self.order.cancel, "fetching the inputs", self.settings.transfer_timeout);
         fetching.check()?;
-        self.enter(RunStage::Fetching, Point::FetchStart, None);
+        // The scheduler knows without being told.
+        self.note(Point::FetchStart);
         self.wait_for_room(&fetching)?;
         let workspace = self.settings.build_root.create(self.order.slot, &action.digest)?;
-        let outcome = self.steps_in(&workspace, &fetching);
+        let outcome = self.steps_in(&workspace, &fetching, batch);
         if let Err(Error::DiskFull(_)) = outcome {
             // Before anybody tries again.
             workspace.remove_now();
@@ -128,7 +135,12 @@ impl<'a> ActionRun<'a> {
         outcome
     }
 
-    fn steps_in(&mut self, workspace: &Workspace, fetching: &Checkpoint) -> Result<()> {
+    fn steps_in(
+        &mut self,
+        workspace: &Workspace,
+        fetching: &Checkpoint,
+        batch: &mut dyn Outputs,
+    ) -> Result<()> {
         let action = &self.order.action;
         // Held to the end: while an action runs, its inputs are not evicted.
         let staged = self.store.stage_inputs(&action.instance, action.input_root, self.order.peer)?;
@@ -156,7 +168,7 @@ impl<'a> ActionRun<'a> {
         self.ran = Some(ran);
 
         self.enter(RunStage::Uploading, Point::UploadStart, logs);
-        let stored = self.conclude(ending, workspace, live.as_ref());
+        let stored = self.conclude(ending, workspace, live.as_ref(), batch);
         self.note(Point::UploadEnd);
         // Outputs that were taken away look like outputs that were never made.
         workspace.check_in_place()?;
@@ -205,7 +217,13 @@ impl<'a> ActionRun<'a> {
     }
 
     /// Turns the end of the command into exit code, logs and outputs.
-    fn conclude(&mut self, ending: Ending, workspace: &Workspace, live: Option<&LiveRun>) -> Result<()> {
+    fn conclude(
+        &mut self,
+        ending: Ending,
+        workspace: &Workspace,
+        live: Option<&LiveRun>,
+        batch: &mut dyn Outputs,
+    ) -> Result<()> {
         let action = &self.order.action;
         outputs::open_up(workspace.top()?)?;
         let interrupted = match ending {
@@ -239,7 +257,7 @@ impl<'a> ActionRun<'a> {
                 return Err(log_lost(kind, errno));
             }
         };
-        self.store_logs(workspace, live)?;
+        self.store_logs(workspace, live, batch)?;
         if let Some(error) = interrupted {
             // EXE-45: the logs so far are all there is; a killed command has no exit code to speak of.
             self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
@@ -247,7 +265,7 @@ impl<'a> ActionRun<'a> {
         }
         let uploading =
             Checkpoint::new(&self.order.cancel, "storing the outputs", self.settings.transfer_timeout);
-        outputs::collect(workspace.root()?, action, self.store, &uploading, &mut self.result)?;
+        outputs::collect(workspace.root()?, action, batch, &uploading, &mut self.result)?;
         check_size(&self.result).inspect_err(|_| {
             // The logs may say why there are so many.
             let logs = (self.result.stdout_digest.take(), self.result.stderr_digest.take());
@@ -258,9 +276,13 @@ impl<'a> ActionRun<'a> {
     }
 
     /// Stores the logs, which ends their streams. One that is empty (EXE-59) or was removed by the command has no digest.
-    fn store_logs(&mut self, workspace: &Workspace, live: Option<&LiveRun>) -> Result<()> {
+    fn store_logs(
+        &mut self,
+        workspace: &Workspace,
+        live: Option<&LiveRun>,
+        batch: &mut dyn Outputs,
+    ) -> Result<()> {
         let top = workspace.top()?;
-        let mut batch = self.begin_outputs();
         let mut store = |kind: LogKind| {
             let name = kind.name();
             let is_empty = super::dir::stat_at(top, name.as_ref()).map_or(true, |stat| stat.st_size == 0);
@@ -270,7 +292,7 @@ impl<'a> ActionRun<'a> {
             batch.file(top, name, outputs::open_regular(top, name, name)?).map(Some)
         };
         let (stdout, stderr) = (store(LogKind::Stdout)?, store(LogKind::Stderr)?);
-        batch.commit()?;
+        batch.publish()?;
         if let Some(live) = live {
             live.stored(LogKind::Stdout, stdout);
             live.stored(LogKind::Stderr, stderr);
@@ -318,7 +340,7 @@ impl<'a> ActionRun<'a> {
 
     fn begin_outputs(&self) -> Box<dyn Outputs + 'a> {
         let action = &self.order.action;
-        self.store.begin_outputs(&action.instance, action.digest.function(), 0)
+        self.store.begin_outputs(&action.instance, action.digest.function())
     }
 
     fn facts(&self) -> run_log::Facts<'_> {
@@ -336,8 +358,14 @@ impl<'a> ActionRun<'a> {
         }
     }
 
-    /// EXE-18 to EXE-20: successes only. That nobody can reuse a result does not make it wrong.
-    fn record(&self) {
+    /// Makes the outputs visible and, together with them, records the result.
+    fn keep(&self, mut batch: Box<dyn Outputs + '_>) -> Result<()> {
+        self.record(&mut *batch);
+        batch.commit()
+    }
+
+    /// EXE-18 to EXE-20: successes only. A result that cannot be recorded is still right.
+    fn record(&self, batch: &mut dyn Outputs) {
         let action = &self.order.action;
         if action.do_not_cache || self.result.exit_code != 0 {
             return;
@@ -347,9 +375,7 @@ impl<'a> ActionRun<'a> {
             tool_invocation_id: self.order.tool_invocation_id.clone(),
             peer: String::new(),
         };
-        let recorded =
-            self.store.record_result(&action.instance, action.digest, self.result.clone(), provenance);
-        if let Err(error) = recorded {
+        if let Err(error) = batch.result(action.digest, self.result.clone(), provenance) {
             Event::warn("gorego::worker", RESULT_NOT_RECORDED)
                 .with("task", self.order.task.0)
                 .with_shown("action_digest", &action.digest)

@@ -2,8 +2,8 @@
 
 use crate::{
     actors::cas::{
-        OutputBatch,
-        client::{Cas, Provenance, StagedInputs},
+        OutputBatch, StagedInputs,
+        client::{Cas, Provenance},
     },
     caller::Peer,
     instance::Instance,
@@ -25,24 +25,7 @@ pub trait BlobStore: Send + Sync {
     fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>>;
 
     /// [`Cas::begin_outputs`].
-    fn begin_outputs(
-        &self,
-        instance: &Instance,
-        function: DigestFunction,
-        expected: u64,
-    ) -> Box<dyn Outputs + '_>;
-
-    /// [`Cas::record_result`].
-    ///
-    /// # Errors
-    /// See [`Cas::record_result`].
-    fn record_result(
-        &self,
-        instance: &Instance,
-        action: Digest,
-        result: reapi::ActionResult,
-        provenance: Provenance,
-    ) -> Result<()>;
+    fn begin_outputs(&self, instance: &Instance, function: DigestFunction) -> Box<dyn Outputs + '_>;
 
     /// [`Cas::relieve_disk`].
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool);
@@ -61,6 +44,21 @@ pub trait Outputs {
     /// # Errors
     /// See [`OutputBatch::bytes`].
     fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest>;
+
+    /// [`OutputBatch::expect`].
+    fn expect(&mut self, bytes: u64);
+
+    /// [`OutputBatch::publish`].
+    ///
+    /// # Errors
+    /// See [`OutputBatch::publish`].
+    fn publish(&mut self) -> Result<()>;
+
+    /// [`OutputBatch::result`].
+    ///
+    /// # Errors
+    /// See [`OutputBatch::result`].
+    fn result(&mut self, action: Digest, result: reapi::ActionResult, provenance: Provenance) -> Result<()>;
 
     /// [`OutputBatch::commit`].
     ///
@@ -86,23 +84,8 @@ impl BlobStore for Cas {
         Ok(Box::new(Cas::stage_inputs(self, instance, root, peer)?))
     }
 
-    fn begin_outputs(
-        &self,
-        instance: &Instance,
-        function: DigestFunction,
-        expected: u64,
-    ) -> Box<dyn Outputs + '_> {
-        Box::new(Cas::begin_outputs(self, instance, function, expected))
-    }
-
-    fn record_result(
-        &self,
-        instance: &Instance,
-        action: Digest,
-        result: reapi::ActionResult,
-        provenance: Provenance,
-    ) -> Result<()> {
-        Cas::record_result(self, instance, action, result, provenance)
+    fn begin_outputs(&self, instance: &Instance, function: DigestFunction) -> Box<dyn Outputs + '_> {
+        Box::new(Cas::begin_outputs(self, instance, function, 0))
     }
 
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
@@ -117,6 +100,18 @@ impl Outputs for OutputBatch {
 
     fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest> {
         OutputBatch::bytes(self, bytes)
+    }
+
+    fn expect(&mut self, bytes: u64) {
+        OutputBatch::expect(self, bytes);
+    }
+
+    fn publish(&mut self) -> Result<()> {
+        OutputBatch::publish(self)
+    }
+
+    fn result(&mut self, action: Digest, result: reapi::ActionResult, provenance: Provenance) -> Result<()> {
+        OutputBatch::result(self, action, result, provenance)
     }
 
     fn commit(self: Box<Self>) -> Result<()> {

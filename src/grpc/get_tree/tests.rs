@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::{
+    actors::cas::trees::walk::{SMALL_WALK_BYTES, Walks},
+    caller::Caller,
     connections::{
         Connections,
         answers::{ANSWERS, FRAME_BYTES},
@@ -9,13 +11,14 @@ use crate::{
     grpc::accept::ConnectionInfo,
     instance::Instances,
 };
-use futures::executor::block_on;
+use bytes::Bytes;
+use futures::{FutureExt as _, executor::block_on};
 use gorego_reapi::{
     digest::DigestFunction,
     proto::reapi::{DirectoryNode, FileNode},
 };
 use proptest::prelude::*;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 const SHA256: DigestFunction = DigestFunction::Sha256;
 
@@ -59,17 +62,17 @@ impl Blobs {
 
     fn pages_for(&self, caller: Caller, request: GetTreeRequest, walks: &Walks) -> Result<Pages> {
         let blobs = self.0.clone();
-        let walk = Walk::decode(&Instances::new([""]).unwrap().get("").unwrap(), &request)?;
-        let pages = run(walk, walks.clone(), caller, move |digests| {
+        let paging = Paging::decode(&Instances::new([""]).unwrap().get("").unwrap(), &request)?;
+        let walk = Walk::over(paging.root, walks.clone(), caller, move |digests: Vec<Digest>| {
             let get = |digest: Digest| match blobs.get(&digest) {
                 Some(blob) => Ok(blob.clone()),
                 None if digest.is_empty() => Ok(Bytes::new()),
                 None => Err(Error::NotFound(digest.to_string())),
             };
             let answer = Ok(digests.into_iter().map(get).collect());
-            async move { answer }
+            async move { answer }.boxed()
         });
-        Ok(pages.boxed())
+        Ok(run(paging, walk).boxed())
     }
 }
 

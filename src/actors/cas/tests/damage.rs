@@ -4,9 +4,8 @@ use super::{
     super::{
         index::{FileId, Key, Kind},
         lookup::Purpose,
-        stamps::{COARSE_TICK, has_fine_change_times, stamp_of},
-        upkeep::touch,
-        writer::write_new,
+        volume::stamps::{COARSE_TICK, has_fine_change_times, stamp_of},
+        volume::{Volume as _, files::Files},
     },
     *,
 };
@@ -254,21 +253,25 @@ fn writing_down_a_use_leaves_a_file_known_only_if_it_was() {
     let key = Key { digest: digest(b"x"), instance: InstanceId(0), kind: Kind::Blob };
     let file = FileId { key, generation: files.next_generation() };
     let path = files.path(&file);
-    write_new(&files, &path, &[Bytes::from("x")]).unwrap();
+    files.write(&file, &[Bytes::from("x")]).unwrap();
     let now = || stamp_of(&fs::metadata(&path).unwrap());
     index.reserve(1).unwrap();
     index.commit(file, 1, now(), 0);
     let found = index.renew(&key, 0).unwrap();
     wait_for_next_tick();
-    let Some((touched, lease)) = touch(&files, &found) else { return };
-    drop(lease);
+    let touch = |found: &index::Found| {
+        let mut all = vec![];
+        files.touch(&[found.file], &mut |moved| all.extend(moved));
+        all.pop()
+    };
+    let Some(touched) = touch(&found) else { return };
     assert_eq!(touched.after, now());
     assert_ne!(touched.before, touched.after);
     index.follow(found.at, touched.before, touched.after);
     let found = index.renew(&key, 0).unwrap();
     assert_eq!(found.stamp, now());
     tamper(&path);
-    let (of_changed, _) = touch(&files, &found).unwrap();
+    let of_changed = touch(&found).unwrap();
     assert_eq!(of_changed.after, now());
     index.follow(found.at, of_changed.before, of_changed.after);
     assert_eq!(index.renew(&key, 0).unwrap().stamp, found.stamp, "somebody else has changed it before");

@@ -1,6 +1,6 @@
 //! What workers do: stage an input root, copy files out of it, store outputs.
 
-use super::{super::messages::CheckInputs, *};
+use super::*;
 use prost::Message as _;
 use std::{
     fs::File,
@@ -26,12 +26,7 @@ fn message(files: &[(&str, Digest)], directories: &[(&str, Digest)]) -> Vec<u8> 
 }
 
 async fn check(store: &Store, root: Digest) -> Result<()> {
-    store
-        .cas
-        .actor()
-        .send(CheckInputs { instance: store.main.clone(), root, caller: Caller::default() })
-        .await
-        .unwrap()
+    store.cas.check_inputs(&store.main, root).await
 }
 
 async fn stage(store: &Store, root: Digest) -> Result<StagedInputs> {
@@ -267,7 +262,41 @@ async fn a_worker_records_a_result_that_the_next_lookup_finds() {
     let result = reapi::ActionResult { stdout_raw: Bytes::from("out"), ..Default::default() };
     let provenance =
         Provenance { worker: "host/0".into(), tool_invocation_id: "i".into(), peer: String::new() };
-    store.worker(move |cas, main| cas.record_result(&main, action, result, provenance)).await.unwrap();
+    let record = move |cas: Cas, main: Instance| {
+        let mut batch = cas.begin_outputs(&main, SHA256, 0);
+        batch.result(action, result, provenance).unwrap();
+        let is_known = |cas: &Cas| cas.action_by_hash(&main, action).unwrap().is_some();
+        assert!(!is_known(&cas), "it comes with the outputs");
+        batch.commit().unwrap();
+        assert!(is_known(&cas));
+    };
+    store.worker(record).await;
     let found = store.cas.get_result(&store.main, action).await.unwrap().unwrap();
     assert_eq!(found.stdout_digest, Some(digest(b"out").to_wire()));
+    assert_eq!(store.inspect().await.totals.reserved, 0);
+}
+
+/// Room that was taken is spent once: files that are written and not visible yet have theirs.
+#[actix::test]
+async fn a_batch_always_has_room_for_all_that_it_wrote() {
+    let store = Store::with_limit(MB).await;
+    let batch = store
+        .worker(|cas, main| {
+            let mut batch = cas.begin_outputs(&main, SHA256, 0);
+            for n in 1..20 {
+                batch.bytes(noise(n * 4_096, n as u64).to_vec()).unwrap();
+            }
+            batch
+        })
+        .await;
+    let written = (1..20).map(|n| n * 4_096).sum::<u64>();
+    assert!(store.inspect().await.totals.reserved >= written);
+    let batch = store.worker(move |_, _| {
+        let mut batch = batch;
+        batch.publish().map(|()| batch).unwrap()
+    });
+    let batch = batch.await;
+    assert_eq!(store.inspect().await.totals.used, written);
+    drop(batch);
+    eventually(|| async { (store.inspect().await.totals.reserved == 0).then_some(()) }).await;
 }

@@ -1,10 +1,7 @@
 //! The action cache, and how an Execute is looked up.
 
 use super::{
-    super::{
-        messages::{Resolution, ResolveAction},
-        settings::LOOKUPS_PER_TURN,
-    },
+    super::{resolve::Resolution, settings::LOOKUPS_PER_TURN},
     *,
 };
 use futures::future::join_all;
@@ -278,17 +275,15 @@ async fn action(store: &Store, salt: &str, do_not_cache: bool) -> (Digest, Diges
 }
 
 async fn resolve(store: &Store, action: Digest, skip_cache_lookup: bool) -> Result<Resolution> {
-    store
-        .cas
-        .actor()
-        .send(ResolveAction {
-            instance: store.main.clone(),
-            action,
-            skip_cache_lookup,
-            caller: Caller::default(),
-        })
-        .await
-        .unwrap()
+    store.cas.resolve_action(&store.main, action, skip_cache_lookup).await
+}
+
+/// What is wrong with an action that cannot run.
+async fn unusable(store: &Store, action: Digest) -> Error {
+    match resolve(store, action, false).await {
+        Ok(Resolution::Unusable(error)) => error,
+        other => panic!("{other:?}"),
+    }
 }
 
 /// EXE-16, EXE-17, EXE-21.
@@ -307,7 +302,7 @@ async fn an_action_is_answered_from_the_cache_only_by_a_complete_result() {
     assert!(matches!(resolve(&store, action, false).await, Ok(Resolution::Run(_))));
     // Known from before, but a worker could not be told what ran.
     store.lose(command).await;
-    assert_eq!(resolve(&store, action, false).await.unwrap_err(), Error::MissingBlobs(vec![command]));
+    assert_eq!(unusable(&store, action).await, Error::MissingBlobs(vec![command]));
 }
 
 /// EXE-19.
@@ -326,20 +321,16 @@ async fn an_action_that_says_do_not_cache_is_never_answered_from_the_cache() {
 async fn a_missing_or_malformed_action_is_told_apart() {
     let store = Store::new().await;
     let absent = digest(b"absent");
-    assert_eq!(resolve(&store, absent, false).await.unwrap_err(), Error::MissingBlobs(vec![absent]));
+    assert_eq!(unusable(&store, absent).await, Error::MissingBlobs(vec![absent]));
     let no_action = store.put("\u{1}no action").await;
-    assert!(
-        matches!(resolve(&store, no_action, false).await, Err(Error::Invalid(m)) if m.contains("Action"))
-    );
+    assert!(matches!(unusable(&store, no_action).await, Error::Invalid(m) if m.contains("Action")));
     let orphan = reapi::Action { command_digest: Some(absent.to_wire()), ..Default::default() };
     let orphan = store.put(orphan.encode_to_vec()).await;
-    assert_eq!(resolve(&store, orphan, false).await.unwrap_err(), Error::MissingBlobs(vec![absent]));
+    assert_eq!(unusable(&store, orphan).await, Error::MissingBlobs(vec![absent]));
     let empty = digest(b"");
-    assert!(
-        matches!(resolve(&store, empty, false).await, Err(Error::Invalid(m)) if m.contains("command_digest"))
-    );
+    assert!(matches!(unusable(&store, empty).await, Error::Invalid(m) if m.contains("command_digest")));
     let huge = Digest::parse(SHA256, &"1".repeat(64), 1 << 40).unwrap();
-    assert!(matches!(resolve(&store, huge, false).await, Err(Error::Invalid(m)) if m.contains("too large")));
+    assert!(matches!(unusable(&store, huge).await, Error::Invalid(m) if m.contains("too large")));
 }
 
 /// EXE-27. They are measured on the wire; decoded they would be half a gigabyte.
@@ -357,9 +348,7 @@ async fn an_action_or_command_of_millions_of_empty_parts_is_refused_before_it_is
     let of_command = store.put(of_command.encode_to_vec()).await;
     let of_itself = store.put(message_of(10)).await;
     for (action, what) in [(of_command, "Command"), (of_itself, "Action")] {
-        let Err(Error::Invalid(message)) = resolve(&store, action, false).await else {
-            panic!("not refused")
-        };
+        let Error::Invalid(message) = unusable(&store, action).await else { panic!("not refused") };
         assert!(message.contains("bytes of memory") && message.contains(what), "{message}");
     }
 }

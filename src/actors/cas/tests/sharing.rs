@@ -2,7 +2,7 @@
 //! asks for.
 
 use super::{
-    super::{chunks::ChunkWork, decoding::TreeRoom, messages::CheckInputs, settings},
+    super::{forms::chunks::ChunkWork, settings, trees::TreeRoom},
     *,
 };
 use crate::budget::Share;
@@ -64,8 +64,7 @@ async fn memory_for_stored_messages() {
     let instance = &store.main;
     let check = async |cas: Cas, caller| {
         shared.directories.clear();
-        let question = CheckInputs { instance: instance.clone(), root, caller };
-        cas.actor().send(question).await.unwrap()
+        cas.working_for(caller).check_inputs_apart(instance.clone(), root).await
     };
     store.assert_shared(budget, check).await;
     assert_eq!(shared.decoded.held(), 0);

@@ -3,11 +3,10 @@
 use super::{super::uploads::*, *};
 use crate::actors::cas::{
     blob::BlobWriter,
-    files::TemporaryFile,
     guards::{Reservation, Room},
     index::{Key, Kind},
     requests::EndUpload,
-    sink::Sink,
+    uploads::sink::Sink,
 };
 use futures::future::join_all;
 
@@ -197,9 +196,10 @@ async fn a_writer_learns_that_somebody_else_was_faster() {
     let store = Store::new().await;
     let bytes = noise(1_000, 1);
     let writer = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
-    assert!(!writer.is_superseded());
+    let mut superseded = std::pin::pin!(writer.superseded());
+    assert!(!writer.is_superseded() && futures::poll!(&mut superseded).is_pending());
     store.put(bytes).await;
-    assert!(writer.is_superseded());
+    assert!(writer.is_superseded() && futures::poll!(&mut superseded).is_ready());
 }
 
 /// BS-24, BS-29: the bytes of an upload that came too late are of no use to anybody.
@@ -289,7 +289,7 @@ async fn a_blob_above_the_largest_size_is_refused_before_a_byte_is_sent() {
 fn park(store: &Store, uploads: &mut Uploads, (n, blob): (u64, Key), room: Room, now: Instant) {
     let name = digest(&n.to_le_bytes());
     let Begin::Fresh(Entered { number, progress }, None) = uploads.begin(name, blob, 0) else { panic!() };
-    let file = TemporaryFile::create(store.root.path().join(format!("{n}"))).unwrap();
+    let file = store.cas.shared().volume.draft().unwrap();
     let partial = Some(Partial { sink: Sink { file, hasher: SHA256.hasher(0) }, room });
     assert!(uploads.end(EndUpload { name, number, blob, progress, partial }, now).is_none());
 }

@@ -13,7 +13,7 @@ use crate::{
         },
         worker::{
             cancel::CancelToken,
-            messages::{RunReport, SlotId, StageReached, TaskId},
+            messages::{RunReport, RunStage, SlotId, StageReached, TaskId},
         },
     },
     caller::Peer,
@@ -137,7 +137,8 @@ impl Ledger {
             cancel: CancelToken::new(),
             started: now.at,
             deadline: now.after(bound),
-            reached: None,
+            // That is what a worker begins with, and it says nothing of it.
+            reached: Some((RunStage::Fetching, now.wall)),
             logs: None,
             stuck: false,
         };
@@ -155,6 +156,7 @@ impl Ledger {
             let executing = |snapshot: &mut super::Snapshot| {
                 snapshot.stage = Stage::Executing;
                 snapshot.place = Some(place.clone());
+                snapshot.run_stage = run.reached;
             };
             let Some(operation) = self.register.update(number, executing) else { continue };
             let event = Event::Executing {

@@ -27,7 +27,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 22] = [
+const SIGHTS: [&str; 23] = [
     "joined",
     "explained",
     "in a later pool",
@@ -35,6 +35,7 @@ const SIGHTS: [&str; 22] = [
     "due",
     "shared",
     "cached",
+    "unusable",
     "requeued",
     "refused: full",
     "refused: share",
@@ -197,6 +198,7 @@ impl World {
         let name = name as u64 + if do_not_cache { 100 } else { 0 };
         let work = Work { name, do_not_cache, platform };
         let cached = !work.do_not_cache && self.random.chance(10);
+        let unusable = !cached && self.random.chance(10);
         let invocation = ["", "a", "b"][self.random.below(3)];
         let priority = self.random.below(5) as i32 - 2;
         let peer = peer(self.random.below(3) as u8);
@@ -214,12 +216,16 @@ impl World {
         // What follows from the shares is tested where they are counted.
         let has_room =
             self.ledger.room.check(owner, 0).is_ok() && self.ledger.register.check_place(peer).is_ok();
-        let admitted = self.ledger.admit(submit, resolution(&work, cached), id, self.now);
+        let resolution = match unusable {
+            true => Resolution::Unusable(Error::invalid("no Action")),
+            false => resolution(&work, cached),
+        };
+        let admitted = self.ledger.admit(submit, resolution, id, self.now);
         match admitted {
             Ok(subscription) => {
-                assert!(cached || work.platform != Some("amiga"), "nobody can run this");
+                assert!(cached || unusable || work.platform != Some("amiga"), "nobody can run this");
                 let snapshot = subscription.snapshots.borrow().clone();
-                assert_eq!(snapshot.stage == Stage::Completed, cached);
+                assert_eq!(snapshot.stage == Stage::Completed, cached || unusable);
                 let known = Known {
                     subscription: Some(subscription),
                     do_not_cache: work.do_not_cache,
@@ -436,6 +442,7 @@ impl World {
                     }
                     match &outcome.error {
                         None if outcome.cached => self.seen.insert("cached"),
+                        Some(Error::Invalid(_)) => self.seen.insert("unusable"),
                         Some(Error::MissingBlobs(_)) => self.seen.insert("missing inputs"),
                         Some(Error::Exhausted { .. }) => self.seen.insert("waited too long"),
                         Some(Error::Unavailable(_)) => self.seen.insert("given up"),
@@ -474,7 +481,7 @@ impl World {
         assert!(unfinished <= settings.unfinished_operations);
         assert!(ledger.tasks.values().all(|task| !task.waiters.is_empty()));
         assert!(ledger.joinable.values().all(|id| ledger.tasks.contains_key(id)));
-        let bound = settings.retained_operations + settings.retained_cached;
+        let bound = settings.retained_operations + 2 * settings.retained_cached;
         assert!(ledger.register.len() <= unfinished + bound, "what is remembered is bounded");
         for out in self.runs.values() {
             let wanted = ledger.tasks.contains_key(&out.task);

@@ -49,6 +49,12 @@ impl Desk {
         self.try_submit(submit(&work), resolution(&work, true)).unwrap()
     }
 
+    /// Asks for an action that is not stored.
+    fn ask_in_vain(&mut self, work: Work) -> Subscription {
+        let missing = Error::MissingBlobs(vec![digest(&work)]);
+        self.try_submit(submit(&work), Resolution::Unusable(missing)).unwrap()
+    }
+
     /// Has everything checked and assigned.
     fn dispatch(&mut self) -> Vec<Assignment> {
         while let Some(check) = self.ledger.next_check(self.now) {
@@ -104,19 +110,56 @@ fn a_cache_hit_is_born_completed_and_takes_no_slot_and_no_room_in_the_queue() {
     assert!(desk.ledger.watch(&instance(), hit.info.id).is_ok());
 }
 
+/// EXE-02, EXE-09, EXE-12: its name is known like any other, but it takes nothing of what others wait for.
+#[test]
+fn an_action_that_cannot_run_is_an_operation_that_is_over_at_birth() {
+    let mut desk = Desk::new(1, SchedulerSettings { queue_size: 0, unfinished_operations: 0, ..settings() });
+    let malformed = Resolution::Unusable(Error::invalid("no Action"));
+    for (name, resolution) in
+        [(1, Resolution::Unusable(Error::MissingBlobs(vec![digest(&work(1))]))), (2, malformed)]
+    {
+        let Resolution::Unusable(expected) = resolution.clone() else { unreachable!() };
+        let operation = desk.try_submit(submit(&work(name)), resolution).unwrap();
+        assert_eq!((stage(&operation), error(&operation)), (Stage::Completed, expected.clone()));
+        let later = desk.ledger.watch(&instance(), operation.info.id).unwrap();
+        assert_eq!(error(&later), expected);
+        desk.cancel(&operation);
+        assert_eq!(error(&operation), expected, "it was over before");
+    }
+    let query =
+        ListOperations { instance: instance(), filter: OperationFilter::default(), after: 0, limit: 9 };
+    assert_eq!(desk.ledger.list(&query).unwrap().operations.len(), 2);
+    let told = desk.ledger.take_transitions();
+    let ends = told
+        .iter()
+        .filter(|told| matches!(&told.event, Event::Completed { place: None, queued_for: None, .. }));
+    assert_eq!((told.len(), ends.count()), (2, 2));
+    assert!(desk.dispatch().is_empty() && desk.ledger.is_idle());
+    desk.ledger.drain(false, desk.now);
+    let refusal = desk.try_submit(submit(&work(1)), Resolution::Unusable(Error::invalid("no Action")));
+    assert!(
+        matches!(refusal, Err(Error::Unavailable(_))),
+        "an error of the request itself stays one of the call"
+    );
+}
+
 /// EXE-14.
 #[test]
-fn a_flood_of_hits_does_not_push_out_results_that_took_work() {
+fn a_flood_of_what_is_over_at_once_pushes_out_nothing_of_another_kind() {
     let mut desk =
         Desk::new(1, SchedulerSettings { retained_operations: 2, retained_cached: 3, ..settings() });
     let worked = desk.submit(work(0));
     let task = desk.dispatch_one().task;
     desk.finish(task, success());
     let hits: Vec<_> = (1..100).map(|name| desk.hit(work(name))).collect();
+    let in_vain: Vec<_> = (1..100).map(|name| desk.ask_in_vain(work(name))).collect();
     assert!(desk.ledger.watch(&instance(), worked.info.id).is_ok());
-    assert!(desk.ledger.watch(&instance(), hits[98].info.id).is_ok());
-    assert!(matches!(desk.ledger.watch(&instance(), hits[0].info.id), Err(Error::NotFound(_))));
-    assert_eq!(desk.ledger.inspect().operations, 4);
+    for flood in [hits, in_vain] {
+        assert!(desk.ledger.watch(&instance(), flood[98].info.id).is_ok());
+        assert!(desk.ledger.watch(&instance(), flood[96].info.id).is_ok());
+        assert!(matches!(desk.ledger.watch(&instance(), flood[95].info.id), Err(Error::NotFound(_))));
+    }
+    assert_eq!(desk.ledger.inspect().operations, 7);
 }
 
 /// EXE-15, OPS-04.

@@ -240,6 +240,11 @@ fn finished_operations_are_bounded_in_bytes_too() {
     let hit = desk.try_submit(huge, Resolution::Cached(Arc::new(long))).unwrap();
     assert!(desk.ledger.watch(&instance(), hit.info.id).is_ok(), "the latest is kept whatever it weighs");
     assert_eq!(desk.ledger.inspect().operations, 1);
+    let missing = Error::MissingBlobs(vec![digest(&work(1)); 1000]);
+    for name in 31..34 {
+        desk.try_submit(submit(&work(name)), Resolution::Unusable(missing.clone())).unwrap();
+    }
+    assert_eq!(desk.ledger.inspect().operations, 2, "long errors count by their length too");
 }
 
 #[test]

@@ -5,27 +5,30 @@
 //! (EXE-26). Bounds: [`MAX_DIRECTORY_BYTES`] a message, [`MAX_TREE_DEPTH`] levels, [`MAX_TREE_NODES`] entries in distinct
 //! directories and again in the tree written out.
 
-use super::{
-    blob::{PIECE_BYTES, open_checked, read_whole},
-    client::{Cas, StagedInputs},
-    decoding::{TreeRoom, worst_case},
+use crate::actors::cas::{
+    blob::{open_checked, read_whole},
+    client::Cas,
+    decoding::worst_case,
     guards::Lease,
     index::Found,
     lookup::Purpose,
     settings::{DIRECTORIES_AT_ONCE, LOOKUPS_PER_TURN, SMALL_BLOB_BYTES},
+    trees::TreeRoom,
+    volume::outside::NewInput,
 };
-use crate::instance::Instance;
+use crate::{
+    caller::{Caller, Peer},
+    instance::Instance,
+};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
     tree::{Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY, MAX_TREE_DEPTH, MAX_TREE_NODES},
 };
-use rustix::fs::{Mode, OFlags, copy_file_range, fchmod, openat};
 use std::{
     collections::{HashMap, HashSet},
     fs::File,
-    io::{self, Write as _},
-    os::unix::fs::FileExt as _,
+    io,
     sync::Arc,
 };
 use tokio::task::coop::consume_budget;
@@ -35,7 +38,7 @@ const MANY_NODES: usize = 10_000;
 
 /// What was found below a root.
 #[derive(Debug, Default)]
-pub(super) struct Closure {
+pub(crate) struct Closure {
     /// Every distinct Directory that is stored.
     pub directories: HashMap<Digest, Arc<Directory>>,
     /// Directories that are not.
@@ -60,7 +63,7 @@ impl Closure {
 /// to say.
 #[derive(Debug)]
 pub(crate) struct InputRoot {
-    pub(super) tree: InputTree,
+    tree: InputTree,
     /// All that belongs to it and takes room: distinct, the empty blob left out.
     digests: Vec<Digest>,
 }
@@ -78,9 +81,41 @@ impl InputRoot {
     }
 }
 
+/// An input root whose every blob is leased: none of it can be evicted while this is held.
+#[derive(Debug)]
+pub struct StagedInputs {
+    input_root: Arc<InputRoot>,
+    source: Source,
+}
+
+impl StagedInputs {
+    /// Its directories.
+    pub fn tree(&self) -> &InputTree {
+        &self.input_root.tree
+    }
+
+    /// Copies a file of the tree to a new file at `name` in the directory `parent`, with these permission bits; a clone where
+    /// the file system can. Never a hard link: an action may write its inputs, nobody else sees it (EXE-43). Blocks.
+    ///
+    /// # Errors
+    /// `MissingBlobs` when the stored file turns out to be damaged; `DiskFull` when the disk is full.
+    pub fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
+        self.source.materialise(digest, parent, name, mode)
+    }
+}
+
 impl Cas {
+    /// Reads an input root and leases every blob of it, from a worker thread; for an action of this peer.
+    ///
+    /// # Errors
+    /// `MissingBlobs` with all that is missing (EXE-26); `Invalid` when a Directory is malformed.
+    pub fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<StagedInputs> {
+        let cas = self.working_for(Caller::without_connection(peer));
+        cas.block_on(async |cas| cas.stage(instance, root).await)
+    }
+
     /// All Directories below a root. The room is to be kept as long as they are.
-    pub(super) async fn closure(
+    pub(crate) async fn closure(
         &self,
         instance: &Instance,
         root: Digest,
@@ -143,7 +178,10 @@ impl Cas {
     }
 
     /// Checks that a whole input root is stored, and renews it.
-    pub(super) async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
+    ///
+    /// # Errors
+    /// `MissingBlobs` with everything that is missing (EXE-26), `Invalid` when a Directory is malformed.
+    pub async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
         let Some(kept) = self.shared().input_roots.get(&(instance.blobs(), root)) else {
             return self.walk(instance, root).await.map(drop);
         };
@@ -152,7 +190,7 @@ impl Cas {
     }
 
     /// Leases a whole input root. What is staged is bounded by the number of slots.
-    pub(super) async fn stage(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
+    async fn stage(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
         let input_root = match self.shared().input_roots.get(&(instance.blobs(), root)) {
             Some(kept) => kept,
             None => self.walk(instance, root).await?,
@@ -279,7 +317,7 @@ fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
 
 /// Where the files of a staged tree come from.
 #[derive(Debug)]
-pub struct Source {
+struct Source {
     cas: Cas,
     files: HashMap<Digest, Found>,
     _lease: Lease,
@@ -287,74 +325,37 @@ pub struct Source {
 
 impl Source {
     /// [`StagedInputs::materialise`].
-    pub(super) fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
+    fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
         let failed =
             |error: io::Error| Error::io(&format!("make input file \"{}\"", name.escape_debug()), &error);
         let missing = |error| match error {
             Error::NotFound(_) => Error::MissingBlobs(vec![*digest]),
             error => error,
         };
-        // A link that an earlier node has put under this name is an error, not a way out of the directory.
-        let make = || -> io::Result<File> {
-            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            Ok(openat(parent, name, flags, Mode::RUSR | Mode::WUSR)?.into())
-        };
-        // Whatever the umask is.
-        let finish = |file: File| Ok(fchmod(&file, Mode::from_raw_mode(mode & 0o7777))?);
+        let make = || NewInput::create(parent, name);
         let found = match self.files.get(digest) {
             Some(found) => found,
-            None if digest.is_empty() => return make().and_then(finish).map_err(failed),
+            None if digest.is_empty() => return make().and_then(|file| file.finish(mode)).map_err(failed),
             None => return Err(Error::internal(format!("blob {digest} is not of this input root"))),
         };
         if digest.size() <= SMALL_BLOB_BYTES {
             let bytes = read_whole(&self.cas, found).map_err(missing)?;
-            return (|| {
+            let written = || -> io::Result<()> {
                 let mut file = make()?;
-                file.write_all(&bytes)?;
-                finish(file)
-            })()
-            .map_err(failed);
+                file.write(&bytes)?;
+                file.finish(mode)
+            };
+            return written().map_err(failed);
         }
         let stored = open_checked(&self.cas, found).map_err(missing)?;
-        let file = (|| {
+        let copied = || -> io::Result<_> {
             let file = make()?;
-            copy(stored.file(), &file, digest.size())?;
+            stored.file().copy_to(file.file(), digest.size())?;
             Ok(file)
-        })()
-        .map_err(failed)?;
+        };
+        let file = copied().map_err(failed)?;
         // What was copied is right only if it was right to the end.
         stored.confirm(&self.cas, found).map_err(missing)?;
-        finish(file).map_err(failed)
+        file.finish(mode).map_err(failed)
     }
-}
-
-/// Copies a whole file; where the file system can, the two share their blocks until one is written.
-pub(super) fn copy(from: &File, to: &File, size: u64) -> io::Result<()> {
-    let (mut read_at, mut written_at) = (0u64, 0u64);
-    while read_at < size {
-        let left = usize::try_from(size - read_at).unwrap_or(usize::MAX);
-        match copy_file_range(from, Some(&mut read_at), to, Some(&mut written_at), left) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => {}
-            // Across file systems, or where the kernel cannot do it.
-            Err(_) if read_at == 0 => return copy_by_hand(from, to, size),
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-fn copy_by_hand(from: &File, to: &File, size: u64) -> io::Result<()> {
-    let mut piece = vec![0; PIECE_BYTES];
-    let mut at = 0;
-    while at < size {
-        let read = from.read_at(&mut piece, at)?;
-        let Some(bytes) = piece.get(..read).filter(|bytes| !bytes.is_empty()) else {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        };
-        to.write_all_at(bytes, at)?;
-        at += read as u64;
-    }
-    Ok(())
 }

@@ -5,18 +5,19 @@
 //! that went bad. What comes of that is immutable and kept in memory; from then on a hit is a look-up that checks and renews every
 //! reference in the index (AC-03, AC-04).
 
-use super::{
-    blob::{is_sound, not_found, read_result_file, report},
-    client::{Cas, Provenance, going_down},
-    decoding::{TreeRoom, worst_case},
-    index::{EntryRef, FileId, Found, Key, Kind, Stamp},
+use crate::actors::cas::{
+    blob::{is_sound, not_found, read_unchecked, report},
+    client::{Cas, Provenance},
+    decoding::worst_case,
+    index::{EntryRef, Found, Key, Kind, Stamp},
     lookup::Purpose,
-    requests::{Commit, Reserve, ResultLookup, WrittenFile},
-    results::{self, DirectReferences, LoadedResult, Uploader},
+    new_files::NewFiles,
+    results::{self, DirectReferences, LoadedResult, ResultLookup, Uploader},
     settings::{LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
-    writer::write_new,
+    trees::TreeRoom,
 };
-use crate::instance::Instance;
+use crate::instance::{Instance, InstanceId};
+use bytes::Bytes;
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -144,7 +145,8 @@ impl Cas {
         found: Found,
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let cas = self.clone();
-        let bytes = match self.blocking(move || read_result_file(&cas, &found)).await? {
+        let bytes = match self.blocking(move || read_unchecked(&cas, &found, results::MAX_FILE_BYTES)).await?
+        {
             Ok(bytes) => bytes,
             Err(Error::NotFound(_)) => return Ok(None),
             Err(error) => return Err(error),
@@ -230,60 +232,72 @@ impl Cas {
         result: reapi::ActionResult,
         provenance: Provenance,
     ) -> Result<Arc<reapi::ActionResult>> {
-        self.store_result(instance, action, result, provenance, Uploader::Client).await
+        let mut prepared = PreparedResult::new(instance, action, result, provenance, Uploader::Client)?;
+        let contents = std::mem::take(&mut prepared.contents);
+        if !contents.is_empty() {
+            self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
+        }
+        let (charge, result) = (prepared.charge(self), prepared.result.clone());
+        let room = self.take_room(charge).await?;
+        let (cas, id) = (self.clone(), instance.id());
+        let visible = self.blocking(move || -> Result<_> {
+            let mut files = cas.new_files(room);
+            prepared.write(&cas, &mut files, id)?;
+            Ok(files.commit())
+        });
+        if let Some(visible) = visible.await?? {
+            visible.wait().await?;
+        }
+        Ok(result)
     }
+}
 
-    /// [`Cas::put_result`] from a worker thread.
+/// A result that was checked and encoded, for one file.
+pub(crate) struct PreparedResult {
+    action: Digest,
+    result: Arc<reapi::ActionResult>,
+    file: Bytes,
+    /// What was inlined; these blobs have to be stored first.
+    pub(crate) contents: Vec<(Digest, Bytes)>,
+}
+
+impl PreparedResult {
+    /// Checks and encodes a result.
     ///
     /// # Errors
-    /// As there; but output paths may step out of the working directory with "..".
-    pub fn record_result(
-        &self,
-        instance: &Instance,
-        action: Digest,
-        result: reapi::ActionResult,
-        provenance: Provenance,
-    ) -> Result<()> {
-        self.block_on(async |cas| {
-            cas.store_result(instance, action, result, provenance, Uploader::Worker).await.map(drop)
-        })
-    }
-
-    async fn store_result(
-        &self,
+    /// Those of [`results::normalise`].
+    pub(crate) fn new(
         instance: &Instance,
         action: Digest,
         mut result: reapi::ActionResult,
         provenance: Provenance,
         uploader: Uploader,
-    ) -> Result<Arc<reapi::ActionResult>> {
+    ) -> Result<Self> {
         let contents = results::normalise(&mut result, action.function(), uploader)?;
-        if !contents.is_empty() {
-            self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
+        let file = results::encode(instance.name(), action, &result, provenance, SystemTime::now());
+        Ok(Self { action, result: Arc::new(result), file, contents })
+    }
+
+    /// Bytes that it takes on disk.
+    pub(crate) fn charge(&self, cas: &Cas) -> u64 {
+        cas.shared().volume.charge(self.file.len() as u64)
+    }
+
+    /// Writes the file, which is not visible yet. Blocks.
+    pub(crate) fn write(self, cas: &Cas, files: &mut NewFiles, instance: InstanceId) -> Result<()> {
+        let Self { action, result, file: bytes, .. } = self;
+        let key = Key { digest: action, instance, kind: Kind::Result };
+        let file = files
+            .write(key, &[bytes])
+            .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
+        // Without Trees all references are known at once, and the first hit needs no file.
+        if let Ok(direct) = DirectReferences::of(&result, action.function())
+            && direct.trees.is_empty()
+            && direct.roots.is_empty()
+        {
+            let loaded = Arc::new(LoadedResult::new(file.generation, result, direct.blobs));
+            cas.shared().results.insert((instance, action), loaded.clone(), loaded.memory());
         }
-        let result = Arc::new(result);
-        let bytes = results::encode(instance.name(), action, &result, provenance, SystemTime::now());
-        let charge = self.shared().files.charge(bytes.len() as u64);
-        let room = self.ask(Reserve(charge)).await??;
-        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
-        let (cas, kept) = (self.clone(), result.clone());
-        let visible = self.blocking(move || -> Result<_> {
-            let files = &cas.shared().files;
-            let file = FileId { key, generation: files.next_generation() };
-            let stamp = write_new(files, &files.path(&file), &[bytes])
-                .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
-            // Without Trees all references are known at once, and the first hit needs no file.
-            if let Ok(direct) = DirectReferences::of(&kept, action.function())
-                && direct.trees.is_empty()
-                && direct.roots.is_empty()
-            {
-                let loaded = Arc::new(LoadedResult::new(file.generation, kept, direct.blobs));
-                cas.shared().results.insert((key.instance, action), loaded.clone(), loaded.memory());
-            }
-            let written = WrittenFile { file, bytes: charge, stamp };
-            Ok(Commit::tell(cas.actor(), written, room))
-        });
-        visible.await??.await.map_err(|_| going_down())?;
-        Ok(result)
+        Ok(())
     }
 }

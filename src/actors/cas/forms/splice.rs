@@ -7,13 +7,14 @@
 //! Bounds: [`SPLICE_MAX_CHUNKS`] a blob, one splice of a blob at a time, as many of all blobs as of splits; what is read
 //! ahead of the writer is [`READ_BYTES`].
 
-use super::{
-    blob::{BlobReader, PIECE_BYTES},
-    chunks::Chunks,
+use crate::actors::cas::{
+    blob::BlobReader,
     client::{Cas, Upload},
+    forms::chunks::Chunks,
     guards::Lease,
     index::Found,
     lookup::Purpose,
+    volume::PIECE_BYTES,
 };
 use crate::instance::Instance;
 use bytes::Bytes;

@@ -9,17 +9,16 @@
 //! before its first byte is served, as blobs are hashed.
 //!
 //! What does not get smaller is remembered too, and is sent as it is from then on. Blobs up to
-//! [`super::settings::SMALL_BLOB_BYTES`] get no form; [`super::zstd_reader`] keeps them in memory.
+//! `SMALL_BLOB_BYTES` get no form; [`super::zstd_reader`] keeps them in memory.
 
-use super::{
-    blob::{BlobReader, StoredFile, damaged, known_stamp, open, tell_verified},
+use crate::actors::cas::{
+    blob::{BlobReader, CheckedFile, damaged, known_stamp, open, tell_verified},
     client::Cas,
-    files::TemporaryFile,
     guards::{Lease, Room},
-    index::{FileId, Found, Key, Kind, Stamp},
-    requests::{Commit, WrittenFile},
+    index::{Found, Key, Kind, Stamp},
+    new_files::Visible,
     settings::{ZSTD_FORM_PART, ZSTD_HISTORY_WEIGHT, ZSTD_PROBE_BYTES},
-    stamps::stamp_of,
+    volume::{self, Stored},
 };
 use crate::{
     instance::{Instance, InstanceId},
@@ -31,12 +30,9 @@ use gorego_reapi::{
     error::{Error, Result},
 };
 use std::{
-    fs::File,
-    io::{self, Write as _},
-    os::unix::fs::FileExt as _,
+    io,
     sync::{Arc, Mutex, PoisonError},
 };
-use tokio::sync::oneshot;
 
 /// What was learned from earlier reads of a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,12 +82,13 @@ impl Form {
     pub fn open(cas: &Cas, found: Found, lease: &Arc<Lease>) -> Option<Self> {
         // What that says of the form, it has reported: to have too many files open says nothing.
         let file = open(cas, &found).ok()?;
-        let (table, stamp) = match known_stamp(cas, &found, &file).ok()? {
-            Some(stamp) => (table_of(cas, &found, &file).ok()?, stamp),
-            None => check_form(cas, &found, &file).ok()?,
+        let (table, stamp) = match known_stamp(cas, &found, &*file).ok()? {
+            Some(stamp) => (table_of(cas, &found, &*file).ok()?, stamp),
+            None => check_form(cas, &found, &*file).ok()?,
         };
         let size = table.sizes().1;
-        let stored = StoredFile::new(file, stamp);
+        let check = |cas: &Cas, found: &Found, file: &dyn Stored| Ok(check_form(cas, found, file)?.1);
+        let stored = CheckedFile::new(file, stamp, check);
         let frames = BlobReader::of_file(cas.clone(), found, stored, size, lease.clone());
         Some(Self { frames, table })
     }
@@ -101,21 +98,20 @@ impl Form {
 ///
 /// # Errors
 /// `NotFound` when it is not right; that was reported.
-pub(super) fn check_form(cas: &Cas, found: &Found, file: &File) -> Result<(SeekTable, Stamp)> {
+fn check_form(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<(SeekTable, Stamp)> {
     let table = table_of(cas, found, file)?;
-    let metadata = file.metadata().map_err(Error::internal)?;
-    let trusted = cas.shared().files.stamp(&metadata);
+    let before = file.look().map_err(Error::internal)?;
     verify(file, &table, found.file.key.digest).map_err(|error| damaged(cas, found, error.to_string()))?;
-    tell_verified(cas, found, file, trusted);
-    Ok((table, stamp_of(&metadata)))
+    tell_verified(cas, found, file, before.lasting);
+    Ok((table, before.stamp))
 }
 
 /// The table of a form.
 ///
 /// # Errors
 /// `NotFound` when it does not fit the form; that was reported.
-fn table_of(cas: &Cas, found: &Found, file: &File) -> Result<SeekTable> {
-    let length = file.metadata().map_err(Error::internal)?.len();
+fn table_of(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<SeekTable> {
+    let length = file.look().map_err(Error::internal)?.size;
     read_table(file, length)
         .ok()
         .flatten()
@@ -124,21 +120,21 @@ fn table_of(cas: &Cas, found: &Found, file: &File) -> Result<SeekTable> {
 }
 
 /// The table at the end of a file of this length, if it accounts for all that is before it.
-fn read_table(file: &File, length: u64) -> io::Result<Option<SeekTable>> {
+fn read_table(file: &dyn Stored, length: u64) -> io::Result<Option<SeekTable>> {
     let mut end = [0; TABLE_END_BYTES];
     let Some(end_at) = length.checked_sub(end.len() as u64) else { return Ok(None) };
-    file.read_exact_at(&mut end, end_at)?;
+    volume::read_exact(file, &mut end, end_at)?;
     let Some(bytes) = SeekTable::length(&end).filter(|bytes| *bytes as u64 <= length) else {
         return Ok(None);
     };
     let mut table = vec![0; bytes];
     let table_at = length - bytes as u64;
-    file.read_exact_at(&mut table, table_at)?;
+    volume::read_exact(file, &mut table, table_at)?;
     Ok(SeekTable::decode(&table).filter(|table| table.sizes().1 == table_at))
 }
 
 /// Decodes every frame and makes sure that it holds what the table says, and that together they are the blob.
-fn verify(file: &File, table: &SeekTable, digest: Digest) -> Result<()> {
+fn verify(file: &dyn Stored, table: &SeekTable, digest: Digest) -> Result<()> {
     let wrong = |problem: &str| Error::Internal(format!("as a zstd stream, {problem}"));
     let mut hasher = digest.hasher();
     let mut decoder = Decoder::new(digest.size())?;
@@ -149,7 +145,7 @@ fn verify(file: &File, table: &SeekTable, digest: Digest) -> Result<()> {
             return Err(wrong("it has a frame that is too large"));
         }
         buffer.resize(packed as usize, 0);
-        file.read_exact_at(&mut buffer, at).map_err(Error::internal)?;
+        volume::read_exact(file, &mut buffer, at).map_err(Error::internal)?;
         at += packed;
         decoder.decode(&buffer, |piece| {
             hasher.update(piece);
@@ -165,9 +161,15 @@ fn verify(file: &File, table: &SeekTable, digest: Digest) -> Result<()> {
 }
 
 impl Cas {
+    /// Where one blob's zstd form is, if it has one.
+    fn locate_form(&self, instance: &Instance, digest: Digest) -> Result<Option<Found>> {
+        let key = Key { digest, instance: instance.blobs(), kind: Kind::Zstd };
+        self.look_up(|index| index.renew(&key))
+    }
+
     /// What earlier reads of a larger blob without a form have taught; this one is counted, and from the second on a form is
     /// made, in the background.
-    pub(super) fn note_zstd_read(&self, instance: &Instance, digest: Digest) -> Option<History> {
+    pub(crate) fn note_zstd_read(&self, instance: &Instance, digest: Digest) -> Option<History> {
         let shared = self.shared();
         let key = (instance.blobs(), digest);
         let history = shared.zstd_history.get(&key);
@@ -189,7 +191,7 @@ impl Cas {
         self.shared().runtime.spawn(async move {
             let _turn = turn;
             if let Err(error) = cas.try_make_form(&instance, digest).await {
-                Event::debug(super::LOG, "zstd_form_not_made")
+                Event::debug(crate::actors::cas::LOG, "zstd_form_not_made")
                     .with_shown("digest", &digest)
                     .with_shown("error", &error)
                     .log(format_args!("could not keep the zstd form of a blob"));
@@ -206,26 +208,19 @@ impl Cas {
         let (cas, id) = (self.clone(), instance.blobs());
         let visible = self.blocking(move || cas.write_form(&blob, id, digest)).await??;
         if let Some(visible) = visible {
-            let _ = visible.await;
+            let _ = visible.wait().await;
         }
         Ok(())
     }
 
     /// Compresses a blob into a file and hands that to the actor; `None` when it does not get smaller.
-    fn write_form(
-        &self,
-        blob: &BlobReader,
-        instance: InstanceId,
-        digest: Digest,
-    ) -> Result<Option<oneshot::Receiver<()>>> {
+    fn write_form(&self, blob: &BlobReader, instance: InstanceId, digest: Digest) -> Result<Option<Visible>> {
         let shared = self.shared();
         let failed = |error: io::Error| Error::io(&format!("write the zstd form of blob {digest}"), &error);
-        let files = &shared.files;
-        let mut target =
-            TemporaryFile::create(files.temporary_path(files.next_generation())).map_err(failed)?;
+        let mut target = shared.volume.draft().map_err(failed)?;
         // One form is made at a time, so one thread at most waits for room.
         let mut room = Room::none(self.actor().clone());
-        let mut grow = |bytes: u64| room.grow_here(&shared.runtime, files.charge(bytes), u64::MAX);
+        let mut grow = |bytes: u64| room.grow_here(&shared.runtime, shared.volume.charge(bytes), u64::MAX);
         let mut table = SeekTable::default();
         let mut frame = Vec::new();
         let mut at = 0;
@@ -235,7 +230,7 @@ impl Cas {
             frame.clear();
             shared.encoders.with(|encoder| encoder.frames(&chunk, &mut frame))?;
             grow(table.sizes().1 + frame.len() as u64)?;
-            target.file.write_all(&frame).map_err(failed)?;
+            target.write(&frame).map_err(failed)?;
             table.push(length, frame.len() as u64)?;
             at += length;
             let is_probe = at >= ZSTD_PROBE_BYTES || at == digest.size();
@@ -246,13 +241,12 @@ impl Cas {
             }
         }
         let table_bytes = table.encode();
-        grow(table.sizes().1 + table_bytes.len() as u64)?;
-        target.file.write_all(&table_bytes).map_err(failed)?;
-        let metadata = target.file.metadata().map_err(failed)?;
+        let length = table.sizes().1 + table_bytes.len() as u64;
+        grow(length)?;
+        target.write(&table_bytes).map_err(failed)?;
         let key = Key { digest, instance, kind: Kind::Zstd };
-        let file = FileId { key, generation: files.next_generation() };
-        let stamp = files.keep(target, &files.path(&file)).map_err(failed)?;
-        let written = WrittenFile { file, bytes: files.charge(metadata.len()), stamp };
-        Ok(Some(Commit::tell(self.actor(), written, room.into_reservation())))
+        let mut files = self.new_files(room.into_reservation());
+        files.keep(key, target, length).map_err(failed)?;
+        Ok(files.commit())
     }
 }

@@ -15,17 +15,16 @@
 //! The attempt travels with the job, and what is left of it when the job or the writer ends is told to the actor by its
 //! drop; so a client that vanishes at any moment leaves either a resumable upload or nothing.
 
-use super::{
+use crate::actors::cas::{
     Shared,
     blob::hash_mismatch,
-    decoders,
-    files::{Files, create},
-    index::{FileId, Stamp},
-    received::Received,
-    requests::{Commit, WrittenFile},
+    new_files::{NewFiles, Visible},
     settings::UPLOAD_BUFFER_BYTES,
-    sink::{Inflow, Sink, WHOLE_BYTES, failed},
     uploads::Attempt,
+    uploads::decoders,
+    uploads::received::Received,
+    uploads::sink::{Inflow, Sink, WHOLE_BYTES, failed},
+    volume::Volume,
 };
 use bytes::Bytes;
 use gorego_reapi::{
@@ -33,13 +32,8 @@ use gorego_reapi::{
     error::{Error, Result},
     resource_name::Encoding,
 };
-use std::{
-    fs::remove_file,
-    io::{self, Write as _},
-    path::Path,
-    sync::{Arc, atomic::Ordering},
-};
-use tokio::{sync::oneshot, task::JoinHandle};
+use std::sync::{Arc, atomic::Ordering};
+use tokio::task::JoinHandle;
 
 /// A job is not worth its start for less, while more is to come.
 const JOB_BYTES: usize = 256 * 1024;
@@ -56,7 +50,7 @@ pub struct BlobWriter {
     has_decoder: bool,
     received: Received,
     work: Work,
-    progress: Arc<super::uploads::Progress>,
+    progress: Arc<crate::actors::cas::uploads::Progress>,
     shared: Arc<Shared>,
 }
 
@@ -70,7 +64,7 @@ enum Work {
 
 impl BlobWriter {
     /// A writer that goes on where the attempt stands.
-    pub(super) fn new(attempt: Box<Attempt>, received: Received, shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(attempt: Box<Attempt>, received: Received, shared: Arc<Shared>) -> Self {
         Self {
             digest: attempt.blob.digest,
             encoding: Encoding::Identity,
@@ -93,7 +87,7 @@ impl BlobWriter {
     }
 
     /// The same for an upload that nobody can go on with: nothing of it is kept when it breaks.
-    pub(super) fn unresumable(mut self) -> Self {
+    pub(crate) fn unresumable(mut self) -> Self {
         if let Work::Idle(attempt) = &mut self.work {
             attempt.keep = false;
         }
@@ -159,7 +153,12 @@ impl BlobWriter {
 
     /// Whether the blob has meanwhile been stored by somebody else (BS-24).
     pub fn is_superseded(&self) -> bool {
-        self.progress.superseded.load(Ordering::Relaxed)
+        self.progress.is_superseded()
+    }
+
+    /// Waits until [`BlobWriter::is_superseded`], perhaps for ever.
+    pub fn superseded(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.progress.superseded()
     }
 
     /// Checks length and hash and makes the blob visible.
@@ -191,7 +190,9 @@ impl BlobWriter {
             .spawn_blocking(move || complete(*attempt, &pending.bytes, &shared))
             .await
             .map_err(Error::internal)??;
-        visible.await.map_err(|_| super::client::going_down())?;
+        if let Some(visible) = visible {
+            visible.wait().await?;
+        }
         Ok(digest)
     }
 
@@ -207,7 +208,7 @@ impl BlobWriter {
             Encoding::Zstd => 0,
         };
         if let Work::Idle(attempt) = &mut self.work {
-            make_room(attempt, bytes, &self.shared.files).await?;
+            make_room(attempt, bytes, &*self.shared.volume).await?;
         }
         self.idle().await
     }
@@ -281,7 +282,7 @@ impl Drop for BlobWriter {
                 Work::Over => return,
             };
             let may_go_on = if is_plain {
-                make_room(&mut attempt, accepted, &shared.files).await.is_ok()
+                make_room(&mut attempt, accepted, &*shared.volume).await.is_ok()
             } else {
                 has_decoder
             };
@@ -296,10 +297,10 @@ impl Drop for BlobWriter {
 }
 
 /// Has room for so many bytes of the blob. If there is none, the bytes that were written are kept.
-async fn make_room(attempt: &mut Attempt, bytes: u64, files: &Files) -> Result<()> {
-    let most = files.charge(attempt.blob.digest.size());
+async fn make_room(attempt: &mut Attempt, bytes: u64, volume: &dyn Volume) -> Result<()> {
+    let most = volume.charge(attempt.blob.digest.size());
     let Some(room) = &mut attempt.room else { return Err(lost_room()) };
-    room.grow(files.charge(bytes), most).await
+    room.grow(volume.charge(bytes), most).await
 }
 
 fn throw_away(mut attempt: Box<Attempt>) {
@@ -312,15 +313,15 @@ fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &Shared) -> Result<(
         return Ok(());
     }
     let outcome = (|| {
-        let (blob, files) = (attempt.blob.digest, &shared.files);
+        let (blob, volume) = (attempt.blob.digest, &*shared.volume);
         let Some(room) = &mut attempt.room else { return Err(lost_room()) };
         let sink = match &mut attempt.sink {
             Some(sink) => sink,
-            none => none.insert(Sink::create(files, blob).map_err(|error| failed(blob, &error))?),
+            none => none.insert(Sink::create(volume, blob).map_err(|error| failed(blob, &error))?),
         };
         // A plain upload has its room; how much a compressed one needs shows only here.
         let mut make_room =
-            |bytes| room.grow_here(&shared.runtime, files.charge(bytes), files.charge(blob.size()));
+            |bytes| room.grow_here(&shared.runtime, volume.charge(bytes), volume.charge(blob.size()));
         pending.iter().try_for_each(|bytes| sink.take(bytes, &mut attempt.inflow, blob, &mut make_room))?;
         // A plain upload was ahead of this.
         attempt.progress.accepted.fetch_max(sink.hasher.size(), Ordering::Relaxed);
@@ -331,14 +332,11 @@ fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &Shared) -> Result<(
 }
 
 /// Takes the last bytes, checks the whole, gives it its final name and hands it to the actor.
-fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Shared) -> Result<oneshot::Receiver<()>> {
+fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<Shared>) -> Result<Option<Visible>> {
     attempt.keep = false;
-    let files = &shared.files;
-    let digest = attempt.blob.digest;
-    let file = FileId { key: attempt.blob, generation: files.next_generation() };
-    let path = files.path(&file);
-    let plain = matches!(attempt.inflow, Inflow::Plain);
-    let stamp = if attempt.sink.is_none() && (plain || digest.size() <= WHOLE_BYTES) {
+    let (key, digest) = (attempt.blob, attempt.blob.digest);
+    let is_plain = matches!(attempt.inflow, Inflow::Plain);
+    let files = if attempt.sink.is_none() && (is_plain || digest.size() <= WHOLE_BYTES) {
         let pieces = attempt.inflow.whole(pending, digest.size())?;
         let mut hasher = digest.hasher();
         pieces.iter().for_each(|bytes| hasher.update(bytes));
@@ -346,34 +344,32 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Shared) -> Result<
         if actual != digest {
             return Err(hash_mismatch(digest, actual));
         }
-        let Some(room) = &mut attempt.room else { return Err(lost_room()) };
-        room.grow_here(&shared.runtime, files.charge(digest.size()), files.charge(digest.size()))?;
-        let stamp = write_new(files, &path, &pieces).map_err(|error| failed(digest, &error))?;
-        shared.remember(attempt.blob.instance, digest, &pieces);
-        stamp
+        let charge = shared.volume.charge(digest.size());
+        attempt.room.as_mut().ok_or_else(lost_room)?.grow_here(&shared.runtime, charge, charge)?;
+        let mut files = new_files(&mut attempt, shared)?;
+        files.write(key, &pieces).map_err(|error| failed(digest, &error))?;
+        shared.remember(key.instance, digest, &pieces);
+        files
     } else {
         append(&mut attempt, pending, shared)?;
         attempt.inflow.finish()?;
         let Some(sink) = attempt.sink.take() else {
             return Err(Error::Invalid(format!("nothing was sent for blob {digest}")));
         };
-        sink.keep(files, digest, &path)?
+        let draft = sink.checked(digest)?;
+        let mut files = new_files(&mut attempt, shared)?;
+        files.keep(key, draft, digest.size()).map_err(|error| failed(digest, &error))?;
+        files
     };
-    let Some(room) = attempt.room.take() else { return Err(lost_room()) };
-    let written = WrittenFile { file, bytes: files.charge(digest.size()), stamp };
-    Ok(Commit::tell(attempt.store(), written, room.into_reservation()))
+    Ok(files.commit_upload(attempt))
+}
+
+/// The room of an attempt, for the file that it is to become.
+fn new_files(attempt: &mut Attempt, shared: &Arc<Shared>) -> Result<NewFiles> {
+    let room = attempt.room.take().ok_or_else(lost_room)?;
+    Ok(NewFiles::new(attempt.store(), shared, room.into_reservation()))
 }
 
 fn lost_room() -> Error {
     Error::internal("an upload lost its room")
-}
-
-/// Writes bytes that were checked before to a new file; leaves none behind if that fails. Returns what it is known by.
-pub(super) fn write_new(files: &Files, path: &Path, pieces: &[Bytes]) -> io::Result<Stamp> {
-    let mut file = create(path)?;
-    let outcome = pieces.iter().try_for_each(|bytes| file.write_all(bytes)).and_then(|()| file.metadata());
-    if outcome.is_err() {
-        let _ = remove_file(path);
-    }
-    Ok(files.stamp(&outcome?))
 }

@@ -9,13 +9,14 @@
 //! [`BATCH_BYTES`] and the splitter's window in memory for each. What was written is leased until all chunks are there. Nobody
 //! keeps the turn of a blob while waiting for a place, so that a peer that waits for a place holds up no other one.
 
-use super::{
-    blob::{BlobReader, PIECE_BYTES, not_found},
+use crate::actors::cas::{
+    blob::{BlobReader, not_found},
     client::Cas,
     guards::Lease,
     lookup::Purpose,
     memo::Memo,
     turns::{Turn, Turns},
+    volume::PIECE_BYTES,
 };
 use crate::{
     budget::{Budget, Share},
@@ -46,15 +47,15 @@ type Batch = Vec<(Digest, Bytes)>;
 
 /// What splits and splices have in common.
 #[derive(Debug)]
-pub(super) struct ChunkWork {
+pub(crate) struct ChunkWork {
     recipes: Memo<(InstanceId, Digest, Chunking), Chunks>,
     turns: Turns<(InstanceId, Digest)>,
-    pub(super) places: Budget,
+    pub(crate) places: Budget,
 }
 
 /// Nobody else works on the blob while this is held, and few enough work on others.
 #[derive(Debug)]
-pub(super) struct Right {
+pub(crate) struct Right {
     _place: Share,
     _turn: Turn,
 }
@@ -64,14 +65,14 @@ impl Default for ChunkWork {
         Self {
             recipes: Memo::new(RECIPE_MEMO_BYTES),
             turns: Turns::default(),
-            places: Budget::new(super::places("splits and splices", MAX_CHUNK_JOBS)),
+            places: Budget::new(crate::actors::cas::places("splits and splices", MAX_CHUNK_JOBS)),
         }
     }
 }
 
 impl ChunkWork {
     /// Waits for the right to work on this blob: a place, then the turn of the blob.
-    pub(super) async fn begin(&self, instance: &Instance, blob: Digest, caller: Caller) -> Result<Right> {
+    pub(crate) async fn begin(&self, instance: &Instance, blob: Digest, caller: Caller) -> Result<Right> {
         let place = self.places.wait_for(caller, 1).await?;
         let turn = self.turns.take((instance.blobs(), blob)).await;
         Ok(Right { _place: place, _turn: turn })
@@ -79,7 +80,7 @@ impl ChunkWork {
 
     /// The same; but if somebody else works on this blob, `None` when that is over. Most often nothing is left to do then, so it
     /// is waited for without a place.
-    pub(super) async fn begin_or_wait(
+    pub(crate) async fn begin_or_wait(
         &self,
         instance: &Instance,
         blob: Digest,
@@ -96,14 +97,14 @@ impl ChunkWork {
     }
 
     /// Keeps a recipe whose chunks are known to make the blob, cut as `chunking` cuts it.
-    pub(super) fn remember(&self, instance: &Instance, blob: Digest, chunking: Chunking, chunks: Chunks) {
+    pub(crate) fn remember(&self, instance: &Instance, blob: Digest, chunking: Chunking, chunks: Chunks) {
         let weight = size_of_val(&*chunks) + size_of::<(InstanceId, Digest, Chunking)>();
         self.recipes.insert((instance.blobs(), blob, chunking), chunks, weight);
     }
 
     /// Forgets all recipes.
     #[cfg(test)]
-    pub(super) fn forget(&self) {
+    pub(crate) fn forget(&self) {
         self.recipes.clear();
     }
 }
@@ -145,7 +146,7 @@ impl Cas {
     }
 
     /// The chunks of a recipe that is known, if the blob and all of them are stored; they are renewed.
-    pub(super) async fn known_chunks(
+    pub(crate) async fn known_chunks(
         &self,
         instance: &Instance,
         blob: Digest,
@@ -221,7 +222,7 @@ impl Cas {
             (scan, batch) = (rest, next);
         }
         let chunks: Chunks = chunks.into();
-        Event::debug(super::LOG, "blob_split")
+        Event::debug(crate::actors::cas::LOG, "blob_split")
             .with_shown("digest", &blob)
             .with("chunks", chunks.len())
             .with("elapsed_ms", started.elapsed().as_millis() as u64)

@@ -11,7 +11,7 @@
 //! - Our own renames and touches move the change time too. They are made under a read lease (fcntl(2)), which is granted only
 //!   while nobody has the file open for writing, and keeps everybody from opening it so: [`change_unobserved`].
 
-use super::index::Stamp;
+use crate::actors::cas::index::Stamp;
 use std::{
     fs::{File, Metadata, OpenOptions},
     io::{self, Write as _},

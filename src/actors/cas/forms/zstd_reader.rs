@@ -5,14 +5,14 @@
 //! there is one, or are made on the way, by jobs on blocking threads, one ahead of the caller. At most as many encoders
 //! work as there are CPUs, in turns among those who wait; a reader that nobody asks holds two jobs' output, about half a MiB.
 
-use super::{
+use crate::actors::cas::{
     blob::{BlobReader, not_found, read_whole},
     client::{Cas, going_down},
+    forms::zstd_form::{Form, History},
     guards::Lease,
     index::Found,
     lookup::Purpose,
     settings::SMALL_BLOB_BYTES,
-    zstd_form::{Form, History},
 };
 use crate::{budget::Share, instance::Instance};
 use bytes::{Bytes, BytesMut};
@@ -280,7 +280,7 @@ impl Cas {
         let stream =
             (!stream.is_empty() && saves(digest.size(), stream.len() as u64)).then(|| Bytes::from(stream));
         if is_small {
-            let weight = stream.as_ref().map_or(0, Bytes::len) + super::RECENT_OVERHEAD_BYTES;
+            let weight = stream.as_ref().map_or(0, Bytes::len) + crate::actors::cas::RECENT_OVERHEAD_BYTES;
             self.shared().packed.insert((instance.blobs(), digest), stream.clone(), weight);
         }
         Ok(stream.map_or(Item::Plain(plain), Item::Zstd))

@@ -6,12 +6,14 @@
 //! is as rare as a kill, are they read to see which one is whole.
 
 use super::{
+    Recovered, Repairs, Stored, Volume as _,
     files::{Files, parse_file_name},
-    index::{FileId, Index, Key, Kind},
-    results,
-    settings::MAX_RESULT_FILE_BYTES,
 };
-use crate::{instance::InstanceId, logging::Event, regular_file};
+use crate::{
+    actors::cas::index::{FileId, Key, Kind},
+    instance::InstanceId,
+    logging::Event,
+};
 use gorego_reapi::digest::{Digest, DigestFunction};
 use std::{
     collections::HashMap,
@@ -22,11 +24,12 @@ use std::{
         mpsc,
     },
     thread,
-    time::Instant,
 };
 
 /// More threads than CPUs help on a cold disk; more than this do not.
 const MAX_THREADS: usize = 8;
+/// Target of the log lines.
+const LOG: &str = "gorego::cas";
 
 struct Shard {
     kind: Kind,
@@ -37,71 +40,48 @@ struct Shard {
 
 #[derive(Default)]
 struct ShardContent {
-    /// File, bytes on disk, seconds of the last access.
-    found: Vec<(FileId, u64, u32)>,
-    removed: u64,
-    foreign: u64,
-    unreadable: u64,
+    found: Vec<Recovered>,
+    repairs: Repairs,
 }
 
-/// Fills an index with what is on disk.
-pub fn recover(files: &Files, limit: u64) -> Index {
-    let started = Instant::now();
+/// [`super::Volume::recover`].
+pub(super) fn recover(
+    files: &Files,
+    is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
+    take: &mut dyn FnMut(Recovered) -> Option<FileId>,
+) -> Repairs {
     let shards: Vec<Shard> = all_shards(files);
     let next = AtomicUsize::new(0);
     let threads = thread::available_parallelism().map_or(1, usize::from).clamp(2, MAX_THREADS);
-    let mut index = Index::new(limit);
-    let mut sums = ShardContent::default();
+    let mut sums = Repairs::default();
     thread::scope(|scope| {
         let (sender, receiver) = mpsc::channel();
         for _ in 0..threads {
             let (sender, next, shards) = (sender.clone(), &next, &shards);
             scope.spawn(move || {
                 while let Some(shard) = shards.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if sender.send(read_shard(files, shard)).is_err() {
+                    if sender.send(read_shard(files, shard, is_whole)).is_err() {
                         return;
                     }
                 }
             });
         }
         drop(sender);
-        for content in receiver {
-            sums.removed += content.removed;
-            sums.foreign += content.foreign;
-            sums.unreadable += content.unreadable;
-            for (file, bytes, touched) in content.found {
-                files.saw_generation(file.generation);
-                if let Some(loser) = index.recover(file, bytes, touched) {
+        for ShardContent { found, repairs } in receiver {
+            sums.removed += repairs.removed;
+            sums.foreign += repairs.foreign;
+            sums.unreadable += repairs.unreadable;
+            for recovered in found {
+                files.saw_generation(recovered.file.generation);
+                if let Some(loser) = take(recovered) {
                     sums.removed += 1;
-                    let _ = fs::remove_file(files.path(&loser.file));
-                    index.deleted(loser.bytes);
+                    let _ = fs::remove_file(files.layout.path(&loser));
                 }
             }
         }
     });
-    index.finish_recovery();
     empty_trash(files);
-    let totals = index.totals();
-    let elapsed_ms = started.elapsed().as_millis() as u64;
-    Event::info(super::LOG, "store_opened")
-        .with("blobs", totals.blobs)
-        .with("results", totals.results)
-        .with("bytes", totals.used)
-        .with("max_size_bytes", limit)
-        .with("removed", sums.removed)
-        .with("ignored", sums.foreign)
-        .with("elapsed_ms", elapsed_ms)
-        .log(format_args!("the store has {} blobs and {} action results", totals.blobs, totals.results));
-    if sums.removed + sums.foreign + sums.unreadable > 0 {
-        Event::warn(super::LOG, "store_repaired")
-            .with("removed", sums.removed)
-            .with("ignored", sums.foreign)
-            .with("unreadable", sums.unreadable)
-            .log(format_args!(
-                "the store had unfinished, foreign or unreadable files; what is lost will be uploaded again"
-            ));
-    }
-    index
+    sums
 }
 
 fn all_shards(files: &Files) -> Vec<Shard> {
@@ -110,7 +90,7 @@ fn all_shards(files: &Files) -> Vec<Shard> {
         for &function in DigestFunction::ALL {
             for kind in Kind::ALL {
                 // Of most functions nothing was ever stored.
-                let first = files.shard(kind, instance, function, 0);
+                let first = files.layout.shard(kind, instance, function, 0);
                 if first.parent().is_none_or(|shards| !shards.exists()) {
                     continue;
                 }
@@ -121,77 +101,77 @@ fn all_shards(files: &Files) -> Vec<Shard> {
     shards
 }
 
-fn read_shard(files: &Files, shard: &Shard) -> ShardContent {
+fn read_shard(files: &Files, shard: &Shard, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync)) -> ShardContent {
     let mut content = ShardContent::default();
-    let entries = match fs::read_dir(files.shard(shard.kind, shard.instance, shard.function, shard.first)) {
-        Ok(entries) => entries,
-        Err(error) => {
-            // One that was never needed was never made.
-            content.unreadable += u64::from(error.kind() != io::ErrorKind::NotFound);
-            return content;
-        }
-    };
+    let entries =
+        match fs::read_dir(files.layout.shard(shard.kind, shard.instance, shard.function, shard.first)) {
+            Ok(entries) => entries,
+            Err(error) => {
+                // One that was never needed was never made.
+                content.repairs.unreadable += u64::from(error.kind() != io::ErrorKind::NotFound);
+                return content;
+            }
+        };
     for entry in entries {
         let Ok(entry) = entry else {
-            content.unreadable += 1;
+            content.repairs.unreadable += 1;
             continue;
         };
         let name = entry.file_name();
         let ours = name.to_str().and_then(|name| parse_file_name(shard.function, name));
         let Some((digest, generation)) = ours.filter(|(digest, _)| digest.hash()[0] == shard.first) else {
-            content.foreign += 1;
+            content.repairs.foreign += 1;
             continue;
         };
         let Ok(metadata) = entry.metadata() else {
-            content.unreadable += 1;
+            content.repairs.unreadable += 1;
             continue;
         };
         if !metadata.is_file() {
             // Something was put in the place of a stored file.
-            let thrown = files.throw_away(&entry.path());
-            content.removed += u64::from(thrown.is_ok());
-            content.unreadable += u64::from(thrown.is_err());
+            let thrown = files.layout.throw_away(&entry.path());
+            content.repairs.removed += u64::from(thrown.is_ok());
+            content.repairs.unreadable += u64::from(thrown.is_err());
             continue;
         }
         if shard.kind == Kind::Blob && metadata.len() != digest.size() {
             let _ = fs::remove_file(entry.path());
-            content.removed += 1;
+            content.repairs.removed += 1;
             continue;
         }
         let file = FileId { key: Key { digest, instance: shard.instance, kind: shard.kind }, generation };
         let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
-        content.found.push((file, files.charge(metadata.len()), touched));
+        content.found.push(Recovered { file, bytes: files.charge(metadata.len()), touched });
     }
     if shard.kind == Kind::Result {
-        remove_torn_updates(files, &mut content);
+        remove_torn_updates(files, &mut content, is_whole);
     }
     content
 }
 
 /// An update that a kill ended has left the beginning of a file beside the one that it was to replace. It is the newer of
 /// the two and must not win.
-fn remove_torn_updates(files: &Files, content: &mut ShardContent) {
+fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn Fn(&dyn Stored) -> bool) {
     let mut counts: HashMap<Digest, usize> = HashMap::new();
-    for (file, ..) in &content.found {
+    for Recovered { file, .. } in &content.found {
         *counts.entry(file.key.digest).or_default() += 1;
     }
-    content.found.retain(|(file, ..)| {
+    let repairs = &mut content.repairs;
+    content.found.retain(|Recovered { file, .. }| {
         let is_alone = counts.get(&file.key.digest) == Some(&1);
-        let path = files.path(file);
-        if is_alone
-            || regular_file::read(&path, MAX_RESULT_FILE_BYTES).is_ok_and(|bytes| results::is_whole(&bytes))
-        {
+        let path = files.layout.path(file);
+        if is_alone || files.open_path(&path).is_ok_and(|stored| is_whole(&stored)) {
             return true;
         }
         let _ = fs::remove_file(path);
-        content.removed += 1;
+        repairs.removed += 1;
         false
     });
 }
 
 /// Deletes what was thrown away, on a thread of its own; what a crash leaves is found at the next start.
 fn empty_trash(files: &Files) {
-    let trash = files.trash();
+    let trash = files.layout.trash();
     let spawned = thread::Builder::new().name("store-trash".into()).spawn(move || {
         for entry in fs::read_dir(trash).into_iter().flatten().flatten() {
             let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
@@ -200,7 +180,7 @@ fn empty_trash(files: &Files) {
         }
     });
     if let Err(error) = spawned {
-        Event::warn(super::LOG, "trash_kept")
+        Event::warn(LOG, "trash_kept")
             .with_shown("error", &error)
             .log(format_args!("could not start deleting old files"));
     }

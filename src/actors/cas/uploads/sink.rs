@@ -4,11 +4,10 @@
 //! there. An inflow turns what the client sends into bytes of the blob; it belongs to one stream, a sink may outlive it. All
 //! of this blocks.
 
-use super::{
+use crate::actors::cas::{
     blob::hash_mismatch,
-    decoders::DecoderRoom,
-    files::{Files, TemporaryFile},
-    index::Stamp,
+    uploads::decoders::DecoderRoom,
+    volume::{Draft, Volume},
 };
 use bytes::Bytes;
 use gorego_reapi::{
@@ -16,10 +15,7 @@ use gorego_reapi::{
     digest::{Digest, Hasher},
     error::{Error, Result},
 };
-use std::{
-    io::{self, Write as _},
-    path::Path,
-};
+use std::io;
 
 /// Blobs up to this size are decoded in memory, where hashing and writing them in one go is cheaper.
 pub const WHOLE_BYTES: u64 = 1024 * 1024;
@@ -108,7 +104,7 @@ impl Inflow {
 #[derive(Debug)]
 pub struct Sink {
     /// The bytes.
-    pub file: TemporaryFile,
+    pub(crate) file: Box<dyn Draft>,
     /// Has seen exactly the bytes in the file.
     pub hasher: Hasher,
 }
@@ -117,10 +113,9 @@ impl Sink {
     /// An empty one for a blob.
     ///
     /// # Errors
-    /// Those of open(2).
-    pub fn create(files: &Files, blob: Digest) -> io::Result<Self> {
-        let file = TemporaryFile::create(files.temporary_path(files.next_generation()))?;
-        Ok(Self { file, hasher: blob.hasher() })
+    /// Those of the volume.
+    pub(crate) fn create(volume: &dyn Volume, blob: Digest) -> io::Result<Self> {
+        Ok(Self { file: volume.draft()?, hasher: blob.hasher() })
     }
 
     /// Takes the next bytes of a stream. Before any are written, `make_room` is told how many there will be.
@@ -138,22 +133,22 @@ impl Sink {
         let left = blob.size().saturating_sub(hasher.size());
         inflow.take(wire, left, |piece| {
             make_room(hasher.size().saturating_add(piece.len() as u64))?;
-            file.file.write_all(piece).map_err(|error| failed(blob, &error))?;
+            file.write(piece).map_err(|error| failed(blob, &error))?;
             hasher.update(piece);
             Ok(())
         })
     }
 
-    /// Gives the file its final name if it holds the blob, and deletes it otherwise.
+    /// The file, if it holds the blob; deletes it otherwise.
     ///
     /// # Errors
-    /// `Invalid` when it holds something else (BS-22); `DiskFull` or `Internal` when it cannot be renamed.
-    pub fn keep(self, files: &Files, blob: Digest, path: &Path) -> Result<Stamp> {
+    /// `Invalid` when it holds something else (BS-22).
+    pub(crate) fn checked(self, blob: Digest) -> Result<Box<dyn Draft>> {
         let actual = self.hasher.finish();
         if actual != blob {
             return Err(hash_mismatch(blob, actual));
         }
-        files.keep(self.file, path).map_err(|error| failed(blob, &error))
+        Ok(self.file)
     }
 }
 

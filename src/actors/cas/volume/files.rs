@@ -19,27 +19,39 @@
 //! into misses.
 
 use super::{
-    index::{FileId, Key, Kind, Stamp},
-    stamps::{change_unobserved, has_fine_change_times, settled, stamp_of},
+    Draft, Look, Moved, Recovered, Repairs, Stored, Volume,
+    draft::TemporaryFile,
+    outside::LeftFile,
+    scan,
+    stamps::{COARSE_TICK, Writers, has_fine_change_times, lease, settled, stamp_of},
+    stored::{StoredFile, look_of},
 };
 use crate::{
+    actors::cas::index::{FileId, Key, Kind, Stamp},
     disk::Space,
     instance::{InstanceId, Instances},
     regular_file,
     spread::spread_subdirectories,
 };
+use bytes::Bytes;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
 };
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{
+    CWD, FlockOperation, Mode, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, fchmod, flock, futimens, renameat,
+};
 use std::{
     fmt::Write as _,
     fs::{self, File, Metadata, OpenOptions},
-    io,
-    os::unix::fs::OpenOptionsExt as _,
+    io::{self, Write as _},
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
     time::SystemTime,
 };
 use uuid::Uuid;
@@ -49,19 +61,27 @@ const FORMAT: &str = "gorego store 1\n";
 /// More than any format has.
 const MAX_FORMAT_BYTES: u64 = 4_096;
 /// Permission bits of stored files: nobody writes them again.
-pub const STORED_MODE: u32 = 0o444;
+const STORED_MODE: u32 = 0o444;
+/// Files that are kept from being written at the same time while their use is written down.
+const TOUCH_LEASES: usize = 64;
 
 /// The files of one store; holds its lock.
 #[derive(Debug)]
-pub struct Files {
+pub(crate) struct Files {
+    pub(super) layout: Arc<Layout>,
+    block: u64,
+    generation: AtomicU64,
+    _lock: File,
+}
+
+/// Where the files of a store lie.
+#[derive(Debug)]
+pub(super) struct Layout {
     base: PathBuf,
     /// Directory names by [`InstanceId`].
     instances: Vec<String>,
-    block: u64,
-    generation: AtomicU64,
     /// See [`has_fine_change_times`].
     has_fine_times: bool,
-    _lock: File,
 }
 
 impl Files {
@@ -69,7 +89,7 @@ impl Files {
     ///
     /// # Errors
     /// `Precondition` when the directory cannot be used: not writable, held by another server, or of an unknown format.
-    pub fn open(root: &Path, instances: &Instances) -> Result<Self> {
+    pub(crate) fn open(root: &Path, instances: &Instances) -> Result<Self> {
         let refuse = |what: &str, error: &dyn std::fmt::Display| {
             Error::Precondition(format!(
                 "cannot use {} as the store: {what}: {error} (local_cache_dir chooses another directory)",
@@ -113,12 +133,151 @@ impl Files {
             rustix::fs::statvfs(&base).map_err(|error| refuse("it cannot be examined", &error))?.f_frsize;
         let has_fine_times = has_fine_change_times(&base.join("tmp"))
             .map_err(|error| refuse("a file in it cannot be written", &error))?;
-        let (block, generation) = (block.max(512), AtomicU64::new(1));
-        Ok(Self { base, instances: names, block, generation, has_fine_times, _lock: lock })
+        let layout = Arc::new(Layout { base, instances: names, has_fine_times });
+        Ok(Self { layout, block: block.max(512), generation: AtomicU64::new(1), _lock: lock })
     }
 
     /// Where a stored file lies.
-    pub fn path(&self, file: &FileId) -> PathBuf {
+    #[cfg(test)]
+    pub(crate) fn path(&self, file: &FileId) -> PathBuf {
+        self.layout.path(file)
+    }
+
+    /// Says that a file of this number exists.
+    pub(super) fn saw_generation(&self, generation: u64) {
+        self.generation.fetch_max(generation.saturating_add(1), Ordering::Relaxed);
+    }
+
+    /// How many instances have directories.
+    pub(super) fn instances(&self) -> impl Iterator<Item = InstanceId> + use<> {
+        (0..self.layout.instances.len() as u16).map(InstanceId)
+    }
+
+    /// What a file with these metadata is known by, if its content is right.
+    fn stamp(&self, metadata: &Metadata) -> Stamp {
+        self.layout.settled(stamp_of(metadata))
+    }
+
+    /// [`Volume::open`], of the file under a path.
+    pub(super) fn open_path(&self, path: &Path) -> io::Result<StoredFile> {
+        Ok(StoredFile::new(regular_file::open(path)?, self.layout.has_fine_times))
+    }
+
+    /// Sets the access time of a stored file to now. Returns the stamps before and after that, with the file as the holder of a
+    /// lease, if nobody can have written it in between. Whether its content was right before is the caller's to know.
+    fn touch_one(&self, at: usize, file: &FileId) -> Option<(Moved, File)> {
+        let time = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
+        let times = Timestamps { last_access: time(UTIME_NOW), last_modification: time(UTIME_OMIT) };
+        // The file may be gone by now, and a lost use only costs a place in the order.
+        let file = regular_file::open(&self.layout.path(file)).ok()?;
+        let writers = lease(&file);
+        let before = stamp_of(&file.metadata().ok()?);
+        futimens(&file, &times).ok()?;
+        let after = stamp_of(&file.metadata().ok()?);
+        (writers == Writers::ShutOut).then_some((Moved { at, before, after }, file))
+    }
+}
+
+impl Volume for Files {
+    fn next_generation(&self) -> u64 {
+        self.generation.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn charge(&self, size: u64) -> u64 {
+        size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
+    }
+
+    fn space(&self) -> io::Result<Space> {
+        Space::of(&self.layout.base)
+    }
+
+    fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>> {
+        Ok(Box::new(self.open_path(&self.layout.path(file))?))
+    }
+
+    fn look(&self, file: &FileId) -> io::Result<Look> {
+        let metadata = fs::symlink_metadata(self.layout.path(file))?;
+        // As for one that is opened.
+        if !metadata.is_file() {
+            return Err(io::Error::from_raw_os_error(libc::ENXIO));
+        }
+        Ok(look_of(&metadata, self.layout.has_fine_times))
+    }
+
+    fn write(&self, file: &FileId, pieces: &[Bytes]) -> io::Result<Stamp> {
+        let path = self.layout.path(file);
+        let mut file = create(&path)?;
+        let written = pieces.iter().try_for_each(|bytes| file.write_all(bytes));
+        let metadata = written.and_then(|()| file.metadata());
+        if metadata.is_err() {
+            let _ = fs::remove_file(&path);
+        }
+        Ok(self.stamp(&metadata?))
+    }
+
+    fn draft(&self) -> io::Result<Box<dyn Draft>> {
+        Ok(Box::new(TemporaryFile::create(self.layout.clone(), self.next_generation())?))
+    }
+
+    fn adopt(&self, id: &FileId, left: &LeftFile<'_>) -> io::Result<Option<Stamp>> {
+        if !left.is_ours_alone() {
+            return Ok(None);
+        }
+        let (path, before) = (self.layout.path(id), &left.before);
+        fchmod(&left.file, Mode::from_raw_mode(STORED_MODE))?;
+        if in_shard(&path, || Ok(renameat(left.parent, left.name, CWD, &path)?)).is_err() {
+            // Another file system.
+            return Ok(None);
+        }
+        let (after, moved) = (left.file.metadata()?, fs::symlink_metadata(&path)?);
+        let same = (after.dev(), after.ino()) == (moved.dev(), moved.ino());
+        let times = |metadata: &Metadata| (metadata.mtime(), metadata.mtime_nsec());
+        let unchanged = after.len() == id.key.digest.size() && times(&after) == times(before);
+        if same && unchanged && after.nlink() == 1 {
+            return Ok(Some(self.stamp(&after)));
+        }
+        self.delete(id)?;
+        Ok(None)
+    }
+
+    /// Whatever was put in the place of the file goes too.
+    fn delete(&self, file: &FileId) -> io::Result<()> {
+        let path = self.layout.path(file);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => self.layout.throw_away(&path),
+            outcome => outcome,
+        }
+    }
+
+    /// Uses are written down as access times.
+    fn touch(&self, files: &[FileId], moved: &mut dyn FnMut(Vec<Moved>)) {
+        let has_fine_times = self.layout.has_fine_times;
+        // Readers hash a file whose new change time nobody has told them of.
+        let at_once = if has_fine_times { 1 } else { TOUCH_LEASES };
+        for (part, files) in files.chunks(at_once).enumerate() {
+            let touch = |(at, file)| self.touch_one(part * at_once + at, file);
+            let touched: Vec<_> = files.iter().enumerate().filter_map(touch).collect();
+            if !touched.is_empty() && !has_fine_times {
+                // Nobody can write these files before a change would show.
+                thread::sleep(COARSE_TICK);
+            }
+            moved(touched.into_iter().map(|(moved, _leased)| moved).collect());
+        }
+    }
+
+    fn recover(
+        &self,
+        is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
+        take: &mut dyn FnMut(Recovered) -> Option<FileId>,
+    ) -> Repairs {
+        scan::recover(self, is_whole, take)
+    }
+}
+
+impl Layout {
+    /// Where a stored file lies.
+    pub(super) fn path(&self, file: &FileId) -> PathBuf {
         let Key { digest, instance, kind } = &file.key;
         let mut path = self.shard(*kind, *instance, digest.function(), digest.hash()[0]);
         path.push(format!("{}-{}-{:x}", digest.hash_hex(), digest.size(), file.generation));
@@ -126,113 +285,46 @@ impl Files {
     }
 
     /// The directory of all files whose hash starts with `first`.
-    pub fn shard(&self, kind: Kind, instance: InstanceId, function: DigestFunction, first: u8) -> PathBuf {
+    pub(super) fn shard(
+        &self,
+        kind: Kind,
+        instance: InstanceId,
+        function: DigestFunction,
+        first: u8,
+    ) -> PathBuf {
         let name = self.instances.get(usize::from(instance.0)).map_or("", String::as_str);
         self.base.join(format!("{}/{name}/{}/{first:02x}", directory(kind), function.name()))
     }
 
     /// Where an upload in progress lies.
-    pub fn temporary_path(&self, generation: u64) -> PathBuf {
+    pub(super) fn temporary_path(&self, generation: u64) -> PathBuf {
         self.base.join(format!("tmp/{generation:x}"))
     }
 
     /// Where start puts what it throws away.
-    pub fn trash(&self) -> PathBuf {
+    pub(super) fn trash(&self) -> PathBuf {
         self.base.join("trash")
     }
 
-    /// A number that no file of this store has or had.
-    pub fn next_generation(&self) -> u64 {
-        self.generation.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// Says that a file of this number exists.
-    pub fn saw_generation(&self, generation: u64) {
-        self.generation.fetch_max(generation.saturating_add(1), Ordering::Relaxed);
-    }
-
-    /// What a file is to be known by whose content is right and whose metadata were just read.
-    pub fn stamp(&self, metadata: &Metadata) -> Stamp {
-        self.settled(stamp_of(metadata))
-    }
-
-    /// Whether change times tell changes within one tick of the clock apart.
-    pub fn has_fine_times(&self) -> bool {
-        self.has_fine_times
-    }
-
-    fn settled(&self, stamp: Stamp) -> Stamp {
-        settled(stamp, self.has_fine_times, SystemTime::now())
-    }
-
-    /// Gives a temporary file, whose content is right, the name of a stored one. Returns what it is known by.
-    ///
-    /// # Errors
-    /// Those of rename(2).
-    pub fn keep(&self, mut file: TemporaryFile, path: &Path) -> io::Result<Stamp> {
-        let written = stamp_of(&file.file.metadata()?);
-        // A file that is open for writing, by ourselves too, gets no lease.
-        file.file = file.reopen()?;
-        let moved =
-            change_unobserved(&file.file, written, || in_shard(path, || fs::rename(&file.path, path)))?;
-        file.kept = true;
-        Ok(moved.map_or(Stamp::UNTRUSTED, |stamp| self.settled(stamp)))
-    }
-
-    /// Deletes a stored file, or whatever was put in its place.
-    ///
-    /// # Errors
-    /// Those of unlink(2) and rename(2); a file that is gone is none.
-    pub fn delete(&self, file: &FileId) -> io::Result<()> {
-        let path = self.path(file);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::IsADirectory => self.throw_away(&path),
-            outcome => outcome,
-        }
-    }
-
     /// Moves something that is not ours out of the way; the next start deletes it.
-    ///
-    /// # Errors
-    /// Those of rename(2).
-    pub fn throw_away(&self, path: &Path) -> io::Result<()> {
+    pub(super) fn throw_away(&self, path: &Path) -> io::Result<()> {
         fs::rename(path, self.trash().join(Uuid::new_v4().to_string()))
     }
 
-    /// Bytes that a file of this size takes on disk.
-    pub fn charge(&self, size: u64) -> u64 {
-        size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
-    }
-
-    /// The room on the disk of the store. Blocks.
-    ///
-    /// # Errors
-    /// Those of statfs(2).
-    pub fn space(&self) -> io::Result<Space> {
-        Space::of(&self.base)
-    }
-
-    /// How many instances have directories.
-    pub fn instances(&self) -> impl Iterator<Item = InstanceId> + use<> {
-        (0..self.instances.len() as u16).map(InstanceId)
+    /// The stamp of a file whose content is right, unless another change could leave it as it is.
+    pub(super) fn settled(&self, stamp: Stamp) -> Stamp {
+        settled(stamp, self.has_fine_times, SystemTime::now())
     }
 }
 
 /// Makes a file that did not exist, for writing once.
-///
-/// # Errors
-/// Those of open(2).
-pub fn create(path: &Path) -> io::Result<File> {
+pub(super) fn create(path: &Path) -> io::Result<File> {
     in_shard(path, || OpenOptions::new().write(true).create_new(true).mode(STORED_MODE).open(path))
 }
 
 /// Does something that needs the directory of `path` and makes that if it is not there. Directories are made when they are
 /// first needed: an empty store starts at once.
-///
-/// # Errors
-/// Those of `put`, and of mkdir(2).
-pub fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+pub(super) fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     match (put(), path.parent()) {
         (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound => {
             if let Some(shards) = parent.parent() {
@@ -246,44 +338,8 @@ pub fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::R
     }
 }
 
-/// A file under a temporary name, deleted when dropped.
-#[derive(Debug)]
-pub struct TemporaryFile {
-    path: PathBuf,
-    /// Open for writing, until it is kept.
-    pub file: File,
-    kept: bool,
-}
-
-impl TemporaryFile {
-    /// Makes one.
-    ///
-    /// # Errors
-    /// Those of open(2).
-    pub fn create(path: PathBuf) -> io::Result<Self> {
-        Ok(Self { file: create(&path)?, path, kept: false })
-    }
-
-    /// Opens it once more, for reading.
-    ///
-    /// # Errors
-    /// Those of open(2).
-    pub fn reopen(&self) -> io::Result<File> {
-        regular_file::open(&self.path)
-    }
-}
-
-impl Drop for TemporaryFile {
-    fn drop(&mut self) {
-        if !self.kept {
-            // Whatever stays is thrown out at the next start.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
 /// The digest and generation in the name of a stored file; `None` for a name that this store does not give.
-pub fn parse_file_name(function: DigestFunction, name: &str) -> Option<(Digest, u64)> {
+pub(super) fn parse_file_name(function: DigestFunction, name: &str) -> Option<(Digest, u64)> {
     let mut parts = name.split('-');
     let (hash, size, generation) = (parts.next()?, parts.next()?, parts.next()?);
     let digest = Digest::parse(function, hash, size.parse().ok()?).ok()?;

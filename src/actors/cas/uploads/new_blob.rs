@@ -6,14 +6,12 @@
 //!
 //! Also the two questions of callers that know a hash and no size.
 
-use super::{
-    blob::hash_file,
-    client::{Cas, going_down},
-    files::TemporaryFile,
+use crate::actors::cas::{
+    client::Cas,
     guards::Room,
-    index::{FileId, Key, Kind},
-    received::Received,
-    requests::{Commit, WrittenFile},
+    index::{Key, Kind},
+    uploads::received::Received,
+    volume::Draft,
 };
 use crate::instance::Instance;
 use bytes::Bytes;
@@ -21,7 +19,6 @@ use gorego_reapi::{
     digest::{Digest, DigestFunction, Hasher},
     error::{Error, Result},
 };
-use std::io::Write as _;
 
 /// Bytes that are collected before a blocking thread is bothered; a blob that ends before has no temporary file.
 const PIECE_BYTES: usize = 256 * 1024;
@@ -40,7 +37,7 @@ pub struct NewBlob {
 
 #[derive(Debug)]
 struct Sink {
-    file: TemporaryFile,
+    file: Box<dyn Draft>,
     /// `None` for a function that has to know the size first: the file is read once more then.
     hasher: Option<Hasher>,
 }
@@ -109,8 +106,9 @@ impl NewBlob {
         let hashed = self.cas.blocking(move || -> Result<_> {
             let digest = match hasher {
                 Some(hasher) => hasher.finish(),
-                None => (file.reopen().and_then(|file| hash_file(&file, function.hasher(size))))
-                    .map_err(|error| Error::io("hash a new blob", &error))?,
+                None => {
+                    file.hash(function.hasher(size)).map_err(|error| Error::io("hash a new blob", &error))?
+                }
             };
             Ok((file, digest))
         });
@@ -120,15 +118,15 @@ impl NewBlob {
         self.cas.are_sound(&self.instance, vec![digest]).await?;
         let (cas, instance) = (self.cas.clone(), self.instance.blobs());
         let stored = self.cas.blocking(move || -> Result<_> {
-            let files = &cas.shared().files;
             let key = Key { digest, instance, kind: Kind::Blob };
-            let id = FileId { key, generation: files.next_generation() };
+            let mut files = cas.new_files(room.into_reservation());
             let failed = |error| Error::io(&format!("store blob {digest}"), &error);
-            let stamp = files.keep(file, &files.path(&id)).map_err(failed)?;
-            let written = WrittenFile { file: id, bytes: files.charge(digest.size()), stamp };
-            Ok(Commit::tell(cas.actor(), written, room.into_reservation()))
+            files.keep(key, file, digest.size()).map_err(failed)?;
+            Ok(files.commit())
         });
-        stored.await??.await.map_err(|_| going_down())?;
+        if let Some(visible) = stored.await?? {
+            visible.wait().await?;
+        }
         Ok(digest)
     }
 
@@ -139,18 +137,16 @@ impl NewBlob {
         // While the file is away, or lost by an error, `size` and what was received differ and nothing can be finished.
         let (cas, sink, function) = (self.cas.clone(), self.sink.take(), self.function);
         let work = self.cas.blocking(move || -> Result<Sink> {
-            let files = &cas.shared().files;
             let failed = |error| Error::io("store a new blob", &error);
             let mut sink = match sink {
                 Some(sink) => sink,
                 None => Sink {
-                    file: TemporaryFile::create(files.temporary_path(files.next_generation()))
-                        .map_err(failed)?,
+                    file: cas.shared().volume.draft().map_err(failed)?,
                     hasher: (function != DigestFunction::GitSha1).then(|| function.hasher(0)),
                 },
             };
             for bytes in &pending.bytes {
-                sink.file.file.write_all(bytes).map_err(failed)?;
+                sink.file.write(bytes).map_err(failed)?;
                 if let Some(hasher) = &mut sink.hasher {
                     hasher.update(bytes);
                 }
@@ -163,7 +159,7 @@ impl NewBlob {
 
     /// Has at least as much room as there are bytes.
     async fn make_room(&mut self) -> Result<()> {
-        let needed = self.cas.shared().files.charge(self.size);
+        let needed = self.cas.shared().volume.charge(self.size);
         let room = match &mut self.room {
             Some(room) => room,
             none => none.insert(self.cas.new_room()?),

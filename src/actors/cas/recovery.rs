@@ -1,0 +1,41 @@
+//! What a start finds: the index is filled from the files that the volume has.
+
+use super::{LOG, index::Index, results, volume};
+use crate::logging::Event;
+use std::time::Instant;
+use volume::{Stored, Volume};
+
+/// Fills an index with what is stored. Blocks; a second or so for each 500,000 files.
+pub(super) fn recover(volume: &dyn Volume, limit: u64) -> Index {
+    let started = Instant::now();
+    let mut index = Index::new(limit);
+    let is_whole = |stored: &dyn Stored| {
+        volume::read_all(stored, results::MAX_FILE_BYTES).is_ok_and(|bytes| results::is_whole(&bytes))
+    };
+    let repairs = volume.recover(&is_whole, &mut |found| {
+        let loser = index.recover(found.file, found.bytes, found.touched)?;
+        index.deleted(loser.bytes);
+        Some(loser.file)
+    });
+    index.finish_recovery();
+    let totals = index.totals();
+    Event::info(LOG, "store_opened")
+        .with("blobs", totals.blobs)
+        .with("results", totals.results)
+        .with("bytes", totals.used)
+        .with("max_size_bytes", limit)
+        .with("removed", repairs.removed)
+        .with("ignored", repairs.foreign)
+        .with("elapsed_ms", started.elapsed().as_millis() as u64)
+        .log(format_args!("the store has {} blobs and {} action results", totals.blobs, totals.results));
+    if repairs.removed + repairs.foreign + repairs.unreadable > 0 {
+        Event::warn(LOG, "store_repaired")
+            .with("removed", repairs.removed)
+            .with("ignored", repairs.foreign)
+            .with("unreadable", repairs.unreadable)
+            .log(format_args!(
+                "the store had unfinished, foreign or unreadable files; what is lost will be uploaded again"
+            ));
+    }
+    index
+}

@@ -1,0 +1,94 @@
+//! The store over a volume that is no file system: it needs nothing of one but what the trait says.
+
+use super::{super::volume::memory::Memory, *};
+use std::fs::{File, read, write};
+
+/// A store over this volume; what other tests find below `root` is not there.
+async fn over(volume: &Memory, max_bytes: u64) -> Store {
+    let root = Rc::new(TempDir::new().unwrap());
+    let instances = Instances::new(["", "other/one"]).unwrap();
+    let settings = settings_at(root.path().join("nowhere"), max_bytes);
+    let actor = CasActor::over(Box::new(volume.clone()), settings, Handle::current()).unwrap();
+    let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
+    Store { root, cas: actor.launch(), main, other }
+}
+
+#[actix::test]
+async fn every_way_in_and_out_works_without_a_file_system_and_survives_a_restart() {
+    let volume = Memory::default();
+    let store = over(&volume, 1_000 * MB).await;
+    let mut blobs = vec![Bytes::from_static(b"small"), noise(LARGE, 1)];
+    for bytes in &blobs {
+        store.put(bytes.clone()).await;
+    }
+    // A long upload, in pieces.
+    let long = noise(5 * MB as usize, 2);
+    let Upload::Writer(mut writer) =
+        store.cas.begin_upload(&store.main, "uploads/x", digest(&long), 0).await.unwrap()
+    else {
+        panic!("it is not stored")
+    };
+    for at in (0..long.len()).step_by(500_000) {
+        writer.write(long.slice(at..(at + 500_000).min(long.len()))).await.unwrap();
+    }
+    assert_eq!(writer.finish().await, Ok(digest(&long)));
+    // Bytes of which nobody knew the digest.
+    let unknown = noise(MB as usize, 3);
+    let mut new = store.cas.new_blob(&store.main, SHA256);
+    new.write(unknown.clone()).await.unwrap();
+    assert_eq!(new.finish().await, Ok(digest(&unknown)));
+    // An output, which is copied.
+    let (output, directory) = (noise(LARGE, 4), TempDir::new().unwrap());
+    write(directory.path().join("o"), &output).unwrap();
+    let path = directory.path().to_owned();
+    let stored = store.worker(move |cas, main| {
+        let mut outputs = cas.begin_outputs(&main, SHA256, 0);
+        let file = File::open(path.join("o")).unwrap();
+        let stored = outputs.file(&File::open(&path).unwrap(), "o", file);
+        outputs.commit().and(stored)
+    });
+    assert_eq!(stored.await, Ok(digest(&output)));
+    blobs.extend([long, unknown, output.clone()]);
+    // A result.
+    let file =
+        reapi::OutputFile { path: "o".into(), digest: Some(digest(&output).to_wire()), ..Default::default() };
+    let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
+    let action = digest(b"action");
+    store.cas.put_result(&store.main, action, result, Provenance::default()).await.unwrap();
+    store.cas.actor().send(CloseStore).await.unwrap();
+    drop(store);
+
+    let store = over(&volume, 1_000 * MB).await;
+    for bytes in &blobs {
+        assert_eq!(store.get(digest(bytes)).await.unwrap(), bytes);
+    }
+    assert!(store.cas.get_result(&store.main, action).await.unwrap().is_some());
+    // An input, which is copied out.
+    let node =
+        reapi::FileNode { name: "f".into(), digest: Some(digest(&output).to_wire()), ..Default::default() };
+    let root = reapi::Directory { files: vec![node], ..Default::default() };
+    let root = store.put(prost::Message::encode_to_vec(&root)).await;
+    let path = directory.path().to_owned();
+    let blob = digest(&output);
+    let made = store.worker(move |cas, main| {
+        let staged = cas.stage_inputs(&main, root, Peer::default())?;
+        staged.materialise(&blob, &File::open(&path).unwrap(), "f", 0o644)
+    });
+    assert_eq!(made.await, Ok(()));
+    assert_eq!(read(directory.path().join("f")).unwrap(), output);
+    assert!(!store.root.path().join("nowhere").exists());
+}
+
+/// What the index lets go is gone from the volume, and only that.
+#[actix::test]
+async fn evicted_entries_leave_the_volume() {
+    let volume = Memory::default();
+    let store = over(&volume, MB).await;
+    for seed in 0..10 {
+        store.put(noise(LARGE, seed)).await;
+    }
+    let blobs = store.inspect().await.totals.blobs as usize;
+    assert!(blobs < 10);
+    eventually(|| async { (volume.len() == blobs).then_some(()) }).await;
+    assert_eq!(store.get(digest(&noise(LARGE, 9))).await.unwrap(), noise(LARGE, 9));
+}

@@ -1,0 +1,72 @@
+//! [`TemporaryFile`]: a file under a temporary name, which gets its final one when its content is known to be right.
+
+use super::{
+    Draft,
+    files::{Layout, create, in_shard},
+    hash,
+    stamps::{change_unobserved, stamp_of},
+};
+use crate::{
+    actors::cas::index::{FileId, Stamp},
+    regular_file,
+};
+use gorego_reapi::digest::{Digest, Hasher};
+use std::{
+    fs::{File, remove_file, rename},
+    io::{self, Write as _},
+    os::unix::fs::FileExt as _,
+    path::PathBuf,
+    sync::Arc,
+};
+
+/// A file that is deleted when it is dropped, unless it was kept.
+#[derive(Debug)]
+pub(crate) struct TemporaryFile {
+    layout: Arc<Layout>,
+    path: PathBuf,
+    file: File,
+    is_kept: bool,
+}
+
+impl TemporaryFile {
+    /// Makes one of this number.
+    pub(super) fn create(layout: Arc<Layout>, generation: u64) -> io::Result<Self> {
+        let path = layout.temporary_path(generation);
+        Ok(Self { file: create(&path)?, layout, path, is_kept: false })
+    }
+
+    /// Opens it once more, for reading only.
+    fn reopen(&self) -> io::Result<File> {
+        regular_file::open(&self.path)
+    }
+}
+
+impl Draft for TemporaryFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all(bytes)
+    }
+
+    fn hash(&self, hasher: Hasher) -> io::Result<Digest> {
+        let file = self.reopen()?;
+        hash(hasher, |piece, at| file.read_at(piece, at))
+    }
+
+    fn keep(mut self: Box<Self>, file: &FileId) -> io::Result<Stamp> {
+        let written = stamp_of(&self.file.metadata()?);
+        // A file that is open for writing, by ourselves too, gets no lease.
+        self.file = self.reopen()?;
+        let path = self.layout.path(file);
+        let moved = change_unobserved(&self.file, written, || in_shard(&path, || rename(&self.path, &path)))?;
+        self.is_kept = true;
+        Ok(moved.map_or(Stamp::UNTRUSTED, |stamp| self.layout.settled(stamp)))
+    }
+}
+
+impl Drop for TemporaryFile {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            // Whatever stays is thrown out at the next start.
+            let _ = remove_file(&self.path);
+        }
+    }
+}

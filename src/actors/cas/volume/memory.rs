@@ -1,0 +1,158 @@
+//! [`Memory`]: a volume without a disk, for tests. What works on it needs no more of a volume than the trait says.
+
+use super::{
+    Draft, Look, Moved, Recovered, Repairs, Stored, Volume, outside::LeftFile, stored::copy_in_pieces,
+};
+use crate::{
+    actors::cas::index::{FileId, Stamp},
+    disk::Space,
+};
+use bytes::Bytes;
+use gorego_reapi::digest::{Digest, Hasher};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+/// The files of a store, by number. Clones are the same volume.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Memory {
+    files: Arc<Mutex<BTreeMap<u64, (FileId, Bytes)>>>,
+    last_number: Arc<AtomicU64>,
+}
+
+impl Memory {
+    /// How many files there are.
+    pub(crate) fn len(&self) -> usize {
+        self.files.lock().unwrap().len()
+    }
+
+    /// Files are never changed, so their number says what they are.
+    fn keep(&self, file: &FileId, bytes: Bytes) -> Stamp {
+        self.files.lock().unwrap().insert(file.generation, (*file, bytes));
+        Stamp::new(file.generation, 0)
+    }
+
+    fn open_file(&self, file: &FileId) -> io::Result<Open> {
+        let files = self.files.lock().unwrap();
+        let (_, bytes) = files.get(&file.generation).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Open { bytes: bytes.clone(), stamp: Stamp::new(file.generation, 0) })
+    }
+}
+
+#[derive(Debug)]
+struct Open {
+    bytes: Bytes,
+    stamp: Stamp,
+}
+
+#[derive(Debug)]
+struct Growing {
+    bytes: Vec<u8>,
+    volume: Memory,
+}
+
+impl Volume for Memory {
+    fn next_generation(&self) -> u64 {
+        self.last_number.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    fn charge(&self, size: u64) -> u64 {
+        size.max(1)
+    }
+
+    fn space(&self) -> io::Result<Space> {
+        Ok(Space { free_bytes: 1 << 40, total_bytes: 1 << 40, free_inodes: 1 << 30, total_inodes: 0 })
+    }
+
+    fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>> {
+        Ok(Box::new(self.open_file(file)?))
+    }
+
+    fn look(&self, file: &FileId) -> io::Result<Look> {
+        self.open_file(file)?.look()
+    }
+
+    fn write(&self, file: &FileId, pieces: &[Bytes]) -> io::Result<Stamp> {
+        Ok(self.keep(file, pieces.concat().into()))
+    }
+
+    fn draft(&self) -> io::Result<Box<dyn Draft>> {
+        Ok(Box::new(Growing { bytes: Vec::new(), volume: self.clone() }))
+    }
+
+    fn adopt(&self, _: &FileId, _: &LeftFile<'_>) -> io::Result<Option<Stamp>> {
+        Ok(None)
+    }
+
+    fn delete(&self, file: &FileId) -> io::Result<()> {
+        self.files.lock().unwrap().remove(&file.generation);
+        Ok(())
+    }
+
+    fn touch(&self, _: &[FileId], _: &mut dyn FnMut(Vec<Moved>)) {}
+
+    fn recover(
+        &self,
+        _: &(dyn Fn(&dyn Stored) -> bool + Sync),
+        take: &mut dyn FnMut(Recovered) -> Option<FileId>,
+    ) -> Repairs {
+        let files: Vec<_> = self.files.lock().unwrap().values().cloned().collect();
+        for (file, bytes) in files {
+            let recovered = Recovered { file, bytes: self.charge(bytes.len() as u64), touched: 0 };
+            if let Some(loser) = take(recovered) {
+                self.delete(&loser).unwrap();
+            }
+        }
+        Repairs::default()
+    }
+}
+
+impl Stored for Open {
+    fn look(&self) -> io::Result<Look> {
+        Ok(Look { size: self.bytes.len() as u64, stamp: self.stamp, lasting: self.stamp })
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let rest = self.bytes.get(offset as usize..).unwrap_or_default();
+        let read = rest.len().min(buffer.len());
+        buffer[..read].copy_from_slice(&rest[..read]);
+        Ok(read)
+    }
+
+    fn read_cached(&self, buffer: &mut Vec<u8>, offset: u64) -> io::Result<usize> {
+        let rest = self.bytes.get(offset as usize..).unwrap_or_default();
+        let read = rest.len().min(buffer.capacity() - buffer.len());
+        buffer.extend_from_slice(&rest[..read]);
+        Ok(read)
+    }
+
+    fn nobody_writes(&self) -> bool {
+        true
+    }
+
+    fn copy_to(&self, to: &File, size: u64) -> io::Result<()> {
+        copy_in_pieces(self, to, size)
+    }
+}
+
+impl Draft for Growing {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.bytes.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn hash(&self, mut hasher: Hasher) -> io::Result<Digest> {
+        hasher.update(&self.bytes);
+        Ok(hasher.finish())
+    }
+
+    fn keep(self: Box<Self>, file: &FileId) -> io::Result<Stamp> {
+        Ok(self.volume.keep(file, self.bytes.into()))
+    }
+}

@@ -1,0 +1,84 @@
+//! Files that are not the store's: [`LeftFile`], which an action left behind, and [`NewInput`], which an action gets.
+//!
+//! They lie in the directories of workers on this machine, whatever the store's volume is.
+
+use super::{hash, stamps};
+use gorego_reapi::digest::{Digest, Hasher};
+use rustix::fs::{Mode, OFlags, fchmod, openat};
+use std::{
+    fs::{File, Metadata},
+    io::{self, Write as _},
+    os::unix::fs::{FileExt as _, MetadataExt as _},
+};
+
+/// A file that an action left behind, open for reading. All processes of the action are dead. A read lease makes sure that nobody
+/// else has it open for writing, or shows that somebody has, for as long as this is held.
+#[derive(Debug)]
+pub(crate) struct LeftFile<'a> {
+    pub(super) file: File,
+    /// The directory that it lies in.
+    pub(super) parent: &'a File,
+    pub(super) name: &'a str,
+    /// As it was before it was hashed.
+    pub(super) before: Metadata,
+    writers: stamps::Writers,
+}
+
+impl<'a> LeftFile<'a> {
+    /// A file that lies in `parent` under `name`.
+    pub(crate) fn new(parent: &'a File, name: &'a str, file: File) -> io::Result<Self> {
+        let writers = stamps::lease(&file);
+        let before = file.metadata()?;
+        Ok(Self { file, parent, name, before, writers })
+    }
+
+    /// How many bytes it has.
+    pub(crate) fn size(&self) -> u64 {
+        self.before.len()
+    }
+
+    /// The digest of its content.
+    pub(crate) fn hash(&self, hasher: Hasher) -> io::Result<Digest> {
+        hash(hasher, |piece, at| self.file.read_at(piece, at))
+    }
+
+    /// Reads up to its end.
+    pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(buffer, offset)
+    }
+
+    /// Whether nobody else can reach it: a regular file of ours, with one name and no writer.
+    pub(super) fn is_ours_alone(&self) -> bool {
+        self.writers != stamps::Writers::Present
+            && self.before.is_file()
+            && self.before.nlink() == 1
+            && self.before.uid() == rustix::process::geteuid().as_raw()
+    }
+}
+
+/// A file that is made for an action.
+#[derive(Debug)]
+pub(crate) struct NewInput(File);
+
+impl NewInput {
+    /// Makes an empty one. A link that an earlier node has put under this name is an error, not a way out of the directory.
+    pub(crate) fn create(parent: &File, name: &str) -> io::Result<Self> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(Self(openat(parent, name, flags, Mode::RUSR | Mode::WUSR)?.into()))
+    }
+
+    /// Adds bytes.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all(bytes)
+    }
+
+    /// The file, to copy into it.
+    pub(crate) fn file(&self) -> &File {
+        &self.0
+    }
+
+    /// Gives it its permission bits, whatever the umask is.
+    pub(crate) fn finish(self, mode: u32) -> io::Result<()> {
+        Ok(fchmod(&self.0, Mode::from_raw_mode(mode & 0o7777))?)
+    }
+}

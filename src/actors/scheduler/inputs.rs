@@ -1,0 +1,17 @@
+//! [`InputCheck`]: the part of the store that the scheduler needs, as a trait, so that it can be tested without one.
+
+use crate::{actors::cas::client::Cas, caller::Caller, instance::Instance};
+use futures::future::{BoxFuture, FutureExt as _};
+use gorego_reapi::{digest::Digest, error::Result};
+
+/// Knows whether the inputs of a task are stored.
+pub trait InputCheck: 'static {
+    /// [`Cas::check_inputs`]. The work is done elsewhere: polling the future costs the actors' thread nothing to speak of.
+    fn check(&self, instance: Instance, root: Digest, caller: Caller) -> BoxFuture<'static, Result<()>>;
+}
+
+impl InputCheck for Cas {
+    fn check(&self, instance: Instance, root: Digest, caller: Caller) -> BoxFuture<'static, Result<()>> {
+        self.working_for(caller).check_inputs_apart(instance, root).boxed()
+    }
+}

@@ -1,17 +1,17 @@
 //! The protocol edge: gRPC services over the scheduler and the store.
 //!
-//! Each service decodes, asks, encodes. What is wire stays here: nothing outside this directory (and the wiring and the client)
-//! knows tonic. The files by what they own:
+//! Each service decodes, asks and encodes. Wire types stay here: only this directory, the wiring and the client know tonic.
+//! The files:
 //!
 //! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`log_stream`], [`asset`],
 //!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors. [`services`]: what `build.rs` generates.
-//! - [`convert`]: wire to domain and back. [`inline`], [`page_token`], [`filter`],
+//! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`], [`stalled`]: parts of answers.
-//! - [`ask`]: the way to the scheduler. [`accept`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`], [`answers`],
-//!   [`request_log`], [`panic_guard`]: what every connection and call goes through.
+//! - [`ask`]: requests to the scheduler. [`accept`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`],
+//!   [`answers`], [`request_log`], [`panic_guard`]: layers that every connection and call passes.
 //!
-//! No service keeps state of its own, so any number of connections sees the same. Graceful shutdown is driven from outside:
-//! [`serve`] stops accepting when its future says so and returns when the last connection is closed.
+//! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
+//! accepting when its shutdown future completes, and returns when the last connection is closed.
 
 pub mod accept;
 pub mod action_cache;

@@ -494,7 +494,7 @@ async fn exec_prints_what_the_command_printed_and_exits_as_it_did() {
     assert_eq!((code, stdout.as_str()), (7, "hello\n"));
     assert_eq!(
         stderr,
-        format!("{long}gorego: the command did not make p\n"),
+        format!("{long}gorego: the command did not create p\n"),
         "silent in a pipe but for this"
     );
     assert_eq!(fs::read(out.path().join("o")).unwrap(), b"made");

@@ -262,7 +262,7 @@ fn a_mistake_in_a_pool_is_shown_with_its_place_and_what_to_write_instead() {
         (pool("slots = 1\nproperties = { cores = { minimum = 4, ignore = true } }"), &[":3:", "one way"]),
         (pool("slots = 1\nproperties = { cores = { minimum = \"x\" } }"), &[":3:"]),
         (pool("slots = 1\nproperties = { arch = [] }"), &[":3:", "offers nothing"]),
-        (pool("slots = 1\nproperties = { silo = { ignore = false } }"), &[":3:", "leave the property out"]),
+        (pool("slots = 1\nproperties = { silo = { ignore = false } }"), &[":3:", "omit the property"]),
         (file_error("[execution]\nunknown_properties = \"allow\"\n"), &[":2:22: ", "ignore", "refuse"]),
         (file_error("[execution]\npools = 1\n"), &[":2:9: "]),
     ] {

@@ -1,4 +1,4 @@
-//! `gorego config`, and how the flags of `gorego serve` become configuration.
+//! `gorego config`, and the conversion of the flags of `gorego serve` to configuration.
 
 use super::{
     ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment, output::print,
@@ -34,10 +34,10 @@ fn check(file: &Path) -> Result<String> {
     Ok(format!("{warnings}{} is fine\n", file.display()))
 }
 
-/// The configuration of a server that is started with these flags in this environment.
+/// Loads the configuration of a server that is started with these flags and environment variables.
 ///
 /// # Errors
-/// Those of [`load()`] and of [`Settings::new`].
+/// The errors of [`load()`] and [`Settings::new`].
 pub fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> Result<(Loaded, Settings)> {
     let file = file_to_read(args.config.clone());
     let loaded = load(&Sources { file, env, flags: flags(args)? })?;
@@ -45,8 +45,8 @@ pub fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> Result
     Ok((loaded, settings))
 }
 
-/// The format of the log, as far as a configuration that cannot be used says it: all of it where only the values do not fit
-/// together, else what environment and flags say.
+/// The log format, even if the configuration is invalid: from all sources if only the values are inconsistent, otherwise
+/// from environment and flags.
 pub fn log_format(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> LogFormat {
     let format = |file, env| {
         let flags = flags(args).ok()?;

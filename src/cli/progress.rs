@@ -1,4 +1,4 @@
-//! What `gorego exec` shows while it works: one line on a terminal, nothing in a pipe.
+//! The progress of `gorego exec`: one line on a terminal, nothing in a pipe.
 
 use gorego_client::Progress;
 use gorego_reapi::proto::gorego::QueueStatus;
@@ -10,15 +10,15 @@ use std::{
     time::Duration,
 };
 
-/// How often the line is redrawn.
+/// Interval between updates of the line.
 const TICK: Duration = Duration::from_millis(100);
 
-/// The line, for as many as want to write to it; hidden where standard error is no terminal.
+/// The progress line. Clones share it. It is hidden if standard error is not a terminal.
 #[derive(Debug, Clone)]
 pub struct Line(ProgressBar);
 
 impl Line {
-    /// A line for this process.
+    /// Creates the progress line of this process.
     pub fn new() -> Self {
         if !io::stderr().is_terminal() {
             return Self(ProgressBar::hidden());
@@ -39,12 +39,12 @@ impl Line {
         }
     }
 
-    /// Says what is going on, if the line was not taken away.
+    /// Shows the current activity, unless the line was cleared.
     pub fn say(&self, what: &str) {
         self.0.set_message(gorego_reapi::escape::escaped(what));
     }
 
-    /// Says how far a transfer is while it goes on, also after [`Line::clear`].
+    /// Shows the progress of a transfer while it runs, also after [`Line::clear`].
     pub async fn during<T>(&self, what: &str, progress: &Progress, transfer: impl Future<Output = T>) -> T {
         self.say(what);
         self.show();
@@ -61,13 +61,13 @@ impl Line {
         }
     }
 
-    /// Takes the line away, so that other output starts on a clean one; the next transfer shows it again.
+    /// Removes the line, so that other output starts on an empty line. The next transfer shows it again.
     pub fn clear(&self) {
         self.0.finish_and_clear();
     }
 }
 
-/// Why an operation waits, in a line.
+/// One line with the reason why an operation waits.
 pub fn waiting(status: &QueueStatus) -> String {
     let QueueStatus { pool, position, busy_slots, slots, reason, .. } = status;
     match position {
@@ -104,11 +104,11 @@ mod tests {
             position,
             busy_slots: 2,
             slots: 2,
-            reason: "its inputs are being looked up".into(),
+            reason: "its inputs are being checked".into(),
             ..Default::default()
         };
         assert_eq!(waiting(&status(12)), "waiting: 12th in pool linux, 2 of 2 slots busy");
-        assert_eq!(waiting(&status(0)), "waiting: its inputs are being looked up");
+        assert_eq!(waiting(&status(0)), "waiting: its inputs are being checked");
         let spoken = [1, 2, 3, 4, 11, 13, 21, 102, 111].map(ordinal);
         assert_eq!(spoken, ["1st", "2nd", "3rd", "4th", "11th", "13th", "21st", "102nd", "111th"]);
     }

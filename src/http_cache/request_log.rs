@@ -1,7 +1,7 @@
-//! One log line for each request, written when its response is over or its client is gone.
+//! One log line for each request, written when its response has ended or its client is gone.
 //!
-//! Requests that cost their client nothing (refused before a handler, or left before their answer) are limited by peer, and
-//! counted beyond that ([`Connections::takes_line`]).
+//! Requests that cost their client nothing (refused before a handler, or abandoned before the response) are rate-limited
+//! per peer and then only counted ([`Connections::takes_line`]).
 
 use super::LOG;
 use crate::{
@@ -30,12 +30,12 @@ use std::{
 
 /// Longest path in a line, in bytes.
 const PATH_MAX_BYTES: usize = 256;
-/// Longest method in a line, in bytes; clients invent them.
+/// Longest method in a line, in bytes. Clients can send any method.
 const METHOD_MAX_BYTES: usize = 16;
 /// Longest error in a line, in bytes.
 const ERROR_MAX_BYTES: usize = 512;
 
-/// The line of a request that is not over yet; written when this is dropped.
+/// The log line of an open request. It is written when it is dropped.
 #[derive(Debug)]
 pub struct Line {
     method: String,
@@ -55,7 +55,7 @@ pub struct Line {
 }
 
 impl Line {
-    /// The line of a request that has just begun.
+    /// Creates the line of a request that has just begun.
     pub fn new(
         connections: &Connections,
         connection: &Arc<ConnectionState>,
@@ -81,54 +81,54 @@ impl Line {
         }
     }
 
-    /// Who asks.
+    /// The address of the client.
     pub fn peer(&self) -> SocketAddr {
         self.connection.address
     }
 
-    /// The same, for bounds.
+    /// The caller for budgets.
     pub fn caller(&self) -> Caller {
         self.connection.caller
     }
 
-    /// The connection that the answer goes over.
+    /// The connection of the request.
     pub fn connection(&self) -> &Arc<ConnectionState> {
         &self.connection
     }
 
-    /// Notes the namespace.
+    /// Records the instance of the request.
     pub fn instance(&mut self, instance: &Instance) {
         self.instance = Some(instance.clone());
     }
 
-    /// Notes the blob.
+    /// Records the blob that the request names.
     pub fn blob(&mut self, digest: Digest) {
         self.digest = Some(digest);
     }
 
-    /// What a shutdown knows of the request.
+    /// The entry by which a shutdown tracks the request.
     pub fn unfinished(&self) -> &Unfinished {
         &self.unfinished
     }
 
-    /// Notes bytes of an upload.
+    /// Records received bytes of an upload.
     pub fn received(&mut self, bytes: usize) {
         self.bytes_in = self.bytes_in.saturating_add(bytes as u64);
     }
 
-    /// Notes why there is no better answer. A miss is no error.
+    /// Records an error. A cache miss is not an error.
     pub fn failed(&mut self, error: &Error) {
         if !matches!(error, Error::NotFound(_)) {
             self.error = shorten(error.to_string(), ERROR_MAX_BYTES);
         }
     }
 
-    /// Notes why a request was not looked at.
+    /// Records why a request was refused before a handler.
     pub fn refused(&mut self, why: String) {
         self.error = shorten(why, ERROR_MAX_BYTES);
     }
 
-    /// Keeps a request counted until its response is over.
+    /// Holds a share until the response has ended.
     pub fn hold(&mut self, place: Share) {
         self.place = Some(place);
     }
@@ -144,7 +144,7 @@ impl Line {
         !is_cheap || self.connections.takes_line(self.connection.caller.peer, end)
     }
 
-    /// Goes with a response to its end.
+    /// Attaches the line to a response until the response has ended.
     pub fn follow(mut self, response: Response) -> Response {
         self.status = Some(response.status());
         response.map(|inner| Body::new(LoggedBody { inner, line: self }))
@@ -164,7 +164,7 @@ impl Drop for Line {
             .with("bytes_in", self.bytes_in)
             .with("bytes_out", self.bytes_out)
             .with_shown("peer", &self.connection.address)
-            // Without one the client was gone before there was an answer.
+            // Without a status, the client left before the response.
             .with_some("http_status", self.status.map(|status| status.as_u16()))
             .with_some("instance", self.instance.as_ref().map(Instance::name))
             .with_some("digest", self.digest.as_ref().map(|digest| Field::Shown(digest)))
@@ -173,7 +173,7 @@ impl Drop for Line {
     }
 }
 
-/// Cuts a text that a client has chosen.
+/// Truncates a text that the client has chosen.
 fn shorten(mut text: String, max_bytes: usize) -> String {
     let mut end = max_bytes.min(text.len());
     while !text.is_char_boundary(end) {
@@ -201,7 +201,7 @@ impl HttpBody for LoggedBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = self.project();
-        // The transport asks for more when the client has taken what there was.
+        // The transport polls again when the client has taken the previous piece.
         this.line.unfinished.client_moved();
         let frame = ready!(this.inner.poll_frame(context));
         this.line.unfinished.wait_for_client();

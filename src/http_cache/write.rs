@@ -1,4 +1,4 @@
-//! PUT. What is stored was checked before anybody can see it.
+//! Handles PUT. Everything is checked before it becomes visible.
 
 use super::{
     HttpCache,
@@ -15,14 +15,14 @@ use gorego_reapi::{
     proto::reapi,
 };
 
-/// Largest ActionResult message that is taken, as over gRPC.
+/// Largest ActionResult message, as over gRPC.
 const MAX_RESULT_BYTES: u64 = 16 * 1024 * 1024;
-/// Memory that it may take once it is decoded, as over gRPC.
+/// Largest memory of a decoded ActionResult, as over gRPC.
 const RESULT_MAX_MEMORY: u64 = 64 * 1024 * 1024;
 
 type Target<'a> = (&'a HttpCache, &'a Instance);
 
-/// Stores a blob under the hash that its bytes have.
+/// Stores a blob after checking its hash.
 pub async fn blob(
     (cache, instance): Target<'_>,
     hash: Hash,
@@ -38,7 +38,7 @@ pub async fn blob(
     Ok(created())
 }
 
-/// Stores an action result, checked like one that comes by gRPC (AC-10).
+/// Stores an action result after the same checks as over gRPC (AC-10).
 pub async fn result(
     (cache, instance): Target<'_>,
     hash: Hash,
@@ -54,10 +54,10 @@ pub async fn result(
     let decoded = cas.decode(bytes.into(), RESULT_MAX_MEMORY, "ActionResult").await;
     let (result, _room): (reapi::ActionResult, _) = decoded.map_err(|error| {
         Error::Invalid(format!(
-            "this is no ActionResult ({error}); what has another format belongs under /cache/"
+            "this is not an ActionResult ({error}); store other formats under /cache/"
         ))
     })?;
-    // The Action has the true size, and a result under it is found by gRPC clients too.
+    // The stored Action provides the size, so that gRPC clients find the result too.
     let action = match cas.blob_by_hash(instance, like)? {
         Some(action) => action,
         None => cas.action_by_hash(instance, like)?.unwrap_or(like),
@@ -66,7 +66,7 @@ pub async fn result(
     Ok(created())
 }
 
-/// Stores a value under a key, in place of the one before.
+/// Stores a value under a key and replaces the previous one.
 pub async fn value(
     (cache, instance): Target<'_>,
     key: &str,
@@ -88,19 +88,19 @@ pub async fn value(
     Ok(created())
 }
 
-/// Refuses what only clients that may write results may do.
+/// Refuses instances whose clients may not write results.
 pub fn check_writable(instance: &Instance) -> Result<()> {
     if instance.policy().action_cache_updates {
         return Ok(());
     }
-    Err(Error::Denied("clients may not write results here (action_cache_updates = false)".into()))
+    Err(Error::Denied("clients may not write results to this instance (action_cache_updates = false)".into()))
 }
 
 fn provenance(line: &Line) -> Provenance {
     Provenance { peer: line.peer().to_string(), ..Provenance::default() }
 }
 
-/// The answer to a request that has made something.
+/// The response after a successful write.
 pub fn created() -> Response {
     status::plain(StatusCode::CREATED, "stored")
 }

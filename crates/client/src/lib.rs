@@ -8,18 +8,18 @@
 //! Not supported: compression, digest functions other than SHA-256, TLS.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-pub mod blobs;
+mod blobs;
 mod codec;
-pub mod connect;
-pub mod destination;
-pub mod download;
-pub mod execute;
-pub mod follow_log;
-pub mod input;
-pub mod read;
-pub mod status;
+mod connect;
+mod destination;
+mod download;
+mod execute;
+mod follow_log;
+mod input;
+mod read;
+mod status;
 pub mod stubs;
-pub mod upload;
+mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
 pub use connect::{Identity, foreign_protocol, parse_endpoint};

@@ -170,7 +170,11 @@ impl Decoder {
             let output = self.piece.get_mut(..room).unwrap_or_default();
             let status = self.context.run_on_buffers(input, output).map_err(|error| self.garbage(&error))?;
             if status.bytes_read == 0 && status.bytes_written == 0 {
-                return if input.is_empty() { Ok(None) } else { Err(self.garbage(&"it stops making progress")) };
+                return if input.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(self.garbage(&"it stops making progress"))
+                };
             }
             *input = input.get(status.bytes_read..).unwrap_or_default();
             let written = status.bytes_written as u64;

@@ -1,4 +1,4 @@
-//! A run as one JSON object.
+//! Writes a report as one JSON object.
 
 use super::{Judgement, Outcome, Report, Row};
 use crate::rules::Level;
@@ -36,7 +36,7 @@ struct Line<'a> {
 }
 
 impl Report {
-    /// The run as JSON.
+    /// The report as JSON.
     pub fn json(&self, strict: bool) -> String {
         let run = Run {
             endpoint: &self.endpoint,

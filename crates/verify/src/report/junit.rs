@@ -1,7 +1,7 @@
-//! A run as JUnit XML: one suite a group, one case a check.
+//! Writes a report as JUnit XML: one suite per group, one case per check.
 //!
-//! JUnit knows no warnings: one is a skipped case whose message says so, and a failure of a strict run. A check that could not
-//! be decided is an `error`, which JUnit tells from a failure.
+//! JUnit has no warnings. A warning is written as a skipped case with a message, and as a failure in a strict run. An
+//! inconclusive check is an `error`, which JUnit distinguishes from a failure.
 
 use super::{Judgement, Outcome, Report, Row};
 use crate::groups;
@@ -9,7 +9,7 @@ use gorego_reapi::error::{Error, Result};
 use quick_junit::{NonSuccessKind, Report as Xml, TestCase, TestCaseStatus, TestSuite};
 
 impl Report {
-    /// The run as JUnit XML.
+    /// The report as JUnit XML.
     ///
     /// # Errors
     /// `Internal` when it cannot be written as XML.

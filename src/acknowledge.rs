@@ -18,7 +18,7 @@ use tokio::{
 
 /// A TCP stream without delayed acknowledgements.
 #[derive(Debug)]
-pub struct Prompt {
+pub(crate) struct Prompt {
     stream: TcpStream,
     /// Whether bytes were read that may not be acknowledged yet.
     owed: bool,
@@ -26,11 +26,11 @@ pub struct Prompt {
 
 impl Prompt {
     /// Wraps a stream that has not been read from.
-    pub fn new(stream: TcpStream) -> Self {
+    pub(crate) fn new(stream: TcpStream) -> Self {
         Self { stream, owed: false }
     }
 
-    pub fn get_ref(&self) -> &TcpStream {
+    pub(crate) fn get_ref(&self) -> &TcpStream {
         &self.stream
     }
 

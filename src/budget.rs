@@ -27,7 +27,7 @@ use std::{
 use tokio::sync::oneshot;
 
 /// A peer may hold this many times as much as is free.
-pub const SHARE: u64 = 8;
+pub(crate) const SHARE: u64 = 8;
 /// The retry delay in errors.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -95,7 +95,9 @@ impl fmt::Display for Refusal {
         let Self { what, limit, .. } = self;
         match self.bound {
             Bound::Server => write!(formatter, "the server has reached its limit of {limit} {what}"),
-            Bound::Peer => write!(formatter, "your address has reached its share of the server's {limit} {what}"),
+            Bound::Peer => {
+                write!(formatter, "your address has reached its share of the server's {limit} {what}")
+            }
             Bound::Connection => write!(formatter, "this connection has reached its limit of {limit} {what}"),
         }
     }
@@ -148,7 +150,8 @@ impl Budget {
         Self(Arc::new(Inner { bounds, state: Mutex::new(state) }))
     }
 
-    pub fn bounds(&self) -> Bounds {
+    #[cfg(test)]
+    pub(crate) fn bounds(&self) -> Bounds {
         self.0.bounds
     }
 
@@ -374,7 +377,6 @@ fn subtract<K: Eq + std::hash::Hash>(held: &mut HashMap<K, u64>, key: K, amount:
     }
 }
 
-/// A waiting request.
 #[derive(Debug)]
 struct Waiter {
     caller: Caller,

@@ -3,13 +3,13 @@
 //! `gorego` without a subcommand is `gorego serve`. All arguments are parsed here; each subcommand has its own file.
 //! Messages for the user go to standard error, requested output goes to standard output.
 
-pub mod config;
-pub mod exec;
-pub mod live;
-pub mod output;
-pub mod progress;
-pub mod serve;
-pub mod verify;
+mod config;
+mod exec;
+mod live;
+mod output;
+mod progress;
+mod serve;
+mod verify;
 
 use crate::{actors::worker, size::Size};
 use clap::{
@@ -28,7 +28,7 @@ use std::{
     time::Duration,
 };
 
-/// Success.
+/// The subcommand succeeded.
 pub const EXIT_OK: u8 = 0;
 /// A server failed, or could not start for a reason outside its configuration.
 pub const EXIT_FAILURE: u8 = 1;
@@ -70,7 +70,7 @@ pub struct Cli {
     pub serve: ServeArgs,
 }
 
-/// The subcommands.
+/// The subcommands of `gorego`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve remote execution and the cache (the default)

@@ -6,8 +6,8 @@
 //! of the server only sees [`Settings`].
 
 pub mod load;
-pub mod pools;
-pub mod settings;
+mod pools;
+mod settings;
 pub mod show;
 mod source_text;
 
@@ -50,7 +50,7 @@ pub struct Config {
     pub log_streams: LogStreamsConfig,
     /// The Remote Asset service.
     pub assets: AssetsConfig,
-    /// The HTTP/1.1 cache.
+    /// The cache for tools that speak HTTP/1.1.
     pub http: HttpConfig,
 }
 

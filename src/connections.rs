@@ -9,12 +9,12 @@
 //!
 //! This module also owns the counters that span the connections of a peer: cancelled calls, and the log lines about them.
 
-pub mod ahead;
-pub mod answers;
-pub mod rate;
+pub(crate) mod ahead;
+pub(crate) mod answers;
+pub(crate) mod rate;
 mod state;
 
-pub use state::{ConnectionState, OpenCall, Reason};
+pub(crate) use state::{ConnectionState, OpenCall, Reason};
 
 use crate::{
     budget::{Bound, Bounds, Budget},
@@ -32,30 +32,30 @@ use std::{
 use tokio::time::{Instant, interval};
 
 /// Largest number of connections, if there are enough descriptors. An idle one takes about 20 KB.
-pub const CONNECTIONS_MAX: u64 = 8_192;
+pub(crate) const CONNECTIONS_MAX: u64 = 8_192;
 /// Connections may use this fraction of the process's descriptors.
-pub const CONNECTIONS_PER_DESCRIPTOR: u64 = 8;
+pub(crate) const CONNECTIONS_PER_DESCRIPTOR: u64 = 8;
 /// Largest number of concurrent calls on all connections, if there are enough descriptors. Each call may hold a file open.
-pub const CALLS_MAX: u64 = 65_536;
+pub(crate) const CALLS_MAX: u64 = 65_536;
 /// Memory for request headers that are larger than usual: enough for thousands of calls with a long token. Headers within
 /// the limit of the HTTP/2 library can take 200 KB.
-pub const HEADS: Bounds =
+pub(crate) const HEADS: Bounds =
     Bounds { what: "bytes of large headers", total: 128 * 1024 * 1024, connection: 48 * 1024 * 1024 };
 /// Calls may use this fraction of the process's descriptors.
-pub const CALLS_PER_DESCRIPTOR: u64 = 2;
+pub(crate) const CALLS_PER_DESCRIPTOR: u64 = 2;
 /// Time limit for the first request on a new connection. Clients that connect in advance simply reconnect.
-pub const FIRST_REQUEST_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const FIRST_REQUEST_LIMIT: Duration = Duration::from_secs(60);
 /// Time limit for the headers of a request, from the first frame to the last.
-pub const HEAD_LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const HEAD_LIMIT: Duration = Duration::from_secs(20);
 /// How long a client may leave its socket unread while bytes are waiting for it.
-pub const UNREAD_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const UNREAD_LIMIT: Duration = Duration::from_secs(60);
 /// How long a client may consume no answer although it reads its socket. Equal to the idle limit of a download.
-pub const UNTAKEN_LIMIT: Duration = crate::grpc::stalled::READ_IDLE_LIMIT;
+pub(crate) const UNTAKEN_LIMIT: Duration = crate::grpc::stalled::READ_IDLE_LIMIT;
 /// Rate of calls that one peer may cancel beyond those that it lets finish. A failed build cancels thousands of running
 /// actions at once.
-pub const PEER_RESETS: Rate = Rate { burst: 10_000, per_second: 1_000 };
+pub(crate) const PEER_RESETS: Rate = Rate { burst: 10_000, per_second: 1_000 };
 /// Rate of log lines about one peer's cancelled and refused calls. Further ones are only counted.
-pub const PEER_LINES: Rate = Rate { burst: 200, per_second: 20 };
+pub(crate) const PEER_LINES: Rate = Rate { burst: 200, per_second: 20 };
 /// Interval between checks of all connections.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Most log lines about counted events in one check.
@@ -63,7 +63,7 @@ const TALLY_LINES_MAX: usize = 32;
 
 /// Milliseconds since the `Connections` were created, plus one, so that the value is never 0.
 #[derive(Debug, Clone, Copy)]
-pub struct Clock(Instant);
+pub(crate) struct Clock(Instant);
 
 impl Clock {
     fn now_ms(self) -> u64 {

@@ -61,7 +61,6 @@ pub struct Space {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reserve {
     pub bytes: u64,
-    /// Number of files.
     pub inodes: u64,
 }
 

@@ -13,34 +13,34 @@
 //! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
 //! accepting when its shutdown future completes, and returns when the last connection is closed.
 
-pub mod accept;
-pub mod action_cache;
-pub mod answers;
+pub(crate) mod accept;
+pub(crate) mod action_cache;
+pub(crate) mod answers;
 pub mod ask;
-pub mod asset;
-pub mod byte_stream;
-pub mod capabilities;
-pub mod cas;
-pub mod chunks;
-pub mod claim;
-pub mod codec;
+pub(crate) mod asset;
+pub(crate) mod byte_stream;
+pub(crate) mod capabilities;
+pub(crate) mod cas;
+pub(crate) mod chunks;
+pub(crate) mod claim;
+pub(crate) mod codec;
 mod conduct;
 pub mod convert;
-pub mod execution;
+pub(crate) mod execution;
 pub mod filter;
 mod frames;
 pub mod get_tree;
 pub mod health;
-pub mod inline;
-pub mod intake;
-pub mod log_stream;
-pub mod operation_stream;
-pub mod operations;
+pub(crate) mod inline;
+pub(crate) mod intake;
+pub(crate) mod log_stream;
+pub(crate) mod operation_stream;
+pub(crate) mod operations;
 pub mod page_token;
-pub mod panic_guard;
-pub mod request_log;
+pub(crate) mod panic_guard;
+pub(crate) mod request_log;
 pub mod services;
-pub mod stalled;
+pub(crate) mod stalled;
 
 use crate::{
     actors::{asset::client::Assets, cas::client::Cas, scheduler::settings::Priorities},
@@ -92,25 +92,25 @@ pub const PING_INTERVAL: Duration = Duration::from_secs(30);
 /// How long the answer to a ping may take.
 pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Messages of Execute and WaitExecution.
+/// The response messages of Execute and WaitExecution.
 pub type OperationStream = BoxStream<'static, Result<longrunning::Operation, Status>>;
-/// Messages of GetTree.
+/// The response messages of GetTree.
 pub type TreeStream = BoxStream<'static, Result<reapi::GetTreeResponse, Status>>;
-/// Messages of ByteStream.Read.
+/// The response messages of ByteStream.Read.
 pub type ReadStream = BoxStream<'static, Result<bytestream::ReadResponse, Status>>;
 
 /// What the services need to answer: where to ask, and a few settings.
 #[derive(Debug)]
 pub struct Edge {
-    /// The namespaces.
+    /// The instances that requests may name.
     pub instances: Instances,
-    /// The store.
+    /// The store of blobs and action results.
     pub cas: Cas,
     /// The scheduler; `None` where execution is switched off.
     pub scheduler: Option<Scheduler>,
     /// The places that there are for walks of trees.
     pub walks: get_tree::Walks,
-    /// The log streams.
+    /// Log streams of clients and of running actions.
     pub log_streams: LogStreams,
     /// Remote assets; `None` where they are not served.
     pub assets: Option<Assets>,

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 /// An entry of a host list in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum HostRule {
+pub(crate) enum HostRule {
     /// Matches every host.
     Any,
     /// Matches this name or address.
@@ -16,14 +16,14 @@ pub enum HostRule {
 }
 
 /// Removes brackets and the final dot, and converts to lower case.
-pub fn bare(host: &str) -> String {
+pub(crate) fn bare(host: &str) -> String {
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase()
 }
 
 impl HostRule {
     /// Parses an entry without a port; `None` if it is not a host.
-    pub fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         if text == "*." {
             return None;
         }
@@ -41,7 +41,7 @@ impl HostRule {
     }
 
     /// Whether the rule matches a host in [`bare`] form.
-    pub fn covers(&self, host: &str) -> bool {
+    pub(crate) fn covers(&self, host: &str) -> bool {
         match self {
             Self::Any => true,
             Self::Is(name) => name == host,

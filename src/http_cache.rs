@@ -18,7 +18,7 @@
 
 mod body;
 mod connection;
-pub mod hosts;
+pub(crate) mod hosts;
 pub mod range;
 mod read;
 mod request_log;

@@ -12,10 +12,10 @@
 //! The bookkeeping is pure ([`registry`]). Its lock is taken only in this file, and never held across IO or a wait. The
 //! wire format ([`crate::grpc::log_stream`]) and the blobs of finished run streams are handled elsewhere.
 
-pub mod follow;
+pub(crate) mod follow;
 pub mod name;
-pub mod registry;
-pub mod run;
+pub(crate) mod registry;
+pub(crate) mod run;
 mod spool;
 
 use crate::{

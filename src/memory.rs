@@ -19,12 +19,12 @@ const INTERVAL: Duration = Duration::from_secs(3);
 static FREED: AtomicU64 = AtomicU64::new(0);
 
 /// Counts memory that was or will be freed.
-pub fn freed(bytes: u64) {
+pub(crate) fn freed(bytes: u64) {
     FREED.fetch_add(bytes, Ordering::Relaxed);
 }
 
 /// Trims the allocator's arenas whenever enough was freed. Never returns.
-pub async fn give_back() {
+pub(crate) async fn give_back() {
     loop {
         sleep(INTERVAL).await;
         if FREED.load(Ordering::Relaxed) >= WORTH_BYTES {

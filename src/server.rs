@@ -68,7 +68,7 @@ const INTERRUPTED: i32 = 130;
 ///
 /// # Errors
 /// The reason why it could not start, or the death of an owner actor.
-pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 'static) -> Result<()> {
+pub(crate) fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 'static) -> Result<()> {
     let open_files = raise_open_files();
     let runtime = Builder::new_multi_thread()
         .enable_all()
@@ -279,8 +279,9 @@ impl Server {
         // Saves the asset bindings and the recent uses, which determine the order of eviction after the next start.
         let closing = async { tokio::join!(assets.actor().send(CloseAssets), cas.actor().send(CloseStore)) };
         if timeout_at(exit.end, closing).await.is_err() {
-            Event::warn(LOG, "store_not_closed")
-                .log(format_args!("the store closes slowly; the order of eviction may be outdated after the next start"));
+            Event::warn(LOG, "store_not_closed").log(format_args!(
+                "the store closes slowly; the order of eviction may be outdated after the next start"
+            ));
         }
         connections.tell_counted();
         Event::info(LOG, "server_stopped").log(format_args!("stopped"));

@@ -1,4 +1,4 @@
-//! Configuration from the outside: precedence, errors that say what to do, and the files that people read.
+//! The configuration from outside: precedence, helpful errors, and the files that people read.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use gorego::{
@@ -20,7 +20,7 @@ fn env(pairs: &[(&str, &str)]) -> Vec<(OsString, OsString)> {
     pairs.iter().map(|(name, value)| (name.into(), value.into())).collect()
 }
 
-/// A file in a directory that lives as long as the test.
+/// A file in a directory that exists as long as the test.
 fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("c.toml");
@@ -47,7 +47,7 @@ fn gorego_toml_is_the_complete_default_configuration() {
     assert!(all.len() >= 20, "the list of keys is not empty: {all:?}");
     let mut last = 0;
     for (key, _) in all {
-        // Every key is written out, and in the order of the types.
+        // Every key is present, in the order of the types.
         let Origin::File(_, line) = loaded.origin(&key) else { panic!("{key} is not in gorego.toml") };
         assert!(*line > last, "{key} is out of order");
         last = *line;
@@ -173,7 +173,7 @@ fn variables_that_are_not_meant_for_the_configuration_are_left_alone() {
         ("GOREGO_ENDPOINT", "grpc://a:1"),
         ("GOREGO", "x"),
         ("MY_GOREGO_X", "x"),
-        // What Kubernetes sets in every pod beside a service called "gorego".
+        // The variables that Kubernetes sets in every pod next to a service named "gorego".
         ("GOREGO_SERVICE_HOST", "10.0.0.1"),
         ("GOREGO_SERVICE_PORT_GRPC", "50051"),
         ("GOREGO_PORT", "tcp://10.0.0.1:50051"),

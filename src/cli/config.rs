@@ -11,7 +11,7 @@ use std::{ffi::OsString, path::Path};
 use toml::Value;
 
 /// Runs `gorego config ...` and returns its exit code.
-pub fn run(command: &ConfigCommand) -> u8 {
+pub(super) fn run(command: &ConfigCommand) -> u8 {
     let outcome = match command {
         ConfigCommand::Check { file } => check(file),
         ConfigCommand::Show(args) => {
@@ -38,7 +38,7 @@ fn check(file: &Path) -> Result<String> {
 ///
 /// # Errors
 /// The errors of [`load()`] and [`Settings::new`].
-pub fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> Result<(Loaded, Settings)> {
+pub(super) fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> Result<(Loaded, Settings)> {
     let file = file_to_read(args.config.clone());
     let loaded = load(&Sources { file, env, flags: flags(args)? })?;
     let settings = Settings::new(&loaded, &Machine::this())?;
@@ -47,7 +47,7 @@ pub fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> Result
 
 /// The log format, even if the configuration is invalid: from all sources if only the values are inconsistent, otherwise
 /// from environment and flags.
-pub fn log_format(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> LogFormat {
+pub(super) fn log_format(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> LogFormat {
     let format = |file, env| {
         let flags = flags(args).ok()?;
         Some(load(&Sources { file, env, flags }).ok()?.config.log.format)

@@ -57,7 +57,7 @@ enum Current {
 }
 
 /// Runs `gorego exec` and returns the exit code of the process.
-pub fn run(args: ExecArgs) -> u8 {
+pub(super) fn run(args: ExecArgs) -> u8 {
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

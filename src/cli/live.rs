@@ -34,7 +34,7 @@ const END_GRACE: Duration = Duration::from_secs(5);
 
 /// The outputs of one command, and what was printed of them.
 #[derive(Debug)]
-pub struct Live {
+pub(super) struct Live {
     readers: Readers,
     stdout: Option<Follower>,
     stderr: Option<Follower>,
@@ -52,12 +52,12 @@ struct Shown(Digest);
 
 impl Live {
     /// Nothing is printed yet. `readers` is notified when printing fails.
-    pub fn new(readers: Readers) -> Self {
+    pub(super) fn new(readers: Readers) -> Self {
         Self { readers, stdout: None, stderr: None }
     }
 
     /// Starts to print the streams. Only the first call counts for each output.
-    pub fn follow(&mut self, client: &Client, names: &LogNames, line: &Line) {
+    pub(super) fn follow(&mut self, client: &Client, names: &LogNames, line: &Line) {
         let readers = self.readers.clone();
         start(&mut self.stdout, client, &names.stdout, move || readers.of(io::stdout()), line);
         let readers = self.readers.clone();
@@ -68,7 +68,7 @@ impl Live {
     ///
     /// # Errors
     /// When an output cannot be read or printed.
-    pub async fn finish(self, client: &Client, result: Option<&reapi::ActionResult>) -> Result<()> {
+    pub(super) async fn finish(self, client: &Client, result: Option<&reapi::ActionResult>) -> Result<()> {
         let (stdout, stderr) = (end(self.stdout).await, end(self.stderr).await);
         let Some(result) = result else { return Ok(()) };
         let rest = |name, raw: &Bytes, digest: &Option<reapi::Digest>| {

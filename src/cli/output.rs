@@ -18,7 +18,7 @@ const EXIT_BROKEN_PIPE: i32 = 141;
 ///
 /// # Errors
 /// `Invalid` when it cannot be written for another reason, such as a full disk.
-pub fn print(text: &str) -> Result<()> {
+pub(super) fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => end_by_sigpipe(),
@@ -28,12 +28,12 @@ pub fn print(text: &str) -> Result<()> {
 }
 
 /// The error of output that could not be written for a reason other than a missing reader.
-pub fn unprintable(error: &io::Error) -> Error {
+pub(super) fn unprintable(error: &io::Error) -> Error {
     Error::Invalid(format!("could not write to standard output: {error}"))
 }
 
 /// Ends this process like a program that writes to a pipe without a reader.
-pub fn end_by_sigpipe() -> ! {
+pub(super) fn end_by_sigpipe() -> ! {
     // SAFETY: all values are plain, and sigemptyset initialises the set. The old disposition of the signal is not needed
     // any more.
     unsafe {
@@ -49,11 +49,11 @@ pub fn end_by_sigpipe() -> ! {
 
 /// Whether standard output and error are still writable. Clones share the state.
 #[derive(Debug, Clone, Default)]
-pub struct Readers(Arc<watch::Sender<Option<Lost>>>);
+pub(super) struct Readers(Arc<watch::Sender<Option<Lost>>>);
 
 /// Why output cannot be written any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Lost {
+pub(super) enum Lost {
     /// Its reader has exited.
     Reader,
     /// The write failed, for example because the disk is full.
@@ -62,17 +62,17 @@ pub enum Lost {
 
 impl Readers {
     /// Wraps `sink` and records a failed write to it.
-    pub fn of<W>(&self, sink: W) -> Watched<W> {
+    pub(super) fn of<W>(&self, sink: W) -> Watched<W> {
         Watched { sink, readers: self.clone() }
     }
 
     /// Whether a reader is known to have exited.
-    pub fn have_left(&self) -> bool {
+    pub(super) fn have_left(&self) -> bool {
         matches!(*self.0.borrow(), Some(Lost::Reader))
     }
 
     /// Waits until a write has failed.
-    pub async fn lost(&self) -> Lost {
+    pub(super) async fn lost(&self) -> Lost {
         loop {
             // This value holds the sender, so the wait cannot fail.
             if let Ok(lost) = self.0.subscribe().wait_for(Option::is_some).await
@@ -86,7 +86,7 @@ impl Readers {
 
 /// A sink that reports failed writes to [`Readers`].
 #[derive(Debug)]
-pub struct Watched<W> {
+pub(super) struct Watched<W> {
     sink: W,
     readers: Readers,
 }

@@ -15,11 +15,11 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// The progress line. Clones share it. It is hidden if standard error is not a terminal.
 #[derive(Debug, Clone)]
-pub struct Line(ProgressBar);
+pub(super) struct Line(ProgressBar);
 
 impl Line {
     /// Creates the progress line of this process.
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         if !io::stderr().is_terminal() {
             return Self(ProgressBar::hidden());
         }
@@ -40,12 +40,17 @@ impl Line {
     }
 
     /// Shows the current activity, unless the line was cleared.
-    pub fn say(&self, what: &str) {
+    pub(super) fn say(&self, what: &str) {
         self.0.set_message(gorego_reapi::escape::escaped(what));
     }
 
     /// Shows the progress of a transfer while it runs, also after [`Line::clear`].
-    pub async fn during<T>(&self, what: &str, progress: &Progress, transfer: impl Future<Output = T>) -> T {
+    pub(super) async fn during<T>(
+        &self,
+        what: &str,
+        progress: &Progress,
+        transfer: impl Future<Output = T>,
+    ) -> T {
         self.say(what);
         self.show();
         let mut transfer = pin!(transfer);
@@ -62,13 +67,13 @@ impl Line {
     }
 
     /// Removes the line, so that other output starts on an empty line. The next transfer shows it again.
-    pub fn clear(&self) {
+    pub(super) fn clear(&self) {
         self.0.finish_and_clear();
     }
 }
 
 /// One line with the reason why an operation waits.
-pub fn waiting(status: &QueueStatus) -> String {
+pub(super) fn waiting(status: &QueueStatus) -> String {
     let QueueStatus { pool, position, busy_slots, slots, reason, .. } = status;
     match position {
         1.. => format!("waiting: {} in pool {pool}, {busy_slots} of {slots} slots busy", ordinal(*position)),

@@ -19,7 +19,7 @@ use std::{
 };
 
 /// Runs a server and returns the exit code of the process.
-pub fn run(args: &ServeArgs) -> u8 {
+pub(super) fn run(args: &ServeArgs) -> u8 {
     let settings = match load_settings(args, environment()) {
         Ok((_, settings)) => settings,
         Err(error) => {
@@ -75,7 +75,7 @@ fn announce(style: Style, settings: &Settings, address: SocketAddr) {
 }
 
 /// The banner: listening address, data directory, number of slots, and the lines for `.bazelrc`.
-pub fn banner(settings: &Settings, address: SocketAddr) -> String {
+pub(super) fn banner(settings: &Settings, address: SocketAddr) -> String {
     let (unspecified, host) = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => (true, IpAddr::V4(Ipv4Addr::LOCALHOST)),
         IpAddr::V6(ip) if ip.is_unspecified() => (true, IpAddr::V6(Ipv6Addr::LOCALHOST)),

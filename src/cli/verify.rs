@@ -11,7 +11,7 @@ use std::{
 };
 
 /// Verifies a server, or lists the checks. Returns the exit code.
-pub fn run(args: &VerifyArgs) -> u8 {
+pub(super) fn run(args: &VerifyArgs) -> u8 {
     let outcome = if args.list { selection(args).map(|chosen| list(&chosen)) } else { verify(args) };
     match outcome.and_then(|(text, good)| print(&text).map(|()| good)) {
         Ok(true) => EXIT_OK,

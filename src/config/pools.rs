@@ -17,14 +17,14 @@ use serde::{
 use std::fmt;
 
 /// The keys of a pool, for suggestions.
-pub const KEYS: &[&str] = &["slots", "properties"];
+pub(super) const KEYS: &[&str] = &["slots", "properties"];
 
 /// Largest number of pools. A task is in the queue of each pool that can run it.
 const MAX_POOLS: usize = 64;
 /// Longest name of a pool, in bytes. It is a part of the names of workers.
 const MAX_POOL_NAME: usize = 64;
 /// The name of the pool that exists if none is configured.
-pub const DEFAULT_POOL: &str = "local";
+pub(super) const DEFAULT_POOL: &str = "local";
 
 /// An `[execution.pools.NAME]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

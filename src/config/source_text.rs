@@ -3,12 +3,12 @@
 use std::{fmt::Write as _, ops::Range, path::Path};
 
 /// The number of the line that contains byte `at`, counted from 1.
-pub fn line_of(text: &str, at: usize) -> usize {
+pub(super) fn line_of(text: &str, at: usize) -> usize {
     1 + text.bytes().take(at).filter(|byte| *byte == b'\n').count()
 }
 
 /// Formats `path:line:column: message`, followed by the line with the text in `span` underlined.
-pub fn point_at(path: &Path, text: &str, span: Option<Range<usize>>, message: &str) -> String {
+pub(super) fn point_at(path: &Path, text: &str, span: Option<Range<usize>>, message: &str) -> String {
     let path = path.display();
     let Some(span) = span else { return format!("{path}: {message}") };
     let start = (0..=span.start.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);

@@ -37,25 +37,25 @@ use std::{
 };
 
 /// Bytes that all connections may be ahead of their handlers. A single connection may use its whole window.
-pub const AHEAD: Bounds = Bounds {
+pub(crate) const AHEAD: Bounds = Bounds {
     what: "bytes that were sent ahead",
     total: 128 * 1024 * 1024,
     connection: crate::grpc::CONNECTION_WINDOW_BYTES as u64,
 };
 /// Bytes that every connection may be ahead, whatever the others hold: one frame of the usual size.
-pub const ALWAYS_READ_BYTES: u64 = 16 * 1024;
+pub(crate) const ALWAYS_READ_BYTES: u64 = 16 * 1024;
 /// The smallest cost of a frame, because even a small one keeps its read buffer allocated.
 const FRAME_MIN_BYTES: u64 = 8 * 1024;
 /// Room is taken in steps of this size.
 const STEP_BYTES: u64 = 64 * 1024;
 
 /// The cost of a frame with this many bytes.
-pub fn cost(bytes: u64) -> u64 {
+pub(crate) fn cost(bytes: u64) -> u64 {
     if bytes == 0 { 0 } else { bytes.max(FRAME_MIN_BYTES) }
 }
 
 /// A connection's wait for room, owned by the task that reads the socket.
-pub type Wait = BoxFuture<'static, Result<Share, Refusal>>;
+pub(crate) type Wait = BoxFuture<'static, Result<Share, Refusal>>;
 
 /// The bytes that a connection is ahead; see the top of this file.
 #[derive(Debug)]
@@ -174,7 +174,7 @@ impl Ahead {
 
 /// The body of an open request. Tracks whether it waits for its client or has unread bytes.
 #[derive(Debug)]
-pub struct OpenBody {
+pub(crate) struct OpenBody {
     connection: Arc<ConnectionState>,
     /// The task that reads the body.
     task: AtomicWaker,
@@ -186,7 +186,7 @@ pub struct OpenBody {
 
 impl OpenBody {
     /// Creates a body that has not received any bytes.
-    pub fn new(connection: Arc<ConnectionState>) -> Arc<Self> {
+    pub(crate) fn new(connection: Arc<ConnectionState>) -> Arc<Self> {
         connection.ahead.requests.fetch_add(1, SeqCst);
         Arc::new(Self {
             connection,
@@ -198,7 +198,7 @@ impl OpenBody {
     }
 
     /// Polls the body and records whether it waits for the client.
-    pub fn poll<T>(
+    pub(crate) fn poll<T>(
         self: &Arc<Self>,
         context: &Context<'_>,
         poll: impl FnOnce(&mut Context<'_>) -> Poll<T>,
@@ -215,12 +215,12 @@ impl OpenBody {
     }
 
     /// Subtracts what the handler has taken.
-    pub fn taken(&self, bytes: u64) {
+    pub(crate) fn taken(&self, bytes: u64) {
         self.connection.ahead.taken(cost(bytes));
     }
 
     /// The body is complete, or its reader is gone.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         if !self.is_closed.swap(true, SeqCst) {
             self.set_waiting(false);
             self.connection.ahead.requests.fetch_sub(1, SeqCst);

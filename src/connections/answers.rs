@@ -22,15 +22,15 @@ use tokio::time::timeout;
 /// Limits on the bytes of responses that clients have not taken. The server may hold 64 of the largest messages; together
 /// with the temporary memory for making them this stays below 600 MB. One connection may hold eight of them, which is more
 /// than a link of 1 Gbit/s with a latency of 100 ms has in flight.
-pub const ANSWERS: Bounds = Bounds {
+pub(crate) const ANSWERS: Bounds = Bounds {
     what: "bytes of answers that were not taken",
     total: 256 * 1024 * 1024,
     connection: 32 * 1024 * 1024,
 };
 /// Overhead of a frame besides its bytes.
-pub const FRAME_BYTES: u64 = 256;
+pub(crate) const FRAME_BYTES: u64 = 256;
 /// How long a response waits for room while its client takes nothing.
-pub const ROOM_WAIT: Duration = Duration::from_secs(60);
+pub(crate) const ROOM_WAIT: Duration = Duration::from_secs(60);
 /// Piece size of streams while their connection holds more than half of its limit.
 const SMALL_PIECE_BYTES: usize = 16 * 1024;
 /// Piece size above three quarters of the limit.
@@ -147,6 +147,6 @@ impl Drop for Charged {
 ///
 /// # Errors
 /// See [`ConnectionState::reserve`].
-pub async fn reserve_owned(connection: Arc<ConnectionState>, bytes: u64) -> Result<Share> {
+pub(crate) async fn reserve_owned(connection: Arc<ConnectionState>, bytes: u64) -> Result<Share> {
     connection.reserve(bytes).await
 }

@@ -2,7 +2,7 @@
 
 /// The size and fill rate of a token bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rate {
+pub(crate) struct Rate {
     /// Number of tokens in a full bucket.
     pub burst: u64,
     /// Number of tokens that are added per second.
@@ -11,7 +11,7 @@ pub struct Rate {
 
 /// A token bucket. It counts thousandths of tokens, so that rounding loses no time.
 #[derive(Debug, Clone, Copy)]
-pub struct Bucket {
+pub(crate) struct Bucket {
     rate: Rate,
     left: u64,
     at_ms: u64,
@@ -21,12 +21,12 @@ const THOUSAND: u64 = 1000;
 
 impl Bucket {
     /// Creates a full bucket.
-    pub fn new(rate: Rate, now_ms: u64) -> Self {
+    pub(crate) fn new(rate: Rate, now_ms: u64) -> Self {
         Self { rate, left: rate.burst.saturating_mul(THOUSAND), at_ms: now_ms }
     }
 
     /// Takes tokens. Takes nothing and returns false if there are too few.
-    pub fn take(&mut self, amount: u64, now_ms: u64) -> bool {
+    pub(crate) fn take(&mut self, amount: u64, now_ms: u64) -> bool {
         self.refill(now_ms);
         match self.left.checked_sub(amount.saturating_mul(THOUSAND)) {
             Some(left) => {
@@ -38,12 +38,12 @@ impl Bucket {
     }
 
     /// Adds tokens, up to the burst.
-    pub fn earn(&mut self, amount: u64) {
+    pub(crate) fn earn(&mut self, amount: u64) {
         self.add(amount.saturating_mul(THOUSAND));
     }
 
     /// Whether it is full, and therefore equal to a new bucket.
-    pub fn is_full(&mut self, now_ms: u64) -> bool {
+    pub(crate) fn is_full(&mut self, now_ms: u64) -> bool {
         self.refill(now_ms);
         self.left == self.rate.burst.saturating_mul(THOUSAND)
     }

@@ -28,7 +28,7 @@ const PIECE_BYTES: usize = 128 * 1024;
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
 /// A range of a blob, uncompressed. Each piece is read when the connection has room for it.
-pub fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) -> Body {
+pub(super) fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) -> Body {
     let start = (reader, part, to.clone());
     Body::from_stream(stream::try_unfold(start, |(reader, mut part, to)| async move {
         if part.is_empty() {
@@ -42,7 +42,7 @@ pub fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) 
 }
 
 /// A whole blob, compressed with zstd. Otherwise like [`of_blob`].
-pub fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
+pub(super) fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
     Body::from_stream(stream::try_unfold((reader, to.clone()), |(mut reader, to)| async move {
         let (max, room) = to.reserve_piece(PIECE_BYTES).await?;
         let piece = reader.next(max).await?;
@@ -54,7 +54,7 @@ pub fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
 ///
 /// # Errors
 /// `Exhausted` when there is no room for too long.
-pub async fn of_message(message: &impl prost::Message, to: &Arc<ConnectionState>) -> Result<Body> {
+pub(super) async fn of_message(message: &impl prost::Message, to: &Arc<ConnectionState>) -> Result<Body> {
     let room = to.reserve(message.encoded_len() as u64 + FRAME_BYTES).await?;
     Ok(Body::from(to.charge(message.encode_to_vec().into(), room)))
 }
@@ -69,7 +69,7 @@ async fn next_piece(reader: &BlobReader, part: &Range<u64>, max: usize) -> Resul
 }
 
 /// Whether the client accepts zstd.
-pub fn accepts_zstd(headers: &HeaderMap) -> bool {
+pub(super) fn accepts_zstd(headers: &HeaderMap) -> bool {
     let lists = headers.get_all(header::ACCEPT_ENCODING).into_iter().filter_map(|value| value.to_str().ok());
     lists.flat_map(|list| list.split(',')).any(|item| {
         let (name, weight) = item.split_once(';').unwrap_or((item, ""));
@@ -80,7 +80,7 @@ pub fn accepts_zstd(headers: &HeaderMap) -> bool {
 }
 
 /// The decoded bytes of an upload, in pieces.
-pub struct Upload {
+pub(super) struct Upload {
     body: axum::body::BodyDataStream,
     decoder: Option<Decoder>,
     /// The budget for a decoder; `None` once the decoder has its share.
@@ -97,7 +97,7 @@ impl Upload {
     ///
     /// # Errors
     /// `Unimplemented` for an unknown encoding; `OutOfRange` when the Content-Length exceeds the limit.
-    pub fn new(request: Request, max: u64, decoders: &Budget) -> Result<Self> {
+    pub(super) fn new(request: Request, max: u64, decoders: &Budget) -> Result<Self> {
         let (parts, body) = request.into_parts();
         let caller = parts.extensions.get().copied().unwrap_or_default();
         let encodings: Vec<&str> = (parts.headers.get_all(header::CONTENT_ENCODING).into_iter())
@@ -129,13 +129,14 @@ impl Upload {
     /// # Errors
     /// `Invalid` when the bytes do not decode or end early; `OutOfRange` when there are too many; `DeadlineExceeded` when
     /// none arrive in time; `Exhausted` when there is no room for a decoder for too long.
-    pub async fn next(&mut self, line: &mut Line) -> Result<Option<Bytes>> {
+    pub(super) async fn next(&mut self, line: &mut Line) -> Result<Option<Bytes>> {
         loop {
             if let Some(piece) = self.decode()? {
                 self.left = self.left.checked_sub(piece.len() as u64).ok_or_else(|| too_large(self.max))?;
                 return Ok(Some(piece));
             }
-            let silent = || Error::DeadlineExceeded(format!("no bytes of the upload arrived for {IDLE_LIMIT:?}"));
+            let silent =
+                || Error::DeadlineExceeded(format!("no bytes of the upload arrived for {IDLE_LIMIT:?}"));
             line.unfinished().wait_for_client();
             let bytes = tokio::time::timeout(IDLE_LIMIT, self.body.next()).await;
             line.unfinished().client_moved();
@@ -178,7 +179,7 @@ impl Upload {
     ///
     /// # Errors
     /// See [`Upload::next`]; and the errors of the store.
-    pub async fn fill(mut self, blob: &mut NewBlob, line: &mut Line) -> Result<()> {
+    pub(super) async fn fill(mut self, blob: &mut NewBlob, line: &mut Line) -> Result<()> {
         while let Some(bytes) = self.next(line).await? {
             blob.write(bytes).await?;
         }
@@ -190,7 +191,7 @@ impl Upload {
     ///
     /// # Errors
     /// See [`Upload::next`]; and the errors of `hold`.
-    pub async fn collect(
+    pub(super) async fn collect(
         mut self,
         line: &mut Line,
         mut hold: impl FnMut(u64) -> Result<()>,

@@ -56,7 +56,7 @@ const LINGER_BYTES: usize = 16 * 1024;
 
 /// Both ends of a connection.
 #[derive(Debug, Clone)]
-pub struct Ends {
+pub(super) struct Ends {
     /// The state of the connection to the client.
     pub client: Arc<ConnectionState>,
     /// The local address to which the client has connected.
@@ -64,7 +64,7 @@ pub struct Ends {
 }
 
 /// Accepts connections until `shutdown` completes, then waits until all of them are closed.
-pub async fn serve(
+pub(super) async fn serve(
     listener: TcpListener,
     connections: Connections,
     shutdown: impl Future<Output = ()>,

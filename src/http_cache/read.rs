@@ -26,7 +26,7 @@ const COMPRESS_FROM_BYTES: u64 = 1_024;
 type Target<'a> = (&'a HttpCache, &'a Instance);
 
 /// Responds with a blob or a range of it.
-pub async fn blob(
+pub(super) async fn blob(
     (cache, instance): Target<'_>,
     hash: Hash,
     headers: &HeaderMap,
@@ -40,7 +40,7 @@ pub async fn blob(
 }
 
 /// Responds with the value of a key or a range of it.
-pub async fn value(
+pub(super) async fn value(
     (cache, instance): Target<'_>,
     key: &str,
     headers: &HeaderMap,
@@ -52,7 +52,7 @@ pub async fn value(
 }
 
 /// Responds with a complete action result (AC-03).
-pub async fn result((cache, instance): Target<'_>, hash: Hash, line: &Line) -> Result<Response> {
+pub(super) async fn result((cache, instance): Target<'_>, hash: Hash, line: &Line) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("the action with hash {} has no result", like.hash_hex()));
     let cas = cache.cas.on_behalf_of(line.caller());
@@ -66,20 +66,20 @@ pub async fn result((cache, instance): Target<'_>, hash: Hash, line: &Line) -> R
 }
 
 /// Checks that the digest function of a hash is enabled for this instance.
-pub fn like(instance: &Instance, hash: Hash) -> Result<Digest> {
+pub(super) fn like(instance: &Instance, hash: Hash) -> Result<Digest> {
     instance.digest_in_name(hash.like, hash.function_is_named)
 }
 
 /// The digest under which the binding of a key is stored in the action cache.
-pub fn value_action(instance: &Instance, key: &str) -> Result<Digest> {
+pub(super) fn value_action(instance: &Instance, key: &str) -> Result<Digest> {
     Ok(instance.digest_function(0, [])?.digest(format!("goREgo value\0{key}").as_bytes()))
 }
 
 /// The output path that contains the value in such a result.
-pub const VALUE_PATH: &str = "value";
+pub(super) const VALUE_PATH: &str = "value";
 
 /// Looks up the value of a key.
-pub async fn value_digest((cas, instance): (&Cas, &Instance), key: &str) -> Result<Digest> {
+pub(super) async fn value_digest((cas, instance): (&Cas, &Instance), key: &str) -> Result<Digest> {
     let absent = || Error::NotFound(format!("key \"{}\" has no value", key.escape_debug()));
     let action = value_action(instance, key)?;
     let result = cas.get_result(instance, action).await?.ok_or_else(absent)?;
@@ -117,7 +117,10 @@ async fn stored(
             (StatusCode::PARTIAL_CONTENT, body, Some(length), Some(shown))
         }
         Asked::Unsatisfiable => {
-            let mut response = status::plain(StatusCode::RANGE_NOT_SATISFIABLE, "the range is beyond the end of the content");
+            let mut response = status::plain(
+                StatusCode::RANGE_NOT_SATISFIABLE,
+                "the range is beyond the end of the content",
+            );
             response.headers_mut().insert(header::CONTENT_RANGE, text(&format!("bytes */{size}"))?);
             return Ok(response);
         }

@@ -37,7 +37,7 @@ const ERROR_MAX_BYTES: usize = 512;
 
 /// The log line of an open request. It is written when it is dropped.
 #[derive(Debug)]
-pub struct Line {
+pub(super) struct Line {
     method: String,
     path: String,
     connections: Connections,
@@ -56,7 +56,7 @@ pub struct Line {
 
 impl Line {
     /// Creates the line of a request that has just begun.
-    pub fn new(
+    pub(super) fn new(
         connections: &Connections,
         connection: &Arc<ConnectionState>,
         method: &Method,
@@ -82,54 +82,54 @@ impl Line {
     }
 
     /// The address of the client.
-    pub fn peer(&self) -> SocketAddr {
+    pub(super) fn peer(&self) -> SocketAddr {
         self.connection.address
     }
 
     /// The caller for budgets.
-    pub fn caller(&self) -> Caller {
+    pub(super) fn caller(&self) -> Caller {
         self.connection.caller
     }
 
     /// The connection of the request.
-    pub fn connection(&self) -> &Arc<ConnectionState> {
+    pub(super) fn connection(&self) -> &Arc<ConnectionState> {
         &self.connection
     }
 
     /// Records the instance of the request.
-    pub fn instance(&mut self, instance: &Instance) {
+    pub(super) fn instance(&mut self, instance: &Instance) {
         self.instance = Some(instance.clone());
     }
 
     /// Records the blob that the request names.
-    pub fn blob(&mut self, digest: Digest) {
+    pub(super) fn blob(&mut self, digest: Digest) {
         self.digest = Some(digest);
     }
 
     /// The entry by which a shutdown tracks the request.
-    pub fn unfinished(&self) -> &Unfinished {
+    pub(super) fn unfinished(&self) -> &Unfinished {
         &self.unfinished
     }
 
     /// Records received bytes of an upload.
-    pub fn received(&mut self, bytes: usize) {
+    pub(super) fn received(&mut self, bytes: usize) {
         self.bytes_in = self.bytes_in.saturating_add(bytes as u64);
     }
 
     /// Records an error. A cache miss is not an error.
-    pub fn failed(&mut self, error: &Error) {
+    pub(super) fn failed(&mut self, error: &Error) {
         if !matches!(error, Error::NotFound(_)) {
             self.error = shorten(error.to_string(), ERROR_MAX_BYTES);
         }
     }
 
     /// Records why a request was refused before a handler.
-    pub fn refused(&mut self, why: String) {
+    pub(super) fn refused(&mut self, why: String) {
         self.error = shorten(why, ERROR_MAX_BYTES);
     }
 
     /// Holds a share until the response has ended.
-    pub fn hold(&mut self, place: Share) {
+    pub(super) fn hold(&mut self, place: Share) {
         self.place = Some(place);
     }
 
@@ -145,7 +145,7 @@ impl Line {
     }
 
     /// Attaches the line to a response until the response has ended.
-    pub fn follow(mut self, response: Response) -> Response {
+    pub(super) fn follow(mut self, response: Response) -> Response {
         self.status = Some(response.status());
         response.map(|inner| Body::new(LoggedBody { inner, line: self }))
     }

@@ -8,7 +8,7 @@ use axum::{
 use gorego_reapi::error::Error;
 
 /// A response with one line of text.
-pub fn plain(code: StatusCode, text: &str) -> Response {
+pub(super) fn plain(code: StatusCode, text: &str) -> Response {
     let mut response = Response::new(Body::from(format!("{text}\n")));
     *response.status_mut() = code;
     response
@@ -18,14 +18,14 @@ pub fn plain(code: StatusCode, text: &str) -> Response {
 }
 
 /// The response to a method that the resource does not support.
-pub fn not_allowed(methods: &'static str) -> Response {
+pub(super) fn not_allowed(methods: &'static str) -> Response {
     let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, &format!("the supported methods are {methods}"));
     response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(methods));
     response
 }
 
 /// The response to a failed request.
-pub fn of(error: &Error) -> Response {
+pub(super) fn of(error: &Error) -> Response {
     let mut response = plain(code(error), &error.to_string());
     if let Some(delay) = error.retry_after() {
         response.headers_mut().insert(header::RETRY_AFTER, delay.as_secs().into());

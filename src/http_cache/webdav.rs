@@ -29,7 +29,7 @@ const MODIFIED: &str = "<D:getlastmodified>Thu, 01 Jan 1970 00:00:00 GMT</D:getl
 type Target<'a> = (&'a HttpCache, &'a Instance);
 
 /// Responds with the properties of a key, or of a collection if the key is empty or ends with a slash.
-pub async fn properties(
+pub(super) async fn properties(
     target: Target<'_>,
     key: &str,
     request: Request,
@@ -64,7 +64,7 @@ pub async fn properties(
 }
 
 /// Handles MKCOL: succeeds without a change, unless a value has this name.
-pub async fn make_collection(
+pub(super) async fn make_collection(
     target: Target<'_>,
     key: &str,
     request: Request,
@@ -88,12 +88,12 @@ pub async fn make_collection(
 }
 
 /// Whether a key names a collection: it is empty or ends with a slash.
-pub fn is_collection(key: &str) -> bool {
+pub(super) fn is_collection(key: &str) -> bool {
     key.is_empty() || key.ends_with('/')
 }
 
 /// The methods that a key supports.
-pub fn allowed(key: &str) -> &'static str {
+pub(super) fn allowed(key: &str) -> &'static str {
     if is_collection(key) { "PROPFIND, MKCOL" } else { "GET, HEAD, PUT, PROPFIND, MKCOL" }
 }
 

@@ -23,7 +23,7 @@ const RESULT_MAX_MEMORY: u64 = 64 * 1024 * 1024;
 type Target<'a> = (&'a HttpCache, &'a Instance);
 
 /// Stores a blob after checking its hash.
-pub async fn blob(
+pub(super) async fn blob(
     (cache, instance): Target<'_>,
     hash: Hash,
     request: Request,
@@ -39,7 +39,7 @@ pub async fn blob(
 }
 
 /// Stores an action result after the same checks as over gRPC (AC-10).
-pub async fn result(
+pub(super) async fn result(
     (cache, instance): Target<'_>,
     hash: Hash,
     request: Request,
@@ -53,9 +53,7 @@ pub async fn result(
     let bytes = upload.collect(line, |bytes| Ok(held.grow(bytes)?)).await?;
     let decoded = cas.decode(bytes.into(), RESULT_MAX_MEMORY, "ActionResult").await;
     let (result, _room): (reapi::ActionResult, _) = decoded.map_err(|error| {
-        Error::Invalid(format!(
-            "this is not an ActionResult ({error}); store other formats under /cache/"
-        ))
+        Error::Invalid(format!("this is not an ActionResult ({error}); store other formats under /cache/"))
     })?;
     // The stored Action provides the size, so that gRPC clients find the result too.
     let action = match cas.blob_by_hash(instance, like)? {
@@ -67,7 +65,7 @@ pub async fn result(
 }
 
 /// Stores a value under a key and replaces the previous one.
-pub async fn value(
+pub(super) async fn value(
     (cache, instance): Target<'_>,
     key: &str,
     request: Request,
@@ -89,7 +87,7 @@ pub async fn value(
 }
 
 /// Refuses instances whose clients may not write results.
-pub fn check_writable(instance: &Instance) -> Result<()> {
+pub(super) fn check_writable(instance: &Instance) -> Result<()> {
     if instance.policy().action_cache_updates {
         return Ok(());
     }
@@ -101,6 +99,6 @@ fn provenance(line: &Line) -> Provenance {
 }
 
 /// The response after a successful write.
-pub fn created() -> Response {
+pub(super) fn created() -> Response {
     status::plain(StatusCode::CREATED, "stored")
 }

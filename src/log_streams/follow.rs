@@ -18,7 +18,7 @@ use std::{fs::File, os::unix::fs::FileExt as _, sync::Arc, time::Duration};
 use tokio::{select, sync::watch, time::sleep};
 
 /// Polling interval for the log of a running command: fast enough for a person, at the cost of about one small system call.
-pub const TAIL_INTERVAL: Duration = Duration::from_millis(100);
+pub(crate) const TAIL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The next part of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -30,7 +30,7 @@ pub struct Limits {
 
 /// Streams by id; see the top of this file.
 #[derive(Debug)]
-pub struct Registry<V> {
+pub(crate) struct Registry<V> {
     limits: Limits,
     entries: HashMap<Uuid, Entry<V>>,
     /// Unfinished streams in order of their last change.
@@ -51,7 +51,7 @@ struct Entry<V> {
 
 impl<V> Registry<V> {
     /// Creates an empty registry.
-    pub fn new(limits: Limits) -> Self {
+    pub(crate) fn new(limits: Limits) -> Self {
         Self { limits, entries: HashMap::new(), open: BTreeSet::new(), finished: BTreeSet::new(), bytes: 0 }
     }
 
@@ -59,7 +59,7 @@ impl<V> Registry<V> {
     ///
     /// # Errors
     /// `Exhausted` when there are too many streams and none is finished.
-    pub fn insert(&mut self, id: Uuid, value: V, now: Instant) -> Result<Option<V>> {
+    pub(crate) fn insert(&mut self, id: Uuid, value: V, now: Instant) -> Result<Option<V>> {
         let displaced = match self.entries.len() < self.limits.streams {
             true => None,
             false => Some(self.drop_oldest_finished().ok_or_else(|| Error::Exhausted {
@@ -76,7 +76,7 @@ impl<V> Registry<V> {
     }
 
     /// The stream with this id, if it exists.
-    pub fn get(&self, id: &Uuid) -> Option<&V> {
+    pub(crate) fn get(&self, id: &Uuid) -> Option<&V> {
         self.entries.get(id).map(|entry| &entry.value)
     }
 
@@ -85,7 +85,7 @@ impl<V> Registry<V> {
     /// # Errors
     /// `NotFound` when the stream was removed; `OutOfRange` beyond the limit of one stream; `Exhausted` at the limit of all
     /// streams.
-    pub fn grow(&mut self, id: &Uuid, bytes: u64, now: Instant) -> Result<Vec<V>> {
+    pub(crate) fn grow(&mut self, id: &Uuid, bytes: u64, now: Instant) -> Result<Vec<V>> {
         let entry = self.entries.get(id).filter(|entry| !entry.finished);
         let entry = entry.ok_or_else(|| Error::NotFound("the log stream does not exist any more".into()))?;
         if entry.bytes.saturating_add(bytes) > self.limits.stream_bytes {
@@ -116,7 +116,7 @@ impl<V> Registry<V> {
     }
 
     /// Returns a reservation whose bytes were not written.
-    pub fn shrink(&mut self, id: &Uuid, bytes: u64) {
+    pub(crate) fn shrink(&mut self, id: &Uuid, bytes: u64) {
         if let Some(entry) = self.entries.get_mut(id) {
             let given_back = entry.bytes.min(bytes);
             entry.bytes -= given_back;
@@ -125,7 +125,7 @@ impl<V> Registry<V> {
     }
 
     /// Marks a stream as finished. From now on it is kept for a limited time.
-    pub fn finish(&mut self, id: &Uuid, now: Instant) {
+    pub(crate) fn finish(&mut self, id: &Uuid, now: Instant) {
         if let Some(entry) = self.entries.get_mut(id).filter(|entry| !entry.finished) {
             self.open.remove(&(entry.since, *id));
             (entry.since, entry.finished) = (now, true);
@@ -134,7 +134,7 @@ impl<V> Registry<V> {
     }
 
     /// Removes and returns the streams whose time is over.
-    pub fn expire(&mut self, now: Instant) -> Vec<V> {
+    pub(crate) fn expire(&mut self, now: Instant) -> Vec<V> {
         let over = |since: Instant, limit| now.saturating_duration_since(since) >= limit;
         let mut expired = Vec::new();
         while let Some(&(since, id)) = self.finished.first()

@@ -19,7 +19,7 @@ use std::{
 
 /// Most bytes of waiting lines: some 10,000 lines, which is the log of a few thousand actions that are submitted at once.
 /// The writer may hold as many again.
-pub const WAITING_MAX_BYTES: usize = 4 * 1024 * 1024;
+pub(super) const WAITING_MAX_BYTES: usize = 4 * 1024 * 1024;
 /// A batch of this size is written without a pause. It is what a pipe accepts in one call.
 const BATCH_BYTES: usize = 64 * 1024;
 /// How long the writer pauses after it took a batch. At 200 wake-ups per second, waking costs less than writing. Nobody who
@@ -32,7 +32,7 @@ const NOT_READY_PAUSE: Duration = Duration::from_millis(10);
 
 /// When the writer takes the waiting lines.
 #[derive(Debug, Clone, Copy)]
-pub struct Pace {
+pub(super) struct Pace {
     /// A batch of this size is full.
     pub bytes: usize,
     /// Longest time that lines that are not urgent wait for a batch to fill.
@@ -47,7 +47,7 @@ impl Default for Pace {
 
 /// The sending end of the queue. All clones lead to the same writer.
 #[derive(Debug, Clone)]
-pub struct HandOver(Arc<Shared>);
+pub(super) struct HandOver(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
@@ -93,7 +93,7 @@ impl HandOver {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn start(
+    pub(super) fn start(
         out: impl Write + Send + 'static,
         pace: Pace,
         report: impl Fn(&mut Vec<u8>, u64) + Send + 'static,
@@ -111,12 +111,12 @@ impl HandOver {
     }
 
     /// Queues a whole line. Never waits and never fails: a line without room is dropped and counted.
-    pub fn put(&self, line: &[u8]) {
+    pub(super) fn put(&self, line: &[u8]) {
         self.take_in(line, false);
     }
 
     /// Like [`HandOver::put`], but the writer does not wait for further lines.
-    pub fn put_urgent(&self, line: &[u8]) {
+    pub(super) fn put_urgent(&self, line: &[u8]) {
         self.take_in(line, true);
     }
 
@@ -139,7 +139,7 @@ impl HandOver {
 
     /// Waits up to `patience` until all lines queued before this call are written or reported as dropped. Returns whether
     /// they are.
-    pub fn flush(&self, patience: Duration) -> bool {
+    pub(super) fn flush(&self, patience: Duration) -> bool {
         let mut state = self.0.lock();
         let goal = state.arrived;
         state.flushing += 1;

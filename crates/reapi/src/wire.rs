@@ -47,7 +47,7 @@ pub struct Cost {
 /// The most that decoding a message may cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of memory.
+    /// Largest number of bytes in memory.
     pub memory: u64,
     /// Number of fields at all depths.
     pub fields: u64,

@@ -84,7 +84,6 @@ macro_rules! checks {
     };
 }
 
-/// Creates a failure.
 pub fn fail(expected: impl Display, observed: impl Display) -> Stop {
     Stop::Fail { expected: expected.to_string(), observed: shorten(&observed.to_string()) }
 }

@@ -106,7 +106,6 @@ impl Job {
         self
     }
 
-    /// Adds environment variables.
     pub fn env(mut self, variables: &[(&str, &str)]) -> Self {
         let list = &mut self.command.environment_variables;
         list.extend(variables.iter().map(|(name, value)| variable(name, value)));
@@ -114,7 +113,6 @@ impl Job {
         self
     }
 
-    /// Sets the timeout.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.action.timeout = timeout.try_into().ok();
         self
@@ -126,13 +124,11 @@ impl Job {
         self
     }
 
-    /// Changes the Command.
     pub fn command(mut self, change: impl FnOnce(&mut Command)) -> Self {
         change(&mut self.command);
         self
     }
 
-    /// Changes the Action.
     pub fn action(mut self, change: impl FnOnce(&mut Action)) -> Self {
         change(&mut self.action);
         self
@@ -423,12 +419,10 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// An empty directory.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a file.
     pub fn file(self, name: &str, data: impl Into<Bytes>) -> Self {
         self.node(FileNode { name: name.to_owned(), ..Default::default() }, data)
     }
@@ -444,13 +438,11 @@ impl Folder {
         self
     }
 
-    /// Adds a directory.
     pub fn folder(mut self, name: &str, folder: Folder) -> Self {
         self.folders.push((name.to_owned(), folder));
         self
     }
 
-    /// Adds a symlink.
     pub fn symlink(mut self, name: &str, target: &str) -> Self {
         let symlink = SymlinkNode { name: name.to_owned(), target: target.to_owned(), node_properties: None };
         self.symlinks.push(symlink);

@@ -68,7 +68,7 @@ pub enum Bound {
 /// The order of a connection's waiting requests. If there is no room for a small request, there is none for a large one
 /// either. So small ones go first, and a large one never blocks them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Size {
+enum RequestSize {
     /// A small fraction of the connection's limit.
     Small,
     /// Everything else.
@@ -202,7 +202,7 @@ impl Budget {
     /// # Errors
     /// When the amount exceeds the limit of a connection.
     pub async fn wait_for(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
-        self.wait(caller, amount, Size::Large).await
+        self.wait(caller, amount, RequestSize::Large).await
     }
 
     /// Like [`Budget::wait_for`], but goes before all waiting large requests of the same connection. Only for amounts that
@@ -211,10 +211,10 @@ impl Budget {
     /// # Errors
     /// As [`Budget::wait_for`].
     pub async fn wait_for_small(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
-        self.wait(caller, amount, Size::Small).await
+        self.wait(caller, amount, RequestSize::Small).await
     }
 
-    async fn wait(&self, caller: Caller, amount: u64, size: Size) -> Result<Share, Refusal> {
+    async fn wait(&self, caller: Caller, amount: u64, size: RequestSize) -> Result<Share, Refusal> {
         let bounds = self.0.bounds;
         if amount > bounds.connection.min(bounds.total) {
             return Err(self.refusal(Bound::Connection));
@@ -385,7 +385,7 @@ struct Waiter {
 }
 
 /// The position of a waiting request in its connection: small ones first, then in order of arrival.
-type Ticket = (Size, u64);
+type Ticket = (RequestSize, u64);
 
 /// The waiting requests, by peer and connection.
 #[derive(Debug, Default)]
@@ -405,7 +405,7 @@ struct Queues {
 }
 
 impl Waiting {
-    fn add(&mut self, waiter: Waiter, size: Size) -> Ticket {
+    fn add(&mut self, waiter: Waiter, size: RequestSize) -> Ticket {
         let ticket = (size, self.next_number);
         self.next_number += 1;
         let Caller { peer, connection } = waiter.caller;
@@ -417,7 +417,7 @@ impl Waiting {
     fn has_small(&self, caller: Caller) -> bool {
         let queue =
             self.peers.get(&caller.peer).and_then(|queues| queues.connections.get(&caller.connection));
-        queue.and_then(BTreeMap::first_key_value).is_some_and(|((size, _), _)| *size == Size::Small)
+        queue.and_then(BTreeMap::first_key_value).is_some_and(|((size, _), _)| *size == RequestSize::Small)
     }
 
     fn remove(&mut self, caller: Caller, ticket: Ticket) -> Option<Waiter> {

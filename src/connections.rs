@@ -83,11 +83,11 @@ struct Inner {
     heads: Budget,
     answers: Budget,
     ahead: Budget,
-    books: Mutex<Books>,
+    books: Mutex<ConnectionBooks>,
 }
 
 #[derive(Debug, Default)]
-struct Books {
+struct ConnectionBooks {
     open: HashMap<ConnectionId, Arc<ConnectionState>>,
     peers: HashMap<Peer, PeerRates>,
     tally: BTreeMap<(Peer, Counted), u64>,
@@ -236,12 +236,12 @@ impl Connections {
         *self.books().tally.entry((peer, what)).or_default() += number;
     }
 
-    fn books(&self) -> MutexGuard<'_, Books> {
+    fn books(&self) -> MutexGuard<'_, ConnectionBooks> {
         self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Books {
+impl ConnectionBooks {
     fn rates(&mut self, peer: Peer, now_ms: u64) -> &mut PeerRates {
         self.peers.entry(peer).or_insert_with(|| PeerRates {
             resets: Bucket::new(PEER_RESETS, now_ms),

@@ -119,12 +119,12 @@ pub struct Edge {
     /// The connections, and what they may have under way.
     pub connections: Connections,
     /// What the configuration says about the protocol.
-    pub settings: Settings,
+    pub settings: ProtocolSettings,
 }
 
 /// The part of the configuration that shows on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Settings {
+pub struct ProtocolSettings {
     /// Largest blob that is accepted, in bytes (CAP-15).
     pub max_blob_bytes: u64,
     /// What a finished compressed upload answers (BS-25).
@@ -135,7 +135,7 @@ pub struct Settings {
     pub priorities: Priorities,
 }
 
-impl From<&Config> for Settings {
+impl From<&Config> for ProtocolSettings {
     fn from(config: &Config) -> Self {
         Self {
             max_blob_bytes: config.cache.max_blob_size_gb.bytes(),

@@ -31,7 +31,7 @@ use crate::{
     actors::cas::client::Cas,
     budget::{Bounds, Budget},
     connections::Connections,
-    instance::Instances,
+    instance::{Instance, Instances},
     under_way::UnderWay,
 };
 use axum::{
@@ -43,8 +43,8 @@ use axum::{
 use connection::Ends;
 use futures::FutureExt as _;
 use gorego_reapi::error::Result;
-use hosts::{Hosts, Refusal};
-use request_log::Line;
+use hosts::{HostRefusal, Hosts};
+use request_log::RequestLog;
 use resource::Resource;
 use std::{future::Future, sync::Arc};
 use tokio::net::TcpListener;
@@ -72,6 +72,9 @@ pub struct HttpCache {
     pub connections: Connections,
 }
 
+/// The instance that a request names, with the server of the request.
+type Target<'a> = (&'a HttpCache, &'a Instance);
+
 struct Service {
     cache: HttpCache,
     decoders: Budget,
@@ -89,13 +92,18 @@ pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Futur
 
 async fn answer(service: Arc<Service>, ends: Ends, request: Request) -> Response {
     let cache = &service.cache;
-    let mut line =
-        Line::new(&cache.connections, &ends.client, request.method(), request.uri(), cache.under_way.begin());
+    let mut line = RequestLog::new(
+        &cache.connections,
+        &ends.client,
+        request.method(),
+        request.uri(),
+        cache.under_way.begin(),
+    );
     let host = cache.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
     if let Err(refusal) = host {
         let (code, why) = match refusal {
-            Refusal::Malformed(why) => (StatusCode::BAD_REQUEST, why.to_owned()),
-            Refusal::Stranger(why) => (StatusCode::MISDIRECTED_REQUEST, why),
+            HostRefusal::Malformed(why) => (StatusCode::BAD_REQUEST, why.to_owned()),
+            HostRefusal::Stranger(why) => (StatusCode::MISDIRECTED_REQUEST, why),
         };
         let response = status::plain(code, &why);
         line.refused(why);
@@ -131,7 +139,7 @@ fn busy(why: &str) -> Response {
 }
 
 /// Handles one request.
-async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut Line) -> Result<Response> {
+async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut RequestLog) -> Result<Response> {
     let resource = Resource::parse(request.uri().path())?;
     let instance = match resource.instance_name() {
         Some(name) => Some(cache.instances.get(name)?),

@@ -6,7 +6,7 @@
 //! Their bytes are in an unlinked spool file, which the kernel frees when the last reader closes it.
 //!
 //! Invariants: a stream only grows; a reader gets each byte once and in order, and never delays the writer; everything is
-//! bounded ([`Limits`] and the constants below); and every stream ends by itself, by idling, or at shutdown. Unfinished
+//! bounded ([`StreamLimits`] and the constants below); and every stream ends by itself, by idling, or at shutdown. Unfinished
 //! client streams are charged to their clients with a [`Budget`].
 //!
 //! The bookkeeping is pure ([`registry`]). Its lock is taken only in this file, and never held across IO or a wait. The
@@ -39,7 +39,7 @@ use std::{
 use tokio::sync::watch;
 use uuid::Uuid;
 
-pub use registry::Limits;
+pub use registry::StreamLimits;
 
 /// Size limit of a client stream in bytes, far above any log that people read.
 pub const MAX_STREAM_BYTES: u64 = 256 * 1024 * 1024;
@@ -56,9 +56,9 @@ pub struct LogSettings {
     /// Whether clients may create streams (LOG-01).
     pub client_streams: bool,
     /// Limits on client streams.
-    pub clients: Limits,
+    pub clients: StreamLimits,
     /// Limits on run streams, which hold no bytes.
-    pub runs: Limits,
+    pub runs: StreamLimits,
     /// Directory for spool files. It must exist, on a disk that they may fill.
     pub spool_directory: PathBuf,
 }
@@ -74,13 +74,13 @@ struct Inner {
     /// Bytes of unfinished client streams.
     bytes: Budget,
     spool_directory: PathBuf,
-    books: Mutex<Books>,
+    books: Mutex<Registries>,
     /// One unit for each reader.
     readers: Budget,
     closing: watch::Sender<bool>,
 }
 
-struct Books {
+struct Registries {
     clients: Registry<Arc<ClientStream>>,
     runs: Registry<Arc<RunStreams>>,
 }
@@ -120,14 +120,14 @@ impl std::fmt::Debug for LogStreams {
 impl LogStreams {
     /// Creates an empty set of streams. Does not access the disk.
     pub fn new(settings: LogSettings) -> Self {
-        let Limits { streams, bytes, .. } = settings.clients;
+        let StreamLimits { streams, bytes, .. } = settings.clients;
         let bounds = |what, total| Budget::new(Bounds { what, total, connection: total });
         Self(Arc::new(Inner {
             client_streams: settings.client_streams,
             places: bounds("unfinished log streams", streams as u64),
             bytes: bounds("bytes of unfinished log streams", bytes),
             spool_directory: settings.spool_directory,
-            books: Mutex::new(Books {
+            books: Mutex::new(Registries {
                 clients: Registry::new(settings.clients),
                 runs: Registry::new(settings.runs),
             }),
@@ -251,7 +251,7 @@ impl LogStreams {
         self.0.closing.send_replace(true);
     }
 
-    fn books(&self) -> MutexGuard<'_, Books> {
+    fn books(&self) -> MutexGuard<'_, Registries> {
         self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

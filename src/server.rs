@@ -22,7 +22,7 @@ use crate::{
     connections::Connections,
     grpc::{self, Edge, ask::Scheduler},
     http_cache::{self, HttpCache},
-    log_streams::{Limits, LogSettings, LogStreams},
+    log_streams::{LogSettings, LogStreams, StreamLimits},
     logging::{self, Event},
     memory,
     under_way::UnderWay,
@@ -113,7 +113,7 @@ fn log_settings(settings: &Settings) -> LogSettings {
     LogSettings {
         client_streams: settings.client_log_streams,
         clients: settings.log_streams,
-        runs: Limits { streams, bytes: 0, stream_bytes: 0, idle: None, kept },
+        runs: StreamLimits { streams, bytes: 0, stream_bytes: 0, idle: None, kept },
         spool_directory: settings.cache_dir.clone(),
     }
 }
@@ -198,7 +198,7 @@ impl Server {
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
             connections: connections.clone(),
-            settings: grpc::Settings {
+            settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
                 chunking: settings.chunking,
@@ -238,7 +238,7 @@ impl Server {
         Event::info(LOG, "server_stopping")
             .with("signal", signal)
             .with("grace_ms", settings.shutdown_grace.as_millis() as u64)
-            .log(format_args!("stopping: finishing what is under way; a second interrupt stops at once"));
+            .log(format_args!("shutting down: finishing running work and open requests; a second interrupt exits at once"));
         let exit = Exit::within(settings.shutdown_grace);
         let orderly = async {
             health.drain().await;
@@ -269,7 +269,7 @@ impl Server {
             signal = signals.next() => {
                 Event::warn(LOG, "server_interrupted")
                     .with("signal", signal)
-                    .log(format_args!("stopping at once"));
+                    .log(format_args!("exiting at once"));
                 logging::flush();
                 // The runners see their sockets close and kill their processes.
                 std::process::exit(INTERRUPTED);

@@ -7,7 +7,7 @@ use gorego::grpc::services::{
     byte_stream_server as bs, capabilities_server as caps, content_addressable_storage_server as cas,
     execution_server as exec, operations_server as ops,
 };
-use gorego_client::{BlobSet, Client, Event, Execution, Finished, Identity, Job, Progress, scan};
+use gorego_client::{BlobSet, Client, Execution, ExecutionEvent, Finished, Identity, Job, Progress, scan};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::Error,
@@ -343,10 +343,10 @@ async fn follow(mut execution: Execution) -> Result<(Vec<Stage>, Finished), Erro
     let mut stages = Vec::new();
     loop {
         match execution.next().await?.expect("an end") {
-            Event::Stage(stage) => stages.push(stage),
-            Event::Logs(names) => panic!("the server offers no streams: {names:?}"),
-            Event::Waiting(status) => panic!("no script says why it waits: {status:?}"),
-            Event::Finished(finished) => {
+            ExecutionEvent::Stage(stage) => stages.push(stage),
+            ExecutionEvent::Logs(names) => panic!("the server offers no streams: {names:?}"),
+            ExecutionEvent::Waiting(status) => panic!("no script says why it waits: {status:?}"),
+            ExecutionEvent::Finished(finished) => {
                 assert_eq!(execution.next().await, Ok(None));
                 return Ok((stages, *finished));
             }

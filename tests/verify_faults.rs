@@ -13,7 +13,7 @@ use futures::{StreamExt as _, stream};
 use gorego_reapi::proto::reapi::FindMissingBlobsRequest;
 use gorego_verify::{
     self as verify, Options, Selection,
-    report::{Judgement, Outcome, Report},
+    report::{CheckOutcome, Judgement, Report},
 };
 use prost::Message as _;
 use std::{
@@ -49,12 +49,12 @@ async fn verify(fault: &Fault, server: &str, only: &[&str], check_limit: Duratio
 }
 
 /// The rules of the rows with such an outcome.
-fn rules(report: &Report, which: impl Fn(&Outcome) -> bool) -> BTreeSet<&'static str> {
+fn rules(report: &Report, which: impl Fn(&CheckOutcome) -> bool) -> BTreeSet<&'static str> {
     report.rows.iter().filter(|row| which(&row.outcome)).flat_map(|row| row.rules.clone()).collect()
 }
 
-fn failed(outcome: &Outcome) -> bool {
-    matches!(outcome, Outcome::Fail { .. })
+fn failed(outcome: &CheckOutcome) -> bool {
+    matches!(outcome, CheckOutcome::Fail { .. })
 }
 
 /// One sentence for each defect of the suite or of the list above.
@@ -67,10 +67,10 @@ async fn every_fault_is_found_and_a_server_without_one_passes() {
     let mut problems: Vec<String> = sound
         .rows
         .iter()
-        .filter(|row| failed(&row.outcome) || matches!(row.outcome, Outcome::Inconclusive { .. }))
+        .filter(|row| failed(&row.outcome) || matches!(row.outcome, CheckOutcome::Inconclusive { .. }))
         .map(|row| format!("without a fault: {:?} {}: {:?}", row.rules, row.title, row.outcome))
         .collect();
-    let kept = rules(&sound, |outcome| *outcome == Outcome::Pass);
+    let kept = rules(&sound, |outcome| *outcome == CheckOutcome::Pass);
     eprintln!("without a fault: {:?}, {} rules pass", begin.elapsed(), kept.len());
 
     let faults = faults::all();
@@ -169,8 +169,7 @@ async fn one_fault_is_one_failure_and_what_needs_the_rule_is_skipped() {
     assert_eq!(others, Vec::<String>::new());
     assert_eq!(rules(&report, failed), BTreeSet::from(["EXE-03"]), "{:#?}", judged(&report, Judgement::Warn));
     assert_eq!(judged(&report, Judgement::Inconclusive), Vec::<String>::new());
-    let needs =
-        |outcome: &Outcome| matches!(outcome, Outcome::Skipped(why) if why.starts_with("needs EXE-03: "));
+    let needs = |outcome: &CheckOutcome| matches!(outcome, CheckOutcome::Skipped(why) if why.starts_with("needs EXE-03: "));
     let skipped = rules(&report, needs);
     for id in ["EXE-04", "EXE-05", "EXE-06", "GEN-18", "OPS-03"] {
         assert!(skipped.contains(id), "{id} is not among {skipped:?}");
@@ -203,9 +202,11 @@ async fn a_failed_control_is_a_kind_of_its_own_in_every_report() {
 }
 
 /// Whether the expectation of a check starts with the name of this case.
-fn named(outcome: &Outcome, case: &str) -> bool {
+fn named(outcome: &CheckOutcome, case: &str) -> bool {
     match outcome {
-        Outcome::Fail { expected, .. } | Outcome::Inconclusive { expected, .. } => expected.starts_with(case),
+        CheckOutcome::Fail { expected, .. } | CheckOutcome::Inconclusive { expected, .. } => {
+            expected.starts_with(case)
+        }
         _ => false,
     }
 }
@@ -262,7 +263,7 @@ async fn the_case_is_named_in_the_report_also_when_the_check_runs_out_of_time() 
         })
     });
     let report = verify(&silent, &server.endpoint(), silent.breaks, LIMIT).await;
-    let unclear = report.rows.iter().find(|row| matches!(row.outcome, Outcome::Inconclusive { .. }));
+    let unclear = report.rows.iter().find(|row| matches!(row.outcome, CheckOutcome::Inconclusive { .. }));
     assert!(unclear.is_some_and(|row| named(&row.outcome, case)), "{:#?}", report.rows);
 }
 

@@ -8,10 +8,10 @@ use super::{
     EXIT_INFRASTRUCTURE, EXIT_SIGNALLED, EXIT_TIMEOUT, ExecArgs, complain,
     live::Live,
     output::{Lost, Readers, end_by_sigpipe},
-    progress::{self, Line},
+    progress::{self, ProgressLine},
 };
 use futures::{StreamExt as _, stream::FuturesUnordered};
-use gorego_client::{BlobSet, Client, Event, Finished, Identity, Job, Progress, blocking, scan};
+use gorego_client::{BlobSet, Client, ExecutionEvent, Finished, Identity, Job, Progress, blocking, scan};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -65,7 +65,7 @@ pub(super) fn run(args: ExecArgs) -> u8 {
             return EXIT_INFRASTRUCTURE;
         }
     };
-    let line = Line::new();
+    let line = ProgressLine::new();
     let outcome = runtime.block_on(until_stopped(args, &line));
     line.clear();
     // Do not wait for threads that are blocked by a disk or a closed pipe.
@@ -81,7 +81,7 @@ pub(super) fn run(args: ExecArgs) -> u8 {
 }
 
 /// Runs the command until it finishes, a signal arrives, or its output cannot be printed.
-async fn until_stopped(args: ExecArgs, line: &Line) -> Result<End> {
+async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<End> {
     let mut signals = Signals::listen()?;
     let (current, watching) = watch::channel(Current::Nothing);
     let readers = Readers::default();
@@ -151,7 +151,7 @@ fn is_ignored(kind: SignalKind) -> bool {
 
 async fn exec(
     args: ExecArgs,
-    line: &Line,
+    line: &ProgressLine,
     operation: &watch::Sender<Current>,
     readers: Readers,
 ) -> Result<u8> {
@@ -246,7 +246,7 @@ fn build(args: &ExecArgs) -> Result<(Digest, BlobSet)> {
     Ok((blobs.add_message(&action), blobs))
 }
 
-async fn upload(client: &Client, blobs: &BlobSet, line: &Line) -> Result<()> {
+async fn upload(client: &Client, blobs: &BlobSet, line: &ProgressLine) -> Result<()> {
     let progress = Arc::new(Progress::default());
     line.during("uploading", &progress, client.upload(blobs, &progress)).await.map(|_| ())
 }
@@ -254,7 +254,7 @@ async fn upload(client: &Client, blobs: &BlobSet, line: &Line) -> Result<()> {
 async fn follow(
     client: &Client,
     job: Job,
-    line: &Line,
+    line: &ProgressLine,
     operation: &watch::Sender<Current>,
     live: &mut Live,
 ) -> Result<Finished> {
@@ -268,15 +268,15 @@ async fn follow(
             operation.send_replace(Current::Named(client.clone(), name.to_owned()));
         }
         match event {
-            Ok(Some(Event::Stage(stage))) => line.say(match stage {
+            Ok(Some(ExecutionEvent::Stage(stage))) => line.say(match stage {
                 Stage::CacheCheck => "looking into the cache",
                 Stage::Queued => "queued",
                 Stage::Executing => "running",
                 Stage::Completed | Stage::Unknown => "done",
             }),
-            Ok(Some(Event::Logs(names))) => live.follow(client, &names, line),
-            Ok(Some(Event::Waiting(status))) => line.say(&progress::waiting(&status)),
-            Ok(Some(Event::Finished(finished))) => break Ok(*finished),
+            Ok(Some(ExecutionEvent::Logs(names))) => live.follow(client, &names, line),
+            Ok(Some(ExecutionEvent::Waiting(status))) => line.say(&progress::waiting(&status)),
+            Ok(Some(ExecutionEvent::Finished(finished))) => break Ok(*finished),
             Ok(None) => break Err(Error::internal("the operation ended without a result")),
             Err(error) => break Err(error),
         }
@@ -295,7 +295,7 @@ fn is_missing(finished: &Result<Finished>) -> bool {
 }
 
 /// Prints the output that was not shown yet, and determines the exit code.
-async fn conclude(client: &Client, finished: &Finished, live: Live, line: &Line) -> Result<u8> {
+async fn conclude(client: &Client, finished: &Finished, live: Live, line: &ProgressLine) -> Result<u8> {
     line.clear();
     live.finish(client, finished.result.as_ref()).await?;
     // For a timeout the error says enough.
@@ -327,7 +327,7 @@ struct Home<'a> {
     client: &'a Client,
     requested: &'a [String],
     directory: &'a Path,
-    line: &'a Line,
+    line: &'a ProgressLine,
 }
 
 impl Home<'_> {

@@ -5,7 +5,7 @@
 //! has no log streams, or they break, only the result is printed. If the printed bytes are not the beginning of the result,
 //! because a worker failed and the action was run again, the whole result is printed after a notice.
 
-use super::{output::Readers, progress::Line};
+use super::{output::Readers, progress::ProgressLine};
 use bytes::Bytes;
 use gorego_client::{Client, LogNames, blocking};
 use gorego_reapi::{
@@ -36,12 +36,12 @@ const END_GRACE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Live {
     readers: Readers,
-    stdout: Option<Follower>,
-    stderr: Option<Follower>,
+    stdout: Option<OutputFollower>,
+    stderr: Option<OutputFollower>,
 }
 
 #[derive(Debug)]
-struct Follower {
+struct OutputFollower {
     printing: JoinHandle<Shown>,
     stop: watch::Sender<bool>,
 }
@@ -57,7 +57,7 @@ impl Live {
     }
 
     /// Starts to print the streams. Only the first call counts for each output.
-    pub(super) fn follow(&mut self, client: &Client, names: &LogNames, line: &Line) {
+    pub(super) fn follow(&mut self, client: &Client, names: &LogNames, line: &ProgressLine) {
         let readers = self.readers.clone();
         start(&mut self.stdout, client, &names.stdout, move || readers.of(io::stdout()), line);
         let readers = self.readers.clone();
@@ -82,11 +82,11 @@ impl Live {
 }
 
 fn start<W: Write>(
-    place: &mut Option<Follower>,
+    place: &mut Option<OutputFollower>,
     client: &Client,
     name: &str,
     sink: impl FnOnce() -> W + Send + 'static,
-    line: &Line,
+    line: &ProgressLine,
 ) {
     if place.is_some() || name.is_empty() {
         return;
@@ -115,13 +115,13 @@ fn start<W: Write>(
         drop(sender);
         writer.await.unwrap_or(Shown(Digest::empty(DigestFunction::Sha256)))
     });
-    *place = Some(Follower { printing, stop });
+    *place = Some(OutputFollower { printing, stop });
 }
 
 /// Waits for the end of a stream after its action has finished.
-async fn end(follower: Option<Follower>) -> Shown {
+async fn end(follower: Option<OutputFollower>) -> Shown {
     let nothing = Shown(Digest::empty(DigestFunction::Sha256));
-    let Some(Follower { mut printing, stop }) = follower else { return nothing };
+    let Some(OutputFollower { mut printing, stop }) = follower else { return nothing };
     let shown = match timeout(END_GRACE, &mut printing).await {
         Ok(shown) => shown,
         Err(_) => {

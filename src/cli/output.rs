@@ -62,8 +62,8 @@ pub(super) enum Lost {
 
 impl Readers {
     /// Wraps `sink` and records a failed write to it.
-    pub(super) fn of<W>(&self, sink: W) -> Watched<W> {
-        Watched { sink, readers: self.clone() }
+    pub(super) fn of<W>(&self, sink: W) -> WatchedSink<W> {
+        WatchedSink { sink, readers: self.clone() }
     }
 
     /// Whether a reader is known to have exited.
@@ -86,12 +86,12 @@ impl Readers {
 
 /// A sink that reports failed writes to [`Readers`].
 #[derive(Debug)]
-pub(super) struct Watched<W> {
+pub(super) struct WatchedSink<W> {
     sink: W,
     readers: Readers,
 }
 
-impl<W> Watched<W> {
+impl<W> WatchedSink<W> {
     fn note<T>(&self, done: io::Result<T>) -> io::Result<T> {
         done.inspect_err(|error| {
             let lost = match error.kind() {
@@ -109,7 +109,7 @@ impl<W> Watched<W> {
     }
 }
 
-impl<W: Write> Write for Watched<W> {
+impl<W: Write> Write for WatchedSink<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.sink.write(bytes);
         self.note(written)

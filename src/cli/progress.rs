@@ -15,9 +15,9 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// The progress line. Clones share it. It is hidden if standard error is not a terminal.
 #[derive(Debug, Clone)]
-pub(super) struct Line(ProgressBar);
+pub(super) struct ProgressLine(ProgressBar);
 
-impl Line {
+impl ProgressLine {
     /// Creates the progress line of this process.
     pub(super) fn new() -> Self {
         if !io::stderr().is_terminal() {
@@ -31,7 +31,7 @@ impl Line {
         Self(bar)
     }
 
-    /// Shows the line again after [`Line::clear`].
+    /// Shows the line again after [`ProgressLine::clear`].
     fn show(&self) {
         if self.0.is_finished() && !self.0.is_hidden() {
             self.0.reset();
@@ -44,7 +44,7 @@ impl Line {
         self.0.set_message(gorego_reapi::escape::escaped(what));
     }
 
-    /// Shows the progress of a transfer while it runs, also after [`Line::clear`].
+    /// Shows the progress of a transfer while it runs, also after [`ProgressLine::clear`].
     pub(super) async fn during<T>(
         &self,
         what: &str,
@@ -92,7 +92,7 @@ fn ordinal(number: i64) -> String {
     format!("{number}{ending}")
 }
 
-impl Default for Line {
+impl Default for ProgressLine {
     fn default() -> Self {
         Self::new()
     }

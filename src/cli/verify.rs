@@ -24,9 +24,9 @@ pub(super) fn run(args: &VerifyArgs) -> u8 {
 }
 
 /// The text for standard output, and whether everything passed.
-type Outcome = (String, bool);
+type Printout = (String, bool);
 
-fn verify(args: &VerifyArgs) -> Result<Outcome> {
+fn verify(args: &VerifyArgs) -> Result<Printout> {
     let options = options(args)?;
     // Opened before the run, so that nobody waits minutes for a report that cannot be written.
     let open = |path| File::create(path).map(|file| (path, file)).map_err(unwritable(path));
@@ -78,7 +78,7 @@ fn selection(args: &VerifyArgs) -> Result<Selection> {
 }
 
 /// Lists every selected rule: its id, level and title, and its checks or the reason why it has none.
-fn list(selection: &Selection) -> Outcome {
+fn list(selection: &Selection) -> Printout {
     let mut text = String::new();
     for group in groups::ALL {
         for rule in group.rules.iter().filter(|rule| selection.includes(&[rule.id])) {

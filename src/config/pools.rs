@@ -6,7 +6,7 @@
 
 use super::{
     ExecutionConfig,
-    settings::{Check, MAX_CONCURRENCY, Machine},
+    settings::{Checker, MAX_CONCURRENCY, Machine},
 };
 use crate::platform::{self, Offer, Offers, UnknownProperties};
 use serde::{
@@ -146,7 +146,7 @@ pub struct PoolSettings {
 }
 
 /// The configured pools, or else the default pool that `concurrency` and `platform` describe.
-pub(super) fn pools(check: &mut Check<'_>, machine: &Machine) -> Vec<PoolSettings> {
+pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSettings> {
     let (config, default) = (&check.loaded.config.execution, ExecutionConfig::default());
     check.require(
         "execution.platform",

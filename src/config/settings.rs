@@ -17,7 +17,7 @@ use crate::{
     },
     http_cache::hosts::Hosts,
     instance::{Instances, Policy},
-    log_streams::{Limits, MAX_STREAM_BYTES},
+    log_streams::{MAX_STREAM_BYTES, StreamLimits},
     platform::UnknownProperties,
     size::Size,
 };
@@ -102,7 +102,7 @@ pub struct Settings {
     /// Whether clients may create log streams.
     pub client_log_streams: bool,
     /// Limits on the log streams of clients.
-    pub log_streams: Limits,
+    pub log_streams: StreamLimits,
     /// The Remote Asset service.
     pub assets: AssetSettings,
     /// Address of the HTTP/1.1 cache, if it is enabled.
@@ -153,12 +153,12 @@ pub struct ExecutionSettings {
 }
 
 /// Collects problems, so that all are reported together.
-pub(super) struct Check<'a> {
+pub(super) struct Checker<'a> {
     pub(super) loaded: &'a Loaded,
     pub(super) problems: Vec<String>,
 }
 
-impl Check<'_> {
+impl Checker<'_> {
     fn refuse(&mut self, key: &str, problem: &str) {
         let value = keys(&self.loaded.config).into_iter().find(|(name, _)| name == key);
         let value = value.map(|(_, value)| value.to_string()).unwrap_or_default();
@@ -206,7 +206,7 @@ impl Settings {
     /// [`Error::Invalid`] that lists every problem on its own line.
     pub fn new(loaded: &Loaded, machine: &Machine) -> Result<Self> {
         let config = &loaded.config;
-        let mut check = Check { loaded, problems: Vec::new() };
+        let mut check = Checker { loaded, problems: Vec::new() };
         let mut warnings = Vec::new();
         check_exposure(&mut check, &mut warnings, "listen_addr", config.listen_addr);
         let http_addr = http_address(&mut check, &mut warnings);
@@ -272,9 +272,9 @@ impl Settings {
 }
 
 /// The instances in `instance_names` and those with their own policy.
-fn instances(check: &mut Check<'_>) -> Option<Instances> {
+fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     let config = &check.loaded.config;
-    let functions = |check: &mut Check<'_>, key: &str, listed: &[DigestFunction]| {
+    let functions = |check: &mut Checker<'_>, key: &str, listed: &[DigestFunction]| {
         check.require(key, !listed.is_empty(), "is empty; at least one digest function is needed");
         DigestFunction::ALL.iter().copied().filter(|function| listed.contains(function)).collect()
     };
@@ -312,7 +312,7 @@ fn instances(check: &mut Check<'_>) -> Option<Instances> {
 }
 
 /// Without authentication, everyone who can reach the endpoint can run commands on this machine.
-fn check_exposure(check: &mut Check<'_>, warnings: &mut Vec<String>, key: &str, address: SocketAddr) {
+fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str, address: SocketAddr) {
     let allowed = check.loaded.config.allow_unauthenticated;
     let loopback = match address.ip() {
         IpAddr::V6(ip) => ip.to_ipv4_mapped().map_or(ip.is_loopback(), |ip| ip.is_loopback()),
@@ -336,11 +336,11 @@ fn check_exposure(check: &mut Check<'_>, warnings: &mut Vec<String>, key: &str, 
     }
 }
 
-fn log_streams(check: &mut Check<'_>) -> Limits {
+fn log_streams(check: &mut Checker<'_>) -> StreamLimits {
     let config = &check.loaded.config.log_streams;
     check.count("log_streams.max_streams", config.max_streams, MAX_LOG_STREAMS);
     check.duration("log_streams.retention", config.retention, false);
-    Limits {
+    StreamLimits {
         streams: config.max_streams,
         bytes: check.size("log_streams.max_size_gb", config.max_size_gb),
         stream_bytes: MAX_STREAM_BYTES,
@@ -349,7 +349,7 @@ fn log_streams(check: &mut Check<'_>) -> Limits {
     }
 }
 
-fn http_address(check: &mut Check<'_>, warnings: &mut Vec<String>) -> Option<SocketAddr> {
+fn http_address(check: &mut Checker<'_>, warnings: &mut Vec<String>) -> Option<SocketAddr> {
     const KEY: &str = "http.listen_addr";
     let text = &check.loaded.config.http.listen_addr;
     if text.is_empty() {
@@ -367,14 +367,14 @@ fn http_address(check: &mut Check<'_>, warnings: &mut Vec<String>) -> Option<Soc
     }
 }
 
-fn http_hosts(check: &mut Check<'_>) -> Hosts {
+fn http_hosts(check: &mut Checker<'_>) -> Hosts {
     Hosts::parse(&check.loaded.config.http.allowed_hosts).unwrap_or_else(|problem| {
         check.refuse("http.allowed_hosts", &problem);
         Hosts::default()
     })
 }
 
-fn assets(check: &mut Check<'_>, cache_dir: &Path) -> AssetSettings {
+fn assets(check: &mut Checker<'_>, cache_dir: &Path) -> AssetSettings {
     let config = &check.loaded.config.assets;
     let origins = Origins::parse(&config.allowed_hosts, &config.allowed_networks);
     if let Err(problem) = &origins {
@@ -397,7 +397,7 @@ fn assets(check: &mut Check<'_>, cache_dir: &Path) -> AssetSettings {
     }
 }
 
-fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> ExecutionSettings {
+fn execution(check: &mut Checker<'_>, cache_dir: &Path, machine: &Machine) -> ExecutionSettings {
     let config = &check.loaded.config.execution;
     check.require(
         "execution.concurrency",

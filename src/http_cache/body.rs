@@ -2,7 +2,7 @@
 //!
 //! Memory is bounded: an upload is decoded in pieces of constant size, and its window is limited.
 
-use super::request_log::Line;
+use super::request_log::RequestLog;
 use crate::{
     actors::cas::{blob::BlobReader, decoders, new_blob::NewBlob, zstd_reader::ZstdReader},
     budget::Budget,
@@ -80,7 +80,7 @@ pub(super) fn accepts_zstd(headers: &HeaderMap) -> bool {
 }
 
 /// The decoded bytes of an upload, in pieces.
-pub(super) struct Upload {
+pub(super) struct UploadBody {
     body: axum::body::BodyDataStream,
     decoder: Option<Decoder>,
     /// The budget for a decoder; `None` once the decoder has its share.
@@ -91,7 +91,7 @@ pub(super) struct Upload {
     max: u64,
 }
 
-impl Upload {
+impl UploadBody {
     /// The upload of a request. It may decode to at most `max` bytes. If it is compressed, its decoder takes a share of
     /// `decoders`.
     ///
@@ -129,7 +129,7 @@ impl Upload {
     /// # Errors
     /// `Invalid` when the bytes do not decode or end early; `OutOfRange` when there are too many; `DeadlineExceeded` when
     /// none arrive in time; `Exhausted` when there is no room for a decoder for too long.
-    pub(super) async fn next(&mut self, line: &mut Line) -> Result<Option<Bytes>> {
+    pub(super) async fn next(&mut self, line: &mut RequestLog) -> Result<Option<Bytes>> {
         loop {
             if let Some(piece) = self.decode()? {
                 self.left = self.left.checked_sub(piece.len() as u64).ok_or_else(|| too_large(self.max))?;
@@ -178,8 +178,8 @@ impl Upload {
     /// Writes all bytes to a new blob.
     ///
     /// # Errors
-    /// See [`Upload::next`]; and the errors of the store.
-    pub(super) async fn fill(mut self, blob: &mut NewBlob, line: &mut Line) -> Result<()> {
+    /// See [`UploadBody::next`]; and the errors of the store.
+    pub(super) async fn fill(mut self, blob: &mut NewBlob, line: &mut RequestLog) -> Result<()> {
         while let Some(bytes) = self.next(line).await? {
             blob.write(bytes).await?;
         }
@@ -190,10 +190,10 @@ impl Upload {
     /// added.
     ///
     /// # Errors
-    /// See [`Upload::next`]; and the errors of `hold`.
+    /// See [`UploadBody::next`]; and the errors of `hold`.
     pub(super) async fn collect(
         mut self,
-        line: &mut Line,
+        line: &mut RequestLog,
         mut hold: impl FnMut(u64) -> Result<()>,
     ) -> Result<Vec<u8>> {
         let mut all = Vec::new();
@@ -229,9 +229,11 @@ mod tests {
         let connections = Connections::default();
         let connection = connections.admit(([127, 0, 0, 1], 1).into()).unwrap().state().clone();
         let (uri, unfinished) = (Uri::from_static("/"), UnderWay::default().begin());
-        let mut line = Line::new(&connections, &connection, &Method::PUT, &uri, unfinished);
+        let mut line = RequestLog::new(&connections, &connection, &Method::PUT, &uri, unfinished);
         let decoders = Budget::new(decoders::DECODERS);
-        runtime.block_on(async { Upload::new(request, max, &decoders)?.collect(&mut line, |_| Ok(())).await })
+        runtime.block_on(async {
+            UploadBody::new(request, max, &decoders)?.collect(&mut line, |_| Ok(())).await
+        })
     }
 
     #[test]

@@ -117,7 +117,7 @@ async fn serve_one(
 ) {
     let service = service_fn(|request: hyper::Request<Incoming>| {
         let unread = Arc::new(AtomicBool::new(!request.body().is_end_stream()));
-        let request = request.map(|body| Body::new(Watched { body, unread: unread.clone() }));
+        let request = request.map(|body| Body::new(WatchedBody { body, unread: unread.clone() }));
         answer(request).map(move |mut response| {
             if unread.load(Ordering::Relaxed) {
                 // Unread body bytes make another request impossible. Without this header the client would send one.
@@ -146,12 +146,12 @@ async fn serve_one(
 }
 
 /// A request body that records whether its end was read.
-struct Watched {
+struct WatchedBody {
     body: Incoming,
     unread: Arc<AtomicBool>,
 }
 
-impl hyper::body::Body for Watched {
+impl hyper::body::Body for WatchedBody {
     type Data = <Incoming as hyper::body::Body>::Data;
     type Error = hyper::Error;
 

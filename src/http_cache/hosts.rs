@@ -18,7 +18,7 @@ pub struct Hosts(Vec<HostRule>);
 
 /// The reason why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Refusal {
+pub enum HostRefusal {
     /// The host is missing or malformed (RFC 9112, 3.2).
     Malformed(&'static str),
     /// The host is not a name of this server.
@@ -52,8 +52,10 @@ impl Hosts {
         uri: &Uri,
         headers: &HeaderMap,
         reached: IpAddr,
-    ) -> Result<(), Refusal> {
-        let Some(host) = host_of(version, uri, headers).map_err(Refusal::Malformed)? else { return Ok(()) };
+    ) -> Result<(), HostRefusal> {
+        let Some(host) = host_of(version, uri, headers).map_err(HostRefusal::Malformed)? else {
+            return Ok(());
+        };
         let leads_here = host
             .parse::<IpAddr>()
             .map(|address| address.to_canonical())
@@ -62,7 +64,7 @@ impl Hosts {
             return Ok(());
         }
         let shown: String = host.chars().take(SHOWN_CHARS).collect();
-        Err(Refusal::Stranger(format!(
+        Err(HostRefusal::Stranger(format!(
             "this server does not answer for host \"{}\"; if it is a name of this server, list it in http.allowed_hosts",
             shown.escape_debug()
         )))
@@ -97,7 +99,7 @@ mod tests {
     use super::*;
     use axum::extract::Request;
 
-    fn check(allowed: &[&str], version: Version, target: &str, hosts: &[&str]) -> Result<(), Refusal> {
+    fn check(allowed: &[&str], version: Version, target: &str, hosts: &[&str]) -> Result<(), HostRefusal> {
         let allowed: Vec<String> = allowed.iter().map(ToString::to_string).collect();
         let mut request = Request::builder().version(version).uri(target);
         for host in hosts {
@@ -110,7 +112,7 @@ mod tests {
 
     fn answers(allowed: &[&str], host: &str) -> bool {
         match check(allowed, Version::HTTP_11, "/", &[host]) {
-            Err(Refusal::Malformed(why)) => panic!("{host}: {why}"),
+            Err(HostRefusal::Malformed(why)) => panic!("{host}: {why}"),
             judged => judged.is_ok(),
         }
     }
@@ -151,15 +153,15 @@ mod tests {
     #[test]
     fn the_answer_names_the_setting_and_not_too_much_of_the_host() {
         let judged = check(&[], Version::HTTP_11, "/", &[&"a".repeat(5_000)]);
-        let Err(Refusal::Stranger(text)) = judged else { panic!("{judged:?}") };
+        let Err(HostRefusal::Stranger(text)) = judged else { panic!("{judged:?}") };
         assert!(text.contains("http.allowed_hosts") && text.len() < 300, "{text}");
     }
 
     /// RFC 9112, 3.2.
     #[test]
     fn a_request_says_its_host_once_and_the_target_goes_before_the_field() {
-        let malformed = |judged| matches!(judged, Err(Refusal::Malformed(_)));
-        let stranger = |judged| matches!(judged, Err(Refusal::Stranger(_)));
+        let malformed = |judged| matches!(judged, Err(HostRefusal::Malformed(_)));
+        let stranger = |judged| matches!(judged, Err(HostRefusal::Stranger(_)));
         assert!(malformed(check(&["*"], Version::HTTP_11, "/", &[])));
         assert!(malformed(check(&["*"], Version::HTTP_11, "/", &["localhost", "localhost"])));
         assert!(malformed(check(&["*"], Version::HTTP_11, "/", &["evil@localhost"])));

@@ -1,11 +1,11 @@
 //! Handles GET and HEAD.
 
 use super::{
-    HttpCache,
+    Target,
     body::{accepts_zstd, of_blob, of_message, of_zstd},
     range::{self, Asked},
-    request_log::Line,
-    resource::Hash,
+    request_log::RequestLog,
+    resource::HashInPath,
     status,
 };
 use crate::{actors::cas::client::Cas, instance::Instance};
@@ -23,14 +23,12 @@ use prost::Message as _;
 /// Smaller bodies are not compressed, because they fit into one packet anyway.
 const COMPRESS_FROM_BYTES: u64 = 1_024;
 
-type Target<'a> = (&'a HttpCache, &'a Instance);
-
 /// Responds with a blob or a range of it.
 pub(super) async fn blob(
     (cache, instance): Target<'_>,
-    hash: Hash,
+    hash: HashInPath,
     headers: &HeaderMap,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("no blob with hash {} is in the CAS", like.hash_hex()));
@@ -44,7 +42,7 @@ pub(super) async fn value(
     (cache, instance): Target<'_>,
     key: &str,
     headers: &HeaderMap,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let cas = cache.cas.on_behalf_of(line.caller());
     let digest = value_digest((&cas, instance), key).await?;
@@ -52,7 +50,11 @@ pub(super) async fn value(
 }
 
 /// Responds with a complete action result (AC-03).
-pub(super) async fn result((cache, instance): Target<'_>, hash: Hash, line: &Line) -> Result<Response> {
+pub(super) async fn result(
+    (cache, instance): Target<'_>,
+    hash: HashInPath,
+    line: &RequestLog,
+) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("the action with hash {} has no result", like.hash_hex()));
     let cas = cache.cas.on_behalf_of(line.caller());
@@ -66,7 +68,7 @@ pub(super) async fn result((cache, instance): Target<'_>, hash: Hash, line: &Lin
 }
 
 /// Checks that the digest function of a hash is enabled for this instance.
-pub(super) fn like(instance: &Instance, hash: Hash) -> Result<Digest> {
+pub(super) fn like(instance: &Instance, hash: HashInPath) -> Result<Digest> {
     instance.digest_in_name(hash.like, hash.function_is_named)
 }
 
@@ -93,7 +95,7 @@ async fn stored(
     (cas, instance): (&Cas, &Instance),
     digest: Digest,
     headers: &HeaderMap,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     line.blob(digest);
     let to = line.connection();

@@ -37,7 +37,7 @@ const ERROR_MAX_BYTES: usize = 512;
 
 /// The log line of an open request. It is written when it is dropped.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct RequestLog {
     method: String,
     path: String,
     connections: Connections,
@@ -54,7 +54,7 @@ pub(super) struct Line {
     unfinished: Unfinished,
 }
 
-impl Line {
+impl RequestLog {
     /// Creates the line of a request that has just begun.
     pub(super) fn new(
         connections: &Connections,
@@ -147,11 +147,11 @@ impl Line {
     /// Attaches the line to a response until the response has ended.
     pub(super) fn follow(mut self, response: Response) -> Response {
         self.status = Some(response.status());
-        response.map(|inner| Body::new(LoggedBody { inner, line: self }))
+        response.map(|inner| Body::new(CountedBody { inner, line: self }))
     }
 }
 
-impl Drop for Line {
+impl Drop for RequestLog {
     fn drop(&mut self) {
         if !log::log_enabled!(target: LOG, Level::Info) || !self.is_listed() {
             return;
@@ -185,14 +185,14 @@ fn shorten(mut text: String, max_bytes: usize) -> String {
 
 pin_project_lite::pin_project! {
     /// A response body that counts its bytes.
-    struct LoggedBody {
+    struct CountedBody {
         #[pin]
         inner: Body,
-        line: Line,
+        line: RequestLog,
     }
 }
 
-impl HttpBody for LoggedBody {
+impl HttpBody for CountedBody {
     type Data = Bytes;
     type Error = axum::Error;
 

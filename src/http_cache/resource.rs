@@ -23,14 +23,14 @@ pub enum Resource {
         /// The instance name; not looked up.
         instance_name: String,
         /// The hash of the blob.
-        hash: Hash,
+        hash: HashInPath,
     },
     /// `[/instance]/ac/[function/]hash`: an action result.
     Result {
         /// The instance name; not looked up.
         instance_name: String,
         /// The hash of the Action.
-        hash: Hash,
+        hash: HashInPath,
     },
     /// `[/instance]/cache/key`: a value.
     Value {
@@ -43,7 +43,7 @@ pub enum Resource {
 
 /// A hash without a size, as a digest of size 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Hash {
+pub struct HashInPath {
     /// The hash, with the function that the path names or that its length implies.
     pub like: Digest,
     /// Whether the path names the function.
@@ -90,7 +90,7 @@ impl Resource {
 }
 
 /// Parses a hash. Its function is the segment before it, or follows from its length, as in ByteStream names.
-fn parse_hash(segments: &[&str]) -> Result<Hash> {
+fn parse_hash(segments: &[&str]) -> Result<HashInPath> {
     let (function, hash, function_is_named) = match segments {
         [hash] => (DigestFunction::infer(DigestFunction::ALL, hash.len())?, hash, false),
         [name, hash] => {
@@ -100,7 +100,7 @@ fn parse_hash(segments: &[&str]) -> Result<Hash> {
         }
         _ => return Err(Error::invalid("the path must end with one hash")),
     };
-    Ok(Hash { like: Digest::parse(function, hash, 0)?, function_is_named })
+    Ok(HashInPath { like: Digest::parse(function, hash, 0)?, function_is_named })
 }
 
 #[cfg(test)]

@@ -5,14 +5,13 @@
 //! refused, as the RFC allows. Every response is small.
 
 use super::{
-    HttpCache,
-    body::Upload,
+    Target,
+    body::UploadBody,
     read::value_digest,
-    request_log::Line,
+    request_log::RequestLog,
     status,
     write::{check_writable, created},
 };
-use crate::instance::Instance;
 use axum::{
     extract::Request,
     http::{HeaderMap, HeaderValue, StatusCode, header},
@@ -26,18 +25,17 @@ const MAX_BODY_BYTES: u64 = 64 * 1024;
 /// The store keeps no modification times, but clients require the property.
 const MODIFIED: &str = "<D:getlastmodified>Thu, 01 Jan 1970 00:00:00 GMT</D:getlastmodified>";
 
-type Target<'a> = (&'a HttpCache, &'a Instance);
-
 /// Responds with the properties of a key, or of a collection if the key is empty or ends with a slash.
 pub(super) async fn properties(
     target: Target<'_>,
     key: &str,
     request: Request,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let is_collection = is_collection(key);
     let depth = Depth::of(request.headers())?;
-    let body = Upload::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.collect(line, |_| Ok(())).await;
+    let body =
+        UploadBody::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.collect(line, |_| Ok(())).await;
     body.map_err(|error| match error {
         Error::OutOfRange(_) => {
             Error::OutOfRange(format!("a PROPFIND request may have at most {MAX_BODY_BYTES} bytes"))
@@ -68,10 +66,10 @@ pub(super) async fn make_collection(
     target: Target<'_>,
     key: &str,
     request: Request,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     check_writable(target.1)?;
-    let body = Upload::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.next(line).await?;
+    let body = UploadBody::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.next(line).await?;
     if body.is_some() {
         return Err(Error::Unimplemented("a MKCOL request with a body is not supported".into()));
     }

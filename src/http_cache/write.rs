@@ -1,11 +1,11 @@
 //! Handles PUT. Everything is checked before it becomes visible.
 
 use super::{
-    HttpCache,
-    body::Upload,
+    Target,
+    body::UploadBody,
     read::{VALUE_PATH, like, value_action},
-    request_log::Line,
-    resource::Hash,
+    request_log::RequestLog,
+    resource::HashInPath,
     status,
 };
 use crate::{actors::cas::client::Provenance, instance::Instance};
@@ -20,18 +20,16 @@ const MAX_RESULT_BYTES: u64 = 16 * 1024 * 1024;
 /// Largest memory of a decoded ActionResult, as over gRPC.
 const RESULT_MAX_MEMORY: u64 = 64 * 1024 * 1024;
 
-type Target<'a> = (&'a HttpCache, &'a Instance);
-
 /// Stores a blob after checking its hash.
 pub(super) async fn blob(
     (cache, instance): Target<'_>,
-    hash: Hash,
+    hash: HashInPath,
     request: Request,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     let cas = cache.cas.on_behalf_of(line.caller());
-    let upload = Upload::new(request, cache.max_blob_bytes, cas.decoders())?;
+    let upload = UploadBody::new(request, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, like.function());
     upload.fill(&mut blob, line).await?;
     line.blob(blob.finish_checked(like).await?);
@@ -41,15 +39,15 @@ pub(super) async fn blob(
 /// Stores an action result after the same checks as over gRPC (AC-10).
 pub(super) async fn result(
     (cache, instance): Target<'_>,
-    hash: Hash,
+    hash: HashInPath,
     request: Request,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     check_writable(instance)?;
     let (caller, cas) = (line.caller(), cache.cas.on_behalf_of(line.caller()));
     let mut held = cas.hold(caller, 0)?;
-    let upload = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes), cas.decoders())?;
+    let upload = UploadBody::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes), cas.decoders())?;
     let bytes = upload.collect(line, |bytes| Ok(held.grow(bytes)?)).await?;
     let decoded = cas.decode(bytes.into(), RESULT_MAX_MEMORY, "ActionResult").await;
     let (result, _room): (reapi::ActionResult, _) = decoded.map_err(|error| {
@@ -69,12 +67,12 @@ pub(super) async fn value(
     (cache, instance): Target<'_>,
     key: &str,
     request: Request,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let action = value_action(instance, key)?;
     check_writable(instance)?;
     let cas = cache.cas.on_behalf_of(line.caller());
-    let upload = Upload::new(request, cache.max_blob_bytes, cas.decoders())?;
+    let upload = UploadBody::new(request, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, action.function());
     upload.fill(&mut blob, line).await?;
     let digest = blob.finish().await?;
@@ -94,7 +92,7 @@ pub(super) fn check_writable(instance: &Instance) -> Result<()> {
     Err(Error::Denied("clients may not write results to this instance (action_cache_updates = false)".into()))
 }
 
-fn provenance(line: &Line) -> Provenance {
+fn provenance(line: &RequestLog) -> Provenance {
     Provenance { peer: line.peer().to_string(), ..Provenance::default() }
 }
 

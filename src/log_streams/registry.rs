@@ -1,6 +1,6 @@
 //! The [`Registry`]: the existing streams with their sizes and times, and the rules for their removal. Pure.
 //!
-//! Invariants: the streams and their bytes never exceed [`Limits`]; an unfinished stream is removed only if it is idle;
+//! Invariants: the streams and their bytes never exceed [`StreamLimits`]; an unfinished stream is removed only if it is idle;
 //! when room is needed, the stream that finished first is removed first.
 
 use gorego_reapi::error::{Error, Result};
@@ -15,7 +15,7 @@ const FULL_RETRY: Duration = Duration::from_secs(5);
 
 /// Limits on a set of streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct StreamLimits {
     /// Number of streams, including finished ones.
     pub streams: usize,
     /// Total bytes of all streams.
@@ -31,7 +31,7 @@ pub struct Limits {
 /// Streams by id; see the top of this file.
 #[derive(Debug)]
 pub(crate) struct Registry<V> {
-    limits: Limits,
+    limits: StreamLimits,
     entries: HashMap<Uuid, Entry<V>>,
     /// Unfinished streams in order of their last change.
     open: BTreeSet<(Instant, Uuid)>,
@@ -51,7 +51,7 @@ struct Entry<V> {
 
 impl<V> Registry<V> {
     /// Creates an empty registry.
-    pub(crate) fn new(limits: Limits) -> Self {
+    pub(crate) fn new(limits: StreamLimits) -> Self {
         Self { limits, entries: HashMap::new(), open: BTreeSet::new(), finished: BTreeSet::new(), bytes: 0 }
     }
 
@@ -170,7 +170,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LIMITS: Limits = Limits {
+    const LIMITS: StreamLimits = StreamLimits {
         streams: 4,
         bytes: 100,
         stream_bytes: 60,

@@ -9,9 +9,9 @@ use gorego_reapi::digest::{Digest, DigestFunction};
 use proptest::prelude::*;
 use std::fs;
 
-fn limits() -> Limits {
+fn limits() -> StreamLimits {
     let hour = Duration::from_secs(3600);
-    Limits { streams: 8, bytes: 1 << 20, stream_bytes: 1 << 19, idle: Some(hour), kept: hour }
+    StreamLimits { streams: 8, bytes: 1 << 20, stream_bytes: 1 << 19, idle: Some(hour), kept: hour }
 }
 
 /// A client with its own address.
@@ -25,7 +25,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(clients: Limits) -> Self {
+    fn new(clients: StreamLimits) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let settings = LogSettings {
             client_streams: true,
@@ -225,7 +225,7 @@ async fn a_link_or_a_fifo_in_the_place_of_a_log_is_not_followed() {
 /// Every reader ends: after the stream's idle limit, and at shutdown.
 #[tokio::test]
 async fn readers_do_not_wait_for_ever() {
-    let bench = Bench::new(Limits { idle: Some(Duration::ZERO), ..limits() });
+    let bench = Bench::new(StreamLimits { idle: Some(Duration::ZERO), ..limits() });
     let idle = bench.streams.create("main".into(), client(4)).unwrap();
     let reader = tokio::spawn(rest(bench.streams.follow(&idle.for_reading(), client(20)).unwrap(), 0));
     let sweeping = tokio::spawn(bench.streams.clone().sweep());
@@ -241,7 +241,7 @@ async fn readers_do_not_wait_for_ever() {
 
 #[tokio::test]
 async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
-    let bench = Bench::new(Limits { streams: 2, bytes: 10, stream_bytes: 6, ..limits() });
+    let bench = Bench::new(StreamLimits { streams: 2, bytes: 10, stream_bytes: 6, ..limits() });
     let one = bench.streams.create("main".into(), client(5)).unwrap();
     let two = bench.streams.create("main".into(), client(6)).unwrap();
     let full = |error| matches!(error, Error::Exhausted { .. });
@@ -268,7 +268,7 @@ async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
 
 #[tokio::test]
 async fn unfinished_streams_of_one_client_leave_places_and_bytes_for_others() {
-    let bench = Bench::new(Limits { streams: 9, bytes: 90, stream_bytes: 90, ..limits() });
+    let bench = Bench::new(StreamLimits { streams: 9, bytes: 90, stream_bytes: 90, ..limits() });
     let greedy = client(1);
     let mut made: Vec<_> = (0..8).map(|_| bench.streams.create("main".into(), greedy).unwrap()).collect();
     assert!(matches!(bench.streams.create("main".into(), greedy), Err(Error::Exhausted { .. })));

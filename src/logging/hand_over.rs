@@ -104,7 +104,7 @@ impl HandOver {
             written: Condvar::new(),
             pace,
         });
-        let writer = Writer { out, lost: 0, torn: false };
+        let writer = BatchWriter { out, lost: 0, torn: false };
         let taken_from = shared.clone();
         thread::Builder::new().name("log-writer".into()).spawn(move || writer.run(&taken_from, report))?;
         Ok(Self(shared))
@@ -216,7 +216,7 @@ impl Shared {
 }
 
 /// The receiving end of the queue.
-struct Writer<W> {
+struct BatchWriter<W> {
     out: W,
     /// Number of lines that could not be written and were not reported yet.
     lost: u64,
@@ -224,7 +224,7 @@ struct Writer<W> {
     torn: bool,
 }
 
-impl<W: Write> Writer<W> {
+impl<W: Write> BatchWriter<W> {
     fn run(mut self, shared: &Shared, report: impl Fn(&mut Vec<u8>, u64)) {
         let mut batch = Vec::new();
         let mut rested = Instant::now();

@@ -12,9 +12,9 @@ use gorego::{
         },
     },
     config::CommittedSize,
-    grpc::{Edge, Settings, ask::Scheduler, health::Health},
+    grpc::{Edge, ProtocolSettings, ask::Scheduler, health::Health},
     instance::{Instances, Policy},
-    log_streams::{Limits, LogSettings, LogStreams},
+    log_streams::{LogSettings, LogStreams, StreamLimits},
     under_way::UnderWay,
 };
 use gorego_client::stubs::{
@@ -78,7 +78,7 @@ impl Server {
             log_streams: log_streams(executes, store.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
-            settings: Settings {
+            settings: ProtocolSettings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,
                 chunking: executes,
@@ -162,8 +162,9 @@ impl Drop for Server {
 fn log_streams(client_streams: bool, spool_directory: &std::path::Path) -> LogStreams {
     let kept = Duration::from_secs(600);
     // One client may have 40 of them.
-    let clients = Limits { streams: 45, bytes: 10_000_000, stream_bytes: 4_000_000, idle: Some(kept), kept };
-    let runs = Limits { idle: None, ..clients };
+    let clients =
+        StreamLimits { streams: 45, bytes: 10_000_000, stream_bytes: 4_000_000, idle: Some(kept), kept };
+    let runs = StreamLimits { idle: None, ..clients };
     LogStreams::new(LogSettings { client_streams, clients, runs, spool_directory: spool_directory.into() })
 }
 

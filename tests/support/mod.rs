@@ -17,7 +17,7 @@ use gorego::{
     },
     caller::Peer,
     instance::{Instance, Instances},
-    log_streams::{Limits, LogSettings, LogStreams},
+    log_streams::{LogSettings, LogStreams, StreamLimits},
 };
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
@@ -169,7 +169,7 @@ pub struct Bench {
 /// Log streams with limits that no test reaches.
 pub fn log_streams() -> LogStreams {
     let kept = Duration::from_secs(600);
-    let limits = Limits { streams: 1_000, bytes: 1 << 30, stream_bytes: 1 << 30, idle: None, kept };
+    let limits = StreamLimits { streams: 1_000, bytes: 1 << 30, stream_bytes: 1 << 30, idle: None, kept };
     let spool_directory = std::env::temp_dir();
     LogStreams::new(LogSettings { client_streams: true, clients: limits, runs: limits, spool_directory })
 }

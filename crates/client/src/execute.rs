@@ -39,7 +39,7 @@ pub struct Job {
 
 /// A change of an operation.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Event {
+pub enum ExecutionEvent {
     /// The operation entered this stage (EXE-04).
     Stage(Stage),
     /// The names of the log streams of a run. They can be followed while it runs and for a while after (EXE-64). Each run
@@ -83,7 +83,7 @@ pub struct Execution {
     stage: Option<Stage>,
     logs: LogNames,
     /// A further event from the latest message, returned by the next call.
-    more: Option<Event>,
+    more: Option<ExecutionEvent>,
     opened_at: Instant,
     failures: u32,
     reruns: u32,
@@ -115,12 +115,12 @@ impl Execution {
         self.name.as_deref()
     }
 
-    /// The next change, or `None` after [`Event::Finished`]. A broken stream is resumed with WaitExecution. If the server
+    /// The next change, or `None` after [`ExecutionEvent::Finished`]. A broken stream is resumed with WaitExecution. If the server
     /// has forgotten the operation, the action is submitted again. Both happen a bounded number of times.
     ///
     /// # Errors
     /// The error of the server; `Unavailable` when it cannot be reached again.
-    pub async fn next(&mut self) -> Result<Option<Event>> {
+    pub async fn next(&mut self) -> Result<Option<ExecutionEvent>> {
         if let Some(event) = self.more.take() {
             return Ok(Some(event));
         }
@@ -194,13 +194,14 @@ impl Execution {
     }
 
     /// The event for what a message newly reports.
-    fn take(&mut self, operation: Operation) -> Result<Option<Event>> {
+    fn take(&mut self, operation: Operation) -> Result<Option<ExecutionEvent>> {
         if !operation.name.is_empty() {
             self.name = Some(operation.name);
         }
         if operation.done {
             self.finished = true;
-            return finished(operation.result).map(|finished| Some(Event::Finished(Box::new(finished))));
+            return finished(operation.result)
+                .map(|finished| Some(ExecutionEvent::Finished(Box::new(finished))));
         }
         let metadata =
             operation.metadata.and_then(|any| unpack::<reapi::ExecuteOperationMetadata>(&any, METADATA_TYPE));
@@ -212,14 +213,14 @@ impl Execution {
         // Why the operation waits, if the server is goREgo.
         let status = known.and_then(|known| queue_status(&known.auxiliary_metadata));
         if let Some(status) = status.filter(|_| stage == Some(Stage::Queued)) {
-            return Ok(Some(Event::Waiting(Box::new(status))));
+            return Ok(Some(ExecutionEvent::Waiting(Box::new(status))));
         }
         let logs = LogNames { stdout: metadata.stdout_stream_name, stderr: metadata.stderr_stream_name };
         if logs != LogNames::default() && logs != self.logs {
             self.logs = logs.clone();
-            self.more = Some(Event::Logs(logs));
+            self.more = Some(ExecutionEvent::Logs(logs));
         }
-        Ok(changed.map(Event::Stage).or_else(|| self.more.take()))
+        Ok(changed.map(ExecutionEvent::Stage).or_else(|| self.more.take()))
     }
 }
 

@@ -23,7 +23,7 @@ mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
 pub use connect::{Identity, foreign_protocol, parse_endpoint};
-pub use execute::{Event, Execution, Finished, Job, LogNames};
+pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
 pub use input::scan;
 
 use crate::stubs::{

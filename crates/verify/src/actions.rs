@@ -115,19 +115,19 @@ impl Session {
     ///
     /// # Errors
     /// The status of the server.
-    pub async fn start(&self, request: ExecuteRequest) -> Result<Run, Status> {
+    pub async fn start(&self, request: ExecuteRequest) -> Result<OperationStream, Status> {
         let stream = self.execution().execute(request).await?.into_inner();
-        Ok(Run { stream, session: self.clone() })
+        Ok(OperationStream { stream, session: self.clone() })
     }
 
     /// Sends a WaitExecution request.
     ///
     /// # Errors
     /// The status of the server.
-    pub async fn wait(&self, name: &str) -> Result<Run, Status> {
+    pub async fn wait(&self, name: &str) -> Result<OperationStream, Status> {
         let request = WaitExecutionRequest { name: name.to_owned() };
         let stream = self.execution().wait_execution(request).await?.into_inner();
-        Ok(Run { stream, session: self.clone() })
+        Ok(OperationStream { stream, session: self.clone() })
     }
 
     /// Executes an action and waits for its response.
@@ -160,12 +160,12 @@ pub fn result_of(response: ExecuteResponse) -> Verdict<ActionResult> {
 
 /// A stream of operations.
 #[derive(Debug)]
-pub struct Run {
+pub struct OperationStream {
     stream: Streaming<Operation>,
     session: Session,
 }
 
-impl Run {
+impl OperationStream {
     /// The next message; `None` when the stream ends with OK.
     ///
     /// # Errors
@@ -174,7 +174,7 @@ impl Run {
         self.message().await.control("the operation stream goes on")
     }
 
-    /// Like [`Run::next`], with the status of the server.
+    /// Like [`OperationStream::next`], with the status of the server.
     ///
     /// # Errors
     /// The status of the server.

@@ -25,10 +25,7 @@ pub type Verdict<T = ()> = Result<T, Stop>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stop {
     /// The server violates the rule.
-    Fail {
-        expected: String,
-        observed: String,
-    },
+    Fail { expected: String, observed: String },
     /// A preparatory step failed, so nothing can be said about the rule.
     Unmet {
         /// The rule that requires this step, if it has its own check.

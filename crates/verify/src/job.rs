@@ -8,7 +8,7 @@
 //! does not, checks that need a result are skipped with the reason.
 
 use super::{
-    actions::{Run, response, result_of},
+    actions::{OperationStream, response, result_of},
     blob::Blob,
     check::{Answer as _, Step as _, Verdict, ensure, fail, inline, show, show_inline, skipped},
     session::Session,
@@ -176,7 +176,7 @@ impl Job {
     ///
     /// # Errors
     /// See [`Job::upload`]; a failure when Execute is refused, because a trivial action has been accepted before.
-    pub async fn start(&self) -> Verdict<Run> {
+    pub async fn start(&self) -> Verdict<OperationStream> {
         self.start_with(|_| {}).await
     }
 
@@ -184,7 +184,7 @@ impl Job {
     ///
     /// # Errors
     /// See [`Job::start`].
-    pub async fn start_with(&self, change: impl FnOnce(&mut ExecuteRequest)) -> Verdict<Run> {
+    pub async fn start_with(&self, change: impl FnOnce(&mut ExecuteRequest)) -> Verdict<OperationStream> {
         let mut request = self.session.execute_request(&self.upload().await?);
         change(&mut request);
         self.session.start(request).await.wanted("Execute is accepted")
@@ -253,7 +253,7 @@ impl Job {
 ///
 /// # Errors
 /// Unmet when it does not end with OK soon after `done` (EXE-05).
-pub async fn story(mut run: Run) -> Verdict<Vec<Operation>> {
+pub async fn story(mut run: OperationStream) -> Verdict<Vec<Operation>> {
     let mut messages = Vec::new();
     loop {
         let next = match messages.last() {

@@ -16,7 +16,7 @@ use std::{
 
 /// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum CheckOutcome {
     /// The server follows the rule.
     Pass,
     /// The server violates the rule.
@@ -41,7 +41,7 @@ pub enum Outcome {
     Skipped(String),
 }
 
-impl From<Verdict> for Outcome {
+impl From<Verdict> for CheckOutcome {
     fn from(verdict: Verdict) -> Self {
         match verdict {
             Ok(()) => Self::Pass,
@@ -96,7 +96,7 @@ pub struct Row {
     /// A sentence about the server.
     pub title: String,
     /// The result of the check.
-    pub outcome: Outcome,
+    pub outcome: CheckOutcome,
     /// The duration of the check.
     pub elapsed: Duration,
 }
@@ -106,7 +106,7 @@ impl Row {
     pub fn of(check: &Check, verdict: Verdict, elapsed: Duration) -> Self {
         let rules = check.rules.to_vec();
         let own = matches!(&verdict, Err(Stop::Unmet { needs: Some(rule), .. }) if rules.contains(rule));
-        let outcome = Outcome::from(if own { verdict.own() } else { verdict });
+        let outcome = CheckOutcome::from(if own { verdict.own() } else { verdict });
         Self { rules, level: check.level(), title: check.title(), outcome, elapsed }
     }
 
@@ -116,7 +116,7 @@ impl Row {
             rules: vec![rule.id],
             level: rule.level,
             title: rule.title.to_owned(),
-            outcome: Outcome::Skipped(reason.to_owned()),
+            outcome: CheckOutcome::Skipped(reason.to_owned()),
             elapsed: Duration::ZERO,
         }
     }
@@ -130,12 +130,12 @@ impl Row {
     pub fn judgement(&self, strict: bool) -> Judgement {
         let least = if strict { Level::Should } else { Level::Must };
         match &self.outcome {
-            Outcome::Pass => Judgement::Pass,
-            Outcome::Fail { .. } if self.level >= least => Judgement::Fail,
-            Outcome::Fail { .. } => Judgement::Warn,
-            Outcome::Inconclusive { .. } => Judgement::Inconclusive,
-            Outcome::Absent(_) => Judgement::Absent,
-            Outcome::Skipped(_) => Judgement::Skipped,
+            CheckOutcome::Pass => Judgement::Pass,
+            CheckOutcome::Fail { .. } if self.level >= least => Judgement::Fail,
+            CheckOutcome::Fail { .. } => Judgement::Warn,
+            CheckOutcome::Inconclusive { .. } => Judgement::Inconclusive,
+            CheckOutcome::Absent(_) => Judgement::Absent,
+            CheckOutcome::Skipped(_) => Judgement::Skipped,
         }
     }
 
@@ -195,15 +195,15 @@ impl Report {
 
     /// Reduces one fault to one failure: what is inconclusive because of a rule that itself failed becomes skipped.
     pub fn settle(&mut self) {
-        let failed = |row: &&Row| matches!(row.outcome, Outcome::Fail { .. });
+        let failed = |row: &&Row| matches!(row.outcome, CheckOutcome::Fail { .. });
         let failed: BTreeSet<&str> =
             self.rows.iter().filter(failed).flat_map(|row| row.rules.clone()).collect();
         for row in &mut self.rows {
-            if let Outcome::Inconclusive { needs: Some(rule), expected, observed } = &row.outcome
+            if let CheckOutcome::Inconclusive { needs: Some(rule), expected, observed } = &row.outcome
                 && failed.contains(rule)
             {
                 row.outcome =
-                    Outcome::Skipped(format!("needs {rule}: expected {expected}; observed {observed}"));
+                    CheckOutcome::Skipped(format!("needs {rule}: expected {expected}; observed {observed}"));
             }
         }
     }
@@ -245,18 +245,18 @@ fn write_row(text: &mut String, row: &Row, strict: bool) {
         }
     };
     match &row.outcome {
-        Outcome::Pass => {}
-        Outcome::Fail { expected, observed } => {
+        CheckOutcome::Pass => {}
+        CheckOutcome::Fail { expected, observed } => {
             detail("expected", expected);
             detail("observed", observed);
             detail("breaks", &row.breaks());
         }
-        Outcome::Inconclusive { needs, expected, observed } => {
-            detail("because", "a step before the rule itself failed");
+        CheckOutcome::Inconclusive { needs, expected, observed } => {
+            detail("because", "a preparatory step failed");
             detail("needs", needs.unwrap_or_default());
             detail("expected", expected);
             detail("observed", observed);
         }
-        Outcome::Absent(why) | Outcome::Skipped(why) => detail("because", why),
+        CheckOutcome::Absent(why) | CheckOutcome::Skipped(why) => detail("because", why),
     }
 }

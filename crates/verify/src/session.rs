@@ -44,7 +44,7 @@ const CLEAN_UP_LIMIT: Duration = Duration::from_secs(5);
 /// One connection, instance and digest function; see the top of this file.
 #[derive(Debug, Clone)]
 pub struct Session {
-    run: Arc<Run>,
+    run: Arc<RunState>,
     channel: Channel,
     instance: String,
     function: DigestFunction,
@@ -73,7 +73,7 @@ impl Cases {
 
 /// The state that all sessions of a run share.
 #[derive(Debug)]
-struct Run {
+struct RunState {
     options: Options,
     target: Target,
     capabilities: ServerCapabilities,
@@ -120,7 +120,7 @@ impl Session {
         };
         let function = choose_function(options.digest_function.as_deref(), &capabilities)?;
         let instance = options.instance.clone();
-        let run = Run {
+        let run = RunState {
             options,
             target,
             capabilities,

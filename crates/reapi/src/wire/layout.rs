@@ -94,7 +94,7 @@ impl Layouts {
                 types.add(&format!(".{}", file.package()), message);
             }
         }
-        let mut sizes = vec![Size::Unknown; types.messages.len()];
+        let mut sizes = vec![SizeState::Unknown; types.messages.len()];
         let layouts = (0..types.messages.len()).map(|at| types.layout(at, &mut sizes)).collect();
         // These names start with a dot.
         let names = types.names.into_iter().map(|(name, at)| (name[1..].to_owned(), at)).collect();
@@ -146,7 +146,7 @@ impl Layouts {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Size {
+enum SizeState {
     Unknown,
     /// The size is being computed. A field that refers back to it is boxed.
     Open,
@@ -170,7 +170,7 @@ impl<'a> Types<'a> {
         self.messages.push(message);
     }
 
-    fn layout(&self, at: usize, sizes: &mut [Size]) -> Layout {
+    fn layout(&self, at: usize, sizes: &mut [SizeState]) -> Layout {
         let size = self.size(at, sizes);
         let mut fields: Vec<Field> = self.messages.get(at).map_or_else(Vec::new, |message| {
             message
@@ -184,7 +184,7 @@ impl<'a> Types<'a> {
         Layout { size, fields }
     }
 
-    fn field(&self, of: usize, place: usize, field: &FieldDescriptorProto, sizes: &mut [Size]) -> Field {
+    fn field(&self, of: usize, place: usize, field: &FieldDescriptorProto, sizes: &mut [SizeState]) -> Field {
         let repeated = field.label() == Label::Repeated;
         let (kind, element) = match field.r#type() {
             Type::Message | Type::Group => {
@@ -207,13 +207,13 @@ impl<'a> Types<'a> {
     }
 
     /// Size of the struct of a message type.
-    fn size(&self, at: usize, sizes: &mut [Size]) -> u32 {
+    fn size(&self, at: usize, sizes: &mut [SizeState]) -> u32 {
         match sizes.get(at) {
-            Some(Size::Known(size)) => return *size,
-            Some(Size::Unknown) => {}
-            Some(Size::Open) | None => return POINTER_BYTES,
+            Some(SizeState::Known(size)) => return *size,
+            Some(SizeState::Unknown) => {}
+            Some(SizeState::Open) | None => return POINTER_BYTES,
         }
-        sizes[at] = Size::Open;
+        sizes[at] = SizeState::Open;
         let message = self.messages[at];
         // All fields of a oneof share one place, except for the synthetic oneof of an `optional` field.
         let mut oneofs = vec![0; message.oneof_decl.len()];
@@ -229,12 +229,12 @@ impl<'a> Types<'a> {
         sum +=
             oneofs.into_iter().filter(|largest| *largest > 0).map(|largest| largest + TAG_BYTES).sum::<u32>();
         let size = sum.next_multiple_of(8);
-        sizes[at] = Size::Known(size);
+        sizes[at] = SizeState::Known(size);
         size
     }
 
     /// Size that a field takes within the struct.
-    fn slot(&self, field: &FieldDescriptorProto, sizes: &mut [Size]) -> u32 {
+    fn slot(&self, field: &FieldDescriptorProto, sizes: &mut [SizeState]) -> u32 {
         if field.label() == Label::Repeated {
             let is_map = field.r#type() == Type::Message && self.is_entry(self.target(field));
             return if is_map { MAP_BYTES } else { LIST_BYTES };

@@ -122,7 +122,9 @@ async fn a_cancelled_operation_ends_inside_its_response(s: Session) -> Verdict {
 
 /// Two clients with separate connections run one action. Returns the stream and name of the first, and the stream of the
 /// other.
-async fn two_clients(s: &Session) -> Verdict<(crate::actions::Run, String, crate::actions::Run)> {
+async fn two_clients(
+    s: &Session,
+) -> Verdict<(crate::actions::OperationStream, String, crate::actions::OperationStream)> {
     let leaving = s.reconnect().await?;
     let job = Job::sh(&leaving, "sleep 2; echo done");
     let mut first = job.start().await?;

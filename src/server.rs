@@ -238,7 +238,9 @@ impl Server {
         Event::info(LOG, "server_stopping")
             .with("signal", signal)
             .with("grace_ms", settings.shutdown_grace.as_millis() as u64)
-            .log(format_args!("shutting down: finishing running work and open requests; a second interrupt exits at once"));
+            .log(format_args!(
+                "shutting down: finishing running work and open requests; a second interrupt exits at once"
+            ));
         let exit = Exit::within(settings.shutdown_grace);
         let orderly = async {
             health.drain().await;

@@ -98,7 +98,7 @@ fn too_large() -> String {
 
 /// Parses a decimal number of units. Fractions of a byte are dropped.
 fn from_decimal(number: &str, unit: u64) -> Result<Size, String> {
-    let malformed = || format!("\"{}\" is no number; {EXAMPLES}", number.escape_debug());
+    let malformed = || format!("\"{}\" is not a number; {EXAMPLES}", number.escape_debug());
     if number.starts_with('-') {
         return Err("a size cannot be negative".into());
     }
@@ -132,7 +132,7 @@ impl FromStr for Size {
         let (number, unit) = text.split_at(end);
         let number = number.trim_end();
         if !is_number(number) {
-            return Err(format!("\"{shown}\" is no size; {EXAMPLES}"));
+            return Err(format!("\"{shown}\" is not a size; {EXAMPLES}"));
         }
         if is_exponent(unit) {
             return Err(format!(
@@ -147,7 +147,7 @@ impl FromStr for Size {
         let known = UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit));
         let (_, bytes) = known.ok_or_else(|| {
             let names: Vec<&str> = UNITS.iter().rev().map(|(name, _)| *name).collect();
-            format!("\"{}\" is no unit; there are {}", unit.escape_debug(), names.join(", "))
+            format!("\"{}\" is not a unit; there are {}", unit.escape_debug(), names.join(", "))
         })?;
         from_decimal(number, *bytes)
     }
@@ -202,7 +202,7 @@ impl de::Visitor<'_> for Visitor {
     fn visit_f64<E: de::Error>(self, gb: f64) -> Result<Size, E> {
         let refuse = |problem: &str| Err(E::custom(format!("{gb}: {problem}")));
         if gb.is_nan() {
-            return refuse("a size has to be a number");
+            return refuse("a size must be a number");
         }
         if gb.is_sign_negative() && gb != 0.0 {
             return refuse("a size cannot be negative");
@@ -280,19 +280,19 @@ mod tests {
             ("-1", "-1: a size cannot be negative"),
             ("-0.5", "-0.5: a size cannot be negative"),
             ("\"-2 GB\"", "a size cannot be negative"),
-            ("nan", "NaN: a size has to be a number"),
+            ("nan", "NaN: a size must be a number"),
             ("inf", "inf: a size may be at most 1000 PB"),
             ("1000000001", "1000000001: a size may be at most 1000 PB"),
             ("\"1001 PB\"", "a size may be at most 1000 PB"),
             ("\"99999999999999999999999999 B\"", "a size may be at most 1000 PB"),
             ("\"0.5\"", "\"0.5\" has no unit; write \"0.5 GB\", or 0.5 without quotes"),
-            ("\"5 XB\"", "\"XB\" is no unit; there are B, kB, KiB, MB, MiB, GB, GiB, TB, TiB, PB, PiB"),
-            ("\"5 Gb/s\"", "\"Gb/s\" is no unit"),
+            ("\"5 XB\"", "\"XB\" is not a unit; there are B, kB, KiB, MB, MiB, GB, GiB, TB, TiB, PB, PiB"),
+            ("\"5 Gb/s\"", "\"Gb/s\" is not a unit"),
             ("\"1e3\"", "\"1e3\" is a number with an exponent; write it out"),
             ("\"1.5E-3 GB\"", "with an exponent"),
-            ("\"fifty\"", "\"fifty\" is no size; write a number of GB such as 50 or 0.5"),
-            ("\"\"", "\"\" is no size"),
-            ("\"1.2.3 GB\"", "\"1.2.3\" is no number"),
+            ("\"fifty\"", "\"fifty\" is not a size; write a number of GB such as 50 or 0.5"),
+            ("\"\"", "\"\" is not a size"),
+            ("\"1.2.3 GB\"", "\"1.2.3\" is not a number"),
             ("true", "expected a size: a number of GB, or a number and a unit"),
         ] {
             let error = read(text).unwrap_err();

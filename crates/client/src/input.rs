@@ -142,7 +142,7 @@ mod tests {
     const SHA256: DigestFunction = DigestFunction::Sha256;
 
     fn decode(blobs: &BlobSet, digest: &Digest) -> Directory {
-        let Some(Source::Bytes(bytes)) = blobs.get(digest) else { panic!("{digest} is no directory") };
+        let Some(Source::Bytes(bytes)) = blobs.get(digest) else { panic!("{digest} is not a directory") };
         Directory::decode(bytes, SHA256).unwrap()
     }
 

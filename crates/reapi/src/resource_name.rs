@@ -106,7 +106,7 @@ impl ResourceName {
         let size = size.parse().map_err(|_| format!("the size {size} does not fit in 63 bits"))?;
         let digest = Digest::parse(function, hash, size).map_err(|error| error.to_string())?;
         if !write && rest.next().is_some() {
-            return Err("it goes on after the size".into());
+            return Err("it continues after the size".into());
         }
         Ok(Self { instance_name, digest, function_is_named: named.is_some(), encoding })
     }

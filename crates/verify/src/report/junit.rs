@@ -43,9 +43,8 @@ fn case(row: &Row, strict: bool) -> TestCase {
         }
         CheckOutcome::Inconclusive { needs, expected, observed } => {
             let needs = needs.map(|rule| format!(" (needs {rule})")).unwrap_or_default();
-            let message = format!(
-                "a preparatory step failed{needs}: expected {expected}; observed {observed}"
-            );
+            let message =
+                format!("a preparatory step failed{needs}: expected {expected}; observed {observed}");
             (TestCaseStatus::non_success(NonSuccessKind::Error), message)
         }
         CheckOutcome::Absent(why) | CheckOutcome::Skipped(why) => {

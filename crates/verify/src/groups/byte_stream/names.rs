@@ -116,7 +116,7 @@ fn bad_tails(blob: &Blob) -> Vec<(&'static str, String)> {
     vec![
         ("no size", stem.clone()),
         ("an empty size", format!("{stem}/")),
-        ("a size that is no number", format!("{stem}/many")),
+        ("a size that is not a number", format!("{stem}/many")),
         ("a negative size", format!("{stem}/-1")),
         ("a size with a sign", format!("{stem}/+{size}")),
         ("a size in hexadecimal", format!("{stem}/0x10")),

@@ -1,7 +1,7 @@
-//! What the store costs, without the wire: `cargo bench --bench cas [-- BLOBS]`.
+//! The cost of the store without the network: `cargo bench --bench cas [-- BLOBS]`.
 //!
-//! Prints one line a measurement. Times are wall clock of one thread and the blocking threads behind it; read them as
-//! ratios to the lines about the bare file system in the same run.
+//! Prints one line per measurement. Times are wall-clock times of one thread and its blocking threads. Compare them with
+//! the lines about the bare file system in the same run.
 #![allow(clippy::unwrap_used)]
 
 use bytes::Bytes;
@@ -99,7 +99,7 @@ async fn main() {
         at += reader.read_at(at, 1 << 17).await.unwrap().len() as u64;
     }
     report("read of 64 MiB in 128 KiB pieces", 1, start.elapsed());
-    // A reader keeps the store's lock.
+    // A reader holds the store's lock.
     drop(reader);
 
     let start = Instant::now();
@@ -211,7 +211,7 @@ async fn main() {
     drop(cas);
     let start = Instant::now();
     let reopened = loop {
-        // The last file work of the closed store may still hold its lock.
+        // The last file operation of the closed store may still hold its lock.
         match CasActor::open(settings.clone(), &instances, Handle::current()) {
             Ok(actor) => break actor,
             Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,

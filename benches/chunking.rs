@@ -1,7 +1,7 @@
-//! What chunking costs: `cargo bench --bench chunking`.
+//! The cost of chunking: `cargo bench --bench chunking`.
 //!
-//! Prints MB/s of one thread, and the share of what the library does alone over bytes at hand; then a split and a splice
-//! through the store, which also hash and write. Best of several rounds.
+//! Prints MB/s of one thread, and the ratio to the library alone on bytes in memory; then a split and a splice by the
+//! store, which also hash and write. The best of several rounds counts.
 #![allow(clippy::unwrap_used)]
 
 use bytes::Bytes;
@@ -20,7 +20,7 @@ use tokio::runtime::Handle;
 
 const BYTES: usize = 256 << 20;
 const ROUNDS: usize = 5;
-/// As a file is read.
+/// The size in which files are read.
 const PIECE: usize = 256 * 1024;
 
 fn rate(elapsed: Duration) -> f64 {

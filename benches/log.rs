@@ -1,8 +1,8 @@
-//! What a log line costs: `cargo bench --bench log`. Prints a line for each way of logging.
+//! The cost of a log line: `cargo bench --bench log`. Prints a line for each way of logging.
 //!
-//! The lines are those of a finished RPC. Each way runs in a process of its own, whose standard error is a file; afterwards that
-//! file is looked through for lines that were dropped. CPU time is counted, of the threads that log and of the thread that
-//! writes, and not wall time, so that a busy machine changes the figures little.
+//! The lines are those of a finished RPC. Each way runs in its own process, whose standard error is a file. Afterwards this
+//! file is searched for reports of dropped lines. The benchmark measures the CPU time of the logging threads and the writer
+//! thread, not wall-clock time, so that a busy machine has little influence.
 
 use gorego::{
     config::{LogConfig, LogFormat},
@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Set in the processes that log; says in which of the [`WAYS`].
+/// Set in the logging processes; names one of the [`WAYS`].
 const CHILD: &str = "GOREGO_BENCH_LOG";
 const DIGEST: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855/142";
 
@@ -28,17 +28,17 @@ const DIGEST: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b78
 struct Way {
     name: &'static str,
     threads: u32,
-    /// Lines of each thread.
+    /// Number of lines of each thread.
     lines: u32,
     pace: Pace,
 }
 
 enum Pace {
-    /// One line after the other.
+    /// Lines without pauses.
     FlatOut,
-    /// A line at a time, so long apart, as RPCs end.
+    /// Single lines with this time between them, as at the end of RPCs.
     Every(Duration),
-    /// So many lines in each millisecond.
+    /// This many lines in each millisecond.
     PerMillisecond(u32),
     /// Each line is written before the next one is made.
     Flushed,
@@ -65,7 +65,7 @@ fn main() {
     }
 }
 
-/// Measures in a process of its own and looks at what it wrote.
+/// Measures in a separate process and checks its output.
 fn run(way: &Way) {
     let log = tempfile::NamedTempFile::new().expect("a file for the log");
     let mut child = Command::new(std::env::current_exe().expect("this program"));
@@ -89,7 +89,7 @@ fn run(way: &Way) {
     );
 }
 
-/// Logs, and prints what it cost.
+/// Logs, and prints the cost.
 fn measure(way: &Way) {
     logging::init(&LogConfig { filter: "info".into(), format: LogFormat::Json });
     log(0);
@@ -119,7 +119,7 @@ fn measure(way: &Way) {
     );
 }
 
-/// Logs as one thread of a way does; returns the CPU time of that.
+/// Logs like one thread of a way. Returns its CPU time.
 fn log_lines(way: &Way) -> Duration {
     let burst = match way.pace {
         Pace::FlatOut => way.lines,
@@ -140,7 +140,7 @@ fn log_lines(way: &Way) -> Duration {
                 due += Duration::from_millis(1);
                 thread::sleep(due.saturating_duration_since(Instant::now()));
             }
-            // Not asleep: sleeping takes longer than this.
+            // Busy waiting, because sleeping takes longer than this.
             Pace::Every(apart) => {
                 due += apart;
                 while Instant::now() < due {
@@ -176,13 +176,13 @@ fn thread_cpu() -> Duration {
     Duration::new(spent.tv_sec as u64, spent.tv_nsec as u32)
 }
 
-/// The thread that writes, by its directory in `/proc`.
+/// The writer thread, by its directory in `/proc`.
 struct Writer(PathBuf);
 
-/// What it did so far.
+/// The work of the writer thread so far.
 struct Spent {
     cpu: Duration,
-    /// How often it went to sleep, and so was woken.
+    /// How often it went to sleep, and therefore was woken.
     sleeps: u64,
 }
 

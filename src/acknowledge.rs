@@ -1,10 +1,10 @@
 //! [`Prompt`]: a TCP stream that acknowledges what it has read as soon as it waits for more.
 //!
-//! The kernel holds an acknowledgement back for some 40 ms, to send it along with an answer. A client that leaves Nagle's
-//! algorithm on and writes a request in two pieces (ccache: head and body) holds its second piece back until the first is
-//! acknowledged, so each waits for the other. The kernel's option against that is not lasting (tcp(7), `TCP_QUICKACK`), so it
-//! is set whenever a reader has taken all that there is and nothing was written since, which would have carried the
-//! acknowledgement.
+//! The kernel delays an acknowledgement by about 40 ms, to send it along with an answer. A client that uses Nagle's
+//! algorithm and writes a request in two pieces (ccache: head and body) delays its second piece until the first is
+//! acknowledged, so each side waits for the other. The kernel's option against this, `TCP_QUICKACK`, does not persist
+//! (tcp(7)). So it is set whenever a reader has drained the socket and nothing was written since that would have carried
+//! the acknowledgement.
 
 use std::{
     io::{self, IoSlice},
@@ -16,22 +16,21 @@ use tokio::{
     net::TcpStream,
 };
 
-/// A TCP stream whose client is not kept waiting for acknowledgements.
+/// A TCP stream without delayed acknowledgements.
 #[derive(Debug)]
-pub struct Prompt {
+pub(crate) struct Prompt {
     stream: TcpStream,
-    /// Bytes were read of which the client may not have heard.
+    /// Whether bytes were read that may not be acknowledged yet.
     owed: bool,
 }
 
 impl Prompt {
-    /// Wraps a stream from which nothing was read yet.
-    pub fn new(stream: TcpStream) -> Self {
+    /// Wraps a stream that has not been read from.
+    pub(crate) fn new(stream: TcpStream) -> Self {
         Self { stream, owed: false }
     }
 
-    /// The stream itself.
-    pub fn get_ref(&self) -> &TcpStream {
+    pub(crate) fn get_ref(&self) -> &TcpStream {
         &self.stream
     }
 
@@ -39,7 +38,7 @@ impl Prompt {
         Pin::new(&mut self.get_mut().stream)
     }
 
-    /// What was written carries the acknowledgement.
+    /// Clears `owed`: a successful write carries the acknowledgement.
     fn wrote(mut self: Pin<&mut Self>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if matches!(written, Poll::Ready(Ok(bytes)) if bytes > 0) {
             self.owed = false;
@@ -57,7 +56,7 @@ impl AsyncRead for Prompt {
         let before = buffer.filled().len();
         let read = self.as_mut().stream().poll_read(context, buffer);
         if read.is_pending() && std::mem::take(&mut self.owed) {
-            // Without it the connection is slow, and no worse.
+            // On failure the connection is slow but still works.
             let _ = rustix::net::sockopt::set_tcp_quickack(&self.stream, true);
         }
         ready!(read)?;
@@ -110,12 +109,12 @@ mod tests {
         net::TcpListener,
     };
 
-    /// The median of some requests that a client writes in two pieces, with Nagle's algorithm on. It takes 40 ms and more where
-    /// the first piece is acknowledged late.
+    /// The median latency of requests that a client writes in two pieces, with Nagle's algorithm. A delayed acknowledgement
+    /// adds at least 40 ms.
     #[tokio::test]
     async fn a_request_in_two_pieces_does_not_wait_for_an_acknowledgement() {
         const REQUESTS: usize = 41;
-        // Of a delayed acknowledgement it would be 40 ms.
+        // A delayed acknowledgement would add 40 ms.
         const MORE_MAX: Duration = Duration::from_millis(20);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

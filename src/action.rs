@@ -1,7 +1,7 @@
-//! Actions: what is asked to be run, checked.
+//! Actions and commands from requests, checked.
 //!
-//! An [`Action`] in hand can be run as far as its own text goes: it has arguments, its paths stay inside the input root, its
-//! timeout is one that this server allows. Whether its inputs are stored is not known here.
+//! An [`Action`] is valid by construction: it has arguments, its paths stay inside the input root, and this server allows
+//! its timeout. Whether its inputs are stored is not checked here.
 
 use crate::instance::Instance;
 use gorego_reapi::{
@@ -13,94 +13,94 @@ use gorego_reapi::{
 };
 use std::{collections::HashSet, time::Duration};
 
-/// How an output directory is described in the result (EXE-58).
+/// The requested representation of output directories in the result (EXE-58).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DirectoryFormat {
-    /// Report a Tree blob.
+    /// Store a Tree blob and report its digest.
     pub tree: bool,
-    /// Upload each Directory as a blob and report the root's digest.
+    /// Store each Directory as a blob and report the digest of the root.
     pub directories: bool,
 }
 
-/// What kind of node an output must be.
+/// The kind of node that an output must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OutputKind {
-    /// Decided after the run (`output_paths`).
+    /// Any kind; known after the run (`output_paths`).
     Any,
-    /// A file, or a symlink (`output_files`).
+    /// A file or symlink (`output_files`).
     File,
-    /// A directory, or a symlink (`output_directories`).
+    /// A directory or symlink (`output_directories`).
     Directory,
 }
 
 /// One output to collect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutputRequest {
-    /// The path as requested; reported to the letter (EXE-48).
+    /// The path exactly as requested; it is reported unchanged (EXE-48).
     pub requested: String,
-    /// Where that is, below the input root.
+    /// The same path, relative to the input root.
     pub path: RootPath,
-    /// What it must be.
+    /// The kind of node that the output must be.
     pub kind: OutputKind,
 }
 
-/// The process to run.
+/// The process to run, and the outputs to collect after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Command {
-    /// argv, never empty.
+    /// The argument vector; never empty.
     pub arguments: Vec<String>,
-    /// The whole environment, in the order given.
+    /// The complete environment, in the requested order.
     pub environment: Vec<(String, String)>,
-    /// Where it runs, below the input root.
+    /// The working directory, relative to the input root.
     pub working_directory: RootPath,
-    /// What to collect; each requested path once.
+    /// The outputs to collect, each requested path once.
     pub outputs: Vec<OutputRequest>,
-    /// Whether outputs report their modification time.
+    /// Whether to report the modification time of outputs.
     pub report_mtime: bool,
-    /// Whether outputs report their permission bits.
+    /// Whether to report the permission bits of outputs.
     pub report_unix_mode: bool,
-    /// How directories are reported.
+    /// The representation of output directories in the result.
     pub directory_format: DirectoryFormat,
 }
 
-/// An action, checked.
+/// A checked action and its command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Action {
-    /// Where it was asked for.
+    /// The instance of the request.
     pub instance: Instance,
-    /// Its digest, the key of the action cache.
+    /// The digest of the Action, which is its key in the action cache.
     pub digest: Digest,
-    /// The process.
+    /// The process to run.
     pub command: Command,
-    /// Root Directory of its inputs.
+    /// Digest of the root Directory of the inputs.
     pub input_root: Digest,
-    /// Bound on its run time.
+    /// Largest run time of the command.
     pub timeout: Duration,
-    /// Never stored, never served, never merged.
+    /// The result is neither stored nor served, and the action is never merged with an identical one.
     pub do_not_cache: bool,
-    /// Requirements on the worker, by name.
+    /// Required platform properties, as (name, value).
     pub platform: Vec<(String, String)>,
 }
 
-/// The timeouts that a server allows.
+/// The timeouts that this server allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TimeoutPolicy {
-    /// For actions that say nothing.
+    /// Applies to actions without a timeout.
     pub default: Duration,
-    /// The longest that may be asked for.
+    /// The largest timeout that a request may set.
     pub max: Duration,
 }
 
 impl TimeoutPolicy {
-    /// For servers that run nothing and so have nothing to limit.
+    /// No limits, for servers that do not execute actions.
     pub const UNLIMITED: Self = Self { default: Duration::MAX, max: Duration::MAX };
 }
 
 impl Action {
-    /// Checks an Action message and its Command together.
+    /// Checks an Action message together with its Command.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming the field that is wrong (EXE-27, EXE-29, EXE-32, EXE-63).
+    /// [`Error::Invalid`] that names the invalid field (EXE-27, EXE-29, EXE-32, EXE-63).
     pub fn from_wire(
         instance: Instance,
         digest: Digest,
@@ -113,7 +113,7 @@ impl Action {
             action.input_root_digest.as_ref(),
             "Action.input_root_digest",
         )?;
-        // EXE-31: the Action's platform supersedes the Command's.
+        // EXE-31: the platform of the Action takes precedence over that of the Command.
         #[allow(deprecated)]
         let platform = action.platform.as_ref().or(command.platform.as_ref());
         Ok(Self {
@@ -131,7 +131,7 @@ impl Action {
 }
 
 impl Action {
-    /// About how many bytes of memory it takes; a Command may be megabytes.
+    /// Approximate memory in bytes. A Command may take megabytes.
     pub fn weight(&self) -> usize {
         let text = |text: &String| size_of::<String>() + text.len();
         let pair = |(name, value): &(String, String)| text(name) + text(value);
@@ -199,17 +199,18 @@ impl Command {
     }
 }
 
-/// The outputs of a command: `output_paths` or, only when that is empty, the two legacy lists (EXE-47). A path in both
-/// legacy lists may be either (EXE-51); a path listed twice is collected once (EXE-49).
+/// The outputs of a command: `output_paths` or, if it is empty, the two legacy lists (EXE-47). A path in both legacy lists
+/// may be of either kind (EXE-51). A path that is listed twice is collected once (EXE-49).
 #[allow(deprecated)]
 fn outputs(command: &reapi::Command, working_directory: &RootPath) -> Result<Vec<OutputRequest>> {
     let mut outputs: Vec<OutputRequest> = Vec::new();
     let mut seen = HashSet::new();
     let mut add = |requested: &String, kind: OutputKind, field: &str| -> Result<()> {
-        // Elsewhere "" is the working directory, as "." is: Pants sends it in output_paths, others in output_directories.
+        // In the other fields "" is the working directory, like ".": Pants sends it in output_paths, others in
+        // output_directories.
         if requested.is_empty() && field == "output_files" {
             return Err(Error::invalid(
-                "Command.output_files contains an empty path, which is the working directory and no file; \
+                "Command.output_files contains an empty path, which is the working directory and not a file; \
                  name it in output_paths",
             ));
         }
@@ -254,7 +255,7 @@ fn timeout(wire: Option<&prost_types::Duration>, policy: TimeoutPolicy) -> Resul
             policy.max
         )));
     }
-    // Clients that fill in every field send 0 for "no opinion"; no command can finish in no time.
+    // Clients that fill in every field send 0 when they want the default. A timeout of 0 would be useless.
     Ok(if timeout.is_zero() { policy.default } else { timeout })
 }
 

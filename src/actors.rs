@@ -7,10 +7,10 @@
 //!   └──────────── Cas (client) ───────────────────┴──────────▶ CasActor ◀─────────┘ Cas (client)
 //! ```
 //!
-//! Beside that, grpc asks AssetActor through [`asset::client::Assets`], whose downloads write to CasActor.
+//! In addition, grpc asks AssetActor through [`asset::client::Assets`]; its downloads write to CasActor.
 //!
-//! Waits go one way only (grpc > scheduler > worker > cas, grpc > asset > cas), so the actors cannot deadlock. Mailboxes carry
-//! decisions; bytes go round them through the handles of [`cas::blob`]. No actor thread ever blocks on IO.
+//! Waits go in one direction only (grpc > scheduler > worker > cas, grpc > asset > cas), so the actors cannot deadlock.
+//! Mailboxes carry decisions. Bytes bypass them, through the handles of [`cas::blob`]. No actor thread blocks on IO.
 
 pub mod asset;
 pub mod cas;

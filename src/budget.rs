@@ -1,19 +1,19 @@
-//! [`Budget`]: a bound that all callers share, such as the bytes of answers that nobody has read yet.
+//! [`Budget`]: a limit that all callers share, such as the number of bytes of unread answers.
 //!
-//! A budget has three bounds: one for the whole server, one for a connection, and a share for each [`Peer`]. A peer may hold
-//! up to [`SHARE`] times as much as is free. So one peer alone gets 8/9 of everything, two get 8/17 each, and what is left for
-//! the next one shrinks with each peer; nobody has to know how many there are. A peer that holds nothing may take all of it.
-//! Where one request may take much of the budget, that is not enough, so such a budget keeps an amount free from every peer
-//! that holds something already ([`Budget::keeping_free`]).
+//! A budget has three limits: one for the whole server, one for each connection, and a dynamic share for each [`Peer`]. A
+//! peer may hold up to [`SHARE`] times as much as is free. So a single peer gets 8/9 of everything, two peers get 8/17
+//! each, and so on; the number of peers need not be known. A peer that holds nothing may take all that is free. Where one
+//! request may take a large part of the budget, the budget also keeps an amount free from peers that already hold something
+//! ([`Budget::keeping_free`]).
 //!
-//! Where everything that is held comes back within moments, nothing is kept for others: a peer alone has it all, and the next
-//! one has its turn as soon as something comes back ([`Budget::in_turns`]).
+//! Where everything is held for a short time only, nothing is kept free: a single peer may hold all of it, and the next
+//! peer is served as soon as something is returned ([`Budget::in_turns`]).
 //!
-//! What is held is a [`Share`], which gives itself back when it is dropped. [`Budget::take`] refuses at the bound,
-//! [`Budget::wait_for`] waits for room. Waiting peers are served in turn, and so are the connections of each, one request at a
-//! time. A connection or peer that has reached its own bound does not hold up the others. Within a connection, small requests
-//! go before large ones ([`Budget::wait_for_small`]). A request that is dropped while it waits leaves nothing behind. The
-//! counting is the plain struct `Holdings`, which knows no clock and no task.
+//! Holders have a [`Share`], which returns itself when it is dropped. [`Budget::take`] fails at the limit;
+//! [`Budget::wait_for`] waits. Waiting peers are served round-robin, and so are the connections of each peer, one request
+//! at a time. A connection or peer at its own limit does not block the others. Within a connection, small requests go
+//! before large ones ([`Budget::wait_for_small`]). A request that is dropped while it waits leaves no trace. The accounting
+//! is done by the plain struct `Holdings`, which has no clock and no tasks.
 
 use crate::caller::{Caller, ConnectionId, Peer};
 use gorego_reapi::error::Error;
@@ -26,56 +26,56 @@ use std::{
 };
 use tokio::sync::oneshot;
 
-/// How many times as much as is free a peer may hold.
-pub const SHARE: u64 = 8;
-/// When a caller that was refused should ask again.
+/// A peer may hold this many times as much as is free.
+pub(crate) const SHARE: u64 = 8;
+/// The retry delay in errors.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// What a peer that holds something may take besides.
+/// The rule for a peer that wants more than it holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sharing {
-    /// [`SHARE`] times what is left then, and only while `free` is left.
+    /// It may hold [`SHARE`] times what is then left, and only while `free` remains.
     Shares {
         /// See [`Budget::keeping_free`].
         free: u64,
     },
-    /// All that there is.
+    /// It may take everything.
     Turns,
 }
 
-/// The bounds of a [`Budget`]; units are the user's.
+/// The limits of a [`Budget`], in any unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
-    /// What is counted, for messages: "bytes of unread answers".
+    /// The counted resource, for messages: "bytes of unread answers".
     pub what: &'static str,
-    /// For all callers together.
+    /// Limit for all callers together.
     pub total: u64,
-    /// For one connection.
+    /// Limit for one connection.
     pub connection: u64,
 }
 
-/// Which bound a request met.
+/// The limit that refused a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bound {
-    /// That of the whole server.
+    /// The limit of the whole server.
     Server,
     /// The share of the caller's peer.
     Peer,
-    /// That of the caller's connection.
+    /// The limit of the caller's connection.
     Connection,
 }
 
-/// How a request that waits is ordered among those of its connection. Where a small one has no room, a large one has none
-/// either, so the small ones go first and a large one does not hold them up.
+/// The order of a connection's waiting requests. If there is no room for a small request, there is none for a large one
+/// either. So small ones go first, and a large one never blocks them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Size {
-    /// A small part of what a connection may hold.
+enum RequestSize {
+    /// A small fraction of the connection's limit.
     Small,
-    /// Any other.
+    /// Everything else.
     Large,
 }
 
-/// Why a request got nothing.
+/// Why a request was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Refusal {
     what: &'static str,
@@ -84,7 +84,7 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// The bound that was met.
+    /// The limit that refused the request.
     pub fn bound(&self) -> Bound {
         self.bound
     }
@@ -94,9 +94,11 @@ impl fmt::Display for Refusal {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { what, limit, .. } = self;
         match self.bound {
-            Bound::Server => write!(formatter, "the server is at its bound of {limit} {what}"),
-            Bound::Peer => write!(formatter, "your address has its share of the server's {limit} {what}"),
-            Bound::Connection => write!(formatter, "this connection is at its bound of {limit} {what}"),
+            Bound::Server => write!(formatter, "the server has reached its limit of {limit} {what}"),
+            Bound::Peer => {
+                write!(formatter, "your address has reached its share of the server's {limit} {what}")
+            }
+            Bound::Connection => write!(formatter, "this connection has reached its limit of {limit} {what}"),
         }
     }
 }
@@ -104,13 +106,13 @@ impl fmt::Display for Refusal {
 impl From<Refusal> for Error {
     fn from(refusal: Refusal) -> Self {
         Self::Exhausted {
-            message: format!("{refusal}; try again when earlier requests are done"),
+            message: format!("{refusal}; try again when earlier requests are finished"),
             retry_after: Some(RETRY_AFTER),
         }
     }
 }
 
-/// See the top of this file. Cheap to clone; clones are the same budget.
+/// A limit that all callers share; see the top of this file. Cheap to clone; clones share the limit.
 #[derive(Debug, Clone)]
 pub struct Budget(Arc<Inner>);
 
@@ -127,18 +129,18 @@ struct State {
 }
 
 impl Budget {
-    /// A budget of which nothing is held.
+    /// Creates an unused budget.
     pub fn new(bounds: Bounds) -> Self {
         Self::keeping_free(bounds, 0)
     }
 
-    /// A budget of which a peer that holds something may take more only while this much is left for the others: the most that
-    /// one request takes.
+    /// Creates a budget in which a peer that holds something may take more only while `free` remains for the others. `free`
+    /// should be the most that one request takes.
     pub fn keeping_free(bounds: Bounds, free: u64) -> Self {
         Self::shared_out(bounds, Sharing::Shares { free })
     }
 
-    /// A budget for short work, of which a peer alone may hold everything. Those who wait are served in turn.
+    /// Creates a budget for short work, of which a single peer may hold everything. Waiting peers are served round-robin.
     pub fn in_turns(bounds: Bounds) -> Self {
         Self::shared_out(bounds, Sharing::Turns)
     }
@@ -148,37 +150,37 @@ impl Budget {
         Self(Arc::new(Inner { bounds, state: Mutex::new(state) }))
     }
 
-    /// The bounds.
-    pub fn bounds(&self) -> Bounds {
+    #[cfg(test)]
+    pub(crate) fn bounds(&self) -> Bounds {
         self.0.bounds
     }
 
-    /// What is held by all callers together.
+    /// The amount that all callers hold together.
     pub fn held(&self) -> u64 {
         self.state().holdings.all
     }
 
-    /// What a connection holds.
+    /// The amount that a connection holds.
     pub fn held_by(&self, caller: Caller) -> u64 {
         self.state().holdings.connections.get(&caller).copied().unwrap_or(0)
     }
 
-    /// Whether anybody waits.
+    /// Whether any request waits.
     #[cfg(test)]
     pub fn is_awaited(&self) -> bool {
         !self.state().waiting.peers.is_empty()
     }
 
-    /// Takes this much at once.
+    /// Takes an amount, or fails if it is not available now.
     ///
     /// # Errors
-    /// The bound that is in the way.
+    /// The limit that was reached.
     pub fn take(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
         self.state().holdings.take(caller, amount).map_err(|bound| self.refusal(bound))?;
         Ok(Share { budget: self.clone(), caller, amount })
     }
 
-    /// Takes this small amount at once, unless other small requests of the same connection wait.
+    /// Takes a small amount if it is available now and no other small request of the same connection waits.
     pub fn take_small(&self, caller: Caller, amount: u64) -> Option<Share> {
         let mut state = self.state();
         let is_first = !state.waiting.has_small(caller);
@@ -187,7 +189,7 @@ impl Budget {
         taken.then(|| Share { budget: self.clone(), caller, amount })
     }
 
-    /// Takes this much at once, unless there is no room or anybody waits.
+    /// Takes an amount if it is available now and no request waits.
     pub fn take_unless_awaited(&self, caller: Caller, amount: u64) -> Option<Share> {
         let mut state = self.state();
         let taken = state.waiting.peers.is_empty() && state.holdings.take(caller, amount).is_ok();
@@ -195,24 +197,24 @@ impl Budget {
         taken.then(|| Share { budget: self.clone(), caller, amount })
     }
 
-    /// Takes this much as soon as there is room. The caller bounds the wait, by dropping the future.
+    /// Waits until an amount is available and takes it. The caller bounds the wait by dropping the future.
     ///
     /// # Errors
-    /// When a connection can never have this much.
+    /// When the amount exceeds the limit of a connection.
     pub async fn wait_for(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
-        self.wait(caller, amount, Size::Large).await
+        self.wait(caller, amount, RequestSize::Large).await
     }
 
-    /// As [`Budget::wait_for`], but before all requests of the same connection that wait there. Only for amounts that are a
-    /// small part of what a connection may hold: large ones wait for as long as small ones take all room.
+    /// Like [`Budget::wait_for`], but goes before all waiting large requests of the same connection. Only for amounts that
+    /// are a small fraction of the connection's limit, because large requests wait as long as small ones use all of it.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Budget::wait_for`].
     pub async fn wait_for_small(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
-        self.wait(caller, amount, Size::Small).await
+        self.wait(caller, amount, RequestSize::Small).await
     }
 
-    async fn wait(&self, caller: Caller, amount: u64, size: Size) -> Result<Share, Refusal> {
+    async fn wait(&self, caller: Caller, amount: u64, size: RequestSize) -> Result<Share, Refusal> {
         let bounds = self.0.bounds;
         if amount > bounds.connection.min(bounds.total) {
             return Err(self.refusal(Bound::Connection));
@@ -227,7 +229,7 @@ impl Budget {
         let (grant, granted) = oneshot::channel();
         let ticket = self.settle(|State { waiting, .. }| waiting.add(Waiter { caller, amount, grant }, size));
         let _place = Place { budget: self, caller, ticket };
-        // The sender stays in the queue until it has sent, so the error cannot happen.
+        // The sender stays in the queue until it has sent, so the error cannot occur.
         granted.await.map_err(|_| self.refusal(Bound::Server))
     }
 
@@ -237,7 +239,7 @@ impl Budget {
         Refusal { what, bound, limit }
     }
 
-    /// Makes a change and lets in those for whom it makes room.
+    /// Applies a change and grants the waiting requests for which it makes room.
     fn settle<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut granted = Vec::new();
         let changed = {
@@ -247,7 +249,7 @@ impl Budget {
             granted.extend(std::iter::from_fn(|| waiting.next(holdings)));
             changed
         };
-        // Without the lock: a request that was dropped in this moment drops its share, which comes back here.
+        // Done without the lock: if a request was dropped just now, its share is dropped here and takes the lock again.
         for Waiter { caller, amount, grant } in granted {
             drop(grant.send(Share { budget: self.clone(), caller, amount }));
         }
@@ -259,7 +261,7 @@ impl Budget {
     }
 }
 
-/// A part of a budget, held until it is dropped.
+/// A part of a budget. Dropping it returns the amount.
 #[derive(Debug)]
 pub struct Share {
     budget: Budget,
@@ -268,32 +270,32 @@ pub struct Share {
 }
 
 impl Share {
-    /// How much it is.
+    /// The amount that this share holds.
     pub fn amount(&self) -> u64 {
         self.amount
     }
 
-    /// Who holds it.
+    /// The holder of this share.
     pub fn caller(&self) -> Caller {
         self.caller
     }
 
-    /// Takes this much more.
+    /// Takes an additional amount.
     ///
     /// # Errors
-    /// The bound that is in the way; the share is as before.
+    /// The limit that was reached. The share stays as it was.
     pub fn grow(&mut self, more: u64) -> Result<(), Refusal> {
         let taken = self.budget.take(self.caller, more)?;
         self.merge(taken);
         Ok(())
     }
 
-    /// Gives all but this much back.
+    /// Returns everything above this amount.
     pub fn shrink_to(&mut self, amount: u64) {
         drop(self.split(self.amount.saturating_sub(amount)));
     }
 
-    /// Moves this much of it, or all that there is, into a share of its own.
+    /// Moves this amount, or everything if there is less, to a new share.
     #[must_use = "a share that is dropped is given back"]
     pub fn split(&mut self, amount: u64) -> Self {
         let amount = amount.min(self.amount);
@@ -316,15 +318,15 @@ impl Drop for Share {
     }
 }
 
-/// Who holds how much.
+/// The amounts that are held.
 #[derive(Debug)]
 struct Holdings {
     bounds: Bounds,
     sharing: Sharing,
     all: u64,
-    /// Those that hold something.
+    /// Peers that hold something.
     peers: HashMap<Peer, u64>,
-    /// By caller, because the work of one peer that no connection waits for is not that of another.
+    /// Keyed by caller, because work without a connection belongs to its peer.
     connections: HashMap<Caller, u64>,
 }
 
@@ -365,7 +367,7 @@ impl Holdings {
     }
 }
 
-/// Entries of nothing are not kept: there would be one for each caller that ever was.
+/// Subtracts an amount and removes empty entries; otherwise the map would grow with every new caller.
 fn subtract<K: Eq + std::hash::Hash>(held: &mut HashMap<K, u64>, key: K, amount: u64) {
     if let Some(left) = held.get_mut(&key) {
         *left = left.saturating_sub(amount);
@@ -375,7 +377,6 @@ fn subtract<K: Eq + std::hash::Hash>(held: &mut HashMap<K, u64>, key: K, amount:
     }
 }
 
-/// A request that waits for room.
 #[derive(Debug)]
 struct Waiter {
     caller: Caller,
@@ -383,10 +384,10 @@ struct Waiter {
     grant: oneshot::Sender<Share>,
 }
 
-/// Where a request waits in its connection: small ones first, then in the order in which they came.
-type Ticket = (Size, u64);
+/// The position of a waiting request in its connection: small ones first, then in order of arrival.
+type Ticket = (RequestSize, u64);
 
-/// The requests that wait, by peer and connection.
+/// The waiting requests, by peer and connection.
 #[derive(Debug, Default)]
 struct Waiting {
     peers: BTreeMap<Peer, Queues>,
@@ -395,7 +396,7 @@ struct Waiting {
     last: Peer,
 }
 
-/// The requests of one peer that wait; never empty.
+/// The waiting requests of one peer; never empty.
 #[derive(Debug, Default)]
 struct Queues {
     connections: BTreeMap<ConnectionId, BTreeMap<Ticket, Waiter>>,
@@ -404,7 +405,7 @@ struct Queues {
 }
 
 impl Waiting {
-    fn add(&mut self, waiter: Waiter, size: Size) -> Ticket {
+    fn add(&mut self, waiter: Waiter, size: RequestSize) -> Ticket {
         let ticket = (size, self.next_number);
         self.next_number += 1;
         let Caller { peer, connection } = waiter.caller;
@@ -416,7 +417,7 @@ impl Waiting {
     fn has_small(&self, caller: Caller) -> bool {
         let queue =
             self.peers.get(&caller.peer).and_then(|queues| queues.connections.get(&caller.connection));
-        queue.and_then(BTreeMap::first_key_value).is_some_and(|((size, _), _)| *size == Size::Small)
+        queue.and_then(BTreeMap::first_key_value).is_some_and(|((size, _), _)| *size == RequestSize::Small)
     }
 
     fn remove(&mut self, caller: Caller, ticket: Ticket) -> Option<Waiter> {
@@ -432,8 +433,8 @@ impl Waiting {
         waiter
     }
 
-    /// Takes out the first request, in the order of turns, for which there is room, and takes it for it. The first one that is
-    /// too large for what the server has left ends the search, so that smaller ones behind it cannot keep it waiting for ever.
+    /// Removes the first request, in round-robin order, for which there is room, and takes its amount. A request that is
+    /// too large for what the server has left ends the search, so that smaller requests behind it cannot starve it.
     fn next(&mut self, holdings: &mut Holdings) -> Option<Waiter> {
         let mut found = None;
         for (_, queues) in turns(&self.peers, self.last) {
@@ -456,8 +457,8 @@ impl Waiting {
 }
 
 impl Queues {
-    /// Takes room for the first request for which there is some. A peer at its bound is not searched further: it may have
-    /// thousands of connections. Few of them can be at their own bound.
+    /// Takes the amount of the first request for which there is room. The search skips the rest of a peer that is at its
+    /// limit, because it may have thousands of connections. Only few connections can be at their own limit.
     fn next(&self, holdings: &mut Holdings) -> Result<(Caller, Ticket), Bound> {
         for (_, queue) in turns(&self.connections, self.last) {
             let Some((ticket, waiter)) = queue.first_key_value() else { continue };
@@ -471,12 +472,12 @@ impl Queues {
     }
 }
 
-/// All entries, beginning behind the one that was served last.
+/// All entries in round-robin order, starting after the one that was served last.
 fn turns<K: Ord + Copy, V>(all: &BTreeMap<K, V>, last: K) -> impl Iterator<Item = (&K, &V)> {
     all.range((Excluded(last), Unbounded)).chain(all.range(..=last))
 }
 
-/// A place among those that wait, left when this is dropped.
+/// A place in the queue of waiting requests. Dropping it leaves the queue.
 struct Place<'a> {
     budget: &'a Budget,
     caller: Caller,
@@ -485,7 +486,7 @@ struct Place<'a> {
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        // The request behind it may need less.
+        // A smaller request behind it may now be granted.
         self.budget.settle(|state| drop(state.waiting.remove(self.caller, self.ticket)));
     }
 }

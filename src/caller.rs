@@ -1,7 +1,7 @@
-//! [`Caller`]: who a request comes from, as far as the network tells.
+//! [`Caller`]: the origin of a request, as far as the network tells.
 //!
-//! Bounds are shared out by [`Peer`] first and by [`ConnectionId`] within a peer, because both are facts: a client can choose
-//! its metadata, and as many connections as it likes, but not the network that it calls from. Nothing here is a credential.
+//! Limits are shared out by [`Peer`] and, within a peer, by [`ConnectionId`], because a client cannot forge them: it
+//! chooses its metadata and its number of connections, but not its network address. This is not authentication.
 
 use std::{
     fmt,
@@ -9,17 +9,18 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// The machine or network at the other end: an address without its port.
+/// The machine or network at the other end: an address without the port.
 ///
-/// Of an IPv6 address only the first 64 bits count, since one customer usually has all addresses below them.
+/// IPv6 addresses are reduced to their first 64 bits, because one customer usually controls all addresses below such a
+/// prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub enum Peer {
-    /// No address is known, as for a request that does not come from a socket.
+    /// There is no address, for example because the request does not come from a socket.
     #[default]
     Unknown,
-    /// An IPv4 address, also one that was mapped into IPv6.
+    /// An IPv4 address, including IPv4-mapped IPv6 addresses.
     V4(Ipv4Addr),
-    /// The network part of an IPv6 address.
+    /// The first 64 bits of an IPv6 address.
     V6([u16; 4]),
 }
 
@@ -54,35 +55,35 @@ impl fmt::Display for Peer {
     }
 }
 
-/// One connection of this process; never used twice.
+/// The id of a connection, unique within this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct ConnectionId(u64);
 
 impl ConnectionId {
-    /// The identity of a connection that has just been accepted.
+    /// Creates the id of a newly accepted connection.
     pub fn next() -> Self {
-        // 0 is the default: no connection.
+        // 0 is the default and means no connection.
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
 }
 
-/// Who a request comes from.
+/// The origin of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Caller {
-    /// The other end.
+    /// The machine at the other end.
     pub peer: Peer,
-    /// The connection; the default where there is none.
+    /// The connection, or the default if there is none.
     pub connection: ConnectionId,
 }
 
 impl Caller {
-    /// The server's work for this peer that no connection waits for, such as an action in the queue.
+    /// The caller for work on behalf of a peer that is not tied to a connection, such as a queued action.
     pub fn without_connection(peer: Peer) -> Self {
         Self { peer, connection: ConnectionId::default() }
     }
 
-    /// A new connection from this address.
+    /// The caller of a new connection from this address.
     pub fn connected(address: SocketAddr) -> Self {
         Self { peer: address.into(), connection: ConnectionId::next() }
     }

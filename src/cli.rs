@@ -1,15 +1,15 @@
-//! The command line: what can be typed, and which exit code means what.
+//! The command line: arguments, subcommands and exit codes.
 //!
-//! `gorego` alone is `gorego serve`. Arguments are parsed here and nowhere else; each subcommand has a file below. What
-//! is written for people goes to standard error, what was asked for to standard output.
+//! `gorego` without a subcommand is `gorego serve`. All arguments are parsed here; each subcommand has its own file.
+//! Messages for the user go to standard error, requested output goes to standard output.
 
-pub mod config;
-pub mod exec;
-pub mod live;
-pub mod output;
-pub mod progress;
-pub mod serve;
-pub mod verify;
+mod config;
+mod exec;
+mod live;
+mod output;
+mod progress;
+mod serve;
+mod verify;
 
 use crate::{actors::worker, size::Size};
 use clap::{
@@ -28,48 +28,49 @@ use std::{
     time::Duration,
 };
 
-/// It went well.
+/// The subcommand succeeded.
 pub const EXIT_OK: u8 = 0;
-/// A server failed, or could not start for a reason outside of its configuration.
+/// A server failed, or could not start for a reason outside its configuration.
 pub const EXIT_FAILURE: u8 = 1;
-/// The command line or the configuration is wrong; nothing was done. The code that clap uses.
+/// The command line or configuration is invalid, and nothing was done. clap uses the same code.
 pub const EXIT_USAGE: u8 = 2;
-/// `exec`: the command was stopped by its timeout; the code of timeout(1).
+/// `exec`: the command was stopped by its timeout. Same code as timeout(1).
 pub const EXIT_TIMEOUT: u8 = 124;
-/// `exec`: the command could not be run, or its outputs not be brought back; the code of env(1) and docker.
+/// `exec`: the command could not be run, or its outputs could not be downloaded. Same code as env(1) and docker.
 pub const EXIT_INFRASTRUCTURE: u8 = 125;
-/// `exec`: stopped by a signal, whose number is added: 130 for Ctrl-C.
+/// `exec`: stopped by a signal. The number of the signal is added: 130 for Ctrl-C.
 pub const EXIT_SIGNALLED: u8 = 128;
 
-/// `verify`: checks at the same time.
+/// `verify`: number of concurrent checks.
 const DEFAULT_JOBS: NonZeroUsize = gorego_verify::DEFAULT_JOBS;
 
 const EXIT_CODES: &str = "Exit codes:
-  serve        0 stopped as asked, 1 failed, 2 command line or configuration wrong
-  exec         the command's own; 2 command line wrong, 124 the command ran into its timeout, 125 it could not be
-               run or its outputs not be brought back, 129 hung up, 130 interrupted, 143 terminated (the operation
-               is cancelled)
-  verify       0 nothing that must hold failed, 1 something did, 2 the server could not be verified
-  config       0 fine, 2 wrong
-Where a reader of their output leaves early, as `| head` does, all but serve end by SIGPIPE (141 in a shell); exec
-cancels its operation first.
+  serve        0 stopped by a signal, 1 failed, 2 invalid command line or configuration
+  exec         the exit code of the command; 2 invalid command line, 124 the command timed out, 125 the command could
+               not be run or its outputs could not be downloaded, 129 hung up, 130 interrupted, 143 terminated (the
+               operation is cancelled)
+  verify       0 no mandatory rule failed, 1 a mandatory rule failed, 2 the server could not be verified
+  config       0 valid, 2 invalid
+If the reader of their output exits early, as `| head` does, all subcommands except serve end by SIGPIPE (141 in a
+shell); exec cancels its operation first.
 
 Every configuration key can be set by an environment variable: GOREGO_LISTEN_ADDR, GOREGO_EXECUTION__CONCURRENCY;
-`gorego config show` lists the keys. A flag wins over the environment, that over the file, that over the default.";
+`gorego config show` lists the keys. Flags override the environment, which overrides the file, which overrides the
+defaults.";
 
 /// Bazel remote execution in one binary.
 #[derive(Debug, Parser)]
 #[command(name = "gorego", version, about, after_help = EXIT_CODES, args_conflicts_with_subcommands = true)]
 pub struct Cli {
-    /// What to do; nothing means `serve`.
+    /// The subcommand; `serve` if there is none.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// Flags of `serve`, for when nothing is named.
+    /// The flags of `serve`, if there is no subcommand.
     #[command(flatten)]
     pub serve: ServeArgs,
 }
 
-/// What can be done.
+/// The subcommands of `gorego`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve remote execution and the cache (the default)
@@ -81,7 +82,7 @@ pub enum Command {
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// The process that starts commands for a worker; never for people
+    /// The process that starts commands for a worker; not for users
     #[command(hide = true)]
     Runner,
 }
@@ -92,41 +93,41 @@ pub struct ServeArgs {
     /// Configuration file [default: /etc/gorego/gorego.toml if it exists]
     #[arg(long, env = "GOREGO_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Where gRPC is served [default: 127.0.0.1:50051]
+    /// Address on which gRPC is served [default: 127.0.0.1:50051]
     #[arg(long, value_name = "HOST:PORT")]
     pub listen_addr: Option<SocketAddr>,
-    /// Serve a non-loopback address although everybody who reaches it can run commands here
+    /// Listen on a non-loopback address although everyone who can reach it can run commands here
     #[arg(long)]
     pub allow_unauthenticated: bool,
-    /// Where blobs and results are kept [default: gorego in the user's cache directory]
+    /// Directory for blobs and results [default: gorego in the user's cache directory]
     #[arg(long, value_name = "DIR")]
     pub local_cache_dir: Option<PathBuf>,
-    /// Bound on what the store keeps on disk, in GB or with a unit: 50, 0.5, "200 MB", 64GiB [default: 50]
+    /// Limit on the size of the store on disk, in GB or with a unit: 50, 0.5, "200 MB", 64GiB [default: 50]
     #[arg(long, value_name = "SIZE", value_parser = Size::from_words)]
     pub max_size_gb: Option<Size>,
-    /// Actions that run at the same time [default: number of CPUs]
+    /// Number of actions that run at the same time [default: number of CPUs]
     #[arg(long, value_name = "N")]
     pub concurrency: Option<u64>,
-    /// How log lines look [default: text on a terminal, JSON elsewhere]
+    /// Format of log lines [default: text on a terminal, JSON elsewhere]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormatArg>,
-    /// Which messages are logged, by target: info, gorego=debug,h2=warn
+    /// Messages to log, by target: info, gorego=debug,h2=warn
     #[arg(long, value_name = "FILTER")]
     pub log_filter: Option<String>,
 }
 
-/// Values of `--log-format`.
+/// The values of `--log-format`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormatArg {
     /// Text on a terminal, JSON elsewhere
     Auto,
-    /// One JSON object a line
+    /// One JSON object per line
     Json,
-    /// For people
+    /// Human-readable text
     Text,
 }
 
-/// `gorego config ...`.
+/// The subcommands of `gorego config`.
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
     /// Check a configuration file, without flags and environment
@@ -134,11 +135,11 @@ pub enum ConfigCommand {
         /// The file
         file: PathBuf,
     },
-    /// Print the values in force, and where each came from
+    /// Print the effective values and the source of each
     Show(ServeArgs),
 }
 
-/// Flags of `gorego exec`.
+/// The flags of `gorego exec`.
 #[derive(Debug, Clone, Args)]
 pub struct ExecArgs {
     /// The server
@@ -147,40 +148,40 @@ pub struct ExecArgs {
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
-    /// Upload this directory; the command finds its content in the root of its tree
+    /// Upload this directory as the input root of the command
     #[arg(long, value_name = "DIR")]
     pub input: Option<PathBuf>,
     /// Download this file, directory or symlink afterwards; relative to --workdir (repeatable)
     #[arg(long, value_name = "PATH")]
     pub output: Vec<String>,
-    /// Where outputs are put
+    /// Directory to which outputs are written
     #[arg(long, default_value = ".", value_name = "DIR")]
     pub output_dir: PathBuf,
-    /// Set a variable of the command's environment, which is otherwise empty but for
+    /// Set an environment variable of the command; the environment otherwise contains only
     /// PATH=/usr/local/bin:/usr/bin:/bin (repeatable)
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_pair)]
     pub env: Vec<(String, String)>,
     /// Directory below the input root in which the command runs
     #[arg(long, default_value = "", value_name = "PATH")]
     pub workdir: String,
-    /// Stop the command after this long, as in 30s or 10m [default: the server's]
+    /// Stop the command after this time, as in 30s or 10m [default: the server's]
     #[arg(long, value_name = "TIME", value_parser = parse_timeout)]
     pub timeout: Option<Duration>,
     /// Ask for a worker with this property (repeatable)
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_pair)]
     pub platform: Vec<(String, String)>,
-    /// Run it even if its result is known, and do not remember the result
+    /// Run the command even if its result is cached, and do not cache the result
     #[arg(long)]
     pub no_cache: bool,
-    /// Lower runs sooner
+    /// Commands with a lower value run sooner
     #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_name = "N")]
     pub priority: i32,
-    /// The command and its arguments; no shell in between
+    /// The command and its arguments; no shell is involved
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
     pub command: Vec<String>,
 }
 
-/// Flags of `gorego verify`.
+/// The flags of `gorego verify`.
 #[derive(Debug, Clone, Args)]
 pub struct VerifyArgs {
     /// The server
@@ -189,43 +190,44 @@ pub struct VerifyArgs {
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
-    /// A second instance of the server, to check that one does not see the other's data
+    /// A second instance of the server, to check that instances do not see each other's data
     #[arg(long, value_name = "NAME")]
     pub other_instance: Option<String>,
-    /// Digest function of all checks that are not about digest functions [default: SHA256 if offered]
+    /// Digest function of all checks that are not about digest functions [default: SHA256 if supported]
     #[arg(long, value_name = "NAME")]
     pub digest_function: Option<String>,
     /// Run actions on workers with this property (repeatable)
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_pair)]
     pub platform: Vec<(String, String)>,
-    /// Name or address under which the server finds this machine: some checks let it fetch from here [default: 127.0.0.1]
+    /// Host name or address under which the server can reach this machine, for checks in which it fetches from here
+    /// [default: 127.0.0.1]
     #[arg(long, value_name = "HOST")]
     pub asset_origin: Option<String>,
-    /// Only these rules and groups, as in GEN-01,CAS
+    /// Run only these rules and groups, as in GEN-01,CAS
     #[arg(long, value_delimiter = ',', value_name = "IDS")]
     pub only: Vec<String>,
-    /// Only rules of this level and above
+    /// Run only rules of this level and above
     #[arg(long, value_name = "LEVEL")]
     pub level: Option<Level>,
-    /// A failed `should` is a failure too, not a warning
+    /// Treat a failed `should` rule as a failure instead of a warning
     #[arg(long)]
     pub strict: bool,
-    /// Print what would be checked, and stop
+    /// List the checks and exit
     #[arg(long)]
     pub list: bool,
     /// Print the report as JSON
     #[arg(long)]
     pub json: bool,
-    /// Write the report as JUnit XML, too
+    /// Also write the report as JUnit XML
     #[arg(long, value_name = "FILE")]
     pub junit: Option<PathBuf>,
-    /// Checks at the same time
+    /// Number of checks that run at the same time
     #[arg(long, default_value_t = DEFAULT_JOBS, value_name = "N")]
     pub jobs: NonZeroUsize,
-    /// Longest time of one check
+    /// Time limit of one check
     #[arg(long, default_value = "30s", value_name = "TIME", value_parser = parse_timeout)]
     pub timeout: Duration,
-    /// Also move a gigabyte where a rule is about that
+    /// Also run checks that transfer a gigabyte
     #[arg(long)]
     pub large: bool,
 }
@@ -239,16 +241,16 @@ fn parse_pair(text: &str) -> Result<(String, String), String> {
 
 fn parse_timeout(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
-        // A timeout of 0 means "none given" to servers.
+        // Servers interpret a timeout of 0 as "not set".
         Ok(timeout) if timeout.is_zero() => Err("must be more than 0".into()),
         Ok(timeout) => Ok(timeout),
         Err(error) => Err(format!("{error}; write it like 30s or 10m")),
     }
 }
 
-/// Does what the command line of this process says.
+/// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    // Before anything else: a runner stays small and single-threaded.
+    // Runners come first: they must stay small and single-threaded.
     if std::env::args_os().nth(1).is_some_and(|argument| argument == worker::RUNNER_SUBCOMMAND) {
         return runner();
     }
@@ -267,7 +269,7 @@ pub fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Flags of `serve` before a subcommand belong behind it.
+/// Adds a hint to the error about `serve` flags that precede a subcommand.
 fn hinted(mut error: clap::Error) -> clap::Error {
     if let (ErrorKind::ArgumentConflict, Some(ContextValue::String(command))) =
         (error.kind(), error.get(ContextKind::InvalidSubcommand))
@@ -281,7 +283,7 @@ fn hinted(mut error: clap::Error) -> clap::Error {
     error
 }
 
-/// Prints why the command line is wrong, or the help that it asks for; the exit code that goes with it.
+/// Prints the error or the requested help, and returns the exit code.
 fn explain(error: &clap::Error) -> u8 {
     let code = u8::try_from(error.exit_code()).unwrap_or(EXIT_USAGE);
     match error.print() {
@@ -294,17 +296,16 @@ fn explain(error: &clap::Error) -> u8 {
     }
 }
 
-/// The worker's runner process.
 fn runner() -> ExitCode {
     ExitCode::from(u8::try_from(worker::runner_main()).unwrap_or(EXIT_FAILURE))
 }
 
-/// Tells the person at the other end what went wrong. That nobody reads it is no further failure.
+/// Prints an error to standard error. A failure to write it is ignored.
 fn complain(error: &Error) {
     let _ = writeln!(io::stderr(), "gorego: {error}");
 }
 
-/// The environment of this process, as configuration wants it.
+/// The environment variables of this process.
 fn environment() -> Vec<(OsString, OsString)> {
     std::env::vars_os().collect()
 }

@@ -1,13 +1,13 @@
 //! Configuration: one typed tree with built-in defaults.
 //!
-//! `gorego.toml` at the top of the project is the same tree as text, with comments; a test holds the two equal. The way
-//! from sources to a running server: [`load()`] puts flags over environment over file over defaults and remembers where
-//! each value came from; [`settings`] checks the result and turns it into types that cannot be wrong. [`Config`] is data
-//! only and may hold nonsense; everything past this module gets [`Settings`].
+//! `gorego.toml` at the top of the project is the same tree as text, with comments; a test keeps the two equal. [`load()`]
+//! merges flags over environment over file over defaults and records the source of each value. [`settings`] checks the
+//! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
+//! of the server only sees [`Settings`].
 
 pub mod load;
-pub mod pools;
-pub mod settings;
+mod pools;
+mod settings;
 pub mod show;
 mod source_text;
 
@@ -21,116 +21,116 @@ use pools::PoolConfig;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
-/// Everything that can be set.
+/// The whole configuration, one field for each key or section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where gRPC is served.
+    /// Address on which gRPC is served.
     pub listen_addr: SocketAddr,
-    /// Serve a non-loopback address although anybody who reaches it can run commands here.
+    /// Listen on a non-loopback address although everyone who can reach it can run commands here.
     pub allow_unauthenticated: bool,
-    /// Names under which clients may ask; "" is the default of most clients.
+    /// Instance names that clients may use; "" is the default of most clients.
     pub instance_names: Vec<String>,
-    /// Where blobs, action results and exec directories live; empty for `gorego` in the user's cache directory.
+    /// Directory for blobs, action results and exec directories; empty for `gorego` in the user's cache directory.
     pub local_cache_dir: PathBuf,
-    /// Bound on what the store keeps on disk, uploads in progress included.
+    /// Limit on the size of the store on disk, including unfinished uploads.
     pub max_size_gb: Size,
-    /// How long the exit may take after SIGTERM; running actions and requests under way go on meanwhile.
+    /// Time limit of a shutdown after SIGTERM. Running actions and open requests continue meanwhile.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,
-    /// Instances with a policy of their own, by name; to be named here is enough.
+    /// Instances with their own policy, by name. An instance listed here need not be in `instance_names`.
     pub instances: BTreeMap<String, InstanceConfig>,
-    /// Logs.
+    /// Log filter and format.
     pub log: LogConfig,
-    /// The store and its services.
+    /// The store and the services that use it.
     pub cache: CacheConfig,
     /// The scheduler and its workers.
     pub execution: ExecutionConfig,
-    /// Log streams of clients.
+    /// Log streams that clients create.
     pub log_streams: LogStreamsConfig,
     /// The Remote Asset service.
     pub assets: AssetsConfig,
-    /// The HTTP/1.1 cache.
+    /// The cache for tools that speak HTTP/1.1.
     pub http: HttpConfig,
 }
 
-/// `[assets]`.
+/// The `[assets]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AssetsConfig {
-    /// Hosts that may be downloaded from; empty for none (AST-10).
+    /// Hosts from which assets may be downloaded; empty for none (AST-10).
     pub allowed_hosts: Vec<String>,
-    /// Address ranges that are not public but may be connected to all the same, such as "10.0.0.0/8".
+    /// Non-public address ranges to which connections are allowed, such as "10.0.0.0/8".
     pub allowed_networks: Vec<String>,
     /// Whether clients may bind content to URIs (AST-11).
     pub push: bool,
-    /// Downloads and unpackings at the same time.
+    /// Number of concurrent downloads and unpackings.
     pub concurrency: usize,
-    /// Largest download.
+    /// Size limit of one download.
     pub max_download_gb: Size,
-    /// Largest archive once it is unpacked.
+    /// Size limit of one archive after unpacking.
     pub max_unpacked_gb: Size,
-    /// Longest time that a fetch may take, all its mirrors together.
+    /// Time limit of one fetch, including all of its mirrors.
     #[serde(with = "humantime_serde")]
     pub timeout: Duration,
-    /// Redirects that one download follows.
+    /// Number of redirects that one download follows.
     pub max_redirects: usize,
-    /// How long content that was fetched without a checksum is taken to be current.
+    /// Age up to which content that was fetched without a checksum counts as current.
     #[serde(with = "humantime_serde")]
     pub max_age: Duration,
 }
 
-/// `[http]`.
+/// The `[http]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpConfig {
-    /// Where the HTTP/1.1 cache is served; empty for nowhere.
+    /// Address of the HTTP/1.1 cache; empty to disable it.
     pub listen_addr: String,
-    /// Names that its requests may be for, beside those of this machine.
+    /// Host names that requests may use, in addition to those of this machine.
     pub allowed_hosts: Vec<String>,
 }
 
-/// `[instances."NAME"]`: what is different there; everything else is as for all instances.
+/// An `[instances."NAME"]` section. It lists the differences from the other instances.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct InstanceConfig {
-    /// Digest functions that its clients may use.
+    /// Digest functions that clients of the instance may use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub digest_functions: Option<Vec<DigestFunction>>,
-    /// Whether its clients may write action results.
+    /// Whether clients of the instance may write action results.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub action_cache_updates: Option<bool>,
-    /// Whether actions are run for its clients, where the server runs any.
+    /// Whether clients of the instance may execute actions, if the server executes any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub execution: Option<bool>,
-    /// The instance whose blobs it shares; it has action results and operations of its own.
+    /// The instance with which it shares blobs. Action results and operations are never shared.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blobs_of: Option<String>,
 }
 
-/// `[log]`.
+/// The `[log]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
     /// Levels by target, in env_logger's syntax.
     pub filter: String,
-    /// How lines look.
+    /// Format of log lines.
     pub format: LogFormat,
 }
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// Text on a terminal, JSON elsewhere.
     Auto,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
-    /// For people.
+    /// Human-readable text.
     Text,
 }
 
-/// `[cache]`.
+/// The `[cache]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CacheConfig {
@@ -138,97 +138,98 @@ pub struct CacheConfig {
     pub digest_functions: Vec<DigestFunction>,
     /// Whether clients may write action results (AC-12, CAP-09).
     pub action_cache_updates: bool,
-    /// Largest blob that is accepted (CAP-15).
+    /// Size limit of one blob (CAP-15).
     pub max_blob_size_gb: Size,
     /// Whether SplitBlob and SpliceBlob are offered (CAP-16).
     pub chunking: bool,
-    /// How long the bytes of a broken upload are kept for its client to go on.
+    /// How long the bytes of a broken upload are kept, so that its client can resume it.
     #[serde(with = "humantime_serde")]
     pub partial_upload_retention: Duration,
-    /// How hard blobs are compressed for clients that read them compressed, 1 to 19.
+    /// zstd level for blobs that clients read compressed, 1 to 19.
     pub zstd_level: i32,
-    /// What a finished compressed upload answers as `committed_size`.
+    /// The `committed_size` in the response to a finished compressed upload.
     pub compressed_committed_size: CommittedSize,
 }
 
-/// What a finished compressed upload answers as `committed_size`; clients disagree (BS-25).
+/// The `committed_size` in the response to a finished compressed upload. Clients expect different values (BS-25).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CommittedSize {
-    /// The compressed bytes, after the offset at which the upload began: Bazel, buck2, and the API's text.
+    /// The number of compressed bytes after the offset at which the upload began, as expected by Bazel, buck2 and the API's
+    /// text.
     Compressed,
-    /// The size of the blob: Siso, and the `cas` package of the Go SDK.
+    /// The size of the blob, as expected by Siso and the `cas` package of the Go SDK.
     Uncompressed,
-    /// -1, which Bazel and buck2 take too.
+    /// -1, which Bazel and buck2 accept too.
     MinusOne,
 }
 
-/// `[execution]`.
+/// The `[execution]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ExecutionConfig {
-    /// Whether Execute is offered; without it this is a cache.
+    /// Whether Execute is offered. Otherwise the server is only a cache.
     pub enabled: bool,
-    /// Actions that run at the same time; 0 for the number of CPUs.
+    /// Number of actions that run at the same time; 0 for the number of CPUs.
     pub concurrency: usize,
-    /// Where exec directories are made; empty for `build` in `local_cache_dir`. Fastest on the same file system.
+    /// Directory for exec directories; empty for `build` in `local_cache_dir`. It is fastest on the same file system.
     pub build_root: PathBuf,
-    /// Tasks that may wait; beyond that Execute answers RESOURCE_EXHAUSTED.
+    /// Largest number of queued tasks. Beyond it, Execute answers RESOURCE_EXHAUSTED.
     pub queue_size: usize,
-    /// How long a task may wait for a slot.
+    /// Largest time that a task may wait for a slot.
     #[serde(with = "humantime_serde")]
     pub queue_timeout: Duration,
-    /// Run time allowed to actions that name none.
+    /// Timeout of actions that set none.
     #[serde(with = "humantime_serde")]
     pub default_timeout: Duration,
-    /// Longest run time an action may ask for.
+    /// Largest timeout that an action may set.
     #[serde(with = "humantime_serde")]
     pub max_timeout: Duration,
-    /// How long bringing in inputs may take, and again how long storing outputs may.
+    /// Time limit for fetching the inputs of an action, and again for storing its outputs.
     #[serde(with = "humantime_serde")]
     pub transfer_timeout: Duration,
-    /// How long finished operations are remembered.
+    /// How long finished operations are kept.
     #[serde(with = "humantime_serde")]
     pub retention: Duration,
-    /// How many finished operations are remembered at most; the oldest are forgotten first.
+    /// Largest number of finished operations that are kept. The oldest are forgotten first.
     pub retained_operations: usize,
-    /// How long work goes on when nobody follows it any more.
+    /// How long work continues after its last client left.
     #[serde(with = "humantime_serde")]
     pub abandon_grace: Duration,
-    /// How long it goes on when other work waits for its slot, or the server stops.
+    /// How long it continues if other work waits for its slot, or the server shuts down.
     #[serde(with = "humantime_serde")]
     pub contended_abandon_grace: Duration,
-    /// How often a task is tried when workers die under it.
+    /// How often a task is attempted if its worker fails.
     pub max_attempts: u32,
-    /// Largest file that a command may write.
+    /// Size limit of a file that a command writes.
     pub max_output_file_gb: Size,
-    /// The most urgent priority that counts; more urgent ones count as this.
+    /// The most urgent priority. More urgent values are raised to it.
     pub min_priority: i32,
-    /// The least urgent priority that counts; less urgent ones count as this.
+    /// The least urgent priority. Less urgent values are lowered to it.
     pub max_priority: i32,
-    /// How long an action waits until it gains one step of priority.
+    /// Waiting time after which an action gains one step of priority.
     #[serde(with = "humantime_serde")]
     pub priority_ageing: Duration,
-    /// What becomes of actions that ask for a platform property of which nothing is said here.
+    /// The treatment of platform properties that no pool configures.
     pub unknown_properties: UnknownProperties,
-    /// Properties of this machine's workers when there are no pools. An action that asks for another value of one of these
-    /// is refused.
+    /// Platform properties of this machine's workers, if no pools are configured. An action that requires another value of
+    /// one of them is refused.
     pub platform: BTreeMap<String, String>,
-    /// Pools by name; without any there is one, "local", made from `concurrency` and `platform`.
+    /// Pools by name. Without any, there is one pool "local", made from `concurrency` and `platform`.
     pub pools: BTreeMap<String, PoolConfig>,
 }
 
-/// `[log_streams]`.
+/// The `[log_streams]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogStreamsConfig {
-    /// Whether clients may make log streams of their own (LOG-01).
+    /// Whether clients may create log streams (LOG-01).
     pub enabled: bool,
-    /// How many there may be; finished ones make room for new ones.
+    /// Largest number of streams. Finished ones are removed to make room for new ones.
     pub max_streams: usize,
-    /// Bound on the bytes of all of them.
+    /// Limit on the total size of all streams.
     pub max_size_gb: Size,
-    /// How long one that is finished, or that nobody writes to, is kept.
+    /// How long a stream is kept after it is finished, or after the last write to it.
     #[serde(with = "humantime_serde")]
     pub retention: Duration,
 }

@@ -1,20 +1,20 @@
-//! [`Connections`]: the connections that there are, of both ports, and which of them have to go.
+//! [`Connections`]: the open connections of both ports, and the decision which of them to close.
 //!
-//! A connection costs a descriptor and memory for as long as its client likes. So there is a limit, which leaves descriptors
-//! for files and commands, and it is shared out by peer as every [`Budget`] is. A client beyond it takes the place of the
-//! connection that has been idle for longest, among those of its own address or, at the limit of the server, of the address
-//! that has most; where all are busy it is refused.
+//! A connection holds a descriptor and memory for as long as its client likes. So their number is limited, which leaves
+//! descriptors for files and commands, and the limit is shared among peers as in every [`Budget`]. A client at its limit
+//! replaces the connection that has been idle for longest: one of its own peer or, if the server is at its limit, one of
+//! the peer with the most connections. If all of them are busy, the new connection is refused.
 //!
-//! Each way in which a client can hold resources without progress has a time limit.
+//! Each way in which a client can hold resources without making progress has a time limit.
 //!
-//! It also owns what is counted by peer over all connections: cancelled calls, and the lines about them in the log.
+//! This module also owns the counters that span the connections of a peer: cancelled calls, and the log lines about them.
 
-pub mod ahead;
-pub mod answers;
-pub mod rate;
+pub(crate) mod ahead;
+pub(crate) mod answers;
+pub(crate) mod rate;
 mod state;
 
-pub use state::{ConnectionState, OpenCall, Reason};
+pub(crate) use state::{ConnectionState, OpenCall, Reason};
 
 use crate::{
     budget::{Bound, Bounds, Budget},
@@ -31,40 +31,39 @@ use std::{
 };
 use tokio::time::{Instant, interval};
 
-/// Connections at a time, where there are descriptors enough. An idle one takes about 20 KB.
-pub const CONNECTIONS_MAX: u64 = 8_192;
-/// Of the descriptors of this process, the part that connections may take.
-pub const CONNECTIONS_PER_DESCRIPTOR: u64 = 8;
-/// Calls at a time over all connections, where there are descriptors enough: each may hold a file open.
-pub const CALLS_MAX: u64 = 65_536;
-/// Memory for the heads of calls that are larger than usual: those of thousands of calls that carry a long token. One that
-/// is within the limit of the HTTP/2 library can take 200 KB.
-pub const HEADS: Bounds =
+/// Largest number of connections, if there are enough descriptors. An idle one takes about 20 KB.
+pub(crate) const CONNECTIONS_MAX: u64 = 8_192;
+/// Connections may use this fraction of the process's descriptors.
+pub(crate) const CONNECTIONS_PER_DESCRIPTOR: u64 = 8;
+/// Largest number of concurrent calls on all connections, if there are enough descriptors. Each call may hold a file open.
+pub(crate) const CALLS_MAX: u64 = 65_536;
+/// Memory for request headers that are larger than usual: enough for thousands of calls with a long token. Headers within
+/// the limit of the HTTP/2 library can take 200 KB.
+pub(crate) const HEADS: Bounds =
     Bounds { what: "bytes of large headers", total: 128 * 1024 * 1024, connection: 48 * 1024 * 1024 };
-/// Of the descriptors of this process, the part that calls may take.
-pub const CALLS_PER_DESCRIPTOR: u64 = 2;
-/// How long a new connection may take to send its first request. Clients that preconnect simply reconnect.
-pub const FIRST_REQUEST_LIMIT: Duration = Duration::from_secs(60);
-/// How long the head of a request may take from its first frame to its last.
-pub const HEAD_LIMIT: Duration = Duration::from_secs(20);
-/// How long a client may leave its socket unread while bytes wait for it.
-pub const UNREAD_LIMIT: Duration = Duration::from_secs(60);
-/// How long a client may take nothing of the answers that wait for it, although it reads its socket; as long as one of its
-/// downloads may be left alone.
-pub const UNTAKEN_LIMIT: Duration = crate::grpc::stalled::READ_IDLE_LIMIT;
-/// Calls of one peer that may be cancelled without having finished others: a build with thousands of actions under way that
-/// fails cancels them all.
-pub const PEER_RESETS: Rate = Rate { burst: 10_000, per_second: 1_000 };
-/// Lines about cancelled and refused calls of one peer; more are counted.
-pub const PEER_LINES: Rate = Rate { burst: 200, per_second: 20 };
-/// How often the connections are looked at.
+/// Calls may use this fraction of the process's descriptors.
+pub(crate) const CALLS_PER_DESCRIPTOR: u64 = 2;
+/// Time limit for the first request on a new connection. Clients that connect in advance simply reconnect.
+pub(crate) const FIRST_REQUEST_LIMIT: Duration = Duration::from_secs(60);
+/// Time limit for the headers of a request, from the first frame to the last.
+pub(crate) const HEAD_LIMIT: Duration = Duration::from_secs(20);
+/// How long a client may leave its socket unread while bytes are waiting for it.
+pub(crate) const UNREAD_LIMIT: Duration = Duration::from_secs(60);
+/// How long a client may consume no answer although it reads its socket. Equal to the idle limit of a download.
+pub(crate) const UNTAKEN_LIMIT: Duration = crate::grpc::stalled::READ_IDLE_LIMIT;
+/// Rate of calls that one peer may cancel beyond those that it lets finish. A failed build cancels thousands of running
+/// actions at once.
+pub(crate) const PEER_RESETS: Rate = Rate { burst: 10_000, per_second: 1_000 };
+/// Rate of log lines about one peer's cancelled and refused calls. Further ones are only counted.
+pub(crate) const PEER_LINES: Rate = Rate { burst: 200, per_second: 20 };
+/// Interval between checks of all connections.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
-/// Lines about what was counted, for each look.
+/// Most log lines about counted events in one check.
 const TALLY_LINES_MAX: usize = 32;
 
-/// Time in milliseconds since these connections came to be, plus one, so that it is never 0.
+/// Milliseconds since the `Connections` were created, plus one, so that the value is never 0.
 #[derive(Debug, Clone, Copy)]
-pub struct Clock(Instant);
+pub(crate) struct Clock(Instant);
 
 impl Clock {
     fn now_ms(self) -> u64 {
@@ -72,7 +71,7 @@ impl Clock {
     }
 }
 
-/// See the top of this file. Cheap to clone.
+/// The open connections; see the top of this file. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Connections(Arc<Inner>);
 
@@ -84,11 +83,11 @@ struct Inner {
     heads: Budget,
     answers: Budget,
     ahead: Budget,
-    books: Mutex<Books>,
+    books: Mutex<ConnectionBooks>,
 }
 
 #[derive(Debug, Default)]
-struct Books {
+struct ConnectionBooks {
     open: HashMap<ConnectionId, Arc<ConnectionState>>,
     peers: HashMap<Peer, PeerRates>,
     tally: BTreeMap<(Peer, Counted), u64>,
@@ -107,12 +106,12 @@ enum Counted {
     Ended(End),
 }
 
-/// How a call or request ended that may be counted instead of listed.
+/// The end of a call or request that may be counted instead of logged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum End {
-    /// An RPC, with this gRPC code.
+    /// An RPC that ended with this gRPC code.
     Rpc(&'static str),
-    /// A request to the HTTP cache, with this status; `None` when its client went away before there was an answer.
+    /// A request to the HTTP cache that ended with this status; `None` when the client left before the answer.
     Http(Option<u16>),
 }
 
@@ -123,7 +122,7 @@ impl Default for Connections {
 }
 
 impl Connections {
-    /// No connections yet, of a process that may have this many descriptors.
+    /// No connections yet, for a process that may open this many descriptors.
     pub fn new(descriptors: u64) -> Self {
         let total = CONNECTIONS_MAX.min(descriptors / CONNECTIONS_PER_DESCRIPTOR).max(1);
         let places = Bounds { what: "connections", total, connection: 1 };
@@ -140,17 +139,17 @@ impl Connections {
         }))
     }
 
-    /// The calls under way.
+    /// The budget of concurrent calls.
     pub fn calls(&self) -> &Budget {
         &self.0.calls
     }
 
-    /// Memory for the large heads of calls under way.
+    /// The budget of memory for large request headers.
     pub fn heads(&self) -> &Budget {
         &self.0.heads
     }
 
-    /// Lets a new connection in; `None` when it has to be refused.
+    /// Registers a new connection; `None` when it must be refused.
     pub fn admit(&self, address: SocketAddr) -> Option<Admitted> {
         let caller = Caller::connected(address);
         let place = loop {
@@ -172,7 +171,7 @@ impl Connections {
         Some(Admitted { connections: self.clone(), state })
     }
 
-    /// Tells a connection to close.
+    /// Asks a connection to close.
     pub fn close(&self, state: &ConnectionState, reason: Reason) {
         self.books().open.remove(&state.caller.connection);
         if state.close(reason) {
@@ -180,7 +179,7 @@ impl Connections {
         }
     }
 
-    /// Counts calls that a peer cancelled, after crediting those that it let finish; false when it cancels too many.
+    /// Charges a peer for cancelled calls, after crediting its finished calls. Returns false when it cancels too many.
     pub fn take_resets(&self, peer: Peer, resets: u64, finished: u64) -> bool {
         let now = self.0.clock.now_ms();
         let mut books = self.books();
@@ -189,7 +188,7 @@ impl Connections {
         rates.resets.take(resets, now)
     }
 
-    /// Whether a cancelled or refused call of a peer gets a line of its own; otherwise it was counted.
+    /// Whether a cancelled or refused call gets its own log line. Otherwise it is counted.
     pub fn takes_line(&self, peer: Peer, end: End) -> bool {
         let now = self.0.clock.now_ms();
         let takes = self.books().rates(peer, now).lines.take(1, now);
@@ -199,7 +198,8 @@ impl Connections {
         takes
     }
 
-    /// Closes what is over its time and tells what was counted, every second, for as long as there are connections to come.
+    /// Every second, closes connections that exceed a time limit and logs the counted events. Runs as long as the server
+    /// does.
     pub async fn sweep(self) {
         let inner = Arc::downgrade(&self.0);
         drop(self);
@@ -225,7 +225,8 @@ impl Connections {
         self.tell_counted();
     }
 
-    /// Logs what was counted since the last time. [`Self::sweep`] does so every second; a shutdown does so once more.
+    /// Logs the events that were counted since the last call. [`Self::sweep`] calls it every second, and a shutdown once
+    /// more.
     pub fn tell_counted(&self) {
         let tally = std::mem::take(&mut self.books().tally);
         tell(tally);
@@ -235,12 +236,12 @@ impl Connections {
         *self.books().tally.entry((peer, what)).or_default() += number;
     }
 
-    fn books(&self) -> MutexGuard<'_, Books> {
+    fn books(&self) -> MutexGuard<'_, ConnectionBooks> {
         self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Books {
+impl ConnectionBooks {
     fn rates(&mut self, peer: Peer, now_ms: u64) -> &mut PeerRates {
         self.peers.entry(peer).or_insert_with(|| PeerRates {
             resets: Bucket::new(PEER_RESETS, now_ms),
@@ -249,7 +250,7 @@ impl Books {
     }
 }
 
-/// A connection that was let in, until this is dropped.
+/// A registered connection. Dropping it removes the connection.
 #[derive(Debug)]
 pub struct Admitted {
     connections: Connections,
@@ -257,12 +258,12 @@ pub struct Admitted {
 }
 
 impl Admitted {
-    /// What is known about it.
+    /// The state of this connection.
     pub fn state(&self) -> &Arc<ConnectionState> {
         &self.state
     }
 
-    /// Those that it is one of.
+    /// The set that contains this connection.
     pub fn connections(&self) -> &Connections {
         &self.connections
     }
@@ -275,7 +276,7 @@ impl Drop for Admitted {
     }
 }
 
-/// The connection that has been idle for longest, of this peer or of the one that has most connections.
+/// The connection that has been idle for longest, of this peer or else of the peer with the most connections.
 fn oldest_idle(
     open: &HashMap<ConnectionId, Arc<ConnectionState>>,
     peer: Option<Peer>,
@@ -293,7 +294,7 @@ fn oldest_idle(
     open.get(&oldest).cloned()
 }
 
-/// One line for each peer and thing, up to a bound; the rest in one line for each thing.
+/// Logs one line for each peer and event, up to a limit, and the rest as one line for each event.
 fn tell(tally: BTreeMap<(Peer, Counted), u64>) {
     let mut rest: BTreeMap<Counted, u64> = BTreeMap::new();
     for (at, ((peer, what), number)) in tally.into_iter().enumerate() {

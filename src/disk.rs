@@ -1,96 +1,94 @@
-//! How much room a file system has, and when that counts as none. Pure, but for [`Space::of`].
+//! The free space of a file system, and when it counts as full. Pure, except for [`Space::of`].
 //!
-//! That a write of somebody else's process failed for lack of room cannot be seen from outside. What can be seen is how much
-//! room there was at a given moment. A disk with less than its [`Reserve`] counts as full. Not seen are a write that fails
-//! although more than the reserve is free (a large allocation, a quota), and a disk that is full only between two looks.
+//! The server cannot observe that a write of another process failed for lack of space. It can only sample how much space is
+//! free. A disk with less free space than its [`Reserve`] counts as full. Two cases are missed: a write that fails although
+//! more than the reserve is free (a large allocation, a quota), and a disk that is full only between two samples.
 
 use crate::size::Size;
 use rustix::{fs::statfs, process::geteuid};
 use std::{io, path::Path, time::Duration};
 
-/// The reserve is this part of a disk, within the bounds that follow.
+/// The reserve is the disk size divided by this, within the limits below.
 const RESERVE_PART: u64 = 1_024;
-/// A write that does not fit fills the disk up before it fails, so a large reserve would see no more than a small one.
+/// A write that does not fit fills the disk before it fails, so a larger reserve would not detect more failures.
 const MAX_RESERVE_BYTES: u64 = 4 << 20;
-/// A failed write may leave a few blocks.
+/// A failed write may leave a few blocks free.
 const MIN_RESERVE_BYTES: u64 = 16 << 10;
-/// The same for inodes.
+/// Largest reserve of inodes.
 const MAX_RESERVE_INODES: u64 = 1_024;
-/// The same for inodes.
+/// Smallest reserve of inodes.
 const MIN_RESERVE_INODES: u64 = 8;
-/// From so many reserves on there is room to begin something.
+/// With this many reserves free, new work may start.
 const ROOM: u64 = 2;
-/// Below so many the store makes room before anybody finds none.
+/// With fewer reserves free, the store evicts before writes fail.
 const LOW: u64 = 64;
-/// How many reserves it makes free then, and when there was no room ...
+/// The number of reserves that an eviction frees, if the disk is low or full.
 const RELIEF: u64 = 256;
-/// ... and the part of the disk that this may be.
+/// The space to free is at most the disk size divided by this.
 const RELIEF_DISK_PART: u64 = 4;
-/// The part of the store that may go for that at one time, unless less than that would leave the disk without [`ROOM`].
+/// One eviction frees at most the store's size divided by this, unless less than [`ROOM`] would then be free.
 const RELIEF_PART: u64 = 4;
 
-/// Below this the disk could fill up between two slow looks.
+/// With less free space, the disk could fill up between two slow samples.
 const NEAR_BYTES: u64 = 1 << 30;
-/// The same for inodes.
+/// The same threshold for inodes.
 const NEAR_INODES: u64 = 100_000;
-/// How often a disk is looked at that is nearly full, one that soon could be, and one with plenty of room. A look takes some
-/// microseconds. Compilers remove what they could not write to its end, so that a full disk may have room again very soon.
+/// Sampling intervals for a disk that is nearly full, could soon be full, or has plenty of space. A sample takes some
+/// microseconds. Compilers delete the files that they could not finish, so a full disk may have free space again very soon.
 const PACE_LOW: Duration = Duration::from_millis(1);
 const PACE_NEAR: Duration = Duration::from_millis(5);
 const PACE_FAR: Duration = Duration::from_millis(100);
 
 /// The `f_type` of ext2, ext3 and ext4.
 const EXT4: i64 = 0xEF53;
-/// Blocks that ext4 keeps even from root, unless two per cent of the disk are less.
+/// Blocks that ext4 reserves even from root, unless two per cent of the disk is less.
 const EXT4_KEPT_BLOCKS: u64 = 4_096;
 
-/// The room of a file system at one moment, for this process.
+/// The free space of a file system at one moment, for this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
-    /// Bytes that can be written.
+    /// Bytes that this process can write.
     pub free_bytes: u64,
-    /// Bytes of the whole file system; 0 when it does not know.
+    /// Size of the file system in bytes; 0 if unknown.
     pub total_bytes: u64,
-    /// Files that can be made.
+    /// Number of files that can be created.
     pub free_inodes: u64,
-    /// Files that the file system can hold; 0 when it sets no limit.
+    /// Largest number of files; 0 if the file system has no limit.
     pub total_inodes: u64,
 }
 
-/// What has to be free at all times, or else the disk counts as full.
+/// The free space below which a disk counts as full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reserve {
-    /// Bytes.
     pub bytes: u64,
-    /// Files.
     pub inodes: u64,
 }
 
-/// What a store holds on a file system, as far as it could let it go.
+/// The content of a store on a file system, as far as it can be evicted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evictable {
-    /// Bytes of entries that may be evicted.
+    /// Total size of the evictable entries in bytes.
     pub bytes: u64,
-    /// How many entries those are.
+    /// Number of evictable entries.
     pub entries: u64,
-    /// Bytes of files that are being deleted already.
+    /// Total size of the files that are already being deleted.
     pub deleting: u64,
 }
 
-/// What a store should evict.
+/// The amount that a store should evict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Relief {
-    /// At least so many bytes ...
+    /// Smallest number of bytes to evict.
     pub bytes: u64,
-    /// ... and at least so many entries.
+    /// Smallest number of entries to evict.
     pub entries: u64,
 }
 
 impl Space {
-    /// The room of the file system that `path` lies on. Blocks.
+    /// Samples the file system that contains `path`. Blocks.
     ///
     /// # Errors
-    /// Those of statfs(2).
+    /// The errors of statfs(2).
     #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
     pub fn of(path: &Path) -> io::Result<Self> {
         let stat = statfs(path)?;
@@ -109,7 +107,7 @@ impl Space {
         })
     }
 
-    /// What has to be free here; nothing where the file system sets no limit.
+    /// The reserve of this disk; zero where the file system has no limit.
     pub fn reserve(&self) -> Reserve {
         let part = |total: u64, min: u64, max: u64| match total {
             0 => 0,
@@ -126,18 +124,18 @@ impl Space {
         !self.has(1)
     }
 
-    /// Whether there is room to begin something. More than what [`Space::is_exhausted`] asks for, so that the answers do not
-    /// alternate.
+    /// Whether there is enough space to start new work. The threshold is higher than that of [`Space::is_exhausted`], so
+    /// that the two do not alternate.
     pub fn has_room(&self) -> bool {
         self.has(ROOM)
     }
 
-    /// Whether there is so little room that a store should give some.
+    /// Whether the store should evict to keep space free.
     pub fn is_low(&self) -> bool {
         !self.has(LOW)
     }
 
-    /// Whether there is so much more room than there was `before` that what failed then may succeed now.
+    /// Whether so much more space is free than `before` that a failed write may now succeed.
     pub fn has_more_than(&self, before: &Self) -> bool {
         let Reserve { bytes, inodes } = self.reserve();
         let has_more =
@@ -146,7 +144,7 @@ impl Space {
             || has_more(self.free_inodes, before.free_inodes, inodes)
     }
 
-    /// How soon to look again.
+    /// The interval until the next sample.
     pub fn pace(&self) -> Duration {
         let few_inodes = self.total_inodes > 0 && self.free_inodes < NEAR_INODES;
         if self.is_low() {
@@ -158,9 +156,9 @@ impl Space {
         }
     }
 
-    /// What a store on this disk should evict so that [`RELIEF`] reserves are free: at most a part of what it holds, unless
-    /// the disk would still be without room. `None` when nothing is needed, or when even half of what the store has would not
-    /// help: then it is not the store that fills the disk.
+    /// What a store on this disk should evict so that [`RELIEF`] reserves are free. It is at most a fraction of the store,
+    /// unless new work still could not start. `None` when nothing is needed, or when even half of the store would not help,
+    /// because then something else fills the disk.
     pub fn relief(&self, store: &Evictable) -> Option<Relief> {
         let Reserve { bytes, inodes } = self.reserve();
         let free = self.free_bytes.saturating_add(store.deleting);
@@ -168,7 +166,7 @@ impl Space {
             let short_of = (reserve * RELIEF).min(total / RELIEF_DISK_PART).saturating_sub(free);
             let needed = (reserve * ROOM).saturating_sub(free);
             let share = short_of.min(held / RELIEF_PART);
-            // What makes no difference is not worth losing entries for.
+            // An eviction that makes no difference is not worth the lost entries.
             let share = if share < reserve * ROOM { 0 } else { share };
             (needed <= held / 2).then(|| needed.max(share))
         };
@@ -197,7 +195,7 @@ impl std::fmt::Display for Space {
     }
 }
 
-/// Blocks that root can write on ext4, which keeps some from everybody and, usually, five per cent from everybody else.
+/// Blocks that root can write on ext4. It reserves some from everyone and, usually, five per cent from other users.
 fn available_to_root(total: u64, free: u64, available: u64) -> u64 {
     if free == available { free } else { free.saturating_sub(EXT4_KEPT_BLOCKS.min(total / 50)) }
 }
@@ -245,7 +243,7 @@ mod tests {
         let deleting = Evictable { deleting: 1000 * MIB, ..large };
         assert_eq!(full.relief(&deleting), Some(Relief { bytes: 24 * MIB, entries: 0 }));
         assert_eq!(disk(1 << 40, 1 << 30).relief(&large), None, "there is enough");
-        // A quarter of a small store goes, or what it takes to have room at all.
+        // At most a quarter of a small store is evicted, or what is needed to start new work.
         let small = |bytes| Evictable { bytes, entries: 100, deleting: 0 };
         assert_eq!(full.relief(&small(80 * MIB)), Some(Relief { bytes: 20 * MIB, entries: 0 }));
         assert_eq!(full.relief(&small(16 * MIB)), Some(Relief { bytes: 8 * MIB, entries: 0 }));

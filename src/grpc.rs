@@ -1,46 +1,46 @@
 //! The protocol edge: gRPC services over the scheduler and the store.
 //!
-//! Each service decodes, asks, encodes. What is wire stays here: nothing outside this directory (and the wiring and the client)
-//! knows tonic. The files by what they own:
+//! Each service decodes, asks and encodes. Wire types stay here: only this directory, the wiring and the client know tonic.
+//! The files:
 //!
 //! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`log_stream`], [`asset`],
 //!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors. [`services`]: what `build.rs` generates.
-//! - [`convert`]: wire to domain and back. [`inline`], [`page_token`], [`filter`],
+//! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`], [`stalled`]: parts of answers.
-//! - [`ask`]: the way to the scheduler. [`accept`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`], [`answers`],
-//!   [`request_log`], [`panic_guard`]: what every connection and call goes through.
+//! - [`ask`]: requests to the scheduler. [`accept`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`],
+//!   [`answers`], [`request_log`], [`panic_guard`]: layers that every connection and call passes.
 //!
-//! No service keeps state of its own, so any number of connections sees the same. Graceful shutdown is driven from outside:
-//! [`serve`] stops accepting when its future says so and returns when the last connection is closed.
+//! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
+//! accepting when its shutdown future completes, and returns when the last connection is closed.
 
-pub mod accept;
-pub mod action_cache;
-pub mod answers;
+pub(crate) mod accept;
+pub(crate) mod action_cache;
+pub(crate) mod answers;
 pub mod ask;
-pub mod asset;
-pub mod byte_stream;
-pub mod capabilities;
-pub mod cas;
-pub mod chunks;
-pub mod claim;
-pub mod codec;
+pub(crate) mod asset;
+pub(crate) mod byte_stream;
+pub(crate) mod capabilities;
+pub(crate) mod cas;
+pub(crate) mod chunks;
+pub(crate) mod claim;
+pub(crate) mod codec;
 mod conduct;
 pub mod convert;
-pub mod execution;
+pub(crate) mod execution;
 pub mod filter;
 mod frames;
 pub mod get_tree;
 pub mod health;
-pub mod inline;
-pub mod intake;
-pub mod log_stream;
-pub mod operation_stream;
-pub mod operations;
+pub(crate) mod inline;
+pub(crate) mod intake;
+pub(crate) mod log_stream;
+pub(crate) mod operation_stream;
+pub(crate) mod operations;
 pub mod page_token;
-pub mod panic_guard;
-pub mod request_log;
+pub(crate) mod panic_guard;
+pub(crate) mod request_log;
 pub mod services;
-pub mod stalled;
+pub(crate) mod stalled;
 
 use crate::{
     actors::{asset::client::Assets, cas::client::Cas, scheduler::settings::Priorities},
@@ -70,70 +70,72 @@ use tokio::net::TcpListener;
 use tonic::{Status, codec::CompressionEncoding, service::Routes, transport::Server};
 use tonic_health::{pb::health_server::HealthServer, server::HealthService};
 
-/// Largest request message. Above the advertised batch limit by far, so that a batch of exactly that limit passes with the
-/// digests of its blobs and whatever else is in it (GEN-24).
+/// Largest request message. Far above the advertised batch limit, so that a batch of exactly that limit fits with its
+/// digests and other fields (GEN-24).
 pub const REQUEST_MAX_BYTES: usize = 16 * 1024 * 1024;
-/// Streams that one connection may have open. A build tool keeps one open for every action that waits or runs.
+/// Number of concurrent streams on one connection. A build tool keeps one open for every action that waits or runs.
 pub const STREAMS_MAX: u32 = 20_000;
-/// Streams that a client may have reset before this server looked at them. Build tools cancel by the hundred when a build
-/// fails; the library's own bound of 20 would close their connection over it.
+/// Number of streams that a client may have reset before the server has processed them. A failed build cancels hundreds of
+/// calls at once; the library's default of 20 would close its connection.
 pub const PENDING_RESETS_MAX: usize = STREAMS_MAX as usize;
-/// Bytes that one stream may send ahead of its handler; what a fast link with 10 ms of latency needs.
+/// Flow-control window of a stream: the bytes that it may send ahead of its handler. Sufficient for a fast link with a
+/// latency of 10 ms.
 pub const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
-/// Bytes that one connection may send ahead of all its handlers, as far as all connections together are within their bound
-/// ([`crate::connections::ahead`]); what is collected of unfinished messages counts elsewhere ([`intake`]). It also sets how many small frames the HTTP/2 library lets wait: half of it in bytes, 256 for each. A window
-/// that starts small and adapts would close connections on which 170 small requests arrive at once.
+/// Flow-control window of a connection: the bytes that it may send ahead of all its handlers, while all connections
+/// together are within their limit ([`crate::connections::ahead`]). Collected parts of unfinished messages are counted
+/// elsewhere ([`intake`]). The HTTP/2 library derives from it how many small frames may wait: half of it in bytes, at 256
+/// for each. A smaller or adaptive window would close connections on which 170 small requests arrive at once.
 pub const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
-/// Largest header list of a request.
+/// Largest header list of a request, in bytes.
 pub const HEADERS_MAX_BYTES: u32 = 64 * 1024;
-/// Silence after which the other end is pinged, also on idle connections; with [`PING_TIMEOUT`], a connection that a NAT
-/// dropped is noticed within a minute.
+/// Idle time after which the client is pinged. Together with [`PING_TIMEOUT`], a connection that was dropped by a NAT is
+/// noticed within a minute.
 pub const PING_INTERVAL: Duration = Duration::from_secs(30);
-/// How long the answer to a ping may take.
+/// Time limit for the answer to a ping.
 pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Messages of Execute and WaitExecution.
+/// The response messages of Execute and WaitExecution.
 pub type OperationStream = BoxStream<'static, Result<longrunning::Operation, Status>>;
-/// Messages of GetTree.
+/// The response messages of GetTree.
 pub type TreeStream = BoxStream<'static, Result<reapi::GetTreeResponse, Status>>;
-/// Messages of ByteStream.Read.
+/// The response messages of ByteStream.Read.
 pub type ReadStream = BoxStream<'static, Result<bytestream::ReadResponse, Status>>;
 
-/// What the services need to answer: where to ask, and a few settings.
+/// The resources and settings of the services.
 #[derive(Debug)]
 pub struct Edge {
-    /// The namespaces.
+    /// The instances that requests may name.
     pub instances: Instances,
-    /// The store.
+    /// The store of blobs and action results.
     pub cas: Cas,
-    /// The scheduler; `None` where execution is switched off.
+    /// The scheduler; `None` if execution is disabled.
     pub scheduler: Option<Scheduler>,
-    /// The log streams.
+    /// Log streams of clients and of running actions.
     pub log_streams: LogStreams,
-    /// Remote assets; `None` where they are not served.
+    /// The assets service; `None` if it is disabled.
     pub assets: Option<Assets>,
     /// Counts the calls that a shutdown waits for.
     pub under_way: UnderWay,
-    /// The connections, and what they may have under way.
+    /// The open connections and their limits.
     pub connections: Connections,
-    /// What the configuration says about the protocol.
-    pub settings: Settings,
+    /// The settings that are visible on the wire.
+    pub settings: ProtocolSettings,
 }
 
-/// The part of the configuration that shows on the wire.
+/// The part of the configuration that is visible on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Settings {
-    /// Largest blob that is accepted, in bytes (CAP-15).
+pub struct ProtocolSettings {
+    /// Size limit of one blob in bytes (CAP-15).
     pub max_blob_bytes: u64,
-    /// What a finished compressed upload answers (BS-25).
+    /// The `committed_size` after a compressed upload (BS-25).
     pub compressed_committed_size: CommittedSize,
-    /// Whether blobs are split and spliced (CAP-16).
+    /// Whether SplitBlob and SpliceBlob are offered (CAP-16).
     pub chunking: bool,
-    /// The priorities of actions that count (CAP-18).
+    /// The range of effective priorities (CAP-18).
     pub priorities: Priorities,
 }
 
-impl From<&Config> for Settings {
+impl From<&Config> for ProtocolSettings {
     fn from(config: &Config) -> Self {
         Self {
             max_blob_bytes: config.cache.max_blob_size_gb.bytes(),
@@ -145,10 +147,10 @@ impl From<&Config> for Settings {
 }
 
 impl Edge {
-    /// The scheduler.
+    /// The scheduler, if execution is enabled.
     ///
     /// # Errors
-    /// [`Error::Unimplemented`] where execution is switched off (CAP-08).
+    /// [`Error::Unimplemented`] if execution is disabled (CAP-08).
     pub fn scheduler(&self) -> Result<&Scheduler> {
         self.scheduler.as_ref().ok_or_else(|| {
             Error::Unimplemented(
@@ -158,12 +160,12 @@ impl Edge {
     }
 }
 
-/// Serves on `listener` until `shutdown` ends; then accepts nothing more, tells clients to go elsewhere, and returns when all
-/// open streams are over and all connections closed. The caller ends the streams that would go on for long, by draining the
-/// scheduler and closing the log streams, and knows from [`Edge::under_way`] when those that are left may be cut.
+/// Serves on `listener` until `shutdown` completes. Then it accepts no new connections, sends GOAWAY, and returns when all
+/// open streams have ended and all connections are closed. The caller ends long-lived streams by draining the scheduler and
+/// closing the log streams, and learns from [`Edge::under_way`] when the remaining ones may be cut.
 ///
 /// # Errors
-/// [`Error::Internal`] when the services cannot be set up or the transport fails as a whole.
+/// [`Error::Internal`] when the services cannot be created or the transport fails as a whole.
 pub async fn serve(
     edge: Arc<Edge>,
     health: &Health,
@@ -190,7 +192,7 @@ pub async fn serve(
         .map_err(|error| Error::Internal(format!("the gRPC server failed: {error}")))
 }
 
-/// Sets the limits that all our services share.
+/// Sets the message limits that all services share.
 macro_rules! limited {
     ($service:expr) => {
         $service

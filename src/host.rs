@@ -1,29 +1,29 @@
-//! [`HostRule`]: which hosts an entry of the configuration covers: a name or an address, `*.example.com`, `*`. Pure.
+//! [`HostRule`]: the hosts that a configuration entry matches: a name or an address, `*.example.com`, or `*`. Pure.
 //!
-//! Hosts are compared as [`bare`] writes them.
+//! Hosts are compared in the form that [`bare`] returns.
 
 use std::net::{IpAddr, Ipv6Addr};
 
-/// An entry of a list of hosts.
+/// An entry of a host list in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum HostRule {
-    /// Every host.
+pub(crate) enum HostRule {
+    /// Matches every host.
     Any,
-    /// This name or address.
+    /// Matches this name or address.
     Is(String),
-    /// Every name with this ending, which begins with a dot.
+    /// Matches every name with this suffix, which starts with a dot.
     Below(String),
 }
 
-/// A host without brackets, final dot and capitals.
-pub fn bare(host: &str) -> String {
+/// Removes brackets and the final dot, and converts to lower case.
+pub(crate) fn bare(host: &str) -> String {
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase()
 }
 
 impl HostRule {
-    /// Reads an entry without a port; `None` when it is no host.
-    pub fn parse(text: &str) -> Option<Self> {
+    /// Parses an entry without a port; `None` if it is not a host.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         if text == "*." {
             return None;
         }
@@ -40,12 +40,12 @@ impl HostRule {
         (fine && is_name).then_some(rule)
     }
 
-    /// Whether it covers a bare host.
-    pub fn covers(&self, host: &str) -> bool {
+    /// Whether the rule matches a host in [`bare`] form.
+    pub(crate) fn covers(&self, host: &str) -> bool {
         match self {
             Self::Any => true,
             Self::Is(name) => name == host,
-            // An address is not below anything.
+            // A suffix never matches an address.
             Self::Below(tail) => host.ends_with(tail.as_str()) && host.parse::<IpAddr>().is_err(),
         }
     }

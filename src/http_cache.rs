@@ -1,24 +1,24 @@
 //! The cache over HTTP/1.1, for tools that do not speak gRPC: Bazel's `--remote_cache=http://`, ccache, sccache, Gradle.
 //!
-//! The same store under the same rules, by other names:
+//! The same store under the same rules, with other names:
 //!
-//! - `/cas/HASH`: blobs. What is put there has that hash, or is refused.
-//! - `/ac/HASH`: action results, as Bazel writes them: an ActionResult message under the hash of its Action. They are the ones
-//!   that gRPC clients see, checked alike on the way in and complete on the way out.
-//! - `/cache/KEY`: opaque values under any key, for tools that have a format of their own. They are stored as blobs, and bound
-//!   to their keys by action results that nobody else asks for, so they are evicted and survive restarts like everything else.
-//!   WebDAV clients find a collection at every key that ends with a slash ([`webdav`]).
+//! - `/cas/HASH`: blobs. Content that does not match the hash is refused.
+//! - `/ac/HASH`: action results in Bazel's format: an ActionResult message under the hash of its Action. gRPC clients see
+//!   the same results. They are checked in the same way when they are written, and are complete when they are read.
+//! - `/cache/KEY`: opaque values under any key, for tools with their own format. They are stored as blobs, and action
+//!   results that no client can request bind them to their keys, so they are evicted and survive restarts like everything
+//!   else. For WebDAV clients, every key that ends with a slash is a collection ([`webdav`]).
 //!
-//! Each may have the name of an instance in front. A hash comes without a size: the store finds the one that it has. Where a
-//! result is put before its Action, the size is not known, and the result is kept under size 0: HTTP clients find it, gRPC
-//! clients do not. Bazel uploads the Action first.
+//! Each path may start with the name of an instance. A hash comes without a size, so the store looks for a blob with this
+//! hash. If a result is written before its Action, the size is unknown and the result is stored under size 0: HTTP clients
+//! find it, gRPC clients do not. Bazel uploads the Action first.
 //!
-//! Nothing here knows gRPC. A request counts as a call does ([`Connections::calls`]), and what it has sent counts as the bytes of
-//! any upload do. The only state of its own is the budget of decoders.
+//! Nothing here depends on gRPC. A request counts like a call ([`Connections::calls`]), and its body counts like any
+//! upload. The only state of this module is the budget of decoders.
 
 mod body;
 mod connection;
-pub mod hosts;
+pub(crate) mod hosts;
 pub mod range;
 mod read;
 mod request_log;
@@ -31,7 +31,7 @@ use crate::{
     actors::cas::client::Cas,
     budget::{Bounds, Budget},
     connections::Connections,
-    instance::Instances,
+    instance::{Instance, Instances},
     under_way::UnderWay,
 };
 use axum::{
@@ -43,40 +43,44 @@ use axum::{
 use connection::Ends;
 use futures::FutureExt as _;
 use gorego_reapi::error::Result;
-use hosts::{Hosts, Refusal};
-use request_log::Line;
+use hosts::{HostRefusal, Hosts};
+use request_log::RequestLog;
 use resource::Resource;
 use std::{future::Future, sync::Arc};
 use tokio::net::TcpListener;
 
-/// Target of this room's log lines.
+/// Target of the log lines of this module.
 const LOG: &str = "gorego::http";
-/// Encoded uploads at a time; more are told to come back. Each holds the window that its client chose, 8 MiB at most.
+/// Number of concurrent compressed uploads; further ones are told to retry. Each holds the window that its client chose, at
+/// most 8 MiB.
 const DECODERS: Bounds = Bounds { what: "encoded uploads at a time", total: 256, connection: 1 };
 
-/// What requests are answered from.
+/// The resources from which requests are answered.
 #[derive(Debug)]
 pub struct HttpCache {
-    /// The namespaces.
+    /// The namespaces that paths may name.
     pub instances: Instances,
-    /// The store.
+    /// The store of blobs and action results.
     pub cas: Cas,
-    /// The names that requests may be for.
+    /// The host names that requests may use.
     pub hosts: Hosts,
-    /// Largest blob that is accepted (CAP-15).
+    /// Size limit of one blob in bytes (CAP-15).
     pub max_blob_bytes: u64,
     /// Counts the requests that a shutdown waits for.
     pub under_way: UnderWay,
-    /// The connections of this port and of others.
+    /// The open connections of all ports.
     pub connections: Connections,
 }
+
+/// The instance that a request names, with the server of the request.
+type Target<'a> = (&'a HttpCache, &'a Instance);
 
 struct Service {
     cache: HttpCache,
     decoders: Budget,
 }
 
-/// Serves on `listener` until `shutdown` ends, then finishes what is under way.
+/// Serves on `listener` until `shutdown` completes, then finishes the open requests.
 pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Future<Output = ()>) {
     let connections = cache.connections.clone();
     let service = Arc::new(Service { cache, decoders: Budget::new(DECODERS) });
@@ -88,13 +92,18 @@ pub async fn serve(cache: HttpCache, listener: TcpListener, shutdown: impl Futur
 
 async fn answer(service: Arc<Service>, ends: Ends, request: Request) -> Response {
     let cache = &service.cache;
-    let mut line =
-        Line::new(&cache.connections, &ends.client, request.method(), request.uri(), cache.under_way.begin());
+    let mut line = RequestLog::new(
+        &cache.connections,
+        &ends.client,
+        request.method(),
+        request.uri(),
+        cache.under_way.begin(),
+    );
     let host = cache.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
     if let Err(refusal) = host {
         let (code, why) = match refusal {
-            Refusal::Malformed(why) => (StatusCode::BAD_REQUEST, why.to_owned()),
-            Refusal::Stranger(why) => (StatusCode::MISDIRECTED_REQUEST, why),
+            HostRefusal::Malformed(why) => (StatusCode::BAD_REQUEST, why.to_owned()),
+            HostRefusal::Stranger(why) => (StatusCode::MISDIRECTED_REQUEST, why),
         };
         let response = status::plain(code, &why);
         line.refused(why);
@@ -122,15 +131,15 @@ async fn answer(service: Arc<Service>, ends: Ends, request: Request) -> Response
     line.follow(response)
 }
 
-/// The answer to a request that may be sent again in a second.
+/// The response to a request that may be retried after a second.
 fn busy(why: &str) -> Response {
     let mut response = status::plain(StatusCode::SERVICE_UNAVAILABLE, why);
     response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     response
 }
 
-/// One request: which thing, and what to do with it.
-async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut Line) -> Result<Response> {
+/// Handles one request.
+async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut RequestLog) -> Result<Response> {
     let resource = Resource::parse(request.uri().path())?;
     let instance = match resource.instance_name() {
         Some(name) => Some(cache.instances.get(name)?),
@@ -146,7 +155,7 @@ async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut Line) -> R
     line.instance(&instance);
     let target = (cache, &instance);
     if request.method() == Method::HEAD {
-        // Ranges are for GET only.
+        // Ranges apply only to GET.
         request.headers_mut().remove(header::RANGE);
     }
     match (request.method().as_str(), resource) {
@@ -173,7 +182,7 @@ async fn dispatch(cache: &HttpCache, mut request: Request, line: &mut Line) -> R
     }
 }
 
-/// A response without its body, whose headers still describe it.
+/// Removes the body of a response. The headers still describe it.
 fn headers(response: Response) -> Response {
     response.map(|_| Body::empty())
 }

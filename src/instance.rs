@@ -1,8 +1,8 @@
-//! Instances: the separate namespaces of one endpoint.
+//! Instances: separate namespaces behind one endpoint.
 //!
 //! Blobs, action results and operations of one instance are invisible from another (GEN-15), unless the configuration lets
-//! two share their blobs. An [`Instance`] in hand is one that the configuration lists; an unknown name is an error that no
-//! client can take for a cache miss (GEN-14). What its clients may do is its [`Policy`].
+//! them share blobs. An [`Instance`] is always one that is configured. An unknown name is an error that no client mistakes
+//! for a cache miss (GEN-14). The [`Policy`] of an instance says what its clients may do.
 
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
@@ -11,25 +11,25 @@ use gorego_reapi::{
 };
 use std::{collections::HashMap, fmt, sync::Arc};
 
-/// A small number that stands for an instance inside this process; not stable across restarts.
+/// The number of an instance within this process. It may change at a restart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InstanceId(pub u16);
 
 /// What clients of an instance may do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    /// The digest functions, each once, in the order of [`DigestFunction::ALL`]; at least one (CAP-05).
+    /// The enabled digest functions, each once, in the order of [`DigestFunction::ALL`]; at least one (CAP-05).
     pub digest_functions: Vec<DigestFunction>,
     /// Whether clients may write action results (AC-12, CAP-09).
     pub action_cache_updates: bool,
-    /// Whether actions are run, where the server runs any (CAP-01, CAP-08).
+    /// Whether clients may execute actions, if the server executes any (CAP-01, CAP-08).
     pub execution: bool,
-    /// The instance whose blobs these are, by name; `None` for blobs of its own (GEN-15).
+    /// The name of the instance whose blobs it shares; `None` if it has its own (GEN-15).
     pub blobs_of: Option<String>,
 }
 
 impl Default for Policy {
-    /// Everything is allowed, nothing is shared.
+    /// Everything is allowed and nothing is shared.
     fn default() -> Self {
         Self {
             digest_functions: DigestFunction::ALL.to_vec(),
@@ -40,7 +40,7 @@ impl Default for Policy {
     }
 }
 
-/// A configured instance.
+/// A configured instance. Cheap to clone.
 #[derive(Clone)]
 pub struct Instance {
     id: InstanceId,
@@ -54,17 +54,17 @@ struct Inner {
 }
 
 impl Instance {
-    /// The number of this instance in this process: the namespace of its action results and operations.
+    /// The namespace of its action results and operations.
     pub fn id(&self) -> InstanceId {
         self.id
     }
 
-    /// The namespace of its blobs: that of another instance where the configuration lets them share (GEN-15).
+    /// The namespace of its blobs. It is another instance's if they share blobs (GEN-15).
     pub fn blobs(&self) -> InstanceId {
         self.blobs
     }
 
-    /// The name as on the wire; empty for the default instance.
+    /// The name on the wire; empty for the default instance.
     pub fn name(&self) -> &str {
         &self.inner.name
     }
@@ -74,17 +74,17 @@ impl Instance {
         &self.inner.policy
     }
 
-    /// A resource name under this instance: `rest` alone for the empty name (GEN-12).
+    /// The resource name of `rest` in this instance; `rest` itself if the name is empty (GEN-12).
     pub fn qualify(&self, rest: &str) -> String {
         if self.name().is_empty() { rest.to_owned() } else { format!("{}/{rest}", self.name()) }
     }
 
-    /// The digest function of a request: the number it sent, else what the first hash of a familiar length says, else the
-    /// preferred one (GEN-08). Hashes of another length are for [`Digest::from_wire`] to refuse, one by one or all together
-    /// (GEN-10).
+    /// The digest function of a request: the one with the number in the request; otherwise the one that the first hash of a
+    /// known length implies; otherwise the preferred one (GEN-08). Hashes of other lengths are left to
+    /// [`Digest::from_wire`], which refuses them one by one or together (GEN-10).
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a function that is not to be used here (GEN-09), or when several would do.
+    /// [`Error::Invalid`] for a function that is not enabled here (GEN-09), or when several functions match.
     pub fn digest_function(
         &self,
         number: i32,
@@ -101,11 +101,11 @@ impl Instance {
         }
     }
 
-    /// A blob that a resource name speaks of. Names of the older functions do not say which one is meant, and one client
-    /// leaves it out for the newer ones too: with a server that has only one of the right length, it means that one.
+    /// Checks the digest in a resource name. Names do not include the older functions, and one client omits the newer ones
+    /// too: if the server has only one function with this hash length, the client means that one.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a function that is not to be used here (GEN-09).
+    /// [`Error::Invalid`] for a function that is not enabled here (GEN-09).
     pub fn digest_in_name(&self, digest: Digest, function_is_named: bool) -> Result<Digest> {
         if function_is_named || self.supported(digest.function()).is_ok() {
             return self.supported(digest.function()).map(|_| digest);
@@ -122,7 +122,7 @@ impl Instance {
         }
         let names: Vec<&str> = functions.iter().map(|function| function.name()).collect();
         Err(Error::Invalid(format!(
-            "digest function {} is not to be used with instance name \"{}\"; supported are {}",
+            "digest function {} is not enabled for instance name \"{}\"; supported are {}",
             function.name(),
             self.name(),
             names.join(", ")
@@ -143,24 +143,24 @@ impl PartialEq for Instance {
 }
 impl Eq for Instance {}
 
-/// The instances of this endpoint; cheap to clone.
+/// The instances of this server. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Instances(Arc<HashMap<String, Instance>>);
 
 impl Instances {
-    /// Instances with these names, in order of their ids, that may do everything.
+    /// Creates unrestricted instances with these names, with ids in this order.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a malformed or repeated name, or for none at all.
+    /// [`Error::Invalid`] for a malformed or repeated name, or an empty list.
     pub fn new(names: impl IntoIterator<Item = impl AsRef<str>>) -> Result<Self> {
         Self::with_policies(names.into_iter().map(|name| (name.as_ref().to_owned(), Policy::default())))
     }
 
-    /// Instances with these names and policies, in order of their ids.
+    /// Creates instances with these names and policies, with ids in this order.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a malformed or repeated name, for none at all, and for a policy that shares the blobs of an
-    /// instance that does not exist or has none of its own.
+    /// [`Error::Invalid`] for a malformed or repeated name, an empty list, or a policy that shares the blobs of an instance
+    /// that does not exist or itself shares another's.
     pub fn with_policies(instances: impl IntoIterator<Item = (String, Policy)>) -> Result<Self> {
         let mut map: HashMap<String, Instance> = HashMap::new();
         for (name, policy) in instances {
@@ -186,7 +186,7 @@ impl Instances {
                 Some((id, true)) => *id,
                 Some((_, false)) => {
                     return Err(Error::Invalid(format!(
-                        "instance name \"{}\" shares the blobs of \"{owner}\", which has none of its own",
+                        "instance name \"{}\" shares the blobs of \"{owner}\", which itself shares the blobs of another instance",
                         instance.name()
                     )));
                 }
@@ -201,7 +201,7 @@ impl Instances {
         Ok(Self(Arc::new(map)))
     }
 
-    /// The instance of this name.
+    /// Looks up an instance by name.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a malformed or unknown name.
@@ -212,7 +212,7 @@ impl Instances {
         })
     }
 
-    /// Every instance, in order of id.
+    /// All instances in order of their ids.
     pub fn all(&self) -> Vec<Instance> {
         let mut all: Vec<_> = self.0.values().cloned().collect();
         all.sort_by_key(Instance::id);
@@ -262,7 +262,7 @@ mod tests {
         assert_eq!(all.digest_function(9, [64]), Ok(Blake3));
     }
 
-    /// BS-03: and a client that never names a function may use a server that has only a newer one.
+    /// BS-03: a client that never names a function may use a server that has only a newer one.
     #[test]
     fn a_name_without_a_function_means_an_older_one_unless_there_is_only_a_newer_one() {
         use DigestFunction::{Blake3, Sha256};

@@ -1,21 +1,21 @@
 //! Log streams: bytes that can be read while they are still being written (LOG-01..05, EXE-64).
 //!
-//! [`LogStreams`] is the one owner of both kinds. *Run streams* are the standard output and error of a running action. They
-//! cost nothing until somebody reads: a reader tails the log file that the runner fills, and once the worker has stored that
-//! file, the stream is the stored blob. *Client streams* are made by CreateLogStream and written through ByteStream.Write;
-//! their bytes lie in a spool file without a name, which the kernel frees with its last reader.
+//! [`LogStreams`] owns both kinds. *Run streams* are the standard output and error of a running action. They cost nothing
+//! until a client reads them: a reader follows the log file that the runner writes, and once the worker has stored that
+//! file, the stream is the stored blob. *Client streams* are created by CreateLogStream and written by ByteStream.Write.
+//! Their bytes are in an unlinked spool file, which the kernel frees when the last reader closes it.
 //!
-//! Invariants: a stream only grows; a reader gets each byte once and in order, and never holds up the writer; whatever is here
-//! is bounded ([`Limits`] and the constants below), and every stream ends: by itself, by idling, or with the server. What
-//! clients have not finished is shared out among them as a [`Budget`].
+//! Invariants: a stream only grows; a reader gets each byte once and in order, and never delays the writer; everything is
+//! bounded ([`StreamLimits`] and the constants below); and every stream ends by itself, by idling, or at shutdown. Unfinished
+//! client streams are charged to their clients with a [`Budget`].
 //!
-//! The bookkeeping is pure ([`registry`]); the lock around it is taken in this file only, and never across IO or a wait. Not
-//! here: the wire ([`crate::grpc::log_stream`]), and the blobs that ended run streams have become.
+//! The bookkeeping is pure ([`registry`]). Its lock is taken only in this file, and never held across IO or a wait. The
+//! wire format ([`crate::grpc::log_stream`]) and the blobs of finished run streams are handled elsewhere.
 
-pub mod follow;
+pub(crate) mod follow;
 pub mod name;
-pub mod registry;
-pub mod run;
+pub(crate) mod registry;
+pub(crate) mod run;
 mod spool;
 
 use crate::{
@@ -39,63 +39,62 @@ use std::{
 use tokio::sync::watch;
 use uuid::Uuid;
 
-pub use registry::Limits;
+pub use registry::StreamLimits;
 
-/// Largest stream of a client, in bytes; a log that people read is far below.
+/// Size limit of a client stream in bytes, far above any log that people read.
 pub const MAX_STREAM_BYTES: u64 = 256 * 1024 * 1024;
-/// Readers that may follow streams at the same time. Each may hold a file open, and those of run streams look at it ten times
-/// a second.
+/// Number of concurrent readers. Each may hold a file open, and readers of run streams poll it ten times a second.
 pub const MAX_READERS: u64 = 1024;
-/// How often streams that are over their time are looked for.
+/// Interval between checks for expired streams.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 const GIVEN_UP: &str = "log_streams_given_up";
 
-/// What a server sets.
+/// Limits and directories of the log streams.
 #[derive(Debug, Clone)]
 pub struct LogSettings {
-    /// Whether clients may make streams of their own (LOG-01).
+    /// Whether clients may create streams (LOG-01).
     pub client_streams: bool,
-    /// Bounds on the streams of clients.
-    pub clients: Limits,
-    /// Bounds on the streams of runs, which hold no bytes.
-    pub runs: Limits,
-    /// Where spool files are made; an existing directory on the disk that may fill with them.
+    /// Limits on client streams.
+    pub clients: StreamLimits,
+    /// Limits on run streams, which hold no bytes.
+    pub runs: StreamLimits,
+    /// Directory for spool files. It must exist, on a disk that they may fill.
     pub spool_directory: PathBuf,
 }
 
-/// All log streams of a server; cheap to clone.
+/// All log streams of a server. Cheap to clone.
 #[derive(Clone)]
 pub struct LogStreams(Arc<Inner>);
 
 struct Inner {
     client_streams: bool,
-    /// Places of unfinished streams of clients.
+    /// One unit for each unfinished client stream.
     places: Budget,
-    /// Bytes of unfinished streams of clients.
+    /// Bytes of unfinished client streams.
     bytes: Budget,
     spool_directory: PathBuf,
-    books: Mutex<Books>,
-    /// Places of readers.
+    books: Mutex<Registries>,
+    /// One unit for each reader.
     readers: Budget,
     closing: watch::Sender<bool>,
 }
 
-struct Books {
+struct Registries {
     clients: Registry<Arc<ClientStream>>,
     runs: Registry<Arc<RunStreams>>,
 }
 
-/// A stream that a client made.
+/// A stream that a client created.
 struct ClientStream {
     parent: String,
     token: WriteToken,
     spool: Arc<Spool>,
-    /// What it takes of the bounds while it is not finished.
+    /// The budget shares of the stream until it is finished.
     held: Mutex<Option<Held>>,
 }
 
-/// A place, and room for bytes.
+/// The budget shares of an unfinished stream: its place and its bytes.
 struct Held {
     _place: Share,
     bytes: Share,
@@ -106,7 +105,7 @@ impl ClientStream {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives back what it held: it is finished, or given up.
+    /// Returns the budget shares, because the stream is finished or was given up.
     fn release(&self) {
         drop(self.held().take());
     }
@@ -119,16 +118,16 @@ impl std::fmt::Debug for LogStreams {
 }
 
 impl LogStreams {
-    /// No streams yet. Nothing is touched on disk.
+    /// Creates an empty set of streams. Does not access the disk.
     pub fn new(settings: LogSettings) -> Self {
-        let Limits { streams, bytes, .. } = settings.clients;
+        let StreamLimits { streams, bytes, .. } = settings.clients;
         let bounds = |what, total| Budget::new(Bounds { what, total, connection: total });
         Self(Arc::new(Inner {
             client_streams: settings.client_streams,
             places: bounds("unfinished log streams", streams as u64),
             bytes: bounds("bytes of unfinished log streams", bytes),
             spool_directory: settings.spool_directory,
-            books: Mutex::new(Books {
+            books: Mutex::new(Registries {
                 clients: Registry::new(settings.clients),
                 runs: Registry::new(settings.runs),
             }),
@@ -137,10 +136,10 @@ impl LogStreams {
         }))
     }
 
-    /// Whether clients may make streams (LOG-01).
+    /// Checks whether clients may create streams (LOG-01).
     ///
     /// # Errors
-    /// `Unimplemented` where they may not.
+    /// `Unimplemented` if they may not.
     pub fn check_creation(&self) -> Result<()> {
         if self.0.client_streams {
             return Ok(());
@@ -149,11 +148,11 @@ impl LogStreams {
         Err(Error::Unimplemented(message.into()))
     }
 
-    /// Makes a stream below `parent`, which was checked. Its write name is the secret of the client that made it (LOG-01). It is
-    /// charged to that client until it is finished.
+    /// Creates a stream below `parent`, which the caller has checked. Only the client that created it knows its write name
+    /// (LOG-01). It is charged to that client until it is finished.
     ///
     /// # Errors
-    /// `Unimplemented` where clients may not make streams; `Exhausted` when there are too many, or too many of this caller.
+    /// `Unimplemented` if clients may not create streams; `Exhausted` when there are too many, in total or of this caller.
     pub fn create(&self, parent: String, caller: Caller) -> Result<LogName> {
         self.check_creation()?;
         let held = Held { _place: self.0.places.take(caller, 1)?, bytes: self.0.bytes.take(caller, 0)? };
@@ -166,10 +165,10 @@ impl LogStreams {
         Ok(LogName { parent, id: StreamId::Client(id), token: Some(token) })
     }
 
-    /// The right to append to a stream, which its write name gives.
+    /// The right to append to the stream with this write name.
     ///
     /// # Errors
-    /// `Invalid` for a name that is for reading (LOG-02); `NotFound` for all that is not here.
+    /// `Invalid` for a read name (LOG-02); `NotFound` for an unknown stream.
     pub fn writer(&self, name: &LogName) -> Result<Writer> {
         let Some(token) = &name.token else {
             return Err(Error::Invalid(format!(
@@ -186,14 +185,14 @@ impl LogStreams {
         Ok(Writer { streams: self.clone(), id, stream })
     }
 
-    /// A reader of a stream, from whatever offset, to its end (LOG-03).
+    /// A reader of a stream, from any offset to its end (LOG-03).
     ///
     /// # Errors
-    /// `Invalid` for a name that is for writing (LOG-02); `NotFound` for all that is not here; `Exhausted` when too many
-    /// readers follow, or too many of this caller.
+    /// `Invalid` for a write name (LOG-02); `NotFound` for an unknown stream; `Exhausted` when there are too many readers,
+    /// in total or of this caller.
     pub fn follow(&self, name: &LogName, caller: Caller) -> Result<Follower> {
         if name.token.is_some() {
-            return Err(Error::invalid("a write_resource_name cannot be read; leave its last segment off"));
+            return Err(Error::invalid("a write_resource_name cannot be read; omit its last segment"));
         }
         let place = self.0.readers.take(caller, 1)?;
         let closing = self.0.closing.subscribe();
@@ -213,8 +212,8 @@ impl LogStreams {
         }
     }
 
-    /// Opens the streams of a run whose output goes to the files `stdout` and `stderr` of `directory`; `None` when there are
-    /// too many streams. Costs no system call but the one that makes an unguessable id.
+    /// Registers the streams of a run that writes to the files `stdout` and `stderr` in `directory`; `None` when there are
+    /// too many streams. The only system call creates an unguessable id.
     pub fn begin_run(&self, instance: &Instance, directory: &Path) -> Option<LiveRun> {
         let id = Uuid::new_v4();
         let run = Arc::new(RunStreams::new(instance.clone(), directory.to_owned()));
@@ -222,7 +221,7 @@ impl LogStreams {
         Some(LiveRun { streams: self.clone(), id, run })
     }
 
-    /// Forgets what is over its time, every few seconds, until [`LogStreams::close`].
+    /// Removes expired streams every few seconds, until [`LogStreams::close`].
     pub async fn sweep(self) {
         let mut closing = self.0.closing.subscribe();
         let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
@@ -239,7 +238,7 @@ impl LogStreams {
                     let unfinished = give_up(expired);
                     if unfinished > 0 {
                         Event::info("gorego::log_streams", GIVEN_UP).with("streams", unfinished).log(format_args!(
-                            "nobody wrote to some log streams for too long; they are forgotten"
+                            "some log streams were not written to for too long and are removed"
                         ));
                     }
                 }
@@ -247,17 +246,17 @@ impl LogStreams {
         }
     }
 
-    /// Ends every reader and writer that waits for more, with a status that clients retry: the server is going down.
+    /// Ends every waiting reader and writer with a status that clients retry, because the server is shutting down.
     pub fn close(&self) {
         self.0.closing.send_replace(true);
     }
 
-    fn books(&self) -> MutexGuard<'_, Books> {
+    fn books(&self) -> MutexGuard<'_, Registries> {
         self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Readers of a stream that was not finished must not take its end for a good one. Says how many were not.
+/// Aborts unfinished streams, so that their readers do not mistake the abort for a regular end. Returns their number.
 fn give_up(streams: impl IntoIterator<Item = Arc<ClientStream>>) -> usize {
     let mut unfinished = 0;
     for stream in streams {
@@ -279,33 +278,33 @@ pub struct Writer {
     stream: Arc<ClientStream>,
 }
 
-/// How far a client stream is.
+/// The state of a client stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Committed {
-    /// Its length in bytes; what the next Write has to start at.
+    /// Its length in bytes, which is the offset of the next write.
     pub bytes: u64,
-    /// Nothing can be added any more.
+    /// Whether the stream is complete.
     pub finished: bool,
 }
 
 impl Writer {
-    /// How far the stream is now.
+    /// The current length of the stream.
     pub fn committed(&self) -> Committed {
         self.stream.spool.committed()
     }
 
-    /// Ends when the server goes down, and the stream with it.
+    /// Completes when the server shuts down and the stream ends.
     pub async fn closing(&self) -> Error {
         let _ = self.streams.0.closing.subscribe().wait_for(|closing| *closing).await;
         Error::Unavailable("this server is shutting down, and its log streams end with it".into())
     }
 
-    /// Adds bytes at `offset`, which must be the stream's length; with `finish`, nothing can follow. Readers have them when
-    /// this returns. What was begun is carried out even if the caller goes away meanwhile.
+    /// Appends bytes at `offset`, which must be the length of the stream. `finish` completes the stream. Readers see the
+    /// bytes when this returns. A started write is completed even if the future is dropped.
     ///
     /// # Errors
-    /// `Invalid` for any other offset, `Precondition` after the end (LOG-04), `OutOfRange` beyond the bound of one stream,
-    /// `Exhausted` at that of all; those of the disk.
+    /// `Invalid` for any other offset; `Precondition` after the end (LOG-04); `OutOfRange` beyond the limit of one stream;
+    /// `Exhausted` at the limit of all streams; errors of the disk.
     pub async fn append(&self, offset: u64, data: Bytes, finish: bool) -> Result<Committed> {
         let turn = self.stream.spool.turn(offset).await?;
         let size = data.len() as u64;
@@ -336,7 +335,7 @@ impl Writer {
     }
 }
 
-/// The streams of a run that goes on, held by whoever runs it. When this is dropped they end.
+/// The streams of a running action, held by its worker. Dropping it ends them.
 pub struct LiveRun {
     streams: LogStreams,
     id: Uuid,
@@ -344,12 +343,12 @@ pub struct LiveRun {
 }
 
 impl LiveRun {
-    /// What their names are made of.
+    /// The id that their names contain.
     pub fn logs(&self) -> RunLogs {
         RunLogs(self.id)
     }
 
-    /// One of the files is complete and is this blob; `None` when it is empty.
+    /// Records that one of the files is complete and stored as this blob; `None` when it is empty.
     pub fn stored(&self, kind: LogKind, digest: Option<gorego_reapi::digest::Digest>) {
         self.run.end(kind, RunState::Stored(digest));
     }
@@ -364,7 +363,7 @@ impl Drop for LiveRun {
     }
 }
 
-/// Runs work on files on a thread for that; it is carried out even if the caller goes away.
+/// Runs file operations on the blocking pool. They are completed even if the future is dropped.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(Error::internal)?
 }

@@ -1,13 +1,13 @@
 //! Logs: records of the `log` crate with key-values, filtered by env_logger and written as JSON lines or as text.
 //!
-//! A line is one [`Event`] of this server or a message of a library, which gets `event = "library"` and its key-values in an
-//! object of their own, so that a library can never change the type of a documented field. `docs/logs.md` lists events and
-//! fields. Each thread writes its lines into a buffer of its own that it uses again, and hands them to one thread that writes
-//! them to standard error in batches, so lines never mix and nobody waits for a reader. Lines of level error are written at
-//! once. Panics are logged like everything else. Where the process ends, [`flush`] or a [`FlushOnDrop`] writes the last lines.
+//! A line is either an [`Event`] of this server or a message of a library. Library messages have `event = "library"` and
+//! nest their key-values in an object, so that a library can never change the type of a documented field. `docs/logs.md`
+//! lists events and fields. Each thread formats lines in its own reusable buffer and hands them to one writer thread, which
+//! writes them to standard error in batches. So lines never mix, and no thread waits for standard error. Lines of level
+//! error are written immediately. Panics are logged like everything else. At the end of the process, [`flush`] or a
+//! [`FlushOnDrop`] writes the last lines.
 //!
-//! This module decides how lines look and how they leave. It does not decide what is logged: each room does that where it
-//! happens.
+//! This module decides how lines are formatted and written. What is logged is decided where it happens.
 
 mod event;
 mod hand_over;
@@ -30,24 +30,24 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// The event of every record that names none: what libraries say.
+/// The event of records without an event, which come from libraries.
 pub const LIBRARY_EVENT: &str = "library";
 /// The event of a panic in any thread.
 pub const PANIC_EVENT: &str = "panic";
-/// Lines are missing where this event stands: they came faster than standard error took them.
+/// The event that marks missing lines. They were produced faster than standard error accepted them.
 pub const LINES_DROPPED: &str = "log_lines_dropped";
-/// How long the end of the process, or a thread that panicked, waits for a reader of standard error. Longer than any reader
-/// that is alive needs, short enough that a dead one does not hold up an exit.
+/// How long an exiting process or a panicking thread waits for standard error to accept lines. A live reader needs less; a
+/// dead one must not block the exit.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
-/// How much of a thread's line buffer is kept between lines; one long line should not be paid for ever.
+/// A thread's line buffer is shrunk to this size, so that a long line does not occupy memory for ever.
 const KEPT_BUFFER_BYTES: usize = 16 * 1024;
 
-/// What lines look like, once decided.
+/// The resolved format of lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
-    /// For people; with colour if asked for.
+    /// Human-readable text.
     Text {
         /// Whether levels are coloured.
         colour: bool,
@@ -55,8 +55,8 @@ pub enum Style {
 }
 
 impl Style {
-    /// The style for a configured format: [`LogFormat::Auto`] means text exactly when standard error is a terminal. Colour
-    /// needs a terminal and no `NO_COLOR`.
+    /// The style for a configured format. [`LogFormat::Auto`] selects text only if standard error is a terminal. Colour
+    /// requires a terminal and no `NO_COLOR`.
     pub fn choose(format: LogFormat, terminal: bool, no_color: bool) -> Self {
         match (format, terminal) {
             (LogFormat::Json, _) | (LogFormat::Auto, false) => Self::Json,
@@ -69,17 +69,17 @@ thread_local! {
     static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Where the lines of this process go; unset before [`init`].
+/// The writer thread of this process; unset before [`init`].
 static OUT: OnceLock<HandOver> = OnceLock::new();
 
-/// Installs the logger of this process and returns what its lines look like. The second call of a process changes nothing.
+/// Installs the logger of this process and returns the line format. Further calls have no effect.
 pub fn init(config: &LogConfig) -> Style {
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let style = Style::choose(config.format, io::stderr().is_terminal(), no_color);
     if OUT.get().is_none() {
         let report = move |line: &mut Vec<u8>, lines| report_dropped(line, style, lines);
         if let Ok(out) = HandOver::start(io::stderr(), Pace::default(), report) {
-            // Should a second call come at the same time, the one that loses leaves an idle thread behind.
+            // If two calls race, the loser leaves an idle thread behind.
             let _ = OUT.set(out);
         }
     }
@@ -89,20 +89,20 @@ pub fn init(config: &LogConfig) -> Style {
         log::set_max_level(max_level);
         panic::set_hook(Box::new(|info| {
             log_panic(info);
-            // It may be the last that this process does.
+            // This may be the last action of the process.
             flush();
         }));
     }
     style
 }
 
-/// The logger that hands the lines it lets through to `out`. Without a thread to hand lines to, whoever logs writes them: late
-/// lines are better than none.
+/// Creates a logger that hands its lines to `out`. Without a writer thread, the logging threads write lines themselves:
+/// slow lines are better than none.
 fn logger(config: &LogConfig, style: Style, out: Option<&HandOver>) -> env_logger::Logger {
     let mut builder = env_logger::Builder::new();
     builder.parse_filters(&config.filter);
     match out.cloned() {
-        // The lines go past env_logger's own writer, which does not know their levels and locks what it writes to.
+        // The lines bypass env_logger's writer, which ignores levels and locks its output.
         Some(out) => {
             builder.target(env_logger::Target::Pipe(Box::new(io::sink()))).format(move |_, record| {
                 with_line(style, record, |line| match record.level() {
@@ -119,10 +119,10 @@ fn logger(config: &LogConfig, style: Style, out: Option<&HandOver>) -> env_logge
     builder.build()
 }
 
-/// Writes a record as a line into the buffer of this thread, for as long as `use_line` takes.
+/// Formats a record into this thread's buffer and passes the line to `use_line`.
 fn with_line<T>(style: Style, record: &Record<'_>, use_line: impl FnOnce(&[u8]) -> T) -> T {
-    // Taken out, so that a value whose own formatting logs simply finds an empty buffer here. There is none when the thread
-    // ends: what its last destructors log is written too.
+    // The buffer is taken out, so that a value that logs while it is formatted finds an empty buffer. While the thread's
+    // locals are destroyed there is no buffer; lines are still written.
     let mut line = LINE.try_with(RefCell::take).unwrap_or_default();
     line.clear();
     write_line(&mut line, style, record);
@@ -133,7 +133,7 @@ fn with_line<T>(style: Style, record: &Record<'_>, use_line: impl FnOnce(&[u8]) 
     used
 }
 
-/// Writes text for people to standard error, in order with log lines and like them without waiting for a reader.
+/// Writes text for the user to standard error, in order with the log lines and without waiting for the reader.
 pub fn print(text: &str) {
     match OUT.get() {
         Some(out) => out.put_urgent(text.as_bytes()),
@@ -141,15 +141,14 @@ pub fn print(text: &str) {
     }
 }
 
-/// Waits until everything that was logged before is written; not for long where nobody reads. Blocks, so it has its place only
-/// where the process ends.
+/// Waits until all earlier lines are written, for a limited time. Blocks, so call it only at the end of the process.
 pub fn flush() {
     if let Some(out) = OUT.get() {
         out.flush(FLUSH_PATIENCE);
     }
 }
 
-/// Calls [`flush`] when it goes out of scope, be it by a return or by a panic.
+/// Calls [`flush`] when it is dropped, by a return or a panic.
 #[derive(Debug)]
 pub struct FlushOnDrop;
 
@@ -168,9 +167,9 @@ fn write_line(line: &mut Vec<u8>, style: Style, record: &Record<'_>) {
 }
 
 fn report_dropped(line: &mut Vec<u8>, style: Style, lines: u64) {
-    // Straight into the batch at whose end the lines are missing.
+    // Appended to the batch after which the lines are missing.
     Event::warn("gorego::log", LINES_DROPPED).with("lines", lines).with_record(
-        format_args!("lines are missing here: standard error takes them too slowly or not at all"),
+        format_args!("lines are missing here: standard error accepts them too slowly or not at all"),
         |record| write_line(line, style, record),
     );
 }
@@ -188,17 +187,17 @@ fn log_panic(info: &panic::PanicHookInfo<'_>) {
         .log(format_args!("a thread panicked: {message}"));
 }
 
-/// Whether this is a filter that env_logger understands: `level`, `target` or `target=level`, separated by commas. Its own
-/// parser ignores what it does not understand, which would lose the operator's logs without a word.
+/// Checks that env_logger understands a filter: `level`, `target` or `target=level`, separated by commas. Its own parser
+/// silently ignores what it does not understand, which would lose logs.
 ///
 /// # Errors
-/// A sentence about the part that is wrong.
+/// A sentence that says what is wrong.
 pub fn check_filter(filter: &str) -> Result<(), String> {
     let (directives, _) = filter.split_once('/').unwrap_or((filter, ""));
     for directive in directives.split(',').map(str::trim).filter(|directive| !directive.is_empty()) {
         let (target, level) = directive.split_once('=').unwrap_or(("", directive));
         let known = LevelFilter::from_str(level.trim()).is_ok();
-        // A lone word that is no level is a target, but a near miss of a level is more likely a typing error.
+        // A word that is not a level is a target. But a near miss of a level is more likely a typing error.
         if !known && (directive.contains('=') || near_level(level)) {
             let place = if target.is_empty() { String::new() } else { format!(" of target \"{target}\"") };
             return Err(format!(
@@ -221,7 +220,7 @@ mod tests {
     use super::*;
     use std::sync::mpsc;
 
-    /// Tells what is written, one text for each write.
+    /// A writer that sends each write as one text.
     struct Told(mpsc::Sender<String>);
 
     impl io::Write for Told {
@@ -239,7 +238,7 @@ mod tests {
     fn lines_gather_and_one_of_level_error_takes_them_along_at_once() {
         const PATIENCE: Duration = Duration::from_secs(30);
         let (told, writes) = mpsc::channel();
-        // Nothing but urgency ends this rest.
+        // Only urgency ends this wait.
         let pace = Pace { bytes: usize::MAX, time: Duration::from_secs(3600) };
         let out = HandOver::start(Told(told), pace, |_, _| {}).unwrap();
         let config = LogConfig { filter: "info".into(), format: LogFormat::Text };

@@ -1,4 +1,4 @@
-//! The binary `gorego`; everything is in the library.
+//! The binary `gorego`. All code is in the library.
 
 use std::process::ExitCode;
 

@@ -1,8 +1,8 @@
-//! Memory that goes back to the system after large requests.
+//! Returns memory to the system after large requests.
 //!
-//! The allocator keeps what was freed, in an arena for about each thread, and gives back only what lies at the end of one. A
-//! large message is many small pieces, so after a storm of them hundreds of megabytes stayed resident. Code that frees large
-//! amounts reports it with [`freed`]; a task then calls malloc_trim.
+//! The allocator keeps freed memory in about one arena per thread and returns only what is free at the end of an arena. A
+//! large message consists of many small allocations, so a burst of them used to keep hundreds of megabytes resident. Code
+//! that frees large amounts reports them to [`freed`], and a task then calls malloc_trim.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -10,26 +10,26 @@ use std::{
 };
 use tokio::{runtime::Handle, time::sleep};
 
-/// How much has to be freed before it is worth the look through all arenas, which takes some milliseconds.
+/// How much must be freed before a trim is worthwhile. It scans all arenas, which takes some milliseconds.
 const WORTH_BYTES: u64 = 32 * 1024 * 1024;
-/// How often the task checks how much that is.
+/// Interval between checks of the amount.
 const INTERVAL: Duration = Duration::from_secs(3);
 
-/// What was freed since the last time.
+/// Number of bytes freed since the last trim.
 static FREED: AtomicU64 = AtomicU64::new(0);
 
-/// Counts memory that was freed, or is about to be.
-pub fn freed(bytes: u64) {
+/// Counts memory that was or will be freed.
+pub(crate) fn freed(bytes: u64) {
     FREED.fetch_add(bytes, Ordering::Relaxed);
 }
 
-/// Gives memory back from time to time; never ends.
-pub async fn give_back() {
+/// Trims the allocator's arenas whenever enough was freed. Never returns.
+pub(crate) async fn give_back() {
     loop {
         sleep(INTERVAL).await;
         if FREED.load(Ordering::Relaxed) >= WORTH_BYTES {
             FREED.store(0, Ordering::Relaxed);
-            // An error means that the runtime is going down.
+            // An error means that the runtime is shutting down.
             let _ = Handle::current().spawn_blocking(trim).await;
         }
     }
@@ -37,10 +37,10 @@ pub async fn give_back() {
 
 #[cfg(target_env = "gnu")]
 fn trim() {
-    // SAFETY: it takes no pointer and may be called at any time from any thread.
+    // SAFETY: malloc_trim takes no pointers and may be called at any time from any thread.
     unsafe { libc::malloc_trim(0) };
 }
 
-/// Other allocators give back by themselves.
+/// Other allocators return memory by themselves.
 #[cfg(not(target_env = "gnu"))]
 fn trim() {}

@@ -1,39 +1,39 @@
-//! Platform properties: what pools offer, what actions ask for, and in what the two differ.
+//! Platform properties: what pools offer, what actions require, and how these differ.
 //!
-//! Pure matching (EXE-31). A property that some pool offers is *known*; an action that asks for a known property runs only
-//! in pools that offer it. One that no pool offers is *unknown*: clients keep caches apart with such names, so that they do
-//! not matter unless the configuration says so. An action may name a property more than once; then each mention must hold.
+//! Pure matching (EXE-31). A property that some pool offers is *known*. An action that requires a known property runs only
+//! in pools that offer it. Other properties are *unknown*: clients use such names to separate cache entries, so they are
+//! ignored unless the configuration refuses them. If an action names a property more than once, each value must match.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
 };
 
-/// Differences that a message lists; an action may ask for thousands of properties.
+/// Number of differences that a message lists. An action may require thousands of properties.
 const DIFFERENCES_SHOWN: usize = 8;
-/// Characters of a name or value of a client that a message shows.
+/// Number of characters of a client's name or value that a message shows.
 const TEXT_SHOWN: usize = 100;
 
-/// What a pool offers under the name of one property.
+/// The values of one property that a pool accepts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Offer {
-    /// This value and no other.
+    /// Exactly this value.
     Exact(String),
-    /// Any one of these values.
+    /// Any of these values.
     Set(Vec<String>),
-    /// Actions name the least that they need, as a whole number; this much is there.
+    /// A whole number up to this. Actions require at least a number, and the pool has this many.
     Minimum(u64),
-    /// The pool does not care.
+    /// Any value.
     Ignore,
 }
 
-/// The properties of a pool, by name.
+/// The offered properties of a pool, by name.
 pub type Offers = BTreeMap<String, Offer>;
 
-/// What becomes of an action that asks for a property of which no pool says anything.
+/// The treatment of actions that require an unknown property.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum UnknownProperties {
-    /// The property does not matter.
+    /// The property is ignored.
     #[default]
     Ignore,
     /// The action is refused.
@@ -42,7 +42,7 @@ pub enum UnknownProperties {
 
 impl Offer {
     fn satisfies(&self, name: &str, wanted: &str) -> bool {
-        // Clients spell this one in every way: "linux", "Linux".
+        // Clients write this value with different capitalisation: "linux", "Linux".
         let same = |offered: &String| match name {
             "OSFamily" => offered.eq_ignore_ascii_case(wanted),
             _ => offered == wanted,
@@ -67,12 +67,12 @@ impl fmt::Display for Offer {
     }
 }
 
-/// A property of which an action wants something else than a pool has.
+/// A property for which a pool does not meet the requirement of an action.
 #[derive(Debug)]
 pub struct Difference<'a> {
     name: &'a str,
     wanted: &'a str,
-    /// `None` when the pool does not offer it, though another one does or nobody may ask for what no pool offers.
+    /// `None` when the pool does not offer the property, and it is known or unknown properties are refused.
     offered: Option<&'a Offer>,
     known: bool,
 }
@@ -88,7 +88,7 @@ impl fmt::Display for Difference<'_> {
     }
 }
 
-/// Which properties are known, and what becomes of the others.
+/// The known properties, and the treatment of unknown ones.
 #[derive(Debug, Default)]
 pub struct Known {
     names: BTreeSet<String>,
@@ -101,7 +101,7 @@ impl Known {
         Self { names: pools.flat_map(|offers| offers.keys().cloned()).collect(), unknown }
     }
 
-    /// In what a pool differs from what an action asks for; nothing when it can take the action.
+    /// The differences between a pool and the requirements of an action. Empty when the pool can run it.
     pub fn differences<'a>(
         &self,
         offers: &'a Offers,
@@ -119,7 +119,7 @@ impl Known {
     }
 }
 
-/// Differences as a list for a message, the first few of them.
+/// Lists the first few differences for a message.
 pub fn list<'a>(mut differences: impl Iterator<Item = Difference<'a>>) -> String {
     let first: Vec<_> = differences.by_ref().take(DIFFERENCES_SHOWN).map(|d| d.to_string()).collect();
     match differences.count() {
@@ -132,8 +132,8 @@ fn shown(text: &str) -> String {
     text.chars().flat_map(char::escape_debug).take(TEXT_SHOWN).collect()
 }
 
-/// Orders pools by preference, so that work goes where it takes least from others: fewest properties first, then the
-/// smallest minimums, then by name.
+/// The sort key of pools, from most to least preferred. Work goes where it takes least from others: fewest properties
+/// first, then the smallest minimums, then by name.
 pub fn preference(name: &str, offers: &Offers) -> (usize, Vec<u64>, String) {
     let demands = offers.values().filter(|offer| **offer != Offer::Ignore).count();
     let minimums = offers.values().filter_map(|offer| match offer {

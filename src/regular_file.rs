@@ -1,8 +1,8 @@
-//! Opening files of our own that somebody else may have replaced.
+//! Opens files of the store that another process may have replaced.
 //!
-//! Other processes of the same user can put anything in the place of a stored file. A FIFO or a device would block whoever
-//! opens or reads it, and a symbolic link would lead out of the store. So files of the store are opened without following
-//! links and without waiting, and only regular ones are read.
+//! Other processes of the same user can put anything in the place of a stored file. A FIFO or device would block the thread
+//! that opens or reads it, and a symbolic link would lead out of the store. So files are opened without following links and
+//! without blocking, and only regular files are read.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -14,27 +14,27 @@ use std::{
 /// Opens a regular file for reading.
 ///
 /// # Errors
-/// Those of open(2); [`is_something_else`] recognises what is no regular file.
+/// The errors of open(2); [`is_something_else`] recognises the case of another kind of file.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::from_raw_os_error(libc::ENXIO)) }
 }
 
-/// Whether [`open`] failed because there is no regular file under the path: a link, a socket, a FIFO, a device, a directory.
+/// Whether [`open`] failed because the path is not a regular file: a link, socket, FIFO, device or directory.
 pub(crate) fn is_something_else(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENXIO | libc::ENOTDIR | libc::ENODEV))
 }
 
-/// The content of a regular file of at most `max` bytes.
+/// Reads a regular file of at most `max` bytes.
 ///
 /// # Errors
-/// Those of [`open`] and read(2); `FileTooLarge` for a larger file.
+/// The errors of [`open`] and read(2); `FileTooLarge` for a larger file.
 pub(crate) fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     read_open(&open(path)?, max)
 }
 
-/// [`read`] of a file that is open.
+/// Like [`read`], for an open file.
 ///
 /// # Errors
 /// See [`read`].
@@ -44,10 +44,10 @@ pub(crate) fn read_open(file: &File, max: u64) -> io::Result<Vec<u8>> {
     if bytes.len() as u64 > max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(bytes) }
 }
 
-/// Writes a new file, in place of whatever is under its path.
+/// Writes a new file and replaces whatever has its path.
 ///
 /// # Errors
-/// Those of open(2) and write(2).
+/// The errors of open(2) and write(2).
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
     use rustix::fs::{CWD, FileType, Mode, mknodat};
 
-    /// None of these blocks.
+    /// None of the calls blocks.
     #[test]
     fn only_a_regular_file_is_read_and_anything_else_is_recognised() {
         let directory = tempfile::tempdir().unwrap();

@@ -1,9 +1,9 @@
-//! One server process, from settings to exit: wiring and shutdown, nothing else.
+//! One server process, from settings to exit. Only wiring and shutdown are here.
 //!
-//! Everything is built leaf first: store, workers, scheduler, edge. Shutdown goes the other way round: the scheduler takes
-//! no new work and finishes what it has; then the edge takes no more connections and lets the calls under way end; then the
-//! store closes. All of that has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: one that
-//! died takes the process down, because half a server is worse than none.
+//! Parts are created in the order store, workers, scheduler, edge, and shut down in reverse. The scheduler takes no new
+//! work and finishes its operations; then the edge takes no new connections and lets the open calls finish; then the store
+//! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
+//! dies, the process exits, because a partial server is worse than none.
 
 use crate::{
     action::TimeoutPolicy,
@@ -22,7 +22,7 @@ use crate::{
     connections::Connections,
     grpc::{self, Edge, ask::Scheduler},
     http_cache::{self, HttpCache},
-    log_streams::{Limits, LogSettings, LogStreams},
+    log_streams::{LogSettings, LogStreams, StreamLimits},
     logging::{self, Event},
     memory,
     under_way::UnderWay,
@@ -42,39 +42,39 @@ use tokio::{
     time::{Instant, interval, timeout_at},
 };
 
-/// Target of this file's log lines.
+/// Target of the log lines of this file.
 const LOG: &str = "gorego::server";
 
-/// How often the owner actors are looked at.
+/// Interval between checks of the owner actors.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 
-/// The part of an exit in which cancelled work ends: the time to kill processes and remove directories.
+/// The part of an exit in which cancelled work ends: processes are killed and directories removed.
 const CANCEL_RESERVE: Duration = Duration::from_secs(2);
 
-/// The part of an exit after that, in which clients hear how their streams end.
+/// The part after that, in which clients receive the end of their streams.
 const TELL_RESERVE: Duration = Duration::from_secs(1);
 
-/// The last part of an exit, in which the store writes down what the next start should know.
+/// The last part, in which the store saves state for the next start.
 const CLOSE_RESERVE: Duration = Duration::from_secs(1);
 
-/// How long a client may do nothing, when nothing but clients is waited for, before its connection is closed.
+/// How long a client may be inactive, once the server only waits for clients, before its connection is closed.
 const QUIET: Duration = Duration::from_secs(2);
 
-/// The exit code of a second interrupt: 128 + SIGINT.
+/// The exit code after a second interrupt: 128 + SIGINT.
 const INTERRUPTED: i32 = 130;
 
-/// Runs a server until it is told to stop. `ready` is called once, with the address that is really listened on, when the
-/// first request would be answered.
+/// Runs a server until it is told to stop. `ready` is called once with the listening address, as soon as requests are
+/// answered.
 ///
 /// # Errors
-/// What keeps it from starting, or the death of an owner actor.
-pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 'static) -> Result<()> {
+/// The reason why it could not start, or the death of an owner actor.
+pub(crate) fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 'static) -> Result<()> {
     let open_files = raise_open_files();
     let runtime = Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::io("start the async runtime", &error))?;
-    // Both block, so they come before anything asynchronous; each takes a lock on its directory.
+    // Both block, so they precede anything asynchronous. Each locks its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
     let build_root = match &settings.execution {
         Some(execution) => Some(BuildRoot::open(&execution.build_root)?),
@@ -82,7 +82,7 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 'static) 
     };
     let runtime: Arc<Runtime> = Arc::new(runtime);
     let workers = runtime.handle().clone();
-    // Dropping a runtime waits for its threads, and one of them may be stuck in a system call. The process ends after this.
+    // Dropping a runtime waits for its threads, which may be stuck in a system call. The process ends after this function.
     let _kept = std::mem::ManuallyDrop::new(runtime.clone());
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
@@ -105,7 +105,7 @@ fn store_settings(settings: &Settings) -> StoreSettings {
     }
 }
 
-/// Run streams are remembered as long as the operations that name them; they hold no bytes.
+/// Run streams are kept as long as the operations that name them. They hold no bytes.
 fn log_settings(settings: &Settings) -> LogSettings {
     let (kept, streams) = settings.execution.as_ref().map_or((Duration::ZERO, 0), |execution| {
         (execution.retention, execution.retained_operations.saturating_add(execution.slots))
@@ -113,44 +113,44 @@ fn log_settings(settings: &Settings) -> LogSettings {
     LogSettings {
         client_streams: settings.client_log_streams,
         clients: settings.log_streams,
-        runs: Limits { streams, bytes: 0, stream_bytes: 0, idle: None, kept },
+        runs: StreamLimits { streams, bytes: 0, stream_bytes: 0, idle: None, kept },
         spool_directory: settings.cache_dir.clone(),
     }
 }
 
-/// Lets this process have as many files open as the system allows, since every connection and every broken upload holds one.
-/// Returns the soft limit from before, which is what commands go on with.
+/// Raises the limit of open files to the maximum, because every connection and every broken upload holds one. Returns the
+/// previous soft limit, which commands inherit.
 fn raise_open_files() -> Option<u64> {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).ok()?;
     limit.current
 }
 
-/// How many files this process may have open now.
+/// The current limit of open files.
 fn descriptors() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// The running parts.
+/// The running parts of the server.
 struct Server {
     settings: Settings,
     listener: TcpListener,
-    /// Where the HTTP/1.1 cache is served, if it is.
+    /// The listener of the HTTP/1.1 cache, if it is enabled.
     http: Option<TcpListener>,
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
     build_root: Option<BuildRoot>,
     log_streams: LogStreams,
-    /// Where connections are served: the runtime's own threads, not the one that the actors live on.
+    /// The runtime that serves connections. The actors run on another thread.
     workers: Handle,
 }
 
-/// Why a server stops.
+/// The reason for a shutdown.
 enum Stop {
-    /// Somebody asked.
+    /// A signal.
     Signal(&'static str),
-    /// It cannot go on.
+    /// A fault of the server.
     Fault(Error),
 }
 
@@ -178,7 +178,7 @@ impl Server {
         Ok(Self { settings, listener, http, cas, assets, scheduler, build_root, log_streams, workers })
     }
 
-    /// Serves until a signal or a fault, then shuts down.
+    /// Serves until a signal or fault, then shuts down.
     async fn serve(self, ready: impl FnOnce(SocketAddr)) -> Result<()> {
         let Self { settings, listener, http, cas, assets, scheduler, build_root, log_streams, workers } =
             self;
@@ -197,7 +197,7 @@ impl Server {
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
             connections: connections.clone(),
-            settings: grpc::Settings {
+            settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
                 chunking: settings.chunking,
@@ -211,7 +211,7 @@ impl Server {
         let mut serving = workers.spawn({
             let health = health.clone();
             async move {
-                // Also when the sender is dropped: nobody is left to say more.
+                // Also completes when the sender is dropped.
                 let shutdown = async move { drop(closed.await) };
                 grpc::serve(edge, &health, listener, shutdown).await
             }
@@ -237,26 +237,28 @@ impl Server {
         Event::info(LOG, "server_stopping")
             .with("signal", signal)
             .with("grace_ms", settings.shutdown_grace.as_millis() as u64)
-            .log(format_args!("stopping: finishing what is under way; a second interrupt stops at once"));
+            .log(format_args!(
+                "shutting down: finishing running work and open requests; a second interrupt exits at once"
+            ));
         let exit = Exit::within(settings.shutdown_grace);
         let orderly = async {
             health.drain().await;
             if let Some(scheduler) = &scheduler {
                 drain(scheduler, exit).await;
             }
-            // Actions that were cancelled a moment ago may have left large directories. The time to close the store is kept.
+            // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
             let left = exit.told().saturating_duration_since(Instant::now());
             let removal = build_root
                 .map(|build_root| workers.spawn_blocking(move || build_root.wait_until_empty(left)));
             log_streams.close();
-            // Whoever waits for the end of a stream hears it now; idle connections are told to go away.
+            // Clients that wait for a stream receive its end now. Idle connections are closed gracefully.
             let _ = close.send(());
             drop(http_close);
             select! {
                 _ = async { tokio::join!(serving, http_serving) } => {}
                 _ = timeout_at(exit.told(), under_way.finished(QUIET)) => {
                     Event::warn(LOG, "connections_cut")
-                        .log(format_args!("some clients keep their connections open; closing them"));
+                        .log(format_args!("closing connections that clients keep open"));
                 }
             }
             if let Some(removal) = removal {
@@ -268,18 +270,19 @@ impl Server {
             signal = signals.next() => {
                 Event::warn(LOG, "server_interrupted")
                     .with("signal", signal)
-                    .log(format_args!("stopping at once"));
+                    .log(format_args!("exiting at once"));
                 logging::flush();
-                // Runners see their sockets close and kill what they run.
+                // The runners see their sockets close and kill their processes.
                 std::process::exit(INTERRUPTED);
             }
         }
         owners_live(&cas, &assets, scheduler.as_ref())?;
-        // The bindings, and what was used lately, for the order of eviction after the next start.
+        // Saves the asset bindings and the recent uses, which determine the order of eviction after the next start.
         let closing = async { tokio::join!(assets.actor().send(CloseAssets), cas.actor().send(CloseStore)) };
         if timeout_at(exit.end, closing).await.is_err() {
-            Event::warn(LOG, "store_not_closed")
-                .log(format_args!("the store is slow to close; its order of use may be out of date"));
+            Event::warn(LOG, "store_not_closed").log(format_args!(
+                "the store closes slowly; the order of eviction may be outdated after the next start"
+            ));
         }
         connections.tell_counted();
         Event::info(LOG, "server_stopped").log(format_args!("stopped"));
@@ -287,7 +290,7 @@ impl Server {
     }
 }
 
-/// Listens on the address of that key.
+/// Listens on the address of this configuration key.
 async fn listen(address: SocketAddr, key: &str) -> Result<TcpListener> {
     TcpListener::bind(address).await.map_err(|error| match error.kind() {
         ErrorKind::AddrInUse => Error::Precondition(format!(
@@ -301,7 +304,7 @@ async fn listen(address: SocketAddr, key: &str) -> Result<TcpListener> {
     })
 }
 
-/// Serves the HTTP/1.1 cache, if there is a listener for it, until the sender is dropped. The future ends with what ended it.
+/// Serves the HTTP/1.1 cache, if it has a listener, until the sender is dropped. The future yields the error that ended it.
 fn serve_http(
     listener: Option<TcpListener>,
     settings: &Settings,
@@ -310,7 +313,7 @@ fn serve_http(
     workers: &Handle,
 ) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
     let (close, closed) = oneshot::channel::<()>();
-    // Nothing to serve is no end of serving, until it is told to end.
+    // Without a listener, the future must not complete before the shutdown.
     let Some(listener) = listener else {
         let ended = closed.map(|_| Error::internal("there is no HTTP server"));
         return Ok((close, ended.boxed()));
@@ -374,15 +377,15 @@ fn start_scheduler(
     SchedulerActor::new(SchedulerSettings::new(execution), pools.collect(), cas.clone()).start()
 }
 
-/// The deadlines of an exit.
+/// The deadlines of a shutdown.
 #[derive(Debug, Clone, Copy)]
 struct Exit {
-    /// When it has to be over.
+    /// When the process must have exited.
     end: Instant,
 }
 
 impl Exit {
-    /// One that begins now and takes at most this long, but is given the time to end what is left in order.
+    /// A shutdown that starts now and takes at most `grace`, but has at least the time for an orderly end.
     fn within(grace: Duration) -> Self {
         Self { end: Instant::now() + grace.max(CANCEL_RESERVE + TELL_RESERVE + CLOSE_RESERVE) }
     }
@@ -392,18 +395,18 @@ impl Exit {
         self.cancelled() - CANCEL_RESERVE
     }
 
-    /// When cancelled work is no longer waited for.
+    /// When the server stops waiting for cancelled work.
     fn cancelled(self) -> Instant {
         self.told() - TELL_RESERVE
     }
 
-    /// When clients are no longer waited for.
+    /// When the server stops waiting for clients.
     fn told(self) -> Instant {
         self.end - CLOSE_RESERVE
     }
 }
 
-/// Lets the scheduler finish; then ends what is left, with a status that clients retry.
+/// Lets the scheduler finish, then ends the remaining work with a status that clients retry.
 async fn drain(scheduler: &Addr<SchedulerActor>, exit: Exit) {
     if timeout_at(exit.worked(), scheduler.send(Drain { cancel: false })).await.is_ok() {
         return;
@@ -412,14 +415,14 @@ async fn drain(scheduler: &Addr<SchedulerActor>, exit: Exit) {
     Event::warn(LOG, "work_cancelled")
         .with("queued", left.queued)
         .with("running", left.running)
-        .log(format_args!("the grace is nearly over: cancelling what is left"));
+        .log(format_args!("the grace period is nearly over: cancelling the remaining work"));
     if timeout_at(exit.cancelled(), scheduler.send(Drain { cancel: true })).await.is_err() {
         Event::error(LOG, "work_stuck")
-            .log(format_args!("some work did not stop; leaving it to its runners"));
+            .log(format_args!("some work did not stop; leaving it to the runners"));
     }
 }
 
-/// Ends when an owner actor is gone.
+/// Completes when an owner actor has died.
 async fn owner_died(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActor>>) -> Error {
     let mut ticks = interval(WATCH_INTERVAL);
     loop {
@@ -430,7 +433,7 @@ async fn owner_died(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<Schedule
     }
 }
 
-/// A panic in a handler of an owner actor closes its address for good.
+/// Fails if an owner actor has died. A panic in a handler closes the actor's address permanently.
 fn owners_live(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActor>>) -> Result<()> {
     if !cas.actor().connected() {
         return Err(Error::internal("the store's actor died"));
@@ -464,7 +467,7 @@ impl Signals {
     }
 }
 
-/// What the workers of a pool are called, before their slot: `host` or, for a pool that was declared, `host/pool`.
+/// The common name of a pool's workers, without the slot: `host`, or `host/pool` for a configured pool.
 fn worker_name(pool: &PoolSettings) -> String {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     if pool.is_declared { format!("{host}/{}", pool.name) } else { host }

@@ -1,17 +1,17 @@
-//! Sizes as people write them: `50`, `0.5`, `"200 MB"`, `"1.5 TB"`, `"64 GiB"`.
+//! Sizes in the notation of the configuration: `50`, `0.5`, `"200 MB"`, `"1.5 TB"`, `"64 GiB"`.
 //!
-//! A bare number is in GB of 10^9 bytes, which the names of the keys say too. A text is a number and a unit, either of the SI
-//! (`kB`, `MB`, `GB`, `TB`, `PB`) or of the IEC (`KiB`, `MiB`, `GiB`, `TiB`, `PiB`), in any mixture of capitals. A [`Size`]
-//! is whole bytes and never more than [`Size::MAX`]; whether it makes sense for its key is checked in
-//! [`config`](crate::config). What [`Display`](fmt::Display) and serde write is read back as the same number of bytes.
+//! A bare number is in GB of 10^9 bytes, as the names of the keys say. A text is a number with an SI unit (`kB`, `MB`,
+//! `GB`, `TB`, `PB`) or an IEC unit (`KiB`, `MiB`, `GiB`, `TiB`, `PiB`), in any capitalisation. A [`Size`] is a whole
+//! number of bytes up to [`Size::MAX`]; whether it is valid for its key is checked in [`config`](crate::config). The output
+//! of [`Display`](fmt::Display) and serde parses to the same size.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::{fmt, str::FromStr};
 
-/// Bytes in a GB.
+/// Number of bytes in a GB.
 const GB: u64 = 1_000_000_000;
 
-/// Units, the larger of two that fit first: a size is shown in the first one of which it is a whole number.
+/// Units, largest first. A size is displayed in the first unit of which it is a multiple.
 const UNITS: &[(&str, u64)] = &[
     ("PiB", 1 << 50),
     ("PB", 1_000_000 * GB),
@@ -26,31 +26,31 @@ const UNITS: &[(&str, u64)] = &[
     ("B", 1),
 ];
 
-/// A number of bytes.
+/// A number of bytes, at most [`Size::MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Size(u64);
 
 impl Size {
-    /// The largest that can be configured: far above any disk, far below what overflows a signed number on the wire.
+    /// The largest size in a configuration: far above any disk, far below the overflow of a signed number on the wire.
     pub const MAX: Self = Self(1_000_000_000 * GB);
 
-    /// So many bytes; [`Size::MAX`] where that is less.
+    /// This many bytes, or [`Size::MAX`] if that is less.
     pub const fn from_bytes(bytes: u64) -> Self {
         if bytes > Self::MAX.0 { Self::MAX } else { Self(bytes) }
     }
 
-    /// So many GB of 10^9 bytes; [`Size::MAX`] where that is less.
+    /// This many GB of 10^9 bytes, or [`Size::MAX`] if that is less.
     pub const fn from_gb(gb: u64) -> Self {
         Self::from_bytes(gb.saturating_mul(GB))
     }
 
-    /// The number of bytes.
+    /// The size as a number of bytes.
     pub const fn bytes(self) -> u64 {
         self.0
     }
 
-    /// The size for people: in the largest SI unit that fits, with one decimal below 100 of it. Not for files, since it drops
-    /// the rest.
+    /// The size for display: in the largest SI unit that fits, with one decimal below 100 units. Loses precision, so it
+    /// must not be written to files.
     pub fn rounded(self) -> String {
         let si = UNITS.iter().filter(|(name, _)| !name.contains('i'));
         let Some((name, unit)) = si.into_iter().find(|(_, unit)| self.0 >= *unit) else {
@@ -63,7 +63,7 @@ impl Size {
         }
     }
 
-    /// What a number without a unit stands for, as a variable or a flag has it: GB, or else a number and a unit.
+    /// Parses the text of a flag or environment variable: a number of GB, or a number with a unit.
     ///
     /// # Errors
     /// What is wrong, and what to write instead.
@@ -76,7 +76,7 @@ impl Size {
     }
 }
 
-/// What to write, for the end of every error.
+/// The end of every error: what to write instead.
 const EXAMPLES: &str =
     "write a number of GB such as 50 or 0.5, or a number and a unit such as \"200 MB\" or \"64 GiB\"";
 
@@ -86,7 +86,7 @@ fn is_number(text: &str) -> bool {
         && unsigned.chars().all(|each| each.is_ascii_digit() || matches!(each, '.' | '_'))
 }
 
-/// Whether what follows a number is the rest of its scientific notation.
+/// Whether the text after a number is the rest of its scientific notation.
 fn is_exponent(unit: &str) -> bool {
     let digits = unit.strip_prefix(['e', 'E']).map(|rest| rest.strip_prefix(['-', '+']).unwrap_or(rest));
     digits.is_some_and(|digits| digits.starts_with(|first: char| first.is_ascii_digit()))
@@ -96,9 +96,9 @@ fn too_large() -> String {
     format!("a size may be at most {}", Size::MAX)
 }
 
-/// A decimal number of units; what is below a byte is dropped.
+/// Parses a decimal number of units. Fractions of a byte are dropped.
 fn from_decimal(number: &str, unit: u64) -> Result<Size, String> {
-    let malformed = || format!("\"{}\" is no number; {EXAMPLES}", number.escape_debug());
+    let malformed = || format!("\"{}\" is not a number; {EXAMPLES}", number.escape_debug());
     if number.starts_with('-') {
         return Err("a size cannot be negative".into());
     }
@@ -109,12 +109,12 @@ fn from_decimal(number: &str, unit: u64) -> Result<Size, String> {
         return Err(malformed());
     }
     let whole = whole.trim_start_matches('0');
-    // More digits than that are beyond the largest size in the smallest unit.
+    // Longer numbers exceed the largest size in the smallest unit.
     if whole.len() > 19 {
         return Err(too_large());
     }
     let whole: u128 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| malformed())? };
-    // 18 digits of the largest unit are below a byte.
+    // Digits after the 18th are below one byte, even in the largest unit.
     let kept = fraction.get(..fraction.len().min(18)).unwrap_or_default();
     let part: u128 = if kept.is_empty() { 0 } else { kept.parse().map_err(|_| malformed())? };
     let scale = kept.bytes().fold(1_u128, |scale, _| scale * 10);
@@ -132,7 +132,7 @@ impl FromStr for Size {
         let (number, unit) = text.split_at(end);
         let number = number.trim_end();
         if !is_number(number) {
-            return Err(format!("\"{shown}\" is no size; {EXAMPLES}"));
+            return Err(format!("\"{shown}\" is not a size; {EXAMPLES}"));
         }
         if is_exponent(unit) {
             return Err(format!(
@@ -147,7 +147,7 @@ impl FromStr for Size {
         let known = UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit));
         let (_, bytes) = known.ok_or_else(|| {
             let names: Vec<&str> = UNITS.iter().rev().map(|(name, _)| *name).collect();
-            format!("\"{}\" is no unit; there are {}", unit.escape_debug(), names.join(", "))
+            format!("\"{}\" is not a unit; there are {}", unit.escape_debug(), names.join(", "))
         })?;
         from_decimal(number, *bytes)
     }
@@ -202,12 +202,12 @@ impl de::Visitor<'_> for Visitor {
     fn visit_f64<E: de::Error>(self, gb: f64) -> Result<Size, E> {
         let refuse = |problem: &str| Err(E::custom(format!("{gb}: {problem}")));
         if gb.is_nan() {
-            return refuse("a size has to be a number");
+            return refuse("a size must be a number");
         }
         if gb.is_sign_negative() && gb != 0.0 {
             return refuse("a size cannot be negative");
         }
-        // The shortest decimal that is this number is what was written.
+        // The shortest decimal representation of this number is the text of the file.
         if gb.is_finite() {
             from_decimal(&format!("{gb}"), GB).map_err(E::custom)
         } else {
@@ -280,19 +280,19 @@ mod tests {
             ("-1", "-1: a size cannot be negative"),
             ("-0.5", "-0.5: a size cannot be negative"),
             ("\"-2 GB\"", "a size cannot be negative"),
-            ("nan", "NaN: a size has to be a number"),
+            ("nan", "NaN: a size must be a number"),
             ("inf", "inf: a size may be at most 1000 PB"),
             ("1000000001", "1000000001: a size may be at most 1000 PB"),
             ("\"1001 PB\"", "a size may be at most 1000 PB"),
             ("\"99999999999999999999999999 B\"", "a size may be at most 1000 PB"),
             ("\"0.5\"", "\"0.5\" has no unit; write \"0.5 GB\", or 0.5 without quotes"),
-            ("\"5 XB\"", "\"XB\" is no unit; there are B, kB, KiB, MB, MiB, GB, GiB, TB, TiB, PB, PiB"),
-            ("\"5 Gb/s\"", "\"Gb/s\" is no unit"),
+            ("\"5 XB\"", "\"XB\" is not a unit; there are B, kB, KiB, MB, MiB, GB, GiB, TB, TiB, PB, PiB"),
+            ("\"5 Gb/s\"", "\"Gb/s\" is not a unit"),
             ("\"1e3\"", "\"1e3\" is a number with an exponent; write it out"),
             ("\"1.5E-3 GB\"", "with an exponent"),
-            ("\"fifty\"", "\"fifty\" is no size; write a number of GB such as 50 or 0.5"),
-            ("\"\"", "\"\" is no size"),
-            ("\"1.2.3 GB\"", "\"1.2.3\" is no number"),
+            ("\"fifty\"", "\"fifty\" is not a size; write a number of GB such as 50 or 0.5"),
+            ("\"\"", "\"\" is not a size"),
+            ("\"1.2.3 GB\"", "\"1.2.3\" is not a number"),
             ("true", "expected a size: a number of GB, or a number and a unit"),
         ] {
             let error = read(text).unwrap_err();

@@ -1,10 +1,10 @@
-//! [`UnderWay`]: the requests that a server that stops lets finish, as long as they make progress.
+//! [`UnderWay`]: the requests that may finish during a shutdown, as long as they make progress.
 //!
-//! At any time a request waits either for the server or for its client: for the server while that works on an answer, and for
-//! its client while bytes of the request are missing, or bytes of the answer are not taken. The requests that wait for the server
-//! are counted, and so is progress: each time that a client does what it was waited for. A shutdown waits while a request waits
-//! for the server and while clients make progress; a client that does nothing cannot hold it up. What a client may keep open for as long as it
-//! likes is not counted, and neither are connections.
+//! At any time a request waits either for the server or for its client: for the server while it works on an answer, for the
+//! client while bytes of the request are missing or bytes of the answer are not taken. The requests that wait for the
+//! server are counted, and so is the progress of clients. A shutdown waits while any request waits for the server, and
+//! while clients make progress. An inactive client cannot delay it. Streams that a client may keep open indefinitely are
+//! not counted, and neither are connections.
 
 use std::{
     sync::{
@@ -15,22 +15,22 @@ use std::{
 };
 use tokio::time::{Instant, sleep};
 
-/// How often a shutdown looks at the counts.
+/// Interval between checks of the counts during a shutdown.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The requests under way, of both ports; cheap to clone.
+/// The open requests of both ports. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct UnderWay(Arc<Counts>);
 
 #[derive(Debug, Default)]
 struct Counts {
-    /// Requests that are the server's turn.
+    /// Number of requests that wait for the server.
     server_turns: AtomicUsize,
-    /// Requests that began, and turns that clients have ended.
+    /// Number of started requests and of completed client turns.
     moves: AtomicU64,
 }
 
-/// A request under way, until [`Unfinished::end`] or until it is dropped. It begins as the server's turn.
+/// An open request, until [`Unfinished::end`] or its drop. It starts by waiting for the server.
 #[derive(Debug)]
 pub struct Unfinished {
     counts: Arc<Counts>,
@@ -49,8 +49,8 @@ impl UnderWay {
         Unfinished { counts: self.0.clone(), turn: AtomicU8::new(SERVER) }
     }
 
-    /// Returns when, for `quiet`, no request waited for the server and no client made progress. Clients may begin requests until
-    /// they are told not to.
+    /// Returns when, for the duration `quiet`, no request waited for the server and no client made progress. New requests
+    /// are still possible until the server stops accepting them.
     pub async fn finished(&self, quiet: Duration) {
         let (mut seen, mut since) = (None, Instant::now());
         loop {
@@ -66,24 +66,24 @@ impl UnderWay {
 }
 
 impl Unfinished {
-    /// From now on the client is waited for.
+    /// The request now waits for its client.
     pub fn wait_for_client(&self) {
         self.change(CLIENT);
     }
 
-    /// The client has done its part.
+    /// The client has made progress; the request waits for the server again.
     pub fn client_moved(&self) {
         if self.change(SERVER) == CLIENT {
             self.counts.moves.fetch_add(1, Ordering::SeqCst);
         }
     }
 
-    /// The request is over.
+    /// The request is finished.
     pub fn end(&self) {
         self.change(ENDED);
     }
 
-    /// Changes whose turn it is, and returns whose it was. What has ended stays so.
+    /// Sets the state and returns the previous one. A finished request stays finished.
     fn change(&self, to: u8) -> u8 {
         let change = |from| (from != ENDED).then_some(to);
         let (Ok(from) | Err(from)) = self.turn.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
@@ -108,7 +108,7 @@ mod tests {
 
     const QUIET: Duration = Duration::from_secs(2);
 
-    /// How long it takes until a shutdown that begins now is over, to the second.
+    /// The time in seconds until a shutdown that starts now would be over.
     async fn exit(under_way: &UnderWay) -> u64 {
         let begin = Instant::now();
         under_way.finished(QUIET).await;

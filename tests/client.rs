@@ -1,4 +1,4 @@
-//! The client and `gorego exec` against a small server that misbehaves on purpose.
+//! The client and `gorego exec` with a small server that misbehaves on purpose.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, missing_docs)]
 
 use bytes::Bytes;
@@ -7,7 +7,7 @@ use gorego::grpc::services::{
     byte_stream_server as bs, capabilities_server as caps, content_addressable_storage_server as cas,
     execution_server as exec, operations_server as ops,
 };
-use gorego_client::{BlobSet, Client, Event, Execution, Finished, Identity, Job, Progress, scan};
+use gorego_client::{BlobSet, Client, Execution, ExecutionEvent, Finished, Identity, Job, Progress, scan};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::Error,
@@ -29,10 +29,10 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 const SHA256: DigestFunction = DigestFunction::Sha256;
 const NAME: &str = "operations/6ba7b810-9dad-11d1-80b4-00c04fd430c8";
-/// Small, so that a modest file already goes through ByteStream.
+/// A small limit, so that even a modest file is transferred by ByteStream.
 const BATCH_BYTES: u64 = 20_000;
 
-/// What the server does at the next call of Execute or WaitExecution: messages, and how the stream ends.
+/// The script for the next call of Execute or WaitExecution: messages, and how the stream ends.
 type Script = (Vec<Operation>, Option<Status>);
 
 #[derive(Default)]
@@ -40,13 +40,13 @@ struct State {
     blobs: HashMap<Digest, Bytes>,
     calls: Vec<&'static str>,
     scripts: VecDeque<Script>,
-    /// Reads end with UNAVAILABLE after this many bytes, once.
+    /// Reads end once with UNAVAILABLE after this many bytes.
     break_read_after: Option<usize>,
-    /// Bytes that come back wrong.
+    /// Blobs for which wrong bytes are returned.
     corrupt: bool,
-    /// Streams stay open after their script.
+    /// Whether streams stay open after their script.
     hang: bool,
-    /// Log streams by name: what there is, and how it ends if not well.
+    /// Log streams by name: their bytes, and the error with which they end, if any.
     logs: HashMap<String, (Bytes, Option<Status>)>,
 }
 
@@ -314,7 +314,7 @@ fn stage(stage: Stage) -> Operation {
     longrunning::Operation { name: NAME.into(), metadata, ..Default::default() }
 }
 
-/// A message that says where the output can be followed.
+/// A message with the names of the log streams.
 fn followable() -> Operation {
     let metadata = reapi::ExecuteOperationMetadata {
         stage: Stage::Executing.into(),
@@ -343,10 +343,10 @@ async fn follow(mut execution: Execution) -> Result<(Vec<Stage>, Finished), Erro
     let mut stages = Vec::new();
     loop {
         match execution.next().await?.expect("an end") {
-            Event::Stage(stage) => stages.push(stage),
-            Event::Logs(names) => panic!("the server offers no streams: {names:?}"),
-            Event::Waiting(status) => panic!("no script says why it waits: {status:?}"),
-            Event::Finished(finished) => {
+            ExecutionEvent::Stage(stage) => stages.push(stage),
+            ExecutionEvent::Logs(names) => panic!("the server offers no streams: {names:?}"),
+            ExecutionEvent::Waiting(status) => panic!("no script says why it waits: {status:?}"),
+            ExecutionEvent::Finished(finished) => {
                 assert_eq!(execution.next().await, Ok(None));
                 return Ok((stages, *finished));
             }
@@ -354,7 +354,7 @@ async fn follow(mut execution: Execution) -> Result<(Vec<Stage>, Finished), Erro
     }
 }
 
-/// EXE-10, EXE-12, EXE-13: broken streams are joined again, a forgotten operation is run again.
+/// EXE-10, EXE-12, EXE-13: broken streams are resumed, and a forgotten operation is run again.
 #[tokio::test]
 async fn an_execution_survives_broken_streams_and_a_server_that_forgot() {
     let fake = Fake::default();
@@ -376,7 +376,7 @@ async fn an_execution_gives_up_on_a_server_that_never_gets_on() {
     let fake = Fake::default();
     let client = fake.client().await;
     for ending in [None, Some(Status::unavailable("down")), Some(Status::not_found("unknown"))] {
-        // Far more than will be asked for.
+        // Many more than will be requested.
         fake.state().scripts = vec![(vec![stage(Stage::Queued)], ending); 50].into();
         follow(client.execute(job())).await.unwrap_err();
         assert!(!fake.state().scripts.is_empty());
@@ -392,7 +392,7 @@ fn progress() -> Arc<Progress> {
     Arc::default()
 }
 
-/// A result that names everything below `dir` as the output directory "out", stored at the fake.
+/// A result with everything below `dir` as the output directory "out", stored on the fake server.
 fn as_output(fake: &Fake, dir: &std::path::Path) -> reapi::ActionResult {
     let mut blobs = BlobSet::default();
     let root = scan(dir, &mut blobs).unwrap();
@@ -432,7 +432,7 @@ async fn a_directory_goes_up_and_comes_back_as_it_was() {
     assert!(calls.len() < 20, "small blobs travel together: {calls:?}");
     assert_eq!(client.upload(&blobs, &progress()).await.unwrap(), (0, 0), "and only once");
 
-    // The stream of the large file breaks on the way and is taken up where it stopped.
+    // The stream of the large file breaks and is resumed where it stopped.
     let result = as_output(&fake, dir.path());
     fake.state().break_read_after = Some(1);
     let down = progress();
@@ -461,7 +461,7 @@ async fn wrong_bytes_are_noticed_and_not_kept() {
     }
 }
 
-/// Runs the real binary against the fake.
+/// Runs the real binary with the fake server.
 async fn exec(endpoint: &str, args: &[&str]) -> (i32, String, String) {
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gorego"));
     command.args(["exec", "--endpoint", endpoint]).args(args);
@@ -494,12 +494,12 @@ async fn exec_prints_what_the_command_printed_and_exits_as_it_did() {
     assert_eq!((code, stdout.as_str()), (7, "hello\n"));
     assert_eq!(
         stderr,
-        format!("{long}gorego: the command did not make p\n"),
+        format!("{long}gorego: the command did not create p\n"),
         "silent in a pipe but for this"
     );
     assert_eq!(fs::read(out.path().join("o")).unwrap(), b"made");
 
-    // What it uploaded is a runnable, canonical Action.
+    // The uploaded Action can be run and is canonical.
     let blobs = fake.state().blobs.clone();
     let mut commands = blobs.values().filter_map(|blob| reapi::Command::decode(blob.clone()).ok());
     let command = commands.find(|command| command.arguments == ["sh", "-c", "exit 7"]).unwrap();
@@ -507,7 +507,7 @@ async fn exec_prints_what_the_command_printed_and_exits_as_it_did() {
     assert_eq!(command.environment_variables[0].value, "/usr/local/bin:/usr/bin:/bin");
 }
 
-/// Whatever of it came live: all, the beginning, nothing, or something else.
+/// The live part of the output is everything, the beginning, nothing, or something else.
 #[tokio::test(flavor = "multi_thread")]
 async fn exec_prints_each_byte_once_however_much_of_it_came_live() {
     let fake = Fake::default();
@@ -566,7 +566,7 @@ async fn exec_tells_infrastructure_failures_from_those_of_the_command() {
     assert_eq!(exec(&endpoint, &["--timeout", "soon", "true"]).await.0, 2);
 }
 
-/// EXE-22: what was evicted between upload and start is uploaded again, once.
+/// EXE-22: a blob that was evicted between upload and start is uploaded again, once.
 #[tokio::test(flavor = "multi_thread")]
 async fn exec_uploads_again_what_the_server_lost_but_not_for_ever() {
     let fake = Fake::default();
@@ -592,7 +592,7 @@ async fn exec_uploads_again_what_the_server_lost_but_not_for_ever() {
     assert!(code == 125 && stderr.contains(&lost.to_string()), "{stderr}");
 }
 
-/// OPS-03: Ctrl-C, a service manager, and a terminal that is closed.
+/// OPS-03: Ctrl-C, a service manager, and a closed terminal.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_signal_cancels_the_operation_before_exec_leaves() {
     use rustix::process::{Pid, Signal, kill_process};
@@ -601,14 +601,14 @@ async fn a_signal_cancels_the_operation_before_exec_leaves() {
         let endpoint = fake.serve().await;
         let child =
             hanging_exec(&fake, std::process::Command::new(env!("CARGO_BIN_EXE_gorego")), &endpoint).await;
-        // The name of the operation may still be on its way.
+        // The name of the operation may not have arrived yet.
         kill_process(Pid::from_child(&child), signal).unwrap();
         assert_eq!(exit_code(child).await, Some(code));
         assert_eq!(fake.state().calls.last(), Some(&"CancelOperation"), "{signal:?}");
     }
 }
 
-/// As with any other program, `nohup` keeps SIGHUP away.
+/// As with any other program, `nohup` makes it ignore SIGHUP.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_signal_that_is_ignored_from_the_start_stops_nothing() {
     use rustix::process::{Pid, Signal, kill_process};
@@ -622,7 +622,7 @@ async fn a_signal_that_is_ignored_from_the_start_stops_nothing() {
     assert_eq!(exit_code(child).await, Some(143));
 }
 
-/// `gorego exec` of an operation that does not end, once it has asked for it.
+/// `gorego exec` with an operation that does not end, after the operation was started.
 async fn hanging_exec(
     fake: &Fake,
     mut command: std::process::Command,
@@ -643,7 +643,7 @@ async fn exit_code(mut child: std::process::Child) -> Option<i32> {
     tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap().code()
 }
 
-/// The server's message about a timeout says the same as the error.
+/// The server's message about a timeout repeats the error.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_timeout_is_told_in_one_line() {
     let fake = Fake::default();

@@ -1,4 +1,4 @@
-//! Configuration from the outside: precedence, errors that say what to do, and the files that people read.
+//! The configuration from outside: precedence, helpful errors, and the files that people read.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use gorego::{
@@ -20,7 +20,7 @@ fn env(pairs: &[(&str, &str)]) -> Vec<(OsString, OsString)> {
     pairs.iter().map(|(name, value)| (name.into(), value.into())).collect()
 }
 
-/// A file in a directory that lives as long as the test.
+/// A file in a directory that exists as long as the test.
 fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("c.toml");
@@ -47,7 +47,7 @@ fn gorego_toml_is_the_complete_default_configuration() {
     assert!(all.len() >= 20, "the list of keys is not empty: {all:?}");
     let mut last = 0;
     for (key, _) in all {
-        // Every key is written out, and in the order of the types.
+        // Every key is present, in the order of the types.
         let Origin::File(_, line) = loaded.origin(&key) else { panic!("{key} is not in gorego.toml") };
         assert!(*line > last, "{key} is out of order");
         last = *line;
@@ -146,9 +146,9 @@ fn errors_in_the_environment_name_the_variable_and_what_was_meant() {
         ("GOREGO_EXECUTION_CONCURRENCY", "1", &["did you mean \"GOREGO_EXECUTION__CONCURRENCY\""]),
         ("GOREGO_CONCURRENCY", "1", &["did you mean \"GOREGO_EXECUTION__CONCURRENCY\""]),
         ("GOREGO_CONFG", "x", &["did you mean \"GOREGO_CONFIG\""]),
-        ("GOREGO_MAX_SIZE_GB", "fifty", &["GOREGO_MAX_SIZE_GB=\"fifty\"", "is no size"]),
+        ("GOREGO_MAX_SIZE_GB", "fifty", &["GOREGO_MAX_SIZE_GB=\"fifty\"", "is not a size"]),
         ("GOREGO_MAX_SIZE_GB", "-1", &["GOREGO_MAX_SIZE_GB=\"-1\"", "cannot be negative"]),
-        ("GOREGO_MAX_SIZE_GB", "5 XB", &["\"XB\" is no unit"]),
+        ("GOREGO_MAX_SIZE_GB", "5 XB", &["\"XB\" is not a unit"]),
         ("GOREGO_EXECUTION__QUEUE_SIZE", "many", &["whole number"]),
         ("GOREGO_ALLOW_UNAUTHENTICATED", "yes", &["true or false"]),
         ("GOREGO_LISTEN_ADDR", "somewhere", &["GOREGO_LISTEN_ADDR=\"somewhere\""]),
@@ -173,7 +173,7 @@ fn variables_that_are_not_meant_for_the_configuration_are_left_alone() {
         ("GOREGO_ENDPOINT", "grpc://a:1"),
         ("GOREGO", "x"),
         ("MY_GOREGO_X", "x"),
-        // What Kubernetes sets in every pod beside a service called "gorego".
+        // The variables that Kubernetes sets in every pod next to a service named "gorego".
         ("GOREGO_SERVICE_HOST", "10.0.0.1"),
         ("GOREGO_SERVICE_PORT_GRPC", "50051"),
         ("GOREGO_PORT", "tcp://10.0.0.1:50051"),
@@ -262,7 +262,7 @@ fn a_mistake_in_a_pool_is_shown_with_its_place_and_what_to_write_instead() {
         (pool("slots = 1\nproperties = { cores = { minimum = 4, ignore = true } }"), &[":3:", "one way"]),
         (pool("slots = 1\nproperties = { cores = { minimum = \"x\" } }"), &[":3:"]),
         (pool("slots = 1\nproperties = { arch = [] }"), &[":3:", "offers nothing"]),
-        (pool("slots = 1\nproperties = { silo = { ignore = false } }"), &[":3:", "leave the property out"]),
+        (pool("slots = 1\nproperties = { silo = { ignore = false } }"), &[":3:", "omit the property"]),
         (file_error("[execution]\nunknown_properties = \"allow\"\n"), &[":2:22: ", "ignore", "refuse"]),
         (file_error("[execution]\npools = 1\n"), &[":2:9: "]),
     ] {

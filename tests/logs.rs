@@ -1,4 +1,4 @@
-//! Log lines: what a program that reads them may rely on.
+//! Guarantees for programs that read log lines.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs)]
 
 mod log_schema;
@@ -86,7 +86,7 @@ fn a_library_cannot_change_the_fields_of_this_program() {
     assert!(!object.contains_key("fields"));
 }
 
-/// A value that breaks in the middle of being written.
+/// A value whose formatting fails in the middle.
 struct Broken;
 
 impl serde::Serialize for Broken {
@@ -124,12 +124,13 @@ fn structured_values_stay_structured_and_broken_ones_do_not_break_the_line() {
     assert_eq!(object["big"], u64::MAX);
 }
 
-/// Set in the process that a test starts to look at the logs of a whole process.
+/// Set in the process that a test starts to examine the logs of a whole process.
 const CHILD: &str = "GOREGO_TEST_LOG_CHILD";
-/// Lines that it logs last.
+/// Number of lines that it logs last.
 const LAST_WORDS: usize = 5000;
 
-/// Not a test but the process of the next one: a library's message, a panic in a thread, and an exit right after many lines.
+/// Not a test, but the process of the next one: a message of a library, a panic in a thread, and an exit right after many
+/// lines.
 #[test]
 #[ignore = "a process of another test"]
 fn a_process_with_a_log() {
@@ -175,7 +176,7 @@ fn what_a_process_logged_before_it_exits_is_written_whole_panics_and_libraries_i
     assert!(last.eq(0..LAST_WORDS), "in order, none missing, none twice");
 }
 
-/// The other tests hold lines against the page; this one finds events that no test happens to cause.
+/// The other tests compare lines with the page. This one finds events that no test causes.
 #[test]
 fn the_page_lists_every_event_that_the_source_names_and_no_other() {
     let schema = Schema::documented();
@@ -187,7 +188,7 @@ fn the_page_lists_every_event_that_the_source_names_and_no_other() {
     let mut named = 0;
     for level in ["error", "warn", "info", "debug"] {
         for after in source.split(&format!("Event::{level}(")).skip(1) {
-            // After the target: a name in quotes, or a constant, perhaps with a module in front.
+            // After the target: a name in quotes, or a constant, possibly with a module prefix.
             let word = after.split([',', ')']).nth(1).unwrap_or_default().trim();
             let event = match word.strip_prefix('"') {
                 Some(quoted) => quoted.trim_end_matches('"').to_owned(),
@@ -209,7 +210,7 @@ fn the_page_lists_every_event_that_the_source_names_and_no_other() {
     }
 }
 
-/// The source without its comments.
+/// The source without comments.
 fn source_below(directory: &Path) -> String {
     let mut text = String::new();
     for entry in std::fs::read_dir(directory).unwrap() {

@@ -1,4 +1,4 @@
-//! `gorego verify` as a user runs it: the real suite against the real server, and against one that only talks.
+//! `gorego verify` as a user runs it: the real suite with the real server, and with one that only makes claims.
 
 #![allow(clippy::unwrap_used)]
 
@@ -24,11 +24,11 @@ use support::Server;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::{Request, Response, Status, transport::server::TcpIncoming};
 
-/// What a run may take, on whatever machine and beside whatever else: far more than the half minute that it needs.
+/// Time limit of a run on any machine: far more than the half minute that it needs.
 const RUN_LIMIT: Duration = Duration::from_secs(300);
 
-/// A server with more than one instance: one that shares nothing with the first, one that may do little, one that hashes
-/// otherwise. It may fetch from the suite (AST).
+/// A server with several instances: one that shares nothing with the first, one with restrictions, and one with another
+/// digest function. It may fetch from the suite (AST).
 const INSTANCES: &str = r#"
 [assets]
 allowed_hosts = ["127.0.0.1"]
@@ -44,7 +44,7 @@ digest_functions = ["sha256"]
 digest_functions = ["blake3"]
 "#;
 
-/// Checks that our server leaves out, each with the beginning of the reason; everything else has to pass.
+/// Checks that are skipped for our server, each with the beginning of the reason. All others must pass.
 const LEFT_OUT: &[(&str, &str)] = &[
     ("GEN-23 credentials missing and forbidden are told apart", "needs a server that asks for credentials"),
     ("GEN-26 pings on an idle connection are tolerated", "watches a connection for 35s"),
@@ -63,7 +63,7 @@ const LEFT_OUT: &[(&str, &str)] = &[
     ("EXE-62 a lost worker is UNAVAILABLE or invisible", "needs a worker to be killed"),
 ];
 
-/// Runs `gorego verify` with these arguments; whatever it does, it does in time.
+/// Runs `gorego verify` with these arguments, within the time limit.
 async fn verify(args: &[&str]) -> Output {
     let begin = Instant::now();
     let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
@@ -76,7 +76,7 @@ async fn verify(args: &[&str]) -> Output {
     output
 }
 
-/// The checks of a report, by outcome: rules and title, and the reason.
+/// The checks of a report by outcome: rules and title, and the reason.
 fn by_outcome(output: &Output) -> BTreeMap<String, Vec<(String, String)>> {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let mut found: BTreeMap<String, Vec<(String, String)>> = BTreeMap::new();
@@ -93,11 +93,11 @@ fn by_outcome(output: &Output) -> BTreeMap<String, Vec<(String, String)>> {
     found
 }
 
-/// A server with [`INSTANCES`].
+/// A server with the configuration [`INSTANCES`].
 async fn server_with_instances() -> (Server, tempfile::NamedTempFile) {
     let config = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(config.path(), INSTANCES).unwrap();
-    // The suite leaves work behind and looks for it later, while its other checks wait for slots.
+    // The suite leaves work behind and checks it later, while its other checks wait for slots.
     let settings =
         [("CONFIG", config.path().to_str().unwrap()), ("EXECUTION__CONTENDED_ABANDON_GRACE", "1m")];
     (Server::with(&settings).await, config)
@@ -184,7 +184,7 @@ async fn the_port_of_the_http_cache_is_told_from_one_of_grpc() {
     let serving = tokio::spawn(async move {
         loop {
             let (mut stream, _) = listener.accept().await.unwrap();
-            // As a server of HTTP/1 answers the first line of HTTP/2.
+            // The response of an HTTP/1 server to the first line of HTTP/2.
             let _ = stream.read(&mut [0; 1024]).await;
             let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").await;
         }
@@ -209,7 +209,7 @@ async fn a_report_that_cannot_be_written_is_noticed_before_the_server_is_asked_a
     assert_eq!(server.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "nobody called");
 }
 
-/// A server that claims everything and does nothing.
+/// A server that claims everything and implements nothing.
 struct Talker;
 
 #[tonic::async_trait]
@@ -252,7 +252,7 @@ impl Capabilities for Talker {
     }
 }
 
-/// What is true of a server that only has capabilities.
+/// The rules that a server with only capabilities follows.
 const TRUE_OF_A_TALKER: &[&str] = &[
     "CAP-02 the versions are set and overlap 2",
     "CAP-03 the deprecated version is older",

@@ -1,6 +1,6 @@
-//! The conformance suite against servers that are wrong on purpose: each [fault](faults) has to be found by the checks of the
-//! rules that it breaks, and without one they all pass. A check that would also pass on a server that does nothing, or the
-//! wrong thing, is worthless; this is where that shows.
+//! The conformance suite with servers that are wrong on purpose. Each [fault](faults) must be found by the checks of the
+//! rules that it breaks, and without a fault all checks pass. A check that would also pass with a server that does nothing,
+//! or the wrong thing, is worthless; this test detects such checks.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod faults;
@@ -13,7 +13,7 @@ use futures::{StreamExt as _, stream};
 use gorego_reapi::proto::reapi::FindMissingBlobsRequest;
 use gorego_verify::{
     self as verify, Options, Selection,
-    report::{Judgement, Outcome, Report},
+    report::{CheckOutcome, Judgement, Report},
 };
 use prost::Message as _;
 use std::{
@@ -23,19 +23,19 @@ use std::{
 use support::Server;
 use tonic::Status;
 
-/// Faulty servers at the same time.
+/// Number of concurrent faulty servers.
 const AT_ONCE: usize = 16;
-/// Longest time of one check against a faulty server: where a fault makes it silent, this is what it costs.
+/// Time limit of a check of a faulty server. A fault that makes the server silent costs this much time.
 const FAULTY_LIMIT: Duration = Duration::from_secs(30);
-/// The same where no check may run out of time, however busy the machine is.
+/// The time limit if no check may run out of time, however busy the machine is.
 const PATIENT_LIMIT: Duration = Duration::from_secs(60);
-/// An instance beside the default one, with a name of several segments.
+/// A second instance, whose name has several segments.
 const OTHER_INSTANCE: &str = "team/a";
 
-/// Rules that the real server keeps and that no fault breaks, each with the reason.
+/// Rules that the real server follows and that no fault breaks, each with the reason.
 const UNBROKEN: &[(&str, &str)] = &[];
 
-/// What the suite finds behind a fault.
+/// The findings of the suite for one fault.
 async fn verify(fault: &Fault, server: &str, only: &[&str], check_limit: Duration) -> Report {
     let proxy = fault.before(server).await;
     let options = Options {
@@ -49,15 +49,15 @@ async fn verify(fault: &Fault, server: &str, only: &[&str], check_limit: Duratio
 }
 
 /// The rules of the rows with such an outcome.
-fn rules(report: &Report, which: impl Fn(&Outcome) -> bool) -> BTreeSet<&'static str> {
+fn rules(report: &Report, which: impl Fn(&CheckOutcome) -> bool) -> BTreeSet<&'static str> {
     report.rows.iter().filter(|row| which(&row.outcome)).flat_map(|row| row.rules.clone()).collect()
 }
 
-fn failed(outcome: &Outcome) -> bool {
-    matches!(outcome, Outcome::Fail { .. })
+fn failed(outcome: &CheckOutcome) -> bool {
+    matches!(outcome, CheckOutcome::Fail { .. })
 }
 
-/// One sentence for each thing that is wrong with the suite or with the list above.
+/// One sentence for each defect of the suite or of the list above.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_fault_is_found_and_a_server_without_one_passes() {
     let server = server().await;
@@ -67,10 +67,10 @@ async fn every_fault_is_found_and_a_server_without_one_passes() {
     let mut problems: Vec<String> = sound
         .rows
         .iter()
-        .filter(|row| failed(&row.outcome) || matches!(row.outcome, Outcome::Inconclusive { .. }))
+        .filter(|row| failed(&row.outcome) || matches!(row.outcome, CheckOutcome::Inconclusive { .. }))
         .map(|row| format!("without a fault: {:?} {}: {:?}", row.rules, row.title, row.outcome))
         .collect();
-    let kept = rules(&sound, |outcome| *outcome == Outcome::Pass);
+    let kept = rules(&sound, |outcome| *outcome == CheckOutcome::Pass);
     eprintln!("without a fault: {:?}, {} rules pass", begin.elapsed(), kept.len());
 
     let faults = faults::all();
@@ -117,13 +117,13 @@ async fn every_fault_is_found_and_a_server_without_one_passes() {
     assert!(problems.is_empty(), "{} problems:\n{}", problems.len(), problems.join("\n"));
 }
 
-/// The proxied server, and one whose slots and instances suit the suite.
+/// The real server behind the proxies, with slots and instances that suit the suite.
 async fn server() -> Server {
     let instances = format!("[\"\", \"{OTHER_INSTANCE}\"]");
     Server::with(&[
         ("INSTANCE_NAMES", instances.as_str()),
         ("EXECUTION__CONCURRENCY", "16"),
-        // The suite leaves work behind and looks for it later, while its other checks wait for slots.
+        // The suite leaves work behind and checks it later, while its other checks wait for slots.
         ("EXECUTION__CONTENDED_ABANDON_GRACE", "1m"),
         ("ASSETS__ALLOWED_HOSTS", "[\"127.0.0.1\"]"),
         ("LOG__FILTER", "warn,gorego::server=info"),
@@ -131,7 +131,7 @@ async fn server() -> Server {
     .await
 }
 
-/// The rows with such a judgement, as text.
+/// The rows with this judgement, as text.
 fn judged(report: &Report, judgement: Judgement) -> Vec<String> {
     let rows = report.rows.iter().filter(|row| row.judgement(false) == judgement);
     rows.map(|row| format!("{:?} {}: {:?}", row.rules, row.title, row.outcome)).collect()
@@ -147,7 +147,7 @@ async fn what_a_server_may_do_is_no_fault() {
     }
 }
 
-/// The answer ends the connection that it comes over: a client takes no more than 8 KiB of headers.
+/// The response ends its connection, because a client accepts at most 8 KiB of headers.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_that_ends_its_connection_leaves_the_others_alone() {
     let server = server().await;
@@ -169,8 +169,7 @@ async fn one_fault_is_one_failure_and_what_needs_the_rule_is_skipped() {
     assert_eq!(others, Vec::<String>::new());
     assert_eq!(rules(&report, failed), BTreeSet::from(["EXE-03"]), "{:#?}", judged(&report, Judgement::Warn));
     assert_eq!(judged(&report, Judgement::Inconclusive), Vec::<String>::new());
-    let needs =
-        |outcome: &Outcome| matches!(outcome, Outcome::Skipped(why) if why.starts_with("needs EXE-03: "));
+    let needs = |outcome: &CheckOutcome| matches!(outcome, CheckOutcome::Skipped(why) if why.starts_with("needs EXE-03: "));
     let skipped = rules(&report, needs);
     for id in ["EXE-04", "EXE-05", "EXE-06", "GEN-18", "OPS-03"] {
         assert!(skipped.contains(id), "{id} is not among {skipped:?}");
@@ -183,7 +182,7 @@ async fn a_failed_control_is_a_kind_of_its_own_in_every_report() {
     let broken = fault("nothing can be read", &[], {
         change::instead("Read", |_, _| async { Err(Status::internal("the disk is on fire")) })
     });
-    // Read is not checked itself, so nobody else says what is wrong.
+    // Read itself is not checked, so no other check explains the failure.
     let report = verify(&broken, &server.endpoint(), &["BS-04"], PATIENT_LIMIT).await;
     assert_eq!(judged(&report, Judgement::Inconclusive).len(), 2, "{:#?}", report.rows);
     assert!(!report.is_good(false) && rules(&report, failed).is_empty());
@@ -196,16 +195,18 @@ async fn a_failed_control_is_a_kind_of_its_own_in_every_report() {
     assert_eq!(json["checks"][0]["needs"], "BS-07");
     let xml = report.junit(false).unwrap();
     assert!(xml.contains("errors=\"2\"") && xml.contains("failures=\"0\""), "{xml}");
-    // Beside the check of Read itself that one fails, and the others wait for it.
+    // Besides the check of Read only this one fails, and the others depend on it.
     let report = verify(&broken, &server.endpoint(), &["BS-04", "BS-07"], PATIENT_LIMIT).await;
     assert!(rules(&report, failed).contains("BS-07") && !rules(&report, failed).contains("BS-04"));
     assert_eq!(judged(&report, Judgement::Inconclusive), Vec::<String>::new());
 }
 
-/// Whether what a check expected begins with the name of this case.
-fn named(outcome: &Outcome, case: &str) -> bool {
+/// Whether the expectation of a check starts with the name of this case.
+fn named(outcome: &CheckOutcome, case: &str) -> bool {
     match outcome {
-        Outcome::Fail { expected, .. } | Outcome::Inconclusive { expected, .. } => expected.starts_with(case),
+        CheckOutcome::Fail { expected, .. } | CheckOutcome::Inconclusive { expected, .. } => {
+            expected.starts_with(case)
+        }
         _ => false,
     }
 }
@@ -227,15 +228,15 @@ async fn a_check_of_several_cases_says_which_one_failed() {
     }
 }
 
-/// Whether a request asks for the digest of 100 bytes under the size of GEN-04's second case.
+/// Whether a request contains the digest of 100 bytes with the size of GEN-04's second case.
 fn asks_for_99_bytes(asked: &FindMissingBlobsRequest) -> bool {
     asked.blob_digests.iter().any(|digest| digest.size_bytes == 99)
 }
 
-/// A fault that shows in the second case of a check only, and one that makes it silent there.
+/// A fault that is visible only in the second case of a check, and one that makes the server silent there.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_case_is_named_in_the_report_also_when_the_check_runs_out_of_time() {
-    /// Longest time of a check that gets no answer: enough for the steps before that.
+    /// Time limit of a check that gets no answer: enough for its earlier steps.
     const LIMIT: Duration = Duration::from_secs(10);
     let server = server().await;
     let case = "size 99 instead of 100: ";
@@ -262,7 +263,7 @@ async fn the_case_is_named_in_the_report_also_when_the_check_runs_out_of_time() 
         })
     });
     let report = verify(&silent, &server.endpoint(), silent.breaks, LIMIT).await;
-    let unclear = report.rows.iter().find(|row| matches!(row.outcome, Outcome::Inconclusive { .. }));
+    let unclear = report.rows.iter().find(|row| matches!(row.outcome, CheckOutcome::Inconclusive { .. }));
     assert!(unclear.is_some_and(|row| named(&row.outcome, case)), "{:#?}", report.rows);
 }
 

@@ -1,4 +1,4 @@
-//! The attacks. Each goes on until its process is killed, on one thread.
+//! The attacks. Each runs on one thread until its process is killed.
 
 use crate::{
     raw::{self, RST_STREAM},
@@ -30,14 +30,14 @@ use tonic::{Request, metadata::MetadataValue, transport::Channel};
 
 /// The first argument of a hostile process.
 pub const SUBCOMMAND: &str = "hostile";
-/// A process that nobody killed ends by itself.
+/// A process that is not killed ends by itself after this time.
 const LIFETIME: Duration = Duration::from_secs(60);
 
 const PACKAGE: &str = "/build.bazel.remote.execution.v2";
 
 type Attack = fn(SocketAddr);
 
-/// Name, description, and what it does.
+/// Name, description and function of each attack.
 pub const ATTACKS: &[(&str, &str, Attack)] = &[
     ("none", "none", |_| {}),
     ("resets", "streams opened and cancelled, connection after connection", resets),
@@ -56,7 +56,7 @@ pub const ATTACKS: &[(&str, &str, Attack)] = &[
     ("streams", "log streams that are created and never finished", |server| block_on(log_streams(server))),
 ];
 
-/// Runs one of them.
+/// Runs one attack.
 pub fn attack(name: &str, address: &str) {
     std::thread::spawn(|| {
         std::thread::sleep(LIFETIME);
@@ -196,7 +196,7 @@ async fn upload(server: SocketAddr, digest: Digest, data: Vec<u8>) {
     }
 }
 
-/// Again and again, so that the server has to begin and end them all the time.
+/// Repeatedly, so that the server always begins and ends some of them.
 async fn reservations(server: SocketAddr) {
     const UPLOADS: u32 = 500;
     const PAUSE: Duration = Duration::from_millis(500);

@@ -1,8 +1,8 @@
-//! How long a bystander waits while one client does its worst: `cargo bench --bench attacks`, or with the names of attacks.
+//! Measures how long a bystander waits during an attack: `cargo bench --bench attacks`, or with the names of attacks.
 //!
-//! The hostile client is one thread of a process of its own, which is this program again. The bystander asks for the
-//! capabilities from another address, one call after the other. Each attack has a fresh server and lasts [`DURATION`]. Prints
-//! a Markdown table; nothing here fails.
+//! The hostile client is one thread of a separate process, which runs this program again. The bystander requests the
+//! capabilities from another address, one call at a time. Each attack has a fresh server and lasts [`DURATION`]. The output
+//! is a Markdown table. The benchmark never fails.
 
 mod hostile;
 #[allow(dead_code, missing_docs, clippy::unwrap_used)]
@@ -22,11 +22,11 @@ use std::{
 use target::Target;
 use tonic::transport::Endpoint;
 
-/// How long an attack goes on.
+/// Duration of an attack.
 const DURATION: Duration = Duration::from_secs(10);
-/// How long the bystander rests between two calls.
+/// Delay between two calls of the bystander.
 const PAUSE: Duration = Duration::from_millis(2);
-/// What the bystander should wait at most, for 99 of 100 calls.
+/// The goal for the wait of the bystander in 99 of 100 calls.
 const GOAL: Duration = Duration::from_millis(50);
 
 fn main() {
@@ -60,7 +60,7 @@ fn measure(name: &str, what: &str) {
     );
 }
 
-/// What the bystander waited for each of its answers.
+/// The waiting times of the bystander.
 fn beside(name: &str, target: &Target) -> Vec<Duration> {
     let this = std::env::current_exe().expect("this program has a path");
     let address = target.endpoint.trim_start_matches("http://");

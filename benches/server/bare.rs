@@ -1,4 +1,4 @@
-//! The yardstick: a tonic server that does nothing, in a process of its own.
+//! The baseline: a tonic server without logic in a separate process.
 
 use futures::stream;
 use gorego::grpc::services::{
@@ -25,15 +25,15 @@ use tonic::{
 /// The argument with which this program becomes the bare server.
 pub const SUBCOMMAND: &str = "bare-server";
 
-/// A running bare server; stopped when dropped.
+/// A running bare server. It is stopped when dropped.
 pub struct Bare {
     child: Child,
-    /// `http://host:port`.
+    /// `http://host:port` for clients.
     pub endpoint: String,
 }
 
 impl Bare {
-    /// Starts one and waits until it listens.
+    /// Starts a bare server and waits until it listens.
     pub fn start() -> Self {
         let program = std::env::current_exe().expect("this program has a path");
         let mut child =
@@ -52,7 +52,7 @@ impl Drop for Bare {
     }
 }
 
-/// Serves until killed.
+/// Serves until the process is killed.
 pub fn serve() {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     runtime.block_on(async {
@@ -85,7 +85,7 @@ impl Capabilities for Nothing {
 impl ByteStream for Nothing {
     type ReadStream = stream::BoxStream<'static, Result<ReadResponse, Status>>;
 
-    /// `read_limit` bytes of zeros in chunks of `read_offset`.
+    /// Sends `read_limit` zero bytes in chunks of `read_offset`.
     async fn read(&self, request: Request<ReadRequest>) -> Result<Response<Self::ReadStream>, Status> {
         let ReadRequest { read_offset, read_limit, .. } = request.into_inner();
         let chunk = bytes::Bytes::from(vec![0; read_offset as usize]);

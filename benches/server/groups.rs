@@ -1,4 +1,4 @@
-//! The groups of measurements, one function each.
+//! The groups of measurements, with one function for each.
 
 use crate::{
     bare::Bare,
@@ -26,7 +26,7 @@ use std::{
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
 
-/// Calls in flight where a goal says "64 at once".
+/// Number of concurrent calls for goals that say "64 at once".
 const AT_ONCE: usize = 64;
 
 fn runtime() -> Runtime {
@@ -37,14 +37,14 @@ fn slots() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Runs `count` calls with [`AT_ONCE`] in flight and gives the rate a second.
+/// Runs `count` calls, [`AT_ONCE`] concurrently, and returns the calls per second.
 async fn rate<F: Future>(count: usize, call: impl Fn(usize) -> F) -> f64 {
     let start = Instant::now();
     stream::iter((0..count).map(call)).buffer_unordered(AT_ONCE).for_each(|_| async {}).await;
     count as f64 / start.elapsed().as_secs_f64()
 }
 
-/// Uncached actions that do nothing, one at a time and many at once.
+/// Uncached actions without work, one at a time and many at once.
 pub fn noop_execute(report: &mut Report) {
     const ONE_AT_A_TIME: usize = 300;
     const MANY: usize = 3_000;
@@ -101,7 +101,7 @@ pub fn noop_execute(report: &mut Report) {
     );
 }
 
-/// Executes that the action cache answers.
+/// Executes that are answered from the action cache.
 pub fn cached_execute(report: &mut Report) {
     const CALLS: usize = 40_000;
     let runtime = runtime();
@@ -132,7 +132,7 @@ pub fn cached_execute(report: &mut Report) {
     );
 }
 
-/// Many actions at the same moment: how long until every stream has spoken.
+/// Many actions submitted at once: the time until every stream has sent a message.
 pub fn enqueue_burst(report: &mut Report) {
     const ACTIONS: usize = 2_000;
     let target = Target::start();
@@ -176,7 +176,7 @@ pub fn enqueue_burst(report: &mut Report) {
     );
 }
 
-/// Look-ups of 1,000 digests, half of them stored.
+/// Look-ups of 1,000 digests, half of which are stored.
 pub fn find_missing(report: &mut Report) {
     const CALLS: usize = 2_000;
     const DIGESTS: usize = 1_000;
@@ -205,7 +205,7 @@ pub fn find_missing(report: &mut Report) {
     );
 }
 
-/// Large blobs through ByteStream, against the same chunks through a server that does nothing with them.
+/// Large blobs by ByteStream, compared with the same chunks from the bare server.
 pub fn streams(report: &mut Report) {
     const SIZE: usize = 512 << 20;
     const CHUNK: usize = 128 << 10;
@@ -213,7 +213,7 @@ pub fn streams(report: &mut Report) {
     let runtime = runtime();
     let target = Target::start();
     let bare = Bare::start();
-    // Bytes that do not repeat, cut once, so that the client spends nothing on making them.
+    // Incompressible bytes, cut once, so that the client spends no time on making them.
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut blob = vec![0u8; SIZE];
     for word in blob.chunks_exact_mut(8) {
@@ -277,7 +277,7 @@ async fn read(client: &ByteStreamClient<Channel>, request: ReadRequest, size: us
     size as f64 / start.elapsed().as_secs_f64()
 }
 
-/// Resident memory, idle and with a long queue of watched operations.
+/// Resident memory when idle, and with a long queue of watched operations.
 pub fn memory(report: &mut Report) {
     const QUEUED: usize = 10_000;
     const CONNECTIONS: usize = 10;
@@ -308,7 +308,7 @@ pub fn memory(report: &mut Report) {
     );
 }
 
-/// A store of a million small blobs: memory of its index, and how soon it is served after a restart.
+/// A store of a million small blobs: the memory of its index, and the time until it serves after a restart.
 pub fn million_blobs(report: &mut Report) {
     const BLOBS: usize = 1_000_000;
     const BATCH: usize = 4_000;
@@ -324,7 +324,7 @@ pub fn million_blobs(report: &mut Report) {
     let grown = resident(target.pid()).saturating_sub(before);
     let store = target.into_store();
     let target = Target::start_on(store, &[]);
-    // What the process holds after a start is the index alone, without the buffers of a million uploads.
+    // After a start the process holds only the index, without the buffers of a million uploads.
     let index = resident(target.pid()).saturating_sub(before) / BLOBS as u64;
     report.add(
         "1,000,000 small blobs: memory a blob",

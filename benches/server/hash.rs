@@ -1,4 +1,4 @@
-//! Hashing of large blobs, against what the library does alone in one thread with the same bytes at hand.
+//! Hashing of large blobs, compared with the library alone in one thread on the same bytes in memory.
 
 use crate::{
     report::Report,
@@ -16,11 +16,11 @@ use tokio::runtime::Runtime;
 
 const SIZE: usize = 256 << 20;
 const MESSAGE_BYTES: usize = 128 << 10;
-/// As files and decoded streams are hashed.
+/// The piece size in which files and decoded streams are hashed.
 const PIECE_BYTES: usize = 256 << 10;
 const ROUNDS: u64 = 3;
 
-/// Hashing in pieces, an upload, and the first read after a restart, which hashes the stored file; of BLAKE3 and SHA-256.
+/// Hashing in pieces, an upload, and the first read after a restart, which hashes the stored file, with BLAKE3 and SHA-256.
 pub fn large_blobs(report: &mut Report) {
     for function in [DigestFunction::Blake3, DigestFunction::Sha256] {
         let [mut library, mut pieces, mut up, mut cold] = [0f64; 4];
@@ -70,7 +70,7 @@ async fn upload(target: &Target, digest: Digest, bytes: Bytes) -> f64 {
     SIZE as f64 / start.elapsed().as_secs_f64()
 }
 
-/// Reads one byte of a blob whose file this server has not checked yet.
+/// Reads one byte of a blob whose file this server has not verified yet.
 async fn first_byte(target: &Target, digest: Digest) -> f64 {
     let mut client = Client::connect(&target.endpoint).await.bytes;
     let request = ReadRequest { resource_name: digest.blob_name(), read_limit: 1, ..Default::default() };

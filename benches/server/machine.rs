@@ -1,4 +1,4 @@
-//! What the machine itself can do, and what a process has used.
+//! The limits of the machine, and the resources of a process.
 
 use std::{
     process::Command,
@@ -6,14 +6,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The middle of some durations, and the 99th percentile.
+/// The median and the 99th percentile of some durations.
 pub fn percentiles(mut samples: Vec<Duration>) -> (Duration, Duration) {
     samples.sort();
     let at = |share: usize| samples.get(samples.len() * share / 100).copied().unwrap_or_default();
     (at(50), at(99))
 }
 
-/// How long spawning `/bin/true` and waiting for it takes, one at a time.
+/// The time to spawn `/bin/true` and wait for it, one at a time.
 pub fn spawn_latency(runs: usize) -> Duration {
     let samples = (0..runs).map(|_| {
         let start = Instant::now();
@@ -23,7 +23,7 @@ pub fn spawn_latency(runs: usize) -> Duration {
     percentiles(samples.collect()).0
 }
 
-/// How many `/bin/true` this many threads can spawn and reap a second.
+/// How many `/bin/true` this many threads can spawn and reap per second.
 pub fn spawn_rate(threads: usize, runs: usize) -> f64 {
     let left = AtomicUsize::new(runs);
     let start = Instant::now();
@@ -39,9 +39,9 @@ pub fn spawn_rate(threads: usize, runs: usize) -> f64 {
     runs as f64 / start.elapsed().as_secs_f64()
 }
 
-/// CPU time of a process, its children not counted.
+/// CPU time of a process without its children.
 pub fn cpu_time(pid: u32) -> Duration {
-    // Seconds of each thread from schedstat: nanosecond resolution, which /proc/PID/stat's ticks have not.
+    // Seconds of each thread from schedstat, which has nanosecond resolution, unlike the ticks of /proc/PID/stat.
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let nanos = tasks.filter_map(|task| {
         let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;

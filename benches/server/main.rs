@@ -1,8 +1,9 @@
-//! What the server reaches, as ratios against this machine's own limits, each pair measured in one run.
+//! The performance of the server, as ratios to the limits of this machine. Both sides of a ratio are measured in one run.
 //!
-//! `cargo bench --bench server` prints one table; `cargo bench --bench server -- spawn cached` only those groups. The server
-//! under test and the bare tonic server that it is compared with each run in a process of their own, with this program as
-//! their client, so that both sides of a ratio pay the same for the wire. Nothing here fails: figures are for reading.
+//! `cargo bench --bench server` prints one table; `cargo bench --bench server -- spawn cached` only those groups. The
+//! server under test and the bare tonic server for comparison run in separate processes, and this program is the client of
+//! both, so that both sides of a ratio include the same network cost. The benchmark never fails; its results are for
+//! reading.
 
 mod bare;
 mod groups;
@@ -14,7 +15,7 @@ mod zstd;
 
 use report::Report;
 
-/// A group of measurements by the name it is chosen with.
+/// A group of measurements and its name on the command line.
 type Group = (&'static str, fn(&mut Report));
 
 const GROUPS: &[Group] = &[

@@ -1,6 +1,6 @@
 //! The table that a run prints.
 
-/// Rows in the order measured.
+/// The rows in the order of measurement.
 #[derive(Default)]
 pub struct Report(Vec<Row>);
 
@@ -13,13 +13,13 @@ struct Row {
 }
 
 impl Report {
-    /// Adds a row: what was measured, the figure, the machine's limit beside it, and the goal with its verdict.
+    /// Adds a row: the measurement, the result, the limit of the machine, and the goal with its verdict.
     pub fn add(&mut self, what: &str, measured: String, limit: String, goal: &str, reached: bool) {
         eprintln!("{what}: {measured} (limit {limit}; goal {goal}: {})", verdict(reached));
         self.0.push(Row { what: what.into(), measured, limit, goal: goal.into(), reached });
     }
 
-    /// Prints a Markdown table.
+    /// Prints the rows as a Markdown table.
     pub fn print(&self) {
         println!("| what | measured | this machine's limit, same run | goal | |");
         println!("|---|---|---|---|---|");

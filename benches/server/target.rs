@@ -1,4 +1,4 @@
-//! The server under test: the real binary on an empty store, and a client with the few calls that the groups need.
+//! The server under test: the real binary with an empty store, and a client for the calls of the groups.
 
 use gorego_client::stubs::{ByteStreamClient, ContentAddressableStorageClient, ExecutionClient};
 use gorego_reapi::{
@@ -20,23 +20,23 @@ use std::{
 use tempfile::TempDir;
 use tonic::{Streaming, transport::Channel};
 
-/// A running goREgo; stopped when dropped.
+/// A running goREgo. It is stopped when dropped.
 pub struct Target {
     child: Child,
     store: TempDir,
-    /// `http://host:port`.
+    /// `http://host:port` for clients.
     pub endpoint: String,
-    /// From spawn to the line that says it listens.
+    /// The time from spawn to the line that says it listens.
     pub startup: Duration,
 }
 
 impl Target {
-    /// Starts one on an empty store.
+    /// Starts a server with an empty store.
     pub fn start() -> Self {
         Self::start_on(tempfile::tempdir().expect("a directory"), &[])
     }
 
-    /// Starts one on this store, with further environment.
+    /// Starts a server with this store and additional environment variables.
     pub fn start_on(store: TempDir, environment: &[(&str, &str)]) -> Self {
         let start = Instant::now();
         let mut child = Command::new(env!("CARGO_BIN_EXE_gorego"))
@@ -57,17 +57,16 @@ impl Target {
             })
             .expect("gorego says where it listens");
         let startup = start.elapsed();
-        // The log goes on for as long as the server runs; somebody has to read it.
+        // The log must be read as long as the server runs.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
         Self { child, store, endpoint: format!("http://{address}"), startup }
     }
 
-    /// Process id of the server.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Stops the server and gives its store back.
+    /// Stops the server and returns its store.
     pub fn into_store(mut self) -> TempDir {
         self.stop();
         std::mem::replace(&mut self.store, tempfile::tempdir().expect("a directory"))
@@ -92,20 +91,17 @@ const STREAM_WINDOW: u32 = 16 << 20;
 /// A connection with the calls that the groups make.
 #[derive(Clone)]
 pub struct Client {
-    /// Blobs.
     pub cas: ContentAddressableStorageClient<Channel>,
-    /// Streams.
     pub bytes: ByteStreamClient<Channel>,
     execution: ExecutionClient<Channel>,
 }
 
 impl Client {
-    /// Connects.
     pub async fn connect(endpoint: &str) -> Self {
         let channel = Channel::from_shared(endpoint.to_owned())
             .expect("an endpoint")
-            // Wide and fixed: the HTTP/2 library derives from it how many small messages may wait, and closes the connection
-            // of a client that falls behind by more.
+            // Large and fixed: the HTTP/2 library derives from it how many small messages may wait, and closes the
+            // connection of a client that falls behind by more.
             .initial_connection_window_size(CONNECTION_WINDOW)
             .initial_stream_window_size(STREAM_WINDOW)
             .connect()
@@ -118,7 +114,7 @@ impl Client {
         }
     }
 
-    /// Uploads an action that runs `arguments` in an empty root; the salt makes it one of its kind.
+    /// Uploads an action that runs `arguments` in an empty root. The salt makes it unique.
     pub async fn upload_action(&self, arguments: &[&str], salt: &str) -> Digest {
         let function = DigestFunction::Sha256;
         let command = ReapiCommand {
@@ -147,13 +143,11 @@ impl Client {
         digest
     }
 
-    /// Starts an Execute.
     pub async fn execute(&self, action: Digest) -> Streaming<Operation> {
         let request = ExecuteRequest { action_digest: Some(action.to_wire()), ..Default::default() };
         self.execution.clone().execute(request).await.expect("it is accepted").into_inner()
     }
 
-    /// Executes to the end.
     pub async fn run(&self, action: Digest) -> Operation {
         let mut stream = self.execute(action).await;
         let mut last = None;

@@ -1,4 +1,4 @@
-//! Compressed transfers, against what the library does alone in one thread with the same bytes.
+//! Compressed transfers, compared with the library alone in one thread on the same bytes.
 
 use crate::{
     report::Report,
@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
 
-/// The level that the server has by default.
+/// The default level of the server.
 const LEVEL: i32 = 1;
 const SIZE: usize = 256 << 20;
 const MESSAGE_BYTES: usize = 128 << 10;
 const ROUNDS: u64 = 3;
-/// Time for the form of a blob to be made in the background.
+/// Time in which the compressed form of a blob is made in the background.
 const FORM_WAIT: Duration = Duration::from_secs(5);
 
 /// Compressed uploads and downloads of 256 MiB of machine code.
@@ -32,7 +32,7 @@ pub fn transfers(report: &mut Report) {
     let mut blob: Vec<u8> = program.iter().copied().cycle().take(SIZE).collect();
     let [mut encode, mut decode, mut up, mut first, mut kept] = [0f64; 5];
     for round in 0..ROUNDS {
-        // Another blob each time, for digests and for the compressor.
+        // A different blob each time, both for digests and for the compressor.
         for (n, chunk) in blob.chunks_mut(CHUNK_BYTES).enumerate() {
             chunk[..8].copy_from_slice(&(round << 32 | n as u64).to_le_bytes());
         }
@@ -66,7 +66,7 @@ pub fn transfers(report: &mut Report) {
     }
 }
 
-/// Bytes of the blob a second.
+/// Bytes of the blob per second.
 pub fn speed(work: impl FnOnce()) -> f64 {
     let start = Instant::now();
     work();

@@ -1,9 +1,9 @@
-//! Generates a client for each service in `proto/`. The messages are those of `gorego-reapi`.
+//! Generates a client for each service in `proto/`. The message types come from `gorego-reapi`.
 
 use std::error::Error;
 
 const PROTO: &str = "../../proto";
-/// Each file with services, its package, and the module of `gorego_reapi::proto` with its messages.
+/// Each proto file with services, its package, and the module of `gorego_reapi::proto` that contains its messages.
 const SERVICES: &[(&str, &str, &str)] = &[
     ("build/bazel/remote/asset/v1/remote_asset.proto", ".build.bazel.remote.asset.v1", "asset"),
     ("build/bazel/remote/execution/v2/remote_execution.proto", ".build.bazel.remote.execution.v2", "reapi"),

@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = compiler.file_descriptor_set();
     fs::write(Path::new(&env::var("OUT_DIR")?).join("descriptors.bin"), descriptors.encode_to_vec())?;
     let mut config = prost_build::Config::new();
-    // The counted decoder finds the layout of a message by its name.
+    // The decoder's cost check looks up the layout of a message by its type name.
     config.enable_type_names().bytes(["."]).include_file("messages.rs").compile_fds(descriptors)?;
     Ok(())
 }

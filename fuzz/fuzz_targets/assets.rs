@@ -1,5 +1,5 @@
-//! Remote assets: checksums, qualifiers, what may be contacted, the layout of an archive, and whole archives. The first byte
-//! says which.
+//! Remote assets: checksums, qualifiers, allowed origins, archive layouts, and whole archives. The first byte selects one
+//! of them.
 
 #![no_main]
 
@@ -26,7 +26,7 @@ use std::{
 };
 
 const FUNCTION: DigestFunction = DigestFunction::Sha256;
-/// What an archive may unpack to here.
+/// Size limit of an unpacked archive in this test.
 const MAX_BYTES: u64 = 1024 * 1024;
 
 fuzz_target!(|data: &[u8]| {
@@ -41,7 +41,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// One right checksum is enough, beside whatever else; and one that was guessed is not right.
+/// One correct checksum is enough among any others, and a guessed one is not correct.
 fn checksum(text: &str) {
     const HELLO: &str = "sha256-LPJNul+wow4m6DsqxbninhsWHlwfp0JecwQzYpOLmCQ=";
     let is_met = |text: &str| {
@@ -59,7 +59,7 @@ fn checksum(text: &str) {
     }
 }
 
-/// A line for each qualifier, name and value parted by "=".
+/// One line for each qualifier, as name=value.
 fn request(text: &str) {
     let list = text.lines().map(|line| line.split_once('=').unwrap_or((line, "")));
     let list = list.map(|(name, value)| (name.to_owned(), value.to_owned()));
@@ -86,7 +86,7 @@ fn request(text: &str) {
     assert!(keys[0] != keys[1] && !keys.contains(&request.flight_key()));
 }
 
-/// A host, a range of addresses and a URL, a line each.
+/// A host, an address range and a URL, one per line.
 fn origin(text: &str) {
     let mut lines = text.lines();
     let (Some(host), Some(network), Some(url)) = (lines.next(), lines.next(), lines.next()) else { return };
@@ -110,14 +110,14 @@ fn origin(text: &str) {
     }
 }
 
-/// A line for each entry: its kind, its path and, after a tab, its target.
+/// One line for each entry: its kind, its path and, after a tab, its target.
 fn layout(text: &str) {
     let mut layout = Layout::default();
     for line in text.lines() {
         let mut characters = line.chars();
         let kind = characters.next();
         let (path, target) = characters.as_str().split_once('\t').unwrap_or((characters.as_str(), ""));
-        // A refused entry ends the whole archive; going on finds more.
+        // A refused entry ends the whole archive; continuing tests more.
         let _ = match kind {
             Some('d') => layout.add_directory(path),
             Some('l') => layout.add_symlink(path, target).inspect(|()| leads_inside(path, target)),
@@ -136,7 +136,7 @@ fn leads_inside(path: &str, target: &str) {
     }
 }
 
-/// Every message of the tree is one that we accept from clients, under its digest.
+/// Every message of the tree would be accepted from clients, and matches its digest.
 fn is_canonical(layout: &Layout) {
     let (root, blobs) = layout.directories(FUNCTION);
     assert_eq!(blobs.last().map(|(digest, _)| *digest), Some(root));
@@ -146,7 +146,7 @@ fn is_canonical(layout: &Layout) {
     }
 }
 
-/// Counts what comes out.
+/// A sink that counts its bytes.
 struct Counted(u64);
 
 impl Contents for Counted {
@@ -162,7 +162,7 @@ fn archive(bytes: &[u8]) {
     let mut counted = Counted(0);
     match unpack(Cursor::new(bytes), MAX_BYTES, &mut counted) {
         Ok(layout) => is_canonical(&layout),
-        // Bytes from outside are never a fault of this server.
+        // Input is never reported as a fault of this server.
         Err(Problem::Origin(failure)) => {
             assert!(matches!(failure.kind, FailureKind::Unusable | FailureKind::TooMuch), "{failure:?}");
         }

@@ -1,4 +1,4 @@
-//! Configuration files: whatever is in one, it is settings or an error that says where.
+//! Configuration files: any content leads to settings, or to an error that says where.
 
 #![no_main]
 
@@ -15,6 +15,6 @@ fuzz_target!(|text: &str| {
         assert!(settings.execution.is_none_or(|execution| execution.slots > 0));
         assert_ne!(settings.instances.all().len(), 0);
     }
-    // What is in force can be shown for every key.
+    // The effective value of every key can be shown.
     assert_eq!(load::keys(&loaded.config).len(), load::keys(&Config::default()).len());
 });

@@ -1,4 +1,4 @@
-//! The HTTP cache: paths and the `Range` header. The first byte says which.
+//! The HTTP cache: paths and the `Range` header. The first byte selects one of them.
 
 #![no_main]
 
@@ -22,7 +22,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// What a path names is found again under the shortest path for it.
+/// A resource is found again under its shortest path.
 fn resource(path: &str) {
     let resource = match Resource::parse(path) {
         Ok(resource) => resource,
@@ -47,7 +47,7 @@ fn resource(path: &str) {
     assert_eq!(Resource::parse(&format!("/{instance}/{keyword}/{rest}")), Ok(resource.clone()));
 }
 
-/// A part is never empty and never outside.
+/// A part is never empty and never outside the body.
 fn part(header: &str, length: u64) {
     match range::parse(Some(header), length) {
         Asked::Whole => {}

@@ -1,5 +1,6 @@
-//! Stored messages: Action with Command, Directory, Tree, ActionResult, and a result's file. The first byte says which. Each is
-//! measured before it is decoded: what decodes was measured, and takes no more than the most that its size allows.
+//! Stored messages: Action with Command, Directory, Tree, ActionResult, and the file of a result. The first byte selects
+//! one of them. Each is measured before it is decoded: everything that decodes was measured, and takes at most the memory
+//! that its size allows.
 
 #![no_main]
 
@@ -50,7 +51,7 @@ fn decode<M: Message + Name + Default>(data: &[u8]) -> Option<M> {
     message
 }
 
-/// A length byte parts the two messages.
+/// A length byte separates the two messages.
 fn action(data: &[u8]) {
     let Some((length, data)) = data.split_first() else { return };
     let (first, second) = data.split_at(data.len().min(usize::from(*length)));

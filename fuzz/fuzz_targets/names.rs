@@ -1,5 +1,5 @@
-//! Names in text: digests, resource names, operation names, log streams, instance names, paths. What is accepted means one
-//! thing, and is found again under the name that we would give it.
+//! Names in text: digests, resource names, operation names, log streams, instance names, paths. An accepted name has one
+//! meaning, and is found again under its canonical form.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! What comes with requests: filters, page tokens, metadata headers, platform properties, and the unary requests themselves.
+//! Parts of requests: filters, page tokens, metadata headers, platform properties, and the unary requests themselves.
 
 #![no_main]
 
@@ -19,7 +19,7 @@ fuzz_target!(|data: &[u8]| {
         (0, Ok(text)) => match filter::parse(text) {
             Ok(filter) => {
                 assert!(text.len() <= filter::FILTER_MAX_BYTES);
-                // What is read is in the text, and no character beside the values counts.
+                // Each parsed value occurs in the text and contains no quotes.
                 let told = &filter.operations;
                 let values = [&told.invocation, &told.target, &told.pool, &told.worker, &filter.instance];
                 for value in values.into_iter().flatten() {
@@ -52,8 +52,8 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// A line for each property, name and value parted by "=". What is told of differences stays short and in one line, and there
-/// are none exactly when every property that is known is met.
+/// One line for each property, as name=value. The list of differences is short and on one line. There are no differences
+/// exactly if every known property matches.
 fn properties(text: &str) {
     let asked = text.lines().filter_map(|line| line.split_once('='));
     let asked: Vec<_> = asked.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();

@@ -1,4 +1,5 @@
-//! Streams of bytes: zstd in, zstd out, chunks, and the table of a stored stream. The first byte says which.
+//! Streams of bytes: zstd decoding and encoding, chunks, and the table of a stored stream. The first byte selects one of
+//! them.
 
 #![no_main]
 
@@ -19,7 +20,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// Whatever comes, no byte too many comes out, and where the stream was cut on its way does not matter.
+/// The output never exceeds the limit, and does not depend on how the stream is cut.
 fn decode(stream: &[u8], limit: u64, piece: usize) {
     let whole = decode_all(stream, limit);
     if let Ok(bytes) = &whole {
@@ -54,7 +55,7 @@ fn encode(plain: &[u8], level: i32) {
     }
 }
 
-/// The chunks are the stream, and the same ones however it arrives.
+/// The chunks are the stream, and do not depend on how it arrives.
 fn chunk(data: &[u8], parameter: u8, piece: usize) {
     // Small ones, so that there is more than one chunk.
     let chunkings = [

@@ -1,4 +1,4 @@
-//! What a budget promises: its bounds, who waits for whom, and that nothing is lost.
+//! Tests of the guarantees of a budget: its limits, the order of waiting requests, and that nothing is lost.
 
 use super::*;
 use futures::FutureExt as _;
@@ -83,7 +83,7 @@ async fn what_is_taken_ahead_of_need_is_not_taken_from_those_that_wait() {
 fn a_refusal_says_which_bound_was_met_and_when_to_try_again() {
     let refusal = Budget::new(BOUNDS).take(caller(1), 501).unwrap_err();
     let Error::Exhausted { message, retry_after } = Error::from(refusal) else { panic!("{refusal:?}") };
-    assert!(message.contains("this connection is at its bound of 500 marbles"), "{message}");
+    assert!(message.contains("this connection has reached its limit of 500 marbles"), "{message}");
     assert!(retry_after.is_some());
 }
 
@@ -93,7 +93,7 @@ proptest! {
         steps in proptest::collection::vec((0usize..6, 0u64..300, any::<bool>()), 0..200),
     ) {
         let budget = Budget::new(BOUNDS);
-        // Two connections each of three peers.
+        // Two connections for each of three peers.
         let callers: Vec<Caller> = (0..6).map(|n| caller(n / 2)).collect();
         let mut shares: Vec<Vec<Share>> = callers.iter().map(|_| Vec::new()).collect();
         for (which, amount, is_drop) in steps {

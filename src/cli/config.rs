@@ -1,4 +1,4 @@
-//! `gorego config`, and how the flags of `gorego serve` become configuration.
+//! `gorego config`, and the conversion of the flags of `gorego serve` to configuration.
 
 use super::{
     ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment, output::print,
@@ -11,7 +11,7 @@ use std::{ffi::OsString, path::Path};
 use toml::Value;
 
 /// Runs `gorego config ...` and returns its exit code.
-pub fn run(command: &ConfigCommand) -> u8 {
+pub(super) fn run(command: &ConfigCommand) -> u8 {
     let outcome = match command {
         ConfigCommand::Check { file } => check(file),
         ConfigCommand::Show(args) => {
@@ -34,20 +34,20 @@ fn check(file: &Path) -> Result<String> {
     Ok(format!("{warnings}{} is fine\n", file.display()))
 }
 
-/// The configuration of a server that is started with these flags in this environment.
+/// Loads the configuration of a server that is started with these flags and environment variables.
 ///
 /// # Errors
-/// Those of [`load()`] and of [`Settings::new`].
-pub fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> Result<(Loaded, Settings)> {
+/// The errors of [`load()`] and [`Settings::new`].
+pub(super) fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> Result<(Loaded, Settings)> {
     let file = file_to_read(args.config.clone());
     let loaded = load(&Sources { file, env, flags: flags(args)? })?;
     let settings = Settings::new(&loaded, &Machine::this())?;
     Ok((loaded, settings))
 }
 
-/// The format of the log, as far as a configuration that cannot be used says it: all of it where only the values do not fit
-/// together, else what environment and flags say.
-pub fn log_format(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> LogFormat {
+/// The log format, even if the configuration is invalid: from all sources if only the values are inconsistent, otherwise
+/// from environment and flags.
+pub(super) fn log_format(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> LogFormat {
     let format = |file, env| {
         let flags = flags(args).ok()?;
         Some(load(&Sources { file, env, flags }).ok()?.config.log.format)

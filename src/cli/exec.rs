@@ -1,17 +1,17 @@
-//! `gorego exec`: one command on a server, as if it ran here.
+//! `gorego exec`: runs one command on a server as if it ran locally.
 //!
-//! Builds the Action, uploads what it needs, follows it, prints its standard output and error raw to ours while it runs,
-//! brings its outputs home and exits with its exit code. Ctrl-C, SIGTERM, SIGHUP, and output that cannot be written any more
-//! (its reader has left, its disk is full) cancel the operation on the server before we leave.
+//! Builds the Action, uploads its blobs, follows the operation, prints standard output and error unmodified while the
+//! command runs, downloads the outputs and exits with the exit code of the command. Ctrl-C, SIGTERM, SIGHUP and unwritable
+//! output (its reader has exited, its disk is full) cancel the operation on the server before the process exits.
 
 use super::{
     EXIT_INFRASTRUCTURE, EXIT_SIGNALLED, EXIT_TIMEOUT, ExecArgs, complain,
     live::Live,
     output::{Lost, Readers, end_by_sigpipe},
-    progress::{self, Line},
+    progress::{self, ProgressLine},
 };
 use futures::{StreamExt as _, stream::FuturesUnordered};
-use gorego_client::{BlobSet, Client, Event, Finished, Identity, Job, Progress, blocking, scan};
+use gorego_client::{BlobSet, Client, ExecutionEvent, Finished, Identity, Job, Progress, blocking, scan};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -30,35 +30,34 @@ use tokio::{
     sync::watch,
 };
 
-/// PATH of the command unless `--env PATH=` says otherwise; without one a server could not find `sh`.
+/// PATH of the command unless `--env PATH=` is given. Without PATH, a server could not find `sh`.
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
-/// How long a cancellation may take before we leave without knowing.
+/// Time limit for a cancellation before the process exits without its result.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How this process ends.
+/// The way in which this process ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum End {
     /// With this exit code.
     Code(u8),
     /// By SIGPIPE.
     NobodyReads,
-    /// With this complaint.
+    /// With this error message.
     Failed(Error),
 }
 
-/// What would have to be cancelled on the server if we left now.
+/// What must be cancelled on the server if the process exits now.
 #[derive(Debug, Clone)]
 enum Current {
-    /// Nothing.
     Nothing,
-    /// An operation whose name is not known yet; it will be in a moment (EXE-01).
+    /// An operation whose name is not yet known. The server sends it soon (EXE-01).
     Asked,
-    /// This operation.
+    /// The operation with this name.
     Named(Client, String),
 }
 
 /// Runs `gorego exec` and returns the exit code of the process.
-pub fn run(args: ExecArgs) -> u8 {
+pub(super) fn run(args: ExecArgs) -> u8 {
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -66,10 +65,10 @@ pub fn run(args: ExecArgs) -> u8 {
             return EXIT_INFRASTRUCTURE;
         }
     };
-    let line = Line::new();
+    let line = ProgressLine::new();
     let outcome = runtime.block_on(until_stopped(args, &line));
     line.clear();
-    // A thread that waits for a disk or a closed pipe must not keep us.
+    // Do not wait for threads that are blocked by a disk or a closed pipe.
     runtime.shutdown_background();
     match outcome {
         Ok(End::Code(code)) => code,
@@ -81,14 +80,14 @@ pub fn run(args: ExecArgs) -> u8 {
     }
 }
 
-/// Runs the command to its end, or until we are told to stop or nobody reads what it prints.
-async fn until_stopped(args: ExecArgs, line: &Line) -> Result<End> {
+/// Runs the command until it finishes, a signal arrives, or its output cannot be printed.
+async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<End> {
     let mut signals = Signals::listen()?;
     let (current, watching) = watch::channel(Current::Nothing);
     let readers = Readers::default();
     let mut work = pin!(exec(args, line, &current, readers.clone()));
     let end = tokio::select! {
-        // Whatever else came of it: what was printed last had no reader.
+        // Takes precedence over the result: nobody reads the last output.
         outcome = &mut work => {
             return if readers.have_left() { Ok(End::NobodyReads) } else { outcome.map(End::Code) };
         }
@@ -100,7 +99,7 @@ async fn until_stopped(args: ExecArgs, line: &Line) -> Result<End> {
     };
     line.say("cancelling");
     tokio::select! {
-        // It goes on meanwhile, since only it can learn the name of an operation that was just asked for.
+        // The work continues meanwhile, because only it can learn the name of an operation that was just started.
         _ = work => {}
         () = cancel(watching) => {}
         _ = signals.next() => {}
@@ -108,7 +107,7 @@ async fn until_stopped(args: ExecArgs, line: &Line) -> Result<End> {
     Ok(end)
 }
 
-/// The signals that stop us. One that was ignored when this process began, as nohup does with SIGHUP, stays ignored.
+/// The signals that stop the process. A signal that was ignored at its start stays ignored, as with nohup and SIGHUP.
 struct Signals([(u8, Option<Signal>); 3]);
 
 impl Signals {
@@ -124,7 +123,7 @@ impl Signals {
         Ok(Self([hangup.map_err(failed)?, interrupt.map_err(failed)?, terminate.map_err(failed)?]))
     }
 
-    /// The number of the next one.
+    /// Waits for a signal and returns its number.
     async fn next(&mut self) -> u8 {
         let arrivals = self.0.iter_mut().filter_map(|(number, signal)| Some((*number, signal.as_mut()?)));
         let mut arrivals: FuturesUnordered<_> = arrivals
@@ -142,7 +141,7 @@ impl Signals {
 
 /// Whether this process ignores a signal.
 fn is_ignored(kind: SignalKind) -> bool {
-    // SAFETY: without a new action the call only writes the present one to the place that it is given.
+    // SAFETY: without a new action, the call only writes the current one to the given location.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         libc::sigaction(kind.as_raw_value(), std::ptr::null(), &mut action) == 0
@@ -152,7 +151,7 @@ fn is_ignored(kind: SignalKind) -> bool {
 
 async fn exec(
     args: ExecArgs,
-    line: &Line,
+    line: &ProgressLine,
     operation: &watch::Sender<Current>,
     readers: Readers,
 ) -> Result<u8> {
@@ -173,7 +172,7 @@ async fn exec(
     let mut live = Live::new(readers);
     let mut finished = follow(&client, job.clone(), line, operation, &mut live).await;
     if is_missing(&finished) {
-        // Evicted between upload and start; once is bad luck, twice is a store that is too small.
+        // A blob was evicted between upload and start. Once is bad luck; twice means that the store is too small.
         upload(&client, &blobs, line).await?;
         finished = follow(&client, job.clone(), line, operation, &mut live).await;
     }
@@ -182,7 +181,7 @@ async fn exec(
     let mut fetched = None;
     if finished.cached {
         line.say("the result was cached");
-        // Before anything is printed: an output that went bad in the store makes the result worthless.
+        // Done before printing: if a stored output is damaged, the result is invalid.
         fetched = Some(home.fetch(&finished).await);
         if let Some(Err(Error::NotFound(_))) = fetched {
             job.skip_cache_lookup = true;
@@ -201,14 +200,14 @@ async fn exec(
     Ok(code)
 }
 
-/// The Action of these arguments and everything that must be uploaded with it.
+/// Builds the Action for these arguments, with everything that must be uploaded.
 fn build(args: &ExecArgs) -> Result<(Digest, BlobSet)> {
     let mut blobs = BlobSet::default();
     let root = match &args.input {
         Some(directory) => scan(directory, &mut blobs)?,
         None => blobs.add_message(&reapi::Directory::default()),
     };
-    // Sorted and without doubles (the last wins), so that equal commands have equal digests (EXE-30).
+    // Sorted and unique (the last value wins), so that equal commands have equal digests (EXE-30).
     let mut env: BTreeMap<String, String> = [("PATH".to_owned(), DEFAULT_PATH.to_owned())].into();
     env.extend(args.env.iter().cloned());
     let mut output_paths = args.output.clone();
@@ -222,7 +221,7 @@ fn build(args: &ExecArgs) -> Result<(Digest, BlobSet)> {
             .map(|(name, value)| reapi::platform::Property { name, value })
             .collect(),
     });
-    // The Command repeats the platform for servers older than 2.2 (EXE-31).
+    // Servers older than 2.2 read the platform of the Command (EXE-31).
     #[allow(deprecated)]
     let command = reapi::Command {
         arguments: args.command.clone(),
@@ -247,7 +246,7 @@ fn build(args: &ExecArgs) -> Result<(Digest, BlobSet)> {
     Ok((blobs.add_message(&action), blobs))
 }
 
-async fn upload(client: &Client, blobs: &BlobSet, line: &Line) -> Result<()> {
+async fn upload(client: &Client, blobs: &BlobSet, line: &ProgressLine) -> Result<()> {
     let progress = Arc::new(Progress::default());
     line.during("uploading", &progress, client.upload(blobs, &progress)).await.map(|_| ())
 }
@@ -255,7 +254,7 @@ async fn upload(client: &Client, blobs: &BlobSet, line: &Line) -> Result<()> {
 async fn follow(
     client: &Client,
     job: Job,
-    line: &Line,
+    line: &ProgressLine,
     operation: &watch::Sender<Current>,
     live: &mut Live,
 ) -> Result<Finished> {
@@ -269,20 +268,20 @@ async fn follow(
             operation.send_replace(Current::Named(client.clone(), name.to_owned()));
         }
         match event {
-            Ok(Some(Event::Stage(stage))) => line.say(match stage {
+            Ok(Some(ExecutionEvent::Stage(stage))) => line.say(match stage {
                 Stage::CacheCheck => "looking into the cache",
                 Stage::Queued => "queued",
                 Stage::Executing => "running",
                 Stage::Completed | Stage::Unknown => "done",
             }),
-            Ok(Some(Event::Logs(names))) => live.follow(client, &names, line),
-            Ok(Some(Event::Waiting(status))) => line.say(&progress::waiting(&status)),
-            Ok(Some(Event::Finished(finished))) => break Ok(*finished),
+            Ok(Some(ExecutionEvent::Logs(names))) => live.follow(client, &names, line),
+            Ok(Some(ExecutionEvent::Waiting(status))) => line.say(&progress::waiting(&status)),
+            Ok(Some(ExecutionEvent::Finished(finished))) => break Ok(*finished),
             Ok(None) => break Err(Error::internal("the operation ended without a result")),
             Err(error) => break Err(error),
         }
     };
-    // What is over needs no cancelling.
+    // A finished operation need not be cancelled.
     operation.send_replace(Current::Nothing);
     outcome
 }
@@ -295,11 +294,11 @@ fn is_missing(finished: &Result<Finished>) -> bool {
     matches!(error, Some(Error::MissingBlobs(_)))
 }
 
-/// Prints what the command printed and is not shown yet, and decides on the exit code.
-async fn conclude(client: &Client, finished: &Finished, live: Live, line: &Line) -> Result<u8> {
+/// Prints the output that was not shown yet, and determines the exit code.
+async fn conclude(client: &Client, finished: &Finished, live: Live, line: &ProgressLine) -> Result<u8> {
     line.clear();
     live.finish(client, finished.result.as_ref()).await?;
-    // About a timeout the error says enough.
+    // For a timeout the error says enough.
     let timed_out = matches!(finished.error, Some(Error::DeadlineExceeded(_)));
     if !finished.message.is_empty() && !timed_out {
         let _ = writeln!(io::stderr(), "gorego: {}", gorego_reapi::escape::escaped(&finished.message));
@@ -315,7 +314,7 @@ async fn conclude(client: &Client, finished: &Finished, live: Live, line: &Line)
     }
 }
 
-/// The command's exit code as one byte; what does not fit is a failure, never 0.
+/// The exit code of the command as one byte. A value that does not fit becomes a failure, never 0.
 fn exit_code(code: i32) -> u8 {
     match code {
         0 => 0,
@@ -323,16 +322,16 @@ fn exit_code(code: i32) -> u8 {
     }
 }
 
-/// Where outputs are brought.
+/// The destination of downloaded outputs.
 struct Home<'a> {
     client: &'a Client,
     requested: &'a [String],
     directory: &'a Path,
-    line: &'a Line,
+    line: &'a ProgressLine,
 }
 
 impl Home<'_> {
-    /// Brings the outputs home, if there are any and somebody asked for them.
+    /// Downloads the requested outputs, if there are any.
     async fn fetch(&self, finished: &Finished) -> Result<()> {
         let (Some(result), false) = (&finished.result, self.requested.is_empty()) else { return Ok(()) };
         let progress = Arc::new(Progress::default());
@@ -343,7 +342,7 @@ impl Home<'_> {
     }
 }
 
-/// An output that was not produced is no error of the protocol (EXE-50), but whoever asked for it wants to know.
+/// A missing output is not an error in the protocol (EXE-50), but the user should know.
 #[allow(deprecated)]
 fn warn_of_missing(requested: &[String], result: &reapi::ActionResult) {
     let links = result.output_symlinks.iter().chain(&result.output_file_symlinks);
@@ -354,13 +353,13 @@ fn warn_of_missing(requested: &[String], result: &reapi::ActionResult) {
     for path in requested.iter().filter(|path| !found.contains(path)) {
         let _ = writeln!(
             io::stderr(),
-            "gorego: the command did not make {}",
+            "gorego: the command did not create {}",
             gorego_reapi::escape::escaped(path)
         );
     }
 }
 
-/// Cancels the running operation, if there is one or is about to be one; within [`CANCEL_TIMEOUT`].
+/// Cancels the running or starting operation, if there is one, within [`CANCEL_TIMEOUT`].
 async fn cancel(mut current: watch::Receiver<Current>) {
     let work = async {
         let known = current.wait_for(|current| !matches!(current, Current::Asked)).await;

@@ -1,10 +1,11 @@
-//! What a command prints, printed while it runs: each byte once and in order, whether it came live or with the result.
+//! Prints the output of a command while it runs. Each byte is printed once and in order, whether it comes from a log stream
+//! or from the result.
 //!
-//! The first try of an action is followed as far as its streams go; the result then says what is still to be printed. Where a
-//! server has no streams, or they break, the result alone is printed. Should the bytes that were shown not be the beginning of
-//! the result, because a worker failed and the action was run again, the whole result is printed after a word about it.
+//! The log streams of the first attempt are followed to their end, and then the rest of the result is printed. If a server
+//! has no log streams, or they break, only the result is printed. If the printed bytes are not the beginning of the result,
+//! because a worker failed and the action was run again, the whole result is printed after a notice.
 
-use super::{output::Readers, progress::Line};
+use super::{output::Readers, progress::ProgressLine};
 use bytes::Bytes;
 use gorego_client::{Client, LogNames, blocking};
 use gorego_reapi::{
@@ -26,48 +27,48 @@ use tokio::{
     time::timeout,
 };
 
-/// Pieces that may wait between the network and a slow reader of ours.
+/// Number of pieces that may wait between the network and a slow reader.
 const PIECES_IN_FLIGHT: usize = 4;
-/// How long a stream may go on when its action is over, before the result is taken instead.
+/// How long a stream may continue after its action has finished, before the result is used instead.
 const END_GRACE: Duration = Duration::from_secs(5);
 
-/// The outputs of one command on their way to ours.
+/// The outputs of one command, and what was printed of them.
 #[derive(Debug)]
-pub struct Live {
+pub(super) struct Live {
     readers: Readers,
-    stdout: Option<Follower>,
-    stderr: Option<Follower>,
+    stdout: Option<OutputFollower>,
+    stderr: Option<OutputFollower>,
 }
 
 #[derive(Debug)]
-struct Follower {
+struct OutputFollower {
     printing: JoinHandle<Shown>,
     stop: watch::Sender<bool>,
 }
 
-/// What was printed of one output.
+/// The digest of the bytes that were printed of one output.
 #[derive(Debug, Clone, Copy)]
 struct Shown(Digest);
 
 impl Live {
-    /// Nothing is printed yet; `readers` hears when it cannot be.
-    pub fn new(readers: Readers) -> Self {
+    /// Nothing is printed yet. `readers` is notified when printing fails.
+    pub(super) fn new(readers: Readers) -> Self {
         Self { readers, stdout: None, stderr: None }
     }
 
-    /// Prints streams as they grow, from now on. Only the first call counts for each output.
-    pub fn follow(&mut self, client: &Client, names: &LogNames, line: &Line) {
+    /// Starts to print the streams. Only the first call counts for each output.
+    pub(super) fn follow(&mut self, client: &Client, names: &LogNames, line: &ProgressLine) {
         let readers = self.readers.clone();
         start(&mut self.stdout, client, &names.stdout, move || readers.of(io::stdout()), line);
         let readers = self.readers.clone();
         start(&mut self.stderr, client, &names.stderr, move || readers.of(io::stderr()), line);
     }
 
-    /// Prints the rest of both outputs once the result is there.
+    /// Prints the rest of both outputs when the result is available.
     ///
     /// # Errors
     /// When an output cannot be read or printed.
-    pub async fn finish(self, client: &Client, result: Option<&reapi::ActionResult>) -> Result<()> {
+    pub(super) async fn finish(self, client: &Client, result: Option<&reapi::ActionResult>) -> Result<()> {
         let (stdout, stderr) = (end(self.stdout).await, end(self.stderr).await);
         let Some(result) = result else { return Ok(()) };
         let rest = |name, raw: &Bytes, digest: &Option<reapi::Digest>| {
@@ -81,11 +82,11 @@ impl Live {
 }
 
 fn start<W: Write>(
-    place: &mut Option<Follower>,
+    place: &mut Option<OutputFollower>,
     client: &Client,
     name: &str,
     sink: impl FnOnce() -> W + Send + 'static,
-    line: &Line,
+    line: &ProgressLine,
 ) {
     if place.is_some() || name.is_empty() {
         return;
@@ -99,14 +100,14 @@ fn start<W: Write>(
             while let Some(piece) = pieces.blocking_recv() {
                 line.clear();
                 if write_all(&mut sink, &piece).is_err() {
-                    // The readers know, and `exec` ends.
+                    // The readers have recorded the error, and `exec` ends.
                     break;
                 }
                 hasher.update(&piece);
             }
             Shown(hasher.finish())
         });
-        // A stream that fails is no news: the result has its bytes too.
+        // A failure of the stream is ignored, because the result contains its bytes.
         tokio::select! {
             _ = client.follow_log(&name, &sender) => {}
             _ = stopped.wait_for(|stop| *stop) => {}
@@ -114,13 +115,13 @@ fn start<W: Write>(
         drop(sender);
         writer.await.unwrap_or(Shown(Digest::empty(DigestFunction::Sha256)))
     });
-    *place = Some(Follower { printing, stop });
+    *place = Some(OutputFollower { printing, stop });
 }
 
-/// Waits for the end of a stream whose action is over.
-async fn end(follower: Option<Follower>) -> Shown {
+/// Waits for the end of a stream after its action has finished.
+async fn end(follower: Option<OutputFollower>) -> Shown {
     let nothing = Shown(Digest::empty(DigestFunction::Sha256));
-    let Some(Follower { mut printing, stop }) = follower else { return nothing };
+    let Some(OutputFollower { mut printing, stop }) = follower else { return nothing };
     let shown = match timeout(END_GRACE, &mut printing).await {
         Ok(shown) => shown,
         Err(_) => {
@@ -131,14 +132,14 @@ async fn end(follower: Option<Follower>) -> Shown {
     shown.unwrap_or(nothing)
 }
 
-/// One output as the result has it.
+/// One output in the result.
 struct Printed {
     name: &'static str,
     raw: Bytes,
     digest: Digest,
 }
 
-/// The digest of an output that may be inline, a blob, or empty.
+/// The digest of an output, which may be inline, a blob, or empty.
 fn printed_digest(raw: &Bytes, digest: Option<&reapi::Digest>) -> Result<Digest> {
     match digest {
         _ if !raw.is_empty() => Ok(DigestFunction::Sha256.digest(raw)),
@@ -167,7 +168,7 @@ impl Printed {
             }
         }
         let notice = format!(
-            "gorego: the action was run again, and printed something else; the whole {} of that run:\n",
+            "gorego: the action was run again with different output; this is the complete {} of that run:\n",
             self.name
         );
         let _ = io::stderr().write_all(notice.as_bytes());
@@ -193,14 +194,14 @@ impl Printed {
 }
 
 fn another_run() -> Error {
-    Error::Precondition("what was shown is not the beginning of the result".into())
+    Error::Precondition("the printed output is not the beginning of the result".into())
 }
 
-/// A sink that leaves out what was shown, provided that it is the same, and otherwise refuses all.
+/// A sink that skips the bytes that were shown if they are equal, and otherwise refuses everything.
 struct Rest<W> {
     shown: Digest,
     skipped: Option<gorego_reapi::digest::Hasher>,
-    /// Set when it was something else.
+    /// Set when the bytes were different.
     differs: Arc<AtomicBool>,
     sink: W,
 }
@@ -227,7 +228,7 @@ impl<W: Write> Write for Rest<W> {
             && hasher.finish() != self.shown
         {
             self.differs.store(true, Ordering::Relaxed);
-            return Err(io::Error::other("not what was shown"));
+            return Err(io::Error::other("different from the printed output"));
         }
         Ok(skipped.len())
     }

@@ -1,8 +1,8 @@
-//! Standard output and error as the readers of this process see them, and what happens when they leave.
+//! Writes to standard output and error, and detects that their readers have exited.
 //!
-//! A reader that leaves early (`| head -1`) ends a Unix program by SIGPIPE at its next write. Rust programs ignore that
-//! signal, and this one has to, since a closed connection raises it too. So a write that fails for want of a reader is noticed
-//! here, and the process then ends by SIGPIPE all the same: shells show 141, and pipelines treat it like any other program.
+//! If the reader of a pipe exits early (`| head -1`), SIGPIPE ends a Unix program at its next write. Rust programs ignore
+//! this signal, and this one must, because a closed connection raises it too. So a failed write is detected here, and the
+//! process then ends by SIGPIPE after all: shells show 141, and pipelines treat it like any other program.
 
 use gorego_reapi::error::{Error, Result};
 use std::{
@@ -11,14 +11,14 @@ use std::{
 };
 use tokio::sync::watch;
 
-/// Exit code where SIGPIPE does not end the process, as in process 1 of a container; 128 + SIGPIPE.
+/// Exit code if SIGPIPE does not end the process, as for process 1 of a container; 128 + SIGPIPE.
 const EXIT_BROKEN_PIPE: i32 = 141;
 
-/// Prints what was asked for to standard output, all of it. Does not return when nobody reads it.
+/// Prints the whole text to standard output. Does not return if its reader has exited.
 ///
 /// # Errors
 /// `Invalid` when it cannot be written for another reason, such as a full disk.
-pub fn print(text: &str) -> Result<()> {
+pub(super) fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => end_by_sigpipe(),
@@ -27,14 +27,15 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
-/// The error of output that could not be written although somebody may read it.
-pub fn unprintable(error: &io::Error) -> Error {
+/// The error of output that could not be written for a reason other than a missing reader.
+pub(super) fn unprintable(error: &io::Error) -> Error {
     Error::Invalid(format!("could not write to standard output: {error}"))
 }
 
-/// Ends this process as a write to a pipe without a reader ends any other.
-pub fn end_by_sigpipe() -> ! {
-    // SAFETY: plain values and a set that sigemptyset initialises; this process needs the signal's old disposition no more.
+/// Ends this process like a program that writes to a pipe without a reader.
+pub(super) fn end_by_sigpipe() -> ! {
+    // SAFETY: all values are plain, and sigemptyset initialises the set. The old disposition of the signal is not needed
+    // any more.
     unsafe {
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         let mut pipe = std::mem::zeroed();
@@ -46,34 +47,34 @@ pub fn end_by_sigpipe() -> ! {
     std::process::exit(EXIT_BROKEN_PIPE)
 }
 
-/// Whether our standard output and error can still be written. Clones share what they know.
+/// Whether standard output and error are still writable. Clones share the state.
 #[derive(Debug, Clone, Default)]
-pub struct Readers(Arc<watch::Sender<Option<Lost>>>);
+pub(super) struct Readers(Arc<watch::Sender<Option<Lost>>>);
 
 /// Why output cannot be written any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Lost {
-    /// Nobody reads it.
+pub(super) enum Lost {
+    /// Its reader has exited.
     Reader,
-    /// It cannot be written, such as to a full disk.
+    /// The write failed, for example because the disk is full.
     Output(Error),
 }
 
 impl Readers {
-    /// Notes when a write to `sink` fails.
-    pub fn of<W>(&self, sink: W) -> Watched<W> {
-        Watched { sink, readers: self.clone() }
+    /// Wraps `sink` and records a failed write to it.
+    pub(super) fn of<W>(&self, sink: W) -> WatchedSink<W> {
+        WatchedSink { sink, readers: self.clone() }
     }
 
-    /// Whether one of them is known to have left.
-    pub fn have_left(&self) -> bool {
+    /// Whether a reader is known to have exited.
+    pub(super) fn have_left(&self) -> bool {
         matches!(*self.0.borrow(), Some(Lost::Reader))
     }
 
     /// Waits until a write has failed.
-    pub async fn lost(&self) -> Lost {
+    pub(super) async fn lost(&self) -> Lost {
         loop {
-            // The sender is ours, so the wait cannot fail.
+            // This value holds the sender, so the wait cannot fail.
             if let Ok(lost) = self.0.subscribe().wait_for(Option::is_some).await
                 && let Some(lost) = lost.clone()
             {
@@ -83,18 +84,18 @@ impl Readers {
     }
 }
 
-/// A sink that tells [`Readers`] when it cannot be written.
+/// A sink that reports failed writes to [`Readers`].
 #[derive(Debug)]
-pub struct Watched<W> {
+pub(super) struct WatchedSink<W> {
     sink: W,
     readers: Readers,
 }
 
-impl<W> Watched<W> {
+impl<W> WatchedSink<W> {
     fn note<T>(&self, done: io::Result<T>) -> io::Result<T> {
         done.inspect_err(|error| {
             let lost = match error.kind() {
-                // Writers try again.
+                // The writer retries.
                 ErrorKind::Interrupted => return,
                 ErrorKind::BrokenPipe => Lost::Reader,
                 _ => Lost::Output(Error::Invalid(format!("could not print the command's output: {error}"))),
@@ -108,7 +109,7 @@ impl<W> Watched<W> {
     }
 }
 
-impl<W: Write> Write for Watched<W> {
+impl<W: Write> Write for WatchedSink<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.sink.write(bytes);
         self.note(written)

@@ -1,4 +1,4 @@
-//! What `gorego exec` shows while it works: one line on a terminal, nothing in a pipe.
+//! The progress of `gorego exec`: one line on a terminal, nothing in a pipe.
 
 use gorego_client::Progress;
 use gorego_reapi::proto::gorego::QueueStatus;
@@ -10,16 +10,16 @@ use std::{
     time::Duration,
 };
 
-/// How often the line is redrawn.
+/// Interval between updates of the line.
 const TICK: Duration = Duration::from_millis(100);
 
-/// The line, for as many as want to write to it; hidden where standard error is no terminal.
+/// The progress line. Clones share it. It is hidden if standard error is not a terminal.
 #[derive(Debug, Clone)]
-pub struct Line(ProgressBar);
+pub(super) struct ProgressLine(ProgressBar);
 
-impl Line {
-    /// A line for this process.
-    pub fn new() -> Self {
+impl ProgressLine {
+    /// Creates the progress line of this process.
+    pub(super) fn new() -> Self {
         if !io::stderr().is_terminal() {
             return Self(ProgressBar::hidden());
         }
@@ -31,7 +31,7 @@ impl Line {
         Self(bar)
     }
 
-    /// Shows the line again after [`Line::clear`].
+    /// Shows the line again after [`ProgressLine::clear`].
     fn show(&self) {
         if self.0.is_finished() && !self.0.is_hidden() {
             self.0.reset();
@@ -39,13 +39,18 @@ impl Line {
         }
     }
 
-    /// Says what is going on, if the line was not taken away.
-    pub fn say(&self, what: &str) {
+    /// Shows the current activity, unless the line was cleared.
+    pub(super) fn say(&self, what: &str) {
         self.0.set_message(gorego_reapi::escape::escaped(what));
     }
 
-    /// Says how far a transfer is while it goes on, also after [`Line::clear`].
-    pub async fn during<T>(&self, what: &str, progress: &Progress, transfer: impl Future<Output = T>) -> T {
+    /// Shows the progress of a transfer while it runs, also after [`ProgressLine::clear`].
+    pub(super) async fn during<T>(
+        &self,
+        what: &str,
+        progress: &Progress,
+        transfer: impl Future<Output = T>,
+    ) -> T {
         self.say(what);
         self.show();
         let mut transfer = pin!(transfer);
@@ -61,14 +66,14 @@ impl Line {
         }
     }
 
-    /// Takes the line away, so that other output starts on a clean one; the next transfer shows it again.
-    pub fn clear(&self) {
+    /// Removes the line, so that other output starts on an empty line. The next transfer shows it again.
+    pub(super) fn clear(&self) {
         self.0.finish_and_clear();
     }
 }
 
-/// Why an operation waits, in a line.
-pub fn waiting(status: &QueueStatus) -> String {
+/// One line with the reason why an operation waits.
+pub(super) fn waiting(status: &QueueStatus) -> String {
     let QueueStatus { pool, position, busy_slots, slots, reason, .. } = status;
     match position {
         1.. => format!("waiting: {} in pool {pool}, {busy_slots} of {slots} slots busy", ordinal(*position)),
@@ -87,7 +92,7 @@ fn ordinal(number: i64) -> String {
     format!("{number}{ending}")
 }
 
-impl Default for Line {
+impl Default for ProgressLine {
     fn default() -> Self {
         Self::new()
     }
@@ -104,11 +109,11 @@ mod tests {
             position,
             busy_slots: 2,
             slots: 2,
-            reason: "its inputs are being looked up".into(),
+            reason: "its inputs are being checked".into(),
             ..Default::default()
         };
         assert_eq!(waiting(&status(12)), "waiting: 12th in pool linux, 2 of 2 slots busy");
-        assert_eq!(waiting(&status(0)), "waiting: its inputs are being looked up");
+        assert_eq!(waiting(&status(0)), "waiting: its inputs are being checked");
         let spoken = [1, 2, 3, 4, 11, 13, 21, 102, 111].map(ordinal);
         assert_eq!(spoken, ["1st", "2nd", "3rd", "4th", "11th", "13th", "21st", "102nd", "111th"]);
     }

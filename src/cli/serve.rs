@@ -1,4 +1,4 @@
-//! `gorego serve`: configuration, logs, then the server; and what a person sees when it is ready.
+//! `gorego serve`: loads the configuration, installs the logger, runs the server, and prints a banner when it is ready.
 
 use super::{
     EXIT_FAILURE, EXIT_OK, EXIT_USAGE, ServeArgs, complain,
@@ -19,7 +19,7 @@ use std::{
 };
 
 /// Runs a server and returns the exit code of the process.
-pub fn run(args: &ServeArgs) -> u8 {
+pub(super) fn run(args: &ServeArgs) -> u8 {
     let settings = match load_settings(args, environment()) {
         Ok((_, settings)) => settings,
         Err(error) => {
@@ -42,7 +42,7 @@ pub fn run(args: &ServeArgs) -> u8 {
     }
 }
 
-/// Says why a configuration cannot be used: to a person in plain text, to a log as one event.
+/// Reports an invalid configuration: as plain text for people, or as one log event.
 fn refuse(args: &ServeArgs, error: &Error) {
     let log = LogConfig { format: log_format(args, environment()), ..Config::default().log };
     match logging::init(&log) {
@@ -54,11 +54,11 @@ fn refuse(args: &ServeArgs, error: &Error) {
     }
 }
 
-/// Says that requests are answered: to a person with what they can do now, to a log with one event.
+/// Reports that the server is ready: as a banner for people, or as one log event.
 fn announce(style: Style, settings: &Settings, address: SocketAddr) {
     let slots = settings.execution.as_ref().map_or(0, |execution| execution.slots);
     match style {
-        // In one piece, so that no log line comes in between.
+        // Printed in one piece, so that no log line appears within it.
         Style::Text { .. } => logging::print(&banner(settings, address)),
         Style::Json => {
             let config_file = settings.config_file.as_deref().unwrap_or(Path::new(""));
@@ -74,8 +74,8 @@ fn announce(style: Style, settings: &Settings, address: SocketAddr) {
     }
 }
 
-/// What a person sees: where it listens, where its data is, how many slots it has, what to put into `.bazelrc`.
-pub fn banner(settings: &Settings, address: SocketAddr) -> String {
+/// The banner: listening address, data directory, number of slots, and the lines for `.bazelrc`.
+pub(super) fn banner(settings: &Settings, address: SocketAddr) -> String {
     let (unspecified, host) = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => (true, IpAddr::V4(Ipv4Addr::LOCALHOST)),
         IpAddr::V6(ip) if ip.is_unspecified() => (true, IpAddr::V6(Ipv6Addr::LOCALHOST)),
@@ -109,7 +109,7 @@ pub fn banner(settings: &Settings, address: SocketAddr) -> String {
     text.push_str(":\n");
     if settings.execution.is_some() {
         let _ = writeln!(text, "  build --remote_executor={endpoint}");
-        // Bazel's default mixes remote with local strategies and uses as many jobs as the client has CPUs.
+        // By default, Bazel mixes remote with local strategies and runs as many jobs as the client has CPUs.
         text.push_str("  build --spawn_strategy=remote,local --genrule_strategy=remote,local\n");
     } else {
         let _ = writeln!(text, "  build --remote_cache={endpoint}");
@@ -159,7 +159,7 @@ mod tests {
         assert!(!text.contains("remote_executor"));
     }
 
-    /// A newcomer sees both.
+    /// A new user sees both.
     #[test]
     fn the_readme_has_the_same_lines_for_bazel_as_the_banner() {
         let readme = include_str!("../../README.md");

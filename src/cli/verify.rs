@@ -1,4 +1,4 @@
-//! `gorego verify`: runs the conformance suite against a server and reports to people and machines.
+//! `gorego verify`: runs the conformance suite against a server and prints the report.
 
 use super::{EXIT_FAILURE, EXIT_OK, EXIT_USAGE, VerifyArgs, complain, output::print};
 use gorego_reapi::error::{Error, Result};
@@ -10,8 +10,8 @@ use std::{
     path::Path,
 };
 
-/// Verifies a server, or lists what would be verified; the exit code.
-pub fn run(args: &VerifyArgs) -> u8 {
+/// Verifies a server, or lists the checks. Returns the exit code.
+pub(super) fn run(args: &VerifyArgs) -> u8 {
     let outcome = if args.list { selection(args).map(|chosen| list(&chosen)) } else { verify(args) };
     match outcome.and_then(|(text, good)| print(&text).map(|()| good)) {
         Ok(true) => EXIT_OK,
@@ -23,12 +23,12 @@ pub fn run(args: &VerifyArgs) -> u8 {
     }
 }
 
-/// The text for standard output, and whether nothing failed.
-type Outcome = (String, bool);
+/// The text for standard output, and whether everything passed.
+type Printout = (String, bool);
 
-fn verify(args: &VerifyArgs) -> Result<Outcome> {
+fn verify(args: &VerifyArgs) -> Result<Printout> {
     let options = options(args)?;
-    // Before the run: nobody waits minutes for a report that has no place.
+    // Opened before the run, so that nobody waits minutes for a report that cannot be written.
     let open = |path| File::create(path).map(|file| (path, file)).map_err(unwritable(path));
     let junit = args.junit.as_deref().map(open).transpose()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
@@ -37,7 +37,7 @@ fn verify(args: &VerifyArgs) -> Result<Outcome> {
     let text = if args.json { report.json(args.strict) + "\n" } else { report.table(args.strict) };
     if let Some((path, mut file)) = junit {
         let xml = report.junit(args.strict)?;
-        // What was found is told all the same.
+        // The result is still printed.
         if let Err(error) = file.write_all(xml.as_bytes()) {
             print(&text)?;
             return Err(unwritable(path)(error));
@@ -77,8 +77,8 @@ fn selection(args: &VerifyArgs) -> Result<Selection> {
     Ok(Selection { only, level: args.level })
 }
 
-/// Every selected rule: its id, level and title, and its checks or why it has none.
-fn list(selection: &Selection) -> Outcome {
+/// Lists every selected rule: its id, level and title, and its checks or the reason why it has none.
+fn list(selection: &Selection) -> Printout {
     let mut text = String::new();
     for group in groups::ALL {
         for rule in group.rules.iter().filter(|rule| selection.includes(&[rule.id])) {

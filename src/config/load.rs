@@ -1,8 +1,8 @@
-//! Where values come from: flag over environment over file over default.
+//! Merges the sources of values: flags over environment over file over defaults.
 //!
-//! Each layer is checked by itself, so that an error names the line, the variable or the flag at fault and never the
-//! merged result. Unknown keys are refused everywhere, with the nearest known one as a suggestion. Whether a value makes
-//! sense is not decided here but in [`super::settings`].
+//! Each source is checked separately, so an error names the line, variable or flag at fault and never the merged result.
+//! Unknown keys are refused everywhere, and the closest known key is suggested. Whether a value is valid is checked in
+//! [`super::settings`].
 
 use super::{
     Config, pools,
@@ -20,33 +20,33 @@ use std::{
 };
 use toml::{Table, Value, de::DeTable};
 
-/// Read when no file is named and this one exists: the place where a package puts it.
+/// The configuration file of a package. It is read if no file is named and this one exists.
 pub const SYSTEM_FILE: &str = "/etc/gorego/gorego.toml";
-/// Largest configuration file that is read, in bytes; anything larger is not a configuration.
+/// Largest configuration file that is read, in bytes. A larger file is not a configuration.
 const MAX_FILE_BYTES: u64 = 1_000_000;
-/// What environment variables that set keys begin with.
+/// Prefix of the environment variables that set keys.
 const ENV_PREFIX: &str = "GOREGO_";
-/// Variables with the prefix that are not keys: they are read by the command line.
+/// Variables with the prefix that are not keys. The command line reads them.
 pub const OTHER_VARIABLES: &[&str] = &["GOREGO_CONFIG", "GOREGO_ENDPOINT", "GOREGO_INSTANCE"];
-/// Keys that hold a table of the user's own names.
+/// Tables whose keys are chosen by the user.
 const FREE_TABLES: &[&str] = &["execution.platform", POOLS, "instances"];
-/// Among them, one whose tables have keys of ours again.
+/// The one of them whose values are tables with known keys.
 const POOLS: &str = "execution.pools";
-/// How unlike a known key (0 to 1, by edit distance) a mistyped one may be and still be suggested.
+/// Smallest similarity (0 to 1, by edit distance) of a mistyped key to a suggested one.
 const SUGGESTION_LIMIT: f64 = 0.6;
-/// What a likeness of last words counts less than one of whole keys.
+/// Penalty on the similarity of last segments, compared with the similarity of whole keys.
 const TAIL_HANDICAP: f64 = 0.05;
 
-/// Who set a value.
+/// The source of a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// Nobody.
+    /// A built-in default.
     Default,
-    /// A line of a file.
+    /// A line of a file, counted from 1.
     File(PathBuf, usize),
-    /// An environment variable.
+    /// An environment variable, by name.
     Env(String),
-    /// A flag of the command line.
+    /// A flag of the command line, as typed.
     Flag(String),
 }
 
@@ -64,51 +64,51 @@ impl fmt::Display for Origin {
 /// A value from the command line.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Flag {
-    /// The flag as typed, `--listen-addr`.
+    /// The flag as typed, such as `--listen-addr`.
     pub flag: &'static str,
-    /// The key it sets, `listen_addr`.
+    /// The key that it sets, such as `listen_addr`.
     pub key: &'static str,
-    /// Its value.
+    /// Its value, with the type of the key.
     pub value: Value,
 }
 
-/// Everything that can set a value, besides the defaults.
+/// All sources of values, except for the defaults.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
-    /// The file to read; it must exist.
+    /// The file to read. It must exist.
     pub file: Option<PathBuf>,
-    /// The environment; variables without our prefix are ignored.
+    /// The environment variables. Those without the prefix are ignored.
     pub env: Vec<(OsString, OsString)>,
-    /// The command line.
+    /// The flags of the command line.
     pub flags: Vec<Flag>,
 }
 
-/// The merged configuration.
+/// The merged configuration and the source of each value.
 #[derive(Debug, Clone)]
 pub struct Loaded {
-    /// The values.
+    /// The merged values; not yet checked.
     pub config: Config,
-    /// The file that was read.
+    /// The file that was read, if any.
     pub file: Option<PathBuf>,
     origins: BTreeMap<String, Origin>,
 }
 
 impl Loaded {
-    /// The built-in defaults.
+    /// The built-in defaults alone.
     pub fn defaults() -> Self {
         Self { config: Config::default(), file: None, origins: BTreeMap::new() }
     }
 
-    /// Who set this key (dotted, `execution.concurrency`).
+    /// The source of a dotted key, such as `execution.concurrency`.
     pub fn origin(&self, key: &str) -> &Origin {
         self.origins.get(key).unwrap_or(&Origin::Default)
     }
 }
 
-/// Every key, dotted, in the order of [`Config`], with the value that a configuration has there.
+/// All dotted keys in the order of [`Config`], with their values in `config`.
 pub fn keys(config: &Config) -> Vec<(String, Value)> {
     let mut keys = Vec::new();
-    // Serialising keeps the order of the fields, which a `Table` does not; the values then come from the table.
+    // Serialising preserves the order of the fields, which a `Table` does not. The values come from the table.
     let (text, table) = (toml::to_string(&Config::default()), Table::try_from(config));
     let (Ok(text), Ok(table)) = (text, table) else { return keys };
     let mut section = String::new();
@@ -130,16 +130,16 @@ pub fn keys(config: &Config) -> Vec<(String, Value)> {
     keys
 }
 
-/// The environment variable that sets a key.
+/// The environment variable that sets this key.
 pub fn variable_of(key: &str) -> String {
     format!("{ENV_PREFIX}{}", key.to_uppercase().replace('.', "__"))
 }
 
-/// Merges all sources.
+/// Merges all sources into one configuration.
 ///
 /// # Errors
-/// [`Error::Invalid`] naming file and line, variable or flag, what is wrong there and, for a mistyped key, what was
-/// probably meant.
+/// [`Error::Invalid`] that names the file and line, variable or flag, and the problem. For a mistyped key it suggests the
+/// closest one.
 pub fn load(sources: &Sources) -> Result<Loaded> {
     let known: BTreeMap<String, Value> = keys(&Config::default()).into_iter().collect();
     let mut merged = Table::new();
@@ -164,10 +164,10 @@ pub fn load(sources: &Sources) -> Result<Loaded> {
     Ok(loaded)
 }
 
-/// Merges the text of a file with the defaults; `path` is its name in errors.
+/// Merges the text of a file with the defaults. `path` is the name of the file in errors.
 ///
 /// # Errors
-/// As [`load`].
+/// See [`load`].
 pub fn from_text(path: &Path, text: &str) -> Result<Loaded> {
     let known = keys(&Config::default()).into_iter().collect();
     let mut merged = Table::new();
@@ -179,8 +179,8 @@ pub fn from_text(path: &Path, text: &str) -> Result<Loaded> {
     Ok(loaded)
 }
 
-/// The file to read: the named one or, where nobody named one, the system's if it exists. The current directory is not
-/// searched, so that a server does not change with the place it is started from.
+/// The file to read: the named one, or else the system's file if it exists. The current directory is not searched, so that
+/// a server does not depend on where it is started.
 pub fn file_to_read(named: Option<PathBuf>) -> Option<PathBuf> {
     named.or_else(|| Some(PathBuf::from(SYSTEM_FILE)).filter(|path| path.exists()))
 }
@@ -197,7 +197,7 @@ fn take_file(
     let mut found = Vec::new();
     walk(document.get_ref(), "", known, &mut found)
         .map_err(|(span, problem)| refuse(Some(span), &problem))?;
-    // Types are checked by serde over the text, which knows the place of every value.
+    // serde checks the types over the text, because it knows the position of every value.
     toml::from_str::<Config>(text).map_err(|error| refuse(error.span(), error.message()))?;
     let values: Table = toml::from_str(text).map_err(|error| refuse(error.span(), error.message()))?;
     for (key, at) in found {
@@ -233,14 +233,14 @@ fn read_text(path: &Path) -> Result<String> {
 
 type Misplaced = (std::ops::Range<usize>, String);
 
-/// Collects the keys of a document and where they stand; refuses those that nobody knows.
+/// Collects the keys of a document with their positions. Refuses unknown keys.
 fn walk(
     table: &DeTable<'_>,
     prefix: &str,
     known: &BTreeMap<String, Value>,
     found: &mut Vec<(String, usize)>,
 ) -> std::result::Result<(), Misplaced> {
-    // In the order of the text, so that the first error is the topmost.
+    // In the order of the text, so that the first error is the topmost one.
     let mut entries: Vec<_> = table.iter().collect();
     entries.sort_by_key(|(name, _)| name.span().start);
     for (name, value) in entries {
@@ -263,7 +263,7 @@ fn walk(
     Ok(())
 }
 
-/// Refuses keys of pools that nobody knows. What else can be wrong with them is for serde to find.
+/// Refuses unknown keys of pools. serde detects all other errors in them.
 fn check_pools(pools: &DeTable<'_>) -> std::result::Result<(), Misplaced> {
     for (pool, keys) in pools {
         for name in keys.get_ref().as_table().into_iter().flatten().map(|(name, _)| name) {
@@ -279,7 +279,7 @@ fn check_pools(pools: &DeTable<'_>) -> std::result::Result<(), Misplaced> {
     Ok(())
 }
 
-/// The key and value of one variable; `None` when it is none of ours.
+/// The key and value that an environment variable sets; `None` if it is not one of ours.
 fn read_variable(
     name: &OsString,
     value: &OsString,
@@ -332,13 +332,13 @@ fn read_variable(
     Ok(Some((key, value)))
 }
 
-/// Whether a key holds a [`Size`]; a test holds the names to that.
+/// Whether a key holds a [`Size`]. A test checks the naming convention.
 fn is_size(key: &str) -> bool {
     key.ends_with("_gb")
 }
 
-/// Kubernetes gives every pod variables for each service of its namespace; for a service called "gorego" they have our
-/// prefix and are not meant for us.
+/// Kubernetes sets variables in every pod for each service of its namespace. For a service named "gorego" they have our
+/// prefix, but are not configuration.
 fn is_service_link(name: &str) -> bool {
     let rest = name.strip_prefix(ENV_PREFIX).unwrap_or_default();
     rest == "PORT"
@@ -347,15 +347,15 @@ fn is_service_link(name: &str) -> bool {
         || (rest.starts_with("PORT_") && (rest.contains("_TCP") || rest.contains("_UDP")))
 }
 
-/// Whether one value fits its key, all else being default.
+/// Whether a value has the right type for its key.
 fn check_alone(key: &str, value: &Value) -> std::result::Result<(), String> {
     let mut table = Table::new();
     set(&mut table, key, value.clone());
     Config::deserialize(table).map(|_| ()).map_err(|error| error.message().trim().to_owned())
 }
 
-/// "; did you mean ...?" when one of the candidates is near. The last words are compared too, for a key that stands in
-/// the wrong section; what all variables begin with is not, for it would make all of them alike.
+/// "; did you mean ...?" if a candidate is close enough. The last segments are compared too, for a key in the wrong
+/// section. The common prefix of all variables is ignored, because it would make all of them similar.
 fn suggestion<'a>(word: &str, candidates: impl Iterator<Item = &'a String>) -> String {
     fn bare(word: &str) -> &str {
         word.strip_prefix(ENV_PREFIX).unwrap_or(word)

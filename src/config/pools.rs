@@ -1,13 +1,12 @@
-//! `[execution.pools.NAME]`: how pools are written down.
+//! `[execution.pools.NAME]`: the notation of pools.
 //!
-//! What a pool offers is said in the shortest form that shows how it is compared: a string is that value and no other, a list
-//! is any one of its values, `{ minimum = 8 }` is as much as 8, `{ ignore = true }` is whatever is asked for. The forms are
-//! read and written here; what they mean is in [`crate::platform`], and whether the whole makes sense in
-//! [`super::settings`].
+//! A property is written in the shortest form that shows how it is compared: a string is exactly that value, a list is any
+//! one of its values, `{ minimum = 8 }` is at most 8, and `{ ignore = true }` is any value. This file parses and prints
+//! these forms. [`crate::platform`] defines their meaning, and [`super::settings`] checks the result.
 
 use super::{
     ExecutionConfig,
-    settings::{Check, MAX_CONCURRENCY, Machine},
+    settings::{Checker, MAX_CONCURRENCY, Machine},
 };
 use crate::platform::{self, Offer, Offers, UnknownProperties};
 use serde::{
@@ -17,23 +16,23 @@ use serde::{
 };
 use std::fmt;
 
-/// Keys of a pool, for suggestions.
-pub const KEYS: &[&str] = &["slots", "properties"];
+/// The keys of a pool, for suggestions.
+pub(super) const KEYS: &[&str] = &["slots", "properties"];
 
-/// Most pools. A task stands in the queue of each pool that can take it.
+/// Largest number of pools. A task is in the queue of each pool that can run it.
 const MAX_POOLS: usize = 64;
-/// Longest name of a pool; it is part of the names of workers.
+/// Longest name of a pool, in bytes. It is a part of the names of workers.
 const MAX_POOL_NAME: usize = 64;
-/// The pool that there is when none is declared.
-pub const DEFAULT_POOL: &str = "local";
+/// The name of the pool that exists if none is configured.
+pub(super) const DEFAULT_POOL: &str = "local";
 
-/// `[execution.pools.NAME]`.
+/// An `[execution.pools.NAME]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PoolConfig {
-    /// Actions that run in it at the same time.
+    /// Number of actions that run in the pool at the same time.
     pub slots: usize,
-    /// What it offers, by the name of the property.
+    /// The offered values, by property name.
     #[serde(default)]
     pub properties: Offers,
 }
@@ -82,7 +81,7 @@ impl<'de> Visitor<'de> for OfferVisitor {
             values.push(value);
         }
         if values.is_empty() {
-            return Err(de::Error::custom("an empty list offers nothing; leave the property out"));
+            return Err(de::Error::custom("an empty list offers nothing; omit the property"));
         }
         Ok(Offer::Set(values))
     }
@@ -94,7 +93,7 @@ impl<'de> Visitor<'de> for OfferVisitor {
             Some("ignore") => match map.next_value()? {
                 true => Offer::Ignore,
                 false => {
-                    return Err(de::Error::custom("ignore = false says nothing; leave the property out"));
+                    return Err(de::Error::custom("ignore = false has no effect; omit the property"));
                 }
             },
             Some(other) => return Err(de::Error::unknown_field(other, &["minimum", "ignore"])),
@@ -102,13 +101,13 @@ impl<'de> Visitor<'de> for OfferVisitor {
         };
         match map.next_key::<String>()? {
             None => Ok(offer),
-            Some(_) => Err(de::Error::custom("a property is compared in one way only")),
+            Some(_) => Err(de::Error::custom("a property can have only one form")),
         }
     }
 
     fn visit_i64<E: de::Error>(self, number: i64) -> Result<Offer, E> {
         Err(E::custom(format!(
-            "a number can mean two things: write {{ minimum = {number} }} for as much as {number}, or \"{number}\" for that \
+            "a number is ambiguous: write {{ minimum = {number} }} for up to {number}, or \"{number}\" for that \
              value and no other"
         )))
     }
@@ -133,21 +132,21 @@ impl<'de> Deserialize<'de> for UnknownProperties {
     }
 }
 
-/// Checked settings of one pool.
+/// The checked settings of one pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolSettings {
-    /// Its name; "local" when none is declared.
+    /// The name; "local" if no pool is configured.
     pub name: String,
-    /// Whether the configuration declares it, or it is there because none is declared.
+    /// Whether the configuration contains the pool. Otherwise it is the default pool.
     pub is_declared: bool,
-    /// Actions that run in it at the same time; at least 1.
+    /// Number of actions that run in the pool at the same time; at least 1.
     pub slots: usize,
-    /// What it offers.
+    /// The offered values, by property name.
     pub offers: Offers,
 }
 
-/// The declared pools, or else the one that `concurrency` and `platform` describe.
-pub(super) fn pools(check: &mut Check<'_>, machine: &Machine) -> Vec<PoolSettings> {
+/// The configured pools, or else the default pool that `concurrency` and `platform` describe.
+pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSettings> {
     let (config, default) = (&check.loaded.config.execution, ExecutionConfig::default());
     check.require(
         "execution.platform",
@@ -163,7 +162,7 @@ pub(super) fn pools(check: &mut Check<'_>, machine: &Machine) -> Vec<PoolSetting
             offers: config.platform.iter().map(exact).collect(),
         }];
     }
-    let own = "says nothing where pools are declared; each has its own";
+    let own = "has no effect when pools are configured; each pool has its own";
     check.require("execution.concurrency", config.concurrency == 0, &format!("{own} slots"));
     check.require("execution.platform", config.platform == default.platform, &format!("{own} properties"));
     let mut problems = Vec::new();

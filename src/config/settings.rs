@@ -1,8 +1,8 @@
-//! Checked configuration: what the rest of the server is given.
+//! The checked configuration, as the rest of the server uses it.
 //!
-//! A [`Settings`] in hand is usable: bounds hold, directories are absolute, sizes are in bytes, zero and empty have been
-//! replaced by what they stand for. All problems are reported at once, each with the key, its value and who set it. No file
-//! is touched here.
+//! A [`Settings`] is valid by construction: limits hold, directories are absolute, sizes are in bytes, and values such as
+//! zero or empty are replaced by their meaning. All problems are reported together, each with its key, value and source.
+//! Nothing here accesses a file.
 
 use super::{
     CommittedSize, Loaded, LogConfig,
@@ -17,7 +17,7 @@ use crate::{
     },
     http_cache::hosts::Hosts,
     instance::{Instances, Policy},
-    log_streams::{Limits, MAX_STREAM_BYTES},
+    log_streams::{MAX_STREAM_BYTES, StreamLimits},
     platform::UnknownProperties,
     size::Size,
 };
@@ -34,35 +34,35 @@ use std::{
     time::Duration,
 };
 
-/// Smallest size that can be configured: anything below is a mistake in the unit.
+/// Smallest size that can be configured. A smaller one indicates a wrong unit.
 const MIN_SIZE: Size = Size::from_bytes(1_000_000);
-/// Longest duration that can be configured; keeps sums of times far from overflow.
+/// Longest duration that can be configured. It keeps sums of times far from overflow.
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
-/// Most actions at a time on one machine; each slot is a thread and a process.
+/// Largest number of concurrent actions on one machine. Each slot is a thread and a process.
 pub(super) const MAX_CONCURRENCY: usize = 4_096;
-/// Most log streams of clients; each that has bytes holds a file open.
+/// Largest number of client log streams. Each stream with bytes holds a file open.
 const MAX_LOG_STREAMS: usize = 100_000;
-/// Most downloads at a time; each holds a connection, and a thread while it unpacks.
+/// Largest number of concurrent downloads. Each holds a connection, and a thread while it is unpacked.
 const MAX_ASSET_CONCURRENCY: usize = 256;
-/// Most tasks that may wait, and most finished operations that are remembered; about 2 GB of memory.
+/// Largest number of queued tasks, and of retained operations; about 2 GB of memory.
 const MAX_OPERATIONS: usize = 1_000_000;
 
-/// Priorities farther from 0 than this cannot be configured; the cost of choosing who is next grows with their number.
+/// Largest absolute value of a priority. The cost of scheduling decisions grows with the number of priorities.
 const PRIORITY_MAX: i32 = 1_000;
 
-/// What is taken from the machine and not from the configuration.
+/// Properties of the machine that the settings depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {
-    /// CPUs that this process may use.
+    /// Number of CPUs that this process may use.
     pub cpus: usize,
-    /// The user's cache directory, if there is a user with a home.
+    /// The user's cache directory; `None` for a user without a home.
     pub cache_home: Option<PathBuf>,
-    /// Where relative paths start.
+    /// The directory to which relative paths refer.
     pub current_dir: PathBuf,
 }
 
 impl Machine {
-    /// This machine, as this process sees it.
+    /// The properties of this machine, as this process sees them.
     pub fn this() -> Self {
         Self {
             cpus: thread::available_parallelism().map_or(1, usize::from),
@@ -72,93 +72,93 @@ impl Machine {
     }
 }
 
-/// Checked settings of a server.
+/// The checked settings of a server.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Where gRPC is served.
+    /// Address on which gRPC is served.
     pub listen_addr: SocketAddr,
-    /// The namespaces.
+    /// The instances that clients may name.
     pub instances: Instances,
-    /// Where blobs and results live; absolute.
+    /// Absolute directory for blobs and results.
     pub cache_dir: PathBuf,
-    /// Bound on what the store keeps on disk.
+    /// Limit on the size of the store on disk.
     pub max_size_bytes: u64,
-    /// Largest blob that is accepted; never above `max_size_bytes`.
+    /// Size limit of one blob; never above `max_size_bytes`.
     pub max_blob_bytes: u64,
-    /// Whether blobs are split and spliced (CAP-16).
+    /// Whether SplitBlob and SpliceBlob are offered (CAP-16).
     pub chunking: bool,
     /// How long the bytes of a broken upload are kept.
     pub partial_upload_retention: Duration,
-    /// How hard blobs are compressed; one of [`gorego_reapi::compression::LEVELS`].
+    /// zstd level for stored blobs; one of [`gorego_reapi::compression::LEVELS`].
     pub zstd_level: i32,
-    /// What a finished compressed upload answers (BS-25).
+    /// The `committed_size` after a compressed upload (BS-25).
     pub compressed_committed_size: CommittedSize,
-    /// How long the exit may take after SIGTERM.
+    /// Time limit of a shutdown after SIGTERM.
     pub shutdown_grace: Duration,
-    /// Logs.
+    /// Log filter and format.
     pub log: LogConfig,
     /// The scheduler and its workers; `None` for a cache without execution.
     pub execution: Option<ExecutionSettings>,
-    /// Whether clients may make log streams.
+    /// Whether clients may create log streams.
     pub client_log_streams: bool,
-    /// Bounds on the log streams of clients.
-    pub log_streams: Limits,
+    /// Limits on the log streams of clients.
+    pub log_streams: StreamLimits,
     /// The Remote Asset service.
     pub assets: AssetSettings,
-    /// Where the HTTP/1.1 cache is served, if at all.
+    /// Address of the HTTP/1.1 cache, if it is enabled.
     pub http_addr: Option<SocketAddr>,
-    /// The names that its requests may be for.
+    /// Host names that HTTP requests may use.
     pub http_hosts: Hosts,
     /// The file that was read, for logs.
     pub config_file: Option<PathBuf>,
-    /// What an operator should know although it is allowed; to be logged once logging works.
+    /// Valid settings that deserve a warning; logged once logging is installed.
     pub warnings: Vec<String>,
 }
 
-/// Checked settings of the scheduler and the workers; see [`super::ExecutionConfig`] for each.
+/// The checked settings of the scheduler and the workers; see [`super::ExecutionConfig`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecutionSettings {
-    /// Actions that run at the same time, in all pools together; at least 1.
+    /// Number of concurrent actions in all pools together; at least 1.
     pub slots: usize,
-    /// The pools, by preference; at least one.
+    /// The pools in order of preference; at least one.
     pub pools: Vec<PoolSettings>,
-    /// What becomes of actions that ask for a property of which no pool says anything.
+    /// The treatment of platform properties that no pool configures.
     pub unknown_properties: UnknownProperties,
-    /// The priorities that count.
+    /// The range of effective priorities.
     pub priorities: Priorities,
-    /// How long an action waits until it gains one step of priority.
+    /// Waiting time after which an action gains one step of priority.
     pub priority_ageing: Duration,
-    /// Where exec directories are made; absolute.
+    /// Absolute directory for exec directories.
     pub build_root: PathBuf,
-    /// Tasks that may wait; at least 1.
+    /// Largest number of queued tasks; at least 1.
     pub queue_size: usize,
-    /// How long a task may wait for a slot.
+    /// Largest time that a task may wait for a slot.
     pub queue_timeout: Duration,
-    /// Run times.
+    /// The allowed timeouts of actions.
     pub timeouts: TimeoutPolicy,
-    /// How long bringing in inputs, and again storing outputs, may take.
+    /// Time limit for fetching inputs, and again for storing outputs.
     pub transfer_timeout: Duration,
-    /// How long finished operations are remembered.
+    /// How long finished operations are kept.
     pub retention: Duration,
-    /// How many finished operations are remembered; at least 1.
+    /// Largest number of finished operations that are kept; at least 1.
     pub retained_operations: usize,
-    /// How long work goes on when nobody follows it any more.
+    /// How long work continues after its last client left.
     pub abandon_grace: Duration,
-    /// The same when other work waits for its slot, or the server stops.
+    /// The same if other work waits for its slot, or the server shuts down.
     pub contended_abandon_grace: Duration,
-    /// How often a task is tried when workers die under it; at least 1.
+    /// How often a task is attempted if its worker fails; at least 1.
     pub max_attempts: u32,
-    /// Largest file that a command may write.
+    /// Size limit of a file that a command writes.
     pub max_output_file_bytes: u64,
 }
 
-/// Collects problems, so that all are shown at once.
-pub(super) struct Check<'a> {
+/// Collects problems, so that all are reported together.
+pub(super) struct Checker<'a> {
     pub(super) loaded: &'a Loaded,
     pub(super) problems: Vec<String>,
 }
 
-impl Check<'_> {
+impl Checker<'_> {
     fn refuse(&mut self, key: &str, problem: &str) {
         let value = keys(&self.loaded.config).into_iter().find(|(name, _)| name == key);
         let value = value.map(|(_, value)| value.to_string()).unwrap_or_default();
@@ -171,7 +171,7 @@ impl Check<'_> {
         }
     }
 
-    /// A size, as bytes.
+    /// Checks a size and converts it to bytes.
     fn size(&mut self, key: &str, size: Size) -> u64 {
         self.require(key, size >= MIN_SIZE, &format!("must be between {MIN_SIZE} and {}", Size::MAX));
         size.bytes()
@@ -186,13 +186,13 @@ impl Check<'_> {
         self.require(key, duration <= MAX_DURATION, "must not be longer than 366 days");
     }
 
-    /// An absolute path from a configured one, which is not empty.
+    /// Makes a configured, non-empty path absolute.
     fn directory(&mut self, key: &str, path: &Path, machine: &Machine) -> PathBuf {
         let text = path.to_string_lossy();
         self.require(
             key,
             text != "~" && !text.starts_with("~/"),
-            "\"~\" is not expanded here; write the whole path",
+            "\"~\" is not expanded here; write the full path",
         );
         self.require(key, !text.contains('\0'), "contains a NUL");
         machine.current_dir.join(path)
@@ -200,13 +200,13 @@ impl Check<'_> {
 }
 
 impl Settings {
-    /// Checks a configuration and fills in what depends on the machine.
+    /// Checks a configuration and fills in values that depend on the machine.
     ///
     /// # Errors
-    /// [`Error::Invalid`] that lists every problem, one a line.
+    /// [`Error::Invalid`] that lists every problem on its own line.
     pub fn new(loaded: &Loaded, machine: &Machine) -> Result<Self> {
         let config = &loaded.config;
-        let mut check = Check { loaded, problems: Vec::new() };
+        let mut check = Checker { loaded, problems: Vec::new() };
         let mut warnings = Vec::new();
         check_exposure(&mut check, &mut warnings, "listen_addr", config.listen_addr);
         let http_addr = http_address(&mut check, &mut warnings);
@@ -271,10 +271,10 @@ impl Settings {
     }
 }
 
-/// The listed names, and those that have a policy of their own.
-fn instances(check: &mut Check<'_>) -> Option<Instances> {
+/// The instances in `instance_names` and those with their own policy.
+fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     let config = &check.loaded.config;
-    let functions = |check: &mut Check<'_>, key: &str, listed: &[DigestFunction]| {
+    let functions = |check: &mut Checker<'_>, key: &str, listed: &[DigestFunction]| {
         check.require(key, !listed.is_empty(), "is empty; at least one digest function is needed");
         DigestFunction::ALL.iter().copied().filter(|function| listed.contains(function)).collect()
     };
@@ -311,8 +311,8 @@ fn instances(check: &mut Check<'_>) -> Option<Instances> {
     }
 }
 
-/// Whoever can reach an endpoint without authentication can run commands on this machine.
-fn check_exposure(check: &mut Check<'_>, warnings: &mut Vec<String>, key: &str, address: SocketAddr) {
+/// Without authentication, everyone who can reach the endpoint can run commands on this machine.
+fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str, address: SocketAddr) {
     let allowed = check.loaded.config.allow_unauthenticated;
     let loopback = match address.ip() {
         IpAddr::V6(ip) => ip.to_ipv4_mapped().map_or(ip.is_loopback(), |ip| ip.is_loopback()),
@@ -336,11 +336,11 @@ fn check_exposure(check: &mut Check<'_>, warnings: &mut Vec<String>, key: &str, 
     }
 }
 
-fn log_streams(check: &mut Check<'_>) -> Limits {
+fn log_streams(check: &mut Checker<'_>) -> StreamLimits {
     let config = &check.loaded.config.log_streams;
     check.count("log_streams.max_streams", config.max_streams, MAX_LOG_STREAMS);
     check.duration("log_streams.retention", config.retention, false);
-    Limits {
+    StreamLimits {
         streams: config.max_streams,
         bytes: check.size("log_streams.max_size_gb", config.max_size_gb),
         stream_bytes: MAX_STREAM_BYTES,
@@ -349,7 +349,7 @@ fn log_streams(check: &mut Check<'_>) -> Limits {
     }
 }
 
-fn http_address(check: &mut Check<'_>, warnings: &mut Vec<String>) -> Option<SocketAddr> {
+fn http_address(check: &mut Checker<'_>, warnings: &mut Vec<String>) -> Option<SocketAddr> {
     const KEY: &str = "http.listen_addr";
     let text = &check.loaded.config.http.listen_addr;
     if text.is_empty() {
@@ -361,20 +361,20 @@ fn http_address(check: &mut Check<'_>, warnings: &mut Vec<String>) -> Option<Soc
             Some(address)
         }
         Err(_) => {
-            check.refuse(KEY, "is no address with a port, such as 127.0.0.1:50052");
+            check.refuse(KEY, "is not an address with a port, such as 127.0.0.1:50052");
             None
         }
     }
 }
 
-fn http_hosts(check: &mut Check<'_>) -> Hosts {
+fn http_hosts(check: &mut Checker<'_>) -> Hosts {
     Hosts::parse(&check.loaded.config.http.allowed_hosts).unwrap_or_else(|problem| {
         check.refuse("http.allowed_hosts", &problem);
         Hosts::default()
     })
 }
 
-fn assets(check: &mut Check<'_>, cache_dir: &Path) -> AssetSettings {
+fn assets(check: &mut Checker<'_>, cache_dir: &Path) -> AssetSettings {
     let config = &check.loaded.config.assets;
     let origins = Origins::parse(&config.allowed_hosts, &config.allowed_networks);
     if let Err(problem) = &origins {
@@ -397,12 +397,12 @@ fn assets(check: &mut Check<'_>, cache_dir: &Path) -> AssetSettings {
     }
 }
 
-fn execution(check: &mut Check<'_>, cache_dir: &Path, machine: &Machine) -> ExecutionSettings {
+fn execution(check: &mut Checker<'_>, cache_dir: &Path, machine: &Machine) -> ExecutionSettings {
     let config = &check.loaded.config.execution;
     check.require(
         "execution.concurrency",
         config.concurrency <= MAX_CONCURRENCY,
-        &format!("must be at most {MAX_CONCURRENCY}; 0 stands for the number of CPUs"),
+        &format!("must be at most {MAX_CONCURRENCY}; 0 means the number of CPUs"),
     );
     check.count("execution.queue_size", config.queue_size, MAX_OPERATIONS);
     check.count("execution.retained_operations", config.retained_operations, MAX_OPERATIONS);

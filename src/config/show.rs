@@ -1,4 +1,4 @@
-//! `gorego config show`: the values in force, as a configuration file that says where each came from.
+//! `gorego config show`: prints the effective values as a configuration file with the source of each.
 
 use super::{
     Loaded, Settings,
@@ -7,13 +7,13 @@ use super::{
 use std::fmt::Write as _;
 use toml::Value;
 
-/// The values in force as TOML that can be loaded again. Values that stand for something else ("the number of CPUs") are
-/// shown as what they stand for.
+/// The effective values as TOML that can be loaded again. Values with a special meaning (such as 0 for the number of CPUs)
+/// are shown as their meaning.
 pub fn show(loaded: &Loaded, settings: &Settings) -> String {
     let mut config = loaded.config.clone();
     config.local_cache_dir.clone_from(&settings.cache_dir);
     if let Some(execution) = &settings.execution {
-        // With pools it has to stay 0 to be loaded again.
+        // With configured pools it must stay 0 to be loadable.
         if execution.pools.iter().all(|pool| !pool.is_declared) {
             config.execution.concurrency = execution.slots;
         }
@@ -36,16 +36,16 @@ pub fn show(loaded: &Loaded, settings: &Settings) -> String {
     text
 }
 
-/// The environment variables that set keys, with their present values, for `--help` and documentation.
+/// The environment variables that set keys, with the default values, for `--help` and documentation.
 pub fn variables() -> Vec<(String, String)> {
     let defaults = keys(&super::Config::default());
     defaults.into_iter().map(|(key, value)| (variable_of(&key), inline(&value))).collect()
 }
 
-/// A value on one line.
+/// A value on one line of TOML.
 fn inline(value: &Value) -> String {
     match value {
-        // Multi-line strings would tear the line and its comment apart.
+        // A multi-line string would separate the value from its comment.
         Value::String(text) if text.contains(['\n', '\r']) => {
             let escaped = text.replace('\\', "\\\\").replace('"', "\\\"");
             format!("\"{}\"", escaped.replace('\n', "\\n").replace('\r', "\\r"))

@@ -1,14 +1,14 @@
-//! Pointing at a place in a configuration file: line, column and a caret under the offending words.
+//! Points at a position in a configuration file: line, column, and a caret under the wrong words.
 
 use std::{fmt::Write as _, ops::Range, path::Path};
 
-/// The number of the line that holds byte `at`, from 1.
-pub fn line_of(text: &str, at: usize) -> usize {
+/// The number of the line that contains byte `at`, counted from 1.
+pub(super) fn line_of(text: &str, at: usize) -> usize {
     1 + text.bytes().take(at).filter(|byte| *byte == b'\n').count()
 }
 
-/// `path:line:column: message`, and below it the line with the words in `span` underlined.
-pub fn point_at(path: &Path, text: &str, span: Option<Range<usize>>, message: &str) -> String {
+/// Formats `path:line:column: message`, followed by the line with the text in `span` underlined.
+pub(super) fn point_at(path: &Path, text: &str, span: Option<Range<usize>>, message: &str) -> String {
     let path = path.display();
     let Some(span) = span else { return format!("{path}: {message}") };
     let start = (0..=span.start.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
@@ -41,7 +41,7 @@ mod tests {
         let at = text.find('b').unwrap();
         let shown = point_at(Path::new("f.toml"), text, Some(at..at + 1), "no");
         assert_eq!(shown, "f.toml:2:10: no\n  |\n2 | é = \"ü\"  b\n  |          ^");
-        // A span that ends, or even starts, outside of the text is cut and not a panic.
+        // A span that ends or starts outside the text is truncated and does not panic.
         assert!(point_at(Path::new("f"), text, Some(900..901), "no").starts_with("f:3:1: no"));
         assert!(point_at(Path::new("f"), text, Some(7..900), "no").starts_with("f:2:1: no"));
     }

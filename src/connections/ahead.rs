@@ -1,22 +1,23 @@
-//! [`Ahead`]: what a client has sent over an HTTP/2 connection and no handler has taken yet, and whether more may be read.
+//! [`Ahead`]: counts what a client has sent over an HTTP/2 connection and no handler has taken, and decides whether more
+//! may be read.
 //!
-//! HTTP/2 lets the client of each connection send as much ahead as its window allows
-//! ([`CONNECTION_WINDOW_BYTES`](crate::grpc::CONNECTION_WINDOW_BYTES)), and a window that was granted cannot be taken back. So this
-//! bound is kept by not reading the socket: what was not read stays in the kernel and with the client. The invariants:
+//! HTTP/2 lets every client send ahead as much as its window allows
+//! ([`CONNECTION_WINDOW_BYTES`](crate::grpc::CONNECTION_WINDOW_BYTES)), and a granted window cannot be revoked. So the
+//! limit is enforced by not reading the socket: unread bytes stay in the kernel and with the client. Invariants:
 //!
-//! - A connection is read while it is ahead by at most [`ALWAYS_READ_BYTES`], or by at most the room that it holds of [`AHEAD`].
-//!   All connections together are therefore ahead by no more than that budget, and by [`ALWAYS_READ_BYTES`] and one read each.
-//! - A connection whose every request waits for its client is read: nothing of what was read is left then. So it waits only
-//!   while a handler has bytes before it that it does not take.
-//! - A connection that is not read waits for three things at once, and goes on with the first: its handlers take enough of what was
-//!   read, all of its requests wait for the client, or the budget has room.
-//! - That wait ends. Each handler takes what is before it or ends within a time limit of its own, and what it had not taken is
-//!   forgotten with its stream. At the latest the connection itself ends: while it is not read, no PING is answered, so the
-//!   keep-alive of HTTP/2 closes it.
+//! - A connection is read while it is ahead by at most [`ALWAYS_READ_BYTES`], or by at most its share of [`AHEAD`].
+//!   So all connections together exceed that budget by at most [`ALWAYS_READ_BYTES`] and one read each.
+//! - A connection is read if all of its requests wait for their client, because nothing that was read is then left. So it
+//!   is unread only while a handler has bytes that it does not take.
+//! - An unread connection waits for the first of three events: its handlers take enough, all of its requests wait for the
+//!   client, or the budget has room.
+//! - This wait ends. Each handler takes its bytes or ends within its own time limit, and what it has not taken is
+//!   forgotten with its stream. At the latest the connection itself ends: while it is unread, no PING is answered, so the keep-alive of
+//!   HTTP/2 closes it.
 //!
-//! The count errs on the high side. A stream that ends early may have sent bytes that no handler takes, and that the HTTP/2
-//! library throws away without telling. They are forgotten when all requests wait for the client, and when the connection's open
-//! streams cannot have sent as much as is counted ([`Ahead::at_most`]).
+//! The count is an upper bound. If a stream ends early, the HTTP/2 library may discard its bytes without reporting them.
+//! They are forgotten when all requests wait for the client, and when the open streams cannot have sent as much as is
+//! counted ([`Ahead::at_most`]).
 
 use super::ConnectionState;
 use crate::{
@@ -35,39 +36,39 @@ use std::{
     task::{Context, Poll, Wake, Waker},
 };
 
-/// Bytes that all connections may be ahead of their handlers. One connection may use its whole window.
-pub const AHEAD: Bounds = Bounds {
+/// Bytes that all connections may be ahead of their handlers. A single connection may use its whole window.
+pub(crate) const AHEAD: Bounds = Bounds {
     what: "bytes that were sent ahead",
     total: 128 * 1024 * 1024,
     connection: crate::grpc::CONNECTION_WINDOW_BYTES as u64,
 };
-/// Bytes that every connection may be ahead, whatever the others hold: a frame of the usual size.
-pub const ALWAYS_READ_BYTES: u64 = 16 * 1024;
-/// What a frame counts at least: a small one keeps the buffer that it was read into.
+/// Bytes that every connection may be ahead, whatever the others hold: one frame of the usual size.
+pub(crate) const ALWAYS_READ_BYTES: u64 = 16 * 1024;
+/// The smallest cost of a frame, because even a small one keeps its read buffer allocated.
 const FRAME_MIN_BYTES: u64 = 8 * 1024;
-/// Room is taken in such steps.
+/// Room is taken in steps of this size.
 const STEP_BYTES: u64 = 64 * 1024;
 
-/// What a frame of this many bytes counts.
-pub fn cost(bytes: u64) -> u64 {
+/// The cost of a frame with this many bytes.
+pub(crate) fn cost(bytes: u64) -> u64 {
     if bytes == 0 { 0 } else { bytes.max(FRAME_MIN_BYTES) }
 }
 
-/// A connection's wait for room, owned by the task that reads its socket.
-pub type Wait = BoxFuture<'static, Result<Share, Refusal>>;
+/// A connection's wait for room, owned by the task that reads the socket.
+pub(crate) type Wait = BoxFuture<'static, Result<Share, Refusal>>;
 
-/// See the top of this file.
+/// The bytes that a connection is ahead; see the top of this file.
 #[derive(Debug)]
 pub struct Ahead {
     budget: Budget,
     caller: Caller,
     bytes: AtomicU64,
-    /// The amount of `share`.
+    /// Copy of the amount of `share`.
     room: AtomicU64,
     share: Mutex<Option<Share>>,
-    /// Requests that are not over.
+    /// Number of open requests.
     requests: AtomicUsize,
-    /// Those of them that wait for the client.
+    /// Number of open requests that wait for the client.
     waiting: AtomicUsize,
     /// The task that reads the socket, while it waits.
     reader: AtomicWaker,
@@ -87,12 +88,12 @@ impl Ahead {
         }
     }
 
-    /// Counts what was read from the socket.
+    /// Adds the cost of what was read from the socket.
     pub fn received(&self, cost: u64) {
         self.bytes.fetch_add(cost, SeqCst);
     }
 
-    /// Counts what a handler has taken.
+    /// Subtracts the cost of what a handler has taken.
     pub fn taken(&self, cost: u64) {
         self.lower(|bytes| bytes.saturating_sub(cost));
     }
@@ -103,7 +104,7 @@ impl Ahead {
         self.bytes.load(SeqCst)
     }
 
-    /// Corrects the count: it cannot be more than this.
+    /// Corrects the count to at most this value.
     pub fn at_most(&self, most: u64) {
         self.lower(|bytes| bytes.min(most));
     }
@@ -118,7 +119,7 @@ impl Ahead {
         self.reader.wake();
     }
 
-    /// The room that the connection should hold.
+    /// The amount of room that the connection needs.
     fn needed(&self) -> u64 {
         match self.bytes.load(SeqCst) {
             ..=ALWAYS_READ_BYTES => 0,
@@ -172,11 +173,11 @@ impl Ahead {
             });
             let room = std::task::ready!(pending.poll_unpin(context));
             *wait = None;
-            // A step is never more than a connection may hold.
+            // A step never exceeds the limit of a connection.
             let Ok(room) = room else { return Poll::Pending };
             self.keep(room);
             if self.needed() == 0 {
-                // Its handlers took what it had read while it waited.
+                // Its handlers took what was read while it waited.
                 self.give_back();
             }
         }
@@ -185,21 +186,21 @@ impl Ahead {
     }
 }
 
-/// The body of a request that is not over: whether it waits for its client, or has bytes before it.
+/// The body of an open request. Tracks whether it waits for its client or has unread bytes.
 #[derive(Debug)]
-pub struct OpenBody {
+pub(crate) struct OpenBody {
     connection: Arc<ConnectionState>,
     /// The task that reads the body.
     task: AtomicWaker,
     is_waiting: AtomicBool,
-    /// Whether bytes came since it was polled.
+    /// Whether bytes arrived since the last poll.
     is_woken: AtomicBool,
     is_closed: AtomicBool,
 }
 
 impl OpenBody {
-    /// One of which nothing has come.
-    pub fn new(connection: Arc<ConnectionState>) -> Arc<Self> {
+    /// Creates a body that has not received any bytes.
+    pub(crate) fn new(connection: Arc<ConnectionState>) -> Arc<Self> {
         connection.ahead.requests.fetch_add(1, SeqCst);
         Arc::new(Self {
             connection,
@@ -210,8 +211,8 @@ impl OpenBody {
         })
     }
 
-    /// Polls the body, and notes whether it waits.
-    pub fn poll<T>(
+    /// Polls the body and records whether it waits for the client.
+    pub(crate) fn poll<T>(
         self: &Arc<Self>,
         context: &Context<'_>,
         poll: impl FnOnce(&mut Context<'_>) -> Poll<T>,
@@ -227,13 +228,13 @@ impl OpenBody {
         polled
     }
 
-    /// Counts what the handler has taken.
-    pub fn taken(&self, bytes: u64) {
+    /// Subtracts what the handler has taken.
+    pub(crate) fn taken(&self, bytes: u64) {
         self.connection.ahead.taken(cost(bytes));
     }
 
-    /// The body is over, or nobody reads it any more.
-    pub fn close(&self) {
+    /// The body is complete, or its reader is gone.
+    pub(crate) fn close(&self) {
         if !self.is_closed.swap(true, SeqCst) {
             self.set_waiting(false);
             self.connection.ahead.requests.fetch_sub(1, SeqCst);
@@ -272,7 +273,7 @@ mod tests {
     use crate::connections::Connections;
     use futures::task::{ArcWake, waker};
 
-    /// A task that remembers that it was woken.
+    /// A task that remembers whether it was woken.
     #[derive(Default)]
     struct Task(AtomicBool);
 
@@ -282,7 +283,7 @@ mod tests {
         }
     }
 
-    /// A connection with the task that reads it.
+    /// A connection and the task that reads it.
     struct Reader {
         ahead: Ahead,
         wait: Option<Wait>,
@@ -290,7 +291,7 @@ mod tests {
     }
 
     impl Reader {
-        /// One with a request whose handler has bytes before it.
+        /// A connection with one request, whose handler has unread bytes.
         fn of(budget: &Budget, host: u8) -> Self {
             let caller = Caller::connected(([127, 0, 0, host], 1).into());
             let ahead = Ahead::new(budget.clone(), caller);
@@ -303,7 +304,7 @@ mod tests {
             self.ahead.poll_room(&mut self.wait, &mut Context::from_waker(&waker)).is_ready()
         }
 
-        /// Reads frames until it has to wait.
+        /// Reads frames until it must wait.
         fn read_on(&mut self) {
             while self.may_read() {
                 self.ahead.received(ALWAYS_READ_BYTES);
@@ -362,7 +363,7 @@ mod tests {
         assert!(!poll_room(), "the other one has bytes before it");
         let _ = bodies[1].poll(&context, |_| Poll::<()>::Pending);
         assert!(task.0.swap(false, SeqCst) && poll_room());
-        // Bytes that have come since are before their handler until it takes them.
+        // Later bytes count until their handler takes them.
         ahead.received(2 * AHEAD.connection);
         of_library.unwrap().wake();
         assert!(!poll_room());

@@ -1,11 +1,11 @@
-//! Answers on their way out: room for them is taken before they are made, and given back when the kernel has their bytes.
+//! Responses on their way out. Their memory is reserved before they are made, and returned when the kernel has their bytes.
 //!
-//! [`ConnectionState::reserve`] waits for room, [`ConnectionState::charge`] ties the room to the bytes: the library that writes
-//! them drops them when they are written, or when the connection is gone, and the room is free in that moment.
+//! [`ConnectionState::reserve`] waits for room, and [`ConnectionState::charge`] ties the room to the bytes. The library
+//! drops the bytes when they are written or the connection is gone, which frees the room.
 //!
-//! A stream that nobody reads holds two pieces of its blob: the one that the HTTP/2 library has, and the next, which hyper asks
-//! for before it knows whether there is room in the window. Pieces get smaller while the connection holds much, so that a
-//! thousand such streams leave room for one that is read, and they do not wait behind large answers
+//! A stream that nobody reads holds two pieces of its blob: the one in the HTTP/2 library, and the next, which hyper
+//! requests before it knows whether the window has room. The pieces get smaller as the connection holds more, so a thousand
+//! such streams leave room for one that is read, and they do not wait behind large responses
 //! ([`ConnectionState::reserve_piece`]).
 
 use super::ConnectionState;
@@ -19,34 +19,34 @@ use std::{
 };
 use tokio::time::timeout;
 
-/// Bytes of answers that nobody has taken yet. The server may hold 64 of the largest messages; with what making them takes
-/// for a moment, it stays below 600 MB. One connection may hold eight of them, which is more than a link of 1 Gbit/s and
-/// 100 ms of latency has under way.
-pub const ANSWERS: Bounds = Bounds {
+/// Limits on the bytes of responses that clients have not taken. The server may hold 64 of the largest messages; together
+/// with the temporary memory for making them this stays below 600 MB. One connection may hold eight of them, which is more
+/// than a link of 1 Gbit/s with a latency of 100 ms has in flight.
+pub(crate) const ANSWERS: Bounds = Bounds {
     what: "bytes of answers that were not taken",
     total: 256 * 1024 * 1024,
     connection: 32 * 1024 * 1024,
 };
-/// What a frame takes beside its bytes.
-pub const FRAME_BYTES: u64 = 256;
-/// How long an answer waits for room while its client takes nothing of the others.
-pub const ROOM_WAIT: Duration = Duration::from_secs(60);
-/// Pieces of streams while their connection holds more than half of what it may hold.
+/// Overhead of a frame besides its bytes.
+pub(crate) const FRAME_BYTES: u64 = 256;
+/// How long a response waits for room while its client takes nothing.
+pub(crate) const ROOM_WAIT: Duration = Duration::from_secs(60);
+/// Piece size of streams while their connection holds more than half of its limit.
 const SMALL_PIECE_BYTES: usize = 16 * 1024;
-/// The same above three quarters.
+/// Piece size above three quarters of the limit.
 const SMALLEST_PIECE_BYTES: usize = 4 * 1024;
 
 impl ConnectionState {
-    /// Waits for room for an answer of this many bytes.
+    /// Waits for room for a response of this many bytes.
     ///
     /// # Errors
-    /// `Exhausted` when there is none, and the client has taken nothing for [`ROOM_WAIT`].
+    /// `Exhausted` when there is no room and the client has taken nothing for [`ROOM_WAIT`].
     pub async fn reserve(&self, bytes: u64) -> Result<Share> {
         let bytes = within_connection(bytes);
         self.wait_while_read(self.answers.wait_for(self.caller, bytes)).await
     }
 
-    /// Waits for room for as long as the client goes on to read: a slow link may need minutes for the answers before.
+    /// Waits for room as long as the client keeps reading. On a slow link, the earlier responses may take minutes.
     async fn wait_while_read(&self, room: impl Future<Output = Result<Share, Refusal>>) -> Result<Share> {
         let mut since = self.now_ms();
         let mut wait = pin!(room);
@@ -62,18 +62,18 @@ impl ConnectionState {
         }
     }
 
-    /// Takes room for an answer of this many bytes if there is some at once.
+    /// Reserves room for a response of this many bytes without waiting.
     ///
     /// # Errors
-    /// The bound that is in the way.
+    /// The limit that was reached.
     pub fn reserve_now(&self, bytes: u64) -> Result<Share, Refusal> {
         self.answers.take(self.caller, within_connection(bytes))
     }
 
-    /// Waits for room for the next piece of a stream, and says how many bytes it may have, `max` at most.
+    /// Waits for room for the next piece of a stream. Returns the size that the piece may have, at most `max`.
     ///
     /// # Errors
-    /// As [`ConnectionState::reserve`].
+    /// See [`ConnectionState::reserve`].
     pub async fn reserve_piece(&self, max: usize) -> Result<(usize, Share)> {
         let held = self.answers.held_by(self.caller);
         let piece = match held {
@@ -84,28 +84,28 @@ impl ConnectionState {
         if let Some(room) = self.answers.take_small(self.caller, piece_room(piece)) {
             return Ok((piece, room));
         }
-        // What is waited for is small, so that it holds up nobody behind it for long.
+        // Only a small amount is waited for, so that it does not block the requests behind it for long.
         let piece = piece.min(SMALLEST_PIECE_BYTES);
         let room = self.answers.wait_for_small(self.caller, piece_room(piece));
         Ok((piece, self.wait_while_read(room).await?))
     }
 
-    /// Notes that the client has taken a part of its answers.
+    /// Records that the client has taken a part of its responses.
     pub fn note_progress(&self) {
         self.progress_ms.store(self.now_ms(), Relaxed);
     }
 
-    /// These bytes, which hold this room until they are dropped.
+    /// Ties room to bytes. The returned bytes hold it until they are dropped.
     pub fn charge(self: &Arc<Self>, bytes: Bytes, room: Share) -> Bytes {
         if self.pieces.fetch_add(1, Relaxed) == 0 {
-            // Until now there was nothing to take.
+            // Before, there was nothing that the client could have taken.
             self.note_progress();
         }
         Bytes::from_owner(Charged { bytes, _room: room, connection: self.clone() })
     }
 }
 
-/// A piece with what is round it: its frame, and that of its message.
+/// The room for a piece, including its HTTP/2 and message frames.
 fn piece_room(bytes: usize) -> u64 {
     bytes as u64 + 2 * FRAME_BYTES
 }
@@ -117,7 +117,7 @@ fn within_connection(bytes: u64) -> u64 {
 fn no_room() -> Error {
     Error::Exhausted {
         message: format!(
-            "there was no room for the answer, and none of those before it was taken for {ROOM_WAIT:?}; \
+            "there was no room for the response, and the client took none of the earlier ones for {ROOM_WAIT:?}; \
              read them, or ask for less at a time"
         ),
         retry_after: Some(Duration::from_secs(1)),
@@ -143,10 +143,10 @@ impl Drop for Charged {
     }
 }
 
-/// A wait for room that owns its connection; otherwise as [`ConnectionState::reserve`].
+/// Like [`ConnectionState::reserve`], but the future owns the connection.
 ///
 /// # Errors
-/// As there.
-pub async fn reserve_owned(connection: Arc<ConnectionState>, bytes: u64) -> Result<Share> {
+/// See [`ConnectionState::reserve`].
+pub(crate) async fn reserve_owned(connection: Arc<ConnectionState>, bytes: u64) -> Result<Share> {
     connection.reserve(bytes).await
 }

@@ -1,17 +1,17 @@
-//! [`Bucket`]: so much at once, and so much in a second. Pure: time is milliseconds that the caller gives.
+//! [`Bucket`]: a token bucket with a burst and a rate. Pure: the caller passes the time in milliseconds.
 
-/// How fast a bucket fills, and how much it holds.
+/// The size and fill rate of a token bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rate {
-    /// What may be taken at once.
+pub(crate) struct Rate {
+    /// Number of tokens in a full bucket.
     pub burst: u64,
-    /// What comes back in a second.
+    /// Number of tokens that are added per second.
     pub per_second: u64,
 }
 
-/// What is left of a [`Rate`]. It counts thousandths, so that no time is lost to rounding.
+/// A token bucket. It counts thousandths of tokens, so that rounding loses no time.
 #[derive(Debug, Clone, Copy)]
-pub struct Bucket {
+pub(crate) struct Bucket {
     rate: Rate,
     left: u64,
     at_ms: u64,
@@ -20,13 +20,13 @@ pub struct Bucket {
 const THOUSAND: u64 = 1000;
 
 impl Bucket {
-    /// A full one.
-    pub fn new(rate: Rate, now_ms: u64) -> Self {
+    /// Creates a full bucket.
+    pub(crate) fn new(rate: Rate, now_ms: u64) -> Self {
         Self { rate, left: rate.burst.saturating_mul(THOUSAND), at_ms: now_ms }
     }
 
-    /// Takes this much; takes nothing and returns false when there is less.
-    pub fn take(&mut self, amount: u64, now_ms: u64) -> bool {
+    /// Takes tokens. Takes nothing and returns false if there are too few.
+    pub(crate) fn take(&mut self, amount: u64, now_ms: u64) -> bool {
         self.refill(now_ms);
         match self.left.checked_sub(amount.saturating_mul(THOUSAND)) {
             Some(left) => {
@@ -37,13 +37,13 @@ impl Bucket {
         }
     }
 
-    /// Puts this much back, up to the burst.
-    pub fn earn(&mut self, amount: u64) {
+    /// Adds tokens, up to the burst.
+    pub(crate) fn earn(&mut self, amount: u64) {
         self.add(amount.saturating_mul(THOUSAND));
     }
 
-    /// Whether it holds its burst, so that a new one would be the same.
-    pub fn is_full(&mut self, now_ms: u64) -> bool {
+    /// Whether it is full, and therefore equal to a new bucket.
+    pub(crate) fn is_full(&mut self, now_ms: u64) -> bool {
         self.refill(now_ms);
         self.left == self.rate.burst.saturating_mul(THOUSAND)
     }
@@ -69,7 +69,7 @@ mod tests {
         assert!(bucket.take(10, 5_000) && !bucket.take(1, 5_499) && bucket.take(1, 5_500));
         bucket.earn(3);
         assert!(bucket.take(3, 5_500) && !bucket.take(1, 5_500));
-        // Never more than the burst, and time does not run backwards.
+        // It never exceeds the burst, and ignores time that runs backwards.
         assert!(bucket.is_full(60_000) && bucket.take(10, 1_000) && !bucket.take(1, 59_000));
     }
 }

@@ -1,7 +1,7 @@
-//! [`ConnectionState`]: what is known about one connection, shared by its socket, its calls and the sweep.
+//! [`ConnectionState`]: the state of one connection, shared by its socket, its calls and the sweep.
 //!
-//! All of it is atomic, because every read, write and call of the connection touches it, and the sweep looks at thousands of
-//! them. Times are milliseconds of the [`Clock`] of the [`super::Connections`]; 0 stands for "not now".
+//! All fields are atomic, because every read, write and call of the connection updates them, and the sweep reads thousands
+//! of them. Times are milliseconds of the [`Clock`] of [`super::Connections`]; 0 means "not now".
 
 use super::{Ahead, Clock, FIRST_REQUEST_LIMIT, HEAD_LIMIT, UNREAD_LIMIT, UNTAKEN_LIMIT};
 use crate::{
@@ -19,23 +19,23 @@ use std::{
     time::Duration,
 };
 
-/// Why a connection is closed by this server.
+/// The reason why this server closes a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Reason {
-    /// No complete request came within [`FIRST_REQUEST_LIMIT`].
+    /// No complete request arrived within [`FIRST_REQUEST_LIMIT`].
     Silent = 1,
-    /// The head of a request took longer than [`HEAD_LIMIT`].
+    /// The headers of a request took longer than [`HEAD_LIMIT`].
     SlowHead,
-    /// The client did not read its socket for [`UNREAD_LIMIT`] while bytes waited for it.
+    /// The client did not read its socket for [`UNREAD_LIMIT`] while bytes were waiting.
     Unread,
-    /// The client took nothing of its answers for [`UNTAKEN_LIMIT`].
+    /// The client took none of its responses for [`UNTAKEN_LIMIT`].
     Untaken,
-    /// It was idle, and its place was needed.
+    /// The connection was idle, and another one needed its place.
     Idle,
-    /// There was no place for it.
+    /// There was no place for the connection.
     TooMany,
-    /// The client cancelled more calls than it let finish.
+    /// The client cancelled too many calls compared with those that it let finish.
     Resets,
     /// The client sent too many frames without payload or effect.
     Noise,
@@ -53,7 +53,7 @@ impl Reason {
         Self::Noise,
     ];
 
-    /// The word in the log.
+    /// The value in the log.
     pub fn name(self) -> &'static str {
         match self {
             Self::Silent => "no_request",
@@ -72,18 +72,18 @@ impl Reason {
     }
 }
 
-/// See the top of this file.
+/// The state of one connection; see the top of this file.
 #[derive(Debug)]
 pub struct ConnectionState {
-    /// Who is at the other end.
+    /// The peer and the id of the connection.
     pub caller: Caller,
-    /// The address of the other end, with its port.
+    /// The address of the client, with its port.
     pub address: SocketAddr,
     pub(super) clock: Clock,
     pub(super) answers: Budget,
-    /// What its client has sent and no handler has taken.
+    /// The bytes that the client has sent and no handler has taken.
     pub ahead: Ahead,
-    /// Its place in the connection budget; `None` once it was told to close.
+    /// Its share of the connection budget; `None` once it was asked to close.
     place: Mutex<Option<Share>>,
     accepted_ms: u64,
     has_asked: AtomicBool,
@@ -91,9 +91,9 @@ pub struct ConnectionState {
     idle_since_ms: AtomicU64,
     head_since_ms: AtomicU64,
     blocked_since_ms: AtomicU64,
-    /// Pieces of answers that were made and are not yet with the kernel.
+    /// Number of pieces of responses that were made and are not yet in the kernel.
     pub(super) pieces: AtomicUsize,
-    /// When the client last took a part of an answer.
+    /// When the client last took a part of a response.
     pub(super) progress_ms: AtomicU64,
     closing: AtomicU8,
     waker: AtomicWaker,
@@ -129,24 +129,24 @@ impl ConnectionState {
         }
     }
 
-    /// The time of the clock that all connections share.
+    /// The time of the shared clock.
     pub fn now_ms(&self) -> u64 {
         self.clock.now_ms()
     }
 
-    /// Counts a call or request until the guard is dropped; a connection without any is idle.
+    /// Counts a call or request until the guard is dropped. A connection without open calls is idle.
     pub fn begin_call(self: &Arc<Self>) -> OpenCall {
         self.has_asked.store(true, Relaxed);
         self.calls.fetch_add(1, Relaxed);
         OpenCall(self.clone())
     }
 
-    /// Since when no call is open; `None` while one is.
+    /// The time since which no call is open; `None` if one is.
     pub fn idle_since_ms(&self) -> Option<u64> {
         (self.calls.load(Relaxed) == 0).then(|| self.idle_since_ms.load(Relaxed))
     }
 
-    /// Notes whether the head of a request has begun and not ended.
+    /// Records whether the headers of a request are incomplete.
     pub fn note_head(&self, is_open: bool) {
         if is_open {
             let _ = self.head_since_ms.compare_exchange(0, self.now_ms(), Relaxed, Relaxed);
@@ -156,7 +156,7 @@ impl ConnectionState {
         }
     }
 
-    /// Notes whether the last write waits for the client to read.
+    /// Records whether the last write waits for the client to read.
     pub fn note_blocked(&self, is_blocked: bool) {
         if is_blocked {
             let _ = self.blocked_since_ms.compare_exchange(0, self.now_ms(), Relaxed, Relaxed);
@@ -165,7 +165,7 @@ impl ConnectionState {
         }
     }
 
-    /// Which limit this connection is beyond.
+    /// The time limit that this connection exceeds, if any.
     pub(super) fn overdue(&self, now_ms: u64) -> Option<Reason> {
         let over = |since_ms: u64, limit: Duration| {
             since_ms != 0 && u128::from(now_ms.saturating_sub(since_ms)) >= limit.as_millis()
@@ -183,7 +183,7 @@ impl ConnectionState {
         (is_owed && over(self.progress_ms.load(Relaxed), UNTAKEN_LIMIT)).then_some(Reason::Untaken)
     }
 
-    /// Tells the connection to close, and gives its place back. False when it was told before.
+    /// Asks the connection to close and returns its place. False if it was asked before.
     pub fn close(&self, reason: Reason) -> bool {
         let is_first = self.closing.compare_exchange(0, reason as u8, SeqCst, SeqCst).is_ok();
         if is_first {
@@ -193,19 +193,19 @@ impl ConnectionState {
         is_first
     }
 
-    /// Gives its place to others, at its end at the latest.
+    /// Returns its place to the budget, at the end of the connection at the latest.
     pub(super) fn give_up_place(&self) {
         drop(self.place.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    /// Ready when the connection has to close. Only its one task may ask.
+    /// Ready when the connection must close. Only the connection's task may call it.
     pub fn poll_closing(&self, context: &Context<'_>) -> Poll<Reason> {
         self.waker.register(context.waker());
         Reason::from_number(self.closing.load(SeqCst)).map_or(Poll::Pending, Poll::Ready)
     }
 }
 
-/// A call that is not over, as long as this is held.
+/// An open call. Dropping it ends the call.
 #[derive(Debug)]
 pub struct OpenCall(Arc<ConnectionState>);
 

@@ -1,4 +1,4 @@
-//! Who is let in and who has to go.
+//! Tests for the admission and closing of connections.
 
 use super::*;
 
@@ -6,7 +6,7 @@ fn address(host: u8, port: u16) -> SocketAddr {
     ([127, 0, 0, host], port).into()
 }
 
-/// Room for nine connections: eight for one peer alone.
+/// Room for nine connections. A single peer may have eight.
 fn nine() -> Connections {
     Connections::new(9 * CONNECTIONS_PER_DESCRIPTOR)
 }
@@ -88,7 +88,7 @@ async fn answers_that_are_never_taken_close_their_connection_and_give_everything
         let room = state.reserve(answers::ANSWERS.connection / 2).await.unwrap();
         answers.push(state.charge(vec![0; 3].into(), room));
     }
-    // A client that goes on to take some of them is waited for.
+    // The wait continues while the client takes some of them.
     let waits = state.reserve(answers::ANSWERS.connection / 2);
     let mut waits = std::pin::pin!(waits);
     assert!(tokio::time::timeout(answers::ROOM_WAIT / 2, waits.as_mut()).await.is_err());

@@ -1,7 +1,7 @@
 //! The Capabilities service: what this endpoint can do. It is computed from the settings alone, so it is cheap and the same
 //! on every connection (CAP-19). Whatever it promises, another file of this directory keeps.
 
-use super::{Edge, Settings, cas::BATCH_MAX_BYTES, chunks, request_log::Call};
+use super::{Edge, ProtocolSettings, cas::BATCH_MAX_BYTES, chunks, request_log::Call};
 use crate::{
     actors::scheduler::settings::Priorities, grpc::services::capabilities_server::Capabilities,
     instance::Policy,
@@ -41,7 +41,7 @@ impl Capabilities for CapabilitiesService {
     }
 }
 
-fn capabilities(settings: Settings, policy: &Policy, executes: bool) -> ServerCapabilities {
+fn capabilities(settings: ProtocolSettings, policy: &Policy, executes: bool) -> ServerCapabilities {
     let digest_functions: Vec<i32> = policy.digest_functions.iter().map(|f| f.wire().into()).collect();
     // CAP-18: others are taken too, and count as the nearest of these.
     let Priorities { min, max } = settings.priorities;
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
     use crate::config::CommittedSize;
 
-    const SETTINGS: Settings = Settings {
+    const SETTINGS: ProtocolSettings = ProtocolSettings {
         max_blob_bytes: 7,
         compressed_committed_size: CommittedSize::Compressed,
         chunking: true,
@@ -126,7 +126,7 @@ mod tests {
     fn what_is_switched_off_is_not_promised() {
         let policy = Policy { action_cache_updates: false, execution: false, ..Policy::default() };
         assert_eq!(capabilities(SETTINGS, &Policy::default(), false).execution_capabilities, None);
-        let off = capabilities(Settings { chunking: false, ..SETTINGS }, &policy, true);
+        let off = capabilities(ProtocolSettings { chunking: false, ..SETTINGS }, &policy, true);
         assert_eq!(off.execution_capabilities, None);
         let cache = off.cache_capabilities.unwrap();
         assert!(!cache.action_cache_update_capabilities.unwrap().update_enabled);

@@ -1,8 +1,8 @@
-//! Bodies: stored blobs on their way out, uploads on their way in, each as it is or compressed with zstd.
+//! Bodies: stored blobs in responses and uploads in requests, uncompressed or compressed with zstd.
 //!
-//! Bounded whatever is sent: an upload is decoded in pieces of constant size, and its window is limited.
+//! Memory is bounded: an upload is decoded in pieces of constant size, and its window is limited.
 
-use super::request_log::Line;
+use super::request_log::RequestLog;
 use crate::{
     actors::cas::{
         blob::BlobReader,
@@ -26,13 +26,13 @@ use gorego_reapi::{
 };
 use std::{ops::Range, sync::Arc, time::Duration};
 
-/// Bytes that are sent at a time.
+/// Number of bytes that are sent at a time.
 const PIECE_BYTES: usize = 128 * 1024;
-/// How long an upload may be silent.
+/// Time limit between two pieces of an upload.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
-/// A part of a blob as it is, read piece by piece as there is room among the answers of this connection.
-pub fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) -> Body {
+/// A range of a blob, uncompressed. Each piece is read when the connection has room for it.
+pub(super) fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) -> Body {
     let start = (reader, part, to.clone());
     Body::from_stream(stream::try_unfold(start, |(reader, mut part, to)| async move {
         if part.is_empty() {
@@ -46,8 +46,8 @@ pub fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) 
     }))
 }
 
-/// A whole blob, compressed; otherwise as [`of_blob`].
-pub fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
+/// A whole blob, compressed with zstd. Otherwise like [`of_blob`].
+pub(super) fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
     Body::from_stream(stream::try_unfold((reader, to.clone()), |(mut reader, to)| async move {
         let (max, room) = to.reserve_piece(PIECE_BYTES).await?;
         give_way().await;
@@ -56,11 +56,11 @@ pub fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
     }))
 }
 
-/// A message that is made when there is room for it.
+/// Encodes a message when the connection has room for it.
 ///
 /// # Errors
-/// `Exhausted` when there is none for too long.
-pub async fn of_message(message: &impl prost::Message, to: &Arc<ConnectionState>) -> Result<Body> {
+/// `Exhausted` when there is no room for too long.
+pub(super) async fn of_message(message: &impl prost::Message, to: &Arc<ConnectionState>) -> Result<Body> {
     let room = to.reserve(message.encoded_len() as u64 + FRAME_BYTES).await?;
     Ok(Body::from(to.charge(message.encode_to_vec().into(), room)))
 }
@@ -80,8 +80,8 @@ async fn next_piece(reader: &BlobReader, part: &Range<u64>, max: usize) -> Resul
     Ok(piece)
 }
 
-/// Whether a client takes zstd.
-pub fn accepts_zstd(headers: &HeaderMap) -> bool {
+/// Whether the client accepts zstd.
+pub(super) fn accepts_zstd(headers: &HeaderMap) -> bool {
     let lists = headers.get_all(header::ACCEPT_ENCODING).into_iter().filter_map(|value| value.to_str().ok());
     lists.flat_map(|list| list.split(',')).any(|item| {
         let (name, weight) = item.split_once(';').unwrap_or((item, ""));
@@ -91,24 +91,25 @@ pub fn accepts_zstd(headers: &HeaderMap) -> bool {
     })
 }
 
-/// The decoded bytes of an upload, piece by piece.
-pub struct Upload {
+/// The decoded bytes of an upload, in pieces.
+pub(super) struct UploadBody {
     body: axum::body::BodyDataStream,
     decoder: Option<Decoder>,
-    /// Where the decoder gets its room; `None` when it has it.
+    /// The budget for a decoder; `None` once the decoder has its share.
     decoders: Option<(Budget, Caller)>,
-    /// Bytes as they came, still to be decoded.
+    /// Received bytes that are not yet decoded.
     raw: Bytes,
     left: u64,
     max: u64,
 }
 
-impl Upload {
-    /// The upload of a request, which may decode to `max` bytes. If it is compressed, its decoder takes room in `decoders`.
+impl UploadBody {
+    /// The upload of a request. It may decode to at most `max` bytes. If it is compressed, its decoder takes a share of
+    /// `decoders`.
     ///
     /// # Errors
-    /// `Unimplemented` for an encoding that is not known; `OutOfRange` when it says that it is larger.
-    pub fn new(request: Request, max: u64, decoders: &Budget) -> Result<Self> {
+    /// `Unimplemented` for an unknown encoding; `OutOfRange` when the Content-Length exceeds the limit.
+    pub(super) fn new(request: Request, max: u64, decoders: &Budget) -> Result<Self> {
         let (parts, body) = request.into_parts();
         let caller = parts.extensions.get().copied().unwrap_or_default();
         let encodings: Vec<&str> = (parts.headers.get_all(header::CONTENT_ENCODING).into_iter())
@@ -118,7 +119,7 @@ impl Upload {
             .collect();
         let decoder = match encodings.as_slice() {
             [] => None,
-            // What comes out is counted here, where too much has a status of its own.
+            // The output is counted below, because exceeding the limit has its own status.
             [name] if name.eq_ignore_ascii_case("zstd") => Some(Decoder::new(u64::MAX)?),
             others => {
                 let shown = others.join(", ");
@@ -135,18 +136,19 @@ impl Upload {
         Ok(Self { body: body.into_data_stream(), decoder, decoders, raw: Bytes::new(), left: max, max })
     }
 
-    /// The next bytes, `None` at the end.
+    /// The next decoded bytes; `None` at the end.
     ///
     /// # Errors
-    /// `Invalid` when they do not decode or end early; `OutOfRange` when there are too many; `DeadlineExceeded` when none
-    /// come; `Exhausted` when there is no room to decode them for too long.
-    pub async fn next(&mut self, line: &mut Line) -> Result<Option<Bytes>> {
+    /// `Invalid` when the bytes do not decode or end early; `OutOfRange` when there are too many; `DeadlineExceeded` when
+    /// none arrive in time; `Exhausted` when there is no room for a decoder for too long.
+    pub(super) async fn next(&mut self, line: &mut RequestLog) -> Result<Option<Bytes>> {
         loop {
             if let Some(piece) = self.decode()? {
                 self.left = self.left.checked_sub(piece.len() as u64).ok_or_else(|| too_large(self.max))?;
                 return Ok(Some(piece));
             }
-            let silent = || Error::DeadlineExceeded(format!("the upload was silent for {IDLE_LIMIT:?}"));
+            let silent =
+                || Error::DeadlineExceeded(format!("no bytes of the upload arrived for {IDLE_LIMIT:?}"));
             line.unfinished().wait_for_client();
             let bytes = tokio::time::timeout(IDLE_LIMIT, self.body.next()).await;
             line.unfinished().client_moved();
@@ -173,7 +175,7 @@ impl Upload {
         Ok(())
     }
 
-    /// What can be made of the bytes at hand; `None` when more are needed.
+    /// Decodes from the received bytes; `None` when more are needed.
     fn decode(&mut self) -> Result<Option<Bytes>> {
         let Some(decoder) = &mut self.decoder else {
             let bytes = std::mem::take(&mut self.raw);
@@ -185,24 +187,25 @@ impl Upload {
         Ok(piece)
     }
 
-    /// Hands everything to a new blob.
+    /// Writes all bytes to a new blob.
     ///
     /// # Errors
-    /// As [`Upload::next`], and those of the store.
-    pub async fn fill(mut self, blob: &mut NewBlob, line: &mut Line) -> Result<()> {
+    /// See [`UploadBody::next`]; and the errors of the store.
+    pub(super) async fn fill(mut self, blob: &mut NewBlob, line: &mut RequestLog) -> Result<()> {
         while let Some(bytes) = self.next(line).await? {
             blob.write(bytes).await?;
         }
         Ok(())
     }
 
-    /// Everything, in memory; for small ones, which `max` bounds. Each piece is told to `hold` before it is added.
+    /// Collects a small upload of at most `max` bytes in memory. `hold` is called with the size of each piece before it is
+    /// added.
     ///
     /// # Errors
-    /// As [`Upload::next`], and those of `hold`.
-    pub async fn collect(
+    /// See [`UploadBody::next`]; and the errors of `hold`.
+    pub(super) async fn collect(
         mut self,
-        line: &mut Line,
+        line: &mut RequestLog,
         mut hold: impl FnMut(u64) -> Result<()>,
     ) -> Result<Vec<u8>> {
         let mut all = Vec::new();
@@ -215,7 +218,7 @@ impl Upload {
 }
 
 fn too_large(max: u64) -> Error {
-    Error::OutOfRange(format!("at most {max} bytes are taken (cache.max_blob_size_gb)"))
+    Error::OutOfRange(format!("at most {max} bytes are accepted (cache.max_blob_size_gb)"))
 }
 
 #[cfg(test)]
@@ -228,7 +231,7 @@ mod tests {
     use std::io::Write as _;
     use tokio::runtime::Builder;
 
-    /// Decodes an upload that comes in pieces of this size.
+    /// Decodes an upload that arrives in pieces of this size.
     fn upload(body: &[u8], piece: usize, max: u64) -> Result<Vec<u8>> {
         let pieces: Vec<_> =
             body.chunks(piece).map(|piece| Ok::<_, std::io::Error>(Bytes::copy_from_slice(piece))).collect();
@@ -238,9 +241,11 @@ mod tests {
         let connections = Connections::default();
         let connection = connections.admit(([127, 0, 0, 1], 1).into()).unwrap().state().clone();
         let (uri, unfinished) = (Uri::from_static("/"), UnderWay::default().begin());
-        let mut line = Line::new(&connections, &connection, &Method::PUT, &uri, unfinished);
+        let mut line = RequestLog::new(&connections, &connection, &Method::PUT, &uri, unfinished);
         let decoders = Budget::new(decoders::DECODERS);
-        runtime.block_on(async { Upload::new(request, max, &decoders)?.collect(&mut line, |_| Ok(())).await })
+        runtime.block_on(async {
+            UploadBody::new(request, max, &decoders)?.collect(&mut line, |_| Ok(())).await
+        })
     }
 
     #[test]
@@ -250,7 +255,7 @@ mod tests {
         assert!(matches!(upload(&bomb, 1_000, 1 << 20), Err(Error::OutOfRange(_))));
     }
 
-    /// A window is memory that a few bytes of a client can claim, for each of many uploads.
+    /// A few bytes of a client can request a large window for each of many uploads.
     #[test]
     fn windows_are_bounded_as_over_grpc() {
         for (log, fits) in [(WINDOW_MAX_LOG, true), (WINDOW_MAX_LOG + 1, false)] {
@@ -262,7 +267,7 @@ mod tests {
     }
 
     proptest! {
-        /// However the frames are split on the way.
+        /// The pieces may split frames anywhere.
         #[test]
         fn frames_in_pieces_are_what_was_compressed(
             parts in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..3_000), 0..4), piece in 1usize..500,

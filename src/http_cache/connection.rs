@@ -1,7 +1,7 @@
-//! Connections: let in by [`Connections`], served one request after the other, and closed so that the last answer arrives.
+//! Connections: admitted by [`Connections`], served one request at a time, and closed so that the last response arrives.
 //!
-//! No client is waited for without a limit: for the head of a request it is here, for its body in [`super::body`], and for
-//! one that does not read its answer in the kernel.
+//! Every wait for a client is limited: for the head of a request here, for its body in [`super::body`], and for an unread
+//! response in the kernel.
 
 use crate::{
     acknowledge::Prompt,
@@ -41,30 +41,30 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a client may take for the head of a request, counted from the answer before: idle connections end by it too.
+/// Time limit for the head of a request, counted from the previous response. It also closes idle connections.
 const HEAD_LIMIT: Duration = Duration::from_secs(60);
-/// Bytes of a connection that are read ahead, which bounds the head of a request too; browsers and proxies stop far below. Bodies of
-/// any size pass through it.
+/// Size of the read buffer, which also limits the head of a request. Browsers and proxies send far less. Bodies pass
+/// through it in any size.
 const READ_MAX_BYTES: usize = 64 * 1024;
-/// How long a client may leave what we send unread before the kernel gives the connection up.
+/// How long a client may leave sent bytes unread before the kernel drops the connection.
 const UNREAD_LIMIT: Duration = Duration::from_secs(60);
-/// How long the rest of a request is thrown away that was answered before its end. Closing at once would reset the
-/// connection, and the client might never see the answer.
+/// How long the rest of a request is read and discarded, if it was answered before its end. An immediate close would reset
+/// the connection, and the client might never see the response.
 const LINGER: Duration = Duration::from_secs(2);
-/// Bytes that are thrown away at a time.
+/// Number of bytes that are discarded at a time.
 const LINGER_BYTES: usize = 16 * 1024;
 
-/// The two ends of a connection.
+/// Both ends of a connection.
 #[derive(Debug, Clone)]
-pub struct Ends {
-    /// The client's.
+pub(super) struct Ends {
+    /// The state of the connection to the client.
     pub client: Arc<ConnectionState>,
-    /// The address of ours that the client has connected to.
+    /// The local address to which the client has connected.
     pub here: IpAddr,
 }
 
-/// Accepts connections until `shutdown` ends, then waits for the end of those that there are.
-pub async fn serve(
+/// Accepts connections until `shutdown` completes, then waits until all of them are closed.
+pub(super) async fn serve(
     listener: TcpListener,
     connections: Connections,
     shutdown: impl Future<Output = ()>,
@@ -78,7 +78,7 @@ pub async fn serve(
             () = &mut shutdown => break,
             accepted = listener.accept() => accepted,
         };
-        // Without an address of ours, only requests for loopback and for listed names are answered.
+        // Without a local address, only requests for loopback and for configured names are answered.
         let here = stream.local_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip());
         let Some(admitted) = connections.admit(peer) else { continue };
         let ends = Ends { client: admitted.state().clone(), here };
@@ -89,8 +89,8 @@ pub async fn serve(
                 request.extensions_mut().insert(state.caller);
                 answer(ends.clone(), request)
             };
-            // A connection is told to close when it is idle, or when its client does not read the answers that it has asked for. So
-            // a request that is dropped here is one that its client keeps waiting.
+            // A connection is asked to close if it is idle, or if its client does not read the responses. So a request that
+            // is dropped here waits for its client.
             select! {
                 () = serve_one(stream, closed, answer) => {}
                 _ = poll_fn(|context| state.poll_closing(context)) => {}
@@ -102,8 +102,8 @@ pub async fn serve(
     closing.closed().await;
 }
 
-/// Small answers would wait for the client's delayed acknowledgement, and large ones for ever for a client that does not
-/// read. Where an option cannot be set, the connection works without it.
+/// Sets TCP_NODELAY, because small responses would otherwise wait for delayed acknowledgements, and a time limit for unread
+/// data. If an option cannot be set, the connection works without it.
 fn prepare(stream: &mut TcpStream) {
     let _ = stream.set_nodelay(true);
     let limit = u32::try_from(UNREAD_LIMIT.as_millis()).unwrap_or(u32::MAX);
@@ -117,10 +117,10 @@ async fn serve_one(
 ) {
     let service = service_fn(|request: hyper::Request<Incoming>| {
         let unread = Arc::new(AtomicBool::new(!request.body().is_end_stream()));
-        let request = request.map(|body| Body::new(Watched { body, unread: unread.clone() }));
+        let request = request.map(|body| Body::new(WatchedBody { body, unread: unread.clone() }));
         answer(request).map(move |mut response| {
             if unread.load(Ordering::Relaxed) {
-                // What is left of the body is in the way of another request: a client that is not told would send one.
+                // Unread body bytes make another request impossible. Without this header the client would send one.
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             Ok::<_, Infallible>(response)
@@ -131,7 +131,7 @@ async fn serve_one(
         .header_read_timeout(HEAD_LIMIT)
         .max_buf_size(READ_MAX_BYTES)
         .serve_connection(TokioIo::new(Prompt::new(stream)), service);
-    // What went wrong is in the line of the request, if there was one.
+    // Errors are in the log line of the request, if there was one.
     let closing = async { drop(closing.wait_for(|closing| *closing).await) };
     let is_over = select! {
         _ = poll_fn(|context| connection.poll_without_shutdown(context)) => true,
@@ -145,13 +145,13 @@ async fn serve_one(
     }
 }
 
-/// The body of a request, of which it is known whether its end was read.
-struct Watched {
+/// A request body that records whether its end was read.
+struct WatchedBody {
     body: Incoming,
     unread: Arc<AtomicBool>,
 }
 
-impl hyper::body::Body for Watched {
+impl hyper::body::Body for WatchedBody {
     type Data = <Incoming as hyper::body::Body>::Data;
     type Error = hyper::Error;
 
@@ -175,7 +175,7 @@ impl hyper::body::Body for Watched {
     }
 }
 
-/// Says that nothing more comes from here, and waits a little for the client to say the same.
+/// Closes the sending side and waits briefly for the client to do the same.
 async fn linger(mut stream: Prompt) {
     let rest = async {
         let mut buffer = vec![0; LINGER_BYTES];
@@ -192,7 +192,7 @@ mod tests {
     use crate::http_cache::status;
     use axum::http::StatusCode;
 
-    /// A client of a server that answers everything without reading bodies.
+    /// A client of a server that answers every request without reading its body.
     async fn connect() -> (TcpStream, watch::Sender<bool>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
@@ -218,7 +218,7 @@ mod tests {
             client.write_all(head.as_bytes()).await.unwrap();
             assert!(!rest(&mut client).await.contains("200 OK"));
         }
-        // Nor is one that keeps its connection for later.
+        // A client that keeps the connection open is not waited for either.
         let (mut client, _closing) = connect().await;
         client.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
         assert!(rest(&mut client).await.starts_with("HTTP/1.1 400"));

@@ -1,35 +1,35 @@
-//! [`Hosts`]: the names under which the HTTP port answers. Pure.
+//! [`Hosts`]: the host names for which the HTTP port answers. Pure.
 //!
-//! A web page can point a name of its own at this machine (DNS rebinding). To the browser this server is then that page's own
-//! site, and the page may read and write all that is here. The name is in every request, so a name that nobody gave this
-//! server is refused. Addresses cannot be rebound, but only those that lead here are of use: loopback, and the one that the
-//! connection was made to.
+//! A web page can point its own name at this machine (DNS rebinding). The browser then treats this server as the page's own
+//! site, and the page could read and write the cache. Every request contains the name, so unknown names are refused.
+//! Addresses cannot be rebound, but only those that lead here are accepted: loopback, and the address that the connection
+//! was made to.
 
 use crate::host::{HostRule, bare};
 use axum::http::{HeaderMap, HeaderValue, Uri, Version, header, uri::Authority};
 use std::net::IpAddr;
 
-/// How much of a refused host an answer repeats, in characters.
+/// Number of characters of a refused host that a response repeats.
 const SHOWN_CHARS: usize = 100;
 
-/// The hosts that are configured, beside those that are always answered.
+/// The configured hosts. Loopback and the local address are always accepted too.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Hosts(Vec<HostRule>);
 
-/// Why a request is not answered.
+/// The reason why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Refusal {
-    /// It does not say for which host it is, or says it in a way that HTTP does not have (RFC 9112, 3.2).
+pub enum HostRefusal {
+    /// The host is missing or malformed (RFC 9112, 3.2).
     Malformed(&'static str),
-    /// It is for a host that is not this server.
+    /// The host is not a name of this server.
     Stranger(String),
 }
 
 impl Hosts {
-    /// Reads `http.allowed_hosts`.
+    /// Parses `http.allowed_hosts`.
     ///
     /// # Errors
-    /// What is wrong with the first entry that is no host.
+    /// The problem with the first invalid entry.
     pub fn parse(hosts: &[String]) -> Result<Self, String> {
         let rule = |text: &String| {
             HostRule::parse(text).ok_or_else(|| {
@@ -42,18 +42,20 @@ impl Hosts {
         Ok(Self(hosts.iter().map(rule).collect::<Result<_, _>>()?))
     }
 
-    /// Judges the host of a request that came over a connection to `reached`.
+    /// Checks the host of a request on a connection to the local address `reached`.
     ///
     /// # Errors
-    /// Why it is not answered.
+    /// The reason why it is refused.
     pub fn check(
         &self,
         version: Version,
         uri: &Uri,
         headers: &HeaderMap,
         reached: IpAddr,
-    ) -> Result<(), Refusal> {
-        let Some(host) = host_of(version, uri, headers).map_err(Refusal::Malformed)? else { return Ok(()) };
+    ) -> Result<(), HostRefusal> {
+        let Some(host) = host_of(version, uri, headers).map_err(HostRefusal::Malformed)? else {
+            return Ok(());
+        };
         let leads_here = host
             .parse::<IpAddr>()
             .map(|address| address.to_canonical())
@@ -62,14 +64,14 @@ impl Hosts {
             return Ok(());
         }
         let shown: String = host.chars().take(SHOWN_CHARS).collect();
-        Err(Refusal::Stranger(format!(
+        Err(HostRefusal::Stranger(format!(
             "this server does not answer for host \"{}\"; if it is a name of this server, list it in http.allowed_hosts",
             shown.escape_debug()
         )))
     }
 }
 
-/// The host of a request, bare. `None` where HTTP/1.0 leaves it out, which no browser speaks.
+/// The host of a request, in bare form. `None` if an HTTP/1.0 request omits it, which no browser does.
 fn host_of(version: Version, uri: &Uri, headers: &HeaderMap) -> Result<Option<String>, &'static str> {
     let mut values = headers.get_all(header::HOST).iter();
     let host = match (values.next(), values.next()) {
@@ -77,19 +79,19 @@ fn host_of(version: Version, uri: &Uri, headers: &HeaderMap) -> Result<Option<St
         (None, None) if version >= Version::HTTP_11 => return Err("the request has no Host field"),
         (host, None) => host.map(authority).transpose()?,
     };
-    // A target with a host of its own goes before the field (RFC 9112, 3.2.2).
+    // A host in the request target takes precedence over the field (RFC 9112, 3.2.2).
     match uri.authority() {
-        Some(target) if target.as_str().contains('@') => Err("the target of the request has a user in it"),
+        Some(target) if target.as_str().contains('@') => Err("the target of the request contains a user"),
         Some(target) => Ok(Some(bare(target.host()))),
         None => Ok(host.map(|host| bare(host.host()))),
     }
 }
 
-/// A Host field, taken apart.
+/// Parses a Host field.
 fn authority(value: &HeaderValue) -> Result<Authority, &'static str> {
     let parsed = Authority::try_from(value.as_bytes()).ok();
     let is_fine = |authority: &Authority| !authority.host().is_empty() && !authority.as_str().contains('@');
-    parsed.filter(is_fine).ok_or("the Host field of the request is no host with a port")
+    parsed.filter(is_fine).ok_or("the Host field of the request is not a host with a port")
 }
 
 #[cfg(test)]
@@ -97,7 +99,7 @@ mod tests {
     use super::*;
     use axum::extract::Request;
 
-    fn check(allowed: &[&str], version: Version, target: &str, hosts: &[&str]) -> Result<(), Refusal> {
+    fn check(allowed: &[&str], version: Version, target: &str, hosts: &[&str]) -> Result<(), HostRefusal> {
         let allowed: Vec<String> = allowed.iter().map(ToString::to_string).collect();
         let mut request = Request::builder().version(version).uri(target);
         for host in hosts {
@@ -110,7 +112,7 @@ mod tests {
 
     fn answers(allowed: &[&str], host: &str) -> bool {
         match check(allowed, Version::HTTP_11, "/", &[host]) {
-            Err(Refusal::Malformed(why)) => panic!("{host}: {why}"),
+            Err(HostRefusal::Malformed(why)) => panic!("{host}: {why}"),
             judged => judged.is_ok(),
         }
     }
@@ -151,15 +153,15 @@ mod tests {
     #[test]
     fn the_answer_names_the_setting_and_not_too_much_of_the_host() {
         let judged = check(&[], Version::HTTP_11, "/", &[&"a".repeat(5_000)]);
-        let Err(Refusal::Stranger(text)) = judged else { panic!("{judged:?}") };
+        let Err(HostRefusal::Stranger(text)) = judged else { panic!("{judged:?}") };
         assert!(text.contains("http.allowed_hosts") && text.len() < 300, "{text}");
     }
 
     /// RFC 9112, 3.2.
     #[test]
     fn a_request_says_its_host_once_and_the_target_goes_before_the_field() {
-        let malformed = |judged| matches!(judged, Err(Refusal::Malformed(_)));
-        let stranger = |judged| matches!(judged, Err(Refusal::Stranger(_)));
+        let malformed = |judged| matches!(judged, Err(HostRefusal::Malformed(_)));
+        let stranger = |judged| matches!(judged, Err(HostRefusal::Stranger(_)));
         assert!(malformed(check(&["*"], Version::HTTP_11, "/", &[])));
         assert!(malformed(check(&["*"], Version::HTTP_11, "/", &["localhost", "localhost"])));
         assert!(malformed(check(&["*"], Version::HTTP_11, "/", &["evil@localhost"])));

@@ -1,31 +1,31 @@
-//! The `Range` header: one range of bytes. Pure.
+//! Parses the `Range` header: a single range of bytes. Pure.
 
 use std::ops::Range;
 
-/// What a `Range` header means for a body of some length.
+/// The meaning of a `Range` header for a body of a known length.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Asked {
-    /// All of it: no range, several ranges, or what is no range, which is to be ignored.
+    /// The whole body: there is no range, or it must be ignored because it is invalid or has several parts.
     Whole,
     /// These bytes; never empty.
     Part(Range<u64>),
-    /// Bytes that the body does not have.
+    /// A range outside the body.
     Unsatisfiable,
 }
 
-/// Reads a header. Several ranges would need a body of several parts, which no cache client asks for.
+/// Parses a header. Several ranges would need a multipart body, which no cache client requests.
 pub fn parse(header: Option<&str>, length: u64) -> Asked {
     let Some(range) = header.and_then(|header| header.strip_prefix("bytes=")) else { return Asked::Whole };
     let Some((first, last)) = range.trim().split_once('-') else { return Asked::Whole };
     let number = |text: &str| {
         let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-        // More than fits lies behind the end of everything.
+        // A number that does not fit is beyond the end of any body.
         digits.then(|| text.parse().unwrap_or(u64::MAX))
     };
     let part = match (number(first), number(last)) {
         (Some(first), None) if last.is_empty() => first..length,
         (Some(first), Some(last)) if first <= last => first..last.saturating_add(1).min(length),
-        // The last so many bytes.
+        // A suffix range: the last `count` bytes.
         (None, Some(count)) if first.is_empty() => length.saturating_sub(count)..length,
         _ => return Asked::Whole,
     };

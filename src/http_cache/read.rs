@@ -1,11 +1,11 @@
-//! GET and HEAD.
+//! Handles GET and HEAD.
 
 use super::{
-    HttpCache,
+    Target,
     body::{accepts_zstd, of_blob, of_message, of_zstd},
     range::{self, Asked},
-    request_log::Line,
-    resource::Hash,
+    request_log::RequestLog,
+    resource::HashInPath,
     status,
 };
 use crate::{actors::cas::client::Cas, instance::Instance};
@@ -20,17 +20,15 @@ use gorego_reapi::{
 };
 use prost::Message as _;
 
-/// Smaller bodies are not compressed: a packet is a packet.
+/// Smaller bodies are not compressed, because they fit into one packet anyway.
 const COMPRESS_FROM_BYTES: u64 = 1_024;
 
-type Target<'a> = (&'a HttpCache, &'a Instance);
-
-/// A blob, or a range of it.
-pub async fn blob(
+/// Responds with a blob or a range of it.
+pub(super) async fn blob(
     (cache, instance): Target<'_>,
-    hash: Hash,
+    hash: HashInPath,
     headers: &HeaderMap,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("no blob with hash {} is in the CAS", like.hash_hex()));
@@ -39,22 +37,26 @@ pub async fn blob(
     stored((&cas, instance), digest, headers, line).await
 }
 
-/// The value of a key, or a range of it.
-pub async fn value(
+/// Responds with the value of a key or a range of it.
+pub(super) async fn value(
     (cache, instance): Target<'_>,
     key: &str,
     headers: &HeaderMap,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let cas = cache.cas.on_behalf_of(line.caller());
     let digest = value_digest((&cas, instance), key).await?;
     stored((&cas, instance), digest, headers, line).await
 }
 
-/// An action result, complete (AC-03).
-pub async fn result((cache, instance): Target<'_>, hash: Hash, line: &Line) -> Result<Response> {
+/// Responds with a complete action result (AC-03).
+pub(super) async fn result(
+    (cache, instance): Target<'_>,
+    hash: HashInPath,
+    line: &RequestLog,
+) -> Result<Response> {
     let like = like(instance, hash)?;
-    let absent = || Error::NotFound(format!("the action with hash {} has no result here", like.hash_hex()));
+    let absent = || Error::NotFound(format!("the action with hash {} has no result", like.hash_hex()));
     let cas = cache.cas.on_behalf_of(line.caller());
     let action = cas.action_by_hash(instance, like)?.ok_or_else(absent)?;
     let result = cas.get_result(instance, action).await?.ok_or_else(absent)?;
@@ -65,22 +67,22 @@ pub async fn result((cache, instance): Target<'_>, hash: Hash, line: &Line) -> R
     Ok(response)
 }
 
-/// A hash of a function that may be used with this instance.
-pub fn like(instance: &Instance, hash: Hash) -> Result<Digest> {
+/// Checks that the digest function of a hash is enabled for this instance.
+pub(super) fn like(instance: &Instance, hash: HashInPath) -> Result<Digest> {
     instance.digest_in_name(hash.like, hash.function_is_named)
 }
 
-/// The name under which the binding of a key is kept among the action results.
-pub fn value_action(instance: &Instance, key: &str) -> Result<Digest> {
+/// The digest under which the binding of a key is stored in the action cache.
+pub(super) fn value_action(instance: &Instance, key: &str) -> Result<Digest> {
     Ok(instance.digest_function(0, [])?.digest(format!("goREgo value\0{key}").as_bytes()))
 }
 
-/// The path by which such a result names its value.
-pub const VALUE_PATH: &str = "value";
+/// The output path that contains the value in such a result.
+pub(super) const VALUE_PATH: &str = "value";
 
-/// What is stored under a key.
-pub async fn value_digest((cas, instance): (&Cas, &Instance), key: &str) -> Result<Digest> {
-    let absent = || Error::NotFound(format!("key \"{}\" has no value here", key.escape_debug()));
+/// Looks up the value of a key.
+pub(super) async fn value_digest((cas, instance): (&Cas, &Instance), key: &str) -> Result<Digest> {
+    let absent = || Error::NotFound(format!("key \"{}\" has no value", key.escape_debug()));
     let action = value_action(instance, key)?;
     let result = cas.get_result(instance, action).await?.ok_or_else(absent)?;
     let named = |file: &&reapi::OutputFile| file.path == VALUE_PATH;
@@ -88,20 +90,20 @@ pub async fn value_digest((cas, instance): (&Cas, &Instance), key: &str) -> Resu
     Digest::from_wire(action.function(), file.digest.as_ref(), VALUE_PATH)
 }
 
-/// A stored blob as a response.
+/// Responds with a stored blob.
 async fn stored(
     (cas, instance): (&Cas, &Instance),
     digest: Digest,
     headers: &HeaderMap,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     line.blob(digest);
     let to = line.connection();
     let size = digest.size();
-    // Nothing here has a validator that If-Range could name, so what it names is not what is here.
+    // Responses have no validators, so If-Range never matches and the range is ignored.
     let range = headers.get(header::RANGE).filter(|_| !headers.contains_key(header::IF_RANGE));
     let asked = range::parse(range.and_then(|range| range.to_str().ok()), size);
-    // A range counts the bytes of the blob, so it is sent as it is.
+    // Ranges refer to the uncompressed bytes, so they are sent uncompressed.
     let compressed = asked == Asked::Whole && size >= COMPRESS_FROM_BYTES && accepts_zstd(headers);
     let (code, body, length, content_range) = match asked {
         Asked::Whole if compressed => {
@@ -117,7 +119,10 @@ async fn stored(
             (StatusCode::PARTIAL_CONTENT, body, Some(length), Some(shown))
         }
         Asked::Unsatisfiable => {
-            let mut response = status::plain(StatusCode::RANGE_NOT_SATISFIABLE, "it is not that long");
+            let mut response = status::plain(
+                StatusCode::RANGE_NOT_SATISFIABLE,
+                "the range is beyond the end of the content",
+            );
             response.headers_mut().insert(header::CONTENT_RANGE, text(&format!("bytes */{size}"))?);
             return Ok(response);
         }

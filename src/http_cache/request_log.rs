@@ -1,7 +1,7 @@
-//! One log line for each request, written when its response is over or its client is gone.
+//! One log line for each request, written when its response has ended or its client is gone.
 //!
-//! Requests that cost their client nothing (refused before a handler, or left before their answer) are limited by peer, and
-//! counted beyond that ([`Connections::takes_line`]).
+//! Requests that cost their client nothing (refused before a handler, or abandoned before the response) are rate-limited
+//! per peer and then only counted ([`Connections::takes_line`]).
 
 use super::LOG;
 use crate::{
@@ -30,14 +30,14 @@ use std::{
 
 /// Longest path in a line, in bytes.
 const PATH_MAX_BYTES: usize = 256;
-/// Longest method in a line, in bytes; clients invent them.
+/// Longest method in a line, in bytes. Clients can send any method.
 const METHOD_MAX_BYTES: usize = 16;
 /// Longest error in a line, in bytes.
 const ERROR_MAX_BYTES: usize = 512;
 
-/// The line of a request that is not over yet; written when this is dropped.
+/// The log line of an open request. It is written when it is dropped.
 #[derive(Debug)]
-pub struct Line {
+pub(super) struct RequestLog {
     method: String,
     path: String,
     connections: Connections,
@@ -54,9 +54,9 @@ pub struct Line {
     unfinished: Unfinished,
 }
 
-impl Line {
-    /// The line of a request that has just begun.
-    pub fn new(
+impl RequestLog {
+    /// Creates the line of a request that has just begun.
+    pub(super) fn new(
         connections: &Connections,
         connection: &Arc<ConnectionState>,
         method: &Method,
@@ -81,55 +81,55 @@ impl Line {
         }
     }
 
-    /// Who asks.
-    pub fn peer(&self) -> SocketAddr {
+    /// The address of the client.
+    pub(super) fn peer(&self) -> SocketAddr {
         self.connection.address
     }
 
-    /// The same, for bounds.
-    pub fn caller(&self) -> Caller {
+    /// The caller for budgets.
+    pub(super) fn caller(&self) -> Caller {
         self.connection.caller
     }
 
-    /// The connection that the answer goes over.
-    pub fn connection(&self) -> &Arc<ConnectionState> {
+    /// The connection of the request.
+    pub(super) fn connection(&self) -> &Arc<ConnectionState> {
         &self.connection
     }
 
-    /// Notes the namespace.
-    pub fn instance(&mut self, instance: &Instance) {
+    /// Records the instance of the request.
+    pub(super) fn instance(&mut self, instance: &Instance) {
         self.instance = Some(instance.clone());
     }
 
-    /// Notes the blob.
-    pub fn blob(&mut self, digest: Digest) {
+    /// Records the blob that the request names.
+    pub(super) fn blob(&mut self, digest: Digest) {
         self.digest = Some(digest);
     }
 
-    /// What a shutdown knows of the request.
-    pub fn unfinished(&self) -> &Unfinished {
+    /// The entry by which a shutdown tracks the request.
+    pub(super) fn unfinished(&self) -> &Unfinished {
         &self.unfinished
     }
 
-    /// Notes bytes of an upload.
-    pub fn received(&mut self, bytes: usize) {
+    /// Records received bytes of an upload.
+    pub(super) fn received(&mut self, bytes: usize) {
         self.bytes_in = self.bytes_in.saturating_add(bytes as u64);
     }
 
-    /// Notes why there is no better answer. A miss is no error.
-    pub fn failed(&mut self, error: &Error) {
+    /// Records an error. A cache miss is not an error.
+    pub(super) fn failed(&mut self, error: &Error) {
         if !matches!(error, Error::NotFound(_)) {
             self.error = shorten(error.to_string(), ERROR_MAX_BYTES);
         }
     }
 
-    /// Notes why a request was not looked at.
-    pub fn refused(&mut self, why: String) {
+    /// Records why a request was refused before a handler.
+    pub(super) fn refused(&mut self, why: String) {
         self.error = shorten(why, ERROR_MAX_BYTES);
     }
 
-    /// Keeps a request counted until its response is over.
-    pub fn hold(&mut self, place: Share) {
+    /// Holds a share until the response has ended.
+    pub(super) fn hold(&mut self, place: Share) {
         self.place = Some(place);
     }
 
@@ -144,14 +144,14 @@ impl Line {
         !is_cheap || self.connections.takes_line(self.connection.caller.peer, end)
     }
 
-    /// Goes with a response to its end.
-    pub fn follow(mut self, response: Response) -> Response {
+    /// Attaches the line to a response until the response has ended.
+    pub(super) fn follow(mut self, response: Response) -> Response {
         self.status = Some(response.status());
-        response.map(|inner| Body::new(LoggedBody { inner, line: self }))
+        response.map(|inner| Body::new(CountedBody { inner, line: self }))
     }
 }
 
-impl Drop for Line {
+impl Drop for RequestLog {
     fn drop(&mut self) {
         if !log::log_enabled!(target: LOG, Level::Info) || !self.is_listed() {
             return;
@@ -164,7 +164,7 @@ impl Drop for Line {
             .with("bytes_in", self.bytes_in)
             .with("bytes_out", self.bytes_out)
             .with_shown("peer", &self.connection.address)
-            // Without one the client was gone before there was an answer.
+            // Without a status, the client left before the response.
             .with_some("http_status", self.status.map(|status| status.as_u16()))
             .with_some("instance", self.instance.as_ref().map(Instance::name))
             .with_some("digest", self.digest.as_ref().map(|digest| Field::Shown(digest)))
@@ -173,7 +173,7 @@ impl Drop for Line {
     }
 }
 
-/// Cuts a text that a client has chosen.
+/// Truncates a text that the client has chosen.
 fn shorten(mut text: String, max_bytes: usize) -> String {
     let mut end = max_bytes.min(text.len());
     while !text.is_char_boundary(end) {
@@ -185,14 +185,14 @@ fn shorten(mut text: String, max_bytes: usize) -> String {
 
 pin_project_lite::pin_project! {
     /// A response body that counts its bytes.
-    struct LoggedBody {
+    struct CountedBody {
         #[pin]
         inner: Body,
-        line: Line,
+        line: RequestLog,
     }
 }
 
-impl HttpBody for LoggedBody {
+impl HttpBody for CountedBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -201,7 +201,7 @@ impl HttpBody for LoggedBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = self.project();
-        // The transport asks for more when the client has taken what there was.
+        // The transport polls again when the client has taken the previous piece.
         this.line.unfinished.client_moved();
         let frame = ready!(this.inner.poll_frame(context));
         this.line.unfinished.wait_for_client();

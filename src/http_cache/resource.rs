@@ -1,61 +1,60 @@
-//! [`Resource`]: what a path names. Pure; paths are hostile until they went through here.
+//! [`Resource`]: the thing that a path names. Pure. Paths are hostile until parsed here.
 
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
 };
 
-/// What a person sees who looks with a browser.
+/// The text for people who open the server in a browser.
 pub const HELP: &str = "goREgo's HTTP cache: /cas/HASH (blobs), /ac/HASH (action results), /cache/KEY (values), \
                         each with [/INSTANCE] in front";
 /// Longest key of a value, in bytes.
 pub const MAX_KEY_BYTES: usize = 1_024;
 
-/// The thing at a path.
+/// The parsed form of a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Resource {
-    /// `/`: for people.
+    /// `/`: a help text.
     Root,
-    /// `/healthz` or `/status`: for supervisors.
+    /// `/healthz` or `/status`: the health check.
     Health,
-    /// `[/instance]/cas/[function/]hash`
+    /// `[/instance]/cas/[function/]hash`: a blob.
     Blob {
-        /// The instance part; not looked up.
+        /// The instance name; not looked up.
         instance_name: String,
-        /// The hash.
-        hash: Hash,
+        /// The hash of the blob.
+        hash: HashInPath,
     },
-    /// `[/instance]/ac/[function/]hash`
+    /// `[/instance]/ac/[function/]hash`: an action result.
     Result {
-        /// The instance part; not looked up.
+        /// The instance name; not looked up.
         instance_name: String,
-        /// Hash of the Action.
-        hash: Hash,
+        /// The hash of the Action.
+        hash: HashInPath,
     },
-    /// `[/instance]/cache/key`
+    /// `[/instance]/cache/key`: a value.
     Value {
-        /// The instance part; not looked up.
+        /// The instance name; not looked up.
         instance_name: String,
-        /// Everything after the keyword, as it stands. One that is empty or ends with a slash is a collection of WebDAV's.
+        /// Everything after the keyword, undecoded. An empty key, or one that ends with a slash, is a WebDAV collection.
         key: String,
     },
 }
 
-/// A hash without its size, as a digest of size 0.
+/// A hash without a size, as a digest of size 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Hash {
-    /// Of the function that the path names, else of the one that its length says.
+pub struct HashInPath {
+    /// The hash, with the function that the path names or that its length implies.
     pub like: Digest,
-    /// The path names the function.
+    /// Whether the path names the function.
     pub function_is_named: bool,
 }
 
 impl Resource {
-    /// Takes a path apart at its first keyword. An instance whose name has one of the keywords as a segment cannot be named
-    /// here.
+    /// Parses a path at its first keyword. An instance whose name contains a keyword as a segment cannot be addressed.
     ///
     /// # Errors
-    /// `NotFound` for a path that names nothing; `Invalid` for one with a malformed hash or key.
+    /// `NotFound` for a path that names nothing; `Invalid` for a malformed hash or key.
     pub fn parse(path: &str) -> Result<Self> {
         let segments: Vec<&str> = path.split('/').skip_while(|segment| segment.is_empty()).collect();
         match segments.as_slice() {
@@ -63,14 +62,14 @@ impl Resource {
             ["healthz" | "status"] => return Ok(Self::Health),
             _ => {}
         }
-        let nothing = || Error::NotFound(format!("there is nothing here. This is {HELP}"));
+        let nothing = || Error::NotFound(format!("not found. This is {HELP}"));
         let keyword = segments.iter().position(|segment| matches!(*segment, "cas" | "ac" | "cache"));
         let (instance, rest) = segments.split_at(keyword.ok_or_else(nothing)?);
         let instance_name = instance.join("/");
         match rest {
             ["cache", key @ ..] => {
                 let key = key.join("/");
-                let refuse = || Error::Invalid(format!("a key has at most {MAX_KEY_BYTES} bytes"));
+                let refuse = || Error::Invalid(format!("a key may have at most {MAX_KEY_BYTES} bytes"));
                 (key.len() <= MAX_KEY_BYTES).then_some(Self::Value { instance_name, key }).ok_or_else(refuse)
             }
             ["cas", hash @ ..] => Ok(Self::Blob { instance_name, hash: parse_hash(hash)? }),
@@ -79,7 +78,7 @@ impl Resource {
         }
     }
 
-    /// The instance part of things that are in an instance.
+    /// The instance name, for resources within an instance.
     pub fn instance_name(&self) -> Option<&str> {
         match self {
             Self::Root | Self::Health => None,
@@ -90,18 +89,18 @@ impl Resource {
     }
 }
 
-/// A hash whose function is named in front of it or told by its length, as in ByteStream names.
-fn parse_hash(segments: &[&str]) -> Result<Hash> {
+/// Parses a hash. Its function is the segment before it, or follows from its length, as in ByteStream names.
+fn parse_hash(segments: &[&str]) -> Result<HashInPath> {
     let (function, hash, function_is_named) = match segments {
         [hash] => (DigestFunction::infer(DigestFunction::ALL, hash.len())?, hash, false),
         [name, hash] => {
             let named = DigestFunction::ALL.iter().find(|function| function.name() == *name);
-            let unknown = || Error::Invalid(format!("\"{}\" is no digest function", name.escape_debug()));
+            let unknown = || Error::Invalid(format!("\"{}\" is not a digest function", name.escape_debug()));
             (*named.ok_or_else(unknown)?, hash, true)
         }
-        _ => return Err(Error::invalid("the path does not end with one hash")),
+        _ => return Err(Error::invalid("the path must end with one hash")),
     };
-    Ok(Hash { like: Digest::parse(function, hash, 0)?, function_is_named })
+    Ok(HashInPath { like: Digest::parse(function, hash, 0)?, function_is_named })
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The only place where an [`Error`] becomes an HTTP status. Bodies are one line of text for people.
+//! Converts an [`Error`] to an HTTP status. This is the only place that does. Bodies are one line of text for people.
 
 use axum::{
     body::Body,
@@ -7,8 +7,8 @@ use axum::{
 };
 use gorego_reapi::error::Error;
 
-/// A response with a line of text.
-pub fn plain(code: StatusCode, text: &str) -> Response {
+/// A response with one line of text.
+pub(super) fn plain(code: StatusCode, text: &str) -> Response {
     let mut response = Response::new(Body::from(format!("{text}\n")));
     *response.status_mut() = code;
     response
@@ -17,15 +17,15 @@ pub fn plain(code: StatusCode, text: &str) -> Response {
     response
 }
 
-/// The answer to a method that a resource does not have.
-pub fn not_allowed(methods: &'static str) -> Response {
-    let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, &format!("this can be done here: {methods}"));
+/// The response to a method that the resource does not support.
+pub(super) fn not_allowed(methods: &'static str) -> Response {
+    let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, &format!("the supported methods are {methods}"));
     response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(methods));
     response
 }
 
-/// The answer to a request that failed.
-pub fn of(error: &Error) -> Response {
+/// The response to a failed request.
+pub(super) fn of(error: &Error) -> Response {
     let mut response = plain(code(error), &error.to_string());
     if let Some(delay) = error.retry_after() {
         response.headers_mut().insert(header::RETRY_AFTER, delay.as_secs().into());

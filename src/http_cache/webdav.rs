@@ -1,18 +1,17 @@
-//! PROPFIND and MKCOL: what WebDAV clients (sccache) do before they write (RFC 4918).
+//! PROPFIND and MKCOL, which WebDAV clients (sccache) send before they write (RFC 4918).
 //!
-//! There are no directories in the store, so every collection exists from the start and making one changes nothing. The
-//! members of a collection are not known: a collection is described by itself, and a client that asks for everything below
-//! it (`Depth: infinity`) is refused, as the RFC allows. Every answer is small, whatever is asked.
+//! The store has no directories, so every collection always exists, and creating one changes nothing. The members of a
+//! collection are unknown: a collection is described alone, and a request for everything below it (`Depth: infinity`) is
+//! refused, as the RFC allows. Every response is small.
 
 use super::{
-    HttpCache,
-    body::Upload,
+    Target,
+    body::UploadBody,
     read::value_digest,
-    request_log::Line,
+    request_log::RequestLog,
     status,
     write::{check_writable, created},
 };
-use crate::instance::Instance;
 use axum::{
     extract::Request,
     http::{HeaderMap, HeaderValue, StatusCode, header},
@@ -21,26 +20,25 @@ use axum::{
 use gorego_reapi::error::{Error, Result};
 use std::fmt::Write as _;
 
-/// Longest body of a PROPFIND. It is read and not looked at: all properties are sent, whichever are asked for.
+/// Size limit of a PROPFIND body. Its content is ignored: all properties are always sent.
 const MAX_BODY_BYTES: u64 = 64 * 1024;
-/// Nothing here has a time of its own, and clients insist on one.
+/// The store keeps no modification times, but clients require the property.
 const MODIFIED: &str = "<D:getlastmodified>Thu, 01 Jan 1970 00:00:00 GMT</D:getlastmodified>";
 
-type Target<'a> = (&'a HttpCache, &'a Instance);
-
-/// The properties of a key or, when it is empty or ends with a slash, of a collection.
-pub async fn properties(
+/// Responds with the properties of a key, or of a collection if the key is empty or ends with a slash.
+pub(super) async fn properties(
     target: Target<'_>,
     key: &str,
     request: Request,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let is_collection = is_collection(key);
     let depth = Depth::of(request.headers())?;
-    let body = Upload::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.collect(line, |_| Ok(())).await;
+    let body =
+        UploadBody::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.collect(line, |_| Ok(())).await;
     body.map_err(|error| match error {
         Error::OutOfRange(_) => {
-            Error::OutOfRange(format!("a PROPFIND request has at most {MAX_BODY_BYTES} bytes"))
+            Error::OutOfRange(format!("a PROPFIND request may have at most {MAX_BODY_BYTES} bytes"))
         }
         other => other,
     })?;
@@ -63,17 +61,17 @@ pub async fn properties(
     Ok(xml(StatusCode::MULTI_STATUS, &text))
 }
 
-/// Makes a collection: a success that changes nothing, unless there is something of that name.
-pub async fn make_collection(
+/// Handles MKCOL: succeeds without a change, unless a value has this name.
+pub(super) async fn make_collection(
     target: Target<'_>,
     key: &str,
     request: Request,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     check_writable(target.1)?;
-    let body = Upload::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.next(line).await?;
+    let body = UploadBody::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.next(line).await?;
     if body.is_some() {
-        return Err(Error::Unimplemented("a MKCOL request has no body here".into()));
+        return Err(Error::Unimplemented("a MKCOL request with a body is not supported".into()));
     }
     let name = key.trim_end_matches('/');
     if name.is_empty() {
@@ -87,24 +85,24 @@ pub async fn make_collection(
     }
 }
 
-/// Whether a key is the name of a collection: all of them, or all below a slash.
-pub fn is_collection(key: &str) -> bool {
+/// Whether a key names a collection: it is empty or ends with a slash.
+pub(super) fn is_collection(key: &str) -> bool {
     key.is_empty() || key.ends_with('/')
 }
 
-/// The methods that a key has.
-pub fn allowed(key: &str) -> &'static str {
+/// The methods that a key supports.
+pub(super) fn allowed(key: &str) -> &'static str {
     if is_collection(key) { "PROPFIND, MKCOL" } else { "GET, HEAD, PUT, PROPFIND, MKCOL" }
 }
 
-/// How far below a collection is asked.
+/// The depth of a PROPFIND request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Depth {
-    /// The thing itself.
+    /// Only the resource itself.
     Zero,
-    /// Its members too, of which none are known.
+    /// Also its members, none of which are known.
     One,
-    /// All below it; also when nothing is said.
+    /// Everything below it. This is the default of the protocol.
     Infinity,
 }
 
@@ -128,13 +126,13 @@ fn xml(code: StatusCode, text: &str) -> Response {
     response
 }
 
-/// The path of a key as a URI in XML. Whatever is not surely harmless in both is percent-encoded.
+/// The path of a key as a URI in XML. All characters that are not known to be safe in both are percent-encoded.
 fn href(instance: &str, key: &str) -> String {
     let mut text = String::from("/");
     let segments = if instance.is_empty() { vec!["cache", key] } else { vec![instance, "cache", key] };
     for byte in segments.join("/").bytes() {
         match byte {
-            // What is encoded already is not encoded again.
+            // Encoded characters are not encoded twice.
             b'/' | b'%' | b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'(' | b')' | b'*' | b'+' | b','
             | b';' | b'=' | b':' | b'@' => text.push(char::from(byte)),
             _ if byte.is_ascii_alphanumeric() => text.push(char::from(byte)),
@@ -160,7 +158,7 @@ mod tests {
     }
 
     proptest! {
-        /// A key cannot end its element or make one of its own.
+        /// A key cannot close its element or add another one.
         #[test]
         fn no_key_can_break_the_answer(key in "\\PC{0,60}") {
             let href = href("", &key);

@@ -1,11 +1,11 @@
-//! PUT. What is stored was checked before anybody can see it.
+//! Handles PUT. Everything is checked before it becomes visible.
 
 use super::{
-    HttpCache,
-    body::Upload,
+    Target,
+    body::UploadBody,
     read::{VALUE_PATH, like, value_action},
-    request_log::Line,
-    resource::Hash,
+    request_log::RequestLog,
+    resource::HashInPath,
     status,
 };
 use crate::{actors::cas::client::Provenance, instance::Instance};
@@ -15,49 +15,45 @@ use gorego_reapi::{
     proto::reapi,
 };
 
-/// Largest ActionResult message that is taken, as over gRPC.
+/// Largest ActionResult message, as over gRPC.
 const MAX_RESULT_BYTES: u64 = 16 * 1024 * 1024;
-/// Memory that it may take once it is decoded, as over gRPC.
+/// Largest memory of a decoded ActionResult, as over gRPC.
 const RESULT_MAX_MEMORY: u64 = 64 * 1024 * 1024;
 
-type Target<'a> = (&'a HttpCache, &'a Instance);
-
-/// Stores a blob under the hash that its bytes have.
-pub async fn blob(
+/// Stores a blob after checking its hash.
+pub(super) async fn blob(
     (cache, instance): Target<'_>,
-    hash: Hash,
+    hash: HashInPath,
     request: Request,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     let cas = cache.cas.on_behalf_of(line.caller());
-    let upload = Upload::new(request, cache.max_blob_bytes, cas.decoders())?;
+    let upload = UploadBody::new(request, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, like.function());
     upload.fill(&mut blob, line).await?;
     line.blob(blob.finish_checked(like).await?);
     Ok(created())
 }
 
-/// Stores an action result, checked like one that comes by gRPC (AC-10).
-pub async fn result(
+/// Stores an action result after the same checks as over gRPC (AC-10).
+pub(super) async fn result(
     (cache, instance): Target<'_>,
-    hash: Hash,
+    hash: HashInPath,
     request: Request,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     check_writable(instance)?;
     let (caller, cas) = (line.caller(), cache.cas.on_behalf_of(line.caller()));
     let mut held = cas.hold(caller, 0)?;
-    let upload = Upload::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes), cas.decoders())?;
+    let upload = UploadBody::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes), cas.decoders())?;
     let bytes = upload.collect(line, |bytes| Ok(held.grow(bytes)?)).await?;
     let decoded = cas.decode(bytes.into(), RESULT_MAX_MEMORY, "ActionResult").await;
     let (result, _room): (reapi::ActionResult, _) = decoded.map_err(|error| {
-        Error::Invalid(format!(
-            "this is no ActionResult ({error}); what has another format belongs under /cache/"
-        ))
+        Error::Invalid(format!("this is not an ActionResult ({error}); store other formats under /cache/"))
     })?;
-    // The Action has the true size, and a result under it is found by gRPC clients too.
+    // The stored Action provides the size, so that gRPC clients find the result too.
     let action = match cas.blob_by_hash(instance, like)? {
         Some(action) => action,
         None => cas.action_by_hash(instance, like)?.unwrap_or(like),
@@ -66,17 +62,17 @@ pub async fn result(
     Ok(created())
 }
 
-/// Stores a value under a key, in place of the one before.
-pub async fn value(
+/// Stores a value under a key and replaces the previous one.
+pub(super) async fn value(
     (cache, instance): Target<'_>,
     key: &str,
     request: Request,
-    line: &mut Line,
+    line: &mut RequestLog,
 ) -> Result<Response> {
     let action = value_action(instance, key)?;
     check_writable(instance)?;
     let cas = cache.cas.on_behalf_of(line.caller());
-    let upload = Upload::new(request, cache.max_blob_bytes, cas.decoders())?;
+    let upload = UploadBody::new(request, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, action.function());
     upload.fill(&mut blob, line).await?;
     let digest = blob.finish().await?;
@@ -88,19 +84,19 @@ pub async fn value(
     Ok(created())
 }
 
-/// Refuses what only clients that may write results may do.
-pub fn check_writable(instance: &Instance) -> Result<()> {
+/// Refuses instances whose clients may not write results.
+pub(super) fn check_writable(instance: &Instance) -> Result<()> {
     if instance.policy().action_cache_updates {
         return Ok(());
     }
-    Err(Error::Denied("clients may not write results here (action_cache_updates = false)".into()))
+    Err(Error::Denied("clients may not write results to this instance (action_cache_updates = false)".into()))
 }
 
-fn provenance(line: &Line) -> Provenance {
+fn provenance(line: &RequestLog) -> Provenance {
     Provenance { peer: line.peer().to_string(), ..Provenance::default() }
 }
 
-/// The answer to a request that has made something.
-pub fn created() -> Response {
+/// The response after a successful write.
+pub(super) fn created() -> Response {
     status::plain(StatusCode::CREATED, "stored")
 }

@@ -1,8 +1,8 @@
-//! [`Follower`]: one reader of one stream, from any offset to the end (LOG-03, EXE-64).
+//! [`Follower`]: a reader of one stream, from any offset to the end (LOG-03, EXE-64).
 //!
-//! It pulls: what it does not ask for stays in the file, so that a slow reader costs no memory and delays nobody. Appends to
-//! client streams wake it; what the runner adds to a log does not, so that file is looked at every [`TAIL_INTERVAL`], but only
-//! while somebody reads. The end of a run wakes it too.
+//! It pulls: bytes stay in the file until it asks for them, so a slow reader costs no memory and delays nobody. Appends to
+//! client streams wake it. The runner's writes to a log do not, so while a reader exists, it polls the file every
+//! [`TAIL_INTERVAL`]. The end of a run wakes it too.
 
 use super::{
     run::{RunState, Tail},
@@ -17,22 +17,21 @@ use gorego_reapi::{
 use std::{fs::File, os::unix::fs::FileExt as _, sync::Arc, time::Duration};
 use tokio::{select, sync::watch, time::sleep};
 
-/// How often the log of a running command is looked at for a reader that waits: soon enough for eyes, and about one small
-/// system call.
-pub const TAIL_INTERVAL: Duration = Duration::from_millis(100);
+/// Polling interval for the log of a running command: fast enough for a person, at the cost of about one small system call.
+pub(crate) const TAIL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What comes next in a stream.
+/// The next part of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Piece {
     /// These bytes; never empty.
     Bytes(Bytes),
-    /// From here on the stream is this blob, at the same offset.
+    /// The rest of the stream is this blob, at the same offset.
     Stored(Digest),
-    /// Nothing; the stream is over.
+    /// The stream has ended.
     End,
 }
 
-/// A reader. Holds one of the places for readers.
+/// A reader of one stream. It holds a share of the reader budget.
 #[derive(Debug)]
 pub struct Follower {
     source: Source,
@@ -56,11 +55,11 @@ impl Follower {
         Self { source: Source::Run(tail), closing, _place: place }
     }
 
-    /// What the stream has at `offset`, at most `max` bytes of it, once it has it.
+    /// Waits for bytes at `offset` and returns at most `max` of them.
     ///
     /// # Errors
-    /// `OutOfRange` when the stream ended before `offset`; `NotFound` when its bytes are lost; `DeadlineExceeded` when nobody
-    /// wrote to it for too long; `Unavailable` when the server goes down.
+    /// `OutOfRange` when the stream ended before `offset`; `NotFound` when its bytes are lost; `DeadlineExceeded` when the
+    /// stream was not written to for too long; `Unavailable` when the server shuts down.
     pub async fn next(&mut self, offset: u64, max: usize) -> Result<Piece> {
         let closing = &mut self.closing;
         let piece = async {
@@ -73,7 +72,7 @@ impl Follower {
             biased;
             piece = piece => piece,
             _ = closing.wait_for(|closing| *closing) => {
-                Err(Error::Unavailable("this server is shutting down; the log stream may be cut off".into()))
+                Err(Error::Unavailable("this server is shutting down; the log stream may be incomplete".into()))
             }
         }
     }
@@ -98,17 +97,17 @@ async fn next_of_spool(
         }
         if given_up {
             return Err(Error::DeadlineExceeded(
-                "nobody wrote to the log stream for a long time; it was given up".into(),
+                "the log stream was not written to for too long and was aborted".into(),
             ));
         }
-        // The sender lives in the spool, which we hold.
+        // The sender is in the spool, which this source holds.
         let _ = states.changed().await;
     }
 }
 
 async fn next_of_run(tail: &mut Tail, offset: u64, max: usize) -> Result<Piece> {
     loop {
-        // Before the file is looked at: what is not there after the end will never be.
+        // Read before the file: bytes that are missing after the end will never appear.
         let state = tail.state();
         let file = match state {
             RunState::Open => tail.file().await?,
@@ -118,7 +117,7 @@ async fn next_of_run(tail: &mut Tail, offset: u64, max: usize) -> Result<Piece> 
             (Some(file), _) => {
                 let (bytes, length) = super::blocking(move || {
                     let length = file.metadata().map_or(0, |metadata| metadata.len());
-                    // The common look at a quiet file ends here, before any memory is taken.
+                    // Polls of a quiet file usually end here, before memory is allocated.
                     let left = usize::try_from(length.saturating_sub(offset)).unwrap_or(usize::MAX);
                     let bytes = if left == 0 { Bytes::new() } else { read(&file, offset, left.min(max))? };
                     Ok((bytes, length))
@@ -156,7 +155,7 @@ fn lost() -> Error {
     Error::NotFound("the log stream ended without its bytes being kept".into())
 }
 
-/// Up to `max` bytes of a file. Blocks.
+/// Reads up to `max` bytes of a file. Blocks.
 pub(super) fn read(file: &File, offset: u64, max: usize) -> Result<Bytes> {
     let mut bytes = vec![0; max];
     let read = file.read_at(&mut bytes, offset);

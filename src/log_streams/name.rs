@@ -1,44 +1,44 @@
 //! Names of log streams: `{parent}/logstreams/{id}`, and for writing `{parent}/logstreams/{id}/{token}` (LOG-01).
 //!
-//! A pure reading of text from outside. Whether the parent and the stream exist is for others to say.
+//! Pure parsing of untrusted text. Whether the parent and the stream exist is checked elsewhere.
 
 use super::run::{LogKind, RunLogs};
 use gorego_reapi::error::{Error, Result};
 use std::fmt;
 use uuid::Uuid;
 
-/// The segment that makes a name one of a log stream.
+/// The segment that marks the name of a log stream.
 pub const KEYWORD: &str = "logstreams";
-/// Segments of which the first decides what a ByteStream name is about.
+/// The first of these segments in a ByteStream name decides its kind.
 const KEYWORDS: [&str; 4] = ["blobs", "compressed-blobs", "uploads", KEYWORD];
-/// How much of a malformed name an error repeats, in characters.
+/// Number of characters of a malformed name that an error repeats.
 const SHOWN_CHARS: usize = 300;
 
-/// A well-formed name of a log stream.
+/// The parsed name of a log stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogName {
     /// An instance name, which may be empty, or the name of an operation.
     pub parent: String,
-    /// Which stream.
+    /// The id of the stream.
     pub id: StreamId,
-    /// The secret that allows writing; `None` in a name for reading.
+    /// The secret that allows writing; `None` in a read name.
     pub token: Option<WriteToken>,
 }
 
-/// Which stream, below its parent.
+/// The id of a stream below its parent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StreamId {
-    /// One that a client made.
+    /// A stream that a client created.
     Client(Uuid),
     /// An output of a run.
     Run(RunLogs, LogKind),
 }
 
 impl LogName {
-    /// Reads a ByteStream name; `None` when it is about something else than a log stream.
+    /// Parses a ByteStream name; `None` if it does not name a log stream.
     ///
     /// # Errors
-    /// `Invalid` for a shape that no stream has; `NotFound` for an id or a token that this server never gave out.
+    /// `Invalid` for a malformed name; `NotFound` for an id or token that this server never issued.
     pub fn parse(name: &str) -> Option<Result<Self>> {
         let segments: Vec<&str> = name.split('/').collect();
         let keyword = segments.iter().position(|segment| KEYWORDS.contains(segment))?;
@@ -66,7 +66,7 @@ impl LogName {
         Some(parsed().ok_or_else(unknown))
     }
 
-    /// The same stream under its name for reading.
+    /// The read name of the same stream.
     pub fn for_reading(&self) -> Self {
         Self { token: None, ..self.clone() }
     }
@@ -102,19 +102,19 @@ impl fmt::Display for StreamId {
     }
 }
 
-/// One spelling per id, so that a stream has one name.
+/// Accepts only one spelling per id, so that each stream has one name.
 fn uuid(text: &str) -> Option<Uuid> {
     Uuid::try_parse(text).ok().filter(|id| id.hyphenated().to_string() == text)
 }
 
-/// The last segment of a write name: 244 random bits, as 64 hexadecimal digits. Not shown by `Debug`.
+/// The last segment of a write name: 244 random bits in 64 hexadecimal digits. `Debug` does not show it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct WriteToken(String);
 
 impl WriteToken {
-    /// One that nobody knows yet.
+    /// Creates a random token.
     pub fn new() -> Self {
-        // Each has 122 bits from the system's source of randomness; LOG-01 asks for 128.
+        // Each UUID has 122 bits from the system's random source. LOG-01 requires 128.
         Self(format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple()))
     }
 

@@ -1,7 +1,7 @@
-//! The [`Registry`]: which streams there are, how large, since when idle or finished, and which must go. Pure.
+//! The [`Registry`]: the existing streams with their sizes and times, and the rules for their removal. Pure.
 //!
-//! Invariants: never more streams or bytes than [`Limits`] say; a stream that is not finished goes only by idling; when room is
-//! needed, the stream that finished first goes first.
+//! Invariants: the streams and their bytes never exceed [`StreamLimits`]; an unfinished stream is removed only if it is idle;
+//! when room is needed, the stream that finished first is removed first.
 
 use gorego_reapi::error::{Error, Result};
 use std::{
@@ -10,32 +10,32 @@ use std::{
 };
 use uuid::Uuid;
 
-/// When to come back after a bound that others may make room below.
+/// The retry delay in errors for a limit below which other clients may make room.
 const FULL_RETRY: Duration = Duration::from_secs(5);
 
-/// Bounds on a set of streams.
+/// Limits on a set of streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Streams, finished ones included.
+pub struct StreamLimits {
+    /// Number of streams, including finished ones.
     pub streams: usize,
-    /// Bytes of all of them together.
+    /// Total bytes of all streams.
     pub bytes: u64,
-    /// Bytes of one.
+    /// Bytes of one stream.
     pub stream_bytes: u64,
-    /// How long a stream may be neither written nor finished; `None` where something else sees to its end.
+    /// How long an unfinished stream may go without a write; `None` if its end is enforced elsewhere.
     pub idle: Option<Duration>,
     /// How long a finished stream is kept.
     pub kept: Duration,
 }
 
-/// Streams by id; see the file's head.
+/// Streams by id; see the top of this file.
 #[derive(Debug)]
-pub struct Registry<V> {
-    limits: Limits,
+pub(crate) struct Registry<V> {
+    limits: StreamLimits,
     entries: HashMap<Uuid, Entry<V>>,
-    /// Unfinished streams by their last change.
+    /// Unfinished streams in order of their last change.
     open: BTreeSet<(Instant, Uuid)>,
-    /// Finished streams by their end.
+    /// Finished streams in order of their end.
     finished: BTreeSet<(Instant, Uuid)>,
     bytes: u64,
 }
@@ -44,27 +44,27 @@ pub struct Registry<V> {
 struct Entry<V> {
     value: V,
     bytes: u64,
-    /// Last change, or the end.
+    /// Time of the last change or of the end.
     since: Instant,
     finished: bool,
 }
 
 impl<V> Registry<V> {
-    /// Nothing in it.
-    pub fn new(limits: Limits) -> Self {
+    /// Creates an empty registry.
+    pub(crate) fn new(limits: StreamLimits) -> Self {
         Self { limits, entries: HashMap::new(), open: BTreeSet::new(), finished: BTreeSet::new(), bytes: 0 }
     }
 
-    /// Enters an empty stream; gives the finished one that made room for it, if one had to.
+    /// Adds an empty stream. Returns the finished stream that was removed to make room, if any.
     ///
     /// # Errors
-    /// `Exhausted` when there are too many and none is finished.
-    pub fn insert(&mut self, id: Uuid, value: V, now: Instant) -> Result<Option<V>> {
+    /// `Exhausted` when there are too many streams and none is finished.
+    pub(crate) fn insert(&mut self, id: Uuid, value: V, now: Instant) -> Result<Option<V>> {
         let displaced = match self.entries.len() < self.limits.streams {
             true => None,
             false => Some(self.drop_oldest_finished().ok_or_else(|| Error::Exhausted {
                 message: format!(
-                    "{} log streams are open, the most that this server takes; finish some",
+                    "{} log streams are open, which is the limit of this server; finish some",
                     self.limits.streams
                 ),
                 retry_after: Some(FULL_RETRY),
@@ -75,22 +75,23 @@ impl<V> Registry<V> {
         Ok(displaced)
     }
 
-    /// The stream of this id.
-    pub fn get(&self, id: &Uuid) -> Option<&V> {
+    /// The stream with this id, if it exists.
+    pub(crate) fn get(&self, id: &Uuid) -> Option<&V> {
         self.entries.get(id).map(|entry| &entry.value)
     }
 
-    /// Reserves room for bytes that are about to be added; gives the finished streams that made room.
+    /// Reserves bytes before they are written. Returns the finished streams that were removed to make room.
     ///
     /// # Errors
-    /// `NotFound` when the stream has gone; `OutOfRange` beyond the bound of one stream, `Exhausted` at that of all.
-    pub fn grow(&mut self, id: &Uuid, bytes: u64, now: Instant) -> Result<Vec<V>> {
+    /// `NotFound` when the stream was removed; `OutOfRange` beyond the limit of one stream; `Exhausted` at the limit of all
+    /// streams.
+    pub(crate) fn grow(&mut self, id: &Uuid, bytes: u64, now: Instant) -> Result<Vec<V>> {
         let entry = self.entries.get(id).filter(|entry| !entry.finished);
-        let entry = entry.ok_or_else(|| Error::NotFound("the log stream was forgotten".into()))?;
+        let entry = entry.ok_or_else(|| Error::NotFound("the log stream does not exist any more".into()))?;
         if entry.bytes.saturating_add(bytes) > self.limits.stream_bytes {
-            // Not a shortage: no retry makes the stream shorter (GEN-20).
+            // Not a temporary shortage: no retry makes the stream shorter (GEN-20).
             return Err(Error::OutOfRange(format!(
-                "a log stream may have {} bytes; begin another one",
+                "a log stream may have at most {} bytes; create another one",
                 self.limits.stream_bytes
             )));
         }
@@ -98,7 +99,7 @@ impl<V> Registry<V> {
         while self.bytes.saturating_add(bytes) > self.limits.bytes {
             displaced.push(self.drop_oldest_finished().ok_or_else(|| Error::Exhausted {
                 message: format!(
-                    "log streams hold {} bytes, the most that this server takes (log_streams.max_size_gb)",
+                    "log streams hold {} bytes, which is the limit of this server (log_streams.max_size_gb)",
                     self.limits.bytes
                 ),
                 retry_after: Some(FULL_RETRY),
@@ -114,8 +115,8 @@ impl<V> Registry<V> {
         Ok(displaced)
     }
 
-    /// Takes a reservation back whose bytes were not written.
-    pub fn shrink(&mut self, id: &Uuid, bytes: u64) {
+    /// Returns a reservation whose bytes were not written.
+    pub(crate) fn shrink(&mut self, id: &Uuid, bytes: u64) {
         if let Some(entry) = self.entries.get_mut(id) {
             let given_back = entry.bytes.min(bytes);
             entry.bytes -= given_back;
@@ -123,8 +124,8 @@ impl<V> Registry<V> {
         }
     }
 
-    /// A stream has its end; from now on it is kept only for a while.
-    pub fn finish(&mut self, id: &Uuid, now: Instant) {
+    /// Marks a stream as finished. From now on it is kept for a limited time.
+    pub(crate) fn finish(&mut self, id: &Uuid, now: Instant) {
         if let Some(entry) = self.entries.get_mut(id).filter(|entry| !entry.finished) {
             self.open.remove(&(entry.since, *id));
             (entry.since, entry.finished) = (now, true);
@@ -132,8 +133,8 @@ impl<V> Registry<V> {
         }
     }
 
-    /// Forgets the streams that were idle or kept for long enough, and gives them.
-    pub fn expire(&mut self, now: Instant) -> Vec<V> {
+    /// Removes and returns the streams whose time is over.
+    pub(crate) fn expire(&mut self, now: Instant) -> Vec<V> {
         let over = |since: Instant, limit| now.saturating_duration_since(since) >= limit;
         let mut expired = Vec::new();
         while let Some(&(since, id)) = self.finished.first()
@@ -169,7 +170,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LIMITS: Limits = Limits {
+    const LIMITS: StreamLimits = StreamLimits {
         streams: 4,
         bytes: 100,
         stream_bytes: 60,
@@ -196,7 +197,7 @@ mod tests {
         ]
     }
 
-    /// What the registry should hold: number, bytes, last change, finished; in order of entry.
+    /// A model of one stream: number, bytes, last change, finished; in order of creation.
     #[derive(Debug, Clone, PartialEq)]
     struct Modelled {
         number: u128,
@@ -222,7 +223,7 @@ mod tests {
             self.streams.iter().map(|stream| stream.bytes).sum()
         }
 
-        /// The finished stream that has to make room.
+        /// The finished stream that must make room.
         fn displace(&mut self) -> Option<u128> {
             let finished = self.streams.iter().filter(|stream| stream.finished);
             let oldest = finished.min_by_key(|stream| (stream.since, stream.number))?.number;
@@ -232,7 +233,7 @@ mod tests {
     }
 
     proptest! {
-        /// Every bound holds after every step, and nothing else ever goes than what has to.
+        /// All limits hold after every step, and only the expected streams are removed.
         #[test]
         fn the_registry_holds_what_a_list_would(steps in proptest::collection::vec(step(), 1..200)) {
             let start = Instant::now();

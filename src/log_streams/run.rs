@@ -1,7 +1,7 @@
-//! The streams of a run: where the log files of its command lie, and what has become of them.
+//! The streams of a run: the location of its log files, and their final state.
 //!
-//! Nothing here copies a byte or holds a file open on behalf of the run. While the command runs, a reader opens the file by
-//! itself ([`Tail`]); an open file outlives the exec directory. Afterwards the stream is the blob that the worker stored.
+//! The run itself causes no copies and no open files here. While the command runs, a reader opens the file itself
+//! ([`Tail`]); an open file outlives the exec directory. Afterwards the stream is the blob that the worker stored.
 
 use crate::instance::Instance;
 use gorego_reapi::{digest::Digest, error::Result};
@@ -14,21 +14,21 @@ use std::{
 use tokio::sync::watch;
 use uuid::Uuid;
 
-/// Names the two streams of one run of an action; unguessable, so that they are found through the operation only.
+/// The id of the two streams of one run. It cannot be guessed, so streams are found only through their operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RunLogs(pub Uuid);
 
-/// Which of the two.
+/// One of the two outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum LogKind {
-    /// Standard output.
+    /// The standard output.
     Stdout,
-    /// Standard error.
+    /// The standard error.
     Stderr,
 }
 
 impl LogKind {
-    /// The name of its file in an exec directory, and the end of its stream's id.
+    /// The name of its file in the exec directory, and the suffix of the stream's id.
     pub fn name(self) -> &'static str {
         match self {
             Self::Stdout => "stdout",
@@ -37,14 +37,14 @@ impl LogKind {
     }
 }
 
-/// What has become of one output of a run.
+/// The state of one output of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum RunState {
     /// The log may still grow, or the command has not started.
     Open,
-    /// It is complete, and this blob; `None` when it is empty.
+    /// The log is complete and stored as this blob; `None` when it is empty.
     Stored(Option<Digest>),
-    /// The run ended without storing it.
+    /// The run ended without storing the log.
     Lost,
 }
 
@@ -57,12 +57,12 @@ pub(super) struct RunStreams {
 }
 
 impl RunStreams {
-    /// Those of a command whose logs will lie in `directory`.
+    /// The outputs of a command that will write its logs to `directory`.
     pub(super) fn new(instance: Instance, directory: PathBuf) -> Self {
         Self { instance, directory, states: watch::Sender::new([RunState::Open; 2]) }
     }
 
-    /// One output has its end; only the first end counts.
+    /// Sets the final state of one output. Only the first call has an effect.
     pub(super) fn end(&self, kind: LogKind, end: RunState) {
         self.states.send_if_modified(|states| {
             let state = &mut states[kind as usize];
@@ -75,7 +75,7 @@ impl RunStreams {
     }
 }
 
-/// One reader's view of one output.
+/// A reader's view of one output.
 #[derive(Debug)]
 pub(super) struct Tail {
     run: Arc<RunStreams>,
@@ -90,20 +90,20 @@ impl Tail {
         Self { run, kind, states, file: None }
     }
 
-    /// The output's state; a later change wakes [`Tail::changed`].
+    /// The state of the output. A later change wakes [`Tail::changed`].
     pub(super) fn state(&mut self) -> RunState {
         self.states.borrow_and_update()[self.kind as usize]
     }
 
-    /// Waits for another state than the last one seen.
+    /// Waits until the state differs from the one last seen.
     pub(super) async fn changed(&mut self) {
         if self.states.changed().await.is_err() {
-            // The run is held by ourselves, so that this cannot be; if it were, waiting would be right.
+            // Unreachable, because the tail holds the run. Waiting would be correct.
             std::future::pending::<()>().await;
         }
     }
 
-    /// The file, opened at the first call at which it is there.
+    /// The file. It is opened by the first call after it was created.
     pub(super) async fn file(&mut self) -> Result<Option<Arc<File>>> {
         if self.file.is_none() {
             let path = self.run.directory.join(self.kind.name());
@@ -112,13 +112,13 @@ impl Tail {
         Ok(self.file.clone())
     }
 
-    /// The file, if it was ever there for this reader.
+    /// The file, if this reader has opened it.
     pub(super) fn opened(&self) -> Option<Arc<File>> {
         self.file.clone()
     }
 }
 
-/// Opens a log; whatever else a command has put in its place is as good as absent.
+/// Opens a log file. Anything else that a command has put in its place counts as absent.
 fn open(path: &std::path::Path) -> Option<File> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;

@@ -1,7 +1,7 @@
-//! [`Spool`]: the bytes of a stream that a client writes, in a file without a name.
+//! [`Spool`]: the bytes of a client stream, in an unlinked file.
 //!
-//! One append at a time; the length that readers see moves only after the bytes are in the file, so that no reader sees what
-//! is not there, and none ever waits for a writer. Bounds on length are the registry's business.
+//! Appends are serialized. The visible length changes only after the bytes are in the file, so readers never see missing
+//! bytes and never wait for a writer. The registry enforces the limits on the length.
 
 use super::Committed;
 use bytes::Bytes;
@@ -15,23 +15,23 @@ use std::{
 };
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
-/// What readers watch.
+/// The state that readers watch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SpoolState {
-    /// How far the stream is.
+    /// The length of the stream, and whether it is finished.
     pub(super) committed: Committed,
-    /// It was forgotten before it was finished; no more will come.
+    /// The stream was removed before it was finished. No more bytes follow.
     pub(super) given_up: bool,
 }
 
-/// A client stream's bytes and length.
+/// The bytes and length of a client stream.
 #[derive(Debug)]
 pub(super) struct Spool {
-    /// Where the file is made at the first byte, under a name that nobody else has. A stream without bytes has none.
+    /// Unique path at which the file is created for the first byte. A stream without bytes has no file.
     path: PathBuf,
     file: OnceLock<File>,
     state: watch::Sender<SpoolState>,
-    /// Held by the append that is going on.
+    /// Held by the append in progress.
     turn: Arc<Mutex<()>>,
 }
 
@@ -43,17 +43,17 @@ pub(super) struct Turn {
 }
 
 impl Spool {
-    /// An empty one; nothing is touched on disk.
+    /// Creates an empty spool. Does not access the disk.
     pub(super) fn new(path: PathBuf) -> Self {
         let committed = Committed { bytes: 0, finished: false };
         let state = watch::Sender::new(SpoolState { committed, given_up: false });
         Self { path, file: OnceLock::new(), state, turn: Arc::default() }
     }
 
-    /// Up to `max` bytes from `offset`. Blocks.
+    /// Reads up to `max` bytes from `offset`. Blocks.
     ///
     /// # Errors
-    /// Those of the disk.
+    /// Errors of the disk.
     pub(super) fn read(&self, offset: u64, max: usize) -> Result<Bytes> {
         self.file.get().map_or(Ok(Bytes::new()), |file| super::follow::read(file, offset, max))
     }
@@ -66,26 +66,26 @@ impl Spool {
         self.state.subscribe()
     }
 
-    /// Tells readers that no more will come.
+    /// Tells readers that no more bytes follow.
     pub(super) fn give_up(&self) {
         self.state.send_if_modified(|state| !std::mem::replace(&mut state.given_up, true));
     }
 
-    /// Waits for the append before this one, then checks that this one may follow (LOG-04).
+    /// Waits for the previous append, then checks that this one is allowed (LOG-04).
     ///
     /// # Errors
-    /// `Invalid` when it would not start at the end; `Precondition` when the stream is finished.
+    /// `Invalid` when it does not start at the end; `Precondition` when the stream is finished.
     pub(super) async fn turn(self: &Arc<Self>, offset: u64) -> Result<Turn> {
         let guard = self.turn.clone().lock_owned().await;
         let Committed { bytes, finished } = self.committed();
         if finished {
             return Err(Error::Precondition(format!(
-                "the log stream was finished at byte {bytes}; nothing can be added"
+                "the log stream was finished at byte {bytes}; nothing can be appended"
             )));
         }
         if offset != bytes {
             return Err(Error::Invalid(format!(
-                "write_offset is {offset}; the log stream has {bytes} bytes and can only be added to"
+                "write_offset is {offset}; the log stream has {bytes} bytes and can only be appended to"
             )));
         }
         Ok(Turn { spool: self.clone(), offset, _guard: guard })
@@ -93,7 +93,7 @@ impl Spool {
 }
 
 impl Spool {
-    /// The file, made if need be; its path is free again when this returns. Only for whoever has the turn.
+    /// The file. It is created and unlinked if necessary. Only the holder of the turn may call it.
     fn open(&self) -> io::Result<&File> {
         if let Some(file) = self.file.get() {
             return Ok(file);
@@ -105,10 +105,10 @@ impl Spool {
 }
 
 impl Turn {
-    /// Adds the bytes and lets readers have them. Blocks.
+    /// Appends the bytes and makes them visible to readers. Blocks.
     ///
     /// # Errors
-    /// Those of the disk; then nothing was added.
+    /// Errors of the disk. Nothing is appended then.
     pub(super) fn append(self, data: &[u8], finish: bool) -> Result<Committed> {
         if !data.is_empty() {
             let written = self.spool.open().and_then(|file| file.write_all_at(data, self.offset));

@@ -1,4 +1,4 @@
-//! The handle over both kinds of streams, with real files.
+//! Tests for both kinds of streams, with real files.
 
 use super::{
     follow::{Follower, Piece},
@@ -9,12 +9,12 @@ use gorego_reapi::digest::{Digest, DigestFunction};
 use proptest::prelude::*;
 use std::fs;
 
-fn limits() -> Limits {
+fn limits() -> StreamLimits {
     let hour = Duration::from_secs(3600);
-    Limits { streams: 8, bytes: 1 << 20, stream_bytes: 1 << 19, idle: Some(hour), kept: hour }
+    StreamLimits { streams: 8, bytes: 1 << 20, stream_bytes: 1 << 19, idle: Some(hour), kept: hour }
 }
 
-/// A client with an address of its own.
+/// A client with its own address.
 fn client(host: u8) -> Caller {
     Caller::connected(([127, 0, 0, host], 1).into())
 }
@@ -25,7 +25,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(clients: Limits) -> Self {
+    fn new(clients: StreamLimits) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let settings = LogSettings {
             client_streams: true,
@@ -53,7 +53,7 @@ fn name(run: &LiveRun, kind: LogKind) -> LogName {
     LogName { parent: "main".into(), id: StreamId::Run(run.logs(), kind), token: None }
 }
 
-/// Everything from an offset to the end.
+/// Reads everything from an offset to the end.
 async fn rest(mut follower: Follower, offset: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     loop {
@@ -76,7 +76,8 @@ fn runtime() -> tokio::runtime::Runtime {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// LOG-03, LOG-04, LOG-05: against a vector of bytes; a reader from each offset, joined before, during and after.
+    /// LOG-03, LOG-04, LOG-05: compared with a vector of bytes; readers from each offset that join before, during and
+    /// after.
     #[test]
     fn a_client_stream_is_what_was_appended_in_order_and_nothing_else_can_be_done_to_it(
         writes in proptest::collection::vec((proptest::collection::vec(any::<u8>(), 0..40), 0i8..4), 0..12),
@@ -91,7 +92,7 @@ proptest! {
             let mut readers = vec![tokio::spawn(rest(bench.streams.follow(&read, client(20)).unwrap(), from))];
             for (bytes, shift) in writes {
                 let offset = model.len() as u64;
-                // Three of four writes start where the stream ends; the others try to overwrite or to leave a hole.
+                // Three of four writes start at the end of the stream; the others try to overwrite or leave a hole.
                 if shift == 0 {
                     let wrong = if bytes.len() % 2 == 0 { offset + 1 } else { offset.wrapping_sub(1) };
                     let refused = writer.append(wrong, bytes.into(), false).await;
@@ -124,7 +125,7 @@ proptest! {
     }
 }
 
-/// LOG-04: of two writers that both start at the end, one is too late.
+/// LOG-04: if two writers start at the same end, one of them fails.
 #[tokio::test]
 async fn two_writers_cannot_write_the_same_place() {
     let bench = Bench::new(limits());
@@ -156,7 +157,7 @@ async fn only_the_exact_names_open_a_stream() {
     assert!(matches!(bench.streams.writer(&written), Err(Error::NotFound(_))));
 }
 
-/// EXE-64: readers that come before there is a file, while there is one, and after it was taken away.
+/// EXE-64: readers that arrive before the file exists, while it exists, and after it was removed.
 #[tokio::test]
 async fn the_output_of_a_run_is_read_from_its_file_and_then_from_its_blob() {
     let bench = Bench::new(limits());
@@ -173,7 +174,7 @@ async fn the_output_of_a_run_is_read_from_its_file_and_then_from_its_blob() {
     fs::remove_file(bench.directory.path().join("stdout")).unwrap();
     run.stored(LogKind::Stdout, Some(digest("first second")));
     assert_eq!(during.await.unwrap().unwrap(), b"second");
-    // Whether this one came to open the file is a matter of chance; either way it misses nothing.
+    // Whether this reader opened the file is random. In both cases it misses nothing.
     match early.await.unwrap() {
         Ok(bytes) => assert_eq!(bytes, b"first second"),
         Err(stored) => assert_eq!(stored, Error::MissingBlobs(vec![digest("first second")])),
@@ -182,7 +183,7 @@ async fn the_output_of_a_run_is_read_from_its_file_and_then_from_its_blob() {
     assert_eq!(follow().next(3, 100).await, Ok(Piece::Stored(digest("first second"))));
 }
 
-/// EXE-64: however the run ends, its streams do.
+/// EXE-64: the streams of a run end, however the run ends.
 #[tokio::test]
 async fn the_streams_of_a_run_that_is_lost_end_after_what_there_was() {
     let bench = Bench::new(limits());
@@ -202,7 +203,7 @@ async fn the_streams_of_a_run_that_is_lost_end_after_what_there_was() {
     ));
 }
 
-/// What a command puts in the place of its log is not read for it.
+/// Whatever a command puts in the place of its log is not read.
 #[tokio::test]
 async fn a_link_or_a_fifo_in_the_place_of_a_log_is_not_followed() {
     let bench = Bench::new(limits());
@@ -221,10 +222,10 @@ async fn a_link_or_a_fifo_in_the_place_of_a_log_is_not_followed() {
     }
 }
 
-/// Every reader ends: with the stream's idle time, and with the server.
+/// Every reader ends: after the stream's idle limit, and at shutdown.
 #[tokio::test]
 async fn readers_do_not_wait_for_ever() {
-    let bench = Bench::new(Limits { idle: Some(Duration::ZERO), ..limits() });
+    let bench = Bench::new(StreamLimits { idle: Some(Duration::ZERO), ..limits() });
     let idle = bench.streams.create("main".into(), client(4)).unwrap();
     let reader = tokio::spawn(rest(bench.streams.follow(&idle.for_reading(), client(20)).unwrap(), 0));
     let sweeping = tokio::spawn(bench.streams.clone().sweep());
@@ -240,7 +241,7 @@ async fn readers_do_not_wait_for_ever() {
 
 #[tokio::test]
 async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
-    let bench = Bench::new(Limits { streams: 2, bytes: 10, stream_bytes: 6, ..limits() });
+    let bench = Bench::new(StreamLimits { streams: 2, bytes: 10, stream_bytes: 6, ..limits() });
     let one = bench.streams.create("main".into(), client(5)).unwrap();
     let two = bench.streams.create("main".into(), client(6)).unwrap();
     let full = |error| matches!(error, Error::Exhausted { .. });
@@ -252,7 +253,7 @@ async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
     writer.append(0, "1234".into(), false).await.unwrap();
     assert!(full(writer.append(4, "5".into(), false).await.unwrap_err()));
     assert_eq!(writer.committed(), Committed { bytes: 4, finished: false });
-    // A finished stream makes room; whoever reads it already reads on.
+    // A finished stream makes room. Its existing readers continue.
     one.append(6, Bytes::new(), true).await.unwrap();
     let three = bench.streams.create("main".into(), client(8)).unwrap();
     writer.append(4, "56".into(), true).await.unwrap();
@@ -261,13 +262,13 @@ async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
         b"123456"
     );
     assert!(bench.streams.writer(&three).is_ok());
-    // Nothing lies around under a name.
+    // No file is left under a name.
     assert_eq!(fs::read_dir(bench.directory.path()).unwrap().count(), 0);
 }
 
 #[tokio::test]
 async fn unfinished_streams_of_one_client_leave_places_and_bytes_for_others() {
-    let bench = Bench::new(Limits { streams: 9, bytes: 90, stream_bytes: 90, ..limits() });
+    let bench = Bench::new(StreamLimits { streams: 9, bytes: 90, stream_bytes: 90, ..limits() });
     let greedy = client(1);
     let mut made: Vec<_> = (0..8).map(|_| bench.streams.create("main".into(), greedy).unwrap()).collect();
     assert!(matches!(bench.streams.create("main".into(), greedy), Err(Error::Exhausted { .. })));
@@ -278,7 +279,7 @@ async fn unfinished_streams_of_one_client_leave_places_and_bytes_for_others() {
     assert!(matches!(refused, Error::Exhausted { .. }), "{refused}");
     let other = bench.streams.writer(&other).unwrap();
     other.append(0, vec![b'x'; 10].into(), true).await.unwrap();
-    // What is finished makes room, here first for its own client.
+    // Finished streams make room, here first for their own client.
     writer.append(80, Bytes::new(), true).await.unwrap();
     bench.streams.create("main".into(), greedy).unwrap();
     assert_eq!(bench.streams.0.bytes.held(), 0);

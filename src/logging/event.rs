@@ -1,8 +1,8 @@
-//! [`Event`]: the one way in which this program logs.
+//! [`Event`]: the only way in which this program logs.
 //!
-//! An event is put together on the stack, field by field, and goes to the `log` crate as a record with key-values. Until the
-//! record is written, nothing is formatted and nothing is allocated; an event that is filtered out costs no more than that. The
-//! names of events and fields are those of `docs/logs.md`; a test finds them by the way in which they are written here.
+//! An event is built on the stack, field by field, and passed to the `log` crate as a record with key-values. Nothing is
+//! formatted or allocated until the record is written, so a filtered event costs little. `docs/logs.md` lists the names of
+//! events and fields; a test finds them in the source by the way in which they are written.
 
 use log::{
     Level, Log, Record,
@@ -10,12 +10,12 @@ use log::{
 };
 use std::fmt;
 
-/// The key of an event's name among the key-values of its record.
+/// The key of the event's name among the key-values of its record.
 pub(super) const EVENT: &str = "event";
-/// Most fields of one event; a test holds the events of `docs/logs.md` against it.
+/// Most fields of one event. A test checks the events of `docs/logs.md`.
 pub const FIELDS_MAX: usize = 24;
 
-/// One event that is about to be logged.
+/// An event that is being built.
 ///
 /// ```
 /// # use gorego::logging::Event;
@@ -39,33 +39,33 @@ pub struct Event<'a> {
 pub enum Field<'a> {
     /// A string.
     Text(&'a str),
-    /// An integer that is never negative.
+    /// A non-negative integer.
     Unsigned(u64),
-    /// An integer.
+    /// A signed integer.
     Signed(i64),
     /// A boolean.
     Flag(bool),
-    /// A string that is made when it is written.
+    /// A value that is formatted as a string when it is written.
     Shown(&'a dyn fmt::Display),
 }
 
 impl<'a> Event<'a> {
-    /// A failure that an operator has to look at. Its line is written at once.
+    /// A failure that an operator must look at. Its line is written immediately.
     pub fn error(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Error, target, name)
     }
 
-    /// Something that should not be so.
+    /// An unexpected condition.
     pub fn warn(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Warn, target, name)
     }
 
-    /// What happens in a server that is well.
+    /// Normal operation.
     pub fn info(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Info, target, name)
     }
 
-    /// What only those need who look for a fault.
+    /// Details for debugging.
     pub fn debug(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Debug, target, name)
     }
@@ -84,7 +84,7 @@ impl<'a> Event<'a> {
         self
     }
 
-    /// Adds a field if it applies.
+    /// Adds a field if the value is present.
     pub fn with_some(&mut self, key: &'static str, value: Option<impl Into<Field<'a>>>) -> &mut Self {
         match value {
             Some(value) => self.with(key, value),
@@ -92,30 +92,30 @@ impl<'a> Event<'a> {
         }
     }
 
-    /// Adds a text if there is one: an empty text says that a client said nothing.
+    /// Adds a text if it is not empty. An empty text means that a client sent none.
     pub fn with_said(&mut self, key: &'static str, text: &'a str) -> &mut Self {
         self.with_some(key, (!text.is_empty()).then_some(text))
     }
 
-    /// Adds what is shown as a string.
+    /// Adds a value in its displayed form.
     pub fn with_shown(&mut self, key: &'static str, value: &'a impl fmt::Display) -> &mut Self {
         self.with(key, Field::Shown(value))
     }
 
     /// Logs the event with a sentence for people.
     pub fn log(&self, message: fmt::Arguments<'_>) {
-        // What the macros of `log` do first: most of what is filtered out ends here.
+        // The macros of `log` check this first too; most filtered events end here.
         if self.level <= log::max_level() {
             self.log_to(log::logger(), message);
         }
     }
 
-    /// As [`Event::log`], to this logger.
+    /// Like [`Event::log`], but with the given logger.
     pub(crate) fn log_to(&self, logger: &dyn Log, message: fmt::Arguments<'_>) {
         self.with_record(message, |record| logger.log(record));
     }
 
-    /// The event as a record.
+    /// Passes the event to `use_record` as a record.
     pub(super) fn with_record(&self, message: fmt::Arguments<'_>, use_record: impl FnOnce(&Record<'_>)) {
         let mut record = Record::builder();
         record.level(self.level).target(self.target).key_values(self);
@@ -182,7 +182,7 @@ macro_rules! integers {
         $($(
             impl From<$integer> for Field<'_> {
                 fn from(number: $integer) -> Self {
-                    // Lossless: none of these is wider than 64 bits.
+                    // Lossless: no integer here is wider than 64 bits.
                     Self::$kind(number as _)
                 }
             }
@@ -201,7 +201,7 @@ mod tests {
     use serde_json::{Map, json};
     use std::{sync::Mutex, time::SystemTime};
 
-    /// Keeps the key-values of the records that it is given.
+    /// A logger that keeps the key-values of its last record.
     struct Last(Mutex<(String, Map<String, serde_json::Value>)>);
 
     impl Log for Last {

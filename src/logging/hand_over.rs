@@ -1,14 +1,14 @@
-//! The hand-over of finished lines to the one thread that writes them.
+//! The queue of finished lines for the thread that writes them.
 //!
-//! Logging appends to a buffer and returns: a reader of standard error that is slow, stuck or gone costs an actor or an RPC
-//! nothing. The writer takes everything that waits and writes it with one call. A line that comes after a pause is written at
-//! once. After each write the writer rests for a few milliseconds, and lines gather meanwhile, so a busy server pays for one
-//! wake-up per batch and not per line. The rest ends early when a batch is full, when a line is urgent, and when somebody waits
-//! in [`HandOver::flush`]. A process that is killed loses at most the lines of one rest.
+//! Logging appends to a buffer and returns, so an actor or RPC never waits for a slow, blocked or missing reader of
+//! standard error. The writer takes all waiting lines and writes them with one call. A line after a pause is written
+//! immediately. After each write the writer pauses for a few milliseconds while lines accumulate, so a busy server needs
+//! one wake-up per batch instead of one per line. The pause ends early when a batch is full, when a line is urgent, and
+//! when a thread waits in [`HandOver::flush`]. If the process is killed, at most the lines of one pause are lost.
 //!
-//! Invariants: lines are written in the order in which they were handed over; a line is written whole or not at all, unless
-//! a write fails in the middle of it; the buffer is bounded, and lines that find it full are dropped, counted and reported where
-//! they are missing; no lock is held while something is written. This file knows nothing of levels and fields.
+//! Invariants: lines are written in the order in which they were queued; a line is written completely or not at all, unless
+//! a write fails in the middle; the buffer is bounded, and lines that find it full are dropped, counted and reported at the
+//! place where they are missing; no lock is held during a write. Levels and fields are unknown here.
 
 use std::{
     io::{self, ErrorKind, Write},
@@ -17,25 +17,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Most bytes of lines that wait for the writer: some 10,000 lines, which is every line of a few thousand actions that are
-/// submitted at once. The writer may hold as many again.
-pub const WAITING_MAX_BYTES: usize = 4 * 1024 * 1024;
-/// So many bytes of lines are written without waiting for more: as many as a pipe takes in one call.
+/// Most bytes of waiting lines: some 10,000 lines, which is the log of a few thousand actions that are submitted at once.
+/// The writer may hold as many again.
+pub(super) const WAITING_MAX_BYTES: usize = 4 * 1024 * 1024;
+/// A batch of this size is written without a pause. It is what a pipe accepts in one call.
 const BATCH_BYTES: usize = 64 * 1024;
-/// How long the writer rests after it took a batch. At 200 wake-ups a second, waking costs less than writing the lines; shorter
-/// than anybody notices who follows the log.
+/// How long the writer pauses after it took a batch. At 200 wake-ups per second, waking costs less than writing. Nobody who
+/// follows the log notices the delay.
 const BATCH_TIME: Duration = Duration::from_millis(5);
-/// How much of a buffer is kept after a burst: room for a full batch and the lines that come while it is written.
+/// Buffer capacity that is kept after a burst: a full batch and the lines that arrive while it is written.
 const KEPT_BYTES: usize = 4 * BATCH_BYTES;
-/// How long the writer waits when standard error is in non-blocking mode, as programs that share it may leave it, and full.
+/// How long the writer waits when standard error is full and in non-blocking mode, which other programs may have set.
 const NOT_READY_PAUSE: Duration = Duration::from_millis(10);
 
-/// How many lines the writer takes at a time.
+/// When the writer takes the waiting lines.
 #[derive(Debug, Clone, Copy)]
-pub struct Pace {
-    /// A batch is full with so many bytes.
+pub(super) struct Pace {
+    /// A batch of this size is full.
     pub bytes: usize,
-    /// Lines that are not urgent wait no longer than this for a batch to fill.
+    /// Longest time that lines that are not urgent wait for a batch to fill.
     pub time: Duration,
 }
 
@@ -45,16 +45,16 @@ impl Default for Pace {
     }
 }
 
-/// The end where lines go in; every clone leads to the same writer.
+/// The sending end of the queue. All clones lead to the same writer.
 #[derive(Debug, Clone)]
-pub struct HandOver(Arc<Shared>);
+pub(super) struct HandOver(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
     /// Wakes the writer.
     arrived: Condvar,
-    /// The writer is done with what it took.
+    /// Signals that the writer is done with what it took.
     written: Condvar,
     pace: Pace,
 }
@@ -62,38 +62,38 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     waiting: Vec<u8>,
-    /// Lines turned away since the writer last took what waits. Once one is, so are all until then: what is missing is
-    /// missing in one place.
+    /// Number of lines dropped since the writer last took the buffer. After the first one, all are dropped until then, so
+    /// that all missing lines are missing in one place.
     dropped: u64,
-    /// How many lines have come, kept or not.
+    /// Number of lines received, including dropped ones.
     arrived: u64,
-    /// How many of them the writer is done with.
+    /// Number of these lines that the writer is done with.
     written: u64,
-    /// One of the lines that wait is to be written at once.
+    /// Whether one of the waiting lines must be written immediately.
     is_urgent: bool,
-    /// How many wait for `written`.
+    /// Number of threads that wait for `written`.
     flushing: usize,
     writer: WriterState,
 }
 
-/// What the writer does, for those who may have to wake it.
+/// The state of the writer, for threads that may have to wake it.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum WriterState {
-    /// It is awake, or was woken, and will look again before it sleeps.
+    /// It is awake or was woken, and will check the buffer before it sleeps.
     #[default]
     Awake,
-    /// It sleeps until its rest is over.
+    /// It sleeps until its pause is over.
     Resting,
-    /// It sleeps until a line comes.
+    /// It sleeps until a line arrives.
     Idle,
 }
 
 impl HandOver {
-    /// Starts a writer to `out`. `report` makes the line that says how many lines are missing where it stands.
+    /// Starts a writer to `out`. `report` formats the line that reports a number of missing lines.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn start(
+    pub(super) fn start(
         out: impl Write + Send + 'static,
         pace: Pace,
         report: impl Fn(&mut Vec<u8>, u64) + Send + 'static,
@@ -104,19 +104,19 @@ impl HandOver {
             written: Condvar::new(),
             pace,
         });
-        let writer = Writer { out, lost: 0, torn: false };
+        let writer = BatchWriter { out, lost: 0, torn: false };
         let taken_from = shared.clone();
         thread::Builder::new().name("log-writer".into()).spawn(move || writer.run(&taken_from, report))?;
         Ok(Self(shared))
     }
 
-    /// Hands over a whole line. Never waits for the writer, and never fails: a line without room is counted and dropped.
-    pub fn put(&self, line: &[u8]) {
+    /// Queues a whole line. Never waits and never fails: a line without room is dropped and counted.
+    pub(super) fn put(&self, line: &[u8]) {
         self.take_in(line, false);
     }
 
-    /// As [`HandOver::put`], and the writer does not let this line wait for others.
-    pub fn put_urgent(&self, line: &[u8]) {
+    /// Like [`HandOver::put`], but the writer does not wait for further lines.
+    pub(super) fn put_urgent(&self, line: &[u8]) {
         self.take_in(line, true);
     }
 
@@ -131,15 +131,15 @@ impl HandOver {
         state.is_urgent |= is_urgent;
         let wakes = state.wakes_writer(self.0.pace);
         drop(state);
-        // Only then: waking a thread that is not to wake is a system call for nothing.
+        // Only if necessary: waking a thread that is awake costs a system call.
         if wakes {
             self.0.arrived.notify_one();
         }
     }
 
-    /// Waits, but no longer than `patience`, until all that was handed over before this call is written or reported as
-    /// dropped. Returns whether it is.
-    pub fn flush(&self, patience: Duration) -> bool {
+    /// Waits up to `patience` until all lines queued before this call are written or reported as dropped. Returns whether
+    /// they are.
+    pub(super) fn flush(&self, patience: Duration) -> bool {
         let mut state = self.0.lock();
         let goal = state.arrived;
         state.flushing += 1;
@@ -156,12 +156,12 @@ impl HandOver {
 }
 
 impl State {
-    /// Whether what waits is to be written now.
+    /// Whether the waiting lines should be written now.
     fn is_due(&self, pace: Pace) -> bool {
         self.is_urgent || self.flushing > 0 || self.dropped > 0 || self.waiting.len() >= pace.bytes
     }
 
-    /// Whether the writer sleeps and is to be woken. Says so once.
+    /// Whether the writer sleeps and must be woken. Returns true once.
     fn wakes_writer(&mut self, pace: Pace) -> bool {
         let wakes = match self.writer {
             WriterState::Awake => false,
@@ -180,8 +180,8 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until lines are to be written, which may be any time after `rested`, and moves all of them into `batch`, which is
-    /// empty. Returns up to which line that is, and how many are missing at its end.
+    /// Waits until lines should be written, possibly after the pause that ends at `rested`, and moves all of them to the
+    /// empty `batch`. Returns the number of the last line, and how many lines are missing after it.
     fn take(&self, batch: &mut Vec<u8>, rested: Instant) -> (u64, u64) {
         let mut state = self.lock();
         loop {
@@ -215,22 +215,23 @@ impl Shared {
     }
 }
 
-/// The end where lines come out.
-struct Writer<W> {
+/// The receiving end of the queue.
+struct BatchWriter<W> {
     out: W,
-    /// Lines that could not be written, and were not reported yet.
+    /// Number of lines that could not be written and were not reported yet.
     lost: u64,
-    /// What was written last is not the end of a line.
+    /// Whether the last output is an incomplete line.
     torn: bool,
 }
 
-impl<W: Write> Writer<W> {
+impl<W: Write> BatchWriter<W> {
     fn run(mut self, shared: &Shared, report: impl Fn(&mut Vec<u8>, u64)) {
         let mut batch = Vec::new();
         let mut rested = Instant::now();
         loop {
             let (upto, dropped) = shared.take(&mut batch, rested);
-            // From here and not from the end of the write, which may be slow: lines that came meanwhile have waited.
+            // Counted from here and not from the end of the write, which may be slow: lines that arrived meanwhile have
+            // waited.
             rested = Instant::now() + shared.pace.time;
             if self.lost > 0 {
                 let mut before = Vec::new();
@@ -254,7 +255,7 @@ impl<W: Write> Writer<W> {
         }
     }
 
-    /// Writes until it is done or fails for good; returns how many bytes it wrote.
+    /// Writes until it is done or fails permanently. Returns the number of written bytes.
     fn write(&mut self, bytes: &[u8]) -> usize {
         let mut written = 0;
         while let Some(left) = bytes.get(written..).filter(|left| !left.is_empty()) {
@@ -263,7 +264,7 @@ impl<W: Write> Writer<W> {
                 Ok(more) => written += more,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(NOT_READY_PAUSE),
-                // Nobody reads any more, or the disk is full. There is no place left to say so.
+                // The reader has exited, or the disk is full. There is nowhere to report it.
                 Err(_) => break,
             }
         }

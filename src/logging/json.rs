@@ -1,7 +1,7 @@
-//! One record as one line of JSON.
+//! Formats a record as one line of JSON.
 //!
-//! Everything is written straight into the line: strings, numbers and booleans by `serde_json`'s writers of such values, and
-//! only what a library logs as a structure through its serializer.
+//! Everything is written directly to the line. Strings, numbers and booleans use the value writers of `serde_json`; only
+//! structured values of libraries go through its serializer.
 
 use super::{LIBRARY_EVENT, event::EVENT};
 use log::{
@@ -11,16 +11,17 @@ use log::{
 use serde::Serialize;
 use std::{io::Write as _, time::SystemTime};
 
-/// Fields that every line has; a key-value of the same name would make the object ambiguous and is left out.
+/// The fields that every line has. A key-value with one of these names is omitted, because it would make the object
+/// ambiguous.
 const COMMON: &[&str] = &["ts", "level", "target", EVENT, "msg"];
 
 /// Appends the record as one JSON object and a newline: `ts`, `level`, `target`, `event`, `msg`, then its key-values with
-/// their types and without those that have no value. A record without an event is a library's: its key-values go into the
-/// object `fields`.
+/// their types. Absent values are omitted. A record without an event comes from a library, and its key-values are nested in
+/// the object `fields`.
 pub fn write_json(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>) {
     let values = record.key_values();
     let event = values.get(Key::from(EVENT));
-    // Writing to a Vec does not fail.
+    // Writing to a Vec cannot fail.
     let _ = write!(line, "{{\"ts\":\"{}\",\"level\":\"", humantime::format_rfc3339_millis(now));
     line.extend_from_slice(record.level().as_str().as_bytes());
     line.extend_from_slice(b"\",\"target\":");
@@ -45,7 +46,7 @@ pub fn write_json(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>) {
     line.extend_from_slice(b"}\n");
 }
 
-/// Appends a value as JSON; one that cannot be serialised becomes the text of its error.
+/// Appends a value as JSON. A value that cannot be serialised is replaced by the text of its error.
 fn write_value(line: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) {
     let start = line.len();
     if let Err(error) = serde_json::to_writer(&mut *line, value) {
@@ -80,7 +81,7 @@ impl<'kvs> VisitSource<'kvs> for Fields<'_> {
     }
 }
 
-/// Writes a value unless it is an `Option` without anything in it.
+/// Writes a value unless it is `None`.
 struct Present<'a> {
     line: &'a mut Vec<u8>,
     is_absent: bool,

@@ -1,6 +1,6 @@
-//! One record as one line of text for a person at a terminal.
+//! Formats a record as one line of text for a terminal.
 //!
-//! What clients send (target names, paths) ends up in logs, so control characters are escaped: nobody can move the
+//! Logs contain text from clients (target names, paths), so control characters are escaped: no client can move the
 //! operator's cursor or forge a line.
 
 use super::event::EVENT;
@@ -11,10 +11,10 @@ use log::{
 };
 use std::{fmt::Write as _, io::Write as _, time::SystemTime};
 
-/// Where key-values begin if the message leaves room, so that the eye finds them.
+/// The column at which key-values start if the message is short enough, so that they align.
 const MESSAGE_WIDTH: usize = 44;
 
-/// Appends `TIME LEVEL room message key=value ...` and a newline. The time is UTC; the room is the target without
+/// Appends `TIME LEVEL room message key=value ...` and a newline. The time is in UTC, and the room is the target without
 /// "gorego::".
 pub fn write_text(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>, colour: bool) {
     let stamp = humantime::format_rfc3339_millis(now).to_string();
@@ -27,7 +27,7 @@ pub fn write_text(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>, colo
     };
     let room = record.target().strip_prefix("gorego::").unwrap_or(record.target());
     let mut text = String::with_capacity(160);
-    // Writing to a String or a Vec does not fail.
+    // Writing to a String or a Vec cannot fail.
     let _ = write!(Escaped(&mut text), "{}", record.args());
     let _ = write!(line, "{time} {on}{:5}{off} {:9} ", record.level(), escaped(room));
     let mut fields = String::new();
@@ -62,7 +62,7 @@ impl<'kvs> VisitSource<'kvs> for Fields<'_> {
     }
 }
 
-/// Whether a value is an `Option` without anything in it: such a field is left out of its line.
+/// Whether a value is `None`. Such a field is omitted from its line.
 fn is_absent(value: &Value<'_>) -> bool {
     struct Absent(bool);
     impl<'v> VisitValue<'v> for Absent {

@@ -1,4 +1,4 @@
-//! Connections without end: silent ones, those that begin and do not go on, and more than there are places for.
+//! Many connections: silent ones, incomplete ones, and more than there are places for.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
@@ -14,7 +14,7 @@ use std::{
 };
 use tokio::time::timeout;
 
-/// Connections of one peer: silent ones, ones with half a preface, and ones that say hello and nothing more.
+/// Connections of one peer: silent ones, ones with half a preface, and ones that only send the preface.
 fn connect_many(address: SocketAddr) -> Vec<TcpStream> {
     let connect = |n: usize| {
         let mut socket = raw::connect_from("127.0.0.1", address);
@@ -38,7 +38,7 @@ async fn one_peer_cannot_take_all_connections_nor_the_descriptors_of_files_and_c
     let fresh = async {
         let mut client = CapabilitiesClient::new(connect_from("127.0.0.3", &server).await);
         client.get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
-        // The same address is served too: idle ones make room.
+        // The same address is served too, because idle connections are closed to make room.
         let mut client = CapabilitiesClient::new(connect_from("127.0.0.1", &server).await);
         client.get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
     };

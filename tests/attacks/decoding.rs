@@ -1,4 +1,4 @@
-//! Messages that are small on the wire and large in memory, stored and received.
+//! Stored and received messages that are small on the wire and large in memory.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
@@ -21,19 +21,19 @@ use tonic::{
     transport::Channel,
 };
 
-/// A message field of this number with this content.
+/// A message field with this number and content.
 pub fn field(number: u8, content: &[u8]) -> Vec<u8> {
     let mut message = vec![number << 3 | 2];
     prost::encode_length_delimiter(content.len(), &mut message).unwrap();
     [&message[..], content].concat()
 }
 
-/// So many empty messages as field 1: two bytes each.
+/// This many empty messages as field 1, of two bytes each.
 fn nothings(count: usize) -> Vec<u8> {
     b"\x0a\x00".repeat(count)
 }
 
-/// A Directory whose own properties are 30 million nothings. Salted, so that each is a blob of its own.
+/// A Directory whose own properties are 30 million empty messages. It is salted, so that each is a different blob.
 fn directory_of_nothings(salt: u8) -> Vec<u8> {
     let mut properties = nothings(30_000_000);
     properties.extend(field(1, &field(1, &[b'a' + salt])));
@@ -59,7 +59,7 @@ async fn store(client: &Client, data: Vec<u8>) -> Digest {
     digest
 }
 
-/// EXE-27. The issue's case: 60 MB took 1.5 GB for each action.
+/// EXE-27. Each action used to take 1.5 GB for 60 MB of input.
 #[tokio::test(flavor = "multi_thread")]
 async fn actions_whose_directories_are_millions_of_nothings_are_refused_within_bounds() {
     let server = Server::start().await;
@@ -128,7 +128,7 @@ async fn results_whose_trees_are_millions_of_nothings_are_misses_within_bounds()
     assert_memory_is_bounded(&server);
 }
 
-/// The bytes of a message as they are.
+/// Raw bytes in the place of a message.
 #[derive(Default)]
 pub struct Raw;
 
@@ -166,7 +166,7 @@ impl Decoder for Raw {
     }
 }
 
-/// Runs an attack on a thread of its own, so that what it costs its client does not hold up the bystander.
+/// Runs an attack on its own thread, so that the CPU time of its client does not delay the bystander.
 pub async fn apart<F: Future<Output = ()>>(attack: impl FnOnce() -> F + Send + 'static) {
     let run = move || {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(attack())
@@ -196,8 +196,8 @@ const UPDATE_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/Update
 const GET_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
 const PUSH_BLOB: &str = "/build.bazel.remote.asset.v1.Push/PushBlob";
 
-/// Requests of 15 MB that would take a gigabyte, in every place where a list may stand; one also as a few
-/// kilobytes, compressed.
+/// Requests of 15 MB that would take a gigabyte, for every field that may be a list; one of them also compressed to a few
+/// kilobytes.
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_of_millions_of_nothings_are_refused_within_bounds() {
     let server = Arc::new(Server::start().await);
@@ -220,7 +220,7 @@ async fn requests_of_millions_of_nothings_are_refused_within_bounds() {
     let bystander = Bystander::beside(&server).await;
     let target = server.clone();
     let attack = async move || {
-        // The client takes seconds to compress one of them.
+        // The client needs seconds to compress one of them.
         let compressed = requests.len() - 1..requests.len();
         for (compression, chosen) in [
             (None, 0..requests.len()),
@@ -272,7 +272,7 @@ async fn commands_and_actions_of_millions_of_nothings_are_refused_within_bounds(
     assert_memory_is_bounded(&server);
 }
 
-/// The HTTP port takes ActionResults too.
+/// The HTTP port accepts ActionResults too.
 #[tokio::test(flavor = "multi_thread")]
 async fn results_of_millions_of_nothings_over_http_are_refused_within_bounds() {
     let server = Server::with(&[("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;

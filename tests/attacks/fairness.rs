@@ -1,5 +1,5 @@
-//! Fairness that believes what clients say: an address that queues thousands of actions, each of them said to be more urgent
-//! than anything and a build of its own.
+//! Fairness with untrusted metadata: an address queues thousands of actions, each with the most urgent priority and its own
+//! build id.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
@@ -10,15 +10,15 @@ use prost::Message as _;
 use std::time::{Duration, Instant};
 use tonic::{Code, Request, metadata::MetadataValue};
 
-/// Actions that the hostile client queues.
+/// Number of actions that the hostile client queues.
 const ACTIONS: usize = 3_000;
-/// How long each of them runs.
+/// Run time of each of them.
 const RUN_TIME: &str = "0.2";
-/// How long the single action of the other peer may wait: two runs, and much for a busy machine. In the order of
-/// arrival it would be five minutes.
+/// How long the single action of the other peer may wait: two runs, and a margin for a busy machine. In order of arrival it
+/// would wait five minutes.
 const FAIR_WAIT: Duration = Duration::from_secs(15);
 
-/// Starts an Execute that says this about itself.
+/// Starts an Execute with this metadata.
 async fn start(client: &Client, script: &str, invocation: &str, priority: i32) -> Result<Run, tonic::Status> {
     let action = client.action_with(sh(script), empty(), |action| action.do_not_cache = true).await;
     let policy = ExecutionPolicy { priority };
@@ -65,7 +65,7 @@ async fn a_flood_of_urgent_builds_does_not_hold_up_a_single_action_of_another_pe
     assert_memory_is_bounded(&server);
 }
 
-/// GEN-21: places are shared like slots.
+/// GEN-21: places in the queue are shared like slots.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_fills_the_queue_with_builds_of_one_action_leaves_room_to_another() {
     let limits = [("EXECUTION__CONCURRENCY", "1"), ("EXECUTION__QUEUE_SIZE", "90")];

@@ -14,18 +14,18 @@ use std::{
 };
 use tonic::transport::Channel;
 
-/// Largest answer that the test takes.
+/// Largest response that the test accepts.
 const ANSWER_MAX_BYTES: usize = 16 * 1024 * 1024;
-/// What the server may keep of a storm once it is over, beside what it had before.
+/// Memory that the server may keep after the attack, in addition to what it had before.
 const KEPT_MAX_BYTES: u64 = 100_000_000;
 
-/// So many digests of blobs that nobody has.
+/// This many digests of unknown blobs.
 fn digests(from: u64, count: u64) -> Vec<Digest> {
     let hash = |n: u64| format!("{:016x}", n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).repeat(4);
     (from..from + count).map(|n| Digest { hash: hash(n), size_bytes: 1 }).collect()
 }
 
-/// The same, but all of them begin alike.
+/// The same, but with a common prefix.
 fn alike(count: u64) -> Vec<Digest> {
     (0..count).map(|n| Digest { hash: format!("{n:064x}"), size_bytes: 1 }).collect()
 }
@@ -36,7 +36,7 @@ async fn find(channel: Channel, blob_digests: Vec<Digest>) -> FindMissingBlobsRe
     client.find_missing_blobs(request).await.unwrap().into_inner()
 }
 
-/// CAS-01, CAS-02. All are answered, and meanwhile everybody else; the memory goes back.
+/// CAS-01, CAS-02. All calls are answered, other clients are served meanwhile, and the memory is returned.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_storm_of_large_look_ups_is_answered_beside_others_and_its_memory_goes_back() {
     const CLIENTS: u64 = 20;
@@ -63,7 +63,8 @@ async fn a_storm_of_large_look_ups_is_answered_beside_others_and_its_memory_goes
     eventually(&what, || resident_memory(&server) < before + KEPT_MAX_BYTES).await;
 }
 
-/// They differ in their last characters only. By their beginnings they all were alike, and each was compared with all others.
+/// They differ only in their last characters. A hash of the prefix made all of them collide, so each was compared with all
+/// others.
 #[tokio::test(flavor = "multi_thread")]
 async fn digests_that_begin_alike_take_no_longer_than_others() {
     let server = Server::start().await;
@@ -76,6 +77,6 @@ async fn digests_that_begin_alike_take_no_longer_than_others() {
         times.push(begin.elapsed());
     }
     bystander.leave().await;
-    // It was a hundred times as long.
+    // It used to take a hundred times as long.
     assert!(times[1] < 5 * times[0] + Duration::from_secs(1), "{times:?}");
 }

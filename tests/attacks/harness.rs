@@ -1,4 +1,4 @@
-//! What all attacks need: a client on an address of its own, a bystander, and the memory of the server.
+//! Helpers of all attacks: clients with separate addresses, a bystander, and the memory of the server.
 
 use crate::support::Server;
 use gorego_client::stubs::CapabilitiesClient;
@@ -11,35 +11,35 @@ use std::{
 use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 use tonic::transport::{Channel, Endpoint};
 
-/// Peak resident memory that an attack may cause, with default settings.
+/// Largest resident memory that an attack may cause, with default settings.
 pub const MEMORY_MAX_BYTES: u64 = 600_000_000;
-/// How long the bystander may wait for an answer.
+/// Largest time that the bystander may wait for an answer.
 pub const BYSTANDER_LIMIT: Duration = Duration::from_secs(5);
-/// How often the bystander asks.
+/// Interval between the requests of the bystander.
 const BYSTANDER_PAUSE: Duration = Duration::from_millis(20);
 
-/// A connection of its own from this loopback address, such as "127.0.0.2".
+/// A new connection from this loopback address, such as "127.0.0.2".
 pub async fn connect_from(address: &str, server: &Server) -> Channel {
     let address: IpAddr = address.parse().unwrap();
     Endpoint::from_shared(server.endpoint()).unwrap().local_address(Some(address)).connect().await.unwrap()
 }
 
-/// Another peer, which asks the server for its capabilities again and again.
+/// Another peer, which requests the server's capabilities repeatedly.
 pub struct Bystander {
     leave: oneshot::Sender<()>,
     asking: JoinHandle<Verdict>,
 }
 
-/// What a bystander saw.
+/// The observations of a bystander.
 pub struct Verdict {
-    /// How many answers it got.
+    /// Number of answers that it received.
     pub answers: u64,
-    /// The longest that it waited for one.
+    /// Its longest wait for an answer.
     pub slowest: Duration,
 }
 
 impl Bystander {
-    /// One that has had its first answer.
+    /// A bystander that has received its first answer.
     pub async fn beside(server: &Server) -> Self {
         let mut client = CapabilitiesClient::new(connect_from("127.0.0.2", server).await);
         client.get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
@@ -61,25 +61,25 @@ impl Bystander {
         Self { leave, asking }
     }
 
-    /// Asks once more and goes. Panics when an answer took longer than [`BYSTANDER_LIMIT`].
+    /// Makes one more request and ends. Panics when an answer took longer than [`BYSTANDER_LIMIT`].
     pub async fn leave(self) -> Verdict {
         let _ = self.leave.send(());
         self.asking.await.unwrap()
     }
 }
 
-/// Panics when the server has ever had more resident memory than [`MEMORY_MAX_BYTES`].
+/// Panics when the peak resident memory of the server exceeds [`MEMORY_MAX_BYTES`].
 pub fn assert_memory_is_bounded(server: &Server) {
     let peak = peak_memory(server);
     assert!(peak < MEMORY_MAX_BYTES, "the server had {} MB resident", peak / 1_000_000);
 }
 
-/// The most resident memory that the server has had so far, in bytes.
+/// The peak resident memory of the server, in bytes.
 pub fn peak_memory(server: &Server) -> u64 {
     memory(server, "VmHWM")
 }
 
-/// The resident memory of the server at this moment, in bytes.
+/// The current resident memory of the server, in bytes.
 #[allow(dead_code)]
 pub fn resident_memory(server: &Server) -> u64 {
     memory(server, "VmRSS")

@@ -1,4 +1,4 @@
-//! Heads of requests: many large ones of calls that do not go on, and ones that never end.
+//! Request headers: many large ones of calls that do not continue, and headers that never end.
 
 use crate::{
     decoding::FIND_MISSING,
@@ -15,7 +15,7 @@ fn connect(server: &Server) -> TcpStream {
     socket
 }
 
-/// The start of a call with 1,850 fields, each of one byte: a name that the first call has put into the table.
+/// The start of a call with 1,850 fields of one byte each: references to a name that the first call has put into the table.
 fn large_head(stream: u32) -> Vec<u8> {
     const NAMES: u8 = 26;
     let mut block = raw::header_block(FIND_MISSING);
@@ -44,7 +44,7 @@ async fn calls_with_large_heads_that_do_not_go_on_are_refused_when_they_take_too
             && line["error"].as_str().is_some_and(|error| error.contains("bytes of large headers"))
     };
     eventually("a call is refused", || server.log().iter().any(is_refused)).await;
-    // Those of usual size are answered beside them, over the same connection too.
+    // Headers of the usual size are answered meanwhile, even on the same connection.
     let mut other = connect(&server);
     tokio::task::spawn_blocking(move || {
         raw::call_and_wait(&mut other, 1, FIND_MISSING, &FindMissingBlobsRequest::default());

@@ -1,4 +1,4 @@
-//! Log streams of one client that it never finishes.
+//! One client creates log streams and never finishes them.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},

@@ -1,7 +1,7 @@
-//! One client against everybody: what a hostile or broken client may cost the server and the clients beside it.
+//! One client against all others: the cost that a hostile or broken client may cause for the server and other clients.
 //!
-//! Each attack is bounded in count and time. It comes from 127.0.0.1; the bystander comes from 127.0.0.2, which is another
-//! peer. During and after each attack the server's peak resident memory stays under [`harness::MEMORY_MAX_BYTES`], and the
+//! Each attack is bounded in number and time. It comes from 127.0.0.1; the bystander comes from 127.0.0.2, which is another
+//! peer. During and after each attack, the server's peak resident memory stays under [`harness::MEMORY_MAX_BYTES`], and the
 //! bystander is answered within [`harness::BYSTANDER_LIMIT`].
 
 #![allow(clippy::unwrap_used)]
@@ -26,7 +26,7 @@ mod support;
 mod unread_answers;
 mod windows;
 
-/// The attack that does nothing: the harness works, and the server is as it should be at rest.
+/// The attack that does nothing: the harness works, and the server is idle.
 #[tokio::test]
 async fn a_bystander_alone_is_answered_at_once() {
     let server = support::Server::start().await;

@@ -1,4 +1,4 @@
-//! Requests that are complete but for their end: their clients send what counts, and then nothing more.
+//! Requests that are complete except for their end: clients send everything that takes memory, and then stop.
 
 use crate::{
     decoding::{FIND_MISSING, Raw, apart, field},
@@ -16,7 +16,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{task::JoinHandle, time::timeout};
 use tonic::{Code, Request, Status, transport::Channel};
 
-/// Makes a call whose request is never over.
+/// Makes a call whose request never ends.
 fn call_without_end(
     channel: Channel,
     method: &'static str,
@@ -31,7 +31,7 @@ fn call_without_end(
     })
 }
 
-/// Makes two calls whose requests take as much of the memory to decode requests as one peer can have, and are never over.
+/// Makes two calls that never end, whose requests take all of the decoding memory that one peer can have.
 pub async fn hold_the_room_to_decode(server: &Server) -> [JoinHandle<Result<(), Status>>; 2] {
     let before = resident_memory(server);
     let hostile = connect_from("127.0.0.1", server).await;
@@ -42,8 +42,8 @@ pub async fn hold_the_room_to_decode(server: &Server) -> [JoinHandle<Result<(), 
     calls
 }
 
-/// Two requests that take almost as much memory as requests may, and are held for as long as their clients like, leave room
-/// for the largest one of another peer.
+/// Two requests that take almost all of a peer's decoding memory and never end leave room for the largest request of
+/// another peer.
 #[tokio::test(flavor = "multi_thread")]
 async fn large_requests_without_an_end_leave_room_for_those_of_another_peer() {
     let server = Server::start().await;
@@ -65,8 +65,8 @@ async fn large_requests_without_an_end_leave_room_for_those_of_another_peer() {
     assert_memory_is_bounded(&server);
 }
 
-/// What was received of thousands of uploads is written when there is too much of it, even if each has sent less than a write is
-/// worth; and where so many are silent that their buffers take too much, the rest is refused.
+/// The received bytes of thousands of uploads are written when there are too many, even if each upload has less than a
+/// write is worth. If the buffers of silent uploads take too much memory, further ones are refused.
 #[tokio::test(flavor = "multi_thread")]
 async fn uploads_that_stop_after_their_first_message_are_not_kept_in_memory() {
     const UPLOADS: u32 = 2_500;

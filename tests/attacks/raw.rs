@@ -1,4 +1,4 @@
-//! HTTP/2 as a hostile client writes it: frames without a library, which would keep to the rules (RFC 9113, RFC 7541).
+//! HTTP/2 of a hostile client: frames without a library that would enforce the rules (RFC 9113, RFC 7541).
 
 use std::{
     io::{Read as _, Write as _},
@@ -19,7 +19,7 @@ pub const END_STREAM: u8 = 0x1;
 pub const END_HEADERS: u8 = 0x4;
 pub const ENHANCE_YOUR_CALM: u32 = 0xb;
 
-/// The largest window that there is.
+/// The largest possible window.
 const WINDOW_MAX: u32 = (1 << 31) - 1;
 
 /// A frame.
@@ -31,7 +31,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// What a client sends first that takes whatever comes.
+/// The opening frames of a client that accepts everything.
 pub fn preface() -> Vec<u8> {
     let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     let mut window = 4u16.to_be_bytes().to_vec();
@@ -48,7 +48,7 @@ pub fn header_block(path: &str) -> Vec<u8> {
         bytes.extend(text.as_bytes());
         bytes
     };
-    // POST and http, from the static table; then literals, which are not remembered.
+    // POST and http, from the static table; then literals without indexing.
     let mut block = vec![0x83, 0x86, 0x04];
     block.extend(text(path));
     block.push(0x01);
@@ -61,7 +61,7 @@ pub fn header_block(path: &str) -> Vec<u8> {
     block
 }
 
-/// The start of a call.
+/// The HEADERS frame of a call.
 pub fn headers(stream: u32, path: &str) -> Vec<u8> {
     frame(HEADERS, END_HEADERS, stream, &header_block(path))
 }
@@ -76,12 +76,12 @@ pub fn call(stream: u32, path: &str, message: &impl prost::Message) -> Vec<u8> {
     bytes
 }
 
-/// The streams that a client may open, in order.
+/// The ids of the streams that a client may open, in order.
 pub fn streams() -> impl Iterator<Item = u32> {
     (1..).step_by(2)
 }
 
-/// A socket, connected from this address.
+/// A socket that is connected from this address.
 pub fn connect_from(address: &str, server: SocketAddr) -> TcpStream {
     let from: IpAddr = address.parse().unwrap();
     let socket =
@@ -91,7 +91,7 @@ pub fn connect_from(address: &str, server: SocketAddr) -> TcpStream {
     TcpStream::from(socket)
 }
 
-/// Reads frames until the server closes, and gives the code of its GOAWAY, if it sent one. Panics when it does not close.
+/// Reads frames until the server closes, and returns the code of its GOAWAY, if it sent one. Panics when it does not close.
 pub fn goodbye(socket: &mut TcpStream) -> Option<u32> {
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut bytes = Vec::new();
@@ -116,7 +116,7 @@ pub fn goodbye(socket: &mut TcpStream) -> Option<u32> {
     code
 }
 
-/// Writes until the server closes; panics when it took all of it.
+/// Writes until the server closes. Panics when the server accepts everything.
 pub fn write_until_closed(socket: &mut TcpStream, pieces: impl Iterator<Item = Vec<u8>>) {
     for piece in pieces {
         if socket.write_all(&piece).is_err() {
@@ -160,7 +160,8 @@ fn try_read_until(socket: &mut TcpStream, is_it: impl Fn(u8, u8, u32) -> bool) -
     }
 }
 
-/// Sends a PING and reads until it is answered: the HTTP/2 library has read all before it, and need not have accepted it.
+/// Sends a PING and reads until it is answered. By then the HTTP/2 library has read all earlier frames, but may not have
+/// accepted them.
 pub fn ping(socket: &mut TcpStream) {
     socket.write_all(&frame(PING, 0, 0, b"are you?")).unwrap();
     read_until(socket, |kind, flags, _| kind == PING && flags & ACK != 0);

@@ -1,4 +1,4 @@
-//! Room that is promised for what an upload says: nothing may be evicted for bytes that were not received.
+//! Declared upload sizes: nothing may be evicted for bytes that were not received.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
@@ -19,7 +19,7 @@ use tonic::{Status, transport::Channel};
 
 const GB: i64 = 1_000_000_000;
 
-/// A digest that says this size of a blob that nobody has.
+/// A digest of an unknown blob with this size.
 fn announced(seed: u8, size: i64) -> Digest {
     Digest::parse(DigestFunction::Sha256, &sha256(&[seed; 7]).hash_hex(), size).unwrap()
 }
@@ -31,7 +31,7 @@ fn message(digest: Digest, compressed: bool, data: Vec<u8>, finish_write: bool) 
     WriteRequest { resource_name, write_offset: 0, finish_write, data: data.into() }
 }
 
-/// A client that minds its own business.
+/// An uninvolved client.
 struct Neighbour {
     bytes: ByteStreamClient<Channel>,
     cas: ContentAddressableStorageClient<Channel>,
@@ -71,8 +71,8 @@ impl Neighbour {
     }
 }
 
-/// Five uploads that declare 50 GB together, as much as the store may have, send one byte each and stay. A batch of items
-/// that say that they are a MiB each adds 20 GB of lies.
+/// Five uploads that declare 50 GB together, as much as the store may have, send one byte each and stay open. A batch of
+/// items that claim to be a MiB each declares another 20 GB.
 #[tokio::test]
 async fn uploads_that_declare_everything_and_send_a_byte_evict_nothing_and_hold_up_nobody() {
     let server = Server::start().await;
@@ -119,7 +119,7 @@ async fn uploads_that_declare_everything_and_send_a_byte_evict_nothing_and_hold_
         !server.log().iter().any(|line| line["event"] == "blobs_evicted" || line["event"] == "store_trimmed")
     );
     assert!(bystander.leave().await.answers > 0);
-    // Broken, they hold nobody up either.
+    // Broken uploads do not block others either.
     for (_, write) in held {
         write.abort();
     }

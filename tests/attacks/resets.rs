@@ -1,5 +1,5 @@
-//! Frames that cost their sender nothing: streams that are opened and cancelled (CVE-2023-44487), pings, empty frames, heads
-//! without an end. A connection that sends too many is told to be calm and closed.
+//! Frames that cost their sender nothing: streams that are opened and cancelled (CVE-2023-44487), pings, empty frames, and
+//! headers without an end. A connection that sends too many is closed with ENHANCE_YOUR_CALM.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded},
@@ -47,7 +47,7 @@ async fn connections_that_cancel_what_they_open_are_closed() {
     assert_eq!(resets.map(|line| line["connections"].as_u64().unwrap()).sum::<u64>(), 4);
 }
 
-/// A build tool that cancels thousands of actions is served, and the log tells of them without a line for each.
+/// A build tool that cancels thousands of actions is served, and the log reports them without a line for each.
 #[tokio::test(flavor = "multi_thread")]
 async fn cancelled_calls_are_counted_where_there_are_too_many_to_list() {
     const CALLS: u64 = 4_000;
@@ -76,7 +76,7 @@ async fn cancelled_calls_are_counted_where_there_are_too_many_to_list() {
         let counted = events("rpcs_not_listed").map(|line| line["rpcs"].as_u64().unwrap()).sum::<u64>();
         (listed, counted)
     };
-    // Before the shutdown, which does not wait until the last of them has noticed that it was cancelled.
+    // Before the shutdown, which does not wait until the last call has noticed its cancellation.
     eventually("the log tells of every call", || told().0 + told().1 >= CALLS).await;
     let (listed, counted) = told();
     assert!((100..1_000).contains(&listed), "{listed} were listed, {counted} were counted");
@@ -114,7 +114,7 @@ async fn a_client_that_floods_is_told_to_be_calm() {
         })
         .await
         .unwrap();
-        // The connection is reset when it had more to read, and the farewell may be lost with it.
+        // The connection is reset when unread bytes are left, and the GOAWAY may be lost with it.
         assert!(code.is_none_or(|code| code == ENHANCE_YOUR_CALM), "{what}: {code:?}");
     }
     bystander.leave().await;
@@ -128,7 +128,7 @@ async fn a_head_without_an_end_is_not_collected() {
     let mut socket = connect(&server);
     tokio::task::spawn_blocking(move || {
         socket.write_all(&raw::frame(HEADERS, 0, 1, &raw::header_block(CAPABILITIES))).unwrap();
-        // Each adds a header of its own.
+        // Each frame adds another header.
         let more = raw::frame(CONTINUATION, 0, 1, &[0, 1, b'a', 1, b'b'].repeat(100));
         raw::write_until_closed(&mut socket, (0..200_000).map(|_| more.clone()));
     })

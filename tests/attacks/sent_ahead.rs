@@ -1,4 +1,4 @@
-//! What HTTP/2 lets clients send ahead, to calls whose handlers do not read on: 32 MiB on each of many connections.
+//! Bytes that HTTP/2 lets clients send ahead to calls whose handlers do not read: 32 MiB on each of many connections.
 
 use crate::{
     decoding::FIND_MISSING,
@@ -20,7 +20,7 @@ use tonic::transport::Channel;
 
 const CONNECTIONS: usize = 32;
 const FRAME: usize = 16 * 1024;
-/// What is written to one of them at most, beside heads: two streams fill the window of their connection.
+/// Most bytes that are written to one connection besides headers: two streams fill its window.
 const FRAMES_PER_STREAM: usize = 1_000;
 
 /// How long the server does not read until it counts as having stopped.
@@ -57,7 +57,7 @@ fn send_ahead(server: SocketAddr, cancels: bool) -> (TcpStream, bool) {
     (socket, was_stopped)
 }
 
-/// Uploads many blobs at a time over one connection.
+/// Uploads many blobs concurrently on one connection.
 async fn upload_in_parallel(channel: Channel, seed: u8) {
     const UPLOADS: u8 = 48;
     const PIECE: usize = 256 * 1024;
@@ -80,8 +80,8 @@ async fn upload_in_parallel(channel: Channel, seed: u8) {
     uploads.expect("all uploads come through").unwrap();
 }
 
-/// The clients beside the attack are another peer, and another connection of the same one: that has no share left, and gets on
-/// by what every connection may send ahead.
+/// The other clients are another peer, and another connection of the same peer. The latter has no share left, and continues
+/// with what every connection may send ahead.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_sent_ahead_of_slow_handlers_is_bounded_and_uploads_beside_it_come_through() {
     let server = Server::start().await;

@@ -1,4 +1,4 @@
-//! Work that takes long has places that peers share: one that asks for more than it gets waits behind itself, and nobody else does.
+//! Long work has places that peers share: if a peer wants more than its share, only its own work waits.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
@@ -17,13 +17,13 @@ use std::{
 use tokio::{net::TcpListener, time::timeout};
 use tonic::{Code, transport::Channel};
 
-/// Downloads that the server runs at the same time, and those of them that one peer gets.
+/// Number of concurrent downloads of the server, and of one peer.
 const CONCURRENCY: usize = 8;
 const SHARE: usize = 7;
-/// Downloads that the hostile client starts.
+/// Number of downloads that the hostile client starts.
 const FETCHES: usize = 100;
 
-/// Fetches what an origin has under this path.
+/// Fetches the content at this path of an origin.
 async fn fetch(channel: &Channel, origin: &str, path: &str) -> FetchBlobResponse {
     let uris = vec![format!("http://{origin}{path}")];
     let request = FetchBlobRequest { uris, ..Default::default() };
@@ -34,7 +34,7 @@ fn is_ok(response: &FetchBlobResponse) -> bool {
     response.status.as_ref().is_some_and(|status| status.code == Code::Ok as i32)
 }
 
-/// AST-09: also a download that the first peer has asked for, and that waits behind all of its others.
+/// AST-09: also a download that the first peer has requested, and that waits behind all of its others.
 #[tokio::test]
 async fn downloads_that_hang_hold_up_nobody_but_their_own_client() {
     let hanging = Arc::new(AtomicUsize::new(0));

@@ -1,4 +1,4 @@
-//! Answers that nobody reads: held up to a bound, and not longer than their connection.
+//! Responses that nobody reads are held up to a limit, and not longer than their connection.
 
 use crate::{
     harness::{Bystander, MEMORY_MAX_BYTES, assert_memory_is_bounded, resident_memory},
@@ -22,10 +22,10 @@ use tonic::transport::Endpoint;
 
 const BATCH_READ: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchReadBlobs";
 const READ: &str = "/google.bytestream.ByteStream/Read";
-/// What a server at rest may have resident after an attack: what the allocator keeps, but not the answers.
+/// Resident memory of an idle server after an attack: what the allocator keeps, but not the responses.
 const LEFT_MAX_BYTES: u64 = 300_000_000;
 
-/// Stores a blob that does not compress well, near the limit of a batch.
+/// Stores a blob that compresses badly, near the limit of a batch.
 async fn stored_blob(server: &Server) -> Digest {
     let data: Vec<u8> = (0..3_900_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let digest = DigestFunction::Sha256.digest(&data);
@@ -52,13 +52,13 @@ fn read_request(digest: Digest) -> ReadRequest {
     }
 }
 
-/// Makes these calls over one connection that is never read, and looks at the server meanwhile and after.
+/// Makes these calls on one connection that is never read, and checks the server during and after.
 async fn ask_and_do_not_read(server: &Server, calls: Vec<u8>) {
     let bystander = Bystander::beside(server).await;
     let mut socket = raw::connect_from("127.0.0.1", address(server));
     let writer = tokio::task::spawn_blocking(move || {
         socket.write_all(&raw::preface()).unwrap();
-        // The server need not take all of it from a client that does not read.
+        // The server need not accept everything from a client that does not read.
         socket.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
         let _ = socket.write_all(&calls);
         socket
@@ -88,7 +88,7 @@ async fn downloads_that_nobody_reads_are_made_only_as_far_as_there_is_room() {
     ask_and_do_not_read(&server, calls.collect()).await;
 }
 
-/// So many connections that send these bytes and read nothing.
+/// This many connections that send these bytes and read nothing.
 async fn send_over_each_of(connections: usize, address: SocketAddr, bytes: Vec<u8>) -> Vec<TcpStream> {
     let connect = move |_| {
         let mut socket = raw::connect_from("127.0.0.1", address);
@@ -98,7 +98,7 @@ async fn send_over_each_of(connections: usize, address: SocketAddr, bytes: Vec<u
     tokio::task::spawn_blocking(move || (0..connections).map(connect).collect()).await.unwrap()
 }
 
-/// Twelve connections of one peer have no more than its share, and another peer's downloads go on beside them.
+/// Twelve connections of one peer hold no more than its share, and the downloads of another peer continue.
 #[tokio::test(flavor = "multi_thread")]
 async fn many_connections_of_one_peer_leave_room_for_another() {
     let server = Server::start().await;
@@ -150,7 +150,7 @@ async fn downloads_over_http_that_nobody_reads_are_made_only_as_far_as_there_is_
     let head = format!("GET /cas/{} HTTP/1.1\r\nhost: localhost\r\n\r\n", digest.hash_hex());
     let mut sockets = send_over_each_of(600, http, head.into_bytes()).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
-    // One that is read in the end gets all of it.
+    // A connection that is read in the end gets everything.
     let mut first = sockets.swap_remove(0);
     drop(sockets);
     first.set_read_timeout(Some(Duration::from_secs(20))).unwrap();

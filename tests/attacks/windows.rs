@@ -1,4 +1,4 @@
-//! Compressed uploads whose decoders need a large window, and that do not go on.
+//! Compressed uploads whose decoders need a large window, and that do not continue.
 
 use crate::{
     decoding::apart,
@@ -13,17 +13,17 @@ use gorego_reapi::proto::bytestream::{QueryWriteStatusRequest, WriteRequest};
 use std::{io::Write as _, sync::Arc, time::Duration};
 use tokio::time::timeout;
 
-/// What a decoder has to give out until it has used all of its window.
+/// Number of bytes that a decoder must yield to use its whole window.
 const WINDOW: usize = 8 << 20;
 
-/// What does not get smaller, so that there is enough of it for a decoder to begin.
+/// Incompressible bytes, so that there are enough of them for a decoder to begin.
 fn noise(bytes: usize) -> Vec<u8> {
     let blocks = (0u32..)
         .flat_map(|block| *sha256(&block.to_le_bytes()).hash_hex().as_bytes().first_chunk::<64>().unwrap());
     blocks.take(bytes).collect()
 }
 
-/// The beginning of a stream with a window of 8 MiB, which stands for more than that.
+/// The beginning of a stream with a window of 8 MiB, which decodes to more than that.
 fn beginning(noise: &[u8]) -> Vec<u8> {
     let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
     encoder.window_log(23).unwrap();
@@ -34,7 +34,7 @@ fn beginning(noise: &[u8]) -> Vec<u8> {
     encoder.get_ref().clone()
 }
 
-/// Another peer has a larger compressed blob stored.
+/// Another peer uploads a larger compressed blob.
 async fn assert_others_are_served(server: &Server) {
     let plain = noise(3_000_000);
     let digest = sha256(&plain);

@@ -113,7 +113,7 @@ async fn reads_keep_to_their_range() {
     }
 }
 
-/// GEN-12 asks for none, but moon sends a slash where the empty instance name stands (docs/clients.md).
+/// GEN-12 requires no leading slash, but moon sends one if the instance name is empty (docs/clients.md).
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slash_before_the_keyword_is_the_empty_instance_name() {
     let server = Server::start().await;
@@ -124,7 +124,7 @@ async fn a_slash_before_the_keyword_is_the_empty_instance_name() {
     assert_eq!(messages.concat(), data);
 }
 
-/// BS-04, BS-05: no other shape of name looks like a missing blob.
+/// BS-04, BS-05: no other form of name is mistaken for a missing blob.
 #[tokio::test(flavor = "multi_thread")]
 async fn names_of_any_other_shape_are_refused_by_all_three() {
     let server = Server::start().await;
@@ -143,7 +143,7 @@ async fn names_of_any_other_shape_are_refused_by_all_three() {
     assert_eq!(write(&server, vec![]).await.unwrap_err().code(), Code::InvalidArgument);
 }
 
-/// BS-20, BS-21, BS-31, BS-32: Bazel asks and goes on, others start over under the same name.
+/// BS-20, BS-21, BS-31, BS-32: Bazel queries and resumes; other clients start again under the same name.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broken_upload_goes_on_where_it_stopped_or_starts_over() {
     let server = Server::start().await;
@@ -166,7 +166,7 @@ async fn a_broken_upload_goes_on_where_it_stopped_or_starts_over() {
     }
 }
 
-/// BS-18, BS-19, BS-21, BS-22, CAP-15: refused, and nothing to be seen of it.
+/// BS-18, BS-19, BS-21, BS-22, CAP-15: the upload is refused, and nothing of it is visible.
 #[tokio::test(flavor = "multi_thread")]
 async fn uploads_that_do_not_keep_to_the_rules_store_nothing() {
     let server = Server::start().await;
@@ -198,7 +198,7 @@ async fn uploads_that_do_not_keep_to_the_rules_store_nothing() {
     assert!(status.message().contains("max_blob_size_gb"), "{status}");
 }
 
-/// BS-24: also while this upload says nothing.
+/// BS-24: also while this upload sends nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_of_a_blob_that_is_stored_ends_early_and_well() {
     let server = Server::start().await;
@@ -209,7 +209,7 @@ async fn an_upload_of_a_blob_that_is_stored_ends_early_and_well() {
     stalled.send(message(&name, 0, &data[..10], false)).await.unwrap();
     let mut client = server.bytes();
     let waiting = tokio::spawn(async move { client.write(ReceiverStream::new(messages)).await });
-    // From here on the first upload has begun, so the store has to tell it.
+    // The first upload has begun now, so the store must end it early.
     eventually("the first upload has begun", || async { query(&server, &name).await.0 == 10 }).await;
     write(&server, pieces(&upload_name("", &digest), &data, 0, 100_000)).await.unwrap();
     let answer = waiting.await.unwrap().unwrap().into_inner();

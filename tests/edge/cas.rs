@@ -78,7 +78,7 @@ async fn in_a_batch_the_good_ones_are_stored_and_the_bad_ones_named() {
     assert_eq!(server.missing(&[digest(b"good"), digest(b"claimed")]).await, [digest(b"claimed")]);
 }
 
-/// GEN-24, GEN-25, CAP-10, CAP-11, CAS-15, CAS-21: in and out again, for a client at default settings.
+/// GEN-24, GEN-25, CAP-10, CAP-11, CAS-15, CAS-21: uploads and downloads of a client with default settings.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_of_exactly_the_limit_passes_as_one_blob_and_as_many() {
     let server = Server::start().await;
@@ -122,20 +122,20 @@ async fn every_blob_asked_for_has_an_entry() {
     assert_eq!(&answer.responses[4].data[..], b"here");
 }
 
-/// GEN-25: 35,000 entries of their own fit, 35,000 reasons do not; the codes are what clients go by.
+/// GEN-25: 35,000 entries fit into a message, but not with 35,000 error messages. Clients act on the codes.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_answer_for_very_many_absent_blobs_stays_within_a_message() {
     let server = Server::start().await;
     let digests: Vec<_> = (0..35_000u64).map(|n| digest(&n.to_le_bytes())).collect();
     let request = BatchReadBlobsRequest { digests: digests.clone(), ..Default::default() };
-    // With the limits that clients have by default.
+    // With the default limits of clients.
     let answer = server.cas().batch_read_blobs(request).await.unwrap().into_inner();
     assert_eq!(answer.responses.len(), digests.len());
     let codes = answer.responses.iter().map(|response| response.status.as_ref().unwrap().code);
     assert!(codes.into_iter().all(|code| code == Code::NotFound as i32));
 }
 
-/// GEN-25: what cannot be answered within a message is refused as a whole, however few bytes the blobs have.
+/// GEN-25: if the response would not fit into a message, the request is refused as a whole, however small the blobs are.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_of_more_blobs_than_a_message_has_entries_for_is_refused() {
     let server = Server::start().await;
@@ -144,7 +144,7 @@ async fn a_read_of_more_blobs_than_a_message_has_entries_for_is_refused() {
     assert_eq!(status.code(), Code::InvalidArgument, "{status}");
 }
 
-/// CAS-24, CAS-27, CAS-28 over the wire; the walk itself has its own tests.
+/// CAS-24, CAS-27, CAS-28 over the wire. The traversal itself has its own tests.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_call_streams_a_whole_tree_and_a_token_goes_on_after_its_page() {
     let server = Server::start().await;

@@ -1,4 +1,4 @@
-//! zstd on the wire: ByteStream, batches, and the compression of gRPC itself.
+//! zstd on the wire: ByteStream, batches, and gRPC's own message compression.
 
 use crate::harness::{Server, digest, eventually};
 use gorego_reapi::proto::{
@@ -34,7 +34,7 @@ fn upload_name(digest: &reapi::Digest) -> String {
     format!("uploads/{}/{}", Uuid::new_v4(), path(digest))
 }
 
-/// A stream in pieces; `from` is the offset in the blob at which it begins (BS-27).
+/// A compressed upload in pieces; `from` is the offset in the blob at which it starts (BS-27).
 fn pieces(name: &str, stream: &[u8], from: usize, size: usize) -> Vec<WriteRequest> {
     let chunks = stream.chunks(size).enumerate();
     chunks
@@ -68,7 +68,7 @@ async fn query(server: &Server, name: &str) -> (i64, bool) {
     (status.committed_size, status.complete)
 }
 
-/// BS-07, BS-11 to BS-15, BS-25, BS-27, CAP-12: written either way, read either way.
+/// BS-07, BS-11 to BS-15, BS-25, BS-27, CAP-12: blobs are written and read in both encodings.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_written_compressed_or_not_is_read_compressed_or_not() {
     let server = Server::start().await;
@@ -104,7 +104,7 @@ async fn what_was_written_compressed_or_not_is_read_compressed_or_not() {
     assert_eq!(absent.code(), Code::NotFound);
 }
 
-/// BS-24, BS-30: stored before, stored meanwhile, and the blob without bytes.
+/// BS-24, BS-30: a blob that was stored before, one that is stored meanwhile, and the empty blob.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compressed_upload_that_ends_early_answers_minus_one() {
     let server = Server::start().await;
@@ -125,7 +125,7 @@ async fn a_compressed_upload_that_ends_early_answers_minus_one() {
     assert_eq!(read(&server, &path(&empty), 0, 0).await.unwrap().len(), 1);
 }
 
-/// BS-20, BS-31, BS-33: what Bazel does after a broken upload.
+/// BS-20, BS-31, BS-33: the behaviour of Bazel after a broken upload.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broken_compressed_upload_is_resumed_at_an_offset_of_the_blob() {
     let server = Server::start().await;
@@ -175,7 +175,7 @@ async fn broken_streams_and_other_compressors_are_refused_and_never_look_like_a_
     }
 }
 
-/// CAS-14, CAS-15, CAS-20, CAP-13: what the Go SDK and moon do.
+/// CAS-14, CAS-15, CAS-20, CAP-13: the requests of the Go SDK and moon.
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_are_compressed_for_those_who_ask_for_it() {
     let server = Server::start().await;
@@ -213,7 +213,7 @@ async fn batches_are_compressed_for_those_who_ask_for_it() {
     }
 }
 
-/// GEN-24 and its like: messages that gRPC itself has compressed.
+/// GEN-24 and similar rules for messages that gRPC itself has compressed.
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_grpc_has_compressed_are_understood() {
     let server = Server::start().await;

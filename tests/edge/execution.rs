@@ -1,4 +1,4 @@
-//! Execution and google.longrunning.Operations, over a scheduler that does what the test says.
+//! Execution and google.longrunning.Operations with a scripted scheduler.
 
 use crate::harness::{Die, Refuse, Server, Show, absent, completed, digest, eventually, executing};
 use gorego_reapi::{
@@ -90,7 +90,7 @@ async fn a_stream_shows_each_state_and_ends_well_after_the_result() {
     }
 }
 
-/// EXE-22 to EXE-26: 500 missing blobs do not fit into trailers, they come in a final Operation.
+/// EXE-22 to EXE-26: 500 missing blobs do not fit into trailers, so they are reported in a final Operation.
 #[tokio::test(flavor = "multi_thread")]
 async fn missing_blobs_are_reported_inside_a_final_operation() {
     let server = Server::start().await;
@@ -149,7 +149,7 @@ async fn when_the_scheduler_goes_away_streams_end_unavailable() {
     assert_eq!(status.code(), Code::Unavailable);
 }
 
-/// A client that leaves gives its subscription back, so that abandoned work can be noticed.
+/// A client that disconnects releases its subscription, so that abandoned work is noticed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_is_no_longer_counted_as_waiting() {
     let server = Server::start().await;
@@ -203,7 +203,7 @@ async fn operations_are_shown_listed_waited_for_cancelled_and_forgotten() {
     assert_eq!(gone.code(), Code::NotFound);
 }
 
-/// EXE-11, OPS-01: the same in a stream, once it has become clear that there is a wait, as when somebody asks.
+/// EXE-11, OPS-01: a stream reports the same as GetOperation once it is clear that the operation waits.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operation_that_waits_says_why() {
     let told = |operation: &Operation| -> Option<QueueStatus> {
@@ -228,7 +228,7 @@ async fn an_operation_that_waits_says_why() {
     assert_eq!(told(server.operations().get_operation(get).await.unwrap().get_ref()), None);
 }
 
-/// GEN-25: a page of long results is shortened, and what is left comes on the next.
+/// GEN-25: a page of long results is shortened, and the rest is on the next page.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_list_of_long_results_stays_within_a_message() {
     let server = Server::start().await;

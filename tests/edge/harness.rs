@@ -1,4 +1,4 @@
-//! [`Server`]: one endpoint for one test, and the scheduler behind it.
+//! [`Server`]: an endpoint for one test, and its scheduler.
 
 use actix::{Actor, Context, Handler, Message, System};
 use gorego::{
@@ -12,9 +12,9 @@ use gorego::{
         },
     },
     config::CommittedSize,
-    grpc::{Edge, Settings, ask::Scheduler, health::Health},
+    grpc::{Edge, ProtocolSettings, ask::Scheduler, health::Health},
     instance::{Instances, Policy},
-    log_streams::{Limits, LogSettings, LogStreams},
+    log_streams::{LogSettings, LogStreams, StreamLimits},
     under_way::UnderWay,
 };
 use gorego_client::stubs::{
@@ -54,7 +54,7 @@ impl Server {
         Self::with(true).await
     }
 
-    /// Without `executes`, the endpoint is a cache, and a read-only one.
+    /// Without `executes`, the endpoint is a read-only cache.
     pub async fn with(executes: bool) -> Self {
         let store = tempfile::tempdir().unwrap();
         let policy = || Policy { action_cache_updates: executes, ..Policy::default() };
@@ -77,7 +77,7 @@ impl Server {
             log_streams: log_streams(executes, store.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
-            settings: Settings {
+            settings: ProtocolSettings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,
                 chunking: executes,
@@ -143,7 +143,7 @@ impl Server {
         assert!(answer.responses.iter().all(|response| response.status.as_ref().unwrap().code == 0));
     }
 
-    /// Which of these the default instance does not have.
+    /// The digests that the default instance does not have.
     pub async fn missing(&self, digests: &[reapi::Digest]) -> Vec<reapi::Digest> {
         let request = reapi::FindMissingBlobsRequest { blob_digests: digests.to_vec(), ..Default::default() };
         self.cas().find_missing_blobs(request).await.unwrap().into_inner().missing_blob_digests
@@ -157,16 +157,17 @@ impl Drop for Server {
     }
 }
 
-/// Log streams with bounds that a test can reach.
+/// Log streams with limits that a test can reach.
 pub fn log_streams(client_streams: bool, spool_directory: &std::path::Path) -> LogStreams {
     let kept = Duration::from_secs(600);
-    // Of which one client gets 40.
-    let clients = Limits { streams: 45, bytes: 10_000_000, stream_bytes: 4_000_000, idle: Some(kept), kept };
-    let runs = Limits { idle: None, ..clients };
+    // One client may have 40 of them.
+    let clients =
+        StreamLimits { streams: 45, bytes: 10_000_000, stream_bytes: 4_000_000, idle: Some(kept), kept };
+    let runs = StreamLimits { idle: None, ..clients };
     LogStreams::new(LogSettings { client_streams, clients, runs, spool_directory: spool_directory.into() })
 }
 
-/// Starts the actors on a thread of their own, as the server does.
+/// Starts the actors on their own thread, like the server.
 fn actors(settings: StoreSettings, instances: Instances) -> (System, Cas, actix::Addr<FakeScheduler>) {
     let runtime = Handle::current();
     let (sender, receiver) = mpsc::channel();
@@ -191,7 +192,7 @@ pub fn path(digest: &reapi::Digest) -> String {
     format!("blobs/{}/{}", digest.hash, digest.size_bytes)
 }
 
-/// Waits until a condition holds, which must be soon.
+/// Waits until a condition holds, for a short time.
 pub async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
     while !holds().await {
@@ -200,7 +201,7 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl Fn
     }
 }
 
-/// A scheduler that remembers operations and changes them only when the test says so.
+/// A scheduler that remembers operations and changes them only when a test tells it to.
 #[derive(Default)]
 pub struct FakeScheduler {
     refusal: Option<Error>,
@@ -222,17 +223,17 @@ impl Actor for FakeScheduler {
     }
 }
 
-/// From now on every Admit fails like this.
+/// Makes every later Admit fail with this error.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Refuse(pub Error);
 
-/// The next state of the newest operation; the number of its subscribers is the answer.
+/// Sets the next state of the newest operation. The answer is the number of its subscribers.
 #[derive(Message)]
 #[rtype(result = "usize")]
 pub struct Show(pub Snapshot);
 
-/// Goes away like an actor that panicked.
+/// Stops the actor as a panic would.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Die;
@@ -355,7 +356,7 @@ pub fn completed(result: Option<reapi::ActionResult>, error: Option<Error>) -> S
     Snapshot { stage: Stage::Completed, outcome: Some(Arc::new(outcome)), ..queued() }
 }
 
-/// A digest that nothing has.
+/// The digest of a blob that is not stored.
 pub fn absent(n: u64) -> Digest {
     DigestFunction::Sha256.digest(format!("absent {n}").as_bytes())
 }

@@ -1,4 +1,4 @@
-//! Log streams of clients over the wire: CreateLogStream, and what ByteStream does with their names.
+//! Client log streams over the wire: CreateLogStream, and ByteStream calls with their names.
 
 use crate::harness::Server;
 use gorego_client::stubs::LogStreamServiceClient;
@@ -76,7 +76,7 @@ async fn a_parent_is_an_instance_or_an_operation_that_is_known() {
     for parent in ["nope", "a/b", "a/b/c/", "operations", "a/b/c/operations/1", &unknown] {
         assert_eq!(code(create(&server, parent).await), Code::InvalidArgument, "{parent:?}");
     }
-    // The empty name is that of the default instance, as BuildBox's outputstreamer and BuildGrid's bgd use it.
+    // The empty name is the default instance, as in the requests of BuildBox's outputstreamer and BuildGrid's bgd.
     let stream = create(&server, "").await.unwrap();
     assert!(stream.name.starts_with("logstreams/"), "{}", stream.name);
     assert_eq!(write(&server, vec![message(&stream.write_resource_name, 0, "xy", true)]).await.unwrap(), 2);
@@ -95,7 +95,7 @@ async fn a_parent_is_an_instance_or_an_operation_that_is_known() {
 #[tokio::test]
 async fn where_clients_may_make_no_streams_the_service_says_so() {
     let server = Server::with(false).await;
-    // Whatever is asked: the answer is about the service and not about the question.
+    // The error concerns the service, whatever the request.
     for parent in [PARENT, "", "nope", "operations/1"] {
         assert_eq!(code(create(&server, parent).await), Code::Unimplemented, "{parent:?}");
     }
@@ -125,7 +125,7 @@ async fn a_name_is_for_reading_and_a_write_name_for_writing() {
     assert_eq!(query(&server, &secret).await.unwrap(), (0, false), "nothing of it was written");
 }
 
-/// LOG-03, LOG-05: several Writes make one stream, and a reader that was there all the time has it all.
+/// LOG-03, LOG-05: several Writes form one stream, and a reader that was connected all the time gets all of it.
 #[tokio::test]
 async fn a_stream_grows_write_by_write_until_it_is_finished() {
     let server = Server::start().await;
@@ -169,7 +169,7 @@ async fn what_was_written_cannot_be_changed_skipped_or_gone_beyond() {
         assert_eq!(code(write(&server, wrong).await), Code::InvalidArgument);
         assert_eq!(query(&server, &secret).await.unwrap(), (10, false));
     }
-    // What came before the wrong message stays.
+    // The messages before the wrong one are stored.
     let half_wrong = vec![message(&secret, 10, "a", false), message(&secret, 10, "b", false)];
     assert_eq!(code(write(&server, half_wrong).await), Code::InvalidArgument);
     let renamed = vec![message(&secret, 11, "c", false), message(&name, 12, "d", false)];
@@ -184,7 +184,7 @@ async fn what_was_written_cannot_be_changed_skipped_or_gone_beyond() {
     assert_eq!(read(&server, &name, 0, 0).await.unwrap(), b"0123456789ace");
 }
 
-/// A stream of more than its bound is refused, and one beyond the size of a message is read in pieces.
+/// A stream beyond its size limit is refused, and one larger than a message is read in pieces.
 #[tokio::test]
 async fn a_stream_is_bounded() {
     let server = Server::start().await;

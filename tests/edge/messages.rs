@@ -19,7 +19,7 @@ use gorego::{
         worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
     },
     config::{self, CommittedSize, Loaded, Machine},
-    grpc::{Edge, Settings, ask::Scheduler, health::Health},
+    grpc::{Edge, ProtocolSettings, ask::Scheduler, health::Health},
     instance::Instances,
     under_way::UnderWay,
 };
@@ -69,11 +69,10 @@ impl Server {
             instances,
             cas: cas.clone(),
             scheduler: Some(Scheduler::new(scheduler.clone())),
-            walks: Default::default(),
             log_streams: log_streams(false, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
-            settings: Settings {
+            settings: ProtocolSettings {
                 max_blob_bytes: 1 << 30,
                 compressed_committed_size: CommittedSize::Compressed,
                 chunking: false,

@@ -1,4 +1,4 @@
-//! What every connection meets: capabilities, health, reflection, bursts, and the log.
+//! Behaviour of all connections: capabilities, health, reflection, bursts, and the log.
 
 use crate::harness::Show;
 use crate::harness::{Server, absent, digest, eventually, executing};
@@ -103,8 +103,8 @@ async fn reflection_lists_every_service_in_both_versions() {
     assert!(answers.next().await.unwrap().is_ok());
 }
 
-/// GEN-27: the HTTP/2 library closes a connection on which too many small frames wait to be looked at. A build that starts
-/// 2,000 actions at once sends so many.
+/// GEN-27: the HTTP/2 library closes a connection on which too many small frames wait to be processed. A build that starts
+/// 2,000 actions at once sends that many.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_thousand_small_requests_at_once_on_one_connection_are_all_answered() {
     let server = Server::start().await;
@@ -119,7 +119,7 @@ async fn two_thousand_small_requests_at_once_on_one_connection_are_all_answered(
     }
 }
 
-/// Failure mode 33: a build that fails drops all its calls at once; the connection must live on.
+/// A failed build cancels all its calls at once. The connection must stay open.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_burst_of_cancelled_calls_does_not_close_the_connection() {
     let server = Server::start().await;
@@ -140,7 +140,7 @@ async fn a_burst_of_cancelled_calls_does_not_close_the_connection() {
     }
 }
 
-/// GEN-24: a message up to 16 MiB is read, a larger one is refused and the connection lives on.
+/// GEN-24: a message of up to 16 MiB is accepted. A larger one is refused and the connection stays open.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_is_too_large_is_refused_by_itself() {
     let server = Server::start().await;
@@ -151,7 +151,7 @@ async fn a_request_that_is_too_large_is_refused_by_itself() {
     server.capabilities().get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
 }
 
-/// An empty entry takes two bytes on the wire, and a hundred in memory.
+/// An empty entry takes two bytes on the wire and a hundred in memory.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_of_a_million_empty_entries_is_refused_before_it_is_decoded() {
     let server = Server::start().await;
@@ -165,7 +165,7 @@ async fn a_request_of_a_million_empty_entries_is_refused_before_it_is_decoded() 
     assert!(status.message().contains("bytes of memory"), "{status}");
 }
 
-/// Keeps the lines of the RPC log.
+/// A logger that keeps the lines of RPCs.
 struct Lines(Mutex<Vec<BTreeMap<String, String>>>);
 
 static LINES: Lines = Lines(Mutex::new(Vec::new()));
@@ -191,7 +191,7 @@ impl log::Log for Lines {
     fn flush(&self) {}
 }
 
-/// The lines of one invocation, once there are so many.
+/// Waits until one invocation has this many lines and returns them.
 async fn lines(invocation: &str, count: usize) -> Vec<BTreeMap<String, String>> {
     let of_it = || {
         let lines = LINES.0.lock().unwrap();
@@ -215,7 +215,7 @@ fn identified<T>(message: T, invocation: &str) -> Request<T> {
     request
 }
 
-/// One line a call: for an answer, for an error, and for a client that goes away.
+/// One line per call: for an answer, an error, and a client that disconnects.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_call_ends_in_one_log_line() {
     static LOGGER: Once = Once::new();

@@ -14,14 +14,14 @@ use std::{
 };
 use tonic::{Code, Status};
 
-/// What clients have stored, for servers that answer with it as it was.
+/// The results that clients have stored, for servers that return them unchanged.
 type Stored = Arc<Mutex<HashMap<String, ActionResult>>>;
 
 fn key(digest: Option<&Digest>) -> String {
     digest.map(|digest| digest.hash.clone()).unwrap_or_default()
 }
 
-/// Remembers each accepted update and lets `serve` make an answer out of it and of the server's own.
+/// Remembers each accepted update. `serve` makes a response from it and the server's own response.
 fn remembering(
     serve: impl Fn(
         &GetActionResultRequest,

@@ -19,7 +19,7 @@ use std::{
 };
 use tonic::{Code, Status};
 
-/// What a request says of size in its resource name: the number after the hash.
+/// The size in the resource name of a request: the number after the hash.
 fn size_in(name: &str) -> Option<i64> {
     let mut parts = name.split('/').skip_while(|part| !matches!(*part, "blobs" | "compressed-blobs"));
     parts.find_map(|part| part.parse().ok().filter(|_| part.len() < 20))
@@ -29,7 +29,7 @@ fn read_response(data: impl Into<Bytes>) -> Bytes {
     ReadResponse { data: data.into() }.encode_to_vec().into()
 }
 
-/// The same content in a frame that decoders at their defaults refuse.
+/// The same content in a frame that decoders refuse by default.
 fn with_large_window(compressed: &[u8]) -> std::io::Result<Vec<u8>> {
     let content = zstd::stream::decode_all(compressed)?;
     let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1)?;

@@ -1,4 +1,4 @@
-//! Faults of the capabilities: what a server claims and does not keep, or keeps and does not claim.
+//! Faults of the capabilities: claims that do not hold, and features that are not claimed.
 
 use super::{
     Fault,

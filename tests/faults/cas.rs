@@ -19,7 +19,7 @@ use prost::Message as _;
 use std::{collections::HashSet, sync::Mutex};
 use tonic::{Code, Status};
 
-/// Turns one wrong answer of a batch into an error of the whole call.
+/// Turns one wrong response of a batch into an error of the whole call.
 fn whole_call_fails(statuses: impl IntoIterator<Item = Option<rpc::Status>>) -> Result<(), Status> {
     for status in statuses.into_iter().flatten() {
         if status.code != 0 {
@@ -29,7 +29,7 @@ fn whole_call_fails(statuses: impl IntoIterator<Item = Option<rpc::Status>>) -> 
     Ok(())
 }
 
-/// Decodes a page, changes it, encodes it.
+/// Decodes a page, changes it, and encodes it.
 fn pages(change: impl Fn(&mut GetTreeResponse) + Send + Sync + 'static) -> Behaviour {
     response("GetTree", change)
 }
@@ -252,7 +252,7 @@ fn get_tree() -> Vec<Fault> {
             })
         }),
         fault("GetTree fails when a Directory is missing", &["CAS-26"], {
-            // What is missing is seen only by who follows the references.
+            // A missing directory is found only by following the references.
             messages("GetTree", |messages| {
                 let checked = messages.try_collect::<Vec<_>>();
                 let whole = stream::once(async move {

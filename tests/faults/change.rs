@@ -1,7 +1,7 @@
-//! The words in which faults are written: one small function for what is changed, one combinator for where.
+//! The combinators with which faults are written: one small function for the change, one combinator for the place.
 //!
-//! A combinator names the method that it touches; calls of all other methods pass untouched. Messages are decoded only where
-//! the fault looks at them.
+//! A combinator names the method that it changes; calls of other methods pass unchanged. Messages are decoded only where
+//! the fault changes them.
 
 use super::proxy::{Behaviour, Call, Messages, Reply, Upstream};
 use bytes::Bytes;
@@ -19,12 +19,12 @@ use prost::Message;
 use std::{future::Future, sync::Arc};
 use tonic::Status;
 
-/// Packed types.
+/// Type names of packed messages.
 pub const METADATA_TYPE: &str =
     "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteOperationMetadata";
 pub const RESPONSE_TYPE: &str = "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteResponse";
 
-/// No fault at all.
+/// No fault.
 pub fn nothing() -> Behaviour {
     Arc::new(|call, upstream| async move { upstream.forward(call).await }.boxed())
 }
@@ -46,7 +46,7 @@ where
     })
 }
 
-/// Each request message of one method is changed on its way.
+/// Changes each request message of one method.
 pub fn request<M: Message + Default + 'static>(
     method: &'static str,
     change: impl Fn(&mut M) + Send + Sync + 'static,
@@ -59,7 +59,7 @@ pub fn request<M: Message + Default + 'static>(
     })
 }
 
-/// Each response message of one method is changed on its way.
+/// Changes each response message of one method.
 pub fn response<M: Message + Default + 'static>(
     method: &'static str,
     change: impl Fn(&mut M) + Send + Sync + 'static,
@@ -71,7 +71,7 @@ pub fn response<M: Message + Default + 'static>(
     })
 }
 
-/// The answer of a unary method is changed in view of what was asked.
+/// Changes the response of a unary method, depending on the request.
 pub fn exchange<Q, R>(
     method: &'static str,
     change: impl Fn(&Q, Result<R, Status>) -> Result<R, Status> + Send + Sync + 'static,
@@ -91,7 +91,7 @@ where
     })
 }
 
-/// The whole response stream of one method is replaced by another made of it.
+/// Replaces the response stream of one method by one made from it.
 pub fn messages(
     method: &'static str,
     change: impl Fn(Messages) -> Messages + Send + Sync + 'static,
@@ -100,7 +100,7 @@ pub fn messages(
     instead(method, move |call, upstream| {
         let change = change.clone();
         async move {
-            // A call that fails at once is a stream too: one that ends before its first message.
+            // A call that fails immediately is a stream that ends before its first message.
             let reply = match upstream.forward(call).await {
                 Ok(reply) => reply,
                 Err(status) => Reply {
@@ -113,7 +113,7 @@ pub fn messages(
     })
 }
 
-/// The error in which a call of one method ends becomes another, or a last message and OK.
+/// Replaces the error with which a call of one method ends by another error, or by a last message and OK.
 pub fn failure(
     method: &'static str,
     change: impl Fn(Status) -> Result<Option<Bytes>, Status> + Send + Sync + 'static,
@@ -129,14 +129,14 @@ pub fn failure(
     })
 }
 
-/// Calls of one method that fail with this code fail with another.
+/// Replaces one error code of a method by another.
 pub fn code(method: &'static str, from: tonic::Code, to: tonic::Code) -> Behaviour {
     failure(method, move |status| {
         Err(if status.code() == from { Status::new(to, status.message()) } else { status })
     })
 }
 
-/// Calls of one method are answered like this and never reach the server.
+/// Answers the calls of one method without forwarding them to the real server.
 pub fn answer<M: Message>(method: &'static str, message: M) -> Behaviour {
     let message = Bytes::from(message.encode_to_vec());
     instead(method, move |_, _| {
@@ -145,7 +145,7 @@ pub fn answer<M: Message>(method: &'static str, message: M) -> Behaviour {
     })
 }
 
-/// Two changes, each to the calls of a method of its own.
+/// Combines two changes of different methods.
 pub fn both(method: &'static str, first: Behaviour, otherwise: Behaviour) -> Behaviour {
     Arc::new(
         move |call, upstream| {
@@ -154,12 +154,12 @@ pub fn both(method: &'static str, first: Behaviour, otherwise: Behaviour) -> Beh
     )
 }
 
-/// A change to the calls of every method.
+/// Changes the calls of all methods.
 pub fn every(change: impl Fn(&'static str) -> Behaviour, methods: &[&'static str]) -> Behaviour {
     methods.iter().fold(nothing(), |rest, method| both(method, change(method), rest))
 }
 
-/// Every Operation that Execute and WaitExecution send is changed.
+/// Changes every Operation that Execute and WaitExecution send.
 pub fn operation(change: impl Fn(&mut Operation) + Send + Sync + 'static) -> Behaviour {
     let change = Arc::new(change);
     let on = |method| {
@@ -169,12 +169,12 @@ pub fn operation(change: impl Fn(&mut Operation) + Send + Sync + 'static) -> Beh
     every(on, &["Execute", "WaitExecution"])
 }
 
-/// The final response of every Execute and WaitExecution is changed.
+/// Changes the final response of every Execute and WaitExecution.
 pub fn execute_response(change: impl Fn(&mut ExecuteResponse) + Send + Sync + 'static) -> Behaviour {
     operation(move |operation| change_response(operation, &change))
 }
 
-/// The result in every such response is changed.
+/// Changes the result in every such response.
 pub fn result(change: impl Fn(&mut ActionResult) + Send + Sync + 'static) -> Behaviour {
     execute_response(move |response| {
         if let Some(result) = &mut response.result {
@@ -183,15 +183,15 @@ pub fn result(change: impl Fn(&mut ActionResult) + Send + Sync + 'static) -> Beh
     })
 }
 
-/// What an Execute runs, for faults that change it.
+/// The action of an Execute, for faults that change it.
 pub struct Job {
     pub action: Action,
     pub command: Command,
-    /// The root of the inputs.
+    /// The root Directory of the inputs.
     pub root: Directory,
 }
 
-/// Every Execute runs another Action than the one it names: Action, Command and root are read, changed and stored; the request
+/// Executes another Action than the requested one: Action, Command and root are read, changed and stored. The request
 /// carries the new digest, and the metadata of the operation the one that the client expects.
 pub fn job(change: impl Fn(&mut Job) + Send + Sync + 'static) -> Behaviour {
     let change = Arc::new(change);
@@ -213,7 +213,8 @@ pub fn job(change: impl Fn(&mut Job) + Send + Sync + 'static) -> Behaviour {
     })
 }
 
-/// The digest of a changed copy of an action; `None` when it cannot be read, which the real server will say better.
+/// The digest of a changed copy of an action; `None` when it cannot be read, because the real server then reports the
+/// error.
 async fn rewrite(
     upstream: &Upstream,
     request: &ExecuteRequest,
@@ -230,7 +231,7 @@ async fn rewrite(
     write_blob(upstream, instance, job.action.encode_to_vec()).await
 }
 
-/// The final result of every Execute is changed by work that may read and write blobs; the last argument is the instance.
+/// Changes the final result of every Execute with work that may read and write blobs. The last argument is the instance.
 pub fn result_with_blobs<F>(
     change: impl Fn(ActionResult, Upstream, String) -> F + Send + Sync + 'static,
 ) -> Behaviour
@@ -263,7 +264,7 @@ where
     })
 }
 
-/// The Tree of every output directory of every Execute is replaced by these bytes, made of it.
+/// Replaces the Tree of every output directory of every Execute by bytes made from it.
 pub fn trees(change: impl Fn(Tree, &mut OutputDirectory) -> Vec<u8> + Send + Sync + 'static) -> Behaviour {
     let change = Arc::new(change);
     result_with_blobs(move |mut result, upstream, instance| {
@@ -280,7 +281,7 @@ pub fn trees(change: impl Fn(Tree, &mut OutputDirectory) -> Vec<u8> + Send + Syn
     })
 }
 
-/// A message of the real server's store.
+/// Reads a message from the store of the real server.
 pub async fn read_message<M: Message + Default>(
     upstream: &Upstream,
     instance: &str,
@@ -289,7 +290,7 @@ pub async fn read_message<M: Message + Default>(
     M::decode(read_blob(upstream, instance, digest.clone()).await?).ok()
 }
 
-/// A blob of the real server.
+/// Reads a blob from the real server.
 pub async fn read_blob(upstream: &Upstream, instance: &str, digest: Digest) -> Option<Bytes> {
     let request = BatchReadBlobsRequest {
         instance_name: instance.to_owned(),
@@ -302,7 +303,7 @@ pub async fn read_blob(upstream: &Upstream, instance: &str, digest: Digest) -> O
     (response.status.unwrap_or_default().code == 0).then_some(response.data)
 }
 
-/// Stores a blob at the real server.
+/// Stores a blob on the real server.
 pub async fn write_blob(upstream: &Upstream, instance: &str, data: Vec<u8>) -> Option<Digest> {
     let digest = gorego_reapi::digest::DigestFunction::Sha256.digest(&data).to_wire();
     let item = batch_update_blobs_request::Request {
@@ -319,7 +320,7 @@ pub async fn write_blob(upstream: &Upstream, instance: &str, data: Vec<u8>) -> O
     Some(digest)
 }
 
-/// Reads the one request message of a call, and gives the call back as it was.
+/// Reads the only request message of a call. Also returns the unchanged call.
 pub async fn read_request<M: Message + Default>(mut call: Call) -> Result<(M, Call), Status> {
     let bytes = call.messages.next().await.unwrap_or_else(|| Ok(Bytes::new()))?;
     let message = decode(bytes.clone())?;
@@ -352,12 +353,12 @@ pub fn edit<M: Message + Default>(
     Ok(message.encode_to_vec().into())
 }
 
-/// Decodes a message that the real server or the suite has made.
+/// Decodes a message of the real server or the suite.
 pub fn decode<M: Message + Default>(bytes: Bytes) -> Result<M, Status> {
     M::decode(bytes).map_err(|error| Status::internal(format!("the proxy cannot read a message: {error}")))
 }
 
-/// Changes what is packed in the metadata of an operation.
+/// Changes the packed metadata of an operation.
 pub fn change_metadata(operation: &mut Operation, change: impl FnOnce(&mut ExecuteOperationMetadata)) {
     if let Some(any) = &mut operation.metadata {
         let mut metadata = Message::decode(any.value.as_slice()).unwrap_or_default();
@@ -366,7 +367,7 @@ pub fn change_metadata(operation: &mut Operation, change: impl FnOnce(&mut Execu
     }
 }
 
-/// Changes what is packed in the response of an operation.
+/// Changes the packed response of an operation.
 pub fn change_response(operation: &mut Operation, change: impl FnOnce(&mut ExecuteResponse)) {
     if let Some(operation::Result::Response(any)) = &mut operation.result {
         let mut response = ExecuteResponse::decode(any.value.as_slice()).unwrap_or_default();

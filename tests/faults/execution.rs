@@ -40,7 +40,7 @@ pub fn faults() -> Vec<Fault> {
     faults
 }
 
-/// Changes only what an unfinished operation says of its stage.
+/// Changes only the stage that an unfinished operation reports.
 fn stage(change: impl Fn(i32) -> i32 + Send + Sync + 'static) -> Behaviour {
     operation(move |operation| {
         if !operation.done {
@@ -85,7 +85,7 @@ fn inline_failure(change: impl Fn(&mut rpc::Status) + Send + Sync + 'static) -> 
     })
 }
 
-/// What ends an operation without success ends its stream instead, with this many bytes of details at most.
+/// Ends the stream of a failed operation with its status, with at most this many bytes of details.
 pub fn inline_as_status(max_details: usize) -> Behaviour {
     streams(move |messages| {
         let changed = messages.map(move |message| {
@@ -316,7 +316,7 @@ fn stream_faults() -> Vec<Fault> {
     ]
 }
 
-/// Ends what an operation runs when its stream is dropped before the end, whoever else waits for it.
+/// Cancels an operation when one of its streams is dropped before the end, even if other clients wait for it.
 struct CancelOnDrop {
     upstream: Upstream,
     name: Option<String>,
@@ -578,7 +578,7 @@ fn inputs() -> Vec<Fault> {
     ]
 }
 
-/// The command runs after this script, in one shell.
+/// Runs the command after this script, in one shell.
 fn wrap(job: &mut change::Job, before: &str) {
     let arguments = std::mem::take(&mut job.command.arguments);
     job.command.arguments = ["/bin/sh", "-c"].map(str::to_owned).to_vec();

@@ -20,14 +20,14 @@ use prost::Message as _;
 use std::{collections::HashSet, sync::Arc};
 use tonic::{Code, Status};
 
-/// Whether a digest could be one of SHA-256.
+/// Whether a digest has the form of SHA-256.
 fn well_formed(digest: &Digest) -> bool {
     digest.size_bytes >= 0
         && digest.hash.len() == 64
         && digest.hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// A status that carries this detail.
+/// A status with this detail.
 fn with_detail(status: &Status, type_url: &str, value: Vec<u8>) -> Status {
     let detail = prost_types::Any { type_url: type_url.into(), value };
     let details =

@@ -1,4 +1,4 @@
-//! What servers may do that look like faults at first sight. The suite has to pass all of it.
+//! Permitted behaviour that resembles a fault. The suite must pass all of it.
 
 use super::{
     Fault,
@@ -16,10 +16,10 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-/// How often the old answer of a cache that lags is given.
+/// How often a lagging cache returns the old answer.
 const LAG: usize = 2;
 
-/// Each with the rules that it keeps.
+/// Each behaviour, with the rules that it follows.
 pub fn all() -> Vec<Fault> {
     vec![
         fault("whoever asks while a run is wound up joins it", &["EXE-16"], {
@@ -34,7 +34,7 @@ pub fn all() -> Vec<Fault> {
                             let mut seen = seen.lock().unwrap();
                             let runs = seen.entry(hash(asked.action_digest.as_ref())).or_default();
                             runs.extend(response.result.clone());
-                            // The first caller, and then two more.
+                            // The first caller and two more.
                             if runs.len() <= 3 && response.result.is_some() {
                                 response.result = runs.first().cloned();
                                 response.cached_result &= runs.len() == 1;

@@ -1,7 +1,7 @@
-//! Faults: a server that is right in everything but one thing.
+//! Faulty servers: each is correct except for one fault.
 //!
-//! A [`Fault`] is a name, the rules that it breaks and a [`Behaviour`] for the [proxy](proxy) that stands in front of a real
-//! server. Each file below has the faults of one part of the API; `change` has the words they are written in.
+//! A [`Fault`] has a name, the rules that it breaks, and a [`Behaviour`] for the [proxy](proxy) in front of a real server.
+//! Each file below has the faults of one part of the API; `change` has the combinators with which they are written.
 
 mod action_cache;
 mod asset;
@@ -20,31 +20,31 @@ pub mod proxy;
 pub use execution::inline_as_status;
 use proxy::{Behaviour, Proxy, Transport};
 
-/// One way to be wrong.
+/// One fault.
 pub struct Fault {
-    /// What is wrong, in a few words.
+    /// A short description of the fault.
     pub name: &'static str,
-    /// The rules of which at least these must fail.
+    /// At least these rules must fail.
     pub breaks: &'static [&'static str],
-    /// How calls are changed.
+    /// The change to calls.
     pub behaviour: Behaviour,
-    /// How the connection is changed.
+    /// The change to the connection.
     pub transport: Transport,
 }
 
 impl Fault {
-    /// A proxy with this fault before the server at `endpoint`.
+    /// Starts a proxy with this fault in front of the server at `endpoint`.
     pub async fn before(&self, endpoint: &str) -> Proxy {
         Proxy::start(endpoint, self.transport, self.behaviour.clone()).await
     }
 }
 
-/// A fault of calls.
+/// Creates a fault of calls.
 pub fn fault(name: &'static str, breaks: &'static [&'static str], behaviour: Behaviour) -> Fault {
     Fault { name, breaks, behaviour, transport: Transport::default() }
 }
 
-/// Every fault.
+/// All faults.
 pub fn all() -> Vec<Fault> {
     [
         general::faults(),

@@ -109,7 +109,7 @@ pub fn faults() -> Vec<Fault> {
     ]
 }
 
-/// Cancels every operation that runs the action of this one, as a server that keeps no count of its waiters would.
+/// Cancels every operation of the same action, like a server that does not count waiting clients.
 pub async fn cancel_all_of_its_action(upstream: &Upstream, name: &str) {
     let mut client = OperationsClient::new(upstream.0.clone());
     let action = |mut operation: Operation| {

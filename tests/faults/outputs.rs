@@ -1,4 +1,4 @@
-//! Faults of what Execute brings back: outputs, Trees, logs, metadata.
+//! Faults of the results of Execute: outputs, Trees, logs, metadata.
 
 use super::{
     Fault,
@@ -217,7 +217,7 @@ fn logs() -> Vec<Fault> {
             })
         }),
         fault("stdout is never inlined", &["EXE-59"], {
-            // A server may decline to inline; but what it inlines has to be what was printed.
+            // A server may omit inlined output, but must not inline other bytes.
             result(|result| {
                 if !result.stdout_raw.is_empty() {
                     result.stdout_raw = vec![b'?'; result.stdout_raw.len()].into();

@@ -1,8 +1,9 @@
-//! A gRPC proxy that knows no service: messages pass as bytes, so that what no fault touches arrives to the bit.
+//! A gRPC proxy without knowledge of services: messages pass as bytes, so that everything without a fault arrives
+//! unchanged.
 //!
 //! Every call, unary or streaming, is a [`Call`]: a path, headers and a stream of messages. [`Upstream::forward`] makes the
-//! same call at the real server and gives the [`Reply`]: headers, and messages up to the status that ends them. A
-//! [`Behaviour`] stands in between. A client that goes away drops the reply and with it the call at the real server.
+//! same call to the real server and returns the [`Reply`]: headers, and messages up to the final status. A [`Behaviour`] is
+//! applied in between. A client that disconnects drops the reply, and with it the call to the real server.
 
 use axum::Router;
 use bytes::{Buf as _, BufMut as _, Bytes};
@@ -18,16 +19,16 @@ use tonic::{
     transport::{Channel, Endpoint, Server, server::TcpIncoming},
 };
 
-/// Messages of one direction; an error is the status that ends them.
+/// The messages of one direction. An error is the final status.
 pub type Messages = BoxStream<'static, Result<Bytes, Status>>;
 
-/// What a fault does with a call.
+/// The effect of a fault on a call.
 pub type Behaviour = Arc<dyn Fn(Call, Upstream) -> BoxFuture<'static, Result<Reply, Status>> + Send + Sync>;
 
-/// Windows wide enough that the proxy is not what the suite measures.
+/// Windows so large that the proxy does not limit the suite.
 const WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 
-/// A call as the client made it.
+/// A call of the client.
 pub struct Call {
     pub path: PathAndQuery,
     pub metadata: MetadataMap,
@@ -35,20 +36,20 @@ pub struct Call {
 }
 
 impl Call {
-    /// The name of the method alone.
+    /// The name of the method without its service.
     pub fn method(&self) -> &str {
         self.path.path().rsplit('/').next().unwrap_or_default()
     }
 }
 
-/// What goes back.
+/// The response to a call.
 pub struct Reply {
     pub metadata: MetadataMap,
     pub messages: Messages,
 }
 
 impl Reply {
-    /// Exactly these messages, and OK.
+    /// Responds with exactly these messages, and OK.
     pub fn of(messages: impl IntoIterator<Item = Bytes>) -> Self {
         let messages: Vec<_> = messages.into_iter().map(Ok).collect();
         Self { metadata: MetadataMap::new(), messages: stream::iter(messages).boxed() }
@@ -60,15 +61,15 @@ impl Reply {
 pub struct Upstream(pub Channel);
 
 impl Upstream {
-    /// Makes the call there.
+    /// Makes the call to the real server.
     pub async fn forward(&self, call: Call) -> Result<Reply, Status> {
         let mut client = tonic::client::Grpc::new(self.0.clone())
             .max_decoding_message_size(usize::MAX)
             .max_encoding_message_size(usize::MAX);
         let ready = client.ready().await;
         ready.map_err(|error| Status::unavailable(format!("the real server is not there: {error}")))?;
-        // A client that breaks off is not one that has said all it had to say: the end is never passed on. The reply is
-        // dropped soon, and that cancels the call.
+        // A client that aborts has not finished its request, so the end is not forwarded. The reply is dropped soon, which
+        // cancels the call.
         let messages = call.messages.flat_map(|message| match message {
             Ok(message) => stream::once(async { message }).left_stream(),
             Err(_) => stream::pending().right_stream(),
@@ -81,10 +82,10 @@ impl Upstream {
     }
 }
 
-/// The limit of the connection itself, for a fault that lies below the calls.
+/// The stream limit of the connection, for a fault below the level of calls.
 #[derive(Clone, Copy, Default)]
 pub struct Transport {
-    /// Streams that one connection may have open.
+    /// Number of concurrent streams of one connection.
     pub max_streams: Option<u32>,
 }
 
@@ -95,7 +96,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Starts one on a free port.
+    /// Starts a proxy on a free port.
     pub async fn start(server: &str, transport: Transport, behaviour: Behaviour) -> Self {
         let upstream = Endpoint::from_shared(server.to_owned())
             .unwrap()
@@ -150,7 +151,7 @@ async fn answer(
         .await
 }
 
-/// Messages as the bytes they are.
+/// Messages as raw bytes.
 struct Raw;
 
 impl Codec for Raw {

@@ -1,30 +1,30 @@
-//! The tables of `docs/logs.md` as a schema, for tests that hold real lines against what is documented.
+//! Parses the tables of `docs/logs.md` as a schema, for tests that compare real log lines with the documentation.
 
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What may stand in a line.
+/// The documented events and fields.
 #[derive(Debug)]
 pub struct Schema {
-    /// Fields of every line, by type.
+    /// The type of each field that every line has.
     pub common: BTreeMap<String, String>,
-    /// Fields of events, by type.
+    /// The type of each field of events.
     pub fields: BTreeMap<String, String>,
-    /// Events by name.
+    /// The documented events, by name.
     pub events: BTreeMap<String, Event>,
 }
 
-/// What a line of one event looks like.
+/// The documented form of the lines of one event.
 #[derive(Debug)]
 pub struct Event {
-    /// Its level; `any` for whatever a library thinks.
+    /// Its level; `any` if a library chooses it.
     pub level: String,
-    /// Its fields; true for those that are always there.
+    /// Its fields. The value is true if the field is always present.
     pub fields: BTreeMap<String, bool>,
 }
 
 impl Schema {
-    /// The schema that `docs/logs.md` documents; panics when the page contradicts itself.
+    /// Reads the schema from `docs/logs.md`. Panics if the page contradicts itself.
     pub fn documented() -> Self {
         let mut schema = Self { common: BTreeMap::new(), fields: BTreeMap::new(), events: BTreeMap::new() };
         let mut section = "";

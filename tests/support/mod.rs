@@ -1,4 +1,4 @@
-//! A worker with a store in memory, for tests that run real processes.
+//! A worker with an in-memory store, for tests that run real processes.
 
 #![allow(dead_code, clippy::unwrap_used, missing_docs)]
 
@@ -17,7 +17,7 @@ use gorego::{
     },
     caller::Peer,
     instance::{Instance, Instances},
-    log_streams::{Limits, LogSettings, LogStreams},
+    log_streams::{LogSettings, LogStreams, StreamLimits},
 };
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
@@ -38,7 +38,7 @@ use std::{
 
 pub const SHA256: DigestFunction = DigestFunction::Sha256;
 
-/// A store in memory. Like the real one it takes a file away when it can.
+/// An in-memory store. Like the real one, it moves output files instead of copying them if possible.
 #[derive(Default)]
 pub struct MemoryStore {
     pub blobs: Mutex<HashMap<Digest, Vec<u8>>>,
@@ -61,7 +61,7 @@ impl MemoryStore {
     }
 }
 
-/// Delegation, because the trait is implemented for the shared handle.
+/// A wrapper, because the trait is implemented for the shared handle.
 pub struct Handle(pub Arc<MemoryStore>);
 
 struct Staged {
@@ -141,7 +141,7 @@ impl Inputs for Staged {
     }
 }
 
-/// Hears of stages.
+/// An actor that records stages.
 struct Listener(Arc<Mutex<Vec<RunStage>>>);
 
 impl Actor for Listener {
@@ -156,7 +156,7 @@ impl Handler<StageReached> for Listener {
     }
 }
 
-/// One worker over a store in memory.
+/// A worker with an in-memory store.
 pub struct Bench {
     pub store: Arc<MemoryStore>,
     pub build_root: PathBuf,
@@ -166,20 +166,20 @@ pub struct Bench {
     _directory: tempfile::TempDir,
 }
 
-/// Log streams without bounds that a test could reach.
+/// Log streams with limits that no test reaches.
 pub fn log_streams() -> LogStreams {
     let kept = Duration::from_secs(600);
-    let limits = Limits { streams: 1_000, bytes: 1 << 30, stream_bytes: 1 << 30, idle: None, kept };
+    let limits = StreamLimits { streams: 1_000, bytes: 1 << 30, stream_bytes: 1 << 30, idle: None, kept };
     let spool_directory = std::env::temp_dir();
     LogStreams::new(LogSettings { client_streams: true, clients: limits, runs: limits, spool_directory })
 }
 
-/// Runs a test body with one worker, whose commands may write files of 1 GiB.
+/// Runs a test with one worker, whose commands may write files of up to 1 GiB.
 pub fn with_worker<T>(body: impl AsyncFnOnce(&Bench) -> T) -> T {
     with_worker_of(1 << 30, body)
 }
 
-/// Runs a test body with one worker, whose commands may write files of this size.
+/// Runs a test with one worker, whose commands may write files of up to this size.
 pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Bench) -> T) -> T {
     System::new().block_on(async {
         let directory = tempfile::tempdir().unwrap();
@@ -210,7 +210,7 @@ pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Ben
     })
 }
 
-/// What a test runs; see [`sh`] for the usual start.
+/// An action under construction; usually started with [`sh`].
 #[derive(Clone)]
 pub struct Job {
     pub command: reapi::Command,
@@ -220,12 +220,12 @@ pub struct Job {
     pub cancel: CancelToken,
 }
 
-/// A shell script as an action.
+/// An action that runs a shell script.
 pub fn sh(script: &str) -> Job {
     argv(&["/bin/sh", "-c", script]).env("PATH", "/usr/bin:/bin")
 }
 
-/// A command as an action.
+/// An action that runs a program.
 pub fn argv(arguments: &[&str]) -> Job {
     Job {
         command: reapi::Command {
@@ -300,7 +300,7 @@ impl Bench {
             .expect("the worker lives")
     }
 
-    /// The result of an action that ran to its own end.
+    /// The result of an action that must run to its end.
     pub async fn result(&self, job: &Job) -> reapi::ActionResult {
         self.report(job).await.unwrap_or_else(|failure| panic!("{}", failure.error)).result
     }
@@ -313,7 +313,7 @@ impl Bench {
         digest.as_ref().map_or(String::new(), |d| String::from_utf8(self.store.get(d)).unwrap())
     }
 
-    /// An input root; each entry is a path and a node.
+    /// Stores an input root; each entry is a path and a node.
     pub fn input(&self, entries: &[(&str, Node)]) -> Digest {
         #[derive(Default)]
         struct Building {
@@ -381,7 +381,7 @@ pub fn link(target: &str) -> Node {
     Node::Link(target.into())
 }
 
-/// Waits for a condition that another process brings about.
+/// Waits for a condition that another process establishes.
 pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !condition() {
@@ -390,7 +390,7 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Whether a process is there and not just a corpse.
+/// Whether a process exists and is not a zombie.
 pub fn is_alive(pid: &str) -> bool {
     std::fs::read_to_string(Path::new("/proc").join(pid.trim()).join("stat"))
         .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with('Z'))

@@ -1,17 +1,17 @@
-//! What holds for each file: how it begins, how long it is, and where its links lead.
+//! Rules for each file: its start, its length, and the targets of its links.
 
 use crate::tree::Source;
 use std::collections::BTreeSet;
 
-/// Lines that a file of the product may have.
+/// Most lines in a file of the product.
 const LINES: usize = 600;
-/// Lines that a file of tests may have.
+/// Most lines in a file of tests.
 const TEST_LINES: usize = 1_000;
 
 /// Files that may be longer, each with the reason. Empty today.
 pub const LONGER: &[(&str, &str)] = &[];
 
-/// Rust files that do not begin by saying what they are.
+/// Rust files that do not start with `//!`.
 pub fn silent(files: &[Source]) -> Vec<String> {
     let silent = files.iter().filter(|file| file.is_rust() && !file.text.starts_with("//!"));
     silent
@@ -19,7 +19,7 @@ pub fn silent(files: &[Source]) -> Vec<String> {
         .collect()
 }
 
-/// Rust files that are too long, and exceptions from that which are none.
+/// Rust files that are too long, and exceptions that are not needed.
 pub fn long(files: &[Source], exceptions: &[(&str, &str)]) -> Vec<String> {
     let too_long = |file: &Source| {
         let limit = if file.is_test() { TEST_LINES } else { LINES };
@@ -34,7 +34,7 @@ pub fn long(files: &[Source], exceptions: &[(&str, &str)]) -> Vec<String> {
         .collect()
 }
 
-/// Links in documents that lead to no file or directory of the repository.
+/// Links in documents whose targets do not exist in the repository.
 pub fn dead_links(files: &[Source]) -> Vec<String> {
     let documents = files.iter().filter(|file| file.path.ends_with(".md"));
     documents
@@ -47,7 +47,7 @@ pub fn dead_links(files: &[Source]) -> Vec<String> {
         .collect()
 }
 
-/// Paths in backquotes in documents, such as `src/grpc.rs`, that are no file or directory of the repository.
+/// Paths in backquotes in documents, such as `src/grpc.rs`, that do not exist in the repository.
 pub fn dead_paths(files: &[Source]) -> Vec<String> {
     let tops: BTreeSet<_> = files.iter().filter_map(|file| Some(file.path.split_once('/')?.0)).collect();
     let is_path = |text: &str| {

@@ -1,21 +1,21 @@
-//! The rules of `docs/rules.md`: every id that is cited exists there, and every rule is cited by a test or a check.
+//! The rules of `docs/rules.md`: every cited id exists there, and a test or a check cites every rule.
 
 use crate::tree::Source;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The list of the rules.
 pub const LIST: &str = "docs/rules.md";
-/// Where the conformance suite has its table of the rules, before and after it became a crate of its own.
+/// Possible places of the conformance suite's table of rules.
 const TABLES: &[&str] = &["src/verify/rules.rs", "crates/verify/src/rules.rs"];
-/// Where the conformance suite has its checks.
+/// The directory with the checks of the conformance suite.
 const CHECKS: &[&str] = &["src/verify/groups", "crates/verify/src/groups"];
-/// The groups that an id can begin with.
+/// The prefixes of ids.
 const GROUPS: &[&str] = &["GEN", "CAP", "CAS", "BS", "AC", "EXE", "OPS", "AST", "LOG"];
-/// The levels that a rule can have.
+/// The levels of rules.
 const LEVELS: &[&str] = &["must", "should", "may"];
 
-/// Rules that no test and no check can cover, each with the reason. Empty today; the rules that cannot be checked from outside
-/// (`BEYOND` in the conformance suite) have tests of goREgo's own.
+/// Rules that no test and no check can cover, each with the reason. Empty today. The rules that cannot be checked from
+/// outside (`BEYOND` in the conformance suite) have separate tests.
 pub const UNTESTABLE: &[(&str, &str)] = &[];
 
 /// Every id in a text, such as `CAS-12`.
@@ -35,10 +35,10 @@ pub fn cited(text: &str) -> BTreeSet<&str> {
     found
 }
 
-/// The rules of the list, with their levels: lines that begin `- **CAS-12** (must) `.
+/// The rules of the list with their levels: lines that start with `- **CAS-12** (must) `.
 ///
 /// # Errors
-/// What is wrong with a line.
+/// The fault in a line.
 pub fn listed(list: &str) -> Result<BTreeMap<&str, &str>, String> {
     let mut rules = BTreeMap::new();
     for line in list.lines().filter(|line| line.starts_with("- **")) {
@@ -57,7 +57,7 @@ pub fn listed(list: &str) -> Result<BTreeMap<&str, &str>, String> {
     Ok(rules)
 }
 
-/// The rules of the conformance suite's table, with their levels: `must("CAS-12", "title", "clients"),`.
+/// The rules of the conformance suite's table with their levels: `must("CAS-12", "title", "clients"),`.
 pub fn tabled(table: &str) -> BTreeMap<&str, &str> {
     let mut rules = BTreeMap::new();
     for level in LEVELS {
@@ -96,7 +96,7 @@ pub fn unknown(files: &[Source], list: &BTreeMap<&str, &str>) -> Vec<String> {
     files.iter().flat_map(cite).collect()
 }
 
-/// Rules that neither a test nor a check cites, and exceptions from that which are none.
+/// Rules that neither a test nor a check cites, and exceptions that are not needed.
 pub fn untested(files: &[Source], list: &BTreeMap<&str, &str>, exceptions: &[(&str, &str)]) -> Vec<String> {
     let mut tested = BTreeSet::new();
     for file in files.iter().filter(|file| file.is_rust() && !file.lies_in(&["tests/tidy"])) {
@@ -111,7 +111,7 @@ pub fn untested(files: &[Source], list: &BTreeMap<&str, &str>, exceptions: &[(&s
         .collect()
 }
 
-/// The registered checks of a file, with the rules that they serve.
+/// The registered checks of a file, with the rules that they cover.
 fn registered(text: &str) -> &str {
     text.split_once("checks![").and_then(|(_, rest)| rest.split_once("];")).map_or("", |(checks, _)| checks)
 }

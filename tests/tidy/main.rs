@@ -1,7 +1,7 @@
-//! The source tree keeps to the rules that `ARCHITECTURE.md`, `CONTRIBUTING.md` and `docs/rules.md` state.
+//! Checks that the source tree follows the rules of `ARCHITECTURE.md`, `CONTRIBUTING.md` and `docs/rules.md`.
 //!
-//! Each rule is a small function from the files to a list of problems, with a test of its own on a bad sample. This crate uses nothing
-//! but the standard library and reads the tree as text, so `.ci/run` can build and run it alone in a few seconds, before
+//! Each rule is a small function from the files to a list of problems, with its own test on a bad sample. This crate uses
+//! only the standard library and reads the tree as text, so `.ci/run` can build and run it alone in a few seconds, before
 //! anything else is compiled.
 #![allow(clippy::unwrap_used)]
 
@@ -14,7 +14,7 @@ mod words;
 use std::{path::Path, sync::LazyLock};
 use tree::Source;
 
-/// The repository. Tests run in the directory of their package, which is its root.
+/// The repository. Tests run in the directory of their package, which is the root.
 static FILES: LazyLock<Vec<Source>> = LazyLock::new(|| tree::read(Path::new(".")));
 
 fn none(problems: &[String]) {

@@ -1,5 +1,5 @@
-//! Rooms: the modules at the top of a crate, and each actor. Their imports form no cycle but those that are listed, and each is on
-//! the map of `ARCHITECTURE.md`.
+//! Rooms: the top-level modules of a crate, and each actor. Their imports form no cycles except the listed ones, and each
+//! room is on the map of `ARCHITECTURE.md`.
 
 use crate::tree::Source;
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 /// The document with the map.
 pub const MAP: &str = "ARCHITECTURE.md";
 
-/// Imports that close a cycle today, each with what would remove it. The list may only shrink: an entry that closes no
-/// cycle any more has to go.
+/// Imports that close a cycle today, each with what would remove it. The list may only get shorter: an entry that closes no
+/// cycle any more must be removed.
 pub const CYCLES: &[(&str, &str, &str)] = &[
     (
         "error",
@@ -49,7 +49,7 @@ pub const STORE_ARROWS: &[(&str, &[&str])] = &[
 /// The one file above the rooms of the store that fills the index from what the volume and the results say.
 const STORE_START: &str = "src/actors/cas/recovery.rs";
 
-/// Which room imports which, in one crate; for each import a file that has it.
+/// The imports between the rooms of one crate, each with a file that contains it.
 pub type Imports = BTreeMap<String, BTreeMap<String, String>>;
 
 /// The crate and the room of a file: `src/actors/cas/index.rs` is `actors::cas` of `src`.
@@ -145,7 +145,7 @@ pub fn store_disk(files: &[Source]) -> Vec<String> {
     found
 }
 
-/// The room that a path such as `actors::cas::Cas` leads to.
+/// The room that contains a path such as `actors::cas::Cas`.
 fn target(path: &str) -> String {
     let mut segments = path.split("::");
     match (segments.next(), segments.next()) {
@@ -154,7 +154,7 @@ fn target(path: &str) -> String {
     }
 }
 
-/// All paths that begin at `crate::`, with groups in braces taken apart, without `crate::` itself.
+/// All paths that start with `crate::`, with groups in braces expanded, without `crate::` itself.
 fn paths_from_root(code: &str) -> Vec<String> {
     paths_from(code, "crate::")
 }
@@ -171,7 +171,7 @@ fn paths_from(code: &str, start: &str) -> Vec<String> {
     found
 }
 
-/// Takes one path, or group of paths, from the beginning of `rest`; returns what follows it.
+/// Parses one path or group of paths at the start of `rest` and returns what follows it.
 fn expand<'a>(rest: &'a str, prefix: &str, found: &mut Vec<String>) -> &'a str {
     let rest = rest.trim_start();
     let Some(mut group) = rest.strip_prefix('{') else {
@@ -191,7 +191,7 @@ fn expand<'a>(rest: &'a str, prefix: &str, found: &mut Vec<String>) -> &'a str {
             return after;
         }
         let after = expand(group, prefix, found);
-        // Past `as name`, or whatever else is no path.
+        // Skips `as name` and anything else that is not a path.
         let next = after.find([',', '}']).unwrap_or(after.len());
         group = &after[next..];
         if group.is_empty() {
@@ -200,7 +200,7 @@ fn expand<'a>(rest: &'a str, prefix: &str, found: &mut Vec<String>) -> &'a str {
     }
 }
 
-/// Cycles among the imports of one crate, apart from the listed ones.
+/// Cycles among the imports of one crate, except for the listed ones.
 pub fn cycles(imports: &Imports, listed: &[(&str, &str, &str)]) -> Vec<String> {
     let is_listed = |from: &str, to: &str| listed.iter().any(|(a, b, _)| (*a, *b) == (from, to));
     let mut found = Vec::new();
@@ -230,7 +230,7 @@ pub fn stale<'a>(
         .collect()
 }
 
-/// Whether imports lead from one room to another without those that are to be left out.
+/// Whether imports lead from one room to another without the given ones.
 fn reaches(imports: &Imports, from: &str, to: &str, without: &dyn Fn(&str, &str) -> bool) -> bool {
     let (mut seen, mut open) = (BTreeSet::new(), vec![from]);
     while let Some(room) = open.pop() {
@@ -245,7 +245,7 @@ fn reaches(imports: &Imports, from: &str, to: &str, without: &dyn Fn(&str, &str)
     false
 }
 
-/// Rooms, crates and directories of tests that the map does not name, and paths on the map that do not exist.
+/// Rooms, crates and directories of tests that are missing on the map, and paths on the map that do not exist.
 pub fn map(files: &[Source], document: &str) -> Vec<String> {
     let block = document.split("## Map").nth(1).and_then(|rest| rest.split("```").nth(1)).unwrap_or_default();
     let named = on_the_map(block, files);
@@ -259,7 +259,7 @@ pub fn map(files: &[Source], document: &str) -> Vec<String> {
     missing.chain(gone).collect()
 }
 
-/// What has to be on the map: the rooms of the server, the crates, and the directories of tests.
+/// What must be on the map: the rooms of the server, the crates, and the directories of tests.
 fn places(files: &[Source]) -> BTreeSet<String> {
     let mut places = BTreeSet::new();
     for file in files {
@@ -277,8 +277,8 @@ fn places(files: &[Source]) -> BTreeSet<String> {
     places
 }
 
-/// The paths at the beginnings of the lines of the map, without `.rs` and the last slash. The first of a line begins at the root
-/// of the repository; each other lies beside the one before it, or begins at the root.
+/// The paths at the starts of the lines of the map, without `.rs` and the last slash. The first path of a line is relative
+/// to the root of the repository; the others are relative to the directory of the previous one or to the root.
 fn on_the_map(block: &str, files: &[Source]) -> BTreeSet<String> {
     let mut named = BTreeSet::new();
     for line in block.lines().filter(|line| !line.starts_with(' ')) {

@@ -2,20 +2,19 @@
 
 use std::{fs, path::Path};
 
-/// Names of files and directories that are not ours.
+/// Files and directories that are not part of the source.
 const SKIPPED: &[&str] = &[".git", "target", "artifacts", "corpus", "node_modules"];
 
 /// One text file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
-    /// From the root of the repository, with slashes.
+    /// Path relative to the root of the repository, with slashes.
     pub path: String,
-    /// All of it.
     pub text: String,
 }
 
 impl Source {
-    /// A file with this content.
+    /// Creates a file with this content.
     pub fn new(path: &str, text: &str) -> Self {
         Self { path: path.into(), text: text.into() }
     }
@@ -25,7 +24,7 @@ impl Source {
         self.path.ends_with(".rs")
     }
 
-    /// Whether it lies at one of these places: `src/grpc` is `src/grpc.rs` and all below `src/grpc/`.
+    /// Whether it is in one of these places: `src/grpc` is `src/grpc.rs` and everything below `src/grpc/`.
     pub fn lies_in(&self, places: &[&str]) -> bool {
         places.iter().any(|place| {
             self.path
@@ -34,7 +33,7 @@ impl Source {
         })
     }
 
-    /// Whether all of it is test code.
+    /// Whether it contains only test code.
     pub fn is_test(&self) -> bool {
         let in_tests = self.path.starts_with("tests/") || self.path.contains("/tests/");
         let name = self.path.rsplit('/').next().unwrap_or_default();
@@ -44,12 +43,12 @@ impl Source {
             || self.path.contains("/simulation/")
     }
 
-    /// The part that is compiled into the product, with the comments.
+    /// The part that is compiled into the product, with comments.
     pub fn product(&self) -> &str {
         if self.is_test() { "" } else { self.text.split("#[cfg(test)]").next().unwrap_or_default() }
     }
 
-    /// The part that is compiled for tests only, with the comments.
+    /// The part that is compiled only for tests, with comments.
     pub fn tests(&self) -> &str {
         if self.is_test() {
             &self.text
@@ -58,13 +57,13 @@ impl Source {
         }
     }
 
-    /// [`Self::product`], without comments and without what strings contain.
+    /// [`Self::product`], without comments and the contents of strings.
     pub fn code(&self) -> String {
         code(self.product())
     }
 }
 
-/// Every text file below `root` that is ours, in the order of the paths.
+/// All text files of the source below `root`, ordered by path.
 pub fn read(root: &Path) -> Vec<Source> {
     let mut found = Vec::new();
     collect(root, "", &mut found);
@@ -92,7 +91,7 @@ fn collect(root: &Path, below: &str, found: &mut Vec<Source>) {
     }
 }
 
-/// Rust code without comments; strings and characters are left empty.
+/// Rust code without comments and with empty string and character literals.
 pub fn code(text: &str) -> String {
     let chars: Vec<char> = text.chars().collect();
     let (mut out, mut at) = (String::with_capacity(text.len()), 0);
@@ -128,7 +127,7 @@ pub fn code(text: &str) -> String {
     out
 }
 
-/// The first position from `from` on for which this holds, or the end.
+/// The first position from `from` on that satisfies the condition, or the end.
 fn find(chars: &[char], from: usize, holds: impl Fn(&[char]) -> bool) -> usize {
     (from..chars.len()).find(|&at| holds(&chars[at..])).unwrap_or(chars.len())
 }
@@ -160,7 +159,7 @@ fn end_of_string(chars: &[char], from: usize) -> usize {
     at + 1
 }
 
-/// The end of `r"..."` or `r#"..."#`; nothing for a raw identifier.
+/// The end of `r"..."` or `r#"..."#`; `None` for a raw identifier.
 fn end_of_raw_string(chars: &[char], from: usize) -> Option<usize> {
     let hashes = chars[from + 1..].iter().take_while(|c| **c == '#').count();
     let open = from + 1 + hashes;

@@ -1,18 +1,18 @@
-//! Who may name what: libraries, clocks, disks and documents.
+//! Restrictions on names: libraries, clocks, disks and documents.
 
 use crate::tree::{Source, names};
 
-/// A word that only some places may name.
+/// A word that only some places may contain.
 pub struct Word {
     /// The word, or path.
     pub word: &'static str,
-    /// The places that may name it.
+    /// The places that may contain it.
     pub only: &'static [&'static str],
-    /// Why.
+    /// The reason, for the error message.
     pub why: &'static str,
 }
 
-/// Words with a home.
+/// The restricted words.
 pub const WORDS: &[Word] = &[
     Word {
         word: "tonic",
@@ -62,8 +62,8 @@ pub const WORDS: &[Word] = &[
     },
 ];
 
-/// The files that have no clock, no disk, no network, no actor and no thread: all that happens in them follows from
-/// their arguments. `ARCHITECTURE.md` calls them pure.
+/// Files without a clock, disk, network, actor or thread: their results depend only on their arguments. `ARCHITECTURE.md`
+/// calls them pure.
 pub const PURE: &[&str] = &[
     "src/actors/scheduler/ledger",
     "src/actors/scheduler/queue",
@@ -87,7 +87,7 @@ pub const PURE: &[&str] = &[
     "crates/reapi/src",
 ];
 
-/// What pure code does not use.
+/// Names that pure code does not use.
 const IMPURE: &[&str] = &[
     "Instant::now",
     "SystemTime::now",
@@ -101,7 +101,7 @@ const IMPURE: &[&str] = &[
     "actix",
 ];
 
-/// Documents of the project's authors that nobody else has.
+/// Documents of the authors that are not in the repository.
 const ELSEWHERE: &[&str] = &[
     concat!("user", "-asks"),
     concat!("reapi", "-rules.md"),
@@ -110,7 +110,7 @@ const ELSEWHERE: &[&str] = &[
     concat!("/work", "/"),
 ];
 
-/// Hosts of package registries. Packages are fetched by their ordinary clients, which know their registry; a machine behind
+/// Hosts of package registries. Packages are fetched by their ordinary clients, which know their registry. A machine behind
 /// a mirror configures the client, and nothing here overrides that.
 const REGISTRIES: &[&str] = &[
     concat!("crates", ".io"),
@@ -130,7 +130,7 @@ const REGISTRIES: &[&str] = &[
     concat!("qu", "ay.io"),
 ];
 
-/// Words outside their home.
+/// Restricted words in other places.
 pub fn strays(files: &[Source], words: &[Word]) -> Vec<String> {
     let product = files.iter().filter(|file| file.is_rust() && !file.is_test());
     let coded = product.map(|file| (file, file.code()));
@@ -146,7 +146,7 @@ pub fn strays(files: &[Source], words: &[Word]) -> Vec<String> {
 pub fn impure(files: &[Source], pure: &[&str]) -> Vec<String> {
     let pure = files.iter().filter(|file| file.is_rust() && file.lies_in(pure));
     pure.flat_map(|file| {
-        // Build scripts hand their results over in `env!`, which is no environment of the process.
+        // Build scripts pass their results in `env!`, which is not the environment of the process.
         let code = file.code().replace("env!", "");
         let used = IMPURE.iter().filter(move |word| names(&code, word));
         used.map(|word| format!("{} is pure, but names `{word}`", file.path))
@@ -154,7 +154,7 @@ pub fn impure(files: &[Source], pure: &[&str]) -> Vec<String> {
     .collect()
 }
 
-/// References to documents that are not in the repository, and to numbered faults, whose list is not in it either.
+/// References to documents that are not in the repository, and to fault numbers, whose list is not in the repository.
 pub fn elsewhere(files: &[Source]) -> Vec<String> {
     let mut found = Vec::new();
     for file in files {

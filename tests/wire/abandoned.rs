@@ -1,4 +1,4 @@
-//! Work that its clients have left: when it goes on, and when it makes way.
+//! Abandoned work: when it continues, and when it gives up its slot.
 
 use crate::execution::running;
 use crate::support::{Client, PATIENCE, Run, Server, empty, eventually, metadata, response, sh};
@@ -6,7 +6,7 @@ use gorego_reapi::proto::reapi::WaitExecutionRequest;
 use std::time::{Duration, Instant};
 use tonic::Code;
 
-/// An action that has a slot, and the name of its operation.
+/// Waits until an action has a slot and returns the name of its operation.
 async fn begin(client: &Client, script: &str) -> (Run, String) {
     let mut run = client.start(client.action(sh(script), empty()).await).await;
     let name = run.until(|operation| metadata(operation).stage == 3).await.name;
@@ -18,7 +18,7 @@ async fn wait_execution(client: &Client, name: &str) -> Run {
     Run(client.execution.clone().wait_execution(request).await.unwrap().into_inner())
 }
 
-/// Ctrl-C: two interrupted actions on two slots, and the next build of one tiny action.
+/// Ctrl-C: two interrupted actions occupy two slots when the next build starts one tiny action.
 #[tokio::test]
 async fn an_interrupted_build_does_not_block_the_next_one() {
     let server = Server::with(&[("EXECUTION__CONCURRENCY", "2")]).await;
@@ -53,10 +53,10 @@ async fn an_interrupted_build_does_not_block_the_next_one() {
     .await;
 }
 
-/// EXE-12, EXE-14: a connection that broke, while others wait for its slot.
+/// EXE-12, EXE-14: a broken connection, while other work waits for its slot.
 #[tokio::test]
 async fn a_client_that_comes_back_at_once_finds_its_work() {
-    // Time enough to come back, also on a slow machine.
+    // Enough time to reconnect, even on a slow machine.
     let settings = [("EXECUTION__CONCURRENCY", "1"), ("EXECUTION__CONTENDED_ABANDON_GRACE", "6s")];
     let server = Server::with(&settings).await;
     let dir = tempfile::tempdir().unwrap();
@@ -71,7 +71,7 @@ async fn a_client_that_comes_back_at_once_finds_its_work() {
     let client = server.client().await;
     let mut back = wait_execution(&client, &name).await;
     assert_eq!(metadata(&back.next().await.unwrap()).stage, 3);
-    // Longer than the grace of work without a follower.
+    // Longer than the grace period of abandoned work.
     tokio::time::sleep(Duration::from_secs(9)).await;
     std::fs::write(&gate, "").unwrap();
     let result = back.finish().await.result.unwrap();

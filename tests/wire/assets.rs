@@ -1,4 +1,4 @@
-//! Remote Asset, with origins of the tests' own on 127.0.0.1 (AST-01..11).
+//! Remote Asset, with test origins on 127.0.0.1 (AST-01..11).
 
 use crate::support::{Client, PATIENCE, Server, eventually, files_below, sha256};
 use axum::{
@@ -33,7 +33,7 @@ use std::{
 use tokio::{net::TcpListener, sync::Semaphore};
 use tonic::{Code, Request, Status};
 
-/// An HTTP server that counts how often it is asked.
+/// An HTTP server that counts its requests.
 struct Origin {
     address: String,
     hits: Arc<AtomicUsize>,
@@ -53,7 +53,7 @@ impl Origin {
         Self { address, hits }
     }
 
-    /// One that has this content at every path.
+    /// An origin with this content at every path.
     async fn of(content: impl Into<Vec<u8>>) -> Self {
         let content: Vec<u8> = content.into();
         Self::serve(Router::new().fallback(move || std::future::ready(content.clone()))).await
@@ -90,12 +90,12 @@ async fn fetch(server: &Server, request: FetchBlobRequest) -> Result<FetchBlobRe
     Ok(client.fetch_blob(request).await?.into_inner())
 }
 
-/// The code inside an answer.
+/// The code inside a response.
 fn code(response: &FetchBlobResponse) -> Code {
     Code::from_i32(response.status.as_ref().expect("AST-05: there is a status").code)
 }
 
-/// Fetches what has to be there, and reads it back at once (AST-06).
+/// Fetches content, which must succeed, and reads it back immediately (AST-06).
 async fn content(server: &Server, request: FetchBlobRequest) -> Vec<u8> {
     let response = fetch(server, request.clone()).await.unwrap();
     assert_eq!(code(&response), Code::Ok, "{response:?}");
@@ -114,7 +114,7 @@ fn sri(name: &str, hash: &[u8]) -> String {
     format!("{name}-{}", BASE64.encode(hash))
 }
 
-/// AST-01; BuildStream asks with empty requests whether the services are there (clients.md).
+/// AST-01; BuildStream probes the services with empty requests (clients.md).
 #[tokio::test]
 async fn requests_without_uris_or_with_a_qualifier_twice_are_invalid() {
     let server = server().await;
@@ -250,7 +250,7 @@ async fn the_digest_is_of_the_function_asked_for() {
     assert_eq!(fetch(&server, unknown).await.unwrap_err().code(), Code::InvalidArgument);
 }
 
-/// Content of every size and function takes a way of its own into the store.
+/// Content of each size and function takes a different path into the store.
 #[tokio::test]
 async fn large_downloads_arrive_whole() {
     let large: Vec<u8> = (0..3_000_000u32).map(|n| n.wrapping_mul(n) as u8).collect();
@@ -292,7 +292,7 @@ async fn cached_content_is_served_until_a_caller_wants_it_newer() {
     assert_eq!(content(&server, old_enough).await, b"version 3");
 }
 
-/// AST-08: a download that began before the time is no answer, though it goes on, and undoes no newer one.
+/// AST-08: a download that began too early is not an answer, but it continues and does not replace a newer one.
 #[tokio::test]
 async fn who_wants_newer_content_does_not_get_that_of_a_download_under_way() {
     let (version, gate) = (Arc::new(AtomicUsize::new(1)), Arc::new(Semaphore::new(0)));
@@ -333,14 +333,14 @@ async fn mirrors_are_tried_in_order() {
     let (dead, alive) = (format!("http://{dead}/"), origin.uri("/"));
     let response = fetch(&server, wanted(&[&dead, &alive], &[])).await.unwrap();
     assert_eq!((code(&response), response.uri), (Code::Ok, alive.clone()));
-    // What the second mirror gave is found again, without a look at the first.
+    // Content from the second mirror is found again without contacting the first.
     assert_eq!(content(&server, wanted(&[&dead, &alive], &[])).await, b"hello");
     assert_eq!(origin.hits(), 1);
     let response = fetch(&server, wanted(&[&dead], &[])).await.unwrap();
     assert_eq!(code(&response), Code::Aborted);
 }
 
-/// AST-09: also when they accept and say nothing, or stop in the middle.
+/// AST-09: also when mirrors accept a connection and send nothing, or stop in the middle.
 #[tokio::test]
 async fn a_mirror_that_hangs_leaves_time_for_the_next() {
     let router = Router::new()
@@ -400,7 +400,7 @@ async fn a_fetch_goes_on_when_its_caller_is_gone_and_many_callers_share_one() {
     assert_eq!(origin.hits(), 1);
 }
 
-/// AST-10: nothing is contacted unless the configuration says so, and the answer says how to change that.
+/// AST-10: no origin is contacted unless the configuration allows it, and the error says how to allow it.
 #[tokio::test]
 async fn only_allowed_hosts_are_contacted_redirects_included() {
     let origin = Origin::of("secret").await;
@@ -428,7 +428,7 @@ async fn only_allowed_hosts_are_contacted_redirects_included() {
         .route("/file", get(to("file:///etc/passwd".into())))
         .route("/loop", get(to("/loop".into())));
     let redirecting = Origin::serve(router).await;
-    // The name is allowed; the address that it resolves to is not.
+    // The name is allowed, but the address that it resolves to is not.
     let hosts = format!(r#"["{}", "localhost"]"#, redirecting.address);
     let server = Server::with(&[("ASSETS__ALLOWED_HOSTS", &hosts)]).await;
     for (uri, key) in [
@@ -478,25 +478,25 @@ async fn what_is_pushed_is_found_under_every_uri_with_the_same_qualifiers() {
         let other = fetch(&server, wanted(&[uri], &[("x.y", "other")])).await;
         assert!(other.is_err_and(|status| status.code() == Code::InvalidArgument) || uri.starts_with("urn"));
     }
-    // A checksum holds for what is pushed too.
+    // Checksums apply to pushed content too.
     let checked = PushBlobRequest {
         qualifiers: vec![qualifier("checksum.sri", &sri("sha256", &[7; 32]))],
         ..offer(pushed)
     };
     assert_eq!(push(&server, checked).await.unwrap_err().code(), Code::InvalidArgument);
-    // Past its time it is gone.
+    // It is gone after its expiry.
     let past = Some((SystemTime::now() - Duration::from_secs(1)).into());
     push(&server, PushBlobRequest { expire_at: past, ..offer(pushed) }).await.unwrap();
     for uri in uris {
         let expired = fetch(&server, wanted(&[uri], &[("x.y", "z")])).await.unwrap();
         assert_eq!(code(&expired), Code::NotFound, "{uri}");
     }
-    // It counts as stored only with all that it refers to.
+    // It is a hit only if everything that it refers to is stored.
     let missing = PushBlobRequest { references_blobs: vec![sha256(b"gone").to_wire()], ..offer(pushed) };
     assert_eq!(push(&server, missing).await.unwrap_err().code(), Code::FailedPrecondition);
 }
 
-/// AST-11; what is bound survives the server, and is not served once its blob is lost.
+/// AST-11: bindings survive a restart, and are not served after their blob is lost.
 #[tokio::test]
 async fn bindings_survive_a_restart_and_lost_content_is_fetched_again() {
     let origin = Origin::of("hello").await;
@@ -586,7 +586,7 @@ async fn an_archive_becomes_directories_with_everything_in_the_cas() {
     assert_eq!(tree(&client, below.root_directory_digest).await.len(), 1);
     let none = fetch_directory(&server, &uri, "pkg/nonsense").await;
     assert_eq!(none.status.unwrap().code, Code::NotFound as i32);
-    // Once more from what is bound, and pushed under a name of one's own.
+    // Again from the binding, and pushed under another name.
     let hits = origin.hits();
     let again = fetch_directory(&server, &uri, "").await;
     assert_eq!((again.root_directory_digest, origin.hits()), (response.root_directory_digest.clone(), hits));
@@ -599,7 +599,7 @@ async fn an_archive_becomes_directories_with_everything_in_the_cas() {
     pusher.push_directory(offer).await.unwrap();
     let pushed = fetch_directory(&server, "urn:tree", "").await;
     assert_eq!(pushed.root_directory_digest, response.root_directory_digest);
-    // What is no archive, or a hostile one, is bad news of the origin.
+    // A response that is not an archive, or a hostile one, is an error of the origin.
     let hostile = Origin::of("this is no archive").await;
     let response = fetch_directory(&server, &hostile.uri("/x.tar.gz"), "").await;
     assert_eq!(response.status.unwrap().code, Code::Aborted as i32);

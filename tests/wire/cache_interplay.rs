@@ -1,4 +1,4 @@
-//! Execute and the action cache: EXE-16..21, AC-01..15 as far as they show through execution.
+//! Execute and the action cache: EXE-16..21 and AC-01..15, as far as they are visible through execution.
 
 use crate::support::{Client, Server, directory, empty, file, files_below, sh, sh_with, sha256};
 use gorego_reapi::{
@@ -63,7 +63,7 @@ async fn failures_and_actions_not_to_be_cached_are_run_again() {
     assert!(!client.run(uncached).await.cached_result, "not even from an entry that somebody else wrote");
 }
 
-/// AC-03, EXE-21: whichever blob is lost, the result is a miss and the action runs.
+/// AC-03, EXE-21: if any blob is lost, the result is a miss and the action runs.
 #[tokio::test]
 async fn a_result_with_a_lost_blob_is_never_served() {
     let server = Server::start().await;
@@ -84,7 +84,7 @@ async fn a_result_with_a_lost_blob_is_never_served() {
     for lost in references {
         assert!(client.cached(action).await.is_some());
         damage(&server, lost);
-        // Damage is found when the blob is read; from then on it is missing.
+        // Damage is found when the blob is read; then the blob is missing.
         assert!(client.read(lost).await.is_err());
         assert_eq!(client.missing(&[lost]).await, [lost]);
         assert_eq!(client.cached(action).await, None, "{lost} is lost");
@@ -94,7 +94,7 @@ async fn a_result_with_a_lost_blob_is_never_served() {
     }
 }
 
-/// CAS-22: a flipped bit on disk is a miss, never wrong bytes.
+/// CAS-22: a flipped bit on disk leads to a miss, never to wrong bytes.
 fn damage(server: &Server, digest: Digest) {
     let hash = digest.hash_hex();
     let named =

@@ -1,4 +1,4 @@
-//! SplitBlob and SpliceBlob: what a client with a slow line gains by them, and what nobody can do with them.
+//! SplitBlob and SpliceBlob: the benefit for a client on a slow link, and protection against abuse.
 
 use crate::support::*;
 use bytes::Bytes;
@@ -15,7 +15,7 @@ use tonic::{Code, Status};
 
 const MB: usize = 1_000_000;
 
-/// Lines of text, no two alike.
+/// Distinct lines of text.
 fn text(bytes: usize) -> Vec<u8> {
     let mut text = Vec::with_capacity(bytes + 64);
     let mut state = 1u64;
@@ -27,7 +27,7 @@ fn text(bytes: usize) -> Vec<u8> {
     text
 }
 
-/// Cuts a file as a client does that was told the server's parameters.
+/// Cuts a file like a client that has received the server's parameters.
 fn cut(file: &[u8], chunking: Chunking) -> Vec<Bytes> {
     let mut splitter = Splitter::new(chunking);
     splitter.push(file);
@@ -48,7 +48,7 @@ fn wire(chunks: &[Digest]) -> Vec<reapi::Digest> {
 }
 
 impl Client {
-    /// Uploads those of the chunks that are not stored; how many bytes that were.
+    /// Uploads the chunks that are not stored. Returns the number of bytes.
     async fn upload_missing(&self, chunks: &[Bytes]) -> usize {
         let missing = self.missing(&digests_of(self.function, chunks)).await;
         let mut sent = 0;
@@ -87,7 +87,7 @@ impl Client {
     }
 }
 
-/// The promise: a line more in the middle of a large file, and a few per cent of it go over the wire. CAS-30, CAS-33, CAS-34,
+/// After one more line in the middle of a large file, only a few per cent of it are transferred. CAS-30, CAS-33, CAS-34,
 /// CAS-37, CAP-16, CAP-17.
 #[tokio::test]
 async fn a_line_added_to_a_large_file_uploads_a_few_per_cent_of_it() {
@@ -126,7 +126,7 @@ async fn a_line_added_to_a_large_file_uploads_a_few_per_cent_of_it() {
     }
 }
 
-/// CAS-30, CAS-31, CAS-32, CAS-33: a blob that was uploaded whole is read in chunks by a client that has most of them.
+/// CAS-30, CAS-31, CAS-32, CAS-33: a client that has most chunks of a blob that was uploaded whole reads the others.
 #[tokio::test]
 async fn a_blob_that_was_never_chunked_is_split_on_demand() {
     let server = Server::start().await;
@@ -174,7 +174,7 @@ async fn a_splice_that_is_not_the_blob_is_refused_and_one_that_is_works_everywhe
     }
     let status = client.splice(blob, &[one, two, lost]).await.unwrap_err();
     assert!(status.message().contains(&lost.to_string()), "it says which: {}", status.message());
-    // Chunks of another digest function, and lists that no blob is made of.
+    // Chunks of another digest function, and lists that do not form the blob.
     let foreign = reapi::Digest { hash: "0".repeat(40), size_bytes: 5 };
     let chunk_digests = vec![one.to_wire(), two.to_wire(), foreign];
     for chunk_digests in [chunk_digests, vec![Default::default(); 3], vec![Default::default(); 200_000]] {
@@ -197,7 +197,7 @@ async fn a_splice_that_is_not_the_blob_is_refused_and_one_that_is_works_everywhe
     assert_eq!(client.stdout(&result).await, "one, two, one, ");
 }
 
-/// CAS-30: chunks are of their blob's digest function, and those of another are not taken for them.
+/// CAS-30: chunks use the digest function of their blob, and chunks of another function are not mistaken for them.
 #[tokio::test]
 async fn chunks_are_of_the_digest_function_of_their_blob() {
     let server = Server::start().await;
@@ -216,7 +216,7 @@ async fn chunks_are_of_the_digest_function_of_their_blob() {
     }
 }
 
-/// kill -9 at any moment leaves a blob whole or absent, and chunks that are what they are called.
+/// After kill -9 at any time, a blob is either complete or absent, and chunks match their digests.
 #[tokio::test]
 async fn a_server_killed_in_the_middle_of_a_splice_has_the_whole_blob_or_none() {
     let file = text(24 * MB);
@@ -229,7 +229,7 @@ async fn a_server_killed_in_the_middle_of_a_splice_has_the_whole_blob_or_none() 
         let (client, parts) = (client.clone(), digests(&chunks));
         async move { client.splice(blob, &parts).await }
     });
-    // Bytes of the new blob are on the disk: it is neither there nor not begun.
+    // The new blob has bytes on disk: the splice has begun and is not finished.
     let tmp = server.store().join("v1/tmp");
     let growing = || {
         let sizes = files_below(&tmp).into_iter().filter_map(|path| path.metadata().ok());

@@ -1,4 +1,4 @@
-//! Compressed transfers against the real binary: what is kept over a restart, and what can be switched.
+//! Compressed transfers with the real binary: what survives a restart, and what can be configured.
 
 use crate::support::{Client, Server, eventually, files_below, sha256};
 use gorego_reapi::{
@@ -31,7 +31,7 @@ async fn download(client: &Client, digest: &Digest, offset: usize) -> Vec<u8> {
     zstd::decode_all(&client.read_request(request).await.unwrap()[..]).unwrap()
 }
 
-/// BS-25: each client finds the answer that it wants.
+/// BS-25: each client gets the answer that it expects.
 #[tokio::test]
 async fn the_answer_to_a_compressed_upload_can_be_chosen() {
     let plain = text(100_000);
@@ -47,7 +47,7 @@ async fn the_answer_to_a_compressed_upload_can_be_chosen() {
     }
 }
 
-/// BS-12, CAP-12: also with what an earlier process has compressed.
+/// BS-12, CAP-12: also with a compressed form from an earlier process.
 #[tokio::test]
 async fn what_was_compressed_once_is_served_after_a_crash_from_any_offset() {
     let server = Server::start().await;

@@ -1,4 +1,4 @@
-//! Stored files that were changed by somebody else: never wrong bytes, and everything heals by itself (CAS-22).
+//! Stored files that another process has changed: wrong bytes are never served, and everything recovers (CAS-22).
 
 use crate::support::{Client, Server, directory, empty, file, files_below, sh, sh_with, sha256};
 use gorego_reapi::{
@@ -18,7 +18,7 @@ use std::{
 };
 use tonic::Code;
 
-/// Larger than what is hashed at every read.
+/// Larger than files that are hashed at every read.
 const LARGE: usize = 300_000;
 
 fn stored_file(server: &Server, digest: Digest) -> PathBuf {
@@ -31,7 +31,8 @@ fn stored_file(server: &Server, digest: Digest) -> PathBuf {
 
 /// Flips a bit of a stored file in place, and restores its size, mode and times.
 fn tamper(server: &Server, digest: Digest) {
-    // Longer than a tick of the kernel's clock, within which a second change does not show where change times are coarse.
+    // Longer than a tick of the kernel's clock. Within a coarse tick, a second change would not be visible in the change
+    // time.
     std::thread::sleep(Duration::from_millis(40));
     let path = stored_file(server, digest);
     let before = fs::metadata(&path).unwrap();
@@ -79,8 +80,8 @@ async fn get_tree(client: &Client, root: Digest) -> Result<(), tonic::Status> {
     Ok(())
 }
 
-/// Twenty-five blobs whose content changes while their size and their modification time stay: whichever way each is read, it is
-/// a miss, and to send it again heals it.
+/// The content of twenty-five blobs changes while size and modification time stay: each kind of read misses, and a new
+/// upload repairs the blob.
 #[tokio::test]
 async fn changed_blobs_are_misses_by_every_way_and_heal() {
     let server = Server::start().await;
@@ -102,7 +103,7 @@ async fn changed_blobs_are_misses_by_every_way_and_heal() {
                 assert_eq!(status.code, Code::FailedPrecondition as i32, "{}", status.message);
                 assert_eq!(client.cached(action).await, None);
             }
-            // Nobody reads it before it is sent again.
+            // It is not read before it is uploaded again.
             _ => {}
         }
         if seed % 5 < 4 {
@@ -118,7 +119,7 @@ async fn changed_blobs_are_misses_by_every_way_and_heal() {
     assert_eq!(get_tree(&client, root).await.unwrap_err().code(), Code::NotFound);
 }
 
-/// Until a damaged file is read, its blob counts as present; `gorego exec` runs the action again when an output is gone.
+/// Until a damaged file is read, its blob counts as present. `gorego exec` runs the action again if an output is gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn exec_runs_an_action_again_whose_cached_output_is_gone() {
     let server = Server::start().await;
@@ -138,7 +139,7 @@ async fn exec_runs_an_action_again_whose_cached_output_is_gone() {
     assert_eq!(fs::read(home.path().join("o")).unwrap(), output);
 }
 
-/// AC-03: an output that went bad while the server was down takes the result with it, read or not.
+/// AC-03: an output that was damaged while the server was down invalidates the result, whether it was read or not.
 #[tokio::test]
 async fn a_result_is_gone_after_a_restart_when_its_output_went_bad() {
     let server = Server::start().await;

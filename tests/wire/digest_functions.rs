@@ -1,4 +1,5 @@
-//! Digest functions: each does everything that SHA-256 does, and none knows of another's blobs (GEN-06, GEN-08..11, CAP-05).
+//! Digest functions: each supports everything that SHA-256 does, and blobs of different functions are separate (GEN-06,
+//! GEN-08..11, CAP-05).
 
 use crate::support::{Client, Server, directory, file, missing_subjects, sh_with};
 use gorego_reapi::{
@@ -27,7 +28,7 @@ async fn write(client: &Client, digest: Digest, data: &[u8]) -> i64 {
     client.bytes.clone().write(tokio_stream::once(request)).await.unwrap().into_inner().committed_size
 }
 
-/// CAP-05, GEN-06, BS-03, EXE-23, EXE-55: the whole way of a build, under each function.
+/// CAP-05, GEN-06, BS-03, EXE-23, EXE-55: all steps of a build with each function.
 #[tokio::test]
 async fn a_build_works_under_every_digest_function() {
     let server = Server::start().await;
@@ -99,7 +100,7 @@ async fn a_blob_is_known_only_under_the_function_it_was_uploaded_with() {
     }
 }
 
-/// GEN-08: what most clients send.
+/// GEN-08: the requests of most clients.
 #[tokio::test]
 async fn a_function_that_is_left_out_is_told_by_the_length_of_the_hash() {
     let server = Server::start().await;
@@ -113,7 +114,7 @@ async fn a_function_that_is_left_out_is_told_by_the_length_of_the_hash() {
     }
 }
 
-/// A store on disk keeps every function apart, and finds everything again.
+/// A store on disk keeps the functions apart and finds everything after a restart.
 #[tokio::test]
 async fn blobs_of_every_function_survive_kill_9() {
     let server = Server::start().await;

@@ -1,4 +1,4 @@
-//! What a full disk, a disk without execution, and the end of the process mean to exec directories and results.
+//! The effects of a full disk, a noexec disk and the end of the process on exec directories and results.
 
 use crate::lifecycle::upload;
 use crate::support::{
@@ -12,13 +12,13 @@ use std::{
 };
 use tonic::Code;
 
-/// What an action finds on the disk of these tests before it is full.
+/// Free space at the start of an action in these tests.
 const LEFT: u64 = 385_024;
 
-/// Fills the disk up to `left` bytes; to be removed by whoever wants the room back.
+/// Fills the disk up to `left` bytes. The caller removes the file to free the space.
 fn ballast(server: &Server, left: u64) -> PathBuf {
     let path = server.inside("ballast");
-    // As much as fits.
+    // The write stores as much as fits.
     let filled = fs::write(&path, vec![1; 64 << 20]).unwrap_err();
     assert_eq!(filled.kind(), std::io::ErrorKind::StorageFull);
     let file = File::options().write(true).open(&path).unwrap();
@@ -26,7 +26,7 @@ fn ballast(server: &Server, left: u64) -> PathBuf {
     path
 }
 
-/// An action that does not notice that its output was cut short.
+/// An action that does not notice that its output is truncated.
 async fn careless(client: &Client) -> Digest {
     let script = "head -c 3000000 /dev/zero > o; sleep 1.5; exit 0";
     client.action(sh_with(script, &["o"]), empty()).await
@@ -40,7 +40,7 @@ fn code(response: &ExecuteResponse) -> Code {
     Code::from_i32(response.status.as_ref().map_or(0, |status| status.code))
 }
 
-/// EXE-62: the command exits with 0 and half an output. The action runs again once there is room.
+/// EXE-62: the command exits with 0 and a truncated output. The action runs again once there is space.
 #[tokio::test]
 async fn an_output_that_a_full_disk_cut_short_is_no_result() {
     let server = Server::on_a_disk_of(16 << 20).await;
@@ -65,7 +65,7 @@ async fn an_output_that_a_full_disk_cut_short_is_no_result() {
     assert_eq!(client.cached(action).await.unwrap().output_files[0].digest, Some(whole));
 }
 
-/// EXE-62: a build whose client tries again is not broken.
+/// EXE-62: the build of a client that retries is not broken.
 #[tokio::test]
 async fn an_action_on_a_disk_that_stays_full_is_unavailable_and_not_cached() {
     let server = Server::on_a_disk_of(16 << 20).await;
@@ -86,7 +86,7 @@ async fn an_action_on_a_disk_that_stays_full_is_unavailable_and_not_cached() {
     }
 }
 
-/// The same for files that cannot be made because there are too many.
+/// The same for files that cannot be created because there are too many.
 #[tokio::test]
 async fn a_disk_without_inodes_is_full_too() {
     let server = Server::on_a_disk("size=64m,nr_inodes=2000").await;
@@ -100,7 +100,7 @@ async fn a_disk_without_inodes_is_full_too() {
     assert_eq!(client.stdout(&result).await, "well\n");
 }
 
-/// The disk is smaller than what the store was allowed.
+/// The disk is smaller than the configured size of the store.
 #[tokio::test]
 async fn the_store_makes_room_for_an_action_that_found_none() {
     let server = Server::on_a_disk_of(32 << 20).await;
@@ -120,7 +120,7 @@ async fn the_store_makes_room_for_an_action_that_found_none() {
     assert!(missing.len() <= 10, "at most a part of the store goes: {missing:?}");
 }
 
-/// The same for uploads; the store looks at its disk every ten seconds.
+/// The same for uploads. The store checks its disk every ten seconds.
 #[tokio::test]
 async fn a_store_that_was_allowed_more_than_its_disk_holds_keeps_some_of_it_free() {
     let server = Server::on_a_disk_of(16 << 20).await;
@@ -144,7 +144,7 @@ async fn a_store_that_was_allowed_more_than_its_disk_holds_keeps_some_of_it_free
     assert_eq!(missing, [sha256(&blob(0))]);
 }
 
-/// What a command says of a full disk is not believed; the disk is looked at.
+/// The output of a command about a full disk is ignored; only the disk is checked.
 #[tokio::test]
 async fn a_failure_on_a_healthy_disk_is_the_commands_own() {
     let server = Server::on_a_disk_of(16 << 20).await;
@@ -175,7 +175,7 @@ async fn a_build_root_that_is_mounted_noexec_is_named_at_start_and_in_the_failur
     assert!(response.message.contains("noexec"), "{response:?}");
 }
 
-/// Large directories take a while to remove; they are gone when the process is.
+/// Removing large directories takes a while. They are gone when the process is.
 #[tokio::test]
 async fn exec_directories_of_actions_that_are_cancelled_at_exit_are_gone() {
     let mut server = Server::with(&[("EXECUTION__CONCURRENCY", "3")]).await;
@@ -193,7 +193,7 @@ async fn exec_directories_of_actions_that_are_cancelled_at_exit_are_gone() {
         runs.filter(|run| run.path().join("root/ready").exists()).count() == 3
     };
     eventually("the actions have filled their directories", ready).await;
-    // Nothing else holds the exit up.
+    // Nothing else delays the exit.
     drop((runs, client));
     server.signal("TERM");
     assert_eq!(server.exit().await.code(), Some(0));

@@ -39,7 +39,7 @@ async fn death_by_a_signal_is_128_plus_its_number() {
     assert_eq!(client.run_command(sh("exit 255")).await.exit_code, 255);
 }
 
-/// EXE-40, EXE-41: no shell in between, nothing of the server's environment.
+/// EXE-40, EXE-41: no shell is involved, and the server's environment is not inherited.
 #[tokio::test]
 async fn arguments_and_environment_arrive_byte_for_byte() {
     let server = Server::with(&[]).await;
@@ -60,7 +60,7 @@ async fn arguments_and_environment_arrive_byte_for_byte() {
     assert_eq!(client.stdout(&result).await, "A=1\n2\0EMPTY=\0");
 }
 
-/// Text is text, whatever it would mean as a message: what Linux runs is run.
+/// Text is executed as Linux would execute it, whatever it would mean as a message.
 #[tokio::test]
 async fn a_dozen_arguments_as_long_as_the_system_takes_them_arrive() {
     let server = Server::start().await;
@@ -89,7 +89,7 @@ async fn a_program_that_cannot_be_started_fails_at_once_and_says_why() {
     assert_eq!(result.exit_code, 0);
 }
 
-/// EXE-39: created if it is not in the input root, as one client needs.
+/// EXE-39: the directory is created if it is not in the input root, as one client requires.
 #[tokio::test]
 async fn a_command_runs_in_its_working_directory() {
     let server = Server::start().await;
@@ -116,7 +116,7 @@ async fn nothing_that_a_command_started_survives_it() {
     }
 }
 
-/// EXE-45: the time in the queue does not count, the output so far is kept, the whole group is gone.
+/// EXE-45: the time in the queue does not count, the output so far is kept, and all processes are killed.
 #[tokio::test]
 async fn a_command_past_its_timeout_is_killed_and_reported_with_its_partial_log() {
     let server = Server::with(&[("EXECUTION__CONCURRENCY", "1")]).await;
@@ -124,7 +124,7 @@ async fn a_command_past_its_timeout_is_killed_and_reported_with_its_partial_log(
     let second = Some(prost_types::Duration { seconds: 1, nanos: 0 });
     let slow = sh("echo so far; sleep 7433 & sleep 7433");
     let slow = client.action_with(slow, empty(), |action| action.timeout = second).await;
-    // It waits for as long as it may run, and longer.
+    // It waits longer than its timeout.
     let waits = client.action_with(sh("true"), empty(), |action| action.timeout = second).await;
     let run = client.start(slow).await;
     let queued = client.start(waits).await;
@@ -136,7 +136,7 @@ async fn a_command_past_its_timeout_is_killed_and_reported_with_its_partial_log(
     assert_eq!(queued.finish().await.status.unwrap_or_default().code, 0);
 }
 
-/// EXE-59: bounded memory is for the worker's own tests; here every byte arrives.
+/// EXE-59: every byte arrives. The tests of the worker cover the memory bound.
 #[tokio::test]
 async fn logs_are_exact_at_any_size_and_inlined_only_on_request() {
     let server = Server::start().await;
@@ -264,7 +264,7 @@ async fn an_action_that_cannot_run_is_an_operation_that_is_over_at_once() {
     assert_eq!(gone.code(), Code::NotFound);
 }
 
-/// EXE-15: one run for many, but never for actions that are not to be cached.
+/// EXE-15: one run for many clients, but never for actions that must not be cached.
 #[tokio::test]
 async fn identical_actions_in_flight_are_run_once() {
     let server = Server::with(&[("EXECUTION__CONCURRENCY", "4")]).await;
@@ -293,7 +293,7 @@ async fn identical_actions_in_flight_are_run_once() {
     }
 }
 
-/// Lower values run first, FIFO among equals.
+/// Actions with lower values run first; equal ones run in order of arrival.
 #[tokio::test]
 async fn queued_actions_run_by_priority() {
     let server = Server::with(&[("EXECUTION__CONCURRENCY", "1")]).await;
@@ -345,7 +345,7 @@ async fn a_full_queue_says_when_to_come_back() {
     assert!(retry.is_some());
 }
 
-/// EXE-31: from Action or Command; an unlisted property is no obstacle (a cache silo is made with one).
+/// EXE-31: from Action or Command; an unlisted property is ignored, because clients use such properties to separate caches.
 #[tokio::test]
 #[allow(deprecated)]
 async fn a_platform_that_no_pool_offers_is_refused_at_once() {
@@ -367,7 +367,7 @@ async fn a_platform_that_no_pool_offers_is_refused_at_once() {
     }
 }
 
-/// Whether a process with this text in its command line runs.
+/// Whether a process with this text in its command line is running.
 pub fn running(marker: &str) -> bool {
     let args = marker.replace(' ', "\0");
     std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {

@@ -1,4 +1,4 @@
-//! The cache over HTTP/1.1, beside gRPC clients of the same store.
+//! The HTTP/1.1 cache, with gRPC clients on the same store.
 
 use crate::support::{Server, empty, eventually, sh, sha256};
 use gorego_reapi::{
@@ -70,7 +70,7 @@ fn cas(content: &[u8]) -> String {
     format!("/cas/{}", sha256(content).hash_hex())
 }
 
-/// More than fits one piece of anything, and not too regular.
+/// More than one piece of anything, and not too regular.
 fn large() -> Vec<u8> {
     (0..1_500_000u32).map(|n| (n / 7).wrapping_mul(n) as u8).collect()
 }
@@ -114,7 +114,7 @@ async fn action_results_are_shared_with_grpc_clients_and_always_complete() {
         let file = OutputFile { path: "out".into(), digest: Some(digest.to_wire()), ..Default::default() };
         ActionResult { output_files: vec![file], ..Default::default() }.encode_to_vec()
     };
-    // The Action is stored first, as Bazel does it.
+    // The Action is stored first, as Bazel does.
     let action = grpc.action(sh("echo x"), empty()).await;
     let path = format!("/ac/{}", action.hash_hex());
     assert_eq!(http.get(&path).await, None);
@@ -122,19 +122,19 @@ async fn action_results_are_shared_with_grpc_clients_and_always_complete() {
     let cached = grpc.cached(action).await.expect("a gRPC client finds it");
     let read = ActionResult::decode(http.get(&path).await.unwrap().as_slice()).unwrap();
     assert_eq!(read, cached);
-    // What ran here is found by HTTP clients.
+    // HTTP clients find the results of actions that ran here.
     let ran = grpc.action(sh("echo ran"), empty()).await;
     grpc.run(ran).await;
     assert!(http.get(&format!("/ac/{}", ran.hash_hex())).await.is_some());
-    // Without its Action a result is still found by HTTP clients.
+    // HTTP clients find a result even without its Action.
     let unknown = format!("/ac/{}", sha256(b"unknown action").hash_hex());
     assert_eq!(http.put(&unknown, result(output)).await, StatusCode::CREATED);
     assert!(http.get(&unknown).await.is_some());
-    // One that refers to what is not stored is a miss.
+    // A result that refers to a missing blob is a miss.
     let incomplete = format!("/ac/{}", sha256(b"incomplete").hash_hex());
     assert_eq!(http.put(&incomplete, result(sha256(b"not stored"))).await, StatusCode::CREATED);
     assert_eq!(http.get(&incomplete).await, None);
-    // One that lies or is none is refused.
+    // An invalid result, or another kind of message, is refused.
     let escaping = OutputFile { path: "../x".into(), digest: Some(output.to_wire()), ..Default::default() };
     let escaping = ActionResult { output_files: vec![escaping], ..Default::default() }.encode_to_vec();
     for bad in [escaping, b"\xffopaque".to_vec()] {
@@ -193,7 +193,7 @@ async fn ranges_are_served_and_those_outside_refused() {
     assert_eq!(outside.status(), StatusCode::RANGE_NOT_SATISFIABLE);
     let shown = format!("bytes */{}", content.len());
     assert_eq!(outside.headers()[header::CONTENT_RANGE], shown.as_str());
-    // Not what is asked for with HEAD, and not of a version that this server never named.
+    // Neither for HEAD, nor for a validator that this server never issued.
     let head = http.send("HEAD", &cas(&content), &[("range", "bytes=1-2")], "").await;
     assert_eq!(head.status(), StatusCode::OK);
     assert_eq!(head.headers()[header::CONTENT_LENGTH], content.len().to_string().as_str());
@@ -270,15 +270,15 @@ async fn what_cannot_be_done_has_the_status_that_says_so() {
     assert_eq!(&answer, b"HTTP/1.1 413");
 }
 
-/// As sccache's storage layer does it: the root and every directory are there before anything is written, however deep, with
-/// and without an instance in front.
+/// The requests of sccache's storage layer: the root and every directory exist before anything is written, at any depth,
+/// with and without an instance prefix.
 #[tokio::test]
 async fn webdav_clients_find_every_collection_there() {
     let http = Http::start(&[("INSTANCE_NAMES", r#"["", "team/a"]"#)]).await;
     let question = r#"<?xml version="1.0"?><D:propfind xmlns:D="DAV:"><D:allprop/></D:propfind>"#;
     let propfind = async |path: &str, depth: &str| {
         let response = http.send("PROPFIND", path, &[("depth", depth)], question).await;
-        // The connection goes on: the body was read.
+        // The connection stays usable because the body was read.
         assert!(!response.headers().contains_key(header::CONNECTION), "{path}");
         (response.status(), response.text().await.unwrap())
     };
@@ -320,7 +320,7 @@ async fn webdav_clients_find_every_collection_there() {
     assert_eq!(body.status(), StatusCode::UNSUPPORTED_MEDIA_TYPE);
 }
 
-/// Sends this over a connection of its own, and reads the first line of the answer.
+/// Sends this on a new connection and reads the first line of the response.
 async fn raw(http: &Http, request: &str) -> String {
     let mut stream = TcpStream::connect(http.base.strip_prefix("http://").unwrap()).await.unwrap();
     stream.write_all(request.as_bytes()).await.unwrap();
@@ -330,7 +330,7 @@ async fn raw(http: &Http, request: &str) -> String {
     answer.lines().next().unwrap_or_default().to_owned()
 }
 
-/// Against DNS rebinding: a page whose own name was pointed at this machine.
+/// Against DNS rebinding: a web page points its own name at this machine.
 #[tokio::test]
 async fn a_host_that_is_not_this_server_is_not_answered() {
     let http = Http::start(&[("HTTP__ALLOWED_HOSTS", r#"["*.corp.test"]"#)]).await;
@@ -362,8 +362,8 @@ async fn a_host_that_is_not_this_server_is_not_answered() {
     }
 }
 
-/// ccache sends head and body apart and leaves Nagle's algorithm on. Where the head is acknowledged late, each of these takes
-/// 40 ms and more.
+/// ccache sends head and body separately and uses Nagle's algorithm. If the head is acknowledged late, each request takes
+/// at least 40 ms.
 #[tokio::test]
 async fn an_upload_whose_head_and_body_come_apart_is_not_held_up() {
     const UPLOADS: usize = 51;
@@ -401,7 +401,7 @@ async fn every_request_leaves_one_line_and_the_server_stops_in_good_order() {
     http.put(&cas(b"hello"), "hello").await;
     http.get(&cas(b"hello")).await;
     http.get("/cache/none").await;
-    // An upload that breaks off.
+    // An upload that breaks.
     let mut raw = TcpStream::connect(http.base.strip_prefix("http://").unwrap()).await.unwrap();
     let head = format!("PUT {} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nhalf", cas(b"x"));
     raw.write_all(head.as_bytes()).await.unwrap();

@@ -1,4 +1,4 @@
-//! Input roots, good and bad: EXE-22..29, EXE-33..38, EXE-43.
+//! Valid and invalid input roots: EXE-22..29, EXE-33..38, EXE-43.
 
 use crate::support::{
     Client, Server, directory, empty, file, missing_subjects, sh, sh_with, sha256, subdirectory, symlink,
@@ -10,7 +10,7 @@ use gorego_reapi::{
 use prost::Message as _;
 use tonic::Code;
 
-/// EXE-33..35: contents, modes, empty files and directories, symlinks to the letter.
+/// EXE-33..35: contents, modes, empty files and directories, exact symlink targets.
 #[tokio::test]
 async fn an_input_root_is_reproduced_exactly() {
     let server = Server::start().await;
@@ -85,7 +85,7 @@ async fn what_an_action_does_to_its_inputs_nobody_else_sees() {
     assert_eq!(client.read(input).await.unwrap(), b"pristine\n");
 }
 
-/// EXE-22..26: all at once, inline, exact subjects; then the same client can go on.
+/// EXE-22..26: all missing blobs at once, inline, with exact subjects; then the same client can continue.
 #[tokio::test]
 async fn everything_that_is_missing_is_named_in_one_answer() {
     let server = Server::start().await;
@@ -107,7 +107,7 @@ async fn everything_that_is_missing_is_named_in_one_answer() {
     assert_eq!(subjects, expected);
 }
 
-/// EXE-22, EXE-25: each of the four kinds.
+/// EXE-22, EXE-25: each of the four kinds of missing blobs.
 #[tokio::test]
 async fn a_missing_action_command_or_root_is_reported_inline() {
     let server = Server::start().await;
@@ -126,7 +126,7 @@ async fn a_missing_action_command_or_root_is_reported_inline() {
     assert_eq!(subject(client.run(without_root).await), [nothing.blob_name()]);
 }
 
-/// Refused with INVALID_ARGUMENT, as a gRPC status or inline; the message has the word.
+/// Refused with INVALID_ARGUMENT, as a gRPC status or inline. The message contains the word.
 async fn refused(client: &Client, action: Digest, word: &str) {
     let (code, message) = match client.start_request(client.request(action)).await {
         Err(status) => (status.code() as i32, status.message().to_owned()),
@@ -175,7 +175,7 @@ async fn malformed_actions_commands_and_directories_are_refused_by_name() {
     refused(&client, client.action(sh("true"), lying).await, "f is not set").await;
 }
 
-/// Depth and expansion are bounded before anything is written.
+/// Depth and expansion are checked before anything is written.
 #[tokio::test]
 async fn a_tree_ten_thousand_deep_and_a_tree_that_doubles_are_refused() {
     let server = Server::start().await;
@@ -203,7 +203,7 @@ async fn a_symlink_does_not_lead_the_server_out_of_the_root() {
     std::fs::write(outside.path().join("secret"), "secret").unwrap();
     let target = outside.path().to_str().unwrap();
     let root = client.upload(directory(vec![], vec![], vec![symlink("d", target)])).await;
-    // As a parent of an output that would have to be created, and as one to be collected from.
+    // As the parent of an output that would have to be created, and as an output to be collected.
     refused(&client, client.action(sh_with("true", &["d/new/file"]), root).await, "d/new").await;
     assert!(!outside.path().join("new").exists());
     let working = Command { working_directory: "d/w".into(), ..sh("true") };

@@ -1,4 +1,4 @@
-//! Instances with policies of their own: GEN-14, GEN-15, CAP-01, CAP-05, CAP-08, CAP-09, AC-12.
+//! Instances with their own policies: GEN-14, GEN-15, CAP-01, CAP-05, CAP-08, CAP-09, AC-12.
 
 use crate::support::{Client, Server, empty, sh, sha256};
 use gorego_client::stubs::CapabilitiesClient;

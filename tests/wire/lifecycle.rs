@@ -1,4 +1,4 @@
-//! Start, stop, crash: what the process does at its own ends.
+//! Start, shutdown and crash of the process.
 
 use crate::execution::running;
 use crate::support::{Client, Server, command, empty, eventually, metadata, sh, sh_with, sha256};
@@ -16,7 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Response, Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-/// What runs is finished, what is new is refused with a code that clients retry, and the exit is clean.
+/// Running work is finished, new work is refused with a code that clients retry, and the exit is clean.
 #[tokio::test]
 async fn sigterm_finishes_what_runs_and_exits_zero() {
     let mut server = Server::start().await;
@@ -34,12 +34,12 @@ async fn sigterm_finishes_what_runs_and_exits_zero() {
     assert_eq!(result.exit_code, 0);
     drop(client);
     assert_eq!(server.exit().await.code(), Some(0));
-    // The result was recorded before the exit.
+    // The result was stored before the exit.
     let server = Server::on(server.shared_store(), &[]).await;
     assert!(server.client().await.cached(action).await.is_some());
 }
 
-/// An upload that is under way is waited for, however slow; what clients merely keep open is not.
+/// The shutdown waits for a running upload, however slow. It does not wait for idle connections and streams.
 #[tokio::test]
 async fn sigterm_lets_an_upload_finish_and_waits_for_nothing_else() {
     let names = ("INSTANCE_NAMES", r#"["", "main"]"#);
@@ -60,11 +60,11 @@ async fn sigterm_lets_an_upload_finish_and_waits_for_nothing_else() {
     let blob = vec![7u8; 3_000_000];
     let mut messages = messages(&blob, 1 << 18).into_iter();
     let (sender, upload) = begin_write(&client, messages.next().unwrap()).await;
-    // The second is taken once the first is on its way.
+    // The second message is accepted once the first is being processed.
     sender.send(messages.next().unwrap()).await.unwrap();
     server.signal("TERM");
     eventually("stopping is logged", || server.log().iter().any(|e| e["event"] == "server_stopping")).await;
-    // Longer, by far, than connections are kept for nothing.
+    // Much longer than idle connections are kept.
     for message in messages {
         tokio::time::sleep(Duration::from_millis(500)).await;
         sender.send(message).await.unwrap();
@@ -82,7 +82,7 @@ async fn sigterm_lets_an_upload_finish_and_waits_for_nothing_else() {
 
 type Write = JoinHandle<Result<Response<WriteResponse>, Status>>;
 
-/// A Write that has sent its first message, and the way to send more.
+/// A Write that has sent its first message, and a channel for more.
 async fn begin_write(client: &Client, first: WriteRequest) -> (Sender<WriteRequest>, Write) {
     let (sender, receiver) = tokio::sync::mpsc::channel(1);
     let mut bytes = client.bytes.clone();
@@ -91,7 +91,7 @@ async fn begin_write(client: &Client, first: WriteRequest) -> (Sender<WriteReque
     (sender, write)
 }
 
-/// After the limit the rest is cancelled; every stream ends with a status that clients retry.
+/// After the time limit the rest is cancelled. Every stream ends with a status that clients retry.
 #[tokio::test]
 async fn sigterm_cancels_what_does_not_finish_in_time() {
     let mut server = Server::with(&[("SHUTDOWN_GRACE", "300ms"), ("EXECUTION__CONCURRENCY", "1")]).await;
@@ -109,7 +109,7 @@ async fn sigterm_cancels_what_does_not_finish_in_time() {
     eventually("nothing is left running", || !running("sleep 7451")).await;
 }
 
-/// Sends SIGTERM and waits for the exit, which has to be clean.
+/// Sends SIGTERM and waits for the exit, which must be clean.
 async fn exit_time(server: &mut Server) -> Duration {
     server.signal("TERM");
     let asked = Instant::now();
@@ -117,7 +117,7 @@ async fn exit_time(server: &mut Server) -> Duration {
     asked.elapsed()
 }
 
-/// With the default grace of half a minute.
+/// With the default grace period of half a minute.
 #[tokio::test]
 async fn sigterm_does_not_wait_for_an_action_that_nobody_follows() {
     let mut server = Server::start().await;
@@ -130,7 +130,7 @@ async fn sigterm_does_not_wait_for_an_action_that_nobody_follows() {
     eventually("nothing is left running", || !running("sleep 7455")).await;
 }
 
-/// A download of which only the first message is taken.
+/// A download of which only the first message is read.
 async fn stalled_read(client: &Client) -> tonic::Streaming<gorego_reapi::proto::bytestream::ReadResponse> {
     let big: Vec<u8> = (0..16_000_000u32).map(|n| (n % 251) as u8).collect();
     upload(client, &big).await.unwrap();
@@ -140,7 +140,7 @@ async fn stalled_read(client: &Client) -> tonic::Streaming<gorego_reapi::proto::
     reader
 }
 
-/// Progress counts, not existence: a download that is not taken, and an upload that does not go on.
+/// Only progress counts: a download that is not read, and an upload that does not continue, are not waited for.
 #[tokio::test]
 async fn sigterm_does_not_wait_for_clients_that_do_nothing() {
     let mut server = Server::start().await;
@@ -152,7 +152,7 @@ async fn sigterm_does_not_wait_for_clients_that_do_nothing() {
     assert!(took < Duration::from_secs(15), "{took:?}");
 }
 
-/// Everything that can hold up an exit, at once.
+/// Everything that can delay an exit, at once.
 #[tokio::test]
 async fn an_exit_takes_no_longer_than_its_grace() {
     let mut server = Server::with(&[("SHUTDOWN_GRACE", "6s")]).await;
@@ -194,7 +194,7 @@ async fn retryable_end(run: crate::support::Run) -> i32 {
     }
 }
 
-/// The second SIGINT does not wait.
+/// The second SIGINT exits immediately.
 #[tokio::test]
 async fn two_interrupts_end_the_server_at_once() {
     let mut server = Server::start().await;
@@ -208,8 +208,8 @@ async fn two_interrupts_end_the_server_at_once() {
     eventually("nothing is left running", || !running("sleep 7453")).await;
 }
 
-/// kill -9 in the middle of everything: what was acknowledged is there and right, what was not is not there, the command is
-/// gone, the exec directories are swept, and the space of the broken upload is free again.
+/// kill -9 during an upload and an action: acknowledged data is there and correct, other data is not visible, the command
+/// is gone, the exec directories are removed, and the space of the broken upload is free again.
 #[tokio::test]
 async fn after_kill_nine_the_store_is_whole() {
     let server = Server::start().await;
@@ -261,7 +261,7 @@ async fn after_kill_nine_the_store_is_whole() {
     assert_eq!(left, Vec::<std::path::PathBuf>::new(), "half an upload is not kept across a crash");
 }
 
-/// Two servers on one directory would take each other's files away.
+/// Two servers with one directory would remove each other's files.
 #[tokio::test]
 async fn a_second_server_on_the_same_store_is_refused() {
     let server = Server::start().await;
@@ -271,7 +271,7 @@ async fn a_second_server_on_the_same_store_is_refused() {
     assert!(message.contains(server.store().to_str().unwrap()), "{message}");
 }
 
-/// A directory that cannot be one is named, and so is a port that is taken.
+/// The error names an invalid directory, or a port that is in use.
 #[tokio::test]
 async fn a_store_that_cannot_be_written_and_a_port_that_is_taken_are_named() {
     let dir = tempfile::tempdir().unwrap();
@@ -291,7 +291,7 @@ async fn a_store_that_cannot_be_written_and_a_port_that_is_taken_are_named() {
     assert!(String::from_utf8_lossy(&output.stderr).contains(server.address()));
 }
 
-/// Remote execution for strangers needs a deliberate word.
+/// Unauthenticated remote execution requires an explicit flag.
 #[tokio::test]
 async fn a_public_address_is_refused_unless_it_is_allowed() {
     let dir = tempfile::tempdir().unwrap();
@@ -304,8 +304,8 @@ async fn a_public_address_is_refused_unless_it_is_allowed() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("allow_unauthenticated"));
 }
 
-/// Somebody else fills the disk. Reads go on, writes say so, nothing is visible that is not whole,
-/// and all is well again when there is room.
+/// Another process fills the disk. Reads succeed, writes fail with a clear error, partial data is never visible, and
+/// everything works again when there is space.
 #[tokio::test]
 async fn a_full_disk_refuses_writes_serves_reads_and_recovers_by_itself() {
     let server = Server::on_a_disk_of(24 << 20).await;
@@ -316,7 +316,7 @@ async fn a_full_disk_refuses_writes_serves_reads_and_recovers_by_itself() {
     let big: Vec<u8> = (0..3_000_000u32).flat_map(|n| (n as u8).to_le_bytes()).collect();
     let writes_too_much = client.action(sh_with("head -c 9000000 /dev/zero > f", &["f"]), empty()).await;
     let ballast = server.inside("ballast");
-    // As much as fits; the error at the end is the point.
+    // As much as fits; the write is supposed to fail.
     let filled = std::fs::write(&ballast, vec![1; 40 << 20]);
     assert_eq!(filled.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
 
@@ -327,7 +327,7 @@ async fn a_full_disk_refuses_writes_serves_reads_and_recovers_by_itself() {
     assert_eq!(client.read(kept).await.unwrap(), b"kept");
     let response = client.run(cached).await;
     assert!(response.cached_result, "{response:?}");
-    // Whether the command or the server met the full disk first, the action did not succeed and is not remembered.
+    // Whether the command or the server hit the full disk first, the action did not succeed and is not cached.
     let response = client.run(writes_too_much).await;
     let succeeded = response.status.unwrap_or_default().code == 0
         && response.result.is_some_and(|result| result.exit_code == 0);
@@ -340,8 +340,8 @@ async fn a_full_disk_refuses_writes_serves_reads_and_recovers_by_itself() {
     assert_eq!(client.run(writes_too_much).await.result.unwrap().exit_code, 0);
 }
 
-/// BS-29: what broken uploads leave for their clients to go on with holds files open, and must leave some to others. 1,024 is
-/// what a process gets by default.
+/// BS-29: the kept bytes of broken uploads hold files open, and must leave descriptors for others. The default limit of a
+/// process is 1,024.
 #[tokio::test(flavor = "multi_thread")]
 async fn any_number_of_broken_uploads_leaves_the_server_reachable() {
     let server = Server::after("ulimit -n 1024").await;
@@ -357,7 +357,7 @@ async fn any_number_of_broken_uploads_leaves_the_server_reachable() {
     another.upload("still there").await;
 }
 
-/// Stores a blob through ByteStream.
+/// Stores a blob with ByteStream.
 pub async fn upload(client: &Client, blob: &[u8]) -> Result<i64, Status> {
     let reply = client.bytes.clone().write(tokio_stream::iter(messages(blob, 1 << 20))).await?;
     Ok(reply.into_inner().committed_size)
@@ -377,7 +377,7 @@ fn messages(blob: &[u8], chunk: usize) -> Vec<WriteRequest> {
         .collect()
 }
 
-/// Connections are many, and each is an open file; what commands find is what they would find without this server.
+/// Each connection is an open file. Commands inherit the limit that was set before the server raised it.
 #[tokio::test]
 async fn the_server_takes_all_the_open_files_it_may_and_leaves_commands_their_limit() {
     let server = Server::after("ulimit -Sn 300").await;

@@ -1,4 +1,4 @@
-//! What a command prints, while it runs and after, and what is told about runs that did not go well.
+//! The output of commands during and after their runs, and the reports about runs that failed.
 
 use crate::support::{Client, Run, Server, empty, metadata, response, sh, sha256};
 use gorego_reapi::{
@@ -17,12 +17,12 @@ use std::{
 use tokio::task::JoinHandle;
 use tonic::{Code, Streaming};
 
-/// A shell loop that ends when the file is there.
+/// A shell loop that ends when the file exists.
 fn until(file: &Path) -> String {
     format!("until [ -e '{}' ]; do sleep 0.01; done", file.display())
 }
 
-/// Stream names of stdout and stderr, once the operation says them, and the operation's own.
+/// The stream names of stdout and stderr once the operation reports them, and the name of the operation.
 async fn names(run: &mut Run) -> (String, String, String) {
     let operation = run.until(|operation| !metadata(operation).stdout_stream_name.is_empty()).await;
     let metadata = metadata(&operation);
@@ -43,7 +43,7 @@ fn follow(client: &Client, name: &str, offset: i64) -> JoinHandle<Vec<u8>> {
     tokio::spawn(async move { client.read_request(request).await.unwrap() })
 }
 
-/// Bytes up to a length, from a stream that goes on.
+/// The bytes of an open stream up to this length.
 async fn first(stream: &mut Streaming<ReadResponse>, length: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     while bytes.len() < length {
@@ -53,7 +53,7 @@ async fn first(stream: &mut Streaming<ReadResponse>, length: usize) -> Vec<u8> {
     bytes
 }
 
-/// EXE-64, LOG-03: whoever joins, whenever, gets the same bytes, and the end with the command's.
+/// EXE-64, LOG-03: all readers get the same bytes, whenever they join, and the stream ends with the command.
 #[tokio::test]
 async fn readers_that_join_before_during_and_after_the_output_read_the_same() {
     let server = Server::start().await;
@@ -71,7 +71,7 @@ async fn readers_that_join_before_during_and_after_the_output_read_the_same() {
     std::fs::write(&begin, "").unwrap();
     assert_eq!(first(&mut during, 4).await, b"one\n");
     let warned = follow(&client, &stderr, 0);
-    // The command waits for this file, so that what was read so far was read while it ran.
+    // The command waits for this file, so everything read so far was read while it ran.
     let from_two = follow(&client, &stdout, 4);
     std::fs::write(&go, "").unwrap();
 
@@ -93,7 +93,7 @@ async fn readers_that_join_before_during_and_after_the_output_read_the_same() {
     let limited = ReadRequest { read_limit: 2, ..request(&stdout, 1) };
     assert_eq!(client.read_request(limited).await.unwrap(), b"ne");
 
-    // A result from the cache has no run that could be followed, and a success has nothing to explain.
+    // A cached result has no run to follow, and a success has nothing to explain.
     let mut hit = client.start(action).await;
     let hit = hit.until(|operation| operation.done).await;
     assert_eq!(metadata(&hit).stdout_stream_name, "");
@@ -101,7 +101,7 @@ async fn readers_that_join_before_during_and_after_the_output_read_the_same() {
     assert!(response.server_logs.is_empty() && response.message.is_empty());
 }
 
-/// EXE-15, EXE-64: one run, one pair of streams, whoever waits for it.
+/// EXE-15, EXE-64: one run has one pair of streams, however many clients wait for it.
 #[tokio::test]
 async fn operations_that_share_a_run_share_its_streams() {
     let server = Server::start().await;
@@ -118,7 +118,7 @@ async fn operations_that_share_a_run_share_its_streams() {
     assert_eq!(reader.await.unwrap(), b"shared\n");
 }
 
-/// EXE-64, OPS-03: what was printed outlives a cancelled operation.
+/// EXE-64, OPS-03: the output outlives a cancelled operation.
 #[tokio::test]
 async fn cancelling_ends_the_streams_and_keeps_what_was_printed() {
     let server = Server::start().await;
@@ -174,7 +174,7 @@ async fn a_timeout_keeps_what_was_printed_and_explains_itself() {
     );
 }
 
-/// The text of a server log, which is a blob like any other (EXE-61).
+/// The text of a server log, which is an ordinary blob (EXE-61).
 async fn server_log(client: &Client, response: &ExecuteResponse, name: &str) -> String {
     let found = response.server_logs.get(name);
     let LogFile { digest, human_readable } = found.unwrap_or_else(|| panic!("no {name} in {response:?}"));
@@ -183,7 +183,7 @@ async fn server_log(client: &Client, response: &ExecuteResponse, name: &str) -> 
     String::from_utf8(client.read(digest).await.unwrap()).unwrap()
 }
 
-/// EXE-42, EXE-46, EXE-61: a word where the exit code alone would be a riddle, and none where it is the command's own.
+/// EXE-42, EXE-46, EXE-61: a message if the exit code alone would be unclear, and none if it is the command's own.
 #[tokio::test]
 async fn a_message_explains_what_an_exit_code_does_not() {
     let server = Server::with(&[("EXECUTION__MAX_OUTPUT_FILE_GB", "1")]).await;
@@ -275,7 +275,7 @@ async fn a_reader_gets_each_byte_of_a_command_that_truncates_its_output() {
     assert_eq!(client.stderr(&result).await, "a longer line\ntwo\nthree\n");
 }
 
-/// In a pipe, as in a build script: the first line comes while the command still runs, and nothing comes twice.
+/// In a pipe, as in a build script: the first line is printed while the command still runs, and nothing is printed twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn exec_shows_the_first_line_before_the_command_ends() {
     let server = Server::start().await;
@@ -291,7 +291,7 @@ async fn exec_shows_the_first_line_before_the_command_ends() {
         .unwrap();
     let mut stdout = BufReader::new(exec.stdout.take().unwrap());
     let mut line = String::new();
-    // Were it printed at the end only, this would wait for ever: the command waits for the file.
+    // If it were printed only at the end, this would block for ever, because the command waits for the file.
     tokio::task::block_in_place(|| stdout.read_line(&mut line)).unwrap();
     assert_eq!(line, "first\n");
     std::fs::write(&go, "").unwrap();

@@ -1,4 +1,4 @@
-//! The lines of a real server, from start to end, against `docs/logs.md`.
+//! The log lines of a real server, from start to end, compared with `docs/logs.md`.
 
 use crate::{
     log_schema::Schema,
@@ -22,14 +22,14 @@ use tonic::{Code, Request, metadata::MetadataValue};
 
 type Line = Map<String, Value>;
 
-/// Every line so far, each held against the page.
+/// All lines so far, each checked against the page.
 fn conforming(server: &Server) -> Vec<Line> {
     let schema = Schema::documented();
     let check = |line: &Value| schema.check(&line.to_string()).unwrap_or_else(|problem| panic!("{problem}"));
     server.log().iter().map(check).collect()
 }
 
-/// The lines in which these fields have these values.
+/// The lines whose fields have these values.
 fn with<'a>(lines: &'a [Line], fields: &Value) -> Vec<&'a Line> {
     let fields = fields.as_object().unwrap();
     lines.iter().filter(|line| fields.iter().all(|(name, value)| line.get(name) == Some(value))).collect()
@@ -42,7 +42,7 @@ fn one<'a>(lines: &'a [Line], fields: &Value) -> &'a Line {
     found[0]
 }
 
-/// A request that says who asks (GEN-28).
+/// A request with metadata (GEN-28).
 fn of_client<T>(message: T) -> Request<T> {
     let metadata = RequestMetadata {
         tool_invocation_id: "invocation-1".into(),
@@ -56,7 +56,7 @@ fn of_client<T>(message: T) -> Request<T> {
     request
 }
 
-/// Executes to the end, as a client that says who it is; returns the operation's name.
+/// Executes to the end with metadata. Returns the name of the operation.
 async fn execute(client: &Client, request: ExecuteRequest) -> String {
     let stream = client.execution.clone().execute(of_client(request)).await.unwrap();
     let mut run = crate::support::Run(stream.into_inner());
@@ -65,7 +65,7 @@ async fn execute(client: &Client, request: ExecuteRequest) -> String {
     name
 }
 
-/// One line for each RPC and each step of an operation, with the fields and values that the page promises.
+/// One line for each RPC and each step of an operation, with the documented fields and values.
 #[tokio::test]
 async fn every_line_of_a_server_is_documented_and_says_what_happened() {
     let overrides = [("LOG__FILTER", "info,gorego=debug"), ("INSTANCE_NAMES", r#"["", "main/a"]"#)];
@@ -182,10 +182,10 @@ async fn every_line_of_a_server_is_documented_and_says_what_happened() {
     assert_eq!(ran.len(), 4, "fresh, failing, late, cancelled: {ran:?}");
 }
 
-/// What is told of an operation that a worker ran.
+/// The events of an operation that a worker ran.
 const RAN: &[&str] = &["operation_queued", "operation_executing", "operation_completed"];
 
-/// The scheduler's lines about this operation, which are these events in this order.
+/// The scheduler's lines about this operation, which must be these events in this order.
 fn steps_of(lines: &[Line], operation: &str, events: &[&str]) -> Vec<Line> {
     let about = json!({"target": "gorego::scheduler", "operation": operation});
     let steps: Vec<Line> = with(lines, &about).into_iter().cloned().collect();
@@ -224,7 +224,7 @@ fn rpcs_are_told_once_each(lines: &[Line], rpcs: usize, good: &str, missing: &st
     }
 }
 
-/// Whoever reads the log may stop without the server noticing: RPCs are answered, and the end comes when it is asked for.
+/// If the log is not read, the server does not notice: RPCs are answered, and a shutdown works.
 #[tokio::test]
 async fn a_reader_that_stops_reading_stops_nothing() {
     let store = tempfile::tempdir().unwrap();
@@ -241,7 +241,7 @@ async fn a_reader_that_stops_reading_stops_nothing() {
     };
     let channel = tonic::transport::Channel::from_shared(format!("http://{address}")).unwrap();
     let mut capabilities = CapabilitiesClient::new(channel.connect().await.unwrap());
-    // More than a pipe of 64 KiB takes.
+    // More than a pipe of 64 KiB can hold.
     for _ in 0..600 {
         let asked = capabilities.get_capabilities(GetCapabilitiesRequest::default());
         tokio::time::timeout(PATIENCE, asked).await.expect("an answer in time").unwrap();
@@ -263,7 +263,7 @@ async fn a_reader_that_stops_reading_stops_nothing() {
     assert_eq!(status.code(), Some(0));
 }
 
-/// The second interrupt leaves no time, but its line is out before the process is gone.
+/// The second interrupt exits immediately, but its line is written before that.
 #[tokio::test]
 async fn the_last_word_of_an_interrupted_server_is_written() {
     let mut server = Server::start().await;
@@ -279,7 +279,7 @@ async fn the_last_word_of_an_interrupted_server_is_written() {
     one(&conforming(&server), &json!({"event": "server_interrupted", "signal": "SIGINT"}));
 }
 
-/// Requests that were refused unseen cost their client nothing, so most of a flood of them is only counted.
+/// Most requests in a flood of refused ones are only counted, because they cost their client nothing.
 #[tokio::test]
 async fn http_refusals_are_counted_where_there_are_too_many_to_list() {
     const REFUSED: u64 = 1_000;
@@ -319,7 +319,7 @@ async fn http_refusals_are_counted_where_there_are_too_many_to_list() {
     assert!(listed >= 200 && counted > 0, "{listed} were listed, {counted} were counted");
 }
 
-/// Why a server could not start is its last line, in the form of every other line.
+/// The reason why a server could not start is its last line, in the usual format.
 #[tokio::test]
 async fn a_server_that_cannot_start_says_why_in_its_log() {
     let server = Server::start().await;
@@ -329,7 +329,7 @@ async fn a_server_that_cannot_start_says_why_in_its_log() {
         String::from_utf8(output.stderr).unwrap().lines().map(|line| schema.check(line).unwrap()).collect();
     assert_eq!(lines[lines.len() - 1]["event"], "server_failed");
 
-    // A configuration with several faults is several lines for a person, and one for a program.
+    // A configuration with several faults is reported as several lines for people, and as one for programs.
     let faulty = |format: &str| {
         let mut server = command(server.store());
         server

@@ -1,4 +1,4 @@
-//! Behaviour over the wire: the real binary, a real client, one sentence a test. Rule ids are those of `docs/rules.md`.
+//! Behaviour over the wire: the real binary and a real client. Rule ids are those of `docs/rules.md`.
 
 #![allow(clippy::unwrap_used)]
 

@@ -35,7 +35,7 @@ async fn cancelling_kills_the_command_and_ends_the_stream() {
     assert_eq!(gone.code(), Code::NotFound);
 }
 
-/// OPS-04, EXE-14: also the loss of a client does not stop what others wait for.
+/// OPS-04, EXE-14: the loss of a client does not stop work that others wait for.
 #[tokio::test]
 async fn cancelling_one_waiter_leaves_the_others_running() {
     let server = Server::with(&[("EXECUTION__ABANDON_GRACE", "1s")]).await;
@@ -56,7 +56,7 @@ async fn cancelling_one_waiter_leaves_the_others_running() {
     assert_eq!(client.stdout(&result).await, "whole\n");
 }
 
-/// If the client's host is gone, its work stops after the grace period.
+/// If the host of the client is gone, its work stops after the grace period.
 #[tokio::test]
 async fn work_stops_when_its_last_waiter_is_gone() {
     let server = Server::with(&[("EXECUTION__ABANDON_GRACE", "1s")]).await;
@@ -79,7 +79,7 @@ async fn operations_are_listed_in_a_stable_order_by_page_and_filter() {
     for i in 0..5 {
         let action = client.action(sh(&format!("sleep 7443; echo {i}")), empty()).await;
         let mut run = client.start(action).await;
-        // The first one has the only slot before the next one comes.
+        // The first one gets the only slot before the next one arrives.
         let stage = if i == 0 { 3 } else { 2 };
         names.push(run.until(|operation| metadata(operation).stage == stage).await.name);
         runs.push(run);

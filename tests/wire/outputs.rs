@@ -1,4 +1,4 @@
-//! What comes back: EXE-47..58, EXE-63.
+//! Outputs of actions: EXE-47..58, EXE-63.
 
 use crate::support::{Client, Server, empty, sh, sh_with, sha256};
 use gorego_reapi::{
@@ -39,7 +39,7 @@ async fn the_kind_of_an_output_path_is_decided_after_the_run() {
     assert_eq!(links(&result.output_file_symlinks), [pair("dangling", "gone"), pair("to_file", "a file")]);
 }
 
-/// EXE-49: nested requests come once each, symlinks inside a directory stay inside its Tree.
+/// EXE-49: each nested request appears once, and symlinks inside a directory stay inside its Tree.
 #[tokio::test]
 async fn nested_outputs_appear_exactly_once_each() {
     let server = Server::start().await;
@@ -75,7 +75,7 @@ async fn the_legacy_lists_insist_on_their_kind_unless_a_path_is_in_both() {
     assert_eq!(paths(result.output_directories.iter().map(|d| &d.path)), ["y"]);
 }
 
-/// EXE-54: collected also after a failure; special files fail fast.
+/// EXE-54: outputs are also collected after a failure; special files fail fast.
 #[tokio::test]
 async fn outputs_of_a_failing_command_are_kept_and_special_files_are_refused() {
     let server = Server::start().await;
@@ -96,7 +96,7 @@ async fn outputs_of_a_failing_command_are_kept_and_special_files_are_refused() {
     }
 }
 
-/// EXE-55..57: canonical, complete, sorted, the same on every run.
+/// EXE-55..57: canonical, complete, sorted, and the same in every run.
 #[tokio::test]
 async fn a_tree_has_every_directory_once_and_equal_directories_give_equal_trees() {
     let server = Server::start().await;
@@ -174,7 +174,7 @@ async fn node_properties_of_outputs_are_reported_when_asked_for() {
     assert_eq!(properties.mtime.unwrap().seconds, 1_000_000_000);
 }
 
-/// The form BuildStream uses: the root itself, and upwards out of a deep working directory (clients.md).
+/// BuildStream's form: the root itself, and paths that go up from a deep working directory (clients.md).
 #[tokio::test]
 async fn the_whole_root_can_be_an_output_and_paths_may_climb_within_it() {
     let server = Server::start().await;
@@ -190,7 +190,7 @@ async fn the_whole_root_can_be_an_output_and_paths_may_climb_within_it() {
     assert_eq!(tree.root.unwrap().files[0].name, "here");
 }
 
-/// EXE-48: "" is what Pants sends for the working directory; it means what "." means.
+/// EXE-48: Pants sends "" for the working directory; it means the same as ".".
 #[tokio::test]
 async fn an_empty_output_path_is_the_working_directory_as_a_tree() {
     let server = Server::start().await;
@@ -212,7 +212,7 @@ async fn an_empty_output_path_is_the_working_directory_as_a_tree() {
     }
 }
 
-/// A host file reached through an output symlink is reported as a link and left alone (clients.md).
+/// A host file behind an output symlink is reported as a link and not changed (clients.md).
 #[tokio::test]
 async fn an_absolute_output_symlink_is_reported_and_never_followed() {
     let server = Server::start().await;

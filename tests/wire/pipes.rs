@@ -1,4 +1,4 @@
-//! Pipes at both ends: those that a command prints to, and those that `gorego` prints to itself.
+//! Pipes to which commands print, and pipes to which `gorego` itself prints.
 
 use crate::execution::running;
 use crate::support::{Client, PATIENCE, Server, empty, eventually, sh};
@@ -23,7 +23,7 @@ async fn end(child: &mut Child) -> ExitStatus {
     }
 }
 
-/// A log that the disk has no room for is this server's failure, whatever the command makes of it (EXE-62).
+/// If the disk has no space for a log, the failure is the server's, whatever the command does (EXE-62).
 #[tokio::test]
 async fn a_disk_that_fills_with_a_log_is_an_infrastructure_failure_and_passes() {
     let server = Server::on_a_disk_of(24 << 20).await;
@@ -46,7 +46,7 @@ async fn a_disk_that_fills_with_a_log_is_an_infrastructure_failure_and_passes() 
     assert_eq!(client.stdout(&result).await, "there is room again\n");
 }
 
-/// `gorego exec ... 2>&1 | head -1`: it ends as any filter does, once the command is stopped (OPS-03).
+/// `gorego exec ... 2>&1 | head -1` ends like any filter, after the command was stopped (OPS-03).
 #[tokio::test(flavor = "multi_thread")]
 async fn exec_whose_reader_leaves_cancels_the_operation_and_ends_by_sigpipe() {
     let server = Server::start().await;
@@ -57,7 +57,7 @@ async fn exec_whose_reader_leaves_cancels_the_operation_and_ends_by_sigpipe() {
         exec.args(["exec", "--endpoint", &endpoint, "sh", "-c", script]);
         exec.stdin(Stdio::null()).stdout(writer.try_clone().unwrap()).stderr(writer);
         let mut child = exec.spawn().unwrap();
-        // The builder keeps writing ends of its own.
+        // The builder holds its own copies of the write ends.
         drop(exec);
         let mut line = String::new();
         let mut reader = BufReader::new(reader);
@@ -76,7 +76,7 @@ async fn exec_whose_reader_leaves_cancels_the_operation_and_ends_by_sigpipe() {
     }
 }
 
-/// What is known already is printed in another way, and ends in the same.
+/// Output of a finished action is printed in another way, but ends the same way.
 #[tokio::test(flavor = "multi_thread")]
 async fn exec_of_a_cached_result_ends_by_sigpipe_without_a_reader() {
     let server = Server::start().await;
@@ -96,7 +96,7 @@ async fn exec_of_a_cached_result_ends_by_sigpipe_without_a_reader() {
     }
 }
 
-/// A command that prints for ever to a full disk does not run for ever.
+/// A command that prints for ever to a full disk is stopped.
 #[tokio::test(flavor = "multi_thread")]
 async fn exec_whose_output_cannot_be_written_cancels_the_operation_and_says_why() {
     let server = Server::start().await;
@@ -111,7 +111,7 @@ async fn exec_whose_output_cannot_be_written_cancels_the_operation_and_says_why(
     eventually("the command is killed", || !running("yes to-a-full-disk")).await;
 }
 
-/// And not by a panic, nor as if all had been printed.
+/// It ends neither with a panic nor with success.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_command_that_prints_ends_by_sigpipe_without_a_reader_and_fails_on_a_full_disk() {
     let server = Server::start().await;
@@ -140,7 +140,7 @@ async fn every_command_that_prints_ends_by_sigpipe_without_a_reader_and_fails_on
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.code().is_some_and(|code| code > 0), "{args:?}: {}", output.status);
         assert!(stderr.contains("standard output") && !stderr.contains("panicked"), "{args:?}: {stderr}");
-        // A complaint that nobody reads changes nothing.
+        // A missing reader of the error message changes nothing.
         let (reader, writer) = pipe().unwrap();
         drop(reader);
         let wrong = gorego.arg("--no-such-flag").stdout(Stdio::null()).stderr(writer).status().unwrap();
@@ -148,12 +148,13 @@ async fn every_command_that_prints_ends_by_sigpipe_without_a_reader_and_fails_on
     }
 }
 
-/// Neither the banner nor a line of the log needs a reader.
+/// Neither the banner nor a log line needs a reader.
 #[tokio::test]
 async fn a_server_whose_standard_error_is_closed_serves_and_stops_as_asked() {
     for format in ["text", "json"] {
         let store = tempfile::tempdir().unwrap();
-        // It cannot say which port it took, so it is told one that was free a moment ago. Other tests take theirs elsewhere.
+        // The server cannot print which port it took, so it gets one that was free a moment ago. Other tests use other
+        // addresses.
         let address = TcpListener::bind("127.0.0.77:0").unwrap().local_addr().unwrap().to_string();
         let (reader, writer) = pipe().unwrap();
         drop(reader);

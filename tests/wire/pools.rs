@@ -1,4 +1,4 @@
-//! Pools, fairness between builds, and what an operation that waits says about it: EXE-11, EXE-31, OPS-01, CAP-18.
+//! Pools, fairness between builds, and the reported reasons for waiting: EXE-11, EXE-31, OPS-01, CAP-18.
 
 use crate::support::{Client, Run, Server, empty, eventually, metadata, sh};
 use gorego_reapi::{
@@ -60,7 +60,7 @@ async fn an_action_runs_in_a_pool_that_offers_what_it_asks_for_or_is_told_which_
     assert!(details.is_empty(), "no client may take it for missing blobs: {details:?}");
 }
 
-/// EXE-11, OPS-01: a declared pool that is busy.
+/// EXE-11, OPS-01: a configured pool that is busy.
 #[tokio::test]
 async fn an_operation_that_waits_says_in_which_pool_at_which_position_and_why() {
     let server = Server::with(&[("EXECUTION__POOLS", &POOLS.replace('\n', " "))]).await;
@@ -74,7 +74,7 @@ async fn an_operation_that_waits_says_in_which_pool_at_which_position_and_why() 
     assert!(worker.ends_with("/gpu/0"), "{worker}");
     let _first = client.start(asking(&client, "echo 1", &special).await).await;
     let mut second = client.start(asking(&client, "echo 2", &special).await).await;
-    // In the stream, without asking.
+    // In the stream, without a request.
     let told = second.until(|operation| queue_status(operation).is_some()).await;
     let mut operations = client.operations.clone();
     let mut status = queue_status(&told).unwrap();
@@ -96,7 +96,7 @@ async fn an_operation_that_waits_says_in_which_pool_at_which_position_and_why() 
     assert_eq!(list(format!("worker={worker} AND instance=\"\"")).await.unwrap(), 1);
     assert_eq!(list("pool=nope".into()).await.unwrap_err().code(), Code::InvalidArgument);
 
-    // The other pool is free, and stays so for those who need no more.
+    // The other pool is free and stays so for actions that need no more.
     let plain = asking(&client, "true", &[]).await;
     assert!(client.run(plain).await.result.unwrap().execution_metadata.unwrap().worker.ends_with("/plain/0"));
     fs::write(&gate, "").unwrap();

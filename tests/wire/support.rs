@@ -1,4 +1,4 @@
-//! A real server on a free port, a raw client for each service, and builders for the blobs that tests need.
+//! A real server on a free port, a client for each service, and builders for test blobs.
 
 use gorego_client::stubs::{
     ActionCacheClient, ByteStreamClient, ContentAddressableStorageClient, ExecutionClient, OperationsClient,
@@ -29,10 +29,10 @@ use std::{
 use tempfile::TempDir;
 use tonic::{Code, Status, transport::Channel};
 
-/// How long anything in a test may take before it is called broken.
+/// Time limit of anything in a test.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Waits until the condition holds; panics with `what` when it does not in time.
+/// Waits until the condition holds; panics with `what` after the time limit.
 pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
     while !condition() {
@@ -50,29 +50,29 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one with defaults on an empty store.
+    /// Starts a server with defaults on an empty store.
     pub async fn start() -> Self {
         Self::with(&[]).await
     }
 
-    /// Starts one on an empty store with environment overrides such as `("EXECUTION__CONCURRENCY", "1")`.
+    /// Starts a server on an empty store, with environment overrides such as `("EXECUTION__CONCURRENCY", "1")`.
     pub async fn with(overrides: &[(&str, &str)]) -> Self {
         Self::on(Arc::new(tempfile::tempdir().unwrap()), overrides).await
     }
 
-    /// Starts one on this store.
+    /// Starts a server on this store.
     pub async fn on(store: Arc<TempDir>, overrides: &[(&str, &str)]) -> Self {
         let mut command = command(store.path());
         command.envs(overrides.iter().map(|(key, value)| (format!("GOREGO_{key}"), value)));
         Self::spawn(command, store)
     }
 
-    /// Starts one whose store lies on a disk of its own of this many bytes; see [`Server::on_a_disk`].
+    /// Starts a server whose store is on a separate disk of this many bytes; see [`Server::on_a_disk`].
     pub async fn on_a_disk_of(bytes: usize) -> Self {
         Self::on_a_disk(&format!("size={bytes}")).await
     }
 
-    /// Starts one whose store lies on a tmpfs with these mount options, in a mount namespace of its own; see
+    /// Starts a server whose store is on a tmpfs with these mount options, in its own mount namespace; see
     /// [`Server::inside`].
     pub async fn on_a_disk(options: &str) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
@@ -82,13 +82,13 @@ impl Server {
         Self::spawn(in_shell(unshare, &mount, store.path()), store)
     }
 
-    /// Starts one from a shell in which this was done before.
+    /// Starts a server from a shell that has run this script.
     pub async fn after(script: &str) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
         Self::spawn(in_shell(Command::new("sh"), script, store.path()), store)
     }
 
-    /// A path of the store as the server sees it, its own mounts included.
+    /// The path of a file in the store as the server sees it, including its mounts.
     pub fn inside(&self, name: &str) -> PathBuf {
         let store = self.store.path().join(name);
         PathBuf::from(format!("/proc/{}/root{}", self.pid(), store.display()))
@@ -102,7 +102,7 @@ impl Server {
         let lines = log.clone();
         std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
-                // Whatever is not JSON is a panic message or the like: kept as text, for tests that fail.
+                // Anything but JSON, such as a panic message, is kept as text for tests that fail.
                 let event = serde_json::from_str(&line).unwrap_or(Value::String(line));
                 if event["event"] == "server_started" {
                     let _ = started.send(event["listen_addr"].as_str().unwrap_or_default().to_owned());
@@ -117,37 +117,33 @@ impl Server {
         Self { child, address, store, log }
     }
 
-    /// `http://host:port`.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// `host:port`.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// A connection of its own.
+    /// Opens a new connection.
     pub async fn client(&self) -> Client {
         Client::connect(self.endpoint()).await
     }
 
-    /// Where blobs and results lie.
+    /// The directory of blobs and results.
     pub fn store(&self) -> &Path {
         self.store.path()
     }
 
-    /// The store, to start another server on once this one has ended.
+    /// The store, for another server after this one has ended.
     pub fn shared_store(&self) -> Arc<TempDir> {
         self.store.clone()
     }
 
-    /// Process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Log lines so far.
     pub fn log(&self) -> Vec<Value> {
         self.log.lock().unwrap().clone()
     }
@@ -170,7 +166,7 @@ impl Server {
         }
     }
 
-    /// Kills the server the hard way and gives its store back.
+    /// Kills the server with SIGKILL and returns its store.
     pub async fn kill(mut self) -> Arc<TempDir> {
         self.signal("KILL");
         assert_eq!(self.exit().await.signal(), Some(9));
@@ -203,7 +199,8 @@ pub fn command(store: &Path) -> Command {
     command
 }
 
-/// How unshare(1) makes a mount namespace here: as anybody where user namespaces are on, else as root.
+/// The unshare(1) command that makes a mount namespace: without privileges if user namespaces are enabled, otherwise as
+/// root.
 fn mount_namespace() -> &'static [&'static str] {
     let ways: [&[&str]; 2] = [&["--user", "--map-root-user", "--mount"], &["--mount"]];
     let works = |way: &&&[&str]| {
@@ -217,7 +214,7 @@ fn mount_namespace() -> &'static [&'static str] {
     )
 }
 
-/// The same from a shell, once a script in it has succeeded.
+/// The same from a shell, after a script in it has succeeded.
 fn in_shell(mut shell: Command, script: &str, store: &Path) -> Command {
     let serve = command(store);
     shell
@@ -232,7 +229,7 @@ fn in_shell(mut shell: Command, script: &str, store: &Path) -> Command {
     shell
 }
 
-/// Every service over one connection.
+/// The clients of all services on one connection.
 #[derive(Clone)]
 pub struct Client {
     pub cas: ContentAddressableStorageClient<Channel>,
@@ -240,19 +237,19 @@ pub struct Client {
     pub action_cache: ActionCacheClient<Channel>,
     pub execution: ExecutionClient<Channel>,
     pub operations: OperationsClient<Channel>,
-    /// Used in every request that the helpers make.
+    /// The instance name in all requests of the helpers.
     pub instance: String,
-    /// Used for every digest that the helpers make.
+    /// The digest function of the helpers.
     pub function: DigestFunction,
 }
 
 impl Client {
-    /// Connects.
+    /// Opens a new connection.
     pub async fn connect(endpoint: String) -> Self {
         Self::over(Channel::from_shared(endpoint).unwrap().connect().await.unwrap())
     }
 
-    /// Over a connection that there is.
+    /// Uses an existing connection.
     pub fn over(channel: Channel) -> Self {
         Self {
             cas: ContentAddressableStorageClient::new(channel.clone()),
@@ -270,17 +267,16 @@ impl Client {
         if self.instance.is_empty() { rest.into() } else { format!("{}/{rest}", self.instance) }
     }
 
-    /// What the helpers say in `digest_function`: nothing where every client leaves it out (GEN-08).
+    /// The value of `digest_function` in the helpers' requests: 0 if all clients omit it (GEN-08).
     pub fn wire_function(&self) -> i32 {
         if self.function == DigestFunction::Sha256 { 0 } else { self.function.wire().into() }
     }
 
-    /// A digest that the server sent.
+    /// Parses a digest that the server sent.
     pub fn digest(&self, digest: Option<&gorego_reapi::proto::reapi::Digest>) -> Digest {
         Digest::from_wire(self.function, digest, "digest").unwrap()
     }
 
-    /// Stores a blob.
     pub async fn upload(&self, data: impl Into<Vec<u8>>) -> Digest {
         self.upload_all([data]).await[0]
     }
@@ -308,7 +304,7 @@ impl Client {
         digests
     }
 
-    /// Those of the digests that are not stored.
+    /// The digests that are not stored.
     pub async fn missing(&self, digests: &[Digest]) -> Vec<Digest> {
         let request = FindMissingBlobsRequest {
             instance_name: self.instance.clone(),
@@ -319,13 +315,13 @@ impl Client {
         reply.missing_blob_digests.iter().map(|digest| self.digest(Some(digest))).collect()
     }
 
-    /// Reads a blob through ByteStream.
+    /// Reads a blob with ByteStream.
     pub async fn read(&self, digest: Digest) -> Result<Vec<u8>, Status> {
         let resource_name = self.name(&digest.blob_name());
         self.read_request(ReadRequest { resource_name, ..Default::default() }).await
     }
 
-    /// Reads through ByteStream to the end.
+    /// Reads with ByteStream to the end.
     pub async fn read_request(&self, request: ReadRequest) -> Result<Vec<u8>, Status> {
         let mut stream = self.bytes.clone().read(request).await?.into_inner();
         let mut bytes = Vec::new();
@@ -336,7 +332,7 @@ impl Client {
         Ok(bytes)
     }
 
-    /// Stores an Action that runs this command over this input root.
+    /// Stores an Action for this command and input root.
     pub async fn action(&self, command: ReapiCommand, root: Digest) -> Digest {
         self.action_with(command, root, |_| {}).await
     }
@@ -358,7 +354,6 @@ impl Client {
         self.upload_all([command, action.encode_to_vec()]).await[1]
     }
 
-    /// Starts an Execute.
     pub async fn start(&self, action: Digest) -> Run {
         self.start_request(self.request(action)).await.unwrap()
     }
@@ -373,17 +368,16 @@ impl Client {
         }
     }
 
-    /// Starts an Execute with everything said.
+    /// Starts an Execute with the whole request.
     pub async fn start_request(&self, request: ExecuteRequest) -> Result<Run, Status> {
         Ok(Run(self.execution.clone().execute(request).await?.into_inner()))
     }
 
-    /// Executes to the end.
     pub async fn run(&self, action: Digest) -> ExecuteResponse {
         self.start(action).await.finish().await
     }
 
-    /// Executes a command over an empty root and expects it to have run.
+    /// Executes a command with an empty input root. It must run.
     pub async fn run_command(&self, command: ReapiCommand) -> ActionResult {
         let action = self.action(command, empty()).await;
         let response = self.run(action).await;
@@ -408,12 +402,12 @@ impl Client {
         }
     }
 
-    /// What a result says was printed to stdout.
+    /// The standard output in a result.
     pub async fn stdout(&self, result: &ActionResult) -> String {
         self.text(result.stdout_digest.as_ref()).await
     }
 
-    /// What a result says was printed to stderr.
+    /// The standard error in a result.
     pub async fn stderr(&self, result: &ActionResult) -> String {
         self.text(result.stderr_digest.as_ref()).await
     }
@@ -447,7 +441,7 @@ impl Run {
         Some(operation)
     }
 
-    /// Reads to the message that satisfies the condition.
+    /// Reads until a message satisfies the condition.
     pub async fn until(&mut self, condition: impl Fn(&Operation) -> bool) -> Operation {
         loop {
             let operation = self.next().await.expect("the stream went on");
@@ -457,7 +451,7 @@ impl Run {
         }
     }
 
-    /// Reads to the end, which has to be clean.
+    /// Reads to the end, which must be clean.
     pub async fn finish(mut self) -> ExecuteResponse {
         let last = self.until(|operation| operation.done).await;
         assert!(self.next().await.is_none(), "EXE-05: the stream ends after done");
@@ -504,7 +498,7 @@ pub fn empty() -> Digest {
     Digest::empty(DigestFunction::Sha256)
 }
 
-/// A shell command with a usual PATH.
+/// A shell command with a standard PATH.
 pub fn sh(script: &str) -> ReapiCommand {
     ReapiCommand {
         arguments: vec!["/bin/sh".into(), "-c".into(), script.into()],

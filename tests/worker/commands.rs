@@ -80,7 +80,7 @@ fn exit_codes_and_signals_are_passed_on() {
         for (script, code) in [("exit 0", 0), ("exit 42", 42), ("exit 255", 255), ("kill -9 $$", 137)] {
             assert_eq!(bench.result(&sh(script)).await.exit_code, code, "{script}");
         }
-        // A writer to a closed pipe must die of it, as it would anywhere else.
+        // A writer to a closed pipe must be killed by SIGPIPE, as usual.
         let result = bench.result(&sh("(yes; echo $? >&2) | head -n 1")).await;
         assert_eq!(bench.text(&result.stderr_digest), "141\n");
     });
@@ -106,7 +106,7 @@ fn a_command_past_its_timeout_is_killed_with_all_it_started_and_keeps_its_log() 
     });
 }
 
-/// EXE-44: also a daemon that has left session, group and parents behind.
+/// EXE-44: also a daemon that has left its session, group and parents.
 #[test]
 fn nothing_survives_the_command() {
     with_worker(async |bench| {
@@ -140,13 +140,13 @@ fn a_cancelled_command_stops_at_once_and_keeps_its_log() {
         assert_eq!(bench.text(&failure.partial.unwrap().stdout_digest), "begun\n");
         let expected = [RunStage::Running, RunStage::Uploading];
         eventually("the stages are heard of", || *stages.lock().unwrap() == expected).await;
-        // And before it begins, nothing is done at all.
+        // If it is cancelled before it starts, nothing is done.
         assert!(matches!(bench.failure(&job).await.error, Error::Cancelled(_)));
         assert_eq!(stages.lock().unwrap().len(), 2);
     });
 }
 
-/// Service managers send SIGTERM to every process, and scripts signal their parents; what runs is not lost by that.
+/// Service managers send SIGTERM to every process, and scripts signal their parents. Running commands survive this.
 #[test]
 fn signals_that_can_be_blocked_do_not_reach_the_runner_and_its_commands_do_not_inherit_that() {
     with_worker(async |bench| {
@@ -158,8 +158,8 @@ fn signals_that_can_be_blocked_do_not_reach_the_runner_and_its_commands_do_not_i
     });
 }
 
-/// A command can reach its runner, since both run as one user; the worker must come through, and what the command left in
-/// sessions and directories of its own must not.
+/// A command can reach its runner, because both run as the same user. The worker must survive that, and processes that the
+/// command left in other sessions and directories must not.
 #[test]
 fn a_command_that_kills_its_runner_is_reported_and_the_next_one_runs() {
     with_worker(async |bench| {
@@ -193,7 +193,7 @@ fn a_panic_becomes_a_report_and_the_worker_goes_on() {
     });
 }
 
-/// The server can be killed at any time; what ran for it must not go on.
+/// The server may be killed at any time. Its commands must not continue.
 #[test]
 fn a_runner_whose_server_dies_kills_what_it_started_and_ends() {
     let directory = tempfile::tempdir().unwrap();
@@ -204,7 +204,7 @@ fn a_runner_whose_server_dies_kills_what_it_started_and_ends() {
         .stdin(OwnedFd::from(theirs))
         .spawn()
         .unwrap();
-    // A kill that finds nothing to kill is not an error.
+    // A kill without a running command is not an error.
     protocol::write(&ours, &ToRunner { order: Some(Order::Kill(Kill {})) }).unwrap();
     let script = "setsid sleep 600 & echo $! > pids; echo $$ >> pids; sleep 600";
     let run = Run {

@@ -1,11 +1,11 @@
-//! Where exec directories are, who owns them, and how they are removed.
+//! The location, ownership and removal of exec directories.
 
 use crate::support::*;
 use gorego::actors::worker::{messages::SlotId, workspace::BuildRoot};
 use gorego_reapi::error::Error;
 use std::{fs, time::Duration};
 
-/// Compilers write their directory into what they make. Two runs at once cannot share one.
+/// Compilers write their directory into their output. Two concurrent runs cannot share one.
 #[test]
 fn the_path_of_the_exec_root_follows_from_the_action() {
     with_worker(async |bench| {
@@ -30,18 +30,18 @@ fn the_path_of_the_exec_root_follows_from_the_action() {
         paths.dedup();
         assert_eq!(paths.len(), 3);
         for path in &paths {
-            // A socket's path may have 108 bytes.
+            // The path of a socket may have 108 bytes.
             assert!(path.strip_prefix(&top).unwrap().as_os_str().len() <= 20, "{}", path.display());
         }
         drop(runs);
-        // At once, although what was in it may still be there.
+        // Immediately, although its old contents may still exist.
         assert_eq!(build_root.create(SlotId(0), &action).unwrap().root_path(), paths[0]);
         build_root.wait_until_empty(Duration::from_secs(20));
         assert_eq!(fs::read_dir(&top).unwrap().count(), 0);
     });
 }
 
-/// A crash leaves the directory of an action behind; the action runs at its usual path nevertheless, from a fresh tree.
+/// A crash leaves the directory of an action behind. The action still runs at its usual path, in a fresh tree.
 #[test]
 fn what_a_crash_left_is_not_in_the_way_of_the_same_action() {
     with_worker(async |bench| {
@@ -64,7 +64,8 @@ fn what_a_crash_left_is_not_in_the_way_of_the_same_action() {
     });
 }
 
-/// Somebody cleans up where the server works. What ran then has failed by no fault of its own; the next action runs.
+/// Another process removes the server's directories. The running action fails without being at fault, and the next one
+/// runs.
 #[test]
 fn a_build_root_that_is_removed_is_made_again() {
     with_worker(async |bench| {
@@ -83,13 +84,13 @@ fn a_build_root_that_is_removed_is_made_again() {
         assert!(matches!(failure.error, Error::Unavailable(_)) && failure.retryable, "{}", failure.error);
         let result = bench.result(&job).await;
         assert_eq!((result.exit_code, result.output_files.len()), (0, 1));
-        // Also when it was moved away and not removed.
+        // Also when it was moved away instead of removed.
         fs::rename(&bench.build_root, bench.build_root.with_extension("old")).unwrap();
         assert_eq!(bench.result(&job).await.output_files.len(), 1);
     });
 }
 
-/// A link at its path leads to the directory that is used, and one that was moved away may come back while runs in it go on.
+/// A link at its path leads to the directory in use, and one that was moved away may return while runs in it continue.
 #[test]
 fn a_build_root_may_become_a_link_and_come_back() {
     let parent = tempfile::tempdir().unwrap();
@@ -110,7 +111,7 @@ fn a_build_root_may_become_a_link_and_come_back() {
     assert!(of_link[0].check_in_place().is_err());
 }
 
-/// Also one with closed permissions, links to elsewhere and great depth.
+/// Also directories with closed permissions, links to other places and great depth.
 #[test]
 fn what_a_crashed_run_left_is_swept_and_nothing_else() {
     with_worker(async |bench| {
@@ -130,7 +131,7 @@ fn what_a_crashed_run_left_is_swept_and_nothing_else() {
     });
 }
 
-/// Servers with stores of their own may be told to use one build root: the second must not sweep what the first runs in.
+/// Servers with different stores may use one build root. The second must not remove the directories of the first.
 #[test]
 fn a_build_root_has_one_owner_and_nobody_else_sweeps_it() {
     with_worker(async |bench| {

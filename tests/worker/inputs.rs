@@ -1,4 +1,4 @@
-//! What a command finds in its input root.
+//! The contents of an input root as a command sees them.
 
 use crate::support::*;
 use gorego_reapi::{error::Error, proto::reapi};
@@ -30,7 +30,7 @@ fn the_input_root_is_reproduced_exactly() {
     });
 }
 
-/// EXE-37: it is the input's fault, and no other try would do better.
+/// EXE-37: the input is at fault, so a retry would not help.
 #[test]
 fn a_working_directory_that_modes_of_the_input_root_close_is_refused_at_once() {
     with_worker(async |bench| {
@@ -49,7 +49,7 @@ fn a_working_directory_that_modes_of_the_input_root_close_is_refused_at_once() {
         let root = bench.store.put(root.encode_to_vec());
         for workdir in ["closed", "closed/below"] {
             let job = sh("echo here").root(root).workdir(workdir);
-            // Nothing is closed to root.
+            // Permissions do not stop root.
             if rustix::process::geteuid().is_root() {
                 assert_eq!(bench.text(&bench.result(&job).await.stdout_digest), "here\n");
                 continue;
@@ -61,7 +61,7 @@ fn a_working_directory_that_modes_of_the_input_root_close_is_refused_at_once() {
     });
 }
 
-/// EXE-33: the same action sees the same world, whenever and in whatever order it was written.
+/// EXE-33: the same action sees the same files, whenever and in whatever order they were written.
 #[test]
 fn everything_in_an_input_root_carries_one_time() {
     with_worker(async |bench| {
@@ -83,7 +83,7 @@ fn everything_in_an_input_root_carries_one_time() {
     });
 }
 
-/// What was built and uploaded is up to date when it comes back as inputs, wherever it lies in the tree.
+/// Files that were built and uploaded are up to date when they return as inputs, wherever they are in the tree.
 #[test]
 fn make_does_not_rebuild_what_is_among_its_inputs() {
     if process::Command::new("make").arg("--version").output().is_err() {
@@ -101,7 +101,7 @@ fn make_does_not_rebuild_what_is_among_its_inputs() {
     });
 }
 
-/// EXE-37: to the nanosecond, also before 1970, also where the server makes directories in a directory afterwards.
+/// EXE-37: to the nanosecond, also before 1970, and also if the server later creates directories in the directory.
 #[test]
 fn a_time_that_is_named_is_exact_on_files_directories_and_links() {
     with_worker(async |bench| {
@@ -148,7 +148,7 @@ fn a_time_that_is_named_is_exact_on_files_directories_and_links() {
     });
 }
 
-/// EXE-37: also for directories, whose time would change and whose mode would be in the way while they are filled.
+/// EXE-37: also for directories, whose time would change and whose mode could prevent filling them.
 #[test]
 fn mode_and_time_of_inputs_are_applied() {
     with_worker(async |bench| {
@@ -179,7 +179,7 @@ fn mode_and_time_of_inputs_are_applied() {
     });
 }
 
-/// EXE-38, EXE-39: what the input root puts in the way is named, and nothing is made elsewhere.
+/// EXE-38, EXE-39: the error names what the input root has in the way, and nothing is created elsewhere.
 #[test]
 fn working_directories_and_output_parents_never_leave_the_root() {
     with_worker(async |bench| {

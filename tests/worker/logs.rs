@@ -1,10 +1,10 @@
-//! What a command prints.
+//! The output of commands.
 
 use crate::support::*;
 use gorego_reapi::error::Error;
 use std::{fs, io::Write as _, time::Duration};
 
-/// A command cannot fill the disk with one file; the limit of these tests is 1 GiB.
+/// A command cannot fill the disk with one file. The limit in these tests is 1 GiB.
 #[test]
 fn files_beyond_the_limit_end_the_command() {
     with_worker(async |bench| {
@@ -13,7 +13,7 @@ fn files_beyond_the_limit_end_the_command() {
     });
 }
 
-/// As from a shell: through a pipe, so that nothing is overwritten or cut off by another open.
+/// As in a shell, output goes through a pipe, so that opening it again neither overwrites nor truncates it.
 #[test]
 fn a_command_may_open_its_standard_output_and_error_again_in_any_mode() {
     with_worker(async |bench| {
@@ -29,7 +29,7 @@ end";
     });
 }
 
-/// EXE-59: from many processes at once, a little and a lot, up to the last word before the end.
+/// EXE-59: output of many processes, small and large, up to the last bytes before the end.
 #[test]
 fn all_output_is_kept_in_the_order_of_its_pipe() {
     with_worker(async |bench| {
@@ -40,7 +40,7 @@ fn all_output_is_kept_in_the_order_of_its_pipe() {
         assert!(bench.text(&result.stdout_digest) == expected + "last word");
         let expected: String = (1..=50).map(|n| format!("{n},")).collect();
         assert_eq!(bench.text(&result.stderr_digest), expected);
-        // Many print at the same time; each line is written at once and stays whole.
+        // Many processes print concurrently. Each line is one write and stays whole.
         let script = "for i in 1 2 3 4; do for n in $(seq 2000); do echo $n; done & done; wait";
         let lines = bench.text(&bench.result(&sh(script)).await.stdout_digest);
         let mut lines: Vec<u32> = lines.lines().map(|line| line.parse().unwrap()).collect();
@@ -49,7 +49,7 @@ fn all_output_is_kept_in_the_order_of_its_pipe() {
     });
 }
 
-/// A descriptor can be handed to a process that the command did not start, a build daemon for example.
+/// A descriptor can be passed to a process that the command did not start, such as a build daemon.
 #[test]
 fn an_output_that_somebody_else_holds_open_delays_no_result_and_the_next_one_is_not_his() {
     with_worker(async |bench| {
@@ -74,7 +74,7 @@ fn an_output_that_somebody_else_holds_open_delays_no_result_and_the_next_one_is_
     });
 }
 
-/// EXE-59: the limit of a file holds for a log too, and no command can turn a log that is cut off into a success.
+/// EXE-59: the size limit of files applies to logs, and no command can turn a truncated log into a success.
 #[test]
 fn a_command_that_prints_more_than_a_log_may_hold_is_killed_and_told_the_setting() {
     const LIMIT: usize = 300_000;
@@ -85,7 +85,7 @@ fn a_command_that_prints_more_than_a_log_may_hold_is_killed_and_told_the_setting
         for (script, name) in [
             ("trap '' PIPE XFSZ; yes; sleep 600", "stdout"),
             ("yes >&2", "stderr"),
-            // By a byte, with the last that it writes.
+            // One byte too many, with the last write.
             (&*format!("head -c {LIMIT} /dev/zero; printf x; exit 0"), "stdout"),
         ] {
             let report = bench.report(&sh(script)).await.unwrap();
@@ -100,10 +100,10 @@ fn a_command_that_prints_more_than_a_log_may_hold_is_killed_and_told_the_setting
     });
 }
 
-/// A command that waits for room in its pipe is one like any other.
+/// A command that waits for space in its pipe can be stopped like any other.
 #[test]
 fn a_chatty_command_is_stopped_by_its_timeout() {
-    /// A fast machine prints a gigabyte before the timeout, and the limit of a log must not end the command first.
+    /// A fast machine prints a gigabyte before the timeout, and the size limit must not end the command first.
     const UNREACHED: u64 = 1 << 40;
     with_worker_of(UNREACHED, async |bench| {
         let begun = std::time::Instant::now();

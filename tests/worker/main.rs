@@ -1,4 +1,4 @@
-//! What a worker promises about an action, with real processes and a store in memory.
+//! The guarantees of a worker about an action, with real processes and an in-memory store.
 
 #![allow(clippy::unwrap_used, missing_docs, deprecated)]
 

@@ -1,4 +1,4 @@
-//! Which outputs a result names, and what is recorded of it.
+//! The outputs of a result, and what is stored.
 
 use crate::support::*;
 use gorego_reapi::{auxiliary::resource_usage, error::Error, proto::reapi};
@@ -56,7 +56,7 @@ fn legacy_lists_insist_on_the_kind_unless_a_path_is_in_both() {
     });
 }
 
-/// EXE-52, EXE-54: nothing outside is read or changed, nothing hangs.
+/// EXE-52, EXE-54: nothing outside the root is read or changed, and nothing hangs.
 #[test]
 fn outputs_that_escape_or_are_not_files_are_refused_by_name() {
     with_worker(async |bench| {
@@ -91,7 +91,7 @@ fn outputs_that_escape_or_are_not_files_are_refused_by_name() {
     });
 }
 
-/// GEN-25: nobody could be told of it.
+/// GEN-25: the result would not fit into a message.
 #[test]
 fn outputs_that_fit_no_message_are_refused_with_the_logs_kept() {
     with_worker(async |bench| {
@@ -109,7 +109,7 @@ fn outputs_that_fit_no_message_are_refused_with_the_logs_kept() {
 #[test]
 fn trees_are_canonical_deterministic_and_without_duplicates() {
     with_worker(async |bench| {
-        // x/same and y/same are one Directory; it also is a child of z, below another one.
+        // x/same and y/same are one Directory. It is also a child of z, one level deeper.
         let script = |order: &str| {
             format!(
                 "mkdir d; for n in {order}; do mkdir -p d/$n/same; echo s > d/$n/same/f; done; mkdir d/empty"
@@ -151,7 +151,7 @@ fn trees_are_canonical_deterministic_and_without_duplicates() {
     });
 }
 
-/// EXE-63; unreadable things are stored all the same and report the mode they had.
+/// EXE-63: unreadable outputs are stored anyway and report their original mode.
 #[test]
 fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
     with_worker(async |bench| {
@@ -170,17 +170,17 @@ fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
     });
 }
 
-/// GEN-20: a fault of the server would be tried again, and by the client once more.
+/// GEN-20: a fault of the server would be retried, by the server and by the client.
 #[test]
 fn what_a_command_does_to_its_logs_or_to_the_way_to_an_output_is_its_own_fault() {
     with_worker(async |bench| {
         for script in [
             "cd ../../0-*; rm stdout; ln -s /etc/passwd stdout",
             "cd ../../0-*; rm stdout; mkdir stdout",
-            // Nothing stops root, who gets a link that leads out instead.
+            // Permissions do not stop root, who gets a link that leads out instead.
             "echo o > p/o; chmod 0 p; [ $(id -u) != 0 ] || { rm -r p; ln -s / p; }",
         ] {
-            // There must be one directory to choose from.
+            // There must be exactly one directory.
             let left = || fs::read_dir(&bench.build_root).unwrap().count();
             eventually("the directory of the run before is removed", || left() == 0).await;
             let failure = bench.failure(&sh(script).outputs(&["p/o"])).await;
@@ -193,11 +193,11 @@ fn what_a_command_does_to_its_logs_or_to_the_way_to_an_output_is_its_own_fault()
     });
 }
 
-/// A tree deeper than any path may be long, and more files than descriptors.
+/// A tree deeper than the longest path, with more files than descriptors.
 #[test]
 fn deep_and_wide_outputs_are_collected_and_removed() {
     with_worker(async |bench| {
-        // In steps, because no path may be that long; without -P, a shell goes by the whole one.
+        // In steps, because no path may be that long. Without -P, a shell uses the whole path.
         let script = "step=$(printf 'dddddddd/%.0s' $(seq 300))
             for i in $(seq 10); do mkdir -p $step && cd -P $step || exit; done; printf leaf > leaf";
         let result = bench.result(&sh(script).outputs(&["dddddddd"])).await;

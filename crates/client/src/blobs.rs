@@ -1,4 +1,4 @@
-//! What is to be uploaded, and how far a transfer is.
+//! The blobs to upload, and the progress of a transfer.
 
 use bytes::Bytes;
 use gorego_reapi::digest::{Digest, DigestFunction};
@@ -11,16 +11,16 @@ use std::{
     },
 };
 
-/// Where the bytes of a blob come from.
+/// The source of a blob's bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// Memory.
+    /// Bytes in memory.
     Bytes(Bytes),
-    /// A local file, read when it is sent.
+    /// A local file. It is read when it is sent.
     File(PathBuf),
 }
 
-/// Blobs by digest; the same content is held once.
+/// Blobs by digest. Equal content is stored once.
 #[derive(Debug, Clone, Default)]
 pub struct BlobSet(HashMap<Digest, Source>);
 
@@ -43,28 +43,28 @@ impl BlobSet {
         self.0.entry(digest).or_insert(Source::File(path));
     }
 
-    /// The source of a blob.
+    /// The source of the blob with this digest, if it was added.
     pub fn get(&self, digest: &Digest) -> Option<&Source> {
         self.0.get(digest)
     }
 
-    /// Every digest.
+    /// The digests of all blobs, in no particular order.
     pub fn digests(&self) -> impl Iterator<Item = Digest> + '_ {
         self.0.keys().copied()
     }
 
-    /// How many blobs there are.
+    /// The number of distinct blobs.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there is none.
+    /// Whether the set contains no blobs.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }
 
-/// How far a transfer is, for whoever shows it; only counts, so that reading it never holds up the transfer.
+/// The progress of a transfer. It consists only of counters, so reading it never delays the transfer.
 #[derive(Debug, Default)]
 pub struct Progress {
     done: AtomicU64,
@@ -72,28 +72,29 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// This many more bytes will be moved.
+    /// Adds bytes to the expected total.
     pub fn expect(&self, bytes: u64) {
         self.total.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// This many more bytes have been moved.
+    /// Adds bytes to the number transferred.
     pub fn advance(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// One more blob: as far as it is, it counts in this. A transfer that starts again counts once what it moves twice.
+    /// Progress of one more blob that counts towards this total. If the blob's transfer restarts, repeated bytes count
+    /// once.
     pub fn of_blob(self: &Arc<Self>) -> BlobProgress {
         BlobProgress { all: self.clone(), reached: AtomicU64::new(0) }
     }
 
-    /// Bytes moved, and bytes to move in all as far as is known.
+    /// Number of bytes transferred, and the total that is expected so far.
     pub fn bytes(&self) -> (u64, u64) {
         (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed))
     }
 }
 
-/// How far the transfer of one blob is.
+/// The progress of one blob.
 #[derive(Debug)]
 pub struct BlobProgress {
     all: Arc<Progress>,
@@ -101,7 +102,7 @@ pub struct BlobProgress {
 }
 
 impl BlobProgress {
-    /// The transfer has come to this byte of the blob.
+    /// Records that the transfer has reached this offset of the blob.
     pub fn reach(&self, byte: u64) {
         let before = self.reached.fetch_max(byte, Ordering::Relaxed);
         self.all.advance(byte.saturating_sub(before));

@@ -1,6 +1,6 @@
-//! [`Codec`]: protobuf, with what an answer takes in memory measured before it is decoded ([`gorego_reapi::wire`]).
+//! [`Codec`]: protobuf, with the memory of each response measured before it is decoded ([`gorego_reapi::wire`]).
 //!
-//! A server that means harm could send 16 MiB that take gigabytes once they are decoded.
+//! A malicious server could send 16 MiB that take gigabytes once they are decoded.
 
 use bytes::Buf as _;
 use gorego_reapi::wire::{self, Limits, UNCOUNTED_BYTES};
@@ -12,10 +12,10 @@ use tonic::{
 };
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
-/// Memory that an answer may take: that of the largest Directory, in a page of GetTree.
+/// Most memory that a decoded response may take: a GetTree page with the largest Directory.
 pub const ANSWER_MAX_MEMORY: u64 = 1024 * 1024 * 1024;
 
-/// The codec of all [`crate::stubs`].
+/// The codec of all clients in [`crate::stubs`].
 #[derive(Debug)]
 pub struct Codec<T, U>(PhantomData<(T, U)>);
 
@@ -44,7 +44,7 @@ where
     }
 }
 
-/// Decodes messages of at most [`ANSWER_MAX_MEMORY`].
+/// A decoder for messages that take at most [`ANSWER_MAX_MEMORY`].
 #[derive(Debug)]
 pub struct MeasuringDecoder<U>(ProstDecoder<U>);
 
@@ -53,7 +53,7 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
     type Error = Status;
 
     fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
-        // All of the message: it lies in one piece.
+        // The buffer holds the whole message in one piece.
         if buffer.remaining() > UNCOUNTED_BYTES {
             wire::cost::<U>(buffer.chunk(), Limits::memory(ANSWER_MAX_MEMORY)).map_err(|refusal| {
                 Status::invalid_argument(format!("the {} is refused: {refusal}", U::NAME))

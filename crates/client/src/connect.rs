@@ -1,4 +1,4 @@
-//! Reaching a server: endpoint, connection, and the header that says who asks.
+//! Connects to a server: endpoint, connection, and the header that identifies the client.
 
 use gorego_reapi::{
     error::{Error, Result},
@@ -17,36 +17,37 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-/// Bytes that the server may send ahead on the connection, and on one stream. Wide and fixed: the HTTP/2 library derives from
-/// the former how many small messages may wait, and gives the connection up when hundreds of streams send more at once.
+/// Flow-control windows: the bytes that the server may send ahead on the connection and on one stream. They are large and
+/// fixed. The HTTP/2 library derives from the connection window how many small messages may wait, and closes the connection
+/// when hundreds of streams exceed that at once.
 const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
 const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
-/// How long connecting may take.
+/// Time limit for connecting.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often an idle connection is probed, and how long the answer may take (GEN-26).
+/// Interval between probes of an idle connection, and time limit for the answer (GEN-26).
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
-/// What a client of HTTP/2 sends first: the preface, and SETTINGS without any.
+/// The start of an HTTP/2 connection: the preface and an empty SETTINGS frame.
 const HTTP2_OPENING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-/// The header of GEN-28.
+/// The request metadata header (GEN-28).
 const METADATA_HEADER: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
 
-/// A connection whose requests carry the [`Identity`].
+/// A connection whose requests carry the [`Identity`] header.
 pub(super) type Service = InterceptedService<Channel, Header>;
 
-/// Who asks; sent with every request (GEN-28).
+/// The client's identity, sent with every request (GEN-28).
 #[derive(Debug, Clone, Default)]
 pub struct Identity {
-    /// The program.
+    /// Name of the program (`tool_name`).
     pub tool: String,
-    /// One run of the program.
+    /// Id of one run of the program (`tool_invocation_id`).
     pub invocation_id: String,
-    /// What is built.
+    /// The target that is being built (`target_id`).
     pub target_id: String,
-    /// The kind of action.
+    /// The kind of action (`action_mnemonic`).
     pub mnemonic: String,
 }
 
-/// Puts the encoded identity into each request.
+/// An interceptor that adds the encoded identity to each request.
 #[derive(Debug, Clone)]
 pub(super) struct Header(BinaryMetadataValue);
 
@@ -73,10 +74,10 @@ impl Identity {
     }
 }
 
-/// The URI behind `grpc://host:port`, `http://host:port`, `unix:///path` or plain `host:port`.
+/// Converts `grpc://host:port`, `http://host:port`, `unix:///path` or `host:port` to a URI.
 ///
 /// # Errors
-/// `Invalid` for anything else, for TLS, and for a missing port.
+/// `Invalid` for any other form, for TLS, and for a missing port.
 pub fn parse_endpoint(endpoint: &str) -> Result<String> {
     let refuse = |problem: &str| {
         Err(Error::Invalid(format!(
@@ -114,7 +115,7 @@ pub(super) async fn connect(endpoint: &str, identity: &Identity) -> Result<Servi
         .http2_keep_alive_interval(KEEP_ALIVE.0)
         .keep_alive_timeout(KEEP_ALIVE.1)
         .keep_alive_while_idle(true);
-    // The limit of the endpoint covers the TCP connection only, not a peer that accepts it and says nothing.
+    // The limit of the endpoint covers only the TCP connection, not a peer that accepts it and never answers.
     match tokio::time::timeout(CONNECT_TIMEOUT, transport.connect()).await {
         Ok(Ok(channel)) => Ok(InterceptedService::new(channel, identity.header())),
         Ok(Err(error)) => Err(unreachable(endpoint, &innermost(&error))),
@@ -128,8 +129,8 @@ fn unreachable(endpoint: &str, why: &str) -> Error {
     ))
 }
 
-/// What speaks at an endpoint with which no HTTP/2 connection came about, as the end of a sentence; `None` where it does not
-/// show. Calls there once more.
+/// Detects the protocol of an endpoint that does not speak HTTP/2, by connecting once more. Returns the end of an error
+/// message; `None` if the protocol is not recognised.
 pub async fn foreign_protocol(endpoint: &str) -> Option<&'static str> {
     let uri = parse_endpoint(endpoint).ok()?;
     let answer = async {
@@ -144,13 +145,13 @@ pub async fn foreign_protocol(endpoint: &str) -> Option<&'static str> {
         b"HTTP/" => {
             Some("the server there speaks HTTP/1 and not gRPC; name the port at which it serves gRPC")
         }
-        // An alert or a handshake record of some version of TLS 1.
+        // An alert or handshake record of TLS 1.x.
         [0x15 | 0x16, 3, ..] => Some("the server there expects TLS, which this client does not speak yet"),
         _ => None,
     }
 }
 
-/// The cause at the bottom; the layers above it say only "transport error".
+/// The innermost cause. The outer errors only say "transport error".
 fn innermost(error: &tonic::transport::Error) -> String {
     let mut cause = error.source();
     while let Some(next) = cause.and_then(|cause| cause.source()) {
@@ -213,7 +214,7 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_listening_is_said_plainly_with_what_to_do() {
-        // A port that was free a moment ago.
+        // A port that has just been released.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let error = connect(&format!("grpc://127.0.0.1:{port}"), &Identity::default()).await.unwrap_err();
         let text = error.to_string();

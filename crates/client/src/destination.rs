@@ -1,9 +1,8 @@
-//! A local directory that hostile output names cannot lead out of.
+//! A local directory that contains all outputs, even if the output names are hostile.
 //!
-//! Every path is walked from the directory's descriptor one segment at a time without following symbolic links, whether
-//! the server made them a moment ago or somebody else did before. Files and symlinks are made under a temporary name and
-//! renamed into place, so that what was there is replaced and never written through, and a broken download leaves no
-//! half file. All of this blocks.
+//! Every path is walked from the directory's descriptor, one segment at a time, without following symbolic links, no matter
+//! who created them. Files and symlinks are created under a temporary name and renamed into place, so existing entries are
+//! replaced and never written through, and an interrupted download leaves no partial file. All operations block.
 
 use super::local;
 use gorego_reapi::{
@@ -22,21 +21,21 @@ use std::{
     sync::Arc,
 };
 
-/// The directory below which outputs are written; cheap to clone.
+/// The directory for outputs. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Destination {
     root: Arc<OwnedFd>,
     shown: PathBuf,
 }
 
-/// A file that is being written; gone again unless it is committed.
+/// A file that is being written. It is removed unless it is committed.
 #[derive(Debug)]
 pub struct PendingFile {
     file: File,
     entry: Option<Entry>,
 }
 
-/// A temporary name beside its final one.
+/// A temporary name next to the final name.
 #[derive(Debug)]
 struct Entry {
     parent: OwnedFd,
@@ -46,23 +45,23 @@ struct Entry {
 }
 
 impl Destination {
-    /// Opens the directory, which is made if it is not there.
+    /// Opens the directory and creates it if it does not exist.
     ///
     /// # Errors
-    /// `Invalid` when it cannot be made or opened.
+    /// `Invalid` when it cannot be created or opened.
     pub fn open(path: &Path) -> Result<Self> {
         fs::create_dir_all(path).map_err(|error| local("create", path, &error))?;
         let root = File::open(path).map_err(|error| local("open", path, &error))?;
         Ok(Self { root: Arc::new(root.into()), shown: path.to_owned() })
     }
 
-    /// Starts a file.
+    /// Creates a file under a temporary name.
     ///
     /// # Errors
-    /// `Invalid` when the path is the root, or something on the way is not a directory.
+    /// `Invalid` when the path is the root, or a component of its parent is not a directory.
     pub fn create(&self, path: &RootPath, executable: bool) -> Result<PendingFile> {
         let entry = self.entry(path)?;
-        // What the umask takes away is the user's wish.
+        // The user's umask applies.
         let mode = Mode::from_raw_mode(if executable { 0o777 } else { 0o666 });
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&entry.parent, &entry.temporary, flags, mode)
@@ -70,10 +69,10 @@ impl Destination {
         Ok(PendingFile { file: file.into(), entry: Some(entry) })
     }
 
-    /// Makes a symlink with exactly this target, in place of whatever file or symlink is there.
+    /// Creates a symlink with exactly this target. It replaces an existing file or symlink.
     ///
     /// # Errors
-    /// `Invalid` as in [`Destination::create`], or when the target is not usable.
+    /// `Invalid` as in [`Destination::create`], or when the target is not valid.
     pub fn symlink(&self, path: &RootPath, target: &str) -> Result<()> {
         let entry = self.entry(path)?;
         symlinkat(target, &entry.parent, &entry.temporary)
@@ -81,10 +80,10 @@ impl Destination {
         entry.rename()
     }
 
-    /// Makes a directory and those above it; one that is there already is fine.
+    /// Creates a directory and its parents. It is not an error if it exists.
     ///
     /// # Errors
-    /// `Invalid` when something on the way is not a directory.
+    /// `Invalid` when a component of the path is not a directory.
     pub fn directory(&self, path: &RootPath) -> Result<()> {
         self.walk(path).map(|_| ())
     }
@@ -98,12 +97,12 @@ impl Destination {
         Ok(Entry { parent: self.walk(&parent)?, temporary, name: name.to_owned(), shown })
     }
 
-    /// Opens a directory below the root, making what is missing.
+    /// Opens a directory below the root and creates missing components.
     fn walk(&self, path: &RootPath) -> Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut shown = self.shown.clone();
         let failed = |shown: &Path, error: Errno| match error {
-            // What openat says of a symlink depends on the flags; to a person it is one thing.
+            // The error of openat for a symlink depends on the flags; both have the same meaning for the user.
             Errno::LOOP | Errno::NOTDIR => Error::Invalid(format!(
                 "{} is not a directory; outputs are not written through symbolic links",
                 shown.display()
@@ -125,10 +124,10 @@ impl Destination {
 }
 
 impl PendingFile {
-    /// Puts the file in place of whatever file or symlink is there.
+    /// Renames the file to its final name. It replaces an existing file or symlink.
     ///
     /// # Errors
-    /// `Invalid` when a directory is in the way.
+    /// `Invalid` when a directory has that name.
     pub fn commit(mut self) -> Result<()> {
         self.entry.take().map_or(Ok(()), Entry::rename)
     }
@@ -160,7 +159,7 @@ impl Entry {
         })
     }
 
-    /// Nothing more can be done about a temporary file that cannot be removed.
+    /// Errors are ignored: there is no further remedy for a temporary file that cannot be removed.
     fn remove(&self) {
         let _ = unlinkat(&self.parent, &self.temporary, AtFlags::empty());
     }

@@ -1,7 +1,7 @@
-//! Bringing the outputs of an action home.
+//! Downloads the outputs of an action.
 //!
-//! The result is the server's word and may be hostile: paths are checked, Trees are bounded before they are walked, and
-//! [`Destination`] keeps every write below the directory that was named.
+//! The result comes from the server and may be hostile: paths are checked, Trees are bounded before they are walked, and
+//! [`Destination`] keeps every write below the given directory.
 
 use super::{Client, Progress, blocking, destination::Destination};
 use crate::codec::ANSWER_MAX_MEMORY;
@@ -18,10 +18,10 @@ use gorego_reapi::{
 use prost::Message as _;
 use std::{collections::HashMap, io::Write as _, path::Path, sync::Arc};
 
-/// Transfers at the same time.
+/// Number of concurrent transfers.
 const CALLS_AT_A_TIME: usize = 8;
 
-/// What is to be written, paths checked.
+/// The entries to write, with checked paths.
 #[derive(Debug, Default, PartialEq)]
 struct Plan {
     files: Vec<PlannedFile>,
@@ -37,12 +37,12 @@ struct PlannedFile {
 }
 
 impl Client {
-    /// Downloads every output of a result below `directory`, each at the path that it was requested by. What is there
-    /// already is replaced, file by file; other files in output directories stay.
+    /// Downloads every output of a result to `directory`, at the path under which it was requested. Existing files are
+    /// replaced one by one; other files in output directories stay.
     ///
     /// # Errors
-    /// `Invalid` for a path that would leave `directory` or lead through a symbolic link, and when a file cannot be
-    /// written; `DataLoss` for wrong bytes; what the server answers.
+    /// `Invalid` for a path that would leave `directory` or pass through a symbolic link, and when a file cannot be
+    /// written; `DataLoss` for wrong bytes; errors of the server.
     pub async fn download_outputs(
         &self,
         result: &reapi::ActionResult,
@@ -67,7 +67,7 @@ impl Client {
         })
         .await?;
         self.download_files(files, &destination, progress).await?;
-        // Last, so that no symlink of this result stands in the way of its own files.
+        // Symlinks are created last, so that they do not block files of the same result.
         blocking(move || symlinks.iter().try_for_each(|(path, target)| destination.symlink(path, target)))
             .await
     }
@@ -116,7 +116,7 @@ impl Client {
             }
             return Ok(());
         }
-        // The empty blob needs no server (GEN-06).
+        // The empty blob is never fetched (GEN-06).
         let asked: Vec<_> = digests.iter().copied().filter(|digest| !digest.is_empty()).collect();
         let blobs = if asked.is_empty() { HashMap::new() } else { self.read_batch(&asked).await? };
         let progress = progress.clone();
@@ -154,7 +154,7 @@ impl Plan {
         Ok(())
     }
 
-    /// EXE-53: one list where the server has it, else the two old ones.
+    /// EXE-53: uses `output_symlinks` if the server fills it, otherwise the two deprecated lists.
     #[allow(deprecated)]
     fn add_symlinks(&mut self, result: &reapi::ActionResult) -> Result<()> {
         let old = || result.output_file_symlinks.iter().chain(&result.output_directory_symlinks);
@@ -168,7 +168,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Everything in an encoded Tree, below `path`.
+    /// Adds the contents of an encoded Tree below `path`.
     fn add_tree(&mut self, path: &RootPath, tree: &[u8]) -> Result<()> {
         let malformed = |problem: &dyn std::fmt::Display| {
             Error::Invalid(format!("output directory {path}: the server sent a malformed Tree: {problem}"))
@@ -182,7 +182,7 @@ impl Plan {
                 Directory::from_wire(message, DigestFunction::Sha256).map_err(|error| malformed(&error))?;
             directories.insert(DigestFunction::Sha256.digest(&message.encode_to_vec()), Arc::new(directory));
         }
-        // The empty directory need not be sent (GEN-06).
+        // Servers may omit the empty directory (GEN-06).
         directories.entry(Digest::empty(DigestFunction::Sha256)).or_default();
         let root = DigestFunction::Sha256.digest(&root.encode_to_vec());
         let tree = InputTree::new(root, directories).map_err(|error| malformed(&error))?;

@@ -1,4 +1,4 @@
-//! Running an action and following it to its end, also across broken connections.
+//! Runs an action and follows it until it finishes, across broken connections.
 
 use super::{
     Client, backoff,
@@ -16,63 +16,64 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Streaming;
 
-/// How long a server may take to send the first message of a stream (EXE-01, EXE-12).
+/// Time limit for the first message of a stream (EXE-01, EXE-12).
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
-/// A stream that lived this long was a good one: the tries of the next trouble are counted from 0.
+/// A stream that lives this long resets the count of failed attempts.
 const STABLE_AFTER: Duration = Duration::from_secs(30);
-/// How often an action is run anew because the server has forgotten it.
+/// How often an action is submitted again because the server has forgotten its operation.
 const MAX_RERUNS: u32 = 3;
-/// Names of the packed messages.
+/// Type names of the messages packed in `Any`.
 const METADATA_TYPE: &str = "build.bazel.remote.execution.v2.ExecuteOperationMetadata";
 const RESPONSE_TYPE: &str = "build.bazel.remote.execution.v2.ExecuteResponse";
 
-/// What is to be run. Its blobs must be uploaded.
+/// The action to run. Its blobs must have been uploaded.
 #[derive(Debug, Clone)]
 pub struct Job {
-    /// Digest of the Action.
+    /// Digest of the Action message.
     pub action: Digest,
-    /// Run even if a result is cached (EXE-17).
+    /// Run the action even if a result is cached (EXE-17).
     pub skip_cache_lookup: bool,
-    /// Lower runs sooner.
+    /// Actions with a lower value run sooner.
     pub priority: i32,
 }
 
-/// Something happened to an operation.
+/// A change of an operation.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Event {
-    /// It has entered this stage (EXE-04).
+pub enum ExecutionEvent {
+    /// The operation entered this stage (EXE-04).
     Stage(Stage),
-    /// What it prints can be followed here, while it runs and for a while after (EXE-64); comes again for another run.
+    /// The names of the log streams of a run. They can be followed while it runs and for a while after (EXE-64). Each run
+    /// of the action reports its own.
     Logs(LogNames),
-    /// It still waits, and the server says why.
+    /// The operation is still waiting, and the server gives the reason.
     Waiting(Box<gorego::QueueStatus>),
-    /// It is over; nothing follows.
+    /// The operation is finished. No event follows.
     Finished(Box<Finished>),
 }
 
-/// Names of the log streams of a run; empty for those that the server does not offer.
+/// Names of the log streams of a run. A name is empty if the server does not offer the stream.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LogNames {
-    /// Standard output.
+    /// Resource name of standard output.
     pub stdout: String,
-    /// Standard error.
+    /// Resource name of standard error.
     pub stderr: String,
 }
 
-/// How an operation ended.
+/// The end of an operation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Finished {
-    /// What the command left behind; also the partial logs of one that timed out (EXE-45).
+    /// The result of the command. After a timeout it contains the partial logs (EXE-45).
     pub result: Option<reapi::ActionResult>,
-    /// The result came from the action cache.
+    /// Whether the result came from the action cache.
     pub cached: bool,
-    /// Why the action could not be run to its end.
+    /// The reason why the action did not run to completion.
     pub error: Option<Error>,
-    /// A word for people; usually empty.
+    /// A message for the user; usually empty.
     pub message: String,
 }
 
-/// An operation that is being followed.
+/// A running operation that this client follows.
 #[derive(Debug)]
 pub struct Execution {
     client: Client,
@@ -81,8 +82,8 @@ pub struct Execution {
     name: Option<String>,
     stage: Option<Stage>,
     logs: LogNames,
-    /// What the latest message said besides its first news.
-    more: Option<Event>,
+    /// A further event from the latest message, returned by the next call.
+    more: Option<ExecutionEvent>,
     opened_at: Instant,
     failures: u32,
     reruns: u32,
@@ -90,7 +91,7 @@ pub struct Execution {
 }
 
 impl Client {
-    /// Runs an action; nothing is sent before the first [`Execution::next`].
+    /// Creates an execution of an action. Nothing is sent before the first [`Execution::next`].
     pub fn execute(&self, job: Job) -> Execution {
         Execution {
             client: self.clone(),
@@ -109,17 +110,17 @@ impl Client {
 }
 
 impl Execution {
-    /// The operation's name, once known; for [`Client::cancel`].
+    /// The name of the operation for [`Client::cancel`], once it is known.
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()
     }
 
-    /// The next change, or `None` after [`Event::Finished`]. A stream that breaks is joined again with WaitExecution; one
-    /// that the server has forgotten is run anew. Both happen a bounded number of times.
+    /// The next change, or `None` after [`ExecutionEvent::Finished`]. A broken stream is resumed with WaitExecution. If the server
+    /// has forgotten the operation, the action is submitted again. Both happen a bounded number of times.
     ///
     /// # Errors
-    /// The server's refusal; `Unavailable` when it cannot be reached again.
-    pub async fn next(&mut self) -> Result<Option<Event>> {
+    /// The error of the server; `Unavailable` when it cannot be reached again.
+    pub async fn next(&mut self) -> Result<Option<ExecutionEvent>> {
         if let Some(event) = self.more.take() {
             return Ok(Some(event));
         }
@@ -134,7 +135,8 @@ impl Execution {
                     let stable = self.stream.take().is_some() && self.opened_at.elapsed() >= STABLE_AFTER;
                     self.failures = if stable { 1 } else { self.failures + 1 };
                     match (&error, &self.name) {
-                        // EXE-13: it was forgotten, for example by a restart. Run it again, but not for ever.
+                        // EXE-13: the server has forgotten the operation, for example after a restart. Submit the action
+                        // again, a bounded number of times.
                         (Error::NotFound(_), Some(_)) if self.reruns < MAX_RERUNS => {
                             self.reruns += 1;
                             self.name = None;
@@ -150,7 +152,7 @@ impl Execution {
         Ok(None)
     }
 
-    /// The next message of the stream, which is opened if need be.
+    /// The next message of the stream. Opens the stream if necessary.
     async fn message(&mut self) -> Result<Operation> {
         let call = if self.name.is_some() { "WaitExecution" } else { "Execute" };
         if self.stream.is_none() {
@@ -163,7 +165,7 @@ impl Execution {
         let Some(stream) = &mut self.stream else { return Err(broken("the stream is closed")) };
         match stream.message().await {
             Ok(Some(operation)) => Ok(operation),
-            // EXE-10: whatever ends a stream before the operation is done is a broken stream.
+            // EXE-10: a stream that ends before the operation is done counts as broken.
             Ok(None) => Err(broken("the stream ended before the operation was done")),
             Err(status) if is_broken(&status) => Err(broken(status.message())),
             Err(status) => Err(from_status(call, &status)),
@@ -191,14 +193,15 @@ impl Execution {
         Ok(answer.into_inner())
     }
 
-    /// What a message says that was not known before.
-    fn take(&mut self, operation: Operation) -> Result<Option<Event>> {
+    /// The event for what a message newly reports.
+    fn take(&mut self, operation: Operation) -> Result<Option<ExecutionEvent>> {
         if !operation.name.is_empty() {
             self.name = Some(operation.name);
         }
         if operation.done {
             self.finished = true;
-            return finished(operation.result).map(|finished| Some(Event::Finished(Box::new(finished))));
+            return finished(operation.result)
+                .map(|finished| Some(ExecutionEvent::Finished(Box::new(finished))));
         }
         let metadata =
             operation.metadata.and_then(|any| unpack::<reapi::ExecuteOperationMetadata>(&any, METADATA_TYPE));
@@ -207,21 +210,21 @@ impl Execution {
         let changed = stage.filter(|stage| *stage != Stage::Unknown && self.stage != Some(*stage));
         self.stage = changed.or(self.stage);
         let known = metadata.partial_execution_metadata.as_ref();
-        // Why the operation waits, from a server that says so in our way.
+        // Why the operation waits, if the server is goREgo.
         let status = known.and_then(|known| queue_status(&known.auxiliary_metadata));
         if let Some(status) = status.filter(|_| stage == Some(Stage::Queued)) {
-            return Ok(Some(Event::Waiting(Box::new(status))));
+            return Ok(Some(ExecutionEvent::Waiting(Box::new(status))));
         }
         let logs = LogNames { stdout: metadata.stdout_stream_name, stderr: metadata.stderr_stream_name };
         if logs != LogNames::default() && logs != self.logs {
             self.logs = logs.clone();
-            self.more = Some(Event::Logs(logs));
+            self.more = Some(ExecutionEvent::Logs(logs));
         }
-        Ok(changed.map(Event::Stage).or_else(|| self.more.take()))
+        Ok(changed.map(ExecutionEvent::Stage).or_else(|| self.more.take()))
     }
 }
 
-/// Whether a status comes from the connection and not from the server's mind: then the operation may well go on.
+/// Whether a status means a broken connection, so that the operation may still be running.
 fn is_broken(status: &tonic::Status) -> bool {
     use std::error::Error as _;
     matches!(status.code(), tonic::Code::Unavailable) || status.source().is_some()

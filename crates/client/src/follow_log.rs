@@ -1,4 +1,4 @@
-//! Following a log stream: its bytes as they appear, from the first to the last (EXE-64, LOG-03).
+//! Follows a log stream: sends all of its bytes as they appear (EXE-64, LOG-03).
 
 use super::{CALL_TIMEOUT, Client, backoff, status::from_status};
 use bytes::Bytes;
@@ -9,11 +9,11 @@ use gorego_reapi::{
 use tokio::sync::mpsc;
 
 impl Client {
-    /// Sends the bytes of a log stream to `sink` until the stream ends or nobody takes them any more. A stream that breaks is
-    /// taken up where it stopped. Silence has no limit: a command may be quiet for as long as it runs.
+    /// Sends the bytes of a log stream to `sink` until the stream ends or the receiver is dropped. A broken stream is
+    /// resumed at the same offset. There is no idle limit, because a command may print nothing for as long as it runs.
     ///
     /// # Errors
-    /// What the server answers; what was sent until then is the beginning of the stream.
+    /// Errors of the server. The bytes sent before an error are the start of the stream.
     pub async fn follow_log(&self, name: &str, sink: &mpsc::Sender<Bytes>) -> Result<()> {
         let (mut received, mut tries) = (0u64, 0);
         loop {

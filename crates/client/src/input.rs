@@ -1,8 +1,8 @@
-//! A local directory as an input root: canonical Directory messages (GEN-30) and the files they name.
+//! Converts a local directory to an input root: canonical Directory messages (GEN-30) and the files that they name.
 //!
-//! Symbolic links are kept, never followed. A file is executable if its owner may run it. Anything that cannot be an input
-//! (a socket, a name that is not UTF-8) is an error that names it, since an action that lacks an input fails in ways that
-//! are hard to understand.
+//! Symbolic links are kept and never followed. A file is executable if its owner may execute it. Anything that cannot be an
+//! input (a socket, a name that is not UTF-8) is an error that names it, because an action with a missing input fails in
+//! ways that are hard to understand.
 
 use super::{blobs::BlobSet, local};
 use gorego_reapi::{
@@ -18,10 +18,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// How much of a file is read at a time while it is hashed.
+/// Number of bytes that are read and hashed at a time.
 const READ_BYTES: usize = 256 * 1024;
 
-/// A directory that is being read; its parent waits below it on the stack.
+/// A directory that is being read. Its parent is below it on the stack.
 struct Open {
     path: PathBuf,
     name: String,
@@ -29,10 +29,10 @@ struct Open {
     message: reapi::Directory,
 }
 
-/// Adds everything below `root` to `blobs` and returns the digest of the root Directory. Reads every file once; blocks.
+/// Adds everything below `root` to `blobs` and returns the digest of the root Directory. Reads every file once. Blocks.
 ///
 /// # Errors
-/// `Invalid` naming the path that cannot be read or cannot be an input, or the bound that is exceeded.
+/// `Invalid` that names the path that cannot be read or cannot be an input, or the limit that is exceeded.
 pub fn scan(root: &Path, blobs: &mut BlobSet) -> Result<Digest> {
     let mut nodes = 0u64;
     let mut stack = vec![open(root.to_owned(), String::new())?];
@@ -103,7 +103,7 @@ fn open(path: PathBuf, name: String) -> Result<Open> {
     Ok(Open { path, name, entries, message: reapi::Directory::default() })
 }
 
-/// By name, in the order of bytes.
+/// Sorts the entries by name, in byte order.
 fn sort(directory: &mut reapi::Directory) {
     directory.files.sort_by(|a, b| a.name.cmp(&b.name));
     directory.directories.sort_by(|a, b| a.name.cmp(&b.name));
@@ -142,7 +142,7 @@ mod tests {
     const SHA256: DigestFunction = DigestFunction::Sha256;
 
     fn decode(blobs: &BlobSet, digest: &Digest) -> Directory {
-        let Some(Source::Bytes(bytes)) = blobs.get(digest) else { panic!("{digest} is no directory") };
+        let Some(Source::Bytes(bytes)) = blobs.get(digest) else { panic!("{digest} is not a directory") };
         Directory::decode(bytes, SHA256).unwrap()
     }
 
@@ -172,7 +172,7 @@ mod tests {
         assert!(root.files.iter().all(|file| file.executable == (file.name == "a")));
         assert!(root.symlinks.iter().all(|link| link.target == "../nowhere"));
         assert_eq!(root.files[0].digest, SHA256.digest(root.files[0].name.as_bytes()));
-        // Seven equal directories are one blob, and the empty one below them is the empty blob.
+        // Seven equal directories are one blob, and the empty directory below each is the empty blob.
         let sub = decode(&blobs, &root.directories[0].digest);
         assert_eq!(sub.directories[0].digest, Digest::empty(SHA256));
         assert_eq!(blobs.len(), 1 + names.len() + 1 + 1);

@@ -1,29 +1,29 @@
 //! A client of the Remote Execution API, for `gorego exec`, `gorego verify`, tests and benchmarks.
 //!
-//! One [`Client`] is one connection and one instance; it is cheap to clone and its calls may run side by side. It speaks to
-//! any REAPI server, and trusts none: what is downloaded is checked against its digest and written below the destination
-//! only. Every call has a time limit; what is worth another try (UNAVAILABLE, a broken stream) is tried a bounded number of
-//! times. Errors are [`gorego_reapi::error::Error`], as seen from here. [`stubs`] are the bare services, for those who need no more.
+//! A [`Client`] is one connection to one instance. It is cheap to clone, and its calls may run concurrently. It works with
+//! any REAPI server and trusts none: downloads are checked against their digests and written only below the destination.
+//! Every call has a time limit. Failures that may pass (UNAVAILABLE, a broken stream) are retried a bounded number of
+//! times. Errors are [`gorego_reapi::error::Error`]. [`stubs`] has the bare gRPC clients.
 //!
-//! Not here: compression, further digest functions, TLS.
+//! Not supported: compression, digest functions other than SHA-256, TLS.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-pub mod blobs;
+mod blobs;
 mod codec;
-pub mod connect;
-pub mod destination;
-pub mod download;
-pub mod execute;
-pub mod follow_log;
-pub mod input;
-pub mod read;
-pub mod status;
+mod connect;
+mod destination;
+mod download;
+mod execute;
+mod follow_log;
+mod input;
+mod read;
+mod status;
 pub mod stubs;
-pub mod upload;
+mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
 pub use connect::{Identity, foreign_protocol, parse_endpoint};
-pub use execute::{Event, Execution, Finished, Job, LogNames};
+pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
 pub use input::scan;
 
 use crate::stubs::{
@@ -41,21 +41,21 @@ use status::from_status;
 use std::{future::Future, time::Duration};
 use tonic::Request;
 
-/// Time limit of a call that answers at once.
+/// Time limit of a unary call.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(60);
-/// Longest silence of a blob that is being read.
+/// Time limit between two messages of a blob that is being read.
 pub const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often a call is made before its failure counts, if the failure is one that may pass.
+/// Largest number of attempts for a call whose failure may pass.
 pub const MAX_TRIES: u32 = 5;
-/// Wait before the second try; it doubles with each.
+/// Delay before the second attempt. It doubles with each attempt.
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
-/// Longest wait between two tries, also when a server asks for more.
+/// Longest delay between two attempts, even if a server asks for more.
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
-/// Largest message that is accepted; servers stay under 4 MiB (GEN-25).
+/// Largest accepted message. Servers stay below 4 MiB (GEN-25).
 const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
-/// Sum of blob sizes in one batch call where the server names none (CAP-11).
+/// Limit on the sum of blob sizes in one batch call, if the server states none (CAP-11).
 pub const DEFAULT_BATCH_BYTES: u64 = 4_000_000;
-/// Digests in one FindMissingBlobs call; about 700 kB, which every server takes (CAS-07).
+/// Number of digests in one FindMissingBlobs call. They take about 700 kB, which every server accepts (CAS-07).
 const DIGESTS_PER_CALL: usize = 10_000;
 
 /// A connection to a server.
@@ -68,11 +68,11 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to `endpoint` (`grpc://host:port`) and asks for its capabilities.
+    /// Connects to `endpoint` (`grpc://host:port`) and requests its capabilities.
     ///
     /// # Errors
-    /// `Invalid` for a malformed endpoint or instance name; `Unavailable` with a hint when nothing answers there;
-    /// `Precondition` when the server has no SHA-256.
+    /// `Invalid` for a malformed endpoint or instance name; `Unavailable` with a hint when no server answers;
+    /// `Precondition` when the server does not support SHA-256.
     pub async fn connect(endpoint: &str, instance: &str, identity: &Identity) -> Result<Self> {
         check_instance_name(instance)?;
         let service = connect::connect(endpoint, identity).await?;
@@ -94,15 +94,15 @@ impl Client {
         Ok(client)
     }
 
-    /// Where it is connected to, as it was given.
+    /// The endpoint as passed to [`Client::connect`].
     pub fn endpoint(&self) -> &str {
         &self.endpoint
     }
 
-    /// What the server says about itself.
+    /// Requests the capabilities of the server.
     ///
     /// # Errors
-    /// As the server answers.
+    /// Errors of the server.
     pub async fn capabilities(&self) -> Result<reapi::ServerCapabilities> {
         let request = reapi::GetCapabilitiesRequest { instance_name: self.instance.clone() };
         retrying(async || {
@@ -113,10 +113,10 @@ impl Client {
         .await
     }
 
-    /// Those of the digests that the server does not have.
+    /// Returns the digests that the server does not have.
     ///
     /// # Errors
-    /// As the server answers.
+    /// Errors of the server.
     pub async fn find_missing(&self, digests: impl IntoIterator<Item = Digest>) -> Result<Vec<Digest>> {
         let digests: Vec<_> = digests.into_iter().map(|digest| digest.to_wire()).collect();
         let mut missing = Vec::new();
@@ -142,10 +142,10 @@ impl Client {
         Ok(missing)
     }
 
-    /// The cached result of an action; `None` on a miss.
+    /// The cached result of an action; `None` if there is none.
     ///
     /// # Errors
-    /// As the server answers, NOT_FOUND excepted.
+    /// Errors of the server, except NOT_FOUND.
     pub async fn action_result(&self, action: Digest) -> Result<Option<reapi::ActionResult>> {
         let request = reapi::GetActionResultRequest {
             instance_name: self.instance.clone(),
@@ -166,10 +166,10 @@ impl Client {
         }
     }
 
-    /// Asks the server to stop an operation (OPS-03).
+    /// Asks the server to cancel an operation (OPS-03).
     ///
     /// # Errors
-    /// As the server answers.
+    /// Errors of the server.
     pub async fn cancel(&self, operation: &str) -> Result<()> {
         let request = longrunning::CancelOperationRequest { name: operation.to_owned() };
         let mut client = OperationsClient::new(self.service.clone());
@@ -190,20 +190,20 @@ impl Client {
         ExecutionClient::new(self.service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
-    /// A resource name under this instance (GEN-12).
+    /// A resource name in this instance (GEN-12).
     fn qualify(&self, rest: &str) -> String {
         if self.instance.is_empty() { rest.to_owned() } else { format!("{}/{rest}", self.instance) }
     }
 }
 
-/// A request with [`CALL_TIMEOUT`].
+/// Creates a request with the time limit [`CALL_TIMEOUT`].
 fn timed<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(CALL_TIMEOUT);
     request
 }
 
-/// Makes a call until it succeeds, fails for good, or was made [`MAX_TRIES`] times.
+/// Repeats a call until it succeeds, fails permanently, or [`MAX_TRIES`] is reached.
 async fn retrying<T, F: Future<Output = Result<T>>>(mut call: impl FnMut() -> F) -> Result<T> {
     let mut tries = 0;
     loop {
@@ -220,7 +220,7 @@ async fn retrying<T, F: Future<Output = Result<T>>>(mut call: impl FnMut() -> F)
     }
 }
 
-/// How long to wait after this many failed tries; `None` when it is not worth another one.
+/// The delay after this many failed attempts; `None` when a retry is pointless.
 fn backoff(error: &Error, tries: u32) -> Option<Duration> {
     let asked = match error {
         Error::Unavailable(_) => None,
@@ -231,10 +231,10 @@ fn backoff(error: &Error, tries: u32) -> Option<Duration> {
     (tries < MAX_TRIES).then(|| asked.unwrap_or(growing).clamp(FIRST_BACKOFF, MAX_BACKOFF))
 }
 
-/// Runs blocking work on a thread for that.
+/// Runs blocking work on the blocking pool.
 ///
 /// # Errors
-/// Its own, or `Internal` when it panics.
+/// The error of the work, or `Internal` when it panics.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
@@ -242,7 +242,7 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send
     }
 }
 
-/// A failed operation on a local file; `doing` completes "could not ...".
+/// The error of a failed operation on a local file; `doing` completes "could not ...".
 fn local(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Error {
     Error::Invalid(format!("could not {doing} {}: {error}", path.display()))
 }
@@ -258,7 +258,7 @@ mod tests {
         assert_eq!(gone.len() as u32, MAX_TRIES - 1);
         assert!(gone.is_sorted() && gone[0] == FIRST_BACKOFF);
         let full = |retry_after| Error::Exhausted { message: "full".into(), retry_after };
-        // A server may ask for patience, but not for ever and not for none at all.
+        // The server may choose the delay within bounds: neither zero nor arbitrarily long.
         assert_eq!(waits(&full(Some(Duration::from_secs(3600)))), [MAX_BACKOFF; MAX_TRIES as usize - 1]);
         assert_eq!(waits(&full(Some(Duration::ZERO))), [FIRST_BACKOFF; MAX_TRIES as usize - 1]);
         assert!(waits(&full(None)).is_empty() && waits(&Error::Invalid("no".into())).is_empty());

@@ -1,4 +1,4 @@
-//! Reading blobs: every byte is checked against the digest that was asked for.
+//! Reads blobs. All bytes are checked against the requested digest.
 
 use super::{
     CALL_TIMEOUT, Client, Progress, STREAM_IDLE_TIMEOUT, backoff, blocking, retrying,
@@ -14,14 +14,14 @@ use gorego_reapi::{
 use std::{collections::HashMap, io::Write, sync::Arc};
 use tokio::sync::mpsc;
 
-/// Messages that may wait between the network and a slow sink.
+/// Number of messages that may wait between the network and a slow sink.
 const CHUNKS_IN_FLIGHT: usize = 4;
 
 impl Client {
-    /// Reads a blob into `sink` and returns it; a stream that breaks is taken up where it stopped.
+    /// Reads a blob into `sink` and returns the sink. A broken stream is resumed at the same offset.
     ///
     /// # Errors
-    /// `DataLoss` when the bytes are not the blob, `Invalid` when the sink cannot be written, what the server answers.
+    /// `DataLoss` when the bytes do not match the digest; `Invalid` when writing to the sink fails; errors of the server.
     pub async fn read_into<W: Write + Send + 'static>(
         &self,
         digest: Digest,
@@ -57,7 +57,7 @@ impl Client {
         while received < digest.size() {
             let before = received;
             let Err(error) = self.read_from(digest, &mut received, sink, progress).await else { break };
-            // Only tries that brought nothing count, so that a long download may break more often than a short one.
+            // Only attempts without progress count, so a long download may break more often than a short one.
             tries = if received > before { 1 } else { tries + 1 };
             match backoff(&error, tries) {
                 Some(wait) => tokio::time::sleep(wait).await,
@@ -97,7 +97,7 @@ impl Client {
             }
             progress.advance(count);
             if sink.send(message.data).await.is_err() {
-                // The writer has failed and says why.
+                // The writer has failed and reports the error.
                 return Ok(());
             }
         }
@@ -107,10 +107,10 @@ impl Client {
         Ok(())
     }
 
-    /// Reads small blobs, in any order; each is checked. The sum of sizes must be at most [`Client::batch_bytes`].
+    /// Reads small blobs, in any order, and checks each. The sum of their sizes must be at most [`Client::batch_bytes`].
     ///
     /// # Errors
-    /// The first that any blob has.
+    /// The first error of any blob.
     pub(super) async fn read_batch(&self, digests: &[Digest]) -> Result<HashMap<Digest, Bytes>> {
         let request = reapi::BatchReadBlobsRequest {
             instance_name: self.instance.clone(),
@@ -138,10 +138,10 @@ impl Client {
         .await
     }
 
-    /// Reads a blob into memory.
+    /// Reads a blob of at most `max` bytes into memory.
     ///
     /// # Errors
-    /// `Invalid` when it is larger than `max`; those of [`Client::read_into`].
+    /// `Invalid` when it is larger than `max`; the errors of [`Client::read_into`].
     pub async fn read_bytes(&self, digest: Digest, max: u64, progress: &Arc<Progress>) -> Result<Vec<u8>> {
         if digest.size() > max {
             return Err(Error::Invalid(format!(

@@ -1,21 +1,21 @@
-//! From a server's status to an [`Error`]: the way back of what the gRPC room does with its own errors.
+//! Converts a server's status to an [`Error`]: the reverse of `gorego_reapi::status`.
 
 use gorego_reapi::{digest::Digest, error::Error, proto::rpc, resource_name::ResourceName};
 use prost::Message as _;
 use std::time::Duration;
 use tonic::{Code, Status};
 
-/// Violations of this type name missing blobs (EXE-22).
+/// The violation type for missing blobs (EXE-22).
 const MISSING: &str = "MISSING";
 
-/// The error of a call named `call`.
+/// The error of the call named `call`.
 pub fn from_status(call: &str, status: &Status) -> Error {
-    // GEN-17: the details are a whole google.rpc.Status.
+    // GEN-17: the details contain a whole google.rpc.Status.
     let details = rpc::Status::decode(status.details()).map(|status| status.details).unwrap_or_default();
     from_parts(call, status.code(), status.message(), &details)
 }
 
-/// The error of a status inside of a message; `None` when it is OK or absent.
+/// The error in a status inside a message; `None` when it is OK or absent.
 pub fn from_message(call: &str, status: Option<&rpc::Status>) -> Option<Error> {
     let status = status.filter(|status| status.code != 0)?;
     Some(from_parts(call, Code::from_i32(status.code), &status.message, &status.details))
@@ -42,7 +42,7 @@ fn from_parts(call: &str, code: Code, message: &str, details: &[prost_types::Any
     }
 }
 
-/// The details of one type that decode.
+/// The details that have this type and decode.
 fn unpack<'a, M: prost::Message + Default>(
     details: &'a [prost_types::Any],
     name: &'a str,
@@ -75,7 +75,7 @@ mod tests {
         prost_types::Any { type_url: format!("type.googleapis.com/{name}"), value: message.encode_to_vec() }
     }
 
-    /// EXE-22, EXE-23, EXE-25: the two places where missing blobs are reported, and what is no such report.
+    /// EXE-22, EXE-23, EXE-25: the two places that report missing blobs, and similar statuses that do not.
     #[test]
     fn missing_blobs_are_understood_in_a_status_and_in_its_trailer() {
         let digest = DigestFunction::Sha256.digest(b"x");

@@ -1,7 +1,7 @@
-//! Uploading blobs: batches for small ones, ByteStream for large ones, several at a time.
+//! Uploads blobs concurrently: small ones in batches, large ones with ByteStream.
 //!
-//! Files are read when they are sent, so memory is bounded by the calls in flight; a file that changed since it was hashed
-//! is an error that names it.
+//! Files are read when they are sent, so the concurrent calls bound the memory. A file that changed since it was hashed is
+//! an error that names it.
 
 use super::{
     BlobSet, Client, Progress, Source, backoff,
@@ -26,22 +26,22 @@ use std::{
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-/// Calls that move blobs at the same time; enough to hide a round trip, few enough to bound memory.
+/// Number of concurrent calls: enough to hide a round trip, few enough to bound memory.
 const CALLS_AT_A_TIME: usize = 8;
-/// Blobs in one batch call; bounds the per-blob overhead that does not count in its size.
+/// Most blobs in one batch call. Bounds the overhead per blob, which its size does not include.
 const BLOBS_PER_BATCH: usize = 2_000;
-/// What one blob adds to a batch message besides its bytes (GEN-24).
+/// Overhead of one blob in a batch message besides its bytes (GEN-24).
 const BLOB_OVERHEAD_BYTES: u64 = 150;
-/// Bytes in one message of an upload.
+/// Number of bytes in one message of an upload.
 const CHUNK_BYTES: usize = 256 * 1024;
-/// Messages that may wait between a disk and the network.
+/// Number of messages that may wait between disk and network.
 const CHUNKS_IN_FLIGHT: usize = 4;
 
 impl Client {
-    /// Uploads what the server lacks; returns how many blobs and bytes that was.
+    /// Uploads the blobs that the server lacks. Returns the number of these blobs and their bytes.
     ///
     /// # Errors
-    /// `Invalid` when a file changed since it was added; what the server answers.
+    /// `Invalid` when a file changed since it was added; errors of the server.
     pub async fn upload(&self, blobs: &BlobSet, progress: &Arc<Progress>) -> Result<(usize, u64)> {
         let missing = self.find_missing(blobs.digests()).await?;
         let mut todo = HashMap::new();
@@ -80,7 +80,7 @@ impl Client {
         {
             let progress = Arc::new(progress.of_blob());
             retrying(async || self.write(digest, source.clone(), progress.clone()).await).await?;
-            // The server may have wanted no more (BS-24).
+            // The server may have ended the upload early because it has the blob (BS-24).
             progress.reach(digest.size());
             return Ok(());
         }
@@ -103,7 +103,7 @@ impl Client {
         retrying(async || {
             let answer = self.cas().batch_update_blobs(timed(request.clone())).await;
             let answer = answer.map_err(|status| from_status("BatchUpdateBlobs", &status))?.into_inner();
-            // A permanent failure of one blob counts for more than one that may pass.
+            // A permanent failure of one blob takes precedence over a transient one.
             let errors = answer.responses.iter().filter_map(|response| {
                 let hash = response.digest.as_ref().map_or("?", |digest| digest.hash.as_str());
                 from_message(&format!("upload of {hash}"), response.status.as_ref())
@@ -126,7 +126,7 @@ impl Client {
             answer.map_err(|status| from_status(&format!("upload of {digest}"), &status))
         };
         let (read, answer) = tokio::join!(reader, answer);
-        // A file that cannot be read is the cause of whatever the server then says.
+        // A file that cannot be read explains the server's error, so its error takes precedence.
         read?;
         let committed = answer?.into_inner().committed_size;
         if u64::try_from(committed) == Ok(digest.size()) {
@@ -136,12 +136,12 @@ impl Client {
         }
     }
 
-    /// Digests in groups that fit one batch call each; those that fit none are groups of their own.
+    /// Groups digests so that each group fits into one batch call. Blobs that are too large form groups of one.
     pub(super) fn batches(&self, digests: Vec<Digest>) -> Vec<Vec<Digest>> {
         batches(digests, self.batch_bytes)
     }
 
-    /// Whether a blob is small enough for the batch calls.
+    /// Whether a blob is small enough for batch calls.
     pub(super) fn fits_batch(&self, digest: &Digest) -> bool {
         digest.size() + BLOB_OVERHEAD_BYTES <= self.batch_bytes
     }
@@ -184,7 +184,7 @@ fn read_whole(digest: &Digest, source: &Source) -> Result<Bytes> {
     }
 }
 
-/// Sends a blob as WriteRequests (BS-18, BS-19, BS-21); stops without complaint when the server wants no more (BS-24).
+/// Sends a blob as WriteRequests (BS-18, BS-19, BS-21). Stops without an error when the server accepts no more (BS-24).
 fn send_chunks(
     digest: &Digest,
     source: &Source,
@@ -260,7 +260,7 @@ mod tests {
                 let blob = progress.of_blob();
                 send_chunks(&digest, &source, "name".into(), &sender, &blob).unwrap();
                 assert_eq!(progress.bytes().0, size as u64);
-                // Again, as after a broken connection: nothing counts twice.
+                // Sent again, as after a broken connection: no byte counts twice.
                 let (again, _receiver) = mpsc::channel(16);
                 send_chunks(&digest, &source, "name".into(), &again, &blob).unwrap();
                 assert_eq!(progress.bytes().0, size as u64);

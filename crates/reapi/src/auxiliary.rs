@@ -1,26 +1,26 @@
-//! What goREgo adds to the metadata of operations and results: [`gorego::ResourceUsage`] and [`gorego::QueueStatus`].
+//! The metadata that goREgo adds to operations and results: [`gorego::ResourceUsage`] and [`gorego::QueueStatus`].
 //!
-//! On the wire each is an `Any` with a `google.protobuf.Struct`, a type that every protobuf runtime can print: clients that show
-//! metadata as JSON give up at an `Any` of a type that they do not know. The Struct has one field, named after what it holds,
-//! and in that a Struct whose fields are named with their units. Results that an earlier version stored have the message itself;
-//! [`modernise`] replaces it. Pure.
+//! On the wire each is an `Any` that holds a `google.protobuf.Struct`, a type that every protobuf runtime can print.
+//! Clients that show metadata as JSON fail on an `Any` of an unknown type. The Struct has one field, named after the kind
+//! of metadata. Its value is a Struct whose field names include their units. Results that earlier versions stored contain
+//! the message itself; [`modernise`] converts them. Pure.
 
 use crate::proto::gorego;
 use prost::Message as _;
 use prost_types::{Any, ListValue, Struct, Value, value::Kind};
 use std::{collections::BTreeMap, time::Duration};
 
-/// GEN-18: the type URL is spelled with this host and nothing else.
+/// The type URL of a Struct, with the only authority that clients accept (GEN-18).
 const STRUCT_URL: &str = "type.googleapis.com/google.protobuf.Struct";
 /// The type URL under which earlier versions packed a [`gorego::ResourceUsage`].
 const OLD_USAGE_URL: &str = "type.googleapis.com/gorego.v1.ResourceUsage";
-/// The names of the outer fields.
+/// Names of the outer field, one for each kind of metadata.
 const RESOURCE_USAGE: &str = "resource_usage";
 const QUEUE_STATUS: &str = "queue_status";
-/// The unit in which getrusage(2) counts what was read and written.
+/// The unit in which getrusage(2) counts block input and output.
 const BLOCK_BYTES: i64 = 512;
 
-/// What an action used, packed.
+/// Packs the resource usage of an action.
 pub fn pack_resource_usage(usage: &gorego::ResourceUsage) -> Any {
     let seconds = |time: Option<prost_types::Duration>| {
         let time = time.and_then(|time| Duration::try_from(time).ok());
@@ -42,7 +42,7 @@ pub fn pack_resource_usage(usage: &gorego::ResourceUsage) -> Any {
     )
 }
 
-/// What an action used, if it is among these.
+/// The resource usage of an action, if `auxiliary` contains it in either format.
 pub fn resource_usage(auxiliary: &[Any]) -> Option<gorego::ResourceUsage> {
     let fields = find(auxiliary, RESOURCE_USAGE)?;
     let time = |name| Duration::try_from_secs_f64(fields.float(name)).ok()?.try_into().ok();
@@ -59,7 +59,7 @@ pub fn resource_usage(auxiliary: &[Any]) -> Option<gorego::ResourceUsage> {
     })
 }
 
-/// Why an operation waits, packed.
+/// Packs the reason why an operation waits.
 pub fn pack_queue_status(status: &gorego::QueueStatus) -> Any {
     let others = status.other_pools.iter().map(|pool| text(pool)).collect();
     pack(
@@ -76,7 +76,7 @@ pub fn pack_queue_status(status: &gorego::QueueStatus) -> Any {
     )
 }
 
-/// Why an operation waits, if it is among these.
+/// The reason why an operation waits, if `auxiliary` contains it.
 pub fn queue_status(auxiliary: &[Any]) -> Option<gorego::QueueStatus> {
     let fields = find(auxiliary, QUEUE_STATUS)?;
     Some(gorego::QueueStatus {
@@ -90,7 +90,7 @@ pub fn queue_status(auxiliary: &[Any]) -> Option<gorego::QueueStatus> {
     })
 }
 
-/// Replaces what an earlier version packed by what this one does.
+/// Converts the entries that earlier versions packed to the current format.
 pub fn modernise(auxiliary: &mut [Any]) {
     for any in auxiliary.iter_mut().filter(|any| any.type_url == OLD_USAGE_URL) {
         if let Ok(usage) = gorego::ResourceUsage::decode(any.value.as_slice()) {
@@ -110,7 +110,7 @@ fn number(number: f64) -> Value {
     Value { kind: Some(Kind::NumberValue(number)) }
 }
 
-/// A whole number; exact up to 2^53, which is more than any of these reaches.
+/// Converts a whole number. It is exact up to 2^53, which none of these counters reaches.
 fn count(count: i64) -> Value {
     number(count as f64)
 }
@@ -119,7 +119,7 @@ fn text(text: &str) -> Value {
     Value { kind: Some(Kind::StringValue(text.to_owned())) }
 }
 
-/// The fields of a Struct that another server may have made: what is absent or of another kind counts as nothing.
+/// The fields of a Struct that another server may have made. Absent fields and fields of another kind count as empty.
 struct Fields(BTreeMap<String, Value>);
 
 fn find(auxiliary: &[Any], name: &str) -> Option<Fields> {

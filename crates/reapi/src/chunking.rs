@@ -1,8 +1,8 @@
-//! Content-defined chunking: where a blob is cut follows from its bytes, so that two blobs that share a stretch share chunks.
+//! Content-defined chunking: the bytes of a blob decide where it is cut, so blobs with common parts share chunks.
 //!
-//! [`Chunking`] is a function of the API with its parameters; [`Splitter`] cuts a stream of bytes by it. Pure: no IO, no
-//! digests, no store. Invariants: the chunks in order are the stream; where it is cut does not depend on how the bytes
-//! arrive; a splitter holds at most [`Chunking::lookahead`] and what was pushed since a chunk was last taken.
+//! [`Chunking`] is a chunking function of the API with its parameters; [`Splitter`] cuts a stream of bytes with it. Pure:
+//! no IO, no digests, no store. Invariants: the concatenated chunks are the stream; the cuts do not depend on how the bytes
+//! arrive; a splitter holds at most [`Chunking::lookahead`] plus what was pushed since the last chunk was taken.
 
 mod fast_cdc;
 mod rep_max;
@@ -12,36 +12,36 @@ mod tests;
 use crate::proto::reapi;
 use bytes::{Bytes, BytesMut};
 
-/// Room for new bytes is made in steps of this size: what is left of the last chunk is copied once for each.
+/// The buffer grows in steps of this size. Each step copies what is left after the last cut once.
 const GROWTH_BYTES: usize = 4 * 1024 * 1024;
 
-/// A chunking function of the API, with parameters in the range that the API allows (CAP-17).
+/// A chunking function of the API. Its parameters are within the range that the API allows (CAP-17).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Chunking {
-    /// FastCDC of 2020 at normalisation level 2.
+    /// FastCDC 2020 at normalisation level 2.
     FastCdc2020(fast_cdc::Parameters),
-    /// RepMaxCDC.
+    /// RepMaxCDC, with a minimum chunk size and a horizon.
     RepMaxCdc(rep_max::Parameters),
 }
 
 impl Chunking {
-    /// What this server advertises and prefers: the parameters that the API recommends, because chunks are shared only
-    /// among those who agree on them.
+    /// The function that this server advertises and prefers. It uses the parameters that the API recommends, because only
+    /// clients with equal parameters share chunks.
     pub const FAST_CDC: Self = Self::FastCdc2020(fast_cdc::Parameters::RECOMMENDED);
-    /// The other function that it advertises, with the recommended parameters.
+    /// The other advertised function, with the recommended parameters.
     pub const REP_MAX: Self = Self::RepMaxCdc(rep_max::Parameters::RECOMMENDED);
 
-    /// FastCDC with another average; `None` unless that is a power of two from 1 KiB to 1 MiB.
+    /// FastCDC with another average size; `None` unless the average is a power of two from 1 KiB to 1 MiB.
     pub fn fast_cdc(average: u32, seed: u32) -> Option<Self> {
         fast_cdc::Parameters::new(average, seed).map(Self::FastCdc2020)
     }
 
-    /// RepMaxCDC with other sizes; `None` unless the minimum is from 64 bytes to 1 MiB and the horizon at most 16 MiB.
+    /// RepMaxCDC with other sizes; `None` unless the minimum is from 64 bytes to 1 MiB and the horizon is at most 16 MiB.
     pub fn rep_max(min: u32, horizon: u32) -> Option<Self> {
         rep_max::Parameters::new(min, horizon).map(Self::RepMaxCdc)
     }
 
-    /// Its number on the wire.
+    /// The enum value of the function on the wire.
     pub fn wire(self) -> reapi::chunking_function::Value {
         match self {
             Self::FastCdc2020(_) => reapi::chunking_function::Value::FastCdc2020,
@@ -49,7 +49,7 @@ impl Chunking {
         }
     }
 
-    /// Its parameters as capabilities, if it is FastCDC.
+    /// The parameters in the form of the capabilities, if this is FastCDC.
     pub fn fast_cdc_params(self) -> Option<reapi::FastCdc2020Params> {
         match self {
             Self::FastCdc2020(parameters) => Some(parameters.to_wire()),
@@ -57,7 +57,7 @@ impl Chunking {
         }
     }
 
-    /// Its parameters as capabilities, if it is RepMaxCDC.
+    /// The parameters in the form of the capabilities, if this is RepMaxCDC.
     pub fn rep_max_params(self) -> Option<reapi::RepMaxCdcParams> {
         match self {
             Self::FastCdc2020(_) => None,
@@ -65,7 +65,7 @@ impl Chunking {
         }
     }
 
-    /// Sizes that a chunk may have, in bytes; only the last one of a blob may be smaller (CAS-33).
+    /// Smallest and largest chunk in bytes. Only the last chunk of a blob may be smaller (CAS-33).
     pub fn chunk_sizes(self) -> std::ops::RangeInclusive<u64> {
         let (min, max) = match self {
             Self::FastCdc2020(parameters) => (parameters.min(), parameters.max()),
@@ -74,7 +74,7 @@ impl Chunking {
         min as u64..=max as u64
     }
 
-    /// Whether every blob of this size is a single chunk, whatever is in it.
+    /// Whether every blob of this size is a single chunk, whatever its content.
     pub fn is_one_chunk(self, size: u64) -> bool {
         match self {
             Self::FastCdc2020(parameters) => size <= parameters.min() as u64,
@@ -82,7 +82,7 @@ impl Chunking {
         }
     }
 
-    /// How many bytes from the start of a chunk have to be seen before its end is known.
+    /// Number of bytes from the start of a chunk that determine where the chunk ends.
     pub fn lookahead(self) -> usize {
         match self {
             Self::FastCdc2020(parameters) => parameters.max(),
@@ -91,8 +91,8 @@ impl Chunking {
     }
 }
 
-/// Cuts one stream of bytes into chunks: [`Splitter::push`] bytes as they come, [`Splitter::end`] after the last, and take
-/// chunks with [`Splitter::next_chunk`] whenever there are some.
+/// Cuts one stream of bytes into chunks. Call [`Splitter::push`] with bytes as they arrive and [`Splitter::end`] after the
+/// last. Take chunks with [`Splitter::next_chunk`] at any time.
 #[derive(Debug)]
 pub struct Splitter {
     cutter: Cutter,
@@ -109,7 +109,7 @@ enum Cutter {
 }
 
 impl Splitter {
-    /// A splitter at the start of a stream.
+    /// Creates a splitter at the start of a stream.
     pub fn new(chunking: Chunking) -> Self {
         let cutter = match chunking {
             Chunking::FastCdc2020(parameters) => Cutter::FastCdc(fast_cdc::Cutter::new(parameters)),
@@ -118,7 +118,7 @@ impl Splitter {
         Self { cutter, lookahead: chunking.lookahead(), window: BytesMut::new(), ended: false }
     }
 
-    /// Takes the next bytes of the stream.
+    /// Adds the next bytes of the stream.
     pub fn push(&mut self, bytes: &[u8]) {
         if self.window.capacity() - self.window.len() < bytes.len() {
             self.window.reserve(bytes.len().max(GROWTH_BYTES));
@@ -126,12 +126,12 @@ impl Splitter {
         self.window.extend_from_slice(bytes);
     }
 
-    /// Says that the stream ends here.
+    /// Marks the end of the stream.
     pub fn end(&mut self) {
         self.ended = true;
     }
 
-    /// The next chunk; `None` while that needs more bytes, and at the end of the stream.
+    /// The next chunk; `None` if it needs more bytes, and at the end of the stream.
     pub fn next_chunk(&mut self) -> Option<Bytes> {
         if self.window.is_empty() || (self.window.len() < self.lookahead && !self.ended) {
             return None;

@@ -1,14 +1,14 @@
-//! zstd, as this API uses it: a stream of frames that stand for a blob.
+//! zstd as this API uses it: a sequence of frames that represents a blob.
 //!
-//! Pure: bytes in, bytes out; where they come from and go to is the caller's affair. What compresses and what decompresses
-//! blocks for as long as it computes, so callers run it on blocking threads. The parts:
+//! Pure: bytes in, bytes out. Compression and decompression block while they compute, so callers run them on blocking
+//! threads. The parts:
 //!
-//! - [`Decoder`]: whatever a client sends, in any pieces, into at most as many bytes as its blob has.
-//! - [`Encoder`]: pieces of a blob into frames that stand alone, so that a stream may begin at any of them.
-//! - [`SeekTable`]: where the frames of a stored stream begin.
+//! - [`Decoder`]: decodes the stream of a client, in any pieces, to at most the size of the blob.
+//! - [`Encoder`]: compresses pieces of a blob to independent frames, so that a stream can start at any frame.
+//! - [`SeekTable`]: the positions of the frames of a stored stream.
 //!
-//! It knows no digests: whether the bytes are the right ones is for whoever hashes them to say. It offers one compressor;
-//! the others of the API are refused where names and messages are read.
+//! It computes no digests: the code that hashes the bytes verifies them. zstd is the only compressor; names and messages
+//! that ask for another one are refused when they are parsed.
 
 mod decoder;
 mod encoder;
@@ -18,23 +18,24 @@ pub use decoder::{DECODER_BYTES, Decoder, Room, WINDOW_MAX_LOG, decode_all, is_f
 pub use encoder::{Encoder, stored_frame};
 pub use seek_table::{SeekTable, TABLE_END_BYTES};
 
-/// Bytes of a blob in one frame of ours. An offset costs half a frame on average, and a frame is all that a slow reader
-/// makes us hold. Larger ones gain little: on a shared library, 1 MiB is 2 % smaller at level 3 and not at all at level 1.
+/// Number of blob bytes in one frame of ours. A read at an offset decodes half a frame too much on average, and a slow
+/// reader makes the server hold one frame. Larger frames save little: on a shared library, 1 MiB is 2 % smaller at level 3
+/// and no smaller at level 1.
 pub const CHUNK_BYTES: usize = 256 * 1024;
 
-/// Levels that can be configured. Those above need more than the memory that decoders grant by default.
+/// The compression levels that can be configured. Higher levels need more memory than decoders grant by default.
 pub const LEVELS: std::ops::RangeInclusive<i32> = 1..=19;
 
-/// Bytes of a blob that come out of a [`Decoder`] in one go; also what a frame of ours holds, so that it is decoded without
-/// a copy in between.
+/// Number of blob bytes that a [`Decoder`] yields in one piece. Equal to the size of our frames, so that a frame is decoded
+/// without an intermediate copy.
 pub const PIECE_BYTES: usize = CHUNK_BYTES;
 
-/// Whether `packed` bytes instead of `plain` are worth a decompression at the other end: a sixteenth less.
+/// Whether compression from `plain` to `packed` bytes is worth a decompression at the other end: it must save a sixteenth.
 pub fn saves(plain: u64, packed: u64) -> bool {
     packed < plain - plain / 16
 }
 
-/// Bytes without any order, always the same for a seed.
+/// Incompressible bytes, determined by the seed.
 #[cfg(test)]
 fn test_bytes(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;

@@ -1,7 +1,7 @@
 //! Digests: the names of blobs.
 //!
-//! A [`Digest`] in hand is valid: its hash has the length of its function and its size fits the wire's `int64`. Parsing
-//! from the wire happens once, here; nothing folds case or guesses (GEN-01..05).
+//! A [`Digest`] is valid by construction: its hash has the length of its function, and its size fits the wire's `int64`.
+//! Digests from the wire are parsed only here. The parser never changes case and never guesses (GEN-01..05).
 
 pub use hasher::Hasher;
 
@@ -18,7 +18,7 @@ use std::{fmt, hash};
 /// Longest hash of any supported function, in bytes.
 const MAX_HASH_BYTES: usize = 64;
 
-/// A function that makes hashes out of blobs.
+/// A hash function for blobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DigestFunction {
@@ -26,22 +26,22 @@ pub enum DigestFunction {
     Sha256,
     /// BLAKE3 with 256 bits.
     Blake3,
-    /// SHA-256 of each KiB, joined by a binary tree; the hash of a part can be checked by itself.
+    /// SHA-256 of each KiB, joined by a binary tree. A part of the blob can be checked without the rest.
     Sha256Tree,
-    /// SHA-384.
+    /// SHA-384, from the SHA-2 family.
     Sha384,
-    /// SHA-512.
+    /// SHA-512, from the SHA-2 family.
     Sha512,
-    /// SHA-1. Collisions can be made; only for clients that know no other.
+    /// SHA-1. Collisions are feasible, so use it only for clients that support nothing else.
     Sha1,
-    /// What git calls a blob: SHA-1 of a header with the size, and the bytes.
+    /// The digest of a git blob: SHA-1 of a header with the size, followed by the bytes.
     GitSha1,
-    /// MD5. Collisions are easily made; only for clients that know no other.
+    /// MD5. Collisions are easy, so use it only for clients that support nothing else.
     Md5,
 }
 
 impl DigestFunction {
-    /// Every function that this build supports, the preferred one first.
+    /// Every function that this build supports, in order of preference.
     pub const ALL: &[Self] = &[
         Self::Sha256,
         Self::Blake3,
@@ -53,7 +53,7 @@ impl DigestFunction {
         Self::Md5,
     ];
 
-    /// The function of a number on the wire, whoever may use it.
+    /// The function with this number on the wire, whether or not it is enabled.
     ///
     /// # Errors
     /// [`Error::Invalid`] when the number belongs to no function of this build (GEN-09).
@@ -68,11 +68,12 @@ impl DigestFunction {
         })
     }
 
-    /// The function that a hash of this many characters means to a client that names none, among those that may be used:
-    /// the only one that fits or, of several, the one that is older than the field that names it (GEN-08).
+    /// The function that a client means if it sends a hash of this length without naming a function. It is chosen `among`
+    /// the enabled ones: the only function with this hash length or, if there are several, the one that is older than the
+    /// `digest_function` field (GEN-08).
     ///
     /// # Errors
-    /// [`Error::Invalid`] when none fits, or none of several is the obvious one.
+    /// [`Error::Invalid`] when no function matches, or several match and none is the older one.
     pub fn infer(among: &[Self], hash_chars: usize) -> Result<Self> {
         let fits = |function: &&Self| function.hash_bytes() * 2 == hash_chars;
         let mut fitting = among.iter().filter(fits);
@@ -109,7 +110,7 @@ impl DigestFunction {
         }
     }
 
-    /// Length of a hash in bytes; half its length in hex characters.
+    /// Length of a hash in bytes. Its hexadecimal form is twice as long.
     pub const fn hash_bytes(self) -> usize {
         match self {
             Self::Md5 => 16,
@@ -142,13 +143,13 @@ impl DigestFunction {
         }
     }
 
-    /// A hasher for one blob of this many bytes. [`DigestFunction::GitSha1`] puts the size in front of the bytes; the digest
-    /// of a blob that turns out to have another size is right about that size, and of no blob at all.
+    /// A hasher for one blob of `size` bytes. [`DigestFunction::GitSha1`] hashes the size before the bytes. If the blob
+    /// turns out to have another size, the resulting digest shows that size, but its hash is not the hash of any blob.
     pub fn hasher(self, size: u64) -> Hasher {
         Hasher::new(self, size)
     }
 
-    /// The digest of bytes at hand.
+    /// The digest of these bytes.
     pub fn digest(self, bytes: &[u8]) -> Digest {
         let mut hasher = self.hasher(bytes.len() as u64);
         hasher.update(bytes);
@@ -164,8 +165,8 @@ pub struct Digest {
     size: u64,
 }
 
-/// All of the hash counts: clients choose the digests that they ask for, also such that begin alike. Tables of digests use the
-/// standard library's keyed hasher, SipHash, for the same reason; faster ones make no promise to those who are attacked.
+/// Hashes the whole hash: clients choose the digests that they send and can make many with a common prefix. For the same
+/// reason, tables of digests use the standard library's keyed SipHash; faster hashers do not resist deliberate collisions.
 impl hash::Hash for Digest {
     fn hash<H: hash::Hasher>(&self, state: &mut H) {
         state.write(self.hash());
@@ -180,10 +181,10 @@ impl Digest {
         Self { function, hash, size }
     }
 
-    /// A digest from its parts as text and number.
+    /// Creates a digest from a hexadecimal hash and a size.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the hash has the wrong length or anything but lower-case hex, or the size is negative.
+    /// [`Error::Invalid`] when the hash has the wrong length or is not lower-case hex, or the size is negative.
     pub fn parse(function: DigestFunction, hash: &str, size: i64) -> Result<Self> {
         let mut bytes = [0; MAX_HASH_BYTES];
         if hash.len() != function.hash_bytes() * 2 {
@@ -195,7 +196,7 @@ impl Digest {
                 function.hash_bytes() * 2
             )));
         }
-        // The decoder takes upper case too, which is no digest of this API (GEN-01).
+        // The decoder accepts upper case, which is not a valid digest in this API (GEN-01).
         let lower_case = !hash.bytes().any(|byte| byte.is_ascii_uppercase());
         if !lower_case || const_hex::decode_to_slice(hash, &mut bytes[..function.hash_bytes()]).is_err() {
             return Err(Error::Invalid(format!(
@@ -208,8 +209,8 @@ impl Digest {
         Ok(Self { function, hash: bytes, size })
     }
 
-    /// The digest in a wire message; `field` names it in errors. An absent message or an empty hash is an error, not the
-    /// empty blob (GEN-05).
+    /// Parses the digest in a wire message; `field` names it in errors. An absent message or an empty hash is an error and
+    /// never means the empty blob (GEN-05).
     ///
     /// # Errors
     /// [`Error::Invalid`] as above and as in [`Digest::parse`].
@@ -221,27 +222,27 @@ impl Digest {
         }
     }
 
-    /// The wire form.
+    /// Converts to the wire message.
     pub fn to_wire(self) -> reapi::Digest {
         reapi::Digest { hash: self.hash_hex(), size_bytes: self.size as i64 }
     }
 
-    /// The digest of the blob without bytes, which exists everywhere (GEN-06).
+    /// The digest of the empty blob, which exists on every server (GEN-06).
     pub fn empty(function: DigestFunction) -> Self {
         function.digest(&[])
     }
 
-    /// Whether this names the blob without bytes.
+    /// Whether this is the digest of the empty blob.
     pub fn is_empty(&self) -> bool {
         self.size == 0 && *self == Self::empty(self.function)
     }
 
-    /// A hasher for bytes that claim to be this blob.
+    /// A hasher for bytes that are supposed to be this blob.
     pub fn hasher(&self) -> Hasher {
         self.function.hasher(self.size)
     }
 
-    /// The function of the hash.
+    /// The function that computed the hash.
     pub fn function(&self) -> DigestFunction {
         self.function
     }
@@ -251,7 +252,7 @@ impl Digest {
         &self.hash[..self.function.hash_bytes()]
     }
 
-    /// The hash as lower-case hex.
+    /// The hash in lower-case hexadecimal.
     pub fn hash_hex(&self) -> String {
         const_hex::encode(self.hash())
     }
@@ -261,7 +262,7 @@ impl Digest {
         self.size
     }
 
-    /// `blobs/[function/]hash/size`: the subject of a MISSING violation (EXE-23) and the tail of a resource name.
+    /// `blobs/[function/]hash/size`: the subject of a MISSING violation (EXE-23), and the end of a resource name.
     pub fn blob_name(&self) -> String {
         match self.function.resource_segment() {
             Some(segment) => format!("blobs/{segment}/{self}"),
@@ -270,7 +271,7 @@ impl Digest {
     }
 }
 
-/// `hash/size`.
+/// Formats as `hash/size`.
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.hash_hex(), self.size)
@@ -329,7 +330,7 @@ mod tests {
         }
     }
 
-    /// Anybody can ask for digests that begin alike.
+    /// Clients can ask for many digests with a common prefix.
     #[test]
     fn digests_that_differ_at_the_end_only_have_other_hashes_in_tables() {
         use std::hash::{BuildHasher as _, RandomState};

@@ -1,8 +1,7 @@
-//! Why a request cannot be answered.
+//! The reasons why a request fails.
 //!
-//! One enum for servers and clients; each variant is one code of gRPC, which is known by name only: `status` turns it into a
-//! status in one exhaustive match. A command that ran and failed is not an error
-//! but an exit code.
+//! Servers and clients share this enum. Each variant corresponds to one gRPC code, but gRPC types appear only in `status`,
+//! which converts errors in one exhaustive match. A command that ran and failed is not an error; it is an exit code.
 
 use crate::digest::Digest;
 use std::time::Duration;
@@ -10,51 +9,51 @@ use std::time::Duration;
 /// `Result` with this crate's [`Error`] unless another is named.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A failure, worded for the person who reads it at the other end.
+/// A failure, with a message for the user of the client.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// The request is malformed and will never succeed as it is.
+    /// The request is malformed. Retrying it unchanged cannot succeed.
     #[error("{0}")]
     Invalid(String),
-    /// The thing that the request names is not here.
+    /// The request names something that does not exist here.
     #[error("{0}")]
     NotFound(String),
-    /// These blobs must be uploaded first; never empty.
+    /// These blobs must be uploaded first. The list is never empty.
     #[error("{}", missing_message(.0))]
     MissingBlobs(Vec<Digest>),
-    /// The request is well formed but cannot be met, now or by trying again.
+    /// The request is well formed but cannot be satisfied, now or by a retry.
     #[error("{0}")]
     Precondition(String),
     /// An offset lies outside the resource.
     #[error("{0}")]
     OutOfRange(String),
-    /// A bound of this server is reached; worth another try after the given time.
+    /// A limit of this server is reached. The request may succeed after the given time.
     #[error("{message}")]
     Exhausted {
-        /// Which bound, and what to do about it.
+        /// The limit that was reached, and what to do about it.
         message: String,
-        /// When to try again; `None` when waiting does not help.
+        /// When to retry; `None` if waiting does not help.
         retry_after: Option<Duration>,
     },
-    /// The disk of this server is full; worth another try after [`DISK_FULL_RETRY`].
+    /// The disk of this server is full. The request may succeed after [`DISK_FULL_RETRY`].
     #[error("{0}")]
     DiskFull(String),
-    /// The caller may not do this.
+    /// The caller lacks the permission.
     #[error("{0}")]
     Denied(String),
-    /// This server does not offer that.
+    /// This server does not support the operation.
     #[error("{0}")]
     Unimplemented(String),
-    /// The server, or the part of it that was asked, is going away; another try may succeed.
+    /// The server, or the part that was asked, is shutting down. A retry may succeed.
     #[error("{0}")]
     Unavailable(String),
-    /// Somebody asked for the work to stop.
+    /// A client cancelled the work.
     #[error("{0}")]
     Cancelled(String),
     /// A time limit passed.
     #[error("{0}")]
     DeadlineExceeded(String),
-    /// Stored bytes are not what they were.
+    /// Stored bytes are damaged.
     #[error("{0}")]
     DataLoss(String),
     /// A fault of this server.
@@ -63,7 +62,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The name of its code, as the gRPC documentation writes it; for logs.
+    /// The name of the gRPC code as in the gRPC documentation, for logs.
     pub fn code_name(&self) -> &'static str {
         match self {
             Self::Invalid(_) => "INVALID_ARGUMENT",
@@ -81,7 +80,7 @@ impl Error {
         }
     }
 
-    /// When to try again; `None` when waiting does not help, or the error's code says enough.
+    /// When to retry; `None` if waiting does not help or the code says enough.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Exhausted { retry_after, .. } => *retry_after,
@@ -110,22 +109,22 @@ impl Error {
         }
     }
 
-    /// [`Error::Invalid`] from anything that can be shown.
+    /// Creates an [`Error::Invalid`] from any displayable value.
     pub fn invalid(message: impl ToString) -> Self {
         Self::Invalid(message.to_string())
     }
 
-    /// [`Error::Internal`] from anything that can be shown.
+    /// Creates an [`Error::Internal`] from any displayable value.
     pub fn internal(message: impl ToString) -> Self {
         Self::Internal(message.to_string())
     }
 
-    /// [`Error::NotFound`] for chunks that a blob was to be made of (CAS-36).
+    /// [`Error::NotFound`] for the missing chunks of a blob to be spliced (CAS-36).
     pub fn missing_chunks(missing: &[Digest]) -> Self {
         Self::NotFound(format!("{}; upload these chunks and splice again", missing_message(missing)))
     }
 
-    /// The error of a failed file operation: a full disk is the operator's to mend and worth a retry, everything else is a
+    /// The error of a failed file operation. A full disk is for the operator to fix and can be retried; anything else is a
     /// fault of this server. `doing` completes "could not ...".
     pub fn io(doing: &str, error: &std::io::Error) -> Self {
         use std::io::ErrorKind::{QuotaExceeded, StorageFull};
@@ -141,7 +140,7 @@ impl Error {
 /// How long a client should wait before it tries a full disk again.
 pub const DISK_FULL_RETRY: Duration = Duration::from_secs(5);
 
-/// How many digests an error message spells out; the rest is counted.
+/// Number of digests that an error message lists; the others are counted.
 const SHOWN_DIGESTS: usize = 3;
 
 fn missing_message(missing: &[Digest]) -> String {

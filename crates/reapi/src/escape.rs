@@ -1,15 +1,15 @@
-//! Text from elsewhere (names of targets, paths, messages of a server), made safe for a terminal and a line of a log.
+//! Escapes untrusted text (names of targets, paths, messages of a server) for terminals and log lines.
 
 use std::fmt::{self, Write as _};
 
-/// Text with its control characters escaped, on one line.
+/// The text on one line, with control characters escaped.
 pub fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let _ = Escaped(&mut out).write_str(text);
     out
 }
 
-/// Writes text with its control characters escaped to the end of a string.
+/// A writer that escapes control characters and appends the result to a string.
 #[derive(Debug)]
 pub struct Escaped<'a>(pub &'a mut String);
 

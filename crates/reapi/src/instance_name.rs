@@ -1,8 +1,8 @@
-//! Instance names: the first part of every resource name. Whether a server knows the instance is for that server to say.
+//! Instance names: the first part of every resource name. Whether an instance exists is for the server to decide.
 
 use crate::error::{Error, Result};
 
-/// Segments that would make resource names ambiguous (GEN-13); the last one only in names of log streams.
+/// Segments that would make resource names ambiguous (GEN-13). The last one is reserved only in names of log streams.
 pub const RESERVED_SEGMENTS: &[&str] = &[
     "blobs",
     "uploads",
@@ -14,7 +14,7 @@ pub const RESERVED_SEGMENTS: &[&str] = &[
     "logstreams",
 ];
 
-/// Checks the form of an instance name; the empty name is well formed.
+/// Checks the form of an instance name. The empty name is valid.
 ///
 /// # Errors
 /// [`Error::Invalid`] for reserved words, empty segments and control characters (GEN-13).

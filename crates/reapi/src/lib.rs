@@ -1,14 +1,14 @@
-//! The vocabulary of the Remote Execution API: its messages, and what they speak of, checked.
+//! The vocabulary of the Remote Execution API: its messages, and checked types for what they contain.
 //!
-//! What came from the wire or the disk is parsed once, here; a [`digest::Digest`], [`path::RootPath`] or [`tree::Directory`] in
-//! hand is valid. Everything is pure: bytes and values in, bytes and values out. There is no server here, no client, no
-//! runtime and no clock.
+//! Data from the wire or the disk is parsed once, here. A value of type [`digest::Digest`], [`path::RootPath`] or
+//! [`tree::Directory`] is always valid. Everything is pure: bytes and values in, bytes and values out. There is no server,
+//! client, runtime or clock.
 //!
-//! - [`proto`]: the generated messages. [`wire`]: what a message will take in memory, before it is decoded.
+//! - [`proto`]: the generated messages. [`wire`]: the memory that a message will take, measured before it is decoded.
 //! - [`digest`], [`instance_name`], [`resource_name`], [`path`]: names.
-//! - [`tree`], [`auxiliary`], [`any`]: what messages hold.
+//! - [`tree`], [`auxiliary`], [`any`]: the contents of messages.
 //! - [`compression`], [`chunking`]: other forms of a blob.
-//! - [`error`], [`escape`]: what is said when something is wrong. `status`, with the feature `tonic`: the same for gRPC.
+//! - [`error`], [`escape`]: failures and their texts. `status`, with the feature `tonic`: their gRPC form.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod any;

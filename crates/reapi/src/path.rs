@@ -1,24 +1,24 @@
-//! Paths from the wire, hostile until checked.
+//! Paths from the wire. They are hostile until checked.
 //!
-//! A [`RootPath`] in hand is a normalised path that stays below the input root by its spelling. Whether symbolic links
-//! lead it elsewhere is for the code that opens it to prevent; nothing here touches a disk.
+//! A [`RootPath`] is normalised and lexically stays below the input root. Symbolic links can still lead elsewhere; the code
+//! that opens the path must prevent that. Nothing here accesses a disk.
 
 use std::{fmt, path::Path};
 
-/// Longest path below an input root, in bytes. Leaves room for the build root within the kernel's 4,096.
+/// Longest path below an input root, in bytes. It leaves room for the build root within the kernel's limit of 4,096.
 pub const MAX_PATH_BYTES: usize = 3_072;
-/// Longest name of one node, in bytes; the limit of Linux file systems.
+/// Longest name of one node, in bytes. This is the limit of Linux file systems.
 pub const MAX_NAME_BYTES: usize = 255;
 
-/// What is wrong with a path or name; its text says so and names the offender.
+/// The message says what is wrong with a path or name, and quotes it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct PathError(String);
 
-/// Checks the name of one node of a Directory (EXE-28).
+/// Checks the name of a node of a Directory (EXE-28).
 ///
 /// # Errors
-/// When the name is empty, ".", "..", too long, or has a "/" or NUL in it.
+/// When the name is empty, ".", "..", too long, or contains "/" or NUL.
 pub fn check_node_name(name: &str) -> Result<(), PathError> {
     let problem = match name {
         "" => "is empty",
@@ -31,20 +31,20 @@ pub fn check_node_name(name: &str) -> Result<(), PathError> {
     Err(PathError(format!("node name \"{}\" {problem}", name.escape_debug())))
 }
 
-/// A path below an input root: relative, without ".", ".." or repeated slashes; empty for the root itself.
+/// A path below an input root: relative, without ".", ".." or repeated slashes. The root itself is the empty path.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct RootPath(String);
 
 impl RootPath {
-    /// The root itself.
+    /// The input root itself.
     pub const fn root() -> Self {
         Self(String::new())
     }
 
-    /// This path followed by `path`, which may contain ".." as long as every step stays within the root (EXE-29).
+    /// Appends `path`, which may contain ".." as long as every step stays within the root (EXE-29).
     ///
     /// # Errors
-    /// When `path` is absolute, contains a NUL, is too long, or leaves the root on the way.
+    /// When `path` is absolute, contains NUL, is too long, or leaves the root at any step.
     pub fn join(&self, path: &str) -> Result<Self, PathError> {
         let refuse = |problem: &str| Err(PathError(format!("path \"{}\" {problem}", path.escape_debug())));
         if path.starts_with('/') {
@@ -77,12 +77,12 @@ impl RootPath {
         Ok(Self(joined))
     }
 
-    /// Whether this is the root itself.
+    /// Whether this is the input root itself.
     pub fn is_root(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The directory that holds this path; `None` for the root.
+    /// The parent directory; `None` for the root.
     pub fn parent(&self) -> Option<Self> {
         (!self.is_root()).then(|| Self(self.0.rsplit_once('/').map_or("", |(parent, _)| parent).to_owned()))
     }
@@ -92,17 +92,17 @@ impl RootPath {
         (!self.is_root()).then(|| self.0.rsplit('/').next().unwrap_or_default())
     }
 
-    /// The segments from the root down.
+    /// The segments, from the root down.
     pub fn segments(&self) -> impl Iterator<Item = &str> {
         self.0.split('/').filter(|segment| !segment.is_empty())
     }
 
-    /// The path as text.
+    /// The path as text; empty for the root.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The path relative to the root, "." for the root itself, for system calls.
+    /// The relative path for system calls; "." for the root.
     pub fn as_path(&self) -> &Path {
         Path::new(if self.is_root() { "." } else { &self.0 })
     }
@@ -124,7 +124,7 @@ impl fmt::Debug for RootPath {
 mod tests {
     use super::*;
 
-    /// EXE-29; BuildStream's output paths are of the second form (clients.md).
+    /// EXE-29. BuildStream's output paths have the second form (clients.md).
     #[test]
     fn dot_dot_may_be_used_but_never_leaves_the_root() {
         let base = RootPath::root().join("w/d").unwrap();

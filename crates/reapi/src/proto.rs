@@ -1,6 +1,6 @@
 //! The generated messages of `proto/`, under short names.
 //!
-//! They are the wire's vocabulary and the form in which blobs such as `Action` and `Directory` are stored. The services are
+//! They are the messages on the wire and the stored form of blobs such as `Action` and `Directory`. The services are
 //! generated where they are used: clients in `gorego-client`, servers in `gorego`.
 
 #[allow(missing_docs, clippy::all, clippy::pedantic, rustdoc::all)]
@@ -15,5 +15,5 @@ pub use generated::build::bazel::semver;
 pub use generated::google::{bytestream, longrunning, rpc};
 pub use generated::gorego::v1 as gorego;
 
-/// The encoded `FileDescriptorSet` of everything above, for server reflection and for tests.
+/// The encoded `FileDescriptorSet` of all messages and services, for server reflection and tests.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

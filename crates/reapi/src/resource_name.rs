@@ -1,7 +1,7 @@
 //! ByteStream resource names.
 //!
-//! The grammar of BS-01 to BS-05, read from the keyword outwards so that an instance name may have
-//! any number of segments. Whether the instance is known is for the caller to ask.
+//! The grammar of BS-01 to BS-05. Parsing starts at the keyword, so the instance name may have any number of segments. The
+//! caller checks whether the instance exists.
 
 use crate::{
     digest::{Digest, DigestFunction},
@@ -9,49 +9,50 @@ use crate::{
     instance_name::check_instance_name,
 };
 
-/// How the bytes of a blob travel.
+/// The encoding of a blob's bytes on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Encoding {
-    /// As they are.
+    /// Uncompressed.
     Identity,
-    /// As a zstd stream.
+    /// A zstd stream.
     Zstd,
 }
 
-/// What a ByteStream name points at.
+/// The parsed form of a ByteStream name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResourceName {
-    /// The instance part; well formed, not looked up.
+    /// The instance part: well formed, but not looked up.
     pub instance_name: String,
-    /// The blob. Where the function is not named, the instance may have only one that fits, and mean that.
+    /// The blob. If the name does not include a digest function, the instance may support only one that matches and mean
+    /// that one.
     pub digest: Digest,
-    /// Whether the name says which digest function it is.
+    /// Whether the name includes the digest function.
     pub function_is_named: bool,
-    /// How it travels.
+    /// The encoding of the bytes on the wire.
     pub encoding: Encoding,
 }
 
 impl ResourceName {
-    /// Parses a name given to Read: `[instance/]blobs/[function/]hash/size`, or `compressed-blobs/zstd` instead of `blobs`.
+    /// Parses a name for Read: `[instance/]blobs/[function/]hash/size`, or `compressed-blobs/zstd` instead of `blobs`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] that shows the name and the form it should have.
+    /// [`Error::Invalid`] that shows the name and the expected form.
     pub fn parse_read(name: &str) -> Result<Self> {
         Self::parse(name, false).map_err(|problem| explain(name, "[instance/]blobs/{hash}/{size}", &problem))
     }
 
-    /// Parses a name given to Write or QueryWriteStatus: `[instance/]uploads/{uuid}/blobs/[function/]hash/size[/...]`,
-    /// or `compressed-blobs/zstd` instead of `blobs`. Segments after the size are ignored (BS-02).
+    /// Parses a name for Write or QueryWriteStatus: `[instance/]uploads/{uuid}/blobs/[function/]hash/size[/...]`, or
+    /// `compressed-blobs/zstd` instead of `blobs`. Segments after the size are ignored (BS-02).
     ///
     /// # Errors
-    /// [`Error::Invalid`] that shows the name and the form it should have.
+    /// [`Error::Invalid`] that shows the name and the expected form.
     pub fn parse_write(name: &str) -> Result<Self> {
         Self::parse(name, true)
             .map_err(|problem| explain(name, "[instance/]uploads/{uuid}/blobs/{hash}/{size}", &problem))
     }
 
     fn parse(name: &str, write: bool) -> std::result::Result<Self, String> {
-        // moon puts "{instance}/" before every name, and so a slash alone when the instance name is empty.
+        // moon puts "{instance}/" before every name, and therefore a leading slash if the instance name is empty.
         let keyword_follows =
             |rest: &&str| ["uploads/", "blobs/", "compressed-blobs/"].iter().any(|k| rest.starts_with(k));
         let name = name.strip_prefix('/').filter(keyword_follows).unwrap_or(name);
@@ -78,7 +79,7 @@ impl ResourceName {
         }
         let encoding = match word {
             "blobs" => Encoding::Identity,
-            // Plain bytes have a name of their own: under "identity" they would have two (BS-04).
+            // Uncompressed bytes have names without a compressor. Accepting "identity" would give them two names (BS-04).
             "compressed-blobs" => match next("compressor")? {
                 "zstd" => Encoding::Zstd,
                 other => {
@@ -105,13 +106,13 @@ impl ResourceName {
         let size = size.parse().map_err(|_| format!("the size {size} does not fit in 63 bits"))?;
         let digest = Digest::parse(function, hash, size).map_err(|error| error.to_string())?;
         if !write && rest.next().is_some() {
-            return Err("it goes on after the size".into());
+            return Err("it continues after the size".into());
         }
         Ok(Self { instance_name, digest, function_is_named: named.is_some(), encoding })
     }
 }
 
-/// How much of a malformed name an error repeats, in characters.
+/// Number of characters of a malformed name that an error repeats.
 const SHOWN_CHARS: usize = 300;
 
 fn explain(name: &str, form: &str, problem: &str) -> Error {

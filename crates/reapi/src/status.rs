@@ -1,8 +1,9 @@
-//! The only place where an [`Error`] becomes a status.
+//! Converts an [`Error`] to a gRPC status. This is the only place that does.
 //!
-//! One exhaustive match gives the code; the details follow from the variant alone. A status leaves this server in one of two
-//! ways, and each has its own bound: in trailers, where many clients take no more than 8 KiB (GEN-19), or inside a message,
-//! where a whole list of missing blobs has room. Codes that clients retry are given only to what a retry can mend (GEN-20).
+//! One exhaustive match gives the code, and the variant alone determines the details. A status leaves the server in one of
+//! two ways, each with its own size limit: in trailers, where many clients accept at most 8 KiB (GEN-19), or inside a
+//! message, which can hold a long list of missing blobs. Codes that clients retry are used only for errors that a retry can
+//! fix (GEN-20).
 
 use crate::{
     any::pack,
@@ -14,18 +15,18 @@ use bytes::Bytes;
 use prost::Message as _;
 use tonic::{Code, Status};
 
-/// What clients with default settings take as headers or trailers, names and framing included.
+/// Largest header or trailer block that clients with default settings accept, including names and framing.
 pub const TRAILERS_MAX_BYTES: usize = 8 * 1024;
-/// Longest message, in bytes; percent-encoding in `grpc-message` may make three out of each.
+/// Longest message in bytes. Percent-encoding in `grpc-message` may triple it.
 pub const MESSAGE_MAX_BYTES: usize = 1024;
-/// Longest serialized `google.rpc.Status` in trailers: what the longest message and 512 bytes of other trailers leave over,
-/// before base64 makes four bytes out of three.
+/// Longest serialized `google.rpc.Status` in trailers: what remains beside the longest message and 512 bytes of other
+/// trailers, before base64 turns three bytes into four.
 pub const DETAILS_MAX_BYTES: usize = (TRAILERS_MAX_BYTES - 3 * MESSAGE_MAX_BYTES - 512) / 4 * 3;
-/// Most missing blobs that one message lists. A client uploads these and hears of the rest at its next try; 30,000 take about
-/// 3 MB of a 4 MiB message.
+/// Most missing blobs that one message lists. A client uploads these and gets the rest when it retries. 30,000 take about 3
+/// MB of a 4 MiB message.
 pub const INLINE_VIOLATIONS_MAX: usize = 30_000;
 
-/// The type of a violation that names a missing blob, to the letter (EXE-22).
+/// The violation type for a missing blob, exactly as clients expect it (EXE-22).
 const MISSING: &str = "MISSING";
 
 /// The gRPC code of an error.
@@ -46,14 +47,14 @@ pub fn code(error: &Error) -> Code {
     }
 }
 
-/// The status of an error inside a message: `ExecuteResponse.status`, or one blob of a batch.
+/// The status of an error inside a message: in `ExecuteResponse.status`, or for one blob of a batch.
 pub fn inline(error: &Error) -> rpc::Status {
     render(error, INLINE_VIOLATIONS_MAX)
 }
 
-/// The status of a fetch with qualifiers that are not supported: a violation for each, as far as they fit (AST-02).
+/// The status of a fetch with unsupported qualifiers: one violation for each, up to a limit (AST-02).
 pub fn unsupported_qualifiers(names: &[String]) -> Status {
-    /// Most qualifiers that are listed, and longest name; together far below [`DETAILS_MAX_BYTES`].
+    /// Most listed qualifiers, and longest name. The total is far below [`DETAILS_MAX_BYTES`].
     const LISTED_MAX: usize = 16;
     const NAME_MAX_BYTES: usize = 64;
     let violation = |name: &String| rpc::bad_request::FieldViolation {
@@ -69,13 +70,13 @@ pub fn unsupported_qualifiers(names: &[String]) -> Status {
     Status::with_details(code, message, Bytes::from(status.encode_to_vec()))
 }
 
-/// The status of a blob for which all went well; present as a message although it is empty (CAS-19).
+/// The status of a blob without an error. The message is present although it is empty (CAS-19).
 pub fn inline_ok() -> rpc::Status {
     rpc::Status::default()
 }
 
-/// The status of a whole RPC, small enough for trailers. Details travel as a `google.rpc.Status` that repeats code and message
-/// (GEN-17); there is none without details.
+/// The status of a whole RPC, small enough for trailers. Details are sent as a `google.rpc.Status` that repeats the code
+/// and message (GEN-17), or not at all if there are none.
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let bare = render(&error, 0);
@@ -90,12 +91,12 @@ impl From<Error> for Status {
 
 fn render(error: &Error, violations: usize) -> rpc::Status {
     let detail = match error {
-        // The only detail of such a status, of this one type (EXE-24).
+        // Such a status has no other detail, and this one has a single type (EXE-24).
         Error::MissingBlobs(missing) if violations > 0 && !missing.is_empty() => {
             let violations = missing.iter().take(violations).map(violation).collect();
             Some(pack("google.rpc.PreconditionFailure", &rpc::PreconditionFailure { violations }))
         }
-        // Never on an error that waiting does not mend: clients retry whatever carries it (GEN-21).
+        // Only errors that pass with time carry it, because clients retry whatever carries it (GEN-21).
         _ => error.retry_after().map(|delay| {
             let retry_delay = prost_types::Duration::try_from(delay).ok();
             pack("google.rpc.RetryInfo", &rpc::RetryInfo { retry_delay })
@@ -112,9 +113,9 @@ fn violation(digest: &Digest) -> Violation {
     Violation { r#type: MISSING.into(), subject: digest.blob_name(), description: String::new() }
 }
 
-/// How many violations fit into so many bytes beside the `Any` around them.
+/// Number of violations that fit into `bytes`, including the surrounding `Any`.
 fn violations_that_fit(error: &Error, bytes: usize) -> usize {
-    /// Tags and lengths of the `Any`, of its type URL and of the field that holds it, rounded up.
+    /// Tags and lengths of the `Any`, its type URL and the field that contains it, rounded up.
     const ENVELOPE_BYTES: usize = 96;
     /// Tag and length of one violation in the list.
     const ENTRY_BYTES: usize = 4;
@@ -130,7 +131,7 @@ fn violations_that_fit(error: &Error, bytes: usize) -> usize {
     count
 }
 
-/// Cuts a text at a character boundary, and shows that it was cut.
+/// Cuts a text at a character boundary and appends an ellipsis.
 pub fn shorten(mut text: String, max_bytes: usize) -> String {
     const CUT: &str = "...";
     if text.len() > max_bytes {
@@ -184,7 +185,7 @@ mod tests {
         }
     }
 
-    /// GEN-17, GEN-19: as many violations as fit, and at least some; the trailer repeats code and message.
+    /// GEN-17, GEN-19: at least some violations and as many as fit; the trailer repeats the code and message.
     #[test]
     fn a_status_with_five_hundred_missing_blobs_fits_into_trailers() {
         let status = Status::from(Error::MissingBlobs(digests(500)));
@@ -218,7 +219,7 @@ mod tests {
         }
     }
 
-    /// GEN-20: what a retry cannot mend never has a code that clients retry.
+    /// GEN-20: errors that a retry cannot fix never have a code that clients retry.
     #[test]
     fn permanent_errors_have_permanent_codes() {
         for error in [

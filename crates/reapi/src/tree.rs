@@ -1,7 +1,7 @@
-//! Directories and trees: what an input root is made of, checked, and how an output directory is written down.
+//! Directories and trees: the contents of an input root, checked, and the wire form of output directories.
 //!
-//! A [`Directory`] in hand has safe, unique names and well-formed digests (EXE-28); nothing was written anywhere before
-//! that was known. [`InputTree`] is a whole input root, each distinct directory held once.
+//! A [`Directory`] has safe, unique names and well-formed digests (EXE-28); this is checked before anything is written. An
+//! [`InputTree`] is a whole input root that holds each distinct directory once.
 
 use crate::{
     digest::{Digest, DigestFunction},
@@ -16,30 +16,29 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// Deepest input root, in directories below the root.
+/// Deepest input root, in directory levels below the root.
 pub const MAX_TREE_DEPTH: usize = 1_000;
-/// Most nodes that an input root may expand to once shared directories are written out.
+/// Most nodes of an input root, counting shared directories as often as they occur.
 pub const MAX_TREE_NODES: u64 = 2_000_000;
 /// Largest Directory message that is read, in bytes.
 pub const MAX_DIRECTORY_BYTES: u64 = 64 * 1024 * 1024;
-/// Most memory that a Directory or Tree message may take once it is decoded: that of half a million files with all their
-/// properties.
+/// Most memory that a decoded Directory or Tree message may take: half a million files with all their properties.
 pub const MAX_MESSAGE_MEMORY: u64 = 192 * 1024 * 1024;
 
-/// Properties of a node that goREgo applies and reports (EXE-37, EXE-63).
+/// Node properties that goREgo applies and reports (EXE-37, EXE-63).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct NodeProperties {
     /// Permission bits, within 0o7777.
     pub unix_mode: Option<u32>,
-    /// Time of the last change of the content.
+    /// Time of the last modification of the content.
     pub mtime: Option<SystemTime>,
 }
 
 impl NodeProperties {
-    /// The names that clients use for these properties (capabilities, `output_node_properties`).
+    /// The names of these properties on the wire (`output_node_properties`).
     pub const NAMES: &[&str] = &["mtime", "unix_mode"];
 
-    /// `name` is the node's, for the error.
+    /// Parses the properties of a node. `name` is the name of the node, for errors.
     fn from_wire(properties: Option<&reapi::NodeProperties>, name: &str) -> Result<Self> {
         let Some(properties) = properties else { return Ok(Self::default()) };
         let mtime = properties.mtime.map(|time| {
@@ -54,7 +53,7 @@ impl NodeProperties {
     }
 }
 
-/// A time exactly as it was named, also before 1970; `None` when it is malformed.
+/// The exact time of a timestamp, also before 1970; `None` if it is malformed.
 fn system_time(time: prost_types::Timestamp) -> Option<SystemTime> {
     let nanos = u32::try_from(time.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
     let seconds = Duration::from_secs(time.seconds.unsigned_abs());
@@ -66,60 +65,60 @@ fn system_time(time: prost_types::Timestamp) -> Option<SystemTime> {
 /// A file in a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct File {
-    /// Name within the directory.
+    /// Single path segment within the directory (EXE-28).
     pub name: String,
-    /// Content.
+    /// Digest of the content.
     pub digest: Digest,
-    /// Whether it can be run.
+    /// Whether the file has the executable bit.
     pub executable: bool,
-    /// Further properties.
+    /// Mode and mtime, if the client set them.
     pub properties: NodeProperties,
 }
 
-/// A directory in a directory.
+/// A directory entry of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subdirectory {
-    /// Name within the directory.
+    /// Single path segment within the directory (EXE-28).
     pub name: String,
-    /// Digest of its own Directory message.
+    /// Digest of its Directory message.
     pub digest: Digest,
 }
 
 /// A symbolic link in a directory; the target is any text without NUL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Symlink {
-    /// Name within the directory.
+    /// Single path segment within the directory (EXE-28).
     pub name: String,
-    /// Target, to the letter (EXE-35).
+    /// Target, exactly as the client sent it (EXE-35).
     pub target: String,
-    /// Further properties; a link has no mode of its own.
+    /// The mtime, if the client set it. A symbolic link has no mode.
     pub properties: NodeProperties,
 }
 
-/// One directory, checked.
+/// One directory whose names and digests are checked.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Directory {
-    /// Its files.
+    /// Regular files, in wire order.
     pub files: Vec<File>,
-    /// Its directories.
+    /// Subdirectories, in wire order.
     pub directories: Vec<Subdirectory>,
-    /// Its symbolic links.
+    /// Symbolic links, in wire order.
     pub symlinks: Vec<Symlink>,
     /// Properties of the directory itself.
     pub properties: NodeProperties,
 }
 
 impl Directory {
-    /// Decodes and checks a Directory blob whose digests are of `function`.
+    /// Decodes and checks a Directory blob with digests of `function`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when it does not parse, or a name, digest or target in it is not acceptable (EXE-27, EXE-28).
+    /// [`Error::Invalid`] when it does not parse, or contains an invalid name, digest or target (EXE-27, EXE-28).
     pub fn decode(bytes: &[u8], function: DigestFunction) -> Result<Self> {
         let message: reapi::Directory = wire::decode(bytes, MAX_MESSAGE_MEMORY, "Directory")?;
         Self::from_wire(&message, function)
     }
 
-    /// Checks a Directory message whose digests are of `function`.
+    /// Checks a Directory message with digests of `function`.
     ///
     /// # Errors
     /// [`Error::Invalid`] as in [`Directory::decode`].
@@ -162,12 +161,12 @@ impl Directory {
         Ok(directory)
     }
 
-    /// How many entries it has.
+    /// Number of files, subdirectories and symbolic links.
     pub fn entries(&self) -> usize {
         self.files.len() + self.directories.len() + self.symlinks.len()
     }
 
-    /// Roughly how many bytes of memory it holds; for caches that weigh what they keep.
+    /// Approximate memory in bytes, for caches with a size limit.
     pub fn memory(&self) -> usize {
         let names = self.files.iter().map(|f| f.name.len()).sum::<usize>()
             + self.directories.iter().map(|d| d.name.len()).sum::<usize>()
@@ -180,7 +179,7 @@ impl Directory {
     }
 }
 
-/// A whole input root: every distinct directory once, all present, bounded in depth and size.
+/// A whole input root: each distinct directory once, all present, bounded in depth and size.
 #[derive(Debug, Clone)]
 pub struct InputTree {
     root: Digest,
@@ -189,43 +188,43 @@ pub struct InputTree {
 }
 
 impl InputTree {
-    /// A tree from its root and all directories below it.
+    /// Creates a tree from its root and all directories below it.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when it is deeper than [`MAX_TREE_DEPTH`] or expands to more than [`MAX_TREE_NODES`] nodes;
-    /// [`Error::MissingBlobs`] when a directory is not among `directories`.
+    /// [`Error::Invalid`] when the tree is deeper than [`MAX_TREE_DEPTH`] or expands to more than [`MAX_TREE_NODES`] nodes;
+    /// [`Error::MissingBlobs`] when `directories` lacks a directory.
     pub fn new(root: Digest, directories: HashMap<Digest, Arc<Directory>>) -> Result<Self> {
         let nodes = measure(root, &directories)?;
         Ok(Self { root, directories, nodes })
     }
 
-    /// The root directory.
+    /// The directory at the top of the tree.
     pub fn root(&self) -> &Directory {
         &self.directories[&self.root]
     }
 
-    /// A directory that some directory of this tree names.
+    /// The directory with this digest.
     ///
     /// # Panics
-    /// When the digest is not of this tree; the constructor has seen every digest that is.
+    /// When the digest does not occur in this tree. The constructor has checked all digests that do.
     pub fn directory(&self, digest: &Digest) -> &Directory {
         &self.directories[digest]
     }
 
-    /// Every distinct file digest.
+    /// The distinct digests of all files.
     pub fn file_digests(&self) -> HashSet<Digest> {
         self.directories.values().flat_map(|d| d.files.iter().map(|f| f.digest)).collect()
     }
 
-    /// How many files, directories and symlinks it expands to.
+    /// Number of files, directories and symlinks, counting shared directories as often as they occur.
     pub fn nodes(&self) -> u64 {
         self.nodes
     }
 }
 
-/// Number of nodes below `root`, computed without recursion and in time linear in distinct directories.
+/// Number of nodes below `root`. Not recursive, and linear in the number of distinct directories.
 fn measure(root: Digest, directories: &HashMap<Digest, Arc<Directory>>) -> Result<u64> {
-    // A directory is pushed once to be entered and once to be summed up; (nodes, height) are known after the second.
+    // Each directory is pushed twice: to be entered, and to be summed up. The second visit yields (nodes, height).
     let mut known: HashMap<Digest, (u64, usize)> = HashMap::new();
     let mut stack = vec![(root, false)];
     while let Some((digest, leaving)) = stack.pop() {
@@ -236,7 +235,7 @@ fn measure(root: Digest, directories: &HashMap<Digest, Arc<Directory>>) -> Resul
         if leaving {
             let (mut nodes, mut height) = (directory.entries() as u64, 0);
             for child in &directory.directories {
-                // A child that is still open would need a hash that contains itself.
+                // A child that is still open would have to contain its own hash.
                 let (child_nodes, child_height) = known.get(&child.digest).copied().unwrap_or_default();
                 nodes = nodes.saturating_add(child_nodes);
                 height = height.max(child_height + 1);

@@ -1,12 +1,12 @@
-//! Decoding of messages from outside, within a bound of memory.
+//! Decoding of untrusted messages within a memory bound.
 //!
-//! An empty entry of a list takes two bytes on the wire and a hundred and more in memory, at whatever depth it lies. So every
-//! message that was received or stored is measured before it is decoded: [`cost`] walks its wire format by the [`Layout`] of its
-//! type and adds up what the decoded form will allocate. The walk allocates nothing. It takes fields for what the decoder takes
-//! them for, and refuses what the decoder would refuse, so that nothing that was not counted is ever decoded. Groups are refused
-//! too; no version of these APIs has any.
+//! An empty element of a list takes two bytes on the wire and over a hundred in memory, at any depth. So every received or
+//! stored message is measured before it is decoded: [`cost`] walks the wire format with the [`Layout`] of the message type
+//! and adds up the allocations of the decoded form. The walk itself allocates nothing. It interprets fields as the decoder
+//! does and refuses what the decoder would refuse, so everything that is decoded was counted. Groups are refused too; no
+//! version of these APIs uses them.
 //!
-//! What is below [`UNCOUNTED_BYTES`] is decoded at once.
+//! Messages below [`UNCOUNTED_BYTES`] are decoded without measuring.
 
 mod layout;
 
@@ -19,60 +19,60 @@ use layout::{Field, Kind, Layout, Layouts};
 use prost::{Message, Name};
 use std::{fmt, sync::LazyLock};
 
-/// Messages up to this size are decoded without being measured: the worst of them takes two megabytes. Nearly all requests are
-/// smaller.
+/// Messages up to this size are decoded without being measured: the worst of them takes two megabytes. Nearly all requests
+/// are smaller.
 pub const UNCOUNTED_BYTES: usize = 16 * 1024;
-/// Decoded, a message takes at most this many times its bytes; a test holds it.
+/// A decoded message takes at most this many times its wire size; a test verifies it.
 pub const EXPANSION_MAX: u64 = 384;
-/// Deepest nesting that is decoded; the decoder's own bound.
+/// Deepest nesting that is decoded. This is the decoder's own limit.
 const DEPTH_MAX: u32 = 100;
-/// What the allocator takes for its own, and its smallest unit.
+/// Overhead of one allocation, and the unit to which the allocator rounds.
 const ALLOCATION_BYTES: u64 = 8;
 const ALLOCATION_UNIT: u64 = 16;
 
 static LAYOUTS: LazyLock<Layouts> = LazyLock::new(|| {
-    // They are part of the binary, and tests decode them.
+    // The descriptors are part of the binary, and a test decodes them.
     Layouts::read(proto::DESCRIPTORS).unwrap_or_default()
 });
 
-/// What decoding a message takes.
+/// The cost of decoding a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cost {
     /// Bytes of memory, rounded up.
     pub memory: u64,
-    /// Fields at all depths: how long it takes.
+    /// Number of fields at all depths, which determines the decoding time.
     pub fields: u64,
 }
 
-/// How much a message may take.
+/// The most that decoding a message may cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of memory.
+    /// Largest number of bytes in memory.
     pub memory: u64,
-    /// Fields at all depths.
+    /// Number of fields at all depths.
     pub fields: u64,
 }
 
 impl Limits {
-    /// So much memory, in any number of fields.
+    /// Limits the memory, but not the number of fields.
     pub const fn memory(memory: u64) -> Self {
         Self { memory, fields: u64::MAX }
     }
 }
 
-/// Why a message is not decoded.
+/// The reason why a message is not decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// It does not parse.
+    /// The message does not parse.
     Malformed(&'static str),
-    /// It takes more memory than this; so many fields were counted up to there.
+    /// The message needs more memory than the limit.
     Memory {
-        /// The bound.
+        /// The limit in bytes.
         most: u64,
-        /// What was counted.
+        /// Number of fields that were counted before the limit was reached.
         fields: u64,
     },
-    /// It has more fields than this.
+    /// The message has more fields than this limit.
     Fields(u64),
 }
 
@@ -90,10 +90,10 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// What decoding this message would take.
+/// Measures the cost of decoding this message.
 ///
 /// # Errors
-/// When it does not parse, or takes more than the limits.
+/// When it does not parse or exceeds the limits.
 pub fn cost<M: Name>(bytes: &[u8], limits: Limits) -> std::result::Result<Cost, Refusal> {
     let unknown = Refusal::Malformed("its type is not described");
     let layout = LAYOUTS.by_name(&M::full_name()).ok_or(unknown)?;
@@ -102,10 +102,10 @@ pub fn cost<M: Name>(bytes: &[u8], limits: Limits) -> std::result::Result<Cost, 
     Ok(walk.cost)
 }
 
-/// Decodes a message, unless it takes more than `most` bytes of memory. `what` names it in errors, as in "Directory".
+/// Decodes a message that takes at most `most` bytes of memory. `what` names the message in errors, as in "Directory".
 ///
 /// # Errors
-/// [`Error::Invalid`] when it takes more, or does not parse.
+/// [`Error::Invalid`] when it takes more memory or does not parse.
 pub fn decode<M>(bytes: impl Buf + AsRef<[u8]>, most: u64, what: &str) -> Result<M>
 where
     M: Message + Name + Default,
@@ -117,18 +117,18 @@ where
     M::decode(bytes).map_err(|error| Error::Invalid(format!("it does not parse as {what}: {error}")))
 }
 
-/// Whether the request messages of a method, as in `/package.Service/Method`, have lists in them, at whatever depth. Others never
-/// take much more memory than bytes on the wire. What is not known is suspected.
+/// Whether the request message of a method (`/package.Service/Method`) contains lists at any depth. Other messages never
+/// take much more memory than bytes on the wire. Unknown methods count as having lists.
 pub fn request_has_lists(method: &str) -> bool {
     LAYOUTS.request_has_lists(method).unwrap_or(true)
 }
 
-/// The most that a message of this many bytes may take, with a limit.
+/// The most memory that a message of this many bytes can take, but no more than `most`.
 pub fn worst_case(bytes: u64, most: u64) -> u64 {
     bytes.saturating_mul(EXPANSION_MAX).min(most)
 }
 
-/// A walk over the wire format.
+/// A walk over the wire format that adds up costs.
 struct Walk {
     limits: Limits,
     cost: Cost,
@@ -139,7 +139,7 @@ impl Walk {
         if depth > DEPTH_MAX {
             return Err(Refusal::Malformed("it is nested too deeply"));
         }
-        // The lists that have an element, as bits.
+        // Bit set of the lists that have an element.
         let mut begun = 0u64;
         while !bytes.is_empty() {
             let key = varint(&mut bytes)?;
@@ -156,7 +156,7 @@ impl Walk {
                 }
                 5 => split(&mut bytes, 4).map(|_| None)?,
                 3 | 4 => return Err(Refusal::Malformed("it has a group")),
-                _ => return Err(Refusal::Malformed("a field is of no known wire type")),
+                _ => return Err(Refusal::Malformed("a field has an unknown wire type")),
             };
             if let Some(field) = layout.field(key >> 3) {
                 let bit = 1u64.checked_shl(field.place).unwrap_or(0);
@@ -200,7 +200,7 @@ impl Walk {
                 self.inside(at, content, depth)
             }
             Kind::Entry(at) => {
-                // A table has up to 16/7 places for each entry, and at least four.
+                // A table has up to 16/7 places per entry, and at least four.
                 let place = element + 1;
                 self.charge(if is_first { 8 * place } else { 3 * place })?;
                 self.inside(at, content, depth)
@@ -211,12 +211,13 @@ impl Walk {
     fn inside(&mut self, at: usize, content: Option<&[u8]>, depth: u32) -> std::result::Result<(), Refusal> {
         match (content, LAYOUTS.at(at)) {
             (Some(content), Some(layout)) => self.message(content, layout, depth + 1),
-            // A number where a message should be; the decoder ends here.
-            _ => Err(Refusal::Malformed("a field is of another type than its number says")),
+            // A number in the place of a message; the decoder fails here.
+            _ => Err(Refusal::Malformed("a field has the wrong wire type for its number")),
         }
     }
 
-    /// Elements of a list: it has room for four when it begins, and for up to twice what is in it when it grows.
+    /// Counts elements of a list. A list has capacity for four when it is created, and for up to twice its length when it
+    /// grows.
     fn list(&mut self, elements: u64, element: u64, is_first: bool) -> std::result::Result<(), Refusal> {
         let doubled = elements.saturating_mul(2);
         self.charge(element.saturating_mul(if is_first { doubled.saturating_add(2) } else { doubled }))
@@ -231,7 +232,7 @@ impl Walk {
     }
 }
 
-/// What the allocator takes for this many bytes.
+/// The memory that the allocator uses for this many bytes.
 fn allocation(bytes: u64) -> u64 {
     if bytes == 0 {
         return 0;
@@ -255,7 +256,7 @@ fn varint(bytes: &mut &[u8]) -> std::result::Result<u64, Refusal> {
             return Ok(value);
         }
     }
-    Err(Refusal::Malformed("a number is not finished"))
+    Err(Refusal::Malformed("a varint is incomplete"))
 }
 
 #[cfg(test)]

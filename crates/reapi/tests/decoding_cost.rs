@@ -1,4 +1,4 @@
-//! What decoding a message allocates, against what [`gorego_reapi::wire::cost`] says before.
+//! Compares the memory that decoding allocates with what [`gorego_reapi::wire::cost`] predicts.
 
 #![allow(clippy::unwrap_used)]
 
@@ -18,7 +18,7 @@ use std::{
 static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| DescriptorPool::decode(proto::DESCRIPTORS).unwrap());
 
 thread_local! {
-    /// Bytes that this thread has allocated and not freed, and the most that it ever was.
+    /// Bytes that this thread has allocated and not freed, and their maximum.
     static LIVE: Cell<i64> = const { Cell::new(0) };
     static PEAK: Cell<i64> = const { Cell::new(0) };
 }
@@ -31,23 +31,23 @@ fn count(change: i64) {
     PEAK.set(PEAK.get().max(live));
 }
 
-// SAFETY: everything is left to the system's allocator.
+// SAFETY: all calls are forwarded to the system allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as i64);
-        // SAFETY: as the caller says.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         count(-(layout.size() as i64));
-        // SAFETY: as the caller says.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`.
         unsafe { System.dealloc(pointer, layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         count(size as i64 - layout.size() as i64);
-        // SAFETY: as the caller says.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`.
         unsafe { System.realloc(pointer, layout, size) }
     }
 }
@@ -55,7 +55,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// A message of this type with random fields.
+/// Builds a message of this type with random fields.
 fn message(of: &MessageDescriptor, choices: &mut impl Iterator<Item = u8>, depth: u32) -> Vec<u8> {
     let fields: Vec<_> = of.fields().collect();
     let mut bytes = Vec::new();
@@ -72,7 +72,7 @@ fn message(of: &MessageDescriptor, choices: &mut impl Iterator<Item = u8>, depth
             _ if field.is_list() => (2, vec![1; usize::from(choices.next().unwrap_or(0))]),
             _ => (0, vec![1]),
         };
-        // Lists are long now and then.
+        // Lists are occasionally long.
         let again =
             choices.next().filter(|choice| *choice > 200 && content.len() < 20).map_or(0, usize::from);
         for _ in 0..=again {

@@ -1,5 +1,5 @@
-//! Our own proto definitions are wire-identical to the public API: every message, field, number, type, label, enum value and
-//! RPC of the tables in `proto/reapi-fields.md` is in the compiled descriptors, and nothing else is.
+//! The proto definitions in this repository are wire-identical to the public API: the compiled descriptors contain exactly
+//! the messages, fields, numbers, types, labels, enum values and RPCs of the tables in `proto/reapi-fields.md`.
 
 use gorego_reapi::proto::DESCRIPTORS;
 use prost_reflect::{
@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 const TABLES: &str = include_str!("../../../proto/reapi-fields.md");
 
-/// What a table row or a descriptor says, in one canonical line.
+/// The facts of a table row or a descriptor, as canonical lines.
 type Facts = BTreeSet<String>;
 
 #[test]
@@ -66,7 +66,7 @@ fn facts_of_tables() -> Facts {
     facts
 }
 
-/// The label column, reduced to what the wire knows.
+/// Reduces the label column to what the wire distinguishes.
 fn cardinality(label: &str) -> String {
     let mut shown = String::new();
     for word in ["repeated", "map", "optional", "deprecated"] {
@@ -81,7 +81,7 @@ fn cardinality(label: &str) -> String {
     shown
 }
 
-/// A type cell with its package; the tables leave out the one they stand under.
+/// Adds the package to a type name. The tables omit the package of their section.
 fn qualify(package: &str, cell: &str) -> String {
     let (stream, cell) = match cell.strip_prefix("stream ") {
         Some(rest) => ("stream ", rest),

@@ -1,4 +1,4 @@
-//! Actions that checks run, and the streams that answer.
+//! The actions that checks run, and the operation streams that answer them.
 
 use super::{
     blob::Blob,
@@ -17,8 +17,8 @@ use prost::Message as _;
 use tonic::{Code, Status, Streaming};
 
 impl Session {
-    /// A shell command with a usual PATH and the platform of the run. The script ends with a comment of its own, so that no
-    /// two checks share an action.
+    /// A shell command with a standard PATH and the platform of the run. A unique comment at the end of the script makes
+    /// sure that no two checks share an action.
     pub fn shell(&self, script: &str, output_paths: &[&str]) -> Command {
         let platform = self.platform();
         #[allow(deprecated)]
@@ -38,7 +38,7 @@ impl Session {
         }
     }
 
-    /// The platform that `--platform` asks for.
+    /// The platform of `--platform`.
     pub fn platform(&self) -> Option<Platform> {
         let mut properties = self.options().platform.clone();
         properties.sort_unstable();
@@ -47,7 +47,7 @@ impl Session {
         })
     }
 
-    /// An Action of this command over this input root, nothing stored.
+    /// An Action for this command and input root. Nothing is stored.
     pub fn action_of(&self, command: &Blob, root: &Digest) -> Action {
         Action {
             command_digest: Some(command.digest.clone()),
@@ -57,18 +57,18 @@ impl Session {
         }
     }
 
-    /// A stored Action that runs this command over this input root.
+    /// Stores an Action for this command and input root.
     ///
     /// # Errors
-    /// As [`Session::store`].
+    /// See [`Session::store`].
     pub async fn action(&self, command: &Command, root: &Digest) -> Verdict<Digest> {
         self.action_with(command, root, |_| {}).await
     }
 
-    /// The same with a change to the Action.
+    /// Like [`Session::action`], with a change to the Action.
     ///
     /// # Errors
-    /// As [`Session::store`].
+    /// See [`Session::store`].
     pub async fn action_with(
         &self,
         command: &Command,
@@ -83,18 +83,18 @@ impl Session {
         Ok(action.digest)
     }
 
-    /// A stored Action that nobody else has and nobody runs, for checks of the action cache.
+    /// Stores a unique Action that is never run, for checks of the action cache.
     ///
     /// # Errors
-    /// As [`Session::store`].
+    /// See [`Session::store`].
     pub async fn fresh_action(&self) -> Verdict<Digest> {
         self.action(&self.shell("true", &[]), &self.empty().digest).await
     }
 
-    /// A result with one output file, stored.
+    /// A result with one output file, which is stored.
     ///
     /// # Errors
-    /// As [`Session::store`].
+    /// See [`Session::store`].
     pub async fn a_result(&self) -> Verdict<ActionResult> {
         let output = self.stored(100).await?;
         let file = OutputFile { path: "out".into(), digest: Some(output.digest), ..Default::default() };
@@ -111,26 +111,26 @@ impl Session {
         }
     }
 
-    /// Execute with everything said; the operation is cancelled after the run if its end was not seen.
+    /// Sends an Execute request. If the end of the operation was not seen, it is cancelled after the run.
     ///
     /// # Errors
-    /// As the server answers.
-    pub async fn start(&self, request: ExecuteRequest) -> Result<Run, Status> {
+    /// The status of the server.
+    pub async fn start(&self, request: ExecuteRequest) -> Result<OperationStream, Status> {
         let stream = self.execution().execute(request).await?.into_inner();
-        Ok(Run { stream, session: self.clone() })
+        Ok(OperationStream { stream, session: self.clone() })
     }
 
-    /// WaitExecution.
+    /// Sends a WaitExecution request.
     ///
     /// # Errors
-    /// As the server answers.
-    pub async fn wait(&self, name: &str) -> Result<Run, Status> {
+    /// The status of the server.
+    pub async fn wait(&self, name: &str) -> Result<OperationStream, Status> {
         let request = WaitExecutionRequest { name: name.to_owned() };
         let stream = self.execution().wait_execution(request).await?.into_inner();
-        Ok(Run { stream, session: self.clone() })
+        Ok(OperationStream { stream, session: self.clone() })
     }
 
-    /// Executes to the end.
+    /// Executes an action and waits for its response.
     ///
     /// # Errors
     /// A failure when there is no response.
@@ -139,7 +139,7 @@ impl Session {
         run.finish().await
     }
 
-    /// Executes a command over an empty root; it has to have run, with whatever exit code.
+    /// Executes a command with an empty input root. It must have run, with any exit code.
     ///
     /// # Errors
     /// A failure when it could not be run.
@@ -149,10 +149,10 @@ impl Session {
     }
 }
 
-/// The result in a response that has to be OK.
+/// The result in a response that must be OK.
 ///
 /// # Errors
-/// A failure when the status is not OK; needs EXE-08 when the result is not there.
+/// A failure when the status is not OK. Needs EXE-08 when there is no result.
 pub fn result_of(response: ExecuteResponse) -> Verdict<ActionResult> {
     inline("ExecuteResponse.status", response.status.as_ref(), &[Code::Ok])?;
     response.result.ok_or_else(|| fail("ExecuteResponse.result is set", "it is not set")).needs("EXE-08")
@@ -160,24 +160,24 @@ pub fn result_of(response: ExecuteResponse) -> Verdict<ActionResult> {
 
 /// A stream of operations.
 #[derive(Debug)]
-pub struct Run {
+pub struct OperationStream {
     stream: Streaming<Operation>,
     session: Session,
 }
 
-impl Run {
-    /// The next message; `None` at an end with OK.
+impl OperationStream {
+    /// The next message; `None` when the stream ends with OK.
     ///
     /// # Errors
-    /// A failure when the stream ends otherwise.
+    /// A failure when the stream ends with an error.
     pub async fn next(&mut self) -> Verdict<Option<Operation>> {
         self.message().await.control("the operation stream goes on")
     }
 
-    /// The same with the status as it came.
+    /// Like [`OperationStream::next`], with the status of the server.
     ///
     /// # Errors
-    /// As the server answers.
+    /// The status of the server.
     pub async fn message(&mut self) -> Result<Option<Operation>, Status> {
         let operation = self.stream.message().await?;
         if let Some(operation) = &operation {
@@ -189,15 +189,15 @@ impl Run {
         Ok(operation)
     }
 
-    /// The status with which the stream ends, if that is an error and comes before any message.
+    /// The status with which the stream ends, if it is an error that comes before any message.
     pub async fn next_status(&mut self) -> Option<Status> {
         self.stream.message().await.err()
     }
 
-    /// Reads to the first message that satisfies the condition; `what` names it.
+    /// Reads until a message satisfies the condition; `what` names it.
     ///
     /// # Errors
-    /// A failure when the stream ends before.
+    /// A failure when the stream ends before that.
     pub async fn until(&mut self, what: &str, condition: impl Fn(&Operation) -> bool) -> Verdict<Operation> {
         while let Some(operation) = self.next().await? {
             if condition(&operation) {
@@ -208,10 +208,10 @@ impl Run {
         Err(stop).needs("EXE-10")
     }
 
-    /// Reads to the first message of the stage EXECUTING.
+    /// Reads until the stage EXECUTING.
     ///
     /// # Errors
-    /// Needs EXE-03 for a message without metadata, EXE-04 when that stage never comes.
+    /// Needs EXE-03 for a message without metadata, and EXE-04 when this stage never comes.
     pub async fn until_executing(&mut self) -> Verdict<Operation> {
         while let Some(operation) = self.next().await? {
             let stage = metadata(&operation)?.stage();
@@ -225,7 +225,7 @@ impl Run {
         Err(fail("a message of the stage EXECUTING", "the operation ended without one")).needs("EXE-04")
     }
 
-    /// Reads to the response.
+    /// Reads until the response.
     ///
     /// # Errors
     /// A failure when there is none.
@@ -238,7 +238,7 @@ impl Run {
 /// The metadata of an operation.
 ///
 /// # Errors
-/// Needs EXE-03 when it is absent or something else.
+/// Needs EXE-03 when it is absent or of another type.
 pub fn metadata(operation: &Operation) -> Verdict<ExecuteOperationMetadata> {
     let what = "Operation.metadata is a packed ExecuteOperationMetadata";
     let any = operation.metadata.as_ref().ok_or_else(|| fail(what, "no metadata")).needs("EXE-03")?;

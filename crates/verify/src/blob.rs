@@ -1,4 +1,4 @@
-//! Blobs that nobody else has: each starts with the salt of its run and a number.
+//! Unique blobs: each starts with the salt of its run and a number.
 
 use bytes::Bytes;
 use gorego_reapi::{
@@ -7,39 +7,36 @@ use gorego_reapi::{
 };
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes and their digest under one function.
+/// Bytes and their digest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Blob {
-    /// The bytes.
     pub data: Bytes,
-    /// Their digest.
     pub digest: reapi::Digest,
-    /// The function of the digest.
     pub function: DigestFunction,
 }
 
 impl Blob {
-    /// The blob of these bytes.
+    /// Computes the digest of these bytes.
     pub fn new(function: DigestFunction, data: impl Into<Bytes>) -> Self {
         let data = data.into();
         Self { digest: function.digest(&data).to_wire(), data, function }
     }
 
-    /// `blobs/[function/]hash/size`.
+    /// `blobs/[function/]hash/size`, the end of a read name.
     pub fn name(&self) -> String {
         format!("blobs/{}", tail(self.function, &self.digest))
     }
 
-    /// `compressed-blobs/{compressor}/[function/]hash/size`.
+    /// `compressed-blobs/{compressor}/[function/]hash/size`, the end of a compressed read name.
     pub fn compressed_name(&self, compressor: &str) -> String {
         format!("compressed-blobs/{compressor}/{}", tail(self.function, &self.digest))
     }
 }
 
-/// `[function/]hash/size`, as it stands in resource names (BS-03).
+/// `[function/]hash/size`, as in resource names (BS-03).
 pub fn tail(function: DigestFunction, digest: &reapi::Digest) -> String {
     use digest_function::Value;
-    // By number, so that a function that this build adds later has its segment too.
+    // By number, so that functions that this build adds later have their segment too.
     let segment = match function.wire() {
         Value::Sha256tree => "sha256tree/",
         Value::Blake3 => "blake3/",
@@ -49,14 +46,14 @@ pub fn tail(function: DigestFunction, digest: &reapi::Digest) -> String {
     format!("{segment}{}/{}", digest.hash, digest.size_bytes)
 }
 
-/// The same hash with its first character changed: well formed, and the name of nothing.
+/// The digest with the first character of its hash changed: well formed, but of no stored blob.
 pub fn another_hash(digest: &reapi::Digest) -> reapi::Digest {
     let flipped = if digest.hash.starts_with('0') { "1" } else { "0" };
     let rest = digest.hash.get(1..).unwrap_or_default();
     reapi::Digest { hash: format!("{flipped}{rest}"), size_bytes: digest.size_bytes }
 }
 
-/// Where unique bytes come from.
+/// A source of unique bytes.
 #[derive(Debug)]
 pub struct Salt {
     run: uuid::Uuid,
@@ -64,28 +61,28 @@ pub struct Salt {
 }
 
 impl Salt {
-    /// A new one, unlike that of any other run.
+    /// Creates a salt that differs from those of all other runs.
     pub fn new() -> Self {
         Self { run: uuid::Uuid::new_v4(), next: AtomicU64::new(0) }
     }
 
-    /// The run, as a name.
+    /// The name of the run.
     pub fn run(&self) -> String {
         self.run.to_string()
     }
 
-    /// A word that was not used before.
+    /// A new word on each call.
     pub fn word(&self) -> String {
         format!("{}-{}", self.run, self.next.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Bytes that no compressor can shorten, unlike all others while there are at least 16 of them.
+    /// Incompressible bytes. They are unique if there are at least 16 of them.
     pub fn noise(&self, size: usize) -> Vec<u8> {
         let [high, low] = [self.run.as_u128() >> 64, self.run.as_u128()].map(|half| half as u64);
         let mut state = high ^ self.next.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mut bytes = Vec::with_capacity(size + 8);
         while bytes.len() < size {
-            // The generator splitmix64: any state is as good as another, and every bit of the output depends on all of it.
+            // The generator splitmix64: every state is valid, and every bit of the output depends on the whole state.
             state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
             let mut word = state ^ low;
             word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -96,7 +93,7 @@ impl Salt {
         bytes
     }
 
-    /// Text that compresses well, unlike all other text while there are at least 60 bytes of it.
+    /// Compressible text. It is unique if it has at least 60 bytes.
     pub fn text(&self, size: usize) -> Vec<u8> {
         let mut bytes = format!("{}\n", self.word()).into_bytes();
         let line = b"the quick brown fox jumps over the lazy dog\n";

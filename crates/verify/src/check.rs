@@ -1,13 +1,13 @@
-//! A check, what can come of it, and the words in which a check says what it expects.
+//! Checks, their verdicts, and the helpers with which a check states what it expects.
 //!
 //! A check is an async function from a [`Session`] to a [`Verdict`]: `Ok(())` passes, and `?` on any of the helpers below
-//! ends it with the reason. A check of a refusal first shows that the good form is accepted; otherwise it would pass against
-//! a server that does nothing.
+//! ends it with the reason. A check of a refusal first shows that the valid form is accepted. Otherwise it would pass
+//! against a server that does nothing.
 //!
-//! A failure is about the check's own rules. Where a step that only leads there does not succeed, the check says so with
-//! [`Answer::control`] and [`Step::control`], or with [`Answer::needs`] and [`Step::needs`] where another rule, with a check of its
-//! own, asks for that step. Helpers that many checks share name the rule that they stand on, and a check of that very rule fails
-//! by it. So one fault is one failure, and never one in every check that came past it.
+//! A failure concerns the check's own rules. If a preparatory step fails, the check says so with [`Answer::control`] and
+//! [`Step::control`], or with [`Answer::needs`] and [`Step::needs`] if another rule with its own check requires that step.
+//! Helpers that many checks share name the rule that they depend on; in a check of that rule, their failure is the check's
+//! own. So one fault causes one failure, and not one in every check that depends on it.
 
 use super::{rules, rules::Level, session::Session};
 use futures::future::BoxFuture;
@@ -15,49 +15,43 @@ use gorego_reapi::proto::rpc;
 use std::fmt::{Debug, Display};
 use tonic::{Code, Status};
 
-/// How much of a value or message a report repeats, in characters.
+/// Number of characters of a value or message that a report repeats.
 const SHOWN_CHARS: usize = 300;
 
-/// What a check comes to; the value is for checks in several steps.
+/// The result of a check. The value is for checks with several steps.
 pub type Verdict<T = ()> = Result<T, Stop>;
 
-/// Why a check ends before it could pass.
+/// The reason why a check ends without passing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stop {
-    /// The server does otherwise.
-    Fail {
-        /// What the rule asks for.
-        expected: String,
-        /// What the server did.
-        observed: String,
-    },
-    /// A step before the rule's own matter did not succeed, so nothing can be said about the rule.
+    /// The server violates the rule.
+    Fail { expected: String, observed: String },
+    /// A preparatory step failed, so nothing can be said about the rule.
     Unmet {
-        /// The rule that asks for this step, if it is one with a check of its own.
+        /// The rule that requires this step, if it has its own check.
         needs: Option<&'static str>,
-        /// What the step needed.
+        /// What the step expected.
         expected: String,
-        /// What the server did.
         observed: String,
     },
     /// The server does not claim the feature, or answers UNIMPLEMENTED where it may.
     Absent(String),
-    /// It cannot be tested here; the reason says what would be needed.
+    /// It cannot be tested here. The text says what would be needed.
     Skipped(String),
 }
 
-/// One check, registered by [`checks!`](crate::checks).
+/// A check, registered by [`checks!`](crate::checks).
 pub struct Check {
-    /// A sentence about the server, as an identifier.
+    /// The name of the function: a sentence about the server in snake case.
     pub name: &'static str,
-    /// Ids of the rules that it serves; the first one decides where it is shown.
+    /// The ids of the rules that it covers. The first one decides the group in the report.
     pub rules: &'static [&'static str],
-    /// The check itself.
+    /// The function that runs the check.
     pub run: fn(Session) -> BoxFuture<'static, Verdict>,
 }
 
 impl Check {
-    /// The sentence.
+    /// The name as a sentence.
     pub fn title(&self) -> String {
         self.name.replace('_', " ")
     }
@@ -75,7 +69,7 @@ impl Debug for Check {
     }
 }
 
-/// The checks of a file: `checks![name_of_the_function => "RULE-01", "RULE-02"; ...]`.
+/// Lists the checks of a file: `checks![name_of_the_function => "RULE-01", "RULE-02"; ...]`.
 #[macro_export]
 macro_rules! checks {
     ($($name:ident => $($rule:literal),+);+ $(;)?) => {
@@ -87,22 +81,21 @@ macro_rules! checks {
     };
 }
 
-/// A failure.
 pub fn fail(expected: impl Display, observed: impl Display) -> Stop {
     Stop::Fail { expected: expected.to_string(), observed: shorten(&observed.to_string()) }
 }
 
-/// The server does not have this, and need not.
+/// The server lacks an optional feature.
 pub fn absent(why: impl Display) -> Stop {
     Stop::Absent(why.to_string())
 }
 
-/// This cannot be tested here.
+/// The check cannot be performed here.
 pub fn skipped(why: impl Display) -> Stop {
     Stop::Skipped(why.to_string())
 }
 
-/// Goes on only if the condition holds.
+/// Passes if the condition holds.
 ///
 /// # Errors
 /// A failure otherwise.
@@ -110,7 +103,7 @@ pub fn ensure(condition: bool, expected: impl Display, observed: impl Display) -
     if condition { Ok(()) } else { Err(fail(expected, observed)) }
 }
 
-/// Goes on only if both are equal; `what` names the thing.
+/// Passes if both values are equal; `what` names the value.
 ///
 /// # Errors
 /// A failure otherwise.
@@ -119,31 +112,31 @@ pub fn equal<T: PartialEq + Debug>(what: &str, observed: &T, expected: &T) -> Ve
     ensure(observed == expected, say(expected), say(observed))
 }
 
-/// What a failed step says of the rule that is checked.
+/// The meaning of a failed step for the rule that is checked.
 pub trait Step<T>: Sized {
-    /// The step is a positive control: where it fails, the check is inconclusive.
+    /// The step is a positive control: if it fails, the check is inconclusive.
     ///
     /// # Errors
     /// Unmet for a failure.
     fn control(self) -> Verdict<T>;
 
-    /// The step is the matter of that rule: where it fails, the check is skipped if that rule fails in the same run, and
-    /// inconclusive if not.
+    /// The step is the subject of another rule: if it fails, the check is skipped if that rule fails in the same run, and
+    /// inconclusive otherwise.
     ///
     /// # Errors
     /// Unmet for a failure.
     fn needs(self, rule: &'static str) -> Verdict<T>;
 
-    /// The step is the matter of this check, whatever its helper says.
+    /// The step is the subject of this check, whatever its helper says.
     ///
     /// # Errors
-    /// A failure for what was unmet.
+    /// A failure instead of `Unmet`.
     fn own(self) -> Verdict<T>;
 
-    /// Says in which of several cases a failure happened.
+    /// Adds the name of the case to a failure.
     ///
     /// # Errors
-    /// The same, named.
+    /// The same failure with the name of the case.
     fn case(self, case: impl Display) -> Verdict<T>;
 }
 
@@ -177,7 +170,7 @@ impl<T> Step<T> for Verdict<T> {
 }
 
 impl Stop {
-    /// A failure as one of a step; anything else as it is.
+    /// Converts a failure to `Unmet`. Other values stay as they are.
     fn unmet(self, needs: Option<&'static str>) -> Self {
         match self {
             Self::Fail { expected, observed } => Self::Unmet { needs, expected, observed },
@@ -186,40 +179,40 @@ impl Stop {
     }
 }
 
-/// What the server answered, against what it should have.
+/// The response of a server, compared with the expected one.
 pub trait Answer<T> {
-    /// The value of an answer that has to be OK; `what` is a sentence: "the upload is accepted".
+    /// The value of a response that must be OK; `what` is a sentence, such as "the upload is accepted".
     ///
     /// # Errors
     /// A failure otherwise.
     fn wanted(self, what: &str) -> Verdict<T>;
 
-    /// The same for a positive control.
+    /// Like [`Answer::wanted`], for a positive control.
     ///
     /// # Errors
-    /// As [`Step::control`].
+    /// See [`Step::control`].
     fn control(self, what: &str) -> Verdict<T>;
 
-    /// The same for a call that is the matter of that rule.
+    /// Like [`Answer::wanted`], for a call that is the subject of another rule.
     ///
     /// # Errors
-    /// As [`Step::needs`].
+    /// See [`Step::needs`].
     fn needs(self, rule: &'static str, what: &str) -> Verdict<T>;
 
-    /// The same for a call that a server need not have: UNIMPLEMENTED means that the feature is absent.
+    /// Like [`Answer::wanted`], for an optional call: UNIMPLEMENTED means that the feature is absent.
     ///
     /// # Errors
     /// Absent, or a failure.
     fn offered(self, what: &str) -> Verdict<T>;
 
-    /// The status of a call that has to fail with one of these codes; `what` names the thing that is refused.
+    /// The status of a call that must fail with one of these codes; `what` names what is refused.
     ///
     /// # Errors
     /// A failure when it is OK or has another code.
     fn refused(self, what: &str, codes: &[Code]) -> Verdict<Status>;
 
-    /// The value of an answer that may be OK or fail with one of these codes, which is `None`: where either the call or an
-    /// entry of its answer may bear the error.
+    /// The value of a response that is OK, or `None` if it fails with one of these codes. For errors that may be reported
+    /// for the call or for an entry of its response.
     ///
     /// # Errors
     /// A failure when it has another code.
@@ -266,34 +259,34 @@ impl<T: Debug> Answer<T> for Result<T, Status> {
     }
 }
 
-/// The same for a status inside a message; an absent one means OK.
+/// Checks a status inside a message; an absent one means OK.
 ///
 /// # Errors
-/// A failure when the code is none of these; `Code::Ok` among them accepts success.
+/// A failure when its code is not among `codes`, which may include `Code::Ok`.
 pub fn inline(what: &str, status: Option<&rpc::Status>, codes: &[Code]) -> Verdict {
     let code = status.map_or(0, |status| status.code);
     let seen = || status.map_or_else(|| "no status".to_owned(), show_inline);
     ensure(codes.iter().any(|wanted| *wanted as i32 == code), format!("{what}: {}", names(codes)), seen())
 }
 
-/// `NAME: message`, and the cause where it is of this side's connection.
+/// `NAME: message`, with the cause if it lies in the client's connection.
 pub fn show(status: &Status) -> String {
     let cause = std::error::Error::source(status).map(|error| format!(" ({})", innermost(error)));
     let name = code_name(status.code() as i32);
     shorten(&format!("{name}: {}{}", status.message(), cause.unwrap_or_default()))
 }
 
-/// The cause at the bottom; the layers above it say only "transport error".
+/// The innermost cause. The outer errors only say "transport error".
 pub fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     std::iter::successors(Some(error), |error| error.source()).last().unwrap_or(error).to_string()
 }
 
-/// `NAME: message` of a status inside a message.
+/// `NAME: message` for a status inside a message.
 pub fn show_inline(status: &rpc::Status) -> String {
     shorten(&format!("inline {}: {}", code_name(status.code), status.message))
 }
 
-/// The name of a code as the gRPC documentation writes it.
+/// The name of a code as in the gRPC documentation.
 pub fn code_name(code: i32) -> String {
     rpc::Code::try_from(code).map_or_else(|_| format!("code {code}"), |code| code.as_str_name().to_owned())
 }

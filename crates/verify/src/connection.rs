@@ -1,8 +1,8 @@
-//! The way to the server, as a client at its defaults has it: messages of up to 4 MiB, headers of up to 8 KiB (GEN-19,
-//! GEN-25). Every request carries a deadline, so that nothing goes on at the server for long after a check was given up, and
-//! says who asks.
+//! Connections with the limits of a default client: messages of up to 4 MiB, headers of up to 8 KiB (GEN-19, GEN-25). Every
+//! request has a deadline, so that the server does not work for long on an abandoned check, and carries the identity of the
+//! client.
 //!
-//! Not here: TLS, which the client of this build does not speak.
+//! TLS is not supported.
 
 use super::{
     Options,
@@ -23,19 +23,20 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-/// How long connecting, and the first GetCapabilities, may take.
+/// Time limit for connecting, and for the first GetCapabilities.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// What grpc-java and C-core accept of headers by default (GEN-19).
+/// Header limit of grpc-java and C-core by default (GEN-19).
 const MAX_HEADER_BYTES: u32 = 8 * 1024;
-/// Bytes that the server may send ahead: wide, so that a slow check does not stop the others of its connection.
+/// Flow-control windows of streams and connections. They are large, so that a slow check does not block others on its
+/// connection.
 const WINDOW_BYTES: (u32, u32) = (16 * 1024 * 1024, 64 * 1024 * 1024);
-/// The header of GEN-28.
+/// The request metadata header (GEN-28).
 pub const METADATA_HEADER: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
 
 /// A connection whose requests carry a deadline and the identity of the run.
 pub type Service = InterceptedService<Channel, Header>;
 
-/// Puts the deadline and the identity into each request.
+/// An interceptor that adds the deadline and the identity to each request.
 #[derive(Debug, Clone)]
 pub struct Header {
     identity: BinaryMetadataValue,
@@ -64,7 +65,7 @@ fn identity(salt: &Salt) -> BinaryMetadataValue {
     MetadataValue::from_bytes(&metadata.encode_to_vec())
 }
 
-/// Where the server is, and how it is spoken to.
+/// The server under test, and how to connect to it.
 #[derive(Debug)]
 pub struct Target {
     endpoint: Endpoint,
@@ -72,7 +73,7 @@ pub struct Target {
 }
 
 impl Target {
-    /// The server of these options; nothing is sent yet.
+    /// The server of these options. Nothing is sent yet.
     ///
     /// # Errors
     /// `Invalid` for a malformed endpoint.
@@ -87,24 +88,24 @@ impl Target {
         Ok(Self { endpoint, header: Header { identity: identity(salt), limit: options.check_limit() } })
     }
 
-    /// A new connection.
+    /// Opens a new connection.
     ///
     /// # Errors
-    /// A failure when the server does not take it.
+    /// A failure when the server does not accept it.
     pub async fn connect(&self) -> Verdict<Channel> {
         open(&self.endpoint).await
     }
 
-    /// A new connection that sends a ping at this interval, also while nothing is asked (GEN-26).
+    /// Opens a new connection that sends pings at this interval, even without open calls (GEN-26).
     ///
     /// # Errors
-    /// As [`Target::connect`].
+    /// See [`Target::connect`].
     pub async fn connect_pinging(&self, interval: Duration) -> Verdict<Channel> {
         let endpoint = self.endpoint.clone().http2_keep_alive_interval(interval);
         open(&endpoint.keep_alive_while_idle(true)).await
     }
 
-    /// A connection with deadline and identity.
+    /// Adds the deadline and the identity to a connection.
     pub fn service(&self, channel: Channel) -> Service {
         InterceptedService::new(channel, self.header.clone())
     }

@@ -1,17 +1,17 @@
-//! The groups of rules and what checks them; one file, or directory, for each.
+//! The groups of rules with their checks; one file or directory for each.
 //!
-//! To add a check: write one async function in the file of its group and name it in that file's `CHECKS`. A rule that
-//! cannot be checked over the wire is named in the file's `BEYOND`, with what would be needed.
+//! To add a check, write one async function in the file of its group and name it in the file's `CHECKS`. A rule that cannot
+//! be checked over the wire is named in the file's `BEYOND`, with what would be needed.
 
-pub mod action_cache;
-pub mod asset;
-pub mod byte_stream;
-pub mod capabilities;
-pub mod cas;
-pub mod cross_cutting;
-pub mod execution;
-pub mod log_stream;
-pub mod operations;
+mod action_cache;
+mod asset;
+mod byte_stream;
+mod capabilities;
+mod cas;
+mod cross_cutting;
+mod execution;
+mod log_stream;
+mod operations;
 
 use super::{
     check::Check,
@@ -21,11 +21,11 @@ use super::{
 /// A group of rules.
 #[derive(Debug)]
 pub struct Group {
-    /// Such as `CAS`.
+    /// The prefix of its rule ids, such as `CAS`.
     pub name: &'static str,
-    /// For people.
+    /// The name of the group in reports.
     pub title: &'static str,
-    /// All of its rules.
+    /// All rules of the group.
     pub rules: &'static [Rule],
     checks: &'static [&'static [Check]],
     beyond: &'static [&'static [Beyond]],
@@ -34,7 +34,7 @@ pub struct Group {
 /// The id of a rule that cannot be checked from outside, and what would be needed.
 pub type Beyond = (&'static str, &'static str);
 
-/// Every group, in the order of `docs/rules.md`.
+/// All groups, in the order of `docs/rules.md`.
 pub const ALL: &[Group] = &[
     Group {
         name: "GEN",
@@ -132,12 +132,12 @@ pub const ALL: &[Group] = &[
 ];
 
 impl Group {
-    /// Its checks.
+    /// The checks of the group.
     pub fn checks(&self) -> impl Iterator<Item = &'static Check> + use<> {
         self.checks.iter().flat_map(|file| file.iter())
     }
 
-    /// Its rules that have no check, each with the reason.
+    /// The rules of the group that have no check, each with the reason.
     pub fn beyond(&self) -> impl Iterator<Item = (&'static Rule, &'static str)> + use<> {
         let known = self.beyond.iter().flat_map(|file| file.iter());
         known.filter_map(|(id, reason)| Some((rules::find(id)?, *reason)))

@@ -1,14 +1,14 @@
-//! What checks ask to be run: salted commands over small input roots.
+//! Jobs: unique commands with small input roots.
 //!
-//! Programs are `/bin/sh` and plain coreutils; a server whose workers have neither cannot be verified beyond its refusals. Each
-//! [`Job`] carries a salt of its own, so nothing that another run left in the action cache can answer it. What is uploaded
-//! is built here by hand and may be wrong on purpose: nothing is checked.
+//! Programs are `/bin/sh` and standard coreutils. A server whose workers lack them cannot be verified beyond its refusals.
+//! Each [`Job`] has its own salt, so the result of another run can never answer it. Messages are built by hand and not
+//! validated, because some checks need invalid ones.
 //!
-//! Before its first action a run of the suite finds out whether the server runs anything for it at all
-//! ([`Session::runs_actions`]); if not, checks that need a result are skipped and say why.
+//! Before the first action, the suite finds out whether the server runs actions at all ([`Session::runs_actions`]). If it
+//! does not, checks that need a result are skipped with the reason.
 
 use super::{
-    actions::{Run, response, result_of},
+    actions::{OperationStream, response, result_of},
     blob::Blob,
     check::{Answer as _, Step as _, Verdict, ensure, fail, inline, show, show_inline, skipped},
     session::Session,
@@ -26,33 +26,33 @@ use prost::Message as _;
 use std::time::Duration;
 use tonic::{Code, Status};
 
-/// Where the programs of checks are found.
+/// PATH for the programs of checks.
 pub const PATH: &str = "/usr/bin:/bin";
-/// How long a stream may take to end after its last message (EXE-05); far more than a server needs.
+/// Time limit for the end of a stream after its last message (EXE-05); far more than a server needs.
 pub const END_LIMIT: Duration = Duration::from_secs(5);
-/// How long the first action of a run may wait for a worker before the server counts as one that has none for us.
+/// How long the first action may wait for a worker before the server counts as having none.
 const FIRST_ACTION_LIMIT: Duration = Duration::from_secs(20);
-/// Exit codes with which shells and servers say that a program cannot be started (EXE-42).
+/// Exit codes by which shells and servers report that a program cannot be started (EXE-42).
 pub const NOT_STARTED: [i32; 2] = [126, 127];
 
-/// An action in the making, with every blob that it needs.
+/// An action under construction, with every blob that it needs.
 #[derive(Debug, Clone)]
 pub struct Job {
     session: Session,
-    /// The command; what is changed here changes the Action's digest.
+    /// The command. Changes to it change the digest of the Action.
     pub command: Command,
-    /// The action without its `command_digest`, which [`Job::blobs`] sets.
+    /// The action without `command_digest`, which [`Job::blobs`] sets.
     pub action: Action,
     inputs: Vec<Blob>,
 }
 
 impl Job {
-    /// Runs a script with the shell, over an empty root.
+    /// Runs a shell script with an empty input root.
     pub fn sh(session: &Session, script: impl AsRef<str>) -> Self {
         Self::args(session, ["/bin/sh", "-c", script.as_ref()])
     }
 
-    /// Runs these arguments over an empty root.
+    /// Runs a program with an empty input root.
     pub fn args<A: Into<String>>(session: &Session, arguments: impl IntoIterator<Item = A>) -> Self {
         let platform = session.platform();
         #[allow(deprecated)]
@@ -71,7 +71,7 @@ impl Job {
         Self { session: session.clone(), command, action, inputs: Vec::new() }
     }
 
-    /// The same over this input root.
+    /// Sets the input root.
     pub fn over(self, root: &Folder) -> Self {
         let (digest, inputs) = root.blobs(&self.session);
         let mut job = self.over_blobs(inputs);
@@ -79,13 +79,13 @@ impl Job {
         job
     }
 
-    /// The same with these blobs to upload; for roots that are built by hand.
+    /// Adds blobs to upload, for input roots that are built by hand.
     pub fn over_blobs(mut self, blobs: impl IntoIterator<Item = Blob>) -> Self {
         self.inputs.extend(blobs);
         self
     }
 
-    /// The same with this Directory as its root, as it is.
+    /// Sets the root Directory without checking it.
     pub fn over_root(self, root: &Directory, files: impl IntoIterator<Item = Blob>) -> Self {
         let blob = self.session.message(root);
         let digest = blob.digest.clone();
@@ -94,19 +94,18 @@ impl Job {
         job
     }
 
-    /// The same with these `output_paths`.
+    /// Sets `output_paths`.
     pub fn outputs<P: Into<String>>(mut self, paths: impl IntoIterator<Item = P>) -> Self {
         self.command.output_paths = paths.into_iter().map(Into::into).collect();
         self
     }
 
-    /// The same in this directory.
+    /// Sets the working directory.
     pub fn within(mut self, working_directory: &str) -> Self {
         working_directory.clone_into(&mut self.command.working_directory);
         self
     }
 
-    /// The same with these variables beside `PATH`.
     pub fn env(mut self, variables: &[(&str, &str)]) -> Self {
         let list = &mut self.command.environment_variables;
         list.extend(variables.iter().map(|(name, value)| variable(name, value)));
@@ -114,31 +113,28 @@ impl Job {
         self
     }
 
-    /// The same with this timeout.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.action.timeout = timeout.try_into().ok();
         self
     }
 
-    /// The same, never cached.
+    /// Sets `do_not_cache`.
     pub fn uncached(mut self) -> Self {
         self.action.do_not_cache = true;
         self
     }
 
-    /// The same with a change to its Command.
     pub fn command(mut self, change: impl FnOnce(&mut Command)) -> Self {
         change(&mut self.command);
         self
     }
 
-    /// The same with a change to its Action.
     pub fn action(mut self, change: impl FnOnce(&mut Action)) -> Self {
         change(&mut self.action);
         self
     }
 
-    /// The session in which it runs.
+    /// The session in which the job runs.
     pub fn session(&self) -> &Session {
         &self.session
     }
@@ -159,61 +155,61 @@ impl Job {
         self.action_blob().digest
     }
 
-    /// All that has to be stored: inputs, Command, Action.
+    /// All blobs that must be stored: inputs, Command, Action.
     pub fn blobs(&self) -> Vec<Blob> {
         let mut blobs = self.inputs.clone();
         blobs.extend([self.command_blob(), self.action_blob()]);
         blobs
     }
 
-    /// Stores everything; the digest of the Action.
+    /// Stores all blobs and returns the digest of the Action.
     ///
     /// # Errors
-    /// Absent or skipped where the server runs nothing for us; those of [`Session::store`].
+    /// Absent or skipped if the server does not run actions; the errors of [`Session::store`].
     pub async fn upload(&self) -> Verdict<Digest> {
         self.session.runs_actions().await?;
         self.session.store(&self.blobs().iter().collect::<Vec<_>>()).await?;
         Ok(self.digest())
     }
 
-    /// Uploads and starts it.
+    /// Uploads and starts the job.
     ///
     /// # Errors
-    /// As [`Job::upload`]; a failure when Execute is refused: that a trivial action is accepted is known by then.
-    pub async fn start(&self) -> Verdict<Run> {
+    /// See [`Job::upload`]; a failure when Execute is refused, because a trivial action has been accepted before.
+    pub async fn start(&self) -> Verdict<OperationStream> {
         self.start_with(|_| {}).await
     }
 
-    /// The same with a change to the request.
+    /// Like [`Job::start`], with a change to the request.
     ///
     /// # Errors
-    /// As [`Job::start`].
-    pub async fn start_with(&self, change: impl FnOnce(&mut ExecuteRequest)) -> Verdict<Run> {
+    /// See [`Job::start`].
+    pub async fn start_with(&self, change: impl FnOnce(&mut ExecuteRequest)) -> Verdict<OperationStream> {
         let mut request = self.session.execute_request(&self.upload().await?);
         change(&mut request);
         self.session.start(request).await.wanted("Execute is accepted")
     }
 
-    /// Runs it to its end, however it ends.
+    /// Runs the job until its response.
     ///
     /// # Errors
-    /// As [`Job::start`]; a failure when there is no response.
+    /// See [`Job::start`]; a failure when there is no response.
     pub async fn response(&self) -> Verdict<ExecuteResponse> {
         self.start().await?.finish().await
     }
 
-    /// Runs it to a result, whatever the exit code.
+    /// Runs the job until its result, with any exit code.
     ///
     /// # Errors
-    /// As [`Job::response`]; a failure when the status is not OK.
+    /// See [`Job::response`]; a failure when the status is not OK.
     pub async fn result(&self) -> Verdict<ActionResult> {
         result_of(self.response().await?)
     }
 
-    /// Runs it, which has to succeed; what it printed.
+    /// Runs the job, which must succeed, and returns its standard output.
     ///
     /// # Errors
-    /// As [`Job::result`]; a failure for any exit code but 0.
+    /// See [`Job::result`]; a failure for a non-zero exit code.
     pub async fn stdout(&self) -> Verdict<String> {
         let result = self.result().await?;
         let text = self.session.log_text(result.stdout_digest.as_ref(), &result.stdout_raw).await?;
@@ -225,27 +221,27 @@ impl Job {
         Ok(text)
     }
 
-    /// Runs it and keeps every message up to the end of the stream, which has to come soon after the last one and be OK.
+    /// Runs the job and keeps all messages of the stream, which must end with OK soon after the last one.
     ///
     /// # Errors
-    /// As [`Job::start`]; a failure when the stream does not end so.
+    /// See [`Job::start`]; a failure when the stream ends differently.
     pub async fn story(&self) -> Verdict<Vec<Operation>> {
         story(self.start().await?).await
     }
 
-    /// Executes it, which has to fail, be it with a status of the call or inside the response (EXE-09).
+    /// Executes the job, which must fail: by the status of the call or inside the response (EXE-09).
     ///
     /// # Errors
-    /// As [`Job::upload`]; a failure when a command was run or the stream ends without an answer.
+    /// See [`Job::upload`]; a failure when a command was run or the stream ends without an answer.
     pub async fn refusal(&self) -> Verdict<Refusal> {
         let action = self.upload().await?;
         self.session.refusal(&action).await
     }
 
-    /// Executes it, which has to be refused with one of these codes; `what` names what is wrong with it.
+    /// Executes the job, which must be refused with one of these codes; `what` names the fault in it.
     ///
     /// # Errors
-    /// As [`Job::refusal`]; a failure for another code.
+    /// See [`Job::refusal`]; a failure for another code.
     pub async fn refused(&self, what: &str, codes: &[Code]) -> Verdict<Refusal> {
         let refusal = self.session.case(what, self.refusal()).await?;
         inline(what, Some(&refusal.status), codes)?;
@@ -253,11 +249,11 @@ impl Job {
     }
 }
 
-/// All messages of a stream up to its end.
+/// All messages of a stream.
 ///
 /// # Errors
-/// Unmet when it does not end OK, and soon after `done` (EXE-05).
-pub async fn story(mut run: Run) -> Verdict<Vec<Operation>> {
+/// Unmet when it does not end with OK soon after `done` (EXE-05).
+pub async fn story(mut run: OperationStream) -> Verdict<Vec<Operation>> {
     let mut messages = Vec::new();
     loop {
         let next = match messages.last() {
@@ -276,17 +272,17 @@ pub async fn story(mut run: Run) -> Verdict<Vec<Operation>> {
     }
 }
 
-/// Why an action was not run.
+/// The reason why an action was not run.
 #[derive(Debug, Clone)]
 pub struct Refusal {
-    /// The status, with its details.
+    /// The status with its details.
     pub status: rpc::Status,
     /// Whether it was inside an `ExecuteResponse`.
     pub inline: bool,
 }
 
 impl Refusal {
-    /// The status of a call.
+    /// The refusal of a call.
     pub fn of_call(status: &Status) -> Self {
         let details = rpc::Status::decode(status.details()).map(|status| status.details).unwrap_or_default();
         let status =
@@ -296,7 +292,7 @@ impl Refusal {
 }
 
 impl Session {
-    /// Executes an action that has to fail.
+    /// Executes an action that must fail.
     ///
     /// # Errors
     /// See [`Job::refusal`].
@@ -304,7 +300,7 @@ impl Session {
         self.refusal_of(self.execute_request(action)).await
     }
 
-    /// The same with everything said.
+    /// Like [`Session::refusal`], with the whole request.
     ///
     /// # Errors
     /// See [`Job::refusal`].
@@ -327,11 +323,11 @@ impl Session {
         }
     }
 
-    /// Goes on only where the server runs a trivial action of ours; found out once in a run of the suite.
+    /// Passes if the server runs a trivial action, which is tried once in a run.
     ///
     /// # Errors
-    /// Absent when execution is not claimed; skipped when the action was refused or nobody took it; needs CAP-08 when it failed.
-    /// A malformed answer is for the checks to find.
+    /// Absent when execution is not claimed; skipped when the action was refused or no worker ran it; needs CAP-08 when it
+    /// failed. Malformed responses are left to the checks.
     pub async fn runs_actions(&self) -> Verdict {
         self.executes()?;
         self.first_action().get_or_init(|| self.try_first_action()).await.clone()
@@ -347,7 +343,7 @@ impl Session {
         ];
         let refused =
             |why: String| skipped(format!("the server does not run /bin/sh for us: {why}; see --platform"));
-        // Not over the connection of whichever check happens to come first: the others go by this too.
+        // On a separate connection, because the result counts for all checks and not only for the first one.
         let s = self.reconnect().await.control()?;
         let job = Job::sh(&s, "exit 0");
         s.store(&job.blobs().iter().collect::<Vec<_>>()).await?;
@@ -376,7 +372,7 @@ impl Session {
         }
     }
 
-    /// Asks for the end of an operation of ours, so that it does not hold a slot for longer than it is needed.
+    /// Cancels an operation of this run, so that it does not occupy a slot any longer.
     pub async fn give_up(&self, name: &str) {
         let request = CancelOperationRequest { name: name.to_owned() };
         if self.operations().cancel_operation(request).await.is_ok() {
@@ -384,7 +380,7 @@ impl Session {
         }
     }
 
-    /// What a log of a result holds: the inlined bytes, else the blob; nothing when there is neither.
+    /// The content of a log in a result: the inlined bytes or the blob; empty if there is neither.
     ///
     /// # Errors
     /// A failure when the blob cannot be read.
@@ -397,18 +393,18 @@ impl Session {
         }
     }
 
-    /// The same as text.
+    /// Like [`Session::log_bytes`], as text.
     ///
     /// # Errors
-    /// As [`Session::log_bytes`].
+    /// See [`Session::log_bytes`].
     pub async fn log_text(&self, digest: Option<&Digest>, raw: &Bytes) -> Verdict<String> {
         Ok(String::from_utf8_lossy(&self.log_bytes(digest, raw).await?).into_owned())
     }
 
-    /// What the action printed to stdout.
+    /// The standard output of an action.
     ///
     /// # Errors
-    /// As [`Session::log_bytes`].
+    /// See [`Session::log_bytes`].
     pub async fn stdout_of(&self, result: &ActionResult) -> Verdict<String> {
         self.log_text(result.stdout_digest.as_ref(), &result.stdout_raw).await
     }
@@ -423,41 +419,37 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// An empty one.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// With a file.
     pub fn file(self, name: &str, data: impl Into<Bytes>) -> Self {
         self.node(FileNode { name: name.to_owned(), ..Default::default() }, data)
     }
 
-    /// With a file that can be run.
+    /// Adds an executable file.
     pub fn program(self, name: &str, data: impl Into<Bytes>) -> Self {
         self.node(FileNode { name: name.to_owned(), is_executable: true, ..Default::default() }, data)
     }
 
-    /// With a file of this node, whose digest is filled in.
+    /// Adds a file with this node. The digest is filled in.
     pub fn node(mut self, node: FileNode, data: impl Into<Bytes>) -> Self {
         self.files.push((node, data.into()));
         self
     }
 
-    /// With a directory.
     pub fn folder(mut self, name: &str, folder: Folder) -> Self {
         self.folders.push((name.to_owned(), folder));
         self
     }
 
-    /// With a symlink.
     pub fn symlink(mut self, name: &str, target: &str) -> Self {
         let symlink = SymlinkNode { name: name.to_owned(), target: target.to_owned(), node_properties: None };
         self.symlinks.push(symlink);
         self
     }
 
-    /// The Directory message, in canonical order; the blobs below it go to `blobs`.
+    /// The Directory message in canonical order. Adds the blobs below it to `blobs`.
     fn directory(&self, session: &Session, blobs: &mut Vec<Blob>) -> Directory {
         let mut directory = Directory { symlinks: self.symlinks.clone(), ..Default::default() };
         for (node, data) in &self.files {
@@ -478,7 +470,7 @@ impl Folder {
         directory
     }
 
-    /// The root's digest, and every blob. Empty ones are left out, as clients do (GEN-06).
+    /// The digest of the root, and all blobs. Empty blobs are omitted, as clients do (GEN-06).
     pub fn blobs(&self, session: &Session) -> (Digest, Vec<Blob>) {
         let mut blobs = Vec::new();
         let root = session.message(&self.directory(session, &mut blobs));
@@ -489,7 +481,6 @@ impl Folder {
     }
 }
 
-/// A variable of the environment.
 pub fn variable(name: &str, value: &str) -> EnvironmentVariable {
     EnvironmentVariable { name: name.to_owned(), value: value.to_owned() }
 }

@@ -1,33 +1,33 @@
 //! `gorego verify`: a conformance suite for any server of the Remote Execution API.
 //!
-//! It speaks the wire and nothing else: what it knows of a server is what the server says and does. The rules are those of
-//! `docs/rules.md` ([`rules`]); each group of them has a file in [`groups`], each check there is one small async function
-//! ([`check`]) that is given a [`Session`] and says what it expected and what it saw.
+//! It speaks only the wire protocol and knows nothing else about the server. The rules are those of `docs/rules.md`
+//! ([`rules`]). Each group of rules has a file in [`groups`]. Each check is a small async function that gets a session and
+//! reports what it expected and what it observed.
 //!
-//! A run is safe beside other people's builds: every blob, action and result carries the salt of the run, so nothing is
-//! shared with anybody; only operations that the run itself started are cancelled; the bytes written are counted and
-//! reported. Checks are independent of each other and of what a server has stored before. Each has a connection of its own,
-//! since a server may end one over what a check sends, and a client over what it gets (GEN-19). Each has a time limit, and so
-//! has the whole run.
+//! A run is safe on a server that others use: every blob, action and result contains the salt of the run, so nothing is
+//! shared with other clients; only operations of the run itself are cancelled; the written bytes are counted and reported.
+//! Checks do not depend on each other or on what the server has stored. Each has its own connection, because a server may
+//! close one because of what a check sends, and a client because of what it receives (GEN-19). Each check and the whole run
+//! have a time limit.
 //!
-//! Not here: faults that need an operator's hands (a full disk, a lost worker, a corrupt file). Such rules are listed as
+//! Faults that need an operator (a full disk, a lost worker, a corrupt file) are not covered. Such rules are reported as
 //! skipped, with the reason.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-pub mod actions;
-pub mod blob;
-pub mod check;
-pub mod compression;
-pub mod connection;
+mod actions;
+mod blob;
+mod check;
+mod compression;
+mod connection;
 pub mod groups;
-pub mod job;
-pub mod origin;
-pub mod patience;
-pub mod raw;
+mod job;
+mod origin;
+mod patience;
+mod raw;
 pub mod report;
 pub mod rules;
-pub mod session;
-pub mod store;
+mod session;
+mod store;
 
 use check::{Check, Step as _, Stop, Verdict};
 use futures::{StreamExt as _, stream};
@@ -40,46 +40,46 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Longest time of one check where the command line says nothing: an order of magnitude more than the slowest check needs of
-/// a server on the same machine.
+/// Default time limit of one check: an order of magnitude more than the slowest check needs with a server on the same
+/// machine.
 pub const CHECK_LIMIT: Duration = Duration::from_secs(30);
-/// What `--large` allows a check above its limit.
+/// Factor by which `--large` raises the time limit of a check.
 const LARGE_FACTOR: u32 = 10;
-/// Longest time of a run; checks that have not started by then are skipped.
+/// Time limit of a run. Checks that have not started by then are skipped.
 pub const RUN_LIMIT: Duration = Duration::from_secs(15 * 60);
-/// Checks at the same time where the command line says nothing: enough to fill the waits, few enough that a server with a
-/// handful of slots answers each in time.
+/// Default number of concurrent checks: enough to overlap waiting times, few enough that a server with a handful of slots
+/// answers each in time.
 pub const DEFAULT_JOBS: NonZeroUsize = NonZeroUsize::new(8).unwrap();
 
-/// What to verify, and how.
+/// The server to verify, and how.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where the server is: `grpc://host:port`.
+    /// The server, as `grpc://host:port`.
     pub endpoint: String,
-    /// The instance that is used.
+    /// The instance name in requests.
     pub instance: String,
-    /// A second instance of the same server, for the checks that one does not see the other's data.
+    /// A second instance of the same server, for the checks that instances are isolated.
     pub other_instance: Option<String>,
-    /// The digest function of every check that is not about digest functions, by its name in the API; SHA256 or else the
-    /// first one that the server lists.
+    /// API name of the digest function for all checks that are not about digest functions. The default is SHA256, or else
+    /// the first one that the server lists.
     pub digest_function: Option<String>,
-    /// Platform properties of every action, for servers that need them.
+    /// Platform properties of every action, for servers that require them.
     pub platform: Vec<(String, String)>,
-    /// The name under which the server finds this machine, for the checks that let it fetch from here; the loopback address
-    /// where nothing is said.
+    /// Host name under which the server can reach this machine, for checks in which it fetches from here. The default is
+    /// the loopback address.
     pub asset_origin: Option<String>,
-    /// Longest time of one check.
+    /// Time limit of one check.
     pub check_limit: Duration,
-    /// Checks at the same time.
+    /// Number of concurrent checks.
     pub jobs: usize,
-    /// Which rules; see [`Selection`].
+    /// The rules to check; see [`Selection`].
     pub selection: Selection,
-    /// Run the checks too that move a gigabyte or take a minute.
+    /// Also run the checks that transfer a gigabyte or take a minute.
     pub large: bool,
 }
 
 impl Options {
-    /// Everything at its default, against this server.
+    /// The defaults for this server.
     pub fn new(endpoint: impl Into<String>) -> Self {
         Self {
             endpoint: endpoint.into(),
@@ -95,23 +95,23 @@ impl Options {
         }
     }
 
-    /// The longest time of a check of this run.
+    /// The effective time limit of a check.
     pub fn check_limit(&self) -> Duration {
         self.check_limit.saturating_mul(if self.large { LARGE_FACTOR } else { 1 })
     }
 }
 
-/// Which checks to run: those that serve one of the rules named and have at least this level.
+/// The checks to run: those that cover a named rule of at least this level.
 #[derive(Debug, Clone, Default)]
 pub struct Selection {
-    /// Rule ids and group names (`GEN-01`, `CAS`), upper case; empty means all.
+    /// Rule ids and group names (`GEN-01`, `CAS`) in upper case; empty means all.
     pub only: Vec<String>,
     /// The lowest level; `None` means all.
     pub level: Option<Level>,
 }
 
 impl Selection {
-    /// Whether something serving these rules is selected.
+    /// Whether a check of these rules is selected.
     pub fn includes(&self, rules: &[&str]) -> bool {
         let named = |id: &str| {
             let group = id.split('-').next().unwrap_or(id);
@@ -125,7 +125,7 @@ impl Selection {
 /// Runs the selected checks against a server.
 ///
 /// # Errors
-/// When there is nothing to verify: the endpoint is malformed, nobody answers there, or GetCapabilities fails.
+/// When there is nothing to verify: the endpoint is malformed, no server answers, or GetCapabilities fails.
 pub async fn run(options: Options) -> Result<Report> {
     let begin = Instant::now();
     let session = Session::connect(options).await?;
@@ -162,7 +162,7 @@ pub async fn run(options: Options) -> Result<Report> {
     Ok(report)
 }
 
-/// Runs one check on a task of its own, so that neither its work nor a panic touches the others.
+/// Runs one check in its own task, so that neither its work nor a panic affects the others.
 async fn run_check(check: &'static Check, session: Session, end: Instant) -> Row {
     let begin = Instant::now();
     let limit = session.options().check_limit();
@@ -179,14 +179,14 @@ async fn run_check(check: &'static Check, session: Session, end: Instant) -> Row
     let task = tokio::spawn(tokio::time::timeout(limit, work));
     let verdict = match task.await {
         Ok(Ok(verdict)) => verdict,
-        // A busy machine and a server that hangs look the same from here. What has to come in time is timed by its check.
+        // A busy machine and a hanging server look the same from here. Checks measure the times that matter.
         Ok(Err(_)) => named(&cases, check::fail(format!("an end within {limit:?}"), "no end")).control(),
         Err(error) => named(&cases, check::fail("a verdict", format!("the check itself is broken: {error}"))),
     };
     Row::of(check, verdict, begin.elapsed())
 }
 
-/// A failure of a check that did not come to its own verdict, with the cases that it was in.
+/// The failure of a check that did not reach its own verdict, with the cases in which it was.
 fn named(session: &Session, stop: Stop) -> Verdict {
     let cases = session.open_cases();
     if cases.is_empty() { Err(stop) } else { Err(stop).case(cases.join(": ")) }
@@ -267,7 +267,7 @@ mod tests {
         assert!(select(&["GEN", "CAS-01"], None).includes(&["BS-01", "CAS-01"]));
         assert!(!select(&["GEN", "CAS-01"], None).includes(&["CAS-02"]));
         assert!(!select(&[], Some(Level::Must)).includes(&["GEN-07"]));
-        // The level counts for the rule that was named, not for another one of the same check.
+        // The level applies to the named rule, and not to other rules of the same check.
         assert!(!select(&["GEN-07"], Some(Level::Must)).includes(&["GEN-07", "GEN-06"]));
     }
 }

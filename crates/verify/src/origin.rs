@@ -1,6 +1,6 @@
-//! An HTTP server of our own, from which the server under test is asked to fetch.
+//! An HTTP server from which the server under test is asked to fetch.
 //!
-//! It serves what a check tells it to and counts who comes. It listens for as long as it is held, on a port of its own.
+//! It serves the pages of a check and counts the visits. It listens on its own port until it is dropped.
 
 use super::check::{Stop, Verdict, skipped};
 use axum::{
@@ -17,25 +17,23 @@ use std::{
 };
 use tokio::{net::TcpListener, task::JoinHandle};
 
-/// The name of this machine where nothing else is said.
+/// The default name of this machine.
 pub const LOCAL_HOST: &str = "127.0.0.1";
 
-/// What is served at a path.
+/// The response for a path.
 #[derive(Debug, Clone)]
 pub enum Page {
-    /// These bytes.
     Content(Bytes),
-    /// These bytes, after a while.
+    /// These bytes after a delay.
     Slow(Bytes, Duration),
-    /// The value of this request header; empty without it.
+    /// The value of this request header; empty if it is missing.
     Echo(&'static str),
-    /// Nothing but a status.
     Status(StatusCode),
-    /// Somewhere else.
+    /// A redirect to this URL.
     Redirect(String),
 }
 
-/// See the top of this file.
+/// An HTTP server for one check; see the top of this file.
 #[derive(Debug)]
 pub struct Origin {
     authority: String,
@@ -50,10 +48,10 @@ struct Site {
 }
 
 impl Origin {
-    /// Listens: on the loopback address, or on all of them when the machine has been given a name for others to find it.
+    /// Listens on the loopback address, or on all addresses if this machine has a configured name.
     ///
     /// # Errors
-    /// Skipped when no port can be had.
+    /// Skipped when no port is available.
     pub async fn start(host: &str) -> Verdict<Self> {
         let ip = if host == LOCAL_HOST { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
         let no_port = |error| Stop::Skipped(format!("no port to serve an origin from: {error}"));
@@ -62,24 +60,24 @@ impl Origin {
         let site = Arc::<Mutex<Site>>::default();
         let router = Router::new().fallback(answer).with_state(site.clone());
         let serving = tokio::spawn(async move {
-            // It ends with the task; a broken connection is the server's to notice.
+            // It ends with the task. The server under test notices a broken connection.
             let _ = axum::serve(listener, router).await;
         });
         Ok(Self { authority, site, serving })
     }
 
-    /// Serves this at a path from now on; its URL.
+    /// Serves this page at a path and returns its URL.
     pub fn page(&self, path: &str, page: Page) -> String {
         self.site().pages.insert(format!("/{path}"), page);
         format!("http://{}/{path}", self.authority)
     }
 
-    /// How often a path was asked for.
+    /// How often a path was requested.
     pub fn visits(&self, path: &str) -> usize {
         self.site().visits.get(&format!("/{path}")).copied().unwrap_or_default()
     }
 
-    /// Why a check stops whose server never came here.
+    /// The reason to stop a check whose server never contacted the origin.
     pub fn unreachable(&self, why: &str) -> Stop {
         skipped(format!(
             "the server does not fetch from {}: {why}; allow it there, or say with --asset-origin under which name it finds \

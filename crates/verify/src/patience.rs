@@ -1,20 +1,20 @@
-//! What a server may do later: looked at several times.
+//! Polling for effects that a server may delay.
 //!
-//! A check whose verdict depends on who is faster is worth nothing. Where the API leaves a server time (a process that is killed, a
-//! cache of several machines), a check looks until it sees what it wants, and fails when it never does.
+//! A check whose verdict depends on timing is worthless. Where the API allows a delay (killing a process, a cache of
+//! several machines), a check polls until it observes the expected state, and fails if it never does.
 
 use super::check::Verdict;
 use std::{future::Future, time::Duration};
 
-/// How often something is looked at.
+/// Number of polls.
 const LOOKS: usize = 20;
-/// The pause between two looks.
+/// Delay between two polls.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// Repeats a step until it succeeds; what it comes to the last time where it never does.
+/// Repeats a step until it succeeds. Returns the last result if it never does.
 ///
 /// # Errors
-/// Those of the last look.
+/// The error of the last attempt.
 pub async fn within_patience<T, F>(step: impl Fn() -> F) -> Verdict<T>
 where
     F: Future<Output = Verdict<T>>,

@@ -1,4 +1,4 @@
-//! Calls whose request is bytes: for what the generated messages cannot say, such as fields that nobody knows.
+//! Calls whose request is raw bytes, for content that the generated messages cannot express, such as unknown fields.
 
 use super::connection::Service;
 use bytes::{Buf as _, BufMut as _, Bytes};
@@ -9,36 +9,31 @@ use tonic::{
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
 
-/// The paths of the calls that checks make so.
+/// Paths of these calls.
 pub mod path {
-    /// Capabilities.
     pub const GET_CAPABILITIES: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
-    /// What no server has.
+    /// A method that no server implements.
     pub const NO_SUCH_METHOD: &str = "/build.bazel.remote.execution.v2.Capabilities/NoSuchMethod";
-    /// ContentAddressableStorage.
     pub const FIND_MISSING: &str =
         "/build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs";
-    /// ContentAddressableStorage.
     pub const BATCH_UPDATE: &str =
         "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchUpdateBlobs";
-    /// ContentAddressableStorage.
     pub const BATCH_READ: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchReadBlobs";
-    /// ActionCache.
     pub const GET_ACTION_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
 }
 
-/// A unary call with these bytes as its request; the bytes of the answer.
+/// Makes a unary call with these request bytes and returns the response bytes.
 ///
 /// # Errors
-/// As the server answers.
+/// The status of the server.
 pub async fn call(service: Service, path: &str, request: Request<Bytes>) -> Result<Bytes, Status> {
     call_on(service, path, request).await
 }
 
-/// The same over any connection.
+/// Like [`call`], over any connection.
 ///
 /// # Errors
-/// As the server answers.
+/// The status of the server.
 pub async fn call_on<S>(service: S, path: &str, request: Request<Bytes>) -> Result<Bytes, Status>
 where
     S: GrpcService<tonic::body::Body>,

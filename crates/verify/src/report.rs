@@ -1,7 +1,7 @@
-//! What a run has found: rows, their judgement, and the table for people. The forms for machines are below.
+//! The results of a run: rows, their judgement, and the table for people. The submodules write machine-readable formats.
 
-pub mod json;
-pub mod junit;
+mod json;
+mod junit;
 
 use super::{
     check::{Check, Step as _, Stop, Verdict},
@@ -14,34 +14,34 @@ use std::{
     time::Duration,
 };
 
-/// What came of a check.
+/// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// As the rule asks.
+pub enum CheckOutcome {
+    /// The server follows the rule.
     Pass,
-    /// Otherwise.
+    /// The server violates the rule.
     Fail {
-        /// What the rule asks for.
+        /// What the rule requires.
         expected: String,
         /// What the server did.
         observed: String,
     },
-    /// A step that leads to the rule's own matter did not succeed, so nothing can be said about the rule.
+    /// A preparatory step failed, so nothing can be said about the rule.
     Inconclusive {
-        /// The rule that asks for this step, if it is one with a check of its own.
+        /// The rule that requires this step, if it has its own check.
         needs: Option<&'static str>,
-        /// What the step needed.
+        /// What the step expected.
         expected: String,
         /// What the server did.
         observed: String,
     },
-    /// The server does not claim the feature.
+    /// The server does not claim the feature; the text says why.
     Absent(String),
-    /// It could not be tested here.
+    /// It could not be tested here; the text says why.
     Skipped(String),
 }
 
-impl From<Verdict> for Outcome {
+impl From<Verdict> for CheckOutcome {
     fn from(verdict: Verdict) -> Self {
         match verdict {
             Ok(()) => Self::Pass,
@@ -55,21 +55,21 @@ impl From<Verdict> for Outcome {
     }
 }
 
-/// How an outcome counts.
+/// The weight of an outcome, which depends on the level of the rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Judgement {
-    /// It passed.
+    /// The check passed.
     Pass,
-    /// A `must` failed; or a `should`, of a strict run.
+    /// A `must` failed, or a `should` in a strict run.
     Fail,
-    /// Something that a check builds on did not work, and no other check says why.
+    /// A preparatory step failed, and no other check explains it.
     Inconclusive,
     /// A `should` or a `may` failed.
     Warn,
-    /// The server does not have it.
+    /// The server lacks an optional feature.
     Absent,
-    /// Not tested.
+    /// The check was not performed.
     Skipped,
 }
 
@@ -86,56 +86,56 @@ impl fmt::Display for Judgement {
     }
 }
 
-/// One check, or one rule that no check can serve.
+/// One check, or one rule that no check can cover.
 #[derive(Debug, Clone)]
 pub struct Row {
-    /// The rules; the first one says to which group it belongs.
+    /// The ids of its rules. The first one decides the group.
     pub rules: Vec<&'static str>,
-    /// The highest level among them.
+    /// The highest level among the rules.
     pub level: Level,
     /// A sentence about the server.
     pub title: String,
-    /// What came of it.
-    pub outcome: Outcome,
-    /// How long it took.
+    /// The result of the check.
+    pub outcome: CheckOutcome,
+    /// The duration of the check.
     pub elapsed: Duration,
 }
 
 impl Row {
-    /// What came of a check. A step that the check's own rule asks for is its own matter.
+    /// The row of a check. A preparatory step that the check's own rule requires counts as its failure.
     pub fn of(check: &Check, verdict: Verdict, elapsed: Duration) -> Self {
         let rules = check.rules.to_vec();
         let own = matches!(&verdict, Err(Stop::Unmet { needs: Some(rule), .. }) if rules.contains(rule));
-        let outcome = Outcome::from(if own { verdict.own() } else { verdict });
+        let outcome = CheckOutcome::from(if own { verdict.own() } else { verdict });
         Self { rules, level: check.level(), title: check.title(), outcome, elapsed }
     }
 
-    /// A rule that no check can serve.
+    /// The row of a rule that no check can cover.
     pub fn beyond(rule: &'static Rule, reason: &str) -> Self {
         Self {
             rules: vec![rule.id],
             level: rule.level,
             title: rule.title.to_owned(),
-            outcome: Outcome::Skipped(reason.to_owned()),
+            outcome: CheckOutcome::Skipped(reason.to_owned()),
             elapsed: Duration::ZERO,
         }
     }
 
-    /// The name of its group.
+    /// The name of the group.
     pub fn group(&self) -> &'static str {
         self.rules.first().and_then(|id| id.split('-').next()).unwrap_or_default()
     }
 
-    /// How it counts; `strict` makes a failed `should` a failure.
+    /// The judgement; `strict` makes a failed `should` a failure.
     pub fn judgement(&self, strict: bool) -> Judgement {
         let least = if strict { Level::Should } else { Level::Must };
         match &self.outcome {
-            Outcome::Pass => Judgement::Pass,
-            Outcome::Fail { .. } if self.level >= least => Judgement::Fail,
-            Outcome::Fail { .. } => Judgement::Warn,
-            Outcome::Inconclusive { .. } => Judgement::Inconclusive,
-            Outcome::Absent(_) => Judgement::Absent,
-            Outcome::Skipped(_) => Judgement::Skipped,
+            CheckOutcome::Pass => Judgement::Pass,
+            CheckOutcome::Fail { .. } if self.level >= least => Judgement::Fail,
+            CheckOutcome::Fail { .. } => Judgement::Warn,
+            CheckOutcome::Inconclusive { .. } => Judgement::Inconclusive,
+            CheckOutcome::Absent(_) => Judgement::Absent,
+            CheckOutcome::Skipped(_) => Judgement::Skipped,
         }
     }
 
@@ -153,32 +153,32 @@ impl Row {
     }
 }
 
-/// A whole run.
+/// The results of a whole run.
 #[derive(Debug)]
 pub struct Report {
-    /// The server.
+    /// The endpoint of the server.
     pub endpoint: String,
-    /// The instance that was used.
+    /// The instance name in requests.
     pub instance: String,
-    /// The digest function that was used.
+    /// API name of the digest function of the blobs.
     pub digest_function: String,
-    /// How many bytes were sent to be stored.
+    /// Number of bytes that were sent to be stored.
     pub bytes_written: u64,
-    /// How long it took.
+    /// The duration of the run.
     pub elapsed: Duration,
-    /// What was found.
+    /// One row for each check, and for each rule without one.
     pub rows: Vec<Row>,
 }
 
 impl Report {
-    /// The rows of a group, by their first rule.
+    /// The rows whose first rule is in this group.
     pub fn group(&self, name: &str) -> Vec<&Row> {
         let mut rows: Vec<&Row> = self.rows.iter().filter(|row| row.group() == name).collect();
         rows.sort_by_key(|row| row.rules.first().copied());
         rows
     }
 
-    /// How many rows of each kind there are.
+    /// The number of rows with each judgement.
     pub fn counts(&self, strict: bool) -> BTreeMap<Judgement, usize> {
         let mut counts = BTreeMap::new();
         for row in &self.rows {
@@ -187,23 +187,23 @@ impl Report {
         counts
     }
 
-    /// Whether nothing failed, and nothing that could be checked was left undecided.
+    /// Whether nothing failed and nothing is inconclusive.
     pub fn is_good(&self, strict: bool) -> bool {
         let counts = self.counts(strict);
         !counts.contains_key(&Judgement::Fail) && !counts.contains_key(&Judgement::Inconclusive)
     }
 
-    /// Makes one fault one failure: what could not be decided because of a rule that failed itself is skipped.
+    /// Reduces one fault to one failure: what is inconclusive because of a rule that itself failed becomes skipped.
     pub fn settle(&mut self) {
-        let failed = |row: &&Row| matches!(row.outcome, Outcome::Fail { .. });
+        let failed = |row: &&Row| matches!(row.outcome, CheckOutcome::Fail { .. });
         let failed: BTreeSet<&str> =
             self.rows.iter().filter(failed).flat_map(|row| row.rules.clone()).collect();
         for row in &mut self.rows {
-            if let Outcome::Inconclusive { needs: Some(rule), expected, observed } = &row.outcome
+            if let CheckOutcome::Inconclusive { needs: Some(rule), expected, observed } = &row.outcome
                 && failed.contains(rule)
             {
                 row.outcome =
-                    Outcome::Skipped(format!("needs {rule}: expected {expected}; observed {observed}"));
+                    CheckOutcome::Skipped(format!("needs {rule}: expected {expected}; observed {observed}"));
             }
         }
     }
@@ -245,18 +245,18 @@ fn write_row(text: &mut String, row: &Row, strict: bool) {
         }
     };
     match &row.outcome {
-        Outcome::Pass => {}
-        Outcome::Fail { expected, observed } => {
+        CheckOutcome::Pass => {}
+        CheckOutcome::Fail { expected, observed } => {
             detail("expected", expected);
             detail("observed", observed);
             detail("breaks", &row.breaks());
         }
-        Outcome::Inconclusive { needs, expected, observed } => {
-            detail("because", "a step before the rule itself failed");
+        CheckOutcome::Inconclusive { needs, expected, observed } => {
+            detail("because", "a preparatory step failed");
             detail("needs", needs.unwrap_or_default());
             detail("expected", expected);
             detail("observed", observed);
         }
-        Outcome::Absent(why) | Outcome::Skipped(why) => detail("because", why),
+        CheckOutcome::Absent(why) | CheckOutcome::Skipped(why) => detail("because", why),
     }
 }

@@ -1,17 +1,17 @@
 //! The rules that are verified: the ids, levels and short titles of all 220.
 //!
-//! `docs/rules.md` states each rule in full; `tests/tidy` holds its ids and levels equal to these. A title is a reminder for the
-//! reader of a report. How a rule is tested is up to the groups.
+//! `docs/rules.md` states each rule in full; `tests/tidy` keeps its ids and levels equal to these. The titles are short
+//! reminders for the readers of reports. The groups decide how a rule is tested.
 
 use std::fmt;
 
-/// How much a rule asks.
+/// The strength of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// A server is free to do so.
+    /// The behaviour is optional.
     May,
-    /// Good servers do so; a failure is a warning.
+    /// Good servers behave so. A failure is a warning.
     Should,
     /// A client breaks otherwise.
     Must,
@@ -20,13 +20,13 @@ pub enum Level {
 /// One rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rule {
-    /// Such as `CAS-12`.
+    /// The id, such as `CAS-12`.
     pub id: &'static str,
-    /// How much it asks.
+    /// The strength of the rule.
     pub level: Level,
-    /// What it asks, in a few words.
+    /// The requirement in a few words.
     pub title: &'static str,
-    /// The clients that are known to break without it.
+    /// The clients that are known to break if it is violated.
     pub breaks: &'static str,
 }
 
@@ -40,7 +40,7 @@ impl fmt::Display for Level {
     }
 }
 
-/// The rule of this id.
+/// The rule with this id, if it exists.
 pub fn find(id: &str) -> Option<&'static Rule> {
     ALL.iter().flat_map(|(_, rules)| rules.iter()).find(|rule| rule.id == id)
 }
@@ -57,7 +57,7 @@ const fn may(id: &'static str, title: &'static str, breaks: &'static str) -> Rul
     Rule { id, level: Level::May, title, breaks }
 }
 
-/// Every rule, by group.
+/// All rules, by group.
 pub const ALL: &[(&str, &[Rule])] = &[
     ("GEN", GEN),
     ("CAP", CAP),
@@ -70,7 +70,7 @@ pub const ALL: &[(&str, &[Rule])] = &[
     ("LOG", LOG),
 ];
 
-/// Cross-cutting.
+/// The cross-cutting rules.
 pub const GEN: &[Rule] = &[
     must("GEN-01", "a hash is lower-case hex and never folded", "Bazel"),
     must("GEN-02", "a hash of another length or alphabet is refused", ""),
@@ -108,7 +108,7 @@ pub const GEN: &[Rule] = &[
     must("GEN-30", "messages made by the server are canonical", "Bazel, Go SDK"),
 ];
 
-/// Capabilities.
+/// The rules about Capabilities.
 pub const CAP: &[Rule] = &[
     must("CAP-01", "the sub-messages say what the endpoint is", "Bazel, Please"),
     must("CAP-02", "the API versions are set and overlap 2.x", "Bazel, Please, justbuild"),
@@ -131,7 +131,7 @@ pub const CAP: &[Rule] = &[
     must("CAP-19", "all connections see the same, quickly", "Bazel"),
 ];
 
-/// ContentAddressableStorage.
+/// The rules about ContentAddressableStorage.
 pub const CAS: &[Rule] = &[
     must("CAS-01", "FindMissing answers exactly what is not stored", "Bazel, justbuild"),
     must("CAS-02", "FindMissing takes empty lists and duplicates", ""),
@@ -173,7 +173,7 @@ pub const CAS: &[Rule] = &[
     should("CAS-38", "splicing again is OK", "Bazel"),
 ];
 
-/// ByteStream.
+/// The rules about ByteStream.
 pub const BS: &[Rule] = &[
     must("BS-01", "read names have any instance depth", "all"),
     must("BS-02", "write names may go on after the size", ""),
@@ -210,7 +210,7 @@ pub const BS: &[Rule] = &[
     must("BS-33", "compressed uploads are resumed by plain offset", "Bazel"),
 ];
 
-/// ActionCache.
+/// The rules about ActionCache.
 pub const AC: &[Rule] = &[
     must("AC-01", "a miss is NOT_FOUND", "Bazel"),
     must("AC-02", "the key is the whole action digest", ""),
@@ -229,7 +229,7 @@ pub const AC: &[Rule] = &[
     should("AC-15", "a cache policy is harmless", ""),
 ];
 
-/// Execution.
+/// The rules about Execution.
 pub const EXE: &[Rule] = &[
     must("EXE-01", "the first Operation comes at once", "Bazel"),
     must("EXE-02", "an operation keeps its name", "Bazel, Go SDK, Pants"),
@@ -297,7 +297,7 @@ pub const EXE: &[Rule] = &[
     may("EXE-64", "live log streams can be read", ""),
 ];
 
-/// Operations (google.longrunning).
+/// The rules about google.longrunning.Operations.
 pub const OPS: &[Rule] = &[
     should("OPS-01", "GetOperation shows what the stream shows", ""),
     may("OPS-02", "absent methods are UNIMPLEMENTED", ""),
@@ -306,7 +306,7 @@ pub const OPS: &[Rule] = &[
     should("OPS-05", "WaitOperation keeps to its timeout", ""),
 ];
 
-/// Remote Asset.
+/// The rules about Remote Asset.
 pub const AST: &[Rule] = &[
     must("AST-01", "a malformed fetch is refused", ""),
     must("AST-02", "an unsupported qualifier is refused", ""),
@@ -321,7 +321,7 @@ pub const AST: &[Rule] = &[
     may("AST-11", "pushed content can be fetched", ""),
 ];
 
-/// LogStream.
+/// The rules about LogStream.
 pub const LOG: &[Rule] = &[
     must("LOG-01", "a log stream has a name and a secret", ""),
     must("LOG-02", "names are for reading or for writing", ""),

@@ -1,7 +1,7 @@
-//! A session: one connection to the server, one instance and one digest function, and the clients of every service.
+//! A session: one connection to the server, one instance, one digest function, and the clients of all services.
 //!
-//! It is cheap to clone and to change: [`Session::with_instance`], [`Session::with_function`], [`Session::reconnect`]. All
-//! sessions of a run share its salt, its options and what the server said of itself at the beginning.
+//! It is cheap to clone and to modify: [`Session::with_instance`], [`Session::with_function`], [`Session::reconnect`]. All
+//! sessions of a run share its salt, its options and the capabilities that the server reported at the beginning.
 
 use super::{
     Options,
@@ -38,23 +38,23 @@ use std::{
 use tokio::sync::OnceCell;
 use tonic::transport::Channel;
 
-/// How long the operations that checks left behind may take to be cancelled, all together.
+/// Time limit for cancelling all operations that checks left behind.
 const CLEAN_UP_LIMIT: Duration = Duration::from_secs(5);
 
-/// See the top of this file.
+/// One connection, instance and digest function; see the top of this file.
 #[derive(Debug, Clone)]
 pub struct Session {
-    run: Arc<Run>,
+    run: Arc<RunState>,
     channel: Channel,
     instance: String,
     function: DigestFunction,
-    /// What requests say about it; 0 in a session that leaves the field unset.
+    /// The value of `digest_function` in requests; 0 if the field is left unset.
     function_number: i32,
-    /// The cases that the check is in.
+    /// The cases that the check is currently in.
     cases: Arc<Cases>,
 }
 
-/// The cases that a check is in, by the order in which it entered them.
+/// The cases that a check is in, in the order in which it entered them.
 #[derive(Debug, Default)]
 struct Cases(Mutex<BTreeMap<u64, String>>);
 
@@ -71,25 +71,25 @@ impl Cases {
     }
 }
 
-/// What all sessions of a run share.
+/// The state that all sessions of a run share.
 #[derive(Debug)]
-struct Run {
+struct RunState {
     options: Options,
     target: Target,
     capabilities: ServerCapabilities,
     salt: Salt,
     written: AtomicU64,
-    /// Names of operations that this run started and has not seen the end of.
+    /// Names of operations that this run started and whose end it has not seen.
     operations: Mutex<BTreeSet<String>>,
-    /// Whether a trivial action was run; see [`Session::runs_actions`].
+    /// The result of a trivial action; see [`Session::runs_actions`].
     first_action: OnceCell<Verdict>,
 }
 
 impl Session {
-    /// Connects, and asks for the capabilities that the whole run goes by.
+    /// Connects and requests the capabilities for the whole run.
     ///
     /// # Errors
-    /// `Invalid` for options that make no sense; `Unavailable` when nobody answers or GetCapabilities fails.
+    /// `Invalid` for invalid options; `Unavailable` when no server answers or GetCapabilities fails.
     pub async fn connect(options: Options) -> Result<Self> {
         check_instance_name(&options.instance)?;
         let salt = Salt::new();
@@ -120,7 +120,7 @@ impl Session {
         };
         let function = choose_function(options.digest_function.as_deref(), &capabilities)?;
         let instance = options.instance.clone();
-        let run = Run {
+        let run = RunState {
             options,
             target,
             capabilities,
@@ -133,90 +133,89 @@ impl Session {
         Ok(Self { run: Arc::new(run), channel, instance, function, function_number, cases: Arc::default() })
     }
 
-    /// The same for one check, which is in no case yet.
+    /// A copy for a new check, which is not in a case yet.
     pub fn for_check(&self) -> Self {
         Self { cases: Arc::default(), ..self.clone() }
     }
 
-    /// Runs a part of a check as one of its cases: a failure of the part names the case.
+    /// Runs a part of a check as one of its cases, so that a failure of this part names the case.
     ///
     /// # Errors
-    /// Those of the part.
+    /// The errors of the part.
     pub async fn case<T>(&self, case: impl Display, part: impl Future<Output = Verdict<T>>) -> Verdict<T> {
         let case = case.to_string();
         let number = self.cases.enter(case.clone());
         let verdict = part.await;
-        // A part that is given up, because the check ran out of time, stays in the list for the report.
+        // If the part is dropped because the check timed out, the case stays in the list for the report.
         self.cases.open().remove(&number);
         verdict.case(case)
     }
 
-    /// The cases that the check is in, the outermost first.
+    /// The cases that the check is in, outermost first.
     pub fn open_cases(&self) -> Vec<String> {
         self.cases.open().values().cloned().collect()
     }
 
-    /// The same over a connection of its own.
+    /// A copy with its own connection.
     ///
     /// # Errors
-    /// A failure when the server does not take another connection.
+    /// A failure when the server does not accept another connection.
     pub async fn reconnect(&self) -> Verdict<Self> {
         Ok(Self { channel: self.run.target.connect().await?, ..self.clone() })
     }
 
-    /// The same over a connection that sends a ping at this interval, also while nothing is asked.
+    /// A copy with its own connection, which sends pings at this interval even without open calls.
     ///
     /// # Errors
-    /// As [`Session::reconnect`].
+    /// See [`Session::reconnect`].
     pub async fn reconnect_pinging(&self, interval: Duration) -> Verdict<Self> {
         Ok(Self { channel: self.run.target.connect_pinging(interval).await?, ..self.clone() })
     }
 
-    /// The same on another instance.
+    /// A copy for another instance.
     pub fn with_instance(&self, instance: impl Into<String>) -> Self {
         Self { instance: instance.into(), ..self.clone() }
     }
 
-    /// The same with another digest function.
+    /// A copy for another digest function.
     pub fn with_function(&self, function: DigestFunction) -> Self {
         Self { function, function_number: function.wire().into(), ..self.clone() }
     }
 
-    /// The same, leaving the field `digest_function` of every request unset (GEN-08).
+    /// A copy that leaves the field `digest_function` of every request unset (GEN-08).
     pub fn without_function_number(&self) -> Self {
         Self { function_number: 0, ..self.clone() }
     }
 
-    /// The options of the run.
     pub fn options(&self) -> &Options {
         &self.run.options
     }
 
-    /// What the server said when the run began.
+    /// The capabilities that the server reported at the beginning of the run.
     pub fn capabilities(&self) -> &ServerCapabilities {
         &self.run.capabilities
     }
 
-    /// What it said of its cache.
+    /// The cache capabilities.
     ///
     /// # Errors
-    /// Absent when it claims none.
+    /// Absent when the server claims none.
     pub fn cache(&self) -> Verdict<&CacheCapabilities> {
         let cache = self.run.capabilities.cache_capabilities.as_ref();
         cache.ok_or_else(|| absent("the server claims no cache_capabilities"))
     }
 
-    /// What it said of its execution.
+    /// The execution capabilities.
     ///
     /// # Errors
-    /// Absent when it claims none, or that it is off.
+    /// Absent when the server claims none, or has execution disabled.
     pub fn executes(&self) -> Verdict<&ExecutionCapabilities> {
         let execution = self.run.capabilities.execution_capabilities.as_ref();
         let execution = execution.filter(|execution| execution.exec_enabled);
         execution.ok_or_else(|| absent("the server does not claim execution (exec_enabled)"))
     }
 
-    /// Goes on only where results may be written into the action cache.
+    /// Passes if this caller may write results to the action cache.
     ///
     /// # Errors
     /// Absent otherwise.
@@ -228,7 +227,7 @@ impl Session {
         }
     }
 
-    /// The functions that the server lists and this build can compute.
+    /// The digest functions that both the server and this build support.
     pub fn functions(&self) -> Vec<DigestFunction> {
         let cache = self.run.capabilities.cache_capabilities.as_ref();
         let listed = cache.map_or(&[][..], |cache| &cache.digest_functions);
@@ -237,7 +236,7 @@ impl Session {
         known
     }
 
-    /// The most payload bytes of a batch; where the server states no limit, what clients assume then (CAP-10).
+    /// The size limit of a batch; if the server states none, the one that clients then assume (CAP-10).
     pub fn batch_limit(&self) -> usize {
         let cache = self.run.capabilities.cache_capabilities.as_ref();
         match cache.map_or(0, |cache| cache.max_batch_total_size_bytes) {
@@ -246,7 +245,7 @@ impl Session {
         }
     }
 
-    /// The instance name, for requests.
+    /// The instance name for requests.
     pub fn instance(&self) -> String {
         self.instance.clone()
     }
@@ -266,52 +265,51 @@ impl Session {
         if self.instance.is_empty() { rest.to_owned() } else { format!("{}/{rest}", self.instance) }
     }
 
-    /// The name under which this digest is read.
+    /// The name for reading this digest.
     pub fn read_name(&self, digest: &reapi::Digest) -> String {
         self.qualify(&format!("blobs/{}", tail(self.function, digest)))
     }
 
-    /// A new name under which this blob is written.
+    /// A new name for writing this blob.
     pub fn write_name(&self, blob: &Blob) -> String {
         self.qualify(&format!("uploads/{}/{}", uuid::Uuid::new_v4(), blob.name()))
     }
 
-    /// A new name under which this blob is written compressed.
+    /// A new name for writing this blob compressed.
     pub fn compressed_write_name(&self, blob: &Blob) -> String {
         self.qualify(&format!("uploads/{}/{}", uuid::Uuid::new_v4(), blob.compressed_name("zstd")))
     }
 
-    /// A blob of these bytes.
+    /// A blob with this content.
     pub fn blob_of(&self, data: impl Into<bytes::Bytes>) -> Blob {
         Blob::new(self.function, data)
     }
 
-    /// A blob that nobody has; incompressible. Unique from 16 bytes on.
+    /// A unique incompressible blob of at least 16 bytes.
     pub fn blob(&self, size: usize) -> Blob {
         self.blob_of(self.run.salt.noise(size))
     }
 
-    /// A blob that nobody has and that compresses well. Unique from 60 bytes on.
+    /// A unique compressible blob of at least 60 bytes.
     pub fn text(&self, size: usize) -> Blob {
         self.blob_of(self.run.salt.text(size))
     }
 
-    /// The blob of a message.
+    /// An encoded message as a blob.
     pub fn message(&self, message: &impl Message) -> Blob {
         self.blob_of(message.encode_to_vec())
     }
 
-    /// The digest of something that was never stored.
+    /// The digest of a blob that was never stored.
     pub fn unknown(&self) -> reapi::Digest {
         self.blob(100).digest
     }
 
-    /// The blob without bytes.
     pub fn empty(&self) -> Blob {
         self.blob_of(bytes::Bytes::new())
     }
 
-    /// A word that nothing else uses, for file names and arguments.
+    /// A unique word for file names and arguments.
     pub fn word(&self) -> String {
         self.run.salt.word()
     }
@@ -321,22 +319,22 @@ impl Session {
         self.run.written.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Bytes sent to be stored so far, by the whole run.
+    /// Number of bytes sent to be stored so far in the whole run.
     pub fn bytes_written(&self) -> u64 {
         self.run.written.load(Ordering::Relaxed)
     }
 
-    /// What came of the run's first action.
+    /// The result of the run's first action.
     pub(super) fn first_action(&self) -> &OnceCell<Verdict> {
         &self.run.first_action
     }
 
-    /// Remembers an operation that this run has started, until [`Session::operation_ended`].
+    /// Records an operation that this run has started, until [`Session::operation_ended`].
     pub fn operation_started(&self, name: &str) {
         self.operations_of_run().insert(name.to_owned());
     }
 
-    /// Forgets an operation that needs no cancelling any more.
+    /// Removes an operation that need not be cancelled any more.
     pub fn operation_ended(&self, name: &str) {
         self.operations_of_run().remove(name);
     }
@@ -345,75 +343,66 @@ impl Session {
         self.run.operations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Cancels the operations that checks have started and not seen to their end.
+    /// Cancels the operations that checks have started and whose end they have not seen.
     pub async fn cancel_what_is_left(&self) {
         let names = std::mem::take(&mut *self.operations_of_run());
         let cancel_all = async {
             for name in names {
-                // A server without the call ends them by their timeouts.
+                // If the server lacks the method, the operations end by their timeouts.
                 let _ = self.operations().cancel_operation(CancelOperationRequest { name }).await;
             }
         };
         let _ = tokio::time::timeout(CLEAN_UP_LIMIT, cancel_all).await;
     }
 
-    /// The connection, with deadline and identity.
+    /// The connection with deadline and identity.
     pub fn service(&self) -> Service {
         self.run.target.service(self.channel.clone())
     }
 
-    /// The connection alone, for checks of what travels beside the messages.
+    /// The bare connection, for checks of transport details.
     pub fn channel(&self) -> Channel {
         self.channel.clone()
     }
 
-    /// `Capabilities`.
     pub fn capabilities_client(&self) -> CapabilitiesClient<Service> {
         CapabilitiesClient::new(self.service())
     }
 
-    /// `ContentAddressableStorage`.
     pub fn cas(&self) -> ContentAddressableStorageClient<Service> {
         ContentAddressableStorageClient::new(self.service())
     }
 
-    /// `ByteStream`.
     pub fn byte_stream(&self) -> ByteStreamClient<Service> {
         ByteStreamClient::new(self.service())
     }
 
-    /// `ActionCache`.
     pub fn action_cache(&self) -> ActionCacheClient<Service> {
         ActionCacheClient::new(self.service())
     }
 
-    /// `Execution`.
     pub fn execution(&self) -> ExecutionClient<Service> {
         ExecutionClient::new(self.service())
     }
 
-    /// `Operations`.
     pub fn operations(&self) -> OperationsClient<Service> {
         OperationsClient::new(self.service())
     }
 
-    /// `Fetch` of Remote Asset.
     pub fn fetch(&self) -> FetchClient<Service> {
         FetchClient::new(self.service())
     }
 
-    /// `Push` of Remote Asset.
     pub fn push(&self) -> PushClient<Service> {
         PushClient::new(self.service())
     }
 
-    /// `LogStreamService`.
     pub fn log_streams(&self) -> LogStreamServiceClient<Service> {
         LogStreamServiceClient::new(self.service())
     }
 }
 
-/// The function of the run: the one asked for, or SHA256, or the first of the server's that this build can compute.
+/// The digest function of the run: the requested one, or SHA256, or the first listed one that this build supports.
 fn choose_function(asked: Option<&str>, capabilities: &ServerCapabilities) -> Result<DigestFunction> {
     let by_name = |name: &str| {
         let named = |function: &&DigestFunction| function.wire().as_str_name().eq_ignore_ascii_case(name);
@@ -430,7 +419,7 @@ fn choose_function(asked: Option<&str>, capabilities: &ServerCapabilities) -> Re
     Ok(offered.min_by_key(|function| *function != DigestFunction::Sha256).unwrap_or(DigestFunction::Sha256))
 }
 
-/// A feature that the server lists a name for, such as a compressor.
+/// A feature that the server lists by number, such as a compressor.
 ///
 /// # Errors
 /// Absent when it is not in the list.

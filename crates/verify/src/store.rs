@@ -1,6 +1,5 @@
-//! Calls of the store, as checks need them: each one makes exactly the request that its name says and gives the answer back
-//! as it is, so that a check can judge it. Only [`Session::store`] judges itself: it is for what a check needs stored before it
-//! begins.
+//! The calls of the store. Each makes exactly the request that its name says and returns the response unchanged, so that a
+//! check can judge it. Only [`Session::store`] judges the response itself: it stores what a check needs before it starts.
 
 use super::{
     blob::Blob,
@@ -21,19 +20,19 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
-/// Bytes in one WriteRequest: well below every limit on messages.
+/// Number of bytes in one WriteRequest: well below every limit on messages.
 pub const PIECE_BYTES: usize = 64 * 1024;
-/// How long a server may take to say that it has taken in a part of an upload, and the pause between two looks.
+/// How long a server may take to report the received part of an upload, and the delay between two polls.
 const UPLOAD_PATIENCE: Duration = Duration::from_secs(2);
 const UPLOAD_PAUSE: Duration = Duration::from_millis(20);
-/// What an entry of a batch costs besides its data, rounded up.
+/// Overhead of a batch entry besides its data, rounded up.
 const ENTRY_BYTES: usize = 150;
 
 impl Session {
-    /// FindMissingBlobs.
+    /// Makes a FindMissingBlobs call.
     ///
     /// # Errors
-    /// As the server answers; so in all of this file but [`Session::store`].
+    /// The status of the server, here and in all methods below except [`Session::store`].
     pub async fn missing(&self, digests: &[Digest]) -> Result<Vec<Digest>, Status> {
         let request = FindMissingBlobsRequest {
             instance_name: self.instance(),
@@ -53,12 +52,12 @@ impl Session {
         }
     }
 
-    /// BatchUpdateBlobs of blobs as they are.
+    /// Makes a BatchUpdateBlobs call with these blobs.
     pub async fn update(&self, blobs: &[&Blob]) -> Result<BatchUpdateBlobsResponse, Status> {
         self.update_items(blobs.iter().map(|blob| self.item(blob)).collect()).await
     }
 
-    /// BatchUpdateBlobs of any items.
+    /// Makes a BatchUpdateBlobs call with any items.
     pub async fn update_items(
         &self,
         requests: Vec<batch_update_blobs_request::Request>,
@@ -72,7 +71,7 @@ impl Session {
         Ok(self.cas().batch_update_blobs(request).await?.into_inner())
     }
 
-    /// BatchReadBlobs.
+    /// Makes a BatchReadBlobs call.
     pub async fn batch_read(
         &self,
         digests: &[Digest],
@@ -87,7 +86,7 @@ impl Session {
         Ok(self.cas().batch_read_blobs(request).await?.into_inner())
     }
 
-    /// GetTree to its end: the messages.
+    /// Makes a GetTree call and returns all messages.
     pub async fn tree(&self, root: &Digest, page_size: i32) -> Result<Vec<GetTreeResponse>, Status> {
         self.tree_request(GetTreeRequest {
             instance_name: self.instance(),
@@ -99,7 +98,7 @@ impl Session {
         .await
     }
 
-    /// GetTree with everything said, to its end.
+    /// Like [`Session::tree`], with the whole request.
     pub async fn tree_request(&self, request: GetTreeRequest) -> Result<Vec<GetTreeResponse>, Status> {
         let mut stream = self.cas().get_tree(request).await?.into_inner();
         let mut messages = Vec::new();
@@ -109,17 +108,17 @@ impl Session {
         Ok(messages)
     }
 
-    /// A whole blob through ByteStream.
+    /// Reads a whole blob with ByteStream.
     pub async fn read(&self, digest: &Digest) -> Result<Bytes, Status> {
         self.read_named(&self.read_name(digest)).await
     }
 
-    /// Whatever this resource name stands for, from its beginning to its end.
+    /// Reads everything under this resource name.
     pub async fn read_named(&self, name: &str) -> Result<Bytes, Status> {
         Ok(self.read_pieces(name, 0, 0).await?.concat().into())
     }
 
-    /// ByteStream.Read: the data of each message.
+    /// Makes a ByteStream.Read call and returns the data of each message.
     pub async fn read_pieces(&self, name: &str, offset: i64, limit: i64) -> Result<Vec<Bytes>, Status> {
         let request = ReadRequest { resource_name: name.to_owned(), read_offset: offset, read_limit: limit };
         let mut stream = self.byte_stream().read(request).await?.into_inner();
@@ -130,29 +129,29 @@ impl Session {
         Ok(pieces)
     }
 
-    /// ByteStream.Write of a blob as it is, under a new name: the `committed_size`.
+    /// Makes a ByteStream.Write call for a blob, under a new name. Returns the `committed_size`.
     pub async fn write(&self, blob: &Blob) -> Result<i64, Status> {
         self.write_messages(pieces(&self.write_name(blob), &blob.data, 0, PIECE_BYTES)).await
     }
 
-    /// ByteStream.Write of exactly these messages, then half-closed: the `committed_size`.
+    /// Makes a ByteStream.Write call with exactly these messages, then half-closes. Returns the `committed_size`.
     pub async fn write_messages(&self, messages: Vec<WriteRequest>) -> Result<i64, Status> {
         self.count_written(messages.iter().map(|message| message.data.len()).sum());
         Ok(self.byte_stream().write(stream::iter(messages)).await?.into_inner().committed_size)
     }
 
-    /// ByteStream.QueryWriteStatus.
+    /// Makes a ByteStream.QueryWriteStatus call.
     pub async fn query(&self, name: &str) -> Result<QueryWriteStatusResponse, Status> {
         let request = QueryWriteStatusRequest { resource_name: name.to_owned() };
         Ok(self.byte_stream().query_write_status(request).await?.into_inner())
     }
 
-    /// GetActionResult without any inlining.
+    /// Makes a GetActionResult call without inlining.
     pub async fn result(&self, action: &Digest) -> Result<ActionResult, Status> {
         self.result_request(self.result_of(action)).await
     }
 
-    /// A plain GetActionResultRequest.
+    /// A GetActionResultRequest without inlining.
     pub fn result_of(&self, action: &Digest) -> GetActionResultRequest {
         GetActionResultRequest {
             instance_name: self.instance(),
@@ -162,12 +161,12 @@ impl Session {
         }
     }
 
-    /// GetActionResult with everything said.
+    /// Makes a GetActionResult call with the whole request.
     pub async fn result_request(&self, request: GetActionResultRequest) -> Result<ActionResult, Status> {
         Ok(self.action_cache().get_action_result(request).await?.into_inner())
     }
 
-    /// UpdateActionResult.
+    /// Makes an UpdateActionResult call.
     pub async fn update_result(&self, action: &Digest, result: ActionResult) -> Result<ActionResult, Status> {
         let request = UpdateActionResultRequest {
             instance_name: self.instance(),
@@ -179,10 +178,10 @@ impl Session {
         Ok(self.action_cache().update_action_result(request).await?.into_inner())
     }
 
-    /// Stores blobs, by batch where they fit and by ByteStream where not.
+    /// Stores blobs, by batch if they fit and by ByteStream otherwise.
     ///
     /// # Errors
-    /// Needs CAS-09 or BS-23 when the server does not take one.
+    /// Needs CAS-09 or BS-23 when the server does not accept one.
     pub async fn store(&self, blobs: &[&Blob]) -> Verdict {
         let limit = self.batch_limit().min(3_000_000);
         let cost = |blob: &Blob| blob.data.len() + ENTRY_BYTES;
@@ -226,20 +225,20 @@ impl Session {
             .needs("CAS-09")
     }
 
-    /// A stored blob that nobody has.
+    /// Stores a unique blob.
     ///
     /// # Errors
-    /// As [`Session::store`].
+    /// See [`Session::store`].
     pub async fn stored(&self, size: usize) -> Verdict<Blob> {
         let blob = self.blob(size);
         self.store(&[&blob]).await?;
         Ok(blob)
     }
 
-    /// A stored Directory.
+    /// Stores a Directory.
     ///
     /// # Errors
-    /// As [`Session::store`].
+    /// See [`Session::store`].
     pub async fn stored_directory(&self, directory: &Directory) -> Verdict<Blob> {
         let blob = self.message(directory);
         self.store(&[&blob]).await?;
@@ -248,7 +247,7 @@ impl Session {
 }
 
 impl Session {
-    /// Starts an upload, and breaks it off once the server says that it has taken in so many bytes, or has had ample time to.
+    /// Starts an upload and aborts it when the server reports that it has received this many bytes, or after ample time.
     pub async fn broken_upload(&self, messages: Vec<WriteRequest>, bytes: i64) {
         let name = messages.first().map(|message| message.resource_name.clone()).unwrap_or_default();
         let upload = self.open_upload(messages);
@@ -256,26 +255,26 @@ impl Session {
         upload.abort();
     }
 
-    /// Starts an upload that stays open after these messages, until it is aborted.
+    /// Starts an upload that stays open after these messages until it is aborted.
     pub fn open_upload(&self, messages: Vec<WriteRequest>) -> JoinHandle<()> {
         let s = self.clone();
         tokio::spawn(async move { drop(s.byte_stream().write(stalled(messages)).await) })
     }
 
-    /// Waits until the server says that an upload has so many bytes, or for long enough that any server has. What is asked before
-    /// the first byte is there proves nothing.
+    /// Waits until the server reports this many bytes of an upload, or for ample time. An answer before the first byte
+    /// arrived proves nothing.
     pub async fn upload_reaches(&self, name: &str, bytes: i64) {
         let reached = async {
             while !self.query(name).await.is_ok_and(|status| status.committed_size >= bytes) {
                 tokio::time::sleep(UPLOAD_PAUSE).await;
             }
         };
-        // A server may not tell before the end, or answer only then.
+        // A server may report no progress before the end, or answer only then.
         let _ = tokio::time::timeout(UPLOAD_PATIENCE, reached).await;
     }
 }
 
-/// Write messages for these bytes, the name on the first one only, `finish_write` on the last one.
+/// The write messages for these bytes. Only the first one has the name, and only the last one has `finish_write`.
 pub fn pieces(name: &str, data: &Bytes, first_offset: i64, piece: usize) -> Vec<WriteRequest> {
     let mut messages = Vec::new();
     let mut at = 0usize;
@@ -294,7 +293,7 @@ pub fn pieces(name: &str, data: &Bytes, first_offset: i64, piece: usize) -> Vec<
     }
 }
 
-/// The first messages of an upload up to this many bytes, without the end.
+/// The first messages of an upload, up to this many bytes, without the end.
 pub fn half(name: &str, data: &Bytes, bytes: usize) -> Vec<WriteRequest> {
     let mut messages = pieces(name, &data.slice(..bytes.min(data.len())), 0, PIECE_BYTES);
     if let Some(last) = messages.last_mut() {

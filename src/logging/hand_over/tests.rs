@@ -1,4 +1,4 @@
-//! Nobody waits for the writer, nothing is lost without a report, and lines gather only as long as they may.
+//! Tests: no thread waits for the writer, no line is lost without a report, and lines are delayed only for a limited time.
 
 use super::*;
 use std::{
@@ -6,7 +6,7 @@ use std::{
     sync::mpsc,
 };
 
-/// How long anything here may take before it is called stuck.
+/// After this time, anything here counts as stuck.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn report(line: &mut Vec<u8>, lines: u64) {
@@ -21,7 +21,7 @@ fn log(to: &HandOver, line: &str) {
     to.put(format!("{line}\n").as_bytes());
 }
 
-/// Runs something that must not block, and says so when it does.
+/// Runs something that must not block, and fails if it does.
 fn without_blocking(what: impl FnOnce() + Send + 'static) {
     let (done, finished) = mpsc::channel();
     thread::spawn(move || {
@@ -45,7 +45,7 @@ fn a_pipe_that_nobody_reads_blocks_no_logger_and_what_is_dropped_is_counted() {
 
     let mut lines = BufReader::new(reader).lines().map(Result::unwrap);
     let (mut whole, mut dropped, mut bytes) = (0, 0, 0);
-    // A writer that is slow to start reports twice: its first batch made room for more.
+    // A writer that starts late reports twice, because its first batch made room for more.
     while whole + dropped < LINES + 1 {
         let line = lines.next().unwrap();
         if let Some(count) = line.strip_prefix("dropped ") {
@@ -68,10 +68,10 @@ fn a_pipe_that_nobody_reads_blocks_no_logger_and_what_is_dropped_is_counted() {
     assert!(to.flush(PATIENCE));
 }
 
-/// A rest that ends only when something ends it.
+/// A pause that ends only for a reason other than time.
 const LONG: Pace = Pace { bytes: 1000, time: Duration::from_secs(3600) };
 
-/// A hand-over at that pace, and what comes out: one text for each write.
+/// A queue with that pause, and a channel with one text for each write.
 fn resting() -> (HandOver, mpsc::Receiver<String>) {
     let (wrote, written) = mpsc::channel();
     let (_, steps) = mpsc::channel();
@@ -116,12 +116,12 @@ fn lines_that_are_not_urgent_are_written_when_the_rest_ends() {
     let mut lines = BufReader::new(reader).lines().map(Result::unwrap);
     for n in 0..100 {
         log(&to, &n.to_string());
-        // While the writer rests from this one.
+        // Queued while the writer pauses after this write.
         assert_eq!(lines.next(), Some(n.to_string()));
     }
 }
 
-/// Does with each write what it is told, and tells what was written.
+/// Answers each write from a script, and reports what was written.
 struct Scripted(mpsc::Receiver<io::Result<usize>>, mpsc::Sender<String>);
 
 impl Write for Scripted {
@@ -142,7 +142,7 @@ fn what_waits_is_written_with_one_call() {
     let (wrote, written) = mpsc::channel();
     let to = start(Scripted(steps, wrote));
     log(&to, "first");
-    // The writer may take some of these with the first one; the rest goes together.
+    // The writer may take some of these with the first one. The others are written together.
     (0..1000).for_each(|_| log(&to, "more"));
     drop(step);
     assert!(to.flush(PATIENCE));

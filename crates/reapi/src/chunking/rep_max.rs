@@ -1,27 +1,28 @@
-//! RepMaxCDC: cuts where a rolling hash over 64 bytes is largest, so that all chunks are of one to two times a minimum.
+//! RepMaxCDC: cuts where a rolling hash over 64 bytes is largest, so that each chunk has one to two times the minimum size.
 //!
-//! A cut of a chunk may lie from `min` bytes after its start to `min + horizon`, and `min` bytes before the end of the blob
-//! at the latest. The position in there whose hash is largest, the first of equals, is where some chunk is going to end.
-//! If that would make this chunk `2 * min` bytes or more, the search is repeated up to `min` bytes before that position, so
-//! that a later chunk can still end there; and so on until a position is near enough. A blob below `2 * min` is one chunk.
+//! A chunk may end from `min` to `min + horizon` bytes after its start, and at least `min` bytes before the end of the
+//! blob. Some chunk will end at the position in this range with the largest hash (the first one, if several are equal). If
+//! that would make this chunk `2 * min` bytes or longer, the search is repeated in the range that ends `min` bytes before
+//! that position, so that a later chunk can still end there. This continues until a position is near enough. A blob shorter
+//! than `2 * min` is one chunk.
 //!
-//! The hash (gear, with FastCDC's table) at a position depends on the 64 bytes before it and on nothing else. So the largest
-//! hash of each block of positions is kept from chunk to chunk, a search looks at blocks, and only the blocks at the two
-//! ends of a range are hashed again.
+//! The hash (gear, with FastCDC's table) at a position depends only on the 64 bytes before it. So the largest hash of each
+//! block of positions is kept from chunk to chunk, and a search compares blocks. Only the blocks at the two ends of a range
+//! are hashed again.
 
 use crate::proto::reapi;
 use fastcdc::v2020::get_gear_with_seed;
 use std::{borrow::Cow, collections::VecDeque};
 
-/// Bytes that the hash at a position depends on; the hash is shifted by one bit for each.
+/// Number of bytes that determine the hash at a position. Each byte shifts the hash by one bit.
 const HASH_WINDOW: usize = 64;
-/// Smallest and largest minimum. The API has no upper bound; this one, and that of the horizon, bound the memory of a split.
+/// Range of the minimum size. The API has no upper bound; this one and `MAX_HORIZON` bound the memory of a split.
 const MINIMA: std::ops::RangeInclusive<u32> = 64..=1_048_576;
 const MAX_HORIZON: u32 = 16 * 1_048_576;
-/// Positions of a block. A search hashes at most two blocks again and looks at one entry for each block between.
+/// Number of positions in a block. A search hashes at most two blocks again and reads one entry for each block in between.
 const BLOCK: usize = 4_096;
 
-/// What it is parametrised by.
+/// The parameters of RepMaxCDC, within the accepted range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Parameters {
     min: u32,
@@ -29,30 +30,30 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Those that the API recommends.
+    /// The parameters that the API recommends.
     pub const RECOMMENDED: Self = Self { min: 262_144, horizon: 8 * 262_144 };
 
-    /// `None` for what the API or this server does not allow.
+    /// `None` for parameters that the API or this server does not allow.
     pub fn new(min: u32, horizon: u32) -> Option<Self> {
         (MINIMA.contains(&min) && horizon <= MAX_HORIZON).then_some(Self { min, horizon })
     }
 
-    /// Smallest chunk, unless the blob is smaller.
+    /// Smallest chunk in bytes, unless the blob is smaller.
     pub fn min(self) -> usize {
         self.min as usize
     }
 
-    /// Largest chunk.
+    /// Largest chunk in bytes.
     pub fn max(self) -> usize {
         2 * self.min() - 1
     }
 
-    /// Bytes that are looked at for one cut.
+    /// Number of bytes that one search for a cut reads.
     pub fn lookahead(self) -> usize {
         2 * self.min() + self.horizon as usize
     }
 
-    /// As the capabilities have it.
+    /// The parameters in the form of the capabilities.
     pub fn to_wire(self) -> reapi::RepMaxCdcParams {
         reapi::RepMaxCdcParams {
             min_chunk_size_bytes: self.min.into(),
@@ -61,42 +62,41 @@ impl Parameters {
     }
 }
 
-/// A place in the blob where it could be cut, and the hash there.
+/// A position in the blob where it could be cut, and the hash at this position.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
     hash: u64,
-    /// Bytes from the start of the blob.
     position: u64,
 }
 
 impl Candidate {
-    /// The one with the larger hash; of equal ones `self`, which comes first.
+    /// The candidate with the larger hash; `self` if they are equal, because it comes first.
     fn or_larger(self, later: Self) -> Self {
         if later.hash > self.hash { later } else { self }
     }
 }
 
-/// Finds the ends of chunks, one after another.
+/// Finds the ends of consecutive chunks.
 #[derive(Debug)]
 pub struct Cutter {
     parameters: Parameters,
     gear: Cow<'static, [u64]>,
-    /// Where the window begins, in bytes from the start of the blob.
+    /// Start of the window, in bytes from the start of the blob.
     start: u64,
-    /// The best of each block of positions that is known so far, from block `first_block` on.
+    /// The best candidate of each block of positions, as far as known, from block `first_block` on.
     best: VecDeque<Option<Candidate>>,
     first_block: u64,
 }
 
 impl Cutter {
-    /// A cutter at the start of a blob.
+    /// Creates a cutter at the start of a blob.
     pub fn new(parameters: Parameters) -> Self {
         let (gear, _) = get_gear_with_seed(0);
         Self { parameters, gear, start: 0, best: VecDeque::new(), first_block: 0 }
     }
 
-    /// Length of the first chunk of `window`, which has [`Parameters::lookahead`] bytes or goes to the end of the blob. The
-    /// next window begins where this chunk ends.
+    /// Length of the first chunk of `window`. The window has [`Parameters::lookahead`] bytes or ends at the end of the
+    /// blob. The next window starts where this chunk ends.
     pub fn cut(&mut self, window: &[u8]) -> usize {
         let length = self.find(window);
         self.start += length as u64;
@@ -118,16 +118,16 @@ impl Cutter {
             if length < 2 * min {
                 return length;
             }
-            // At least `min`, so this ends.
+            // The chunk has at least `min` bytes, so the loop ends.
             last = length - min;
         }
     }
 
-    /// The first position in `from..=to` of the window whose hash is the largest; `from` is at least the hash window.
+    /// The first position in `from..=to` of the window with the largest hash; `from` is at least the hash window.
     fn largest(&mut self, window: &[u8], from: usize, to: usize) -> usize {
         let block = BLOCK as u64;
         let (first, end) = (self.start + from as u64, self.start + to as u64 + 1);
-        // Whole blocks within the range, if any.
+        // The whole blocks within the range, if any.
         let (head, tail) = (first.next_multiple_of(block), end - end % block);
         let mut best = if head < tail {
             let mut best = self.scan(window, first, head);
@@ -147,7 +147,7 @@ impl Cutter {
         if self.best.is_empty() {
             self.first_block = number;
         }
-        // Blocks are asked for from the start of a range on, so none lies before the first that is kept.
+        // Blocks are requested from the start of a range on, so none lies before the first block that is kept.
         let at = usize::try_from(number.checked_sub(self.first_block)?).ok()?;
         if self.best.len() <= at {
             self.best.resize(at + 1, None);
@@ -163,7 +163,7 @@ impl Cutter {
         found
     }
 
-    /// The best of the positions `first..end` of the blob, by hashing.
+    /// The best candidate among the positions `first..end` of the blob, found by hashing.
     fn scan(&self, window: &[u8], first: u64, end: u64) -> Option<Candidate> {
         let from = usize::try_from(first.checked_sub(self.start)?).ok()?;
         let count = usize::try_from(end.checked_sub(first)?).ok()?;
@@ -176,7 +176,7 @@ impl Cutter {
         let mut position = first;
         let (fours, rest) = bytes.as_chunks::<4>();
         for &[a, b, c, d] in fours {
-            // The hash is a sum, so four steps can be summed up apart from it: they need not wait for one another.
+            // The hash is a sum, so four steps can be summed independently of it and executed in parallel.
             let (one, two) = (roll(0, a), roll(roll(0, a), b));
             let (three, four) = (roll(two, c), roll(roll(two, c), d));
             let after = |bits: u32, sum: u64| (hash << bits).wrapping_add(sum);

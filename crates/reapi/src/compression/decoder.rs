@@ -1,47 +1,48 @@
-//! [`Decoder`]: the zstd stream of an upload, which may be anything.
+//! [`Decoder`]: decodes the zstd stream of an upload. The stream is untrusted.
 //!
-//! Invariants: no more bytes come out than the limit, and the first one too many is an error, so a bomb stops there. Memory
-//! is a window of at most 8 MiB and one piece, whatever the frames ask for; a decoder that has room of its own
-//! ([`Decoder::within`]) takes no more than that, and looks at the head of each frame before the library does. Every call ends: it does work in proportion to
-//! its input and to what that yields, and input that yields nothing is bounded ([`BARREN_MAX_BYTES`]).
+//! Invariants: the output never exceeds the limit; the first byte beyond it is an error, so a decompression bomb stops
+//! there. Memory is a window of at most 8 MiB and one piece, whatever the frames request. A decoder with its own budget
+//! ([`Decoder::within`]) never exceeds that, and checks the header of each frame before the library reads it. Every call
+//! ends: its work is proportional to its input and output, and input without output is bounded ([`BARREN_MAX_BYTES`]).
 //!
-//! Only frames of today's format and skippable ones are taken; the library would also read those of versions before 1.0,
-//! whose decoders nobody looks after.
+//! Only frames of the current format and skippable frames are accepted. The library could also read formats older than 1.0,
+//! but their decoders are not maintained.
 
 use super::PIECE_BYTES;
 use crate::error::{Error, Result};
 use zstd::stream::raw::{DParameter, Decoder as Context, Operation as _};
 
-/// Logarithm of the largest window: 8 MiB, which every decoder has to grant and which is all that clients' levels use.
+/// Logarithm of the largest window: 8 MiB, which every decoder must grant and which is the most that clients' levels use.
 pub const WINDOW_MAX_LOG: u32 = 23;
 
-/// That many bytes.
+/// The largest window in bytes.
 const WINDOW_MAX_BYTES: u64 = 1 << WINDOW_MAX_LOG;
 
-/// What a decoder takes beside its window: its tables, a piece, and two blocks on their way in and out; rounded up.
+/// Memory of a decoder besides its window: tables, one piece, and two blocks of input and output, rounded up.
 pub const DECODER_BYTES: u64 = 1024 * 1024;
 
-/// Longest head of a frame, without its last field where that says nothing new: magic number, descriptor, dictionary, size.
+/// Longest frame header, without the optional content size where the window is known without it: magic number, descriptor,
+/// dictionary, size.
 const HEAD_MAX_BYTES: usize = 4 + 1 + 4 + 8;
 
-/// Input in a row that yields nothing. A block yields something after 128 KiB and a few bytes; only skippable and empty
-/// frames go on without, and nobody needs so many.
+/// Most consecutive input bytes without output. A block yields output after 128 KiB and a few bytes; only skippable and
+/// empty frames yield none, and no client needs that many.
 const BARREN_MAX_BYTES: usize = 1024 * 1024;
 
-/// The first bytes of a frame.
+/// Magic number of a frame, in wire order.
 const FRAME_MAGIC: [u8; 4] = 0xFD2F_B528u32.to_le_bytes();
-/// The first bytes of a skippable frame; the low half of the first one is free.
+/// Magic number of a skippable frame; the lower four bits of the first byte are free.
 const SKIPPABLE_MAGIC: [u8; 4] = 0x184D_2A50u32.to_le_bytes();
 
-/// Whether a frame that we take begins with these bytes.
+/// Whether an accepted frame starts with these bytes.
 pub fn is_frame_magic(magic: [u8; 4]) -> bool {
     let [first, rest @ ..] = magic;
     let [skippable, after @ ..] = SKIPPABLE_MAGIC;
     magic == FRAME_MAGIC || (first & 0xF0 == skippable && rest == after)
 }
 
-/// The window that a frame needs which begins with these bytes; `None` where they do not say, because there are too few or it is
-/// a skippable frame (RFC 8878, 3.1.1.1).
+/// The window of the frame that starts with these bytes. `None` if the bytes are too few to tell or start a skippable frame
+/// (RFC 8878, 3.1.1.1).
 fn window(head: &[u8]) -> Option<u64> {
     let (magic, head) = head.split_first_chunk::<4>()?;
     let (&descriptor, head) = head.split_first()?;
@@ -55,7 +56,7 @@ fn window(head: &[u8]) -> Option<u64> {
         let base = 1u64 << (10 + exponent);
         return Some(base + base / 8 * mantissa);
     }
-    // The content is the window. Its size comes after the number of the dictionary.
+    // In a single-segment frame the content is the window. Its size follows the dictionary id.
     let dictionary = [0, 1, 2, 4].get(usize::from(descriptor & 3))?;
     let length = 1 << (descriptor >> 6);
     let size = head.get(*dictionary..*dictionary + length)?;
@@ -63,39 +64,39 @@ fn window(head: &[u8]) -> Option<u64> {
     Some(if length == 2 { value + 256 } else { value })
 }
 
-/// Memory that is counted elsewhere, for the window of one decoder. It is given back when it is dropped.
+/// A reservation of memory for the window of one decoder, counted elsewhere. Dropping it returns the memory.
 pub trait Room: Send + Sync {
-    /// How much it is, in bytes.
+    /// Number of reserved bytes.
     fn amount(&self) -> u64;
 
-    /// Takes this many bytes more.
+    /// Reserves this many bytes more.
     ///
     /// # Errors
-    /// `Exhausted` when there are none.
+    /// `Exhausted` when no more memory is available.
     fn grow(&mut self, more: u64) -> Result<()>;
 }
 
-/// Decodes one stream of frames, in whatever pieces it comes; see the top of this file.
+/// Decodes one stream of frames that arrives in pieces of any size; see the top of this file.
 pub struct Decoder {
     context: Context<'static>,
     piece: Vec<u8>,
     limit: u64,
     produced: u64,
     barren: usize,
-    /// Between two frames, or before the first.
+    /// True between two frames and before the first.
     at_boundary: bool,
-    /// How much of the current frame's head was seen, and what it was.
+    /// The bytes of the current frame's header that were seen so far, and their number.
     head_seen: usize,
     head: [u8; HEAD_MAX_BYTES],
-    /// What it may take; `None` when nobody counts that.
+    /// Memory reserved for this decoder; `None` if its memory is not counted.
     room: Option<Box<dyn Room>>,
 }
 
 impl Decoder {
-    /// A decoder for a stream that stands for at most `limit` bytes.
+    /// Creates a decoder for a stream of at most `limit` decoded bytes.
     ///
     /// # Errors
-    /// `Internal` when there is no memory for it.
+    /// `Internal` when the library cannot allocate memory.
     pub fn new(limit: u64) -> Result<Self> {
         let mut context = Context::new().map_err(Error::internal)?;
         context.set_parameter(DParameter::WindowLogMax(WINDOW_MAX_LOG)).map_err(Error::internal)?;
@@ -112,35 +113,35 @@ impl Decoder {
         })
     }
 
-    /// What it takes to decode a stream that begins with these bytes and stands for at most `limit` bytes; the most where they
-    /// do not say. A window is filled by what comes out, so no more of it is used than that.
+    /// Memory that a decoder needs for a stream that starts with these bytes and decodes to at most `limit` bytes; the
+    /// maximum if the bytes do not tell. The window is filled by output, so at most `limit` bytes of it are used.
     pub fn memory(head: &[u8], limit: u64) -> u64 {
         DECODER_BYTES + window(head).unwrap_or(WINDOW_MAX_BYTES).min(WINDOW_MAX_BYTES).min(limit)
     }
 
-    /// The same decoder with this room.
+    /// Bounds the memory of this decoder by a reservation.
     #[must_use]
     pub fn within(mut self, room: impl Room + 'static) -> Self {
         self.hold(room);
         self
     }
 
-    /// Takes this as the room that it has. A frame that needs more makes it grow.
+    /// Replaces the reservation. A frame with a larger window makes it grow.
     pub fn hold(&mut self, room: impl Room + 'static) {
         self.room = Some(Box::new(room));
     }
 
-    /// Bytes that came out so far.
+    /// Number of bytes decoded so far.
     pub fn produced(&self) -> u64 {
         self.produced
     }
 
-    /// Decodes the next bytes of the stream completely and hands over what comes out, in pieces that are never empty.
+    /// Decodes the next bytes of the stream completely and passes the output to `take` in non-empty pieces.
     ///
     /// # Errors
-    /// `Invalid` when the bytes are no zstd stream, want a larger window or yield more than the limit; `Exhausted` when there is no room
-    /// for a later frame's larger window; those of `take`. The
-    /// decoder is of no more use then.
+    /// `Invalid` when the bytes are not a zstd stream, need too large a window or yield more than the limit; `Exhausted`
+    /// when there is no memory for a later frame's larger window; the errors of `take`. The decoder cannot be used after an
+    /// error.
     pub fn decode(&mut self, mut input: &[u8], mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         while let Some(piece) = self.next(&mut input)? {
             take(piece)?;
@@ -148,8 +149,8 @@ impl Decoder {
         Ok(())
     }
 
-    /// The next piece that comes out, which is not empty, and takes what it is made of from the front of `input`. `None`
-    /// when all of that has been taken in and given out.
+    /// Decodes the next non-empty piece and removes its input from the front of `input`. `None` when all input is consumed
+    /// and all output was returned.
     ///
     /// # Errors
     /// As [`Decoder::decode`].
@@ -159,7 +160,7 @@ impl Decoder {
                 return Ok(None);
             }
             self.check_head(input)?;
-            // Room for one byte more than may come: that it comes is how too much is noticed.
+            // One byte more than the limit, so that excess output is noticed.
             let left = self.limit - self.produced;
             let room =
                 usize::try_from(left).map_or(PIECE_BYTES, |left| left.saturating_add(1).min(PIECE_BYTES));
@@ -169,7 +170,11 @@ impl Decoder {
             let output = self.piece.get_mut(..room).unwrap_or_default();
             let status = self.context.run_on_buffers(input, output).map_err(|error| self.garbage(&error))?;
             if status.bytes_read == 0 && status.bytes_written == 0 {
-                return if input.is_empty() { Ok(None) } else { Err(self.garbage(&"it does not go on")) };
+                return if input.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(self.garbage(&"it stops making progress"))
+                };
             }
             *input = input.get(status.bytes_read..).unwrap_or_default();
             let written = status.bytes_written as u64;
@@ -193,7 +198,7 @@ impl Decoder {
         Ok(self.piece.get(..written))
     }
 
-    /// Makes sure that the stream did not end in the middle of a frame.
+    /// Checks that the stream did not end in the middle of a frame.
     ///
     /// # Errors
     /// `Invalid` when it did.
@@ -207,7 +212,7 @@ impl Decoder {
         )))
     }
 
-    /// Looks at the bytes that say what kind of frame begins here, of which there may be only some yet, and what it takes.
+    /// Collects the bytes of a frame's header, which may arrive in parts, and checks the frame's type and window.
     fn check_head(&mut self, input: &[u8]) -> Result<()> {
         let mut seen = self.head_seen;
         for (place, &byte) in self.head.iter_mut().skip(seen).zip(input) {
@@ -220,7 +225,7 @@ impl Decoder {
             head.iter().zip(with).zip(masks).all(|((byte, with), mask)| byte & mask == with)
         };
         if !begins(FRAME_MAGIC, 0xFF) && !begins(SKIPPABLE_MAGIC, 0xF0) {
-            return Err(self.garbage(&"no frame begins here"));
+            return Err(self.garbage(&"no frame starts here"));
         }
         if let (Some(room), Some(_)) = (&mut self.room, window(head)) {
             let needed = Self::memory(head, self.limit);
@@ -236,7 +241,7 @@ impl Decoder {
         if self.barren <= BARREN_MAX_BYTES {
             return Ok(());
         }
-        Err(self.garbage(&format!("more than {BARREN_MAX_BYTES} bytes in a row stand for nothing")))
+        Err(self.garbage(&format!("more than {BARREN_MAX_BYTES} consecutive bytes decode to nothing")))
     }
 
     fn garbage(&self, problem: &dyn std::fmt::Display) -> Error {
@@ -256,10 +261,10 @@ impl std::fmt::Debug for Decoder {
     }
 }
 
-/// Decodes a whole stream that is at hand into at most `limit` bytes.
+/// Decodes a complete stream in memory to at most `limit` bytes.
 ///
 /// # Errors
-/// `Invalid` as [`Decoder::decode`] and [`Decoder::finish`] say.
+/// `Invalid` as described at [`Decoder::decode`] and [`Decoder::finish`].
 pub fn decode_all(stream: &[u8], limit: u64) -> Result<Vec<u8>> {
     let mut decoder = Decoder::new(limit)?;
     let mut bytes = Vec::new();
@@ -281,7 +286,7 @@ mod tests {
         atomic::{AtomicU64, Ordering},
     };
 
-    /// Room up to a limit; the counter shows how much is taken.
+    /// Memory up to a limit; the counter shows how much is reserved.
     struct Counted(Arc<AtomicU64>);
 
     const ROOM_BYTES: u64 = DECODER_BYTES + (1 << 22);
@@ -317,7 +322,7 @@ mod tests {
         frame
     }
 
-    /// Decodes in the given pieces; what came out so far stays when it fails.
+    /// Decodes the stream in pieces of the given sizes. The output before an error is kept.
     fn decode_in(stream: &[u8], limit: u64, cuts: &[usize]) -> (Vec<u8>, Result<()>) {
         let mut bytes = vec![];
         let mut decoder = Decoder::new(limit).unwrap();
@@ -351,7 +356,7 @@ mod tests {
     }
 
     proptest! {
-        /// BS-26, BS-27: frames of any kind and number, cut anywhere, stand for the same bytes.
+        /// BS-26, BS-27: any number and kind of frames, cut anywhere, decode to the same bytes.
         #[test]
         fn any_pieces_of_any_frames_decode_to_the_same_bytes(parts in proptest::collection::vec(plain(), 0..6), cuts in cuts()) {
             let mut stream = vec![];
@@ -369,7 +374,7 @@ mod tests {
             prop_assert_eq!(bytes, whole);
         }
 
-        /// BS-26: what is cut off, damaged or too long is refused, and never more comes out than may.
+        /// BS-26: truncated, damaged and oversized streams are refused, and the output never exceeds the limit.
         #[test]
         fn damage_is_refused_and_no_byte_too_many_comes_out(
             plain in plain(), cuts in cuts(), at in any::<prop::sample::Index>(), flip in 1u8.., limit in any::<prop::sample::Index>(),
@@ -389,7 +394,7 @@ mod tests {
             prop_assert!(bytes.len() as u64 <= size);
         }
 
-        /// Bytes that nobody meant to be zstd.
+        /// Random bytes are not accepted as zstd.
         #[test]
         fn garbage_is_refused(garbage in proptest::collection::vec(any::<u8>(), 1..300), cuts in cuts()) {
             prop_assume!(garbage[..4.min(garbage.len())] != FRAME_MAGIC[..4.min(garbage.len())]);
@@ -402,7 +407,7 @@ mod tests {
         }
     }
 
-    /// BS-26: a gigabyte in a few kilobytes.
+    /// BS-26: a gigabyte compressed to a few kilobytes.
     #[test]
     fn a_bomb_stops_at_the_size_of_its_blob() {
         let bomb = pack(&vec![0; 64 << 20], 19);
@@ -426,7 +431,7 @@ mod tests {
         }
     }
 
-    /// A stream as clients make it that do not know how long it gets, with this window.
+    /// A stream with this window, as written by clients that do not know its length in advance.
     fn with_window(plain: &[u8], log: u32) -> Vec<u8> {
         let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
         encoder.window_log(log).unwrap();
@@ -453,7 +458,7 @@ mod tests {
         }
         none(&skippable(100));
         none(b"");
-        // As large as it can be said; and what nobody has sent for a single segment of more than 2^63 bytes.
+        // The largest window that a header can express, and a single segment larger than 2^63 bytes.
         assert_eq!(window(&[&FRAME_MAGIC[..], &[0, 0xFF]].concat()), Some((1 << 41) / 8 * 15));
         assert_eq!(window(&[&FRAME_MAGIC[..], &[0xE0], &[0xFF; 8]].concat()), Some(u64::MAX));
     }

@@ -1,32 +1,32 @@
-//! [`Encoder`]: pieces of a blob into frames.
+//! [`Encoder`]: compresses pieces of a blob to frames.
 //!
-//! Each frame holds at most [`CHUNK_BYTES`] of the blob, says how many, and needs nothing that came before it. Its window is
-//! its content, far below what decoders grant by default (BS-13). What does not get smaller is put into a frame as it is:
-//! that costs 10 bytes and no time at the other end.
+//! Each frame holds at most [`CHUNK_BYTES`] of the blob, states its content size, and does not depend on earlier frames.
+//! Its window is its content, far below what decoders grant by default (BS-13). Incompressible content is stored
+//! uncompressed in its frame, which costs 10 bytes and no decoding time.
 
 use super::{CHUNK_BYTES, saves};
 use crate::error::{Error, Result};
 
-/// Compresses at one level; reused, because its tables take megabytes.
+/// Compresses at one level. It is reused, because its tables take megabytes.
 pub struct Encoder {
     context: zstd::bulk::Compressor<'static>,
     scratch: Vec<u8>,
 }
 
 impl Encoder {
-    /// An encoder of one of the levels in [`super::LEVELS`].
+    /// Creates an encoder for one of the levels in [`super::LEVELS`].
     ///
     /// # Errors
-    /// `Internal` when there is no memory for it.
+    /// `Internal` when the library cannot allocate memory.
     pub fn new(level: i32) -> Result<Self> {
         let context = zstd::bulk::Compressor::new(level).map_err(Error::internal)?;
         Ok(Self { context, scratch: Vec::new() })
     }
 
-    /// Adds the frames of `plain` to `out`; one empty frame for nothing, since a decoder expects a frame.
+    /// Appends the frames of `plain` to `out`. Empty input becomes one empty frame, because decoders expect a frame.
     ///
     /// # Errors
-    /// `Internal` when the library fails, which would be a fault of this server.
+    /// `Internal` when the library fails, which is a fault of this server.
     pub fn frames(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Result<()> {
         if plain.is_empty() {
             stored_frame(plain, out);
@@ -53,12 +53,12 @@ impl std::fmt::Debug for Encoder {
     }
 }
 
-/// The most that one block can hold.
+/// Largest content of one block.
 const BLOCK_BYTES: usize = 128 * 1024;
 
-/// Adds frames that hold `plain` as it is.
+/// Appends frames that hold `plain` uncompressed.
 pub fn stored_frame(plain: &[u8], out: &mut Vec<u8>) {
-    // At least one frame, also for nothing.
+    // Empty input becomes one frame too.
     let (first, rest) = plain.split_at(plain.len().min(CHUNK_BYTES));
     for chunk in std::iter::once(first).chain(rest.chunks(CHUNK_BYTES)) {
         // Magic number; descriptor: one segment, size in four bytes; size.
@@ -68,7 +68,7 @@ pub fn stored_frame(plain: &[u8], out: &mut Vec<u8>) {
         let (first, rest) = chunk.split_at(chunk.len().min(BLOCK_BYTES));
         let mut blocks = std::iter::once(first).chain(rest.chunks(BLOCK_BYTES)).peekable();
         while let Some(block) = blocks.next() {
-            // Last block or not; type 0: raw; size.
+            // Last-block flag; type 0: raw; size.
             let header = u32::from(blocks.peek().is_none()) | (block.len() as u32) << 3;
             out.extend(header.to_le_bytes().into_iter().take(3));
             out.extend_from_slice(block);
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// What a client's decoder with default settings makes of it.
+    /// The result of decoding with the default settings, as clients do.
     fn default_decoder(stream: &[u8]) -> Vec<u8> {
         zstd::decode_all(stream).unwrap()
     }

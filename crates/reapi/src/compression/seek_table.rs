@@ -1,26 +1,26 @@
-//! [`SeekTable`]: which bytes of a blob each frame of a stored stream holds.
+//! [`SeekTable`]: which bytes of the blob each frame of a stored stream holds.
 //!
-//! On disk it is the last frame of the stream, a skippable one in zstd's seekable format, so that a stored stream is a
-//! `.zst` file that any tool can read. Reading one back takes nothing on trust but its own arithmetic: whether the frames
-//! are what it says is found out by decoding them.
+//! On disk the table is the last frame of the stream: a skippable frame in zstd's seekable format, so any tool can read a
+//! stored stream as a `.zst` file. When a table is read back, only its arithmetic is checked. Whether the frames match it
+//! becomes known when they are decoded.
 
 use crate::error::{Error, Result};
 
-/// The end of a table: number of frames, descriptor, magic number.
+/// Length of the end of a table: number of frames, descriptor, magic number.
 pub const TABLE_END_BYTES: usize = 9;
 const ENTRY_BYTES: usize = 8;
 const HEADER_BYTES: usize = 8;
 const HEADER_MAGIC: u32 = 0x184D_2A5E;
 const END_MAGIC: u32 = 0x8F92_EAB1;
-/// Entries have no checksums.
+/// This descriptor means that entries have no checksums.
 const DESCRIPTOR: u8 = 0;
-/// Most frames of a stream: those of a 16 TiB blob would be more, and its table would take 512 MiB.
+/// Largest number of frames in a stream. A 16 TiB blob would have as many, and a table of 512 MiB.
 const FRAMES_MAX: usize = 1 << 26;
 
-/// Where the frames of a stream begin; see the top of this file.
+/// The positions of the frames of a stream; see the top of this file.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SeekTable {
-    /// Where each frame ends, in the blob and in the stream.
+    /// End of each frame, in the blob and in the stream.
     ends: Vec<(u64, u64)>,
 }
 
@@ -28,7 +28,7 @@ impl SeekTable {
     /// Adds a frame that holds `plain` bytes of the blob in `packed` bytes of the stream.
     ///
     /// # Errors
-    /// `Internal` for a frame that the format has no numbers for.
+    /// `Internal` for a frame whose sizes or number the format cannot represent.
     pub fn push(&mut self, plain: u64, packed: u64) -> Result<()> {
         if plain > u32::MAX.into() || packed > u32::MAX.into() || self.ends.len() >= FRAMES_MAX {
             return Err(Error::internal("a frame does not fit in the table of its stream"));
@@ -38,29 +38,29 @@ impl SeekTable {
         Ok(())
     }
 
-    /// Bytes of the blob, and of the frames without the table.
+    /// Size of the blob and of all frames (without the table), in bytes.
     pub fn sizes(&self) -> (u64, u64) {
         self.ends.last().copied().unwrap_or_default()
     }
 
-    /// The first frame that begins at or after `offset` of the blob: where it does so in the blob and in the stream. The
-    /// end of both when there is none.
+    /// The first frame that starts at or after `offset` of the blob, as its positions in the blob and in the stream. The
+    /// ends of both if there is none.
     pub fn frame_from(&self, offset: u64) -> (u64, u64) {
         if offset == 0 {
             return (0, 0);
         }
-        // A frame begins where the one before it ends.
+        // A frame starts where the previous one ends.
         let at = self.ends.partition_point(|(plain, _)| *plain < offset);
         self.ends.get(at).copied().unwrap_or_else(|| self.sizes())
     }
 
-    /// The frames: sizes in the blob and in the stream.
+    /// The size of each frame in the blob and in the stream.
     pub fn frames(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let starts = std::iter::once(&(0, 0)).chain(&self.ends);
         self.ends.iter().zip(starts).map(|(end, start)| (end.0 - start.0, end.1 - start.1))
     }
 
-    /// The table as the last frame of its stream.
+    /// Encodes the table as the last frame of its stream.
     pub fn encode(&self) -> Vec<u8> {
         let content = self.ends.len() * ENTRY_BYTES + TABLE_END_BYTES;
         let mut frame = Vec::with_capacity(HEADER_BYTES + content);
@@ -76,7 +76,7 @@ impl SeekTable {
         frame
     }
 
-    /// How long the whole table is, from its last bytes; `None` when they are not the end of one.
+    /// The length of the whole table, from its last bytes; `None` if they are not the end of a table.
     pub fn length(end: &[u8; TABLE_END_BYTES]) -> Option<usize> {
         let [a, b, c, d, DESCRIPTOR, magic @ ..] = *end else { return None };
         let frames = usize::try_from(u32::from_le_bytes([a, b, c, d])).ok()?;
@@ -84,7 +84,7 @@ impl SeekTable {
         ours.then_some(HEADER_BYTES + frames * ENTRY_BYTES + TABLE_END_BYTES)
     }
 
-    /// Reads a whole table; `None` for what [`SeekTable::encode`] does not write.
+    /// Reads a whole table; `None` for anything that [`SeekTable::encode`] does not write.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let length = Self::length(bytes.last_chunk()?)?;
         let (header, rest) = bytes.split_first_chunk::<HEADER_BYTES>()?;
@@ -121,7 +121,7 @@ mod tests {
             let bytes = table.encode();
             prop_assert_eq!(SeekTable::decode(&bytes), Some(table.clone()));
             prop_assert_eq!(SeekTable::length(bytes.last_chunk().unwrap()), Some(bytes.len()));
-            // To a decoder the table stands for nothing.
+            // A decoder skips the table.
             prop_assert_eq!(crate::compression::decode_all(&bytes, 0), Ok(vec![]));
             let offset = at.index(table.sizes().0 as usize + 1) as u64;
             let mut start = (0, 0);

@@ -1,4 +1,4 @@
-//! [`Hasher`]: the digest of a blob that arrives in pieces, whatever the function.
+//! [`Hasher`]: computes the digest of a blob that arrives in pieces, with any function.
 
 use super::{Digest, DigestFunction, sha256_tree::Sha256Tree};
 use md5::Md5;
@@ -17,7 +17,7 @@ pub struct Hasher {
 #[derive(Clone)]
 enum State {
     Sha256(Sha256),
-    // The one that is ten times as large as any other.
+    // Boxed, because it is ten times as large as the others.
     Blake3(Box<blake3::Hasher>),
     Sha256Tree(Sha256Tree),
     Sha384(Sha384),
@@ -41,7 +41,7 @@ impl Hasher {
         Self { function, size: 0, state }
     }
 
-    /// Takes the next bytes.
+    /// Adds the next bytes of the blob.
     pub fn update(&mut self, bytes: &[u8]) {
         self.size += bytes.len() as u64;
         match &mut self.state {
@@ -55,12 +55,12 @@ impl Hasher {
         }
     }
 
-    /// How many bytes were taken so far.
+    /// Number of bytes added so far.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// The digest of everything taken.
+    /// The digest of all bytes that were added.
     pub fn finish(self) -> Digest {
         let digest = |hash: &[u8]| Digest::new(self.function, hash, self.size);
         match self.state {
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Published values for "abc"; that of GITSHA1 is what `git hash-object` prints.
+    /// Published values for "abc"; the value of GITSHA1 is the output of `git hash-object`.
     #[test]
     fn known_blobs_have_their_known_hashes() {
         for (function, hash) in [

@@ -1,36 +1,36 @@
-//! SHA256TREE: SHA-256 of each KiB, joined by a binary tree (the DigestFunction message of the API).
+//! SHA256TREE: SHA-256 of each KiB, joined by a binary tree (see DigestFunction in the API).
 //!
-//! A blob of at most [`LEAF_BYTES`] has its SHA-256. A larger one is parted after the largest power of two that leaves
-//! something on the right; the hashes of the parts, put together, are one block for SHA-256's cipher, started from constants
-//! of its own and without the addition at the end.
+//! The hash of a blob of at most [`LEAF_BYTES`] is its SHA-256. A larger blob is split after the largest power of two that
+//! leaves a non-empty right part. The concatenated hashes of both parts are one block for the compression function of
+//! SHA-256, which starts from other constants and omits the final addition.
 //!
-//! Memory is one hash a level: subtrees of equal size are joined as soon as there are two of them.
+//! Memory is one hash per level: two subtrees of equal size are joined at once.
 
 use sha2::{Digest as _, Sha256, block_api::compress256};
 
-/// Size of the parts that are hashed plainly.
+/// Size of a leaf, which is hashed with plain SHA-256.
 const LEAF_BYTES: usize = 1024;
 
-/// Where the cipher starts: the fractions of the square roots of the primes from 23 to 53.
+/// Initial state: the fractional parts of the square roots of the primes from 23 to 53.
 const START: [u32; 8] =
     [0xcbbb_9d5d, 0x629a_292a, 0x9159_015a, 0x152f_ecd8, 0x6733_2667, 0x8eb4_4a87, 0xdb0c_2e0d, 0x47b5_481d];
 
 type Hash = [u8; 32];
 
-/// The state of one blob.
+/// The hashing state of one blob.
 #[derive(Clone, Default)]
 pub struct Sha256Tree {
-    /// The leaf that is being filled. A full one is only put away when more follows: the last leaf is never empty.
+    /// The current leaf. A full leaf is closed only when more bytes follow, so the last leaf is never empty.
     leaf: Sha256,
     leaf_bytes: usize,
-    /// Leaves put away.
+    /// Number of closed leaves.
     leaves: u64,
-    /// Hashes of whole subtrees, the largest first; their sizes in leaves are the bits of `leaves`.
+    /// Hashes of complete subtrees, largest first. Their sizes in leaves are the bits of `leaves`.
     subtrees: Vec<Hash>,
 }
 
 impl Sha256Tree {
-    /// Takes the next bytes.
+    /// Adds the next bytes of the blob.
     pub fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             if self.leaf_bytes == LEAF_BYTES {
@@ -55,7 +55,7 @@ impl Sha256Tree {
         self.subtrees.push(hash);
     }
 
-    /// The hash of everything taken.
+    /// The hash of all bytes that were added.
     pub fn finish(self) -> Hash {
         let last: Hash = self.leaf.finalize().into();
         self.subtrees.iter().rev().fold(last, |right, left| join(left, &right))
@@ -69,7 +69,7 @@ fn join(left: &Hash, right: &Hash) -> Hash {
     let mut state = START;
     compress256(&mut state, &[block]);
     let mut hash = [0; 32];
-    // The library adds the start to the cipher's output, as SHA-256 does; here it is taken off again.
+    // The library adds the initial state to the output, as SHA-256 does; this subtracts it again.
     for ((bytes, word), start) in hash.chunks_exact_mut(4).zip(state).zip(START) {
         bytes.copy_from_slice(&word.wrapping_sub(start).to_be_bytes());
     }
@@ -80,7 +80,7 @@ fn join(left: &Hash, right: &Hash) -> Hash {
 mod tests {
     use super::*;
 
-    /// The definition, word for word.
+    /// A direct transcription of the definition.
     fn by_definition(blob: &[u8]) -> Hash {
         if blob.len() <= LEAF_BYTES {
             return Sha256::digest(blob).into();
@@ -90,8 +90,8 @@ mod tests {
         join(&by_definition(left), &by_definition(right))
     }
 
-    /// Values of an implementation written for this test from the definition, in another language, without a library for the
-    /// cipher.
+    /// Values from an independent implementation, written from the definition in another language for this test, without a
+    /// library for the compression function.
     #[test]
     fn known_blobs_have_their_known_hashes() {
         for (size, hash) in [

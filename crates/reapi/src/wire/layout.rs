@@ -1,7 +1,7 @@
-//! [`Layout`]: what the fields of a message are and what they take in memory, from the descriptors that the messages were
-//! generated from.
+//! [`Layout`]: the fields of a message and the memory that they take, computed from the descriptors from which the messages
+//! were generated.
 //!
-//! Sizes are those that Rust gives the generated structs, rounded up where its layout is not known; a test holds them against
+//! Sizes are the sizes of the generated Rust structs, rounded up where the layout is not known; a test compares them with
 //! `size_of`.
 
 use prost::Message as _;
@@ -11,22 +11,22 @@ use prost_types::{
 };
 use std::collections::HashMap;
 
-/// `String` and `Vec`.
+/// Size of a `String` or `Vec`.
 const LIST_BYTES: u32 = 24;
-/// `bytes::Bytes`.
+/// Size of a `bytes::Bytes`.
 const BYTES_BYTES: u32 = 32;
-/// `std::collections::HashMap`.
+/// Size of a `std::collections::HashMap`.
 const MAP_BYTES: u32 = 48;
-/// What tells the variants of an enum apart, or a message from its absence.
+/// Most bytes that an enum or an `Option` adds for its discriminant.
 const TAG_BYTES: u32 = 8;
 const POINTER_BYTES: u32 = 8;
 
-/// One message type.
+/// The memory layout of one message type.
 #[derive(Debug, Default)]
 pub struct Layout {
-    /// What the struct takes, without what it points to.
+    /// Size of the struct without what it points to.
     pub size: u32,
-    /// By number, rising.
+    /// Sorted by field number.
     fields: Vec<Field>,
 }
 
@@ -34,35 +34,35 @@ pub struct Layout {
 #[derive(Debug, Clone, Copy)]
 pub struct Field {
     number: u32,
-    /// Its place among the fields of the message.
+    /// Index among the fields of the message.
     pub place: u32,
     /// Whether each occurrence adds an element.
     pub repeated: bool,
-    /// What one element takes in a list, or the entry of a map.
+    /// Size of one element of a list, or of one entry of a map.
     pub element: u32,
-    /// Of what kind it is.
+    /// How the content of the field is interpreted.
     pub kind: Kind,
 }
 
-/// What is behind the length or in the place of the number.
+/// The content of a field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A number of this many bytes on the wire, or of at least one.
     Number(u32),
-    /// Text or bytes.
+    /// Text or bytes, without an inner structure.
     Text,
-    /// A message of this layout.
+    /// A message with this layout.
     Message(usize),
-    /// A message of this layout behind a pointer of its own.
+    /// A boxed message with this layout.
     Boxed(usize),
-    /// An entry of a map, as a message of this layout.
+    /// A map entry, encoded as a message with this layout.
     Entry(usize),
 }
 
 impl Layout {
-    /// The field of this number.
+    /// Looks up a field by its number.
     pub fn field(&self, number: u64) -> Option<&Field> {
-        // Most messages number their fields from one on, without gaps.
+        // Most messages number their fields from 1 without gaps.
         let guess = usize::try_from(number).ok()?.checked_sub(1)?;
         if let Some(field) = self.fields.get(guess).filter(|field| u64::from(field.number) == number) {
             return Some(field);
@@ -77,7 +77,7 @@ impl Layout {
 pub struct Layouts {
     layouts: Vec<Layout>,
     names: HashMap<String, usize>,
-    /// Whether the requests of a method have lists, by the path of the method.
+    /// Whether the requests of a method contain lists, by method path.
     methods: HashMap<String, bool>,
 }
 
@@ -85,7 +85,7 @@ impl Layouts {
     /// Reads an encoded `FileDescriptorSet`.
     ///
     /// # Errors
-    /// When it does not parse.
+    /// When the descriptor set does not parse.
     pub fn read(descriptors: &[u8]) -> Result<Self, prost::DecodeError> {
         let files = FileDescriptorSet::decode(descriptors)?.file;
         let mut types = Types::default();
@@ -94,9 +94,9 @@ impl Layouts {
                 types.add(&format!(".{}", file.package()), message);
             }
         }
-        let mut sizes = vec![Size::Unknown; types.messages.len()];
+        let mut sizes = vec![SizeState::Unknown; types.messages.len()];
         let layouts = (0..types.messages.len()).map(|at| types.layout(at, &mut sizes)).collect();
-        // Names begin with a dot.
+        // These names start with a dot.
         let names = types.names.into_iter().map(|(name, at)| (name[1..].to_owned(), at)).collect();
         let mut read = Self { layouts, names, methods: HashMap::new() };
         for (file, service) in files.iter().flat_map(|file| file.service.iter().map(move |s| (file, s))) {
@@ -109,22 +109,22 @@ impl Layouts {
         Ok(read)
     }
 
-    /// Whether the requests of a method have lists in them; `None` for a method that is not known.
+    /// Whether the requests of a method contain lists; `None` for an unknown method.
     pub fn request_has_lists(&self, path: &str) -> Option<bool> {
         self.methods.get(path).copied()
     }
 
-    /// The layout of a message type.
+    /// Looks up the layout of a message type by its full name.
     pub fn by_name(&self, full_name: &str) -> Option<&Layout> {
         self.names.get(full_name).and_then(|at| self.layouts.get(*at))
     }
 
-    /// A layout that a field refers to.
+    /// Looks up a layout by the index that a field holds.
     pub fn at(&self, at: usize) -> Option<&Layout> {
         self.layouts.get(at)
     }
 
-    /// Whether there are lists in a message of this layout, so that it may take many times its wire size in memory.
+    /// Whether a message with this layout contains lists, so that it may take many times its wire size in memory.
     fn has_lists(&self, layout: &Layout) -> bool {
         let mut seen = vec![false; self.layouts.len()];
         let mut stack = vec![layout];
@@ -146,14 +146,14 @@ impl Layouts {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Size {
+enum SizeState {
     Unknown,
-    /// Its size is being computed; a field that refers back to it is boxed.
+    /// The size is being computed. A field that refers back to it is boxed.
     Open,
     Known(u32),
 }
 
-/// The message types by their full names, which begin with a dot.
+/// The message types by full name. The names start with a dot.
 #[derive(Default)]
 struct Types<'a> {
     messages: Vec<&'a DescriptorProto>,
@@ -170,7 +170,7 @@ impl<'a> Types<'a> {
         self.messages.push(message);
     }
 
-    fn layout(&self, at: usize, sizes: &mut [Size]) -> Layout {
+    fn layout(&self, at: usize, sizes: &mut [SizeState]) -> Layout {
         let size = self.size(at, sizes);
         let mut fields: Vec<Field> = self.messages.get(at).map_or_else(Vec::new, |message| {
             message
@@ -184,7 +184,7 @@ impl<'a> Types<'a> {
         Layout { size, fields }
     }
 
-    fn field(&self, of: usize, place: usize, field: &FieldDescriptorProto, sizes: &mut [Size]) -> Field {
+    fn field(&self, of: usize, place: usize, field: &FieldDescriptorProto, sizes: &mut [SizeState]) -> Field {
         let repeated = field.label() == Label::Repeated;
         let (kind, element) = match field.r#type() {
             Type::Message | Type::Group => {
@@ -206,16 +206,16 @@ impl<'a> Types<'a> {
         Field { number, place: u32::try_from(place).unwrap_or(u32::MAX), repeated, element, kind }
     }
 
-    /// What the struct of a message type takes.
-    fn size(&self, at: usize, sizes: &mut [Size]) -> u32 {
+    /// Size of the struct of a message type.
+    fn size(&self, at: usize, sizes: &mut [SizeState]) -> u32 {
         match sizes.get(at) {
-            Some(Size::Known(size)) => return *size,
-            Some(Size::Unknown) => {}
-            Some(Size::Open) | None => return POINTER_BYTES,
+            Some(SizeState::Known(size)) => return *size,
+            Some(SizeState::Unknown) => {}
+            Some(SizeState::Open) | None => return POINTER_BYTES,
         }
-        sizes[at] = Size::Open;
+        sizes[at] = SizeState::Open;
         let message = self.messages[at];
-        // All fields of a oneof share one place, unless it is the one that stands for `optional`.
+        // All fields of a oneof share one place, except for the synthetic oneof of an `optional` field.
         let mut oneofs = vec![0; message.oneof_decl.len()];
         let mut sum = 0;
         for field in &message.field {
@@ -229,12 +229,12 @@ impl<'a> Types<'a> {
         sum +=
             oneofs.into_iter().filter(|largest| *largest > 0).map(|largest| largest + TAG_BYTES).sum::<u32>();
         let size = sum.next_multiple_of(8);
-        sizes[at] = Size::Known(size);
+        sizes[at] = SizeState::Known(size);
         size
     }
 
-    /// What a field takes in the struct.
-    fn slot(&self, field: &FieldDescriptorProto, sizes: &mut [Size]) -> u32 {
+    /// Size that a field takes within the struct.
+    fn slot(&self, field: &FieldDescriptorProto, sizes: &mut [SizeState]) -> u32 {
         if field.label() == Label::Repeated {
             let is_map = field.r#type() == Type::Message && self.is_entry(self.target(field));
             return if is_map { MAP_BYTES } else { LIST_BYTES };
@@ -249,7 +249,7 @@ impl<'a> Types<'a> {
     }
 
     fn target(&self, field: &FieldDescriptorProto) -> usize {
-        // A set that protox has made names only types that are in it.
+        // The set is complete: protox resolves every type name.
         self.names.get(field.type_name()).copied().unwrap_or(usize::MAX)
     }
 
@@ -258,7 +258,7 @@ impl<'a> Types<'a> {
         options.is_some_and(|options| options.map_entry())
     }
 
-    /// Whether a message type holds another one in itself, through fields that are not lists.
+    /// Whether a message type contains another one by value, through fields that are not lists.
     fn contains(&self, outer: usize, inner: usize) -> bool {
         let (mut seen, mut stack) = (vec![false; self.messages.len()], vec![outer]);
         while let Some(at) = stack.pop() {

@@ -1,10 +1,10 @@
-//! What the measuring of messages must do, compared with decoding them.
+//! Tests of the cost measurement, compared with actual decoding.
 
 use super::*;
 use crate::proto::{asset, bytestream, gorego, longrunning, reapi};
 use proptest::prelude::*;
 
-/// A list of lengths and counts becomes a message that mostly parses: random fields of the type, nested at random.
+/// Builds a message from random choices: random fields of the type, nested at random. Most of the results parse.
 fn message(layout: &Layout, choices: &mut impl Iterator<Item = u8>, depth: u32, out: &mut Vec<u8>) {
     for _ in 0..choices.next().unwrap_or(0) % 8 {
         let Some(choice) = choices.next() else { return };
@@ -144,7 +144,7 @@ fn nested_empty_entries_count_at_every_depth() {
             .to_string()
             .contains("the Tree is refused: decoded it would take more than the 1000000 bytes")
     );
-    // A text of the same bytes is a text.
+    // The same bytes in a text field are just text.
     let text = reapi::Command { arguments: vec!["\n\0".repeat(100_000)], ..Default::default() };
     assert!(cost::<reapi::Command>(&text.encode_to_vec(), ANY).unwrap().memory < 201_000);
 }

@@ -1,13 +1,13 @@
-//! AC: GetActionResult and UpdateActionResult. Most of it needs a caller who may write results.
+//! AC: GetActionResult and UpdateActionResult. Most checks need permission to write results.
 //!
-//! Nothing can be deleted over the wire, so the checks of completeness store results that name blobs which never were there.
+//! Nothing can be deleted over the wire, so the completeness checks store results that name blobs that never existed.
 
-pub mod completeness;
-pub mod inlining;
-pub mod updates;
+pub(crate) mod completeness;
+pub(crate) mod inlining;
+pub(crate) mod updates;
 
 use super::Beyond;
 
-/// What cannot be checked over the wire.
+/// Rules that cannot be checked over the wire.
 pub const BEYOND: &[Beyond] =
     &[("AC-04", "needs a store that is about to evict, which is not for a server in use")];

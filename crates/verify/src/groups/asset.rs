@@ -1,4 +1,4 @@
-//! AST: Remote Asset, Fetch and Push. The origin of what is fetched is this suite itself.
+//! AST: the Remote Asset services Fetch and Push. The suite itself is the origin of what is fetched.
 
 use super::Beyond;
 use crate::{
@@ -20,7 +20,6 @@ use sha2::{Sha256, Sha384, Sha512};
 use std::time::{Duration, SystemTime};
 use tonic::{Code, Request, Status};
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     a_fetch_of_nothing_and_doubled_qualifiers_are_refused => "AST-01";
     unknown_qualifiers_are_not_ignored => "AST-02";
@@ -37,12 +36,12 @@ pub const CHECKS: &[Check] = checks![
     pushed_content_is_found_under_every_uri_until_it_expires => "AST-11";
 ];
 
-/// What cannot be checked over the wire.
+/// Rules that cannot be checked over the wire.
 pub const BEYOND: &[Beyond] = &[];
 
-/// What each fetch is given, so that an unreachable place is an answer and no hang.
+/// The timeout of each fetch, so that an unreachable origin leads to an answer.
 const FETCH_LIMIT: Duration = Duration::from_secs(10);
-/// A place that no client has any business at: where cloud machines find their credentials.
+/// An address that no client should reach: cloud machines find their credentials there.
 const FORBIDDEN: &str = "http://169.254.169.254/latest/meta-data/";
 const SRI: &str = "checksum.sri";
 
@@ -66,7 +65,7 @@ async fn fetch(s: &Session, request: FetchBlobRequest) -> Result<FetchBlobRespon
     Ok(s.fetch().fetch_blob(request).await?.into_inner())
 }
 
-/// The fetch of a page, which has to succeed: the bytes, read from the CAS.
+/// Fetches a page, which must succeed, and reads the bytes from the CAS.
 async fn fetched(s: &Session, request: FetchBlobRequest) -> Verdict<(FetchBlobResponse, bytes::Bytes)> {
     let answer = fetch(s, request).await.wanted("FetchBlob answers")?;
     inline("the fetch", answer.status.as_ref(), &[Code::Ok])?;
@@ -79,10 +78,10 @@ fn now() -> SystemTime {
     SystemTime::now()
 }
 
-/// An origin from which the server does fetch.
+/// An origin from which the server fetches.
 ///
 /// # Errors
-/// Absent when the server has no FetchBlob; skipped when it never comes here.
+/// Absent when the server has no FetchBlob; skipped when it never contacts the origin.
 async fn origin(s: &Session) -> Verdict<Origin> {
     let host = s.options().asset_origin.clone().unwrap_or_else(|| LOCAL_HOST.to_owned());
     let origin = Origin::start(&host).await?;
@@ -126,7 +125,7 @@ async fn unknown_qualifiers_are_not_ignored(s: Session) -> Verdict {
     let uri = origin.page("page", Page::Content(content(&s).data));
     let answer = fetch(&s, request(&s, &[&uri], &[qualifier("x.y", "z")])).await;
     match answer {
-        // A server with Push may have content of that qualifier; here it has none.
+        // A server with Push may have content with this qualifier, but not here.
         Ok(answer) => {
             let status = answer.status.unwrap_or_default();
             ensure(
@@ -137,7 +136,7 @@ async fn unknown_qualifiers_are_not_ignored(s: Session) -> Verdict {
         }
         Err(status) => {
             ensure(status.code() == Code::InvalidArgument, "INVALID_ARGUMENT", show(&status))?;
-            // The detail is a `should`: if there is one, it names the qualifier.
+            // The detail is a `should`: if it is present, it names the qualifier.
             let details =
                 gorego_reapi::proto::rpc::Status::decode(status.details()).unwrap_or_default().details;
             for detail in details.iter().filter(|detail| detail.type_url.ends_with("/google.rpc.BadRequest"))
@@ -160,14 +159,14 @@ async fn headers_and_names_of_content_are_understood(s: Session) -> Verdict {
     let header = qualifier("http_header:X-Verify", format!("all {word}"));
     let (_, all) = fetched(&s, request(&s, &[&uri], &[id.clone(), header.clone()])).await?;
     equal("the header that the origin saw", &all.as_ref(), &format!("all {word}").as_bytes())?;
-    // Another origin's content, so that nothing cached can answer.
+    // Content of another origin, so that the cache cannot answer.
     let uri = origin.page("echo/again", Page::Echo("x-verify"));
     let own = qualifier("http_header_url:0:X-Verify", format!("own {word}"));
     let (_, own) = fetched(&s, request(&s, &[&uri], &[id, header, own])).await?;
     equal("the header of this URL alone", &own.as_ref(), &format!("own {word}").as_bytes())
 }
 
-/// A checksum as `checksum.sri` has it.
+/// A checksum in the format of `checksum.sri`.
 fn sri<D: sha2::Digest>(name: &str, bytes: &[u8]) -> String {
     format!("{name}-{}", BASE64_STANDARD.encode(D::digest(bytes)))
 }
@@ -186,7 +185,7 @@ async fn checksums_are_verified(s: Session) -> Verdict {
             let uri = origin.page(name, Page::Content(content.data.clone()));
             let (right, wrong) = (sum(&content.data), sum(b"something else"));
             let with = |value: &str| request(&s, &[&uri], &[qualifier(SRI, value)]);
-            // Wrong first: nothing of it may be left to answer the others.
+            // The wrong checksum comes first: its result must not answer the later fetches.
             let answer = fetch(&s, with(&wrong)).await.wanted("FetchBlob answers")?;
             inline(&format!("a fetch against {wrong}"), answer.status.as_ref(), &[Code::Aborted])?;
             fetched(&s, with(&format!("{wrong} {right}"))).await?;
@@ -332,7 +331,7 @@ async fn forbidden_places_are_not_contacted(s: Session) -> Verdict {
         let what = format!("a fetch of {uri}");
         match fetch(&s, request(&s, &[uri], &[])).await {
             Ok(answer) => inline(&what, answer.status.as_ref(), &[Code::PermissionDenied])?,
-            // What is no URL for a fetch at all may be refused as an argument.
+            // An invalid URL may be refused as an argument error.
             Err(status) => {
                 let refused = [Code::InvalidArgument, Code::PermissionDenied];
                 let answer: Result<(), _> = Err(status);
@@ -344,7 +343,7 @@ async fn forbidden_places_are_not_contacted(s: Session) -> Verdict {
 }
 
 async fn pushed_content_is_found_under_every_uri_until_it_expires(s: Session) -> Verdict {
-    // On a busy machine, or between clocks that differ, a short life may be over before the content is asked for.
+    // On a busy machine or with different clocks, a short lifetime may end before the content is requested.
     for seconds in [4, 8] {
         if pushed_for(&s, Duration::from_secs(seconds)).await? {
             return Ok(());
@@ -354,11 +353,11 @@ async fn pushed_content_is_found_under_every_uri_until_it_expires(s: Session) ->
     ensure(last, "what was pushed, until it expires", "nothing, although it expires in 16 s").own()
 }
 
-/// Pushes content that expires after this time and follows it to its end; whether it was found before.
+/// Pushes content that expires after this time, and polls until it is gone. Returns whether it was found before.
 async fn pushed_for(s: &Session, life: Duration) -> Verdict<bool> {
     let content = content(s);
     s.store(&[&content]).await?;
-    // A name that no resolver knows, so what is found there was pushed.
+    // The host name does not resolve, so the content can only come from the push.
     let uris = ["one", "two"].map(|path| format!("https://gorego-verify.invalid/{}/{path}", s.word()));
     let end = now() + life;
     let push = PushBlobRequest {
@@ -394,7 +393,7 @@ async fn pushed_for(s: &Session, life: Duration) -> Verdict<bool> {
     let [uri, _] = &uris;
     within_patience(|| async {
         let answer = fetch(s, request(s, &[uri], &[])).await.or_refused("FetchBlob", &[Code::NotFound])?;
-        // NOT_FOUND, as a status of the call or inside it, or what came of a look at the origin.
+        // Gone means NOT_FOUND, in the call or inline, or the error of contacting the origin.
         let gone = answer.is_none_or(|answer| answer.status.unwrap_or_default().code != 0);
         ensure(gone, "nothing under the URI once the push has expired", "the content")
     })

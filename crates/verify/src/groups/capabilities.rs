@@ -1,4 +1,5 @@
-//! CAP: what a server says about itself, held against what it does. The versions and lists first, then what they promise.
+//! CAP: the capabilities of a server, compared with its behaviour. Versions and lists first, then the features that they
+//! claim.
 
 use super::Beyond;
 use crate::{
@@ -22,7 +23,6 @@ use std::{collections::BTreeSet, time::Duration};
 use tokio::time::{Instant, timeout};
 use tonic::{Code, Status};
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     what_is_claimed_answers => "CAP-01";
     the_versions_are_set_and_overlap_2 => "CAP-02";
@@ -44,17 +44,17 @@ pub const CHECKS: &[Check] = checks![
     every_connection_gets_the_same_answer_quickly => "CAP-19";
 ];
 
-/// What cannot be checked over the wire.
+/// Rules that cannot be checked over the wire.
 pub const BEYOND: &[Beyond] = &[];
 
-/// Blobs up to this size are really sent to find out about the largest one; above, only announced.
+/// To test the size limit, blobs up to this size are really sent; larger ones are only announced.
 const MODEST_BLOB_BYTES: i64 = 64 * 1024 * 1024;
-/// How long a server may take to refuse an upload that is announced as too large.
+/// Time limit for the refusal of an upload that is announced as too large.
 const REFUSAL_PATIENCE: Duration = Duration::from_secs(3);
-/// How much longer than a call that nobody serves half of all GetCapabilities calls may take: the way there and back counts
-/// for both, and asking workers takes longer.
+/// How much longer than an unimplemented call half of all GetCapabilities calls may take. The network counts for both;
+/// asking workers takes longer.
 const CHEAP: Duration = Duration::from_millis(250);
-/// Connections and calls on each that compare the capabilities.
+/// Number of connections, and of calls on each, that compare the capabilities.
 const COMPARED: (usize, usize) = (10, 5);
 
 async fn capabilities(s: &Session) -> Result<ServerCapabilities, Status> {
@@ -105,11 +105,11 @@ async fn what_the_high_version_promises_works(s: Session) -> Verdict {
     if high < (2, 1, 0) {
         return Err(absent("high_api_version promises nothing beyond 2.0"));
     }
-    // 2.1: output_paths, of any kind, and output_symlinks.
+    // 2.1: output_paths of any kind, and output_symlinks.
     let script = "echo hi > file && mkdir directory && ln -s file symlink";
     let mut command = s.shell(script, &["directory", "file", "symlink"]);
     if high >= (2, 3, 0) {
-        // 2.3: without a slash, argv[0] is looked up in the PATH of the Command.
+        // 2.3: argv[0] without a slash is looked up in the PATH of the Command.
         command.arguments = vec!["sh".into(), "-c".into(), script.into(), s.word()];
     }
     let result = s.run_command(&command).await?;
@@ -282,7 +282,7 @@ async fn batch_compressors_are_accepted_exactly_as_listed(s: Session) -> Verdict
             let blob = s.text(1000);
             let mut item = s.item(&blob);
             item.compressor = number;
-            // What is not zstd is refused for its number, whatever the data.
+            // Unknown compressors are refused by number, whatever the data.
             item.data = compress(&blob.data)?;
             if listed.contains(&number) && number != ZSTD {
                 return Ok(());
@@ -323,7 +323,7 @@ async fn blobs_above_the_largest_size_are_refused(s: Session) -> Verdict {
         refused.refused("a blob of one byte more", &codes)?;
         return Ok(());
     }
-    // Too much to send: the name alone says it, and a server that looks at it refuses at once.
+    // Too large to send. The name announces the size, and a server that checks it refuses at once.
     let mut blob = s.blob(1000);
     blob.digest.size_bytes = limit.saturating_add(1);
     let messages = half(&s.write_name(&blob), &blob.data, 1000);
@@ -349,7 +349,7 @@ async fn split_and_splice_answer_as_claimed(s: Session) -> Verdict {
     };
     let answer = s.cas().split_blob(split).await;
     if cache.split_blob_support {
-        // A server may know the chunks of spliced blobs only.
+        // A server may know only the chunks of spliced blobs.
         drop(answer.or_refused("SplitBlob, since split_blob_support is set", &[Code::NotFound])?);
     } else {
         answer.refused("SplitBlob without split_blob_support", &[Code::Unimplemented])?;
@@ -419,7 +419,7 @@ async fn every_connection_gets_the_same_answer_quickly(s: Session) -> Verdict {
                 let answer = capabilities(&s).await.wanted("GetCapabilities answers")?;
                 times.push(begin.elapsed());
                 let begin = Instant::now();
-                // Whatever it answers, it does not have to think about it.
+                // An unimplemented call needs no processing, whatever the answer.
                 let _ = raw::call(
                     s.service(),
                     raw::path::NO_SUCH_METHOD,

@@ -1,12 +1,12 @@
-//! GEN: what holds for every call. One file each for digests, instances, errors and transport.
+//! GEN: rules that hold for every call. One file each for digests, instances, errors and transport.
 
-pub mod digests;
-pub mod errors;
-pub mod instances;
-pub mod transport;
+pub(crate) mod digests;
+pub(crate) mod errors;
+pub(crate) mod instances;
+pub(crate) mod transport;
 
 use super::Beyond;
 
-/// What cannot be checked over the wire.
+/// Rules that cannot be checked over the wire.
 pub const BEYOND: &[Beyond] =
     &[("GEN-23", "needs a server that asks for credentials, and callers with and without them")];

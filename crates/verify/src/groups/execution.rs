@@ -1,19 +1,19 @@
 //! EXE: running actions. One file for each section of the rules.
 
-pub mod cache;
-pub mod inputs;
-pub mod logs;
-pub mod outputs;
-pub mod refusals;
-pub mod running;
-pub mod stream;
-pub mod trees;
+pub(crate) mod cache;
+pub(crate) mod inputs;
+pub(crate) mod logs;
+pub(crate) mod outputs;
+pub(crate) mod refusals;
+pub(crate) mod running;
+pub(crate) mod stream;
+pub(crate) mod trees;
 
 use super::Beyond;
 
-/// Rules of this group that need an operator's hands.
+/// Rules that need the help of an operator.
 pub const BEYOND: &[Beyond] =
     &[("EXE-62", "needs a worker to be killed in the middle of an action, which this suite cannot do")];
 
-/// A script whose output is never the same twice.
+/// A script whose output is different each time.
 const UNIQUE: &str = "date +%s%N; echo $$; cat /proc/sys/kernel/random/uuid 2>/dev/null; exit ";

@@ -1,4 +1,4 @@
-//! LOG: log streams, which are written and read at the same time.
+//! LOG: log streams, which can be read while they are written.
 
 use super::{Beyond, execution::stream::unlike};
 use crate::{
@@ -15,7 +15,6 @@ use gorego_reapi::proto::{
 use std::{collections::BTreeSet, time::Duration};
 use tonic::{Code, Status};
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     streams_have_a_name_to_read_and_a_secret_one_to_write => "LOG-01";
     streams_without_a_known_parent_are_refused => "LOG-01";
@@ -25,12 +24,12 @@ pub const CHECKS: &[Check] = checks![
     a_stream_is_written_in_several_calls => "LOG-05";
 ];
 
-/// What cannot be checked over the wire.
+/// Rules that cannot be checked over the wire.
 pub const BEYOND: &[Beyond] = &[];
 
-/// Letters that 128 bits take in base64.
+/// Number of base64 characters for 128 bits.
 const TOKEN_LETTERS: usize = 22;
-/// How long a reader may take to hear of what was written, or of the end.
+/// Time limit for a reader to receive written bytes, or the end.
 const PROMPT: Duration = Duration::from_secs(5);
 
 async fn create(s: &Session, parent: &str) -> Result<LogStream, Status> {
@@ -38,10 +37,10 @@ async fn create(s: &Session, parent: &str) -> Result<LogStream, Status> {
     Ok(s.log_streams().create_log_stream(request).await?.into_inner())
 }
 
-/// A parent that the server takes: the instance, or an operation of ours.
+/// A parent that the server accepts: the instance, or an operation of this run.
 async fn parent(s: &Session) -> Verdict<String> {
     let mut candidates = vec![s.instance()];
-    // Not every server takes the empty name for one.
+    // Not every server accepts the empty name.
     if s.instance().is_empty()
         && let Ok(operation) = operation(s).await
     {
@@ -61,14 +60,14 @@ async fn parent(s: &Session) -> Verdict<String> {
     Err(skipped(format!("no parent is known that the server takes: {refusal}")))
 }
 
-/// The name of an operation of ours.
+/// The name of an operation of this run.
 async fn operation(s: &Session) -> Verdict<String> {
     let messages = Job::sh(s, "exit 0").story().await.control()?;
     let name = messages.first().map(|operation| operation.name.clone());
     name.ok_or_else(|| fail("an operation", "an empty stream"))
 }
 
-/// What the names of a parent's streams begin with.
+/// The prefix of the names of a parent's streams.
 fn below(parent: &str) -> String {
     if parent.is_empty() { "logstreams/".into() } else { format!("{parent}/logstreams/") }
 }
@@ -77,7 +76,7 @@ async fn stream(s: &Session) -> Verdict<LogStream> {
     create(s, &parent(s).await?).await.needs("LOG-01", "CreateLogStream is accepted")
 }
 
-/// One call of Write: the `committed_size`.
+/// Makes one Write call and returns the `committed_size`.
 async fn write(s: &Session, name: &str, offset: usize, data: &str, finish: bool) -> Result<i64, Status> {
     let message = WriteRequest {
         resource_name: name.to_owned(),
@@ -88,7 +87,7 @@ async fn write(s: &Session, name: &str, offset: usize, data: &str, finish: bool)
     s.write_messages(vec![message]).await
 }
 
-/// What a reader gets from an offset to the end.
+/// Reads a stream from an offset to the end.
 async fn read(s: &Session, name: &str, offset: i64) -> Verdict<String> {
     let pieces = tokio::time::timeout(2 * PROMPT, s.read_pieces(name, offset, 0)).await;
     let pieces = pieces.map_err(|_| fail("an end of the reader's stream with the log's", "it stays open"))?;
@@ -124,7 +123,7 @@ async fn streams_have_a_name_to_read_and_a_secret_one_to_write(s: Session) -> Ve
 
 async fn streams_without_a_known_parent_are_refused(s: Session) -> Verdict {
     stream(&s).await?;
-    // The API leaves it to the server what a parent may be: it may have an instance of the empty name, or not.
+    // The API does not define the valid parents: the empty instance name may or may not exist.
     match create(&s, "").await {
         Ok(stream) => {
             let named = stream.name.starts_with(&below(""));
@@ -132,7 +131,7 @@ async fn streams_without_a_known_parent_are_refused(s: Session) -> Verdict {
         }
         refusal => refusal.refused("an empty parent", &[Code::InvalidArgument]).map(drop)?,
     }
-    // Instances may be any name; operations are known or not.
+    // Any name may be an instance, but an operation is either known or unknown.
     let unknown = unlike(&operation(&s).await?);
     create(&s, &unknown).await.refused("an unknown parent", &[Code::InvalidArgument]).map(drop)
 }

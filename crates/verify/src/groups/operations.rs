@@ -1,4 +1,4 @@
-//! OPS: google.longrunning.Operations beside the streams of Execution.
+//! OPS: google.longrunning.Operations, in addition to the streams of Execution.
 
 use super::{Beyond, execution::stream::unlike};
 use crate::{
@@ -19,7 +19,6 @@ use gorego_reapi::proto::{
 use std::time::{Duration, Instant};
 use tonic::{Code, Status};
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     getoperation_says_what_the_stream_says => "OPS-01";
     calls_that_are_not_offered_are_unimplemented => "OPS-02";
@@ -29,10 +28,10 @@ pub const CHECKS: &[Check] = checks![
     waitoperation_returns_when_the_time_is_up_or_the_operation_ends => "OPS-05";
 ];
 
-/// What cannot be checked over the wire.
+/// Rules that cannot be checked over the wire.
 pub const BEYOND: &[Beyond] = &[];
 
-/// How long an end that was asked for may take.
+/// Time limit for a requested end.
 const PROMPT: Duration = Duration::from_secs(10);
 
 async fn get(s: &Session, name: &str) -> Result<Operation, Status> {
@@ -71,7 +70,7 @@ async fn calls_that_are_not_offered_are_unimplemented(s: Session) -> Verdict {
     let messages = Job::sh(&s, "exit 0").story().await.control()?;
     let name = messages.first().map(|operation| operation.name.clone()).unwrap_or_default();
     let parent = s.qualify("operations");
-    // OK where it is offered; a server may also refuse the name that we guess for the list, or to forget what it keeps.
+    // OK if the method exists. A server may also refuse the guessed name of the list, or refuse to forget an operation.
     let acceptable = |answer: Result<(), Status>, what: &str, codes: &[Code]| match answer {
         Ok(()) => Ok(()),
         Err(status) if status.code() == Code::Unimplemented || codes.contains(&status.code()) => Ok(()),
@@ -90,7 +89,7 @@ async fn calls_that_are_not_offered_are_unimplemented(s: Session) -> Verdict {
 }
 
 async fn a_cancelled_operation_ends_inside_its_response(s: Session) -> Verdict {
-    // The process is known by the fraction of the second.
+    // The process is recognisable by the fraction of the seconds.
     let fraction = s.word().bytes().fold(7_u32, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
     let sleep = format!("sleep 25.{fraction}");
     let mut run = Job::sh(&s, &sleep).uncached().start().await?;
@@ -107,12 +106,13 @@ async fn a_cancelled_operation_ends_inside_its_response(s: Session) -> Verdict {
     cancel(&s, &name).await.wanted("CancelOperation of a finished operation is OK")?;
     let unknown = cancel(&s, &unlike(&name)).await;
     unknown.refused("CancelOperation of an unknown operation", &[Code::NotFound])?;
-    // Seen only if this action comes to the same machine; what it does not see proves nothing, what it sees does.
+    // Works only if this action runs on the same machine: a process that it finds proves a fault, but finding none proves
+    // nothing.
     let look = format!(
         "for process in /proc/[0-9]*; do line=$(tr '\\0' ' ' < $process/cmdline 2>/dev/null)
          case \"$line\" in '{sleep} ') echo alive;; esac; done; exit 0"
     );
-    // A server may say that the operation is over while its worker still kills the command.
+    // A server may report the end of the operation before its worker has killed the command.
     within_patience(|| async {
         let alive = Job::sh(&s, &look).uncached().stdout().await?;
         ensure(alive.is_empty(), "the command killed", "it runs")
@@ -120,8 +120,11 @@ async fn a_cancelled_operation_ends_inside_its_response(s: Session) -> Verdict {
     .await
 }
 
-/// Two clients that run one action, each on a connection of its own: the first one's name, and the other one's stream.
-async fn two_clients(s: &Session) -> Verdict<(crate::actions::Run, String, crate::actions::Run)> {
+/// Two clients with separate connections run one action. Returns the stream and name of the first, and the stream of the
+/// other.
+async fn two_clients(
+    s: &Session,
+) -> Verdict<(crate::actions::OperationStream, String, crate::actions::OperationStream)> {
     let leaving = s.reconnect().await?;
     let job = Job::sh(&leaving, "sleep 2; echo done");
     let mut first = job.start().await?;

@@ -1,22 +1,22 @@
-//! A run as one JSON object.
+//! Writes a report as one JSON object.
 
-use super::{Judgement, Outcome, Report, Row};
+use super::{CheckOutcome, Judgement, Report, Row};
 use crate::rules::Level;
 use serde::Serialize;
 
 #[derive(Serialize)]
-struct Run<'a> {
+struct JsonReport<'a> {
     endpoint: &'a str,
     instance: &'a str,
     digest_function: &'a str,
     bytes_written: u64,
     elapsed_ms: u64,
     good: bool,
-    checks: Vec<Line<'a>>,
+    checks: Vec<JsonRow<'a>>,
 }
 
 #[derive(Serialize)]
-struct Line<'a> {
+struct JsonRow<'a> {
     group: &'a str,
     rules: &'a [&'static str],
     level: Level,
@@ -36,9 +36,9 @@ struct Line<'a> {
 }
 
 impl Report {
-    /// The run as JSON.
+    /// The report as JSON.
     pub fn json(&self, strict: bool) -> String {
-        let run = Run {
+        let run = JsonReport {
             endpoint: &self.endpoint,
             instance: &self.instance,
             digest_function: &self.digest_function,
@@ -51,20 +51,20 @@ impl Report {
     }
 }
 
-fn line(row: &Row, strict: bool) -> Line<'_> {
+fn line(row: &Row, strict: bool) -> JsonRow<'_> {
     let (mut expected, mut observed, mut needs, mut reason, mut breaks) =
         (None, None, None, None, String::new());
     match &row.outcome {
-        Outcome::Pass => {}
-        Outcome::Fail { expected: wanted, observed: seen } => {
+        CheckOutcome::Pass => {}
+        CheckOutcome::Fail { expected: wanted, observed: seen } => {
             (expected, observed, breaks) = (Some(wanted.as_str()), Some(seen.as_str()), row.breaks());
         }
-        Outcome::Inconclusive { needs: rule, expected: wanted, observed: seen } => {
+        CheckOutcome::Inconclusive { needs: rule, expected: wanted, observed: seen } => {
             (expected, observed, needs) = (Some(wanted.as_str()), Some(seen.as_str()), *rule);
         }
-        Outcome::Absent(why) | Outcome::Skipped(why) => reason = Some(why.as_str()),
+        CheckOutcome::Absent(why) | CheckOutcome::Skipped(why) => reason = Some(why.as_str()),
     }
-    Line {
+    JsonRow {
         group: row.group(),
         rules: &row.rules,
         level: row.level,

@@ -1,15 +1,15 @@
-//! A run as JUnit XML: one suite a group, one case a check.
+//! Writes a report as JUnit XML: one suite per group, one case per check.
 //!
-//! JUnit knows no warnings: one is a skipped case whose message says so, and a failure of a strict run. A check that could not
-//! be decided is an `error`, which JUnit tells from a failure.
+//! JUnit has no warnings. A warning is written as a skipped case with a message, and as a failure in a strict run. An
+//! inconclusive check is an `error`, which JUnit distinguishes from a failure.
 
-use super::{Judgement, Outcome, Report, Row};
+use super::{CheckOutcome, Judgement, Report, Row};
 use crate::groups;
 use gorego_reapi::error::{Error, Result};
 use quick_junit::{NonSuccessKind, Report as Xml, TestCase, TestCaseStatus, TestSuite};
 
 impl Report {
-    /// The run as JUnit XML.
+    /// The report as JUnit XML.
     ///
     /// # Errors
     /// `Internal` when it cannot be written as XML.
@@ -33,22 +33,21 @@ impl Report {
 fn case(row: &Row, strict: bool) -> TestCase {
     let judgement = row.judgement(strict);
     let (mut status, message) = match &row.outcome {
-        Outcome::Pass => (TestCaseStatus::success(), String::new()),
-        Outcome::Fail { expected, observed } => {
+        CheckOutcome::Pass => (TestCaseStatus::success(), String::new()),
+        CheckOutcome::Fail { expected, observed } => {
             let status = match judgement {
                 Judgement::Fail => TestCaseStatus::non_success(NonSuccessKind::Failure),
                 _ => TestCaseStatus::skipped(),
             };
             (status, format!("{judgement} ({}): expected {expected}; observed {observed}", row.level))
         }
-        Outcome::Inconclusive { needs, expected, observed } => {
+        CheckOutcome::Inconclusive { needs, expected, observed } => {
             let needs = needs.map(|rule| format!(" (needs {rule})")).unwrap_or_default();
-            let message = format!(
-                "a step before the rule itself failed{needs}: expected {expected}; observed {observed}"
-            );
+            let message =
+                format!("a preparatory step failed{needs}: expected {expected}; observed {observed}");
             (TestCaseStatus::non_success(NonSuccessKind::Error), message)
         }
-        Outcome::Absent(why) | Outcome::Skipped(why) => {
+        CheckOutcome::Absent(why) | CheckOutcome::Skipped(why) => {
             (TestCaseStatus::skipped(), format!("{judgement}: {why}"))
         }
     };

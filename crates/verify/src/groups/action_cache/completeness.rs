@@ -1,4 +1,4 @@
-//! AC-01 to AC-03, AC-11, AC-13: what is a hit.
+//! AC-01 to AC-03, AC-11, AC-13: when a result is a hit.
 
 use crate::{
     blob::{Blob, another_hash},
@@ -14,7 +14,6 @@ use gorego_reapi::{
 };
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     a_miss_is_not_found => "AC-01";
     every_part_of_the_key_counts => "AC-02";
@@ -30,13 +29,13 @@ pub const CHECKS: &[Check] = checks![
     a_failed_result_is_no_success => "AC-13";
 ];
 
-/// How a server refuses a result whose blobs it does not have (AC-11).
+/// How a server refuses a result whose blobs are missing (AC-11).
 const REFUSED: &[Code] = &[Code::FailedPrecondition, Code::InvalidArgument, Code::NotFound];
 
 async fn a_miss_is_not_found(s: Session) -> Verdict {
     s.cache()?;
     s.result(&s.unknown()).await.refused("GetActionResult of an unknown action", &[Code::NotFound])?;
-    // Also when the Action itself is stored.
+    // The same if the Action itself is stored.
     let action = s.fresh_action().await?;
     s.result(&action).await.refused("GetActionResult of an action that never ran", &[Code::NotFound])?;
     Ok(())
@@ -51,7 +50,7 @@ async fn every_part_of_the_key_counts(s: Session) -> Verdict {
     let longer = Digest { size_bytes: action.size_bytes + 1, ..action.clone() };
     s.result(&longer).await.refused("the same hash with another size", &misses)?;
     s.result(&another_hash(&action)).await.refused("another hash with the same size", &misses)?;
-    // A function with hashes of the same length: only the number tells them apart.
+    // A function with hashes of the same length, which only the function number distinguishes.
     let same_length =
         |other: &DigestFunction| *other != s.function() && other.hash_bytes() == s.function().hash_bytes();
     for other in s.functions().into_iter().filter(same_length) {
@@ -75,7 +74,7 @@ enum Lost {
     Stderr,
 }
 
-/// Stores this blob unless it is the one to be lost.
+/// Stores this blob unless it is the lost one.
 async fn keep(s: &Session, blob: Blob, part: Lost, lost: Lost) -> Verdict<Option<Digest>> {
     if part != lost {
         s.store(&[&blob]).await?;
@@ -83,8 +82,8 @@ async fn keep(s: &Session, blob: Blob, part: Lost, lost: Lost) -> Verdict<Option
     Ok(Some(blob.digest))
 }
 
-/// A result with a file, a directory, stdout and stderr, all of it stored but for one blob. Its directory is a Tree unless
-/// the lost blob belongs to the other form.
+/// A result with a file, a directory, stdout and stderr. All blobs but one are stored. Its directory is a Tree unless the
+/// lost blob belongs to the other representation.
 async fn result_without(s: &Session, lost: Lost) -> Verdict<ActionResult> {
     let file = |name: &str, digest| FileNode { name: name.into(), digest, ..Default::default() };
     let deep = keep(s, s.blob(100), Lost::FileDeepInTree, lost).await?;
@@ -115,7 +114,7 @@ async fn result_without(s: &Session, lost: Lost) -> Verdict<ActionResult> {
     })
 }
 
-/// A complete result is a hit; the same without one blob is refused, or stored and then a miss.
+/// A complete result is a hit. The same result without one blob is either refused, or stored and then a miss.
 async fn loss_makes_a_miss(s: &Session, what: &str, lost: Lost) -> Verdict {
     s.updates_results()?;
     let action = s.fresh_action().await?;

@@ -1,4 +1,4 @@
-//! AC-05 to AC-07: bytes inside of results.
+//! AC-05 to AC-07: inlined bytes in results.
 
 use crate::{
     blob::Blob,
@@ -8,7 +8,6 @@ use crate::{
 };
 use gorego_reapi::proto::reapi::{ActionResult, Digest, GetActionResultRequest, OutputFile};
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     nothing_is_inlined_unasked => "AC-05";
     raw_logs_are_handed_out_by_digest => "AC-05", "AC-06";
@@ -18,7 +17,7 @@ pub const CHECKS: &[Check] = checks![
     unknown_paths_to_inline_are_ignored => "AC-07";
 ];
 
-/// A stored result with these as its stdout, stderr and output file `out`, and its action.
+/// Stores a result with this stdout, stderr and output file `out`. Returns its action.
 async fn recorded(s: &Session, stdout: &Blob, stderr: &Blob, output: &Blob) -> Verdict<Digest> {
     s.updates_results()?;
     s.store(&[stdout, stderr, output]).await?;
@@ -43,7 +42,7 @@ fn all_inline(s: &Session, action: &Digest) -> GetActionResultRequest {
     }
 }
 
-/// Bytes that are inlined are those of the digest beside them, which can be read.
+/// Checks that inlined bytes match the digest next to them, and that this digest can be read.
 async fn agree(s: &Session, what: &str, raw: &[u8], digest: Option<&Digest>, blob: &Blob) -> Verdict {
     let digest = digest.ok_or_else(|| fail(format!("a digest of {what}"), "none"))?;
     equal(&format!("the digest of {what}"), digest, &blob.digest)?;
@@ -105,7 +104,7 @@ async fn no_digest_is_a_zero_valued_message(s: Session) -> Verdict {
 }
 
 async fn inlining_gives_way_to_the_size_of_the_message(s: Session) -> Verdict {
-    // Each would fit by itself, not together; the connection refuses messages above 4 MiB.
+    // Each fits alone, but not all together: the connection refuses messages above 4 MiB.
     let (stdout, stderr, output) = (s.blob(3_000_000), s.blob(3_000_000), s.blob(5_000_000));
     let action = recorded(&s, &stdout, &stderr, &output).await?;
     let hit = s.result_request(all_inline(&s, &action)).await;

@@ -1,4 +1,4 @@
-//! AC-08 to AC-10, AC-12, AC-14, AC-15: what is stored, and how it comes back.
+//! AC-08 to AC-10, AC-12, AC-14, AC-15: what is stored, and how it is returned.
 
 use crate::{
     check::{Answer as _, Check, Step as _, Verdict, ensure, equal, fail, skipped},
@@ -13,7 +13,6 @@ use gorego_reapi::proto::reapi::{
 use prost::Message as _;
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     an_update_is_seen_over_another_connection => "AC-08";
     a_later_update_replaces_the_earlier_one => "AC-08";
@@ -25,7 +24,7 @@ pub const CHECKS: &[Check] = checks![
     a_cache_policy_is_harmless => "AC-15";
 ];
 
-/// Updates that race.
+/// Number of concurrent updates.
 const RACERS: usize = 20;
 
 async fn an_update_is_seen_over_another_connection(s: Session) -> Verdict {
@@ -57,7 +56,7 @@ async fn racing_updates_leave_one_whole_result(s: Session) -> Verdict {
     let action = s.fresh_action().await?;
     let mut results = Vec::new();
     for _ in 0..RACERS {
-        // Two outputs, so that a mixture of two results would show.
+        // Two outputs, so that a mixture of two results would be visible.
         let mut result = s.a_result().await?;
         let second = s.a_result().await?.output_files.remove(0);
         result.output_files.push(OutputFile { path: "second".into(), ..second });
@@ -203,7 +202,7 @@ async fn fields_that_are_not_used_come_back(s: Session) -> Verdict {
     equal("stdout_digest", &hit.stdout_digest, &result.stdout_digest)?;
     let metadata = hit.execution_metadata.ok_or_else(|| fail("execution_metadata", "none"))?;
     let sent = result.execution_metadata.unwrap_or_default();
-    // A server may add to what it was told, but not take away or change.
+    // A server may add to the metadata, but not remove or change any.
     ensure(
         metadata.auxiliary_metadata.contains(&auxiliary),
         "auxiliary_metadata as sent",

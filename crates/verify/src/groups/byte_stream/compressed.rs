@@ -1,4 +1,4 @@
-//! BS-11 to BS-13, BS-25 to BS-27: traffic compressed with zstd. A server that does not list it has none of this.
+//! BS-11 to BS-13, BS-25 to BS-27: transfers compressed with zstd. They are optional.
 
 use crate::{
     blob::Blob,
@@ -12,7 +12,6 @@ use bytes::Bytes;
 use gorego_reapi::proto::reapi::Digest;
 use tonic::{Code, Status};
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     a_compressed_read_takes_no_limit => "BS-11";
     a_compressed_read_from_an_offset_is_the_rest => "BS-12";
@@ -31,7 +30,7 @@ fn zstd(s: &Session) -> Verdict {
     listed("zstd for ByteStream", &s.cache()?.supported_compressors, ZSTD)
 }
 
-/// A stored text and the name under which it is read compressed.
+/// Stores a text and returns the name under which it is read compressed.
 async fn readable(s: &Session, size: usize) -> Verdict<(Blob, String)> {
     zstd(s)?;
     let blob = s.text(size);
@@ -77,7 +76,7 @@ async fn a_compressed_read_from_an_offset_is_the_rest(s: Session) -> Verdict {
 
 async fn compressed_reads_decode_with_default_settings(s: Session) -> Verdict {
     zstd(&s)?;
-    // Large enough for a window above 8 MiB, were one used.
+    // Large enough that a window above 8 MiB could be used.
     for blob in [s.text(9_000_000), s.blob(100_000), s.empty()] {
         s.case(format!("a blob of {} bytes", blob.data.len()), async {
             s.store(&[&blob]).await?;
@@ -110,7 +109,7 @@ async fn a_compressed_upload_answers_its_compressed_length(s: Session) -> Verdic
     let expected = format!("committed_size {length}, the compressed bytes, or -1");
     ensure([length, -1].contains(&committed), expected, format!("{committed} for 100000 bytes"))?;
     is_stored(&s, &blob).await?;
-    // Stored by now: ending early is allowed, and is -1 then.
+    // It is stored now, so the upload may end early with -1.
     let again = upload(&s, &blob, &packed, 1000).await.wanted("the same upload is accepted again")?;
     ensure([length, -1].contains(&again), format!("committed_size {length} or -1"), again)
 }
@@ -151,7 +150,7 @@ async fn compressed_content_is_verified(s: Session) -> Verdict {
 
 async fn a_bomb_is_refused(s: Session) -> Verdict {
     zstd(&s)?;
-    // 10 GiB of zeros that claim to be 1000 bytes: a server that unpacks them all is not done in time.
+    // 10 GiB of zeros with a claimed size of 1000 bytes. A server that decompresses everything is too late.
     let claimed = Blob { digest: Digest { size_bytes: 1000, ..s.unknown() }, ..s.blob(0) };
     let bomb = bomb(10 * 1024)?;
     let answer = defused(upload(&s, &claimed, &bomb, 64 * 1024)).await?;

@@ -10,7 +10,6 @@ use crate::{
 use gorego_reapi::digest::DigestFunction;
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     write_names_may_go_on_after_the_size => "BS-02";
     functions_with_a_segment_are_read_and_written_with_it => "BS-03";
@@ -40,7 +39,7 @@ async fn write_names_may_go_on_after_the_size(s: Session) -> Verdict {
     Ok(())
 }
 
-/// The functions of the server whose names have a segment.
+/// The digest functions of the server that have a segment in names.
 fn with_segment(s: &Session) -> Verdict<Vec<DigestFunction>> {
     s.cache()?;
     let mut functions = s.functions();
@@ -58,8 +57,8 @@ async fn functions_with_a_segment_are_read_and_written_with_it(s: Session) -> Ve
             equal("committed_size", &s.write(&blob).await.wanted(&what)?, &3000)?;
             let read = s.read(&blob.digest).await.wanted(&format!("{} is read", blob.name()))?;
             ensure(read == blob.data, "its bytes", "others")?;
-            // Without the segment, the hash is one of the legacy function of that length. Where the server has none such, it may
-            // infer the only function that fits, as in requests (GEN-08); buck2 never writes the segment.
+            // Without the segment, the hash belongs to the legacy function with this length. If the server has none, it may
+            // infer the only function that matches, as in requests (GEN-08); buck2 never writes the segment.
             let rival = |other: &DigestFunction| {
                 other.resource_segment().is_none() && other.hash_bytes() == function.hash_bytes()
             };
@@ -110,14 +109,14 @@ async fn an_unknown_compressor_is_no_missing_blob(s: Session) -> Verdict {
     Ok(())
 }
 
-/// Names that are wrong for Read and, below `uploads/{uuid}/`, for the other two; each with a word on what is wrong.
+/// Names that are invalid for Read and, below `uploads/{uuid}/`, for the other two calls; each with a description.
 fn bad_tails(blob: &Blob) -> Vec<(&'static str, String)> {
     let (name, hash, size) = (blob.name(), &blob.digest.hash, blob.digest.size_bytes);
     let stem = name.trim_end_matches(&format!("/{size}")).to_owned();
     vec![
         ("no size", stem.clone()),
         ("an empty size", format!("{stem}/")),
-        ("a size that is no number", format!("{stem}/many")),
+        ("a size that is not a number", format!("{stem}/many")),
         ("a negative size", format!("{stem}/-1")),
         ("a size with a sign", format!("{stem}/+{size}")),
         ("a size in hexadecimal", format!("{stem}/0x10")),
@@ -146,7 +145,7 @@ async fn malformed_names_are_refused_by_read(s: Session) -> Verdict {
     Ok(())
 }
 
-/// Names that Write and QueryWriteStatus refuse.
+/// Names that Write and QueryWriteStatus must refuse.
 fn bad_write_names(s: &Session, blob: &Blob) -> Vec<(&'static str, String)> {
     let uuid = uuid::Uuid::new_v4();
     let tails = bad_tails(blob).into_iter();
@@ -195,11 +194,11 @@ async fn two_uploads_may_share_a_uuid(s: Session) -> Verdict {
         let upload = tokio::spawn(async move { s.byte_stream().write(stream).await });
         uploads.push((send, pieces(&name, &blob.data, 0, 400).into_iter(), upload));
     }
-    // One message of each in turn.
+    // The messages of both uploads alternate.
     for _ in 0..3 {
         for (send, messages, _) in &mut uploads {
             if let Some(message) = messages.next() {
-                // A server that ends early says why in its answer.
+                // If a server ends the call early, its response says why.
                 let _ = send.send(message).await;
             }
         }

@@ -1,4 +1,4 @@
-//! BS-31 to BS-33: QueryWriteStatus. A server without it has none of this.
+//! BS-31 to BS-33: QueryWriteStatus, which is optional.
 
 use super::write::go_on;
 use crate::{
@@ -11,7 +11,6 @@ use crate::{
 use std::time::Duration;
 use tokio_stream::wrappers::ReceiverStream;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     the_status_follows_the_upload => "BS-31";
     a_stored_blob_is_complete_under_any_name => "BS-31";
@@ -19,7 +18,7 @@ pub const CHECKS: &[Check] = checks![
     a_broken_compressed_upload_goes_on_at_a_plain_offset => "BS-33";
 ];
 
-/// How often a running upload is asked about until the server has taken what was sent, and the pause between.
+/// How often a running upload is polled until the server has received everything, and the delay in between.
 const LOOKS: usize = 40;
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -37,7 +36,7 @@ async fn the_status_follows_the_upload(s: Session) -> Verdict {
         let _ = send.send(first).await;
     }
     let (mut before, mut looks) = (0, 0);
-    // A server may report what it has written in steps of its own; it just never goes back, and is not complete.
+    // A server may report progress in its own steps, but it never goes back and is not complete.
     while before < 50_000 && looks < LOOKS {
         let status = s.query(&name).await.wanted("QueryWriteStatus during the upload answers")?;
         ensure(!status.complete, "complete: false during the upload", "true")?;
@@ -74,7 +73,7 @@ async fn a_broken_compressed_upload_goes_on_at_a_plain_offset(s: Session) -> Ver
     let blob = s.text(200_000);
     let name = s.compressed_write_name(&blob);
     s.query(&name).await.offered("QueryWriteStatus of a compressed upload answers")?;
-    // One frame of half the blob, and then nothing.
+    // One frame with half of the blob, and no more.
     let frame = compress(&blob.data.slice(..100_000))?;
     let mut messages = pieces(&name, &frame, 0, 1000);
     if let Some(last) = messages.last_mut() {

@@ -1,4 +1,4 @@
-//! BS-07 to BS-10, BS-14, BS-15: plain reads.
+//! BS-07 to BS-10, BS-14, BS-15: uncompressed reads.
 
 use crate::{
     blob::Blob,
@@ -11,7 +11,6 @@ use futures::stream;
 use gorego_reapi::proto::bytestream::{ReadRequest, WriteRequest};
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     blobs_of_every_size_are_read_whole => "BS-07", "BS-15";
     any_offset_gives_the_rest => "BS-07", "BS-15";
@@ -24,20 +23,20 @@ pub const CHECKS: &[Check] = checks![
     a_gigabyte_is_read_whole => "BS-07", "GEN-25";
 ];
 
-/// The large blob is made of so many blocks of this size, never all of them in memory.
+/// The large blob consists of this many blocks, which are never all in memory.
 const LARGE_BLOCKS: u32 = 1024;
 const BLOCK_BYTES: usize = 1024 * 1024;
-/// The sizes of messages that BS-14 asks for; its "about 2 MiB" is read generously.
+/// The message sizes that BS-14 requires. Its "about 2 MiB" is interpreted generously.
 const MESSAGE_BYTES: std::ops::RangeInclusive<usize> = 16 * 1024..=2_200_000;
 
-/// Reads and compares, and looks for empty messages on the way.
+/// Reads, compares, and checks that no message is empty.
 async fn reads(s: &Session, blob: &Blob, offset: usize, limit: usize, expected: &[u8]) -> Verdict {
     let what = format!("{} bytes at offset {offset} with limit {limit}", blob.data.len());
     let int = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
     let pieces = s.read_pieces(&s.read_name(&blob.digest), int(offset), int(limit)).await;
     let pieces = pieces.wanted(&format!("Read of {what} is OK"))?;
     let bytes = pieces.concat();
-    // Where there is nothing to send, an empty message does nobody harm.
+    // If there is nothing to send, an empty message does no harm.
     let has_empty = !bytes.is_empty() && pieces.iter().any(Bytes::is_empty);
     ensure(!has_empty, "no empty message", format!("one in {what}"))?;
     let seen = format!("{} bytes, not the same", bytes.len());
@@ -123,13 +122,13 @@ async fn messages_are_of_a_useful_size(s: Session) -> Verdict {
     let pieces = s.read_pieces(&s.read_name(&blob.digest), 0, 0).await.needs("BS-07", "the blob is read")?;
     ensure(pieces.concat() == blob.data, "its bytes", "others")?;
     ensure(!pieces.iter().any(Bytes::is_empty), "no empty message", "one")?;
-    // The last one may be as small as it likes.
+    // The last message may be small.
     let full = pieces.split_last().map_or(&[][..], |(_, full)| full);
     let odd = full.iter().map(Bytes::len).find(|size| !MESSAGE_BYTES.contains(size));
     ensure(odd.is_none(), "messages of 16 KiB to 2 MiB", format!("one of {} bytes", odd.unwrap_or(0)))
 }
 
-/// A block of the large blob: noise, and its number.
+/// A block of the large blob: noise with the number of the block.
 fn block(noise: &Bytes, number: u32) -> Bytes {
     Bytes::from([&number.to_be_bytes(), noise.get(4..).unwrap_or_default()].concat())
 }
@@ -138,7 +137,7 @@ async fn a_gigabyte_is_read_whole(s: Session) -> Verdict {
     if !s.options().large {
         return Err(skipped("moves a gigabyte: run with --large"));
     }
-    // A connection of its own: the others' calls should not wait behind it.
+    // A separate connection, so that other calls do not wait behind it.
     let s = s.reconnect().await?;
     let noise = s.blob(BLOCK_BYTES).data;
     let (function, blocks) = (s.function(), noise.clone());

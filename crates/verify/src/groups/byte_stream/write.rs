@@ -1,4 +1,4 @@
-//! BS-18 to BS-24, BS-28 to BS-30: plain uploads.
+//! BS-18 to BS-24, BS-28 to BS-30: uncompressed uploads.
 
 use crate::{
     blob::Blob,
@@ -14,7 +14,6 @@ use gorego_reapi::proto::bytestream::WriteRequest;
 use std::time::Duration;
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     the_name_may_be_on_the_first_or_on_every_message => "BS-18", "BS-23";
     a_name_that_changes_or_is_missing_is_refused => "BS-18";
@@ -34,9 +33,9 @@ pub const CHECKS: &[Check] = checks![
 ];
 
 const INVALID: &[Code] = &[Code::InvalidArgument];
-/// How long a server may take to notice that a stream is broken, or too long, before that is held against it.
+/// Time limit for a server to detect a broken or oversized stream.
 const NOTICE: Duration = Duration::from_secs(10);
-/// Uploads of one blob at the same time; most of BS-28's 64 would wait for a connection anyway.
+/// Number of concurrent uploads of one blob. Most of the 64 of BS-28 would only wait for a connection.
 const WRITERS: usize = 32;
 
 async fn is_stored(s: &Session, blob: &Blob) -> Verdict {
@@ -50,15 +49,15 @@ async fn is_missing(s: &Session, what: &str, blob: &Blob) -> Verdict {
     equal(&format!("after {what}: missing_blob_digests"), &missing, &asked.to_vec())
 }
 
-/// Starts an upload, sends these messages, and breaks it off once the server has had time to take them.
+/// Starts an upload, sends these messages, and aborts it after the server has had time to receive them.
 async fn broken(s: &Session, messages: Vec<WriteRequest>) {
     let bytes: usize = messages.iter().map(|message| message.data.len()).sum();
     s.broken_upload(messages, i64::try_from(bytes).unwrap_or(i64::MAX)).await;
 }
 
-/// Goes on with a broken upload where the server says it stands, with the messages that `rest` makes for that position: the
-/// `committed_size`. The server may still be taking in what arrived before the break. Then its answer is out of date when it
-/// comes, and a client asks again.
+/// Resumes a broken upload at the position that the server reports, with the messages that `rest` creates for this
+/// position. Returns the `committed_size`. The server may still be receiving what was sent before the break. Its answer may
+/// then be outdated, and the client asks again.
 pub async fn go_on(
     s: &Session,
     name: &str,
@@ -156,11 +155,11 @@ async fn a_broken_upload_goes_on_where_the_server_says(s: Session) -> Verdict {
 }
 
 async fn a_stream_without_finish_write_stores_nothing(s: Session) -> Verdict {
-    // All of the data, but not its end; and half of it.
+    // All of the data without the end; then half of it.
     for sent in [1000, 500] {
         let blob = s.blob(1000);
         let messages = half(&s.write_name(&blob), &blob.data, sent);
-        // Either an error, or what was kept so far.
+        // Either an error, or the number of bytes that were kept.
         let answer = s.write_messages(messages).await;
         let kept = answer.or_refused(
             &format!("{sent} of 1000 bytes without finish_write"),
@@ -187,7 +186,7 @@ async fn data_after_finish_write_is_refused(s: Session) -> Verdict {
         finish_write: true,
         data: Bytes::from_static(b"more"),
     });
-    // A server may answer as soon as the blob is whole, before it can see that more follows; the bytes are what matters.
+    // A server may answer when the blob is complete, before it sees the further data. Only the stored bytes matter.
     let committed = s.write_messages(messages).await.or_refused("data after finish_write", INVALID)?;
     match committed {
         Some(committed) => {
@@ -211,7 +210,7 @@ async fn content_that_is_not_the_digests_is_refused(s: Session) -> Verdict {
             let answer = s.write(&Blob { data: data.into(), ..good.clone() }).await;
             answer.refused(&format!("an upload with {what}"), INVALID)?;
             is_missing(&s, what, &good).await?;
-            // The failure must not stand in the way of the right bytes.
+            // The failure must not prevent an upload of the right bytes.
             s.write(&good).await.wanted("the right bytes are accepted afterwards")?;
             is_stored(&s, &good).await
         })
@@ -257,7 +256,7 @@ async fn two_racing_uploads_both_end_ok(s: Session) -> Verdict {
     let blob = s.blob(100_000);
     let mut whole = pieces(&s.write_name(&blob), &blob.data, 0, 10_000);
     let rest = whole.split_off(5);
-    // The slow one sends its second half once the quick one is done.
+    // The slow upload sends its second half after the quick one has finished.
     let (done, waiting) = tokio::sync::oneshot::channel::<()>();
     let tail = stream::once(waiting).flat_map(move |_| stream::iter(rest.clone()));
     let slow_session = s.clone();
@@ -334,7 +333,7 @@ async fn an_empty_blob_is_uploaded(s: Session) -> Verdict {
         |status| {
             ensure(status.code() == Code::InvalidArgument, "INVALID_ARGUMENT", crate::check::show(&status))
         },
-        // It is stored already, so the write may end early (BS-24).
+        // It is already stored, so the write may end early (BS-24).
         |committed| equal("committed_size", &committed, &0),
     )
 }

@@ -9,7 +9,6 @@ use crate::{
 use gorego_reapi::proto::reapi::{BatchReadBlobsResponse, Digest, batch_read_blobs_response::Response};
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     every_digest_has_a_response_with_digest_and_status => "CAS-17", "CAS-18", "CAS-19";
     no_digests_have_no_responses => "CAS-17";
@@ -37,7 +36,7 @@ async fn every_digest_has_a_response_with_digest_and_status(s: Session) -> Verdi
         let digest = response.digest.as_ref();
         let asked_for = digest.is_some_and(|digest| asked.contains(digest));
         ensure(asked_for, "digests that were asked for", format!("{digest:?}"))?;
-        // Pants takes an absent message for UNKNOWN.
+        // Pants reads an absent message as UNKNOWN.
         let expected = format!("a status message in the response for {digest:?}");
         ensure(response.status.is_some(), expected, "none")?;
     }
@@ -75,7 +74,7 @@ async fn data_is_compressed_only_as_acceptable(s: Session) -> Verdict {
             let data = match compressor {
                 0 => response.data.clone(),
                 ZSTD => decompress(&response.data, blob.data.len())?,
-                // Truthful or not: there is no decoder for it here.
+                // There is no decoder for it here.
                 _ => return Ok(()),
             };
             ensure(data == blob.data, "the bytes, in the encoding that it names", "others")
@@ -90,7 +89,7 @@ async fn a_batch_above_the_limit_is_refused_by_its_digests(s: Session) -> Verdic
     if limit <= 0 {
         return Err(absent("the server states no limit"));
     }
-    // Nothing of it is stored: only the sizes are judged.
+    // Nothing of it is stored; only the sizes matter.
     let of_size = |size_bytes| Digest { size_bytes, ..s.unknown() };
     let exact = [of_size(limit - 1000), of_size(1000)];
     let answer = s.batch_read(&exact, &[]).await.wanted("a batch of exactly the limit is answered")?;
@@ -134,7 +133,7 @@ async fn a_malformed_digest_is_an_error_of_its_own(s: Session) -> Verdict {
     let mut bad = s.unknown();
     bad.hash.pop();
     asked.insert(2, bad.clone());
-    // Some servers refuse the call, which the rule tolerates.
+    // Some servers refuse the whole call, which the rule tolerates.
     let Some(answer) = s.batch_read(&asked, &[]).await.or_refused("the call", &[Code::InvalidArgument])?
     else {
         return Ok(());

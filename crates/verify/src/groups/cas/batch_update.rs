@@ -11,7 +11,6 @@ use bytes::Bytes;
 use gorego_reapi::proto::reapi::{BatchUpdateBlobsResponse, Digest};
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     every_item_has_a_response => "CAS-09";
     no_items_have_no_responses => "CAS-09";
@@ -36,7 +35,7 @@ fn digests_of(answer: &BatchUpdateBlobsResponse) -> Verdict<Vec<Digest>> {
     Ok(digests)
 }
 
-/// The status for this digest is one of these.
+/// Checks that the status for this digest is one of these codes.
 fn status_of(answer: &BatchUpdateBlobsResponse, what: &str, digest: &Digest, codes: &[Code]) -> Verdict {
     let mut found = answer.responses.iter().filter(|one| one.digest.as_ref() == Some(digest)).peekable();
     ensure(found.peek().is_some(), format!("a response for {what}"), "none")?;
@@ -108,7 +107,7 @@ async fn data_that_is_not_the_digests_is_refused_and_not_stored(s: Session) -> V
             status_of(&answer, what, &good.digest, INVALID)?;
             not_stored(&s, what, &good.digest).await?;
             s.read(&good.digest).await.refused(&format!("Read after {what}"), &[Code::NotFound])?;
-            // The failure must not stand in the way of the right bytes.
+            // The failure must not prevent an upload of the right bytes.
             s.store(&[&good]).await?;
             stored(&s, "the right data", &good).await
         })
@@ -132,7 +131,7 @@ async fn the_same_digest_twice_is_ok_twice(s: Session) -> Verdict {
     stored(&s, "the blob", &blob).await
 }
 
-/// An item whose data is zstd, of whatever.
+/// Uploads an item whose data is labelled as zstd.
 async fn update_zstd(s: &Session, digest: &Digest, data: Bytes) -> Verdict<BatchUpdateBlobsResponse> {
     let mut item = s.item(&Blob { digest: digest.clone(), ..s.blob_of(data) });
     item.compressor = ZSTD;
@@ -163,7 +162,7 @@ async fn compressed_items_are_checked_by_their_content(s: Session) -> Verdict {
         })
         .await?;
     }
-    // A gibibyte of zeros that claims to be 1000 bytes: a server that unpacks it all is not done in time.
+    // 1 GiB of zeros with a claimed size of 1000 bytes. A server that decompresses everything is too late.
     let claimed = Digest { size_bytes: 1000, ..s.unknown() };
     let answer = defused(update_zstd(&s, &claimed, bomb(1024)?)).await??;
     status_of(&answer, "a bomb", &claimed, INVALID)
@@ -173,7 +172,7 @@ async fn a_batch_above_the_limit_is_refused_as_a_whole(s: Session) -> Verdict {
     let limit = usize::try_from(s.cache()?.max_batch_total_size_bytes).unwrap_or(0);
     match limit {
         0 => return Err(absent("the server states no limit")),
-        // The batch of exactly the limit has a check of its own.
+        // A batch of exactly the limit has its own check.
         16_000_000.. if !s.options().large => return Err(skipped("a full batch is large: run with --large")),
         _ => {}
     }

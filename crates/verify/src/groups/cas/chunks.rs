@@ -1,4 +1,4 @@
-//! CAS-30 to CAS-38: SplitBlob and SpliceBlob. A server that claims neither has none of this.
+//! CAS-30 to CAS-38: SplitBlob and SpliceBlob, which are optional.
 
 use crate::{
     blob::Blob,
@@ -14,7 +14,6 @@ use gorego_reapi::proto::reapi::{
 };
 use tonic::{Code, Status};
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     split_chunks_join_to_the_blob => "CAS-30", "CAS-31";
     splitting_what_is_not_there_is_not_found => "CAS-32";
@@ -28,9 +27,9 @@ pub const CHECKS: &[Check] = checks![
     splicing_again_is_ok => "CAS-38";
 ];
 
-/// How many average chunks a blob that is split has, about.
+/// The approximate number of average chunks in a blob that is split.
 const CHUNKS: u64 = 12;
-/// The average where the server states none.
+/// The average chunk size if the server states none.
 const DEFAULT_AVERAGE: u64 = 524_288;
 
 fn splits(s: &Session) -> Verdict {
@@ -64,7 +63,7 @@ async fn splice(s: &Session, blob: &Digest, chunks: &[&Blob]) -> Result<Option<D
     Ok(s.cas().splice_blob(request).await?.into_inner().blob_digest)
 }
 
-/// A stored blob of about a dozen chunks, and what SplitBlob says of it.
+/// Stores a blob of about a dozen chunks and splits it.
 async fn stored_and_split(s: &Session, function: Chunking) -> Verdict<(Blob, SplitBlobResponse)> {
     splits(s)?;
     let average =
@@ -72,7 +71,7 @@ async fn stored_and_split(s: &Session, function: Chunking) -> Verdict<(Blob, Spl
     let size = average.clamp(1024, 1_048_576).saturating_mul(CHUNKS);
     let blob = s.stored(usize::try_from(size).unwrap_or(usize::MAX)).await?;
     match split(s, &blob.digest, function).await {
-        // The rule lets a server know the chunks of spliced blobs only.
+        // The rule allows servers that know only the chunks of spliced blobs.
         Err(status) if status.code() == Code::NotFound => Err(skipped(format!(
             "the server has no split information for a blob that was uploaded whole: {}",
             status.message()
@@ -103,7 +102,7 @@ async fn split_chunks_join_to_the_blob(s: Session) -> Verdict {
         .await?;
     }
     ensure(blob.data == joined, "chunks that join to the blob", "other bytes")?;
-    // CAS-31 names BatchReadBlobs too.
+    // CAS-31 also names BatchReadBlobs.
     let first = chunks.get(..1).unwrap_or_default();
     for response in s.batch_read(first, &[]).await.wanted("BatchReadBlobs of a chunk answers")?.responses {
         inline("a chunk", response.status.as_ref(), &[Code::Ok])?;
@@ -150,7 +149,7 @@ async fn chunks_keep_to_the_bounds_of_their_function(s: Session) -> Verdict {
     Ok(())
 }
 
-/// The sizes that the reference cuts.
+/// The chunk sizes of the reference implementation.
 fn reference(data: &[u8], average: u64, seed: u32) -> Verdict<Vec<i64>> {
     let size = |bytes: u64| usize::try_from(bytes).map_err(|_| fail("a chunk size that fits", bytes));
     let (least, average, most) = (size(average / 4)?, size(average)?, size(average.saturating_mul(4))?);
@@ -170,7 +169,7 @@ async fn fast_cdc_chunks_are_those_of_the_reference(s: Session) -> Verdict {
     equal("chunk sizes", &sizes, &expected)
 }
 
-/// Two stored chunks of different size and content, and the blob that they are together, not stored.
+/// Two stored chunks of different size and content, and the blob that they form, which is not stored.
 async fn parts(s: &Session) -> Verdict<(Blob, Blob, Blob)> {
     splices(s)?;
     let (first, second) = (s.stored(1000).await?, s.stored(2000).await?);

@@ -9,7 +9,6 @@ use crate::{
 use gorego_reapi::proto::reapi::Digest;
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     exactly_the_absent_blobs_are_missing => "CAS-01";
     nothing_asked_is_nothing_missing => "CAS-02";
@@ -20,10 +19,10 @@ pub const CHECKS: &[Check] = checks![
     fifteen_thousand_digests_are_answered_in_one_call => "CAS-07";
 ];
 
-/// What CAS-07 asks for: about 1 MiB of SHA-256 digests.
+/// The number of digests that CAS-07 requires: about 1 MiB of SHA-256 digests.
 const MANY: usize = 15_000;
 
-/// In one order, since servers may answer in any.
+/// Sorts the digests, because servers may answer in any order.
 fn sorted(mut digests: Vec<Digest>) -> Vec<Digest> {
     digests.sort_by(|a, b| (&a.hash, a.size_bytes).cmp(&(&b.hash, b.size_bytes)));
     digests
@@ -110,7 +109,7 @@ async fn one_malformed_digest_fails_the_call(s: Session) -> Verdict {
 }
 
 async fn fifteen_thousand_digests_are_answered_in_one_call(s: Session) -> Verdict {
-    // Hashing so many blobs says nothing more than making up their hashes.
+    // The hashes are invented, because hashing so many blobs would not test more.
     let length = s.unknown().hash.len();
     let made_up = |at: usize| {
         let hash = s.word().bytes().map(|byte| format!("{byte:02x}")).collect::<String>();

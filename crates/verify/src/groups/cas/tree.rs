@@ -1,4 +1,4 @@
-//! CAS-24 to CAS-29: GetTree. A server without it has none of this.
+//! CAS-24 to CAS-29: GetTree, which is optional.
 
 use crate::{
     blob::Blob,
@@ -13,7 +13,6 @@ use prost::Message as _;
 use std::collections::HashSet;
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     a_tree_of_two_to_the_thirty_paths_is_sent_by_its_directories => "CAS-24";
     parents_come_before_children_in_a_stable_order => "CAS-25", "CAS-24";
@@ -26,7 +25,7 @@ pub const CHECKS: &[Check] = checks![
     the_empty_digest_is_one_empty_directory => "CAS-29", "GEN-06";
 ];
 
-/// A stored tree.
+/// A stored tree and its directories.
 struct Planted {
     root: Blob,
     below: Vec<Blob>,
@@ -55,7 +54,7 @@ fn node(name: String, child: &Blob) -> DirectoryNode {
     DirectoryNode { name, digest: Some(child.digest.clone()) }
 }
 
-/// A root with `width` subdirectories, each with one below: 1 + 2 * width directories.
+/// Stores a root with `width` subdirectories, each of which contains another: 1 + 2 * width directories.
 async fn plant(s: &Session, width: usize) -> Verdict<Planted> {
     let (mut middles, mut leaves) = (Vec::new(), Vec::new());
     for at in 0..width {
@@ -75,7 +74,7 @@ async fn plant(s: &Session, width: usize) -> Verdict<Planted> {
     Planted { root, below: middles }.store(s).await
 }
 
-/// The directories of a traversal, by the hashes that they have when encoded.
+/// The hashes of the directories in the order of a traversal, computed from their encoding.
 fn hashes(s: &Session, pages: &[GetTreeResponse]) -> Vec<String> {
     let all = pages.iter().flat_map(|page| &page.directories);
     all.map(|directory| s.blob_of(directory.encode_to_vec()).digest.hash).collect()
@@ -166,7 +165,7 @@ async fn a_page_token_resumes_after_its_message(s: Session) -> Verdict {
         page_token: cut.next_page_token.clone(),
         digest_function: s.function_number(),
     };
-    // Over another connection, as after a break.
+    // On another connection, as after a break.
     let rest = s
         .reconnect()
         .await

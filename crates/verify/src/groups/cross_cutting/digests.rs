@@ -1,4 +1,4 @@
-//! GEN-01 to GEN-11: what is a digest, and of which function.
+//! GEN-01 to GEN-11: valid digests, and their functions.
 
 use crate::{
     blob::Blob,
@@ -18,7 +18,6 @@ use gorego_reapi::{
 };
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     upper_case_hashes_are_refused => "GEN-01";
     hashes_of_another_length_or_alphabet_are_refused => "GEN-02";
@@ -37,10 +36,10 @@ pub const CHECKS: &[Check] = checks![
 ];
 
 const INVALID: &[Code] = &[Code::InvalidArgument];
-/// For calls that a server need not have.
+/// The codes for optional calls.
 const INVALID_OR_NONE: &[Code] = &[Code::InvalidArgument, Code::Unimplemented];
 
-/// Shows that this digest is refused by every call that takes one.
+/// Checks that every call that takes a digest refuses this one.
 async fn refused_everywhere(s: &Session, what: &str, digest: &Digest) -> Verdict {
     let asked = std::slice::from_ref(digest);
     s.missing(asked).await.refused(&format!("{what} in FindMissingBlobs"), INVALID)?;
@@ -67,7 +66,7 @@ async fn refused_everywhere(s: &Session, what: &str, digest: &Digest) -> Verdict
     Ok(())
 }
 
-/// The good form of a digest that nothing is stored under, shown to be understood.
+/// A valid digest of no stored blob. Checks that the server accepts its form.
 async fn understood(s: &Session) -> Verdict<Digest> {
     let good = s.unknown();
     let missing = s.missing(std::slice::from_ref(&good)).await.needs("CAS-01", "FindMissingBlobs answers")?;
@@ -84,7 +83,7 @@ async fn upper_case_hashes_are_refused(s: Session) -> Verdict {
     let blob = s.stored(100).await?;
     let mut digest = blob.digest.clone();
     digest.hash.make_ascii_uppercase();
-    // A hash of digits alone has no upper case; that happens once in 10^12 runs.
+    // A hash without letters has no upper case; that happens once in 10^12 runs.
     understood(&s).await?;
     refused_everywhere(&s, "an upper-case hash", &digest).await
 }
@@ -120,7 +119,7 @@ async fn the_right_hash_with_a_wrong_size_finds_nothing(s: Session) -> Verdict {
             let wrong = Digest { size_bytes, ..blob.digest.clone() };
             let asked = std::slice::from_ref(&wrong);
             match s.missing(asked).await {
-                // Size 0 can be seen to be wrong without looking (GEN-07).
+                // Size 0 is recognisably wrong without a lookup (GEN-07).
                 Err(status) if size_bytes == 0 && status.code() == Code::InvalidArgument => {}
                 answer => equal(
                     "missing_blob_digests",
@@ -263,8 +262,8 @@ async fn size_0_with_another_hash_is_not_the_empty_blob(s: Session) -> Verdict {
     Ok(())
 }
 
-/// The function that a hash of this one's length belongs to where nothing else is said: itself, unless a legacy one has the
-/// same length.
+/// Whether the length of a hash of this function implies this function when none is named. That is the case unless a legacy
+/// function has the same length.
 fn stands_for_itself(function: DigestFunction, listed: &[DigestFunction]) -> bool {
     let rivals: Vec<_> = listed.iter().filter(|f| f.hash_bytes() == function.hash_bytes()).collect();
     let legacy = |f: &DigestFunction| (f.wire() as i32) < digest_function::Value::Sha256tree as i32;
@@ -300,7 +299,7 @@ async fn an_unset_digest_function_is_inferred(s: Session) -> Verdict {
     Ok(())
 }
 
-/// Every call that carries `digest_function`, with this number in it, is refused.
+/// Checks that every call with a `digest_function` field refuses this number.
 async fn number_refused(s: &Session, number: i32, blob: &Blob) -> Verdict {
     let what = match digest_function::Value::try_from(number) {
         Ok(value) => format!("digest function {}", value.as_str_name()),
@@ -345,7 +344,7 @@ async fn number_refused(s: &Session, number: i32, blob: &Blob) -> Verdict {
 async fn unsupported_digest_functions_are_refused(s: Session) -> Verdict {
     let listed = &s.cache()?.digest_functions;
     let blob = s.stored(100).await?;
-    // Numbers that nobody has given out.
+    // Numbers that are not assigned.
     for number in [99, -1, i32::MAX] {
         number_refused(&s, number, &blob).await?;
     }
@@ -355,7 +354,7 @@ async fn unsupported_digest_functions_are_refused(s: Session) -> Verdict {
         if !listed.contains(&number) {
             number_refused(&s, number, &other).await?;
         }
-        // Listed or not: a hash of another length is none of this function.
+        // A hash of another length does not belong to this function, whether it is listed or not.
         if function.hash_bytes() != s.function().hash_bytes() {
             let case = format!("a hash of {} bytes", s.function().hash_bytes());
             s.case(case, number_refused(&s, number, &blob)).await?;

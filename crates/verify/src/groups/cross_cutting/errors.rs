@@ -1,4 +1,4 @@
-//! GEN-16 to GEN-22: codes, details and the size of errors.
+//! GEN-16 to GEN-22: codes, details and sizes of errors.
 
 use crate::{
     actions::{metadata, response},
@@ -21,7 +21,6 @@ use gorego_reapi::proto::{
 use prost::Message as _;
 use tonic::{Code, Request, Status};
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     methods_that_do_not_exist_are_unimplemented => "GEN-16";
     optional_methods_work_or_say_that_they_do_not_exist => "GEN-16", "OPS-02";
@@ -35,7 +34,7 @@ pub const CHECKS: &[Check] = checks![
     codes_inside_messages_exist => "GEN-22";
 ];
 
-/// Codes that some client tries again (GEN-20).
+/// Codes that some clients retry (GEN-20).
 const RETRIED: &[Code] = &[
     Code::Cancelled,
     Code::Unknown,
@@ -57,7 +56,7 @@ async fn methods_that_do_not_exist_are_unimplemented(s: Session) -> Verdict {
     Ok(())
 }
 
-/// Neither hangs (the limit of the check) nor looks like a fault.
+/// The call does not hang (see the time limit of the check) and does not fail with a server fault.
 fn sane<T>(what: &str, answer: Result<T, Status>) -> Verdict {
     match answer {
         Err(status) if matches!(status.code(), Code::Internal | Code::Unknown) => {
@@ -110,13 +109,13 @@ async fn unsupported_values_are_argument_errors(s: Session) -> Verdict {
     Ok(())
 }
 
-/// The statuses of requests that are wrong for good, each with what was wrong.
+/// The statuses of requests that can never succeed, each with the reason.
 async fn permanent_errors(s: &Session) -> Vec<(&'static str, Status)> {
     let good = s.unknown();
     let short = Digest { hash: good.hash.get(1..).unwrap_or_default().to_owned(), ..good.clone() };
     let asked = std::slice::from_ref(&short);
     let mut found = Vec::new();
-    // A call that the server does not have says nothing of how it answers.
+    // An unimplemented call does not count.
     let mut keep = |what, answer: Option<Status>| {
         let answer = answer.filter(|status| status.code() != Code::Unimplemented);
         found.extend(answer.map(|status| (what, status)));
@@ -247,7 +246,7 @@ async fn a_long_list_of_missing_inputs_arrives(s: Session) -> Verdict {
     let refusal = s.refusal(&action).await.own()?;
     let what = "an Execute without 500 of its inputs";
     let verdict = inline(what, Some(&refusal.status), &[Code::FailedPrecondition]);
-    // Another code inside the response is no matter of the trailers.
+    // Trailers do not matter for another code inside the response.
     if refusal.inline { verdict.needs("EXE-22") } else { verdict }
 }
 

@@ -1,4 +1,4 @@
-//! GEN-12 to GEN-15: instance names, and what one instance sees of another.
+//! GEN-12 to GEN-15: instance names, and the isolation of instances.
 
 use crate::{
     actions::result_of,
@@ -9,7 +9,6 @@ use crate::{
 use gorego_reapi::proto::{longrunning::GetOperationRequest, reapi::GetCapabilitiesRequest};
 use tonic::{Code, Status};
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     messages_and_resource_names_mean_the_same_instance => "GEN-12", "BS-01";
     instance_names_of_several_segments_work => "GEN-12", "BS-01";
@@ -25,7 +24,7 @@ async fn capabilities(s: &Session, instance_name: &str) -> Result<(), Status> {
     s.capabilities_client().get_capabilities(request).await.map(drop)
 }
 
-/// A blob goes in by each road and comes out by the other.
+/// Uploads and reads a blob both by batch and by ByteStream, in both combinations.
 async fn round_trip(s: &Session) -> Verdict {
     let (streamed, batched) = (s.blob(100), s.blob(100));
     let committed = s.write(&streamed).await.wanted("Write is accepted under this instance")?;
@@ -75,7 +74,7 @@ async fn an_unknown_instance_is_refused_by_every_call(s: Session) -> Verdict {
     let codes = [Code::InvalidArgument, Code::PermissionDenied, Code::Unauthenticated];
     let wider = [Code::InvalidArgument, Code::PermissionDenied, Code::Unauthenticated, Code::NotFound];
     let asked = std::slice::from_ref(&stored);
-    // NOT_FOUND of these two is a cache miss to every client.
+    // Clients would interpret NOT_FOUND from these two as a cache miss.
     nowhere.result(&stored).await.refused("GetActionResult of an unknown instance", &codes)?;
     nowhere.read(&stored).await.refused("Read of an unknown instance", &codes)?;
     let answer = capabilities(&s, &nowhere.instance()).await;
@@ -85,7 +84,7 @@ async fn an_unknown_instance_is_refused_by_every_call(s: Session) -> Verdict {
     nowhere.update(&[&s.blob(100)]).await.refused("BatchUpdateBlobs of an unknown instance", &wider)?;
     nowhere.write(&s.blob(100)).await.refused("Write of an unknown instance", &wider)?;
     if s.executes().is_ok() {
-        // The status may come at once or at the end of a stream.
+        // The status may end the call, or may be inline at the end of the stream.
         let refusal = nowhere.refusal(&stored).await.own()?;
         inline("Execute of an unknown instance", Some(&refusal.status), &codes)?;
     }

@@ -22,7 +22,6 @@ use prost::Message as _;
 use std::time::Duration;
 use tonic::{Code, Request, metadata::MetadataMap};
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     a_batch_of_one_blob_may_have_the_full_size => "GEN-24", "CAP-10", "CAS-15";
     a_batch_of_4000_blobs_may_have_the_full_size => "GEN-24", "CAP-10", "CAS-15";
@@ -36,16 +35,16 @@ pub const CHECKS: &[Check] = checks![
     directories_made_by_the_server_are_canonical => "GEN-30", "EXE-55";
 ];
 
-/// Batches larger than this are not sent without `--large`.
+/// Larger batches are sent only with `--large`.
 const MODEST_BATCH_BYTES: usize = 16 * 1024 * 1024;
-/// How many streams clients plan with (GEN-27).
+/// Number of concurrent streams that clients expect (GEN-27).
 const STREAMS: usize = 100;
-/// How long opening them takes, amply.
+/// Ample time for opening them.
 const STREAMS_OPEN: Duration = Duration::from_millis(500);
-/// How long a call may wait behind them.
+/// Time limit of a call while they are open.
 const STREAM_PATIENCE: Duration = Duration::from_secs(5);
-/// Pings, and between them: what GEN-26 asks a server to bear. A server with the default of grpc-go, one ping in five
-/// minutes, closes the connection at the third.
+/// Interval of the pings that a server must tolerate (GEN-26), and how long they are sent. A server with the default of
+/// grpc-go, one ping in five minutes, closes the connection at the third.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_WATCH: Duration = Duration::from_secs(35);
 
@@ -102,7 +101,7 @@ async fn large_blobs_come_in_messages_of_default_size(s: Session) -> Verdict {
 }
 
 async fn large_trees_come_in_messages_of_default_size(s: Session) -> Verdict {
-    // 250 directories of 20 kB: in one message they would be 5 MB.
+    // 250 directories of 20 kB, which would be 5 MB in one message.
     let leaf = |at: usize| {
         let name = |entry: usize| format!("{at:03}-{entry:03}-{}", "n".repeat(120));
         let node = |entry: usize| DirectoryNode { name: name(entry), digest: Some(s.empty().digest) };
@@ -144,7 +143,7 @@ async fn a_hundred_streams_leave_room_for_a_call(s: Session) -> Verdict {
     };
     let uploads: Vec<_> = (0..STREAMS - 1).map(upload).collect();
     let blob = s.blob(100);
-    // The uploads first: the call is to come when their streams are open.
+    // The uploads start first: the call should be made while their streams are open.
     tokio::time::sleep(STREAMS_OPEN).await;
     let work = async {
         let missing = s.missing(std::slice::from_ref(&blob.digest)).await;
@@ -169,7 +168,7 @@ async fn request_metadata_of_any_kind_is_harmless(s: Session) -> Verdict {
         RequestMetadata { tool_details: Some(tool), tool_invocation_id: s.word(), ..Default::default() };
     let mut newer = valid.encode_to_vec();
     newer.extend_from_slice(&unknown_field());
-    // 7 bytes: their base64 is padded or is not.
+    // 7 bytes, whose base64 may or may not be padded.
     let noise = [0xff, 0xfe, 0xfd, 0x00, 0x7f, 0x80, 0x81];
     let request = FindMissingBlobsRequest { instance_name: s.instance(), ..Default::default() };
     for (what, value) in [
@@ -194,7 +193,7 @@ async fn request_metadata_of_any_kind_is_harmless(s: Session) -> Verdict {
     Ok(())
 }
 
-/// Field 15000, a string that says so.
+/// An unknown field: number 15000, a string.
 fn unknown_field() -> Vec<u8> {
     let mut bytes = Vec::new();
     prost::encoding::string::encode(15_000, &"from the future".to_owned(), &mut bytes);
@@ -249,7 +248,7 @@ async fn directories_made_by_the_server_are_canonical(s: Session) -> Verdict {
         digest.ok_or_else(|| fail("an output directory with a tree_digest", format!("{result:?}")))?;
     let bytes = s.read(digest).await.needs("EXE-54", "the Tree is read")?;
     let tree = Tree::decode(bytes.clone()).map_err(|error| fail("the Tree is a Tree", error))?;
-    // This library writes fields in the order of their numbers, leaves defaults out, and keeps no unknown ones.
+    // This library writes fields in the order of their numbers, omits defaults, and drops unknown fields.
     let again = tree.encode_to_vec();
     ensure(
         bytes == again,

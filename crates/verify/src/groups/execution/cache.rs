@@ -1,4 +1,4 @@
-//! EXE-16 to EXE-21: when the action cache answers, and what goes into it.
+//! EXE-16 to EXE-21: when the action cache answers, and what is stored in it.
 
 use super::UNIQUE;
 use crate::{
@@ -13,7 +13,6 @@ use gorego_reapi::proto::reapi::{ActionResult, OutputFile};
 use std::{collections::BTreeSet, time::Duration};
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     cached_result_says_whether_the_cache_answered => "EXE-16";
     skip_cache_lookup_runs_again_and_replaces_the_result => "EXE-17";
@@ -23,7 +22,7 @@ pub const CHECKS: &[Check] = checks![
     an_incomplete_result_does_not_answer_execute => "EXE-21";
 ];
 
-/// Runs a job: what it printed, and whether that is said to come from the cache.
+/// Runs a job. Returns its output, and whether the response claims to come from the cache.
 async fn run(job: &Job, skip_cache_lookup: bool) -> Verdict<(String, bool)> {
     let run = job.start_with(|request| request.skip_cache_lookup = skip_cache_lookup).await?;
     let response = run.finish().await?;
@@ -32,11 +31,11 @@ async fn run(job: &Job, skip_cache_lookup: bool) -> Verdict<(String, bool)> {
     Ok((job.session().stdout_of(&result).await?, cached))
 }
 
-/// How often an action is repeated, and the pause between: a server that winds up a run is done with it by then.
+/// How often an action is repeated, and the delay in between. A server that is finishing a run is done with it by then.
 const REPETITIONS: usize = 8;
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// What the action cache has for a job; `None` for NOT_FOUND.
+/// The cached result of a job; `None` for NOT_FOUND.
 async fn cached(job: &Job) -> Verdict<Option<ActionResult>> {
     match job.session().result(&job.digest()).await {
         Err(status) if status.code() == Code::NotFound => Ok(None),
@@ -54,30 +53,31 @@ async fn cached_result_says_whether_the_cache_answered(s: Session) -> Verdict {
     a_repetition_tells_where_it_is_from(&job, first).await.case("a repetition")
 }
 
-/// What a repetition printed says where its result came from, but for one case: what was printed before, and `cached_result`
-/// false. A server may hand out a run that it is just winding up to whoever asks for the same; that is no answer of its cache,
-/// and it passes. A server that says so again and again has it from the cache.
+/// The output of a repetition shows where its result came from, except in one case: earlier output with `cached_result`
+/// false. A server may share a run that is just finishing with a new caller. That is not an answer of its cache, and it
+/// ends. A server that answers so repeatedly answers from its cache.
 async fn a_repetition_tells_where_it_is_from(job: &Job, first: String) -> Verdict {
     let mut printed = BTreeSet::from([first]);
     for _ in 0..REPETITIONS {
         let (text, from_cache) = run(job, false).await?;
         match (printed.contains(&text), from_cache) {
-            // A run: nothing is cached here, or not yet.
+            // A new run: nothing is cached here, or not yet.
             (false, false) => drop(printed.insert(text)),
             (true, true) => return Ok(()),
-            // The cache may hold another run than the one that was handed out, as after a worker was lost. Then it shows it.
+            // The cache may hold another run than the shared one, for example after a worker was lost. Then the cache
+            // returns that run.
             (false, true) => return in_the_cache(job, &text).await,
             (true, false) => {}
         }
         tokio::time::sleep(PAUSE).await;
     }
-    // Together with the first one: each was a run of its own.
+    // With the first run: each repetition was a run of its own.
     let always_ran = printed.len() > REPETITIONS;
     let seen = format!("cached_result false {REPETITIONS} times for what was printed before");
     ensure(always_ran, "cached_result true for what comes from the action cache", seen)
 }
 
-/// Goes on only if the action cache has this for a job; it may take a while to show it.
+/// Waits until the action cache returns this result for a job.
 async fn in_the_cache(job: &Job, printed: &str) -> Verdict {
     within_patience(|| async {
         let kept = cached(job).await?.ok_or_else(|| fail("a result in the action cache", "none"))?;
@@ -86,7 +86,7 @@ async fn in_the_cache(job: &Job, printed: &str) -> Verdict {
     .await
 }
 
-/// No run prints what only the cache can have.
+/// A planted result has output that no run produces.
 async fn a_planted_result_tells_where_it_is_from(s: &Session) -> Verdict {
     let job = Job::sh(s, format!("{UNIQUE} 0"));
     job.upload().await?;
@@ -119,7 +119,7 @@ async fn skip_cache_lookup_runs_again_and_replaces_the_result(s: Session) -> Ver
     }
     let (third, _) = run(&job, true).await?;
     ensure(third != first && third != second, "another run", format!("an old result: {third}"))?;
-    // A cache of several machines may show the old one for a while.
+    // A cache of several machines may return the old result for a while.
     in_the_cache(&job, &third).await
 }
 

@@ -1,4 +1,4 @@
-//! EXE-33 to EXE-39: the tree in which a command starts.
+//! EXE-33 to EXE-39: the directory tree in which a command starts.
 
 use crate::{
     check::{Answer as _, Check, Step as _, Verdict, absent, ensure, equal, fail, inline},
@@ -11,7 +11,6 @@ use gorego_reapi::proto::reapi::{
 };
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     the_input_root_is_reproduced_and_holds_nothing_else => "EXE-33";
     only_executable_inputs_can_be_run => "EXE-34";
@@ -23,7 +22,7 @@ pub const CHECKS: &[Check] = checks![
     commands_run_in_their_working_directory => "EXE-39";
 ];
 
-/// Lists everything below the current directory: what it is, and the hash of what is in it.
+/// Lists everything below the current directory, with the kind of each node and the hash of its content.
 const LIST: &str = r#"
 list() {
   for entry in "$1"/* "$1"/.[!.]*; do
@@ -168,7 +167,7 @@ async fn commands_run_in_their_working_directory(s: Session) -> Verdict {
     beside_the_tree(&s).await.case("a working directory that is not in the input tree")
 }
 
-/// Such a directory is made; the strict reading is a refusal.
+/// The server may create this directory or, in the strict interpretation, refuse the action.
 async fn beside_the_tree(s: &Session) -> Verdict {
     let job = Job::sh(s, "pwd").over_root(&Directory::default(), []).within("not/there");
     job.upload().await?;

@@ -12,7 +12,6 @@ use gorego_reapi::proto::reapi::{ActionResult, ExecuteRequest, ExecutedActionMet
 use std::time::Duration;
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     logs_are_stored_byte_for_byte => "EXE-59";
     contents_are_inlined_only_on_request => "EXE-59";
@@ -26,7 +25,7 @@ pub const CHECKS: &[Check] = checks![
 const SHORT_MESSAGE_BYTES: usize = 4096;
 
 async fn logs_are_stored_byte_for_byte(s: Session) -> Verdict {
-    // Nothing at all: no digest, or that of the empty blob; never a zero-valued one.
+    // Either no digest or that of the empty blob, but never a zero-valued one.
     let silent = s.case("a silent command", Job::sh(&s, "exit 0").result()).await?;
     for (what, digest) in [("stdout_digest", &silent.stdout_digest), ("stderr_digest", &silent.stderr_digest)]
     {
@@ -77,7 +76,7 @@ async fn contents_are_inlined_only_on_request(s: Session) -> Verdict {
         request.inline_output_files = vec!["two".into(), "no-such-output".into()];
     });
     let result = s.case("on request", asking).await?;
-    // A server may decline to inline, but not inline something else.
+    // A server may omit inlined bytes, but must not inline other bytes.
     let inlined = contents(&result);
     let wanted =
         [("stdout", "out\n"), ("stderr", "err\n"), ("a file not asked for", ""), ("a file", "two\n")];
@@ -85,12 +84,12 @@ async fn contents_are_inlined_only_on_request(s: Session) -> Verdict {
         let fits = seen.is_empty() || seen == whole;
         ensure(fits, format!("{what}: {whole:?} inlined"), format!("{seen:?}"))?;
     }
-    // The digests stay beside what was inlined.
+    // The digests are present beside inlined bytes.
     equal("stdout_digest", &result.stdout_digest, &Some(s.blob_of("out\n").digest))?;
     equal("stderr_digest", &result.stderr_digest, &Some(s.blob_of("err\n").digest))
 }
 
-/// The nine times in the order in which they have to be.
+/// The nine timestamps in their required order.
 fn times(metadata: &ExecutedActionMetadata) -> [(&'static str, Option<prost_types::Timestamp>); 9] {
     [
         ("queued", metadata.queued_timestamp),

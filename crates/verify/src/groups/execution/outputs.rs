@@ -10,7 +10,6 @@ use gorego_reapi::proto::reapi::{ActionResult, Digest, symlink_absolute_path_str
 use std::time::Duration;
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     output_paths_replace_the_old_lists => "EXE-47";
     paths_are_reported_to_the_letter => "EXE-48";
@@ -23,7 +22,7 @@ pub const CHECKS: &[Check] = checks![
     a_fifo_is_no_output => "EXE-54";
 ];
 
-/// The files, directories and symlinks of a result, sorted.
+/// The sorted paths of the files, directories and symlinks of a result.
 fn listed(result: &ActionResult) -> [Vec<String>; 3] {
     let mut lists = [
         result.output_files.iter().map(|file| file.path.clone()).collect::<Vec<_>>(),
@@ -34,7 +33,7 @@ fn listed(result: &ActionResult) -> [Vec<String>; 3] {
     lists
 }
 
-/// Goes on only if exactly these outputs are reported.
+/// Checks that exactly these outputs are reported.
 fn outputs(result: &ActionResult, files: &[&str], directories: &[&str], symlinks: &[&str]) -> Verdict {
     let expected = [files, directories, symlinks]
         .map(|list| list.iter().map(|path| (*path).to_owned()).collect::<Vec<_>>());
@@ -127,7 +126,7 @@ async fn symlinks_are_reported_with_their_targets(s: Session) -> Verdict {
     let expected =
         vec![("dangling", "nowhere/at/all"), ("directory", "d"), ("file", "./f"), ("round", "d/../f")];
     equal("targets", &targets, &expected)?;
-    // One generation of clients reads the new list, another one the old two (EXE-53).
+    // Older clients read the two legacy lists, newer ones `output_symlinks` (EXE-53).
     #[allow(deprecated)]
     let old = result.output_file_symlinks.iter().chain(&result.output_directory_symlinks);
     let mut old: Vec<_> = old.map(|link| (link.path.as_str(), link.target.as_str())).collect();

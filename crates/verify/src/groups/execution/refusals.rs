@@ -1,4 +1,4 @@
-//! EXE-22 to EXE-32: what is refused, and how: missing blobs, malformed messages, platforms, timeouts.
+//! EXE-22 to EXE-32: refusals of missing blobs, malformed messages, platforms and timeouts.
 
 use crate::{
     actions::{metadata, response},
@@ -19,7 +19,6 @@ use prost::Message as _;
 use std::time::Duration;
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     each_kind_of_missing_blob_is_a_failed_precondition => "EXE-22";
     subjects_of_missing_blobs_are_their_names => "EXE-23";
@@ -34,12 +33,13 @@ pub const CHECKS: &[Check] = checks![
     a_negative_or_malformed_timeout_is_refused => "EXE-32";
 ];
 
-/// How a detail of missing blobs is named (GEN-18).
+/// The type URL of the detail with missing blobs (GEN-18).
 const PRECONDITION_FAILURE: &str = "type.googleapis.com/google.rpc.PreconditionFailure";
-/// How long a server may look for a worker before it says that there is none; one that still waits then will wait on.
+/// How long a server may look for a worker before it reports that there is none. If it still waits then, it counts as
+/// waiting.
 const PLATFORM_PATIENCE: Duration = Duration::from_secs(5);
 
-/// What the status of a refusal says is missing: the subjects of all violations of the type `MISSING`.
+/// The subjects of all violations of the type `MISSING` in a refusal.
 fn missing_subjects(refusal: &Refusal) -> Verdict<Vec<String>> {
     let mut subjects = Vec::new();
     for detail in &refusal.status.details {
@@ -55,14 +55,14 @@ fn missing_subjects(refusal: &Refusal) -> Verdict<Vec<String>> {
     Ok(subjects)
 }
 
-/// A job with an input file, a subdirectory and a Command that nothing else has, to leave something out of.
+/// A job with a unique input file, subdirectory and Command, each of which can be omitted.
 fn job(s: &Session) -> Job {
     let inner = Folder::new().file("inner", s.text(100).data);
     Job::sh(s, format!("exit 0 # {}", s.word()))
         .over(&Folder::new().file("file", s.text(100).data).folder("directory", inner))
 }
 
-/// Executes a job whose every blob but this one is stored.
+/// Executes a job after storing all of its blobs but one.
 async fn without(job: &Job, left_out: &Blob) -> Verdict<Refusal> {
     let s = job.session();
     s.runs_actions().await?;
@@ -80,7 +80,7 @@ fn subject(s: &Session, blob: &Blob) -> String {
 }
 
 async fn each_kind_of_missing_blob_is_a_failed_precondition(s: Session) -> Verdict {
-    // In the order of the blobs.
+    // In the order of [`Job::blobs`].
     let kinds =
         ["an input file", "a file below", "a Directory below", "the input root", "the Command", "the Action"];
     for (left_out, kind) in kinds.into_iter().enumerate() {
@@ -97,7 +97,7 @@ async fn each_kind_of_missing_blob_is_a_failed_precondition(s: Session) -> Verdi
         })
         .await?;
     }
-    // All there: it runs.
+    // With all blobs it runs.
     job(&s).stdout().await.control().map(drop)
 }
 
@@ -131,7 +131,7 @@ async fn missing_blobs_are_the_only_detail(s: Session) -> Verdict {
 }
 
 async fn missing_inputs_are_reported_inside_the_response(s: Session) -> Verdict {
-    // An input file and the Action itself: servers look for the latter before there is an operation.
+    // An input file and the Action itself: servers look up the latter before there is an operation.
     let (of_file, of_action) = (job(&s), job(&s));
     let left_out = [
         ("an input file", &of_file, of_file.blobs().into_iter().next()),
@@ -247,7 +247,7 @@ async fn malformed_directory_entries_are_refused(s: Session) -> Verdict {
     for root in twice.into_iter().chain(named) {
         let what = format!("an input root of {}", names_in(&root));
         run(&root).refused(&what, &[Code::InvalidArgument]).await?;
-        // Below the root too.
+        // Also below the root.
         let inner = s.message(&root);
         let outer = Directory {
             directories: vec![DirectoryNode { name: "inner".into(), digest: Some(inner.digest.clone()) }],
@@ -342,7 +342,7 @@ async fn a_platform_that_no_worker_has_is_refused_from_action_and_command(s: Ses
     Ok(())
 }
 
-/// Executes an action that no worker can take: why it was refused, or `None` when it waits for such a worker.
+/// Executes an action that no worker can run. Returns the refusal, or `None` if it waits for a suitable worker.
 async fn refusal_or_wait(job: &Job) -> Verdict<Option<Refusal>> {
     let s = job.session();
     job.upload().await?;

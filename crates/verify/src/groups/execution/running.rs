@@ -1,4 +1,4 @@
-//! EXE-40 to EXE-46: arguments, environment, isolation, and how commands end.
+//! EXE-40 to EXE-46: arguments, environment, isolation, and the end of commands.
 
 use crate::{
     actions::result_of,
@@ -11,7 +11,6 @@ use futures::future::try_join_all;
 use std::time::{Duration, Instant};
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     arguments_arrive_byte_for_byte => "EXE-40";
     programs_are_found_by_path_and_by_name => "EXE-40";
@@ -24,7 +23,7 @@ pub const CHECKS: &[Check] = checks![
     exit_codes_and_signals_are_passed_through => "EXE-46";
 ];
 
-/// How long what should end at once may take on a busy machine.
+/// Time limit on a busy machine for something that should end at once.
 const PROMPT: Duration = Duration::from_secs(10);
 
 async fn arguments_arrive_byte_for_byte(s: Session) -> Verdict {
@@ -55,7 +54,7 @@ async fn programs_are_found_by_path_and_by_name(s: Session) -> Verdict {
     equal("stdout of sh, found in PATH", &by_name.as_str(), &"found\n")
 }
 
-/// Variables that come from the worker itself and are nobody's business.
+/// Variables that a worker may set itself.
 fn leaks(name: &str) -> bool {
     let private = ["HOME", "USER", "LOGNAME", "MAIL", "PS1", "HOSTNAME"];
     let prefixes =
@@ -69,7 +68,7 @@ fn leaks(name: &str) -> bool {
 async fn the_environment_is_that_of_the_command(s: Session) -> Verdict {
     let variables =
         [("A", "two words"), ("B", " padded "), ("EMPTY", ""), ("LINES", "a\nb"), ("Z", "ünï=$A")];
-    // Not through a shell, which has variables of its own.
+    // Without a shell, which would set its own variables.
     let printed = Job::args(&s, ["/usr/bin/env", "-0"]).env(&variables).stdout().await?;
     let seen: Vec<_> = printed.split_terminator('\0').filter_map(|entry| entry.split_once('=')).collect();
     for wanted in variables.iter().chain(&[("PATH", PATH)]) {
@@ -148,7 +147,7 @@ async fn stdin_is_empty(s: Session) -> Verdict {
 }
 
 async fn what_an_action_leaves_running_is_killed(s: Session) -> Verdict {
-    // Its command line is known by the fraction of the second.
+    // The command line is recognisable by the fraction of the seconds.
     let fraction = s.word().bytes().fold(0_u32, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
     let sleep = format!("sleep 60.{fraction}");
     let begin = Instant::now();
@@ -158,7 +157,8 @@ async fn what_an_action_leaves_running_is_killed(s: Session) -> Verdict {
     let took = begin.elapsed();
     ensure(took < 2 * PROMPT, "an end with the main process", format!("an end after {took:?}"))?;
     tokio::time::sleep(Duration::from_secs(1)).await;
-    // Seen only if this action comes to the same machine; what it does not see proves nothing, what it sees does.
+    // Works only if this action runs on the same machine: a process that it finds proves a fault, but finding none proves
+    // nothing.
     let look = format!(
         "for process in /proc/[0-9]*; do line=$(tr '\\0' ' ' < $process/cmdline 2>/dev/null)
          case \"$line\" in '{sleep} ') echo alive;; esac; done; exit 0"
@@ -172,7 +172,7 @@ async fn what_an_action_leaves_running_is_killed(s: Session) -> Verdict {
 }
 
 async fn a_timeout_keeps_the_output_so_far(s: Session) -> Verdict {
-    // Long enough to print, however slowly a worker starts a command; the timeout may count from before that.
+    // Long enough to print, even if a worker starts commands slowly. The timeout may include the start.
     const TIMEOUT: Duration = Duration::from_secs(3);
     let job = Job::sh(&s, "echo out; echo err >&2; sleep 9").timeout(TIMEOUT);
     let begin = Instant::now();

@@ -1,4 +1,4 @@
-//! EXE-01 to EXE-15: what the stream of an operation looks like, and who may follow it.
+//! EXE-01 to EXE-15: the stream of an operation, and who may follow it.
 
 use super::UNIQUE;
 use crate::{
@@ -13,7 +13,6 @@ use gorego_reapi::proto::{longrunning::Operation, reapi::execution_stage::Value 
 use std::time::{Duration, Instant};
 use tonic::Code;
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     the_first_message_comes_at_once => "EXE-01";
     operations_have_a_name_of_their_own_which_waitexecution_takes => "EXE-02";
@@ -32,14 +31,14 @@ pub const CHECKS: &[Check] = checks![
     actions_that_are_not_cached_are_not_merged => "EXE-15";
 ];
 
-/// What "at once" is: well under a second (EXE-01).
+/// The meaning of "at once": well below a second (EXE-01).
 const AT_ONCE: Duration = Duration::from_secs(1);
-/// A machine may be busy; a server that is late this often is late.
+/// Number of attempts, because the machine may be busy. A server that is late every time fails.
 const TRIES: usize = 3;
-/// Longest silence of a stream (EXE-11).
+/// Longest time between two messages of a stream (EXE-11).
 const MAX_SILENCE: Duration = Duration::from_secs(60);
 
-/// How far along a stage is.
+/// The position of a stage in their order.
 fn rank(operation: &Operation) -> Verdict<i32> {
     Ok(metadata(operation)?.stage)
 }
@@ -104,7 +103,7 @@ async fn every_message_carries_the_metadata_of_its_action(s: Session) -> Verdict
             equal("action_digest", &metadata.action_digest, &Some(job.digest()))?;
             let function = i32::from(s.function().wire());
             let fits = metadata.digest_function == function
-                // What the length of a hash says of itself may be left out.
+                // It may be omitted if the length of the hash implies the function.
                 || (metadata.digest_function == 0 && function <= 7);
             let seen = format!("digest_function {}", metadata.digest_function);
             ensure(fits, format!("digest_function {function}"), seen)
@@ -115,7 +114,7 @@ async fn every_message_carries_the_metadata_of_its_action(s: Session) -> Verdict
 }
 
 async fn the_stage_is_never_unknown_and_a_running_action_is_executing(s: Session) -> Verdict {
-    // Longer than the interval at which a server may look what its workers do.
+    // Longer than the interval at which a server may poll its workers.
     let stages = stages(&Job::sh(&s, "sleep 3").story().await?)?;
     let known = stages.iter().all(|stage| (1..=4).contains(stage));
     ensure(known, "stages from 1 to 4", format!("stages {stages:?}"))?;
@@ -228,7 +227,7 @@ async fn malformed_requests_fail_as_calls_and_timeouts_inside_the_operation(s: S
         s.case(what, async {
             let mut request = s.execute_request(&job.digest());
             request.action_digest = malformed;
-            // A call may be accepted and still fail as a whole, with its first message.
+            // The call may also be accepted and then fail with its first message.
             let answer = match s.start(request).await {
                 Ok(mut run) => run.message().await,
                 Err(status) => Err(status),
@@ -290,7 +289,7 @@ async fn every_waiter_gets_the_current_state_and_the_end(s: Session) -> Verdict 
     let waiter = |delay: u64| format!("a waiter that comes after {delay} ms");
     let early = try_join_all(DELAYS.map(|delay| s.case(waiter(delay), wait(Duration::from_millis(delay)))));
     let (messages, waited) = tokio::try_join!(story(run), early)?;
-    // A busy machine may be late once; a server that is late for every waiter is late.
+    // A busy machine may be late once. A server that is late for every waiter fails.
     let fastest = waited.iter().map(|(took, _)| *took).min().unwrap_or_default();
     ensure(fastest < 2 * AT_ONCE, "the current state at once", format!("{fastest:?} at best"))?;
     let last = messages.last().ok_or_else(|| fail("the end", "the stream ended OK"))?;
@@ -298,7 +297,7 @@ async fn every_waiter_gets_the_current_state_and_the_end(s: Session) -> Verdict 
     for ((_, got), delay) in waited.iter().zip(DELAYS) {
         equal(&format!("the response to {}", waiter(delay)), got, &expected)?;
     }
-    // The operation is over. That it is remembered for some minutes is for EXE-14.
+    // The operation is finished. EXE-14 covers how long it is kept.
     let late = async { story(s.wait(&first.name).await.wanted("a finished operation is remembered")?).await };
     let late = late.await.needs("EXE-14")?;
     equal("number of messages about a finished operation", &late.len(), &1)?;
@@ -318,10 +317,10 @@ async fn waiting_for_an_unknown_operation_is_not_found(s: Session) -> Verdict {
     Ok(())
 }
 
-/// A name of the same form that is nobody's: the hex digits of its last segment are others.
+/// An unknown name of the same form: the hex digits of its last segment are changed.
 pub fn unlike(name: &str) -> String {
     let (parent, id) = name.rsplit_once('/').map_or(("", name), |(_, id)| (name.trim_end_matches(id), id));
-    // A fixed pattern would be the same name in every run; a digit that is turned keeps the randomness of the rest.
+    // A fixed pattern would be the same name in every run. Rotating the digits keeps them random.
     let turn = |letter: char| match letter.to_digit(16) {
         Some(digit) if !letter.is_ascii_uppercase() => {
             char::from_digit((digit + 5) % 16, 16).unwrap_or(letter)
@@ -336,12 +335,12 @@ pub fn unlike(name: &str) -> String {
 }
 
 async fn an_operation_outlives_its_client(s: Session) -> Verdict {
-    // A connection of its own, which goes away with it.
+    // A separate connection, which is closed with it.
     let name = {
         let client = s.reconnect().await?;
-        // A server may give the slot of an action that nobody follows to one that somebody follows. So this one is followed
-        // until it runs, and ends well before such a server would stop it, but not before a server that ties operations
-        // to connections does.
+        // A server may give the slot of an action that nobody follows to another one. So this action is followed until it
+        // runs. It ends before such a server would stop it, but not before a server that ties operations to connections
+        // would.
         let mut run = Job::sh(&client, "sleep 0.5").uncached().start().await?;
         let runs = |operation: &Operation| operation.done || rank(operation).is_ok_and(|stage| stage >= 3);
         run.until("running", runs).await?.name

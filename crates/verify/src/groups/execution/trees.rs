@@ -1,4 +1,4 @@
-//! EXE-55 to EXE-58: how output directories are described.
+//! EXE-55 to EXE-58: the representation of output directories.
 
 use crate::{
     check::{Answer as _, Check, Step as _, Verdict, ensure, equal, fail},
@@ -13,7 +13,6 @@ use gorego_reapi::proto::reapi::{
 use prost::Message as _;
 use std::collections::{BTreeSet, HashMap};
 
-/// What this file checks.
 pub const CHECKS: &[Check] = checks![
     a_tree_holds_each_directory_once_and_all_its_files_are_stored => "EXE-55", "GEN-30";
     the_tree_of_an_empty_directory_is_two_bytes => "EXE-56";
@@ -21,11 +20,11 @@ pub const CHECKS: &[Check] = checks![
     each_output_directory_format_describes_the_same_root => "EXE-58";
 ];
 
-/// Makes an output directory `d` with equal and nested directories in it.
+/// Creates an output directory `d` that contains equal and nested directories.
 const MAKE: &str = "mkdir -p d/a/x d/b/x d/c/deep/er d/empty
 echo one > d/f1; echo two > d/f2; echo same > d/a/x/f; echo same > d/b/x/f; echo deep > d/c/deep/er/f; ln -s f1 d/link";
 
-/// Runs a job with one output directory, and gives it.
+/// Runs a job with one output directory, and returns it.
 async fn directory_of(job: &Job) -> Verdict<OutputDirectory> {
     let result = job.result().await?;
     let seen = format!("{} directories, exit code {}", result.output_directories.len(), result.exit_code);
@@ -36,7 +35,7 @@ async fn directory_of(job: &Job) -> Verdict<OutputDirectory> {
     }
 }
 
-/// The bytes of a directory's Tree, and the Tree.
+/// The Tree of a directory, encoded and decoded.
 async fn tree_of(s: &Session, directory: &OutputDirectory) -> Verdict<(Bytes, Tree)> {
     let digest = directory.tree_digest.as_ref().ok_or_else(|| fail("a tree_digest", "none"))?;
     let bytes = s.read(digest).await.needs("EXE-54", "the Tree can be read")?;
@@ -44,7 +43,7 @@ async fn tree_of(s: &Session, directory: &OutputDirectory) -> Verdict<(Bytes, Tr
     Ok((bytes, tree))
 }
 
-/// Goes on only if names are sorted in each list and unique in the whole Directory.
+/// Checks that the names are sorted in each list and unique in the whole Directory.
 fn sorted(directory: &Directory) -> Verdict {
     let files: Vec<_> = directory.files.iter().map(|node| node.name.as_str()).collect();
     let directories: Vec<_> = directory.directories.iter().map(|node| node.name.as_str()).collect();
@@ -60,7 +59,7 @@ async fn a_tree_holds_each_directory_once_and_all_its_files_are_stored(s: Sessio
     let directory = directory_of(&Job::sh(&s, MAKE).outputs(["d"])).await?;
     let (bytes, tree) = tree_of(&s, &directory).await?;
     let root = tree.root.clone().ok_or_else(|| fail("a root in the Tree", "none"))?;
-    // Clients hash their own encoding of what they read, so it has to be ours to the byte (GEN-30).
+    // Clients hash their own encoding of a Tree, so the encoding must match byte for byte (GEN-30).
     let canonical = tree.encode_to_vec() == bytes;
     ensure(canonical, "a Tree in canonical encoding", "another encoding than that of its own messages")?;
     let mut children = HashMap::new();
@@ -102,7 +101,7 @@ async fn the_tree_of_an_empty_directory_is_two_bytes(s: Session) -> Verdict {
     equal("the Tree", &bytes.as_ref(), &b"\x0a\x00".as_slice())
 }
 
-/// Whether the records of an encoded Tree are one root and then children, each after a directory that refers to it.
+/// Whether an encoded Tree consists of one root and then children, each after a directory that refers to it.
 fn topologically_sorted(s: &Session, tree: &Tree, bytes: &Bytes) -> bool {
     let mut known: BTreeSet<String> = BTreeSet::new();
     let children = |directory: &Directory| {
@@ -164,7 +163,7 @@ async fn each_output_directory_format_describes_the_same_root(s: Session) -> Ver
                     .flat_map(|page| &page.directories)
                     .map(|directory| s.message(directory).digest.hash)
                     .collect();
-                // The root and the six of the Tree.
+                // The root and the six directories of the Tree.
                 equal("distinct Directories below root_directory_digest", &found.len(), &7)?;
                 let root = described.and_then(|tree| tree.root).map(|root| s.message(&root).digest);
                 if root.is_some() {

@@ -25,6 +25,7 @@ use gorego_reapi::{
     auxiliary::pack_queue_status,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
+    find_missing::UnresolvedDigests,
     proto::{gorego, longrunning, reapi},
     status,
 };
@@ -64,11 +65,11 @@ pub fn digest(
 pub fn digests(
     instance: &Instance,
     number: i32,
-    digests: &[reapi::Digest],
+    digests: UnresolvedDigests,
     field: &str,
 ) -> Result<Vec<Digest>> {
-    let function = digest_function(instance, number, digests.iter().map(Some))?;
-    digests.iter().map(|digest| Digest::from_wire(function, Some(digest), field)).collect()
+    let function = instance.digest_function(number, digests.hash_chars())?;
+    digests.resolve(function, field)
 }
 
 /// Headers that carry RequestMetadata: today's, and the one that some clients still use.

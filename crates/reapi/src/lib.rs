@@ -6,6 +6,7 @@
 //!
 //! - [`proto`]: the generated messages. [`wire`]: what a message will take in memory, before it is decoded.
 //! - [`digest`], [`instance_name`], [`resource_name`], [`path`]: names.
+//! - [`find_missing`]: two messages that are not the generated ones.
 //! - [`tree`], [`auxiliary`], [`any`]: what messages hold.
 //! - [`compression`], [`chunking`]: other forms of a blob.
 //! - [`error`], [`escape`]: what is said when something is wrong. `status`, with the feature `tonic`: the same for gRPC.
@@ -18,6 +19,7 @@ pub mod compression;
 pub mod digest;
 pub mod error;
 pub mod escape;
+pub mod find_missing;
 pub mod instance_name;
 pub mod path;
 pub mod proto;

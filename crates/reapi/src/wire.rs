@@ -117,6 +117,11 @@ where
     M::decode(bytes).map_err(|error| Error::Invalid(format!("it does not parse as {what}: {error}")))
 }
 
+/// Whether decoded messages of this type refer to the bytes that they were decoded from. What is not known is suspected.
+pub fn has_bytes<M: Name>() -> bool {
+    LAYOUTS.by_name(&M::full_name()).is_none_or(|layout| layout.has_bytes)
+}
+
 /// Whether the request messages of a method, as in `/package.Service/Method`, have lists in them, at whatever depth. Others never
 /// take much more memory than bytes on the wire. What is not known is suspected.
 pub fn request_has_lists(method: &str) -> bool {
@@ -183,7 +188,7 @@ impl Walk {
                 self.list(content.map_or(1, |_| length / u64::from(wire)), element, is_first)
             }
             Kind::Number(_) => Ok(()),
-            Kind::Text => {
+            Kind::Text | Kind::Bytes => {
                 if field.repeated {
                     self.list(1, element, is_first)?;
                 }

@@ -15,6 +15,8 @@ const SERVICES: &[(&str, &str, &str)] = &[
     ("google/bytestream/bytestream.proto", ".google.bytestream", "bytestream"),
     ("google/longrunning/operations.proto", ".google.longrunning", "longrunning"),
 ];
+/// The messages of the server that are not the generated ones.
+const FIND_MISSING: [&str; 2] = ["FindMissingBlobsRequest", "FindMissingBlobsResponse"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={PROTO}");
@@ -24,6 +26,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         tonic_prost_build::configure().build_client(false).codec_path("crate::grpc::codec::Codec");
     for (_, package, module) in SERVICES {
         services = services.extern_path(*package, format!("::gorego_reapi::proto::{module}"));
+    }
+    for message in FIND_MISSING {
+        services = services.extern_path(
+            format!(".build.bazel.remote.execution.v2.{message}"),
+            format!("::gorego_reapi::find_missing::{message}"),
+        );
     }
     services.compile_fds(descriptors)?;
     Ok(())

@@ -7,7 +7,7 @@
 //!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors. [`services`]: what `build.rs` generates.
 //! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`], [`stalled`]: parts of answers.
-//! - [`ask`]: requests to the scheduler. [`accept`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`],
+//! - [`ask`]: requests to the scheduler. [`accept`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`],
 //!   [`answers`], [`request_log`], [`panic_guard`]: layers that every connection and call passes.
 //!
 //! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
@@ -40,6 +40,7 @@ pub mod page_token;
 pub(crate) mod panic_guard;
 pub(crate) mod request_log;
 pub mod services;
+mod serving;
 pub(crate) mod stalled;
 
 use crate::{
@@ -67,8 +68,9 @@ use gorego_reapi::{
 use health::Health;
 use std::{future::Future, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
-use tonic::{Status, codec::CompressionEncoding, service::Routes, transport::Server};
+use tonic::{Status, codec::CompressionEncoding, service::Routes};
 use tonic_health::{pb::health_server::HealthServer, server::HealthService};
+use tower::ServiceBuilder;
 
 /// Largest request message. Far above the advertised batch limit, so that a batch of exactly that limit fits with its
 /// digests and other fields (GEN-24).
@@ -165,7 +167,7 @@ impl Edge {
 /// closing the log streams, and learns from [`Edge::under_way`] when the remaining ones may be cut.
 ///
 /// # Errors
-/// [`Error::Internal`] when the services cannot be created or the transport fails as a whole.
+/// [`Error::Internal`] when the services cannot be created.
 pub async fn serve(
     edge: Arc<Edge>,
     health: &Health,
@@ -174,22 +176,13 @@ pub async fn serve(
 ) -> Result<()> {
     let (under_way, connections) = (edge.under_way.clone(), edge.connections.clone());
     let routes = routes(edge, health)?;
-    Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_concurrent_streams(STREAMS_MAX)
-        .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS_MAX))
-        .http2_max_header_list_size(HEADERS_MAX_BYTES)
-        .http2_keepalive_interval(Some(PING_INTERVAL))
-        .http2_keepalive_timeout(Some(PING_TIMEOUT))
+    let layers = ServiceBuilder::new()
         .layer(request_log::RequestLogLayer { under_way })
         .layer(answers::AnswersLayer)
         .layer(panic_guard::PanicGuardLayer)
-        .layer(intake::IntakeLayer::default())
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(accept::connections(listener, connections), shutdown)
-        .await
-        .map_err(|error| Error::Internal(format!("the gRPC server failed: {error}")))
+        .layer(intake::IntakeLayer::default());
+    serving::serve(accept::connections(listener, connections), layers.service(routes), shutdown).await;
+    Ok(())
 }
 
 /// Sets the message limits that all services share.
@@ -223,5 +216,5 @@ fn routes(edge: Arc<Edge>, health: &Health) -> Result<Routes> {
         .add_service(HealthServer::new(HealthService::from_health_reporter(health.reporter())))
         .add_service(reflection().build_v1().map_err(unusable)?)
         .add_service(reflection().build_v1alpha().map_err(unusable)?);
-    Ok(routes.routes())
+    Ok(routes.routes().prepare())
 }

@@ -11,6 +11,7 @@ use gorego_client::{BlobSet, Client, Execution, ExecutionEvent, Finished, Identi
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::Error,
+    find_missing::{FindMissingBlobsRequest, FindMissingBlobsResponse},
     proto::{
         bytestream,
         longrunning::{self, Operation, operation},
@@ -116,13 +117,13 @@ impl cas::ContentAddressableStorage for Fake {
 
     async fn find_missing_blobs(
         &self,
-        request: Request<reapi::FindMissingBlobsRequest>,
-    ) -> Result<Response<reapi::FindMissingBlobsResponse>, Status> {
+        request: Request<FindMissingBlobsRequest>,
+    ) -> Result<Response<FindMissingBlobsResponse>, Status> {
         let state = self.state();
-        let mut missing_blob_digests = request.into_inner().blob_digests;
-        missing_blob_digests
-            .retain(|wire| !digest(Some(wire)).is_empty() && !state.blobs.contains_key(&digest(Some(wire))));
-        Ok(Response::new(reapi::FindMissingBlobsResponse { missing_blob_digests }))
+        let asked = request.into_inner().blob_digests;
+        let mut missing_blob_digests = asked.resolve(DigestFunction::Sha256, "blob_digests").unwrap();
+        missing_blob_digests.retain(|digest| !digest.is_empty() && !state.blobs.contains_key(digest));
+        Ok(Response::new(FindMissingBlobsResponse { missing_blob_digests }))
     }
 
     async fn batch_update_blobs(

@@ -43,6 +43,11 @@ impl Bare {
         BufReader::new(stdout).read_line(&mut line).expect("it says where it listens");
         Self { child, endpoint: format!("http://{}", line.trim()) }
     }
+
+    /// Process id of the server.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
 }
 
 impl Drop for Bare {

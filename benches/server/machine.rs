@@ -39,8 +39,22 @@ pub fn spawn_rate(threads: usize, runs: usize) -> f64 {
     runs as f64 / start.elapsed().as_secs_f64()
 }
 
-/// CPU time of a process without its children.
-pub fn cpu_time(pid: u32) -> Duration {
+/// CPU time of a server and its runners, which are its children; not of the commands, which are children of theirs.
+pub fn cpu_time(server: u32) -> Duration {
+    std::iter::once(server).chain(children(server)).map(cpu_time_alone).sum()
+}
+
+fn children(parent: u32) -> impl Iterator<Item = u32> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes.filter_map(move |process| {
+        let stat = std::fs::read_to_string(process.path().join("stat")).ok()?;
+        // Behind the name, which may have anything in it: the state and the parent.
+        let of: u32 = stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()?;
+        (of == parent).then(|| process.file_name().to_str()?.parse().ok())?
+    })
+}
+
+fn cpu_time_alone(pid: u32) -> Duration {
     // Seconds of each thread from schedstat, which has nanosecond resolution, unlike the ticks of /proc/PID/stat.
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let nanos = tasks.filter_map(|task| {

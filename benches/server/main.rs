@@ -6,6 +6,7 @@
 //! reading.
 
 mod bare;
+mod calls;
 mod groups;
 mod hash;
 mod machine;
@@ -20,9 +21,11 @@ type Group = (&'static str, fn(&mut Report));
 
 const GROUPS: &[Group] = &[
     ("spawn", groups::noop_execute),
-    ("cached", groups::cached_execute),
+    ("results", calls::action_results),
+    ("reads", calls::small_reads),
+    ("find", calls::find_missing),
+    ("cached", calls::cached_execute),
     ("enqueue", groups::enqueue_burst),
-    ("find", groups::find_missing),
     ("stream", groups::streams),
     ("zstd", zstd::transfers),
     ("hash", hash::large_blobs),

@@ -20,6 +20,9 @@ use std::{
 use tempfile::TempDir;
 use tonic::{Streaming, transport::Channel};
 
+/// A command under which the server is started, such as `valgrind --tool=callgrind`.
+const UNDER: &str = "GOREGO_BENCH_UNDER";
+
 /// A running goREgo. It is stopped when dropped.
 pub struct Target {
     child: Child,
@@ -39,7 +42,11 @@ impl Target {
     /// Starts a server with this store and additional environment variables.
     pub fn start_on(store: TempDir, environment: &[(&str, &str)]) -> Self {
         let start = Instant::now();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_gorego"))
+        let mut words = std::env::var(UNDER).unwrap_or_default();
+        words = format!("{words} {}", env!("CARGO_BIN_EXE_gorego"));
+        let mut words = words.split_whitespace();
+        let mut child = Command::new(words.next().expect("a program"))
+            .args(words)
             .args(["serve", "--listen-addr", "127.0.0.1:0", "--local-cache-dir"])
             .arg(store.path())
             .envs(environment.iter().copied())
@@ -80,6 +87,10 @@ impl Target {
 
 impl Drop for Target {
     fn drop(&mut self) {
+        if std::env::var_os(UNDER).is_some() {
+            // A profiler writes down what it found when the server ends by itself.
+            return self.stop();
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -130,17 +141,26 @@ impl Client {
         }
         .encode_to_vec();
         let digest = function.digest(&action);
-        let requests = [command, action]
+        self.upload([command, action]).await;
+        digest
+    }
+
+    /// Uploads blobs that fit into one batch.
+    pub async fn upload(&self, blobs: impl IntoIterator<Item = Vec<u8>>) {
+        let requests = blobs
             .into_iter()
             .map(|data| batch_update_blobs_request::Request {
-                digest: Some(function.digest(&data).to_wire()),
+                digest: Some(DigestFunction::Sha256.digest(&data).to_wire()),
                 data: data.into(),
                 ..Default::default()
             })
             .collect();
         let request = BatchUpdateBlobsRequest { requests, ..Default::default() };
-        self.cas.clone().batch_update_blobs(request).await.expect("the action is uploaded");
-        digest
+        let reply = self.cas.clone().batch_update_blobs(request).await.expect("an answer").into_inner();
+        for response in reply.responses {
+            let status = response.status.unwrap_or_default();
+            assert_eq!(status.code, 0, "{}", status.message);
+        }
     }
 
     pub async fn execute(&self, action: Digest) -> Streaming<Operation> {

@@ -3,12 +3,7 @@
 //!
 //! Digests are parsed once, here; a call costs the store one message, however many blobs it names.
 
-use super::{
-    Edge, TreeStream, chunks,
-    claim::{Claim, unhindered},
-    convert, get_tree, inline,
-    request_log::Call,
-};
+use super::{Edge, TreeStream, chunks, claim::Claim, convert, get_tree, inline, request_log::Call};
 use crate::{
     actors::cas::{client::Payload, forms::zstd_reader::Item},
     grpc::services::content_addressable_storage_server::ContentAddressableStorage,
@@ -18,12 +13,13 @@ use bytes::Bytes;
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
+    find_missing::{FindMissingBlobsRequest, FindMissingBlobsResponse},
     proto::{
         reapi::{
             self, BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest,
-            BatchUpdateBlobsResponse, FindMissingBlobsRequest, FindMissingBlobsResponse, GetTreeRequest,
-            SpliceBlobRequest, SpliceBlobResponse, SplitBlobRequest, SplitBlobResponse,
-            batch_read_blobs_response, batch_update_blobs_response, compressor,
+            BatchUpdateBlobsResponse, GetTreeRequest, SpliceBlobRequest, SpliceBlobResponse,
+            SplitBlobRequest, SplitBlobResponse, batch_read_blobs_response, batch_update_blobs_response,
+            compressor,
         },
         rpc,
     },
@@ -32,9 +28,6 @@ use gorego_reapi::{
 use prost::Message as _;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
-
-/// From so many digests on, it takes more than a millisecond to write them down.
-const MANY_DIGESTS: usize = 8_000;
 
 /// Most payload bytes of a batch call, advertised in the capabilities (CAP-10). What 4 MiB leave over is for the digests and
 /// statuses of a thousand blobs and more (CAP-11).
@@ -63,20 +56,17 @@ impl ContentAddressableStorage for CasService {
         let instance = self.instance(&request, |request| &request.instance_name)?;
         let call = Call::of(&request);
         let digests = {
-            // The texts go before the store is asked: they take more than the digests.
             let request = request.into_inner();
-            convert::digests(&instance, request.digest_function, &request.blob_digests, "blob_digests")?
+            convert::digests(&instance, request.digest_function, request.blob_digests, "blob_digests")?
         };
-        let missing = self.0.cas.find_missing(&instance, &digests).await?;
-        let entry = |digest: &Digest| ENTRY_BYTES + digest.hash_hex().len();
-        let bytes = missing.iter().map(entry).sum();
+        let missing_blob_digests = self.0.cas.find_missing(&instance, &digests).await?;
+        drop(digests);
+        let kept = missing_blob_digests.len() * size_of::<Digest>();
+        let answer = FindMissingBlobsResponse { missing_blob_digests };
         // The digests that were asked for are gone, so a call that waits here keeps no room from other requests.
-        super::claim::Claim::settle(bytes as u64);
-        call.reserve_soon(bytes).await?;
-        let is_many = missing.len() > MANY_DIGESTS;
-        let to_wire = || missing.into_iter().map(Digest::to_wire).collect();
-        let missing_blob_digests = if is_many { unhindered(to_wire) } else { to_wire() };
-        Ok(Response::new(FindMissingBlobsResponse { missing_blob_digests }))
+        Claim::settle(kept as u64);
+        call.reserve_soon(answer.encoded_len()).await?;
+        Ok(Response::new(answer))
     }
 
     async fn batch_update_blobs(

@@ -76,9 +76,11 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
 }
 
 /// A request as it was decoded, or a copy that does not keep most of its bytes in memory for nothing: what was decoded refers to
-/// the bytes that came, also to those of unknown fields.
-fn compact<U: Message + Default>(message: U, length: usize) -> U {
-    if length < COMPACT_FROM_BYTES || !Claim::is_present() || message.encoded_len() >= length / 2 {
+/// the bytes that came, also to those of unknown fields. A message without any bytes in it refers to nothing.
+fn compact<U: Message + Name + Default>(message: U, length: usize) -> U {
+    let is_compact =
+        length < COMPACT_FROM_BYTES || !wire::has_bytes::<U>() || message.encoded_len() >= length / 2;
+    if is_compact || !Claim::is_present() {
         return message;
     }
     U::decode(bytes::Bytes::from(message.encode_to_vec())).unwrap_or(message)

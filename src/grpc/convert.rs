@@ -25,6 +25,7 @@ use gorego_reapi::{
     auxiliary::pack_queue_status,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
+    find_missing::UnresolvedDigests,
     proto::{gorego, longrunning, reapi},
     status,
 };
@@ -64,11 +65,11 @@ pub fn digest(
 pub fn digests(
     instance: &Instance,
     number: i32,
-    digests: &[reapi::Digest],
+    digests: UnresolvedDigests,
     field: &str,
 ) -> Result<Vec<Digest>> {
-    let function = digest_function(instance, number, digests.iter().map(Some))?;
-    digests.iter().map(|digest| Digest::from_wire(function, Some(digest), field)).collect()
+    let function = instance.digest_function(number, digests.hash_chars())?;
+    digests.resolve(function, field)
 }
 
 /// Headers that carry RequestMetadata: today's, and the one that some clients still use.
@@ -246,6 +247,7 @@ mod tests {
     use super::*;
     use crate::actors::scheduler::operation::Outcome;
     use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD};
+    use gorego_reapi::find_missing::FindMissingBlobsRequest;
     use http::HeaderValue;
     use proptest::prelude::*;
     use std::{sync::Arc, time::Duration};
@@ -308,7 +310,12 @@ mod tests {
     #[test]
     fn the_digests_of_a_request_are_all_of_one_supported_function() {
         let instance = instances().get("").unwrap();
-        let digests = |number, list: &[reapi::Digest]| digests(&instance, number, list, "d");
+        let digests = |number, list: &[reapi::Digest]| {
+            let request =
+                reapi::FindMissingBlobsRequest { blob_digests: list.to_vec(), ..Default::default() };
+            let request = FindMissingBlobsRequest::decode(&*request.encode_to_vec()).unwrap();
+            digests(&instance, number, request.blob_digests, "d")
+        };
         let sha1 = wire(&HASH[..40]);
         assert_eq!(digests(0, &[]), Ok(vec![]));
         assert_eq!(digests(0, &[wire(HASH), wire(HASH)]).unwrap().len(), 2);

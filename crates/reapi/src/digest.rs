@@ -186,7 +186,6 @@ impl Digest {
     /// # Errors
     /// [`Error::Invalid`] when the hash has the wrong length or is not lower-case hex, or the size is negative.
     pub fn parse(function: DigestFunction, hash: &str, size: i64) -> Result<Self> {
-        let mut bytes = [0; MAX_HASH_BYTES];
         if hash.len() != function.hash_bytes() * 2 {
             return Err(Error::Invalid(format!(
                 "hash \"{}\" has {} characters; a {} hash has {}",
@@ -196,17 +195,28 @@ impl Digest {
                 function.hash_bytes() * 2
             )));
         }
-        // The decoder accepts upper case, which is not a valid digest in this API (GEN-01).
-        let lower_case = !hash.bytes().any(|byte| byte.is_ascii_uppercase());
-        if !lower_case || const_hex::decode_to_slice(hash, &mut bytes[..function.hash_bytes()]).is_err() {
-            return Err(Error::Invalid(format!(
-                "hash \"{}\" is not lower-case hexadecimal",
-                hash.escape_debug()
-            )));
-        }
+        let parsed = Self::from_hex(function, hash.as_bytes(), 0).ok_or_else(|| {
+            Error::Invalid(format!("hash \"{}\" is not lower-case hexadecimal", hash.escape_debug()))
+        })?;
         let size = u64::try_from(size)
             .map_err(|_| Error::Invalid(format!("digest {hash} has the negative size {size}")))?;
-        Ok(Self { function, hash: bytes, size })
+        Ok(Self { size, ..parsed })
+    }
+
+    /// A digest from the characters of its hash; `None` when these are not a hash of `function` in lower-case hexadecimal, or
+    /// the size does not fit the wire.
+    pub(crate) fn from_hex(function: DigestFunction, hash: &[u8], size: u64) -> Option<Self> {
+        let mut bytes = [0; MAX_HASH_BYTES];
+        const_hex::decode_to_slice(hash, &mut bytes[..function.hash_bytes()]).ok()?;
+        // The decoder takes upper case too, which is no digest of this API (GEN-01). Of the digits it takes, only the letters
+        // have bit 6, and of those only the lower-case ones have bit 5.
+        let has_upper_case = hash.iter().fold(false, |found, byte| found | (byte & 0x60 == 0x40));
+        (!has_upper_case && i64::try_from(size).is_ok()).then_some(Self { function, hash: bytes, size })
+    }
+
+    /// The same hash and size as those of another function; `None` when its hashes have another length.
+    pub(crate) fn with_function(self, function: DigestFunction) -> Option<Self> {
+        (self.function.hash_bytes() == function.hash_bytes()).then_some(Self { function, ..self })
     }
 
     /// Parses the digest in a wire message; `field` names it in errors. An absent message or an empty hash is an error and

@@ -6,6 +6,7 @@
 //!
 //! - [`proto`]: the generated messages. [`wire`]: the memory that a message will take, measured before it is decoded.
 //! - [`digest`], [`instance_name`], [`resource_name`], [`path`]: names.
+//! - [`find_missing`]: the messages of FindMissingBlobs, hand-written so that digests need no text.
 //! - [`tree`], [`auxiliary`], [`any`]: the contents of messages.
 //! - [`compression`], [`chunking`]: other forms of a blob.
 //! - [`error`], [`escape`]: failures and their texts. `status`, with the feature `tonic`: their gRPC form.
@@ -18,6 +19,7 @@ pub mod compression;
 pub mod digest;
 pub mod error;
 pub mod escape;
+pub mod find_missing;
 pub mod instance_name;
 pub mod path;
 pub mod proto;

@@ -117,6 +117,11 @@ where
     M::decode(bytes).map_err(|error| Error::Invalid(format!("it does not parse as {what}: {error}")))
 }
 
+/// Whether decoded messages of this type refer to the bytes that they were decoded from. True for unknown types.
+pub fn has_bytes<M: Name>() -> bool {
+    LAYOUTS.by_name(&M::full_name()).is_none_or(|layout| layout.has_bytes)
+}
+
 /// Whether the request message of a method (`/package.Service/Method`) contains lists at any depth. Other messages never
 /// take much more memory than bytes on the wire. Unknown methods count as having lists.
 pub fn request_has_lists(method: &str) -> bool {
@@ -183,7 +188,7 @@ impl Walk {
                 self.list(content.map_or(1, |_| length / u64::from(wire)), element, is_first)
             }
             Kind::Number(_) => Ok(()),
-            Kind::Text => {
+            Kind::Text | Kind::Bytes => {
                 if field.repeated {
                     self.list(1, element, is_first)?;
                 }

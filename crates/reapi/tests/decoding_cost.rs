@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use gorego_reapi::{
+    find_missing,
     proto::{self, asset, gorego as stored, reapi},
     wire::{self, Limits},
 };
@@ -112,6 +113,7 @@ proptest! {
         is_covered::<reapi::BatchUpdateBlobsRequest>(&choices)?;
         is_covered::<reapi::BatchReadBlobsRequest>(&choices)?;
         is_covered::<reapi::FindMissingBlobsRequest>(&choices)?;
+        is_covered::<find_missing::FindMissingBlobsRequest>(&choices)?;
         is_covered::<asset::PushDirectoryRequest>(&choices)?;
         is_covered::<stored::StoredResult>(&choices)?;
     }

@@ -15,7 +15,8 @@ use crate::{
 };
 use actix::{AsyncContext as _, MessageResult};
 use gorego_reapi::{digest::Digest, error::Result};
-use std::collections::HashSet;
+use hashbrown::{HashTable, hash_table::Entry};
+use std::hash::{BuildHasher as _, RandomState};
 use tokio::task;
 
 /// Where blobs are, in the order asked; the empty blob is never found, having no file.
@@ -37,6 +38,27 @@ pub enum Purpose {
     Read,
     /// To read, with a lease, the zstd forms too.
     ReadZstd,
+}
+
+/// Digests that are not stored, each once, in the order in which they were asked for.
+#[derive(Default)]
+struct Missing {
+    digests: Vec<Digest>,
+    /// The hash and the place in the list of each.
+    places: HashTable<(u64, usize)>,
+    hasher: RandomState,
+}
+
+impl Missing {
+    fn add(&mut self, digest: &Digest) {
+        let Self { digests, places, hasher } = self;
+        let hash = hasher.hash_one(digest);
+        let is_it = |(_, place): &(u64, usize)| digests.get(*place) == Some(digest);
+        if let Entry::Vacant(vacant) = places.entry(hash, is_it, |(hash, _)| *hash) {
+            vacant.insert((hash, digests.len()));
+            digests.push(*digest);
+        }
+    }
 }
 
 impl Cas {
@@ -61,32 +83,28 @@ impl Cas {
     /// # Errors
     /// `Unavailable` when the server is going down.
     pub async fn find_missing(&self, instance: &Instance, digests: &[Digest]) -> Result<Vec<Digest>> {
-        let mut missing = Vec::new();
+        let mut missing = Missing::default();
         for (turn, part) in digests.chunks(LOOKUPS_PER_TURN).enumerate() {
             if turn > 0 {
                 task::yield_now().await;
             }
             self.find_missing_now(instance.blobs(), part, &mut missing)?;
         }
-        if missing.len() > 1 {
-            let mut seen = HashSet::with_capacity(missing.len());
-            missing.retain(|digest| seen.insert(*digest));
-        }
-        Ok(missing)
+        Ok(missing.digests)
     }
 
     fn find_missing_now(
         &self,
         instance: InstanceId,
         digests: &[Digest],
-        missing: &mut Vec<Digest>,
+        missing: &mut Missing,
     ) -> Result<()> {
         for part in digests.chunks(LOOKUPS_PER_HOLD) {
             self.look_up(|index| {
                 // The empty blob is asked about last: it is rare, and to recognise it takes a hash.
                 let is_missing =
                     |digest: &&Digest| index.renew_blob(instance, **digest).is_none() && !digest.is_empty();
-                missing.extend(part.iter().filter(is_missing));
+                part.iter().filter(is_missing).for_each(|digest| missing.add(digest));
             })?;
         }
         Ok(())

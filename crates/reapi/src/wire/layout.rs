@@ -28,6 +28,8 @@ pub struct Layout {
     pub size: u32,
     /// Sorted by field number.
     fields: Vec<Field>,
+    /// Whether there are bytes in it, at whatever depth.
+    pub has_bytes: bool,
 }
 
 /// One field of a message type.
@@ -49,8 +51,10 @@ pub struct Field {
 pub enum Kind {
     /// A number of this many bytes on the wire, or of at least one.
     Number(u32),
-    /// Text or bytes, without an inner structure.
+    /// Text, without an inner structure.
     Text,
+    /// Bytes, which refer to those that were decoded.
+    Bytes,
     /// A message with this layout.
     Message(usize),
     /// A boxed message with this layout.
@@ -95,10 +99,14 @@ impl Layouts {
             }
         }
         let mut sizes = vec![SizeState::Unknown; types.messages.len()];
-        let layouts = (0..types.messages.len()).map(|at| types.layout(at, &mut sizes)).collect();
+        let layouts: Vec<_> = (0..types.messages.len()).map(|at| types.layout(at, &mut sizes)).collect();
         // These names start with a dot.
         let names = types.names.into_iter().map(|(name, at)| (name[1..].to_owned(), at)).collect();
         let mut read = Self { layouts, names, methods: HashMap::new() };
+        for at in 0..read.layouts.len() {
+            let has_bytes = read.any_field(&read.layouts[at], |field| field.kind == Kind::Bytes);
+            read.layouts[at].has_bytes = has_bytes;
+        }
         for (file, service) in files.iter().flat_map(|file| file.service.iter().map(move |s| (file, s))) {
             for method in &service.method {
                 let path = format!("/{}.{}/{}", file.package(), service.name(), method.name());
@@ -126,11 +134,16 @@ impl Layouts {
 
     /// Whether a message with this layout contains lists, so that it may take many times its wire size in memory.
     fn has_lists(&self, layout: &Layout) -> bool {
+        self.any_field(layout, |field| field.repeated)
+    }
+
+    /// Whether a message of this layout may have a field like this, at whatever depth.
+    fn any_field(&self, layout: &Layout, is_it: impl Fn(&Field) -> bool) -> bool {
         let mut seen = vec![false; self.layouts.len()];
         let mut stack = vec![layout];
         while let Some(layout) = stack.pop() {
             for field in &layout.fields {
-                if field.repeated {
+                if is_it(field) {
                     return true;
                 }
                 if let Kind::Message(at) | Kind::Boxed(at) | Kind::Entry(at) = field.kind
@@ -181,7 +194,7 @@ impl<'a> Types<'a> {
                 .collect()
         });
         fields.sort_unstable_by_key(|field| field.number);
-        Layout { size, fields }
+        Layout { size, fields, has_bytes: false }
     }
 
     fn field(&self, of: usize, place: usize, field: &FieldDescriptorProto, sizes: &mut [SizeState]) -> Field {
@@ -197,7 +210,7 @@ impl<'a> Types<'a> {
                 }
             }
             Type::String => (Kind::Text, LIST_BYTES),
-            Type::Bytes => (Kind::Text, BYTES_BYTES),
+            Type::Bytes => (Kind::Bytes, BYTES_BYTES),
             Type::Fixed32 | Type::Sfixed32 | Type::Float => (Kind::Number(4), 4),
             Type::Fixed64 | Type::Sfixed64 | Type::Double => (Kind::Number(8), 8),
             number => (Kind::Number(1), number_bytes(number)),

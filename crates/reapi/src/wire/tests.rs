@@ -17,7 +17,7 @@ fn message(layout: &Layout, choices: &mut impl Iterator<Item = u8>, depth: u32, 
                 }
                 2
             }
-            Some(Kind::Text) => {
+            Some(Kind::Text | Kind::Bytes) => {
                 content.resize(usize::from(choices.next().unwrap_or(0) % 70), b'0');
                 2
             }
@@ -161,4 +161,13 @@ fn requests_with_lists_are_told_from_others() {
     assert!(request_has_lists("/build.bazel.remote.execution.v2.ActionCache/UpdateActionResult"));
     assert!(!request_has_lists("/google.bytestream.ByteStream/Write"));
     assert!(request_has_lists("/of.another/Method"));
+}
+
+#[test]
+fn messages_with_bytes_at_any_depth_are_known() {
+    assert!(has_bytes::<reapi::BatchUpdateBlobsRequest>());
+    assert!(has_bytes::<reapi::UpdateActionResultRequest>());
+    assert!(has_bytes::<bytestream::WriteRequest>());
+    assert!(!has_bytes::<reapi::FindMissingBlobsRequest>());
+    assert!(!has_bytes::<reapi::BatchReadBlobsRequest>());
 }

@@ -1,0 +1,325 @@
+//! The two messages of FindMissingBlobs, decoded into digests and encoded from them without a text for each.
+//!
+//! A client asks about thousands of blobs in one call. In the generated messages each digest is a text of its own, which is
+//! allocated, parsed and thrown away again. Here the usual form of a digest is read right out of the message; every other form
+//! goes through the generated decoder, so both decode alike. A test compares them.
+//!
+//! Memory: what a request takes is within what [`crate::wire`] measures for the generated message. After the first digest that
+//! is malformed under every function no more are kept, because the request is going to be refused.
+
+use crate::{
+    digest::{Digest, DigestFunction},
+    error::Result,
+    proto::reapi,
+};
+use bytes::{Buf, BufMut};
+use prost::{
+    DecodeError, Message, Name,
+    encoding::{self, DecodeContext, WireType},
+};
+
+const PACKAGE: &str = "build.bazel.remote.execution.v2";
+const INSTANCE_NAME: u32 = 1;
+const BLOB_DIGESTS: u32 = 2;
+const DIGEST_FUNCTION: u32 = 3;
+/// The list of an answer.
+const MISSING_BLOB_DIGESTS: u32 = 2;
+
+/// The key of field 1 as a text or message, of field 2 as such, and of field 2 as a number; one byte each.
+const TEXT_1: u8 = 0x0a;
+const MESSAGE_2: u8 = 0x12;
+const NUMBER_2: u8 = 0x10;
+/// Lengths and numbers below this take one byte.
+const ONE_BYTE: u8 = 0x80;
+/// The shortest entry with a hash of any function: the key and the length of the hash, and the hash.
+const SHORTEST_ENTRY: usize = 2 + 2 * 16;
+/// The longest wire form of a digest: keys, lengths, the longest hash and the largest size.
+const LONGEST_DIGEST: usize = 3 + 2 * 64 + 11;
+
+/// The request.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct FindMissingBlobsRequest {
+    /// The namespace.
+    pub instance_name: String,
+    /// The digests to look for.
+    pub blob_digests: UnresolvedDigests,
+    /// The number of the function of all digests; 0 if the client named none.
+    pub digest_function: i32,
+}
+
+/// Digests whose function is not known yet.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct UnresolvedDigests {
+    /// Those before the first malformed one. The function of each is the first that has hashes of this length.
+    parsed: Vec<Digest>,
+    /// The first that is a digest under no function.
+    malformed: Option<reapi::Digest>,
+    /// The lengths of all hashes, in characters, each once, in the order in which they came first. Only lengths that hashes of
+    /// some function have.
+    hash_chars: Vec<usize>,
+}
+
+impl UnresolvedDigests {
+    /// The lengths of the hashes that may be those of a function, each once, in the order in which they came first.
+    pub fn hash_chars(&self) -> impl Iterator<Item = usize> {
+        self.hash_chars.iter().copied()
+    }
+
+    /// These as digests of `function`; `field` names the list in errors.
+    ///
+    /// # Errors
+    /// That of the first one that is malformed, as in [`Digest::from_wire`].
+    pub fn resolve(mut self, function: DigestFunction, field: &str) -> Result<Vec<Digest>> {
+        for digest in &mut self.parsed {
+            if digest.function() != function {
+                *digest = digest
+                    .with_function(function)
+                    .map_or_else(|| Digest::from_wire(function, Some(&digest.to_wire()), field), Ok)?;
+            }
+        }
+        if self.malformed.is_some() {
+            // It is no digest of this function either.
+            self.parsed.push(Digest::from_wire(function, self.malformed.as_ref(), field)?);
+        }
+        Ok(self.parsed)
+    }
+
+    /// Takes the next digest of a message if it has the usual form: says how many bytes that were.
+    fn take_usual(&mut self, bytes: &[u8]) -> Option<usize> {
+        let (&length, rest) = bytes.split_first().filter(|(length, _)| **length < ONE_BYTE)?;
+        let entry = rest.get(..length.into())?;
+        let [TEXT_1, hash_chars, rest @ ..] = entry else { return None };
+        let (hash, size) = rest.split_at_checked((*hash_chars).into())?;
+        let size = match size {
+            [] => 0,
+            [NUMBER_2, size @ ..] => small_number(size)?,
+            _ => return None,
+        };
+        let function = first_function(hash.len())?;
+        self.add(Digest::from_hex(function, hash, size)?, bytes, 1 + entry.len());
+        Some(1 + entry.len())
+    }
+
+    /// Adds a digest that begins `message`, and with its length takes so many bytes of it.
+    fn add(&mut self, digest: Digest, message: &[u8], taken: usize) {
+        self.note(2 * digest.hash().len());
+        if self.malformed.is_some() {
+            return;
+        }
+        if self.parsed.len() == self.parsed.capacity() {
+            let next = 1 + usual_entries(message.get(taken..).unwrap_or_default());
+            self.parsed.reserve_exact(next.max(self.parsed.len() / 4));
+        }
+        self.parsed.push(digest);
+    }
+
+    /// Adds a digest in any form. The message itself is not at hand.
+    fn add_wire(&mut self, digest: reapi::Digest) {
+        let function = first_function(digest.hash.len());
+        let parsed = function
+            .zip(u64::try_from(digest.size_bytes).ok())
+            .and_then(|(function, size)| Digest::from_hex(function, digest.hash.as_bytes(), size));
+        match parsed {
+            Some(parsed) => self.add(parsed, &[], 0),
+            None => {
+                if function.is_some() {
+                    self.note(digest.hash.len());
+                }
+                self.malformed.get_or_insert(digest);
+            }
+        }
+    }
+
+    fn note(&mut self, hash_chars: usize) {
+        if !self.hash_chars.contains(&hash_chars) {
+            self.hash_chars.push(hash_chars);
+        }
+    }
+
+    fn encode(&self, buffer: &mut impl BufMut) {
+        self.parsed.iter().for_each(|digest| encode_entry(digest, buffer));
+        if let Some(malformed) = &self.malformed {
+            encoding::message::encode(BLOB_DIGESTS, malformed, buffer);
+        }
+    }
+
+    fn encoded_len(&self) -> usize {
+        let malformed = self.malformed.as_ref();
+        self.parsed.iter().map(entry_len).sum::<usize>()
+            + malformed.map_or(0, |digest| encoding::message::encoded_len(BLOB_DIGESTS, digest))
+    }
+}
+
+/// The first function with hashes of so many characters.
+fn first_function(hash_chars: usize) -> Option<DigestFunction> {
+    DigestFunction::ALL.iter().copied().find(|function| 2 * function.hash_bytes() == hash_chars)
+}
+
+/// How many entries of the usual form there may be at the start of a message.
+fn usual_entries(mut message: &[u8]) -> usize {
+    let mut entries = 0;
+    while let [MESSAGE_2, length, rest @ ..] = message
+        && *length < ONE_BYTE
+        && usize::from(*length) >= SHORTEST_ENTRY
+        && let Some(rest) = rest.get((*length).into()..)
+    {
+        entries += 1;
+        message = rest;
+    }
+    entries
+}
+
+/// A number that ends with these bytes and is not too large for a size.
+fn small_number(bytes: &[u8]) -> Option<u64> {
+    let (last, before) = bytes.split_last()?;
+    if *last >= ONE_BYTE || before.len() > 7 || before.iter().any(|byte| *byte < ONE_BYTE) {
+        return None;
+    }
+    let groups = bytes.iter().rev().map(|byte| u64::from(byte & 0x7f));
+    Some(groups.fold(0, |number, group| number << 7 | group))
+}
+
+impl Message for FindMissingBlobsRequest {
+    fn encode_raw(&self, buffer: &mut impl BufMut) {
+        if !self.instance_name.is_empty() {
+            encoding::string::encode(INSTANCE_NAME, &self.instance_name, buffer);
+        }
+        self.blob_digests.encode(buffer);
+        if self.digest_function != 0 {
+            encoding::int32::encode(DIGEST_FUNCTION, &self.digest_function, buffer);
+        }
+    }
+
+    fn merge_field(
+        &mut self,
+        tag: u32,
+        wire_type: WireType,
+        buffer: &mut impl Buf,
+        context: DecodeContext,
+    ) -> std::result::Result<(), DecodeError> {
+        let named = |field| {
+            move |mut error: DecodeError| {
+                error.push(Self::NAME, field);
+                error
+            }
+        };
+        match tag {
+            INSTANCE_NAME => encoding::string::merge(wire_type, &mut self.instance_name, buffer, context)
+                .map_err(named("instance_name")),
+            BLOB_DIGESTS => {
+                if wire_type == WireType::LengthDelimited
+                    && let Some(taken) = self.blob_digests.take_usual(buffer.chunk())
+                {
+                    buffer.advance(taken);
+                    return Ok(());
+                }
+                let mut digest = reapi::Digest::default();
+                encoding::message::merge(wire_type, &mut digest, buffer, context)
+                    .map_err(named("blob_digests"))?;
+                self.blob_digests.add_wire(digest);
+                Ok(())
+            }
+            DIGEST_FUNCTION => encoding::int32::merge(wire_type, &mut self.digest_function, buffer, context)
+                .map_err(named("digest_function")),
+            _ => encoding::skip_field(wire_type, tag, buffer, context),
+        }
+    }
+
+    fn encoded_len(&self) -> usize {
+        let mut length = 0;
+        if !self.instance_name.is_empty() {
+            length += encoding::string::encoded_len(INSTANCE_NAME, &self.instance_name);
+        }
+        length += self.blob_digests.encoded_len();
+        if self.digest_function != 0 {
+            length += encoding::int32::encoded_len(DIGEST_FUNCTION, &self.digest_function);
+        }
+        length
+    }
+
+    fn clear(&mut self) {
+        *self = Self::default();
+    }
+}
+
+impl Name for FindMissingBlobsRequest {
+    const NAME: &'static str = "FindMissingBlobsRequest";
+    const PACKAGE: &'static str = PACKAGE;
+}
+
+/// The answer.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct FindMissingBlobsResponse {
+    /// The digests that are not stored.
+    pub missing_blob_digests: Vec<Digest>,
+}
+
+impl Message for FindMissingBlobsResponse {
+    fn encode_raw(&self, buffer: &mut impl BufMut) {
+        for digest in &self.missing_blob_digests {
+            encode_entry(digest, buffer);
+        }
+    }
+
+    /// Answers are only sent. What a client could decode of one is what is in the list, in any form.
+    fn merge_field(
+        &mut self,
+        tag: u32,
+        wire_type: WireType,
+        buffer: &mut impl Buf,
+        context: DecodeContext,
+    ) -> std::result::Result<(), DecodeError> {
+        if tag != MISSING_BLOB_DIGESTS {
+            return encoding::skip_field(wire_type, tag, buffer, context);
+        }
+        let mut list = UnresolvedDigests::default();
+        let mut digest = reapi::Digest::default();
+        encoding::message::merge(wire_type, &mut digest, buffer, context)?;
+        list.add_wire(digest);
+        self.missing_blob_digests.append(&mut list.parsed);
+        Ok(())
+    }
+
+    fn encoded_len(&self) -> usize {
+        self.missing_blob_digests.iter().map(entry_len).sum()
+    }
+
+    fn clear(&mut self) {
+        self.missing_blob_digests.clear();
+    }
+}
+
+/// The length of the wire form of a digest.
+fn digest_len(digest: &Digest) -> usize {
+    let chars = 2 * digest.hash().len();
+    let size = if digest.size() == 0 { 0 } else { 1 + encoding::encoded_len_varint(digest.size()) };
+    1 + encoding::encoded_len_varint(chars as u64) + chars + size
+}
+
+/// The length of [`encode_entry`].
+fn entry_len(digest: &Digest) -> usize {
+    let length = digest_len(digest);
+    1 + encoding::encoded_len_varint(length as u64) + length
+}
+
+/// A digest as an element of field 2.
+fn encode_entry(digest: &Digest, buffer: &mut impl BufMut) {
+    buffer.put_u8(MESSAGE_2);
+    encoding::encode_varint(digest_len(digest) as u64, buffer);
+    let mut place = [0; LONGEST_DIGEST];
+    let mut rest = &mut place[..];
+    rest.put_u8(TEXT_1);
+    encoding::encode_varint(2 * digest.hash().len() as u64, &mut rest);
+    let hex = rest.split_off_mut(..2 * digest.hash().len()).unwrap_or_default();
+    // It has the right length.
+    let _ = const_hex::encode_to_slice(digest.hash(), hex);
+    if digest.size() > 0 {
+        rest.put_u8(NUMBER_2);
+        encoding::encode_varint(digest.size(), &mut rest);
+    }
+    let left = rest.len();
+    buffer.put_slice(&place[..LONGEST_DIGEST - left]);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,285 @@
+//! Serving connections: requests that come together are answered together, by the task of their connection.
+//!
+//! hyper gives each request to an executor, to be run as a task of its own. A spawned task wakes another thread, and its answer
+//! wakes the task of the connection; for a look-up in memory both cost more than the look-up. So here the executor only collects
+//! the requests that one turn of the connection has brought ([`Turn`]). The connection's task then polls each of them once.
+//! Most look-ups are answered by that, and all answers go out with one write. Whatever has to wait becomes a task of its own.
+//!
+//! Invariants: no request is polled twice by the connection's task, and none is begun by it once a turn has taken
+//! [`TURN_MAX`]: the rest of that turn becomes tasks, which other threads can take. Large messages are never decoded in a turn,
+//! because [`super::intake`] lets them wait at least once.
+
+use super::{
+    CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,
+    STREAM_WINDOW_BYTES, STREAMS_MAX, accept::Connection,
+};
+use bytes::Bytes;
+use futures::stream::{Stream, StreamExt as _};
+use http::{HeaderMap, Request, Response};
+use hyper::{rt::Executor, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::{
+    convert::Infallible,
+    future::{Future, poll_fn},
+    io,
+    pin::{Pin, pin},
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, Waker},
+    time::{Duration, Instant},
+};
+use tokio::{
+    select,
+    sync::watch,
+    task::coop::unconstrained,
+    time::{Sleep, sleep},
+};
+use tonic::{Status, body::Body, transport::server::Connected as _};
+use tower::Service;
+
+/// How long the requests of one turn may keep the thread of their connection: some ten of the slowest look-ups. What the client
+/// waits for is delayed by no more than this, and other threads get the rest.
+const TURN_MAX: Duration = Duration::from_micros(500);
+
+/// Serves connections until `shutdown` ends; then accepts nothing more, tells clients to go elsewhere, and returns when the last
+/// connection is closed.
+pub(super) async fn serve<S, B>(
+    connections: impl Stream<Item = io::Result<Connection>>,
+    service: S,
+    shutdown: impl Future<Output = ()>,
+) where
+    S: Service<Request<Body>, Response = Response<B>, Error = Infallible, Future: Send + 'static>,
+    S: Clone + Send + 'static,
+    B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
+{
+    let closing = watch::Sender::new(false);
+    {
+        // Dropped before the last connections end, so that the port is free at once.
+        let mut connections = pin!(connections);
+        let mut shutdown = pin!(shutdown);
+        loop {
+            select! {
+                () = &mut shutdown => break,
+                connection = connections.next() => match connection {
+                    Some(Ok(connection)) => {
+                        tokio::spawn(serve_one(connection, service.clone(), closing.subscribe()));
+                    }
+                    // It was told where connections are accepted.
+                    Some(Err(_)) => {}
+                    None => break,
+                },
+            }
+        }
+    }
+    closing.send_replace(true);
+    closing.closed().await;
+}
+
+async fn serve_one<S, B>(connection: Connection, service: S, mut closing: watch::Receiver<bool>)
+where
+    S: Service<Request<Body>, Response = Response<B>, Error = Infallible, Future: Send + 'static>,
+    S: Clone + Send + 'static,
+    B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
+{
+    let info = connection.connect_info();
+    let service = service_fn(move |mut request: Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(info.clone());
+        let limit = time_limit(request.headers());
+        // No service of ours is ever not ready.
+        let answer = service.clone().call(request.map(Body::new));
+        Limited { answer, limit: limit.map(sleep) }
+    });
+    let turn = Turn::default();
+    let mut http = pin!(settings(turn.clone()).serve_connection(TokioIo::new(connection), service));
+    let mut closing = pin!(async { drop(closing.wait_for(|closing| *closing).await) });
+    let mut is_told = false;
+    poll_fn(|context| {
+        if !is_told && closing.as_mut().poll(context).is_ready() {
+            is_told = true;
+            http.as_mut().graceful_shutdown();
+        }
+        loop {
+            // What went wrong is in the lines of the calls, if there were any.
+            let is_over = http.as_mut().poll(context).is_ready();
+            let has_worked = turn.take();
+            if is_over {
+                return Poll::Ready(());
+            }
+            if !has_worked {
+                return Poll::Pending;
+            }
+            // The answers of this turn are to be written.
+        }
+    })
+    .await;
+}
+
+fn settings(turn: Turn) -> http2::Builder<Turn> {
+    let mut builder = http2::Builder::new(turn);
+    builder
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_concurrent_streams(STREAMS_MAX)
+        .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
+        // Those that the client cancels are bounded by what a connection may do (`conduct`).
+        .max_local_error_reset_streams(None)
+        .max_header_list_size(HEADERS_MAX_BYTES)
+        .keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_TIMEOUT);
+    builder
+}
+
+type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The requests that came in this turn of a connection's task.
+#[derive(Clone, Default)]
+struct Turn(Arc<Mutex<Vec<Task>>>);
+
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Turn {
+    fn execute(&self, task: F) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Box::pin(task));
+    }
+}
+
+impl Turn {
+    /// Takes up what came in; says whether there was anything.
+    fn take(&self) -> bool {
+        let tasks = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        if tasks.is_empty() {
+            return false;
+        }
+        let start = Instant::now();
+        for mut task in tasks {
+            // Spawned tasks are polled again, so no wake-up is lost.
+            let mut nobody = Context::from_waker(Waker::noop());
+            let is_over =
+                start.elapsed() < TURN_MAX && pin!(unconstrained(task.as_mut())).poll(&mut nobody).is_ready();
+            if !is_over {
+                tokio::spawn(task);
+            }
+        }
+        true
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// A call that ends when the time is over that its client gives it.
+    struct Limited<F> {
+        #[pin]
+        answer: F,
+        #[pin]
+        limit: Option<Sleep>,
+    }
+}
+
+impl<F, B> Future for Limited<F>
+where
+    F: Future<Output = Result<Response<B>, Infallible>>,
+    B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
+{
+    type Output = Result<Response<Body>, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if let Poll::Ready(answer) = this.answer.poll(context) {
+            return Poll::Ready(answer.map(|answer| answer.map(Body::new)));
+        }
+        let Some(limit) = this.limit.as_pin_mut() else { return Poll::Pending };
+        limit
+            .poll(context)
+            .map(|()| Ok(Status::cancelled("the time that the client gave is over").into_http()))
+    }
+}
+
+/// How long a call may take, as its client says in `grpc-timeout`: up to eight digits and a unit. What cannot be read counts as
+/// not said.
+fn time_limit(headers: &HeaderMap) -> Option<Duration> {
+    const DIGITS_MAX: usize = 8;
+    let (unit, digits) = headers.get("grpc-timeout")?.as_bytes().split_last()?;
+    if digits.len() > DIGITS_MAX {
+        return None;
+    }
+    let amount: u64 = std::str::from_utf8(digits).ok()?.parse().ok()?;
+    Some(match unit {
+        b'H' => Duration::from_secs(amount * 3_600),
+        b'M' => Duration::from_secs(amount * 60),
+        b'S' => Duration::from_secs(amount),
+        b'm' => Duration::from_millis(amount),
+        b'u' => Duration::from_micros(amount),
+        b'n' => Duration::from_nanos(amount),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+    use tokio::sync::oneshot;
+
+    #[tokio::test]
+    async fn a_request_that_does_not_wait_is_answered_in_its_turn_and_others_are_answered_later() {
+        let turn = Turn::default();
+        let answered = Arc::new(AtomicUsize::new(0));
+        let (release, released) = oneshot::channel::<()>();
+        let count = |answered: &Arc<AtomicUsize>| {
+            let answered = answered.clone();
+            move || {
+                let _ = answered.fetch_add(1, SeqCst);
+            }
+        };
+        let (at_once, later) = (count(&answered), count(&answered));
+        let (done, is_done) = oneshot::channel();
+        turn.execute(async move { at_once() });
+        turn.execute(async move {
+            let _ = released.await;
+            later();
+            let _ = done.send(());
+        });
+        assert!(turn.take() && !turn.take());
+        assert_eq!(answered.load(SeqCst), 1);
+        release.send(()).unwrap();
+        is_done.await.unwrap();
+        assert_eq!(answered.load(SeqCst), 2);
+    }
+
+    #[tokio::test]
+    async fn a_long_turn_leaves_the_rest_to_others() {
+        let turn = Turn::default();
+        let (done, is_done) = oneshot::channel();
+        turn.execute(async { std::thread::sleep(TURN_MAX) });
+        let here = std::thread::current().id();
+        let polls = Arc::new(AtomicUsize::new(0));
+        let counted = polls.clone();
+        turn.execute(async move {
+            counted.fetch_add(1, SeqCst);
+            let _ = done.send(std::thread::current().id() == here);
+        });
+        assert!(turn.take());
+        assert_eq!(polls.load(SeqCst), 0);
+        is_done.await.unwrap();
+    }
+
+    #[test]
+    fn the_time_that_a_client_gives_is_read_or_passed_over() {
+        let read = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-timeout", text.parse().unwrap());
+            time_limit(&headers)
+        };
+        for (text, limit) in [
+            ("2H", Duration::from_secs(7_200)),
+            ("3M", Duration::from_secs(180)),
+            ("4S", Duration::from_secs(4)),
+            ("99999999m", Duration::from_millis(99_999_999)),
+            ("5u", Duration::from_micros(5)),
+            ("6n", Duration::from_nanos(6)),
+        ] {
+            assert_eq!(read(text), Some(limit), "{text}");
+        }
+        for text in ["", "S", "1", "1x", "-1S", "123456789S", "1.5S", "S1"] {
+            assert_eq!(read(text), None, "{text}");
+        }
+        assert_eq!(time_limit(&HeaderMap::new()), None);
+    }
+}

@@ -10,7 +10,6 @@ use crate::{
     report::Report,
     target::{Client, Target},
 };
-use bytes::Bytes;
 use gorego_client::stubs::{ActionCacheClient, ByteStreamClient, CapabilitiesClient};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},

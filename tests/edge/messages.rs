@@ -69,7 +69,6 @@ impl Server {
             instances,
             cas: cas.clone(),
             scheduler: Some(Scheduler::new(scheduler.clone())),
-            walks: Default::default(),
             log_streams: log_streams(false, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),

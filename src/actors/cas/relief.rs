@@ -85,7 +85,9 @@ impl Receive<Relieve> for CasActor {
                 "the disk of the store is nearly full; evicted the least recently used entries"
             ));
         self.delete(victims, ctx);
-        Reply::when(self.deletions(self.index().bytes_evicted()), ())
+        // A statement of its own: the index is locked until its end.
+        let evicted = self.index().bytes_evicted();
+        Reply::when(self.deletions(evicted), ())
     }
 }
 

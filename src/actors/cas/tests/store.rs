@@ -274,3 +274,18 @@ async fn a_store_that_cannot_be_written_is_refused_at_start() {
     let error = CasActor::open(settings, &Instances::new([""]).unwrap(), Handle::current()).unwrap_err();
     assert!(matches!(&error, Error::Precondition(message) if message.contains("file/store")), "{error}");
 }
+
+/// The answer comes when the files are gone, and the actor goes on.
+#[actix::test]
+async fn a_full_disk_is_relieved_of_a_part_of_the_store() {
+    let store = Store::new().await;
+    for seed in 0..20 {
+        store.put(noise(LARGE, seed)).await;
+    }
+    let space = Space { free_bytes: 0, total_bytes: 16 * MB, free_inodes: 1_000_000, total_inodes: 0 };
+    store.cas.actor().send(Relieve(space)).await.unwrap();
+    let totals = store.inspect().await.totals;
+    assert!((1..20).contains(&totals.blobs) && totals.deleting == 0, "{totals:?}");
+    assert_eq!(store.files().len() as u64, totals.blobs);
+    assert!(!store.has(digest(&noise(LARGE, 0))).await && store.has(digest(&noise(LARGE, 19))).await);
+}

@@ -259,7 +259,10 @@ fn a_mistake_in_a_pool_is_shown_with_its_place_and_what_to_write_instead() {
         (pool(""), &["slots"]),
         (pool("slots = 1\nproperties = { cores = 4 }"), &[":3:", "{ minimum = 4 }", "\"4\""]),
         (pool("slots = 1\nproperties = { cores = { maximum = 4 } }"), &[":3:", "maximum", "minimum"]),
-        (pool("slots = 1\nproperties = { cores = { minimum = 4, ignore = true } }"), &[":3:", "only one form"]),
+        (
+            pool("slots = 1\nproperties = { cores = { minimum = 4, ignore = true } }"),
+            &[":3:", "only one form"],
+        ),
         (pool("slots = 1\nproperties = { cores = { minimum = \"x\" } }"), &[":3:"]),
         (pool("slots = 1\nproperties = { arch = [] }"), &[":3:", "offers nothing"]),
         (pool("slots = 1\nproperties = { silo = { ignore = false } }"), &[":3:", "omit the property"]),

@@ -9,9 +9,10 @@ use super::{
     blob::{is_sound, not_found, read_result_file, report},
     client::{Cas, Provenance, going_down},
     decoding::{TreeRoom, worst_case},
+    guards::Reservation,
     index::{EntryRef, FileId, Found, Key, Kind, Stamp},
     lookup::Purpose,
-    requests::{Commit, Reserve, ResultLookup, WrittenFile},
+    requests::{Commit, ResultLookup, WrittenFile},
     results::{self, DirectReferences, LoadedResult, Uploader},
     settings::{LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
     writer::write_new,
@@ -237,7 +238,7 @@ impl Cas {
             self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
         }
         let (charge, result) = (prepared.charge(self), prepared.result.clone());
-        let room = self.ask(Reserve(charge)).await??;
+        let room = Reservation::take(self.actor(), charge).await?;
         let (cas, id) = (self.clone(), instance.id());
         let visible = self.blocking(move || -> Result<_> {
             let written = prepared.write(&cas, id)?;

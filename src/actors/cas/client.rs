@@ -333,12 +333,12 @@ impl Cas {
 
     /// Room for blobs that are not stored.
     async fn reserve_for(&self, absent: &[Digest]) -> Result<Result<Reservation>> {
-        if absent.is_empty() {
-            return Ok(Ok(Reservation::new(self.store.clone(), 0)));
-        }
         let charge = |digest: &Digest| self.shared.files.charge(digest.size());
         let bytes = absent.iter().map(charge).fold(0, u64::saturating_add);
-        self.ask(Reserve(bytes)).await
+        match Reservation::take(&self.store, bytes).await {
+            Err(error @ Error::Unavailable(_)) => Err(error),
+            room => Ok(room),
+        }
     }
 
     /// Whether these blobs are stored and their files are what they should be, as far as is known without reading them; what is
@@ -394,9 +394,7 @@ impl Cas {
         });
         let outcomes = outcomes.collect();
         let Ok(room) = prepared.room else { return (outcomes, None) };
-        let (reply, visible) = oneshot::channel();
-        self.store.do_send(Commit { files: written, room, upload: None, reply });
-        (outcomes, Some(visible))
+        (outcomes, Commit::tell_all(&self.store, written, room))
     }
 
     /// Starts an upload, or goes on with one that broke: `name` is the whole resource name (BS-06), `offset` the first

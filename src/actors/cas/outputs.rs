@@ -11,7 +11,7 @@ use super::{
     files::{STORED_MODE, TemporaryFile, in_shard},
     guards::Reservation,
     index::{FileId, Key, Kind, Stamp},
-    requests::{Commit, Reserve, WrittenFile},
+    requests::{Commit, WrittenFile},
     results::Uploader,
     settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
     stamps::{Writers, lease},
@@ -225,14 +225,8 @@ impl OutputBatch {
 
     /// Tells the actor of what was written, with the room for it; the answer comes once it is visible.
     fn tell(&mut self, room: Reservation) -> Option<oneshot::Receiver<()>> {
-        if self.written.is_empty() {
-            return None;
-        }
-        let files = std::mem::take(&mut self.written);
         self.spent = 0;
-        let (reply, visible) = oneshot::channel();
-        self.cas.actor().do_send(Commit { files, room, upload: None, reply });
-        Some(visible)
+        Commit::tell_all(self.cas.actor(), std::mem::take(&mut self.written), room)
     }
 }
 
@@ -252,9 +246,9 @@ async fn take_room(
     // A small action stores its logs, its outputs and its result with one step.
     let step = RUN_ROOM_BYTES.min(cas.shared().settings.max_bytes / RUN_ROOM_PART);
     let ahead = lacking.max(expected.min(ROOM_AHEAD_BYTES)).max(step);
-    match cas.ask(Reserve(ahead)).await? {
+    match Reservation::take(cas.actor(), ahead).await {
         // What is to come may be stored already, or be smaller.
-        Err(_) if ahead > lacking => cas.ask(Reserve(lacking)).await?,
+        Err(Error::Exhausted { .. }) if ahead > lacking => Reservation::take(cas.actor(), lacking).await,
         room => room,
     }
 }

@@ -9,6 +9,7 @@ use super::{
     guards::Reservation,
     index::{EntryRef, FileId, Found, Key, Stamp, Totals},
     results::LoadedResult,
+    settings::FILES_PER_COMMIT,
     uploads::{Attempt, Partial, Progress},
 };
 use crate::{budget::Bound, caller::Caller};
@@ -25,10 +26,15 @@ pub struct Prepared {
     pub room: Result<Reservation>,
 }
 
-/// Room for bytes that are there or about to come.
+/// Room for bytes that are there or about to come; see [`Reservation::take`].
 #[derive(Message)]
 #[rtype(result = "Result<Reservation>")]
-pub struct Reserve(pub u64);
+pub struct Reserve {
+    /// At most [`RESERVE_STEP_BYTES`](super::settings::RESERVE_STEP_BYTES).
+    pub bytes: u64,
+    /// All that is wanted, these included; what cannot have that gets nothing, and nothing is evicted for it.
+    pub of: u64,
+}
 
 /// Starts or resumes an upload.
 #[derive(Message)]
@@ -124,6 +130,27 @@ impl Commit {
         let (reply, visible) = oneshot::channel();
         store.do_send(Self { files: vec![file], room, upload: None, reply });
         visible
+    }
+
+    /// Tells the store of any number of files, some at a time, so that none of these messages takes long. The answer comes once
+    /// all of them are visible; there is none where there are no files.
+    pub fn tell_all(
+        store: &Addr<CasActor>,
+        mut files: Vec<WrittenFile>,
+        mut room: Reservation,
+    ) -> Option<oneshot::Receiver<()>> {
+        let mut last = None;
+        while !files.is_empty() {
+            let rest = files.split_off(files.len().min(FILES_PER_COMMIT));
+            let spent = files.iter().map(|file| file.bytes).sum();
+            // What is left over is given back with the last of them.
+            let room = room.split(if rest.is_empty() { u64::MAX } else { spent });
+            let (reply, visible) = oneshot::channel();
+            store.do_send(Self { files, room, upload: None, reply });
+            // What is told is handled in order, so the last answer stands for all.
+            (last, files) = (Some(visible), rest);
+        }
+        last
     }
 
     /// The same of the blob of an upload, which is over then.

@@ -32,7 +32,7 @@ use crate::{
     },
     budget::{Bounds, Budget},
 };
-use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Message, MessageResult};
 use bindings::{Binding, Bindings};
 use client::Assets;
 use download::Downloader;
@@ -41,6 +41,7 @@ use messages::{BindAsset, CloseAssets, JoinFlight, Joined, Landed, LookUpAsset};
 use origins::Origins;
 use outcome::Fetched;
 use persist::BindingsFile;
+use request::AssetKey;
 use std::{
     path::PathBuf,
     sync::Arc,
@@ -52,6 +53,8 @@ use tokio::{runtime::Handle, sync::watch, time::Instant};
 const LOG: &str = "gorego::asset";
 /// How often bindings that changed are written down.
 const SAVE_INTERVAL: Duration = Duration::from_secs(5);
+/// Bindings that are copied in one turn, in about 0.1 ms.
+const COPIED_PER_TURN: usize = 1_000;
 /// Messages that may wait for the actor before senders have to wait too.
 const MAILBOX_CAPACITY: usize = 1_024;
 
@@ -145,14 +148,20 @@ impl AssetActor {
         Assets::new(self.start(), shared)
     }
 
-    /// Writes the bindings down in the background, if they changed.
+    /// Writes the bindings down in the background, if they changed. They are copied in turns, between which other messages are
+    /// handled, and encoded elsewhere.
     fn save(&mut self, ctx: &mut Context<Self>) {
-        if !self.unsaved || self.saving {
-            return;
+        if self.unsaved && !self.saving {
+            (self.unsaved, self.saving) = (false, true);
+            ctx.notify(CopyBindings { copied: Vec::new(), after: 0 });
         }
-        (self.unsaved, self.saving) = (false, true);
-        let (save, shared) = (self.next_save(), self.shared.clone());
-        let written = self.shared.runtime.spawn_blocking(move || save(&shared.file));
+    }
+
+    fn write(&mut self, copied: Vec<(AssetKey, Binding)>, ctx: &mut Context<Self>) {
+        self.saves += 1;
+        let (number, shared) = (self.saves, self.shared.clone());
+        let written =
+            self.shared.runtime.spawn_blocking(move || shared.file.write(number, &bindings::encode(&copied)));
         let done = actix::fut::wrap_future::<_, Self>(written);
         ctx.spawn(actix::fut::ActorFutureExt::map(done, |written, actor, _| {
             actor.saving = false;
@@ -160,12 +169,25 @@ impl AssetActor {
             actor.unsaved |= !written.unwrap_or(false);
         }));
     }
+}
 
-    /// Writes down what is bound now, and says whether that worked. Blocks.
-    fn next_save(&mut self) -> impl FnOnce(&BindingsFile) -> bool + Send + 'static {
-        self.saves += 1;
-        let (number, bytes) = (self.saves, self.bindings.encode());
-        move |file| file.write(number, &bytes)
+/// Goes on to copy the bindings.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct CopyBindings {
+    copied: Vec<(AssetKey, Binding)>,
+    /// [`Bindings::copy`].
+    after: u64,
+}
+
+impl Receive<CopyBindings> for AssetActor {
+    type Answer = ();
+
+    fn receive(&mut self, CopyBindings { mut copied, after }: CopyBindings, ctx: &mut Self::Context) {
+        match self.bindings.copy(&mut copied, after, COPIED_PER_TURN) {
+            Some(after) => ctx.notify(CopyBindings { copied, after }),
+            None => self.write(copied, ctx),
+        }
     }
 }
 
@@ -248,8 +270,8 @@ impl Receive<CloseAssets> for AssetActor {
     fn receive(&mut self, _: CloseAssets, ctx: &mut Self::Context) {
         if self.unsaved || self.saving {
             // The last thing that this actor does; nobody waits for it but the end of the process.
-            let save = self.next_save();
-            save(&self.shared.file);
+            self.saves += 1;
+            self.shared.file.write(self.saves, &self.bindings.encode());
         }
         ctx.stop();
     }

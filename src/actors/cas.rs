@@ -277,8 +277,8 @@ impl Actor for CasActor {
 impl Receive<Reserve> for CasActor {
     type Answer = Reply<Result<Reservation>>;
 
-    fn receive(&mut self, Reserve(bytes): Reserve, ctx: &mut Self::Context) -> Self::Answer {
-        match self.reserve(bytes, ctx) {
+    fn receive(&mut self, Reserve { bytes, of }: Reserve, ctx: &mut Self::Context) -> Self::Answer {
+        match self.reserve(bytes, of, ctx) {
             Ok((room, free)) => Reply::when(free, Ok(room)),
             Err(error) => Reply::Now(Err(error)),
         }

@@ -43,8 +43,8 @@ use std::{
 use tokio::{net::TcpListener, runtime::Handle};
 use tonic::transport::{Channel, Endpoint};
 
-/// The most that an Execute may cost which runs: room to spare for a message or two.
-const EXECUTE_MAX: u64 = 12;
+/// The most that an Execute may cost which runs: one more than it does.
+const EXECUTE_MAX: u64 = 10;
 
 /// A server in this process whose actors' mail is counted.
 struct Server {

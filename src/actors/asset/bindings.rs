@@ -12,6 +12,7 @@ use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 use std::{
     collections::{BTreeMap, HashMap},
+    ops::Bound,
     sync::Arc,
     time::SystemTime,
 };
@@ -175,24 +176,24 @@ impl Bindings {
         }
     }
 
+    /// Adds up to `max` bindings to a copy, those that were used after the use of this number, in the order of use. Returns the
+    /// number of the last of them; `None` when the copy is complete. What is used or bound between two calls is copied again,
+    /// and the later one of a key is the one that holds.
+    pub fn copy(&self, copy: &mut Vec<(AssetKey, Binding)>, after: u64, max: usize) -> Option<u64> {
+        let rest = self.order.range((Bound::Excluded(after), Bound::Unbounded));
+        let mut last = None;
+        for (used, key) in rest.take(max) {
+            copy.extend(self.entries.get(key).map(|entry| (*key, entry.binding.clone())));
+            last = Some(*used);
+        }
+        last
+    }
+
     /// Everything, as the content of a file.
     pub fn encode(&self) -> Vec<u8> {
-        let wire = |digests: &[Digest]| digests.iter().map(|digest| digest.to_wire()).collect();
-        let stored = |key: &AssetKey| {
-            let Binding { digest, obtained_at, expires_at, references } = &self.entries.get(key)?.binding;
-            Some(gorego::StoredBinding {
-                key: key.0.to_vec().into(),
-                digest_function: digest.function().wire() as i32,
-                digest: Some(digest.to_wire()),
-                obtained_at: Some((*obtained_at).into()),
-                expires_at: expires_at.map(Into::into),
-                references_blobs: wire(&references.blobs),
-                references_directories: wire(&references.directories),
-            })
-        };
-        let bindings = self.order.values().filter_map(stored).collect();
-        let body = gorego::StoredBindings { bindings }.encode_to_vec();
-        [&Sha256::digest(&body)[..], &body].concat()
+        let mut copy = Vec::with_capacity(self.entries.len());
+        self.copy(&mut copy, 0, usize::MAX);
+        encode(&copy)
     }
 
     /// What such a file says. An entry that this version cannot read is left out.
@@ -213,6 +214,25 @@ impl Bindings {
         }
         Ok(bindings)
     }
+}
+
+/// A copy of all bindings, as the content of a file.
+pub fn encode(copy: &[(AssetKey, Binding)]) -> Vec<u8> {
+    let wire = |digests: &[Digest]| digests.iter().map(|digest| digest.to_wire()).collect();
+    let stored = |(key, binding): &(AssetKey, Binding)| {
+        let Binding { digest, obtained_at, expires_at, references } = binding;
+        gorego::StoredBinding {
+            key: key.0.to_vec().into(),
+            digest_function: digest.function().wire() as i32,
+            digest: Some(digest.to_wire()),
+            obtained_at: Some((*obtained_at).into()),
+            expires_at: expires_at.map(Into::into),
+            references_blobs: wire(&references.blobs),
+            references_directories: wire(&references.directories),
+        }
+    };
+    let body = gorego::StoredBindings { bindings: copy.iter().map(stored).collect() }.encode_to_vec();
+    [&Sha256::digest(&body)[..], &body].concat()
 }
 
 fn read(stored: gorego::StoredBinding) -> Option<(AssetKey, Binding)> {
@@ -307,6 +327,29 @@ mod tests {
             References { blobs: vec![DigestFunction::Sha256.digest(b"r"); 4], directories: vec![] };
         bindings.bind(key(4), Binding { references: Arc::new(references), ..binding(b"x", 0, None) });
         assert!(bindings.is_empty(), "references count against a bound of their own");
+    }
+
+    #[test]
+    fn a_copy_that_is_made_in_turns_misses_nothing_that_is_bound_or_used_meanwhile() {
+        let mut bindings = Bindings::default();
+        for name in 0..10 {
+            bindings.bind(key(name), binding(b"old", 0, None));
+        }
+        let (mut copy, mut after, mut turns) = (Vec::new(), 0, 0);
+        while let Some(last) = bindings.copy(&mut copy, after, 3) {
+            (after, turns) = (last, turns + 1);
+            if turns < 3 {
+                bindings.look_up(&key(9), None, at(1));
+                bindings.bind(key(20 + turns), binding(b"new", 0, None));
+                bindings.bind(key(0), binding(&[turns], 0, None));
+            }
+        }
+        let read = Bindings::decode(&encode(&copy)).unwrap();
+        let all = |bindings: &Bindings| -> Vec<_> {
+            bindings.order.values().map(|key| (*key, bindings.entries[key].binding.clone())).collect()
+        };
+        assert_eq!(all(&read), all(&bindings));
+        assert!(turns > 3);
     }
 
     #[test]

@@ -317,12 +317,12 @@ impl Cas {
 
     /// Room for blobs that are not stored.
     async fn reserve_for(&self, absent: &[Digest]) -> Result<Result<Reservation>> {
-        if absent.is_empty() {
-            return Ok(Ok(Reservation::new(self.store.clone(), 0)));
-        }
         let charge = |digest: &Digest| self.shared.volume.charge(digest.size());
         let bytes = absent.iter().map(charge).fold(0, u64::saturating_add);
-        self.ask(Reserve(bytes)).await
+        match self.take_room(bytes).await {
+            Err(error @ Error::Unavailable(_)) => Err(error),
+            room => Ok(room),
+        }
     }
 
     /// Whether these blobs are stored and their files are what they should be, as far as is known without reading them; what is

@@ -9,7 +9,7 @@ use super::{
     client::{Cas, going_down},
     index::EntryRef,
     requests::{DiscardPartials, Reserve, SettleUses, Unreserve},
-    settings::ROOM_STEP_BYTES,
+    settings::{RESERVE_STEP_BYTES, ROOM_STEP_BYTES},
 };
 use crate::{budget::Share, caller::Caller};
 use actix::Addr;
@@ -61,6 +61,20 @@ impl Reservation {
     /// A reservation that the index has counted.
     pub fn new(store: Addr<CasActor>, bytes: u64) -> Self {
         Self { store, bytes }
+    }
+
+    /// Asks the actor for room, in steps for which it makes room in moments.
+    ///
+    /// # Errors
+    /// `Exhausted` when there is none for all of it; `Unavailable` when the server is going down.
+    pub async fn take(store: &Addr<CasActor>, bytes: u64) -> Result<Self> {
+        let mut taken = Self::new(store.clone(), 0);
+        while taken.bytes < bytes {
+            let of = bytes - taken.bytes;
+            let step = Reserve { bytes: of.min(RESERVE_STEP_BYTES), of };
+            taken.absorb(store.send(step).await.map_err(|_| going_down()).flatten()?);
+        }
+        Ok(taken)
     }
 
     /// How much room.
@@ -164,7 +178,7 @@ impl Room {
             store.send(discard).await.map_err(|_| going_down())?;
             charge.grow(more)?;
         }
-        let reservation = store.send(Reserve(more)).await.map_err(|_| going_down()).flatten()?;
+        let reservation = Reservation::take(&store, more).await?;
         self.reservation.absorb(reservation);
         if let (Some(share), Some(charge)) = (&mut self.share, charge) {
             share.merge(charge);

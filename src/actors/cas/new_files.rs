@@ -12,7 +12,8 @@ use super::{
     client::{Cas, going_down},
     guards::Reservation,
     index::{FileId, Key, Stamp},
-    requests::{Commit, EndUpload, Reserve, WrittenFile},
+    requests::{Commit, EndUpload, WrittenFile},
+    settings::FILES_PER_COMMIT,
     uploads::Attempt,
     volume::{Draft, outside::LeftFile},
 };
@@ -118,15 +119,23 @@ impl NewFiles {
         self.tell(room, Some(attempt.into_end()))
     }
 
-    fn tell(&mut self, room: Reservation, upload: Option<EndUpload>) -> Option<Visible> {
-        if self.written.is_empty() && upload.is_none() {
-            return None;
-        }
-        let (reply, visible) = oneshot::channel();
-        let files = std::mem::take(&mut self.written);
+    /// Tells the actor of a few files at a time, so that none of these messages takes long.
+    fn tell(&mut self, mut room: Reservation, mut upload: Option<EndUpload>) -> Option<Visible> {
+        let mut files = std::mem::take(&mut self.written);
         self.spent = 0;
-        self.store.do_send(Commit { files, room, upload, reply });
-        Some(Visible(visible))
+        let mut last = None;
+        while !files.is_empty() || upload.is_some() {
+            let rest = files.split_off(files.len().min(FILES_PER_COMMIT));
+            let spent = files.iter().map(|file| file.bytes).sum();
+            // What is left over is given back with the last of them.
+            let room = room.split(if rest.is_empty() { u64::MAX } else { spent });
+            let upload = if rest.is_empty() { upload.take() } else { None };
+            let (reply, visible) = oneshot::channel();
+            self.store.do_send(Commit { files, room, upload, reply });
+            // What is told is handled in order, so the last answer stands for all.
+            (last, files) = (Some(Visible(visible)), rest);
+        }
+        last
     }
 
     fn next(&self, key: Key) -> FileId {
@@ -154,7 +163,7 @@ impl Cas {
     /// # Errors
     /// `Exhausted` when there is none.
     pub(super) async fn take_room(&self, bytes: u64) -> Result<Reservation> {
-        self.ask(Reserve(bytes)).await?
+        Reservation::take(self.actor(), bytes).await
     }
 
     /// Files to come, with room that was taken for them.

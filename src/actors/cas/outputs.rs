@@ -218,7 +218,7 @@ async fn take_room(cas: &Cas, lacking: u64, expected: u64) -> Result<Reservation
     let ahead = lacking.max(expected.min(ROOM_AHEAD_BYTES)).max(step);
     match cas.take_room(ahead).await {
         // What is to come may be stored already, or be smaller.
-        Err(_) if ahead > lacking => cas.take_room(lacking).await,
+        Err(Error::Exhausted { .. }) if ahead > lacking => cas.take_room(lacking).await,
         room => room,
     }
 }

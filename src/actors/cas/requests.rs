@@ -23,10 +23,15 @@ pub struct Prepared {
     pub room: Result<Reservation>,
 }
 
-/// Room for bytes that are there or about to come.
+/// Room for bytes that are there or about to come; see [`Reservation::take`].
 #[derive(Message)]
 #[rtype(result = "Result<Reservation>")]
-pub struct Reserve(pub u64);
+pub struct Reserve {
+    /// At most [`RESERVE_STEP_BYTES`](super::settings::RESERVE_STEP_BYTES).
+    pub bytes: u64,
+    /// All that is wanted, these included; what cannot have that gets nothing, and nothing is evicted for it.
+    pub of: u64,
+}
 
 /// Starts or resumes an upload.
 #[derive(Message)]

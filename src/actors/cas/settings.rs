@@ -135,6 +135,10 @@ pub const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Room for bytes that arrive is reserved at most this much ahead of them.
 pub const ROOM_STEP_BYTES: u64 = 1024 * 1024;
 
+/// Room that is found in one go: for more, other messages are handled in between. As many entries of 4 KiB, 8,192, are evicted
+/// in some milliseconds.
+pub const RESERVE_STEP_BYTES: u64 = 32 * 1024 * 1024;
+
 /// Room for the outputs of an action is reserved at most this much ahead of writing them. They are on disk already.
 pub const ROOM_AHEAD_BYTES: u64 = 64 * 1024 * 1024;
 
@@ -145,7 +149,7 @@ pub const RUN_ROOM_BYTES: u64 = 256 * 1024;
 /// ... and in a small store no more than this part of all.
 pub const RUN_ROOM_PART: u64 = 10_000;
 
-/// Files of one batch of outputs that become visible together at most; those of a larger batch do so in parts.
+/// Files that become visible together at most, in about a millisecond; those of a larger batch do so in parts.
 pub const FILES_PER_COMMIT: usize = 4_096;
 
 /// Broken uploads that are kept; above it the oldest goes of the peer that has most. Each holds a file open, and a process has

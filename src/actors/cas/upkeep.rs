@@ -17,18 +17,18 @@ use std::{future::Future, time::Instant};
 use tokio::task::JoinHandle;
 
 impl CasActor {
-    /// Finds room, at the cost of broken uploads first and of the least recently used entries then. Without a
-    /// future the room is free on disk now, otherwise when the future ends.
+    /// Finds room, at the cost of broken uploads first and of the least recently used entries then; none if there cannot be
+    /// room for all `of` it. Without a future the room is free on disk now, otherwise when the future ends.
     pub(super) fn reserve(
         &mut self,
         bytes: u64,
+        of: u64,
         ctx: &Context<Self>,
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
-        // Not for a write that does not fit even so.
+        // Nothing goes for a write that does not fit even so.
         let parked = self.uploads.parked_bytes();
-        let could_fit = self.change(|index| index.check_fit(bytes, parked)).is_ok();
-        while could_fit
-            && !self.change(|index| index.has_room(bytes))
+        self.change(|index| index.check_fit(of.max(bytes), parked))?;
+        while !self.change(|index| index.has_room(bytes))
             && let Some(partial) = self.uploads.pop_for_room()
         {
             self.discard(partial, ctx);

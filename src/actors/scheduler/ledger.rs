@@ -206,12 +206,14 @@ impl Ledger {
     ) -> Result<Subscription> {
         let pools = self.slots.suitable(&action)?;
         let owner = self.owner(&info);
-        self.room.check(owner, action.weight())?;
+        let weight = action.weight();
+        self.room.check(owner, weight)?;
         let id = TaskId(self.register.next_number());
         let snapshot = Snapshot::queued(now.wall);
         let (number, subscription) = self.register.enter(info.clone(), priority, id, snapshot, now);
         let task = Task {
             action,
+            weight,
             pools,
             first: info.clone(),
             queued_at: now.wall,

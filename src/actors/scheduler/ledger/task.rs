@@ -32,6 +32,8 @@ pub(super) type Key = (InstanceId, Digest);
 #[derive(Debug)]
 pub(super) struct Task {
     pub(super) action: Arc<Action>,
+    /// [`Action::weight`], which goes through all arguments and is asked for at each step.
+    pub(super) weight: usize,
     pub(super) pools: PoolSet,
     /// The operation that brought it in; it may have been cancelled since.
     pub(super) first: Arc<OperationInfo>,
@@ -110,7 +112,7 @@ impl Task {
 
     /// What it takes up as it is.
     pub(super) fn load(&self) -> Load {
-        Load { waiting: usize::from(self.step != Step::Running), weight: self.action.weight() }
+        Load { waiting: usize::from(self.step != Step::Running), weight: self.weight }
     }
 
     /// Keeps the account of the latest try, under a plain file name (EXE-61).

@@ -22,17 +22,24 @@ pub struct Prompt {
     stream: TcpStream,
     /// Bytes were read of which the client may not have heard.
     owed: bool,
+    /// An answer is about to be written.
+    answers_soon: bool,
 }
 
 impl Prompt {
     /// Wraps a stream from which nothing was read yet.
     pub fn new(stream: TcpStream) -> Self {
-        Self { stream, owed: false }
+        Self { stream, owed: false, answers_soon: false }
     }
 
     /// The stream itself.
     pub fn get_ref(&self) -> &TcpStream {
         &self.stream
+    }
+
+    /// Says whether an answer is about to be written, which makes an acknowledgement of its own unnecessary.
+    pub fn set_answers_soon(&mut self, answers_soon: bool) {
+        self.answers_soon = answers_soon;
     }
 
     fn stream(self: Pin<&mut Self>) -> Pin<&mut TcpStream> {
@@ -56,7 +63,7 @@ impl AsyncRead for Prompt {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let read = self.as_mut().stream().poll_read(context, buffer);
-        if read.is_pending() && std::mem::take(&mut self.owed) {
+        if read.is_pending() && !self.answers_soon && std::mem::take(&mut self.owed) {
             // Without it the connection is slow, and no worse.
             let _ = rustix::net::sockopt::set_tcp_quickack(&self.stream, true);
         }

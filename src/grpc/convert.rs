@@ -247,6 +247,7 @@ mod tests {
     use super::*;
     use crate::actors::scheduler::operation::Outcome;
     use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD};
+    use gorego_reapi::find_missing::FindMissingBlobsRequest;
     use http::HeaderValue;
     use proptest::prelude::*;
     use std::{sync::Arc, time::Duration};
@@ -309,7 +310,13 @@ mod tests {
     #[test]
     fn the_digests_of_a_request_are_all_of_one_supported_function() {
         let instance = instances().get("").unwrap();
-        let digests = |number, list: &[reapi::Digest]| digests(&instance, number, list, "d");
+        let digests = |number, list: &[reapi::Digest]| {
+            let request =
+                reapi::FindMissingBlobsRequest { blob_digests: list.to_vec(), ..Default::default() };
+            let sent = request.encode_to_vec();
+            let received: FindMissingBlobsRequest = Message::decode(sent.as_slice()).unwrap();
+            digests(&instance, number, received.blob_digests, "d")
+        };
         let sha1 = wire(&HASH[..40]);
         assert_eq!(digests(0, &[]), Ok(vec![]));
         assert_eq!(digests(0, &[wire(HASH), wire(HASH)]).unwrap().len(), 2);

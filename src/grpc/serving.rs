@@ -3,7 +3,8 @@
 //! hyper gives each request to an executor, to be run as a task of its own. A spawned task wakes another thread, and its answer
 //! wakes the task of the connection; for a look-up in memory both cost more than the look-up. So here the executor only collects
 //! the requests that one turn of the connection has brought ([`Turn`]). The connection's task then polls each of them once.
-//! Most look-ups are answered by that, and all answers go out with one write. Whatever has to wait becomes a task of its own.
+//! Most look-ups are answered by that, and all small answers go out with one write
+//! ([`super::accept::Cork`]). Whatever has to wait becomes a task of its own.
 //!
 //! Invariants: no request is polled twice by the connection's task, and none is begun by it once a turn has taken
 //! [`TURN_MAX`]: the rest of that turn becomes tasks, which other threads can take. Large messages are never decoded in a turn,
@@ -80,7 +81,7 @@ where
     S: Clone + Send + 'static,
     B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
 {
-    let info = connection.connect_info();
+    let (info, cork) = (connection.connect_info(), connection.cork());
     let service = service_fn(move |mut request: Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(info.clone());
         let limit = time_limit(request.headers());
@@ -99,15 +100,21 @@ where
         }
         loop {
             // What went wrong is in the lines of the calls, if there were any.
+            cork.set(true);
             let is_over = http.as_mut().poll(context).is_ready();
             let has_worked = turn.take();
             if is_over {
                 return Poll::Ready(());
             }
-            if !has_worked {
-                return Poll::Pending;
+            if has_worked {
+                continue;
             }
-            // The answers of this turn are to be written.
+            // This poll writes the answers.
+            cork.set(false);
+            let is_over = http.as_mut().poll(context).is_ready();
+            if is_over || !turn.take() {
+                return if is_over { Poll::Ready(()) } else { Poll::Pending };
+            }
         }
     })
     .await;
@@ -224,7 +231,9 @@ mod tests {
         let (release, released) = oneshot::channel::<()>();
         let count = |answered: &Arc<AtomicUsize>| {
             let answered = answered.clone();
-            move || drop(answered.fetch_add(1, SeqCst))
+            move || {
+                answered.fetch_add(1, SeqCst);
+            }
         };
         let (at_once, later) = (count(&answered), count(&answered));
         let (done, is_done) = oneshot::channel();

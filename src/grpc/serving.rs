@@ -23,6 +23,7 @@ use std::{
     convert::Infallible,
     future::{Future, poll_fn},
     io,
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, Waker},
@@ -157,10 +158,14 @@ impl Turn {
         }
         let start = Instant::now();
         for mut task in tasks {
-            // Spawned tasks are polled again, so no wake-up is lost.
-            let mut nobody = Context::from_waker(Waker::noop());
-            let is_over =
-                start.elapsed() < TURN_MAX && pin!(unconstrained(task.as_mut())).poll(&mut nobody).is_ready();
+            let poll = || {
+                // A spawned task is polled again, so no wake-up is lost.
+                let mut nobody = Context::from_waker(Waker::noop());
+                pin!(unconstrained(task.as_mut())).poll(&mut nobody)
+            };
+            // A panic ends the one request, as it does in a spawned task.
+            let is_over = start.elapsed() < TURN_MAX
+                && !matches!(catch_unwind(AssertUnwindSafe(poll)), Ok(Poll::Pending));
             if !is_over {
                 tokio::spawn(task);
             }
@@ -248,6 +253,16 @@ mod tests {
         release.send(()).unwrap();
         is_done.await.unwrap();
         assert_eq!(answered.load(SeqCst), 2);
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_turn_ends_no_other_request() {
+        let turn = Turn::default();
+        let (done, mut is_done) = oneshot::channel();
+        turn.execute(async { panic!("a fault in a request") });
+        turn.execute(async move { done.send(()).unwrap() });
+        assert!(turn.take());
+        is_done.try_recv().unwrap();
     }
 
     #[tokio::test]

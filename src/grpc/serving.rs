@@ -7,8 +7,8 @@
 //! ([`super::accept::Cork`]). Whatever has to wait becomes a task of its own.
 //!
 //! Invariants: no request is polled twice by the connection's task, and none is begun by it once a turn has taken
-//! [`TURN_MAX`]: the rest of that turn becomes tasks, which other threads can take. Large messages are never decoded in a turn,
-//! because [`super::intake`] lets them wait at least once.
+//! [`TURN_MAX`]: the rest of that turn becomes tasks, which other threads can take. Messages that take long to decode are not
+//! decoded in a turn, because [`super::intake`] lets them wait once. A panic in a request ends that request alone.
 
 use super::{
     CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,

@@ -22,16 +22,23 @@ pub(crate) struct Prompt {
     stream: TcpStream,
     /// Whether bytes were read that may not be acknowledged yet.
     owed: bool,
+    /// An answer is about to be written.
+    answers_soon: bool,
 }
 
 impl Prompt {
     /// Wraps a stream that has not been read from.
     pub(crate) fn new(stream: TcpStream) -> Self {
-        Self { stream, owed: false }
+        Self { stream, owed: false, answers_soon: false }
     }
 
     pub(crate) fn get_ref(&self) -> &TcpStream {
         &self.stream
+    }
+
+    /// Says whether an answer is about to be written, which makes an acknowledgement of its own unnecessary.
+    pub fn set_answers_soon(&mut self, answers_soon: bool) {
+        self.answers_soon = answers_soon;
     }
 
     fn stream(self: Pin<&mut Self>) -> Pin<&mut TcpStream> {
@@ -55,7 +62,7 @@ impl AsyncRead for Prompt {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let read = self.as_mut().stream().poll_read(context, buffer);
-        if read.is_pending() && std::mem::take(&mut self.owed) {
+        if read.is_pending() && !self.answers_soon && std::mem::take(&mut self.owed) {
             // On failure the connection is slow but still works.
             let _ = rustix::net::sockopt::set_tcp_quickack(&self.stream, true);
         }

@@ -32,7 +32,7 @@ use tonic::{Code, transport::Channel};
 const CALLERS: usize = 64;
 /// Callers of FindMissingBlobs.
 const FIND_CALLERS: usize = 16;
-/// Calls of one measurement; `GOREGO_BENCH_CALLS` has another number, for runs under a profiler.
+/// Calls of one measurement; `BENCH_CALLS` in the environment has another number, for runs under a profiler.
 const CALLS: usize = 40_000;
 /// What is not measured: the part of the calls that warms up the server and its caches.
 const WARM_UP_PART: usize = 10;
@@ -65,7 +65,7 @@ fn micros(time: Duration) -> f64 {
 }
 
 fn calls() -> usize {
-    std::env::var("GOREGO_BENCH_CALLS").ok().and_then(|calls| calls.parse().ok()).unwrap_or(CALLS)
+    std::env::var("BENCH_CALLS").ok().and_then(|calls| calls.parse().ok()).unwrap_or(CALLS)
 }
 
 /// Has `callers` tasks make `calls` calls together to the server with this process id.

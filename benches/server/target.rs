@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use tonic::{Streaming, transport::Channel};
 
 /// A command under which the server is started, such as `valgrind --tool=callgrind`.
-const UNDER: &str = "GOREGO_BENCH_UNDER";
+const UNDER: &str = "BENCH_UNDER";
 
 /// A running goREgo. It is stopped when dropped.
 pub struct Target {

@@ -7,6 +7,10 @@
 //! The bytes of a [`Connection`] pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that has to
 //! close fails its next read or write, which ends all its calls; the client is told to be calm before where that is possible.
 //! One whose handlers are too far behind is not read ([`crate::connections::ahead`]).
+//!
+//! The HTTP/2 library writes each message of more than a few hundred bytes by itself. While a [`Cork`] is in place, small writes
+//! are collected, at most [`HELD_MAX_BYTES`] of them; they are written when the next one does not fit, or at the first read or
+//! flush after the cork was taken out.
 
 use super::conduct::{Conduct, Sent};
 use crate::{
@@ -20,7 +24,10 @@ use std::{
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -39,6 +46,24 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 /// upload. The turn of the connection's task ends with that only where no streams wait to be accepted; otherwise it is tokio's
 /// budget for tasks that ends it.
 const FRAMES_PER_TURN: u64 = 128;
+
+/// Bytes that a cork holds back: a packet or two over loopback, dozens of small answers.
+const HELD_MAX_BYTES: usize = 16 * 1024;
+
+/// Says whether small writes to a connection are collected.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Cork(Arc<AtomicBool>);
+
+impl Cork {
+    /// Puts it in or takes it out.
+    pub fn set(&self, is_in: bool) {
+        self.0.store(is_in, Relaxed);
+    }
+
+    fn is_in(&self) -> bool {
+        self.0.load(Relaxed)
+    }
+}
 
 /// The connections of a listener. Nagle's algorithm is off: with it every small answer waits for the client's delayed
 /// acknowledgement, some 40 ms. Clients that leave it on are not made to wait either.
@@ -72,6 +97,9 @@ pub struct Connection {
     frames: u64,
     /// Set while the client is too far ahead of its handlers.
     wait: Option<Wait>,
+    cork: Cork,
+    /// Writes that were collected.
+    held: Vec<u8>,
 }
 
 /// What each request of a connection has among its extensions.
@@ -99,11 +127,33 @@ impl Connection {
     fn new(stream: TcpStream, connections: &Connections) -> io::Result<Option<Self>> {
         let Some(admitted) = connections.admit(stream.peer_addr()?) else { return Ok(None) };
         let conduct = Conduct::new(admitted.state().now_ms());
-        Ok(Some(Self { stream: Prompt::new(stream), admitted, conduct, frames: 0, wait: None }))
+        let (cork, held) = (Cork::default(), Vec::new());
+        Ok(Some(Self { stream: Prompt::new(stream), admitted, conduct, frames: 0, wait: None, cork, held }))
+    }
+
+    /// The cork of this connection.
+    pub(super) fn cork(&self) -> Cork {
+        self.cork.clone()
+    }
+
+    /// Writes what was collected.
+    fn poll_release(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.held.is_empty() {
+            let written = Pin::new(&mut self.stream).poll_write(context, &self.held);
+            self.admitted.state().note_blocked(written.is_pending());
+            let written = ready!(written)?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.held.drain(..written);
+        }
+        // An idle connection keeps no buffer.
+        self.held = Vec::new();
+        Poll::Ready(Ok(()))
     }
 
     /// Fails when the connection has to close.
-    fn check(&self, context: &Context<'_>) -> io::Result<()> {
+    fn check(&mut self, context: &Context<'_>) -> io::Result<()> {
         match self.admitted.state().poll_closing(context) {
             Poll::Ready(reason) => Err(self.end(reason)),
             Poll::Pending => Ok(()),
@@ -116,10 +166,13 @@ impl Connection {
     }
 
     /// Tells the client, if it can be told without waiting, and gives the error that ends the connection.
-    fn end(&self, reason: Reason) -> io::Error {
+    fn end(&mut self, reason: Reason) -> io::Error {
         if let Some(frame) = self.conduct.goaway() {
-            let _ = self.stream.get_ref().try_write(&frame);
+            // Behind the whole frames that were collected.
+            self.held.extend_from_slice(&frame);
+            let _ = self.stream.get_ref().try_write(&self.held);
         }
+        self.held = Vec::new();
         io::Error::new(io::ErrorKind::ConnectionAborted, reason.name())
     }
 
@@ -177,6 +230,14 @@ impl AsyncRead for Connection {
             self.frames = 0;
             return Poll::Pending;
         }
+        let is_corked = self.cork.is_in();
+        if !is_corked
+            && !self.held.is_empty()
+            && let Poll::Ready(Err(error)) = self.poll_release(context)
+        {
+            return Poll::Ready(Err(error));
+        }
+        self.stream.set_answers_soon(is_corked);
         let before = buffer.filled().len();
         match Pin::new(&mut self.stream).poll_read(context, buffer) {
             Poll::Ready(Ok(())) => {
@@ -193,15 +254,30 @@ impl AsyncRead for Connection {
 }
 
 impl Connection {
-    /// Counts what was written, of all that was to be.
-    fn wrote<'a>(
+    /// Writes, or collects what is small.
+    fn poll_send(
         &mut self,
-        written: Poll<io::Result<usize>>,
-        buffers: impl IntoIterator<Item = &'a [u8]>,
+        context: &mut Context<'_>,
+        buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.check(context)?;
+        let bytes: usize = buffers.iter().map(|buffer| buffer.len()).sum();
+        if self.cork.is_in() && self.held.len() + bytes <= HELD_MAX_BYTES {
+            buffers.iter().for_each(|buffer| self.held.extend_from_slice(buffer));
+            self.sent(bytes, buffers);
+            return Poll::Ready(Ok(bytes));
+        }
+        ready!(self.poll_release(context))?;
+        let written = Pin::new(&mut self.stream).poll_write_vectored(context, buffers);
         self.admitted.state().note_blocked(written.is_pending());
         let written = ready!(written)?;
-        let mut left = written;
+        self.sent(written, buffers);
+        Poll::Ready(Ok(written))
+    }
+
+    /// Judges the first bytes of these.
+    fn sent(&mut self, bytes: usize, buffers: &[io::IoSlice<'_>]) {
+        let mut left = bytes;
         let mut sent = Sent::default();
         for buffer in buffers {
             let part = buffer.get(..left).unwrap_or(buffer);
@@ -218,7 +294,6 @@ impl Connection {
             // Streams share the link, so on a slow one it may take minutes until all of an answer is sent.
             self.admitted.state().note_progress();
         }
-        Poll::Ready(Ok(written))
     }
 }
 
@@ -228,9 +303,7 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.check(context)?;
-        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.wrote(written, [bytes])
+        self.poll_send(context, &[io::IoSlice::new(bytes)])
     }
 
     fn poll_write_vectored(
@@ -238,9 +311,7 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.check(context)?;
-        let written = Pin::new(&mut self.stream).poll_write_vectored(context, buffers);
-        self.wrote(written, buffers.iter().map(|buffer| &**buffer))
+        self.poll_send(context, buffers)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -248,10 +319,15 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.cork.is_in() {
+            return Poll::Ready(Ok(()));
+        }
+        ready!(self.poll_release(context))?;
         Pin::new(&mut self.stream).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_release(context))?;
         Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
@@ -267,7 +343,10 @@ mod tests {
     use super::*;
     use crate::connections::answers::{ANSWERS, ROOM_WAIT};
     use std::pin::pin;
-    use tokio::{io::AsyncWriteExt as _, time::timeout};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        time::timeout,
+    };
 
     #[tokio::test]
     async fn nagles_algorithm_is_off_on_every_accepted_connection() {
@@ -278,6 +357,31 @@ mod tests {
             let _client = TcpStream::connect(address).await.unwrap();
             assert!(connections.next().await.unwrap().unwrap().stream.get_ref().nodelay().unwrap());
         }
+    }
+
+    #[tokio::test]
+    async fn small_writes_are_collected_until_the_cork_is_out_and_large_ones_are_not() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut connections = pin!(connections(listener, Connections::default()));
+        let mut connection = connections.next().await.unwrap().unwrap();
+        let cork = connection.cork();
+        let mut received = [0; 2 * HELD_MAX_BYTES];
+        cork.set(true);
+        for _ in 0..2 {
+            connection.write_all(b"small").await.unwrap();
+            connection.flush().await.unwrap();
+        }
+        assert_eq!(client.try_read(&mut received).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        cork.set(false);
+        connection.flush().await.unwrap();
+        client.read_exact(&mut received[..10]).await.unwrap();
+        assert_eq!(&received[..10], b"smallsmall");
+        cork.set(true);
+        connection.write_all(b"small").await.unwrap();
+        connection.write_all(&[b'l'; HELD_MAX_BYTES]).await.unwrap();
+        client.read_exact(&mut received[..5 + HELD_MAX_BYTES]).await.unwrap();
+        assert!(received.starts_with(b"smalll"), "in the order in which they were written");
     }
 
     #[tokio::test(start_paused = true)]

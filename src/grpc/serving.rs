@@ -3,11 +3,12 @@
 //! hyper gives each request to an executor, to be run as a task of its own. A spawned task wakes another thread, and its answer
 //! wakes the task of the connection; for a look-up in memory both cost more than the look-up. So here the executor only collects
 //! the requests that one turn of the connection has brought ([`Turn`]). The connection's task then polls each of them once.
-//! Most look-ups are answered by that, and all answers go out with one write. Whatever has to wait becomes a task of its own.
+//! Most look-ups are answered by that, and all small answers go out with one write
+//! ([`super::accept::Cork`]). Whatever has to wait becomes a task of its own.
 //!
 //! Invariants: no request is polled twice by the connection's task, and none is begun by it once a turn has taken
-//! [`TURN_MAX`]: the rest of that turn becomes tasks, which other threads can take. Large messages are never decoded in a turn,
-//! because [`super::intake`] lets them wait at least once.
+//! [`TURN_MAX`]: the rest of that turn becomes tasks, which other threads can take. Messages that take long to decode are not
+//! decoded in a turn, because [`super::intake`] lets them wait once. A panic in a request ends that request alone.
 
 use super::{
     CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,
@@ -22,6 +23,7 @@ use std::{
     convert::Infallible,
     future::{Future, poll_fn},
     io,
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, Waker},
@@ -80,7 +82,7 @@ where
     S: Clone + Send + 'static,
     B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
 {
-    let info = connection.connect_info();
+    let (info, cork) = (connection.connect_info(), connection.cork());
     let service = service_fn(move |mut request: Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(info.clone());
         let limit = time_limit(request.headers());
@@ -99,15 +101,21 @@ where
         }
         loop {
             // What went wrong is in the lines of the calls, if there were any.
+            cork.set(true);
             let is_over = http.as_mut().poll(context).is_ready();
             let has_worked = turn.take();
             if is_over {
                 return Poll::Ready(());
             }
-            if !has_worked {
-                return Poll::Pending;
+            if has_worked {
+                continue;
             }
-            // The answers of this turn are to be written.
+            // This poll writes the answers.
+            cork.set(false);
+            let is_over = http.as_mut().poll(context).is_ready();
+            if is_over || !turn.take() {
+                return if is_over { Poll::Ready(()) } else { Poll::Pending };
+            }
         }
     })
     .await;
@@ -150,10 +158,14 @@ impl Turn {
         }
         let start = Instant::now();
         for mut task in tasks {
-            // Spawned tasks are polled again, so no wake-up is lost.
-            let mut nobody = Context::from_waker(Waker::noop());
-            let is_over =
-                start.elapsed() < TURN_MAX && pin!(unconstrained(task.as_mut())).poll(&mut nobody).is_ready();
+            let poll = || {
+                // A spawned task is polled again, so no wake-up is lost.
+                let mut nobody = Context::from_waker(Waker::noop());
+                pin!(unconstrained(task.as_mut())).poll(&mut nobody)
+            };
+            // A panic ends the one request, as it does in a spawned task.
+            let is_over = start.elapsed() < TURN_MAX
+                && !matches!(catch_unwind(AssertUnwindSafe(poll)), Ok(Poll::Pending));
             if !is_over {
                 tokio::spawn(task);
             }
@@ -225,7 +237,7 @@ mod tests {
         let count = |answered: &Arc<AtomicUsize>| {
             let answered = answered.clone();
             move || {
-                let _ = answered.fetch_add(1, SeqCst);
+                answered.fetch_add(1, SeqCst);
             }
         };
         let (at_once, later) = (count(&answered), count(&answered));
@@ -241,6 +253,16 @@ mod tests {
         release.send(()).unwrap();
         is_done.await.unwrap();
         assert_eq!(answered.load(SeqCst), 2);
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_turn_ends_no_other_request() {
+        let turn = Turn::default();
+        let (done, mut is_done) = oneshot::channel();
+        turn.execute(async { panic!("a fault in a request") });
+        turn.execute(async move { done.send(()).unwrap() });
+        assert!(turn.take());
+        is_done.try_recv().unwrap();
     }
 
     #[tokio::test]

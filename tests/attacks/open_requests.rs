@@ -1,7 +1,7 @@
 //! Requests that are complete but for their end: their clients send what counts, and then nothing more.
 
 use crate::{
-    decoding::{FIND_MISSING, Raw, apart, field},
+    decoding::{Raw, apart, field},
     harness::{Bystander, assert_memory_is_bounded, connect_from, resident_memory},
     support::{Server, eventually, sha256},
 };

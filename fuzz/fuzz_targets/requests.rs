@@ -3,11 +3,11 @@
 #![no_main]
 
 use gorego::{
-    grpc::{convert, filter, get_tree::Walk, page_token},
+    grpc::{convert, filter, get_tree::Paging, page_token},
     instance::Instances,
     platform::{self, Known, Offer, Offers, UnknownProperties},
 };
-use gorego_reapi::{error::Error, proto::reapi};
+use gorego_reapi::{error::Error, find_missing::FindMissingBlobsRequest, proto::reapi};
 use http::{HeaderMap, HeaderValue};
 use libfuzzer_sys::fuzz_target;
 use prost::Message as _;
@@ -41,12 +41,15 @@ fuzz_target!(|data: &[u8]| {
         }
         (4, Ok(text)) => properties(text),
         _ => {
-            if let Ok(request) = reapi::FindMissingBlobsRequest::decode(data) {
-                let digests = &request.blob_digests;
-                let _ = convert::digests(&instance, request.digest_function, digests, "blob_digests");
+            let generated = reapi::FindMissingBlobsRequest::decode(data);
+            let decoded = FindMissingBlobsRequest::decode(data);
+            assert_eq!(decoded.is_ok(), generated.is_ok(), "{decoded:?} {generated:?}");
+            if let Ok(request) = decoded {
+                let (number, digests) = (request.digest_function, request.blob_digests);
+                let _ = convert::digests(&instance, number, digests, "blob_digests");
             }
             if let Ok(request) = reapi::GetTreeRequest::decode(data) {
-                let _ = Walk::decode(&instance, &request);
+                let _ = Paging::decode(&instance, &request);
             }
         }
     }

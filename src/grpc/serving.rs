@@ -258,11 +258,11 @@ mod tests {
     #[tokio::test]
     async fn a_panic_in_a_turn_ends_no_other_request() {
         let turn = Turn::default();
-        let (done, mut is_done) = oneshot::channel();
+        let (done, is_done) = oneshot::channel();
         turn.execute(async { panic!("a fault in a request") });
         turn.execute(async move { done.send(()).unwrap() });
         assert!(turn.take());
-        is_done.try_recv().unwrap();
+        is_done.await.unwrap();
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! Requests that are complete except for their end: clients send everything that takes memory, and then stop.
 
 use crate::{
-    decoding::{FIND_MISSING, Raw, apart, field},
+    decoding::{Raw, apart, field},
     harness::{Bystander, assert_memory_is_bounded, connect_from, resident_memory},
     support::{Server, eventually, sha256},
 };
@@ -15,6 +15,9 @@ use gorego_reapi::proto::{
 use std::{sync::Arc, time::Duration};
 use tokio::{task::JoinHandle, time::timeout};
 use tonic::{Code, Request, Status, transport::Channel};
+
+/// A method whose requests take much more memory than bytes on the wire.
+const BATCH_READ: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchReadBlobs";
 
 /// Makes a call whose request never ends.
 fn call_without_end(
@@ -37,7 +40,7 @@ pub async fn hold_the_room_to_decode(server: &Server) -> [JoinHandle<Result<(), 
     let hostile = connect_from("127.0.0.1", server).await;
     let digests = [0x12, 0].repeat(820_000);
     let message = [field(1, &[b'a'; 13_000_000]), digests].concat();
-    let calls = [(); 2].map(|()| call_without_end(hostile.clone(), FIND_MISSING, message.clone()));
+    let calls = [(); 2].map(|()| call_without_end(hostile.clone(), BATCH_READ, message.clone()));
     eventually("both are decoded", || resident_memory(server) > before + 85_000_000).await;
     calls
 }

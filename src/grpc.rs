@@ -91,10 +91,11 @@ pub const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
 /// Largest header list of a request, in bytes.
 pub const HEADERS_MAX_BYTES: u32 = 64 * 1024;
 /// Idle time after which the client is pinged. Together with [`PING_TIMEOUT`], a connection that was dropped by a NAT is
-/// noticed within a minute.
+/// noticed within two minutes.
 pub const PING_INTERVAL: Duration = Duration::from_secs(30);
-/// Time limit for the answer to a ping.
-pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// Time limit for the answer to a ping. Longer than a message may wait for its turn to be decoded, because the server does not
+/// read a connection while its requests wait for the server ([`crate::connections::ahead`]).
+pub const PING_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// The response messages of Execute and WaitExecution.
 pub type OperationStream = BoxStream<'static, Result<longrunning::Operation, Status>>;

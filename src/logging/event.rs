@@ -22,7 +22,7 @@ pub const FIELDS_MAX: usize = 24;
 /// let (victims, error) = (3_usize, Some("the disk is full".to_owned()));
 /// Event::warn("gorego::cas", "disk_relieved")
 ///     .with("entries", victims)
-///     .with_some("error", &error)
+///     .with_some("error", error.as_deref())
 ///     .log(format_args!("evicted {victims} entries"));
 /// ```
 #[must_use = "an event is written by `log`"]

@@ -2,7 +2,7 @@
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
-    support::{Client, Server, empty, sh, sha256},
+    support::{Client, Server, empty, response, sh, sha256},
 };
 use bytes::{Buf as _, BufMut as _, Bytes};
 use futures::{StreamExt as _, future::join_all, stream};
@@ -263,9 +263,9 @@ async fn commands_and_actions_of_millions_of_nothings_are_refused_within_bounds(
     actions.push(store(&client, field(10, &nothings(8_000_000))).await);
     let bystander = Bystander::beside(&server).await;
     let runs = actions.iter().map(|action| async {
-        let status = client.start_request(client.request(*action)).await.err().expect("it is refused");
-        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
-        assert!(status.message().contains("bytes of memory"), "{status}");
+        let status = response(&client.start(*action).await.next().await.unwrap()).status.unwrap();
+        assert_eq!(status.code, Code::InvalidArgument as i32, "{status:?}");
+        assert!(status.message.contains("bytes of memory"), "{status:?}");
     });
     join_all(runs).await;
     bystander.leave().await;

@@ -28,7 +28,7 @@ pub struct StreamLimits {
     pub kept: Duration,
 }
 
-/// Streams by id; see the top of this file.
+/// Streams by id; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct Registry<V> {
     limits: StreamLimits,

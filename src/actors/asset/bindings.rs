@@ -65,7 +65,7 @@ pub enum Known {
     Nothing,
 }
 
-/// The table; see the top of this file.
+/// The table; see the module documentation.
 #[derive(Debug)]
 pub struct Bindings {
     entries: HashMap<AssetKey, Entry>,

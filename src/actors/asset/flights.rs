@@ -75,7 +75,7 @@ struct Flight {
     outcome: watch::Sender<Option<Outcome>>,
 }
 
-/// The downloads under way; see the top of this file.
+/// The downloads under way; see the module documentation.
 #[derive(Debug)]
 pub struct Flights {
     /// Those of one asset beside each other, the newest last.

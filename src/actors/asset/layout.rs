@@ -64,7 +64,7 @@ impl Layout {
     /// Adds a directory. One that is there already is fine: archives name them again and again.
     ///
     /// # Errors
-    /// As for every entry; see the top of this file.
+    /// As for every entry; see the module documentation.
     pub fn add_directory(&mut self, path: &str) -> Result<(), Refusal> {
         let names = split(path)?;
         self.descend(path, &names).map(drop)

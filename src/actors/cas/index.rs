@@ -1,21 +1,23 @@
-//! [`Index`]: what is stored, how much room it takes, what goes first. Pure; [`super::CasActor`] owns the only one.
+//! [`Index`]: what is stored, how much room it takes, and the order of eviction. It is pure, and [`super::CasActor`] owns the
+//! only one.
 //!
-//! Blobs, their zstd forms and action results are entries of one index, so one order of recency and one limit hold for all.
+//! Blobs, their zstd forms and action results are entries of one index, so one order of use and one limit apply to all of them.
 //!
-//! Invariants, held by the model test in `index/model.rs`:
-//! - `used + reserved` never exceeds the limit. Bytes of files that are being deleted come on top until
-//!   [`Index::deleted`] says that they are gone; whoever got room that such files still take waits for that first
-//!   ([`Grant::after_deletions`]), so the disk never holds more than the limit either.
+//! Invariants, checked by the model test in `index/model.rs`:
+//! - `used + reserved` never exceeds the limit. Files that are being deleted are not counted in `used`. A writer whose room
+//!   depends on their deletion waits for it ([`Grant::after_deletions`], [`Index::deleted`]), so the bytes on disk never exceed
+//!   the limit either.
 //! - A leased entry is never evicted.
-//! - Entries leave in the order of their last use; the end of a lease is a use. In a list of [`EXACT_BELOW`] entries or
-//!   more, one that is used while it is among the newest quarter keeps its place: still, three quarters of all entries go
-//!   before it. Builds ask for the same blobs again and again, and moving an entry touches three more at random.
-//! - Looking up needs no exclusive access ([`Index::renew`], [`Index::lease`], [`Index::release`]): a use is marked in the
-//!   entry itself, and an eviction looks at the mark before it removes anything. [`Index::settle`] moves a used entry to the
-//!   head of the list later. Until then it stands where it was, but is not evicted.
+//! - Entries are evicted in the order of their last use; the end of a lease is a use. In a list of [`EXACT_BELOW`] entries or
+//!   more, using an entry among the newest quarter does not move it. At least three quarters of all entries are still evicted
+//!   before it. Builds ask for the same blobs again and again, and moving an entry touches three others at random places in
+//!   memory.
+//! - A look-up needs no exclusive access ([`Index::renew`], [`Index::lease`], [`Index::release`]): it marks the use in the
+//!   entry itself, and an eviction checks the mark before it removes the entry. [`Index::settle`] moves a used entry to the
+//!   head of the list later. Until then the entry keeps its place, but is not evicted.
 //!
-//! It knows no paths and does no IO, and the time is an argument. Memory: an entry is 144 bytes and a table slot 5, which
-//! with the slack of growth stays below 180 bytes for each blob.
+//! The index knows no paths, does no IO, and takes the time as an argument. An entry takes 144 bytes and a table slot 5. With
+//! the slack of growth, this stays below 180 bytes per blob.
 
 pub use words::*;
 
@@ -32,19 +34,20 @@ mod words;
 
 /// End of a list.
 const NIL: u32 = u32::MAX;
-/// Entries are added to the slab in steps of a quarter of its length, at least this many; it never doubles.
+/// The slab grows by a quarter of its length and by at least this many entries. It never doubles.
 const MIN_GROWTH: usize = 1_024;
 /// Lists shorter than this are kept in the exact order of use.
 const EXACT_BELOW: usize = 1_024;
-/// Results that may differ in nothing but the size of their action; all the same hash of a real Action has one size. The
-/// table is hashed without sizes so that an entry can be found by hash alone, and more alike would make its lookups slow.
+/// Maximum number of results whose keys differ only in the size of their action. Real Actions with the same hash have the same
+/// size. The table is hashed without sizes so that an entry can be found by hash alone, and many such entries would make its
+/// look-ups slow.
 const MAX_ALIKE: usize = 8;
-/// Stores below this size evict only what each write needs: in a small one, room kept free is room lost.
+/// Stores below this size have no watermarks and evict only what each write needs, so that all of a small store is used.
 const WATERMARKS_FROM_BYTES: u64 = 64 << 20;
 
 struct Entry {
     key: Key,
-    /// 0 for a free slot, whose `next` then leads to the next free one.
+    /// 0 for a free slot, whose `next` is then the next free slot.
     generation: u64,
     stamp: Stamp,
     bytes: u64,
@@ -56,15 +59,15 @@ struct Entry {
     next: u32,
     /// [`Index::links`] when it was last put at the head of the list.
     linked_at: u32,
-    /// [`Index::links`] when it was last used; one less than `linked_at` while it was not used since then.
+    /// [`Index::links`] when it was last used; `linked_at - 1` if it was not used since then.
     used_at: AtomicU32,
-    /// [`Index::condemn`].
+    /// Set by [`Index::condemn`]: look-ups no longer find the entry.
     condemned: AtomicBool,
 }
 
 impl Entry {
-    /// It was used since it was put at the head of the list. The numbers wrap, so they are not compared by size: an entry may not
-    /// be used for days, while the others are put there billions of times.
+    /// Whether it was used since it was put at the head of the list. The counters wrap: while one entry is not used for days,
+    /// others may be moved to the head billions of times. So they are compared for equality only.
     fn is_unsettled(&self) -> bool {
         self.used_at.load(Relaxed) != self.linked_at.wrapping_sub(1)
     }
@@ -74,7 +77,7 @@ impl Entry {
     }
 }
 
-/// The index; see the top of this file.
+/// The index of the store; see the module documentation.
 pub struct Index {
     entries: Vec<Entry>,
     free: u32,
@@ -82,9 +85,9 @@ pub struct Index {
     hasher: RandomState,
     newest: u32,
     oldest: u32,
-    /// How often an entry was put at the head of the list; wraps, which at worst forgets one use.
+    /// How often an entry was put at the head of the list. It wraps, which at worst loses one use.
     links: u32,
-    /// All but the leased bytes.
+    /// The totals, except for the leased bytes.
     totals: Totals,
     leased: AtomicU64,
     high_water: u64,
@@ -95,7 +98,7 @@ pub struct Index {
 }
 
 impl Index {
-    /// How stale recency on disk may be, in seconds, before a use is written down again.
+    /// A use is written to disk if the last recorded one is older than this, in seconds.
     pub const TOUCH_AFTER_SECS: u32 = 3_600;
 
     /// An empty index with a limit in bytes.
@@ -119,12 +122,12 @@ impl Index {
         }
     }
 
-    /// The sums.
+    /// The current totals.
     pub fn totals(&self) -> Totals {
         Totals { leased: self.leased.load(Relaxed), ..self.totals }
     }
 
-    /// Bytes of files that the index has let go since the start.
+    /// Bytes of files that were evicted or replaced since the start.
     pub fn bytes_evicted(&self) -> u64 {
         self.evicted_ever
     }
@@ -139,7 +142,7 @@ impl Index {
         self.slot_of(key).map(|slot| self.renew_slot(slot, now))
     }
 
-    /// The digest of the newest entry that has this key but for the size of its digest. It does not count as a use.
+    /// The digest of the newest entry whose key equals `like` apart from the size. This does not count as a use.
     pub fn find_by_hash(&self, like: &Key) -> Option<Digest> {
         self.alike(like).max_by_key(|entry| entry.generation).map(|entry| entry.key.digest)
     }
@@ -154,8 +157,8 @@ impl Index {
         Some(self.renew_slot(slot, now))
     }
 
-    /// Ends a lease, which is a use if it was the last one. An entry that was lost meanwhile is passed over. Returns whether the
-    /// entry is to be settled.
+    /// Ends a lease. The end of an entry's last lease is a use. Does nothing if the entry was removed meanwhile. Returns
+    /// whether the entry needs [`Index::settle`].
     pub fn release(&self, at: EntryRef) -> bool {
         let Some(entry) = self.live(at) else { return false };
         match entry.leases.fetch_update(Relaxed, Relaxed, |leases| leases.checked_sub(1)) {
@@ -174,21 +177,21 @@ impl Index {
         }
     }
 
-    /// Promises `wanted` bytes to a write, evicting what is needed for it.
+    /// Reserves `wanted` bytes for a write and evicts what is needed for them.
     ///
     /// # Errors
-    /// [`Shortage`] when leases and other promises leave too little; nothing is evicted then.
+    /// [`Shortage`] when leases and other reservations leave too little room. Nothing is evicted then.
     pub fn reserve(&mut self, wanted: u64) -> Result<Grant, Shortage> {
         self.check_fit(wanted, 0)?;
         let Totals { used, reserved, limit, .. } = self.totals;
         let mut victims = Vec::new();
-        // Nobody can take a lease meanwhile, and all that is not leased can go, so this ends with enough room.
+        // No lease can be taken meanwhile, and everything else can be evicted, so this always frees enough.
         let target = limit - reserved - wanted;
         if used > target {
             self.evict_down_to(target, usize::MAX, &mut victims);
         }
         self.totals.reserved += wanted;
-        // Files that are on their way out from before count too: together they are what the room is made of.
+        // The room also includes files that were evicted earlier and are still being deleted, so their deletion counts too.
         Ok(Grant { victims, after_deletions: self.evicted_ever })
     }
 
@@ -198,31 +201,31 @@ impl Index {
         limit.saturating_sub(used).saturating_sub(reserved) >= wanted
     }
 
-    /// Makes sure that `wanted` bytes could be made free by evicting all that can be, and by taking back `revocable` bytes of
-    /// earlier promises. Nothing is promised or evicted.
+    /// Checks that `wanted` bytes could be freed by evicting everything that is not leased and by revoking `revocable` bytes of
+    /// earlier reservations. Reserves and evicts nothing.
     ///
     /// # Errors
-    /// [`Shortage`] otherwise.
+    /// [`Shortage`] if they could not.
     pub fn check_fit(&self, wanted: u64, revocable: u64) -> Result<(), Shortage> {
         let Totals { leased, reserved, limit, .. } = self.totals();
         let free = limit.saturating_sub(leased).saturating_sub(reserved.saturating_sub(revocable));
         if free >= wanted { Ok(()) } else { Err(Shortage { wanted, leased, reserved, limit }) }
     }
 
-    /// Takes back what is left of a promise.
+    /// Ends a reservation, or what is left of one.
     pub fn unreserve(&mut self, bytes: u64) {
         self.totals.reserved = self.totals.reserved.saturating_sub(bytes);
     }
 
-    /// Takes back a promise whose bytes are on disk already and are going to be deleted.
+    /// Ends a reservation whose bytes are already on disk and are going to be deleted.
     pub fn forfeit(&mut self, bytes: u64) {
         self.unreserve(bytes);
         self.count_evicted(bytes);
     }
 
-    /// Makes a file visible that was written under a promise of at least `bytes`. A result replaces an earlier one
-    /// (AC-08); of a blob or a form that is stored already, the new file is the one to go (BS-28). Either way what comes back
-    /// is to be deleted.
+    /// Makes a file visible that was written under a reservation of at least `bytes`. A result replaces an earlier one (AC-08).
+    /// If the blob or form is already stored, the new file is superfluous (BS-28). The caller deletes the file that is
+    /// returned.
     pub fn commit(&mut self, file: FileId, bytes: u64, stamp: Stamp, now: u32) -> Option<Victim> {
         self.unreserve(bytes);
         let existing = self.slot_of(&file.key);
@@ -246,7 +249,8 @@ impl Index {
         }
     }
 
-    /// Takes in a file that was found at start. Of two files of one entry the later one stays; the other comes back.
+    /// Adds a file that was found at start. If there are two files for one entry, the later one stays and the other is
+    /// returned.
     pub fn recover(&mut self, file: FileId, bytes: u64, touched: u32) -> Option<Victim> {
         let loser = match self.slot_of(&file.key) {
             Some(slot) if self.entries[slot as usize].generation > file.generation => {
@@ -260,7 +264,7 @@ impl Index {
         loser
     }
 
-    /// Puts recovered entries in the order of their recorded use.
+    /// Sorts recovered entries by their recorded use.
     pub fn finish_recovery(&mut self) {
         let mut order: Vec<(u32, u32)> = Vec::with_capacity(self.table.len());
         order
@@ -272,7 +276,7 @@ impl Index {
         }
     }
 
-    /// Records that the content of a file is known to be right.
+    /// Records the stamp at which the content of a file was verified.
     pub fn trust(&mut self, at: EntryRef, stamp: Stamp) {
         if let Some(entry) = self.live_mut(at) {
             entry.stamp = stamp;
@@ -284,15 +288,14 @@ impl Index {
         self.live(at).map(|entry| entry.stamp)
     }
 
-    /// Follows a file through a change that did not touch its content. Nothing happens if its stamp is not `before` any more.
+    /// Updates a stamp after a change that left the file's content as it was. Does nothing if the stamp is no longer `before`.
     pub fn follow(&mut self, at: EntryRef, before: Stamp, after: Stamp) {
         if let Some(entry) = self.live_mut(at).filter(|entry| entry.stamp == before) {
             entry.stamp = after;
         }
     }
 
-    /// Hides an entry whose file turned out to be damaged or gone. Whoever has found that out may rely on it at once;
-    /// [`Index::remove`] has to follow.
+    /// Hides an entry whose file turned out to be damaged or gone: look-ups no longer find it. [`Index::remove`] has to follow.
     pub fn condemn(&self, at: EntryRef) {
         if let Some(entry) = self.live(at) {
             entry.condemned.store(true, Relaxed);
@@ -305,8 +308,8 @@ impl Index {
         Some(self.remove_slot(at.slot))
     }
 
-    /// Evicts ahead of need, at most `max` entries: once the high-water mark is passed, until the low-water mark. Call
-    /// again until it returns nothing.
+    /// Evicts ahead of need: once the high-water mark is passed, down to the low-water mark, at most `max` entries per call.
+    /// Call it again until it returns nothing.
     pub fn trim(&mut self, max: usize) -> Vec<Victim> {
         let Totals { used, reserved, .. } = self.totals;
         self.trimming |= used.saturating_add(reserved) > self.high_water;
@@ -318,8 +321,8 @@ impl Index {
         victims
     }
 
-    /// Evicts the least recently used entries: at least so many bytes and so many entries, as far as there are any and at
-    /// most `max` entries.
+    /// Evicts the least recently used entries until at least `bytes` bytes and `entries` entries are evicted, at most `max`
+    /// entries.
     pub fn evict(&mut self, bytes: u64, entries: u64, max: usize) -> Vec<Victim> {
         let (mut victims, mut evicted) = (Vec::new(), 0u64);
         while (evicted < bytes || (victims.len() as u64) < entries)
@@ -333,7 +336,7 @@ impl Index {
         victims
     }
 
-    /// Records that files which the index let go are gone.
+    /// Records that evicted or replaced files of this many bytes are deleted.
     pub fn deleted(&mut self, bytes: u64) {
         self.totals.deleting = self.totals.deleting.saturating_sub(bytes);
         self.deleted_ever += bytes;
@@ -354,8 +357,8 @@ impl Index {
         }
     }
 
-    /// The least recently used entry that is not leased. Those before it in the list that are leased, or whose use was not
-    /// settled yet, move to the head; so a look at each entry, and at the first once more, sees all.
+    /// The least recently used entry that is not leased. Older entries that are leased, or whose use is not settled yet, move
+    /// to the head of the list. So one pass over all entries, and one more look at the first, sees every candidate.
     fn oldest_evictable(&mut self) -> Option<u32> {
         if self.totals.used == self.leased.load(Relaxed) {
             return None;
@@ -376,7 +379,7 @@ impl Index {
         self.link_newest(slot);
     }
 
-    /// Entries that have this key but for the size of its digest.
+    /// Entries whose key equals `like` apart from the size of the digest.
     fn alike(&self, like: &Key) -> impl Iterator<Item = &Entry> {
         let same = move |key: &Key| {
             (key.kind, key.instance, key.digest.function(), key.digest.hash())
@@ -386,8 +389,8 @@ impl Index {
         entries.filter(move |entry| same(&entry.key) && !entry.condemned.load(Relaxed))
     }
 
-    /// Makes room among entries that are alike. Blobs are not limited: the content of each was checked, so there are as many as
-    /// somebody has found collisions.
+    /// Removes the oldest of [`MAX_ALIKE`] entries that differ only in size. Blobs are exempt: their content is verified, so
+    /// more than one would need a hash collision.
     fn drop_oldest_alike(&mut self, key: &Key) -> Option<Victim> {
         if key.kind == Kind::Blob || self.alike(key).count() < MAX_ALIKE {
             return None;
@@ -432,10 +435,10 @@ impl Index {
         Found { at, file: FileId { key, generation }, stamp, touch_due, settle_due }
     }
 
-    /// Marks an entry as used, unless its place in the list says so already. Returns whether the mark is new.
+    /// Marks an entry as used, unless it is recent enough in the list. Returns whether the mark is new.
     fn mark_used(&self, entry: &Entry) -> bool {
-        // So many entries at most are newer. Even the newest is marked in a short list: others that were used before it may be
-        // about to move past it.
+        // At most `behind` entries are newer. In a short list even the newest entry is marked, because others that were used
+        // before it may be about to move ahead of it.
         let behind = self.links.wrapping_sub(entry.linked_at) as usize;
         let is_new = self.table.len() >= EXACT_BELOW && behind < self.table.len() / 4;
         if is_new || entry.used_at.load(Relaxed) == self.links {
@@ -540,7 +543,7 @@ impl Index {
     }
 }
 
-/// The hash of a key in the table. The size adds nothing to a hash, so nothing is lost without it.
+/// The hash of a key in the table. The size is left out, so that an entry can be found by its hash alone.
 fn hash_without_size(hasher: &RandomState, key: &Key) -> u64 {
     let Key { digest, instance, kind } = key;
     let mut state = hasher.build_hasher();

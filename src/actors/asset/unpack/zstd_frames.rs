@@ -15,7 +15,7 @@ use zstd::stream::read::Decoder;
 /// One frame; its first bytes were taken from the input to look at them.
 type Frame<R> = Decoder<'static, Chain<Cursor<[u8; 4]>, R>>;
 
-/// Reads what a stream of zstd frames stands for; see the top of this file.
+/// Reads what a stream of zstd frames stands for; see the module documentation.
 pub struct ZstdFrames<R: BufRead>(At<R>);
 
 enum At<R: BufRead> {

@@ -1,4 +1,4 @@
-//! The index against a naive model, with random operations.
+//! Compares the index with a naive model under random operations.
 
 use super::*;
 use crate::instance::InstanceId;
@@ -42,7 +42,7 @@ fn key(name: u8, kind: Kind) -> Key {
     Key { digest: DigestFunction::Sha256.digest(&[name]), instance: InstanceId(0), kind }
 }
 
-/// What the index should be: a vector, oldest use first.
+/// The expected state: a vector in the order of use, oldest first.
 #[derive(Default)]
 struct Model {
     entries: Vec<(FileId, u64, u32)>,
@@ -85,7 +85,7 @@ impl Model {
     }
 }
 
-/// What the owner of an index does with the notes of a look-up.
+/// Settles a use as the owner of an index does after a look-up.
 fn settle(index: &mut Index, found: Option<Found>) {
     if let Some(found) = found.filter(|found| found.settle_due) {
         index.settle(found.at);
@@ -93,7 +93,7 @@ fn settle(index: &mut Index, found: Option<Found>) {
 }
 
 proptest! {
-    /// The oldest unleased entries go first and only when needed; sums are right; the limit holds.
+    /// Only the oldest unleased entries are evicted, and only when needed. The totals are right and the limit holds.
     #[test]
     fn the_index_behaves_like_its_model(ops in proptest::collection::vec(op(), 1..200)) {
         let (mut index, mut model) = (Index::new(LIMIT), Model::default());
@@ -212,8 +212,8 @@ fn store(index: &mut Index, name: u8, bytes: u64) -> FileId {
 }
 
 proptest! {
-    /// Look-ups run beside the owner, which settles them late, out of order, or never: whatever it knows of them, it evicts no
-    /// entry that is leased, and none that was used after another one which it keeps was used last.
+    /// The owner settles look-ups late, out of order or never. It must still not evict a leased entry, nor a used entry while
+    /// it keeps an unused one.
     #[test]
     fn an_eviction_sees_uses_that_are_not_settled(
         touches in proptest::collection::vec((0u8..20, 0u8..4), 0..60),
@@ -253,9 +253,9 @@ proptest! {
     }
 }
 
-/// A form is used before its blob, so it goes first, although the blob was the newest entry when both were used.
+/// A form is used before its blob, so it is evicted first, although the blob was the newer entry before.
 #[test]
-fn two_that_are_used_together_go_in_the_order_of_their_use() {
+fn entries_that_are_used_together_are_evicted_in_the_order_of_their_use() {
     let mut index = Index::new(LIMIT);
     let (form, blob) = (store(&mut index, 0, 1), store(&mut index, 1, 1));
     let notes = [form, blob].map(|file| index.renew(&file.key, NOW).unwrap());
@@ -266,9 +266,9 @@ fn two_that_are_used_together_go_in_the_order_of_their_use() {
     assert_eq!(order, [form, blob]);
 }
 
-/// Whatever else was used meanwhile, and however often.
+/// The counter of list moves may wrap any number of times between two uses.
 #[test]
-fn a_use_counts_however_long_ago_the_one_before_was() {
+fn a_use_counts_however_long_ago_the_previous_use_was() {
     let mut index = Index::new(LIMIT);
     for (number, links) in [0, 1, 1 << 30, 1 << 31, (1 << 31) + 1, u32::MAX - 1, 1].into_iter().enumerate() {
         let first = 4 * number as u8;
@@ -320,7 +320,7 @@ fn recovery_restores_the_order_of_use_and_keeps_the_later_of_two_files() {
     assert_eq!(order, [file(1, 2), file(2, 4), file(0, 1)]);
 }
 
-/// What a use is worth at least in a list that is not kept in exact order.
+/// In a list that is not kept in exact order, a use still protects an entry from the next three quarters of evictions.
 #[test]
 fn a_used_entry_outlives_three_quarters_of_a_long_list() {
     let count = 4 * EXACT_BELOW as u64;
@@ -359,7 +359,7 @@ fn a_large_store_is_trimmed_from_the_high_to_the_low_water_mark() {
     for name in 0..98 {
         store(&mut index, name, part);
     }
-    assert!(index.trim(10).is_empty(), "the mark is reached, not passed");
+    assert!(index.trim(10).is_empty(), "the high-water mark is reached but not passed");
     store(&mut index, 98, part);
     assert_eq!(index.trim(3).len(), 3);
     assert_eq!(index.trim(3).len(), 1);
@@ -377,7 +377,7 @@ fn blobs_take_less_than_200_bytes_of_memory_each() {
     assert!(index.memory() < 200 * 100_000, "{} bytes each", index.memory() / 100_000);
 }
 
-/// HTTP clients name an entry by its hash alone.
+/// HTTP clients refer to an entry by its hash alone.
 #[test]
 fn an_entry_is_found_without_its_size_and_results_that_differ_only_in_size_are_few() {
     let sized = |size: i64, kind| {
@@ -396,7 +396,7 @@ fn an_entry_is_found_without_its_size_and_results_that_differ_only_in_size_are_f
     assert_eq!(
         index.find_by_hash(&sized(0, Kind::Result)),
         Some(sized(20, Kind::Result).digest),
-        "the newest"
+        "the newest one is found"
     );
     assert_eq!(index.find_by_hash(&sized(0, Kind::Blob)), None);
     assert_eq!(index.find_by_hash(&Key { instance: InstanceId(1), ..sized(0, Kind::Result) }), None);

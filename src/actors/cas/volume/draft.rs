@@ -1,4 +1,4 @@
-//! [`TemporaryFile`]: a file under a temporary name, which gets its final one when its content is known to be right.
+//! [`TemporaryFile`]: a file under a temporary name, which gets its final name once its content is verified.
 
 use super::{
     Draft,
@@ -19,7 +19,7 @@ use std::{
     sync::Arc,
 };
 
-/// A file that is deleted when it is dropped, unless it was kept.
+/// A file that is deleted when it is dropped, unless [`Draft::keep`] was called.
 #[derive(Debug)]
 pub(crate) struct TemporaryFile {
     layout: Arc<Layout>,
@@ -29,13 +29,13 @@ pub(crate) struct TemporaryFile {
 }
 
 impl TemporaryFile {
-    /// Makes one of this number.
+    /// Creates the temporary file of this generation.
     pub(super) fn create(layout: Arc<Layout>, generation: u64) -> io::Result<Self> {
         let path = layout.temporary_path(generation);
         Ok(Self { file: create(&path)?, layout, path, is_kept: false })
     }
 
-    /// Opens it once more, for reading only.
+    /// Opens the file again, for reading only.
     fn reopen(&self) -> io::Result<File> {
         regular_file::open(&self.path)
     }
@@ -53,7 +53,7 @@ impl Draft for TemporaryFile {
 
     fn keep(mut self: Box<Self>, file: &FileId) -> io::Result<Stamp> {
         let written = stamp_of(&self.file.metadata()?);
-        // A file that is open for writing, by ourselves too, gets no lease.
+        // A file that is open for writing, even by this process, gets no lease.
         self.file = self.reopen()?;
         let path = self.layout.path(file);
         let moved = change_unobserved(&self.file, written, || in_shard(&path, || rename(&self.path, &path)))?;
@@ -65,7 +65,7 @@ impl Draft for TemporaryFile {
 impl Drop for TemporaryFile {
     fn drop(&mut self) {
         if !self.is_kept {
-            // Whatever stays is thrown out at the next start.
+            // A file that cannot be deleted is removed at the next start.
             let _ = remove_file(&self.path);
         }
     }

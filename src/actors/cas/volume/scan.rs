@@ -1,9 +1,9 @@
-//! What a store directory holds at start.
+//! Finds the files of a store directory at start.
 //!
-//! Threads read the shard directories and stat every file; nothing is opened, so that a million files take seconds. A file
-//! of the wrong length is the rest of a write that a kill or a power cut ended: it is removed. A name that the store does
-//! not give is left alone and counted. Contents are checked later, at first read; only where a result has two files, which
-//! is as rare as a kill, are they read to see which one is whole.
+//! Threads read the shard directories and stat every file without opening it, so a million files take seconds. A file of the
+//! wrong length comes from a write that a kill or a power cut interrupted, and is removed. A name that the store does not use
+//! is left alone and counted. Contents are checked later, at the first read. Only if a result has two files, which is as rare
+//! as a kill, both are read to find the complete one.
 
 use super::{
     Recovered, Repairs, Stored, Volume as _,
@@ -26,9 +26,9 @@ use std::{
     thread,
 };
 
-/// More threads than CPUs help on a cold disk; more than this do not.
+/// On a cold disk, more threads than CPUs help, but more than this do not.
 const MAX_THREADS: usize = 8;
-/// Target of the log lines.
+/// The target of the log lines of this file.
 const LOG: &str = "gorego::cas";
 
 struct Shard {
@@ -44,7 +44,7 @@ struct ShardContent {
     repairs: Repairs,
 }
 
-/// [`super::Volume::recover`].
+/// Implements [`super::Volume::recover`].
 pub(super) fn recover(
     files: &Files,
     is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
@@ -89,7 +89,7 @@ fn all_shards(files: &Files) -> Vec<Shard> {
     for instance in files.instances() {
         for &function in DigestFunction::ALL {
             for kind in Kind::ALL {
-                // Of most functions nothing was ever stored.
+                // Most digest functions were never used.
                 let first = files.layout.shard(kind, instance, function, 0);
                 if first.parent().is_none_or(|shards| !shards.exists()) {
                     continue;
@@ -107,7 +107,7 @@ fn read_shard(files: &Files, shard: &Shard, is_whole: &(dyn Fn(&dyn Stored) -> b
         match fs::read_dir(files.layout.shard(shard.kind, shard.instance, shard.function, shard.first)) {
             Ok(entries) => entries,
             Err(error) => {
-                // One that was never needed was never made.
+                // A directory that was never needed does not exist.
                 content.repairs.unreadable += u64::from(error.kind() != io::ErrorKind::NotFound);
                 return content;
             }
@@ -128,7 +128,7 @@ fn read_shard(files: &Files, shard: &Shard, is_whole: &(dyn Fn(&dyn Stored) -> b
             continue;
         };
         if !metadata.is_file() {
-            // Something was put in the place of a stored file.
+            // Something else was put in the place of a stored file.
             let thrown = files.layout.throw_away(&entry.path());
             content.repairs.removed += u64::from(thrown.is_ok());
             content.repairs.unreadable += u64::from(thrown.is_err());
@@ -149,8 +149,8 @@ fn read_shard(files: &Files, shard: &Shard, is_whole: &(dyn Fn(&dyn Stored) -> b
     content
 }
 
-/// An update that a kill ended has left the beginning of a file beside the one that it was to replace. It is the newer of
-/// the two and must not win.
+/// Removes what an interrupted update left: the beginning of a new file beside the file that it was to replace. It is the newer
+/// of the two and must not win.
 fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn Fn(&dyn Stored) -> bool) {
     let mut counts: HashMap<Digest, usize> = HashMap::new();
     for Recovered { file, .. } in &content.found {
@@ -169,7 +169,7 @@ fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn
     });
 }
 
-/// Deletes what was thrown away, on a thread of its own; what a crash leaves is found at the next start.
+/// Empties the trash on its own thread. If a crash interrupts it, the next start goes on.
 fn empty_trash(files: &Files) {
     let trash = files.layout.trash();
     let spawned = thread::Builder::new().name("store-trash".into()).spawn(move || {

@@ -1,4 +1,4 @@
-//! zstd: uploads, reads from any offset, forms, batches.
+//! zstd: uploads, reads from any offset, forms and batches.
 
 use super::*;
 use crate::actors::cas::{blob::BlobWriter, settings::SMALL_BLOB_BYTES};
@@ -7,12 +7,12 @@ use gorego_reapi::compression::{CHUNK_BYTES, decode_all, stored_frame};
 
 const NAME: &str = "uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/compressed-blobs/zstd/x";
 
-/// Bytes that get smaller.
+/// Compressible bytes.
 fn text(length: usize, seed: u64) -> Bytes {
     noise(length, seed).iter().map(|byte| b"the quick fox"[usize::from(byte % 13)]).collect()
 }
 
-/// One frame, as a client makes it.
+/// A zstd stream, as a client makes it.
 fn pack(plain: &[u8]) -> Bytes {
     zstd::encode_all(plain, 3).unwrap().into()
 }
@@ -38,7 +38,7 @@ async fn upload(store: &Store, digest: Digest, stream: &Bytes, chunk: usize) -> 
     writer.finish().await
 }
 
-/// A compressed read as a client decodes it; also checks how it is cut.
+/// Reads compressed and decodes like a client. Also checks the sizes of the pieces.
 async fn get_zstd(store: &Store, digest: Digest, offset: u64) -> Result<Bytes> {
     let mut reader = store.cas.open_zstd(&store.main, digest, offset).await?;
     let mut pieces: Vec<Bytes> = vec![];
@@ -53,7 +53,7 @@ async fn forms(store: &Store) -> u64 {
     store.inspect().await.totals.zstd_forms
 }
 
-/// Reads compressed until a form is there.
+/// Reads compressed until a form exists.
 async fn make_form(store: &Store, digest: Digest) {
     get_zstd(store, digest, 0).await.unwrap();
     get_zstd(store, digest, 0).await.unwrap();
@@ -70,9 +70,9 @@ async fn nothing_is_left(store: &Store) {
     .await;
 }
 
-/// BS-27, CAP-12: one frame or many, of any kind, in pieces of any size.
+/// BS-27, CAP-12: frames of any kind, in pieces of any size.
 #[actix::test]
-async fn a_compressed_upload_stores_the_blob_that_it_stands_for() {
+async fn a_compressed_upload_stores_the_decompressed_blob() {
     let store = Store::new().await;
     for (seed, (length, chunk)) in
         [(1, 1), (1_000, 1), (100_000, 777), (3_000_000, 65_536), (9_000_000, 2_000_000)]
@@ -93,7 +93,7 @@ async fn a_compressed_upload_stores_the_blob_that_it_stands_for() {
     assert_eq!(store.inspect().await.totals.reserved, 0);
 }
 
-/// BS-22, BS-26, BS-29: small ones in one job and large ones in many.
+/// BS-22, BS-26, BS-29: small blobs take one job, large ones many.
 #[actix::test]
 async fn a_stream_that_is_not_the_blob_leaves_nothing_behind() {
     let store = Store::new().await;
@@ -125,9 +125,9 @@ async fn a_stream_that_is_not_the_blob_leaves_nothing_behind() {
     }
 }
 
-/// BS-20, BS-31, BS-33: the new stream begins with a frame of its own.
+/// BS-20, BS-31, BS-33: the resumed stream begins with its own frame.
 #[actix::test]
-async fn a_broken_compressed_upload_goes_on_where_its_decoder_stood() {
+async fn a_broken_compressed_upload_is_resumed_where_its_decoder_stopped() {
     let store = Store::new().await;
     let plain = noise(3_000_000, 1);
     let blob = digest(&plain);
@@ -179,7 +179,7 @@ async fn plain_and_compressed_uploads_of_one_blob_race_and_all_succeed() {
     eventually(|| async { (store.files().len() == 1).then_some(()) }).await;
 }
 
-/// BS-09, BS-12, BS-13, BS-15, CAP-12: with and without a form, what gets smaller and what does not.
+/// BS-09, BS-12, BS-13, BS-15, CAP-12: with and without a form, for compressible and incompressible blobs.
 #[actix::test]
 async fn a_compressed_read_decodes_to_the_rest_of_the_blob_from_any_offset() {
     let store = Store::new().await;
@@ -205,9 +205,9 @@ async fn a_compressed_read_decodes_to_the_rest_of_the_blob_from_any_offset() {
     assert!(matches!(get_zstd(&store, digest(&noise(LARGE, 99)), 0).await, Err(Error::NotFound(_))));
 }
 
-/// What saves work: made once, counted, read from any offset, and no answer to anything about the blob.
+/// The form is made once, counted, and readable from any offset. It does not make its blob present.
 #[actix::test]
-async fn a_blob_that_is_read_compressed_twice_is_compressed_for_good() {
+async fn a_blob_that_is_read_compressed_twice_gets_a_form() {
     let store = Store::new().await;
     let plain = text(2_000_000, 1);
     let blob = store.put(plain.clone()).await;
@@ -227,7 +227,7 @@ async fn a_blob_that_is_read_compressed_twice_is_compressed_for_good() {
         assert_eq!(get_zstd(&store, blob, offset).await.unwrap(), plain.slice(offset as usize..));
     }
 
-    // It outlives the process, is checked then, and is nothing without its blob.
+    // The form survives a restart, is verified then, and is useless without its blob.
     let store = store.restart().await;
     assert_eq!(forms(&store).await, 1);
     assert_eq!(get_zstd(&store, blob, 300_000).await.unwrap(), plain.slice(300_000..));
@@ -239,7 +239,7 @@ async fn a_blob_that_is_read_compressed_twice_is_compressed_for_good() {
     assert!(matches!(get_zstd(&store, blob, 0).await, Err(Error::NotFound(_))));
 }
 
-/// CAS-22 for forms: bytes that are not right are never sent.
+/// CAS-22 for forms: damaged bytes are never sent.
 #[actix::test]
 async fn a_damaged_form_is_dropped_and_the_blob_compressed_again() {
     let mut store = Store::new().await;
@@ -271,7 +271,7 @@ async fn a_damaged_form_is_dropped_and_the_blob_compressed_again() {
 }
 
 #[actix::test]
-async fn what_does_not_get_smaller_has_no_form_and_is_sent_as_it_is() {
+async fn an_incompressible_blob_gets_no_form_and_is_sent_uncompressed() {
     let store = Store::new().await;
     let plain = noise(1_000_000, 1);
     let blob = store.put(plain.clone()).await;
@@ -285,7 +285,7 @@ async fn what_does_not_get_smaller_has_no_form_and_is_sent_as_it_is() {
 }
 
 #[actix::test]
-async fn a_form_goes_before_its_blob_when_room_is_needed() {
+async fn a_form_is_evicted_before_its_blob() {
     let store = Store::with_limit(40 * MB).await;
     let blob = store.put(text(2_000_000, 1)).await;
     make_form(&store, blob).await;
@@ -299,9 +299,9 @@ async fn a_form_goes_before_its_blob_when_room_is_needed() {
     assert!(store.has(blob).await);
 }
 
-/// CAS-11, CAS-14: in memory and through a file.
+/// CAS-11, CAS-14: for items that are decoded in memory and for larger ones.
 #[actix::test]
-async fn compressed_items_of_a_batch_are_checked_by_what_they_decompress_to() {
+async fn compressed_items_of_a_batch_are_checked_after_decompression() {
     let store = Store::new().await;
     let zstd = |plain: &Bytes, stream: Bytes| (digest(plain), Payload::Zstd(stream));
     let (small, large, other) = (text(1_000, 1), text(3_000_000, 2), text(3_000_000, 3));
@@ -324,7 +324,7 @@ async fn compressed_items_of_a_batch_are_checked_by_what_they_decompress_to() {
     assert_eq!(store.get(digest(&small)).await.unwrap(), small);
     assert_eq!(store.get(digest(&large)).await.unwrap(), large);
     assert!(!store.has(digest(&other)).await);
-    // What is stored is checked all the same.
+    // An item of a blob that is already stored is checked too.
     let again = store.cas.write_many(&store.main, vec![zstd(&large, pack(&other))]).await.unwrap();
     assert!(matches!(again[..], [Err(Error::Invalid(_))]));
     eventually(|| async { (store.files().len() == 3).then_some(()) }).await;

@@ -1,4 +1,4 @@
-//! The action cache, and how an Execute is looked up.
+//! The action cache, and the look-up for an Execute.
 
 use super::{
     super::{resolve::Resolution, settings::LOOKUPS_PER_TURN},
@@ -103,7 +103,7 @@ async fn a_result_is_served_only_while_everything_it_references_is_stored() {
     }
 }
 
-/// AC-03, for a result that refers to more blobs than the actor looks up at once.
+/// AC-03, for a result with more references than are looked up in one turn.
 #[actix::test]
 async fn a_result_of_thousands_of_blobs_is_served_only_while_all_of_them_are_stored() {
     let mut store = Store::new().await;
@@ -123,7 +123,7 @@ async fn a_result_of_thousands_of_blobs_is_served_only_while_all_of_them_are_sto
     eventually(|| async { store.files_of(action).is_empty().then_some(()) }).await;
 }
 
-/// AC-04: a hit keeps its blobs alive, those inside its Trees too.
+/// AC-04: a hit renews its blobs, including those inside its Trees.
 #[actix::test]
 async fn a_hit_renews_everything_it_references() {
     let store = Store::with_limit(60 * 4_096).await;
@@ -182,7 +182,7 @@ async fn a_hundred_racing_updates_leave_one_whole_result() {
     assert_eq!(lookup(&store, action).await.unwrap().output_files.len(), 0);
 }
 
-/// AC-08: whoever asks meanwhile gets the old result or the new one, also when its Trees have to be read.
+/// AC-08: look-ups meanwhile return the old result or the new one, even when its Trees have to be read.
 #[actix::test]
 async fn a_result_that_is_being_replaced_is_never_a_miss() {
     let store = Store::new().await;
@@ -210,7 +210,7 @@ async fn a_result_that_is_being_replaced_is_never_a_miss() {
     futures::join!(replacing, asking);
 }
 
-/// What a kill in the middle of an update leaves behind: the beginning of a file, newer than the one that is whole.
+/// A kill in the middle of an update leaves the beginning of a file that is newer than the complete one.
 #[actix::test]
 async fn a_torn_update_does_not_cost_the_result_before_it() {
     let store = Store::new().await;
@@ -240,7 +240,7 @@ async fn inlined_contents_become_blobs() {
 
 /// AC-13.
 #[actix::test]
-async fn the_result_of_a_failed_command_is_no_hit() {
+async fn the_result_of_a_failed_command_is_not_a_hit() {
     let mut store = Store::new().await;
     let action = digest(b"action");
     update(&store, action, reapi::ActionResult { exit_code: 1, ..Default::default() }).await;
@@ -278,7 +278,7 @@ async fn resolve(store: &Store, action: Digest, skip_cache_lookup: bool) -> Resu
     store.cas.resolve_action(&store.main, action, skip_cache_lookup).await
 }
 
-/// What is wrong with an action that cannot run.
+/// The error of an action that cannot run.
 async fn unusable(store: &Store, action: Digest) -> Error {
     match resolve(store, action, false).await {
         Ok(Resolution::Unusable(error)) => error,
@@ -300,7 +300,7 @@ async fn an_action_is_answered_from_the_cache_only_by_a_complete_result() {
     assert!(matches!(resolve(&store, action, true).await, Ok(Resolution::Run(_))));
     store.lose(references[2].1).await;
     assert!(matches!(resolve(&store, action, false).await, Ok(Resolution::Run(_))));
-    // Known from before, but a worker could not be told what ran.
+    // The action is cached, but it cannot run without its Command.
     store.lose(command).await;
     assert_eq!(unusable(&store, action).await, Error::MissingBlobs(vec![command]));
 }
@@ -318,7 +318,7 @@ async fn an_action_that_says_do_not_cache_is_never_answered_from_the_cache() {
 
 /// EXE-22, EXE-27.
 #[actix::test]
-async fn a_missing_or_malformed_action_is_told_apart() {
+async fn missing_and_malformed_actions_are_told_apart() {
     let store = Store::new().await;
     let absent = digest(b"absent");
     assert_eq!(unusable(&store, absent).await, Error::MissingBlobs(vec![absent]));
@@ -333,7 +333,7 @@ async fn a_missing_or_malformed_action_is_told_apart() {
     assert!(matches!(unusable(&store, huge).await, Error::Invalid(m) if m.contains("too large")));
 }
 
-/// EXE-27. They are measured on the wire; decoded they would be half a gigabyte.
+/// EXE-27: messages are measured before they are decoded; these would take half a gigabyte.
 #[actix::test]
 async fn an_action_or_command_of_millions_of_empty_parts_is_refused_before_it_is_decoded() {
     let store = Store::new().await;
@@ -353,7 +353,7 @@ async fn an_action_or_command_of_millions_of_empty_parts_is_refused_before_it_is
     }
 }
 
-/// More of them at once than there is room for, and both messages of each are large.
+/// More actions at once than there is memory for; Action and Command of each are large.
 #[actix::test]
 async fn large_actions_are_looked_up_in_turn() {
     let store = Store::new().await;
@@ -376,7 +376,7 @@ async fn large_actions_are_looked_up_in_turn() {
     }
 }
 
-/// Platform properties are held in memory too, so they weigh like the Command.
+/// Platform properties are held in memory too, so they count toward the weight of the action.
 #[actix::test]
 async fn an_action_with_a_huge_platform_is_not_kept_in_memory() {
     let store = Store::new().await;

@@ -1,4 +1,4 @@
-//! Uploads: racing, broken, resumed, lying.
+//! Uploads: concurrent, broken, resumed and wrong ones.
 
 use super::{super::uploads::*, *};
 use crate::actors::cas::{
@@ -29,7 +29,7 @@ async fn send(writer: &mut BlobWriter, bytes: &Bytes, chunk: usize) -> Result<()
 
 /// BS-21, BS-23.
 #[actix::test]
-async fn a_blob_is_visible_once_it_is_whole() {
+async fn a_blob_becomes_visible_once_it_is_complete() {
     let store = Store::new().await;
     for (length, chunk) in [(1, 1), (100_000, 100_000), (9_000_000, 65_536), (5_000_000, 2_000_000)] {
         let bytes = noise(length, length as u64);
@@ -51,9 +51,9 @@ async fn a_blob_is_visible_once_it_is_whole() {
     );
 }
 
-/// Without room in memory each piece is written before the next one is taken, and the blob is the same.
+/// When the memory budget is spent, each piece is written before the next one is accepted.
 #[actix::test]
-async fn uploads_go_on_where_there_is_no_room_for_bytes_that_wait() {
+async fn uploads_continue_when_there_is_no_memory_for_unwritten_bytes() {
     let store = Store::new().await;
     let budget = &store.cas.shared().received;
     let caller = Caller::connected("127.0.0.1:1".parse().unwrap());
@@ -88,7 +88,7 @@ async fn uploads_go_on_where_there_is_no_room_for_bytes_that_wait() {
 
 /// BS-22, BS-29.
 #[actix::test]
-async fn bytes_that_are_not_the_announced_blob_leave_nothing_behind() {
+async fn bytes_that_do_not_match_the_digest_leave_nothing_behind() {
     let store = Store::new().await;
     for length in [1_000usize, 3_000_000] {
         let (bytes, evil) = (noise(length, 1), noise(length, 2));
@@ -145,9 +145,9 @@ async fn sixty_four_racing_uploads_of_one_blob_all_succeed_and_leave_one_file() 
     .await;
 }
 
-/// BS-20, BS-31: a client that vanishes anywhere goes on where it stood, or starts over.
+/// BS-20, BS-31: a client that vanishes at any point can resume there or start over.
 #[actix::test]
-async fn a_broken_upload_is_resumed_where_it_stood() {
+async fn a_broken_upload_is_resumed_where_it_stopped() {
     let store = Store::new().await;
     let bytes = noise(3_000_000, 1);
     let blob = digest(&bytes);
@@ -159,7 +159,7 @@ async fn a_broken_upload_is_resumed_where_it_stood() {
         assert_eq!(committed().await, expected);
         drop(writer);
         assert_eq!(committed().await, expected, "never less than before");
-        // At once: the earlier stream may still be on its way out.
+        // It resumes at once, while the earlier stream may not have ended yet.
         let writer = begin(&store, NAME, blob, cut as u64).await.unwrap();
         assert_eq!(writer.committed(), cut as u64);
         drop(writer);
@@ -192,7 +192,7 @@ async fn an_upload_that_starts_over_discards_what_was_there() {
 
 /// BS-24.
 #[actix::test]
-async fn a_writer_learns_that_somebody_else_was_faster() {
+async fn a_writer_learns_that_another_upload_stored_the_blob() {
     let store = Store::new().await;
     let bytes = noise(1_000, 1);
     let writer = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
@@ -202,9 +202,9 @@ async fn a_writer_learns_that_somebody_else_was_faster() {
     assert!(writer.is_superseded() && futures::poll!(&mut superseded).is_ready());
 }
 
-/// BS-24, BS-29: the bytes of an upload that came too late are of no use to anybody.
+/// BS-24, BS-29: the bytes of a superseded upload are discarded.
 #[actix::test]
-async fn an_upload_that_somebody_else_finished_first_takes_no_room() {
+async fn a_superseded_upload_takes_no_room() {
     let store = Store::new().await;
     let bytes = noise(3_000_000, 1);
     let mut slow = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
@@ -220,7 +220,7 @@ async fn an_upload_that_somebody_else_finished_first_takes_no_room() {
     eventually(|| async { (store.files().len() == 1).then_some(()) }).await;
 }
 
-/// BS-28, where there is no room for two.
+/// BS-28, when there is no room for both.
 #[actix::test]
 async fn an_upload_without_room_waits_for_another_one_of_its_blob() {
     let store = Store::with_limit(4 * MB).await;
@@ -245,7 +245,7 @@ async fn an_upload_without_room_waits_for_another_one_of_its_blob() {
     }
 }
 
-/// A blob whose client leaves while the last bytes are being checked is stored or not, but never half.
+/// The client leaves while the last bytes are being checked.
 #[actix::test]
 async fn an_upload_whose_client_leaves_at_the_end_is_finished_anyway() {
     let store = Store::new().await;
@@ -260,7 +260,7 @@ async fn an_upload_whose_client_leaves_at_the_end_is_finished_anyway() {
     assert_eq!(store.inspect().await.totals.reserved, 0);
 }
 
-/// Broken uploads go before any blob does.
+/// Broken uploads are discarded before any blob is evicted.
 #[actix::test]
 async fn broken_uploads_make_room_first() {
     let store = Store::with_limit(4 * MB).await;
@@ -285,7 +285,7 @@ async fn a_blob_above_the_largest_size_is_refused_before_a_byte_is_sent() {
     assert!(matches!(&error, Error::Invalid(message) if message.contains("104857600")), "{error}");
 }
 
-/// Enters an upload that broke, under a name of its own; its first byte is that of the name.
+/// Adds a broken upload under its own name.
 fn park(store: &Store, uploads: &mut Uploads, (n, blob): (u64, Key), room: Room, now: Instant) {
     let name = digest(&n.to_le_bytes());
     let Begin::Fresh(Entered { number, progress }, None) = uploads.begin(name, blob, 0) else { panic!() };
@@ -294,7 +294,7 @@ fn park(store: &Store, uploads: &mut Uploads, (n, blob): (u64, Key), room: Room,
     assert!(uploads.end(EndUpload { name, number, blob, progress, partial }, now).is_none());
 }
 
-/// A peer that keeps as many broken uploads as it can loses its own, however old those of the other are.
+/// A peer that keeps as many broken uploads as it can loses its own, however old those of other peers are.
 #[actix::test]
 async fn a_peer_with_many_broken_uploads_loses_its_own_and_never_anothers() {
     let store = Store::new().await;
@@ -318,7 +318,7 @@ async fn a_peer_with_many_broken_uploads_loses_its_own_and_never_anothers() {
     }
     assert!(uploads.pop_excess(now, hour, limit).is_none());
     assert_eq!(uploads.counts(), (0, settings::MAX_PARTIAL_UPLOADS));
-    // By bytes the other one has most, and its largest stays as long as it has older ones.
+    // By bytes the other peer has most. It loses its oldest upload first, although a newer one is larger.
     park(&mut uploads, 1_000, few, 30 * MB);
     for _ in 0..2 {
         assert_eq!(peer_of(uploads.pop_for_room()), few.peer);
@@ -353,7 +353,7 @@ async fn broken_uploads_are_bounded_in_age_number_and_bytes() {
     assert_eq!(uploads.counts(), (0, settings::MAX_PARTIAL_UPLOADS));
 }
 
-/// A store of `limit` bytes with three blobs, and an account.
+/// A store of `limit` bytes with three blobs, and a caller.
 async fn store_with_blobs(limit: u64) -> (Store, Vec<Digest>, Caller) {
     let store = Store::with_limit(limit).await;
     let mut blobs = Vec::new();
@@ -367,9 +367,9 @@ async fn all_there(store: &Store, blobs: &[Digest]) -> bool {
     store.cas.find_missing(&store.main, blobs).await.unwrap().is_empty()
 }
 
-/// What a client says that it will send evicts nothing, whichever way it says so; what it sends is room that it gets.
+/// Announced bytes reserve nothing and evict nothing, however they are announced. Only received bytes reserve room.
 #[actix::test]
-async fn room_is_reserved_for_bytes_that_arrive_and_not_for_those_that_are_announced() {
+async fn room_is_reserved_for_received_bytes_and_not_for_announced_ones() {
     let (store, blobs, caller) = store_with_blobs(30 * MB).await;
     let cas = store.cas.on_behalf_of(caller);
     let mut writers = Vec::new();
@@ -384,7 +384,7 @@ async fn room_is_reserved_for_bytes_that_arrive_and_not_for_those_that_are_annou
         writers.push(writer);
     }
     assert_eq!(store.inspect().await.totals.reserved, 0);
-    // A batch whose items are all lies: a MiB each, 40 MiB in all.
+    // A batch whose items all claim a false size: a MiB each, 40 MiB in all.
     let lies = (0..40u8).map(|n| {
         let digest = Digest::parse(SHA256, &digest(&[n, n]).hash_hex(), 1 << 20).unwrap();
         (digest, Payload::Zstd(Bytes::from_static(b"no zstd")))
@@ -392,7 +392,7 @@ async fn room_is_reserved_for_bytes_that_arrive_and_not_for_those_that_are_annou
     let outcomes = cas.write_many(&store.main, lies.collect()).await.unwrap();
     assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Invalid(_)))));
     assert!(all_there(&store, &blobs).await);
-    // Bytes that come are another matter, a step ahead.
+    // Received bytes reserve room, at most a step ahead.
     let bytes = noise(5_000_000, 1);
     let mut writer = writers.remove(0);
     send(&mut writer, &bytes, 100_000).await.unwrap();
@@ -406,7 +406,7 @@ async fn room_is_reserved_for_bytes_that_arrive_and_not_for_those_that_are_annou
     assert!(all_there(&store, &blobs).await);
 }
 
-/// BS-26: a few bytes that become many get room as they are decoded, and an end where there is none.
+/// BS-26: a small stream that decodes to many bytes reserves room as it is decoded, and fails if there is none.
 #[actix::test]
 async fn a_compressed_upload_gets_room_as_it_is_decoded() {
     let (store, blobs, caller) = store_with_blobs(10 * MB).await;
@@ -426,7 +426,7 @@ async fn a_compressed_upload_gets_room_as_it_is_decoded() {
     }
 }
 
-/// Each holds a part and none can have the rest: all end, and those that may go on later say so.
+/// Each upload holds a part and none can have the rest. All end, and those that fail may be resumed later.
 #[actix::test]
 async fn uploads_that_do_not_fit_together_all_end() {
     let store = Store::with_limit(10 * MB).await;
@@ -472,7 +472,7 @@ async fn a_caller_that_leaves_while_it_waits_for_room_is_not_charged_for_it() {
     assert_eq!((budget.held(), room.bytes()), (1_000, 1_000));
 }
 
-/// One connection has a bound, one peer has a share, and its own broken uploads make room for its new ones.
+/// A connection has a bound, a peer has a share, and its own broken uploads make room for its new ones.
 #[actix::test]
 async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
     let store = Store::with_limit(600 * MB).await;
@@ -480,7 +480,7 @@ async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
     assert_eq!((bounds.total, bounds.connection), (300 * MB, 150 * MB));
     let caller = Caller::connected("127.0.0.1:1".parse().unwrap());
     let budget = &store.cas.shared().upload_budget;
-    // As if it had so much in running uploads.
+    // As if the caller held this much in running uploads.
     let held = budget.take(caller, 149 * MB).unwrap();
     let upload = async |caller: Caller, name: &str| {
         let bytes = noise(3_000_000, 1);
@@ -506,7 +506,7 @@ async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
         store.cas.query_upload(&store.main, name, blob).await.unwrap().committed
     };
     assert!(committed("uploads/a").await > 0);
-    // The connection is at its bound with this broken upload, which makes way for the first bytes of the next.
+    // The connection is at its bound with this broken upload, which is discarded for the first bytes of the next.
     drop(upload(caller, "uploads/instead").await.unwrap_err());
     assert_eq!(committed("uploads/a").await, 0);
     drop(held);
@@ -514,7 +514,8 @@ async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
     assert!(committed("uploads/instead").await > 0);
     let kept = budget.held();
     assert!(kept >= 2_900_000, "broken uploads count: {kept}");
-    // Another connection of the first peer takes all that a peer may have, and its broken upload goes for a new one.
+    // Another connection of the first peer takes all that a peer may have, and the peer's broken upload is discarded for a new
+    // one.
     let again = Caller::connected("127.0.0.1:2".parse().unwrap());
     let all = [again, caller].map(|caller| {
         let mut share = budget.take(caller, 0).unwrap();

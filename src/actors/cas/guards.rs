@@ -17,19 +17,19 @@ use gorego_reapi::error::Result;
 use tokio::runtime::Handle;
 
 /// Entries that are not evicted while this is held.
-pub struct Lease {
+pub(crate) struct Lease {
     cas: Cas,
     entries: Vec<EntryRef>,
 }
 
 impl Lease {
     /// An empty lease.
-    pub fn none(cas: Cas) -> Self {
+    pub(crate) fn none(cas: Cas) -> Self {
         Self { cas, entries: Vec::new() }
     }
 
     /// Adds an entry whose lease is already counted in the index.
-    pub fn add(&mut self, entry: EntryRef) {
+    pub(crate) fn add(&mut self, entry: EntryRef) {
         self.entries.push(entry);
     }
 }

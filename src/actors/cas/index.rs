@@ -78,7 +78,7 @@ impl Entry {
 }
 
 /// The index of the store; see the module documentation.
-pub struct Index {
+pub(super) struct Index {
     entries: Vec<Entry>,
     free: u32,
     table: HashTable<u32>,
@@ -99,10 +99,10 @@ pub struct Index {
 
 impl Index {
     /// A use is written to disk if the last recorded one is older than this, in seconds.
-    pub const TOUCH_AFTER_SECS: u32 = 3_600;
+    pub(super) const TOUCH_AFTER_SECS: u32 = 3_600;
 
     /// An empty index with a limit in bytes.
-    pub fn new(limit: u64) -> Self {
+    pub(super) fn new(limit: u64) -> Self {
         let marks = limit >= WATERMARKS_FROM_BYTES;
         Self {
             entries: Vec::new(),
@@ -123,32 +123,32 @@ impl Index {
     }
 
     /// The current totals.
-    pub fn totals(&self) -> Totals {
+    pub(super) fn totals(&self) -> Totals {
         Totals { leased: self.leased.load(Relaxed), ..self.totals }
     }
 
     /// Bytes of files that were evicted or replaced since the start.
-    pub fn bytes_evicted(&self) -> u64 {
+    pub(super) fn bytes_evicted(&self) -> u64 {
         self.evicted_ever
     }
 
     /// Bytes deleted since the start.
-    pub fn bytes_deleted(&self) -> u64 {
+    pub(super) fn bytes_deleted(&self) -> u64 {
         self.deleted_ever
     }
 
     /// Looks an entry up and counts it as used at `now` (seconds since 1970).
-    pub fn renew(&self, key: &Key, now: u32) -> Option<Found> {
+    pub(super) fn renew(&self, key: &Key, now: u32) -> Option<Found> {
         self.slot_of(key).map(|slot| self.renew_slot(slot, now))
     }
 
     /// The digest of the newest entry whose key equals `like` apart from the size. This does not count as a use.
-    pub fn find_by_hash(&self, like: &Key) -> Option<Digest> {
+    pub(super) fn find_by_hash(&self, like: &Key) -> Option<Digest> {
         self.alike(like).max_by_key(|entry| entry.generation).map(|entry| entry.key.digest)
     }
 
     /// Looks an entry up, counts it as used, and keeps it from eviction until [`Index::release`].
-    pub fn lease(&self, key: &Key, now: u32) -> Option<Found> {
+    pub(super) fn lease(&self, key: &Key, now: u32) -> Option<Found> {
         let slot = self.slot_of(key)?;
         let entry = &self.entries[slot as usize];
         if entry.leases.fetch_add(1, Relaxed) == 0 {
@@ -159,7 +159,7 @@ impl Index {
 
     /// Ends a lease. The end of an entry's last lease is a use. Does nothing if the entry was removed meanwhile. Returns
     /// whether the entry needs [`Index::settle`].
-    pub fn release(&self, at: EntryRef) -> bool {
+    pub(super) fn release(&self, at: EntryRef) -> bool {
         let Some(entry) = self.live(at) else { return false };
         match entry.leases.fetch_update(Relaxed, Relaxed, |leases| leases.checked_sub(1)) {
             Ok(1) => {
@@ -171,7 +171,7 @@ impl Index {
     }
 
     /// Moves an entry that was used to the head of the list, unless that was done already.
-    pub fn settle(&mut self, at: EntryRef) {
+    pub(super) fn settle(&mut self, at: EntryRef) {
         if self.live(at).is_some_and(Entry::is_unsettled) {
             self.move_to_head(at.slot);
         }
@@ -181,7 +181,7 @@ impl Index {
     ///
     /// # Errors
     /// [`Shortage`] when leases and other reservations leave too little room. Nothing is evicted then.
-    pub fn reserve(&mut self, wanted: u64) -> Result<Grant, Shortage> {
+    pub(super) fn reserve(&mut self, wanted: u64) -> Result<Grant, Shortage> {
         self.check_fit(wanted, 0)?;
         let Totals { used, reserved, limit, .. } = self.totals;
         let mut victims = Vec::new();
@@ -196,7 +196,7 @@ impl Index {
     }
 
     /// Whether `wanted` bytes are free without evicting anything.
-    pub fn has_room(&self, wanted: u64) -> bool {
+    pub(super) fn has_room(&self, wanted: u64) -> bool {
         let Totals { used, reserved, limit, .. } = self.totals;
         limit.saturating_sub(used).saturating_sub(reserved) >= wanted
     }
@@ -206,19 +206,19 @@ impl Index {
     ///
     /// # Errors
     /// [`Shortage`] if they could not.
-    pub fn check_fit(&self, wanted: u64, revocable: u64) -> Result<(), Shortage> {
+    pub(super) fn check_fit(&self, wanted: u64, revocable: u64) -> Result<(), Shortage> {
         let Totals { leased, reserved, limit, .. } = self.totals();
         let free = limit.saturating_sub(leased).saturating_sub(reserved.saturating_sub(revocable));
         if free >= wanted { Ok(()) } else { Err(Shortage { wanted, leased, reserved, limit }) }
     }
 
     /// Ends a reservation, or what is left of one.
-    pub fn unreserve(&mut self, bytes: u64) {
+    pub(super) fn unreserve(&mut self, bytes: u64) {
         self.totals.reserved = self.totals.reserved.saturating_sub(bytes);
     }
 
     /// Ends a reservation whose bytes are already on disk and are going to be deleted.
-    pub fn forfeit(&mut self, bytes: u64) {
+    pub(super) fn forfeit(&mut self, bytes: u64) {
         self.unreserve(bytes);
         self.count_evicted(bytes);
     }
@@ -226,7 +226,7 @@ impl Index {
     /// Makes a file visible that was written under a reservation of at least `bytes`. A result replaces an earlier one (AC-08).
     /// If the blob or form is already stored, the new file is superfluous (BS-28). The caller deletes the file that is
     /// returned.
-    pub fn commit(&mut self, file: FileId, bytes: u64, stamp: Stamp, now: u32) -> Option<Victim> {
+    pub(super) fn commit(&mut self, file: FileId, bytes: u64, stamp: Stamp, now: u32) -> Option<Victim> {
         self.unreserve(bytes);
         let existing = self.slot_of(&file.key);
         match (existing, file.key.kind) {
@@ -251,7 +251,7 @@ impl Index {
 
     /// Adds a file that was found at start. If there are two files for one entry, the later one stays and the other is
     /// returned.
-    pub fn recover(&mut self, file: FileId, bytes: u64, touched: u32) -> Option<Victim> {
+    pub(super) fn recover(&mut self, file: FileId, bytes: u64, touched: u32) -> Option<Victim> {
         let loser = match self.slot_of(&file.key) {
             Some(slot) if self.entries[slot as usize].generation > file.generation => {
                 self.count_evicted(bytes);
@@ -265,7 +265,7 @@ impl Index {
     }
 
     /// Sorts recovered entries by their recorded use.
-    pub fn finish_recovery(&mut self) {
+    pub(super) fn finish_recovery(&mut self) {
         let mut order: Vec<(u32, u32)> = Vec::with_capacity(self.table.len());
         order
             .extend(self.table.iter().map(|&slot| (self.entries[slot as usize].touched.load(Relaxed), slot)));
@@ -277,40 +277,40 @@ impl Index {
     }
 
     /// Records the stamp at which the content of a file was verified.
-    pub fn trust(&mut self, at: EntryRef, stamp: Stamp) {
+    pub(super) fn trust(&mut self, at: EntryRef, stamp: Stamp) {
         if let Some(entry) = self.live_mut(at) {
             entry.stamp = stamp;
         }
     }
 
     /// The stamp of an entry that is still there.
-    pub fn stamp(&self, at: EntryRef) -> Option<Stamp> {
+    pub(super) fn stamp(&self, at: EntryRef) -> Option<Stamp> {
         self.live(at).map(|entry| entry.stamp)
     }
 
     /// Updates a stamp after a change that left the file's content as it was. Does nothing if the stamp is no longer `before`.
-    pub fn follow(&mut self, at: EntryRef, before: Stamp, after: Stamp) {
+    pub(super) fn follow(&mut self, at: EntryRef, before: Stamp, after: Stamp) {
         if let Some(entry) = self.live_mut(at).filter(|entry| entry.stamp == before) {
             entry.stamp = after;
         }
     }
 
     /// Hides an entry whose file turned out to be damaged or gone: look-ups no longer find it. [`Index::remove`] has to follow.
-    pub fn condemn(&self, at: EntryRef) {
+    pub(super) fn condemn(&self, at: EntryRef) {
         if let Some(entry) = self.live(at) {
             entry.condemned.store(true, Relaxed);
         }
     }
 
     /// Drops an entry whose file turned out to be damaged or gone, leased or not.
-    pub fn remove(&mut self, at: EntryRef) -> Option<Victim> {
+    pub(super) fn remove(&mut self, at: EntryRef) -> Option<Victim> {
         self.live(at)?;
         Some(self.remove_slot(at.slot))
     }
 
     /// Evicts ahead of need: once the high-water mark is passed, down to the low-water mark, at most `max` entries per call.
     /// Call it again until it returns nothing.
-    pub fn trim(&mut self, max: usize) -> Vec<Victim> {
+    pub(super) fn trim(&mut self, max: usize) -> Vec<Victim> {
         let Totals { used, reserved, .. } = self.totals;
         self.trimming |= used.saturating_add(reserved) > self.high_water;
         let mut victims = Vec::new();
@@ -323,7 +323,7 @@ impl Index {
 
     /// Evicts the least recently used entries until at least `bytes` bytes and `entries` entries are evicted, at most `max`
     /// entries.
-    pub fn evict(&mut self, bytes: u64, entries: u64, max: usize) -> Vec<Victim> {
+    pub(super) fn evict(&mut self, bytes: u64, entries: u64, max: usize) -> Vec<Victim> {
         let (mut victims, mut evicted) = (Vec::new(), 0u64);
         while (evicted < bytes || (victims.len() as u64) < entries)
             && victims.len() < max
@@ -337,7 +337,7 @@ impl Index {
     }
 
     /// Records that evicted or replaced files of this many bytes are deleted.
-    pub fn deleted(&mut self, bytes: u64) {
+    pub(super) fn deleted(&mut self, bytes: u64) {
         self.totals.deleting = self.totals.deleting.saturating_sub(bytes);
         self.deleted_ever += bytes;
     }

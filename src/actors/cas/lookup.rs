@@ -21,7 +21,7 @@ use tokio::task;
 
 /// The answer of [`Cas::locate`], in the order of the digests. The empty blob has no file and is never found.
 #[derive(Debug)]
-pub struct Located {
+pub(super) struct Located {
     pub found: Vec<Option<Found>>,
     /// Their zstd forms, if those were asked for.
     pub zstd: Vec<Option<Found>>,
@@ -31,7 +31,7 @@ pub struct Located {
 
 /// The purpose of a look-up, which decides what is leased.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
+pub(super) enum Purpose {
     /// To learn whether a blob is stored, or to read it at once. No lease.
     Look,
     /// To read the blob, under a lease.

@@ -19,7 +19,7 @@ const SHARDS: usize = 8;
 const LARGEST_PART: usize = 4;
 
 /// A bounded cache; see the module documentation.
-pub struct Memo<K, V> {
+pub(super) struct Memo<K, V> {
     shards: Vec<Mutex<Shard<K, V>>>,
     hasher: RandomState,
     budget: usize,
@@ -33,7 +33,7 @@ struct Shard<K, V> {
 
 impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
     /// An empty memo that holds at most about `budget` bytes.
-    pub fn new(budget: usize) -> Self {
+    pub(super) fn new(budget: usize) -> Self {
         let shard = || Shard { young: HashMap::default(), old: HashMap::default(), young_weight: 0 };
         Self {
             shards: (0..SHARDS).map(|_| Mutex::new(shard())).collect(),
@@ -43,7 +43,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
     }
 
     /// The value of a key, if it is cached.
-    pub fn get(&self, key: &K) -> Option<V> {
+    pub(super) fn get(&self, key: &K) -> Option<V> {
         let mut shard = self.shard(key);
         if let Some((value, _)) = shard.young.get(key) {
             return Some(value.clone());
@@ -54,7 +54,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
     }
 
     /// Caches a value that takes about `weight` bytes.
-    pub fn insert(&self, key: K, value: V, weight: usize) {
+    pub(super) fn insert(&self, key: K, value: V, weight: usize) {
         if weight <= self.budget / LARGEST_PART / SHARDS {
             let mut shard = self.shard(&key);
             shard.old.remove(&key);

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 /// The answer of [`super::client::Cas::prepare`].
-pub struct Prepared {
+pub(super) struct Prepared {
     /// The blobs that are not stored.
     pub absent: Vec<Digest>,
     /// Room for all absent blobs.

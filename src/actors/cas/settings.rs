@@ -34,159 +34,159 @@ impl StoreSettings {
 
 /// Blobs up to this size are read in one piece and hashed at every read. At this size, hashing costs about as much as the rest
 /// of the request (50 us).
-pub const SMALL_BLOB_BYTES: u64 = 64 * 1024;
+pub(super) const SMALL_BLOB_BYTES: u64 = 64 * 1024;
 
 /// Bound on the time to look an action up: one index look-up and two small blobs.
-pub const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The largest Action or Command message that is read. Those of real builds are below 1 MiB.
-pub const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
+pub(super) const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Bound on the memory of a decoded Action or Command. A system takes at most a few hundred thousand arguments.
-pub const MAX_ACTION_MEMORY: u64 = 64 * 1024 * 1024;
+pub(super) const MAX_ACTION_MEMORY: u64 = 64 * 1024 * 1024;
 
 /// The memory that the largest stored message takes while it is read and decoded.
-pub const LARGEST_DECODED: u64 = MAX_DIRECTORY_BYTES + MAX_MESSAGE_MEMORY;
+pub(super) const LARGEST_DECODED: u64 = MAX_DIRECTORY_BYTES + MAX_MESSAGE_MEMORY;
 
 /// Memory for stored messages that are being read and decoded: enough for the largest one twice, so that one peer leaves room
 /// for the others.
-pub const DECODED: Bounds = Bounds {
+pub(super) const DECODED: Bounds = Bounds {
     what: "bytes of stored messages that are being decoded",
     total: 2 * LARGEST_DECODED,
     connection: LARGEST_DECODED,
 };
 
 /// Bound on the memory of directories that are read in one job.
-pub const DIRECTORIES_AT_ONCE: u64 = 64 * 1024 * 1024;
+pub(super) const DIRECTORIES_AT_ONCE: u64 = 64 * 1024 * 1024;
 
 /// Memory of the decoded directories of one tree up to which it does not count as large: those of about 100,000 files.
-pub const SMALL_TREE_BYTES: usize = 24 * 1024 * 1024;
+pub(super) const SMALL_TREE_BYTES: usize = 24 * 1024 * 1024;
 
 /// Large trees that are walked at the same time; others wait. One peer gets one of the two.
-pub const LARGE_TREES_MAX: u64 = 2;
+pub(super) const LARGE_TREES_MAX: u64 = 2;
 
 /// Maximum number of blobs that one result may refer to.
-pub const MAX_REFERENCES: usize = 2_000_000;
+pub(super) const MAX_REFERENCES: usize = 2_000_000;
 
 /// The largest Tree message that is read to check a result: about 500,000 files. A result with a larger one is a miss.
-pub const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
+pub(super) const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Results whose blobs are hashed at the same time because they were not read since the start; other look-ups of such results
 /// wait. Each check reads from the disk as fast as it can. One peer gets all but one.
-pub const RESULT_CHECKS_MAX: u64 = 4;
+pub(super) const RESULT_CHECKS_MAX: u64 = 4;
 
 /// Large blobs that are hashed at the same time before their first byte is served, because they were not read since the start;
 /// other readers of such blobs wait. Each keeps a thread busy for as long as the disk needs. One peer gets 14 of them.
-pub const COLD_READS_MAX: u64 = 16;
+pub(super) const COLD_READS_MAX: u64 = 16;
 
 /// How often an upload of a blob that is already stored re-checks the stored file. Each check that finds a damaged file drops
 /// it.
-pub const SOUND_TRIES: usize = 4;
+pub(super) const SOUND_TRIES: usize = 4;
 
 /// How often a look-up of a result starts again because the result was replaced before its file could be read. Even two retries
 /// take two updates within microseconds. After this many the answer is a miss, so that every look-up ends.
-pub const RESULT_READ_TRIES: usize = 16;
+pub(super) const RESULT_READ_TRIES: usize = 16;
 
 /// Memory for decoded directories, so that the actions of a build do not each decode their input roots.
-pub const DIRECTORY_MEMO_BYTES: usize = 64 * 1024 * 1024;
+pub(super) const DIRECTORY_MEMO_BYTES: usize = 64 * 1024 * 1024;
 
 /// Memory for input roots that were walked and wait for their worker. A root above 4 MiB, about 20,000 files, is not cached and
 /// is built again from its decoded directories.
-pub const INPUT_ROOT_MEMO_BYTES: usize = 128 * 1024 * 1024;
+pub(super) const INPUT_ROOT_MEMO_BYTES: usize = 128 * 1024 * 1024;
 
 /// Memory for parsed actions. An action is looked up once or twice within a short time.
-pub const ACTION_MEMO_BYTES: usize = 16 * 1024 * 1024;
+pub(super) const ACTION_MEMO_BYTES: usize = 16 * 1024 * 1024;
 
 /// Blobs up to this size are cached when they are written: Actions, Commands and Directories are read right after their upload,
 /// and almost all of them are smaller.
-pub const RECENT_BLOB_BYTES: usize = 4 * 1024;
+pub(super) const RECENT_BLOB_BYTES: usize = 4 * 1024;
 
 /// Memory for such blobs: enough for the actions of a few thousand queued operations.
-pub const RECENT_MEMO_BYTES: usize = 16 * 1024 * 1024;
+pub(super) const RECENT_MEMO_BYTES: usize = 16 * 1024 * 1024;
 
 /// Memory for decoded results with their reference lists.
-pub const RESULT_MEMO_BYTES: usize = 32 * 1024 * 1024;
+pub(super) const RESULT_MEMO_BYTES: usize = 32 * 1024 * 1024;
 
 /// Entries that are looked up before a call yields its thread (about 0.1 ms).
-pub const LOOKUPS_PER_TURN: usize = 1_024;
+pub(super) const LOOKUPS_PER_TURN: usize = 1_024;
 
 /// Entries that are looked up under one hold of the index's lock, during which the actor cannot change it.
-pub const LOOKUPS_PER_HOLD: usize = 256;
+pub(super) const LOOKUPS_PER_HOLD: usize = 256;
 
 /// Notes of look-ups, of either kind, after which the actor is woken.
-pub const NOTES_BATCH: usize = 1_024;
+pub(super) const NOTES_BATCH: usize = 1_024;
 
 /// Maximum number of notes of look-ups, of either kind, that are kept for the actor.
-pub const NOTES_MAX: usize = 64 * 1_024;
+pub(super) const NOTES_MAX: usize = 64 * 1_024;
 
 /// Entries that are evicted ahead of need in one step.
-pub const TRIM_BATCH: usize = 1_024;
+pub(super) const TRIM_BATCH: usize = 1_024;
 
 /// Entries that are evicted in one step to relieve a full disk.
-pub const RELIEF_BATCH: usize = 16_384;
+pub(super) const RELIEF_BATCH: usize = 16_384;
 
 /// How long an action that failed for lack of disk space waits until the files of evicted entries are deleted.
-pub const RELIEF_WAIT: Duration = Duration::from_secs(5);
+pub(super) const RELIEF_WAIT: Duration = Duration::from_secs(5);
 
 /// How often such an action checks whether it was cancelled.
-pub const RELIEF_POLL: Duration = Duration::from_millis(20);
+pub(super) const RELIEF_POLL: Duration = Duration::from_millis(20);
 
 /// Minimum interval between log lines about a disk that is full of other data.
-pub const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
+pub(super) const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Room for an upload is reserved at most this much ahead of its bytes.
-pub const ROOM_STEP_BYTES: u64 = 1024 * 1024;
+pub(super) const ROOM_STEP_BYTES: u64 = 1024 * 1024;
 
 /// Room that is reserved by one message; for more, other messages are handled in between. Evicting as many entries of 4 KiB
 /// (8,192) takes a few milliseconds.
-pub const RESERVE_STEP_BYTES: u64 = 32 * 1024 * 1024;
+pub(super) const RESERVE_STEP_BYTES: u64 = 32 * 1024 * 1024;
 
 /// Room for the outputs of an action is reserved at most this much ahead of storing them. They are already on disk.
-pub const ROOM_AHEAD_BYTES: u64 = 64 * 1024 * 1024;
+pub(super) const ROOM_AHEAD_BYTES: u64 = 64 * 1024 * 1024;
 
 /// The least room that a worker reserves at a time: enough for the logs, outputs and result of a small action, so that they
 /// cost one message. Unused room is given back when the action ends.
-pub const RUN_ROOM_BYTES: u64 = 256 * 1024;
+pub(super) const RUN_ROOM_BYTES: u64 = 256 * 1024;
 
 /// In a small store, a worker reserves at most `1 / RUN_ROOM_PART` of it at a time instead.
-pub const RUN_ROOM_PART: u64 = 10_000;
+pub(super) const RUN_ROOM_PART: u64 = 10_000;
 
 /// Maximum number of files that become visible together, in about a millisecond. A larger batch becomes visible in parts.
-pub const FILES_PER_COMMIT: usize = 4_096;
+pub(super) const FILES_PER_COMMIT: usize = 4_096;
 
 /// Broken uploads that are kept. Above this, the oldest one of the peer with the most is discarded. Each holds a file open, and
 /// a process may open 1,024 by default.
-pub const MAX_PARTIAL_UPLOADS: usize = 256;
+pub(super) const MAX_PARTIAL_UPLOADS: usize = 256;
 
 /// How far hashing and writing may be behind the network, per upload: half of it being written, half waiting.
-pub const UPLOAD_BUFFER_BYTES: usize = 4 * 1024 * 1024;
+pub(super) const UPLOAD_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 
 /// Memory for compressed small blobs: those of a few thousand batch reads.
-pub const PACKED_MEMO_BYTES: usize = 32 * 1024 * 1024;
+pub(super) const PACKED_MEMO_BYTES: usize = 32 * 1024 * 1024;
 
 /// Memory for the record of which larger blobs were read compressed, at [`ZSTD_HISTORY_WEIGHT`] each.
-pub const ZSTD_HISTORY_BYTES: usize = 8 * 1024 * 1024;
+pub(super) const ZSTD_HISTORY_BYTES: usize = 8 * 1024 * 1024;
 
 /// Memory for the record of one blob.
-pub const ZSTD_HISTORY_WEIGHT: usize = 128;
+pub(super) const ZSTD_HISTORY_WEIGHT: usize = 128;
 
 /// A blob larger than `1 / ZSTD_FORM_PART` of the store gets no zstd form: it would push out too much.
-pub const ZSTD_FORM_PART: u64 = 16;
+pub(super) const ZSTD_FORM_PART: u64 = 16;
 
 /// Making a form is given up after this many bytes of the blob if nothing was saved by then.
-pub const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
+pub(super) const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
 
 /// How often uses are written to disk and broken uploads are checked.
-pub const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
+pub(super) const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Messages that may wait for the actor before senders have to wait.
-pub const MAILBOX_CAPACITY: usize = 1_024;
+pub(super) const MAILBOX_CAPACITY: usize = 1_024;
 
 /// How long an upload for which there is no room waits for another client's upload of the same blob.
-pub const TWIN_WAIT: Duration = Duration::from_secs(300);
+pub(super) const TWIN_WAIT: Duration = Duration::from_secs(300);
 
 /// How long such an upload waits for the next byte of the other one. After either time it starts and takes what room there is.
-pub const TWIN_STALL: Duration = Duration::from_secs(10);
+pub(super) const TWIN_STALL: Duration = Duration::from_secs(10);
 
 /// How long a client that resumes an upload waits until its own earlier stream has ended.
-pub const PARK_WAIT: Duration = Duration::from_secs(2);
+pub(super) const PARK_WAIT: Duration = Duration::from_secs(2);

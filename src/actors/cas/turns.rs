@@ -11,10 +11,10 @@ use std::{
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
 /// The locks of the keys in use.
-pub struct Turns<K>(Mutex<HashMap<K, Weak<AsyncMutex<()>>>>);
+pub(super) struct Turns<K>(Mutex<HashMap<K, Weak<AsyncMutex<()>>>>);
 
 /// The exclusive right to work on a key, while this is held.
-pub type Turn = OwnedMutexGuard<()>;
+pub(super) type Turn = OwnedMutexGuard<()>;
 
 impl<K> Default for Turns<K> {
     fn default() -> Self {
@@ -24,12 +24,12 @@ impl<K> Default for Turns<K> {
 
 impl<K: Hash + Eq> Turns<K> {
     /// Waits until nobody works on this key.
-    pub async fn take(&self, key: K) -> Turn {
+    pub(super) async fn take(&self, key: K) -> Turn {
         self.line(key).lock_owned().await
     }
 
     /// The turn, if nobody works on this key.
-    pub fn take_now(&self, key: K) -> Option<Turn> {
+    pub(super) fn take_now(&self, key: K) -> Option<Turn> {
         self.line(key).try_lock_owned().ok()
     }
 

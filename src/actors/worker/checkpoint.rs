@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 /// The bounds of one step of a run.
 #[derive(Debug)]
-pub struct Checkpoint<'a> {
+pub(super) struct Checkpoint<'a> {
     cancel: &'a CancelToken,
     step: &'static str,
     limit: Duration,
@@ -15,7 +15,7 @@ pub struct Checkpoint<'a> {
 
 impl<'a> Checkpoint<'a> {
     /// For a step that may take `limit` from now; `step` completes "... took longer than".
-    pub fn new(cancel: &'a CancelToken, step: &'static str, limit: Duration) -> Self {
+    pub(super) fn new(cancel: &'a CancelToken, step: &'static str, limit: Duration) -> Self {
         // A limit beyond the clock's range is no limit.
         Self { cancel, step, limit, deadline: Instant::now().checked_add(limit) }
     }
@@ -25,7 +25,7 @@ impl<'a> Checkpoint<'a> {
     /// # Errors
     /// `Cancelled`, or `Unavailable` once the step took too long: not `DeadlineExceeded`, which clients take for the timeout
     /// of the command (EXE-45).
-    pub fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         if self.cancel.is_cancelled() {
             return Err(cancelled());
         }
@@ -40,6 +40,6 @@ impl<'a> Checkpoint<'a> {
 }
 
 /// The error of a run that was told to stop.
-pub fn cancelled() -> Error {
+pub(super) fn cancelled() -> Error {
     Error::Cancelled("the action was cancelled".into())
 }

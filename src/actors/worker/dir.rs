@@ -15,16 +15,16 @@ use std::{ffi::OsStr, fs::File, io, os::fd::AsRawFd as _, os::unix::ffi::OsStrEx
 const KEPT_OPEN: usize = 8;
 
 /// Which file a directory entry means: (device, inode).
-pub type FileId = (u64, u64);
+pub(super) type FileId = (u64, u64);
 
 /// The identity in a stat.
 #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
-pub fn file_id(stat: &Stat) -> FileId {
+pub(super) fn file_id(stat: &Stat) -> FileId {
     (stat.st_dev as u64, stat.st_ino as u64)
 }
 
 /// The type in a stat.
-pub fn file_type(stat: &Stat) -> FileType {
+pub(super) fn file_type(stat: &Stat) -> FileType {
     FileType::from_raw_mode(stat.st_mode)
 }
 
@@ -32,7 +32,7 @@ pub fn file_type(stat: &Stat) -> FileType {
 ///
 /// # Errors
 /// Those of openat2(2).
-pub fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
+pub(super) fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     open2(parent, name, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV)
 }
@@ -42,7 +42,7 @@ pub fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
 ///
 /// # Errors
 /// Those of openat2(2); `EXDEV` for a mount point.
-pub fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, Stat)> {
+pub(super) fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, Stat)> {
     let opened = match open_dir(parent, name) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             let before = stat_at(parent, name)?;
@@ -65,7 +65,7 @@ pub fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, Stat)> 
 ///
 /// # Errors
 /// Those of openat2(2).
-pub fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
+pub(super) fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     match open2(parent, name, flags, resolve) {
@@ -82,7 +82,7 @@ pub fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
 ///
 /// # Errors
 /// `EXDEV` when a link leads out of `root`; else those of openat2(2).
-pub fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
+pub(super) fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     open2(root, path.as_os_str(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, resolve)
 }
@@ -91,7 +91,7 @@ pub fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
 ///
 /// # Errors
 /// Those of fstatat(2).
-pub fn stat_at(parent: &File, name: &OsStr) -> io::Result<Stat> {
+pub(super) fn stat_at(parent: &File, name: &OsStr) -> io::Result<Stat> {
     Ok(rfs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
@@ -99,7 +99,7 @@ pub fn stat_at(parent: &File, name: &OsStr) -> io::Result<Stat> {
 ///
 /// # Errors
 /// When it is a link, is not ours, or is gone.
-pub fn grant(parent: &File, name: &OsStr, bits: Mode) -> io::Result<()> {
+pub(super) fn grant(parent: &File, name: &OsStr, bits: Mode) -> io::Result<()> {
     // An O_PATH handle needs no permission on the thing itself, and its /proc name means that very inode.
     let handle = rfs::openat(parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     let stat = rfs::fstat(&handle)?;
@@ -126,20 +126,20 @@ fn open2(parent: &File, path: &OsStr, flags: OFlags, resolve: ResolveFlags) -> i
 ///
 /// # Errors
 /// Those of getdents(2), in the place where they occur.
-pub fn entries(dir: &File) -> io::Result<impl Iterator<Item = io::Result<rfs::DirEntry>>> {
+pub(super) fn entries(dir: &File) -> io::Result<impl Iterator<Item = io::Result<rfs::DirEntry>>> {
     Ok(rfs::Dir::read_from(dir)?
         .filter(|entry| !matches!(entry, Ok(e) if matches!(e.file_name().to_bytes(), b"." | b"..")))
         .map(|entry| Ok(entry?)))
 }
 
 /// The name of a directory entry.
-pub fn entry_name(entry: &rfs::DirEntry) -> &OsStr {
+pub(super) fn entry_name(entry: &rfs::DirEntry) -> &OsStr {
     OsStr::from_bytes(entry.file_name().to_bytes())
 }
 
 /// A position in a tree of directories.
 #[derive(Debug)]
-pub struct Cursor {
+pub(super) struct Cursor {
     levels: Vec<Level>,
 }
 
@@ -155,7 +155,7 @@ impl Cursor {
     ///
     /// # Errors
     /// Those of fstat(2).
-    pub fn new(top: File) -> io::Result<Self> {
+    pub(super) fn new(top: File) -> io::Result<Self> {
         let stat = rfs::fstat(&top)?;
         Ok(Self { levels: vec![Level::new(top, &stat)] })
     }
@@ -164,12 +164,12 @@ impl Cursor {
     ///
     /// # Errors
     /// None in practice; the current directory is always open.
-    pub fn here(&self) -> io::Result<&File> {
+    pub(super) fn here(&self) -> io::Result<&File> {
         self.levels.last().and_then(|level| level.open.as_ref()).ok_or_else(|| Errno::BADF.into())
     }
 
     /// Permission bits that the current directory had when it was entered.
-    pub fn mode(&self) -> Mode {
+    pub(super) fn mode(&self) -> Mode {
         self.levels.last().map_or(Mode::empty(), |level| level.mode)
     }
 
@@ -177,7 +177,7 @@ impl Cursor {
     ///
     /// # Errors
     /// Those of openat2(2); `EXDEV` for a mount point.
-    pub fn down(&mut self, name: &OsStr) -> io::Result<()> {
+    pub(super) fn down(&mut self, name: &OsStr) -> io::Result<()> {
         let (open, stat) = open_accessible(self.here()?, name)?;
         self.levels.push(Level::new(open, &stat));
         if let Some(far) = self.levels.len().checked_sub(KEPT_OPEN + 1) {
@@ -190,7 +190,7 @@ impl Cursor {
     ///
     /// # Errors
     /// When that is not the directory it came from any more.
-    pub fn up(&mut self) -> io::Result<()> {
+    pub(super) fn up(&mut self) -> io::Result<()> {
         let Some(left) = self.levels.pop() else { return Err(Errno::NOENT.into()) };
         let Some(parent) = self.levels.last_mut() else { return Err(Errno::NOENT.into()) };
         if parent.open.is_none() {

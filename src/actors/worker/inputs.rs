@@ -46,7 +46,12 @@ pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec:
 /// # Errors
 /// Those of the store; of the checkpoint between two files; `Invalid` when a link or file of the tree is in the way of the
 /// working directory or of an output's parent, or a mode in that of the command.
-pub fn place(inputs: &dyn Inputs, root: &File, command: &Command, checkpoint: &Checkpoint) -> Result<()> {
+pub(super) fn place(
+    inputs: &dyn Inputs,
+    root: &File,
+    command: &Command,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
     let has_modes = write_tree(inputs, root, checkpoint)?;
     make_directories(root, &command.working_directory, "the working directory")?;
     let mut made = HashSet::new();

@@ -4,8 +4,8 @@
 //! output is that of the node itself: a symbolic link is reported and never followed, and the way to an output may only use
 //! links that stay in the input root. What kind of thing an outside target is, is not looked at either.
 
-pub mod encode;
-pub mod scan;
+pub(super) mod encode;
+pub(super) mod scan;
 
 use super::{
     checkpoint::Checkpoint,
@@ -32,7 +32,7 @@ const MAX_TARGET_BYTES: usize = 4_096;
 
 /// Mode and time of a node when it was looked at.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Seen {
+pub(super) struct Seen {
     /// `st_mode`.
     pub mode: u32,
     /// Time of the last change of the content.
@@ -41,14 +41,14 @@ pub struct Seen {
 
 impl Seen {
     /// Whether its owner may run it (EXE-54).
-    pub fn is_executable(&self) -> bool {
+    pub(super) fn is_executable(&self) -> bool {
         self.mode & Mode::XUSR.bits() != 0
     }
 }
 
 /// Which properties the command wants with its outputs (EXE-63).
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Reported {
+pub(super) struct Reported {
     /// Times.
     pub mtime: bool,
     /// Permission bits.
@@ -57,7 +57,7 @@ pub struct Reported {
 
 impl Reported {
     /// Properties of a file or directory; `None` when none is wanted.
-    pub fn of(self, seen: &Seen) -> Option<reapi::NodeProperties> {
+    pub(super) fn of(self, seen: &Seen) -> Option<reapi::NodeProperties> {
         (self.mtime || self.unix_mode).then(|| reapi::NodeProperties {
             properties: Vec::new(),
             mtime: self.mtime.then_some(seen.mtime),
@@ -66,7 +66,7 @@ impl Reported {
     }
 
     /// Properties of a link, which has no permission bits of its own.
-    pub fn of_link(self, seen: &Seen) -> Option<reapi::NodeProperties> {
+    pub(super) fn of_link(self, seen: &Seen) -> Option<reapi::NodeProperties> {
         Self { unix_mode: false, ..self }.of(seen)
     }
 }
@@ -83,7 +83,7 @@ enum Found {
 ///
 /// # Errors
 /// `Precondition` naming an output that cannot be one; those of the store; those of the checkpoint between two files.
-pub fn collect(
+pub(super) fn collect(
     root: &File,
     action: &Action,
     batch: &mut dyn Outputs,
@@ -115,7 +115,7 @@ pub fn collect(
 ///
 /// # Errors
 /// None in practice.
-pub fn open_up(directory: &File) -> Result<Seen> {
+pub(super) fn open_up(directory: &File) -> Result<Seen> {
     let failed = |error: Errno| Error::io("open up the exec directory", &error.into());
     let stat = rfs::fstat(directory).map_err(failed)?;
     let mode = Mode::from_raw_mode(stat.st_mode);
@@ -280,7 +280,7 @@ impl Storing<'_> {
 ///
 /// # Errors
 /// `Precondition` when it is anything else; nothing blocks on a FIFO, no link is followed.
-pub fn open_regular(parent: &File, name: &str, path: &str) -> Result<File> {
+pub(super) fn open_regular(parent: &File, name: &str, path: &str) -> Result<File> {
     let failed = |error: io::Error| Error::io(&format!("read output \"{path}\""), &error);
     let file = match dir::open_file(parent, OsStr::new(name)) {
         Err(error) if Errno::from_io_error(&error) == Some(Errno::LOOP) => {

@@ -36,7 +36,7 @@ use std::{
 
 /// What earlier compressed reads of a blob have shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum History {
+pub(crate) enum History {
     /// It was read compressed.
     Read,
     /// It does not get smaller by compression.
@@ -45,19 +45,19 @@ pub enum History {
 
 /// The pool of encoders of a store. It never holds more than have worked at the same time.
 #[derive(Debug)]
-pub struct Encoders {
+pub(crate) struct Encoders {
     level: i32,
     idle: Mutex<Vec<Encoder>>,
 }
 
 impl Encoders {
     /// An empty pool.
-    pub fn new(level: i32) -> Self {
+    pub(crate) fn new(level: i32) -> Self {
         Self { level, idle: Mutex::default() }
     }
 
     /// Lends an encoder to `work`. The lock of the pool is not held while the encoder works.
-    pub fn with<T>(&self, work: impl FnOnce(&mut Encoder) -> Result<T>) -> Result<T> {
+    pub(crate) fn with<T>(&self, work: impl FnOnce(&mut Encoder) -> Result<T>) -> Result<T> {
         let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = idle().pop();
         let mut encoder = kept.map_or_else(|| Encoder::new(self.level), Ok)?;
@@ -69,7 +69,7 @@ impl Encoders {
 
 /// An open, verified form.
 #[derive(Debug)]
-pub struct Form {
+pub(crate) struct Form {
     /// The frames, without the table.
     pub frames: BlobReader,
     /// The table of the frames.
@@ -79,7 +79,7 @@ pub struct Form {
 impl Form {
     /// Opens a located form. Returns `None` when it turns out to be unusable, which is reported. Blocks, if need be for as long
     /// as decoding takes.
-    pub fn open(cas: &Cas, found: Found, lease: &Arc<Lease>) -> Option<Self> {
+    pub(crate) fn open(cas: &Cas, found: Found, lease: &Arc<Lease>) -> Option<Self> {
         // A damaged form is reported by the callee. Other errors, such as too many open files, say nothing about the form.
         let file = open(cas, &found).ok()?;
         let (table, stamp) = match known_stamp(cas, &found, &*file).ok()? {

@@ -39,7 +39,7 @@ pub struct FileId {
 
 /// A file that was evicted or replaced and is to be deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Victim {
+pub(crate) struct Victim {
     /// The file to delete.
     pub file: FileId,
     /// Bytes that it takes on disk.
@@ -78,7 +78,7 @@ impl Stamp {
 
 /// The result of a successful look-up.
 #[derive(Debug, Clone, Copy)]
-pub struct Found {
+pub(crate) struct Found {
     /// The entry.
     pub at: EntryRef,
     /// The file of the entry.
@@ -93,7 +93,7 @@ pub struct Found {
 
 /// Room that was reserved for a write.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Grant {
+pub(crate) struct Grant {
     /// Files that were evicted for it.
     pub victims: Vec<Victim>,
     /// The room is free once [`super::Index::bytes_deleted`] has reached this.

@@ -17,7 +17,7 @@ use gorego_reapi::{digest::Digest, error::Result, proto::reapi};
 use std::sync::Arc;
 
 /// The outcome of a look-up without reading files.
-pub enum ResultLookup {
+pub(crate) enum ResultLookup {
     /// The result is complete. Everything that it references was just renewed.
     Hit(Arc<reapi::ActionResult>),
     /// There is no complete result.

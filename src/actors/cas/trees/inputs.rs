@@ -48,7 +48,7 @@ pub(crate) struct Closure {
 
 impl Closure {
     /// The digests of all files in these directories.
-    pub fn files(&self) -> impl Iterator<Item = Digest> {
+    pub(crate) fn files(&self) -> impl Iterator<Item = Digest> {
         self.directories.values().flat_map(|directory| directory.files.iter().map(|file| file.digest))
     }
 

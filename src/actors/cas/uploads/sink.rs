@@ -18,7 +18,7 @@ use gorego_reapi::{
 use std::io;
 
 /// Blobs up to this size are decoded in memory, because hashing and writing them in one go is cheaper.
-pub const WHOLE_BYTES: u64 = 1024 * 1024;
+pub(crate) const WHOLE_BYTES: u64 = 1024 * 1024;
 
 /// The bytes of a blob as a client sends them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -156,7 +156,7 @@ impl Sink {
 ///
 /// # Errors
 /// `Invalid` when the bytes are not the blob (CAS-11, CAS-14).
-pub fn check_item(blob: Digest, payload: &Payload) -> Result<Bytes> {
+pub(crate) fn check_item(blob: Digest, payload: &Payload) -> Result<Bytes> {
     let bytes = match payload {
         Payload::Plain(bytes) => bytes.clone(),
         Payload::Zstd(stream) => decode_all(stream, blob.size())?.into(),
@@ -169,7 +169,7 @@ pub fn check_item(blob: Digest, payload: &Payload) -> Result<Bytes> {
 ///
 /// # Errors
 /// Those of [`check_item`].
-pub fn check_stream(blob: Digest, stream: &[u8]) -> Result<()> {
+pub(crate) fn check_stream(blob: Digest, stream: &[u8]) -> Result<()> {
     let (mut inflow, mut hasher) = (Inflow::Zstd(None), blob.hasher());
     inflow.take(stream, blob.size(), |piece| {
         hasher.update(piece);
@@ -181,6 +181,6 @@ pub fn check_stream(blob: Digest, stream: &[u8]) -> Result<()> {
 }
 
 /// The error for a write to the store that failed.
-pub fn failed(blob: Digest, error: &io::Error) -> Error {
+pub(crate) fn failed(blob: Digest, error: &io::Error) -> Error {
     Error::io(&format!("store blob {blob}"), error)
 }

@@ -22,20 +22,20 @@ use std::{
 };
 
 /// Longer than a tick of any kernel's clock (10 ms at 100 Hz).
-pub const COARSE_TICK: Duration = Duration::from_millis(20);
+pub(crate) const COARSE_TICK: Duration = Duration::from_millis(20);
 /// The fcntl(2) command of this name, which the libc crate lacks. It is the same on every architecture.
 const F_SETSIG: libc::c_int = 10;
 /// Pairs of changes that are compared to tell fine timestamps from coarse ones.
 const PROBES: usize = 8;
 
 /// The stamp in a file's metadata.
-pub fn stamp_of(metadata: &Metadata) -> Stamp {
+pub(crate) fn stamp_of(metadata: &Metadata) -> Stamp {
     let changed = metadata.ctime().saturating_mul(1_000_000_000).saturating_add(metadata.ctime_nsec());
     Stamp::new(metadata.ino(), changed)
 }
 
 /// The stamp if no later change can leave it as it is, otherwise [`Stamp::UNTRUSTED`].
-pub fn settled(stamp: Stamp, has_fine_times: bool, now: SystemTime) -> Stamp {
+pub(crate) fn settled(stamp: Stamp, has_fine_times: bool, now: SystemTime) -> Stamp {
     let nanos = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos();
     let age = nanos as i128 - i128::from(stamp.changed());
     if has_fine_times || age > COARSE_TICK.as_nanos() as i128 { stamp } else { Stamp::UNTRUSTED }
@@ -46,7 +46,7 @@ pub fn settled(stamp: Stamp, has_fine_times: bool, now: SystemTime) -> Stamp {
 ///
 /// # Errors
 /// Those of the file system.
-pub fn has_fine_change_times(directory: &Path) -> io::Result<bool> {
+pub(crate) fn has_fine_change_times(directory: &Path) -> io::Result<bool> {
     let path = directory.join("probe");
     let mut file = OpenOptions::new().write(true).create_new(true).open(&path)?;
     std::fs::remove_file(&path)?;
@@ -63,7 +63,7 @@ pub fn has_fine_change_times(directory: &Path) -> io::Result<bool> {
 
 /// Whether others may write a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Writers {
+pub(crate) enum Writers {
     /// Nobody has it open for writing, and nobody can open it for writing until the lease ends: with [`end_lease`], or when the
     /// file is closed.
     ShutOut,
@@ -74,7 +74,7 @@ pub enum Writers {
 }
 
 /// Takes a read lease on a file that is open for reading only. Fails if somebody has the file open for writing.
-pub fn lease(file: &File) -> Writers {
+pub(crate) fn lease(file: &File) -> Writers {
     // A process that opens the file for writing waits for the end of the lease, and this process gets a signal. It is set to
     // SIGURG, which is ignored by default; the default SIGIO would end the process. SAFETY: these commands take integers, and
     // the descriptor is open.
@@ -90,14 +90,14 @@ pub fn lease(file: &File) -> Writers {
 }
 
 /// Ends a lease, if there is one.
-pub fn end_lease(file: &File) {
+pub(crate) fn end_lease(file: &File) {
     // SAFETY: as in `lease`.
     let _ = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
 }
 
 /// Whether no process has this file open for writing. A writer could change it through a mapping without moving the change
 /// time. `file` must be open for reading only.
-pub fn nobody_writes(file: &File) -> bool {
+pub(crate) fn nobody_writes(file: &File) -> bool {
     let writers = lease(file);
     end_lease(file);
     writers != Writers::Present
@@ -108,7 +108,7 @@ pub fn nobody_writes(file: &File) -> bool {
 ///
 /// # Errors
 /// Those of `change`.
-pub fn change_unobserved(
+pub(crate) fn change_unobserved(
     file: &File,
     expected: Stamp,
     change: impl FnOnce() -> io::Result<()>,

@@ -20,7 +20,7 @@ use std::collections::HashMap;
 
 /// The distinct Directories of a tree, encoded: the root first, every parent before its children.
 #[derive(Debug)]
-pub struct Encoded {
+pub(crate) struct Encoded {
     /// Digest and bytes of each.
     pub directories: Vec<(Digest, Vec<u8>)>,
 }
@@ -30,7 +30,7 @@ impl Encoded {
     ///
     /// # Errors
     /// `Internal` when a file has no digest.
-    pub fn new(scan: &Scan, function: DigestFunction, reported: Reported) -> Result<Self> {
+    pub(crate) fn new(scan: &Scan, function: DigestFunction, reported: Reported) -> Result<Self> {
         let mut digests: Vec<Option<Digest>> = vec![None; scan.directories.len()];
         let mut position: HashMap<Digest, usize> = HashMap::new();
         let mut directories = Vec::new();
@@ -50,12 +50,12 @@ impl Encoded {
     }
 
     /// Digest of the root Directory.
-    pub fn root(&self) -> Option<Digest> {
+    pub(crate) fn root(&self) -> Option<Digest> {
         self.directories.first().map(|(digest, _)| *digest)
     }
 
     /// The Tree: the root with tag 1, then each further Directory with tag 2. An empty directory is `0a 00` (EXE-56).
-    pub fn tree(&self) -> Vec<u8> {
+    pub(crate) fn tree(&self) -> Vec<u8> {
         const ROOT: u32 = 1;
         const CHILDREN: u32 = 2;
         let mut tree = Vec::with_capacity(self.directories.iter().map(|(_, bytes)| bytes.len() + 8).sum());

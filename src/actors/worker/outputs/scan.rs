@@ -16,18 +16,18 @@ use rustix::fs::{FileType, Stat};
 use std::{ffi::OsStr, fs::File, io};
 
 /// Most nodes that the outputs of one action may have, all together. The same number bounds input roots.
-pub const MAX_OUTPUT_NODES: u64 = gorego_reapi::tree::MAX_TREE_NODES;
+pub(crate) const MAX_OUTPUT_NODES: u64 = gorego_reapi::tree::MAX_TREE_NODES;
 
 /// Most bytes that the names and link targets below the outputs of one action may have, all together: all of them are in
 /// memory at once. That is 128 for each node.
-pub const MAX_OUTPUT_NAME_BYTES: u64 = 128 * MAX_OUTPUT_NODES;
+pub(crate) const MAX_OUTPUT_NAME_BYTES: u64 = 128 * MAX_OUTPUT_NODES;
 
 /// Files take whole blocks on disk.
 const BLOCK_BYTES: u64 = 4_096;
 
 /// A file that was found.
 #[derive(Debug, Clone)]
-pub struct FoundFile {
+pub(crate) struct FoundFile {
     /// Name in its directory.
     pub name: String,
     /// Which file it is, under whatever name.
@@ -40,7 +40,7 @@ pub struct FoundFile {
 
 /// A symbolic link that was found.
 #[derive(Debug, Clone)]
-pub struct FoundLink {
+pub(crate) struct FoundLink {
     /// Name in its directory.
     pub name: String,
     /// Target, to the letter.
@@ -51,7 +51,7 @@ pub struct FoundLink {
 
 /// A directory that was found.
 #[derive(Debug, Clone)]
-pub struct FoundDirectory {
+pub(crate) struct FoundDirectory {
     /// Name in its parent; empty for the top.
     pub name: String,
     /// Mode and time.
@@ -66,14 +66,14 @@ pub struct FoundDirectory {
 
 /// A directory and all below it; the top comes first.
 #[derive(Debug, Clone)]
-pub struct Scan {
+pub(crate) struct Scan {
     /// Every directory, parents before children.
     pub directories: Vec<FoundDirectory>,
 }
 
 /// Counts nodes down from [`MAX_OUTPUT_NODES`] and their texts from [`MAX_OUTPUT_NAME_BYTES`], and sums up the files.
 #[derive(Debug)]
-pub struct NodeBudget {
+pub(crate) struct NodeBudget {
     nodes: u64,
     name_bytes: u64,
     bytes_on_disk: u64,
@@ -81,12 +81,12 @@ pub struct NodeBudget {
 
 impl NodeBudget {
     /// The whole budget.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { nodes: MAX_OUTPUT_NODES, name_bytes: MAX_OUTPUT_NAME_BYTES, bytes_on_disk: 0 }
     }
 
     /// What all files that were found take on disk, about.
-    pub fn bytes_on_disk(&self) -> u64 {
+    pub(crate) fn bytes_on_disk(&self) -> u64 {
         self.bytes_on_disk
     }
 
@@ -117,7 +117,7 @@ impl Scan {
     ///
     /// # Errors
     /// `Precondition` for anything that is not a file, directory or link, for names that are not UTF-8, and for too many nodes.
-    pub fn of(
+    pub(crate) fn of(
         top: File,
         seen: Seen,
         path: &str,
@@ -133,7 +133,7 @@ impl Scan {
     ///
     /// # Errors
     /// Those of `visit`, and those of walking.
-    pub fn revisit(
+    pub(crate) fn revisit(
         &mut self,
         top: File,
         path: &str,

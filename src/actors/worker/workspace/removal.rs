@@ -52,7 +52,7 @@ pub(super) struct Job {
 
 impl Job {
     /// Removes it here and now.
-    pub fn remove(self) {
+    pub(super) fn remove(self) {
         let Self { place, name, ticket } = self;
         if let Err(error) = remove(&place.handle, &name) {
             Event::warn("gorego::worker", DIRECTORY_NOT_REMOVED)
@@ -91,7 +91,7 @@ impl Drop for Ticket {
 
 impl Remover {
     /// Starts the thread, which first removes `leftovers`.
-    pub fn start(leftovers: Vec<Job>) -> Self {
+    pub(super) fn start(leftovers: Vec<Job>) -> Self {
         let (sender, jobs) = sync_channel::<Job>(REMOVAL_BACKLOG);
         let spawned = thread::Builder::new()
             .name("gorego-remover".into())
@@ -100,13 +100,13 @@ impl Remover {
     }
 
     /// A directory is about to be made.
-    pub fn ticket(&self) -> Ticket {
+    pub(super) fn ticket(&self) -> Ticket {
         *self.pending.count() += 1;
         Ticket(self.pending.clone())
     }
 
     /// Has a directory removed, in the background unless that is behind.
-    pub fn remove(&self, job: Job) {
+    pub(super) fn remove(&self, job: Job) {
         let refused = match &self.queue {
             Some(queue) => queue
                 .try_send(job)
@@ -120,7 +120,7 @@ impl Remover {
     }
 
     /// Waits until every directory of a run is gone, for `limit` at most; says how many are left.
-    pub fn wait(&self, limit: Duration) -> usize {
+    pub(super) fn wait(&self, limit: Duration) -> usize {
         let left = self.pending.fewer.wait_timeout_while(self.pending.count(), limit, |count| *count > 0);
         *left.unwrap_or_else(PoisonError::into_inner).0
     }

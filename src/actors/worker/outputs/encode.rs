@@ -1,7 +1,7 @@
-//! Writes a directory that was found down as Directory and Tree messages (EXE-55 to EXE-57). Pure.
+//! Encodes a scanned directory as Directory and Tree messages (EXE-55 to EXE-57). This file is pure.
 //!
-//! The same content gives the same bytes everywhere: entries are sorted, each distinct Directory appears once, and the order
-//! of the Directories follows from the content alone.
+//! The encoding is canonical: entries are sorted, each distinct Directory appears once, and the order of the Directories
+//! depends only on the content.
 
 use super::{
     Reported,
@@ -18,7 +18,7 @@ use prost::{
 };
 use std::collections::HashMap;
 
-/// The distinct Directories of a tree, encoded: the root first, every parent before its children.
+/// The distinct Directories of a tree in encoded form: the root first, every parent before its children.
 #[derive(Debug)]
 pub(crate) struct Encoded {
     /// Digest and bytes of each.
@@ -34,8 +34,8 @@ impl Encoded {
         let mut digests: Vec<Option<Digest>> = vec![None; scan.directories.len()];
         let mut position: HashMap<Digest, usize> = HashMap::new();
         let mut directories = Vec::new();
-        // Children have larger positions than their parents, so going backwards meets them first. A Directory is put down when
-        // it is first met, thus after all its children; the reverse of that order has all parents first.
+        // Children have larger positions than their parents, so the backward iteration visits them first. A Directory is
+        // appended when it is first visited, thus after all its children. The reverse of that order has all parents first.
         for (at, found) in scan.directories.iter().enumerate().rev() {
             let bytes = directory(found, scan, &digests, reported)?.encode_to_vec();
             let digest = function.digest(&bytes);

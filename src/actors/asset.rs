@@ -35,7 +35,7 @@ use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Message, Messa
 use bindings::{Binding, Bindings};
 use client::Assets;
 use download::Downloader;
-use flights::{Flights, Plan};
+use flights::{FlightPlan, Flights};
 use messages::{BindAsset, CloseAssets, JoinFlight, Joined, Landed, LookUpAsset};
 use origins::Origins;
 use outcome::Fetched;
@@ -82,7 +82,7 @@ pub struct AssetSettings {
 
 /// State shared by the actor, its flights and its handles.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct AssetShared {
     settings: Arc<AssetSettings>,
     cas: Cas,
     runtime: Handle,
@@ -110,14 +110,14 @@ pub struct AssetActor {
     /// The number of saves that were begun.
     saves: u64,
     flights: Flights,
-    shared: Arc<Shared>,
+    shared: Arc<AssetShared>,
 }
 
 impl AssetActor {
     /// Reads the bindings of an earlier run. Blocks. This process must already hold the lock on the store's directory.
     pub fn open(settings: AssetSettings, cas: Cas, runtime: Handle) -> Self {
         let settings = Arc::new(settings);
-        let shared = Shared {
+        let shared = AssetShared {
             downloader: Downloader::new(settings.clone()),
             runway: runway(settings.concurrency),
             file: BindingsFile::new(settings.file.clone()),
@@ -242,7 +242,8 @@ impl Receive<JoinFlight> for AssetActor {
             return MessageResult(Ok(Joined(outcome)));
         }
         let end = now + self.shared.settings.timeout;
-        let begun = self.flights.begin(key, Plan { asked_at, deadline, end, size: request.size(), caller });
+        let begun =
+            self.flights.begin(key, FlightPlan { asked_at, deadline, end, size: request.size(), caller });
         MessageResult(begun.map(|begun| {
             let joined = Joined(begun.outcome.clone());
             flight::launch(self.shared.clone(), ctx.address(), begun, request, asked_at);

@@ -60,10 +60,10 @@ use gorego_reapi::{
     error::{Error, Result},
     tree::Directory,
 };
-use guards::{Reservation, Room};
+use guards::{Reservation, UploadRoom};
 use index::{Index, Victim};
 use memo::Memo;
-use reply::Reply;
+use reply::StoreReply;
 use requests::*;
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -84,7 +84,7 @@ const LOG: &str = "gorego::cas";
 
 /// State shared by the actor and its handles: the view of the index, budgets, and caches of immutable values.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct StoreShared {
     settings: StoreSettings,
     /// The index of what is stored. Only the actor changes it.
     view: View,
@@ -127,7 +127,7 @@ pub(crate) struct Shared {
     relief_turn: tokio::sync::Mutex<()>,
 }
 
-impl Shared {
+impl StoreShared {
     /// Caches a blob that was checked and written, if it is small.
     fn remember(&self, instance: InstanceId, digest: Digest, pieces: &[Bytes]) {
         if digest.size() <= settings::RECENT_BLOB_BYTES as u64 {
@@ -147,7 +147,7 @@ const RECENT_OVERHEAD_BYTES: usize = 160;
 pub struct CasActor {
     mail: Mail,
     uploads: Uploads,
-    shared: Arc<Shared>,
+    shared: Arc<StoreShared>,
     /// Entries that were evicted before the actor started.
     over_limit: Vec<Victim>,
     /// The last [`Index::bytes_deleted`], for callers that wait for room.
@@ -176,7 +176,7 @@ impl CasActor {
         let mut index = recovery::recover(&*volume, settings.max_bytes);
         // If the limit was lowered since the last run, the store is brought within it before the first look-up.
         let over_limit = index.reserve(0)?.victims;
-        let shared = Shared {
+        let shared = StoreShared {
             view: View::new(index),
             volume,
             runtime,
@@ -193,7 +193,7 @@ impl CasActor {
             result_checks: Budget::new(places("results that are being checked", settings::RESULT_CHECKS_MAX)),
             cold_reads: Budget::new(places("blobs that are being hashed", settings::COLD_READS_MAX)),
             upload_budget: Budget::new(settings.upload_bounds()),
-            received: Budget::new(uploads::received::RECEIVED),
+            received: Budget::new(uploads::unwritten::RECEIVED),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
             large_trees: Budget::new(places("large trees", settings::LARGE_TREES_MAX)),
             walks: Walks::default(),
@@ -275,13 +275,13 @@ impl Actor for CasActor {
     }
 }
 
-impl Receive<Reserve> for CasActor {
-    type Answer = Reply<Result<Reservation>>;
+impl Receive<ReserveRoom> for CasActor {
+    type Answer = StoreReply<Result<Reservation>>;
 
-    fn receive(&mut self, Reserve { bytes, of }: Reserve, ctx: &mut Self::Context) -> Self::Answer {
+    fn receive(&mut self, ReserveRoom { bytes, of }: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
         match self.reserve(bytes, of, ctx) {
-            Ok((room, free)) => Reply::when(free, Ok(room)),
-            Err(error) => Reply::Now(Err(error)),
+            Ok((room, free)) => StoreReply::when(free, Ok(room)),
+            Err(error) => StoreReply::Now(Err(error)),
         }
     }
 }
@@ -342,7 +342,8 @@ impl Receive<BeginUpload> for CasActor {
                     .map_or(0, |twin| size.saturating_sub(twin.accepted.load(Ordering::Relaxed)));
                 let wanted = size.saturating_add(of_twin);
                 let fits = self.change(|index| index.check_fit(wanted, self.uploads.parked_bytes()));
-                let attempt = Attempt::new(ctx.address(), name, blob, entered, Room::none(ctx.address()));
+                let attempt =
+                    Attempt::new(ctx.address(), name, blob, entered, UploadRoom::none(ctx.address()));
                 MessageResult(match (fits, twin) {
                     (Ok(()), _) => Ok(Began::Start(Box::new(attempt))),
                     (Err(_), Some(twin)) => Ok(Began::NoRoomBeside(twin)),
@@ -443,12 +444,12 @@ impl Receive<InspectStore> for CasActor {
 }
 
 impl Receive<CloseStore> for CasActor {
-    type Answer = Reply<()>;
+    type Answer = StoreReply<()>;
 
     fn receive(&mut self, _: CloseStore, ctx: &mut Self::Context) -> Self::Answer {
         let written = self.write_touches(ctx.address());
         ctx.stop();
         // A job that panicked counts as done.
-        Reply::when(written.map(|written| written.map(drop)), ())
+        StoreReply::when(written.map(|written| written.map(drop)), ())
     }
 }

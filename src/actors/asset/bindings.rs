@@ -56,7 +56,7 @@ impl References {
 
 /// The answer to a look-up of an asset.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Known {
+pub enum KnownAsset {
     /// There is content that may be served, if it is still stored.
     Fresh(Binding),
     /// There is content, but it is expired or older than the caller accepts (AST-08).
@@ -68,7 +68,7 @@ pub enum Known {
 /// The table; see the module documentation.
 #[derive(Debug)]
 pub struct Bindings {
-    entries: HashMap<AssetKey, Entry>,
+    entries: HashMap<AssetKey, UsedBinding>,
     /// The keys by last use, oldest first.
     order: BTreeMap<u64, AssetKey>,
     uses: u64,
@@ -78,7 +78,7 @@ pub struct Bindings {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct UsedBinding {
     binding: Binding,
     used: u64,
 }
@@ -106,40 +106,41 @@ impl Bindings {
         self.entries.len()
     }
 
+    /// Whether there are no bindings.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
     /// Looks up what an asset stands for, and counts it as a use. Content older than `oldest` is not returned; if `oldest` is
     /// in the future, nothing is (AST-08).
-    pub fn look_up(&mut self, key: &AssetKey, oldest: Option<SystemTime>, now: SystemTime) -> Known {
-        let Some(entry) = self.entries.get_mut(key) else { return Known::Nothing };
+    pub fn look_up(&mut self, key: &AssetKey, oldest: Option<SystemTime>, now: SystemTime) -> KnownAsset {
+        let Some(entry) = self.entries.get_mut(key) else { return KnownAsset::Nothing };
         let binding = &entry.binding;
         let expired = binding.expires_at.is_some_and(|at| at <= now);
         let too_old = oldest.is_some_and(|oldest| binding.obtained_at < oldest);
         if expired || too_old {
-            return Known::Stale;
+            return KnownAsset::Stale;
         }
         self.uses += 1;
         self.order.remove(&entry.used);
         self.order.insert(self.uses, *key);
         entry.used = self.uses;
-        Known::Fresh(binding.clone())
+        KnownAsset::Fresh(binding.clone())
     }
 
     /// The first of these assets whose look-up differs from `before` and whose content may be served.
     pub fn newer(
         &mut self,
         keys: &[AssetKey],
-        before: &[Known],
+        before: &[KnownAsset],
         oldest: Option<SystemTime>,
         now: SystemTime,
     ) -> Option<(usize, Binding)> {
         keys.iter().zip(before).enumerate().find_map(|(index, (key, before))| {
             match self.look_up(key, oldest, now) {
                 same if same == *before => None,
-                Known::Fresh(binding) => Some((index, binding)),
-                Known::Stale | Known::Nothing => None,
+                KnownAsset::Fresh(binding) => Some((index, binding)),
+                KnownAsset::Stale | KnownAsset::Nothing => None,
             }
         })
     }
@@ -150,7 +151,7 @@ impl Bindings {
         self.uses += 1;
         self.references += binding.references.len();
         self.order.insert(self.uses, key);
-        self.entries.insert(key, Entry { binding, used: self.uses });
+        self.entries.insert(key, UsedBinding { binding, used: self.uses });
         while (self.entries.len() > self.limit || self.references > self.reference_limit)
             && let Some((_, oldest)) = self.order.first_key_value()
         {
@@ -276,13 +277,13 @@ mod tests {
         let mut bindings = Bindings::default();
         let pushed = binding(b"x", 100, Some(200));
         bindings.bind(key(1), pushed.clone());
-        let fresh = Known::Fresh(pushed);
+        let fresh = KnownAsset::Fresh(pushed);
         assert_eq!(bindings.look_up(&key(1), None, at(199)), fresh);
-        assert_eq!(bindings.look_up(&key(1), None, at(200)), Known::Stale);
+        assert_eq!(bindings.look_up(&key(1), None, at(200)), KnownAsset::Stale);
         assert_eq!(bindings.look_up(&key(1), Some(at(100)), at(150)), fresh);
-        assert_eq!(bindings.look_up(&key(1), Some(at(101)), at(150)), Known::Stale);
-        assert_eq!(bindings.look_up(&key(1), Some(at(9_999)), at(150)), Known::Stale);
-        assert_eq!(bindings.look_up(&key(2), None, at(150)), Known::Nothing);
+        assert_eq!(bindings.look_up(&key(1), Some(at(101)), at(150)), KnownAsset::Stale);
+        assert_eq!(bindings.look_up(&key(1), Some(at(9_999)), at(150)), KnownAsset::Stale);
+        assert_eq!(bindings.look_up(&key(2), None, at(150)), KnownAsset::Nothing);
     }
 
     /// Content that is no longer stored stays bound until it is fetched again.
@@ -306,9 +307,13 @@ mod tests {
         let (newer, late) = (binding(b"newer", 120, None), binding(b"late", 100, None));
         bindings.bind_unless_newer(key(1), newer.clone(), at(130));
         bindings.bind_unless_newer(key(1), late.clone(), at(140));
-        assert_eq!(bindings.look_up(&key(1), None, at(150)), Known::Fresh(newer));
+        assert_eq!(bindings.look_up(&key(1), None, at(150)), KnownAsset::Fresh(newer));
         bindings.bind_unless_newer(key(1), late.clone(), at(110));
-        assert_eq!(bindings.look_up(&key(1), None, at(150)), Known::Fresh(late), "the clock was set back");
+        assert_eq!(
+            bindings.look_up(&key(1), None, at(150)),
+            KnownAsset::Fresh(late),
+            "the clock was set back"
+        );
     }
 
     #[test]
@@ -320,8 +325,8 @@ mod tests {
         }
         bindings.look_up(&key(1), None, now);
         bindings.bind(key(3), binding(b"x", 0, None));
-        assert_eq!(bindings.look_up(&key(2), None, now), Known::Nothing);
-        assert!(matches!(bindings.look_up(&key(1), None, now), Known::Fresh(_)));
+        assert_eq!(bindings.look_up(&key(2), None, now), KnownAsset::Nothing);
+        assert!(matches!(bindings.look_up(&key(1), None, now), KnownAsset::Fresh(_)));
         let references =
             References { blobs: vec![DigestFunction::Sha256.digest(b"r"); 4], directories: vec![] };
         bindings.bind(key(4), Binding { references: Arc::new(references), ..binding(b"x", 0, None) });

@@ -4,12 +4,12 @@
 //! content that is no longer stored is fetched again.
 
 use super::{
-    AssetActor, Shared,
-    bindings::{Binding, Known, MAX_REFERENCES, References},
+    AssetActor, AssetShared,
+    bindings::{Binding, KnownAsset, MAX_REFERENCES, References},
     flight::Outcome,
     messages::{BindAsset, JoinFlight, LookUpAsset},
-    outcome::{Failure, FailureKind, Fetched, Problem},
-    request::{AssetRequest, Kind},
+    outcome::{FailureKind, Fetched, OriginFailure, Problem},
+    request::{AssetKind, AssetRequest},
 };
 use crate::{caller::Caller, instance::Instance};
 use actix::{Addr, Handler, Message, dev::ToEnvelope};
@@ -28,13 +28,13 @@ use tokio::{sync::watch, time::Instant};
 #[derive(Debug, Clone)]
 pub struct Assets {
     actor: Addr<AssetActor>,
-    shared: Arc<Shared>,
+    shared: Arc<AssetShared>,
     /// The caller of the requests.
     caller: Caller,
 }
 
 impl Assets {
-    pub(super) fn new(actor: Addr<AssetActor>, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(actor: Addr<AssetActor>, shared: Arc<AssetShared>) -> Self {
         Self { actor, shared, caller: Caller::default() }
     }
 
@@ -79,8 +79,8 @@ impl Assets {
         let known = self.ask(LookUpAsset { keys: request.keys(), oldest }).await?;
         let mut was_bound = false;
         for (uri, known) in request.uris.iter().zip(&known) {
-            was_bound |= !matches!(known, Known::Nothing);
-            let Known::Fresh(Binding { digest, references, expires_at, .. }) = known else { continue };
+            was_bound |= !matches!(known, KnownAsset::Nothing);
+            let KnownAsset::Fresh(Binding { digest, references, expires_at, .. }) = known else { continue };
             let (digest, expires_at) = (*digest, *expires_at);
             if self.is_stored(&request, digest, references).await? {
                 return Ok(Fetched { uri: uri.clone(), digest, expires_at });
@@ -141,7 +141,7 @@ impl Assets {
                 "there are {count} references; at most {MAX_REFERENCES} are kept"
             )));
         }
-        if request.kind == Kind::Directory && request.qualifiers.integrity()?.is_some() {
+        if request.kind == AssetKind::Directory && request.qualifiers.integrity()?.is_some() {
             return Err(Error::invalid(
                 "qualifier checksum.sri says nothing about a Directory; push without it",
             ));
@@ -150,7 +150,7 @@ impl Assets {
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
-        if request.kind == Kind::Blob {
+        if request.kind == AssetKind::Blob {
             self.check_integrity(&request, digest).await?;
         }
         let obtained_at = SystemTime::now();
@@ -173,7 +173,7 @@ impl Assets {
                 },
                 Err(error) => (FailureKind::Denied, format!("it is not a URI: {error}")),
             };
-            first.get_or_insert(Failure { kind, uri: uri.clone(), message });
+            first.get_or_insert(OriginFailure { kind, uri: uri.clone(), message });
         }
         let Some(mut failure) = first else { return Ok(()) };
         if was_bound {
@@ -211,8 +211,8 @@ impl Assets {
         let mut blobs = references.blobs.clone();
         let mut directories = references.directories.clone();
         match request.kind {
-            Kind::Blob => blobs.push(digest),
-            Kind::Directory => directories.push(digest),
+            AssetKind::Blob => blobs.push(digest),
+            AssetKind::Directory => directories.push(digest),
         }
         let mut missing = cas.find_missing(&request.instance, &blobs).await?;
         for root in directories {

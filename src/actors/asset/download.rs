@@ -38,7 +38,7 @@ pub(super) struct Downloader {
 
 /// The source of a download and its conditions.
 #[derive(Debug)]
-pub(super) struct Source<'a> {
+pub(super) struct DownloadSource<'a> {
     /// The URI to download from.
     pub uri: &'a str,
     /// Headers from qualifiers to send to it (AST-03).
@@ -115,7 +115,7 @@ impl Downloader {
         &self,
         cas: &Cas,
         request: &AssetRequest,
-        Source { uri, headers, integrity, patience }: &Source<'_>,
+        DownloadSource { uri, headers, integrity, patience }: &DownloadSource<'_>,
     ) -> Result<Digest, Problem> {
         let mut response = patience.wait(self.get(uri, headers, integrity.is_some())).await?;
         let max = self.settings.max_download_bytes;

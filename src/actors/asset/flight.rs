@@ -1,15 +1,15 @@
 //! A flight: the download of one asset into the store, from the first mirror that has it.
 
 use super::{
-    AssetActor, LOG, Shared,
+    AssetActor, AssetShared, LOG,
     bindings::Binding,
-    download::Source,
+    download::DownloadSource,
     flights::Begun,
     layout::Layout,
     messages::Landed,
-    outcome::{Failure, FailureKind, Fetched, Problem},
+    outcome::{FailureKind, Fetched, OriginFailure, Problem},
     patience::Patience,
-    request::{AssetKey, AssetRequest, Kind},
+    request::{AssetKey, AssetKind, AssetRequest},
     unpack::{Contents, unpack},
 };
 use crate::{
@@ -55,7 +55,7 @@ const PIECE_BYTES: usize = 128 * 1024;
 /// Starts a flight. It ends at the latest deadline of its callers, and always reports to the actor. The age of its content
 /// counts from `asked_at`, not from its last byte.
 pub(super) fn launch(
-    shared: Arc<Shared>,
+    shared: Arc<AssetShared>,
     actor: Addr<AssetActor>,
     Begun { id, latest, callers, .. }: Begun,
     request: Arc<AssetRequest>,
@@ -150,7 +150,7 @@ async fn take_off(runway: &Budget, mut callers: watch::Receiver<Vec<Caller>>) ->
 }
 
 async fn fly(
-    shared: &Arc<Shared>,
+    shared: &Arc<AssetShared>,
     request: &AssetRequest,
     latest: &watch::Receiver<Instant>,
     callers: watch::Receiver<Vec<Caller>>,
@@ -162,28 +162,28 @@ async fn fly(
     let headers = request.headers()?;
     let integrity = request.qualifiers.integrity()?;
     let expires_at = if integrity.is_some() { None } else { asked_at.checked_add(shared.settings.max_age) };
-    let mut failures: Vec<Failure> = Vec::new();
+    let mut failures: Vec<OriginFailure> = Vec::new();
     let uris = u32::try_from(request.uris.len()).unwrap_or(u32::MAX);
     for ((uri, headers), mirrors) in request.uris.iter().zip(&headers).zip((1..=uris).rev()) {
         let patience = Patience { latest: latest.clone(), mirrors };
-        let source = Source { uri, headers, integrity: integrity.as_ref(), patience };
+        let source = DownloadSource { uri, headers, integrity: integrity.as_ref(), patience };
         let fetched = async {
             let blob = shared.downloader.download(&cas, request, &source).await?;
             match request.kind {
-                Kind::Blob => Ok(blob),
-                Kind::Directory => unpack_blob(shared, &cas, request, blob).await,
+                AssetKind::Blob => Ok(blob),
+                AssetKind::Directory => unpack_blob(shared, &cas, request, blob).await,
             }
         };
         match fetched.await {
             Ok(digest) => return Ok(Fetched { uri: uri.clone(), digest, expires_at }),
-            Err(Problem::Origin(failure)) => failures.push(Failure { uri: uri.clone(), ..failure }),
+            Err(Problem::Origin(failure)) => failures.push(OriginFailure { uri: uri.clone(), ..failure }),
             Err(fault) => return Err(fault),
         }
     }
-    Err(Problem::Origin(Failure::of_all(failures)))
+    Err(Problem::Origin(OriginFailure::of_all(failures)))
 }
 
-impl Failure {
+impl OriginFailure {
     /// Combines the failures of all mirrors: the kind of the last one, with all messages.
     fn of_all(mut failures: Vec<Self>) -> Self {
         let message = match failures.as_slice() {
@@ -213,7 +213,7 @@ fn shorten(mut text: String) -> String {
 
 /// Unpacks a stored archive into stored Directories.
 async fn unpack_blob(
-    shared: &Arc<Shared>,
+    shared: &Arc<AssetShared>,
     cas: &Cas,
     request: &AssetRequest,
     archive: Digest,
@@ -223,9 +223,9 @@ async fn unpack_blob(
     let runtime = shared.runtime.clone();
     let max_bytes = shared.settings.max_unpacked_bytes;
     // A blocking thread cannot be dropped like a future. This stops it when the flight has ended.
-    let stop = Arc::<Stop>::default();
+    let stop = Arc::<StopFlag>::default();
     let _stop_at_end = StopOnDrop(stop.clone());
-    let mut store = Store {
+    let mut store = ContentStore {
         stop: stop.clone(),
         cas: cas.clone(),
         instance: request.instance.clone(),
@@ -236,7 +236,7 @@ async fn unpack_blob(
     };
     let function = request.function;
     let work = shared.runtime.spawn_blocking(move || -> Result<Digest, Problem> {
-        let layout = unpack(Cursor { stop, reader, runtime, at: 0 }, max_bytes, &mut store)?;
+        let layout = unpack(BlobCursor { stop, reader, runtime, at: 0 }, max_bytes, &mut store)?;
         let refuse = |problem| Problem::origin(FailureKind::NotFound, problem);
         let layout: Layout =
             if path.is_root() { layout } else { layout.below(path.as_str()).map_err(refuse)? };
@@ -252,16 +252,16 @@ async fn unpack_blob(
 
 /// Tells work on a blocking thread to stop.
 #[derive(Default)]
-struct Stop(AtomicBool);
+struct StopFlag(AtomicBool);
 
-impl Stop {
+impl StopFlag {
     fn check(&self) -> Result<()> {
         let message = || Error::Cancelled("the fetch has ended".into());
         if self.0.load(Ordering::Relaxed) { Err(message()) } else { Ok(()) }
     }
 }
 
-struct StopOnDrop(Arc<Stop>);
+struct StopOnDrop(Arc<StopFlag>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
@@ -270,8 +270,8 @@ impl Drop for StopOnDrop {
 }
 
 /// Stores unpacked files. For use on a blocking thread.
-struct Store {
-    stop: Arc<Stop>,
+struct ContentStore {
+    stop: Arc<StopFlag>,
     cas: Cas,
     instance: Instance,
     function: DigestFunction,
@@ -280,7 +280,7 @@ struct Store {
     batch_bytes: usize,
 }
 
-impl Store {
+impl ContentStore {
     fn add(&mut self, digest: Digest, bytes: Bytes) -> Result<()> {
         self.batch_bytes = self.batch_bytes.saturating_add(bytes.len());
         self.batch.push((digest, bytes));
@@ -295,7 +295,7 @@ impl Store {
     }
 }
 
-impl Contents for Store {
+impl Contents for ContentStore {
     fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem> {
         let mut small = Vec::new();
         let head = content.take(SMALL_FILE_BYTES as u64 + 1).read_to_end(&mut small);
@@ -322,14 +322,14 @@ impl Contents for Store {
 }
 
 /// Reads a stored blob as a file. For use on a blocking thread.
-struct Cursor {
-    stop: Arc<Stop>,
+struct BlobCursor {
+    stop: Arc<StopFlag>,
     reader: BlobReader,
     runtime: Handle,
     at: u64,
 }
 
-impl Read for Cursor {
+impl Read for BlobCursor {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.stop.check().map_err(|error| Problem::Server(error).into_io())?;
         let read = self.runtime.block_on(self.reader.read_at(self.at, buffer.len().min(PIECE_BYTES)));
@@ -341,7 +341,7 @@ impl Read for Cursor {
     }
 }
 
-impl Seek for Cursor {
+impl Seek for BlobCursor {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         let target = match to {
             SeekFrom::Start(at) => Some(at),

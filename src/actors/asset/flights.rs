@@ -39,7 +39,7 @@ pub struct FlightId {
 
 /// The parameters of a flight at its start.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Plan {
+pub(super) struct FlightPlan {
     /// When it begins. The age of its content counts from here.
     pub asked_at: SystemTime,
     /// The deadline of its first caller.
@@ -67,7 +67,7 @@ pub(super) struct Begun {
 
 #[derive(Debug)]
 struct Flight {
-    plan: Plan,
+    plan: FlightPlan,
     latest: watch::Sender<Instant>,
     callers: watch::Sender<Vec<Caller>>,
     /// Its shares of the bounds on flights and on bytes.
@@ -133,7 +133,7 @@ impl Flights {
     ///
     /// # Errors
     /// `Exhausted` when there are too many flights, or too many of this caller.
-    pub(super) fn begin(&mut self, key: AssetKey, plan: Plan) -> Result<Begun> {
+    pub(super) fn begin(&mut self, key: AssetKey, plan: FlightPlan) -> Result<Begun> {
         let held = [self.places.take(plan.caller, 1)?, self.bytes.take(plan.caller, plan.size as u64)?];
         self.begun += 1;
         let id = FlightId { key, number: self.begun };
@@ -165,10 +165,10 @@ mod tests {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
     }
 
-    fn plan(asked_at: u64, size: usize) -> Plan {
+    fn plan(asked_at: u64, size: usize) -> FlightPlan {
         let now = Instant::now();
         let (deadline, end) = (now + Duration::from_secs(1), now + Duration::from_secs(600));
-        Plan { asked_at: at(asked_at), deadline, end, size, caller: Caller::default() }
+        FlightPlan { asked_at: at(asked_at), deadline, end, size, caller: Caller::default() }
     }
 
     fn from(host: u8) -> Caller {
@@ -190,7 +190,7 @@ mod tests {
             assert_eq!(*latest.borrow(), expected, "{minutes} minutes");
         }
         assert_eq!(expected, plan.end);
-        let mut hurried = Plan { deadline: plan.end + minute, ..plan };
+        let mut hurried = FlightPlan { deadline: plan.end + minute, ..plan };
         hurried.end = plan.deadline;
         let latest = flights.begin(AssetKey([2; 32]), hurried).unwrap().latest;
         assert_eq!(*latest.borrow(), hurried.end);
@@ -219,16 +219,17 @@ mod tests {
     fn a_peer_that_fetches_all_it_may_leaves_flights_and_bytes_for_another() {
         let mut flights = Flights::default();
         let fill = |flights: &mut Flights, size| {
-            let all =
-                std::iter::from_fn(|| flights.begin(KEY, Plan { caller: from(1), ..plan(100, size) }).ok());
+            let all = std::iter::from_fn(|| {
+                flights.begin(KEY, FlightPlan { caller: from(1), ..plan(100, size) }).ok()
+            });
             all.map(|begun| begun.id).collect::<Vec<_>>()
         };
         for size in [1, 100_000, LARGEST_REQUEST as usize] {
             let all = fill(&mut flights, size);
             assert!(all.len() > 5, "{}", all.len());
-            let refusal = flights.begin(KEY, Plan { caller: from(1), ..plan(100, size) });
+            let refusal = flights.begin(KEY, FlightPlan { caller: from(1), ..plan(100, size) });
             assert!(matches!(refusal, Err(Error::Exhausted { .. })));
-            let other = Plan { caller: from(2), ..plan(100, LARGEST_REQUEST as usize) };
+            let other = FlightPlan { caller: from(2), ..plan(100, LARGEST_REQUEST as usize) };
             let other =
                 flights.begin(KEY, other).expect("there is room for the largest request of another peer");
             for id in all.into_iter().chain([other.id]) {
@@ -241,7 +242,7 @@ mod tests {
     #[test]
     fn a_flight_waits_for_one_caller_of_each_peer_that_wants_it() {
         let mut flights = Flights::default();
-        let begun = flights.begin(KEY, Plan { caller: from(1), ..plan(100, 1) }).unwrap();
+        let begun = flights.begin(KEY, FlightPlan { caller: from(1), ..plan(100, 1) }).unwrap();
         for host in [1, 2, 2, 3] {
             flights.join(KEY, None, Instant::now(), from(host)).unwrap();
         }

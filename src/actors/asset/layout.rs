@@ -24,17 +24,17 @@ pub const MAX_DEPTH: usize = 256;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Layout {
     root: Names,
-    size: Size,
+    size: TreeSize,
 }
 
 /// The bounded quantities of a tree.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Size {
+struct TreeSize {
     nodes: usize,
     text_bytes: usize,
 }
 
-impl Size {
+impl TreeSize {
     fn add(&mut self, nodes: usize, text_bytes: usize) -> Result<(), Refusal> {
         self.nodes = self.nodes.saturating_add(nodes);
         self.text_bytes = self.text_bytes.saturating_add(text_bytes);

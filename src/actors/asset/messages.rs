@@ -1,7 +1,7 @@
 //! The messages of [`super::client::Assets`] and of flights to the actor.
 
 use super::{
-    bindings::{Binding, Known},
+    bindings::{Binding, KnownAsset},
     flight::Outcome,
     flights::FlightId,
     request::{AssetKey, AssetRequest},
@@ -14,7 +14,7 @@ use tokio::{sync::watch, time::Instant};
 
 /// Looks up what assets stand for. The answer is in the order of the keys.
 #[derive(Debug, Message)]
-#[rtype(result = "Vec<Known>")]
+#[rtype(result = "Vec<KnownAsset>")]
 pub struct LookUpAsset {
     /// The assets to look up or bind.
     pub keys: Vec<AssetKey>,
@@ -43,7 +43,7 @@ pub struct JoinFlight {
     /// The request of the caller.
     pub request: Arc<AssetRequest>,
     /// The answers of [`LookUpAsset`] for its URIs, none of which was usable.
-    pub known: Vec<Known>,
+    pub known: Vec<KnownAsset>,
     /// Content older than this is not accepted (AST-08).
     pub oldest: Option<SystemTime>,
     /// The flight may run until then, but not beyond the longest duration of a fetch.

@@ -16,7 +16,7 @@ pub struct Fetched {
 
 /// A failure of the origin, which the answer reports. The RPC itself succeeds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
+pub struct OriginFailure {
     /// The kind of failure.
     pub kind: FailureKind,
     /// The URI that failed; empty if all did.
@@ -57,7 +57,7 @@ impl FailureKind {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Problem {
     /// A failure of the origin, which is part of the answer.
-    Origin(Failure),
+    Origin(OriginFailure),
     /// Qualifiers that no download can honour and under which nothing was pushed. The RPC fails (AST-02).
     Unsupported(Vec<String>),
     /// A fault of this server or of the request. The RPC fails.
@@ -67,7 +67,7 @@ pub enum Problem {
 impl Problem {
     /// A failure of the origin. The caller fills in the URI.
     pub fn origin(kind: FailureKind, message: impl Into<String>) -> Self {
-        Self::Origin(Failure { kind, uri: String::new(), message: message.into() })
+        Self::Origin(OriginFailure { kind, uri: String::new(), message: message.into() })
     }
 
     /// The problem behind an IO error that a decoder or an archive reader passed on. Without one, the archive counts as

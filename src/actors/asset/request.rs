@@ -54,14 +54,14 @@ const RESERVED_HEADERS: &[&str] = &[
 
 /// The form in which an asset is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum AssetKind {
     /// A single blob.
     Blob,
     /// A Directory with everything below it, unpacked from an archive.
     Directory,
 }
 
-impl Kind {
+impl AssetKind {
     /// The name for log lines.
     pub fn name(self) -> &'static str {
         match self {
@@ -147,10 +147,10 @@ impl Qualifiers {
     }
 
     /// Names that a download cannot honour (AST-02).
-    pub fn unsupported(&self, kind: Kind) -> Vec<&str> {
+    pub fn unsupported(&self, kind: AssetKind) -> Vec<&str> {
         let known = |name: &str| match name {
             SRI | CANONICAL_ID => true,
-            DIRECTORY => kind == Kind::Directory,
+            DIRECTORY => kind == AssetKind::Directory,
             _ => name.starts_with(HEADER) || name.starts_with(HEADER_OF_URI),
         };
         self.0.keys().map(String::as_str).filter(|name| !known(name)).collect()
@@ -207,7 +207,7 @@ pub struct AssetRequest {
     /// The digest function of the answer (AST-07).
     pub function: DigestFunction,
     /// The form in which the asset is stored.
-    pub kind: Kind,
+    pub kind: AssetKind,
     /// Its URIs, the preferred one first; at least one.
     pub uris: Vec<String>,
     /// Further properties that identify the asset.
@@ -222,7 +222,7 @@ impl AssetRequest {
     pub fn new(
         instance: Instance,
         function: DigestFunction,
-        kind: Kind,
+        kind: AssetKind,
         uris: Vec<String>,
         qualifiers: Qualifiers,
     ) -> Result<Self> {
@@ -294,7 +294,7 @@ mod tests {
     fn request(uris: &[&str], list: &[(&str, &str)]) -> AssetRequest {
         let instance = Instances::new([""]).unwrap().get("").unwrap();
         let uris = uris.iter().map(ToString::to_string).collect();
-        AssetRequest::new(instance, DigestFunction::Sha256, Kind::Blob, uris, qualifiers(list).unwrap())
+        AssetRequest::new(instance, DigestFunction::Sha256, AssetKind::Blob, uris, qualifiers(list).unwrap())
             .unwrap()
     }
 
@@ -304,8 +304,13 @@ mod tests {
         assert!(qualifiers(&[("a", "1"), ("a", "1")]).is_err());
         assert!(qualifiers(&[("", "1")]).is_err());
         let instance = Instances::new([""]).unwrap().get("").unwrap();
-        let none =
-            AssetRequest::new(instance, DigestFunction::Sha256, Kind::Blob, vec![], Qualifiers::default());
+        let none = AssetRequest::new(
+            instance,
+            DigestFunction::Sha256,
+            AssetKind::Blob,
+            vec![],
+            Qualifiers::default(),
+        );
         assert!(matches!(none, Err(Error::Invalid(_))));
     }
 
@@ -314,8 +319,8 @@ mod tests {
     fn unsupported_qualifiers_are_named() {
         let some = qualifiers(&[("x.y", ""), ("checksum.sri", ""), ("directory", ""), ("http_header:A", "")])
             .unwrap();
-        assert_eq!(some.unsupported(Kind::Blob), ["directory", "x.y"]);
-        assert_eq!(some.unsupported(Kind::Directory), ["x.y"]);
+        assert_eq!(some.unsupported(AssetKind::Blob), ["directory", "x.y"]);
+        assert_eq!(some.unsupported(AssetKind::Directory), ["x.y"]);
     }
 
     /// AST-03.

@@ -67,7 +67,7 @@ pub fn unpack(
     start.map_err(|error| Problem::of_io(&error))?;
     let mut input = BufReader::with_capacity(BUFFER_BYTES, archive);
     let budget = Rc::new(Cell::new(max_bytes));
-    let limited = |reader| Limited { reader, left: budget.clone(), max: max_bytes };
+    let limited = |reader| BudgetedReader { reader, left: budget.clone(), max: max_bytes };
     match magic.as_slice() {
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => unpack_zip(input, &budget, max_bytes, contents),
         [0x1f, 0x8b, ..] => {
@@ -90,13 +90,13 @@ fn refuse(message: impl Into<String>) -> Problem {
 }
 
 /// A reader with a budget of bytes, which it may share with others.
-struct Limited<R> {
+struct BudgetedReader<R> {
     reader: R,
     left: Rc<Cell<u64>>,
     max: u64,
 }
 
-impl<R: Read> Read for Limited<R> {
+impl<R: Read> Read for BudgetedReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.reader.read(buffer)?;
         match self.left.get().checked_sub(read as u64) {
@@ -212,7 +212,7 @@ fn unpack_zip(
     refuse_zip64(&mut input)?;
     let damaged = |error: zip::result::ZipError| Problem::of_io(&error.into());
     let directory_left = Rc::new(Cell::new(Some(ZIP_DIRECTORY_MAX_BYTES)));
-    let input = Metered { reader: input, left: directory_left.clone() };
+    let input = LimitedReader { reader: input, left: directory_left.clone() };
     // The central directory is at the offset that the end record states; the file is not searched for it.
     let config = Config { archive_offset: ArchiveOffset::Known(0) };
     let mut archive = ZipArchive::with_config(config, input).map_err(damaged)?;
@@ -225,7 +225,7 @@ fn unpack_zip(
         let mode = file.unix_mode().unwrap_or(0);
         let (directory, link) = (file.is_dir(), file.is_symlink());
         let size = file.size();
-        let mut file = Limited { reader: file, left: budget.clone(), max: max_bytes };
+        let mut file = BudgetedReader { reader: file, left: budget.clone(), max: max_bytes };
         let added = if directory {
             layout.add_directory(&path)
         } else if link {
@@ -246,12 +246,12 @@ fn unpack_zip(
 }
 
 /// A reader that limits the bytes read while `left` is set.
-struct Metered<R> {
+struct LimitedReader<R> {
     reader: R,
     left: Rc<Cell<Option<u64>>>,
 }
 
-impl<R: Read> Read for Metered<R> {
+impl<R: Read> Read for LimitedReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.reader.read(buffer)?;
         if let Some(left) = self.left.get() {
@@ -265,7 +265,7 @@ impl<R: Read> Read for Metered<R> {
     }
 }
 
-impl<R: Seek> Seek for Metered<R> {
+impl<R: Seek> Seek for LimitedReader<R> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         self.reader.seek(to)
     }

@@ -11,7 +11,7 @@ pub use super::uploads::writer::BlobWriter;
 use super::{
     client::Cas,
     guards::Lease,
-    index::{Found, Stamp},
+    index::{FoundEntry, Stamp},
     requests::{Damaged, Verified},
     settings::SMALL_BLOB_BYTES,
     volume::{self, COARSE_TICK, Stored},
@@ -47,7 +47,7 @@ enum Content {
 #[derive(Debug)]
 struct OpenFile {
     stored: CheckedFile,
-    found: Found,
+    found: FoundEntry,
     cas: Cas,
     /// Keeps the bytes counted while the open file keeps them on disk.
     _lease: Arc<Lease>,
@@ -60,7 +60,7 @@ impl BlobReader {
     }
 
     /// Opens a located blob. Blocks.
-    pub(super) fn open(cas: Cas, found: Found, lease: Arc<Lease>) -> Result<Self> {
+    pub(super) fn open(cas: Cas, found: FoundEntry, lease: Arc<Lease>) -> Result<Self> {
         let size = found.file.key.digest.size();
         if size <= SMALL_BLOB_BYTES {
             return read_whole(&cas, &found).map(Self::whole);
@@ -70,7 +70,13 @@ impl BlobReader {
     }
 
     /// A reader of the first `size` bytes of a checked file.
-    pub(super) fn of_file(cas: Cas, found: Found, stored: CheckedFile, size: u64, lease: Arc<Lease>) -> Self {
+    pub(super) fn of_file(
+        cas: Cas,
+        found: FoundEntry,
+        stored: CheckedFile,
+        size: u64,
+        lease: Arc<Lease>,
+    ) -> Self {
         Self { size, content: Content::File(Arc::new(OpenFile { stored, found, cas, _lease: lease })) }
     }
 
@@ -189,7 +195,7 @@ impl OpenFile {
 ///
 /// # Errors
 /// `NotFound` when it is not right, which is reported to the actor.
-pub(super) type Check = fn(&Cas, &Found, &dyn Stored) -> Result<Stamp>;
+pub(super) type Check = fn(&Cas, &FoundEntry, &dyn Stored) -> Result<Stamp>;
 
 /// An open stored file, with its stamp when its content was last verified.
 #[derive(Debug)]
@@ -220,7 +226,7 @@ impl CheckedFile {
     ///
     /// # Errors
     /// `NotFound` when it is not, which is reported to the actor.
-    pub(super) fn confirm(&self, cas: &Cas, found: &Found) -> Result<()> {
+    pub(super) fn confirm(&self, cas: &Cas, found: &FoundEntry) -> Result<()> {
         if self.is_unchanged() {
             return Ok(());
         }
@@ -234,7 +240,7 @@ impl CheckedFile {
 }
 
 /// Opens the file of a stored blob of any size and verifies its content. Blocks, if need be for as long as hashing takes.
-pub(super) fn open_checked(cas: &Cas, found: &Found) -> Result<CheckedFile> {
+pub(super) fn open_checked(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile> {
     let file = open(cas, found)?;
     let look = file.look().map_err(|error| failed(cas, found, &error))?;
     let has_its_size = look.size == found.file.key.digest.size();
@@ -249,7 +255,7 @@ pub(super) fn open_checked(cas: &Cas, found: &Found) -> Result<CheckedFile> {
 /// The current stamp of a file, if its content was verified at that stamp. The server itself moves the change time when it
 /// records a use, and the actor learns of that a moment later. So a file whose stamp differs is checked a few times before it
 /// is hashed. Blocks.
-pub(super) fn known_stamp(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<Option<Stamp>> {
+pub(super) fn known_stamp(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Option<Stamp>> {
     for look in 0..STAMP_LOOKS {
         if look > 0 {
             thread::sleep(COARSE_TICK);
@@ -269,7 +275,7 @@ pub(super) fn known_stamp(cas: &Cas, found: &Found, file: &dyn Stored) -> Result
 }
 
 /// Hashes a stored blob. Returns the stamp at which it was verified and reports it to the actor. Blocks.
-fn check_content(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<Stamp> {
+fn check_content(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Stamp> {
     let digest = found.file.key.digest;
     // Taken before hashing, because a later change in the same clock tick would not show.
     let before = file.look().map_err(|error| failed(cas, found, &error))?;
@@ -286,7 +292,7 @@ fn check_content(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<Stamp> {
 }
 
 /// Reports to the actor that a file was verified, if the file still has the stamp from before it was read.
-pub(super) fn tell_verified(cas: &Cas, found: &Found, file: &dyn Stored, stamp: Stamp) {
+pub(super) fn tell_verified(cas: &Cas, found: &FoundEntry, file: &dyn Stored, stamp: Stamp) {
     let is_unchanged = file.look().is_ok_and(|now| now.stamp == stamp);
     if is_unchanged && file.nobody_writes() {
         cas.actor().do_send(Verified { at: found.at, stamp });
@@ -298,7 +304,7 @@ pub(super) fn tell_verified(cas: &Cas, found: &Found, file: &dyn Stored, stamp: 
 ///
 /// # Errors
 /// Errors that say nothing about the blob, such as too many open files.
-pub(super) fn is_sound(cas: &Cas, found: &Found) -> Result<bool> {
+pub(super) fn is_sound(cas: &Cas, found: &FoundEntry) -> Result<bool> {
     let look = cas.shared().volume.look(&found.file);
     if look.is_ok_and(|now| now.size == found.file.key.digest.size() && now.stamp == found.stamp) {
         return Ok(true);
@@ -311,7 +317,7 @@ pub(super) fn is_sound(cas: &Cas, found: &Found) -> Result<bool> {
 }
 
 /// Reads a stored blob into memory and verifies its content. Blocks.
-pub(super) fn read_whole(cas: &Cas, found: &Found) -> Result<Bytes> {
+pub(super) fn read_whole(cas: &Cas, found: &FoundEntry) -> Result<Bytes> {
     let digest = found.file.key.digest;
     let file = open(cas, found)?;
     let before = file.look().map_err(|error| failed(cas, found, &error))?;
@@ -336,7 +342,7 @@ pub(super) fn read_whole(cas: &Cas, found: &Found) -> Result<Bytes> {
 }
 
 /// Reads all of a stored file of at most `max` bytes, whose content the caller checks. Blocks.
-pub(super) fn read_unchecked(cas: &Cas, found: &Found, max: u64) -> Result<Vec<u8>> {
+pub(super) fn read_unchecked(cas: &Cas, found: &FoundEntry, max: u64) -> Result<Vec<u8>> {
     let file = open(cas, found)?;
     volume::read_all(&*file, max).map_err(|error| failed(cas, found, &error))
 }
@@ -352,26 +358,26 @@ pub(super) fn not_found(digest: Digest) -> Error {
 }
 
 /// Opens a stored file without looking at its content. Blocks.
-pub(super) fn open(cas: &Cas, found: &Found) -> Result<Box<dyn Stored>> {
+pub(super) fn open(cas: &Cas, found: &FoundEntry) -> Result<Box<dyn Stored>> {
     cas.shared().volume.open(&found.file).map_err(|error| failed(cas, found, &error))
 }
 
 /// Classifies a failed read. A lost file ([`volume::is_lost`]) is reported as damaged and is a miss. Other failures, such as
 /// too many open files, say nothing about the blob.
-fn failed(cas: &Cas, found: &Found, error: &io::Error) -> Error {
+fn failed(cas: &Cas, found: &FoundEntry, error: &io::Error) -> Error {
     if volume::is_lost(error) {
         return damaged(cas, found, error.to_string());
     }
     Error::io(&format!("read blob {}", found.file.key.digest), error)
 }
 
-pub(super) fn damaged(cas: &Cas, found: &Found, reason: String) -> Error {
+pub(super) fn damaged(cas: &Cas, found: &FoundEntry, reason: String) -> Error {
     report(cas, found, reason);
     not_found(found.file.key.digest)
 }
 
 /// Hides the entry at once and reports it to the actor, which knows whether the file was merely evicted meanwhile.
-pub(super) fn report(cas: &Cas, found: &Found, reason: String) {
+pub(super) fn report(cas: &Cas, found: &FoundEntry, reason: String) {
     cas.shared().view.condemn(found.at);
     cas.actor().do_send(Damaged { at: found.at, reason });
 }

@@ -5,16 +5,16 @@
 //! for compressed blobs and chunks, `uploads` and `outputs` for workers and downloads.
 
 use super::{
-    CasActor, Shared,
+    CasActor, StoreShared,
     blob::{BlobReader, BlobWriter, is_sound, not_found, read_whole},
-    guards::{Reservation, Room},
-    index::{Found, Key, Kind, Stamp},
+    guards::{Reservation, UploadRoom},
+    index::{EntryKind, FoundEntry, Key, Stamp},
     lookup::Purpose,
     new_files::{NewFiles, Visible},
     requests::*,
     settings::{PARK_WAIT, ROOM_STEP_BYTES, SMALL_BLOB_BYTES, SOUND_TRIES, TWIN_WAIT},
-    uploads::received::Received,
     uploads::sink::{WHOLE_BYTES, check_item, check_stream, failed},
+    uploads::unwritten::UnwrittenPieces,
 };
 use crate::{
     budget::{Budget, Share},
@@ -78,7 +78,7 @@ pub struct Provenance {
 #[derive(Clone)]
 pub struct Cas {
     store: Addr<CasActor>,
-    shared: Arc<Shared>,
+    shared: Arc<StoreShared>,
     /// The caller that is charged: what is read, decoded and hashed counts against its bounds and those of its peer.
     caller: Caller,
     /// Whether stored bytes are charged too. They are not when the server itself stores them.
@@ -98,7 +98,7 @@ pub(super) fn spoilt() -> Error {
 }
 
 impl Cas {
-    pub(super) fn new(store: Addr<CasActor>, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(store: Addr<CasActor>, shared: Arc<StoreShared>) -> Self {
         Self { store, shared, caller: Caller::default(), is_client: false, blocks: false }
     }
 
@@ -129,13 +129,13 @@ impl Cas {
     }
 
     /// Empty room for an upload through this handle.
-    pub(super) fn new_room(&self) -> Result<Room> {
-        let mut room = Room::none(self.store.clone());
+    pub(super) fn new_room(&self) -> Result<UploadRoom> {
+        let mut room = UploadRoom::none(self.store.clone());
         self.pay_for(&mut room)?;
         Ok(room)
     }
 
-    fn pay_for(&self, room: &mut Room) -> Result<()> {
+    fn pay_for(&self, room: &mut UploadRoom) -> Result<()> {
         match self.client() {
             Some(caller) => room.charge_to(self.shared.upload_budget.take(caller, 0)?),
             None => Ok(()),
@@ -143,8 +143,8 @@ impl Cas {
     }
 
     /// A buffer for bytes that arrive through this handle and are not written yet.
-    pub(super) fn received(&self) -> Received {
-        Received::new(self.client().map(|caller| (self.shared.received.clone(), caller)))
+    pub(super) fn received(&self) -> UnwrittenPieces {
+        UnwrittenPieces::new(self.client().map(|caller| (self.shared.received.clone(), caller)))
     }
 
     /// Charges a caller for bytes that are collected in memory, until the share is dropped.
@@ -155,7 +155,7 @@ impl Cas {
         Ok(self.shared.received.take(caller, bytes)?)
     }
 
-    pub(super) fn shared(&self) -> &Arc<Shared> {
+    pub(super) fn shared(&self) -> &Arc<StoreShared> {
         &self.shared
     }
 
@@ -187,9 +187,9 @@ impl Cas {
     /// If one of these blobs is large and has to be hashed before it is read, waits for a place.
     pub(super) async fn place_to_hash(
         &self,
-        found: impl IntoIterator<Item = &Found>,
+        found: impl IntoIterator<Item = &FoundEntry>,
     ) -> Result<Option<Share>> {
-        let is_laborious = |found: &Found| {
+        let is_laborious = |found: &FoundEntry| {
             found.stamp == Stamp::UNTRUSTED && found.file.key.digest.size() > SMALL_BLOB_BYTES
         };
         if !found.into_iter().any(is_laborious) {
@@ -210,7 +210,7 @@ impl Cas {
     /// Each blob has its own result. The call fails when the server is shutting down.
     pub async fn read_many(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Result<Bytes>>> {
         let located = self.locate(instance, &digests, Purpose::Look).await?;
-        let at_hand = |(digest, found): (&Digest, &Option<Found>)| match found {
+        let at_hand = |(digest, found): (&Digest, &Option<FoundEntry>)| match found {
             Some(_) => self.shared.recent.get(&(instance.blobs(), *digest)).map(Ok),
             None if digest.is_empty() => Some(Ok(Bytes::new())),
             None => Some(Err(not_found(*digest))),
@@ -221,7 +221,7 @@ impl Cas {
         }
         let cas = self.clone();
         self.blocking(move || {
-            let read = |(known, found): (Option<Result<Bytes>>, Option<Found>)| match (known, found) {
+            let read = |(known, found): (Option<Result<Bytes>>, Option<FoundEntry>)| match (known, found) {
                 (Some(known), _) => Some(known),
                 (None, found) => found.map(|found| read_whole(&cas, &found)),
             };
@@ -366,7 +366,7 @@ impl Cas {
                 return Ok(());
             }
             let files = files.as_mut().map_err(|error| error.clone())?;
-            let key = Key { digest: *digest, instance, kind: Kind::Blob };
+            let key = Key { digest: *digest, instance, kind: EntryKind::Blob };
             files.write(key, std::slice::from_ref(&bytes)).map_err(|error| failed(*digest, &error))?;
             self.shared.remember(instance, *digest, &[bytes]);
             absent.remove(digest);
@@ -393,7 +393,7 @@ impl Cas {
         if digest.is_empty() {
             return Ok(Upload::Present);
         }
-        let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
+        let blob = Key { digest, instance: instance.blobs(), kind: EntryKind::Blob };
         let name = upload_name(instance, name);
         let patience = Instant::now() + TWIN_WAIT;
         let (mut was_busy, mut looks, mut beside) = (false, 0, false);
@@ -447,7 +447,7 @@ impl Cas {
         if digest.is_empty() {
             return Ok(UploadStatus { committed: 0, complete: true });
         }
-        let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
+        let blob = Key { digest, instance: instance.blobs(), kind: EntryKind::Blob };
         let name = upload_name(instance, name);
         let status = self.ask(QueryUpload { name, blob }).await?;
         if !status.complete || self.are_sound(instance, vec![digest]).await? {

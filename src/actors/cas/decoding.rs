@@ -23,9 +23,9 @@ pub(super) fn worst_case(bytes: u64, most: u64) -> u64 {
 
 /// Reserved memory, until it is dropped.
 #[derive(Debug)]
-pub struct Room(Share);
+pub struct DecodingRoom(Share);
 
-impl Drop for Room {
+impl Drop for DecodingRoom {
     fn drop(&mut self) {
         memory::freed(self.0.amount());
     }
@@ -33,18 +33,23 @@ impl Drop for Room {
 
 impl Cas {
     /// Waits for room for this many bytes; 0 bytes need none.
-    pub(super) async fn room_to_decode(&self, bytes: u64) -> Result<Option<Room>> {
+    pub(super) async fn room_to_decode(&self, bytes: u64) -> Result<Option<DecodingRoom>> {
         if bytes == 0 {
             return Ok(None);
         }
-        Ok(Some(Room(self.shared().decoded.wait_for(self.caller(), bytes).await?)))
+        Ok(Some(DecodingRoom(self.shared().decoded.wait_for(self.caller(), bytes).await?)))
     }
 
     /// Decodes a received message, a large one on a blocking thread. The room has to be kept as long as the message.
     ///
     /// # Errors
     /// Those of [`wire::decode`].
-    pub async fn decode<M>(&self, bytes: Bytes, most: u64, what: &'static str) -> Result<(M, Option<Room>)>
+    pub async fn decode<M>(
+        &self,
+        bytes: Bytes,
+        most: u64,
+        what: &'static str,
+    ) -> Result<(M, Option<DecodingRoom>)>
     where
         M: Message + Name + Default + 'static,
     {

@@ -1,5 +1,5 @@
 //! Guards that end when they are dropped: a [`Lease`] protects blobs from eviction, a [`Reservation`] keeps disk space, and a
-//! [`Room`] is a reservation that grows with the bytes of an upload.
+//! [`UploadRoom`] is a reservation that grows with the bytes of an upload.
 //!
 //! The end of a lease is marked in the index at once. The end of a reservation is sent to the actor with `do_send`, which no
 //! mailbox bound refuses, so none is lost while the actor lives.
@@ -8,7 +8,7 @@ use super::{
     CasActor,
     client::{Cas, going_down},
     index::EntryRef,
-    requests::{DiscardPartials, Reserve, SettleUses, Unreserve},
+    requests::{DiscardPartials, ReserveRoom, SettleUses, Unreserve},
     settings::{RESERVE_STEP_BYTES, ROOM_STEP_BYTES},
 };
 use crate::{budget::Share, caller::Caller};
@@ -71,7 +71,7 @@ impl Reservation {
         let mut taken = Self::new(store.clone(), 0);
         while taken.bytes < bytes {
             let of = bytes - taken.bytes;
-            let step = Reserve { bytes: of.min(RESERVE_STEP_BYTES), of };
+            let step = ReserveRoom { bytes: of.min(RESERVE_STEP_BYTES), of };
             taken.absorb(store.send(step).await.map_err(|_| going_down()).flatten()?);
         }
         Ok(taken)
@@ -119,19 +119,19 @@ impl std::fmt::Debug for Reservation {
 /// waits for room that others hold: either evictions free enough, or the write fails and the client tries again later. So two
 /// uploads cannot wait for each other.
 #[derive(Debug)]
-pub struct Room {
+pub struct UploadRoom {
     reservation: Reservation,
     /// `None` for the server's own writes.
     share: Option<Share>,
 }
 
-impl Room {
-    /// Room for nothing yet.
+impl UploadRoom {
+    /// UploadRoom for nothing yet.
     pub fn none(store: Addr<CasActor>) -> Self {
         Self { reservation: Reservation::new(store, 0), share: None }
     }
 
-    /// Room over a reservation that is counted in the index.
+    /// UploadRoom over a reservation that is counted in the index.
     #[cfg(test)]
     pub fn of(reservation: Reservation) -> Self {
         Self { reservation, share: None }
@@ -186,10 +186,10 @@ impl Room {
         Ok(())
     }
 
-    /// [`Room::grow`] on a blocking thread.
+    /// [`UploadRoom::grow`] on a blocking thread.
     ///
     /// # Errors
-    /// See [`Room::grow`].
+    /// See [`UploadRoom::grow`].
     pub fn grow_here(&mut self, runtime: &Handle, needed: u64, most: u64) -> Result<()> {
         if needed <= self.bytes() { Ok(()) } else { runtime.block_on(self.grow(needed, most)) }
     }

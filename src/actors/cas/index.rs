@@ -138,7 +138,7 @@ impl Index {
     }
 
     /// Looks an entry up and counts it as used at `now` (seconds since 1970).
-    pub(super) fn renew(&self, key: &Key, now: u32) -> Option<Found> {
+    pub(super) fn renew(&self, key: &Key, now: u32) -> Option<FoundEntry> {
         self.slot_of(key).map(|slot| self.renew_slot(slot, now))
     }
 
@@ -148,7 +148,7 @@ impl Index {
     }
 
     /// Looks an entry up, counts it as used, and keeps it from eviction until [`Index::release`].
-    pub(super) fn lease(&self, key: &Key, now: u32) -> Option<Found> {
+    pub(super) fn lease(&self, key: &Key, now: u32) -> Option<FoundEntry> {
         let slot = self.slot_of(key)?;
         let entry = &self.entries[slot as usize];
         if entry.leases.fetch_add(1, Relaxed) == 0 {
@@ -230,13 +230,13 @@ impl Index {
         self.unreserve(bytes);
         let existing = self.slot_of(&file.key);
         match (existing, file.key.kind) {
-            (Some(slot), Kind::Blob | Kind::Zstd) => {
+            (Some(slot), EntryKind::Blob | EntryKind::Zstd) => {
                 let found = self.renew_slot(slot, now);
                 self.settle(found.at);
                 self.count_evicted(bytes);
                 Some(Victim { file, bytes })
             }
-            (Some(slot), Kind::Result) => {
+            (Some(slot), EntryKind::Result) => {
                 let old = self.remove_slot(slot);
                 self.insert(file, bytes, stamp, now);
                 Some(old)
@@ -392,7 +392,7 @@ impl Index {
     /// Removes the oldest of [`MAX_ALIKE`] entries that differ only in size. Blobs are exempt: their content is verified, so
     /// more than one would need a hash collision.
     fn drop_oldest_alike(&mut self, key: &Key) -> Option<Victim> {
-        if key.kind == Kind::Blob || self.alike(key).count() < MAX_ALIKE {
+        if key.kind == EntryKind::Blob || self.alike(key).count() < MAX_ALIKE {
             return None;
         }
         let oldest = self.alike(key).min_by_key(|entry| entry.generation).map(|entry| entry.key)?;
@@ -424,7 +424,7 @@ impl Index {
         FileId { key: entry.key, generation: entry.generation }
     }
 
-    fn renew_slot(&self, slot: u32, now: u32) -> Found {
+    fn renew_slot(&self, slot: u32, now: u32) -> FoundEntry {
         let entry = &self.entries[slot as usize];
         let settle_due = self.mark_used(entry);
         let touched = entry.touched.load(Relaxed);
@@ -432,7 +432,7 @@ impl Index {
             && entry.touched.compare_exchange(touched, now, Relaxed, Relaxed).is_ok();
         let (generation, key, stamp) = (entry.generation, entry.key, entry.stamp);
         let at = EntryRef { slot, generation };
-        Found { at, file: FileId { key, generation }, stamp, touch_due, settle_due }
+        FoundEntry { at, file: FileId { key, generation }, stamp, touch_due, settle_due }
     }
 
     /// Marks an entry as used, unless it is recent enough in the list. Returns whether the mark is new.
@@ -509,11 +509,11 @@ impl Index {
         self.evicted_ever += bytes;
     }
 
-    fn count_of(&mut self, kind: Kind) -> &mut u64 {
+    fn count_of(&mut self, kind: EntryKind) -> &mut u64 {
         match kind {
-            Kind::Blob => &mut self.totals.blobs,
-            Kind::Result => &mut self.totals.results,
-            Kind::Zstd => &mut self.totals.zstd_forms,
+            EntryKind::Blob => &mut self.totals.blobs,
+            EntryKind::Result => &mut self.totals.results,
+            EntryKind::Zstd => &mut self.totals.zstd_forms,
         }
     }
 

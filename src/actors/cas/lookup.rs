@@ -4,7 +4,7 @@ use super::{
     CasActor,
     client::{Cas, UploadStatus, going_down},
     guards::Lease,
-    index::{EntryRef, Found, Key, Kind, Stamp},
+    index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
     requests::{QueryUpload, SettleUses},
     settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
     view::LookUp,
@@ -22,9 +22,9 @@ use tokio::task;
 /// The answer of [`Cas::locate`], in the order of the digests. The empty blob has no file and is never found.
 #[derive(Debug)]
 pub(super) struct Located {
-    pub found: Vec<Option<Found>>,
+    pub found: Vec<Option<FoundEntry>>,
     /// Their zstd forms, if those were asked for.
-    pub zstd: Vec<Option<Found>>,
+    pub zstd: Vec<Option<FoundEntry>>,
     /// Protects what was found from eviction, if that was asked for.
     pub lease: Lease,
 }
@@ -160,9 +160,9 @@ impl Cas {
             };
             // Forms are looked up first, so that a form is always older than its blob and is evicted before it.
             if purpose == Purpose::ReadZstd {
-                zstd.extend(locate(Kind::Zstd));
+                zstd.extend(locate(EntryKind::Zstd));
             }
-            found.extend(locate(Kind::Blob));
+            found.extend(locate(EntryKind::Blob));
         })
     }
 
@@ -180,14 +180,14 @@ impl Cas {
         if like.hash() == empty.hash() {
             return Ok(Some(empty));
         }
-        let key = Key { digest: like, instance: instance.blobs(), kind: Kind::Blob };
+        let key = Key { digest: like, instance: instance.blobs(), kind: EntryKind::Blob };
         self.look_up(|index| index.find_by_hash(&key))
     }
 }
 
 impl CasActor {
     /// Looks an entry up and counts it as used now.
-    pub(super) fn renew(&self, key: &Key) -> Option<Found> {
+    pub(super) fn renew(&self, key: &Key) -> Option<FoundEntry> {
         self.shared.view.read(|index| index.renew(key)).0
     }
 }

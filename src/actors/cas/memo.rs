@@ -20,12 +20,12 @@ const LARGEST_PART: usize = 4;
 
 /// A bounded cache; see the module documentation.
 pub(super) struct Memo<K, V> {
-    shards: Vec<Mutex<Shard<K, V>>>,
+    shards: Vec<Mutex<MemoShard<K, V>>>,
     hasher: RandomState,
     budget: usize,
 }
 
-struct Shard<K, V> {
+struct MemoShard<K, V> {
     young: HashMap<K, (V, usize)>,
     old: HashMap<K, (V, usize)>,
     young_weight: usize,
@@ -34,7 +34,7 @@ struct Shard<K, V> {
 impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
     /// An empty memo that holds at most about `budget` bytes.
     pub(super) fn new(budget: usize) -> Self {
-        let shard = || Shard { young: HashMap::default(), old: HashMap::default(), young_weight: 0 };
+        let shard = || MemoShard { young: HashMap::default(), old: HashMap::default(), young_weight: 0 };
         Self {
             shards: (0..SHARDS).map(|_| Mutex::new(shard())).collect(),
             hasher: RandomState::new(),
@@ -71,7 +71,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
         }
     }
 
-    fn put(&self, shard: &mut Shard<K, V>, key: K, value: V, weight: usize) {
+    fn put(&self, shard: &mut MemoShard<K, V>, key: K, value: V, weight: usize) {
         if shard.young_weight + weight > self.budget / SHARDS / 2 {
             shard.old = std::mem::take(&mut shard.young);
             shard.young_weight = 0;
@@ -82,7 +82,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
         }
     }
 
-    fn shard(&self, key: &K) -> MutexGuard<'_, Shard<K, V>> {
+    fn shard(&self, key: &K) -> MutexGuard<'_, MemoShard<K, V>> {
         let at = self.hasher.hash_one(key) as usize % SHARDS;
         // A poisoned lock is fine: a map operation does not panic halfway, and a lost value is only looked up again.
         self.shards[at].lock().unwrap_or_else(PoisonError::into_inner)

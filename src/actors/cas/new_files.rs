@@ -1,14 +1,14 @@
 //! [`NewFiles`]: the one way into the store.
 //!
 //! Batches, uploads, outputs, results, zstd forms and chunks take the same steps: reserve room, check the bytes, write and
-//! stamp a new file, charge it, and let the actor make it visible. This file has the steps from writing on. Room comes from
-//! [`Cas::take_room`] when the size is known, and from a [`super::guards::Room`] that grows with the bytes when it is not.
+//! stamp a new file, charge it, and let the actor make it visible. This file has the steps from writing on. UploadRoom comes from
+//! [`Cas::take_room`] when the size is known, and from a [`super::guards::UploadRoom`] that grows with the bytes when it is not.
 //!
 //! Invariant: every written file is handed to the actor, at the latest when `NewFiles` is dropped. So every file on disk is
 //! counted, and unused room is given back.
 
 use super::{
-    CasActor, Shared,
+    CasActor, StoreShared,
     client::{Cas, going_down},
     guards::Reservation,
     index::{FileId, Key, Stamp},
@@ -27,8 +27,8 @@ use tokio::sync::oneshot;
 #[derive(Debug)]
 pub(super) struct NewFiles {
     store: Addr<CasActor>,
-    shared: Arc<Shared>,
-    /// Room for the written files and for files to come.
+    shared: Arc<StoreShared>,
+    /// UploadRoom for the written files and for files to come.
     room: Reservation,
     /// The part of the room that the written files take.
     spent: u64,
@@ -51,7 +51,7 @@ impl Visible {
 
 impl NewFiles {
     /// An empty batch, with room for files to come.
-    pub(super) fn new(store: &Addr<CasActor>, shared: &Arc<Shared>, room: Reservation) -> Self {
+    pub(super) fn new(store: &Addr<CasActor>, shared: &Arc<StoreShared>, room: Reservation) -> Self {
         Self { store: store.clone(), shared: shared.clone(), room, spent: 0, written: Vec::new() }
     }
 

@@ -7,7 +7,7 @@
 use super::{
     client::{Cas, Provenance, spoilt},
     guards::Reservation,
-    index::{Key, Kind},
+    index::{EntryKind, Key},
     new_files::{NewFiles, Visible},
     results::{PreparedResult, Uploader},
     settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
@@ -171,7 +171,7 @@ impl OutputBatch {
         })?;
         let Some(more) = more else { return Ok(None) };
         self.files.add_room(more);
-        Ok(Some(Key { digest, instance: self.instance.blobs(), kind: Kind::Blob }))
+        Ok(Some(Key { digest, instance: self.instance.blobs(), kind: EntryKind::Blob }))
     }
 
     fn add_stored(&mut self, digest: Digest) {

@@ -8,7 +8,7 @@ use super::{
     CasActor, LOG,
     client::Cas,
     index::Totals,
-    reply::Reply,
+    reply::StoreReply,
     settings::{self, FULL_DISK_LOG_INTERVAL},
 };
 use crate::{
@@ -63,7 +63,7 @@ impl Cas {
 }
 
 impl Receive<Relieve> for CasActor {
-    type Answer = Reply<()>;
+    type Answer = StoreReply<()>;
 
     fn receive(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Answer {
         let Totals { used, leased, deleting, blobs, results, zstd_forms, .. } =
@@ -75,7 +75,7 @@ impl Receive<Relieve> for CasActor {
         };
         let Some(relief) = space.relief(&store) else {
             self.log_full_disk(&space);
-            return Reply::Now(());
+            return StoreReply::Now(());
         };
         let victims = self.change(|index| index.evict(relief.bytes, relief.entries, settings::RELIEF_BATCH));
         Event::warn(LOG, "disk_relieved")
@@ -87,7 +87,7 @@ impl Receive<Relieve> for CasActor {
             ));
         self.delete(victims, ctx);
         let evicted = self.change(|index| index.bytes_evicted());
-        Reply::when(self.deletions(evicted), ())
+        StoreReply::when(self.deletions(evicted), ())
     }
 }
 

@@ -1,4 +1,4 @@
-//! [`Reply`]: an answer that is often, but not always, ready at once.
+//! [`StoreReply`]: an answer that is often, but not always, ready at once.
 
 use super::CasActor;
 use actix::{
@@ -8,14 +8,14 @@ use actix::{
 use std::future::Future;
 
 /// An answer that is ready, or one that needs IO first.
-pub enum Reply<T: 'static> {
+pub enum StoreReply<T: 'static> {
     /// The answer.
     Now(T),
     /// The future of the answer. It does not hold up the actor.
     Later(ResponseFuture<T>),
 }
 
-impl<M: Message<Result = T>, T: 'static> MessageResponse<CasActor, M> for Reply<T> {
+impl<M: Message<Result = T>, T: 'static> MessageResponse<CasActor, M> for StoreReply<T> {
     fn handle(self, _: &mut Context<CasActor>, sender: Option<OneshotSender<T>>) {
         match (self, sender) {
             (Self::Now(answer), Some(sender)) => {
@@ -35,7 +35,7 @@ impl<M: Message<Result = T>, T: 'static> MessageResponse<CasActor, M> for Reply<
     }
 }
 
-impl<T: 'static> Reply<T> {
+impl<T: 'static> StoreReply<T> {
     /// Answers once the future `free` completes, or at once without one.
     pub fn when(free: Option<impl Future<Output = ()> + 'static>, answer: T) -> Self {
         match free {

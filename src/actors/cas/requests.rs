@@ -26,7 +26,7 @@ pub(super) struct Prepared {
 /// Reserves room for bytes that are there or about to come; see [`Reservation::take`].
 #[derive(Message)]
 #[rtype(result = "Result<Reservation>")]
-pub struct Reserve {
+pub struct ReserveRoom {
     /// At most [`RESERVE_STEP_BYTES`](super::settings::RESERVE_STEP_BYTES).
     pub bytes: u64,
     /// The total that is wanted, including `bytes`. If the total does not fit, nothing is reserved and nothing is evicted.

@@ -45,15 +45,15 @@ fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
     }
 }
 
-/// A running store. Every test runs on one thread, so blocking calls go through [`Store::worker`].
-struct Store {
+/// A running store. Every test runs on one thread, so blocking calls go through [`TestStore::worker`].
+struct TestStore {
     root: Rc<TempDir>,
     cas: Cas,
     main: Instance,
     other: Instance,
 }
 
-impl Store {
+impl TestStore {
     async fn new() -> Self {
         Self::with_limit(1_000 * MB).await
     }

@@ -7,17 +7,17 @@
 //! upload because another one has many. The bounds are not per connection, because an upload breaks when its connection does.
 //!
 //! The modules below handle the incoming bytes: [`writer`] an upload, [`new_blob`] bytes of unknown digest. They share
-//! [`received`], [`sink`] and [`decoders`].
+//! [`unwritten`], [`sink`] and [`decoders`].
 
 pub mod decoders;
 pub mod new_blob;
-pub mod received;
 pub(crate) mod sink;
+pub mod unwritten;
 pub(crate) mod writer;
 
 use super::{
     CasActor,
-    guards::Room,
+    guards::UploadRoom,
     index::Key,
     requests::EndUpload,
     settings::{MAX_PARTIAL_UPLOADS, TWIN_STALL},
@@ -109,7 +109,7 @@ pub struct Partial {
     /// The file with the bytes so far.
     pub sink: Sink,
     /// The room that the bytes take.
-    pub room: Room,
+    pub room: UploadRoom,
 }
 
 impl Partial {
@@ -126,8 +126,8 @@ pub struct Attempt {
     pub sink: Option<Sink>,
     /// Converts the bytes of this stream to bytes of the blob.
     pub inflow: Inflow,
-    /// Room for the bytes so far; `None` once it is spent.
-    pub room: Option<Room>,
+    /// UploadRoom for the bytes so far; `None` once it is spent.
+    pub room: Option<UploadRoom>,
     /// Whether the bytes so far may be resumed.
     pub keep: bool,
     /// Progress that others can observe.
@@ -143,7 +143,7 @@ pub struct Attempt {
 
 impl Attempt {
     /// An attempt that [`Uploads::begin`] has registered.
-    pub fn new(store: Addr<CasActor>, name: Digest, blob: Key, entered: Entered, room: Room) -> Self {
+    pub fn new(store: Addr<CasActor>, name: Digest, blob: Key, entered: Entered, room: UploadRoom) -> Self {
         let Entered { number, progress } = entered;
         let (sink, inflow, room) = (None, Inflow::Plain, Some(room));
         Self { sink, inflow, room, keep: true, progress, blob, name, number, store, is_told: false }
@@ -213,14 +213,14 @@ pub enum Begin {
     Elsewhere(u64),
 }
 
-enum State {
+enum UploadState {
     Running(Arc<Progress>),
     Parked(Box<Partial>),
 }
 
 struct Named {
     number: u64,
-    state: State,
+    state: UploadState,
 }
 
 /// The table of uploads; see the module documentation.
@@ -239,10 +239,10 @@ impl Uploads {
     /// Registers an attempt that starts at `offset`.
     pub fn begin(&mut self, name: Digest, blob: Key, offset: u64) -> Begin {
         let parked = match self.named.get(&name) {
-            Some(Named { state: State::Running(progress), .. }) if offset > 0 => {
+            Some(Named { state: UploadState::Running(progress), .. }) if offset > 0 => {
                 return Begin::Busy(progress.clone());
             }
-            Some(Named { state: State::Parked(partial), .. }) if offset > 0 => {
+            Some(Named { state: UploadState::Parked(partial), .. }) if offset > 0 => {
                 let committed = partial.sink.hasher.size();
                 if committed != offset {
                     return Begin::Elsewhere(committed);
@@ -255,7 +255,7 @@ impl Uploads {
         self.last_number += 1;
         let entered = Entered { number: self.last_number, progress: Arc::default() };
         entered.progress.accepted.store(offset, Ordering::Relaxed);
-        let state = State::Running(entered.progress.clone());
+        let state = UploadState::Running(entered.progress.clone());
         self.named.insert(name, Named { number: entered.number, state });
         self.running.entry(blob).or_default().push(entered.progress.clone());
         self.running_count += 1;
@@ -289,7 +289,7 @@ impl Uploads {
             Some(partial) if is_of_use => {
                 self.parked_bytes += partial.room.bytes();
                 self.parked.insert((now, number), name);
-                self.named.insert(name, Named { number, state: State::Parked(Box::new(partial)) });
+                self.named.insert(name, Named { number, state: UploadState::Parked(Box::new(partial)) });
                 None
             }
             partial => {
@@ -306,8 +306,8 @@ impl Uploads {
     /// Bytes that an upload has accepted; 0 for an unknown one (BS-32).
     pub fn committed(&self, name: Digest) -> u64 {
         match self.named.get(&name).map(|named| &named.state) {
-            Some(State::Running(progress)) => progress.accepted.load(Ordering::Relaxed),
-            Some(State::Parked(partial)) => partial.sink.hasher.size(),
+            Some(UploadState::Running(progress)) => progress.accepted.load(Ordering::Relaxed),
+            Some(UploadState::Parked(partial)) => partial.sink.hasher.size(),
             None => 0,
         }
     }
@@ -340,8 +340,8 @@ impl Uploads {
     /// The broken uploads, the oldest first.
     fn by_age(&self) -> impl Iterator<Item = (Digest, &Partial)> {
         self.parked.values().filter_map(|name| match &self.named.get(name)?.state {
-            State::Parked(partial) => Some((*name, &**partial)),
-            State::Running(_) => None,
+            UploadState::Parked(partial) => Some((*name, &**partial)),
+            UploadState::Running(_) => None,
         })
     }
 
@@ -382,10 +382,12 @@ impl Uploads {
     }
 
     fn unpark(&mut self, name: Digest) -> Option<Partial> {
-        if !matches!(self.named.get(&name)?.state, State::Parked(_)) {
+        if !matches!(self.named.get(&name)?.state, UploadState::Parked(_)) {
             return None;
         }
-        let Named { number, state: State::Parked(partial) } = self.named.remove(&name)? else { return None };
+        let Named { number, state: UploadState::Parked(partial) } = self.named.remove(&name)? else {
+            return None;
+        };
         self.parked.retain(|(_, parked), _| *parked != number);
         self.parked_bytes -= partial.room.bytes();
         Some(*partial)

@@ -9,7 +9,7 @@
 //! use after the next start may suffer.
 
 use super::{
-    index::{EntryRef, Found, Index, Key, Kind, Stamp},
+    index::{EntryKind, EntryRef, FoundEntry, Index, Key, Stamp},
     settings::{LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
     unix_seconds,
 };
@@ -19,18 +19,18 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 /// Work that look-ups leave for the actor.
 #[derive(Debug, Default)]
-struct Notes {
+struct LookUpNotes {
     /// Entries whose place in the order of use is out of date.
     unsettled: Vec<EntryRef>,
     /// Files whose use is to be written to disk.
-    touches: Vec<Found>,
+    touches: Vec<FoundEntry>,
 }
 
 /// The index behind a lock, with the notes of its readers.
 #[derive(Debug)]
 pub(crate) struct View {
     index: RwLock<Index>,
-    notes: Mutex<Notes>,
+    notes: Mutex<LookUpNotes>,
 }
 
 impl View {
@@ -53,7 +53,7 @@ impl View {
     /// Runs short look-ups under one hold of the lock. Also returns whether there is work for the actor.
     pub(super) fn read<T>(&self, look: impl FnOnce(&mut LookUp<'_>) -> T) -> (T, bool) {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        let mut look_up = LookUp { index, now: unix_seconds(), notes: Notes::default() };
+        let mut look_up = LookUp { index, now: unix_seconds(), notes: LookUpNotes::default() };
         let answer = look(&mut look_up);
         let LookUp { index, notes, .. } = look_up;
         drop(index);
@@ -67,7 +67,7 @@ impl View {
             let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
             unsettled.extend(part.iter().filter(|at| index.release(**at)));
         }
-        self.note(Notes { unsettled, touches: Vec::new() })
+        self.note(LookUpNotes { unsettled, touches: Vec::new() })
     }
 
     /// Hides an entry whose file is damaged, until the actor removes it.
@@ -76,12 +76,12 @@ impl View {
     }
 
     /// Takes out the files whose use is to be written to disk now.
-    pub(super) fn take_touches(&self) -> Vec<Found> {
+    pub(super) fn take_touches(&self) -> Vec<FoundEntry> {
         std::mem::take(&mut self.notes().touches)
     }
 
     /// Keeps notes for the actor. Returns true once per batch.
-    fn note(&self, new: Notes) -> bool {
+    fn note(&self, new: LookUpNotes) -> bool {
         if new.unsettled.is_empty() && new.touches.is_empty() {
             return false;
         }
@@ -89,7 +89,7 @@ impl View {
         append(&mut notes.unsettled, new.unsettled) | append(&mut notes.touches, new.touches)
     }
 
-    fn notes(&self) -> MutexGuard<'_, Notes> {
+    fn notes(&self) -> MutexGuard<'_, LookUpNotes> {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -106,23 +106,23 @@ fn append<T>(notes: &mut Vec<T>, mut new: Vec<T>) -> bool {
 pub(super) struct LookUp<'a> {
     index: RwLockReadGuard<'a, Index>,
     now: u32,
-    notes: Notes,
+    notes: LookUpNotes,
 }
 
 impl LookUp<'_> {
     /// Looks an entry up and counts it as used now.
-    pub(super) fn renew(&mut self, key: &Key) -> Option<Found> {
+    pub(super) fn renew(&mut self, key: &Key) -> Option<FoundEntry> {
         let found = self.index.renew(key, self.now)?;
         Some(self.noted(found))
     }
 
     /// [`LookUp::renew`] of a blob.
-    pub(super) fn renew_blob(&mut self, instance: InstanceId, digest: Digest) -> Option<Found> {
-        self.renew(&Key { digest, instance, kind: Kind::Blob })
+    pub(super) fn renew_blob(&mut self, instance: InstanceId, digest: Digest) -> Option<FoundEntry> {
+        self.renew(&Key { digest, instance, kind: EntryKind::Blob })
     }
 
     /// Looks an entry up, counts it as used now, and keeps it from eviction until [`View::release`].
-    pub(super) fn lease(&mut self, key: &Key) -> Option<Found> {
+    pub(super) fn lease(&mut self, key: &Key) -> Option<FoundEntry> {
         let found = self.index.lease(key, self.now)?;
         Some(self.noted(found))
     }
@@ -137,7 +137,7 @@ impl LookUp<'_> {
         self.index.find_by_hash(like)
     }
 
-    fn noted(&mut self, found: Found) -> Found {
+    fn noted(&mut self, found: FoundEntry) -> FoundEntry {
         if found.settle_due {
             self.notes.unsettled.push(found.at);
         }
@@ -166,7 +166,7 @@ mod tests {
         let key = |name: u64| Key {
             digest: DigestFunction::Sha256.digest(&name.to_le_bytes()),
             instance: InstanceId(0),
-            kind: Kind::Blob,
+            kind: EntryKind::Blob,
         };
         let view = View::new(Index::new(ENTRIES));
         let (view, is_over) = (&view, &AtomicBool::new(false));

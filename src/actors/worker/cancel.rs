@@ -14,10 +14,10 @@ use std::sync::{
 /// has then failed, and the worker decides what follows. The thread checks the token between two steps, and while it waits, it
 /// polls the descriptor together with that of the child.
 #[derive(Debug, Clone)]
-pub struct CancelToken(Arc<Inner>);
+pub struct CancelToken(Arc<TokenState>);
 
 #[derive(Debug)]
-struct Inner {
+struct TokenState {
     cancelled: AtomicBool,
     stopped: AtomicBool,
     event: Option<OwnedFd>,
@@ -27,7 +27,11 @@ impl CancelToken {
     /// A new token. If no descriptor is free, it still works between steps.
     pub fn new() -> Self {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok();
-        Self(Arc::new(Inner { cancelled: AtomicBool::new(false), stopped: AtomicBool::new(false), event }))
+        Self(Arc::new(TokenState {
+            cancelled: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+            event,
+        }))
     }
 
     /// Asks the run to end as soon as it can. Further calls have no effect.

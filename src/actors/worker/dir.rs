@@ -140,11 +140,11 @@ pub(super) fn entry_name(entry: &rfs::DirEntry) -> &OsStr {
 /// A position in a tree of directories.
 #[derive(Debug)]
 pub(super) struct Cursor {
-    levels: Vec<Level>,
+    levels: Vec<CursorLevel>,
 }
 
 #[derive(Debug)]
-struct Level {
+struct CursorLevel {
     id: FileId,
     mode: Mode,
     open: Option<File>,
@@ -157,7 +157,7 @@ impl Cursor {
     /// Those of fstat(2).
     pub(super) fn new(top: File) -> io::Result<Self> {
         let stat = rfs::fstat(&top)?;
-        Ok(Self { levels: vec![Level::new(top, &stat)] })
+        Ok(Self { levels: vec![CursorLevel::new(top, &stat)] })
     }
 
     /// The current directory.
@@ -179,7 +179,7 @@ impl Cursor {
     /// Those of openat2(2); `EXDEV` for a mount point.
     pub(super) fn down(&mut self, name: &OsStr) -> io::Result<()> {
         let (open, stat) = open_accessible(self.here()?, name)?;
-        self.levels.push(Level::new(open, &stat));
+        self.levels.push(CursorLevel::new(open, &stat));
         if let Some(far) = self.levels.len().checked_sub(KEPT_OPEN + 1) {
             self.levels[far].open = None;
         }
@@ -206,7 +206,7 @@ impl Cursor {
     }
 }
 
-impl Level {
+impl CursorLevel {
     fn new(open: File, stat: &Stat) -> Self {
         Self { id: file_id(stat), mode: Mode::from_raw_mode(stat.st_mode), open: Some(open) }
     }

@@ -22,17 +22,17 @@ const RETRY: Duration = Duration::from_millis(100);
 
 /// Samples the disk while commands run. The thread ends when this is dropped.
 #[derive(Debug)]
-pub struct DiskWatch(Arc<Shared>);
+pub struct DiskWatch(Arc<WatchShared>);
 
 #[derive(Debug)]
-struct Shared {
+struct WatchShared {
     path: PathBuf,
-    state: Mutex<State>,
+    state: Mutex<WatchState>,
     begun: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct WatchState {
     runs: Runs,
     /// Whether the thread waits for a run to begin.
     idle: bool,
@@ -43,11 +43,11 @@ struct State {
 #[derive(Debug, Default)]
 struct Runs {
     last: u64,
-    watched: HashMap<u64, Watched>,
+    watched: HashMap<u64, WatchedRun>,
 }
 
 #[derive(Debug)]
-struct Watched {
+struct WatchedRun {
     stop: CancelToken,
     /// The first sample that counts as full.
     full: Option<Space>,
@@ -56,7 +56,7 @@ struct Watched {
 impl Runs {
     fn begin(&mut self, stop: CancelToken) -> u64 {
         self.last += 1;
-        self.watched.insert(self.last, Watched { stop, full: None });
+        self.watched.insert(self.last, WatchedRun { stop, full: None });
         self.last
     }
 
@@ -79,7 +79,7 @@ impl Runs {
 impl DiskWatch {
     /// Starts a watch over the file system of `path`.
     pub fn new(path: PathBuf) -> Self {
-        let shared = Arc::new(Shared { path, state: Mutex::default(), begun: Condvar::new() });
+        let shared = Arc::new(WatchShared { path, state: Mutex::default(), begun: Condvar::new() });
         let sampler = shared.clone();
         // Without the thread, the disk is still sampled at the end of each run.
         let _ = thread::Builder::new().name("gorego-disk".into()).spawn(move || sampler.sample());
@@ -92,13 +92,13 @@ impl DiskWatch {
     }
 
     /// Begins to watch a run. `stop` is stopped when the disk is full.
-    pub fn begin(&self, stop: CancelToken) -> Watch<'_> {
+    pub fn begin(&self, stop: CancelToken) -> RunWatch<'_> {
         let mut state = self.0.lock();
         let run = state.runs.begin(stop);
         if std::mem::take(&mut state.idle) {
             self.0.begun.notify_one();
         }
-        Watch { watch: self, run }
+        RunWatch { watch: self, run }
     }
 }
 
@@ -109,8 +109,8 @@ impl Drop for DiskWatch {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl WatchShared {
+    fn lock(&self) -> MutexGuard<'_, WatchState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -137,12 +137,12 @@ impl Shared {
 
 /// The watch over one run.
 #[derive(Debug)]
-pub struct Watch<'a> {
+pub struct RunWatch<'a> {
     watch: &'a DiskWatch,
     run: u64,
 }
 
-impl Watch<'_> {
+impl RunWatch<'_> {
     /// Ends the watch after the command, with one more sample. Returns the first sample that counted as full, if there was one.
     pub fn end(self) -> Option<Space> {
         let sample = self.watch.look();
@@ -154,7 +154,7 @@ impl Watch<'_> {
     }
 }
 
-impl Drop for Watch<'_> {
+impl Drop for RunWatch<'_> {
     fn drop(&mut self) {
         self.watch.0.lock().runs.end(self.run);
     }

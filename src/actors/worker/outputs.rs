@@ -24,7 +24,7 @@ use rustix::{
     fs::{self as rfs, FileType, Mode, OFlags},
     io::Errno,
 };
-use scan::{NodeBudget, Scan};
+use scan::{NodeBudget, OutputScan};
 use std::{collections::HashMap, ffi::OsStr, fs::File, io};
 
 /// Maximum length of the target of an output link, in bytes, as in Linux.
@@ -72,10 +72,10 @@ impl Reported {
 }
 
 /// The node at one output path.
-enum Found {
+enum OutputNode {
     File { name: String, id: FileId, seen: Seen },
     Link { target: String, to_directory: bool, seen: Seen },
-    Directory(Scan),
+    Directory(OutputScan),
 }
 
 /// Collects the outputs of `action` below `root` into `result`. No process may be left that could change them. The caller
@@ -134,12 +134,12 @@ fn look(
     output: &OutputRequest,
     checkpoint: &Checkpoint,
     budget: &mut NodeBudget,
-) -> Result<Option<Found>> {
+) -> Result<Option<OutputNode>> {
     let path = &output.requested;
     let Some((parent_path, name)) = output.path.parent().zip(output.path.name()) else {
         return expect(output, FileType::Directory)
-            .and_then(|()| Scan::of(open_directory(root, output)?, root_seen, path, checkpoint, budget))
-            .map(|scan| Some(Found::Directory(scan)));
+            .and_then(|()| OutputScan::of(open_directory(root, output)?, root_seen, path, checkpoint, budget))
+            .map(|scan| Some(OutputNode::Directory(scan)));
     };
     let Some(parent) = open_parent(root, &parent_path, path)? else { return Ok(None) };
     let stat = match dir::stat_at(&parent, OsStr::new(name)) {
@@ -152,12 +152,16 @@ fn look(
     Ok(Some(match kind {
         FileType::RegularFile => {
             budget.count_file(&stat);
-            Found::File { name: name.to_owned(), id: dir::file_id(&stat), seen }
+            OutputNode::File { name: name.to_owned(), id: dir::file_id(&stat), seen }
         }
-        FileType::Directory => {
-            Found::Directory(Scan::of(open_directory(root, output)?, seen, path, checkpoint, budget)?)
-        }
-        FileType::Symlink => Found::Link {
+        FileType::Directory => OutputNode::Directory(OutputScan::of(
+            open_directory(root, output)?,
+            seen,
+            path,
+            checkpoint,
+            budget,
+        )?),
+        FileType::Symlink => OutputNode::Link {
             target: read_link(&parent, name, path)?,
             to_directory: dir::open_beneath(root, output.path.as_path()).is_ok(),
             seen,
@@ -197,12 +201,12 @@ impl Storing<'_> {
     fn report(
         &mut self,
         output: &OutputRequest,
-        node: Found,
+        node: OutputNode,
         result: &mut reapi::ActionResult,
     ) -> Result<()> {
         let path = output.requested.clone();
         match node {
-            Found::File { name, id, seen } => {
+            OutputNode::File { name, id, seen } => {
                 let digest = self.file_at(output, &name, id)?;
                 result.output_files.push(reapi::OutputFile {
                     path,
@@ -212,7 +216,7 @@ impl Storing<'_> {
                     ..Default::default()
                 });
             }
-            Found::Link { target, to_directory, seen } => {
+            OutputNode::Link { target, to_directory, seen } => {
                 let link =
                     reapi::OutputSymlink { path, target, node_properties: self.reported.of_link(&seen) };
                 // EXE-53: older and newer clients read different lists.
@@ -223,7 +227,7 @@ impl Storing<'_> {
                     result.output_file_symlinks.push(link);
                 }
             }
-            Found::Directory(mut scan) => {
+            OutputNode::Directory(mut scan) => {
                 scan.revisit(open_directory(self.root, output)?, &path, |directory, here| {
                     for file in &mut directory.files {
                         file.digest = Some(self.file(here, &file.name, file.id, &output.requested)?);
@@ -258,7 +262,7 @@ impl Storing<'_> {
         Ok(digest)
     }
 
-    fn directory(&mut self, path: String, scan: &Scan) -> Result<reapi::OutputDirectory> {
+    fn directory(&mut self, path: String, scan: &OutputScan) -> Result<reapi::OutputDirectory> {
         let encoded = Encoded::new(scan, self.action.digest.function(), self.reported)?;
         let format = self.action.command.directory_format;
         let mut output = reapi::OutputDirectory { path, ..Default::default() };

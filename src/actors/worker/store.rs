@@ -21,7 +21,7 @@ pub trait BlobStore: Send + Sync {
     /// See [`Cas::stage_inputs`].
     ///
     /// # Errors
-    /// Those of the method.
+    /// Those of [`Cas::stage_inputs`].
     fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>>;
 
     /// See [`Cas::begin_outputs`].
@@ -36,13 +36,13 @@ pub trait Outputs {
     /// See [`OutputBatch::file`].
     ///
     /// # Errors
-    /// Those of the method.
+    /// Those of [`OutputBatch::file`].
     fn file(&mut self, parent: &File, name: &str, file: File) -> Result<Digest>;
 
     /// See [`OutputBatch::bytes`].
     ///
     /// # Errors
-    /// Those of the method.
+    /// Those of [`OutputBatch::bytes`].
     fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest>;
 
     /// See [`OutputBatch::expect`].
@@ -51,19 +51,19 @@ pub trait Outputs {
     /// See [`OutputBatch::publish`].
     ///
     /// # Errors
-    /// Those of the method.
+    /// Those of [`OutputBatch::publish`].
     fn publish(&mut self) -> Result<()>;
 
     /// See [`OutputBatch::result`].
     ///
     /// # Errors
-    /// Those of the method.
+    /// Those of [`OutputBatch::result`].
     fn result(&mut self, action: Digest, result: reapi::ActionResult, provenance: Provenance) -> Result<()>;
 
     /// See [`OutputBatch::commit`].
     ///
     /// # Errors
-    /// Those of the method.
+    /// Those of [`OutputBatch::commit`].
     fn commit(self: Box<Self>) -> Result<()>;
 }
 
@@ -75,7 +75,7 @@ pub trait Inputs {
     /// See [`StagedInputs::materialise`].
     ///
     /// # Errors
-    /// Those of the method.
+    /// Those of [`StagedInputs::materialise`].
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()>;
 }
 

@@ -60,12 +60,12 @@ const DIRECTORIES_LEFT: &str = "exec_directories_left";
 
 /// The build root, where exec directories are created. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct BuildRoot(Arc<Inner>);
+pub struct BuildRoot(Arc<BuildRootState>);
 
 #[derive(Debug)]
-struct Inner {
+struct BuildRootState {
     path: PathBuf,
-    places: Mutex<Places>,
+    places: Mutex<RootDirectories>,
     next: AtomicU64,
     remover: Remover,
     disk: DiskWatch,
@@ -73,16 +73,16 @@ struct Inner {
 
 /// The directories that are or were at the path of a build root.
 #[derive(Debug)]
-struct Places {
-    current: Arc<Place>,
+struct RootDirectories {
+    current: Arc<RootDirectory>,
     /// Earlier directories, in which actions may still run.
-    former: Vec<Weak<Place>>,
+    former: Vec<Weak<RootDirectory>>,
 }
 
 /// The directory at the path of a build root. It is locked for as long as this lives, so that no server sweeps away the
 /// directories of another server's commands.
 #[derive(Debug)]
-struct Place {
+struct RootDirectory {
     handle: File,
     id: FileId,
 }
@@ -97,7 +97,7 @@ impl BuildRoot {
         fs::create_dir_all(path).map_err(doing)?;
         // Commands get absolute paths into it.
         let path = path.canonicalize().map_err(doing)?;
-        let place = Arc::new(Place::open(&path)?);
+        let place = Arc::new(RootDirectory::open(&path)?);
         let next = AtomicU64::new(0);
         let leftovers = place.sweep(&next).map_err(doing)?;
         if !leftovers.is_empty() {
@@ -108,8 +108,8 @@ impl BuildRoot {
         let job = |name| Job { place: place.clone(), name, ticket: None };
         let remover = Remover::start(leftovers.into_iter().map(job).collect());
         let disk = DiskWatch::new(path.clone());
-        let places = Mutex::new(Places { current: place, former: Vec::new() });
-        let build_root = Self(Arc::new(Inner { path, places, next, remover, disk }));
+        let places = Mutex::new(RootDirectories { current: place, former: Vec::new() });
+        let build_root = Self(Arc::new(BuildRootState { path, places, next, remover, disk }));
         if build_root.is_noexec() {
             let path = build_root.0.path.display();
             Event::warn("gorego::worker", BUILD_ROOT_NOEXEC).with_shown("path", &path).log(format_args!(
@@ -168,10 +168,11 @@ impl BuildRoot {
     }
 
     /// The directory that is at the path now. It is created again if it was removed.
-    fn place(&self) -> Result<Arc<Place>> {
-        let Inner { path, places, next, remover, .. } = &*self.0;
+    fn place(&self) -> Result<Arc<RootDirectory>> {
+        let BuildRootState { path, places, next, remover, .. } = &*self.0;
         let mut places = places.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_there = |place: &Place| rfs::stat(path).is_ok_and(|stat| dir::file_id(&stat) == place.id);
+        let is_there =
+            |place: &RootDirectory| rfs::stat(path).is_ok_and(|stat| dir::file_id(&stat) == place.id);
         if is_there(&places.current) {
             return Ok(places.current.clone());
         }
@@ -185,7 +186,7 @@ impl BuildRoot {
         let doing =
             |error: io::Error| Error::io(&format!("make the build root {} again", path.display()), &error);
         fs::create_dir_all(path).map_err(doing)?;
-        let made = Arc::new(Place::open(path)?);
+        let made = Arc::new(RootDirectory::open(path)?);
         Event::warn("gorego::worker", BUILD_ROOT_REMADE).with_shown("path", &path.display()).log(format_args!(
             "the build root {} was removed or replaced while the server runs; using the one that is there now",
             path.display()
@@ -198,14 +199,14 @@ impl BuildRoot {
     }
 }
 
-impl Places {
-    fn replace(&mut self, place: Arc<Place>) {
+impl RootDirectories {
+    fn replace(&mut self, place: Arc<RootDirectory>) {
         let former = std::mem::replace(&mut self.current, place);
         self.former.push(Arc::downgrade(&former));
     }
 }
 
-impl Place {
+impl RootDirectory {
     fn open(path: &Path) -> Result<Self> {
         let doing = |error: io::Error| Error::io(&format!("open the build root {}", path.display()), &error);
         let handle = File::open(path).map_err(doing)?;
@@ -228,8 +229,8 @@ impl Place {
         for entry in dir::entries(&self.handle)? {
             let entry = entry?;
             match owner(dir::entry_name(&entry)) {
-                Some(Owner::Run) => leftovers.push(dir::entry_name(&entry).to_owned()),
-                Some(Owner::Action) => {
+                Some(EntryOwner::Run) => leftovers.push(dir::entry_name(&entry).to_owned()),
+                Some(EntryOwner::Action) => {
                     let name = dir::entry_name(&entry);
                     let aside = |aside: &OsStr| {
                         let flags = RenameFlags::NOREPLACE;
@@ -266,7 +267,7 @@ fn numbered(
 }
 
 /// The kind of an entry of the build root.
-enum Owner {
+enum EntryOwner {
     /// The own directory of a run.
     Run,
     /// The directory with the input root of an action.
@@ -274,16 +275,16 @@ enum Owner {
 }
 
 /// The kind of an entry of the build root by its name; `None` for foreign entries.
-fn owner(name: &OsStr) -> Option<Owner> {
+fn owner(name: &OsStr) -> Option<EntryOwner> {
     let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
     let name = name.to_str()?;
     if let Some(rest) = name.strip_prefix(ACTION_PREFIX) {
         let (hash, number) = rest.split_once('-').unwrap_or((rest, "2"));
         let is_hash = hash.len() == HASH_DIGITS && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
-        return (is_hash && is_number(number)).then_some(Owner::Action);
+        return (is_hash && is_number(number)).then_some(EntryOwner::Action);
     }
     let (slot, number) = name.split_once('-')?;
-    (is_number(slot) && is_number(number)).then_some(Owner::Run)
+    (is_number(slot) && is_number(number)).then_some(EntryOwner::Run)
 }
 
 /// Whether the file or directory with this identity is at a path.
@@ -295,19 +296,19 @@ fn is_at(path: &Path, id: FileId) -> bool {
 #[derive(Debug)]
 pub struct Workspace {
     build_root: BuildRoot,
-    place: Arc<Place>,
+    place: Arc<RootDirectory>,
     name: OsString,
     path: PathBuf,
     /// Name of the directory that holds the input root.
     for_action: Option<OsString>,
     root_path: PathBuf,
-    opened: Option<Opened>,
+    opened: Option<OpenDirectories>,
     ticket: Option<Ticket>,
     removes_itself: bool,
 }
 
 #[derive(Debug)]
-struct Opened {
+struct OpenDirectories {
     top: File,
     for_action: File,
     root: File,
@@ -322,7 +323,7 @@ impl Workspace {
         rfs::mkdirat(&for_action, "root", Mode::from_raw_mode(0o755))?;
         let root = dir::open_dir(&for_action, OsStr::new("root"))?;
         rfs::fchmod(&root, Mode::from_raw_mode(0o755))?;
-        self.opened = Some(Opened { top, for_action, root });
+        self.opened = Some(OpenDirectories { top, for_action, root });
         Ok(())
     }
 
@@ -341,7 +342,7 @@ impl Workspace {
         Err(Errno::EXIST.into())
     }
 
-    fn opened(&self) -> Result<&Opened> {
+    fn opened(&self) -> Result<&OpenDirectories> {
         self.opened.as_ref().ok_or_else(|| Error::internal("the exec directory is not open"))
     }
 
@@ -377,7 +378,7 @@ impl Workspace {
     /// # Errors
     /// `Unavailable` when one of them was removed or replaced.
     pub fn check_in_place(&self) -> Result<()> {
-        let Opened { top, for_action, .. } = self.opened()?;
+        let OpenDirectories { top, for_action, .. } = self.opened()?;
         let around_root = self.root_path.parent().unwrap_or(&self.root_path);
         for (handle, path) in [(top, self.path.as_path()), (for_action, around_root)] {
             if !rfs::fstat(handle).is_ok_and(|stat| is_at(path, dir::file_id(&stat))) {
@@ -398,7 +399,7 @@ impl Workspace {
 
 impl Drop for Workspace {
     fn drop(&mut self) {
-        if let Some(Opened { top, for_action, .. }) = self.opened.take() {
+        if let Some(OpenDirectories { top, for_action, .. }) = self.opened.take() {
             // The command may have removed their permissions, and moving needs write permission on both.
             let _ = rfs::fchmod(top, Mode::RWXU).and_then(|()| rfs::fchmod(for_action, Mode::RWXU));
         }

@@ -202,7 +202,7 @@ impl Cas {
         }
         let started = Instant::now();
         let reader = self.open(instance, blob).await?;
-        let mut scan = Some(Scan { reader, blob, splitter: Splitter::new(chunking), at: 0 });
+        let mut scan = Some(ChunkScan { reader, blob, splitter: Splitter::new(chunking), at: 0 });
         let (mut chunks, mut leases, mut batch) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             let cut = async {
@@ -247,14 +247,14 @@ impl Cas {
 }
 
 /// A blob that is being cut. Its methods block.
-struct Scan {
+struct ChunkScan {
     reader: BlobReader,
     blob: Digest,
     splitter: Splitter,
     at: u64,
 }
 
-impl Scan {
+impl ChunkScan {
     /// The next chunks, and the scan itself unless they are the last.
     fn next_batch(mut self) -> Result<(Option<Self>, Batch)> {
         let function = self.blob.function();

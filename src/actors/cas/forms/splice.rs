@@ -12,7 +12,7 @@ use crate::actors::cas::{
     client::{Cas, Upload},
     forms::chunks::Chunks,
     guards::Lease,
-    index::Found,
+    index::FoundEntry,
     lookup::Purpose,
     volume::PIECE_BYTES,
 };
@@ -104,7 +104,7 @@ impl Cas {
         &self,
         instance: &Instance,
         chunks: &[Digest],
-    ) -> Result<(HashMap<Digest, Found>, Lease)> {
+    ) -> Result<(HashMap<Digest, FoundEntry>, Lease)> {
         let distinct: HashSet<Digest> = chunks.iter().filter(|chunk| !chunk.is_empty()).copied().collect();
         let distinct: Vec<Digest> = distinct.into_iter().collect();
         let mut found = HashMap::with_capacity(distinct.len());
@@ -148,7 +148,7 @@ fn check_list(blob: Digest, chunks: &[Digest]) -> Result<()> {
 /// Chunks that are read in order to make one blob. Its methods block.
 struct Concatenation {
     cas: Cas,
-    found: HashMap<Digest, Found>,
+    found: HashMap<Digest, FoundEntry>,
     cuts: Option<Cuts>,
     chunks: Chunks,
     next: usize,

@@ -14,8 +14,8 @@
 use crate::actors::cas::{
     blob::{BlobReader, CheckedFile, damaged, known_stamp, open, tell_verified},
     client::Cas,
-    guards::{Lease, Room},
-    index::{Found, Key, Kind, Stamp},
+    guards::{Lease, UploadRoom},
+    index::{EntryKind, FoundEntry, Key, Stamp},
     new_files::Visible,
     settings::{ZSTD_FORM_PART, ZSTD_HISTORY_WEIGHT, ZSTD_PROBE_BYTES},
     volume::{self, Stored},
@@ -79,7 +79,7 @@ pub(crate) struct Form {
 impl Form {
     /// Opens a located form. Returns `None` when it turns out to be unusable, which is reported. Blocks, if need be for as long
     /// as decoding takes.
-    pub(crate) fn open(cas: &Cas, found: Found, lease: &Arc<Lease>) -> Option<Self> {
+    pub(crate) fn open(cas: &Cas, found: FoundEntry, lease: &Arc<Lease>) -> Option<Self> {
         // A damaged form is reported by the callee. Other errors, such as too many open files, say nothing about the form.
         let file = open(cas, &found).ok()?;
         let (table, stamp) = match known_stamp(cas, &found, &*file).ok()? {
@@ -87,7 +87,7 @@ impl Form {
             None => check_form(cas, &found, &*file).ok()?,
         };
         let size = table.sizes().1;
-        let check = |cas: &Cas, found: &Found, file: &dyn Stored| Ok(check_form(cas, found, file)?.1);
+        let check = |cas: &Cas, found: &FoundEntry, file: &dyn Stored| Ok(check_form(cas, found, file)?.1);
         let stored = CheckedFile::new(file, stamp, check);
         let frames = BlobReader::of_file(cas.clone(), found, stored, size, lease.clone());
         Some(Self { frames, table })
@@ -98,7 +98,7 @@ impl Form {
 ///
 /// # Errors
 /// `NotFound` when it is damaged, which is reported.
-fn check_form(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<(SeekTable, Stamp)> {
+fn check_form(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<(SeekTable, Stamp)> {
     let table = table_of(cas, found, file)?;
     let before = file.look().map_err(Error::internal)?;
     verify(file, &table, found.file.key.digest).map_err(|error| damaged(cas, found, error.to_string()))?;
@@ -110,7 +110,7 @@ fn check_form(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<(SeekTable,
 ///
 /// # Errors
 /// `NotFound` when it does not fit the form, which is reported.
-fn table_of(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<SeekTable> {
+fn table_of(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<SeekTable> {
     let length = file.look().map_err(Error::internal)?.size;
     read_table(file, length)
         .ok()
@@ -162,8 +162,8 @@ fn verify(file: &dyn Stored, table: &SeekTable, digest: Digest) -> Result<()> {
 
 impl Cas {
     /// Locates the zstd form of one blob.
-    fn locate_form(&self, instance: &Instance, digest: Digest) -> Result<Option<Found>> {
-        let key = Key { digest, instance: instance.blobs(), kind: Kind::Zstd };
+    fn locate_form(&self, instance: &Instance, digest: Digest) -> Result<Option<FoundEntry>> {
+        let key = Key { digest, instance: instance.blobs(), kind: EntryKind::Zstd };
         self.look_up(|index| index.renew(&key))
     }
 
@@ -219,7 +219,7 @@ impl Cas {
         let failed = |error: io::Error| Error::io(&format!("write the zstd form of blob {digest}"), &error);
         let mut target = shared.volume.draft().map_err(failed)?;
         // One form is made at a time, so at most one thread waits for room.
-        let mut room = Room::none(self.actor().clone());
+        let mut room = UploadRoom::none(self.actor().clone());
         let mut grow = |bytes: u64| room.grow_here(&shared.runtime, shared.volume.charge(bytes), u64::MAX);
         let mut table = SeekTable::default();
         let mut frame = Vec::new();
@@ -244,7 +244,7 @@ impl Cas {
         let length = table.sizes().1 + table_bytes.len() as u64;
         grow(length)?;
         target.write(&table_bytes).map_err(failed)?;
-        let key = Key { digest, instance, kind: Kind::Zstd };
+        let key = Key { digest, instance, kind: EntryKind::Zstd };
         let mut files = self.new_files(room.into_reservation());
         files.keep(key, target, length).map_err(failed)?;
         Ok(files.commit())

@@ -10,7 +10,7 @@ use crate::actors::cas::{
     client::{Cas, going_down},
     forms::zstd_form::{Form, History},
     guards::Lease,
-    index::Found,
+    index::FoundEntry,
     lookup::Purpose,
     settings::SMALL_BLOB_BYTES,
 };
@@ -247,7 +247,7 @@ impl Cas {
         .await
     }
 
-    fn read_found(&self, instance: &Instance, found: &Found) -> Result<Bytes> {
+    fn read_found(&self, instance: &Instance, found: &FoundEntry) -> Result<Bytes> {
         let recent = self.shared().recent.get(&(instance.blobs(), found.file.key.digest));
         recent.map_or_else(|| read_whole(self, found), Ok)
     }
@@ -256,8 +256,8 @@ impl Cas {
     fn pack_item(
         &self,
         instance: &Instance,
-        found: Found,
-        form: Option<Found>,
+        found: FoundEntry,
+        form: Option<FoundEntry>,
         lease: &Arc<Lease>,
     ) -> Result<Item> {
         let digest = found.file.key.digest;
@@ -287,7 +287,7 @@ impl Cas {
 }
 
 /// The sources of a stream of a larger blob.
-struct Opened {
+struct StreamSources {
     /// The offset from which the form is used; the blob's size without a form.
     form_from: u64,
     form: Option<(BlobReader, u64)>,
@@ -298,14 +298,14 @@ struct Opened {
 /// Opens the sources of a read from `offset`. Blocks.
 fn open_parts(
     cas: &Cas,
-    found: Found,
-    form: Option<Found>,
+    found: FoundEntry,
+    form: Option<FoundEntry>,
     lease: Arc<Lease>,
     offset: u64,
-) -> Result<Opened> {
+) -> Result<StreamSources> {
     let size = found.file.key.digest.size();
     let form = form.and_then(|form| Form::open(cas, form, &lease));
     let (form_from, packed_from) = form.as_ref().map_or((size, 0), |form| form.table.frame_from(offset));
     let blob = (offset < form_from).then(|| BlobReader::open(cas.clone(), found, lease)).transpose()?;
-    Ok(Opened { form_from, form: form.map(|form| (form.frames, packed_from)), blob })
+    Ok(StreamSources { form_from, form: form.map(|form| (form.frames, packed_from)), blob })
 }

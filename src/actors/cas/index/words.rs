@@ -5,7 +5,7 @@ use gorego_reapi::{digest::Digest, error::Error};
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kind {
+pub enum EntryKind {
     /// A blob, under its own digest.
     Blob,
     /// An action result, under the digest of its action.
@@ -14,7 +14,7 @@ pub enum Kind {
     Zstd,
 }
 
-impl Kind {
+impl EntryKind {
     pub const ALL: [Self; 3] = [Self::Blob, Self::Result, Self::Zstd];
 }
 
@@ -25,7 +25,7 @@ pub struct Key {
     pub digest: Digest,
     /// The namespace that it is stored in (GEN-15).
     pub instance: InstanceId,
-    pub kind: Kind,
+    pub kind: EntryKind,
 }
 
 /// The identity of one stored file. A later upload of the same blob is another file of the same entry.
@@ -78,7 +78,7 @@ impl Stamp {
 
 /// The result of a successful look-up.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Found {
+pub(crate) struct FoundEntry {
     /// The entry.
     pub at: EntryRef,
     /// The file of the entry.

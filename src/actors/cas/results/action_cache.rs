@@ -8,7 +8,7 @@ use crate::actors::cas::{
     blob::{is_sound, not_found, read_unchecked, report},
     client::{Cas, Provenance},
     decoding::worst_case,
-    index::{EntryRef, Found, Key, Kind, Stamp},
+    index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
     lookup::Purpose,
     new_files::NewFiles,
     results::{self, DirectReferences, LoadedResult, ResultLookup, Uploader},
@@ -63,7 +63,7 @@ impl Cas {
         &self,
         instance: &Instance,
         action: Digest,
-        found: Found,
+        found: FoundEntry,
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let id = instance.id();
         let Some(result) = self.read_result(instance, action, found).await? else { return Ok(None) };
@@ -142,7 +142,7 @@ impl Cas {
         &self,
         instance: &Instance,
         action: Digest,
-        found: Found,
+        found: FoundEntry,
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let cas = self.clone();
         let bytes = match self.blocking(move || read_unchecked(&cas, &found, results::MAX_FILE_BYTES)).await?
@@ -286,7 +286,7 @@ impl PreparedResult {
     /// Writes the file, which is not visible yet. Blocks.
     pub(crate) fn write(self, cas: &Cas, files: &mut NewFiles, instance: InstanceId) -> Result<()> {
         let Self { action, result, file: bytes, .. } = self;
-        let key = Key { digest: action, instance, kind: Kind::Result };
+        let key = Key { digest: action, instance, kind: EntryKind::Result };
         let file = files
             .write(key, &[bytes])
             .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;

@@ -5,7 +5,7 @@ use crate::{
     actors::cas::{
         CasActor, LOG,
         client::Cas,
-        index::{EntryRef, Found, Key, Kind, Stamp},
+        index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
         settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
     },
     actors::mail::Receive,
@@ -23,9 +23,9 @@ pub(crate) enum ResultLookup {
     /// There is no complete result.
     Miss,
     /// There is a result, but its file, or blobs that were not read since the start, have to be read first.
-    Cold(Found),
+    Cold(FoundEntry),
     /// The result is in memory, but refers to more blobs than are looked up in one turn.
-    Long(Found, Arc<LoadedResult>),
+    Long(FoundEntry, Arc<LoadedResult>),
 }
 
 /// Fact: a stored result references a blob that is no longer stored.
@@ -43,13 +43,13 @@ impl Cas {
     /// # Errors
     /// `Unavailable` when the server is shutting down.
     pub fn action_by_hash(&self, instance: &Instance, like: Digest) -> Result<Option<Digest>> {
-        let key = Key { digest: like, instance: instance.id(), kind: Kind::Result };
+        let key = Key { digest: like, instance: instance.id(), kind: EntryKind::Result };
         self.look_up(|index| index.find_by_hash(&key))
     }
 
     /// Looks a result up without reading any file.
     pub(crate) fn look_up_result(&self, instance: &Instance, action: Digest) -> Result<ResultLookup> {
-        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
+        let key = Key { digest: action, instance: instance.id(), kind: EntryKind::Result };
         let Some(found) = self.look_up(|index| index.renew(&key))? else { return Ok(ResultLookup::Miss) };
         match self.shared().results.get(&(instance.id(), action)) {
             Some(loaded) if loaded.generation == found.file.generation => {
@@ -66,7 +66,7 @@ impl Cas {
     pub(crate) fn confirm_loaded(
         &self,
         instance: &Instance,
-        found: Found,
+        found: FoundEntry,
         loaded: &LoadedResult,
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         Ok(match self.confirm(instance, found, loaded, false)? {
@@ -81,7 +81,7 @@ impl Cas {
     fn confirm(
         &self,
         instance: &Instance,
-        found: Found,
+        found: FoundEntry,
         loaded: &LoadedResult,
         were_read: bool,
     ) -> Result<ResultLookup> {

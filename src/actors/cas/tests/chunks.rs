@@ -20,7 +20,7 @@ fn digests(chunks: &[Bytes]) -> Vec<Digest> {
     chunks.iter().map(|chunk| digest(chunk)).collect()
 }
 
-impl Store {
+impl TestStore {
     async fn split(&self, blob: Digest) -> Result<Vec<Digest>> {
         Ok(self.cas.split(&self.main, blob, small(), usize::MAX).await?.to_vec())
     }
@@ -49,7 +49,7 @@ impl Store {
 /// CAS-30, CAS-31, CAS-32.
 #[actix::test]
 async fn a_split_stores_the_chunks_and_renews_everything() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(LARGE, 1);
     let blob = store.put(bytes.clone()).await;
     let chunks = store.split(blob).await.unwrap();
@@ -75,7 +75,7 @@ async fn a_split_stores_the_chunks_and_renews_everything() {
 /// CAS-32: lost chunks are made again from the blob. Without the blob the split fails.
 #[actix::test]
 async fn lost_chunks_and_forgotten_recipes_are_made_again_and_a_lost_blob_is_not() {
-    let mut store = Store::new().await;
+    let mut store = TestStore::new().await;
     let blob = store.put(noise(LARGE, 1)).await;
     let chunks = store.split(blob).await.unwrap();
     let written = store.file_of(chunks[0]);
@@ -95,7 +95,7 @@ async fn lost_chunks_and_forgotten_recipes_are_made_again_and_a_lost_blob_is_not
 
 #[actix::test]
 async fn concurrent_splits_of_one_blob_are_done_once_and_a_caller_that_leaves_holds_up_nobody() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let blob = store.put(noise(3_000_000, 1)).await;
     let mut left = Box::pin(store.split(blob));
     assert!(left.as_mut().now_or_never().is_none());
@@ -112,14 +112,14 @@ async fn concurrent_splits_of_one_blob_are_done_once_and_a_caller_that_leaves_ho
 
 #[actix::test]
 async fn a_split_that_cannot_fit_is_refused_with_the_reason_and_evicts_nothing() {
-    let store = Store::with_limit(2 * MB).await;
+    let store = TestStore::with_limit(2 * MB).await;
     let other = store.put(noise(5_000, 1)).await;
     let blob = store.put(noise(1_200_000, 2)).await;
     let error = store.split(blob).await.unwrap_err();
     assert!(matches!(&error, Error::Precondition(_)), "GEN-20: {error}");
     assert!(store.has(other).await && store.has(blob).await);
 
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let blob = store.put(noise(LARGE, 1)).await;
     let count = store.split(blob).await.unwrap().len();
     for forgotten in [false, true] {
@@ -137,7 +137,7 @@ async fn a_split_that_cannot_fit_is_refused_with_the_reason_and_evicts_nothing()
 /// CAS-35, CAS-36, CAS-37, CAS-38.
 #[actix::test]
 async fn a_splice_joins_the_chunks_in_order_and_a_wrong_one_is_refused_and_leaves_nothing() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (one, two, long) = (noise(100_000, 1), noise(150_000, 2), noise(3_000_000, 3));
     let parts = store.put_all(&[one.clone(), two.clone(), long.clone()]).await;
     let [c1, c2, c3] = parts[..] else { panic!() };
@@ -170,7 +170,7 @@ async fn a_splice_joins_the_chunks_in_order_and_a_wrong_one_is_refused_and_leave
 /// A damaged chunk counts as missing.
 #[actix::test]
 async fn a_splice_over_a_damaged_chunk_stores_nothing() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (one, two) = (noise(100_000, 1), noise(200_000, 2));
     let chunks = store.put_all(&[one.clone(), two.clone()]).await;
     overwrite(&store.file_of(chunks[1]), |bytes| bytes[7] ^= 1);
@@ -184,7 +184,7 @@ async fn a_splice_over_a_damaged_chunk_stores_nothing() {
 /// Clients cannot forge a recipe: that of a splice is kept only if its cuts are those of the chunking function.
 #[actix::test]
 async fn a_split_after_a_splice_gives_the_chunks_of_the_function_however_the_client_cut() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(LARGE, 1);
     let blob = digest(&bytes);
     let right = cut(&bytes, small());
@@ -205,7 +205,7 @@ async fn a_split_after_a_splice_gives_the_chunks_of_the_function_however_the_cli
 
 #[actix::test]
 async fn a_splice_that_does_not_fit_fails_and_evicts_none_of_its_chunks() {
-    let store = Store::with_limit(MB).await;
+    let store = TestStore::with_limit(MB).await;
     let chunks = cut(&noise(600_000, 1), small());
     let parts = store.put_all(&chunks).await;
     let blob = digest(&chunks.concat());

@@ -3,7 +3,7 @@
 
 use super::{
     super::{
-        index::{FileId, Key, Kind},
+        index::{EntryKind, FileId, Key},
         lookup::Purpose,
         volume::stamps::{COARSE_TICK, has_fine_change_times, stamp_of},
         volume::{Volume as _, files::Files},
@@ -50,14 +50,14 @@ fn is_missing<T: std::fmt::Debug>(outcome: Result<T>) {
     assert!(matches!(outcome, Err(Error::NotFound(_) | Error::MissingBlobs(_))), "{outcome:?}");
 }
 
-async fn read_zstd(store: &Store, blob: Digest, offset: u64) -> Result<()> {
+async fn read_zstd(store: &TestStore, blob: Digest, offset: u64) -> Result<()> {
     let mut reader = store.cas.open_zstd(&store.main, blob, offset).await?;
     while reader.next(100_000).await?.is_some() {}
     Ok(())
 }
 
 /// A file below an input root, as a worker copies it.
-async fn materialise(store: &Store, blob: Digest) -> Result<()> {
+async fn materialise(store: &TestStore, blob: Digest) -> Result<()> {
     let file = reapi::FileNode { name: "f".into(), digest: Some(blob.to_wire()), ..Default::default() };
     let root = reapi::Directory { files: vec![file], ..Default::default() };
     let root = store.put(prost::Message::encode_to_vec(&root)).await;
@@ -71,7 +71,7 @@ async fn materialise(store: &Store, blob: Digest) -> Result<()> {
         .await
 }
 
-async fn upload(store: &Store, bytes: &Bytes) -> bool {
+async fn upload(store: &TestStore, bytes: &Bytes) -> bool {
     let name = "uploads/heal";
     match store.cas.begin_upload(&store.main, name, digest(bytes), 0).await.unwrap() {
         Upload::Present => false,
@@ -86,7 +86,7 @@ async fn upload(store: &Store, bytes: &Bytes) -> bool {
 /// CAS-22: however a changed blob is read, it is a miss, is dropped, and can be uploaded again.
 #[actix::test]
 async fn changed_content_is_never_served_though_size_and_mtime_are_restored() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     for seed in 0..8u64 {
         let bytes = noise(LARGE, seed);
         let blob = store.put(bytes.clone()).await;
@@ -119,7 +119,7 @@ async fn changed_content_is_never_served_though_size_and_mtime_are_restored() {
 /// A large Directory that is not cached is read from its file.
 #[actix::test]
 async fn a_changed_directory_is_missing() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let file = |n| reapi::FileNode {
         name: format!("{n:05}"),
         digest: Some(digest(b"x").to_wire()),
@@ -135,7 +135,7 @@ async fn a_changed_directory_is_missing() {
 
 #[actix::test]
 async fn a_changed_zstd_form_is_dropped() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = Bytes::from(noise(LARGE / 2, 1).repeat(4));
     let blob = store.put(bytes).await;
     for _ in 0..3 {
@@ -153,7 +153,7 @@ async fn a_changed_zstd_form_is_dropped() {
 /// Bytes read before a change are right, and none are returned after it.
 #[actix::test]
 async fn a_file_that_changes_under_its_reader_ends_the_read() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(LARGE, 1);
     let blob = store.put(bytes.clone()).await;
     let reader = store.cas.open(&store.main, blob).await.unwrap();
@@ -170,7 +170,7 @@ async fn a_file_that_changes_under_its_reader_ends_the_read() {
 /// BS-24: a blob counts as already stored only if its file is intact, even if nobody has read it since it was damaged.
 #[actix::test]
 async fn every_way_to_store_a_blob_replaces_a_damaged_file() {
-    let mut store = Store::new().await;
+    let mut store = TestStore::new().await;
     for (restarted, way) in
         [false, true].into_iter().flat_map(|restarted| (0..6).map(move |way| (restarted, way)))
     {
@@ -218,7 +218,7 @@ async fn every_way_to_store_a_blob_replaces_a_damaged_file() {
 #[actix::test]
 async fn a_result_is_dropped_if_an_output_was_damaged_before_a_restart() {
     for length in [1_000, LARGE] {
-        let store = Store::new().await;
+        let store = TestStore::new().await;
         let bytes = noise(length, 1);
         let output = store.put(bytes.clone()).await;
         let file =
@@ -255,7 +255,7 @@ fn recording_a_use_keeps_a_file_verified_only_if_it_was_verified() {
     let root = TempDir::new().unwrap();
     let files = Files::open(root.path(), &Instances::new([""]).unwrap()).unwrap();
     let mut index = Index::new(1_000_000);
-    let key = Key { digest: digest(b"x"), instance: InstanceId(0), kind: Kind::Blob };
+    let key = Key { digest: digest(b"x"), instance: InstanceId(0), kind: EntryKind::Blob };
     let file = FileId { key, generation: files.next_generation() };
     let path = files.path(&file);
     files.write(&file, &[Bytes::from("x")]).unwrap();
@@ -264,7 +264,7 @@ fn recording_a_use_keeps_a_file_verified_only_if_it_was_verified() {
     index.commit(file, 1, now(), 0);
     let found = index.renew(&key, 0).unwrap();
     wait_for_next_tick();
-    let touch = |found: &index::Found| {
+    let touch = |found: &index::FoundEntry| {
         let mut all = vec![];
         files.touch(&[found.file], &mut |moved| all.extend(moved));
         all.pop()
@@ -285,7 +285,7 @@ fn recording_a_use_keeps_a_file_verified_only_if_it_was_verified() {
 /// Readers wait a moment for the report of such a change instead of hashing the file, whose content would be wrong here.
 #[actix::test]
 async fn a_change_that_the_server_is_about_to_report_is_waited_for() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let blob = store.put(noise(LARGE, 1)).await;
     assert!(store.get(blob).await.is_ok());
     let reader = store.cas.open(&store.main, blob).await.unwrap();
@@ -321,7 +321,7 @@ fn put_in_place(path: &Path, what: &str, other: &Path) {
 /// No read blocks on such a file, before or after a restart.
 #[actix::test]
 async fn a_file_that_was_replaced_by_something_else_is_a_miss_and_is_cleared_away() {
-    let mut store = Store::new().await;
+    let mut store = TestStore::new().await;
     for (restarted, what) in [false, true]
         .into_iter()
         .flat_map(|restarted| ["FIFO", "directory", "device", "link"].map(|what| (restarted, what)))

@@ -22,7 +22,7 @@ fn all_of(budget: &Budget, caller: Caller, unit: u64) -> Vec<Share> {
     held
 }
 
-impl Store {
+impl TestStore {
     /// Asserts that while a peer holds its full share of a budget, its next request waits, and the same request of another peer
     /// is answered.
     async fn assert_shared<T>(
@@ -47,7 +47,7 @@ impl Store {
 }
 
 /// A Directory whose decoding needs reserved memory and whose files are all stored.
-async fn large_directory(store: &Store) -> Digest {
+async fn large_directory(store: &TestStore) -> Digest {
     let content = Some(store.put("content").await.to_wire());
     let file = |n| reapi::FileNode { name: format!("{n:08}"), digest: content.clone(), ..Default::default() };
     let directory = reapi::Directory { files: (0..1_000).map(file).collect(), ..Default::default() };
@@ -56,7 +56,7 @@ async fn large_directory(store: &Store) -> Digest {
 
 #[actix::test]
 async fn peers_share_memory_for_stored_messages() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (root, shared) = (large_directory(&store).await, store.cas.shared().clone());
     let budget = (&shared.decoded, settings::LARGEST_DECODED / 4);
     let decode = async |cas: Cas, _| cas.room_to_decode(settings::LARGEST_DECODED).await;
@@ -73,7 +73,7 @@ async fn peers_share_memory_for_stored_messages() {
 
 #[actix::test]
 async fn peers_share_places_for_large_trees() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let shared = store.cas.shared().clone();
     let hold = async |cas: Cas, _| {
         let mut room = TreeRoom::new(&cas);
@@ -85,7 +85,7 @@ async fn peers_share_places_for_large_trees() {
 
 #[actix::test]
 async fn peers_share_checks_of_results_and_first_reads_of_blobs() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let blobs = [store.put(noise(LARGE, 1)).await, store.put(noise(LARGE, 2)).await];
     let actions = [digest(b"first"), digest(b"second")];
     for (action, blob) in actions.into_iter().zip(blobs) {
@@ -108,7 +108,7 @@ async fn peers_share_checks_of_results_and_first_reads_of_blobs() {
 /// Both peers split the same blob: the first waits for a place while the other is served.
 #[actix::test]
 async fn peers_share_places_to_split_blobs() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (blob, main) = (store.put(noise(LARGE, 1)).await, store.main.clone());
     let chunking = Chunking::fast_cdc(4_096, 0).unwrap();
     let shared = store.cas.shared().clone();
@@ -121,7 +121,7 @@ async fn peers_share_places_to_split_blobs() {
 /// Compression jobs are short: a single peer may hold all places, and another peer gets the next turn.
 #[actix::test]
 async fn peers_take_turns_to_compress() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let blob = store.put("text ".repeat(1_000)).await;
     let places = store.cas.shared().encoding.clone();
     let mut held: Vec<_> = std::iter::from_fn(|| places.take(client(1), 1).ok()).collect();

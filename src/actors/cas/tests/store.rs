@@ -6,7 +6,7 @@ use crate::disk::Space;
 /// CAS-01, CAS-02, CAS-03, GEN-04, GEN-07.
 #[actix::test]
 async fn present_blobs_can_be_read_and_missing_ones_are_reported_once() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (small, large) = (store.put("small").await, store.put(noise(LARGE, 1)).await);
     let absent = digest(b"absent");
     let resized = Digest::parse(SHA256, &small.hash_hex(), 6).unwrap();
@@ -24,7 +24,7 @@ async fn present_blobs_can_be_read_and_missing_ones_are_reported_once() {
 /// GEN-06.
 #[actix::test]
 async fn the_empty_blob_is_always_present_without_a_file() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let empty = digest(b"");
     for instance in [&store.main, &store.other] {
         assert!(store.cas.find_missing(instance, &[empty]).await.unwrap().is_empty());
@@ -41,7 +41,7 @@ async fn the_empty_blob_is_always_present_without_a_file() {
 /// GEN-15.
 #[actix::test]
 async fn blobs_of_one_instance_are_not_seen_from_another() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let blob = store.put("x").await;
     assert_eq!(store.cas.find_missing(&store.other, &[blob]).await.unwrap(), [blob]);
     assert!(matches!(store.cas.open(&store.other, blob).await, Err(Error::NotFound(_))));
@@ -50,7 +50,7 @@ async fn blobs_of_one_instance_are_not_seen_from_another() {
 /// CAS-10, CAS-11, CAS-12.
 #[actix::test]
 async fn items_of_a_batch_succeed_and_fail_independently() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (good, short) = (digest(b"good"), digest(b"short"));
     let batch = vec![
         (good, Bytes::from("good")),
@@ -73,7 +73,7 @@ async fn items_of_a_batch_succeed_and_fail_independently() {
 /// A flipped bit, a short file or an empty file is a miss, never wrong bytes, and the blob can be stored again (CAS-22).
 #[actix::test]
 async fn a_damaged_file_is_a_miss_and_is_dropped() {
-    let mut store = Store::new().await;
+    let mut store = TestStore::new().await;
     for (length, restarted) in [(1_000, false), (1_000, true), (LARGE, true)] {
         for damage in [
             |bytes: &mut Vec<u8>| bytes[999] ^= 1,
@@ -99,7 +99,7 @@ async fn a_damaged_file_is_a_miss_and_is_dropped() {
 /// A large file that this process wrote is not hashed at every read, unless it has changed.
 #[actix::test]
 async fn a_large_file_that_changed_since_it_was_written_is_hashed_again() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (same, other) = (store.put(noise(LARGE, 1)).await, store.put(noise(LARGE, 2)).await);
     overwrite(&store.file_of(same), |_| {});
     overwrite(&store.file_of(other), |bytes| bytes[LARGE - 1] ^= 1);
@@ -110,7 +110,7 @@ async fn a_large_file_that_changed_since_it_was_written_is_hashed_again() {
 /// The process exits right after the answer, and these times determine the order of eviction after the next start.
 #[actix::test]
 async fn closing_the_store_writes_the_uses() {
-    let mut store = Store::new().await;
+    let mut store = TestStore::new().await;
     let mut blobs = Vec::new();
     for n in 0..500 {
         let blob = store.put(format!("{n}")).await;
@@ -132,7 +132,7 @@ async fn closing_the_store_writes_the_uses() {
 /// This also works where a test cannot mount a small disk.
 #[actix::test]
 async fn a_full_disk_is_relieved_of_the_least_recently_used_entries() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let mut blobs = Vec::new();
     for n in 0..20 {
         blobs.push(store.put(noise(4_096, n)).await);
@@ -147,7 +147,7 @@ async fn a_full_disk_is_relieved_of_the_least_recently_used_entries() {
 /// Another relief of the disk is running while the server is about to stop.
 #[actix::test]
 async fn an_action_that_is_cancelled_does_not_wait_for_room_on_the_disk() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let _turn = store.cas.shared().relief_turn.lock().await;
     let asked = Instant::now();
     store.worker(|cas, _| cas.relieve_disk(&|| true)).await;
@@ -157,7 +157,7 @@ async fn an_action_that_is_cancelled_does_not_wait_for_room_on_the_disk() {
 /// A reader outlives the blob, and notices when its file is truncated.
 #[actix::test]
 async fn a_reader_gets_all_bytes_or_an_error() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (lost, cut) = (store.put(noise(LARGE, 1)).await, store.put(noise(LARGE, 2)).await);
     let (of_lost, of_cut) =
         (store.cas.open(&store.main, lost).await.unwrap(), store.cas.open(&store.main, cut).await.unwrap());
@@ -176,7 +176,7 @@ async fn a_reader_gets_all_bytes_or_an_error() {
 /// After kill -9 at any moment, complete files are recovered, incomplete ones are removed, and nothing else is touched.
 #[actix::test]
 async fn a_restart_recovers_complete_files_and_removes_the_others() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (small, large) = (store.put("small").await, store.put(noise(LARGE, 1)).await);
     let cut = store.put(noise(5_000, 2)).await;
     overwrite(&store.file_of(cut), |bytes| bytes.truncate(4_999));
@@ -205,7 +205,7 @@ async fn a_restart_recovers_complete_files_and_removes_the_others() {
 #[actix::test]
 async fn the_least_recently_used_blobs_make_room() {
     let limit = 40 * 4096;
-    let store = Store::with_limit(limit).await;
+    let store = TestStore::with_limit(limit).await;
     let keep = store.put(noise(4_096, 0)).await;
     for seed in 1..200 {
         store.put(noise(1 + (seed as usize * 997) % 20_000, seed)).await;
@@ -221,7 +221,7 @@ async fn the_least_recently_used_blobs_make_room() {
 /// leased bytes. A blob above the limit is refused for good.
 #[actix::test]
 async fn leased_blobs_stay_and_a_full_store_reports_them() {
-    let store = Store::with_limit(2 * MB).await;
+    let store = TestStore::with_limit(2 * MB).await;
     let held = store.put(noise(1_500_000, 1)).await;
     let reader = store.cas.open(&store.main, held).await.unwrap();
     let bytes = noise(1_000_000, 2);
@@ -245,7 +245,7 @@ async fn leased_blobs_stay_and_a_full_store_reports_them() {
 /// The order of use survives in access times, and a lower limit is enforced at start.
 #[actix::test]
 async fn a_restart_under_a_lower_limit_keeps_what_was_used_last() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let mut blobs = vec![];
     for seed in 0..10u64 {
         let blob = store.put(noise(4_096, seed)).await;
@@ -278,7 +278,7 @@ async fn a_store_that_cannot_be_written_is_refused_at_start() {
 /// The answer comes when the files are deleted.
 #[actix::test]
 async fn a_full_disk_is_relieved_of_a_part_of_the_store() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     for seed in 0..20 {
         store.put(noise(LARGE, seed)).await;
     }

@@ -3,8 +3,8 @@
 use super::{super::uploads::*, *};
 use crate::actors::cas::{
     blob::BlobWriter,
-    guards::{Reservation, Room},
-    index::{Key, Kind},
+    guards::{Reservation, UploadRoom},
+    index::{EntryKind, Key},
     requests::EndUpload,
     uploads::sink::Sink,
 };
@@ -12,7 +12,7 @@ use futures::future::join_all;
 
 const NAME: &str = "uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/blobs/x";
 
-async fn begin(store: &Store, name: &str, digest: Digest, offset: u64) -> Result<Box<BlobWriter>> {
+async fn begin(store: &TestStore, name: &str, digest: Digest, offset: u64) -> Result<Box<BlobWriter>> {
     match store.cas.begin_upload(&store.main, name, digest, offset).await? {
         Upload::Writer(writer) => Ok(writer),
         Upload::Present => panic!("{digest} is stored"),
@@ -30,7 +30,7 @@ async fn send(writer: &mut BlobWriter, bytes: &Bytes, chunk: usize) -> Result<()
 /// BS-21, BS-23.
 #[actix::test]
 async fn a_blob_becomes_visible_once_it_is_complete() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     for (length, chunk) in [(1, 1), (100_000, 100_000), (9_000_000, 65_536), (5_000_000, 2_000_000)] {
         let bytes = noise(length, length as u64);
         let blob = digest(&bytes);
@@ -54,7 +54,7 @@ async fn a_blob_becomes_visible_once_it_is_complete() {
 /// When the memory budget is spent, each piece is written before the next one is accepted.
 #[actix::test]
 async fn uploads_continue_when_there_is_no_memory_for_unwritten_bytes() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let budget = &store.cas.shared().received;
     let caller = Caller::connected("127.0.0.1:1".parse().unwrap());
     let all = budget.take(caller, budget.bounds().connection).unwrap();
@@ -89,7 +89,7 @@ async fn uploads_continue_when_there_is_no_memory_for_unwritten_bytes() {
 /// BS-22, BS-29.
 #[actix::test]
 async fn bytes_that_do_not_match_the_digest_leave_nothing_behind() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     for length in [1_000usize, 3_000_000] {
         let (bytes, evil) = (noise(length, 1), noise(length, 2));
         let blob = digest(&bytes);
@@ -120,7 +120,7 @@ async fn bytes_that_do_not_match_the_digest_leave_nothing_behind() {
 /// BS-28.
 #[actix::test]
 async fn sixty_four_racing_uploads_of_one_blob_all_succeed_and_leave_one_file() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(700_000, 1);
     let blob = digest(&bytes);
     let uploads = (0..64).map(|n| {
@@ -148,7 +148,7 @@ async fn sixty_four_racing_uploads_of_one_blob_all_succeed_and_leave_one_file() 
 /// BS-20, BS-31: a client that vanishes at any point can resume there or start over.
 #[actix::test]
 async fn a_broken_upload_is_resumed_where_it_stopped() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(3_000_000, 1);
     let blob = digest(&bytes);
     for cut in [1usize, 100_000, 2_999_999] {
@@ -176,7 +176,7 @@ async fn a_broken_upload_is_resumed_where_it_stopped() {
 /// BS-20.
 #[actix::test]
 async fn an_upload_that_starts_over_discards_what_was_there() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(1_000_000, 1);
     let blob = digest(&bytes);
     let mut stale = begin(&store, NAME, blob, 0).await.unwrap();
@@ -193,7 +193,7 @@ async fn an_upload_that_starts_over_discards_what_was_there() {
 /// BS-24.
 #[actix::test]
 async fn a_writer_learns_that_another_upload_stored_the_blob() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(1_000, 1);
     let writer = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
     let mut superseded = std::pin::pin!(writer.superseded());
@@ -205,7 +205,7 @@ async fn a_writer_learns_that_another_upload_stored_the_blob() {
 /// BS-24, BS-29: the bytes of a superseded upload are discarded.
 #[actix::test]
 async fn a_superseded_upload_takes_no_room() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(3_000_000, 1);
     let mut slow = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
     send(&mut slow, &bytes.slice(..1_000_000), 300_000).await.unwrap();
@@ -223,7 +223,7 @@ async fn a_superseded_upload_takes_no_room() {
 /// BS-28, when there is no room for both.
 #[actix::test]
 async fn an_upload_without_room_waits_for_another_one_of_its_blob() {
-    let store = Store::with_limit(4 * MB).await;
+    let store = TestStore::with_limit(4 * MB).await;
     for is_finished in [true, false] {
         let bytes = noise(3_000_000, u64::from(is_finished));
         let blob = digest(&bytes);
@@ -248,7 +248,7 @@ async fn an_upload_without_room_waits_for_another_one_of_its_blob() {
 /// The client leaves while the last bytes are being checked.
 #[actix::test]
 async fn an_upload_whose_client_leaves_at_the_end_is_finished_anyway() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(2_000_000, 1);
     let mut writer = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
     send(&mut writer, &bytes.slice(..200_000), 200_000).await.unwrap();
@@ -263,7 +263,7 @@ async fn an_upload_whose_client_leaves_at_the_end_is_finished_anyway() {
 /// Broken uploads are discarded before any blob is evicted.
 #[actix::test]
 async fn broken_uploads_make_room_first() {
-    let store = Store::with_limit(4 * MB).await;
+    let store = TestStore::with_limit(4 * MB).await;
     let kept = store.put(noise(1_000_000, 1)).await;
     let broken = noise(1_000_000, 2);
     let mut writer = begin(&store, NAME, digest(&broken), 0).await.unwrap();
@@ -279,14 +279,14 @@ async fn broken_uploads_make_room_first() {
 /// CAP-15.
 #[actix::test]
 async fn a_blob_above_the_largest_size_is_refused_before_a_byte_is_sent() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let blob = Digest::parse(SHA256, &"1".repeat(64), i64::MAX).unwrap();
     let error = begin(&store, NAME, blob, 0).await.unwrap_err();
     assert!(matches!(&error, Error::Invalid(message) if message.contains("104857600")), "{error}");
 }
 
 /// Adds a broken upload under its own name.
-fn park(store: &Store, uploads: &mut Uploads, (n, blob): (u64, Key), room: Room, now: Instant) {
+fn park(store: &TestStore, uploads: &mut Uploads, (n, blob): (u64, Key), room: UploadRoom, now: Instant) {
     let name = digest(&n.to_le_bytes());
     let Begin::Fresh(Entered { number, progress }, None) = uploads.begin(name, blob, 0) else { panic!() };
     let file = store.cas.shared().volume.draft().unwrap();
@@ -297,14 +297,14 @@ fn park(store: &Store, uploads: &mut Uploads, (n, blob): (u64, Key), room: Room,
 /// A peer that keeps as many broken uploads as it can loses its own, however old those of other peers are.
 #[actix::test]
 async fn a_peer_with_many_broken_uploads_loses_its_own_and_never_anothers() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (now, hour, limit) = (Instant::now(), Duration::from_secs(3_600), 100 * MB);
-    let blob = Key { digest: digest(b"x"), instance: store.main.blobs(), kind: Kind::Blob };
+    let blob = Key { digest: digest(b"x"), instance: store.main.blobs(), kind: EntryKind::Blob };
     let budget = &store.cas.shared().upload_budget;
     let [few, many] = [1, 2].map(|host| Caller::connected(([127, 0, 0, host], 1).into()));
     let mut uploads = Uploads::default();
     let park = |uploads: &mut Uploads, n, caller, bytes| {
-        let mut room = Room::of(Reservation::new(store.cas.actor().clone(), bytes));
+        let mut room = UploadRoom::of(Reservation::new(store.cas.actor().clone(), bytes));
         room.charge_to(budget.take(caller, 0).unwrap()).unwrap();
         park(&store, uploads, (n, blob), room, now + Duration::from_millis(n));
     };
@@ -328,12 +328,12 @@ async fn a_peer_with_many_broken_uploads_loses_its_own_and_never_anothers() {
 
 #[actix::test]
 async fn broken_uploads_are_bounded_in_age_number_and_bytes() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (now, hour, limit) = (Instant::now(), Duration::from_secs(3_600), 100 * 4_096);
-    let blob = Key { digest: digest(b"x"), instance: store.main.blobs(), kind: Kind::Blob };
+    let blob = Key { digest: digest(b"x"), instance: store.main.blobs(), kind: EntryKind::Blob };
     let mut uploads = Uploads::default();
     let park = |uploads: &mut Uploads, n: u64, bytes| {
-        let room = Room::of(Reservation::new(store.cas.actor().clone(), bytes));
+        let room = UploadRoom::of(Reservation::new(store.cas.actor().clone(), bytes));
         park(&store, uploads, (n, blob), room, now);
     };
     park(&mut uploads, 0, 1);
@@ -354,8 +354,8 @@ async fn broken_uploads_are_bounded_in_age_number_and_bytes() {
 }
 
 /// A store of `limit` bytes with three blobs, and a caller.
-async fn store_with_blobs(limit: u64) -> (Store, Vec<Digest>, Caller) {
-    let store = Store::with_limit(limit).await;
+async fn store_with_blobs(limit: u64) -> (TestStore, Vec<Digest>, Caller) {
+    let store = TestStore::with_limit(limit).await;
     let mut blobs = Vec::new();
     for seed in 0..3 {
         blobs.push(store.put(noise(1_000_000, 100 + seed)).await);
@@ -363,7 +363,7 @@ async fn store_with_blobs(limit: u64) -> (Store, Vec<Digest>, Caller) {
     (store, blobs, Caller::connected("127.0.0.1:1".parse().unwrap()))
 }
 
-async fn all_there(store: &Store, blobs: &[Digest]) -> bool {
+async fn all_there(store: &TestStore, blobs: &[Digest]) -> bool {
     store.cas.find_missing(&store.main, blobs).await.unwrap().is_empty()
 }
 
@@ -392,7 +392,7 @@ async fn room_is_reserved_for_received_bytes_and_not_for_announced_ones() {
     let outcomes = cas.write_many(&store.main, lies.collect()).await.unwrap();
     assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Invalid(_)))));
     assert!(all_there(&store, &blobs).await);
-    // Received bytes reserve room, at most a step ahead.
+    // UnwrittenPieces bytes reserve room, at most a step ahead.
     let bytes = noise(5_000_000, 1);
     let mut writer = writers.remove(0);
     send(&mut writer, &bytes, 100_000).await.unwrap();
@@ -429,7 +429,7 @@ async fn a_compressed_upload_gets_room_as_it_is_decoded() {
 /// Each upload holds a part and none can have the rest. All end, and those that fail may be resumed later.
 #[actix::test]
 async fn uploads_that_do_not_fit_together_all_end() {
-    let store = Store::with_limit(10 * MB).await;
+    let store = TestStore::with_limit(10 * MB).await;
     let upload = async |seed: u64| {
         let bytes = noise(6_000_000, seed);
         let name = format!("uploads/{seed}");
@@ -461,9 +461,9 @@ async fn uploads_that_do_not_fit_together_all_end() {
 
 #[actix::test]
 async fn a_caller_that_leaves_while_it_waits_for_room_is_not_charged_for_it() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let budget = &store.cas.shared().upload_budget;
-    let mut room = Room::none(store.cas.actor().clone());
+    let mut room = UploadRoom::none(store.cas.actor().clone());
     room.charge_to(budget.take(Caller::connected("127.0.0.1:1".parse().unwrap()), 0).unwrap()).unwrap();
     assert!(room.grow(1_000, 1_000).now_or_never().is_none(), "the actor has not answered yet");
     assert_eq!(budget.held(), 0);
@@ -475,7 +475,7 @@ async fn a_caller_that_leaves_while_it_waits_for_room_is_not_charged_for_it() {
 /// A connection has a bound, a peer has a share, and its own broken uploads make room for its new ones.
 #[actix::test]
 async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
-    let store = Store::with_limit(600 * MB).await;
+    let store = TestStore::with_limit(600 * MB).await;
     let bounds = store.cas.shared().settings.upload_bounds();
     assert_eq!((bounds.total, bounds.connection), (300 * MB, 150 * MB));
     let caller = Caller::connected("127.0.0.1:1".parse().unwrap());

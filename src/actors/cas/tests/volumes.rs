@@ -4,13 +4,13 @@ use super::{super::volume::memory::Memory, *};
 use std::fs::{File, read, write};
 
 /// A store over this volume. Nothing is stored below `root`.
-async fn over(volume: &Memory, max_bytes: u64) -> Store {
+async fn over(volume: &Memory, max_bytes: u64) -> TestStore {
     let root = Rc::new(TempDir::new().unwrap());
     let instances = Instances::new(["", "other/one"]).unwrap();
     let settings = settings_at(root.path().join("nowhere"), max_bytes);
     let actor = CasActor::over(Box::new(volume.clone()), settings, Handle::current()).unwrap();
     let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
-    Store { root, cas: actor.launch(), main, other }
+    TestStore { root, cas: actor.launch(), main, other }
 }
 
 #[actix::test]

@@ -11,7 +11,7 @@ use crate::actors::cas::{
     client::Cas,
     decoding::worst_case,
     guards::Lease,
-    index::Found,
+    index::FoundEntry,
     lookup::Purpose,
     settings::{DIRECTORIES_AT_ONCE, LOOKUPS_PER_TURN, SMALL_BLOB_BYTES},
     trees::TreeRoom,
@@ -86,7 +86,7 @@ impl InputRoot {
 #[derive(Debug)]
 pub struct StagedInputs {
     input_root: Arc<InputRoot>,
-    source: Source,
+    source: LeasedFiles,
 }
 
 impl StagedInputs {
@@ -209,7 +209,7 @@ impl Cas {
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
-        let source = Source { cas: self.clone(), files, _lease: located.lease };
+        let source = LeasedFiles { cas: self.clone(), files, _lease: located.lease };
         Ok(StagedInputs { input_root, source })
     }
 
@@ -271,7 +271,7 @@ impl Cas {
             let room = self.room_to_decode(bytes).await?;
             let cas = self.clone();
             let read = self.blocking(move || {
-                let read = |(at, found): (usize, Found)| Ok((at, read_directory(&cas, &found)?));
+                let read = |(at, found): (usize, FoundEntry)| Ok((at, read_directory(&cas, &found)?));
                 let read = part.into_iter().map(read).collect::<Result<Vec<_>>>();
                 drop(room);
                 read
@@ -291,7 +291,7 @@ fn is_large(directories: &HashMap<Digest, Arc<Directory>>) -> bool {
 }
 
 /// How many of these directories are read in one job, at least one, and the memory that they need.
-fn first_part(to_read: &[(usize, Found)]) -> (usize, u64) {
+fn first_part(to_read: &[(usize, FoundEntry)]) -> (usize, u64) {
     let (mut count, mut bytes) = (0, 0);
     for (_, found) in to_read {
         let more = worst_case(found.file.key.digest.size(), MAX_MESSAGE_MEMORY);
@@ -303,7 +303,7 @@ fn first_part(to_read: &[(usize, Found)]) -> (usize, u64) {
     (count, bytes)
 }
 
-fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
+fn read_directory(cas: &Cas, found: &FoundEntry) -> Result<Option<Arc<Directory>>> {
     let digest = found.file.key.digest;
     let bytes = match read_whole(cas, found) {
         Ok(bytes) => bytes,
@@ -319,13 +319,13 @@ fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
 
 /// The leased files of a staged tree.
 #[derive(Debug)]
-struct Source {
+struct LeasedFiles {
     cas: Cas,
-    files: HashMap<Digest, Found>,
+    files: HashMap<Digest, FoundEntry>,
     _lease: Lease,
 }
 
-impl Source {
+impl LeasedFiles {
     /// Implements [`StagedInputs::materialise`].
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
         let failed =

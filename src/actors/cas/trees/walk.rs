@@ -71,7 +71,7 @@ pub struct Walk {
     frontier: Frontier,
     /// Directories that are read and not yet visited.
     ready: vec::IntoIter<(Digest, Result<Bytes>)>,
-    held: Held,
+    held: WalkPlaces,
     read: Read,
 }
 
@@ -95,7 +95,7 @@ impl Walk {
         caller: Caller,
         read: impl Fn(Vec<Digest>) -> BoxFuture<'static, Result<Vec<Result<Bytes>>>> + Send + Sync + 'static,
     ) -> Self {
-        let held = Held { walks, caller, place: None, large: None };
+        let held = WalkPlaces { walks, caller, place: None, large: None };
         Self { frontier: Frontier::new(root), ready: Vec::new().into_iter(), held, read: Box::new(read) }
     }
 
@@ -245,14 +245,14 @@ impl Walks {
 /// The places of [`Walks`] that one walk holds. Only a walk that has a place waits for a large one, and a walk that has both
 /// waits only for its caller. So all walks end if their callers continue or give up.
 #[derive(Debug)]
-struct Held {
+struct WalkPlaces {
     walks: Walks,
     caller: Caller,
     place: Option<Share>,
     large: Option<Share>,
 }
 
-impl Drop for Held {
+impl Drop for WalkPlaces {
     fn drop(&mut self) {
         if self.large.is_some() {
             memory::freed(DIRECTORY_MAX_MEMORY);
@@ -260,7 +260,7 @@ impl Drop for Held {
     }
 }
 
-impl Held {
+impl WalkPlaces {
     /// Waits for permission to take this much memory.
     async fn grow(&mut self, weight: usize) -> Result<()> {
         if self.place.is_none() {

@@ -1,15 +1,15 @@
 //! [`NewBlob`]: stores bytes whose digest and size are known only at the end.
 //!
 //! Downloads and HTTP uploads work like this. A small blob stays in memory and is then stored like any small blob. A larger one
-//! is written under a temporary name and gets its final name when its digest is known. Room is reserved in steps, ahead of the
+//! is written under a temporary name and gets its final name when its digest is known. UploadRoom is reserved in steps, ahead of the
 //! bytes. Nothing is visible before [`NewBlob::finish`], and dropping a `NewBlob` leaves nothing behind.
 //!
 
 use crate::actors::cas::{
     client::Cas,
-    guards::Room,
-    index::{Key, Kind},
-    uploads::received::Received,
+    guards::UploadRoom,
+    index::{EntryKind, Key},
+    uploads::unwritten::UnwrittenPieces,
     volume::Draft,
 };
 use crate::instance::Instance;
@@ -29,13 +29,13 @@ pub struct NewBlob {
     instance: Instance,
     function: DigestFunction,
     size: u64,
-    received: Received,
-    sink: Option<Sink>,
-    room: Option<Room>,
+    received: UnwrittenPieces,
+    sink: Option<HashedDraft>,
+    room: Option<UploadRoom>,
 }
 
 #[derive(Debug)]
-struct Sink {
+struct HashedDraft {
     file: Box<dyn Draft>,
     /// `None` for a function that has to know the size first: the file is then read again to hash it.
     hasher: Option<Hasher>,
@@ -98,7 +98,7 @@ impl NewBlob {
             return Ok(digest);
         }
         self.spill().await?;
-        let (Some(Sink { file, hasher }), Some(room)) = (self.sink.take(), self.room.take()) else {
+        let (Some(HashedDraft { file, hasher }), Some(room)) = (self.sink.take(), self.room.take()) else {
             return Err(Error::internal("a new blob lost its file"));
         };
         let (function, size) = (self.function, self.size);
@@ -117,7 +117,7 @@ impl NewBlob {
         self.cas.are_sound(&self.instance, vec![digest]).await?;
         let (cas, instance) = (self.cas.clone(), self.instance.blobs());
         let stored = self.cas.blocking(move || -> Result<_> {
-            let key = Key { digest, instance, kind: Kind::Blob };
+            let key = Key { digest, instance, kind: EntryKind::Blob };
             let mut files = cas.new_files(room.into_reservation());
             let failed = |error| Error::io(&format!("store blob {digest}"), &error);
             files.keep(key, file, digest.size()).map_err(failed)?;
@@ -136,11 +136,11 @@ impl NewBlob {
         // While the file is with the job, or lost by an error, `self.sink` is empty and `size` exceeds the pending bytes, so
         // `finish` fails.
         let (cas, sink, function) = (self.cas.clone(), self.sink.take(), self.function);
-        let work = self.cas.blocking(move || -> Result<Sink> {
+        let work = self.cas.blocking(move || -> Result<HashedDraft> {
             let failed = |error| Error::io("store a new blob", &error);
             let mut sink = match sink {
                 Some(sink) => sink,
-                None => Sink {
+                None => HashedDraft {
                     file: cas.shared().volume.draft().map_err(failed)?,
                     hasher: (function != DigestFunction::GitSha1).then(|| function.hasher(0)),
                 },

@@ -1,7 +1,7 @@
 //! [`BlobWriter`]: an upload in progress.
 //!
 //! The caller hands over chunks and continues. A job on a blocking thread hashes and writes them: one job at a time per upload,
-//! at most [`UPLOAD_BUFFER_BYTES`] behind. Bytes that are not written yet are charged to a memory budget ([`Received`]). When
+//! at most [`UPLOAD_BUFFER_BYTES`] behind. Bytes that are not written yet are charged to a memory budget ([`UnwrittenPieces`]). When
 //! the budget is spent, each piece is written before the next one is accepted. An upload that fits into one job costs exactly
 //! one job: it is hashed in memory and written under its final name. A longer one is written under a temporary name and renamed
 //! once its hash is verified.
@@ -17,14 +17,14 @@
 //! a client that vanishes at any moment leaves either a resumable upload or nothing.
 
 use crate::actors::cas::{
-    Shared,
+    StoreShared,
     blob::hash_mismatch,
     new_files::{NewFiles, Visible},
     settings::UPLOAD_BUFFER_BYTES,
     uploads::Attempt,
     uploads::decoders,
-    uploads::received::Received,
     uploads::sink::{Inflow, Sink, WHOLE_BYTES, failed},
+    uploads::unwritten::UnwrittenPieces,
     volume::Volume,
 };
 use bytes::Bytes;
@@ -49,14 +49,14 @@ pub struct BlobWriter {
     encoding: Encoding,
     /// Whether there is a decoder with reserved memory. It moves from job to job.
     has_decoder: bool,
-    received: Received,
-    work: Work,
+    received: UnwrittenPieces,
+    work: WriterState,
     progress: Arc<crate::actors::cas::uploads::Progress>,
-    shared: Arc<Shared>,
+    shared: Arc<StoreShared>,
 }
 
 #[derive(Debug)]
-enum Work {
+enum WriterState {
     Idle(Box<Attempt>),
     Running(JoinHandle<Result<Box<Attempt>>>),
     /// Finished or failed.
@@ -65,7 +65,7 @@ enum Work {
 
 impl BlobWriter {
     /// A writer that continues at the position of the attempt.
-    pub(crate) fn new(attempt: Box<Attempt>, received: Received, shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(attempt: Box<Attempt>, received: UnwrittenPieces, shared: Arc<StoreShared>) -> Self {
         Self {
             digest: attempt.blob.digest,
             encoding: Encoding::Identity,
@@ -73,7 +73,7 @@ impl BlobWriter {
             accepted: attempt.sink.as_ref().map_or(0, |sink| sink.hasher.size()),
             received,
             progress: attempt.progress.clone(),
-            work: Work::Idle(attempt),
+            work: WriterState::Idle(attempt),
             shared,
         }
     }
@@ -81,7 +81,7 @@ impl BlobWriter {
     /// Treats the bytes from here on as a zstd stream, which has to begin with its own frame (BS-27).
     pub fn decoding(mut self) -> Self {
         self.encoding = Encoding::Zstd;
-        if let Work::Idle(attempt) = &mut self.work {
+        if let WriterState::Idle(attempt) = &mut self.work {
             attempt.inflow = Inflow::Zstd(None);
         }
         self
@@ -89,7 +89,7 @@ impl BlobWriter {
 
     /// Makes the upload unresumable: nothing is kept when it breaks.
     pub(crate) fn unresumable(mut self) -> Self {
-        if let Work::Idle(attempt) = &mut self.work {
+        if let WriterState::Idle(attempt) = &mut self.work {
             attempt.keep = false;
         }
         self
@@ -133,12 +133,12 @@ impl BlobWriter {
         }
         let mut attempt = self.idle_with_room().await?;
         let (pending, shared) = (self.received.take(), self.shared.clone());
-        self.work = Work::Running(self.shared.runtime.spawn_blocking(move || {
+        self.work = WriterState::Running(self.shared.runtime.spawn_blocking(move || {
             append(&mut attempt, &pending.bytes, &shared)?;
             Ok(attempt)
         }));
         if !has_room {
-            self.work = Work::Idle(self.idle().await?);
+            self.work = WriterState::Idle(self.idle().await?);
         }
         Ok(())
     }
@@ -147,7 +147,7 @@ impl BlobWriter {
     /// and `finish` will write them.
     fn may_wait(&self) -> bool {
         let is_all = self.encoding == Encoding::Identity && self.accepted == self.digest.size();
-        let is_busy = || matches!(self.work, Work::Running(_)) && self.received.has_plenty();
+        let is_busy = || matches!(self.work, WriterState::Running(_)) && self.received.has_plenty();
         let bytes = self.received.bytes();
         is_all || bytes < JOB_BYTES || (bytes < UPLOAD_BUFFER_BYTES / 2 && is_busy())
     }
@@ -201,13 +201,13 @@ impl BlobWriter {
     /// is decoded: a small blob gets its full room here, and the job of a larger one reserves room as it decodes.
     async fn idle_with_room(&mut self) -> Result<Box<Attempt>> {
         // The attempt is put back first, so that `drop` finds it if this future is dropped.
-        self.work = Work::Idle(self.idle().await?);
+        self.work = WriterState::Idle(self.idle().await?);
         let bytes = match self.encoding {
             Encoding::Identity => self.accepted,
             Encoding::Zstd if self.digest.size() <= WHOLE_BYTES => self.digest.size(),
             Encoding::Zstd => 0,
         };
-        if let Work::Idle(attempt) = &mut self.work {
+        if let WriterState::Idle(attempt) = &mut self.work {
             make_room(attempt, bytes, &*self.shared.volume).await?;
         }
         self.idle().await
@@ -217,8 +217,8 @@ impl BlobWriter {
     async fn make_decoder(&mut self) -> Result<()> {
         let (caller, size) = (self.received.caller(), self.digest.size());
         let room = decoders::room(&self.shared.decoders, caller, self.received.head(), size).await?;
-        self.work = Work::Idle(self.idle().await?);
-        if let Work::Idle(attempt) = &mut self.work {
+        self.work = WriterState::Idle(self.idle().await?);
+        if let WriterState::Idle(attempt) = &mut self.work {
             let written = attempt.sink.as_ref().map_or(0, |sink| sink.hasher.size());
             attempt.inflow.begin(size.saturating_sub(written), room)?;
             self.has_decoder = true;
@@ -228,15 +228,15 @@ impl BlobWriter {
 
     /// Waits for a running job and takes the attempt out.
     async fn idle(&mut self) -> Result<Box<Attempt>> {
-        if let Work::Running(job) = &mut self.work {
+        if let WriterState::Running(job) = &mut self.work {
             // The job is polled in place, so that `drop` finds it if this future is dropped.
             let outcome = job.await.unwrap_or_else(|error| Err(Error::internal(error)));
-            self.work = Work::Over;
+            self.work = WriterState::Over;
             return outcome;
         }
-        match std::mem::replace(&mut self.work, Work::Over) {
-            Work::Idle(attempt) => Ok(attempt),
-            Work::Running(_) | Work::Over => {
+        match std::mem::replace(&mut self.work, WriterState::Over) {
+            WriterState::Idle(attempt) => Ok(attempt),
+            WriterState::Running(_) | WriterState::Over => {
                 Err(Error::Invalid(format!("the upload of blob {} has failed before", self.digest)))
             }
         }
@@ -245,26 +245,26 @@ impl BlobWriter {
     /// Ends the upload and keeps nothing of it.
     fn discard(&mut self) {
         drop(self.received.take());
-        match std::mem::replace(&mut self.work, Work::Over) {
-            Work::Idle(attempt) => {
+        match std::mem::replace(&mut self.work, WriterState::Over) {
+            WriterState::Idle(attempt) => {
                 self.shared.runtime.spawn_blocking(move || throw_away(attempt));
             }
-            Work::Running(job) => {
+            WriterState::Running(job) => {
                 self.shared.runtime.spawn(async move {
                     if let Ok(Ok(attempt)) = job.await {
                         let _ = tokio::task::spawn_blocking(move || throw_away(attempt)).await;
                     }
                 });
             }
-            Work::Over => {}
+            WriterState::Over => {}
         }
     }
 }
 
 impl Drop for BlobWriter {
     fn drop(&mut self) {
-        let work = std::mem::replace(&mut self.work, Work::Over);
-        if matches!(work, Work::Over) {
+        let work = std::mem::replace(&mut self.work, WriterState::Over);
+        if matches!(work, WriterState::Over) {
             return;
         }
         let (pending, shared) = (self.received.take(), self.shared.clone());
@@ -274,12 +274,12 @@ impl Drop for BlobWriter {
         // before the attempt ends. A compressed upload reports bytes only once they are decoded.
         self.shared.runtime.spawn(async move {
             let mut attempt = match work {
-                Work::Idle(attempt) => attempt,
-                Work::Running(job) => match job.await {
+                WriterState::Idle(attempt) => attempt,
+                WriterState::Running(job) => match job.await {
                     Ok(Ok(attempt)) => attempt,
                     Ok(Err(_)) | Err(_) => return,
                 },
-                Work::Over => return,
+                WriterState::Over => return,
             };
             let may_go_on = if is_plain {
                 make_room(&mut attempt, accepted, &*shared.volume).await.is_ok()
@@ -308,7 +308,7 @@ fn throw_away(mut attempt: Box<Attempt>) {
 }
 
 /// Writes and hashes the next bytes of a long upload. After an error nothing of the attempt is kept.
-fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &Shared) -> Result<()> {
+fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &StoreShared) -> Result<()> {
     if pending.is_empty() {
         return Ok(());
     }
@@ -332,7 +332,7 @@ fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &Shared) -> Result<(
 }
 
 /// Writes the last bytes, verifies the blob, gives it its final name and hands it to the actor.
-fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<Shared>) -> Result<Option<Visible>> {
+fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<StoreShared>) -> Result<Option<Visible>> {
     attempt.keep = false;
     let (key, digest) = (attempt.blob, attempt.blob.digest);
     let is_plain = matches!(attempt.inflow, Inflow::Plain);
@@ -365,7 +365,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<Shared>) -> Re
 }
 
 /// A [`NewFiles`] with the room of an attempt.
-fn new_files(attempt: &mut Attempt, shared: &Arc<Shared>) -> Result<NewFiles> {
+fn new_files(attempt: &mut Attempt, shared: &Arc<StoreShared>) -> Result<NewFiles> {
     let room = attempt.room.take().ok_or_else(lost_room)?;
     Ok(NewFiles::new(attempt.store(), shared, room.into_reservation()))
 }

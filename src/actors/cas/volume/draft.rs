@@ -2,7 +2,7 @@
 
 use super::{
     Draft,
-    files::{Layout, create, in_shard},
+    files::{StorePaths, create, in_shard},
     hash,
     stamps::{change_unobserved, stamp_of},
 };
@@ -22,7 +22,7 @@ use std::{
 /// A file that is deleted when it is dropped, unless [`Draft::keep`] was called.
 #[derive(Debug)]
 pub(crate) struct TemporaryFile {
-    layout: Arc<Layout>,
+    paths: Arc<StorePaths>,
     path: PathBuf,
     file: File,
     is_kept: bool,
@@ -30,9 +30,9 @@ pub(crate) struct TemporaryFile {
 
 impl TemporaryFile {
     /// Creates the temporary file of this generation.
-    pub(super) fn create(layout: Arc<Layout>, generation: u64) -> io::Result<Self> {
-        let path = layout.temporary_path(generation);
-        Ok(Self { file: create(&path)?, layout, path, is_kept: false })
+    pub(super) fn create(paths: Arc<StorePaths>, generation: u64) -> io::Result<Self> {
+        let path = paths.temporary_path(generation);
+        Ok(Self { file: create(&path)?, paths, path, is_kept: false })
     }
 
     /// Opens the file again, for reading only.
@@ -55,10 +55,10 @@ impl Draft for TemporaryFile {
         let written = stamp_of(&self.file.metadata()?);
         // A file that is open for writing, even by this process, gets no lease.
         self.file = self.reopen()?;
-        let path = self.layout.path(file);
+        let path = self.paths.path(file);
         let moved = change_unobserved(&self.file, written, || in_shard(&path, || rename(&self.path, &path)))?;
         self.is_kept = true;
-        Ok(moved.map_or(Stamp::UNTRUSTED, |stamp| self.layout.settled(stamp)))
+        Ok(moved.map_or(Stamp::UNTRUSTED, |stamp| self.paths.settled(stamp)))
     }
 }
 

@@ -26,7 +26,7 @@ use super::{
     stored::{StoredFile, look_of},
 };
 use crate::{
-    actors::cas::index::{FileId, Key, Kind, Stamp},
+    actors::cas::index::{EntryKind, FileId, Key, Stamp},
     disk::Space,
     instance::{InstanceId, Instances},
     regular_file,
@@ -67,7 +67,7 @@ const TOUCH_LEASES: usize = 64;
 /// The files of one store, with the lock on its directory.
 #[derive(Debug)]
 pub(crate) struct Files {
-    pub(super) layout: Arc<Layout>,
+    pub(super) paths: Arc<StorePaths>,
     block: u64,
     generation: AtomicU64,
     _lock: File,
@@ -75,7 +75,7 @@ pub(crate) struct Files {
 
 /// The paths of the files of a store.
 #[derive(Debug)]
-pub(super) struct Layout {
+pub(super) struct StorePaths {
     base: PathBuf,
     /// Directory names by [`InstanceId`].
     instances: Vec<String>,
@@ -132,14 +132,14 @@ impl Files {
             rustix::fs::statvfs(&base).map_err(|error| refuse("it cannot be examined", &error))?.f_frsize;
         let has_fine_times = has_fine_change_times(&base.join("tmp"))
             .map_err(|error| refuse("a file in it cannot be written", &error))?;
-        let layout = Arc::new(Layout { base, instances: names, has_fine_times });
-        Ok(Self { layout, block: block.max(512), generation: AtomicU64::new(1), _lock: lock })
+        let paths = Arc::new(StorePaths { base, instances: names, has_fine_times });
+        Ok(Self { paths, block: block.max(512), generation: AtomicU64::new(1), _lock: lock })
     }
 
     /// The path of a stored file.
     #[cfg(test)]
     pub(crate) fn path(&self, file: &FileId) -> PathBuf {
-        self.layout.path(file)
+        self.paths.path(file)
     }
 
     /// Records that a file of this generation exists.
@@ -149,17 +149,17 @@ impl Files {
 
     /// The instances that have directories.
     pub(super) fn instances(&self) -> impl Iterator<Item = InstanceId> + use<> {
-        (0..self.layout.instances.len() as u16).map(InstanceId)
+        (0..self.paths.instances.len() as u16).map(InstanceId)
     }
 
     /// The stamp of a verified file with these metadata.
     fn stamp(&self, metadata: &Metadata) -> Stamp {
-        self.layout.settled(stamp_of(metadata))
+        self.paths.settled(stamp_of(metadata))
     }
 
     /// [`Volume::open`] of the file at a path.
     pub(super) fn open_path(&self, path: &Path) -> io::Result<StoredFile> {
-        Ok(StoredFile::new(regular_file::open(path)?, self.layout.has_fine_times))
+        Ok(StoredFile::new(regular_file::open(path)?, self.paths.has_fine_times))
     }
 
     /// Sets the access time of a stored file to now. If nobody can have written the file meanwhile, returns the stamps before
@@ -168,7 +168,7 @@ impl Files {
         let time = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
         let times = Timestamps { last_access: time(UTIME_NOW), last_modification: time(UTIME_OMIT) };
         // The file may be gone by now. A lost use only affects the order of eviction.
-        let file = regular_file::open(&self.layout.path(file)).ok()?;
+        let file = regular_file::open(&self.paths.path(file)).ok()?;
         let writers = lease(&file);
         let before = stamp_of(&file.metadata().ok()?);
         futimens(&file, &times).ok()?;
@@ -187,24 +187,24 @@ impl Volume for Files {
     }
 
     fn space(&self) -> io::Result<Space> {
-        Space::of(&self.layout.base)
+        Space::of(&self.paths.base)
     }
 
     fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>> {
-        Ok(Box::new(self.open_path(&self.layout.path(file))?))
+        Ok(Box::new(self.open_path(&self.paths.path(file))?))
     }
 
     fn look(&self, file: &FileId) -> io::Result<Look> {
-        let metadata = fs::symlink_metadata(self.layout.path(file))?;
+        let metadata = fs::symlink_metadata(self.paths.path(file))?;
         // The same error as when such a file is opened.
         if !metadata.is_file() {
             return Err(io::Error::from_raw_os_error(libc::ENXIO));
         }
-        Ok(look_of(&metadata, self.layout.has_fine_times))
+        Ok(look_of(&metadata, self.paths.has_fine_times))
     }
 
     fn write(&self, file: &FileId, pieces: &[Bytes]) -> io::Result<Stamp> {
-        let path = self.layout.path(file);
+        let path = self.paths.path(file);
         let mut file = create(&path)?;
         let written = pieces.iter().try_for_each(|bytes| file.write_all(bytes));
         let metadata = written.and_then(|()| file.metadata());
@@ -215,14 +215,14 @@ impl Volume for Files {
     }
 
     fn draft(&self) -> io::Result<Box<dyn Draft>> {
-        Ok(Box::new(TemporaryFile::create(self.layout.clone(), self.next_generation())?))
+        Ok(Box::new(TemporaryFile::create(self.paths.clone(), self.next_generation())?))
     }
 
     fn adopt(&self, id: &FileId, left: &LeftFile<'_>) -> io::Result<Option<Stamp>> {
         if !left.is_ours_alone() {
             return Ok(None);
         }
-        let (path, before) = (self.layout.path(id), &left.before);
+        let (path, before) = (self.paths.path(id), &left.before);
         fchmod(&left.file, Mode::from_raw_mode(STORED_MODE))?;
         if in_shard(&path, || Ok(renameat(left.parent, left.name, CWD, &path)?)).is_err() {
             // It is on another file system.
@@ -241,17 +241,17 @@ impl Volume for Files {
 
     /// Anything that was put in the place of the file is removed too.
     fn delete(&self, file: &FileId) -> io::Result<()> {
-        let path = self.layout.path(file);
+        let path = self.paths.path(file);
         match fs::remove_file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::IsADirectory => self.layout.throw_away(&path),
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => self.paths.throw_away(&path),
             outcome => outcome,
         }
     }
 
     /// Uses are recorded as access times.
     fn touch(&self, files: &[FileId], moved: &mut dyn FnMut(Vec<Moved>)) {
-        let has_fine_times = self.layout.has_fine_times;
+        let has_fine_times = self.paths.has_fine_times;
         // With coarse times each part sleeps a tick, so it should be large. With fine times `moved` is called at once, because
         // readers hash a file whose new change time is not reported yet.
         let at_once = if has_fine_times { 1 } else { TOUCH_LEASES };
@@ -275,7 +275,7 @@ impl Volume for Files {
     }
 }
 
-impl Layout {
+impl StorePaths {
     /// The path of a stored file.
     pub(super) fn path(&self, file: &FileId) -> PathBuf {
         let Key { digest, instance, kind } = &file.key;
@@ -287,7 +287,7 @@ impl Layout {
     /// The directory of all files whose hash starts with `first`.
     pub(super) fn shard(
         &self,
-        kind: Kind,
+        kind: EntryKind,
         instance: InstanceId,
         function: DigestFunction,
         first: u8,
@@ -347,11 +347,11 @@ pub(super) fn parse_file_name(function: DigestFunction, name: &str) -> Option<(D
     (format!("{digest:?}-{generation:x}").replace('/', "-") == name).then_some((digest, generation))
 }
 
-fn directory(kind: Kind) -> &'static str {
+fn directory(kind: EntryKind) -> &'static str {
     match kind {
-        Kind::Blob => "blobs",
-        Kind::Result => "results",
-        Kind::Zstd => "zstd",
+        EntryKind::Blob => "blobs",
+        EntryKind::Result => "results",
+        EntryKind::Zstd => "zstd",
     }
 }
 
@@ -389,7 +389,7 @@ fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
         throw(&tmp)?;
     }
     fs::create_dir(&tmp)?;
-    for kind in Kind::ALL {
+    for kind in EntryKind::ALL {
         let parent = base.join(directory(kind));
         fs::create_dir_all(&parent)?;
         for entry in fs::read_dir(&parent)? {

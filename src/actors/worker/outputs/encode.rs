@@ -5,7 +5,7 @@
 
 use super::{
     Reported,
-    scan::{FoundDirectory, Scan},
+    scan::{FoundDirectory, OutputScan},
 };
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
@@ -30,7 +30,7 @@ impl Encoded {
     ///
     /// # Errors
     /// `Internal` when a file has no digest.
-    pub(crate) fn new(scan: &Scan, function: DigestFunction, reported: Reported) -> Result<Self> {
+    pub(crate) fn new(scan: &OutputScan, function: DigestFunction, reported: Reported) -> Result<Self> {
         let mut digests: Vec<Option<Digest>> = vec![None; scan.directories.len()];
         let mut position: HashMap<Digest, usize> = HashMap::new();
         let mut directories = Vec::new();
@@ -70,7 +70,7 @@ impl Encoded {
 
 fn directory(
     found: &FoundDirectory,
-    scan: &Scan,
+    scan: &OutputScan,
     digests: &[Option<Digest>],
     reported: Reported,
 ) -> Result<reapi::Directory> {

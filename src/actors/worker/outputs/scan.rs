@@ -60,13 +60,13 @@ pub(crate) struct FoundDirectory {
     pub files: Vec<FoundFile>,
     /// Its links, by name.
     pub links: Vec<FoundLink>,
-    /// Its directories, by name: positions in [`Scan::directories`], each larger than its parent's.
+    /// Its directories, by name: positions in [`OutputScan::directories`], each larger than its parent's.
     pub children: Vec<usize>,
 }
 
 /// A directory and everything below it; the top comes first.
 #[derive(Debug, Clone)]
-pub(crate) struct Scan {
+pub(crate) struct OutputScan {
     /// Every directory, parents before children.
     pub directories: Vec<FoundDirectory>,
 }
@@ -113,7 +113,7 @@ impl NodeBudget {
     }
 }
 
-impl Scan {
+impl OutputScan {
     /// Scans the directory `top`. `seen` is its mode and time from before it was opened; `path` names it in errors.
     ///
     /// # Errors
@@ -252,7 +252,13 @@ mod tests {
         let scan = |name_bytes| {
             let top = File::open(directory.path()).unwrap();
             let seen = Seen::from(&rustix::fs::fstat(&top).unwrap());
-            Scan::of(top, seen, "d", &checkpoint, &mut NodeBudget { nodes: 2, name_bytes, bytes_on_disk: 0 })
+            OutputScan::of(
+                top,
+                seen,
+                "d",
+                &checkpoint,
+                &mut NodeBudget { nodes: 2, name_bytes, bytes_on_disk: 0 },
+            )
         };
         assert_eq!(scan(14).unwrap().directories.len(), 2);
         assert!(matches!(scan(13), Err(Error::Precondition(_))));

@@ -4,7 +4,7 @@
 //! (an immutable file, a mount) is logged, left, and tried again by the sweep of the next start. A [`Ticket`] exists for each
 //! directory of a run that is not removed yet, so that a shutdown can wait for all of them.
 
-use super::Place;
+use super::RootDirectory;
 use crate::{actors::worker::dir, logging::Event};
 use rustix::{
     fs::{self as rfs, AtFlags, FileType},
@@ -44,7 +44,7 @@ pub(super) struct Remover {
 #[derive(Debug)]
 pub(super) struct Job {
     /// The build root that contains it.
-    pub place: Arc<Place>,
+    pub place: Arc<RootDirectory>,
     /// Its name in the build root.
     pub name: OsString,
     /// `None` for leftovers of an earlier server process.
@@ -153,7 +153,7 @@ struct Removal {
 
 /// An open directory of the tree.
 #[derive(Debug)]
-struct Level {
+struct OpenLevel {
     name: OsString,
     open: File,
     /// Its subdirectories that are not removed yet. Nothing else is in it.
@@ -164,7 +164,7 @@ struct Level {
 
 impl Removal {
     fn remove(&mut self, parent: &File, name: &OsStr) {
-        let mut levels: Vec<Level> = self.enter(parent, name.to_owned()).into_iter().collect();
+        let mut levels: Vec<OpenLevel> = self.enter(parent, name.to_owned()).into_iter().collect();
         while let Some(level) = levels.last_mut() {
             if let Some(child) = level.below.pop() {
                 if levels.len() < MAX_OPEN {
@@ -181,15 +181,15 @@ impl Removal {
     }
 
     /// Opens a directory and removes everything in it except its subdirectories.
-    fn enter(&mut self, above: &File, name: OsString) -> Option<Level> {
+    fn enter(&mut self, above: &File, name: OsString) -> Option<OpenLevel> {
         let (open, _) = self.note(dir::open_accessible(above, &name))?;
         self.opened += 1;
-        let mut level = Level { name, open, below: Vec::new(), rounds: 0 };
+        let mut level = OpenLevel { name, open, below: Vec::new(), rounds: 0 };
         self.empty(&mut level);
         Some(level)
     }
 
-    fn empty(&mut self, level: &mut Level) {
+    fn empty(&mut self, level: &mut OpenLevel) {
         let Some(entries) = self.note(dir::entries(&level.open)) else { return };
         for entry in entries {
             let Some(entry) = self.note(entry) else { return };
@@ -211,7 +211,7 @@ impl Removal {
     }
 
     /// Moves a subdirectory of the deepest level to the top of the tree.
-    fn move_up(&mut self, levels: &mut [Level], child: &OsStr) {
+    fn move_up(&mut self, levels: &mut [OpenLevel], child: &OsStr) {
         let [top, .., deepest] = levels else { return };
         let mut granted = false;
         let moved = loop {
@@ -233,7 +233,7 @@ impl Removal {
     }
 
     /// Removes a directory that should be empty. Returns it if new entries have appeared in it.
-    fn leave(&mut self, above: &File, mut emptied: Level) -> Option<Level> {
+    fn leave(&mut self, above: &File, mut emptied: OpenLevel) -> Option<OpenLevel> {
         match rfs::unlinkat(above, &*emptied.name, AtFlags::REMOVEDIR) {
             Err(Errno::NOTEMPTY) if self.failure.is_none() && emptied.rounds < EMPTYING_ROUNDS => {
                 emptied.rounds += 1;

@@ -1,9 +1,9 @@
-//! [`Received`]: the pieces of an upload that have arrived and are not written yet.
+//! [`UnwrittenPieces`]: the pieces of an upload that have arrived and are not written yet.
 //!
 //! Starting a job on a blocking thread does not pay for a few bytes, so each upload collects some first. Thousands of stalled
 //! uploads would keep these bytes in memory, so all uploads share a [`Budget`]. If it has no room for the next piece,
-//! [`Received::push`] fails, and the upload writes what it has at once and waits for that. Uploads already buffer less when
-//! half of the budget is taken ([`Received::has_plenty`]), so that many uploads of one client seldom reach the bound.
+//! [`UnwrittenPieces::push`] fails, and the upload writes what it has at once and waits for that. Uploads already buffer less when
+//! half of the budget is taken ([`UnwrittenPieces::has_plenty`]), so that many uploads of one client seldom reach the bound.
 
 use crate::{
     budget::{Bounds, Budget, Refusal, Share},
@@ -22,7 +22,7 @@ const PIECE_OVERHEAD_BYTES: u64 = 1024;
 
 /// The unwritten pieces of one upload; see the module documentation.
 #[derive(Debug)]
-pub struct Received {
+pub struct UnwrittenPieces {
     account: Option<(Budget, Caller)>,
     pieces: Pieces,
     bytes: usize,
@@ -36,7 +36,7 @@ pub struct Pieces {
     share: Option<Share>,
 }
 
-impl Received {
+impl UnwrittenPieces {
     /// An empty buffer. Without an account, nothing is charged: the server itself stores the bytes.
     pub fn new(account: Option<(Budget, Caller)>) -> Self {
         Self { account, pieces: Pieces::default(), bytes: 0 }
@@ -101,7 +101,7 @@ mod tests {
     fn pieces_are_counted_until_they_are_dropped_and_one_without_room_is_added_all_the_same() {
         let budget = Budget::new(RECEIVED);
         let caller = Caller::connected(([127, 0, 0, 1], 1).into());
-        let mut received = Received::new(Some((budget.clone(), caller)));
+        let mut received = UnwrittenPieces::new(Some((budget.clone(), caller)));
         received.push(Bytes::new()).unwrap();
         assert_eq!(budget.held(), 0);
         received.push(Bytes::from_static(b"first")).unwrap();

@@ -226,37 +226,7 @@ impl<'a> ActionRun<'a> {
     ) -> Result<()> {
         let action = &self.order.action;
         outputs::open_up(workspace.top()?)?;
-        let interrupted = match ending {
-            Ending::Exited(code) => {
-                self.result.exit_code = code;
-                None
-            }
-            Ending::Signalled(signal) => {
-                self.result.exit_code = SIGNAL_BASE.saturating_add(signal);
-                None
-            }
-            Ending::NotStarted(errno) => {
-                let is_noexec = self.settings.build_root.is_noexec();
-                let (code, message) = command::not_started(&action.command, errno, is_noexec);
-                self.result.exit_code = code;
-                append(workspace, "stderr", &message)?;
-                None
-            }
-            Ending::TimedOut => Some(Error::DeadlineExceeded(format!(
-                "the command ran longer than its timeout of {:?} and was killed",
-                action.timeout
-            ))),
-            Ending::Cancelled => Some(cancelled()),
-            // The same exit code as for any other file that grows too large.
-            Ending::LogTooLong(_) => {
-                self.result.exit_code = SIGNAL_BASE + libc::SIGXFSZ;
-                None
-            }
-            Ending::LogLost(kind, errno) => {
-                self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
-                return Err(log_lost(kind, errno));
-            }
-        };
+        let interrupted = self.record_ending(ending, workspace)?;
         self.store_logs(workspace, live, batch)?;
         if let Some(error) = interrupted {
             // EXE-45: only the logs so far are reported. A killed command has no exit code of its own.
@@ -273,6 +243,36 @@ impl<'a> ActionRun<'a> {
             self.result = reapi::ActionResult { exit_code, ..Default::default() };
             (self.result.stdout_digest, self.result.stderr_digest) = logs;
         })
+    }
+
+    /// Sets the exit code. Returns the error of a command that was interrupted, of which only the logs are kept.
+    fn record_ending(&mut self, ending: Ending, workspace: &Workspace) -> Result<Option<Error>> {
+        let action = &self.order.action;
+        self.result.exit_code = match ending {
+            Ending::Exited(code) => code,
+            Ending::Signalled(signal) => SIGNAL_BASE.saturating_add(signal),
+            Ending::NotStarted(errno) => {
+                let is_noexec = self.settings.build_root.is_noexec();
+                let (code, message) = command::not_started(&action.command, errno, is_noexec);
+                self.result.exit_code = code;
+                append(workspace, "stderr", &message)?;
+                code
+            }
+            // The same exit code as for any other file that grows too large.
+            Ending::LogTooLong(_) => SIGNAL_BASE + libc::SIGXFSZ,
+            Ending::TimedOut => {
+                return Ok(Some(Error::DeadlineExceeded(format!(
+                    "the command ran longer than its timeout of {:?} and was killed",
+                    action.timeout
+                ))));
+            }
+            Ending::Cancelled => return Ok(Some(cancelled())),
+            Ending::LogLost(kind, errno) => {
+                self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
+                return Err(log_lost(kind, errno));
+            }
+        };
+        Ok(None)
     }
 
     /// Stores the logs, which ends their streams. A log that is empty (EXE-59) or was removed by the command has no digest.

@@ -165,6 +165,12 @@ impl Connection {
         self.admitted.state().ahead.poll_room(&mut self.wait, context)
     }
 
+    /// The library stops reading, and goes on with what was read.
+    fn end_turn(&mut self) {
+        self.frames = 0;
+        self.admitted.state().ahead.end_turn();
+    }
+
     /// Tells the client, if it can be told without waiting, and gives the error that ends the connection.
     fn end(&mut self, reason: Reason) -> io::Error {
         if let Some(frame) = self.conduct.goaway() {
@@ -222,12 +228,12 @@ impl AsyncRead for Connection {
     ) -> Poll<io::Result<()>> {
         self.check(context)?;
         if self.frames >= FRAMES_PER_TURN {
-            self.frames = 0;
+            self.end_turn();
             context.waker().wake_by_ref();
             return Poll::Pending;
         }
         if self.poll_room(context).is_pending() {
-            self.frames = 0;
+            self.end_turn();
             return Poll::Pending;
         }
         let is_corked = self.cork.is_in();
@@ -245,7 +251,7 @@ impl AsyncRead for Connection {
                 Poll::Ready(Ok(()))
             }
             Poll::Pending => {
-                self.frames = 0;
+                self.end_turn();
                 Poll::Pending
             }
             failed => failed,

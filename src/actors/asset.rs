@@ -88,15 +88,15 @@ pub(crate) struct Shared {
     cas: Cas,
     runtime: Handle,
     downloader: Downloader,
-    /// A place for each flight that may be in the air. One peer gets all but the last ones.
+    /// A place for each flight that may be in the air. A peer gets all but the last ones, and so does a connection of
+    /// what its peer gets.
     runway: Budget,
     file: BindingsFile,
 }
 
 /// Room for so many flights in the air.
 fn runway(concurrency: usize) -> Budget {
-    let total = concurrency as u64;
-    Budget::new(Bounds { what: "downloads", total, connection: total })
+    Budget::new(Bounds::shared("downloads", concurrency as u64))
 }
 
 /// The owner of bindings and flights.

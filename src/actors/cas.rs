@@ -188,14 +188,17 @@ impl CasActor {
             packed: Memo::new(settings::PACKED_MEMO_BYTES),
             zstd_history: Memo::new(settings::ZSTD_HISTORY_BYTES),
             encoders: Encoders::new(settings.zstd_level),
-            encoding: Budget::in_turns(places("jobs that compress", encoders())),
+            encoding: Budget::in_turns(Bounds::shared("jobs that compress", encoders())),
             form_turn: Arc::new(Semaphore::new(1)),
-            result_checks: Budget::new(places("results that are being checked", settings::RESULT_CHECKS_MAX)),
-            cold_reads: Budget::new(places("blobs that are being hashed", settings::COLD_READS_MAX)),
+            result_checks: Budget::new(Bounds::shared(
+                "results that are being checked",
+                settings::RESULT_CHECKS_MAX,
+            )),
+            cold_reads: Budget::new(Bounds::shared("blobs that are being hashed", settings::COLD_READS_MAX)),
             upload_budget: Budget::new(settings.upload_bounds()),
             received: Budget::new(uploads::received::RECEIVED),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
-            large_trees: Budget::new(places("large trees", settings::LARGE_TREES_MAX)),
+            large_trees: Budget::new(Bounds::shared("large trees", settings::LARGE_TREES_MAX)),
             walks: Walks::default(),
             decoders: Budget::new(uploads::decoders::DECODERS),
             chunk_work: ChunkWork::default(),
@@ -242,11 +245,6 @@ impl CasActor {
     fn client(&self, ctx: &Context<Self>) -> Cas {
         Cas::new(ctx.address(), self.shared.clone())
     }
-}
-
-/// So many places, which one connection may have as far as its peer may.
-fn places(what: &'static str, total: u64) -> Bounds {
-    Bounds { what, total, connection: total }
 }
 
 /// As many jobs compress at the same time as there are CPUs. Each takes a part of a second, so they are shared out in turns.

@@ -19,16 +19,16 @@ use std::{collections::BTreeMap, time::SystemTime};
 use tokio::{sync::watch, time::Instant};
 
 /// Flights under way or waiting for their turn; more are refused.
-const FLIGHTS: Bounds =
-    Bounds { what: "fetches that are under way or waiting", total: 10_000, connection: 10_000 };
+const FLIGHTS: Bounds = Bounds::shared("fetches that are under way or waiting", 10_000);
 /// Bytes of the requests of all these flights. Most are a kilobyte, but one may have megabytes of qualifiers, and outlives the
 /// call that made it.
-const FLIGHT_BYTES: Bounds =
-    Bounds { what: "bytes of such requests", total: 64 * 1024 * 1024, connection: 64 * 1024 * 1024 };
+const FLIGHT_BYTES: Bounds = Bounds::shared("bytes of such requests", 64 * 1024 * 1024);
 /// What one request may take: its URIs and its qualifiers.
 const LARGEST_REQUEST: u64 = (MAX_URIS * MAX_URI_BYTES + MAX_QUALIFIERS * 2 * MAX_QUALIFIER_BYTES) as u64;
-/// Peers for which one flight waits. Each has a line of its own, and so many of them are hardly ever all held up.
+/// Connections for which one flight waits. Each has its turn, and so many of them are hardly ever all held up.
 const MAX_LINES: usize = 64;
+/// Connections of one peer among them, so that a peer does not take the lines of the others.
+const MAX_LINES_OF_PEER: usize = 4;
 
 /// One flight: what it brings, and a number that grows with every flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,7 +61,7 @@ pub struct Begun {
     pub outcome: watch::Receiver<Option<Outcome>>,
     /// When it has to end; callers who join may put that off.
     pub latest: watch::Receiver<Instant>,
-    /// Who wants it: a caller of each peer.
+    /// The connections that want it, as far as it waits for their turns.
     pub callers: watch::Receiver<Vec<Caller>>,
 }
 
@@ -120,8 +120,9 @@ impl Flights {
         // Once it is in the air it waits for nobody's turn.
         if !callers.is_closed() {
             callers.send_if_modified(|callers| {
-                let has_line = callers.iter().any(|other| other.peer == caller.peer);
-                let is_new = !has_line && callers.len() < MAX_LINES;
+                let of_peer = callers.iter().filter(|other| other.peer == caller.peer).count();
+                let is_new =
+                    !callers.contains(&caller) && of_peer < MAX_LINES_OF_PEER && callers.len() < MAX_LINES;
                 callers.extend(is_new.then_some(caller));
                 is_new
             });
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_fetches_all_that_it_may_leaves_flights_and_bytes_to_the_next() {
+    fn a_connection_or_peer_that_fetches_all_that_it_may_leaves_flights_and_bytes_to_the_next() {
         let mut flights = Flights::default();
         let fill = |flights: &mut Flights, size| {
             let all =
@@ -239,14 +240,15 @@ mod tests {
     }
 
     #[test]
-    fn a_flight_waits_for_one_caller_of_each_peer_that_wants_it() {
+    fn a_flight_waits_for_a_few_connections_of_each_peer_that_wants_it() {
         let mut flights = Flights::default();
         let begun = flights.begin(KEY, Plan { caller: from(1), ..plan(100, 1) }).unwrap();
-        for host in [1, 2, 2, 3] {
-            flights.join(KEY, None, Instant::now(), from(host)).unwrap();
+        let (second, third) = (from(2), from(3));
+        for caller in [second, second, from(1), from(1), from(1), from(1), third] {
+            flights.join(KEY, None, Instant::now(), caller).unwrap();
         }
         let peers: Vec<_> = begun.callers.borrow().iter().map(|caller| caller.peer).collect();
-        assert_eq!(peers, [1, 2, 3].map(|host| from(host).peer));
+        assert_eq!(peers, [1, 2, 1, 1, 1, 3].map(|host| from(host).peer));
         for host in 4..=255 {
             flights.join(KEY, None, Instant::now(), from(host)).unwrap();
         }

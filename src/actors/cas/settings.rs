@@ -23,11 +23,11 @@ pub struct StoreSettings {
 
 impl StoreSettings {
     /// How much of the store unfinished uploads may hold: half of it together, and one connection half of that; but the largest
-    /// blob always fits, even if nobody but its client holds anything (a peer alone may have 8/9 of all).
+    /// blob always fits, even if nobody but its client holds anything (a connection alone may have 64/81 of all).
     pub(super) fn upload_bounds(&self) -> Bounds {
         let largest = self.max_blob_bytes.min(self.max_bytes).saturating_add(2 * ROOM_STEP_BYTES);
-        let total =
-            (self.max_bytes / 2).max(largest.saturating_add(largest / 8).saturating_add(ROOM_STEP_BYTES));
+        let total = (self.max_bytes / 2)
+            .max(largest.saturating_add(largest / 64 * 17).saturating_add(ROOM_STEP_BYTES));
         Bounds { what: "bytes of unfinished uploads", total, connection: (total / 2).max(largest) }
     }
 }
@@ -71,12 +71,13 @@ pub const MAX_REFERENCES: usize = 2_000_000;
 pub const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Results whose blobs are hashed at the same time, because nobody has read them since the start; other lookups of such results
-/// wait. Each reads from the disk as fast as it can. One peer gets all but one.
-pub const RESULT_CHECKS_MAX: u64 = 4;
+/// wait. Each reads from the disk as fast as it can. A peer gets four of them, and one of its connections three.
+pub const RESULT_CHECKS_MAX: u64 = 5;
 
 /// Large blobs that are hashed at the same time before their first byte is served, because nobody has read them since the start;
-/// other readers of such blobs wait. Each keeps a thread busy for as long as its disk needs. One peer gets 14 of them.
-pub const COLD_READS_MAX: u64 = 16;
+/// other readers of such blobs wait. Each keeps a thread busy for as long as its disk needs. A peer gets 16 of them, and one of
+/// its connections 14.
+pub const COLD_READS_MAX: u64 = 18;
 
 /// How often an upload that is told "stored already" looks whether that is so. Each look that finds a bad file drops it.
 pub const SOUND_TRIES: usize = 4;

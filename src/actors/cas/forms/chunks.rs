@@ -5,7 +5,7 @@
 //! forgotten, or whose chunks were evicted, is made again from the blob, and only the chunks that are missing are written.
 //! Chunks take as much room again as their blob; like everything else they are evicted when they were not used for longest.
 //!
-//! Bounds: one split of a blob at a time, [`MAX_CHUNK_JOBS`] of all blobs, of which one peer gets all but one; two batches of
+//! Bounds: one split of a blob at a time, [`MAX_CHUNK_JOBS`] of all blobs; two batches of
 //! [`BATCH_BYTES`] and the splitter's window in memory for each. What was written is leased until all chunks are there. Nobody
 //! keeps the turn of a blob while waiting for a place, so that a peer that waits for a place holds up no other one.
 
@@ -19,7 +19,7 @@ use crate::actors::cas::{
     volume::PIECE_BYTES,
 };
 use crate::{
-    budget::{Budget, Share},
+    budget::{Bounds, Budget, Share},
     caller::Caller,
     instance::{Instance, InstanceId},
     logging::Event,
@@ -32,8 +32,9 @@ use gorego_reapi::{
 };
 use std::{collections::HashSet, sync::Arc, time::Instant};
 
-/// Splits and splices that run at the same time; each keeps about two cores busy. Others wait.
-const MAX_CHUNK_JOBS: u64 = 4;
+/// Splits and splices that run at the same time; each keeps about two cores busy. Others wait. A peer gets four of them, and one
+/// of its connections three.
+const MAX_CHUNK_JOBS: u64 = 5;
 /// Chunks are written in batches of about this many bytes, while the next batch is cut and hashed.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// Memory for recipes: about 1,500,000 chunks.
@@ -65,7 +66,7 @@ impl Default for ChunkWork {
         Self {
             recipes: Memo::new(RECIPE_MEMO_BYTES),
             turns: Turns::default(),
-            places: Budget::new(crate::actors::cas::places("splits and splices", MAX_CHUNK_JOBS)),
+            places: Budget::new(Bounds::shared("splits and splices", MAX_CHUNK_JOBS)),
         }
     }
 }

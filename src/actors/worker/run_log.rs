@@ -1,5 +1,5 @@
-//! What people are told about a run that did not go well: a line for `ExecuteResponse.message`, and a text for
-//! `ExecuteResponse.server_logs` (EXE-61). Pure. A run that went well has neither, and costs nothing here.
+//! Explains a failed run to users: a line for `ExecuteResponse.message`, and a text for `ExecuteResponse.server_logs` (EXE-61).
+//! A successful run has neither and costs nothing here. This file is pure.
 
 use super::{
     clock::{Point, Timeline},
@@ -14,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// What is known about a run besides its end.
+/// The facts of a run, except its ending.
 #[derive(Debug)]
 pub(super) struct Facts<'a> {
     pub(super) action: &'a Action,
@@ -24,20 +24,20 @@ pub(super) struct Facts<'a> {
     pub(super) max_file_bytes: u64,
     pub(super) stdout_bytes: i64,
     pub(super) stderr_bytes: i64,
-    /// The command may have failed because programs that lie in the build root cannot be run.
+    /// Whether the command may have failed because programs in the build root cannot be run.
     pub(super) is_noexec: bool,
 }
 
-/// One line about a command that ran; empty when its exit code says it all.
+/// One line about a command that ran; empty when its exit code needs no explanation.
 pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
     let limit = facts.max_file_bytes;
     match ran.ending {
         Ending::Exited(code) if code == SIGNAL_BASE + libc::SIGXFSZ => format!(
-            "exit code {code} is what a shell says of a program that wrote a file larger than the {limit} bytes allowed \
+            "exit code {code} is how a shell reports a program that wrote a file larger than the {limit} bytes allowed \
              (execution.max_output_file_gb)"
         ),
         Ending::Exited(code) if code == EXIT_NOT_EXECUTABLE && facts.is_noexec => {
-            format!("exit code {code} is what a shell says of a program that cannot be run: {NOEXEC}")
+            format!("exit code {code} is how a shell reports a program that cannot be run: {NOEXEC}")
         }
         Ending::Exited(_) => String::new(),
         Ending::Signalled(signal) => {
@@ -45,7 +45,7 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
                 libc::SIGXFSZ => format!(
                     ": it wrote a file larger than the {limit} bytes allowed (execution.max_output_file_gb)"
                 ),
-                libc::SIGKILL => ", which this server did not send: was memory short?".into(),
+                libc::SIGKILL => ", which this server did not send; it may have run out of memory".into(),
                 _ => String::new(),
             };
             format!("the command was killed by {}{hint}", signal_name(signal))
@@ -69,8 +69,8 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
     }
 }
 
-/// The account of a run; `None` when there is nothing to tell: it went well, the exit code is the command's own, or the client
-/// knows by itself what was wrong.
+/// The report about a run; `None` when there is nothing to explain: the run succeeded, the command chose its exit code, or the
+/// client already knows the cause.
 pub(super) fn render(facts: &Facts<'_>, ran: Option<&Ran>, error: Option<&Error>) -> Option<String> {
     let killed = ran.is_some_and(|ran| matches!(ran.ending, Ending::Signalled(_) | Ending::LogTooLong(_)));
     let is_known = matches!(error, Some(Error::Cancelled(_) | Error::MissingBlobs(_)));
@@ -97,7 +97,7 @@ fn write_account(
     writeln!(text, "{}  queued", time(facts.timeline.queued()))?;
     for (point, what) in [
         (Point::WorkerStart, "the worker took it"),
-        (Point::FetchStart, "began to bring the inputs in"),
+        (Point::FetchStart, "began to fetch the inputs"),
         (Point::FetchEnd, "the inputs are in place"),
         (Point::RunStart, "started the command"),
         (Point::RunEnd, "the command ended"),
@@ -112,7 +112,7 @@ fn write_account(
     writeln!(text)?;
     writeln!(
         text,
-        "limits: command {}, bringing inputs in {}, storing outputs {}, largest file {} bytes",
+        "limits: command {}, fetching inputs {}, storing outputs {}, largest file {} bytes",
         seconds(action.timeout),
         seconds(facts.transfer_timeout),
         seconds(facts.transfer_timeout),
@@ -126,7 +126,7 @@ fn write_account(
                 writeln!(text, "command: not started: {}", std::io::Error::from_raw_os_error(errno))?;
             }
             Ending::TimedOut => {
-                writeln!(text, "command: its time was up; all its processes were killed (SIGKILL)")?;
+                writeln!(text, "command: timed out; all its processes were killed (SIGKILL)")?;
             }
             Ending::Cancelled => {
                 writeln!(text, "command: cancelled; all its processes were killed (SIGKILL)")?
@@ -172,7 +172,7 @@ fn seconds(duration: Duration) -> String {
     humantime::format_duration(millis).to_string()
 }
 
-/// `signal 9 (SIGKILL)`.
+/// The number and name of a signal, such as `signal 9 (SIGKILL)`.
 fn signal_name(signal: i32) -> String {
     let name = match signal {
         libc::SIGHUP => "SIGHUP",

@@ -279,6 +279,7 @@ impl AsyncRead for Connection {
         self.check(context)?;
         if self.turn.is_used_up() {
             // The task begins another turn.
+            self.admitted.state().ahead.end_turn();
             return Poll::Pending;
         }
         let is_corked = self.turn.is_corked();
@@ -290,6 +291,7 @@ impl AsyncRead for Connection {
         }
         if self.has_unsent() {
             self.unsent = Some(context.waker().clone());
+            self.admitted.state().ahead.end_turn();
             return Poll::Pending;
         }
         if self.poll_room(context).is_pending() {
@@ -302,7 +304,11 @@ impl AsyncRead for Connection {
                 self.judge(buffer.filled().get(before..).unwrap_or_default())?;
                 Poll::Ready(Ok(()))
             }
-            unread => unread,
+            Poll::Pending => {
+                self.admitted.state().ahead.end_turn();
+                Poll::Pending
+            }
+            failed => failed,
         }
     }
 }

@@ -40,7 +40,7 @@ use tower::{Layer, Service};
 /// Bytes of unfinished messages, and of those that a handler has not taken yet: twenty of the largest ones, and many more of
 /// those that clients send.
 pub const UNFINISHED: Bounds =
-    Bounds { what: "bytes of unfinished requests", total: 320 * 1024 * 1024, connection: 256 * 1024 * 1024 };
+    Bounds { what: "bytes of unfinished requests", total: 320 * 1024 * 1024, connection: 252 * 1024 * 1024 };
 /// Memory for large requests that are being decoded or answered. Two of the worst ones fit, and many of usual ones.
 pub const DECODED: Bounds = Bounds {
     what: "bytes of large requests",

@@ -65,6 +65,8 @@ pub const WORDS: &[Word] = &[
 /// Files without a clock, disk, network, actor or thread: their results depend only on their arguments. `ARCHITECTURE.md`
 /// calls them pure.
 pub const PURE: &[&str] = &[
+    "src/budget/accounts",
+    "src/budget/holdings",
     "src/actors/scheduler/ledger",
     "src/actors/scheduler/queue",
     "src/actors/scheduler/room",

@@ -23,6 +23,7 @@ pub use words::*;
 
 use gorego_reapi::digest::Digest;
 use hashbrown::HashTable;
+use order::{Aside, Released};
 use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
     sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
@@ -30,6 +31,7 @@ use std::{
 
 #[cfg(test)]
 mod model;
+mod order;
 mod words;
 
 /// End of a list.
@@ -63,6 +65,7 @@ struct Entry {
     used_at: AtomicU32,
     /// Set by [`Index::condemn`]: look-ups no longer find the entry.
     condemned: AtomicBool,
+    aside: Aside,
 }
 
 impl Entry {
@@ -87,6 +90,11 @@ pub(super) struct Index {
     oldest: u32,
     /// How often an entry was put at the head of the list. It wraps, which at worst loses one use.
     links: u32,
+    /// Entries that were set aside and are not leased any more.
+    released: Released,
+    /// How many entries evictions have looked at.
+    #[cfg(test)]
+    looks: u64,
     /// The totals, except for the leased bytes.
     totals: Totals,
     leased: AtomicU64,
@@ -112,6 +120,9 @@ impl Index {
             newest: NIL,
             oldest: NIL,
             links: 0,
+            released: Released::default(),
+            #[cfg(test)]
+            looks: 0,
             totals: Totals { limit, ..Totals::default() },
             leased: AtomicU64::new(0),
             high_water: if marks { limit - limit / 50 } else { limit },
@@ -164,16 +175,9 @@ impl Index {
         match entry.leases.fetch_update(Relaxed, Relaxed, |leases| leases.checked_sub(1)) {
             Ok(1) => {
                 self.leased.fetch_sub(entry.bytes, Relaxed);
-                self.mark_used(entry)
+                self.mark_released(at.slot, entry)
             }
             _ => false,
-        }
-    }
-
-    /// Moves an entry that was used to the head of the list, unless that was done already.
-    pub(super) fn settle(&mut self, at: EntryRef) {
-        if self.live(at).is_some_and(Entry::is_unsettled) {
-            self.move_to_head(at.slot);
         }
     }
 
@@ -357,28 +361,6 @@ impl Index {
         }
     }
 
-    /// The least recently used entry that is not leased. Older entries that are leased, or whose use is not settled yet, move
-    /// to the head of the list. So one pass over all entries, and one more look at the first, sees every candidate.
-    fn oldest_evictable(&mut self) -> Option<u32> {
-        if self.totals.used == self.leased.load(Relaxed) {
-            return None;
-        }
-        for _ in 0..=self.table.len() {
-            let slot = self.oldest;
-            let entry = self.entries.get(slot as usize)?;
-            if !entry.is_leased() && !entry.is_unsettled() {
-                return Some(slot);
-            }
-            self.move_to_head(slot);
-        }
-        None
-    }
-
-    fn move_to_head(&mut self, slot: u32) {
-        self.unlink(slot);
-        self.link_newest(slot);
-    }
-
     /// Entries whose key equals `like` apart from the size of the digest.
     fn alike(&self, like: &Key) -> impl Iterator<Item = &Entry> {
         let same = move |key: &Key| {
@@ -435,19 +417,6 @@ impl Index {
         FoundEntry { at, file: FileId { key, generation }, stamp, touch_due, settle_due }
     }
 
-    /// Marks an entry as used, unless it is recent enough in the list. Returns whether the mark is new.
-    fn mark_used(&self, entry: &Entry) -> bool {
-        // At most `behind` entries are newer. In a short list even the newest entry is marked, because others that were used
-        // before it may be about to move ahead of it.
-        let behind = self.links.wrapping_sub(entry.linked_at) as usize;
-        let is_new = self.table.len() >= EXACT_BELOW && behind < self.table.len() / 4;
-        if is_new || entry.used_at.load(Relaxed) == self.links {
-            return false;
-        }
-        entry.used_at.store(self.links, Relaxed);
-        true
-    }
-
     fn insert(&mut self, file: FileId, bytes: u64, stamp: Stamp, touched: u32) {
         let FileId { key, generation } = file;
         let entry = Entry {
@@ -462,6 +431,7 @@ impl Index {
             linked_at: 0,
             used_at: AtomicU32::new(0),
             condemned: AtomicBool::new(false),
+            aside: Aside::default(),
         };
         let slot = if self.free == NIL {
             if self.entries.len() == self.entries.capacity() {
@@ -490,7 +460,7 @@ impl Index {
         if let Ok(found) = self.table.find_entry(hash, |&candidate| candidate == slot) {
             found.remove();
         }
-        self.unlink(slot);
+        self.forget(slot);
         let entry = &mut self.entries[slot as usize];
         let bytes = entry.bytes;
         if std::mem::take(entry.leases.get_mut()) > 0 {
@@ -515,31 +485,6 @@ impl Index {
             EntryKind::Result => &mut self.totals.results,
             EntryKind::Zstd => &mut self.totals.zstd_forms,
         }
-    }
-
-    fn unlink(&mut self, slot: u32) {
-        let Entry { prev, next, .. } = self.entries[slot as usize];
-        match prev {
-            NIL => self.newest = next,
-            _ => self.entries[prev as usize].next = next,
-        }
-        match next {
-            NIL => self.oldest = prev,
-            _ => self.entries[next as usize].prev = prev,
-        }
-    }
-
-    fn link_newest(&mut self, slot: u32) {
-        let old = self.newest;
-        self.links = self.links.wrapping_add(1);
-        let entry = &mut self.entries[slot as usize];
-        (entry.prev, entry.next, entry.linked_at) = (NIL, old, self.links);
-        *entry.used_at.get_mut() = self.links.wrapping_sub(1);
-        match old {
-            NIL => self.oldest = slot,
-            _ => self.entries[old as usize].prev = slot,
-        }
-        self.newest = slot;
     }
 }
 

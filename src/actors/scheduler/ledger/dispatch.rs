@@ -73,11 +73,15 @@ pub enum RunEnd {
 
 impl Ledger {
     /// The next task whose inputs are to be checked, in the order of a pool's queue; `None` while enough checks are out, or the
-    /// peer whose turn it is has its share of them. Each one must be answered by [`Ledger::inputs_checked`], whatever happens.
+    /// peer or build whose turn it is has its share of them. Each one must be answered by [`Ledger::inputs_checked`], whatever happens.
     pub fn next_check(&mut self, now: Moment) -> Option<Check> {
         let left = self.settings.concurrent_checks.checked_sub(self.checks.len() + 1)?;
-        let own = self.unchecked.running_of_next(now.at);
-        if own > 0 && own >= left.saturating_mul(SHARE) {
+        let (of_peer, of_build) = self.unchecked.running_of_next(now.at);
+        // How many more its peer may have after this one.
+        let left_to_peer = left.saturating_mul(SHARE).saturating_sub(of_peer + 1) / (SHARE + 1);
+        if of_peer > 0 && of_peer >= left.saturating_mul(SHARE)
+            || of_build > 0 && of_build >= left_to_peer.saturating_mul(SHARE)
+        {
             return None;
         }
         let (id, charge) = self.unchecked.pop(now.at)?;

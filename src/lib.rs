@@ -14,7 +14,7 @@ mod connections;
 mod disk;
 pub mod grpc;
 mod host;
-pub mod http_cache;
+pub mod http;
 pub mod instance;
 pub mod log_streams;
 pub mod logging;

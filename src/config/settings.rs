@@ -15,7 +15,7 @@ use crate::{
         asset::{AssetSettings, origins::Origins},
         scheduler::settings::Priorities,
     },
-    http_cache::hosts::Hosts,
+    http::hosts::Hosts,
     instance::{Instances, Policy},
     log_streams::{MAX_STREAM_BYTES, StreamLimits},
     platform::UnknownProperties,

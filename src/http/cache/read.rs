@@ -4,11 +4,13 @@ use super::{
     Target,
     body::{accepts_zstd, of_blob, of_message, of_zstd},
     range::{self, Asked},
-    request_log::RequestLog,
     resource::HashInPath,
-    status,
 };
-use crate::{actors::cas::client::Cas, instance::Instance};
+use crate::{
+    actors::cas::client::Cas,
+    http::{request_log::RequestLog, status},
+    instance::Instance,
+};
 use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,

@@ -4,11 +4,13 @@ use super::{
     Target,
     body::UploadBody,
     read::{VALUE_PATH, like, value_action},
-    request_log::RequestLog,
     resource::HashInPath,
-    status,
 };
-use crate::{actors::cas::client::Provenance, instance::Instance};
+use crate::{
+    actors::cas::client::Provenance,
+    http::{request_log::RequestLog, status},
+    instance::Instance,
+};
 use axum::{extract::Request, http::StatusCode, response::Response};
 use gorego_reapi::{
     error::{Error, Result},

@@ -5,13 +5,12 @@
 //! refused, as the RFC allows. Every response is small.
 
 use super::{
-    Target,
+    COLLECTIONS, Target, VALUES,
     body::UploadBody,
     read::value_digest,
-    request_log::RequestLog,
-    status,
     write::{check_writable, created},
 };
+use crate::http::{request_log::RequestLog, status};
 use axum::{
     extract::Request,
     http::{HeaderMap, HeaderValue, StatusCode, header},
@@ -75,24 +74,19 @@ pub(super) async fn make_collection(
     }
     let name = key.trim_end_matches('/');
     if name.is_empty() {
-        return Ok(status::not_allowed(allowed(key)));
+        return Ok(status::not_allowed(&COLLECTIONS.allow()));
     }
     let cas = target.0.cas.on_behalf_of(line.caller());
     match value_digest((&cas, target.1), name).await {
-        Ok(_) => Ok(status::not_allowed(allowed(name))),
+        Ok(_) => Ok(status::not_allowed(&VALUES.allow())),
         Err(Error::NotFound(_)) => Ok(created()),
         Err(error) => Err(error),
     }
 }
 
 /// Whether a key names a collection: it is empty or ends with a slash.
-pub(super) fn is_collection(key: &str) -> bool {
+fn is_collection(key: &str) -> bool {
     key.is_empty() || key.ends_with('/')
-}
-
-/// The methods that a key supports.
-pub(super) fn allowed(key: &str) -> &'static str {
-    if is_collection(key) { "PROPFIND, MKCOL" } else { "GET, HEAD, PUT, PROPFIND, MKCOL" }
 }
 
 /// The depth of a PROPFIND request.

@@ -2,7 +2,6 @@
 //!
 //! Memory is bounded: an upload is decoded in pieces of constant size, and its window is limited.
 
-use super::request_log::RequestLog;
 use crate::{
     actors::cas::{
         blob::BlobReader,
@@ -12,6 +11,7 @@ use crate::{
     budget::Budget,
     caller::Caller,
     connections::{ConnectionState, answers::FRAME_BYTES},
+    http::request_log::RequestLog,
 };
 use axum::{
     body::Body,

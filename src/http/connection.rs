@@ -1,6 +1,6 @@
 //! Connections: admitted by [`Connections`], served one request at a time, and closed so that the last response arrives.
 //!
-//! Every wait for a client is limited: for the head of a request here, for its body in [`super::body`], and for an unread
+//! Every wait for a client is limited: for the head of a request here, for its body by the mounts, and for an unread
 //! response in the kernel.
 
 use crate::{
@@ -189,7 +189,7 @@ async fn linger(mut stream: Prompt) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http_cache::status;
+    use crate::http::status;
     use axum::http::StatusCode;
 
     /// A client of a server that answers every request without reading its body.

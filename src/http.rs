@@ -15,7 +15,9 @@ pub mod router;
 mod status;
 
 use crate::{
+    actors::scheduler::operation::ClientInfo,
     budget::{Bounds, Budget},
+    call::Call,
     connections::Connections,
     under_way::UnderWay,
 };
@@ -31,7 +33,7 @@ use front::Front;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
 use hosts::{HostRefusal, Hosts};
-use request_log::RequestLog;
+use request_log::RequestLine;
 use router::{Missed, Place, Router};
 use std::{fmt, future::Future, sync::Arc};
 use tokio::net::TcpListener;
@@ -49,7 +51,7 @@ trait Mount: fmt::Debug + Send + Sync {
         &'a self,
         place: Place<'a>,
         request: Request,
-        line: &'a mut RequestLog,
+        call: &'a Call,
     ) -> BoxFuture<'a, Result<Response>>;
 }
 
@@ -97,13 +99,13 @@ pub(crate) async fn serve(port: Port, listener: TcpListener, shutdown: impl Futu
 }
 
 async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
-    let mut line = RequestLog::new(
-        &port.connections,
-        &ends.client,
-        request.method(),
-        request.uri(),
-        port.under_way.begin(),
-    );
+    let uri = request.uri().clone();
+    let found = port.mounts.find(request.method().as_str(), uri.path());
+    let found = found.map(|(mount, place)| (mount.as_ref(), place));
+    let permissions = found.as_ref().ok().map(|(_, place)| place.permissions);
+    let unfinished = port.under_way.begin();
+    let call = Call::begin(Some(ends.client.clone()), ClientInfo::default(), permissions, Some(unfinished));
+    let mut line = RequestLine::new(&call, &ends.client, request.method(), request.uri());
     let host = port.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
     if let Err(refusal) = host {
         let (code, why) = match refusal {
@@ -115,12 +117,12 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
         return line.follow(response);
     }
     let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
-    let caller = ends.client.caller;
+    let caller = call.caller();
     let place = port.connections.calls().take(caller, 1);
     let decoder = is_encoded.then(|| port.decoders.take(caller, 1)).transpose();
     let response = match (place, decoder) {
         (Ok(place), Ok(_decoder)) => {
-            let response = dispatch(&port.mounts, request, &mut line).await;
+            let response = dispatch(&port.mounts, found, request, &call).await;
             line.hold(place);
             response
         }
@@ -146,21 +148,21 @@ fn busy(why: &str) -> Response {
 /// Lets a mount answer the request.
 async fn dispatch(
     mounts: &Router<Box<dyn Mount>>,
+    found: Result<(&dyn Mount, Place<'_>), Missed>,
     mut request: Request,
-    line: &mut RequestLog,
+    call: &Call,
 ) -> Result<Response> {
-    let uri = request.uri().clone();
-    let (mount, place) = match mounts.find(request.method().as_str(), uri.path()) {
+    let (mount, place) = match found {
         Ok(found) => found,
         Err(Missed::Method(route)) => return Ok(status::not_allowed(&route.allow())),
         Err(Missed::Path) => return Err(Error::NotFound(format!("not found; {}", index(mounts)))),
     };
     if request.method() != Method::HEAD {
-        return mount.answer(place, request, line).await;
+        return mount.answer(place, request, call).await;
     }
     // Ranges apply only to GET.
     request.headers_mut().remove(header::RANGE);
-    let response = mount.answer(place, request, line).await?;
+    let response = mount.answer(place, request, call).await?;
     // The headers still describe the body.
     Ok(response.map(|_| Body::empty()))
 }
@@ -169,25 +171,20 @@ async fn dispatch(
 mod tests {
     use super::*;
     use futures::future::ready;
-    use router::{At, READ, Route};
+    use router::{At, OPEN, Route};
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::TcpStream,
     };
 
-    const NUMBERS: &[Route] = &[Route { at: At::Path("numbers"), methods: READ, shown: "/numbers" }];
+    const NUMBERS: &[Route] = &[Route { at: At::Path("numbers"), methods: OPEN, shown: "/numbers" }];
 
     /// A mount such as /metrics will be.
     #[derive(Debug)]
     struct Numbers;
 
     impl Mount for Numbers {
-        fn answer<'a>(
-            &'a self,
-            _: Place<'a>,
-            _: Request,
-            _: &'a mut RequestLog,
-        ) -> BoxFuture<'a, Result<Response>> {
+        fn answer<'a>(&'a self, _: Place<'a>, _: Request, _: &'a Call) -> BoxFuture<'a, Result<Response>> {
             ready(Ok(status::plain(StatusCode::OK, "1 2 3"))).boxed()
         }
     }

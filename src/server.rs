@@ -20,6 +20,7 @@ use crate::{
     },
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
+    gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
     http::{self, cache::Cache},
     log_streams::{LogSettings, LogStreams, StreamLimits},
@@ -190,7 +191,7 @@ impl Server {
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
         let edge = Arc::new(Edge {
-            instances: settings.instances.clone(),
+            gate: Gate::new(settings.instances.clone()),
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
             assets: Some(assets.clone()),
@@ -321,7 +322,7 @@ fn serve_http(
     let address =
         listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
     let cache = Cache {
-        instances: settings.instances.clone(),
+        gate: Gate::new(settings.instances.clone()),
         cas: cas.clone(),
         max_blob_bytes: settings.max_blob_bytes,
     };

@@ -22,12 +22,14 @@ mod write;
 
 use super::{
     Mount,
-    request_log::RequestLog,
     router::{At, Place, Route},
 };
 use crate::{
     actors::cas::client::Cas,
-    instance::{Instance, Instances},
+    call::Call,
+    gate::Gate,
+    instance::Instance,
+    policy::Permission::{AcRead, AcWrite, CasRead, CasWrite},
 };
 use axum::{extract::Request, response::Response};
 use futures::future::{BoxFuture, FutureExt as _};
@@ -37,25 +39,38 @@ use resource::Resource;
 /// What the cache serves.
 pub const ROUTES: &[Route] = &[BLOBS, RESULTS, COLLECTIONS, VALUES];
 
-const BLOBS: Route =
-    Route { at: At::Below("cas"), methods: &["GET", "HEAD", "PUT"], shown: "[/INSTANCE]/cas/HASH (blobs)" };
+const BLOBS: Route = Route {
+    at: At::Below("cas"),
+    methods: &[("GET", &[CasRead]), ("HEAD", &[CasRead]), ("PUT", &[CasWrite])],
+    shown: "[/INSTANCE]/cas/HASH (blobs)",
+};
 const RESULTS: Route = Route {
     at: At::Below("ac"),
-    methods: &["GET", "HEAD", "PUT"],
+    methods: &[("GET", &[AcRead]), ("HEAD", &[AcRead]), ("PUT", &[AcWrite])],
     shown: "[/INSTANCE]/ac/HASH (action results)",
 };
-const COLLECTIONS: Route = Route { at: At::Collections("cache"), methods: &["PROPFIND", "MKCOL"], shown: "" };
+const COLLECTIONS: Route = Route {
+    at: At::Collections("cache"),
+    methods: &[("PROPFIND", &[AcRead]), ("MKCOL", &[AcWrite])],
+    shown: "",
+};
 const VALUES: Route = Route {
     at: At::Below("cache"),
-    methods: &["GET", "HEAD", "PUT", "PROPFIND", "MKCOL"],
+    methods: &[
+        ("GET", &[AcRead]),
+        ("HEAD", &[AcRead]),
+        ("PUT", &[AcWrite]),
+        ("PROPFIND", &[AcRead]),
+        ("MKCOL", &[AcWrite]),
+    ],
     shown: "[/INSTANCE]/cache/KEY (values)",
 };
 
 /// The mount of the cache.
 #[derive(Debug)]
 pub(crate) struct Cache {
-    /// The namespaces that paths may name.
-    pub instances: Instances,
+    /// The way to the instances that paths may name.
+    pub gate: Gate,
     /// The store of blobs and action results.
     pub cas: Cas,
     /// Size limit of one blob in bytes (CAP-15).
@@ -70,28 +85,27 @@ impl Mount for Cache {
         &'a self,
         place: Place<'a>,
         request: Request,
-        line: &'a mut RequestLog,
+        call: &'a Call,
     ) -> BoxFuture<'a, Result<Response>> {
-        self.handle(place, request, line).boxed()
+        self.handle(place, request, call).boxed()
     }
 }
 
 impl Cache {
     /// Handles a request whose method is among those of its route.
-    async fn handle(&self, place: Place<'_>, request: Request, line: &mut RequestLog) -> Result<Response> {
+    async fn handle(&self, place: Place<'_>, request: Request, call: &Call) -> Result<Response> {
         let resource = Resource::parse(place.keyword, place.rest)?;
-        let instance = self.instances.get(place.instance_name)?;
-        line.instance(&instance);
+        let instance = self.gate.enter(call, place.instance_name)?;
         let target = (self, &instance);
         match (request.method().as_str(), resource) {
-            ("PUT", Resource::Blob(hash)) => write::blob(target, hash, request, line).await,
-            (_, Resource::Blob(hash)) => read::blob(target, hash, request.headers(), line).await,
-            ("PUT", Resource::Result(hash)) => write::result(target, hash, request, line).await,
-            (_, Resource::Result(hash)) => read::result(target, hash, line).await,
-            ("PROPFIND", Resource::Value(key)) => webdav::properties(target, key, request, line).await,
-            ("MKCOL", Resource::Value(key)) => webdav::make_collection(target, key, request, line).await,
-            ("PUT", Resource::Value(key)) => write::value(target, key, request, line).await,
-            (_, Resource::Value(key)) => read::value(target, key, request.headers(), line).await,
+            ("PUT", Resource::Blob(hash)) => write::blob(target, hash, request, call).await,
+            (_, Resource::Blob(hash)) => read::blob(target, hash, request.headers(), call).await,
+            ("PUT", Resource::Result(hash)) => write::result(target, hash, request, call).await,
+            (_, Resource::Result(hash)) => read::result(target, hash, call).await,
+            ("PROPFIND", Resource::Value(key)) => webdav::properties(target, key, request, call).await,
+            ("MKCOL", Resource::Value(key)) => webdav::make_collection(target, key, request, call).await,
+            ("PUT", Resource::Value(key)) => write::value(target, key, request, call).await,
+            (_, Resource::Value(key)) => read::value(target, key, request.headers(), call).await,
         }
     }
 }

@@ -2,10 +2,10 @@
 
 use super::{
     Mount,
-    request_log::RequestLog,
-    router::{At, Place, READ, Route},
+    router::{At, OPEN, Place, Route},
     status,
 };
+use crate::call::Call;
 use axum::{extract::Request, http::StatusCode, response::Response};
 use futures::future::{BoxFuture, FutureExt as _, ready};
 use gorego_reapi::error::Result;
@@ -15,9 +15,9 @@ const HEALTH: At = At::Path("healthz");
 
 /// What [`Front`] serves.
 pub const ROUTES: &[Route] = &[
-    Route { at: At::Path(""), methods: READ, shown: "" },
-    Route { at: HEALTH, methods: READ, shown: "/healthz (health check)" },
-    Route { at: At::Path("status"), methods: READ, shown: "" },
+    Route { at: At::Path(""), methods: OPEN, shown: "" },
+    Route { at: HEALTH, methods: OPEN, shown: "/healthz (health check)" },
+    Route { at: At::Path("status"), methods: OPEN, shown: "" },
 ];
 
 /// The mount of the front page and the health check.
@@ -28,12 +28,7 @@ pub(super) struct Front {
 }
 
 impl Mount for Front {
-    fn answer<'a>(
-        &'a self,
-        place: Place<'a>,
-        _: Request,
-        _: &'a mut RequestLog,
-    ) -> BoxFuture<'a, Result<Response>> {
+    fn answer<'a>(&'a self, place: Place<'a>, _: Request, _: &'a Call) -> BoxFuture<'a, Result<Response>> {
         let text = if place.route.at == At::Path("") { &self.page } else { "ok" };
         ready(Ok(status::plain(StatusCode::OK, text))).boxed()
     }

@@ -2,8 +2,13 @@
 //!
 //! A mount is added with the [`Route`]s that it serves. The first route that covers a path decides, whatever the method is.
 
-/// The methods of what can only be read.
-pub const READ: &[&str] = &["GET", "HEAD"];
+use crate::policy::Permissions;
+
+/// Methods with the permissions that they need.
+pub type Methods = &'static [(&'static str, Permissions)];
+
+/// The methods of what everybody may read.
+pub const OPEN: Methods = &[("GET", &[]), ("HEAD", &[])];
 
 /// Paths of one kind, and the methods that they support.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,7 +16,7 @@ pub struct Route {
     /// The paths.
     pub at: At,
     /// The supported methods.
-    pub methods: &'static [&'static str],
+    pub methods: Methods,
     /// The paths and their meaning, for [`Router::index`]. A route without a text is not listed.
     pub shown: &'static str,
 }
@@ -19,7 +24,7 @@ pub struct Route {
 impl Route {
     /// The supported methods, as the Allow header has them.
     pub fn allow(&self) -> String {
-        self.methods.join(", ")
+        self.methods.iter().map(|(method, _)| *method).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -57,6 +62,8 @@ impl At {
 pub struct Place<'a> {
     /// The route of the path.
     pub route: &'static Route,
+    /// The permissions that the method needs there.
+    pub permissions: Permissions,
     /// The instance name; not looked up.
     pub instance_name: &'a str,
     /// The segment by which the path was recognised.
@@ -104,11 +111,10 @@ impl<M> Router<M> {
         let parts = self.take_apart(path);
         let mut routes = self.routes();
         let (mount, route) = routes.find(|(_, route)| route.at.covers(path, parts)).ok_or(Missed::Path)?;
-        if !route.methods.contains(&method) {
-            return Err(Missed::Method(route));
-        }
+        let method = route.methods.iter().find(|(name, _)| *name == method);
+        let (_, permissions) = method.ok_or(Missed::Method(route))?;
         let (instance_name, keyword, rest) = parts;
-        Ok((mount, Place { route, instance_name, keyword, rest }))
+        Ok((mount, Place { route, permissions, instance_name, keyword, rest }))
     }
 
     /// The paths that are served, for people.
@@ -139,13 +145,18 @@ impl<M> Router<M> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::Permission::{AcRead, AcWrite};
 
     const STORE: &[Route] = &[
-        Route { at: At::Collections("key"), methods: &["LIST"], shown: "" },
-        Route { at: At::Below("key"), methods: &["GET", "PUT"], shown: "[/INSTANCE]/key/NAME (values)" },
-        Route { at: At::Below("blob"), methods: READ, shown: "[/INSTANCE]/blob/HASH (blobs)" },
+        Route { at: At::Collections("key"), methods: &[("LIST", &[])], shown: "" },
+        Route {
+            at: At::Below("key"),
+            methods: &[("GET", &[AcRead]), ("PUT", &[AcWrite])],
+            shown: "[/INSTANCE]/key/NAME (values)",
+        },
+        Route { at: At::Below("blob"), methods: OPEN, shown: "[/INSTANCE]/blob/HASH (blobs)" },
     ];
-    const NUMBERS: &[Route] = &[Route { at: At::Path("numbers"), methods: READ, shown: "/numbers" }];
+    const NUMBERS: &[Route] = &[Route { at: At::Path("numbers"), methods: OPEN, shown: "/numbers" }];
 
     fn router() -> Router<&'static str> {
         let mut router = Router::default();
@@ -166,7 +177,7 @@ mod tests {
             let router = router();
             let (mount, place) = router.find("GET", path).unwrap();
             assert_eq!(*mount, "store", "{path}");
-            assert_eq!(place, Place { route: place.route, instance_name, keyword, rest });
+            assert_eq!(place, Place { instance_name, keyword, rest, ..place });
         }
     }
 
@@ -180,6 +191,7 @@ mod tests {
         assert_eq!(router.find("LIST", "/key/a"), Err(Missed::Method(&STORE[1])));
         assert_eq!(router.find("get", "/blob/a"), Err(Missed::Method(&STORE[2])));
         assert_eq!(STORE[1].allow(), "GET, PUT");
+        assert_eq!(router.find("PUT", "/key/a").unwrap().1.permissions, [AcWrite]);
     }
 
     #[test]

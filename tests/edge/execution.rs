@@ -138,7 +138,8 @@ async fn when_the_scheduler_goes_away_streams_end_unavailable() {
     let server = Server::start().await;
     let mut stream = server.execution().execute(execute()).await.unwrap().into_inner();
     next(&mut stream).await;
-    for name in ["operations/1", "nonsense", "a/b/c/operations/6ba7b810-9dad-11d1-80b4-00c04fd430c8"] {
+    let id = "operations/6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+    for name in ["operations/1", "nonsense", id, &format!("a/b/c/{id}"), &format!("nope/{id}")] {
         let unknown = WaitExecutionRequest { name: name.into() };
         let status = server.execution().wait_execution(unknown).await.unwrap_err();
         assert_eq!(status.code(), Code::NotFound, "{name}");

@@ -12,8 +12,9 @@ use gorego::{
         },
     },
     config::CommittedSize,
+    gate::Gate,
     grpc::{Edge, ProtocolSettings, ask::Scheduler, health::Health},
-    instance::{Instances, Policy},
+    instance::{InstancePolicy, Instances},
     log_streams::{LogSettings, LogStreams, StreamLimits},
     under_way::UnderWay,
 };
@@ -57,7 +58,7 @@ impl Server {
     /// Without `executes`, the endpoint is a read-only cache.
     pub async fn with(executes: bool) -> Self {
         let store = tempfile::tempdir().unwrap();
-        let policy = || Policy { action_cache_updates: executes, ..Policy::default() };
+        let policy = || InstancePolicy { action_cache_updates: executes, ..InstancePolicy::default() };
         let instances = ["", "a/b/c"].map(|name| (name.to_owned(), policy()));
         let instances = Instances::with_policies(instances).unwrap();
         let settings = StoreSettings {
@@ -71,7 +72,7 @@ impl Server {
         let (system, cas, scheduler) = actors(settings, instances.clone());
         let edge = Edge {
             assets: None,
-            instances,
+            gate: Gate::new(instances),
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
             log_streams: log_streams(executes, store.path()),

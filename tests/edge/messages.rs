@@ -19,6 +19,7 @@ use gorego::{
         worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
     },
     config::{self, CommittedSize, Loaded, Machine},
+    gate::Gate,
     grpc::{Edge, ProtocolSettings, ask::Scheduler, health::Health},
     instance::Instances,
     under_way::UnderWay,
@@ -66,7 +67,7 @@ impl Server {
         let (system, cas, scheduler, mail) = actors(directory.path(), &instances);
         let edge = Edge {
             assets: None,
-            instances,
+            gate: Gate::new(instances),
             cas: cas.clone(),
             scheduler: Some(Scheduler::new(scheduler.clone())),
             log_streams: log_streams(false, directory.path()),

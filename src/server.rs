@@ -20,8 +20,9 @@ use crate::{
     },
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
+    gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
-    http_cache::{self, HttpCache},
+    http::{self, cache::Cache},
     log_streams::{LogSettings, LogStreams, StreamLimits},
     logging::{self, Event},
     memory,
@@ -190,7 +191,7 @@ impl Server {
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
         let edge = Arc::new(Edge {
-            instances: settings.instances.clone(),
+            gate: Gate::new(settings.instances.clone()),
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
             assets: Some(assets.clone()),
@@ -320,18 +321,16 @@ fn serve_http(
     };
     let address =
         listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
-    let cache = HttpCache {
-        instances: settings.instances.clone(),
+    let cache = Cache {
+        gate: Gate::new(settings.instances.clone()),
         cas: cas.clone(),
-        hosts: settings.http_hosts.clone(),
         max_blob_bytes: settings.max_blob_bytes,
-        under_way: under_way.clone(),
-        connections: connections.clone(),
     };
+    let port = http::Port::new(cache, settings.http_hosts.clone(), under_way.clone(), connections.clone());
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));
-    let serving = workers.spawn(http_cache::serve(cache, listener, async move { drop(closed.await) }));
+    let serving = workers.spawn(http::serve(port, listener, async move { drop(closed.await) }));
     let ended = async move {
         match serving.await {
             Ok(()) => Error::internal("the HTTP server stopped by itself"),

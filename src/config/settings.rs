@@ -15,8 +15,8 @@ use crate::{
         asset::{AssetSettings, origins::Origins},
         scheduler::settings::Priorities,
     },
-    http_cache::hosts::Hosts,
-    instance::{Instances, Policy},
+    http::hosts::Hosts,
+    instance::{InstancePolicy, Instances},
     log_streams::{MAX_STREAM_BYTES, StreamLimits},
     platform::UnknownProperties,
     size::Size,
@@ -278,16 +278,16 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
         check.require(key, !listed.is_empty(), "is empty; at least one digest function is needed");
         DigestFunction::ALL.iter().copied().filter(|function| listed.contains(function)).collect()
     };
-    let common = Policy {
+    let common = InstancePolicy {
         digest_functions: functions(check, "cache.digest_functions", &config.cache.digest_functions),
         action_cache_updates: config.cache.action_cache_updates,
         execution: true,
         blobs_of: None,
     };
-    let mut policies: Vec<(String, Policy)> =
+    let mut policies: Vec<(String, InstancePolicy)> =
         config.instance_names.iter().map(|name| (name.clone(), common.clone())).collect();
     for (name, own) in &config.instances {
-        let own = Policy {
+        let own = InstancePolicy {
             digest_functions: match &own.digest_functions {
                 Some(listed) => functions(check, "instances", listed),
                 None => common.digest_functions.clone(),

@@ -86,6 +86,11 @@ pub const PURE: &[&str] = &[
     "src/instance",
     "src/resource_name",
     "src/action",
+    "src/policy",
+    "src/http/router",
+    "src/http/hosts",
+    "src/http/cache/resource",
+    "src/http/cache/range",
     "crates/reapi/src",
 ];
 

@@ -25,7 +25,7 @@ pub mod transition;
 use crate::{
     actors::{
         mail::{Mail, Receive, counted},
-        worker::messages::{RunAction, StageReached, TaskId},
+        worker::messages::{RunAction, RunControl, RunOrder, StageReached, TaskId},
     },
     caller::Caller,
     logging::Event,
@@ -127,8 +127,10 @@ impl SchedulerActor {
         let Some(runner) = self.runners.get(pool).cloned() else {
             return scheduler.do_send(RunEnded { task, end: RunEnd::Lost { pool_closed: true } });
         };
-        let progress = scheduler.clone().recipient();
-        let run = RunAction { task, slot, action, peer, queued_at, tool_invocation_id, cancel, progress };
+        let run = RunAction {
+            order: RunOrder { task, slot, action, peer, queued_at, tool_invocation_id },
+            control: RunControl { cancel, progress: scheduler.clone().recipient() },
+        };
         actix::spawn(async move {
             let end = match runner.send(run).await {
                 Ok(report) => RunEnd::Reported(report),

@@ -121,8 +121,8 @@ async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
     let Handed { run, answer } = handed.recv().await.unwrap();
     let mut follower = subscription.clone();
     reaches(&mut follower, Stage::Executing).await;
-    run.progress.do_send(StageReached {
-        task: run.task,
+    run.control.progress.do_send(StageReached {
+        task: run.order.task,
         stage: RunStage::Running,
         at: SystemTime::now(),
         logs: None,
@@ -157,7 +157,7 @@ async fn two_hundred_submissions_at_once_are_one_run() {
     let leaver = subscriptions.pop().unwrap();
     scheduler.send(Cancel { instance: instance(), id: leaver.info.id }).await.unwrap().unwrap();
     assert!(matches!(outcome(leaver).await.error, Some(Error::Cancelled(_))));
-    assert!(!only.run.cancel.is_cancelled());
+    assert!(!only.run.control.cancel.is_cancelled());
     only.answer.send(success()).ok().unwrap();
     for subscription in subscriptions {
         assert!(outcome(subscription).await.error.is_none());
@@ -175,7 +175,7 @@ async fn a_client_that_vanishes_leaves_nothing_behind() {
     drop(scheduler.send(ask(&work(1))).await.unwrap().unwrap());
     let handed = handed.recv().await.unwrap();
     scheduler.send(Tick).await.unwrap();
-    assert!(handed.run.cancel.is_cancelled());
+    assert!(handed.run.control.cancel.is_cancelled());
     assert_eq!(scheduler.send(Inspect).await.unwrap().running, 1, "the slot waits for its worker");
     handed.answer.send(success()).ok().unwrap();
     scheduler.send(Drain { cancel: false }).await.unwrap();
@@ -268,7 +268,7 @@ async fn a_drain_is_answered_when_the_last_run_is_over() {
             _ = &mut hasty => panic!("a command is still running"),
         }
     }
-    assert!(run.run.cancel.is_cancelled());
+    assert!(run.run.control.cancel.is_cancelled());
     run.answer.send(success()).ok().unwrap();
     patient.await.unwrap();
     hasty.await.unwrap();

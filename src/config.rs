@@ -29,6 +29,8 @@ pub struct Config {
     pub listen_addr: SocketAddr,
     /// Listen on a non-loopback address although everyone who can reach it can run commands here.
     pub allow_unauthenticated: bool,
+    /// Name of this server among several that serve the same clients; empty for a server that stands alone.
+    pub node_name: String,
     /// Instance names that clients may use; "" is the default of most clients.
     pub instance_names: Vec<String>,
     /// Directory for blobs, action results and exec directories; empty for `gorego` in the user's cache directory.
@@ -239,6 +241,7 @@ impl Default for Config {
         Self {
             listen_addr: SocketAddr::from(([127, 0, 0, 1], 50051)),
             allow_unauthenticated: false,
+            node_name: String::new(),
             instance_names: vec![String::new()],
             instances: BTreeMap::new(),
             local_cache_dir: PathBuf::new(),

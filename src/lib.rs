@@ -19,6 +19,7 @@ pub mod instance;
 pub mod log_streams;
 pub mod logging;
 mod memory;
+pub mod node;
 pub mod platform;
 mod regular_file;
 mod server;

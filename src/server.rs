@@ -13,7 +13,7 @@ use crate::{
         scheduler::{
             Pool, SchedulerActor,
             messages::{Drain, Inspect},
-            settings::{Priorities, SchedulerSettings},
+            settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
         worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
@@ -25,6 +25,7 @@ use crate::{
     log_streams::{LogSettings, LogStreams, StreamLimits},
     logging::{self, Event},
     memory,
+    node::NodeName,
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
@@ -173,7 +174,8 @@ impl Server {
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
         let scheduler = settings.execution.as_ref().zip(build_root.clone()).map(|(execution, build_root)| {
-            start_scheduler(execution, build_root, open_files, &cas, log_streams.clone())
+            let bounds = scheduler_settings(settings.node, execution);
+            start_scheduler(bounds, execution, build_root, open_files, &cas, log_streams.clone())
         });
         Ok(Self { settings, listener, http, cas, assets, scheduler, build_root, log_streams, workers })
     }
@@ -341,7 +343,25 @@ fn serve_http(
     Ok((close, ended.boxed()))
 }
 
+fn scheduler_settings(node: NodeName, execution: &ExecutionSettings) -> SchedulerSettings {
+    SchedulerSettings::new(SchedulerConfig {
+        node,
+        queue_size: execution.queue_size,
+        priorities: execution.priorities,
+        priority_ageing: execution.priority_ageing,
+        unknown_properties: execution.unknown_properties,
+        queue_timeout: execution.queue_timeout,
+        transfer_timeout: execution.transfer_timeout,
+        retention: execution.retention,
+        retained_operations: execution.retained_operations,
+        abandon_grace: execution.abandon_grace,
+        contended_abandon_grace: execution.contended_abandon_grace,
+        max_attempts: execution.max_attempts,
+    })
+}
+
 fn start_scheduler(
+    bounds: SchedulerSettings,
     execution: &ExecutionSettings,
     build_root: BuildRoot,
     open_files: Option<u64>,
@@ -374,7 +394,7 @@ fn start_scheduler(
         let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
         Pool { spec, runner: workers.recipient() }
     });
-    SchedulerActor::new(SchedulerSettings::new(execution), pools.collect(), cas.clone()).start()
+    SchedulerActor::new(bounds, pools.collect(), cas.clone()).start()
 }
 
 /// The deadlines of a shutdown.

@@ -190,6 +190,14 @@ fn check(text: &str) -> Result<Settings, String> {
 }
 
 #[test]
+fn the_name_of_a_server_is_checked_and_empty_by_default() {
+    assert!(check("").unwrap().node.is_empty());
+    assert_eq!(check("node_name = \"build-3\"").unwrap().node.as_str(), "build-3");
+    let error = check("node_name = \"build.example.com\"").unwrap_err().to_string();
+    assert!(error.contains("node_name = \"build.example.com\"") && error.contains("lower-case"), "{error}");
+}
+
+#[test]
 fn values_that_make_no_sense_are_refused_all_at_once_with_their_place() {
     let error = check(
         "max_size_gb = 0\ninstance_names = [\"a/blobs\"]\nlocal_cache_dir = \"~/x\"\n[log]\nfilter = \"warning\"\n\

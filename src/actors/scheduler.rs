@@ -29,6 +29,7 @@ use crate::{
     },
     caller::Caller,
     logging::Event,
+    node::NodeName,
 };
 use actix::{Actor, AsyncContext, Context, MailboxError, Message, Recipient, ResponseFuture};
 use gorego_reapi::error::{Error, Result};
@@ -42,7 +43,6 @@ use settings::{Moment, SchedulerSettings};
 use slots::PoolSpec;
 use std::time::Duration;
 use tokio::sync::oneshot;
-use uuid::Uuid;
 
 /// Messages that wait in the mailbox before senders wait instead. A message is handled in microseconds; this is enough to
 /// keep the actor busy and too little to be a second queue.
@@ -67,6 +67,8 @@ pub struct SchedulerActor {
     runners: Vec<Recipient<RunAction>>,
     inputs: Box<dyn InputCheck>,
     check_timeout: Duration,
+    /// The name of this server.
+    node: NodeName,
     drained: Vec<oneshot::Sender<()>>,
 }
 
@@ -80,6 +82,7 @@ impl SchedulerActor {
             runners,
             inputs: Box::new(inputs),
             check_timeout: settings.transfer_timeout,
+            node: settings.node,
             drained: Vec::new(),
         }
     }
@@ -196,7 +199,7 @@ impl Receive<Admit> for SchedulerActor {
     type Answer = Result<Subscription>;
 
     fn receive(&mut self, Admit { submit, resolution }: Admit, ctx: &mut Self::Context) -> Self::Answer {
-        let admitted = self.ledger.admit(submit, resolution, OperationId(Uuid::new_v4()), Moment::now());
+        let admitted = self.ledger.admit(submit, resolution, OperationId::random(self.node), Moment::now());
         self.settle(ctx);
         admitted
     }

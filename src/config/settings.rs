@@ -10,14 +10,12 @@ use super::{
     pools::{PoolSettings, pools},
 };
 use crate::{
-    action::TimeoutPolicy,
-    actors::{
-        asset::{AssetSettings, origins::Origins},
-        scheduler::settings::Priorities,
-    },
+    action::{Priorities, TimeoutPolicy},
+    actors::asset::{AssetSettings, origins::Origins},
     http_cache::hosts::Hosts,
     instance::{Instances, Policy},
     log_streams::{MAX_STREAM_BYTES, StreamLimits},
+    node::NodeName,
     platform::UnknownProperties,
     size::Size,
 };
@@ -77,6 +75,8 @@ impl Machine {
 pub struct Settings {
     /// Address on which gRPC is served.
     pub listen_addr: SocketAddr,
+    /// The name of this server among several; empty for one that stands alone.
+    pub node: NodeName,
     /// The instances that clients may name.
     pub instances: Instances,
     /// Absolute directory for blobs and results.
@@ -211,6 +211,7 @@ impl Settings {
         check_exposure(&mut check, &mut warnings, "listen_addr", config.listen_addr);
         let http_addr = http_address(&mut check, &mut warnings);
         let http_hosts = http_hosts(&mut check);
+        let node = node_name(&mut check);
         let instances = instances(&mut check);
         let cache_dir = if !config.local_cache_dir.as_os_str().is_empty() {
             check.directory("local_cache_dir", &config.local_cache_dir, machine)
@@ -241,6 +242,7 @@ impl Settings {
         match (instances, check.problems.is_empty()) {
             (Some(instances), true) => Ok(Self {
                 listen_addr: config.listen_addr,
+                node,
                 instances,
                 cache_dir,
                 max_size_bytes,
@@ -269,6 +271,13 @@ impl Settings {
             ))),
         }
     }
+}
+
+fn node_name(check: &mut Checker<'_>) -> NodeName {
+    check.loaded.config.node_name.parse().unwrap_or_else(|error: Error| {
+        check.refuse("node_name", &error.to_string());
+        NodeName::default()
+    })
 }
 
 /// The instances in `instance_names` and those with their own policy.

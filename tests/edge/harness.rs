@@ -33,7 +33,6 @@ use std::{
 };
 use tokio::{net::TcpListener, runtime::Handle, sync::watch, task::JoinHandle};
 use tonic::transport::{Channel, Endpoint};
-use uuid::Uuid;
 
 /// Largest blob of the test server.
 pub const MAX_BLOB_BYTES: u64 = 64_000_000;
@@ -273,7 +272,7 @@ impl Handler<Admit> for FakeScheduler {
             return Err(error.clone());
         }
         let info = Arc::new(OperationInfo {
-            id: OperationId(Uuid::new_v4()),
+            id: OperationId::random(Default::default()),
             instance: message.instance,
             action: message.action,
             inline: message.inline,

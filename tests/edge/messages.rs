@@ -13,14 +13,16 @@ use gorego::{
         scheduler::{
             Pool, SchedulerActor,
             messages::Inspect,
-            settings::{Priorities, SchedulerSettings},
+            settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
         worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
     },
-    config::{self, CommittedSize, Loaded, Machine},
+    config::CommittedSize,
     grpc::{Edge, ProtocolSettings, ask::Scheduler, health::Health},
     instance::Instances,
+    node::NodeName,
+    platform::UnknownProperties,
     under_way::UnderWay,
 };
 use gorego_client::stubs::{ByteStreamClient, ContentAddressableStorageClient, ExecutionClient};
@@ -163,9 +165,21 @@ fn actors(directory: &Path, instances: &Instances) -> Actors {
         runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
         log_streams: log_streams(false, directory),
     });
-    let machine = Machine { cpus: 1, cache_home: Some("/cache".into()), current_dir: "/".into() };
-    let config = config::Settings::new(&Loaded::defaults(), &machine).unwrap();
-    let of_scheduler = SchedulerSettings::new(&config.execution.unwrap());
+    let minute = Duration::from_secs(60);
+    let of_scheduler = SchedulerSettings::new(SchedulerConfig {
+        node: NodeName::default(),
+        queue_size: 100,
+        priorities: Priorities { min: -100, max: 100 },
+        priority_ageing: minute,
+        unknown_properties: UnknownProperties::Ignore,
+        queue_timeout: minute,
+        transfer_timeout: minute,
+        retention: minute,
+        retained_operations: 100,
+        abandon_grace: minute,
+        contended_abandon_grace: minute,
+        max_attempts: 1,
+    });
     let (instances, runtime) = (instances.clone(), Handle::current());
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {

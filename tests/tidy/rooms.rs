@@ -15,11 +15,6 @@ pub const CYCLES: &[(&str, &str, &str)] = &[
         "digest",
         "an error names the digests that are missing, and a digest that cannot be parsed is an error",
     ),
-    (
-        "actors::scheduler",
-        "config",
-        "the scheduler is built from the configuration's struct, which uses its types",
-    ),
     ("logging", "config", "logging is set up from the configuration's struct"),
     ("connections", "grpc", "the bounds of connections are derived from the limits of a gRPC connection"),
 ];

@@ -143,7 +143,7 @@ mod tests {
         let submit = submit(&work(7));
         let mut client = submit.client;
         client.target_id = "//a:b".into();
-        let id = OperationId(uuid::Uuid::from_u128(1));
+        let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(1));
         let (instance, action, inline) = (submit.instance, submit.action, submit.inline);
         let info = Arc::new(OperationInfo { id, instance, action, inline, client, peer: Default::default() });
         let last = Last::default();

@@ -134,6 +134,23 @@ async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
     assert!(outcome(subscription).await.error.is_none());
 }
 
+/// EXE-02: other servers can tell from the name where the operation is.
+#[actix::test]
+async fn the_name_of_an_operation_carries_the_name_of_its_server() {
+    let (sender, _handed) = mpsc::unbounded_channel();
+    let settings = SchedulerSettings { node: "build-3".parse().unwrap(), ..settings() };
+    let scheduler = scheduler(settings, pool(1, FakePool(sender).start().recipient()));
+    let subscription = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
+    let name = subscription.info.name();
+    assert!(name.starts_with("operations/build-3."), "{name}");
+    let id: OperationId = name.strip_prefix("operations/").unwrap().parse().unwrap();
+    assert!(scheduler.send(Watch { instance: instance(), id }).await.unwrap().is_ok());
+    let (_, uuid) = name.rsplit_once('.').unwrap();
+    let elsewhere: OperationId = format!("build-4.{uuid}").parse().unwrap();
+    let answer = scheduler.send(Watch { instance: instance(), id: elsewhere }).await.unwrap();
+    assert!(matches!(answer, Err(Error::NotFound(_))), "an operation of another server");
+}
+
 /// EXE-16.
 #[actix::test]
 async fn a_hit_is_answered_without_any_worker() {

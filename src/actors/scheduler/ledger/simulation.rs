@@ -189,7 +189,7 @@ impl World {
     }
 
     fn submit(&mut self) {
-        let id = OperationId(uuid::Uuid::from_u128(self.next_id));
+        let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(self.next_id));
         self.next_id += 1;
         // The digest says everything about an action, its platform and whether it may be cached included.
         let (name, do_not_cache) = (self.random.below(8), self.random.chance(15));
@@ -522,7 +522,7 @@ impl World {
 
     fn check_drained(&mut self) {
         let work = Work { name: 1, do_not_cache: false, platform: None };
-        let id = OperationId(uuid::Uuid::from_u128(0));
+        let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(0));
         let refused = self.ledger.admit(submit(&work), resolution(&work, true), id, self.now);
         assert!(matches!(refused, Err(Error::Unavailable(_))));
     }

@@ -13,7 +13,7 @@ use super::{
     *,
 };
 use crate::{
-    actors::worker::messages::{RunReport, RunResult, RunStage},
+    actors::worker::messages::{RunFailure, RunReport, RunResult, RunStage},
     instance::Instance,
 };
 use actix::{ActorContext, ActorFutureExt, Addr, Handler, SyncArbiter, SyncContext, WrapFuture, fut};
@@ -226,6 +226,55 @@ async fn a_pool_that_closes_ends_its_work_and_refuses_more() {
     assert!(matches!(outcome(queued).await.error, Some(Error::Unavailable(_))));
     let refusal = scheduler.send(ask(&work(3))).await.unwrap().unwrap_err();
     assert!(matches!(refusal, Error::Unavailable(_)));
+}
+
+/// The pools of a server can be replaced under its clients.
+#[actix::test]
+async fn a_pool_that_drains_finishes_its_runs_and_a_new_one_takes_what_waits() {
+    let (scheduler, mut handed) = attended(1);
+    let running = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
+    let queued = scheduler.send(ask(&work(2))).await.unwrap().unwrap();
+    let run = handed.recv().await.unwrap();
+    let [old] = &*scheduler.send(ListPools).await.unwrap() else { panic!("there is one pool") };
+    let id = old.id;
+    let mut drained = Box::pin(scheduler.send(DrainPool { id }));
+    assert!(futures::poll!(&mut drained).is_pending());
+    let refusal = scheduler.send(ask(&work(3))).await.unwrap().unwrap_err();
+    assert!(matches!(refusal, Error::Unavailable(_)), "{refusal:?}");
+
+    let (sender, mut handed) = mpsc::unbounded_channel();
+    let replacement = || pool(1, FakePool(sender.clone()).start().recipient());
+    let new = scheduler.send(AddPool { pool: replacement() }).await.unwrap().unwrap();
+    assert!(scheduler.send(AddPool { pool: replacement() }).await.unwrap().is_err(), "the name is taken");
+    handed.recv().await.unwrap().answer.send(success()).ok().unwrap();
+    assert!(outcome(queued).await.error.is_none());
+    assert!(futures::poll!(&mut drained).is_pending(), "its run goes on");
+    run.answer.send(success()).ok().unwrap();
+    assert_eq!(drained.await.unwrap(), Ok(()));
+    assert!(outcome(running).await.error.is_none());
+    assert_eq!(scheduler.send(RemovePool { id }).await.unwrap(), Ok(()));
+    assert!(matches!(scheduler.send(RemovePool { id }).await.unwrap(), Err(Error::NotFound(_))));
+    assert!(matches!(scheduler.send(DrainPool { id }).await.unwrap(), Err(Error::NotFound(_))));
+    let left: Vec<_> = scheduler.send(ListPools).await.unwrap().iter().map(|pool| pool.id).collect();
+    assert_eq!(left, [new]);
+}
+
+/// EXE-62.
+#[actix::test]
+async fn a_removed_pool_stops_its_runs_and_another_takes_them() {
+    let (scheduler, mut handed) = attended(1);
+    let subscription = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
+    let run = handed.recv().await.unwrap();
+    let id = scheduler.send(ListPools).await.unwrap()[0].id;
+    let (sender, mut handed) = mpsc::unbounded_channel();
+    let spec = slots::PoolSpec { name: "other".into(), ..ledger::fixtures::pool(1, "linux") };
+    let pool = Pool { spec, runner: FakePool(sender).start().recipient() };
+    scheduler.send(AddPool { pool }).await.unwrap().unwrap();
+    scheduler.send(RemovePool { id }).await.unwrap().unwrap();
+    assert!(run.run.control.cancel.is_cancelled());
+    run.answer.send(Err(RunFailure::new(Error::Cancelled("stopped".into())))).ok().unwrap();
+    handed.recv().await.unwrap().answer.send(success()).ok().unwrap();
+    assert!(outcome(subscription).await.error.is_none());
 }
 
 /// GEN-21.

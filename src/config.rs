@@ -6,6 +6,7 @@
 //! of the server only sees [`Settings`].
 
 pub mod load;
+mod log_filter;
 mod pools;
 mod settings;
 pub mod show;
@@ -13,7 +14,7 @@ mod source_text;
 
 pub use load::{Flag, Loaded, Origin, Sources, load};
 pub use pools::PoolSettings;
-pub use settings::{ExecutionSettings, Machine, Settings};
+pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
 
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;

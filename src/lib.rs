@@ -13,7 +13,7 @@ pub mod config;
 mod connections;
 mod disk;
 pub mod grpc;
-mod host;
+pub mod host;
 pub mod http_cache;
 pub mod instance;
 pub mod log_streams;

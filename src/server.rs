@@ -8,7 +8,7 @@
 use crate::{
     action::TimeoutPolicy,
     actors::{
-        asset::{AssetActor, client::Assets, messages::CloseAssets},
+        asset::{AssetActor, AssetSettings, client::Assets, messages::CloseAssets, origins::Origins},
         cas::{CasActor, CloseStore, StoreSettings, client::Cas},
         scheduler::{
             Pool, SchedulerActor,
@@ -21,8 +21,8 @@ use crate::{
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
     grpc::{self, Edge, ask::Scheduler},
-    http_cache::{self, HttpCache},
-    log_streams::{LogSettings, LogStreams, StreamLimits},
+    http_cache::{self, HttpCache, hosts::Hosts},
+    log_streams::{LogSettings, LogStreams, MAX_STREAM_BYTES, StreamLimits},
     logging::{self, Event},
     memory,
     node::NodeName,
@@ -106,14 +106,36 @@ fn store_settings(settings: &Settings) -> StoreSettings {
     }
 }
 
+fn asset_settings(settings: &Settings) -> AssetSettings {
+    let assets = settings.assets.clone();
+    AssetSettings {
+        origins: Origins::new(assets.hosts, assets.networks),
+        push: assets.push,
+        concurrency: assets.concurrency,
+        max_download_bytes: assets.max_download_bytes,
+        max_unpacked_bytes: assets.max_unpacked_bytes,
+        timeout: assets.timeout,
+        max_redirects: assets.max_redirects,
+        max_age: assets.max_age,
+        file: settings.cache_dir.join("v1").join("assets"),
+    }
+}
+
 /// Run streams are kept as long as the operations that name them. They hold no bytes.
 fn log_settings(settings: &Settings) -> LogSettings {
     let (kept, streams) = settings.execution.as_ref().map_or((Duration::ZERO, 0), |execution| {
         (execution.retention, execution.retained_operations.saturating_add(execution.slots))
     });
+    let clients = settings.log_streams;
     LogSettings {
-        client_streams: settings.client_log_streams,
-        clients: settings.log_streams,
+        client_streams: clients.enabled,
+        clients: StreamLimits {
+            streams: clients.max_streams,
+            bytes: clients.max_bytes,
+            stream_bytes: MAX_STREAM_BYTES,
+            idle: Some(clients.retention),
+            kept: clients.retention,
+        },
         runs: StreamLimits { streams, bytes: 0, stream_bytes: 0, idle: None, kept },
         spool_directory: settings.cache_dir.clone(),
     }
@@ -169,7 +191,7 @@ impl Server {
             None => None,
         };
         let cas = store.launch();
-        let assets = AssetActor::open(settings.assets.clone(), cas.clone(), workers.clone()).launch();
+        let assets = AssetActor::open(asset_settings(&settings), cas.clone(), workers.clone()).launch();
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
@@ -325,7 +347,7 @@ fn serve_http(
     let cache = HttpCache {
         instances: settings.instances.clone(),
         cas: cas.clone(),
-        hosts: settings.http_hosts.clone(),
+        hosts: Hosts::new(settings.http_hosts.clone()),
         max_blob_bytes: settings.max_blob_bytes,
         under_way: under_way.clone(),
         connections: connections.clone(),

@@ -229,6 +229,29 @@ fn values_that_make_no_sense_are_refused_all_at_once_with_their_place() {
     }
 }
 
+/// AST-10.
+#[test]
+fn hosts_and_networks_that_are_no_rules_are_refused_by_key() {
+    let error = check(
+        "[assets]\nallowed_hosts = [\"example.com:8443\", \"https://x\"]\nallowed_networks = [\"10.0.0.0/33\"]\n\
+         [http]\nallowed_hosts = [\"cache.test\", \"cache.test:80\"]\n",
+    )
+    .unwrap_err();
+    for part in [
+        "assets.allowed_hosts = [",
+        "\"https://x\" is not a host, such as",
+        "assets.allowed_networks = [",
+        "\"10.0.0.0/33\" is not an address range",
+        "http.allowed_hosts = [",
+        "\"cache.test:80\" is not a host without a port",
+    ] {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+    let settings =
+        check("[assets]\nallowed_hosts = [\"*\"]\n[http]\nallowed_hosts = [\"*.test\"]\n").unwrap();
+    assert_eq!((settings.assets.hosts.len(), settings.http_hosts.len()), (1, 1));
+}
+
 #[test]
 fn pools_are_declared_in_the_shortest_form_that_says_how_they_match() {
     let settings = check(

@@ -80,6 +80,8 @@ pub const PURE: &[&str] = &[
     "src/tree",
     "src/path",
     "src/platform",
+    "src/host",
+    "src/node",
     "src/digest",
     "src/instance",
     "src/resource_name",

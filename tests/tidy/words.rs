@@ -82,6 +82,8 @@ pub const PURE: &[&str] = &[
     "src/tree",
     "src/path",
     "src/platform",
+    "src/host",
+    "src/node",
     "src/digest",
     "src/instance",
     "src/resource_name",

@@ -22,7 +22,7 @@ mod write;
 
 use super::{
     Mount,
-    router::{At, Place, Route},
+    router::{Place, Route, RoutePlace},
 };
 use crate::{
     actors::cas::client::Cas,
@@ -40,22 +40,22 @@ use resource::Resource;
 pub const ROUTES: &[Route] = &[BLOBS, RESULTS, COLLECTIONS, VALUES];
 
 const BLOBS: Route = Route {
-    at: At::Below("cas"),
+    at: RoutePlace::Below("cas"),
     methods: &[("GET", &[CasRead]), ("HEAD", &[CasRead]), ("PUT", &[CasWrite])],
     shown: "[/INSTANCE]/cas/HASH (blobs)",
 };
 const RESULTS: Route = Route {
-    at: At::Below("ac"),
+    at: RoutePlace::Below("ac"),
     methods: &[("GET", &[AcRead]), ("HEAD", &[AcRead]), ("PUT", &[AcWrite])],
     shown: "[/INSTANCE]/ac/HASH (action results)",
 };
 const COLLECTIONS: Route = Route {
-    at: At::Collections("cache"),
+    at: RoutePlace::Collections("cache"),
     methods: &[("PROPFIND", &[AcRead]), ("MKCOL", &[AcWrite])],
     shown: "",
 };
 const VALUES: Route = Route {
-    at: At::Below("cache"),
+    at: RoutePlace::Below("cache"),
     methods: &[
         ("GET", &[AcRead]),
         ("HEAD", &[AcRead]),

@@ -146,6 +146,11 @@ impl BuildRoot {
         Ok(workspace)
     }
 
+    /// Where it is, without symbolic links.
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
     /// The watch over its file system.
     pub fn disk(&self) -> &DiskWatch {
         &self.0.disk

@@ -8,6 +8,7 @@
 pub mod load;
 mod log_filter;
 mod pools;
+mod sandbox;
 mod settings;
 pub mod show;
 mod source_text;
@@ -19,6 +20,7 @@ pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machin
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
 use pools::PoolConfig;
+use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -220,6 +222,8 @@ pub struct ExecutionConfig {
     pub platform: BTreeMap<String, String>,
     /// Pools by name. Without any, there is one pool "local", made from `concurrency` and `platform`.
     pub pools: BTreeMap<String, PoolConfig>,
+    /// The sandbox of actions.
+    pub sandbox: SandboxConfig,
 }
 
 /// The `[log_streams]` section.
@@ -328,6 +332,7 @@ impl Default for ExecutionConfig {
             unknown_properties: UnknownProperties::Ignore,
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),
             pools: BTreeMap::new(),
+            sandbox: SandboxConfig::default(),
         }
     }
 }

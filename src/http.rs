@@ -171,13 +171,13 @@ async fn dispatch(
 mod tests {
     use super::*;
     use futures::future::ready;
-    use router::{At, OPEN, Route};
+    use router::{OPEN, Route, RoutePlace};
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::TcpStream,
     };
 
-    const NUMBERS: &[Route] = &[Route { at: At::Path("numbers"), methods: OPEN, shown: "/numbers" }];
+    const NUMBERS: &[Route] = &[Route { at: RoutePlace::Path("numbers"), methods: OPEN, shown: "/numbers" }];
 
     /// A mount such as /metrics will be.
     #[derive(Debug)]

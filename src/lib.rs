@@ -25,6 +25,7 @@ pub mod node;
 pub mod platform;
 mod policy;
 mod regular_file;
+mod sandbox;
 mod server;
 mod signals;
 pub mod size;

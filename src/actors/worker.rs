@@ -26,7 +26,7 @@ use crate::{
 };
 use actix::{Actor, MessageResult, SyncContext};
 use gorego_reapi::error::Error;
-use launcher::{Launcher, RunnerLauncher};
+use launcher::{Launcher, PoolSandbox, RunnerLauncher};
 use messages::{RunAction, RunFailure};
 use run::ActionRun;
 use std::{
@@ -60,6 +60,8 @@ pub struct WorkerSettings {
     pub max_output_file_bytes: u64,
     /// Program and arguments of a runner process.
     pub runner: Vec<OsString>,
+    /// The sandbox in which commands run; `None` for none.
+    pub sandbox: Option<PoolSandbox>,
     /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
 }
@@ -85,7 +87,7 @@ pub struct WorkerActor {
 impl WorkerActor {
     /// A worker that reads inputs from `store` and writes outputs to it.
     pub fn new(settings: Arc<WorkerSettings>, store: Arc<dyn BlobStore>) -> Self {
-        let launcher = Box::new(RunnerLauncher::new(settings.runner.clone()));
+        let launcher = Box::new(RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref()));
         Self { mail: Mail::default(), settings, store, launcher }
     }
 

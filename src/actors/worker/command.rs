@@ -89,7 +89,8 @@ pub fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i32, Stri
     };
     let hint = match errno {
         Errno::NOENT if program.to_string().contains('/') => {
-            "it is neither an input nor on this server, or the interpreter it names is not".to_owned()
+            "it is neither an input nor on this server where actions can see it, or the interpreter it names is not"
+                .to_owned()
         }
         Errno::NOENT => {
             let path = command.environment.iter().find(|(name, _)| name == "PATH");

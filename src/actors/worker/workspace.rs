@@ -146,6 +146,11 @@ impl BuildRoot {
         Ok(workspace)
     }
 
+    /// The path, without symbolic links.
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
     /// The disk watch of its file system.
     pub fn disk(&self) -> &DiskWatch {
         &self.0.disk

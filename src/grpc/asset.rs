@@ -1,7 +1,7 @@
 //! The Fetch and Push services of the Remote Asset API (AST-01..11).
 //!
-//! Bad news from an origin is an answer with a status inside; faults of this server and of the request are statuses of the RPC
-//! (AST-05).
+//! A failure of an origin is reported as a status inside the answer. Errors of this server and of the request are the status of
+//! the RPC (AST-05).
 
 use super::{Edge, claim::Claim};
 use crate::{
@@ -32,9 +32,9 @@ use std::{
 };
 use tonic::{Code, Request, Response, Status};
 
-/// Both services.
+/// The Fetch and the Push service.
 #[derive(Debug, Clone)]
-pub struct AssetService(pub Arc<Edge>);
+pub(crate) struct AssetService(pub Arc<Edge>);
 
 /// The fields that both kinds of fetch have.
 struct Wanted {
@@ -182,7 +182,7 @@ impl AssetService {
     async fn fetch(&self, call: &Call, kind: Kind, wanted: Wanted) -> Result<Found, Status> {
         let assets = self.assets(call)?;
         let instance = self.0.gate.enter(call, &wanted.instance_name)?;
-        // The preferred one when nothing is said: there is no hash to tell from (AST-07).
+        // Without a hash to infer it from, the default is the preferred function (AST-07).
         let function = instance.digest_function(wanted.digest_function, [])?;
         let oldest =
             wanted.oldest_content_accepted.map(|at| time(at, "oldest_content_accepted")).transpose()?;
@@ -192,7 +192,8 @@ impl AssetService {
         let shown = request.qualifiers.shown();
         let shown = shown.map(|(name, value)| Qualifier { name: name.into(), value: value.into() }).collect();
         let first = request.uris.first().cloned().unwrap_or_default();
-        // The origin may be slow, and the client may have chosen it. Twice: the qualifiers are shown in the answer.
+        // The download may be slow, and its client may control the origin. Twice, because the answer contains the qualifiers
+        // too.
         Claim::settle(2 * request.size() as u64);
         let outcome = assets.fetch(request, oldest, wait).await;
         let digest_function = function.wire() as i32;
@@ -246,7 +247,7 @@ impl AssetService {
     }
 }
 
-/// The status of bad news inside an answer.
+/// The status inside an answer for a failure of an origin.
 fn inline(failure: &Failure) -> rpc::Status {
     let code = match failure.kind {
         FailureKind::NotFound => Code::NotFound,

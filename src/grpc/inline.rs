@@ -1,7 +1,7 @@
-//! Contents inside results: stdout, stderr and output files, on request and as far as they fit.
+//! Inlined contents of results: stdout, stderr and output files, if the client asks for them and they fit.
 //!
-//! A client gets contents only when it asks for them, whoever stored the result (AC-05), and next to their digest (AC-06).
-//! What does not fit into one message is left out; the result itself never is (AC-07).
+//! A client gets contents only if it asks for them, no matter who stored the result (AC-05), and in addition to their digest
+//! (AC-06). Contents that do not fit into one message are left out, but never the result itself (AC-07).
 
 use crate::{
     actors::{
@@ -20,12 +20,12 @@ use gorego_reapi::{
 use prost::Message as _;
 use std::collections::HashSet;
 
-/// Largest message that clients with default settings take (GEN-25).
-pub const MESSAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
+/// Largest message that clients with default settings accept (GEN-25).
+pub(crate) const MESSAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
 /// Tag and length of one inlined field, and the growth of the lengths around it, rounded up.
 const FIELD_BYTES: usize = 16;
 
-/// An operation round a result, rounded up.
+/// Size of an operation without its result, rounded up.
 const ENVELOPE_BYTES: usize = 4 * 1024;
 
 /// A place for contents in a result.
@@ -36,8 +36,8 @@ enum Slot {
     File(usize),
 }
 
-/// The result as this client wants it; its digests are of `function`. Waits for room for it among the answers of `call`.
-pub async fn prepare(
+/// Prepares a result for a client. Its digests have this function. Waits until the connection of `call` has room.
+pub(crate) async fn prepare(
     cas: &Cas,
     instance: &Instance,
     function: DigestFunction,
@@ -51,7 +51,7 @@ pub async fn prepare(
     let contents = digests.iter().map(|digest| digest.size() as usize + FIELD_BYTES).sum::<usize>();
     let has_room = call.reserve(result.encoded_len() + contents + ENVELOPE_BYTES).await.is_ok();
     if has_room && !slots.is_empty() {
-        // Without contents the result is as good: the client reads the digests.
+        // Inlining is optional: the client can read the blobs.
         if let Ok(contents) = cas.read_many(instance, digests).await {
             fill(&mut result, &slots, contents);
         }
@@ -59,7 +59,7 @@ pub async fn prepare(
     result
 }
 
-/// Removes contents that have a digest next to them.
+/// Removes contents that also have a digest.
 fn strip(mut result: reapi::ActionResult) -> reapi::ActionResult {
     if result.stdout_digest.is_some() {
         result.stdout_raw = Bytes::new();
@@ -73,7 +73,7 @@ fn strip(mut result: reapi::ActionResult) -> reapi::ActionResult {
     result
 }
 
-/// What to inline: the logs first, then the files in the order of the result, each as long as it fits.
+/// Selects what to inline: the logs first, then the files in the order of the result, each if it still fits.
 fn plan(
     want: &Inline,
     result: &reapi::ActionResult,
@@ -103,7 +103,7 @@ fn plan(
     plan
 }
 
-/// Puts contents into their places; a blob that could not be read is left out.
+/// Inserts contents. A blob that could not be read is left out.
 fn fill(result: &mut reapi::ActionResult, slots: &[Slot], contents: Vec<Result<Bytes>>) {
     for (slot, contents) in slots.iter().zip(contents) {
         let Ok(contents) = contents else { continue };

@@ -1,14 +1,14 @@
-//! Serving connections: requests that come together are answered together, by the task of their connection.
+//! Serves connections. Requests that arrive together are answered together, by the task of their connection.
 //!
-//! hyper gives each request to an executor, to be run as a task of its own. A spawned task wakes another thread, and its answer
-//! wakes the task of the connection; for a look-up in memory both cost more than the look-up. So here the executor only collects
-//! the requests that one turn of the connection has brought ([`Turn`]). The connection's task then polls each of them once.
-//! Most look-ups are answered by that, and all small answers go out with one write
-//! ([`super::accept::Cork`]). Whatever has to wait becomes a task of its own.
+//! hyper gives each request to an executor, which usually spawns a task. A spawned task wakes another thread, and its answer
+//! wakes the task of the connection; for a look-up in memory, this costs more than the look-up. So this executor only collects
+//! the requests of one poll of the connection ([`Turn`]). The connection's task then polls each of them once. This answers most
+//! look-ups, and all small answers are sent with one write ([`super::accept::Cork`]). A request that has to wait is spawned as
+//! a task.
 //!
-//! Invariants: no request is polled twice by the connection's task, and none is begun by it once a turn has taken
-//! [`TURN_MAX`]: the rest of that turn becomes tasks, which other threads can take. Messages that take long to decode are not
-//! decoded in a turn, because [`super::intake`] lets them wait once. A panic in a request ends that request alone.
+//! Invariants: the connection's task polls no request twice, and begins none after [`TURN_MAX`]; the rest of that turn is
+//! spawned, so that other threads can take it. Messages that take long to decode are not decoded in a turn, because
+//! [`super::intake`] makes them wait once. A panic in a request ends only that request.
 
 use super::{
     CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,
@@ -38,12 +38,12 @@ use tokio::{
 use tonic::{Status, body::Body, transport::server::Connected as _};
 use tower::Service;
 
-/// How long the requests of one turn may keep the thread of their connection: some ten of the slowest look-ups. What the client
-/// waits for is delayed by no more than this, and other threads get the rest.
+/// Time limit for the requests of one turn: about ten of the slowest look-ups. It bounds how long answers of this connection
+/// are delayed.
 const TURN_MAX: Duration = Duration::from_micros(500);
 
-/// Serves connections until `shutdown` ends; then accepts nothing more, tells clients to go elsewhere, and returns when the last
-/// connection is closed.
+/// Serves connections until `shutdown` completes. Then it accepts no more, sends GOAWAY, and returns when the last connection
+/// is closed.
 pub(super) async fn serve<S, B>(
     connections: impl Stream<Item = io::Result<Connection>>,
     service: S,
@@ -55,7 +55,7 @@ pub(super) async fn serve<S, B>(
 {
     let closing = watch::Sender::new(false);
     {
-        // Dropped before the last connections end, so that the port is free at once.
+        // The listener is dropped here, so that the port is free before the last connections end.
         let mut connections = pin!(connections);
         let mut shutdown = pin!(shutdown);
         loop {
@@ -65,7 +65,7 @@ pub(super) async fn serve<S, B>(
                     Some(Ok(connection)) => {
                         tokio::spawn(serve_one(connection, service.clone(), closing.subscribe()));
                     }
-                    // It was told where connections are accepted.
+                    // The error was logged where connections are accepted.
                     Some(Err(_)) => {}
                     None => break,
                 },
@@ -86,7 +86,7 @@ where
     let service = service_fn(move |mut request: Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(info.clone());
         let limit = time_limit(request.headers());
-        // No service of ours is ever not ready.
+        // All services are always ready.
         let answer = service.clone().call(request.map(Body::new));
         Limited { answer, limit: limit.map(sleep) }
     });
@@ -100,7 +100,7 @@ where
             http.as_mut().graceful_shutdown();
         }
         loop {
-            // What went wrong is in the lines of the calls, if there were any.
+            // Errors are in the log lines of the calls, if there were any.
             cork.set(true);
             let is_over = http.as_mut().poll(context).is_ready();
             let has_worked = turn.take();
@@ -129,7 +129,7 @@ fn settings(turn: Turn) -> http2::Builder<Turn> {
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(STREAMS_MAX)
         .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
-        // Those that the client cancels are bounded by what a connection may do (`conduct`).
+        // Cancelled streams are limited by `conduct`.
         .max_local_error_reset_streams(None)
         .max_header_list_size(HEADERS_MAX_BYTES)
         .keep_alive_interval(PING_INTERVAL)
@@ -139,7 +139,7 @@ fn settings(turn: Turn) -> http2::Builder<Turn> {
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The requests that came in this turn of a connection's task.
+/// The requests of one poll of a connection.
 #[derive(Clone, Default)]
 struct Turn(Arc<Mutex<Vec<Task>>>);
 
@@ -150,7 +150,7 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Turn {
 }
 
 impl Turn {
-    /// Takes up what came in; says whether there was anything.
+    /// Polls the collected requests once. Returns whether there were any.
     fn take(&self) -> bool {
         let tasks = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         if tasks.is_empty() {
@@ -163,7 +163,7 @@ impl Turn {
                 let mut nobody = Context::from_waker(Waker::noop());
                 pin!(unconstrained(task.as_mut())).poll(&mut nobody)
             };
-            // A panic ends the one request, as it does in a spawned task.
+            // A panic ends only this request, as in a spawned task.
             let is_over = start.elapsed() < TURN_MAX
                 && !matches!(catch_unwind(AssertUnwindSafe(poll)), Ok(Poll::Pending));
             if !is_over {
@@ -175,7 +175,7 @@ impl Turn {
 }
 
 pin_project_lite::pin_project! {
-    /// A call that ends when the time is over that its client gives it.
+    /// A call with the time limit of its client.
     struct Limited<F> {
         #[pin]
         answer: F,
@@ -203,8 +203,7 @@ where
     }
 }
 
-/// How long a call may take, as its client says in `grpc-timeout`: up to eight digits and a unit. What cannot be read counts as
-/// not said.
+/// The time limit in `grpc-timeout`: up to eight digits and a unit. A malformed value is ignored.
 fn time_limit(headers: &HeaderMap) -> Option<Duration> {
     const DIGITS_MAX: usize = 8;
     let (unit, digits) = headers.get("grpc-timeout")?.as_bytes().split_last()?;

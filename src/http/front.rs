@@ -14,7 +14,7 @@ use gorego_reapi::error::Result;
 const HEALTH: At = At::Path("healthz");
 
 /// What [`Front`] serves.
-pub const ROUTES: &[Route] = &[
+pub(super) const ROUTES: &[Route] = &[
     Route { at: At::Path(""), methods: OPEN, shown: "" },
     Route { at: HEALTH, methods: OPEN, shown: "/healthz (health check)" },
     Route { at: At::Path("status"), methods: OPEN, shown: "" },

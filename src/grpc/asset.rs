@@ -37,7 +37,7 @@ use tonic::{Code, Request, Response, Status};
 pub(crate) struct AssetService(pub Arc<Edge>);
 
 /// The fields that both kinds of fetch have.
-struct Wanted {
+struct FetchFields {
     instance_name: String,
     timeout: Option<prost_types::Duration>,
     oldest_content_accepted: Option<prost_types::Timestamp>,
@@ -47,7 +47,7 @@ struct Wanted {
 }
 
 /// The fields that both kinds of push have.
-struct Offered {
+struct PushFields {
     instance_name: String,
     uris: Vec<String>,
     qualifiers: Vec<Qualifier>,
@@ -60,7 +60,7 @@ struct Offered {
 }
 
 /// The fields that both kinds of answer to a fetch have.
-struct Found {
+struct FetchAnswer {
     status: rpc::Status,
     uri: String,
     qualifiers: Vec<Qualifier>,
@@ -84,9 +84,15 @@ impl Fetch for AssetService {
             qualifiers,
             digest_function,
         } = request.into_inner();
-        let wanted =
-            Wanted { instance_name, timeout, oldest_content_accepted, uris, qualifiers, digest_function };
-        let Found { status, uri, qualifiers, expires_at, digest, digest_function } =
+        let wanted = FetchFields {
+            instance_name,
+            timeout,
+            oldest_content_accepted,
+            uris,
+            qualifiers,
+            digest_function,
+        };
+        let FetchAnswer { status, uri, qualifiers, expires_at, digest, digest_function } =
             self.fetch(&call, Kind::Blob, wanted).await?;
         let status = Some(status);
         Ok(Response::new(FetchBlobResponse {
@@ -112,9 +118,15 @@ impl Fetch for AssetService {
             qualifiers,
             digest_function,
         } = request.into_inner();
-        let wanted =
-            Wanted { instance_name, timeout, oldest_content_accepted, uris, qualifiers, digest_function };
-        let Found { status, uri, qualifiers, expires_at, digest, digest_function } =
+        let wanted = FetchFields {
+            instance_name,
+            timeout,
+            oldest_content_accepted,
+            uris,
+            qualifiers,
+            digest_function,
+        };
+        let FetchAnswer { status, uri, qualifiers, expires_at, digest, digest_function } =
             self.fetch(&call, Kind::Directory, wanted).await?;
         let status = Some(status);
         Ok(Response::new(FetchDirectoryResponse {
@@ -136,7 +148,7 @@ impl Push for AssetService {
     ) -> Result<Response<PushBlobResponse>, Status> {
         let call = Call::of(request.extensions());
         let request = request.into_inner();
-        let offered = Offered {
+        let offered = PushFields {
             instance_name: request.instance_name,
             uris: request.uris,
             qualifiers: request.qualifiers,
@@ -157,7 +169,7 @@ impl Push for AssetService {
     ) -> Result<Response<PushDirectoryResponse>, Status> {
         let call = Call::of(request.extensions());
         let request = request.into_inner();
-        let offered = Offered {
+        let offered = PushFields {
             instance_name: request.instance_name,
             uris: request.uris,
             qualifiers: request.qualifiers,
@@ -179,7 +191,7 @@ impl AssetService {
         Ok(self.0.assets.as_ref().ok_or_else(absent)?.on_behalf_of(call.caller()))
     }
 
-    async fn fetch(&self, call: &Call, kind: Kind, wanted: Wanted) -> Result<Found, Status> {
+    async fn fetch(&self, call: &Call, kind: Kind, wanted: FetchFields) -> Result<FetchAnswer, Status> {
         let assets = self.assets(call)?;
         let instance = self.0.gate.enter(call, &wanted.instance_name)?;
         // Without a hash to infer it from, the default is the preferred function (AST-07).
@@ -200,7 +212,7 @@ impl AssetService {
         match outcome {
             Ok(Fetched { uri, digest, expires_at }) => {
                 call.note_blob(digest);
-                Ok(Found {
+                Ok(FetchAnswer {
                     status: status::inline_ok(),
                     uri,
                     qualifiers: shown,
@@ -213,14 +225,21 @@ impl AssetService {
                 call.note_inner_error(&failure.message);
                 let status = inline(&failure);
                 let uri = if failure.uri.is_empty() { first } else { failure.uri };
-                Ok(Found { status, uri, qualifiers: shown, expires_at: None, digest: None, digest_function })
+                Ok(FetchAnswer {
+                    status,
+                    uri,
+                    qualifiers: shown,
+                    expires_at: None,
+                    digest: None,
+                    digest_function,
+                })
             }
             Err(Problem::Unsupported(names)) => Err(status::unsupported_qualifiers(&names)),
             Err(Problem::Server(error)) => Err(error.into()),
         }
     }
 
-    async fn push(&self, call: &Call, kind: Kind, offered: Offered) -> Result<(), Status> {
+    async fn push(&self, call: &Call, kind: Kind, offered: PushFields) -> Result<(), Status> {
         let assets = self.assets(call)?;
         let instance = self.0.gate.enter(call, &offered.instance_name)?;
         if !assets.push_enabled() {

@@ -116,7 +116,7 @@ impl<S: Service<Request<Body>>> Service<Request<Body>> for Intake<S> {
         let kind = RequestKind::of(request.uri().path(), request.headers());
         let (budgets, claim) = (self.budgets.clone(), Arc::<Claim>::default());
         let of_body = claim.clone();
-        let request = request.map(|body| Body::new(Watched::new(body, caller, budgets, of_body, kind)));
+        let request = request.map(|body| Body::new(IncomingBody::new(body, caller, budgets, of_body, kind)));
         Claimed::new(self.inner.call(request), claim)
     }
 }
@@ -142,7 +142,7 @@ impl RequestKind {
     }
 
     /// Upper bound of the memory of a message until it is answered; `None` if it is small.
-    fn claim(self, message: Finished) -> Option<u64> {
+    fn claim(self, message: CompleteMessage) -> Option<u64> {
         let is_large = self.has_lists && message.bytes > UNCOUNTED_BYTES as u64;
         if !is_large && !message.is_compressed {
             return None;
@@ -157,7 +157,7 @@ impl RequestKind {
     }
 
     /// Upper bound of the decompressed size of a message; 0 if it is not compressed.
-    fn decompressed(self, message: Finished) -> u64 {
+    fn decompressed(self, message: CompleteMessage) -> u64 {
         let most = REQUEST_MAX_BYTES as u64;
         match message.is_compressed {
             true if self.is_gzip => message.bytes.saturating_mul(GZIP_RATIO_MAX).min(most),
@@ -168,11 +168,11 @@ impl RequestKind {
 }
 
 /// The body of a request.
-struct Watched {
+struct IncomingBody {
     body: Body,
     /// Whether anything has arrived.
     is_begun: bool,
-    message: Unfinished,
+    message: PartialMessage,
     caller: Caller,
     budgets: Budgets,
     claim: Arc<Claim>,
@@ -196,7 +196,7 @@ struct Watched {
     silence: Option<Pin<Box<Sleep>>>,
 }
 
-/// See [`Watched::kept_back`].
+/// See [`IncomingBody::kept_back`].
 struct KeptBack {
     data: Bytes,
     is_laborious: bool,
@@ -204,12 +204,12 @@ struct KeptBack {
     turn: Option<BoxFuture<'static, Result<Share, Status>>>,
 }
 
-impl Watched {
+impl IncomingBody {
     fn new(body: Body, caller: Caller, budgets: Budgets, claim: Arc<Claim>, kind: RequestKind) -> Self {
         Self {
             body,
             is_begun: false,
-            message: Unfinished::default(),
+            message: PartialMessage::default(),
             caller,
             budgets,
             claim,
@@ -284,7 +284,7 @@ impl Watched {
     }
 
     /// Makes a large message wait for its turn.
-    fn turn(&self, message: Finished) -> Option<KeptBack> {
+    fn turn(&self, message: CompleteMessage) -> Option<KeptBack> {
         let claimed = self.kind.claim(message)?;
         let (budget, caller) = (self.budgets.decoded.clone(), self.caller);
         let turn = Box::pin(async move {
@@ -349,7 +349,7 @@ fn too_much(refusal: Refusal) -> Status {
     gorego_reapi::error::Error::from(refusal).into()
 }
 
-impl http_body::Body for Watched {
+impl http_body::Body for IncomingBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -406,14 +406,14 @@ impl http_body::Body for Watched {
 
 /// A message that has arrived completely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Finished {
+struct CompleteMessage {
     bytes: u64,
     is_compressed: bool,
 }
 
 /// The message that is currently arriving.
 #[derive(Debug, Default)]
-struct Unfinished {
+struct PartialMessage {
     prefix: [u8; PREFIX_BYTES],
     /// Number of prefix bytes that have arrived.
     seen: usize,
@@ -423,13 +423,13 @@ struct Unfinished {
     bytes: u64,
 }
 
-impl Unfinished {
+impl PartialMessage {
     fn is_begun(&self) -> bool {
         self.seen > 0
     }
 
     /// Consumes bytes up to the end of the message. Returns their number, and the message if it is complete.
-    fn take(&mut self, data: &[u8]) -> (usize, Option<Finished>) {
+    fn take(&mut self, data: &[u8]) -> (usize, Option<CompleteMessage>) {
         let mut taken = 0;
         while let Some(place) = self.prefix.get_mut(self.seen) {
             let Some(&next) = data.get(taken) else { return (taken, None) };
@@ -447,7 +447,7 @@ impl Unfinished {
             return (taken, None);
         }
         let [flag, ..] = self.prefix;
-        let finished = Finished { bytes: self.bytes, is_compressed: flag != 0 };
+        let finished = CompleteMessage { bytes: self.bytes, is_compressed: flag != 0 };
         *self = Self::default();
         (taken, Some(finished))
     }

@@ -14,7 +14,7 @@ use crate::{
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
-use line::Line;
+use line::RpcLine;
 use std::{
     future::Future,
     pin::Pin,
@@ -78,7 +78,7 @@ where
         let unfinished = (!is_open_ended).then(|| self.under_way.begin());
         let body = connection.as_ref().map(|connection| OpenBody::new(connection.state.clone()));
         let call = Call::begin(connection, client, permissions::of(request.uri().path()), unfinished);
-        let line = Line {
+        let line = RpcLine {
             call: call.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),
@@ -98,7 +98,7 @@ pin_project_lite::pin_project! {
     pub struct LoggedFuture<F> {
         #[pin]
         inner: F,
-        line: Option<Line>,
+        line: Option<RpcLine>,
     }
 }
 
@@ -136,7 +136,7 @@ pin_project_lite::pin_project! {
     pub struct LoggedBody<B> {
         #[pin]
         inner: B,
-        line: Option<Line>,
+        line: Option<RpcLine>,
     }
 }
 

@@ -17,7 +17,7 @@ const BROKEN_OFF: &str = "the request broke off before its end";
 
 /// The line of an open call. It is written when this is dropped.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct RpcLine {
     pub call: Call,
     pub started: Instant,
     pub uri: Uri,
@@ -29,7 +29,7 @@ pub(super) struct Line {
     pub _open: Option<OpenCall>,
 }
 
-impl Line {
+impl RpcLine {
     /// Reads the code and the message from headers or trailers. If the client left before the end of its request, the library
     /// reports INTERNAL "Missing request message."; such a call counts as cancelled.
     pub(super) fn read_status(&mut self, headers: &HeaderMap) {
@@ -47,7 +47,7 @@ impl Line {
     }
 }
 
-impl Line {
+impl RpcLine {
     /// Whether the call gets its own log line. Calls that cost the client nothing (cancelled, refused, nothing sent) are
     /// rate-limited by peer and counted beyond that.
     fn is_listed(&self) -> bool {
@@ -60,7 +60,7 @@ impl Line {
     }
 }
 
-impl Drop for Line {
+impl Drop for RpcLine {
     fn drop(&mut self) {
         self.call.end();
         if log::log_enabled!(target: TARGET, log::Level::Info) && self.is_listed() {
@@ -69,7 +69,7 @@ impl Drop for Line {
     }
 }
 
-impl Line {
+impl RpcLine {
     fn log(&self) {
         let (client, instance, notes) = (self.call.client(), self.call.instance(), self.call.take_notes());
         let (method, code) = (short_method(self.uri.path()), code_name(self.code.unwrap_or(Code::Cancelled)));

@@ -3,12 +3,13 @@
 //! Each service decodes, asks and encodes. Wire types stay here: only this directory, the wiring and the client know tonic.
 //! The files:
 //!
-//! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`log_stream`], [`asset`],
-//!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors. [`services`]: what `build.rs` generates.
+//! - [`execution`], [`operations`], [`cas`] (with [`get_tree`] and [`chunks`]), [`action_cache`], [`byte_stream`],
+//!   [`log_stream`], [`asset`], [`capabilities`], [`health`]: the services. Reflection comes from the descriptors.
+//!   [`services`]: what `build.rs` generates. [`permissions`]: what each RPC needs.
 //! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
-//!   [`operation_stream`], [`stalled`]: parts of answers.
-//! - [`permissions`]: what each RPC needs. [`ask`]: requests to the scheduler. [`accept`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`],
-//!   [`answers`], [`request_log`], [`panic_guard`]: layers that every connection and call passes.
+//!   [`operation_stream`], [`stalled`]: parts of answers. [`ask`]: requests to the scheduler.
+//! - [`accept`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`], [`answers`], [`request_log`],
+//!   [`panic_guard`]: layers that every connection and call passes.
 //!
 //! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
 //! accepting when its shutdown future completes, and returns when the last connection is closed.

@@ -4,9 +4,9 @@
 //! When the process is out of descriptors, accepting pauses instead of spinning. A connection that [`Connections`] has no place
 //! for is closed at once.
 //!
-//! The bytes of a [`Connection`] pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that has to
-//! close fails its next read or write, which ends all its calls; the client is told to be calm before where that is possible.
-//! One whose handlers are too far behind is not read ([`crate::connections::ahead`]).
+//! The bytes of a [`Connection`] pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that must close
+//! fails its next read or write, which ends all its calls; the client is sent ENHANCE_YOUR_CALM first, if possible. A
+//! connection whose client is too far ahead of its handlers is not read ([`crate::connections::ahead`]).
 //!
 //! [`Turn`] connects a connection with the task that serves it. The HTTP/2 library writes each message of more than a few hundred
 //! bytes by itself. While a turn is corked, small writes are collected, at most [`HELD_MAX_BYTES`] of them. They are written when
@@ -37,9 +37,9 @@ use tokio::{
 };
 use tonic::transport::server::{Connected, TcpIncoming};
 
-/// How long a connection may be silent before the kernel asks whether the other end is still there.
+/// Idle time after which the kernel checks that the other end still exists.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
-/// Pause after a failed accept, long enough for connections to close and short enough that nobody notices.
+/// Pause after a failed accept: long enough for connections to close, too short for clients to notice.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 
 /// Frames after which no more are read in a turn, so that the HTTP/2 library hands over the requests that it has: 2 MiB of an
@@ -50,7 +50,7 @@ const FRAMES_PER_TURN: usize = 128;
 /// memory that no other bound counts (70 KB for these). Only a client that does not read has so many when a turn begins.
 const UNSENT_STREAMS_MAX: usize = 64;
 
-/// Bytes that a cork holds back: a packet or two over loopback, dozens of small answers.
+/// Most bytes that a cork holds back: one or two packets over loopback, or dozens of small answers.
 const HELD_MAX_BYTES: usize = 16 * 1024;
 
 /// What a connection and the task that serves it tell each other; see the top of this file.
@@ -108,8 +108,8 @@ impl Drop for OpenRequest {
     }
 }
 
-/// The connections of a listener. Nagle's algorithm is off: with it every small answer waits for the client's delayed
-/// acknowledgement, some 40 ms. Clients that leave it on are not made to wait either.
+/// The connections of a listener. Nagle's algorithm is off, because with it every small answer would wait about 40 ms for the
+/// client's delayed acknowledgement. Acknowledgements from here are not delayed either, for clients that leave it on.
 pub(super) fn connections(
     listener: TcpListener,
     connections: Connections,
@@ -131,7 +131,7 @@ pub(super) fn connections(
     })
 }
 
-/// An accepted connection, which knows who is at its other end and what it may do.
+/// An accepted connection, with the limits that apply to it.
 pub(crate) struct Connection {
     stream: Prompt,
     admitted: Admitted,
@@ -170,7 +170,7 @@ impl Connection {
         self.conduct.open_streams() > UNSENT_STREAMS_MAX + self.turn.requests()
     }
 
-    /// Writes what was collected.
+    /// Writes the collected bytes.
     fn poll_release(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.held.is_empty() {
             let written = Pin::new(&mut self.stream).poll_write(context, &self.held);
@@ -194,15 +194,15 @@ impl Connection {
         }
     }
 
-    /// Ready when the client may be read, for as far as it is ahead of its handlers.
+    /// Ready when the client is not too far ahead of its handlers.
     fn poll_room(&mut self, context: &mut Context<'_>) -> Poll<()> {
         self.admitted.state().ahead.poll_room(&mut self.wait, context)
     }
 
-    /// Tells the client, if it can be told without waiting, and gives the error that ends the connection.
+    /// Sends GOAWAY if that is possible without waiting, and returns the error that ends the connection.
     fn end(&mut self, reason: Reason) -> io::Error {
         if let Some(frame) = self.conduct.goaway() {
-            // Behind the whole frames that were collected.
+            // The collected bytes are whole frames.
             self.held.extend_from_slice(&frame);
             let _ = self.stream.get_ref().try_write(&self.held);
         }
@@ -210,7 +210,7 @@ impl Connection {
         io::Error::new(io::ErrorKind::ConnectionAborted, reason.name())
     }
 
-    /// Judges what was read.
+    /// Checks the bytes that were read against the limits.
     fn judge(&mut self, bytes: &[u8]) -> io::Result<()> {
         let state = self.admitted.state();
         let received = self.conduct.receive(bytes, state.now_ms());
@@ -289,7 +289,7 @@ impl AsyncRead for Connection {
 }
 
 impl Connection {
-    /// Writes, or collects what is small.
+    /// Writes the buffers, or collects them if they are small.
     fn poll_send(
         &mut self,
         context: &mut Context<'_>,
@@ -310,7 +310,7 @@ impl Connection {
         Poll::Ready(Ok(written))
     }
 
-    /// Judges the first bytes of these.
+    /// Passes the first bytes of these buffers to [`Conduct`].
     fn sent(&mut self, bytes: usize, buffers: &[io::IoSlice<'_>]) {
         let mut left = bytes;
         let mut sent = Sent::default();
@@ -331,7 +331,7 @@ impl Connection {
             }
         }
         if sent.has_data {
-            // Streams share the link, so on a slow one it may take minutes until all of an answer is sent.
+            // Streams share the link. On a slow link, an answer may take minutes.
             self.admitted.state().note_progress();
         }
     }
@@ -372,7 +372,7 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// Whether the fault lies with one connection that never came to be, so that the next one may be fine.
+/// Whether an error of accept concerns only the connection that failed.
 fn is_of_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)

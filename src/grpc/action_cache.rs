@@ -1,5 +1,5 @@
-//! The ActionCache service. The key is a digest and nothing more: whether it names an Action is not looked at, because one
-//! client keeps results under digests of blobs that are none (`GetActionResult` must not decode them).
+//! The ActionCache service. The key is any digest: it need not name an Action, because one client stores results under digests
+//! of other blobs. `GetActionResult` must not decode them.
 
 use super::{Edge, convert, inline};
 use crate::{
@@ -13,9 +13,8 @@ use prost::Message as _;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-/// The service.
 #[derive(Debug)]
-pub struct ActionCacheService(pub Arc<Edge>);
+pub(crate) struct ActionCacheService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl ActionCache for ActionCacheService {
@@ -35,7 +34,7 @@ impl ActionCache for ActionCacheService {
         call.note_action(action);
         let cas = self.0.cas.on_behalf_of(call.caller());
         let found = cas.get_result(&instance, action).await?;
-        // A failure is returned to who asked for it and never served to others (AC-13).
+        // The result of a failed action is returned to the client that executed it, and is never served from the cache (AC-13).
         let found = found.filter(|result| result.exit_code == 0);
         call.note_cached(found.is_some());
         let result =
@@ -64,7 +63,7 @@ impl ActionCache for ActionCacheService {
         )?;
         call.note_action(action);
         let result = request.action_result.ok_or_else(|| Error::invalid("action_result is not set"))?;
-        // What is stored is the answer.
+        // The answer is the stored result.
         call.reserve_soon(result.encoded_len()).await?;
         let cas = self.0.cas.on_behalf_of(call.caller());
         let stored = cas.put_result(&instance, action, result, call.provenance()).await?;

@@ -1,7 +1,7 @@
 //! The Fetch and Push services of the Remote Asset API (AST-01..11).
 //!
-//! Bad news from an origin is an answer with a status inside; faults of this server and of the request are statuses of the RPC
-//! (AST-05).
+//! A failure of an origin is reported as a status inside the answer. Errors of this server and of the request are the status of
+//! the RPC (AST-05).
 
 use super::{Edge, claim::Claim};
 use crate::{
@@ -32,12 +32,12 @@ use std::{
 };
 use tonic::{Code, Request, Response, Status};
 
-/// Both services.
+/// The Fetch and the Push service.
 #[derive(Debug, Clone)]
-pub struct AssetService(pub Arc<Edge>);
+pub(crate) struct AssetService(pub Arc<Edge>);
 
 /// The fields that both kinds of fetch have.
-struct Wanted {
+struct FetchFields {
     instance_name: String,
     timeout: Option<prost_types::Duration>,
     oldest_content_accepted: Option<prost_types::Timestamp>,
@@ -47,7 +47,7 @@ struct Wanted {
 }
 
 /// The fields that both kinds of push have.
-struct Offered {
+struct PushFields {
     instance_name: String,
     uris: Vec<String>,
     qualifiers: Vec<Qualifier>,
@@ -60,7 +60,7 @@ struct Offered {
 }
 
 /// The fields that both kinds of answer to a fetch have.
-struct Found {
+struct FetchAnswer {
     status: rpc::Status,
     uri: String,
     qualifiers: Vec<Qualifier>,
@@ -84,9 +84,15 @@ impl Fetch for AssetService {
             qualifiers,
             digest_function,
         } = request.into_inner();
-        let wanted =
-            Wanted { instance_name, timeout, oldest_content_accepted, uris, qualifiers, digest_function };
-        let Found { status, uri, qualifiers, expires_at, digest, digest_function } =
+        let wanted = FetchFields {
+            instance_name,
+            timeout,
+            oldest_content_accepted,
+            uris,
+            qualifiers,
+            digest_function,
+        };
+        let FetchAnswer { status, uri, qualifiers, expires_at, digest, digest_function } =
             self.fetch(&call, Kind::Blob, wanted).await?;
         let status = Some(status);
         Ok(Response::new(FetchBlobResponse {
@@ -112,9 +118,15 @@ impl Fetch for AssetService {
             qualifiers,
             digest_function,
         } = request.into_inner();
-        let wanted =
-            Wanted { instance_name, timeout, oldest_content_accepted, uris, qualifiers, digest_function };
-        let Found { status, uri, qualifiers, expires_at, digest, digest_function } =
+        let wanted = FetchFields {
+            instance_name,
+            timeout,
+            oldest_content_accepted,
+            uris,
+            qualifiers,
+            digest_function,
+        };
+        let FetchAnswer { status, uri, qualifiers, expires_at, digest, digest_function } =
             self.fetch(&call, Kind::Directory, wanted).await?;
         let status = Some(status);
         Ok(Response::new(FetchDirectoryResponse {
@@ -136,7 +148,7 @@ impl Push for AssetService {
     ) -> Result<Response<PushBlobResponse>, Status> {
         let call = Call::of(request.extensions());
         let request = request.into_inner();
-        let offered = Offered {
+        let offered = PushFields {
             instance_name: request.instance_name,
             uris: request.uris,
             qualifiers: request.qualifiers,
@@ -157,7 +169,7 @@ impl Push for AssetService {
     ) -> Result<Response<PushDirectoryResponse>, Status> {
         let call = Call::of(request.extensions());
         let request = request.into_inner();
-        let offered = Offered {
+        let offered = PushFields {
             instance_name: request.instance_name,
             uris: request.uris,
             qualifiers: request.qualifiers,
@@ -179,10 +191,10 @@ impl AssetService {
         Ok(self.0.assets.as_ref().ok_or_else(absent)?.on_behalf_of(call.caller()))
     }
 
-    async fn fetch(&self, call: &Call, kind: Kind, wanted: Wanted) -> Result<Found, Status> {
+    async fn fetch(&self, call: &Call, kind: Kind, wanted: FetchFields) -> Result<FetchAnswer, Status> {
         let assets = self.assets(call)?;
         let instance = self.0.gate.enter(call, &wanted.instance_name)?;
-        // The preferred one when nothing is said: there is no hash to tell from (AST-07).
+        // Without a hash to infer it from, the default is the preferred function (AST-07).
         let function = instance.digest_function(wanted.digest_function, [])?;
         let oldest =
             wanted.oldest_content_accepted.map(|at| time(at, "oldest_content_accepted")).transpose()?;
@@ -192,14 +204,15 @@ impl AssetService {
         let shown = request.qualifiers.shown();
         let shown = shown.map(|(name, value)| Qualifier { name: name.into(), value: value.into() }).collect();
         let first = request.uris.first().cloned().unwrap_or_default();
-        // The origin may be slow, and the client may have chosen it. Twice: the qualifiers are shown in the answer.
+        // The download may be slow, and its client may control the origin. Twice, because the answer contains the qualifiers
+        // too.
         Claim::settle(2 * request.size() as u64);
         let outcome = assets.fetch(request, oldest, wait).await;
         let digest_function = function.wire() as i32;
         match outcome {
             Ok(Fetched { uri, digest, expires_at }) => {
                 call.note_blob(digest);
-                Ok(Found {
+                Ok(FetchAnswer {
                     status: status::inline_ok(),
                     uri,
                     qualifiers: shown,
@@ -212,14 +225,21 @@ impl AssetService {
                 call.note_inner_error(&failure.message);
                 let status = inline(&failure);
                 let uri = if failure.uri.is_empty() { first } else { failure.uri };
-                Ok(Found { status, uri, qualifiers: shown, expires_at: None, digest: None, digest_function })
+                Ok(FetchAnswer {
+                    status,
+                    uri,
+                    qualifiers: shown,
+                    expires_at: None,
+                    digest: None,
+                    digest_function,
+                })
             }
             Err(Problem::Unsupported(names)) => Err(status::unsupported_qualifiers(&names)),
             Err(Problem::Server(error)) => Err(error.into()),
         }
     }
 
-    async fn push(&self, call: &Call, kind: Kind, offered: Offered) -> Result<(), Status> {
+    async fn push(&self, call: &Call, kind: Kind, offered: PushFields) -> Result<(), Status> {
         let assets = self.assets(call)?;
         let instance = self.0.gate.enter(call, &offered.instance_name)?;
         if !assets.push_enabled() {
@@ -246,7 +266,7 @@ impl AssetService {
     }
 }
 
-/// The status of bad news inside an answer.
+/// The status inside an answer for a failure of an origin.
 fn inline(failure: &Failure) -> rpc::Status {
     let code = match failure.kind {
         FailureKind::NotFound => Code::NotFound,

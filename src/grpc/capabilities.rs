@@ -1,5 +1,5 @@
-//! The Capabilities service: what this endpoint can do. It is computed from the settings alone, so it is cheap and the same
-//! on every connection (CAP-19). Whatever it promises, another file of this directory keeps.
+//! The Capabilities service: what this endpoint can do. It depends only on the settings and the policy, so it is cheap and the
+//! same on every connection (CAP-19). Other files of this directory implement what it promises.
 
 use super::{Edge, ProtocolSettings, cas::BATCH_MAX_BYTES, chunks};
 use crate::{
@@ -21,14 +21,13 @@ use gorego_reapi::{
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-/// The oldest version spoken; clients of every age refuse a server that starts later (CAP-02).
+/// Oldest supported version. Clients refuse a server whose oldest version is newer than this (CAP-02).
 const LOW_VERSION: (i32, i32) = (2, 0);
-/// The newest version spoken: 2.1 promises `output_paths`, 2.2 `Action.platform`, 2.3 today's rules for `argv[0]` (CAP-04).
+/// Newest supported version: 2.1 promises `output_paths`, 2.2 `Action.platform`, 2.3 today's rules for `argv[0]` (CAP-04).
 const HIGH_VERSION: (i32, i32) = (2, 3);
 
-/// The service.
 #[derive(Debug)]
-pub struct CapabilitiesService(pub Arc<Edge>);
+pub(crate) struct CapabilitiesService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl Capabilities for CapabilitiesService {
@@ -63,7 +62,7 @@ fn capabilities(
     rights: Rights,
 ) -> ServerCapabilities {
     let digest_functions: Vec<i32> = digest_functions.iter().map(|f| f.wire().into()).collect();
-    // CAP-18: others are taken too, and count as the nearest of these.
+    // Priorities outside of this range are accepted and clamped to it (CAP-18).
     let Priorities { min, max } = settings.priorities;
     let priorities =
         PriorityCapabilities { priorities: vec![PriorityRange { min_priority: min, max_priority: max }] };
@@ -72,7 +71,7 @@ fn capabilities(
         action_cache_update_capabilities: Some(ActionCacheUpdateCapabilities {
             update_enabled: rights.updates,
         }),
-        // Results are kept by use alone; a range would promise more (CAP-18).
+        // Priorities of results are ignored, so no range is advertised (CAP-18).
         cache_priority_capabilities: None,
         max_batch_total_size_bytes: BATCH_MAX_BYTES as i64,
         symlink_absolute_path_strategy: symlink_absolute_path_strategy::Value::Allowed.into(),
@@ -82,9 +81,9 @@ fn capabilities(
         ..CacheCapabilities::default()
     };
     chunks::advertise(settings.chunking, &mut cache);
-    // CAP-01: an endpoint that only caches says nothing about execution.
+    // An endpoint that is only a cache omits this (CAP-01).
     let execution = rights.executes.then(|| ExecutionCapabilities {
-        // Two clients look only at this one (CAP-06); SHA-256 comes first where it is supported.
+        // Two clients read only this field (CAP-06). SHA-256 comes first if it is enabled.
         digest_function: digest_functions.first().copied().unwrap_or_default(),
         exec_enabled: true,
         execution_priority_capabilities: Some(priorities),

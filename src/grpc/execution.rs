@@ -18,13 +18,12 @@ use gorego_reapi::{
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-/// Memory that the list of files whose contents a client wants inlined may take, in bytes. An operation keeps the list until
-/// it is forgotten. Clients name a file or two; inlining is a favour, so that what does not fit is left out.
+/// Memory limit of the list of files to inline, in bytes. An operation keeps the list until it is forgotten. Clients name one
+/// or two files. Inlining is optional, so names beyond the limit are dropped.
 const INLINE_LIST_MAX_BYTES: usize = 16 * 1024;
 
-/// The service.
 #[derive(Debug)]
-pub struct ExecutionService(pub Arc<Edge>);
+pub(crate) struct ExecutionService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl Execution for ExecutionService {
@@ -37,8 +36,8 @@ impl Execution for ExecutionService {
         let submit = submission(&self.0.gate, &call, request.into_inner())?;
         call.note_action(submit.action);
         let Submit { instance, action, skip_cache_lookup, caller, .. } = &submit;
-        // A missing or malformed action is no error of the call: it is reported inside a final Operation, where every client
-        // finds the list of blobs to upload, and not in the details of a status, which one client drops (EXE-25).
+        // A missing or malformed action is not an error of the call. It is reported inside a final Operation, where every
+        // client finds the list of missing blobs. One client drops the details of a call's status (EXE-25).
         let cas = self.0.cas.working_for(*caller);
         let resolution = cas.resolve_action(instance, *action, *skip_cache_lookup).await?;
         let subscription = scheduler.admit(Admit { submit, resolution }).await?;
@@ -71,7 +70,7 @@ impl ExecutionService {
     }
 }
 
-/// What an Execute request asks of the scheduler.
+/// Converts an Execute request to a message for the scheduler.
 fn submission(gate: &Gate, call: &Call, request: ExecuteRequest) -> Result<Submit, Error> {
     let instance = gate.enter(call, &request.instance_name)?;
     let (function, action) = (request.digest_function, request.action_digest.as_ref());
@@ -90,7 +89,7 @@ fn submission(gate: &Gate, call: &Call, request: ExecuteRequest) -> Result<Submi
     })
 }
 
-/// The first files of a list, as many as may be kept.
+/// The first files of a list, up to the memory limit.
 fn within_bounds(mut files: Vec<String>) -> Vec<String> {
     let mut left = INLINE_LIST_MAX_BYTES;
     let fits = files.iter().position(|file| {

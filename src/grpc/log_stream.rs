@@ -1,8 +1,7 @@
 //! The LogStream service, and log streams in ByteStream: what Read, Write and QueryWriteStatus do with names that have a
 //! `logstreams` segment (LOG-01..05, EXE-64).
 //!
-//! Decodes, asks [`crate::log_streams`], encodes. A reader is pulled by its client: while the client does not read, nothing is
-//! read here either.
+//! The streams themselves are in [`crate::log_streams`]. A reader reads only when its client does.
 
 use super::{
     Edge, ReadStream,
@@ -37,9 +36,8 @@ use std::sync::Arc;
 use tokio::select;
 use tonic::{Request, Response, Status, Streaming};
 
-/// The service.
 #[derive(Debug)]
-pub struct LogStreamService(pub Arc<Edge>);
+pub(crate) struct LogStreamService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl server::LogStreamService for LogStreamService {
@@ -48,7 +46,7 @@ impl server::LogStreamService for LogStreamService {
         request: Request<CreateLogStreamRequest>,
     ) -> Result<Response<LogStream>, Status> {
         let call = Call::of(request.extensions());
-        // Whether there is such a service does not depend on the question.
+        // If the service is disabled, it refuses every request.
         self.0.log_streams.check_creation()?;
         let parent = request.into_inner().parent;
         let (instance_name, operation) = parse_parent(&parent)?;
@@ -64,7 +62,7 @@ impl server::LogStreamService for LogStreamService {
 }
 
 impl LogStreamService {
-    /// LOG-01: an operation is a parent while this server knows it.
+    /// An operation can be a parent as long as this server knows it (LOG-01).
     async fn check_operation(&self, instance: Instance, id: OperationId) -> Result<()> {
         match self.0.scheduler()?.watch(Watch { instance, id }).await {
             Err(Error::NotFound(unknown)) => Err(Error::Invalid(format!("parent: {unknown}"))),
@@ -91,7 +89,7 @@ fn enter(edge: &Edge, call: &Call, name: &LogName) -> Result<Instance> {
     edge.gate.enter_for(call, instance_name, Permission::Logs)
 }
 
-/// ByteStream.Read of a log stream: what there is from the offset, then what comes, to the end (LOG-03).
+/// ByteStream.Read of a log stream: the existing bytes from the offset, then new ones until the end (LOG-03).
 pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadRequest) -> Result<ReadStream> {
     let instance = enter(edge, call, name)?;
     let offset = u64::try_from(request.read_offset)
@@ -112,10 +110,10 @@ pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadReque
     Ok(stalled::watched(messages.boxed()))
 }
 
-/// Where a Read is.
+/// The position of a Read.
 struct Reading {
     follower: Follower,
-    /// The rest of the stream, once it is a blob.
+    /// The blob, once the stream is stored as one.
     blob: Option<BlobReader>,
     cas: Cas,
     instance: Instance,
@@ -124,7 +122,7 @@ struct Reading {
 }
 
 impl Reading {
-    /// The next bytes, never none; `None` at the end.
+    /// The next bytes, which are never empty; `None` at the end.
     async fn next(&mut self) -> Result<Option<Bytes>> {
         let max = usize::try_from(self.left).unwrap_or(usize::MAX).min(READ_WINDOW_BYTES);
         if max == 0 {
@@ -149,13 +147,13 @@ impl Reading {
         };
         self.offset = self.offset.saturating_add(data.len() as u64);
         self.left = self.left.saturating_sub(data.len() as u64);
-        // A blob is empty at its end only.
+        // A read of a blob is empty only at its end.
         Ok((!data.is_empty()).then_some(data))
     }
 }
 
-/// ByteStream.Write to a log stream: appends message by message, so that readers have each as it comes. One that ends without
-/// `finish_write` leaves the stream open (LOG-05).
+/// ByteStream.Write to a log stream: appends each message as it arrives, so that readers get it at once. A Write that ends
+/// without `finish_write` leaves the stream open (LOG-05).
 pub(super) async fn write(
     edge: &Edge,
     call: &Call,

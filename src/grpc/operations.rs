@@ -25,20 +25,19 @@ use prost::Message as _;
 use std::{sync::Arc, time::Duration};
 use tonic::{Request, Response, Status};
 
-/// Operations in a page when the client does not say.
-pub const DEFAULT_PAGE_SIZE: usize = 100;
-/// Most operations in a page, whatever the client says.
-pub const MAX_PAGE_SIZE: usize = 1_000;
-/// How long WaitOperation waits when the client does not say; below the idle time-outs of common proxies.
-pub const DEFAULT_WAIT: Duration = Duration::from_secs(30);
-/// Longest wait, whatever the client says.
-pub const MAX_WAIT: Duration = Duration::from_secs(10 * 60);
-/// Bytes of a response around its operations: page token and framing, rounded up.
+/// Default number of operations in a page.
+pub(crate) const DEFAULT_PAGE_SIZE: usize = 100;
+/// Largest number of operations in a page.
+pub(crate) const MAX_PAGE_SIZE: usize = 1_000;
+/// Default time limit of WaitOperation, below the idle timeouts of common proxies.
+pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(30);
+/// Largest time limit of WaitOperation.
+pub(crate) const MAX_WAIT: Duration = Duration::from_secs(10 * 60);
+/// Size of a response without its operations: page token and framing, rounded up.
 const RESPONSE_ENVELOPE_BYTES: usize = 1024;
 
-/// The service.
 #[derive(Debug)]
-pub struct OperationsService(pub Arc<Edge>);
+pub(crate) struct OperationsService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl Operations for OperationsService {
@@ -64,8 +63,8 @@ impl Operations for OperationsService {
                 left = rest.unwrap_or(0);
                 operations.push(operation);
             }
-            // Results can be long; a page that does not fit into a message is asked for again with as many as do (GEN-25). A
-            // thousand copies of long results are never made.
+            // Results can be long. If a page does not fit into a message, it is requested again with as many operations as fit
+            // (GEN-25). So no thousand copies of long results are made.
             if operations.len() < page.operations.len() {
                 limit = operations.len();
                 continue;
@@ -133,25 +132,25 @@ impl OperationsService {
     }
 }
 
-/// The instance whose operations are listed: by the name of the collection, `[instance/]operations`, or by its own (BuildGrid's
-/// `bgd` sends that). `None` for the empty name, which names none.
+/// The instance whose operations are listed: `[instance/]operations`, or the instance name alone, which BuildGrid's `bgd`
+/// sends. `None` for the empty name.
 fn collection(name: &str) -> Option<&str> {
     (!name.is_empty()).then(|| convert::operations_of(name).unwrap_or(name))
 }
 
-/// A ListOperations request, checked.
+/// A checked ListOperations request.
 struct Listing {
     instance: Instance,
     filter: OperationFilter,
     after: u64,
     limit: usize,
-    /// What page tokens of this listing are bound to.
+    /// The binding of the page tokens of this listing.
     binding: String,
 }
 
 impl Listing {
-    /// A listing is of one instance, because no instance shows what another has (GEN-15): the one in the name of the
-    /// collection or, for clients that name none, that in the filter, else the default one.
+    /// A listing covers one instance (GEN-15): the one in the name of the collection, otherwise the one in the filter,
+    /// otherwise the default one.
     fn decode(enter: impl FnOnce(&str) -> Result<Instance>, request: &ListOperationsRequest) -> Result<Self> {
         let Filter { instance, operations: filter } = filter::parse(&request.filter)?;
         let instance = match (collection(&request.name), &instance) {

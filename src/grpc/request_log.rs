@@ -14,7 +14,7 @@ use crate::{
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
-use line::Line;
+use line::RpcLine;
 use std::{
     future::Future,
     pin::Pin,
@@ -26,20 +26,20 @@ use tonic::{Code, Status, body::Body as TonicBody};
 use tower::{Layer, Service};
 
 /// Target of the line.
-pub const TARGET: &str = "gorego::rpc";
+pub(crate) const TARGET: &str = "gorego::rpc";
 /// Event of the line.
-pub const RPC_FINISHED: &str = "rpc_finished";
-/// What clients keep open for as long as they like: a shutdown does not wait for it.
+pub(crate) const RPC_FINISHED: &str = "rpc_finished";
+/// Streams that clients keep open. A shutdown does not wait for them.
 const OPEN_ENDED: [&str; 2] = ["/grpc.health.v1.Health/Watch", "/grpc.reflection."];
-/// Longest method name in a line, in bytes; callers can name methods that do not exist.
+/// Longest method name in a line, in bytes. Clients can name methods that do not exist.
 const METHOD_MAX_BYTES: usize = 128;
 /// Longest error message in a line, in bytes.
 const ERROR_MAX_BYTES: usize = 512;
 
-/// Puts a [`RequestLog`] round a service.
+/// Wraps a service in a [`RequestLog`].
 #[derive(Debug, Clone)]
-pub struct RequestLogLayer {
-    /// Counts calls up to their lines.
+pub(crate) struct RequestLogLayer {
+    /// Counts the calls that a shutdown waits for.
     pub under_way: UnderWay,
 }
 
@@ -51,9 +51,9 @@ impl<S> Layer<S> for RequestLogLayer {
     }
 }
 
-/// A service whose every call ends in a log line.
+/// A service that writes a log line for each call.
 #[derive(Debug, Clone)]
-pub struct RequestLog<S> {
+pub(crate) struct RequestLog<S> {
     inner: S,
     under_way: UnderWay,
 }
@@ -78,7 +78,7 @@ where
         let unfinished = (!is_open_ended).then(|| self.under_way.begin());
         let body = connection.as_ref().map(|connection| OpenBody::new(connection.state.clone()));
         let call = Call::begin(connection, client, permissions::of(request.uri().path()), unfinished);
-        let line = Line {
+        let line = RpcLine {
             call: call.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),
@@ -98,7 +98,7 @@ pin_project_lite::pin_project! {
     pub struct LoggedFuture<F> {
         #[pin]
         inner: F,
-        line: Option<Line>,
+        line: Option<RpcLine>,
     }
 }
 
@@ -115,7 +115,7 @@ where
         Poll::Ready(match response {
             Ok(response) => {
                 if let Some(line) = &mut line {
-                    // An error without any message comes as headers alone.
+                    // An error without messages has only headers.
                     line.read_status(response.headers());
                 }
                 Ok(response.map(|inner| LoggedBody { inner, line }))
@@ -131,12 +131,12 @@ where
 }
 
 pin_project_lite::pin_project! {
-    /// A response body that writes the line when it is over.
+    /// A response body that writes the line at its end.
     #[derive(Debug)]
     pub struct LoggedBody<B> {
         #[pin]
         inner: B,
-        line: Option<Line>,
+        line: Option<RpcLine>,
     }
 }
 
@@ -149,7 +149,8 @@ impl<B: Body<Data = Bytes>> Body for LoggedBody<B> {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let this = self.project();
-        // The transport asks for more when it has passed on what there was. It may hold one frame that the client has not taken.
+        // The transport polls again when it has passed on the previous frame. It may hold one frame that the client has not
+        // taken.
         if let Some(line) = this.line.as_ref() {
             line.call.client_moved();
         }
@@ -193,14 +194,14 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: TonicBody,
         call: Call,
-        // Until the end of the request; `None` for a request that does not come from a socket.
+        // `None` after the end of the request, or if the request does not come from a socket.
         open: Option<Arc<OpenBody>>,
     }
 
     impl PinnedDrop for CountedBody {
         fn drop(this: Pin<&mut Self>) {
-            // The library throws away what has come and nobody has read. The connection forgets it with the stream: counted here
-            // too, it would hide what other streams are ahead.
+            // The library discards received bytes that nobody has read, and the connection stops counting them when the stream
+            // closes. Subtracting them here too would hide bytes of other streams.
             if let Some(open) = this.project().open {
                 open.close();
             }
@@ -209,7 +210,7 @@ pin_project_lite::pin_project! {
 }
 
 impl CountedBody {
-    /// Polls the body, and tells the connection what was taken.
+    /// Polls the body, and tells the connection how many bytes were taken.
     fn poll_inner(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -267,7 +268,7 @@ mod tests {
     use crate::connections::{Connections, ahead::cost};
     use std::{pin::pin, task::Waker};
 
-    /// Else a client could hide what one stream is ahead behind others that it cancels.
+    /// Otherwise a client could hide the bytes of one stream by cancelling others.
     #[test]
     fn what_was_sent_ahead_of_a_stream_that_is_cancelled_is_forgotten_once() {
         const EACH: usize = 1024 * 1024;

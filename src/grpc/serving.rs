@@ -1,18 +1,21 @@
-//! Serving connections: requests that come together are answered together, by the task of their connection.
+//! Serves connections. Requests that arrive together are answered together, by the task of their connection.
 //!
-//! hyper gives each request to an executor, to be run as a task of its own. A spawned task wakes another thread, and its answer
-//! wakes the task of the connection; for a look-up in memory both cost more than the look-up. So here the executor only collects
-//! the requests that one turn of the connection has brought ([`Collected`]). The connection's task then polls each of them once.
-//! Most look-ups are answered by that, and all small answers go out with one write ([`super::accept::Turn`]). Whatever has to
-//! wait becomes a task of its own.
+//! hyper gives each request to an executor, which usually spawns a task. A spawned task wakes another thread, and its answer
+//! wakes the task of the connection; for a look-up in memory, this costs more than the look-up. So this executor only collects
+//! the requests of one poll of the connection ([`Collected`]). The connection's task then polls each of them once. This answers
+//! most look-ups, and all small answers are sent with one write ([`super::accept::Turn`]). A request that has to wait is spawned
+//! as a task.
 //!
-//! Invariants: no request is polled twice by the connection's task, and none is begun by it once a turn has taken
-//! [`TURN_MAX`]. The rest of that turn becomes tasks, which other threads can take, but over the whole server no more than
-//! [`SPREAD_MAX`] of them wait to be begun: the tasks of other connections stand behind them in the runtime's queue. What is
-//! left waits for the next turn of its connection, and nothing more is read before. After [`TURN_MAX`] the connection's task lets
-//! others run. Messages that take long to decode are not decoded in a turn, because [`super::intake`] lets them wait
-//! once. A panic in a request ends that request alone. No request outlives its connection unseen: what was collected is begun
-//! also when the connection has ended, and dropped if its task is.
+//! Invariants:
+//!
+//! - The connection's task polls no request twice, and begins none after [`TURN_MAX`]. The rest of that turn is spawned, so that
+//!   other threads can take it, but at most [`SPREAD_MAX`] requests of the whole server wait for that at a time: the tasks of
+//!   other connections are behind them in the runtime's queue. What is left waits for the connection's next turn, and nothing
+//!   more is read before.
+//! - After [`TURN_MAX`] the connection's task yields.
+//! - Messages that take long to decode are not decoded in a turn, because [`super::intake`] makes them wait once.
+//! - A panic in a request ends only that request.
+//! - Collected requests are begun even if the connection has ended, and dropped if its task has.
 
 use super::{
     CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,
@@ -44,14 +47,14 @@ use tokio::{
 use tonic::{Status, body::Body, transport::server::Connected as _};
 use tower::Service;
 
-/// How long the requests of one turn may keep the thread of their connection: some ten of the slowest look-ups. What the client
-/// waits for is delayed by no more than this, and other threads get the rest.
+/// Time limit for the requests of one turn: about ten of the slowest look-ups. It bounds how long answers of this connection
+/// are delayed.
 const TURN_MAX: Duration = Duration::from_micros(500);
 /// Requests that were handed to other threads and are not begun; enough to keep dozens of threads busy until the next turn.
 const SPREAD_MAX: usize = 64;
 
-/// Serves connections until `shutdown` ends; then accepts nothing more, tells clients to go elsewhere, and returns when the last
-/// connection is closed.
+/// Serves connections until `shutdown` completes. Then it accepts no more, sends GOAWAY, and returns when the last connection
+/// is closed.
 pub(super) async fn serve<S, B>(
     connections: impl Stream<Item = io::Result<Connection>>,
     service: S,
@@ -64,7 +67,7 @@ pub(super) async fn serve<S, B>(
     let closing = watch::Sender::new(false);
     let spread = Arc::new(Semaphore::new(SPREAD_MAX));
     {
-        // Dropped before the last connections end, so that the port is free at once.
+        // The listener is dropped here, so that the port is free before the last connections end.
         let mut connections = pin!(connections);
         let mut shutdown = pin!(shutdown);
         loop {
@@ -75,7 +78,7 @@ pub(super) async fn serve<S, B>(
                         let requests = Collected::new(connection.turn(), spread.clone());
                         tokio::spawn(serve_one(connection, requests, service.clone(), closing.subscribe()));
                     }
-                    // It was told where connections are accepted.
+                    // The error was logged where connections are accepted.
                     Some(Err(_)) => {}
                     None => break,
                 },
@@ -100,7 +103,7 @@ async fn serve_one<S, B>(
     let service = service_fn(move |mut request: Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(info.clone());
         let limit = time_limit(request.headers());
-        // No service of ours is ever not ready.
+        // All services are always ready.
         let answer = service.clone().call(request.map(Body::new));
         Limited { answer, limit: limit.map(sleep) }
     });
@@ -118,7 +121,7 @@ async fn serve_one<S, B>(
         let mut is_corked = true;
         loop {
             turn.begin(is_corked, !requests.is_waiting());
-            // What went wrong is in the lines of the calls, if there were any.
+            // Errors are in the log lines of the calls, if there were any.
             let is_over = http.as_mut().poll(context).is_ready();
             let has_more = requests.begin() || turn.is_used_up();
             if is_over {
@@ -146,7 +149,7 @@ fn settings(requests: Collected) -> http2::Builder<Collected> {
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(STREAMS_MAX)
         .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
-        // Those that the client cancels are bounded by what a connection may do (`conduct`).
+        // Cancelled streams are limited by `conduct`.
         .max_local_error_reset_streams(None)
         .max_header_list_size(HEADERS_MAX_BYTES)
         .keep_alive_interval(PING_INTERVAL)
@@ -156,11 +159,11 @@ fn settings(requests: Collected) -> http2::Builder<Collected> {
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The requests that a turn of a connection's task has brought.
+/// The requests of one poll of a connection.
 #[derive(Clone)]
 struct Collected {
     turn: Turn,
-    /// Places for requests that other threads shall begin.
+    /// Permits for spawned requests that are not begun.
     spread: Arc<Semaphore>,
     /// `None` when the connection is gone. Each request has a clone of this, so they must not stay in here.
     requests: Arc<Mutex<Option<VecDeque<Task>>>>,
@@ -198,7 +201,7 @@ impl Collected {
         self.lock().as_ref().is_some_and(|requests| !requests.is_empty())
     }
 
-    /// Begins what was collected, as far as there is time and there are threads; says whether there was anything.
+    /// Polls the collected requests once, until [`TURN_MAX`] is over, and spawns some of the rest. Returns whether there were any.
     fn begin(&self) -> bool {
         let (start, mut has_any) = (Instant::now(), false);
         while let Some(mut request) = self.next() {
@@ -209,7 +212,7 @@ impl Collected {
                     let mut nobody = Context::from_waker(Waker::noop());
                     pin!(unconstrained(request.as_mut())).poll(&mut nobody)
                 };
-                // A panic ends the one request, as it does in a spawned task.
+                // A panic ends only this request, as in a spawned task.
                 if matches!(catch_unwind(AssertUnwindSafe(poll)), Ok(Poll::Pending)) {
                     tokio::spawn(request);
                 }
@@ -240,7 +243,7 @@ impl Drop for StopCollecting {
 }
 
 pin_project_lite::pin_project! {
-    /// A call that ends when the time is over that its client gives it.
+    /// A call with the time limit of its client.
     struct Limited<F> {
         #[pin]
         answer: F,
@@ -268,8 +271,7 @@ where
     }
 }
 
-/// How long a call may take, as its client says in `grpc-timeout`: up to eight digits and a unit. What cannot be read counts as
-/// not said.
+/// The time limit in `grpc-timeout`: up to eight digits and a unit. A malformed value is ignored.
 fn time_limit(headers: &HeaderMap) -> Option<Duration> {
     const DIGITS_MAX: usize = 8;
     let (unit, digits) = headers.get("grpc-timeout")?.as_bytes().split_last()?;

@@ -14,7 +14,7 @@ use gorego_reapi::error::Result;
 const HEALTH: RoutePlace = RoutePlace::Path("healthz");
 
 /// What [`Front`] serves.
-pub const ROUTES: &[Route] = &[
+pub(super) const ROUTES: &[Route] = &[
     Route { at: RoutePlace::Path(""), methods: OPEN, shown: "" },
     Route { at: HEALTH, methods: OPEN, shown: "/healthz (health check)" },
     Route { at: RoutePlace::Path("status"), methods: OPEN, shown: "" },

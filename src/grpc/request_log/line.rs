@@ -1,4 +1,4 @@
-//! The text of the log line: which fields it has, and how they are written.
+//! The log line of an RPC: its fields and their format.
 
 use super::{ERROR_MAX_BYTES, METHOD_MAX_BYTES, RPC_FINISHED, TARGET};
 use crate::{
@@ -12,27 +12,27 @@ use http::{HeaderMap, Uri};
 use std::time::Instant;
 use tonic::Code;
 
-/// The error of a call whose client went away before the end of its request.
+/// The error of a call whose client left before the end of its request.
 const BROKEN_OFF: &str = "the request broke off before its end";
 
-/// The line of a call that is not over yet; written when this is dropped.
+/// The line of an open call. It is written when this is dropped.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct RpcLine {
     pub call: Call,
     pub started: Instant,
     pub uri: Uri,
-    /// `None` as long as the call has not ended by itself.
+    /// `None` until the call has ended by itself.
     pub code: Option<Code>,
     /// The message of a status that is not OK.
     pub error: String,
-    /// Held so that the connection is not taken for idle.
+    /// Keeps the connection from counting as idle.
     pub _open: Option<OpenCall>,
 }
 
-impl Line {
-    /// Takes code and message from headers or trailers that have them. When the client went away before the end of its request,
-    /// the library that reads requests finds a fault of ours (INTERNAL "Missing request message."); such a call was cancelled.
-    pub fn read_status(&mut self, headers: &HeaderMap) {
+impl RpcLine {
+    /// Reads the code and the message from headers or trailers. If the client left before the end of its request, the library
+    /// reports INTERNAL "Missing request message."; such a call counts as cancelled.
+    pub(super) fn read_status(&mut self, headers: &HeaderMap) {
         if let Some(code) = headers.get("grpc-status") {
             let code = Code::from_bytes(code.as_bytes());
             if self.call.is_broken_off() && matches!(code, Code::Internal | Code::Unknown) {
@@ -47,7 +47,7 @@ impl Line {
     }
 }
 
-impl Line {
+impl RpcLine {
     /// Whether the call gets its own log line. Calls that cost the client nothing (cancelled, refused, nothing sent) are
     /// rate-limited by peer and counted beyond that.
     fn is_listed(&self) -> bool {
@@ -60,7 +60,7 @@ impl Line {
     }
 }
 
-impl Drop for Line {
+impl Drop for RpcLine {
     fn drop(&mut self) {
         self.call.end();
         if log::log_enabled!(target: TARGET, log::Level::Info) && self.is_listed() {
@@ -69,7 +69,7 @@ impl Drop for Line {
     }
 }
 
-impl Line {
+impl RpcLine {
     fn log(&self) {
         let (client, instance, notes) = (self.call.client(), self.call.instance(), self.call.take_notes());
         let (method, code) = (short_method(self.uri.path()), code_name(self.code.unwrap_or(Code::Cancelled)));
@@ -129,7 +129,7 @@ fn code_name(code: Code) -> &'static str {
     }
 }
 
-/// Undoes the encoding of `grpc-message`; what is no valid escape stays as it is.
+/// Decodes `grpc-message`. Invalid escapes are kept.
 fn percent_decode(text: &[u8]) -> String {
     let mut decoded = Vec::with_capacity(text.len());
     let mut rest = text;

@@ -67,7 +67,8 @@ pub const WORDS: &[Word] = &[
 pub const PURE: &[&str] = &[
     "src/actors/scheduler/ledger",
     "src/actors/scheduler/queue",
-    "src/actors/scheduler/room",
+    "src/actors/scheduler/quota",
+    "src/actors/scheduler/slots",
     "src/actors/cas/index",
     "src/actors/asset/bindings",
     "src/actors/asset/layout",
@@ -94,6 +95,7 @@ const IMPURE: &[&str] = &[
     "Instant::now",
     "SystemTime::now",
     "Moment::now",
+    "ClockReading::now",
     "fs",
     "env",
     "thread",

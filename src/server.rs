@@ -20,12 +20,14 @@ use crate::{
     },
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
+    gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
-    http_cache::{self, HttpCache, hosts::Hosts},
+    http::{self, cache::Cache, hosts::Hosts},
     log_streams::{LogSettings, LogStreams, MAX_STREAM_BYTES, StreamLimits},
     logging::{self, Event},
     memory,
     node::NodeName,
+    signals::StopSignals,
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
@@ -38,7 +40,6 @@ use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
     select,
-    signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
     time::{Instant, interval, timeout_at},
 };
@@ -206,7 +207,7 @@ impl Server {
     async fn serve(self, ready: impl FnOnce(SocketAddr)) -> Result<()> {
         let Self { settings, listener, http, cas, assets, scheduler, build_root, log_streams, workers } =
             self;
-        let mut signals = Signals::listen()?;
+        let mut signals = StopSignals::listen()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
         let health = grpc::health::Health::serving().await;
@@ -214,7 +215,7 @@ impl Server {
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
         let edge = Arc::new(Edge {
-            instances: settings.instances.clone(),
+            gate: Gate::new(settings.instances.clone()),
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
             assets: Some(assets.clone()),
@@ -245,7 +246,7 @@ impl Server {
         ready(address);
 
         let stop = select! {
-            signal = signals.next() => Stop::Signal(signal),
+            signal = signals.next() => Stop::Signal(signal.name()),
             error = owner_died(&cas, &assets, scheduler.as_ref()) => Stop::Fault(error),
             error = &mut http_serving => Stop::Fault(error),
             ended = &mut serving => Stop::Fault(match ended {
@@ -293,7 +294,7 @@ impl Server {
             () = orderly => {}
             signal = signals.next() => {
                 Event::warn(LOG, "server_interrupted")
-                    .with("signal", signal)
+                    .with("signal", signal.name())
                     .log(format_args!("exiting at once"));
                 logging::flush();
                 // The runners see their sockets close and kill their processes.
@@ -344,18 +345,17 @@ fn serve_http(
     };
     let address =
         listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
-    let cache = HttpCache {
-        instances: settings.instances.clone(),
+    let cache = Cache {
+        gate: Gate::new(settings.instances.clone()),
         cas: cas.clone(),
-        hosts: Hosts::new(settings.http_hosts.clone()),
         max_blob_bytes: settings.max_blob_bytes,
-        under_way: under_way.clone(),
-        connections: connections.clone(),
     };
+    let hosts = Hosts::new(settings.http_hosts.clone());
+    let port = http::Port::new(cache, hosts, under_way.clone(), connections.clone());
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));
-    let serving = workers.spawn(http_cache::serve(cache, listener, async move { drop(closed.await) }));
+    let serving = workers.spawn(http::serve(port, listener, async move { drop(closed.await) }));
     let ended = async move {
         match serving.await {
             Ok(()) => Error::internal("the HTTP server stopped by itself"),
@@ -487,26 +487,6 @@ fn owners_live(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActo
         return Err(Error::internal("the scheduler's actor died"));
     }
     Ok(())
-}
-
-/// The signals that stop a server.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn listen() -> Result<Self> {
-        let listen = |kind| signal(kind).map_err(|error| Error::io("listen for signals", &error));
-        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
 }
 
 /// The common name of a pool's workers, without the slot: `host`, or `host/pool` for a configured pool.

@@ -9,7 +9,7 @@ use gorego::{
         layout::Layout,
         origins::Origins,
         outcome::{FailureKind, Problem},
-        request::{AssetRequest, Kind, Qualifiers},
+        request::{AssetRequest, AssetKind, Qualifiers},
         unpack::{Contents, unpack},
     },
     host::{HostPortRule, Network},
@@ -66,14 +66,14 @@ fn request(text: &str) {
     let list = list.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let Ok(qualifiers) = Qualifiers::parse(list) else { return };
     let instance = Instances::new([""]).and_then(|instances| instances.get("")).expect("the default");
-    let _ = (qualifiers.integrity(), qualifiers.unsupported(Kind::Blob));
+    let _ = (qualifiers.integrity(), qualifiers.unsupported(AssetKind::Blob));
     if let Ok(path) = qualifiers.directory() {
         assert!(path.as_path().is_relative());
     }
     assert!(qualifiers.shown().all(|(name, _)| !name.starts_with("http_header")), "a credential is shown");
     let new = |qualifiers| {
         let uris = vec!["http://a/".to_owned(), "http://b/".to_owned()];
-        AssetRequest::new(instance, FUNCTION, Kind::Blob, uris, qualifiers).expect("fine URIs")
+        AssetRequest::new(instance, FUNCTION, AssetKind::Blob, uris, qualifiers).expect("fine URIs")
     };
     let request = new(qualifiers);
     if let Ok(headers) = request.headers() {

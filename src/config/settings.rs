@@ -13,7 +13,7 @@ use super::{
 use crate::{
     action::{Priorities, TimeoutPolicy},
     host::{HostPortRule, HostRule, Network},
-    instance::{Instances, Policy},
+    instance::{InstancePolicy, Instances},
     node::NodeName,
     platform::UnknownProperties,
     size::Size,
@@ -331,16 +331,16 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
         check.require(key, !listed.is_empty(), "is empty; at least one digest function is needed");
         DigestFunction::ALL.iter().copied().filter(|function| listed.contains(function)).collect()
     };
-    let common = Policy {
+    let common = InstancePolicy {
         digest_functions: functions(check, "cache.digest_functions", &config.cache.digest_functions),
         action_cache_updates: config.cache.action_cache_updates,
         execution: true,
         blobs_of: None,
     };
-    let mut policies: Vec<(String, Policy)> =
+    let mut policies: Vec<(String, InstancePolicy)> =
         config.instance_names.iter().map(|name| (name.clone(), common.clone())).collect();
     for (name, own) in &config.instances {
-        let own = Policy {
+        let own = InstancePolicy {
             digest_functions: match &own.digest_functions {
                 Some(listed) => functions(check, "instances", listed),
                 None => common.digest_functions.clone(),

@@ -9,6 +9,7 @@ mod files;
 mod ids;
 mod rooms;
 mod tree;
+mod types;
 mod words;
 
 use std::{path::Path, sync::LazyLock};
@@ -92,6 +93,11 @@ fn the_map_is_complete_and_true() {
 #[test]
 fn every_file_says_what_it_is() {
     none(&files::silent(&FILES));
+}
+
+#[test]
+fn each_type_of_the_server_has_its_own_name() {
+    none(&types::homonyms(&FILES, types::SHARED));
 }
 
 #[test]

@@ -360,7 +360,8 @@ mod tests {
         );
         assert_eq!(stray("src/actors/cas/trees/walk.rs", "use super::super::results::LoadedResult;"), 1);
         assert_eq!(stray("src/actors/cas/client.rs", "use super::{CasActor, forms::chunks::ChunkWork};"), 1);
-        let good = "use crate::actors::cas::{CasActor, LOG, client::Cas, index::Found, trees::TreeRoom};";
+        let good =
+            "use crate::actors::cas::{CasActor, LOG, client::Cas, index::FoundEntry, trees::TreeRoom};";
         assert_eq!(stray("src/actors/cas/results/lookup.rs", good), 0);
         assert_eq!(stray("src/actors/cas.rs", "use results::X; use super::cas::forms::Y;"), 0);
     }

@@ -1,13 +1,13 @@
-//! [`Origins`]: which hosts and addresses a download may contact (AST-10). Pure.
+//! [`Origins`]: which hosts and addresses a download may contact (AST-10). It is pure.
 //!
-//! A host is judged by its name before anything is resolved, and again at every redirect; each address that a name resolves to
-//! is judged before it is connected to, so a name cannot be pointed at the inside of the network after it was judged.
+//! A host is checked by its name before it is resolved, and again at every redirect. Each address that a name resolves to is
+//! checked before it is connected to, so a name cannot be pointed at an internal address after it was checked.
 
 use crate::host::{HostPortRule, HostRule, Network, bare};
 use reqwest::Url;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// What may be contacted; nothing by default.
+/// The hosts and networks that may be contacted; none by default.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Origins {
     hosts: Vec<HostPortRule>,
@@ -20,10 +20,10 @@ impl Origins {
         Self { hosts, networks }
     }
 
-    /// Judges a URL by what it says: scheme, host and port.
+    /// Checks the scheme, host and port of a URL.
     ///
     /// # Errors
-    /// Why not, naming the configuration key that could allow it.
+    /// Why it is not allowed, with the configuration key that could allow it.
     pub fn check_url(&self, url: &Url) -> Result<(), String> {
         if !matches!(url.scheme(), "http" | "https") {
             return Err(format!("scheme \"{}\" is not fetched; only http and https are", url.scheme()));
@@ -40,7 +40,7 @@ impl Origins {
             return Err(format!("host \"{host}\" is not in assets.allowed_hosts of this server"));
         }
         match host.parse() {
-            // An address that is listed by itself needs no further leave.
+            // An address that is listed as a host is allowed without a further check.
             Ok(address) if !matching.iter().any(|rule| matches!(rule, HostRule::Is(_))) => {
                 self.check_address(address)
             }
@@ -48,10 +48,10 @@ impl Origins {
         }
     }
 
-    /// Judges an address that a name resolved to.
+    /// Checks an address that a name resolved to.
     ///
     /// # Errors
-    /// Why not, naming the configuration key that could allow it.
+    /// Why it is not allowed, with the configuration key that could allow it.
     pub fn check_address(&self, address: IpAddr) -> Result<(), String> {
         if is_public(address) || self.networks.iter().any(|network| network.contains(address)) {
             return Ok(());
@@ -89,12 +89,13 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
     let embedded =
         |high: u16, low: u16| is_public_v4(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)));
     match (a, b) {
-        // NAT64 and 6to4 lead to the IPv4 address that is in them.
+        // NAT64 and 6to4 addresses lead to the IPv4 address that they contain.
         (0x64, 0xff9b) if [c, d, e, f] == [0; 4] => embedded(g, h),
         (0x2002, _) => embedded(b, c),
         // Protocol assignments (Teredo among them) and documentation.
         (0x2001, 0..=0x1ff | 0xdb8) | (0x3fff, 0..=0xfff) => false,
-        // All else that is global unicast; loopback, unique local, link local and multicast are outside of this block.
+        // All other global unicast addresses. Loopback, unique local, link local and multicast addresses are outside of this
+        // block.
         _ => a & 0xe000 == 0x2000,
     }
 }
@@ -144,7 +145,7 @@ mod tests {
         }
     }
 
-    /// AST-10: however the address is written.
+    /// AST-10, in any notation of the address.
     #[test]
     fn addresses_that_are_not_public_need_to_be_listed() {
         let all = origins(&["*"], &[]);
@@ -184,7 +185,7 @@ mod tests {
         }
         assert!(!allows(&inside, "http://10.0.0.1/"));
         assert!(inside.check_address("0.0.0.1".parse().unwrap()).is_err());
-        // A host that is listed by name does not bring its addresses with it.
+        // Listing a host by name does not allow its addresses.
         assert!(origins(&["localhost"], &[]).check_address("127.0.0.1".parse().unwrap()).is_err());
     }
 }

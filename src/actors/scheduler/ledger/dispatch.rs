@@ -67,11 +67,15 @@ pub(crate) enum RunEnd {
 
 impl Ledger {
     /// The next task whose inputs are to be checked, in the order of a queue; `None` while enough checks are running, or the peer
-    /// that is next has its share of them. Each check must be answered by [`Ledger::inputs_checked`], whatever happens.
+    /// or build that is next has its share of them. Each check must be answered by [`Ledger::inputs_checked`], whatever happens.
     pub(crate) fn next_check(&mut self, now: ClockReading) -> Option<Check> {
         let left = self.settings.concurrent_checks.checked_sub(self.checks.len() + 1)?;
-        let own = self.unchecked.running_of_next(now.at);
-        if own > 0 && own >= left.saturating_mul(SHARE) {
+        let (of_peer, of_build) = self.unchecked.running_of_next(now.at);
+        // How many more its peer may have after this one.
+        let left_to_peer = left.saturating_mul(SHARE).saturating_sub(of_peer + 1) / (SHARE + 1);
+        if of_peer > 0 && of_peer >= left.saturating_mul(SHARE)
+            || of_build > 0 && of_build >= left_to_peer.saturating_mul(SHARE)
+        {
             return None;
         }
         let (id, charge) = self.unchecked.pop(now.at)?;

@@ -1,21 +1,21 @@
-//! The scheduler: which action runs when and where, and who hears of it.
+//! The scheduler: which action runs when and where, and which clients are told.
 //!
-//! [`SchedulerActor`] is a thin shell. It owns the [`Ledger`], which decides everything, and moves the mail: requests and facts
-//! go in with the time, decisions go out to the store and to the pools. Every wait for them is a task of its own
-//! whose end comes back as a message, so that no handler waits, facts arrive in the order in which they were sent, and a
-//! wait costs nothing while it lasts (futures kept in an actix context are all polled whenever one of them wakes).
+//! [`SchedulerActor`] is a thin shell around the [`Ledger`], which makes all decisions. Requests and facts go into the ledger with
+//! the time, and its decisions go out to the store and the pools. Each wait for them is a separate task whose end comes back as
+//! a message. So no handler waits, facts arrive in the order in which they were sent, and a wait costs nothing while it lasts
+//! (futures in an actix context are all polled whenever one of them wakes).
 //!
-//! It does not touch bytes, files or processes. It knows the workers as recipients of their messages and the store as
-//! [`InputCheck`]. What an action is, and whether there is a result of it, has been looked up before it is admitted.
+//! The actor does not touch bytes, files or processes. It knows the workers as recipients of their messages and the store as
+//! [`InputCheck`]. The action and its cached result were looked up before the action is admitted.
 
 pub mod inputs;
-pub mod ledger;
+mod ledger;
 mod log;
 pub mod messages;
 pub mod operation;
 mod queue;
+mod quota;
 mod register;
-mod room;
 pub mod settings;
 pub mod slots;
 #[cfg(test)]
@@ -41,7 +41,7 @@ use messages::{
     ListPools, OperationPage, RemovePool, Watch,
 };
 use operation::{OperationId, QueueStatus, Subscription};
-use settings::{Moment, SchedulerSettings};
+use settings::{ClockReading, SchedulerSettings};
 use slots::{PoolId, PoolSpec};
 use std::{
     collections::{BTreeSet, HashMap},
@@ -49,11 +49,11 @@ use std::{
 };
 use tokio::sync::oneshot;
 
-/// Messages that wait in the mailbox before senders wait instead. A message is handled in microseconds; this is enough to
-/// keep the actor busy and too little to be a second queue.
+/// Messages that may wait in the mailbox before senders have to wait. A message is handled in microseconds, so this keeps the
+/// actor busy and is too small to be a second queue.
 const MAILBOX: usize = 1024;
 
-/// How often deadlines are looked at: what times out here is measured in minutes.
+/// How often deadlines are checked. Most of them are minutes.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A set of workers: what they offer, and the way to run a task on them. The workers of another machine would be one more of
@@ -76,7 +76,7 @@ pub struct SchedulerActor {
     /// The name of this server.
     node: NodeName,
     drained: Vec<oneshot::Sender<()>>,
-    /// Who waits for the end of all runs of a pool.
+    /// The senders of [`DrainPool`] that wait for the end of all runs of a pool.
     drained_pools: Vec<(PoolId, oneshot::Sender<()>)>,
 }
 
@@ -100,14 +100,14 @@ impl SchedulerActor {
         }
     }
 
-    /// Counts the messages that it handles.
+    /// The counter of the messages that the actor handles.
     pub fn mail(&self) -> Mail {
         self.mail.clone()
     }
 
-    /// Carries out what the ledger has decided; to be called after every change to it.
+    /// Carries out the decisions of the ledger. It is called after every change to the ledger.
     fn settle(&mut self, ctx: &mut Context<Self>) {
-        let now = Moment::now();
+        let now = ClockReading::now();
         while let Some(check) = self.ledger.next_check(now) {
             self.send_check(check, ctx);
         }
@@ -154,9 +154,9 @@ impl SchedulerActor {
         actix::spawn(async move {
             let end = match runner.send(run).await {
                 Ok(report) => RunEnd::Reported(report),
-                // The worker died without an answer. Workers catch panics, so that a pool which still takes mail has lost
-                // an answer rather than a thread: its slot is used again. At worst a task then waits inside the pool for
-                // another thread; a slot withdrawn for a lost answer would be lost for good, and soon all of them.
+                // The worker died without an answer. Workers catch panics, so a pool that still accepts messages has lost an
+                // answer rather than a thread, and its slot is used again. At worst, a task then waits inside the pool for
+                // another thread. If slots were withdrawn instead, all of them would be lost over time.
                 Err(MailboxError::Closed | MailboxError::Timeout) => {
                     RunEnd::Lost { pool_closed: !runner.connected() }
                 }
@@ -177,7 +177,7 @@ impl Actor for SchedulerActor {
     }
 }
 
-/// A fact: the store has looked at the inputs of a task.
+/// A fact: the store has checked the inputs of a task.
 #[derive(Message)]
 #[rtype(result = "()")]
 struct InputsChecked {
@@ -185,7 +185,7 @@ struct InputsChecked {
     result: Result<()>,
 }
 
-/// A fact: a run is over.
+/// A fact: a run has ended.
 #[derive(Message)]
 #[rtype(result = "()")]
 struct RunEnded {
@@ -202,7 +202,7 @@ impl Receive<Tick> for SchedulerActor {
     type Answer = ();
 
     fn receive(&mut self, _: Tick, ctx: &mut Self::Context) {
-        for place in self.ledger.tick(Moment::now()) {
+        for place in self.ledger.tick(ClockReading::now()) {
             Event::warn(log::TARGET, log::SLOT_STUCK)
                 .with("pool", &*place.pool)
                 .with("slot", place.slot.0)
@@ -216,7 +216,8 @@ impl Receive<Admit> for SchedulerActor {
     type Answer = Result<Subscription>;
 
     fn receive(&mut self, Admit { submit, resolution }: Admit, ctx: &mut Self::Context) -> Self::Answer {
-        let admitted = self.ledger.admit(submit, resolution, OperationId::random(self.node), Moment::now());
+        let admitted =
+            self.ledger.admit(submit, resolution, OperationId::random(self.node), ClockReading::now());
         self.settle(ctx);
         admitted
     }
@@ -226,7 +227,7 @@ impl Receive<InputsChecked> for SchedulerActor {
     type Answer = ();
 
     fn receive(&mut self, InputsChecked { task, result }: InputsChecked, ctx: &mut Self::Context) {
-        self.ledger.inputs_checked(task, result, Moment::now());
+        self.ledger.inputs_checked(task, result, ClockReading::now());
         self.settle(ctx);
     }
 }
@@ -243,7 +244,7 @@ impl Receive<RunEnded> for SchedulerActor {
     type Answer = ();
 
     fn receive(&mut self, RunEnded { task, end }: RunEnded, ctx: &mut Self::Context) {
-        self.ledger.finish(task, end, Moment::now());
+        self.ledger.finish(task, end, ClockReading::now());
         self.settle(ctx);
     }
 }
@@ -260,7 +261,7 @@ impl Receive<Cancel> for SchedulerActor {
     type Answer = Result<()>;
 
     fn receive(&mut self, Cancel { instance, id }: Cancel, ctx: &mut Self::Context) -> Self::Answer {
-        let cancelled = self.ledger.cancel(&instance, id, Moment::now());
+        let cancelled = self.ledger.cancel(&instance, id, ClockReading::now());
         self.settle(ctx);
         cancelled
     }
@@ -278,7 +279,7 @@ impl Receive<Explain> for SchedulerActor {
     type Answer = Option<Box<QueueStatus>>;
 
     fn receive(&mut self, Explain { instance, id }: Explain, _: &mut Self::Context) -> Self::Answer {
-        self.ledger.explain(&instance, id, Moment::now()).map(Box::new)
+        self.ledger.explain(&instance, id, ClockReading::now()).map(Box::new)
     }
 }
 
@@ -345,7 +346,7 @@ impl Receive<RemovePool> for SchedulerActor {
 
     fn receive(&mut self, RemovePool { id }: RemovePool, ctx: &mut Self::Context) -> Self::Answer {
         let name = self.ledger.pool_name(id);
-        self.ledger.remove_pool(id, Moment::now())?;
+        self.ledger.remove_pool(id, ClockReading::now())?;
         // Its workers end when the last run has reported.
         self.runners.remove(&id);
         Event::info(log::TARGET, log::POOL_REMOVED)
@@ -375,7 +376,7 @@ impl Receive<Drain> for SchedulerActor {
             .with("queued", queued)
             .with("running", running)
             .log(format_args!("the scheduler takes no more work"));
-        self.ledger.drain(cancel, Moment::now());
+        self.ledger.drain(cancel, ClockReading::now());
         let (sender, drained) = oneshot::channel();
         self.drained.push(sender);
         self.settle(ctx);

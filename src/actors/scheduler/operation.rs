@@ -1,4 +1,4 @@
-//! An operation as its clients see it: name, snapshots, subscription, outcome.
+//! An operation as its clients see it: its name, its state, the subscription to it, and its outcome.
 
 use super::transition::RunPlace;
 use crate::{
@@ -73,83 +73,82 @@ impl FromStr for OperationId {
     }
 }
 
-/// Where an operation is (EXE-04).
+/// The stage of an operation (EXE-04).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
-    /// Waits for a slot (or, first, for its inputs to be checked).
+    /// It waits for a slot or, before that, for the check of its inputs.
     Queued,
-    /// A worker has it.
+    /// A worker runs its task.
     Executing,
-    /// Over; the snapshot has its outcome.
+    /// It has ended, and the snapshot has its outcome.
     Completed,
 }
 
-/// How a task ended, shared by all its operations.
+/// How a task ended. All its operations share it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
-    /// What the command left behind; also the logs of a command that timed out (EXE-45).
+    /// The result of the command. It may be set together with an error: a command that timed out has logs (EXE-45).
     pub result: Option<Arc<reapi::ActionResult>>,
-    /// The result came from the action cache (EXE-16).
+    /// Whether the result came from the action cache (EXE-16).
     pub cached: bool,
-    /// Why there is no (whole) result.
+    /// Why there is no complete result.
     pub error: Option<Error>,
-    /// A word for people; usually empty.
+    /// An explanation for people; usually empty.
     pub message: String,
-    /// Accounts of the runs, where there is something to tell (EXE-61).
+    /// Texts about unusual runs (EXE-61).
     pub server_logs: Vec<ServerLog>,
 }
 
-/// A text about one run, for people.
+/// A text about one run, for people (EXE-61).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerLog {
-    /// A plain file name.
+    /// The file name under which clients may save it.
     pub name: String,
-    /// The text, stored.
+    /// The digest of the text, which is stored as a blob.
     pub digest: Digest,
 }
 
-/// What a subscriber sees.
+/// The state of an operation as a subscriber sees it.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
-    /// Where the operation is.
+    /// The current stage.
     pub stage: Stage,
-    /// When it was submitted.
+    /// The time of the submission.
     pub queued_at: SystemTime,
-    /// Where it runs, or ran last.
+    /// The slot on which it runs or ran last.
     pub place: Option<Arc<RunPlace>>,
-    /// The worker's current step while executing, and when it was entered.
+    /// The current stage of the run, and the time at which it was entered.
     pub run_stage: Option<(RunStage, SystemTime)>,
-    /// Where the output of its latest run can be followed, from when there may be any; also after the end (EXE-64).
+    /// The streams in which the output of the latest run can be followed, during the run and after it (EXE-64).
     pub logs: Option<RunLogs>,
-    /// Why it waits. It changes with everything else that waits, so that it is never in a watch cell: who wants to show it
-    /// asks for it ([`Explain`](super::messages::Explain)) and puts it here.
+    /// Why it waits. This changes whenever another operation comes or goes, so it is not set in snapshots that are pushed. A
+    /// handler that shows it asks for it with [`Explain`](super::messages::Explain).
     pub queue: Option<Box<QueueStatus>>,
-    /// Set exactly when the stage is [`Stage::Completed`].
+    /// How it ended; set if and only if the stage is [`Stage::Completed`].
     pub outcome: Option<Arc<Outcome>>,
 }
 
-/// Why an operation waits, as of the last second or so.
+/// Why an operation waits, as of the last second.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct QueueStatus {
-    /// The pool that is likely to take it.
+    /// The name of the pool that will probably run it.
     pub pool: String,
-    /// Other pools that can.
+    /// The names of the other pools that can run it.
     pub other_pools: Vec<String>,
-    /// Which one it is of those that wait for that pool, from 1, if nothing else comes, in the order in which they will be
-    /// served; `None` when that is not known yet.
+    /// Its position in the queue of that pool, from 1, if no other operation arrives; `None` if it is not known yet.
     pub position: Option<usize>,
-    /// How many wait for that pool.
+    /// The number of tasks in the queue of that pool.
     pub waiting: usize,
-    /// Slots of that pool that are taken.
+    /// The number of busy slots of that pool.
     pub busy: usize,
-    /// Slots of that pool.
+    /// The number of all slots of that pool.
     pub slots: usize,
-    /// The reason, for people.
+    /// The reason as a sentence for people.
     pub reason: String,
 }
 
 impl Snapshot {
-    /// That of an operation that waits, submitted at this time.
+    /// The snapshot of an operation that was submitted at this time and waits.
     pub fn queued(queued_at: SystemTime) -> Self {
         Self {
             stage: Stage::Queued,
@@ -163,58 +162,58 @@ impl Snapshot {
     }
 }
 
-/// Which contents a client wants inlined in results (AC-05, EXE-59).
+/// The contents that a client wants in the result itself (AC-05, EXE-59).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Inline {
-    /// `stdout_raw`.
+    /// Whether to fill `stdout_raw`.
     pub stdout: bool,
-    /// `stderr_raw`.
+    /// Whether to fill `stderr_raw`.
     pub stderr: bool,
-    /// `contents` of these output files.
+    /// The paths of the output files whose `contents` to fill.
     pub output_files: Vec<String>,
 }
 
-/// What never changes about an operation.
+/// The immutable part of an operation.
 #[derive(Debug, Clone)]
 pub struct OperationInfo {
-    /// Its name.
+    /// The last part of its name.
     pub id: OperationId,
-    /// Its namespace.
+    /// The instance to which it belongs.
     pub instance: Instance,
-    /// The action.
+    /// The digest of the Action message.
     pub action: Digest,
-    /// What its client wants inlined.
+    /// The contents that its client wants in the response.
     pub inline: Inline,
-    /// Who asked, in its own words.
+    /// What the client said about itself.
     pub client: ClientInfo,
-    /// Where it asked from.
+    /// The peer from which the request came.
     pub peer: Peer,
 }
 
 impl OperationInfo {
-    /// `[instance/]operations/{id}`.
+    /// The name that clients use: `[instance/]operations/{id}`.
     pub fn name(&self) -> String {
         self.id.name(&self.instance)
     }
 }
 
-/// What the client said about itself in RequestMetadata (GEN-28); all optional, none trusted.
+/// The part of the RequestMetadata that the server uses (GEN-28). Every field is optional, and none is trusted.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ClientInfo {
-    /// One run of the build tool.
+    /// Identifies one run of the build tool.
     pub tool_invocation_id: String,
-    /// The target that is built.
+    /// The target that the action belongs to.
     pub target_id: String,
-    /// The kind of action.
+    /// The kind of the action, such as `CppCompile`.
     pub action_mnemonic: String,
 }
 
-/// The right to follow one operation. While any is held the operation counts as waited for.
+/// A subscription to one operation. While a client holds one, the operation counts as followed.
 #[derive(Debug, Clone)]
 pub struct Subscription {
-    /// Which operation.
+    /// The operation.
     pub info: Arc<OperationInfo>,
-    /// Its current and every later snapshot.
+    /// The current snapshot and all later ones.
     pub snapshots: watch::Receiver<Snapshot>,
 }
 

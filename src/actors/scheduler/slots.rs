@@ -18,10 +18,10 @@ use std::{
 };
 
 /// Platform properties that one action may require. Each is looked up in each pool, and real actions require a few.
-pub const PROPERTIES_MAX: usize = 1_000;
+pub(crate) const PROPERTIES_MAX: usize = 1_000;
 
 /// Pools at the same time, those that are draining included. A task is in the queue of each pool that can run it.
-pub const POOLS_MAX: usize = 256;
+pub(crate) const POOLS_MAX: usize = 256;
 
 /// Identifies a pool. No two pools of one process have the same id, even if they have the same name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

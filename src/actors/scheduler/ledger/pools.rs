@@ -8,11 +8,11 @@
 //! A change looks at each task once, at a cost of O(log n) for each task that is affected. Pools change when people or
 //! machines come and go, which is rare.
 
-use super::{Ledger, Step};
+use super::{Ledger, TaskStep};
 use crate::actors::{
     scheduler::{
         queue::Queue,
-        settings::Moment,
+        settings::ClockReading,
         slots::{PoolId, PoolSet, PoolSpec, PoolStatus},
     },
     worker::messages::TaskId,
@@ -45,7 +45,7 @@ impl Ledger {
     ///
     /// # Errors
     /// `NotFound`.
-    pub(crate) fn remove_pool(&mut self, id: PoolId, now: Moment) -> Result<()> {
+    pub(crate) fn remove_pool(&mut self, id: PoolId, now: ClockReading) -> Result<()> {
         self.slots.remove(id)?;
         self.ready.remove(&id);
         let grace = self.settings.stop_grace;
@@ -86,7 +86,7 @@ impl Ledger {
     }
 
     /// No task is in the queue of a removed pool. Those that wait and have no other pool end.
-    fn withdraw_pool(&mut self, id: PoolId, now: Moment) {
+    fn withdraw_pool(&mut self, id: PoolId, now: ClockReading) {
         let affected = self.tasks.iter().filter(|(_, task)| task.pools.contains(&id));
         let affected: Vec<_> = affected.map(|(id, task)| (*id, task.pools.clone())).collect();
         for (task, before) in affected {
@@ -100,24 +100,24 @@ impl Ledger {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.position = None;
         let before = std::mem::replace(&mut task.pools, pools.clone());
-        if task.step != Step::Ready {
+        if task.step != TaskStep::Ready {
             return;
         }
         if task.unfollowed_since.is_none() {
             self.unfollowed.rivals.remove(&before);
             self.unfollowed.rivals.add(&pools);
         }
-        let places = task.places(id);
+        let entries = task.entries(id);
         let without = |pools: &PoolSet, others: &PoolSet| -> PoolSet {
             Arc::from_iter(pools.iter().copied().filter(|pool| !others.contains(pool)))
         };
-        self.each_queue(Step::Ready, &without(&before, &pools), |queue| {
-            for place in &places {
-                queue.remove(place);
+        self.each_queue(TaskStep::Ready, &without(&before, &pools), |queue| {
+            for entry in &entries {
+                queue.remove(entry);
             }
         });
-        self.each_queue(Step::Ready, &without(&pools, &before), |queue| {
-            places.iter().for_each(|place| queue.insert(*place));
+        self.each_queue(TaskStep::Ready, &without(&pools, &before), |queue| {
+            entries.iter().for_each(|entry| queue.insert(*entry));
         });
     }
 }

@@ -19,9 +19,9 @@ use crate::actors::{
     },
 };
 use crate::caller::Caller;
-use pools::{Kind, Pools};
+use pools::{PoolKind, Pools};
 use std::collections::HashSet;
-use turns::Waiting;
+use turns::WaitingTask;
 
 const SEEDS: u64 = 300;
 const STEPS: u32 = 1000;
@@ -108,7 +108,7 @@ impl Random {
 }
 
 /// What the world knows of an operation.
-struct Known {
+struct KnownOperation {
     subscription: Option<Subscription>,
     do_not_cache: bool,
     stage: Stage,
@@ -122,8 +122,8 @@ struct Known {
 struct World {
     random: Random,
     ledger: Ledger,
-    now: Moment,
-    known: BTreeMap<OperationId, Known>,
+    now: ClockReading,
+    known: BTreeMap<OperationId, KnownOperation>,
     next_id: u128,
     checks: Vec<TaskId>,
     /// What is out, by slot.
@@ -157,7 +157,7 @@ impl World {
             ..settings()
         };
         let mut pools = Pools::default();
-        let specs = [(2, Kind::Linux), (1, Kind::Plan9), (1, Kind::Either)];
+        let specs = [(2, PoolKind::Linux), (1, PoolKind::Plan9), (1, PoolKind::Either)];
         let specs = specs.map(|(slots, kind)| pools.new_spec(slots, kind));
         let ledger = Ledger::new(settings, specs.to_vec());
         // Ids ascend in the order of the list.
@@ -166,7 +166,7 @@ impl World {
         Self {
             random,
             ledger,
-            now: Moment::now(),
+            now: ClockReading::now(),
             known: BTreeMap::new(),
             next_id: 1,
             checks: Vec::new(),
@@ -214,7 +214,7 @@ impl World {
         let peer = peer(self.random.below(3) as u8);
         let caller = Caller::without_connection(peer);
         let submit = Submit { priority, caller, ..submit_of(invocation, &work) };
-        let waiting = self.ledger.room.all().waiting;
+        let waiting = self.ledger.quota.all().waiting;
         let owner = self.ledger.owner(&OperationInfo {
             id,
             instance: submit.instance.clone(),
@@ -225,7 +225,7 @@ impl World {
         });
         // What follows from the shares is tested where they are counted.
         let has_room =
-            self.ledger.room.check(owner, 0).is_ok() && self.ledger.register.check_place(peer).is_ok();
+            self.ledger.quota.check(owner, 0).is_ok() && self.ledger.register.check_place(peer).is_ok();
         let resolution = match unusable {
             true => Resolution::Unusable(Error::invalid("no Action")),
             false => resolution(&work, cached),
@@ -236,7 +236,7 @@ impl World {
                 assert!(cached || unusable || work.platform != Some("amiga"), "nobody can run this");
                 let snapshot = subscription.snapshots.borrow().clone();
                 assert_eq!(snapshot.stage == Stage::Completed, cached || unusable);
-                let known = Known {
+                let known = KnownOperation {
                     subscription: Some(subscription),
                     do_not_cache: work.do_not_cache,
                     stage: snapshot.stage,
@@ -291,7 +291,7 @@ impl World {
             if is_exact {
                 self.ledger.notice_losses(self.now);
             }
-            let before: Vec<Waiting> = self.waiting();
+            let before: Vec<WaitingTask> = self.waiting();
             let out = |pool: PoolId| self.runs.keys().filter(|(of, _)| *of == pool).count();
             let free = |pool: PoolId| self.pools.is_open(pool) && out(pool) < self.pools.slots(pool);
             // The first pool, by preference, that has both a slot and a task for it.
@@ -408,7 +408,7 @@ impl World {
     }
 
     fn advance(&mut self, by: Duration) {
-        self.now = Moment { at: self.now.at + by, wall: self.now.wall + by };
+        self.now = ClockReading { at: self.now.at + by, wall: self.now.wall + by };
         if !self.ledger.tick(self.now).is_empty() {
             self.seen.insert("stuck");
         }
@@ -420,7 +420,7 @@ impl World {
             let known = self.known.get_mut(&info.id).expect("a transition of an operation that was refused");
             assert_eq!(known.completed, 0, "nothing happens after the end");
             match event {
-                Event::Queued { joined } => {
+                OperationEvent::Queued { joined } => {
                     assert!(!(joined && known.do_not_cache), "uncacheable work is never merged (EXE-15)");
                     assert!(known.stage == Stage::Queued);
                     if joined {
@@ -430,11 +430,11 @@ impl World {
                         self.seen.insert("joined");
                     }
                 }
-                Event::Executing { attempt, .. } => {
+                OperationEvent::Executing { attempt, .. } => {
                     assert!(attempt >= 1 && attempt <= self.ledger.settings.max_attempts);
                     (known.stage, known.run_stage) = (Stage::Executing, None);
                 }
-                Event::Requeued { reason, .. } => {
+                OperationEvent::Requeued { reason, .. } => {
                     if reason.to_string().contains("was removed") {
                         self.seen.insert("moved from its pool");
                     }
@@ -442,7 +442,7 @@ impl World {
                     self.seen.insert("requeued");
                     (known.stage, known.run_stage) = (Stage::Queued, None);
                 }
-                Event::Completed { outcome, .. } => {
+                OperationEvent::Completed { outcome, .. } => {
                     known.completed += 1;
                     known.stage = Stage::Completed;
                     assert_eq!(outcome.cached, known.cached);
@@ -482,16 +482,16 @@ impl World {
         let ledger = &self.ledger;
         let settings = &ledger.settings;
         assert_eq!(ledger.runs.len(), self.runs.len(), "every run is out, and every one out is known");
-        let waiting = ledger.tasks.values().filter(|task| task.step != Step::Running).count();
-        let mut room = Room::new(settings);
+        let waiting = ledger.tasks.values().filter(|task| task.step != TaskStep::Running).count();
+        let mut quota = QueueQuota::new(settings);
         for task in ledger.tasks.values() {
-            room.add(task.owner, task.load());
+            quota.add(task.owner, task.load());
             assert!(
                 task.waiters.contains_key(&task.owner) && task.waiters.values().all(|own| !own.is_empty())
             );
         }
-        assert_eq!(room, ledger.room, "what there is counts, once, for the right owner");
-        assert_eq!(room.all().waiting, waiting);
+        assert_eq!(quota, ledger.quota, "what there is counts, once, for the right owner");
+        assert_eq!(quota.all().waiting, waiting);
         assert!(waiting <= settings.queue_size + self.most_out);
         self.check_pools();
         self.check_queues();

@@ -22,13 +22,13 @@ use gorego_reapi::proto::reapi;
 /// A ledger with a clock, and shorthands for what its world does.
 struct Desk {
     ledger: Ledger,
-    now: Moment,
+    now: ClockReading,
     next_id: u128,
 }
 
 impl Desk {
     fn new(slots: usize, settings: SchedulerSettings) -> Self {
-        Self { ledger: ledger_with(settings, &[(slots, "linux")]), now: Moment::now(), next_id: 1 }
+        Self { ledger: ledger_with(settings, &[(slots, "linux")]), now: ClockReading::now(), next_id: 1 }
     }
 
     fn try_submit(&mut self, submit: Submit, resolution: Resolution) -> Result<Subscription> {
@@ -79,7 +79,7 @@ impl Desk {
 
     fn after(&mut self, seconds: u64) -> Vec<Arc<RunPlace>> {
         let by = Duration::from_secs(seconds);
-        self.now = Moment { at: self.now.at + by, wall: self.now.wall + by };
+        self.now = ClockReading { at: self.now.at + by, wall: self.now.wall + by };
         self.ledger.tick(self.now)
     }
 }
@@ -130,9 +130,9 @@ fn an_action_that_cannot_run_is_an_operation_that_is_over_at_birth() {
         ListOperations { instance: instance(), filter: OperationFilter::default(), after: 0, limit: 9 };
     assert_eq!(desk.ledger.list(&query).unwrap().operations.len(), 2);
     let told = desk.ledger.take_transitions();
-    let ends = told
-        .iter()
-        .filter(|told| matches!(&told.event, Event::Completed { place: None, queued_for: None, .. }));
+    let ends = told.iter().filter(|told| {
+        matches!(&told.event, OperationEvent::Completed { place: None, queued_for: None, .. })
+    });
     assert_eq!((told.len(), ends.count()), (2, 2));
     assert!(desk.dispatch().is_empty() && desk.ledger.is_idle());
     desk.ledger.drain(false, desk.now);

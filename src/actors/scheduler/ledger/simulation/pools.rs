@@ -3,7 +3,7 @@
 use super::World;
 use crate::{
     actors::scheduler::{
-        ledger::{Step, fixtures::pool},
+        ledger::{TaskStep, fixtures::pool},
         slots::{PoolId, PoolSpec},
     },
     platform::{self, Offer},
@@ -15,28 +15,28 @@ const MOST: usize = 4;
 
 /// What the workers of a pool run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum PoolKind {
     Linux,
     Plan9,
     Either,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum KnownState {
     Open,
     Draining,
     Closed,
 }
 
-struct Known {
+struct KnownPool {
     spec: PoolSpec,
-    state: State,
+    state: KnownState,
 }
 
 /// The pools as the world sees them.
 #[derive(Default)]
 pub(super) struct Pools {
-    pools: BTreeMap<PoolId, Known>,
+    pools: BTreeMap<PoolId, KnownPool>,
     /// By preference; the older one first where two are equal.
     order: Vec<PoolId>,
     names: u32,
@@ -44,19 +44,19 @@ pub(super) struct Pools {
 
 impl Pools {
     /// A pool with a name of its own.
-    pub(super) fn new_spec(&mut self, slots: usize, kind: Kind) -> PoolSpec {
+    pub(super) fn new_spec(&mut self, slots: usize, kind: PoolKind) -> PoolSpec {
         self.names += 1;
         let either = Offer::Set(vec!["linux".into(), "plan9".into()]);
         let offers = match kind {
-            Kind::Linux => pool(slots, "linux").offers,
-            Kind::Plan9 => pool(slots, "plan9").offers,
-            Kind::Either => [("OSFamily".to_owned(), either)].into(),
+            PoolKind::Linux => pool(slots, "linux").offers,
+            PoolKind::Plan9 => pool(slots, "plan9").offers,
+            PoolKind::Either => [("OSFamily".to_owned(), either)].into(),
         };
         PoolSpec { name: format!("pool {}", self.names), offers, ..pool(slots, "") }
     }
 
     pub(super) fn insert(&mut self, id: PoolId, spec: PoolSpec) {
-        let before = self.pools.insert(id, Known { spec, state: State::Open });
+        let before = self.pools.insert(id, KnownPool { spec, state: KnownState::Open });
         assert!(before.is_none(), "an id is used once");
         self.order.push(id);
         self.order.sort_by_key(|id| {
@@ -79,16 +79,16 @@ impl Pools {
     }
 
     pub(super) fn is_open(&self, id: PoolId) -> bool {
-        self.pools.get(&id).is_some_and(|pool| pool.state == State::Open)
+        self.pools.get(&id).is_some_and(|pool| pool.state == KnownState::Open)
     }
 
     pub(super) fn is_closed(&self, id: PoolId) -> bool {
-        self.pools.get(&id).is_some_and(|pool| pool.state == State::Closed)
+        self.pools.get(&id).is_some_and(|pool| pool.state == KnownState::Closed)
     }
 
     pub(super) fn close(&mut self, id: PoolId) {
         if let Some(pool) = self.pools.get_mut(&id) {
-            pool.state = State::Closed;
+            pool.state = KnownState::Closed;
         }
     }
 
@@ -125,8 +125,8 @@ impl World {
             (2, Some(id)) => {
                 self.ledger.drain_pool(id).unwrap();
                 let known = self.pools.pools.get_mut(&id).unwrap();
-                if known.state == State::Open {
-                    known.state = State::Draining;
+                if known.state == KnownState::Open {
+                    known.state = KnownState::Draining;
                 }
                 self.seen.insert("pool drained");
             }
@@ -141,7 +141,7 @@ impl World {
     }
 
     fn add_pool(&mut self) {
-        let kind = self.random.pick(&[Kind::Linux, Kind::Plan9, Kind::Either]).unwrap();
+        let kind = self.random.pick(&[PoolKind::Linux, PoolKind::Plan9, PoolKind::Either]).unwrap();
         let slots = 1 + self.random.below(2);
         let spec = self.pools.new_spec(slots, kind);
         let id = self.ledger.add_pool(spec.clone()).unwrap();
@@ -161,12 +161,12 @@ impl World {
         for task in ledger.tasks.values() {
             let family = task.action.platform.first().map(|(_, value)| value.as_str());
             assert_eq!(*task.pools, *self.pools.suiting(family));
-            if task.step != Step::Running {
+            if task.step != TaskStep::Running {
                 let is_hopeless = |id: &PoolId| self.pools.is_closed(*id);
                 assert!(!task.pools.iter().all(is_hopeless), "nobody waits for what will never come");
             }
         }
-        let in_service = self.pools.pools.values().filter(|pool| pool.state == State::Open);
+        let in_service = self.pools.pools.values().filter(|pool| pool.state == KnownState::Open);
         let stuck = ledger.runs.values().filter(|run| run.stuck && self.pools.is_open(run.pool)).count();
         let slots: usize = in_service.map(|pool| pool.spec.slots).sum();
         assert_eq!(ledger.inspect().slots, slots - stuck);

@@ -19,7 +19,7 @@ fn pool_of(name: &str, slots: usize, offers: &[(&str, Offer)]) -> PoolSpec {
 fn two_pools(settings: SchedulerSettings) -> Desk {
     let plain = pool_of("plain", 1, &[("cores", Offer::Minimum(4))]);
     let gpu = pool_of("gpu", 1, &[("cores", Offer::Minimum(16)), ("gpu", exact("a100"))]);
-    Desk { ledger: Ledger::new(settings, vec![plain, gpu]), now: Moment::now(), next_id: 1 }
+    Desk { ledger: Ledger::new(settings, vec![plain, gpu]), now: ClockReading::now(), next_id: 1 }
 }
 
 fn asking(name: u64, platform: &[(&str, &str)]) -> (Submit, Resolution) {
@@ -112,7 +112,7 @@ fn a_build_of_thousands_cannot_starve_one_of_five() {
     assert!(turns <= 10, "{turns} turns for 5 actions beside one other build");
 }
 
-/// GEN-21. The room itself is tested where it is counted.
+/// GEN-21. The shares themselves are tested in `quota.rs`.
 #[test]
 fn a_build_larger_than_the_queue_leaves_room_to_one_of_five() {
     let mut desk = Desk::new(4, SchedulerSettings { queue_size: 900, ..settings() });
@@ -156,7 +156,7 @@ fn a_shared_task_has_a_place_for_each_of_its_builds_and_runs_for_the_first_whose
     desk.cancel(&of_c);
     desk.after(2);
     assert_eq!(desk.explain(&of_a[8]).unwrap().position, Some(1));
-    assert_eq!(desk.explain(&of_a[8]).unwrap().waiting, 9, "tasks are counted, not places");
+    assert_eq!(desk.explain(&of_a[8]).unwrap().waiting, 9, "tasks are counted, not entries");
     desk.finish(busy.task, success());
     // Neither runs anything, and the other peer came later.
     let first = desk.dispatch_one();

@@ -10,10 +10,10 @@
 //! end when they are dropped. No handler waits: an answer that needs IO is a separate future.
 
 mod batches;
-pub mod blob;
+pub(crate) mod blob;
 pub mod client;
 mod decoding;
-pub mod forms;
+pub(crate) mod forms;
 mod guards;
 mod index;
 mod lookup;
@@ -29,10 +29,10 @@ pub mod results;
 mod settings;
 #[cfg(test)]
 mod tests;
-pub mod trees;
+pub(crate) mod trees;
 mod turns;
 mod upkeep;
-pub mod uploads;
+pub(crate) mod uploads;
 mod view;
 mod volume;
 

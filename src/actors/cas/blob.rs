@@ -7,7 +7,7 @@
 //! drops it, and is a miss for the reader. In larger blobs, changes that do not move the change time, such as those of a
 //! failing disk, are not noticed.
 
-pub use super::uploads::writer::BlobWriter;
+pub(crate) use super::uploads::writer::BlobWriter;
 use super::{
     client::Cas,
     guards::Lease,

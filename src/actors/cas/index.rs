@@ -8,7 +8,7 @@
 //!   depends on their deletion waits for it ([`Grant::after_deletions`], [`Index::deleted`]), so the bytes on disk never exceed
 //!   the limit either.
 //! - A leased entry is never evicted.
-//! - Entries are evicted in the order of their last use; the end of a lease is a use. In a list of [`EXACT_BELOW`] entries or
+//! - Entries are evicted in the order of their last use; the end of a lease is a use. In a list of [`list::EXACT_BELOW`] entries or
 //!   more, using an entry among the newest quarter does not move it. At least three quarters of all entries are still evicted
 //!   before it. Builds ask for the same blobs again and again, and moving an entry touches three others at random places in
 //!   memory.
@@ -23,59 +23,23 @@ pub use words::*;
 
 use gorego_reapi::digest::Digest;
 use hashbrown::HashTable;
+use list::{Entry, MIN_GROWTH, NIL};
 use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
-    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
+mod list;
 #[cfg(test)]
 mod model;
 mod words;
 
-/// End of a list.
-const NIL: u32 = u32::MAX;
-/// The slab grows by a quarter of its length and by at least this many entries. It never doubles.
-const MIN_GROWTH: usize = 1_024;
-/// Lists shorter than this are kept in the exact order of use.
-const EXACT_BELOW: usize = 1_024;
 /// Maximum number of results whose keys differ only in the size of their action. Real Actions with the same hash have the same
 /// size. The table is hashed without sizes so that an entry can be found by hash alone, and many such entries would make its
 /// look-ups slow.
 const MAX_ALIKE: usize = 8;
 /// Stores below this size have no watermarks and evict only what each write needs, so that all of a small store is used.
 const WATERMARKS_FROM_BYTES: u64 = 64 << 20;
-
-struct Entry {
-    key: Key,
-    /// 0 for a free slot, whose `next` is then the next free slot.
-    generation: u64,
-    stamp: Stamp,
-    bytes: u64,
-    leases: AtomicU32,
-    /// Seconds since 1970 of the last use that is recorded on disk.
-    touched: AtomicU32,
-    /// Neighbours in the order of use, newer and older.
-    prev: u32,
-    next: u32,
-    /// [`Index::links`] when it was last put at the head of the list.
-    linked_at: u32,
-    /// [`Index::links`] when it was last used; `linked_at - 1` if it was not used since then.
-    used_at: AtomicU32,
-    /// Set by [`Index::condemn`]: look-ups no longer find the entry.
-    condemned: AtomicBool,
-}
-
-impl Entry {
-    /// Whether it was used since it was put at the head of the list. The counters wrap: while one entry is not used for days,
-    /// others may be moved to the head billions of times. So they are compared for equality only.
-    fn is_unsettled(&self) -> bool {
-        self.used_at.load(Relaxed) != self.linked_at.wrapping_sub(1)
-    }
-
-    fn is_leased(&self) -> bool {
-        self.leases.load(Relaxed) > 0
-    }
-}
 
 /// The index of the store; see the module documentation.
 pub(super) struct Index {
@@ -374,11 +338,6 @@ impl Index {
         None
     }
 
-    fn move_to_head(&mut self, slot: u32) {
-        self.unlink(slot);
-        self.link_newest(slot);
-    }
-
     /// Entries whose key equals `like` apart from the size of the digest.
     fn alike(&self, like: &Key) -> impl Iterator<Item = &Entry> {
         let same = move |key: &Key| {
@@ -435,34 +394,9 @@ impl Index {
         FoundEntry { at, file: FileId { key, generation }, stamp, touch_due, settle_due }
     }
 
-    /// Marks an entry as used, unless it is recent enough in the list. Returns whether the mark is new.
-    fn mark_used(&self, entry: &Entry) -> bool {
-        // At most `behind` entries are newer. In a short list even the newest entry is marked, because others that were used
-        // before it may be about to move ahead of it.
-        let behind = self.links.wrapping_sub(entry.linked_at) as usize;
-        let is_new = self.table.len() >= EXACT_BELOW && behind < self.table.len() / 4;
-        if is_new || entry.used_at.load(Relaxed) == self.links {
-            return false;
-        }
-        entry.used_at.store(self.links, Relaxed);
-        true
-    }
-
     fn insert(&mut self, file: FileId, bytes: u64, stamp: Stamp, touched: u32) {
-        let FileId { key, generation } = file;
-        let entry = Entry {
-            key,
-            generation,
-            stamp,
-            bytes,
-            leases: AtomicU32::new(0),
-            touched: AtomicU32::new(touched),
-            prev: NIL,
-            next: NIL,
-            linked_at: 0,
-            used_at: AtomicU32::new(0),
-            condemned: AtomicBool::new(false),
-        };
+        let key = file.key;
+        let entry = Entry::new(file, bytes, stamp, touched);
         let slot = if self.free == NIL {
             if self.entries.len() == self.entries.capacity() {
                 self.entries.reserve_exact(MIN_GROWTH.max(self.entries.len() / 4));
@@ -515,31 +449,6 @@ impl Index {
             EntryKind::Result => &mut self.totals.results,
             EntryKind::Zstd => &mut self.totals.zstd_forms,
         }
-    }
-
-    fn unlink(&mut self, slot: u32) {
-        let Entry { prev, next, .. } = self.entries[slot as usize];
-        match prev {
-            NIL => self.newest = next,
-            _ => self.entries[prev as usize].next = next,
-        }
-        match next {
-            NIL => self.oldest = prev,
-            _ => self.entries[next as usize].prev = prev,
-        }
-    }
-
-    fn link_newest(&mut self, slot: u32) {
-        let old = self.newest;
-        self.links = self.links.wrapping_add(1);
-        let entry = &mut self.entries[slot as usize];
-        (entry.prev, entry.next, entry.linked_at) = (NIL, old, self.links);
-        *entry.used_at.get_mut() = self.links.wrapping_sub(1);
-        match old {
-            NIL => self.oldest = slot,
-            _ => self.entries[old as usize].prev = slot,
-        }
-        self.newest = slot;
     }
 }
 

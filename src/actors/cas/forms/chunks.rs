@@ -40,7 +40,7 @@ const BATCH_BYTES: usize = 8 * 1024 * 1024;
 const RECIPE_MEMO_BYTES: usize = 64 * 1024 * 1024;
 
 /// Chunks in the order in which they make their blob.
-pub type Chunks = Arc<[Digest]>;
+pub(crate) type Chunks = Arc<[Digest]>;
 
 /// Chunks that are about to be stored.
 type Batch = Vec<(Digest, Bytes)>;

@@ -1,6 +1,6 @@
 //! Compares the index with a naive model under random operations.
 
-use super::*;
+use super::{list::EXACT_BELOW, *};
 use crate::instance::InstanceId;
 use gorego_reapi::digest::DigestFunction;
 use proptest::prelude::*;

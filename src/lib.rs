@@ -22,6 +22,7 @@ mod memory;
 pub mod platform;
 mod regular_file;
 mod server;
+mod signals;
 pub mod size;
 mod spread;
 pub mod under_way;

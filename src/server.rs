@@ -25,6 +25,7 @@ use crate::{
     log_streams::{LogSettings, LogStreams, StreamLimits},
     logging::{self, Event},
     memory,
+    signals::StopSignals,
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
@@ -37,7 +38,6 @@ use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
     select,
-    signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
     time::{Instant, interval, timeout_at},
 };
@@ -182,7 +182,7 @@ impl Server {
     async fn serve(self, ready: impl FnOnce(SocketAddr)) -> Result<()> {
         let Self { settings, listener, http, cas, assets, scheduler, build_root, log_streams, workers } =
             self;
-        let mut signals = Signals::listen()?;
+        let mut signals = StopSignals::listen()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
         let health = grpc::health::Health::serving().await;
@@ -221,7 +221,7 @@ impl Server {
         ready(address);
 
         let stop = select! {
-            signal = signals.next() => Stop::Signal(signal),
+            signal = signals.next() => Stop::Signal(signal.name()),
             error = owner_died(&cas, &assets, scheduler.as_ref()) => Stop::Fault(error),
             error = &mut http_serving => Stop::Fault(error),
             ended = &mut serving => Stop::Fault(match ended {
@@ -269,7 +269,7 @@ impl Server {
             () = orderly => {}
             signal = signals.next() => {
                 Event::warn(LOG, "server_interrupted")
-                    .with("signal", signal)
+                    .with("signal", signal.name())
                     .log(format_args!("exiting at once"));
                 logging::flush();
                 // The runners see their sockets close and kill their processes.
@@ -445,26 +445,6 @@ fn owners_live(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActo
         return Err(Error::internal("the scheduler's actor died"));
     }
     Ok(())
-}
-
-/// The signals that stop a server.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn listen() -> Result<Self> {
-        let listen = |kind| signal(kind).map_err(|error| Error::io("listen for signals", &error));
-        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
 }
 
 /// The common name of a pool's workers, without the slot: `host`, or `host/pool` for a configured pool.

@@ -264,7 +264,7 @@ where
         let Some(limit) = this.limit.as_pin_mut() else { return Poll::Pending };
         limit
             .poll(context)
-            .map(|()| Ok(Status::cancelled("the time that the client gave is over").into_http()))
+            .map(|()| Ok(Status::deadline_exceeded("the deadline of the client has passed").into_http()))
     }
 }
 

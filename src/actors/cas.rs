@@ -323,7 +323,7 @@ impl Receive<BeginUpload> for CasActor {
         match self.uploads.begin(name, blob, offset) {
             Begin::Busy(progress) => MessageResult(Ok(Began::Busy(progress))),
             Begin::Elsewhere(committed) => MessageResult(Err(Error::Invalid(format!(
-                "the upload of blob {} stands at {committed}; write_offset {offset} does not go on from there",
+                "the upload of blob {} has {committed} bytes so far; write_offset is {offset} and must be equal to that",
                 blob.digest
             )))),
             Begin::Resume(entered, Partial { sink, room }) => {

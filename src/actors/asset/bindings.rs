@@ -42,7 +42,6 @@ pub struct Binding {
 /// The references of pushed content.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct References {
-    /// Referenced blobs.
     pub blobs: Vec<Digest>,
     /// Referenced root Directories, each with everything below it.
     pub directories: Vec<Digest>,

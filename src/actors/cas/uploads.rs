@@ -161,7 +161,6 @@ impl Attempt {
         EndUpload { name, number, blob, progress, partial }
     }
 
-    /// The actor's address.
     pub fn store(&self) -> &Addr<CasActor> {
         &self.store
     }
@@ -192,7 +191,7 @@ impl std::fmt::Debug for Attempt {
     }
 }
 
-/// A registered attempt.
+/// A registered attempt: its number, and the progress that others can observe.
 #[derive(Debug, Clone)]
 pub struct Entered {
     /// Unique in this process.

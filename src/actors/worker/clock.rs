@@ -16,7 +16,6 @@ use std::time::{Duration, SystemTime};
 pub struct Moment(pub u64);
 
 impl Moment {
-    /// The current time.
     pub fn now() -> Self {
         let time = clock_gettime(ClockId::Monotonic);
         // Both parts count from boot, so neither is negative, and the sum does not overflow within 500 years.

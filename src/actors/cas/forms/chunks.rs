@@ -102,7 +102,6 @@ impl ChunkWork {
         self.recipes.insert((instance.blobs(), blob, chunking), chunks, weight);
     }
 
-    /// Forgets all recipes.
     #[cfg(test)]
     pub(crate) fn forget(&self) {
         self.recipes.clear();

@@ -139,7 +139,7 @@ fn check_list(blob: Digest, chunks: &[Digest]) -> Result<()> {
     if sum != Some(blob.size()) {
         let sum = sum.map_or("more than 2^64".to_owned(), |sum| sum.to_string());
         return Err(Error::Invalid(format!(
-            "the chunks come to {sum} bytes, which cannot be blob {blob}; nothing was stored"
+            "the chunks have {sum} bytes in total and cannot make blob {blob}; nothing was stored"
         )));
     }
     Ok(())

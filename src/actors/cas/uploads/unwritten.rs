@@ -32,7 +32,6 @@ pub(crate) struct UnwrittenPieces {
 /// Pieces, with their share of the budget.
 #[derive(Debug, Default)]
 pub(crate) struct Pieces {
-    /// The bytes.
     pub bytes: Vec<Bytes>,
     share: Option<Share>,
 }

@@ -121,7 +121,7 @@ impl LogStreams {
     /// Creates an empty set of streams. Does not access the disk.
     pub fn new(settings: LogSettings) -> Self {
         let StreamLimits { streams, bytes, .. } = settings.clients;
-        let bounds = |what, total| Budget::new(Bounds { what, total, connection: total });
+        let bounds = |what, total| Budget::new(Bounds::shared(what, total));
         Self(Arc::new(LogStreamsState {
             client_streams: settings.client_streams,
             places: bounds("unfinished log streams", streams as u64),

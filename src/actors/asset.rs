@@ -87,15 +87,15 @@ pub(crate) struct AssetShared {
     cas: Cas,
     runtime: Handle,
     downloader: Downloader,
-    /// Limits the flights that download at the same time. One peer gets all but the last ones.
+    /// Limits the flights that download at the same time. A peer gets all but the last ones, and
+    /// one of its connections all but the last of these.
     runway: Budget,
     file: BindingsFile,
 }
 
 /// The budget for `concurrency` flights.
 fn runway(concurrency: usize) -> Budget {
-    let total = concurrency as u64;
-    Budget::new(Bounds { what: "downloads", total, connection: total })
+    Budget::new(Bounds::shared("downloads", concurrency as u64))
 }
 
 /// The owner of bindings and flights.

@@ -189,14 +189,17 @@ impl CasActor {
             packed: Memo::new(settings::PACKED_MEMO_BYTES),
             zstd_history: Memo::new(settings::ZSTD_HISTORY_BYTES),
             encoders: Encoders::new(settings.zstd_level),
-            encoding: Budget::in_turns(places("jobs that compress", encoders())),
+            encoding: Budget::in_turns(Bounds::shared("jobs that compress", encoders())),
             form_turn: Arc::new(Semaphore::new(1)),
-            result_checks: Budget::new(places("results that are being checked", settings::RESULT_CHECKS_MAX)),
-            cold_reads: Budget::new(places("blobs that are being hashed", settings::COLD_READS_MAX)),
+            result_checks: Budget::new(Bounds::shared(
+                "results that are being checked",
+                settings::RESULT_CHECKS_MAX,
+            )),
+            cold_reads: Budget::new(Bounds::shared("blobs that are being hashed", settings::COLD_READS_MAX)),
             upload_budget: Budget::new(settings.upload_bounds()),
             received: Budget::new(uploads::unwritten::RECEIVED),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
-            large_trees: Budget::new(places("large trees", settings::LARGE_TREES_MAX)),
+            large_trees: Budget::new(Bounds::shared("large trees", settings::LARGE_TREES_MAX)),
             walks: Walks::default(),
             decoders: Budget::new(uploads::decoders::DECODERS),
             chunk_work: ChunkWork::default(),
@@ -245,13 +248,8 @@ impl CasActor {
     }
 }
 
-/// Bounds of `total` places, all of which one connection may hold as far as its peer may.
-fn places(what: &'static str, total: u64) -> Bounds {
-    Bounds { what, total, connection: total }
-}
-
-/// The number of compression jobs that run at the same time: one per CPU. A job takes a fraction of a second, so peers take
-/// turns.
+/// The number of compression jobs that run at the same time: one per CPU. A job takes a fraction of a second, so
+/// connections take turns.
 fn encoders() -> u64 {
     thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64)
 }

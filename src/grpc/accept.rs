@@ -16,14 +16,13 @@
 use super::conduct::{Conduct, Sent};
 use crate::{
     acknowledge::Prompt,
-    caller::Caller,
-    connections::{Admitted, ConnectionState, Connections, Reason, ahead::Wait},
+    call::ConnectionInfo,
+    connections::{Admitted, Connections, Reason, ahead::Wait},
     logging::Event,
 };
 use futures::stream::{Stream, StreamExt as _};
 use std::{
     io,
-    net::SocketAddr,
     pin::Pin,
     sync::{
         Arc,
@@ -111,7 +110,7 @@ impl Drop for OpenRequest {
 
 /// The connections of a listener. Nagle's algorithm is off: with it every small answer waits for the client's delayed
 /// acknowledgement, some 40 ms. Clients that leave it on are not made to wait either.
-pub fn connections(
+pub(super) fn connections(
     listener: TcpListener,
     connections: Connections,
 ) -> impl Stream<Item = io::Result<Connection>> {
@@ -133,7 +132,7 @@ pub fn connections(
 }
 
 /// An accepted connection, which knows who is at its other end and what it may do.
-pub struct Connection {
+pub(crate) struct Connection {
     stream: Prompt,
     admitted: Admitted,
     conduct: Conduct,
@@ -144,27 +143,6 @@ pub struct Connection {
     unsent: Option<Waker>,
     /// Writes that were collected.
     held: Vec<u8>,
-}
-
-/// What each request of a connection has among its extensions.
-#[derive(Debug, Clone)]
-pub struct ConnectionInfo {
-    /// What is known about the connection.
-    pub state: Arc<ConnectionState>,
-    /// All connections.
-    pub connections: Connections,
-}
-
-impl ConnectionInfo {
-    /// The address at the other end.
-    pub fn address(&self) -> SocketAddr {
-        self.state.address
-    }
-
-    /// To whom what the request takes is charged.
-    pub fn caller(&self) -> Caller {
-        self.state.caller
-    }
 }
 
 impl Connection {
@@ -263,10 +241,7 @@ impl Connected for Connection {
     type ConnectInfo = ConnectionInfo;
 
     fn connect_info(&self) -> ConnectionInfo {
-        ConnectionInfo {
-            state: self.admitted.state().clone(),
-            connections: self.admitted.connections().clone(),
-        }
+        ConnectionInfo::of(&self.admitted)
     }
 }
 
@@ -279,6 +254,7 @@ impl AsyncRead for Connection {
         self.check(context)?;
         if self.turn.is_used_up() {
             // The task begins another turn.
+            self.admitted.state().ahead.end_turn();
             return Poll::Pending;
         }
         let is_corked = self.turn.is_corked();
@@ -290,6 +266,7 @@ impl AsyncRead for Connection {
         }
         if self.has_unsent() {
             self.unsent = Some(context.waker().clone());
+            self.admitted.state().ahead.end_turn();
             return Poll::Pending;
         }
         if self.poll_room(context).is_pending() {
@@ -302,7 +279,11 @@ impl AsyncRead for Connection {
                 self.judge(buffer.filled().get(before..).unwrap_or_default())?;
                 Poll::Ready(Ok(()))
             }
-            unread => unread,
+            Poll::Pending => {
+                self.admitted.state().ahead.end_turn();
+                Poll::Pending
+            }
+            failed => failed,
         }
     }
 }

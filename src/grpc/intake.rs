@@ -15,10 +15,10 @@ use super::{
     REQUEST_MAX_BYTES,
     claim::{Claim, Claimed},
     codec::REQUEST_MAX_MEMORY,
-    request_log::Call,
 };
 use crate::{
     budget::{Bounds, Budget, Refusal, Share},
+    call::Call,
     caller::Caller,
 };
 use bytes::Bytes;
@@ -40,7 +40,7 @@ use tower::{Layer, Service};
 /// Bytes of unfinished messages, and of those that a handler has not taken yet: twenty of the largest ones, and many more of
 /// those that clients send.
 pub const UNFINISHED: Bounds =
-    Bounds { what: "bytes of unfinished requests", total: 320 * 1024 * 1024, connection: 256 * 1024 * 1024 };
+    Bounds { what: "bytes of unfinished requests", total: 320 * 1024 * 1024, connection: 252 * 1024 * 1024 };
 /// Memory for large requests that are being decoded or answered. Two of the worst ones fit, and many of usual ones.
 pub const DECODED: Bounds = Bounds {
     what: "bytes of large requests",
@@ -113,7 +113,7 @@ impl<S: Service<Request<Body>>> Service<Request<Body>> for Intake<S> {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let caller = request.extensions().get::<Call>().map(Call::caller).unwrap_or_default();
+        let caller = Call::of(request.extensions()).caller();
         let kind = RequestKind::of(request.uri().path(), request.headers());
         let (budgets, claim) = (self.budgets.clone(), Arc::<Claim>::default());
         let of_body = claim.clone();

@@ -71,6 +71,11 @@ fn rooms_import_each_other_without_cycles() {
 }
 
 #[test]
+fn the_configuration_imports_no_room_that_it_configures() {
+    none(&rooms::config_strays(&rooms::imports(&FILES)["src"]));
+}
+
+#[test]
 fn rooms_of_the_store_import_each_other_along_the_arrows() {
     none(&rooms::store_strays(&FILES, rooms::STORE_ARROWS));
 }

@@ -134,7 +134,7 @@ fn write_line(request: &AssetRequest, started: Instant, outcome: &Outcome) {
     }
 }
 
-/// Waits for permission to download, in the queue of each peer that wants this flight. The first permission that is granted is
+/// Waits for permission to download, for each connection that wants this flight. The first permission that is granted is
 /// used for all of them.
 async fn take_off(runway: &Budget, mut callers: watch::Receiver<Vec<Caller>>) -> Result<Share> {
     let mut lines = FuturesUnordered::new();
@@ -358,18 +358,23 @@ mod tests {
     use super::*;
     use crate::budget::Bounds;
 
-    /// A peer that joins another peer's flight does not wait behind all downloads of that peer.
+    /// A connection that joins another one's flight does not wait behind all downloads of that one.
     #[tokio::test]
-    async fn a_flight_starts_when_the_turn_of_any_of_its_peers_comes() {
-        let [greedy, modest] = [1, 2].map(|host| Caller::connected(([127, 0, 0, host], 1).into()));
-        let runway = Budget::new(Bounds { what: "downloads", total: 8, connection: 8 });
+    async fn a_flight_starts_when_the_turn_of_any_of_its_connections_comes() {
+        for host in [1, 2] {
+            assert_starts_for_the_next_connection(host).await;
+        }
+    }
+
+    async fn assert_starts_for_the_next_connection(host: u8) {
+        let [greedy, modest] = [1, host].map(|host| Caller::connected(([127, 0, 0, host], 1).into()));
+        let runway = Budget::new(Bounds::shared("downloads", 8));
         let held: Vec<_> = std::iter::from_fn(|| runway.take(greedy, 1).ok()).collect();
-        assert_eq!(held.len(), 7);
         let (callers, lines) = watch::channel(vec![greedy]);
         let mut flight = Box::pin(take_off(&runway, lines));
         assert!(flight.as_mut().now_or_never().is_none());
         callers.send_modify(|callers| callers.push(modest));
-        let place = flight.as_mut().now_or_never().expect("there is a place for the other peer").unwrap();
+        let place = flight.as_mut().now_or_never().expect("there is a place for the other one").unwrap();
         assert_eq!(place.caller(), modest);
         drop((held, place));
         drop(flight);

@@ -19,16 +19,16 @@ use std::{collections::BTreeMap, time::SystemTime};
 use tokio::{sync::watch, time::Instant};
 
 /// Bound on the flights that are running or waiting for their turn. More are refused.
-const FLIGHTS: Bounds =
-    Bounds { what: "fetches that are running or waiting", total: 10_000, connection: 10_000 };
+const FLIGHTS: Bounds = Bounds::shared("fetches that are running or waiting", 10_000);
 /// Bound on the bytes of the requests of all flights. Most take a kilobyte, but a request may have megabytes of qualifiers, and
 /// it outlives its call.
-const FLIGHT_BYTES: Bounds =
-    Bounds { what: "bytes of such requests", total: 64 * 1024 * 1024, connection: 64 * 1024 * 1024 };
+const FLIGHT_BYTES: Bounds = Bounds::shared("bytes of such requests", 64 * 1024 * 1024);
 /// The largest request: its URIs and its qualifiers.
 const LARGEST_REQUEST: u64 = (MAX_URIS * MAX_URI_BYTES + MAX_QUALIFIERS * 2 * MAX_QUALIFIER_BYTES) as u64;
-/// Maximum number of peers in whose queues one flight waits. This many queues are hardly ever all blocked.
+/// Maximum number of connections for whose turn one flight waits. This many are hardly ever all blocked.
 const MAX_QUEUES: usize = 64;
+/// Maximum number of connections of one peer among them, so that one peer does not take the places of the others.
+const MAX_QUEUES_OF_PEER: usize = 4;
 
 /// Identifies a flight by its asset and an increasing number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,7 +61,7 @@ pub(super) struct Begun {
     pub outcome: watch::Receiver<Option<Outcome>>,
     /// When it has to end. Callers that join may extend this.
     pub latest: watch::Receiver<Instant>,
-    /// One caller of each peer that wants it.
+    /// The connections that want it, as far as it waits for their turns.
     pub callers: watch::Receiver<Vec<Caller>>,
 }
 
@@ -120,8 +120,9 @@ impl Flights {
         // A flight that is already downloading waits in no queue.
         if !callers.is_closed() {
             callers.send_if_modified(|callers| {
-                let is_queued = callers.iter().any(|other| other.peer == caller.peer);
-                let is_new = !is_queued && callers.len() < MAX_QUEUES;
+                let of_peer = callers.iter().filter(|other| other.peer == caller.peer).count();
+                let is_new =
+                    !callers.contains(&caller) && of_peer < MAX_QUEUES_OF_PEER && callers.len() < MAX_QUEUES;
                 callers.extend(is_new.then_some(caller));
                 is_new
             });
@@ -240,14 +241,15 @@ mod tests {
     }
 
     #[test]
-    fn a_flight_waits_for_one_caller_of_each_peer_that_wants_it() {
+    fn a_flight_waits_for_a_few_connections_of_each_peer_that_wants_it() {
         let mut flights = Flights::default();
         let begun = flights.begin(KEY, FlightPlan { caller: from(1), ..plan(100, 1) }).unwrap();
-        for host in [1, 2, 2, 3] {
-            flights.join(KEY, None, Instant::now(), from(host)).unwrap();
+        let (second, third) = (from(2), from(3));
+        for caller in [second, second, from(1), from(1), from(1), from(1), third] {
+            flights.join(KEY, None, Instant::now(), caller).unwrap();
         }
         let peers: Vec<_> = begun.callers.borrow().iter().map(|caller| caller.peer).collect();
-        assert_eq!(peers, [1, 2, 3].map(|host| from(host).peer));
+        assert_eq!(peers, [1, 2, 1, 1, 1, 3].map(|host| from(host).peer));
         for host in 4..=255 {
             flights.join(KEY, None, Instant::now(), from(host)).unwrap();
         }

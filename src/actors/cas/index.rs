@@ -8,7 +8,7 @@
 //!   depends on their deletion waits for it ([`Grant::after_deletions`], [`Index::deleted`]), so the bytes on disk never exceed
 //!   the limit either.
 //! - A leased entry is never evicted.
-//! - Entries are evicted in the order of their last use; the end of a lease is a use. In a list of [`list::EXACT_BELOW`] entries or
+//! - Entries are evicted in the order of their last use; the end of a lease is a use. In a list of [`EXACT_BELOW`] entries or
 //!   more, using an entry among the newest quarter does not move it. At least three quarters of all entries are still evicted
 //!   before it. Builds ask for the same blobs again and again, and moving an entry touches three others at random places in
 //!   memory.
@@ -21,19 +21,25 @@
 
 pub use words::*;
 
+use entry::{Entry, NIL};
 use gorego_reapi::digest::Digest;
 use hashbrown::HashTable;
-use list::{Entry, MIN_GROWTH, NIL};
+use order::Released;
 use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-mod list;
+mod entry;
 #[cfg(test)]
 mod model;
+mod order;
 mod words;
 
+/// The slab grows by a quarter of its length and by at least this many entries. It never doubles.
+const MIN_GROWTH: usize = 1_024;
+/// Lists shorter than this are kept in the exact order of use.
+const EXACT_BELOW: usize = 1_024;
 /// Maximum number of results whose keys differ only in the size of their action. Real Actions with the same hash have the same
 /// size. The table is hashed without sizes so that an entry can be found by hash alone, and many such entries would make its
 /// look-ups slow.
@@ -51,6 +57,11 @@ pub(super) struct Index {
     oldest: u32,
     /// How often an entry was put at the head of the list. It wraps, which at worst loses one use.
     links: u32,
+    /// Entries that were set aside and are not leased any more.
+    released: Released,
+    /// How many entries evictions have looked at.
+    #[cfg(test)]
+    looks: u64,
     /// The totals, except for the leased bytes.
     totals: Totals,
     leased: AtomicU64,
@@ -76,6 +87,9 @@ impl Index {
             newest: NIL,
             oldest: NIL,
             links: 0,
+            released: Released::default(),
+            #[cfg(test)]
+            looks: 0,
             totals: Totals { limit, ..Totals::default() },
             leased: AtomicU64::new(0),
             high_water: if marks { limit - limit / 50 } else { limit },
@@ -128,16 +142,9 @@ impl Index {
         match entry.leases.fetch_update(Relaxed, Relaxed, |leases| leases.checked_sub(1)) {
             Ok(1) => {
                 self.leased.fetch_sub(entry.bytes, Relaxed);
-                self.mark_used(entry)
+                self.mark_released(at.slot, entry)
             }
             _ => false,
-        }
-    }
-
-    /// Moves an entry that was used to the head of the list, unless that was done already.
-    pub(super) fn settle(&mut self, at: EntryRef) {
-        if self.live(at).is_some_and(Entry::is_unsettled) {
-            self.move_to_head(at.slot);
         }
     }
 
@@ -321,23 +328,6 @@ impl Index {
         }
     }
 
-    /// The least recently used entry that is not leased. Older entries that are leased, or whose use is not settled yet, move
-    /// to the head of the list. So one pass over all entries, and one more look at the first, sees every candidate.
-    fn oldest_evictable(&mut self) -> Option<u32> {
-        if self.totals.used == self.leased.load(Relaxed) {
-            return None;
-        }
-        for _ in 0..=self.table.len() {
-            let slot = self.oldest;
-            let entry = self.entries.get(slot as usize)?;
-            if !entry.is_leased() && !entry.is_unsettled() {
-                return Some(slot);
-            }
-            self.move_to_head(slot);
-        }
-        None
-    }
-
     /// Entries whose key equals `like` apart from the size of the digest.
     fn alike(&self, like: &Key) -> impl Iterator<Item = &Entry> {
         let same = move |key: &Key| {
@@ -424,7 +414,7 @@ impl Index {
         if let Ok(found) = self.table.find_entry(hash, |&candidate| candidate == slot) {
             found.remove();
         }
-        self.unlink(slot);
+        self.forget(slot);
         let entry = &mut self.entries[slot as usize];
         let bytes = entry.bytes;
         if std::mem::take(entry.leases.get_mut()) > 0 {

@@ -23,11 +23,11 @@ pub struct StoreSettings {
 
 impl StoreSettings {
     /// Bounds on the room of unfinished uploads: half of the store in total, and half of that for one connection. Both are
-    /// raised if necessary so that the largest blob always fits, also for a single peer, which gets at most 8/9 of the total.
+    /// raised if necessary so that the largest blob always fits, also for a single connection, which gets at most 64/81 of the total.
     pub(super) fn upload_bounds(&self) -> Bounds {
         let largest = self.max_blob_bytes.min(self.max_bytes).saturating_add(2 * ROOM_STEP_BYTES);
-        let total =
-            (self.max_bytes / 2).max(largest.saturating_add(largest / 8).saturating_add(ROOM_STEP_BYTES));
+        let total = (self.max_bytes / 2)
+            .max(largest.saturating_add(largest / 64 * 17).saturating_add(ROOM_STEP_BYTES));
         Bounds { what: "bytes of unfinished uploads", total, connection: (total / 2).max(largest) }
     }
 }
@@ -72,12 +72,13 @@ pub(super) const MAX_REFERENCES: usize = 2_000_000;
 pub(super) const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Results whose blobs are hashed at the same time because they were not read since the start; other look-ups of such results
-/// wait. Each check reads from the disk as fast as it can. One peer gets all but one.
-pub(super) const RESULT_CHECKS_MAX: u64 = 4;
+/// wait. Each check reads from the disk as fast as it can. A peer gets four of them, and one of its connections three.
+pub(super) const RESULT_CHECKS_MAX: u64 = 5;
 
 /// Large blobs that are hashed at the same time before their first byte is served, because they were not read since the start;
-/// other readers of such blobs wait. Each keeps a thread busy for as long as the disk needs. One peer gets 14 of them.
-pub(super) const COLD_READS_MAX: u64 = 16;
+/// other readers of such blobs wait. Each keeps a thread busy for as long as the disk needs. A peer gets 16 of them,
+/// and one of its connections 14.
+pub(super) const COLD_READS_MAX: u64 = 18;
 
 /// How often an upload of a blob that is already stored re-checks the stored file. Each check that finds a damaged file drops
 /// it.

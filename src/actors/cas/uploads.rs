@@ -350,7 +350,7 @@ impl Uploads {
     pub(crate) fn pop_oldest_of(&mut self, caller: Caller, bound: Bound) -> Option<Partial> {
         let counts = |other: Caller| match bound {
             Bound::Connection => other.connection == caller.connection,
-            Bound::Peer | Bound::Server => other.peer == caller.peer,
+            Bound::ConnectionShare | Bound::Peer | Bound::Server => other.peer == caller.peer,
         };
         let (name, _) = self.by_age().find(|(_, partial)| partial.room.caller().is_some_and(counts))?;
         self.unpark(name)

@@ -403,19 +403,19 @@ impl Drop for Workspace {
             // The command may have removed their permissions, and moving needs write permission on both.
             let _ = rfs::fchmod(top, Mode::RWXU).and_then(|()| rfs::fchmod(for_action, Mode::RWXU));
         }
-        let place = &self.place;
+        let (place, remover) = (&self.place, &self.build_root.0.remover);
         if let Some(name) = self.for_action.take() {
             let inside = Path::new(&self.name).join("a");
             if rfs::renameat(&place.handle, &*name, &place.handle, &inside).is_err() {
-                Job { place: place.clone(), name, ticket: None }.remove();
+                remover.remove_here(Job { place: place.clone(), name, ticket: None });
             }
         }
         let job =
             Job { place: place.clone(), name: std::mem::take(&mut self.name), ticket: self.ticket.take() };
         if self.removes_itself {
-            job.remove();
+            remover.remove_here(job);
         } else {
-            self.build_root.0.remover.remove(job);
+            remover.remove(job);
         }
     }
 }

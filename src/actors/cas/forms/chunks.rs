@@ -5,7 +5,7 @@
 //! evicted, is made again from the blob, and only the missing chunks are written. Chunks take as much room again as their blob,
 //! and are evicted in the order of use like everything else.
 //!
-//! Bounds: one split per blob at a time, [`MAX_CHUNK_JOBS`] in total, of which one peer gets all but one. Each takes two
+//! Bounds: one split per blob at a time, [`MAX_CHUNK_JOBS`] in total. Each takes two
 //! batches of [`BATCH_BYTES`] and the splitter's window in memory. Written chunks are leased until all of them are there.
 //! Nobody holds the turn of a blob while waiting for a place, so a peer that waits for a place does not hold up another peer.
 
@@ -19,7 +19,7 @@ use crate::actors::cas::{
     volume::PIECE_BYTES,
 };
 use crate::{
-    budget::{Budget, Share},
+    budget::{Bounds, Budget, Share},
     caller::Caller,
     instance::{Instance, InstanceId},
     logging::Event,
@@ -32,8 +32,9 @@ use gorego_reapi::{
 };
 use std::{collections::HashSet, sync::Arc, time::Instant};
 
-/// Splits and splices that run at the same time; each keeps about two cores busy. Others wait.
-const MAX_CHUNK_JOBS: u64 = 4;
+/// Splits and splices that run at the same time; each keeps about two cores busy. Others wait. A peer gets four of them, and
+/// one of its connections three.
+const MAX_CHUNK_JOBS: u64 = 5;
 /// Chunks are written in batches of about this many bytes, while the next batch is cut and hashed.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// Memory for recipes of about 1,500,000 chunks in total.
@@ -42,13 +43,25 @@ const RECIPE_MEMO_BYTES: usize = 64 * 1024 * 1024;
 /// Chunks in the order in which they make their blob.
 pub(crate) type Chunks = Arc<[Digest]>;
 
+/// A blob, and the way to cut it.
+type RecipeKey = (InstanceId, Digest, Chunking);
+
+/// What is known of the chunks of a blob.
+#[derive(Debug, Clone)]
+pub(crate) enum Recipe {
+    /// All of them.
+    Chunks(Chunks),
+    /// There are more than this. It is remembered, so that a split that was refused is not done again for everybody who asks.
+    MoreThan(usize),
+}
+
 /// Chunks that are about to be stored.
 type Batch = Vec<(Digest, Bytes)>;
 
 /// State shared by splits and splices.
 #[derive(Debug)]
 pub(crate) struct ChunkWork {
-    recipes: Memo<(InstanceId, Digest, Chunking), Chunks>,
+    recipes: Memo<RecipeKey, Recipe>,
     turns: Turns<(InstanceId, Digest)>,
     pub(crate) places: Budget,
 }
@@ -65,7 +78,7 @@ impl Default for ChunkWork {
         Self {
             recipes: Memo::new(RECIPE_MEMO_BYTES),
             turns: Turns::default(),
-            places: Budget::new(crate::actors::cas::places("splits and splices", MAX_CHUNK_JOBS)),
+            places: Budget::new(Bounds::shared("splits and splices", MAX_CHUNK_JOBS)),
         }
     }
 }
@@ -98,8 +111,14 @@ impl ChunkWork {
 
     /// Caches a recipe whose chunks are known to make the blob when it is cut by `chunking`.
     pub(crate) fn remember(&self, instance: &Instance, blob: Digest, chunking: Chunking, chunks: Chunks) {
-        let weight = size_of_val(&*chunks) + size_of::<(InstanceId, Digest, Chunking)>();
-        self.recipes.insert((instance.blobs(), blob, chunking), chunks, weight);
+        let weight = size_of_val(&*chunks) + size_of::<RecipeKey>();
+        self.recipes.insert((instance.blobs(), blob, chunking), Recipe::Chunks(chunks), weight);
+    }
+
+    /// Remembers that a blob makes more than `count` chunks.
+    fn remember_more_than(&self, instance: &Instance, blob: Digest, chunking: Chunking, count: usize) {
+        let key = (instance.blobs(), blob, chunking);
+        self.recipes.insert(key, Recipe::MoreThan(count), size_of::<RecipeKey>());
     }
 
     #[cfg(test)]
@@ -137,43 +156,50 @@ impl Cas {
         if blob.size() / chunking.chunk_sizes().end() > max_chunks as u64 {
             return Err(too_many());
         }
-        let chunks = match self.known_chunks(instance, blob, chunking).await? {
-            Some(chunks) => chunks,
-            None => self.chunks_in_turn(instance, blob, chunking, max_chunks).await?.ok_or_else(too_many)?,
+        let recipe = match self.known_recipe(instance, blob, chunking, max_chunks).await? {
+            Some(recipe) => recipe,
+            None => self.chunks_in_turn(instance, blob, chunking, max_chunks).await?,
         };
-        if chunks.len() > max_chunks { Err(too_many()) } else { Ok(chunks) }
+        match recipe {
+            Recipe::Chunks(chunks) if chunks.len() <= max_chunks => Ok(chunks),
+            Recipe::Chunks(_) | Recipe::MoreThan(_) => Err(too_many()),
+        }
     }
 
-    /// The chunks of a cached recipe, if the blob and all chunks are stored. They are renewed.
-    pub(crate) async fn known_chunks(
+    /// What is known of the chunks of a blob, if the blob and all of these chunks are stored. They are renewed. Returns
+    /// [`Recipe::MoreThan`] only if there are more than `max_chunks`.
+    pub(crate) async fn known_recipe(
         &self,
         instance: &Instance,
         blob: Digest,
         chunking: Chunking,
-    ) -> Result<Option<Chunks>> {
-        let Some(chunks) = self.shared().chunk_work.recipes.get(&(instance.blobs(), blob, chunking)) else {
-            return Ok(None);
-        };
-        let all: Vec<Digest> = chunks.iter().copied().chain([blob]).collect();
-        let missing = self.find_missing(instance, &all).await?;
-        Ok(missing.is_empty().then_some(chunks))
+        max_chunks: usize,
+    ) -> Result<Option<Recipe>> {
+        let recipe = self.shared().chunk_work.recipes.get(&(instance.blobs(), blob, chunking));
+        let mut needed = vec![blob];
+        match &recipe {
+            Some(Recipe::Chunks(chunks)) => needed.extend_from_slice(chunks),
+            Some(Recipe::MoreThan(count)) if *count >= max_chunks => {}
+            Some(Recipe::MoreThan(_)) | None => return Ok(None),
+        }
+        let missing = self.find_missing(instance, &needed).await?;
+        Ok(recipe.filter(|_| missing.is_empty()))
     }
 
-    /// Cuts a blob once there is a place, unless somebody else does it first. Returns `None` when there are more than
-    /// `max_chunks`.
+    /// Cuts a blob once there is a place, unless somebody else does it first.
     async fn chunks_in_turn(
         &self,
         instance: &Instance,
         blob: Digest,
         chunking: Chunking,
         max_chunks: usize,
-    ) -> Result<Option<Chunks>> {
+    ) -> Result<Recipe> {
         let work = &self.shared().chunk_work;
         let mut right = work.begin_or_wait(instance, blob, self.caller()).await?;
         loop {
             // Somebody else may have done it meanwhile.
-            if let Some(chunks) = self.known_chunks(instance, blob, chunking).await? {
-                return Ok(Some(chunks));
+            if let Some(recipe) = self.known_recipe(instance, blob, chunking, max_chunks).await? {
+                return Ok(recipe);
             }
             match right {
                 Some(_right) => return self.make_chunks(instance, blob, chunking, max_chunks).await,
@@ -182,14 +208,14 @@ impl Cas {
         }
     }
 
-    /// Cuts a stored blob and stores the missing chunks. Returns `None` when there are more than `max_chunks`.
+    /// Cuts a stored blob and stores the missing chunks. Stops when there are more than `max_chunks`.
     async fn make_chunks(
         &self,
         instance: &Instance,
         blob: Digest,
         chunking: Chunking,
         max_chunks: usize,
-    ) -> Result<Option<Chunks>> {
+    ) -> Result<Recipe> {
         let limit = self.shared().settings.max_bytes;
         if blob.size().saturating_mul(2) > limit {
             let message = format!(
@@ -216,7 +242,8 @@ impl Cas {
             leases.push(stored?);
             let Some((rest, next)) = cut? else { break };
             if chunks.len() + next.len() > max_chunks {
-                return Ok(None);
+                self.shared().chunk_work.remember_more_than(instance, blob, chunking, max_chunks);
+                return Ok(Recipe::MoreThan(max_chunks));
             }
             (scan, batch) = (rest, next);
         }
@@ -227,7 +254,7 @@ impl Cas {
             .with("elapsed_ms", started.elapsed().as_millis() as u64)
             .log(format_args!("cut a blob into chunks"));
         self.shared().chunk_work.remember(instance, blob, chunking, chunks.clone());
-        Ok(Some(chunks))
+        Ok(Recipe::Chunks(chunks))
     }
 
     /// Stores chunks and leases them.

@@ -1,6 +1,6 @@
 //! Compares the index with a naive model under random operations.
 
-use super::{list::EXACT_BELOW, *};
+use super::*;
 use crate::instance::InstanceId;
 use gorego_reapi::digest::DigestFunction;
 use proptest::prelude::*;
@@ -252,6 +252,46 @@ proptest! {
         prop_assert_eq!(index.totals().leased, 0);
         prop_assert_eq!(index.evict(LIMIT, 0, usize::MAX).len() + gone.len(), 20);
     }
+}
+
+/// Leases are held by actions that run and by uploads of outputs, so nearly all of a small store may be leased for hours.
+#[test]
+fn evictions_look_at_each_leased_entry_once() {
+    const LEASED: u64 = 20_000;
+    let mut index = Index::new(LEASED + 10);
+    let file = |n: u64| {
+        let digest = DigestFunction::Sha256.digest(&n.to_le_bytes());
+        FileId { key: Key { digest, instance: InstanceId(0), kind: EntryKind::Blob }, generation: n + 1 }
+    };
+    let store = |index: &mut Index, n| {
+        let victims = index.reserve(1).unwrap().victims;
+        assert_eq!(index.commit(file(n), 1, Stamp::new(1, 1), NOW), None);
+        victims
+    };
+    let leases: Vec<_> = (0..LEASED)
+        .map(|n| {
+            store(&mut index, n);
+            index.lease(&file(n).key, NOW).unwrap().at
+        })
+        .collect();
+    let mut victims = Vec::new();
+    for n in LEASED..2 * LEASED {
+        victims.extend(store(&mut index, n));
+    }
+    assert!(victims.iter().all(|victim| victim.file.generation > LEASED));
+    assert_eq!(victims.len() as u64, LEASED - 10);
+    assert!(index.looks <= 2 * LEASED, "{} looks", index.looks);
+    // They go in the order in which their leases ended, whether their owner is told or not, after those that were used before.
+    for (number, at) in leases.into_iter().enumerate() {
+        assert!(index.release(at), "it has to return to the list");
+        if number % 2 == 0 {
+            index.settle(at);
+        }
+    }
+    let victims = index.evict(10, 0, usize::MAX);
+    assert!(victims.iter().all(|victim| victim.file.generation > LEASED), "they were used last");
+    assert_eq!(index.evict(u64::MAX, 0, usize::MAX).len() as u64, LEASED);
+    assert_eq!(index.totals().used, 0);
 }
 
 /// A form is used before its blob, so it is evicted first, although the blob was the newer entry before.

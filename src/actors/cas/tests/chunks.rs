@@ -134,6 +134,28 @@ async fn a_split_that_cannot_fit_is_refused_with_the_reason_and_evicts_nothing()
     }
 }
 
+/// Also for those who wait for the split that is refused.
+#[actix::test]
+async fn a_split_into_too_many_chunks_is_refused_to_others_without_doing_it_again() {
+    let store = TestStore::new().await;
+    let blob = store.put(noise(LARGE, 1)).await;
+    let count = store.split(blob).await.unwrap().len();
+    store.cas.shared().chunk_work.forget();
+    let split = |max| store.cas.split(&store.main, blob, small(), max);
+    let refused = |answer| matches!(answer, Err(Error::Precondition(_)));
+    assert!(refused(split(count - 1).await));
+    let places = &store.cas.shared().chunk_work.places;
+    let held: Vec<_> = std::iter::from_fn(|| places.take(store.cas.caller(), 1).ok()).collect();
+    for max in [count - 1, count - 2, 1] {
+        assert!(refused(split(max).await), "without a place");
+    }
+    assert!(split(count).now_or_never().is_none(), "it may fit");
+    drop(held);
+    assert_eq!(split(count).await.unwrap().len(), count);
+    store.lose(blob).await;
+    assert!(matches!(split(count - 1).await, Err(Error::NotFound(_))), "CAS-32");
+}
+
 /// CAS-35, CAS-36, CAS-37, CAS-38.
 #[actix::test]
 async fn a_splice_joins_the_chunks_in_order_and_a_wrong_one_is_refused_and_leaves_nothing() {
@@ -195,7 +217,7 @@ async fn a_split_after_a_splice_gives_the_chunks_of_the_function_however_the_cli
     for (chunks, remembered) in [(&shifted, false), (&halves, false), (&right, true)] {
         let parts = store.put_all(chunks).await;
         store.splice(blob, &parts).await.unwrap();
-        let known = store.cas.known_chunks(&store.main, blob, small()).await.unwrap();
+        let known = store.cas.known_recipe(&store.main, blob, small(), usize::MAX).await.unwrap();
         assert_eq!(known.is_some(), remembered);
         assert_eq!(store.split(blob).await.unwrap(), expected);
         store.cas.shared().chunk_work.forget();

@@ -10,14 +10,20 @@ use futures::FutureExt as _;
 use gorego_reapi::chunking::Chunking;
 use prost::Message as _;
 
-/// A client at this loopback address.
+/// A new connection from this loopback address.
 fn client(host: u8) -> Caller {
     Caller::connected(([127, 0, 0, host], 1).into())
 }
 
 /// Takes all of a budget that this caller gets, a unit at a time.
 fn all_of(budget: &Budget, caller: Caller, unit: u64) -> Vec<Share> {
-    let held: Vec<_> = std::iter::from_fn(|| budget.take(caller, unit).ok()).collect();
+    std::iter::from_fn(|| budget.take(caller, unit).ok()).collect()
+}
+
+/// Everything of a budget that a peer gets with many connections.
+fn all_of_peer(budget: &Budget, host: u8, unit: u64) -> Vec<Share> {
+    let each = std::iter::repeat_with(|| all_of(budget, client(host), unit));
+    let held: Vec<_> = each.take_while(|held| !held.is_empty()).flatten().collect();
     assert!(!held.is_empty() && budget.held() < budget.bounds().total, "the last part is for others");
     held
 }
@@ -30,7 +36,7 @@ impl TestStore {
         (budget, unit): (&Budget, u64),
         request: impl AsyncFn(Cas, Caller) -> Result<T>,
     ) -> T {
-        let held = all_of(budget, client(1), unit);
+        let held = all_of_peer(budget, 1, unit);
         let ask = |caller| request(self.cas.on_behalf_of(caller), caller).boxed_local();
         let mut waiting = ask(client(1));
         while !budget.is_awaited() {
@@ -116,6 +122,13 @@ async fn peers_share_places_to_split_blobs() {
     let split = async |cas: Cas, _| cas.split(&main, blob, chunking, usize::MAX).await;
     store.assert_shared((places, 1), split).await;
     assert_eq!(places.held(), 0);
+    // One connection alone does not keep the next one of its peer waiting either.
+    let held = all_of(places, client(1), 1);
+    shared.chunk_work.forget();
+    let answer =
+        tokio::time::timeout(Duration::from_secs(30), split(store.cas.on_behalf_of(client(1)), client(1)));
+    assert!(answer.await.expect("there is a place").is_ok());
+    drop(held);
 }
 
 /// Compression jobs are short: a single peer may hold all places, and another peer gets the next turn.

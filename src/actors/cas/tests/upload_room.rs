@@ -237,14 +237,13 @@ async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
     assert!(committed("uploads/instead").await > 0);
     let kept = budget.held();
     assert!(kept >= 2_900_000, "broken uploads count: {kept}");
-    // Another connection of the first peer takes all that a peer may have, and the peer's broken upload is discarded for a new
-    // one.
-    let again = Caller::connected("127.0.0.1:2".parse().unwrap());
-    let all = [again, caller].map(|caller| {
-        let mut share = budget.take(caller, 0).unwrap();
+    // Other connections of the first peer take all that a peer may have, and the peer's broken upload is discarded for a new one.
+    let each = std::iter::repeat_with(|| {
+        let mut share = budget.take(Caller::connected("127.0.0.1:2".parse().unwrap()), 0).unwrap();
         while share.grow(MB / 4).is_ok() {}
         share
     });
+    let all: Vec<_> = each.take_while(|share| share.amount() > 0).collect();
     let third = Caller::connected("127.0.0.1:3".parse().unwrap());
     let _ = upload(third, "uploads/c").await;
     assert_eq!(committed("uploads/instead").await, 0);

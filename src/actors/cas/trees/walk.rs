@@ -237,7 +237,7 @@ impl Default for Walks {
 impl Walks {
     /// Budgets of `places` walks and `large` large walks.
     pub(crate) fn new(places: u64, large: u64) -> Self {
-        let budget = |what, total| Budget::new(Bounds { what, total, connection: total });
+        let budget = |what, total| Budget::new(Bounds::shared(what, total));
         Self { places: budget("walks over trees", places), large: budget("walks over large trees", large) }
     }
 }

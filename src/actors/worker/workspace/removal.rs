@@ -1,10 +1,11 @@
 //! Removes exec directories: in the background where possible, and never through a link or into another mount.
 //!
 //! One background thread removes them. If its queue is full, the worker removes its directory itself. What cannot be removed
-//! (an immutable file, a mount) is logged, left, and tried again by the sweep of the next start. A [`Ticket`] exists for each
-//! directory of a run that is not removed yet, so that a shutdown can wait for all of them.
+//! (an immutable file, a mount, a file system that needs free space to remove a file) is logged and tried again every
+//! [`RETRY_AFTER`], and by the sweep of the next start. A [`Ticket`] exists for each directory of a run whose removal was not
+//! tried yet, so that a shutdown can wait for all of them. It does not wait for those that are tried again.
 
-use super::RootDirectory;
+use super::{EntryOwner, RootDirectory, owner};
 use crate::{actors::worker::dir, logging::Event};
 use rustix::{
     fs::{self as rfs, AtFlags, FileType},
@@ -16,15 +17,19 @@ use std::{
     io,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        mpsc::{SyncSender, TrySendError, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Maximum number of directories that wait for removal. More would mean that removing is slower than running, and the disk
 /// would fill.
 const REMOVAL_BACKLOG: usize = 64;
+/// How long after a failed removal it is tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(10);
+/// Maximum number of directories whose removal is tried again. Further ones are left to the next start.
+const MAX_FAILED: usize = 256;
 /// Maximum number of open directories of a tree. Most trees are less deep.
 const MAX_OPEN: usize = 16;
 /// How often a directory is read again because new entries appeared while it was emptied.
@@ -37,7 +42,15 @@ const DIRECTORY_NOT_REMOVED: &str = "exec_directory_not_removed";
 pub(super) struct Remover {
     /// `None` when the thread could not be started. Then workers remove their directories themselves.
     queue: Option<SyncSender<Job>>,
+    attempts: Arc<Attempts>,
     pending: Arc<Pending>,
+}
+
+/// Removes directories, and remembers those that could not be removed.
+#[derive(Debug)]
+struct Attempts {
+    remove: fn(&File, &OsStr) -> io::Result<()>,
+    failed: Mutex<Vec<Job>>,
 }
 
 /// A directory to be removed.
@@ -51,18 +64,61 @@ pub(super) struct Job {
     pub ticket: Option<Ticket>,
 }
 
-impl Job {
-    /// Removes the directory on this thread.
-    pub(super) fn remove(self) {
-        let Self { place, name, ticket } = self;
-        if let Err(error) = remove(&place.handle, &name) {
+impl Attempts {
+    /// Removes a directory on this thread. Keeps it for later if that fails.
+    fn remove(&self, job: Job) {
+        let Job { place, name, ticket } = job;
+        if let Err(error) = (self.remove)(&place.handle, &name) {
+            let is_kept = self.keep(&place, &name);
+            let next = if is_kept { "it is tried again" } else { "the next start tries again" };
             Event::warn("gorego::worker", DIRECTORY_NOT_REMOVED)
                 .with_shown("name", &name.display())
                 .with_shown("error", &error)
-                .log(format_args!("an exec directory could not be removed; the next start tries again"));
+                .log(format_args!("an exec directory could not be removed; {next}"));
         }
         // The place goes first: a waiter for the ticket may open the build root again.
         drop((place, ticket));
+    }
+
+    /// Keeps a directory for the next attempt. A name that is derived from an action is not kept: it may belong to another run by
+    /// then.
+    fn keep(&self, place: &Arc<RootDirectory>, name: &OsStr) -> bool {
+        let mut failed = self.failed();
+        let is_kept = matches!(owner(name), Some(EntryOwner::Run)) && failed.len() < MAX_FAILED;
+        if is_kept {
+            failed.push(Job { place: place.clone(), name: name.to_owned(), ticket: None });
+        }
+        is_kept
+    }
+
+    /// Tries again to remove everything that could not be removed.
+    fn retry(&self) {
+        let failed = std::mem::take(&mut *self.failed());
+        for Job { place, name, .. } in failed {
+            if (self.remove)(&place.handle, &name).is_err() {
+                self.keep(&place, &name);
+            }
+        }
+    }
+
+    /// Removes what comes until nothing can come any more, and tries again from time to time.
+    fn run(&self, jobs: &Receiver<Job>, retry_after: Duration) {
+        let mut next_retry = Instant::now() + retry_after;
+        loop {
+            match jobs.recv_timeout(next_retry.saturating_duration_since(Instant::now())) {
+                Ok(job) => self.remove(job),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if Instant::now() >= next_retry {
+                self.retry();
+                next_retry = Instant::now() + retry_after;
+            }
+        }
+    }
+
+    fn failed(&self) -> MutexGuard<'_, Vec<Job>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -93,11 +149,18 @@ impl Drop for Ticket {
 impl Remover {
     /// Starts the thread, which first removes `leftovers`.
     pub(super) fn start(leftovers: Vec<Job>) -> Self {
+        Self::with(leftovers, remove, RETRY_AFTER)
+    }
+
+    fn with(leftovers: Vec<Job>, remove: fn(&File, &OsStr) -> io::Result<()>, retry_after: Duration) -> Self {
         let (sender, jobs) = sync_channel::<Job>(REMOVAL_BACKLOG);
-        let spawned = thread::Builder::new()
-            .name("gorego-remover".into())
-            .spawn(move || leftovers.into_iter().chain(jobs).for_each(Job::remove));
-        Self { queue: spawned.ok().map(|_| sender), pending: Arc::default() }
+        let attempts = Arc::new(Attempts { remove, failed: Mutex::default() });
+        let of_thread = attempts.clone();
+        let spawned = thread::Builder::new().name("gorego-remover".into()).spawn(move || {
+            leftovers.into_iter().for_each(|job| of_thread.remove(job));
+            of_thread.run(&jobs, retry_after);
+        });
+        Self { queue: spawned.ok().map(|_| sender), attempts, pending: Arc::default() }
     }
 
     /// Counts a directory that is about to be created.
@@ -116,11 +179,16 @@ impl Remover {
             None => Some(job),
         };
         if let Some(job) = refused {
-            job.remove();
+            self.remove_here(job);
         }
     }
 
-    /// Waits until every directory of a run is removed, for at most `limit`. Returns how many are left.
+    /// Removes a directory on this thread.
+    pub(super) fn remove_here(&self, job: Job) {
+        self.attempts.remove(job);
+    }
+
+    /// Waits until every directory of a run is removed or cannot be, for at most `limit`. Returns how many are left.
     pub(super) fn wait(&self, limit: Duration) -> usize {
         let left = self.pending.fewer.wait_timeout_while(self.pending.count(), limit, |count| *count > 0);
         *left.unwrap_or_else(PoisonError::into_inner).0
@@ -265,7 +333,11 @@ impl Removal {
 mod tests {
     use super::*;
     use rustix::fs::Mode;
-    use std::{fs, os::unix::fs::symlink};
+    use std::{
+        fs,
+        os::unix::fs::symlink,
+        sync::atomic::{AtomicUsize, Ordering::SeqCst},
+    };
 
     /// Creates a chain of `levels` directories in `top`, each with a file. Returns the name of the first.
     fn chain(top: &File, levels: usize) -> &'static OsStr {
@@ -311,6 +383,33 @@ mod tests {
         let parent = File::open(directory.path()).unwrap();
         remove(&parent, OsStr::new("exec")).unwrap();
         assert!(!exec.exists() && outside.path().join("kept").exists());
+    }
+
+    /// As on a file system that needs free space to remove a file, while there is none.
+    #[test]
+    fn what_cannot_be_removed_is_tried_again_unless_its_name_may_belong_to_another_run_by_then() {
+        static FULL_FOR: AtomicUsize = AtomicUsize::new(5);
+        fn remove_or_fail(parent: &File, name: &OsStr) -> io::Result<()> {
+            let is_full = FULL_FOR.fetch_update(SeqCst, SeqCst, |times| times.checked_sub(1)).is_ok();
+            if is_full { Err(Errno::NOSPC.into()) } else { remove(parent, name) }
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let place = Arc::new(RootDirectory::open(directory.path()).unwrap());
+        let paths = ["a-89abcdef", "0-1", "0-2"].map(|name| directory.path().join(name));
+        paths.iter().for_each(|path| fs::create_dir_all(path.join("root")).unwrap());
+        let remover = Remover::with(Vec::new(), remove_or_fail, Duration::from_millis(1));
+        for path in &paths {
+            let (name, ticket) = (path.file_name().unwrap().to_owned(), Some(remover.ticket()));
+            remover.remove(Job { place: place.clone(), name, ticket });
+        }
+        assert_eq!(remover.wait(Duration::from_secs(60)), 0, "nobody waits for the next attempt");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while paths[1].exists() || paths[2].exists() {
+            assert!(Instant::now() < deadline, "it was not tried again");
+            thread::yield_now();
+        }
+        assert!(paths[0].exists());
+        assert!(remover.attempts.failed().is_empty());
     }
 
     /// The build root may be removed by hand during runs.

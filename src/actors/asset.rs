@@ -9,14 +9,14 @@
 //! waits. Content is bound only once it is stored and its checksum is verified, and it never replaces newer content. Bindings
 //! survive a restart. Those of the last seconds before a kill may be lost, which costs a download. Waits go grpc > asset > cas.
 
-pub mod bindings;
-pub mod client;
+pub(crate) mod bindings;
+pub(crate) mod client;
 mod download;
 mod flight;
 mod flights;
 pub mod integrity;
 pub mod layout;
-pub mod messages;
+pub(crate) mod messages;
 pub mod origins;
 pub mod outcome;
 mod patience;

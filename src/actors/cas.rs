@@ -10,10 +10,10 @@
 //! end when they are dropped. No handler waits: an answer that needs IO is a separate future.
 
 mod batches;
-pub mod blob;
+pub(crate) mod blob;
 pub mod client;
 mod decoding;
-pub mod forms;
+pub(crate) mod forms;
 mod guards;
 mod index;
 mod lookup;
@@ -29,10 +29,10 @@ pub mod results;
 mod settings;
 #[cfg(test)]
 mod tests;
-pub mod trees;
+pub(crate) mod trees;
 mod turns;
 mod upkeep;
-pub mod uploads;
+pub(crate) mod uploads;
 mod view;
 mod volume;
 
@@ -321,7 +321,7 @@ impl Receive<BeginUpload> for CasActor {
         match self.uploads.begin(name, blob, offset) {
             Begin::Busy(progress) => MessageResult(Ok(Began::Busy(progress))),
             Begin::Elsewhere(committed) => MessageResult(Err(Error::Invalid(format!(
-                "the upload of blob {} stands at {committed}; write_offset {offset} does not go on from there",
+                "the upload of blob {} has {committed} bytes so far; write_offset is {offset} and must be equal to that",
                 blob.digest
             )))),
             Begin::Resume(entered, Partial { sink, room }) => {

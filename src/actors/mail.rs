@@ -31,7 +31,7 @@ struct Count {
 }
 
 impl Mail {
-    /// Counts one message.
+    /// Counts one message of type `M`.
     pub fn count<M: 'static>(&self) {
         let mut counts = self.counts();
         let count = counts.entry(TypeId::of::<M>());

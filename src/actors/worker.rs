@@ -6,8 +6,8 @@
 
 pub mod cancel;
 mod checkpoint;
-pub mod clock;
-pub mod command;
+pub(crate) mod clock;
+pub(crate) mod command;
 mod dir;
 mod disk_watch;
 mod inputs;

@@ -18,11 +18,11 @@ use std::{
 };
 
 /// Maximum number of bindings, about 20 MB. Beyond it the least recently used one is dropped.
-pub const MAX_BINDINGS: usize = 50_000;
+pub(crate) const MAX_BINDINGS: usize = 50_000;
 /// Maximum number of references of one binding. Build tools use a few.
-pub const MAX_REFERENCES: usize = 1_000;
+pub(crate) const MAX_REFERENCES: usize = 1_000;
 /// Maximum number of references of all bindings together, about 20 MB.
-pub const MAX_REFERENCES_IN_ALL: usize = 200_000;
+pub(crate) const MAX_REFERENCES_IN_ALL: usize = 200_000;
 /// Length of the checksum at the start of the file.
 const CHECKSUM_BYTES: usize = 32;
 
@@ -42,7 +42,6 @@ pub struct Binding {
 /// The references of pushed content.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct References {
-    /// Referenced blobs.
     pub blobs: Vec<Digest>,
     /// Referenced root Directories, each with everything below it.
     pub directories: Vec<Digest>,
@@ -67,7 +66,7 @@ pub enum KnownAsset {
 
 /// The table; see the module documentation.
 #[derive(Debug)]
-pub struct Bindings {
+pub(crate) struct Bindings {
     entries: HashMap<AssetKey, UsedBinding>,
     /// The keys by last use, oldest first.
     order: BTreeMap<u64, AssetKey>,
@@ -101,19 +100,14 @@ impl Bindings {
         }
     }
 
-    /// The number of bindings.
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Whether there are no bindings.
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
     /// Looks up what an asset stands for, and counts it as a use. Content older than `oldest` is not returned; if `oldest` is
     /// in the future, nothing is (AST-08).
-    pub fn look_up(&mut self, key: &AssetKey, oldest: Option<SystemTime>, now: SystemTime) -> KnownAsset {
+    pub(crate) fn look_up(
+        &mut self,
+        key: &AssetKey,
+        oldest: Option<SystemTime>,
+        now: SystemTime,
+    ) -> KnownAsset {
         let Some(entry) = self.entries.get_mut(key) else { return KnownAsset::Nothing };
         let binding = &entry.binding;
         let expired = binding.expires_at.is_some_and(|at| at <= now);
@@ -129,7 +123,7 @@ impl Bindings {
     }
 
     /// The first of these assets whose look-up differs from `before` and whose content may be served.
-    pub fn newer(
+    pub(crate) fn newer(
         &mut self,
         keys: &[AssetKey],
         before: &[KnownAsset],
@@ -146,7 +140,7 @@ impl Bindings {
     }
 
     /// Binds content to an asset, in place of any earlier binding.
-    pub fn bind(&mut self, key: AssetKey, binding: Binding) {
+    pub(crate) fn bind(&mut self, key: AssetKey, binding: Binding) {
         self.remove(&key);
         self.uses += 1;
         self.references += binding.references.len();
@@ -162,7 +156,7 @@ impl Bindings {
 
     /// Like [`Bindings::bind`], for content that took a while to arrive: content that was requested or pushed later stays. A
     /// time in the future is ignored, because the clock must have been set back.
-    pub fn bind_unless_newer(&mut self, key: AssetKey, binding: Binding, now: SystemTime) {
+    pub(crate) fn bind_unless_newer(&mut self, key: AssetKey, binding: Binding, now: SystemTime) {
         let bound = self.entries.get(&key).map(|entry| entry.binding.obtained_at);
         if !bound.is_some_and(|bound| binding.obtained_at < bound && bound <= now) {
             self.bind(key, binding);
@@ -179,7 +173,7 @@ impl Bindings {
     /// Appends up to `max` bindings to a copy, in the order of use, starting after the use numbered `after`. Returns the number
     /// of the last one, or `None` when the copy is complete. A binding that is used or replaced between two calls is copied
     /// again; the last copy of a key is the valid one.
-    pub fn copy(&self, copy: &mut Vec<(AssetKey, Binding)>, after: u64, max: usize) -> Option<u64> {
+    pub(crate) fn copy(&self, copy: &mut Vec<(AssetKey, Binding)>, after: u64, max: usize) -> Option<u64> {
         let rest = self.order.range((Bound::Excluded(after), Bound::Unbounded));
         let mut last = None;
         for (used, key) in rest.take(max) {
@@ -190,7 +184,7 @@ impl Bindings {
     }
 
     /// Encodes all bindings as the content of a file.
-    pub fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut copy = Vec::with_capacity(self.entries.len());
         self.copy(&mut copy, 0, usize::MAX);
         encode(&copy)
@@ -200,7 +194,7 @@ impl Bindings {
     ///
     /// # Errors
     /// What is wrong with the file as a whole.
-    pub fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
         let (checksum, body) = bytes.split_at_checked(CHECKSUM_BYTES).ok_or("it is too short")?;
         if Sha256::digest(body)[..] != *checksum {
             return Err("its checksum is wrong");
@@ -217,7 +211,7 @@ impl Bindings {
 }
 
 /// Encodes a copy of the bindings as the content of a file.
-pub fn encode(copy: &[(AssetKey, Binding)]) -> Vec<u8> {
+pub(crate) fn encode(copy: &[(AssetKey, Binding)]) -> Vec<u8> {
     let wire = |digests: &[Digest]| digests.iter().map(|digest| digest.to_wire()).collect();
     let stored = |(key, binding): &(AssetKey, Binding)| {
         let Binding { digest, obtained_at, expires_at, references } = binding;
@@ -250,6 +244,17 @@ fn read(stored: gorego::StoredBinding) -> Option<(AssetKey, Binding)> {
         }),
     };
     Some((key, binding))
+}
+
+#[cfg(test)]
+impl Bindings {
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
 }
 
 #[cfg(test)]

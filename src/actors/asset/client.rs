@@ -137,7 +137,7 @@ impl Assets {
         }
         if request.kind == AssetKind::Directory && request.qualifiers.integrity()?.is_some() {
             return Err(Error::invalid(
-                "qualifier checksum.sri says nothing about a Directory; push without it",
+                "qualifier checksum.sri does not apply to a Directory; push without it",
             ));
         }
         let missing = self.missing(&request, digest, &references).await?;

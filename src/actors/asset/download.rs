@@ -211,7 +211,7 @@ fn of_request(error: &reqwest::Error) -> Problem {
     }
     let kind = if error.is_timeout() { FailureKind::TimedOut } else { FailureKind::Unusable };
     // The message omits the URL, which may contain a password and is reported separately.
-    Problem::origin(kind, format!("the origin could not be asked: {}", chain(error)))
+    Problem::origin(kind, format!("the request to the origin failed: {}", chain(error)))
 }
 
 fn refused_by_resolver(error: &reqwest::Error) -> Option<Problem> {

@@ -15,7 +15,7 @@ pub struct Origins {
 }
 
 impl Origins {
-    /// These hosts, and addresses that are public or in these networks.
+    /// Allows these hosts, and addresses that are public or in these networks.
     pub fn new(hosts: Vec<HostPortRule>, networks: Vec<Network>) -> Self {
         Self { hosts, networks }
     }
@@ -62,7 +62,7 @@ impl Origins {
     }
 }
 
-/// Whether an address belongs to the public internet. What is not known to is not.
+/// Whether an address is known to belong to the public internet.
 fn is_public(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(address) => is_public_v4(address),

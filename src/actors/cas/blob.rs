@@ -7,7 +7,7 @@
 //! drops it, and is a miss for the reader. In larger blobs, changes that do not move the change time, such as those of a
 //! failing disk, are not noticed.
 
-pub use super::uploads::writer::BlobWriter;
+pub(crate) use super::uploads::writer::BlobWriter;
 use super::{
     client::Cas,
     guards::Lease,
@@ -285,7 +285,7 @@ fn check_content(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Sta
     let actual = volume::hash(digest.hasher(), |piece, at| file.read_at(piece, at))
         .map_err(|error| failed(cas, found, &error))?;
     if actual != digest {
-        return Err(damaged(cas, found, format!("its content is that of {actual}")));
+        return Err(damaged(cas, found, format!("its content has the digest {actual}")));
     }
     tell_verified(cas, found, file, before.lasting);
     Ok(before.stamp)
@@ -332,7 +332,7 @@ pub(super) fn read_whole(cas: &Cas, found: &FoundEntry) -> Result<Bytes> {
     if size <= SMALL_BLOB_BYTES || !is_known {
         let actual = digest.function().digest(&bytes);
         if actual != digest {
-            return Err(damaged(cas, found, format!("its content is that of {actual}")));
+            return Err(damaged(cas, found, format!("its content has the digest {actual}")));
         }
         if !is_known {
             tell_verified(cas, found, &*file, before.lasting);
@@ -349,7 +349,7 @@ pub(super) fn read_unchecked(cas: &Cas, found: &FoundEntry, max: u64) -> Result<
 
 /// The error for uploaded bytes that do not match their digest.
 pub(super) fn hash_mismatch(digest: Digest, actual: Digest) -> Error {
-    Error::Invalid(format!("the bytes sent for blob {digest} are those of {actual}; nothing was stored"))
+    Error::Invalid(format!("the bytes sent for blob {digest} have the digest {actual}; nothing was stored"))
 }
 
 /// The error for a blob that is not stored.

@@ -76,7 +76,7 @@ pub(super) fn going_down() -> Error {
 
 /// The error for an upload whose stored copy was found damaged on every try.
 pub(super) fn spoilt() -> Error {
-    Error::Unavailable("the stored file of this blob changes again and again; try again".into())
+    Error::Unavailable("the stored file of this blob keeps changing; try again".into())
 }
 
 impl Cas {

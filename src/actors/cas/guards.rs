@@ -23,7 +23,6 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
-    /// An empty lease.
     pub(crate) fn none(cas: Cas) -> Self {
         Self { cas, entries: Vec::new() }
     }

@@ -21,21 +21,21 @@
 
 pub use words::*;
 
+use entry::{Entry, NIL};
 use gorego_reapi::digest::Digest;
 use hashbrown::HashTable;
-use order::{Aside, Released};
+use order::Released;
 use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
-    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
+mod entry;
 #[cfg(test)]
 mod model;
 mod order;
 mod words;
 
-/// End of a list.
-const NIL: u32 = u32::MAX;
 /// The slab grows by a quarter of its length and by at least this many entries. It never doubles.
 const MIN_GROWTH: usize = 1_024;
 /// Lists shorter than this are kept in the exact order of use.
@@ -46,39 +46,6 @@ const EXACT_BELOW: usize = 1_024;
 const MAX_ALIKE: usize = 8;
 /// Stores below this size have no watermarks and evict only what each write needs, so that all of a small store is used.
 const WATERMARKS_FROM_BYTES: u64 = 64 << 20;
-
-struct Entry {
-    key: Key,
-    /// 0 for a free slot, whose `next` is then the next free slot.
-    generation: u64,
-    stamp: Stamp,
-    bytes: u64,
-    leases: AtomicU32,
-    /// Seconds since 1970 of the last use that is recorded on disk.
-    touched: AtomicU32,
-    /// Neighbours in the order of use, newer and older.
-    prev: u32,
-    next: u32,
-    /// [`Index::links`] when it was last put at the head of the list.
-    linked_at: u32,
-    /// [`Index::links`] when it was last used; `linked_at - 1` if it was not used since then.
-    used_at: AtomicU32,
-    /// Set by [`Index::condemn`]: look-ups no longer find the entry.
-    condemned: AtomicBool,
-    aside: Aside,
-}
-
-impl Entry {
-    /// Whether it was used since it was put at the head of the list. The counters wrap: while one entry is not used for days,
-    /// others may be moved to the head billions of times. So they are compared for equality only.
-    fn is_unsettled(&self) -> bool {
-        self.used_at.load(Relaxed) != self.linked_at.wrapping_sub(1)
-    }
-
-    fn is_leased(&self) -> bool {
-        self.leases.load(Relaxed) > 0
-    }
-}
 
 /// The index of the store; see the module documentation.
 pub(super) struct Index {
@@ -418,21 +385,8 @@ impl Index {
     }
 
     fn insert(&mut self, file: FileId, bytes: u64, stamp: Stamp, touched: u32) {
-        let FileId { key, generation } = file;
-        let entry = Entry {
-            key,
-            generation,
-            stamp,
-            bytes,
-            leases: AtomicU32::new(0),
-            touched: AtomicU32::new(touched),
-            prev: NIL,
-            next: NIL,
-            linked_at: 0,
-            used_at: AtomicU32::new(0),
-            condemned: AtomicBool::new(false),
-            aside: Aside::default(),
-        };
+        let key = file.key;
+        let entry = Entry::new(file, bytes, stamp, touched);
         let slot = if self.free == NIL {
             if self.entries.len() == self.entries.capacity() {
                 self.entries.reserve_exact(MIN_GROWTH.max(self.entries.len() / 4));

@@ -62,7 +62,6 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
         }
     }
 
-    /// Forgets everything.
     #[cfg(test)]
     pub fn clear(&self) {
         for shard in &self.shards {

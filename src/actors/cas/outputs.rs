@@ -98,7 +98,7 @@ impl OutputBatch {
     /// `Exhausted` when there is no room.
     pub fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest> {
         let digest = self.function.digest(&bytes);
-        self.cas.check_blob_size(digest.size(), "the bytes at hand")?;
+        self.cas.check_blob_size(digest.size(), "an output")?;
         let Some(key) = self.make_room(digest)? else { return Ok(digest) };
         self.files
             .write(key, &[Bytes::from(bytes)])

@@ -34,7 +34,7 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64) -> Index {
             .with("ignored", repairs.foreign)
             .with("unreadable", repairs.unreadable)
             .log(format_args!(
-                "the store had unfinished, foreign or unreadable files; what is lost will be uploaded again"
+                "the store had unfinished, foreign or unreadable files; clients will upload lost blobs again"
             ));
     }
     index

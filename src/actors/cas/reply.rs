@@ -9,7 +9,7 @@ use std::future::Future;
 
 /// An answer that is ready, or one that needs IO first.
 pub enum StoreReply<T: 'static> {
-    /// The answer.
+    /// An answer that is ready.
     Now(T),
     /// The future of the answer. It does not hold up the actor.
     Later(ResponseFuture<T>),

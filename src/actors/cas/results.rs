@@ -149,8 +149,8 @@ pub fn check_size(result: &reapi::ActionResult) -> Result<()> {
         return Ok(());
     }
     Err(Error::Invalid(format!(
-        "the action's result has {bytes} bytes, more than the {RESULT_MAX_BYTES} of which a message has room; name a directory as \
-         output instead of the many that are in it"
+        "the action's result has {bytes} bytes, more than the {RESULT_MAX_BYTES} that fit into a message; declare a directory as \
+         output instead of its many files"
     )))
 }
 
@@ -201,7 +201,7 @@ fn extract(
         let claimed = Digest::from_wire(function, digest.as_ref(), field)?;
         if claimed != actual {
             return Err(Error::Invalid(format!(
-                "{field}: the contents are those of {actual}, not of {claimed}"
+                "{field}: the contents have the digest {actual}, not {claimed}"
             )));
         }
     }

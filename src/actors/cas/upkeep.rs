@@ -91,7 +91,7 @@ impl CasActor {
                     .with("entries", failures.len())
                     .with_shown("error", first)
                     .log(format_args!(
-                        "could not delete the files of evicted entries; look at the rights in the store's directory"
+                        "could not delete the files of evicted entries; check the permissions of the store's directory"
                     ));
             }
             store.do_send(Deleted(victims.iter().map(|victim| victim.bytes).sum()));

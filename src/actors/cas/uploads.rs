@@ -10,10 +10,10 @@
 //! bytes of unknown digest. They share [`unwritten`], [`sink`] and [`decoders`].
 
 pub(crate) mod begin;
-pub mod decoders;
-pub mod new_blob;
+pub(crate) mod decoders;
+pub(crate) mod new_blob;
 pub(crate) mod sink;
-pub mod unwritten;
+pub(crate) mod unwritten;
 pub(crate) mod writer;
 
 use super::{
@@ -161,7 +161,6 @@ impl Attempt {
         EndUpload { name, number, blob, progress, partial }
     }
 
-    /// The actor's address.
     pub fn store(&self) -> &Addr<CasActor> {
         &self.store
     }
@@ -192,7 +191,7 @@ impl std::fmt::Debug for Attempt {
     }
 }
 
-/// A registered attempt.
+/// A registered attempt: its number, and the progress that others can observe.
 #[derive(Debug, Clone)]
 pub struct Entered {
     /// Unique in this process.
@@ -203,7 +202,7 @@ pub struct Entered {
 
 /// The answer of [`Uploads::begin`].
 #[derive(Debug)]
-pub enum Begin {
+pub(crate) enum Begin {
     /// Starts at 0. The bytes of an earlier attempt are to be deleted.
     Fresh(Entered, Option<Partial>),
     /// Resumes where the earlier attempt broke.
@@ -226,7 +225,7 @@ struct Named {
 
 /// The table of uploads; see the module documentation.
 #[derive(Default)]
-pub struct Uploads {
+pub(crate) struct Uploads {
     named: HashMap<Digest, Named>,
     /// Names of parked uploads, in the order in which they broke.
     parked: BTreeMap<(Instant, u64), Digest>,
@@ -238,7 +237,7 @@ pub struct Uploads {
 
 impl Uploads {
     /// Registers an attempt that starts at `offset`.
-    pub fn begin(&mut self, name: Digest, blob: Key, offset: u64) -> Begin {
+    pub(crate) fn begin(&mut self, name: Digest, blob: Key, offset: u64) -> Begin {
         let parked = match self.named.get(&name) {
             Some(Named { state: UploadState::Running(progress), .. }) if offset > 0 => {
                 return Begin::Busy(progress.clone());
@@ -267,13 +266,13 @@ impl Uploads {
     }
 
     /// Another attempt at the same blob.
-    pub fn twin(&self, blob: &Key, entered: &Entered) -> Option<Arc<Progress>> {
+    pub(crate) fn twin(&self, blob: &Key, entered: &Entered) -> Option<Arc<Progress>> {
         let mut attempts = self.running.get(blob)?.iter();
         attempts.find(|progress| !Arc::ptr_eq(progress, &entered.progress)).cloned()
     }
 
     /// Removes an attempt that ended. Returns bytes that are to be deleted.
-    pub fn end(&mut self, ended: EndUpload, now: Instant) -> Option<Partial> {
+    pub(crate) fn end(&mut self, ended: EndUpload, now: Instant) -> Option<Partial> {
         let EndUpload { name, number, blob, progress, partial } = ended;
         if let Some(attempts) = self.running.get_mut(&blob) {
             let before = attempts.len();
@@ -305,7 +304,7 @@ impl Uploads {
     }
 
     /// Bytes that an upload has accepted; 0 for an unknown one (BS-32).
-    pub fn committed(&self, name: Digest) -> u64 {
+    pub(crate) fn committed(&self, name: Digest) -> u64 {
         match self.named.get(&name).map(|named| &named.state) {
             Some(UploadState::Running(progress)) => progress.accepted.load(Ordering::Relaxed),
             Some(UploadState::Parked(partial)) => partial.sink.hasher.size(),
@@ -314,14 +313,14 @@ impl Uploads {
     }
 
     /// Marks all running uploads of this blob as superseded.
-    pub fn supersede(&self, blob: &Key) {
+    pub(crate) fn supersede(&self, blob: &Key) {
         for progress in self.running.get(blob).into_iter().flatten() {
             progress.fate.send_modify(|fate| fate.is_superseded = true);
         }
     }
 
     /// Removes a broken upload to make room: the oldest of the peer whose broken uploads hold the most bytes.
-    pub fn pop_for_room(&mut self) -> Option<Partial> {
+    pub(crate) fn pop_for_room(&mut self) -> Option<Partial> {
         self.pop_of_largest(|partial| partial.room.bytes())
     }
 
@@ -348,7 +347,7 @@ impl Uploads {
 
     /// Removes the oldest broken upload that counts against this bound of the caller: one of its connection, or else of its
     /// peer.
-    pub fn pop_oldest_of(&mut self, caller: Caller, bound: Bound) -> Option<Partial> {
+    pub(crate) fn pop_oldest_of(&mut self, caller: Caller, bound: Bound) -> Option<Partial> {
         let counts = |other: Caller| match bound {
             Bound::Connection => other.connection == caller.connection,
             Bound::ConnectionShare | Bound::Peer | Bound::Server => other.peer == caller.peer,
@@ -359,7 +358,7 @@ impl Uploads {
 
     /// Removes a broken upload if a bound is exceeded: it is too old, there are too many, or they hold too much of a store of
     /// `limit` bytes.
-    pub fn pop_excess(&mut self, now: Instant, retention: Duration, limit: u64) -> Option<Partial> {
+    pub(crate) fn pop_excess(&mut self, now: Instant, retention: Duration, limit: u64) -> Option<Partial> {
         let (&(since, _), &oldest) = self.parked.first_key_value()?;
         if now.saturating_duration_since(since) >= retention {
             self.unpark(oldest)
@@ -373,12 +372,12 @@ impl Uploads {
     }
 
     /// Bytes that broken uploads hold; they can be reclaimed.
-    pub fn parked_bytes(&self) -> u64 {
+    pub(crate) fn parked_bytes(&self) -> u64 {
         self.parked_bytes
     }
 
     /// The number of running attempts, and of uploads that can be resumed.
-    pub fn counts(&self) -> (usize, usize) {
+    pub(crate) fn counts(&self) -> (usize, usize) {
         (self.running_count, self.parked.len())
     }
 

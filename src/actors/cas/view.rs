@@ -132,7 +132,7 @@ impl LookUp<'_> {
         self.index.stamp(at)
     }
 
-    /// [`Index::find_by_hash`].
+    /// See [`Index::find_by_hash`].
     pub(super) fn find_by_hash(&self, like: &Key) -> Option<Digest> {
         self.index.find_by_hash(like)
     }

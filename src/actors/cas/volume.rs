@@ -95,7 +95,7 @@ pub(crate) trait Stored: Debug + Send + Sync {
 
 /// A file that is being written. It is deleted if it is dropped before it is kept.
 pub(crate) trait Draft: Debug + Send + Sync {
-    /// Appends bytes.
+    /// Appends bytes to the file.
     fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
 
     /// The digest of everything written, computed by reading the file again.

@@ -16,7 +16,6 @@ use std::time::{Duration, SystemTime};
 pub struct Moment(pub u64);
 
 impl Moment {
-    /// The current time.
     pub fn now() -> Self {
         let time = clock_gettime(ClockId::Monotonic);
         // Both parts count from boot, so neither is negative, and the sum does not overflow within 500 years.
@@ -31,7 +30,7 @@ impl Moment {
 
 /// The points of a run that its metadata reports, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Point {
+pub(crate) enum Point {
     /// The worker took the task.
     WorkerStart,
     /// It began to fetch the inputs.
@@ -55,7 +54,7 @@ const POINTS: usize = Point::WorkerEnd as usize + 1;
 /// The times of one run. A point that was not reached has the time of the previous one, so that there are always nine ordered
 /// timestamps.
 #[derive(Debug, Clone)]
-pub struct Timeline {
+pub(crate) struct Timeline {
     queued: SystemTime,
     wall: SystemTime,
     points: [Option<Moment>; POINTS],
@@ -63,45 +62,45 @@ pub struct Timeline {
 
 impl Timeline {
     /// The timeline of a run that starts at `start`, when the wall clock shows `wall`.
-    pub fn start(queued: SystemTime, wall: SystemTime, start: Moment) -> Self {
+    pub(crate) fn start(queued: SystemTime, wall: SystemTime, start: Moment) -> Self {
         let mut points = [None; POINTS];
         points[Point::WorkerStart as usize] = Some(start);
         Self { queued: queued.min(wall), wall, points }
     }
 
     /// Records when a point was reached.
-    pub fn note(&mut self, point: Point, at: Moment) {
+    pub(crate) fn note(&mut self, point: Point, at: Moment) {
         self.points[point as usize] = Some(at);
     }
 
     /// The time of a point, which is never before an earlier point.
-    pub fn at(&self, point: Point) -> Moment {
+    pub(crate) fn at(&self, point: Point) -> Moment {
         self.points[..=point as usize].iter().flatten().copied().max().unwrap_or_default()
     }
 
     /// The wall time of a point; `None` if it was not reached.
-    pub fn reached(&self, point: Point) -> Option<SystemTime> {
+    pub(crate) fn reached(&self, point: Point) -> Option<SystemTime> {
         self.points[point as usize].map(|_| self.wall(point))
     }
 
     /// When the action was queued.
-    pub fn queued(&self) -> SystemTime {
+    pub(crate) fn queued(&self) -> SystemTime {
         self.queued
     }
 
     /// The wall time of a point; see [`Timeline::at`].
-    pub fn wall(&self, point: Point) -> SystemTime {
+    pub(crate) fn wall(&self, point: Point) -> SystemTime {
         let since_start = self.at(point).since(self.at(Point::WorkerStart));
         self.wall.checked_add(since_start).unwrap_or(self.wall)
     }
 
     /// The time between two points.
-    pub fn between(&self, from: Point, to: Point) -> Duration {
+    pub(crate) fn between(&self, from: Point, to: Point) -> Duration {
         self.at(to).since(self.at(from))
     }
 
     /// The metadata of a result made by `worker`.
-    pub fn metadata(
+    pub(crate) fn metadata(
         &self,
         worker: String,
         usage: Option<&gorego::ResourceUsage>,

@@ -8,19 +8,19 @@ use std::path::PathBuf;
 
 /// The search path for programs without a slash if the Command's environment has no PATH: that of execvp(3), without the
 /// current directory.
-pub const DEFAULT_PATH: &str = "/bin:/usr/bin";
+pub(crate) const DEFAULT_PATH: &str = "/bin:/usr/bin";
 /// The longest path that the kernel accepts. Longer ones cannot exist.
 const MAX_PATH_BYTES: usize = 4096;
 /// Maximum number of directories in which a program is looked for; no real PATH has as many. Program and PATH may have
 /// megabytes each, so without this bound the list of files to try could take terabytes.
 const MAX_PROGRAMS: usize = 1024;
 /// Exit code for a program that does not exist (EXE-42), as in shells.
-pub const EXIT_NOT_FOUND: i32 = 127;
+pub(crate) const EXIT_NOT_FOUND: i32 = 127;
 /// Exit code for a program that exists but cannot be started, as in shells.
-pub const EXIT_NOT_EXECUTABLE: i32 = 126;
+pub(crate) const EXIT_NOT_EXECUTABLE: i32 = 126;
 
 /// Explains why no program of an input root can be run, and what to do about it.
-pub const NOEXEC: &str = "the build root is on a file system that is mounted noexec; set execution.build_root to another \
+pub(crate) const NOEXEC: &str = "the build root is on a file system that is mounted noexec; set execution.build_root to another \
                           directory";
 
 /// Everything that the runner needs to start a command.
@@ -80,7 +80,7 @@ fn programs(command: &Command) -> Vec<String> {
 
 /// The exit code, and a line for stderr, if no program of a launch could be started (EXE-42). `is_noexec` says that no program
 /// in the build root can be started.
-pub fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i32, String) {
+pub(crate) fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i32, String) {
     let program = command.arguments.first().map_or("", String::as_str).escape_debug();
     let errno = Errno::from_raw_os_error(errno);
     let code = match errno {

@@ -41,17 +41,17 @@ const BATCH_BYTES: usize = 8 * 1024 * 1024;
 const RECIPE_MEMO_BYTES: usize = 64 * 1024 * 1024;
 
 /// Chunks in the order in which they make their blob.
-pub type Chunks = Arc<[Digest]>;
+pub(crate) type Chunks = Arc<[Digest]>;
 
-/// A blob, and the way to cut it.
+/// A blob and the function that cuts it.
 type RecipeKey = (InstanceId, Digest, Chunking);
 
-/// What is known of the chunks of a blob.
+/// A cached result of cutting a blob.
 #[derive(Debug, Clone)]
 pub(crate) enum Recipe {
-    /// All of them.
+    /// All chunks of the blob, in order.
     Chunks(Chunks),
-    /// There are more than this. It is remembered, so that a split that was refused is not done again for everybody who asks.
+    /// There are more chunks than this. It is cached so that a refused split is not repeated for each caller.
     MoreThan(usize),
 }
 
@@ -121,7 +121,6 @@ impl ChunkWork {
         self.recipes.insert(key, Recipe::MoreThan(count), size_of::<RecipeKey>());
     }
 
-    /// Forgets all recipes.
     #[cfg(test)]
     pub(crate) fn forget(&self) {
         self.recipes.clear();
@@ -167,7 +166,7 @@ impl Cas {
         }
     }
 
-    /// What is known of the chunks of a blob, if the blob and all of these chunks are stored. They are renewed. Returns
+    /// The cached recipe of a blob, if the blob and all of its chunks are stored. They are renewed. Returns
     /// [`Recipe::MoreThan`] only if there are more than `max_chunks`.
     pub(crate) async fn known_recipe(
         &self,

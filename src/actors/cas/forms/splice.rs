@@ -30,7 +30,7 @@ use std::{
 
 /// Maximum number of chunks of one blob. At the average chunk size that this server advertises, this is a blob of 50 GB. A
 /// request has room for more only if its digests are short.
-pub const SPLICE_MAX_CHUNKS: usize = 100_000;
+pub(crate) const SPLICE_MAX_CHUNKS: usize = 100_000;
 /// Bytes that one job reads and cuts, while the writer is busy with the bytes before.
 const READ_BYTES: usize = 2 * 1024 * 1024;
 
@@ -139,7 +139,7 @@ fn check_list(blob: Digest, chunks: &[Digest]) -> Result<()> {
     if sum != Some(blob.size()) {
         let sum = sum.map_or("more than 2^64".to_owned(), |sum| sum.to_string());
         return Err(Error::Invalid(format!(
-            "the chunks come to {sum} bytes, which cannot be blob {blob}; nothing was stored"
+            "the chunks have {sum} bytes in total and cannot make blob {blob}; nothing was stored"
         )));
     }
     Ok(())

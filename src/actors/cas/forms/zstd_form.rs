@@ -51,7 +51,6 @@ pub(crate) struct Encoders {
 }
 
 impl Encoders {
-    /// An empty pool.
     pub(crate) fn new(level: i32) -> Self {
         Self { level, idle: Mutex::default() }
     }
@@ -157,7 +156,7 @@ fn verify(file: &dyn Stored, table: &SeekTable, digest: Digest) -> Result<()> {
         }
     }
     let actual = hasher.finish();
-    if actual == digest { Ok(()) } else { Err(wrong(&format!("its content is that of {actual}"))) }
+    if actual == digest { Ok(()) } else { Err(wrong(&format!("its content has the digest {actual}"))) }
 }
 
 impl Cas {

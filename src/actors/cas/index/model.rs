@@ -254,7 +254,7 @@ proptest! {
     }
 }
 
-/// Leases are held by actions that run and by uploads of outputs, so nearly all of a small store may be leased for hours.
+/// Running actions hold leases, so nearly all of a small store may be leased for hours.
 #[test]
 fn evictions_look_at_each_leased_entry_once() {
     const LEASED: u64 = 20_000;
@@ -281,7 +281,7 @@ fn evictions_look_at_each_leased_entry_once() {
     assert!(victims.iter().all(|victim| victim.file.generation > LEASED));
     assert_eq!(victims.len() as u64, LEASED - 10);
     assert!(index.looks <= 2 * LEASED, "{} looks", index.looks);
-    // They go in the order in which their leases ended, whether their owner is told or not, after those that were used before.
+    // They are evicted in the order in which their leases ended, settled or not, after entries that were used before.
     for (number, at) in leases.into_iter().enumerate() {
         assert!(index.release(at), "it has to return to the list");
         if number % 2 == 0 {

@@ -1,9 +1,9 @@
 //! The order of use: a list of entries, the most recently used first.
 //!
-//! A leased entry needs no place in the list. An eviction that comes to one sets it aside, so no eviction looks at it again, however
-//! many entries are leased. The end of its last lease is a use and returns it to the head of the list. [`Index::settle`] does that
-//! for the entries that readers tell the actor of. Readers need not tell of all of them: they also put each such entry on a stack,
-//! which is emptied before the next eviction.
+//! A leased entry needs no place in the list. An eviction that finds one sets it aside, so later evictions do not look at it
+//! again, however many entries are leased. The end of its last lease is a use and returns it to the head of the list.
+//! [`Index::settle`] does this for the entries that readers report to the actor. Readers need not report all of them: they also
+//! put each such entry on a stack, which is emptied before the next eviction.
 
 use super::{EXACT_BELOW, Entry, EntryRef, Index, NIL};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 /// The entry is not on the stack of released entries.
 const NOT_RELEASED: u32 = NIL - 1;
 
-/// Where an entry is if it is not in the list.
+/// The state of an entry that is not in the list.
 #[derive(Debug)]
 pub(super) struct Aside {
-    /// It was leased when an eviction came to it. Only the owner of the index changes this.
+    /// Whether an eviction has set it aside because it was leased. Only the owner of the index changes this.
     is_aside: bool,
     /// The next entry on the stack of released entries, [`NIL`] for the last one.
     below: AtomicU32,
@@ -37,7 +37,7 @@ impl Default for Released {
 }
 
 impl Index {
-    /// Moves an entry that was used to the head of the list, unless that was done already.
+    /// Moves a used entry to the head of the list, unless that is already done.
     pub(in super::super) fn settle(&mut self, at: EntryRef) {
         let Some(entry) = self.live(at) else { return };
         if entry.aside.is_aside {
@@ -54,7 +54,7 @@ impl Index {
         }
         let Released(top) = &self.released;
         let mut below = top.load(Relaxed);
-        // It may be there from an earlier lease.
+        // It may already be on the stack from an earlier lease.
         if entry.aside.below.compare_exchange(NOT_RELEASED, below, Relaxed, Relaxed).is_ok() {
             while let Err(changed) = top.compare_exchange_weak(below, slot, Relaxed, Relaxed) {
                 below = changed;
@@ -101,7 +101,7 @@ impl Index {
         None
     }
 
-    /// Takes an entry out of the order that is about to be removed.
+    /// Removes an entry from the order of use before it is removed from the index.
     pub(super) fn forget(&mut self, slot: u32) {
         let aside = &self.entries[slot as usize].aside;
         if aside.below.load(Relaxed) != NOT_RELEASED {
@@ -137,7 +137,7 @@ impl Index {
         }
     }
 
-    /// Returns an entry to the list that was set aside, unless it is leased.
+    /// Returns an entry that was set aside to the list, unless it is leased.
     fn put_back(&mut self, slot: u32) {
         let entry = &mut self.entries[slot as usize];
         if entry.aside.is_aside && !entry.is_leased() {

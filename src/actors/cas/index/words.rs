@@ -31,7 +31,6 @@ pub struct Key {
 /// The identity of one stored file. A later upload of the same blob is another file of the same entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileId {
-    /// The entry.
     pub key: Key,
     /// Number of the file, unique in the store and never used again; 0 for none.
     pub generation: u64,
@@ -79,7 +78,6 @@ impl Stamp {
 /// The result of a successful look-up.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FoundEntry {
-    /// The entry.
     pub at: EntryRef,
     /// The file of the entry.
     pub file: FileId,
@@ -103,7 +101,6 @@ pub(crate) struct Grant {
 /// There is not enough room, even if everything evictable is evicted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shortage {
-    /// Bytes asked for.
     pub wanted: u64,
     /// Bytes leased by running actions and open readers.
     pub leased: u64,

@@ -124,7 +124,7 @@ impl Receive<Incomplete> for CasActor {
         if let Some(victim) = removed {
             Event::debug(LOG, "result_dropped")
                 .with_shown("action_digest", &victim.file.key.digest)
-                .log(format_args!("dropped an action result that is not complete any more: {reason}"));
+                .log(format_args!("dropped an action result that is no longer complete: {reason}"));
             self.delete(vec![victim], ctx);
         }
     }

@@ -33,7 +33,7 @@ use std::{
 use tokio::task::coop::consume_budget;
 
 /// Maximum number of distinct directories in one walk.
-pub const MAX_DIRECTORIES: usize = 1_000_000;
+pub(crate) const MAX_DIRECTORIES: usize = 1_000_000;
 /// Memory of a found directory during the walk: its digest in the set and in the queue, both with room to grow.
 const FOUND_BYTES: usize = 320;
 /// Minimum size of a subdirectory on the wire: its name, and a digest of 32 characters.
@@ -43,12 +43,12 @@ const DIRECTORY_MAX_MEMORY: u64 = 96 * 1024 * 1024;
 /// Directories from this size on may take a millisecond to decode.
 const LABORIOUS_BYTES: usize = 16 * 1024;
 /// Walks that run at the same time. Few clients ask for trees, and most trees take milliseconds.
-pub const WALKS_MAX: u64 = 32;
+pub(crate) const WALKS_MAX: u64 = 32;
 /// Memory that a walk may take without a large place: a full page of usual directories (15 MiB) and 25,000 found ones.
-pub const SMALL_WALK_BYTES: usize = 24 * 1024 * 1024;
+pub(crate) const SMALL_WALK_BYTES: usize = 24 * 1024 * 1024;
 /// Walks that may take more than that at the same time: 320 MB with the most directories, and 300 MB more while the largest
 /// one is sent. One peer gets one of the two.
-pub const LARGE_WALKS_MAX: u64 = 2;
+pub(crate) const LARGE_WALKS_MAX: u64 = 2;
 /// Maximum number of directories that are read at once.
 const READ_MAX_DIRECTORIES: usize = 256;
 /// Maximum bytes of directories that are read at once, by the sizes in their digests. A larger one is read alone.

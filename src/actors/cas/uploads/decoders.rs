@@ -19,7 +19,7 @@ use tokio::time::timeout;
 
 /// Most clients compress with windows of 2 MiB, of which 85 fit; some use windows of 8 MiB. Each decoder takes at least
 /// [`DECODER_BYTES`], so there are at most 256. This leaves some blocking threads free when all of them wait for the disk.
-pub const DECODERS: Bounds = Bounds {
+pub(crate) const DECODERS: Bounds = Bounds {
     what: "bytes of memory to decompress uploads",
     total: 256 * DECODER_BYTES,
     connection: 160 * DECODER_BYTES,
@@ -53,7 +53,7 @@ impl Drop for DecoderRoom {
 ///
 /// # Errors
 /// `Exhausted` when none becomes free within [`WAIT`].
-pub async fn room(decoders: &Budget, caller: Caller, head: &[u8], limit: u64) -> Result<DecoderRoom> {
+pub(crate) async fn room(decoders: &Budget, caller: Caller, head: &[u8], limit: u64) -> Result<DecoderRoom> {
     let bytes = Decoder::memory(head, limit);
     let room = async {
         match bytes <= SMALL_BYTES {

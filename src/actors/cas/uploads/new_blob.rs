@@ -53,7 +53,7 @@ impl NewBlob {
     /// `Invalid` beyond the largest blob size (CAP-15), `Exhausted` when there is no room.
     pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
         self.size = self.size.saturating_add(bytes.len() as u64);
-        self.cas.check_blob_size(self.size, "what arrives")?;
+        self.cas.check_blob_size(self.size, "the upload")?;
         let has_room = self.received.push(bytes).is_ok();
         if !has_room || self.received.bytes() >= PIECE_BYTES {
             self.spill().await?;
@@ -80,7 +80,7 @@ impl NewBlob {
     async fn finish_as(self, expected: Option<Digest>) -> Result<Digest> {
         let check = move |digest: Digest| match expected {
             Some(expected) if expected.hash() != digest.hash() => Err(Error::Invalid(format!(
-                "the bytes sent for hash {} are those of {digest}; nothing was stored",
+                "the bytes sent for hash {} have the digest {digest}; nothing was stored",
                 expected.hash_hex()
             ))),
             _ => Ok(()),

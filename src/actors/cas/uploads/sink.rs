@@ -103,7 +103,6 @@ impl Inflow {
 /// The file of an upload, and the hash of what is in it.
 #[derive(Debug)]
 pub struct Sink {
-    /// The bytes.
     pub(crate) file: Box<dyn Draft>,
     /// The hash of exactly the bytes in the file.
     pub hasher: Hasher,

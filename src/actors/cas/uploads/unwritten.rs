@@ -13,7 +13,7 @@ use crate::{
 use bytes::Bytes;
 
 /// Bound on the bytes that clients sent and that are not written yet.
-pub const RECEIVED: Bounds = Bounds {
+pub(crate) const RECEIVED: Bounds = Bounds {
     what: "bytes of uploads that are not written yet",
     total: 128 * 1024 * 1024,
     connection: 96 * 1024 * 1024,
@@ -23,7 +23,7 @@ const PIECE_OVERHEAD_BYTES: u64 = 1024;
 
 /// The unwritten pieces of one upload; see the module documentation.
 #[derive(Debug)]
-pub struct UnwrittenPieces {
+pub(crate) struct UnwrittenPieces {
     account: Option<(Budget, Caller)>,
     pieces: Pieces,
     bytes: usize,
@@ -31,36 +31,35 @@ pub struct UnwrittenPieces {
 
 /// Pieces, with their share of the budget.
 #[derive(Debug, Default)]
-pub struct Pieces {
-    /// The bytes.
+pub(crate) struct Pieces {
     pub bytes: Vec<Bytes>,
     share: Option<Share>,
 }
 
 impl UnwrittenPieces {
     /// An empty buffer. Without an account, nothing is charged: the server itself stores the bytes.
-    pub fn new(account: Option<(Budget, Caller)>) -> Self {
+    pub(crate) fn new(account: Option<(Budget, Caller)>) -> Self {
         Self { account, pieces: Pieces::default(), bytes: 0 }
     }
 
     /// The caller that is charged, or the default caller if the server itself stores the bytes.
-    pub fn caller(&self) -> Caller {
+    pub(crate) fn caller(&self) -> Caller {
         self.account.as_ref().map(|(_, caller)| *caller).unwrap_or_default()
     }
 
     /// The first piece.
-    pub fn head(&self) -> &[u8] {
+    pub(crate) fn head(&self) -> &[u8] {
         self.pieces.bytes.first().map(AsRef::as_ref).unwrap_or_default()
     }
 
     /// The number of unwritten bytes.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
     /// Whether this upload may buffer a lot: all uploads together, and those of its connection, hold less than half of their
     /// bounds.
-    pub fn has_plenty(&self) -> bool {
+    pub(crate) fn has_plenty(&self) -> bool {
         self.account.as_ref().is_none_or(|(budget, caller)| {
             budget.held() < RECEIVED.total / 2 && budget.held_by(*caller) < RECEIVED.connection / 2
         })
@@ -70,7 +69,7 @@ impl UnwrittenPieces {
     ///
     /// # Errors
     /// When there is no memory for it. It is added all the same, and has to be written at once.
-    pub fn push(&mut self, piece: Bytes) -> Result<(), Refusal> {
+    pub(crate) fn push(&mut self, piece: Bytes) -> Result<(), Refusal> {
         if piece.is_empty() {
             return Ok(());
         }
@@ -88,7 +87,7 @@ impl UnwrittenPieces {
     }
 
     /// Takes out all pieces.
-    pub fn take(&mut self) -> Pieces {
+    pub(crate) fn take(&mut self) -> Pieces {
         self.bytes = 0;
         std::mem::take(&mut self.pieces)
     }

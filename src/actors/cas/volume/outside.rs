@@ -68,7 +68,6 @@ impl NewInput {
         Ok(Self(openat(parent, name, flags, Mode::RUSR | Mode::WUSR)?.into()))
     }
 
-    /// Appends bytes.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.0.write_all(bytes)
     }

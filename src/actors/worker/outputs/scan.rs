@@ -32,7 +32,6 @@ pub(crate) struct FoundFile {
     pub name: String,
     /// The identity of the file, which is the same under all of its names.
     pub id: FileId,
-    /// Mode and time.
     pub seen: Seen,
     /// Set once it is stored.
     pub digest: Option<Digest>,
@@ -45,7 +44,6 @@ pub(crate) struct FoundLink {
     pub name: String,
     /// The target, unchanged.
     pub target: String,
-    /// Mode and time.
     pub seen: Seen,
 }
 
@@ -54,7 +52,6 @@ pub(crate) struct FoundLink {
 pub(crate) struct FoundDirectory {
     /// Name in its parent; empty for the top.
     pub name: String,
-    /// Mode and time.
     pub seen: Seen,
     /// Its files, by name.
     pub files: Vec<FoundFile>,
@@ -81,7 +78,6 @@ pub(crate) struct NodeBudget {
 }
 
 impl NodeBudget {
-    /// The full budget.
     pub(crate) fn new() -> Self {
         Self { nodes: MAX_OUTPUT_NODES, name_bytes: MAX_OUTPUT_NAME_BYTES, bytes_on_disk: 0 }
     }

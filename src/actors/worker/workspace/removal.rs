@@ -80,8 +80,8 @@ impl Attempts {
         drop((place, ticket));
     }
 
-    /// Keeps a directory for the next attempt. A name that is derived from an action is not kept: it may belong to another run by
-    /// then.
+    /// Keeps a directory for the next attempt. A name that is derived from an action is not kept, because another run may use
+    /// it by then.
     fn keep(&self, place: &Arc<RootDirectory>, name: &OsStr) -> bool {
         let mut failed = self.failed();
         let is_kept = matches!(owner(name), Some(EntryOwner::Run)) && failed.len() < MAX_FAILED;
@@ -101,7 +101,7 @@ impl Attempts {
         }
     }
 
-    /// Removes what comes until nothing can come any more, and tries again from time to time.
+    /// Removes queued directories until the queue is closed, and retries failed removals every `retry_after`.
     fn run(&self, jobs: &Receiver<Job>, retry_after: Duration) {
         let mut next_retry = Instant::now() + retry_after;
         loop {
@@ -385,7 +385,7 @@ mod tests {
         assert!(!exec.exists() && outside.path().join("kept").exists());
     }
 
-    /// As on a file system that needs free space to remove a file, while there is none.
+    /// The removals fail at first, as on a full file system that needs free space to remove a file.
     #[test]
     fn what_cannot_be_removed_is_tried_again_unless_its_name_may_belong_to_another_run_by_then() {
         static FULL_FOR: AtomicUsize = AtomicUsize::new(5);

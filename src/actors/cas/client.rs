@@ -416,7 +416,7 @@ impl Cas {
                     return Ok(Upload::Writer(Box::new(BlobWriter::new(
                         attempt,
                         self.received(),
-                        self.shared.clone(),
+                        self.clone(),
                     ))));
                 }
                 // A client that resumes at once may find its own broken stream still being saved.

@@ -8,7 +8,7 @@ use super::{
     run::SIGNAL_BASE,
 };
 use crate::action::Action;
-use gorego_reapi::error::Error;
+use gorego_reapi::{duration, error::Error};
 use std::{
     fmt::Write as _,
     time::{Duration, SystemTime},
@@ -142,7 +142,7 @@ fn write_account(
         }
         let usage = &ran.usage;
         let cpu = |time: &Option<prost_types::Duration>| {
-            time.and_then(|time| Duration::try_from(time).ok()).map_or_else(String::new, seconds)
+            time.as_ref().and_then(duration::from_wire).map_or_else(String::new, seconds)
         };
         writeln!(
             text,

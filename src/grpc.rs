@@ -7,7 +7,7 @@
 //!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors. [`services`]: what `build.rs` generates.
 //! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`], [`stalled`]: parts of answers.
-//! - [`ask`]: requests to the scheduler. [`accept`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`],
+//! - [`permissions`]: what each RPC needs. [`ask`]: requests to the scheduler. [`accept`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`],
 //!   [`answers`], [`request_log`], [`panic_guard`]: layers that every connection and call passes.
 //!
 //! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
@@ -38,15 +38,22 @@ pub(crate) mod operation_stream;
 pub(crate) mod operations;
 pub mod page_token;
 pub(crate) mod panic_guard;
+mod permissions;
 pub(crate) mod request_log;
 pub mod services;
 mod serving;
 pub(crate) mod stalled;
 
 use crate::{
-    actors::{asset::client::Assets, cas::client::Cas, scheduler::settings::Priorities},
+    actors::{
+        asset::client::Assets,
+        cas::client::Cas,
+        scheduler::{operation::OperationId, settings::Priorities},
+    },
+    call::Call,
     config::{CommittedSize, Config},
     connections::Connections,
+    gate::Gate,
     grpc::services::{
         action_cache_server::ActionCacheServer, byte_stream_server::ByteStreamServer,
         capabilities_server::CapabilitiesServer,
@@ -55,7 +62,7 @@ use crate::{
         log_stream_service_server::LogStreamServiceServer, operations_server::OperationsServer,
         push_server::PushServer,
     },
-    instance::Instances,
+    instance::Instance,
     log_streams::LogStreams,
     under_way::UnderWay,
 };
@@ -107,8 +114,8 @@ pub type ReadStream = BoxStream<'static, Result<bytestream::ReadResponse, Status
 /// The resources and settings of the services.
 #[derive(Debug)]
 pub struct Edge {
-    /// The instances that requests may name.
-    pub instances: Instances,
+    /// The way to the instances that requests may name.
+    pub gate: Gate,
     /// The store of blobs and action results.
     pub cas: Cas,
     /// The scheduler; `None` if execution is disabled.
@@ -160,6 +167,20 @@ impl Edge {
                 "this server is a cache; it runs no actions (execution.enabled = false)".into(),
             )
         })
+    }
+
+    /// The operation that a request names, if its principal may do there what the method needs. It is recorded in the call.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] for every name that cannot be an operation of this server (EXE-13); [`Error::Denied`].
+    pub(crate) fn operation(&self, call: &Call, name: &str) -> Result<(Instance, OperationId)> {
+        let (instance_name, id) = convert::operation_name(name)?;
+        let instance = self.gate.enter(call, instance_name).map_err(|error| match error {
+            Error::Invalid(_) => convert::no_operation(name),
+            other => other,
+        })?;
+        call.note_operation(id);
+        Ok((instance, id))
     }
 }
 

@@ -9,6 +9,7 @@
 //! file of an evicted entry is deleted in the background, and its name is never used again. Leases and reservations (`guards`)
 //! end when they are dropped. No handler waits: an answer that needs IO is a separate future.
 
+mod batches;
 pub mod blob;
 pub mod client;
 mod decoding;

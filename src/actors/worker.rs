@@ -108,11 +108,12 @@ impl Actor for WorkerActor {
 impl Receive<RunAction> for WorkerActor {
     type Answer = MessageResult<RunAction>;
 
-    fn receive(&mut self, order: RunAction, _: &mut Self::Context) -> Self::Answer {
-        let run = AssertUnwindSafe(|| {
-            ActionRun::new(&self.settings, &*self.store, &mut *self.launcher, &order).execute()
+    fn receive(&mut self, run: RunAction, _: &mut Self::Context) -> Self::Answer {
+        let execute = AssertUnwindSafe(|| {
+            ActionRun::new(&self.settings, &*self.store, &mut *self.launcher, &run).execute()
         });
-        MessageResult(catch_unwind(run).unwrap_or_else(|panic| {
+        let order = &run.order;
+        MessageResult(catch_unwind(execute).unwrap_or_else(|panic| {
             let what = panic_message(&*panic);
             Event::error("gorego::worker", WORKER_PANICKED)
                 .with("task", order.task.0)

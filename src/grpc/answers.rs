@@ -4,9 +4,9 @@
 //! which nothing was reserved waits for room, or is refused where it is too large to be kept waiting. The number of calls is
 //! bounded here as well, and so is the memory for their heads, because each one costs memory before it is answered.
 
-use super::request_log::Call;
 use crate::{
     budget::{Refusal, Share},
+    call::Call,
     connections::answers::{FRAME_BYTES, reserve_owned},
     memory,
 };
@@ -60,7 +60,7 @@ where
     }
 
     fn call(&mut self, request: Request<TonicBody>) -> Self::Future {
-        let call = request.extensions().get::<Call>().cloned().unwrap_or_default();
+        let call = Call::of(request.extensions());
         match Place::take(&call, &request) {
             Ok(place) => AnswerFuture {
                 inner: Some(self.inner.call(request)),

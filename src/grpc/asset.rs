@@ -3,7 +3,7 @@
 //! Bad news from an origin is an answer with a status inside; faults of this server and of the request are statuses of the RPC
 //! (AST-05).
 
-use super::{Edge, claim::Claim, request_log::Call};
+use super::{Edge, claim::Claim};
 use crate::{
     actors::asset::{
         bindings::References,
@@ -11,6 +11,7 @@ use crate::{
         outcome::{FailureKind, Fetched, OriginFailure as Failure, Problem},
         request::{AssetKind as Kind, AssetRequest, Qualifiers},
     },
+    call::Call,
     grpc::services::{fetch_server::Fetch, push_server::Push},
 };
 use gorego_reapi::{
@@ -75,7 +76,7 @@ impl Fetch for AssetService {
         &self,
         request: Request<FetchBlobRequest>,
     ) -> Result<Response<FetchBlobResponse>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let FetchBlobRequest {
             instance_name,
             timeout,
@@ -103,7 +104,7 @@ impl Fetch for AssetService {
         &self,
         request: Request<FetchDirectoryRequest>,
     ) -> Result<Response<FetchDirectoryResponse>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let FetchDirectoryRequest {
             instance_name,
             timeout,
@@ -134,7 +135,7 @@ impl Push for AssetService {
         &self,
         request: Request<PushBlobRequest>,
     ) -> Result<Response<PushBlobResponse>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let request = request.into_inner();
         let offered = Offered {
             instance_name: request.instance_name,
@@ -155,7 +156,7 @@ impl Push for AssetService {
         &self,
         request: Request<PushDirectoryRequest>,
     ) -> Result<Response<PushDirectoryResponse>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let request = request.into_inner();
         let offered = Offered {
             instance_name: request.instance_name,
@@ -181,8 +182,7 @@ impl AssetService {
 
     async fn fetch(&self, call: &Call, kind: Kind, wanted: Wanted) -> Result<Found, Status> {
         let assets = self.assets(call)?;
-        let instance = self.0.instances.get(&wanted.instance_name)?;
-        call.instance(&instance);
+        let instance = self.0.gate.enter(call, &wanted.instance_name)?;
         // The preferred one when nothing is said: there is no hash to tell from (AST-07).
         let function = instance.digest_function(wanted.digest_function, [])?;
         let oldest =
@@ -199,7 +199,7 @@ impl AssetService {
         let digest_function = function.wire() as i32;
         match outcome {
             Ok(Fetched { uri, digest, expires_at }) => {
-                call.blob(digest);
+                call.note_blob(digest);
                 Ok(Found {
                     status: status::inline_ok(),
                     uri,
@@ -210,7 +210,7 @@ impl AssetService {
                 })
             }
             Err(Problem::Origin(failure)) => {
-                call.bad_news(&failure.message);
+                call.note_inner_error(&failure.message);
                 let status = inline(&failure);
                 let uri = if failure.uri.is_empty() { first } else { failure.uri };
                 Ok(Found { status, uri, qualifiers: shown, expires_at: None, digest: None, digest_function })
@@ -222,8 +222,7 @@ impl AssetService {
 
     async fn push(&self, call: &Call, kind: Kind, offered: Offered) -> Result<(), Status> {
         let assets = self.assets(call)?;
-        let instance = self.0.instances.get(&offered.instance_name)?;
-        call.instance(&instance);
+        let instance = self.0.gate.enter(call, &offered.instance_name)?;
         if !assets.push_enabled() {
             let message = "clients may not push assets to this server (assets.push = false)";
             return Err(Error::Unimplemented(message.into()).into());
@@ -233,7 +232,7 @@ impl AssetService {
         let lengths = all.map(|digest| digest.hash.len());
         let function = instance.digest_function(offered.digest_function, lengths)?;
         let digest = Digest::from_wire(function, offered.digest.as_ref(), offered.digest_field)?;
-        call.blob(digest);
+        call.note_blob(digest);
         let list = |digests: &[reapi::Digest], field| -> Result<Vec<Digest>> {
             digests.iter().map(|digest| Digest::from_wire(function, Some(digest), field)).collect()
         };

@@ -8,13 +8,14 @@
 //! at most two in memory: one that is being sent and the next. An upload that stops in the middle
 //! leaves its bytes with the store under the resource name, for the client to go on (BS-20).
 
-use super::{Edge, ReadStream, log_stream, request_log::Call, stalled};
+use super::{Edge, ReadStream, log_stream, stalled};
 use crate::{
     actors::cas::{
         blob::{BlobReader, BlobWriter},
         client::Upload,
         forms::zstd_reader::ZstdReader,
     },
+    call::Call,
     config::CommittedSize,
     grpc::services::byte_stream_server::ByteStream,
     instance::Instance,
@@ -52,11 +53,12 @@ impl ByteStream for ByteStreamService {
 
     async fn read(&self, request: Request<ReadRequest>) -> Result<Response<ReadStream>, Status> {
         if let Some(name) = LogName::parse(&request.get_ref().resource_name) {
-            let stream = log_stream::read(&self.0, &Call::of(&request), &name?, request.get_ref())?;
+            let stream =
+                log_stream::read(&self.0, &Call::of(request.extensions()), &name?, request.get_ref())?;
             return Ok(Response::new(stream));
         }
         let name = ResourceName::parse_read(&request.get_ref().resource_name)?;
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let (instance, digest) = self.resolve(&call, &name)?;
         let request = request.into_inner();
         let window = ReadWindow::new(digest, request.read_offset, request.read_limit)?;
@@ -78,7 +80,7 @@ impl ByteStream for ByteStreamService {
         &self,
         request: Request<Streaming<WriteRequest>>,
     ) -> Result<Response<WriteResponse>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let mut messages = request.into_inner();
         let first = next_message(&mut messages, WRITE_IDLE_LIMIT).await?;
         let first = first.ok_or_else(|| Error::invalid("the stream has no message"))?;
@@ -106,10 +108,10 @@ impl ByteStream for ByteStreamService {
     ) -> Result<Response<QueryWriteStatusResponse>, Status> {
         let resource = &request.get_ref().resource_name;
         if let Some(name) = LogName::parse(resource) {
-            return Ok(Response::new(log_stream::query(&self.0, &Call::of(&request), &name?)?));
+            return Ok(Response::new(log_stream::query(&self.0, &Call::of(request.extensions()), &name?)?));
         }
         let name = ResourceName::parse_write(resource)?;
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let (instance, digest) = self.resolve(&call, &name)?;
         let cas = self.0.cas.on_behalf_of(call.caller());
         let status = cas.query_upload(&instance, resource, digest).await?;
@@ -123,10 +125,9 @@ impl ByteStream for ByteStreamService {
 impl ByteStreamService {
     /// The namespace and the blob that a name means there.
     fn resolve(&self, call: &Call, name: &ResourceName) -> Result<(Instance, Digest)> {
-        let instance = self.0.instances.get(&name.instance_name)?;
-        call.instance(&instance);
+        let instance = self.0.gate.enter(call, &name.instance_name)?;
         let digest = instance.digest_in_name(name.digest, name.function_is_named)?;
-        call.blob(digest);
+        call.note_blob(digest);
         Ok((instance, digest))
     }
 }

@@ -3,9 +3,10 @@
 //!
 //! Digests are parsed once, here; a call costs the store one message, however many blobs it names.
 
-use super::{Edge, TreeStream, chunks, claim::Claim, convert, get_tree, inline, request_log::Call};
+use super::{Edge, TreeStream, chunks, claim::Claim, convert, get_tree, inline};
 use crate::{
     actors::cas::{client::Payload, forms::zstd_reader::Item},
+    call::Call,
     grpc::services::content_addressable_storage_server::ContentAddressableStorage,
     instance::Instance,
 };
@@ -53,8 +54,7 @@ impl ContentAddressableStorage for CasService {
         &self,
         request: Request<FindMissingBlobsRequest>,
     ) -> Result<Response<FindMissingBlobsResponse>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
-        let call = Call::of(&request);
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
         let digests = {
             let request = request.into_inner();
             convert::digests(&instance, request.digest_function, request.blob_digests, "blob_digests")?
@@ -73,8 +73,7 @@ impl ContentAddressableStorage for CasService {
         &self,
         request: Request<BatchUpdateBlobsRequest>,
     ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
-        let call = Call::of(&request);
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
         let cas = self.0.cas.on_behalf_of(call.caller());
         let batch = Update::decode(&instance, request.into_inner())?;
         call.reserve_soon(inline::MESSAGE_MAX_BYTES - batch.left).await?;
@@ -92,8 +91,7 @@ impl ContentAddressableStorage for CasService {
         &self,
         request: Request<BatchReadBlobsRequest>,
     ) -> Result<Response<BatchReadBlobsResponse>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
-        let call = Call::of(&request);
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
         let batch = Read::decode(&instance, request.into_inner())?;
         // The wait is for the client to read other answers.
         Claim::settle(batch.memory());
@@ -125,9 +123,8 @@ impl ContentAddressableStorage for CasService {
     }
 
     async fn get_tree(&self, request: Request<GetTreeRequest>) -> Result<Response<TreeStream>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
         let paging = get_tree::Paging::decode(&instance, request.get_ref())?;
-        let call = Call::of(&request);
         let cas = self.0.cas.on_behalf_of(call.caller());
         Ok(Response::new(get_tree::pages(&cas, &instance, paging, call)))
     }
@@ -136,24 +133,24 @@ impl ContentAddressableStorage for CasService {
         &self,
         request: Request<SplitBlobRequest>,
     ) -> Result<Response<SplitBlobResponse>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
-        Ok(Response::new(chunks::split(&self.0, &instance, &request).await?))
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
+        Ok(Response::new(chunks::split(&self.0, &call, &instance, request.get_ref()).await?))
     }
 
     async fn splice_blob(
         &self,
         request: Request<SpliceBlobRequest>,
     ) -> Result<Response<SpliceBlobResponse>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
-        Ok(Response::new(chunks::splice(&self.0, &instance, &request).await?))
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
+        Ok(Response::new(chunks::splice(&self.0, &call, &instance, request.get_ref()).await?))
     }
 }
 
 impl CasService {
-    fn instance<T>(&self, request: &Request<T>, name: impl Fn(&T) -> &str) -> Result<Instance> {
-        let instance = self.0.instances.get(name(request.get_ref()))?;
-        Call::of(request).instance(&instance);
-        Ok(instance)
+    fn enter<T>(&self, request: &Request<T>, name: impl Fn(&T) -> &str) -> Result<(Call, Instance)> {
+        let call = Call::of(request.extensions());
+        let instance = self.0.gate.enter(&call, name(request.get_ref()))?;
+        Ok((call, instance))
     }
 }
 

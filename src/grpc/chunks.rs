@@ -3,8 +3,11 @@
 //! Chunks are cut by the functions that [`CHUNKINGS`] lists, with these parameters and no others: clients that cut blobs
 //! themselves get the same chunks. The work is the store's.
 
-use super::{Edge, convert, inline::MESSAGE_MAX_BYTES, request_log::Call};
-use crate::{actors::cas::forms::splice::SPLICE_MAX_CHUNKS, instance::Instance};
+use super::{Edge, convert, inline::MESSAGE_MAX_BYTES};
+use crate::{
+    call::Call,
+    {actors::cas::forms::splice::SPLICE_MAX_CHUNKS, instance::Instance},
+};
 use gorego_reapi::{
     chunking::Chunking,
     digest::Digest,
@@ -15,7 +18,6 @@ use gorego_reapi::{
     },
 };
 use prost::Message as _;
-use tonic::Request;
 
 /// What is advertised; the first is used for clients that name none.
 const CHUNKINGS: [Chunking; 2] = [Chunking::FAST_CDC, Chunking::REP_MAX];
@@ -39,15 +41,14 @@ pub fn advertise(enabled: bool, cache: &mut CacheCapabilities) {
 /// Those of [`crate::actors::cas::client::Cas::split`]; `Unimplemented` where chunking is switched off.
 pub async fn split(
     edge: &Edge,
+    call: &Call,
     instance: &Instance,
-    request: &Request<SplitBlobRequest>,
+    message: &SplitBlobRequest,
 ) -> Result<SplitBlobResponse> {
     check_enabled(edge, "SplitBlob")?;
-    let message = request.get_ref();
     let blob =
         convert::digest(instance, message.digest_function, message.blob_digest.as_ref(), "blob_digest")?;
-    let call = Call::of(request);
-    call.blob(blob);
+    call.note_blob(blob);
     let chunking = chunking(message.chunking_function)?;
     let cas = edge.cas.on_behalf_of(call.caller());
     let chunks = cas.split(instance, blob, chunking, max_chunks(blob)).await?;
@@ -65,11 +66,11 @@ pub async fn split(
 /// Those of [`crate::actors::cas::client::Cas::splice`]; `Unimplemented` where chunking is switched off.
 pub async fn splice(
     edge: &Edge,
+    call: &Call,
     instance: &Instance,
-    request: &Request<SpliceBlobRequest>,
+    message: &SpliceBlobRequest,
 ) -> Result<SpliceBlobResponse> {
     check_enabled(edge, "SpliceBlob")?;
-    let message = request.get_ref();
     let count = message.chunk_digests.len();
     if count > SPLICE_MAX_CHUNKS {
         // Before anything is made of them: an entry may take two bytes in a request.
@@ -81,12 +82,12 @@ pub async fn splice(
     // Chunks are of the blob's function (CAS-36), whatever their own length says.
     let function = convert::digest_function(instance, message.digest_function, [blob])?;
     let blob = Digest::from_wire(function, blob, "blob_digest")?;
-    Call::of(request).blob(blob);
+    call.note_blob(blob);
     let chunking = chunking(message.chunking_function)?;
     let chunks = message.chunk_digests.iter();
     let chunks: Result<Vec<Digest>> =
         chunks.map(|chunk| Digest::from_wire(function, Some(chunk), "chunk_digests")).collect();
-    let cas = edge.cas.on_behalf_of(Call::of(request).caller());
+    let cas = edge.cas.on_behalf_of(call.caller());
     cas.splice(instance, blob, chunks?, chunking).await?;
     // One client fails when it is not set (CAS-37).
     Ok(SpliceBlobResponse { blob_digest: Some(blob.to_wire()) })

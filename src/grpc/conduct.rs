@@ -92,7 +92,7 @@ impl OpenStreams {
 /// What came in.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Received {
-    pub frames: u64,
+    pub frames: usize,
     pub resets: u64,
     /// Streams that were answered since the last resets; 0 where there are no resets.
     pub finished: u64,
@@ -148,6 +148,8 @@ impl Conduct {
                 }
                 kind::DATA => received.ahead += self.open.receive(frame),
                 kind::RST_STREAM => received.has_closed |= self.open.close(frame.stream),
+                // The HTTP/2 library walks over all streams to move their windows.
+                kind::SETTINGS => noise += self.open.streams.len() as u64,
                 kind::CONTINUATION if frame.ends_headers() => received.head_is_open = Some(false),
                 _ => {}
             }
@@ -178,6 +180,11 @@ impl Conduct {
             self.noise.earn((heads + data) * UPDATES_PER_DATA);
         }
         sent.has_data |= data > 0;
+    }
+
+    /// Number of streams that the client has opened and that were neither answered nor cancelled.
+    pub fn open_streams(&self) -> usize {
+        self.open.streams.len()
     }
 
     /// The most that this connection can be ahead of its handlers, by the streams that are open.
@@ -262,6 +269,22 @@ mod tests {
         let mut conduct = connected();
         let upload = frame(kind::DATA, 0, 1).repeat(100_000);
         assert!(!conduct.receive(&upload, 0).is_noise);
+    }
+
+    #[test]
+    fn settings_cost_more_where_many_streams_are_open() {
+        let settings = frame(kind::SETTINGS, 0, 0);
+        let most = |streams: u32| {
+            let mut conduct = connected();
+            for stream in 0..streams {
+                let mut head = frame(kind::HEADERS, 0x4, 0);
+                head[5..].copy_from_slice(&(2 * stream + 1).to_be_bytes());
+                conduct.receive(&head, 0);
+            }
+            (0..NOISE.burst).take_while(|_| !conduct.receive(&settings, 0).is_noise).count() as u64
+        };
+        assert_eq!(most(0), NOISE.burst / NOISE_COST);
+        assert_eq!(most(1_000), NOISE.burst / (NOISE_COST + 1_000));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::{
         },
         worker::messages::RunStage,
     },
-    instance::{Instance, Instances},
+    instance::Instance,
     log_streams::{
         name::{LogName, StreamId},
         run::LogKind,
@@ -104,21 +104,23 @@ pub fn client_info(headers: &HeaderMap) -> ClientInfo {
     }
 }
 
-/// Takes `[instance/]operations/{id}` apart.
+/// Takes `[instance/]operations/{id}` apart. The instance name is not looked up.
 ///
 /// # Errors
 /// [`Error::NotFound`] for every name that cannot be one of ours: clients run the action again only on that (EXE-13).
-pub fn operation_name(instances: &Instances, name: &str) -> Result<(Instance, OperationId)> {
-    let unknown = || {
-        Error::NotFound(format!(
-            "there is no operation \"{}\"; names have the form [instance/]operations/{{id}}",
-            status::shorten(name.escape_debug().to_string(), CLIENT_TEXT_MAX_BYTES)
-        ))
-    };
+pub fn operation_name(name: &str) -> Result<(&str, OperationId)> {
+    let unknown = || no_operation(name);
     let (collection, id) = name.rsplit_once('/').ok_or_else(unknown)?;
-    let instance = operations_of(collection).ok_or_else(unknown)?;
-    let id = id.parse().map_err(|_| unknown())?;
-    Ok((instances.get(instance).map_err(|_| unknown())?, id))
+    let instance_name = operations_of(collection).ok_or_else(unknown)?;
+    Ok((instance_name, id.parse().map_err(|_| unknown())?))
+}
+
+/// The error for a name that cannot be an operation of this server.
+pub fn no_operation(name: &str) -> Error {
+    Error::NotFound(format!(
+        "there is no operation \"{}\"; names have the form [instance/]operations/{{id}}",
+        status::shorten(name.escape_debug().to_string(), CLIENT_TEXT_MAX_BYTES)
+    ))
 }
 
 /// The instance name in `[instance/]operations`; `None` for any other text.
@@ -246,12 +248,12 @@ fn timestamp(time: SystemTime) -> prost_types::Timestamp {
 mod tests {
     use super::*;
     use crate::actors::scheduler::operation::Outcome;
+    use crate::instance::Instances;
     use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD};
     use gorego_reapi::find_missing::FindMissingBlobsRequest;
     use http::HeaderValue;
     use proptest::prelude::*;
     use std::{sync::Arc, time::Duration};
-    use uuid::Uuid;
 
     const HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
@@ -265,7 +267,7 @@ mod tests {
 
     fn info() -> OperationInfo {
         OperationInfo {
-            id: OperationId(Uuid::new_v4()),
+            id: OperationId::random(Default::default()),
             instance: instances().get("a/b").unwrap(),
             action: Digest::empty(DigestFunction::Sha256),
             inline: Default::default(),
@@ -375,22 +377,22 @@ mod tests {
     #[test]
     fn operation_names_are_read_back_and_all_others_are_not_found() {
         let info = info();
-        let (instance, id) = operation_name(&instances(), &info.name()).unwrap();
-        assert_eq!((instance.name(), id), ("a/b", info.id));
+        let name = info.name();
+        let (instance_name, id) = operation_name(&name).unwrap();
+        assert_eq!((instance_name, id), ("a/b", info.id));
         let id = info.id;
-        assert!(operation_name(&instances(), &format!("operations/{id}")).is_ok());
+        assert!(operation_name(&format!("operations/{id}")).is_ok());
         for name in [
             String::new(),
             id.to_string(),
             format!("/operations/{id}"),
             format!("xoperations/{id}"),
-            format!("nope/operations/{id}"),
             format!("a/b/operations/{id}/"),
             format!("a/b/operations/{}", id.to_string().to_uppercase()),
             "operations/1".into(),
             "x".repeat(10_000),
         ] {
-            assert!(matches!(operation_name(&instances(), &name), Err(Error::NotFound(_))), "{name}");
+            assert!(matches!(operation_name(&name), Err(Error::NotFound(_))), "{name}");
         }
     }
 

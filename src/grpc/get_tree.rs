@@ -6,12 +6,13 @@
 //!
 //! So that a client that does not read cannot hold up all others, its walk ends after [`PAGE_WAIT`].
 
-use super::{TreeStream, convert, inline, page_token, request_log::Call};
+use super::{TreeStream, convert, inline, page_token};
 use crate::{
     actors::cas::{
         client::Cas,
         trees::walk::{Visited, Walk},
     },
+    call::Call,
     instance::Instance,
 };
 use futures::stream::{self, BoxStream, Stream, StreamExt as _, TryStreamExt as _};
@@ -107,7 +108,7 @@ fn binding(root: &Digest) -> String {
 /// The pages of a tree, once there is a place for its walk. A stream that is dropped frees its place, or leaves the line.
 ///
 /// A page is sent when there is room for it among the answers.
-pub fn pages(cas: &Cas, instance: &Instance, paging: Paging, call: Call) -> TreeStream {
+pub(super) fn pages(cas: &Cas, instance: &Instance, paging: Paging, call: Call) -> TreeStream {
     let walk = cas.walk_tree(instance, paging.root);
     attended(with_room(run(paging, walk).boxed(), call)).map(|page| page.map_err(Into::into)).boxed()
 }

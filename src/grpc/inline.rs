@@ -3,12 +3,12 @@
 //! A client gets contents only when it asks for them, whoever stored the result (AC-05), and next to their digest (AC-06).
 //! What does not fit into one message is left out; the result itself never is (AC-07).
 
-use super::request_log::Call;
 use crate::{
     actors::{
         cas::{client::Cas, results::RESULT_MAX_BYTES},
         scheduler::operation::Inline,
     },
+    call::Call,
     instance::Instance,
 };
 use bytes::Bytes;

@@ -15,10 +15,10 @@ use super::{
     REQUEST_MAX_BYTES,
     claim::{Claim, Claimed},
     codec::REQUEST_MAX_MEMORY,
-    request_log::Call,
 };
 use crate::{
     budget::{Bounds, Budget, Refusal, Share},
+    call::Call,
     caller::Caller,
 };
 use bytes::Bytes;
@@ -113,7 +113,7 @@ impl<S: Service<Request<Body>>> Service<Request<Body>> for Intake<S> {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let caller = request.extensions().get::<Call>().map(Call::caller).unwrap_or_default();
+        let caller = Call::of(request.extensions()).caller();
         let kind = RequestKind::of(request.uri().path(), request.headers());
         let (budgets, claim) = (self.budgets.clone(), Arc::<Claim>::default());
         let of_body = claim.clone();

@@ -7,22 +7,22 @@
 use super::{
     Edge, ReadStream,
     byte_stream::{CLOSE_WAIT, READ_WINDOW_BYTES, WRITE_IDLE_LIMIT, next_message},
-    convert,
-    request_log::Call,
-    stalled,
+    convert, stalled,
 };
 use crate::{
     actors::{
         cas::{blob::BlobReader, client::Cas},
         scheduler::{messages::Watch, operation::OperationId},
     },
+    call::Call,
     grpc::services::log_stream_service_server as server,
-    instance::{Instance, Instances},
+    instance::Instance,
     log_streams::{
         Committed,
         follow::{Follower, Piece},
         name::LogName,
     },
+    policy::Permission,
 };
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
@@ -47,14 +47,14 @@ impl server::LogStreamService for LogStreamService {
         &self,
         request: Request<CreateLogStreamRequest>,
     ) -> Result<Response<LogStream>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         // Whether there is such a service does not depend on the question.
         self.0.log_streams.check_creation()?;
         let parent = request.into_inner().parent;
-        let (instance, operation) = self.parent(&parent)?;
-        call.instance(&instance);
+        let (instance_name, operation) = parse_parent(&parent)?;
+        let instance = self.0.gate.enter(&call, instance_name)?;
         if let Some(id) = operation {
-            call.operation(&instance, id);
+            call.note_operation(id);
             self.check_operation(instance, id).await?;
         }
         let name = self.0.log_streams.create(parent, call.caller())?;
@@ -64,10 +64,6 @@ impl server::LogStreamService for LogStreamService {
 }
 
 impl LogStreamService {
-    fn parent(&self, parent: &str) -> Result<(Instance, Option<OperationId>)> {
-        parent_of(&self.0.instances, parent)
-    }
-
     /// LOG-01: an operation is a parent while this server knows it.
     async fn check_operation(&self, instance: Instance, id: OperationId) -> Result<()> {
         match self.0.scheduler()?.watch(Watch { instance, id }).await {
@@ -77,22 +73,27 @@ impl LogStreamService {
     }
 }
 
-/// What the parent of a stream is: an instance, or an operation in one. The API leaves it to the server what a parent may be;
-/// the empty name is the instance of that name, as in every other call, where the server has one (LOG-01).
-fn parent_of(instances: &Instances, parent: &str) -> Result<(Instance, Option<OperationId>)> {
+/// The instance and the operation that the parent of a stream names. The API leaves it to the server what a parent may be; the
+/// empty name is the instance of that name, as in every other call, if the server has one (LOG-01).
+fn parse_parent(parent: &str) -> Result<(&str, Option<OperationId>)> {
     let is_operation = parent.split('/').rev().nth(1) == Some("operations");
     if !is_operation {
-        return Ok((instances.get(parent)?, None));
+        return Ok((parent, None));
     }
-    let operation = convert::operation_name(instances, parent);
-    let (instance, id) = operation.map_err(|error| Error::Invalid(format!("parent: {error}")))?;
-    Ok((instance, Some(id)))
+    let operation = convert::operation_name(parent);
+    let (instance_name, id) = operation.map_err(|error| Error::Invalid(format!("parent: {error}")))?;
+    Ok((instance_name, Some(id)))
+}
+
+/// The instance of a log stream that a method of ByteStream names.
+fn enter(edge: &Edge, call: &Call, name: &LogName) -> Result<Instance> {
+    let (instance_name, _) = parse_parent(&name.parent)?;
+    edge.gate.enter_for(call, instance_name, Permission::Logs)
 }
 
 /// ByteStream.Read of a log stream: what there is from the offset, then what comes, to the end (LOG-03).
 pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadRequest) -> Result<ReadStream> {
-    let (instance, _) = parent_of(&edge.instances, &name.parent)?;
-    call.instance(&instance);
+    let instance = enter(edge, call, name)?;
     let offset = u64::try_from(request.read_offset)
         .map_err(|_| Error::OutOfRange(format!("read_offset {} is negative", request.read_offset)))?;
     let limit = u64::try_from(request.read_limit).map_err(|_| Error::invalid("read_limit is negative"))?;
@@ -162,8 +163,7 @@ pub(super) async fn write(
     mut messages: Streaming<WriteRequest>,
     first: WriteRequest,
 ) -> Result<Response<WriteResponse>, Status> {
-    let (instance, _) = parent_of(&edge.instances, &name.parent)?;
-    call.instance(&instance);
+    enter(edge, call, name)?;
     let writer = edge.log_streams.writer(name)?;
     let resource_name = first.resource_name.clone();
     let mut message = Some(first);
@@ -191,8 +191,7 @@ pub(super) async fn write(
 
 /// QueryWriteStatus of a log stream, by its write name.
 pub(super) fn query(edge: &Edge, call: &Call, name: &LogName) -> Result<QueryWriteStatusResponse> {
-    let (instance, _) = parent_of(&edge.instances, &name.parent)?;
-    call.instance(&instance);
+    enter(edge, call, name)?;
     let committed = edge.log_streams.writer(name)?.committed();
     Ok(QueryWriteStatusResponse { committed_size: wire_size(committed), complete: committed.finished })
 }

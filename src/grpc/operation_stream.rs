@@ -5,7 +5,7 @@
 //! changes faster than the client reads skips the states in between but never the last one. The stream ends with OK only after
 //! `done` (EXE-10); when the scheduler goes away before that, the end is UNAVAILABLE, which every client retries.
 
-use super::{ask::Scheduler, convert, inline, request_log::Call};
+use super::{ask::Scheduler, convert, inline};
 use crate::actors::{
     cas::client::Cas,
     scheduler::{
@@ -13,6 +13,7 @@ use crate::actors::{
         operation::{OperationInfo, Snapshot, Stage, Subscription},
     },
 };
+use crate::call::Call;
 use futures::stream::{self, Stream};
 use gorego_reapi::{error::Error, proto::longrunning::Operation};
 use std::{sync::Arc, time::Duration};
@@ -159,7 +160,6 @@ mod tests {
     };
     use std::time::SystemTime;
     use tokio::{sync::watch, time::Instant};
-    use uuid::Uuid;
 
     fn queued() -> Snapshot {
         Snapshot::queued(SystemTime::UNIX_EPOCH)
@@ -186,7 +186,7 @@ mod tests {
 
     fn operation(snapshot: Snapshot) -> (watch::Sender<Snapshot>, Subscription) {
         let info = OperationInfo {
-            id: OperationId(Uuid::new_v4()),
+            id: OperationId::random(Default::default()),
             instance: Instances::new([""]).unwrap().get("").unwrap(),
             action: Digest::empty(DigestFunction::Sha256),
             inline: Inline::default(),

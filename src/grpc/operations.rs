@@ -4,15 +4,15 @@ use super::{
     Edge, convert,
     filter::{self, Filter},
     inline, operation_stream, page_token,
-    request_log::Call,
 };
 use crate::{
     actors::scheduler::{
         messages::{Cancel, Forget, ListOperations, OperationFilter, Watch},
         operation::{OperationInfo, Snapshot, Subscription},
     },
+    call::Call,
     grpc::services::operations_server::Operations,
-    instance::{Instance, Instances},
+    instance::Instance,
 };
 use gorego_reapi::{
     duration,
@@ -47,9 +47,8 @@ impl Operations for OperationsService {
         &self,
         request: Request<ListOperationsRequest>,
     ) -> Result<Response<ListOperationsResponse>, Status> {
-        let call = Call::of(&request);
-        let listing = Listing::decode(&self.0.instances, request.get_ref())?;
-        call.instance(&listing.instance);
+        let call = Call::of(request.extensions());
+        let listing = Listing::decode(|name| self.0.gate.enter(&call, name), request.get_ref())?;
         call.reserve(inline::MESSAGE_MAX_BYTES).await?;
         let mut limit = listing.limit;
         loop {
@@ -85,7 +84,7 @@ impl Operations for OperationsService {
         &self,
         request: Request<GetOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let subscription = self.watch(&call, &request.get_ref().name).await?;
         let (info, snapshot) = operation_stream::current(&subscription);
         Ok(Response::new(self.answer(&info, snapshot, &call).await?))
@@ -95,8 +94,8 @@ impl Operations for OperationsService {
         &self,
         request: Request<DeleteOperationRequest>,
     ) -> Result<Response<()>, Status> {
-        let (instance, id) = convert::operation_name(&self.0.instances, &request.get_ref().name)?;
-        Call::of(&request).operation(&instance, id);
+        let call = Call::of(request.extensions());
+        let (instance, id) = self.0.operation(&call, &request.get_ref().name)?;
         Ok(Response::new(self.0.scheduler()?.forget(Forget { instance, id }).await?))
     }
 
@@ -104,8 +103,8 @@ impl Operations for OperationsService {
         &self,
         request: Request<CancelOperationRequest>,
     ) -> Result<Response<()>, Status> {
-        let (instance, id) = convert::operation_name(&self.0.instances, &request.get_ref().name)?;
-        Call::of(&request).operation(&instance, id);
+        let call = Call::of(request.extensions());
+        let (instance, id) = self.0.operation(&call, &request.get_ref().name)?;
         Ok(Response::new(self.0.scheduler()?.cancel(Cancel { instance, id }).await?))
     }
 
@@ -114,7 +113,7 @@ impl Operations for OperationsService {
         request: Request<WaitOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
         let limit = wait_limit(request.get_ref().timeout.as_ref())?;
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let mut subscription = self.watch(&call, &request.get_ref().name).await?;
         let snapshot = operation_stream::settle(&mut subscription, limit).await?;
         Ok(Response::new(self.answer(&subscription.info, snapshot, &call).await?))
@@ -123,10 +122,9 @@ impl Operations for OperationsService {
 
 impl OperationsService {
     async fn watch(&self, call: &Call, name: &str) -> Result<Subscription> {
-        let (instance, id) = convert::operation_name(&self.0.instances, name)?;
-        call.operation(&instance, id);
+        let (instance, id) = self.0.operation(call, name)?;
         let subscription = self.0.scheduler()?.watch(Watch { instance, id }).await?;
-        call.action(subscription.info.action);
+        call.note_action(subscription.info.action);
         Ok(subscription)
     }
 
@@ -155,7 +153,7 @@ struct Listing {
 impl Listing {
     /// A listing is of one instance, because no instance shows what another has (GEN-15): the one in the name of the
     /// collection or, for clients that name none, that in the filter, else the default one.
-    fn decode(instances: &Instances, request: &ListOperationsRequest) -> Result<Self> {
+    fn decode(enter: impl FnOnce(&str) -> Result<Instance>, request: &ListOperationsRequest) -> Result<Self> {
         let Filter { instance, operations: filter } = filter::parse(&request.filter)?;
         let instance = match (collection(&request.name), &instance) {
             (Some(named), Some(wanted)) if named != wanted => {
@@ -165,10 +163,13 @@ impl Listing {
                     wanted.escape_debug()
                 )));
             }
-            (Some(named), _) => instances.get(named).map_err(|error| {
-                Error::Invalid(format!("name: {error}; the forms are [instance/]operations and instance"))
+            (Some(named), _) => enter(named).map_err(|error| match error {
+                Error::Invalid(problem) => Error::Invalid(format!(
+                    "name: {problem}; the forms are [instance/]operations and instance"
+                )),
+                other => other,
             })?,
-            (None, wanted) => instances.get(wanted.as_deref().unwrap_or_default())?,
+            (None, wanted) => enter(wanted.as_deref().unwrap_or_default())?,
         };
         let binding = format!("operations of {:?} with {filter:?}", instance.name());
         let after = match request.page_token.as_str() {
@@ -203,9 +204,11 @@ fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::instance::Instances;
 
     fn decode(request: ListOperationsRequest) -> Result<Listing> {
-        Listing::decode(&Instances::new(["", "a/b"]).unwrap(), &request)
+        let instances = Instances::new(["", "a/b"]).unwrap();
+        Listing::decode(|name| instances.get(name), &request)
     }
 
     #[test]

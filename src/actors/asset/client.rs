@@ -69,38 +69,32 @@ impl Assets {
         // A malformed request is refused even if there is an answer.
         request.headers()?;
         request.qualifiers.integrity()?;
-        let unsupported =
-            || request.qualifiers.unsupported(request.kind).into_iter().map(ToOwned::to_owned).collect();
-        if !self.push_enabled() {
-            let names: Vec<String> = unsupported();
-            if !names.is_empty() {
-                return Err(Problem::Unsupported(names));
-            }
+        let unsupported = request.qualifiers.unsupported(request.kind);
+        let unsupported: Vec<String> = unsupported.into_iter().map(ToOwned::to_owned).collect();
+        if !self.push_enabled() && !unsupported.is_empty() {
+            return Err(Problem::Unsupported(unsupported));
         }
         let known = self.ask(LookUpAsset { keys: request.keys(), oldest }).await?;
-        let mut was_bound = false;
         for (uri, known) in request.uris.iter().zip(&known) {
-            was_bound |= !matches!(known, KnownAsset::Nothing);
             let KnownAsset::Fresh(Binding { digest, references, expires_at, .. }) = known else { continue };
-            let (digest, expires_at) = (*digest, *expires_at);
-            if self.is_stored(&request, digest, references).await? {
-                return Ok(Fetched { uri: uri.clone(), digest, expires_at });
+            if self.is_stored(&request, *digest, references).await? {
+                return Ok(Fetched { uri: uri.clone(), digest: *digest, expires_at: *expires_at });
             }
         }
-        let is_location = |uri: &String| uri.starts_with("http:") || uri.starts_with("https:");
-        match unsupported() {
-            names if names.is_empty() => {}
-            // Pushed content under such a qualifier would have been found above. A download cannot honour the qualifier.
-            _ if was_bound => {
-                let message =
-                    "the content pushed under these qualifiers is expired, too old or no longer stored";
-                return Err(Problem::origin(FailureKind::NotFound, message));
-            }
-            names if request.uris.iter().any(is_location) => return Err(Problem::Unsupported(names)),
-            // A name without a location can be answered: nothing is bound to it.
-            _ => {}
-        }
+        let was_bound = known.iter().any(|known| !matches!(known, KnownAsset::Nothing));
+        check_downloadable(&request, unsupported, was_bound)?;
         self.check_fetchable(&request, was_bound)?;
+        self.download(request, known, oldest, wait).await
+    }
+
+    /// Joins or starts the download of an asset, and waits for its content.
+    async fn download(
+        &self,
+        request: AssetRequest,
+        known: Vec<KnownAsset>,
+        oldest: Option<SystemTime>,
+        wait: Option<Duration>,
+    ) -> Result<Fetched, Problem> {
         let limit = self.shared.settings.timeout.min(wait.unwrap_or(Duration::MAX));
         let deadline = Instant::now() + limit;
         let request = Arc::new(request);
@@ -250,6 +244,28 @@ impl Assets {
     {
         self.actor.send(message).await.map_err(|_| going_down())
     }
+}
+
+/// Checks that a download can honour the qualifiers, of which `unsupported` cannot be.
+fn check_downloadable(
+    request: &AssetRequest,
+    unsupported: Vec<String>,
+    was_bound: bool,
+) -> Result<(), Problem> {
+    let is_location = |uri: &String| uri.starts_with("http:") || uri.starts_with("https:");
+    if unsupported.is_empty() {
+        return Ok(());
+    }
+    if was_bound {
+        // Usable pushed content under such a qualifier would have been found.
+        let message = "the content pushed under these qualifiers is expired, too old or no longer stored";
+        return Err(Problem::origin(FailureKind::NotFound, message));
+    }
+    if request.uris.iter().any(is_location) {
+        return Err(Problem::Unsupported(unsupported));
+    }
+    // A name without a location can be answered: nothing is bound to it.
+    Ok(())
 }
 
 /// Waits for the outcome of a flight.

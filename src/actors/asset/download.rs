@@ -89,6 +89,8 @@ impl Downloader {
         let set_up = || async {
             let settings = self.settings.clone();
             let work = tokio::task::spawn_blocking(move || {
+                // An error means that the process already has a provider.
+                let _ = rustls::crypto::ring::default_provider().install_default();
                 Client::builder()
                     .no_proxy()
                     .redirect(Policy::none())

@@ -1,4 +1,4 @@
-//! Guards that end when they are dropped: a [`Lease`] protects blobs from eviction, a [`Reservation`] keeps disk space, and a
+//! Guards that end when they are dropped: a [`Lease`] protects blobs from eviction, a [`Reservation`] keeps disk space, and an
 //! [`UploadRoom`] is a reservation that grows with the bytes of an upload.
 //!
 //! The end of a lease is marked in the index at once. The end of a reservation is sent to the actor with `do_send`, which no
@@ -136,7 +136,7 @@ pub struct UploadRoom {
 }
 
 impl UploadRoom {
-    /// UploadRoom for nothing yet.
+    /// Room for nothing yet.
     pub fn none(store: Addr<CasActor>) -> Self {
         Self { reservation: Reservation::new(store, 0), share: None, blob: None }
     }
@@ -146,7 +146,7 @@ impl UploadRoom {
         Self { blob: Some(blob), ..Self::none(store) }
     }
 
-    /// UploadRoom over a reservation that is counted in the index.
+    /// Room over a reservation that is counted in the index.
     #[cfg(test)]
     pub fn of(reservation: Reservation) -> Self {
         Self { reservation, share: None, blob: None }

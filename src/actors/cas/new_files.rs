@@ -1,8 +1,9 @@
 //! [`NewFiles`]: the one way into the store.
 //!
 //! Batches, uploads, outputs, results, zstd forms and chunks take the same steps: reserve room, check the bytes, write and
-//! stamp a new file, charge it, and let the actor make it visible. This file has the steps from writing on. UploadRoom comes from
-//! [`Cas::take_room`] when the size is known, and from a [`super::guards::UploadRoom`] that grows with the bytes when it is not.
+//! stamp a new file, charge it, and let the actor make it visible. This file has the steps from writing on. Room comes from
+//! [`Cas::take_room`] when the size is known, and from a [`super::guards::UploadRoom`] that grows with the bytes when it is
+//! not.
 //!
 //! Invariant: every written file is handed to the actor, at the latest when `NewFiles` is dropped. So every file on disk is
 //! counted, and unused room is given back.
@@ -28,7 +29,7 @@ use tokio::sync::oneshot;
 pub(super) struct NewFiles {
     store: Addr<CasActor>,
     shared: Arc<StoreShared>,
-    /// UploadRoom for the written files and for files to come.
+    /// Room for the written files and for files to come.
     room: Reservation,
     /// The part of the room that the written files take.
     spent: u64,

@@ -7,6 +7,7 @@ mod inputs;
 mod results;
 mod sharing;
 mod store;
+mod upload_room;
 mod uploads;
 mod volumes;
 

@@ -6,9 +6,10 @@
 //! when room is needed. When a bound is exceeded, the peer that holds most loses its oldest broken upload, so no peer loses an
 //! upload because another one has many. The bounds are not per connection, because an upload breaks when its connection does.
 //!
-//! The modules below handle the incoming bytes: [`writer`] an upload, [`new_blob`] bytes of unknown digest. They share
-//! [`unwritten`], [`sink`] and [`decoders`].
+//! The modules below handle the incoming bytes: [`begin`] starts an upload, [`writer`] writes one, and [`new_blob`] stores
+//! bytes of unknown digest. They share [`unwritten`], [`sink`] and [`decoders`].
 
+pub(crate) mod begin;
 pub mod decoders;
 pub mod new_blob;
 pub(crate) mod sink;
@@ -129,7 +130,7 @@ pub struct Attempt {
     pub sink: Option<Sink>,
     /// Converts the bytes of this stream to bytes of the blob.
     pub inflow: Inflow,
-    /// UploadRoom for the bytes so far; `None` once it is spent.
+    /// Room for the bytes so far; `None` once it is spent.
     pub room: Option<UploadRoom>,
     /// Whether the bytes so far may be resumed.
     pub keep: bool,

@@ -94,7 +94,7 @@ fn write_tree(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Resu
         let Some(child) = remaining.next() else {
             // Each new entry has changed the time.
             let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
-            set_mtime(here, ".", mtime_of(directory.properties))?;
+            set_mtime(here, ".", mtime_of(&directory.properties))?;
             open.pop();
             if !open.is_empty() {
                 cursor.up().map_err(|error| Error::io("go back up in the input root", &error))?;
@@ -123,12 +123,12 @@ fn fill(inputs: &dyn Inputs, directory: &Directory, cursor: &Cursor, checkpoint:
         checkpoint.check()?;
         let mode = file.properties.unix_mode.unwrap_or(if file.executable { EXECUTABLE } else { PLAIN });
         inputs.materialise(&file.digest, here, &file.name, mode)?;
-        set_mtime(here, &file.name, mtime_of(file.properties))?;
+        set_mtime(here, &file.name, mtime_of(&file.properties))?;
     }
     for link in &directory.symlinks {
         rfs::symlinkat(&*link.target, here, &*link.name)
             .map_err(|error| cannot("make the symbolic link", &link.name, &error.into()))?;
-        set_mtime(here, &link.name, mtime_of(link.properties))?;
+        set_mtime(here, &link.name, mtime_of(&link.properties))?;
     }
     checkpoint.check()
 }
@@ -174,7 +174,7 @@ fn set_mode(parent: &File, name: &str, mode: Option<u32>) -> Result<()> {
 }
 
 /// The mtime of a node.
-fn mtime_of(properties: NodeProperties) -> Timespec {
+fn mtime_of(properties: &NodeProperties) -> Timespec {
     let Some(mtime) = properties.mtime else { return INPUT_TIME };
     // The seconds of a SystemTime are an i64, so neither conversion fails.
     let seconds = |since: Duration| i64::try_from(since.as_secs()).unwrap_or(i64::MAX);

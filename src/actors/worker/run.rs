@@ -9,7 +9,9 @@ use super::{
     command::{self, Launch},
     inputs,
     launcher::{Ending, Launcher, Ran, is_full},
-    messages::{Account, RunAction, RunFailure, RunReport, RunResult, RunStage, StageReached},
+    messages::{
+        Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
+    },
     outputs, run_log,
     store::{BlobStore, Outputs},
     workspace::Workspace,
@@ -56,7 +58,8 @@ pub(super) struct ActionRun<'a> {
     settings: &'a WorkerSettings,
     store: &'a dyn BlobStore,
     launcher: &'a mut dyn Launcher,
-    order: &'a RunAction,
+    order: &'a RunOrder,
+    control: &'a RunControl,
     timeline: Timeline,
     result: reapi::ActionResult,
     /// The end of the command, once it has ended.
@@ -72,7 +75,7 @@ impl<'a> ActionRun<'a> {
         settings: &'a WorkerSettings,
         store: &'a dyn BlobStore,
         launcher: &'a mut dyn Launcher,
-        order: &'a RunAction,
+        RunAction { order, control }: &'a RunAction,
     ) -> Self {
         let timeline = Timeline::start(order.queued_at, SystemTime::now(), Moment::now());
         Self {
@@ -80,6 +83,7 @@ impl<'a> ActionRun<'a> {
             store,
             launcher,
             order,
+            control,
             timeline,
             result: reapi::ActionResult::default(),
             ran: None,
@@ -121,7 +125,7 @@ impl<'a> ActionRun<'a> {
     fn steps(&mut self, batch: &mut dyn Outputs) -> Result<()> {
         let action = &self.order.action;
         let fetching =
-            Checkpoint::new(&self.order.cancel, "fetching the inputs", self.settings.transfer_timeout);
+            Checkpoint::new(&self.control.cancel, "fetching the inputs", self.settings.transfer_timeout);
         fetching.check()?;
         // The scheduler knows this without a message.
         self.note(Point::FetchStart);
@@ -153,8 +157,8 @@ impl<'a> ActionRun<'a> {
         let logs = live.as_ref().map(LiveRun::logs);
         self.enter(RunStage::Running, Point::RunStart, logs);
         let launch = Launch::new(&action.command, workspace, self.settings.max_output_file_bytes);
-        let watch = self.settings.build_root.disk().begin(self.order.cancel.clone());
-        let ran = self.launcher.run(&launch, action.timeout, &self.order.cancel);
+        let watch = self.settings.build_root.disk().begin(self.control.cancel.clone());
+        let ran = self.launcher.run(&launch, action.timeout, &self.control.cancel);
         if let Some(space) = watch.end() {
             self.salvage_logs(workspace, live.as_ref());
             return Err(Error::DiskFull(format!(
@@ -182,7 +186,7 @@ impl<'a> ActionRun<'a> {
         if self.room_at_start.is_none_or(|space| !space.is_exhausted()) {
             return Ok(());
         }
-        self.store.relieve_disk(&|| self.order.cancel.is_cancelled());
+        self.store.relieve_disk(&|| self.control.cancel.is_cancelled());
         let end = Instant::now() + ROOM_WAIT;
         loop {
             self.room_at_start = disk.look();
@@ -202,7 +206,7 @@ impl<'a> ActionRun<'a> {
     /// more than it had.
     fn relieved(&self, error: Error) -> Error {
         let Error::DiskFull(message) = error else { return error };
-        let is_cancelled = || self.order.cancel.is_cancelled();
+        let is_cancelled = || self.control.cancel.is_cancelled();
         self.store.relieve_disk(&is_cancelled);
         let disk = self.settings.build_root.disk();
         let end = Instant::now() + MORE_ROOM_WAIT;
@@ -226,37 +230,7 @@ impl<'a> ActionRun<'a> {
     ) -> Result<()> {
         let action = &self.order.action;
         outputs::open_up(workspace.top()?)?;
-        let interrupted = match ending {
-            Ending::Exited(code) => {
-                self.result.exit_code = code;
-                None
-            }
-            Ending::Signalled(signal) => {
-                self.result.exit_code = SIGNAL_BASE.saturating_add(signal);
-                None
-            }
-            Ending::NotStarted(errno) => {
-                let is_noexec = self.settings.build_root.is_noexec();
-                let (code, message) = command::not_started(&action.command, errno, is_noexec);
-                self.result.exit_code = code;
-                append(workspace, "stderr", &message)?;
-                None
-            }
-            Ending::TimedOut => Some(Error::DeadlineExceeded(format!(
-                "the command ran longer than its timeout of {:?} and was killed",
-                action.timeout
-            ))),
-            Ending::Cancelled => Some(cancelled()),
-            // The same exit code as for any other file that grows too large.
-            Ending::LogTooLong(_) => {
-                self.result.exit_code = SIGNAL_BASE + libc::SIGXFSZ;
-                None
-            }
-            Ending::LogLost(kind, errno) => {
-                self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
-                return Err(log_lost(kind, errno));
-            }
-        };
+        let interrupted = self.record_ending(ending, workspace)?;
         self.store_logs(workspace, live, batch)?;
         if let Some(error) = interrupted {
             // EXE-45: only the logs so far are reported. A killed command has no exit code of its own.
@@ -264,7 +238,7 @@ impl<'a> ActionRun<'a> {
             return Err(error);
         }
         let uploading =
-            Checkpoint::new(&self.order.cancel, "storing the outputs", self.settings.transfer_timeout);
+            Checkpoint::new(&self.control.cancel, "storing the outputs", self.settings.transfer_timeout);
         outputs::collect(workspace.root()?, action, batch, &uploading, &mut self.result)?;
         check_size(&self.result).inspect_err(|_| {
             // Keep the logs, which may say why there are so many outputs.
@@ -273,6 +247,36 @@ impl<'a> ActionRun<'a> {
             self.result = reapi::ActionResult { exit_code, ..Default::default() };
             (self.result.stdout_digest, self.result.stderr_digest) = logs;
         })
+    }
+
+    /// Sets the exit code. Returns the error of a command that was interrupted, of which only the logs are kept.
+    fn record_ending(&mut self, ending: Ending, workspace: &Workspace) -> Result<Option<Error>> {
+        let action = &self.order.action;
+        self.result.exit_code = match ending {
+            Ending::Exited(code) => code,
+            Ending::Signalled(signal) => SIGNAL_BASE.saturating_add(signal),
+            Ending::NotStarted(errno) => {
+                let is_noexec = self.settings.build_root.is_noexec();
+                let (code, message) = command::not_started(&action.command, errno, is_noexec);
+                self.result.exit_code = code;
+                append(workspace, "stderr", &message)?;
+                code
+            }
+            // The same exit code as for any other file that grows too large.
+            Ending::LogTooLong(_) => SIGNAL_BASE + libc::SIGXFSZ,
+            Ending::TimedOut => {
+                return Ok(Some(Error::DeadlineExceeded(format!(
+                    "the command ran longer than its timeout of {:?} and was killed",
+                    action.timeout
+                ))));
+            }
+            Ending::Cancelled => return Ok(Some(cancelled())),
+            Ending::LogLost(kind, errno) => {
+                self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
+                return Err(log_lost(kind, errno));
+            }
+        };
+        Ok(None)
     }
 
     /// Stores the logs, which ends their streams. A log that is empty (EXE-59) or was removed by the command has no digest.
@@ -391,7 +395,7 @@ impl<'a> ActionRun<'a> {
     fn enter(&mut self, stage: RunStage, point: Point, logs: Option<RunLogs>) {
         self.note(point);
         let at = self.timeline.wall(point);
-        self.order.progress.do_send(StageReached { task: self.order.task, stage, at, logs });
+        self.control.progress.do_send(StageReached { task: self.order.task, stage, at, logs });
     }
 
     fn note(&mut self, point: Point) {

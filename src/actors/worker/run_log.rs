@@ -94,21 +94,7 @@ fn write_account(
     writeln!(text, "instance \"{}\"", action.instance.name())?;
     writeln!(text, "worker {}", facts.worker)?;
     writeln!(text)?;
-    writeln!(text, "{}  queued", time(facts.timeline.queued()))?;
-    for (point, what) in [
-        (Point::WorkerStart, "the worker took it"),
-        (Point::FetchStart, "began to fetch the inputs"),
-        (Point::FetchEnd, "the inputs are in place"),
-        (Point::RunStart, "started the command"),
-        (Point::RunEnd, "the command ended"),
-        (Point::UploadStart, "began to store the outputs"),
-        (Point::UploadEnd, "done with the outputs"),
-        (Point::WorkerEnd, "the worker is done"),
-    ] {
-        if let Some(at) = facts.timeline.reached(point) {
-            writeln!(text, "{}  {what}", time(at))?;
-        }
-    }
+    write_times(text, facts.timeline)?;
     writeln!(text)?;
     writeln!(
         text,
@@ -119,48 +105,63 @@ fn write_account(
         facts.max_file_bytes
     )?;
     if let Some(ran) = ran {
-        match ran.ending {
-            Ending::Exited(code) => writeln!(text, "command: exit code {code}")?,
-            Ending::Signalled(signal) => writeln!(text, "command: killed by {}", signal_name(signal))?,
-            Ending::NotStarted(errno) => {
-                writeln!(text, "command: not started: {}", std::io::Error::from_raw_os_error(errno))?;
-            }
-            Ending::TimedOut => {
-                writeln!(text, "command: timed out; all its processes were killed (SIGKILL)")?;
-            }
-            Ending::Cancelled => {
-                writeln!(text, "command: cancelled; all its processes were killed (SIGKILL)")?
-            }
-            Ending::LogTooLong(kind) => {
-                let what = kind.name();
-                writeln!(text, "command: its {what} grew too long; all its processes were killed (SIGKILL)")?;
-            }
-            Ending::LogLost(kind, _) => {
-                let what = kind.name();
-                writeln!(text, "command: its {what} was not kept; all its processes were killed (SIGKILL)")?;
-            }
-        }
-        let usage = &ran.usage;
-        let cpu = |time: &Option<prost_types::Duration>| {
-            time.as_ref().and_then(duration::from_wire).map_or_else(String::new, seconds)
-        };
-        writeln!(
-            text,
-            "used: {} of CPU time, {} in the kernel, {} KiB of memory at most",
-            cpu(&usage.user_time),
-            cpu(&usage.system_time),
-            usage.max_resident_bytes / 1024
-        )?;
-        writeln!(
-            text,
-            "output: {} bytes of stdout, {} bytes of stderr",
-            facts.stdout_bytes, facts.stderr_bytes
-        )?;
+        writeln!(text, "command: {}", describe(ran.ending))?;
+        write_usage(text, facts, ran)?;
     }
     match error {
         Some(error) => writeln!(text, "{}: {error}", error.code_name()),
         None => Ok(()),
     }
+}
+
+fn write_times(text: &mut String, timeline: &Timeline) -> std::fmt::Result {
+    writeln!(text, "{}  queued", time(timeline.queued()))?;
+    for (point, what) in [
+        (Point::WorkerStart, "the worker took it"),
+        (Point::FetchStart, "began to fetch the inputs"),
+        (Point::FetchEnd, "the inputs are in place"),
+        (Point::RunStart, "started the command"),
+        (Point::RunEnd, "the command ended"),
+        (Point::UploadStart, "began to store the outputs"),
+        (Point::UploadEnd, "done with the outputs"),
+        (Point::WorkerEnd, "the worker is done"),
+    ] {
+        if let Some(at) = timeline.reached(point) {
+            writeln!(text, "{}  {what}", time(at))?;
+        }
+    }
+    Ok(())
+}
+
+/// How the command ended, in one line.
+fn describe(ending: Ending) -> String {
+    let killed = |why: &str| format!("{why}; all its processes were killed (SIGKILL)");
+    match ending {
+        Ending::Exited(code) => format!("exit code {code}"),
+        Ending::Signalled(signal) => format!("killed by {}", signal_name(signal)),
+        Ending::NotStarted(errno) => {
+            format!("not started: {}", std::io::Error::from_raw_os_error(errno))
+        }
+        Ending::TimedOut => killed("timed out"),
+        Ending::Cancelled => killed("cancelled"),
+        Ending::LogTooLong(kind) => killed(&format!("its {} grew too long", kind.name())),
+        Ending::LogLost(kind, _) => killed(&format!("its {} was not kept", kind.name())),
+    }
+}
+
+fn write_usage(text: &mut String, facts: &Facts<'_>, ran: &Ran) -> std::fmt::Result {
+    let usage = &ran.usage;
+    let cpu = |time: &Option<prost_types::Duration>| {
+        time.as_ref().and_then(duration::from_wire).map_or_else(String::new, seconds)
+    };
+    writeln!(
+        text,
+        "used: {} of CPU time, {} in the kernel, {} KiB of memory at most",
+        cpu(&usage.user_time),
+        cpu(&usage.system_time),
+        usage.max_resident_bytes / 1024
+    )?;
+    writeln!(text, "output: {} bytes of stdout, {} bytes of stderr", facts.stdout_bytes, facts.stderr_bytes)
 }
 
 fn time(time: SystemTime) -> impl std::fmt::Display {

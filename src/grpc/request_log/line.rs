@@ -1,19 +1,15 @@
 //! The text of the log line: which fields it has, and how they are written.
 
-use super::{Call, ERROR_MAX_BYTES, METHOD_MAX_BYTES, RPC_FINISHED, State, TARGET};
+use super::{ERROR_MAX_BYTES, METHOD_MAX_BYTES, RPC_FINISHED, TARGET};
 use crate::{
+    call::Call,
     connections::{End, OpenCall},
     instance::Instance,
     logging::{Event, Field},
-    under_way::Unfinished,
 };
 use gorego_reapi::status;
 use http::{HeaderMap, Uri};
-use std::{
-    mem,
-    sync::{PoisonError, atomic::Ordering},
-    time::Instant,
-};
+use std::time::Instant;
 use tonic::Code;
 
 /// The error of a call whose client went away before the end of its request.
@@ -39,8 +35,7 @@ impl Line {
     pub fn read_status(&mut self, headers: &HeaderMap) {
         if let Some(code) = headers.get("grpc-status") {
             let code = Code::from_bytes(code.as_bytes());
-            let is_broken_off = self.call.0.is_broken_off.load(Ordering::Relaxed);
-            if is_broken_off && matches!(code, Code::Internal | Code::Unknown) {
+            if self.call.is_broken_off() && matches!(code, Code::Internal | Code::Unknown) {
                 self.code = Some(Code::Cancelled);
                 self.error = BROKEN_OFF.into();
                 return;
@@ -57,7 +52,7 @@ impl Line {
     /// rate-limited by peer and counted beyond that.
     fn is_listed(&self) -> bool {
         let code = self.code.unwrap_or(Code::Cancelled);
-        let sent_nothing = self.call.0.bytes_in.load(Ordering::Relaxed) == 0;
+        let sent_nothing = self.call.bytes_in() == 0;
         let is_cheap = self.code.is_none() || code == Code::ResourceExhausted || sent_nothing;
         let connection = self.call.connection().filter(|_| is_cheap);
         connection
@@ -67,7 +62,7 @@ impl Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        self.call.turn(Unfinished::end);
+        self.call.end();
         if log::log_enabled!(target: TARGET, log::Level::Info) && self.is_listed() {
             self.log();
         }
@@ -76,29 +71,27 @@ impl Drop for Line {
 
 impl Line {
     fn log(&self) {
-        let State { client, notes, bytes_in, bytes_out, .. } = &*self.call.0;
-        // Taken, not copied: the call is over, and nobody reads its notes again.
-        let notes = mem::take(&mut *notes.lock().unwrap_or_else(PoisonError::into_inner));
+        let (client, instance, notes) = (self.call.client(), self.call.instance(), self.call.take_notes());
         let (method, code) = (short_method(self.uri.path()), code_name(self.code.unwrap_or(Code::Cancelled)));
-        let operation = notes.instance.as_ref().zip(notes.operation).map(|(instance, id)| id.name(instance));
-        let bad_news = notes.bad_news.map(|text| status::shorten(text, ERROR_MAX_BYTES)).unwrap_or_default();
+        let operation = instance.zip(notes.operation).map(|(instance, id)| id.name(instance));
+        let inner = notes.inner_error.map(|text| status::shorten(text, ERROR_MAX_BYTES)).unwrap_or_default();
         let peer = self.call.peer();
         Event::info(TARGET, RPC_FINISHED)
             .with("method", method)
             .with("grpc_code", code)
             .with("duration_us", u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
-            .with("bytes_in", bytes_in.load(Ordering::Relaxed))
-            .with("bytes_out", bytes_out.load(Ordering::Relaxed))
+            .with("bytes_in", self.call.bytes_in())
+            .with("bytes_out", self.call.bytes_out())
             .with_some("cached", notes.cached)
             .with_some("peer", peer.as_ref().map(|peer| Field::Shown(peer)))
-            .with_some("instance", notes.instance.as_ref().map(Instance::name))
+            .with_some("instance", instance.map(Instance::name))
             .with_some("operation", operation.as_ref())
             .with_some("action_digest", notes.action.as_ref().map(|digest| Field::Shown(digest)))
             .with_some("digest", notes.blob.as_ref().map(|digest| Field::Shown(digest)))
             .with_said("invocation_id", &client.tool_invocation_id)
             .with_said("target_id", &client.target_id)
             .with_said("mnemonic", &client.action_mnemonic)
-            .with_said("error", if self.error.is_empty() { &bad_news } else { &self.error })
+            .with_said("error", if self.error.is_empty() { &inner } else { &self.error })
             .log(format_args!("{method} {code}"));
     }
 }

@@ -107,6 +107,26 @@ async fn staged_inputs_stay_until_they_are_dropped() {
     assert!(!store.has(large).await);
 }
 
+/// EXE-37: a worker sees the properties that goREgo itself does not apply, also when the root comes from memory.
+#[actix::test]
+async fn a_staged_input_root_has_the_node_properties_that_its_client_sent() {
+    let store = TestStore::new().await;
+    let property = reapi::NodeProperty { name: "bazel_tool_input".into(), value: String::new() };
+    let tool = reapi::FileNode {
+        name: "tool".into(),
+        digest: Some(store.put("tool").await.to_wire()),
+        node_properties: Some(reapi::NodeProperties { properties: vec![property], ..Default::default() }),
+        ..Default::default()
+    };
+    let root = reapi::Directory { files: vec![tool], ..Default::default() };
+    let root = store.put(root.encode_to_vec()).await;
+    for _ in 0..2 {
+        let staged = stage(&store, root).await.unwrap();
+        let [tool] = &*staged.tree().root().files else { panic!("{staged:?}") };
+        assert_eq!(tool.properties.named.get("bazel_tool_input"), Some(""));
+    }
+}
+
 /// EXE-43: an action may change its inputs.
 #[actix::test]
 async fn inputs_are_copies_with_the_mode_asked_for() {

@@ -1,7 +1,7 @@
 //! [`NewBlob`]: stores bytes whose digest and size are known only at the end.
 //!
 //! Downloads and HTTP uploads work like this. A small blob stays in memory and is then stored like any small blob. A larger one
-//! is written under a temporary name and gets its final name when its digest is known. UploadRoom is reserved in steps, ahead of the
+//! is written under a temporary name and gets its final name when its digest is known. Room is reserved in steps, ahead of the
 //! bytes. Nothing is visible before [`NewBlob::finish`], and dropping a `NewBlob` leaves nothing behind.
 //!
 
@@ -77,7 +77,7 @@ impl NewBlob {
         self.finish_as(Some(expected)).await
     }
 
-    async fn finish_as(mut self, expected: Option<Digest>) -> Result<Digest> {
+    async fn finish_as(self, expected: Option<Digest>) -> Result<Digest> {
         let check = move |digest: Digest| match expected {
             Some(expected) if expected.hash() != digest.hash() => Err(Error::Invalid(format!(
                 "the bytes sent for hash {} are those of {digest}; nothing was stored",
@@ -85,18 +85,25 @@ impl NewBlob {
             ))),
             _ => Ok(()),
         };
-        if self.sink.is_none() {
-            if self.size != self.received.bytes() as u64 {
-                return Err(Error::internal("a write of this blob has failed before"));
-            }
-            let received = self.received.take();
-            let bytes = Bytes::from(received.bytes.concat());
-            let digest = self.function.digest(&bytes);
-            check(digest)?;
-            let stored = self.cas.write_many(&self.instance, vec![(digest, bytes)]).await?;
-            stored.into_iter().collect::<Result<()>>()?;
-            return Ok(digest);
+        if self.sink.is_none() { self.store_small(check).await } else { self.store_large(check).await }
+    }
+
+    /// Stores a blob that is in memory as a whole.
+    async fn store_small(mut self, check: impl Fn(Digest) -> Result<()>) -> Result<Digest> {
+        if self.size != self.received.bytes() as u64 {
+            return Err(Error::internal("a write of this blob has failed before"));
         }
+        let received = self.received.take();
+        let bytes = Bytes::from(received.bytes.concat());
+        let digest = self.function.digest(&bytes);
+        check(digest)?;
+        let stored = self.cas.write_many(&self.instance, vec![(digest, bytes)]).await?;
+        stored.into_iter().collect::<Result<()>>()?;
+        Ok(digest)
+    }
+
+    /// Stores a blob that has a temporary file.
+    async fn store_large(mut self, check: impl Fn(Digest) -> Result<()>) -> Result<Digest> {
         self.spill().await?;
         let (Some(HashedDraft { file, hasher }), Some(room)) = (self.sink.take(), self.room.take()) else {
             return Err(Error::internal("a new blob lost its file"));

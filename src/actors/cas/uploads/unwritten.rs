@@ -2,8 +2,9 @@
 //!
 //! Starting a job on a blocking thread does not pay for a few bytes, so each upload collects some first. Thousands of stalled
 //! uploads would keep these bytes in memory, so all uploads share a [`Budget`]. If it has no room for the next piece,
-//! [`UnwrittenPieces::push`] fails, and the upload writes what it has at once and waits for that. Uploads already buffer less when
-//! half of the budget is taken ([`UnwrittenPieces::has_plenty`]), so that many uploads of one client seldom reach the bound.
+//! [`UnwrittenPieces::push`] fails, and the upload writes what it has at once and waits for that. Uploads already buffer less
+//! when half of the budget is taken ([`UnwrittenPieces::has_plenty`]), so that many uploads of one client seldom reach the
+//! bound.
 
 use crate::{
     budget::{Bounds, Budget, Refusal, Share},

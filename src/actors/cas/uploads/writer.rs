@@ -52,7 +52,7 @@ pub struct BlobWriter {
     /// Whether there is a decoder with reserved memory. It moves from job to job.
     has_decoder: bool,
     received: UnwrittenPieces,
-    work: WriterState,
+    work: UploadWork,
     progress: Arc<crate::actors::cas::uploads::Progress>,
     blob: Key,
     /// Another upload has stored the blob, so the bytes of this one are no longer needed.
@@ -62,7 +62,7 @@ pub struct BlobWriter {
 }
 
 #[derive(Debug)]
-enum WriterState {
+enum UploadWork {
     Idle(Box<Attempt>),
     Running(JoinHandle<Result<Box<Attempt>>>),
     /// Finished or failed.
@@ -83,14 +83,14 @@ impl BlobWriter {
             accepted: attempt.sink.as_ref().map_or(0, |sink| sink.hasher.size()),
             received,
             progress: attempt.progress.clone(),
-            work: WriterState::Idle(attempt),
+            work: UploadWork::Idle(attempt),
         }
     }
 
     /// Treats the bytes from here on as a zstd stream, which has to begin with its own frame (BS-27).
     pub fn decoding(mut self) -> Self {
         self.encoding = Encoding::Zstd;
-        if let WriterState::Idle(attempt) = &mut self.work {
+        if let UploadWork::Idle(attempt) = &mut self.work {
             attempt.inflow = Inflow::Zstd(None);
         }
         self
@@ -98,7 +98,7 @@ impl BlobWriter {
 
     /// Makes the upload unresumable: nothing is kept when it breaks.
     pub(crate) fn unresumable(mut self) -> Self {
-        if let WriterState::Idle(attempt) = &mut self.work {
+        if let UploadWork::Idle(attempt) = &mut self.work {
             attempt.keep = false;
         }
         self
@@ -156,12 +156,12 @@ impl BlobWriter {
         }
         let mut attempt = self.idle_with_room().await?;
         let (pending, shared) = (self.received.take(), self.shared.clone());
-        self.work = WriterState::Running(self.shared.runtime.spawn_blocking(move || {
+        self.work = UploadWork::Running(self.shared.runtime.spawn_blocking(move || {
             append(&mut attempt, &pending.bytes, &shared)?;
             Ok(attempt)
         }));
         if !has_room {
-            self.work = WriterState::Idle(self.idle().await?);
+            self.work = UploadWork::Idle(self.idle().await?);
         }
         Ok(())
     }
@@ -170,7 +170,7 @@ impl BlobWriter {
     /// and `finish` will write them.
     fn may_wait(&self) -> bool {
         let is_all = self.encoding == Encoding::Identity && self.accepted == self.digest.size();
-        let is_busy = || matches!(self.work, WriterState::Running(_)) && self.received.has_plenty();
+        let is_busy = || matches!(self.work, UploadWork::Running(_)) && self.received.has_plenty();
         let bytes = self.received.bytes();
         is_all || bytes < JOB_BYTES || (bytes < UPLOAD_BUFFER_BYTES / 2 && is_busy())
     }
@@ -236,13 +236,13 @@ impl BlobWriter {
     /// is decoded: a small blob gets its full room here, and the job of a larger one reserves room as it decodes.
     async fn idle_with_room(&mut self) -> Result<Box<Attempt>> {
         // The attempt is put back first, so that `drop` finds it if this future is dropped.
-        self.work = WriterState::Idle(self.idle().await?);
+        self.work = UploadWork::Idle(self.idle().await?);
         let bytes = match self.encoding {
             Encoding::Identity => self.accepted,
             Encoding::Zstd if self.digest.size() <= WHOLE_BYTES => self.digest.size(),
             Encoding::Zstd => 0,
         };
-        if let WriterState::Idle(attempt) = &mut self.work {
+        if let UploadWork::Idle(attempt) = &mut self.work {
             make_room(attempt, bytes, &*self.shared.volume).await?;
         }
         self.idle().await
@@ -252,8 +252,8 @@ impl BlobWriter {
     async fn make_decoder(&mut self) -> Result<()> {
         let (caller, size) = (self.received.caller(), self.digest.size());
         let room = decoders::room(&self.shared.decoders, caller, self.received.head(), size).await?;
-        self.work = WriterState::Idle(self.idle().await?);
-        if let WriterState::Idle(attempt) = &mut self.work {
+        self.work = UploadWork::Idle(self.idle().await?);
+        if let UploadWork::Idle(attempt) = &mut self.work {
             let written = attempt.sink.as_ref().map_or(0, |sink| sink.hasher.size());
             attempt.inflow.begin(size.saturating_sub(written), room)?;
             self.has_decoder = true;
@@ -263,15 +263,15 @@ impl BlobWriter {
 
     /// Waits for a running job and takes the attempt out.
     async fn idle(&mut self) -> Result<Box<Attempt>> {
-        if let WriterState::Running(job) = &mut self.work {
+        if let UploadWork::Running(job) = &mut self.work {
             // The job is polled in place, so that `drop` finds it if this future is dropped.
             let outcome = job.await.unwrap_or_else(|error| Err(Error::internal(error)));
-            self.work = WriterState::Over;
+            self.work = UploadWork::Over;
             return outcome;
         }
-        match std::mem::replace(&mut self.work, WriterState::Over) {
-            WriterState::Idle(attempt) => Ok(attempt),
-            WriterState::Running(_) | WriterState::Over => {
+        match std::mem::replace(&mut self.work, UploadWork::Over) {
+            UploadWork::Idle(attempt) => Ok(attempt),
+            UploadWork::Running(_) | UploadWork::Over => {
                 Err(Error::Invalid(format!("the upload of blob {} has failed before", self.digest)))
             }
         }
@@ -280,26 +280,26 @@ impl BlobWriter {
     /// Ends the upload and keeps nothing of it.
     fn discard(&mut self) {
         drop(self.received.take());
-        match std::mem::replace(&mut self.work, WriterState::Over) {
-            WriterState::Idle(attempt) => {
+        match std::mem::replace(&mut self.work, UploadWork::Over) {
+            UploadWork::Idle(attempt) => {
                 self.shared.runtime.spawn_blocking(move || throw_away(attempt));
             }
-            WriterState::Running(job) => {
+            UploadWork::Running(job) => {
                 self.shared.runtime.spawn(async move {
                     if let Ok(Ok(attempt)) = job.await {
                         let _ = tokio::task::spawn_blocking(move || throw_away(attempt)).await;
                     }
                 });
             }
-            WriterState::Over => {}
+            UploadWork::Over => {}
         }
     }
 }
 
 impl Drop for BlobWriter {
     fn drop(&mut self) {
-        let work = std::mem::replace(&mut self.work, WriterState::Over);
-        if matches!(work, WriterState::Over) {
+        let work = std::mem::replace(&mut self.work, UploadWork::Over);
+        if matches!(work, UploadWork::Over) {
             return;
         }
         let (pending, shared) = (self.received.take(), self.shared.clone());
@@ -309,12 +309,12 @@ impl Drop for BlobWriter {
         // before the attempt ends. A compressed upload reports bytes only once they are decoded.
         self.shared.runtime.spawn(async move {
             let mut attempt = match work {
-                WriterState::Idle(attempt) => attempt,
-                WriterState::Running(job) => match job.await {
+                UploadWork::Idle(attempt) => attempt,
+                UploadWork::Running(job) => match job.await {
                     Ok(Ok(attempt)) => attempt,
                     Ok(Err(_)) | Err(_) => return,
                 },
-                WriterState::Over => return,
+                UploadWork::Over => return,
             };
             let may_go_on = if is_plain {
                 make_room(&mut attempt, accepted, &*shared.volume).await.is_ok()

@@ -89,42 +89,10 @@ impl Files {
     /// # Errors
     /// `Precondition` when the directory cannot be used: not writable, held by another server, or of an unknown format.
     pub(crate) fn open(root: &Path, instances: &Instances) -> Result<Self> {
-        let refuse = |what: &str, error: &dyn std::fmt::Display| {
-            Error::Precondition(format!(
-                "cannot use {} as the store: {what}: {error} (local_cache_dir chooses another directory)",
-                root.display()
-            ))
-        };
+        let refuse = |what: &str, error: &dyn std::fmt::Display| unusable(root, what, error);
         fs::create_dir_all(root).map_err(|error| refuse("the directory cannot be made", &error))?;
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            // A pipe or link in its place must not hold up the start.
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(root.join("lock"))
-            .map_err(|error| refuse("it is not writable", &error))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-            rustix::io::Errno::WOULDBLOCK => refuse("it is in use", &"another gorego server runs on it"),
-            error => refuse("it cannot be locked", &error),
-        })?;
-        let format = root.join("format");
-        match regular_file::read(&format, MAX_FORMAT_BYTES) {
-            Ok(text) if text == FORMAT.as_bytes() => {}
-            Ok(text) => {
-                let text = String::from_utf8_lossy(&text);
-                let text = text.chars().take(40).collect::<String>();
-                return Err(refuse(
-                    "it is of a format that this version does not know",
-                    &text.escape_debug(),
-                ));
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                regular_file::write(&format, FORMAT.as_bytes())
-                    .map_err(|error| refuse("it is not writable", &error))?;
-            }
-            Err(error) => return Err(refuse("its format cannot be read", &error)),
-        }
+        let lock = take_lock(root)?;
+        check_format(root)?;
         let base = root.join("v1");
         let names: Vec<String> = instances.all().iter().map(|instance| encode(instance.name())).collect();
         prepare(&base, &names).map_err(|error| refuse("its directories cannot be made", &error))?;
@@ -314,6 +282,48 @@ impl StorePaths {
     /// The stamp of a verified file, or [`Stamp::UNTRUSTED`] while another change could leave the stamp as it is.
     pub(super) fn settled(&self, stamp: Stamp) -> Stamp {
         settled(stamp, self.has_fine_times, SystemTime::now())
+    }
+}
+
+/// The error for a directory that cannot be used as a store.
+fn unusable(root: &Path, what: &str, error: &dyn std::fmt::Display) -> Error {
+    Error::Precondition(format!(
+        "cannot use {} as the store: {what}: {error} (local_cache_dir chooses another directory)",
+        root.display()
+    ))
+}
+
+/// Locks a store directory, until the returned file is closed.
+fn take_lock(root: &Path) -> Result<File> {
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        // A pipe or link in its place must not hold up the start.
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(root.join("lock"))
+        .map_err(|error| unusable(root, "it is not writable", &error))?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+        rustix::io::Errno::WOULDBLOCK => unusable(root, "it is in use", &"another gorego server runs on it"),
+        error => unusable(root, "it cannot be locked", &error),
+    })?;
+    Ok(lock)
+}
+
+/// Checks the format of a store directory. A new directory gets the current one.
+fn check_format(root: &Path) -> Result<()> {
+    let format = root.join("format");
+    match regular_file::read(&format, MAX_FORMAT_BYTES) {
+        Ok(text) if text == FORMAT.as_bytes() => Ok(()),
+        Ok(text) => {
+            let text = String::from_utf8_lossy(&text).chars().take(40).collect::<String>();
+            Err(unusable(root, "it is of a format that this version does not know", &text.escape_debug()))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            regular_file::write(&format, FORMAT.as_bytes())
+                .map_err(|error| unusable(root, "it is not writable", &error))
+        }
+        Err(error) => Err(unusable(root, "its format cannot be read", &error)),
     }
 }
 

@@ -17,7 +17,8 @@ use crate::{
 use gorego_reapi::digest::{Digest, DigestFunction};
 use std::{
     collections::HashMap,
-    fs, io,
+    fs::{self, DirEntry},
+    io,
     os::unix::fs::MetadataExt as _,
     sync::{
         atomic::{AtomicUsize, Ordering},
@@ -117,40 +118,46 @@ fn read_shard(
             }
         };
     for entry in entries {
-        let Ok(entry) = entry else {
-            content.repairs.unreadable += 1;
-            continue;
-        };
-        let name = entry.file_name();
-        let ours = name.to_str().and_then(|name| parse_file_name(shard.function, name));
-        let Some((digest, generation)) = ours.filter(|(digest, _)| digest.hash()[0] == shard.first) else {
-            content.repairs.foreign += 1;
-            continue;
-        };
-        let Ok(metadata) = entry.metadata() else {
-            content.repairs.unreadable += 1;
-            continue;
-        };
-        if !metadata.is_file() {
-            // Something else was put in the place of a stored file.
-            let thrown = files.paths.throw_away(&entry.path());
-            content.repairs.removed += u64::from(thrown.is_ok());
-            content.repairs.unreadable += u64::from(thrown.is_err());
-            continue;
+        match entry {
+            Ok(entry) => read_entry(files, shard, &entry, &mut content),
+            Err(_) => content.repairs.unreadable += 1,
         }
-        if shard.kind == EntryKind::Blob && metadata.len() != digest.size() {
-            let _ = fs::remove_file(entry.path());
-            content.repairs.removed += 1;
-            continue;
-        }
-        let file = FileId { key: Key { digest, instance: shard.instance, kind: shard.kind }, generation };
-        let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
-        content.found.push(Recovered { file, bytes: files.charge(metadata.len()), touched });
     }
     if shard.kind == EntryKind::Result {
         remove_torn_updates(files, &mut content, is_whole);
     }
     content
+}
+
+/// Adds a file to the content of its shard, or counts what is wrong with it.
+fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut ShardContent) {
+    let repairs = &mut content.repairs;
+    let name = entry.file_name();
+    let ours = name.to_str().and_then(|name| parse_file_name(shard.function, name));
+    let Some((digest, generation)) = ours.filter(|(digest, _)| digest.hash()[0] == shard.first) else {
+        repairs.foreign += 1;
+        return;
+    };
+    let Ok(metadata) = entry.metadata() else {
+        repairs.unreadable += 1;
+        return;
+    };
+    if !metadata.is_file() {
+        // Something else was put in the place of a stored file.
+        match files.paths.throw_away(&entry.path()) {
+            Ok(()) => repairs.removed += 1,
+            Err(_) => repairs.unreadable += 1,
+        }
+        return;
+    }
+    if shard.kind == EntryKind::Blob && metadata.len() != digest.size() {
+        let _ = fs::remove_file(entry.path());
+        repairs.removed += 1;
+        return;
+    }
+    let file = FileId { key: Key { digest, instance: shard.instance, kind: shard.kind }, generation };
+    let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
+    content.found.push(Recovered { file, bytes: files.charge(metadata.len()), touched });
 }
 
 /// Removes what an interrupted update left: the beginning of a new file beside the file that it was to replace. It is the newer

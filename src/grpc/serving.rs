@@ -125,7 +125,7 @@ async fn serve_one<S, B>(
                 return Poll::Ready(());
             }
             let is_late = start.elapsed() >= TURN_MAX;
-            if !is_corked && !(has_more && !is_late) {
+            if !is_corked && (!has_more || is_late) {
                 if has_more {
                     context.waker().wake_by_ref();
                 }

@@ -152,7 +152,8 @@ impl AssetActor {
     fn save(&mut self, ctx: &mut Context<Self>) {
         if self.unsaved && !self.saving {
             (self.unsaved, self.saving) = (false, true);
-            ctx.notify(CopyBindings { copied: Vec::new(), after: 0 });
+            self.bindings.begin_copy();
+            ctx.notify(CopyBindings { copied: Vec::new() });
         }
     }
 
@@ -175,17 +176,16 @@ impl AssetActor {
 #[rtype(result = "()")]
 struct CopyBindings {
     copied: Vec<(AssetKey, Binding)>,
-    /// The position after which to continue; see [`Bindings::copy`].
-    after: u64,
 }
 
 impl Receive<CopyBindings> for AssetActor {
     type Answer = ();
 
-    fn receive(&mut self, CopyBindings { mut copied, after }: CopyBindings, ctx: &mut Self::Context) {
-        match self.bindings.copy(&mut copied, after, COPIED_PER_TURN) {
-            Some(after) => ctx.notify(CopyBindings { copied, after }),
-            None => self.write(copied, ctx),
+    fn receive(&mut self, CopyBindings { mut copied }: CopyBindings, ctx: &mut Self::Context) {
+        if self.bindings.copy(&mut copied, COPIED_PER_TURN) {
+            ctx.notify(CopyBindings { copied });
+        } else {
+            self.write(copied, ctx);
         }
     }
 }

@@ -67,7 +67,7 @@ use memo::Memo;
 use reply::StoreReply;
 use requests::*;
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -277,7 +277,12 @@ impl Actor for CasActor {
 impl Receive<ReserveRoom> for CasActor {
     type Answer = StoreReply<Result<Reservation>>;
 
-    fn receive(&mut self, ReserveRoom { bytes, of }: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
+    fn receive(&mut self, request: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
+        let ReserveRoom { bytes, of, blob } = request;
+        if let Some(blob) = blob.filter(|blob| self.renew(blob).is_some()) {
+            let problem = format!("blob {} was stored by another upload meanwhile", blob.digest);
+            return StoreReply::Now(Err(Error::Unavailable(problem)));
+        }
         match self.reserve(bytes, of, ctx) {
             Ok((room, free)) => StoreReply::when(free, Ok(room)),
             Err(error) => StoreReply::Now(Err(error)),
@@ -289,17 +294,19 @@ impl Receive<Commit> for CasActor {
     type Answer = ();
 
     fn receive(&mut self, message: Commit, ctx: &mut Self::Context) {
-        let mut rest = message.room.disarm();
         let now = unix_seconds();
+        let written = message.files.iter().map(|written| written.bytes).sum();
+        let unused = message.room.disarm().saturating_sub(written);
+        self.change(|index| index.unreserve(unused));
         let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
-        self.change(|index| {
-            for WrittenFile { file, bytes, stamp } in message.files {
-                rest = rest.saturating_sub(bytes);
-                superfluous.extend(index.commit(file, bytes, stamp, now));
-                stored.push(file.key);
-            }
-            index.unreserve(rest);
-        });
+        for part in message.files.chunks(settings::CHANGES_PER_HOLD) {
+            self.change(|index| {
+                for &WrittenFile { file, bytes, stamp } in part {
+                    superfluous.extend(index.commit(file, bytes, stamp, now));
+                    stored.push(file.key);
+                }
+            });
+        }
         if let Some(ended) = message.upload {
             self.end_upload(ended, ctx);
         }
@@ -336,13 +343,17 @@ impl Receive<BeginUpload> for CasActor {
                 // An upload that cannot fit is refused before its first byte. Any other reserves room as its bytes arrive.
                 let twin = self.uploads.twin(&blob, &entered).filter(|_| !message.beside);
                 let size = self.shared.volume.charge(blob.digest.size());
-                let of_twin = twin
-                    .as_ref()
-                    .map_or(0, |twin| size.saturating_sub(twin.accepted.load(Ordering::Relaxed)));
-                let wanted = size.saturating_add(of_twin);
+                let of_twins =
+                    if message.beside { 0 } else { self.uploads.left_to_twins(&blob, &entered, size) };
+                let wanted = size.saturating_add(of_twins);
                 let fits = self.change(|index| index.check_fit(wanted, self.uploads.parked_bytes()));
-                let attempt =
-                    Attempt::new(ctx.address(), name, blob, entered, UploadRoom::none(ctx.address()));
+                let attempt = Attempt::new(
+                    ctx.address(),
+                    name,
+                    blob,
+                    entered,
+                    UploadRoom::for_blob(ctx.address(), blob),
+                );
                 MessageResult(match (fits, twin) {
                     (Ok(()), _) => Ok(Began::Start(Box::new(attempt))),
                     (Err(_), Some(twin)) => Ok(Began::NoRoomBeside(twin)),

@@ -16,6 +16,7 @@ use crate::{
 };
 use gorego_reapi::{
     digest::Digest,
+    duration,
     error::{Error, Result},
     proto::{
         asset::{
@@ -288,7 +289,7 @@ fn time(wire: prost_types::Timestamp, field: &str) -> Result<SystemTime> {
 }
 
 fn wait(wire: prost_types::Duration) -> Result<Duration> {
-    wire.try_into().map_err(|_| Error::invalid("timeout is negative or not a valid duration"))
+    duration::from_wire(&wire).ok_or_else(|| Error::invalid("timeout is negative or not a valid duration"))
 }
 
 #[cfg(test)]

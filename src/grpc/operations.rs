@@ -15,6 +15,7 @@ use crate::{
     instance::Instance,
 };
 use gorego_reapi::{
+    duration,
     error::{Error, Result},
     proto::longrunning::{
         CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
@@ -194,7 +195,8 @@ impl Listing {
 
 fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration> {
     let Some(timeout) = timeout else { return Ok(DEFAULT_WAIT) };
-    let limit = Duration::try_from(*timeout).map_err(|_| Error::invalid("timeout is negative"))?;
+    let limit = duration::from_wire(timeout);
+    let limit = limit.ok_or_else(|| Error::invalid("timeout is negative or not a valid duration"))?;
     Ok(limit.min(MAX_WAIT))
 }
 

@@ -11,7 +11,7 @@ use gorego_reapi::{
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     ops::Bound,
     sync::Arc,
     time::SystemTime,
@@ -74,6 +74,18 @@ pub(crate) struct Bindings {
     references: usize,
     limit: usize,
     reference_limit: usize,
+    copying: Option<Copying>,
+}
+
+/// A copy that is being made in parts; see [`Bindings::begin_copy`].
+#[derive(Debug)]
+struct Copying {
+    /// The last use that was copied.
+    after: u64,
+    /// The last use before the copy began.
+    end: u64,
+    /// Bindings that were between these two and were used since then.
+    moved: VecDeque<AssetKey>,
 }
 
 #[derive(Debug)]
@@ -97,6 +109,7 @@ impl Bindings {
             references: 0,
             limit,
             reference_limit,
+            copying: None,
         }
     }
 
@@ -118,8 +131,19 @@ impl Bindings {
         self.uses += 1;
         self.order.remove(&entry.used);
         self.order.insert(self.uses, *key);
-        entry.used = self.uses;
-        KnownAsset::Fresh(binding.clone())
+        let before = std::mem::replace(&mut entry.used, self.uses);
+        let fresh = KnownAsset::Fresh(binding.clone());
+        self.note_moved(*key, before);
+        fresh
+    }
+
+    /// A binding is no longer at this place in the order. A copy that has not come to it yet takes it later.
+    fn note_moved(&mut self, key: AssetKey, before: u64) {
+        if let Some(copying) = &mut self.copying
+            && (copying.after + 1..=copying.end).contains(&before)
+        {
+            copying.moved.push_back(key);
+        }
     }
 
     /// The first of these assets whose look-up differs from `before` and whose content may be served.
@@ -167,27 +191,42 @@ impl Bindings {
         if let Some(entry) = self.entries.remove(key) {
             self.order.remove(&entry.used);
             self.references -= entry.binding.references.len();
+            self.note_moved(*key, entry.used);
         }
     }
 
-    /// Appends up to `max` bindings to a copy, in the order of use, starting after the use numbered `after`. Returns the number
-    /// of the last one, or `None` when the copy is complete. A binding that is used or replaced between two calls is copied
-    /// again; the last copy of a key is the valid one.
-    pub(crate) fn copy(&self, copy: &mut Vec<(AssetKey, Binding)>, after: u64, max: usize) -> Option<u64> {
-        let rest = self.order.range((Bound::Excluded(after), Bound::Unbounded));
-        let mut last = None;
+    /// Begins a copy of the bindings that there are now.
+    pub(crate) fn begin_copy(&mut self) {
+        self.copying = Some(Copying { after: 0, end: self.uses, moved: VecDeque::new() });
+    }
+
+    /// Appends up to `max` bindings to the copy that was begun, in the order of use. Returns whether there are more. Bindings may
+    /// be used, replaced and added between two calls. Those that were added meanwhile may be left out, and each of the others is
+    /// copied once, so the copy ends however often they are used.
+    pub(crate) fn copy(&mut self, copy: &mut Vec<(AssetKey, Binding)>, max: usize) -> bool {
+        let Some(copying) = &mut self.copying else { return false };
+        let mut copied = 0;
+        let rest = self.order.range((Bound::Excluded(copying.after), Bound::Included(copying.end)));
         for (used, key) in rest.take(max) {
             copy.extend(self.entries.get(key).map(|entry| (*key, entry.binding.clone())));
-            last = Some(*used);
+            (copying.after, copied) = (*used, copied + 1);
         }
-        last
+        while copied < max
+            && let Some(key) = copying.moved.pop_front()
+        {
+            copy.extend(self.entries.get(&key).map(|entry| (key, entry.binding.clone())));
+            copied += 1;
+        }
+        if copied < max {
+            self.copying = None;
+        }
+        copied == max
     }
 
     /// Encodes all bindings as the content of a file.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut copy = Vec::with_capacity(self.entries.len());
-        self.copy(&mut copy, 0, usize::MAX);
-        encode(&copy)
+        let all = self.order.values().filter_map(|key| Some((*key, self.entries.get(key)?.binding.clone())));
+        encode(&all.collect::<Vec<_>>())
     }
 
     /// Decodes the content of a file. An entry that this version cannot read is left out.
@@ -339,26 +378,31 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_that_is_made_in_parts_includes_bindings_made_or_used_meanwhile() {
+    fn a_copy_that_is_made_in_parts_ends_and_has_all_bindings_however_often_they_are_used_meanwhile() {
         let mut bindings = Bindings::default();
-        for name in 0..10 {
+        for name in 0..30 {
             bindings.bind(key(name), binding(b"old", 0, None));
         }
-        let (mut copy, mut after, mut turns) = (Vec::new(), 0, 0);
-        while let Some(last) = bindings.copy(&mut copy, after, 3) {
-            (after, turns) = (last, turns + 1);
-            if turns < 3 {
-                bindings.look_up(&key(9), None, at(1));
-                bindings.bind(key(20 + turns), binding(b"new", 0, None));
-                bindings.bind(key(0), binding(&[turns], 0, None));
+        let (mut copy, mut parts) = (Vec::new(), 1);
+        bindings.begin_copy();
+        while bindings.copy(&mut copy, 3) {
+            parts += 1;
+            assert!(parts <= 11, "it does not end");
+            for name in 20..30 {
+                bindings.look_up(&key(name), None, at(1));
             }
+            bindings.bind(key(100 + parts), binding(b"new", 0, None));
+            bindings.bind(key(10), binding(&[parts], 0, None));
         }
-        let read = Bindings::decode(&encode(&copy)).unwrap();
-        let all = |bindings: &Bindings| -> Vec<_> {
-            bindings.order.values().map(|key| (*key, bindings.entries[key].binding.clone())).collect()
-        };
-        assert_eq!(all(&read), all(&bindings));
-        assert!(turns > 3);
+        let names: Vec<_> = copy.iter().map(|(key, _)| *key).collect();
+        let distinct: std::collections::HashSet<_> = names.iter().copied().collect();
+        assert_eq!((names.len(), distinct.len()), (30, 30));
+        assert!((0..30).all(|name| distinct.contains(&key(name))));
+        // The next one has the others, in the order of use.
+        copy.clear();
+        bindings.begin_copy();
+        while bindings.copy(&mut copy, 7) {}
+        assert_eq!(encode(&copy), bindings.encode());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::{
     AssetActor, AssetShared,
     bindings::{Binding, KnownAsset, MAX_REFERENCES, References},
     flight::Outcome,
+    integrity::Witness,
     messages::{BindAsset, JoinFlight, LookUpAsset},
     outcome::{FailureKind, Fetched, OriginFailure, Problem},
     request::{AssetKind, AssetRequest},
@@ -225,19 +226,10 @@ impl Assets {
 
     /// Checks pushed content against the checksum among the qualifiers (AST-04).
     async fn check_integrity(&self, request: &AssetRequest, digest: Digest) -> Result<()> {
-        const PIECE_BYTES: usize = 128 * 1024;
         let Some(integrity) = request.qualifiers.integrity()? else { return Ok(()) };
-        let reader = self.shared.cas.working_for(self.caller).open(&request.instance, digest).await?;
-        let mut witness = integrity.witness();
-        let mut at = 0u64;
-        loop {
-            let piece = reader.read_at(at, PIECE_BYTES).await?;
-            if piece.is_empty() {
-                break;
-            }
-            at = at.saturating_add(piece.len() as u64);
-            witness.update(&piece);
-        }
+        let cas = self.shared.cas.working_for(self.caller);
+        let reader = cas.open(&request.instance, digest).await?;
+        let witness = cas.read_through(reader, integrity.witness(), Witness::update).await?;
         if integrity.is_met_by(witness) {
             return Ok(());
         }

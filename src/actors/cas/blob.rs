@@ -14,7 +14,7 @@ use super::{
     index::{FoundEntry, Stamp},
     requests::{Damaged, Verified},
     settings::SMALL_BLOB_BYTES,
-    volume::{self, COARSE_TICK, Stored},
+    volume::{self, COARSE_TICK, PIECE_BYTES, Stored},
 };
 use bytes::Bytes;
 use gorego_reapi::{
@@ -27,6 +27,8 @@ use std::{
     thread,
 };
 
+/// How much of a blob one job reads in [`Cas::read_through`], so that a caller that leaves does not keep a thread busy for long.
+const READ_THROUGH_BYTES: u64 = 8 * 1024 * 1024;
 /// How often a file whose stamp differs from the verified one is checked again, [`COARSE_TICK`] apart, before it is hashed.
 const STAMP_LOOKS: usize = 3;
 
@@ -162,6 +164,37 @@ impl BlobReader {
             }
             Content::File(open) => open.read_at(buffer, offset),
         }
+    }
+}
+
+impl Cas {
+    /// Passes all bytes of a blob to `see`, in pieces, on a blocking thread. Waits for a place among the blobs that are being
+    /// hashed.
+    ///
+    /// # Errors
+    /// Those of [`BlobReader::read_at`].
+    pub async fn read_through<T: Send + 'static>(
+        &self,
+        blob: BlobReader,
+        mut state: T,
+        see: fn(&mut T, &[u8]),
+    ) -> Result<T> {
+        let _place = self.shared().cold_reads.wait_for(self.caller(), 1).await?;
+        let (blob, mut at) = (Arc::new(blob), 0);
+        while at < blob.size() {
+            let (blob, end) = (blob.clone(), at.saturating_add(READ_THROUGH_BYTES).min(blob.size()));
+            let read = self.blocking(move || {
+                let mut piece = vec![0; PIECE_BYTES];
+                while at < end {
+                    let read = blob.read_into(&mut piece, at)?;
+                    see(&mut state, piece.get(..read).unwrap_or_default());
+                    at += read as u64;
+                }
+                Ok::<_, Error>((state, at))
+            });
+            (state, at) = read.await??;
+        }
+        Ok(state)
     }
 }
 

@@ -7,7 +7,7 @@
 use super::{
     CasActor,
     client::{Cas, going_down},
-    index::EntryRef,
+    index::{EntryRef, Key},
     requests::{DiscardPartials, ReserveRoom, SettleUses, Unreserve},
     settings::{RESERVE_STEP_BYTES, ROOM_STEP_BYTES},
 };
@@ -67,10 +67,18 @@ impl Reservation {
     /// # Errors
     /// `Exhausted` when there is not enough room for all of it; `Unavailable` when the server is shutting down.
     pub async fn take(store: &Addr<CasActor>, bytes: u64) -> Result<Self> {
+        Self::take_for(store, bytes, None).await
+    }
+
+    /// [`Reservation::take`] for this blob.
+    ///
+    /// # Errors
+    /// Also `Unavailable` when the blob is stored already.
+    async fn take_for(store: &Addr<CasActor>, bytes: u64, blob: Option<Key>) -> Result<Self> {
         let mut taken = Self::new(store.clone(), 0);
         while taken.bytes < bytes {
             let of = bytes - taken.bytes;
-            let step = ReserveRoom { bytes: of.min(RESERVE_STEP_BYTES), of };
+            let step = ReserveRoom { bytes: of.min(RESERVE_STEP_BYTES), of, blob };
             taken.absorb(store.send(step).await.map_err(|_| going_down()).flatten()?);
         }
         Ok(taken)
@@ -122,18 +130,25 @@ pub struct UploadRoom {
     reservation: Reservation,
     /// `None` for the server's own writes.
     share: Option<Share>,
+    /// The blob that is uploaded; `None` while its digest is not known.
+    blob: Option<Key>,
 }
 
 impl UploadRoom {
     /// Room for nothing yet.
     pub fn none(store: Addr<CasActor>) -> Self {
-        Self { reservation: Reservation::new(store, 0), share: None }
+        Self { reservation: Reservation::new(store, 0), share: None, blob: None }
+    }
+
+    /// Nothing yet, for an upload of this blob. It does not grow any more once the blob is stored.
+    pub fn for_blob(store: Addr<CasActor>, blob: Key) -> Self {
+        Self { blob: Some(blob), ..Self::none(store) }
     }
 
     /// Room over a reservation that is counted in the index.
     #[cfg(test)]
     pub fn of(reservation: Reservation) -> Self {
-        Self { reservation, share: None }
+        Self { reservation, share: None, blob: None }
     }
 
     /// The reserved bytes.
@@ -160,7 +175,7 @@ impl UploadRoom {
     /// Grows to `needed` bytes, and perhaps by a step more, but never beyond `most`.
     ///
     /// # Errors
-    /// `Exhausted` when there is no room, or at a bound of the caller.
+    /// `Exhausted` when there is no room, or at a bound of the caller; `Unavailable` when the blob is stored already.
     pub async fn grow(&mut self, needed: u64, most: u64) -> Result<()> {
         let Some(lacking) = needed.checked_sub(self.bytes()).filter(|lacking| *lacking > 0) else {
             return Ok(());
@@ -177,7 +192,7 @@ impl UploadRoom {
             store.send(discard).await.map_err(|_| going_down())?;
             charge.grow(more)?;
         }
-        let reservation = Reservation::take(&store, more).await?;
+        let reservation = Reservation::take_for(&store, more, self.blob).await?;
         self.reservation.absorb(reservation);
         if let (Some(share), Some(charge)) = (&mut self.share, charge) {
             share.merge(charge);

@@ -166,6 +166,14 @@ impl Index {
         Ok(Grant { victims, after_deletions: self.evicted_ever })
     }
 
+    /// Evicts at most `max` entries of those that [`Index::reserve`] would evict.
+    pub(super) fn evict_for(&mut self, wanted: u64, max: usize) -> Vec<Victim> {
+        let Totals { reserved, limit, .. } = self.totals;
+        let mut victims = Vec::new();
+        self.evict_down_to(limit.saturating_sub(reserved).saturating_sub(wanted), max, &mut victims);
+        victims
+    }
+
     /// Whether `wanted` bytes are free without evicting anything.
     pub(super) fn has_room(&self, wanted: u64) -> bool {
         let Totals { used, reserved, limit, .. } = self.totals;

@@ -61,6 +61,16 @@ impl Missing {
     }
 }
 
+/// Lets other tasks run after a full turn of look-ups, and now and then after smaller ones. Look-ups wait for nothing, so a caller
+/// that makes many of them would keep its thread otherwise, in whatever parts it makes them.
+async fn end_turn(look_ups: usize) {
+    if look_ups < LOOKUPS_PER_TURN {
+        task::coop::consume_budget().await;
+    } else {
+        task::yield_now().await;
+    }
+}
+
 impl Cas {
     /// Makes a few look-ups under one hold of the index's lock.
     ///
@@ -84,11 +94,9 @@ impl Cas {
     /// `Unavailable` when the server is shutting down.
     pub async fn find_missing(&self, instance: &Instance, digests: &[Digest]) -> Result<Vec<Digest>> {
         let mut missing = Missing::default();
-        for (turn, part) in digests.chunks(LOOKUPS_PER_TURN).enumerate() {
-            if turn > 0 {
-                task::yield_now().await;
-            }
+        for part in digests.chunks(LOOKUPS_PER_TURN) {
             self.find_missing_now(instance.blobs(), part, &mut missing)?;
+            end_turn(part.len()).await;
         }
         Ok(missing.digests)
     }
@@ -126,13 +134,11 @@ impl Cas {
             zstd: Vec::new(),
             lease: Lease::none(self.clone()),
         };
-        for (turn, part) in digests.chunks(LOOKUPS_PER_TURN).enumerate() {
-            if turn > 0 {
-                task::yield_now().await;
-            }
+        for part in digests.chunks(LOOKUPS_PER_TURN) {
             for part in part.chunks(LOOKUPS_PER_HOLD) {
                 self.locate_part(instance.blobs(), part, purpose, &mut located)?;
             }
+            end_turn(part.len()).await;
         }
         Ok(located)
     }

@@ -31,6 +31,9 @@ pub struct ReserveRoom {
     pub bytes: u64,
     /// The total that is wanted, including `bytes`. If the total does not fit, nothing is reserved and nothing is evicted.
     pub of: u64,
+    /// The blob that it is for, if that is known. Nothing is reserved for a blob that is stored: room for it might be made by
+    /// evicting it.
+    pub blob: Option<Key>,
 }
 
 /// Starts or resumes an upload.
@@ -109,7 +112,7 @@ pub struct Commit {
 }
 
 /// A file to be made visible.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct WrittenFile {
     pub file: FileId,
     /// Bytes on disk.

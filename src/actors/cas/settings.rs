@@ -75,9 +75,9 @@ pub(super) const MAX_TREE_BYTES: u64 = 64 * 1024 * 1024;
 /// wait. Each check reads from the disk as fast as it can. A peer gets four of them, and one of its connections three.
 pub(super) const RESULT_CHECKS_MAX: u64 = 5;
 
-/// Large blobs that are hashed at the same time before their first byte is served, because they were not read since the start;
-/// other readers of such blobs wait. Each keeps a thread busy for as long as the disk needs. A peer gets 16 of them,
-/// and one of its connections 14.
+/// Large blobs that are hashed at the same time: before their first byte is served, because they were not read since the start,
+/// or to compare a pushed asset with its checksum. Others wait. Each keeps a thread busy for as long as the disk needs. A peer
+/// gets 16 of them, and one of its connections 14.
 pub(super) const COLD_READS_MAX: u64 = 18;
 
 /// How often an upload of a blob that is already stored re-checks the stored file. Each check that finds a damaged file drops
@@ -113,6 +113,9 @@ pub(super) const LOOKUPS_PER_TURN: usize = 1_024;
 
 /// Entries that are looked up under one hold of the index's lock, during which the actor cannot change it.
 pub(super) const LOOKUPS_PER_HOLD: usize = 256;
+
+/// Entries that the actor changes under one hold of the index's lock, during which nobody can look anything up.
+pub(super) const CHANGES_PER_HOLD: usize = 256;
 
 /// Notes of look-ups, of either kind, after which the actor is woken.
 pub(super) const NOTES_BATCH: usize = 1_024;

@@ -33,8 +33,19 @@ impl CasActor {
         {
             self.discard(partial, ctx);
         }
-        let grant = self.change(|index| index.reserve(bytes))?;
-        self.evict(grant.victims, ctx);
+        let mut victims = Vec::new();
+        loop {
+            let part = self.change(|index| index.evict_for(bytes, settings::CHANGES_PER_HOLD));
+            let is_last = part.len() < settings::CHANGES_PER_HOLD;
+            victims.extend(part);
+            if is_last {
+                break;
+            }
+        }
+        let grant = self.change(|index| index.reserve(bytes));
+        victims.extend(grant.iter().flat_map(|grant| &grant.victims));
+        self.evict(victims, ctx);
+        let grant = grant?;
         self.trim(ctx);
         Ok((Reservation::new(ctx.address(), bytes), self.deletions(grant.after_deletions)))
     }

@@ -60,6 +60,9 @@ struct Fate {
     has_ended: bool,
 }
 
+/// How many other attempts at the same blob are considered when an upload begins.
+const MAX_TWINS: usize = 64;
+
 impl Progress {
     /// Whether the blob has been stored since the attempt began, by whomever (BS-24).
     pub fn is_superseded(&self) -> bool {
@@ -265,10 +268,21 @@ impl Uploads {
         }
     }
 
-    /// Another attempt at the same blob.
+    /// The attempt at the same blob that has got furthest.
     pub(crate) fn twin(&self, blob: &Key, entered: &Entered) -> Option<Arc<Progress>> {
-        let mut attempts = self.running.get(blob)?.iter();
-        attempts.find(|progress| !Arc::ptr_eq(progress, &entered.progress)).cloned()
+        self.twins(blob, entered).max_by_key(|twin| twin.accepted.load(Ordering::Relaxed)).cloned()
+    }
+
+    /// How many bytes the other attempts at a blob of this size have still to come.
+    pub(crate) fn left_to_twins(&self, blob: &Key, entered: &Entered, size: u64) -> u64 {
+        let left = |twin: &Arc<Progress>| size.saturating_sub(twin.accepted.load(Ordering::Relaxed));
+        self.twins(blob, entered).map(left).fold(0, u64::saturating_add)
+    }
+
+    /// Other attempts at the same blob, at most [`MAX_TWINS`].
+    fn twins(&self, blob: &Key, entered: &Entered) -> impl Iterator<Item = &Arc<Progress>> {
+        let attempts = self.running.get(blob).into_iter().flatten().take(MAX_TWINS + 1);
+        attempts.filter(|progress| !Arc::ptr_eq(progress, &entered.progress))
     }
 
     /// Removes an attempt that ended. Returns bytes that are to be deleted.

@@ -4,18 +4,19 @@
 //! directly and cost no message. A look-up marks the use or the lease in the entry itself, and an eviction checks this mark
 //! before it removes anything. So an entry that was found cannot disappear before it is leased.
 //!
-//! Bounds: a reader holds the lock for at most [`LOOKUPS_PER_HOLD`] entries, so the actor waits about 50 us for it. At most
+//! Bounds: a reader holds the lock for at most [`LOOKUPS_PER_HOLD`] entries, so the actor waits about 50 us for it. The actor
+//! holds it for about [`CHANGES_PER_HOLD`], except when the index grows. At most
 //! [`NOTES_MAX`] notes are kept for the actor. If a note is dropped, the use is still marked in the index; only the order of
 //! use after the next start may suffer.
 
 use super::{
     index::{EntryKind, EntryRef, FoundEntry, Index, Key, Stamp},
-    settings::{LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
+    settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
     unix_seconds,
 };
 use crate::instance::InstanceId;
 use gorego_reapi::digest::Digest;
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Work that look-ups leave for the actor.
 #[derive(Debug, Default)]
@@ -41,13 +42,21 @@ impl View {
     /// Changes the index; only the actor may call it. Noted uses are settled first. The lock is released when `change` returns,
     /// so two changes in one expression cannot deadlock.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Index) -> T) -> T {
-        // A poisoned lock is fine: index operations do not panic halfway, so the index is consistent.
-        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
         let unsettled = std::mem::take(&mut self.notes().unsettled);
-        for at in unsettled {
-            index.settle(at);
+        let mut rest = unsettled.as_slice();
+        while let Some((part, after)) = rest.split_at_checked(CHANGES_PER_HOLD) {
+            let mut index = self.write();
+            part.iter().for_each(|at| index.settle(*at));
+            rest = after;
         }
+        let mut index = self.write();
+        rest.iter().for_each(|at| index.settle(*at));
         change(&mut index)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Index> {
+        // A panic elsewhere leaves the index intact, because its operations do not panic halfway.
+        self.index.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs short look-ups under one hold of the lock. Also returns whether there is work for the actor.

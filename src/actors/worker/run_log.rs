@@ -8,7 +8,7 @@ use super::{
     run::SIGNAL_BASE,
 };
 use crate::action::Action;
-use gorego_reapi::error::Error;
+use gorego_reapi::{duration, error::Error};
 use std::{
     fmt::Write as _,
     time::{Duration, SystemTime},
@@ -152,7 +152,7 @@ fn describe(ending: Ending) -> String {
 fn write_usage(text: &mut String, facts: &Facts<'_>, ran: &Ran) -> std::fmt::Result {
     let usage = &ran.usage;
     let cpu = |time: &Option<prost_types::Duration>| {
-        time.and_then(|time| Duration::try_from(time).ok()).map_or_else(String::new, seconds)
+        time.as_ref().and_then(duration::from_wire).map_or_else(String::new, seconds)
     };
     writeln!(
         text,

@@ -9,6 +9,7 @@ use crate::budget::Share;
 use futures::FutureExt as _;
 use gorego_reapi::chunking::Chunking;
 use prost::Message as _;
+use std::collections::HashSet;
 
 /// A new connection from this loopback address.
 fn client(host: u8) -> Caller {
@@ -109,6 +110,18 @@ async fn peers_share_checks_of_results_and_first_reads_of_blobs() {
     let (shared, main) = (store.cas.shared().clone(), store.main.clone());
     let open = async |cas: Cas, caller| cas.open(&main, blobs[is_first(caller)]).await;
     store.assert_shared((&shared.cold_reads, 1), open).await;
+    let here = std::thread::current().id();
+    let read = async |cas: Cas, caller| {
+        let blob = cas.open(&main, blobs[is_first(caller)]).await?;
+        let see = |(threads, bytes): &mut (HashSet<_>, usize), piece: &[u8]| {
+            threads.insert(std::thread::current().id());
+            *bytes += piece.len();
+        };
+        let (threads, bytes) = cas.read_through(blob, (HashSet::new(), 0), see).await?;
+        assert!(!threads.contains(&here) && bytes == LARGE);
+        Ok(())
+    };
+    store.assert_shared((&shared.cold_reads, 1), read).await;
 }
 
 /// Both peers split the same blob: the first waits for a place while the other is served.

@@ -1,7 +1,11 @@
 //! Blobs: presence, damage, restart and eviction.
 
-use super::{super::relief::Relieve, *};
+use super::{
+    super::{lookup::Purpose, relief::Relieve, settings::LOOKUPS_PER_TURN},
+    *,
+};
 use crate::disk::Space;
+use std::{cell::Cell, rc::Rc};
 
 /// CAS-01, CAS-02, CAS-03, GEN-04, GEN-07.
 #[actix::test]
@@ -19,6 +23,34 @@ async fn present_blobs_can_be_read_and_missing_ones_are_reported_once() {
     let read = store.cas.read_many(&store.main, asked).await.unwrap();
     let found: Vec<bool> = read.iter().map(Result::is_ok).collect();
     assert_eq!(found, [false, true, false, true, false, false]);
+}
+
+/// Look-ups wait for nothing, so a thread that makes many of them serves nobody else unless they yield.
+#[actix::test]
+async fn look_ups_let_other_tasks_run_in_whatever_parts_they_are_made() {
+    let store = TestStore::new().await;
+    let turns = Rc::new(Cell::new(0));
+    let others = turns.clone();
+    let other = actix::spawn(async move {
+        loop {
+            others.set(others.get() + 1);
+            tokio::task::yield_now().await;
+        }
+    });
+    let asked = vec![digest(b"absent"); 8 * LOOKUPS_PER_TURN];
+    for size in [asked.len(), LOOKUPS_PER_TURN, 10] {
+        let before = turns.get();
+        for part in asked.chunks(size) {
+            store.cas.find_missing(&store.main, part).await.unwrap();
+        }
+        assert!(turns.get() >= before + 6, "{size}");
+        let before = turns.get();
+        for part in asked.chunks(size) {
+            store.cas.locate(&store.main, part, Purpose::Read).await.unwrap();
+        }
+        assert!(turns.get() >= before + 6, "{size}");
+    }
+    other.abort();
 }
 
 /// GEN-06.

@@ -1,8 +1,8 @@
 //! Uploads: concurrent, broken, resumed and wrong ones.
 
 use super::*;
-use crate::actors::cas::blob::BlobWriter;
-use futures::future::join_all;
+use crate::actors::cas::{blob::BlobWriter, guards::Reservation};
+use futures::{FutureExt as _, future::join_all};
 
 const NAME: &str = "uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/blobs/x";
 
@@ -191,9 +191,49 @@ async fn a_writer_learns_that_another_upload_stored_the_blob() {
     let bytes = noise(1_000, 1);
     let writer = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
     let mut superseded = std::pin::pin!(writer.superseded());
-    assert!(!writer.is_superseded() && futures::poll!(&mut superseded).is_pending());
-    store.put(bytes).await;
-    assert!(writer.is_superseded() && futures::poll!(&mut superseded).is_ready());
+    assert!(futures::poll!(&mut superseded).is_pending());
+    let mut late = std::pin::pin!(writer.superseded());
+    store.put(bytes.clone()).await;
+    assert!(futures::poll!(&mut superseded).is_ready());
+    store.lose(digest(&bytes)).await;
+    assert!(futures::poll!(&mut late).is_pending(), "the blob is gone again");
+}
+
+/// BS-24: the one that is stored answers for all of them, and is not evicted to make room for the others.
+#[actix::test]
+async fn uploads_of_one_blob_do_not_evict_it() {
+    let store = TestStore::with_limit(5 * MB).await;
+    let bytes = noise(2_000_000, 1);
+    let blob = digest(&bytes);
+    let mut first = begin(&store, NAME, blob, 0).await.unwrap();
+    let mut second = begin(&store, "second", blob, 0).await.unwrap();
+    let mut third = Box::pin(store.cas.begin_upload(&store.main, "third", blob, 0));
+    assert!(futures::poll!(&mut third).is_pending(), "all of them would not fit");
+    drop(third);
+    send(&mut second, &bytes.slice(..600_000), 300_000).await.unwrap();
+    send(&mut first, &bytes, 300_000).await.unwrap();
+    first.finish().await.unwrap();
+    let others = Reservation::take(store.cas.actor(), 3 * MB / 2).await.unwrap();
+    send(&mut second, &bytes.slice(600_000..), 300_000).await.unwrap();
+    assert!(store.has(blob).await, "it was evicted for a copy of itself");
+    second.finish().await.unwrap();
+    assert!(store.has(blob).await);
+    drop(others);
+    eventually(|| async { (store.inspect().await.totals.reserved == 0).then_some(()) }).await;
+}
+
+/// An acknowledgement holds only while the blob is stored.
+#[actix::test]
+async fn an_upload_that_gave_way_to_another_one_fails_if_that_blob_is_gone_again() {
+    let store = TestStore::with_limit(5 * MB).await;
+    let bytes = noise(2_000_000, 1);
+    let blob = digest(&bytes);
+    let mut writer = begin(&store, NAME, blob, 0).await.unwrap();
+    store.put(bytes.clone()).await;
+    send(&mut writer, &bytes, 300_000).await.unwrap();
+    store.lose(blob).await;
+    let error = writer.finish().await.unwrap_err();
+    assert!(matches!(&error, Error::Unavailable(problem) if problem.contains("try again")), "{error}");
 }
 
 /// BS-24, BS-29: the bytes of a superseded upload are discarded.
@@ -206,7 +246,7 @@ async fn a_superseded_upload_takes_no_room() {
     let mut fast = begin(&store, "another name", digest(&bytes), 0).await.unwrap();
     send(&mut fast, &bytes, 300_000).await.unwrap();
     fast.finish().await.unwrap();
-    assert!(slow.is_superseded());
+    slow.superseded().now_or_never().expect("it was superseded");
     drop(slow);
     eventually(|| async { (store.inspect().await.running_uploads == 0).then_some(()) }).await;
     let inspection = store.inspect().await;

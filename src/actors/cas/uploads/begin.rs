@@ -88,7 +88,7 @@ impl Cas {
             attempt.keep = false;
             return Err(error);
         }
-        Ok(Upload::Writer(Box::new(BlobWriter::new(attempt, self.received(), self.shared().clone()))))
+        Ok(Upload::Writer(Box::new(BlobWriter::new(attempt, self.received(), self.clone()))))
     }
 
     /// The progress of an upload; an unknown upload is at 0 (BS-32).

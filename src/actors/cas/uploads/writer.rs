@@ -19,6 +19,8 @@
 use crate::actors::cas::{
     StoreShared,
     blob::hash_mismatch,
+    client::Cas,
+    index::Key,
     new_files::{NewFiles, Visible},
     settings::UPLOAD_BUFFER_BYTES,
     uploads::Attempt,
@@ -52,6 +54,10 @@ pub struct BlobWriter {
     received: UnwrittenPieces,
     work: UploadWork,
     progress: Arc<crate::actors::cas::uploads::Progress>,
+    blob: Key,
+    /// Another upload has stored the blob, so the bytes of this one are no longer needed.
+    is_redundant: bool,
+    cas: Cas,
     shared: Arc<StoreShared>,
 }
 
@@ -65,8 +71,12 @@ enum UploadWork {
 
 impl BlobWriter {
     /// A writer that continues at the position of the attempt.
-    pub(crate) fn new(attempt: Box<Attempt>, received: UnwrittenPieces, shared: Arc<StoreShared>) -> Self {
+    pub(crate) fn new(attempt: Box<Attempt>, received: UnwrittenPieces, cas: Cas) -> Self {
         Self {
+            blob: attempt.blob,
+            is_redundant: false,
+            shared: cas.shared().clone(),
+            cas,
             digest: attempt.blob.digest,
             encoding: Encoding::Identity,
             has_decoder: false,
@@ -74,7 +84,6 @@ impl BlobWriter {
             received,
             progress: attempt.progress.clone(),
             work: UploadWork::Idle(attempt),
-            shared,
         }
     }
 
@@ -101,12 +110,26 @@ impl BlobWriter {
     }
 
     /// Accepts the next bytes. They are hashed and written on a blocking thread while the caller receives the next message, at
-    /// most a few MiB behind.
+    /// most a few MiB behind. An upload for which there is no room accepts and ignores them while another one has stored the blob.
     ///
     /// # Errors
     /// `Invalid` as soon as there are more bytes than the digest says (BS-22) or they are not valid zstd (BS-26); `Exhausted`
     /// when the disk is full or too many compressed uploads are running.
     pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        if self.is_redundant {
+            return Ok(());
+        }
+        match self.accept(bytes).await {
+            Err(error) if is_shortage(&error) && is_stored(&self.cas, &self.blob) => {
+                self.is_redundant = true;
+                self.discard();
+                Ok(())
+            }
+            accepted => accepted,
+        }
+    }
+
+    async fn accept(&mut self, bytes: Bytes) -> Result<()> {
         let size = self.digest.size();
         let accepted = self.accepted.saturating_add(bytes.len() as u64);
         let plain = self.encoding == Encoding::Identity;
@@ -152,14 +175,15 @@ impl BlobWriter {
         is_all || bytes < JOB_BYTES || (bytes < UPLOAD_BUFFER_BYTES / 2 && is_busy())
     }
 
-    /// Whether another upload has stored the blob meanwhile (BS-24).
-    pub fn is_superseded(&self) -> bool {
-        self.progress.is_superseded()
-    }
-
-    /// Waits until [`BlobWriter::is_superseded`]; may wait for ever.
+    /// Waits until another upload has stored the blob (BS-24). It never ends if the blob was evicted before anybody looked.
     pub fn superseded(&self) -> impl Future<Output = ()> + Send + use<> {
-        self.progress.superseded()
+        let (superseded, cas, blob) = (self.progress.superseded(), self.cas.clone(), self.blob);
+        async move {
+            superseded.await;
+            if !is_stored(&cas, &blob) {
+                std::future::pending().await
+            }
+        }
     }
 
     /// Checks length and hash and makes the blob visible.
@@ -167,14 +191,25 @@ impl BlobWriter {
     /// # Errors
     /// `Invalid` when the bytes do not match the digest (BS-22). Nothing is kept then.
     pub async fn finish(mut self) -> Result<Digest> {
-        let digest = self.digest;
+        let (digest, cas, blob) = (self.digest, self.cas.clone(), self.blob);
+        if self.is_redundant {
+            let evicted = || {
+                Error::Unavailable(format!(
+                    "blob {digest} was stored by another upload and evicted again before this one ended; try again"
+                ))
+            };
+            return if is_stored(&cas, &blob) { Ok(digest) } else { Err(evicted()) };
+        }
         if self.encoding == Encoding::Identity && self.accepted != digest.size() {
             self.discard();
             return Err(Error::Invalid(format!("blob {digest} was finished after {} bytes", self.accepted)));
         }
         // Runs to its end, whether or not anybody still waits for it.
         let runtime = self.shared.runtime.clone();
-        runtime.spawn(self.store()).await.map_err(Error::internal)?
+        match runtime.spawn(self.store()).await.map_err(Error::internal)? {
+            Err(error) if is_shortage(&error) && is_stored(&cas, &blob) => Ok(digest),
+            stored => stored,
+        }
     }
 
     /// Stores the blob; the length of a plain upload is already checked.
@@ -294,6 +329,16 @@ impl Drop for BlobWriter {
             let _ = tokio::task::spawn_blocking(flush).await;
         });
     }
+}
+
+/// Whether a blob is stored now, by whatever upload. It counts as used.
+fn is_stored(cas: &Cas, blob: &Key) -> bool {
+    cas.look_up(|index| index.renew(blob)).is_ok_and(|found| found.is_some())
+}
+
+/// Whether an upload failed for lack of something, and not because of its bytes.
+fn is_shortage(error: &Error) -> bool {
+    matches!(error, Error::Exhausted { .. } | Error::Unavailable(_))
 }
 
 /// Reserves room for `bytes` of the blob. If there is none, the bytes that were written are kept.

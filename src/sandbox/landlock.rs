@@ -1,6 +1,6 @@
 //! The second layer over the file system: with Landlock, an action can write only where the mounts are meant to let it write.
 
-use super::Failure;
+use super::SetupFailure;
 use ::landlock::{
     ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible as _, PathBeneath, PathFd, Ruleset,
     RulesetAttr as _, RulesetCreatedAttr as _, RulesetStatus, Scope,
@@ -12,8 +12,8 @@ const WANTED: ABI = ABI::V6;
 
 /// Lets this process and its children write only below these paths, rename and link among them, and neither signal a
 /// process nor connect to an abstract socket that does not share the restriction. Everything can be read.
-pub(crate) fn restrict(writable: impl IntoIterator<Item = PathBuf>) -> Result<(), Failure> {
-    build(writable).map_err(|error| Failure {
+pub(crate) fn restrict(writable: impl IntoIterator<Item = PathBuf>) -> Result<(), SetupFailure> {
+    build(writable).map_err(|error| SetupFailure {
         step: "restrict the file system (Landlock)".into(),
         error: io::Error::other(error),
     })

@@ -7,11 +7,11 @@
 //! belongs to the kernel and has nothing that a runner needs ([`MOUNT_POINTS`]).
 
 use super::{
-    EXEC_ROOT, Failure, Step as _, confine, filter, identity, landlock, mounts,
+    EXEC_ROOT, SetupFailure, Step as _, confine, filter, identity, landlock, mounts,
     namespaces::{self, Map},
     settings::Sandbox,
     sys,
-    view::{self, Access, Fresh, Host, Kind, Piece},
+    view::{self, Access, Fresh, Host, Kind, ViewPiece},
 };
 use rustix::{
     fs::{self as rfs, CWD, FileType, Mode, OFlags},
@@ -63,7 +63,7 @@ impl Passage {
 
 impl World {
     /// Makes the world of this process's cells. The process must have a single thread; its mounts are its own afterwards.
-    pub(crate) fn new(sandbox: Sandbox) -> Result<Self, Failure> {
+    pub(crate) fn new(sandbox: Sandbox) -> Result<Self, SetupFailure> {
         let (user, group) = (geteuid().as_raw(), getegid().as_raw());
         let on = sandbox.protections;
         let (map, ids) = if on.identity {
@@ -88,17 +88,17 @@ impl World {
     }
 
     /// What a new cell needs; to be taken before the fork.
-    pub(crate) fn passage(&self) -> Result<Passage, Failure> {
+    pub(crate) fn passage(&self) -> Result<Passage, SetupFailure> {
         Ok(Passage { tree: mounts::copy_of(self.view.as_fd()).step("copy the view of the action")? })
     }
 
     /// Gives the first process of a new cell its user.
-    pub(crate) fn admit(&self, process: i32) -> Result<(), Failure> {
+    pub(crate) fn admit(&self, process: i32) -> Result<(), SetupFailure> {
         namespaces::write_maps(&process.to_string(), self.map, self.ids.is_some())
     }
 
     /// The input root at this path, ready to be attached in a cell.
-    pub(crate) fn exec_root(&self, path: &Path) -> Result<OwnedFd, Failure> {
+    pub(crate) fn exec_root(&self, path: &Path) -> Result<OwnedFd, SetupFailure> {
         let tree = mounts::copy(CWD, path).step("take hold of the input root")?;
         match &self.ids {
             Some(ids) => mounts::map_ids(tree.as_fd(), ids.as_fd()),
@@ -109,7 +109,7 @@ impl World {
     }
 
     /// Moves the first process of a cell into it. What it needs from outside is already open.
-    pub(crate) fn enter(&self, passage: &Passage) -> Result<(), Failure> {
+    pub(crate) fn enter(&self, passage: &Passage) -> Result<(), SetupFailure> {
         let on = self.sandbox.protections;
         let mut own =
             UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
@@ -136,7 +136,7 @@ impl World {
     }
 
     /// The last steps: attaches the input root, and gives up everything that a command must not have.
-    pub(crate) fn close(&self, exec_root: &OwnedFd) -> Result<(), Failure> {
+    pub(crate) fn close(&self, exec_root: &OwnedFd) -> Result<(), SetupFailure> {
         mounts::attach(exec_root.as_fd(), CWD, Path::new(EXEC_ROOT)).step("mount the input root")?;
         confine::limit_cores().step("limit core dumps")?;
         confine::limit_processes(self.sandbox.processes).step("limit the number of processes")?;
@@ -151,7 +151,7 @@ impl World {
 
 /// What there is without namespaces: restricts this process, which is a runner, and its children. They write into the build
 /// root and where everybody may write.
-pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), Failure> {
+pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), SetupFailure> {
     let on = sandbox.protections;
     confine::limit_cores().step("limit core dumps")?;
     rustix::thread::set_no_new_privs(true).step("give up new privileges")?;
@@ -168,7 +168,7 @@ pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), Failure> {
 }
 
 /// Puts the pieces together below a new root directory, and gives that.
-fn assemble(pieces: &[Piece]) -> Result<OwnedFd, Failure> {
+fn assemble(pieces: &[ViewPiece]) -> Result<OwnedFd, SetupFailure> {
     let root = mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make the root directory of the view")?;
     // Only mounts that are attached can get others below them.
     let exists = |path: &&&str| Path::new(path).is_dir();
@@ -181,19 +181,19 @@ fn assemble(pieces: &[Piece]) -> Result<OwnedFd, Failure> {
     Ok(root)
 }
 
-fn put(root: &OwnedFd, piece: &Piece) -> Result<(), Failure> {
+fn put(root: &OwnedFd, piece: &ViewPiece) -> Result<(), SetupFailure> {
     match piece {
-        Piece::Directory(at) => make_directories(root, at).step(format_args!("make {}", at.display())),
-        Piece::Link { at, target } => make_parent(root, at)
+        ViewPiece::Directory(at) => make_directories(root, at).step(format_args!("make {}", at.display())),
+        ViewPiece::Link { at, target } => make_parent(root, at)
             .and_then(|()| Ok(rfs::symlinkat(target, root, relative(at))?))
             .step(format_args!("make the link {}", at.display())),
-        Piece::File { at, text } => make_parent(root, at)
+        ViewPiece::File { at, text } => make_parent(root, at)
             .and_then(|()| make_file(root, at, text))
             .step(format_args!("make {}", at.display())),
-        Piece::Host { at, is_directory, access } => {
+        ViewPiece::Host { at, is_directory, access } => {
             show(root, at, *is_directory, *access).step(format_args!("show {} of the host", at.display()))
         }
-        Piece::Hidden(at) => hide(root, at).step(format_args!("hide {}", at.display())),
+        ViewPiece::Hidden(at) => hide(root, at).step(format_args!("hide {}", at.display())),
     }
 }
 
@@ -230,7 +230,7 @@ fn hide(root: &OwnedFd, at: &Path) -> io::Result<()> {
 }
 
 /// Hides parts of /proc and makes others read-only.
-fn restrict_proc() -> Result<(), Failure> {
+fn restrict_proc() -> Result<(), SetupFailure> {
     let (hidden, fixed) = view::of_proc();
     let exists = |path: &&&str| rfs::access(**path, rfs::Access::EXISTS).is_ok();
     for path in hidden.iter().filter(exists) {
@@ -250,7 +250,7 @@ fn restrict_proc() -> Result<(), Failure> {
 }
 
 /// What every cell has for itself.
-fn mount_fresh(fresh: Fresh) -> Result<(), Failure> {
+fn mount_fresh(fresh: Fresh) -> Result<(), SetupFailure> {
     let devpts = [("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620")];
     let made = [
         ("/tmp", mounts::tmpfs(fresh.tmp_bytes, fresh.tmp_files, "1777")),

@@ -6,12 +6,12 @@
 
 use super::{
     children::{Children, Deaths},
-    protocol::{self, Failed, FromCell, News, Ready, Run},
+    protocol::{self, CellReady, Failed, FromCell, News, Run},
     spawn::Stack,
     sys,
 };
 use crate::sandbox::{
-    EXEC_ROOT, Failure,
+    EXEC_ROOT, SetupFailure,
     world::{Passage, World},
 };
 use rustix::{
@@ -48,7 +48,7 @@ fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> 
         return Ok(());
     }
     let news = match world.enter(&passage) {
-        Ok(()) => News::Ready(Ready {}),
+        Ok(()) => News::Ready(CellReady {}),
         Err(failure) => News::Failed(in_words(&failure)),
     };
     drop(passage);
@@ -99,7 +99,7 @@ fn run_one(
     Ok(Some(News::Ended(children.report())))
 }
 
-fn in_words(failure: &Failure) -> Failed {
+fn in_words(failure: &SetupFailure) -> Failed {
     Failed { message: failure.step.clone(), errno: failure.error.raw_os_error().unwrap_or(0) }
 }
 

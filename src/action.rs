@@ -96,6 +96,22 @@ impl TimeoutPolicy {
     pub const UNLIMITED: Self = Self { default: Duration::MAX, max: Duration::MAX };
 }
 
+/// A range of priorities that contains 0 (CAP-18). Lower values are more urgent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Priorities {
+    /// The most urgent.
+    pub min: i32,
+    /// The least urgent.
+    pub max: i32,
+}
+
+impl Priorities {
+    /// The priority in this range that is nearest to a requested one.
+    pub fn nearest(self, priority: i32) -> i32 {
+        priority.min(self.max).max(self.min)
+    }
+}
+
 impl Action {
     /// Checks an Action message together with its Command.
     ///

@@ -25,24 +25,29 @@ pub mod transition;
 use crate::{
     actors::{
         mail::{Mail, Receive, counted},
-        worker::messages::{RunAction, StageReached, TaskId},
+        worker::messages::{RunAction, RunControl, RunOrder, StageReached, TaskId},
     },
     caller::Caller,
     logging::Event,
+    node::NodeName,
 };
-use actix::{Actor, AsyncContext, Context, MailboxError, Message, Recipient, ResponseFuture};
+use actix::{Actor, AsyncContext, Context, MailboxError, Message, MessageResult, Recipient, ResponseFuture};
+use futures::future::ready;
 use gorego_reapi::error::{Error, Result};
 use inputs::InputCheck;
 use ledger::{Assignment, Check, Ledger, RunEnd};
 use messages::{
-    Admit, Cancel, Drain, Explain, Forget, Inspect, Inspection, ListOperations, OperationPage, Watch,
+    AddPool, Admit, Cancel, Drain, DrainPool, Explain, Forget, Inspect, Inspection, ListOperations,
+    ListPools, OperationPage, RemovePool, Watch,
 };
 use operation::{OperationId, QueueStatus, Subscription};
 use settings::{Moment, SchedulerSettings};
-use slots::PoolSpec;
-use std::time::Duration;
+use slots::{PoolId, PoolSpec};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
 use tokio::sync::oneshot;
-use uuid::Uuid;
 
 /// Messages that wait in the mailbox before senders wait instead. A message is handled in microseconds; this is enough to
 /// keep the actor busy and too little to be a second queue.
@@ -51,12 +56,13 @@ const MAILBOX: usize = 1024;
 /// How often deadlines are looked at: what times out here is measured in minutes.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A set of workers: what they offer and the way to run a task on them. A peer would be one more of these.
+/// A set of workers: what they offer, and the way to run a task on them. The workers of another machine would be one more of
+/// these.
 #[derive(Clone)]
 pub struct Pool {
-    /// What it is called, how many slots it has and what it offers; it is never sent more than it has slots.
+    /// Its description. It is never sent more tasks than it has slots.
     pub spec: PoolSpec,
-    /// Runs a task. Each message is answered when the run is over.
+    /// Runs a task. Each message is answered when the run has ended.
     pub runner: Recipient<RunAction>,
 }
 
@@ -64,23 +70,33 @@ pub struct Pool {
 pub struct SchedulerActor {
     mail: Mail,
     ledger: Ledger,
-    runners: Vec<Recipient<RunAction>>,
+    runners: HashMap<PoolId, Recipient<RunAction>>,
     inputs: Box<dyn InputCheck>,
     check_timeout: Duration,
+    /// The name of this server.
+    node: NodeName,
     drained: Vec<oneshot::Sender<()>>,
+    /// Who waits for the end of all runs of a pool.
+    drained_pools: Vec<(PoolId, oneshot::Sender<()>)>,
 }
 
 impl SchedulerActor {
-    /// A scheduler over these pools, listed by preference.
+    /// A scheduler over these pools.
     pub fn new(settings: SchedulerSettings, pools: Vec<Pool>, inputs: impl InputCheck) -> Self {
-        let (specs, runners) = pools.into_iter().map(|Pool { spec, runner }| (spec, runner)).unzip();
+        let (specs, runners): (Vec<_>, Vec<_>) =
+            pools.into_iter().map(|Pool { spec, runner }| (spec, runner)).unzip();
+        let ledger = Ledger::new(settings, specs);
+        // The ids ascend in the order of the list.
+        let ids: BTreeSet<_> = ledger.pools().into_iter().map(|pool| pool.id).collect();
         Self {
             mail: Mail::default(),
-            ledger: Ledger::new(settings, specs),
-            runners,
+            ledger,
+            runners: ids.into_iter().zip(runners).collect(),
             inputs: Box::new(inputs),
             check_timeout: settings.transfer_timeout,
+            node: settings.node,
             drained: Vec::new(),
+            drained_pools: Vec::new(),
         }
     }
 
@@ -103,9 +119,13 @@ impl SchedulerActor {
         }
         if self.ledger.is_idle() {
             for waiter in self.drained.drain(..) {
-                // Whoever asked may have gone.
+                // The sender of the Drain may be gone.
                 let _ = waiter.send(());
             }
+        }
+        let ledger = &self.ledger;
+        for (_, waiter) in self.drained_pools.extract_if(.., |(pool, _)| ledger.runs_in(*pool) == 0) {
+            let _ = waiter.send(());
         }
     }
 
@@ -124,11 +144,13 @@ impl SchedulerActor {
     fn send_run(&self, assignment: Assignment, ctx: &mut Context<Self>) {
         let Assignment { task, pool, slot, action, peer, queued_at, tool_invocation_id, cancel } = assignment;
         let scheduler = ctx.address();
-        let Some(runner) = self.runners.get(pool).cloned() else {
+        let Some(runner) = self.runners.get(&pool).cloned() else {
             return scheduler.do_send(RunEnded { task, end: RunEnd::Lost { pool_closed: true } });
         };
-        let progress = scheduler.clone().recipient();
-        let run = RunAction { task, slot, action, peer, queued_at, tool_invocation_id, cancel, progress };
+        let run = RunAction {
+            order: RunOrder { task, slot, action, peer, queued_at, tool_invocation_id },
+            control: RunControl { cancel, progress: scheduler.clone().recipient() },
+        };
         actix::spawn(async move {
             let end = match runner.send(run).await {
                 Ok(report) => RunEnd::Reported(report),
@@ -194,7 +216,7 @@ impl Receive<Admit> for SchedulerActor {
     type Answer = Result<Subscription>;
 
     fn receive(&mut self, Admit { submit, resolution }: Admit, ctx: &mut Self::Context) -> Self::Answer {
-        let admitted = self.ledger.admit(submit, resolution, OperationId(Uuid::new_v4()), Moment::now());
+        let admitted = self.ledger.admit(submit, resolution, OperationId::random(self.node), Moment::now());
         self.settle(ctx);
         admitted
     }
@@ -269,10 +291,77 @@ impl Receive<ListOperations> for SchedulerActor {
 }
 
 impl Receive<Inspect> for SchedulerActor {
-    type Answer = actix::MessageResult<Inspect>;
+    type Answer = MessageResult<Inspect>;
 
     fn receive(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Answer {
-        actix::MessageResult(self.ledger.inspect())
+        MessageResult(self.ledger.inspect())
+    }
+}
+
+impl Receive<AddPool> for SchedulerActor {
+    type Answer = Result<PoolId>;
+
+    fn receive(
+        &mut self,
+        AddPool { pool: Pool { spec, runner } }: AddPool,
+        ctx: &mut Self::Context,
+    ) -> Self::Answer {
+        let (name, slots) = (spec.name.clone(), spec.slots);
+        let id = self.ledger.add_pool(spec)?;
+        self.runners.insert(id, runner);
+        Event::info(log::TARGET, log::POOL_ADDED)
+            .with("pool", &*name)
+            .with("slots", slots)
+            .log(format_args!("a pool takes work"));
+        self.settle(ctx);
+        Ok(id)
+    }
+}
+
+impl Receive<DrainPool> for SchedulerActor {
+    type Answer = ResponseFuture<Result<()>>;
+
+    fn receive(&mut self, DrainPool { id }: DrainPool, ctx: &mut Self::Context) -> Self::Answer {
+        if let Err(error) = self.ledger.drain_pool(id) {
+            return Box::pin(ready(Err(error)));
+        }
+        Event::info(log::TARGET, log::POOL_DRAINING)
+            .with("pool", &*self.ledger.pool_name(id))
+            .with("running", self.ledger.runs_in(id))
+            .log(format_args!("a pool takes no more work"));
+        let (sender, drained) = oneshot::channel();
+        self.drained_pools.push((id, sender));
+        self.settle(ctx);
+        Box::pin(async {
+            // An actor that is gone has no runs either.
+            let _ = drained.await;
+            Ok(())
+        })
+    }
+}
+
+impl Receive<RemovePool> for SchedulerActor {
+    type Answer = Result<()>;
+
+    fn receive(&mut self, RemovePool { id }: RemovePool, ctx: &mut Self::Context) -> Self::Answer {
+        let name = self.ledger.pool_name(id);
+        self.ledger.remove_pool(id, Moment::now())?;
+        // Its workers end when the last run has reported.
+        self.runners.remove(&id);
+        Event::info(log::TARGET, log::POOL_REMOVED)
+            .with("pool", &*name)
+            .with("running", self.ledger.runs_in(id))
+            .log(format_args!("a pool is gone"));
+        self.settle(ctx);
+        Ok(())
+    }
+}
+
+impl Receive<ListPools> for SchedulerActor {
+    type Answer = MessageResult<ListPools>;
+
+    fn receive(&mut self, _: ListPools, _: &mut Self::Context) -> Self::Answer {
+        MessageResult(self.ledger.pools())
     }
 }
 

@@ -8,9 +8,10 @@
 //! fails its next read or write, which ends all its calls; the client is sent ENHANCE_YOUR_CALM first, if possible. A
 //! connection whose client is too far ahead of its handlers is not read ([`crate::connections::ahead`]).
 //!
-//! The HTTP/2 library writes each message of more than a few hundred bytes by itself. While a [`Cork`] is in place, small
-//! writes are collected, at most [`HELD_MAX_BYTES`] of them; they are written when the next one does not fit, or at the first
-//! read or flush after the cork was removed.
+//! [`Turn`] connects a connection with the task that serves it. The HTTP/2 library writes each message of more than a few hundred
+//! bytes by itself. While a turn is corked, small writes are collected, at most [`HELD_MAX_BYTES`] of them. They are written when
+//! the next one does not fit, or at the first read or flush after the cork was removed. A turn also bounds what is read in it:
+//! [`FRAMES_PER_TURN`], and nothing while [`UNSENT_STREAMS_MAX`] answered requests wait to be written.
 
 use super::conduct::{Conduct, Sent};
 use crate::{
@@ -25,9 +26,9 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 use tokio::{
@@ -41,26 +42,69 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 /// Pause after a failed accept: long enough for connections to close, too short for clients to notice.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 
-/// Number of frames after which a read reports that there are no more, so that the HTTP/2 library handles those that it has.
-/// That is 2 MiB of an upload. This ends the poll of the connection's task only if no streams wait to be accepted; otherwise
-/// tokio's cooperative budget ends it.
-const FRAMES_PER_TURN: u64 = 128;
+/// Frames after which no more are read in a turn, so that the HTTP/2 library hands over the requests that it has: 2 MiB of an
+/// upload. Without this bound it would first read all that has arrived, and keep a stream for each request.
+const FRAMES_PER_TURN: usize = 128;
+
+/// Streams of a connection that may be open without a request that runs. Their answers wait for the client to read, and take
+/// memory that no other bound counts (70 KB for these). Only a client that does not read has so many when a turn begins.
+const UNSENT_STREAMS_MAX: usize = 64;
 
 /// Most bytes that a cork holds back: one or two packets over loopback, or dozens of small answers.
 const HELD_MAX_BYTES: usize = 16 * 1024;
 
-/// Whether small writes to a connection are collected.
+/// State that a connection shares with the task that serves it; see the top of this file.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Cork(Arc<AtomicBool>);
+pub(super) struct Turn(Arc<TurnState>);
 
-impl Cork {
-    /// Starts or stops collecting.
-    pub(super) fn set(&self, is_in: bool) {
-        self.0.store(is_in, Relaxed);
+#[derive(Debug, Default)]
+struct TurnState {
+    is_corked: AtomicBool,
+    /// Number of frames that were read in this turn.
+    frames: AtomicUsize,
+    /// Requests that were handed over and have not ended.
+    requests: AtomicUsize,
+}
+
+impl Turn {
+    /// Begins a turn. Small writes are collected in it or not, and it reads or does not.
+    pub(super) fn begin(&self, is_corked: bool, may_read: bool) {
+        self.0.is_corked.store(is_corked, Relaxed);
+        self.0.frames.store(if may_read { 0 } else { FRAMES_PER_TURN }, Relaxed);
     }
 
-    fn is_in(&self) -> bool {
-        self.0.load(Relaxed)
+    /// Whether the turn has reached its limit of frames, so there may be more to read.
+    pub(super) fn is_used_up(&self) -> bool {
+        self.0.frames.load(Relaxed) >= FRAMES_PER_TURN
+    }
+
+    /// Counts a request until the result is dropped.
+    pub(super) fn request(&self) -> OpenRequest {
+        self.0.requests.fetch_add(1, Relaxed);
+        OpenRequest(self.clone())
+    }
+
+    fn is_corked(&self) -> bool {
+        self.0.is_corked.load(Relaxed)
+    }
+
+    fn read(&self, frames: usize) {
+        self.0.frames.fetch_add(frames, Relaxed);
+    }
+
+    /// Number of requests that were handed over and have not ended.
+    pub(super) fn requests(&self) -> usize {
+        self.0.requests.load(Relaxed)
+    }
+}
+
+/// A request that has not ended; see [`Turn::request`].
+#[derive(Debug)]
+pub(super) struct OpenRequest(Turn);
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        self.0.0.requests.fetch_sub(1, Relaxed);
     }
 }
 
@@ -92,12 +136,12 @@ pub(crate) struct Connection {
     stream: Prompt,
     admitted: Admitted,
     conduct: Conduct,
-    /// Number of frames that were read since the last pause.
-    frames: u64,
     /// Set while the client is too far ahead of its handlers.
     wait: Option<Wait>,
-    cork: Cork,
-    /// Writes that were collected.
+    turn: Turn,
+    /// Set while answers must be written before more is read.
+    unsent: Option<Waker>,
+    /// The collected writes.
     held: Vec<u8>,
 }
 
@@ -105,13 +149,25 @@ impl Connection {
     fn new(stream: TcpStream, connections: &Connections) -> io::Result<Option<Self>> {
         let Some(admitted) = connections.admit(stream.peer_addr()?) else { return Ok(None) };
         let conduct = Conduct::new(admitted.state().now_ms());
-        let (cork, held) = (Cork::default(), Vec::new());
-        Ok(Some(Self { stream: Prompt::new(stream), admitted, conduct, frames: 0, wait: None, cork, held }))
+        Ok(Some(Self {
+            stream: Prompt::new(stream),
+            admitted,
+            conduct,
+            wait: None,
+            turn: Turn::default(),
+            unsent: None,
+            held: Vec::new(),
+        }))
     }
 
-    /// The cork of this connection.
-    pub(super) fn cork(&self) -> Cork {
-        self.cork.clone()
+    /// The turns of this connection.
+    pub(super) fn turn(&self) -> Turn {
+        self.turn.clone()
+    }
+
+    /// Whether too many answers wait to be written.
+    fn has_unsent(&self) -> bool {
+        self.conduct.open_streams() > UNSENT_STREAMS_MAX + self.turn.requests()
     }
 
     /// Writes the collected bytes.
@@ -158,7 +214,7 @@ impl Connection {
     fn judge(&mut self, bytes: &[u8]) -> io::Result<()> {
         let state = self.admitted.state();
         let received = self.conduct.receive(bytes, state.now_ms());
-        self.frames += received.frames;
+        self.turn.read(received.frames);
         state.ahead.received(received.ahead);
         if received.has_closed {
             state.ahead.at_most(self.conduct.ahead_at_most());
@@ -196,21 +252,25 @@ impl AsyncRead for Connection {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         self.check(context)?;
-        if self.frames >= FRAMES_PER_TURN {
-            self.frames = 0;
-            context.waker().wake_by_ref();
+        if self.turn.is_used_up() {
+            // The task begins another turn.
+            self.admitted.state().ahead.end_turn();
             return Poll::Pending;
         }
-        if self.poll_room(context).is_pending() {
-            self.frames = 0;
-            return Poll::Pending;
-        }
-        let is_corked = self.cork.is_in();
+        let is_corked = self.turn.is_corked();
         if !is_corked
             && !self.held.is_empty()
             && let Poll::Ready(Err(error)) = self.poll_release(context)
         {
             return Poll::Ready(Err(error));
+        }
+        if self.has_unsent() {
+            self.unsent = Some(context.waker().clone());
+            self.admitted.state().ahead.end_turn();
+            return Poll::Pending;
+        }
+        if self.poll_room(context).is_pending() {
+            return Poll::Pending;
         }
         self.stream.set_answers_soon(is_corked);
         let before = buffer.filled().len();
@@ -220,7 +280,7 @@ impl AsyncRead for Connection {
                 Poll::Ready(Ok(()))
             }
             Poll::Pending => {
-                self.frames = 0;
+                self.admitted.state().ahead.end_turn();
                 Poll::Pending
             }
             failed => failed,
@@ -237,7 +297,7 @@ impl Connection {
     ) -> Poll<io::Result<usize>> {
         self.check(context)?;
         let bytes: usize = buffers.iter().map(|buffer| buffer.len()).sum();
-        if self.cork.is_in() && self.held.len() + bytes <= HELD_MAX_BYTES {
+        if self.turn.is_corked() && self.held.len() + bytes <= HELD_MAX_BYTES {
             buffers.iter().for_each(|buffer| self.held.extend_from_slice(buffer));
             self.sent(bytes, buffers);
             return Poll::Ready(Ok(bytes));
@@ -264,6 +324,11 @@ impl Connection {
         }
         if sent.has_closed {
             self.admitted.state().ahead.at_most(self.conduct.ahead_at_most());
+            if !self.has_unsent()
+                && let Some(reader) = self.unsent.take()
+            {
+                reader.wake();
+            }
         }
         if sent.has_data {
             // Streams share the link. On a slow link, an answer may take minutes.
@@ -294,7 +359,7 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.cork.is_in() {
+        if self.turn.is_corked() {
             return Poll::Ready(Ok(()));
         }
         ready!(self.poll_release(context))?;
@@ -340,23 +405,75 @@ mod tests {
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let mut connections = pin!(connections(listener, Connections::default()));
         let mut connection = connections.next().await.unwrap().unwrap();
-        let cork = connection.cork();
+        let turn = connection.turn();
         let mut received = [0; 2 * HELD_MAX_BYTES];
-        cork.set(true);
+        turn.begin(true, true);
         for _ in 0..2 {
             connection.write_all(b"small").await.unwrap();
             connection.flush().await.unwrap();
         }
         assert_eq!(client.try_read(&mut received).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        cork.set(false);
+        turn.begin(false, true);
         connection.flush().await.unwrap();
         client.read_exact(&mut received[..10]).await.unwrap();
         assert_eq!(&received[..10], b"smallsmall");
-        cork.set(true);
+        turn.begin(true, true);
         connection.write_all(b"small").await.unwrap();
         connection.write_all(&[b'l'; HELD_MAX_BYTES]).await.unwrap();
         client.read_exact(&mut received[..5 + HELD_MAX_BYTES]).await.unwrap();
         assert!(received.starts_with(b"smalll"), "in the order in which they were written");
+    }
+
+    /// The bytes of a request's head, and of an answer without a message.
+    fn head(stream: u8) -> [u8; 10] {
+        [0, 0, 1, 1, 0x5, 0, 0, 0, stream, b'h']
+    }
+
+    #[tokio::test]
+    async fn a_turn_reads_a_bounded_number_of_frames() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut connections = pin!(connections(listener, Connections::default()));
+        let mut connection = connections.next().await.unwrap().unwrap();
+        let turn = connection.turn();
+        let empty_data = [0, 0, 0, 0, 0, 0, 0, 0, 1];
+        client.write_all(&[b'x'; 24]).await.unwrap();
+        client.write_all(&empty_data.repeat(FRAMES_PER_TURN)).await.unwrap();
+        let mut bytes = vec![0; 24 + empty_data.len() * FRAMES_PER_TURN];
+        connection.read_exact(&mut bytes).await.unwrap();
+        assert!(turn.is_used_up());
+        client.write_all(&empty_data).await.unwrap();
+        let mut next = pin!(connection.read_exact(&mut bytes[..9]));
+        assert!(futures::poll!(next.as_mut()).is_pending());
+        turn.begin(true, true);
+        next.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_its_answers_is_not_read_until_it_does() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut connections = pin!(connections(listener, Connections::default()));
+        let mut connection = connections.next().await.unwrap().unwrap();
+        let turn = connection.turn();
+        client.write_all(&[b'x'; 24]).await.unwrap();
+        let streams: Vec<u8> = (0..=UNSENT_STREAMS_MAX).map(|at| u8::try_from(2 * at + 1).unwrap()).collect();
+        for stream in &streams {
+            client.write_all(&head(*stream)).await.unwrap();
+        }
+        let mut bytes = vec![0; 24 + 10 * streams.len()];
+        connection.read_exact(&mut bytes).await.unwrap();
+        client.write_all(&head(201)).await.unwrap();
+        assert!(futures::poll!(pin!(connection.read(&mut bytes))).is_pending());
+        let request = turn.request();
+        assert_eq!(connection.read(&mut bytes).await.unwrap(), 10, "one of them is being handled");
+        drop(request);
+        assert!(futures::poll!(pin!(connection.read(&mut bytes))).is_pending());
+        for stream in &streams[..2] {
+            connection.write_all(&head(*stream)).await.unwrap();
+        }
+        client.write_all(&head(203)).await.unwrap();
+        assert_eq!(connection.read(&mut bytes).await.unwrap(), 10, "two are answered");
     }
 
     #[tokio::test(start_paused = true)]

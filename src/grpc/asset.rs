@@ -8,8 +8,8 @@ use crate::{
     actors::asset::{
         bindings::References,
         client::Assets,
-        outcome::{Failure, FailureKind, Fetched, Problem},
-        request::{AssetRequest, Kind, Qualifiers},
+        outcome::{FailureKind, Fetched, OriginFailure as Failure, Problem},
+        request::{AssetKind as Kind, AssetRequest, Qualifiers},
     },
     call::Call,
     grpc::services::{fetch_server::Fetch, push_server::Push},

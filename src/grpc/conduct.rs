@@ -91,7 +91,7 @@ impl OpenStreams {
 /// The effect of received bytes.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Received {
-    pub frames: u64,
+    pub frames: usize,
     pub resets: u64,
     /// Number of streams that were answered since the last resets; 0 if there are no resets now.
     pub finished: u64,
@@ -147,6 +147,8 @@ impl Conduct {
                 }
                 kind::DATA => received.ahead += self.open.receive(frame),
                 kind::RST_STREAM => received.has_closed |= self.open.close(frame.stream),
+                // The HTTP/2 library walks over all streams to move their windows.
+                kind::SETTINGS => noise += self.open.streams.len() as u64,
                 kind::CONTINUATION if frame.ends_headers() => received.head_is_open = Some(false),
                 _ => {}
             }
@@ -177,6 +179,11 @@ impl Conduct {
             self.noise.earn((heads + data) * UPDATES_PER_DATA);
         }
         sent.has_data |= data > 0;
+    }
+
+    /// Number of streams that the client has opened and that were neither answered nor cancelled.
+    pub(super) fn open_streams(&self) -> usize {
+        self.open.streams.len()
     }
 
     /// Upper bound of the bytes of open streams that no handler has taken.
@@ -261,6 +268,22 @@ mod tests {
         let mut conduct = connected();
         let upload = frame(kind::DATA, 0, 1).repeat(100_000);
         assert!(!conduct.receive(&upload, 0).is_noise);
+    }
+
+    #[test]
+    fn settings_cost_more_where_many_streams_are_open() {
+        let settings = frame(kind::SETTINGS, 0, 0);
+        let most = |streams: u32| {
+            let mut conduct = connected();
+            for stream in 0..streams {
+                let mut head = frame(kind::HEADERS, 0x4, 0);
+                head[5..].copy_from_slice(&(2 * stream + 1).to_be_bytes());
+                conduct.receive(&head, 0);
+            }
+            (0..NOISE.burst).take_while(|_| !conduct.receive(&settings, 0).is_noise).count() as u64
+        };
+        assert_eq!(most(0), NOISE.burst / NOISE_COST);
+        assert_eq!(most(1_000), NOISE.burst / (NOISE_COST + 1_000));
     }
 
     #[test]

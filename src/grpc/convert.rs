@@ -255,7 +255,6 @@ mod tests {
     use http::HeaderValue;
     use proptest::prelude::*;
     use std::{sync::Arc, time::Duration};
-    use uuid::Uuid;
 
     const HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
@@ -269,7 +268,7 @@ mod tests {
 
     fn info() -> OperationInfo {
         OperationInfo {
-            id: OperationId(Uuid::new_v4()),
+            id: OperationId::random(Default::default()),
             instance: instances().get("a/b").unwrap(),
             action: Digest::empty(DigestFunction::Sha256),
             inline: Default::default(),

@@ -159,7 +159,6 @@ mod tests {
     };
     use std::time::SystemTime;
     use tokio::{sync::watch, time::Instant};
-    use uuid::Uuid;
 
     fn queued() -> Snapshot {
         Snapshot::queued(SystemTime::UNIX_EPOCH)
@@ -186,7 +185,7 @@ mod tests {
 
     fn operation(snapshot: Snapshot) -> (watch::Sender<Snapshot>, Subscription) {
         let info = OperationInfo {
-            id: OperationId(Uuid::new_v4()),
+            id: OperationId::random(Default::default()),
             instance: Instances::new([""]).unwrap().get("").unwrap(),
             action: Digest::empty(DigestFunction::Sha256),
             inline: Inline::default(),

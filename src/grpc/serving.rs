@@ -2,17 +2,22 @@
 //!
 //! hyper gives each request to an executor, which usually spawns a task. A spawned task wakes another thread, and its answer
 //! wakes the task of the connection; for a look-up in memory, this costs more than the look-up. So this executor only collects
-//! the requests of one poll of the connection ([`Turn`]). The connection's task then polls each of them once. This answers most
-//! look-ups, and all small answers are sent with one write ([`super::accept::Cork`]). A request that has to wait is spawned as
-//! a task.
+//! the requests of one turn of the connection ([`Collected`]). The connection's task then polls each of them once. This answers
+//! most look-ups, and all small answers are sent with one write ([`super::accept::Turn`]). A request that has to wait is
+//! spawned as a task.
 //!
-//! Invariants: the connection's task polls no request twice, and begins none after [`TURN_MAX`]; the rest of that turn is
-//! spawned, so that other threads can take it. Messages that take long to decode are not decoded in a turn, because
-//! [`super::intake`] makes them wait once. A panic in a request ends only that request.
+//! Invariants: the connection's task polls no request twice, and begins none after [`TURN_MAX`]. The rest of that turn is
+//! spawned, so that other threads can take it. In the whole server, at most [`SPREAD_MAX`] spawned requests have not begun,
+//! because the tasks of other connections wait behind them in the runtime's queue. Further requests wait for the next turn of
+//! their connection, and nothing more is read before. After [`TURN_MAX`] the connection's task yields. Messages that take long
+//! to decode are not decoded in a turn, because [`super::intake`] makes them wait once. A panic in a request ends only that
+//! request. No collected request is lost: it is begun even if the connection has ended, and dropped if the task of the
+//! connection is dropped.
 
 use super::{
     CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,
-    STREAM_WINDOW_BYTES, STREAMS_MAX, accept::Connection,
+    STREAM_WINDOW_BYTES, STREAMS_MAX,
+    accept::{Connection, Turn},
 };
 use bytes::Bytes;
 use futures::stream::{Stream, StreamExt as _};
@@ -20,18 +25,19 @@ use http::{HeaderMap, Request, Response};
 use hyper::{rt::Executor, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::{
+    collections::VecDeque,
     convert::Infallible,
     future::{Future, poll_fn},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 use tokio::{
     select,
-    sync::watch,
+    sync::{Semaphore, watch},
     task::coop::unconstrained,
     time::{Sleep, sleep},
 };
@@ -41,6 +47,8 @@ use tower::Service;
 /// Time limit for the requests of one turn: about ten of the slowest look-ups. It bounds how long answers of this connection
 /// are delayed.
 const TURN_MAX: Duration = Duration::from_micros(500);
+/// Limit on spawned requests that have not begun: enough to keep dozens of threads busy until the next turn.
+const SPREAD_MAX: usize = 64;
 
 /// Serves connections until `shutdown` completes. Then it accepts no more, sends GOAWAY, and returns when the last connection
 /// is closed.
@@ -54,6 +62,7 @@ pub(super) async fn serve<S, B>(
     B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
 {
     let closing = watch::Sender::new(false);
+    let spread = Arc::new(Semaphore::new(SPREAD_MAX));
     {
         // The listener is dropped here, so that the port is free before the last connections end.
         let mut connections = pin!(connections);
@@ -63,7 +72,8 @@ pub(super) async fn serve<S, B>(
                 () = &mut shutdown => break,
                 connection = connections.next() => match connection {
                     Some(Ok(connection)) => {
-                        tokio::spawn(serve_one(connection, service.clone(), closing.subscribe()));
+                        let requests = Collected::new(connection.turn(), spread.clone());
+                        tokio::spawn(serve_one(connection, requests, service.clone(), closing.subscribe()));
                     }
                     // The error was logged where connections are accepted.
                     Some(Err(_)) => {}
@@ -76,13 +86,17 @@ pub(super) async fn serve<S, B>(
     closing.closed().await;
 }
 
-async fn serve_one<S, B>(connection: Connection, service: S, mut closing: watch::Receiver<bool>)
-where
+async fn serve_one<S, B>(
+    connection: Connection,
+    requests: Collected,
+    service: S,
+    mut closing: watch::Receiver<bool>,
+) where
     S: Service<Request<Body>, Response = Response<B>, Error = Infallible, Future: Send + 'static>,
     S: Clone + Send + 'static,
     B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
 {
-    let (info, cork) = (connection.connect_info(), connection.cork());
+    let (info, turn) = (connection.connect_info(), connection.turn());
     let service = service_fn(move |mut request: Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(info.clone());
         let limit = time_limit(request.headers());
@@ -90,8 +104,9 @@ where
         let answer = service.clone().call(request.map(Body::new));
         Limited { answer, limit: limit.map(sleep) }
     });
-    let turn = Turn::default();
-    let mut http = pin!(settings(turn.clone()).serve_connection(TokioIo::new(connection), service));
+    // Dropped after the connection, which may hand over requests until its end.
+    let _guard = StopCollecting(requests.clone());
+    let mut http = pin!(settings(requests.clone()).serve_connection(TokioIo::new(connection), service));
     let mut closing = pin!(async { drop(closing.wait_for(|closing| *closing).await) });
     let mut is_told = false;
     poll_fn(|context| {
@@ -99,30 +114,32 @@ where
             is_told = true;
             http.as_mut().graceful_shutdown();
         }
+        let start = Instant::now();
+        let mut is_corked = true;
         loop {
+            turn.begin(is_corked, !requests.is_waiting());
             // Errors are in the log lines of the calls, if there were any.
-            cork.set(true);
             let is_over = http.as_mut().poll(context).is_ready();
-            let has_worked = turn.take();
+            let has_more = requests.begin() || turn.is_used_up();
             if is_over {
                 return Poll::Ready(());
             }
-            if has_worked {
-                continue;
+            let is_late = start.elapsed() >= TURN_MAX;
+            if !is_corked && (!has_more || is_late) {
+                if has_more {
+                    context.waker().wake_by_ref();
+                }
+                return Poll::Pending;
             }
-            // This poll writes the answers.
-            cork.set(false);
-            let is_over = http.as_mut().poll(context).is_ready();
-            if is_over || !turn.take() {
-                return if is_over { Poll::Ready(()) } else { Poll::Pending };
-            }
+            // The last poll writes the answers.
+            is_corked = has_more && !is_late;
         }
     })
     .await;
 }
 
-fn settings(turn: Turn) -> http2::Builder<Turn> {
-    let mut builder = http2::Builder::new(turn);
+fn settings(requests: Collected) -> http2::Builder<Collected> {
+    let mut builder = http2::Builder::new(requests);
     builder
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -139,38 +156,86 @@ fn settings(turn: Turn) -> http2::Builder<Turn> {
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The requests of one poll of a connection.
-#[derive(Clone, Default)]
-struct Turn(Arc<Mutex<Vec<Task>>>);
+/// The requests of one turn of a connection's task.
+#[derive(Clone)]
+struct Collected {
+    turn: Turn,
+    /// Places for spawned requests that have not begun.
+    spread: Arc<Semaphore>,
+    /// `None` when the connection has ended. Each request holds a clone of this, so requests must not stay in here.
+    requests: Arc<Mutex<Option<VecDeque<Task>>>>,
+}
 
-impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Turn {
-    fn execute(&self, task: F) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Box::pin(task));
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Collected {
+    fn execute(&self, request: F) {
+        let open = self.turn.request();
+        let request = async move {
+            let _open = open;
+            request.await;
+        };
+        match self.lock().as_mut() {
+            Some(requests) => requests.push_back(Box::pin(request)),
+            None => drop(tokio::spawn(request)),
+        }
     }
 }
 
-impl Turn {
-    /// Polls the collected requests once. Returns whether there were any.
-    fn take(&self) -> bool {
-        let tasks = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        if tasks.is_empty() {
-            return false;
-        }
-        let start = Instant::now();
-        for mut task in tasks {
-            let poll = || {
-                // A spawned task is polled again, so no wake-up is lost.
-                let mut nobody = Context::from_waker(Waker::noop());
-                pin!(unconstrained(task.as_mut())).poll(&mut nobody)
-            };
-            // A panic ends only this request, as in a spawned task.
-            let is_over = start.elapsed() < TURN_MAX
-                && !matches!(catch_unwind(AssertUnwindSafe(poll)), Ok(Poll::Pending));
-            if !is_over {
-                tokio::spawn(task);
+impl Collected {
+    fn new(turn: Turn, spread: Arc<Semaphore>) -> Self {
+        Self { turn, spread, requests: Arc::new(Mutex::new(Some(VecDeque::new()))) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Task>>> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next(&self) -> Option<Task> {
+        self.lock().as_mut()?.pop_front()
+    }
+
+    /// Whether requests were left for the next turn.
+    fn is_waiting(&self) -> bool {
+        self.lock().as_ref().is_some_and(|requests| !requests.is_empty())
+    }
+
+    /// Begins the collected requests, within the limits of a turn. Returns whether there were any.
+    fn begin(&self) -> bool {
+        let (start, mut has_any) = (Instant::now(), false);
+        while let Some(mut request) = self.next() {
+            has_any = true;
+            if start.elapsed() < TURN_MAX {
+                let poll = || {
+                    // A spawned task is polled again, so no wake-up is lost.
+                    let mut nobody = Context::from_waker(Waker::noop());
+                    pin!(unconstrained(request.as_mut())).poll(&mut nobody)
+                };
+                // A panic ends only this request, as in a spawned task.
+                if matches!(catch_unwind(AssertUnwindSafe(poll)), Ok(Poll::Pending)) {
+                    tokio::spawn(request);
+                }
+            } else if let Ok(place) = self.spread.clone().try_acquire_owned() {
+                tokio::spawn(async move {
+                    drop(place);
+                    request.await;
+                });
+            } else {
+                if let Some(requests) = self.lock().as_mut() {
+                    requests.push_front(request);
+                }
+                break;
             }
         }
-        true
+        has_any
+    }
+}
+
+/// Drops the requests that have not begun when the task of their connection ends.
+struct StopCollecting(Collected);
+
+impl Drop for StopCollecting {
+    fn drop(&mut self) {
+        let requests = self.0.lock().take();
+        drop(requests);
     }
 }
 
@@ -199,7 +264,7 @@ where
         let Some(limit) = this.limit.as_pin_mut() else { return Poll::Pending };
         limit
             .poll(context)
-            .map(|()| Ok(Status::cancelled("the time that the client gave is over").into_http()))
+            .map(|()| Ok(Status::deadline_exceeded("the deadline of the client has passed").into_http()))
     }
 }
 
@@ -228,9 +293,13 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
     use tokio::sync::oneshot;
 
+    fn collected() -> Collected {
+        Collected::new(Turn::default(), Arc::new(Semaphore::new(1)))
+    }
+
     #[tokio::test]
     async fn a_request_that_does_not_wait_is_answered_in_its_turn_and_others_are_answered_later() {
-        let turn = Turn::default();
+        let turn = collected();
         let answered = Arc::new(AtomicUsize::new(0));
         let (release, released) = oneshot::channel::<()>();
         let count = |answered: &Arc<AtomicUsize>| {
@@ -247,7 +316,7 @@ mod tests {
             later();
             let _ = done.send(());
         });
-        assert!(turn.take() && !turn.take());
+        assert!(turn.begin() && !turn.begin());
         assert_eq!(answered.load(SeqCst), 1);
         release.send(()).unwrap();
         is_done.await.unwrap();
@@ -256,17 +325,33 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_in_a_turn_ends_no_other_request() {
-        let turn = Turn::default();
+        let turn = collected();
         let (done, is_done) = oneshot::channel();
         turn.execute(async { panic!("a fault in a request") });
         turn.execute(async move { done.send(()).unwrap() });
-        assert!(turn.take());
+        assert!(turn.begin());
         is_done.await.unwrap();
     }
 
     #[tokio::test]
-    async fn a_long_turn_leaves_the_rest_to_others() {
+    async fn requests_that_nobody_began_end_with_their_connection_and_later_ones_become_tasks() {
         let turn = Turn::default();
+        let requests = Collected::new(turn.clone(), Arc::new(Semaphore::new(1)));
+        let guard = StopCollecting(requests.clone());
+        // As in the HTTP/2 library, a request has a clone of what it was handed to.
+        let of_request = requests.clone();
+        requests.execute(async move { drop(of_request) });
+        assert_eq!(turn.requests(), 1);
+        drop(guard);
+        assert_eq!((turn.requests(), Arc::strong_count(&requests.requests)), (0, 1));
+        let (done, is_done) = oneshot::channel();
+        requests.execute(async move { done.send(()).unwrap() });
+        is_done.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_long_turn_leaves_some_of_the_rest_to_others_and_the_rest_of_it_to_the_next_turn() {
+        let turn = collected();
         let (done, is_done) = oneshot::channel();
         turn.execute(async { std::thread::sleep(TURN_MAX) });
         let here = std::thread::current().id();
@@ -276,9 +361,14 @@ mod tests {
             counted.fetch_add(1, SeqCst);
             let _ = done.send(std::thread::current().id() == here);
         });
-        assert!(turn.take());
+        let (last, last_is_done) = oneshot::channel();
+        turn.execute(async move { last.send(()).unwrap() });
+        assert!(turn.begin());
         assert_eq!(polls.load(SeqCst), 0);
+        assert!(turn.is_waiting(), "one is handed to another thread, and there is no place for the next");
         is_done.await.unwrap();
+        assert!(turn.begin() && !turn.is_waiting());
+        last_is_done.await.unwrap();
     }
 
     #[test]

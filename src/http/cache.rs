@@ -22,7 +22,7 @@ mod write;
 
 use super::{
     Mount,
-    router::{At, Place, Route},
+    router::{Route, RoutePlace, RoutedPath},
 };
 use crate::{
     actors::cas::client::Cas,
@@ -40,22 +40,22 @@ use resource::Resource;
 pub const ROUTES: &[Route] = &[BLOBS, RESULTS, COLLECTIONS, VALUES];
 
 const BLOBS: Route = Route {
-    at: At::Below("cas"),
+    at: RoutePlace::Below("cas"),
     methods: &[("GET", &[CasRead]), ("HEAD", &[CasRead]), ("PUT", &[CasWrite])],
     shown: "[/INSTANCE]/cas/HASH (blobs)",
 };
 const RESULTS: Route = Route {
-    at: At::Below("ac"),
+    at: RoutePlace::Below("ac"),
     methods: &[("GET", &[AcRead]), ("HEAD", &[AcRead]), ("PUT", &[AcWrite])],
     shown: "[/INSTANCE]/ac/HASH (action results)",
 };
 const COLLECTIONS: Route = Route {
-    at: At::Collections("cache"),
+    at: RoutePlace::Collections("cache"),
     methods: &[("PROPFIND", &[AcRead]), ("MKCOL", &[AcWrite])],
     shown: "",
 };
 const VALUES: Route = Route {
-    at: At::Below("cache"),
+    at: RoutePlace::Below("cache"),
     methods: &[
         ("GET", &[AcRead]),
         ("HEAD", &[AcRead]),
@@ -83,7 +83,7 @@ type Target<'a> = (&'a Cache, &'a Instance);
 impl Mount for Cache {
     fn answer<'a>(
         &'a self,
-        place: Place<'a>,
+        place: RoutedPath<'a>,
         request: Request,
         call: &'a Call,
     ) -> BoxFuture<'a, Result<Response>> {
@@ -93,7 +93,7 @@ impl Mount for Cache {
 
 impl Cache {
     /// Handles a request whose method is among those of its route.
-    async fn handle(&self, place: Place<'_>, request: Request, call: &Call) -> Result<Response> {
+    async fn handle(&self, place: RoutedPath<'_>, request: Request, call: &Call) -> Result<Response> {
         let resource = Resource::parse(place.keyword, place.rest)?;
         let instance = self.gate.enter(call, place.instance_name)?;
         let target = (self, &instance);

@@ -2,7 +2,7 @@
 
 use super::{
     Mount,
-    router::{At, OPEN, Place, Route},
+    router::{OPEN, Route, RoutePlace, RoutedPath},
     status,
 };
 use crate::call::Call;
@@ -11,13 +11,13 @@ use futures::future::{BoxFuture, FutureExt as _, ready};
 use gorego_reapi::error::Result;
 
 /// Path of the health check. Some tools ask for `/status` instead.
-const HEALTH: At = At::Path("healthz");
+const HEALTH: RoutePlace = RoutePlace::Path("healthz");
 
 /// What [`Front`] serves.
 pub(super) const ROUTES: &[Route] = &[
-    Route { at: At::Path(""), methods: OPEN, shown: "" },
+    Route { at: RoutePlace::Path(""), methods: OPEN, shown: "" },
     Route { at: HEALTH, methods: OPEN, shown: "/healthz (health check)" },
-    Route { at: At::Path("status"), methods: OPEN, shown: "" },
+    Route { at: RoutePlace::Path("status"), methods: OPEN, shown: "" },
 ];
 
 /// The mount of the front page and the health check.
@@ -28,8 +28,13 @@ pub(super) struct Front {
 }
 
 impl Mount for Front {
-    fn answer<'a>(&'a self, place: Place<'a>, _: Request, _: &'a Call) -> BoxFuture<'a, Result<Response>> {
-        let text = if place.route.at == At::Path("") { &self.page } else { "ok" };
+    fn answer<'a>(
+        &'a self,
+        place: RoutedPath<'a>,
+        _: Request,
+        _: &'a Call,
+    ) -> BoxFuture<'a, Result<Response>> {
+        let text = if place.route.at == RoutePlace::Path("") { &self.page } else { "ok" };
         ready(Ok(status::plain(StatusCode::OK, text))).boxed()
     }
 }

@@ -14,7 +14,7 @@ pub const OPEN: Methods = &[("GET", &[]), ("HEAD", &[])];
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
     /// The paths.
-    pub at: At,
+    pub at: RoutePlace,
     /// The supported methods.
     pub methods: Methods,
     /// The paths and their meaning, for [`Router::index`]. A route without a text is not listed.
@@ -30,7 +30,7 @@ impl Route {
 
 /// The paths of a route. No path here begins with a slash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum At {
+pub enum RoutePlace {
     /// This path and no other.
     Path(&'static str),
     /// `[INSTANCE/]KEYWORD[/REST]`, for any instance name and any rest.
@@ -39,7 +39,7 @@ pub enum At {
     Collections(&'static str),
 }
 
-impl At {
+impl RoutePlace {
     fn keyword(self) -> Option<&'static str> {
         match self {
             Self::Path(_) => None,
@@ -57,9 +57,9 @@ impl At {
     }
 }
 
-/// The place that a path names. The texts are empty for [`At::Path`].
+/// The place that a path names. The texts are empty for [`RoutePlace::Path`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place<'a> {
+pub struct RoutedPath<'a> {
     /// The route of the path.
     pub route: &'static Route,
     /// The permissions that the method needs there.
@@ -106,7 +106,7 @@ impl<M> Router<M> {
     ///
     /// # Errors
     /// What is wrong with the path or the method.
-    pub fn find<'a>(&'a self, method: &str, path: &'a str) -> Result<(&'a M, Place<'a>), Missed> {
+    pub fn find<'a>(&'a self, method: &str, path: &'a str) -> Result<(&'a M, RoutedPath<'a>), Missed> {
         let path = path.trim_start_matches('/');
         let parts = self.take_apart(path);
         let mut routes = self.routes();
@@ -114,7 +114,7 @@ impl<M> Router<M> {
         let method = route.methods.iter().find(|(name, _)| *name == method);
         let (_, permissions) = method.ok_or(Missed::Method(route))?;
         let (instance_name, keyword, rest) = parts;
-        Ok((mount, Place { route, permissions, instance_name, keyword, rest }))
+        Ok((mount, RoutedPath { route, permissions, instance_name, keyword, rest }))
     }
 
     /// The paths that are served, for people.
@@ -148,15 +148,15 @@ mod tests {
     use crate::policy::Permission::{AcRead, AcWrite};
 
     const STORE: &[Route] = &[
-        Route { at: At::Collections("key"), methods: &[("LIST", &[])], shown: "" },
+        Route { at: RoutePlace::Collections("key"), methods: &[("LIST", &[])], shown: "" },
         Route {
-            at: At::Below("key"),
+            at: RoutePlace::Below("key"),
             methods: &[("GET", &[AcRead]), ("PUT", &[AcWrite])],
             shown: "[/INSTANCE]/key/NAME (values)",
         },
-        Route { at: At::Below("blob"), methods: OPEN, shown: "[/INSTANCE]/blob/HASH (blobs)" },
+        Route { at: RoutePlace::Below("blob"), methods: OPEN, shown: "[/INSTANCE]/blob/HASH (blobs)" },
     ];
-    const NUMBERS: &[Route] = &[Route { at: At::Path("numbers"), methods: OPEN, shown: "/numbers" }];
+    const NUMBERS: &[Route] = &[Route { at: RoutePlace::Path("numbers"), methods: OPEN, shown: "/numbers" }];
 
     fn router() -> Router<&'static str> {
         let mut router = Router::default();
@@ -177,7 +177,7 @@ mod tests {
             let router = router();
             let (mount, place) = router.find("GET", path).unwrap();
             assert_eq!(*mount, "store", "{path}");
-            assert_eq!(place, Place { instance_name, keyword, rest, ..place });
+            assert_eq!(place, RoutedPath { instance_name, keyword, rest, ..place });
         }
     }
 

@@ -27,7 +27,6 @@ use gorego_reapi::{
 };
 use std::{ops::Deref, sync::Arc, time::SystemTime};
 use tokio::{runtime::Handle, sync::watch};
-use uuid::Uuid;
 
 /// Largest blob of the test server.
 pub const MAX_BLOB_BYTES: u64 = 64_000_000;
@@ -176,7 +175,7 @@ impl Handler<Admit> for FakeScheduler {
             return Err(error.clone());
         }
         let info = Arc::new(OperationInfo {
-            id: OperationId(Uuid::new_v4()),
+            id: OperationId::random(Default::default()),
             instance: message.instance,
             action: message.action,
             inline: message.inline,

@@ -18,15 +18,17 @@ use gorego::{
         scheduler::{
             Pool, SchedulerActor,
             messages::Inspect,
-            settings::{Priorities, SchedulerSettings},
+            settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
         worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
     },
-    config::{self, CommittedSize, Loaded, Machine},
+    config::CommittedSize,
     gate::Gate,
     grpc::{Edge, ProtocolSettings, ask::Scheduler},
     instance::Instances,
+    node::NodeName,
+    platform::UnknownProperties,
     under_way::UnderWay,
 };
 use gorego_reapi::proto::{
@@ -118,9 +120,21 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
         runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
         log_streams: log_streams(false, directory),
     });
-    let machine = Machine { cpus: 1, cache_home: Some("/cache".into()), current_dir: "/".into() };
-    let config = config::Settings::new(&Loaded::defaults(), &machine).unwrap();
-    let of_scheduler = SchedulerSettings::new(&config.execution.unwrap());
+    let minute = Duration::from_secs(60);
+    let of_scheduler = SchedulerSettings::new(SchedulerConfig {
+        node: NodeName::default(),
+        queue_size: 100,
+        priorities: Priorities { min: -100, max: 100 },
+        priority_ageing: minute,
+        unknown_properties: UnknownProperties::Ignore,
+        queue_timeout: minute,
+        transfer_timeout: minute,
+        retention: minute,
+        retained_operations: 100,
+        abandon_grace: minute,
+        contended_abandon_grace: minute,
+        max_attempts: 1,
+    });
     let (instances, runtime) = (instances.clone(), Handle::current());
     ActorThread::start(move || {
         let store = CasActor::open(settings, &instances, runtime).unwrap();

@@ -8,7 +8,10 @@ use gorego::{
         worker::{
             WorkerActor, WorkerSettings,
             cancel::CancelToken,
-            messages::{RunAction, RunFailure, RunReport, RunStage, SlotId, StageReached, TaskId},
+            messages::{
+                RunAction, RunControl, RunFailure, RunOrder, RunReport, RunStage, SlotId, StageReached,
+                TaskId,
+            },
             store::{BlobStore, Inputs, Outputs},
             workspace::BuildRoot,
         },
@@ -285,14 +288,18 @@ impl Bench {
     pub async fn report(&self, job: &Job) -> RunReport {
         self.worker
             .send(RunAction {
-                task: TaskId(7),
-                slot: SlotId(0),
-                action: Arc::new(self.action(job)),
-                peer: Peer::default(),
-                queued_at: SystemTime::now(),
-                tool_invocation_id: "invocation".into(),
-                cancel: job.cancel.clone(),
-                progress: self.listener.clone().recipient(),
+                order: RunOrder {
+                    task: TaskId(7),
+                    slot: SlotId(0),
+                    action: Arc::new(self.action(job)),
+                    peer: Peer::default(),
+                    queued_at: SystemTime::now(),
+                    tool_invocation_id: "invocation".into(),
+                },
+                control: RunControl {
+                    cancel: job.cancel.clone(),
+                    progress: self.listener.clone().recipient(),
+                },
             })
             .await
             .expect("the worker lives")

@@ -1,4 +1,4 @@
-//! Other forms of blobs: zstd streams of them, and the chunks that they are made of.
+//! Other forms of blobs: zstd streams and chunks.
 
 pub mod chunks;
 pub mod splice;

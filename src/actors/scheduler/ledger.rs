@@ -13,7 +13,7 @@
 //!
 //! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks, slots and runs,
 //! `ledger/waiting.rs` where tasks wait and why, `ledger/followers.rs` what becomes of work that no client follows,
-//! `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are.
+//! `ledger/pools.rs` pools that come and go, `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are.
 //! What happened is kept as [`Transition`]s until [`Ledger::take_transitions`].
 
 mod deadlines;
@@ -21,6 +21,7 @@ mod dispatch;
 #[cfg(test)]
 pub(super) mod fixtures;
 mod followers;
+mod pools;
 #[cfg(test)]
 mod simulation;
 mod task;
@@ -35,7 +36,7 @@ use super::{
     register::Register,
     room::Room,
     settings::{Moment, SchedulerSettings},
-    slots::{PoolSpec, Slots},
+    slots::{PoolId, PoolSpec, Slots},
     transition::{Event, Transition},
 };
 use crate::{
@@ -67,8 +68,8 @@ pub struct Ledger {
     joinable: HashMap<Key, TaskId>,
     runs: BTreeMap<TaskId, Run>,
     unchecked: Queue,
-    /// One a pool, by its index.
-    ready: Vec<Queue>,
+    /// The queue of each pool.
+    ready: BTreeMap<PoolId, Queue>,
     board: Board,
     unfollowed: Unfollowed,
     /// Names builds. Keyed at random, so that nobody can choose names that fall together.
@@ -94,14 +95,15 @@ impl Outcome {
 }
 
 impl Ledger {
-    /// An empty ledger over these pools, listed by preference.
+    /// An empty ledger over these pools, whose ids ascend in the order of the list.
     pub fn new(settings: SchedulerSettings, pools: Vec<PoolSpec>) -> Self {
         let queue = || Queue::new(settings.priority_ageing);
+        let slots = Slots::new(pools, settings.unknown_properties);
         Self {
             register: Register::new(&settings),
-            ready: pools.iter().map(|_| queue()).collect(),
+            ready: slots.order().iter().map(|pool| (*pool, queue())).collect(),
             unchecked: queue(),
-            slots: Slots::new(pools, settings.unknown_properties),
+            slots,
             room: Room::new(&settings),
             settings,
             board: Board::default(),
@@ -284,10 +286,13 @@ impl Ledger {
     /// # Errors
     /// `Invalid` when the filter names a pool that there is not.
     pub fn list(&self, query: &ListOperations) -> Result<OperationPage> {
-        let pool = query.filter.pool.as_deref().map(|name| self.slots.find(name)).transpose()?;
+        let named = query.filter.pool.as_deref().map(|name| self.slots.named(name)).transpose()?;
+        let named = named.unwrap_or_default();
         // An operation that waits is in no pool yet, but in the queues of some.
-        let waits_for_pool =
-            |task| self.tasks.get(&task).zip(pool).is_some_and(|(task, pool)| task.pools.contains(&pool));
+        let waits_for_pool = |task| {
+            let task = self.tasks.get(&task);
+            task.is_some_and(|task| task.pools.iter().any(|pool| named.contains(pool)))
+        };
         Ok(self.register.page(query, waits_for_pool))
     }
 

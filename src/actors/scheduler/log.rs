@@ -22,6 +22,12 @@ pub const OPERATION_REQUEUED: &str = "operation_requeued";
 pub const OPERATION_COMPLETED: &str = "operation_completed";
 /// A run neither ends nor stops; its slot is out of service.
 pub const SLOT_STUCK: &str = "slot_stuck";
+/// A pool was added while the server runs.
+pub const POOL_ADDED: &str = "pool_added";
+/// A pool takes no more tasks.
+pub const POOL_DRAINING: &str = "pool_draining";
+/// A pool was removed while the server runs.
+pub const POOL_REMOVED: &str = "pool_removed";
 /// The scheduler takes no more work.
 pub const DRAINING: &str = "scheduler_draining";
 
@@ -143,7 +149,7 @@ mod tests {
         let submit = submit(&work(7));
         let mut client = submit.client;
         client.target_id = "//a:b".into();
-        let id = OperationId(uuid::Uuid::from_u128(1));
+        let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(1));
         let (instance, action, inline) = (submit.instance, submit.action, submit.inline);
         let info = Arc::new(OperationInfo { id, instance, action, inline, client, peer: Default::default() });
         let last = Last::default();

@@ -1,6 +1,10 @@
 //! What RPC handlers ask of the scheduler. Each message is one intent and its reply the whole answer.
 
-use super::operation::{ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription};
+use super::{
+    Pool,
+    operation::{ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription},
+    slots::{PoolId, PoolStatus},
+};
 use crate::{actors::cas::resolve::Resolution, caller::Caller, instance::Instance};
 use gorego_reapi::{digest::Digest, error::Result};
 use std::sync::Arc;
@@ -149,6 +153,45 @@ pub struct Inspection {
     /// Slots that can take work, busy or not.
     pub slots: usize,
 }
+
+/// Adds a pool. Tasks that wait and that it suits wait for it too from now on.
+///
+/// # Errors
+/// `Precondition` when there are too many pools, or one with this name that is not draining.
+#[derive(actix::Message)]
+#[rtype(result = "Result<PoolId>")]
+pub struct AddPool {
+    /// The new pool.
+    pub pool: Pool,
+}
+
+/// Has a pool take no more tasks. Replies when all runs of the pool have ended.
+///
+/// # Errors
+/// `NotFound` when there is no such pool.
+#[derive(Debug, Clone, Copy, actix::Message)]
+#[rtype(result = "Result<()>")]
+pub struct DrainPool {
+    /// The pool.
+    pub id: PoolId,
+}
+
+/// Removes a pool. Runs that it still has are stopped and their tasks are tried again in other pools; tasks that only this pool
+/// could run end.
+///
+/// # Errors
+/// `NotFound` when there is no such pool.
+#[derive(Debug, Clone, Copy, actix::Message)]
+#[rtype(result = "Result<()>")]
+pub struct RemovePool {
+    /// The pool.
+    pub id: PoolId,
+}
+
+/// All pools, in order of preference.
+#[derive(Debug, Clone, Copy, actix::Message)]
+#[rtype(result = "Vec<PoolStatus>")]
+pub struct ListPools;
 
 /// Takes no new work from now on; replies when none is left. With `cancel`, what is left is cancelled first.
 #[derive(Debug, Clone, Copy, actix::Message)]

@@ -3,6 +3,7 @@
 use super::transition::RunPlace;
 use crate::{
     actors::worker::messages::RunStage, caller::Peer, instance::Instance, log_streams::run::RunLogs,
+    node::NodeName,
 };
 use gorego_reapi::{
     digest::Digest,
@@ -13,12 +14,36 @@ use std::{fmt, str::FromStr, sync::Arc, time::SystemTime};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-/// Names an operation on this service (EXE-02). Its text is the last segment of `[instance/]operations/{id}`.
+/// Identifies an operation among those of all servers (EXE-02). Its text is the last segment of
+/// `[instance/]operations/{id}`: a UUID or, on a server with a name, `node.uuid`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct OperationId(pub Uuid);
+pub struct OperationId {
+    node: NodeName,
+    uuid: Uuid,
+}
 
 impl OperationId {
-    /// The name under which clients know it: `[instance/]operations/{id}`.
+    /// The operation with this UUID on this server.
+    pub fn new(node: NodeName, uuid: Uuid) -> Self {
+        Self { node, uuid }
+    }
+
+    /// A new operation on this server. Its UUID is random, so it cannot be guessed.
+    pub fn random(node: NodeName) -> Self {
+        Self::new(node, Uuid::new_v4())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn uuid(self) -> Uuid {
+        self.uuid
+    }
+
+    /// The server that owns the operation.
+    pub fn node(self) -> NodeName {
+        self.node
+    }
+
+    /// The name that clients use: `[instance/]operations/{id}`.
     pub fn name(self, instance: &Instance) -> String {
         instance.qualify(&format!("operations/{self}"))
     }
@@ -26,7 +51,10 @@ impl OperationId {
 
 impl fmt::Display for OperationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.hyphenated().fmt(f)
+        if !self.node.is_empty() {
+            write!(f, "{}.", self.node)?;
+        }
+        self.uuid.hyphenated().fmt(f)
     }
 }
 
@@ -35,9 +63,13 @@ impl FromStr for OperationId {
 
     fn from_str(text: &str) -> Result<Self> {
         let malformed = || Error::NotFound(format!("there is no operation \"{}\"", text.escape_debug()));
-        let uuid = Uuid::try_parse(text).map_err(|_| malformed())?;
-        // One spelling per operation, so that a name is either known to the letter or not at all.
-        if uuid.hyphenated().to_string() == text { Ok(Self(uuid)) } else { Err(malformed()) }
+        let (node, uuid) = text.split_once('.').unwrap_or(("", text));
+        let id = Self {
+            node: node.parse().map_err(|_| malformed())?,
+            uuid: Uuid::try_parse(uuid).map_err(|_| malformed())?,
+        };
+        // Each operation has exactly one valid name.
+        if id.to_string() == text { Ok(id) } else { Err(malformed()) }
     }
 }
 
@@ -184,4 +216,29 @@ pub struct Subscription {
     pub info: Arc<OperationInfo>,
     /// Its current and every later snapshot.
     pub snapshots: watch::Receiver<Snapshot>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+
+    /// EXE-02, EXE-13.
+    #[test]
+    fn an_id_names_its_server_and_has_one_spelling() {
+        let own: OperationId = format!("build-3.{UUID}").parse().unwrap();
+        let alone: OperationId = UUID.parse().unwrap();
+        assert_eq!((own.node().as_str(), alone.node().as_str()), ("build-3", ""));
+        assert_eq!((own.to_string(), alone.to_string()), (format!("build-3.{UUID}"), UUID.into()));
+        assert_ne!(own, alone);
+        let (upper, simple) = (UUID.to_uppercase(), UUID.replace('-', ""));
+        let node_only = ["a.", "a", ".", ""].map(str::to_owned);
+        let uuids = [&upper, &simple].map(|uuid| format!("a.{uuid}"));
+        let nodes =
+            ["", "a.b", "A", "a/b", "-", "abcdefghijklmnopq", "\0"].map(|node| format!("{node}.{UUID}"));
+        for text in node_only.iter().chain(&uuids).chain(&nodes).chain([&upper, &simple]) {
+            assert!(matches!(text.parse::<OperationId>(), Err(Error::NotFound(_))), "{text:?}");
+        }
+    }
 }

@@ -199,11 +199,23 @@ impl Queue {
         }
     }
 
-    /// How many tasks that were taken from here run for the peer whose turn it is.
-    pub fn running_of_next(&self, now: Instant) -> usize {
-        let next = self.next_peer(now);
-        let next = next.or_else(|| self.unfollowed.first_key_value().map(|((_, owner), _)| owner.peer));
-        next.and_then(|peer| self.running_of.get(&peer)).copied().unwrap_or(0)
+    /// How many tasks that were taken from here run for the peer whose turn it is, and how many for its build whose turn it is,
+    /// of the same priority.
+    pub fn running_of_next(&self, now: Instant) -> (usize, usize) {
+        let next = match self.next_peer(now) {
+            Some(peer) => self
+                .peers
+                .get(&peer)
+                .and_then(|waiting| waiting.line.next(now))
+                .map(|next| Charge { priority: next.priority, owner: Owner { peer, build: next.build } }),
+            None => {
+                let first = self.unfollowed.first_key_value();
+                first.map(|((_, owner), priority)| Charge { priority: *priority, owner: *owner })
+            }
+        };
+        let Some(next) = next else { return (0, 0) };
+        let of_peer = self.running_of.get(&next.owner.peer).copied().unwrap_or(0);
+        (of_peer, self.running.get(&next).copied().unwrap_or(0))
     }
 
     /// Takes out the place whose turn it is. Its task counts as running until [`Queue::ended`] is told so.

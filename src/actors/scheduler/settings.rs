@@ -1,15 +1,68 @@
 //! [`SchedulerSettings`]: every bound that the scheduler keeps, by name.
 
-use crate::{config::ExecutionSettings, platform::UnknownProperties};
+use crate::{node::NodeName, platform::UnknownProperties};
 use std::time::{Duration, Instant, SystemTime};
+
+pub use crate::action::Priorities;
 
 /// How long a client is asked to wait when the queue is full (GEN-21). Long enough that a crowd of waiting clients does not
 /// become a load of its own, short against the run time of most actions.
 pub const QUEUE_FULL_RETRY: Duration = Duration::from_secs(5);
 
+/// The part of the settings that an operator chooses. `server.rs` fills it from the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// The name of this server, for the names of its operations.
+    pub node: NodeName,
+    /// Tasks that may wait for a slot.
+    pub queue_size: usize,
+    /// The range of effective priorities.
+    pub priorities: Priorities,
+    /// How long a task waits until it gains one step of priority.
+    pub priority_ageing: Duration,
+    /// The treatment of platform properties that no pool offers.
+    pub unknown_properties: UnknownProperties,
+    /// How long a task may wait for a slot.
+    pub queue_timeout: Duration,
+    /// Time limit for bringing in inputs, and again for storing outputs.
+    pub transfer_timeout: Duration,
+    /// How long finished operations are remembered.
+    pub retention: Duration,
+    /// How many finished operations are remembered.
+    pub retained_operations: usize,
+    /// How long an operation that nobody follows goes on.
+    pub abandon_grace: Duration,
+    /// The same if a followed task waits for its slot, or the server stops.
+    pub contended_abandon_grace: Duration,
+    /// How often a task is tried when its workers fail.
+    pub max_attempts: u32,
+}
+
+#[cfg(test)]
+impl Default for SchedulerSettings {
+    fn default() -> Self {
+        Self::new(SchedulerConfig {
+            node: NodeName::default(),
+            queue_size: 20_000,
+            priorities: Priorities { min: -100, max: 100 },
+            priority_ageing: Duration::from_secs(60),
+            unknown_properties: UnknownProperties::Ignore,
+            queue_timeout: Duration::from_secs(12 * 3600),
+            transfer_timeout: Duration::from_secs(1800),
+            retention: Duration::from_secs(600),
+            retained_operations: 20_000,
+            abandon_grace: Duration::from_secs(60),
+            contended_abandon_grace: Duration::from_secs(2),
+            max_attempts: 3,
+        })
+    }
+}
+
 /// The bounds of the scheduler. Each one is there so that nothing grows or waits for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SchedulerSettings {
+    /// The name of this server, for the names of its operations.
+    pub node: NodeName,
     /// Tasks that may wait for a slot, those whose inputs are still being checked included; peers and their builds share these
     /// places ([`Room`](super::room::Room)). A requeued task may exceed it: it was admitted once, and there are never more of
     /// them than slots.
@@ -62,9 +115,10 @@ pub struct SchedulerSettings {
 }
 
 impl SchedulerSettings {
-    /// The bounds that the configuration sets; the others follow from them.
-    pub fn new(config: &ExecutionSettings) -> Self {
+    /// The bounds that follow from the configured ones.
+    pub fn new(config: SchedulerConfig) -> Self {
         Self {
+            node: config.node,
             queue_size: config.queue_size,
             queue_bytes: 1 << 30,
             unfinished_operations: config.queue_size.saturating_mul(4).max(4096),
@@ -86,32 +140,6 @@ impl SchedulerSettings {
             contended_abandon_grace: config.contended_abandon_grace.min(config.abandon_grace),
             max_attempts: config.max_attempts.max(1),
         }
-    }
-}
-
-#[cfg(test)]
-impl Default for SchedulerSettings {
-    fn default() -> Self {
-        use crate::config::{Loaded, Machine, Settings};
-        let machine = Machine { cpus: 1, cache_home: Some("/cache".into()), current_dir: "/".into() };
-        let settings = Settings::new(&Loaded::defaults(), &machine).unwrap();
-        Self::new(&settings.execution.unwrap())
-    }
-}
-
-/// A range of priorities that has 0 in it (CAP-18); lower ones are more urgent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Priorities {
-    /// The most urgent.
-    pub min: i32,
-    /// The least urgent.
-    pub max: i32,
-}
-
-impl Priorities {
-    /// The priority of this range that is nearest to one that a client asks for.
-    pub fn nearest(self, priority: i32) -> i32 {
-        priority.min(self.max).max(self.min)
     }
 }
 

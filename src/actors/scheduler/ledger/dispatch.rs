@@ -1,6 +1,6 @@
 //! The way of a task: inputs checked, a slot, a run, and what its end means.
 
-use super::{Ledger, Outcome, Run, Step};
+use super::{Ledger, Outcome, Run, Step, Task};
 use crate::{
     action::Action,
     actors::{
@@ -8,12 +8,12 @@ use crate::{
             operation::Stage,
             room::{Load, SHARE},
             settings::Moment,
-            slots::Slots,
+            slots::PoolId,
             transition::{Event, Transition},
         },
         worker::{
             cancel::CancelToken,
-            messages::{RunReport, RunStage, SlotId, StageReached, TaskId},
+            messages::{RunFailure, RunReport, RunStage, SlotId, StageReached, TaskId},
         },
     },
     caller::Peer,
@@ -43,8 +43,8 @@ pub struct Check {
 pub struct Assignment {
     /// The work.
     pub task: TaskId,
-    /// The pool, by its index.
-    pub pool: usize,
+    /// The pool.
+    pub pool: PoolId,
     /// The slot in the pool.
     pub slot: SlotId,
     /// What to run.
@@ -73,11 +73,15 @@ pub enum RunEnd {
 
 impl Ledger {
     /// The next task whose inputs are to be checked, in the order of a pool's queue; `None` while enough checks are out, or the
-    /// peer whose turn it is has its share of them. Each one must be answered by [`Ledger::inputs_checked`], whatever happens.
+    /// peer or build whose turn it is has its share of them. Each one must be answered by [`Ledger::inputs_checked`], whatever happens.
     pub fn next_check(&mut self, now: Moment) -> Option<Check> {
         let left = self.settings.concurrent_checks.checked_sub(self.checks.len() + 1)?;
-        let own = self.unchecked.running_of_next(now.at);
-        if own > 0 && own >= left.saturating_mul(SHARE) {
+        let (of_peer, of_build) = self.unchecked.running_of_next(now.at);
+        // How many more its peer may have after this one.
+        let left_to_peer = left.saturating_mul(SHARE).saturating_sub(of_peer + 1) / (SHARE + 1);
+        if of_peer > 0 && of_peer >= left.saturating_mul(SHARE)
+            || of_build > 0 && of_build >= left_to_peer.saturating_mul(SHARE)
+        {
             return None;
         }
         let (id, charge) = self.unchecked.pop(now.at)?;
@@ -141,6 +145,7 @@ impl Ledger {
             reached: Some((RunStage::Fetching, now.wall)),
             logs: None,
             stuck: false,
+            evicted: false,
         };
         let assignment = Assignment {
             task: id,
@@ -192,7 +197,7 @@ impl Ledger {
     /// A run is over: its slot is free, and its task is done, tried again, or given up (EXE-62).
     pub fn finish(&mut self, id: TaskId, end: RunEnd, now: Moment) {
         let Some(run) = self.runs.get(&id) else { return };
-        let (pool, slot, charge) = (run.pool, run.place.slot, run.charge);
+        let (pool, place, charge, evicted) = (run.pool, run.place.clone(), run.charge, run.evicted);
         let closed = matches!(end, RunEnd::Lost { pool_closed: true });
         // Before the task is judged: a task that no pool is left for must not be queued again.
         if closed {
@@ -223,20 +228,23 @@ impl Ledger {
                 self.end_task(id, outcome, now);
             }
             RunEnd::Reported(Err(failure)) if failure.retryable => self.retry(id, failure.error, now),
+            RunEnd::Reported(Err(RunFailure { error: Error::Cancelled(_), .. })) if evicted => {
+                let error = format!("pool \"{}\" was removed while the action ran", place.pool);
+                self.retry(id, Error::Unavailable(error), now);
+            }
             RunEnd::Reported(Err(failure)) => {
                 let result = failure.partial.map(|partial| Arc::new(*partial));
                 let message = failure.account.message;
                 self.end_task(id, Outcome { result, message, ..Outcome::failed(failure.error) }, now);
             }
             RunEnd::Lost { .. } => {
-                let pool = self.slots.name(pool);
-                let error = format!("the worker on slot {} of pool \"{pool}\" died", slot.0);
+                let error = format!("the worker on slot {} of pool \"{}\" died", place.slot.0, place.pool);
                 self.retry(id, Error::Unavailable(error), now);
             }
         }
         self.runs.remove(&id);
-        self.slots.release(pool, slot, failed);
-        if let Some(queue) = self.ready.get_mut(pool) {
+        self.slots.release(pool, place.slot, failed);
+        if let Some(queue) = self.ready.get_mut(&pool) {
             queue.ended(charge);
         }
         if closed {
@@ -255,8 +263,8 @@ impl Ledger {
             ));
             return self.end_task(id, Outcome::failed(error), now);
         }
-        if !self.slots.is_served(&task.pools) {
-            let error = Slots::no_workers(&task.action);
+        if !self.slots.may_wait(&task.pools) {
+            let error = self.slots.unserved(&task.action);
             return self.end_task(id, Outcome::failed(error), now);
         }
         // Its inputs were checked when it came in; if some have gone since, its next run will say so.
@@ -281,14 +289,13 @@ impl Ledger {
     }
 
     /// Ends the waiting tasks that no pool is left for.
-    fn end_unserved(&mut self, now: Moment) {
-        let unserved: Vec<_> = self
-            .tasks
-            .iter()
-            .filter(|(_, task)| task.step != Step::Running && !self.slots.is_served(&task.pools))
-            .map(|(id, task)| (*id, Slots::no_workers(&task.action)))
-            .collect();
-        for (id, error) in unserved {
+    pub(super) fn end_unserved(&mut self, now: Moment) {
+        let unserved = |task: &Task| task.step != Step::Running && !self.slots.may_wait(&task.pools);
+        let unserved: Vec<_> =
+            self.tasks.iter().filter(|(_, task)| unserved(task)).map(|(id, _)| *id).collect();
+        for id in unserved {
+            let Some(action) = self.tasks.get(&id).map(|task| task.action.clone()) else { continue };
+            let error = self.slots.unserved(&action);
             self.end_task(id, Outcome::failed(error), now);
         }
     }

@@ -14,7 +14,10 @@
 
 use super::{Ledger, Outcome, Step, Task};
 use crate::actors::{
-    scheduler::{settings::Moment, slots::PoolSet},
+    scheduler::{
+        settings::Moment,
+        slots::{PoolId, PoolSet},
+    },
     worker::messages::TaskId,
 };
 use gorego_reapi::error::Error;
@@ -64,7 +67,7 @@ impl Rivals {
     }
 
     /// Assigns a slot of this pool to the rival with the fewest suitable pools. Returns false if none can use it.
-    fn serve(&mut self, pool: usize) -> bool {
+    fn serve(&mut self, pool: PoolId) -> bool {
         let suited = self.0.keys().filter(|pools| pools.contains(&pool));
         let Some(pools) = suited.min_by_key(|pools| pools.len()).cloned() else { return false };
         self.remove(&pools);
@@ -156,7 +159,8 @@ impl Ledger {
             rivals.serve(run.pool);
         }
         let due = self.unfollowed.runs.iter().take_while(|(since, _)| is_due(*since));
-        let pool_of = |id: TaskId| self.runs.get(&id).map(|run| run.pool);
+        let pool_of =
+            |id: TaskId| self.runs.get(&id).map(|run| run.pool).filter(|pool| self.slots.is_open(*pool));
         let ended: Vec<TaskId> = due
             .filter(|(_, id)| pool_of(*id).is_some_and(|pool| rivals.serve(pool)))
             .map(|(_, id)| *id)

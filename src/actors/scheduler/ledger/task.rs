@@ -7,7 +7,7 @@ use crate::{
             operation::{OperationInfo, ServerLog},
             queue::{Charge, Owner, Place},
             room::Load,
-            slots::PoolSet,
+            slots::{PoolId, PoolSet},
             transition::RunPlace,
         },
         worker::{
@@ -55,7 +55,7 @@ pub(super) struct Task {
     /// Accounts of its runs so far, in order; at most one a try.
     pub(super) server_logs: Vec<ServerLog>,
     /// The pool and the position in its queue, as of when somebody asked last.
-    pub(super) position: Option<(usize, usize)>,
+    pub(super) position: Option<(PoolId, usize)>,
 }
 
 /// Where a task is.
@@ -74,7 +74,7 @@ pub(super) enum Step {
 /// One try of a task on a slot. It may outlive its task.
 #[derive(Debug)]
 pub(super) struct Run {
-    pub(super) pool: usize,
+    pub(super) pool: PoolId,
     pub(super) place: Arc<RunPlace>,
     /// What it counts for in the queue of its pool.
     pub(super) charge: Charge,
@@ -86,6 +86,8 @@ pub(super) struct Run {
     pub(super) logs: Option<RunLogs>,
     /// Its deadline passed: nobody waits for it any more, but its slot is not free either.
     pub(super) stuck: bool,
+    /// Its pool was removed, so it was told to stop although its task is still wanted.
+    pub(super) evicted: bool,
 }
 
 impl Task {

@@ -32,7 +32,7 @@ impl Desk {
     }
 
     fn try_submit(&mut self, submit: Submit, resolution: Resolution) -> Result<Subscription> {
-        let id = OperationId(uuid::Uuid::from_u128(self.next_id));
+        let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(self.next_id));
         self.next_id += 1;
         self.ledger.admit(submit, resolution, id, self.now)
     }
@@ -343,7 +343,7 @@ fn pages_list_every_matching_operation_once_in_order_of_submission() {
             let query = ListOperations { instance: instance(), filter: filter.clone(), after, limit };
             let page = desk.ledger.list(&query).unwrap();
             assert!(page.operations.len() <= limit);
-            ids.extend(page.operations.iter().map(|(info, _)| info.id.0.as_u128()));
+            ids.extend(page.operations.iter().map(|(info, _)| info.id.uuid().as_u128()));
             match page.next {
                 Some(next) => after = next,
                 None => return ids,

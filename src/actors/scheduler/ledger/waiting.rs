@@ -12,7 +12,7 @@ use crate::{
             operation::{OperationId, OperationInfo, QueueStatus},
             queue::{Build, Charge, Owner, Queue},
             settings::Moment,
-            slots::PoolSet,
+            slots::{PoolId, PoolSet},
         },
         worker::messages::TaskId,
     },
@@ -126,7 +126,7 @@ impl Ledger {
             Step::Unchecked => visit(&mut self.unchecked),
             Step::Ready => {
                 for &pool in &**pools {
-                    self.ready.get_mut(pool).map(&mut visit);
+                    self.ready.get_mut(&pool).map(&mut visit);
                 }
             }
             Step::Checking | Step::Running => {}
@@ -134,17 +134,23 @@ impl Ledger {
     }
 
     /// The next pool with a free slot and a task for it; the task is in no queue any more.
-    pub(super) fn next_ready(&mut self, now: Moment) -> Option<(usize, TaskId, Charge)> {
-        let pool =
-            (0..self.ready.len()).find(|&pool| self.slots.has_free(pool) && self.has_next(pool, now))?;
-        let (id, charge) = self.ready.get_mut(pool)?.pop(now.at)?;
+    pub(super) fn next_ready(&mut self, now: Moment) -> Option<(PoolId, TaskId, Charge)> {
+        let mut at = 0;
+        let pool = loop {
+            let pool = *self.slots.order().get(at)?;
+            if self.slots.has_free(pool) && self.has_next(pool, now) {
+                break pool;
+            }
+            at += 1;
+        };
+        let (id, charge) = self.ready.get_mut(&pool)?.pop(now.at)?;
         let task = self.tasks.get(&id)?;
         if task.unfollowed_since.is_none() {
             self.unfollowed.rivals.remove(&task.pools);
         }
         let places = task.places(id);
         for &pool in &*task.pools {
-            if let Some(queue) = self.ready.get_mut(pool) {
+            if let Some(queue) = self.ready.get_mut(&pool) {
                 // It has none any more where it was taken.
                 for place in &places {
                     queue.remove(place);
@@ -156,8 +162,8 @@ impl Ledger {
 
     /// Whether a task is next in the queue of a pool. One whose followers have just gone is put behind those that are
     /// followed first.
-    fn has_next(&mut self, pool: usize, now: Moment) -> bool {
-        while let Some((id, followed)) = self.ready.get(pool).and_then(|queue| queue.peek(now.at)) {
+    fn has_next(&mut self, pool: PoolId, now: Moment) -> bool {
+        while let Some((id, followed)) = self.ready.get(&pool).and_then(|queue| queue.peek(now.at)) {
             if !followed || self.is_followed(id, now) {
                 return true;
             }
@@ -179,13 +185,19 @@ impl Ledger {
         let known = task.position.filter(|(pool, _)| task.step == Step::Ready && self.slots.is_open(*pool));
         let (pool, position) = match known {
             Some((pool, position)) => (pool, Some(position)),
-            None => (*task.pools.iter().find(|pool| self.slots.is_open(**pool))?, None),
+            None => {
+                let open = task.pools.iter().find(|pool| self.slots.is_open(**pool));
+                (*open.or(task.pools.first())?, None)
+            }
         };
-        let waiting = self.ready.get(pool).map_or(0, |queue| queue.len());
+        let waiting = self.ready.get(&pool).map_or(0, |queue| queue.len());
         let (busy, slots) = self.slots.count(pool);
-        let name = |pool: usize| self.slots.name(pool).to_string();
+        let name = |pool: PoolId| self.slots.name(pool).to_string();
         let mut reason = match task.step {
             Step::Unchecked | Step::Checking => "its inputs are being looked up".to_owned(),
+            Step::Ready | Step::Running if !self.slots.is_served(&task.pools) => {
+                format!("pool \"{}\" takes no more actions, and no other pool suits it", name(pool))
+            }
             Step::Ready | Step::Running => {
                 let (busy, slots) = task
                     .pools
@@ -229,8 +241,8 @@ impl Ledger {
             task.position = None;
         }
         let mut count = 0u32;
-        let open = self.ready.iter().enumerate().filter(|(pool, _)| self.slots.is_open(*pool));
-        for (pool, queue) in open {
+        for pool in self.slots.order().iter().copied().filter(|pool| self.slots.is_open(*pool)) {
+            let Some(queue) = self.ready.get(&pool) else { continue };
             for (ahead, id) in queue.order().into_iter().enumerate() {
                 count = count.saturating_add(1);
                 let Some(task) = self.tasks.get_mut(&id) else { continue };

@@ -3,26 +3,30 @@
 
 use super::{
     super::{Run, Step, Task, followers::Unfollowed},
-    POOLS, World,
+    World,
 };
 use crate::{
     actors::{
         scheduler::{
             queue::{Charge, Place, STEPS_MAX},
-            slots::PoolSet,
+            slots::{PoolId, PoolSet},
         },
         worker::messages::TaskId,
     },
     caller::Peer,
 };
-use std::{collections::HashSet, time::Instant};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Instant,
+};
 
 /// A ready task as the world sees it.
 pub(super) struct Waiting {
     pub(super) place: Place,
     pub(super) pools: PoolSet,
-    loads: [usize; 3],
-    peer_loads: [usize; 3],
+    /// What runs of its owner and priority, and of its peer, by pool.
+    loads: HashMap<PoolId, usize>,
+    peer_loads: HashMap<PoolId, usize>,
     is_followed: bool,
 }
 
@@ -42,10 +46,16 @@ impl World {
             Waiting {
                 place,
                 pools: task.pools.clone(),
-                loads: std::array::from_fn(|pool| count(pool, &|charge| *charge == own)),
-                peer_loads: std::array::from_fn(|pool| {
-                    count(pool, &|charge| charge.owner.peer == place.owner.peer)
-                }),
+                loads: task
+                    .pools
+                    .iter()
+                    .map(|pool| (*pool, count(*pool, &|charge| *charge == own)))
+                    .collect(),
+                peer_loads: task
+                    .pools
+                    .iter()
+                    .map(|pool| (*pool, count(*pool, &|charge| charge.owner.peer == place.owner.peer)))
+                    .collect(),
                 is_followed,
             }
         };
@@ -57,7 +67,7 @@ impl World {
 
     /// What must be true of whoever was served: see the rules of [`Queue`]. Where the ledger had not noticed yet who is gone,
     /// those count too, and not all can be said.
-    pub(super) fn check_turn(&mut self, before: &[Waiting], served: TaskId, pool: usize, is_exact: bool) {
+    pub(super) fn check_turn(&mut self, before: &[Waiting], served: TaskId, pool: PoolId, is_exact: bool) {
         let rivals: Vec<_> = before.iter().filter(|waiting| waiting.pools.contains(&pool)).collect();
         let charge = self.ledger.runs[&served].charge;
         let is_served = |place: Place| place.task == served && place.owner == charge.owner;
@@ -92,8 +102,8 @@ impl World {
             );
             self.seen.insert("due");
         }
-        let least = class.iter().map(|rival| rival.loads[pool]).min().unwrap();
-        assert_eq!(served.loads[pool], least, "the build with the least running is next");
+        let least = class.iter().map(|rival| rival.loads[&pool]).min().unwrap();
+        assert_eq!(served.loads[&pool], least, "the build with the least running is next");
         let of_build = class.iter().filter(|rival| rival.place.owner == place.owner);
         assert_eq!(of_build.map(|rival| rival.place.task).min(), Some(place.task), "in a build, age decides");
         if class.iter().any(|rival| rival.place.task < place.task) {
@@ -107,7 +117,7 @@ impl World {
     }
 
     /// Of the peers that compete, one with the least running is served.
-    fn check_peer(&mut self, rivals: &[&Waiting], served: &Waiting, pool: usize) {
+    fn check_peer(&mut self, rivals: &[&Waiting], served: &Waiting, pool: PoolId) {
         let peers: HashSet<Peer> = rivals.iter().map(|rival| rival.place.owner.peer).collect();
         let most_urgent = |peer: Peer| {
             let own = || rivals.iter().filter(move |rival| rival.place.owner.peer == peer);
@@ -125,8 +135,8 @@ impl World {
             standings.iter().filter(|(_, (rank, _))| is_due(*rank)).map(|(peer, _)| *peer).collect();
         assert!(competing.contains(&served.place.owner.peer), "a peer that yields waits");
         let competitors = rivals.iter().filter(|rival| competing.contains(&rival.place.owner.peer));
-        let least = competitors.map(|rival| rival.peer_loads[pool]).min().unwrap();
-        assert_eq!(served.peer_loads[pool], least, "the peer with the least running is next");
+        let least = competitors.map(|rival| rival.peer_loads[&pool]).min().unwrap();
+        assert_eq!(served.peer_loads[&pool], least, "the peer with the least running is next");
         if competing.len() > 1 {
             self.seen.insert("peers");
         }
@@ -145,7 +155,7 @@ impl World {
     /// After a look for a task to run that found none: as many runs have to make way as are needed, and no more.
     pub(super) fn check_way_made(&self, stopping_before: usize) {
         let ledger = &self.ledger;
-        let rivals = |pool: Option<usize>| {
+        let rivals = |pool: Option<PoolId>| {
             let waits = |task: &&Task| task.step == Step::Ready && task.unfollowed_since.is_none();
             let suits = |task: &&Task| pool.is_none_or(|pool| task.pools.contains(&pool));
             ledger.tasks.values().filter(waits).filter(suits).count()
@@ -155,7 +165,11 @@ impl World {
         for &(since, id) in &ledger.unfollowed.runs {
             let is_due = self.now.since(since) >= ledger.settings.contended_abandon_grace;
             let pool = ledger.runs[&id].pool;
-            assert!(!is_due || rivals(Some(pool)) <= stopping, "a slot is kept from those who wait for it");
+            let is_open = ledger.slots.is_open(pool);
+            assert!(
+                !is_due || !is_open || rivals(Some(pool)) <= stopping,
+                "a slot is kept from those who wait for it"
+            );
         }
     }
 
@@ -179,7 +193,7 @@ impl World {
 
     pub(super) fn check_queues(&self) {
         let ledger = &self.ledger;
-        for (pool, queue) in ledger.ready.iter().enumerate() {
+        for (&pool, queue) in &ledger.ready {
             let ready = ledger.tasks.values().filter(|task| task.step == Step::Ready);
             let expected = ready.filter(|task| task.pools.contains(&pool)).count();
             assert_eq!(
@@ -189,7 +203,7 @@ impl World {
             );
             let out = self.runs.keys().filter(|(of, _)| *of == pool).count();
             assert_eq!(queue.running(), out, "what runs is charged to its queue, and nothing else");
-            assert!(out <= POOLS[pool]);
+            assert!(out <= self.pools.slots(pool));
         }
     }
 }

@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 /// Names that several types of the server have. New ones need a reason: each type should say in its name what it is.
 pub const SHARED: &[&str] = &[
     "Command",
-    "CountedBody",
     "End",
     "Fields",
     "Inner",
@@ -14,8 +13,6 @@ pub const SHARED: &[&str] = &[
     "Place",
     "Runner",
     "State",
-    "Unfinished",
-    "Watched",
 ];
 
 /// Names that stand for several types of the server's product code.

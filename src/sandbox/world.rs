@@ -11,7 +11,7 @@ use super::{
     namespaces::{self, Map},
     settings::Sandbox,
     sys,
-    view::{self, Access, Fresh, Host, Kind, ViewPiece},
+    view::{self, Access, Fresh, Host, Kind, ViewPiece, Wanted},
 };
 use rustix::{
     fs::{self as rfs, CWD, FileType, Mode, OFlags},
@@ -46,6 +46,12 @@ pub(crate) struct World {
     /// Shows files of the server as files of the action.
     ids: Option<OwnedFd>,
     filter: Option<filter::Programs>,
+}
+
+/// A cell that is complete but for its input root. Its process still has the capabilities to attach that.
+#[derive(Debug)]
+pub(crate) struct OpenCell {
+    rules: Option<landlock::Rules>,
 }
 
 /// What a runner hands to a new cell.
@@ -109,7 +115,7 @@ impl World {
     }
 
     /// Moves the first process of a cell into it. What it needs from outside is already open.
-    pub(crate) fn enter(&self, passage: &Passage) -> Result<(), SetupFailure> {
+    pub(crate) fn enter(&self, passage: &Passage) -> Result<OpenCell, SetupFailure> {
         let on = self.sandbox.protections;
         let mut own =
             UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
@@ -132,19 +138,22 @@ impl World {
         mounts::attach(proc.as_fd(), CWD, Path::new("/proc")).step("mount /proc")?;
         fs::write("/proc/sys/user/max_user_namespaces", "0").step("forbid further user namespaces")?;
         restrict_proc()?;
-        mount_fresh(self.sandbox.fresh())
+        let wanted = self.sandbox.wanted();
+        mount_fresh(self.sandbox.fresh(), &wanted)?;
+        confine::limit_cores().step("limit core dumps")?;
+        confine::limit_processes(self.sandbox.processes).step("limit the number of processes")?;
+        confine::gain_nothing().step("give up new privileges")?;
+        let own = ["/tmp", "/dev", "/proc"].map(PathBuf::from);
+        let writable = wanted.writable.into_iter().filter(|path| path.exists());
+        let rules = on.landlock.then(|| landlock::Rules::new(own.into_iter().chain(writable)));
+        Ok(OpenCell { rules: rules.transpose()? })
     }
 
     /// The last steps: attaches the input root, and gives up everything that a command must not have.
-    pub(crate) fn close(&self, exec_root: &OwnedFd) -> Result<(), SetupFailure> {
+    pub(crate) fn close(&self, cell: OpenCell, exec_root: &OwnedFd) -> Result<(), SetupFailure> {
         mounts::attach(exec_root.as_fd(), CWD, Path::new(EXEC_ROOT)).step("mount the input root")?;
-        confine::limit_cores().step("limit core dumps")?;
-        confine::limit_processes(self.sandbox.processes).step("limit the number of processes")?;
         confine::give_up_capabilities().step("give up capabilities")?;
-        if self.sandbox.protections.landlock {
-            let own = [EXEC_ROOT, "/tmp", "/dev", "/proc"].map(PathBuf::from);
-            landlock::restrict(own.into_iter().chain(self.sandbox.wanted().writable))?;
-        }
+        cell.rules.map_or(Ok(()), |rules| rules.restrict(EXEC_ROOT.into()))?;
         self.filter.as_ref().map_or(Ok(()), filter::Programs::install).step("install the system call filter")
     }
 }
@@ -157,9 +166,8 @@ pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), SetupFailure> {
     rustix::thread::set_no_new_privs(true).step("give up new privileges")?;
     if on.landlock {
         let shared = ["/tmp", "/var/tmp", "/dev", "/proc"].map(PathBuf::from);
-        let shared = shared.into_iter().filter(|path| path.is_dir());
-        let own = [sandbox.build_root()].into_iter().chain(sandbox.wanted().writable);
-        landlock::restrict(own.chain(shared))?;
+        let writable = sandbox.wanted().writable.into_iter().chain(shared).filter(|path| path.exists());
+        landlock::Rules::new(writable)?.restrict(sandbox.build_root())?;
     }
     if on.filter {
         filter::Programs::new()?.install().step("install the system call filter")?;
@@ -249,8 +257,16 @@ fn restrict_proc() -> Result<(), SetupFailure> {
     Ok(())
 }
 
-/// What every cell has for itself.
-fn mount_fresh(fresh: Fresh) -> Result<(), SetupFailure> {
+/// What every cell has for itself. What is configured below /tmp is part of it.
+fn mount_fresh(fresh: Fresh, wanted: &Wanted) -> Result<(), SetupFailure> {
+    let mut below_tmp = Vec::new();
+    for path in wanted.below_tmp() {
+        match mounts::copy(CWD, path) {
+            Ok(tree) => below_tmp.push((path, tree)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).step(format_args!("show {} of the host", path.display())),
+        }
+    }
     let devpts = [("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620")];
     let made = [
         ("/tmp", mounts::tmpfs(fresh.tmp_bytes, fresh.tmp_files, "1777")),
@@ -261,6 +277,11 @@ fn mount_fresh(fresh: Fresh) -> Result<(), SetupFailure> {
         mount
             .and_then(|mount| mounts::attach(mount.as_fd(), CWD, Path::new(path)))
             .step(format_args!("mount {path}"))?;
+    }
+    for (path, tree) in below_tmp {
+        fs::create_dir_all(path)
+            .and_then(|()| mounts::attach(tree.as_fd(), CWD, path))
+            .step(format_args!("show {} of the host", path.display()))?;
     }
     Ok(())
 }

@@ -15,7 +15,7 @@ pub mod server;
 pub mod worker;
 
 pub use client::*;
-pub use server::{Server, command, files_below};
+pub use server::{Server, command, files_below, shared_dir};
 
 use std::time::{Duration, Instant};
 

@@ -47,17 +47,19 @@ fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> 
     if (&*socket).read(&mut admitted)? == 0 || admitted != [ADMITTED] {
         return Ok(());
     }
-    let news = match world.enter(&passage) {
-        Ok(()) => News::Ready(CellReady {}),
-        Err(failure) => News::Failed(in_words(&failure)),
+    let cell = match world.enter(&passage) {
+        Ok(cell) => cell,
+        Err(failure) => return tell(socket, News::Failed(in_words(&failure))),
     };
     drop(passage);
     // Becoming another user has undone it.
     sys::die_with_parent()?;
-    tell(socket, news)?;
+    let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    sys::become_stdin(&null)?;
+    tell(socket, News::Ready(CellReady {}))?;
     let Some(files) = receive_open(socket)? else { return Ok(()) };
     let Some(run) = protocol::read::<Run>(socket)? else { return Ok(()) };
-    match run_one(socket, world, run, files) {
+    match run_one(socket, || world.close(cell, &files[0]), run, &files) {
         Ok(Some(news)) | Err(news) => tell(socket, news),
         Ok(None) => Ok(()),
     }
@@ -66,27 +68,22 @@ fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> 
 /// Runs the command; `None` when the runner is gone.
 fn run_one(
     socket: &UnixStream,
-    world: &World,
+    close: impl FnOnce() -> Result<(), SetupFailure>,
     run: Run,
-    [exec_root, stdout, stderr]: [OwnedFd; FILES],
+    [_, stdout, stderr]: &[OwnedFd; FILES],
 ) -> Result<Option<News>, News> {
-    world.close(&exec_root).map_err(|failure| {
+    close().map_err(|failure| {
         News::Failed(Failed { message: format!("could not set up the sandbox: {failure}"), errno: 0 })
     })?;
-    drop(exec_root);
     let failed = |error: io::Error| {
         News::Failed(Failed {
             message: format!("could not start a command in the sandbox: {error}"),
             errno: 0,
         })
     };
-    let mut children = (|| {
-        let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-        sys::become_stdin(&null)?;
-        Children::start(run, Path::new(EXEC_ROOT), (stdout.as_fd(), stderr.as_fd()), &mut Stack::new())
-    })()
-    .map_err(failed)?;
-    drop((stdout, stderr));
+    let outputs = (stdout.as_fd(), stderr.as_fd());
+    let mut children =
+        Children::start(run, Path::new(EXEC_ROOT), outputs, &mut Stack::new()).map_err(failed)?;
     let deaths = Deaths::watch().map_err(failed)?;
     while !children.reap_ended().map_err(failed)?.first_ended {
         let mut fds = vec![PollFd::new(socket, PollFlags::IN)];

@@ -211,11 +211,12 @@ pub(crate) fn pieces(wanted: &Wanted, host: &dyn Host) -> Vec<ViewPiece> {
             None => {}
         }
     }
-    pieces.extend(wanted.hidden.iter().cloned().map(ViewPiece::Hidden));
     for at in &wanted.writable {
         let is_directory = host.kind(at) == Some(Kind::Directory);
         pieces.push(ViewPiece::Host { at: at.clone(), is_directory, access: Access::Write });
     }
+    // Last, so that it is hidden from what can be written too.
+    pieces.extend(wanted.hidden.iter().cloned().map(ViewPiece::Hidden));
     pieces
 }
 
@@ -232,7 +233,7 @@ pub(crate) fn shows(wanted: &Wanted, path: &Path) -> bool {
         Some((start, _)) => path.to_string_lossy().starts_with(start),
         None => path.starts_with(pattern),
     };
-    let is_shown = HOST.iter().any(|pattern| matches(pattern))
+    let is_shown = HOST.iter().any(matches)
         || wanted.visible.iter().chain(&wanted.writable).any(|shown| path.starts_with(shown));
     is_shown && !wanted.hidden.iter().any(hides)
 }
@@ -325,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_configured_comes_in_the_order_visible_hidden_writable() {
+    fn what_is_configured_comes_in_the_order_visible_writable_hidden() {
         let wanted = Wanted {
             visible: vec!["/opt/tool".into(), "/etc/ssl".into(), "/gone".into()],
             hidden: vec!["/opt/secret".into()],
@@ -342,7 +343,7 @@ mod tests {
         let hidden = pieces.iter().position(|piece| *piece == ViewPiece::Hidden("/opt/secret".into()));
         let writable =
             pieces.iter().position(|piece| matches!(piece, ViewPiece::Host { access: Access::Write, .. }));
-        assert!(hidden < writable && writable == Some(pieces.len() - 1));
+        assert!(writable < hidden && hidden == Some(pieces.len() - 1));
     }
 
     #[test]

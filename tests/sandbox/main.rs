@@ -10,7 +10,6 @@ mod files;
 mod kernel;
 mod processes;
 mod start;
-#[allow(dead_code)]
 #[path = "../support/mod.rs"]
 mod support;
 mod world;

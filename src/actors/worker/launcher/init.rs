@@ -6,7 +6,7 @@
 
 use super::{
     children::{Children, Deaths},
-    protocol::{self, CellReady, Failed, FromCell, News, Run},
+    protocol::{self, CellReady, Ended, Failed, FromCell, News, Run},
     spawn::Stack,
     sys,
 };
@@ -60,8 +60,9 @@ fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> 
     let Some(files) = receive_open(socket)? else { return Ok(()) };
     let Some(run) = protocol::read::<Run>(socket)? else { return Ok(()) };
     match run_one(socket, || world.close(cell, &files[0]), run, &files) {
-        Ok(Some(news)) | Err(news) => tell(socket, news),
+        Ok(Some(ended)) => tell(socket, News::Ended(ended)),
         Ok(None) => Ok(()),
+        Err(failed) => tell(socket, News::Failed(failed)),
     }
 }
 
@@ -71,15 +72,14 @@ fn run_one(
     close: impl FnOnce() -> Result<(), SetupFailure>,
     run: Run,
     [_, stdout, stderr]: &[OwnedFd; FILES],
-) -> Result<Option<News>, News> {
-    close().map_err(|failure| {
-        News::Failed(Failed { message: format!("could not set up the sandbox: {failure}"), errno: 0 })
+) -> Result<Option<Ended>, Failed> {
+    close().map_err(|failure| Failed {
+        message: format!("could not set up the sandbox: {failure}"),
+        errno: 0,
     })?;
-    let failed = |error: io::Error| {
-        News::Failed(Failed {
-            message: format!("could not start a command in the sandbox: {error}"),
-            errno: 0,
-        })
+    let failed = |error: io::Error| Failed {
+        message: format!("could not start a command in the sandbox: {error}"),
+        errno: 0,
     };
     let outputs = (stdout.as_fd(), stderr.as_fd());
     let mut children =
@@ -93,7 +93,7 @@ fn run_one(
         }
     }
     children.clear(&deaths, sys::kill_all_others).map_err(failed)?;
-    Ok(Some(News::Ended(children.report())))
+    Ok(Some(children.report()))
 }
 
 fn in_words(failure: &SetupFailure) -> Failed {

@@ -1,12 +1,12 @@
-//! Answers on their way out: each frame of a response holds its room until it was written to the socket.
+//! Answers on their way out. Each frame of a response holds its room until it is written to the socket.
 //!
-//! Handlers reserve room before they make what is large ([`Call::reserve`]). Here the room goes over to the frame. A frame for
-//! which nothing was reserved waits for room, or is refused where it is too large to be kept waiting. The number of calls is
-//! bounded here as well, and so is the memory for their heads, because each one costs memory before it is answered.
+//! Handlers reserve room before they make a large answer ([`Call::reserve`]). Here the room is transferred to the frame. A
+//! frame without reserved room waits for room, or is refused if it is too large to be kept in memory meanwhile. The number of
+//! calls and the memory for their heads are bounded here too, because each call costs memory before it is answered.
 
-use super::request_log::Call;
 use crate::{
     budget::{Refusal, Share},
+    call::Call,
     connections::answers::{FRAME_BYTES, reserve_owned},
     memory,
 };
@@ -22,16 +22,17 @@ use std::{
 use tonic::{Status, body::Body as TonicBody};
 use tower::{Layer, Service};
 
-/// The largest frame that waits for room after it was made: a piece of a log stream, of which only so many are read at a time.
+/// Largest frame that waits for room after it was made. Only pieces of log streams are that large, and the number of concurrent
+/// reads of these is limited.
 const UNRESERVED_MAX_BYTES: usize = 256 * 1024;
-/// What a header field takes in memory beside its name and its value.
+/// Memory of a header field in addition to its name and value.
 const FIELD_BYTES: u64 = 110;
-/// Heads up to this size are not counted. Those of build clients take about 1.5 KB; with a token, a few KB.
+/// Heads up to this size are not counted. Those of build clients have about 1.5 KB, or a few KB with a token.
 const UNCOUNTED_HEAD_BYTES: u64 = 2 * 1024;
 
 /// Puts an [`AnswerService`] before a service.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct AnswersLayer;
+pub(crate) struct AnswersLayer;
 
 impl<S> Layer<S> for AnswersLayer {
     type Service = AnswerService<S>;
@@ -43,7 +44,7 @@ impl<S> Layer<S> for AnswersLayer {
 
 /// A service whose calls and answers are bounded.
 #[derive(Debug, Clone)]
-pub struct AnswerService<S> {
+pub(crate) struct AnswerService<S> {
     inner: S,
 }
 
@@ -60,8 +61,8 @@ where
     }
 
     fn call(&mut self, request: Request<TonicBody>) -> Self::Future {
-        let call = request.extensions().get::<Call>().cloned().unwrap_or_default();
-        match Place::take(&call, &request) {
+        let call = Call::of(request.extensions());
+        match CallPlace::take(&call, &request) {
             Ok(place) => AnswerFuture {
                 inner: Some(self.inner.call(request)),
                 call,
@@ -76,16 +77,16 @@ where
     }
 }
 
-/// What a call holds from its first byte to the last one of its answer.
+/// The shares that a call holds from its first byte to the last byte of its answer.
 #[derive(Debug)]
-struct Place {
+struct CallPlace {
     /// `None` for a call that does not come from a socket.
     _call: Option<Share>,
     /// `None` for a head of the usual size.
     head: Option<Share>,
 }
 
-impl Place {
+impl CallPlace {
     fn take(call: &Call, request: &Request<TonicBody>) -> Result<Self, Refusal> {
         let Some(info) = call.connection() else { return Ok(Self { _call: None, head: None }) };
         let (caller, bytes) = (info.caller(), head_bytes(request));
@@ -98,13 +99,13 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for CallPlace {
     fn drop(&mut self) {
         memory::freed(self.head.as_ref().map_or(0, Share::amount));
     }
 }
 
-/// What the head of a request takes in memory.
+/// Memory that the head of a request takes.
 fn head_bytes<B>(request: &Request<B>) -> u64 {
     let field = |(name, value): (&HeaderName, &HeaderValue)| {
         FIELD_BYTES + name.as_str().len() as u64 + value.len() as u64
@@ -119,7 +120,7 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: Option<F>,
         call: Call,
-        place: Option<Place>,
+        place: Option<CallPlace>,
         refused: Option<Status>,
     }
 }
@@ -154,13 +155,13 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: Option<B>,
         call: Call,
-        _place: Option<Place>,
-        waiting: Option<Waiting>,
+        _place: Option<CallPlace>,
+        waiting: Option<WaitingFrame>,
     }
 }
 
 /// A frame that waits for its room.
-struct Waiting {
+struct WaitingFrame {
     data: Bytes,
     room: BoxFuture<'static, Result<Share>>,
 }
@@ -197,9 +198,9 @@ impl<B: Body<Data = Bytes>> Body for AnswerBody<B> {
                 }
             };
             match room_for(this.call, data) {
-                Room::Taken(data) => return Poll::Ready(Some(Ok(Frame::data(data)))),
-                Room::Waits(waiting) => *this.waiting = Some(waiting),
-                Room::Refused(status) => {
+                FrameRoom::Taken(data) => return Poll::Ready(Some(Ok(Frame::data(data)))),
+                FrameRoom::Waits(waiting) => *this.waiting = Some(waiting),
+                FrameRoom::Refused(status) => {
                     this.inner.set(None);
                     return Poll::Ready(Some(Ok(Frame::trailers(trailers(&status)))));
                 }
@@ -230,27 +231,27 @@ impl<B: Body<Data = Bytes>> Body for AnswerBody<B> {
     }
 }
 
-enum Room {
+enum FrameRoom {
     Taken(Bytes),
-    Waits(Waiting),
+    Waits(WaitingFrame),
     Refused(Status),
 }
 
-/// What was reserved goes over to the frame. Where that is too little it is given back first, so that nothing is held while
-/// more is waited for.
-fn room_for(call: &Call, data: Bytes) -> Room {
-    let Some(info) = call.connection() else { return Room::Taken(data) };
+/// Transfers the reserved room to the frame. If it is too little, it is given back first, so that nothing is held while waiting
+/// for more.
+fn room_for(call: &Call, data: Bytes) -> FrameRoom {
+    let Some(info) = call.connection() else { return FrameRoom::Taken(data) };
     let bytes = data.len() as u64 + FRAME_BYTES;
     if let Some(room) = call.take_room(bytes) {
-        return Room::Taken(charge(call, data, room));
+        return FrameRoom::Taken(charge(call, data, room));
     }
     call.give_room_back();
     match info.state.reserve_now(bytes) {
-        Ok(room) => Room::Taken(charge(call, data, room)),
+        Ok(room) => FrameRoom::Taken(charge(call, data, room)),
         Err(_) if data.len() <= UNRESERVED_MAX_BYTES => {
-            Room::Waits(Waiting { data, room: reserve_owned(info.state.clone(), bytes).boxed() })
+            FrameRoom::Waits(WaitingFrame { data, room: reserve_owned(info.state.clone(), bytes).boxed() })
         }
-        Err(refusal) => Room::Refused(gorego_reapi::error::Error::from(refusal).into()),
+        Err(refusal) => FrameRoom::Refused(gorego_reapi::error::Error::from(refusal).into()),
     }
 }
 
@@ -263,7 +264,7 @@ fn charge(call: &Call, data: Bytes, room: Share) -> Bytes {
 
 fn trailers(status: &Status) -> HeaderMap {
     let mut trailers = HeaderMap::new();
-    // Only a status whose text does not fit into a header fails; its code does not depend on it.
+    // This fails only if the text of the status does not fit into a header. The code is set in any case.
     let _ = status.add_header(&mut trailers);
     trailers
 }

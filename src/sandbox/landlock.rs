@@ -1,6 +1,6 @@
 //! The second layer over the file system: with Landlock, an action can write only where the mounts are meant to let it write.
 
-use super::Failure;
+use super::SetupFailure;
 use ::landlock::{
     ABI, Access as _, AccessFs, CompatLevel, Compatible as _, PathBeneath, PathFd, Ruleset, RulesetAttr as _,
     RulesetCreated, RulesetCreatedAttr as _, RulesetStatus, Scope,
@@ -19,7 +19,7 @@ pub(crate) struct Rules(RulesetCreated);
 impl Rules {
     /// With these rules, a process and its children can write only below these paths, and rename and link among them. They
     /// can neither signal a process nor connect to an abstract socket that does not share the rules. Everything can be read.
-    pub(crate) fn new(writable: impl IntoIterator<Item = PathBuf>) -> Result<Self, Failure> {
+    pub(crate) fn new(writable: impl IntoIterator<Item = PathBuf>) -> Result<Self, SetupFailure> {
         let rules = || -> Result<RulesetCreated, Problem> {
             let rules = Ruleset::default()
                 .set_compatibility(CompatLevel::BestEffort)
@@ -33,7 +33,7 @@ impl Rules {
     }
 
     /// Restricts this process and its children, who can write below `path` too.
-    pub(crate) fn restrict(self, path: PathBuf) -> Result<(), Failure> {
+    pub(crate) fn restrict(self, path: PathBuf) -> Result<(), SetupFailure> {
         let restrict = || -> Result<(), Problem> {
             match open(self.0, path)?.restrict_self()?.ruleset {
                 RulesetStatus::NotEnforced => Err("the kernel has no Landlock".into()),
@@ -48,6 +48,6 @@ fn open(rules: RulesetCreated, path: PathBuf) -> Result<RulesetCreated, Problem>
     Ok(rules.add_rule(PathBeneath::new(PathFd::new(path)?, AccessFs::from_all(WANTED)))?)
 }
 
-fn in_words(problem: Problem) -> Failure {
-    Failure { step: "restrict the file system (Landlock)".into(), error: io::Error::other(problem) }
+fn in_words(problem: Problem) -> SetupFailure {
+    SetupFailure { step: "restrict the file system (Landlock)".into(), error: io::Error::other(problem) }
 }

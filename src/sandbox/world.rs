@@ -7,11 +7,11 @@
 //! belongs to the kernel and has nothing that a runner needs ([`MOUNT_POINTS`]).
 
 use super::{
-    EXEC_ROOT, Failure, Step as _, confine, filter, identity, landlock, mounts,
+    EXEC_ROOT, SetupFailure, Step as _, confine, filter, identity, landlock, mounts,
     namespaces::{self, Map},
     settings::Sandbox,
     sys,
-    view::{self, Access, Fresh, Host, Kind, Piece, Wanted},
+    view::{self, Access, Fresh, Host, Kind, ViewPiece, Wanted},
 };
 use rustix::{
     fs::{self as rfs, CWD, FileType, Mode, OFlags},
@@ -69,7 +69,7 @@ impl Passage {
 
 impl World {
     /// Makes the world of this process's cells. The process must have a single thread; its mounts are its own afterwards.
-    pub(crate) fn new(sandbox: Sandbox) -> Result<Self, Failure> {
+    pub(crate) fn new(sandbox: Sandbox) -> Result<Self, SetupFailure> {
         let (user, group) = (geteuid().as_raw(), getegid().as_raw());
         let on = sandbox.protections;
         let (map, ids) = if on.identity {
@@ -94,17 +94,17 @@ impl World {
     }
 
     /// What a new cell needs; to be taken before the fork.
-    pub(crate) fn passage(&self) -> Result<Passage, Failure> {
+    pub(crate) fn passage(&self) -> Result<Passage, SetupFailure> {
         Ok(Passage { tree: mounts::copy_of(self.view.as_fd()).step("copy the view of the action")? })
     }
 
     /// Gives the first process of a new cell its user.
-    pub(crate) fn admit(&self, process: i32) -> Result<(), Failure> {
+    pub(crate) fn admit(&self, process: i32) -> Result<(), SetupFailure> {
         namespaces::write_maps(&process.to_string(), self.map, self.ids.is_some())
     }
 
     /// The input root at this path, ready to be attached in a cell.
-    pub(crate) fn exec_root(&self, path: &Path) -> Result<OwnedFd, Failure> {
+    pub(crate) fn exec_root(&self, path: &Path) -> Result<OwnedFd, SetupFailure> {
         let tree = mounts::copy(CWD, path).step("take hold of the input root")?;
         match &self.ids {
             Some(ids) => mounts::map_ids(tree.as_fd(), ids.as_fd()),
@@ -115,7 +115,7 @@ impl World {
     }
 
     /// Moves the first process of a cell into it. What it needs from outside is already open.
-    pub(crate) fn enter(&self, passage: &Passage) -> Result<OpenCell, Failure> {
+    pub(crate) fn enter(&self, passage: &Passage) -> Result<OpenCell, SetupFailure> {
         let on = self.sandbox.protections;
         let mut own =
             UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
@@ -150,7 +150,7 @@ impl World {
     }
 
     /// The last steps: attaches the input root, and gives up everything that a command must not have.
-    pub(crate) fn close(&self, cell: OpenCell, exec_root: &OwnedFd) -> Result<(), Failure> {
+    pub(crate) fn close(&self, cell: OpenCell, exec_root: &OwnedFd) -> Result<(), SetupFailure> {
         mounts::attach(exec_root.as_fd(), CWD, Path::new(EXEC_ROOT)).step("mount the input root")?;
         confine::give_up_capabilities().step("give up capabilities")?;
         cell.rules.map_or(Ok(()), |rules| rules.restrict(EXEC_ROOT.into()))?;
@@ -160,7 +160,7 @@ impl World {
 
 /// What there is without namespaces: restricts this process, which is a runner, and its children. They write into the build
 /// root and where everybody may write.
-pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), Failure> {
+pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), SetupFailure> {
     let on = sandbox.protections;
     confine::limit_cores().step("limit core dumps")?;
     rustix::thread::set_no_new_privs(true).step("give up new privileges")?;
@@ -176,7 +176,7 @@ pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), Failure> {
 }
 
 /// Puts the pieces together below a new root directory, and gives that.
-fn assemble(pieces: &[Piece]) -> Result<OwnedFd, Failure> {
+fn assemble(pieces: &[ViewPiece]) -> Result<OwnedFd, SetupFailure> {
     let root = mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make the root directory of the view")?;
     // Only mounts that are attached can get others below them.
     let exists = |path: &&&str| Path::new(path).is_dir();
@@ -189,19 +189,19 @@ fn assemble(pieces: &[Piece]) -> Result<OwnedFd, Failure> {
     Ok(root)
 }
 
-fn put(root: &OwnedFd, piece: &Piece) -> Result<(), Failure> {
+fn put(root: &OwnedFd, piece: &ViewPiece) -> Result<(), SetupFailure> {
     match piece {
-        Piece::Directory(at) => make_directories(root, at).step(format_args!("make {}", at.display())),
-        Piece::Link { at, target } => make_parent(root, at)
+        ViewPiece::Directory(at) => make_directories(root, at).step(format_args!("make {}", at.display())),
+        ViewPiece::Link { at, target } => make_parent(root, at)
             .and_then(|()| Ok(rfs::symlinkat(target, root, relative(at))?))
             .step(format_args!("make the link {}", at.display())),
-        Piece::File { at, text } => make_parent(root, at)
+        ViewPiece::File { at, text } => make_parent(root, at)
             .and_then(|()| make_file(root, at, text))
             .step(format_args!("make {}", at.display())),
-        Piece::Host { at, is_directory, access } => {
+        ViewPiece::Host { at, is_directory, access } => {
             show(root, at, *is_directory, *access).step(format_args!("show {} of the host", at.display()))
         }
-        Piece::Hidden(at) => hide(root, at).step(format_args!("hide {}", at.display())),
+        ViewPiece::Hidden(at) => hide(root, at).step(format_args!("hide {}", at.display())),
     }
 }
 
@@ -238,7 +238,7 @@ fn hide(root: &OwnedFd, at: &Path) -> io::Result<()> {
 }
 
 /// Hides parts of /proc and makes others read-only.
-fn restrict_proc() -> Result<(), Failure> {
+fn restrict_proc() -> Result<(), SetupFailure> {
     let (hidden, fixed) = view::of_proc();
     let exists = |path: &&&str| rfs::access(**path, rfs::Access::EXISTS).is_ok();
     for path in hidden.iter().filter(exists) {
@@ -258,7 +258,7 @@ fn restrict_proc() -> Result<(), Failure> {
 }
 
 /// What every cell has for itself. What is configured below /tmp is part of it.
-fn mount_fresh(fresh: Fresh, wanted: &Wanted) -> Result<(), Failure> {
+fn mount_fresh(fresh: Fresh, wanted: &Wanted) -> Result<(), SetupFailure> {
     let mut below_tmp = Vec::new();
     for path in wanted.below_tmp() {
         match mounts::copy(CWD, path) {

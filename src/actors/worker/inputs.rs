@@ -1,11 +1,11 @@
-//! Brings an input root into place, exactly as its Directories say (EXE-33 to EXE-37), and then what the command takes for
-//! granted: its working directory (EXE-39) and the parents of its outputs (EXE-38).
+//! Writes an input root exactly as its Directories describe it (EXE-33 to EXE-37). Then creates the directories that the
+//! command relies on: its working directory (EXE-39) and the parents of its outputs (EXE-38).
 //!
-//! A node that names no mtime carries [`INPUT_TIME`], so that what a command sees does not depend on when or in which order
-//! it was written. Each step leaves the times of the directories that it changes as they were.
+//! A node without an mtime gets [`INPUT_TIME`], so that what a command sees does not depend on when or in which order it was
+//! written. Each step preserves the times of the directories that it changes.
 //!
-//! Nothing is followed while the tree is built, so a symbolic link in it cannot redirect a later entry. Absolute link targets
-//! are created as given; the server announces that (CAP-14, EXE-36).
+//! No link is followed while the tree is written, so a symbolic link in it cannot redirect a later entry. Absolute link targets
+//! are created as given; the server announces this (CAP-14, EXE-36).
 
 use super::{
     checkpoint::Checkpoint,
@@ -31,22 +31,27 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-/// Permission bits of directories, and of files that can be run.
+/// Permission bits of directories and executable files.
 const EXECUTABLE: u32 = 0o755;
 /// Permission bits of other files.
 const PLAIN: u32 = 0o644;
 
-/// The mtime of every input, and of every directory that this module makes, unless its node properties name another:
-/// 2000-01-01T00:00:00Z. Equal times make nothing look newer than what it was made from (make, ninja). The time is after 1980
-/// in every time zone, which zip needs, and its seconds fit into 32 bits, which Python byte code needs.
+/// The mtime of every input, and of every directory that this module creates, unless its node properties name another:
+/// 2000-01-01T00:00:00Z. With equal times no file looks newer than its source (make, ninja). The time is after 1980 in every
+/// time zone, as zip requires, and its seconds fit into 32 bits, as Python byte code requires.
 pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec: 0 };
 
 /// Fills the empty directory `root`.
 ///
 /// # Errors
-/// Those of the store; of the checkpoint between two files; `Invalid` when a link or file of the tree is in the way of the
-/// working directory or of an output's parent, or a mode in that of the command.
-pub fn place(inputs: &dyn Inputs, root: &File, command: &Command, checkpoint: &Checkpoint) -> Result<()> {
+/// Those of the store; those of the checkpoint, which is checked between files; `Invalid` when a link or file of the tree
+/// obstructs the working directory or the parent of an output, or when a mode keeps the command from its working directory.
+pub(super) fn place(
+    inputs: &dyn Inputs,
+    root: &File,
+    command: &Command,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
     let has_modes = write_tree(inputs, root, checkpoint)?;
     make_directories(root, &command.working_directory, "the working directory")?;
     let mut made = HashSet::new();
@@ -58,7 +63,7 @@ pub fn place(inputs: &dyn Inputs, root: &File, command: &Command, checkpoint: &C
             make_directories(root, &parent, &format!("the parent of output \"{}\"", output.requested))?;
         }
     }
-    // Last of all: a directory's own mode may take away the right to write in it.
+    // This comes last, because the mode of a directory may forbid writing in it.
     if has_modes {
         set_directory_modes(inputs, root, checkpoint)?;
         check_way(root, &command.working_directory)?;
@@ -66,19 +71,19 @@ pub fn place(inputs: &dyn Inputs, root: &File, command: &Command, checkpoint: &C
     Ok(())
 }
 
-/// Whether the command can get to its working directory, now that directories have the modes that were asked for.
+/// Checks that the command can enter its working directory, now that directories have their requested modes.
 fn check_way(root: &File, working_directory: &RootPath) -> Result<()> {
     match rfs::accessat(root, working_directory.as_path(), Access::EXEC_OK, AtFlags::empty()) {
         Err(Errno::ACCESS) => Err(Error::Invalid(format!(
-            "the working directory \"{working_directory}\" cannot be entered: the unix_mode of a directory on the way \
+            "the working directory \"{working_directory}\" cannot be entered: the unix_mode of a directory in its path \
              forbids it"
         ))),
-        // Any other news comes with the start of the command.
+        // Other problems show when the command is started.
         _ => Ok(()),
     }
 }
 
-/// Creates files, links and directories; says whether any directory has a mode of its own.
+/// Creates files, links and directories. Returns whether any directory has a requested mode.
 fn write_tree(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Result<bool> {
     let tree = inputs.tree();
     let mut cursor = cursor(root)?;
@@ -87,9 +92,9 @@ fn write_tree(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Resu
     let mut open = vec![(tree.root(), tree.root().directories.iter())];
     while let Some((directory, remaining)) = open.last_mut() {
         let Some(child) = remaining.next() else {
-            // Each new entry has changed it.
+            // Each new entry has changed the time.
             let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
-            set_mtime(here, ".", mtime_of(directory.properties))?;
+            set_mtime(here, ".", mtime_of(&directory.properties))?;
             open.pop();
             if !open.is_empty() {
                 cursor.up().map_err(|error| Error::io("go back up in the input root", &error))?;
@@ -111,19 +116,19 @@ fn write_tree(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Resu
     Ok(has_modes)
 }
 
-/// The files and links of one directory.
+/// Creates the files and links of one directory.
 fn fill(inputs: &dyn Inputs, directory: &Directory, cursor: &Cursor, checkpoint: &Checkpoint) -> Result<()> {
     let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
     for file in &directory.files {
         checkpoint.check()?;
         let mode = file.properties.unix_mode.unwrap_or(if file.executable { EXECUTABLE } else { PLAIN });
         inputs.materialise(&file.digest, here, &file.name, mode)?;
-        set_mtime(here, &file.name, mtime_of(file.properties))?;
+        set_mtime(here, &file.name, mtime_of(&file.properties))?;
     }
     for link in &directory.symlinks {
         rfs::symlinkat(&*link.target, here, &*link.name)
             .map_err(|error| cannot("make the symbolic link", &link.name, &error.into()))?;
-        set_mtime(here, &link.name, mtime_of(link.properties))?;
+        set_mtime(here, &link.name, mtime_of(&link.properties))?;
     }
     checkpoint.check()
 }
@@ -135,7 +140,7 @@ fn make_one(cursor: &Cursor, name: &str) -> Result<()> {
         .map_err(|error| cannot("make the directory", name, &error))
 }
 
-/// Sets the modes of the directories that ask for one, each after everything in it.
+/// Sets the requested modes of directories, each after everything in it.
 fn set_directory_modes(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Result<()> {
     let tree = inputs.tree();
     let mut cursor = cursor(root)?;
@@ -161,17 +166,17 @@ fn set_directory_modes(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint
     Ok(())
 }
 
-/// `name` is a directory that this module made, not a link.
+/// Sets the mode of a directory that this module created, so `name` is not a link.
 fn set_mode(parent: &File, name: &str, mode: Option<u32>) -> Result<()> {
     let Some(mode) = mode else { return Ok(()) };
     rfs::chmodat(parent, name, Mode::from_raw_mode(mode), AtFlags::empty())
         .map_err(|error| cannot("set the mode of", name, &error.into()))
 }
 
-/// The time that a node carries.
-fn mtime_of(properties: NodeProperties) -> Timespec {
+/// The mtime of a node.
+fn mtime_of(properties: &NodeProperties) -> Timespec {
     let Some(mtime) = properties.mtime else { return INPUT_TIME };
-    // The seconds of a SystemTime are an i64, so neither conversion goes wrong.
+    // The seconds of a SystemTime are an i64, so neither conversion fails.
     let seconds = |since: Duration| i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
     match mtime.duration_since(UNIX_EPOCH) {
         Ok(since) => Timespec { tv_sec: seconds(since), tv_nsec: since.subsec_nanos().into() },
@@ -183,7 +188,7 @@ fn mtime_of(properties: NodeProperties) -> Timespec {
     }
 }
 
-/// Sets the mtime of `name` itself, which may be a link, and of "." where `parent` is meant.
+/// Sets the mtime of `name` itself, which may be a link. "." means `parent`.
 fn set_mtime(parent: &File, name: &str, mtime: Timespec) -> Result<()> {
     set_mtime_at(parent, name, mtime).map_err(|error| cannot("set the time of", name, &error))
 }
@@ -194,13 +199,13 @@ fn set_mtime_at(parent: &File, name: &str, mtime: Timespec) -> io::Result<()> {
     Ok(rfs::utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
-/// Makes the directories of `path` that do not exist. Links of the input root may be part of the way as long as they stay
-/// beneath it. `what` says in errors whose path it is.
+/// Creates the missing directories of `path`, which may go through links of the input root as long as they stay beneath it.
+/// `what` describes the path in errors.
 fn make_directories(root: &File, path: &RootPath, what: &str) -> Result<()> {
     if dir::open_beneath(root, path.as_path()).is_ok() {
         return Ok(());
     }
-    // Step by step, also to find out which component is in the way.
+    // One step at a time, to find out which component is in the way.
     let mut above = root.try_clone().map_err(|error| Error::io("make directories", &error))?;
     let mut prefix = PathBuf::new();
     for segment in path.segments() {
@@ -216,13 +221,13 @@ fn make_directories(root: &File, path: &RootPath, what: &str) -> Result<()> {
     Ok(())
 }
 
-/// Makes one directory; the time of the one above stays what it was.
+/// Creates one directory and preserves the time of its parent.
 #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
 fn make_beneath(above: &File, name: &str) -> io::Result<File> {
     let before = rfs::fstat(above)?;
     rfs::mkdirat(above, name, Mode::from_raw_mode(EXECUTABLE))?;
     let made = dir::open_dir(above, OsStr::new(name))?;
-    // Whatever the umask of the server says.
+    // Regardless of the umask of the server.
     rfs::fchmod(&made, Mode::from_raw_mode(EXECUTABLE))?;
     set_mtime_at(&made, ".", INPUT_TIME)?;
     let mtime = Timespec { tv_sec: before.st_mtime as i64, tv_nsec: before.st_mtime_nsec as i64 };
@@ -234,8 +239,8 @@ fn in_the_way(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> 
     let problem = match Errno::from_io_error(error) {
         Some(Errno::NOTDIR) => "is not a directory",
         Some(Errno::XDEV) => "is a symbolic link that leaves the input root",
-        Some(Errno::LOOP) => "is a symbolic link that leads nowhere",
-        Some(Errno::EXIST) => "is a symbolic link to nothing",
+        Some(Errno::LOOP) => "is a loop of symbolic links",
+        Some(Errno::EXIST) => "is a dangling symbolic link",
         Some(Errno::NAMETOOLONG) => "is too long for this server's file system",
         _ => return Error::io(&format!("make {what} \"{path}\""), error),
     };
@@ -243,7 +248,7 @@ fn in_the_way(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> 
 }
 
 fn cursor(root: &File) -> Result<Cursor> {
-    // A second handle with a position of its own.
+    // A second handle, with its own file position.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rfs::openat(root, ".", flags, Mode::empty())
         .map_err(io::Error::from)

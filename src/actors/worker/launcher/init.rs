@@ -6,12 +6,12 @@
 
 use super::{
     children::{Children, Deaths},
-    protocol::{self, Ended, Failed, FromCell, News, Ready, Run},
+    protocol::{self, CellReady, Ended, Failed, FromCell, News, Run},
     spawn::Stack,
     sys,
 };
 use crate::sandbox::{
-    EXEC_ROOT, Failure,
+    EXEC_ROOT, SetupFailure,
     world::{Passage, World},
 };
 use rustix::{
@@ -58,7 +58,7 @@ fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> 
     sys::die_with_parent()?;
     let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     sys::become_stdin(&null)?;
-    tell(socket, News::Ready(Ready {}))?;
+    tell(socket, News::Ready(CellReady {}))?;
     let Some(files) = receive_open(socket)? else { return Ok(()) };
     let Some(run) = protocol::read::<Run>(socket)? else { return Ok(()) };
     match run_one(socket, || world.close(cell, &files[0]), run, &files) {
@@ -71,7 +71,7 @@ fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> 
 /// Runs the command; `None` when the runner is gone.
 fn run_one(
     socket: &UnixStream,
-    close: impl FnOnce() -> Result<(), Failure>,
+    close: impl FnOnce() -> Result<(), SetupFailure>,
     run: Run,
     [_, stdout, stderr]: &[OwnedFd; FILES],
 ) -> Result<Option<Ended>, Failed> {
@@ -98,7 +98,7 @@ fn run_one(
     Ok(Some(children.report()))
 }
 
-fn in_words(failure: &Failure) -> Failed {
+fn in_words(failure: &SetupFailure) -> Failed {
     Failed { message: failure.step.clone(), errno: failure.error.raw_os_error().unwrap_or(0) }
 }
 

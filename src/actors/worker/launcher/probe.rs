@@ -5,7 +5,7 @@ use crate::{
     actors::worker::{cancel::CancelToken, command::Launch, messages::SlotId, workspace::BuildRoot},
     sandbox::{
         identity::Users,
-        probe::{Machine, Report, find},
+        probe::{KernelFacts, Report, find},
         settings::SandboxSettings,
     },
 };
@@ -52,12 +52,12 @@ fn attempt(mut launcher: RunnerLauncher, build_root: &BuildRoot) -> Result<(), S
     }
 }
 
-fn this_machine() -> Machine {
+fn this_machine() -> KernelFacts {
     let sysctl = |name: &str| {
         let text = fs::read_to_string(format!("/proc/sys/{name}")).ok()?;
         text.trim().parse().ok()
     };
-    Machine {
+    KernelFacts {
         max_user_namespaces: sysctl("user/max_user_namespaces"),
         max_net_namespaces: sysctl("user/max_net_namespaces"),
         unprivileged_userns_clone: sysctl("kernel/unprivileged_userns_clone"),

@@ -43,6 +43,8 @@ pub(super) fn init_main(socket: &UnixStream, world: &World, passage: Passage) ->
 fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> {
     sys::close_all_but(&[0, 1, 2, socket.as_raw_fd(), passage.descriptor()])?;
     sys::die_with_parent()?;
+    // By this the server recognises what a lost runner leaves to it (`reap`).
+    rustix::process::setsid()?;
     let mut admitted = [0];
     if (&*socket).read(&mut admitted)? == 0 || admitted != [ADMITTED] {
         return Ok(());

@@ -4,7 +4,7 @@
 //! of the host that every action may see, assembled as one tree of mounts. For each action it starts a *cell* from the world:
 //! new namespaces with a copy of that tree, whose first process ends with everything in them. A cell is never used twice.
 //!
-//! Each protection is one small piece ([`Protections`]), and what the kernel refuses is left out alone. [`probe`] finds that
+//! Each protection is one small piece ([`settings::Protections`]), and what the kernel refuses is left out alone. [`probe`] finds that
 //! out with a cell that runs nothing. The [`view`] and the [`filter`] are values, made without a system call.
 
 pub(crate) mod confine;

@@ -118,11 +118,24 @@ impl Place {
     /// Opens the build root, and finds out which protections of the sandbox work in it.
     fn open(execution: &ExecutionSettings, open_files: Option<u64>) -> Result<Self> {
         let build_root = BuildRoot::open(&execution.build_root)?;
-        let settings = &execution.sandbox;
+        let mut settings = execution.sandbox.clone();
         if settings.mode == SandboxMode::Off {
             return Ok(Self { build_root, sandbox: None, open_files });
         }
-        let report = probe(settings, &WorkerSettings::own_runner(open_files), &build_root);
+        for path in settings.hide_linked() {
+            Event::warn("gorego::config", "config_warning").log(format_args!(
+                "a link leads actions to {}; it is hidden from them (execution.sandbox)",
+                path.display()
+            ));
+        }
+        let runner = WorkerSettings::own_runner(open_files);
+        let report = probe(&settings, &runner, &build_root);
+        if !report.on.namespaces && probe(&settings.without_paths(), &runner, &build_root).on.namespaces {
+            return Err(Error::Precondition(format!(
+                "the sandbox works, but not with what execution.sandbox.visible, hidden and writable name: {}",
+                report.missing.iter().map(|missing| &*missing.reason).collect::<Vec<_>>().join(". ")
+            )));
+        }
         if settings.mode == SandboxMode::Required && !report.missing.is_empty() {
             let missing: Vec<_> = report.missing.iter().map(ToString::to_string).collect();
             return Err(Error::Precondition(format!(
@@ -131,12 +144,8 @@ impl Place {
             )));
         }
         let users = Users::new(settings.first_user);
-        let sandbox = PoolSandbox {
-            settings: settings.clone(),
-            protections: report.on,
-            build_root: build_root.path().to_owned(),
-            users,
-        };
+        let sandbox =
+            PoolSandbox { settings, protections: report.on, build_root: build_root.path().to_owned(), users };
         Ok(Self { build_root, sandbox: Some((sandbox, report)), open_files })
     }
 

@@ -121,6 +121,7 @@ pub(super) fn sandbox(
         shm_bytes: check.size("execution.sandbox.shm_size_gb", config.shm_size_gb),
         processes: config.processes,
         first_user: config.first_user,
+        own: own.iter().map(|own| machine.current_dir.join(own)).collect(),
     };
     if settings.mode != SandboxMode::Off {
         hide_own(&mut settings, warnings, own, machine);

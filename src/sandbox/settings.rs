@@ -40,6 +40,8 @@ pub struct SandboxSettings {
     pub processes: u64,
     /// The first user of the slots of a root server.
     pub first_user: u32,
+    /// Paths of the server itself, such as its store. No action may see them.
+    pub own: Vec<PathBuf>,
 }
 
 /// The sandbox of one runner.
@@ -145,5 +147,66 @@ impl SandboxSettings {
             writable: self.writable.clone(),
         };
         super::view::shows(&wanted, path)
+    }
+
+    /// Hides the server's own files also where links lead to them, or to a directory that contains them. Returns what is
+    /// hidden now and was not. Looks at the file system, and so must be called when these files exist.
+    pub(crate) fn hide_linked(&mut self) -> Vec<PathBuf> {
+        let mut added = Vec::new();
+        for own in self.own.iter().filter_map(|own| own.canonicalize().ok()) {
+            let shown = self.visible.iter().chain(&self.writable);
+            let seen_as = shown.filter_map(|shown| {
+                let below = own.strip_prefix(shown.canonicalize().ok()?).ok()?;
+                Some(shown.join(below))
+            });
+            let seen: Vec<_> = seen_as.chain([own.clone()]).filter(|path| self.shows(path)).collect();
+            for path in seen {
+                if !self.hidden.contains(&path) {
+                    self.hidden.push(path.clone());
+                    added.push(path);
+                }
+            }
+        }
+        added
+    }
+
+    /// The same without what is configured about the host's files.
+    pub(crate) fn without_paths(&self) -> Self {
+        Self { visible: Vec::new(), hidden: Vec::new(), writable: Vec::new(), ..self.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs, os::unix::fs::symlink};
+
+    #[test]
+    fn a_store_that_links_lead_to_is_hidden() {
+        let directory = tempfile::tempdir().unwrap();
+        let host = directory.path().canonicalize().unwrap();
+        fs::create_dir_all(host.join("real/store")).unwrap();
+        symlink("real", host.join("link")).unwrap();
+        let hidden = |visible: &str, own: &str| {
+            let mut settings = SandboxSettings {
+                mode: SandboxMode::Auto,
+                visible: vec![host.join(visible)],
+                hidden: Vec::new(),
+                writable: Vec::new(),
+                tmp_bytes: 0,
+                tmp_files: 0,
+                shm_bytes: 0,
+                processes: 1,
+                first_user: 1,
+                own: vec![host.join(own)],
+            };
+            let added = settings.hide_linked();
+            assert_eq!(settings.hidden, added);
+            added
+        };
+        assert_eq!(hidden("real", "link/store"), [host.join("real/store")]);
+        assert_eq!(hidden("link", "real/store"), [host.join("link/store")]);
+        assert_eq!(hidden("link/..", "real/store").len(), 1);
+        assert!(hidden("real/other", "link/store").is_empty());
     }
 }

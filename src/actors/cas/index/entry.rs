@@ -19,11 +19,11 @@ pub(super) struct Entry {
     /// Neighbours in the order of use, newer and older.
     pub(super) prev: u32,
     pub(super) next: u32,
-    /// [`Index::links`] when it was last put at the head of the list.
+    /// `Index::links` when it was last put at the head of the list.
     pub(super) linked_at: u32,
-    /// [`Index::links`] when it was last used; `linked_at - 1` if it was not used since then.
+    /// `Index::links` when it was last used; `linked_at - 1` if it was not used since then.
     pub(super) used_at: AtomicU32,
-    /// Set by [`Index::condemn`]: look-ups no longer find the entry.
+    /// Set by `Index::condemn`: look-ups no longer find the entry.
     pub(super) condemned: AtomicBool,
     pub(super) aside: Aside,
 }

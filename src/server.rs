@@ -358,6 +358,7 @@ fn start_scheduler(
             max_output_file_bytes: execution.max_output_file_bytes,
             runner: WorkerSettings::own_runner(open_files),
             log_streams: log_streams.clone(),
+            has_layers: false,
         });
         let spec = PoolSpec {
             name: pool.name.clone(),

@@ -10,12 +10,15 @@ pub mod clock;
 pub mod command;
 mod dir;
 mod disk_watch;
+mod exec_root;
 mod inputs;
 pub mod launcher;
+mod layer;
 pub mod messages;
 mod outputs;
 mod run;
 mod run_log;
+mod staged_trees;
 pub mod store;
 pub mod workspace;
 
@@ -63,6 +66,8 @@ pub struct WorkerSettings {
     pub runner: Vec<OsString>,
     /// Where the output of running commands can be followed.
     pub log_streams: LogStreams,
+    /// Whether the launcher can mount the layers of a launch.
+    pub has_layers: bool,
 }
 
 impl WorkerSettings {

@@ -65,7 +65,7 @@ impl MemoryStore {
 pub struct Handle(pub Arc<MemoryStore>);
 
 struct Staged {
-    tree: InputTree,
+    tree: Arc<InputTree>,
     blobs: HashMap<Digest, Vec<u8>>,
 }
 
@@ -83,7 +83,7 @@ impl BlobStore for Handle {
             todo.extend(directory.directories.iter().map(|child| child.digest));
             directories.insert(digest, Arc::new(directory));
         }
-        let tree = InputTree::new(root, directories)?;
+        let tree = Arc::new(InputTree::new(root, directories)?);
         Ok(Box::new(Staged { tree, blobs }))
     }
 
@@ -128,7 +128,7 @@ impl Outputs for Batch {
 }
 
 impl Inputs for Staged {
-    fn tree(&self) -> &InputTree {
+    fn tree(&self) -> &Arc<InputTree> {
         &self.tree
     }
 
@@ -193,6 +193,7 @@ pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Ben
             max_output_file_bytes,
             runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
             log_streams: log_streams(),
+            has_layers: false,
         });
         let handle: Arc<dyn BlobStore> = Arc::new(Handle(store.clone()));
         let worker = SyncArbiter::start(1, move || WorkerActor::new(settings.clone(), handle.clone()));

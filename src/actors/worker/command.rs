@@ -42,11 +42,29 @@ pub struct Launch {
     pub stderr: PathBuf,
     /// Largest file that the command may write, and longest log, in bytes.
     pub max_file_bytes: u64,
+    /// What is mounted as the input root; `None` when it lies at `root` as it is.
+    pub layers: Option<Layers>,
+}
+
+/// An overlay: the layer of one action above a staged tree. Absolute paths.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layers {
+    /// The staged tree.
+    pub below: PathBuf,
+    /// The layer of the action.
+    pub own: PathBuf,
+    /// An empty directory on the file system of that layer.
+    pub work: PathBuf,
 }
 
 impl Launch {
     /// The launch of `command` in `workspace`.
-    pub fn new(command: &Command, workspace: &Workspace, max_file_bytes: u64) -> Self {
+    pub fn new(
+        command: &Command,
+        workspace: &Workspace,
+        layers: Option<Layers>,
+        max_file_bytes: u64,
+    ) -> Self {
         let path = workspace.path();
         Self {
             programs: programs(command),
@@ -57,6 +75,7 @@ impl Launch {
             stdout: path.join("stdout"),
             stderr: path.join("stderr"),
             max_file_bytes,
+            layers,
         }
     }
 }

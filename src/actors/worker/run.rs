@@ -7,10 +7,12 @@ use super::{
     checkpoint::{Checkpoint, cancelled},
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
+    exec_root::ExecRoot,
     inputs,
     launcher::{Ending, Launcher, Ran, is_full},
     messages::{Account, RunAction, RunFailure, RunReport, RunResult, RunStage, StageReached},
     outputs, run_log,
+    staged_trees::Lease,
     store::{BlobStore, Outputs},
     workspace::Workspace,
 };
@@ -144,7 +146,19 @@ impl<'a> ActionRun<'a> {
         let action = &self.order.action;
         // Held to the end: while an action runs, its inputs are not evicted.
         let staged = self.store.stage_inputs(&action.instance, action.input_root, self.order.peer)?;
-        inputs::place(&*staged, workspace.root()?, &action.command, fetching)?;
+        let base = if self.settings.has_layers {
+            workspace.stage(&*staged, action.instance.blobs(), fetching)?
+        } else {
+            None
+        };
+        match &base {
+            Some(base) => inputs::write_delta(&*staged, &base.delta, workspace.root()?, fetching)?,
+            None => inputs::write(&*staged, workspace.root()?, false, fetching)?,
+        }
+        let base = base.map(|base| base.lease);
+        let root = ExecRoot::new(workspace.root()?, base.as_ref().map(Lease::tree));
+        inputs::prepare(staged.tree(), root, &action.command, fetching)?;
+        let layers = base.as_ref().map(|base| workspace.layers(base)).transpose()?;
         self.note(Point::FetchEnd);
 
         fetching.check()?;
@@ -152,7 +166,7 @@ impl<'a> ActionRun<'a> {
         let live = self.settings.log_streams.begin_run(&action.instance, workspace.path());
         let logs = live.as_ref().map(LiveRun::logs);
         self.enter(RunStage::Running, Point::RunStart, logs);
-        let launch = Launch::new(&action.command, workspace, self.settings.max_output_file_bytes);
+        let launch = Launch::new(&action.command, workspace, layers, self.settings.max_output_file_bytes);
         let watch = self.settings.build_root.disk().begin(self.order.cancel.clone());
         let ran = self.launcher.run(&launch, action.timeout, &self.order.cancel);
         if let Some(space) = watch.end() {
@@ -168,7 +182,7 @@ impl<'a> ActionRun<'a> {
         self.ran = Some(ran);
 
         self.enter(RunStage::Uploading, Point::UploadStart, logs);
-        let stored = self.conclude(ending, workspace, live.as_ref(), batch);
+        let stored = self.conclude(ending, workspace, root, live.as_ref(), batch);
         self.note(Point::UploadEnd);
         // Outputs that were taken away look like outputs that were never made.
         workspace.check_in_place()?;
@@ -182,7 +196,7 @@ impl<'a> ActionRun<'a> {
         if self.room_at_start.is_none_or(|space| !space.is_exhausted()) {
             return Ok(());
         }
-        self.store.relieve_disk(&|| self.order.cancel.is_cancelled());
+        self.relieve_disk(&|| self.order.cancel.is_cancelled());
         let end = Instant::now() + ROOM_WAIT;
         loop {
             self.room_at_start = disk.look();
@@ -198,12 +212,17 @@ impl<'a> ActionRun<'a> {
         }
     }
 
+    fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
+        self.settings.build_root.relieve_disk();
+        self.store.relieve_disk(is_cancelled);
+    }
+
     /// A full disk is a failure of this server that passes: the store makes room, and the action is worth another try once
     /// there is more than it had.
     fn relieved(&self, error: Error) -> Error {
         let Error::DiskFull(message) = error else { return error };
         let is_cancelled = || self.order.cancel.is_cancelled();
-        self.store.relieve_disk(&is_cancelled);
+        self.relieve_disk(&is_cancelled);
         let disk = self.settings.build_root.disk();
         let end = Instant::now() + MORE_ROOM_WAIT;
         while let Some((before, now)) = self.room_at_start.zip(disk.look())
@@ -221,6 +240,7 @@ impl<'a> ActionRun<'a> {
         &mut self,
         ending: Ending,
         workspace: &Workspace,
+        root: ExecRoot<'_>,
         live: Option<&LiveRun>,
         batch: &mut dyn Outputs,
     ) -> Result<()> {
@@ -265,7 +285,7 @@ impl<'a> ActionRun<'a> {
         }
         let uploading =
             Checkpoint::new(&self.order.cancel, "storing the outputs", self.settings.transfer_timeout);
-        outputs::collect(workspace.root()?, action, batch, &uploading, &mut self.result)?;
+        outputs::collect(root, action, batch, &uploading, &mut self.result)?;
         check_size(&self.result).inspect_err(|_| {
             // The logs may say why there are so many.
             let logs = (self.result.stdout_digest.take(), self.result.stderr_digest.take());

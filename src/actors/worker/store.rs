@@ -14,7 +14,7 @@ use gorego_reapi::{
     proto::reapi,
     tree::InputTree,
 };
-use std::fs::File;
+use std::{fs::File, sync::Arc};
 
 /// Where inputs come from and results go. Every method blocks; see [`Cas`] for what each promises.
 pub trait BlobStore: Send + Sync {
@@ -70,7 +70,7 @@ pub trait Outputs {
 /// An input root that is kept from eviction while this is held.
 pub trait Inputs {
     /// Its directories.
-    fn tree(&self) -> &InputTree;
+    fn tree(&self) -> &Arc<InputTree>;
 
     /// [`StagedInputs::materialise`].
     ///
@@ -120,7 +120,7 @@ impl Outputs for OutputBatch {
 }
 
 impl Inputs for StagedInputs {
-    fn tree(&self) -> &InputTree {
+    fn tree(&self) -> &Arc<InputTree> {
         StagedInputs::tree(self)
     }
 

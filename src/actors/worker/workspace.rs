@@ -1,8 +1,10 @@
 //! Exec directories: made fresh for each run, removed off the hot path, swept after a crash (EXE-43).
 //!
 //! ```text
-//! <build_root>/a-89abcdef/root/    the input root, where the command runs
+//! <build_root>/a-89abcdef/root/    the input root, where the command runs, or its own layer of it
+//! <build_root>/a-89abcdef/work/    what overlayfs needs besides a layer
 //! <build_root>/<slot>-<number>/    the run's own: stdout and stderr
+//! <build_root>/t-<number>/root/    a staged tree
 //! ```
 //!
 //! The path of the input root follows from the action, because compilers and others write it into what they make: the same
@@ -17,11 +19,16 @@
 mod removal;
 
 use super::{
+    checkpoint::Checkpoint,
+    command::Layers,
     dir::{self, FileId},
     disk_watch::DiskWatch,
+    layer,
     messages::SlotId,
+    staged_trees::{Base, Lease, StagedTrees},
+    store::Inputs,
 };
-use crate::{logging::Event, spread::spread_subdirectories};
+use crate::{instance::InstanceId, logging::Event, spread::spread_subdirectories};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -52,6 +59,10 @@ const NAME_ATTEMPTS: u64 = 10_000;
 const HASH_DIGITS: usize = 8;
 /// What the names of directories for actions begin with.
 const ACTION_PREFIX: &str = "a-";
+/// What the names of directories for staged trees begin with.
+const TREE_PREFIX: &str = "t-";
+/// What staged trees may take when nobody says otherwise.
+const DEFAULT_STAGED_BYTES: u64 = 5_000_000_000;
 
 const BUILD_ROOT_SWEPT: &str = "build_root_swept";
 const BUILD_ROOT_NOEXEC: &str = "build_root_noexec";
@@ -69,6 +80,7 @@ struct Inner {
     next: AtomicU64,
     remover: Remover,
     disk: DiskWatch,
+    max_staged_bytes: u64,
 }
 
 /// The directories that are or were at the path of a build root.
@@ -82,9 +94,10 @@ struct Places {
 /// The directory at the path of a build root. It is locked for as long as this lives, or else the sweep would take another
 /// server's directories away under its commands.
 #[derive(Debug)]
-struct Place {
+pub(super) struct Place {
     handle: File,
     id: FileId,
+    pub(super) trees: StagedTrees,
 }
 
 impl BuildRoot {
@@ -93,11 +106,19 @@ impl BuildRoot {
     /// # Errors
     /// When the directory cannot be made or opened, or when another server has it.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::with_trees(path, DEFAULT_STAGED_BYTES)
+    }
+
+    /// The same, whose staged trees have at most so many bytes.
+    ///
+    /// # Errors
+    /// As [`BuildRoot::open`].
+    pub fn with_trees(path: &Path, max_staged_bytes: u64) -> Result<Self> {
         let doing = |error: io::Error| Error::io(&format!("open the build root {}", path.display()), &error);
         fs::create_dir_all(path).map_err(doing)?;
         // Commands get absolute paths into it.
         let path = path.canonicalize().map_err(doing)?;
-        let place = Arc::new(Place::open(&path)?);
+        let place = Arc::new(Place::open(&path, max_staged_bytes)?);
         let next = AtomicU64::new(0);
         let leftovers = place.sweep(&next).map_err(doing)?;
         if !leftovers.is_empty() {
@@ -109,7 +130,7 @@ impl BuildRoot {
         let remover = Remover::start(leftovers.into_iter().map(job).collect());
         let disk = DiskWatch::new(path.clone());
         let places = Mutex::new(Places { current: place, former: Vec::new() });
-        let build_root = Self(Arc::new(Inner { path, places, next, remover, disk }));
+        let build_root = Self(Arc::new(Inner { path, places, next, remover, disk, max_staged_bytes }));
         if build_root.is_noexec() {
             let path = build_root.0.path.display();
             Event::warn("gorego::worker", BUILD_ROOT_NOEXEC).with_shown("path", &path).log(format_args!(
@@ -128,8 +149,10 @@ impl BuildRoot {
         let doing = |error: io::Error| Error::io("make an exec directory", &error);
         let place = self.place()?;
         let ticket = self.0.remover.ticket();
-        let name = numbered(slot, &self.0.next, |name| Ok(rfs::mkdirat(&place.handle, name, Mode::RWXU)?))
-            .map_err(doing)?;
+        let name = numbered(&format!("{}-", slot.0), &self.0.next, |name| {
+            Ok(rfs::mkdirat(&place.handle, name, Mode::RWXU)?)
+        })
+        .map_err(doing)?;
         let mut workspace = Workspace {
             path: self.0.path.join(&name),
             root_path: PathBuf::new(),
@@ -167,6 +190,32 @@ impl BuildRoot {
         }
     }
 
+    /// Makes an empty directory for a staged tree: the name of what is to be removed in the end, and the tree's top.
+    pub(super) fn create_tree(&self, place: &Arc<Place>) -> io::Result<(OsString, File)> {
+        let name =
+            numbered(TREE_PREFIX, &self.0.next, |name| Ok(rfs::mkdirat(&place.handle, name, Mode::RWXU)?))?;
+        let made = dir::open_dir(&place.handle, &name).and_then(|top| layer::make_directory(&top, "root"));
+        match made {
+            Ok(root) => Ok((name, root)),
+            Err(error) => {
+                self.remove_later(place, name);
+                Err(error)
+            }
+        }
+    }
+
+    /// Has a directory of `place` removed in the background.
+    pub(super) fn remove_later(&self, place: &Arc<Place>, name: OsString) {
+        self.0.remover.remove(Job { place: place.clone(), name, ticket: None });
+    }
+
+    /// Removes the staged trees that no action uses, for a disk that is full.
+    pub fn relieve_disk(&self) {
+        if let Ok(place) = self.place() {
+            self.remove_unused_trees(&place);
+        }
+    }
+
     /// The directory that is at the path now; made again when it was removed.
     fn place(&self) -> Result<Arc<Place>> {
         let Inner { path, places, next, remover, .. } = &*self.0;
@@ -185,7 +234,7 @@ impl BuildRoot {
         let doing =
             |error: io::Error| Error::io(&format!("make the build root {} again", path.display()), &error);
         fs::create_dir_all(path).map_err(doing)?;
-        let made = Arc::new(Place::open(path)?);
+        let made = Arc::new(Place::open(path, self.0.max_staged_bytes)?);
         Event::warn("gorego::worker", BUILD_ROOT_REMADE).with_shown("path", &path.display()).log(format_args!(
             "the build root {} was removed or replaced while the server runs; using the one that is there now",
             path.display()
@@ -206,7 +255,7 @@ impl Places {
 }
 
 impl Place {
-    fn open(path: &Path) -> Result<Self> {
+    fn open(path: &Path, max_staged_bytes: u64) -> Result<Self> {
         let doing = |error: io::Error| Error::io(&format!("open the build root {}", path.display()), &error);
         let handle = File::open(path).map_err(doing)?;
         flock(&handle, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
@@ -219,7 +268,7 @@ impl Place {
         })?;
         spread_subdirectories(&handle);
         let id = dir::file_id(&rfs::fstat(&handle).map_err(|error| doing(error.into()))?);
-        Ok(Self { handle, id })
+        Ok(Self { handle, id, trees: StagedTrees::new(max_staged_bytes) })
     }
 
     /// What earlier runs left, to be removed. Names that follow from an action are free at once.
@@ -228,7 +277,7 @@ impl Place {
         for entry in dir::entries(&self.handle)? {
             let entry = entry?;
             match owner(dir::entry_name(&entry)) {
-                Some(Owner::Run) => leftovers.push(dir::entry_name(&entry).to_owned()),
+                Some(Owner::Run | Owner::Tree) => leftovers.push(dir::entry_name(&entry).to_owned()),
                 Some(Owner::Action) => {
                     let name = dir::entry_name(&entry);
                     let aside = |aside: &OsStr| {
@@ -236,7 +285,7 @@ impl Place {
                         Ok(rfs::renameat_with(&self.handle, name, &self.handle, aside, flags)?)
                     };
                     // One that cannot be moved keeps its name, and runs of that action get another.
-                    leftovers.push(numbered(SlotId(0), next, aside).unwrap_or_else(|_| name.to_owned()));
+                    leftovers.push(numbered("0-", next, aside).unwrap_or_else(|_| name.to_owned()));
                 }
                 None => {}
             }
@@ -247,15 +296,15 @@ impl Place {
     }
 }
 
-/// Tries names for a run's own directory until one is free.
+/// Tries names that begin like this until one is free.
 fn numbered(
-    slot: SlotId,
+    prefix: &str,
     next: &AtomicU64,
     mut take: impl FnMut(&OsStr) -> io::Result<()>,
 ) -> io::Result<OsString> {
     for _ in 0..NAME_ATTEMPTS {
         let number = next.fetch_add(1, Ordering::Relaxed);
-        let name = OsString::from(format!("{}-{number}", slot.0));
+        let name = OsString::from(format!("{prefix}{number}"));
         match take(&name) {
             Ok(()) => return Ok(name),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -271,6 +320,8 @@ enum Owner {
     Run,
     /// An action that runs.
     Action,
+    /// Actions that have the same inputs.
+    Tree,
 }
 
 /// Whose directory an entry of the build root is; `None` when it is not ours.
@@ -281,6 +332,9 @@ fn owner(name: &OsStr) -> Option<Owner> {
         let (hash, number) = rest.split_once('-').unwrap_or((rest, "2"));
         let is_hash = hash.len() == HASH_DIGITS && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
         return (is_hash && is_number(number)).then_some(Owner::Action);
+    }
+    if let Some(number) = name.strip_prefix(TREE_PREFIX) {
+        return is_number(number).then_some(Owner::Tree);
     }
     let (slot, number) = name.split_once('-')?;
     (is_number(slot) && is_number(number)).then_some(Owner::Run)
@@ -359,6 +413,31 @@ impl Workspace {
     /// As [`Workspace::top`].
     pub fn root(&self) -> Result<&File> {
         self.opened().map(|opened| &opened.root)
+    }
+
+    /// A base for the input root beneath the layer of this run; see [`BuildRoot::stage`].
+    ///
+    /// # Errors
+    /// As [`BuildRoot::stage`].
+    pub(super) fn stage<'a>(
+        &self,
+        inputs: &'a dyn Inputs,
+        instance: InstanceId,
+        checkpoint: &Checkpoint,
+    ) -> Result<Option<Base<'a>>> {
+        self.build_root.stage(&self.place, inputs, instance, checkpoint)
+    }
+
+    /// What has to be mounted so that the command sees `base` beneath the layer of this run.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn layers(&self, base: &Lease) -> Result<Layers> {
+        let Opened { for_action, .. } = self.opened()?;
+        rfs::mkdirat(for_action, "work", Mode::RWXU)
+            .map_err(|error| Error::io("make an exec directory", &error.into()))?;
+        let work = self.root_path.with_file_name("work");
+        Ok(Layers { below: self.build_root.0.path.join(base.path()), own: self.root_path.clone(), work })
     }
 
     /// Absolute path of the run's own directory.

@@ -63,7 +63,7 @@ impl Closure {
 /// to say.
 #[derive(Debug)]
 pub(crate) struct InputRoot {
-    tree: InputTree,
+    tree: Arc<InputTree>,
     /// All that belongs to it and takes room: distinct, the empty blob left out.
     digests: Vec<Digest>,
 }
@@ -77,7 +77,7 @@ impl InputRoot {
     ) -> Result<(Arc<Self>, usize)> {
         let nodes: usize = directories.values().map(|directory| directory.memory()).sum();
         let weight = nodes + digests.len() * size_of::<Digest>();
-        Ok((Arc::new(Self { tree: InputTree::new(root, directories)?, digests }), weight))
+        Ok((Arc::new(Self { tree: Arc::new(InputTree::new(root, directories)?), digests }), weight))
     }
 }
 
@@ -90,7 +90,7 @@ pub struct StagedInputs {
 
 impl StagedInputs {
     /// Its directories.
-    pub fn tree(&self) -> &InputTree {
+    pub fn tree(&self) -> &Arc<InputTree> {
         &self.input_root.tree
     }
 

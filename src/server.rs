@@ -77,7 +77,7 @@ pub(crate) fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 's
     // Both block, so they precede anything asynchronous. Each locks its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
     let build_root = match &settings.execution {
-        Some(execution) => Some(BuildRoot::open(&execution.build_root)?),
+        Some(execution) => Some(BuildRoot::with_trees(&execution.build_root, execution.max_staged_bytes)?),
         None => None,
     };
     let runtime: Arc<Runtime> = Arc::new(runtime);

@@ -150,6 +150,8 @@ pub struct ExecutionSettings {
     pub max_attempts: u32,
     /// Size limit of a file that a command writes.
     pub max_output_file_bytes: u64,
+    /// Most bytes of all staged input trees together; 0 for none.
+    pub max_staged_bytes: u64,
 }
 
 /// Collects problems, so that all are reported together.
@@ -457,5 +459,6 @@ fn execution(check: &mut Checker<'_>, cache_dir: &Path, machine: &Machine) -> Ex
         contended_abandon_grace: config.contended_abandon_grace,
         max_attempts: config.max_attempts,
         max_output_file_bytes: check.size("execution.max_output_file_gb", config.max_output_file_gb),
+        max_staged_bytes: config.staged_inputs_gb.bytes(),
     }
 }

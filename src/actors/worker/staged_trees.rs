@@ -16,6 +16,8 @@ pub mod delta;
 pub mod index;
 #[cfg(test)]
 pub mod model;
+#[cfg(test)]
+mod tests;
 
 use super::{
     checkpoint::Checkpoint,

@@ -217,7 +217,7 @@ impl BuildRoot {
     }
 
     /// The directory that is at the path now; made again when it was removed.
-    fn place(&self) -> Result<Arc<Place>> {
+    pub(super) fn place(&self) -> Result<Arc<Place>> {
         let Inner { path, places, next, remover, .. } = &*self.0;
         let mut places = places.lock().unwrap_or_else(PoisonError::into_inner);
         let is_there = |place: &Place| rfs::stat(path).is_ok_and(|stat| dir::file_id(&stat) == place.id);

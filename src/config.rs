@@ -7,6 +7,7 @@
 
 pub mod load;
 mod pools;
+mod sandbox;
 mod settings;
 pub mod show;
 mod source_text;
@@ -18,6 +19,7 @@ pub use settings::{ExecutionSettings, Machine, Settings};
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
 use pools::PoolConfig;
+use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -219,6 +221,8 @@ pub struct ExecutionConfig {
     pub platform: BTreeMap<String, String>,
     /// Pools by name. Without any, there is one pool "local", made from `concurrency` and `platform`.
     pub pools: BTreeMap<String, PoolConfig>,
+    /// The sandbox of actions.
+    pub sandbox: SandboxConfig,
 }
 
 /// The `[log_streams]` section.
@@ -327,6 +331,7 @@ impl Default for ExecutionConfig {
             unknown_properties: UnknownProperties::Ignore,
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),
             pools: BTreeMap::new(),
+            sandbox: SandboxConfig::default(),
         }
     }
 }

@@ -21,6 +21,7 @@ pub mod logging;
 mod memory;
 pub mod platform;
 mod regular_file;
+mod sandbox;
 mod server;
 pub mod size;
 mod spread;

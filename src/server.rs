@@ -16,7 +16,14 @@ use crate::{
             settings::{Priorities, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
+        worker::{
+            WorkerActor, WorkerSettings,
+            launcher::{
+                PoolSandbox,
+                probe::{probe, probe_layers},
+            },
+            workspace::BuildRoot,
+        },
     },
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
@@ -25,6 +32,7 @@ use crate::{
     log_streams::{LogSettings, LogStreams, StreamLimits},
     logging::{self, Event},
     memory,
+    sandbox::{identity::Users, probe::Report, settings::SandboxMode},
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
@@ -45,6 +53,8 @@ use tokio::{
 /// Target of the log lines of this file.
 const LOG: &str = "gorego::server";
 
+const INPUTS_COPIED: &str = "inputs_copied";
+
 /// Interval between checks of the owner actors.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 
@@ -63,12 +73,28 @@ const QUIET: Duration = Duration::from_secs(2);
 /// The exit code after a second interrupt: 128 + SIGINT.
 const INTERRUPTED: i32 = 130;
 
-/// Runs a server until it is told to stop. `ready` is called once with the listening address, as soon as requests are
-/// answered.
+/// What is known when requests are answered.
+#[derive(Debug, Clone)]
+pub(crate) struct Ready {
+    /// The listening address.
+    pub address: SocketAddr,
+    /// Which protections of the sandbox work; `None` without a sandbox.
+    pub sandbox: Option<Report>,
+}
+
+/// Where actions run, made before anything asynchronous.
+struct Place {
+    build_root: BuildRoot,
+    sandbox: Option<(PoolSandbox, Report)>,
+    /// The limit of open files for commands.
+    open_files: Option<u64>,
+}
+
+/// Runs a server until it is told to stop. `ready` is called once, as soon as requests are answered.
 ///
 /// # Errors
 /// The reason why it could not start, or the death of an owner actor.
-pub(crate) fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 'static) -> Result<()> {
+pub(crate) fn run(settings: Settings, ready: impl FnOnce(Ready) + Send + 'static) -> Result<()> {
     let open_files = raise_open_files();
     let runtime = Builder::new_multi_thread()
         .enable_all()
@@ -76,8 +102,8 @@ pub(crate) fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 's
         .map_err(|error| Error::io("start the async runtime", &error))?;
     // Both block, so they precede anything asynchronous. Each locks its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
-    let build_root = match &settings.execution {
-        Some(execution) => Some(BuildRoot::with_trees(&execution.build_root, execution.max_staged_bytes)?),
+    let place = match &settings.execution {
+        Some(execution) => Some(Place::open(execution, open_files)?),
         None => None,
     };
     let runtime: Arc<Runtime> = Arc::new(runtime);
@@ -86,9 +112,60 @@ pub(crate) fn run(settings: Settings, ready: impl FnOnce(SocketAddr) + Send + 's
     let _kept = std::mem::ManuallyDrop::new(runtime.clone());
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
-        let server = Server::start(settings, store, build_root, open_files, workers).await?;
+        let server = Server::start(settings, store, place, workers).await?;
         server.serve(ready).await
     })
+}
+
+impl Place {
+    /// Opens the build root, and finds out which protections of the sandbox work in it.
+    fn open(execution: &ExecutionSettings, open_files: Option<u64>) -> Result<Self> {
+        let build_root = BuildRoot::with_trees(&execution.build_root, execution.max_staged_bytes)?;
+        let settings = &execution.sandbox;
+        if settings.mode == SandboxMode::Off {
+            return Ok(Self { build_root, sandbox: None, open_files });
+        }
+        let report = probe(settings, &WorkerSettings::own_runner(open_files), &build_root);
+        if settings.mode == SandboxMode::Required && !report.missing.is_empty() {
+            let missing: Vec<_> = report.missing.iter().map(ToString::to_string).collect();
+            return Err(Error::Precondition(format!(
+                "execution.sandbox.mode is \"required\", and the sandbox is incomplete: {}",
+                missing.join(". ")
+            )));
+        }
+        let users = Users::new(settings.first_user);
+        let mut sandbox = PoolSandbox {
+            settings: settings.clone(),
+            protections: report.on,
+            build_root: build_root.path().to_owned(),
+            users,
+            has_layers: false,
+        };
+        if report.on.namespaces && execution.max_staged_bytes > 0 {
+            let runner = WorkerSettings::own_runner(open_files);
+            sandbox.has_layers = match probe_layers(&sandbox, &runner, &build_root) {
+                Ok(()) => true,
+                Err(reason) => {
+                    warn_of_copies(&reason);
+                    false
+                }
+            };
+        }
+        Ok(Self { build_root, sandbox: Some((sandbox, report)), open_files })
+    }
+
+    /// The sandbox, if anything of it works.
+    fn pool_sandbox(&self) -> Option<PoolSandbox> {
+        let (sandbox, report) = self.sandbox.as_ref()?;
+        (!report.is_empty()).then(|| sandbox.clone())
+    }
+}
+
+fn warn_of_copies(reason: &str) {
+    Event::warn(LOG, INPUTS_COPIED).with("error", reason).log(format_args!(
+        "input roots are copied for each action, because they cannot be overlays here: {reason}; put execution.build_root on \
+         ext4, xfs, btrfs or tmpfs"
+    ));
 }
 
 fn store_settings(settings: &Settings) -> StoreSettings {
@@ -140,7 +217,7 @@ struct Server {
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
-    build_root: Option<BuildRoot>,
+    place: Option<Place>,
     log_streams: LogStreams,
     /// The runtime that serves connections. The actors run on another thread.
     workers: Handle,
@@ -158,8 +235,7 @@ impl Server {
     async fn start(
         settings: Settings,
         store: CasActor,
-        build_root: Option<BuildRoot>,
-        open_files: Option<u64>,
+        place: Option<Place>,
         workers: Handle,
     ) -> Result<Self> {
         let listener = listen(settings.listen_addr, "listen_addr").await?;
@@ -172,16 +248,17 @@ impl Server {
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
-        let scheduler = settings.execution.as_ref().zip(build_root.clone()).map(|(execution, build_root)| {
-            start_scheduler(execution, build_root, open_files, &cas, log_streams.clone())
-        });
-        Ok(Self { settings, listener, http, cas, assets, scheduler, build_root, log_streams, workers })
+        let scheduler = settings
+            .execution
+            .as_ref()
+            .zip(place.as_ref())
+            .map(|(execution, place)| start_scheduler(execution, place, &cas, log_streams.clone()));
+        Ok(Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers })
     }
 
     /// Serves until a signal or fault, then shuts down.
-    async fn serve(self, ready: impl FnOnce(SocketAddr)) -> Result<()> {
-        let Self { settings, listener, http, cas, assets, scheduler, build_root, log_streams, workers } =
-            self;
+    async fn serve(self, ready: impl FnOnce(Ready)) -> Result<()> {
+        let Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers } = self;
         let mut signals = Signals::listen()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -218,7 +295,8 @@ impl Server {
         });
         let (http_close, mut http_serving) =
             serve_http(http, &settings, &cas, (&under_way, &connections), &workers)?;
-        ready(address);
+        let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
+        ready(Ready { address, sandbox });
 
         let stop = select! {
             signal = signals.next() => Stop::Signal(signal),
@@ -248,8 +326,8 @@ impl Server {
             }
             // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
             let left = exit.told().saturating_duration_since(Instant::now());
-            let removal = build_root
-                .map(|build_root| workers.spawn_blocking(move || build_root.wait_until_empty(left)));
+            let removal =
+                place.map(|place| workers.spawn_blocking(move || place.build_root.wait_until_empty(left)));
             log_streams.close();
             // Clients that wait for a stream receive its end now. Idle connections are closed gracefully.
             let _ = close.send(());
@@ -343,8 +421,7 @@ fn serve_http(
 
 fn start_scheduler(
     execution: &ExecutionSettings,
-    build_root: BuildRoot,
-    open_files: Option<u64>,
+    place: &Place,
     cas: &Cas,
     log_streams: LogStreams,
 ) -> Addr<SchedulerActor> {
@@ -353,12 +430,12 @@ fn start_scheduler(
         let worker = Arc::new(WorkerSettings {
             name: worker_name(pool),
             pool: pool.name.clone(),
-            build_root: build_root.clone(),
+            build_root: place.build_root.clone(),
             transfer_timeout: execution.transfer_timeout,
             max_output_file_bytes: execution.max_output_file_bytes,
-            runner: WorkerSettings::own_runner(open_files),
+            runner: WorkerSettings::own_runner(place.open_files),
+            sandbox: place.pool_sandbox(),
             log_streams: log_streams.clone(),
-            has_layers: false,
         });
         let spec = PoolSpec {
             name: pool.name.clone(),

@@ -29,7 +29,7 @@ use crate::{
 };
 use actix::{Actor, MessageResult, SyncContext};
 use gorego_reapi::error::Error;
-use launcher::{Launcher, RunnerLauncher};
+use launcher::{Launcher, PoolSandbox, RunnerLauncher};
 use messages::{RunAction, RunFailure};
 use run::ActionRun;
 use std::{
@@ -64,13 +64,18 @@ pub struct WorkerSettings {
     pub max_output_file_bytes: u64,
     /// Program and arguments of a runner process.
     pub runner: Vec<OsString>,
+    /// The sandbox in which commands run; `None` for none.
+    pub sandbox: Option<PoolSandbox>,
     /// Where the output of running commands can be followed.
     pub log_streams: LogStreams,
-    /// Whether the launcher can mount the layers of a launch.
-    pub has_layers: bool,
 }
 
 impl WorkerSettings {
+    /// Whether input roots can have layers.
+    fn has_layers(&self) -> bool {
+        self.sandbox.as_ref().is_some_and(|sandbox| sandbox.has_layers)
+    }
+
     /// The runner command of a server: this very binary, also after the file was replaced on disk. Commands get
     /// `open_files` as their soft limit on open files, if the server has changed its own.
     pub fn own_runner(open_files: Option<u64>) -> Vec<OsString> {
@@ -91,7 +96,7 @@ pub struct WorkerActor {
 impl WorkerActor {
     /// A worker that gets inputs from `store` and puts outputs there.
     pub fn new(settings: Arc<WorkerSettings>, store: Arc<dyn BlobStore>) -> Self {
-        let launcher = Box::new(RunnerLauncher::new(settings.runner.clone()));
+        let launcher = Box::new(RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref()));
         Self { mail: Mail::default(), settings, store, launcher }
     }
 

@@ -8,7 +8,8 @@ use super::{
 use crate::{
     config::{Config, LogConfig, Settings},
     logging::{self, Event, Style},
-    server,
+    sandbox::probe::Report,
+    server::{self, Ready},
     size::Size,
 };
 use gorego_reapi::error::Error;
@@ -33,7 +34,7 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
         Event::warn("gorego::config", "config_warning").log(format_args!("{warning}"));
     }
     let announced = settings.clone();
-    match server::run(settings, move |address| announce(style, &announced, address)) {
+    match server::run(settings, move |ready| announce(style, &announced, &ready)) {
         Ok(()) => EXIT_OK,
         Err(error) => {
             Event::error("gorego::server", "server_failed").log(format_args!("{error}"));
@@ -55,17 +56,27 @@ fn refuse(args: &ServeArgs, error: &Error) {
 }
 
 /// Reports that the server is ready: as a banner for people, or as one log event.
-fn announce(style: Style, settings: &Settings, address: SocketAddr) {
+fn announce(style: Style, settings: &Settings, ready: &Ready) {
+    let Ready { address, sandbox } = ready;
+    // On a terminal too: what is missing should not be overlooked.
+    for missing in sandbox.iter().flat_map(|report| &report.missing) {
+        Event::warn("gorego::server", "protection_missing")
+            .with("protection", missing.protection.name())
+            .with("error", &*missing.reason)
+            .with_some("remedy", missing.remedy.as_deref())
+            .log(format_args!("the sandbox of actions is incomplete: {missing}"));
+    }
     let slots = settings.execution.as_ref().map_or(0, |execution| execution.slots);
     match style {
         // Printed in one piece, so that no log line appears within it.
-        Style::Text { .. } => logging::print(&banner(settings, address)),
+        Style::Text { .. } => logging::print(&banner(settings, *address, sandbox.as_ref())),
         Style::Json => {
             let config_file = settings.config_file.as_deref().unwrap_or(Path::new(""));
             Event::info("gorego::server", "server_started")
-                .with_shown("listen_addr", &address)
+                .with_shown("listen_addr", address)
                 .with_shown("data_dir", &settings.cache_dir.display())
                 .with("slots", slots)
+                .with("sandbox", &*protections(sandbox.as_ref()))
                 .with("max_size_bytes", settings.max_size_bytes)
                 .with_shown("config_file", &config_file.display())
                 .with("version", env!("CARGO_PKG_VERSION"))
@@ -74,8 +85,16 @@ fn announce(style: Style, settings: &Settings, address: SocketAddr) {
     }
 }
 
-/// The banner: listening address, data directory, number of slots, and the lines for `.bazelrc`.
-pub(super) fn banner(settings: &Settings, address: SocketAddr) -> String {
+/// The protections that are on, as words.
+fn protections(sandbox: Option<&Report>) -> String {
+    match sandbox.map(Report::names) {
+        Some(names) if !names.is_empty() => names.join(", "),
+        _ => "none".into(),
+    }
+}
+
+/// The banner: listening address, data directory, number of slots, the sandbox, and the lines for `.bazelrc`.
+pub(super) fn banner(settings: &Settings, address: SocketAddr, sandbox: Option<&Report>) -> String {
     let (unspecified, host) = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => (true, IpAddr::V4(Ipv4Addr::LOCALHOST)),
         IpAddr::V6(ip) if ip.is_unspecified() => (true, IpAddr::V6(Ipv6Addr::LOCALHOST)),
@@ -96,6 +115,10 @@ pub(super) fn banner(settings: &Settings, address: SocketAddr) -> String {
             } else {
                 format!(" ({})\n", pools.join(", "))
             });
+            let _ = writeln!(text, "  sandbox {}", protections(sandbox));
+            for missing in sandbox.iter().flat_map(|report| &report.missing) {
+                let _ = writeln!(text, "    {missing}");
+            }
         }
         None => text.push_str("  slots  none; this is a cache only\n"),
     }
@@ -142,7 +165,7 @@ mod tests {
 
     #[test]
     fn the_banner_has_lines_to_paste_that_lead_to_this_server() {
-        let text = banner(&settings(|_| {}), "127.0.0.1:50051".parse().unwrap());
+        let text = banner(&settings(|_| {}), "127.0.0.1:50051".parse().unwrap(), None);
         for part in
             ["/home/u/.cache/gorego", "3 actions", "--remote_executor=grpc://127.0.0.1:50051", "-- sh"]
         {
@@ -152,7 +175,7 @@ mod tests {
             config.execution.enabled = false;
             config.instance_names = vec!["main".into()];
         });
-        let text = banner(&cache, "[::]:9092".parse().unwrap());
+        let text = banner(&cache, "[::]:9092".parse().unwrap(), None);
         for part in ["--remote_cache=grpc://[::1]:9092", "--remote_instance_name=main", "cache only"] {
             assert!(text.contains(part), "{part} in {text}");
         }
@@ -167,7 +190,7 @@ mod tests {
             let lines = text.lines().map(str::trim).filter(|line| line.starts_with("build --"));
             lines.map(str::to_owned).collect()
         };
-        let banner = lines(&banner(&settings(|_| {}), "127.0.0.1:50051".parse().unwrap()));
+        let banner = lines(&banner(&settings(|_| {}), "127.0.0.1:50051".parse().unwrap(), None));
         assert_eq!(lines(readme), banner);
     }
 }

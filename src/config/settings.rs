@@ -8,6 +8,7 @@ use super::{
     CommittedSize, Loaded, LogConfig,
     load::keys,
     pools::{PoolSettings, pools},
+    sandbox::sandbox,
 };
 use crate::{
     action::TimeoutPolicy,
@@ -19,6 +20,7 @@ use crate::{
     instance::{Instances, Policy},
     log_streams::{MAX_STREAM_BYTES, StreamLimits},
     platform::UnknownProperties,
+    sandbox::settings::SandboxSettings,
     size::Size,
 };
 use gorego_reapi::{
@@ -150,6 +152,8 @@ pub struct ExecutionSettings {
     pub max_attempts: u32,
     /// Size limit of a file that a command writes.
     pub max_output_file_bytes: u64,
+    /// The sandbox of actions.
+    pub sandbox: SandboxSettings,
     /// Most bytes of all staged input trees together; 0 for none.
     pub max_staged_bytes: u64,
 }
@@ -174,7 +178,7 @@ impl Checker<'_> {
     }
 
     /// Checks a size and converts it to bytes.
-    fn size(&mut self, key: &str, size: Size) -> u64 {
+    pub(super) fn size(&mut self, key: &str, size: Size) -> u64 {
         self.require(key, size >= MIN_SIZE, &format!("must be between {MIN_SIZE} and {}", Size::MAX));
         size.bytes()
     }
@@ -237,7 +241,7 @@ impl Settings {
         if let Err(problem) = crate::logging::check_filter(&config.log.filter) {
             check.refuse("log.filter", &problem);
         }
-        let execution = execution(&mut check, &cache_dir, machine);
+        let execution = execution(&mut check, &mut warnings, &cache_dir, machine);
         let log_streams = log_streams(&mut check);
         let assets = assets(&mut check, &cache_dir);
         match (instances, check.problems.is_empty()) {
@@ -399,7 +403,12 @@ fn assets(check: &mut Checker<'_>, cache_dir: &Path) -> AssetSettings {
     }
 }
 
-fn execution(check: &mut Checker<'_>, cache_dir: &Path, machine: &Machine) -> ExecutionSettings {
+fn execution(
+    check: &mut Checker<'_>,
+    warnings: &mut Vec<String>,
+    cache_dir: &Path,
+    machine: &Machine,
+) -> ExecutionSettings {
     let config = &check.loaded.config.execution;
     check.require(
         "execution.concurrency",
@@ -442,6 +451,9 @@ fn execution(check: &mut Checker<'_>, cache_dir: &Path, machine: &Machine) -> Ex
     } else {
         check.directory("execution.build_root", &config.build_root, machine)
     };
+    let config_file = check.loaded.file.as_deref();
+    let own: Vec<_> = [cache_dir, &build_root].into_iter().chain(config_file).collect();
+    let sandbox = sandbox(check, warnings, &own, machine);
     ExecutionSettings {
         slots: pools.iter().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots)),
         pools,
@@ -459,6 +471,7 @@ fn execution(check: &mut Checker<'_>, cache_dir: &Path, machine: &Machine) -> Ex
         contended_abandon_grace: config.contended_abandon_grace,
         max_attempts: config.max_attempts,
         max_output_file_bytes: check.size("execution.max_output_file_gb", config.max_output_file_gb),
+        sandbox,
         max_staged_bytes: config.staged_inputs_gb.bytes(),
     }
 }

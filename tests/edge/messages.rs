@@ -161,6 +161,7 @@ fn actors(directory: &Path, instances: &Instances) -> Actors {
         transfer_timeout: Duration::from_secs(60),
         max_output_file_bytes: 1 << 20,
         runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
+        sandbox: None,
         log_streams: log_streams(false, directory),
     });
     let machine = Machine { cpus: 1, cache_home: Some("/cache".into()), current_dir: "/".into() };

@@ -192,8 +192,9 @@ pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Ben
             transfer_timeout: Duration::from_secs(60),
             max_output_file_bytes,
             runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
+            // These tests look at their commands from outside. tests/sandbox is about the sandbox.
+            sandbox: None,
             log_streams: log_streams(),
-            has_layers: false,
         });
         let handle: Arc<dyn BlobStore> = Arc::new(Handle(store.clone()));
         let worker = SyncArbiter::start(1, move || WorkerActor::new(settings.clone(), handle.clone()));

@@ -20,7 +20,7 @@ use prost::Message as _;
 use serde_json::Value;
 use std::{
     io::{BufRead as _, BufReader},
-    os::unix::process::ExitStatusExt as _,
+    os::unix::process::{CommandExt as _, ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
@@ -64,6 +64,30 @@ impl Server {
     pub async fn on(store: Arc<TempDir>, overrides: &[(&str, &str)]) -> Self {
         let mut command = command(store.path());
         command.envs(overrides.iter().map(|(key, value)| (format!("GOREGO_{key}"), value)));
+        Self::spawn(command, store)
+    }
+
+    /// Starts a server as another user, on an empty store of that user. Takes root.
+    pub async fn as_user(user: u32, overrides: &[(&str, &str)]) -> Self {
+        let store = Arc::new(tempfile::tempdir().unwrap());
+        std::os::unix::fs::chown(store.path(), Some(user), Some(user)).unwrap();
+        // The user may not be able to reach the directory of the binary.
+        let binary = store.path().join("gorego");
+        let built = env!("CARGO_BIN_EXE_gorego");
+        if std::fs::hard_link(built, &binary).is_err() {
+            std::fs::copy(built, &binary).unwrap();
+        }
+        let plain = command(store.path());
+        let mut command = Command::new(&binary);
+        command
+            .args(plain.get_args())
+            .env_clear()
+            .envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))))
+            .envs(overrides.iter().map(|(key, value)| (format!("GOREGO_{key}"), value)))
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .uid(user)
+            .gid(user);
         Self::spawn(command, store)
     }
 

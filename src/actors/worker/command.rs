@@ -2,7 +2,7 @@
 //! kernel wants it, and what a program that cannot be started means. Pure.
 
 use super::workspace::Workspace;
-use crate::action::Command;
+use crate::{action::Command, sandbox::layers::Layers};
 use rustix::io::Errno;
 use std::path::PathBuf;
 
@@ -44,17 +44,6 @@ pub struct Launch {
     pub max_file_bytes: u64,
     /// What is mounted as the input root; `None` when it lies at `root` as it is.
     pub layers: Option<Layers>,
-}
-
-/// An overlay: the layer of one action above a staged tree. Absolute paths.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Layers {
-    /// The staged tree.
-    pub below: PathBuf,
-    /// The layer of the action.
-    pub own: PathBuf,
-    /// An empty directory on the file system of that layer.
-    pub work: PathBuf,
 }
 
 impl Launch {
@@ -108,7 +97,8 @@ pub fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i32, Stri
     };
     let hint = match errno {
         Errno::NOENT if program.to_string().contains('/') => {
-            "it is neither an input nor on this server, or the interpreter it names is not".to_owned()
+            "it is neither an input nor on this server where actions can see it, or the interpreter it names is not"
+                .to_owned()
         }
         Errno::NOENT => {
             let path = command.environment.iter().find(|(name, _)| name == "PATH");

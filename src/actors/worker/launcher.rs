@@ -9,14 +9,26 @@
 //! fault and worth another try, and the scheduler's bound on tries ends it.
 
 mod capture;
+mod cell;
+mod children;
+mod init;
+pub(crate) mod probe;
 pub mod protocol;
 mod reap;
 pub mod runner;
 mod spawn;
 mod sys;
+mod usage;
 
 use super::{cancel::CancelToken, clock::Moment, command::Launch};
-use crate::{log_streams::run::LogKind, logging::Event};
+use crate::{
+    log_streams::run::LogKind,
+    logging::Event,
+    sandbox::{
+        identity::{User, Users},
+        settings::{Protections, Sandbox, SandboxSettings},
+    },
+};
 use gorego_reapi::{
     error::{Error, Result},
     proto::gorego,
@@ -33,6 +45,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt as _, net::UnixStream, process::CommandExt as _},
     },
+    path::PathBuf,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -96,11 +109,27 @@ pub trait Launcher: Send {
     fn reset(&mut self);
 }
 
+/// The sandbox of a pool: its settings, and what of them works on this machine. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct PoolSandbox {
+    pub(crate) settings: SandboxSettings,
+    pub(crate) protections: Protections,
+    /// Where exec directories are.
+    pub(crate) build_root: PathBuf,
+    /// From which each slot takes its own.
+    pub(crate) users: Users,
+    /// Whether input roots can have layers.
+    pub(crate) has_layers: bool,
+}
+
 /// The [`Launcher`] that keeps a runner process.
 #[derive(Debug)]
 pub struct RunnerLauncher {
     command: Vec<OsString>,
+    sandbox: Option<Sandbox>,
     runner: Option<Runner>,
+    /// The user of the sandbox belongs to this launcher.
+    _user: Option<User>,
 }
 
 #[derive(Debug)]
@@ -110,9 +139,19 @@ struct Runner {
 }
 
 impl RunnerLauncher {
-    /// A launcher whose runner is started with `command`: a program and its arguments.
-    pub fn new(command: Vec<OsString>) -> Self {
-        Self { command, runner: None }
+    /// A launcher whose runner is started with `command`: a program and its arguments. Commands run in the sandbox, if there
+    /// is one.
+    pub fn new(command: Vec<OsString>, sandbox: Option<&PoolSandbox>) -> Self {
+        let user = sandbox.filter(|pool| pool.protections.identity).map(|pool| pool.users.take());
+        let number = user.as_ref().map_or(0, User::number);
+        let sandbox =
+            sandbox.map(|pool| Sandbox::new(&pool.settings, pool.protections, &pool.build_root, number));
+        Self { command, sandbox, runner: None, _user: user }
+    }
+
+    /// Like [`Launcher::run`], for a caller that expects failures.
+    fn try_run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
+        self.runner()?.run(launch, timeout, cancel)
     }
 
     fn runner(&mut self) -> Result<&mut Runner> {
@@ -125,7 +164,7 @@ impl RunnerLauncher {
         }
         let runner = match running {
             Some(runner) => runner,
-            None => Runner::start(&self.command)?,
+            None => Runner::start(&self.command, self.sandbox.as_ref())?,
         };
         Ok(self.runner.insert(runner))
     }
@@ -137,7 +176,7 @@ impl Launcher for RunnerLauncher {
     }
 
     fn run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
-        let outcome = self.runner()?.run(launch, timeout, cancel);
+        let outcome = self.try_run(launch, timeout, cancel);
         if let Err(error) = &outcome {
             Event::warn("gorego::worker", RUNNER_REPLACED)
                 .with_shown("error", error)
@@ -154,7 +193,7 @@ impl Launcher for RunnerLauncher {
 }
 
 impl Runner {
-    fn start(command: &[OsString]) -> Result<Self> {
+    fn start(command: &[OsString], sandbox: Option<&Sandbox>) -> Result<Self> {
         let failed = |error: std::io::Error| Error::io("start a runner process", &error);
         // What outlives the runner comes to us instead of to init.
         sys::be_subreaper().map_err(failed)?;
@@ -175,7 +214,12 @@ impl Runner {
             .stderr(Stdio::null())
             .spawn()
             .map_err(failed)?;
-        Ok(Self { child, socket: Some(ours) })
+        let runner = Self { child, socket: Some(ours) };
+        if let (Some(sandbox), Some(socket)) = (sandbox, &runner.socket) {
+            let order = ToRunner { order: Some(Order::Enclose(sandbox.clone())) };
+            protocol::write(socket, &order).map_err(failed)?;
+        }
+        Ok(runner)
     }
 
     fn run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
@@ -310,6 +354,7 @@ impl From<&Launch> for Run {
             stdout: path(&launch.stdout),
             stderr: path(&launch.stderr),
             max_file_bytes: launch.max_file_bytes,
+            layers: launch.layers.clone(),
         }
     }
 }

@@ -146,7 +146,7 @@ impl<'a> ActionRun<'a> {
         let action = &self.order.action;
         // Held to the end: while an action runs, its inputs are not evicted.
         let staged = self.store.stage_inputs(&action.instance, action.input_root, self.order.peer)?;
-        let base = if self.settings.has_layers {
+        let base = if self.settings.has_layers() {
             workspace.stage(&*staged, action.instance.blobs(), fetching)?
         } else {
             None
@@ -158,7 +158,7 @@ impl<'a> ActionRun<'a> {
         let base = base.map(|base| base.lease);
         let root = ExecRoot::new(workspace.root()?, base.as_ref().map(Lease::tree));
         inputs::prepare(staged.tree(), root, &action.command, fetching)?;
-        let layers = base.as_ref().map(|base| workspace.layers(base)).transpose()?;
+        let layers = base.as_ref().map(|base| workspace.layers(&base.path())).transpose()?;
         self.note(Point::FetchEnd);
 
         fetching.check()?;

@@ -20,15 +20,14 @@ mod removal;
 
 use super::{
     checkpoint::Checkpoint,
-    command::Layers,
     dir::{self, FileId},
     disk_watch::DiskWatch,
     layer,
     messages::SlotId,
-    staged_trees::{Base, Lease, StagedTrees},
+    staged_trees::{Base, StagedTrees},
     store::Inputs,
 };
-use crate::{instance::InstanceId, logging::Event, spread::spread_subdirectories};
+use crate::{instance::InstanceId, logging::Event, sandbox::layers::Layers, spread::spread_subdirectories};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -42,6 +41,7 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
     io,
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError, Weak,
@@ -167,6 +167,11 @@ impl BuildRoot {
         // From here on a failure drops the workspace, which removes what there is.
         workspace.lay_out(action).map_err(doing)?;
         Ok(workspace)
+    }
+
+    /// Where it is, without symbolic links.
+    pub fn path(&self) -> &Path {
+        &self.0.path
     }
 
     /// The watch over its file system.
@@ -428,16 +433,22 @@ impl Workspace {
         self.build_root.stage(&self.place, inputs, instance, checkpoint)
     }
 
-    /// What has to be mounted so that the command sees `base` beneath the layer of this run.
+    /// What has to be mounted so that the command sees the tree at `below`, in the build root, beneath the layer of this run.
     ///
     /// # Errors
     /// Those of the file system.
-    pub(super) fn layers(&self, base: &Lease) -> Result<Layers> {
+    pub(super) fn layers(&self, below: &Path) -> Result<Layers> {
         let Opened { for_action, .. } = self.opened()?;
         rfs::mkdirat(for_action, "work", Mode::RWXU)
             .map_err(|error| Error::io("make an exec directory", &error.into()))?;
         let work = self.root_path.with_file_name("work");
-        Ok(Layers { below: self.build_root.0.path.join(base.path()), own: self.root_path.clone(), work })
+        let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
+        Ok(Layers {
+            below: bytes(&self.build_root.0.path.join(below)),
+            own: bytes(&self.root_path),
+            work: bytes(&work),
+            is_trial: false,
+        })
     }
 
     /// Absolute path of the run's own directory.

@@ -11,7 +11,7 @@
 use super::protocol::Unkept;
 use rustix::{
     event::{PollFd, PollFlags},
-    fs::{self as rfs, CWD, Mode, OFlags},
+    fs::{self as rfs, CWD, Gid, Mode, OFlags, Uid},
     io::{Errno, ioctl_fionread},
     pipe::{PipeFlags, fcntl_getpipe_size, pipe_with},
 };
@@ -20,7 +20,7 @@ use std::{
     fs::File,
     io::{self, Write as _},
     os::{
-        fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     time::{Duration, Instant},
@@ -73,9 +73,22 @@ impl Capture {
         Ok(Self { stdout: Stream::open(stdout, limit)?, stderr: Stream::open(stderr, limit)? })
     }
 
+    /// Gives the pipes to another user and group, who can then open `/dev/stderr` again.
+    ///
+    /// # Errors
+    /// When this process may not do that.
+    pub fn give_to(&self, owner: Option<(u32, u32)>) -> io::Result<()> {
+        let Some((user, group)) = owner else { return Ok(()) };
+        for stream in [&self.stdout, &self.stderr] {
+            // Both ends are the same inode.
+            rfs::fchown(&stream.pipe, Some(Uid::from_raw(user)), Some(Gid::from_raw(group)))?;
+        }
+        Ok(())
+    }
+
     /// What becomes descriptors 1 and 2 of the command.
-    pub fn writing_ends(&self) -> (RawFd, RawFd) {
-        (self.stdout.writing_end.as_raw_fd(), self.stderr.writing_end.as_raw_fd())
+    pub fn writing_ends(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
+        (self.stdout.writing_end.as_fd(), self.stderr.writing_end.as_fd())
     }
 
     /// Adds the pipes that are worth reading now to `fds`; says how long it takes until another is.
@@ -177,8 +190,7 @@ impl Stream {
     }
 }
 
-/// A pipe whose reading end does not block. Both ends belong to the user who runs this; fchown(2) on one of them is what gives
-/// the right to open it again to another user.
+/// A pipe whose reading end does not block. Both ends belong to the user who runs this, until they are given away.
 fn output_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (reading_end, writing_end) = pipe_with(PipeFlags::CLOEXEC)?;
     rfs::fcntl_setfl(&reading_end, OFlags::NONBLOCK)?;

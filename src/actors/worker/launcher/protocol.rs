@@ -1,8 +1,10 @@
 //! What a worker and its runner process say to each other: length-prefixed protobuf messages over a socket.
 //!
 //! Both ends are always the same binary, so there is no versioning. One [`Run`] is answered by one [`FromRunner`]; a [`Kill`]
-//! hurries that answer and is ignored when nothing runs.
+//! hurries that answer and is ignored when nothing runs. A [`Sandbox`] is the first order, if it comes at all. A runner and a
+//! cell speak in the same way: a cell says [`Ready`], gets one [`Run`], and says how it ended.
 
+use crate::sandbox::{layers::Layers, settings::Sandbox};
 use gorego_reapi::proto::gorego;
 use prost::Message;
 use std::io::{self, Read, Write};
@@ -14,7 +16,7 @@ pub const MAX_MESSAGE_BYTES: usize = 64 * 1024 * 1024;
 #[derive(Clone, PartialEq, Message)]
 pub struct ToRunner {
     /// What to do.
-    #[prost(oneof = "Order", tags = "1, 2")]
+    #[prost(oneof = "Order", tags = "1, 2, 3")]
     pub order: Option<Order>,
 }
 
@@ -27,6 +29,9 @@ pub enum Order {
     /// Kill what runs.
     #[prost(message, tag = "2")]
     Kill(Kill),
+    /// Run all commands in this sandbox.
+    #[prost(message, tag = "3")]
+    Enclose(Sandbox),
 }
 
 /// Kills what runs.
@@ -60,6 +65,9 @@ pub struct Run {
     /// Largest file that the command may write, and longest log.
     #[prost(uint64, tag = "8")]
     pub max_file_bytes: u64,
+    /// The layers of the input root, which is at `root` as it is without them.
+    #[prost(message, optional, tag = "9")]
+    pub layers: Option<Layers>,
 }
 
 /// The answer to a [`Run`].
@@ -131,6 +139,32 @@ pub struct Failed {
     #[prost(int32, tag = "2")]
     pub errno: i32,
 }
+
+/// What the first process of a cell says.
+#[derive(Clone, PartialEq, Message)]
+pub struct FromCell {
+    /// What is new.
+    #[prost(oneof = "News", tags = "1, 2, 3")]
+    pub news: Option<News>,
+}
+
+/// What is new in a cell.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum News {
+    /// It waits for its order.
+    #[prost(message, tag = "1")]
+    Ready(Ready),
+    /// Its command has ended, and so has everything else in it.
+    #[prost(message, tag = "2")]
+    Ended(Ended),
+    /// A step failed, through no fault of the command.
+    #[prost(message, tag = "3")]
+    Failed(Failed),
+}
+
+/// A cell that waits for its order.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Ready {}
 
 /// Sends a message.
 ///

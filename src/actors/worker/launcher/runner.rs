@@ -1,9 +1,11 @@
 //! The runner process: starts commands for one worker, one at a time, and leaves nothing of them behind.
 //!
 //! It is this binary under the hidden subcommand `runner`, with one end of a socket as its standard input. It is single
-//! threaded and small, so forking is cheap; it is a child subreaper, so everything that a command started ends up as its
-//! child, a daemonised grandchild too. When the command's first process ends, when it is told to, and when the socket closes
-//! because the server died, it kills all of them (EXE-44).
+//! threaded and small, so forking is cheap. When the command's first process ends, when it is told to, and when the socket
+//! closes because the server died, it kills all that came of the command (EXE-44).
+//!
+//! In a sandbox each command gets a [cell](super::cell) of its own, which ends as a whole. Without one, the runner is a child
+//! subreaper, so everything that a command started ends up as its child, a daemonised grandchild too.
 //!
 //! Meanwhile it moves what the command prints from pipes into log files ([`capture`](super::capture)).
 //!
@@ -12,37 +14,30 @@
 //! process ends it before the end of its socket does.
 
 use super::{
-    super::clock::Moment,
     capture::{BUFFER_BYTES, Capture},
+    cell::Cells,
+    children::{Children, Deaths},
     protocol::{self, Ended, Failed, FromRunner, Order, Reply, Run, ToRunner},
     reap,
-    spawn::{self, Plan, Stack},
+    spawn::Stack,
     sys,
 };
-use crate::actors::worker::dir;
-use gorego_reapi::proto::gorego;
+use crate::sandbox::{settings::Sandbox, world::restrict_in_place};
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
+    event::{PollFd, PollFlags},
     fs::{self as rfs, Mode, OFlags},
-    io::Errno,
     process::{Resource, Rlimit, getrlimit, setrlimit},
 };
 use std::{
-    ffi::{CString, OsStr},
-    fs::File,
+    ffi::OsStr,
     io,
     os::{
-        fd::{AsFd, AsRawFd as _, OwnedFd},
+        fd::AsFd,
         unix::{ffi::OsStrExt as _, net::UnixStream},
     },
-    path::Path,
-    time::{Duration, Instant},
+    path::PathBuf,
+    time::Instant,
 };
-
-/// How long killing may go on until the survivors are reported; below the worker's patience.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
-/// How long to wait for a death before looking for processes again.
-const KILL_ROUND: Duration = Duration::from_millis(10);
 
 /// Serves the worker at the other end of standard input until it is gone; gives the exit code of this process.
 pub fn runner_main() -> i32 {
@@ -52,13 +47,23 @@ pub fn runner_main() -> i32 {
     i32::from(served.is_err())
 }
 
+/// Where commands run.
+enum Enclosure {
+    /// In this process's own world, which may be restricted.
+    None,
+    /// Each in a cell of its own.
+    Cells(Box<Cells>),
+    /// Nowhere: this is why this process could not be restricted.
+    Failed(Failed),
+}
+
 struct Runner {
     socket: UnixStream,
-    /// Readable when a child ended.
-    deaths: OwnedFd,
+    deaths: Deaths,
     stack: Stack,
     /// For output on its way to the logs.
     buffer: Vec<u8>,
+    enclosure: Enclosure,
 }
 
 /// Makes this process what its children should inherit, and turns standard input into the socket.
@@ -72,11 +77,17 @@ fn settle() -> io::Result<Runner> {
     let maximum = getrlimit(Resource::Fsize).maximum;
     let _ = setrlimit(Resource::Fsize, Rlimit { current: maximum, maximum });
     restore_open_files(std::env::args().nth(2).and_then(|limit| limit.parse().ok()));
-    let deaths = sys::watch_children()?;
+    let deaths = Deaths::watch()?;
     let socket = UnixStream::from(rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?);
     let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     sys::become_stdin(&null)?;
-    Ok(Runner { socket, deaths, stack: Stack::new(), buffer: vec![0; BUFFER_BYTES] })
+    Ok(Runner {
+        socket,
+        deaths,
+        stack: Stack::new(),
+        buffer: vec![0; BUFFER_BYTES],
+        enclosure: Enclosure::None,
+    })
 }
 
 /// Sets the soft limit on open files that commands inherit. Programs exist that visit every number below it, and the server's
@@ -89,32 +100,64 @@ fn restore_open_files(limit: Option<u64>) {
     }
 }
 
+impl Enclosure {
+    fn new(sandbox: Sandbox) -> Self {
+        if sandbox.protections.namespaces {
+            return Self::Cells(Box::new(Cells::new(sandbox)));
+        }
+        match restrict_in_place(&sandbox) {
+            Ok(()) => Self::None,
+            Err(failure) => {
+                Self::Failed(Failed { message: format!("could not set up the sandbox: {failure}"), errno: 0 })
+            }
+        }
+    }
+}
+
 impl Runner {
     fn serve(&mut self) -> io::Result<()> {
         while let Some(message) = protocol::read::<ToRunner>(&self.socket)? {
-            if let Some(Order::Run(run)) = message.order {
-                let reply = match self.run(run) {
-                    Ok(Some(ended)) => Reply::Ended(ended),
-                    // The server is gone, and so is everything that ran for it.
-                    Ok(None) => return Ok(()),
-                    Err(error) => Reply::Failed(Failed {
-                        message: format!("could not start a command: {error}"),
-                        errno: error.raw_os_error().unwrap_or(0),
-                    }),
-                };
-                protocol::write(&self.socket, &FromRunner { reply: Some(reply) })?;
+            match message.order {
+                Some(Order::Enclose(sandbox)) => self.enclosure = Enclosure::new(sandbox),
+                Some(Order::Run(run)) => {
+                    let reply = match self.run(run) {
+                        Ok(Some(ended)) => Reply::Ended(ended),
+                        // The server is gone, and so is everything that ran for it.
+                        Ok(None) => return Ok(()),
+                        Err(failed) => Reply::Failed(failed),
+                    };
+                    protocol::write(&self.socket, &FromRunner { reply: Some(reply) })?;
+                    if let Enclosure::Cells(cells) = &mut self.enclosure {
+                        cells.tidy();
+                    }
+                }
+                // A Kill that crossed with the answer has nothing left to kill.
+                Some(Order::Kill(_)) | None => {}
             }
-            // A Kill that crossed with the answer has nothing left to kill.
         }
         Ok(())
     }
 
     /// Runs a command to its end; `None` when the server went away meanwhile.
-    fn run(&mut self, run: Run) -> io::Result<Option<Ended>> {
+    fn run(&mut self, mut run: Run) -> Result<Option<Ended>, Failed> {
         // More than our own hard limit may not be asked for.
-        let limit = getrlimit(Resource::Fsize).maximum.unwrap_or(u64::MAX).min(run.max_file_bytes);
-        let mut capture = Capture::open(&run.stdout, &run.stderr, limit)?;
-        let mut children = self.start(run, &capture, limit)?;
+        let limit = getrlimit(Resource::Fsize).maximum.unwrap_or(u64::MAX);
+        run.max_file_bytes = run.max_file_bytes.min(limit);
+        match &mut self.enclosure {
+            Enclosure::Cells(cells) => cells.run(run, &self.socket, &mut self.buffer),
+            Enclosure::Failed(failed) => Err(failed.clone()),
+            Enclosure::None => self.run_here(run).map_err(|error| Failed {
+                message: format!("could not start a command: {error}"),
+                errno: error.raw_os_error().unwrap_or(0),
+            }),
+        }
+    }
+
+    /// Runs a command without a cell.
+    fn run_here(&mut self, run: Run) -> io::Result<Option<Ended>> {
+        let mut capture = Capture::open(&run.stdout, &run.stderr, run.max_file_bytes)?;
+        let root = PathBuf::from(OsStr::from_bytes(&run.root));
+        let mut children = Children::start(run, &root, capture.writing_ends(), &mut self.stack)?;
         let (mut server_is_there, mut kept) = (true, Ok(()));
         while kept.is_ok() && !children.reap_ended()?.first_ended {
             let ready = self.wait(&capture)?;
@@ -125,87 +168,25 @@ impl Runner {
             }
             kept = if ready.output { capture.take(Instant::now(), &mut self.buffer) } else { Ok(()) };
         }
-        self.clear(&mut children)?;
-        children.ended.unkept = kept.and_then(|()| capture.finish(&mut self.buffer)).err();
-        Ok(server_is_there.then(|| children.report()))
-    }
-
-    fn start(&mut self, run: Run, capture: &Capture, max_file_bytes: u64) -> io::Result<Children> {
-        let root = File::from(rfs::open(
-            OsStr::from_bytes(&run.root),
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?);
-        let directory = dir::open_beneath(&root, Path::new(OsStr::from_bytes(&run.working_directory)))?;
-        let (stdout, stderr) = capture.writing_ends();
-        let plan = Plan {
-            programs: c_strings(run.programs)?,
-            arguments: c_strings(run.arguments)?,
-            environment: c_strings(run.environment)?,
-            working_directory: directory.as_raw_fd(),
-            stdout,
-            stderr,
-            max_file_bytes,
-        };
-        let mut ended = Ended { started_nanos: Moment::now().0, ..Ended::default() };
-        let spawned = spawn::spawn(&plan, &mut self.stack)?;
-        ended.not_started = spawned.not_started;
-        Ok(Children { first: spawned.pid, ended, usage: Usage::default() })
-    }
-
-    /// Kills until no child is left.
-    fn clear(&self, children: &mut Children) -> io::Result<()> {
-        let start = Instant::now();
-        loop {
-            let reaped = children.reap_ended()?;
-            if reaped.none_left {
-                return Ok(());
-            }
-            if start.elapsed() > KILL_LIMIT {
-                children.ended.survivors = true;
-                return Ok(());
-            }
-            if !reaped.first_ended {
-                sys::kill_group(children.first);
-            }
+        children.clear(&self.deaths, || {
             reap::kill_descendants(std::process::id());
-            self.wait_for_death()?;
-        }
+        })?;
+        let mut ended = children.report();
+        ended.unkept = kept.and_then(|()| capture.finish(&mut self.buffer)).err();
+        Ok(server_is_there.then_some(ended))
     }
 
     /// Waits for the death of a child, for the server, and for output that is worth moving.
     fn wait(&self, capture: &Capture) -> io::Result<Ready> {
-        let mut fds = vec![
-            PollFd::from_borrowed_fd(self.deaths.as_fd(), PollFlags::IN),
-            PollFd::new(&self.socket, PollFlags::IN),
-        ];
+        let mut fds = vec![PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN)];
         let pause = capture.watch(Instant::now(), &mut fds);
-        self.poll(&mut fds, pause)?;
+        let outputs = fds.len();
+        self.deaths.wait(&mut fds, pause)?;
         let is_ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
         Ok(Ready {
-            order: fds.get(1).is_some_and(is_ready),
-            output: fds.get(2..).unwrap_or_default().iter().any(is_ready),
+            order: fds.first().is_some_and(is_ready),
+            output: fds.get(1..outputs).unwrap_or_default().iter().any(is_ready),
         })
-    }
-
-    /// Waits for the death of a child for [`KILL_ROUND`].
-    fn wait_for_death(&self) -> io::Result<()> {
-        self.poll(&mut [PollFd::from_borrowed_fd(self.deaths.as_fd(), PollFlags::IN)], Some(KILL_ROUND))
-    }
-
-    /// Waits for any of these, the first of which are the deaths; who waits looks at all children anyway.
-    fn poll(&self, fds: &mut [PollFd<'_>], limit: Option<Duration>) -> io::Result<()> {
-        let timeout = limit.and_then(|limit| Timespec::try_from(limit).ok());
-        match poll(fds, timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        if fds.first().is_some_and(|deaths| !deaths.revents().is_empty()) {
-            // One record may stand for many deaths.
-            let mut record = [0u8; size_of::<libc::signalfd_siginfo>()];
-            let _ = rustix::io::read(&self.deaths, &mut record);
-        }
-        Ok(())
     }
 }
 
@@ -213,98 +194,4 @@ impl Runner {
 struct Ready {
     order: bool,
     output: bool,
-}
-
-/// The processes of one command, as far as they were children of the runner.
-struct Children {
-    first: libc::pid_t,
-    ended: Ended,
-    usage: Usage,
-}
-
-struct Reaped {
-    /// The process that was started has ended.
-    first_ended: bool,
-    /// There are no children at all.
-    none_left: bool,
-}
-
-impl Children {
-    /// Takes note of all children that have ended.
-    fn reap_ended(&mut self) -> io::Result<Reaped> {
-        loop {
-            let first_ended = self.ended.ended_nanos != 0;
-            match sys::ended_child()? {
-                sys::EndedChild::None => return Ok(Reaped { first_ended, none_left: true }),
-                sys::EndedChild::NotYet => return Ok(Reaped { first_ended, none_left: false }),
-                sys::EndedChild::Pid(pid) => {
-                    if pid == self.first {
-                        self.ended.ended_nanos = Moment::now().0;
-                        // While it is not reaped its process group cannot be anybody else's.
-                        sys::kill_group(pid);
-                    }
-                    let (status, usage) = sys::reap(pid)?;
-                    self.usage.add(&usage);
-                    if pid == self.first {
-                        self.ended.exit_code =
-                            if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { 0 };
-                        self.ended.signal =
-                            if libc::WIFSIGNALED(status) { libc::WTERMSIG(status) } else { 0 };
-                    }
-                }
-            }
-        }
-    }
-
-    fn report(mut self) -> Ended {
-        if self.ended.ended_nanos == 0 {
-            self.ended.ended_nanos = Moment::now().0;
-        }
-        self.ended.usage = Some(self.usage.into_wire());
-        self.ended
-    }
-}
-
-/// Sums up rusage. Each child's covers the children that it waited for itself, so nothing is counted twice. The largest
-/// resident set is never below the runner's own few MiB, which the child shares until it execs.
-#[derive(Default)]
-struct Usage {
-    user: Duration,
-    system: Duration,
-    wire: gorego::ResourceUsage,
-}
-
-impl Usage {
-    fn add(&mut self, usage: &libc::rusage) {
-        let time = |time: libc::timeval| {
-            Duration::from_secs(time.tv_sec.try_into().unwrap_or(0))
-                + Duration::from_micros(time.tv_usec.try_into().unwrap_or(0))
-        };
-        self.user += time(usage.ru_utime);
-        self.system += time(usage.ru_stime);
-        let wire = &mut self.wire;
-        wire.max_resident_bytes = wire.max_resident_bytes.max(usage.ru_maxrss.saturating_mul(1024));
-        for (sum, part) in [
-            (&mut wire.minor_page_faults, usage.ru_minflt),
-            (&mut wire.major_page_faults, usage.ru_majflt),
-            (&mut wire.blocks_read, usage.ru_inblock),
-            (&mut wire.blocks_written, usage.ru_oublock),
-            (&mut wire.voluntary_context_switches, usage.ru_nvcsw),
-            (&mut wire.involuntary_context_switches, usage.ru_nivcsw),
-        ] {
-            *sum = sum.saturating_add(part);
-        }
-    }
-
-    fn into_wire(self) -> gorego::ResourceUsage {
-        gorego::ResourceUsage {
-            user_time: self.user.try_into().ok(),
-            system_time: self.system.try_into().ok(),
-            ..self.wire
-        }
-    }
-}
-
-fn c_strings(strings: Vec<Vec<u8>>) -> io::Result<Vec<CString>> {
-    strings.into_iter().map(|string| CString::new(string).map_err(io::Error::from)).collect()
 }

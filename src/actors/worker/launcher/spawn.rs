@@ -135,7 +135,8 @@ unsafe fn prepare_and_exec(args: &ChildArgs) -> c_int {
             && libc::dup2(args.stderr, 2) >= 0
             && libc::fchdir(args.working_directory) >= 0
             && libc::setrlimit(libc::RLIMIT_FSIZE, &limit(args.max_file_bytes)) >= 0
-            && libc::setrlimit(libc::RLIMIT_CORE, &limit(0)) >= 0
+            // No core file, and the one value at which the kernel starts no core handler either.
+            && libc::setrlimit(libc::RLIMIT_CORE, &limit(1)) >= 0
             // Should somebody kill the runner, at least the command itself goes with it.
             && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) >= 0
             && libc::sigprocmask(libc::SIG_SETMASK, &args.no_signals, ptr::null_mut()) >= 0;

@@ -18,6 +18,44 @@ pub fn close_from(first: RawFd) -> io::Result<()> {
     if closed < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Closes every descriptor but these.
+///
+/// For the start of a process that uses no other descriptor that it inherited.
+///
+/// # Errors
+/// On kernels before Linux 5.9.
+pub fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
+    let mut kept: Vec<_> = kept.iter().map(|fd| fd.unsigned_abs()).collect();
+    kept.sort_unstable();
+    let mut first = 0;
+    for (fd, is_last) in kept.into_iter().map(|fd| (fd, false)).chain([(libc::c_uint::MAX, true)]) {
+        let last = if is_last { fd } else { fd.wrapping_sub(1) };
+        if is_last || fd > first {
+            // SAFETY: takes no pointers; that no live descriptor is closed is the caller's promise above.
+            if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        first = fd.wrapping_add(1);
+    }
+    Ok(())
+}
+
+/// Has this process killed when its parent ends.
+///
+/// # Errors
+/// None in practice.
+pub fn die_with_parent() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })
+}
+
+/// Kills every process of this pid namespace but this one. Only for its first process.
+pub fn kill_all_others() {
+    // SAFETY: takes no pointers; there is nobody in the namespace but what came of the command.
+    unsafe { libc::kill(-1, libc::SIGKILL) };
+}
+
 /// Makes descriptor 0 mean what `file` means.
 ///
 /// # Errors

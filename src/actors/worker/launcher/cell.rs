@@ -1,0 +1,255 @@
+//! [`Cells`]: the runner's side of the sandbox. Each command runs in a cell of its own.
+//!
+//! A cell is a process, the first of a new pid namespace, in a world of its own ([`crate::sandbox`]). It is started while the
+//! previous command runs, and waits at a socket for its order. Then it runs one command, says how that ended, and exits; the
+//! kernel ends whatever else is in it. No cell is used twice.
+
+use super::{
+    super::clock::Moment,
+    capture::Capture,
+    children::KILL_LIMIT,
+    init,
+    protocol::{self, Ended, Failed, FromCell, News, Run, ToRunner},
+    usage::Usage,
+};
+use crate::sandbox::{
+    Failure, Step as _,
+    namespaces::{Forked, fork_into},
+    settings::Sandbox,
+    world::World,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::{Errno, IoSlice},
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+use std::{
+    ffi::OsStr,
+    io,
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        unix::{ffi::OsStrExt as _, net::UnixStream},
+    },
+    path::Path,
+    time::{Duration, Instant},
+};
+
+/// How long the first process of a cell may take for a step in which it waits for nobody.
+const CELL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How many ended cells may wait for the kernel to take them down. Then the runner waits too.
+const MOST_ENDED: usize = 4;
+
+/// The cells of one runner.
+pub(super) struct Cells {
+    /// Why there can be none.
+    world: Result<World, Failure>,
+    /// One that no command has seen.
+    next: Option<Cell>,
+    /// Those whose command has ended.
+    ended: Vec<Cell>,
+}
+
+/// One cell; ended when dropped.
+struct Cell {
+    init: Pid,
+    pidfd: OwnedFd,
+    socket: UnixStream,
+}
+
+/// How a command came to its end.
+enum Stop {
+    /// By itself, or the cell did.
+    Ended(Option<FromCell>),
+    /// The server wants it killed.
+    Killed,
+    /// The server is gone.
+    ServerGone,
+    /// A log could not be written.
+    Unkept(protocol::Unkept),
+}
+
+impl Cells {
+    /// Makes the world of all cells, and the first cell.
+    pub(super) fn new(sandbox: Sandbox) -> Self {
+        let mut cells = Self { world: World::new(sandbox), next: None, ended: Vec::new() };
+        cells.prepare();
+        cells
+    }
+
+    /// Starts the next cell. A failure shows when a cell is needed.
+    fn prepare(&mut self) {
+        if let (None, Ok(world)) = (&self.next, &self.world) {
+            self.next = Cell::new(world).ok();
+        }
+    }
+
+    /// Reaps cells that are gone, so that they do not pile up.
+    pub(super) fn tidy(&mut self) {
+        self.ended.retain(|cell| !cell.wait(Duration::ZERO));
+        if self.ended.len() > MOST_ENDED {
+            self.ended.remove(0);
+        }
+    }
+
+    /// Runs a command to its end; `None` when the server went away meanwhile.
+    pub(super) fn run(
+        &mut self,
+        run: Run,
+        server: &UnixStream,
+        buffer: &mut [u8],
+    ) -> Result<Option<Ended>, Failed> {
+        let world = self.world.as_ref().map_err(not_set_up)?;
+        let failed = |error: io::Error| Failed {
+            message: format!("could not start a command: {error}"),
+            errno: error.raw_os_error().unwrap_or(0),
+        };
+        let mut capture = Capture::open(&run.stdout, &run.stderr, run.max_file_bytes).map_err(failed)?;
+        capture.give_to(world.owner()).map_err(failed)?;
+        let mut ended = Ended { started_nanos: Moment::now().0, ..Ended::default() };
+        let mut cell = match self.next.take() {
+            Some(cell) => cell,
+            None => Cell::new(world).map_err(|failure| not_set_up(&failure))?,
+        };
+        cell.start(world, run, &capture).map_err(|failure| not_set_up(&failure))?;
+        self.prepare();
+        let stop = cell.follow(server, &mut capture, buffer).map_err(failed)?;
+        let unkept = match stop {
+            Stop::Ended(Some(FromCell { news: Some(News::Ended(news)) })) => {
+                ended = news;
+                self.ended.push(cell);
+                None
+            }
+            Stop::Ended(Some(FromCell { news: Some(News::Failed(failed)) })) => return Err(failed),
+            Stop::Ended(_) => {
+                return Err(Failed { message: "the sandbox ended before its command".into(), errno: 0 });
+            }
+            Stop::Killed => {
+                cell.kill(&mut ended);
+                None
+            }
+            Stop::Unkept(unkept) => {
+                cell.kill(&mut ended);
+                Some(unkept)
+            }
+            Stop::ServerGone => return Ok(None),
+        };
+        ended.unkept = unkept.or_else(|| capture.finish(buffer).err());
+        Ok(Some(ended))
+    }
+}
+
+impl Cell {
+    /// Starts the first process of a cell, which then makes the rest.
+    fn new(world: &World) -> Result<Self, Failure> {
+        let passage = world.passage()?;
+        let (ours, theirs) = UnixStream::pair().step("make a socket")?;
+        ours.set_read_timeout(Some(CELL_TIMEOUT)).step("set a timeout")?;
+        ours.set_write_timeout(Some(CELL_TIMEOUT)).step("set a timeout")?;
+        // SAFETY: a runner has a single thread, and the child never returns.
+        match unsafe { fork_into() }.step("make namespaces (user, process)")? {
+            Forked::Child => init::init_main(theirs, world, passage),
+            Forked::Parent(init) => {
+                let pidfd = pidfd_open(init, PidfdFlags::empty()).step("watch the sandbox")?;
+                let cell = Self { init, pidfd, socket: ours };
+                world.admit(init.as_raw_pid())?;
+                rustix::io::write(&cell.socket, &[init::ADMITTED]).step("start the sandbox")?;
+                Ok(cell)
+            }
+        }
+    }
+
+    /// Hands the order over, once the cell is ready.
+    fn start(&mut self, world: &World, run: Run, capture: &Capture) -> Result<(), Failure> {
+        let exec_root = world.exec_root(Path::new(OsStr::from_bytes(&run.root)), run.layers.as_ref())?;
+        let ready = protocol::read::<FromCell>(&self.socket).step("wait for the sandbox")?;
+        match ready.and_then(|message| message.news) {
+            Some(News::Ready(_)) => {}
+            Some(News::Failed(failed)) => {
+                let error = io::Error::from_raw_os_error(failed.errno);
+                return Err(Failure { step: failed.message, error });
+            }
+            _ => return Err(Failure { step: "wait for the sandbox".into(), error: Errno::PIPE.into() }),
+        }
+        let (stdout, stderr) = capture.writing_ends();
+        send_open(&self.socket, &[exec_root.as_fd(), stdout, stderr]).step("give the sandbox its files")?;
+        protocol::write(&self.socket, &run).step("give the sandbox its order")
+    }
+
+    /// Waits for the end of the command, for the server, and for output that is worth moving.
+    fn follow(&self, server: &UnixStream, capture: &mut Capture, buffer: &mut [u8]) -> io::Result<Stop> {
+        loop {
+            let mut fds = vec![PollFd::new(&self.socket, PollFlags::IN), PollFd::new(server, PollFlags::IN)];
+            let pause = capture.watch(Instant::now(), &mut fds);
+            let timeout = pause.and_then(|pause| Timespec::try_from(pause).ok());
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            if ready[0] {
+                return Ok(Stop::Ended(protocol::read(&self.socket).unwrap_or(None)));
+            }
+            if ready[1] {
+                // The only order that can come now is to kill; the end of the stream means that the server is gone.
+                let order = protocol::read::<ToRunner>(server);
+                return Ok(if matches!(order, Ok(Some(_))) { Stop::Killed } else { Stop::ServerGone });
+            }
+            if ready[2..].contains(&true)
+                && let Err(unkept) = capture.take(Instant::now(), buffer)
+            {
+                return Ok(Stop::Unkept(unkept));
+            }
+        }
+    }
+
+    /// Ends all processes of the cell, and says in `ended` what they used.
+    fn kill(self, ended: &mut Ended) {
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        ended.ended_nanos = Moment::now().0;
+        if self.wait(KILL_LIMIT) {
+            // The first process outlives all others, so this is everything that the command used, and a little more.
+            if let Ok((_, usage)) = super::sys::reap(self.init.as_raw_pid()) {
+                let mut sum = Usage::default();
+                sum.add(&usage);
+                ended.usage = Some(sum.into_wire());
+            }
+        } else {
+            ended.survivors = true;
+        }
+    }
+
+    /// Waits until the first process, and with it the whole cell, has ended; false if it does not within `limit`.
+    fn wait(&self, limit: Duration) -> bool {
+        let timeout = Timespec::try_from(limit).ok();
+        let mut fds = [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)];
+        matches!(poll(&mut fds, timeout.as_ref()), Ok(1))
+    }
+}
+
+impl Drop for Cell {
+    /// Leaves no process behind.
+    fn drop(&mut self) {
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        if self.wait(KILL_LIMIT) {
+            let _ = rustix::process::waitpid(Some(self.init), rustix::process::WaitOptions::NOHANG);
+        }
+    }
+}
+
+fn not_set_up(failure: &Failure) -> Failed {
+    // No errno: whatever is full, it is not the disk of the build root.
+    Failed { message: format!("could not set up the sandbox: {failure}"), errno: 0 }
+}
+
+/// Sends open files along with one byte.
+fn send_open(socket: &UnixStream, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(init::FILES))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    sendmsg(socket, &[IoSlice::new(&[0])], &mut ancillary, SendFlags::NOSIGNAL)?;
+    Ok(())
+}

@@ -1,0 +1,161 @@
+//! [`Children`]: the processes of one command, seen from the process that started the first of them and adopts the others:
+//! a runner, or the first process of a cell.
+
+use super::{
+    super::{clock::Moment, dir},
+    protocol::{Ended, Run},
+    spawn::{self, Plan, Stack},
+    sys,
+    usage::Usage,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{self as rfs, Mode, OFlags},
+    io::Errno,
+};
+use std::{
+    ffi::CString,
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+    time::{Duration, Instant},
+};
+
+/// How long killing may go on until the survivors are reported; below the worker's patience.
+pub(super) const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// How long to wait for a death before looking for processes again.
+const KILL_ROUND: Duration = Duration::from_millis(10);
+
+/// Readable when a child of this process has ended.
+pub(super) struct Deaths(OwnedFd);
+
+/// The processes of one command, as far as they are or were children of this process.
+pub(super) struct Children {
+    first: libc::pid_t,
+    ended: Ended,
+    usage: Usage,
+}
+
+pub(super) struct Reaped {
+    /// The process that was started has ended.
+    pub first_ended: bool,
+    /// There are no children at all.
+    pub none_left: bool,
+}
+
+impl Deaths {
+    /// From now on this process hears no signal that can be blocked.
+    pub(super) fn watch() -> io::Result<Self> {
+        sys::watch_children().map(Self)
+    }
+
+    /// Waits for a death or any of the other events, for `limit` at most. The caller looks at all children anyway.
+    pub(super) fn wait<'a>(&'a self, fds: &mut Vec<PollFd<'a>>, limit: Option<Duration>) -> io::Result<()> {
+        fds.push(PollFd::from_borrowed_fd(self.0.as_fd(), PollFlags::IN));
+        let timeout = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        match poll(fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if fds.last().is_some_and(|deaths| !deaths.revents().is_empty()) {
+            // One record may stand for many deaths.
+            let mut record = [0u8; size_of::<libc::signalfd_siginfo>()];
+            let _ = rustix::io::read(&self.0, &mut record);
+        }
+        Ok(())
+    }
+}
+
+impl Children {
+    /// Starts the first process of a command whose input root is at `root`.
+    ///
+    /// # Errors
+    /// When there can be no new process. A program that cannot be run is no error.
+    pub(super) fn start(
+        run: Run,
+        root: &Path,
+        (stdout, stderr): (BorrowedFd<'_>, BorrowedFd<'_>),
+        stack: &mut Stack,
+    ) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = File::from(rfs::open(root, flags, Mode::empty())?);
+        let directory =
+            dir::open_beneath(&root, Path::new(std::ffi::OsStr::from_bytes(&run.working_directory)))?;
+        let plan = Plan {
+            programs: c_strings(run.programs)?,
+            arguments: c_strings(run.arguments)?,
+            environment: c_strings(run.environment)?,
+            working_directory: directory.as_raw_fd(),
+            stdout: stdout.as_raw_fd(),
+            stderr: stderr.as_raw_fd(),
+            max_file_bytes: run.max_file_bytes,
+        };
+        let mut ended = Ended { started_nanos: Moment::now().0, ..Ended::default() };
+        let spawned = spawn::spawn(&plan, stack)?;
+        ended.not_started = spawned.not_started;
+        Ok(Self { first: spawned.pid, ended, usage: Usage::default() })
+    }
+
+    /// Takes note of all children that have ended.
+    pub(super) fn reap_ended(&mut self) -> io::Result<Reaped> {
+        loop {
+            let first_ended = self.ended.ended_nanos != 0;
+            match sys::ended_child()? {
+                sys::EndedChild::None => return Ok(Reaped { first_ended, none_left: true }),
+                sys::EndedChild::NotYet => return Ok(Reaped { first_ended, none_left: false }),
+                sys::EndedChild::Pid(pid) => {
+                    if pid == self.first {
+                        self.ended.ended_nanos = Moment::now().0;
+                        // While it is not reaped its process group cannot be anybody else's.
+                        sys::kill_group(pid);
+                    }
+                    let (status, usage) = sys::reap(pid)?;
+                    self.usage.add(&usage);
+                    if pid == self.first {
+                        self.ended.exit_code =
+                            if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { 0 };
+                        self.ended.signal =
+                            if libc::WIFSIGNALED(status) { libc::WTERMSIG(status) } else { 0 };
+                    }
+                }
+            }
+        }
+    }
+
+    /// Kills until no child is left. `kill_others` sends SIGKILL to all that came of the command.
+    pub(super) fn clear(&mut self, deaths: &Deaths, kill_others: impl Fn()) -> io::Result<()> {
+        let start = Instant::now();
+        loop {
+            let reaped = self.reap_ended()?;
+            if reaped.none_left {
+                return Ok(());
+            }
+            if start.elapsed() > KILL_LIMIT {
+                self.ended.survivors = true;
+                return Ok(());
+            }
+            if !reaped.first_ended {
+                sys::kill_group(self.first);
+            }
+            kill_others();
+            deaths.wait(&mut Vec::new(), Some(KILL_ROUND))?;
+        }
+    }
+
+    /// What became of the command.
+    pub(super) fn report(mut self) -> Ended {
+        if self.ended.ended_nanos == 0 {
+            self.ended.ended_nanos = Moment::now().0;
+        }
+        self.ended.usage = Some(self.usage.into_wire());
+        self.ended
+    }
+}
+
+fn c_strings(strings: Vec<Vec<u8>>) -> io::Result<Vec<CString>> {
+    strings.into_iter().map(|string| CString::new(string).map_err(io::Error::from)).collect()
+}

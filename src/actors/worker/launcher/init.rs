@@ -1,0 +1,135 @@
+//! The first process of a cell: makes its world, runs one command in it, says how that ended, and exits.
+//!
+//! It is a fork of the runner and shares no memory with it. As the first process of a pid namespace it adopts every orphan in
+//! the cell, no process in the cell can kill it, and the kernel ends the whole cell with it: when the command has ended, and
+//! when the runner is gone, because then its socket closes.
+
+use super::{
+    children::{Children, Deaths},
+    protocol::{self, Failed, FromCell, News, Ready, Run},
+    spawn::Stack,
+    sys,
+};
+use crate::sandbox::{
+    EXEC_ROOT, Failure, layers,
+    world::{Passage, World},
+};
+use rustix::{
+    event::{PollFd, PollFlags},
+    fs::{self as rfs, Mode, OFlags},
+    io::IoSliceMut,
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg},
+};
+use std::{
+    io::{self, Read as _},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        unix::net::UnixStream,
+    },
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
+
+/// Says that the user of the cell is mapped.
+pub(super) const ADMITTED: u8 = 1;
+/// How many open files come with an order: the input root, and where output and errors go.
+pub(super) const FILES: usize = 3;
+
+/// Lives the life of the first process. `passage` and `socket` are all that it takes along.
+pub(super) fn init_main(socket: UnixStream, world: &World, passage: Passage) -> ! {
+    let lived = catch_unwind(AssertUnwindSafe(|| live(&socket, world, passage)));
+    let code = i32::from(!matches!(lived, Ok(Ok(()))));
+    // SAFETY: ends the process without running anything that belongs to the runner.
+    unsafe { libc::_exit(code) }
+}
+
+fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> {
+    sys::close_all_but(&[0, 1, 2, socket.as_raw_fd(), passage.descriptor()])?;
+    sys::die_with_parent()?;
+    let mut admitted = [0];
+    if (&*socket).read(&mut admitted)? == 0 || admitted != [ADMITTED] {
+        return Ok(());
+    }
+    let news = match world.enter(&passage) {
+        Ok(()) => News::Ready(Ready {}),
+        Err(failure) => News::Failed(in_words(&failure)),
+    };
+    drop(passage);
+    // Becoming another user has undone it.
+    sys::die_with_parent()?;
+    tell(socket, news)?;
+    let Some(files) = receive_open(socket)? else { return Ok(()) };
+    let Some(run) = protocol::read::<Run>(socket)? else { return Ok(()) };
+    match run_one(socket, world, run, files) {
+        Ok(Some(news)) | Err(news) => tell(socket, news),
+        Ok(None) => Ok(()),
+    }
+}
+
+/// Runs the command; `None` when the runner is gone.
+fn run_one(
+    socket: &UnixStream,
+    world: &World,
+    run: Run,
+    [exec_root, stdout, stderr]: [OwnedFd; FILES],
+) -> Result<Option<News>, News> {
+    world.close(&exec_root).map_err(|failure| {
+        News::Failed(Failed { message: format!("could not set up the sandbox: {failure}"), errno: 0 })
+    })?;
+    drop(exec_root);
+    if run.layers.as_ref().is_some_and(|layers| layers.is_trial) {
+        let failed = |failure: Failure| News::Failed(Failed { message: failure.to_string(), errno: 0 });
+        layers::try_out(Path::new(EXEC_ROOT)).map_err(failed)?;
+    }
+    let failed = |error: io::Error| {
+        News::Failed(Failed {
+            message: format!("could not start a command in the sandbox: {error}"),
+            errno: 0,
+        })
+    };
+    let mut children = (|| {
+        let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+        sys::become_stdin(&null)?;
+        Children::start(run, Path::new(EXEC_ROOT), (stdout.as_fd(), stderr.as_fd()), &mut Stack::new())
+    })()
+    .map_err(failed)?;
+    drop((stdout, stderr));
+    let deaths = Deaths::watch().map_err(failed)?;
+    while !children.reap_ended().map_err(failed)?.first_ended {
+        let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
+        deaths.wait(&mut fds, None).map_err(failed)?;
+        if !fds[0].revents().is_empty() {
+            return Ok(None);
+        }
+    }
+    children.clear(&deaths, sys::kill_all_others).map_err(failed)?;
+    Ok(Some(News::Ended(children.report())))
+}
+
+fn in_words(failure: &Failure) -> Failed {
+    Failed { message: failure.step.clone(), errno: failure.error.raw_os_error().unwrap_or(0) }
+}
+
+fn tell(socket: &UnixStream, news: News) -> io::Result<()> {
+    protocol::write(socket, &FromCell { news: Some(news) })
+}
+
+/// Receives the open files of an order; `None` when the runner is gone.
+fn receive_open(socket: &UnixStream) -> io::Result<Option<[OwnedFd; FILES]>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let received =
+        recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let mut files = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(some) = message {
+            files.extend(some);
+        }
+    }
+    files.try_into().map(Some).map_err(|_| io::ErrorKind::InvalidData.into())
+}

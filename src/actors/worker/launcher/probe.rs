@@ -1,0 +1,143 @@
+//! Tries the sandbox at the start of the server, in runner processes like those of the workers.
+
+use super::{Ending, PoolSandbox, RunnerLauncher};
+use crate::{
+    actors::worker::{
+        cancel::CancelToken,
+        command::Launch,
+        dir, layer,
+        messages::SlotId,
+        workspace::{BuildRoot, Workspace},
+    },
+    sandbox::{
+        identity::Users,
+        layers::{Layers, TRIAL_DIRECTORY, TRIAL_FILE},
+        probe::{Machine, Report, find},
+        settings::SandboxSettings,
+    },
+};
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    error::Error,
+};
+use rustix::{
+    fs::{self as rfs, Mode, OFlags},
+    process::geteuid,
+};
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io,
+    path::Path,
+    time::Duration,
+};
+
+/// Time limit of one attempt.
+const ATTEMPT: Duration = Duration::from_secs(10);
+/// A program that cannot exist. To be told so, it must have been possible to try.
+const NO_PROGRAM: &str = "/proc/no/program";
+
+/// Finds out which protections work in this build root. Takes some milliseconds.
+pub(crate) fn probe(settings: &SandboxSettings, runner: &[OsString], build_root: &BuildRoot) -> Report {
+    find(geteuid().is_root(), &this_machine(), |protections| {
+        let users = Users::new(settings.first_user);
+        let sandbox = PoolSandbox {
+            settings: settings.clone(),
+            protections,
+            build_root: build_root.path().to_owned(),
+            users,
+            has_layers: false,
+        };
+        let workspace = workspace(build_root)?;
+        attempt(RunnerLauncher::new(runner.to_vec(), Some(&sandbox)), &workspace, None)
+    })
+}
+
+/// Finds out whether input roots can have layers in this build root and this sandbox; if not, why.
+pub(crate) fn probe_layers(
+    sandbox: &PoolSandbox,
+    runner: &[OsString],
+    build_root: &BuildRoot,
+) -> Result<(), String> {
+    let in_words = |error: Error| error.to_string();
+    let failed = |error: io::Error| in_words(Error::io("make an overlay to try out", &error));
+    let place = build_root.place().map_err(in_words)?;
+    let (name, below) = build_root.create_tree(&place).map_err(failed)?;
+    let tried = lay_out_trial(&below).map_err(failed).and_then(|()| {
+        let workspace = workspace(build_root)?;
+        let layers = workspace.layers(&Path::new(&name).join("root")).map_err(in_words)?;
+        let layers = Layers { is_trial: true, ..layers };
+        attempt(RunnerLauncher::new(runner.to_vec(), Some(sandbox)), &workspace, Some(layers))?;
+        let own = workspace.root().map_err(in_words)?;
+        // What is in the layer means to us what the kernel meant.
+        let replaced = dir::open_dir(own, TRIAL_DIRECTORY.as_ref()).map_err(failed)?;
+        match layer::is_opaque(&replaced).map_err(failed)? {
+            true => Ok(()),
+            false => Err("the overlay does not mark a directory that was replaced".into()),
+        }
+    });
+    build_root.remove_later(&place, name);
+    tried
+}
+
+/// The tree that [`layers::try_out`](crate::sandbox::layers::try_out) expects.
+fn lay_out_trial(root: &File) -> io::Result<()> {
+    let file = |parent: &File| {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = rfs::openat(parent, TRIAL_FILE, flags, Mode::empty())?;
+        rfs::fchmod(&file, Mode::from_raw_mode(0o644))
+    };
+    file(root)?;
+    Ok(file(&layer::make_directory(root, TRIAL_DIRECTORY)?)?)
+}
+
+fn workspace(build_root: &BuildRoot) -> Result<Workspace, String> {
+    let action = Digest::empty(DigestFunction::Sha256);
+    build_root.create(SlotId(0), &action).map_err(|error| error.to_string())
+}
+
+/// Takes every step that a command needs, up to the point where its program turns out not to exist.
+fn attempt(
+    mut launcher: RunnerLauncher,
+    workspace: &Workspace,
+    layers: Option<Layers>,
+) -> Result<(), String> {
+    let in_words = |error: Error| error.to_string();
+    let launch = Launch {
+        programs: vec![NO_PROGRAM.into()],
+        arguments: vec![NO_PROGRAM.into()],
+        environment: Vec::new(),
+        root: workspace.root_path().to_owned(),
+        working_directory: ".".into(),
+        stdout: workspace.path().join("stdout"),
+        stderr: workspace.path().join("stderr"),
+        max_file_bytes: 1024,
+        layers,
+    };
+    match launcher.try_run(&launch, ATTEMPT, &CancelToken::new()).map_err(in_words)?.ending {
+        Ending::NotStarted(libc::ENOENT | libc::ENOTDIR) => Ok(()),
+        other => Err(format!("a program that does not exist ended with {other:?}")),
+    }
+}
+
+fn this_machine() -> Machine {
+    let sysctl = |name: &str| {
+        let text = fs::read_to_string(format!("/proc/sys/{name}")).ok()?;
+        text.trim().parse().ok()
+    };
+    Machine {
+        max_user_namespaces: sysctl("user/max_user_namespaces"),
+        max_net_namespaces: sysctl("user/max_net_namespaces"),
+        unprivileged_userns_clone: sysctl("kernel/unprivileged_userns_clone"),
+        apparmor_restrict_unprivileged_userns: sysctl("kernel/apparmor_restrict_unprivileged_userns"),
+        kernel: kernel(),
+    }
+}
+
+/// Major and minor version.
+fn kernel() -> (u32, u32) {
+    let name = rustix::system::uname();
+    let release = name.release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}

@@ -1,0 +1,141 @@
+//! `[execution.sandbox]`: the notation of the sandbox, and its checks.
+
+use super::settings::{Checker, Machine};
+use crate::{
+    sandbox::{
+        identity,
+        settings::{SandboxMode, SandboxSettings},
+        view,
+    },
+    size::Size,
+};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Most files and directories in the private /tmp, and in /dev/shm. Each takes about a kilobyte of memory.
+const TMP_FILES: u64 = 200_000;
+/// Largest number of processes and threads that can be configured; the kernel's own limit.
+const MAX_PROCESSES: u64 = 4_194_304;
+/// The users of the slots must be real and leave room above them.
+const USERS: std::ops::RangeInclusive<u32> = 1..=4_000_000_000;
+
+/// The `[execution.sandbox]` section.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SandboxConfig {
+    /// Whether actions run in a sandbox.
+    pub mode: Mode,
+    /// Paths of the host that actions can read, in addition to the built-in ones.
+    pub visible: Vec<PathBuf>,
+    /// Paths of the host that are hidden although something above them is visible.
+    pub hidden: Vec<PathBuf>,
+    /// Paths of the host that actions can read and write.
+    pub writable: Vec<PathBuf>,
+    /// Size of the private /tmp of an action, in memory.
+    pub tmp_size_gb: Size,
+    /// Size of the private /dev/shm of an action, in memory.
+    pub shm_size_gb: Size,
+    /// Most processes and threads of one action at a time.
+    pub processes: u64,
+    /// The first user id, and group id, of the range from which a root server gives each slot its own.
+    pub first_user: u32,
+}
+
+/// Whether actions run in a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// With the protections that this machine allows.
+    Auto,
+    /// With all protections, or the server does not start.
+    Required,
+    /// No.
+    Off,
+}
+
+impl Default for SandboxConfig {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Auto,
+            visible: Vec::new(),
+            hidden: Vec::new(),
+            writable: Vec::new(),
+            tmp_size_gb: Size::from_gb(2),
+            shm_size_gb: Size::from_gb(1),
+            processes: 4096,
+            first_user: identity::FIRST,
+        }
+    }
+}
+
+/// The checked section. What the server has for itself, such as its store, is hidden where it would be visible.
+pub(super) fn sandbox(
+    check: &mut Checker<'_>,
+    warnings: &mut Vec<String>,
+    own: &[&Path],
+    machine: &Machine,
+) -> SandboxSettings {
+    let config = &check.loaded.config.execution.sandbox;
+    let lists = [
+        ("execution.sandbox.visible", &config.visible),
+        ("execution.sandbox.hidden", &config.hidden),
+        ("execution.sandbox.writable", &config.writable),
+    ];
+    for (key, paths) in lists {
+        for path in paths {
+            if let Some(problem) = view::problem(path) {
+                let path = path.display();
+                check.require(key, false, &format!("\"{path}\" {problem}"));
+            }
+        }
+    }
+    check.require(
+        "execution.sandbox.processes",
+        (1..=MAX_PROCESSES).contains(&config.processes),
+        &format!("must be between 1 and {MAX_PROCESSES}"),
+    );
+    check.require(
+        "execution.sandbox.first_user",
+        USERS.contains(&config.first_user),
+        &format!("must be between {} and {}; 0 is root", USERS.start(), USERS.end()),
+    );
+    let mut settings = SandboxSettings {
+        mode: match config.mode {
+            Mode::Auto => SandboxMode::Auto,
+            Mode::Required => SandboxMode::Required,
+            Mode::Off => SandboxMode::Off,
+        },
+        visible: config.visible.clone(),
+        hidden: config.hidden.clone(),
+        writable: config.writable.clone(),
+        tmp_bytes: check.size("execution.sandbox.tmp_size_gb", config.tmp_size_gb),
+        tmp_files: TMP_FILES,
+        shm_bytes: check.size("execution.sandbox.shm_size_gb", config.shm_size_gb),
+        processes: config.processes,
+        first_user: config.first_user,
+    };
+    if settings.mode != SandboxMode::Off {
+        hide_own(&mut settings, warnings, own, machine);
+    }
+    settings
+}
+
+fn hide_own(settings: &mut SandboxSettings, warnings: &mut Vec<String>, own: &[&Path], machine: &Machine) {
+    for path in own {
+        let path = machine.current_dir.join(path);
+        if !settings.shows(&path) {
+            continue;
+        }
+        warnings.push(format!(
+            "{} lies in a directory that actions can see; it is hidden from them (execution.sandbox)",
+            path.display()
+        ));
+        if settings.writable.iter().any(|writable| path.starts_with(writable)) {
+            warnings.push(format!(
+                "{} lies in a directory that actions can change (execution.sandbox.writable)",
+                path.display()
+            ));
+        }
+        settings.hidden.push(path);
+    }
+}

@@ -1,0 +1,72 @@
+//! What a process gives up before it starts a command: capabilities, keys, and the right to unlimited processes.
+
+use rustix::{
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+    thread::{CapabilitySet, CapabilitySets},
+};
+use std::{fs, io};
+
+/// How much sooner than other processes one of an action is killed when the machine runs out of memory; 1000 is the most.
+const OOM_SCORE: &str = "800";
+/// Highest capability that is tried; the kernel says where they end.
+const LAST_CAPABILITY: libc::c_ulong = 63;
+
+/// Gives up all capabilities for good, and gains none by running a program.
+pub(crate) fn give_up_capabilities() -> io::Result<()> {
+    rustix::thread::set_no_new_privs(true)?;
+    for capability in 0..=LAST_CAPABILITY {
+        // SAFETY: takes numbers only.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } < 0 {
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                // There are no more.
+                Some(libc::EINVAL) => break,
+                // A process without capabilities cannot drop them from the bounding set and needs not.
+                Some(libc::EPERM) => break,
+                _ => return Err(error),
+            }
+        }
+    }
+    let _ = rustix::thread::clear_ambient_capability_set();
+    let none = CapabilitySet::empty();
+    rustix::thread::set_capabilities(
+        None,
+        CapabilitySets { effective: none, permitted: none, inheritable: none },
+    )?;
+    // What shares its user can neither trace it nor read its memory.
+    Ok(rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?)
+}
+
+/// Keeps crashes from leaving a core file and from starting the host's core handler: at a limit of 1 byte the kernel does
+/// neither. Must precede the filter, which makes this limit final.
+pub(crate) fn limit_cores() -> io::Result<()> {
+    Ok(setrlimit(Resource::Core, Rlimit { current: Some(1), maximum: Some(1) })?)
+}
+
+/// Lowers the limit on processes and threads of this user namespace.
+pub(crate) fn limit_processes(limit: u64) -> io::Result<()> {
+    let maximum = getrlimit(Resource::Nproc).maximum;
+    let limit = Some(maximum.map_or(limit, |maximum| maximum.min(limit)));
+    Ok(setrlimit(Resource::Nproc, Rlimit { current: limit, maximum: limit })?)
+}
+
+/// Makes the kernel kill this process and its children before the server, if it must kill any. A kernel that refuses has
+/// a higher value already.
+pub(crate) fn offer_to_the_oom_killer() {
+    let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+}
+
+/// Leaves the keyring of the session, which may hold keys of the server.
+pub(crate) fn new_keyring() -> io::Result<()> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
+    // SAFETY: a null name makes an anonymous keyring.
+    let result = unsafe {
+        libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<libc::c_char>())
+    };
+    match io::Error::last_os_error() {
+        _ if result >= 0 => Ok(()),
+        // A kernel without keys, or a container that forbids them, or too many of them: then a command gets none either.
+        error if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EDQUOT)) => Ok(()),
+        error => Err(error),
+    }
+}

@@ -1,0 +1,185 @@
+//! The filter of system calls: what an action may not ask of the kernel. Pure until it is installed.
+//!
+//! The list names what is refused. Compilers and language runtimes use hundreds of calls, and what is left can only act on
+//! what the namespaces show. What is refused widens the attack surface of the kernel or makes new namespaces and mounts.
+
+use super::{Failure, Step as _};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition as Condition,
+    SeccompFilter, SeccompRule as Rule, TargetArch, sock_filter,
+};
+use std::{collections::BTreeMap, io};
+
+/// Calls that answer EPERM, whatever their arguments.
+const REFUSED: &[libc::c_long] = &[
+    // Mounts, old and new.
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_fsopen,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fspick,
+    libc::SYS_move_mount,
+    libc::SYS_open_tree,
+    libc::SYS_mount_setattr,
+    // Namespaces.
+    libc::SYS_setns,
+    // Keys.
+    libc::SYS_keyctl,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    // Large parts of the kernel that a build does not need.
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_fanotify_init,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_lookup_dcookie,
+    libc::SYS_quotactl,
+    libc::SYS_nfsservctl,
+    libc::SYS_vhangup,
+    // Clocks.
+    libc::SYS_settimeofday,
+    libc::SYS_clock_settime,
+    libc::SYS_adjtimex,
+    libc::SYS_clock_adjtime,
+    // The machine.
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_delete_module,
+    libc::SYS_kexec_load,
+    libc::SYS_reboot,
+    libc::SYS_swapon,
+    libc::SYS_swapoff,
+    libc::SYS_acct,
+    libc::SYS_syslog,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_kexec_file_load,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_iopl,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_ioperm,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_modify_ldt,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_uselib,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_ustat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS__sysctl,
+];
+
+/// Flags of clone and unshare that make namespaces.
+const NAMESPACES: u64 = (libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET) as u64;
+/// The same for time, which clone has no room for.
+const NEW_TIME: u64 = 0x80;
+
+/// Kinds of sockets whose type is masked from flags such as SOCK_CLOEXEC.
+const SOCKET_TYPE: u64 = 0xf;
+
+/// The first system call number of the x32 ABI.
+const X32: u32 = 0x4000_0000;
+
+/// The programs that the kernel runs for each system call.
+#[derive(Debug, Clone)]
+pub(crate) struct Programs(Vec<BpfProgram>);
+
+impl Programs {
+    /// The programs for this machine.
+    pub(crate) fn new() -> Result<Self, Failure> {
+        let build = || -> Result<Vec<BpfProgram>, Box<dyn std::error::Error + Send + Sync>> {
+            let refused = program(refused()?, libc::EPERM)?;
+            let missing = program([(libc::SYS_clone3, vec![])].into(), libc::ENOSYS)?;
+            let ignored = program(ignored()?, 0)?;
+            Ok(vec![without_x32(refused), missing, ignored])
+        };
+        build().map(Self).map_err(io::Error::other).step("make the system call filter")
+    }
+
+    /// Filters the calls of this process and its children from now on. The process must have given up new privileges.
+    pub(crate) fn install(&self) -> io::Result<()> {
+        self.0.iter().try_for_each(|program| seccompiler::apply_filter(program).map_err(io::Error::other))
+    }
+}
+
+type Rules = BTreeMap<libc::c_long, Vec<Rule>>;
+
+/// What answers EPERM.
+fn refused() -> Result<Rules, seccompiler::BackendError> {
+    let mut rules: Rules = REFUSED.iter().map(|call| (*call, vec![])).collect();
+    let any_of = |argument, flags: u64| -> Result<Vec<Rule>, seccompiler::BackendError> {
+        let bits = (0..64).map(|bit| 1u64 << bit).filter(|bit| flags & bit != 0);
+        bits.map(|bit| Rule::new(vec![Condition::new(argument, Len::Qword, Op::MaskedEq(bit), bit)?]))
+            .collect()
+    };
+    rules.insert(libc::SYS_clone, any_of(0, NAMESPACES)?);
+    rules.insert(libc::SYS_unshare, any_of(0, NAMESPACES | NEW_TIME)?);
+    let packet = Condition::new(0, Len::Dword, Op::Eq, libc::AF_PACKET as u64)?;
+    let raw = Condition::new(1, Len::Dword, Op::MaskedEq(SOCKET_TYPE), libc::SOCK_RAW as u64)?;
+    let netlink = Condition::new(0, Len::Dword, Op::Ne, libc::AF_NETLINK as u64)?;
+    let sockets = [libc::AF_VSOCK, libc::AF_ALG]
+        .map(|family| Rule::new(vec![Condition::new(0, Len::Dword, Op::Eq, family as u64)?]));
+    let mut sockets = sockets.into_iter().collect::<Result<Vec<_>, _>>()?;
+    // Netlink sockets are raw by name only, and the C library lists interfaces with them.
+    sockets.extend([Rule::new(vec![packet])?, Rule::new(vec![raw, netlink])?]);
+    rules.insert(libc::SYS_socket, sockets);
+    Ok(rules)
+}
+
+/// What succeeds without effect: lowering the limit on core dumps, which would switch on core handlers again.
+fn ignored() -> Result<Rules, seccompiler::BackendError> {
+    let core = u64::from(libc::RLIMIT_CORE);
+    let is_core = |argument| Condition::new(argument, Len::Dword, Op::Eq, core);
+    Ok([
+        (libc::SYS_setrlimit, vec![Rule::new(vec![is_core(0)?])?]),
+        (libc::SYS_prlimit64, vec![Rule::new(vec![is_core(1)?, Condition::new(2, Len::Qword, Op::Ne, 0)?])?]),
+    ]
+    .into())
+}
+
+/// A program that answers the calls in `rules` with this errno, and ends processes of another architecture.
+fn program(rules: Rules, errno: libc::c_int) -> Result<BpfProgram, Box<dyn std::error::Error + Send + Sync>> {
+    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+    let answer = SeccompAction::Errno(errno.unsigned_abs());
+    Ok(SeccompFilter::new(rules, SeccompAction::Allow, answer, arch)?.try_into()?)
+}
+
+/// Adds the end of processes that use the x32 ABI, which has the architecture of x86-64 and other numbers.
+fn without_x32(program: BpfProgram) -> BpfProgram {
+    if cfg!(not(target_arch = "x86_64")) {
+        return program;
+    }
+    let instruction = |code: u32, jt, jf, k| sock_filter { code: code as u16, jt, jf, k };
+    let mut whole = vec![
+        // The number of the call is the first field of seccomp_data.
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 0, 1, X32),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
+    ];
+    whole.extend(program);
+    whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_programs_fit_the_kernel() {
+        let programs = Programs::new().unwrap();
+        // BPF_MAXINSNS.
+        assert!(programs.0.iter().all(|program| (1..=4096).contains(&program.len())));
+        assert_eq!(programs.0.len(), 3);
+    }
+}

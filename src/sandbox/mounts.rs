@@ -1,0 +1,136 @@
+//! The system calls that mount, in terms of open mounts: a tree of mounts is a descriptor until it is attached somewhere.
+
+use super::{Failure, Step as _};
+use rustix::{
+    fd::{AsFd, BorrowedFd},
+    fs::{CWD, Mode, OFlags},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
+        UnmountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_change,
+        move_mount, open_tree, unmount,
+    },
+};
+use std::{
+    io,
+    os::fd::{AsRawFd as _, OwnedFd},
+    path::Path,
+};
+
+/// Attributes of everything that an action sees.
+const HARMLESS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+
+/// A copy of the mount at a path, with the mounts below it. It is attached nowhere.
+pub(super) fn copy(parent: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
+    Ok(open_tree(parent, path, flags)?)
+}
+
+/// A copy of an open mount, with the mounts below it.
+pub(super) fn copy_of(mount: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    Ok(open_tree(mount, c"", flags)?)
+}
+
+/// Attaches a mount at a path.
+pub(super) fn attach(mount: BorrowedFd<'_>, parent: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    Ok(move_mount(mount, c"", parent, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+}
+
+/// A new file system of a kind that needs no device, without set-user-id bits.
+pub(super) fn new(kind: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> io::Result<OwnedFd> {
+    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (name, value) in options {
+        if value.is_empty() {
+            fsconfig_set_flag(&context, *name)?;
+        } else {
+            fsconfig_set_string(&context, *name, *value)?;
+        }
+    }
+    fsconfig_create(&context)?;
+    let attributes = attributes | MountAttrFlags::MOUNT_ATTR_NOSUID;
+    Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
+}
+
+/// A tmpfs of this size with room for this many files and directories.
+pub(super) fn tmpfs(bytes: u64, files: u64, mode: &str) -> io::Result<OwnedFd> {
+    // The root directory counts as one.
+    let (bytes, files) = (bytes.to_string(), files.saturating_add(1).to_string());
+    new("tmpfs", &[("size", &bytes), ("nr_inodes", &files), ("mode", mode)], MountAttrFlags::MOUNT_ATTR_NODEV)
+}
+
+/// Takes everything away from an open tree of mounts that can do harm: set-user-id bits, devices unless `devices`, and
+/// writing unless `writable`. What happens to the mounts of the host no longer reaches it.
+pub(super) fn restrict(mount: BorrowedFd<'_>, writable: bool, devices: bool) -> io::Result<()> {
+    let mut attributes = HARMLESS;
+    if devices {
+        attributes &= !libc::MOUNT_ATTR_NODEV;
+    }
+    if !writable {
+        attributes |= libc::MOUNT_ATTR_RDONLY;
+    }
+    set_attributes(mount, attributes, libc::AT_RECURSIVE, None)
+}
+
+/// Makes one open mount read-only, not those below it.
+pub(super) fn close(mount: BorrowedFd<'_>) -> io::Result<()> {
+    set_attributes(mount, HARMLESS | libc::MOUNT_ATTR_RDONLY, 0, None)
+}
+
+/// Lets an open mount, which must be attached nowhere, show the ids of its files as this user namespace maps them.
+pub(super) fn map_ids(mount: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> io::Result<()> {
+    set_attributes(mount, HARMLESS | libc::MOUNT_ATTR_IDMAP, 0, Some(namespace))
+}
+
+fn set_attributes(
+    mount: BorrowedFd<'_>,
+    set: u64,
+    depth: libc::c_int,
+    namespace: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: namespace.map_or(0, |namespace| namespace.as_raw_fd().unsigned_abs().into()),
+    };
+    let flags = libc::AT_EMPTY_PATH | depth;
+    // SAFETY: the path is a live C string and the attributes a live struct of the given size; the kernel only reads them.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Keeps what this process mounts from reaching the host; what the host unmounts is still unmounted here.
+pub(super) fn follow_the_host() -> io::Result<()> {
+    Ok(mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?)
+}
+
+/// Makes an open tree of mounts the root of this process, whose mount namespace then has nothing else.
+pub(super) fn become_root(tree: BorrowedFd<'_>) -> Result<(), Failure> {
+    attach(tree, CWD, Path::new("/")).step("mount the view of the action")?;
+    rustix::process::fchdir(tree).step("enter the view of the action")?;
+    // The old root ends up on top of the new one, where it is taken away.
+    rustix::process::pivot_root(".", ".").step("change the root directory (pivot_root)")?;
+    unmount(".", UnmountFlags::DETACH).step("unmount the host's file systems")?;
+    rustix::process::chdir("/").step("enter the new root directory")
+}
+
+/// An open directory, for paths that start there.
+pub(super) fn directory(parent: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(parent, path, flags, Mode::empty())?)
+}

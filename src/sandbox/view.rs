@@ -1,0 +1,354 @@
+//! What an action sees of the file system, as a list of pieces in the order in which they are put together. Pure: the host
+//! is asked through [`Host`].
+//!
+//! The list of what is visible names everything; what it does not name does not exist. Everything of the host is read-only,
+//! except what the configuration makes writable.
+
+use super::{EXEC_ROOT, identity};
+use std::path::{Component, Path, PathBuf};
+
+/// What every action may see of the host: programs, libraries, and what compilers, language runtimes and the C library read
+/// below /etc. A `*` in the last component stands for any text. Nothing with keys, passwords or names of users.
+pub(crate) const HOST: &[&str] = &[
+    "/usr",
+    "/bin",
+    "/sbin",
+    "/lib*",
+    "/opt",
+    "/sys/devices/system/cpu",
+    "/etc/alternatives",
+    "/etc/ca-certificates",
+    "/etc/ca-certificates.conf",
+    "/etc/crypto-policies",
+    "/etc/debian_version",
+    "/etc/fonts",
+    "/etc/gcrypt",
+    "/etc/groff",
+    "/etc/inputrc",
+    "/etc/java*",
+    "/etc/ld.so.cache",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d",
+    "/etc/locale.alias",
+    "/etc/locale.conf",
+    "/etc/localtime",
+    "/etc/lsb-release",
+    "/etc/magic*",
+    "/etc/mime.types",
+    "/etc/os-release",
+    "/etc/perl",
+    "/etc/pki/ca-trust",
+    "/etc/pki/java",
+    "/etc/pki/tls/certs",
+    "/etc/protocols",
+    "/etc/python*",
+    "/etc/redhat-release",
+    "/etc/services",
+    "/etc/sgml",
+    "/etc/ssl/certs",
+    "/etc/ssl/openssl.cnf",
+    "/etc/terminfo",
+    "/etc/timezone",
+    "/etc/xml",
+];
+
+/// The devices of the host.
+const DEVICES: &[&str] = &["null", "zero", "full", "random", "urandom", "tty"];
+
+/// Links below /dev.
+const DEVICE_LINKS: &[(&str, &str)] = &[
+    ("/dev/fd", "/proc/self/fd"),
+    ("/dev/stdin", "/proc/self/fd/0"),
+    ("/dev/stdout", "/proc/self/fd/1"),
+    ("/dev/stderr", "/proc/self/fd/2"),
+    ("/dev/ptmx", "pts/ptmx"),
+];
+
+/// What of /proc is hidden: what says more of the kernel than an action needs.
+const HIDDEN_OF_PROC: &[&str] = &[
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/key-users",
+    "/proc/kallsyms",
+    "/proc/timer_list",
+    "/proc/sysrq-trigger",
+    "/proc/sched_debug",
+    "/proc/latency_stats",
+];
+
+/// The knobs of the kernel, which can only be read.
+const FIXED_OF_PROC: &[&str] = &["/proc/sys", "/proc/irq", "/proc/bus", "/proc/fs"];
+
+/// Paths that the sandbox makes itself; the configuration cannot put the host's there.
+pub(crate) const OWN: &[&str] = &["/proc", "/dev", "/tmp", EXEC_ROOT, "/var/tmp"];
+
+/// One piece of a view. Later pieces lie on top of earlier ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Piece {
+    /// An empty directory, with the directories above it.
+    Directory(PathBuf),
+    /// A symbolic link.
+    Link {
+        /// Where.
+        at: PathBuf,
+        /// What it says.
+        target: PathBuf,
+    },
+    /// A small file that can only be read.
+    File {
+        /// Where.
+        at: PathBuf,
+        /// Its content.
+        text: &'static str,
+    },
+    /// A file or directory of the host at its own path, with everything mounted below it.
+    Host {
+        /// Where, here and there.
+        at: PathBuf,
+        /// A directory, or else anything but that.
+        is_directory: bool,
+        /// What may be done with it.
+        access: Access,
+    },
+    /// An empty file or directory over what is there, if anything is.
+    Hidden(PathBuf),
+}
+
+/// What may be done with a file of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// It can be read; programs can be run.
+    Read,
+    /// It can be changed as well.
+    Write,
+    /// It is a device.
+    Device,
+}
+
+/// What is mounted anew in each cell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Fresh {
+    /// Size of /tmp in bytes.
+    pub tmp_bytes: u64,
+    /// Most files and directories in /tmp.
+    pub tmp_files: u64,
+    /// Size of /dev/shm in bytes.
+    pub shm_bytes: u64,
+}
+
+/// What is at a path of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A directory.
+    Directory,
+    /// A symbolic link, and what it says.
+    Link(PathBuf),
+    /// Anything else.
+    Other,
+}
+
+/// The host's file system.
+pub(crate) trait Host {
+    /// What is at a path itself; `None` for nothing.
+    fn kind(&self, path: &Path) -> Option<Kind>;
+    /// The names in a directory; none if it cannot be read.
+    fn names(&self, path: &Path) -> Vec<String>;
+}
+
+/// What is configured.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    /// More of the host.
+    pub visible: Vec<PathBuf>,
+    /// Hidden although something above it is visible.
+    pub hidden: Vec<PathBuf>,
+    /// Visible, and can be changed.
+    pub writable: Vec<PathBuf>,
+}
+
+/// The pieces that are the same for all actions, in order.
+pub(crate) fn pieces(wanted: &Wanted, host: &dyn Host) -> Vec<Piece> {
+    let mut pieces: Vec<_> = ["/proc", "/tmp", "/var", "/run", "/etc", EXEC_ROOT, "/dev/shm", "/dev/pts"]
+        .map(|path| Piece::Directory(path.into()))
+        .into();
+    pieces.extend(identity::FILES.iter().map(|(at, text)| Piece::File { at: (*at).into(), text }));
+    pieces.push(link("/var/tmp", "../tmp"));
+    pieces.push(link("/etc/mtab", "../proc/self/mounts"));
+    pieces.extend(DEVICE_LINKS.iter().map(|(at, target)| link(at, target)));
+    for device in DEVICES {
+        let at = Path::new("/dev").join(device);
+        pieces.push(Piece::Host { at, is_directory: false, access: Access::Device });
+    }
+    let built_in = HOST.iter().flat_map(|pattern| matching(pattern, host));
+    let mut of_host: Vec<_> = built_in.chain(wanted.visible.iter().cloned()).collect();
+    // Parents first, so that what lies in a visible directory is not mounted again.
+    of_host.sort();
+    of_host.dedup();
+    let mut directories: Vec<PathBuf> = Vec::new();
+    for at in of_host {
+        if directories.iter().any(|above| at.starts_with(above)) {
+            continue;
+        }
+        match host.kind(&at) {
+            Some(Kind::Link(target)) => pieces.push(Piece::Link { at, target }),
+            Some(Kind::Directory) => {
+                directories.push(at.clone());
+                pieces.push(Piece::Host { at, is_directory: true, access: Access::Read });
+            }
+            Some(Kind::Other) => pieces.push(Piece::Host { at, is_directory: false, access: Access::Read }),
+            None => {}
+        }
+    }
+    pieces.extend(wanted.hidden.iter().cloned().map(Piece::Hidden));
+    for at in &wanted.writable {
+        let is_directory = host.kind(at) == Some(Kind::Directory);
+        pieces.push(Piece::Host { at: at.clone(), is_directory, access: Access::Write });
+    }
+    pieces
+}
+
+/// What is changed in a fresh /proc: what is hidden, and what can only be read.
+pub(crate) fn of_proc() -> (&'static [&'static str], &'static [&'static str]) {
+    (HIDDEN_OF_PROC, FIXED_OF_PROC)
+}
+
+/// Whether a path is visible to actions, as part of one of these.
+pub(crate) fn shows(wanted: &Wanted, path: &Path) -> bool {
+    let hides = |hidden: &PathBuf| path.starts_with(hidden);
+    let matches = |pattern: &&str| match pattern.split_once('*') {
+        // The one pattern that could match a path of ours is not longer than its first component.
+        Some((start, _)) => path.to_string_lossy().starts_with(start),
+        None => path.starts_with(pattern),
+    };
+    let is_shown = HOST.iter().any(|pattern| matches(pattern))
+        || wanted.visible.iter().chain(&wanted.writable).any(|shown| path.starts_with(shown));
+    is_shown && !wanted.hidden.iter().any(hides)
+}
+
+/// Why this path cannot be configured as visible, hidden or writable.
+pub(crate) fn problem(path: &Path) -> Option<&'static str> {
+    let is_plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if !path.is_absolute() || !is_plain {
+        return Some("is not an absolute path without \"..\"");
+    }
+    if path == Path::new("/") {
+        return Some("is the whole machine; name the directories that actions need");
+    }
+    if OWN.iter().any(|own| path.starts_with(own)) {
+        return Some("lies where the sandbox has files of its own (/proc, /dev, /tmp, /var/tmp, /build)");
+    }
+    None
+}
+
+fn link(at: &str, target: &str) -> Piece {
+    Piece::Link { at: at.into(), target: target.into() }
+}
+
+/// The paths of the host that match a pattern.
+fn matching(pattern: &str, host: &dyn Host) -> Vec<PathBuf> {
+    let Some((start, end)) = pattern.split_once('*') else { return vec![pattern.into()] };
+    let (parent, prefix) = start.rsplit_once('/').unwrap_or(("", start));
+    let parent = Path::new("/").join(parent.trim_start_matches('/'));
+    let mut names = host.names(&parent);
+    names.retain(|name| {
+        name.len() >= prefix.len() + end.len() && name.starts_with(prefix) && name.ends_with(end)
+    });
+    names.into_iter().map(|name| parent.join(name)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    struct Fake(BTreeMap<PathBuf, Kind>);
+
+    impl Host for Fake {
+        fn kind(&self, path: &Path) -> Option<Kind> {
+            self.0.get(path).cloned()
+        }
+
+        fn names(&self, path: &Path) -> Vec<String> {
+            let inside = self.0.keys().filter(|entry| entry.parent() == Some(path));
+            inside.filter_map(|entry| Some(entry.file_name()?.to_str()?.to_owned())).collect()
+        }
+    }
+
+    fn host() -> Fake {
+        let directories =
+            ["/usr", "/opt", "/opt/tool", "/etc", "/etc/java-17-openjdk", "/etc/ssl", "/etc/ssl/certs"];
+        let files = ["/etc/shadow", "/etc/passwd", "/etc/ld.so.cache", "/opt/secret", "/etc/ssl/private"];
+        let links =
+            [("/bin", "usr/bin"), ("/lib64", "usr/lib64"), ("/etc/localtime", "/usr/share/zoneinfo/UTC")];
+        let mut all = BTreeMap::new();
+        all.extend(directories.map(|path| (path.into(), Kind::Directory)));
+        all.extend(files.map(|path| (path.into(), Kind::Other)));
+        all.extend(links.map(|(path, target)| (path.into(), Kind::Link(target.into()))));
+        Fake(all)
+    }
+
+    fn from_host(pieces: &[Piece]) -> Vec<(&str, Access)> {
+        let host = |piece: &Piece| match piece {
+            Piece::Host { at, access, .. } => Some((at.to_str()?.to_owned(), *access)),
+            _ => None,
+        };
+        let all: Vec<_> =
+            pieces.iter().filter_map(host).filter(|(_, access)| *access != Access::Device).collect();
+        all.into_iter().map(|(at, access)| (&*at.leak(), access)).collect()
+    }
+
+    #[test]
+    fn only_what_is_listed_is_visible_and_it_is_read_only() {
+        let pieces = pieces(&Wanted::default(), &host());
+        let read = ["/etc/java-17-openjdk", "/etc/ld.so.cache", "/etc/ssl/certs", "/opt", "/usr"];
+        assert_eq!(from_host(&pieces), read.map(|path| (path, Access::Read)));
+        assert!(pieces.contains(&link("/bin", "usr/bin")) && pieces.contains(&link("/lib64", "usr/lib64")));
+        assert!(
+            pieces
+                .iter()
+                .any(|piece| matches!(piece, Piece::File { at, .. } if at == Path::new("/etc/passwd")))
+        );
+    }
+
+    #[test]
+    fn what_is_configured_comes_in_the_order_visible_hidden_writable() {
+        let wanted = Wanted {
+            visible: vec!["/opt/tool".into(), "/etc/ssl".into(), "/gone".into()],
+            hidden: vec!["/opt/secret".into()],
+            writable: vec!["/opt/tool".into()],
+        };
+        let pieces = pieces(&wanted, &host());
+        let of_host = from_host(&pieces);
+        // Inside of what is visible anyway.
+        assert!(
+            !of_host.contains(&("/opt/tool", Access::Read))
+                && !of_host.contains(&("/etc/ssl/certs", Access::Read))
+        );
+        assert!(of_host.contains(&("/etc/ssl", Access::Read)));
+        let hidden = pieces.iter().position(|piece| *piece == Piece::Hidden("/opt/secret".into()));
+        let writable =
+            pieces.iter().position(|piece| matches!(piece, Piece::Host { access: Access::Write, .. }));
+        assert!(hidden < writable && writable == Some(pieces.len() - 1));
+    }
+
+    #[test]
+    fn a_store_below_a_visible_directory_is_noticed() {
+        let wanted =
+            Wanted { visible: vec!["/srv".into()], hidden: vec!["/srv/cache".into()], ..Wanted::default() };
+        assert!(shows(&wanted, Path::new("/opt/gorego")) && shows(&wanted, Path::new("/srv/other")));
+        assert!(
+            !shows(&wanted, Path::new("/srv/cache/v1")) && !shows(&wanted, Path::new("/var/cache/gorego"))
+        );
+        assert!(
+            shows(&wanted, Path::new("/lib32/x")) && !shows(&wanted, Path::new("/etc/gorego/gorego.toml"))
+        );
+    }
+
+    #[test]
+    fn paths_that_cannot_be_shown_are_refused() {
+        for path in ["/", "usr", "/usr/../etc", "/proc/1", "/dev", "/tmp/x", "/build"] {
+            assert!(problem(Path::new(path)).is_some(), "{path}");
+        }
+        assert_eq!(problem(Path::new("/nix/store")), None);
+    }
+}

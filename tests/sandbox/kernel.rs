@@ -1,0 +1,124 @@
+//! What an action may ask of the kernel.
+
+#![cfg(target_arch = "x86_64")]
+
+use crate::with_each;
+use std::{net::TcpListener, os::unix::net::UnixListener};
+
+const EPERM: i32 = 1;
+const ENOSYS: i32 = 38;
+
+/// System calls by name, number and arguments, with the error that they must end with.
+const CALLS: &[(&str, &str, i32)] = &[
+    ("mount", "165, 0, 0, 0, 0, 0", EPERM),
+    ("umount", "166, 0, 2", EPERM),
+    ("pivot_root", "155, 0, 0", EPERM),
+    ("chroot", "161, 0", EPERM),
+    ("open_tree", "428, -100, 0, 1", EPERM),
+    ("move_mount", "429, 3, 0, -100, 0, 4", EPERM),
+    ("fsopen", "430, 0, 0", EPERM),
+    ("mount_setattr", "442, -100, 0, 0, 0, 0", EPERM),
+    ("unshare a user namespace", "272, 0x10000000", EPERM),
+    ("unshare a mount namespace", "272, 0x20000", EPERM),
+    ("clone a network namespace", "56, 0x40000011, 0, 0, 0, 0", EPERM),
+    ("clone3", "435, 0, 0", ENOSYS),
+    ("setns", "308, 0, 0", EPERM),
+    ("keyctl", "250, 0, 0", EPERM),
+    ("add_key", "248, 0, 0, 0, 1, -3", EPERM),
+    ("bpf", "321, 0, 0, 0", EPERM),
+    ("perf_event_open", "298, 0, 0, 0, 0, 0", EPERM),
+    ("userfaultfd", "323, 1", EPERM),
+    ("io_uring_setup", "425, 1, 0", EPERM),
+    ("init_module", "175, 0, 0, 0", EPERM),
+    ("clock_settime", "227, 0, 0", EPERM),
+    ("reboot", "169, 0, 0, 0, 0", EPERM),
+    ("a packet socket", "41, 17, 3, 0", EPERM),
+    ("a raw socket", "41, 2, 3, 1", EPERM),
+    ("a vsock", "41, 40, 1, 0", EPERM),
+    ("open_by_handle_at", "304, -100, 0, 0", EPERM),
+];
+
+#[tokio::test]
+async fn calls_that_make_mounts_and_namespaces_or_reach_deep_into_the_kernel_are_refused() {
+    with_each(&[], async |host| {
+        let lines: Vec<_> = CALLS
+            .iter()
+            .map(|(name, call, _)| {
+                format!("$! = 0; my $r = syscall({call}); print \"{name}: $r \", $!+0, \"\\n\";")
+            })
+            .collect();
+        let program =
+            format!("use strict; {}", lines.iter().map(|line| format!("{{ {line} }}")).collect::<String>());
+        let quoted = program.replace('\'', "'\\''");
+        let said = host.says(&format!("perl -e '{quoted}'")).await;
+        let expected: Vec<_> = CALLS.iter().map(|(name, _, errno)| format!("{name}: -1 {errno}")).collect();
+        assert_eq!(said.lines().collect::<Vec<_>>(), expected);
+    })
+    .await;
+}
+
+/// Debuggers and leak checkers trace their children.
+#[tokio::test]
+async fn tracing_is_allowed_among_its_own_processes_only() {
+    with_each(&[], async |host| {
+        // PTRACE_TRACEME, then PTRACE_ATTACH to the first process of the sandbox.
+        assert_eq!(host.says("perl -e 'print syscall(101, 0, 0, 0, 0)'").await, "0");
+        assert_eq!(host.says("perl -e 'print syscall(101, 16, 1, 0, 0), \" \", $!+0'").await, "-1 1");
+        host.cannot("cat /proc/1/environ").await;
+        host.cannot("cat /proc/1/maps").await;
+        // It ignores what the others send it.
+        assert_eq!(host.says("kill -9 1; kill -STOP 1; sleep 0.1; echo alive").await, "alive");
+    })
+    .await;
+}
+
+/// The number of a call in the x32 ABI, which has the same name for its architecture.
+#[tokio::test]
+async fn a_foreign_abi_ends_the_process() {
+    with_each(&[], async |host| {
+        let did = host.run("exec perl -e 'syscall(0x40000000 + 39); print \"survived\"'").await;
+        assert_eq!((did.exit_code, &*did.stdout), (128 + 31, ""), "{}", did.stderr);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn there_is_no_network_but_an_own_loopback() {
+    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = tcp.local_addr().unwrap().port();
+    let name = format!("gorego-test-{}", std::process::id());
+    let address = {
+        use std::os::linux::net::SocketAddrExt as _;
+        std::os::unix::net::SocketAddr::from_abstract_name(&name).unwrap()
+    };
+    let _abstract = UnixListener::bind_addr(&address).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let _path = UnixListener::bind(&path).unwrap();
+    with_each(&[], async |host| {
+        let connect = |rest: &str| format!("perl -MSocket -e '{rest} or die $!'");
+        let to_tcp = format!("socket(S, PF_INET, SOCK_STREAM, 0); connect(S, sockaddr_in({port}, inet_aton(\"127.0.0.1\")))");
+        host.cannot(&connect(&to_tcp)).await;
+        let to_unix = |name: &str| format!("socket(S, PF_UNIX, SOCK_STREAM, 0); connect(S, sockaddr_un(\"{name}\"))");
+        host.cannot(&connect(&to_unix(&format!("\\0{name}")))).await;
+        host.cannot(&connect(&to_unix(path.to_str().unwrap()))).await;
+        let own = "socket(S, PF_INET, SOCK_STREAM, 0); bind(S, sockaddr_in(8080, INADDR_ANY)) and listen(S, 1) and \
+                   socket(C, PF_INET, SOCK_STREAM, 0) and connect(C, sockaddr_in(8080, inet_aton(\"127.0.0.1\")))";
+        host.says(&connect(own)).await;
+    })
+    .await;
+}
+
+/// Otherwise a core handler of the host would run for it.
+#[tokio::test]
+async fn a_crash_leaves_no_core_whatever_the_action_sets() {
+    with_each(&[], async |host| {
+        let did = host.run("ulimit -c 0; ulimit -c unlimited; perl -e 'kill 11, $$'; ls").await;
+        assert_eq!(did.stdout, "");
+        let limit = host.says("ulimit -c 0; grep core /proc/self/limits").await;
+        // A limit of 1 is what keeps piped handlers from running.
+        let numbers: Vec<_> = limit.split_whitespace().filter(|word| word.parse::<u64>().is_ok()).collect();
+        assert_eq!(numbers, ["1", "1"], "{limit}");
+    })
+    .await;
+}

@@ -1,0 +1,97 @@
+//! The promises of the sandbox (`docs/sandbox.md`), each as a test with a real server and hostile commands.
+//!
+//! Run by root, each test runs twice: with a server that is root, and with one that is an ordinary user. To see that a test
+//! notices a missing sandbox, run it with `SANDBOX_MODE=off`.
+
+#![allow(clippy::unwrap_used)]
+
+mod files;
+mod kernel;
+mod processes;
+mod start;
+#[allow(dead_code)]
+#[path = "../wire/support.rs"]
+mod support;
+mod world;
+
+use gorego_reapi::proto::reapi::{ActionResult, Command};
+use support::{Client, Server, sh};
+
+/// The ordinary user.
+const USER: u32 = 65534;
+
+/// A server and a client of it.
+struct Host {
+    server: Server,
+    client: Client,
+    /// The server is root.
+    is_root: bool,
+}
+
+/// What a command did.
+struct Did {
+    exit_code: i32,
+    stdout: String,
+    stderr: String,
+}
+
+/// Runs a test with each kind of server that this user can start.
+async fn with_each(overrides: &[(&str, &str)], test: impl AsyncFn(&Host)) {
+    let mode = std::env::var("SANDBOX_MODE").unwrap_or_else(|_| "required".into());
+    let mut all = vec![("EXECUTION__SANDBOX__MODE", &*mode)];
+    all.extend_from_slice(overrides);
+    let is_root = rustix::process::geteuid().is_root();
+    test(&Host::of(Server::with(&all).await, is_root).await).await;
+    if is_root {
+        test(&Host::of(Server::as_user(USER, &all).await, false).await).await;
+    }
+}
+
+impl Host {
+    async fn of(server: Server, is_root: bool) -> Self {
+        let client = server.client().await;
+        Self { server, client, is_root }
+    }
+
+    /// Runs a shell script without inputs.
+    async fn run(&self, script: &str) -> Did {
+        self.run_command(sh(script)).await
+    }
+
+    async fn run_command(&self, command: Command) -> Did {
+        let result = self.client.run_command(command).await;
+        self.did(&result).await
+    }
+
+    async fn did(&self, result: &ActionResult) -> Did {
+        Did {
+            exit_code: result.exit_code,
+            stdout: self.client.stdout(result).await,
+            stderr: self.client.stderr(result).await,
+        }
+    }
+
+    /// The output of a script that must succeed.
+    async fn says(&self, script: &str) -> String {
+        let did = self.run(script).await;
+        assert_eq!(did.exit_code, 0, "{script}: {}{}", did.stdout, did.stderr);
+        did.stdout.trim_end().to_owned()
+    }
+
+    /// Panics if the script succeeds.
+    async fn cannot(&self, script: &str) {
+        let did = self.run(script).await;
+        assert_ne!(did.exit_code, 0, "this must fail: {script}: {}{}", did.stdout, did.stderr);
+    }
+}
+
+/// The processes of this machine whose command line contains the text.
+fn processes_with(text: &str) -> Vec<String> {
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let line = |entry: std::fs::DirEntry| {
+        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        line.contains(text).then(|| format!("{}: {line}", entry.file_name().to_string_lossy()))
+    };
+    entries.filter_map(line).collect()
+}

@@ -1,0 +1,117 @@
+//! What an action sees and leaves of processes, and what it can do to others.
+
+use crate::{processes_with, support::*, with_each};
+use std::{fs, time::Duration};
+
+#[tokio::test]
+async fn an_action_sees_only_its_own_processes() {
+    with_each(&[], async |host| {
+        let seen = host.says("for p in /proc/[0-9]*; do echo ${p#/proc/}; done | sort -n | head -n 1; ls -d /proc/[0-9]* | wc -l").await;
+        let (first, count) = seen.split_once('\n').unwrap();
+        assert_eq!(first, "1");
+        assert!(count.trim().parse::<u32>().unwrap() < 10, "{seen}");
+        let pid = host.server.pid();
+        host.cannot(&format!("kill -0 {pid}")).await;
+        host.cannot(&format!("cat /proc/{pid}/cmdline")).await;
+    })
+    .await;
+}
+
+/// Two actions at once: neither finds the environment, the files or the processes of the other.
+#[tokio::test]
+async fn an_action_does_not_find_another_one() {
+    with_each(&[("EXECUTION__CONCURRENCY", "2")], async |host| {
+        let marker = format!("marker-{}", host.server.pid());
+        let mut victim = sh(&format!("echo secret > /tmp/{marker}; : {marker}; sleep 100"));
+        victim.environment_variables.push(gorego_reapi::proto::reapi::command::EnvironmentVariable {
+            name: "SECRET".into(),
+            value: marker.clone(),
+        });
+        let action = host.client.action(victim, empty()).await;
+        let running = host.client.start(action).await;
+        eventually("the first action runs", || processes_with(&format!(": {marker}")).len() == 1).await;
+        let found = host
+            .says("cat /proc/*/environ /proc/*/cmdline 2>/dev/null | tr '\\0' '\\n'; ls -R /tmp /build; true")
+            .await;
+        assert!(!found.contains(&marker), "{found}");
+        // Its numbers outside mean nothing inside.
+        let pid = processes_with(&format!(": {marker}"))[0].split(':').next().unwrap().to_owned();
+        host.cannot(&format!("kill -9 {pid}")).await;
+        assert_eq!(processes_with(&format!(": {marker}")).len(), 1);
+        if host.is_root {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let user: u32 =
+                status.split("Uid:\t").nth(1).unwrap().split('\t').next().unwrap().parse().unwrap();
+            assert!((200_000..200_064).contains(&user), "the action is user {user} of the host");
+            assert!(status.contains("Groups:\t \n") || status.contains("Groups:\t\n"), "{status}");
+        }
+        drop(running);
+    })
+    .await;
+}
+
+/// EXE-44.
+#[tokio::test]
+async fn a_daemon_does_not_outlive_its_action() {
+    with_each(&[], async |host| {
+        let marker = format!("daemon-of-{}", host.server.pid());
+        host.says(&format!(
+            "(setsid sh -c 'trap \"\" TERM HUP INT; : {marker}; sleep 1000' >/dev/null 2>&1 &) ; sleep 0.2"
+        ))
+        .await;
+        eventually("the daemon is gone", || processes_with(&marker).is_empty()).await;
+    })
+    .await;
+}
+
+/// EXE-45, for a tree of processes that ignore signals.
+#[tokio::test]
+async fn a_timeout_ends_everything_at_once() {
+    with_each(&[], async |host| {
+        let marker = format!("slow-of-{}", host.server.pid());
+        let script = format!("for i in 1 2 3; do (trap '' TERM; : {marker}; sleep 1000) & done; wait");
+        let action = host
+            .client
+            .action_with(sh(&script), empty(), |action| {
+                action.timeout = Some(Duration::from_millis(500).try_into().unwrap());
+            })
+            .await;
+        let response = host.client.run(action).await;
+        assert_eq!(response.status.unwrap().code, tonic::Code::DeadlineExceeded as i32);
+        assert_eq!(processes_with(&marker), [""; 0]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_fork_bomb_reaches_a_limit_and_harms_nobody() {
+    with_each(&[("EXECUTION__SANDBOX__PROCESSES", "40")], async |host| {
+        let script = "n=0; while [ $n -lt 200 ]; do sleep 5 & n=$((n+1)); done";
+        let did = host.run(script).await;
+        assert!(did.stderr.contains("fork") && did.exit_code != 0, "{} {}", did.exit_code, did.stderr);
+        assert_eq!(host.says("echo fine").await, "fine");
+    })
+    .await;
+}
+
+/// Neither a process nor a mount stays, and the next server runs on the same store.
+#[tokio::test]
+async fn a_server_that_is_killed_leaves_nothing() {
+    with_each(&[], async |host| {
+        let marker = format!("orphan-of-{}", host.server.pid());
+        let action = host
+            .client
+            .action(
+                sh(&format!("(setsid sh -c ': {marker}; sleep 1000' &); : {marker}; sleep 1000")),
+                empty(),
+            )
+            .await;
+        let _running = host.client.start(action).await;
+        eventually("the action runs", || processes_with(&marker).len() >= 2).await;
+        host.server.signal("KILL");
+        eventually("its processes are gone", || processes_with(&marker).is_empty()).await;
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(host.server.store().to_str().unwrap()), "{mounts}");
+    })
+    .await;
+}

@@ -1,0 +1,66 @@
+//! What the start of a server says about the sandbox, and what happens where parts of it are missing.
+
+use crate::support::*;
+use std::process::{Command, Stdio};
+
+/// Runs the server in a user namespace in which there can be no further one.
+fn without_namespaces(mode: &str) -> (tempfile::TempDir, Command) {
+    let store = tempfile::tempdir().unwrap();
+    let serve = command(store.path());
+    let mut shell = Command::new("unshare");
+    shell
+        .args(["--user", "--map-root-user", "sh", "-c"])
+        .arg("echo 0 > /proc/sys/user/max_user_namespaces && exec \"$0\" \"$@\"")
+        .arg(serve.get_program())
+        .args(serve.get_args())
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("GOREGO_EXECUTION__SANDBOX__MODE", mode)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
+    (store, shell)
+}
+
+#[tokio::test]
+async fn required_refuses_to_start_where_a_protection_is_missing_and_says_what_enables_it() {
+    let (_store, mut serve) = without_namespaces("required");
+    let output = serve.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("execution.sandbox.mode") && said.contains("namespaces is off"), "{said}");
+    assert!(said.contains("sysctl -w user.max_user_namespaces=15000"), "{said}");
+}
+
+#[tokio::test]
+async fn auto_starts_with_what_there_is_and_says_what_is_missing() {
+    let (_store, mut serve) = without_namespaces("auto");
+    let mut child = serve.spawn().unwrap();
+    let stderr = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut missing = Vec::new();
+    for line in std::io::BufRead::lines(stderr).map_while(Result::ok) {
+        let event: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+        if event["event"] == "protection_missing" {
+            missing.push((event["protection"].as_str().unwrap().to_owned(), event["remedy"].to_string()));
+        }
+        if event["event"] == "server_started" {
+            break;
+        }
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let namespaces = missing.iter().find(|(protection, _)| protection == "namespaces");
+    assert!(namespaces.is_some_and(|(_, remedy)| remedy.contains("max_user_namespaces")), "{missing:?}");
+}
+
+#[tokio::test]
+async fn a_start_names_the_protections_that_are_on() {
+    let server = Server::with(&[("EXECUTION__SANDBOX__MODE", "required")]).await;
+    let log = server.log();
+    let started = log.iter().find(|event| event["event"] == "server_started").unwrap();
+    let sandbox = started["sandbox"].as_str().unwrap();
+    assert!(sandbox.starts_with("namespaces, network") && sandbox.contains("filter"), "{sandbox}");
+    let off = Server::with(&[("EXECUTION__SANDBOX__MODE", "off")]).await;
+    let log = off.log();
+    let started = log.iter().find(|event| event["event"] == "server_started").unwrap();
+    assert_eq!(started["sandbox"], "none");
+}

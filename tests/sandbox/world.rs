@@ -1,0 +1,92 @@
+//! The world that every action finds: the same everywhere.
+
+use crate::{support::*, with_each};
+
+#[tokio::test]
+async fn every_action_is_the_same_user_at_the_same_place() {
+    with_each(&[], async |host| {
+        let said = host.says("id -u; id -g; id -un; id -Gn; pwd; hostname; umask; cat /etc/hostname").await;
+        assert_eq!(said, "1000\n1000\nbuild\nbuild\n/build\nbuild\n0022\nbuild");
+        let script = "grep -E '^(Cap|NoNewPrivs|Seccomp:)' /proc/self/status | tr -d '[:blank:]'";
+        let status = host.says(script).await;
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert!(status.contains(&format!("{set}:0000000000000000")), "{status}");
+        }
+        assert!(status.contains("NoNewPrivs:1") && status.contains("Seccomp:2"), "{status}");
+        assert_eq!(host.says("cat /proc/sys/user/max_user_namespaces").await, "0");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_set_user_id_program_gives_nothing() {
+    with_each(&[], async |host| {
+        assert_eq!(host.says("cp /usr/bin/id x && chmod 6755 x && ./x -u && ./x -ru").await, "1000\n1000");
+        assert_eq!(
+            host.says("touch f; chown 0 f 2>/dev/null; chgrp 0 f 2>/dev/null; stat -c %u:%g f").await,
+            "1000:1000"
+        );
+        host.cannot("mknod disk b 254 0").await;
+    })
+    .await;
+}
+
+/// EXE-41, and descriptors that the server might have forgotten.
+#[tokio::test]
+async fn nothing_is_inherited_from_the_server() {
+    with_each(&[], async |host| {
+        assert_eq!(
+            host.says("env | grep -v -E '^(PATH|PWD|SHLVL|OLDPWD|_)='; ls /proc/self/fd | tr '\\n' ' '")
+                .await,
+            "0 1 2 3"
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn devices_and_outputs_can_be_opened() {
+    with_each(&[], async |host| {
+        let script = "echo out > /dev/stdout; echo err > /dev/stderr; echo more >> /proc/self/fd/2; \
+                      head -c 1 /dev/zero > /dev/null; head -c 1 /dev/urandom > /dev/shm/x; cat /dev/stdin; \
+                      perl -e 'open(P, \"+<\", \"/dev/ptmx\") or die $!; open(F, \">\", \"/dev/full\"); print F 1; close F and die'";
+        let did = host.run(script).await;
+        assert_eq!((did.exit_code, &*did.stdout, &*did.stderr), (0, "out\n", "err\nmore\n"));
+        host.cannot("cat /dev/mem /dev/kmsg /dev/vda /dev/sda").await;
+    })
+    .await;
+}
+
+/// The toolchain of the machine works as it does outside.
+#[tokio::test]
+async fn a_compiler_finds_everything_it_needs() {
+    if std::process::Command::new("cc").arg("--version").output().is_err() {
+        eprintln!("skipped: there is no cc");
+        return;
+    }
+    with_each(&[], async |host| {
+        let source =
+            host.client.upload("#include <stdio.h>\nint main(void) { puts(__FILE__); return 0; }\n").await;
+        let root = host.client.upload(directory(vec![file("a.c", source)], vec![], vec![])).await;
+        let action = host.client.action(sh_with("cc -g -o a a.c && ./a", &["a"]), root).await;
+        let result = host.client.run(action).await.result.unwrap();
+        assert_eq!(host.client.stdout(&result).await, "a.c\n", "{}", host.client.stderr(&result).await);
+    })
+    .await;
+}
+
+/// Debugging information has the path of the exec root in it.
+#[tokio::test]
+async fn the_exec_root_has_the_same_path_for_all_actions() {
+    with_each(&[("EXECUTION__CONCURRENCY", "2")], async |host| {
+        for number in 0..3 {
+            assert_eq!(host.says(&format!("pwd -P # {number}")).await, "/build");
+        }
+        let mut command = sh("pwd");
+        command.working_directory = "some/where".into();
+        command.output_paths = vec!["../x/o".into()];
+        let did = host.run_command(command).await;
+        assert_eq!(did.stdout.trim(), "/build/some/where", "{}", did.stderr);
+    })
+    .await;
+}

@@ -22,6 +22,7 @@ use crate::{
                 PoolSandbox,
                 probe::{probe, probe_layers},
             },
+            staged_trees::StagingLimits,
             workspace::BuildRoot,
         },
     },
@@ -120,7 +121,8 @@ pub(crate) fn run(settings: Settings, ready: impl FnOnce(Ready) + Send + 'static
 impl Place {
     /// Opens the build root, and finds out which protections of the sandbox work in it.
     fn open(execution: &ExecutionSettings, open_files: Option<u64>) -> Result<Self> {
-        let build_root = BuildRoot::with_trees(&execution.build_root, execution.max_staged_bytes)?;
+        let limits = StagingLimits { max_bytes: execution.max_staged_bytes, ..StagingLimits::default() };
+        let build_root = BuildRoot::with_trees(&execution.build_root, limits)?;
         let settings = &execution.sandbox;
         if settings.mode == SandboxMode::Off {
             return Ok(Self { build_root, sandbox: None, open_files });

@@ -18,7 +18,7 @@ pub mod messages;
 mod outputs;
 mod run;
 mod run_log;
-mod staged_trees;
+pub mod staged_trees;
 pub mod store;
 pub mod workspace;
 
@@ -73,7 +73,7 @@ pub struct WorkerSettings {
 impl WorkerSettings {
     /// Whether input roots can have layers.
     fn has_layers(&self) -> bool {
-        self.sandbox.as_ref().is_some_and(|sandbox| sandbox.has_layers)
+        self.sandbox.as_ref().is_some_and(PoolSandbox::has_layers)
     }
 
     /// The runner command of a server: this very binary, also after the file was replaced on disk. Commands get

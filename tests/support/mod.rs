@@ -10,7 +10,9 @@ use gorego::{
         worker::{
             WorkerActor, WorkerSettings,
             cancel::CancelToken,
+            launcher::PoolSandbox,
             messages::{RunAction, RunFailure, RunReport, RunStage, SlotId, StageReached, TaskId},
+            staged_trees::StagingLimits,
             store::{BlobStore, Inputs, Outputs},
             workspace::BuildRoot,
         },
@@ -29,6 +31,7 @@ use prost::Message;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use std::{
     collections::HashMap,
+    ffi::OsString,
     fs::File,
     io::{Read as _, Write as _},
     path::{Path, PathBuf},
@@ -160,6 +163,8 @@ impl Handler<StageReached> for Listener {
 pub struct Bench {
     pub store: Arc<MemoryStore>,
     pub build_root: PathBuf,
+    /// Commands run in a sandbox, with inputs that are staged.
+    pub is_sandboxed: bool,
     pub stages: Arc<Mutex<Vec<RunStage>>>,
     worker: Addr<WorkerActor>,
     listener: Addr<Listener>,
@@ -181,19 +186,48 @@ pub fn with_worker<T>(body: impl AsyncFnOnce(&Bench) -> T) -> T {
 
 /// Runs a test with one worker, whose commands may write files of up to this size.
 pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Bench) -> T) -> T {
+    // Most tests look at their commands from outside. tests/sandbox is about the sandbox.
+    with_bench(max_output_file_bytes, StagingLimits::default(), |_, _| None, body)
+}
+
+/// Runs a test twice: with a worker that copies all inputs, and with one that stages all of them, if this machine can.
+pub fn with_each_staging(body: impl AsyncFn(&Bench)) {
+    with_worker(&body);
+    let everything = StagingLimits { min_nodes: 0, ..StagingLimits::default() };
+    let mut can_stage = true;
+    let sandbox = |runner: &[OsString], build_root: &BuildRoot| {
+        let sandbox = PoolSandbox::usual(runner, build_root);
+        can_stage = sandbox.has_layers();
+        Some(sandbox)
+    };
+    with_bench(1 << 30, everything, sandbox, &body);
+    if !can_stage {
+        eprintln!("skipped: no overlays here");
+    }
+}
+
+fn with_bench<T>(
+    max_output_file_bytes: u64,
+    limits: StagingLimits,
+    sandbox: impl FnOnce(&[OsString], &BuildRoot) -> Option<PoolSandbox>,
+    body: impl AsyncFnOnce(&Bench) -> T,
+) -> T {
     System::new().block_on(async {
         let directory = tempfile::tempdir().unwrap();
-        let build_root = directory.path().join("build");
+        let path = directory.path().join("build");
         let store = Arc::new(MemoryStore::default());
+        let build_root = BuildRoot::with_trees(&path, limits).unwrap();
+        let runner: Vec<OsString> = vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()];
+        let sandbox = sandbox(&runner, &build_root);
+        let is_sandboxed = sandbox.is_some();
         let settings = Arc::new(WorkerSettings {
             pool: "test".into(),
             name: "testhost".into(),
-            build_root: BuildRoot::open(&build_root).unwrap(),
+            build_root,
             transfer_timeout: Duration::from_secs(60),
             max_output_file_bytes,
-            runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
-            // These tests look at their commands from outside. tests/sandbox is about the sandbox.
-            sandbox: None,
+            runner,
+            sandbox,
             log_streams: log_streams(),
         });
         let handle: Arc<dyn BlobStore> = Arc::new(Handle(store.clone()));
@@ -202,7 +236,8 @@ pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Ben
         let listener = Listener(stages.clone()).start();
         let bench = Bench {
             store,
-            build_root: build_root.canonicalize().unwrap(),
+            build_root: path.canonicalize().unwrap(),
+            is_sandboxed,
             stages,
             worker,
             listener,

@@ -234,6 +234,18 @@ impl<'a> Dir<'a> {
         found.ok_or_else(|| Errno::NOENT.into())
     }
 
+    /// Checks that there is nothing under a name, not even a link that leads nowhere.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when there is; those of fstatat(2).
+    pub fn must_lack(&self, name: &OsStr) -> io::Result<()> {
+        match self.look(name) {
+            Ok(_) => Err(Errno::EXIST.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Reads the target of a link that [`Dir::look`] has found in the own layer.
     ///
     /// # Errors

@@ -310,7 +310,8 @@ fn make_directories(root: ExecRoot<'_>, path: &RootPath, what: &str) -> Result<(
         prefix.push(segment);
         above = match root.resolve(&prefix) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => above
-                .make_own(root)
+                .must_lack(segment.as_ref())
+                .and_then(|()| above.make_own(root))
                 .and_then(|own| make_beneath(&own, segment))
                 .and_then(|()| root.resolve(&prefix))
                 .map_err(|error| in_the_way(what, path, &prefix, &error))?,

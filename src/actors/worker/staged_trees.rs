@@ -44,9 +44,7 @@ use std::{
 /// Most files, directories and links of all staged trees together: what they need in memory (about 150 bytes each) and of a
 /// disk's inodes.
 pub const MAX_STAGED_NODES: u64 = 1_000_000;
-/// A root with fewer nodes and bytes than these is copied: that takes no longer than a mount.
-const MIN_NODES: u64 = 12;
-/// See [`MIN_NODES`].
+/// A root with fewer bytes, and with fewer nodes than [`StagingLimits::min_nodes`], is copied: that takes no longer than a mount.
 const MIN_BYTES: u64 = 256 * 1024;
 /// How many staged trees are looked at to find a base: those that were used last.
 const BASES: usize = 32;
@@ -65,6 +63,21 @@ const BUILD_POLL: Duration = Duration::from_millis(50);
 /// What a file or directory takes on disk at most, besides its content.
 const NODE_BYTES: u64 = 4_096;
 
+/// What is staged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StagingLimits {
+    /// Most bytes of all staged trees together.
+    pub max_bytes: u64,
+    /// A small root with fewer nodes is copied.
+    pub min_nodes: u64,
+}
+
+impl Default for StagingLimits {
+    fn default() -> Self {
+        Self { max_bytes: 5_000_000_000, min_nodes: 12 }
+    }
+}
+
 /// Whose blobs a tree was made from, and its root.
 type Key = (InstanceId, Digest);
 
@@ -72,6 +85,7 @@ type Key = (InstanceId, Digest);
 #[derive(Debug)]
 pub struct StagedTrees {
     index: Mutex<Index<Key, Arc<Tree>>>,
+    min_nodes: u64,
     /// A tree was built, or could not be.
     built: Condvar,
 }
@@ -119,10 +133,11 @@ pub struct Base<'a> {
 }
 
 impl StagedTrees {
-    /// None yet, and never more than so many bytes.
-    pub fn new(max_bytes: u64) -> Self {
-        let budget = Size { bytes: max_bytes, nodes: MAX_STAGED_NODES };
-        Self { index: Mutex::new(Index::new(budget, PASSED_ROOTS)), built: Condvar::new() }
+    /// None yet.
+    pub fn new(limits: StagingLimits) -> Self {
+        let budget = Size { bytes: limits.max_bytes, nodes: MAX_STAGED_NODES };
+        let index = Mutex::new(Index::new(budget, PASSED_ROOTS));
+        Self { index, min_nodes: limits.min_nodes, built: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Index<Key, Arc<Tree>>> {
@@ -143,7 +158,7 @@ impl BuildRoot {
         checkpoint: &Checkpoint,
     ) -> Result<Option<Base<'a>>> {
         let wanted = inputs.tree();
-        if wanted.nodes() < MIN_NODES && wanted.bytes() < MIN_BYTES {
+        if wanted.nodes() < place.trees.min_nodes && wanted.bytes() < MIN_BYTES {
             return Ok(None);
         }
         let key = (instance, wanted.digest());

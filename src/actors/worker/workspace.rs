@@ -24,7 +24,7 @@ use super::{
     disk_watch::DiskWatch,
     layer,
     messages::SlotId,
-    staged_trees::{Base, StagedTrees},
+    staged_trees::{Base, StagedTrees, StagingLimits},
     store::Inputs,
 };
 use crate::{instance::InstanceId, logging::Event, sandbox::layers::Layers, spread::spread_subdirectories};
@@ -61,8 +61,6 @@ const HASH_DIGITS: usize = 8;
 const ACTION_PREFIX: &str = "a-";
 /// What the names of directories for staged trees begin with.
 const TREE_PREFIX: &str = "t-";
-/// What staged trees may take when nobody says otherwise.
-const DEFAULT_STAGED_BYTES: u64 = 5_000_000_000;
 
 const BUILD_ROOT_SWEPT: &str = "build_root_swept";
 const BUILD_ROOT_NOEXEC: &str = "build_root_noexec";
@@ -80,7 +78,7 @@ struct Inner {
     next: AtomicU64,
     remover: Remover,
     disk: DiskWatch,
-    max_staged_bytes: u64,
+    limits: StagingLimits,
 }
 
 /// The directories that are or were at the path of a build root.
@@ -106,19 +104,19 @@ impl BuildRoot {
     /// # Errors
     /// When the directory cannot be made or opened, or when another server has it.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::with_trees(path, DEFAULT_STAGED_BYTES)
+        Self::with_trees(path, StagingLimits::default())
     }
 
-    /// The same, whose staged trees have at most so many bytes.
+    /// The same, with these limits of its staged trees.
     ///
     /// # Errors
     /// As [`BuildRoot::open`].
-    pub fn with_trees(path: &Path, max_staged_bytes: u64) -> Result<Self> {
+    pub fn with_trees(path: &Path, limits: StagingLimits) -> Result<Self> {
         let doing = |error: io::Error| Error::io(&format!("open the build root {}", path.display()), &error);
         fs::create_dir_all(path).map_err(doing)?;
         // Commands get absolute paths into it.
         let path = path.canonicalize().map_err(doing)?;
-        let place = Arc::new(Place::open(&path, max_staged_bytes)?);
+        let place = Arc::new(Place::open(&path, limits)?);
         let next = AtomicU64::new(0);
         let leftovers = place.sweep(&next).map_err(doing)?;
         if !leftovers.is_empty() {
@@ -130,7 +128,7 @@ impl BuildRoot {
         let remover = Remover::start(leftovers.into_iter().map(job).collect());
         let disk = DiskWatch::new(path.clone());
         let places = Mutex::new(Places { current: place, former: Vec::new() });
-        let build_root = Self(Arc::new(Inner { path, places, next, remover, disk, max_staged_bytes }));
+        let build_root = Self(Arc::new(Inner { path, places, next, remover, disk, limits }));
         if build_root.is_noexec() {
             let path = build_root.0.path.display();
             Event::warn("gorego::worker", BUILD_ROOT_NOEXEC).with_shown("path", &path).log(format_args!(
@@ -239,7 +237,7 @@ impl BuildRoot {
         let doing =
             |error: io::Error| Error::io(&format!("make the build root {} again", path.display()), &error);
         fs::create_dir_all(path).map_err(doing)?;
-        let made = Arc::new(Place::open(path, self.0.max_staged_bytes)?);
+        let made = Arc::new(Place::open(path, self.0.limits)?);
         Event::warn("gorego::worker", BUILD_ROOT_REMADE).with_shown("path", &path.display()).log(format_args!(
             "the build root {} was removed or replaced while the server runs; using the one that is there now",
             path.display()
@@ -260,7 +258,7 @@ impl Places {
 }
 
 impl Place {
-    fn open(path: &Path, max_staged_bytes: u64) -> Result<Self> {
+    fn open(path: &Path, limits: StagingLimits) -> Result<Self> {
         let doing = |error: io::Error| Error::io(&format!("open the build root {}", path.display()), &error);
         let handle = File::open(path).map_err(doing)?;
         flock(&handle, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
@@ -273,7 +271,7 @@ impl Place {
         })?;
         spread_subdirectories(&handle);
         let id = dir::file_id(&rfs::fstat(&handle).map_err(|error| doing(error.into()))?);
-        Ok(Self { handle, id, trees: StagedTrees::new(max_staged_bytes) })
+        Ok(Self { handle, id, trees: StagedTrees::new(limits) })
     }
 
     /// What earlier runs left, to be removed. Names that follow from an action are free at once.

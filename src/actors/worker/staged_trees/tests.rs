@@ -50,7 +50,8 @@ struct Bench {
 impl Bench {
     fn new(max_bytes: u64) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        Self { build_root: BuildRoot::with_trees(directory.path(), max_bytes).unwrap(), directory }
+        let limits = StagingLimits { max_bytes, ..StagingLimits::default() };
+        Self { build_root: BuildRoot::with_trees(directory.path(), limits).unwrap(), directory }
     }
 
     fn stage<'a>(&self, inputs: &'a Counted) -> Result<Option<Base<'a>>> {

@@ -16,6 +16,7 @@ mod mounts;
 pub(crate) mod namespaces;
 pub(crate) mod probe;
 pub(crate) mod settings;
+mod sys;
 pub(crate) mod view;
 pub(crate) mod world;
 

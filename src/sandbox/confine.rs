@@ -1,5 +1,6 @@
 //! What a process gives up before it starts a command: capabilities, keys, and the right to unlimited processes.
 
+use super::sys;
 use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
     thread::{CapabilitySet, CapabilitySets},
@@ -15,16 +16,11 @@ const LAST_CAPABILITY: libc::c_ulong = 63;
 pub(crate) fn give_up_capabilities() -> io::Result<()> {
     rustix::thread::set_no_new_privs(true)?;
     for capability in 0..=LAST_CAPABILITY {
-        // SAFETY: takes numbers only.
-        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } < 0 {
-            let error = io::Error::last_os_error();
-            match error.raw_os_error() {
-                // There are no more.
-                Some(libc::EINVAL) => break,
-                // A process without capabilities cannot drop them from the bounding set and needs not.
-                Some(libc::EPERM) => break,
-                _ => return Err(error),
-            }
+        match sys::drop_capability(capability) {
+            Ok(()) => {}
+            // There are no more, or this process has none and so cannot get any.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => break,
+            Err(error) => return Err(error),
         }
     }
     let _ = rustix::thread::clear_ambient_capability_set();
@@ -58,15 +54,11 @@ pub(crate) fn offer_to_the_oom_killer() {
 
 /// Leaves the keyring of the session, which may hold keys of the server.
 pub(crate) fn new_keyring() -> io::Result<()> {
-    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
-    // SAFETY: a null name makes an anonymous keyring.
-    let result = unsafe {
-        libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<libc::c_char>())
-    };
-    match io::Error::last_os_error() {
-        _ if result >= 0 => Ok(()),
-        // A kernel without keys, or a container that forbids them, or too many of them: then a command gets none either.
-        error if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EDQUOT)) => Ok(()),
-        error => Err(error),
+    match sys::join_new_keyring() {
+        // A kernel without keys, a container that forbids them, or too many of them: a command gets none either.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EDQUOT)) => {
+            Ok(())
+        }
+        joined => joined,
     }
 }

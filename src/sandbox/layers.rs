@@ -4,10 +4,7 @@
 //! mount. It is `volatile`: nothing waits for the disk, neither when a file is copied up nor at the end (20 ms). Nobody mounts
 //! the same layer again. With `userxattr` it takes no privileges.
 
-use super::{
-    Failure, Step as _, mounts,
-    namespaces::{self, Map},
-};
+use super::{Failure, Step as _, mounts, namespaces::Map, sys};
 use prost::Message;
 use rustix::{
     fd::BorrowedFd,
@@ -69,7 +66,7 @@ pub(super) fn mount(layers: &Layers, ids: Option<(BorrowedFd<'_>, Map)>) -> Resu
             // An overlay cannot map ids itself, but it shows its layers as they show where they are mounted.
             let _mapped = (Mapped::new(below, ids)?, Mapped::new(beside, ids)?);
             // It changes its layers as the user who mounts it, who has to be one that they know.
-            namespaces::with_files_of(map, mount)
+            sys::with_files_of((map.user, map.group), mount)
         }
         _ => mount(),
     };

@@ -1,6 +1,6 @@
 //! The system calls that mount, in terms of open mounts: a tree of mounts is a descriptor until it is attached somewhere.
 
-use super::{Failure, Step as _};
+use super::{Failure, Step as _, sys};
 use rustix::{
     fd::{AsFd, BorrowedFd},
     fs::{CWD, Mode, OFlags},
@@ -99,19 +99,7 @@ fn set_attributes(
         propagation: libc::MS_PRIVATE,
         userns_fd: namespace.map_or(0, |namespace| namespace.as_raw_fd().unsigned_abs().into()),
     };
-    let flags = libc::AT_EMPTY_PATH | depth;
-    // SAFETY: the path is a live C string and the attributes a live struct of the given size; the kernel only reads them.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            flags,
-            &raw const attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    sys::set_mount_attributes(mount, &attributes, depth)
 }
 
 /// Keeps what this process mounts from reaching the host; what the host unmounts is still unmounted here.

@@ -12,6 +12,7 @@ use super::{
     mounts,
     namespaces::{self, Map},
     settings::Sandbox,
+    sys,
     view::{self, Access, Fresh, Host, Kind, Piece},
 };
 use rustix::{
@@ -72,11 +73,11 @@ impl World {
             let ids = Map { inner: user, user: outer, group: outer };
             (Map { inner: identity::INNER, user: outer, group: outer }, Some(namespaces::mapping(ids)?))
         } else {
-            namespaces::unshare(UnshareFlags::NEWUSER).step("make a user namespace")?;
+            sys::unshare(UnshareFlags::NEWUSER).step("make a user namespace")?;
             namespaces::write_maps("self", Map { inner: user, user, group }, false)?;
             (Map { inner: identity::INNER, user, group }, None)
         };
-        namespaces::unshare(UnshareFlags::NEWNS).step("make a mount namespace")?;
+        sys::unshare(UnshareFlags::NEWNS).step("make a mount namespace")?;
         mounts::follow_the_host().step("separate the mounts from the host's")?;
         let view = assemble(&view::pieces(&sandbox.wanted(), &ThisHost))?;
         let filter = if on.filter { Some(filter::Programs::new()?) } else { None };
@@ -120,9 +121,9 @@ impl World {
         if on.network {
             own |= UnshareFlags::NEWNET;
         }
-        namespaces::unshare(own).step("make namespaces (mount, IPC, names, cgroup, network)")?;
+        sys::unshare(own).step("make namespaces (mount, IPC, names, cgroup, network)")?;
         if on.network {
-            namespaces::loopback_up().step("switch on the loopback interface")?;
+            sys::loopback_up().step("switch on the loopback interface")?;
         }
         confine::new_keyring().step("leave the server's keyring")?;
         rustix::system::sethostname(identity::HOST_NAME.as_bytes()).step("set the host name")?;

@@ -47,6 +47,7 @@ pub const WORDS: &[Word] = &[
             "src/actors/worker/launcher/sys",
             "src/actors/worker/launcher/spawn",
             "src/actors/worker/launcher/reap",
+            "src/sandbox/sys",
             "src/actors/cas/volume/stamps",
             "src/actors/cas/volume/stored",
             "src/cli/output",

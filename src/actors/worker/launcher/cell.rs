@@ -12,12 +12,7 @@ use super::{
     protocol::{self, Ended, Failed, FromCell, News, Run, ToRunner},
     usage::Usage,
 };
-use crate::sandbox::{
-    Failure, Step as _,
-    namespaces::{Forked, fork_into},
-    settings::Sandbox,
-    world::World,
-};
+use crate::sandbox::{Failure, Step as _, namespaces, settings::Sandbox, world::World};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, IoSlice},
@@ -147,17 +142,12 @@ impl Cell {
         let (ours, theirs) = UnixStream::pair().step("make a socket")?;
         ours.set_read_timeout(Some(CELL_TIMEOUT)).step("set a timeout")?;
         ours.set_write_timeout(Some(CELL_TIMEOUT)).step("set a timeout")?;
-        // SAFETY: a runner has a single thread, and the child never returns.
-        match unsafe { fork_into() }.step("make namespaces (user, process)")? {
-            Forked::Child => init::init_main(theirs, world, passage),
-            Forked::Parent(init) => {
-                let pidfd = pidfd_open(init, PidfdFlags::empty()).step("watch the sandbox")?;
-                let cell = Self { init, pidfd, socket: ours };
-                world.admit(init.as_raw_pid())?;
-                rustix::io::write(&cell.socket, &[init::ADMITTED]).step("start the sandbox")?;
-                Ok(cell)
-            }
-        }
+        let init = namespaces::start(move || init::init_main(&theirs, world, passage))?;
+        let pidfd = pidfd_open(init, PidfdFlags::empty()).step("watch the sandbox")?;
+        let cell = Self { init, pidfd, socket: ours };
+        world.admit(init.as_raw_pid())?;
+        rustix::io::write(&cell.socket, &[init::ADMITTED]).step("start the sandbox")?;
+        Ok(cell)
     }
 
     /// Hands the order over, once the cell is ready.

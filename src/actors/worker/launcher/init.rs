@@ -27,7 +27,6 @@ use std::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::net::UnixStream,
     },
-    panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
 };
 
@@ -36,12 +35,9 @@ pub(super) const ADMITTED: u8 = 1;
 /// How many open files come with an order: the input root, and where output and errors go.
 pub(super) const FILES: usize = 3;
 
-/// Lives the life of the first process. `passage` and `socket` are all that it takes along.
-pub(super) fn init_main(socket: UnixStream, world: &World, passage: Passage) -> ! {
-    let lived = catch_unwind(AssertUnwindSafe(|| live(&socket, world, passage)));
-    let code = i32::from(!matches!(lived, Ok(Ok(()))));
-    // SAFETY: ends the process without running anything that belongs to the runner.
-    unsafe { libc::_exit(code) }
+/// Lives the life of the first process, and gives its exit code. `passage` and `socket` are all that it takes along.
+pub(super) fn init_main(socket: &UnixStream, world: &World, passage: Passage) -> i32 {
+    i32::from(live(socket, world, passage).is_err())
 }
 
 fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> {

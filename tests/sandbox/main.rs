@@ -1,7 +1,8 @@
 //! The promises of the sandbox (`docs/sandbox.md`), each as a test with a real server and hostile commands.
 //!
 //! Run by root, each test runs twice: with a server that is root, and with one that is an ordinary user. To see that a test
-//! notices a missing sandbox, run it with `SANDBOX_MODE=off`.
+//! notices a missing sandbox, run it with `SANDBOX_MODE=off`. Then there is no server that is root, because its hostile
+//! commands would not be stopped by anything. They are written so that even then they do no lasting harm.
 
 #![allow(clippy::unwrap_used)]
 
@@ -41,7 +42,9 @@ async fn with_each(overrides: &[(&str, &str)], test: impl AsyncFn(&Host)) {
     let mut all = vec![("EXECUTION__SANDBOX__MODE", &*mode)];
     all.extend_from_slice(overrides);
     let is_root = rustix::process::geteuid().is_root();
-    test(&Host::of(Server::with(&all).await, is_root).await).await;
+    if !is_root || mode != "off" {
+        test(&Host::of(Server::with(&all).await, is_root).await).await;
+    }
     if is_root {
         test(&Host::of(Server::as_user(USER, &all).await, false).await).await;
     }

@@ -33,6 +33,8 @@ use std::{
 
 /// How long the first process of a cell may take for a step in which it waits for nobody.
 const CELL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a command must run before the next cell is started beside it. One that is over sooner is answered first.
+const PREPARE_AFTER: Duration = Duration::from_millis(2);
 /// How many ended cells may wait for the kernel to take them down. Then the runner waits too.
 const MOST_ENDED: usize = 4;
 
@@ -80,8 +82,9 @@ impl Cells {
         }
     }
 
-    /// Reaps cells that are gone, so that they do not pile up.
+    /// Gets ready for the next command, once this one is answered, and reaps cells that are gone.
     pub(super) fn tidy(&mut self) {
+        self.prepare();
         self.ended.retain(|cell| !cell.wait(Duration::ZERO));
         if self.ended.len() > MOST_ENDED {
             self.ended.remove(0);
@@ -103,13 +106,15 @@ impl Cells {
         let mut capture = Capture::open(&run.stdout, &run.stderr, run.max_file_bytes).map_err(failed)?;
         capture.give_to(world.owner()).map_err(failed)?;
         let mut ended = Ended { started_nanos: Moment::now().0, ..Ended::default() };
-        let mut cell = match self.next.take() {
+        // One that was made ahead may have come to harm meanwhile.
+        let ahead = self.next.take().filter(|cell| cell.start(world, &run, &capture).is_ok());
+        let cell = match ahead {
             Some(cell) => cell,
-            None => Cell::new(world).map_err(|failure| not_set_up(&failure))?,
+            None => Cell::new(world)
+                .and_then(|cell| cell.start(world, &run, &capture).map(|()| cell))
+                .map_err(|failure| not_set_up(&failure))?,
         };
-        cell.start(world, run, &capture).map_err(|failure| not_set_up(&failure))?;
-        self.prepare();
-        let stop = cell.follow(server, &mut capture, buffer).map_err(failed)?;
+        let stop = self.follow(&cell, server, &mut capture, buffer).map_err(failed)?;
         let unkept = match stop {
             Stop::Ended(Some(FromCell { news: Some(News::Ended(news)) })) => {
                 ended = news;
@@ -133,6 +138,49 @@ impl Cells {
         ended.unkept = unkept.or_else(|| capture.finish(buffer).err());
         Ok(Some(ended))
     }
+
+    /// Waits for the end of the command, for the server, and for output that is worth moving. Meanwhile it starts the next
+    /// cell.
+    fn follow(
+        &mut self,
+        cell: &Cell,
+        server: &UnixStream,
+        capture: &mut Capture,
+        buffer: &mut [u8],
+    ) -> io::Result<Stop> {
+        let mut prepare_at = Some(Instant::now() + PREPARE_AFTER);
+        loop {
+            let mut fds = vec![PollFd::new(&cell.socket, PollFlags::IN), PollFd::new(server, PollFlags::IN)];
+            let mut pause = capture.watch(Instant::now(), &mut fds);
+            if let Some(at) = prepare_at {
+                let wait = at.saturating_duration_since(Instant::now());
+                pause = Some(pause.map_or(wait, |pause| pause.min(wait)));
+            }
+            let timeout = pause.and_then(|pause| Timespec::try_from(pause).ok());
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            if ready[0] {
+                return Ok(Stop::Ended(protocol::read(&cell.socket).unwrap_or(None)));
+            }
+            if ready[1] {
+                // The only order that can come now is to kill; the end of the stream means that the server is gone.
+                let order = protocol::read::<ToRunner>(server);
+                return Ok(if matches!(order, Ok(Some(_))) { Stop::Killed } else { Stop::ServerGone });
+            }
+            if ready[2..].contains(&true)
+                && let Err(unkept) = capture.take(Instant::now(), buffer)
+            {
+                return Ok(Stop::Unkept(unkept));
+            }
+            if prepare_at.is_some_and(|at| Instant::now() >= at) {
+                prepare_at = None;
+                self.prepare();
+            }
+        }
+    }
 }
 
 impl Cell {
@@ -151,7 +199,7 @@ impl Cell {
     }
 
     /// Hands the order over, once the cell is ready.
-    fn start(&mut self, world: &World, run: Run, capture: &Capture) -> Result<(), Failure> {
+    fn start(&self, world: &World, run: &Run, capture: &Capture) -> Result<(), Failure> {
         let exec_root = world.exec_root(Path::new(OsStr::from_bytes(&run.root)), run.layers.as_ref())?;
         let ready = protocol::read::<FromCell>(&self.socket).step("wait for the sandbox")?;
         match ready.and_then(|message| message.news) {
@@ -164,34 +212,7 @@ impl Cell {
         }
         let (stdout, stderr) = capture.writing_ends();
         send_open(&self.socket, &[exec_root.as_fd(), stdout, stderr]).step("give the sandbox its files")?;
-        protocol::write(&self.socket, &run).step("give the sandbox its order")
-    }
-
-    /// Waits for the end of the command, for the server, and for output that is worth moving.
-    fn follow(&self, server: &UnixStream, capture: &mut Capture, buffer: &mut [u8]) -> io::Result<Stop> {
-        loop {
-            let mut fds = vec![PollFd::new(&self.socket, PollFlags::IN), PollFd::new(server, PollFlags::IN)];
-            let pause = capture.watch(Instant::now(), &mut fds);
-            let timeout = pause.and_then(|pause| Timespec::try_from(pause).ok());
-            match poll(&mut fds, timeout.as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-            if ready[0] {
-                return Ok(Stop::Ended(protocol::read(&self.socket).unwrap_or(None)));
-            }
-            if ready[1] {
-                // The only order that can come now is to kill; the end of the stream means that the server is gone.
-                let order = protocol::read::<ToRunner>(server);
-                return Ok(if matches!(order, Ok(Some(_))) { Stop::Killed } else { Stop::ServerGone });
-            }
-            if ready[2..].contains(&true)
-                && let Err(unkept) = capture.take(Instant::now(), buffer)
-            {
-                return Ok(Stop::Unkept(unkept));
-            }
-        }
+        protocol::write(&self.socket, run).step("give the sandbox its order")
     }
 
     /// Ends all processes of the cell, and says in `ended` what they used.

@@ -9,6 +9,7 @@
 mod files;
 mod kernel;
 mod processes;
+mod staging;
 mod start;
 #[allow(dead_code)]
 #[path = "../wire/support.rs"]

@@ -64,7 +64,7 @@ impl Closure {
 #[derive(Debug)]
 pub(crate) struct InputRoot {
     tree: Arc<InputTree>,
-    /// All that belongs to it and takes room: distinct, the empty blob left out.
+    /// All that belongs to it and takes room: distinct, sorted, the empty blob left out.
     digests: Vec<Digest>,
 }
 
@@ -73,8 +73,9 @@ impl InputRoot {
     fn new(
         root: Digest,
         directories: HashMap<Digest, Arc<Directory>>,
-        digests: Vec<Digest>,
+        mut digests: Vec<Digest>,
     ) -> Result<(Arc<Self>, usize)> {
+        digests.sort_unstable();
         let nodes: usize = directories.values().map(|directory| directory.memory()).sum();
         let weight = nodes + digests.len() * size_of::<Digest>();
         Ok((Arc::new(Self { tree: Arc::new(InputTree::new(root, directories)?), digests }), weight))
@@ -100,7 +101,9 @@ impl StagedInputs {
     /// # Errors
     /// `MissingBlobs` when the stored file turns out to be damaged; `DiskFull` when the disk is full.
     pub fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
-        self.source.materialise(digest, parent, name, mode)
+        let found = self.input_root.digests.binary_search(digest).ok();
+        let found = found.and_then(|at| self.source.files.get(at));
+        self.source.materialise(digest, found, parent, name, mode)
     }
 }
 
@@ -197,10 +200,10 @@ impl Cas {
         };
         let located = self.locate(instance, &input_root.digests, Purpose::Read).await?;
         let mut missing = Vec::new();
-        let mut files = HashMap::with_capacity(input_root.digests.len());
+        let mut files = Vec::with_capacity(input_root.digests.len());
         for (digest, found) in input_root.digests.iter().zip(located.found) {
             match found {
-                Some(found) => drop(files.insert(*digest, found)),
+                Some(found) => files.push(found),
                 None => missing.push(*digest),
             }
         }
@@ -319,13 +322,21 @@ fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
 #[derive(Debug)]
 struct Source {
     cas: Cas,
-    files: HashMap<Digest, Found>,
+    /// Where the digests of the root are, in their order.
+    files: Vec<Found>,
     _lease: Lease,
 }
 
 impl Source {
     /// [`StagedInputs::materialise`].
-    fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
+    fn materialise(
+        &self,
+        digest: &Digest,
+        found: Option<&Found>,
+        parent: &File,
+        name: &str,
+        mode: u32,
+    ) -> Result<()> {
         let failed =
             |error: io::Error| Error::io(&format!("make input file \"{}\"", name.escape_debug()), &error);
         let missing = |error| match error {
@@ -333,7 +344,7 @@ impl Source {
             error => error,
         };
         let make = || NewInput::create(parent, name);
-        let found = match self.files.get(digest) {
+        let found = match found {
             Some(found) => found,
             None if digest.is_empty() => return make().and_then(|file| file.finish(mode)).map_err(failed),
             None => return Err(Error::internal(format!("blob {digest} is not of this input root"))),

@@ -80,7 +80,9 @@ const HIDDEN_OF_PROC: &[&str] = &[
 const FIXED_OF_PROC: &[&str] = &["/proc/sys", "/proc/irq", "/proc/bus", "/proc/fs"];
 
 /// Paths that the sandbox makes itself; the configuration cannot put the host's there.
-pub(crate) const OWN: &[&str] = &["/proc", "/dev", "/tmp", EXEC_ROOT, "/var/tmp"];
+const OWN: &[&str] = &["/proc", "/dev", EXEC_ROOT, "/var/tmp"];
+/// A path that the sandbox makes itself, in which the configuration can have directories of the host.
+const TMP: &str = "/tmp";
 
 /// One piece of a view. Later pieces lie on top of earlier ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -166,6 +168,14 @@ pub(crate) struct Wanted {
     pub writable: Vec<PathBuf>,
 }
 
+impl Wanted {
+    /// The configured directories that must be shown in the private /tmp of each action.
+    pub(crate) fn below_tmp(&self) -> impl Iterator<Item = &Path> {
+        let all = self.visible.iter().chain(&self.writable).map(PathBuf::as_path);
+        all.filter(|path| path.starts_with(TMP))
+    }
+}
+
 /// The pieces that are the same for all actions, in order.
 pub(crate) fn pieces(wanted: &Wanted, host: &dyn Host) -> Vec<Piece> {
     let mut pieces: Vec<_> = ["/proc", "/tmp", "/var", "/run", "/etc", EXEC_ROOT, "/dev/shm", "/dev/pts"]
@@ -234,8 +244,10 @@ pub(crate) fn problem(path: &Path) -> Option<&'static str> {
     if path == Path::new("/") {
         return Some("is the whole machine; name the directories that actions need");
     }
-    if OWN.iter().any(|own| path.starts_with(own)) {
-        return Some("lies where the sandbox has files of its own (/proc, /dev, /tmp, /var/tmp, /build)");
+    if OWN.iter().any(|own| path.starts_with(own)) || path == Path::new(TMP) {
+        return Some(
+            "lies where the sandbox has files of its own (/proc, /dev, /tmp itself, /var/tmp, /build)",
+        );
     }
     None
 }
@@ -346,9 +358,11 @@ mod tests {
 
     #[test]
     fn paths_that_cannot_be_shown_are_refused() {
-        for path in ["/", "usr", "/usr/../etc", "/proc/1", "/dev", "/tmp/x", "/build"] {
+        for path in ["/", "usr", "/usr/../etc", "/proc/1", "/dev", "/tmp", "/build"] {
             assert!(problem(Path::new(path)).is_some(), "{path}");
         }
-        assert_eq!(problem(Path::new("/nix/store")), None);
+        for path in ["/nix/store", "/tmp/shared"] {
+            assert_eq!(problem(Path::new(path)), None);
+        }
     }
 }

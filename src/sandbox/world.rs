@@ -13,7 +13,7 @@ use super::{
     namespaces::{self, Map},
     settings::Sandbox,
     sys,
-    view::{self, Access, Fresh, Host, Kind, Piece},
+    view::{self, Access, Fresh, Host, Kind, Piece, Wanted},
 };
 use rustix::{
     fs::{self as rfs, CWD, FileType, Mode, OFlags},
@@ -137,7 +137,7 @@ impl World {
         mounts::attach(proc.as_fd(), CWD, Path::new("/proc")).step("mount /proc")?;
         fs::write("/proc/sys/user/max_user_namespaces", "0").step("forbid further user namespaces")?;
         restrict_proc()?;
-        mount_fresh(self.sandbox.fresh())
+        mount_fresh(self.sandbox.fresh(), &self.sandbox.wanted())
     }
 
     /// The last steps: attaches the input root, and gives up everything that a command must not have.
@@ -148,7 +148,8 @@ impl World {
         confine::give_up_capabilities().step("give up capabilities")?;
         if self.sandbox.protections.landlock {
             let own = [EXEC_ROOT, "/tmp", "/dev", "/proc"].map(PathBuf::from);
-            landlock::restrict(own.into_iter().chain(self.sandbox.wanted().writable))?;
+            let writable = self.sandbox.wanted().writable.into_iter().filter(|path| path.exists());
+            landlock::restrict(own.into_iter().chain(writable))?;
         }
         self.filter.as_ref().map_or(Ok(()), filter::Programs::install).step("install the system call filter")
     }
@@ -254,8 +255,16 @@ fn restrict_proc() -> Result<(), Failure> {
     Ok(())
 }
 
-/// What every cell has for itself.
-fn mount_fresh(fresh: Fresh) -> Result<(), Failure> {
+/// What every cell has for itself. What is configured below /tmp is part of it.
+fn mount_fresh(fresh: Fresh, wanted: &Wanted) -> Result<(), Failure> {
+    let mut below_tmp = Vec::new();
+    for path in wanted.below_tmp() {
+        match mounts::copy(CWD, path) {
+            Ok(tree) => below_tmp.push((path, tree)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).step(format_args!("show {} of the host", path.display())),
+        }
+    }
     let devpts = [("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620")];
     let made = [
         ("/tmp", mounts::tmpfs(fresh.tmp_bytes, fresh.tmp_files, "1777")),
@@ -266,6 +275,11 @@ fn mount_fresh(fresh: Fresh) -> Result<(), Failure> {
         mount
             .and_then(|mount| mounts::attach(mount.as_fd(), CWD, Path::new(path)))
             .step(format_args!("mount {path}"))?;
+    }
+    for (path, tree) in below_tmp {
+        fs::create_dir_all(path)
+            .and_then(|()| mounts::attach(tree.as_fd(), CWD, path))
+            .step(format_args!("show {} of the host", path.display()))?;
     }
     Ok(())
 }

@@ -16,8 +16,14 @@ mod start;
 mod support;
 mod world;
 
-use gorego_reapi::proto::reapi::{ActionResult, Command};
-use support::{Client, Server, sh};
+use gorego_reapi::proto::reapi::{self, ActionResult};
+use std::{
+    fs,
+    os::unix::{fs::chown, process::CommandExt as _},
+    process::{Command, Stdio},
+    sync::Arc,
+};
+use support::{Client, Server, command, sh};
 
 /// The ordinary user.
 const USER: u32 = 65534;
@@ -47,8 +53,32 @@ async fn with_each(overrides: &[(&str, &str)], test: impl AsyncFn(&Host)) {
         test(&Host::of(Server::with(&all).await, is_root).await).await;
     }
     if is_root {
-        test(&Host::of(Server::as_user(USER, &all).await, false).await).await;
+        test(&Host::of(ordinary(&all), false).await).await;
     }
+}
+
+/// Starts a server as an ordinary user, on an empty store of that user.
+fn ordinary(overrides: &[(&str, &str)]) -> Server {
+    let store = tempfile::tempdir().unwrap();
+    chown(store.path(), Some(USER), Some(USER)).unwrap();
+    // The user may not be able to reach the directory of the binary.
+    let binary = store.path().join("gorego");
+    let built = env!("CARGO_BIN_EXE_gorego");
+    if fs::hard_link(built, &binary).is_err() {
+        fs::copy(built, &binary).unwrap();
+    }
+    let plain = command(store.path());
+    let mut serve = Command::new(&binary);
+    serve
+        .args(plain.get_args())
+        .env_clear()
+        .envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))))
+        .envs(overrides.iter().map(|(key, value)| (format!("GOREGO_{key}"), value)))
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .uid(USER)
+        .gid(USER);
+    Server::spawn(serve, Arc::new(store))
 }
 
 impl Host {
@@ -62,7 +92,7 @@ impl Host {
         self.run_command(sh(script)).await
     }
 
-    async fn run_command(&self, command: Command) -> Did {
+    async fn run_command(&self, command: reapi::Command) -> Did {
         let result = self.client.run_command(command).await;
         self.did(&result).await
     }
@@ -91,9 +121,9 @@ impl Host {
 
 /// The processes of this machine whose command line contains the text.
 fn processes_with(text: &str) -> Vec<String> {
-    let entries = std::fs::read_dir("/proc").unwrap().flatten();
-    let line = |entry: std::fs::DirEntry| {
-        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let line = |entry: fs::DirEntry| {
+        let line = fs::read(entry.path().join("cmdline")).ok()?;
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
         line.contains(text).then(|| format!("{}: {line}", entry.file_name().to_string_lossy()))
     };

@@ -1,7 +1,7 @@
 //! Abandoned work: when it continues, and when it gives up its slot.
 
 use crate::execution::running;
-use crate::support::{Client, PATIENCE, Run, Server, empty, eventually, metadata, response, sh};
+use crate::support::{Client, PATIENCE, Run, Server, empty, eventually, metadata, response, sh, shared_dir};
 use gorego_reapi::proto::reapi::WaitExecutionRequest;
 use std::time::{Duration, Instant};
 use tonic::Code;
@@ -59,7 +59,7 @@ async fn a_client_that_comes_back_at_once_finds_its_work() {
     // Enough time to reconnect, even on a slow machine.
     let settings = [("EXECUTION__CONCURRENCY", "1"), ("EXECUTION__CONTENDED_ABANDON_GRACE", "6s")];
     let server = Server::with(&settings).await;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = shared_dir();
     let gate = dir.path().join("gate");
     let client = server.client().await;
     let script = format!("until test -e {}; do sleep 0.02; done; echo mine", gate.display());

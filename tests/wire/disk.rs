@@ -2,7 +2,7 @@
 
 use crate::lifecycle::upload;
 use crate::support::{
-    Client, PATIENCE, Server, directory, empty, eventually, file, metadata, sh, sh_with, sha256,
+    Client, PATIENCE, Server, directory, empty, eventually, file, metadata, sh, sh_with, sha256, shared_dir,
 };
 use gorego_reapi::{digest::Digest, proto::reapi::ExecuteResponse};
 use std::{
@@ -45,7 +45,7 @@ fn code(response: &ExecuteResponse) -> Code {
 async fn an_output_that_a_full_disk_cut_short_is_no_result() {
     let server = Server::on_a_disk_of(16 << 20).await;
     let client = server.client().await;
-    let outside = tempfile::tempdir().unwrap();
+    let outside = shared_dir();
     let begun = outside.path().join("begun");
     let script = format!("echo > {}; head -c 3000000 /dev/zero > o; sleep 1.5; exit 0", begun.display());
     let action = client.action(sh_with(&script, &["o"]), empty()).await;

@@ -1,6 +1,8 @@
 //! The operation stream and the command itself: EXE-01..15, EXE-39..46, EXE-59, EXE-60.
 
-use crate::support::{Server, empty, eventually, metadata, missing_subjects, response, sh, sh_with, sha256};
+use crate::support::{
+    Server, empty, eventually, metadata, missing_subjects, response, sh, sh_with, sha256, shared_dir,
+};
 use gorego_reapi::proto::{
     longrunning::{
         CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
@@ -196,7 +198,7 @@ async fn with_every_slot_taken_the_first_message_still_comes_at_once() {
 async fn an_operation_can_be_joined_by_name_before_and_after_its_end() {
     let server = Server::start().await;
     let client = server.client().await;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = shared_dir();
     let gate = dir.path().join("gate");
     let script = format!("until test -e {}; do sleep 0.02; done; echo open", gate.display());
     let action = client.action(sh(&script), empty()).await;
@@ -270,7 +272,7 @@ async fn an_action_that_cannot_run_is_an_operation_that_is_over_at_once() {
 async fn identical_actions_in_flight_are_run_once() {
     let server = Server::with(&[("EXECUTION__CONCURRENCY", "4")]).await;
     let client = server.client().await;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = shared_dir();
     for (do_not_cache, expected) in [(false, 1), (true, 8)] {
         let (log, gate) = (dir.path().join(format!("log {do_not_cache}")), dir.path().join("gate"));
         let script = format!(
@@ -299,7 +301,7 @@ async fn identical_actions_in_flight_are_run_once() {
 async fn queued_actions_run_by_priority() {
     let server = Server::with(&[("EXECUTION__CONCURRENCY", "1")]).await;
     let client = server.client().await;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = shared_dir();
     let (log, gate) = (dir.path().join("log"), dir.path().join("gate"));
     let wait = format!("until test -e {}; do sleep 0.02; done", gate.display());
     let mut blocker = client.start(client.action(sh(&wait), empty()).await).await;

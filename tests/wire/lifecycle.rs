@@ -1,7 +1,7 @@
 //! Start, shutdown and crash of the process.
 
 use crate::execution::running;
-use crate::support::{Client, Server, command, empty, eventually, metadata, sh, sh_with, sha256};
+use crate::support::{Client, Server, command, empty, eventually, metadata, sh, sh_with, sha256, shared_dir};
 use gorego_client::stubs::LogStreamServiceClient;
 use gorego_reapi::proto::{
     bytestream::{ReadRequest, WriteRequest, WriteResponse},
@@ -21,7 +21,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 async fn sigterm_finishes_what_runs_and_exits_zero() {
     let mut server = Server::start().await;
     let client = server.client().await;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = shared_dir();
     let gate = dir.path().join("gate");
     let script = format!("until test -e {}; do sleep 0.02; done; echo finished", gate.display());
     let action = client.action(sh(&script), empty()).await;

@@ -1,6 +1,6 @@
 //! The output of commands during and after their runs, and the reports about runs that failed.
 
-use crate::support::{Client, Run, Server, empty, metadata, response, sh, sha256};
+use crate::support::{Client, Run, Server, empty, metadata, response, sh, sha256, shared_dir};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
@@ -58,7 +58,7 @@ async fn first(stream: &mut Streaming<ReadResponse>, length: usize) -> Vec<u8> {
 async fn readers_that_join_before_during_and_after_the_output_read_the_same() {
     let server = Server::start().await;
     let client = server.client().await;
-    let files = tempfile::tempdir().unwrap();
+    let files = shared_dir();
     let (begin, go) = (files.path().join("begin"), files.path().join("go"));
     let script = format!("{}; echo one; echo warning >&2; {}; echo two", until(&begin), until(&go));
     let action = client.action(sh(&script), empty()).await;
@@ -106,7 +106,7 @@ async fn readers_that_join_before_during_and_after_the_output_read_the_same() {
 async fn operations_that_share_a_run_share_its_streams() {
     let server = Server::start().await;
     let client = server.client().await;
-    let files = tempfile::tempdir().unwrap();
+    let files = shared_dir();
     let go = files.path().join("go");
     let action = client.action(sh(&format!("echo shared; {}", until(&go))), empty()).await;
     let mut one = client.start(action).await;
@@ -214,7 +214,7 @@ async fn a_message_explains_what_an_exit_code_does_not() {
 async fn runs_that_are_lost_leave_an_account_of_each_try() {
     let server = Server::with(&[("EXECUTION__MAX_ATTEMPTS", "2")]).await;
     let client = server.client().await;
-    let files = tempfile::tempdir().unwrap();
+    let files = shared_dir();
     let go = files.path().join("go");
     // $PPID is the process that runs commands for the worker.
     let script = format!("echo so far; {}; kill -9 $PPID; sleep 1000", until(&go));
@@ -239,7 +239,7 @@ async fn runs_that_are_lost_leave_an_account_of_each_try() {
 async fn ten_megabytes_arrive_live_as_they_are_stored() {
     let server = Server::start().await;
     let client = server.client().await;
-    let files = tempfile::tempdir().unwrap();
+    let files = shared_dir();
     let go = files.path().join("go");
     let script = format!("head -c 10000000 /dev/urandom; {}; echo end", until(&go));
     let mut run = client.start(client.action(sh(&script), empty()).await).await;
@@ -258,7 +258,7 @@ async fn ten_megabytes_arrive_live_as_they_are_stored() {
 async fn a_reader_gets_each_byte_of_a_command_that_truncates_its_output() {
     let server = Server::start().await;
     let client = server.client().await;
-    let files = tempfile::tempdir().unwrap();
+    let files = shared_dir();
     let go = files.path().join("go");
     let script = format!(
         "echo a longer line > /dev/stderr; {}; echo two > /dev/stderr; echo three | tee /dev/stderr",
@@ -279,7 +279,7 @@ async fn a_reader_gets_each_byte_of_a_command_that_truncates_its_output() {
 #[tokio::test(flavor = "multi_thread")]
 async fn exec_shows_the_first_line_before_the_command_ends() {
     let server = Server::start().await;
-    let files = tempfile::tempdir().unwrap();
+    let files = shared_dir();
     let go = files.path().join("go");
     let script = format!("echo first; echo warning >&2; {}; echo last; exit 3", until(&go));
     let mut exec = Command::new(env!("CARGO_BIN_EXE_gorego"))

@@ -2,7 +2,7 @@
 
 use crate::{
     execution::running,
-    support::{Server, empty, eventually, metadata, response, sh},
+    support::{Server, empty, eventually, metadata, response, sh, shared_dir},
 };
 use gorego_reapi::proto::longrunning::{
     CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
@@ -40,7 +40,7 @@ async fn cancelling_kills_the_command_and_ends_the_stream() {
 async fn cancelling_one_waiter_leaves_the_others_running() {
     let server = Server::with(&[("EXECUTION__ABANDON_GRACE", "1s")]).await;
     let client = server.client().await;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = shared_dir();
     let gate = dir.path().join("gate");
     let script = format!("until test -e {}; do sleep 0.02; done; echo whole", gate.display());
     let action = client.action(sh(&script), empty()).await;
@@ -120,7 +120,7 @@ async fn operations_are_listed_in_a_stable_order_by_page_and_filter() {
 async fn waiting_for_an_operation_ends_with_it_or_with_the_timeout() {
     let server = Server::start().await;
     let client = server.client().await;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = shared_dir();
     let gate = dir.path().join("gate");
     let script = format!("until test -e {}; do sleep 0.02; done", gate.display());
     let mut run = client.start(client.action(sh(&script), empty()).await).await;

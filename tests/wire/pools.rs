@@ -1,6 +1,6 @@
 //! Pools, fairness between builds, and the reported reasons for waiting: EXE-11, EXE-31, OPS-01, CAP-18.
 
-use crate::support::{Client, Run, Server, empty, eventually, metadata, sh};
+use crate::support::{Client, Run, Server, empty, eventually, metadata, sh, shared_dir};
 use gorego_reapi::{
     digest::Digest,
     proto::{
@@ -65,7 +65,7 @@ async fn an_action_runs_in_a_pool_that_offers_what_it_asks_for_or_is_told_which_
 async fn an_operation_that_waits_says_in_which_pool_at_which_position_and_why() {
     let server = Server::with(&[("EXECUTION__POOLS", &POOLS.replace('\n', " "))]).await;
     let client = server.client().await;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = shared_dir();
     let gate = dir.path().join("gate");
     let special = [("gpu", "a100")];
     let mut running = client.start(asking(&client, &until(&gate), &special).await).await;
@@ -118,7 +118,7 @@ async fn start_of(client: &Client, invocation: &str, action: Digest) -> Run {
 async fn a_big_build_does_not_starve_a_small_one() {
     let server = Server::with(&[("EXECUTION__CONCURRENCY", "1")]).await;
     let client = server.client().await;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = shared_dir();
     let gate = dir.path().join("gate");
     let mut big = vec![start_of(&client, "big", client.action(sh(&until(&gate)), empty()).await).await];
     for i in 0..40 {

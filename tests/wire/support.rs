@@ -20,7 +20,7 @@ use prost::Message as _;
 use serde_json::Value;
 use std::{
     io::{BufRead as _, BufReader},
-    os::unix::process::{CommandExt as _, ExitStatusExt as _},
+    os::unix::{fs::PermissionsExt as _, process::ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
@@ -67,30 +67,6 @@ impl Server {
         Self::spawn(command, store)
     }
 
-    /// Starts a server as another user, on an empty store of that user. Takes root.
-    pub async fn as_user(user: u32, overrides: &[(&str, &str)]) -> Self {
-        let store = Arc::new(tempfile::tempdir().unwrap());
-        std::os::unix::fs::chown(store.path(), Some(user), Some(user)).unwrap();
-        // The user may not be able to reach the directory of the binary.
-        let binary = store.path().join("gorego");
-        let built = env!("CARGO_BIN_EXE_gorego");
-        if std::fs::hard_link(built, &binary).is_err() {
-            std::fs::copy(built, &binary).unwrap();
-        }
-        let plain = command(store.path());
-        let mut command = Command::new(&binary);
-        command
-            .args(plain.get_args())
-            .env_clear()
-            .envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))))
-            .envs(overrides.iter().map(|(key, value)| (format!("GOREGO_{key}"), value)))
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .uid(user)
-            .gid(user);
-        Self::spawn(command, store)
-    }
-
     /// Starts a server whose store is on a separate disk of this many bytes; see [`Server::on_a_disk`].
     pub async fn on_a_disk_of(bytes: usize) -> Self {
         Self::on_a_disk(&format!("size={bytes}")).await
@@ -118,7 +94,8 @@ impl Server {
         PathBuf::from(format!("/proc/{}/root{}", self.pid(), store.display()))
     }
 
-    fn spawn(mut command: Command, store: Arc<TempDir>) -> Self {
+    /// Starts a server with this command, which comes from [`command`].
+    pub fn spawn(mut command: Command, store: Arc<TempDir>) -> Self {
         let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let (started, listening) = std::sync::mpsc::channel();
@@ -210,14 +187,32 @@ impl Drop for Server {
     }
 }
 
+/// Where tests and actions find the same files, in spite of the sandbox.
+fn shared() -> PathBuf {
+    let path = std::env::temp_dir().join("gorego-tests-shared");
+    std::fs::create_dir_all(&path).unwrap();
+    // Not if another user made it.
+    let _ = std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o1777));
+    path
+}
+
+/// A directory that actions see at the same path and can change.
+pub fn shared_dir() -> TempDir {
+    let directory = tempfile::tempdir_in(shared()).unwrap();
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    directory
+}
+
 /// `gorego serve` on this store and a free port, in a clean environment.
 pub fn command(store: &Path) -> Command {
+    let writable = format!("[\"{}\"]", shared().display());
     let mut command = Command::new(env!("CARGO_BIN_EXE_gorego"));
     command
         .args(["serve", "--listen-addr", "127.0.0.1:0", "--local-cache-dir"])
         .arg(store)
         .env_clear()
         .env("PATH", "/usr/local/bin:/usr/bin:/bin")
+        .env("GOREGO_EXECUTION__SANDBOX__WRITABLE", writable)
         .stdin(Stdio::null())
         .stderr(Stdio::piped());
     command

@@ -6,6 +6,7 @@
 use crate::instance::Instance;
 use gorego_reapi::{
     digest::Digest,
+    duration,
     error::{Error, Result},
     path::RootPath,
     proto::reapi,
@@ -94,6 +95,22 @@ pub struct TimeoutPolicy {
 impl TimeoutPolicy {
     /// No limits, for servers that do not execute actions.
     pub const UNLIMITED: Self = Self { default: Duration::MAX, max: Duration::MAX };
+}
+
+/// A range of priorities that contains 0 (CAP-18). Lower values are more urgent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Priorities {
+    /// The most urgent.
+    pub min: i32,
+    /// The least urgent.
+    pub max: i32,
+}
+
+impl Priorities {
+    /// The priority in this range that is nearest to a requested one.
+    pub fn nearest(self, priority: i32) -> i32 {
+        priority.min(self.max).max(self.min)
+    }
 }
 
 impl Action {
@@ -244,11 +261,9 @@ fn outputs(command: &reapi::Command, working_directory: &RootPath) -> Result<Vec
 /// EXE-32.
 fn timeout(wire: Option<&prost_types::Duration>, policy: TimeoutPolicy) -> Result<Duration> {
     let Some(wire) = wire else { return Ok(policy.default) };
-    let valid = u64::try_from(wire.seconds).ok().zip(u32::try_from(wire.nanos).ok());
-    let Some((seconds, nanos)) = valid.filter(|(_, nanos)| *nanos < 1_000_000_000) else {
+    let Some(timeout) = duration::from_wire(wire) else {
         return Err(Error::invalid("Action.timeout is negative or not a valid duration"));
     };
-    let timeout = Duration::new(seconds, nanos);
     if timeout > policy.max {
         return Err(Error::Invalid(format!(
             "Action.timeout of {timeout:?} is above the {:?} that this server allows (execution.max_timeout)",

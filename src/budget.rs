@@ -1,47 +1,40 @@
 //! [`Budget`]: a limit that all callers share, such as the number of bytes of unread answers.
 //!
-//! A budget has three limits: one for the whole server, one for each connection, and a dynamic share for each [`Peer`]. A
-//! peer may hold up to [`SHARE`] times as much as is free. So a single peer gets 8/9 of everything, two peers get 8/17
-//! each, and so on; the number of peers need not be known. A peer that holds nothing may take all that is free. Where one
-//! request may take a large part of the budget, the budget also keeps an amount free from peers that already hold something
-//! ([`Budget::keeping_free`]).
+//! A budget has limits for the whole server, for each [`Peer`](crate::caller::Peer) and for each connection. That of the
+//! server is fixed. A peer has a dynamic share: it may hold up to eight times as much as is free. So a single peer gets 8/9
+//! of everything, two peers get 8/17 each, and so on; the number of peers need not be known. Connections share what their peer
+//! may have by the same rule, so a single connection gets 8/9 of 8/9. A connection may have a lower fixed limit as well
+//! ([`Bounds::connection`]). A peer that holds nothing may take all that is free, and a connection that holds nothing all that
+//! its peer may have. Where one request may take a large part of the budget, the budget also keeps an amount free from peers
+//! that already hold something ([`Budget::keeping_free`]).
 //!
-//! Where everything is held for a short time only, nothing is kept free: a single peer may hold all of it, and the next
-//! peer is served as soon as something is returned ([`Budget::in_turns`]).
+//! Where everything is held for a short time only, nothing is kept free: a single connection may hold all of it, and the next
+//! one is served as soon as something is returned ([`Budget::in_turns`]).
 //!
 //! Holders have a [`Share`], which returns itself when it is dropped. [`Budget::take`] fails at the limit;
-//! [`Budget::wait_for`] waits. Waiting peers are served round-robin, and so are the connections of each peer, one request
-//! at a time. A connection or peer at its own limit does not block the others. Within a connection, small requests go
-//! before large ones ([`Budget::wait_for_small`]). A request that is dropped while it waits leaves no trace. The accounting
-//! is done by the plain struct `Holdings`, which has no clock and no tasks.
+//! [`Budget::wait_for`] waits. Of those who wait, the peer that holds least is served first, and of its connections the one that
+//! holds least; among equals they take turns, one request at a time. So a connection that holds nothing never waits for one
+//! that holds something and wants more. A connection or peer at its own limit does not block the others. Within a connection,
+//! small requests go before large ones ([`Budget::wait_for_small`]). A request that is dropped while it waits leaves no trace.
+//!
+//! The accounting is done by the plain structs in `holdings` and `accounts`, which have no clock and no tasks.
 
-use crate::caller::{Caller, ConnectionId, Peer};
+use crate::caller::Caller;
+use accounts::{Accounts, RequestSize, Ticket, Waiter};
 use gorego_reapi::error::Error;
+use holdings::{Holdings, Sharing};
 use std::{
-    collections::{BTreeMap, HashMap},
     fmt,
-    ops::Bound::{Excluded, Unbounded},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 use tokio::sync::oneshot;
 
-/// A peer may hold this many times as much as is free.
-pub(crate) const SHARE: u64 = 8;
+mod accounts;
+mod holdings;
+
 /// The retry delay in errors.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-
-/// The rule for a peer that wants more than it holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Sharing {
-    /// It may hold [`SHARE`] times what is then left, and only while `free` remains.
-    Shares {
-        /// See [`Budget::keeping_free`].
-        free: u64,
-    },
-    /// It may take everything.
-    Turns,
-}
 
 /// The limits of a [`Budget`], in any unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,8 +43,15 @@ pub struct Bounds {
     pub what: &'static str,
     /// Limit for all callers together.
     pub total: u64,
-    /// Limit for one connection.
+    /// Fixed limit for one connection; as much as `total` where there is none but its share.
     pub connection: u64,
+}
+
+impl Bounds {
+    /// Bounds without a fixed limit for a connection.
+    pub const fn shared(what: &'static str, total: u64) -> Self {
+        Self { what, total, connection: total }
+    }
 }
 
 /// The limit that refused a request.
@@ -61,18 +61,10 @@ pub enum Bound {
     Server,
     /// The share of the caller's peer.
     Peer,
-    /// The limit of the caller's connection.
+    /// The share of the caller's connection in what its peer may have.
+    ConnectionShare,
+    /// The fixed limit of the caller's connection.
     Connection,
-}
-
-/// The order of a connection's waiting requests. If there is no room for a small request, there is none for a large one
-/// either. So small ones go first, and a large one never blocks them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum RequestSize {
-    /// A small fraction of the connection's limit.
-    Small,
-    /// Everything else.
-    Large,
 }
 
 /// Why a request was refused.
@@ -98,6 +90,9 @@ impl fmt::Display for Refusal {
             Bound::Peer => {
                 write!(formatter, "your address has reached its share of the server's {limit} {what}")
             }
+            Bound::ConnectionShare => {
+                write!(formatter, "this connection has reached its share of the server's {limit} {what}")
+            }
             Bound::Connection => write!(formatter, "this connection has reached its limit of {limit} {what}"),
         }
     }
@@ -119,13 +114,7 @@ pub struct Budget(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     bounds: Bounds,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
-    holdings: Holdings,
-    waiting: Waiting,
+    accounts: Mutex<Accounts<oneshot::Sender<Share>>>,
 }
 
 impl Budget {
@@ -140,14 +129,14 @@ impl Budget {
         Self::shared_out(bounds, Sharing::Shares { free })
     }
 
-    /// Creates a budget for short work, of which a single peer may hold everything. Waiting peers are served round-robin.
+    /// Creates a budget for short work, of which a single connection may hold everything while nobody else waits.
     pub fn in_turns(bounds: Bounds) -> Self {
         Self::shared_out(bounds, Sharing::Turns)
     }
 
     fn shared_out(bounds: Bounds, sharing: Sharing) -> Self {
-        let state = State { holdings: Holdings::new(bounds, sharing), waiting: Waiting::default() };
-        Self(Arc::new(Inner { bounds, state: Mutex::new(state) }))
+        let accounts = Mutex::new(Accounts::new(Holdings::new(bounds, sharing)));
+        Self(Arc::new(Inner { bounds, accounts }))
     }
 
     #[cfg(test)]
@@ -157,18 +146,18 @@ impl Budget {
 
     /// The amount that all callers hold together.
     pub fn held(&self) -> u64 {
-        self.state().holdings.all
+        self.accounts().holdings().all()
     }
 
     /// The amount that a connection holds.
     pub fn held_by(&self, caller: Caller) -> u64 {
-        self.state().holdings.connections.get(&caller).copied().unwrap_or(0)
+        self.accounts().holdings().of_connection(caller)
     }
 
     /// Whether any request waits.
     #[cfg(test)]
     pub fn is_awaited(&self) -> bool {
-        !self.state().waiting.peers.is_empty()
+        self.accounts().is_awaited()
     }
 
     /// Takes an amount, or fails if it is not available now.
@@ -176,24 +165,23 @@ impl Budget {
     /// # Errors
     /// The limit that was reached.
     pub fn take(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
-        self.state().holdings.take(caller, amount).map_err(|bound| self.refusal(bound))?;
+        self.accounts().take(caller, amount).map_err(|bound| self.refusal(bound))?;
         Ok(Share { budget: self.clone(), caller, amount })
     }
 
     /// Takes a small amount if it is available now and no other small request of the same connection waits.
     pub fn take_small(&self, caller: Caller, amount: u64) -> Option<Share> {
-        let mut state = self.state();
-        let is_first = !state.waiting.has_small(caller);
-        let taken = is_first && state.holdings.take(caller, amount).is_ok();
-        drop(state);
+        let mut accounts = self.accounts();
+        let taken = !accounts.has_small(caller) && accounts.take(caller, amount).is_ok();
+        drop(accounts);
         taken.then(|| Share { budget: self.clone(), caller, amount })
     }
 
     /// Takes an amount if it is available now and no request waits.
     pub fn take_unless_awaited(&self, caller: Caller, amount: u64) -> Option<Share> {
-        let mut state = self.state();
-        let taken = state.waiting.peers.is_empty() && state.holdings.take(caller, amount).is_ok();
-        drop(state);
+        let mut accounts = self.accounts();
+        let taken = !accounts.is_awaited() && accounts.take(caller, amount).is_ok();
+        drop(accounts);
         taken.then(|| Share { budget: self.clone(), caller, amount })
     }
 
@@ -219,15 +207,11 @@ impl Budget {
         if amount > bounds.connection.min(bounds.total) {
             return Err(self.refusal(Bound::Connection));
         }
-        {
-            let mut state = self.state();
-            let State { holdings, waiting } = &mut *state;
-            if waiting.peers.is_empty() && holdings.take(caller, amount).is_ok() {
-                return Ok(Share { budget: self.clone(), caller, amount });
-            }
+        if let Some(share) = self.take_unless_awaited(caller, amount) {
+            return Ok(share);
         }
         let (grant, granted) = oneshot::channel();
-        let ticket = self.settle(|State { waiting, .. }| waiting.add(Waiter { caller, amount, grant }, size));
+        let ticket = self.settle(|accounts| accounts.add(Waiter { caller, amount, grant }, size));
         let _place = Place { budget: self, caller, ticket };
         // The sender stays in the queue until it has sent, so the error cannot occur.
         granted.await.map_err(|_| self.refusal(Bound::Server))
@@ -240,15 +224,11 @@ impl Budget {
     }
 
     /// Applies a change and grants the waiting requests for which it makes room.
-    fn settle<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
-        let mut granted = Vec::new();
-        let changed = {
-            let mut state = self.state();
-            let changed = change(&mut state);
-            let State { holdings, waiting } = &mut *state;
-            granted.extend(std::iter::from_fn(|| waiting.next(holdings)));
-            changed
-        };
+    fn settle<T>(&self, change: impl FnOnce(&mut Accounts<oneshot::Sender<Share>>) -> T) -> T {
+        let mut accounts = self.accounts();
+        let changed = change(&mut accounts);
+        let granted: Vec<_> = std::iter::from_fn(|| accounts.next()).collect();
+        drop(accounts);
         // Done without the lock: if a request was dropped just now, its share is dropped here and takes the lock again.
         for Waiter { caller, amount, grant } in granted {
             drop(grant.send(Share { budget: self.clone(), caller, amount }));
@@ -256,8 +236,8 @@ impl Budget {
         changed
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn accounts(&self) -> MutexGuard<'_, Accounts<oneshot::Sender<Share>>> {
+        self.0.accounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -313,168 +293,9 @@ impl Share {
 impl Drop for Share {
     fn drop(&mut self) {
         if self.amount > 0 {
-            self.budget.settle(|state| state.holdings.give_back(self.caller, self.amount));
+            self.budget.settle(|accounts| accounts.give_back(self.caller, self.amount));
         }
     }
-}
-
-/// The amounts that are held.
-#[derive(Debug)]
-struct Holdings {
-    bounds: Bounds,
-    sharing: Sharing,
-    all: u64,
-    /// Peers that hold something.
-    peers: HashMap<Peer, u64>,
-    /// Keyed by caller, because work without a connection belongs to its peer.
-    connections: HashMap<Caller, u64>,
-}
-
-impl Holdings {
-    fn new(bounds: Bounds, sharing: Sharing) -> Self {
-        Self { bounds, sharing, all: 0, peers: HashMap::new(), connections: HashMap::new() }
-    }
-
-    fn take(&mut self, caller: Caller, amount: u64) -> Result<(), Bound> {
-        if amount == 0 {
-            return Ok(());
-        }
-        let of_connection = self.connections.get(&caller).copied().unwrap_or(0);
-        if of_connection.saturating_add(amount) > self.bounds.connection {
-            return Err(Bound::Connection);
-        }
-        let of_peer = self.peers.get(&caller.peer).copied().unwrap_or(0);
-        let left = self.bounds.total.saturating_sub(self.all).checked_sub(amount).ok_or(Bound::Server)?;
-        let is_within_share = match self.sharing {
-            Sharing::Shares { free } => {
-                left >= free && of_peer.saturating_add(amount) <= left.saturating_mul(SHARE)
-            }
-            Sharing::Turns => true,
-        };
-        if of_peer > 0 && !is_within_share {
-            return Err(Bound::Peer);
-        }
-        self.all += amount;
-        *self.peers.entry(caller.peer).or_default() += amount;
-        *self.connections.entry(caller).or_default() += amount;
-        Ok(())
-    }
-
-    fn give_back(&mut self, caller: Caller, amount: u64) {
-        self.all = self.all.saturating_sub(amount);
-        subtract(&mut self.peers, caller.peer, amount);
-        subtract(&mut self.connections, caller, amount);
-    }
-}
-
-/// Subtracts an amount and removes empty entries; otherwise the map would grow with every new caller.
-fn subtract<K: Eq + std::hash::Hash>(held: &mut HashMap<K, u64>, key: K, amount: u64) {
-    if let Some(left) = held.get_mut(&key) {
-        *left = left.saturating_sub(amount);
-        if *left == 0 {
-            held.remove(&key);
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Waiter {
-    caller: Caller,
-    amount: u64,
-    grant: oneshot::Sender<Share>,
-}
-
-/// The position of a waiting request in its connection: small ones first, then in order of arrival.
-type Ticket = (RequestSize, u64);
-
-/// The waiting requests, by peer and connection.
-#[derive(Debug, Default)]
-struct Waiting {
-    peers: BTreeMap<Peer, Queues>,
-    next_number: u64,
-    /// The peer that was served last.
-    last: Peer,
-}
-
-/// The waiting requests of one peer; never empty.
-#[derive(Debug, Default)]
-struct Queues {
-    connections: BTreeMap<ConnectionId, BTreeMap<Ticket, Waiter>>,
-    /// The connection that was served last.
-    last: ConnectionId,
-}
-
-impl Waiting {
-    fn add(&mut self, waiter: Waiter, size: RequestSize) -> Ticket {
-        let ticket = (size, self.next_number);
-        self.next_number += 1;
-        let Caller { peer, connection } = waiter.caller;
-        let queues = self.peers.entry(peer).or_default();
-        queues.connections.entry(connection).or_default().insert(ticket, waiter);
-        ticket
-    }
-
-    fn has_small(&self, caller: Caller) -> bool {
-        let queue =
-            self.peers.get(&caller.peer).and_then(|queues| queues.connections.get(&caller.connection));
-        queue.and_then(BTreeMap::first_key_value).is_some_and(|((size, _), _)| *size == RequestSize::Small)
-    }
-
-    fn remove(&mut self, caller: Caller, ticket: Ticket) -> Option<Waiter> {
-        let queues = self.peers.get_mut(&caller.peer)?;
-        let queue = queues.connections.get_mut(&caller.connection)?;
-        let waiter = queue.remove(&ticket);
-        if queue.is_empty() {
-            queues.connections.remove(&caller.connection);
-        }
-        if queues.connections.is_empty() {
-            self.peers.remove(&caller.peer);
-        }
-        waiter
-    }
-
-    /// Removes the first request, in round-robin order, for which there is room, and takes its amount. A request that is
-    /// too large for what the server has left ends the search, so that smaller requests behind it cannot starve it.
-    fn next(&mut self, holdings: &mut Holdings) -> Option<Waiter> {
-        let mut found = None;
-        for (_, queues) in turns(&self.peers, self.last) {
-            match queues.next(holdings) {
-                Ok(taken) => {
-                    found = Some(taken);
-                    break;
-                }
-                Err(Bound::Server) => break,
-                Err(Bound::Peer | Bound::Connection) => {}
-            }
-        }
-        let (caller, ticket) = found?;
-        self.last = caller.peer;
-        if let Some(queues) = self.peers.get_mut(&caller.peer) {
-            queues.last = caller.connection;
-        }
-        self.remove(caller, ticket)
-    }
-}
-
-impl Queues {
-    /// Takes the amount of the first request for which there is room. The search skips the rest of a peer that is at its
-    /// limit, because it may have thousands of connections. Only few connections can be at their own limit.
-    fn next(&self, holdings: &mut Holdings) -> Result<(Caller, Ticket), Bound> {
-        for (_, queue) in turns(&self.connections, self.last) {
-            let Some((ticket, waiter)) = queue.first_key_value() else { continue };
-            match holdings.take(waiter.caller, waiter.amount) {
-                Ok(()) => return Ok((waiter.caller, *ticket)),
-                Err(Bound::Connection) => {}
-                Err(bound) => return Err(bound),
-            }
-        }
-        Err(Bound::Connection)
-    }
-}
-
-/// All entries in round-robin order, starting after the one that was served last.
-fn turns<K: Ord + Copy, V>(all: &BTreeMap<K, V>, last: K) -> impl Iterator<Item = (&K, &V)> {
-    all.range((Excluded(last), Unbounded)).chain(all.range(..=last))
 }
 
 /// A place in the queue of waiting requests. Dropping it leaves the queue.
@@ -487,9 +308,11 @@ struct Place<'a> {
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         // A smaller request behind it may now be granted.
-        self.budget.settle(|state| drop(state.waiting.remove(self.caller, self.ticket)));
+        self.budget.settle(|accounts| drop(accounts.remove(self.caller, self.ticket)));
     }
 }
 
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod tests;

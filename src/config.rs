@@ -6,6 +6,7 @@
 //! of the server only sees [`Settings`].
 
 pub mod load;
+mod log_filter;
 mod pools;
 mod sandbox;
 mod settings;
@@ -14,7 +15,7 @@ mod source_text;
 
 pub use load::{Flag, Loaded, Origin, Sources, load};
 pub use pools::PoolSettings;
-pub use settings::{ExecutionSettings, Machine, Settings};
+pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
 
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
@@ -31,6 +32,8 @@ pub struct Config {
     pub listen_addr: SocketAddr,
     /// Listen on a non-loopback address although everyone who can reach it can run commands here.
     pub allow_unauthenticated: bool,
+    /// Name of this server among several that serve the same clients; empty for a server that stands alone.
+    pub node_name: String,
     /// Instance names that clients may use; "" is the default of most clients.
     pub instance_names: Vec<String>,
     /// Directory for blobs, action results and exec directories; empty for `gorego` in the user's cache directory.
@@ -245,6 +248,7 @@ impl Default for Config {
         Self {
             listen_addr: SocketAddr::from(([127, 0, 0, 1], 50051)),
             allow_unauthenticated: false,
+            node_name: String::new(),
             instance_names: vec![String::new()],
             instances: BTreeMap::new(),
             local_cache_dir: PathBuf::new(),

@@ -3,12 +3,13 @@
 //! Each service decodes, asks and encodes. Wire types stay here: only this directory, the wiring and the client know tonic.
 //! The files:
 //!
-//! - [`execution`], [`operations`], [`cas`], [`get_tree`], [`action_cache`], [`byte_stream`], [`log_stream`], [`asset`],
-//!   [`capabilities`], [`health`]: the services; reflection comes from the descriptors. [`services`]: what `build.rs` generates.
+//! - [`execution`], [`operations`], [`cas`] (with [`get_tree`] and [`chunks`]), [`action_cache`], [`byte_stream`],
+//!   [`log_stream`], [`asset`], [`capabilities`], [`health`]: the services. Reflection comes from the descriptors.
+//!   [`services`]: what `build.rs` generates. [`permissions`]: what each RPC needs.
 //! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
-//!   [`operation_stream`], [`stalled`]: parts of answers.
-//! - [`ask`]: requests to the scheduler. [`accept`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`],
-//!   [`answers`], [`request_log`], [`panic_guard`]: layers that every connection and call passes.
+//!   [`operation_stream`], [`stalled`]: parts of answers. [`ask`]: requests to the scheduler.
+//! - [`accept`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`], [`answers`], [`request_log`],
+//!   [`panic_guard`]: layers that every connection and call passes.
 //!
 //! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
 //! accepting when its shutdown future completes, and returns when the last connection is closed.
@@ -38,15 +39,22 @@ pub(crate) mod operation_stream;
 pub(crate) mod operations;
 pub mod page_token;
 pub(crate) mod panic_guard;
+mod permissions;
 pub(crate) mod request_log;
 pub mod services;
 mod serving;
 pub(crate) mod stalled;
 
 use crate::{
-    actors::{asset::client::Assets, cas::client::Cas, scheduler::settings::Priorities},
+    actors::{
+        asset::client::Assets,
+        cas::client::Cas,
+        scheduler::{operation::OperationId, settings::Priorities},
+    },
+    call::Call,
     config::{CommittedSize, Config},
     connections::Connections,
+    gate::Gate,
     grpc::services::{
         action_cache_server::ActionCacheServer, byte_stream_server::ByteStreamServer,
         capabilities_server::CapabilitiesServer,
@@ -55,7 +63,7 @@ use crate::{
         log_stream_service_server::LogStreamServiceServer, operations_server::OperationsServer,
         push_server::PushServer,
     },
-    instance::Instances,
+    instance::Instance,
     log_streams::LogStreams,
     under_way::UnderWay,
 };
@@ -107,8 +115,8 @@ pub type ReadStream = BoxStream<'static, Result<bytestream::ReadResponse, Status
 /// The resources and settings of the services.
 #[derive(Debug)]
 pub struct Edge {
-    /// The instances that requests may name.
-    pub instances: Instances,
+    /// The way to the instances that requests may name.
+    pub gate: Gate,
     /// The store of blobs and action results.
     pub cas: Cas,
     /// The scheduler; `None` if execution is disabled.
@@ -160,6 +168,20 @@ impl Edge {
                 "this server is a cache; it runs no actions (execution.enabled = false)".into(),
             )
         })
+    }
+
+    /// The operation that a request names, if its principal may do there what the method needs. It is recorded in the call.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] for every name that cannot be an operation of this server (EXE-13); [`Error::Denied`].
+    pub(crate) fn operation(&self, call: &Call, name: &str) -> Result<(Instance, OperationId)> {
+        let (instance_name, id) = convert::operation_name(name)?;
+        let instance = self.gate.enter(call, instance_name).map_err(|error| match error {
+            Error::Invalid(_) => convert::no_operation(name),
+            other => other,
+        })?;
+        call.note_operation(id);
+        Ok((instance, id))
     }
 }
 

@@ -1,12 +1,14 @@
-//! [`HostRule`]: the hosts that a configuration entry matches: a name or an address, `*.example.com`, or `*`. Pure.
+//! Entries of the host lists and network lists in the configuration: what they match. Pure.
 //!
-//! Hosts are compared in the form that [`bare`] returns.
+//! A [`HostRule`] is a name or an address, `*.example.com`, or `*`; a [`HostPortRule`] may name a port too; a [`Network`] is a
+//! range of addresses. They are parsed here, so that the configuration can check them; the rooms that use them decide what a
+//! match means. Hosts are compared in the form that [`bare`] returns.
 
 use std::net::{IpAddr, Ipv6Addr};
 
 /// An entry of a host list in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum HostRule {
+pub enum HostRule {
     /// Matches every host.
     Any,
     /// Matches this name or address.
@@ -16,14 +18,14 @@ pub(crate) enum HostRule {
 }
 
 /// Removes brackets and the final dot, and converts to lower case.
-pub(crate) fn bare(host: &str) -> String {
+pub fn bare(host: &str) -> String {
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase()
 }
 
 impl HostRule {
     /// Parses an entry without a port; `None` if it is not a host.
-    pub(crate) fn parse(text: &str) -> Option<Self> {
+    pub fn parse(text: &str) -> Option<Self> {
         if text == "*." {
             return None;
         }
@@ -41,12 +43,89 @@ impl HostRule {
     }
 
     /// Whether the rule matches a host in [`bare`] form.
-    pub(crate) fn covers(&self, host: &str) -> bool {
+    pub fn covers(&self, host: &str) -> bool {
         match self {
             Self::Any => true,
             Self::Is(name) => name == host,
             // A suffix never matches an address.
             Self::Below(tail) => host.ends_with(tail.as_str()) && host.parse::<IpAddr>().is_err(),
         }
+    }
+}
+
+/// A host rule and a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostPortRule {
+    /// The hosts that it matches.
+    pub host: HostRule,
+    /// The port that it matches; `None` for every port.
+    pub port: Option<u16>,
+}
+
+impl HostPortRule {
+    /// Parses an entry such as `example.com` or `example.com:8443`; `None` if it is neither.
+    pub fn parse(text: &str) -> Option<Self> {
+        // "::1" and "[::1]:80" are hosts too.
+        let (host, port) = match text.rsplit_once(':') {
+            Some((host, port)) if host.ends_with(']') || !host.contains(':') => {
+                (host, Some(port.parse().ok()?))
+            }
+            _ => (text, None),
+        };
+        Some(Self { host: HostRule::parse(host)?, port })
+    }
+}
+
+/// A range of addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Network {
+    first: IpAddr,
+    bits: u32,
+}
+
+impl Network {
+    /// Parses an entry such as `10.0.0.0/8`; `None` if it is not a range.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (first, bits) = text.split_once('/')?;
+        let (first, bits): (IpAddr, u32) = (first.parse().ok()?, bits.parse().ok()?);
+        (bits <= if first.is_ipv4() { 32 } else { 128 }).then_some(Self { first, bits })
+    }
+
+    /// Whether an address is in the range. An IPv4 address is the same one however it is written.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        match (self.first, address.to_canonical()) {
+            (IpAddr::V4(first), IpAddr::V4(address)) => {
+                let mask = u32::MAX.checked_shl(32 - self.bits).unwrap_or(0);
+                first.to_bits() & mask == address.to_bits() & mask
+            }
+            (IpAddr::V6(first), IpAddr::V6(address)) => {
+                let mask = u128::MAX.checked_shl(128 - self.bits).unwrap_or(0);
+                first.to_bits() & mask == address.to_bits() & mask
+            }
+            _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_that_are_no_rule_are_recognised() {
+        for host in ["", "a b", "https://x", "*x", "a*", "x/", "*."] {
+            assert!(HostRule::parse(host).is_none() && HostPortRule::parse(host).is_none(), "{host}");
+        }
+        for host in ["x:y", "1:2:3"] {
+            assert!(HostPortRule::parse(host).is_none(), "{host}");
+        }
+        assert!(HostRule::parse("x:80").is_none(), "a rule without a port");
+        for network in ["", "10.0.0.0", "10.0.0.0/33", "::/129", "x/8", "10.0.0.0/-1"] {
+            assert!(Network::parse(network).is_none(), "{network}");
+        }
+        for host in ["[::1]:80", "::1", "*:443"] {
+            assert!(HostPortRule::parse(host).is_some(), "{host}");
+        }
+        assert!(Network::parse("::/0").is_some());
     }
 }

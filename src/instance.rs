@@ -2,7 +2,7 @@
 //!
 //! Blobs, action results and operations of one instance are invisible from another (GEN-15), unless the configuration lets
 //! them share blobs. An [`Instance`] is always one that is configured. An unknown name is an error that no client mistakes
-//! for a cache miss (GEN-14). The [`Policy`] of an instance says what its clients may do.
+//! for a cache miss (GEN-14). The [`InstancePolicy`] of an instance says what its clients may do.
 
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
@@ -17,7 +17,7 @@ pub struct InstanceId(pub u16);
 
 /// What clients of an instance may do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Policy {
+pub struct InstancePolicy {
     /// The enabled digest functions, each once, in the order of [`DigestFunction::ALL`]; at least one (CAP-05).
     pub digest_functions: Vec<DigestFunction>,
     /// Whether clients may write action results (AC-12, CAP-09).
@@ -28,7 +28,7 @@ pub struct Policy {
     pub blobs_of: Option<String>,
 }
 
-impl Default for Policy {
+impl Default for InstancePolicy {
     /// Everything is allowed and nothing is shared.
     fn default() -> Self {
         Self {
@@ -50,7 +50,7 @@ pub struct Instance {
 
 struct Inner {
     name: String,
-    policy: Policy,
+    policy: InstancePolicy,
 }
 
 impl Instance {
@@ -70,7 +70,7 @@ impl Instance {
     }
 
     /// What its clients may do.
-    pub fn policy(&self) -> &Policy {
+    pub fn policy(&self) -> &InstancePolicy {
         &self.inner.policy
     }
 
@@ -153,7 +153,9 @@ impl Instances {
     /// # Errors
     /// [`Error::Invalid`] for a malformed or repeated name, or an empty list.
     pub fn new(names: impl IntoIterator<Item = impl AsRef<str>>) -> Result<Self> {
-        Self::with_policies(names.into_iter().map(|name| (name.as_ref().to_owned(), Policy::default())))
+        Self::with_policies(
+            names.into_iter().map(|name| (name.as_ref().to_owned(), InstancePolicy::default())),
+        )
     }
 
     /// Creates instances with these names and policies, with ids in this order.
@@ -161,7 +163,7 @@ impl Instances {
     /// # Errors
     /// [`Error::Invalid`] for a malformed or repeated name, an empty list, or a policy that shares the blobs of an instance
     /// that does not exist or itself shares another's.
-    pub fn with_policies(instances: impl IntoIterator<Item = (String, Policy)>) -> Result<Self> {
+    pub fn with_policies(instances: impl IntoIterator<Item = (String, InstancePolicy)>) -> Result<Self> {
         let mut map: HashMap<String, Instance> = HashMap::new();
         for (name, policy) in instances {
             check_instance_name(&name)?;
@@ -235,7 +237,7 @@ mod tests {
         }
     }
 
-    fn with(name: &str, policy: Policy) -> (String, Policy) {
+    fn with(name: &str, policy: InstancePolicy) -> (String, InstancePolicy) {
         (name.into(), policy)
     }
 
@@ -243,7 +245,7 @@ mod tests {
     #[test]
     fn a_request_uses_one_function_that_its_instance_allows() {
         use DigestFunction::{Blake3, Sha1, Sha256};
-        let few = Policy { digest_functions: vec![Sha256, Blake3], ..Policy::default() };
+        let few = InstancePolicy { digest_functions: vec![Sha256, Blake3], ..InstancePolicy::default() };
         let few = Instances::with_policies([with("", few)]).unwrap().get("").unwrap();
         for (number, chars, function) in [
             (0, &[][..], Sha256),
@@ -266,7 +268,7 @@ mod tests {
     #[test]
     fn a_name_without_a_function_means_an_older_one_unless_there_is_only_a_newer_one() {
         use DigestFunction::{Blake3, Sha256};
-        let blake3 = Policy { digest_functions: vec![Blake3], ..Policy::default() };
+        let blake3 = InstancePolicy { digest_functions: vec![Blake3], ..InstancePolicy::default() };
         let blake3 = Instances::with_policies([with("", blake3)]).unwrap().get("").unwrap();
         let all = Instances::new([""]).unwrap().get("").unwrap();
         let (as_sha256, as_blake3) = (Sha256.digest(b"x"), Blake3.digest(b"x"));
@@ -283,15 +285,18 @@ mod tests {
     /// GEN-15.
     #[test]
     fn blobs_are_shared_only_with_an_instance_that_has_its_own() {
-        let sharing = |of: &str| Policy { blobs_of: Some(of.into()), ..Policy::default() };
+        let sharing = |of: &str| InstancePolicy { blobs_of: Some(of.into()), ..InstancePolicy::default() };
         let instances =
-            Instances::with_policies([with("ci", sharing("main")), with("main", Policy::default())]).unwrap();
+            Instances::with_policies([with("ci", sharing("main")), with("main", InstancePolicy::default())])
+                .unwrap();
         let (ci, main) = (instances.get("ci").unwrap(), instances.get("main").unwrap());
         assert_eq!((ci.blobs(), main.blobs()), (main.id(), main.id()));
         assert_ne!(ci.id(), main.id());
         for wrong in ["nobody", "ci"] {
-            let refused =
-                Instances::with_policies([with("ci", sharing(wrong)), with("main", Policy::default())]);
+            let refused = Instances::with_policies([
+                with("ci", sharing(wrong)),
+                with("main", InstancePolicy::default()),
+            ]);
             assert!(matches!(refused, Err(Error::Invalid(_))), "{wrong}");
         }
     }

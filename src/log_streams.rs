@@ -65,9 +65,9 @@ pub struct LogSettings {
 
 /// All log streams of a server. Cheap to clone.
 #[derive(Clone)]
-pub struct LogStreams(Arc<Inner>);
+pub struct LogStreams(Arc<LogStreamsState>);
 
-struct Inner {
+struct LogStreamsState {
     client_streams: bool,
     /// One unit for each unfinished client stream.
     places: Budget,
@@ -91,17 +91,17 @@ struct ClientStream {
     token: WriteToken,
     spool: Arc<Spool>,
     /// The budget shares of the stream until it is finished.
-    held: Mutex<Option<Held>>,
+    held: Mutex<Option<StreamShares>>,
 }
 
 /// The budget shares of an unfinished stream: its place and its bytes.
-struct Held {
+struct StreamShares {
     _place: Share,
     bytes: Share,
 }
 
 impl ClientStream {
-    fn held(&self) -> MutexGuard<'_, Option<Held>> {
+    fn held(&self) -> MutexGuard<'_, Option<StreamShares>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -121,8 +121,8 @@ impl LogStreams {
     /// Creates an empty set of streams. Does not access the disk.
     pub fn new(settings: LogSettings) -> Self {
         let StreamLimits { streams, bytes, .. } = settings.clients;
-        let bounds = |what, total| Budget::new(Bounds { what, total, connection: total });
-        Self(Arc::new(Inner {
+        let bounds = |what, total| Budget::new(Bounds::shared(what, total));
+        Self(Arc::new(LogStreamsState {
             client_streams: settings.client_streams,
             places: bounds("unfinished log streams", streams as u64),
             bytes: bounds("bytes of unfinished log streams", bytes),
@@ -155,7 +155,8 @@ impl LogStreams {
     /// `Unimplemented` if clients may not create streams; `Exhausted` when there are too many, in total or of this caller.
     pub fn create(&self, parent: String, caller: Caller) -> Result<LogName> {
         self.check_creation()?;
-        let held = Held { _place: self.0.places.take(caller, 1)?, bytes: self.0.bytes.take(caller, 0)? };
+        let held =
+            StreamShares { _place: self.0.places.take(caller, 1)?, bytes: self.0.bytes.take(caller, 0)? };
         let (id, token) = (Uuid::new_v4(), WriteToken::new());
         let spool = Arc::new(Spool::new(self.0.spool_directory.join(format!("log-{id}"))));
         let held = Mutex::new(Some(held));

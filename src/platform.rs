@@ -96,9 +96,14 @@ pub struct Known {
 }
 
 impl Known {
-    /// The properties that these pools offer.
-    pub fn new<'a>(pools: impl Iterator<Item = &'a Offers>, unknown: UnknownProperties) -> Self {
-        Self { names: pools.flat_map(|offers| offers.keys().cloned()).collect(), unknown }
+    /// No property is known yet.
+    pub fn new(unknown: UnknownProperties) -> Self {
+        Self { names: BTreeSet::new(), unknown }
+    }
+
+    /// The properties that a pool offers are known from now on, also after the pool was removed.
+    pub fn learn(&mut self, offers: &Offers) {
+        self.names.extend(offers.keys().cloned());
     }
 
     /// The differences between a pool and the requirements of an action. Empty when the pool can run it.
@@ -160,6 +165,12 @@ mod tests {
         ])
     }
 
+    fn known(pools: &[Offers], unknown: UnknownProperties) -> Known {
+        let mut known = Known::new(unknown);
+        pools.iter().for_each(|offers| known.learn(offers));
+        known
+    }
+
     fn differences(known: &Known, offers: &Offers, asked: &[(&str, &str)]) -> Vec<String> {
         let asked: Vec<_> = asked.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
         known.differences(offers, &asked).map(|difference| difference.to_string()).collect()
@@ -168,7 +179,7 @@ mod tests {
     /// EXE-31.
     #[test]
     fn each_kind_of_offer_takes_what_it_says() {
-        let known = Known::new([big()].iter(), UnknownProperties::Ignore);
+        let known = known(&[big()], UnknownProperties::Ignore);
         let taken = |asked: &[(&str, &str)]| differences(&known, &big(), asked).is_empty();
         for asked in [
             &[][..],
@@ -195,7 +206,7 @@ mod tests {
     #[test]
     fn a_property_that_another_pool_offers_has_to_be_offered() {
         let gpu = offers(&[("gpu", Offer::Exact("a100".into()))]);
-        let known = Known::new([big(), gpu.clone()].iter(), UnknownProperties::Refuse);
+        let known = known(&[big(), gpu.clone()], UnknownProperties::Refuse);
         assert!(differences(&known, &gpu, &[("gpu", "a100")]).is_empty());
         assert_eq!(
             differences(&known, &big(), &[("gpu", "a100")]),
@@ -209,7 +220,7 @@ mod tests {
     #[test]
     fn a_message_stays_short_whatever_is_asked_for() {
         let asked: Vec<_> = (0..1000).map(|_| ("cores".to_owned(), "x\n".repeat(10_000))).collect();
-        let (known, offers) = (Known::new([big()].iter(), UnknownProperties::Ignore), big());
+        let (known, offers) = (known(&[big()], UnknownProperties::Ignore), big());
         let text = list(known.differences(&offers, &asked));
         assert!(text.len() < 4000 && text.ends_with("and 992 more") && !text.contains('\n'), "{text}");
     }

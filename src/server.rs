@@ -8,12 +8,12 @@
 use crate::{
     action::TimeoutPolicy,
     actors::{
-        asset::{AssetActor, client::Assets, messages::CloseAssets},
+        asset::{AssetActor, AssetSettings, client::Assets, messages::CloseAssets, origins::Origins},
         cas::{CasActor, CloseStore, StoreSettings, client::Cas},
         scheduler::{
             Pool, SchedulerActor,
             messages::{Drain, Inspect},
-            settings::{Priorities, SchedulerSettings},
+            settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
         worker::{
@@ -28,12 +28,15 @@ use crate::{
     },
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
+    gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
-    http_cache::{self, HttpCache},
-    log_streams::{LogSettings, LogStreams, StreamLimits},
+    http::{self, cache::Cache, hosts::Hosts},
+    log_streams::{LogSettings, LogStreams, MAX_STREAM_BYTES, StreamLimits},
     logging::{self, Event},
     memory,
+    node::NodeName,
     sandbox::{identity::Users, probe::Report, settings::SandboxMode},
+    signals::StopSignals,
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
@@ -46,7 +49,6 @@ use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
     select,
-    signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
     time::{Instant, interval, timeout_at},
 };
@@ -184,14 +186,36 @@ fn store_settings(settings: &Settings) -> StoreSettings {
     }
 }
 
+fn asset_settings(settings: &Settings) -> AssetSettings {
+    let assets = settings.assets.clone();
+    AssetSettings {
+        origins: Origins::new(assets.hosts, assets.networks),
+        push: assets.push,
+        concurrency: assets.concurrency,
+        max_download_bytes: assets.max_download_bytes,
+        max_unpacked_bytes: assets.max_unpacked_bytes,
+        timeout: assets.timeout,
+        max_redirects: assets.max_redirects,
+        max_age: assets.max_age,
+        file: settings.cache_dir.join("v1").join("assets"),
+    }
+}
+
 /// Run streams are kept as long as the operations that name them. They hold no bytes.
 fn log_settings(settings: &Settings) -> LogSettings {
     let (kept, streams) = settings.execution.as_ref().map_or((Duration::ZERO, 0), |execution| {
         (execution.retention, execution.retained_operations.saturating_add(execution.slots))
     });
+    let clients = settings.log_streams;
     LogSettings {
-        client_streams: settings.client_log_streams,
-        clients: settings.log_streams,
+        client_streams: clients.enabled,
+        clients: StreamLimits {
+            streams: clients.max_streams,
+            bytes: clients.max_bytes,
+            stream_bytes: MAX_STREAM_BYTES,
+            idle: Some(clients.retention),
+            kept: clients.retention,
+        },
         runs: StreamLimits { streams, bytes: 0, stream_bytes: 0, idle: None, kept },
         spool_directory: settings.cache_dir.clone(),
     }
@@ -246,22 +270,21 @@ impl Server {
             None => None,
         };
         let cas = store.launch();
-        let assets = AssetActor::open(settings.assets.clone(), cas.clone(), workers.clone()).launch();
+        let assets = AssetActor::open(asset_settings(&settings), cas.clone(), workers.clone()).launch();
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
-        let scheduler = settings
-            .execution
-            .as_ref()
-            .zip(place.as_ref())
-            .map(|(execution, place)| start_scheduler(execution, place, &cas, log_streams.clone()));
+        let scheduler = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
+            let bounds = scheduler_settings(settings.node, execution);
+            start_scheduler(bounds, execution, place, &cas, log_streams.clone())
+        });
         Ok(Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers })
     }
 
     /// Serves until a signal or fault, then shuts down.
     async fn serve(self, ready: impl FnOnce(Ready)) -> Result<()> {
         let Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers } = self;
-        let mut signals = Signals::listen()?;
+        let mut signals = StopSignals::listen()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
         let health = grpc::health::Health::serving().await;
@@ -269,7 +292,7 @@ impl Server {
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
         let edge = Arc::new(Edge {
-            instances: settings.instances.clone(),
+            gate: Gate::new(settings.instances.clone()),
             cas: cas.clone(),
             scheduler: scheduler.clone().map(Scheduler::new),
             assets: Some(assets.clone()),
@@ -301,7 +324,7 @@ impl Server {
         ready(Ready { address, sandbox });
 
         let stop = select! {
-            signal = signals.next() => Stop::Signal(signal),
+            signal = signals.next() => Stop::Signal(signal.name()),
             error = owner_died(&cas, &assets, scheduler.as_ref()) => Stop::Fault(error),
             error = &mut http_serving => Stop::Fault(error),
             ended = &mut serving => Stop::Fault(match ended {
@@ -349,7 +372,7 @@ impl Server {
             () = orderly => {}
             signal = signals.next() => {
                 Event::warn(LOG, "server_interrupted")
-                    .with("signal", signal)
+                    .with("signal", signal.name())
                     .log(format_args!("exiting at once"));
                 logging::flush();
                 // The runners see their sockets close and kill their processes.
@@ -400,18 +423,17 @@ fn serve_http(
     };
     let address =
         listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
-    let cache = HttpCache {
-        instances: settings.instances.clone(),
+    let cache = Cache {
+        gate: Gate::new(settings.instances.clone()),
         cas: cas.clone(),
-        hosts: settings.http_hosts.clone(),
         max_blob_bytes: settings.max_blob_bytes,
-        under_way: under_way.clone(),
-        connections: connections.clone(),
     };
+    let hosts = Hosts::new(settings.http_hosts.clone());
+    let port = http::Port::new(cache, hosts, under_way.clone(), connections.clone());
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));
-    let serving = workers.spawn(http_cache::serve(cache, listener, async move { drop(closed.await) }));
+    let serving = workers.spawn(http::serve(port, listener, async move { drop(closed.await) }));
     let ended = async move {
         match serving.await {
             Ok(()) => Error::internal("the HTTP server stopped by itself"),
@@ -421,7 +443,25 @@ fn serve_http(
     Ok((close, ended.boxed()))
 }
 
+fn scheduler_settings(node: NodeName, execution: &ExecutionSettings) -> SchedulerSettings {
+    SchedulerSettings::new(SchedulerConfig {
+        node,
+        queue_size: execution.queue_size,
+        priorities: execution.priorities,
+        priority_ageing: execution.priority_ageing,
+        unknown_properties: execution.unknown_properties,
+        queue_timeout: execution.queue_timeout,
+        transfer_timeout: execution.transfer_timeout,
+        retention: execution.retention,
+        retained_operations: execution.retained_operations,
+        abandon_grace: execution.abandon_grace,
+        contended_abandon_grace: execution.contended_abandon_grace,
+        max_attempts: execution.max_attempts,
+    })
+}
+
 fn start_scheduler(
+    bounds: SchedulerSettings,
     execution: &ExecutionSettings,
     place: &Place,
     cas: &Cas,
@@ -454,7 +494,7 @@ fn start_scheduler(
         let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
         Pool { spec, runner: workers.recipient() }
     });
-    SchedulerActor::new(SchedulerSettings::new(execution), pools.collect(), cas.clone()).start()
+    SchedulerActor::new(bounds, pools.collect(), cas.clone()).start()
 }
 
 /// The deadlines of a shutdown.
@@ -525,26 +565,6 @@ fn owners_live(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActo
         return Err(Error::internal("the scheduler's actor died"));
     }
     Ok(())
-}
-
-/// The signals that stop a server.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn listen() -> Result<Self> {
-        let listen = |kind| signal(kind).map_err(|error| Error::io("listen for signals", &error));
-        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
 }
 
 /// The common name of a pool's workers, without the slot: `host`, or `host/pool` for a configured pool.

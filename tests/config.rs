@@ -190,6 +190,14 @@ fn check(text: &str) -> Result<Settings, String> {
 }
 
 #[test]
+fn the_name_of_a_server_is_checked_and_empty_by_default() {
+    assert!(check("").unwrap().node.is_empty());
+    assert_eq!(check("node_name = \"build-3\"").unwrap().node.as_str(), "build-3");
+    let error = check("node_name = \"build.example.com\"").unwrap_err().to_string();
+    assert!(error.contains("node_name = \"build.example.com\"") && error.contains("lower-case"), "{error}");
+}
+
+#[test]
 fn values_that_make_no_sense_are_refused_all_at_once_with_their_place() {
     let error = check(
         "max_size_gb = 0\ninstance_names = [\"a/blobs\"]\nlocal_cache_dir = \"~/x\"\n[log]\nfilter = \"warning\"\n\
@@ -219,6 +227,29 @@ fn values_that_make_no_sense_are_refused_all_at_once_with_their_place() {
     {
         assert!(check(text).is_err(), "{text}");
     }
+}
+
+/// AST-10.
+#[test]
+fn hosts_and_networks_that_are_no_rules_are_refused_by_key() {
+    let error = check(
+        "[assets]\nallowed_hosts = [\"example.com:8443\", \"https://x\"]\nallowed_networks = [\"10.0.0.0/33\"]\n\
+         [http]\nallowed_hosts = [\"cache.test\", \"cache.test:80\"]\n",
+    )
+    .unwrap_err();
+    for part in [
+        "assets.allowed_hosts = [",
+        "\"https://x\" is not a host, such as",
+        "assets.allowed_networks = [",
+        "\"10.0.0.0/33\" is not an address range",
+        "http.allowed_hosts = [",
+        "\"cache.test:80\" is not a host without a port",
+    ] {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+    let settings =
+        check("[assets]\nallowed_hosts = [\"*\"]\n[http]\nallowed_hosts = [\"*.test\"]\n").unwrap();
+    assert_eq!((settings.assets.hosts.len(), settings.http_hosts.len()), (1, 1));
 }
 
 #[test]

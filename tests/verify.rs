@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used)]
 
-#[allow(dead_code)]
-#[path = "wire/support.rs"]
 mod support;
 
 use gorego::grpc::services::capabilities_server::{Capabilities, CapabilitiesServer};

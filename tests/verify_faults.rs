@@ -4,8 +4,6 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod faults;
-#[path = "wire/support.rs"]
-#[allow(dead_code)]
 mod support;
 
 use faults::{Fault, change, fault};

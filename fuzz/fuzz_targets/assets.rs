@@ -9,9 +9,10 @@ use gorego::{
         layout::Layout,
         origins::Origins,
         outcome::{FailureKind, Problem},
-        request::{AssetRequest, Kind, Qualifiers},
+        request::{AssetRequest, AssetKind, Qualifiers},
         unpack::{Contents, unpack},
     },
+    host::{HostPortRule, Network},
     instance::Instances,
 };
 use gorego_reapi::{
@@ -65,14 +66,14 @@ fn request(text: &str) {
     let list = list.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let Ok(qualifiers) = Qualifiers::parse(list) else { return };
     let instance = Instances::new([""]).and_then(|instances| instances.get("")).expect("the default");
-    let _ = (qualifiers.integrity(), qualifiers.unsupported(Kind::Blob));
+    let _ = (qualifiers.integrity(), qualifiers.unsupported(AssetKind::Blob));
     if let Ok(path) = qualifiers.directory() {
         assert!(path.as_path().is_relative());
     }
     assert!(qualifiers.shown().all(|(name, _)| !name.starts_with("http_header")), "a credential is shown");
     let new = |qualifiers| {
         let uris = vec!["http://a/".to_owned(), "http://b/".to_owned()];
-        AssetRequest::new(instance, FUNCTION, Kind::Blob, uris, qualifiers).expect("fine URIs")
+        AssetRequest::new(instance, FUNCTION, AssetKind::Blob, uris, qualifiers).expect("fine URIs")
     };
     let request = new(qualifiers);
     if let Ok(headers) = request.headers() {
@@ -92,7 +93,7 @@ fn origin(text: &str) {
     let (Some(host), Some(network), Some(url)) = (lines.next(), lines.next(), lines.next()) else { return };
     let Ok(url) = url::Url::parse(url) else { return };
     assert!(Origins::default().check_url(&url).is_err(), "nothing is allowed by default");
-    let all = Origins::parse(&["*".into()], &[]).expect("a rule");
+    let all = Origins::new(vec![HostPortRule::parse("*").expect("a rule")], Vec::new());
     if all.check_url(&url).is_ok() {
         assert!(matches!(url.scheme(), "http" | "https"));
         let host = url.host_str().expect("a host");
@@ -101,7 +102,8 @@ fn origin(text: &str) {
             assert!(all.check_address(address).is_ok() && !address.is_loopback());
         }
     }
-    let Ok(some) = Origins::parse(&[host.to_owned()], &[network.to_owned()]) else { return };
+    let Some((host, network)) = HostPortRule::parse(host).zip(Network::parse(network)) else { return };
+    let some = Origins::new(vec![host], vec![network]);
     if some.check_url(&url).is_ok() && !host.starts_with('*') {
         let wanted = host.rsplit_once(':').map_or(host, |(wanted, _)| wanted);
         let is = url.host_str().expect("a host").trim_end_matches('.');

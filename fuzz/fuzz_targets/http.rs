@@ -2,9 +2,13 @@
 
 #![no_main]
 
-use gorego::http_cache::{
-    range::{self, Asked},
-    resource::{MAX_KEY_BYTES, Resource},
+use gorego::http::{
+    cache::{
+        ROUTES,
+        range::{self, Asked},
+        resource::{MAX_KEY_BYTES, Resource},
+    },
+    router::Router,
 };
 use gorego_reapi::error::Error;
 use libfuzzer_sys::fuzz_target;
@@ -24,27 +28,31 @@ fuzz_target!(|data: &[u8]| {
 
 /// A resource is found again under its shortest path.
 fn resource(path: &str) {
-    let resource = match Resource::parse(path) {
+    let mut router = Router::default();
+    router.mount(ROUTES, ());
+    // Of these methods, each route supports at least one.
+    let find = |path| router.find("MKCOL", path).or_else(|_| router.find("GET", path)).ok();
+    let Some(((), place)) = find(path) else { return };
+    let resource = match Resource::parse(place.keyword, place.rest) {
         Ok(resource) => resource,
-        Err(error) => return assert!(matches!(error, Error::Invalid(_) | Error::NotFound(_)), "{error:?}"),
+        Err(error) => return assert!(matches!(error, Error::Invalid(_)), "{error:?}"),
     };
-    let (keyword, rest) = match &resource {
-        Resource::Root | Resource::Health => return assert_eq!(resource.instance_name(), None),
-        Resource::Blob { hash, .. } | Resource::Result { hash, .. } => {
-            let is_blob = matches!(resource, Resource::Blob { .. });
+    let rest = match &resource {
+        Resource::Blob(hash) | Resource::Result(hash) => {
             let hex = hash.like.hash_hex();
             assert!(path.ends_with(hex.as_str()));
             let function = hash.like.function().name();
-            let rest = if hash.function_is_named { format!("{function}/{hex}") } else { hex.to_string() };
-            (if is_blob { "cas" } else { "ac" }, rest)
+            if hash.function_is_named { format!("{function}/{hex}") } else { hex.to_string() }
         }
-        Resource::Value { key, .. } => {
+        Resource::Value(key) => {
             assert!(key.len() <= MAX_KEY_BYTES && path.ends_with(key));
-            ("cache", key.clone())
+            (*key).to_owned()
         }
     };
-    let instance = resource.instance_name().expect("it is in one");
-    assert_eq!(Resource::parse(&format!("/{instance}/{keyword}/{rest}")), Ok(resource.clone()));
+    let shortest = format!("/{}/{}/{rest}", place.instance_name, place.keyword);
+    let ((), again) = find(&shortest).expect("it has a route");
+    assert_eq!((again.instance_name, again.keyword), (place.instance_name, place.keyword));
+    assert_eq!(Resource::parse(again.keyword, again.rest), Ok(resource));
 }
 
 /// A part is never empty and never outside the body.

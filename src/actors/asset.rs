@@ -1,23 +1,22 @@
 //! Remote assets: content by URI, fetched or pushed (AST-01..11).
 //!
-//! [`AssetActor`] owns the [`bindings::Bindings`] (which content an asset stands for) and the flights (downloads under way). It
-//! decides and never waits: a flight is a task of its own on the runtime, and tells the actor when it has landed. Everybody
-//! asks through [`client::Assets`], which also asks the store whether what is bound still exists.
+//! [`AssetActor`] owns the [`bindings::Bindings`] (which content an asset stands for) and the flights (running downloads). It
+//! decides and never waits: a flight is a separate task on the runtime, and reports to the actor when it has ended. All
+//! requests go through [`client::Assets`], which also checks that bound content is still stored.
 //!
-//! Invariants: who wants an asset shares the flight that is under way, unless it began too long ago for them ([`flights`]). A
-//! flight ends by itself, at the latest deadline of those who joined it and at most `assets.timeout` after its start, whether
-//! or not anybody still waits. Content is bound only once it is stored and its checksum was right, and never in place of newer
-//! content. Bindings survive a restart; what was bound in the last seconds before a kill may be lost, which costs a download.
-//! Waits go grpc > asset > cas.
+//! Invariants: callers that want the same asset share one flight, unless it began too long ago for them ([`flights`]). A flight
+//! ends at the latest deadline of its callers, and at most `assets.timeout` after its start, whether or not anybody still
+//! waits. Content is bound only once it is stored and its checksum is verified, and it never replaces newer content. Bindings
+//! survive a restart. Those of the last seconds before a kill may be lost, which costs a download. Waits go grpc > asset > cas.
 
-pub mod bindings;
-pub mod client;
+pub(crate) mod bindings;
+pub(crate) mod client;
 mod download;
 mod flight;
 mod flights;
 pub mod integrity;
 pub mod layout;
-pub mod messages;
+pub(crate) mod messages;
 pub mod origins;
 pub mod outcome;
 mod patience;
@@ -36,7 +35,7 @@ use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Message, Messa
 use bindings::{Binding, Bindings};
 use client::Assets;
 use download::Downloader;
-use flights::{Flights, Plan};
+use flights::{FlightPlan, Flights};
 use messages::{BindAsset, CloseAssets, JoinFlight, Joined, Landed, LookUpAsset};
 use origins::Origins;
 use outcome::Fetched;
@@ -51,52 +50,52 @@ use tokio::{runtime::Handle, sync::watch, time::Instant};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::asset";
-/// How often bindings that changed are written down.
+/// How often changed bindings are saved.
 const SAVE_INTERVAL: Duration = Duration::from_secs(5);
-/// Bindings that are copied in one turn, in about 0.1 ms.
+/// Bindings that are copied by one message, in about 0.1 ms.
 const COPIED_PER_TURN: usize = 1_000;
-/// Messages that may wait for the actor before senders have to wait too.
+/// Messages that may wait for the actor before senders have to wait.
 const MAILBOX_CAPACITY: usize = 1_024;
 
-/// What the service is told at start; see [`crate::config::AssetsConfig`] for each.
+/// The settings of the service; [`crate::config::AssetsConfig`] documents each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AssetSettings {
-    /// What may be contacted.
+    /// The hosts and networks that may be contacted.
     pub origins: Origins,
     /// Whether clients may bind content to URIs.
     pub push: bool,
-    /// Flights at the same time.
+    /// Maximum number of flights at the same time.
     pub concurrency: usize,
-    /// Largest download.
+    /// The largest download.
     pub max_download_bytes: u64,
-    /// What an archive may unpack to.
+    /// Maximum size of the unpacked content of an archive.
     pub max_unpacked_bytes: u64,
-    /// Longest flight.
+    /// The longest duration of a flight.
     pub timeout: Duration,
     /// Redirects that one download follows.
     pub max_redirects: usize,
-    /// How long content without a checksum is taken to be current.
+    /// How long content without a checksum counts as current.
     pub max_age: Duration,
-    /// Where bindings survive a restart; its directory is the store's.
+    /// The file in which bindings survive a restart. It is in the store's directory.
     pub file: PathBuf,
 }
 
-/// What the actor, its flights and the handles to it have in common.
+/// State shared by the actor, its flights and its handles.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct AssetShared {
     settings: Arc<AssetSettings>,
     cas: Cas,
     runtime: Handle,
     downloader: Downloader,
-    /// A place for each flight that may be in the air. One peer gets all but the last ones.
+    /// Limits the flights that download at the same time. A peer gets all but the last ones, and
+    /// one of its connections all but the last of these.
     runway: Budget,
     file: BindingsFile,
 }
 
-/// Room for so many flights in the air.
+/// The budget for `concurrency` flights.
 fn runway(concurrency: usize) -> Budget {
-    let total = concurrency as u64;
-    Budget::new(Bounds { what: "downloads", total, connection: total })
+    Budget::new(Bounds::shared("downloads", concurrency as u64))
 }
 
 /// The owner of bindings and flights.
@@ -104,21 +103,21 @@ fn runway(concurrency: usize) -> Budget {
 pub struct AssetActor {
     mail: Mail,
     bindings: Bindings,
-    /// Whether they differ from what is on disk.
+    /// Whether the bindings differ from those on disk.
     unsaved: bool,
-    /// Whether a write is under way; one at a time.
+    /// Whether a save is running; there is at most one.
     saving: bool,
-    /// How many writes were begun.
+    /// The number of saves that were begun.
     saves: u64,
     flights: Flights,
-    shared: Arc<Shared>,
+    shared: Arc<AssetShared>,
 }
 
 impl AssetActor {
-    /// Reads what an earlier run has bound. Blocks. The store's directory must be this process's already.
+    /// Reads the bindings of an earlier run. Blocks. This process must already hold the lock on the store's directory.
     pub fn open(settings: AssetSettings, cas: Cas, runtime: Handle) -> Self {
         let settings = Arc::new(settings);
-        let shared = Shared {
+        let shared = AssetShared {
             downloader: Downloader::new(settings.clone()),
             runway: runway(settings.concurrency),
             file: BindingsFile::new(settings.file.clone()),
@@ -137,7 +136,7 @@ impl AssetActor {
         }
     }
 
-    /// Counts the messages that it handles.
+    /// The counter of the messages that the actor handles.
     pub fn mail(&self) -> Mail {
         self.mail.clone()
     }
@@ -148,12 +147,13 @@ impl AssetActor {
         Assets::new(self.start(), shared)
     }
 
-    /// Writes the bindings down in the background, if they changed. They are copied in turns, between which other messages are
-    /// handled, and encoded elsewhere.
+    /// Saves the bindings in the background, if they changed. They are copied in parts, between which other messages are
+    /// handled, and encoded on another thread.
     fn save(&mut self, ctx: &mut Context<Self>) {
         if self.unsaved && !self.saving {
             (self.unsaved, self.saving) = (false, true);
-            ctx.notify(CopyBindings { copied: Vec::new(), after: 0 });
+            self.bindings.begin_copy();
+            ctx.notify(CopyBindings { copied: Vec::new() });
         }
     }
 
@@ -165,28 +165,27 @@ impl AssetActor {
         let done = actix::fut::wrap_future::<_, Self>(written);
         ctx.spawn(actix::fut::ActorFutureExt::map(done, |written, actor, _| {
             actor.saving = false;
-            // What could not be written is tried again.
+            // A failed write is tried again.
             actor.unsaved |= !written.unwrap_or(false);
         }));
     }
 }
 
-/// Goes on to copy the bindings.
+/// Copies the next part of the bindings.
 #[derive(Message)]
 #[rtype(result = "()")]
 struct CopyBindings {
     copied: Vec<(AssetKey, Binding)>,
-    /// [`Bindings::copy`].
-    after: u64,
 }
 
 impl Receive<CopyBindings> for AssetActor {
     type Answer = ();
 
-    fn receive(&mut self, CopyBindings { mut copied, after }: CopyBindings, ctx: &mut Self::Context) {
-        match self.bindings.copy(&mut copied, after, COPIED_PER_TURN) {
-            Some(after) => ctx.notify(CopyBindings { copied, after }),
-            None => self.write(copied, ctx),
+    fn receive(&mut self, CopyBindings { mut copied }: CopyBindings, ctx: &mut Self::Context) {
+        if self.bindings.copy(&mut copied, COPIED_PER_TURN) {
+            ctx.notify(CopyBindings { copied });
+        } else {
+            self.write(copied, ctx);
         }
     }
 }
@@ -243,7 +242,8 @@ impl Receive<JoinFlight> for AssetActor {
             return MessageResult(Ok(Joined(outcome)));
         }
         let end = now + self.shared.settings.timeout;
-        let begun = self.flights.begin(key, Plan { asked_at, deadline, end, size: request.size(), caller });
+        let begun =
+            self.flights.begin(key, FlightPlan { asked_at, deadline, end, size: request.size(), caller });
         MessageResult(begun.map(|begun| {
             let joined = Joined(begun.outcome.clone());
             flight::launch(self.shared.clone(), ctx.address(), begun, request, asked_at);
@@ -269,7 +269,7 @@ impl Receive<CloseAssets> for AssetActor {
 
     fn receive(&mut self, _: CloseAssets, ctx: &mut Self::Context) {
         if self.unsaved || self.saving {
-            // The last thing that this actor does; nobody waits for it but the end of the process.
+            // Blocking is fine: this is the last thing that the actor does, and only the end of the process waits for it.
             self.saves += 1;
             self.shared.file.write(self.saves, &self.bindings.encode());
         }

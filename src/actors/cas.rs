@@ -1,17 +1,19 @@
 //! The content-addressable store and the action cache: the actor, its index, and the rooms of the store.
 //!
-//! [`CasActor`] owns the `index::Index` (what is stored, how recently used, leased or promised) and the table of
-//! `uploads`. Others may look things up in the index (`view`), and only the actor changes it. It decides and never touches a file: readers and writers work on files that its answers name, on blocking
-//! threads, and report back. Everybody asks it through [`client::Cas`].
+//! [`CasActor`] owns the `index::Index` (which blobs are stored, their last use, their leases and reserved room) and the table
+//! of `uploads`. Other threads may look things up in the index (`view`), but only the actor changes it. The actor never touches
+//! a file. Readers and writers work on the files that its answers name, on blocking threads, and report back. All requests go
+//! through [`client::Cas`].
 //!
-//! Invariants: a blob is in the index only while a whole file of it is on disk, and is visible to others only through the
-//! index. What the index lets go is deleted in the background under a name that is never used again. Promises
-//! (`guards`) end by themselves. No handler waits for anything: an answer that needs IO is a future of its own.
+//! Invariants: a blob is in the index only while its whole file is on disk, and others see a blob only through the index. The
+//! file of an evicted entry is deleted in the background, and its name is never used again. Leases and reservations (`guards`)
+//! end when they are dropped. No handler waits: an answer that needs IO is a separate future.
 
-pub mod blob;
+mod batches;
+pub(crate) mod blob;
 pub mod client;
 mod decoding;
-pub mod forms;
+pub(crate) mod forms;
 mod guards;
 mod index;
 mod lookup;
@@ -27,10 +29,10 @@ pub mod results;
 mod settings;
 #[cfg(test)]
 mod tests;
-pub mod trees;
+pub(crate) mod trees;
 mod turns;
 mod upkeep;
-pub mod uploads;
+pub(crate) mod uploads;
 mod view;
 mod volume;
 
@@ -59,13 +61,13 @@ use gorego_reapi::{
     error::{Error, Result},
     tree::Directory,
 };
-use guards::{Reservation, Room};
+use guards::{Reservation, UploadRoom};
 use index::{Index, Victim};
 use memo::Memo;
-use reply::Reply;
+use reply::StoreReply;
 use requests::*;
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -81,20 +83,19 @@ use volume::{Volume, files::Files};
 /// Target of this room's log lines.
 const LOG: &str = "gorego::cas";
 
-/// What the actor and the handles to it have in common: the view of the index, budgets, and caches of immutable things.
+/// State shared by the actor and its handles: the view of the index, budgets, and caches of immutable values.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct StoreShared {
     settings: StoreSettings,
-    /// What is stored. Only the actor changes it.
+    /// The index of what is stored. Only the actor changes it.
     view: View,
-    /// Where the stored files are.
     volume: Box<dyn Volume>,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
     input_roots: Memo<(InstanceId, Digest), Arc<trees::inputs::InputRoot>>,
     actions: Memo<(InstanceId, Digest), Arc<resolve::ParsedAction>>,
     results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
-    /// Small blobs as they were written. Whether one is stored is the index's to say; this only saves reading it.
+    /// Small blobs as they were written. An entry here does not mean that the blob is stored: only the index says that.
     recent: Memo<(InstanceId, Digest), Bytes>,
     /// Small blobs as zstd streams; `None` for those that do not get smaller.
     packed: Memo<(InstanceId, Digest), Option<Bytes>>,
@@ -103,35 +104,35 @@ pub(crate) struct Shared {
     encoders: Encoders,
     /// Jobs that may compress at the same time.
     encoding: Budget,
-    /// The right to make a form. Nobody waits for it: who does not get it leaves the form to a later read.
+    /// Permit to make a zstd form. Nobody waits for it: a read that does not get it leaves the form to a later read.
     form_turn: Arc<Semaphore>,
-    /// Results whose blobs may be checked at the same time.
+    /// Limits the results whose blobs are checked at the same time.
     result_checks: Budget,
-    /// Large blobs that may be hashed at the same time before they are read.
+    /// Limits the large blobs that are hashed at the same time before they are read.
     cold_reads: Budget,
-    /// What clients' unfinished uploads hold of the store.
+    /// Disk space held by clients' unfinished uploads.
     upload_budget: Budget,
-    /// What clients sent and is not written yet.
+    /// Bytes that clients sent and that are not written yet.
     received: Budget,
     /// Memory for stored messages that are being decoded.
     decoded: Budget,
-    /// Large trees that may be walked at the same time.
+    /// Limits the large trees that are walked at the same time.
     large_trees: Budget,
-    /// Walks for clients that may go on at the same time.
+    /// Limits the walks for clients (GetTree) that run at the same time.
     walks: Walks,
     /// Memory for the decoders of compressed uploads.
     decoders: Budget,
-    /// Splits and splices; nothing in it says what is stored.
+    /// State of splits and splices. It does not say what is stored.
     chunk_work: ChunkWork,
-    /// The right to relieve the disk, which is done for everybody at once.
+    /// Held while the disk is relieved, which is done once for all callers.
     relief_turn: tokio::sync::Mutex<()>,
 }
 
-impl Shared {
-    /// Keeps a blob that was checked and written at hand, if it is a small one.
+impl StoreShared {
+    /// Caches a blob that was checked and written, if it is small.
     fn remember(&self, instance: InstanceId, digest: Digest, pieces: &[Bytes]) {
         if digest.size() <= settings::RECENT_BLOB_BYTES as u64 {
-            // Copied: a piece of a request keeps the whole request in memory.
+            // Copied, because a piece of a request keeps the whole request in memory.
             let bytes = Bytes::from(pieces.concat());
             let weight = bytes.len() + RECENT_OVERHEAD_BYTES;
             self.recent.insert((instance, digest), bytes, weight);
@@ -139,7 +140,7 @@ impl Shared {
     }
 }
 
-/// What a blob in memory takes beside its bytes: its key, its handle, its place in a map.
+/// Memory of a cached blob beyond its bytes: its key, its handle and its slot in a map.
 const RECENT_OVERHEAD_BYTES: usize = 160;
 
 /// The owner of the store.
@@ -147,19 +148,19 @@ const RECENT_OVERHEAD_BYTES: usize = 160;
 pub struct CasActor {
     mail: Mail,
     uploads: Uploads,
-    shared: Arc<Shared>,
-    /// What was evicted before the actor started.
+    shared: Arc<StoreShared>,
+    /// Entries that were evicted before the actor started.
     over_limit: Vec<Victim>,
-    /// [`Index::bytes_deleted`], for those who wait for room.
+    /// The last [`Index::bytes_deleted`], for callers that wait for room.
     deleted: watch::Sender<u64>,
-    /// When the log last said that others fill the disk.
+    /// When the log last reported that the disk is full and the store cannot help.
     full_disk_logged: Option<Instant>,
 }
 
 impl CasActor {
-    /// Takes possession of a store directory and finds out what it holds. Blocks; a second or so for each 500,000 files.
+    /// Opens a store directory and recovers its contents. Blocks for about a second per 500,000 files.
     ///
-    /// `runtime` is where file work is done, on its blocking threads.
+    /// File work runs on the blocking threads of `runtime`.
     ///
     /// # Errors
     /// `Precondition` when the directory cannot be used, naming it and the reason.
@@ -168,15 +169,15 @@ impl CasActor {
         Self::over(Box::new(volume), settings, runtime)
     }
 
-    /// The same over any volume, with what it holds.
+    /// Opens the store over any volume and recovers its contents.
     ///
     /// # Errors
-    /// When what it holds cannot be brought within the limit.
+    /// `Exhausted` when the contents cannot be brought within the limit.
     fn over(volume: Box<dyn Volume>, settings: StoreSettings, runtime: Handle) -> Result<Self> {
         let mut index = recovery::recover(&*volume, settings.max_bytes);
-        // A limit that was lowered since the last run is met before the first look-up.
+        // If the limit was lowered since the last run, the store is brought within it before the first look-up.
         let over_limit = index.reserve(0)?.victims;
-        let shared = Shared {
+        let shared = StoreShared {
             view: View::new(index),
             volume,
             runtime,
@@ -188,14 +189,17 @@ impl CasActor {
             packed: Memo::new(settings::PACKED_MEMO_BYTES),
             zstd_history: Memo::new(settings::ZSTD_HISTORY_BYTES),
             encoders: Encoders::new(settings.zstd_level),
-            encoding: Budget::in_turns(places("jobs that compress", encoders())),
+            encoding: Budget::in_turns(Bounds::shared("jobs that compress", encoders())),
             form_turn: Arc::new(Semaphore::new(1)),
-            result_checks: Budget::new(places("results that are being checked", settings::RESULT_CHECKS_MAX)),
-            cold_reads: Budget::new(places("blobs that are being hashed", settings::COLD_READS_MAX)),
+            result_checks: Budget::new(Bounds::shared(
+                "results that are being checked",
+                settings::RESULT_CHECKS_MAX,
+            )),
+            cold_reads: Budget::new(Bounds::shared("blobs that are being hashed", settings::COLD_READS_MAX)),
             upload_budget: Budget::new(settings.upload_bounds()),
-            received: Budget::new(uploads::received::RECEIVED),
+            received: Budget::new(uploads::unwritten::RECEIVED),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
-            large_trees: Budget::new(places("large trees", settings::LARGE_TREES_MAX)),
+            large_trees: Budget::new(Bounds::shared("large trees", settings::LARGE_TREES_MAX)),
             walks: Walks::default(),
             decoders: Budget::new(uploads::decoders::DECODERS),
             chunk_work: ChunkWork::default(),
@@ -218,17 +222,17 @@ impl CasActor {
         Cas::new(self.start(), shared)
     }
 
-    /// Counts the messages that it handles.
+    /// The counter of the messages that the actor handles.
     pub fn mail(&self) -> Mail {
         self.mail.clone()
     }
 
-    /// Changes the index, or looks at its sums.
+    /// Changes the index, or reads its totals.
     fn change<T>(&self, change: impl FnOnce(&mut Index) -> T) -> T {
         self.shared.view.change(change)
     }
 
-    /// Takes an upload off the books, or puts what is left of it away.
+    /// Removes an upload from the table. What is left of it is kept for its client, or discarded.
     fn end_upload(&mut self, ended: EndUpload, ctx: &Context<Self>) {
         if let Some(partial) = self.uploads.end(ended, Instant::now()) {
             self.discard(partial, ctx);
@@ -244,12 +248,8 @@ impl CasActor {
     }
 }
 
-/// So many places, which one connection may have as far as its peer may.
-fn places(what: &'static str, total: u64) -> Bounds {
-    Bounds { what, total, connection: total }
-}
-
-/// As many jobs compress at the same time as there are CPUs. Each takes a part of a second, so they are shared out in turns.
+/// The number of compression jobs that run at the same time: one per CPU. A job takes a fraction of a second, so
+/// connections take turns.
 fn encoders() -> u64 {
     thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64)
 }
@@ -274,13 +274,18 @@ impl Actor for CasActor {
     }
 }
 
-impl Receive<Reserve> for CasActor {
-    type Answer = Reply<Result<Reservation>>;
+impl Receive<ReserveRoom> for CasActor {
+    type Answer = StoreReply<Result<Reservation>>;
 
-    fn receive(&mut self, Reserve { bytes, of }: Reserve, ctx: &mut Self::Context) -> Self::Answer {
+    fn receive(&mut self, request: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
+        let ReserveRoom { bytes, of, blob } = request;
+        if let Some(blob) = blob.filter(|blob| self.renew(blob).is_some()) {
+            let problem = format!("blob {} was stored by another upload meanwhile", blob.digest);
+            return StoreReply::Now(Err(Error::Unavailable(problem)));
+        }
         match self.reserve(bytes, of, ctx) {
-            Ok((room, free)) => Reply::when(free, Ok(room)),
-            Err(error) => Reply::Now(Err(error)),
+            Ok((room, free)) => StoreReply::when(free, Ok(room)),
+            Err(error) => StoreReply::Now(Err(error)),
         }
     }
 }
@@ -289,17 +294,19 @@ impl Receive<Commit> for CasActor {
     type Answer = ();
 
     fn receive(&mut self, message: Commit, ctx: &mut Self::Context) {
-        let mut rest = message.room.disarm();
         let now = unix_seconds();
+        let written = message.files.iter().map(|written| written.bytes).sum();
+        let unused = message.room.disarm().saturating_sub(written);
+        self.change(|index| index.unreserve(unused));
         let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
-        self.change(|index| {
-            for WrittenFile { file, bytes, stamp } in message.files {
-                rest = rest.saturating_sub(bytes);
-                superfluous.extend(index.commit(file, bytes, stamp, now));
-                stored.push(file.key);
-            }
-            index.unreserve(rest);
-        });
+        for part in message.files.chunks(settings::CHANGES_PER_HOLD) {
+            self.change(|index| {
+                for &WrittenFile { file, bytes, stamp } in part {
+                    superfluous.extend(index.commit(file, bytes, stamp, now));
+                    stored.push(file.key);
+                }
+            });
+        }
         if let Some(ended) = message.upload {
             self.end_upload(ended, ctx);
         }
@@ -321,7 +328,7 @@ impl Receive<BeginUpload> for CasActor {
         match self.uploads.begin(name, blob, offset) {
             Begin::Busy(progress) => MessageResult(Ok(Began::Busy(progress))),
             Begin::Elsewhere(committed) => MessageResult(Err(Error::Invalid(format!(
-                "the upload of blob {} stands at {committed}; write_offset {offset} does not go on from there",
+                "the upload of blob {} has {committed} bytes so far; write_offset is {offset} and must be equal to that",
                 blob.digest
             )))),
             Begin::Resume(entered, Partial { sink, room }) => {
@@ -333,15 +340,20 @@ impl Receive<BeginUpload> for CasActor {
                 if let Some(partial) = leftover {
                     self.discard(partial, ctx);
                 }
-                // What cannot fit is refused before the first byte; what can gets its room as its bytes come.
+                // An upload that cannot fit is refused before its first byte. Any other reserves room as its bytes arrive.
                 let twin = self.uploads.twin(&blob, &entered).filter(|_| !message.beside);
                 let size = self.shared.volume.charge(blob.digest.size());
-                let of_twin = twin
-                    .as_ref()
-                    .map_or(0, |twin| size.saturating_sub(twin.accepted.load(Ordering::Relaxed)));
-                let wanted = size.saturating_add(of_twin);
+                let of_twins =
+                    if message.beside { 0 } else { self.uploads.left_to_twins(&blob, &entered, size) };
+                let wanted = size.saturating_add(of_twins);
                 let fits = self.change(|index| index.check_fit(wanted, self.uploads.parked_bytes()));
-                let attempt = Attempt::new(ctx.address(), name, blob, entered, Room::none(ctx.address()));
+                let attempt = Attempt::new(
+                    ctx.address(),
+                    name,
+                    blob,
+                    entered,
+                    UploadRoom::for_blob(ctx.address(), blob),
+                );
                 MessageResult(match (fits, twin) {
                     (Ok(()), _) => Ok(Began::Start(Box::new(attempt))),
                     (Err(_), Some(twin)) => Ok(Began::NoRoomBeside(twin)),
@@ -442,12 +454,12 @@ impl Receive<InspectStore> for CasActor {
 }
 
 impl Receive<CloseStore> for CasActor {
-    type Answer = Reply<()>;
+    type Answer = StoreReply<()>;
 
     fn receive(&mut self, _: CloseStore, ctx: &mut Self::Context) -> Self::Answer {
         let written = self.write_touches(ctx.address());
         ctx.stop();
-        // A job that panicked has written what it could.
-        Reply::when(written.map(|written| written.map(drop)), ())
+        // A job that panicked counts as done.
+        StoreReply::when(written.map(|written| written.map(drop)), ())
     }
 }

@@ -1,8 +1,8 @@
-//! [`Mail`]: how many messages an actor has handled, by kind.
+//! [`Mail`]: counts the messages that an actor has handled, by kind.
 //!
-//! An actor implements [`Receive`] for each message, and one `impl Handler` for all of them, which counts the message and hands
-//! it over ([`counted!`]). So no message is left out, whoever sent it and by whatever way. Messages are what an actor costs: its
-//! thread handles one at a time, and each takes two wake-ups.
+//! An actor implements [`Receive`] for each message. [`counted!`] implements `Handler` for all of them: it counts the message
+//! and passes it on. So every message is counted, however it was sent. Messages determine the cost of an actor: its thread
+//! handles one at a time, and each takes two wake-ups.
 
 use actix::{Actor, Message};
 use std::{
@@ -11,16 +11,16 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// What an actor does with one kind of message; what [`actix::Handler`] is to actors whose messages are not counted.
+/// Handles one kind of message. It replaces [`actix::Handler`] for actors whose messages are counted.
 pub trait Receive<M: Message>: Actor {
-    /// As [`actix::Handler::Result`].
+    /// The counterpart of [`actix::Handler::Result`].
     type Answer;
 
-    /// As [`actix::Handler::handle`].
+    /// The counterpart of [`actix::Handler::handle`].
     fn receive(&mut self, message: M, ctx: &mut Self::Context) -> Self::Answer;
 }
 
-/// A count of messages; all clones are the same count. There are as many entries as kinds of messages.
+/// A count of messages, with one entry per kind. Clones share the count.
 #[derive(Debug, Clone, Default)]
 pub struct Mail(Arc<Mutex<BTreeMap<TypeId, Count>>>);
 
@@ -31,14 +31,14 @@ struct Count {
 }
 
 impl Mail {
-    /// Counts one message.
+    /// Counts one message of type `M`.
     pub fn count<M: 'static>(&self) {
         let mut counts = self.counts();
         let count = counts.entry(TypeId::of::<M>());
         count.or_insert_with(|| Count { name: short_name::<M>(), messages: 0 }).messages += 1;
     }
 
-    /// How many messages there were, by the names of their types.
+    /// The number of messages, by the names of their types.
     pub fn by_kind(&self) -> BTreeMap<&'static str, u64> {
         self.counts().values().map(|count| (count.name, count.messages)).collect()
     }
@@ -48,7 +48,7 @@ impl Mail {
     }
 }
 
-/// The name of a type without the path to it.
+/// The name of a type without its path.
 fn short_name<T>() -> &'static str {
     type_name::<T>().rsplit("::").next().unwrap_or_default()
 }

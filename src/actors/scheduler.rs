@@ -1,21 +1,21 @@
-//! The scheduler: which action runs when and where, and who hears of it.
+//! The scheduler: which action runs when and where, and which clients are told.
 //!
-//! [`SchedulerActor`] is a thin shell. It owns the [`Ledger`], which decides everything, and moves the mail: requests and facts
-//! go in with the time, decisions go out to the store and to the pools. Every wait for them is a task of its own
-//! whose end comes back as a message, so that no handler waits, facts arrive in the order in which they were sent, and a
-//! wait costs nothing while it lasts (futures kept in an actix context are all polled whenever one of them wakes).
+//! [`SchedulerActor`] is a thin shell around the [`Ledger`], which makes all decisions. Requests and facts go into the ledger with
+//! the time, and its decisions go out to the store and the pools. Each wait for them is a separate task whose end comes back as
+//! a message. So no handler waits, facts arrive in the order in which they were sent, and a wait costs nothing while it lasts
+//! (futures in an actix context are all polled whenever one of them wakes).
 //!
-//! It does not touch bytes, files or processes. It knows the workers as recipients of their messages and the store as
-//! [`InputCheck`]. What an action is, and whether there is a result of it, has been looked up before it is admitted.
+//! The actor does not touch bytes, files or processes. It knows the workers as recipients of their messages and the store as
+//! [`InputCheck`]. The action and its cached result were looked up before the action is admitted.
 
 pub mod inputs;
-pub mod ledger;
+mod ledger;
 mod log;
 pub mod messages;
 pub mod operation;
 mod queue;
+mod quota;
 mod register;
-mod room;
 pub mod settings;
 pub mod slots;
 #[cfg(test)]
@@ -25,38 +25,44 @@ pub mod transition;
 use crate::{
     actors::{
         mail::{Mail, Receive, counted},
-        worker::messages::{RunAction, StageReached, TaskId},
+        worker::messages::{RunAction, RunControl, RunOrder, StageReached, TaskId},
     },
     caller::Caller,
     logging::Event,
+    node::NodeName,
 };
-use actix::{Actor, AsyncContext, Context, MailboxError, Message, Recipient, ResponseFuture};
+use actix::{Actor, AsyncContext, Context, MailboxError, Message, MessageResult, Recipient, ResponseFuture};
+use futures::future::ready;
 use gorego_reapi::error::{Error, Result};
 use inputs::InputCheck;
 use ledger::{Assignment, Check, Ledger, RunEnd};
 use messages::{
-    Admit, Cancel, Drain, Explain, Forget, Inspect, Inspection, ListOperations, OperationPage, Watch,
+    AddPool, Admit, Cancel, Drain, DrainPool, Explain, Forget, Inspect, Inspection, ListOperations,
+    ListPools, OperationPage, RemovePool, Watch,
 };
 use operation::{OperationId, QueueStatus, Subscription};
-use settings::{Moment, SchedulerSettings};
-use slots::PoolSpec;
-use std::time::Duration;
+use settings::{ClockReading, SchedulerSettings};
+use slots::{PoolId, PoolSpec};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
 use tokio::sync::oneshot;
-use uuid::Uuid;
 
-/// Messages that wait in the mailbox before senders wait instead. A message is handled in microseconds; this is enough to
-/// keep the actor busy and too little to be a second queue.
+/// Messages that may wait in the mailbox before senders have to wait. A message is handled in microseconds, so this keeps the
+/// actor busy and is too small to be a second queue.
 const MAILBOX: usize = 1024;
 
-/// How often deadlines are looked at: what times out here is measured in minutes.
+/// How often deadlines are checked. Most of them are minutes.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A set of workers: what they offer and the way to run a task on them. A peer would be one more of these.
+/// A set of workers: what they offer, and the way to run a task on them. The workers of another machine would be one more of
+/// these.
 #[derive(Clone)]
 pub struct Pool {
-    /// What it is called, how many slots it has and what it offers; it is never sent more than it has slots.
+    /// Its description. It is never sent more tasks than it has slots.
     pub spec: PoolSpec,
-    /// Runs a task. Each message is answered when the run is over.
+    /// Runs a task. Each message is answered when the run has ended.
     pub runner: Recipient<RunAction>,
 }
 
@@ -64,34 +70,44 @@ pub struct Pool {
 pub struct SchedulerActor {
     mail: Mail,
     ledger: Ledger,
-    runners: Vec<Recipient<RunAction>>,
+    runners: HashMap<PoolId, Recipient<RunAction>>,
     inputs: Box<dyn InputCheck>,
     check_timeout: Duration,
+    /// The name of this server.
+    node: NodeName,
     drained: Vec<oneshot::Sender<()>>,
+    /// The senders of [`DrainPool`] that wait for the end of all runs of a pool.
+    drained_pools: Vec<(PoolId, oneshot::Sender<()>)>,
 }
 
 impl SchedulerActor {
-    /// A scheduler over these pools, listed by preference.
+    /// A scheduler over these pools.
     pub fn new(settings: SchedulerSettings, pools: Vec<Pool>, inputs: impl InputCheck) -> Self {
-        let (specs, runners) = pools.into_iter().map(|Pool { spec, runner }| (spec, runner)).unzip();
+        let (specs, runners): (Vec<_>, Vec<_>) =
+            pools.into_iter().map(|Pool { spec, runner }| (spec, runner)).unzip();
+        let ledger = Ledger::new(settings, specs);
+        // The ids ascend in the order of the list.
+        let ids: BTreeSet<_> = ledger.pools().into_iter().map(|pool| pool.id).collect();
         Self {
             mail: Mail::default(),
-            ledger: Ledger::new(settings, specs),
-            runners,
+            ledger,
+            runners: ids.into_iter().zip(runners).collect(),
             inputs: Box::new(inputs),
             check_timeout: settings.transfer_timeout,
+            node: settings.node,
             drained: Vec::new(),
+            drained_pools: Vec::new(),
         }
     }
 
-    /// Counts the messages that it handles.
+    /// The counter of the messages that the actor handles.
     pub fn mail(&self) -> Mail {
         self.mail.clone()
     }
 
-    /// Carries out what the ledger has decided; to be called after every change to it.
+    /// Carries out the decisions of the ledger. It is called after every change to the ledger.
     fn settle(&mut self, ctx: &mut Context<Self>) {
-        let now = Moment::now();
+        let now = ClockReading::now();
         while let Some(check) = self.ledger.next_check(now) {
             self.send_check(check, ctx);
         }
@@ -103,9 +119,13 @@ impl SchedulerActor {
         }
         if self.ledger.is_idle() {
             for waiter in self.drained.drain(..) {
-                // Whoever asked may have gone.
+                // The sender of the Drain may be gone.
                 let _ = waiter.send(());
             }
+        }
+        let ledger = &self.ledger;
+        for (_, waiter) in self.drained_pools.extract_if(.., |(pool, _)| ledger.runs_in(*pool) == 0) {
+            let _ = waiter.send(());
         }
     }
 
@@ -124,17 +144,19 @@ impl SchedulerActor {
     fn send_run(&self, assignment: Assignment, ctx: &mut Context<Self>) {
         let Assignment { task, pool, slot, action, peer, queued_at, tool_invocation_id, cancel } = assignment;
         let scheduler = ctx.address();
-        let Some(runner) = self.runners.get(pool).cloned() else {
+        let Some(runner) = self.runners.get(&pool).cloned() else {
             return scheduler.do_send(RunEnded { task, end: RunEnd::Lost { pool_closed: true } });
         };
-        let progress = scheduler.clone().recipient();
-        let run = RunAction { task, slot, action, peer, queued_at, tool_invocation_id, cancel, progress };
+        let run = RunAction {
+            order: RunOrder { task, slot, action, peer, queued_at, tool_invocation_id },
+            control: RunControl { cancel, progress: scheduler.clone().recipient() },
+        };
         actix::spawn(async move {
             let end = match runner.send(run).await {
                 Ok(report) => RunEnd::Reported(report),
-                // The worker died without an answer. Workers catch panics, so that a pool which still takes mail has lost
-                // an answer rather than a thread: its slot is used again. At worst a task then waits inside the pool for
-                // another thread; a slot withdrawn for a lost answer would be lost for good, and soon all of them.
+                // The worker died without an answer. Workers catch panics, so a pool that still accepts messages has lost an
+                // answer rather than a thread, and its slot is used again. At worst, a task then waits inside the pool for
+                // another thread. If slots were withdrawn instead, all of them would be lost over time.
                 Err(MailboxError::Closed | MailboxError::Timeout) => {
                     RunEnd::Lost { pool_closed: !runner.connected() }
                 }
@@ -155,7 +177,7 @@ impl Actor for SchedulerActor {
     }
 }
 
-/// A fact: the store has looked at the inputs of a task.
+/// A fact: the store has checked the inputs of a task.
 #[derive(Message)]
 #[rtype(result = "()")]
 struct InputsChecked {
@@ -163,7 +185,7 @@ struct InputsChecked {
     result: Result<()>,
 }
 
-/// A fact: a run is over.
+/// A fact: a run has ended.
 #[derive(Message)]
 #[rtype(result = "()")]
 struct RunEnded {
@@ -180,7 +202,7 @@ impl Receive<Tick> for SchedulerActor {
     type Answer = ();
 
     fn receive(&mut self, _: Tick, ctx: &mut Self::Context) {
-        for place in self.ledger.tick(Moment::now()) {
+        for place in self.ledger.tick(ClockReading::now()) {
             Event::warn(log::TARGET, log::SLOT_STUCK)
                 .with("pool", &*place.pool)
                 .with("slot", place.slot.0)
@@ -194,7 +216,8 @@ impl Receive<Admit> for SchedulerActor {
     type Answer = Result<Subscription>;
 
     fn receive(&mut self, Admit { submit, resolution }: Admit, ctx: &mut Self::Context) -> Self::Answer {
-        let admitted = self.ledger.admit(submit, resolution, OperationId(Uuid::new_v4()), Moment::now());
+        let admitted =
+            self.ledger.admit(submit, resolution, OperationId::random(self.node), ClockReading::now());
         self.settle(ctx);
         admitted
     }
@@ -204,7 +227,7 @@ impl Receive<InputsChecked> for SchedulerActor {
     type Answer = ();
 
     fn receive(&mut self, InputsChecked { task, result }: InputsChecked, ctx: &mut Self::Context) {
-        self.ledger.inputs_checked(task, result, Moment::now());
+        self.ledger.inputs_checked(task, result, ClockReading::now());
         self.settle(ctx);
     }
 }
@@ -221,7 +244,7 @@ impl Receive<RunEnded> for SchedulerActor {
     type Answer = ();
 
     fn receive(&mut self, RunEnded { task, end }: RunEnded, ctx: &mut Self::Context) {
-        self.ledger.finish(task, end, Moment::now());
+        self.ledger.finish(task, end, ClockReading::now());
         self.settle(ctx);
     }
 }
@@ -238,7 +261,7 @@ impl Receive<Cancel> for SchedulerActor {
     type Answer = Result<()>;
 
     fn receive(&mut self, Cancel { instance, id }: Cancel, ctx: &mut Self::Context) -> Self::Answer {
-        let cancelled = self.ledger.cancel(&instance, id, Moment::now());
+        let cancelled = self.ledger.cancel(&instance, id, ClockReading::now());
         self.settle(ctx);
         cancelled
     }
@@ -256,7 +279,7 @@ impl Receive<Explain> for SchedulerActor {
     type Answer = Option<Box<QueueStatus>>;
 
     fn receive(&mut self, Explain { instance, id }: Explain, _: &mut Self::Context) -> Self::Answer {
-        self.ledger.explain(&instance, id, Moment::now()).map(Box::new)
+        self.ledger.explain(&instance, id, ClockReading::now()).map(Box::new)
     }
 }
 
@@ -269,10 +292,77 @@ impl Receive<ListOperations> for SchedulerActor {
 }
 
 impl Receive<Inspect> for SchedulerActor {
-    type Answer = actix::MessageResult<Inspect>;
+    type Answer = MessageResult<Inspect>;
 
     fn receive(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Answer {
-        actix::MessageResult(self.ledger.inspect())
+        MessageResult(self.ledger.inspect())
+    }
+}
+
+impl Receive<AddPool> for SchedulerActor {
+    type Answer = Result<PoolId>;
+
+    fn receive(
+        &mut self,
+        AddPool { pool: Pool { spec, runner } }: AddPool,
+        ctx: &mut Self::Context,
+    ) -> Self::Answer {
+        let (name, slots) = (spec.name.clone(), spec.slots);
+        let id = self.ledger.add_pool(spec)?;
+        self.runners.insert(id, runner);
+        Event::info(log::TARGET, log::POOL_ADDED)
+            .with("pool", &*name)
+            .with("slots", slots)
+            .log(format_args!("a pool takes work"));
+        self.settle(ctx);
+        Ok(id)
+    }
+}
+
+impl Receive<DrainPool> for SchedulerActor {
+    type Answer = ResponseFuture<Result<()>>;
+
+    fn receive(&mut self, DrainPool { id }: DrainPool, ctx: &mut Self::Context) -> Self::Answer {
+        if let Err(error) = self.ledger.drain_pool(id) {
+            return Box::pin(ready(Err(error)));
+        }
+        Event::info(log::TARGET, log::POOL_DRAINING)
+            .with("pool", &*self.ledger.pool_name(id))
+            .with("running", self.ledger.runs_in(id))
+            .log(format_args!("a pool takes no more work"));
+        let (sender, drained) = oneshot::channel();
+        self.drained_pools.push((id, sender));
+        self.settle(ctx);
+        Box::pin(async {
+            // An actor that is gone has no runs either.
+            let _ = drained.await;
+            Ok(())
+        })
+    }
+}
+
+impl Receive<RemovePool> for SchedulerActor {
+    type Answer = Result<()>;
+
+    fn receive(&mut self, RemovePool { id }: RemovePool, ctx: &mut Self::Context) -> Self::Answer {
+        let name = self.ledger.pool_name(id);
+        self.ledger.remove_pool(id, ClockReading::now())?;
+        // Its workers end when the last run has reported.
+        self.runners.remove(&id);
+        Event::info(log::TARGET, log::POOL_REMOVED)
+            .with("pool", &*name)
+            .with("running", self.ledger.runs_in(id))
+            .log(format_args!("a pool is gone"));
+        self.settle(ctx);
+        Ok(())
+    }
+}
+
+impl Receive<ListPools> for SchedulerActor {
+    type Answer = MessageResult<ListPools>;
+
+    fn receive(&mut self, _: ListPools, _: &mut Self::Context) -> Self::Answer {
+        MessageResult(self.ledger.pools())
     }
 }
 
@@ -286,7 +376,7 @@ impl Receive<Drain> for SchedulerActor {
             .with("queued", queued)
             .with("running", running)
             .log(format_args!("the scheduler takes no more work"));
-        self.ledger.drain(cancel, Moment::now());
+        self.ledger.drain(cancel, ClockReading::now());
         let (sender, drained) = oneshot::channel();
         self.drained.push(sender);
         self.settle(ctx);

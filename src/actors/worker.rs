@@ -1,13 +1,13 @@
-//! The worker pool: each actor of the SyncArbiter runs one action at a time, on its own thread.
+//! Workers: each actor of a SyncArbiter pool runs one action at a time, on its own thread.
 //!
-//! A worker owns the exec directory and the processes of the action that it runs, and nothing else. Blocking is what its
-//! thread is for. It never queues: the scheduler sends a [`RunAction`] only to a free slot. Its reply is the whole answer; a
-//! panic becomes one too, since a panicking handler would end the thread for good and shrink the pool by one.
+//! A worker owns the exec directory and the processes of the action that it runs, and nothing else. Its thread may block. It
+//! never queues: the scheduler sends a [`RunAction`] only to a free slot. The reply is the complete outcome of the run. A panic
+//! is caught and becomes a reply too, because a panicking handler would end the thread for good and shrink the pool by one.
 
 pub mod cancel;
 mod checkpoint;
-pub mod clock;
-pub mod command;
+pub(crate) mod clock;
+pub(crate) mod command;
 mod dir;
 mod disk_watch;
 mod exec_root;
@@ -48,25 +48,24 @@ const WORKER_PANICKED: &str = "worker_panicked";
 /// The hidden subcommand that makes this binary a runner; see [`runner_main`].
 pub const RUNNER_SUBCOMMAND: &str = "runner";
 
-/// What all workers of a pool share.
+/// The settings that all workers of a pool share.
 #[derive(Debug, Clone)]
 pub struct WorkerSettings {
-    /// Name of this host and, where there are several pools, of the pool; with the slot, what
-    /// `ExecutedActionMetadata.worker` says.
+    /// Name of this host and, if there are several pools, of the pool. With the slot, it makes `ExecutedActionMetadata.worker`.
     pub name: String,
     /// Name of the pool, for logs.
     pub pool: String,
-    /// Where exec directories are made.
+    /// The build root, where exec directories are created.
     pub build_root: BuildRoot,
-    /// How long bringing in inputs may take, and again how long storing outputs may.
+    /// Bound on the time to fetch the inputs, and on the time to store the outputs.
     pub transfer_timeout: Duration,
-    /// Largest file that a command may write, and longest log of its output, in bytes.
+    /// The largest file that a command may write, and the largest log of its output, in bytes.
     pub max_output_file_bytes: u64,
     /// Program and arguments of a runner process.
     pub runner: Vec<OsString>,
     /// The sandbox in which commands run; `None` for none.
     pub sandbox: Option<PoolSandbox>,
-    /// Where the output of running commands can be followed.
+    /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
 }
 
@@ -94,13 +93,13 @@ pub struct WorkerActor {
 }
 
 impl WorkerActor {
-    /// A worker that gets inputs from `store` and puts outputs there.
+    /// A worker that reads inputs from `store` and writes outputs to it.
     pub fn new(settings: Arc<WorkerSettings>, store: Arc<dyn BlobStore>) -> Self {
         let launcher = Box::new(RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref()));
         Self { mail: Mail::default(), settings, store, launcher }
     }
 
-    /// The same, whose messages are counted here.
+    /// Counts the messages of this worker in `mail`.
     pub fn counted_in(self, mail: Mail) -> Self {
         Self { mail, ..self }
     }
@@ -119,11 +118,12 @@ impl Actor for WorkerActor {
 impl Receive<RunAction> for WorkerActor {
     type Answer = MessageResult<RunAction>;
 
-    fn receive(&mut self, order: RunAction, _: &mut Self::Context) -> Self::Answer {
-        let run = AssertUnwindSafe(|| {
-            ActionRun::new(&self.settings, &*self.store, &mut *self.launcher, &order).execute()
+    fn receive(&mut self, run: RunAction, _: &mut Self::Context) -> Self::Answer {
+        let execute = AssertUnwindSafe(|| {
+            ActionRun::new(&self.settings, &*self.store, &mut *self.launcher, &run).execute()
         });
-        MessageResult(catch_unwind(run).unwrap_or_else(|panic| {
+        let order = &run.order;
+        MessageResult(catch_unwind(execute).unwrap_or_else(|panic| {
             let what = panic_message(&*panic);
             Event::error("gorego::worker", WORKER_PANICKED)
                 .with("task", order.task.0)
@@ -132,7 +132,7 @@ impl Receive<RunAction> for WorkerActor {
                 .with_shown("action_digest", &order.action.digest)
                 .with("error", what)
                 .log(format_args!(
-                    "a worker panicked; the action is reported as failed and the worker goes on"
+                    "a worker panicked; the action is reported as failed and the worker continues"
                 ));
             self.launcher.reset();
             let error = Error::Internal(format!("the worker panicked: {what}"));

@@ -1,13 +1,14 @@
 //! Tests of the guarantees of a budget: its limits, the order of waiting requests, and that nothing is lost.
 
 use super::*;
+use crate::caller::{ConnectionId, Peer};
 use futures::FutureExt as _;
 use proptest::prelude::*;
 use std::net::Ipv4Addr;
 
 const BOUNDS: Bounds = Bounds { what: "marbles", total: 900, connection: 500 };
 
-fn peer(number: u8) -> Peer {
+pub(super) fn peer(number: u8) -> Peer {
     Peer::V4(Ipv4Addr::new(127, 0, 0, number))
 }
 
@@ -51,6 +52,51 @@ fn work_that_no_connection_waits_for_counts_for_its_own_peer() {
     assert_eq!(bound(budget.take(one, 1)), Bound::Connection);
     assert_eq!(budget.held_by(other), 0);
     let _other = budget.take(other, 300).unwrap();
+}
+
+/// Whoever asks for more than its share waits or is refused, and the next connection and the next peer are served at once.
+#[test]
+fn a_connection_leaves_room_for_the_next_one_of_its_peer_and_a_peer_for_the_next_peer() {
+    // Places in all, and how many a peer, and a single connection, may have.
+    for (total, of_peer, of_connection) in [
+        (1, 1, 1),
+        (2, 1, 1),
+        (3, 2, 1),
+        (4, 3, 2),
+        (8, 7, 6),
+        (16, 14, 12),
+        (64, 56, 49),
+        (9_000, 8_000, 7_111),
+    ] {
+        let budget = Budget::new(Bounds::shared("places", total));
+        let all_of = |caller| std::iter::from_fn(|| budget.take(caller, 1).ok()).collect::<Vec<_>>();
+        let first = all_of(caller(1));
+        assert_eq!(first.len(), of_connection, "of {total}");
+        let second = all_of(caller(1));
+        assert_eq!(second.is_empty(), of_peer == of_connection, "of {total}");
+        let others: Vec<_> = (0..of_peer).map(|_| budget.take(caller(1), 1)).collect();
+        assert_eq!(budget.held(), of_peer as u64, "of {total}: {others:?}");
+        assert_eq!(budget.take(caller(2), 1).is_ok(), total > 1, "of {total}");
+    }
+}
+
+/// Also where there are too few places to keep one free.
+#[tokio::test]
+async fn a_connection_that_holds_nothing_goes_before_those_of_its_peer_that_want_more() {
+    for budget in [Budget::new(Bounds::shared("places", 4)), Budget::in_turns(Bounds::shared("places", 3))] {
+        let [first, second, third] = [(); 3].map(|()| caller(1));
+        let mut held: Vec<_> = [first, first, second].map(|caller| budget.take(caller, 1).unwrap()).into();
+        let mut more: Vec<_> =
+            [first, second, first, second].map(|caller| Box::pin(budget.wait_for(caller, 1))).into();
+        let mut next = Box::pin(budget.wait_for(third, 1));
+        assert!(more.iter_mut().chain([&mut next]).all(|wait| wait.as_mut().now_or_never().is_none()));
+        drop(held.pop());
+        // Both hold nothing now, and the second connection came first.
+        held.extend(more[1].as_mut().now_or_never().expect("it has nothing").ok());
+        drop(held.remove(0));
+        let _held = next.as_mut().now_or_never().expect("before those that have something").unwrap();
+        assert!([0, 2, 3].iter().all(|nth| more[*nth].as_mut().now_or_never().is_none()));
+    }
 }
 
 #[tokio::test]
@@ -107,9 +153,7 @@ proptest! {
             prop_assert!(budget.held() <= BOUNDS.total && held.iter().all(|held| *held <= BOUNDS.connection));
         }
         drop(shares);
-        let state = budget.state();
-        prop_assert!(state.holdings.all == 0);
-        prop_assert!(state.holdings.peers.is_empty() && state.holdings.connections.is_empty());
+        prop_assert!(budget.accounts().holdings().is_empty());
     }
 }
 
@@ -208,6 +252,5 @@ async fn a_wait_that_is_given_up_leaves_nothing_behind() {
     drop(given_up);
     assert!(behind.as_mut().now_or_never().unwrap().is_ok(), "its place went to the next");
     drop((held, behind));
-    let state = budget.state();
-    assert!(state.waiting.peers.is_empty() && state.holdings.all == 0);
+    assert!(!budget.is_awaited() && budget.accounts().holdings().is_empty());
 }

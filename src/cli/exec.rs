@@ -10,7 +10,7 @@ use super::{
     output::{Lost, Readers, end_by_sigpipe},
     progress::{self, ProgressLine},
 };
-use futures::{StreamExt as _, stream::FuturesUnordered};
+use crate::signals::StopSignals;
 use gorego_client::{BlobSet, Client, ExecutionEvent, Finished, Identity, Job, Progress, blocking, scan};
 use gorego_reapi::{
     digest::Digest,
@@ -25,10 +25,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    sync::watch,
-};
+use tokio::sync::watch;
 
 /// PATH of the command unless `--env PATH=` is given. Without PATH, a server could not find `sh`.
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
@@ -82,7 +79,7 @@ pub(super) fn run(args: ExecArgs) -> u8 {
 
 /// Runs the command until it finishes, a signal arrives, or its output cannot be printed.
 async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<End> {
-    let mut signals = Signals::listen()?;
+    let mut signals = StopSignals::listen()?;
     let (current, watching) = watch::channel(Current::Nothing);
     let readers = Readers::default();
     let mut work = pin!(exec(args, line, &current, readers.clone()));
@@ -91,7 +88,7 @@ async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<End> {
         outcome = &mut work => {
             return if readers.have_left() { Ok(End::NobodyReads) } else { outcome.map(End::Code) };
         }
-        number = signals.next() => End::Code(EXIT_SIGNALLED + number),
+        stop = signals.next() => End::Code(EXIT_SIGNALLED + stop.number()),
         lost = readers.lost() => match lost {
             Lost::Reader => End::NobodyReads,
             Lost::Output(error) => End::Failed(error),
@@ -105,48 +102,6 @@ async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<End> {
         _ = signals.next() => {}
     }
     Ok(end)
-}
-
-/// The signals that stop the process. A signal that was ignored at its start stays ignored, as with nohup and SIGHUP.
-struct Signals([(u8, Option<Signal>); 3]);
-
-impl Signals {
-    fn listen() -> Result<Self> {
-        let listen = |(number, kind)| match is_ignored(kind) {
-            true => Ok((number, None)),
-            false => signal(kind).map(|signal| (number, Some(signal))),
-        };
-        let failed = |error| Error::Internal(format!("could not listen for signals: {error}"));
-        let [hangup, interrupt, terminate] =
-            [(1, SignalKind::hangup()), (2, SignalKind::interrupt()), (15, SignalKind::terminate())]
-                .map(listen);
-        Ok(Self([hangup.map_err(failed)?, interrupt.map_err(failed)?, terminate.map_err(failed)?]))
-    }
-
-    /// Waits for a signal and returns its number.
-    async fn next(&mut self) -> u8 {
-        let arrivals = self.0.iter_mut().filter_map(|(number, signal)| Some((*number, signal.as_mut()?)));
-        let mut arrivals: FuturesUnordered<_> = arrivals
-            .map(|(number, signal)| async move {
-                signal.recv().await;
-                number
-            })
-            .collect();
-        match arrivals.next().await {
-            Some(number) => number,
-            None => std::future::pending().await,
-        }
-    }
-}
-
-/// Whether this process ignores a signal.
-fn is_ignored(kind: SignalKind) -> bool {
-    // SAFETY: without a new action, the call only writes the current one to the given location.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(kind.as_raw_value(), std::ptr::null(), &mut action) == 0
-            && action.sa_sigaction == libc::SIG_IGN
-    }
 }
 
 async fn exec(

@@ -7,18 +7,15 @@
 use super::{
     CommittedSize, Loaded, LogConfig,
     load::keys,
+    log_filter::check_filter,
     pools::{PoolSettings, pools},
     sandbox::sandbox,
 };
 use crate::{
-    action::TimeoutPolicy,
-    actors::{
-        asset::{AssetSettings, origins::Origins},
-        scheduler::settings::Priorities,
-    },
-    http_cache::hosts::Hosts,
-    instance::{Instances, Policy},
-    log_streams::{MAX_STREAM_BYTES, StreamLimits},
+    action::{Priorities, TimeoutPolicy},
+    host::{HostPortRule, HostRule, Network},
+    instance::{InstancePolicy, Instances},
+    node::NodeName,
     platform::UnknownProperties,
     sandbox::settings::SandboxSettings,
     size::Size,
@@ -79,6 +76,8 @@ impl Machine {
 pub struct Settings {
     /// Address on which gRPC is served.
     pub listen_addr: SocketAddr,
+    /// The name of this server among several; empty for one that stands alone.
+    pub node: NodeName,
     /// The instances that clients may name.
     pub instances: Instances,
     /// Absolute directory for blobs and results.
@@ -101,20 +100,54 @@ pub struct Settings {
     pub log: LogConfig,
     /// The scheduler and its workers; `None` for a cache without execution.
     pub execution: Option<ExecutionSettings>,
-    /// Whether clients may create log streams.
-    pub client_log_streams: bool,
-    /// Limits on the log streams of clients.
-    pub log_streams: StreamLimits,
+    /// The log streams of clients.
+    pub log_streams: LogStreamsSettings,
     /// The Remote Asset service.
-    pub assets: AssetSettings,
+    pub assets: AssetsSettings,
     /// Address of the HTTP/1.1 cache, if it is enabled.
     pub http_addr: Option<SocketAddr>,
-    /// Host names that HTTP requests may use.
-    pub http_hosts: Hosts,
+    /// Host names that HTTP requests may use, in addition to those of this machine.
+    pub http_hosts: Vec<HostRule>,
     /// The file that was read, for logs.
     pub config_file: Option<PathBuf>,
     /// Valid settings that deserve a warning; logged once logging is installed.
     pub warnings: Vec<String>,
+}
+
+/// The checked settings of the log streams of clients; see [`super::LogStreamsConfig`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogStreamsSettings {
+    /// Whether clients may create them.
+    pub enabled: bool,
+    /// Largest number of streams; at least 1.
+    pub max_streams: usize,
+    /// Limit on the total size of all streams.
+    pub max_bytes: u64,
+    /// How long a stream is kept after it is finished, or after the last write to it.
+    pub retention: Duration,
+}
+
+/// The checked settings of the Remote Asset service; see [`super::AssetsConfig`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AssetsSettings {
+    /// Hosts from which assets may be downloaded.
+    pub hosts: Vec<HostPortRule>,
+    /// Non-public address ranges to which connections are allowed.
+    pub networks: Vec<Network>,
+    /// Whether clients may bind content to URIs.
+    pub push: bool,
+    /// Number of concurrent downloads and unpackings; at least 1.
+    pub concurrency: usize,
+    /// Size limit of one download.
+    pub max_download_bytes: u64,
+    /// Size limit of one archive after unpacking.
+    pub max_unpacked_bytes: u64,
+    /// Time limit of one fetch.
+    pub timeout: Duration,
+    /// Number of redirects that one download follows.
+    pub max_redirects: usize,
+    /// Age up to which content that was fetched without a checksum counts as current.
+    pub max_age: Duration,
 }
 
 /// The checked settings of the scheduler and the workers; see [`super::ExecutionConfig`].
@@ -192,6 +225,18 @@ impl Checker<'_> {
         self.require(key, duration <= MAX_DURATION, "must not be longer than 366 days");
     }
 
+    /// Parses a list of rules and refuses the key if one of them has not the given form.
+    fn rules<T>(&mut self, key: &str, texts: &[String], form: &str, parse: fn(&str) -> Option<T>) -> Vec<T> {
+        let mut rules = Vec::with_capacity(texts.len());
+        for text in texts {
+            match parse(text) {
+                Some(rule) => rules.push(rule),
+                None => self.refuse(key, &format!("\"{}\" is not {form}", text.escape_debug())),
+            }
+        }
+        rules
+    }
+
     /// Makes a configured, non-empty path absolute.
     fn directory(&mut self, key: &str, path: &Path, machine: &Machine) -> PathBuf {
         let text = path.to_string_lossy();
@@ -217,6 +262,7 @@ impl Settings {
         check_exposure(&mut check, &mut warnings, "listen_addr", config.listen_addr);
         let http_addr = http_address(&mut check, &mut warnings);
         let http_hosts = http_hosts(&mut check);
+        let node = node_name(&mut check);
         let instances = instances(&mut check);
         let cache_dir = if !config.local_cache_dir.as_os_str().is_empty() {
             check.directory("local_cache_dir", &config.local_cache_dir, machine)
@@ -238,15 +284,16 @@ impl Settings {
             LEVELS.contains(&config.cache.zstd_level),
             "must be between 1 and 19",
         );
-        if let Err(problem) = crate::logging::check_filter(&config.log.filter) {
+        if let Err(problem) = check_filter(&config.log.filter) {
             check.refuse("log.filter", &problem);
         }
         let execution = execution(&mut check, &mut warnings, &cache_dir, machine);
         let log_streams = log_streams(&mut check);
-        let assets = assets(&mut check, &cache_dir);
+        let assets = assets(&mut check);
         match (instances, check.problems.is_empty()) {
             (Some(instances), true) => Ok(Self {
                 listen_addr: config.listen_addr,
+                node,
                 instances,
                 cache_dir,
                 max_size_bytes,
@@ -258,7 +305,6 @@ impl Settings {
                 shutdown_grace: config.shutdown_grace,
                 log: config.log.clone(),
                 execution: config.execution.enabled.then_some(execution),
-                client_log_streams: config.log_streams.enabled,
                 log_streams,
                 assets,
                 http_addr,
@@ -277,6 +323,13 @@ impl Settings {
     }
 }
 
+fn node_name(check: &mut Checker<'_>) -> NodeName {
+    check.loaded.config.node_name.parse().unwrap_or_else(|error: Error| {
+        check.refuse("node_name", &error.to_string());
+        NodeName::default()
+    })
+}
+
 /// The instances in `instance_names` and those with their own policy.
 fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     let config = &check.loaded.config;
@@ -284,16 +337,16 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
         check.require(key, !listed.is_empty(), "is empty; at least one digest function is needed");
         DigestFunction::ALL.iter().copied().filter(|function| listed.contains(function)).collect()
     };
-    let common = Policy {
+    let common = InstancePolicy {
         digest_functions: functions(check, "cache.digest_functions", &config.cache.digest_functions),
         action_cache_updates: config.cache.action_cache_updates,
         execution: true,
         blobs_of: None,
     };
-    let mut policies: Vec<(String, Policy)> =
+    let mut policies: Vec<(String, InstancePolicy)> =
         config.instance_names.iter().map(|name| (name.clone(), common.clone())).collect();
     for (name, own) in &config.instances {
-        let own = Policy {
+        let own = InstancePolicy {
             digest_functions: match &own.digest_functions {
                 Some(listed) => functions(check, "instances", listed),
                 None => common.digest_functions.clone(),
@@ -342,16 +395,15 @@ fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str
     }
 }
 
-fn log_streams(check: &mut Checker<'_>) -> StreamLimits {
+fn log_streams(check: &mut Checker<'_>) -> LogStreamsSettings {
     let config = &check.loaded.config.log_streams;
     check.count("log_streams.max_streams", config.max_streams, MAX_LOG_STREAMS);
     check.duration("log_streams.retention", config.retention, false);
-    StreamLimits {
-        streams: config.max_streams,
-        bytes: check.size("log_streams.max_size_gb", config.max_size_gb),
-        stream_bytes: MAX_STREAM_BYTES,
-        idle: Some(config.retention),
-        kept: config.retention,
+    LogStreamsSettings {
+        enabled: config.enabled,
+        max_streams: config.max_streams,
+        max_bytes: check.size("log_streams.max_size_gb", config.max_size_gb),
+        retention: config.retention,
     }
 }
 
@@ -373,25 +425,25 @@ fn http_address(check: &mut Checker<'_>, warnings: &mut Vec<String>) -> Option<S
     }
 }
 
-fn http_hosts(check: &mut Checker<'_>) -> Hosts {
-    Hosts::parse(&check.loaded.config.http.allowed_hosts).unwrap_or_else(|problem| {
-        check.refuse("http.allowed_hosts", &problem);
-        Hosts::default()
-    })
+fn http_hosts(check: &mut Checker<'_>) -> Vec<HostRule> {
+    let form = "a host without a port, such as \"cache.example.com\", \"*.example.com\" or \"*\"";
+    let hosts = &check.loaded.config.http.allowed_hosts;
+    check.rules("http.allowed_hosts", hosts, form, HostRule::parse)
 }
 
-fn assets(check: &mut Checker<'_>, cache_dir: &Path) -> AssetSettings {
+fn assets(check: &mut Checker<'_>) -> AssetsSettings {
     let config = &check.loaded.config.assets;
-    let origins = Origins::parse(&config.allowed_hosts, &config.allowed_networks);
-    if let Err(problem) = &origins {
-        check.refuse(problem.key, &problem.text);
-    }
+    let form = "a host, such as \"example.com\", \"example.com:8443\", \"*.example.com\" or \"*\"";
+    let hosts = check.rules("assets.allowed_hosts", &config.allowed_hosts, form, HostPortRule::parse);
+    let form = "an address range, such as \"10.0.0.0/8\"";
+    let networks = check.rules("assets.allowed_networks", &config.allowed_networks, form, Network::parse);
     check.count("assets.concurrency", config.concurrency, MAX_ASSET_CONCURRENCY);
     check.require("assets.max_redirects", config.max_redirects <= 100, "must be at most 100");
     check.duration("assets.timeout", config.timeout, false);
     check.duration("assets.max_age", config.max_age, true);
-    AssetSettings {
-        origins: origins.unwrap_or_default(),
+    AssetsSettings {
+        hosts,
+        networks,
         push: config.push,
         concurrency: config.concurrency,
         max_download_bytes: check.size("assets.max_download_gb", config.max_download_gb),
@@ -399,7 +451,6 @@ fn assets(check: &mut Checker<'_>, cache_dir: &Path) -> AssetSettings {
         timeout: config.timeout,
         max_redirects: config.max_redirects,
         max_age: config.max_age,
-        file: cache_dir.join("v1").join("assets"),
     }
 }
 

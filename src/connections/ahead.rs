@@ -8,7 +8,9 @@
 //! - A connection is read while it is ahead by at most [`ALWAYS_READ_BYTES`], or by at most its share of [`AHEAD`].
 //!   So all connections together exceed that budget by at most [`ALWAYS_READ_BYTES`] and one read each.
 //! - A connection is read if all of its requests wait for their client, because nothing that was read is then left. So it
-//!   is unread only while a handler has bytes that it does not take.
+//!   is unread only while a handler has bytes that it does not take. What was read in this turn of the connection's task counts
+//!   in any case, because its requests may not have begun: the library reads on until it must wait, and hands new requests over
+//!   then.
 //! - An unread connection waits for the first of three events: its handlers take enough, all of its requests wait for the
 //!   client, or the budget has room.
 //! - This wait ends. Each handler takes its bytes or ends within its own time limit, and what it has not taken is
@@ -64,6 +66,8 @@ pub struct Ahead {
     budget: Budget,
     caller: Caller,
     bytes: AtomicU64,
+    /// Those of `bytes` that were read in this turn.
+    fresh: AtomicU64,
     /// Copy of the amount of `share`.
     room: AtomicU64,
     share: Mutex<Option<Share>>,
@@ -81,6 +85,7 @@ impl Ahead {
             budget,
             caller,
             bytes: AtomicU64::new(0),
+            fresh: AtomicU64::new(0),
             room: AtomicU64::new(0),
             share: Mutex::default(),
             requests: AtomicUsize::new(0),
@@ -91,7 +96,13 @@ impl Ahead {
 
     /// Adds the cost of what was read from the socket.
     pub fn received(&self, cost: u64) {
+        self.fresh.fetch_add(cost, SeqCst);
         self.bytes.fetch_add(cost, SeqCst);
+    }
+
+    /// The task that reads the socket stops reading for now. Returns whether it had read anything.
+    pub fn end_turn(&self) -> bool {
+        self.fresh.swap(0, SeqCst) > 0
     }
 
     /// Subtracts the cost of what a handler has taken.
@@ -151,15 +162,25 @@ impl Ahead {
         self.bytes.load(SeqCst) <= self.room.load(SeqCst).max(ALWAYS_READ_BYTES)
     }
 
-    /// Where all requests wait for the client, nothing is left of what was read.
+    /// Where all requests wait for the client, nothing is left of what was read in earlier turns.
     fn forget_what_is_taken(&self) {
-        if self.bytes.load(SeqCst) > 0 && self.requests.load(SeqCst) == self.waiting.load(SeqCst) {
-            self.at_most(0);
+        let fresh = self.fresh.load(SeqCst);
+        if self.bytes.load(SeqCst) > fresh && self.requests.load(SeqCst) == self.waiting.load(SeqCst) {
+            self.at_most(fresh);
         }
     }
 
     /// Ready when the socket may be read. Only the task that reads it may ask.
     pub fn poll_room(&self, wait: &mut Option<Wait>, context: &mut Context<'_>) -> Poll<()> {
+        let polled = self.poll_room_in_turn(wait, context);
+        if polled.is_pending() && self.end_turn() {
+            // By the next turn the new requests have begun, and there may be nothing left to wait for.
+            context.waker().wake_by_ref();
+        }
+        polled
+    }
+
+    fn poll_room_in_turn(&self, wait: &mut Option<Wait>, context: &mut Context<'_>) -> Poll<()> {
         self.forget_what_is_taken();
         while !self.may_read() {
             // Before a last look, so that whatever changes after it wakes this task.
@@ -310,6 +331,8 @@ mod tests {
             while self.may_read() {
                 self.ahead.received(ALWAYS_READ_BYTES);
             }
+            // It looks once more in the next turn.
+            assert!(self.was_woken() && !self.may_read());
         }
 
         fn was_woken(&self) -> bool {
@@ -369,6 +392,29 @@ mod tests {
         of_library.unwrap().wake();
         assert!(!poll_room());
         bodies[0].close();
+        assert!(task.0.swap(false, SeqCst) && poll_room());
+    }
+
+    /// Else a client could send its whole window ahead of requests that have not begun.
+    #[test]
+    fn what_is_read_before_its_request_begins_counts() {
+        let admitted = Connections::default().admit(([127, 0, 0, 1], 1).into()).unwrap();
+        let ahead = &admitted.state().ahead;
+        let _others = ahead.budget.take(Caller::connected(([127, 0, 0, 2], 1).into()), AHEAD.connection);
+        let task: Arc<Task> = Arc::default();
+        let reader = waker(task.clone());
+        let mut wait = None;
+        let mut poll_room = || ahead.poll_room(&mut wait, &mut Context::from_waker(&reader)).is_ready();
+        ahead.received(2 * AHEAD.connection);
+        assert!(!poll_room(), "nobody has taken it");
+        assert!(task.0.swap(false, SeqCst), "it looks again when the request has begun");
+        let body = OpenBody::new(admitted.state().clone());
+        assert!(!poll_room() && !task.0.swap(false, SeqCst));
+        body.close();
+        assert!(task.0.swap(false, SeqCst) && poll_room());
+        // Nothing of a request that never begins is left after its turn.
+        ahead.received(2 * AHEAD.connection);
+        assert!(!poll_room());
         assert!(task.0.swap(false, SeqCst) && poll_room());
     }
 

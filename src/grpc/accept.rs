@@ -4,31 +4,31 @@
 //! When the process is out of descriptors, accepting pauses instead of spinning. A connection that [`Connections`] has no place
 //! for is closed at once.
 //!
-//! The bytes of a [`Connection`] pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that has to
-//! close fails its next read or write, which ends all its calls; the client is told to be calm before where that is possible.
-//! One whose handlers are too far behind is not read ([`crate::connections::ahead`]).
+//! The bytes of a [`Connection`] pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that must close
+//! fails its next read or write, which ends all its calls; the client is sent ENHANCE_YOUR_CALM first, if possible. A
+//! connection whose client is too far ahead of its handlers is not read ([`crate::connections::ahead`]).
 //!
-//! The HTTP/2 library writes each message of more than a few hundred bytes by itself. While a [`Cork`] is in place, small writes
-//! are collected, at most [`HELD_MAX_BYTES`] of them; they are written when the next one does not fit, or at the first read or
-//! flush after the cork was taken out.
+//! [`Turn`] connects a connection with the task that serves it. The HTTP/2 library writes each message of more than a few hundred
+//! bytes by itself. While a turn is corked, small writes are collected, at most [`HELD_MAX_BYTES`] of them. They are written when
+//! the next one does not fit, or at the first read or flush after the cork was taken out. A turn also bounds what is read in it:
+//! [`FRAMES_PER_TURN`], and nothing while [`UNSENT_STREAMS_MAX`] answered requests wait to be written.
 
 use super::conduct::{Conduct, Sent};
 use crate::{
     acknowledge::Prompt,
-    caller::Caller,
-    connections::{Admitted, ConnectionState, Connections, Reason, ahead::Wait},
+    call::ConnectionInfo,
+    connections::{Admitted, Connections, Reason, ahead::Wait},
     logging::Event,
 };
 use futures::stream::{Stream, StreamExt as _};
 use std::{
     io,
-    net::SocketAddr,
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 use tokio::{
@@ -37,37 +37,80 @@ use tokio::{
 };
 use tonic::transport::server::{Connected, TcpIncoming};
 
-/// How long a connection may be silent before the kernel asks whether the other end is still there.
+/// Idle time after which the kernel checks that the other end still exists.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
-/// Pause after a failed accept, long enough for connections to close and short enough that nobody notices.
+/// Pause after a failed accept: long enough for connections to close, too short for clients to notice.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 
-/// Frames after which a read pretends that no more have come, so that the HTTP/2 library handles those that it has; 2 MiB of an
-/// upload. The turn of the connection's task ends with that only where no streams wait to be accepted; otherwise it is tokio's
-/// budget for tasks that ends it.
-const FRAMES_PER_TURN: u64 = 128;
+/// Frames after which no more are read in a turn, so that the HTTP/2 library hands over the requests that it has: 2 MiB of an
+/// upload. Without this bound it would first read all that has arrived, and keep a stream for each request.
+const FRAMES_PER_TURN: usize = 128;
 
-/// Bytes that a cork holds back: a packet or two over loopback, dozens of small answers.
+/// Streams of a connection that may be open without a request that runs. Their answers wait for the client to read, and take
+/// memory that no other bound counts (70 KB for these). Only a client that does not read has so many when a turn begins.
+const UNSENT_STREAMS_MAX: usize = 64;
+
+/// Most bytes that a cork holds back: one or two packets over loopback, or dozens of small answers.
 const HELD_MAX_BYTES: usize = 16 * 1024;
 
-/// Says whether small writes to a connection are collected.
+/// What a connection and the task that serves it tell each other; see the top of this file.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Cork(Arc<AtomicBool>);
+pub(super) struct Turn(Arc<TurnState>);
 
-impl Cork {
-    /// Puts it in or takes it out.
-    pub fn set(&self, is_in: bool) {
-        self.0.store(is_in, Relaxed);
+#[derive(Debug, Default)]
+struct TurnState {
+    is_corked: AtomicBool,
+    /// Frames that were read in this turn.
+    frames: AtomicUsize,
+    /// Requests that were handed over and have not ended.
+    requests: AtomicUsize,
+}
+
+impl Turn {
+    /// Begins a turn in which small writes are collected, or one in which everything is written, with or without reading.
+    pub fn begin(&self, is_corked: bool, may_read: bool) {
+        self.0.is_corked.store(is_corked, Relaxed);
+        self.0.frames.store(if may_read { 0 } else { FRAMES_PER_TURN }, Relaxed);
     }
 
-    fn is_in(&self) -> bool {
-        self.0.load(Relaxed)
+    /// Whether the turn has read as much as it may, so that there may be more.
+    pub fn is_used_up(&self) -> bool {
+        self.0.frames.load(Relaxed) >= FRAMES_PER_TURN
+    }
+
+    /// Counts a request until the result is dropped.
+    pub fn request(&self) -> OpenRequest {
+        self.0.requests.fetch_add(1, Relaxed);
+        OpenRequest(self.clone())
+    }
+
+    fn is_corked(&self) -> bool {
+        self.0.is_corked.load(Relaxed)
+    }
+
+    fn read(&self, frames: usize) {
+        self.0.frames.fetch_add(frames, Relaxed);
+    }
+
+    /// Number of requests that were handed over and have not ended.
+    pub fn requests(&self) -> usize {
+        self.0.requests.load(Relaxed)
     }
 }
 
-/// The connections of a listener. Nagle's algorithm is off: with it every small answer waits for the client's delayed
-/// acknowledgement, some 40 ms. Clients that leave it on are not made to wait either.
-pub fn connections(
+/// A request that has not ended; see [`Turn::request`].
+#[derive(Debug)]
+pub(super) struct OpenRequest(Turn);
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        self.0.0.requests.fetch_sub(1, Relaxed);
+    }
+}
+
+/// The connections of a listener. Nagle's algorithm is off, because with it every small answer would wait about 40 ms for the
+/// client's delayed acknowledgement. Acknowledgements from here are not delayed either, for clients that leave it on.
+pub(super) fn connections(
     listener: TcpListener,
     connections: Connections,
 ) -> impl Stream<Item = io::Result<Connection>> {
@@ -88,55 +131,46 @@ pub fn connections(
     })
 }
 
-/// An accepted connection, which knows who is at its other end and what it may do.
-pub struct Connection {
+/// An accepted connection, with the limits that apply to it.
+pub(crate) struct Connection {
     stream: Prompt,
     admitted: Admitted,
     conduct: Conduct,
-    /// Frames that were read since others had a turn.
-    frames: u64,
     /// Set while the client is too far ahead of its handlers.
     wait: Option<Wait>,
-    cork: Cork,
+    turn: Turn,
+    /// Set while answers have to be written before more is read.
+    unsent: Option<Waker>,
     /// Writes that were collected.
     held: Vec<u8>,
-}
-
-/// What each request of a connection has among its extensions.
-#[derive(Debug, Clone)]
-pub struct ConnectionInfo {
-    /// What is known about the connection.
-    pub state: Arc<ConnectionState>,
-    /// All connections.
-    pub connections: Connections,
-}
-
-impl ConnectionInfo {
-    /// The address at the other end.
-    pub fn address(&self) -> SocketAddr {
-        self.state.address
-    }
-
-    /// To whom what the request takes is charged.
-    pub fn caller(&self) -> Caller {
-        self.state.caller
-    }
 }
 
 impl Connection {
     fn new(stream: TcpStream, connections: &Connections) -> io::Result<Option<Self>> {
         let Some(admitted) = connections.admit(stream.peer_addr()?) else { return Ok(None) };
         let conduct = Conduct::new(admitted.state().now_ms());
-        let (cork, held) = (Cork::default(), Vec::new());
-        Ok(Some(Self { stream: Prompt::new(stream), admitted, conduct, frames: 0, wait: None, cork, held }))
+        Ok(Some(Self {
+            stream: Prompt::new(stream),
+            admitted,
+            conduct,
+            wait: None,
+            turn: Turn::default(),
+            unsent: None,
+            held: Vec::new(),
+        }))
     }
 
-    /// The cork of this connection.
-    pub(super) fn cork(&self) -> Cork {
-        self.cork.clone()
+    /// The turns of this connection.
+    pub(super) fn turn(&self) -> Turn {
+        self.turn.clone()
     }
 
-    /// Writes what was collected.
+    /// Whether too many answers wait to be written.
+    fn has_unsent(&self) -> bool {
+        self.conduct.open_streams() > UNSENT_STREAMS_MAX + self.turn.requests()
+    }
+
+    /// Writes the collected bytes.
     fn poll_release(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.held.is_empty() {
             let written = Pin::new(&mut self.stream).poll_write(context, &self.held);
@@ -160,15 +194,15 @@ impl Connection {
         }
     }
 
-    /// Ready when the client may be read, for as far as it is ahead of its handlers.
+    /// Ready when the client is not too far ahead of its handlers.
     fn poll_room(&mut self, context: &mut Context<'_>) -> Poll<()> {
         self.admitted.state().ahead.poll_room(&mut self.wait, context)
     }
 
-    /// Tells the client, if it can be told without waiting, and gives the error that ends the connection.
+    /// Sends GOAWAY if that is possible without waiting, and returns the error that ends the connection.
     fn end(&mut self, reason: Reason) -> io::Error {
         if let Some(frame) = self.conduct.goaway() {
-            // Behind the whole frames that were collected.
+            // The collected bytes are whole frames.
             self.held.extend_from_slice(&frame);
             let _ = self.stream.get_ref().try_write(&self.held);
         }
@@ -176,11 +210,11 @@ impl Connection {
         io::Error::new(io::ErrorKind::ConnectionAborted, reason.name())
     }
 
-    /// Judges what was read.
+    /// Checks the bytes that were read against the limits.
     fn judge(&mut self, bytes: &[u8]) -> io::Result<()> {
         let state = self.admitted.state();
         let received = self.conduct.receive(bytes, state.now_ms());
-        self.frames += received.frames;
+        self.turn.read(received.frames);
         state.ahead.received(received.ahead);
         if received.has_closed {
             state.ahead.at_most(self.conduct.ahead_at_most());
@@ -207,10 +241,7 @@ impl Connected for Connection {
     type ConnectInfo = ConnectionInfo;
 
     fn connect_info(&self) -> ConnectionInfo {
-        ConnectionInfo {
-            state: self.admitted.state().clone(),
-            connections: self.admitted.connections().clone(),
-        }
+        ConnectionInfo::of(&self.admitted)
     }
 }
 
@@ -221,21 +252,25 @@ impl AsyncRead for Connection {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         self.check(context)?;
-        if self.frames >= FRAMES_PER_TURN {
-            self.frames = 0;
-            context.waker().wake_by_ref();
+        if self.turn.is_used_up() {
+            // The task begins another turn.
+            self.admitted.state().ahead.end_turn();
             return Poll::Pending;
         }
-        if self.poll_room(context).is_pending() {
-            self.frames = 0;
-            return Poll::Pending;
-        }
-        let is_corked = self.cork.is_in();
+        let is_corked = self.turn.is_corked();
         if !is_corked
             && !self.held.is_empty()
             && let Poll::Ready(Err(error)) = self.poll_release(context)
         {
             return Poll::Ready(Err(error));
+        }
+        if self.has_unsent() {
+            self.unsent = Some(context.waker().clone());
+            self.admitted.state().ahead.end_turn();
+            return Poll::Pending;
+        }
+        if self.poll_room(context).is_pending() {
+            return Poll::Pending;
         }
         self.stream.set_answers_soon(is_corked);
         let before = buffer.filled().len();
@@ -245,7 +280,7 @@ impl AsyncRead for Connection {
                 Poll::Ready(Ok(()))
             }
             Poll::Pending => {
-                self.frames = 0;
+                self.admitted.state().ahead.end_turn();
                 Poll::Pending
             }
             failed => failed,
@@ -254,7 +289,7 @@ impl AsyncRead for Connection {
 }
 
 impl Connection {
-    /// Writes, or collects what is small.
+    /// Writes the buffers, or collects them if they are small.
     fn poll_send(
         &mut self,
         context: &mut Context<'_>,
@@ -262,7 +297,7 @@ impl Connection {
     ) -> Poll<io::Result<usize>> {
         self.check(context)?;
         let bytes: usize = buffers.iter().map(|buffer| buffer.len()).sum();
-        if self.cork.is_in() && self.held.len() + bytes <= HELD_MAX_BYTES {
+        if self.turn.is_corked() && self.held.len() + bytes <= HELD_MAX_BYTES {
             buffers.iter().for_each(|buffer| self.held.extend_from_slice(buffer));
             self.sent(bytes, buffers);
             return Poll::Ready(Ok(bytes));
@@ -275,7 +310,7 @@ impl Connection {
         Poll::Ready(Ok(written))
     }
 
-    /// Judges the first bytes of these.
+    /// Passes the first bytes of these buffers to [`Conduct`].
     fn sent(&mut self, bytes: usize, buffers: &[io::IoSlice<'_>]) {
         let mut left = bytes;
         let mut sent = Sent::default();
@@ -289,9 +324,14 @@ impl Connection {
         }
         if sent.has_closed {
             self.admitted.state().ahead.at_most(self.conduct.ahead_at_most());
+            if !self.has_unsent()
+                && let Some(reader) = self.unsent.take()
+            {
+                reader.wake();
+            }
         }
         if sent.has_data {
-            // Streams share the link, so on a slow one it may take minutes until all of an answer is sent.
+            // Streams share the link. On a slow link, an answer may take minutes.
             self.admitted.state().note_progress();
         }
     }
@@ -319,7 +359,7 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.cork.is_in() {
+        if self.turn.is_corked() {
             return Poll::Ready(Ok(()));
         }
         ready!(self.poll_release(context))?;
@@ -332,7 +372,7 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// Whether the fault lies with one connection that never came to be, so that the next one may be fine.
+/// Whether an error of accept concerns only the connection that failed.
 fn is_of_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
@@ -365,23 +405,75 @@ mod tests {
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let mut connections = pin!(connections(listener, Connections::default()));
         let mut connection = connections.next().await.unwrap().unwrap();
-        let cork = connection.cork();
+        let turn = connection.turn();
         let mut received = [0; 2 * HELD_MAX_BYTES];
-        cork.set(true);
+        turn.begin(true, true);
         for _ in 0..2 {
             connection.write_all(b"small").await.unwrap();
             connection.flush().await.unwrap();
         }
         assert_eq!(client.try_read(&mut received).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        cork.set(false);
+        turn.begin(false, true);
         connection.flush().await.unwrap();
         client.read_exact(&mut received[..10]).await.unwrap();
         assert_eq!(&received[..10], b"smallsmall");
-        cork.set(true);
+        turn.begin(true, true);
         connection.write_all(b"small").await.unwrap();
         connection.write_all(&[b'l'; HELD_MAX_BYTES]).await.unwrap();
         client.read_exact(&mut received[..5 + HELD_MAX_BYTES]).await.unwrap();
         assert!(received.starts_with(b"smalll"), "in the order in which they were written");
+    }
+
+    /// The bytes of a request's head, and of an answer without a message.
+    fn head(stream: u8) -> [u8; 10] {
+        [0, 0, 1, 1, 0x5, 0, 0, 0, stream, b'h']
+    }
+
+    #[tokio::test]
+    async fn a_turn_reads_a_bounded_number_of_frames() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut connections = pin!(connections(listener, Connections::default()));
+        let mut connection = connections.next().await.unwrap().unwrap();
+        let turn = connection.turn();
+        let empty_data = [0, 0, 0, 0, 0, 0, 0, 0, 1];
+        client.write_all(&[b'x'; 24]).await.unwrap();
+        client.write_all(&empty_data.repeat(FRAMES_PER_TURN)).await.unwrap();
+        let mut bytes = vec![0; 24 + empty_data.len() * FRAMES_PER_TURN];
+        connection.read_exact(&mut bytes).await.unwrap();
+        assert!(turn.is_used_up());
+        client.write_all(&empty_data).await.unwrap();
+        let mut next = pin!(connection.read_exact(&mut bytes[..9]));
+        assert!(futures::poll!(next.as_mut()).is_pending());
+        turn.begin(true, true);
+        next.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_its_answers_is_not_read_until_it_does() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut connections = pin!(connections(listener, Connections::default()));
+        let mut connection = connections.next().await.unwrap().unwrap();
+        let turn = connection.turn();
+        client.write_all(&[b'x'; 24]).await.unwrap();
+        let streams: Vec<u8> = (0..=UNSENT_STREAMS_MAX).map(|at| u8::try_from(2 * at + 1).unwrap()).collect();
+        for stream in &streams {
+            client.write_all(&head(*stream)).await.unwrap();
+        }
+        let mut bytes = vec![0; 24 + 10 * streams.len()];
+        connection.read_exact(&mut bytes).await.unwrap();
+        client.write_all(&head(201)).await.unwrap();
+        assert!(futures::poll!(pin!(connection.read(&mut bytes))).is_pending());
+        let request = turn.request();
+        assert_eq!(connection.read(&mut bytes).await.unwrap(), 10, "one of them is being handled");
+        drop(request);
+        assert!(futures::poll!(pin!(connection.read(&mut bytes))).is_pending());
+        for stream in &streams[..2] {
+            connection.write_all(&head(*stream)).await.unwrap();
+        }
+        client.write_all(&head(203)).await.unwrap();
+        assert_eq!(connection.read(&mut bytes).await.unwrap(), 10, "two are answered");
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,10 +1,9 @@
-//! The ActionCache service. The key is a digest and nothing more: whether it names an Action is not looked at, because one
-//! client keeps results under digests of blobs that are none (`GetActionResult` must not decode them).
+//! The ActionCache service. The key is any digest: it need not name an Action, because one client stores results under digests
+//! of other blobs. `GetActionResult` must not decode them.
 
-use super::{Edge, convert, inline, request_log::Call};
+use super::{Edge, convert, inline};
 use crate::{
-    actors::{cas::client::Provenance, scheduler::operation::Inline},
-    grpc::services::action_cache_server::ActionCache,
+    actors::scheduler::operation::Inline, call::Call, grpc::services::action_cache_server::ActionCache,
 };
 use gorego_reapi::{
     error::Error,
@@ -14,9 +13,8 @@ use prost::Message as _;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-/// The service.
 #[derive(Debug)]
-pub struct ActionCacheService(pub Arc<Edge>);
+pub(crate) struct ActionCacheService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl ActionCache for ActionCacheService {
@@ -24,22 +22,21 @@ impl ActionCache for ActionCacheService {
         &self,
         request: Request<GetActionResultRequest>,
     ) -> Result<Response<ActionResult>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let request = request.into_inner();
-        let instance = self.0.instances.get(&request.instance_name)?;
-        call.instance(&instance);
+        let instance = self.0.gate.enter(&call, &request.instance_name)?;
         let action = convert::digest(
             &instance,
             request.digest_function,
             request.action_digest.as_ref(),
             "action_digest",
         )?;
-        call.action(action);
+        call.note_action(action);
         let cas = self.0.cas.on_behalf_of(call.caller());
         let found = cas.get_result(&instance, action).await?;
-        // A failure is returned to who asked for it and never served to others (AC-13).
+        // The result of a failed action is returned to the client that executed it, and is never served from the cache (AC-13).
         let found = found.filter(|result| result.exit_code == 0);
-        call.cached(found.is_some());
+        call.note_cached(found.is_some());
         let result =
             found.ok_or_else(|| Error::NotFound(format!("there is no result for action {action}")))?;
         let want = Inline {
@@ -55,31 +52,21 @@ impl ActionCache for ActionCacheService {
         &self,
         request: Request<UpdateActionResultRequest>,
     ) -> Result<Response<ActionResult>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let request = request.into_inner();
-        let instance = self.0.instances.get(&request.instance_name)?;
-        call.instance(&instance);
+        let instance = self.0.gate.enter(&call, &request.instance_name)?;
         let action = convert::digest(
             &instance,
             request.digest_function,
             request.action_digest.as_ref(),
             "action_digest",
         )?;
-        call.action(action);
-        if !instance.policy().action_cache_updates {
-            let problem = "clients may not write action results under this instance name (action_cache_updates = false)";
-            return Err(Error::Denied(problem.into()).into());
-        }
+        call.note_action(action);
         let result = request.action_result.ok_or_else(|| Error::invalid("action_result is not set"))?;
-        // What is stored is the answer.
+        // The answer is the stored result.
         call.reserve_soon(result.encoded_len()).await?;
-        let provenance = Provenance {
-            worker: String::new(),
-            tool_invocation_id: call.client().tool_invocation_id.clone(),
-            peer: call.peer().map(|peer| peer.to_string()).unwrap_or_default(),
-        };
         let cas = self.0.cas.on_behalf_of(call.caller());
-        let stored = cas.put_result(&instance, action, result, provenance).await?;
+        let stored = cas.put_result(&instance, action, result, call.provenance()).await?;
         Ok(Response::new(Arc::unwrap_or_clone(stored)))
     }
 }

@@ -1,12 +1,12 @@
-//! Answers on their way out: each frame of a response holds its room until it was written to the socket.
+//! Answers on their way out. Each frame of a response holds its room until it is written to the socket.
 //!
-//! Handlers reserve room before they make what is large ([`Call::reserve`]). Here the room goes over to the frame. A frame for
-//! which nothing was reserved waits for room, or is refused where it is too large to be kept waiting. The number of calls is
-//! bounded here as well, and so is the memory for their heads, because each one costs memory before it is answered.
+//! Handlers reserve room before they make a large answer ([`Call::reserve`]). Here the room is transferred to the frame. A
+//! frame without reserved room waits for room, or is refused if it is too large to be kept in memory meanwhile. The number of
+//! calls and the memory for their heads are bounded here too, because each call costs memory before it is answered.
 
-use super::request_log::Call;
 use crate::{
     budget::{Refusal, Share},
+    call::Call,
     connections::answers::{FRAME_BYTES, reserve_owned},
     memory,
 };
@@ -22,16 +22,17 @@ use std::{
 use tonic::{Status, body::Body as TonicBody};
 use tower::{Layer, Service};
 
-/// The largest frame that waits for room after it was made: a piece of a log stream, of which only so many are read at a time.
+/// Largest frame that waits for room after it was made. Only pieces of log streams are that large, and the number of concurrent
+/// reads of these is limited.
 const UNRESERVED_MAX_BYTES: usize = 256 * 1024;
-/// What a header field takes in memory beside its name and its value.
+/// Memory of a header field in addition to its name and value.
 const FIELD_BYTES: u64 = 110;
-/// Heads up to this size are not counted. Those of build clients take about 1.5 KB; with a token, a few KB.
+/// Heads up to this size are not counted. Those of build clients have about 1.5 KB, or a few KB with a token.
 const UNCOUNTED_HEAD_BYTES: u64 = 2 * 1024;
 
 /// Puts an [`AnswerService`] before a service.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct AnswersLayer;
+pub(crate) struct AnswersLayer;
 
 impl<S> Layer<S> for AnswersLayer {
     type Service = AnswerService<S>;
@@ -43,7 +44,7 @@ impl<S> Layer<S> for AnswersLayer {
 
 /// A service whose calls and answers are bounded.
 #[derive(Debug, Clone)]
-pub struct AnswerService<S> {
+pub(crate) struct AnswerService<S> {
     inner: S,
 }
 
@@ -60,7 +61,7 @@ where
     }
 
     fn call(&mut self, request: Request<TonicBody>) -> Self::Future {
-        let call = request.extensions().get::<Call>().cloned().unwrap_or_default();
+        let call = Call::of(request.extensions());
         match Place::take(&call, &request) {
             Ok(place) => AnswerFuture {
                 inner: Some(self.inner.call(request)),
@@ -76,7 +77,7 @@ where
     }
 }
 
-/// What a call holds from its first byte to the last one of its answer.
+/// The shares that a call holds from its first byte to the last byte of its answer.
 #[derive(Debug)]
 struct Place {
     /// `None` for a call that does not come from a socket.
@@ -104,7 +105,7 @@ impl Drop for Place {
     }
 }
 
-/// What the head of a request takes in memory.
+/// Memory that the head of a request takes.
 fn head_bytes<B>(request: &Request<B>) -> u64 {
     let field = |(name, value): (&HeaderName, &HeaderValue)| {
         FIELD_BYTES + name.as_str().len() as u64 + value.len() as u64
@@ -236,8 +237,8 @@ enum Room {
     Refused(Status),
 }
 
-/// What was reserved goes over to the frame. Where that is too little it is given back first, so that nothing is held while
-/// more is waited for.
+/// Transfers the reserved room to the frame. If it is too little, it is given back first, so that nothing is held while waiting
+/// for more.
 fn room_for(call: &Call, data: Bytes) -> Room {
     let Some(info) = call.connection() else { return Room::Taken(data) };
     let bytes = data.len() as u64 + FRAME_BYTES;
@@ -263,7 +264,7 @@ fn charge(call: &Call, data: Bytes, room: Share) -> Bytes {
 
 fn trailers(status: &Status) -> HeaderMap {
     let mut trailers = HeaderMap::new();
-    // Only a status whose text does not fit into a header fails; its code does not depend on it.
+    // This fails only if the text of the status does not fit into a header. The code is set in any case.
     let _ = status.add_header(&mut trailers);
     trailers
 }

@@ -1,7 +1,7 @@
-//! [`Scheduler`]: the way to the scheduler for RPC handlers.
+//! [`Scheduler`]: the handle of RPC handlers to the scheduler.
 //!
-//! It holds one recipient a message, not an address, so that handlers know the messages and not the actor, and tests can put
-//! another actor in its place.
+//! It holds one recipient for each message instead of an address. So handlers depend on the messages but not on the actor, and
+//! tests can use another actor.
 
 use crate::actors::scheduler::{
     messages::{Admit, Cancel, Explain, Forget, ListOperations, OperationPage, Watch},
@@ -11,8 +11,8 @@ use actix::{Actor, Addr, Context, Handler, Message, Recipient};
 use gorego_reapi::error::{Error, Result};
 use std::time::Duration;
 
-/// How long the scheduler may take to answer. It answers within microseconds; the bound is for a machine on its knees, so
-/// that every call ends.
+/// Time limit for an answer of the scheduler. It usually answers within microseconds; the limit ends calls on an overloaded
+/// machine.
 pub const ASK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A handle to the scheduler; cheap to clone.
@@ -51,7 +51,7 @@ impl Scheduler {
     /// See [`Admit`].
     ///
     /// # Errors
-    /// As there, and `Unavailable` when the scheduler is gone.
+    /// Those of the message; `Unavailable` when the scheduler has stopped.
     pub async fn admit(&self, message: Admit) -> Result<Subscription> {
         ask(&self.admit, message).await?
     }
@@ -59,7 +59,7 @@ impl Scheduler {
     /// See [`Watch`].
     ///
     /// # Errors
-    /// As there, and `Unavailable` when the scheduler is gone.
+    /// Those of the message; `Unavailable` when the scheduler has stopped.
     pub async fn watch(&self, message: Watch) -> Result<Subscription> {
         ask(&self.watch, message).await?
     }
@@ -67,7 +67,7 @@ impl Scheduler {
     /// See [`Cancel`].
     ///
     /// # Errors
-    /// As there, and `Unavailable` when the scheduler is gone.
+    /// Those of the message; `Unavailable` when the scheduler has stopped.
     pub async fn cancel(&self, message: Cancel) -> Result<()> {
         ask(&self.cancel, message).await?
     }
@@ -75,7 +75,7 @@ impl Scheduler {
     /// See [`Forget`].
     ///
     /// # Errors
-    /// As there, and `Unavailable` when the scheduler is gone.
+    /// Those of the message; `Unavailable` when the scheduler has stopped.
     pub async fn forget(&self, message: Forget) -> Result<()> {
         ask(&self.forget, message).await?
     }
@@ -83,12 +83,12 @@ impl Scheduler {
     /// See [`ListOperations`].
     ///
     /// # Errors
-    /// As there, and `Unavailable` when the scheduler is gone.
+    /// Those of the message; `Unavailable` when the scheduler has stopped.
     pub async fn list(&self, message: ListOperations) -> Result<OperationPage> {
         ask(&self.list, message).await?
     }
 
-    /// See [`Explain`]. A scheduler that is gone has nothing to say.
+    /// See [`Explain`]. `None` also when the scheduler has stopped.
     pub async fn explain(&self, message: Explain) -> Option<Box<QueueStatus>> {
         ask(&self.explain, message).await.ok().flatten()
     }

@@ -1,20 +1,22 @@
 //! The Fetch and Push services of the Remote Asset API (AST-01..11).
 //!
-//! Bad news from an origin is an answer with a status inside; faults of this server and of the request are statuses of the RPC
-//! (AST-05).
+//! A failure of an origin is reported as a status inside the answer. Errors of this server and of the request are the status of
+//! the RPC (AST-05).
 
-use super::{Edge, claim::Claim, request_log::Call};
+use super::{Edge, claim::Claim};
 use crate::{
     actors::asset::{
         bindings::References,
         client::Assets,
-        outcome::{Failure, FailureKind, Fetched, Problem},
-        request::{AssetRequest, Kind, Qualifiers},
+        outcome::{FailureKind, Fetched, OriginFailure as Failure, Problem},
+        request::{AssetKind as Kind, AssetRequest, Qualifiers},
     },
+    call::Call,
     grpc::services::{fetch_server::Fetch, push_server::Push},
 };
 use gorego_reapi::{
     digest::Digest,
+    duration,
     error::{Error, Result},
     proto::{
         asset::{
@@ -31,12 +33,12 @@ use std::{
 };
 use tonic::{Code, Request, Response, Status};
 
-/// Both services.
+/// The Fetch and the Push service.
 #[derive(Debug, Clone)]
-pub struct AssetService(pub Arc<Edge>);
+pub(crate) struct AssetService(pub Arc<Edge>);
 
 /// The fields that both kinds of fetch have.
-struct Wanted {
+struct FetchFields {
     instance_name: String,
     timeout: Option<prost_types::Duration>,
     oldest_content_accepted: Option<prost_types::Timestamp>,
@@ -46,7 +48,7 @@ struct Wanted {
 }
 
 /// The fields that both kinds of push have.
-struct Offered {
+struct PushFields {
     instance_name: String,
     uris: Vec<String>,
     qualifiers: Vec<Qualifier>,
@@ -59,7 +61,7 @@ struct Offered {
 }
 
 /// The fields that both kinds of answer to a fetch have.
-struct Found {
+struct FetchAnswer {
     status: rpc::Status,
     uri: String,
     qualifiers: Vec<Qualifier>,
@@ -74,7 +76,7 @@ impl Fetch for AssetService {
         &self,
         request: Request<FetchBlobRequest>,
     ) -> Result<Response<FetchBlobResponse>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let FetchBlobRequest {
             instance_name,
             timeout,
@@ -83,9 +85,15 @@ impl Fetch for AssetService {
             qualifiers,
             digest_function,
         } = request.into_inner();
-        let wanted =
-            Wanted { instance_name, timeout, oldest_content_accepted, uris, qualifiers, digest_function };
-        let Found { status, uri, qualifiers, expires_at, digest, digest_function } =
+        let wanted = FetchFields {
+            instance_name,
+            timeout,
+            oldest_content_accepted,
+            uris,
+            qualifiers,
+            digest_function,
+        };
+        let FetchAnswer { status, uri, qualifiers, expires_at, digest, digest_function } =
             self.fetch(&call, Kind::Blob, wanted).await?;
         let status = Some(status);
         Ok(Response::new(FetchBlobResponse {
@@ -102,7 +110,7 @@ impl Fetch for AssetService {
         &self,
         request: Request<FetchDirectoryRequest>,
     ) -> Result<Response<FetchDirectoryResponse>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let FetchDirectoryRequest {
             instance_name,
             timeout,
@@ -111,9 +119,15 @@ impl Fetch for AssetService {
             qualifiers,
             digest_function,
         } = request.into_inner();
-        let wanted =
-            Wanted { instance_name, timeout, oldest_content_accepted, uris, qualifiers, digest_function };
-        let Found { status, uri, qualifiers, expires_at, digest, digest_function } =
+        let wanted = FetchFields {
+            instance_name,
+            timeout,
+            oldest_content_accepted,
+            uris,
+            qualifiers,
+            digest_function,
+        };
+        let FetchAnswer { status, uri, qualifiers, expires_at, digest, digest_function } =
             self.fetch(&call, Kind::Directory, wanted).await?;
         let status = Some(status);
         Ok(Response::new(FetchDirectoryResponse {
@@ -133,9 +147,9 @@ impl Push for AssetService {
         &self,
         request: Request<PushBlobRequest>,
     ) -> Result<Response<PushBlobResponse>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let request = request.into_inner();
-        let offered = Offered {
+        let offered = PushFields {
             instance_name: request.instance_name,
             uris: request.uris,
             qualifiers: request.qualifiers,
@@ -154,9 +168,9 @@ impl Push for AssetService {
         &self,
         request: Request<PushDirectoryRequest>,
     ) -> Result<Response<PushDirectoryResponse>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let request = request.into_inner();
-        let offered = Offered {
+        let offered = PushFields {
             instance_name: request.instance_name,
             uris: request.uris,
             qualifiers: request.qualifiers,
@@ -178,11 +192,10 @@ impl AssetService {
         Ok(self.0.assets.as_ref().ok_or_else(absent)?.on_behalf_of(call.caller()))
     }
 
-    async fn fetch(&self, call: &Call, kind: Kind, wanted: Wanted) -> Result<Found, Status> {
+    async fn fetch(&self, call: &Call, kind: Kind, wanted: FetchFields) -> Result<FetchAnswer, Status> {
         let assets = self.assets(call)?;
-        let instance = self.0.instances.get(&wanted.instance_name)?;
-        call.instance(&instance);
-        // The preferred one when nothing is said: there is no hash to tell from (AST-07).
+        let instance = self.0.gate.enter(call, &wanted.instance_name)?;
+        // Without a hash to infer it from, the default is the preferred function (AST-07).
         let function = instance.digest_function(wanted.digest_function, [])?;
         let oldest =
             wanted.oldest_content_accepted.map(|at| time(at, "oldest_content_accepted")).transpose()?;
@@ -192,14 +205,15 @@ impl AssetService {
         let shown = request.qualifiers.shown();
         let shown = shown.map(|(name, value)| Qualifier { name: name.into(), value: value.into() }).collect();
         let first = request.uris.first().cloned().unwrap_or_default();
-        // The origin may be slow, and the client may have chosen it. Twice: the qualifiers are shown in the answer.
+        // The download may be slow, and its client may control the origin. Twice, because the answer contains the qualifiers
+        // too.
         Claim::settle(2 * request.size() as u64);
         let outcome = assets.fetch(request, oldest, wait).await;
         let digest_function = function.wire() as i32;
         match outcome {
             Ok(Fetched { uri, digest, expires_at }) => {
-                call.blob(digest);
-                Ok(Found {
+                call.note_blob(digest);
+                Ok(FetchAnswer {
                     status: status::inline_ok(),
                     uri,
                     qualifiers: shown,
@@ -209,20 +223,26 @@ impl AssetService {
                 })
             }
             Err(Problem::Origin(failure)) => {
-                call.bad_news(&failure.message);
+                call.note_inner_error(&failure.message);
                 let status = inline(&failure);
                 let uri = if failure.uri.is_empty() { first } else { failure.uri };
-                Ok(Found { status, uri, qualifiers: shown, expires_at: None, digest: None, digest_function })
+                Ok(FetchAnswer {
+                    status,
+                    uri,
+                    qualifiers: shown,
+                    expires_at: None,
+                    digest: None,
+                    digest_function,
+                })
             }
             Err(Problem::Unsupported(names)) => Err(status::unsupported_qualifiers(&names)),
             Err(Problem::Server(error)) => Err(error.into()),
         }
     }
 
-    async fn push(&self, call: &Call, kind: Kind, offered: Offered) -> Result<(), Status> {
+    async fn push(&self, call: &Call, kind: Kind, offered: PushFields) -> Result<(), Status> {
         let assets = self.assets(call)?;
-        let instance = self.0.instances.get(&offered.instance_name)?;
-        call.instance(&instance);
+        let instance = self.0.gate.enter(call, &offered.instance_name)?;
         if !assets.push_enabled() {
             let message = "clients may not push assets to this server (assets.push = false)";
             return Err(Error::Unimplemented(message.into()).into());
@@ -232,7 +252,7 @@ impl AssetService {
         let lengths = all.map(|digest| digest.hash.len());
         let function = instance.digest_function(offered.digest_function, lengths)?;
         let digest = Digest::from_wire(function, offered.digest.as_ref(), offered.digest_field)?;
-        call.blob(digest);
+        call.note_blob(digest);
         let list = |digests: &[reapi::Digest], field| -> Result<Vec<Digest>> {
             digests.iter().map(|digest| Digest::from_wire(function, Some(digest), field)).collect()
         };
@@ -247,7 +267,7 @@ impl AssetService {
     }
 }
 
-/// The status of bad news inside an answer.
+/// The status inside an answer for a failure of an origin.
 fn inline(failure: &Failure) -> rpc::Status {
     let code = match failure.kind {
         FailureKind::NotFound => Code::NotFound,
@@ -269,7 +289,7 @@ fn time(wire: prost_types::Timestamp, field: &str) -> Result<SystemTime> {
 }
 
 fn wait(wire: prost_types::Duration) -> Result<Duration> {
-    wire.try_into().map_err(|_| Error::invalid("timeout is negative or not a valid duration"))
+    duration::from_wire(&wire).ok_or_else(|| Error::invalid("timeout is negative or not a valid duration"))
 }
 
 #[cfg(test)]

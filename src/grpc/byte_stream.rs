@@ -1,20 +1,21 @@
 //! The ByteStream service: blobs of any size, in pieces.
 //!
-//! Under a compressed name the bytes of the stream are zstd and offsets count those of the blob, but for the offsets inside of
-//! a Write, which go on by what was sent (BS-12, BS-27). What is compressed and decompressed here is the store's affair.
+//! Under a compressed name, the stream contains zstd, and offsets refer to the uncompressed blob. The exception are the offsets
+//! after the first one in a Write, which count compressed bytes (BS-12, BS-27). The store compresses and decompresses.
 //!
-//! The rules about offsets are two plain structs, `ReadWindow` and `WriteCheck`; the handlers move bytes between a stream and
-//! a handle of the store. A piece is read when there is room for it among the answers that were not taken. A slow client holds
-//! at most two in memory: one that is being sent and the next. An upload that stops in the middle
-//! leaves its bytes with the store under the resource name, for the client to go on (BS-20).
+//! Two pure structs have the rules about offsets: `ReadWindow` and `WriteCheck`. The handlers move bytes between a stream and a
+//! handle of the store. A piece is read when the connection has room for it. A slow client has at most two pieces in memory:
+//! the one that is being sent and the next. When an upload breaks off, the store keeps its bytes under the resource name, so
+//! that the client can resume (BS-20).
 
-use super::{Edge, ReadStream, log_stream, request_log::Call, stalled};
+use super::{Edge, ReadStream, log_stream, stalled};
 use crate::{
     actors::cas::{
         blob::{BlobReader, BlobWriter},
         client::Upload,
         forms::zstd_reader::ZstdReader,
     },
+    call::Call,
     config::CommittedSize,
     grpc::services::byte_stream_server::ByteStream,
     instance::Instance,
@@ -34,17 +35,16 @@ use std::{pin::pin, sync::Arc, time::Duration};
 use tokio::{select, time::timeout};
 use tonic::{Request, Response, Status, Streaming};
 
-/// Bytes in one ReadResponse (BS-14): few enough to be in the page cache together, enough that framing costs nothing.
-pub const READ_WINDOW_BYTES: usize = 128 * 1024;
-/// How long an upload may be silent before it is given up; its bytes so far are kept for a while.
-pub const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
-/// How long the end of the stream is waited for after `finish_write`, to see that no more data follows (BS-21). Clients close
-/// their half at once; the bound is for one that waits for the answer first.
+/// Bytes in one ReadResponse (BS-14). Large enough that framing costs little, small enough to bound the memory of a read.
+pub(crate) const READ_WINDOW_BYTES: usize = 128 * 1024;
+/// Time limit between two messages of an upload. The bytes that were received are kept for a while.
+pub(crate) const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
+/// Time limit for the end of the stream after `finish_write`, which shows that no more data follows (BS-21). Most clients close
+/// their half at once, but some wait for the answer first.
 pub(super) const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
-/// The service.
 #[derive(Debug)]
-pub struct ByteStreamService(pub Arc<Edge>);
+pub(crate) struct ByteStreamService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl ByteStream for ByteStreamService {
@@ -52,16 +52,17 @@ impl ByteStream for ByteStreamService {
 
     async fn read(&self, request: Request<ReadRequest>) -> Result<Response<ReadStream>, Status> {
         if let Some(name) = LogName::parse(&request.get_ref().resource_name) {
-            let stream = log_stream::read(&self.0, &Call::of(&request), &name?, request.get_ref())?;
+            let stream =
+                log_stream::read(&self.0, &Call::of(request.extensions()), &name?, request.get_ref())?;
             return Ok(Response::new(stream));
         }
         let name = ResourceName::parse_read(&request.get_ref().resource_name)?;
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let (instance, digest) = self.resolve(&call, &name)?;
         let request = request.into_inner();
         let window = ReadWindow::new(digest, request.read_offset, request.read_limit)?;
         let cas = self.0.cas.on_behalf_of(call.caller());
-        // Before any data: an absent blob is the status of the call (BS-08).
+        // The blob is opened before the response begins, so that its absence is the status of the call (BS-08).
         Ok(Response::new(match name.encoding {
             Encoding::Identity => {
                 let reader = cas.open(&instance, digest).await?;
@@ -78,7 +79,7 @@ impl ByteStream for ByteStreamService {
         &self,
         request: Request<Streaming<WriteRequest>>,
     ) -> Result<Response<WriteResponse>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let mut messages = request.into_inner();
         let first = next_message(&mut messages, WRITE_IDLE_LIMIT).await?;
         let first = first.ok_or_else(|| Error::invalid("the stream has no message"))?;
@@ -106,10 +107,10 @@ impl ByteStream for ByteStreamService {
     ) -> Result<Response<QueryWriteStatusResponse>, Status> {
         let resource = &request.get_ref().resource_name;
         if let Some(name) = LogName::parse(resource) {
-            return Ok(Response::new(log_stream::query(&self.0, &Call::of(&request), &name?)?));
+            return Ok(Response::new(log_stream::query(&self.0, &Call::of(request.extensions()), &name?)?));
         }
         let name = ResourceName::parse_write(resource)?;
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let (instance, digest) = self.resolve(&call, &name)?;
         let cas = self.0.cas.on_behalf_of(call.caller());
         let status = cas.query_upload(&instance, resource, digest).await?;
@@ -121,12 +122,11 @@ impl ByteStream for ByteStreamService {
 }
 
 impl ByteStreamService {
-    /// The namespace and the blob that a name means there.
+    /// The instance that a name contains, and the blob.
     fn resolve(&self, call: &Call, name: &ResourceName) -> Result<(Instance, Digest)> {
-        let instance = self.0.instances.get(&name.instance_name)?;
-        call.instance(&instance);
+        let instance = self.0.gate.enter(call, &name.instance_name)?;
         let digest = instance.digest_in_name(name.digest, name.function_is_named)?;
-        call.blob(digest);
+        call.note_blob(digest);
         Ok((instance, digest))
     }
 }
@@ -135,16 +135,16 @@ fn wire_size(size: u64) -> i64 {
     i64::try_from(size).unwrap_or(i64::MAX)
 }
 
-/// How an upload that succeeded ended.
+/// The end of a successful upload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
-    /// All of it was sent, up to this offset.
+    /// The client sent everything, up to this offset.
     Sent(u64),
-    /// The blob is stored, whatever was sent (BS-24).
+    /// The blob is already stored, so the rest was not needed (BS-24).
     Early,
 }
 
-/// What a Write answers that succeeded (BS-23, BS-24, BS-25).
+/// The `committed_size` of a successful Write (BS-23, BS-24, BS-25).
 fn committed_size(name: &ResourceName, end: End, convention: CommittedSize) -> i64 {
     let size = wire_size(name.digest.size());
     match (name.encoding, end, convention) {
@@ -154,7 +154,7 @@ fn committed_size(name: &ResourceName, end: End, convention: CommittedSize) -> i
     }
 }
 
-/// The part of a blob that a Read asks for.
+/// The part of a blob that a Read requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct ReadWindow {
     next: u64,
@@ -162,7 +162,7 @@ struct ReadWindow {
 }
 
 impl ReadWindow {
-    /// From `offset` to the end of the blob, or `limit` bytes of that; a limit of 0 is none (BS-10).
+    /// From `offset` to the end of the blob, or at most `limit` bytes; 0 means no limit (BS-10).
     fn new(digest: Digest, offset: i64, limit: i64) -> Result<Self> {
         let size = digest.size();
         let next = u64::try_from(offset)
@@ -174,7 +174,7 @@ impl ReadWindow {
         Ok(Self { next, end })
     }
 
-    /// How many bytes the next message should have; `None` at the end, so that no message is empty (BS-15).
+    /// Size of the next message; `None` at the end, so that no message is empty (BS-15).
     fn piece(&self) -> Option<usize> {
         let left = self.end.saturating_sub(self.next);
         (left > 0).then(|| usize::try_from(left).unwrap_or(usize::MAX).min(READ_WINDOW_BYTES))
@@ -186,7 +186,7 @@ impl ReadWindow {
     }
 }
 
-/// The window's bytes; ends with an error, never short, when the blob ends early (BS-16).
+/// The bytes of the window. If the blob ends early, the stream ends with an error instead of OK (BS-16).
 fn read_stream(reader: BlobReader, digest: Digest, window: ReadWindow, call: Call) -> ReadStream {
     let holds_a_file = reader.is_file();
     let messages = stream::try_unfold((reader, window, call), move |(reader, mut window, call)| async move {
@@ -201,11 +201,11 @@ fn read_stream(reader: BlobReader, digest: Digest, window: ReadWindow, call: Cal
         Ok(Some((ReadResponse { data }, (reader, window, call))))
     })
     .boxed();
-    // Bytes at hand need no watch: they are few, and an eviction does not wait for them.
+    // Blobs in memory need no watch: they are small, and no eviction waits for them.
     if holds_a_file { stalled::watched(messages) } else { messages }
 }
 
-/// The bytes of a compressed read, in messages that are as large as they may be but for the last (BS-14).
+/// The bytes of a compressed read. All messages except the last have the full size (BS-14).
 fn zstd_stream(reader: ZstdReader, call: Call) -> ReadStream {
     let messages = stream::try_unfold((reader, call), |(mut reader, call)| async move {
         let piece = call.reserve_piece(READ_WINDOW_BYTES).await?;
@@ -215,19 +215,19 @@ fn zstd_stream(reader: ZstdReader, call: Call) -> ReadStream {
     stalled::watched(messages.boxed())
 }
 
-/// What the messages of one Write have to keep to.
+/// The rules for the messages of one Write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct WriteCheck {
     resource_name: String,
-    /// Where the stream ends at the latest; a compressed one may end anywhere.
+    /// Largest end of the stream; `None` if it is compressed.
     limit: Option<u64>,
-    /// Where the next message has to start.
+    /// Required offset of the next message.
     next_offset: u64,
     finished: bool,
 }
 
 impl WriteCheck {
-    /// Reads the name and the first offset from the first message (BS-18); its data is for [`WriteCheck::accept`].
+    /// Parses the name and the first offset of the first message (BS-18). Its data is checked by [`WriteCheck::accept`].
     fn begin(first: &WriteRequest) -> Result<(ResourceName, Self)> {
         if first.resource_name.is_empty() {
             return Err(Error::invalid("resource_name is not set on the first message"));
@@ -243,7 +243,7 @@ impl WriteCheck {
         Ok((name, Self { resource_name, limit, next_offset, finished: false }))
     }
 
-    /// Checks one message, the first one included, before its data is taken.
+    /// Checks a message before its data is used. Also for the first message.
     fn accept(&mut self, message: &WriteRequest) -> Result<()> {
         if self.finished {
             return Err(Error::invalid("a message follows the one with finish_write"));
@@ -271,7 +271,7 @@ impl WriteCheck {
         Ok(())
     }
 
-    /// What a stream that is closed without `finish_write` gets (BS-21).
+    /// The error for a stream that ends without `finish_write` (BS-21).
     fn unfinished(&self) -> Error {
         let of = self.limit.map(|size| format!(" of {size}")).unwrap_or_default();
         Error::Invalid(format!(
@@ -282,7 +282,7 @@ impl WriteCheck {
     }
 }
 
-/// Takes an upload from its first message to its end: stored by this stream, or by somebody else meanwhile.
+/// Receives an upload until it is complete, or until another request has stored the blob.
 async fn receive(
     mut writer: BlobWriter,
     mut messages: Streaming<WriteRequest>,
@@ -306,7 +306,7 @@ async fn receive(
         }
         message = select! {
             biased;
-            // At once, also while the client is silent (BS-24).
+            // This ends the upload at once, even if the client sends nothing (BS-24).
             () = &mut superseded => return Ok(End::Early),
             next = next_message(&mut messages, WRITE_IDLE_LIMIT) => next?.ok_or_else(|| check.unfinished())?,
         };

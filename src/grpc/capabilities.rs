@@ -1,12 +1,13 @@
-//! The Capabilities service: what this endpoint can do. It is computed from the settings alone, so it is cheap and the same
-//! on every connection (CAP-19). Whatever it promises, another file of this directory keeps.
+//! The Capabilities service: what this endpoint can do. It depends only on the settings and the policy, so it is cheap and the
+//! same on every connection (CAP-19). Other files of this directory implement what it promises.
 
-use super::{Edge, ProtocolSettings, cas::BATCH_MAX_BYTES, chunks, request_log::Call};
+use super::{Edge, ProtocolSettings, cas::BATCH_MAX_BYTES, chunks};
 use crate::{
-    actors::scheduler::settings::Priorities, grpc::services::capabilities_server::Capabilities,
-    instance::Policy,
+    actors::scheduler::settings::Priorities, call::Call, grpc::services::capabilities_server::Capabilities,
+    policy::Permission,
 };
 use gorego_reapi::{
+    digest::DigestFunction,
     proto::{
         reapi::{
             ActionCacheUpdateCapabilities, CacheCapabilities, ExecutionCapabilities, GetCapabilitiesRequest,
@@ -20,14 +21,13 @@ use gorego_reapi::{
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-/// The oldest version spoken; clients of every age refuse a server that starts later (CAP-02).
+/// Oldest supported version. Clients refuse a server whose oldest version is newer than this (CAP-02).
 const LOW_VERSION: (i32, i32) = (2, 0);
-/// The newest version spoken: 2.1 promises `output_paths`, 2.2 `Action.platform`, 2.3 today's rules for `argv[0]` (CAP-04).
+/// Newest supported version: 2.1 promises `output_paths`, 2.2 `Action.platform`, 2.3 today's rules for `argv[0]` (CAP-04).
 const HIGH_VERSION: (i32, i32) = (2, 3);
 
-/// The service.
 #[derive(Debug)]
-pub struct CapabilitiesService(pub Arc<Edge>);
+pub(crate) struct CapabilitiesService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl Capabilities for CapabilitiesService {
@@ -35,24 +35,43 @@ impl Capabilities for CapabilitiesService {
         &self,
         request: Request<GetCapabilitiesRequest>,
     ) -> Result<Response<ServerCapabilities>, Status> {
-        let instance = self.0.instances.get(&request.get_ref().instance_name)?;
-        Call::of(&request).instance(&instance);
-        Ok(Response::new(capabilities(self.0.settings, instance.policy(), self.0.scheduler.is_some())))
+        let call = Call::of(request.extensions());
+        let instance = self.0.gate.enter(&call, &request.get_ref().instance_name)?;
+        let may = |permission| self.0.gate.permits(&call, &instance, permission);
+        let rights = Rights {
+            updates: may(Permission::AcWrite),
+            executes: self.0.scheduler.is_some() && may(Permission::Execute),
+        };
+        let functions = &instance.policy().digest_functions;
+        Ok(Response::new(capabilities(self.0.settings, functions, rights)))
     }
 }
 
-fn capabilities(settings: ProtocolSettings, policy: &Policy, executes: bool) -> ServerCapabilities {
-    let digest_functions: Vec<i32> = policy.digest_functions.iter().map(|f| f.wire().into()).collect();
-    // CAP-18: others are taken too, and count as the nearest of these.
+/// What the client may do in the instance that it asks about.
+#[derive(Debug, Clone, Copy)]
+struct Rights {
+    /// Write action results.
+    updates: bool,
+    /// Execute actions.
+    executes: bool,
+}
+
+fn capabilities(
+    settings: ProtocolSettings,
+    digest_functions: &[DigestFunction],
+    rights: Rights,
+) -> ServerCapabilities {
+    let digest_functions: Vec<i32> = digest_functions.iter().map(|f| f.wire().into()).collect();
+    // Priorities outside of this range are accepted and clamped to it (CAP-18).
     let Priorities { min, max } = settings.priorities;
     let priorities =
         PriorityCapabilities { priorities: vec![PriorityRange { min_priority: min, max_priority: max }] };
     let mut cache = CacheCapabilities {
         digest_functions: digest_functions.clone(),
         action_cache_update_capabilities: Some(ActionCacheUpdateCapabilities {
-            update_enabled: policy.action_cache_updates,
+            update_enabled: rights.updates,
         }),
-        // Results are kept by use alone; a range would promise more (CAP-18).
+        // Priorities of results are ignored, so no range is advertised (CAP-18).
         cache_priority_capabilities: None,
         max_batch_total_size_bytes: BATCH_MAX_BYTES as i64,
         symlink_absolute_path_strategy: symlink_absolute_path_strategy::Value::Allowed.into(),
@@ -62,9 +81,9 @@ fn capabilities(settings: ProtocolSettings, policy: &Policy, executes: bool) -> 
         ..CacheCapabilities::default()
     };
     chunks::advertise(settings.chunking, &mut cache);
-    // CAP-01: an endpoint that only caches says nothing about execution.
-    let execution = (executes && policy.execution).then(|| ExecutionCapabilities {
-        // Two clients look only at this one (CAP-06); SHA-256 comes first where it is supported.
+    // An endpoint that is only a cache omits this (CAP-01).
+    let execution = rights.executes.then(|| ExecutionCapabilities {
+        // Two clients read only this field (CAP-06). SHA-256 comes first if it is enabled.
         digest_function: digest_functions.first().copied().unwrap_or_default(),
         exec_enabled: true,
         execution_priority_capabilities: Some(priorities),
@@ -99,7 +118,8 @@ mod tests {
     /// CAP-02 to CAP-07, CAP-11 to CAP-14, CAP-16, CAP-18.
     #[test]
     fn what_clients_check_at_start_up_is_there() {
-        let capabilities = capabilities(SETTINGS, &Policy::default(), true);
+        let capabilities =
+            capabilities(SETTINGS, DigestFunction::ALL, Rights { updates: true, executes: true });
         let cache = capabilities.cache_capabilities.unwrap();
         let execution = capabilities.execution_capabilities.unwrap();
         assert_eq!(capabilities.low_api_version, Some(version((2, 0))));
@@ -108,7 +128,7 @@ mod tests {
         assert!(execution.digest_functions.contains(&execution.digest_function));
         assert!(execution.digest_functions.iter().all(|f| cache.digest_functions.contains(f)));
         assert!(!cache.digest_functions.contains(&0));
-        assert_eq!(execution.digest_function, gorego_reapi::digest::DigestFunction::Sha256.wire() as i32);
+        assert_eq!(execution.digest_function, DigestFunction::Sha256.wire() as i32);
         assert_eq!(cache.digest_functions.len(), 8);
         assert_eq!(cache.max_batch_total_size_bytes, 4_000_000);
         assert_eq!(cache.max_cas_blob_size_bytes, 7);
@@ -124,9 +144,9 @@ mod tests {
     /// CAP-01, CAP-08, CAP-09.
     #[test]
     fn what_is_switched_off_is_not_promised() {
-        let policy = Policy { action_cache_updates: false, execution: false, ..Policy::default() };
-        assert_eq!(capabilities(SETTINGS, &Policy::default(), false).execution_capabilities, None);
-        let off = capabilities(ProtocolSettings { chunking: false, ..SETTINGS }, &policy, true);
+        let none = Rights { updates: false, executes: false };
+        let settings = ProtocolSettings { chunking: false, ..SETTINGS };
+        let off = capabilities(settings, DigestFunction::ALL, none);
         assert_eq!(off.execution_capabilities, None);
         let cache = off.cache_capabilities.unwrap();
         assert!(!cache.action_cache_update_capabilities.unwrap().update_enabled);

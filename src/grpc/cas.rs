@@ -1,11 +1,12 @@
 //! The ContentAddressableStorage service: FindMissingBlobs, the two batch calls, GetTree (whose walk is in
 //! [`super::get_tree`]), and SplitBlob and SpliceBlob (in [`super::chunks`]).
 //!
-//! Digests are parsed once, here; a call costs the store one message, however many blobs it names.
+//! Digests are parsed once, here. The number of messages to the store does not depend on the number of blobs.
 
-use super::{Edge, TreeStream, chunks, claim::Claim, convert, get_tree, inline, request_log::Call};
+use super::{Edge, TreeStream, chunks, claim::Claim, convert, get_tree, inline};
 use crate::{
     actors::cas::{client::Payload, forms::zstd_reader::Item},
+    call::Call,
     grpc::services::content_addressable_storage_server::ContentAddressableStorage,
     instance::Instance,
 };
@@ -29,21 +30,20 @@ use prost::Message as _;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-/// Most payload bytes of a batch call, advertised in the capabilities (CAP-10). What 4 MiB leave over is for the digests and
-/// statuses of a thousand blobs and more (CAP-11).
-pub const BATCH_MAX_BYTES: u64 = 4_000_000;
+/// Size limit of the payload of a batch call, as advertised in the capabilities (CAP-10). The rest of 4 MiB has room for the
+/// digests and statuses of more than a thousand blobs (CAP-11).
+pub(crate) const BATCH_MAX_BYTES: u64 = 4_000_000;
 
-/// What the compressed items of one batch may come to once they are decompressed. A batch of the size limit reaches it when
-/// it shrank to a sixtieth; blobs like that go by ByteStream. It bounds the time and the disk that one call takes: memory it
-/// takes little, since each item is decoded by itself, and a large one into a file.
-pub const BATCH_DECODED_MAX_BYTES: u64 = 256 * 1024 * 1024;
+/// Limit on the decompressed bytes of the compressed items of one batch. A full batch reaches it at a compression ratio of 60;
+/// such blobs can be sent with ByteStream. It bounds the time and disk space that one call takes. Memory is bounded without it,
+/// because items are decoded one by one, and large ones into files.
+pub(crate) const BATCH_DECODED_MAX_BYTES: u64 = 256 * 1024 * 1024;
 
 /// Tags and lengths of one entry of a batch answer, rounded up.
 const ENTRY_BYTES: usize = 32;
 
-/// The service.
 #[derive(Debug)]
-pub struct CasService(pub Arc<Edge>);
+pub(crate) struct CasService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl ContentAddressableStorage for CasService {
@@ -53,8 +53,7 @@ impl ContentAddressableStorage for CasService {
         &self,
         request: Request<FindMissingBlobsRequest>,
     ) -> Result<Response<FindMissingBlobsResponse>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
-        let call = Call::of(&request);
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
         let digests = {
             let request = request.into_inner();
             convert::digests(&instance, request.digest_function, request.blob_digests, "blob_digests")?
@@ -63,7 +62,7 @@ impl ContentAddressableStorage for CasService {
         drop(digests);
         let kept = missing_blob_digests.len() * size_of::<Digest>();
         let answer = FindMissingBlobsResponse { missing_blob_digests };
-        // The digests that were asked for are gone, so a call that waits here keeps no room from other requests.
+        // The digests of the request are freed, so a call that waits here does not hold memory that other requests need.
         Claim::settle(kept as u64);
         call.reserve_soon(answer.encoded_len()).await?;
         Ok(Response::new(answer))
@@ -73,8 +72,7 @@ impl ContentAddressableStorage for CasService {
         &self,
         request: Request<BatchUpdateBlobsRequest>,
     ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
-        let call = Call::of(&request);
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
         let cas = self.0.cas.on_behalf_of(call.caller());
         let batch = Update::decode(&instance, request.into_inner())?;
         call.reserve_soon(inline::MESSAGE_MAX_BYTES - batch.left).await?;
@@ -92,10 +90,9 @@ impl ContentAddressableStorage for CasService {
         &self,
         request: Request<BatchReadBlobsRequest>,
     ) -> Result<Response<BatchReadBlobsResponse>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
-        let call = Call::of(&request);
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
         let batch = Read::decode(&instance, request.into_inner())?;
-        // The wait is for the client to read other answers.
+        // The next line may wait until the client has read other answers.
         Claim::settle(batch.memory());
         call.reserve(batch.answer_bytes()).await?;
         let cas = self.0.cas.on_behalf_of(call.caller());
@@ -125,9 +122,8 @@ impl ContentAddressableStorage for CasService {
     }
 
     async fn get_tree(&self, request: Request<GetTreeRequest>) -> Result<Response<TreeStream>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
         let paging = get_tree::Paging::decode(&instance, request.get_ref())?;
-        let call = Call::of(&request);
         let cas = self.0.cas.on_behalf_of(call.caller());
         Ok(Response::new(get_tree::pages(&cas, &instance, paging, call)))
     }
@@ -136,41 +132,41 @@ impl ContentAddressableStorage for CasService {
         &self,
         request: Request<SplitBlobRequest>,
     ) -> Result<Response<SplitBlobResponse>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
-        Ok(Response::new(chunks::split(&self.0, &instance, &request).await?))
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
+        Ok(Response::new(chunks::split(&self.0, &call, &instance, request.get_ref()).await?))
     }
 
     async fn splice_blob(
         &self,
         request: Request<SpliceBlobRequest>,
     ) -> Result<Response<SpliceBlobResponse>, Status> {
-        let instance = self.instance(&request, |request| &request.instance_name)?;
-        Ok(Response::new(chunks::splice(&self.0, &instance, &request).await?))
+        let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
+        Ok(Response::new(chunks::splice(&self.0, &call, &instance, request.get_ref()).await?))
     }
 }
 
 impl CasService {
-    fn instance<T>(&self, request: &Request<T>, name: impl Fn(&T) -> &str) -> Result<Instance> {
-        let instance = self.0.instances.get(name(request.get_ref()))?;
-        Call::of(request).instance(&instance);
-        Ok(instance)
+    fn enter<T>(&self, request: &Request<T>, name: impl Fn(&T) -> &str) -> Result<(Call, Instance)> {
+        let call = Call::of(request.extensions());
+        let instance = self.0.gate.enter(&call, name(request.get_ref()))?;
+        Ok((call, instance))
     }
 }
 
-/// A BatchUpdateBlobs request, checked: an answer for every item (CAS-09), and the items that may be stored.
+/// A checked BatchUpdateBlobs request: an answer for every item (CAS-09), and the items to store.
 #[derive(Debug)]
 struct Update {
     responses: Vec<batch_update_blobs_response::Response>,
-    /// Where in `responses` each of `blobs` belongs.
+    /// For each of `blobs`, its index in `responses`.
     positions: Vec<usize>,
     blobs: Vec<(Digest, Payload)>,
-    /// What the entries leave of the answer, for reasons.
+    /// Bytes that the entries leave in the answer for error messages.
     left: usize,
 }
 
 impl Update {
-    /// A bad item gets its own status and leaves the others alone (CAS-10). The whole request fails only for what is wrong with
-    /// the whole: too many bytes (CAS-15) or blobs, or a digest function that is not supported.
+    /// A bad item gets its own status and does not affect the others (CAS-10). The whole request fails only for too many bytes
+    /// (CAS-15) or blobs, or for an unsupported digest function.
     fn decode(instance: &Instance, request: BatchUpdateBlobsRequest) -> Result<Self> {
         let sum = request.requests.iter().map(|item| item.data.len() as u64).sum();
         check_batch_size("upload", sum)?;
@@ -200,21 +196,21 @@ impl Update {
     }
 }
 
-/// A BatchReadBlobs request, checked: an answer for every digest (CAS-17), and the digests to read.
+/// A checked BatchReadBlobs request: an answer for every digest (CAS-17), and the digests to read.
 #[derive(Debug)]
 struct Read {
     responses: Vec<batch_read_blobs_response::Response>,
-    /// Where in `responses` each of `wanted` belongs.
+    /// For each of `wanted`, its index in `responses`.
     positions: Vec<usize>,
     wanted: Vec<Digest>,
-    /// The client decompresses zstd (CAS-20).
+    /// Whether the client accepts zstd (CAS-20).
     takes_zstd: bool,
-    /// What the entries leave of the answer, for contents and reasons.
+    /// Bytes that the entries leave in the answer for contents and error messages.
     left: usize,
 }
 
 impl Read {
-    /// A malformed digest is reported on its own entry (CAS-23); the sum of all sizes is judged before anything is read
+    /// A malformed digest is reported on its own entry (CAS-23); the sum of all sizes is checked before anything is read
     /// (CAS-21).
     fn decode(instance: &Instance, request: BatchReadBlobsRequest) -> Result<Self> {
         let left = room_beside_entries(request.digests.iter().map(Some))?;
@@ -250,7 +246,7 @@ impl Read {
         Ok(batch)
     }
 
-    /// What it takes in memory, about.
+    /// Its approximate memory.
     fn memory(&self) -> u64 {
         const HASH_MAX_BYTES: usize = 128;
         let entry =
@@ -258,7 +254,7 @@ impl Read {
         (self.responses.len() * entry) as u64
     }
 
-    /// What the answer takes at most: its entries and all contents.
+    /// Upper bound of the size of the answer: its entries and all contents.
     fn answer_bytes(&self) -> usize {
         let contents = self.wanted.iter().map(|digest| digest.size()).fold(0, u64::saturating_add);
         let entries = inline::MESSAGE_MAX_BYTES - self.left;
@@ -266,8 +262,8 @@ impl Read {
     }
 }
 
-/// Takes the blob's share of what is left of the message. Only batches of thousands of tiny blobs near the limit run out of it,
-/// because of what their digests take (GEN-25).
+/// Takes room in the message for a blob. Only batches of thousands of tiny blobs near the limit run out of room, because of
+/// their digests (GEN-25).
 fn fit(data: Bytes, left: &mut usize) -> Result<Bytes> {
     *left = left.checked_sub(data.len()).ok_or_else(|| Error::Exhausted {
         message: "the answer is full; ask for fewer blobs in one call, or read this one by ByteStream".into(),
@@ -276,8 +272,8 @@ fn fit(data: Bytes, left: &mut usize) -> Result<Bytes> {
     Ok(data)
 }
 
-/// What an answer has room for beside one entry for each of these. A batch of more blobs than that is refused before anything
-/// is made of it: an entry may take two bytes in a request and a hundred times that in memory.
+/// Bytes that an answer has left after one entry for each digest. A batch with more entries than fit is refused before it is
+/// processed, because an entry may have two bytes in a request and a hundred times as many in memory.
 fn room_beside_entries<'a>(digests: impl Iterator<Item = Option<&'a reapi::Digest>>) -> Result<usize> {
     let sizes = digests.map(|digest| ENTRY_BYTES + digest.map_or(0, |digest| digest.hash.len()));
     inline::MESSAGE_MAX_BYTES.checked_sub(sizes.sum()).ok_or_else(|| {
@@ -285,8 +281,7 @@ fn room_beside_entries<'a>(digests: impl Iterator<Item = Option<&'a reapi::Diges
     })
 }
 
-/// The status of a blob that failed. Where the message has no room left for the reasons of thousands of them, the code has to
-/// do (GEN-25).
+/// The status of a failed blob. It has only a code if the message has no room left for error messages (GEN-25).
 fn reason(error: &Error, left: &mut usize) -> rpc::Status {
     let status = status::inline(error);
     match left.checked_sub(status.encoded_len()) {
@@ -308,7 +303,7 @@ fn check_batch_size(what: &str, bytes: u64) -> Result<()> {
     )))
 }
 
-/// The bytes of an item in the way they came (CAS-14), as long as what is left for decompressed ones allows it.
+/// The bytes of an item as they were sent (CAS-14), if its decompressed size is within what is left of the limit.
 fn payload(number: i32, data: Bytes, digest: Digest, decoded_left: &mut u64) -> Result<Payload> {
     match compressor::Value::try_from(number) {
         Ok(compressor::Value::Identity) => Ok(Payload::Plain(data)),

@@ -1,10 +1,13 @@
-//! SplitBlob and SpliceBlob: what they ask for, as far as the message says, and what is promised about them.
+//! SplitBlob and SpliceBlob: checks of the requests, and the capabilities of chunking. The store does the work.
 //!
-//! Chunks are cut by the functions that [`CHUNKINGS`] lists, with these parameters and no others: clients that cut blobs
-//! themselves get the same chunks. The work is the store's.
+//! Only the functions in [`CHUNKINGS`] are supported, and only with their parameters. So clients that split blobs themselves
+//! get the same chunks.
 
-use super::{Edge, convert, inline::MESSAGE_MAX_BYTES, request_log::Call};
-use crate::{actors::cas::forms::splice::SPLICE_MAX_CHUNKS, instance::Instance};
+use super::{Edge, convert, inline::MESSAGE_MAX_BYTES};
+use crate::{
+    call::Call,
+    {actors::cas::forms::splice::SPLICE_MAX_CHUNKS, instance::Instance},
+};
 use gorego_reapi::{
     chunking::Chunking,
     digest::Digest,
@@ -15,16 +18,15 @@ use gorego_reapi::{
     },
 };
 use prost::Message as _;
-use tonic::Request;
 
-/// What is advertised; the first is used for clients that name none.
+/// The advertised functions. The first one is the default.
 const CHUNKINGS: [Chunking; 2] = [Chunking::FAST_CDC, Chunking::REP_MAX];
 /// Tag and length of one digest in an answer, and everything else of the answer, each rounded up.
 const ENTRY_BYTES: usize = 4;
 const ENVELOPE_BYTES: usize = 64;
 
-/// Says what is offered (CAP-16, CAP-17).
-pub fn advertise(enabled: bool, cache: &mut CacheCapabilities) {
+/// Adds the capabilities of chunking (CAP-16, CAP-17).
+pub(crate) fn advertise(enabled: bool, cache: &mut CacheCapabilities) {
     cache.split_blob_support = enabled;
     cache.splice_blob_support = enabled;
     for chunking in CHUNKINGS.iter().filter(|_| enabled) {
@@ -33,21 +35,20 @@ pub fn advertise(enabled: bool, cache: &mut CacheCapabilities) {
     }
 }
 
-/// SplitBlob.
+/// Answers a SplitBlob request.
 ///
 /// # Errors
-/// Those of [`crate::actors::cas::client::Cas::split`]; `Unimplemented` where chunking is switched off.
-pub async fn split(
+/// Those of [`crate::actors::cas::client::Cas::split`]; `Unimplemented` when chunking is disabled.
+pub(crate) async fn split(
     edge: &Edge,
+    call: &Call,
     instance: &Instance,
-    request: &Request<SplitBlobRequest>,
+    message: &SplitBlobRequest,
 ) -> Result<SplitBlobResponse> {
     check_enabled(edge, "SplitBlob")?;
-    let message = request.get_ref();
     let blob =
         convert::digest(instance, message.digest_function, message.blob_digest.as_ref(), "blob_digest")?;
-    let call = Call::of(request);
-    call.blob(blob);
+    call.note_blob(blob);
     let chunking = chunking(message.chunking_function)?;
     let cas = edge.cas.on_behalf_of(call.caller());
     let chunks = cas.split(instance, blob, chunking, max_chunks(blob)).await?;
@@ -59,36 +60,36 @@ pub async fn split(
     })
 }
 
-/// SpliceBlob.
+/// Answers a SpliceBlob request.
 ///
 /// # Errors
-/// Those of [`crate::actors::cas::client::Cas::splice`]; `Unimplemented` where chunking is switched off.
-pub async fn splice(
+/// Those of [`crate::actors::cas::client::Cas::splice`]; `Unimplemented` when chunking is disabled.
+pub(crate) async fn splice(
     edge: &Edge,
+    call: &Call,
     instance: &Instance,
-    request: &Request<SpliceBlobRequest>,
+    message: &SpliceBlobRequest,
 ) -> Result<SpliceBlobResponse> {
     check_enabled(edge, "SpliceBlob")?;
-    let message = request.get_ref();
     let count = message.chunk_digests.len();
     if count > SPLICE_MAX_CHUNKS {
-        // Before anything is made of them: an entry may take two bytes in a request.
+        // Checked before the digests are parsed, because an entry may have only two bytes in a request.
         return Err(Error::Invalid(format!(
             "chunk_digests has {count} entries; a blob is made of at most {SPLICE_MAX_CHUNKS}"
         )));
     }
     let blob = message.blob_digest.as_ref();
-    // Chunks are of the blob's function (CAS-36), whatever their own length says.
+    // Chunks have the blob's digest function (CAS-36), which is not inferred from their own hashes.
     let function = convert::digest_function(instance, message.digest_function, [blob])?;
     let blob = Digest::from_wire(function, blob, "blob_digest")?;
-    Call::of(request).blob(blob);
+    call.note_blob(blob);
     let chunking = chunking(message.chunking_function)?;
     let chunks = message.chunk_digests.iter();
     let chunks: Result<Vec<Digest>> =
         chunks.map(|chunk| Digest::from_wire(function, Some(chunk), "chunk_digests")).collect();
-    let cas = edge.cas.on_behalf_of(Call::of(request).caller());
+    let cas = edge.cas.on_behalf_of(call.caller());
     cas.splice(instance, blob, chunks?, chunking).await?;
-    // One client fails when it is not set (CAS-37).
+    // One client requires this field (CAS-37).
     Ok(SpliceBlobResponse { blob_digest: Some(blob.to_wire()) })
 }
 
@@ -101,7 +102,7 @@ fn check_enabled(edge: &Edge, method: &str) -> Result<()> {
     )))
 }
 
-/// The function of this number; the preferred one for UNKNOWN (CAS-33).
+/// The chunking function with this number; the default for UNKNOWN (CAS-33).
 fn chunking(number: i32) -> Result<Chunking> {
     match Value::try_from(number) {
         Ok(Value::Unknown) => Ok(Chunking::FAST_CDC),
@@ -114,9 +115,9 @@ fn chunking(number: i32) -> Result<Chunking> {
     }
 }
 
-/// How many chunks of this blob an answer can name (GEN-25).
+/// Largest number of chunks of this blob that fits into an answer (GEN-25).
 fn max_chunks(blob: Digest) -> usize {
-    // No chunk is larger, and none has a longer hash.
+    // The largest entry: no chunk is larger, and all have the same hash length.
     let largest = CHUNKINGS.iter().map(|chunking| *chunking.chunk_sizes().end()).max().unwrap_or_default();
     let entry = reapi::Digest { hash: blob.hash_hex(), size_bytes: largest as i64 };
     (MESSAGE_MAX_BYTES - ENVELOPE_BYTES) / (entry.encoded_len() + ENTRY_BYTES)

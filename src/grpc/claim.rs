@@ -1,11 +1,10 @@
-//! [`Claim`]: the memory that one call may take for its request, from the moment its last byte is there until its handler is
-//! done.
+//! [`Claim`]: the memory that a call holds for its request, from the arrival of its last byte until its handler is done.
 //!
-//! What a message takes once it is decoded is known only when all of it is there, and to find that out takes time too. So before
-//! a large message is handed on, [`super::intake`] waits for the most that it could take; few messages can have that much at a
-//! time, and the others wait in turn. [`super::codec`] measures and decodes it, and gives back what was not needed. The rest is
-//! held until the call is answered, or until the handler of a stream asks for the next message. All of this is done off the
-//! threads that serve everybody ([`unhindered`]).
+//! The memory of a decoded message is known only when the whole message has arrived, and computing it takes time. So before
+//! [`super::intake`] hands on a large message, it reserves the most that the message could take. Few messages can hold that
+//! much at a time; others wait in turn. [`super::codec`] measures and decodes the message and gives back what is not needed.
+//! The rest is held until the call is answered, or until the handler of a stream requests the next message. This work does not
+//! block the threads that serve other requests ([`unhindered`]).
 
 pub(crate) use crate::unhindered::unhindered;
 
@@ -26,27 +25,27 @@ tokio::task_local! {
 
 /// See the top of this file.
 #[derive(Debug, Default)]
-pub struct Claim {
+pub(crate) struct Claim {
     share: Mutex<Option<Share>>,
-    /// The next poll decodes a large message and may take long.
+    /// Whether the next poll decodes a large message, which may take long.
     is_laborious: AtomicBool,
 }
 
 impl Claim {
-    /// Takes the share for the next message, in place of the one for the message before.
-    pub fn hold(&self, share: Share, is_laborious: bool) {
+    /// Replaces the share of the previous message by that of the next one.
+    pub(crate) fn hold(&self, share: Share, is_laborious: bool) {
         *self.share() = Some(share);
         self.is_laborious.store(is_laborious, Ordering::Relaxed);
     }
 
-    /// Whether a request is being decoded here, and not the answer of another server.
-    pub fn is_present() -> bool {
+    /// Whether this task decodes a request, not a response from another server.
+    pub(crate) fn is_present() -> bool {
         CLAIM.try_with(|_| ()).is_ok()
     }
 
-    /// Gives back all but this much of what the call holds. Handlers do so too, before they wait for what their client decides:
-    /// what they keep of a request is often small.
-    pub fn settle(memory: u64) {
+    /// Gives back all but this much. Handlers also use it before they wait for their client, because they often keep only a
+    /// small part of a request.
+    pub(crate) fn settle(memory: u64) {
         let _ = CLAIM.try_with(|claim| {
             if let Some(share) = claim.share().as_mut() {
                 share.shrink_to(memory);
@@ -54,8 +53,8 @@ impl Claim {
         });
     }
 
-    /// Gives everything back: the handler of a stream has taken the message.
-    pub fn let_go(&self) {
+    /// Gives everything back, after the handler of a stream has taken the message.
+    pub(crate) fn let_go(&self) {
         drop(self.share().take());
     }
 
@@ -71,7 +70,7 @@ impl Drop for Claim {
 }
 
 pin_project_lite::pin_project! {
-    /// A call with its claim, which ends when the call is answered.
+    /// The future of a call with its claim, which ends when the call is answered.
     #[derive(Debug)]
     pub struct Claimed<F> {
         #[pin]
@@ -81,8 +80,8 @@ pin_project_lite::pin_project! {
 }
 
 impl<F> Claimed<F> {
-    /// A call whose messages are paid for by this claim.
-    pub fn new(call: F, claim: Arc<Claim>) -> Self {
+    /// Runs a call with this claim.
+    pub(crate) fn new(call: F, claim: Arc<Claim>) -> Self {
         Self { call, claim }
     }
 }

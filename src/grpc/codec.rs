@@ -1,7 +1,7 @@
-//! [`Codec`]: protobuf, with what a message takes in memory measured before it is decoded ([`gorego_reapi::wire`]).
+//! [`Codec`]: protobuf. The memory of a message is measured before it is decoded ([`gorego_reapi::wire`]).
 //!
-//! An empty entry takes two bytes on the wire, less when compressed, and a hundred and more in memory: a kilobyte could become
-//! a gigabyte before any handler has seen it. Large answers are encoded off the threads that serve everybody.
+//! An empty list entry has two bytes on the wire (fewer if compressed) and more than a hundred in memory, so a kilobyte could
+//! become a gigabyte before any handler sees it. Encoding large answers does not block the threads that serve other requests.
 
 use super::claim::{Claim, unhindered};
 use bytes::Buf as _;
@@ -14,16 +14,16 @@ use tonic::{
 };
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
-/// Memory that a request message may take once it is decoded; twice what the largest request of FindMissingBlobs takes.
-pub const REQUEST_MAX_MEMORY: u64 = 64 * 1024 * 1024;
-/// Messages from this size on are looked at for bytes that mean nothing.
+/// Memory limit of a decoded request: twice that of the largest FindMissingBlobs request.
+pub(crate) const REQUEST_MAX_MEMORY: u64 = 64 * 1024 * 1024;
+/// Messages from this size on are checked for unused bytes.
 const COMPACT_FROM_BYTES: usize = 1024;
-/// Answers from this size on take more than a millisecond or so to encode.
+/// Answers from this size on may take more than a millisecond to encode.
 const LARGE_ANSWER_BYTES: usize = 512 * 1024;
 
-/// The codec of all our services; see the top of this file.
+/// The codec of all services; see the top of this file.
 #[derive(Debug)]
-pub struct Codec<T, U>(PhantomData<(T, U)>);
+pub(crate) struct Codec<T, U>(PhantomData<(T, U)>);
 
 impl<T, U> Default for Codec<T, U> {
     fn default() -> Self {
@@ -52,14 +52,14 @@ where
 
 /// Decodes messages of at most [`REQUEST_MAX_MEMORY`].
 #[derive(Debug)]
-pub struct MeasuringDecoder<U>(ProstDecoder<U>);
+pub(crate) struct MeasuringDecoder<U>(ProstDecoder<U>);
 
 impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
     type Item = U;
     type Error = Status;
 
     fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
-        // All of the message: it lies in one piece.
+        // This is the whole message, in one piece.
         let length = buffer.remaining();
         let mut taken = 0;
         if length > UNCOUNTED_BYTES {
@@ -75,8 +75,8 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
     }
 }
 
-/// A request as it was decoded, or a copy that does not keep most of its bytes in memory for nothing: what was decoded refers to
-/// the bytes that came, also to those of unknown fields. A message without any bytes in it refers to nothing.
+/// Returns the message, or a copy if most of the received bytes are unused. The bytes fields of a decoded message refer to the
+/// received buffer and keep all of it in memory, unknown fields included. A message without bytes fields does not.
 fn compact<U: Message + Name + Default>(message: U, length: usize) -> U {
     let is_compact =
         length < COMPACT_FROM_BYTES || !wire::has_bytes::<U>() || message.encoded_len() >= length / 2;
@@ -86,9 +86,9 @@ fn compact<U: Message + Name + Default>(message: U, length: usize) -> U {
     U::decode(bytes::Bytes::from(message.encode_to_vec())).unwrap_or(message)
 }
 
-/// Encodes large messages without holding up others.
+/// Encodes large messages without blocking other requests.
 #[derive(Debug)]
-pub struct CarefulEncoder<T>(ProstEncoder<T>);
+pub(crate) struct CarefulEncoder<T>(ProstEncoder<T>);
 
 impl<T: Message + 'static> Encoder for CarefulEncoder<T> {
     type Item = T;

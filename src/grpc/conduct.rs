@@ -1,11 +1,11 @@
-//! [`Conduct`]: what a client does with its connection, judged by the frames that go in both directions. Pure.
+//! [`Conduct`]: limits on the behaviour of a connection, based on the frames in both directions. Pure.
 //!
-//! Opening a stream and cancelling it costs a client nothing and this server all the work of a call (CVE-2023-44487). The HTTP/2
-//! library bounds what of that waits at a time, not how much of it there is in a second. So cancelled streams take from a
-//! bucket that finished ones fill. Frames without payload or effect (PING, SETTINGS, empty DATA) take from another one, which
-//! answers fill.
+//! Opening and cancelling a stream costs a client nothing, but costs this server the work of a call (CVE-2023-44487). The
+//! HTTP/2 library bounds how many cancelled streams are pending, but not their rate. So each cancelled stream takes a token
+//! from a bucket that finished streams refill. Frames without payload or effect (PING, SETTINGS, empty DATA) take tokens from
+//! another bucket, which answers refill.
 //!
-//! It also counts what the client has sent of each stream that is open, for [`crate::connections::ahead`].
+//! It also counts the bytes that the client has sent on each open stream, for [`crate::connections::ahead`].
 
 use super::{
     STREAM_WINDOW_BYTES, STREAMS_MAX,
@@ -17,15 +17,14 @@ use crate::connections::{
 };
 use std::collections::HashMap;
 
-/// Streams that one connection may cancel without having finished others. A build that fails cancels each action that it has
-/// under way.
-pub const RESETS: Rate = Rate { burst: 5_000, per_second: 200 };
-/// What frames without payload or effect may cost, in the cost of a WINDOW_UPDATE. Clients measure the link with pings while they
-/// download, and give windows back in small parts; so each frame of an answer pays for [`UPDATES_PER_DATA`].
-pub const NOISE: Rate = Rate { burst: 640_000, per_second: 64_000 };
-/// The cost of a PING, SETTINGS, PRIORITY, an empty frame, or one of an unknown type: each is answered or looked up.
+/// Rate of cancelled streams on a connection that finishes none. A failed build cancels all its running actions.
+pub(super) const RESETS: Rate = Rate { burst: 5_000, per_second: 200 };
+/// Rate of frames without payload or effect, in units of a WINDOW_UPDATE. While clients download, they send pings and small
+/// window updates, so each frame of an answer pays for [`UPDATES_PER_DATA`].
+pub(super) const NOISE: Rate = Rate { burst: 640_000, per_second: 64_000 };
+/// The cost of a PING, SETTINGS, PRIORITY, an empty frame, or a frame of an unknown type. Each needs an answer or a lookup.
 const NOISE_COST: u64 = 64;
-/// Updates and pings that a frame of an answer pays for.
+/// The credit for a frame of an answer.
 const UPDATES_PER_DATA: u64 = 2 * NOISE_COST;
 
 /// See the top of this file.
@@ -35,43 +34,43 @@ pub(super) struct Conduct {
     outward: FrameReader,
     resets: Bucket,
     noise: Bucket,
-    /// Streams that were answered since the last resets.
+    /// Number of streams that were answered since the last resets.
     finished: u64,
     last_stream: u32,
     open: OpenStreams,
 }
 
-/// What the client has sent of the streams that are open. The HTTP/2 library throws away what comes of others.
+/// The bytes that the client has sent on open streams. The HTTP/2 library discards data of other streams.
 #[derive(Debug, Default)]
 struct OpenStreams {
     streams: HashMap<u32, SentAhead>,
-    /// The most that all of them can be ahead together.
+    /// Upper bound of the bytes of all streams that no handler has taken.
     most: u64,
 }
 
 #[derive(Debug, Default)]
 struct SentAhead {
     bytes: u64,
-    /// What small frames count beside their bytes.
+    /// The overhead of small frames.
     surplus: u64,
 }
 
 impl SentAhead {
-    /// The most of it that no handler has taken.
+    /// Upper bound of the bytes that no handler has taken.
     fn most(&self) -> u64 {
         self.bytes.min(STREAM_WINDOW_BYTES.into()) + self.surplus
     }
 }
 
 impl OpenStreams {
-    /// The library refuses more streams, so there is nothing to count of them.
+    /// The library refuses further streams, so they are not counted.
     fn open(&mut self, stream: u32) {
         if self.streams.len() < STREAMS_MAX as usize {
             self.streams.entry(stream).or_default();
         }
     }
 
-    /// Counts a frame; returns what it counts.
+    /// Counts a DATA frame and returns its cost.
     fn receive(&mut self, frame: Frame) -> u64 {
         let Some(sent) = self.streams.get_mut(&frame.stream) else { return 0 };
         let (before, bytes) = (sent.most(), u64::from(frame.length));
@@ -89,36 +88,36 @@ impl OpenStreams {
     }
 }
 
-/// What came in.
+/// The effect of received bytes.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Received {
-    pub frames: u64,
+    pub frames: usize,
     pub resets: u64,
-    /// Streams that were answered since the last resets; 0 where there are no resets.
+    /// Number of streams that were answered since the last resets; 0 if there are no resets now.
     pub finished: u64,
-    /// Whether the head of a request has begun and not ended, where that changed.
+    /// Whether the head of a request is incomplete, if that has changed.
     pub head_is_open: Option<bool>,
-    /// More streams were cancelled than this connection may.
+    /// Whether the connection cancelled too many streams.
     pub resets_too_much: bool,
-    /// More frames without payload or effect were sent than this connection may send.
+    /// Whether the connection sent too many frames without payload or effect.
     pub is_noise: bool,
-    /// What the parts of requests count until handlers take them.
+    /// Cost of the received parts of requests, until handlers take them.
     pub ahead: u64,
     /// Whether a stream was closed.
     pub has_closed: bool,
 }
 
-/// What went out.
+/// The effect of sent bytes.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Sent {
-    /// Whether a DATA frame began in it.
+    /// Whether a DATA frame began.
     pub has_data: bool,
     /// Whether a stream was closed.
     pub has_closed: bool,
 }
 
 impl Conduct {
-    pub fn new(now_ms: u64) -> Self {
+    pub(super) fn new(now_ms: u64) -> Self {
         Self {
             inward: FrameReader::of_client(),
             outward: FrameReader::of_server(),
@@ -130,8 +129,8 @@ impl Conduct {
         }
     }
 
-    /// Looks at bytes that the client sent.
-    pub fn receive(&mut self, bytes: &[u8], now_ms: u64) -> Received {
+    /// Processes bytes that the client sent.
+    pub(super) fn receive(&mut self, bytes: &[u8], now_ms: u64) -> Received {
         let mut received = Received::default();
         let (mut noise, mut last) = (0u64, self.last_stream);
         self.inward.take(bytes, |frame| {
@@ -148,6 +147,8 @@ impl Conduct {
                 }
                 kind::DATA => received.ahead += self.open.receive(frame),
                 kind::RST_STREAM => received.has_closed |= self.open.close(frame.stream),
+                // The HTTP/2 library walks over all streams to move their windows.
+                kind::SETTINGS => noise += self.open.streams.len() as u64,
                 kind::CONTINUATION if frame.ends_headers() => received.head_is_open = Some(false),
                 _ => {}
             }
@@ -162,8 +163,8 @@ impl Conduct {
         received
     }
 
-    /// Looks at bytes that this server sent, and adds what it sees.
-    pub fn send(&mut self, bytes: &[u8], sent: &mut Sent) {
+    /// Processes bytes that this server sent, and adds their effect to `sent`.
+    pub(super) fn send(&mut self, bytes: &[u8], sent: &mut Sent) {
         let (mut finished, mut heads, mut data) = (0, 0, 0);
         self.outward.take(bytes, |frame| {
             finished += u64::from(frame.ends_stream());
@@ -180,13 +181,18 @@ impl Conduct {
         sent.has_data |= data > 0;
     }
 
+    /// Number of streams that the client has opened and that were neither answered nor cancelled.
+    pub(super) fn open_streams(&self) -> usize {
+        self.open.streams.len()
+    }
+
     /// The most that this connection can be ahead of its handlers, by the streams that are open.
-    pub fn ahead_at_most(&self) -> u64 {
+    pub(super) fn ahead_at_most(&self) -> u64 {
         self.open.most
     }
 
-    /// The frame that tells the client to be calm, where one can be sent.
-    pub fn goaway(&self) -> Option<[u8; 17]> {
+    /// A GOAWAY frame with ENHANCE_YOUR_CALM, if one can be sent at this point.
+    pub(super) fn goaway(&self) -> Option<[u8; 17]> {
         const ENHANCE_YOUR_CALM: u8 = 0xb;
         let [a, b, c, d] = self.last_stream.to_be_bytes();
         let frame = [0, 0, 8, kind::GOAWAY, 0, 0, 0, 0, 0, a, b, c, d, 0, 0, 0, ENHANCE_YOUR_CALM];
@@ -196,7 +202,7 @@ impl Conduct {
 
 fn cost(frame: Frame) -> u64 {
     match frame.kind {
-        // Bounded by streams and by resets.
+        // These are limited by streams and resets.
         kind::HEADERS | kind::RST_STREAM => 0,
         kind::DATA if frame.length > 0 || frame.ends_stream() => 0,
         kind::CONTINUATION if frame.length > 0 || frame.ends_headers() => 0,
@@ -262,6 +268,22 @@ mod tests {
         let mut conduct = connected();
         let upload = frame(kind::DATA, 0, 1).repeat(100_000);
         assert!(!conduct.receive(&upload, 0).is_noise);
+    }
+
+    #[test]
+    fn settings_cost_more_where_many_streams_are_open() {
+        let settings = frame(kind::SETTINGS, 0, 0);
+        let most = |streams: u32| {
+            let mut conduct = connected();
+            for stream in 0..streams {
+                let mut head = frame(kind::HEADERS, 0x4, 0);
+                head[5..].copy_from_slice(&(2 * stream + 1).to_be_bytes());
+                conduct.receive(&head, 0);
+            }
+            (0..NOISE.burst).take_while(|_| !conduct.receive(&settings, 0).is_noise).count() as u64
+        };
+        assert_eq!(most(0), NOISE.burst / NOISE_COST);
+        assert_eq!(most(1_000), NOISE.burst / (NOISE_COST + 1_000));
     }
 
     #[test]

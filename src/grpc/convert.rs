@@ -1,6 +1,6 @@
-//! Wire to domain and back: digests of a request, who asks, names of operations, and the Operation message.
+//! Conversion between wire and domain types: digests, client metadata, names of operations, and the Operation message.
 //!
-//! The only code that knows both sides. It reads nothing and waits for nothing.
+//! No other code converts them. Nothing here does IO.
 
 use crate::{
     actors::{
@@ -9,7 +9,7 @@ use crate::{
         },
         worker::messages::RunStage,
     },
-    instance::{Instance, Instances},
+    instance::Instance,
     log_streams::{
         name::{LogName, StreamId},
         run::LogKind,
@@ -36,7 +36,7 @@ use std::time::SystemTime;
 /// The digest function of a request: [`Instance::digest_function`] of its digests.
 ///
 /// # Errors
-/// As there.
+/// Those of [`Instance::digest_function`].
 pub fn digest_function<'a>(
     instance: &Instance,
     number: i32,
@@ -45,7 +45,7 @@ pub fn digest_function<'a>(
     instance.digest_function(number, digests.into_iter().flatten().map(|digest| digest.hash.len()))
 }
 
-/// The one digest that a request is about.
+/// The digest in a request that has one.
 ///
 /// # Errors
 /// [`Error::Invalid`] when it is absent or malformed, or its function is not supported (GEN-01..05, GEN-09).
@@ -72,18 +72,18 @@ pub fn digests(
     digests.resolve(function, field)
 }
 
-/// Headers that carry RequestMetadata: today's, and the one that some clients still use.
+/// Headers with RequestMetadata: the current one, and an older one that some clients still use.
 const METADATA_HEADERS: [&str; 2] = [
     "build.bazel.remote.execution.v2.requestmetadata-bin",
     "google.devtools.remoteexecution.v1test.requestmetadata-bin",
 ];
 
-/// How much of each text a client says about itself is kept, in bytes; operations and log lines hold on to it.
+/// Longest text of the client metadata that is kept, in bytes. Operations and log lines contain it.
 const CLIENT_TEXT_MAX_BYTES: usize = 512;
 
-/// Who asks, as far as the headers say. Anything that does not decode counts as not said (GEN-28).
+/// The client metadata in the headers. Headers that do not decode are ignored (GEN-28).
 pub fn client_info(headers: &HeaderMap) -> ClientInfo {
-    /// Clients differ in padding, and none of them should fail for it.
+    /// Some clients pad, others do not.
     const BASE64: GeneralPurpose = GeneralPurpose::new(
         &STANDARD,
         GeneralPurposeConfig::new()
@@ -104,21 +104,24 @@ pub fn client_info(headers: &HeaderMap) -> ClientInfo {
     }
 }
 
-/// Takes `[instance/]operations/{id}` apart.
+/// Takes `[instance/]operations/{id}` apart. The instance name is not looked up.
 ///
 /// # Errors
-/// [`Error::NotFound`] for every name that cannot be one of ours: clients run the action again only on that (EXE-13).
-pub fn operation_name(instances: &Instances, name: &str) -> Result<(Instance, OperationId)> {
-    let unknown = || {
-        Error::NotFound(format!(
-            "there is no operation \"{}\"; names have the form [instance/]operations/{{id}}",
-            status::shorten(name.escape_debug().to_string(), CLIENT_TEXT_MAX_BYTES)
-        ))
-    };
+/// [`Error::NotFound`] for every name that this server cannot have given. Only for this code do clients run the action again
+/// (EXE-13).
+pub fn operation_name(name: &str) -> Result<(&str, OperationId)> {
+    let unknown = || no_operation(name);
     let (collection, id) = name.rsplit_once('/').ok_or_else(unknown)?;
-    let instance = operations_of(collection).ok_or_else(unknown)?;
-    let id = id.parse().map_err(|_| unknown())?;
-    Ok((instances.get(instance).map_err(|_| unknown())?, id))
+    let instance_name = operations_of(collection).ok_or_else(unknown)?;
+    Ok((instance_name, id.parse().map_err(|_| unknown())?))
+}
+
+/// The error for a name that cannot be an operation of this server.
+pub fn no_operation(name: &str) -> Error {
+    Error::NotFound(format!(
+        "there is no operation \"{}\"; names have the form [instance/]operations/{{id}}",
+        status::shorten(name.escape_debug().to_string(), CLIENT_TEXT_MAX_BYTES)
+    ))
 }
 
 /// The instance name in `[instance/]operations`; `None` for any other text.
@@ -129,8 +132,8 @@ pub fn operations_of(collection: &str) -> Option<&str> {
     collection.strip_suffix("/operations").filter(|instance| !instance.is_empty())
 }
 
-/// The Operation message of a snapshot. `result` is the outcome's result made ready for this client (inlined contents); it
-/// is ignored while there is no outcome.
+/// The Operation message of a snapshot. `result` is the result of the outcome, prepared for this client with inlined contents.
+/// It is ignored if there is no outcome.
 pub fn operation(
     info: &OperationInfo,
     snapshot: &Snapshot,
@@ -138,7 +141,7 @@ pub fn operation(
 ) -> longrunning::Operation {
     let response = snapshot.outcome.as_ref().map(|outcome| {
         let result = result.map(|mut result| {
-            // One client refuses a result without it (EXE-60).
+            // One client requires this field (EXE-60).
             result.execution_metadata.get_or_insert_default();
             result
         });
@@ -154,7 +157,7 @@ pub fn operation(
             cached_result: outcome.cached,
             status: Some(status),
             server_logs: outcome.server_logs.iter().map(server_log).collect(),
-            // The place to add a link to the operation's page, once there is one: only the edge knows where clients find it.
+            // A link to a page of the operation would be added here, because only the edge knows its address.
             message: outcome.message.clone(),
         };
         pack("build.bazel.remote.execution.v2.ExecuteResponse", &response)
@@ -172,7 +175,7 @@ pub fn operation(
 
 fn operation_metadata(info: &OperationInfo, snapshot: &Snapshot) -> reapi::ExecuteOperationMetadata {
     let stage = match snapshot.stage {
-        // The pair of stage and `done` must never disagree (EXE-05), so the outcome decides.
+        // Stage and `done` must agree (EXE-05), so both follow from the outcome.
         _ if snapshot.outcome.is_some() => reapi::execution_stage::Value::Completed,
         Stage::Queued => reapi::execution_stage::Value::Queued,
         Stage::Executing | Stage::Completed => reapi::execution_stage::Value::Executing,
@@ -187,7 +190,7 @@ fn operation_metadata(info: &OperationInfo, snapshot: &Snapshot) -> reapi::Execu
     }
 }
 
-/// The name of one output of the latest run (EXE-64); empty while there is none.
+/// The name of an output stream of the latest run (EXE-64); empty if there is none.
 fn stream_name(info: &OperationInfo, snapshot: &Snapshot, kind: LogKind) -> String {
     let name = |logs| {
         let parent = info.instance.name().to_owned();
@@ -201,7 +204,7 @@ fn server_log(log: &ServerLog) -> (String, reapi::LogFile) {
     (log.name.clone(), reapi::LogFile { digest: Some(log.digest.to_wire()), human_readable: true })
 }
 
-/// What is known about the run by now; the whole of it once there is a result.
+/// The known part of the run's metadata; all of it once there is a result.
 fn execution_metadata(snapshot: &Snapshot) -> reapi::ExecutedActionMetadata {
     let result = snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref());
     if let Some(metadata) = result.and_then(|result| result.execution_metadata.as_ref()) {
@@ -246,12 +249,12 @@ fn timestamp(time: SystemTime) -> prost_types::Timestamp {
 mod tests {
     use super::*;
     use crate::actors::scheduler::operation::Outcome;
+    use crate::instance::Instances;
     use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD};
     use gorego_reapi::find_missing::FindMissingBlobsRequest;
     use http::HeaderValue;
     use proptest::prelude::*;
     use std::{sync::Arc, time::Duration};
-    use uuid::Uuid;
 
     const HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
@@ -265,7 +268,7 @@ mod tests {
 
     fn info() -> OperationInfo {
         OperationInfo {
-            id: OperationId(Uuid::new_v4()),
+            id: OperationId::random(Default::default()),
             instance: instances().get("a/b").unwrap(),
             action: Digest::empty(DigestFunction::Sha256),
             inline: Default::default(),
@@ -375,22 +378,22 @@ mod tests {
     #[test]
     fn operation_names_are_read_back_and_all_others_are_not_found() {
         let info = info();
-        let (instance, id) = operation_name(&instances(), &info.name()).unwrap();
-        assert_eq!((instance.name(), id), ("a/b", info.id));
+        let name = info.name();
+        let (instance_name, id) = operation_name(&name).unwrap();
+        assert_eq!((instance_name, id), ("a/b", info.id));
         let id = info.id;
-        assert!(operation_name(&instances(), &format!("operations/{id}")).is_ok());
+        assert!(operation_name(&format!("operations/{id}")).is_ok());
         for name in [
             String::new(),
             id.to_string(),
             format!("/operations/{id}"),
             format!("xoperations/{id}"),
-            format!("nope/operations/{id}"),
             format!("a/b/operations/{id}/"),
             format!("a/b/operations/{}", id.to_string().to_uppercase()),
             "operations/1".into(),
             "x".repeat(10_000),
         ] {
-            assert!(matches!(operation_name(&instances(), &name), Err(Error::NotFound(_))), "{name}");
+            assert!(matches!(operation_name(&name), Err(Error::NotFound(_))), "{name}");
         }
     }
 

@@ -1,13 +1,14 @@
 //! The Execution service: Execute and WaitExecution.
 
-use super::{Edge, OperationStream, ask::Scheduler, convert, operation_stream, request_log::Call};
+use super::{Edge, OperationStream, ask::Scheduler, convert, operation_stream};
 use crate::{
     actors::scheduler::{
         messages::{Admit, Submit, Watch},
         operation::{Inline, Subscription},
     },
+    call::Call,
+    gate::Gate,
     grpc::services::execution_server::Execution,
-    instance::Instances,
 };
 use futures::StreamExt as _;
 use gorego_reapi::{
@@ -17,13 +18,12 @@ use gorego_reapi::{
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-/// Memory that the list of files whose contents a client wants inlined may take, in bytes. An operation keeps the list until
-/// it is forgotten. Clients name a file or two; inlining is a favour, so that what does not fit is left out.
+/// Memory limit of the list of files to inline, in bytes. An operation keeps the list until it is forgotten. Clients name one
+/// or two files. Inlining is optional, so names beyond the limit are dropped.
 const INLINE_LIST_MAX_BYTES: usize = 16 * 1024;
 
-/// The service.
 #[derive(Debug)]
-pub struct ExecutionService(pub Arc<Edge>);
+pub(crate) struct ExecutionService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl Execution for ExecutionService {
@@ -31,18 +31,17 @@ impl Execution for ExecutionService {
     type WaitExecutionStream = OperationStream;
 
     async fn execute(&self, request: Request<ExecuteRequest>) -> Result<Response<OperationStream>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let scheduler = self.0.scheduler()?;
-        let submit = submission(&self.0.instances, &call, request.into_inner())?;
-        call.instance(&submit.instance);
-        call.action(submit.action);
+        let submit = submission(&self.0.gate, &call, request.into_inner())?;
+        call.note_action(submit.action);
         let Submit { instance, action, skip_cache_lookup, caller, .. } = &submit;
-        // A missing or malformed action is no error of the call: it is reported inside a final Operation, where every client
-        // finds the list of blobs to upload, and not in the details of a status, which one client drops (EXE-25).
+        // A missing or malformed action is not an error of the call. It is reported inside a final Operation, where every
+        // client finds the list of missing blobs. One client drops the details of a call's status (EXE-25).
         let cas = self.0.cas.working_for(*caller);
         let resolution = cas.resolve_action(instance, *action, *skip_cache_lookup).await?;
         let subscription = scheduler.admit(Admit { submit, resolution }).await?;
-        call.operation(&subscription.info.instance, subscription.info.id);
+        call.note_operation(subscription.info.id);
         Ok(self.stream(scheduler, subscription, call))
     }
 
@@ -50,12 +49,11 @@ impl Execution for ExecutionService {
         &self,
         request: Request<WaitExecutionRequest>,
     ) -> Result<Response<OperationStream>, Status> {
-        let call = Call::of(&request);
-        let (instance, id) = convert::operation_name(&self.0.instances, &request.get_ref().name)?;
-        call.operation(&instance, id);
+        let call = Call::of(request.extensions());
+        let (instance, id) = self.0.operation(&call, &request.get_ref().name)?;
         let scheduler = self.0.scheduler()?;
         let subscription = scheduler.watch(Watch { instance, id }).await?;
-        call.action(subscription.info.action);
+        call.note_action(subscription.info.action);
         Ok(self.stream(scheduler, subscription, call))
     }
 }
@@ -72,13 +70,9 @@ impl ExecutionService {
     }
 }
 
-/// What an Execute request asks of the scheduler.
-fn submission(instances: &Instances, call: &Call, request: ExecuteRequest) -> Result<Submit, Error> {
-    let instance = instances.get(&request.instance_name)?;
-    if !instance.policy().execution {
-        let problem = "no actions are run under this instance name (execution = false)";
-        return Err(Error::Denied(problem.into()));
-    }
+/// Converts an Execute request to a message for the scheduler.
+fn submission(gate: &Gate, call: &Call, request: ExecuteRequest) -> Result<Submit, Error> {
+    let instance = gate.enter(call, &request.instance_name)?;
     let (function, action) = (request.digest_function, request.action_digest.as_ref());
     Ok(Submit {
         action: convert::digest(&instance, function, action, "action_digest")?,
@@ -95,7 +89,7 @@ fn submission(instances: &Instances, call: &Call, request: ExecuteRequest) -> Re
     })
 }
 
-/// The first files of a list, as many as may be kept.
+/// The first files of a list, up to the memory limit.
 fn within_bounds(mut files: Vec<String>) -> Vec<String> {
     let mut left = INLINE_LIST_MAX_BYTES;
     let fits = files.iter().position(|file| {

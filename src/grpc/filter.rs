@@ -1,8 +1,7 @@
 //! The filter of ListOperations: `stage=QUEUED AND done=false invocation=...`.
 //!
-//! Terms are `key=value`, joined by `AND` or just by spaces; all of them must hold. A value may be quoted to contain spaces.
-//! Whatever the grammar does not know is refused with the grammar, never ignored: a filter that silently matched everything
-//! would be worse than none.
+//! Terms are `key=value`, joined by `AND` or spaces. All of them must match. A value may be quoted to contain spaces. Unknown
+//! terms are refused with the grammar and never ignored, because a filter that silently matches everything is worse than none.
 
 use crate::actors::scheduler::{messages::OperationFilter, operation::Stage};
 use gorego_reapi::error::{Error, Result};
@@ -14,7 +13,7 @@ pub const FILTER_MAX_BYTES: usize = 4 * 1024;
 const GRAMMAR: &str = "terms are stage=QUEUED|EXECUTING|COMPLETED, done=true|false, invocation=ID, target=LABEL, \
      pool=NAME, worker=NAME and instance=NAME, each at most once, joined by AND or spaces";
 
-/// A filter, read.
+/// A parsed filter.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Filter {
     /// The instance whose operations are wanted.
@@ -23,7 +22,7 @@ pub struct Filter {
     pub operations: OperationFilter,
 }
 
-/// Reads a filter; the empty one matches everything.
+/// Parses a filter. The empty filter matches everything.
 ///
 /// # Errors
 /// [`Error::Invalid`] that shows the term and the grammar.
@@ -38,7 +37,7 @@ pub fn parse(text: &str) -> Result<Filter> {
         let (word, after) = next_word(rest).ok_or_else(|| refuse(rest))?;
         rest = after.trim_start();
         if word == "AND" {
-            // It stands between two terms and nowhere else.
+            // It must be between two terms.
             if joined || rest.is_empty() || filter == Filter::default() {
                 return Err(refuse(word));
             }
@@ -51,7 +50,7 @@ pub fn parse(text: &str) -> Result<Filter> {
     Ok(filter)
 }
 
-/// Adds one term; `None` when it is unknown, malformed or there already.
+/// Adds one term; `None` when it is unknown, malformed or repeated.
 fn term(filter: &mut Filter, word: &str) -> Option<()> {
     let (key, value) = word.split_once('=')?;
     let quoted = value.starts_with('"');
@@ -75,7 +74,7 @@ fn term(filter: &mut Filter, word: &str) -> Option<()> {
         "target" if !value.is_empty() => set(&mut filter.target, value.to_owned()),
         "pool" if !value.is_empty() => set(&mut filter.pool, value.to_owned()),
         "worker" if !value.is_empty() => set(&mut filter.worker, value.to_owned()),
-        // The default instance has the empty name; it has to be quoted, lest a forgotten value be taken for it.
+        // The empty name of the default instance must be quoted, so that it is not confused with a forgotten value.
         "instance" if !value.is_empty() || quoted => set(instance, value.to_owned()),
         _ => None,
     }

@@ -1,18 +1,19 @@
-//! [`FrameReader`]: the frames of one direction of an HTTP/2 connection, by their headers alone (RFC 9113, section 4.1). Pure.
+//! [`FrameReader`]: parses the frame headers of one direction of an HTTP/2 connection (RFC 9113, section 4.1). Pure.
 
-/// What the client sends before its first frame.
+/// Length of the client's connection preface.
 const PREFACE_BYTES: usize = 24;
-/// Length, type, flags and stream of a frame.
+/// Length of a frame header: length, type, flags and stream.
 const HEADER_BYTES: usize = 9;
 
 /// Frame types of RFC 9113, section 6.
 pub(super) mod kind {
-    pub const DATA: u8 = 0;
-    pub const HEADERS: u8 = 1;
-    pub const RST_STREAM: u8 = 3;
-    pub const GOAWAY: u8 = 7;
-    pub const WINDOW_UPDATE: u8 = 8;
-    pub const CONTINUATION: u8 = 9;
+    pub(crate) const DATA: u8 = 0;
+    pub(crate) const HEADERS: u8 = 1;
+    pub(crate) const RST_STREAM: u8 = 3;
+    pub(crate) const SETTINGS: u8 = 4;
+    pub(crate) const GOAWAY: u8 = 7;
+    pub(crate) const WINDOW_UPDATE: u8 = 8;
+    pub(crate) const CONTINUATION: u8 = 9;
 }
 
 /// The header of a frame.
@@ -36,45 +37,45 @@ impl Frame {
         }
     }
 
-    /// Whether nothing more comes of the stream in this direction.
-    pub fn ends_stream(self) -> bool {
+    /// Whether the stream ends in this direction.
+    pub(super) fn ends_stream(self) -> bool {
         matches!(self.kind, kind::DATA | kind::HEADERS) && self.flags & 0x1 != 0
     }
 
     /// Whether this is the last frame of a header block.
-    pub fn ends_headers(self) -> bool {
+    pub(super) fn ends_headers(self) -> bool {
         matches!(self.kind, kind::HEADERS | kind::CONTINUATION) && self.flags & 0x4 != 0
     }
 }
 
-/// Finds the frames in bytes that come in pieces of any size.
+/// Finds frames in bytes that arrive in pieces of any size.
 #[derive(Debug)]
 pub(super) struct FrameReader {
     header: [u8; HEADER_BYTES],
-    /// How much of the header has come.
+    /// Number of header bytes that have arrived.
     seen: usize,
-    /// What is to come of the preface or of the payload.
+    /// Number of bytes of the preface or payload that are still to come.
     skip: usize,
 }
 
 impl FrameReader {
-    /// For what a client sends.
-    pub fn of_client() -> Self {
+    /// A reader for the client's direction.
+    pub(super) fn of_client() -> Self {
         Self { skip: PREFACE_BYTES, ..Self::of_server() }
     }
 
-    /// For what a server sends.
-    pub fn of_server() -> Self {
+    /// A reader for the server's direction.
+    pub(super) fn of_server() -> Self {
         Self { header: [0; HEADER_BYTES], seen: 0, skip: 0 }
     }
 
-    /// Whether a frame could begin here.
-    pub fn is_between_frames(&self) -> bool {
+    /// Whether the next byte begins a frame.
+    pub(super) fn is_between_frames(&self) -> bool {
         self.seen == 0 && self.skip == 0
     }
 
-    /// Takes the next bytes, and gives each frame whose header is complete.
-    pub fn take(&mut self, mut bytes: &[u8], mut frame: impl FnMut(Frame)) {
+    /// Consumes the next bytes, and calls `frame` for each complete header.
+    pub(super) fn take(&mut self, mut bytes: &[u8], mut frame: impl FnMut(Frame)) {
         while !bytes.is_empty() {
             if self.skip > 0 {
                 let part = self.skip.min(bytes.len());

@@ -1,17 +1,18 @@
 //! GetTree: the directories below a root, in pages.
 //!
-//! One call streams the whole tree in pages (CAS-27). The store walks the tree ([`Walk`]) and bounds what all walks take together. A
-//! page token counts the directories of the walk up to the end of its page; resuming walks again from the root and skips so
-//! many. The server keeps nothing in between.
+//! One call streams the whole tree in pages (CAS-27). The store walks the tree ([`Walk`]) and bounds the memory of all walks. A
+//! page token contains the number of directories up to the end of its page. A call with a token walks from the root again and
+//! skips that many. The server keeps no state between calls.
 //!
-//! So that a client that does not read cannot hold up all others, its walk ends after [`PAGE_WAIT`].
+//! The walk of a client that does not read ends after [`PAGE_WAIT`], so that it cannot block others.
 
-use super::{TreeStream, convert, inline, page_token, request_log::Call};
+use super::{TreeStream, convert, inline, page_token};
 use crate::{
     actors::cas::{
         client::Cas,
         trees::walk::{Visited, Walk},
     },
+    call::Call,
     instance::Instance,
 };
 use futures::stream::{self, BoxStream, Stream, StreamExt as _, TryStreamExt as _};
@@ -24,33 +25,33 @@ use prost::Message as _;
 use std::{pin::pin, time::Duration};
 use tokio::{sync::mpsc, time::timeout};
 
-/// Directories in a page when the client does not say, and at most.
+/// Default and largest number of directories in a page.
 pub const PAGE_MAX_DIRECTORIES: usize = 1_000;
-/// Bytes of Directories in a page; what 4 MiB leave over is for the page token and framing (GEN-25). A larger directory
-/// travels alone, in a message that only clients with a raised limit take.
+/// Size limit of the directories in a page. The rest of 4 MiB is for the page token and framing (GEN-25). A larger directory is
+/// sent in a page of its own, which only clients with a raised limit accept.
 pub const PAGE_MAX_BYTES: usize = inline::MESSAGE_MAX_BYTES - 4 * 1024;
-/// How long a walk waits for room for a page, and for its client to take it; a full one passes at 35 kB/s.
+/// Time limit for room for a page, and for the client to take it. A full page passes in this time at 35 kB/s.
 pub const PAGE_WAIT: Duration = Duration::from_secs(120);
 /// Tag and length of one directory in a page, rounded up.
 const ENTRY_BYTES: usize = 8;
 
-/// What one call wants of a tree, and the page that is being made.
+/// The request of one call, and the page that is being filled.
 #[derive(Debug)]
 pub struct Paging {
     root: Digest,
-    /// Directories of the walk up to here; those that are not stored count too.
+    /// Number of directories of the walk so far, including those that are not stored.
     position: u64,
-    /// Directories that an earlier call has sent.
+    /// Number of directories that earlier calls have sent.
     skip: u64,
     page_size: usize,
     page: Vec<Directory>,
     page_bytes: usize,
-    /// What `page` takes in memory.
+    /// Memory of `page`.
     page_weight: usize,
 }
 
 impl Paging {
-    /// What a request asks for.
+    /// Parses a request.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a malformed digest, a negative page size, or a token of another tree (CAS-28).
@@ -69,8 +70,8 @@ impl Paging {
         Ok(Self { root, position: 0, skip, page_size, page: Vec::new(), page_bytes: 0, page_weight: 0 })
     }
 
-    /// Takes the next directory of the walk. Gives a page when this directory does not fit into it any more; so there is
-    /// always at least one directory after such a page.
+    /// Adds the next directory of the walk. Returns the page if the directory does not fit into it, so at least one directory
+    /// follows such a page.
     fn take(&mut self, visited: Visited) -> Option<GetTreeResponse> {
         let Visited { directory, weight } = visited;
         let mut page = None;
@@ -78,7 +79,7 @@ impl Paging {
             let bytes = directory.encoded_len() + ENTRY_BYTES;
             let is_full = !self.page.is_empty()
                 && (self.page.len() >= self.page_size || self.page_bytes + bytes > PAGE_MAX_BYTES);
-            // Before this directory is counted: the token of a page points right behind its last directory.
+            // Before the position is increased, because the token points behind the last directory of its page.
             page = is_full.then(|| self.take_page(true));
             if self.position >= self.skip {
                 self.page_bytes += bytes;
@@ -90,7 +91,7 @@ impl Paging {
         page
     }
 
-    /// The page as far as it is made. The last one is empty only if the tree has shrunk since the token was made.
+    /// The current page. The last page is empty only if the tree has become smaller since the token was made.
     fn take_page(&mut self, more: bool) -> GetTreeResponse {
         (self.page_bytes, self.page_weight) = (0, 0);
         let next_page_token =
@@ -99,15 +100,16 @@ impl Paging {
     }
 }
 
-/// What a token is bound to: a token of another root is refused (CAS-28).
+/// The binding of a token. A token of another root is refused (CAS-28).
 fn binding(root: &Digest) -> String {
     format!("tree of {}/{root}", root.function().name())
 }
 
-/// The pages of a tree, once there is a place for its walk. A stream that is dropped frees its place, or leaves the line.
+/// The pages of a tree. The walk starts when there is a place for it. Dropping the stream frees the place or stops waiting for
+/// one.
 ///
-/// A page is sent when there is room for it among the answers.
-pub fn pages(cas: &Cas, instance: &Instance, paging: Paging, call: Call) -> TreeStream {
+/// A page is sent when the connection has room for it.
+pub(super) fn pages(cas: &Cas, instance: &Instance, paging: Paging, call: Call) -> TreeStream {
     let walk = cas.walk_tree(instance, paging.root);
     attended(with_room(run(paging, walk).boxed(), call)).map(|page| page.map_err(Into::into)).boxed()
 }
@@ -125,8 +127,8 @@ fn run(paging: Paging, walk: Walk) -> impl Stream<Item = Result<GetTreeResponse>
     })
 }
 
-/// These pages, each given when there is room for it among the answers. A page is made before that: until it is given, its
-/// memory is a part of what its walk may take, and a walk that waits for its place holds no room.
+/// Yields each page when the connection has room for it. The page is made before. Until it is yielded, its memory counts for
+/// its walk, and a walk that waits for its place holds no room.
 fn with_room(
     pages: BoxStream<'static, Result<GetTreeResponse>>,
     call: Call,
@@ -144,14 +146,14 @@ fn with_room(
     })
 }
 
-/// The pages of a walk that goes on by itself, one page ahead, so that it ends when its client takes none for [`PAGE_WAIT`].
+/// Runs a walk in a task of its own, one page ahead, so that it ends when its client takes no page for [`PAGE_WAIT`].
 fn attended(
     pages: impl Stream<Item = Result<GetTreeResponse>> + Send + 'static,
 ) -> impl Stream<Item = Result<GetTreeResponse>> + Send {
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(async move {
         let mut pages = pin!(pages);
-        // The walk stands still until its last page was taken, and gives up its place when it ends here.
+        // The walk pauses until its last page was taken. Returning from here frees its place.
         while let Ok(Ok(room)) = timeout(PAGE_WAIT, sender.reserve()).await {
             let page = tokio::select! {
                 page = pages.next() => page,

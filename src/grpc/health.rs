@@ -1,5 +1,4 @@
-//! grpc.health.v1: the status of the whole server, under the empty name, and of each service of the Remote APIs
-//! under its own.
+//! grpc.health.v1: the status of the whole server under the empty name, and of each service under its own name.
 
 use super::services::{
     action_cache_server, byte_stream_server, capabilities_server, content_addressable_storage_server,
@@ -21,22 +20,22 @@ const NAMES: &[&str] = &[
     push_server::SERVICE_NAME,
 ];
 
-/// Switches what health checks answer; cheap to clone. One is given to [`super::serve`] and kept for the drain.
+/// Sets the answer to health checks. Cheap to clone. [`super::serve`] gets one; the wiring keeps a clone for the drain.
 #[derive(Debug, Clone)]
 pub struct Health {
     reporter: HealthReporter,
 }
 
 impl Health {
-    /// The health of a server of which everything is SERVING.
+    /// Reports SERVING for everything.
     pub async fn serving() -> Self {
         let health = Self { reporter: HealthReporter::new() };
         health.set(ServingStatus::Serving).await;
         health
     }
 
-    /// From now on everything is NOT_SERVING: load balancers send nothing new, watchers are told at once. For the start of a
-    /// drain.
+    /// Reports NOT_SERVING for everything, at the start of a drain. Load balancers stop sending requests, and watchers are
+    /// notified.
     pub async fn drain(&self) {
         self.set(ServingStatus::NotServing).await;
     }

@@ -1,14 +1,14 @@
-//! Contents inside results: stdout, stderr and output files, on request and as far as they fit.
+//! Inlined contents of results: stdout, stderr and output files, if the client asks for them and they fit.
 //!
-//! A client gets contents only when it asks for them, whoever stored the result (AC-05), and next to their digest (AC-06).
-//! What does not fit into one message is left out; the result itself never is (AC-07).
+//! A client gets contents only if it asks for them, no matter who stored the result (AC-05), and in addition to their digest
+//! (AC-06). Contents that do not fit into one message are left out, but never the result itself (AC-07).
 
-use super::request_log::Call;
 use crate::{
     actors::{
         cas::{client::Cas, results::RESULT_MAX_BYTES},
         scheduler::operation::Inline,
     },
+    call::Call,
     instance::Instance,
 };
 use bytes::Bytes;
@@ -20,24 +20,24 @@ use gorego_reapi::{
 use prost::Message as _;
 use std::collections::HashSet;
 
-/// Largest message that clients with default settings take (GEN-25).
-pub const MESSAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
+/// Largest message that clients with default settings accept (GEN-25).
+pub(crate) const MESSAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
 /// Tag and length of one inlined field, and the growth of the lengths around it, rounded up.
 const FIELD_BYTES: usize = 16;
 
-/// An operation round a result, rounded up.
+/// Size of an operation without its result, rounded up.
 const ENVELOPE_BYTES: usize = 4 * 1024;
 
-/// A place for contents in a result.
+/// A field of a result that can have inlined contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Slot {
+enum Content {
     Stdout,
     Stderr,
     File(usize),
 }
 
-/// The result as this client wants it; its digests are of `function`. Waits for room for it among the answers of `call`.
-pub async fn prepare(
+/// Prepares a result for a client. Its digests have this function. Waits until the connection of `call` has room.
+pub(crate) async fn prepare(
     cas: &Cas,
     instance: &Instance,
     function: DigestFunction,
@@ -51,7 +51,7 @@ pub async fn prepare(
     let contents = digests.iter().map(|digest| digest.size() as usize + FIELD_BYTES).sum::<usize>();
     let has_room = call.reserve(result.encoded_len() + contents + ENVELOPE_BYTES).await.is_ok();
     if has_room && !slots.is_empty() {
-        // Without contents the result is as good: the client reads the digests.
+        // Inlining is optional: the client can read the blobs.
         if let Ok(contents) = cas.read_many(instance, digests).await {
             fill(&mut result, &slots, contents);
         }
@@ -59,7 +59,7 @@ pub async fn prepare(
     result
 }
 
-/// Removes contents that have a digest next to them.
+/// Removes contents that also have a digest.
 fn strip(mut result: reapi::ActionResult) -> reapi::ActionResult {
     if result.stdout_digest.is_some() {
         result.stdout_raw = Bytes::new();
@@ -73,22 +73,22 @@ fn strip(mut result: reapi::ActionResult) -> reapi::ActionResult {
     result
 }
 
-/// What to inline: the logs first, then the files in the order of the result, each as long as it fits.
+/// Selects what to inline: the logs first, then the files in the order of the result, each if it still fits.
 fn plan(
     want: &Inline,
     result: &reapi::ActionResult,
     function: DigestFunction,
     max_bytes: usize,
-) -> Vec<(Slot, Digest)> {
+) -> Vec<(Content, Digest)> {
     if *want == Inline::default() {
         return Vec::new();
     }
     let files: HashSet<&str> = want.output_files.iter().map(String::as_str).collect();
-    let stdout = want.stdout.then_some((Slot::Stdout, result.stdout_digest.as_ref()));
-    let stderr = want.stderr.then_some((Slot::Stderr, result.stderr_digest.as_ref()));
+    let stdout = want.stdout.then_some((Content::Stdout, result.stdout_digest.as_ref()));
+    let stderr = want.stderr.then_some((Content::Stderr, result.stderr_digest.as_ref()));
     let wanted =
         result.output_files.iter().enumerate().filter(|(_, file)| files.contains(file.path.as_str()));
-    let wanted = wanted.map(|(index, file)| (Slot::File(index), file.digest.as_ref()));
+    let wanted = wanted.map(|(index, file)| (Content::File(index), file.digest.as_ref()));
     let mut left = max_bytes.saturating_sub(result.encoded_len());
     let mut plan = Vec::new();
     for (slot, digest) in stdout.into_iter().chain(stderr).chain(wanted) {
@@ -103,14 +103,14 @@ fn plan(
     plan
 }
 
-/// Puts contents into their places; a blob that could not be read is left out.
-fn fill(result: &mut reapi::ActionResult, slots: &[Slot], contents: Vec<Result<Bytes>>) {
+/// Inserts contents. A blob that could not be read is left out.
+fn fill(result: &mut reapi::ActionResult, slots: &[Content], contents: Vec<Result<Bytes>>) {
     for (slot, contents) in slots.iter().zip(contents) {
         let Ok(contents) = contents else { continue };
         match slot {
-            Slot::Stdout => result.stdout_raw = contents,
-            Slot::Stderr => result.stderr_raw = contents,
-            Slot::File(index) => {
+            Content::Stdout => result.stdout_raw = contents,
+            Content::Stderr => result.stderr_raw = contents,
+            Content::File(index) => {
                 if let Some(file) = result.output_files.get_mut(*index) {
                     file.contents = contents;
                 }
@@ -172,7 +172,7 @@ mod tests {
         let slots: Vec<_> =
             plan(&want, &result(5, 5, &[5, 6]), SHA256, RESULT_MAX_BYTES).into_iter().collect();
         assert_eq!(slots.len(), 1);
-        assert_eq!((slots[0].0, slots[0].1.size()), (Slot::File(1), 6));
+        assert_eq!((slots[0].0, slots[0].1.size()), (Content::File(1), 6));
         assert!(plan(&everything(), &result(0, 0, &[0]), SHA256, RESULT_MAX_BYTES).is_empty());
         assert!(plan(&everything(), &reapi::ActionResult::default(), SHA256, RESULT_MAX_BYTES).is_empty());
     }
@@ -186,7 +186,7 @@ mod tests {
             Err(Error::NotFound("gone".into())),
             Ok(Bytes::from_static(b"abc")),
         ];
-        fill(&mut filled, &[Slot::Stdout, Slot::Stderr, Slot::File(0)], contents);
+        fill(&mut filled, &[Content::Stdout, Content::Stderr, Content::File(0)], contents);
         assert_eq!(&filled.stdout_raw[..], b"out");
         assert!(filled.stderr_raw.is_empty());
         assert_eq!(&filled.output_files[0].contents[..], b"abc");

@@ -1,24 +1,24 @@
-//! Request messages on their way in: how much of unfinished ones is held, for how long, and when they are handed on.
+//! Request messages on their way in: limits on unfinished messages in bytes and time, and when messages are handed on.
 //!
-//! A message is collected completely before its handler sees it, and HTTP/2 hands the sender new room for what is collected. So
-//! one connection could leave as much unfinished as streams times the largest message. Here the bytes of unfinished messages
-//! are counted ([`UNFINISHED`]) until the handler asks for what follows them, and a sender that stops in the middle of one, or
-//! before the end of a request of one message, is not waited for without end.
+//! A message is collected completely before its handler sees it, and HTTP/2 returns flow-control window for the collected
+//! bytes. So one connection could leave the largest message unfinished on each of its streams. Here the bytes of unfinished
+//! messages are counted ([`UNFINISHED`]) until the handler asks for what follows them. A sender that stops in the middle of a
+//! message, or before the end of a request of one message, is given up after a time limit.
 //!
 //! A message that may take much memory or time to decode is handed on when there is room for it ([`DECODED`], and
-//! [`super::claim`]); until then the last piece of it is kept back, and what came behind it. This applies to compressed
-//! messages, and to messages above [`UNCOUNTED_BYTES`] whose type contains lists.
+//! [`super::claim`]). Until then its last piece, and everything after it, is held back. This applies to compressed messages,
+//! and to messages above [`UNCOUNTED_BYTES`] whose type contains lists.
 //!
-//! Most methods take one message. A second one is refused: the library would decode it and throw it away.
+//! Most methods take one message. A second one is refused, because the library would decode and discard it.
 
 use super::{
     REQUEST_MAX_BYTES,
     claim::{Claim, Claimed},
     codec::REQUEST_MAX_MEMORY,
-    request_log::Call,
 };
 use crate::{
     budget::{Bounds, Budget, Refusal, Share},
+    call::Call,
     caller::Caller,
 };
 use bytes::Bytes;
@@ -37,41 +37,40 @@ use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tonic::{Status, body::Body};
 use tower::{Layer, Service};
 
-/// Bytes of unfinished messages, and of those that a handler has not taken yet: twenty of the largest ones, and many more of
-/// those that clients send.
-pub const UNFINISHED: Bounds =
-    Bounds { what: "bytes of unfinished requests", total: 320 * 1024 * 1024, connection: 256 * 1024 * 1024 };
-/// Memory for large requests that are being decoded or answered. Two of the worst ones fit, and many of usual ones.
-pub const DECODED: Bounds = Bounds {
+/// Bytes of messages that are unfinished or that no handler has taken: twenty of the largest ones, and many more of usual ones.
+pub(crate) const UNFINISHED: Bounds =
+    Bounds { what: "bytes of unfinished requests", total: 320 * 1024 * 1024, connection: 252 * 1024 * 1024 };
+/// Memory for large requests that are being decoded or answered. Two of the largest fit, and many usual ones.
+pub(crate) const DECODED: Bounds = Bounds {
     what: "bytes of large requests",
     total: 256 * 1024 * 1024,
     connection: 256 * 1024 * 1024 - LARGEST_CLAIM,
 };
-/// The most that one request claims of [`DECODED`]: its compressed bytes, its plain bytes, and the decoded message. A peer that
-/// holds something leaves that much to the others.
+/// Largest claim of one request on [`DECODED`]: its compressed bytes, its plain bytes, and the decoded message. This much is
+/// kept free for other peers.
 const LARGEST_CLAIM: u64 = 2 * REQUEST_MAX_BYTES as u64 + REQUEST_MAX_MEMORY;
-/// The most that gzip saves: a byte never stands for more than 1,032.
+/// Upper bound of gzip's compression ratio, which is 1,032.
 const GZIP_RATIO_MAX: u64 = 1_100;
-/// Requests that are a stream of messages, with pauses that their handlers judge.
+/// Requests that are a stream of messages. Their handlers limit the pauses.
 const STREAMS: [&str; 2] = ["/google.bytestream.ByteStream/Write", "/grpc.reflection."];
-/// Requests up to this size are not counted: the calls are, and a client that has used up its bound can still ask small things.
+/// Requests up to this size are not counted, because calls are. So a client that has reached its limit can still send small
+/// requests.
 const UNHELD_BYTES: u64 = 4 * 1024;
-/// How long a sender may be silent before its first message, in the middle of one, and before the end of a request that is
-/// one message.
-pub const SILENCE_LIMIT: Duration = Duration::from_secs(60);
-/// How long a large message may wait until it is decoded.
-pub const DECODING_WAIT: Duration = Duration::from_secs(60);
-/// Messages from this size on may take more than a millisecond or so to decode.
+/// Time limit without bytes before the first message, in the middle of one, and before the end of a request of one message.
+pub(crate) const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// Time limit for a large message to wait for decoding.
+pub(crate) const DECODING_WAIT: Duration = Duration::from_secs(60);
+/// Messages from this size on may take more than a millisecond to decode.
 const LABORIOUS_BYTES: u64 = 128 * 1024;
-/// Compressed ones from this size on.
+/// The same for compressed messages.
 const LABORIOUS_COMPRESSED_BYTES: u64 = 256;
 
-/// What precedes each message: a flag and four bytes of length.
+/// Length of the prefix of each message: a flag and four bytes of length.
 const PREFIX_BYTES: usize = 5;
 
 /// Puts an [`Intake`] before a service.
 #[derive(Debug, Clone, Default)]
-pub struct IntakeLayer {
+pub(crate) struct IntakeLayer {
     budgets: Budgets,
 }
 
@@ -96,9 +95,9 @@ impl<S> Layer<S> for IntakeLayer {
     }
 }
 
-/// A service whose requests are watched while they come in.
+/// A service whose requests are limited while they arrive.
 #[derive(Debug, Clone)]
-pub struct Intake<S> {
+pub(crate) struct Intake<S> {
     inner: S,
     budgets: Budgets,
 }
@@ -113,21 +112,21 @@ impl<S: Service<Request<Body>>> Service<Request<Body>> for Intake<S> {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let caller = request.extensions().get::<Call>().map(Call::caller).unwrap_or_default();
+        let caller = Call::of(request.extensions()).caller();
         let kind = RequestKind::of(request.uri().path(), request.headers());
         let (budgets, claim) = (self.budgets.clone(), Arc::<Claim>::default());
         let of_body = claim.clone();
-        let request = request.map(|body| Body::new(Watched::new(body, caller, budgets, of_body, kind)));
+        let request = request.map(|body| Body::new(IncomingBody::new(body, caller, budgets, of_body, kind)));
         Claimed::new(self.inner.call(request), claim)
     }
 }
 
-/// What is known of a request from its headers.
+/// The kind of a request, from its headers.
 #[derive(Debug, Clone, Copy)]
 struct RequestKind {
     /// Whether it is a stream of messages.
     is_stream: bool,
-    /// Whether its messages have lists in them.
+    /// Whether its messages contain lists.
     has_lists: bool,
     /// Whether its compressed messages are in the gzip format.
     is_gzip: bool,
@@ -142,8 +141,8 @@ impl RequestKind {
         }
     }
 
-    /// The most memory that a message takes until it is decoded and answered; `None` when that is little.
-    fn claim(self, message: Finished) -> Option<u64> {
+    /// Upper bound of the memory of a message until it is answered; `None` if it is small.
+    fn claim(self, message: CompleteMessage) -> Option<u64> {
         let is_large = self.has_lists && message.bytes > UNCOUNTED_BYTES as u64;
         if !is_large && !message.is_compressed {
             return None;
@@ -157,8 +156,8 @@ impl RequestKind {
         Some(length + plain + decoded)
     }
 
-    /// The most bytes that a compressed message can become; none of another one.
-    fn decompressed(self, message: Finished) -> u64 {
+    /// Upper bound of the decompressed size of a message; 0 if it is not compressed.
+    fn decompressed(self, message: CompleteMessage) -> u64 {
         let most = REQUEST_MAX_BYTES as u64;
         match message.is_compressed {
             true if self.is_gzip => message.bytes.saturating_mul(GZIP_RATIO_MAX).min(most),
@@ -169,18 +168,18 @@ impl RequestKind {
 }
 
 /// The body of a request.
-struct Watched {
+struct IncomingBody {
     body: Body,
-    /// Whether anything has come.
+    /// Whether anything has arrived.
     is_begun: bool,
-    message: Unfinished,
+    message: PartialMessage,
     caller: Caller,
     budgets: Budgets,
     claim: Arc<Claim>,
     kind: RequestKind,
     /// Whether a message is complete.
     is_complete: bool,
-    /// Bytes that were handed on and not taken.
+    /// Number of bytes that were handed on and that the handler has not taken.
     given: u64,
     /// Whether bytes were handed on since the handler asked for more.
     is_given: bool,
@@ -197,7 +196,7 @@ struct Watched {
     silence: Option<Pin<Box<Sleep>>>,
 }
 
-/// See [`Watched::kept_back`].
+/// See [`IncomingBody::kept_back`].
 struct KeptBack {
     data: Bytes,
     is_laborious: bool,
@@ -205,12 +204,12 @@ struct KeptBack {
     turn: Option<BoxFuture<'static, Result<Share, Status>>>,
 }
 
-impl Watched {
+impl IncomingBody {
     fn new(body: Body, caller: Caller, budgets: Budgets, claim: Arc<Claim>, kind: RequestKind) -> Self {
         Self {
             body,
             is_begun: false,
-            message: Unfinished::default(),
+            message: PartialMessage::default(),
             caller,
             budgets,
             claim,
@@ -284,8 +283,8 @@ impl Watched {
         }
     }
 
-    /// The turn that a message has to wait for, if it has to.
-    fn turn(&self, message: Finished) -> Option<KeptBack> {
+    /// Makes a large message wait for its turn.
+    fn turn(&self, message: CompleteMessage) -> Option<KeptBack> {
         let claimed = self.kind.claim(message)?;
         let (budget, caller) = (self.budgets.decoded.clone(), self.caller);
         let turn = Box::pin(async move {
@@ -296,7 +295,7 @@ impl Watched {
         Some(KeptBack { data: Bytes::new(), is_laborious: message.bytes >= laborious, turn: Some(turn) })
     }
 
-    /// Hands the end of a message on when its turn has come.
+    /// Hands on the end of a message when its turn has come.
     fn poll_kept_back(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let Some(kept_back) = &mut self.kept_back else { return Poll::Ready(None) };
         if let Some(turn) = &mut kept_back.turn {
@@ -305,7 +304,7 @@ impl Watched {
             kept_back.turn = None;
             self.claim.hold(share, is_laborious);
             if is_laborious {
-                // What follows is for the next poll of the call, which knows that it takes long.
+                // The message is decoded in the next poll of the call, which is marked as long.
                 context.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -314,12 +313,12 @@ impl Watched {
         Poll::Ready(self.kept_back.take().map(|kept_back| Ok(Frame::data(kept_back.data))))
     }
 
-    /// Whether the server waits for the client here, and not the handler of a stream.
+    /// Whether the client, not the handler of a stream, is expected to act.
     fn is_waited_for(&self) -> bool {
         !self.kind.is_stream || !self.is_begun || self.message.is_begun()
     }
 
-    /// Ready when nothing came for so long.
+    /// Ready when nothing has arrived for this long.
     fn poll_silence(&mut self, context: &mut Context<'_>, limit: Duration) -> Poll<()> {
         let end = self.last + limit;
         let silence = self.silence.get_or_insert_with(|| Box::pin(sleep_until(end)));
@@ -333,7 +332,7 @@ impl Watched {
             if Instant::now() >= end {
                 return Poll::Ready(());
             }
-            // Something came since it was set.
+            // Bytes have arrived since the timer was set.
             silence.as_mut().reset(end);
         }
     }
@@ -350,7 +349,7 @@ fn too_much(refusal: Refusal) -> Status {
     gorego_reapi::error::Error::from(refusal).into()
 }
 
-impl http_body::Body for Watched {
+impl http_body::Body for IncomingBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -379,7 +378,7 @@ impl http_body::Body for Watched {
                         return self.poll_silence(context, SILENCE_LIMIT).map(|()| Some(Err(silent())));
                     }
                     Poll::Pending => {
-                        // The library keeps the buffer of the largest message for the next one.
+                        // The library reuses the buffer of the largest message for the next one.
                         let most = self.largest.max(self.given);
                         self.hold(most)?;
                         return Poll::Pending;
@@ -405,32 +404,32 @@ impl http_body::Body for Watched {
     }
 }
 
-/// A message that has come in completely.
+/// A message that has arrived completely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Finished {
+struct CompleteMessage {
     bytes: u64,
     is_compressed: bool,
 }
 
-/// The message at the end of what has come in.
+/// The message that is currently arriving.
 #[derive(Debug, Default)]
-struct Unfinished {
+struct PartialMessage {
     prefix: [u8; PREFIX_BYTES],
-    /// How much of the prefix has come.
+    /// Number of prefix bytes that have arrived.
     seen: usize,
-    /// What is missing of the message after its prefix.
+    /// Number of bytes of the message that are missing after its prefix.
     left: u64,
-    /// What has come of it.
+    /// Number of bytes of the message that have arrived.
     bytes: u64,
 }
 
-impl Unfinished {
+impl PartialMessage {
     fn is_begun(&self) -> bool {
         self.seen > 0
     }
 
-    /// Takes bytes up to the end of the message. Returns how many these are, and the message if it is complete.
-    fn take(&mut self, data: &[u8]) -> (usize, Option<Finished>) {
+    /// Consumes bytes up to the end of the message. Returns their number, and the message if it is complete.
+    fn take(&mut self, data: &[u8]) -> (usize, Option<CompleteMessage>) {
         let mut taken = 0;
         while let Some(place) = self.prefix.get_mut(self.seen) {
             let Some(&next) = data.get(taken) else { return (taken, None) };
@@ -448,7 +447,7 @@ impl Unfinished {
             return (taken, None);
         }
         let [flag, ..] = self.prefix;
-        let finished = Finished { bytes: self.bytes, is_compressed: flag != 0 };
+        let finished = CompleteMessage { bytes: self.bytes, is_compressed: flag != 0 };
         *self = Self::default();
         (taken, Some(finished))
     }

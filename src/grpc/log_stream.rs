@@ -1,28 +1,27 @@
 //! The LogStream service, and log streams in ByteStream: what Read, Write and QueryWriteStatus do with names that have a
 //! `logstreams` segment (LOG-01..05, EXE-64).
 //!
-//! Decodes, asks [`crate::log_streams`], encodes. A reader is pulled by its client: while the client does not read, nothing is
-//! read here either.
+//! The streams themselves are in [`crate::log_streams`]. A reader reads only when its client does.
 
 use super::{
     Edge, ReadStream,
     byte_stream::{CLOSE_WAIT, READ_WINDOW_BYTES, WRITE_IDLE_LIMIT, next_message},
-    convert,
-    request_log::Call,
-    stalled,
+    convert, stalled,
 };
 use crate::{
     actors::{
         cas::{blob::BlobReader, client::Cas},
         scheduler::{messages::Watch, operation::OperationId},
     },
+    call::Call,
     grpc::services::log_stream_service_server as server,
-    instance::{Instance, Instances},
+    instance::Instance,
     log_streams::{
         Committed,
         follow::{Follower, Piece},
         name::LogName,
     },
+    policy::Permission,
 };
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
@@ -37,9 +36,8 @@ use std::sync::Arc;
 use tokio::select;
 use tonic::{Request, Response, Status, Streaming};
 
-/// The service.
 #[derive(Debug)]
-pub struct LogStreamService(pub Arc<Edge>);
+pub(crate) struct LogStreamService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl server::LogStreamService for LogStreamService {
@@ -47,14 +45,14 @@ impl server::LogStreamService for LogStreamService {
         &self,
         request: Request<CreateLogStreamRequest>,
     ) -> Result<Response<LogStream>, Status> {
-        let call = Call::of(&request);
-        // Whether there is such a service does not depend on the question.
+        let call = Call::of(request.extensions());
+        // If the service is disabled, it refuses every request.
         self.0.log_streams.check_creation()?;
         let parent = request.into_inner().parent;
-        let (instance, operation) = self.parent(&parent)?;
-        call.instance(&instance);
+        let (instance_name, operation) = parse_parent(&parent)?;
+        let instance = self.0.gate.enter(&call, instance_name)?;
         if let Some(id) = operation {
-            call.operation(&instance, id);
+            call.note_operation(id);
             self.check_operation(instance, id).await?;
         }
         let name = self.0.log_streams.create(parent, call.caller())?;
@@ -64,11 +62,7 @@ impl server::LogStreamService for LogStreamService {
 }
 
 impl LogStreamService {
-    fn parent(&self, parent: &str) -> Result<(Instance, Option<OperationId>)> {
-        parent_of(&self.0.instances, parent)
-    }
-
-    /// LOG-01: an operation is a parent while this server knows it.
+    /// An operation can be a parent as long as this server knows it (LOG-01).
     async fn check_operation(&self, instance: Instance, id: OperationId) -> Result<()> {
         match self.0.scheduler()?.watch(Watch { instance, id }).await {
             Err(Error::NotFound(unknown)) => Err(Error::Invalid(format!("parent: {unknown}"))),
@@ -77,22 +71,27 @@ impl LogStreamService {
     }
 }
 
-/// What the parent of a stream is: an instance, or an operation in one. The API leaves it to the server what a parent may be;
-/// the empty name is the instance of that name, as in every other call, where the server has one (LOG-01).
-fn parent_of(instances: &Instances, parent: &str) -> Result<(Instance, Option<OperationId>)> {
+/// The instance and the operation that the parent of a stream names. The API leaves it to the server what a parent may be; the
+/// empty name is the instance of that name, as in every other call, if the server has one (LOG-01).
+fn parse_parent(parent: &str) -> Result<(&str, Option<OperationId>)> {
     let is_operation = parent.split('/').rev().nth(1) == Some("operations");
     if !is_operation {
-        return Ok((instances.get(parent)?, None));
+        return Ok((parent, None));
     }
-    let operation = convert::operation_name(instances, parent);
-    let (instance, id) = operation.map_err(|error| Error::Invalid(format!("parent: {error}")))?;
-    Ok((instance, Some(id)))
+    let operation = convert::operation_name(parent);
+    let (instance_name, id) = operation.map_err(|error| Error::Invalid(format!("parent: {error}")))?;
+    Ok((instance_name, Some(id)))
 }
 
-/// ByteStream.Read of a log stream: what there is from the offset, then what comes, to the end (LOG-03).
+/// The instance of a log stream that a method of ByteStream names.
+fn enter(edge: &Edge, call: &Call, name: &LogName) -> Result<Instance> {
+    let (instance_name, _) = parse_parent(&name.parent)?;
+    edge.gate.enter_for(call, instance_name, Permission::Logs)
+}
+
+/// ByteStream.Read of a log stream: the existing bytes from the offset, then new ones until the end (LOG-03).
 pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadRequest) -> Result<ReadStream> {
-    let (instance, _) = parent_of(&edge.instances, &name.parent)?;
-    call.instance(&instance);
+    let instance = enter(edge, call, name)?;
     let offset = u64::try_from(request.read_offset)
         .map_err(|_| Error::OutOfRange(format!("read_offset {} is negative", request.read_offset)))?;
     let limit = u64::try_from(request.read_limit).map_err(|_| Error::invalid("read_limit is negative"))?;
@@ -111,10 +110,10 @@ pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadReque
     Ok(stalled::watched(messages.boxed()))
 }
 
-/// Where a Read is.
+/// The position of a Read.
 struct Reading {
     follower: Follower,
-    /// The rest of the stream, once it is a blob.
+    /// The blob, once the stream is stored as one.
     blob: Option<BlobReader>,
     cas: Cas,
     instance: Instance,
@@ -123,7 +122,7 @@ struct Reading {
 }
 
 impl Reading {
-    /// The next bytes, never none; `None` at the end.
+    /// The next bytes, which are never empty; `None` at the end.
     async fn next(&mut self) -> Result<Option<Bytes>> {
         let max = usize::try_from(self.left).unwrap_or(usize::MAX).min(READ_WINDOW_BYTES);
         if max == 0 {
@@ -148,13 +147,13 @@ impl Reading {
         };
         self.offset = self.offset.saturating_add(data.len() as u64);
         self.left = self.left.saturating_sub(data.len() as u64);
-        // A blob is empty at its end only.
+        // A read of a blob is empty only at its end.
         Ok((!data.is_empty()).then_some(data))
     }
 }
 
-/// ByteStream.Write to a log stream: appends message by message, so that readers have each as it comes. One that ends without
-/// `finish_write` leaves the stream open (LOG-05).
+/// ByteStream.Write to a log stream: appends each message as it arrives, so that readers get it at once. A Write that ends
+/// without `finish_write` leaves the stream open (LOG-05).
 pub(super) async fn write(
     edge: &Edge,
     call: &Call,
@@ -162,8 +161,7 @@ pub(super) async fn write(
     mut messages: Streaming<WriteRequest>,
     first: WriteRequest,
 ) -> Result<Response<WriteResponse>, Status> {
-    let (instance, _) = parent_of(&edge.instances, &name.parent)?;
-    call.instance(&instance);
+    enter(edge, call, name)?;
     let writer = edge.log_streams.writer(name)?;
     let resource_name = first.resource_name.clone();
     let mut message = Some(first);
@@ -191,8 +189,7 @@ pub(super) async fn write(
 
 /// QueryWriteStatus of a log stream, by its write name.
 pub(super) fn query(edge: &Edge, call: &Call, name: &LogName) -> Result<QueryWriteStatusResponse> {
-    let (instance, _) = parent_of(&edge.instances, &name.parent)?;
-    call.instance(&instance);
+    enter(edge, call, name)?;
     let committed = edge.log_streams.writer(name)?.committed();
     Ok(QueryWriteStatusResponse { committed_size: wire_size(committed), complete: committed.finished })
 }

@@ -1,11 +1,11 @@
-//! The stream of one operation: what Execute and WaitExecution answer with.
+//! The stream of one operation: the answer to Execute and WaitExecution.
 //!
-//! It follows the operation's watch cell: the current snapshot at once, each change after, the same again while nothing
-//! changes, and the end right after COMPLETED. What is sent again of an operation that waits says why it waits. A cell that
-//! changes faster than the client reads skips the states in between but never the last one. The stream ends with OK only after
-//! `done` (EXE-10); when the scheduler goes away before that, the end is UNAVAILABLE, which every client retries.
+//! It follows the operation's watch cell. It sends the current snapshot at once, then each change, repeats the snapshot while
+//! nothing changes, and ends right after COMPLETED. A repeated snapshot of a waiting operation says why it waits. If the cell
+//! changes faster than the client reads, intermediate states are skipped, but never the last one. The stream ends with OK only
+//! after `done` (EXE-10). If the scheduler stops before, it ends with UNAVAILABLE, which every client retries.
 
-use super::{ask::Scheduler, convert, inline, request_log::Call};
+use super::{ask::Scheduler, convert, inline};
 use crate::actors::{
     cas::client::Cas,
     scheduler::{
@@ -13,21 +13,21 @@ use crate::actors::{
         operation::{OperationInfo, Snapshot, Stage, Subscription},
     },
 };
+use crate::call::Call;
 use futures::stream::{self, Stream};
 use gorego_reapi::{error::Error, proto::longrunning::Operation};
 use std::{sync::Arc, time::Duration};
 use tonic::Status;
 
-/// How long a stream may be silent before the current state is sent again, for proxies and clients that take silence for
-/// death (EXE-11).
-pub const RESEND_INTERVAL: Duration = Duration::from_secs(30);
+/// Interval after which an unchanged state is sent again, because some proxies and clients close silent streams (EXE-11).
+pub(crate) const RESEND_INTERVAL: Duration = Duration::from_secs(30);
 
-/// How long after its first message an operation that still waits is shown again, now with the reason: soon enough for a
-/// person who watches, late enough that most work of a burst runs by then and nobody has to ask for it.
-pub const EXPLAIN_AFTER: Duration = Duration::from_secs(1);
+/// Delay after which an operation that still waits is sent again with the reason. Short enough for a person who watches; long
+/// enough that most operations of a burst run by then and need no explanation.
+pub(crate) const EXPLAIN_AFTER: Duration = Duration::from_secs(1);
 
-/// Asks why an operation waits, if it does, and puts the answer into the snapshot.
-pub async fn explain(scheduler: &Scheduler, info: &OperationInfo, snapshot: &mut Snapshot) {
+/// Adds the reason why an operation waits to its snapshot.
+pub(crate) async fn explain(scheduler: &Scheduler, info: &OperationInfo, snapshot: &mut Snapshot) {
     if snapshot.stage == Stage::Queued {
         let question = Explain { instance: info.instance.clone(), id: info.id };
         snapshot.queue = scheduler.explain(question).await;
@@ -35,7 +35,7 @@ pub async fn explain(scheduler: &Scheduler, info: &OperationInfo, snapshot: &mut
 }
 
 /// Makes the Operation message of a snapshot, with the contents that this client wants inlined.
-pub async fn encode(cas: &Cas, info: &OperationInfo, snapshot: &Snapshot, call: &Call) -> Operation {
+pub(crate) async fn encode(cas: &Cas, info: &OperationInfo, snapshot: &Snapshot, call: &Call) -> Operation {
     let result = match snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref()) {
         Some(result) => {
             let function = info.action.function();
@@ -46,8 +46,8 @@ pub async fn encode(cas: &Cas, info: &OperationInfo, snapshot: &Snapshot, call: 
     convert::operation(info, snapshot, result)
 }
 
-/// The messages of an operation, from now to its end. The first one goes out without asking the scheduler again.
-pub fn follow(
+/// The messages of an operation, from now to its end. The first one is sent without another question to the scheduler.
+pub(crate) fn follow(
     cas: Cas,
     scheduler: Scheduler,
     subscription: Subscription,
@@ -65,20 +65,20 @@ pub fn follow(
     })
 }
 
-/// Where a stream is.
+/// The position of a stream.
 enum Position {
     /// Nothing was sent yet.
     Start,
-    /// The first message was, and more will be.
+    /// Only the first message was sent.
     Started,
-    /// So were others.
+    /// More messages were sent.
     Following,
     /// The last message was sent.
     End,
 }
 
-/// The snapshots of a subscription through `encode`, in the rhythm that the head of this file describes. The subscription is
-/// held until the stream is dropped, so that its operation counts as waited for.
+/// Encodes the snapshots of a subscription, at the times that the top of this file describes. The stream holds the
+/// subscription, so that its operation counts as waited for.
 fn snapshots<T, F>(
     subscription: Subscription,
     encode: impl Fn(Snapshot, bool) -> F + Send,
@@ -98,7 +98,7 @@ where
             match position {
                 Position::End => return None,
                 Position::Start => {}
-                // Silence, which is an error here, is answered with the state as it is.
+                // On a timeout, the unchanged state is sent.
                 Position::Started | Position::Following => {
                     match tokio::time::timeout(patience, cell.changed()).await {
                         Ok(Ok(())) | Err(_) => {}
@@ -127,8 +127,8 @@ where
 /// The state of an operation when it ends or when `limit` passes, whichever is first (OPS-05).
 ///
 /// # Errors
-/// `Unavailable` when the scheduler goes away before.
-pub async fn settle(subscription: &mut Subscription, limit: Duration) -> Result<Snapshot, Error> {
+/// `Unavailable` when the scheduler stops before.
+pub(crate) async fn settle(subscription: &mut Subscription, limit: Duration) -> Result<Snapshot, Error> {
     let ended = subscription.snapshots.wait_for(|snapshot| snapshot.outcome.is_some());
     if let Ok(Err(_)) = tokio::time::timeout(limit, ended).await {
         return Err(Error::Unavailable("the scheduler has stopped; the server is going down".into()));
@@ -137,8 +137,8 @@ pub async fn settle(subscription: &mut Subscription, limit: Duration) -> Result<
     Ok(snapshot.clone())
 }
 
-/// What a subscription shows now.
-pub fn current(subscription: &Subscription) -> (Arc<OperationInfo>, Snapshot) {
+/// The current state of a subscription.
+pub(crate) fn current(subscription: &Subscription) -> (Arc<OperationInfo>, Snapshot) {
     (subscription.info.clone(), subscription.snapshots.borrow().clone())
 }
 
@@ -159,7 +159,6 @@ mod tests {
     };
     use std::time::SystemTime;
     use tokio::{sync::watch, time::Instant};
-    use uuid::Uuid;
 
     fn queued() -> Snapshot {
         Snapshot::queued(SystemTime::UNIX_EPOCH)
@@ -186,7 +185,7 @@ mod tests {
 
     fn operation(snapshot: Snapshot) -> (watch::Sender<Snapshot>, Subscription) {
         let info = OperationInfo {
-            id: OperationId(Uuid::new_v4()),
+            id: OperationId::random(Default::default()),
             instance: Instances::new([""]).unwrap().get("").unwrap(),
             action: Digest::empty(DigestFunction::Sha256),
             inline: Inline::default(),

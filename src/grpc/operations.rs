@@ -4,17 +4,18 @@ use super::{
     Edge, convert,
     filter::{self, Filter},
     inline, operation_stream, page_token,
-    request_log::Call,
 };
 use crate::{
     actors::scheduler::{
         messages::{Cancel, Forget, ListOperations, OperationFilter, Watch},
         operation::{OperationInfo, Snapshot, Subscription},
     },
+    call::Call,
     grpc::services::operations_server::Operations,
-    instance::{Instance, Instances},
+    instance::Instance,
 };
 use gorego_reapi::{
+    duration,
     error::{Error, Result},
     proto::longrunning::{
         CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
@@ -25,20 +26,19 @@ use prost::Message as _;
 use std::{sync::Arc, time::Duration};
 use tonic::{Request, Response, Status};
 
-/// Operations in a page when the client does not say.
-pub const DEFAULT_PAGE_SIZE: usize = 100;
-/// Most operations in a page, whatever the client says.
-pub const MAX_PAGE_SIZE: usize = 1_000;
-/// How long WaitOperation waits when the client does not say; below the idle time-outs of common proxies.
-pub const DEFAULT_WAIT: Duration = Duration::from_secs(30);
-/// Longest wait, whatever the client says.
-pub const MAX_WAIT: Duration = Duration::from_secs(10 * 60);
-/// Bytes of a response around its operations: page token and framing, rounded up.
+/// Default number of operations in a page.
+pub(crate) const DEFAULT_PAGE_SIZE: usize = 100;
+/// Largest number of operations in a page.
+pub(crate) const MAX_PAGE_SIZE: usize = 1_000;
+/// Default time limit of WaitOperation, below the idle timeouts of common proxies.
+pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(30);
+/// Largest time limit of WaitOperation.
+pub(crate) const MAX_WAIT: Duration = Duration::from_secs(10 * 60);
+/// Size of a response without its operations: page token and framing, rounded up.
 const RESPONSE_ENVELOPE_BYTES: usize = 1024;
 
-/// The service.
 #[derive(Debug)]
-pub struct OperationsService(pub Arc<Edge>);
+pub(crate) struct OperationsService(pub Arc<Edge>);
 
 #[tonic::async_trait]
 impl Operations for OperationsService {
@@ -46,9 +46,8 @@ impl Operations for OperationsService {
         &self,
         request: Request<ListOperationsRequest>,
     ) -> Result<Response<ListOperationsResponse>, Status> {
-        let call = Call::of(&request);
-        let listing = Listing::decode(&self.0.instances, request.get_ref())?;
-        call.instance(&listing.instance);
+        let call = Call::of(request.extensions());
+        let listing = Listing::decode(|name| self.0.gate.enter(&call, name), request.get_ref())?;
         call.reserve(inline::MESSAGE_MAX_BYTES).await?;
         let mut limit = listing.limit;
         loop {
@@ -65,8 +64,8 @@ impl Operations for OperationsService {
                 left = rest.unwrap_or(0);
                 operations.push(operation);
             }
-            // Results can be long; a page that does not fit into a message is asked for again with as many as do (GEN-25). A
-            // thousand copies of long results are never made.
+            // Results can be long. If a page does not fit into a message, it is requested again with as many operations as fit
+            // (GEN-25). So no thousand copies of long results are made.
             if operations.len() < page.operations.len() {
                 limit = operations.len();
                 continue;
@@ -84,7 +83,7 @@ impl Operations for OperationsService {
         &self,
         request: Request<GetOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let subscription = self.watch(&call, &request.get_ref().name).await?;
         let (info, snapshot) = operation_stream::current(&subscription);
         Ok(Response::new(self.answer(&info, snapshot, &call).await?))
@@ -94,8 +93,8 @@ impl Operations for OperationsService {
         &self,
         request: Request<DeleteOperationRequest>,
     ) -> Result<Response<()>, Status> {
-        let (instance, id) = convert::operation_name(&self.0.instances, &request.get_ref().name)?;
-        Call::of(&request).operation(&instance, id);
+        let call = Call::of(request.extensions());
+        let (instance, id) = self.0.operation(&call, &request.get_ref().name)?;
         Ok(Response::new(self.0.scheduler()?.forget(Forget { instance, id }).await?))
     }
 
@@ -103,8 +102,8 @@ impl Operations for OperationsService {
         &self,
         request: Request<CancelOperationRequest>,
     ) -> Result<Response<()>, Status> {
-        let (instance, id) = convert::operation_name(&self.0.instances, &request.get_ref().name)?;
-        Call::of(&request).operation(&instance, id);
+        let call = Call::of(request.extensions());
+        let (instance, id) = self.0.operation(&call, &request.get_ref().name)?;
         Ok(Response::new(self.0.scheduler()?.cancel(Cancel { instance, id }).await?))
     }
 
@@ -113,7 +112,7 @@ impl Operations for OperationsService {
         request: Request<WaitOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
         let limit = wait_limit(request.get_ref().timeout.as_ref())?;
-        let call = Call::of(&request);
+        let call = Call::of(request.extensions());
         let mut subscription = self.watch(&call, &request.get_ref().name).await?;
         let snapshot = operation_stream::settle(&mut subscription, limit).await?;
         Ok(Response::new(self.answer(&subscription.info, snapshot, &call).await?))
@@ -122,10 +121,9 @@ impl Operations for OperationsService {
 
 impl OperationsService {
     async fn watch(&self, call: &Call, name: &str) -> Result<Subscription> {
-        let (instance, id) = convert::operation_name(&self.0.instances, name)?;
-        call.operation(&instance, id);
+        let (instance, id) = self.0.operation(call, name)?;
         let subscription = self.0.scheduler()?.watch(Watch { instance, id }).await?;
-        call.action(subscription.info.action);
+        call.note_action(subscription.info.action);
         Ok(subscription)
     }
 
@@ -135,26 +133,26 @@ impl OperationsService {
     }
 }
 
-/// The instance whose operations are listed: by the name of the collection, `[instance/]operations`, or by its own (BuildGrid's
-/// `bgd` sends that). `None` for the empty name, which names none.
+/// The instance whose operations are listed: `[instance/]operations`, or the instance name alone, which BuildGrid's `bgd`
+/// sends. `None` for the empty name.
 fn collection(name: &str) -> Option<&str> {
     (!name.is_empty()).then(|| convert::operations_of(name).unwrap_or(name))
 }
 
-/// A ListOperations request, checked.
+/// A checked ListOperations request.
 struct Listing {
     instance: Instance,
     filter: OperationFilter,
     after: u64,
     limit: usize,
-    /// What page tokens of this listing are bound to.
+    /// The binding of the page tokens of this listing.
     binding: String,
 }
 
 impl Listing {
-    /// A listing is of one instance, because no instance shows what another has (GEN-15): the one in the name of the
-    /// collection or, for clients that name none, that in the filter, else the default one.
-    fn decode(instances: &Instances, request: &ListOperationsRequest) -> Result<Self> {
+    /// A listing covers one instance (GEN-15): the one in the name of the collection, otherwise the one in the filter,
+    /// otherwise the default one.
+    fn decode(enter: impl FnOnce(&str) -> Result<Instance>, request: &ListOperationsRequest) -> Result<Self> {
         let Filter { instance, operations: filter } = filter::parse(&request.filter)?;
         let instance = match (collection(&request.name), &instance) {
             (Some(named), Some(wanted)) if named != wanted => {
@@ -164,10 +162,13 @@ impl Listing {
                     wanted.escape_debug()
                 )));
             }
-            (Some(named), _) => instances.get(named).map_err(|error| {
-                Error::Invalid(format!("name: {error}; the forms are [instance/]operations and instance"))
+            (Some(named), _) => enter(named).map_err(|error| match error {
+                Error::Invalid(problem) => Error::Invalid(format!(
+                    "name: {problem}; the forms are [instance/]operations and instance"
+                )),
+                other => other,
             })?,
-            (None, wanted) => instances.get(wanted.as_deref().unwrap_or_default())?,
+            (None, wanted) => enter(wanted.as_deref().unwrap_or_default())?,
         };
         let binding = format!("operations of {:?} with {filter:?}", instance.name());
         let after = match request.page_token.as_str() {
@@ -194,16 +195,19 @@ impl Listing {
 
 fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration> {
     let Some(timeout) = timeout else { return Ok(DEFAULT_WAIT) };
-    let limit = Duration::try_from(*timeout).map_err(|_| Error::invalid("timeout is negative"))?;
+    let limit = duration::from_wire(timeout);
+    let limit = limit.ok_or_else(|| Error::invalid("timeout is negative or not a valid duration"))?;
     Ok(limit.min(MAX_WAIT))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::instance::Instances;
 
     fn decode(request: ListOperationsRequest) -> Result<Listing> {
-        Listing::decode(&Instances::new(["", "a/b"]).unwrap(), &request)
+        let instances = Instances::new(["", "a/b"]).unwrap();
+        Listing::decode(|name| instances.get(name), &request)
     }
 
     #[test]

@@ -1,8 +1,7 @@
-//! Page tokens: a position, bound to the listing it belongs to.
+//! Page tokens: a position in one listing.
 //!
-//! A token is text that only this server makes sense of. It carries a checksum over the position and the request it came from,
-//! so that a garbled token, or one from another listing, is refused instead of skipping entries silently (CAS-28). It is no
-//! secret and grants nothing.
+//! A token contains the position and a checksum over it and the request. So a damaged token, or one of another listing, is
+//! refused instead of silently skipping entries (CAS-28). A token is not a secret and grants nothing.
 
 use gorego_reapi::{
     digest::DigestFunction,
@@ -12,12 +11,12 @@ use gorego_reapi::{
 /// Length of the checksum in a token, in hex characters.
 const CHECKSUM_CHARS: usize = 16;
 
-/// The token of a position in the listing that `binding` describes.
+/// Makes the token of a position in the listing that `binding` describes.
 pub fn seal(binding: &str, position: u64) -> String {
     format!("{position:x}-{}", checksum(binding, position))
 }
 
-/// The position of a token.
+/// Reads the position of a token.
 ///
 /// # Errors
 /// [`Error::Invalid`] when the token is not one that [`seal`] made for this `binding`.

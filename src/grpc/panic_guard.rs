@@ -1,7 +1,6 @@
-//! A panic in a handler becomes INTERNAL; the connection and the process go on.
+//! A panic in a handler becomes INTERNAL. The connection and the process continue.
 //!
-//! This is for faults of this server in code that owns nothing: a handler. Panics in the actors that own state are not caught
-//! here or anywhere, they take the process down.
+//! Handlers own no state, so continuing is safe. Panics in the actors that own state are not caught; they end the process.
 
 use bytes::Bytes;
 use futures::FutureExt as _;
@@ -16,9 +15,9 @@ use std::{
 use tonic::Status;
 use tower::{Layer, Service};
 
-/// Puts a [`PanicGuard`] round a service.
+/// Wraps a service in a [`PanicGuard`].
 #[derive(Debug, Clone, Copy)]
-pub struct PanicGuardLayer;
+pub(crate) struct PanicGuardLayer;
 
 impl<S> Layer<S> for PanicGuardLayer {
     type Service = PanicGuard<S>;
@@ -28,9 +27,9 @@ impl<S> Layer<S> for PanicGuardLayer {
     }
 }
 
-/// A service that answers INTERNAL where its inner one panics.
+/// A service that answers INTERNAL when its inner service panics.
 #[derive(Debug, Clone)]
-pub struct PanicGuard<S> {
+pub(crate) struct PanicGuard<S> {
     inner: S,
 }
 
@@ -63,7 +62,7 @@ where
 }
 
 pin_project_lite::pin_project! {
-    /// A response body that ends with INTERNAL where its inner one panics.
+    /// A response body that ends with INTERNAL when its inner body panics.
     #[derive(Debug)]
     pub struct GuardedBody<B> {
         #[pin]
@@ -89,7 +88,7 @@ impl<B: Body<Data = Bytes>> Body for GuardedBody<B> {
             Err(_) => {
                 *this.panicked = true;
                 let mut trailers = HeaderMap::new();
-                // Cannot fail: the message is plain text.
+                // This cannot fail, because the message is ASCII.
                 let _ = fault().add_header(&mut trailers);
                 Poll::Ready(Some(Ok(Frame::trailers(trailers))))
             }
@@ -105,7 +104,7 @@ impl<B: Body<Data = Bytes>> Body for GuardedBody<B> {
     }
 }
 
-/// The panic itself went to the log through the process's panic hook; the client learns where to look.
+/// The panic hook of the process has logged the panic; the client is told to look there.
 fn fault() -> Status {
     Status::internal("a fault of this server; its log has the details")
 }

@@ -1,32 +1,24 @@
-//! One log line for each finished RPC, and the [`Call`] through which handlers add what they know to it.
+//! One log line for each finished RPC. The [`Call`] of the RPC is made here, and handlers add what they know to it.
 //!
-//! The line is written when the response is over: after its trailers, or when the client goes away before them, which counts as
+//! The line is written when the response has ended: after its trailers, or when the client leaves before them, which counts as
 //! CANCELLED. `docs/logs.md` lists the fields; a field that does not apply is absent.
 
 mod line;
 
-use super::{accept::ConnectionInfo, convert};
+use super::{convert, permissions};
 use crate::{
-    actors::scheduler::operation::{ClientInfo, OperationId},
-    budget::Share,
-    caller::Caller,
-    connections::{ahead::OpenBody, answers::FRAME_BYTES},
-    instance::Instance,
-    under_way::{UnderWay, Unfinished},
+    call::{Call, ConnectionInfo},
+    connections::ahead::OpenBody,
+    under_way::UnderWay,
 };
 use bytes::Bytes;
-use gorego_reapi::{digest::Digest, error::Error};
 use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
-use line::Line;
+use line::RpcLine;
 use std::{
     future::Future,
-    net::SocketAddr,
     pin::Pin,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Instant,
 };
@@ -34,199 +26,20 @@ use tonic::{Code, Status, body::Body as TonicBody};
 use tower::{Layer, Service};
 
 /// Target of the line.
-pub const TARGET: &str = "gorego::rpc";
+pub(crate) const TARGET: &str = "gorego::rpc";
 /// Event of the line.
-pub const RPC_FINISHED: &str = "rpc_finished";
-/// What clients keep open for as long as they like: a shutdown does not wait for it.
+pub(crate) const RPC_FINISHED: &str = "rpc_finished";
+/// Streams that clients keep open. A shutdown does not wait for them.
 const OPEN_ENDED: [&str; 2] = ["/grpc.health.v1.Health/Watch", "/grpc.reflection."];
-/// The largest answer that always waits for room.
-pub const SMALL_ANSWER_BYTES: usize = 64 * 1024;
-/// Longest method name in a line, in bytes; callers can name methods that do not exist.
+/// Longest method name in a line, in bytes. Clients can name methods that do not exist.
 const METHOD_MAX_BYTES: usize = 128;
 /// Longest error message in a line, in bytes.
 const ERROR_MAX_BYTES: usize = 512;
 
-/// One RPC, as its log line sees it; cheap to clone. Handlers find it in their request.
-#[derive(Debug, Clone, Default)]
-pub struct Call(Arc<State>);
-
-#[derive(Debug, Default)]
-struct State {
-    client: ClientInfo,
-    connection: Option<ConnectionInfo>,
-    notes: Mutex<Notes>,
-    /// Room for what is to be answered.
-    room: Mutex<Option<Share>>,
-    bytes_in: AtomicU64,
-    bytes_out: AtomicU64,
-    /// Whether the client went away before the end of its request.
-    is_broken_off: AtomicBool,
-    /// What a shutdown waits for; `None` for what clients keep open. It ends with the line.
-    unfinished: Option<Unfinished>,
-}
-
-/// What handlers find out.
-#[derive(Debug, Default)]
-struct Notes {
-    instance: Option<Instance>,
-    operation: Option<OperationId>,
-    action: Option<Digest>,
-    blob: Option<Digest>,
-    cached: Option<bool>,
-    /// The error inside a response whose gRPC code is OK.
-    bad_news: Option<String>,
-}
-
-impl Call {
-    /// The call that a request belongs to; one that goes nowhere when the layer is not there.
-    pub fn of<T>(request: &tonic::Request<T>) -> Self {
-        request.extensions().get::<Self>().cloned().unwrap_or_default()
-    }
-
-    /// A call over this connection.
-    #[cfg(test)]
-    pub(super) fn over(connection: ConnectionInfo) -> Self {
-        Self(Arc::new(State { connection: Some(connection), ..State::default() }))
-    }
-
-    /// Who asks, from the request's headers.
-    pub fn client(&self) -> &ClientInfo {
-        &self.0.client
-    }
-
-    /// The network address of who asks.
-    pub fn peer(&self) -> Option<SocketAddr> {
-        self.0.connection.as_ref().map(ConnectionInfo::address)
-    }
-
-    /// To whom what the call takes is charged.
-    pub fn caller(&self) -> Caller {
-        self.0.connection.as_ref().map(ConnectionInfo::caller).unwrap_or_default()
-    }
-
-    /// The connection that it came over; `None` for a request that does not come from a socket.
-    pub fn connection(&self) -> Option<&ConnectionInfo> {
-        self.0.connection.as_ref()
-    }
-
-    /// Waits for room for this much of the answer, and keeps it for what is sent next.
-    ///
-    /// # Errors
-    /// `Exhausted` when there is none for too long.
-    pub async fn reserve(&self, bytes: usize) -> Result<(), Error> {
-        if let Some(connection) = self.connection() {
-            self.keep(connection.state.reserve(bytes as u64 + 2 * FRAME_BYTES).await?);
-        }
-        Ok(())
-    }
-
-    /// As [`Call::reserve`], but only answers up to [`SMALL_ANSWER_BYTES`] wait. For handlers that hold what they answer, or a
-    /// large request, while they wait.
-    ///
-    /// # Errors
-    /// `Exhausted` when there is no room for a larger answer at once, or none for a small one for too long.
-    pub async fn reserve_soon(&self, bytes: usize) -> Result<(), Error> {
-        if bytes <= SMALL_ANSWER_BYTES {
-            return self.reserve(bytes).await;
-        }
-        if let Some(connection) = self.connection() {
-            self.keep(connection.state.reserve_now(bytes as u64 + 2 * FRAME_BYTES)?);
-        }
-        Ok(())
-    }
-
-    /// Reserves room for the next piece of a stream, and says how many bytes it may have, `max` at most.
-    ///
-    /// # Errors
-    /// As [`Call::reserve`].
-    pub async fn reserve_piece(&self, max: usize) -> Result<usize, Error> {
-        let Some(connection) = self.connection() else { return Ok(max) };
-        if self.has_room() {
-            // Small messages are collected to a frame while more are at hand. They go out first, so that no more is held than
-            // one piece.
-            tokio::task::yield_now().await;
-        }
-        let (piece, room) = connection.state.reserve_piece(max).await?;
-        self.keep(room);
-        Ok(piece)
-    }
-
-    fn has_room(&self) -> bool {
-        self.0.room.lock().unwrap_or_else(PoisonError::into_inner).is_some()
-    }
-
-    fn keep(&self, room: Share) {
-        let mut kept = self.0.room.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut *kept {
-            Some(kept) => kept.merge(room),
-            None => *kept = Some(room),
-        }
-    }
-
-    /// As much of the room that was reserved as this, if there is so much. What would be left for the framing goes with it.
-    pub(super) fn take_room(&self, bytes: u64) -> Option<Share> {
-        let mut kept = self.0.room.lock().unwrap_or_else(PoisonError::into_inner);
-        let all = kept.as_mut().filter(|kept| kept.amount() >= bytes)?;
-        let rest = all.amount() - bytes;
-        let part = all.split(if rest <= 2 * FRAME_BYTES { all.amount() } else { bytes });
-        if all.amount() == 0 {
-            *kept = None;
-        }
-        Some(part)
-    }
-
-    /// Gives back what was reserved and is not needed.
-    pub(super) fn give_room_back(&self) {
-        drop(self.0.room.lock().unwrap_or_else(PoisonError::into_inner).take());
-    }
-
-    /// Notes the namespace.
-    pub fn instance(&self, instance: &Instance) {
-        self.note(|notes| notes.instance = Some(instance.clone()));
-    }
-
-    /// Notes the operation, and the namespace that is a part of its name.
-    pub fn operation(&self, instance: &Instance, id: OperationId) {
-        self.note(|notes| {
-            notes.instance = Some(instance.clone());
-            notes.operation = Some(id);
-        });
-    }
-
-    /// Notes the action.
-    pub fn action(&self, action: Digest) {
-        self.note(|notes| notes.action = Some(action));
-    }
-
-    /// Notes the blob of a call that is about one.
-    pub fn blob(&self, blob: Digest) {
-        self.note(|notes| notes.blob = Some(blob));
-    }
-
-    /// Notes whether the action cache had an answer.
-    pub fn cached(&self, cached: bool) {
-        self.note(|notes| notes.cached = Some(cached));
-    }
-
-    /// Notes what an answer with code OK says about its failure.
-    pub fn bad_news(&self, news: &str) {
-        self.note(|notes| notes.bad_news = Some(news.to_owned()));
-    }
-
-    /// Tells a shutdown whose turn it is.
-    fn turn(&self, tell: impl FnOnce(&Unfinished)) {
-        self.0.unfinished.as_ref().map(tell);
-    }
-
-    fn note(&self, write: impl FnOnce(&mut Notes)) {
-        write(&mut self.0.notes.lock().unwrap_or_else(PoisonError::into_inner));
-    }
-}
-
-/// Puts a [`RequestLog`] round a service.
+/// Wraps a service in a [`RequestLog`].
 #[derive(Debug, Clone)]
-pub struct RequestLogLayer {
-    /// Counts calls up to their lines.
+pub(crate) struct RequestLogLayer {
+    /// Counts the calls that a shutdown waits for.
     pub under_way: UnderWay,
 }
 
@@ -238,9 +51,9 @@ impl<S> Layer<S> for RequestLogLayer {
     }
 }
 
-/// A service whose every call ends in a log line.
+/// A service that writes a log line for each call.
 #[derive(Debug, Clone)]
-pub struct RequestLog<S> {
+pub(crate) struct RequestLog<S> {
     inner: S,
     under_way: UnderWay,
 }
@@ -264,8 +77,8 @@ where
         let is_open_ended = OPEN_ENDED.iter().any(|prefix| request.uri().path().starts_with(prefix));
         let unfinished = (!is_open_ended).then(|| self.under_way.begin());
         let body = connection.as_ref().map(|connection| OpenBody::new(connection.state.clone()));
-        let call = Call(Arc::new(State { client, connection, unfinished, ..State::default() }));
-        let line = Line {
+        let call = Call::begin(connection, client, permissions::of(request.uri().path()), unfinished);
+        let line = RpcLine {
             call: call.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),
@@ -285,7 +98,7 @@ pin_project_lite::pin_project! {
     pub struct LoggedFuture<F> {
         #[pin]
         inner: F,
-        line: Option<Line>,
+        line: Option<RpcLine>,
     }
 }
 
@@ -302,7 +115,7 @@ where
         Poll::Ready(match response {
             Ok(response) => {
                 if let Some(line) = &mut line {
-                    // An error without any message comes as headers alone.
+                    // An error without messages has only headers.
                     line.read_status(response.headers());
                 }
                 Ok(response.map(|inner| LoggedBody { inner, line }))
@@ -318,12 +131,12 @@ where
 }
 
 pin_project_lite::pin_project! {
-    /// A response body that writes the line when it is over.
+    /// A response body that writes the line at its end.
     #[derive(Debug)]
     pub struct LoggedBody<B> {
         #[pin]
         inner: B,
-        line: Option<Line>,
+        line: Option<RpcLine>,
     }
 }
 
@@ -336,17 +149,18 @@ impl<B: Body<Data = Bytes>> Body for LoggedBody<B> {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let this = self.project();
-        // The transport asks for more when it has passed on what there was. It may hold one frame that the client has not taken.
+        // The transport polls again when it has passed on the previous frame. It may hold one frame that the client has not
+        // taken.
         if let Some(line) = this.line.as_ref() {
-            line.call.turn(Unfinished::client_moved);
+            line.call.client_moved();
         }
         let frame = ready!(this.inner.poll_frame(context));
         if let Some(line) = this.line.as_mut() {
             match &frame {
                 Some(Ok(frame)) => {
-                    line.call.turn(Unfinished::wait_for_client);
+                    line.call.wait_for_client();
                     if let Some(data) = frame.data_ref() {
-                        line.call.0.bytes_out.fetch_add(data.len() as u64, Ordering::Relaxed);
+                        line.call.sent(data.len());
                     } else if let Some(trailers) = frame.trailers_ref() {
                         line.read_status(trailers);
                         *this.line = None;
@@ -380,14 +194,14 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: TonicBody,
         call: Call,
-        // Until the end of the request; `None` for a request that does not come from a socket.
+        // `None` after the end of the request, or if the request does not come from a socket.
         open: Option<Arc<OpenBody>>,
     }
 
     impl PinnedDrop for CountedBody {
         fn drop(this: Pin<&mut Self>) {
-            // The library throws away what has come and nobody has read. The connection forgets it with the stream: counted here
-            // too, it would hide what other streams are ahead.
+            // The library discards received bytes that nobody has read, and the connection stops counting them when the stream
+            // closes. Subtracting them here too would hide bytes of other streams.
             if let Some(open) = this.project().open {
                 open.close();
             }
@@ -396,7 +210,7 @@ pin_project_lite::pin_project! {
 }
 
 impl CountedBody {
-    /// Polls the body, and tells the connection what was taken.
+    /// Polls the body, and tells the connection how many bytes were taken.
     fn poll_inner(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -427,16 +241,13 @@ impl Body for CountedBody {
         let polled = self.as_mut().poll_inner(context);
         let this = self.project();
         let Poll::Ready(frame) = polled else {
-            this.call.turn(Unfinished::wait_for_client);
+            this.call.wait_for_client();
             return Poll::Pending;
         };
-        this.call.turn(Unfinished::client_moved);
+        this.call.client_moved();
         match &frame {
-            Some(Ok(frame)) => {
-                let bytes = frame.data_ref().map_or(0, Bytes::len);
-                this.call.0.bytes_in.fetch_add(bytes as u64, Ordering::Relaxed);
-            }
-            Some(Err(_)) => this.call.0.is_broken_off.store(true, Ordering::Relaxed),
+            Some(Ok(frame)) => this.call.received(frame.data_ref().map_or(0, Bytes::len)),
+            Some(Err(_)) => this.call.break_off(),
             None => {}
         }
         Poll::Ready(frame)
@@ -457,7 +268,7 @@ mod tests {
     use crate::connections::{Connections, ahead::cost};
     use std::{pin::pin, task::Waker};
 
-    /// Else a client could hide what one stream is ahead behind others that it cancels.
+    /// Otherwise a client could hide the bytes of one stream by cancelling others.
     #[test]
     fn what_was_sent_ahead_of_a_stream_that_is_cancelled_is_forgotten_once() {
         const EACH: usize = 1024 * 1024;

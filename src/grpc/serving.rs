@@ -1,18 +1,26 @@
-//! Serving connections: requests that come together are answered together, by the task of their connection.
+//! Serves connections. Requests that arrive together are answered together, by the task of their connection.
 //!
-//! hyper gives each request to an executor, to be run as a task of its own. A spawned task wakes another thread, and its answer
-//! wakes the task of the connection; for a look-up in memory both cost more than the look-up. So here the executor only collects
-//! the requests that one turn of the connection has brought ([`Turn`]). The connection's task then polls each of them once.
-//! Most look-ups are answered by that, and all small answers go out with one write
-//! ([`super::accept::Cork`]). Whatever has to wait becomes a task of its own.
+//! hyper gives each request to an executor, which usually spawns a task. A spawned task wakes another thread, and its answer
+//! wakes the task of the connection; for a look-up in memory, this costs more than the look-up. So this executor only collects
+//! the requests of one poll of the connection ([`Collected`]). The connection's task then polls each of them once. This answers
+//! most look-ups, and all small answers are sent with one write ([`super::accept::Turn`]). A request that has to wait is spawned
+//! as a task.
 //!
-//! Invariants: no request is polled twice by the connection's task, and none is begun by it once a turn has taken
-//! [`TURN_MAX`]: the rest of that turn becomes tasks, which other threads can take. Messages that take long to decode are not
-//! decoded in a turn, because [`super::intake`] lets them wait once. A panic in a request ends that request alone.
+//! Invariants:
+//!
+//! - The connection's task polls no request twice, and begins none after [`TURN_MAX`]. The rest of that turn is spawned, so that
+//!   other threads can take it, but at most [`SPREAD_MAX`] requests of the whole server wait for that at a time: the tasks of
+//!   other connections are behind them in the runtime's queue. What is left waits for the connection's next turn, and nothing
+//!   more is read before.
+//! - After [`TURN_MAX`] the connection's task yields.
+//! - Messages that take long to decode are not decoded in a turn, because [`super::intake`] makes them wait once.
+//! - A panic in a request ends only that request.
+//! - Collected requests are begun even if the connection has ended, and dropped if its task has.
 
 use super::{
     CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,
-    STREAM_WINDOW_BYTES, STREAMS_MAX, accept::Connection,
+    STREAM_WINDOW_BYTES, STREAMS_MAX,
+    accept::{Connection, Turn},
 };
 use bytes::Bytes;
 use futures::stream::{Stream, StreamExt as _};
@@ -20,30 +28,33 @@ use http::{HeaderMap, Request, Response};
 use hyper::{rt::Executor, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::{
+    collections::VecDeque,
     convert::Infallible,
     future::{Future, poll_fn},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 use tokio::{
     select,
-    sync::watch,
+    sync::{Semaphore, watch},
     task::coop::unconstrained,
     time::{Sleep, sleep},
 };
 use tonic::{Status, body::Body, transport::server::Connected as _};
 use tower::Service;
 
-/// How long the requests of one turn may keep the thread of their connection: some ten of the slowest look-ups. What the client
-/// waits for is delayed by no more than this, and other threads get the rest.
+/// Time limit for the requests of one turn: about ten of the slowest look-ups. It bounds how long answers of this connection
+/// are delayed.
 const TURN_MAX: Duration = Duration::from_micros(500);
+/// Requests that were handed to other threads and are not begun; enough to keep dozens of threads busy until the next turn.
+const SPREAD_MAX: usize = 64;
 
-/// Serves connections until `shutdown` ends; then accepts nothing more, tells clients to go elsewhere, and returns when the last
-/// connection is closed.
+/// Serves connections until `shutdown` completes. Then it accepts no more, sends GOAWAY, and returns when the last connection
+/// is closed.
 pub(super) async fn serve<S, B>(
     connections: impl Stream<Item = io::Result<Connection>>,
     service: S,
@@ -54,8 +65,9 @@ pub(super) async fn serve<S, B>(
     B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
 {
     let closing = watch::Sender::new(false);
+    let spread = Arc::new(Semaphore::new(SPREAD_MAX));
     {
-        // Dropped before the last connections end, so that the port is free at once.
+        // The listener is dropped here, so that the port is free before the last connections end.
         let mut connections = pin!(connections);
         let mut shutdown = pin!(shutdown);
         loop {
@@ -63,9 +75,10 @@ pub(super) async fn serve<S, B>(
                 () = &mut shutdown => break,
                 connection = connections.next() => match connection {
                     Some(Ok(connection)) => {
-                        tokio::spawn(serve_one(connection, service.clone(), closing.subscribe()));
+                        let requests = Collected::new(connection.turn(), spread.clone());
+                        tokio::spawn(serve_one(connection, requests, service.clone(), closing.subscribe()));
                     }
-                    // It was told where connections are accepted.
+                    // The error was logged where connections are accepted.
                     Some(Err(_)) => {}
                     None => break,
                 },
@@ -76,22 +89,27 @@ pub(super) async fn serve<S, B>(
     closing.closed().await;
 }
 
-async fn serve_one<S, B>(connection: Connection, service: S, mut closing: watch::Receiver<bool>)
-where
+async fn serve_one<S, B>(
+    connection: Connection,
+    requests: Collected,
+    service: S,
+    mut closing: watch::Receiver<bool>,
+) where
     S: Service<Request<Body>, Response = Response<B>, Error = Infallible, Future: Send + 'static>,
     S: Clone + Send + 'static,
     B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
 {
-    let (info, cork) = (connection.connect_info(), connection.cork());
+    let (info, turn) = (connection.connect_info(), connection.turn());
     let service = service_fn(move |mut request: Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(info.clone());
         let limit = time_limit(request.headers());
-        // No service of ours is ever not ready.
+        // All services are always ready.
         let answer = service.clone().call(request.map(Body::new));
         Limited { answer, limit: limit.map(sleep) }
     });
-    let turn = Turn::default();
-    let mut http = pin!(settings(turn.clone()).serve_connection(TokioIo::new(connection), service));
+    // Dropped after the connection, which may hand over requests until its end.
+    let _guard = StopCollecting(requests.clone());
+    let mut http = pin!(settings(requests.clone()).serve_connection(TokioIo::new(connection), service));
     let mut closing = pin!(async { drop(closing.wait_for(|closing| *closing).await) });
     let mut is_told = false;
     poll_fn(|context| {
@@ -99,37 +117,39 @@ where
             is_told = true;
             http.as_mut().graceful_shutdown();
         }
+        let start = Instant::now();
+        let mut is_corked = true;
         loop {
-            // What went wrong is in the lines of the calls, if there were any.
-            cork.set(true);
+            turn.begin(is_corked, !requests.is_waiting());
+            // Errors are in the log lines of the calls, if there were any.
             let is_over = http.as_mut().poll(context).is_ready();
-            let has_worked = turn.take();
+            let has_more = requests.begin() || turn.is_used_up();
             if is_over {
                 return Poll::Ready(());
             }
-            if has_worked {
-                continue;
+            let is_late = start.elapsed() >= TURN_MAX;
+            if !is_corked && (!has_more || is_late) {
+                if has_more {
+                    context.waker().wake_by_ref();
+                }
+                return Poll::Pending;
             }
-            // This poll writes the answers.
-            cork.set(false);
-            let is_over = http.as_mut().poll(context).is_ready();
-            if is_over || !turn.take() {
-                return if is_over { Poll::Ready(()) } else { Poll::Pending };
-            }
+            // The last poll writes the answers.
+            is_corked = has_more && !is_late;
         }
     })
     .await;
 }
 
-fn settings(turn: Turn) -> http2::Builder<Turn> {
-    let mut builder = http2::Builder::new(turn);
+fn settings(requests: Collected) -> http2::Builder<Collected> {
+    let mut builder = http2::Builder::new(requests);
     builder
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(STREAMS_MAX)
         .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
-        // Those that the client cancels are bounded by what a connection may do (`conduct`).
+        // Cancelled streams are limited by `conduct`.
         .max_local_error_reset_streams(None)
         .max_header_list_size(HEADERS_MAX_BYTES)
         .keep_alive_interval(PING_INTERVAL)
@@ -139,43 +159,91 @@ fn settings(turn: Turn) -> http2::Builder<Turn> {
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The requests that came in this turn of a connection's task.
-#[derive(Clone, Default)]
-struct Turn(Arc<Mutex<Vec<Task>>>);
+/// The requests of one poll of a connection.
+#[derive(Clone)]
+struct Collected {
+    turn: Turn,
+    /// Permits for spawned requests that are not begun.
+    spread: Arc<Semaphore>,
+    /// `None` when the connection is gone. Each request has a clone of this, so they must not stay in here.
+    requests: Arc<Mutex<Option<VecDeque<Task>>>>,
+}
 
-impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Turn {
-    fn execute(&self, task: F) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Box::pin(task));
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Collected {
+    fn execute(&self, request: F) {
+        let open = self.turn.request();
+        let request = async move {
+            let _open = open;
+            request.await;
+        };
+        match self.lock().as_mut() {
+            Some(requests) => requests.push_back(Box::pin(request)),
+            None => drop(tokio::spawn(request)),
+        }
     }
 }
 
-impl Turn {
-    /// Takes up what came in; says whether there was anything.
-    fn take(&self) -> bool {
-        let tasks = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        if tasks.is_empty() {
-            return false;
-        }
-        let start = Instant::now();
-        for mut task in tasks {
-            let poll = || {
-                // A spawned task is polled again, so no wake-up is lost.
-                let mut nobody = Context::from_waker(Waker::noop());
-                pin!(unconstrained(task.as_mut())).poll(&mut nobody)
-            };
-            // A panic ends the one request, as it does in a spawned task.
-            let is_over = start.elapsed() < TURN_MAX
-                && !matches!(catch_unwind(AssertUnwindSafe(poll)), Ok(Poll::Pending));
-            if !is_over {
-                tokio::spawn(task);
+impl Collected {
+    fn new(turn: Turn, spread: Arc<Semaphore>) -> Self {
+        Self { turn, spread, requests: Arc::new(Mutex::new(Some(VecDeque::new()))) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Task>>> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next(&self) -> Option<Task> {
+        self.lock().as_mut()?.pop_front()
+    }
+
+    /// Whether requests were left for the next turn.
+    fn is_waiting(&self) -> bool {
+        self.lock().as_ref().is_some_and(|requests| !requests.is_empty())
+    }
+
+    /// Polls the collected requests once, until [`TURN_MAX`] is over, and spawns some of the rest. Returns whether there were any.
+    fn begin(&self) -> bool {
+        let (start, mut has_any) = (Instant::now(), false);
+        while let Some(mut request) = self.next() {
+            has_any = true;
+            if start.elapsed() < TURN_MAX {
+                let poll = || {
+                    // A spawned task is polled again, so no wake-up is lost.
+                    let mut nobody = Context::from_waker(Waker::noop());
+                    pin!(unconstrained(request.as_mut())).poll(&mut nobody)
+                };
+                // A panic ends only this request, as in a spawned task.
+                if matches!(catch_unwind(AssertUnwindSafe(poll)), Ok(Poll::Pending)) {
+                    tokio::spawn(request);
+                }
+            } else if let Ok(place) = self.spread.clone().try_acquire_owned() {
+                tokio::spawn(async move {
+                    drop(place);
+                    request.await;
+                });
+            } else {
+                if let Some(requests) = self.lock().as_mut() {
+                    requests.push_front(request);
+                }
+                break;
             }
         }
-        true
+        has_any
+    }
+}
+
+/// Drops the requests that nobody has begun when the task of their connection ends.
+struct StopCollecting(Collected);
+
+impl Drop for StopCollecting {
+    fn drop(&mut self) {
+        let requests = self.0.lock().take();
+        drop(requests);
     }
 }
 
 pin_project_lite::pin_project! {
-    /// A call that ends when the time is over that its client gives it.
+    /// A call with the time limit of its client.
     struct Limited<F> {
         #[pin]
         answer: F,
@@ -199,12 +267,11 @@ where
         let Some(limit) = this.limit.as_pin_mut() else { return Poll::Pending };
         limit
             .poll(context)
-            .map(|()| Ok(Status::cancelled("the time that the client gave is over").into_http()))
+            .map(|()| Ok(Status::deadline_exceeded("the deadline of the client has passed").into_http()))
     }
 }
 
-/// How long a call may take, as its client says in `grpc-timeout`: up to eight digits and a unit. What cannot be read counts as
-/// not said.
+/// The time limit in `grpc-timeout`: up to eight digits and a unit. A malformed value is ignored.
 fn time_limit(headers: &HeaderMap) -> Option<Duration> {
     const DIGITS_MAX: usize = 8;
     let (unit, digits) = headers.get("grpc-timeout")?.as_bytes().split_last()?;
@@ -229,9 +296,13 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
     use tokio::sync::oneshot;
 
+    fn collected() -> Collected {
+        Collected::new(Turn::default(), Arc::new(Semaphore::new(1)))
+    }
+
     #[tokio::test]
     async fn a_request_that_does_not_wait_is_answered_in_its_turn_and_others_are_answered_later() {
-        let turn = Turn::default();
+        let turn = collected();
         let answered = Arc::new(AtomicUsize::new(0));
         let (release, released) = oneshot::channel::<()>();
         let count = |answered: &Arc<AtomicUsize>| {
@@ -248,7 +319,7 @@ mod tests {
             later();
             let _ = done.send(());
         });
-        assert!(turn.take() && !turn.take());
+        assert!(turn.begin() && !turn.begin());
         assert_eq!(answered.load(SeqCst), 1);
         release.send(()).unwrap();
         is_done.await.unwrap();
@@ -257,17 +328,33 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_in_a_turn_ends_no_other_request() {
-        let turn = Turn::default();
+        let turn = collected();
         let (done, is_done) = oneshot::channel();
         turn.execute(async { panic!("a fault in a request") });
         turn.execute(async move { done.send(()).unwrap() });
-        assert!(turn.take());
+        assert!(turn.begin());
         is_done.await.unwrap();
     }
 
     #[tokio::test]
-    async fn a_long_turn_leaves_the_rest_to_others() {
+    async fn requests_that_nobody_began_end_with_their_connection_and_later_ones_become_tasks() {
         let turn = Turn::default();
+        let requests = Collected::new(turn.clone(), Arc::new(Semaphore::new(1)));
+        let guard = StopCollecting(requests.clone());
+        // As in the HTTP/2 library, a request has a clone of what it was handed to.
+        let of_request = requests.clone();
+        requests.execute(async move { drop(of_request) });
+        assert_eq!(turn.requests(), 1);
+        drop(guard);
+        assert_eq!((turn.requests(), Arc::strong_count(&requests.requests)), (0, 1));
+        let (done, is_done) = oneshot::channel();
+        requests.execute(async move { done.send(()).unwrap() });
+        is_done.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_long_turn_leaves_some_of_the_rest_to_others_and_the_rest_of_it_to_the_next_turn() {
+        let turn = collected();
         let (done, is_done) = oneshot::channel();
         turn.execute(async { std::thread::sleep(TURN_MAX) });
         let here = std::thread::current().id();
@@ -277,9 +364,14 @@ mod tests {
             counted.fetch_add(1, SeqCst);
             let _ = done.send(std::thread::current().id() == here);
         });
-        assert!(turn.take());
+        let (last, last_is_done) = oneshot::channel();
+        turn.execute(async move { last.send(()).unwrap() });
+        assert!(turn.begin());
         assert_eq!(polls.load(SeqCst), 0);
+        assert!(turn.is_waiting(), "one is handed to another thread, and there is no place for the next");
         is_done.await.unwrap();
+        assert!(turn.begin() && !turn.is_waiting());
+        last_is_done.await.unwrap();
     }
 
     #[test]

@@ -1,9 +1,8 @@
-//! Reads whose clients take nothing: an end for them (BS-07).
+//! Ends reads whose clients take nothing (BS-07).
 //!
-//! A stream is pulled by its client, so one that takes nothing would hold an open file, and with it bytes on disk that cannot
-//! be freed, for as long as the client likes. Nothing polls such a stream, so its end comes from outside: a task that looks
-//! whether it was asked for more. What is slow on this side is no stall. A stream that was given up drops all that it held;
-//! its error waits for the client to come back.
+//! A stream advances only when its client reads. So an inactive client would hold a file open, and with it bytes on disk,
+//! without limit. Nothing polls such a stream, so a task checks whether the client has asked for more. Time that the server
+//! takes does not count. A stream that was ended drops everything that it held; the client gets the error if it reads again.
 
 use super::ReadStream;
 use futures::stream::{Stream, StreamExt as _};
@@ -20,10 +19,10 @@ use tokio::{
 };
 use tonic::Status;
 
-/// How long a client may leave a message untaken; as long as an upload may be silent.
-pub const READ_IDLE_LIMIT: Duration = super::byte_stream::WRITE_IDLE_LIMIT;
+/// Time limit for a client to take a message, the same as between two messages of an upload.
+pub(crate) const READ_IDLE_LIMIT: Duration = super::byte_stream::WRITE_IDLE_LIMIT;
 
-/// These messages, until their client has taken none of them for [`READ_IDLE_LIMIT`].
+/// Ends a stream when its client has taken no message for [`READ_IDLE_LIMIT`].
 pub(super) fn watched(messages: ReadStream) -> ReadStream {
     let pull =
         Arc::new(Pull(Mutex::new(State { messages: Some(messages), idle_since: Some(Instant::now()) })));
@@ -31,13 +30,13 @@ pub(super) fn watched(messages: ReadStream) -> ReadStream {
     Watched { pull, watch }.boxed()
 }
 
-/// What the client and the watch share. The lock is held while one message is made ready, which never blocks.
+/// State that the stream and the watch share. The lock is held while a message is polled, which never blocks.
 struct Pull(Mutex<State>);
 
 struct State {
-    /// `None` once it was given up, or is over.
+    /// `None` once the stream has ended.
     messages: Option<ReadStream>,
-    /// Since when it is the client's turn; `None` while it is ours.
+    /// Start of the wait for the client; `None` while the server works.
     idle_since: Option<Instant>,
 }
 
@@ -73,7 +72,7 @@ impl Drop for Watched {
     }
 }
 
-/// Drops the messages when their client takes none.
+/// Drops the messages when the client takes none.
 async fn give_up(pull: Weak<Pull>) {
     let mut look = Instant::now() + READ_IDLE_LIMIT;
     loop {

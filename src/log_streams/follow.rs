@@ -34,13 +34,13 @@ pub enum Piece {
 /// A reader of one stream. It holds a share of the reader budget.
 #[derive(Debug)]
 pub struct Follower {
-    source: Source,
+    source: StreamSource,
     closing: watch::Receiver<bool>,
     _place: Share,
 }
 
 #[derive(Debug)]
-enum Source {
+enum StreamSource {
     Spool(Arc<Spool>, watch::Receiver<SpoolState>),
     Run(Tail),
 }
@@ -48,11 +48,11 @@ enum Source {
 impl Follower {
     pub(super) fn of_spool(spool: Arc<Spool>, closing: watch::Receiver<bool>, place: Share) -> Self {
         let state = spool.watch();
-        Self { source: Source::Spool(spool, state), closing, _place: place }
+        Self { source: StreamSource::Spool(spool, state), closing, _place: place }
     }
 
     pub(super) fn of_run(tail: Tail, closing: watch::Receiver<bool>, place: Share) -> Self {
-        Self { source: Source::Run(tail), closing, _place: place }
+        Self { source: StreamSource::Run(tail), closing, _place: place }
     }
 
     /// Waits for bytes at `offset` and returns at most `max` of them.
@@ -64,8 +64,8 @@ impl Follower {
         let closing = &mut self.closing;
         let piece = async {
             match &mut self.source {
-                Source::Spool(spool, state) => next_of_spool(spool, state, offset, max).await,
-                Source::Run(tail) => next_of_run(tail, offset, max).await,
+                StreamSource::Spool(spool, state) => next_of_spool(spool, state, offset, max).await,
+                StreamSource::Run(tail) => next_of_run(tail, offset, max).await,
             }
         };
         select! {

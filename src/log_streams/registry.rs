@@ -28,11 +28,11 @@ pub struct StreamLimits {
     pub kept: Duration,
 }
 
-/// Streams by id; see the top of this file.
+/// Streams by id; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct Registry<V> {
     limits: StreamLimits,
-    entries: HashMap<Uuid, Entry<V>>,
+    entries: HashMap<Uuid, StreamEntry<V>>,
     /// Unfinished streams in order of their last change.
     open: BTreeSet<(Instant, Uuid)>,
     /// Finished streams in order of their end.
@@ -41,7 +41,7 @@ pub(crate) struct Registry<V> {
 }
 
 #[derive(Debug)]
-struct Entry<V> {
+struct StreamEntry<V> {
     value: V,
     bytes: u64,
     /// Time of the last change or of the end.
@@ -70,7 +70,7 @@ impl<V> Registry<V> {
                 retry_after: Some(FULL_RETRY),
             })?),
         };
-        self.entries.insert(id, Entry { value, bytes: 0, since: now, finished: false });
+        self.entries.insert(id, StreamEntry { value, bytes: 0, since: now, finished: false });
         self.open.insert((now, id));
         Ok(displaced)
     }

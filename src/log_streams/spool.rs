@@ -36,7 +36,7 @@ pub(super) struct Spool {
 }
 
 /// The right to do the next append.
-pub(super) struct Turn {
+pub(super) struct AppendTurn {
     spool: Arc<Spool>,
     offset: u64,
     _guard: OwnedMutexGuard<()>,
@@ -75,7 +75,7 @@ impl Spool {
     ///
     /// # Errors
     /// `Invalid` when it does not start at the end; `Precondition` when the stream is finished.
-    pub(super) async fn turn(self: &Arc<Self>, offset: u64) -> Result<Turn> {
+    pub(super) async fn turn(self: &Arc<Self>, offset: u64) -> Result<AppendTurn> {
         let guard = self.turn.clone().lock_owned().await;
         let Committed { bytes, finished } = self.committed();
         if finished {
@@ -88,7 +88,7 @@ impl Spool {
                 "write_offset is {offset}; the log stream has {bytes} bytes and can only be appended to"
             )));
         }
-        Ok(Turn { spool: self.clone(), offset, _guard: guard })
+        Ok(AppendTurn { spool: self.clone(), offset, _guard: guard })
     }
 }
 
@@ -104,7 +104,7 @@ impl Spool {
     }
 }
 
-impl Turn {
+impl AppendTurn {
     /// Appends the bytes and makes them visible to readers. Blocks.
     ///
     /// # Errors

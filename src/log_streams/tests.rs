@@ -270,8 +270,10 @@ async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
 async fn unfinished_streams_of_one_client_leave_places_and_bytes_for_others() {
     let bench = Bench::new(StreamLimits { streams: 9, bytes: 90, stream_bytes: 90, ..limits() });
     let greedy = client(1);
-    let mut made: Vec<_> = (0..8).map(|_| bench.streams.create("main".into(), greedy).unwrap()).collect();
+    let mut made: Vec<_> = (0..7).map(|_| bench.streams.create("main".into(), greedy).unwrap()).collect();
     assert!(matches!(bench.streams.create("main".into(), greedy), Err(Error::Exhausted { .. })));
+    let _of_next_connection = bench.streams.create("main".into(), client(1)).unwrap();
+    assert!(matches!(bench.streams.create("main".into(), client(1)), Err(Error::Exhausted { .. })));
     let other = bench.streams.create("main".into(), client(2)).unwrap();
     let writer = bench.streams.writer(&made.pop().unwrap()).unwrap();
     writer.append(0, vec![b'x'; 80].into(), false).await.unwrap();
@@ -281,6 +283,6 @@ async fn unfinished_streams_of_one_client_leave_places_and_bytes_for_others() {
     other.append(0, vec![b'x'; 10].into(), true).await.unwrap();
     // Finished streams make room, here first for their own client.
     writer.append(80, Bytes::new(), true).await.unwrap();
-    bench.streams.create("main".into(), greedy).unwrap();
+    bench.streams.create("main".into(), client(1)).unwrap();
     assert_eq!(bench.streams.0.bytes.held(), 0);
 }

@@ -20,8 +20,7 @@ mod reservations;
 mod resets;
 mod sent_ahead;
 mod shared_places;
-#[allow(dead_code)]
-#[path = "../wire/support.rs"]
+#[path = "../support/mod.rs"]
 mod support;
 mod unread_answers;
 mod windows;

@@ -37,10 +37,11 @@ fn call_without_end(
 /// Makes two calls that never end, whose requests take all of the decoding memory that one peer can have.
 pub async fn hold_the_room_to_decode(server: &Server) -> [JoinHandle<Result<(), Status>>; 2] {
     let before = resident_memory(server);
-    let hostile = connect_from("127.0.0.1", server).await;
+    // One connection does not get all of it.
+    let connections = [connect_from("127.0.0.1", server).await, connect_from("127.0.0.1", server).await];
     let digests = [0x12, 0].repeat(820_000);
     let message = [field(1, &[b'a'; 13_000_000]), digests].concat();
-    let calls = [(); 2].map(|()| call_without_end(hostile.clone(), BATCH_READ, message.clone()));
+    let calls = connections.map(|hostile| call_without_end(hostile, BATCH_READ, message.clone()));
     eventually("both are decoded", || resident_memory(server) > before + 85_000_000).await;
     calls
 }

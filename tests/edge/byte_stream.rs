@@ -1,6 +1,7 @@
 //! ByteStream.
 
-use crate::harness::{MAX_BLOB_BYTES, Server, absent, digest, eventually, path};
+use crate::harness::{MAX_BLOB_BYTES, Server, absent, digest, path};
+use crate::support::eventually_async;
 use gorego_reapi::proto::{
     bytestream::{
         QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, WriteRequest, WriteResponse,
@@ -40,13 +41,13 @@ fn pieces(name: &str, data: &[u8], from: usize, size: usize) -> Vec<WriteRequest
 }
 
 async fn write(server: &Server, messages: Vec<WriteRequest>) -> Result<i64, Status> {
-    let answer = server.bytes().write(tokio_stream::iter(messages)).await;
+    let answer = server.bytes.clone().write(tokio_stream::iter(messages)).await;
     answer.map(Response::into_inner).map(|WriteResponse { committed_size }| committed_size)
 }
 
 async fn read(server: &Server, name: &str, offset: i64, limit: i64) -> Result<Vec<Vec<u8>>, Status> {
     let request = ReadRequest { resource_name: name.into(), read_offset: offset, read_limit: limit };
-    let mut stream = server.bytes().read(request).await?.into_inner();
+    let mut stream = server.bytes.clone().read(request).await?.into_inner();
     let mut messages = Vec::new();
     while let Some(message) = stream.message().await? {
         messages.push(message.data.to_vec());
@@ -57,7 +58,7 @@ async fn read(server: &Server, name: &str, offset: i64, limit: i64) -> Result<Ve
 async fn query(server: &Server, name: &str) -> (i64, bool) {
     let request = QueryWriteStatusRequest { resource_name: name.into() };
     let QueryWriteStatusResponse { committed_size, complete } =
-        server.bytes().query_write_status(request).await.unwrap().into_inner();
+        server.bytes.clone().query_write_status(request).await.unwrap().into_inner();
     (committed_size, complete)
 }
 
@@ -137,7 +138,7 @@ async fn names_of_any_other_shape_are_refused_by_all_three() {
         let status = write(&server, vec![message(&name, 0, b"x", true)]).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{name}");
         let request = QueryWriteStatusRequest { resource_name: name };
-        let status = server.bytes().query_write_status(request).await.unwrap_err();
+        let status = server.bytes.clone().query_write_status(request).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);
     }
     assert_eq!(write(&server, vec![]).await.unwrap_err().code(), Code::InvalidArgument);
@@ -207,10 +208,10 @@ async fn an_upload_of_a_blob_that_is_stored_ends_early_and_well() {
     let (stalled, messages) = mpsc::channel(1);
     let name = upload_name("", &digest);
     stalled.send(message(&name, 0, &data[..10], false)).await.unwrap();
-    let mut client = server.bytes();
+    let mut client = server.bytes.clone();
     let waiting = tokio::spawn(async move { client.write(ReceiverStream::new(messages)).await });
     // The first upload has begun now, so the store must end it early.
-    eventually("the first upload has begun", || async { query(&server, &name).await.0 == 10 }).await;
+    eventually_async("the first upload has begun", || async { query(&server, &name).await.0 == 10 }).await;
     write(&server, pieces(&upload_name("", &digest), &data, 0, 100_000)).await.unwrap();
     let answer = waiting.await.unwrap().unwrap().into_inner();
     assert_eq!(answer.committed_size, 1_000_000);

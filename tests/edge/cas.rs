@@ -31,7 +31,7 @@ async fn what_is_missing_is_exactly_what_is_not_stored() {
     let mut bad = many[..9].to_vec();
     bad.push(reapi::Digest { hash: "0".repeat(63), size_bytes: 1 });
     let request = FindMissingBlobsRequest { blob_digests: bad, ..Default::default() };
-    let status = server.cas().find_missing_blobs(request).await.unwrap_err();
+    let status = server.cas.clone().find_missing_blobs(request).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
 }
 
@@ -45,17 +45,17 @@ async fn instances_do_not_see_each_other_and_unknown_ones_are_no_misses() {
         blob_digests: vec![digest(b"here")],
         digest_function: 0,
     };
-    let missing = server.cas().find_missing_blobs(ask("a/b/c")).await.unwrap().into_inner();
+    let missing = server.cas.clone().find_missing_blobs(ask("a/b/c")).await.unwrap().into_inner();
     assert_eq!(missing.missing_blob_digests.len(), 1);
     for unknown in ["nope", "blobs", "/a", "a//b"] {
-        let status = server.cas().find_missing_blobs(ask(unknown)).await.unwrap_err();
+        let status = server.cas.clone().find_missing_blobs(ask(unknown)).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{unknown}");
         let request = GetActionResultRequest {
             instance_name: unknown.into(),
             action_digest: Some(digest(b"here")),
             ..Default::default()
         };
-        let status = server.action_cache().get_action_result(request).await.unwrap_err();
+        let status = server.action_cache.clone().get_action_result(request).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{unknown}");
     }
 }
@@ -68,7 +68,7 @@ async fn in_a_batch_the_good_ones_are_stored_and_the_bad_ones_named() {
     let short = Request { data: "claime".into(), ..item(b"claimed".to_vec()) };
     let requests = vec![item(b"good".to_vec()), lie, short, item(vec![]), item(b"good".to_vec())];
     let request = BatchUpdateBlobsRequest { requests, ..Default::default() };
-    let answer = server.cas().batch_update_blobs(request.clone()).await.unwrap().into_inner();
+    let answer = server.cas.clone().batch_update_blobs(request.clone()).await.unwrap().into_inner();
     let codes: Vec<_> = answer.responses.iter().map(|r| r.status.as_ref().unwrap().code).collect();
     let invalid = Code::InvalidArgument as i32;
     assert_eq!(codes, [0, invalid, invalid, 0, 0]);
@@ -91,10 +91,10 @@ async fn a_batch_of_exactly_the_limit_passes_as_one_blob_and_as_many() {
     for requests in [one, many.collect()] {
         let digests: Vec<_> = requests.iter().map(|r| r.digest.clone().unwrap()).collect();
         let request = BatchUpdateBlobsRequest { requests, ..Default::default() };
-        let answer = server.cas().batch_update_blobs(request).await.unwrap().into_inner();
+        let answer = server.cas.clone().batch_update_blobs(request).await.unwrap().into_inner();
         assert!(answer.responses.iter().all(|r| r.status.as_ref().unwrap().code == 0));
         let request = BatchReadBlobsRequest { digests, ..Default::default() };
-        let answer = server.cas().batch_read_blobs(request).await.unwrap().into_inner();
+        let answer = server.cas.clone().batch_read_blobs(request).await.unwrap().into_inner();
         for response in answer.responses {
             assert_eq!(response.status.unwrap().code, 0);
             assert_eq!(digest(&response.data), response.digest.unwrap());
@@ -102,7 +102,7 @@ async fn a_batch_of_exactly_the_limit_passes_as_one_blob_and_as_many() {
     }
     let over = vec![item(vec![1; 4_000_000]), item(vec![1])];
     let request = BatchUpdateBlobsRequest { requests: over, ..Default::default() };
-    let status = server.cas().batch_update_blobs(request).await.unwrap_err();
+    let status = server.cas.clone().batch_update_blobs(request).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
 }
 
@@ -114,7 +114,7 @@ async fn every_blob_asked_for_has_an_entry() {
     let malformed = reapi::Digest { hash: "x".into(), size_bytes: 1 };
     let digests = vec![digest(b"here"), absent(0).to_wire(), malformed, digest(b""), digest(b"here")];
     let request = BatchReadBlobsRequest { digests: digests.clone(), ..Default::default() };
-    let answer = server.cas().batch_read_blobs(request).await.unwrap().into_inner();
+    let answer = server.cas.clone().batch_read_blobs(request).await.unwrap().into_inner();
     let codes: Vec<_> = answer.responses.iter().map(|r| r.status.as_ref().unwrap().code).collect();
     assert_eq!(codes, [0, Code::NotFound as i32, Code::InvalidArgument as i32, 0, 0]);
     let answered: Vec<_> = answer.responses.iter().map(|r| r.digest.clone().unwrap()).collect();
@@ -129,7 +129,7 @@ async fn the_answer_for_very_many_absent_blobs_stays_within_a_message() {
     let digests: Vec<_> = (0..35_000u64).map(|n| digest(&n.to_le_bytes())).collect();
     let request = BatchReadBlobsRequest { digests: digests.clone(), ..Default::default() };
     // With the default limits of clients.
-    let answer = server.cas().batch_read_blobs(request).await.unwrap().into_inner();
+    let answer = server.cas.clone().batch_read_blobs(request).await.unwrap().into_inner();
     assert_eq!(answer.responses.len(), digests.len());
     let codes = answer.responses.iter().map(|response| response.status.as_ref().unwrap().code);
     assert!(codes.into_iter().all(|code| code == Code::NotFound as i32));
@@ -140,7 +140,7 @@ async fn the_answer_for_very_many_absent_blobs_stays_within_a_message() {
 async fn a_read_of_more_blobs_than_a_message_has_entries_for_is_refused() {
     let server = Server::start().await;
     let request = BatchReadBlobsRequest { digests: vec![digest(b"x"); 100_000], ..Default::default() };
-    let status = server.cas().batch_read_blobs(request).await.unwrap_err();
+    let status = server.cas.clone().batch_read_blobs(request).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument, "{status}");
 }
 
@@ -162,7 +162,7 @@ async fn one_call_streams_a_whole_tree_and_a_token_goes_on_after_its_page() {
         page_token,
         ..Default::default()
     };
-    let mut stream = server.cas().get_tree(request(String::new())).await.unwrap().into_inner();
+    let mut stream = server.cas.clone().get_tree(request(String::new())).await.unwrap().into_inner();
     let mut pages = Vec::new();
     while let Some(page) = stream.message().await.unwrap() {
         pages.push(page);
@@ -172,11 +172,11 @@ async fn one_call_streams_a_whole_tree_and_a_token_goes_on_after_its_page() {
     assert_eq!(all.len(), 7);
     assert_eq!(all[0].encode_to_vec(), blobs[6]);
     let mut stream =
-        server.cas().get_tree(request(pages[1].next_page_token.clone())).await.unwrap().into_inner();
+        server.cas.clone().get_tree(request(pages[1].next_page_token.clone())).await.unwrap().into_inner();
     assert_eq!(stream.message().await.unwrap().unwrap().directories, all[4..6]);
 
     let absent = GetTreeRequest { root_digest: Some(absent(0).to_wire()), ..Default::default() };
-    let mut stream = server.cas().get_tree(absent).await.unwrap().into_inner();
+    let mut stream = server.cas.clone().get_tree(absent).await.unwrap().into_inner();
     assert_eq!(stream.message().await.unwrap_err().code(), Code::NotFound);
 }
 
@@ -184,7 +184,7 @@ async fn one_call_streams_a_whole_tree_and_a_token_goes_on_after_its_page() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_offered_is_unimplemented() {
     let server = Server::with(false).await;
-    let status = server.cas().split_blob(SplitBlobRequest::default()).await.unwrap_err();
+    let status = server.cas.clone().split_blob(SplitBlobRequest::default()).await.unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented);
 }
 
@@ -201,7 +201,7 @@ fn get() -> GetActionResultRequest {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_result_comes_back_with_what_was_asked_to_be_inlined() {
     let server = Server::start().await;
-    let mut cache = server.action_cache();
+    let mut cache = server.action_cache.clone();
     assert_eq!(cache.get_action_result(get()).await.unwrap_err().code(), Code::NotFound);
     let large = vec![b'x'; 10_000_000];
     let mut messages = Vec::new();
@@ -214,7 +214,7 @@ async fn a_result_comes_back_with_what_was_asked_to_be_inlined() {
             data: chunk.to_vec().into(),
         });
     }
-    server.bytes().write(tokio_stream::iter(messages)).await.unwrap();
+    server.bytes.clone().write(tokio_stream::iter(messages)).await.unwrap();
     server.store(&[b"file"]).await;
     let file = OutputFile { path: "out".into(), digest: Some(digest(b"file")), ..Default::default() };
     let result = ActionResult {
@@ -246,14 +246,14 @@ async fn a_result_comes_back_with_what_was_asked_to_be_inlined() {
 #[tokio::test(flavor = "multi_thread")]
 async fn failures_are_not_served_and_updates_can_be_switched_off() {
     let server = Server::start().await;
-    let mut cache = server.action_cache();
+    let mut cache = server.action_cache.clone();
     assert_eq!(cache.update_action_result(update(None)).await.unwrap_err().code(), Code::InvalidArgument);
     let failed = ActionResult { exit_code: 1, ..Default::default() };
     cache.update_action_result(update(Some(failed))).await.unwrap();
     assert_eq!(cache.get_action_result(get()).await.unwrap_err().code(), Code::NotFound);
 
     let server = Server::with(false).await;
-    let mut cache = server.action_cache();
+    let mut cache = server.action_cache.clone();
     let denied = cache.update_action_result(update(Some(ActionResult::default()))).await.unwrap_err();
     assert_eq!(denied.code(), Code::PermissionDenied);
     assert_eq!(cache.get_action_result(get()).await.unwrap_err().code(), Code::NotFound);

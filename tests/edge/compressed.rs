@@ -1,6 +1,7 @@
 //! zstd on the wire: ByteStream, batches, and gRPC's own message compression.
 
-use crate::harness::{Server, digest, eventually};
+use crate::harness::{Server, digest};
+use crate::support::eventually_async;
 use gorego_reapi::proto::{
     bytestream::{QueryWriteStatusRequest, ReadRequest, WriteRequest},
     reapi::{
@@ -48,13 +49,13 @@ fn pieces(name: &str, stream: &[u8], from: usize, size: usize) -> Vec<WriteReque
 }
 
 async fn write(server: &Server, messages: Vec<WriteRequest>) -> Result<i64, Status> {
-    let answer = server.bytes().write(tokio_stream::iter(messages)).await?;
+    let answer = server.bytes.clone().write(tokio_stream::iter(messages)).await?;
     Ok(answer.into_inner().committed_size)
 }
 
 async fn read(server: &Server, name: &str, offset: i64, limit: i64) -> Result<Vec<Vec<u8>>, Status> {
     let request = ReadRequest { resource_name: name.into(), read_offset: offset, read_limit: limit };
-    let mut stream = server.bytes().read(request).await?.into_inner();
+    let mut stream = server.bytes.clone().read(request).await?.into_inner();
     let mut messages = Vec::new();
     while let Some(message) = stream.message().await? {
         messages.push(message.data.to_vec());
@@ -64,7 +65,7 @@ async fn read(server: &Server, name: &str, offset: i64, limit: i64) -> Result<Ve
 
 async fn query(server: &Server, name: &str) -> (i64, bool) {
     let request = QueryWriteStatusRequest { resource_name: name.into() };
-    let status = server.bytes().query_write_status(request).await.unwrap().into_inner();
+    let status = server.bytes.clone().query_write_status(request).await.unwrap().into_inner();
     (status.committed_size, status.complete)
 }
 
@@ -113,9 +114,9 @@ async fn a_compressed_upload_that_ends_early_answers_minus_one() {
     let name = upload_name(&digest);
     let (stalled, messages) = mpsc::channel(1);
     stalled.send(pieces(&name, &stream, 0, stream.len() / 2 + 1).remove(0)).await.unwrap();
-    let mut client = server.bytes();
+    let mut client = server.bytes.clone();
     let waiting = tokio::spawn(async move { client.write(ReceiverStream::new(messages)).await });
-    eventually("the first upload has begun", || async { query(&server, &name).await.0 > 0 }).await;
+    eventually_async("the first upload has begun", || async { query(&server, &name).await.0 > 0 }).await;
     write(&server, pieces(&upload_name(&digest), &stream, 0, 100_000)).await.unwrap();
     assert_eq!(waiting.await.unwrap().unwrap().into_inner().committed_size, -1);
     drop(stalled);
@@ -136,7 +137,7 @@ async fn a_broken_compressed_upload_is_resumed_at_an_offset_of_the_blob() {
     let mut half = pieces(&name, &stream, 0, stream.len() / 2 + 1);
     half.truncate(1);
     assert_eq!(write(&server, half).await.unwrap_err().code(), Code::InvalidArgument);
-    eventually("the rest is put away", || async { query(&server, &name).await.0 > 0 }).await;
+    eventually_async("the rest is put away", || async { query(&server, &name).await.0 > 0 }).await;
     let (committed, complete) = query(&server, &name).await;
     assert!(!complete && committed < 2_000_000);
     let rest = pack(&plain[committed as usize..]);
@@ -190,7 +191,7 @@ async fn batches_are_compressed_for_those_who_ask_for_it() {
     requests.push(item(&text(10), pack(&text(11)), zstd));
     requests.push(item(&text(12), pack(&text(12)), Compressor::Deflate as i32));
     let request = BatchUpdateBlobsRequest { requests, ..Default::default() };
-    let answer = server.cas().batch_update_blobs(request).await.unwrap().into_inner();
+    let answer = server.cas.clone().batch_update_blobs(request).await.unwrap().into_inner();
     let codes: Vec<_> = answer.responses.iter().map(|r| r.status.as_ref().unwrap().code).collect();
     let invalid = Code::InvalidArgument as i32;
     assert_eq!(
@@ -203,7 +204,7 @@ async fn batches_are_compressed_for_those_who_ask_for_it() {
         let digests = vec![digest(&plains[0]), digest(b"absent")];
         let request =
             BatchReadBlobsRequest { digests, acceptable_compressors: acceptable, ..Default::default() };
-        let answer = server.cas().batch_read_blobs(request).await.unwrap().into_inner();
+        let answer = server.cas.clone().batch_read_blobs(request).await.unwrap().into_inner();
         let [read, absent] = &answer.responses[..] else { panic!("{answer:?}") };
         assert_eq!(read.compressor, expected);
         let data =
@@ -220,12 +221,12 @@ async fn requests_that_grpc_has_compressed_are_understood() {
     for encoding in [CompressionEncoding::Gzip, CompressionEncoding::Zstd] {
         let request =
             FindMissingBlobsRequest { blob_digests: vec![digest(b"x"); 1_000], ..Default::default() };
-        let mut client = server.cas().send_compressed(encoding).accept_compressed(encoding);
+        let mut client = server.cas.clone().send_compressed(encoding).accept_compressed(encoding);
         let answer = client.find_missing_blobs(request).await.unwrap().into_inner();
         assert_eq!(answer.missing_blob_digests, [digest(b"x")]);
         let plain = text(100_000);
         let name = format!("uploads/{}/{}", Uuid::new_v4(), crate::harness::path(&digest(&plain)));
-        let mut client = server.bytes().send_compressed(encoding);
+        let mut client = server.bytes.clone().send_compressed(encoding);
         let answer = client.write(tokio_stream::iter(pieces(&name, &plain, 0, 30_000))).await.unwrap();
         assert_eq!(answer.into_inner().committed_size, 100_000);
     }

@@ -1,6 +1,7 @@
 //! Execution and google.longrunning.Operations with a scripted scheduler.
 
-use crate::harness::{Die, Refuse, Server, Show, absent, completed, digest, eventually, executing};
+use crate::harness::{Die, Refuse, Server, Show, absent, completed, digest, executing};
+use crate::support::eventually_async;
 use gorego_reapi::{
     auxiliary::queue_status,
     error::Error,
@@ -48,7 +49,7 @@ async fn next(stream: &mut Streaming<Operation>) -> Operation {
 async fn a_stream_shows_each_state_and_ends_well_after_the_result() {
     let server = Server::start().await;
     server.store(&[b"said"]).await;
-    let mut other = server.cas();
+    let mut other = server.cas.clone();
     let request = gorego_reapi::proto::reapi::BatchUpdateBlobsRequest {
         instance_name: "a/b/c".into(),
         requests: vec![gorego_reapi::proto::reapi::batch_update_blobs_request::Request {
@@ -61,13 +62,13 @@ async fn a_stream_shows_each_state_and_ends_well_after_the_result() {
     other.batch_update_blobs(request).await.unwrap();
 
     let request = ExecuteRequest { inline_stdout: true, ..execute() };
-    let mut stream = server.execution().execute(request).await.unwrap().into_inner();
+    let mut stream = server.execution.clone().execute(request).await.unwrap().into_inner();
     let first = next(&mut stream).await;
     assert_eq!(stage(&first), execution_stage::Value::Queued);
     assert!(first.name.starts_with("a/b/c/operations/"));
     let name = first.name.clone();
     let request = WaitExecutionRequest { name: name.clone() };
-    let mut joined = server.execution().wait_execution(request.clone()).await.unwrap().into_inner();
+    let mut joined = server.execution.clone().wait_execution(request.clone()).await.unwrap().into_inner();
     assert_eq!(next(&mut joined).await.name, name);
 
     assert_eq!(server.scheduler.send(Show(executing())).await.unwrap(), 2);
@@ -77,7 +78,7 @@ async fn a_stream_shows_each_state_and_ends_well_after_the_result() {
     }
     let result = ActionResult { exit_code: 7, stdout_digest: Some(digest(b"said")), ..Default::default() };
     server.scheduler.send(Show(completed(Some(result), None))).await.unwrap();
-    let late = server.execution().wait_execution(request).await.unwrap().into_inner();
+    let late = server.execution.clone().wait_execution(request).await.unwrap().into_inner();
     for mut stream in [stream, joined, late] {
         let operation = next(&mut stream).await;
         assert_eq!(stage(&operation), execution_stage::Value::Completed);
@@ -95,7 +96,7 @@ async fn a_stream_shows_each_state_and_ends_well_after_the_result() {
 async fn missing_blobs_are_reported_inside_a_final_operation() {
     let server = Server::start().await;
     let missing: Vec<_> = (0..500).map(absent).collect();
-    let mut stream = server.execution().execute(execute()).await.unwrap().into_inner();
+    let mut stream = server.execution.clone().execute(execute()).await.unwrap().into_inner();
     next(&mut stream).await;
     let end = completed(None, Some(Error::MissingBlobs(missing.clone())));
     server.scheduler.send(Show(end)).await.unwrap();
@@ -118,13 +119,13 @@ async fn what_is_wrong_before_the_operation_exists_is_a_status_of_the_call() {
         ExecuteRequest { action_digest: None, ..execute() },
         ExecuteRequest { digest_function: 10, ..execute() },
     ] {
-        let status = server.execution().execute(bad).await.unwrap_err();
+        let status = server.execution.clone().execute(bad).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);
     }
     let full =
         Error::Exhausted { message: "the queue is full".into(), retry_after: Some(Duration::from_secs(2)) };
     server.scheduler.send(Refuse(full)).await.unwrap();
-    let status = server.execution().execute(execute()).await.unwrap_err();
+    let status = server.execution.clone().execute(execute()).await.unwrap_err();
     assert_eq!(status.code(), Code::ResourceExhausted);
     let details = rpc::Status::decode(status.details()).unwrap();
     assert_eq!((details.code, details.message.as_str()), (status.code() as i32, status.message()));
@@ -136,16 +137,17 @@ async fn what_is_wrong_before_the_operation_exists_is_a_status_of_the_call() {
 #[tokio::test(flavor = "multi_thread")]
 async fn when_the_scheduler_goes_away_streams_end_unavailable() {
     let server = Server::start().await;
-    let mut stream = server.execution().execute(execute()).await.unwrap().into_inner();
+    let mut stream = server.execution.clone().execute(execute()).await.unwrap().into_inner();
     next(&mut stream).await;
-    for name in ["operations/1", "nonsense", "a/b/c/operations/6ba7b810-9dad-11d1-80b4-00c04fd430c8"] {
+    let id = "operations/6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+    for name in ["operations/1", "nonsense", id, &format!("a/b/c/{id}"), &format!("nope/{id}")] {
         let unknown = WaitExecutionRequest { name: name.into() };
-        let status = server.execution().wait_execution(unknown).await.unwrap_err();
+        let status = server.execution.clone().wait_execution(unknown).await.unwrap_err();
         assert_eq!(status.code(), Code::NotFound, "{name}");
     }
     server.scheduler.send(Die).await.unwrap();
     assert_eq!(stream.message().await.unwrap_err().code(), Code::Unavailable);
-    let status = server.execution().execute(execute()).await.unwrap_err();
+    let status = server.execution.clone().execute(execute()).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
 }
 
@@ -153,22 +155,24 @@ async fn when_the_scheduler_goes_away_streams_end_unavailable() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_is_no_longer_counted_as_waiting() {
     let server = Server::start().await;
-    let mut stream = server.execution().execute(execute()).await.unwrap().into_inner();
+    let mut stream = server.execution.clone().execute(execute()).await.unwrap().into_inner();
     next(&mut stream).await;
     assert_eq!(server.scheduler.send(Show(executing())).await.unwrap(), 1);
     drop(stream);
-    eventually("nobody waits", || async { server.scheduler.send(Show(executing())).await.unwrap() == 0 })
-        .await;
+    eventually_async("nobody waits", || async {
+        server.scheduler.send(Show(executing())).await.unwrap() == 0
+    })
+    .await;
 }
 
 /// OPS-01, OPS-03, OPS-05.
 #[tokio::test(flavor = "multi_thread")]
 async fn operations_are_shown_listed_waited_for_cancelled_and_forgotten() {
     let server = Server::start().await;
-    let mut operations = server.operations();
+    let mut operations = server.operations.clone();
     let mut names = Vec::new();
     for _ in 0..3 {
-        let mut stream = server.execution().execute(execute()).await.unwrap().into_inner();
+        let mut stream = server.execution.clone().execute(execute()).await.unwrap().into_inner();
         names.push(next(&mut stream).await.name);
     }
     let name = names[2].clone();
@@ -215,17 +219,17 @@ async fn an_operation_that_waits_says_why() {
         queue_status(&known.auxiliary_metadata)
     };
     let server = Server::start().await;
-    let mut stream = server.execution().execute(execute()).await.unwrap().into_inner();
+    let mut stream = server.execution.clone().execute(execute()).await.unwrap().into_inner();
     let first = next(&mut stream).await;
     assert_eq!(told(&first), None, "the first message waits for nobody");
     let status = told(&next(&mut stream).await).unwrap();
     assert_eq!((status.pool.as_str(), status.position), ("fake", 3));
     let get = GetOperationRequest { name: first.name };
-    let got = server.operations().get_operation(get.clone()).await.unwrap().into_inner();
+    let got = server.operations.clone().get_operation(get.clone()).await.unwrap().into_inner();
     assert_eq!(told(&got), Some(status));
     server.scheduler.send(Show(executing())).await.unwrap();
     assert_eq!(told(&next(&mut stream).await), None);
-    assert_eq!(told(server.operations().get_operation(get).await.unwrap().get_ref()), None);
+    assert_eq!(told(server.operations.clone().get_operation(get).await.unwrap().get_ref()), None);
 }
 
 /// GEN-25: a page of long results is shortened, and the rest is on the next page.
@@ -233,7 +237,7 @@ async fn an_operation_that_waits_says_why() {
 async fn a_list_of_long_results_stays_within_a_message() {
     let server = Server::start().await;
     for _ in 0..8 {
-        server.execution().execute(execute()).await.unwrap();
+        server.execution.clone().execute(execute()).await.unwrap();
         let file =
             gorego_reapi::proto::reapi::OutputFile { path: "x".repeat(1_000_000), ..Default::default() };
         let result = ActionResult { output_files: vec![file], ..Default::default() };
@@ -242,7 +246,7 @@ async fn a_list_of_long_results_stays_within_a_message() {
     let mut request = ListOperationsRequest { name: "a/b/c/operations".into(), ..Default::default() };
     let mut listed = 0;
     loop {
-        let page = server.operations().list_operations(request.clone()).await.unwrap().into_inner();
+        let page = server.operations.clone().list_operations(request.clone()).await.unwrap().into_inner();
         listed += page.operations.len();
         if page.next_page_token.is_empty() {
             break;
@@ -256,6 +260,6 @@ async fn a_list_of_long_results_stays_within_a_message() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_only_caches_says_so() {
     let server = Server::with(false).await;
-    let status = server.execution().execute(execute()).await.unwrap_err();
+    let status = server.execution.clone().execute(execute()).await.unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented);
 }

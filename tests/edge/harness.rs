@@ -1,10 +1,13 @@
 //! [`Server`]: an endpoint for one test, and its scheduler.
 
-use actix::{Actor, Context, Handler, Message, System};
+use crate::support::{
+    Client,
+    endpoint::{ActorThread, Endpoint, log_streams, store_settings},
+};
+use actix::{Actor, Context, Handler, Message};
 use gorego::{
-    action::TimeoutPolicy,
     actors::{
-        cas::{CasActor, StoreSettings, client::Cas},
+        cas::CasActor,
         scheduler::{
             messages::{Admit, Cancel, Explain, Forget, ListOperations, OperationPage, Watch},
             operation::{OperationId, OperationInfo, Outcome, QueueStatus, Snapshot, Stage, Subscription},
@@ -12,28 +15,18 @@ use gorego::{
         },
     },
     config::CommittedSize,
-    grpc::{Edge, ProtocolSettings, ask::Scheduler, health::Health},
-    instance::{Instances, Policy},
-    log_streams::{LogSettings, LogStreams, StreamLimits},
+    gate::Gate,
+    grpc::{Edge, ProtocolSettings, ask::Scheduler},
+    instance::{InstancePolicy, Instances},
     under_way::UnderWay,
-};
-use gorego_client::stubs::{
-    ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,
-    ExecutionClient, OperationsClient,
 };
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     proto::reapi,
 };
-use std::{
-    sync::{Arc, mpsc},
-    thread,
-    time::{Duration, SystemTime},
-};
-use tokio::{net::TcpListener, runtime::Handle, sync::watch, task::JoinHandle};
-use tonic::transport::{Channel, Endpoint};
-use uuid::Uuid;
+use std::{ops::Deref, sync::Arc, time::SystemTime};
+use tokio::{runtime::Handle, sync::watch};
 
 /// Largest blob of the test server.
 pub const MAX_BLOB_BYTES: u64 = 64_000_000;
@@ -41,12 +34,9 @@ pub const MAX_BLOB_BYTES: u64 = 64_000_000;
 /// A running endpoint with the instances "" and "a/b/c".
 pub struct Server {
     pub scheduler: actix::Addr<FakeScheduler>,
-    pub health: Health,
-    pub channel: Channel,
-    stop: Option<tokio::sync::oneshot::Sender<()>>,
-    pub serving: JoinHandle<Result<()>>,
-    system: System,
-    _store: tempfile::TempDir,
+    pub endpoint: Endpoint,
+    _actors: ActorThread,
+    _directory: tempfile::TempDir,
 }
 
 impl Server {
@@ -56,25 +46,22 @@ impl Server {
 
     /// Without `executes`, the endpoint is a read-only cache.
     pub async fn with(executes: bool) -> Self {
-        let store = tempfile::tempdir().unwrap();
-        let policy = || Policy { action_cache_updates: executes, ..Policy::default() };
+        let directory = tempfile::tempdir().unwrap();
+        let policy = || InstancePolicy { action_cache_updates: executes, ..InstancePolicy::default() };
         let instances = ["", "a/b/c"].map(|name| (name.to_owned(), policy()));
         let instances = Instances::with_policies(instances).unwrap();
-        let settings = StoreSettings {
-            root: store.path().join("store"),
-            max_bytes: 1_000_000_000,
-            max_blob_bytes: MAX_BLOB_BYTES,
-            partial_upload_retention: Duration::from_secs(600),
-            zstd_level: 1,
-            timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(60) },
-        };
-        let (system, cas, scheduler) = actors(settings, instances.clone());
-        let edge = Edge {
+        let settings = store_settings(directory.path(), MAX_BLOB_BYTES);
+        let (of_store, runtime) = (instances.clone(), Handle::current());
+        let (actors, (cas, scheduler)) = ActorThread::start(move || {
+            let cas = CasActor::open(settings, &of_store, runtime).unwrap().launch();
+            (cas, FakeScheduler::default().start())
+        });
+        let endpoint = Endpoint::start(Edge {
             assets: None,
-            instances,
+            gate: Gate::new(instances),
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
-            log_streams: log_streams(executes, store.path()),
+            log_streams: log_streams(executes, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
             settings: ProtocolSettings {
@@ -83,104 +70,28 @@ impl Server {
                 chunking: executes,
                 priorities: Priorities { min: -100, max: 100 },
             },
-        };
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let health = Health::serving().await;
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let serving = tokio::spawn({
-            let health = health.clone();
-            async move {
-                let shutdown = async {
-                    let _ = stopped.await;
-                };
-                gorego::grpc::serve(Arc::new(edge), &health, listener, shutdown).await
-            }
         });
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
-        let channel = endpoint.connect().await.unwrap();
-        Self { scheduler, health, channel, stop: Some(stop), serving, system, _store: store }
-    }
-
-    pub fn shut_down(&mut self) {
-        drop(self.stop.take());
-    }
-
-    pub fn cas(&self) -> ContentAddressableStorageClient<Channel> {
-        ContentAddressableStorageClient::new(self.channel.clone())
-    }
-
-    pub fn bytes(&self) -> ByteStreamClient<Channel> {
-        ByteStreamClient::new(self.channel.clone())
-    }
-
-    pub fn action_cache(&self) -> ActionCacheClient<Channel> {
-        ActionCacheClient::new(self.channel.clone())
-    }
-
-    pub fn execution(&self) -> ExecutionClient<Channel> {
-        ExecutionClient::new(self.channel.clone())
-    }
-
-    pub fn operations(&self) -> OperationsClient<Channel> {
-        OperationsClient::new(self.channel.clone())
-    }
-
-    pub fn capabilities(&self) -> CapabilitiesClient<Channel> {
-        CapabilitiesClient::new(self.channel.clone())
+        Self { scheduler, endpoint: endpoint.await, _actors: actors, _directory: directory }
     }
 
     /// Stores blobs in the default instance.
     pub async fn store(&self, blobs: &[&[u8]]) {
-        let request = |blob: &&[u8]| reapi::batch_update_blobs_request::Request {
-            digest: Some(digest(blob)),
-            data: blob.to_vec().into(),
-            compressor: 0,
-        };
-        let requests = blobs.iter().map(request).collect();
-        let request = reapi::BatchUpdateBlobsRequest { requests, ..Default::default() };
-        let answer = self.cas().batch_update_blobs(request).await.unwrap().into_inner();
-        assert!(answer.responses.iter().all(|response| response.status.as_ref().unwrap().code == 0));
+        self.upload_all(blobs.iter().copied()).await;
     }
 
     /// The digests that the default instance does not have.
     pub async fn missing(&self, digests: &[reapi::Digest]) -> Vec<reapi::Digest> {
-        let request = reapi::FindMissingBlobsRequest { blob_digests: digests.to_vec(), ..Default::default() };
-        self.cas().find_missing_blobs(request).await.unwrap().into_inner().missing_blob_digests
+        let digests: Vec<_> = digests.iter().map(|digest| self.digest(Some(digest))).collect();
+        self.endpoint.client.missing(&digests).await.into_iter().map(Digest::to_wire).collect()
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.serving.abort();
-        self.system.stop();
+impl Deref for Server {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.endpoint.client
     }
-}
-
-/// Log streams with limits that a test can reach.
-pub fn log_streams(client_streams: bool, spool_directory: &std::path::Path) -> LogStreams {
-    let kept = Duration::from_secs(600);
-    // One client may have 40 of them.
-    let clients =
-        StreamLimits { streams: 45, bytes: 10_000_000, stream_bytes: 4_000_000, idle: Some(kept), kept };
-    let runs = StreamLimits { idle: None, ..clients };
-    LogStreams::new(LogSettings { client_streams, clients, runs, spool_directory: spool_directory.into() })
-}
-
-/// Starts the actors on their own thread, like the server.
-fn actors(settings: StoreSettings, instances: Instances) -> (System, Cas, actix::Addr<FakeScheduler>) {
-    let runtime = Handle::current();
-    let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || {
-        let system = System::new();
-        system.block_on(async {
-            let cas = CasActor::open(settings, &instances, runtime).unwrap().launch();
-            let scheduler = FakeScheduler::default().start();
-            sender.send((System::current(), cas, scheduler)).unwrap();
-        });
-        system.run().unwrap();
-    });
-    receiver.recv().unwrap()
 }
 
 pub fn digest(bytes: &[u8]) -> reapi::Digest {
@@ -190,15 +101,6 @@ pub fn digest(bytes: &[u8]) -> reapi::Digest {
 /// The path of a digest in resource names.
 pub fn path(digest: &reapi::Digest) -> String {
     format!("blobs/{}/{}", digest.hash, digest.size_bytes)
-}
-
-/// Waits until a condition holds, for a short time.
-pub async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
-    while !holds().await {
-        assert!(tokio::time::Instant::now() < deadline, "not within 20 s: {what}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
 }
 
 /// A scheduler that remembers operations and changes them only when a test tells it to.
@@ -273,7 +175,7 @@ impl Handler<Admit> for FakeScheduler {
             return Err(error.clone());
         }
         let info = Arc::new(OperationInfo {
-            id: OperationId(Uuid::new_v4()),
+            id: OperationId::random(Default::default()),
             instance: message.instance,
             action: message.action,
             inline: message.inline,

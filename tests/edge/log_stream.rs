@@ -25,13 +25,13 @@ fn message(name: &str, offset: i64, data: &str, finish_write: bool) -> WriteRequ
 }
 
 async fn write(server: &Server, messages: Vec<WriteRequest>) -> Result<i64, Status> {
-    let answer = server.bytes().write(futures::stream::iter(messages)).await;
+    let answer = server.bytes.clone().write(futures::stream::iter(messages)).await;
     answer.map(|answer| answer.into_inner().committed_size)
 }
 
 async fn read(server: &Server, name: &str, read_offset: i64, read_limit: i64) -> Result<Vec<u8>, Status> {
     let request = ReadRequest { resource_name: name.into(), read_offset, read_limit };
-    let mut stream = server.bytes().read(request).await?.into_inner();
+    let mut stream = server.bytes.clone().read(request).await?.into_inner();
     let mut bytes = Vec::new();
     while let Some(message) = stream.message().await? {
         assert!(!message.data.is_empty(), "BS-15");
@@ -42,7 +42,7 @@ async fn read(server: &Server, name: &str, read_offset: i64, read_limit: i64) ->
 
 async fn query(server: &Server, name: &str) -> Result<(i64, bool), Status> {
     let request = QueryWriteStatusRequest { resource_name: name.into() };
-    let status = server.bytes().query_write_status(request).await?.into_inner();
+    let status = server.bytes.clone().query_write_status(request).await?.into_inner();
     Ok((status.committed_size, status.complete))
 }
 
@@ -83,7 +83,7 @@ async fn a_parent_is_an_instance_or_an_operation_that_is_known() {
     assert_eq!(read(&server, &stream.name, 0, 0).await.unwrap(), b"xy");
     let action = crate::harness::digest(b"an action");
     let request = ExecuteRequest { action_digest: Some(action), ..Default::default() };
-    let mut run = server.execution().execute(request).await.unwrap().into_inner();
+    let mut run = server.execution.clone().execute(request).await.unwrap().into_inner();
     let operation = run.message().await.unwrap().unwrap().name;
     let stream = create(&server, &operation).await.unwrap();
     assert!(stream.name.starts_with(&format!("{operation}/logstreams/")));
@@ -131,7 +131,7 @@ async fn a_stream_grows_write_by_write_until_it_is_finished() {
     let server = Server::start().await;
     let LogStream { name, write_resource_name: secret } = create(&server, PARENT).await.unwrap();
     let request = ReadRequest { resource_name: name.clone(), read_offset: 2, read_limit: 0 };
-    let mut reader = server.bytes().read(request).await.unwrap().into_inner();
+    let mut reader = server.bytes.clone().read(request).await.unwrap().into_inner();
     let two_messages = vec![message(&secret, 0, "0123", false), message("", 4, "456789", false)];
     assert_eq!(write(&server, two_messages).await.unwrap(), 10);
     assert_eq!(query(&server, &secret).await.unwrap(), (10, false));

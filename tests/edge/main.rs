@@ -10,3 +10,5 @@ mod harness;
 mod log_stream;
 mod messages;
 mod service;
+#[path = "../support/mod.rs"]
+mod support;

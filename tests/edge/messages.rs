@@ -2,46 +2,44 @@
 //!
 //! `docs/performance.md` has the figures.
 
-use crate::harness::{digest, log_streams};
-use actix::{Actor, Addr, SyncArbiter, System};
-use bytes::Bytes;
+use crate::{
+    harness::{MAX_BLOB_BYTES, digest},
+    support::{
+        Client,
+        endpoint::{ActorThread, Endpoint, log_streams, store_settings},
+        sha256,
+    },
+};
+use actix::{Actor, Addr, SyncArbiter};
 use gorego::{
-    action::TimeoutPolicy,
     actors::{
-        cas::{CasActor, InspectStore, StoreSettings, client::Cas},
+        cas::{CasActor, InspectStore, client::Cas},
         mail::Mail,
         scheduler::{
             Pool, SchedulerActor,
             messages::Inspect,
-            settings::{Priorities, SchedulerSettings},
+            settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
         worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
     },
-    config::{self, CommittedSize, Loaded, Machine},
-    grpc::{Edge, ProtocolSettings, ask::Scheduler, health::Health},
+    config::CommittedSize,
+    gate::Gate,
+    grpc::{Edge, ProtocolSettings, ask::Scheduler},
     instance::Instances,
+    node::NodeName,
+    platform::UnknownProperties,
     under_way::UnderWay,
 };
-use gorego_client::stubs::{ByteStreamClient, ContentAddressableStorageClient, ExecutionClient};
 use gorego_reapi::proto::{
     bytestream::WriteRequest,
-    longrunning::{Operation, operation},
     reapi::{
-        Action, ActionResult, BatchUpdateBlobsRequest, Command, Directory, DirectoryNode, ExecuteRequest,
-        ExecuteResponse, FileNode, batch_update_blobs_request::Request, command::EnvironmentVariable,
+        Action, ActionResult, Command, Directory, DirectoryNode, FileNode, command::EnvironmentVariable,
     },
 };
 use prost::Message as _;
-use std::{
-    collections::BTreeMap,
-    path::Path,
-    sync::{Arc, mpsc},
-    thread,
-    time::Duration,
-};
-use tokio::{net::TcpListener, runtime::Handle};
-use tonic::transport::{Channel, Endpoint};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+use tokio::runtime::Handle;
 
 /// The most that an Execute may cost which runs: one more than it does.
 const EXECUTE_MAX: u64 = 10;
@@ -51,42 +49,32 @@ struct Server {
     cas: Cas,
     scheduler: Addr<SchedulerActor>,
     mail: [Mail; 3],
-    channel: Channel,
-    system: System,
+    endpoint: Endpoint,
+    _actors: ActorThread,
     _directory: tempfile::TempDir,
 }
-
-/// The actors, which live on a thread of their own.
-type Actors = (System, Cas, Addr<SchedulerActor>, [Mail; 3]);
 
 impl Server {
     async fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let instances = Instances::new([""]).unwrap();
-        let (system, cas, scheduler, mail) = actors(directory.path(), &instances);
-        let edge = Edge {
+        let (actors, (cas, scheduler, mail)) = actors(directory.path(), &instances);
+        let endpoint = Endpoint::start(Edge {
             assets: None,
-            instances,
+            gate: Gate::new(instances),
             cas: cas.clone(),
             scheduler: Some(Scheduler::new(scheduler.clone())),
             log_streams: log_streams(false, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
             settings: ProtocolSettings {
-                max_blob_bytes: 1 << 30,
+                max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,
                 chunking: false,
                 priorities: Priorities { min: -100, max: 100 },
             },
-        };
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let health = Health::serving().await;
-        tokio::spawn(async move {
-            gorego::grpc::serve(Arc::new(edge), &health, listener, std::future::pending()).await
         });
-        let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
-        Self { cas, scheduler, mail, channel, system, _directory: directory }
+        Self { cas, scheduler, mail, endpoint: endpoint.await, _actors: actors, _directory: directory }
     }
 
     /// What the actors have handled, once they have handled all that was sent so far.
@@ -113,47 +101,16 @@ impl Server {
         (answer, cost)
     }
 
-    async fn upload(&self, blobs: &[Vec<u8>]) {
-        let request = |blob: &Vec<u8>| Request {
-            digest: Some(digest(blob)),
-            data: Bytes::from(blob.clone()),
-            compressor: 0,
-        };
-        let requests = blobs.iter().map(request).collect();
-        let mut client = ContentAddressableStorageClient::new(self.channel.clone());
-        let request = BatchUpdateBlobsRequest { requests, ..Default::default() };
-        let answer = client.batch_update_blobs(request).await.unwrap().into_inner();
-        assert!(answer.responses.iter().all(|response| response.status.as_ref().unwrap().code == 0));
-    }
-
-    async fn execute(&self, action: &[u8]) -> ExecuteResponse {
-        let request = ExecuteRequest { action_digest: Some(digest(action)), ..Default::default() };
-        let mut stream =
-            ExecutionClient::new(self.channel.clone()).execute(request).await.unwrap().into_inner();
-        let mut last = Operation::default();
-        while let Some(operation) = stream.message().await.unwrap() {
-            last = operation;
-        }
-        let Some(operation::Result::Response(any)) = last.result else { panic!("{last:?}") };
-        ExecuteResponse::decode(any.value.as_slice()).unwrap()
+    fn client(&self) -> &Client {
+        &self.endpoint.client
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.system.stop();
-    }
-}
+/// The store, the scheduler, and the counts of the mail to them and to the worker.
+type Actors = (Cas, Addr<SchedulerActor>, [Mail; 3]);
 
-fn actors(directory: &Path, instances: &Instances) -> Actors {
-    let settings = StoreSettings {
-        root: directory.join("store"),
-        max_bytes: 1 << 30,
-        max_blob_bytes: 1 << 30,
-        partial_upload_retention: Duration::from_secs(600),
-        zstd_level: 1,
-        timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(60) },
-    };
+fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
+    let settings = store_settings(directory, MAX_BLOB_BYTES);
     let worker = Arc::new(WorkerSettings {
         name: "host".into(),
         pool: "local".into(),
@@ -164,36 +121,42 @@ fn actors(directory: &Path, instances: &Instances) -> Actors {
         sandbox: None,
         log_streams: log_streams(false, directory),
     });
-    let machine = Machine { cpus: 1, cache_home: Some("/cache".into()), current_dir: "/".into() };
-    let config = config::Settings::new(&Loaded::defaults(), &machine).unwrap();
-    let of_scheduler = SchedulerSettings::new(&config.execution.unwrap());
-    let (instances, runtime) = (instances.clone(), Handle::current());
-    let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || {
-        let system = System::new();
-        system.block_on(async {
-            let store = CasActor::open(settings, &instances, runtime).unwrap();
-            let (of_store, of_workers) = (store.mail(), Mail::default());
-            let cas = store.launch();
-            let (blobs, counted) = (Arc::new(cas.clone()), of_workers.clone());
-            let workers = SyncArbiter::start(1, move || {
-                WorkerActor::new(worker.clone(), blobs.clone()).counted_in(counted.clone())
-            });
-            let spec = PoolSpec {
-                name: "local".into(),
-                section: "execution.platform".into(),
-                worker: "host".into(),
-                slots: 1,
-                offers: Default::default(),
-            };
-            let pool = Pool { spec, runner: workers.recipient() };
-            let scheduler = SchedulerActor::new(of_scheduler, vec![pool], cas.clone());
-            let mail = [of_store, scheduler.mail(), of_workers];
-            sender.send((System::current(), cas, scheduler.start(), mail)).unwrap();
-        });
-        system.run().unwrap();
+    let minute = Duration::from_secs(60);
+    let of_scheduler = SchedulerSettings::new(SchedulerConfig {
+        node: NodeName::default(),
+        queue_size: 100,
+        priorities: Priorities { min: -100, max: 100 },
+        priority_ageing: minute,
+        unknown_properties: UnknownProperties::Ignore,
+        queue_timeout: minute,
+        transfer_timeout: minute,
+        retention: minute,
+        retained_operations: 100,
+        abandon_grace: minute,
+        contended_abandon_grace: minute,
+        max_attempts: 1,
     });
-    receiver.recv().unwrap()
+    let (instances, runtime) = (instances.clone(), Handle::current());
+    ActorThread::start(move || {
+        let store = CasActor::open(settings, &instances, runtime).unwrap();
+        let (of_store, of_workers) = (store.mail(), Mail::default());
+        let cas = store.launch();
+        let (blobs, counted) = (Arc::new(cas.clone()), of_workers.clone());
+        let workers = SyncArbiter::start(1, move || {
+            WorkerActor::new(worker.clone(), blobs.clone()).counted_in(counted.clone())
+        });
+        let spec = PoolSpec {
+            name: "local".into(),
+            section: "execution.platform".into(),
+            worker: "host".into(),
+            slots: 1,
+            offers: Default::default(),
+        };
+        let pool = Pool { spec, runner: workers.recipient() };
+        let scheduler = SchedulerActor::new(of_scheduler, vec![pool], cas.clone());
+        let mail = [of_store, scheduler.mail(), of_workers];
+        (cas, scheduler.start(), mail)
+    })
 }
 
 /// An action whose input root has five levels and three files, which prints to both of its logs and makes a file; with all its
@@ -241,15 +204,16 @@ fn sum(cost: &BTreeMap<&str, u64>) -> u64 {
 async fn an_execute_costs_few_messages_and_one_from_the_cache_one() {
     let server = Server::start().await;
     let blobs = action();
-    server.upload(&blobs).await;
-    let (fresh, cost) = server.cost(server.execute(blobs.last().unwrap())).await;
+    server.client().upload_all(blobs.clone()).await;
+    let action = sha256(blobs.last().unwrap());
+    let (fresh, cost) = server.cost(server.client().run(action)).await;
     let ActionResult { exit_code, output_files, stdout_digest, stderr_digest, .. } = fresh.result.unwrap();
     assert_eq!((exit_code, output_files.len()), (0, 1));
     assert_eq!((stdout_digest, stderr_digest), (Some(digest(b"said\n")), Some(digest(b"complained\n"))));
     assert!(!fresh.cached_result && sum(&cost) <= EXECUTE_MAX, "{}: {cost:?}", sum(&cost));
     println!("an Execute that runs: {}: {cost:?}", sum(&cost));
 
-    let (hit, cost) = server.cost(server.execute(blobs.last().unwrap())).await;
+    let (hit, cost) = server.cost(server.client().run(action)).await;
     println!("an Execute from the cache: {}: {cost:?}", sum(&cost));
     assert!(hit.cached_result);
     assert_eq!(sum(&cost), 1, "{cost:?}");
@@ -258,7 +222,7 @@ async fn an_execute_costs_few_messages_and_one_from_the_cache_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn uploads_cost_two_messages_a_batch_and_three_a_stream() {
     let server = Server::start().await;
-    let (_, cost) = server.cost(server.upload(&action())).await;
+    let (_, cost) = server.cost(server.client().upload_all(action())).await;
     println!("a batch: {}: {cost:?}", sum(&cost));
     assert_eq!(sum(&cost), 2, "{cost:?}");
 
@@ -270,7 +234,7 @@ async fn uploads_cost_two_messages_a_batch_and_three_a_stream() {
         WriteRequest { resource_name: name, write_offset: 0, finish_write: true, data: data.into() };
     let write = async || {
         let stream = futures::stream::iter([message.clone()]);
-        ByteStreamClient::new(server.channel.clone()).write(stream).await.unwrap().into_inner().committed_size
+        server.client().bytes.clone().write(stream).await.unwrap().into_inner().committed_size
     };
     let (committed, cost) = server.cost(write()).await;
     println!("a stream: {}: {cost:?}", sum(&cost));

@@ -1,7 +1,8 @@
 //! Behaviour of all connections: capabilities, health, reflection, bursts, and the log.
 
 use crate::harness::Show;
-use crate::harness::{Server, absent, digest, eventually, executing};
+use crate::harness::{Server, absent, digest, executing};
+use crate::support::eventually_async;
 use gorego_reapi::proto::reapi::{
     self, ExecuteRequest, FindMissingBlobsRequest, GetActionResultRequest, GetCapabilitiesRequest,
     RequestMetadata,
@@ -36,12 +37,12 @@ async fn capabilities_are_told_to_anybody_whatever_the_metadata_says() {
         if let Some(value) = value {
             request.metadata_mut().insert_bin(METADATA, MetadataValue::from_bytes(value));
         }
-        let answer = server.capabilities().get_capabilities(request).await.unwrap().into_inner();
+        let answer = server.capabilities.clone().get_capabilities(request).await.unwrap().into_inner();
         assert!(answer.cache_capabilities.is_some() && answer.execution_capabilities.is_some());
     }
     for name in ["blobs", "x/uploads", "/x", "x//y", "nope"] {
         let request = GetCapabilitiesRequest { instance_name: name.into() };
-        let status = server.capabilities().get_capabilities(request).await.unwrap_err();
+        let status = server.capabilities.clone().get_capabilities(request).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{name}");
     }
 }
@@ -61,12 +62,12 @@ async fn health_is_told_for_the_server_and_each_service_until_it_drains() {
         assert_eq!(health.check(check(name)).await.unwrap().into_inner().status, 1, "{name}");
     }
     assert_eq!(health.check(check("nope")).await.unwrap_err().code(), Code::NotFound);
-    server.health.drain().await;
+    server.endpoint.health.drain().await;
     for name in names {
         assert_eq!(health.check(check(name)).await.unwrap().into_inner().status, 2, "{name}");
     }
-    server.shut_down();
-    let ended = tokio::time::timeout(std::time::Duration::from_secs(20), &mut server.serving).await;
+    server.endpoint.shut_down();
+    let ended = tokio::time::timeout(std::time::Duration::from_secs(20), &mut server.endpoint.serving).await;
     ended.unwrap().unwrap().unwrap();
 }
 
@@ -109,7 +110,7 @@ async fn reflection_lists_every_service_in_both_versions() {
 async fn two_thousand_small_requests_at_once_on_one_connection_are_all_answered() {
     let server = Server::start().await;
     let requests = (0..2_000).map(|n| {
-        let mut client = server.action_cache();
+        let mut client = server.action_cache.clone();
         let request =
             GetActionResultRequest { action_digest: Some(absent(n).to_wire()), ..Default::default() };
         async move { client.get_action_result(request).await.unwrap_err() }
@@ -126,7 +127,7 @@ async fn a_burst_of_cancelled_calls_does_not_close_the_connection() {
     for _ in 0..5 {
         let calls: Vec<_> = (0..500)
             .map(|_| {
-                let mut client = server.execution();
+                let mut client = server.execution.clone();
                 let action_digest = Some(digest(b"action"));
                 let request = ExecuteRequest { action_digest, ..Default::default() };
                 tokio::spawn(async move { client.execute(request).await })
@@ -136,7 +137,7 @@ async fn a_burst_of_cancelled_calls_does_not_close_the_connection() {
         calls.iter().for_each(tokio::task::JoinHandle::abort);
         drop(calls);
         let request = GetCapabilitiesRequest::default();
-        server.capabilities().get_capabilities(request).await.unwrap();
+        server.capabilities.clone().get_capabilities(request).await.unwrap();
     }
 }
 
@@ -147,8 +148,8 @@ async fn a_request_that_is_too_large_is_refused_by_itself() {
     let blob_digests = vec![digest(b"x"); 300_000];
     let request = FindMissingBlobsRequest { blob_digests, ..Default::default() };
     assert!(request.encoded_len() > 16 * 1024 * 1024);
-    assert_eq!(server.cas().find_missing_blobs(request).await.unwrap_err().code(), Code::OutOfRange);
-    server.capabilities().get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
+    assert_eq!(server.cas.clone().find_missing_blobs(request).await.unwrap_err().code(), Code::OutOfRange);
+    server.capabilities.clone().get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
 }
 
 /// An empty entry takes two bytes on the wire and a hundred in memory.
@@ -157,11 +158,14 @@ async fn a_request_of_a_million_empty_entries_is_refused_before_it_is_decoded() 
     let server = Server::start().await;
     let blob_digests = vec![reapi::Digest::default(); 2_000_000];
     let request = FindMissingBlobsRequest { blob_digests, ..Default::default() };
-    assert_eq!(server.cas().find_missing_blobs(request).await.unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(
+        server.cas.clone().find_missing_blobs(request).await.unwrap_err().code(),
+        Code::InvalidArgument
+    );
     let output_files = vec![reapi::OutputFile::default(); 1_500_000];
     let result = reapi::ActionResult { output_files, ..Default::default() };
     let request = reapi::UpdateActionResultRequest { action_result: Some(result), ..Default::default() };
-    let status = server.action_cache().update_action_result(request).await.unwrap_err();
+    let status = server.action_cache.clone().update_action_result(request).await.unwrap_err();
     assert!(status.message().contains("bytes of memory"), "{status}");
 }
 
@@ -198,7 +202,7 @@ async fn lines(invocation: &str, count: usize) -> Vec<BTreeMap<String, String>> 
         let of_it = |line: &&BTreeMap<_, _>| line.get("invocation_id").is_some_and(|id| id == invocation);
         lines.iter().filter(of_it).cloned().collect::<Vec<_>>()
     };
-    eventually("the lines are there", || async { of_it().len() >= count }).await;
+    eventually_async("the lines are there", || async { of_it().len() >= count }).await;
     of_it()
 }
 
@@ -229,7 +233,7 @@ async fn every_call_ends_in_one_log_line() {
         blob_digests: vec![absent(0).to_wire()],
         ..Default::default()
     };
-    server.cas().find_missing_blobs(identified(find, "answer")).await.unwrap();
+    server.cas.clone().find_missing_blobs(identified(find, "answer")).await.unwrap();
     let line = lines("answer", 1).await.remove(0);
     let field = |key: &str| line.get(key).cloned().unwrap_or_default();
     assert_eq!(field("event"), "rpc_finished");
@@ -245,7 +249,7 @@ async fn every_call_ends_in_one_log_line() {
 
     let action_digest = Some(digest(b"action"));
     let miss = GetActionResultRequest { action_digest: action_digest.clone(), ..Default::default() };
-    server.action_cache().get_action_result(identified(miss, "error")).await.unwrap_err();
+    server.action_cache.clone().get_action_result(identified(miss, "error")).await.unwrap_err();
     let line = lines("error", 1).await.remove(0);
     assert_eq!(line["grpc_code"], "NOT_FOUND");
     assert_eq!(line["cached"], "false");
@@ -253,7 +257,7 @@ async fn every_call_ends_in_one_log_line() {
     assert_eq!(line["action_digest"], format!("{}/6", digest(b"action").hash));
 
     let run = ExecuteRequest { action_digest, ..Default::default() };
-    let mut stream = server.execution().execute(identified(run, "leaves")).await.unwrap().into_inner();
+    let mut stream = server.execution.clone().execute(identified(run, "leaves")).await.unwrap().into_inner();
     let operation = stream.message().await.unwrap().unwrap();
     drop(stream);
     let line = lines("leaves", 1).await.remove(0);

@@ -11,8 +11,7 @@ mod kernel;
 mod processes;
 mod staging;
 mod start;
-#[allow(dead_code)]
-#[path = "../wire/support.rs"]
+#[path = "../support/mod.rs"]
 mod support;
 mod world;
 
@@ -23,7 +22,10 @@ use std::{
     process::{Command, Stdio},
     sync::Arc,
 };
-use support::{Client, Server, command, sh};
+use support::{
+    client::{Client, sh},
+    server::{Server, command},
+};
 
 /// The ordinary user.
 const USER: u32 = 65534;

@@ -9,6 +9,7 @@ mod files;
 mod ids;
 mod rooms;
 mod tree;
+mod types;
 mod words;
 
 use std::{path::Path, sync::LazyLock};
@@ -70,6 +71,11 @@ fn rooms_import_each_other_without_cycles() {
 }
 
 #[test]
+fn the_configuration_imports_no_room_that_it_configures() {
+    none(&rooms::config_strays(&rooms::imports(&FILES)["src"]));
+}
+
+#[test]
 fn rooms_of_the_store_import_each_other_along_the_arrows() {
     none(&rooms::store_strays(&FILES, rooms::STORE_ARROWS));
 }
@@ -87,6 +93,11 @@ fn the_map_is_complete_and_true() {
 #[test]
 fn every_file_says_what_it_is() {
     none(&files::silent(&FILES));
+}
+
+#[test]
+fn each_type_of_the_server_has_its_own_name() {
+    none(&types::homonyms(&FILES, types::SHARED));
 }
 
 #[test]

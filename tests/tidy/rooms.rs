@@ -15,12 +15,6 @@ pub const CYCLES: &[(&str, &str, &str)] = &[
         "digest",
         "an error names the digests that are missing, and a digest that cannot be parsed is an error",
     ),
-    (
-        "actors::scheduler",
-        "config",
-        "the scheduler is built from the configuration's struct, which uses its types",
-    ),
-    ("logging", "config", "logging is set up from the configuration's struct"),
     ("connections", "grpc", "the bounds of connections are derived from the limits of a gRPC connection"),
 ];
 
@@ -48,6 +42,10 @@ pub const STORE_ARROWS: &[(&str, &[&str])] = &[
 
 /// The one file above the rooms of the store that fills the index from what the volume and the results say.
 const STORE_START: &str = "src/actors/cas/recovery.rs";
+
+/// The rooms that the configuration may import: checked values without state. Every other room declares the settings that it
+/// needs, and `src/server.rs` fills them from the configuration.
+pub const CONFIG_MAY: &[&str] = &["action", "host", "instance", "node", "platform", "size"];
 
 /// The imports between the rooms of one crate, each with a file that contains it.
 pub type Imports = BTreeMap<String, BTreeMap<String, String>>;
@@ -80,6 +78,19 @@ pub fn imports(files: &[Source]) -> BTreeMap<&str, Imports> {
         }
     }
     crates
+}
+
+/// Rooms that the configuration imports and may not.
+pub fn config_strays(imports: &Imports) -> Vec<String> {
+    let targets = imports.get("config").into_iter().flatten();
+    let strays = targets.filter(|(target, _)| !CONFIG_MAY.contains(&target.as_str()));
+    strays
+        .map(|(target, file)| {
+            format!(
+                "{file} imports `{target}`: a room declares its settings, and src/server.rs fills them from the configuration"
+            )
+        })
+        .collect()
 }
 
 /// Imports between the rooms of the store that are not among the arrows.
@@ -349,7 +360,8 @@ mod tests {
         );
         assert_eq!(stray("src/actors/cas/trees/walk.rs", "use super::super::results::LoadedResult;"), 1);
         assert_eq!(stray("src/actors/cas/client.rs", "use super::{CasActor, forms::chunks::ChunkWork};"), 1);
-        let good = "use crate::actors::cas::{CasActor, LOG, client::Cas, index::Found, trees::TreeRoom};";
+        let good =
+            "use crate::actors::cas::{CasActor, LOG, client::Cas, index::FoundEntry, trees::TreeRoom};";
         assert_eq!(stray("src/actors/cas/results/lookup.rs", good), 0);
         assert_eq!(stray("src/actors/cas.rs", "use results::X; use super::cas::forms::Y;"), 0);
     }
@@ -372,6 +384,18 @@ mod tests {
         assert_eq!(found("src/actors/cas/trees/inputs.rs", "use std::fs::File;"), 0);
         assert_eq!(found("src/actors/cas/volume/files.rs", "use std::fs;"), 0);
         assert_eq!(found("src/actors/worker/dir.rs", "use std::fs;"), 0);
+    }
+
+    #[test]
+    fn a_room_that_the_configuration_imports_is_found() {
+        let files = [
+            ("src/config/settings.rs", "use crate::{actors::cas::StoreSettings, grpc::Edge, size::Size};"),
+            ("src/actors/cas.rs", ""),
+            ("src/grpc.rs", "use crate::config::Config;"),
+            ("src/size.rs", ""),
+        ];
+        assert_eq!(config_strays(&graph(&files)).len(), 2);
+        assert_eq!(config_strays(&graph(&files[2..])), [""; 0]);
     }
 
     #[test]

@@ -23,4 +23,5 @@ mod operations;
 mod outputs;
 mod pipes;
 mod pools;
+#[path = "../support/mod.rs"]
 mod support;

@@ -8,4 +8,6 @@ mod inputs;
 mod logs;
 mod outputs;
 #[path = "../support/mod.rs"]
-mod support;
+mod shared;
+
+use shared::worker as support;

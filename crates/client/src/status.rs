@@ -1,6 +1,6 @@
 //! Converts a server's status to an [`Error`]: the reverse of `gorego_reapi::status`.
 
-use gorego_reapi::{digest::Digest, error::Error, proto::rpc, resource_name::ResourceName};
+use gorego_reapi::{digest::Digest, duration, error::Error, proto::rpc, resource_name::ResourceName};
 use prost::Message as _;
 use std::time::Duration;
 use tonic::{Code, Status};
@@ -63,7 +63,7 @@ fn missing_blobs(details: &[prost_types::Any]) -> Vec<Digest> {
 
 fn retry_after(details: &[prost_types::Any]) -> Option<Duration> {
     let delay = unpack::<rpc::RetryInfo>(details, "google.rpc.RetryInfo").next()?.retry_delay?;
-    Duration::try_from(delay).ok()
+    duration::from_wire(&delay)
 }
 
 #[cfg(test)]

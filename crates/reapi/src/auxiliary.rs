@@ -5,7 +5,7 @@
 //! of metadata. Its value is a Struct whose field names include their units. Results that earlier versions stored contain
 //! the message itself; [`modernise`] converts them. Pure.
 
-use crate::proto::gorego;
+use crate::{duration, proto::gorego};
 use prost::Message as _;
 use prost_types::{Any, ListValue, Struct, Value, value::Kind};
 use std::{collections::BTreeMap, time::Duration};
@@ -23,7 +23,7 @@ const BLOCK_BYTES: i64 = 512;
 /// Packs the resource usage of an action.
 pub fn pack_resource_usage(usage: &gorego::ResourceUsage) -> Any {
     let seconds = |time: Option<prost_types::Duration>| {
-        let time = time.and_then(|time| Duration::try_from(time).ok());
+        let time = time.as_ref().and_then(duration::from_wire);
         number(time.unwrap_or_default().as_secs_f64())
     };
     pack(

@@ -7,7 +7,7 @@
 //! - [`proto`]: the generated messages. [`wire`]: the memory that a message will take, measured before it is decoded.
 //! - [`digest`], [`instance_name`], [`resource_name`], [`path`]: names.
 //! - [`find_missing`]: the messages of FindMissingBlobs, hand-written so that digests need no text.
-//! - [`tree`], [`auxiliary`], [`any`]: the contents of messages.
+//! - [`tree`], [`auxiliary`], [`any`], [`duration`]: the contents of messages.
 //! - [`compression`], [`chunking`]: other forms of a blob.
 //! - [`error`], [`escape`]: failures and their texts. `status`, with the feature `tonic`: their gRPC form.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -17,6 +17,7 @@ pub mod auxiliary;
 pub mod chunking;
 pub mod compression;
 pub mod digest;
+pub mod duration;
 pub mod error;
 pub mod escape;
 pub mod find_missing;

@@ -3,6 +3,8 @@
 //! A [`Directory`] has safe, unique names and well-formed digests (EXE-28); this is checked before anything is written. An
 //! [`InputTree`] is a whole input root that holds each distinct directory once.
 
+mod properties;
+
 use crate::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
@@ -13,8 +15,9 @@ use crate::{
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+pub use properties::{MAX_PROPERTIES, MAX_PROPERTY_BYTES, NamedProperties, NamedProperty, NodeProperties};
 
 /// Deepest input root, in directory levels below the root.
 pub const MAX_TREE_DEPTH: usize = 1_000;
@@ -25,43 +28,6 @@ pub const MAX_DIRECTORY_BYTES: u64 = 64 * 1024 * 1024;
 /// Most memory that a decoded Directory or Tree message may take: half a million files with all their properties.
 pub const MAX_MESSAGE_MEMORY: u64 = 192 * 1024 * 1024;
 
-/// Node properties that goREgo applies and reports (EXE-37, EXE-63).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct NodeProperties {
-    /// Permission bits, within 0o7777.
-    pub unix_mode: Option<u32>,
-    /// Time of the last modification of the content.
-    pub mtime: Option<SystemTime>,
-}
-
-impl NodeProperties {
-    /// The names of these properties on the wire (`output_node_properties`).
-    pub const NAMES: &[&str] = &["mtime", "unix_mode"];
-
-    /// Parses the properties of a node. `name` is the name of the node, for errors.
-    fn from_wire(properties: Option<&reapi::NodeProperties>, name: &str) -> Result<Self> {
-        let Some(properties) = properties else { return Ok(Self::default()) };
-        let mtime = properties.mtime.map(|time| {
-            system_time(time).ok_or_else(|| {
-                Error::Invalid(format!(
-                    "the mtime of \"{}\" is not a valid time: {time}",
-                    name.escape_debug()
-                ))
-            })
-        });
-        Ok(Self { unix_mode: properties.unix_mode.map(|mode| mode & 0o7777), mtime: mtime.transpose()? })
-    }
-}
-
-/// The exact time of a timestamp, also before 1970; `None` if it is malformed.
-fn system_time(time: prost_types::Timestamp) -> Option<SystemTime> {
-    let nanos = u32::try_from(time.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
-    let seconds = Duration::from_secs(time.seconds.unsigned_abs());
-    let second =
-        if time.seconds < 0 { UNIX_EPOCH.checked_sub(seconds)? } else { UNIX_EPOCH.checked_add(seconds)? };
-    second.checked_add(Duration::from_nanos(nanos.into()))
-}
-
 /// A file in a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct File {
@@ -71,7 +37,7 @@ pub struct File {
     pub digest: Digest,
     /// Whether the file has the executable bit.
     pub executable: bool,
-    /// Mode and mtime, if the client set them.
+    /// Mode, mtime and other properties, if the client set them.
     pub properties: NodeProperties,
 }
 
@@ -91,7 +57,7 @@ pub struct Symlink {
     pub name: String,
     /// Target, exactly as the client sent it (EXE-35).
     pub target: String,
-    /// The mtime, if the client set it. A symbolic link has no mode.
+    /// The mtime and other properties, if the client set them. The mode is not used, since a symbolic link has none.
     pub properties: NodeProperties,
 }
 
@@ -132,16 +98,15 @@ impl Directory {
                 Err(Error::Invalid(format!("the name \"{}\" appears twice", name.escape_debug())))
             }
         };
-        let mut directory = Self {
-            properties: NodeProperties::from_wire(message.node_properties.as_ref(), ".")?,
-            ..Self::default()
-        };
+        let mut properties = properties::Parser::default();
+        let mut directory =
+            Self { properties: properties.parse(message.node_properties.as_ref(), ".")?, ..Self::default() };
         for node in &message.files {
             directory.files.push(File {
                 name: check(&node.name)?,
                 digest: Digest::from_wire(function, node.digest.as_ref(), &node.name)?,
                 executable: node.is_executable,
-                properties: NodeProperties::from_wire(node.node_properties.as_ref(), &node.name)?,
+                properties: properties.parse(node.node_properties.as_ref(), &node.name)?,
             });
         }
         for node in &message.directories {
@@ -155,7 +120,7 @@ impl Directory {
             if node.target.is_empty() || node.target.contains('\0') || node.target.len() > MAX_PATH_BYTES {
                 return Err(Error::Invalid(format!("the target of symlink \"{name}\" is not usable")));
             }
-            let properties = NodeProperties::from_wire(node.node_properties.as_ref(), &name)?;
+            let properties = properties.parse(node.node_properties.as_ref(), &name)?;
             directory.symlinks.push(Symlink { name, target: node.target.clone(), properties });
         }
         Ok(directory)
@@ -171,8 +136,12 @@ impl Directory {
         let names = self.files.iter().map(|f| f.name.len()).sum::<usize>()
             + self.directories.iter().map(|d| d.name.len()).sum::<usize>()
             + self.symlinks.iter().map(|s| s.name.len() + s.target.len()).sum::<usize>();
+        let properties = self.files.iter().map(|f| f.properties.named.memory()).sum::<usize>()
+            + self.symlinks.iter().map(|s| s.properties.named.memory()).sum::<usize>()
+            + self.properties.named.memory();
         size_of::<Self>()
             + names
+            + properties
             + self.files.len() * size_of::<File>()
             + self.directories.len() * size_of::<Subdirectory>()
             + self.symlinks.len() * size_of::<Symlink>()

@@ -1,15 +1,16 @@
-//! [`Assets`]: the way to remote assets for RPC handlers.
+//! [`Assets`]: the handle through which RPC handlers use remote assets.
 //!
-//! What is bound is served only while the store has all of it, which is asked at that moment and renews it (AST-06); what is
-//! bound and lost is fetched again.
+//! Bound content is served only while all of it is stored, which is checked at that moment and renews it (AST-06). Bound
+//! content that is no longer stored is fetched again.
 
 use super::{
-    AssetActor, Shared,
-    bindings::{Binding, Known, MAX_REFERENCES, References},
+    AssetActor, AssetShared,
+    bindings::{Binding, KnownAsset, MAX_REFERENCES, References},
     flight::Outcome,
+    integrity::Witness,
     messages::{BindAsset, JoinFlight, LookUpAsset},
-    outcome::{Failure, FailureKind, Fetched, Problem},
-    request::{AssetRequest, Kind},
+    outcome::{FailureKind, Fetched, OriginFailure, Problem},
+    request::{AssetKind, AssetRequest},
 };
 use crate::{caller::Caller, instance::Instance};
 use actix::{Addr, Handler, Message, dev::ToEnvelope};
@@ -28,13 +29,13 @@ use tokio::{sync::watch, time::Instant};
 #[derive(Debug, Clone)]
 pub struct Assets {
     actor: Addr<AssetActor>,
-    shared: Arc<Shared>,
-    /// Who asks.
+    shared: Arc<AssetShared>,
+    /// The caller of the requests.
     caller: Caller,
 }
 
 impl Assets {
-    pub(super) fn new(actor: Addr<AssetActor>, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(actor: Addr<AssetActor>, shared: Arc<AssetShared>) -> Self {
         Self { actor, shared, caller: Caller::default() }
     }
 
@@ -43,7 +44,7 @@ impl Assets {
         &self.actor
     }
 
-    /// This handle for the requests of a client: its downloads count against the bounds of its peer.
+    /// Returns a handle for the requests of a client, whose downloads count against the bounds of its peer.
     pub fn on_behalf_of(&self, caller: Caller) -> Self {
         Self { caller, ..self.clone() }
     }
@@ -53,52 +54,47 @@ impl Assets {
         self.shared.settings.push
     }
 
-    /// Gets an asset: what is bound to one of its URIs, else what is downloaded from the first that has it. `wait` bounds how
-    /// long this takes; the download goes on for as long as the longest of those who wait for it wants, whatever becomes of
-    /// them (AST-09).
+    /// Gets an asset: content that is bound to one of its URIs, or else a download from the first URI that has it. `wait`
+    /// bounds how long this takes. The download runs until the latest deadline of all callers that wait for it, even if they
+    /// leave (AST-09).
     ///
     /// # Errors
-    /// Bad news from the origins; a fault of this server, or a qualifier that makes no sense.
+    /// The failure of the origins, a fault of this server, or an invalid or unsupported qualifier.
     pub async fn fetch(
         &self,
         request: AssetRequest,
         oldest: Option<SystemTime>,
         wait: Option<Duration>,
     ) -> Result<Fetched, Problem> {
-        // What is wrong with the request is so whether or not there is an answer.
+        // A malformed request is refused even if there is an answer.
         request.headers()?;
         request.qualifiers.integrity()?;
-        let unsupported =
-            || request.qualifiers.unsupported(request.kind).into_iter().map(ToOwned::to_owned).collect();
-        if !self.push_enabled() {
-            let names: Vec<String> = unsupported();
-            if !names.is_empty() {
-                return Err(Problem::Unsupported(names));
-            }
+        let unsupported = request.qualifiers.unsupported(request.kind);
+        let unsupported: Vec<String> = unsupported.into_iter().map(ToOwned::to_owned).collect();
+        if !self.push_enabled() && !unsupported.is_empty() {
+            return Err(Problem::Unsupported(unsupported));
         }
         let known = self.ask(LookUpAsset { keys: request.keys(), oldest }).await?;
-        let mut was_bound = false;
         for (uri, known) in request.uris.iter().zip(&known) {
-            was_bound |= !matches!(known, Known::Nothing);
-            let Known::Fresh(Binding { digest, references, expires_at, .. }) = known else { continue };
-            let (digest, expires_at) = (*digest, *expires_at);
-            if self.is_stored(&request, digest, references).await? {
-                return Ok(Fetched { uri: uri.clone(), digest, expires_at });
+            let KnownAsset::Fresh(Binding { digest, references, expires_at, .. }) = known else { continue };
+            if self.is_stored(&request, *digest, references).await? {
+                return Ok(Fetched { uri: uri.clone(), digest: *digest, expires_at: *expires_at });
             }
         }
-        let is_place = |uri: &String| uri.starts_with("http:") || uri.starts_with("https:");
-        match unsupported() {
-            names if names.is_empty() => {}
-            // What was pushed under such a qualifier and can be served was found; a download cannot honour it.
-            _ if was_bound => {
-                let message = "what was pushed under these qualifiers is expired, too old or gone";
-                return Err(Problem::origin(FailureKind::NotFound, message));
-            }
-            names if request.uris.iter().any(is_place) => return Err(Problem::Unsupported(names)),
-            // Of a name that is no place it can be said that nothing is there.
-            _ => {}
-        }
+        let was_bound = known.iter().any(|known| !matches!(known, KnownAsset::Nothing));
+        check_downloadable(&request, unsupported, was_bound)?;
         self.check_fetchable(&request, was_bound)?;
+        self.download(request, known, oldest, wait).await
+    }
+
+    /// Joins or starts the download of an asset, and waits for its content.
+    async fn download(
+        &self,
+        request: AssetRequest,
+        known: Vec<KnownAsset>,
+        oldest: Option<SystemTime>,
+        wait: Option<Duration>,
+    ) -> Result<Fetched, Problem> {
         let limit = self.shared.settings.timeout.min(wait.unwrap_or(Duration::MAX));
         let deadline = Instant::now() + limit;
         let request = Arc::new(request);
@@ -108,7 +104,7 @@ impl Assets {
         let fetched = match tokio::time::timeout_at(deadline, landing(&mut flight)).await {
             Ok(outcome) => outcome?,
             Err(_) => {
-                let message = format!("it takes longer than {limit:?}; ask again later for what comes of it");
+                let message = format!("it takes longer than {limit:?}; ask again later for the result");
                 return Err(Problem::origin(FailureKind::TimedOut, message));
             }
         };
@@ -116,7 +112,7 @@ impl Assets {
             return Ok(fetched);
         }
         Err(Error::Exhausted {
-            message: "what was fetched had to make room before it could be used".into(),
+            message: "the fetched content was evicted before it could be used".into(),
             retry_after: Some(gorego_reapi::error::DISK_FULL_RETRY),
         }
         .into())
@@ -125,8 +121,8 @@ impl Assets {
     /// Binds stored content to every URI of the request (AST-11).
     ///
     /// # Errors
-    /// `MissingBlobs` when it or something that it refers to is not stored; `Invalid` when it does not meet the checksum among
-    /// the qualifiers, or a Directory is malformed.
+    /// `MissingBlobs` when it or something that it refers to is not stored; `Invalid` when it does not match the checksum among
+    /// the qualifiers, or when a Directory is malformed.
     pub async fn push(
         &self,
         request: AssetRequest,
@@ -140,16 +136,16 @@ impl Assets {
                 "there are {count} references; at most {MAX_REFERENCES} are kept"
             )));
         }
-        if request.kind == Kind::Directory && request.qualifiers.integrity()?.is_some() {
+        if request.kind == AssetKind::Directory && request.qualifiers.integrity()?.is_some() {
             return Err(Error::invalid(
-                "qualifier checksum.sri says nothing about a Directory; push without it",
+                "qualifier checksum.sri does not apply to a Directory; push without it",
             ));
         }
         let missing = self.missing(&request, digest, &references).await?;
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
-        if request.kind == Kind::Blob {
+        if request.kind == AssetKind::Blob {
             self.check_integrity(&request, digest).await?;
         }
         let obtained_at = SystemTime::now();
@@ -157,28 +153,30 @@ impl Assets {
         self.ask(BindAsset { keys: request.keys(), binding }).await
     }
 
-    /// Whether any of the URIs could be downloaded, so that a flight makes sense.
+    /// Checks that at least one of the URIs can be downloaded.
     fn check_fetchable(&self, request: &AssetRequest, was_bound: bool) -> Result<(), Problem> {
         let mut first = None;
         for uri in &request.uris {
             let (kind, message) = match Url::parse(uri) {
                 Ok(url) => match self.shared.settings.origins.check_url(&url) {
                     Ok(()) => return Ok(()),
-                    // A name and no place; whoever asks for it asks whether it was pushed.
+                    // A URN is a name without a location: it can only be pushed.
                     Err(_) if url.scheme() == "urn" => {
                         (FailureKind::NotFound, "nothing is bound to it".into())
                     }
                     Err(problem) => (FailureKind::Denied, problem),
                 },
-                Err(error) => (FailureKind::Denied, format!("it is no URI: {error}")),
+                Err(error) => (FailureKind::Denied, format!("it is not a URI: {error}")),
             };
-            first.get_or_insert(Failure { kind, uri: uri.clone(), message });
+            first.get_or_insert(OriginFailure { kind, uri: uri.clone(), message });
         }
         let Some(mut failure) = first else { return Ok(()) };
         if was_bound {
             failure.kind = FailureKind::NotFound;
-            failure.message =
-                format!("what was bound to it is expired, too old or gone, and {}", failure.message);
+            failure.message = format!(
+                "the content bound to it is expired, too old or no longer stored, and {}",
+                failure.message
+            );
         }
         Err(Problem::Origin(failure))
     }
@@ -191,13 +189,13 @@ impl Assets {
     ) -> Result<bool> {
         match self.missing(request, digest, references).await {
             Ok(missing) => Ok(missing.is_empty()),
-            // A Directory below that is none was never complete.
+            // A malformed Directory in the tree means that it was never complete.
             Err(Error::Invalid(_)) => Ok(false),
             Err(error) => Err(error),
         }
     }
 
-    /// What is not stored of some content; all else is renewed.
+    /// The blobs of some content that are not stored; all others are renewed.
     async fn missing(
         &self,
         request: &AssetRequest,
@@ -208,8 +206,8 @@ impl Assets {
         let mut blobs = references.blobs.clone();
         let mut directories = references.directories.clone();
         match request.kind {
-            Kind::Blob => blobs.push(digest),
-            Kind::Directory => directories.push(digest),
+            AssetKind::Blob => blobs.push(digest),
+            AssetKind::Directory => directories.push(digest),
         }
         let mut missing = cas.find_missing(&request.instance, &blobs).await?;
         for root in directories {
@@ -226,21 +224,12 @@ impl Assets {
         }
     }
 
-    /// A checksum among the qualifiers holds for what is pushed too (AST-04).
+    /// Checks pushed content against the checksum among the qualifiers (AST-04).
     async fn check_integrity(&self, request: &AssetRequest, digest: Digest) -> Result<()> {
-        const PIECE_BYTES: usize = 128 * 1024;
         let Some(integrity) = request.qualifiers.integrity()? else { return Ok(()) };
-        let reader = self.shared.cas.working_for(self.caller).open(&request.instance, digest).await?;
-        let mut witness = integrity.witness();
-        let mut at = 0u64;
-        loop {
-            let piece = reader.read_at(at, PIECE_BYTES).await?;
-            if piece.is_empty() {
-                break;
-            }
-            at = at.saturating_add(piece.len() as u64);
-            witness.update(&piece);
-        }
+        let cas = self.shared.cas.working_for(self.caller);
+        let reader = cas.open(&request.instance, digest).await?;
+        let witness = cas.read_through(reader, integrity.witness(), Witness::update).await?;
         if integrity.is_met_by(witness) {
             return Ok(());
         }
@@ -257,7 +246,29 @@ impl Assets {
     }
 }
 
-/// The outcome of a flight, once there is one.
+/// Checks that a download can honour the qualifiers, of which `unsupported` cannot be.
+fn check_downloadable(
+    request: &AssetRequest,
+    unsupported: Vec<String>,
+    was_bound: bool,
+) -> Result<(), Problem> {
+    let is_location = |uri: &String| uri.starts_with("http:") || uri.starts_with("https:");
+    if unsupported.is_empty() {
+        return Ok(());
+    }
+    if was_bound {
+        // Usable pushed content under such a qualifier would have been found.
+        let message = "the content pushed under these qualifiers is expired, too old or no longer stored";
+        return Err(Problem::origin(FailureKind::NotFound, message));
+    }
+    if request.uris.iter().any(is_location) {
+        return Err(Problem::Unsupported(unsupported));
+    }
+    // A name without a location can be answered: nothing is bound to it.
+    Ok(())
+}
+
+/// Waits for the outcome of a flight.
 async fn landing(flight: &mut watch::Receiver<Option<Outcome>>) -> Outcome {
     let landed = flight.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
     landed.ok().flatten().unwrap_or_else(|| Err(going_down().into()))

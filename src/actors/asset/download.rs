@@ -1,8 +1,8 @@
 //! One download: from a URI to a blob, through redirects, within the rules of [`Origins`](super::origins::Origins).
 //!
-//! The bytes go to the store as they come. Whatever a redirect leads to is judged like the first URI; headers of qualifiers go
-//! to the origin that they are meant for and to no other. No proxy is used: it would connect on our behalf to addresses that
-//! nobody judged.
+//! The bytes are stored as they arrive. The target of a redirect is checked like the first URI. Headers from qualifiers are
+//! sent only to the origin that they are meant for. No proxy is used, because it would connect to addresses that this server
+//! has not checked.
 
 use super::{
     AssetSettings,
@@ -25,42 +25,42 @@ use reqwest::{
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::sync::OnceCell;
 
-/// How long a connection may take to be made; short, because the next mirror may do better.
+/// Timeout for connecting. It is short, because the next mirror may do better.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What downloads have in common.
+/// State shared by all downloads.
 #[derive(Debug)]
-pub struct Downloader {
-    /// Made when it is first needed: a machine without CA certificates is no reason not to start a server that fetches nothing.
+pub(super) struct Downloader {
+    /// Created when it is first needed, so that a server that fetches nothing also starts on a machine without CA certificates.
     client: OnceCell<Client>,
     settings: Arc<AssetSettings>,
 }
 
-/// Where to download from, and on which terms.
+/// The source of a download and its conditions.
 #[derive(Debug)]
-pub struct Source<'a> {
-    /// The place.
+pub(super) struct DownloadSource<'a> {
+    /// The URI to download from.
     pub uri: &'a str,
-    /// What qualifiers say is to be sent there (AST-03).
+    /// Headers from qualifiers to send to it (AST-03).
     pub headers: &'a HeaderMap,
     /// The checksums that the content has to meet (AST-04).
     pub integrity: Option<&'a Integrity>,
-    /// How long it may be silent (AST-09).
+    /// Bounds how long it may be silent (AST-09).
     pub patience: Patience,
 }
 
-/// Resolves names to addresses that may be contacted. The connection is made to what this returns, so nothing can change in
+/// Resolves names to addresses that may be contacted. The client connects to exactly these addresses, so nothing can change in
 /// between.
 #[derive(Debug)]
-struct JudgingResolver(Arc<AssetSettings>);
+struct CheckingResolver(Arc<AssetSettings>);
 
-impl Resolve for JudgingResolver {
+impl Resolve for CheckingResolver {
     fn resolve(&self, name: Name) -> Resolving {
         let settings = self.0.clone();
         Box::pin(async move {
             let mut refused = None;
             let mut allowed: Vec<SocketAddr> = Vec::new();
-            // Port 0 stands for the one of the URL.
+            // Port 0 means the port of the URL.
             for address in tokio::net::lookup_host((name.as_str(), 0)).await? {
                 match settings.origins.check_address(address.ip()) {
                     Ok(()) => allowed.push(address),
@@ -79,12 +79,12 @@ impl Resolve for JudgingResolver {
 }
 
 impl Downloader {
-    /// A downloader that keeps to these settings.
-    pub fn new(settings: Arc<AssetSettings>) -> Self {
+    /// A downloader with these settings.
+    pub(super) fn new(settings: Arc<AssetSettings>) -> Self {
         Self { client: OnceCell::new(), settings }
     }
 
-    /// The client. Setting it up reads the CA certificates of this machine, which blocks.
+    /// The HTTP client. Creating it reads the CA certificates of this machine, which blocks.
     async fn client(&self) -> Result<&Client> {
         let set_up = || async {
             let settings = self.settings.clone();
@@ -95,29 +95,29 @@ impl Downloader {
                     .no_proxy()
                     .redirect(Policy::none())
                     .referer(false)
-                    .dns_resolver(Arc::new(JudgingResolver(settings)))
+                    .dns_resolver(Arc::new(CheckingResolver(settings)))
                     .connect_timeout(CONNECT_TIMEOUT)
                     .build()
             });
             work.await.map_err(Error::internal)?.map_err(|error| {
                 let causes = chain(&error);
                 Error::Internal(format!(
-                    "this server cannot set up downloads: {causes}; has it CA certificates?"
+                    "this server cannot set up downloads: {causes}; check that CA certificates are installed"
                 ))
             })
         };
         self.client.get_or_try_init(set_up).await
     }
 
-    /// Stores what is at the source, whose checksum is right if one is asked for (AST-04).
+    /// Downloads and stores the content of a source, after checking its checksum if there is one (AST-04).
     ///
     /// # Errors
-    /// Bad news of the origin, or of this server.
-    pub async fn download(
+    /// The failure of the origin, or a fault of this server.
+    pub(super) async fn download(
         &self,
         cas: &Cas,
         request: &AssetRequest,
-        Source { uri, headers, integrity, patience }: &Source<'_>,
+        DownloadSource { uri, headers, integrity, patience }: &DownloadSource<'_>,
     ) -> Result<Digest, Problem> {
         let mut response = patience.wait(self.get(uri, headers, integrity.is_some())).await?;
         let max = self.settings.max_download_bytes;
@@ -146,10 +146,10 @@ impl Downloader {
         Ok(blob.finish().await?)
     }
 
-    /// Asks, and follows redirects.
+    /// Sends the request and follows redirects.
     async fn get(&self, uri: &str, headers: &HeaderMap, checked: bool) -> Result<Response, Problem> {
         let invalid = |problem: &dyn std::fmt::Display| {
-            Problem::origin(FailureKind::Denied, format!("it is no URI that can be fetched: {problem}"))
+            Problem::origin(FailureKind::Denied, format!("it is not a URI that can be fetched: {problem}"))
         };
         let mut url = Url::parse(uri).map_err(|error| invalid(&error))?;
         let origin = url.origin();
@@ -158,7 +158,7 @@ impl Downloader {
                 .origins
                 .check_url(&url)
                 .map_err(|problem| Problem::origin(FailureKind::Denied, problem))?;
-            // To another origin nothing is sent that was meant for this one.
+            // Headers that are meant for one origin are not sent to another.
             let mut sent = if url.origin() == origin { headers.clone() } else { HeaderMap::new() };
             for (name, value) in
                 [(USER_AGENT, concat!("gorego/", env!("CARGO_PKG_VERSION"))), (ACCEPT, "*/*")]
@@ -172,7 +172,7 @@ impl Downloader {
                 return check_status(response);
             }
             let target = response.headers().get(LOCATION).and_then(|target| target.to_str().ok());
-            let target = target.ok_or_else(|| invalid(&"a redirect leads nowhere"))?;
+            let target = target.ok_or_else(|| invalid(&"a redirect has no valid Location"))?;
             let next = url.join(target).map_err(|error| invalid(&error))?;
             if url.scheme() == "https" && next.scheme() == "http" && !checked {
                 let problem = "a redirect leads from https to http, which needs a checksum.sri";
@@ -204,14 +204,14 @@ fn check_status(response: Response) -> Result<Response, Problem> {
     Err(Problem::origin(kind, format!("the origin answers {}", response.status())))
 }
 
-/// What a failed request means.
+/// Converts the error of a failed request.
 fn of_request(error: &reqwest::Error) -> Problem {
     if let Some(problem) = refused_by_resolver(error) {
         return problem;
     }
     let kind = if error.is_timeout() { FailureKind::TimedOut } else { FailureKind::Unusable };
-    // Without the URL, which may have a password in it and is told beside the message.
-    Problem::origin(kind, format!("the origin could not be asked: {}", chain(error)))
+    // The message omits the URL, which may contain a password and is reported separately.
+    Problem::origin(kind, format!("the request to the origin failed: {}", chain(error)))
 }
 
 fn refused_by_resolver(error: &reqwest::Error) -> Option<Problem> {
@@ -228,7 +228,7 @@ fn refused_by_resolver(error: &reqwest::Error) -> Option<Problem> {
     None
 }
 
-/// An error with its causes, the outermost left out: that one only repeats the URL.
+/// The causes of an error, without the outermost message, which only repeats the URL.
 fn chain(error: &reqwest::Error) -> String {
     let mut causes = Vec::new();
     let mut next = std::error::Error::source(error);

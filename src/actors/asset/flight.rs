@@ -1,15 +1,15 @@
-//! A flight: getting one asset, from the first mirror that has it to the store.
+//! A flight: the download of one asset into the store, from the first mirror that has it.
 
 use super::{
-    AssetActor, LOG, Shared,
+    AssetActor, AssetShared, LOG,
     bindings::Binding,
-    download::Source,
+    download::DownloadSource,
     flights::Begun,
     layout::Layout,
     messages::Landed,
-    outcome::{Failure, FailureKind, Fetched, Problem},
+    outcome::{FailureKind, Fetched, OriginFailure, Problem},
     patience::Patience,
-    request::{AssetKey, AssetRequest, Kind},
+    request::{AssetKey, AssetKind, AssetRequest},
     unpack::{Contents, unpack},
 };
 use crate::{
@@ -38,24 +38,24 @@ use std::{
 };
 use tokio::{runtime::Handle, select, sync::watch, time::Instant};
 
-/// What those who wait for a flight are told.
-pub type Outcome = Result<Fetched, Problem>;
+/// The result of a flight, which all its callers get.
+pub(super) type Outcome = Result<Fetched, Problem>;
 
-/// Files of an archive up to this size are stored in batches; larger ones go to the store as they are read.
+/// Files of an archive up to this size are stored in batches. Larger ones are stored as they are read.
 const SMALL_FILE_BYTES: usize = 256 * 1024;
-/// Bytes of such a batch.
+/// Maximum bytes of such a batch.
 const BATCH_BYTES: usize = 2 * 1024 * 1024;
-/// Files of such a batch.
+/// Maximum files of such a batch.
 const BATCH_FILES: usize = 1_000;
-/// Longest text about what went wrong, in bytes; there may be 64 mirrors.
+/// Maximum length of an error message, in bytes; there may be 64 mirrors.
 const MESSAGE_MAX_BYTES: usize = 4 * 1024;
-/// Bytes that are read at a time from a stored archive or an unpacked file.
+/// Bytes that are read at once from a stored archive or an unpacked file.
 const PIECE_BYTES: usize = 128 * 1024;
 
-/// Starts a flight. It ends at the latest deadline of its callers, and tells the actor in any case. Its content is as old as the question for it, which
-/// was `asked_at`, and not as its last byte.
-pub fn launch(
-    shared: Arc<Shared>,
+/// Starts a flight. It ends at the latest deadline of its callers, and always reports to the actor. The age of its content
+/// counts from `asked_at`, not from its last byte.
+pub(super) fn launch(
+    shared: Arc<AssetShared>,
     actor: Addr<AssetActor>,
     Begun { id, latest, callers, .. }: Begun,
     request: Arc<AssetRequest>,
@@ -67,7 +67,7 @@ pub fn launch(
         let flight = AssertUnwindSafe(fly(&shared, &request, &latest, callers)).catch_unwind();
         let outcome = select! {
             outcome = flight => outcome.unwrap_or_else(|_| Err(Error::internal("a fetch panicked").into())),
-            () = passed(latest.clone()) => Err(Problem::origin(FailureKind::TimedOut, "it took longer than the fetch may take")),
+            () = passed(latest.clone()) => Err(Problem::origin(FailureKind::TimedOut, "the fetch took too long")),
         };
         write_line(&request, started, &outcome);
         let bind = outcome.as_ref().ok().and_then(|fetched| bind(&request, fetched, asked_at));
@@ -75,7 +75,7 @@ pub fn launch(
     });
 }
 
-/// Ends when the deadline has passed, which may be put off meanwhile.
+/// Waits until the deadline has passed, which may be extended meanwhile.
 async fn passed(mut latest: watch::Receiver<Instant>) {
     loop {
         let deadline = *latest.borrow_and_update();
@@ -99,7 +99,7 @@ fn write_line(request: &AssetRequest, started: Instant, outcome: &Outcome) {
     let asset = request.kind.name();
     let instance = request.instance.name();
     let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    // Only the host: paths and queries may hold secrets.
+    // Only the host is logged: paths and queries may contain secrets.
     let host = |uri: &str| {
         Url::parse(uri).ok().and_then(|url| url.host_str().map(ToOwned::to_owned)).unwrap_or_default()
     };
@@ -134,7 +134,8 @@ fn write_line(request: &AssetRequest, started: Instant, outcome: &Outcome) {
     }
 }
 
-/// Waits for a place in the air, in the line of each peer that wants this flight. The first one whose turn comes gets it for all.
+/// Waits for permission to download, for each connection that wants this flight. The first permission that is granted is
+/// used for all of them.
 async fn take_off(runway: &Budget, mut callers: watch::Receiver<Vec<Caller>>) -> Result<Share> {
     let mut lines = FuturesUnordered::new();
     loop {
@@ -143,47 +144,47 @@ async fn take_off(runway: &Budget, mut callers: watch::Receiver<Vec<Caller>>) ->
         select! {
             Some(place) = lines.next() => return Ok(place?),
             Ok(()) = callers.changed() => {}
-            else => return Err(Error::Unavailable("the server is going down".into())),
+            else => return Err(Error::Unavailable("the server is shutting down".into())),
         }
     }
 }
 
 async fn fly(
-    shared: &Arc<Shared>,
+    shared: &Arc<AssetShared>,
     request: &AssetRequest,
     latest: &watch::Receiver<Instant>,
     callers: watch::Receiver<Vec<Caller>>,
 ) -> Outcome {
     let place = take_off(&shared.runway, callers).await?;
-    // What is downloaded counts as an upload of that caller.
+    // The download is charged to that caller, like an upload.
     let cas = shared.cas.on_behalf_of(place.caller());
     let asked_at = SystemTime::now();
     let headers = request.headers()?;
     let integrity = request.qualifiers.integrity()?;
     let expires_at = if integrity.is_some() { None } else { asked_at.checked_add(shared.settings.max_age) };
-    let mut failures: Vec<Failure> = Vec::new();
+    let mut failures: Vec<OriginFailure> = Vec::new();
     let uris = u32::try_from(request.uris.len()).unwrap_or(u32::MAX);
     for ((uri, headers), mirrors) in request.uris.iter().zip(&headers).zip((1..=uris).rev()) {
         let patience = Patience { latest: latest.clone(), mirrors };
-        let source = Source { uri, headers, integrity: integrity.as_ref(), patience };
+        let source = DownloadSource { uri, headers, integrity: integrity.as_ref(), patience };
         let fetched = async {
             let blob = shared.downloader.download(&cas, request, &source).await?;
             match request.kind {
-                Kind::Blob => Ok(blob),
-                Kind::Directory => unpack_blob(shared, &cas, request, blob).await,
+                AssetKind::Blob => Ok(blob),
+                AssetKind::Directory => unpack_blob(shared, &cas, request, blob).await,
             }
         };
         match fetched.await {
             Ok(digest) => return Ok(Fetched { uri: uri.clone(), digest, expires_at }),
-            Err(Problem::Origin(failure)) => failures.push(Failure { uri: uri.clone(), ..failure }),
+            Err(Problem::Origin(failure)) => failures.push(OriginFailure { uri: uri.clone(), ..failure }),
             Err(fault) => return Err(fault),
         }
     }
-    Err(Problem::Origin(Failure::of_all(failures)))
+    Err(Problem::Origin(OriginFailure::of_all(failures)))
 }
 
-impl Failure {
-    /// One failure that stands for those of all mirrors: the last one's, with what the others said.
+impl OriginFailure {
+    /// Combines the failures of all mirrors: the kind of the last one, with all messages.
     fn of_all(mut failures: Vec<Self>) -> Self {
         let message = match failures.as_slice() {
             [one] => one.message.clone(),
@@ -200,7 +201,7 @@ impl Failure {
     }
 }
 
-/// Cuts a text into which origins and clients have put what they like.
+/// Truncates a text whose length origins and clients control.
 fn shorten(mut text: String) -> String {
     let mut end = MESSAGE_MAX_BYTES.min(text.len());
     while !text.is_char_boundary(end) {
@@ -210,9 +211,9 @@ fn shorten(mut text: String) -> String {
     text
 }
 
-/// Turns a stored archive into stored Directories.
+/// Unpacks a stored archive into stored Directories.
 async fn unpack_blob(
-    shared: &Arc<Shared>,
+    shared: &Arc<AssetShared>,
     cas: &Cas,
     request: &AssetRequest,
     archive: Digest,
@@ -221,10 +222,10 @@ async fn unpack_blob(
     let reader = cas.open(&request.instance, archive).await?;
     let runtime = shared.runtime.clone();
     let max_bytes = shared.settings.max_unpacked_bytes;
-    // A thread cannot be dropped as a future can; without this it would go on when the flight has ended.
-    let stop = Arc::<Stop>::default();
+    // A blocking thread cannot be dropped like a future. This stops it when the flight has ended.
+    let stop = Arc::<StopFlag>::default();
     let _stop_at_end = StopOnDrop(stop.clone());
-    let mut store = Store {
+    let mut store = ContentStore {
         stop: stop.clone(),
         cas: cas.clone(),
         instance: request.instance.clone(),
@@ -235,7 +236,7 @@ async fn unpack_blob(
     };
     let function = request.function;
     let work = shared.runtime.spawn_blocking(move || -> Result<Digest, Problem> {
-        let layout = unpack(Cursor { stop, reader, runtime, at: 0 }, max_bytes, &mut store)?;
+        let layout = unpack(BlobCursor { stop, reader, runtime, at: 0 }, max_bytes, &mut store)?;
         let refuse = |problem| Problem::origin(FailureKind::NotFound, problem);
         let layout: Layout =
             if path.is_root() { layout } else { layout.below(path.as_str()).map_err(refuse)? };
@@ -249,18 +250,18 @@ async fn unpack_blob(
     work.await.map_err(|_| Error::internal("unpacking an archive panicked"))?
 }
 
-/// Whether work on a blocking thread is to end.
+/// Tells work on a blocking thread to stop.
 #[derive(Default)]
-struct Stop(AtomicBool);
+struct StopFlag(AtomicBool);
 
-impl Stop {
+impl StopFlag {
     fn check(&self) -> Result<()> {
         let message = || Error::Cancelled("the fetch has ended".into());
         if self.0.load(Ordering::Relaxed) { Err(message()) } else { Ok(()) }
     }
 }
 
-struct StopOnDrop(Arc<Stop>);
+struct StopOnDrop(Arc<StopFlag>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
@@ -268,9 +269,9 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// Where unpacked files go. On a blocking thread.
-struct Store {
-    stop: Arc<Stop>,
+/// Stores unpacked files. For use on a blocking thread.
+struct ContentStore {
+    stop: Arc<StopFlag>,
     cas: Cas,
     instance: Instance,
     function: DigestFunction,
@@ -279,7 +280,7 @@ struct Store {
     batch_bytes: usize,
 }
 
-impl Store {
+impl ContentStore {
     fn add(&mut self, digest: Digest, bytes: Bytes) -> Result<()> {
         self.batch_bytes = self.batch_bytes.saturating_add(bytes.len());
         self.batch.push((digest, bytes));
@@ -294,7 +295,7 @@ impl Store {
     }
 }
 
-impl Contents for Store {
+impl Contents for ContentStore {
     fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem> {
         let mut small = Vec::new();
         let head = content.take(SMALL_FILE_BYTES as u64 + 1).read_to_end(&mut small);
@@ -320,15 +321,15 @@ impl Contents for Store {
     }
 }
 
-/// A stored blob as a file to read. On a blocking thread.
-struct Cursor {
-    stop: Arc<Stop>,
+/// Reads a stored blob as a file. For use on a blocking thread.
+struct BlobCursor {
+    stop: Arc<StopFlag>,
     reader: BlobReader,
     runtime: Handle,
     at: u64,
 }
 
-impl Read for Cursor {
+impl Read for BlobCursor {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.stop.check().map_err(|error| Problem::Server(error).into_io())?;
         let read = self.runtime.block_on(self.reader.read_at(self.at, buffer.len().min(PIECE_BYTES)));
@@ -340,7 +341,7 @@ impl Read for Cursor {
     }
 }
 
-impl Seek for Cursor {
+impl Seek for BlobCursor {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         let target = match to {
             SeekFrom::Start(at) => Some(at),
@@ -357,21 +358,26 @@ mod tests {
     use super::*;
     use crate::budget::Bounds;
 
-    /// A peer that joins a flight of another one does not wait behind all that the other one wants.
+    /// A connection that joins another one's flight does not wait behind all downloads of that one.
     #[tokio::test]
-    async fn a_flight_takes_off_when_the_turn_of_any_peer_comes_that_wants_it() {
-        let [greedy, modest] = [1, 2].map(|host| Caller::connected(([127, 0, 0, host], 1).into()));
-        let runway = Budget::new(Bounds { what: "downloads", total: 8, connection: 8 });
+    async fn a_flight_starts_when_the_turn_of_any_of_its_connections_comes() {
+        for host in [1, 2] {
+            assert_starts_for_the_next_connection(host).await;
+        }
+    }
+
+    async fn assert_starts_for_the_next_connection(host: u8) {
+        let [greedy, modest] = [1, host].map(|host| Caller::connected(([127, 0, 0, host], 1).into()));
+        let runway = Budget::new(Bounds::shared("downloads", 8));
         let held: Vec<_> = std::iter::from_fn(|| runway.take(greedy, 1).ok()).collect();
-        assert_eq!(held.len(), 7);
         let (callers, lines) = watch::channel(vec![greedy]);
         let mut flight = Box::pin(take_off(&runway, lines));
         assert!(flight.as_mut().now_or_never().is_none());
         callers.send_modify(|callers| callers.push(modest));
-        let place = flight.as_mut().now_or_never().expect("there is a place for the other peer").unwrap();
+        let place = flight.as_mut().now_or_never().expect("there is a place for the other one").unwrap();
         assert_eq!(place.caller(), modest);
         drop((held, place));
         drop(flight);
-        assert_eq!(runway.held(), 0, "no line is left");
+        assert_eq!(runway.held(), 0, "no queue is left");
     }
 }

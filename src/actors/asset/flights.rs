@@ -1,10 +1,10 @@
-//! [`Flights`]: the downloads under way, and who may join which. Pure: times are arguments.
+//! [`Flights`]: the running downloads, and which callers may join which. It is pure: times are arguments.
 //!
-//! Invariants: a flight ends at the latest deadline of those who joined it, and never later than the end that it was given at
-//! its start. Nobody joins one that began before the oldest content that they accept (AST-08); such a caller gets a flight of
-//! its own, which those who come after it join. How many there are is bounded, and so are the bytes of their requests; peers
-//! share both, and a flight counts for the one that began it. A flight that waits for its turn does so for every peer that has
-//! joined it, so that nobody waits behind the other downloads of whoever was first.
+//! Invariants: a flight ends at the latest deadline of its callers, and never later than the end that was fixed at its start. A
+//! caller does not join a flight that began before the oldest content that it accepts (AST-08). It gets a new flight, which
+//! later callers join. The number of flights and the bytes of their requests are bounded. Peers share both bounds, and a flight
+//! counts for the peer that began it. A flight that waits for its turn waits in the queue of every peer that has joined it, so
+//! that nobody waits behind the other downloads of the first peer.
 
 use super::{
     flight::Outcome,
@@ -18,67 +18,67 @@ use gorego_reapi::error::Result;
 use std::{collections::BTreeMap, time::SystemTime};
 use tokio::{sync::watch, time::Instant};
 
-/// Flights under way or waiting for their turn; more are refused.
-const FLIGHTS: Bounds =
-    Bounds { what: "fetches that are under way or waiting", total: 10_000, connection: 10_000 };
-/// Bytes of the requests of all these flights. Most are a kilobyte, but one may have megabytes of qualifiers, and outlives the
-/// call that made it.
-const FLIGHT_BYTES: Bounds =
-    Bounds { what: "bytes of such requests", total: 64 * 1024 * 1024, connection: 64 * 1024 * 1024 };
-/// What one request may take: its URIs and its qualifiers.
+/// Bound on the flights that are running or waiting for their turn. More are refused.
+const FLIGHTS: Bounds = Bounds::shared("fetches that are running or waiting", 10_000);
+/// Bound on the bytes of the requests of all flights. Most take a kilobyte, but a request may have megabytes of qualifiers, and
+/// it outlives its call.
+const FLIGHT_BYTES: Bounds = Bounds::shared("bytes of such requests", 64 * 1024 * 1024);
+/// The largest request: its URIs and its qualifiers.
 const LARGEST_REQUEST: u64 = (MAX_URIS * MAX_URI_BYTES + MAX_QUALIFIERS * 2 * MAX_QUALIFIER_BYTES) as u64;
-/// Peers for which one flight waits. Each has a line of its own, and so many of them are hardly ever all held up.
-const MAX_LINES: usize = 64;
+/// Maximum number of connections for whose turn one flight waits. This many are hardly ever all blocked.
+const MAX_QUEUES: usize = 64;
+/// Maximum number of connections of one peer among them, so that one peer does not take the places of the others.
+const MAX_QUEUES_OF_PEER: usize = 4;
 
-/// One flight: what it brings, and a number that grows with every flight.
+/// Identifies a flight by its asset and an increasing number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FlightId {
     key: AssetKey,
     number: u64,
 }
 
-/// What is known of a flight at its start.
+/// The parameters of a flight at its start.
 #[derive(Debug, Clone, Copy)]
-pub struct Plan {
-    /// When it begins: what it brings is as old as that.
+pub(super) struct FlightPlan {
+    /// When it begins. The age of its content counts from here.
     pub asked_at: SystemTime,
-    /// How long its first caller wants it to go on.
+    /// The deadline of its first caller.
     pub deadline: Instant,
-    /// When it has to end, whoever else joins it.
+    /// When it has to end, even if others join it.
     pub end: Instant,
-    /// Bytes of its request.
+    /// The size of its request in bytes.
     pub size: usize,
-    /// Who begins it.
+    /// The caller that begins it.
     pub caller: Caller,
 }
 
-/// A flight that has just begun, for who flies it.
+/// A new flight, for the task that runs it.
 #[derive(Debug)]
-pub struct Begun {
-    /// Which one.
+pub(super) struct Begun {
+    /// The identity of the flight.
     pub id: FlightId,
-    /// For its first caller.
+    /// Its outcome, for the first caller.
     pub outcome: watch::Receiver<Option<Outcome>>,
-    /// When it has to end; callers who join may put that off.
+    /// When it has to end. Callers that join may extend this.
     pub latest: watch::Receiver<Instant>,
-    /// Who wants it: a caller of each peer.
+    /// The connections that want it, as far as it waits for their turns.
     pub callers: watch::Receiver<Vec<Caller>>,
 }
 
 #[derive(Debug)]
 struct Flight {
-    plan: Plan,
+    plan: FlightPlan,
     latest: watch::Sender<Instant>,
     callers: watch::Sender<Vec<Caller>>,
-    /// A place, and the bytes of its request.
+    /// Its shares of the bounds on flights and on bytes.
     _held: [Share; 2],
     outcome: watch::Sender<Option<Outcome>>,
 }
 
-/// The downloads under way; see the top of this file.
+/// The downloads under way; see the module documentation.
 #[derive(Debug)]
-pub struct Flights {
-    /// Those of one asset beside each other, the newest last.
+pub(super) struct Flights {
+    /// The flights, in the order of assets, and for one asset the newest last.
     flights: BTreeMap<FlightId, Flight>,
     begun: u64,
     places: Budget,
@@ -97,9 +97,9 @@ impl Default for Flights {
 }
 
 impl Flights {
-    /// A place in the newest flight that brings this, if there is one and its content is new enough. It goes on until
-    /// `deadline` then, as far as its end allows.
-    pub fn join(
+    /// Joins the newest flight for an asset, if there is one and its content will be new enough. The flight is extended to
+    /// `deadline`, but not beyond its end.
+    pub(super) fn join(
         &self,
         key: AssetKey,
         oldest: Option<SystemTime>,
@@ -117,11 +117,12 @@ impl Flights {
             *latest = deadline.max(*latest);
             later
         });
-        // Once it is in the air it waits for nobody's turn.
+        // A flight that is already downloading waits in no queue.
         if !callers.is_closed() {
             callers.send_if_modified(|callers| {
-                let has_line = callers.iter().any(|other| other.peer == caller.peer);
-                let is_new = !has_line && callers.len() < MAX_LINES;
+                let of_peer = callers.iter().filter(|other| other.peer == caller.peer).count();
+                let is_new =
+                    !callers.contains(&caller) && of_peer < MAX_QUEUES_OF_PEER && callers.len() < MAX_QUEUES;
                 callers.extend(is_new.then_some(caller));
                 is_new
             });
@@ -132,8 +133,8 @@ impl Flights {
     /// Begins a flight.
     ///
     /// # Errors
-    /// `Exhausted` when there are too many, or too many of this caller.
-    pub fn begin(&mut self, key: AssetKey, plan: Plan) -> Result<Begun> {
+    /// `Exhausted` when there are too many flights, or too many of this caller.
+    pub(super) fn begin(&mut self, key: AssetKey, plan: FlightPlan) -> Result<Begun> {
         let held = [self.places.take(plan.caller, 1)?, self.bytes.take(plan.caller, plan.size as u64)?];
         self.begun += 1;
         let id = FlightId { key, number: self.begun };
@@ -144,8 +145,8 @@ impl Flights {
         Ok(Begun { id, outcome: landing, latest: until, callers: lines })
     }
 
-    /// A flight has ended; tells all who joined it.
-    pub fn end(&mut self, id: FlightId, outcome: Outcome) {
+    /// Ends a flight and tells its callers the outcome.
+    pub(super) fn end(&mut self, id: FlightId, outcome: Outcome) {
         if let Some(flight) = self.flights.remove(&id) {
             flight.outcome.send_replace(Some(outcome));
         }
@@ -165,10 +166,10 @@ mod tests {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
     }
 
-    fn plan(asked_at: u64, size: usize) -> Plan {
+    fn plan(asked_at: u64, size: usize) -> FlightPlan {
         let now = Instant::now();
         let (deadline, end) = (now + Duration::from_secs(1), now + Duration::from_secs(600));
-        Plan { asked_at: at(asked_at), deadline, end, size, caller: Caller::default() }
+        FlightPlan { asked_at: at(asked_at), deadline, end, size, caller: Caller::default() }
     }
 
     fn from(host: u8) -> Caller {
@@ -176,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn callers_put_the_end_of_a_flight_off_but_never_beyond_the_longest_time_of_a_fetch() {
+    fn callers_extend_a_flight_but_never_beyond_the_longest_duration() {
         let mut flights = Flights::default();
         let plan = plan(100, 0);
         let latest = flights.begin(KEY, plan).unwrap().latest;
@@ -190,7 +191,7 @@ mod tests {
             assert_eq!(*latest.borrow(), expected, "{minutes} minutes");
         }
         assert_eq!(expected, plan.end);
-        let mut hurried = Plan { deadline: plan.end + minute, ..plan };
+        let mut hurried = FlightPlan { deadline: plan.end + minute, ..plan };
         hurried.end = plan.deadline;
         let latest = flights.begin(AssetKey([2; 32]), hurried).unwrap().latest;
         assert_eq!(*latest.borrow(), hurried.end);
@@ -198,7 +199,7 @@ mod tests {
 
     /// AST-08.
     #[test]
-    fn nobody_joins_a_flight_that_began_before_the_oldest_content_accepted() {
+    fn a_caller_does_not_join_a_flight_that_began_before_the_oldest_content_accepted() {
         let mut flights = Flights::default();
         let (first, deadline) = (flights.begin(KEY, plan(100, 0)).unwrap(), Instant::now());
         assert!(flights.join(KEY, Some(at(101)), deadline, from(1)).is_none());
@@ -216,19 +217,20 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_fetches_all_that_it_may_leaves_flights_and_bytes_to_the_next() {
+    fn a_peer_that_fetches_all_it_may_leaves_flights_and_bytes_for_another() {
         let mut flights = Flights::default();
         let fill = |flights: &mut Flights, size| {
-            let all =
-                std::iter::from_fn(|| flights.begin(KEY, Plan { caller: from(1), ..plan(100, size) }).ok());
+            let all = std::iter::from_fn(|| {
+                flights.begin(KEY, FlightPlan { caller: from(1), ..plan(100, size) }).ok()
+            });
             all.map(|begun| begun.id).collect::<Vec<_>>()
         };
         for size in [1, 100_000, LARGEST_REQUEST as usize] {
             let all = fill(&mut flights, size);
             assert!(all.len() > 5, "{}", all.len());
-            let refusal = flights.begin(KEY, Plan { caller: from(1), ..plan(100, size) });
+            let refusal = flights.begin(KEY, FlightPlan { caller: from(1), ..plan(100, size) });
             assert!(matches!(refusal, Err(Error::Exhausted { .. })));
-            let other = Plan { caller: from(2), ..plan(100, LARGEST_REQUEST as usize) };
+            let other = FlightPlan { caller: from(2), ..plan(100, LARGEST_REQUEST as usize) };
             let other =
                 flights.begin(KEY, other).expect("there is room for the largest request of another peer");
             for id in all.into_iter().chain([other.id]) {
@@ -239,17 +241,18 @@ mod tests {
     }
 
     #[test]
-    fn a_flight_waits_for_one_caller_of_each_peer_that_wants_it() {
+    fn a_flight_waits_for_a_few_connections_of_each_peer_that_wants_it() {
         let mut flights = Flights::default();
-        let begun = flights.begin(KEY, Plan { caller: from(1), ..plan(100, 1) }).unwrap();
-        for host in [1, 2, 2, 3] {
-            flights.join(KEY, None, Instant::now(), from(host)).unwrap();
+        let begun = flights.begin(KEY, FlightPlan { caller: from(1), ..plan(100, 1) }).unwrap();
+        let (second, third) = (from(2), from(3));
+        for caller in [second, second, from(1), from(1), from(1), from(1), third] {
+            flights.join(KEY, None, Instant::now(), caller).unwrap();
         }
         let peers: Vec<_> = begun.callers.borrow().iter().map(|caller| caller.peer).collect();
-        assert_eq!(peers, [1, 2, 3].map(|host| from(host).peer));
+        assert_eq!(peers, [1, 2, 1, 1, 1, 3].map(|host| from(host).peer));
         for host in 4..=255 {
             flights.join(KEY, None, Instant::now(), from(host)).unwrap();
         }
-        assert_eq!(begun.callers.borrow().len(), MAX_LINES);
+        assert_eq!(begun.callers.borrow().len(), MAX_QUEUES);
     }
 }

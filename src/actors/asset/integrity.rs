@@ -1,10 +1,10 @@
-//! Subresource integrity: the `checksum.sri` qualifier (AST-04). Pure.
+//! Subresource integrity: the `checksum.sri` qualifier (AST-04). This file is pure.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use gorego_reapi::error::{Error, Result};
 use sha2::{Digest as _, Sha256, Sha384, Sha512};
 
-/// Checksums of which content has to meet at least one.
+/// Checksums of which content has to match at least one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Integrity(Vec<(Algorithm, Vec<u8>)>);
 
@@ -21,10 +21,10 @@ impl Algorithm {
 }
 
 impl Integrity {
-    /// Reads `algorithm-base64` values separated by whitespace. Options after a "?" do not matter.
+    /// Parses `algorithm-base64` values separated by whitespace. Options after a "?" are ignored.
     ///
     /// # Errors
-    /// `Invalid` for a value that is malformed or of another algorithm than sha256, sha384 and sha512, and for none at all.
+    /// `Invalid` for a malformed value, for an algorithm other than sha256, sha384 and sha512, and without any value.
     pub fn parse(text: &str) -> Result<Self> {
         let mut checksums = Vec::new();
         for value in text.split_ascii_whitespace() {
@@ -47,7 +47,7 @@ impl Integrity {
         Ok(Self(checksums))
     }
 
-    /// What has to see every byte of the content.
+    /// A hasher that has to get every byte of the content.
     pub fn witness(&self) -> Witness {
         let asks = |wanted| self.0.iter().any(|(algorithm, _)| *algorithm == wanted);
         Witness {
@@ -57,7 +57,7 @@ impl Integrity {
         }
     }
 
-    /// Whether what a witness of this has seen is what was asked for.
+    /// Whether the content that a witness of this has hashed matches one of the checksums.
     pub fn is_met_by(&self, witness: Witness) -> bool {
         let seen = [
             (Algorithm::Sha256, witness.sha256.map(|state| state.finalize().to_vec())),
@@ -70,7 +70,7 @@ impl Integrity {
     }
 }
 
-/// Hashes content while it passes by; one that nobody asked for hashes nothing.
+/// Hashes content with the algorithms of an [`Integrity`]. The default one hashes nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Witness {
     sha256: Option<Sha256>,
@@ -79,7 +79,7 @@ pub struct Witness {
 }
 
 impl Witness {
-    /// Takes the next bytes.
+    /// Hashes the next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         if let Some(state) = &mut self.sha256 {
             state.update(bytes);

@@ -1,8 +1,8 @@
-//! [`Layout`]: the tree that an archive describes, and its canonical Directory messages. Pure.
+//! [`Layout`]: the tree that an archive describes, and its canonical Directory messages. It is pure.
 //!
-//! An archive is hostile until it is in here: paths are relative and without "..", no path appears twice, nothing lies below
-//! what is not a directory, and no link leads out. Since real directories are all that a path passes through, and a link may
-//! have ".." at its front only, no chain of links leads out either.
+//! A layout accepts only safe entries of an untrusted archive: paths are relative and without "..", no path appears twice, only
+//! directories have children, and no link leads out of the archive. Paths pass only through real directories, and a link may
+//! have ".." only at its front, so no chain of links leads out either.
 
 use bytes::Bytes;
 use gorego_reapi::{
@@ -13,28 +13,28 @@ use gorego_reapi::{
 use prost::Message as _;
 use std::collections::BTreeMap;
 
-/// Most nodes of one archive, directories that it only implies included.
+/// Maximum number of nodes of one archive, including implied directories.
 pub const MAX_NODES: usize = 200_000;
-/// Bytes of all names and link targets together; all of it is in memory, twice.
+/// Maximum bytes of all names and link targets together. They are held in memory twice.
 pub const MAX_TEXT_BYTES: usize = 64 * 1024 * 1024;
-/// Deepest path of an archive, in names.
+/// Maximum depth of a path of an archive, in names.
 pub const MAX_DEPTH: usize = 256;
 
 /// A tree under construction.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Layout {
     root: Names,
-    size: Size,
+    size: TreeSize,
 }
 
-/// What of a tree is bounded.
+/// The bounded quantities of a tree.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Size {
+struct TreeSize {
     nodes: usize,
     text_bytes: usize,
 }
 
-impl Size {
+impl TreeSize {
     fn add(&mut self, nodes: usize, text_bytes: usize) -> Result<(), Refusal> {
         self.nodes = self.nodes.saturating_add(nodes);
         self.text_bytes = self.text_bytes.saturating_add(text_bytes);
@@ -57,14 +57,14 @@ enum Node {
     Directory(Names),
 }
 
-/// What is wrong with an entry; its text names the path.
+/// What is wrong with an entry. The text names the path.
 pub type Refusal = String;
 
 impl Layout {
-    /// Adds a directory. One that is there already is fine: archives name them again and again.
+    /// Adds a directory. It may already exist: archives often name a directory more than once.
     ///
     /// # Errors
-    /// As for every entry; see the top of this file.
+    /// When the entry is not safe; see the module documentation.
     pub fn add_directory(&mut self, path: &str) -> Result<(), Refusal> {
         let names = split(path)?;
         self.descend(path, &names).map(drop)
@@ -73,7 +73,7 @@ impl Layout {
     /// Adds a file.
     ///
     /// # Errors
-    /// As for every entry.
+    /// Those of [`Layout::add_directory`].
     pub fn add_file(&mut self, path: &str, digest: Digest, executable: bool) -> Result<(), Refusal> {
         self.add(path, Node::File { digest, executable })
     }
@@ -81,7 +81,7 @@ impl Layout {
     /// Adds a symbolic link.
     ///
     /// # Errors
-    /// As for every entry; and for a target that is absolute, leads out, or goes up again on its way.
+    /// Those of [`Layout::add_directory`]; and for a target that is absolute, leads out, or has ".." after a name.
     pub fn add_symlink(&mut self, path: &str, target: &str) -> Result<(), Refusal> {
         let refuse = |problem: &str| {
             format!("symbolic link \"{}\" to \"{}\" {problem}", path.escape_debug(), target.escape_debug())
@@ -109,11 +109,11 @@ impl Layout {
     /// Adds another name for a file that was added before.
     ///
     /// # Errors
-    /// As for every entry; and where there is no such file.
+    /// Those of [`Layout::add_directory`]; and when there is no such file.
     pub fn add_hard_link(&mut self, path: &str, target: &str) -> Result<(), Refusal> {
         let missing = || {
             format!(
-                "hard link \"{}\" is to \"{}\", which is no file of the archive so far",
+                "hard link \"{}\" is to \"{}\", which is not an earlier file of the archive",
                 path.escape_debug(),
                 target.escape_debug()
             )
@@ -127,7 +127,7 @@ impl Layout {
         }
     }
 
-    /// The tree below one of its directories.
+    /// Returns the tree below one of its directories.
     ///
     /// # Errors
     /// When there is no such directory.
@@ -139,7 +139,7 @@ impl Layout {
         Ok(self)
     }
 
-    /// The digest of the root Directory, and every Directory as a blob: children sorted by name, nothing else said.
+    /// The digest of the root Directory, and every Directory as a canonical blob, with sorted children and no properties.
     pub fn directories(&self, function: DigestFunction) -> (Digest, Vec<(Digest, Bytes)>) {
         let mut blobs = Vec::new();
         let root = encode(&self.root, function, &mut blobs);
@@ -149,7 +149,7 @@ impl Layout {
     fn add(&mut self, path: &str, node: Node) -> Result<(), Refusal> {
         let names = split(path)?;
         let Some((name, parents)) = names.split_last() else {
-            return Err(format!("\"{}\" is no name of a file", path.escape_debug()));
+            return Err(format!("\"{}\" is not the name of a file", path.escape_debug()));
         };
         let target = if let Node::Symlink(target) = &node { target.len() } else { 0 };
         if self.descend(path, parents)?.insert((*name).to_owned(), node).is_some() {
@@ -158,7 +158,7 @@ impl Layout {
         self.size.add(1, name.len().saturating_add(target))
     }
 
-    /// The directory at a path, made if need be.
+    /// The directory at a path, which is created if necessary.
     fn descend(&mut self, path: &str, names: &[&str]) -> Result<&mut Names, Refusal> {
         let (mut made, mut bytes) = (0, 0);
         let mut directory = &mut self.root;
@@ -170,7 +170,7 @@ impl Layout {
             });
             let Node::Directory(inner) = node else {
                 return Err(format!(
-                    "\"{}\" lies below what is no directory, or replaces it",
+                    "\"{}\" is below something that is no directory, or replaces it",
                     path.escape_debug()
                 ));
             };
@@ -208,7 +208,7 @@ fn find<'a>(root: &'a Names, names: &[&str]) -> Option<&'a Names> {
     })
 }
 
-/// At most [`MAX_DEPTH`] deep.
+/// The recursion is at most [`MAX_DEPTH`] deep.
 fn encode(names: &Names, function: DigestFunction, blobs: &mut Vec<(Digest, Bytes)>) -> Digest {
     let mut message = reapi::Directory::default();
     for (name, node) in names {
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn links_lead_to_places_within_the_archive_however_they_are_chained() {
+    fn links_stay_within_the_archive_however_they_are_chained() {
         let link = |path: &str, target: &str| Layout::default().add_symlink(path, target);
         for (path, target) in [
             ("a", "/etc"),
@@ -268,7 +268,7 @@ mod tests {
             ("a/b", "../.."),
             ("a/b", "../../x"),
             ("a/b", "./../../x"),
-            // Lexically within; but x may be a link upwards.
+            // Lexically within the archive, but x may be a link upwards.
             ("a/b", "x/../.."),
             ("a/b", "x/.."),
             ("a", ""),
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_appears_twice_or_below_what_is_no_directory() {
+    fn nothing_appears_twice_or_below_something_that_is_no_directory() {
         let mut layout = Layout::default();
         layout.add_file("a/file", content(), false).unwrap();
         layout.add_symlink("a/link", "file").unwrap();
@@ -318,14 +318,14 @@ mod tests {
     }
 
     proptest! {
-        /// In whatever order an archive has its entries, the digests are the same, and each message is one that we accept.
+        /// The digests do not depend on the order of the entries, and this server accepts each message.
         #[test]
         fn a_tree_has_one_digest(mut paths in proptest::collection::btree_set("[a-c]{1,2}(/[a-c]{1,2}){0,3}", 1..20), swap in any::<usize>()) {
             let mut order: Vec<String> = std::mem::take(&mut paths).into_iter().collect();
             let build = |order: &[String]| {
                 let mut layout = Layout::default();
                 for path in order {
-                    // One that lies below another cannot be a file beside it.
+                    // A path below another one cannot also be a file next to it.
                     if layout.add_file(&format!("{path}.f"), content(), true).is_err() {
                         return None;
                     }

@@ -1,7 +1,7 @@
-//! What [`super::client::Assets`] asks of the actor, and what flights tell it.
+//! The messages of [`super::client::Assets`] and of flights to the actor.
 
 use super::{
-    bindings::{Binding, Known},
+    bindings::{Binding, KnownAsset},
     flight::Outcome,
     flights::FlightId,
     request::{AssetKey, AssetRequest},
@@ -12,47 +12,47 @@ use gorego_reapi::error::Result;
 use std::{sync::Arc, time::SystemTime};
 use tokio::{sync::watch, time::Instant};
 
-/// What do these stand for? The answer is in the order asked.
+/// Looks up what assets stand for. The answer is in the order of the keys.
 #[derive(Debug, Message)]
-#[rtype(result = "Vec<Known>")]
+#[rtype(result = "Vec<KnownAsset>")]
 pub struct LookUpAsset {
-    /// The assets.
+    /// The assets to look up or bind.
     pub keys: Vec<AssetKey>,
-    /// Older content does not count (AST-08).
+    /// Content older than this is not accepted (AST-08).
     pub oldest: Option<SystemTime>,
 }
 
-/// Lets assets stand for this content.
+/// Binds content to assets.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct BindAsset {
-    /// The assets.
+    /// The assets to look up or bind.
     pub keys: Vec<AssetKey>,
-    /// The content.
+    /// The content that is bound.
     pub binding: Binding,
 }
 
-/// Starts a download, or joins the one that is under way if its content will be new enough. If one has landed since the caller
-/// looked, its content is the answer.
+/// Starts a flight, or joins a running one if its content will be new enough. If a flight has ended since the caller's look-up,
+/// its content is the answer.
 ///
 /// # Errors
-/// `Exhausted` when too many are, or too many of this caller.
+/// `Exhausted` when there are too many flights, or too many of this caller.
 #[derive(Debug, Message)]
 #[rtype(result = "Result<Joined>")]
 pub struct JoinFlight {
-    /// What is wanted.
+    /// The request of the caller.
     pub request: Arc<AssetRequest>,
-    /// What [`LookUpAsset`] said of its URIs, none of which would do.
-    pub known: Vec<Known>,
-    /// Older content does not count (AST-08).
+    /// The answers of [`LookUpAsset`] for its URIs, none of which was usable.
+    pub known: Vec<KnownAsset>,
+    /// Content older than this is not accepted (AST-08).
     pub oldest: Option<SystemTime>,
-    /// The flight goes on until then if it has to, but not beyond the longest time of a fetch.
+    /// The flight may run until then, but not beyond the longest duration of a fetch.
     pub deadline: Instant,
-    /// Who wants it.
+    /// The caller that wants the asset.
     pub caller: Caller,
 }
 
-/// A place in a flight: holds its outcome once it has landed.
+/// A joined flight. Holds the outcome once the flight has ended.
 #[derive(Debug)]
 pub struct Joined(pub watch::Receiver<Option<Outcome>>);
 
@@ -60,15 +60,15 @@ pub struct Joined(pub watch::Receiver<Option<Outcome>>);
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct Landed {
-    /// Which one.
+    /// The flight that has ended.
     pub flight: FlightId,
-    /// The asset that it brought content for.
+    /// The asset and the content to bind to it.
     pub bind: Option<(AssetKey, Binding)>,
-    /// What those who wait are told.
+    /// The result for its callers.
     pub outcome: Outcome,
 }
 
-/// Writes bindings down and stops. Blocks the actor's thread for a moment, at the end of the process.
+/// Saves the bindings and stops the actor. Blocks the actor's thread for a moment, at the end of the process.
 #[derive(Debug, Clone, Copy, Message)]
 #[rtype(result = "()")]
 pub struct CloseAssets;

@@ -1,42 +1,42 @@
-//! How a fetch ends: with content, with bad news from the origin, or with a fault of this server (AST-05).
+//! The outcomes of a fetch: content, a failure of the origin, or a fault of this server (AST-05).
 
 use gorego_reapi::{digest::Digest, error::Error};
 use std::{error::Error as StdError, io, time::SystemTime};
 
-/// Content that is in the store.
+/// Fetched content, which is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fetched {
-    /// Which of the requested URIs it is of.
+    /// The requested URI that it was fetched from.
     pub uri: String,
     /// The blob or the root Directory.
     pub digest: Digest,
-    /// When it will not be served any more; `None` for never.
+    /// When it expires; `None` for never.
     pub expires_at: Option<SystemTime>,
 }
 
-/// Why the origin side gave nothing. The RPC itself is fine.
+/// A failure of the origin, which the answer reports. The RPC itself succeeds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
-    /// What kind of bad news.
+pub struct OriginFailure {
+    /// The kind of failure.
     pub kind: FailureKind,
-    /// The URI that it is about; empty for all of them.
+    /// The URI that failed; empty if all did.
     pub uri: String,
-    /// For the person who asked.
+    /// The message for the user.
     pub message: String,
 }
 
-/// What kind of bad news an origin has.
+/// Kinds of failures of an origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailureKind {
-    /// There is no such content.
+    /// The origin has no such content.
     NotFound,
     /// The origin refuses it, or this server may not ask (AST-10).
     Denied,
-    /// It took too long.
+    /// The fetch took too long.
     TimedOut,
-    /// It is not what was asked for: wrong checksum, damaged or hostile archive; or the origin cannot be reached.
+    /// The content is not what was asked for (wrong checksum, damaged or hostile archive), or the origin cannot be reached.
     Unusable,
-    /// It is larger than this server takes, or the origin has had enough of us.
+    /// The content is larger than this server accepts, or the origin limits the request rate.
     TooMuch,
 }
 
@@ -53,25 +53,25 @@ impl FailureKind {
     }
 }
 
-/// A fetch without content.
+/// Why a fetch returned no content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Problem {
-    /// Bad news, to be told within the answer.
-    Origin(Failure),
-    /// Qualifiers that no download can honour, and that nothing was pushed under; the RPC fails (AST-02).
+    /// A failure of the origin, which is part of the answer.
+    Origin(OriginFailure),
+    /// Qualifiers that no download can honour and under which nothing was pushed. The RPC fails (AST-02).
     Unsupported(Vec<String>),
-    /// A fault of this server, or of the request; the RPC fails.
+    /// A fault of this server or of the request. The RPC fails.
     Server(Error),
 }
 
 impl Problem {
-    /// Bad news of this kind; its URI is filled in by whoever knows it.
+    /// A failure of the origin. The caller fills in the URI.
     pub fn origin(kind: FailureKind, message: impl Into<String>) -> Self {
-        Self::Origin(Failure { kind, uri: String::new(), message: message.into() })
+        Self::Origin(OriginFailure { kind, uri: String::new(), message: message.into() })
     }
 
-    /// The problem behind an IO error that a decoder or an archive reader passed on; where nobody said more, the bytes that
-    /// it read are at fault.
+    /// The problem behind an IO error that a decoder or an archive reader passed on. Without one, the archive counts as
+    /// damaged.
     pub fn of_io(error: &io::Error) -> Self {
         let mut next: Option<&(dyn StdError + 'static)> = Some(error);
         while let Some(error) = next {
@@ -86,7 +86,7 @@ impl Problem {
         Self::origin(FailureKind::Unusable, format!("the archive is damaged: {error}"))
     }
 
-    /// An IO error that carries this, for readers in between.
+    /// Wraps the problem in an IO error, to pass it through readers.
     pub fn into_io(self) -> io::Error {
         io::Error::other(Carried(self))
     }

@@ -1,35 +1,38 @@
-//! [`Patience`]: how long a mirror may be silent before the next one has its turn (AST-09).
+//! [`Patience`]: how long a mirror may be silent before the next one is tried (AST-09).
 //!
-//! Silence is measured, not the whole of a download: a mirror that sends is better than one that nobody has tried, and large
-//! content takes what it takes. What a mirror may spend in silence is a share of the time that is left, so however many of
-//! them accept and hang, each has its turn before the callers' time is up, as far as there are more than a few seconds of it.
+//! Only silence is limited, not the whole download: a mirror that is sending is better than one that nobody has tried, and
+//! large content takes time. The allowed silence is a share of the remaining time. So even if many mirrors accept the
+//! connection and hang, each is tried before the callers' time is up, unless only a few seconds are left.
 
 use super::outcome::{FailureKind, Problem};
 use std::time::Duration;
 use tokio::{sync::watch, time::Instant};
 
-/// Longest silence of the last mirror.
+/// Maximum silence of the last mirror.
 const LAST_LIMIT: Duration = Duration::from_secs(60);
-/// Longest silence of the others; short, because the next one may do better.
+/// Maximum silence of the other mirrors. It is short, because the next one may do better.
 const LIMIT: Duration = Duration::from_secs(20);
-/// A mirror has at least this long: some make the content only when they are asked for it.
+/// Every mirror may be silent for this long, because some produce the content only when it is requested.
 const LEAST: Duration = Duration::from_secs(2);
 
-/// What a mirror is granted by a flight.
+/// The limit on the silence of one mirror in a flight.
 #[derive(Debug)]
-pub struct Patience {
+pub(super) struct Patience {
     /// When the flight has to end.
     pub latest: watch::Receiver<Instant>,
-    /// Mirrors that were not tried yet, with this one.
+    /// The number of mirrors that are left to try, including this one.
     pub mirrors: u32,
 }
 
 impl Patience {
-    /// Waits for the next thing that a mirror says.
+    /// Waits for the next response or piece from a mirror.
     ///
     /// # Errors
-    /// `TimedOut` when it says nothing; those of `answer`.
-    pub async fn wait<T>(&self, answer: impl Future<Output = Result<T, Problem>>) -> Result<T, Problem> {
+    /// `TimedOut` when it is silent for too long; those of `answer`.
+    pub(super) async fn wait<T>(
+        &self,
+        answer: impl Future<Output = Result<T, Problem>>,
+    ) -> Result<T, Problem> {
         let left = self.latest.borrow().saturating_duration_since(Instant::now());
         let limit = silence(left, self.mirrors);
         tokio::time::timeout(limit, answer).await.unwrap_or_else(|_| {
@@ -39,7 +42,7 @@ impl Patience {
     }
 }
 
-/// How long a mirror may be silent now, when this much time is left for it and those after it.
+/// How long a mirror may be silent when `left` is the time for it and the mirrors after it.
 fn silence(left: Duration, mirrors: u32) -> Duration {
     let limit = if mirrors > 1 { LIMIT } else { LAST_LIMIT };
     (left / mirrors.max(1)).clamp(LEAST, limit)
@@ -49,14 +52,14 @@ fn silence(left: Duration, mirrors: u32) -> Duration {
 mod tests {
     use super::*;
 
-    /// Waits for each of so many mirrors, which say `words` things and then nothing more; the time that each took.
+    /// Waits for each of `mirrors` mirrors, which send `words` pieces and then hang. Returns the time that each took.
     async fn tries(time: Duration, mirrors: u32, words: usize) -> Vec<Duration> {
         let (_flight, latest) = watch::channel(Instant::now() + time);
         let mut taken = Vec::new();
         for mirrors in (1..=mirrors).rev() {
             let (patience, begun) = (Patience { latest: latest.clone(), mirrors }, Instant::now());
             for _ in 0..words {
-                // It takes nearly as long as it may.
+                // Each piece takes nearly as long as allowed.
                 let left = latest.borrow().saturating_duration_since(Instant::now());
                 let word = tokio::time::sleep(silence(left, mirrors) - Duration::from_millis(1));
                 patience.wait(futures::FutureExt::map(word, Ok)).await.unwrap();
@@ -71,7 +74,7 @@ mod tests {
 
     /// AST-09.
     #[tokio::test(start_paused = true)]
-    async fn every_mirror_has_its_turn_within_the_time_however_many_hang() {
+    async fn every_mirror_is_tried_in_time_however_many_hang() {
         for (seconds, mirrors) in [(10, 2), (30, 8), (60, 2), (60, 10), (600, 3)] {
             let time = Duration::from_secs(seconds);
             let taken = tries(time, mirrors, 0).await;
@@ -81,16 +84,16 @@ mod tests {
         }
     }
 
-    /// AST-09: also when they hang in the middle of what they send.
+    /// AST-09: this also holds when a mirror hangs in the middle of its content.
     #[tokio::test(start_paused = true)]
-    async fn the_next_mirror_has_its_turn_when_one_hangs_after_it_has_answered() {
+    async fn the_next_mirror_is_tried_when_one_hangs_after_it_has_answered() {
         let time = Duration::from_secs(60);
         let taken = tries(time, 2, 2).await;
         assert!(taken[0] + LEAST <= time, "{taken:?}");
     }
 
     #[test]
-    fn a_lone_mirror_has_longer_than_one_that_others_can_stand_in_for() {
+    fn the_last_mirror_may_be_silent_for_longer_than_others() {
         let hour = Duration::from_secs(3600);
         assert_eq!((silence(hour, 1), silence(hour, 2)), (LAST_LIMIT, LIMIT));
         assert_eq!(silence(Duration::ZERO, 64), LEAST);

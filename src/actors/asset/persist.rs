@@ -1,4 +1,4 @@
-//! [`BindingsFile`]: the file in which bindings survive a restart. Written whole under another name, then renamed.
+//! [`BindingsFile`]: the file in which bindings survive a restart. It is written under another name and then renamed.
 
 use super::{LOG, bindings::Bindings};
 use crate::{logging::Event, regular_file};
@@ -8,26 +8,26 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-/// Largest file that is read; one that this server writes is far smaller.
+/// The largest file that is read. Files that this server writes are far smaller.
 const MAX_FILE_BYTES: u64 = 256 * 1024 * 1024;
 
-/// The file; see its head.
+/// The file of the bindings; see the module documentation.
 #[derive(Debug)]
-pub struct BindingsFile {
+pub(super) struct BindingsFile {
     path: PathBuf,
-    /// The number of the newest write, held by the one that is going on: the last one at the end of the process may meet one
-    /// that was begun before.
+    /// The number of the newest write, locked by the running one. The last write at the end of the process may find an earlier
+    /// one still running.
     newest: Mutex<u64>,
 }
 
 impl BindingsFile {
-    /// Nothing is touched on disk.
-    pub fn new(path: PathBuf) -> Self {
+    /// Names the file, without accessing it.
+    pub(super) fn new(path: PathBuf) -> Self {
         Self { path, newest: Mutex::new(0) }
     }
 
-    /// What the file says. One that cannot be read is no reason not to start: every binding can be made again. Blocks.
-    pub fn load(&self) -> Bindings {
+    /// Reads the bindings. An unreadable file is logged and ignored, because every binding can be made again. Blocks.
+    pub(super) fn load(&self) -> Bindings {
         let read = match regular_file::read(&self.path, MAX_FILE_BYTES) {
             Ok(bytes) => Bindings::decode(&bytes).map_err(ToOwned::to_owned),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Bindings::default(),
@@ -42,8 +42,8 @@ impl BindingsFile {
         })
     }
 
-    /// Replaces the file, unless one with a higher number was written meanwhile. Says whether that worked. Blocks.
-    pub fn write(&self, number: u64, bytes: &[u8]) -> bool {
+    /// Replaces the file, unless a write with a higher number came first. Returns whether this succeeded. Blocks.
+    pub(super) fn write(&self, number: u64, bytes: &[u8]) -> bool {
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         if number < *newest {
             return true;

@@ -1,7 +1,7 @@
-//! [`AssetRequest`]: what a client asks for, checked. Pure.
+//! [`AssetRequest`]: a checked request of a client. This file is pure.
 //!
-//! The URIs and the qualifiers together name an asset. Every qualifier counts for that, also those that only matter to the
-//! download: content that was fetched with somebody's credentials is not served to those who do not have them.
+//! The URIs and the qualifiers together identify an asset. Every qualifier counts, even those that only affect the download:
+//! content that was fetched with credentials is not served to clients that do not have them.
 
 use super::integrity::Integrity;
 use crate::instance::Instance;
@@ -14,13 +14,13 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use sha2::{Digest as _, Sha256};
 use std::{collections::BTreeMap, fmt};
 
-/// Most URIs of one request; a list of mirrors is short.
+/// Maximum number of URIs of one request; lists of mirrors are short.
 pub const MAX_URIS: usize = 64;
-/// Longest URI, in bytes.
+/// Maximum length of a URI, in bytes.
 pub const MAX_URI_BYTES: usize = 8 * 1024;
-/// Most qualifiers of one request: a few headers for each mirror.
+/// Maximum number of qualifiers of one request: a few headers for each mirror.
 pub const MAX_QUALIFIERS: usize = 256;
-/// Longest name or value of a qualifier, in bytes; some tokens take several thousand.
+/// Maximum length of a name or value of a qualifier, in bytes; some tokens take several thousand.
 pub const MAX_QUALIFIER_BYTES: usize = 16 * 1024;
 
 const SRI: &str = "checksum.sri";
@@ -29,8 +29,8 @@ const DIRECTORY: &str = "directory";
 const HEADER: &str = "http_header:";
 const HEADER_OF_URI: &str = "http_header_url:";
 
-/// Headers that clients may not set: they are about the connection, or would ask for other bytes than those of the file, or
-/// for another host than the one that was judged.
+/// Headers that clients may not set: they concern the connection, or would request other bytes than the whole file, or another
+/// host than the one that was checked.
 const RESERVED_HEADERS: &[&str] = &[
     "accept-encoding",
     "connection",
@@ -52,17 +52,17 @@ const RESERVED_HEADERS: &[&str] = &[
     "upgrade",
 ];
 
-/// What an asset is stored as.
+/// The form in which an asset is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Kind {
-    /// One blob.
+pub enum AssetKind {
+    /// A single blob.
     Blob,
-    /// A Directory with all below it; what is fetched is an archive.
+    /// A Directory with everything below it, unpacked from an archive.
     Directory,
 }
 
-impl Kind {
-    /// For logs.
+impl AssetKind {
+    /// The name for log lines.
     pub fn name(self) -> &'static str {
         match self {
             Self::Blob => "blob",
@@ -71,7 +71,7 @@ impl Kind {
     }
 }
 
-/// Everything that names one asset under one URI, in 32 bytes; tells nothing about it.
+/// A hash of everything that identifies an asset under one URI. It reveals nothing about the asset.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AssetKey(pub [u8; 32]);
 
@@ -81,11 +81,11 @@ impl fmt::Debug for AssetKey {
     }
 }
 
-/// Qualifiers with unique names, by name.
+/// Qualifiers by name; names are unique.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct Qualifiers(BTreeMap<String, String>);
 
-/// Values may be credentials.
+/// Shows only the names, because values may be credentials.
 impl fmt::Debug for Qualifiers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.0.keys()).finish()
@@ -96,7 +96,7 @@ impl Qualifiers {
     /// Checks a list from the wire.
     ///
     /// # Errors
-    /// `Invalid` for a name that is empty or appears twice (AST-01), and beyond the bounds of this file.
+    /// `Invalid` for a name that is empty or appears twice (AST-01), and when a bound of this file is exceeded.
     pub fn parse(list: impl IntoIterator<Item = (String, String)>) -> Result<Self> {
         let mut qualifiers = BTreeMap::new();
         for (name, value) in list {
@@ -119,9 +119,9 @@ impl Qualifiers {
         Ok(Self(qualifiers))
     }
 
-    /// Those that may be repeated in an answer: all but headers, whose values may be credentials.
+    /// The qualifiers that may be repeated in an answer: all except headers, whose values may be credentials.
     pub fn shown(&self) -> impl Iterator<Item = (&str, &str)> {
-        // A misspelt one may hold a credential as well.
+        // A misspelt header may hold a credential as well.
         let secret = |name: &str| name.starts_with("http_header");
         self.0
             .iter()
@@ -129,15 +129,15 @@ impl Qualifiers {
             .map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
-    /// The checksums that content has to meet, if there are any.
+    /// The checksums that the content has to match, if there are any.
     ///
     /// # Errors
-    /// As [`Integrity::parse`].
+    /// Those of [`Integrity::parse`].
     pub fn integrity(&self) -> Result<Option<Integrity>> {
         self.0.get(SRI).map(|text| Integrity::parse(text)).transpose()
     }
 
-    /// The directory of an archive that is asked for; the root if none is.
+    /// The requested directory of an archive; the root by default.
     ///
     /// # Errors
     /// `Invalid` for a path that is absolute or leaves the archive.
@@ -147,19 +147,19 @@ impl Qualifiers {
     }
 
     /// Names that a download cannot honour (AST-02).
-    pub fn unsupported(&self, kind: Kind) -> Vec<&str> {
+    pub fn unsupported(&self, kind: AssetKind) -> Vec<&str> {
         let known = |name: &str| match name {
             SRI | CANONICAL_ID => true,
-            DIRECTORY => kind == Kind::Directory,
+            DIRECTORY => kind == AssetKind::Directory,
             _ => name.starts_with(HEADER) || name.starts_with(HEADER_OF_URI),
         };
         self.0.keys().map(String::as_str).filter(|name| !known(name)).collect()
     }
 
-    /// The headers for the URI at this place: those for all, overridden by those for this one (AST-03).
+    /// The headers for the URI at `index`: those for all URIs, overridden by those for this one (AST-03).
     ///
     /// # Errors
-    /// `Invalid` for what is no header, for one that is reserved, and for a place that no URI has.
+    /// `Invalid` for a malformed or reserved header, and for an index without a URI.
     fn headers(&self, index: usize, uris: usize) -> Result<HeaderMap> {
         let mut headers = HeaderMap::new();
         for (qualifier, value) in &self.0 {
@@ -202,15 +202,15 @@ fn header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue)> {
 /// A request for one asset.
 #[derive(Debug, Clone)]
 pub struct AssetRequest {
-    /// The namespace.
+    /// The instance that the asset belongs to.
     pub instance: Instance,
-    /// The function of every digest of the answer (AST-07).
+    /// The digest function of the answer (AST-07).
     pub function: DigestFunction,
-    /// What the asset is stored as.
-    pub kind: Kind,
-    /// Where it is, the preferred place first; at least one.
+    /// The form in which the asset is stored.
+    pub kind: AssetKind,
+    /// Its URIs, the preferred one first; at least one.
     pub uris: Vec<String>,
-    /// Which one of what is there.
+    /// Further properties that identify the asset.
     pub qualifiers: Qualifiers,
 }
 
@@ -218,11 +218,11 @@ impl AssetRequest {
     /// Checks a request.
     ///
     /// # Errors
-    /// `Invalid` without URIs (AST-01), with an empty one, and beyond the bounds of this file.
+    /// `Invalid` without URIs (AST-01), with an empty one, and when a bound of this file is exceeded.
     pub fn new(
         instance: Instance,
         function: DigestFunction,
-        kind: Kind,
+        kind: AssetKind,
         uris: Vec<String>,
         qualifiers: Qualifiers,
     ) -> Result<Self> {
@@ -238,7 +238,7 @@ impl AssetRequest {
         Ok(Self { instance, function, kind, uris, qualifiers })
     }
 
-    /// Bytes of memory that the texts of this take, about.
+    /// The approximate memory of its texts, in bytes.
     pub fn size(&self) -> usize {
         let qualifiers = self.qualifiers.0.iter().map(|(name, value)| name.len() + value.len());
         self.uris.iter().map(String::len).chain(qualifiers).sum()
@@ -249,14 +249,14 @@ impl AssetRequest {
         self.uris.iter().map(|uri| self.key([uri])).collect()
     }
 
-    /// The key of all URIs together: two requests that have it in common can share a download.
+    /// The key of all URIs together. Two requests with the same key can share a flight.
     pub fn flight_key(&self) -> AssetKey {
         self.key(&self.uris)
     }
 
     fn key<'a>(&self, uris: impl IntoIterator<Item = &'a String>) -> AssetKey {
         let mut hasher = Sha256::new();
-        // Each part with its length in front, so that no two lists of parts look alike.
+        // Each part is preceded by its length, so that different lists of parts give different input.
         let mut part = |bytes: &[u8]| {
             hasher.update((bytes.len() as u64).to_le_bytes());
             hasher.update(bytes);
@@ -273,7 +273,7 @@ impl AssetRequest {
         AssetKey(hasher.finalize().into())
     }
 
-    /// The headers with which to ask for each URI, in order.
+    /// The request headers for each URI, in order.
     ///
     /// # Errors
     /// `Invalid` for headers that cannot be sent.
@@ -294,7 +294,7 @@ mod tests {
     fn request(uris: &[&str], list: &[(&str, &str)]) -> AssetRequest {
         let instance = Instances::new([""]).unwrap().get("").unwrap();
         let uris = uris.iter().map(ToString::to_string).collect();
-        AssetRequest::new(instance, DigestFunction::Sha256, Kind::Blob, uris, qualifiers(list).unwrap())
+        AssetRequest::new(instance, DigestFunction::Sha256, AssetKind::Blob, uris, qualifiers(list).unwrap())
             .unwrap()
     }
 
@@ -304,18 +304,23 @@ mod tests {
         assert!(qualifiers(&[("a", "1"), ("a", "1")]).is_err());
         assert!(qualifiers(&[("", "1")]).is_err());
         let instance = Instances::new([""]).unwrap().get("").unwrap();
-        let none =
-            AssetRequest::new(instance, DigestFunction::Sha256, Kind::Blob, vec![], Qualifiers::default());
+        let none = AssetRequest::new(
+            instance,
+            DigestFunction::Sha256,
+            AssetKind::Blob,
+            vec![],
+            Qualifiers::default(),
+        );
         assert!(matches!(none, Err(Error::Invalid(_))));
     }
 
     /// AST-02.
     #[test]
-    fn qualifiers_that_no_download_knows_are_named() {
+    fn unsupported_qualifiers_are_named() {
         let some = qualifiers(&[("x.y", ""), ("checksum.sri", ""), ("directory", ""), ("http_header:A", "")])
             .unwrap();
-        assert_eq!(some.unsupported(Kind::Blob), ["directory", "x.y"]);
-        assert_eq!(some.unsupported(Kind::Directory), ["x.y"]);
+        assert_eq!(some.unsupported(AssetKind::Blob), ["directory", "x.y"]);
+        assert_eq!(some.unsupported(AssetKind::Directory), ["x.y"]);
     }
 
     /// AST-03.
@@ -352,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_differs_makes_another_asset() {
+    fn any_difference_makes_another_asset() {
         let keys = [
             request(&["a"], &[]),
             request(&["b"], &[]),

@@ -1,8 +1,8 @@
-//! Reading archives: tar (plain or compressed with gzip, xz or zstd) and zip, told apart by their first bytes.
+//! Unpacks archives: tar (plain or compressed with gzip, xz or zstd) and zip, which are told apart by their first bytes.
 //!
-//! What an archive says goes through [`Layout`], which refuses what is hostile; contents go straight to the store. Memory is
-//! bounded whatever the archive claims: one piece of one file, the layout, and what a decoder needs, which has a limit too.
-//! All bytes that come out of a decoder count against one limit, headers included, so a bomb ends there.
+//! Entries go through [`Layout`], which refuses hostile ones, and contents go straight to the store. Memory is bounded,
+//! whatever the archive claims: one piece of one file, the layout, and the decoder, which has a limit too. All decoded bytes,
+//! including headers, count against one limit, which stops a bomb.
 //!
 //! Owners, times and permissions other than "executable" are dropped. Devices, pipes, sparse files and encrypted files are
 //! refused.
@@ -28,31 +28,31 @@ use zip::{
 };
 use zstd_frames::ZstdFrames;
 
-/// Memory that decoding one xz stream may take: what the highest preset needs, and some.
+/// Bound on the memory of an xz decoder: a little more than the highest preset needs.
 const XZ_MEMORY_BYTES: u64 = 128 * 1024 * 1024;
-/// Largest window of a zstd frame, as a power of two: 128 MiB, what `zstd --ultra` uses at most without `--long=31`.
+/// The largest window of a zstd frame, as a power of two: 128 MiB, the most that `zstd --ultra` uses without `--long=31`.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
-/// Largest extension header of a tar entry; it holds a path or two.
+/// The largest extension header of a tar entry. It holds one or two paths.
 const EXTENSION_MAX_BYTES: u64 = 64 * 1024;
-/// Bytes that may be read to find and read the list of contents of a zip: 65,534 entries with long names. What its end says
-/// of its length is not binding, and all of it goes to memory.
+/// Bound on the bytes that are read to find and read the central directory of a zip: enough for 65,534 entries with long names.
+/// The length that the archive claims is not reliable, and all of it is read into memory.
 const ZIP_DIRECTORY_MAX_BYTES: u64 = 64 * 1024 * 1024;
-/// Bytes that are read at a time from the archive.
+/// Bytes that are read at once from the archive.
 const BUFFER_BYTES: usize = 128 * 1024;
 
-/// Where the files of an archive go.
+/// The destination of the files of an archive.
 pub trait Contents {
-    /// Stores all that can be read, and says what it is called.
+    /// Stores the content and returns its digest.
     ///
     /// # Errors
-    /// Those of the store; and of the reader, as [`Problem::of_io`] tells them.
+    /// Those of the store; and those of the reader, converted by [`Problem::of_io`].
     fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem>;
 }
 
-/// Reads an archive from its start. `max_bytes` bounds what it may unpack to.
+/// Unpacks an archive from its start. `max_bytes` bounds the unpacked bytes.
 ///
 /// # Errors
-/// `Unusable` for an archive that is damaged, hostile or none; `TooMuch` beyond a bound; those of `contents`.
+/// `Unusable` for input that is damaged, hostile or not an archive; `TooMuch` beyond a bound; those of `contents`.
 pub fn unpack(
     mut archive: impl Read + Seek,
     max_bytes: u64,
@@ -67,7 +67,7 @@ pub fn unpack(
     start.map_err(|error| Problem::of_io(&error))?;
     let mut input = BufReader::with_capacity(BUFFER_BYTES, archive);
     let budget = Rc::new(Cell::new(max_bytes));
-    let limited = |reader| Limited { reader, left: budget.clone(), max: max_bytes };
+    let limited = |reader| BudgetedReader { reader, left: budget.clone(), max: max_bytes };
     match magic.as_slice() {
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => unpack_zip(input, &budget, max_bytes, contents),
         [0x1f, 0x8b, ..] => {
@@ -84,19 +84,19 @@ pub fn unpack(
     }
 }
 
-/// What is wrong with an archive.
+/// The problem of an archive that is refused.
 fn refuse(message: impl Into<String>) -> Problem {
     Problem::origin(FailureKind::Unusable, format!("the archive is refused: {}", message.into()))
 }
 
-/// A reader with a budget that it may share with others.
-struct Limited<R> {
+/// A reader with a budget of bytes, which it may share with others.
+struct BudgetedReader<R> {
     reader: R,
     left: Rc<Cell<u64>>,
     max: u64,
 }
 
-impl<R: Read> Read for Limited<R> {
+impl<R: Read> Read for BudgetedReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.reader.read(buffer)?;
         match self.left.get().checked_sub(read as u64) {
@@ -113,7 +113,7 @@ impl<R: Read> Read for Limited<R> {
     }
 }
 
-/// What the extension headers in front of an entry say of it.
+/// The values of the extension headers before an entry.
 #[derive(Default)]
 struct Extensions {
     path: Option<Vec<u8>>,
@@ -125,7 +125,7 @@ fn unpack_tar(reader: impl Read, contents: &mut dyn Contents) -> Result<Layout, 
     let mut layout = Layout::default();
     let mut archive = Archive::new(reader);
     let mut extensions = Extensions::default();
-    // Raw: the library would read extension headers of any length into memory.
+    // Raw mode, because the library would read extension headers of any length into memory.
     for entry in archive.entries().map_err(damaged)?.raw(true) {
         let mut entry = entry.map_err(damaged)?;
         let kind = entry.header().entry_type();
@@ -144,7 +144,7 @@ fn unpack_tar(reader: impl Read, contents: &mut dyn Contents) -> Result<Layout, 
         let target = || text(link.clone().or(entry.link_name_bytes().map(Into::into)).unwrap_or_default());
         let added = match kind {
             EntryType::Directory => layout.add_directory(&path),
-            // Old archives mark a directory by the slash alone.
+            // Old archives mark a directory only by its trailing slash.
             EntryType::Regular if path.ends_with('/') => layout.add_directory(&path),
             EntryType::Symlink => layout.add_symlink(&path, &target()?),
             EntryType::Link => layout.add_hard_link(&path, &target()?),
@@ -181,14 +181,14 @@ fn read_extension(kind: EntryType, bytes: &[u8], extensions: &mut Extensions) ->
         for record in PaxExtensions::new(bytes) {
             let record = record.map_err(|error| Problem::of_io(&error))?;
             match record.key_bytes() {
-                // Global headers hold a comment of git at most; one that renames everything is not for us.
+                // Global headers normally hold only a comment of git. A global path is ignored.
                 b"path" if kind.is_pax_local_extensions() => {
                     extensions.path = Some(record.value_bytes().to_vec())
                 }
                 b"linkpath" if kind.is_pax_local_extensions() => {
                     extensions.link = Some(record.value_bytes().to_vec());
                 }
-                // The bytes of the entry would not be where its header says.
+                // Its content would not have the size that its own header says.
                 b"size" => return Err(refuse("it has a file of more than 8 GiB, or a false size")),
                 key if key.starts_with(b"GNU.sparse.") => return Err(refuse("it has a sparse file")),
                 _ => {}
@@ -212,11 +212,11 @@ fn unpack_zip(
     refuse_zip64(&mut input)?;
     let damaged = |error: zip::result::ZipError| Problem::of_io(&error.into());
     let directory_left = Rc::new(Cell::new(Some(ZIP_DIRECTORY_MAX_BYTES)));
-    let input = Metered { reader: input, left: directory_left.clone() };
-    // The list is where the end says, and is not searched for in all of the file.
+    let input = LimitedReader { reader: input, left: directory_left.clone() };
+    // The central directory is at the offset that the end record states; the file is not searched for it.
     let config = Config { archive_offset: ArchiveOffset::Known(0) };
     let mut archive = ZipArchive::with_config(config, input).map_err(damaged)?;
-    // From here on what comes out is counted.
+    // From here on only the unpacked bytes are limited.
     directory_left.set(None);
     let mut layout = Layout::default();
     for index in 0..archive.len() {
@@ -225,7 +225,7 @@ fn unpack_zip(
         let mode = file.unix_mode().unwrap_or(0);
         let (directory, link) = (file.is_dir(), file.is_symlink());
         let size = file.size();
-        let mut file = Limited { reader: file, left: budget.clone(), max: max_bytes };
+        let mut file = BudgetedReader { reader: file, left: budget.clone(), max: max_bytes };
         let added = if directory {
             layout.add_directory(&path)
         } else if link {
@@ -245,13 +245,13 @@ fn unpack_zip(
     Ok(layout)
 }
 
-/// A file of which only so much may be read while there is a limit.
-struct Metered<R> {
+/// A reader that limits the bytes read while `left` is set.
+struct LimitedReader<R> {
     reader: R,
     left: Rc<Cell<Option<u64>>>,
 }
 
-impl<R: Read> Read for Metered<R> {
+impl<R: Read> Read for LimitedReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.reader.read(buffer)?;
         if let Some(left) = self.left.get() {
@@ -265,15 +265,15 @@ impl<R: Read> Read for Metered<R> {
     }
 }
 
-impl<R: Seek> Seek for Metered<R> {
+impl<R: Seek> Seek for LimitedReader<R> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         self.reader.seek(to)
     }
 }
 
-/// The list of contents of a 64-bit zip may claim any number of entries, for which the library would make room.
+/// Refuses 64-bit zips: they may claim any number of entries, for which the library would allocate memory.
 fn refuse_zip64(input: &mut (impl Read + Seek)) -> Result<(), Problem> {
-    /// More than the longest comment and all records that stand before it.
+    /// More than the longest comment and all records before it.
     const TAIL_BYTES: u64 = 128 * 1024;
     const LOCATOR: &[u8] = b"PK\x06\x07";
     let damaged = |error: io::Error| Problem::of_io(&error);

@@ -1,20 +1,20 @@
-//! Handles through which bytes go round the mailbox: one to read a stored blob, one to write a new one.
+//! Handles that carry bytes past the mailbox: [`BlobReader`] reads a stored blob, [`BlobWriter`] writes a new one.
 //!
-//! This file has the reading: how a stored file is opened, checked and read. A blob up to `SMALL_BLOB_BYTES` is read and
-//! hashed every time. A larger one is trusted while its length and its [`Stamp`] are those that were recorded when this process
-//! last knew its content; otherwise, as after a restart, it is hashed from end to end before its first byte is served. The
-//! stamp is looked at again after each read and before the bytes are handed out. What does not hash to its digest is reported
-//! to the actor, which drops it, and is a miss for the reader. Changes that move no change time, such as those of a failing
-//! disk, are not noticed in larger blobs.
+//! This file has the reading side: how a stored file is opened, checked and read. A blob of up to `SMALL_BLOB_BYTES` is hashed
+//! at every read. A larger blob is trusted while its length and its [`Stamp`] equal those that this process last verified.
+//! Otherwise, as after a restart, it is hashed from end to end before its first byte is served. The stamp is checked again
+//! after each read, before the bytes are handed out. A blob that does not match its digest is reported to the actor, which
+//! drops it, and is a miss for the reader. In larger blobs, changes that do not move the change time, such as those of a
+//! failing disk, are not noticed.
 
-pub use super::uploads::writer::BlobWriter;
+pub(crate) use super::uploads::writer::BlobWriter;
 use super::{
     client::Cas,
     guards::Lease,
-    index::{Found, Stamp},
+    index::{FoundEntry, Stamp},
     requests::{Damaged, Verified},
     settings::SMALL_BLOB_BYTES,
-    volume::{self, COARSE_TICK, Stored},
+    volume::{self, COARSE_TICK, PIECE_BYTES, Stored},
 };
 use bytes::Bytes;
 use gorego_reapi::{
@@ -27,11 +27,13 @@ use std::{
     thread,
 };
 
-/// How often a file whose stamp differs from the known one is looked at, [`COARSE_TICK`] apart, before it is hashed.
+/// How much of a blob one job reads in [`Cas::read_through`], so that a caller that leaves does not keep a thread busy for long.
+const READ_THROUGH_BYTES: u64 = 8 * 1024 * 1024;
+/// How often a file whose stamp differs from the verified one is checked again, [`COARSE_TICK`] apart, before it is hashed.
 const STAMP_LOOKS: usize = 3;
 
-/// A stored blob, open for reading; checked against its digest before it was handed out. It stays readable while this is
-/// held, whatever the index decides.
+/// A stored blob, open for reading. It was checked against its digest when it was opened, and stays readable while this is
+/// held, even if it is evicted.
 #[derive(Debug)]
 pub struct BlobReader {
     size: u64,
@@ -47,20 +49,20 @@ enum Content {
 #[derive(Debug)]
 struct OpenFile {
     stored: CheckedFile,
-    found: Found,
+    found: FoundEntry,
     cas: Cas,
-    /// So that the bytes on disk stay counted while they cannot be freed.
+    /// Keeps the bytes counted while the open file keeps them on disk.
     _lease: Arc<Lease>,
 }
 
 impl BlobReader {
-    /// A reader of bytes at hand.
+    /// A reader of bytes in memory.
     pub(super) fn whole(bytes: Bytes) -> Self {
         Self { size: bytes.len() as u64, content: Content::Whole(bytes) }
     }
 
-    /// Opens what was located. Blocks.
-    pub(super) fn open(cas: Cas, found: Found, lease: Arc<Lease>) -> Result<Self> {
+    /// Opens a located blob. Blocks.
+    pub(super) fn open(cas: Cas, found: FoundEntry, lease: Arc<Lease>) -> Result<Self> {
         let size = found.file.key.digest.size();
         if size <= SMALL_BLOB_BYTES {
             return read_whole(&cas, &found).map(Self::whole);
@@ -69,23 +71,29 @@ impl BlobReader {
         Ok(Self::of_file(cas, found, stored, size, lease))
     }
 
-    /// A reader of the first `size` bytes of a stored file that was checked.
-    pub(super) fn of_file(cas: Cas, found: Found, stored: CheckedFile, size: u64, lease: Arc<Lease>) -> Self {
+    /// A reader of the first `size` bytes of a checked file.
+    pub(super) fn of_file(
+        cas: Cas,
+        found: FoundEntry,
+        stored: CheckedFile,
+        size: u64,
+        lease: Arc<Lease>,
+    ) -> Self {
         Self { size, content: Content::File(Arc::new(OpenFile { stored, found, cas, _lease: lease })) }
     }
 
-    /// Size of the blob in bytes.
+    /// The size of the blob in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Whether an open file is behind it, which keeps its bytes on disk, and not bytes at hand.
+    /// Whether it reads from an open file, which keeps its bytes on disk, and not from memory.
     pub fn is_file(&self) -> bool {
         matches!(self.content, Content::File(_))
     }
 
-    /// Up to `max` bytes from `offset`; empty only at the end of the blob. Does not block the caller's thread: bytes in the
-    /// page cache are taken at once, others on a blocking thread.
+    /// Reads up to `max` bytes from `offset`; the result is empty only at the end of the blob. Does not block the caller's
+    /// thread: bytes in the page cache are read at once, others on a blocking thread.
     ///
     /// # Errors
     /// `DataLoss` when the file turns out to be shorter than the blob.
@@ -103,7 +111,7 @@ impl BlobReader {
             Content::File(open) => open,
         };
         let mut buffer = Vec::with_capacity(wanted);
-        // A short read is fine: the caller asks again from where it ended.
+        // A short read is fine: the caller reads on from its end.
         let is_cached = open.stored.file().read_cached(&mut buffer, offset).is_ok_and(|read| read > 0);
         if is_cached && open.stored.is_unchanged() {
             return Ok(buffer.into());
@@ -119,7 +127,7 @@ impl BlobReader {
         read.await.map_err(Error::internal)?
     }
 
-    /// Exactly `length` bytes from `offset`, all of them within the blob. Blocks.
+    /// Reads exactly `length` bytes from `offset`, all of them within the blob. Blocks.
     ///
     /// # Errors
     /// `DataLoss` when the file turns out to be shorter than the blob.
@@ -139,10 +147,10 @@ impl BlobReader {
         Ok(buffer.into())
     }
 
-    /// Reads from `offset` on, as far as there is blob and buffer; at least one byte where both are left. Blocks.
+    /// Reads from `offset` up to the end of the blob or of the buffer: at least one byte, unless one of them is empty. Blocks.
     ///
     /// # Errors
-    /// As [`BlobReader::read_at`].
+    /// Those of [`BlobReader::read_at`].
     pub(super) fn read_into(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
         let left = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX);
         let wanted = left.min(buffer.len());
@@ -159,8 +167,39 @@ impl BlobReader {
     }
 }
 
+impl Cas {
+    /// Passes all bytes of a blob to `see`, in pieces, on a blocking thread. Waits for a place among the blobs that are being
+    /// hashed.
+    ///
+    /// # Errors
+    /// Those of [`BlobReader::read_at`].
+    pub async fn read_through<T: Send + 'static>(
+        &self,
+        blob: BlobReader,
+        mut state: T,
+        see: fn(&mut T, &[u8]),
+    ) -> Result<T> {
+        let _place = self.shared().cold_reads.wait_for(self.caller(), 1).await?;
+        let (blob, mut at) = (Arc::new(blob), 0);
+        while at < blob.size() {
+            let (blob, end) = (blob.clone(), at.saturating_add(READ_THROUGH_BYTES).min(blob.size()));
+            let read = self.blocking(move || {
+                let mut piece = vec![0; PIECE_BYTES];
+                while at < end {
+                    let read = blob.read_into(&mut piece, at)?;
+                    see(&mut state, piece.get(..read).unwrap_or_default());
+                    at += read as u64;
+                }
+                Ok::<_, Error>((state, at))
+            });
+            (state, at) = read.await??;
+        }
+        Ok(state)
+    }
+}
+
 impl OpenFile {
-    /// At least one byte, all of them right. Blocks.
+    /// Reads at least one byte and verifies that the file is still right. Blocks.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
         let lost = |reason: String| {
             let digest = self.found.file.key.digest;
@@ -185,13 +224,13 @@ impl OpenFile {
     }
 }
 
-/// Checks the content of a stored file from end to end. Returns the stamp at which it was right. Blocks.
+/// Verifies the content of a stored file from end to end. Returns the stamp at which it was verified. Blocks.
 ///
 /// # Errors
-/// `NotFound` when it is not right; that was reported.
-pub(super) type Check = fn(&Cas, &Found, &dyn Stored) -> Result<Stamp>;
+/// `NotFound` when it is not right, which is reported to the actor.
+pub(super) type Check = fn(&Cas, &FoundEntry, &dyn Stored) -> Result<Stamp>;
 
-/// A stored file that is open, and what it looked like when its content was last seen to be right.
+/// An open stored file, with its stamp when its content was last verified.
 #[derive(Debug)]
 pub(super) struct CheckedFile {
     file: Box<dyn Stored>,
@@ -200,27 +239,27 @@ pub(super) struct CheckedFile {
 }
 
 impl CheckedFile {
-    /// A file whose content was right when it had this stamp, and how to find out once more.
+    /// A file whose content was verified at this stamp; `check` verifies it again.
     pub(super) fn new(file: Box<dyn Stored>, stamp: Stamp, check: Check) -> Self {
         Self { file, stamp: Mutex::new(stamp), check }
     }
 
-    /// For reading, which [`CheckedFile::confirm`] has to follow.
+    /// The file. [`CheckedFile::confirm`] has to follow each read.
     pub(super) fn file(&self) -> &dyn Stored {
         &*self.file
     }
 
-    /// Whether what was read so far is right for certain. One system call.
+    /// Whether the file still has the verified stamp. One system call.
     fn is_unchanged(&self) -> bool {
         let stamp = *self.stamp.lock().unwrap_or_else(PoisonError::into_inner);
         self.file.look().is_ok_and(|now| now.stamp == stamp)
     }
 
-    /// Makes sure that what was read so far is right: a file that has changed is checked again. Blocks.
+    /// Makes sure that what was read so far is right: a changed file is verified again. Blocks.
     ///
     /// # Errors
-    /// `NotFound` when it is not; that was reported.
-    pub(super) fn confirm(&self, cas: &Cas, found: &Found) -> Result<()> {
+    /// `NotFound` when it is not, which is reported to the actor.
+    pub(super) fn confirm(&self, cas: &Cas, found: &FoundEntry) -> Result<()> {
         if self.is_unchanged() {
             return Ok(());
         }
@@ -233,8 +272,8 @@ impl CheckedFile {
     }
 }
 
-/// Opens the file of a stored blob of any size and makes sure of its content. Blocks; for as long as hashing takes if it must be.
-pub(super) fn open_checked(cas: &Cas, found: &Found) -> Result<CheckedFile> {
+/// Opens the file of a stored blob of any size and verifies its content. Blocks, if need be for as long as hashing takes.
+pub(super) fn open_checked(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile> {
     let file = open(cas, found)?;
     let look = file.look().map_err(|error| failed(cas, found, &error))?;
     let has_its_size = look.size == found.file.key.digest.size();
@@ -246,10 +285,10 @@ pub(super) fn open_checked(cas: &Cas, found: &Found) -> Result<CheckedFile> {
     Ok(CheckedFile::new(file, stamp, check_content))
 }
 
-/// The stamp of a file as it is now, if its content is known to be right at that stamp. The server itself moves the change
-/// time when it writes down a use, and the actor hears of that a moment later. So a file that differs from what is known is
-/// looked at a few times before anybody hashes it. Blocks.
-pub(super) fn known_stamp(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<Option<Stamp>> {
+/// The current stamp of a file, if its content was verified at that stamp. The server itself moves the change time when it
+/// records a use, and the actor learns of that a moment later. So a file whose stamp differs is checked a few times before it
+/// is hashed. Blocks.
+pub(super) fn known_stamp(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Option<Stamp>> {
     for look in 0..STAMP_LOOKS {
         if look > 0 {
             thread::sleep(COARSE_TICK);
@@ -260,7 +299,7 @@ pub(super) fn known_stamp(cas: &Cas, found: &Found, file: &dyn Stored) -> Result
         }
         match cas.known_stamp(found.at)? {
             Some(known) if known == now => return Ok(Some(now)),
-            // Only a stamp that is known can be out of date.
+            // Only a verified stamp can be out of date.
             None | Some(Stamp::UNTRUSTED) => return Ok(None),
             Some(_) => {}
         }
@@ -268,10 +307,10 @@ pub(super) fn known_stamp(cas: &Cas, found: &Found, file: &dyn Stored) -> Result
     Ok(None)
 }
 
-/// Hashes a stored blob. Returns the stamp at which it was right, and tells the actor of it. Blocks.
-fn check_content(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<Stamp> {
+/// Hashes a stored blob. Returns the stamp at which it was verified and reports it to the actor. Blocks.
+fn check_content(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Stamp> {
     let digest = found.file.key.digest;
-    // Before hashing: a change in the same tick of the clock would not show.
+    // Taken before hashing, because a later change in the same clock tick would not show.
     let before = file.look().map_err(|error| failed(cas, found, &error))?;
     if before.size != digest.size() {
         return Err(damaged(cas, found, format!("it has {} bytes", before.size)));
@@ -279,26 +318,26 @@ fn check_content(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<Stamp> {
     let actual = volume::hash(digest.hasher(), |piece, at| file.read_at(piece, at))
         .map_err(|error| failed(cas, found, &error))?;
     if actual != digest {
-        return Err(damaged(cas, found, format!("its content is that of {actual}")));
+        return Err(damaged(cas, found, format!("its content has the digest {actual}")));
     }
     tell_verified(cas, found, file, before.lasting);
     Ok(before.stamp)
 }
 
-/// Tells the actor that a file's content is right, if the file still has the stamp from before it was read.
-pub(super) fn tell_verified(cas: &Cas, found: &Found, file: &dyn Stored, stamp: Stamp) {
+/// Reports to the actor that a file was verified, if the file still has the stamp from before it was read.
+pub(super) fn tell_verified(cas: &Cas, found: &FoundEntry, file: &dyn Stored, stamp: Stamp) {
     let is_unchanged = file.look().is_ok_and(|now| now.stamp == stamp);
     if is_unchanged && file.nobody_writes() {
         cas.actor().do_send(Verified { at: found.at, stamp });
     }
 }
 
-/// Whether a stored blob's file is what it should be, as far as is known without reading it; if that is not known it is read.
-/// What is bad is reported. Blocks.
+/// Whether a stored blob's file is intact. The file is hashed only if its stamp does not tell. A damaged file is reported.
+/// Blocks.
 ///
 /// # Errors
-/// Those that say nothing of the blob, such as too many open files.
-pub(super) fn is_sound(cas: &Cas, found: &Found) -> Result<bool> {
+/// Errors that say nothing about the blob, such as too many open files.
+pub(super) fn is_sound(cas: &Cas, found: &FoundEntry) -> Result<bool> {
     let look = cas.shared().volume.look(&found.file);
     if look.is_ok_and(|now| now.size == found.file.key.digest.size() && now.stamp == found.stamp) {
         return Ok(true);
@@ -310,8 +349,8 @@ pub(super) fn is_sound(cas: &Cas, found: &Found) -> Result<bool> {
     }
 }
 
-/// Reads a stored blob into memory and makes sure of its content. Blocks.
-pub(super) fn read_whole(cas: &Cas, found: &Found) -> Result<Bytes> {
+/// Reads a stored blob into memory and verifies its content. Blocks.
+pub(super) fn read_whole(cas: &Cas, found: &FoundEntry) -> Result<Bytes> {
     let digest = found.file.key.digest;
     let file = open(cas, found)?;
     let before = file.look().map_err(|error| failed(cas, found, &error))?;
@@ -321,12 +360,12 @@ pub(super) fn read_whole(cas: &Cas, found: &Found) -> Result<Bytes> {
     }
     let mut bytes = vec![0; usize::try_from(size).map_err(Error::internal)?];
     volume::read_exact(&*file, &mut bytes, 0).map_err(|error| failed(cas, found, &error))?;
-    // Looked at after the bytes were read, so that a change before that is seen.
+    // Checked after the bytes were read, so that any earlier change shows.
     let is_known = file.look().is_ok_and(|now| now.stamp == found.stamp);
     if size <= SMALL_BLOB_BYTES || !is_known {
         let actual = digest.function().digest(&bytes);
         if actual != digest {
-            return Err(damaged(cas, found, format!("its content is that of {actual}")));
+            return Err(damaged(cas, found, format!("its content has the digest {actual}")));
         }
         if !is_known {
             tell_verified(cas, found, &*file, before.lasting);
@@ -336,42 +375,42 @@ pub(super) fn read_whole(cas: &Cas, found: &Found) -> Result<Bytes> {
 }
 
 /// Reads all of a stored file of at most `max` bytes, whose content the caller checks. Blocks.
-pub(super) fn read_unchecked(cas: &Cas, found: &Found, max: u64) -> Result<Vec<u8>> {
+pub(super) fn read_unchecked(cas: &Cas, found: &FoundEntry, max: u64) -> Result<Vec<u8>> {
     let file = open(cas, found)?;
     volume::read_all(&*file, max).map_err(|error| failed(cas, found, &error))
 }
 
-/// The error of bytes that are not what they are said to be.
+/// The error for uploaded bytes that do not match their digest.
 pub(super) fn hash_mismatch(digest: Digest, actual: Digest) -> Error {
-    Error::Invalid(format!("the bytes sent for blob {digest} are those of {actual}; nothing was stored"))
+    Error::Invalid(format!("the bytes sent for blob {digest} have the digest {actual}; nothing was stored"))
 }
 
-/// The miss that readers get.
+/// The error for a blob that is not stored.
 pub(super) fn not_found(digest: Digest) -> Error {
     Error::NotFound(format!("blob {digest} is not in the CAS"))
 }
 
 /// Opens a stored file without looking at its content. Blocks.
-pub(super) fn open(cas: &Cas, found: &Found) -> Result<Box<dyn Stored>> {
+pub(super) fn open(cas: &Cas, found: &FoundEntry) -> Result<Box<dyn Stored>> {
     cas.shared().volume.open(&found.file).map_err(|error| failed(cas, found, &error))
 }
 
-/// What a failed read means: a file that is gone, is no file, is too large or cannot be read from its disk is a miss;
-/// everything else, such as too many open files, says nothing about the blob.
-fn failed(cas: &Cas, found: &Found, error: &io::Error) -> Error {
+/// Classifies a failed read. A lost file ([`volume::is_lost`]) is reported as damaged and is a miss. Other failures, such as
+/// too many open files, say nothing about the blob.
+fn failed(cas: &Cas, found: &FoundEntry, error: &io::Error) -> Error {
     if volume::is_lost(error) {
         return damaged(cas, found, error.to_string());
     }
     Error::io(&format!("read blob {}", found.file.key.digest), error)
 }
 
-pub(super) fn damaged(cas: &Cas, found: &Found, reason: String) -> Error {
+pub(super) fn damaged(cas: &Cas, found: &FoundEntry, reason: String) -> Error {
     report(cas, found, reason);
     not_found(found.file.key.digest)
 }
 
-/// Hides the entry at once and tells the actor, which knows whether the file was merely evicted meanwhile.
-pub(super) fn report(cas: &Cas, found: &Found, reason: String) {
+/// Hides the entry at once and reports it to the actor, which knows whether the file was merely evicted meanwhile.
+pub(super) fn report(cas: &Cas, found: &FoundEntry, reason: String) {
     cas.shared().view.condemn(found.at);
     cas.actor().do_send(Damaged { at: found.at, reason });
 }

@@ -1,20 +1,18 @@
 //! [`Cas`]: the way to the store for RPC handlers and worker threads.
 //!
-//! Each call is a look-up in the index (`lookup`), or one or two questions to the actor, and file work on a blocking thread between or
-//! after them. The rooms add their own calls: `results` those of the action cache, `trees` those on directories and input roots, `forms`
-//! those on compressed blobs and chunks, `uploads` those of workers and downloads.
+//! Each call is a look-up in the index (`lookup`), or one or two messages to the actor, with file work on a blocking thread.
+//! Other files and the rooms of the store add their own calls: `batches` for several blobs at once, `uploads` for single blobs
+//! and downloads, `outputs` for workers, `results` for the action cache, `trees` for directories and input roots, `forms` for
+//! compressed blobs and chunks.
 
 use super::{
-    CasActor, Shared,
-    blob::{BlobReader, BlobWriter, is_sound, not_found, read_whole},
-    guards::{Reservation, Room},
-    index::{Found, Key, Kind, Stamp},
+    CasActor, StoreShared,
+    blob::{BlobReader, is_sound, not_found},
+    guards::UploadRoom,
+    index::{FoundEntry, Stamp},
     lookup::Purpose,
-    new_files::{NewFiles, Visible},
-    requests::*,
-    settings::{PARK_WAIT, ROOM_STEP_BYTES, SMALL_BLOB_BYTES, SOUND_TRIES, TWIN_WAIT},
-    uploads::received::Received,
-    uploads::sink::{WHOLE_BYTES, check_item, check_stream, failed},
+    settings::SMALL_BLOB_BYTES,
+    uploads::unwritten::UnwrittenPieces,
 };
 use crate::{
     budget::{Budget, Share},
@@ -24,33 +22,17 @@ use crate::{
 use actix::{Addr, Handler, Message, dev::ToEnvelope};
 use bytes::Bytes;
 use gorego_reapi::{
-    digest::{Digest, DigestFunction},
+    digest::Digest,
     error::{Error, Result},
 };
-use std::{collections::HashSet, sync::Arc};
-use tokio::time::Instant;
+use std::sync::Arc;
 
-pub use super::uploads::sink::Payload;
+pub use super::uploads::{
+    begin::{Upload, UploadStatus},
+    sink::Payload,
+};
 
-/// The answer to [`Cas::begin_upload`].
-#[derive(Debug)]
-pub enum Upload {
-    /// The blob is stored; nothing needs to be sent (BS-24).
-    Present,
-    /// Send from [`BlobWriter::committed`] on.
-    Writer(Box<BlobWriter>),
-}
-
-/// How far an upload is (BS-31, BS-32).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct UploadStatus {
-    /// Bytes that need not be sent again.
-    pub committed: u64,
-    /// The blob is stored.
-    pub complete: bool,
-}
-
-/// Who made a result; kept beside it.
+/// The origin of a result, stored with it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Provenance {
     /// The worker that ran the action; empty when a client uploaded the result.
@@ -61,43 +43,44 @@ pub struct Provenance {
     pub peer: String,
 }
 
-/// A handle to the store; cheap to clone, usable from any thread. Methods that are not `async` block and are for worker
-/// threads only: they panic on a thread that runs an async runtime.
+/// A handle to the store. It is cheap to clone and can be used from any thread. Methods that do file work and are not `async`
+/// block and are for worker threads only: they panic on a thread that runs an async runtime.
 ///
-/// A tier, such as a backing cache or the node of a cluster that holds a blob, would stand in front of it. Handlers and workers use
-/// nothing of the store but this type and what it returns, so a tier would implement these and leave the rest as it is:
+/// A tier, such as a backing cache or a cluster node that holds a blob, would stand in front of it. Handlers and workers use
+/// only this type and what it returns, so a tier would implement these methods and leave the rest as it is:
 ///
 /// - presence: [`Cas::find_missing`], [`Cas::blob_by_hash`];
-/// - reading: [`Cas::open`], [`Cas::read_many`], and [`Cas::directories`] where a walk meets what is not here;
+/// - reading: [`Cas::open`], [`Cas::read_many`], and [`Cas::directories`] where a walk reaches a directory that is not stored
+///   here;
 /// - writing: [`Cas::write_many`], [`Cas::begin_upload`] and [`Cas::new_blob`];
 /// - results: [`Cas::get_result`] and [`Cas::put_result`].
 ///
-/// A miss here would be asked for there and be written here before it is handed out, so that leases and checks stay what they
-/// are. Staging, outputs, compressed reads, splits and splices are made of these calls.
+/// The tier would fetch a missing blob and write it to this store before handing it out, so that leases and checks keep
+/// working. Staging, outputs, compressed reads, splits and splices are built on these calls.
 #[derive(Clone)]
 pub struct Cas {
     store: Addr<CasActor>,
-    shared: Arc<Shared>,
-    /// For whom the store works: what is read, decoded and hashed counts against the bounds of this caller and its peer.
+    shared: Arc<StoreShared>,
+    /// The caller that is charged: what is read, decoded and hashed counts against its bounds and those of its peer.
     caller: Caller,
-    /// Whether what is taken in counts too. What the server itself stores does not.
+    /// Whether stored bytes are charged too. They are not when the server itself stores them.
     is_client: bool,
-    /// This handle belongs to a worker thread, which may block: file work is done right there.
+    /// Set for the handle of a worker thread, which may block: file work is done on that thread.
     blocks: bool,
 }
 
-/// The answer of a store whose actor has stopped.
+/// The error of a store whose actor has stopped.
 pub(super) fn going_down() -> Error {
     Error::Unavailable("the store of this server is shutting down".into())
 }
 
 /// The error for an upload whose stored copy was found damaged on every try.
 pub(super) fn spoilt() -> Error {
-    Error::Unavailable("the stored file of this blob changes again and again; try again".into())
+    Error::Unavailable("the stored file of this blob keeps changing; try again".into())
 }
 
 impl Cas {
-    pub(super) fn new(store: Addr<CasActor>, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(store: Addr<CasActor>, shared: Arc<StoreShared>) -> Self {
         Self { store, shared, caller: Caller::default(), is_client: false, blocks: false }
     }
 
@@ -106,19 +89,19 @@ impl Cas {
         &self.store
     }
 
-    /// This handle for the requests of a client: what it sends and what it asks for count against the bounds of its connection
-    /// and its peer.
+    /// Returns a handle for the requests of a client. Both what the client sends and what it reads count against the bounds of
+    /// its connection and its peer.
     pub fn on_behalf_of(&self, caller: Caller) -> Self {
         Self { caller, is_client: true, ..self.clone() }
     }
 
-    /// This handle for the server's own work that a client has asked for, such as an action or a download: what is read counts
-    /// as the client's, and what is stored does not.
+    /// Returns a handle for work that the server does for a client, such as an action or a download. What is read is charged to
+    /// the client, and what is stored is not.
     pub fn working_for(&self, caller: Caller) -> Self {
         Self { caller, is_client: false, ..self.clone() }
     }
 
-    /// For whom the store works.
+    /// The caller that is charged.
     pub(super) fn caller(&self) -> Caller {
         self.caller
     }
@@ -127,41 +110,45 @@ impl Cas {
         self.is_client.then_some(self.caller)
     }
 
-    /// Room for bytes that are going to come in through this handle.
-    pub(super) fn new_room(&self) -> Result<Room> {
-        let mut room = Room::none(self.store.clone());
+    /// Empty room for an upload through this handle.
+    pub(super) fn new_room(&self) -> Result<UploadRoom> {
+        let mut room = UploadRoom::none(self.store.clone());
         self.pay_for(&mut room)?;
         Ok(room)
     }
 
-    fn pay_for(&self, room: &mut Room) -> Result<()> {
+    /// Charges the room of an upload to the client, if there is one.
+    ///
+    /// # Errors
+    /// `Exhausted` when a bound is reached.
+    pub(super) fn pay_for(&self, room: &mut UploadRoom) -> Result<()> {
         match self.client() {
             Some(caller) => room.charge_to(self.shared.upload_budget.take(caller, 0)?),
             None => Ok(()),
         }
     }
 
-    /// For bytes that come in through this handle and are not written yet.
-    pub(super) fn received(&self) -> Received {
-        Received::new(self.client().map(|caller| (self.shared.received.clone(), caller)))
+    /// A buffer for bytes that arrive through this handle and are not written yet.
+    pub(super) fn received(&self) -> UnwrittenPieces {
+        UnwrittenPieces::new(self.client().map(|caller| (self.shared.received.clone(), caller)))
     }
 
-    /// Counts bytes of a client that are collected in memory, until the share is dropped.
+    /// Charges a caller for bytes that are collected in memory, until the share is dropped.
     ///
     /// # Errors
-    /// `Exhausted` at a bound.
+    /// `Exhausted` when a bound is reached.
     pub fn hold(&self, caller: Caller, bytes: u64) -> Result<Share> {
         Ok(self.shared.received.take(caller, bytes)?)
     }
 
-    pub(super) fn shared(&self) -> &Arc<Shared> {
+    pub(super) fn shared(&self) -> &Arc<StoreShared> {
         &self.shared
     }
 
     /// Opens a blob.
     ///
     /// # Errors
-    /// `NotFound` when it is not stored, also when its file is damaged (it is dropped then).
+    /// `NotFound` when it is not stored. A damaged file counts as not stored, and its entry is dropped.
     pub async fn open(&self, instance: &Instance, digest: Digest) -> Result<BlobReader> {
         let mut located = self.locate(instance, &[digest], Purpose::Read).await?;
         let Some(found) = located.found.pop().flatten() else {
@@ -183,12 +170,12 @@ impl Cas {
         .await?
     }
 
-    /// Waits for a place if one of these has to be hashed before it is read, and is large.
+    /// If one of these blobs is large and has to be hashed before it is read, waits for a place.
     pub(super) async fn place_to_hash(
         &self,
-        found: impl IntoIterator<Item = &Found>,
+        found: impl IntoIterator<Item = &FoundEntry>,
     ) -> Result<Option<Share>> {
-        let is_laborious = |found: &Found| {
+        let is_laborious = |found: &FoundEntry| {
             found.stamp == Stamp::UNTRUSTED && found.file.key.digest.size() > SMALL_BLOB_BYTES
         };
         if !found.into_iter().any(is_laborious) {
@@ -197,139 +184,16 @@ impl Cas {
         Ok(Some(self.shared.cold_reads.wait_for(self.caller, 1).await?))
     }
 
-    /// Memory for the decoders of compressed uploads; see [`super::uploads::decoders`].
+    /// The memory budget for decoders of compressed uploads; see [`super::uploads::decoders`].
     pub fn decoders(&self) -> &Budget {
         &self.shared.decoders
     }
 
-    /// Reads whole blobs, in the order asked for; duplicates are fine. For small blobs: the caller bounds the sum.
+    /// Whether these blobs are stored and their files are intact. Files whose state is not known are hashed. Damaged blobs are
+    /// dropped.
     ///
     /// # Errors
-    /// Each blob's own; the call's when the server is going down.
-    pub async fn read_many(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Result<Bytes>>> {
-        let located = self.locate(instance, &digests, Purpose::Look).await?;
-        let at_hand = |(digest, found): (&Digest, &Option<Found>)| match found {
-            Some(_) => self.shared.recent.get(&(instance.blobs(), *digest)).map(Ok),
-            None if digest.is_empty() => Some(Ok(Bytes::new())),
-            None => Some(Err(not_found(*digest))),
-        };
-        let known: Vec<Option<Result<Bytes>>> = digests.iter().zip(&located.found).map(at_hand).collect();
-        if known.iter().all(Option::is_some) {
-            return Ok(known.into_iter().flatten().collect());
-        }
-        let cas = self.clone();
-        self.blocking(move || {
-            let read = |(known, found): (Option<Result<Bytes>>, Option<Found>)| match (known, found) {
-                (Some(known), _) => Some(known),
-                (None, found) => found.map(|found| read_whole(&cas, &found)),
-            };
-            known.into_iter().zip(located.found).filter_map(read).collect()
-        })
-        .await
-    }
-
-    /// Stores whole blobs, each checked against its digest (CAS-09..13); duplicates are fine.
-    ///
-    /// # Errors
-    /// Each blob's own; the call's when the server is going down.
-    pub async fn write_many(
-        &self,
-        instance: &Instance,
-        blobs: Vec<(Digest, impl Into<Payload>)>,
-    ) -> Result<Vec<Result<()>>> {
-        let blobs: Arc<[(Digest, Payload)]> =
-            blobs.into_iter().map(|(digest, bytes)| (digest, bytes.into())).collect();
-        let mut outcomes = vec![Ok(()); blobs.len()];
-        let mut all_visible = Vec::new();
-        for step in in_steps(&blobs) {
-            if let [at] = step[..]
-                && let Some((digest, Payload::Zstd(stream))) = blobs.get(at)
-                && digest.size() > WHOLE_BYTES
-            {
-                outcomes[at] = self.write_stream(instance, *digest, stream.clone()).await;
-                continue;
-            }
-            let (stored, visible) = self.write_step(instance, blobs.clone(), step.clone()).await?;
-            for (at, outcome) in step.into_iter().zip(stored) {
-                outcomes[at] = outcome;
-            }
-            all_visible.extend(visible);
-        }
-        for visible in all_visible {
-            visible.wait().await?;
-        }
-        Ok(outcomes)
-    }
-
-    /// Stores those items of a batch for which room is taken at once.
-    async fn write_step(
-        &self,
-        instance: &Instance,
-        blobs: Arc<[(Digest, Payload)]>,
-        step: Vec<usize>,
-    ) -> Result<(Vec<Result<()>>, Option<Visible>)> {
-        let fits = |digest: &Digest, payload: &Payload| match payload {
-            Payload::Plain(bytes) => digest.size() == bytes.len() as u64 && !digest.is_empty(),
-            Payload::Zstd(_) => !digest.is_empty(),
-        };
-        let items = step.iter().filter_map(|&at| blobs.get(at));
-        let digests: HashSet<Digest> =
-            items.filter(|(digest, bytes)| fits(digest, bytes)).map(|(digest, _)| *digest).collect();
-        let prepared = self.prepare(instance, digests.into_iter().collect()).await?;
-        let (cas, id) = (self.clone(), instance.blobs());
-        self.blocking(move || {
-            let items: Vec<_> = step.iter().filter_map(|&at| blobs.get(at)).collect();
-            cas.write_batch(id, &items, prepared)
-        })
-        .await
-    }
-
-    /// Stores one large compressed item as an upload that cannot be resumed.
-    async fn write_stream(&self, instance: &Instance, digest: Digest, stream: Bytes) -> Result<()> {
-        let name = format!("batch/{:x}", self.shared.volume.next_generation());
-        match self.begin_upload(instance, &name, digest, 0).await? {
-            Upload::Present => self.blocking(move || check_stream(digest, &stream)).await?,
-            Upload::Writer(writer) => {
-                let mut writer = writer.decoding().unresumable();
-                writer.write(stream).await?;
-                writer.finish().await.map(drop)
-            }
-        }
-    }
-
-    /// Room for those of these blobs that are not stored. What is stored is looked at, so that "stored already" is only said of
-    /// a file that is as it should be; a bad one is dropped, and is then one that is not stored.
-    pub(super) async fn prepare(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Prepared> {
-        for _ in 0..SOUND_TRIES {
-            let absent = self.find_missing(instance, &digests).await?;
-            if absent.len() < digests.len() {
-                let absent: HashSet<&Digest> = absent.iter().collect();
-                let present = digests.iter().filter(|digest| !absent.contains(digest)).copied().collect();
-                if !self.are_sound(instance, present).await? {
-                    continue;
-                }
-            }
-            let room = self.reserve_for(&absent).await?;
-            return Ok(Prepared { absent, room });
-        }
-        Err(spoilt())
-    }
-
-    /// Room for blobs that are not stored.
-    async fn reserve_for(&self, absent: &[Digest]) -> Result<Result<Reservation>> {
-        let charge = |digest: &Digest| self.shared.volume.charge(digest.size());
-        let bytes = absent.iter().map(charge).fold(0, u64::saturating_add);
-        match self.take_room(bytes).await {
-            Err(error @ Error::Unavailable(_)) => Err(error),
-            room => Ok(room),
-        }
-    }
-
-    /// Whether these blobs are stored and their files are what they should be, as far as is known without reading them; what is
-    /// not known is hashed, and what is bad is dropped.
-    ///
-    /// # Errors
-    /// `Unavailable` when the server is going down.
+    /// `Unavailable` when the server is shutting down.
     pub(super) async fn are_sound(&self, instance: &Instance, digests: Vec<Digest>) -> Result<bool> {
         let located = self.locate(instance, &digests, Purpose::Read).await?;
         let place = self.place_to_hash(located.found.iter().flatten()).await?;
@@ -346,112 +210,6 @@ impl Cas {
             Ok(all)
         })
         .await?
-    }
-
-    /// Checks and writes items on a blocking thread; what is written is handed to the actor before this returns.
-    fn write_batch(
-        &self,
-        instance: crate::instance::InstanceId,
-        blobs: &[&(Digest, Payload)],
-        prepared: Prepared,
-    ) -> (Vec<Result<()>>, Option<Visible>) {
-        let mut absent: HashSet<Digest> = prepared.absent.into_iter().collect();
-        let mut files = prepared.room.map(|room| self.new_files(room));
-        let outcomes = blobs.iter().map(|(digest, payload)| {
-            self.check_blob_size(digest.size(), &digest.to_string())?;
-            let bytes = check_item(*digest, payload)?;
-            if !absent.contains(digest) {
-                return Ok(());
-            }
-            let files = files.as_mut().map_err(|error| error.clone())?;
-            let key = Key { digest: *digest, instance, kind: Kind::Blob };
-            files.write(key, std::slice::from_ref(&bytes)).map_err(|error| failed(*digest, &error))?;
-            self.shared.remember(instance, *digest, &[bytes]);
-            absent.remove(digest);
-            Ok(())
-        });
-        let outcomes = outcomes.collect();
-        (outcomes, files.ok().and_then(NewFiles::commit))
-    }
-
-    /// Starts an upload, or goes on with one that broke: `name` is the whole resource name (BS-06), `offset` the first
-    /// `write_offset`. Offset 0 discards what an earlier attempt left (BS-20).
-    ///
-    /// # Errors
-    /// `Invalid` when the blob is too large or `offset` is not where that upload stands; `Exhausted` when there is no room;
-    /// `Unavailable` when an earlier stream of this upload does not end.
-    pub async fn begin_upload(
-        &self,
-        instance: &Instance,
-        name: &str,
-        digest: Digest,
-        offset: u64,
-    ) -> Result<Upload> {
-        self.check_blob_size(digest.size(), &digest.to_string())?;
-        if digest.is_empty() {
-            return Ok(Upload::Present);
-        }
-        let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
-        let name = upload_name(instance, name);
-        let patience = Instant::now() + TWIN_WAIT;
-        let (mut was_busy, mut looks, mut beside) = (false, 0, false);
-        loop {
-            match self.ask(BeginUpload { name, blob, offset, beside }).await?? {
-                // What is stored and turns out to be bad is dropped, and this upload replaces it.
-                Began::Present if self.are_sound(instance, vec![digest]).await? => {
-                    return Ok(Upload::Present);
-                }
-                Began::Present if looks < SOUND_TRIES => looks += 1,
-                Began::Present => return Err(spoilt()),
-                Began::Start(mut attempt) => {
-                    if let Some(room) = &mut attempt.room
-                        && let Err(error) = self.pay_for(room)
-                    {
-                        // Without a share it would be charged to nobody, so it is not kept.
-                        attempt.keep = false;
-                        return Err(error);
-                    }
-                    return Ok(Upload::Writer(Box::new(BlobWriter::new(
-                        attempt,
-                        self.received(),
-                        self.shared.clone(),
-                    ))));
-                }
-                // A client that goes on at once meets its own broken stream while that is being put away.
-                Began::Busy(progress) if !was_busy => {
-                    was_busy = true;
-                    let _ = tokio::time::timeout(PARK_WAIT, progress.ended()).await;
-                }
-                Began::Busy(_) => {
-                    let problem = format!("another stream still uploads blob {digest} under this name");
-                    return Err(Error::Unavailable(problem));
-                }
-                // BS-28: what the other one stores is stored for both.
-                Began::NoRoomBeside(twin) => beside = !twin.ends_before(patience).await,
-            }
-        }
-    }
-
-    /// How far an upload is; unknown ones are at 0 (BS-32).
-    ///
-    /// # Errors
-    /// `Unavailable` when the server is going down.
-    pub async fn query_upload(
-        &self,
-        instance: &Instance,
-        name: &str,
-        digest: Digest,
-    ) -> Result<UploadStatus> {
-        if digest.is_empty() {
-            return Ok(UploadStatus { committed: 0, complete: true });
-        }
-        let blob = Key { digest, instance: instance.blobs(), kind: Kind::Blob };
-        let name = upload_name(instance, name);
-        let status = self.ask(QueryUpload { name, blob }).await?;
-        if !status.complete || self.are_sound(instance, vec![digest]).await? {
-            return Ok(status);
-        }
-        self.ask(QueryUpload { name, blob }).await
     }
 
     pub(super) fn check_blob_size(&self, size: u64, what: &str) -> Result<()> {
@@ -474,7 +232,8 @@ impl Cas {
         self.store.send(message).await.map_err(|_| going_down())
     }
 
-    /// Runs file work on a blocking thread, which this one may be; it runs to its end even if nobody waits for it any more.
+    /// Runs file work on a blocking thread, or right here if this is one. It runs to its end even if nobody waits for it any
+    /// more.
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
@@ -487,41 +246,11 @@ impl Cas {
         })
     }
 
-    /// Waits, on a worker thread, for what is asked through a handle of that thread.
+    /// Blocks a worker thread on a call. The handle that `ask` gets does its file work on this thread.
     pub(super) fn block_on<T>(&self, ask: impl AsyncFnOnce(Self) -> T) -> T {
         let here = Self { blocks: true, ..self.clone() };
         self.shared.runtime.block_on(ask(here))
     }
-}
-
-/// The items of a batch, by position, in the steps in which room is taken for them: together for those whose bytes are at hand,
-/// [`ROOM_STEP_BYTES`] at a time for those of which only the digest says how many bytes they will be, alone for one of more.
-fn in_steps(blobs: &[(Digest, Payload)]) -> Vec<Vec<usize>> {
-    let (mut plain, mut steps): (Vec<usize>, Vec<Vec<usize>>) = (Vec::new(), Vec::new());
-    let mut left = 0;
-    for (at, (digest, payload)) in blobs.iter().enumerate() {
-        let size = digest.size().max(1);
-        match (payload, steps.last_mut()) {
-            (Payload::Plain(_), _) => plain.push(at),
-            (Payload::Zstd(_), Some(step)) if size <= left => {
-                step.push(at);
-                left -= size;
-            }
-            (Payload::Zstd(_), _) => {
-                steps.push(vec![at]);
-                left = ROOM_STEP_BYTES.saturating_sub(size);
-            }
-        }
-    }
-    if !plain.is_empty() {
-        steps.insert(0, plain);
-    }
-    steps
-}
-
-/// A key of constant length for a name of any length.
-fn upload_name(instance: &Instance, name: &str) -> Digest {
-    DigestFunction::Sha256.digest(format!("{}\0{name}", instance.id().0).as_bytes())
 }
 
 impl std::fmt::Debug for Cas {

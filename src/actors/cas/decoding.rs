@@ -1,11 +1,11 @@
-//! Room to decode stored messages in: what all of them take together has a bound, which peers share.
+//! The memory budget for decoding stored messages, shared among peers.
 //!
-//! What a message takes is known only once it was read, so room is taken for the worst that its size allows, before it is read,
-//! and held until it was made into something else. A request that holds room never waits for more of it, so no two wait for one
-//! another. Small messages need none.
+//! The memory of a message is known only once it is read. So room is reserved for the worst case of its size before it is read,
+//! and held until the message is converted to something else. A request that holds room never waits for more, so no two
+//! requests wait for each other. Small messages need no room.
 //!
-//! Room is charged to the caller for whom the store works. Messages of half a MiB may take as much as the largest, so there is room
-//! for two of the largest, and a peer that holds some leaves room for one to the others.
+//! Room is charged to the caller of the handle. A message of half a MiB may take as much as the largest, so the budget is
+//! enough for two of the largest, and one peer leaves room for one message of the others.
 
 use super::client::Cas;
 use crate::{budget::Share, memory};
@@ -16,35 +16,40 @@ use gorego_reapi::{
 };
 use prost::{Message, Name};
 
-/// What a message of this many bytes takes at worst, when it is read and decoded within a bound.
+/// The most memory that a message of `bytes` bytes takes when it is read and decoded within the bound `most`.
 pub(super) fn worst_case(bytes: u64, most: u64) -> u64 {
     if bytes <= UNCOUNTED_BYTES as u64 { 0 } else { bytes.saturating_add(wire::worst_case(bytes, most)) }
 }
 
-/// Room that is held until it is dropped.
+/// Reserved memory, until it is dropped.
 #[derive(Debug)]
-pub struct Room(Share);
+pub struct DecodingRoom(Share);
 
-impl Drop for Room {
+impl Drop for DecodingRoom {
     fn drop(&mut self) {
         memory::freed(self.0.amount());
     }
 }
 
 impl Cas {
-    /// Waits for room for this many bytes; for none, if it is none.
-    pub(super) async fn room_to_decode(&self, bytes: u64) -> Result<Option<Room>> {
+    /// Waits for room for this many bytes; 0 bytes need none.
+    pub(super) async fn room_to_decode(&self, bytes: u64) -> Result<Option<DecodingRoom>> {
         if bytes == 0 {
             return Ok(None);
         }
-        Ok(Some(Room(self.shared().decoded.wait_for(self.caller(), bytes).await?)))
+        Ok(Some(DecodingRoom(self.shared().decoded.wait_for(self.caller(), bytes).await?)))
     }
 
-    /// Decodes a message that was received, a large one on a blocking thread. The room is to be kept as long as the message.
+    /// Decodes a received message, a large one on a blocking thread. The room has to be kept as long as the message.
     ///
     /// # Errors
-    /// As [`wire::decode`].
-    pub async fn decode<M>(&self, bytes: Bytes, most: u64, what: &'static str) -> Result<(M, Option<Room>)>
+    /// Those of [`wire::decode`].
+    pub async fn decode<M>(
+        &self,
+        bytes: Bytes,
+        most: u64,
+        what: &'static str,
+    ) -> Result<(M, Option<DecodingRoom>)>
     where
         M: Message + Name + Default + 'static,
     {

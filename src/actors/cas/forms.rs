@@ -1,6 +1,6 @@
-//! Other forms of blobs: zstd streams of them, and the chunks that they are made of.
+//! Other forms of blobs: zstd streams and chunks.
 
-pub mod chunks;
-pub mod splice;
+pub(crate) mod chunks;
+pub(crate) mod splice;
 pub(crate) mod zstd_form;
-pub mod zstd_reader;
+pub(crate) mod zstd_reader;

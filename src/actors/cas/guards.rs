@@ -1,14 +1,14 @@
-//! Promises of the actor that end when they are dropped: [`Lease`] keeps blobs, [`Reservation`] keeps room, and [`Room`] is a
-//! reservation that grows with the bytes that arrive.
+//! Guards that end when they are dropped: a [`Lease`] protects blobs from eviction, a [`Reservation`] keeps disk space, and an
+//! [`UploadRoom`] is a reservation that grows with the bytes of an upload.
 //!
-//! The end of a lease is marked in the index at once. That of a reservation is told to the actor by a message that no mailbox
-//! bound can refuse, so none is lost while the actor lives.
+//! The end of a lease is marked in the index at once. The end of a reservation is sent to the actor with `do_send`, which no
+//! mailbox bound refuses, so none is lost while the actor lives.
 
 use super::{
     CasActor,
     client::{Cas, going_down},
-    index::EntryRef,
-    requests::{DiscardPartials, Reserve, SettleUses, Unreserve},
+    index::{EntryRef, Key},
+    requests::{DiscardPartials, ReserveRoom, SettleUses, Unreserve},
     settings::{RESERVE_STEP_BYTES, ROOM_STEP_BYTES},
 };
 use crate::{budget::Share, caller::Caller};
@@ -17,19 +17,18 @@ use gorego_reapi::error::Result;
 use tokio::runtime::Handle;
 
 /// Entries that are not evicted while this is held.
-pub struct Lease {
+pub(crate) struct Lease {
     cas: Cas,
     entries: Vec<EntryRef>,
 }
 
 impl Lease {
-    /// A lease on nothing yet.
-    pub fn none(cas: Cas) -> Self {
+    pub(crate) fn none(cas: Cas) -> Self {
         Self { cas, entries: Vec::new() }
     }
 
-    /// Adds an entry that the index has counted as leased.
-    pub fn add(&mut self, entry: EntryRef) {
+    /// Adds an entry whose lease is already counted in the index.
+    pub(crate) fn add(&mut self, entry: EntryRef) {
         self.entries.push(entry);
     }
 }
@@ -51,50 +50,58 @@ impl std::fmt::Debug for Lease {
     }
 }
 
-/// Room on disk that nobody else gets while this is held.
+/// Disk space that is reserved while this is held.
 pub struct Reservation {
     store: Addr<CasActor>,
     bytes: u64,
 }
 
 impl Reservation {
-    /// A reservation that the index has counted.
+    /// A reservation that is already counted in the index.
     pub fn new(store: Addr<CasActor>, bytes: u64) -> Self {
         Self { store, bytes }
     }
 
-    /// Asks the actor for room, in steps for which it makes room in moments.
+    /// Asks the actor for room, in steps that keep each of its messages short.
     ///
     /// # Errors
-    /// `Exhausted` when there is none for all of it; `Unavailable` when the server is going down.
+    /// `Exhausted` when there is not enough room for all of it; `Unavailable` when the server is shutting down.
     pub async fn take(store: &Addr<CasActor>, bytes: u64) -> Result<Self> {
+        Self::take_for(store, bytes, None).await
+    }
+
+    /// [`Reservation::take`] for this blob.
+    ///
+    /// # Errors
+    /// Also `Unavailable` when the blob is stored already.
+    async fn take_for(store: &Addr<CasActor>, bytes: u64, blob: Option<Key>) -> Result<Self> {
         let mut taken = Self::new(store.clone(), 0);
         while taken.bytes < bytes {
             let of = bytes - taken.bytes;
-            let step = Reserve { bytes: of.min(RESERVE_STEP_BYTES), of };
+            let step = ReserveRoom { bytes: of.min(RESERVE_STEP_BYTES), of, blob };
             taken.absorb(store.send(step).await.map_err(|_| going_down()).flatten()?);
         }
         Ok(taken)
     }
 
-    /// How much room.
+    /// The reserved bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Adds another one to this.
+    /// Merges another reservation into this one.
     pub fn absorb(&mut self, other: Self) {
         self.bytes += other.disarm();
     }
 
-    /// Takes this much of it out, or all that there is.
+    /// Splits off this many bytes, or all of them if there are fewer.
     pub fn split(&mut self, bytes: u64) -> Self {
         let bytes = bytes.min(self.bytes);
         self.bytes -= bytes;
         Self { store: self.store.clone(), bytes }
     }
 
-    /// Ends it without telling the actor; for the actor itself. Returns how much room it was.
+    /// Ends the reservation without telling the actor; for the actor itself. Returns its bytes.
     pub fn disarm(mut self) -> u64 {
         std::mem::take(&mut self.bytes)
     }
@@ -115,42 +122,49 @@ impl std::fmt::Debug for Reservation {
 }
 
 /// Disk space for an upload, reserved at most [`ROOM_STEP_BYTES`] ahead of the bytes received. A declared size reserves
-/// nothing. What is reserved for a client counts against the bounds of its connection and its peer, also while a broken
-/// upload is kept. Nobody waits for room that others hold: there is room once what may go is gone, or the write fails and its
-/// client tries again later, so no two uploads can wait for one another.
+/// nothing. The bytes count against the bounds of the client's connection and peer, also while a broken upload is kept. Nobody
+/// waits for room that others hold: either evictions free enough, or the write fails and the client tries again later. So two
+/// uploads cannot wait for each other.
 #[derive(Debug)]
-pub struct Room {
+pub struct UploadRoom {
     reservation: Reservation,
-    /// `None` for what the server does on its own account.
+    /// `None` for the server's own writes.
     share: Option<Share>,
+    /// The blob that is uploaded; `None` while its digest is not known.
+    blob: Option<Key>,
 }
 
-impl Room {
-    /// None yet.
+impl UploadRoom {
+    /// Room for nothing yet.
     pub fn none(store: Addr<CasActor>) -> Self {
-        Self { reservation: Reservation::new(store, 0), share: None }
+        Self { reservation: Reservation::new(store, 0), share: None, blob: None }
     }
 
-    /// Room that the index has counted.
+    /// Nothing yet, for an upload of this blob. It does not grow any more once the blob is stored.
+    pub fn for_blob(store: Addr<CasActor>, blob: Key) -> Self {
+        Self { blob: Some(blob), ..Self::none(store) }
+    }
+
+    /// Room over a reservation that is counted in the index.
     #[cfg(test)]
     pub fn of(reservation: Reservation) -> Self {
-        Self { reservation, share: None }
+        Self { reservation, share: None, blob: None }
     }
 
-    /// How much.
+    /// The reserved bytes.
     pub fn bytes(&self) -> u64 {
         self.reservation.bytes()
     }
 
-    /// Who is charged for it.
+    /// The caller that is charged for it.
     pub fn caller(&self) -> Option<Caller> {
         self.share.as_ref().map(Share::caller)
     }
 
-    /// From here on it counts as that of this share's caller.
+    /// Charges the caller of this share from here on.
     ///
     /// # Errors
-    /// `Exhausted` at a bound of the caller's.
+    /// `Exhausted` at a bound of the caller.
     pub fn charge_to(&mut self, mut share: Share) -> Result<()> {
         self.share = None;
         share.grow(self.bytes())?;
@@ -158,27 +172,27 @@ impl Room {
         Ok(())
     }
 
-    /// Has room for `needed` bytes when this returns, and perhaps for a step more, but not for more than `most`.
+    /// Grows to `needed` bytes, and perhaps by a step more, but never beyond `most`.
     ///
     /// # Errors
-    /// `Exhausted` when there is none, or at a bound of the caller's.
+    /// `Exhausted` when there is no room, or at a bound of the caller; `Unavailable` when the blob is stored already.
     pub async fn grow(&mut self, needed: u64, most: u64) -> Result<()> {
         let Some(lacking) = needed.checked_sub(self.bytes()).filter(|lacking| *lacking > 0) else {
             return Ok(());
         };
         let more = lacking.max(ROOM_STEP_BYTES.min(most.saturating_sub(self.bytes())));
         let store = self.reservation.store.clone();
-        // Apart from what is held already, so that an error, or the end of this future, gives it back.
+        // Kept apart from the share held so far, so that an error, or dropping this future, gives it back.
         let mut charge = self.share.as_mut().map(|share| share.split(0));
         if let Some(charge) = &mut charge
             && let Err(refusal) = charge.grow(more)
         {
-            // Its own broken uploads are the first to go.
+            // The caller's own broken uploads are discarded first.
             let discard = DiscardPartials { caller: charge.caller(), bound: refusal.bound(), bytes: more };
             store.send(discard).await.map_err(|_| going_down())?;
             charge.grow(more)?;
         }
-        let reservation = Reservation::take(&store, more).await?;
+        let reservation = Reservation::take_for(&store, more, self.blob).await?;
         self.reservation.absorb(reservation);
         if let (Some(share), Some(charge)) = (&mut self.share, charge) {
             share.merge(charge);
@@ -186,15 +200,15 @@ impl Room {
         Ok(())
     }
 
-    /// [`Room::grow`] on a blocking thread.
+    /// [`UploadRoom::grow`] on a blocking thread.
     ///
     /// # Errors
-    /// See [`Room::grow`].
+    /// See [`UploadRoom::grow`].
     pub fn grow_here(&mut self, runtime: &Handle, needed: u64, most: u64) -> Result<()> {
         if needed <= self.bytes() { Ok(()) } else { runtime.block_on(self.grow(needed, most)) }
     }
 
-    /// The reservation, which the bytes that were written take up.
+    /// The reservation, to be spent on the written bytes.
     pub fn into_reservation(self) -> Reservation {
         self.reservation
     }

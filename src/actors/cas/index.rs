@@ -1,90 +1,68 @@
-//! [`Index`]: what is stored, how much room it takes, what goes first. Pure; [`super::CasActor`] owns the only one.
+//! [`Index`]: what is stored, how much room it takes, and the order of eviction. It is pure, and [`super::CasActor`] owns the
+//! only one.
 //!
-//! Blobs, their zstd forms and action results are entries of one index, so one order of recency and one limit hold for all.
+//! Blobs, their zstd forms and action results are entries of one index, so one order of use and one limit apply to all of them.
 //!
-//! Invariants, held by the model test in `index/model.rs`:
-//! - `used + reserved` never exceeds the limit. Bytes of files that are being deleted come on top until
-//!   [`Index::deleted`] says that they are gone; whoever got room that such files still take waits for that first
-//!   ([`Grant::after_deletions`]), so the disk never holds more than the limit either.
+//! Invariants, checked by the model test in `index/model.rs`:
+//! - `used + reserved` never exceeds the limit. Files that are being deleted are not counted in `used`. A writer whose room
+//!   depends on their deletion waits for it ([`Grant::after_deletions`], [`Index::deleted`]), so the bytes on disk never exceed
+//!   the limit either.
 //! - A leased entry is never evicted.
-//! - Entries leave in the order of their last use; the end of a lease is a use. In a list of [`EXACT_BELOW`] entries or
-//!   more, one that is used while it is among the newest quarter keeps its place: still, three quarters of all entries go
-//!   before it. Builds ask for the same blobs again and again, and moving an entry touches three more at random.
-//! - Looking up needs no exclusive access ([`Index::renew`], [`Index::lease`], [`Index::release`]): a use is marked in the
-//!   entry itself, and an eviction looks at the mark before it removes anything. [`Index::settle`] moves a used entry to the
-//!   head of the list later. Until then it stands where it was, but is not evicted.
+//! - Entries are evicted in the order of their last use; the end of a lease is a use. In a list of [`EXACT_BELOW`] entries or
+//!   more, using an entry among the newest quarter does not move it. At least three quarters of all entries are still evicted
+//!   before it. Builds ask for the same blobs again and again, and moving an entry touches three others at random places in
+//!   memory.
+//! - A look-up needs no exclusive access ([`Index::renew`], [`Index::lease`], [`Index::release`]): it marks the use in the
+//!   entry itself, and an eviction checks the mark before it removes the entry. [`Index::settle`] moves a used entry to the
+//!   head of the list later. Until then the entry keeps its place, but is not evicted.
 //!
-//! It knows no paths and does no IO, and the time is an argument. Memory: an entry is 144 bytes and a table slot 5, which
-//! with the slack of growth stays below 180 bytes for each blob.
+//! The index knows no paths, does no IO, and takes the time as an argument. An entry takes 144 bytes and a table slot 5. With
+//! the slack of growth, this stays below 180 bytes per blob.
 
 pub use words::*;
 
+use entry::{Entry, NIL};
 use gorego_reapi::digest::Digest;
 use hashbrown::HashTable;
+use order::Released;
 use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
-    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
+mod entry;
 #[cfg(test)]
 mod model;
+mod order;
 mod words;
 
-/// End of a list.
-const NIL: u32 = u32::MAX;
-/// Entries are added to the slab in steps of a quarter of its length, at least this many; it never doubles.
+/// The slab grows by a quarter of its length and by at least this many entries. It never doubles.
 const MIN_GROWTH: usize = 1_024;
 /// Lists shorter than this are kept in the exact order of use.
 const EXACT_BELOW: usize = 1_024;
-/// Results that may differ in nothing but the size of their action; all the same hash of a real Action has one size. The
-/// table is hashed without sizes so that an entry can be found by hash alone, and more alike would make its lookups slow.
+/// Maximum number of results whose keys differ only in the size of their action. Real Actions with the same hash have the same
+/// size. The table is hashed without sizes so that an entry can be found by hash alone, and many such entries would make its
+/// look-ups slow.
 const MAX_ALIKE: usize = 8;
-/// Stores below this size evict only what each write needs: in a small one, room kept free is room lost.
+/// Stores below this size have no watermarks and evict only what each write needs, so that all of a small store is used.
 const WATERMARKS_FROM_BYTES: u64 = 64 << 20;
 
-struct Entry {
-    key: Key,
-    /// 0 for a free slot, whose `next` then leads to the next free one.
-    generation: u64,
-    stamp: Stamp,
-    bytes: u64,
-    leases: AtomicU32,
-    /// Seconds since 1970 of the last use that is recorded on disk.
-    touched: AtomicU32,
-    /// Neighbours in the order of use, newer and older.
-    prev: u32,
-    next: u32,
-    /// [`Index::links`] when it was last put at the head of the list.
-    linked_at: u32,
-    /// [`Index::links`] when it was last used; one less than `linked_at` while it was not used since then.
-    used_at: AtomicU32,
-    /// [`Index::condemn`].
-    condemned: AtomicBool,
-}
-
-impl Entry {
-    /// It was used since it was put at the head of the list. The numbers wrap, so they are not compared by size: an entry may not
-    /// be used for days, while the others are put there billions of times.
-    fn is_unsettled(&self) -> bool {
-        self.used_at.load(Relaxed) != self.linked_at.wrapping_sub(1)
-    }
-
-    fn is_leased(&self) -> bool {
-        self.leases.load(Relaxed) > 0
-    }
-}
-
-/// The index; see the top of this file.
-pub struct Index {
+/// The index of the store; see the module documentation.
+pub(super) struct Index {
     entries: Vec<Entry>,
     free: u32,
     table: HashTable<u32>,
     hasher: RandomState,
     newest: u32,
     oldest: u32,
-    /// How often an entry was put at the head of the list; wraps, which at worst forgets one use.
+    /// How often an entry was put at the head of the list. It wraps, which at worst loses one use.
     links: u32,
-    /// All but the leased bytes.
+    /// Entries that were set aside and are not leased any more.
+    released: Released,
+    /// How many entries evictions have looked at.
+    #[cfg(test)]
+    looks: u64,
+    /// The totals, except for the leased bytes.
     totals: Totals,
     leased: AtomicU64,
     high_water: u64,
@@ -95,11 +73,11 @@ pub struct Index {
 }
 
 impl Index {
-    /// How stale recency on disk may be, in seconds, before a use is written down again.
-    pub const TOUCH_AFTER_SECS: u32 = 3_600;
+    /// A use is written to disk if the last recorded one is older than this, in seconds.
+    pub(super) const TOUCH_AFTER_SECS: u32 = 3_600;
 
     /// An empty index with a limit in bytes.
-    pub fn new(limit: u64) -> Self {
+    pub(super) fn new(limit: u64) -> Self {
         let marks = limit >= WATERMARKS_FROM_BYTES;
         Self {
             entries: Vec::new(),
@@ -109,6 +87,9 @@ impl Index {
             newest: NIL,
             oldest: NIL,
             links: 0,
+            released: Released::default(),
+            #[cfg(test)]
+            looks: 0,
             totals: Totals { limit, ..Totals::default() },
             leased: AtomicU64::new(0),
             high_water: if marks { limit - limit / 50 } else { limit },
@@ -119,33 +100,33 @@ impl Index {
         }
     }
 
-    /// The sums.
-    pub fn totals(&self) -> Totals {
+    /// The current totals.
+    pub(super) fn totals(&self) -> Totals {
         Totals { leased: self.leased.load(Relaxed), ..self.totals }
     }
 
-    /// Bytes of files that the index has let go since the start.
-    pub fn bytes_evicted(&self) -> u64 {
+    /// Bytes of files that were evicted or replaced since the start.
+    pub(super) fn bytes_evicted(&self) -> u64 {
         self.evicted_ever
     }
 
     /// Bytes deleted since the start.
-    pub fn bytes_deleted(&self) -> u64 {
+    pub(super) fn bytes_deleted(&self) -> u64 {
         self.deleted_ever
     }
 
     /// Looks an entry up and counts it as used at `now` (seconds since 1970).
-    pub fn renew(&self, key: &Key, now: u32) -> Option<Found> {
+    pub(super) fn renew(&self, key: &Key, now: u32) -> Option<FoundEntry> {
         self.slot_of(key).map(|slot| self.renew_slot(slot, now))
     }
 
-    /// The digest of the newest entry that has this key but for the size of its digest. It does not count as a use.
-    pub fn find_by_hash(&self, like: &Key) -> Option<Digest> {
+    /// The digest of the newest entry whose key equals `like` apart from the size. This does not count as a use.
+    pub(super) fn find_by_hash(&self, like: &Key) -> Option<Digest> {
         self.alike(like).max_by_key(|entry| entry.generation).map(|entry| entry.key.digest)
     }
 
     /// Looks an entry up, counts it as used, and keeps it from eviction until [`Index::release`].
-    pub fn lease(&self, key: &Key, now: u32) -> Option<Found> {
+    pub(super) fn lease(&self, key: &Key, now: u32) -> Option<FoundEntry> {
         let slot = self.slot_of(key)?;
         let entry = &self.entries[slot as usize];
         if entry.leases.fetch_add(1, Relaxed) == 0 {
@@ -154,86 +135,87 @@ impl Index {
         Some(self.renew_slot(slot, now))
     }
 
-    /// Ends a lease, which is a use if it was the last one. An entry that was lost meanwhile is passed over. Returns whether the
-    /// entry is to be settled.
-    pub fn release(&self, at: EntryRef) -> bool {
+    /// Ends a lease. The end of an entry's last lease is a use. Does nothing if the entry was removed meanwhile. Returns
+    /// whether the entry needs [`Index::settle`].
+    pub(super) fn release(&self, at: EntryRef) -> bool {
         let Some(entry) = self.live(at) else { return false };
         match entry.leases.fetch_update(Relaxed, Relaxed, |leases| leases.checked_sub(1)) {
             Ok(1) => {
                 self.leased.fetch_sub(entry.bytes, Relaxed);
-                self.mark_used(entry)
+                self.mark_released(at.slot, entry)
             }
             _ => false,
         }
     }
 
-    /// Moves an entry that was used to the head of the list, unless that was done already.
-    pub fn settle(&mut self, at: EntryRef) {
-        if self.live(at).is_some_and(Entry::is_unsettled) {
-            self.move_to_head(at.slot);
-        }
-    }
-
-    /// Promises `wanted` bytes to a write, evicting what is needed for it.
+    /// Reserves `wanted` bytes for a write and evicts what is needed for them.
     ///
     /// # Errors
-    /// [`Shortage`] when leases and other promises leave too little; nothing is evicted then.
-    pub fn reserve(&mut self, wanted: u64) -> Result<Grant, Shortage> {
+    /// [`Shortage`] when leases and other reservations leave too little room. Nothing is evicted then.
+    pub(super) fn reserve(&mut self, wanted: u64) -> Result<Grant, Shortage> {
         self.check_fit(wanted, 0)?;
         let Totals { used, reserved, limit, .. } = self.totals;
         let mut victims = Vec::new();
-        // Nobody can take a lease meanwhile, and all that is not leased can go, so this ends with enough room.
+        // No lease can be taken meanwhile, and everything else can be evicted, so this always frees enough.
         let target = limit - reserved - wanted;
         if used > target {
             self.evict_down_to(target, usize::MAX, &mut victims);
         }
         self.totals.reserved += wanted;
-        // Files that are on their way out from before count too: together they are what the room is made of.
+        // The room also includes files that were evicted earlier and are still being deleted, so their deletion counts too.
         Ok(Grant { victims, after_deletions: self.evicted_ever })
     }
 
+    /// Evicts at most `max` entries of those that [`Index::reserve`] would evict.
+    pub(super) fn evict_for(&mut self, wanted: u64, max: usize) -> Vec<Victim> {
+        let Totals { reserved, limit, .. } = self.totals;
+        let mut victims = Vec::new();
+        self.evict_down_to(limit.saturating_sub(reserved).saturating_sub(wanted), max, &mut victims);
+        victims
+    }
+
     /// Whether `wanted` bytes are free without evicting anything.
-    pub fn has_room(&self, wanted: u64) -> bool {
+    pub(super) fn has_room(&self, wanted: u64) -> bool {
         let Totals { used, reserved, limit, .. } = self.totals;
         limit.saturating_sub(used).saturating_sub(reserved) >= wanted
     }
 
-    /// Makes sure that `wanted` bytes could be made free by evicting all that can be, and by taking back `revocable` bytes of
-    /// earlier promises. Nothing is promised or evicted.
+    /// Checks that `wanted` bytes could be freed by evicting everything that is not leased and by revoking `revocable` bytes of
+    /// earlier reservations. Reserves and evicts nothing.
     ///
     /// # Errors
-    /// [`Shortage`] otherwise.
-    pub fn check_fit(&self, wanted: u64, revocable: u64) -> Result<(), Shortage> {
+    /// [`Shortage`] if they could not.
+    pub(super) fn check_fit(&self, wanted: u64, revocable: u64) -> Result<(), Shortage> {
         let Totals { leased, reserved, limit, .. } = self.totals();
         let free = limit.saturating_sub(leased).saturating_sub(reserved.saturating_sub(revocable));
         if free >= wanted { Ok(()) } else { Err(Shortage { wanted, leased, reserved, limit }) }
     }
 
-    /// Takes back what is left of a promise.
-    pub fn unreserve(&mut self, bytes: u64) {
+    /// Ends a reservation, or what is left of one.
+    pub(super) fn unreserve(&mut self, bytes: u64) {
         self.totals.reserved = self.totals.reserved.saturating_sub(bytes);
     }
 
-    /// Takes back a promise whose bytes are on disk already and are going to be deleted.
-    pub fn forfeit(&mut self, bytes: u64) {
+    /// Ends a reservation whose bytes are already on disk and are going to be deleted.
+    pub(super) fn forfeit(&mut self, bytes: u64) {
         self.unreserve(bytes);
         self.count_evicted(bytes);
     }
 
-    /// Makes a file visible that was written under a promise of at least `bytes`. A result replaces an earlier one
-    /// (AC-08); of a blob or a form that is stored already, the new file is the one to go (BS-28). Either way what comes back
-    /// is to be deleted.
-    pub fn commit(&mut self, file: FileId, bytes: u64, stamp: Stamp, now: u32) -> Option<Victim> {
+    /// Makes a file visible that was written under a reservation of at least `bytes`. A result replaces an earlier one (AC-08).
+    /// If the blob or form is already stored, the new file is superfluous (BS-28). The caller deletes the file that is
+    /// returned.
+    pub(super) fn commit(&mut self, file: FileId, bytes: u64, stamp: Stamp, now: u32) -> Option<Victim> {
         self.unreserve(bytes);
         let existing = self.slot_of(&file.key);
         match (existing, file.key.kind) {
-            (Some(slot), Kind::Blob | Kind::Zstd) => {
+            (Some(slot), EntryKind::Blob | EntryKind::Zstd) => {
                 let found = self.renew_slot(slot, now);
                 self.settle(found.at);
                 self.count_evicted(bytes);
                 Some(Victim { file, bytes })
             }
-            (Some(slot), Kind::Result) => {
+            (Some(slot), EntryKind::Result) => {
                 let old = self.remove_slot(slot);
                 self.insert(file, bytes, stamp, now);
                 Some(old)
@@ -246,8 +228,9 @@ impl Index {
         }
     }
 
-    /// Takes in a file that was found at start. Of two files of one entry the later one stays; the other comes back.
-    pub fn recover(&mut self, file: FileId, bytes: u64, touched: u32) -> Option<Victim> {
+    /// Adds a file that was found at start. If there are two files for one entry, the later one stays and the other is
+    /// returned.
+    pub(super) fn recover(&mut self, file: FileId, bytes: u64, touched: u32) -> Option<Victim> {
         let loser = match self.slot_of(&file.key) {
             Some(slot) if self.entries[slot as usize].generation > file.generation => {
                 self.count_evicted(bytes);
@@ -260,8 +243,8 @@ impl Index {
         loser
     }
 
-    /// Puts recovered entries in the order of their recorded use.
-    pub fn finish_recovery(&mut self) {
+    /// Sorts recovered entries by their recorded use.
+    pub(super) fn finish_recovery(&mut self) {
         let mut order: Vec<(u32, u32)> = Vec::with_capacity(self.table.len());
         order
             .extend(self.table.iter().map(|&slot| (self.entries[slot as usize].touched.load(Relaxed), slot)));
@@ -272,42 +255,41 @@ impl Index {
         }
     }
 
-    /// Records that the content of a file is known to be right.
-    pub fn trust(&mut self, at: EntryRef, stamp: Stamp) {
+    /// Records the stamp at which the content of a file was verified.
+    pub(super) fn trust(&mut self, at: EntryRef, stamp: Stamp) {
         if let Some(entry) = self.live_mut(at) {
             entry.stamp = stamp;
         }
     }
 
     /// The stamp of an entry that is still there.
-    pub fn stamp(&self, at: EntryRef) -> Option<Stamp> {
+    pub(super) fn stamp(&self, at: EntryRef) -> Option<Stamp> {
         self.live(at).map(|entry| entry.stamp)
     }
 
-    /// Follows a file through a change that did not touch its content. Nothing happens if its stamp is not `before` any more.
-    pub fn follow(&mut self, at: EntryRef, before: Stamp, after: Stamp) {
+    /// Updates a stamp after a change that left the file's content as it was. Does nothing if the stamp is no longer `before`.
+    pub(super) fn follow(&mut self, at: EntryRef, before: Stamp, after: Stamp) {
         if let Some(entry) = self.live_mut(at).filter(|entry| entry.stamp == before) {
             entry.stamp = after;
         }
     }
 
-    /// Hides an entry whose file turned out to be damaged or gone. Whoever has found that out may rely on it at once;
-    /// [`Index::remove`] has to follow.
-    pub fn condemn(&self, at: EntryRef) {
+    /// Hides an entry whose file turned out to be damaged or gone: look-ups no longer find it. [`Index::remove`] has to follow.
+    pub(super) fn condemn(&self, at: EntryRef) {
         if let Some(entry) = self.live(at) {
             entry.condemned.store(true, Relaxed);
         }
     }
 
     /// Drops an entry whose file turned out to be damaged or gone, leased or not.
-    pub fn remove(&mut self, at: EntryRef) -> Option<Victim> {
+    pub(super) fn remove(&mut self, at: EntryRef) -> Option<Victim> {
         self.live(at)?;
         Some(self.remove_slot(at.slot))
     }
 
-    /// Evicts ahead of need, at most `max` entries: once the high-water mark is passed, until the low-water mark. Call
-    /// again until it returns nothing.
-    pub fn trim(&mut self, max: usize) -> Vec<Victim> {
+    /// Evicts ahead of need: once the high-water mark is passed, down to the low-water mark, at most `max` entries per call.
+    /// Call it again until it returns nothing.
+    pub(super) fn trim(&mut self, max: usize) -> Vec<Victim> {
         let Totals { used, reserved, .. } = self.totals;
         self.trimming |= used.saturating_add(reserved) > self.high_water;
         let mut victims = Vec::new();
@@ -318,9 +300,9 @@ impl Index {
         victims
     }
 
-    /// Evicts the least recently used entries: at least so many bytes and so many entries, as far as there are any and at
-    /// most `max` entries.
-    pub fn evict(&mut self, bytes: u64, entries: u64, max: usize) -> Vec<Victim> {
+    /// Evicts the least recently used entries until at least `bytes` bytes and `entries` entries are evicted, at most `max`
+    /// entries.
+    pub(super) fn evict(&mut self, bytes: u64, entries: u64, max: usize) -> Vec<Victim> {
         let (mut victims, mut evicted) = (Vec::new(), 0u64);
         while (evicted < bytes || (victims.len() as u64) < entries)
             && victims.len() < max
@@ -333,8 +315,8 @@ impl Index {
         victims
     }
 
-    /// Records that files which the index let go are gone.
-    pub fn deleted(&mut self, bytes: u64) {
+    /// Records that evicted or replaced files of this many bytes are deleted.
+    pub(super) fn deleted(&mut self, bytes: u64) {
         self.totals.deleting = self.totals.deleting.saturating_sub(bytes);
         self.deleted_ever += bytes;
     }
@@ -354,29 +336,7 @@ impl Index {
         }
     }
 
-    /// The least recently used entry that is not leased. Those before it in the list that are leased, or whose use was not
-    /// settled yet, move to the head; so a look at each entry, and at the first once more, sees all.
-    fn oldest_evictable(&mut self) -> Option<u32> {
-        if self.totals.used == self.leased.load(Relaxed) {
-            return None;
-        }
-        for _ in 0..=self.table.len() {
-            let slot = self.oldest;
-            let entry = self.entries.get(slot as usize)?;
-            if !entry.is_leased() && !entry.is_unsettled() {
-                return Some(slot);
-            }
-            self.move_to_head(slot);
-        }
-        None
-    }
-
-    fn move_to_head(&mut self, slot: u32) {
-        self.unlink(slot);
-        self.link_newest(slot);
-    }
-
-    /// Entries that have this key but for the size of its digest.
+    /// Entries whose key equals `like` apart from the size of the digest.
     fn alike(&self, like: &Key) -> impl Iterator<Item = &Entry> {
         let same = move |key: &Key| {
             (key.kind, key.instance, key.digest.function(), key.digest.hash())
@@ -386,10 +346,10 @@ impl Index {
         entries.filter(move |entry| same(&entry.key) && !entry.condemned.load(Relaxed))
     }
 
-    /// Makes room among entries that are alike. Blobs are not limited: the content of each was checked, so there are as many as
-    /// somebody has found collisions.
+    /// Removes the oldest of [`MAX_ALIKE`] entries that differ only in size. Blobs are exempt: their content is verified, so
+    /// more than one would need a hash collision.
     fn drop_oldest_alike(&mut self, key: &Key) -> Option<Victim> {
-        if key.kind == Kind::Blob || self.alike(key).count() < MAX_ALIKE {
+        if key.kind == EntryKind::Blob || self.alike(key).count() < MAX_ALIKE {
             return None;
         }
         let oldest = self.alike(key).min_by_key(|entry| entry.generation).map(|entry| entry.key)?;
@@ -421,7 +381,7 @@ impl Index {
         FileId { key: entry.key, generation: entry.generation }
     }
 
-    fn renew_slot(&self, slot: u32, now: u32) -> Found {
+    fn renew_slot(&self, slot: u32, now: u32) -> FoundEntry {
         let entry = &self.entries[slot as usize];
         let settle_due = self.mark_used(entry);
         let touched = entry.touched.load(Relaxed);
@@ -429,37 +389,12 @@ impl Index {
             && entry.touched.compare_exchange(touched, now, Relaxed, Relaxed).is_ok();
         let (generation, key, stamp) = (entry.generation, entry.key, entry.stamp);
         let at = EntryRef { slot, generation };
-        Found { at, file: FileId { key, generation }, stamp, touch_due, settle_due }
-    }
-
-    /// Marks an entry as used, unless its place in the list says so already. Returns whether the mark is new.
-    fn mark_used(&self, entry: &Entry) -> bool {
-        // So many entries at most are newer. Even the newest is marked in a short list: others that were used before it may be
-        // about to move past it.
-        let behind = self.links.wrapping_sub(entry.linked_at) as usize;
-        let is_new = self.table.len() >= EXACT_BELOW && behind < self.table.len() / 4;
-        if is_new || entry.used_at.load(Relaxed) == self.links {
-            return false;
-        }
-        entry.used_at.store(self.links, Relaxed);
-        true
+        FoundEntry { at, file: FileId { key, generation }, stamp, touch_due, settle_due }
     }
 
     fn insert(&mut self, file: FileId, bytes: u64, stamp: Stamp, touched: u32) {
-        let FileId { key, generation } = file;
-        let entry = Entry {
-            key,
-            generation,
-            stamp,
-            bytes,
-            leases: AtomicU32::new(0),
-            touched: AtomicU32::new(touched),
-            prev: NIL,
-            next: NIL,
-            linked_at: 0,
-            used_at: AtomicU32::new(0),
-            condemned: AtomicBool::new(false),
-        };
+        let key = file.key;
+        let entry = Entry::new(file, bytes, stamp, touched);
         let slot = if self.free == NIL {
             if self.entries.len() == self.entries.capacity() {
                 self.entries.reserve_exact(MIN_GROWTH.max(self.entries.len() / 4));
@@ -487,7 +422,7 @@ impl Index {
         if let Ok(found) = self.table.find_entry(hash, |&candidate| candidate == slot) {
             found.remove();
         }
-        self.unlink(slot);
+        self.forget(slot);
         let entry = &mut self.entries[slot as usize];
         let bytes = entry.bytes;
         if std::mem::take(entry.leases.get_mut()) > 0 {
@@ -506,41 +441,16 @@ impl Index {
         self.evicted_ever += bytes;
     }
 
-    fn count_of(&mut self, kind: Kind) -> &mut u64 {
+    fn count_of(&mut self, kind: EntryKind) -> &mut u64 {
         match kind {
-            Kind::Blob => &mut self.totals.blobs,
-            Kind::Result => &mut self.totals.results,
-            Kind::Zstd => &mut self.totals.zstd_forms,
+            EntryKind::Blob => &mut self.totals.blobs,
+            EntryKind::Result => &mut self.totals.results,
+            EntryKind::Zstd => &mut self.totals.zstd_forms,
         }
-    }
-
-    fn unlink(&mut self, slot: u32) {
-        let Entry { prev, next, .. } = self.entries[slot as usize];
-        match prev {
-            NIL => self.newest = next,
-            _ => self.entries[prev as usize].next = next,
-        }
-        match next {
-            NIL => self.oldest = prev,
-            _ => self.entries[next as usize].prev = prev,
-        }
-    }
-
-    fn link_newest(&mut self, slot: u32) {
-        let old = self.newest;
-        self.links = self.links.wrapping_add(1);
-        let entry = &mut self.entries[slot as usize];
-        (entry.prev, entry.next, entry.linked_at) = (NIL, old, self.links);
-        *entry.used_at.get_mut() = self.links.wrapping_sub(1);
-        match old {
-            NIL => self.oldest = slot,
-            _ => self.entries[old as usize].prev = slot,
-        }
-        self.newest = slot;
     }
 }
 
-/// The hash of a key in the table. The size adds nothing to a hash, so nothing is lost without it.
+/// The hash of a key in the table. The size is left out, so that an entry can be found by its hash alone.
 fn hash_without_size(hasher: &RandomState, key: &Key) -> u64 {
     let Key { digest, instance, kind } = key;
     let mut state = hasher.build_hasher();

@@ -1,10 +1,10 @@
-//! Look-ups: what [`Cas`] answers from the index and from memory alone, without a message to the actor.
+//! Look-ups that [`Cas`] answers from the index and from memory, without a message to the actor.
 
 use super::{
     CasActor,
     client::{Cas, UploadStatus, going_down},
     guards::Lease,
-    index::{EntryRef, Found, Key, Kind, Stamp},
+    index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
     requests::{QueryUpload, SettleUses},
     settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
     view::LookUp,
@@ -19,32 +19,32 @@ use hashbrown::{HashTable, hash_table::Entry};
 use std::hash::{BuildHasher as _, RandomState};
 use tokio::task;
 
-/// Where blobs are, in the order asked; the empty blob is never found, having no file.
+/// The answer of [`Cas::locate`], in the order of the digests. The empty blob has no file and is never found.
 #[derive(Debug)]
-pub struct Located {
-    pub found: Vec<Option<Found>>,
-    /// The zstd forms of them, if those were asked for.
-    pub zstd: Vec<Option<Found>>,
-    /// Holds what was found, if that was asked for.
+pub(super) struct Located {
+    pub found: Vec<Option<FoundEntry>>,
+    /// Their zstd forms, if those were asked for.
+    pub zstd: Vec<Option<FoundEntry>>,
+    /// Protects what was found from eviction, if that was asked for.
     pub lease: Lease,
 }
 
-/// What a look-up is for.
+/// The purpose of a look-up, which decides what is leased.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
-    /// To know whether something is stored, or to read what is read at once.
+pub(super) enum Purpose {
+    /// To learn whether a blob is stored, or to read it at once. No lease.
     Look,
-    /// To read, with a lease.
+    /// To read the blob, under a lease.
     Read,
-    /// To read, with a lease, the zstd forms too.
+    /// To read the blob or its zstd form, both under a lease.
     ReadZstd,
 }
 
-/// Digests that are not stored, each once, in the order in which they were asked for.
+/// A set of digests in the order in which they were added.
 #[derive(Default)]
 struct Missing {
     digests: Vec<Digest>,
-    /// The hash and the place in the list of each.
+    /// The hash of each digest and its position in the list.
     places: HashTable<(u64, usize)>,
     hasher: RandomState,
 }
@@ -61,11 +61,21 @@ impl Missing {
     }
 }
 
+/// Lets other tasks run after a full turn of look-ups, and now and then after smaller ones. Look-ups wait for nothing, so a caller
+/// that makes many of them would keep its thread otherwise, in whatever parts it makes them.
+async fn end_turn(look_ups: usize) {
+    if look_ups < LOOKUPS_PER_TURN {
+        task::coop::consume_budget().await;
+    } else {
+        task::yield_now().await;
+    }
+}
+
 impl Cas {
-    /// Asks the index a few questions at one moment.
+    /// Makes a few look-ups under one hold of the index's lock.
     ///
     /// # Errors
-    /// `Unavailable` when the server is going down.
+    /// `Unavailable` when the server is shutting down.
     pub(super) fn look_up<T>(&self, look: impl FnOnce(&mut LookUp<'_>) -> T) -> Result<T> {
         if !self.actor().connected() {
             return Err(going_down());
@@ -77,18 +87,16 @@ impl Cas {
         Ok(answer)
     }
 
-    /// Those of the digests that are not stored, each once; the others are renewed (CAS-01..04). The empty blob is never missing
+    /// Returns the digests that are not stored, each once, and renews the others (CAS-01..04). The empty blob is never missing
     /// (GEN-06).
     ///
     /// # Errors
-    /// `Unavailable` when the server is going down.
+    /// `Unavailable` when the server is shutting down.
     pub async fn find_missing(&self, instance: &Instance, digests: &[Digest]) -> Result<Vec<Digest>> {
         let mut missing = Missing::default();
-        for (turn, part) in digests.chunks(LOOKUPS_PER_TURN).enumerate() {
-            if turn > 0 {
-                task::yield_now().await;
-            }
+        for part in digests.chunks(LOOKUPS_PER_TURN) {
             self.find_missing_now(instance.blobs(), part, &mut missing)?;
+            end_turn(part.len()).await;
         }
         Ok(missing.digests)
     }
@@ -101,7 +109,7 @@ impl Cas {
     ) -> Result<()> {
         for part in digests.chunks(LOOKUPS_PER_HOLD) {
             self.look_up(|index| {
-                // The empty blob is asked about last: it is rare, and to recognise it takes a hash.
+                // The check for the empty blob comes last: it is rare, and it costs a hash.
                 let is_missing =
                     |digest: &&Digest| index.renew_blob(instance, **digest).is_none() && !digest.is_empty();
                 part.iter().filter(is_missing).for_each(|digest| missing.add(digest));
@@ -110,10 +118,10 @@ impl Cas {
         Ok(())
     }
 
-    /// Where blobs are. They are renewed, and leased as the purpose needs it.
+    /// Locates blobs. Those that are found are renewed, and leased if the purpose needs it.
     ///
     /// # Errors
-    /// `Unavailable` when the server is going down.
+    /// `Unavailable` when the server is shutting down.
     pub(super) async fn locate(
         &self,
         instance: &Instance,
@@ -126,13 +134,11 @@ impl Cas {
             zstd: Vec::new(),
             lease: Lease::none(self.clone()),
         };
-        for (turn, part) in digests.chunks(LOOKUPS_PER_TURN).enumerate() {
-            if turn > 0 {
-                task::yield_now().await;
-            }
+        for part in digests.chunks(LOOKUPS_PER_TURN) {
             for part in part.chunks(LOOKUPS_PER_HOLD) {
                 self.locate_part(instance.blobs(), part, purpose, &mut located)?;
             }
+            end_turn(part.len()).await;
         }
         Ok(located)
     }
@@ -158,36 +164,36 @@ impl Cas {
                 };
                 digests.iter().map(look).collect::<Vec<_>>()
             };
-            // The forms first: so a form is always older than its blob, and is evicted before it.
+            // Forms are looked up first, so that a form is always older than its blob and is evicted before it.
             if purpose == Purpose::ReadZstd {
-                zstd.extend(locate(Kind::Zstd));
+                zstd.extend(locate(EntryKind::Zstd));
             }
-            found.extend(locate(Kind::Blob));
+            found.extend(locate(EntryKind::Blob));
         })
     }
 
-    /// At which stamp the content of an entry is known to be right.
+    /// The stamp at which the content of an entry was last verified.
     pub(super) fn known_stamp(&self, at: EntryRef) -> Result<Option<Stamp>> {
         self.look_up(|index| index.stamp(at))
     }
 
-    /// The whole digest of a stored blob of which only the hash is known; the size in `like` does not count.
+    /// The digest of a stored blob of which only the hash is known. The size in `like` is ignored.
     ///
     /// # Errors
-    /// `Unavailable` when the server is going down.
+    /// `Unavailable` when the server is shutting down.
     pub fn blob_by_hash(&self, instance: &Instance, like: Digest) -> Result<Option<Digest>> {
         let empty = Digest::empty(like.function());
         if like.hash() == empty.hash() {
             return Ok(Some(empty));
         }
-        let key = Key { digest: like, instance: instance.blobs(), kind: Kind::Blob };
+        let key = Key { digest: like, instance: instance.blobs(), kind: EntryKind::Blob };
         self.look_up(|index| index.find_by_hash(&key))
     }
 }
 
 impl CasActor {
     /// Looks an entry up and counts it as used now.
-    pub(super) fn renew(&self, key: &Key) -> Option<Found> {
+    pub(super) fn renew(&self, key: &Key) -> Option<FoundEntry> {
         self.shared.view.read(|index| index.renew(key)).0
     }
 }

@@ -1,11 +1,11 @@
-//! [`Memo`]: decoded, immutable things kept at hand, bounded by their weight in bytes.
+//! [`Memo`]: a cache of decoded, immutable values, bounded by their weight in bytes.
 //!
-//! Two generations stand in for an exact order of use: what is used moves to the young one, and when the young one has
-//! half of the budget, the old one is dropped and the young one takes its place. Anything used since the last two turns
-//! is kept, every operation takes constant time, and there are no links to maintain.
+//! Two generations approximate the order of use. A value that is used moves to the young generation. When the young generation
+//! reaches half of the budget, it replaces the old one, which is dropped. Every operation takes constant time, and there is no
+//! linked list to maintain.
 //!
-//! The locks stay in this file and are held for a map operation only. It never decides whether a thing is stored: that is
-//! the index's to say.
+//! The locks stay in this file and are held for one map operation. A memo never decides whether a blob is stored: only the
+//! index does.
 
 use std::{
     collections::HashMap,
@@ -13,28 +13,28 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// So that threads that stage inputs at the same time seldom meet.
+/// Shards, so that threads that stage inputs at the same time seldom contend for one lock.
 const SHARDS: usize = 8;
-/// A thing heavier than this part of its shard is not kept: it would push out too much.
+/// A value heavier than `1 / LARGEST_PART` of a shard is not kept: it would push out too much.
 const LARGEST_PART: usize = 4;
 
-/// A bounded cache; see the top of this file.
-pub struct Memo<K, V> {
-    shards: Vec<Mutex<Shard<K, V>>>,
+/// A bounded cache; see the module documentation.
+pub(super) struct Memo<K, V> {
+    shards: Vec<Mutex<MemoShard<K, V>>>,
     hasher: RandomState,
     budget: usize,
 }
 
-struct Shard<K, V> {
+struct MemoShard<K, V> {
     young: HashMap<K, (V, usize)>,
     old: HashMap<K, (V, usize)>,
     young_weight: usize,
 }
 
 impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
-    /// An empty memo that holds about `budget` bytes at most.
-    pub fn new(budget: usize) -> Self {
-        let shard = || Shard { young: HashMap::default(), old: HashMap::default(), young_weight: 0 };
+    /// An empty memo that holds at most about `budget` bytes.
+    pub(super) fn new(budget: usize) -> Self {
+        let shard = || MemoShard { young: HashMap::default(), old: HashMap::default(), young_weight: 0 };
         Self {
             shards: (0..SHARDS).map(|_| Mutex::new(shard())).collect(),
             hasher: RandomState::new(),
@@ -42,8 +42,8 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
         }
     }
 
-    /// What is kept under a key.
-    pub fn get(&self, key: &K) -> Option<V> {
+    /// The value of a key, if it is cached.
+    pub(super) fn get(&self, key: &K) -> Option<V> {
         let mut shard = self.shard(key);
         if let Some((value, _)) = shard.young.get(key) {
             return Some(value.clone());
@@ -53,8 +53,8 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
         Some(value)
     }
 
-    /// Keeps a thing that takes about `weight` bytes.
-    pub fn insert(&self, key: K, value: V, weight: usize) {
+    /// Caches a value that takes about `weight` bytes.
+    pub(super) fn insert(&self, key: K, value: V, weight: usize) {
         if weight <= self.budget / LARGEST_PART / SHARDS {
             let mut shard = self.shard(&key);
             shard.old.remove(&key);
@@ -62,7 +62,6 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
         }
     }
 
-    /// Forgets everything.
     #[cfg(test)]
     pub fn clear(&self) {
         for shard in &self.shards {
@@ -71,7 +70,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
         }
     }
 
-    fn put(&self, shard: &mut Shard<K, V>, key: K, value: V, weight: usize) {
+    fn put(&self, shard: &mut MemoShard<K, V>, key: K, value: V, weight: usize) {
         if shard.young_weight + weight > self.budget / SHARDS / 2 {
             shard.old = std::mem::take(&mut shard.young);
             shard.young_weight = 0;
@@ -82,9 +81,9 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
         }
     }
 
-    fn shard(&self, key: &K) -> MutexGuard<'_, Shard<K, V>> {
+    fn shard(&self, key: &K) -> MutexGuard<'_, MemoShard<K, V>> {
         let at = self.hasher.hash_one(key) as usize % SHARDS;
-        // A map operation does not panic half-way; and what is lost here is only looked up again.
+        // A poisoned lock is fine: a map operation does not panic halfway, and a lost value is only looked up again.
         self.shards[at].lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -100,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_used_stays_and_the_weight_is_bounded() {
+    fn used_values_stay_and_the_weight_is_bounded() {
         let budget = 8_000;
         let memo = Memo::new(budget);
         for n in 0..10_000u32 {

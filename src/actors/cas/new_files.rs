@@ -1,14 +1,15 @@
 //! [`NewFiles`]: the one way into the store.
 //!
-//! Batches, uploads, outputs, results, zstd forms and chunks take the same steps: room is reserved, the bytes are checked, a new file
-//! is written and stamped, it is charged, and the actor makes it visible. The steps from the file on are here. Room comes from
-//! [`Cas::take_room`] when the size is known, and from a [`super::guards::Room`] that grows with the bytes when it is not.
+//! Batches, uploads, outputs, results, zstd forms and chunks take the same steps: reserve room, check the bytes, write and
+//! stamp a new file, charge it, and let the actor make it visible. This file has the steps from writing on. Room comes from
+//! [`Cas::take_room`] when the size is known, and from a [`super::guards::UploadRoom`] that grows with the bytes when it is
+//! not.
 //!
-//! Invariant: every file that was written is handed to the actor, at the latest when this is dropped. So no file stays on disk that
-//! nobody counts, and what is left of the room goes back.
+//! Invariant: every written file is handed to the actor, at the latest when `NewFiles` is dropped. So every file on disk is
+//! counted, and unused room is given back.
 
 use super::{
-    CasActor, Shared,
+    CasActor, StoreShared,
     client::{Cas, going_down},
     guards::Reservation,
     index::{FileId, Key, Stamp},
@@ -23,14 +24,14 @@ use gorego_reapi::error::Result;
 use std::{io, sync::Arc};
 use tokio::sync::oneshot;
 
-/// Files that are written and not yet visible, with room for them.
+/// Written files that are not visible yet, with room for them and for more.
 #[derive(Debug)]
 pub(super) struct NewFiles {
     store: Addr<CasActor>,
-    shared: Arc<Shared>,
-    /// For what was written, and for what is to come.
+    shared: Arc<StoreShared>,
+    /// Room for the written files and for files to come.
     room: Reservation,
-    /// The part of it that what was written takes.
+    /// The part of the room that the written files take.
     spent: u64,
     written: Vec<WrittenFile>,
 }
@@ -40,27 +41,26 @@ pub(super) struct NewFiles {
 pub(super) struct Visible(oneshot::Receiver<()>);
 
 impl Visible {
-    /// Returns when the files are visible to everybody.
+    /// Waits until the files are visible to everybody.
     ///
     /// # Errors
-    /// `Unavailable` when the server is going down.
+    /// `Unavailable` when the server is shutting down.
     pub(super) async fn wait(self) -> Result<()> {
         self.0.await.map_err(|_| going_down())
     }
 }
 
 impl NewFiles {
-    /// None yet, with room for what is to come.
-    pub(super) fn new(store: &Addr<CasActor>, shared: &Arc<Shared>, room: Reservation) -> Self {
+    /// An empty batch, with room for files to come.
+    pub(super) fn new(store: &Addr<CasActor>, shared: &Arc<StoreShared>, room: Reservation) -> Self {
         Self { store: store.clone(), shared: shared.clone(), room, spent: 0, written: Vec::new() }
     }
 
-    /// How much room is lacking to write so many bytes more.
+    /// How many bytes of room are lacking to write `bytes` more.
     pub(super) fn lacks(&self, bytes: u64) -> u64 {
         self.spent.saturating_add(bytes).saturating_sub(self.room.bytes())
     }
 
-    /// Adds room.
     pub(super) fn add_room(&mut self, more: Reservation) {
         self.room.absorb(more);
     }
@@ -68,7 +68,7 @@ impl NewFiles {
     /// Writes bytes that were checked before. Blocks.
     ///
     /// # Errors
-    /// Those of the volume; nothing is left of the file then.
+    /// Those of the volume. No partial file is left behind.
     pub(super) fn write(&mut self, key: Key, pieces: &[Bytes]) -> io::Result<FileId> {
         let file = self.next(key);
         let stamp = self.shared.volume.write(&file, pieces)?;
@@ -79,14 +79,14 @@ impl NewFiles {
     /// Keeps a draft of `size` bytes whose content was checked. Blocks.
     ///
     /// # Errors
-    /// As [`NewFiles::write`].
+    /// Those of [`NewFiles::write`].
     pub(super) fn keep(&mut self, key: Key, draft: Box<dyn Draft>, size: u64) -> io::Result<FileId> {
         let file = self.next(key);
         let stamp = draft.keep(&file)?;
         Ok(self.add(file, size, stamp))
     }
 
-    /// Takes a file over that an action left behind, if that is safe; `None` when it has to be copied. Blocks.
+    /// Adopts a file that an action left behind, if that is safe. Returns `None` when it has to be copied. Blocks.
     ///
     /// # Errors
     /// Those of the volume.
@@ -96,30 +96,30 @@ impl NewFiles {
         Ok(stamp.map(|stamp| self.add(file, left.size(), stamp)))
     }
 
-    /// How many files wait to be made visible.
+    /// The number of files that are not handed over yet.
     pub(super) fn len(&self) -> usize {
         self.written.len()
     }
 
-    /// Hands over what was written so far; room that is left is kept for what is to come. `None` when nothing was.
+    /// Hands over the written files and keeps the remaining room. Returns `None` if there are none.
     pub(super) fn publish(&mut self) -> Option<Visible> {
         let room = self.room.split(self.spent);
         self.tell(room, None)
     }
 
-    /// Hands over what was written, and what is left of the room. `None` when nothing was.
+    /// Hands over the written files and gives the remaining room back. Returns `None` if there are none.
     pub(super) fn commit(mut self) -> Option<Visible> {
         let room = self.room.split(u64::MAX);
         self.tell(room, None)
     }
 
-    /// The same of the blob of an upload, which is over then.
+    /// Like [`NewFiles::commit`], for the blob of an upload, which ends with it.
     pub(super) fn commit_upload(mut self, attempt: Attempt) -> Option<Visible> {
         let room = self.room.split(u64::MAX);
         self.tell(room, Some(attempt.into_end()))
     }
 
-    /// Tells the actor of a few files at a time, so that none of these messages takes long.
+    /// Sends the files to the actor in parts, so that no message takes long.
     fn tell(&mut self, mut room: Reservation, mut upload: Option<EndUpload>) -> Option<Visible> {
         let mut files = std::mem::take(&mut self.written);
         self.spent = 0;
@@ -127,12 +127,12 @@ impl NewFiles {
         while !files.is_empty() || upload.is_some() {
             let rest = files.split_off(files.len().min(FILES_PER_COMMIT));
             let spent = files.iter().map(|file| file.bytes).sum();
-            // What is left over is given back with the last of them.
+            // The remaining room goes back with the last part.
             let room = room.split(if rest.is_empty() { u64::MAX } else { spent });
             let upload = if rest.is_empty() { upload.take() } else { None };
             let (reply, visible) = oneshot::channel();
             self.store.do_send(Commit { files, room, upload, reply });
-            // What is told is handled in order, so the last answer stands for all.
+            // Messages are handled in order, so the last answer covers all of them.
             (last, files) = (Some(Visible(visible)), rest);
         }
         last
@@ -158,15 +158,15 @@ impl Drop for NewFiles {
 }
 
 impl Cas {
-    /// Takes room for bytes that are at hand or about to come. Returns once files that had to go for it are gone.
+    /// Reserves room for bytes that are there or about to come. Returns once the files that were evicted for it are deleted.
     ///
     /// # Errors
-    /// `Exhausted` when there is none.
+    /// `Exhausted` when there is no room.
     pub(super) async fn take_room(&self, bytes: u64) -> Result<Reservation> {
         Reservation::take(self.actor(), bytes).await
     }
 
-    /// Files to come, with room that was taken for them.
+    /// An empty batch of new files, with room that was reserved for them.
     pub(super) fn new_files(&self, room: Reservation) -> NewFiles {
         NewFiles::new(self.actor(), self.shared(), room)
     }

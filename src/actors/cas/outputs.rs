@@ -1,13 +1,13 @@
-//! Storing what a worker hands over: files that an action left behind, bytes at hand, and the result.
+//! Stores what a worker hands over: output files, bytes in memory, and the action result.
 //!
-//! A file that nobody else can reach becomes the stored file itself: it is hashed where it lies, made read-only, and moved
-//! to its stored name. All processes of the action are dead by then, and a read lease makes sure that nobody has the file open
-//! for writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied.
+//! A file that nobody else can reach becomes the stored file itself: it is hashed in place, made read-only, and moved to its
+//! stored name. All processes of the action are dead by then, and a read lease ensures that nobody has the file open for
+//! writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied.
 
 use super::{
     client::{Cas, Provenance, spoilt},
     guards::Reservation,
-    index::{Key, Kind},
+    index::{EntryKind, Key},
     new_files::{NewFiles, Visible},
     results::{PreparedResult, Uploader},
     settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
@@ -22,23 +22,24 @@ use gorego_reapi::{
 };
 use std::{collections::HashSet, fs::File, io};
 
-/// What a worker stores together, blobs and the result that refers to them: room for them is taken ahead, and they become visible
-/// together. What was written when it is dropped becomes visible too. Methods block and are for worker threads.
+/// Blobs and the result that refers to them, which a worker stores together. Room is reserved ahead, and they become visible
+/// together. If the batch is dropped, the files written so far become visible too. The methods block and are for worker
+/// threads.
 #[derive(Debug)]
 pub struct OutputBatch {
     cas: Cas,
     instance: Instance,
     function: DigestFunction,
-    /// What the caller says is still to come, in bytes on disk.
+    /// Bytes on disk that the caller still expects to store.
     expected: u64,
-    /// What was written and is not visible yet, with room for more.
+    /// Written files that are not visible yet, with room for more.
     files: NewFiles,
-    /// All of it, also what was made visible already.
+    /// Every blob of the batch, including those already visible.
     stored: HashSet<Digest>,
 }
 
 impl Cas {
-    /// Begins to store what an action of this function has made; about `expected` bytes.
+    /// Begins to store the outputs of an action, about `expected` bytes. Digests are computed with `function`.
     pub fn begin_outputs(&self, instance: &Instance, function: DigestFunction, expected: u64) -> OutputBatch {
         OutputBatch {
             cas: self.clone(),
@@ -50,7 +51,7 @@ impl Cas {
         }
     }
 
-    /// Whether a blob is stored and its file is as it should be; a bad one is dropped.
+    /// Whether a blob is stored and its file is intact. A damaged blob is dropped.
     async fn is_stored(&self, instance: &Instance, digest: Digest) -> Result<bool> {
         for _ in 0..SOUND_TRIES {
             if !self.find_missing(instance, &[digest]).await?.is_empty() {
@@ -65,12 +66,12 @@ impl Cas {
 }
 
 impl OutputBatch {
-    /// Stores a file that an action left behind: takes the file itself over when nobody else can reach it (one link, ours, same
-    /// file system, no writer), copies it otherwise. `file` is open for reading, `parent`/`name` is where it lies, and may not
-    /// lie any more afterwards. Returns its digest.
+    /// Stores a file that an action left behind. The file itself is moved into the store if nobody else can reach it (one link,
+    /// owned by this process, same file system, no writer); otherwise it is copied. `file` is open for reading, and
+    /// `parent`/`name` is its path, which may be gone afterwards. Returns the digest.
     ///
     /// # Errors
-    /// `Exhausted` when there is no room; `Invalid` when it is larger than the largest blob allowed.
+    /// `Exhausted` when there is no room; `Invalid` when it exceeds the largest allowed blob.
     pub fn file(&mut self, parent: &File, name: &str, file: File) -> Result<Digest> {
         let failed =
             |error: io::Error| Error::io(&format!("store output \"{}\"", name.escape_debug()), &error);
@@ -91,13 +92,13 @@ impl OutputBatch {
         Ok(digest)
     }
 
-    /// Stores bytes at hand.
+    /// Stores bytes from memory.
     ///
     /// # Errors
     /// `Exhausted` when there is no room.
     pub fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest> {
         let digest = self.function.digest(&bytes);
-        self.cas.check_blob_size(digest.size(), "the bytes at hand")?;
+        self.cas.check_blob_size(digest.size(), "an output")?;
         let Some(key) = self.make_room(digest)? else { return Ok(digest) };
         self.files
             .write(key, &[Bytes::from(bytes)])
@@ -106,15 +107,15 @@ impl OutputBatch {
         Ok(digest)
     }
 
-    /// Says that about so many bytes on disk are still to come.
+    /// Sets the estimate of bytes on disk that are still to come.
     pub fn expect(&mut self, bytes: u64) {
         self.expected = bytes;
     }
 
-    /// Adds the result of the action that made all this. It replaces an earlier one when all of it becomes visible (AC-08).
+    /// Adds the result of the action. It replaces an earlier one when the batch becomes visible (AC-08).
     ///
     /// # Errors
-    /// `Exhausted` when there is no room for it; what else is in the batch is not concerned.
+    /// `Exhausted` when there is no room for it; the rest of the batch is not affected.
     pub fn result(
         &mut self,
         action: Digest,
@@ -135,25 +136,25 @@ impl OutputBatch {
         Ok(())
     }
 
-    /// Returns when all that was stored so far is visible to others. Room that is left is kept for what is to come.
+    /// Makes everything stored so far visible, and waits for that. Remaining room is kept.
     ///
     /// # Errors
-    /// `Unavailable` when the server is going down.
+    /// `Unavailable` when the server is shutting down.
     pub fn publish(&mut self) -> Result<()> {
         let told = self.files.publish();
         wait_for(&self.cas, told)
     }
 
-    /// Returns when everything is visible to others.
+    /// Makes everything visible, and waits for that.
     ///
     /// # Errors
-    /// `Unavailable` when the server is going down.
+    /// `Unavailable` when the server is shutting down.
     pub fn commit(self) -> Result<()> {
         let told = self.files.commit();
         wait_for(&self.cas, told)
     }
 
-    /// Takes room for a blob; `None` when it is stored already.
+    /// Reserves room for a blob; `None` when it is already stored.
     fn make_room(&mut self, digest: Digest) -> Result<Option<Key>> {
         let bytes = self.cas.shared().volume.charge(digest.size());
         let left = self.expected.saturating_sub(bytes);
@@ -170,7 +171,7 @@ impl OutputBatch {
         })?;
         let Some(more) = more else { return Ok(None) };
         self.files.add_room(more);
-        Ok(Some(Key { digest, instance: self.instance.blobs(), kind: Kind::Blob }))
+        Ok(Some(Key { digest, instance: self.instance.blobs(), kind: EntryKind::Blob }))
     }
 
     fn add_stored(&mut self, digest: Digest) {
@@ -184,12 +185,12 @@ impl OutputBatch {
         }
     }
 
-    /// Copies a file; `None` when it is not what it was when it was hashed.
+    /// Copies a file; `None` when it has changed since it was hashed.
     fn copy(&self, digest: Digest, left: &LeftFile<'_>) -> io::Result<Option<Box<dyn Draft>>> {
         let mut copy = self.cas.shared().volume.draft()?;
         let mut hasher = digest.hasher();
         let mut piece = vec![0; PIECE_BYTES];
-        // One byte more than expected is enough to know.
+        // One byte too many is enough to detect a change.
         while hasher.size() <= digest.size() {
             let read = left.read_at(&mut piece, hasher.size())?;
             let Some(bytes) = piece.get(..read).filter(|bytes| !bytes.is_empty()) else { break };
@@ -200,7 +201,7 @@ impl OutputBatch {
     }
 }
 
-/// The actor handles what it is told in order, so the last answer stands for all.
+/// Waits until handed-over files are visible. The actor handles messages in order, so the last answer covers all of them.
 fn wait_for(cas: &Cas, visible: Option<Visible>) -> Result<()> {
     match visible {
         Some(visible) => cas.block_on(async |_| visible.wait().await),
@@ -208,16 +209,16 @@ fn wait_for(cas: &Cas, visible: Option<Visible>) -> Result<()> {
     }
 }
 
-/// The room that is lacking, and room for what is expected to come, if there is any to be had.
+/// Reserves the lacking room and, if possible, room for the expected bytes.
 async fn take_room(cas: &Cas, lacking: u64, expected: u64) -> Result<Reservation> {
     if lacking == 0 {
         return Ok(Reservation::new(cas.actor().clone(), 0));
     }
-    // A small action stores its logs, its outputs and its result with one step.
+    // One step is enough for the logs, outputs and result of a small action.
     let step = RUN_ROOM_BYTES.min(cas.shared().settings.max_bytes / RUN_ROOM_PART);
     let ahead = lacking.max(expected.min(ROOM_AHEAD_BYTES)).max(step);
     match cas.take_room(ahead).await {
-        // What is to come may be stored already, or be smaller.
+        // The expected outputs may already be stored, or be smaller.
         Err(Error::Exhausted { .. }) if ahead > lacking => cas.take_room(lacking).await,
         room => room,
     }

@@ -1,11 +1,11 @@
-//! What a start finds: the index is filled from the files that the volume has.
+//! Recovery at start: the index is filled from the files of the volume.
 
 use super::{LOG, index::Index, results, volume};
 use crate::logging::Event;
 use std::time::Instant;
 use volume::{Stored, Volume};
 
-/// Fills an index with what is stored. Blocks; a second or so for each 500,000 files.
+/// Fills an index with the stored files. Blocks for about a second per 500,000 files.
 pub(super) fn recover(volume: &dyn Volume, limit: u64) -> Index {
     let started = Instant::now();
     let mut index = Index::new(limit);
@@ -34,7 +34,7 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64) -> Index {
             .with("ignored", repairs.foreign)
             .with("unreadable", repairs.unreadable)
             .log(format_args!(
-                "the store had unfinished, foreign or unreadable files; what is lost will be uploaded again"
+                "the store had unfinished, foreign or unreadable files; clients will upload lost blobs again"
             ));
     }
     index

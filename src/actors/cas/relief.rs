@@ -1,14 +1,14 @@
-//! Relief of a full disk: what was used least recently goes when actions find no room, or uploads soon would, although the
-//! store is within its own limit. [`crate::disk::Space::relief`] says how much.
+//! Relief of a full disk: the store evicts its least recently used entries when actions find no disk space, or uploads soon
+//! would not, even if it is within its own limit. [`crate::disk::Space::relief`] says how much to evict.
 //!
-//! Bounds: one relief at a time, [`settings::RELIEF_BATCH`] entries each, a wait of [`settings::RELIEF_WAIT`]. A disk that
-//! others fill is not the store's to mend: when half of what it has would not help, it gives nothing.
+//! Bounds: one relief at a time, at most [`settings::RELIEF_BATCH`] entries, a wait of at most [`settings::RELIEF_WAIT`]. If
+//! evicting half of the store would not help, because other data fills the disk, nothing is evicted.
 
 use super::{
     CasActor, LOG,
     client::Cas,
     index::Totals,
-    reply::Reply,
+    reply::StoreReply,
     settings::{self, FULL_DISK_LOG_INTERVAL},
 };
 use crate::{
@@ -19,14 +19,14 @@ use crate::{
 use actix::{Context, Message};
 use std::time::Instant;
 
-/// Evict what this disk needs. The answer comes when the files are gone.
+/// Evicts what this disk needs. The answer comes when the files are deleted.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Relieve(pub Space);
 
 impl Cas {
-    /// Makes room on the disk of the store after an action failed for lack of it, from a worker thread. Blocks until the room
-    /// is there or the action is cancelled, for a bounded time.
+    /// Frees disk space after an action failed for lack of it. Called from a worker thread. Blocks until the space is free or
+    /// the action is cancelled, for a bounded time.
     pub fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
         self.block_on(async |cas| {
             let cancelled = async {
@@ -41,14 +41,14 @@ impl Cas {
         });
     }
 
-    /// Makes room on the disk of the store if there is little.
+    /// Frees disk space if there is little left.
     pub(super) async fn relieve_low_disk(&self) {
         self.relieve(Space::is_low).await;
     }
 
     async fn relieve(&self, is_due: impl Fn(&Space) -> bool) {
         let relieved = async {
-            // Whoever comes second looks at what the first has left to do.
+            // A second caller waits here and then re-checks the disk.
             let _turn = self.shared().relief_turn.lock().await;
             let cas = self.clone();
             let looked = self.blocking(move || cas.shared().volume.space()).await;
@@ -57,13 +57,13 @@ impl Cas {
                 let _ = self.ask(Relieve(space)).await;
             }
         };
-        // What is not deleted by then is deleted later.
+        // Deletions that are not done by then continue in the background.
         let _ = tokio::time::timeout(settings::RELIEF_WAIT, relieved).await;
     }
 }
 
 impl Receive<Relieve> for CasActor {
-    type Answer = Reply<()>;
+    type Answer = StoreReply<()>;
 
     fn receive(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Answer {
         let Totals { used, leased, deleting, blobs, results, zstd_forms, .. } =
@@ -75,7 +75,7 @@ impl Receive<Relieve> for CasActor {
         };
         let Some(relief) = space.relief(&store) else {
             self.log_full_disk(&space);
-            return Reply::Now(());
+            return StoreReply::Now(());
         };
         let victims = self.change(|index| index.evict(relief.bytes, relief.entries, settings::RELIEF_BATCH));
         Event::warn(LOG, "disk_relieved")
@@ -87,12 +87,12 @@ impl Receive<Relieve> for CasActor {
             ));
         self.delete(victims, ctx);
         let evicted = self.change(|index| index.bytes_evicted());
-        Reply::when(self.deletions(evicted), ())
+        StoreReply::when(self.deletions(evicted), ())
     }
 }
 
 impl CasActor {
-    /// Logs, at most once a minute, that the disk is full and the store cannot help.
+    /// Logs that the disk is full and the store cannot help, at most once per [`FULL_DISK_LOG_INTERVAL`].
     fn log_full_disk(&mut self, space: &Space) {
         let is_due = self.full_disk_logged.is_none_or(|at| at.elapsed() >= FULL_DISK_LOG_INTERVAL);
         if space.is_exhausted() && is_due {

@@ -1,4 +1,4 @@
-//! [`Reply`]: how a handler answers that often, but not always, has the answer at hand.
+//! [`StoreReply`]: an answer that is often, but not always, ready at once.
 
 use super::CasActor;
 use actix::{
@@ -7,21 +7,21 @@ use actix::{
 };
 use std::future::Future;
 
-/// An answer now, or one that needs IO first.
-pub enum Reply<T: 'static> {
-    /// At once.
+/// An answer that is ready, or one that needs IO first.
+pub enum StoreReply<T: 'static> {
+    /// An answer that is ready.
     Now(T),
-    /// When this future ends; nothing else waits for it.
+    /// The future of the answer. It does not hold up the actor.
     Later(ResponseFuture<T>),
 }
 
-impl<M: Message<Result = T>, T: 'static> MessageResponse<CasActor, M> for Reply<T> {
+impl<M: Message<Result = T>, T: 'static> MessageResponse<CasActor, M> for StoreReply<T> {
     fn handle(self, _: &mut Context<CasActor>, sender: Option<OneshotSender<T>>) {
         match (self, sender) {
             (Self::Now(answer), Some(sender)) => {
                 let _ = sender.send(answer);
             }
-            // Nobody waits for a single future: each goes its own way, and none holds the actor up.
+            // Each future is spawned, so none holds up the actor.
             (Self::Later(future), sender) => {
                 actix::spawn(async move {
                     let answer = future.await;
@@ -35,8 +35,8 @@ impl<M: Message<Result = T>, T: 'static> MessageResponse<CasActor, M> for Reply<
     }
 }
 
-impl<T: 'static> Reply<T> {
-    /// This answer, once room is free.
+impl<T: 'static> StoreReply<T> {
+    /// Answers once the future `free` completes, or at once without one.
     pub fn when(free: Option<impl Future<Output = ()> + 'static>, answer: T) -> Self {
         match free {
             None => Self::Now(answer),

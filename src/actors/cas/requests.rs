@@ -1,8 +1,8 @@
-//! The actor's private messages: what [`super::client::Cas`] and the handles ask and report. Questions that need only the
-//! index are no messages: see [`super::lookup`].
+//! The actor's private messages: the requests and reports of [`super::client::Cas`] and the guards. Look-ups that need only the
+//! index take no message: see [`super::lookup`].
 //!
-//! Questions are sent and answered; facts are told with `do_send`, which no mailbox bound refuses, and are handled in the
-//! order in which they were told. A dropped answer undoes itself: what it grants are [`Reservation`]s.
+//! Requests are sent and answered. Reports ("Fact:" below) are sent with `do_send`, which no mailbox bound refuses, and are
+//! handled in the order of sending. A dropped answer undoes itself, because the room that it grants is a [`Reservation`].
 
 use super::{
     guards::Reservation,
@@ -15,22 +15,25 @@ use gorego_reapi::{digest::Digest, error::Result};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 
-/// Room for those of some blobs that are not stored.
-pub struct Prepared {
-    /// Those that are not stored.
+/// The answer of [`super::client::Cas::prepare`].
+pub(super) struct Prepared {
+    /// The blobs that are not stored.
     pub absent: Vec<Digest>,
-    /// Room for all of them.
+    /// Room for all absent blobs.
     pub room: Result<Reservation>,
 }
 
-/// Room for bytes that are there or about to come; see [`Reservation::take`].
+/// Reserves room for bytes that are there or about to come; see [`Reservation::take`].
 #[derive(Message)]
 #[rtype(result = "Result<Reservation>")]
-pub struct Reserve {
+pub struct ReserveRoom {
     /// At most [`RESERVE_STEP_BYTES`](super::settings::RESERVE_STEP_BYTES).
     pub bytes: u64,
-    /// All that is wanted, these included; what cannot have that gets nothing, and nothing is evicted for it.
+    /// The total that is wanted, including `bytes`. If the total does not fit, nothing is reserved and nothing is evicted.
     pub of: u64,
+    /// The blob that it is for, if that is known. Nothing is reserved for a blob that is stored: room for it might be made by
+    /// evicting it.
+    pub blob: Option<Key>,
 }
 
 /// Starts or resumes an upload.
@@ -41,24 +44,23 @@ pub struct BeginUpload {
     pub name: Digest,
     pub blob: Key,
     pub offset: u64,
-    /// Do not wait for another upload of the same blob, whatever room there is for both.
+    /// Start even if another upload of the same blob runs and there is no room for both.
     pub beside: bool,
 }
 
 /// The answer to [`BeginUpload`].
 pub enum Began {
-    /// Stored already.
+    /// The blob is already stored.
     Present,
-    /// An earlier stream of this upload is still there.
+    /// An earlier stream of this upload has not ended.
     Busy(Arc<Progress>),
-    /// There is no room for two of this blob, and another stream uploads it.
+    /// Another stream uploads this blob, and there is no room for both.
     NoRoomBeside(Arc<Progress>),
-    /// Go on.
+    /// The upload may start.
     Start(Box<Attempt>),
 }
 
-/// Broken uploads of a caller that met this bound are to go, the oldest first, until this much room is free again or none is
-/// left.
+/// Discards broken uploads of a caller that reached a bound, the oldest first, until `bytes` are free or none are left.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct DiscardPartials {
@@ -67,7 +69,7 @@ pub struct DiscardPartials {
     pub bytes: u64,
 }
 
-/// How far is an upload, and is its blob stored?
+/// Asks how far an upload is and whether its blob is stored.
 #[derive(Message)]
 #[rtype(result = "super::client::UploadStatus")]
 pub struct QueryUpload {
@@ -75,7 +77,7 @@ pub struct QueryUpload {
     pub blob: Key,
 }
 
-/// The sums of the store, for people and health checks.
+/// Asks for the totals of the store, for logs and health checks.
 #[derive(Debug, Clone, Copy, Message)]
 #[rtype(result = "StoreInspection")]
 pub struct InspectStore;
@@ -83,7 +85,7 @@ pub struct InspectStore;
 /// The answer to [`InspectStore`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StoreInspection {
-    /// Entries and bytes.
+    /// Counts and bytes of the entries.
     pub totals: Totals,
     /// Uploads with an open stream.
     pub running_uploads: usize,
@@ -91,8 +93,8 @@ pub struct StoreInspection {
     pub partial_uploads: usize,
 }
 
-/// Stops the store once everything told to it before is done. The answer comes when the last uses are on disk. Later calls
-/// get `Unavailable`; the directory can be opened again when the last handle is gone.
+/// Stops the store after all earlier messages. The answer comes when the last uses are written to disk. Later calls get
+/// `Unavailable`. The directory can be opened again when the last handle is dropped.
 #[derive(Debug, Clone, Copy, Message)]
 #[rtype(result = "()")]
 pub struct CloseStore;
@@ -102,15 +104,15 @@ pub struct CloseStore;
 #[rtype(result = "()")]
 pub struct Commit {
     pub files: Vec<WrittenFile>,
-    /// Covers all of them.
+    /// Room for all of the files.
     pub room: Reservation,
-    /// The upload that ends with this, having stored its blob.
+    /// The upload that ends with this message because its blob is stored.
     pub upload: Option<EndUpload>,
     pub reply: oneshot::Sender<()>,
 }
 
 /// A file to be made visible.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct WrittenFile {
     pub file: FileId,
     /// Bytes on disk.
@@ -118,17 +120,17 @@ pub struct WrittenFile {
     pub stamp: Stamp,
 }
 
-/// Fact: look-ups have left a batch of notes in the [`super::view::View`].
+/// Fact: look-ups have left a batch of notes in [`super::view::View`].
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct SettleUses;
 
-/// Fact: room is not needed any more.
+/// Fact: this many reserved bytes are not needed any more.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Unreserve(pub u64);
 
-/// Fact: a file was hashed and is right.
+/// Fact: the content of a file was verified.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Verified {
@@ -141,14 +143,14 @@ pub struct Verified {
 #[rtype(result = "()")]
 pub struct Touched(pub Vec<Touch>);
 
-/// One of them.
+/// A change of one file's stamp.
 pub struct Touch {
     pub at: EntryRef,
     pub before: Stamp,
     pub after: Stamp,
 }
 
-/// Fact: a file is not what it should be.
+/// Fact: a stored file is damaged or gone.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Damaged {
@@ -156,13 +158,13 @@ pub struct Damaged {
     pub reason: String,
 }
 
-/// Fact: so many bytes of files that the index let go are gone from the disk.
+/// Fact: this many bytes of evicted or replaced files are deleted from disk.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Deleted(pub u64);
 
-/// Fact: a stream of an upload ended without its blob, or with a blob that is stored already. The end of one that stored its
-/// blob is a part of [`Commit`].
+/// Fact: a stream of an upload ended without its blob, or found the blob already stored. A stream that stored its blob ends
+/// with [`Commit`].
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct EndUpload {
@@ -170,6 +172,6 @@ pub struct EndUpload {
     pub number: u64,
     pub blob: Key,
     pub progress: Arc<Progress>,
-    /// What is worth keeping of it.
+    /// The bytes so far, if the upload may be resumed.
     pub partial: Option<Partial>,
 }

@@ -1,8 +1,8 @@
-//! Looking up what an Execute needs: [`Cas::resolve_action`] and [`Cas::check_inputs_apart`].
+//! Look-ups for an Execute request: [`Cas::resolve_action`] and [`Cas::check_inputs_apart`].
 //!
-//! An action that was looked up before is answered from memory: are Action and Command still stored, is there a complete
-//! result. Otherwise the files are read. Both happen on the thread that asks. An action that says `do_not_cache` is never
-//! answered from the cache (EXE-19), so an action is always known before its result is served.
+//! An action that was looked up before is answered from memory, on the calling thread: its Action and Command must still be
+//! stored, and its result may be complete. Otherwise the files are read. An action with `do_not_cache` is never answered from
+//! the cache (EXE-19), so the Action is always read before its result is served.
 //!
 //! Actions are measured before they are decoded, and large ones are decoded on a blocking thread when there is room for them
 //! ([`super::decoding`]).
@@ -23,14 +23,14 @@ use gorego_reapi::{
 };
 use std::sync::Arc;
 
-/// What there is to do about an action.
+/// The outcome of looking an action up.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Resolution {
-    /// A stored result; everything it references is present and was just renewed (AC-03, AC-04).
+    /// There is a stored result. Everything it references is present and was just renewed (AC-03, AC-04).
     Cached(Arc<reapi::ActionResult>),
-    /// No usable result; this is what has to run.
+    /// There is no usable result; this action has to run.
     Run(Arc<Action>),
-    /// It cannot run: the Action or its Command is not stored (`MissingBlobs`) or malformed (`Invalid`).
+    /// The action cannot run: it or its Command is not stored (`MissingBlobs`) or malformed (`Invalid`).
     Unusable(Error),
 }
 
@@ -42,12 +42,12 @@ pub(super) struct ParsedAction {
 }
 
 impl Cas {
-    /// Looks an Execute request up: is there a complete result, or what is to be run? With `skip_cache_lookup` the action cache
-    /// is not asked (EXE-17).
+    /// Looks up whether an action has a complete result or has to run. With `skip_cache_lookup` the action cache is not asked
+    /// (EXE-17).
     ///
     /// # Errors
-    /// `Unavailable` when the server is going down or the store does not answer within [`RESOLVE_TIMEOUT`]. What is wrong with
-    /// the action is no error of this call: see [`Resolution::Unusable`].
+    /// `Unavailable` when the server is going down or the store does not answer within [`RESOLVE_TIMEOUT`]. A faulty action is
+    /// not an error of this call: see [`Resolution::Unusable`].
     pub async fn resolve_action(
         &self,
         instance: &Instance,
@@ -69,7 +69,7 @@ impl Cas {
         }
     }
 
-    /// The answer, if no file has to be read for it.
+    /// The answer, if it can be given without reading a file.
     fn resolve_from_memory(
         &self,
         instance: &Instance,
@@ -112,11 +112,11 @@ impl Cas {
         Ok(Resolution::Run(action))
     }
 
-    /// [`Cas::check_inputs`] on the runtime's own threads, wherever this is called: the actors' thread moves mail and walks no
-    /// trees. The check runs to its end even if nobody waits for it any more.
+    /// Runs [`Cas::check_inputs`] on the runtime's threads, so that the actors' thread walks no trees. The check runs to its
+    /// end even if nobody waits for it any more.
     ///
     /// # Errors
-    /// As there.
+    /// Those of [`Cas::check_inputs`].
     pub fn check_inputs_apart(
         &self,
         instance: Instance,
@@ -136,10 +136,10 @@ impl Cas {
         }
     }
 
-    /// Reads an Action and its Command, and checks them. Small ones are decoded right here; others must
-    /// not be held up by large ones.
+    /// Reads an Action and its Command, and checks them. Small messages are decoded right here, large ones on a blocking
+    /// thread.
     async fn read_action(&self, instance: &Instance, digest: Digest) -> Result<ParsedAction> {
-        // Room for both messages at once, where the first one is large.
+        // If the Action is large, room is taken for both messages at once.
         let room = match worst_case(digest.size()) {
             0 => 0,
             of_action => of_action + worst_case(MAX_ACTION_BYTES),
@@ -163,7 +163,7 @@ impl Cas {
         Ok(ParsedAction { action: Arc::new(action), command })
     }
 
-    /// Reads a message that has to be there.
+    /// Reads a message that has to be stored.
     async fn read_message(&self, instance: &Instance, digest: Digest, what: &str) -> Result<Bytes> {
         if digest.size() > MAX_ACTION_BYTES {
             let size = digest.size();
@@ -179,7 +179,7 @@ impl Cas {
     }
 }
 
-/// What a message of this size takes at worst; no larger one is read.
+/// The most memory that a message of this size can take. Messages above [`MAX_ACTION_BYTES`] are not read.
 fn worst_case(bytes: u64) -> u64 {
     decoding::worst_case(bytes.min(MAX_ACTION_BYTES), MAX_ACTION_MEMORY)
 }

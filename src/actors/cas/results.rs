@@ -1,8 +1,8 @@
-//! Action results: what is accepted, how one lies on disk, what it references.
+//! Action results: validation, file format, and references.
 //!
-//! Pure. A stored result is a file of its own: the SHA-256 of the rest, then a [`gorego::StoredResult`]. A file whose
-//! checksum or key is wrong is a miss. Results never carry inlined contents on disk or in memory: whoever stores one turns
-//! them into blobs first, and whoever serves one reads them back on request (AC-05).
+//! This file is pure. A stored result is one file: the SHA-256 of the rest, then a [`gorego::StoredResult`]. A file with a
+//! wrong checksum or key is a miss. Results never carry inlined contents on disk or in memory: contents become blobs before a
+//! result is stored, and are read back on request when it is served (AC-05).
 
 mod action_cache;
 mod lookup;
@@ -23,27 +23,27 @@ use gorego_reapi::{
 use prost::Message as _;
 use std::{collections::HashSet, sync::Arc, time::SystemTime};
 
-/// Largest file of an action result that is read. A result has at most 4 MiB; who made it takes little more.
+/// The largest file of an action result that is read. A result has at most 4 MiB, and its provenance adds little.
 pub(super) const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
 
-/// Length of the checksum in front of a stored result.
+/// Length of the checksum at the start of a stored result.
 const CHECKSUM_BYTES: usize = 32;
 
-/// A result as it was read, with every blob it references; immutable.
+/// A result in memory, with every blob that it references. Immutable.
 #[derive(Debug)]
 pub struct LoadedResult {
-    /// The file that it was read from.
+    /// The generation of the file that it was read from.
     pub generation: u64,
-    /// What is served.
+    /// The result that is served.
     pub result: Arc<reapi::ActionResult>,
-    /// Output files, Trees, files inside Trees, Directories, logs (AC-03): each once, none of them empty.
+    /// Output files, Trees, files inside Trees, Directories and logs (AC-03), each once. The empty blob is left out.
     pub references: Vec<Digest>,
-    /// Results of failed commands are stored when a client insists, but are no hits (AC-13).
+    /// Whether it may be served. Results of failed commands are stored if a client uploads them, but are never hits (AC-13).
     pub is_hit: bool,
 }
 
 impl LoadedResult {
-    /// A result and the references found in it.
+    /// Combines a result and the references found in it.
     pub fn new(
         generation: u64,
         result: Arc<reapi::ActionResult>,
@@ -56,7 +56,7 @@ impl LoadedResult {
         Self { generation, is_hit: result.exit_code == 0, result, references }
     }
 
-    /// Roughly how many bytes of memory it holds.
+    /// The approximate memory that it takes, in bytes.
     pub fn memory(&self) -> usize {
         let wire = self.result.encode_to_vec();
         let result = wire::cost::<reapi::ActionResult>(&wire, Limits::memory(u64::MAX));
@@ -66,14 +66,14 @@ impl LoadedResult {
     }
 }
 
-/// What a result names directly; Trees and Directories have to be read for the rest.
+/// The digests that a result names directly. Trees and Directories have to be read to find the rest.
 #[derive(Debug, Default)]
 pub struct DirectReferences {
-    /// Files and logs.
+    /// Output files and logs.
     pub blobs: Vec<Digest>,
-    /// Tree messages.
+    /// Blobs of Tree messages.
     pub trees: Vec<Digest>,
-    /// Root Directories.
+    /// Blobs of root Directories.
     pub roots: Vec<Digest>,
 }
 
@@ -112,10 +112,10 @@ impl DirectReferences {
     }
 }
 
-/// The files of a Tree blob.
+/// The digests of all files in a Tree blob.
 ///
 /// # Errors
-/// [`Error::Invalid`] when it is no Tree.
+/// [`Error::Invalid`] when the blob is not a Tree.
 pub fn files_of_tree(bytes: Bytes, function: DigestFunction) -> Result<Vec<Digest>> {
     let tree: reapi::Tree = wire::decode(bytes, MAX_MESSAGE_MEMORY, "Tree")?;
     tree.root
@@ -126,20 +126,20 @@ pub fn files_of_tree(bytes: Bytes, function: DigestFunction) -> Result<Vec<Diges
         .collect()
 }
 
-/// Who hands a result in.
+/// The origin of a result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Uploader {
-    /// A client; nothing it says is believed.
+    /// A client. Nothing in its result is trusted.
     Client,
-    /// A worker of this server. Its output paths may step out of the working directory, within the input root.
+    /// A worker of this server. Its output paths may leave the working directory, within the input root.
     Worker,
 }
 
-/// Largest result without the contents that are inlined on request: with the Operation around it, it fits a message of the 4
-/// MiB that clients take by default (GEN-25).
+/// The largest result, without contents that are inlined on request. With the Operation around it, it fits the 4 MiB message
+/// that clients accept by default (GEN-25).
 pub const RESULT_MAX_BYTES: usize = (4 * 1024 - 64) * 1024;
 
-/// Makes sure that clients can be told of a result.
+/// Checks that a result fits into a message to clients.
 ///
 /// # Errors
 /// [`Error::Invalid`] when it is larger than [`RESULT_MAX_BYTES`].
@@ -149,17 +149,17 @@ pub fn check_size(result: &reapi::ActionResult) -> Result<()> {
         return Ok(());
     }
     Err(Error::Invalid(format!(
-        "the action's result has {bytes} bytes, more than the {RESULT_MAX_BYTES} of which a message has room; name a directory as \
-         output instead of the many that are in it"
+        "the action's result has {bytes} bytes, more than the {RESULT_MAX_BYTES} that fit into a message; declare a directory as \
+         output instead of its many files"
     )))
 }
 
-/// Checks a result and makes it fit to be stored: metadata is there (AC-09), a digest is never an empty message (AC-06),
-/// contents are taken out. Returns the blobs that these contents make.
+/// Checks a result and normalises it for storage: execution metadata is always present (AC-09), a digest is never an empty
+/// message (AC-06), and inlined contents are removed. Returns the contents as blobs.
 ///
 /// # Errors
-/// [`Error::Invalid`] for digests or paths that are malformed, absolute, escaping or doubled (AC-10), for contents that are
-/// not those of the digest next to them, and for a result that is too large.
+/// [`Error::Invalid`] for digests or paths that are malformed, absolute, escaping or duplicate (AC-10), for contents that do
+/// not match their digest, and for a result that is too large.
 pub fn normalise(
     result: &mut reapi::ActionResult,
     function: DigestFunction,
@@ -201,7 +201,7 @@ fn extract(
         let claimed = Digest::from_wire(function, digest.as_ref(), field)?;
         if claimed != actual {
             return Err(Error::Invalid(format!(
-                "{field}: the contents are those of {actual}, not of {claimed}"
+                "{field}: the contents have the digest {actual}, not {claimed}"
             )));
         }
     }
@@ -213,7 +213,7 @@ fn extract(
 #[allow(deprecated)]
 fn check_paths(result: &reapi::ActionResult, uploader: Uploader) -> Result<()> {
     let mut seen = HashSet::new();
-    // The deprecated lists repeat the new one where that is filled (EXE-53).
+    // If the new list is filled, the deprecated lists repeat it (EXE-53).
     let old = result.output_symlinks.is_empty();
     let old_links =
         result.output_file_symlinks.iter().chain(&result.output_directory_symlinks).filter(|_| old);
@@ -273,7 +273,7 @@ pub fn encode(
     bytes.into()
 }
 
-/// The result in a file's content, or what is wrong with it.
+/// Decodes the file content of a stored result, or returns what is wrong with it.
 pub fn decode(
     bytes: &[u8],
     instance: &str,
@@ -293,7 +293,7 @@ pub fn decode(
     Ok(result)
 }
 
-/// Whether a file has all of what was written to it.
+/// Whether the file content of a stored result is complete.
 pub fn is_whole(bytes: &[u8]) -> bool {
     body(bytes).is_ok()
 }
@@ -355,7 +355,7 @@ mod tests {
 
     /// AC-05, AC-06, AC-09.
     #[test]
-    fn contents_become_blobs_and_metadata_is_always_there() {
+    fn contents_become_blobs_and_metadata_is_always_present() {
         let mut result = reapi::ActionResult {
             stdout_raw: Bytes::from_static(b"out"),
             stderr_digest: Some(reapi::Digest::default()),
@@ -377,11 +377,11 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_of_millions_of_nothings_is_not_decoded() {
+    fn a_tree_of_millions_of_empty_messages_is_not_decoded() {
         let empty_children = b"\x12\x00";
         assert_eq!(files_of_tree(empty_children.repeat(10).into(), SHA256), Ok(vec![]));
         assert!(files_of_tree(empty_children.repeat(2_000_001).into(), SHA256).is_err());
-        // One child with as many files.
+        // One child with as many empty files.
         let files = b"\x0a\x00".repeat(2_000_001);
         let mut nested = vec![0x12];
         prost::encode_length_delimiter(files.len(), &mut nested).unwrap();
@@ -391,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stored_result_with_any_bit_flipped_is_no_result() {
+    fn a_stored_result_with_any_bit_flipped_is_rejected() {
         let action = SHA256.digest(b"action");
         let result = reapi::ActionResult { output_files: vec![file("a")], ..Default::default() };
         let bytes = encode("i", action, &result, Default::default(), SystemTime::UNIX_EPOCH);

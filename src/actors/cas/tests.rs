@@ -1,4 +1,4 @@
-//! Behaviours of the whole room: a real actor on a real directory.
+//! Tests of the whole store: a real actor on a real directory.
 
 mod chunks;
 mod compressed;
@@ -7,6 +7,7 @@ mod inputs;
 mod results;
 mod sharing;
 mod store;
+mod upload_room;
 mod uploads;
 mod volumes;
 
@@ -27,7 +28,7 @@ use tempfile::TempDir;
 
 const SHA256: DigestFunction = DigestFunction::Sha256;
 const MB: u64 = 1 << 20;
-/// Larger than what is hashed at every read.
+/// Larger than a blob that is hashed at every read.
 const LARGE: usize = 300_000;
 
 fn digest(bytes: &[u8]) -> Digest {
@@ -45,15 +46,15 @@ fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
     }
 }
 
-/// A running store. Every test runs on one thread: a blocking call must be made through [`Store::worker`].
-struct Store {
+/// A running store. Every test runs on one thread, so blocking calls go through [`TestStore::worker`].
+struct TestStore {
     root: Rc<TempDir>,
     cas: Cas,
     main: Instance,
     other: Instance,
 }
 
-impl Store {
+impl TestStore {
     async fn new() -> Self {
         Self::with_limit(1_000 * MB).await
     }
@@ -72,7 +73,7 @@ impl Store {
         Self { root, cas: actor.launch(), main, other }
     }
 
-    /// What a killed process leaves, opened by the next one: nothing but access times is written at the end.
+    /// Closes the store and opens it again. Closing writes only access times, so the files are as after a kill.
     async fn restart(self) -> Self {
         self.restart_with_limit(1_000 * MB).await
     }
@@ -109,7 +110,7 @@ impl Store {
         tokio::task::spawn_blocking(move || work(cas, main)).await.unwrap()
     }
 
-    /// All files of the store but its lock and format.
+    /// All files of the store, except its lock and format.
     fn files(&self) -> Vec<PathBuf> {
         fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
             for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
@@ -121,7 +122,7 @@ impl Store {
         found
     }
 
-    /// The files of one blob or result.
+    /// The files of one blob or action.
     fn files_of(&self, digest: Digest) -> Vec<PathBuf> {
         let mut files = self.files();
         files.retain(|path| path.to_string_lossy().contains(&digest.hash_hex()));
@@ -134,7 +135,7 @@ impl Store {
         files.remove(0)
     }
 
-    /// Makes a blob vanish as if it had been evicted.
+    /// Deletes a blob's file, so that the store drops the blob.
     async fn lose(&self, digest: Digest) {
         std::fs::remove_file(self.file_of(digest)).unwrap();
         self.cas.shared().recent.clear();
@@ -154,19 +155,19 @@ async fn read_all(reader: &BlobReader) -> Result<Bytes> {
     }
 }
 
-/// Asks again and again until there is an answer.
+/// Polls `ask` until there is an answer.
 async fn eventually<T, F: Future<Output = Option<T>>>(mut ask: impl FnMut() -> F) -> T {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         if let Some(answer) = ask().await {
             return answer;
         }
-        assert!(Instant::now() < deadline, "this does not happen");
+        assert!(Instant::now() < deadline, "the condition was not met in time");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
-/// Writes into a stored file behind the store's back.
+/// Replaces a stored file by a changed copy, without the store's knowledge.
 fn overwrite(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     let mut bytes = std::fs::read(path).unwrap();
     change(&mut bytes);
@@ -174,7 +175,7 @@ fn overwrite(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     std::fs::write(path, bytes).unwrap();
 }
 
-/// Bytes without any order, always the same for a seed.
+/// Incompressible bytes, determined by the seed.
 fn noise(length: usize, seed: u64) -> Bytes {
     let block = |n: u64| SHA256.digest(&[seed.to_le_bytes(), n.to_le_bytes()].concat()).hash().to_vec();
     (0..).flat_map(block).take(length).collect()

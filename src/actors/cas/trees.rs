@@ -1,12 +1,11 @@
-//! Directories and the trees that they make.
+//! Directories and trees.
 //!
-//! [`inputs`] reads input roots for actions: every directory and file has to be there, and all of it is leased and copied out. The
-//! memory of the larger ones is bounded for all of them together. [`walk`] gives clients the directories below a root, one after the
-//! other (GetTree).
+//! [`inputs`] reads input roots for actions: every directory and file has to be stored, and all of them are leased and copied
+//! out. The memory of large trees is bounded by one budget. [`walk`] lists the directories below a root for clients (GetTree).
 
-pub mod inputs;
+pub(crate) mod inputs;
 mod room;
-pub mod walk;
+pub(crate) mod walk;
 
 pub use inputs::StagedInputs;
 pub(super) use room::TreeRoom;

@@ -1,7 +1,7 @@
-//! [`Turns`]: work on one thing, one at a time; work on different things side by side.
+//! [`Turns`]: one lock per key. Work on one key is serial, work on different keys runs in parallel.
 //!
-//! A turn ends when it is dropped, also with a caller that went away, and the next in line goes on from what is there then.
-//! The lock of the table stays in this file and is held for map operations only.
+//! A turn ends when it is dropped, also if its caller goes away; then the next waiter proceeds. The lock of the table stays in
+//! this file and is held for map operations only.
 
 use std::{
     collections::HashMap,
@@ -10,11 +10,11 @@ use std::{
 };
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
-/// The turns of things that are being worked on.
-pub struct Turns<K>(Mutex<HashMap<K, Weak<AsyncMutex<()>>>>);
+/// The locks of the keys in use.
+pub(super) struct Turns<K>(Mutex<HashMap<K, Weak<AsyncMutex<()>>>>);
 
-/// Nobody else works on the thing while this is held.
-pub type Turn = OwnedMutexGuard<()>;
+/// The exclusive right to work on a key, while this is held.
+pub(super) type Turn = OwnedMutexGuard<()>;
 
 impl<K> Default for Turns<K> {
     fn default() -> Self {
@@ -23,13 +23,13 @@ impl<K> Default for Turns<K> {
 }
 
 impl<K: Hash + Eq> Turns<K> {
-    /// Waits until nobody works on this thing.
-    pub async fn take(&self, key: K) -> Turn {
+    /// Waits until nobody works on this key.
+    pub(super) async fn take(&self, key: K) -> Turn {
         self.line(key).lock_owned().await
     }
 
-    /// The turn, if nobody works on this thing.
-    pub fn take_now(&self, key: K) -> Option<Turn> {
+    /// The turn, if nobody works on this key.
+    pub(super) fn take_now(&self, key: K) -> Option<Turn> {
         self.line(key).try_lock_owned().ok()
     }
 
@@ -59,14 +59,14 @@ mod tests {
     use futures::FutureExt as _;
 
     #[tokio::test]
-    async fn one_thing_has_one_turn_at_a_time_and_leaves_nothing_behind() {
+    async fn a_key_has_one_turn_at_a_time_and_leaves_nothing_behind() {
         let turns = Turns::default();
         let first = turns.take("a").await;
         let mut second = Box::pin(turns.take("a"));
         assert!(second.as_mut().now_or_never().is_none());
         assert!(turns.take_now("a").is_none() && turns.take_now("b").is_some());
         drop(turns.take("b").await);
-        // Who leaves the line does not hold up those behind.
+        // A waiter that gives up does not hold up those behind it.
         let third = Box::pin(turns.take("a"));
         drop((second, first));
         drop(third.await);

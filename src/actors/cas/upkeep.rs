@@ -1,5 +1,5 @@
-//! The actor's upkeep: room is found, files are deleted, uses are written down. All file work runs on blocking threads
-//! and reports back.
+//! The actor's upkeep: it reserves room, deletes files and records uses. All file work runs on blocking threads and reports
+//! back.
 
 use super::{
     CasActor, LOG,
@@ -17,15 +17,15 @@ use std::{future::Future, time::Instant};
 use tokio::task::JoinHandle;
 
 impl CasActor {
-    /// Finds room, at the cost of broken uploads first and of the least recently used entries then; none if there cannot be
-    /// room for all `of` it. Without a future the room is free on disk now, otherwise when the future ends.
+    /// Reserves `bytes`. Broken uploads are discarded for it first, then the least recently used entries are evicted. Fails if
+    /// the total of `of` bytes cannot fit. If a future is returned, the room is free on disk when it ends, otherwise now.
     pub(super) fn reserve(
         &mut self,
         bytes: u64,
         of: u64,
         ctx: &Context<Self>,
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
-        // Nothing goes for a write that does not fit even so.
+        // Nothing is evicted for a write that would not fit even then.
         let parked = self.uploads.parked_bytes();
         self.change(|index| index.check_fit(of.max(bytes), parked))?;
         while !self.change(|index| index.has_room(bytes))
@@ -33,13 +33,24 @@ impl CasActor {
         {
             self.discard(partial, ctx);
         }
-        let grant = self.change(|index| index.reserve(bytes))?;
-        self.evict(grant.victims, ctx);
+        let mut victims = Vec::new();
+        loop {
+            let part = self.change(|index| index.evict_for(bytes, settings::CHANGES_PER_HOLD));
+            let is_last = part.len() < settings::CHANGES_PER_HOLD;
+            victims.extend(part);
+            if is_last {
+                break;
+            }
+        }
+        let grant = self.change(|index| index.reserve(bytes));
+        victims.extend(grant.iter().flat_map(|grant| &grant.victims));
+        self.evict(victims, ctx);
+        let grant = grant?;
         self.trim(ctx);
         Ok((Reservation::new(ctx.address(), bytes), self.deletions(grant.after_deletions)))
     }
 
-    /// Deletes what had to go to make room.
+    /// Deletes entries that were evicted to make room.
     pub(super) fn evict(&self, victims: Vec<Victim>, ctx: &Context<Self>) {
         if !victims.is_empty() {
             Event::info(LOG, "blobs_evicted")
@@ -50,13 +61,13 @@ impl CasActor {
         self.delete(victims, ctx);
     }
 
-    /// Ends when so many bytes, since the start, are deleted; `None` when they are.
+    /// A future that ends once `goal` bytes have been deleted since the start; `None` if they already are.
     pub(super) fn deletions(&self, goal: u64) -> Option<impl Future<Output = ()> + use<>> {
         let deleted = self.change(|index| index.bytes_deleted());
         (deleted < goal).then(|| {
             let mut deleted = self.deleted.subscribe();
             async move {
-                // Ends early only with the actor, and then the write fails by itself.
+                // It ends early only if the actor stops, and then the write fails anyway.
                 let _ = deleted.wait_for(|bytes| *bytes >= goal).await;
             }
         })
@@ -74,7 +85,7 @@ impl CasActor {
         self.delete(victims, ctx);
     }
 
-    /// Deletes files that the index has let go.
+    /// Deletes evicted or replaced files.
     pub(super) fn delete(&self, victims: Vec<Victim>, ctx: &Context<Self>) {
         if victims.is_empty() {
             return;
@@ -86,19 +97,19 @@ impl CasActor {
                 .filter_map(|victim| shared.volume.delete(&victim.file).err())
                 .collect();
             if let Some(first) = failures.first() {
-                // Their bytes stay on disk until the next start takes them in again.
+                // Their bytes stay on disk until the next start, which adds them to the index again.
                 Event::error(LOG, "delete_failed")
                     .with("entries", failures.len())
                     .with_shown("error", first)
                     .log(format_args!(
-                        "could not delete the files of evicted entries; look at the rights in the store's directory"
+                        "could not delete the files of evicted entries; check the permissions of the store's directory"
                     ));
             }
             store.do_send(Deleted(victims.iter().map(|victim| victim.bytes).sum()));
         });
     }
 
-    /// Deletes what a broken upload left.
+    /// Deletes the bytes of a broken upload.
     pub(super) fn discard(&mut self, partial: Partial, ctx: &Context<Self>) {
         let Partial { sink, room } = partial;
         let (bytes, store) = (room.into_reservation().disarm(), ctx.address());
@@ -109,7 +120,7 @@ impl CasActor {
         });
     }
 
-    /// Deletes the broken uploads that are over a bound.
+    /// Deletes the broken uploads that exceed a bound.
     pub(super) fn discard_excess(&mut self, ctx: &Context<Self>) {
         let (now, settings) = (Instant::now(), &self.shared.settings);
         let (retention, limit) = (settings.partial_upload_retention, settings.max_bytes);
@@ -126,8 +137,8 @@ impl CasActor {
         self.shared.runtime.spawn(async move { cas.relieve_low_disk().await });
     }
 
-    /// Writes uses down as access times, from which the order of use is recovered at the next start. Returns the job that
-    /// does it, if there is anything to write.
+    /// Records uses on disk, from which the next start recovers the order of use. Returns the job that does it, if there is
+    /// anything to record.
     pub(super) fn write_touches(&self, actor: Addr<Self>) -> Option<JoinHandle<()>> {
         let (touches, shared) = (self.shared.view.take_touches(), self.shared.clone());
         if touches.is_empty() {

@@ -1,23 +1,24 @@
-//! [`Uploads`]: the actor's table of uploads, running and broken; pure but for the files that it lets others delete.
+//! [`Uploads`]: the actor's table of running and broken uploads. It is pure, except that it hands out files for deletion.
 //!
-//! An upload is known by its whole resource name (BS-06). A name has one entry: its latest attempt while that runs, or what
-//! a broken attempt left. A new attempt at offset 0 takes the name over; the older one may still finish, but what it
-//! leaves if it breaks is discarded (BS-20). Broken uploads are bounded in number, bytes and age, and are the first to go
-//! when room is needed. Beyond a bound the oldest one goes of the peer that has most of what is short, so that nobody loses an
-//! upload because another peer has many. Connections have no share of their own: an upload is broken when its connection is.
+//! An upload is identified by its whole resource name (BS-06). A name has one entry: its latest attempt while that runs, or the
+//! bytes that a broken attempt left. A new attempt at offset 0 takes the name over. The older attempt may still finish, but if
+//! it breaks, its bytes are discarded (BS-20). Broken uploads are bounded in number, bytes and age, and are discarded first
+//! when room is needed. When a bound is exceeded, the peer that holds most loses its oldest broken upload, so no peer loses an
+//! upload because another one has many. The bounds are not per connection, because an upload breaks when its connection does.
 //!
-//! The modules below have the bytes on their way in: [`writer`] an upload, [`new_blob`] bytes of unknown digest;
-//! [`received`], [`sink`] and [`decoders`] what they share.
+//! The modules below handle the incoming bytes: [`begin`] starts an upload, [`writer`] writes one, and [`new_blob`] stores
+//! bytes of unknown digest. They share [`unwritten`], [`sink`] and [`decoders`].
 
-pub mod decoders;
-pub mod new_blob;
-pub mod received;
+pub(crate) mod begin;
+pub(crate) mod decoders;
+pub(crate) mod new_blob;
 pub(crate) mod sink;
+pub(crate) mod unwritten;
 pub(crate) mod writer;
 
 use super::{
     CasActor,
-    guards::Room,
+    guards::UploadRoom,
     index::Key,
     requests::EndUpload,
     settings::{MAX_PARTIAL_UPLOADS, TWIN_STALL},
@@ -39,28 +40,31 @@ use std::{
 };
 use tokio::sync::watch;
 
-/// Broken uploads may hold this part of the store.
+/// Broken uploads may hold at most `1 / PARTIAL_PART` of the store.
 const PARTIAL_PART: u64 = 4;
 
-/// What others can see of a running attempt.
+/// The state of a running attempt that others can observe.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// Bytes of the blob taken so far; only grows.
+    /// Bytes of the blob accepted so far; never decreases.
     pub accepted: AtomicU64,
     fate: watch::Sender<Fate>,
 }
 
-/// What has become of an attempt; nothing of it is ever taken back.
+/// How an attempt ended; flags are only ever set.
 #[derive(Debug, Clone, Copy, Default)]
 struct Fate {
-    /// The blob is stored, whoever did it (BS-24).
+    /// The blob is stored, by this attempt or another (BS-24).
     is_superseded: bool,
     /// The attempt is over.
     has_ended: bool,
 }
 
+/// How many other attempts at the same blob are considered when an upload begins.
+const MAX_TWINS: usize = 64;
+
 impl Progress {
-    /// Whether the blob has been stored since the attempt began, whoever did it (BS-24).
+    /// Whether the blob has been stored since the attempt began, by whomever (BS-24).
     pub fn is_superseded(&self) -> bool {
         self.fate.borrow().is_superseded
     }
@@ -79,14 +83,14 @@ impl Progress {
         let mut fate = self.fate.subscribe();
         async move {
             if fate.wait_for(is_reached).await.is_err() {
-                // Nobody is left to bring it about.
+                // The sender is gone, so it can no longer happen.
                 std::future::pending().await
             }
         }
     }
 
-    /// Waits for the end of the attempt, until `deadline` or until it has taken nothing for [`TWIN_STALL`]. Says whether it
-    /// ended.
+    /// Waits for the end of the attempt, until `deadline` or until it has accepted nothing for [`TWIN_STALL`]. Returns whether
+    /// it ended.
     pub async fn ends_before(&self, deadline: tokio::time::Instant) -> bool {
         let mut ended = std::pin::pin!(self.ended());
         loop {
@@ -103,53 +107,53 @@ impl Progress {
     }
 }
 
-/// What a broken attempt left. Its file goes before its room is given back.
+/// The bytes of a broken attempt. The file is deleted before its room is given back.
 #[derive(Debug)]
 pub struct Partial {
-    /// The bytes so far.
+    /// The file with the bytes so far.
     pub sink: Sink,
-    /// Room for them.
-    pub room: Room,
+    /// The room that the bytes take.
+    pub room: UploadRoom,
 }
 
 impl Partial {
-    /// Whose it is.
+    /// The peer that uploaded it.
     fn peer(&self) -> Peer {
         self.room.caller().unwrap_or_default().peer
     }
 }
 
-/// The right to write one upload. Dropped, it tells the actor what is left of it; one that stored its blob ends with the
-/// message that says so ([`Attempt::into_end`]).
+/// The right to write one upload. When it is dropped, it reports to the actor what is left of it. The end of an attempt that
+/// stored its blob is reported together with the blob ([`Attempt::into_end`]).
 pub struct Attempt {
-    /// `None` until the first bytes are written. Declared before `room`, so that the file goes first.
+    /// `None` until the first bytes are written. Declared before `room`, so that the file is dropped first.
     pub sink: Option<Sink>,
-    /// How this stream's bytes become the blob's.
+    /// Converts the bytes of this stream to bytes of the blob.
     pub inflow: Inflow,
     /// Room for the bytes so far; `None` once it is spent.
-    pub room: Option<Room>,
+    pub room: Option<UploadRoom>,
     /// Whether the bytes so far may be resumed.
     pub keep: bool,
-    /// Seen by others.
+    /// Progress that others can observe.
     pub progress: Arc<Progress>,
-    /// The blob.
+    /// The blob that is uploaded.
     pub blob: Key,
     name: Digest,
     number: u64,
     store: Addr<CasActor>,
-    /// The actor need not be told any more.
+    /// The actor already knows that the attempt has ended.
     is_told: bool,
 }
 
 impl Attempt {
-    /// An attempt that [`Uploads::begin`] has entered.
-    pub fn new(store: Addr<CasActor>, name: Digest, blob: Key, entered: Entered, room: Room) -> Self {
+    /// An attempt that [`Uploads::begin`] has registered.
+    pub fn new(store: Addr<CasActor>, name: Digest, blob: Key, entered: Entered, room: UploadRoom) -> Self {
         let Entered { number, progress } = entered;
         let (sink, inflow, room) = (None, Inflow::Plain, Some(room));
         Self { sink, inflow, room, keep: true, progress, blob, name, number, store, is_told: false }
     }
 
-    /// The end of this attempt, of which nothing is left, to be told with something else.
+    /// Ends this attempt, with nothing left over, and returns the report for the caller to send.
     pub fn into_end(mut self) -> EndUpload {
         self.is_told = true;
         self.end(None)
@@ -160,7 +164,6 @@ impl Attempt {
         EndUpload { name, number, blob, progress, partial }
     }
 
-    /// The actor's address.
     pub fn store(&self) -> &Addr<CasActor> {
         &self.store
     }
@@ -191,43 +194,43 @@ impl std::fmt::Debug for Attempt {
     }
 }
 
-/// The number of an attempt and its cell.
+/// A registered attempt: its number, and the progress that others can observe.
 #[derive(Debug, Clone)]
 pub struct Entered {
     /// Unique in this process.
     pub number: u64,
-    /// Where its progress shows.
+    /// The progress that others can observe.
     pub progress: Arc<Progress>,
 }
 
 /// The answer of [`Uploads::begin`].
 #[derive(Debug)]
-pub enum Begin {
-    /// From the start; an earlier attempt's bytes are to be deleted.
+pub(crate) enum Begin {
+    /// Starts at 0. The bytes of an earlier attempt are to be deleted.
     Fresh(Entered, Option<Partial>),
-    /// From where it broke.
+    /// Resumes where the earlier attempt broke.
     Resume(Entered, Partial),
     /// An earlier stream has not ended yet.
     Busy(Arc<Progress>),
-    /// It stands somewhere else.
+    /// The upload is at another offset.
     Elsewhere(u64),
 }
 
-enum State {
+enum UploadState {
     Running(Arc<Progress>),
     Parked(Box<Partial>),
 }
 
 struct Named {
     number: u64,
-    state: State,
+    state: UploadState,
 }
 
-/// The table; see the top of this file.
+/// The table of uploads; see the module documentation.
 #[derive(Default)]
-pub struct Uploads {
+pub(crate) struct Uploads {
     named: HashMap<Digest, Named>,
-    /// Names of parked uploads by when they broke.
+    /// Names of parked uploads, in the order in which they broke.
     parked: BTreeMap<(Instant, u64), Digest>,
     parked_bytes: u64,
     running: HashMap<Key, Vec<Arc<Progress>>>,
@@ -236,13 +239,13 @@ pub struct Uploads {
 }
 
 impl Uploads {
-    /// Enters an attempt that starts at `offset`.
-    pub fn begin(&mut self, name: Digest, blob: Key, offset: u64) -> Begin {
+    /// Registers an attempt that starts at `offset`.
+    pub(crate) fn begin(&mut self, name: Digest, blob: Key, offset: u64) -> Begin {
         let parked = match self.named.get(&name) {
-            Some(Named { state: State::Running(progress), .. }) if offset > 0 => {
+            Some(Named { state: UploadState::Running(progress), .. }) if offset > 0 => {
                 return Begin::Busy(progress.clone());
             }
-            Some(Named { state: State::Parked(partial), .. }) if offset > 0 => {
+            Some(Named { state: UploadState::Parked(partial), .. }) if offset > 0 => {
                 let committed = partial.sink.hasher.size();
                 if committed != offset {
                     return Begin::Elsewhere(committed);
@@ -255,7 +258,7 @@ impl Uploads {
         self.last_number += 1;
         let entered = Entered { number: self.last_number, progress: Arc::default() };
         entered.progress.accepted.store(offset, Ordering::Relaxed);
-        let state = State::Running(entered.progress.clone());
+        let state = UploadState::Running(entered.progress.clone());
         self.named.insert(name, Named { number: entered.number, state });
         self.running.entry(blob).or_default().push(entered.progress.clone());
         self.running_count += 1;
@@ -265,14 +268,25 @@ impl Uploads {
         }
     }
 
-    /// Another attempt at the same blob.
-    pub fn twin(&self, blob: &Key, entered: &Entered) -> Option<Arc<Progress>> {
-        let mut attempts = self.running.get(blob)?.iter();
-        attempts.find(|progress| !Arc::ptr_eq(progress, &entered.progress)).cloned()
+    /// The attempt at the same blob that has got furthest.
+    pub(crate) fn twin(&self, blob: &Key, entered: &Entered) -> Option<Arc<Progress>> {
+        self.twins(blob, entered).max_by_key(|twin| twin.accepted.load(Ordering::Relaxed)).cloned()
     }
 
-    /// Takes an attempt out that ended; returns what is to be deleted.
-    pub fn end(&mut self, ended: EndUpload, now: Instant) -> Option<Partial> {
+    /// How many bytes the other attempts at a blob of this size have still to come.
+    pub(crate) fn left_to_twins(&self, blob: &Key, entered: &Entered, size: u64) -> u64 {
+        let left = |twin: &Arc<Progress>| size.saturating_sub(twin.accepted.load(Ordering::Relaxed));
+        self.twins(blob, entered).map(left).fold(0, u64::saturating_add)
+    }
+
+    /// Other attempts at the same blob, at most [`MAX_TWINS`].
+    fn twins(&self, blob: &Key, entered: &Entered) -> impl Iterator<Item = &Arc<Progress>> {
+        let attempts = self.running.get(blob).into_iter().flatten().take(MAX_TWINS + 1);
+        attempts.filter(|progress| !Arc::ptr_eq(progress, &entered.progress))
+    }
+
+    /// Removes an attempt that ended. Returns bytes that are to be deleted.
+    pub(crate) fn end(&mut self, ended: EndUpload, now: Instant) -> Option<Partial> {
         let EndUpload { name, number, blob, progress, partial } = ended;
         if let Some(attempts) = self.running.get_mut(&blob) {
             let before = attempts.len();
@@ -283,13 +297,13 @@ impl Uploads {
             }
         }
         let is_latest = self.named.get(&name).is_some_and(|named| named.number == number);
-        // Nobody goes on with an upload of what is stored.
+        // A stored blob needs no resumed upload.
         let is_of_use = is_latest && !progress.is_superseded();
         let discarded = match partial {
             Some(partial) if is_of_use => {
                 self.parked_bytes += partial.room.bytes();
                 self.parked.insert((now, number), name);
-                self.named.insert(name, Named { number, state: State::Parked(Box::new(partial)) });
+                self.named.insert(name, Named { number, state: UploadState::Parked(Box::new(partial)) });
                 None
             }
             partial => {
@@ -303,28 +317,28 @@ impl Uploads {
         discarded
     }
 
-    /// Bytes that an upload has taken; 0 for an unknown one (BS-32).
-    pub fn committed(&self, name: Digest) -> u64 {
+    /// Bytes that an upload has accepted; 0 for an unknown one (BS-32).
+    pub(crate) fn committed(&self, name: Digest) -> u64 {
         match self.named.get(&name).map(|named| &named.state) {
-            Some(State::Running(progress)) => progress.accepted.load(Ordering::Relaxed),
-            Some(State::Parked(partial)) => partial.sink.hasher.size(),
+            Some(UploadState::Running(progress)) => progress.accepted.load(Ordering::Relaxed),
+            Some(UploadState::Parked(partial)) => partial.sink.hasher.size(),
             None => 0,
         }
     }
 
-    /// Tells all who upload this blob that it is stored.
-    pub fn supersede(&self, blob: &Key) {
+    /// Marks all running uploads of this blob as superseded.
+    pub(crate) fn supersede(&self, blob: &Key) {
         for progress in self.running.get(blob).into_iter().flatten() {
             progress.fate.send_modify(|fate| fate.is_superseded = true);
         }
     }
 
-    /// Takes out a broken upload to make room: the oldest of the peer whose broken uploads hold the most bytes.
-    pub fn pop_for_room(&mut self) -> Option<Partial> {
+    /// Removes a broken upload to make room: the oldest of the peer whose broken uploads hold the most bytes.
+    pub(crate) fn pop_for_room(&mut self) -> Option<Partial> {
         self.pop_of_largest(|partial| partial.room.bytes())
     }
 
-    /// Takes out the oldest broken upload of the peer whose broken uploads weigh most; of several such peers, the oldest of all.
+    /// Removes the oldest broken upload of the peer with the largest total weight. If several peers tie, the oldest of theirs.
     fn pop_of_largest(&mut self, weight: impl Fn(&Partial) -> u64) -> Option<Partial> {
         let mut weights: HashMap<Peer, u64> = HashMap::new();
         for (_, partial) in self.by_age() {
@@ -340,24 +354,25 @@ impl Uploads {
     /// The broken uploads, the oldest first.
     fn by_age(&self) -> impl Iterator<Item = (Digest, &Partial)> {
         self.parked.values().filter_map(|name| match &self.named.get(name)?.state {
-            State::Parked(partial) => Some((*name, &**partial)),
-            State::Running(_) => None,
+            UploadState::Parked(partial) => Some((*name, &**partial)),
+            UploadState::Running(_) => None,
         })
     }
 
-    /// Takes out the broken upload that has waited longest among those that count against this bound of the caller's: those
-    /// of its connection, or else those of its peer.
-    pub fn pop_oldest_of(&mut self, caller: Caller, bound: Bound) -> Option<Partial> {
+    /// Removes the oldest broken upload that counts against this bound of the caller: one of its connection, or else of its
+    /// peer.
+    pub(crate) fn pop_oldest_of(&mut self, caller: Caller, bound: Bound) -> Option<Partial> {
         let counts = |other: Caller| match bound {
             Bound::Connection => other.connection == caller.connection,
-            Bound::Peer | Bound::Server => other.peer == caller.peer,
+            Bound::ConnectionShare | Bound::Peer | Bound::Server => other.peer == caller.peer,
         };
         let (name, _) = self.by_age().find(|(_, partial)| partial.room.caller().is_some_and(counts))?;
         self.unpark(name)
     }
 
-    /// Takes out a broken upload that is over a bound: too old, or one too many, or too much of a store of `limit` bytes.
-    pub fn pop_excess(&mut self, now: Instant, retention: Duration, limit: u64) -> Option<Partial> {
+    /// Removes a broken upload if a bound is exceeded: it is too old, there are too many, or they hold too much of a store of
+    /// `limit` bytes.
+    pub(crate) fn pop_excess(&mut self, now: Instant, retention: Duration, limit: u64) -> Option<Partial> {
         let (&(since, _), &oldest) = self.parked.first_key_value()?;
         if now.saturating_duration_since(since) >= retention {
             self.unpark(oldest)
@@ -370,21 +385,23 @@ impl Uploads {
         }
     }
 
-    /// Bytes that broken uploads hold and that can be had back.
-    pub fn parked_bytes(&self) -> u64 {
+    /// Bytes that broken uploads hold; they can be reclaimed.
+    pub(crate) fn parked_bytes(&self) -> u64 {
         self.parked_bytes
     }
 
-    /// Attempts that run, and uploads that can be resumed.
-    pub fn counts(&self) -> (usize, usize) {
+    /// The number of running attempts, and of uploads that can be resumed.
+    pub(crate) fn counts(&self) -> (usize, usize) {
         (self.running_count, self.parked.len())
     }
 
     fn unpark(&mut self, name: Digest) -> Option<Partial> {
-        if !matches!(self.named.get(&name)?.state, State::Parked(_)) {
+        if !matches!(self.named.get(&name)?.state, UploadState::Parked(_)) {
             return None;
         }
-        let Named { number, state: State::Parked(partial) } = self.named.remove(&name)? else { return None };
+        let Named { number, state: UploadState::Parked(partial) } = self.named.remove(&name)? else {
+            return None;
+        };
         self.parked.retain(|(_, parked), _| *parked != number);
         self.parked_bytes -= partial.room.bytes();
         Some(*partial)

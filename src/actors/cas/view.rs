@@ -1,36 +1,37 @@
-//! [`View`]: the index as every thread may read it.
+//! [`View`]: the index, readable from every thread.
 //!
-//! [`super::CasActor`] is the only one that adds, removes or promises anything. Look-ups of blobs and results need none of
-//! that, so they read the index where they are and cost no message. What a look-up finds is counted as used, or leased, in
-//! the entry itself; an eviction checks that before it removes anything, so nothing goes between "it is stored" and its lease.
+//! Only [`super::CasActor`] adds, removes or reserves. Look-ups of blobs and results do none of that, so they read the index
+//! directly and cost no message. A look-up marks the use or the lease in the entry itself, and an eviction checks this mark
+//! before it removes anything. So an entry that was found cannot disappear before it is leased.
 //!
-//! Bounds: a reader holds the lock for [`LOOKUPS_PER_HOLD`] entries, so the actor waits some 50 us for it at most.
-//! [`NOTES_MAX`] notes are kept for the actor; of those that find no room, a use keeps its mark in the index, and a recency
-//! that is not written down costs a place in the order after the next start.
+//! Bounds: a reader holds the lock for at most [`LOOKUPS_PER_HOLD`] entries, so the actor waits about 50 us for it. The actor
+//! holds it for about [`CHANGES_PER_HOLD`], except when the index grows. At most
+//! [`NOTES_MAX`] notes are kept for the actor. If a note is dropped, the use is still marked in the index; only the order of
+//! use after the next start may suffer.
 
 use super::{
-    index::{EntryRef, Found, Index, Key, Kind, Stamp},
-    settings::{LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
+    index::{EntryKind, EntryRef, FoundEntry, Index, Key, Stamp},
+    settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
     unix_seconds,
 };
 use crate::instance::InstanceId;
 use gorego_reapi::digest::Digest;
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// What look-ups leave for the actor to do.
+/// Work that look-ups leave for the actor.
 #[derive(Debug, Default)]
-struct Notes {
+struct LookUpNotes {
     /// Entries whose place in the order of use is out of date.
     unsettled: Vec<EntryRef>,
-    /// Files whose use is to be written down.
-    touches: Vec<Found>,
+    /// Files whose use is to be written to disk.
+    touches: Vec<FoundEntry>,
 }
 
-/// The index, shared by its owner with those who look things up.
+/// The index behind a lock, with the notes of its readers.
 #[derive(Debug)]
 pub(crate) struct View {
     index: RwLock<Index>,
-    notes: Mutex<Notes>,
+    notes: Mutex<LookUpNotes>,
 }
 
 impl View {
@@ -38,22 +39,30 @@ impl View {
         Self { index: RwLock::new(index), notes: Mutex::default() }
     }
 
-    /// Changes the index; for the actor alone. Uses are settled first. The lock is held by `change` and by nothing after it, so that
-    /// no two changes can meet in one expression.
+    /// Changes the index; only the actor may call it. Noted uses are settled first. The lock is released when `change` returns,
+    /// so two changes in one expression cannot deadlock.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Index) -> T) -> T {
-        // A panic elsewhere leaves the index whole: its operations do not panic halfway.
-        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
         let unsettled = std::mem::take(&mut self.notes().unsettled);
-        for at in unsettled {
-            index.settle(at);
+        let mut rest = unsettled.as_slice();
+        while let Some((part, after)) = rest.split_at_checked(CHANGES_PER_HOLD) {
+            let mut index = self.write();
+            part.iter().for_each(|at| index.settle(*at));
+            rest = after;
         }
+        let mut index = self.write();
+        rest.iter().for_each(|at| index.settle(*at));
         change(&mut index)
     }
 
-    /// Looks up what takes moments, under one hold of the lock. Returns also whether there is work for the actor.
+    fn write(&self) -> RwLockWriteGuard<'_, Index> {
+        // A panic elsewhere leaves the index intact, because its operations do not panic halfway.
+        self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs short look-ups under one hold of the lock. Also returns whether there is work for the actor.
     pub(super) fn read<T>(&self, look: impl FnOnce(&mut LookUp<'_>) -> T) -> (T, bool) {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        let mut look_up = LookUp { index, now: unix_seconds(), notes: Notes::default() };
+        let mut look_up = LookUp { index, now: unix_seconds(), notes: LookUpNotes::default() };
         let answer = look(&mut look_up);
         let LookUp { index, notes, .. } = look_up;
         drop(index);
@@ -67,21 +76,21 @@ impl View {
             let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
             unsettled.extend(part.iter().filter(|at| index.release(**at)));
         }
-        self.note(Notes { unsettled, touches: Vec::new() })
+        self.note(LookUpNotes { unsettled, touches: Vec::new() })
     }
 
-    /// Hides an entry whose file is not what it should be, until the actor removes it.
+    /// Hides an entry whose file is damaged, until the actor removes it.
     pub(super) fn condemn(&self, at: EntryRef) {
         self.index.read().unwrap_or_else(PoisonError::into_inner).condemn(at);
     }
 
-    /// Files whose use is to be written down now.
-    pub(super) fn take_touches(&self) -> Vec<Found> {
+    /// Takes out the files whose use is to be written to disk now.
+    pub(super) fn take_touches(&self) -> Vec<FoundEntry> {
         std::mem::take(&mut self.notes().touches)
     }
 
-    /// Keeps notes for the actor. True once for each batch of them.
-    fn note(&self, new: Notes) -> bool {
+    /// Keeps notes for the actor. Returns true once per batch.
+    fn note(&self, new: LookUpNotes) -> bool {
         if new.unsettled.is_empty() && new.touches.is_empty() {
             return false;
         }
@@ -89,12 +98,12 @@ impl View {
         append(&mut notes.unsettled, new.unsettled) | append(&mut notes.touches, new.touches)
     }
 
-    fn notes(&self) -> MutexGuard<'_, Notes> {
+    fn notes(&self) -> MutexGuard<'_, LookUpNotes> {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Adds what there is room for. True if that completes a batch.
+/// Adds as many notes as there is room for. Returns true if that completes a batch.
 fn append<T>(notes: &mut Vec<T>, mut new: Vec<T>) -> bool {
     let before = notes.len();
     new.truncate(NOTES_MAX.saturating_sub(before));
@@ -102,42 +111,42 @@ fn append<T>(notes: &mut Vec<T>, mut new: Vec<T>) -> bool {
     before / NOTES_BATCH < notes.len() / NOTES_BATCH
 }
 
-/// A few questions to the index, at one moment.
+/// A consistent series of look-ups, made while the lock is held.
 pub(super) struct LookUp<'a> {
     index: RwLockReadGuard<'a, Index>,
     now: u32,
-    notes: Notes,
+    notes: LookUpNotes,
 }
 
 impl LookUp<'_> {
     /// Looks an entry up and counts it as used now.
-    pub(super) fn renew(&mut self, key: &Key) -> Option<Found> {
+    pub(super) fn renew(&mut self, key: &Key) -> Option<FoundEntry> {
         let found = self.index.renew(key, self.now)?;
         Some(self.noted(found))
     }
 
     /// [`LookUp::renew`] of a blob.
-    pub(super) fn renew_blob(&mut self, instance: InstanceId, digest: Digest) -> Option<Found> {
-        self.renew(&Key { digest, instance, kind: Kind::Blob })
+    pub(super) fn renew_blob(&mut self, instance: InstanceId, digest: Digest) -> Option<FoundEntry> {
+        self.renew(&Key { digest, instance, kind: EntryKind::Blob })
     }
 
     /// Looks an entry up, counts it as used now, and keeps it from eviction until [`View::release`].
-    pub(super) fn lease(&mut self, key: &Key) -> Option<Found> {
+    pub(super) fn lease(&mut self, key: &Key) -> Option<FoundEntry> {
         let found = self.index.lease(key, self.now)?;
         Some(self.noted(found))
     }
 
-    /// The stamp of an entry that is still there.
+    /// The stamp of an entry, if it is still there.
     pub(super) fn stamp(&self, at: EntryRef) -> Option<Stamp> {
         self.index.stamp(at)
     }
 
-    /// [`Index::find_by_hash`].
+    /// See [`Index::find_by_hash`].
     pub(super) fn find_by_hash(&self, like: &Key) -> Option<Digest> {
         self.index.find_by_hash(like)
     }
 
-    fn noted(&mut self, found: Found) -> Found {
+    fn noted(&mut self, found: FoundEntry) -> FoundEntry {
         if found.settle_due {
             self.notes.unsettled.push(found.at);
         }
@@ -158,15 +167,15 @@ mod tests {
         thread,
     };
 
-    /// Look-ups on two threads against an owner that evicts as fast as it can: what was leased is there until it is released, and
-    /// the sums come out even.
+    /// Two threads look entries up while the owner evicts as fast as it can. A leased entry stays until it is released, and the
+    /// totals balance at the end.
     #[test]
-    fn what_is_leased_beside_a_busy_owner_stays() {
+    fn a_leased_entry_stays_while_the_owner_evicts() {
         const ENTRIES: u64 = 64;
         let key = |name: u64| Key {
             digest: DigestFunction::Sha256.digest(&name.to_le_bytes()),
             instance: InstanceId(0),
-            kind: Kind::Blob,
+            kind: EntryKind::Blob,
         };
         let view = View::new(Index::new(ENTRIES));
         let (view, is_over) = (&view, &AtomicBool::new(false));

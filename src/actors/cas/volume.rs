@@ -1,15 +1,15 @@
-//! How stored bytes lie on disk.
+//! How stored bytes are laid out on disk.
 //!
-//! [`Volume`] is all that the rest of the store knows of it. A stored file is named by its [`FileId`]. It is written once, opened,
-//! touched and deleted, and never changed. [`files::Files`] keeps each in a file of its own below one directory. A segment store,
-//! an object store or a shard on another machine would be another implementation of the trait: nothing outside this module names
-//! a path or a call of the file system, which `tests/tidy` checks.
+//! [`Volume`] is the interface to the rest of the store. A stored file is identified by its [`FileId`]. It is written once,
+//! opened, touched and deleted, and never changed. [`files::Files`] keeps each blob in its own file below one directory. A
+//! segment store, an object store or a shard on another machine would be another implementation of the trait. Nothing outside
+//! this module names a path or calls the file system; `tests/tidy` checks this.
 //!
-//! A volume decides nothing. The index says which files there are and which of them go; callers say whether a content is right. A
-//! volume knows the words of the index and nothing else of the store. All calls block, unless their documentation says otherwise,
-//! and are made on blocking threads. One call through a `dyn` costs a few nanoseconds, and each of them makes a system call.
+//! A volume decides nothing. The index says which files exist and which are evicted, and callers verify contents. A volume uses
+//! the types of the index and nothing else of the store. All calls block, unless their documentation says otherwise, and are
+//! made on blocking threads.
 //!
-//! [`outside`] has the files that are not the store's: what actions left behind, and what they get.
+//! [`outside`] has the files that do not belong to the store: outputs that actions left behind, and their input files.
 
 pub(crate) mod draft;
 pub(crate) mod files;
@@ -29,45 +29,45 @@ use gorego_reapi::digest::{Digest, Hasher};
 use outside::LeftFile;
 use std::{fmt::Debug, fs::File, io};
 
-/// Pieces in which a large file is hashed or copied.
+/// Large files are hashed and copied in pieces of this size.
 pub(crate) const PIECE_BYTES: usize = 256 * 1024;
 
-/// Where stored files lie.
+/// The storage for the files of the store.
 pub(crate) trait Volume: Debug + Send + Sync {
-    /// A number that no file of this volume has or had. Does not block.
+    /// A number that no file of this volume has ever had. Does not block.
     fn next_generation(&self) -> u64;
 
-    /// Bytes that a file of this size takes. Does not block.
+    /// Bytes that a file of this size takes on disk. Does not block.
     fn charge(&self, size: u64) -> u64;
 
-    /// The room that is left beneath it.
+    /// The free space of the underlying disk.
     fn space(&self) -> io::Result<Space>;
 
     /// Opens a stored file.
     fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>>;
 
-    /// What a stored file looks like, without opening it.
+    /// The size and stamp of a stored file, without opening it.
     fn look(&self, file: &FileId) -> io::Result<Look>;
 
-    /// Writes bytes that were checked before to a new file; leaves none behind if that fails. Returns what the file is known by.
+    /// Writes verified bytes to a new file; leaves no file behind if that fails. Returns the stamp of the file.
     fn write(&self, file: &FileId, pieces: &[Bytes]) -> io::Result<Stamp>;
 
-    /// Begins a file whose name is not known yet.
+    /// Begins a file whose digest is not known yet.
     fn draft(&self) -> io::Result<Box<dyn Draft>>;
 
-    /// Makes a file that an action left behind the stored one, if nobody else can reach it and it still is what it was when it was
-    /// hashed. Returns what it is known by. `None` means that it has to be copied; it may be gone from its place by then, and can
-    /// still be read.
+    /// Moves a file that an action left behind into the store, if nobody else can reach it and it has not changed since it was
+    /// hashed. Returns its stamp, or `None` if it has to be copied instead. In that case its name may be gone, but the open
+    /// file can still be read.
     fn adopt(&self, file: &FileId, left: &LeftFile<'_>) -> io::Result<Option<Stamp>>;
 
-    /// Deletes a stored file. One that is gone already is no error.
+    /// Deletes a stored file. A missing file is no error.
     fn delete(&self, file: &FileId) -> io::Result<()>;
 
-    /// Writes down that these files are used now. `moved` is told of the stamps that this changes.
+    /// Records that these files are used now. `moved` gets the stamps that this changes.
     fn touch(&self, files: &[FileId], moved: &mut dyn FnMut(Vec<Moved>));
 
-    /// Finds the files that are there at start. `is_whole` tells a whole action result from the beginning of one; `take` gets each
-    /// file and returns one that is to be deleted: this one, or an earlier one whose place it took.
+    /// Finds the files that exist at start. `is_whole` says whether the bytes of an action result are complete. `take` gets
+    /// each file and returns a file to delete, if any: this one, or an earlier one that it replaces.
     fn recover(
         &self,
         is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
@@ -75,15 +75,15 @@ pub(crate) trait Volume: Debug + Send + Sync {
     ) -> Repairs;
 }
 
-/// A stored file that is open. It can be read to its end even if it is deleted meanwhile.
+/// An open stored file. It can be read to its end even if it is deleted meanwhile.
 pub(crate) trait Stored: Debug + Send + Sync {
-    /// What it looks like now.
+    /// Its current size and stamp.
     fn look(&self) -> io::Result<Look>;
 
     /// Reads at least one byte, unless the file ends at `offset`.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
 
-    /// Reads what is in memory already into the spare capacity of a buffer. Does not block.
+    /// Reads bytes that are in the page cache into the spare capacity of a buffer. Does not block.
     fn read_cached(&self, buffer: &mut Vec<u8>, offset: u64) -> io::Result<usize>;
 
     /// Whether no other process has it open for writing, as far as that can be known.
@@ -93,64 +93,64 @@ pub(crate) trait Stored: Debug + Send + Sync {
     fn copy_to(&self, to: &File, size: u64) -> io::Result<()>;
 }
 
-/// A file that is being written. It is deleted when it is dropped before it was kept.
+/// A file that is being written. It is deleted if it is dropped before it is kept.
 pub(crate) trait Draft: Debug + Send + Sync {
-    /// Adds bytes at its end.
+    /// Appends bytes to the file.
     fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
 
-    /// The digest of all that was written, by reading it once more.
+    /// The digest of everything written, computed by reading the file again.
     fn hash(&self, hasher: Hasher) -> io::Result<Digest>;
 
-    /// Makes it the stored file of this name. Its content was checked. Returns what it is known by.
+    /// Turns it into the stored file `file`. The caller has verified its content. Returns its stamp.
     fn keep(self: Box<Self>, file: &FileId) -> io::Result<Stamp>;
 }
 
-/// What a stored file looks like from outside.
+/// The size and stamps of a stored file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Look {
-    /// Its length in bytes.
+    /// The length in bytes.
     pub size: u64,
-    /// Moves with every change of it.
+    /// Differs after every change of the file.
     pub stamp: Stamp,
-    /// The same, or [`Stamp::UNTRUSTED`] while another change could leave the stamp as it is.
+    /// The same stamp, or [`Stamp::UNTRUSTED`] while another change could leave the stamp as it is.
     pub lasting: Stamp,
 }
 
-/// A change of a stamp that the volume itself has made.
+/// A change of a stamp that the volume itself caused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Moved {
-    /// Position of the file in the list that was touched.
+    /// Position of the file in the touched list.
     pub at: usize,
-    /// The stamp before.
+    /// The stamp before the change.
     pub before: Stamp,
-    /// The stamp after.
+    /// The stamp after the change.
     pub after: Stamp,
 }
 
 /// A file that was found at start.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Recovered {
-    /// Which.
+    /// The identity of the file.
     pub file: FileId,
-    /// Bytes that it takes.
+    /// Bytes that it takes on disk.
     pub bytes: u64,
-    /// Seconds since 1970 of the last use that was written down.
+    /// Seconds since 1970 of the last recorded use.
     pub touched: u32,
 }
 
-/// What was wrong at start.
+/// Counts of what was wrong in the store at start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Repairs {
-    /// Files that were removed: unfinished, or doubled.
+    /// Files that were removed because they were unfinished or duplicate.
     pub removed: u64,
-    /// Names that this store does not give. They are left alone.
+    /// Files with names that the store does not use. They are left alone.
     pub foreign: u64,
     /// Files and directories that could not be read.
     pub unreadable: u64,
 }
 
-/// Whether a failed call says that a stored file is lost: gone, replaced by something else, cut short, or not readable from its
-/// disk. Other failures, such as too many open files, say nothing of it.
+/// Whether an error means that a stored file is lost: deleted, replaced by something else, cut short, or unreadable on its
+/// disk. Other failures, such as too many open files, say nothing about the file.
 pub(crate) fn is_lost(error: &io::Error) -> bool {
     let is_bad = error.raw_os_error() == Some(libc::EIO) || regular_file::is_something_else(error);
     is_bad
@@ -160,7 +160,7 @@ pub(crate) fn is_lost(error: &io::Error) -> bool {
         )
 }
 
-/// The digest of what `read_at` gives, from the start to the end.
+/// The digest of the bytes that `read_at` returns, from start to end.
 pub(crate) fn hash(
     mut hasher: Hasher,
     mut read_at: impl FnMut(&mut [u8], u64) -> io::Result<usize>,
@@ -176,7 +176,7 @@ pub(crate) fn hash(
     }
 }
 
-/// Reads exactly as many bytes as the buffer has.
+/// Fills the whole buffer.
 pub(crate) fn read_exact(file: &dyn Stored, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
     while !buffer.is_empty() {
         match file.read_at(buffer, offset) {
@@ -192,7 +192,7 @@ pub(crate) fn read_exact(file: &dyn Stored, mut buffer: &mut [u8], mut offset: u
     Ok(())
 }
 
-/// Reads all of a file that has at most `max` bytes.
+/// Reads a whole file of at most `max` bytes.
 pub(crate) fn read_all(file: &dyn Stored, max: u64) -> io::Result<Vec<u8>> {
     let size = file.look()?.size;
     if size > max {

@@ -1,12 +1,12 @@
-//! [`InputCheck`]: the part of the store that the scheduler needs, as a trait, so that it can be tested without one.
+//! [`InputCheck`]: the part of the store that the scheduler needs, as a trait, so that tests need no store.
 
 use crate::{actors::cas::client::Cas, caller::Caller, instance::Instance};
 use futures::future::{BoxFuture, FutureExt as _};
 use gorego_reapi::{digest::Digest, error::Result};
 
-/// Knows whether the inputs of a task are stored.
+/// Checks whether the inputs of a task are stored.
 pub trait InputCheck: 'static {
-    /// [`Cas::check_inputs`]. The work is done elsewhere: polling the future costs the actors' thread nothing to speak of.
+    /// See [`Cas::check_inputs`]. The work is done on other threads; polling the future costs the actors' thread next to nothing.
     fn check(&self, instance: Instance, root: Digest, caller: Caller) -> BoxFuture<'static, Result<()>>;
 }
 

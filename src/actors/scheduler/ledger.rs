@@ -1,26 +1,27 @@
-//! The [`Ledger`]: the scheduler's mind. Facts and the time go in, decisions come out; it does nothing itself.
+//! The [`Ledger`]: all decisions of the scheduler. It is pure: facts and the time go in, and decisions come out.
 //!
-//! It owns the operations, the tasks that they wait for, the queue and the slots. Its invariants:
+//! It owns the operations, the tasks that they wait for, the queues and the slots. Its invariants:
 //! - An unfinished operation waits for exactly one task, and a task without operations does not exist.
-//! - A task is waiting (unchecked, checking or ready, in that order) or running; only ready tasks are given a slot.
-//! - A ready task stands in the queue of each pool that can take it, and one that is running in none.
-//! - A task that no client follows waits behind all that are followed, and gives its slot up when one of those needs it.
-//! - A task has a place in the queues for each owner that waits for it, counts for one of them in the [`Room`] that there is
-//!   for tasks, and for the one whose turn it was while it runs.
-//! - A slot belongs to one run from [`Ledger::assign`] until [`Ledger::finish`], whatever becomes of the task meanwhile: a
-//!   run that was told to stop, or was given up, holds its slot until its worker answers.
-//! - Every state has a deadline that [`Ledger::tick`] enforces, so that every operation ends, exactly once.
+//! - A task is waiting (unchecked, checking or ready, in that order) or running. Only ready tasks are given a slot.
+//! - A ready task is in the queue of each pool that can run it. A running task is in no queue.
+//! - A task without followers waits behind all tasks with followers, and gives up its slot if one of these needs it.
+//! - A task has an entry in its queues for each owner that waits for it. It counts for one of them in the [`QueueQuota`] and,
+//!   while it runs, for the owner whose turn it was.
+//! - A slot belongs to one run from [`Ledger::assign`] until [`Ledger::finish`], even if the task ends earlier: a run that was told
+//!   to stop, or was given up, holds its slot until its worker answers.
+//! - Every state has a deadline that [`Ledger::tick`] enforces, so every operation ends exactly once.
 //!
 //! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks, slots and runs,
-//! `ledger/waiting.rs` where tasks wait and why, `ledger/followers.rs` what becomes of work that no client follows,
-//! `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are.
-//! What happened is kept as [`Transition`]s until [`Ledger::take_transitions`].
+//! `ledger/waiting.rs` where tasks wait and why, `ledger/followers.rs` tasks without followers,
+//! `ledger/pools.rs` pools that come and go, `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are.
+//! Each step of an operation is recorded as a [`Transition`] until [`Ledger::take_transitions`].
 
 mod deadlines;
 mod dispatch;
 #[cfg(test)]
 pub(super) mod fixtures;
 mod followers;
+mod pools;
 #[cfg(test)]
 mod simulation;
 mod task;
@@ -32,11 +33,11 @@ use super::{
     messages::{Inspection, ListOperations, OperationPage, Submit},
     operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
     queue::{Charge, Queue},
+    quota::QueueQuota,
     register::Register,
-    room::Room,
-    settings::{Moment, SchedulerSettings},
-    slots::{PoolSpec, Slots},
-    transition::{Event, Transition},
+    settings::{ClockReading, SchedulerSettings},
+    slots::{PoolId, PoolSpec, Slots},
+    transition::{OperationEvent, Transition},
 };
 use crate::{
     action::Action,
@@ -51,31 +52,31 @@ use std::{
     time::Duration,
 };
 
-pub use dispatch::{Assignment, Check, RunEnd};
+pub(crate) use dispatch::{Assignment, Check, RunEnd};
 use followers::Unfollowed;
-use task::{Key, Run, Step, Task, key};
+use task::{Task, TaskKey, TaskRun, TaskStep, key};
 use waiting::Board;
 
-/// All work that is known here. See the file's head.
+/// All operations, tasks and pools; see the top of this file.
 #[derive(Debug)]
-pub struct Ledger {
+pub(crate) struct Ledger {
     settings: SchedulerSettings,
     register: Register,
     slots: Slots,
     tasks: BTreeMap<TaskId, Task>,
-    /// The task that an identical action joins.
-    joinable: HashMap<Key, TaskId>,
-    runs: BTreeMap<TaskId, Run>,
+    /// The tasks that identical actions join.
+    joinable: HashMap<TaskKey, TaskId>,
+    runs: BTreeMap<TaskId, TaskRun>,
     unchecked: Queue,
-    /// One a pool, by its index.
-    ready: Vec<Queue>,
+    /// The queue of each pool.
+    ready: BTreeMap<PoolId, Queue>,
     board: Board,
     unfollowed: Unfollowed,
-    /// Names builds. Keyed at random, so that nobody can choose names that fall together.
+    /// Hashes the names of builds. It is randomly keyed, so clients cannot force collisions.
     names: RandomState,
-    /// What the tasks take up, for their owners.
-    room: Room,
-    /// Checks at the CAS, of tasks that were cancelled meanwhile too.
+    /// The part of the queue that each owner uses.
+    quota: QueueQuota,
+    /// The running input checks, including those of tasks that have ended meanwhile.
     checks: BTreeMap<TaskId, Charge>,
     draining: bool,
     transitions: Vec<Transition>,
@@ -94,15 +95,16 @@ impl Outcome {
 }
 
 impl Ledger {
-    /// An empty ledger over these pools, listed by preference.
-    pub fn new(settings: SchedulerSettings, pools: Vec<PoolSpec>) -> Self {
+    /// An empty ledger over these pools, whose ids ascend in the order of the list.
+    pub(crate) fn new(settings: SchedulerSettings, pools: Vec<PoolSpec>) -> Self {
         let queue = || Queue::new(settings.priority_ageing);
+        let slots = Slots::new(pools, settings.unknown_properties);
         Self {
             register: Register::new(&settings),
-            ready: pools.iter().map(|_| queue()).collect(),
+            ready: slots.order().iter().map(|pool| (*pool, queue())).collect(),
             unchecked: queue(),
-            slots: Slots::new(pools, settings.unknown_properties),
-            room: Room::new(&settings),
+            slots,
+            quota: QueueQuota::new(&settings),
             settings,
             board: Board::default(),
             unfollowed: Unfollowed::default(),
@@ -116,19 +118,19 @@ impl Ledger {
         }
     }
 
-    /// Takes an action in, once the store has said what there is to do about it. A hit is completed at birth, and so is what
-    /// cannot run, so that its name is known like any other (EXE-02). Other work joins the identical task in flight, also when
-    /// the client asked to skip the cache (EXE-17), or is queued.
+    /// Admits an action that was looked up in the store. A cached result and an action that cannot run become operations that
+    /// have already ended, so that their names are known like any other (EXE-02). Any other action joins a task of the identical
+    /// action, also if the client asked to skip the cache (EXE-17), or is queued.
     ///
     /// # Errors
-    /// `Unavailable` while draining; `Exhausted` when the queue is full, or this peer or build has its share of it;
-    /// `Precondition` when no pool suits (EXE-31).
-    pub fn admit(
+    /// `Unavailable` during a shutdown, or when no pool that suits takes tasks; `Exhausted` when the queue is full, or this peer or
+    /// build has its share; `Precondition` when no pool suits (EXE-31).
+    pub(crate) fn admit(
         &mut self,
         submit: Submit,
         resolution: Resolution,
         id: OperationId,
-        now: Moment,
+        now: ClockReading,
     ) -> Result<Subscription> {
         if self.draining {
             return Err(Error::Unavailable("this server is shutting down; try again".into()));
@@ -146,10 +148,10 @@ impl Ledger {
                     message: String::new(),
                     server_logs: Vec::new(),
                 };
-                Ok(self.complete_at_birth(info, priority, outcome, now))
+                Ok(self.admit_finished(info, priority, outcome, now))
             }
             Resolution::Unusable(error) => {
-                Ok(self.complete_at_birth(info, priority, Outcome::failed(error), now))
+                Ok(self.admit_finished(info, priority, Outcome::failed(error), now))
             }
             Resolution::Run(action) => {
                 self.register.check_place(peer)?;
@@ -161,21 +163,27 @@ impl Ledger {
         }
     }
 
-    /// Enters an operation that waits for nothing.
-    fn complete_at_birth(
+    /// Adds an operation that has already ended.
+    fn admit_finished(
         &mut self,
         info: Arc<OperationInfo>,
         priority: i32,
         outcome: Outcome,
-        now: Moment,
+        now: ClockReading,
     ) -> Subscription {
         let outcome = Arc::new(outcome);
-        let event = Event::Completed { outcome: outcome.clone(), place: None, queued_for: None };
+        let event = OperationEvent::Completed { outcome: outcome.clone(), place: None, queued_for: None };
         self.transitions.push(Transition { info: info.clone(), priority, event });
         self.register.enter_finished(info, priority, outcome, now)
     }
 
-    fn join(&mut self, task: TaskId, info: Arc<OperationInfo>, priority: i32, now: Moment) -> Subscription {
+    fn join(
+        &mut self,
+        task: TaskId,
+        info: Arc<OperationInfo>,
+        priority: i32,
+        now: ClockReading,
+    ) -> Subscription {
         let run = self.runs.get(&task);
         let snapshot = Snapshot {
             stage: if run.is_some() { Stage::Executing } else { Stage::Queued },
@@ -186,8 +194,10 @@ impl Ledger {
         };
         let attempt = self.tasks.get(&task).map_or(0, |task| task.attempts);
         let event = match run {
-            Some(run) => Event::Executing { place: run.place.clone(), queued_for: Duration::ZERO, attempt },
-            None => Event::Queued { joined: true },
+            Some(run) => {
+                OperationEvent::Executing { place: run.place.clone(), queued_for: Duration::ZERO, attempt }
+            }
+            None => OperationEvent::Queued { joined: true },
         };
         self.transitions.push(Transition { info: info.clone(), priority, event });
         let owner = self.owner(&info);
@@ -202,12 +212,12 @@ impl Ledger {
         action: Arc<Action>,
         info: Arc<OperationInfo>,
         priority: i32,
-        now: Moment,
+        now: ClockReading,
     ) -> Result<Subscription> {
         let pools = self.slots.suitable(&action)?;
         let owner = self.owner(&info);
         let weight = action.weight();
-        self.room.check(owner, weight)?;
+        self.quota.check(owner, weight)?;
         let id = TaskId(self.register.next_number());
         let snapshot = Snapshot::queued(now.wall);
         let (number, subscription) = self.register.enter(info.clone(), priority, id, snapshot, now);
@@ -224,25 +234,25 @@ impl Ledger {
             owner,
             followers: 1,
             unfollowed_since: None,
-            step: Step::Unchecked,
+            step: TaskStep::Unchecked,
             server_logs: Vec::new(),
             position: None,
         };
         if let Some(key) = task.key() {
             self.joinable.insert(key, id);
         }
-        self.room.add(owner, task.load());
+        self.quota.add(owner, task.load());
         self.tasks.insert(id, task);
         self.enter_queues(id);
-        self.transitions.push(Transition { info, priority, event: Event::Queued { joined: false } });
+        self.transitions.push(Transition { info, priority, event: OperationEvent::Queued { joined: false } });
         Ok(subscription)
     }
 
-    /// Follows an operation (EXE-12); one that was about to be given up for want of followers goes on.
+    /// Subscribes to an operation (EXE-12). An operation without followers is followed again.
     ///
     /// # Errors
     /// `NotFound` (EXE-13).
-    pub fn watch(&mut self, instance: &Instance, id: OperationId) -> Result<Subscription> {
+    pub(crate) fn watch(&mut self, instance: &Instance, id: OperationId) -> Result<Subscription> {
         let number = self.register.find(instance, id)?;
         let (subscription, gained) = self
             .register
@@ -254,21 +264,22 @@ impl Ledger {
         Ok(subscription)
     }
 
-    /// Ends an operation as cancelled, and its task with its last operation (OPS-03, OPS-04). No harm to a finished one.
+    /// Ends an operation as cancelled, and its task with its last operation (OPS-03, OPS-04). A finished operation is left as it
+    /// is.
     ///
     /// # Errors
     /// `NotFound`.
-    pub fn cancel(&mut self, instance: &Instance, id: OperationId, now: Moment) -> Result<()> {
+    pub(crate) fn cancel(&mut self, instance: &Instance, id: OperationId, now: ClockReading) -> Result<()> {
         let number = self.register.find(instance, id)?;
         self.leave(number, Error::Cancelled("the operation was cancelled by a client".into()), now);
         Ok(())
     }
 
-    /// Forgets a finished operation.
+    /// Removes a finished operation from the register.
     ///
     /// # Errors
     /// `NotFound`; `Precondition` when it is not finished.
-    pub fn forget(&mut self, instance: &Instance, id: OperationId) -> Result<()> {
+    pub(crate) fn forget(&mut self, instance: &Instance, id: OperationId) -> Result<()> {
         let number = self.register.find(instance, id)?;
         if self.register.forget(number) {
             return Ok(());
@@ -282,29 +293,32 @@ impl Ledger {
     /// A page of operations, oldest first.
     ///
     /// # Errors
-    /// `Invalid` when the filter names a pool that there is not.
-    pub fn list(&self, query: &ListOperations) -> Result<OperationPage> {
-        let pool = query.filter.pool.as_deref().map(|name| self.slots.find(name)).transpose()?;
+    /// `Invalid` when the filter names an unknown pool.
+    pub(crate) fn list(&self, query: &ListOperations) -> Result<OperationPage> {
+        let named = query.filter.pool.as_deref().map(|name| self.slots.named(name)).transpose()?;
+        let named = named.unwrap_or_default();
         // An operation that waits is in no pool yet, but in the queues of some.
-        let waits_for_pool =
-            |task| self.tasks.get(&task).zip(pool).is_some_and(|(task, pool)| task.pools.contains(&pool));
+        let waits_for_pool = |task| {
+            let task = self.tasks.get(&task);
+            task.is_some_and(|task| task.pools.iter().any(|pool| named.contains(pool)))
+        };
         Ok(self.register.page(query, waits_for_pool))
     }
 
-    /// Counts, for people and health checks.
-    pub fn inspect(&self) -> Inspection {
+    /// The numbers of operations, tasks and slots.
+    pub(crate) fn inspect(&self) -> Inspection {
         let stuck = self.runs.values().filter(|run| run.stuck && self.slots.is_open(run.pool)).count();
         Inspection {
             operations: self.register.len(),
-            queued: self.room.all().waiting,
+            queued: self.quota.all().waiting,
             running: self.runs.len(),
             slots: self.slots.in_service().saturating_sub(stuck),
         }
     }
 
-    /// Admits nothing from now on, and ends what nobody follows; with `cancel`, ends everything. Both with a status that
+    /// Admits no more actions, and ends tasks without followers; with `cancel`, ends all tasks. Both end with a status that
     /// clients retry.
-    pub fn drain(&mut self, cancel: bool, now: Moment) {
+    pub(crate) fn drain(&mut self, cancel: bool, now: ClockReading) {
         self.draining = true;
         if !cancel {
             self.notice_losses(now);
@@ -316,24 +330,24 @@ impl Ledger {
         }
     }
 
-    fn end_for_shutdown(&mut self, id: TaskId, now: Moment) {
+    fn end_for_shutdown(&mut self, id: TaskId, now: ClockReading) {
         let error = Error::Unavailable("this server is shutting down; try again".into());
         self.end_task(id, Outcome::failed(error), now);
         self.stop_run(id, now);
     }
 
-    /// Whether nothing is left to wait for: no task, and no run but those that were given up.
-    pub fn is_idle(&self) -> bool {
+    /// Whether there are no tasks, and no runs other than those that were given up.
+    pub(crate) fn is_idle(&self) -> bool {
         self.tasks.is_empty() && self.runs.values().all(|run| run.stuck)
     }
 
-    /// What happened since the last call, in order.
-    pub fn take_transitions(&mut self) -> Vec<Transition> {
+    /// The transitions since the last call, in order.
+    pub(crate) fn take_transitions(&mut self) -> Vec<Transition> {
         std::mem::take(&mut self.transitions)
     }
 
-    /// Ends one operation; its task stops when it was the last.
-    fn leave(&mut self, number: u64, error: Error, now: Moment) {
+    /// Ends one operation, and stops its task if that was its last operation.
+    fn leave(&mut self, number: u64, error: Error, now: ClockReading) {
         let Some(operation) = self.register.get(number) else { return };
         let (Some(task), priority) = (operation.task(), operation.priority) else { return };
         let (was_followed, owner) = (operation.is_followed(), self.owner(&operation.info));
@@ -350,8 +364,8 @@ impl Ledger {
         }
     }
 
-    /// Ends a task and all its operations. A run of it, if there still is one, is the caller's to stop.
-    fn end_task(&mut self, id: TaskId, outcome: Outcome, now: Moment) {
+    /// Ends a task and all its operations. The caller stops the run of the task, if there is one.
+    fn end_task(&mut self, id: TaskId, outcome: Outcome, now: ClockReading) {
         let Some(mut task) = self.remove_task(id) else { return };
         let server_logs = std::mem::take(&mut task.server_logs);
         let outcome = Arc::new(Outcome { server_logs, ..outcome });
@@ -360,11 +374,11 @@ impl Ledger {
         }
     }
 
-    fn complete(&mut self, number: u64, task: TaskId, outcome: Arc<Outcome>, now: Moment) {
+    fn complete(&mut self, number: u64, task: TaskId, outcome: Arc<Outcome>, now: ClockReading) {
         let Some(operation) = self.register.complete(number, outcome.clone(), now) else { return };
         let run = self.runs.get(&task);
         let waited_until = run.map_or(now.at, |run| run.started);
-        let event = Event::Completed {
+        let event = OperationEvent::Completed {
             outcome,
             place: run.map(|run| run.place.clone()),
             queued_for: Some(waited_until.saturating_duration_since(operation.queued)),
@@ -372,10 +386,10 @@ impl Ledger {
         self.transitions.push(Transition { info: operation.info, priority: operation.priority, event });
     }
 
-    /// Takes a task off the books: nobody can join it, it gets no slot.
+    /// Removes a task, so that it cannot be joined and gets no slot.
     fn remove_task(&mut self, id: TaskId) -> Option<Task> {
         let task = self.tasks.remove(&id)?;
-        self.room.remove(task.owner, task.load());
+        self.quota.remove(task.owner, task.load());
         if let Some(key) = task.key() {
             self.joinable.remove(&key);
         }
@@ -384,8 +398,8 @@ impl Ledger {
         Some(task)
     }
 
-    /// Tells a run to stop. Its slot stays taken until the worker reports.
-    fn stop_run(&mut self, id: TaskId, now: Moment) {
+    /// Tells a run to stop. Its slot is busy until the worker reports.
+    fn stop_run(&mut self, id: TaskId, now: ClockReading) {
         if let Some(run) = self.runs.get_mut(&id) {
             run.cancel.cancel();
             run.deadline = run.deadline.min(now.after(self.settings.stop_grace));

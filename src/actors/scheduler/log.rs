@@ -1,42 +1,47 @@
-//! One log line per [`Transition`]. The only place where the scheduler's events and fields get their names.
+//! The log lines of the scheduler: one for each [`Transition`]. All names of its events are here.
 
 use super::{
     operation::Outcome,
-    transition::{Event as Step, Phases, RunPlace, Transition},
+    transition::{OperationEvent, Phases, RunPlace, Transition},
 };
 use crate::logging::{Event, Field};
 use gorego_reapi::error::Error;
 use log::Log;
 use std::time::Duration;
 
-/// The target of every line of this room.
-pub const TARGET: &str = "gorego::scheduler";
+/// The target of all log lines of the scheduler.
+pub(crate) const TARGET: &str = "gorego::scheduler";
 
 /// An operation was admitted and waits.
-pub const OPERATION_QUEUED: &str = "operation_queued";
-/// A worker has an operation's task.
-pub const OPERATION_EXECUTING: &str = "operation_executing";
-/// A worker failed; the operation waits again.
-pub const OPERATION_REQUEUED: &str = "operation_requeued";
-/// An operation ended; the only line of one that was over at once.
-pub const OPERATION_COMPLETED: &str = "operation_completed";
-/// A run neither ends nor stops; its slot is out of service.
-pub const SLOT_STUCK: &str = "slot_stuck";
+pub(crate) const OPERATION_QUEUED: &str = "operation_queued";
+/// A worker runs the task of an operation.
+pub(crate) const OPERATION_EXECUTING: &str = "operation_executing";
+/// A worker failed, or its pool was removed; the operation waits again.
+pub(crate) const OPERATION_REQUEUED: &str = "operation_requeued";
+/// An operation ended. This is the only line of an operation that was over at once.
+pub(crate) const OPERATION_COMPLETED: &str = "operation_completed";
+/// A run neither ends nor stops, so its slot is out of service.
+pub(crate) const SLOT_STUCK: &str = "slot_stuck";
+/// A pool was added while the server runs.
+pub(crate) const POOL_ADDED: &str = "pool_added";
+/// A pool takes no more tasks.
+pub(crate) const POOL_DRAINING: &str = "pool_draining";
+/// A pool was removed while the server runs.
+pub(crate) const POOL_REMOVED: &str = "pool_removed";
 /// The scheduler takes no more work.
-pub const DRAINING: &str = "scheduler_draining";
+pub(crate) const DRAINING: &str = "scheduler_draining";
 
-/// Logs a transition.
-pub fn transition(transition: &Transition) {
+pub(crate) fn transition(transition: &Transition) {
     log_to(log::logger(), transition);
 }
 
 fn log_to(logger: &dyn Log, Transition { info, priority, event: step }: &Transition) {
     let operation = info.name();
     let mut event = match step {
-        Step::Queued { .. } => Event::info(TARGET, OPERATION_QUEUED),
-        Step::Executing { .. } => Event::info(TARGET, OPERATION_EXECUTING),
-        Step::Requeued { .. } => Event::warn(TARGET, OPERATION_REQUEUED),
-        Step::Completed { .. } => Event::info(TARGET, OPERATION_COMPLETED),
+        OperationEvent::Queued { .. } => Event::info(TARGET, OPERATION_QUEUED),
+        OperationEvent::Executing { .. } => Event::info(TARGET, OPERATION_EXECUTING),
+        OperationEvent::Requeued { .. } => Event::warn(TARGET, OPERATION_REQUEUED),
+        OperationEvent::Completed { .. } => Event::info(TARGET, OPERATION_COMPLETED),
     };
     event
         .with("operation", &operation)
@@ -47,20 +52,20 @@ fn log_to(logger: &dyn Log, Transition { info, priority, event: step }: &Transit
         .with_said("mnemonic", &info.client.action_mnemonic)
         .with("priority", *priority);
     let message = match step {
-        Step::Queued { joined } => {
+        OperationEvent::Queued { joined } => {
             event.with("joined", *joined);
             "an operation waits for a worker"
         }
-        Step::Executing { place, queued_for, attempt } => {
+        OperationEvent::Executing { place, queued_for, attempt } => {
             with_place(&mut event, place);
             event.with("queue_ms", millis(*queued_for)).with("attempt", *attempt);
             "a worker has an operation's action"
         }
-        Step::Requeued { reason, attempt } => {
+        OperationEvent::Requeued { reason, attempt } => {
             event.with("attempt", *attempt).with("grpc_code", reason.code_name()).with_shown("error", reason);
             "a worker failed, an operation waits again"
         }
-        Step::Completed { outcome, place, queued_for } => {
+        OperationEvent::Completed { outcome, place, queued_for } => {
             event.with("cached", outcome.cached);
             if let Some(place) = place {
                 with_place(&mut event, place);
@@ -78,7 +83,7 @@ fn with_place<'a>(event: &mut Event<'a>, place: &'a RunPlace) {
 }
 
 fn with_outcome<'a>(event: &mut Event<'a>, outcome: &'a Outcome) {
-    // A cached result tells of the run that made it, which is not this operation's.
+    // The metadata of a cached result describes the run that made it, not this operation.
     let result = outcome.result.as_ref().filter(|_| !outcome.cached);
     let phases = result.map(|result| Phases::of(result)).unwrap_or_default();
     event
@@ -139,11 +144,11 @@ mod tests {
         fn flush(&self) {}
     }
 
-    fn line(event: Step) -> Map<String, Json> {
+    fn line(event: OperationEvent) -> Map<String, Json> {
         let submit = submit(&work(7));
         let mut client = submit.client;
         client.target_id = "//a:b".into();
-        let id = OperationId(uuid::Uuid::from_u128(1));
+        let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(1));
         let (instance, action, inline) = (submit.instance, submit.action, submit.inline);
         let info = Arc::new(OperationInfo { id, instance, action, inline, client, peer: Default::default() });
         let last = Last::default();
@@ -169,7 +174,7 @@ mod tests {
             server_logs: Vec::new(),
         };
         let completed = |outcome: &Outcome, place, queued_for| {
-            line(Step::Completed { outcome: Arc::new(outcome.clone()), place, queued_for })
+            line(OperationEvent::Completed { outcome: Arc::new(outcome.clone()), place, queued_for })
         };
         let place = RunPlace { pool: "local".into(), slot: SlotId(2), worker: "host/2".into() };
         let ran = completed(&outcome, Some(Arc::new(place)), Some(Duration::from_millis(15)));

@@ -1,159 +1,202 @@
-//! What RPC handlers ask of the scheduler. Each message is one intent and its reply the whole answer.
+//! The messages that the scheduler accepts from RPC handlers and operators. Each is one request; its reply is the whole answer.
 
-use super::operation::{ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription};
+use super::{
+    Pool,
+    operation::{ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription},
+    slots::{PoolId, PoolStatus},
+};
 use crate::{actors::cas::resolve::Resolution, caller::Caller, instance::Instance};
 use gorego_reapi::{digest::Digest, error::Result};
 use std::sync::Arc;
 
-/// Takes an action in: answered from the cache, joined to the same work in flight, queued, or over at once because it cannot
-/// run. In each case there is an operation afterwards.
+/// Admits an action and creates an operation for it. The operation is answered from the cache, joins a task of the same action,
+/// waits in the queue, or is over at once because the action cannot run.
 ///
 /// # Errors
-/// `Exhausted` when the queue is full, `Unavailable` during shutdown, `Precondition` when no pool can ever take it (EXE-31).
+/// `Exhausted` when the queue is full, `Unavailable` during shutdown, `Precondition` when no pool suits it (EXE-31).
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<Subscription>")]
 pub struct Admit {
-    /// What the client asks for.
+    /// The request of the client.
     pub submit: Submit,
-    /// What the store knows of the action.
+    /// The action, or a cached result of it, as found in the store.
     pub resolution: Resolution,
 }
 
-/// A client's request to execute an action.
+/// The request of a client to execute an action.
 #[derive(Debug, Clone)]
 pub struct Submit {
-    /// The namespace.
+    /// The instance that the request names.
     pub instance: Instance,
-    /// Digest of the Action.
+    /// The digest of the Action message.
     pub action: Digest,
-    /// Run even if a result is cached (EXE-17).
+    /// Whether to run the action even if a result is cached (EXE-17).
     pub skip_cache_lookup: bool,
-    /// Lower runs sooner. One outside of the range that is configured counts as the nearest in it.
+    /// The requested priority; lower values run sooner. A value outside the configured range counts as the nearest in it.
     pub priority: i32,
-    /// What the client wants inlined.
+    /// The contents that the client wants in the response itself.
     pub inline: Inline,
-    /// What the client says about itself (RequestMetadata).
+    /// The RequestMetadata of the client.
     pub client: ClientInfo,
-    /// Who asks.
+    /// The connection and peer of the request.
     pub caller: Caller,
 }
 
-/// Joins an operation (EXE-12).
+/// Subscribes to an existing operation (EXE-12).
 ///
 /// # Errors
 /// `NotFound` when it is unknown or forgotten (EXE-13).
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<Subscription>")]
 pub struct Watch {
-    /// The namespace in the operation's name.
+    /// The instance in the name of the operation.
     pub instance: Instance,
-    /// Which operation.
+    /// The rest of the name.
     pub id: OperationId,
 }
 
-/// Ends one operation as cancelled; its work stops with the last operation that waits for it (OPS-03, OPS-04). Harmless on a
-/// finished one.
+/// Ends one operation as cancelled. Its task stops with the last operation that waits for it (OPS-03, OPS-04). A finished
+/// operation is left as it is.
 ///
 /// # Errors
 /// `NotFound` when it is unknown.
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<()>")]
 pub struct Cancel {
-    /// The namespace in the operation's name.
+    /// The instance in the name of the operation.
     pub instance: Instance,
-    /// Which operation.
+    /// The rest of the name.
     pub id: OperationId,
 }
 
-/// Forgets a finished operation.
+/// Removes a finished operation from the list of operations.
 ///
 /// # Errors
 /// `NotFound` when it is unknown, `Precondition` when it is not finished.
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<()>")]
 pub struct Forget {
-    /// The namespace in the operation's name.
+    /// The instance in the name of the operation.
     pub instance: Instance,
-    /// Which operation.
+    /// The rest of the name.
     pub id: OperationId,
 }
 
-/// Asks why an operation waits; `None` when it does not, or is unknown. Answered from a picture of the queue that is made
-/// about once a second, so that any number may ask.
+/// Asks why an operation waits. The answer is `None` when it does not wait or is unknown. Positions come from a snapshot of the
+/// queues that is taken at most every 100 ms, so that any number of clients may ask.
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Option<Box<QueueStatus>>")]
 pub struct Explain {
-    /// The namespace in the operation's name.
+    /// The instance in the name of the operation.
     pub instance: Instance,
-    /// Which operation.
+    /// The rest of the name.
     pub id: OperationId,
 }
 
-/// A page of operations, in a stable order: by submission, oldest first.
+/// Asks for a page of operations, ordered by submission, oldest first.
 ///
 /// # Errors
-/// `Invalid` when the filter names a pool that there is not.
+/// `Invalid` when the filter names an unknown pool.
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<OperationPage>")]
 pub struct ListOperations {
-    /// The namespace.
+    /// The instance whose operations are listed.
     pub instance: Instance,
-    /// Only those that satisfy all of these.
+    /// The conditions that all listed operations satisfy.
     pub filter: OperationFilter,
-    /// Start after this submission number; 0 for the first page.
+    /// The submission number after which the page starts; 0 for the first page.
     pub after: u64,
-    /// At most this many; at least 1.
+    /// Largest number of operations on the page; at least 1.
     pub limit: usize,
 }
 
-/// Conditions on operations; `None` matches everything.
+/// Conditions on operations. `None` matches every operation.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct OperationFilter {
-    /// Stage name as in `ExecutionStage.Value`.
+    /// The current stage.
     pub stage: Option<super::operation::Stage>,
-    /// Finished or not.
+    /// Whether the operation is finished.
     pub done: Option<bool>,
-    /// `tool_invocation_id` of the client.
+    /// The `tool_invocation_id` in the RequestMetadata.
     pub invocation: Option<String>,
-    /// `target_id` of the client.
+    /// The `target_id` in the RequestMetadata.
     pub target: Option<String>,
-    /// The pool that it runs or ran in or, while it waits, one that can take it.
+    /// The name of the pool that runs or ran it or, while it waits, of a pool that can run it.
     pub pool: Option<String>,
-    /// The worker that runs or ran it.
+    /// The name of the worker that runs or ran it.
     pub worker: Option<String>,
 }
 
-/// The answer to [`ListOperations`].
+/// A page of operations; the answer to [`ListOperations`].
 #[derive(Debug, Clone)]
 pub struct OperationPage {
-    /// The operations, with their state now.
+    /// The operations and their current states.
     pub operations: Vec<(Arc<OperationInfo>, Snapshot)>,
-    /// `after` of the next page; `None` at the end.
+    /// The value of `after` for the next page; `None` on the last page.
     pub next: Option<u64>,
 }
 
-/// Counts for people and health checks.
+/// Asks for the numbers of operations, tasks and slots.
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Inspection")]
 pub struct Inspect;
 
-/// The answer to [`Inspect`].
+/// The numbers that answer [`Inspect`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Inspection {
-    /// Operations remembered, finished ones included.
+    /// Operations in the register, including finished ones that are remembered.
     pub operations: usize,
-    /// Tasks waiting for a slot.
+    /// Tasks that wait for a slot.
     pub queued: usize,
-    /// Tasks on a worker.
+    /// Runs whose workers have not reported the end.
     pub running: usize,
-    /// Slots that can take work, busy or not.
+    /// Slots of the pools that take tasks, busy or free.
     pub slots: usize,
 }
 
-/// Takes no new work from now on; replies when none is left. With `cancel`, what is left is cancelled first.
+/// Adds a pool. Tasks that wait and that it suits wait for it too from now on.
+///
+/// # Errors
+/// `Precondition` when there are too many pools, or one with this name that is not draining.
+#[derive(actix::Message)]
+#[rtype(result = "Result<PoolId>")]
+pub struct AddPool {
+    /// The description of the pool, and how it runs tasks.
+    pub pool: Pool,
+}
+
+/// Has a pool take no more tasks. Replies when all runs of the pool have ended.
+///
+/// # Errors
+/// `NotFound` when there is no such pool.
+#[derive(Debug, Clone, Copy, actix::Message)]
+#[rtype(result = "Result<()>")]
+pub struct DrainPool {
+    /// The id that [`AddPool`] or [`ListPools`] returned.
+    pub id: PoolId,
+}
+
+/// Removes a pool. Runs that it still has are stopped and their tasks are tried again in other pools; tasks that only this pool
+/// could run end.
+///
+/// # Errors
+/// `NotFound` when there is no such pool.
+#[derive(Debug, Clone, Copy, actix::Message)]
+#[rtype(result = "Result<()>")]
+pub struct RemovePool {
+    /// The id that [`AddPool`] or [`ListPools`] returned.
+    pub id: PoolId,
+}
+
+/// Asks for all pools, in order of preference.
+#[derive(Debug, Clone, Copy, actix::Message)]
+#[rtype(result = "Vec<PoolStatus>")]
+pub struct ListPools;
+
+/// Has the scheduler admit no more actions. Replies when no task is left.
 #[derive(Debug, Clone, Copy, actix::Message)]
 #[rtype(result = "()")]
 pub struct Drain {
-    /// End everything now, with a status that clients retry.
+    /// Whether to end all tasks now, with a status that clients retry.
     pub cancel: bool,
 }

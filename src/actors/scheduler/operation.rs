@@ -1,8 +1,9 @@
-//! An operation as its clients see it: name, snapshots, subscription, outcome.
+//! An operation as its clients see it: its name, its state, the subscription to it, and its outcome.
 
 use super::transition::RunPlace;
 use crate::{
     actors::worker::messages::RunStage, caller::Peer, instance::Instance, log_streams::run::RunLogs,
+    node::NodeName,
 };
 use gorego_reapi::{
     digest::Digest,
@@ -13,12 +14,36 @@ use std::{fmt, str::FromStr, sync::Arc, time::SystemTime};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-/// Names an operation on this service (EXE-02). Its text is the last segment of `[instance/]operations/{id}`.
+/// Identifies an operation among those of all servers (EXE-02). Its text is the last segment of
+/// `[instance/]operations/{id}`: a UUID or, on a server with a name, `node.uuid`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct OperationId(pub Uuid);
+pub struct OperationId {
+    node: NodeName,
+    uuid: Uuid,
+}
 
 impl OperationId {
-    /// The name under which clients know it: `[instance/]operations/{id}`.
+    /// The operation with this UUID on this server.
+    pub fn new(node: NodeName, uuid: Uuid) -> Self {
+        Self { node, uuid }
+    }
+
+    /// A new operation on this server. Its UUID is random, so it cannot be guessed.
+    pub fn random(node: NodeName) -> Self {
+        Self::new(node, Uuid::new_v4())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn uuid(self) -> Uuid {
+        self.uuid
+    }
+
+    /// The server that owns the operation.
+    pub fn node(self) -> NodeName {
+        self.node
+    }
+
+    /// The name that clients use: `[instance/]operations/{id}`.
     pub fn name(self, instance: &Instance) -> String {
         instance.qualify(&format!("operations/{self}"))
     }
@@ -26,7 +51,10 @@ impl OperationId {
 
 impl fmt::Display for OperationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.hyphenated().fmt(f)
+        if !self.node.is_empty() {
+            write!(f, "{}.", self.node)?;
+        }
+        self.uuid.hyphenated().fmt(f)
     }
 }
 
@@ -35,89 +63,92 @@ impl FromStr for OperationId {
 
     fn from_str(text: &str) -> Result<Self> {
         let malformed = || Error::NotFound(format!("there is no operation \"{}\"", text.escape_debug()));
-        let uuid = Uuid::try_parse(text).map_err(|_| malformed())?;
-        // One spelling per operation, so that a name is either known to the letter or not at all.
-        if uuid.hyphenated().to_string() == text { Ok(Self(uuid)) } else { Err(malformed()) }
+        let (node, uuid) = text.split_once('.').unwrap_or(("", text));
+        let id = Self {
+            node: node.parse().map_err(|_| malformed())?,
+            uuid: Uuid::try_parse(uuid).map_err(|_| malformed())?,
+        };
+        // Each operation has exactly one valid name.
+        if id.to_string() == text { Ok(id) } else { Err(malformed()) }
     }
 }
 
-/// Where an operation is (EXE-04).
+/// The stage of an operation (EXE-04).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
-    /// Waits for a slot (or, first, for its inputs to be checked).
+    /// It waits for a slot or, before that, for the check of its inputs.
     Queued,
-    /// A worker has it.
+    /// A worker runs its task.
     Executing,
-    /// Over; the snapshot has its outcome.
+    /// It has ended, and the snapshot has its outcome.
     Completed,
 }
 
-/// How a task ended, shared by all its operations.
+/// How a task ended. All its operations share it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
-    /// What the command left behind; also the logs of a command that timed out (EXE-45).
+    /// The result of the command. It may be set together with an error: a command that timed out has logs (EXE-45).
     pub result: Option<Arc<reapi::ActionResult>>,
-    /// The result came from the action cache (EXE-16).
+    /// Whether the result came from the action cache (EXE-16).
     pub cached: bool,
-    /// Why there is no (whole) result.
+    /// Why there is no complete result.
     pub error: Option<Error>,
-    /// A word for people; usually empty.
+    /// An explanation for people; usually empty.
     pub message: String,
-    /// Accounts of the runs, where there is something to tell (EXE-61).
+    /// Texts about unusual runs (EXE-61).
     pub server_logs: Vec<ServerLog>,
 }
 
-/// A text about one run, for people.
+/// A text about one run, for people (EXE-61).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerLog {
-    /// A plain file name.
+    /// The file name under which clients may save it.
     pub name: String,
-    /// The text, stored.
+    /// The digest of the text, which is stored as a blob.
     pub digest: Digest,
 }
 
-/// What a subscriber sees.
+/// The state of an operation as a subscriber sees it.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
-    /// Where the operation is.
+    /// The current stage.
     pub stage: Stage,
-    /// When it was submitted.
+    /// The time of the submission.
     pub queued_at: SystemTime,
-    /// Where it runs, or ran last.
+    /// The slot on which it runs or ran last.
     pub place: Option<Arc<RunPlace>>,
-    /// The worker's current step while executing, and when it was entered.
+    /// The current stage of the run, and the time at which it was entered.
     pub run_stage: Option<(RunStage, SystemTime)>,
-    /// Where the output of its latest run can be followed, from when there may be any; also after the end (EXE-64).
+    /// The streams in which the output of the latest run can be followed, during the run and after it (EXE-64).
     pub logs: Option<RunLogs>,
-    /// Why it waits. It changes with everything else that waits, so that it is never in a watch cell: who wants to show it
-    /// asks for it ([`Explain`](super::messages::Explain)) and puts it here.
+    /// Why it waits. This changes whenever another operation comes or goes, so it is not set in snapshots that are pushed. A
+    /// handler that shows it asks for it with [`Explain`](super::messages::Explain).
     pub queue: Option<Box<QueueStatus>>,
-    /// Set exactly when the stage is [`Stage::Completed`].
+    /// How it ended; set if and only if the stage is [`Stage::Completed`].
     pub outcome: Option<Arc<Outcome>>,
 }
 
-/// Why an operation waits, as of the last second or so.
+/// Why an operation waits, as of the last second.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct QueueStatus {
-    /// The pool that is likely to take it.
+    /// The name of the pool that will probably run it.
     pub pool: String,
-    /// Other pools that can.
+    /// The names of the other pools that can run it.
     pub other_pools: Vec<String>,
-    /// Which one it is of those that wait for that pool, from 1, if nothing else comes, in the order in which they will be
-    /// served; `None` when that is not known yet.
+    /// Its position in the queue of that pool, from 1, if no other operation arrives; `None` if it is not known yet.
     pub position: Option<usize>,
-    /// How many wait for that pool.
+    /// The number of tasks in the queue of that pool.
     pub waiting: usize,
-    /// Slots of that pool that are taken.
+    /// The number of busy slots of that pool.
     pub busy: usize,
-    /// Slots of that pool.
+    /// The number of all slots of that pool.
     pub slots: usize,
-    /// The reason, for people.
+    /// The reason as a sentence for people.
     pub reason: String,
 }
 
 impl Snapshot {
-    /// That of an operation that waits, submitted at this time.
+    /// The snapshot of an operation that was submitted at this time and waits.
     pub fn queued(queued_at: SystemTime) -> Self {
         Self {
             stage: Stage::Queued,
@@ -131,57 +162,82 @@ impl Snapshot {
     }
 }
 
-/// Which contents a client wants inlined in results (AC-05, EXE-59).
+/// The contents that a client wants in the result itself (AC-05, EXE-59).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Inline {
-    /// `stdout_raw`.
+    /// Whether to fill `stdout_raw`.
     pub stdout: bool,
-    /// `stderr_raw`.
+    /// Whether to fill `stderr_raw`.
     pub stderr: bool,
-    /// `contents` of these output files.
+    /// The paths of the output files whose `contents` to fill.
     pub output_files: Vec<String>,
 }
 
-/// What never changes about an operation.
+/// The immutable part of an operation.
 #[derive(Debug, Clone)]
 pub struct OperationInfo {
-    /// Its name.
+    /// The last part of its name.
     pub id: OperationId,
-    /// Its namespace.
+    /// The instance to which it belongs.
     pub instance: Instance,
-    /// The action.
+    /// The digest of the Action message.
     pub action: Digest,
-    /// What its client wants inlined.
+    /// The contents that its client wants in the response.
     pub inline: Inline,
-    /// Who asked, in its own words.
+    /// What the client said about itself.
     pub client: ClientInfo,
-    /// Where it asked from.
+    /// The peer from which the request came.
     pub peer: Peer,
 }
 
 impl OperationInfo {
-    /// `[instance/]operations/{id}`.
+    /// The name that clients use: `[instance/]operations/{id}`.
     pub fn name(&self) -> String {
         self.id.name(&self.instance)
     }
 }
 
-/// What the client said about itself in RequestMetadata (GEN-28); all optional, none trusted.
+/// The part of the RequestMetadata that the server uses (GEN-28). Every field is optional, and none is trusted.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ClientInfo {
-    /// One run of the build tool.
+    /// Identifies one run of the build tool.
     pub tool_invocation_id: String,
-    /// The target that is built.
+    /// The target that the action belongs to.
     pub target_id: String,
-    /// The kind of action.
+    /// The kind of the action, such as `CppCompile`.
     pub action_mnemonic: String,
 }
 
-/// The right to follow one operation. While any is held the operation counts as waited for.
+/// A subscription to one operation. While a client holds one, the operation counts as followed.
 #[derive(Debug, Clone)]
 pub struct Subscription {
-    /// Which operation.
+    /// The operation.
     pub info: Arc<OperationInfo>,
-    /// Its current and every later snapshot.
+    /// The current snapshot and all later ones.
     pub snapshots: watch::Receiver<Snapshot>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+
+    /// EXE-02, EXE-13.
+    #[test]
+    fn an_id_names_its_server_and_has_one_spelling() {
+        let own: OperationId = format!("build-3.{UUID}").parse().unwrap();
+        let alone: OperationId = UUID.parse().unwrap();
+        assert_eq!((own.node().as_str(), alone.node().as_str()), ("build-3", ""));
+        assert_eq!((own.to_string(), alone.to_string()), (format!("build-3.{UUID}"), UUID.into()));
+        assert_ne!(own, alone);
+        let (upper, simple) = (UUID.to_uppercase(), UUID.replace('-', ""));
+        let node_only = ["a.", "a", ".", ""].map(str::to_owned);
+        let uuids = [&upper, &simple].map(|uuid| format!("a.{uuid}"));
+        let nodes =
+            ["", "a.b", "A", "a/b", "-", "abcdefghijklmnopq", "\0"].map(|node| format!("{node}.{UUID}"));
+        for text in node_only.iter().chain(&uuids).chain(&nodes).chain([&upper, &simple]) {
+            assert!(matches!(text.parse::<OperationId>(), Err(Error::NotFound(_))), "{text:?}");
+        }
+    }
 }

@@ -1,41 +1,39 @@
 //! A queue that is fair between peers and between builds: the tasks that wait for one pool, and which of them is next.
 //!
-//! What a client says about its work, its priority and its build, is believed only as far as it cannot hurt others. The address
-//! that it calls from, its [`Peer`], is a fact. So shares nest: peers share the slots of the pool, builds share those of their
-//! peer. The order, in words:
-//! 1. A peer's *rank* is the most urgent priority among its waiting tasks, and 0 if that is below 0. Peers of the lowest rank
-//!    are served first. So a client may say that its work matters less than that of others, and everybody believes it; that its
-//!    work matters more is believed by its own peer alone, in rule 3.
-//! 2. Among peers of the lowest rank, the one that has the fewest tasks running in this pool is next; among equals the one that
-//!    has waited longest since it was served, or since it came. A rank that is *due*, since its oldest task has waited long
-//!    enough to make up for the difference ([`Ranks`]), counts as the lowest: it gets its share, and no more than that.
-//! 3. Within a peer, [`Line`] has the order: by priority, then fairly between builds, then by age.
-//! 4. Tasks that nobody follows go after all others, in order of age and nothing else.
+//! Clients choose the priority and the build name of their tasks, so these must not give one client an advantage over others.
+//! They cannot choose the address that they call from, their [`Peer`]. So shares nest: peers share the slots of the pool, and
+//! builds share the slots of their peer. The order:
+//! 1. A peer's *rank* is the most urgent priority among its waiting tasks, or 0 if that is negative. Peers of the lowest rank
+//!    are served first. So a client can make its tasks less urgent than those of other peers, but not more urgent. Among the
+//!    tasks of its own peer, it can do both (rule 3).
+//! 2. Among peers of the lowest rank, the one with the fewest running tasks in this pool is next; among equals, the one that was
+//!    served or arrived the longest time ago. A rank is *due* if its oldest task has waited long enough to make up for the
+//!    difference ([`Ranks`]). It then counts as the lowest rank: it gets its share, and no more.
+//! 3. Within a peer, [`PeerQueue`] defines the order: by priority, then fairly between builds, then by age.
+//! 4. Tasks without followers go after all others, in order of age.
 //!
-//! A task that several owners wait for has a place for each of them. It is taken with the first place whose turn comes, and
-//! counts as running for that owner; the caller removes the others. So nobody waits longer because somebody else, with a long
-//! backlog, wants the same.
+//! A task that several owners wait for has an entry for each of them. It is taken with the first entry whose turn comes, and
+//! counts as running for that owner; the caller removes the other entries. So an owner does not wait longer because another
+//! owner with a long backlog wants the same task.
 //!
-//! Why peers come first and priority second: with priority first, a peer that calls everything urgent has the pool for itself,
-//! and no range of priorities that is useful within a team would be small enough to prevent that. Why positive priorities count
-//! between peers: nightly builds that yield to people are what priorities are used for most, and those run on other machines
-//! than people's. Within one address, which may be a whole CI machine or everybody behind a proxy, priorities and builds work as
-//! if there were no peers.
+//! Why peers come before priorities: otherwise a peer that calls everything urgent would get the whole pool, and no range of
+//! priorities that is useful within a team is small enough to prevent that. Why positive priorities count between peers:
+//! priorities are mostly used for nightly builds that yield to people, and these run on other machines. Within one address,
+//! which may be a CI machine or everybody behind a proxy, priorities and builds work as if there were no peers.
 //!
-//! Why nobody starves: among the peers that compete, one without a running task is served within as many turns as there are
-//! such peers, and every peer competes when its oldest task has waited for [`ranks::STEPS_MAX`] steps at the latest.
+//! Why no peer starves: among the competing peers, one without a running task is served within as many turns as there are such
+//! peers, and every peer competes at the latest when its oldest task has waited for [`ranks::STEPS_MAX`] steps.
 //!
-//! Every operation costs O(log n), and [`Queue::pop`] O(r) more, where `r` is the number of ranks that are due; there are not
-//! more of them than peers or than configured priorities. [`Queue::order`] costs O(n log n). It holds places, not tasks, and
-//! reads no clock.
+//! Every operation costs O(log n), and [`Queue::pop`] O(r) more, where `r` is the number of ranks that are due, which is bounded by
+//! the number of peers and of configured priorities. [`Queue::order`] costs O(n log n). The queue holds entries, not tasks.
 
-mod line;
+mod peer_queue;
 mod ranks;
 #[cfg(test)]
 mod tests;
 
 use crate::{actors::worker::messages::TaskId, caller::Peer};
-use line::{Line, Turn};
+use peer_queue::{BuildTurn, PeerQueue};
 use ranks::Ranks;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
@@ -43,70 +41,67 @@ use std::{
 };
 
 #[cfg(test)]
-pub use ranks::STEPS_MAX;
+pub(crate) use ranks::STEPS_MAX;
 
-/// One run of a build tool in one instance, as a number. All runs of a peer that have no name share as one.
+/// One run of a build tool in one instance, as a number. All runs without a name of one peer count as one build.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Build(pub u64);
+pub(crate) struct Build(pub u64);
 
-/// For whom a task counts.
+/// The peer and build for which a task counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Owner {
-    /// Where it comes from.
-    pub peer: Peer,
-    /// What its client says that it belongs to; builds of different peers are different.
-    pub build: Build,
+pub(crate) struct Owner {
+    /// The peer from which the request came.
+    pub(crate) peer: Peer,
+    /// The build according to the client. Builds of different peers are different builds.
+    pub(crate) build: Build,
 }
 
-/// Where a task stands.
+/// A task in a queue, for one of its owners.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    /// Lower runs sooner.
-    pub priority: i32,
-    /// For whom it counts.
-    pub owner: Owner,
-    /// Ids ascend with submission.
-    pub task: TaskId,
-    /// When it was submitted; ascends with the ids.
-    pub since: Instant,
-    /// Whether a client waits for it.
-    pub followed: bool,
+pub(crate) struct QueueEntry {
+    /// Lower values run sooner.
+    pub(crate) priority: i32,
+    pub(crate) owner: Owner,
+    /// Task ids ascend in the order of submission.
+    pub(crate) task: TaskId,
+    /// The time of the submission, which ascends with the ids.
+    pub(crate) since: Instant,
+    /// Whether a client follows the task.
+    pub(crate) followed: bool,
 }
 
-/// What a task that was taken counts for, until [`Queue::ended`].
+/// The priority and owner for which a task counts from when it is taken until [`Queue::ended`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Charge {
-    /// Its priority.
-    pub priority: i32,
-    /// For whom it counts.
-    pub owner: Owner,
+pub(crate) struct Charge {
+    pub(crate) priority: i32,
+    pub(crate) owner: Owner,
 }
 
 /// The tasks that wait for one pool.
 #[derive(Debug)]
-pub struct Queue {
+pub(crate) struct Queue {
     step: Duration,
-    /// Those with waiting tasks.
-    peers: HashMap<Peer, Waiting>,
-    /// The same by rank.
+    /// The peers with waiting tasks.
+    peers: HashMap<Peer, WaitingPeer>,
+    /// The same peers by rank.
     groups: BTreeMap<i32, Group>,
     ranks: Ranks,
-    /// Places of tasks that nobody follows, with their priorities.
+    /// The entries of tasks without followers, with their priorities.
     unfollowed: BTreeMap<(TaskId, Owner), i32>,
-    /// How many places each task has here.
+    /// The number of entries of each task.
     tasks: HashMap<TaskId, usize>,
     running: HashMap<Charge, usize>,
     running_of: HashMap<Peer, usize>,
-    /// Counts turns and arrivals, to tell who was served least recently.
+    /// The number of turns and arrivals so far. It orders peers and builds by when they were served last.
     turns: u64,
 }
 
-/// What waits of one peer; never empty between changes.
+/// The waiting tasks of one peer; never empty between changes.
 #[derive(Debug)]
-struct Waiting {
+struct WaitingPeer {
     running: usize,
     turn: u64,
-    line: Line,
+    queue: PeerQueue,
 }
 
 /// The peers of one rank.
@@ -125,7 +120,7 @@ fn rank(priority: i32) -> i32 {
 
 impl Queue {
     /// An empty queue in which a task gains a step of priority for each `step` that it waits.
-    pub fn new(step: Duration) -> Self {
+    pub(crate) fn new(step: Duration) -> Self {
         Self {
             step,
             peers: HashMap::new(),
@@ -139,85 +134,96 @@ impl Queue {
         }
     }
 
-    /// How many tasks wait.
-    pub fn len(&self) -> usize {
+    /// The number of waiting tasks.
+    pub(crate) fn len(&self) -> usize {
         self.tasks.len()
     }
 
-    /// How many tasks that were taken from here run.
+    /// The number of running tasks that were taken from this queue.
     #[cfg(test)]
-    pub fn running(&self) -> usize {
+    pub(crate) fn running(&self) -> usize {
         self.running.values().sum()
     }
 
-    /// Adds a place. A peer, or a build within its peer, that had nothing waiting goes behind its equals.
-    pub fn insert(&mut self, place: Place) {
-        let charge = Charge { priority: place.priority, owner: place.owner };
-        *self.tasks.entry(place.task).or_default() += 1;
-        if !place.followed {
-            self.unfollowed.insert((place.task, place.owner), place.priority);
+    /// Adds an entry. A peer that had no waiting task goes behind its equals, and so does a build within its peer.
+    pub(crate) fn insert(&mut self, entry: QueueEntry) {
+        let charge = Charge { priority: entry.priority, owner: entry.owner };
+        *self.tasks.entry(entry.task).or_default() += 1;
+        if !entry.followed {
+            self.unfollowed.insert((entry.task, entry.owner), entry.priority);
             return;
         }
         self.turns += 1;
         let turn = self.turns;
         let running = self.running.get(&charge).copied().unwrap_or(0);
-        let running_of = self.running_of.get(&place.owner.peer).copied().unwrap_or(0);
-        self.peers.entry(place.owner.peer).or_insert_with(|| Waiting {
+        let running_of = self.running_of.get(&entry.owner.peer).copied().unwrap_or(0);
+        self.peers.entry(entry.owner.peer).or_insert_with(|| WaitingPeer {
             running: running_of,
             turn,
-            line: Line::new(self.step),
+            queue: PeerQueue::new(self.step),
         });
-        self.change(place.owner.peer, |peer| peer.line.insert(&place, Turn { running, at: turn }));
+        self.change(entry.owner.peer, |peer| peer.queue.insert(&entry, BuildTurn { running, at: turn }));
     }
 
-    /// Takes a place out; whether it was there.
-    pub fn remove(&mut self, place: &Place) -> bool {
-        let removed = if place.followed {
-            self.change(place.owner.peer, |peer| peer.line.remove(place)) == Some(true)
+    /// Removes an entry, and returns whether it was there.
+    pub(crate) fn remove(&mut self, entry: &QueueEntry) -> bool {
+        let removed = if entry.followed {
+            self.change(entry.owner.peer, |peer| peer.queue.remove(entry)) == Some(true)
         } else {
-            self.unfollowed.remove(&(place.task, place.owner)).is_some()
+            self.unfollowed.remove(&(entry.task, entry.owner)).is_some()
         };
         if removed {
-            self.forget_place(place.task);
+            self.forget_entry(entry.task);
         }
         removed
     }
 
-    fn forget_place(&mut self, task: TaskId) {
-        let Some(places) = self.tasks.get_mut(&task) else { return };
-        *places -= 1;
-        if *places == 0 {
+    fn forget_entry(&mut self, task: TaskId) {
+        let Some(entries) = self.tasks.get_mut(&task) else { return };
+        *entries -= 1;
+        if *entries == 0 {
             self.tasks.remove(&task);
         }
     }
 
-    /// The task whose turn it is, and whether it was put here as followed.
-    pub fn peek(&self, now: Instant) -> Option<(TaskId, bool)> {
+    /// The task that is next, and whether its entry says that it is followed.
+    pub(crate) fn peek(&self, now: Instant) -> Option<(TaskId, bool)> {
         match self.next_peer(now) {
-            Some(peer) => Some((self.peers.get(&peer)?.line.next(now)?.task, true)),
+            Some(peer) => Some((self.peers.get(&peer)?.queue.next(now)?.task, true)),
             None => self.unfollowed.first_key_value().map(|((task, _), _)| (*task, false)),
         }
     }
 
-    /// How many tasks that were taken from here run for the peer whose turn it is.
-    pub fn running_of_next(&self, now: Instant) -> usize {
-        let next = self.next_peer(now);
-        let next = next.or_else(|| self.unfollowed.first_key_value().map(|((_, owner), _)| owner.peer));
-        next.and_then(|peer| self.running_of.get(&peer)).copied().unwrap_or(0)
+    /// The numbers of running tasks of the peer that is next, and of its build and priority that are next.
+    pub(crate) fn running_of_next(&self, now: Instant) -> (usize, usize) {
+        let next = match self.next_peer(now) {
+            Some(peer) => self
+                .peers
+                .get(&peer)
+                .and_then(|waiting| waiting.queue.next(now))
+                .map(|next| Charge { priority: next.priority, owner: Owner { peer, build: next.build } }),
+            None => {
+                let first = self.unfollowed.first_key_value();
+                first.map(|((_, owner), priority)| Charge { priority: *priority, owner: *owner })
+            }
+        };
+        let Some(next) = next else { return (0, 0) };
+        let of_peer = self.running_of.get(&next.owner.peer).copied().unwrap_or(0);
+        (of_peer, self.running.get(&next).copied().unwrap_or(0))
     }
 
-    /// Takes out the place whose turn it is. Its task counts as running until [`Queue::ended`] is told so.
-    pub fn pop(&mut self, now: Instant) -> Option<(TaskId, Charge)> {
+    /// Takes the next entry. Its task counts as running until [`Queue::ended`].
+    pub(crate) fn pop(&mut self, now: Instant) -> Option<(TaskId, Charge)> {
         let (task, charge) = match self.next_peer(now) {
             Some(peer) => {
-                let next = self.peers.get(&peer)?.line.next(now)?;
+                let next = self.peers.get(&peer)?.queue.next(now)?;
                 let charge = Charge { priority: next.priority, owner: Owner { peer, build: next.build } };
                 self.turns += 1;
                 let (turn, running) = (self.turns, self.charge(charge));
                 self.change(peer, |peer| {
                     peer.running += 1;
                     peer.turn = turn;
-                    peer.line.take(&next, Turn { running, at: turn });
+                    peer.queue.take(&next, BuildTurn { running, at: turn });
                 });
                 (next.task, charge)
             }
@@ -228,12 +234,12 @@ impl Queue {
                 (task, charge)
             }
         };
-        self.forget_place(task);
+        self.forget_entry(task);
         Some((task, charge))
     }
 
-    /// A task that was taken from here runs no more.
-    pub fn ended(&mut self, charge: Charge) {
+    /// Counts a task that was taken from this queue as no longer running.
+    pub(crate) fn ended(&mut self, charge: Charge) {
         let Some(running) = self.running.get_mut(&charge) else { return };
         *running -= 1;
         let left = *running;
@@ -249,17 +255,17 @@ impl Queue {
         }
         self.change(peer, |peer| {
             peer.running -= 1;
-            peer.line.ended(charge.priority, charge.owner.build, left);
+            peer.queue.ended(charge.priority, charge.owner.build, left);
         });
     }
 
     /// All tasks in the order in which they would be taken now if nothing else came or ended, ageing aside; nearly so for
     /// tasks of several owners. Costs O(n log n).
-    pub fn order(&self) -> Vec<TaskId> {
+    pub(crate) fn order(&self) -> Vec<TaskId> {
         let mut order = Vec::with_capacity(self.len());
         let mut left: HashSet<TaskId> = self.tasks.keys().copied().collect();
         let mut lines: HashMap<Peer, VecDeque<(i32, TaskId)>> =
-            self.peers.iter().map(|(peer, waiting)| (*peer, waiting.line.order().into())).collect();
+            self.peers.iter().map(|(peer, waiting)| (*peer, waiting.queue.order().into())).collect();
         let mut next: BTreeSet<(i32, usize, u64, Peer)> = (self.groups.iter())
             .flat_map(|(rank, group)| {
                 group.order.iter().map(|&(running, turn, peer)| (*rank, running, turn, peer))
@@ -269,7 +275,7 @@ impl Queue {
         while let Some((_, running, turn, peer)) = next.pop_first() {
             let Some(line) = lines.get_mut(&peer) else { continue };
             let Some((_, task)) = line.pop_front() else { continue };
-            // What was taken with another place takes no turn of this peer.
+            // What was taken with another entry takes no turn of this peer.
             let is_taken = left.remove(&task);
             order.extend(is_taken.then_some(task));
             turns += u64::from(is_taken);
@@ -280,7 +286,7 @@ impl Queue {
         order
     }
 
-    /// The peer whose turn it is.
+    /// The peer that is next.
     fn next_peer(&self, now: Instant) -> Option<Peer> {
         let lowest = self.ranks.lowest()?;
         let competing = std::iter::once(lowest).chain(self.ranks.due(now));
@@ -288,7 +294,7 @@ impl Queue {
         competing.filter_map(first).min().map(|(_, _, peer)| *peer)
     }
 
-    /// Counts a task that was taken; how many of its kind run.
+    /// Counts a task that was taken, and returns how many tasks of its priority and owner run.
     fn charge(&mut self, charge: Charge) -> usize {
         *self.running_of.entry(charge.owner.peer).or_default() += 1;
         let running = self.running.entry(charge).or_default();
@@ -296,8 +302,8 @@ impl Queue {
         *running
     }
 
-    /// Changes what waits of a peer, if something does, and keeps the books about it.
-    fn change<T>(&mut self, peer: Peer, change: impl FnOnce(&mut Waiting) -> T) -> Option<T> {
+    /// Changes the waiting tasks of a peer, if it has any, and updates the groups accordingly.
+    fn change<T>(&mut self, peer: Peer, change: impl FnOnce(&mut WaitingPeer) -> T) -> Option<T> {
         let waiting = self.peers.get_mut(&peer)?;
         let before = waiting.standing();
         let changed = change(waiting);
@@ -330,10 +336,10 @@ impl Queue {
     }
 }
 
-impl Waiting {
-    /// Its rank, its order in that, and the time since when the oldest of its most urgent tasks waits.
+impl WaitingPeer {
+    /// Its rank, its order within the rank, and the submission time of the oldest of its most urgent tasks.
     fn standing(&self) -> Option<(i32, (usize, u64), Instant)> {
-        let (priority, oldest) = self.line.most_urgent()?;
+        let (priority, oldest) = self.queue.most_urgent()?;
         Some((rank(priority), (self.running, self.turn), oldest))
     }
 }

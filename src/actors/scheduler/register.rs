@@ -1,14 +1,14 @@
 //! The register of operations: their names, their watch cells, and how long they are remembered.
 //!
-//! Invariants: an operation is completed exactly once; one that is not completed is never forgotten; an operation is found
-//! under its own instance only (GEN-15). Changing a snapshot is what notifies subscribers, so that no update can be missed.
-//! Which operations share a task, and why one ends, is the ledger's business.
+//! Invariants: an operation is completed exactly once. An unfinished operation is never forgotten. An operation is found only
+//! under its own instance (GEN-15). Changing a snapshot notifies its subscribers, so that no update can be missed. The ledger
+//! decides which operations share a task, and when one ends.
 
 use super::{
     messages::{ListOperations, OperationPage},
     operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
-    room::Places,
-    settings::{Moment, SchedulerSettings},
+    quota::PeerQuota,
+    settings::{ClockReading, SchedulerSettings},
 };
 use crate::{actors::worker::messages::TaskId, caller::Peer, instance::Instance};
 use gorego_reapi::error::{Error, Result};
@@ -21,79 +21,80 @@ use std::{
 };
 use tokio::sync::watch;
 
-/// How many operations one page looks at. A filter that matches little gives short pages with a token for the next one
-/// instead of one long look that holds up everybody else's mail.
+/// How many operations are examined for one page. So a filter that matches few operations gives short pages, instead of one
+/// long search that delays all other messages.
 const PAGE_SCAN: usize = 10_000;
 
 /// Every operation that is unfinished or remembered, by submission number.
 #[derive(Debug)]
-pub struct Register {
+pub(crate) struct Register {
     operations: BTreeMap<u64, Operation>,
     numbers: HashMap<OperationId, u64>,
     last_number: u64,
-    /// Places of the operations that are not over.
-    unfinished: Places,
+    /// The unfinished operations of each peer.
+    unfinished: PeerQuota,
     worked: Retained,
     cached: Retained,
     unusable: Retained,
 }
 
-/// One entry of the register.
+/// An operation in the register.
 #[derive(Debug)]
-pub struct Operation {
-    /// What never changes.
-    pub info: Arc<OperationInfo>,
-    /// Lower runs sooner.
-    pub priority: i32,
-    /// When it was submitted.
-    pub queued: Instant,
-    state: State,
+pub(crate) struct Operation {
+    pub(crate) info: Arc<OperationInfo>,
+    /// Lower values run sooner.
+    pub(crate) priority: i32,
+    /// The time of the submission.
+    pub(crate) queued: Instant,
+    state: OperationState,
     snapshot: watch::Sender<Snapshot>,
 }
 
 #[derive(Debug)]
-enum State {
-    /// Waits for a task; since when nobody has been seen to follow it.
+enum OperationState {
+    /// It waits for a task. The time is that at which the register noticed that it has no followers.
     Unfinished { task: TaskId, unfollowed_since: Option<Instant> },
-    /// Over.
-    Finished { at: Instant, kind: Kind },
+    /// It has ended.
+    Finished { at: Instant, kind: FinishedKind },
 }
 
-/// Finished operations of different kinds are remembered under bounds of their own, so that those of one kind, however many
-/// there are, push out none of another.
+/// The kinds of finished operations. Each has its own bounds, so that many operations of one kind cannot displace those of
+/// another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum FinishedKind {
     /// It waited for a task.
     Worked,
-    /// It was answered from the cache.
+    /// Its result was in the action cache.
     Cached,
-    /// Its action could not run, and that was known at once.
+    /// Its action cannot run, which was known when it was admitted.
     Unusable,
 }
 
 impl Operation {
-    /// The task that it waits for; `None` once it is over.
-    pub fn task(&self) -> Option<TaskId> {
+    /// The task that it waits for; `None` if it has ended.
+    pub(crate) fn task(&self) -> Option<TaskId> {
         match self.state {
-            State::Unfinished { task, .. } => Some(task),
-            State::Finished { .. } => None,
+            OperationState::Unfinished { task, .. } => Some(task),
+            OperationState::Finished { .. } => None,
         }
     }
 
-    /// Whether it is unfinished and was followed when last looked at.
-    pub fn is_followed(&self) -> bool {
-        matches!(self.state, State::Unfinished { unfollowed_since: None, .. })
+    /// Whether it is unfinished and had followers when it was last examined.
+    pub(crate) fn is_followed(&self) -> bool {
+        matches!(self.state, OperationState::Unfinished { unfollowed_since: None, .. })
     }
 
-    /// Looks whether an unfinished operation has lost its last follower since it was looked at last.
-    fn notice_loss(&mut self, now: Moment) -> bool {
-        let State::Unfinished { unfollowed_since: since @ None, .. } = &mut self.state else { return false };
+    /// Whether an unfinished operation has lost its last follower since it was last examined.
+    fn notice_loss(&mut self, now: ClockReading) -> bool {
+        let OperationState::Unfinished { unfollowed_since: since @ None, .. } = &mut self.state else {
+            return false;
+        };
         let is_lost = self.snapshot.receiver_count() == 0;
         *since = is_lost.then_some(now.at);
         is_lost
     }
 
-    /// Bytes that it holds on to, apart from what all operations do.
+    /// Approximate memory in bytes, beyond the fixed size of an operation.
     fn weight(&self) -> usize {
         let snapshot = self.snapshot.borrow();
         let outcome = snapshot.outcome.as_ref();
@@ -126,13 +127,13 @@ impl Operation {
 }
 
 impl Register {
-    /// Nothing in it; the settings say how much is remembered.
-    pub fn new(settings: &SchedulerSettings) -> Self {
+    /// An empty register. The settings bound how much it remembers.
+    pub(crate) fn new(settings: &SchedulerSettings) -> Self {
         Self {
             operations: BTreeMap::new(),
             numbers: HashMap::new(),
             last_number: 0,
-            unfinished: Places::new("unfinished operations", settings.unfinished_operations),
+            unfinished: PeerQuota::new("unfinished operations", settings.unfinished_operations),
             worked: Retained {
                 limit: settings.retained_operations,
                 limit_bytes: settings.retained_bytes,
@@ -144,22 +145,22 @@ impl Register {
         }
     }
 
-    /// The number that the next operation gets; they start at 1 and ascend.
-    pub fn next_number(&self) -> u64 {
+    /// The submission number of the next operation. Numbers start at 1 and ascend.
+    pub(crate) fn next_number(&self) -> u64 {
         self.last_number + 1
     }
 
-    /// Enters an operation that waits for a task.
-    pub fn enter(
+    /// Adds an operation that waits for a task.
+    pub(crate) fn enter(
         &mut self,
         info: Arc<OperationInfo>,
         priority: i32,
         task: TaskId,
         snapshot: Snapshot,
-        now: Moment,
+        now: ClockReading,
     ) -> (u64, Subscription) {
         self.unfinished.take(info.peer);
-        let state = State::Unfinished { task, unfollowed_since: None };
+        let state = OperationState::Unfinished { task, unfollowed_since: None };
         self.insert(Operation {
             info,
             priority,
@@ -169,18 +170,18 @@ impl Register {
         })
     }
 
-    /// Enters an operation that is over already.
-    pub fn enter_finished(
+    /// Adds an operation that has already ended.
+    pub(crate) fn enter_finished(
         &mut self,
         info: Arc<OperationInfo>,
         priority: i32,
         outcome: Arc<Outcome>,
-        now: Moment,
+        now: ClockReading,
     ) -> Subscription {
-        let kind = if outcome.cached { Kind::Cached } else { Kind::Unusable };
+        let kind = if outcome.cached { FinishedKind::Cached } else { FinishedKind::Unusable };
         let snapshot =
             Snapshot { stage: Stage::Completed, outcome: Some(outcome), ..Snapshot::queued(now.wall) };
-        let state = State::Finished { at: now.at, kind };
+        let state = OperationState::Finished { at: now.at, kind };
         let snapshot = watch::Sender::new(snapshot);
         let (number, subscription) =
             self.insert(Operation { info, priority, queued: now.at, state, snapshot });
@@ -188,17 +189,17 @@ impl Register {
         subscription
     }
 
-    /// Ends an operation and tells its subscribers; `None` when it was over before.
-    pub fn complete(
+    /// Ends an operation and notifies its subscribers; `None` if it had already ended.
+    pub(crate) fn complete(
         &mut self,
         number: u64,
         outcome: Arc<Outcome>,
-        now: Moment,
+        now: ClockReading,
     ) -> Option<CompletedOperation> {
         let operation = self.operations.get_mut(&number)?;
         operation.task()?;
-        let kind = Kind::Worked;
-        operation.state = State::Finished { at: now.at, kind };
+        let kind = FinishedKind::Worked;
+        operation.state = OperationState::Finished { at: now.at, kind };
         operation.snapshot.send_modify(|snapshot| {
             snapshot.stage = Stage::Completed;
             snapshot.run_stage = None;
@@ -214,8 +215,8 @@ impl Register {
         Some(completed)
     }
 
-    /// Changes what subscribers of an unfinished operation see.
-    pub fn update(&self, number: u64, change: impl FnOnce(&mut Snapshot)) -> Option<&Operation> {
+    /// Changes the snapshot of an unfinished operation and notifies its subscribers.
+    pub(crate) fn update(&self, number: u64, change: impl FnOnce(&mut Snapshot)) -> Option<&Operation> {
         let operation = self.operations.get(&number)?;
         operation.task()?;
         operation.snapshot.send_modify(change);
@@ -225,8 +226,8 @@ impl Register {
     /// The number of an operation.
     ///
     /// # Errors
-    /// `NotFound` when there is none of this name in this instance (EXE-13, GEN-15).
-    pub fn find(&self, instance: &Instance, id: OperationId) -> Result<u64> {
+    /// `NotFound` when there is no operation with this name in this instance (EXE-13, GEN-15).
+    pub(crate) fn find(&self, instance: &Instance, id: OperationId) -> Result<u64> {
         let number = self.numbers.get(&id).copied();
         let found = number.filter(|n| self.operations.get(n).is_some_and(|o| o.info.instance == *instance));
         found.ok_or_else(|| {
@@ -238,25 +239,26 @@ impl Register {
     }
 
     /// The operation of this number.
-    pub fn get(&self, number: u64) -> Option<&Operation> {
+    pub(crate) fn get(&self, number: u64) -> Option<&Operation> {
         self.operations.get(&number)
     }
 
-    /// Follows an operation. Besides, the task that has gained a follower by that: an operation that is not over and that
-    /// nobody was known to follow.
-    pub fn subscribe(&mut self, number: u64) -> Option<(Subscription, Option<TaskId>)> {
+    /// Subscribes to an operation. The second value is its task, if the operation is unfinished and was known to have no
+    /// followers.
+    pub(crate) fn subscribe(&mut self, number: u64) -> Option<(Subscription, Option<TaskId>)> {
         let operation = self.operations.get_mut(&number)?;
         let gained = match &mut operation.state {
-            State::Unfinished { task, unfollowed_since } => unfollowed_since.take().map(|_| *task),
-            State::Finished { .. } => None,
+            OperationState::Unfinished { task, unfollowed_since } => unfollowed_since.take().map(|_| *task),
+            OperationState::Finished { .. } => None,
         };
         let snapshots = operation.snapshot.subscribe();
         Some((Subscription { info: operation.info.clone(), snapshots }, gained))
     }
 
-    /// Forgets a finished operation; whether there was one.
-    pub fn forget(&mut self, number: u64) -> bool {
-        let Some(&State::Finished { at, kind }) = self.operations.get(&number).map(|o| &o.state) else {
+    /// Forgets a finished operation, and returns whether there was one.
+    pub(crate) fn forget(&mut self, number: u64) -> bool {
+        let Some(&OperationState::Finished { at, kind }) = self.operations.get(&number).map(|o| &o.state)
+        else {
             return false;
         };
         self.retained(kind).remove(at, number);
@@ -264,22 +266,22 @@ impl Register {
         true
     }
 
-    /// Forgets what has been remembered long enough.
-    pub fn expire(&mut self, now: Moment) {
-        for kind in [Kind::Worked, Kind::Cached, Kind::Unusable] {
+    /// Forgets operations whose retention has passed.
+    pub(crate) fn expire(&mut self, now: ClockReading) {
+        for kind in [FinishedKind::Worked, FinishedKind::Cached, FinishedKind::Unusable] {
             while let Some(number) = self.retained(kind).pop_expired(now) {
                 self.remove(number);
             }
         }
     }
 
-    /// Whether an operation has lost its last follower since it was looked at last.
-    pub fn notice_loss(&mut self, number: u64, now: Moment) -> bool {
+    /// Whether an operation has lost its last follower since it was last examined.
+    pub(crate) fn notice_loss(&mut self, number: u64, now: ClockReading) -> bool {
         self.operations.get_mut(&number).is_some_and(|operation| operation.notice_loss(now))
     }
 
-    /// The same of all operations: the task of each that has.
-    pub fn notice_losses(&mut self, now: Moment) -> Vec<TaskId> {
+    /// The tasks of all operations that have lost their last followers since they were last examined.
+    pub(crate) fn notice_losses(&mut self, now: ClockReading) -> Vec<TaskId> {
         let lost = self.operations.values_mut().filter_map(|operation| {
             let task = operation.task()?;
             operation.notice_loss(now).then_some(task)
@@ -287,10 +289,10 @@ impl Register {
         lost.collect()
     }
 
-    /// Unfinished operations that nobody has been seen to follow for `grace`.
-    pub fn abandoned(&self, grace: Duration, now: Moment) -> Vec<u64> {
+    /// Unfinished operations that have had no followers for `grace`.
+    pub(crate) fn abandoned(&self, grace: Duration, now: ClockReading) -> Vec<u64> {
         let is_abandoned = |operation: &Operation| match operation.state {
-            State::Unfinished { unfollowed_since: Some(since), .. } => now.since(since) >= grace,
+            OperationState::Unfinished { unfollowed_since: Some(since), .. } => now.since(since) >= grace,
             _ => false,
         };
         self.operations
@@ -300,9 +302,12 @@ impl Register {
             .collect()
     }
 
-    /// A page of an instance's operations, oldest first, from after the given number. Whether the task of a waiting
-    /// operation waits for the pool that the filter names is for the caller to say.
-    pub fn page(&self, query: &ListOperations, waits_for_pool: impl Fn(TaskId) -> bool) -> OperationPage {
+    /// A page of an instance's operations, oldest first. `waits_for_pool` returns whether a task waits for the pool in the filter.
+    pub(crate) fn page(
+        &self,
+        query: &ListOperations,
+        waits_for_pool: impl Fn(TaskId) -> bool,
+    ) -> OperationPage {
         let &ListOperations { after, limit, .. } = query;
         let mut operations = Vec::new();
         let mut last = after;
@@ -322,22 +327,22 @@ impl Register {
         OperationPage { operations, next: None }
     }
 
-    /// How many operations there are, remembered ones included.
-    pub fn len(&self) -> usize {
+    /// The number of operations, including finished ones that are remembered.
+    pub(crate) fn len(&self) -> usize {
         self.operations.len()
     }
 
-    /// How many of them are not over.
+    /// The number of unfinished operations.
     #[cfg(test)]
-    pub fn unfinished(&self) -> usize {
+    pub(crate) fn unfinished(&self) -> usize {
         self.unfinished.taken()
     }
 
-    /// Whether a peer may have one more unfinished operation.
+    /// Checks whether a peer may have one more unfinished operation.
     ///
     /// # Errors
-    /// `Exhausted` when there are too many, or the peer has its share of them.
-    pub fn check_place(&self, peer: Peer) -> Result<()> {
+    /// `Exhausted` when there are too many, or the peer has its share.
+    pub(crate) fn check_place(&self, peer: Peer) -> Result<()> {
         self.unfinished.check(peer)
     }
 
@@ -357,7 +362,7 @@ impl Register {
         }
     }
 
-    fn retain(&mut self, number: u64, kind: Kind, now: Moment) {
+    fn retain(&mut self, number: u64, kind: FinishedKind, now: ClockReading) {
         let weight = self.operations.get(&number).map_or(0, Operation::weight);
         self.retained(kind).insert(now.at, number, weight);
         while let Some(oldest) = self.retained(kind).pop_excess() {
@@ -365,24 +370,23 @@ impl Register {
         }
     }
 
-    fn retained(&mut self, kind: Kind) -> &mut Retained {
+    fn retained(&mut self, kind: FinishedKind) -> &mut Retained {
         match kind {
-            Kind::Worked => &mut self.worked,
-            Kind::Cached => &mut self.cached,
-            Kind::Unusable => &mut self.unusable,
+            FinishedKind::Worked => &mut self.worked,
+            FinishedKind::Cached => &mut self.cached,
+            FinishedKind::Unusable => &mut self.unusable,
         }
     }
 }
 
-/// What is left to tell about an operation that has just ended; the register may have forgotten it already.
+/// An operation that has just ended. The register may already have forgotten it.
 #[derive(Debug)]
-pub struct CompletedOperation {
-    /// What never changed.
-    pub info: Arc<OperationInfo>,
-    /// Its priority.
-    pub priority: i32,
-    /// When it was submitted.
-    pub queued: Instant,
+pub(crate) struct CompletedOperation {
+    pub(crate) info: Arc<OperationInfo>,
+    /// Lower values run sooner.
+    pub(crate) priority: i32,
+    /// The time of the submission.
+    pub(crate) queued: Instant,
 }
 
 /// Finished operations in the order in which they ended, bounded in number, bytes and age.
@@ -391,13 +395,13 @@ struct Retained {
     limit: usize,
     limit_bytes: usize,
     age: Duration,
-    /// With what each of them weighs.
+    /// The weight of each operation, by its end and number.
     by_end: BTreeMap<(Instant, u64), usize>,
     bytes: usize,
 }
 
 impl Retained {
-    /// For operations that were over when they came.
+    /// The bounds of operations that were over when they were admitted.
     fn at_birth(settings: &SchedulerSettings) -> Self {
         Self {
             limit: settings.retained_cached,
@@ -418,12 +422,12 @@ impl Retained {
     }
 
     fn pop_excess(&mut self) -> Option<u64> {
-        // The latest stays, whatever it weighs: whoever lost its stream comes back for it.
+        // The latest one stays, whatever its weight, because its client may have lost the stream and ask for it.
         let too_heavy = self.bytes > self.limit_bytes && self.by_end.len() > 1;
         if self.by_end.len() > self.limit || too_heavy { self.pop() } else { None }
     }
 
-    fn pop_expired(&mut self, now: Moment) -> Option<u64> {
+    fn pop_expired(&mut self, now: ClockReading) -> Option<u64> {
         let ((at, _), _) = self.by_end.first_key_value()?;
         if now.since(*at) < self.age { None } else { self.pop() }
     }

@@ -1,70 +1,125 @@
-//! [`SchedulerSettings`]: every bound that the scheduler keeps, by name.
+//! [`SchedulerSettings`]: every bound of the scheduler.
 
-use crate::{config::ExecutionSettings, platform::UnknownProperties};
+use crate::{node::NodeName, platform::UnknownProperties};
 use std::time::{Duration, Instant, SystemTime};
 
-/// How long a client is asked to wait when the queue is full (GEN-21). Long enough that a crowd of waiting clients does not
-/// become a load of its own, short against the run time of most actions.
-pub const QUEUE_FULL_RETRY: Duration = Duration::from_secs(5);
+pub use crate::action::Priorities;
 
-/// The bounds of the scheduler. Each one is there so that nothing grows or waits for ever.
+/// How long a client is asked to wait when the queue is full (GEN-21). Retries of many clients at this interval are a small
+/// load, and most actions run longer.
+pub(crate) const QUEUE_FULL_RETRY: Duration = Duration::from_secs(5);
+
+/// The part of the settings that an operator chooses. `server.rs` fills it from the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SchedulerSettings {
-    /// Tasks that may wait for a slot, those whose inputs are still being checked included; peers and their builds share these
-    /// places ([`Room`](super::room::Room)). A requeued task may exceed it: it was admitted once, and there are never more of
-    /// them than slots.
+pub struct SchedulerConfig {
+    /// The name of this server, for the names of its operations.
+    pub node: NodeName,
+    /// Tasks that may wait for a slot.
     pub queue_size: usize,
-    /// Memory that the actions of all tasks may take, in bytes. A task is a few KiB as a rule, but its Command may be 16 MiB,
-    /// and any number of actions may name the same one. Shared like the places.
-    pub queue_bytes: usize,
-    /// Unfinished operations, however many share a task; peers share these places. Joining a task takes no room in the queue,
-    /// so that it needs a bound of its own.
-    pub unfinished_operations: usize,
-    /// Input checks at the CAS at the same time. More of them would only queue there.
-    pub concurrent_checks: usize,
-    /// The priorities that count.
+    /// The range of effective priorities.
     pub priorities: Priorities,
     /// How long a task waits until it gains one step of priority.
     pub priority_ageing: Duration,
-    /// What becomes of actions that ask for a property of which no pool says anything.
+    /// The treatment of platform properties that no pool offers.
     pub unknown_properties: UnknownProperties,
-    /// How long a task may wait, counted again after each requeue.
+    /// How long a task may wait for a slot.
     pub queue_timeout: Duration,
-    /// How long bringing in inputs may take, and again how long storing outputs may.
+    /// Time limit for bringing in inputs, and again for storing outputs.
     pub transfer_timeout: Duration,
-    /// What a run may take on top of its transfers and its own timeout before it is taken for lost: workspace set-up,
-    /// killing a command that timed out, a busy machine. The worker keeps its own limits; this is only the last resort.
+    /// How long finished operations are remembered.
+    pub retention: Duration,
+    /// How many finished operations are remembered.
+    pub retained_operations: usize,
+    /// How long an operation without followers goes on.
+    pub abandon_grace: Duration,
+    /// The same if a followed task waits for its slot, or the server stops.
+    pub contended_abandon_grace: Duration,
+    /// How often a task is attempted if its workers fail.
+    pub max_attempts: u32,
+}
+
+#[cfg(test)]
+impl Default for SchedulerSettings {
+    fn default() -> Self {
+        Self::new(SchedulerConfig {
+            node: NodeName::default(),
+            queue_size: 20_000,
+            priorities: Priorities { min: -100, max: 100 },
+            priority_ageing: Duration::from_secs(60),
+            unknown_properties: UnknownProperties::Ignore,
+            queue_timeout: Duration::from_secs(12 * 3600),
+            transfer_timeout: Duration::from_secs(1800),
+            retention: Duration::from_secs(600),
+            retained_operations: 20_000,
+            abandon_grace: Duration::from_secs(60),
+            contended_abandon_grace: Duration::from_secs(2),
+            max_attempts: 3,
+        })
+    }
+}
+
+/// The bounds of the scheduler. They keep everything from growing or waiting without end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerSettings {
+    /// The name of this server, for the names of its operations.
+    pub node: NodeName,
+    /// Tasks that may wait for a slot, including those whose inputs are being checked. Peers and their builds share this number
+    /// ([`QueueQuota`](super::quota::QueueQuota)). Requeued tasks may exceed it, because they were admitted before; there are never
+    /// more of them than slots.
+    pub queue_size: usize,
+    /// Memory that the actions of all tasks may take, in bytes. Most tasks take a few KiB, but a Command may take 16 MiB, and any
+    /// number of actions may refer to the same Command. It is shared like `queue_size`.
+    pub queue_bytes: usize,
+    /// Unfinished operations. Peers share this number. It is separate from `queue_size`, because operations that join a task take
+    /// no room in the queue.
+    pub unfinished_operations: usize,
+    /// Concurrent input checks in the store. More of them would only queue there.
+    pub concurrent_checks: usize,
+    /// The range of effective priorities.
+    pub priorities: Priorities,
+    /// How long a task waits until it gains one step of priority.
+    pub priority_ageing: Duration,
+    /// The treatment of platform properties that no pool offers.
+    pub unknown_properties: UnknownProperties,
+    /// How long a task may wait for a slot. The time starts again when the task is requeued.
+    pub queue_timeout: Duration,
+    /// Time limit for bringing in inputs, and again for storing outputs.
+    pub transfer_timeout: Duration,
+    /// Time that a run may take beyond its transfers and the timeout of the action before it counts as lost. It covers the set-up
+    /// of the exec directory, the end of a command that timed out, and a busy machine. The worker enforces the limits themselves;
+    /// this is the last resort.
     pub run_slack: Duration,
-    /// How long a run that was told to stop may go on before its slot is reported as stuck and shutdown no longer waits.
+    /// How long a run that was told to stop may go on. After that its slot is reported as stuck, and a shutdown does not wait for it.
     pub stop_grace: Duration,
     /// How long finished operations are remembered (EXE-14).
     pub retention: Duration,
-    /// How many finished operations are remembered; the oldest are forgotten first.
+    /// How many finished operations are remembered. The oldest are forgotten first.
     pub retained_operations: usize,
-    /// Bytes of results and requests in the finished operations that are remembered; the oldest are forgotten first. A result
-    /// may be 4 MiB, and as many of those as there may be operations are no machine's memory.
+    /// Bytes of results and requests in the finished operations that are remembered. The oldest are forgotten first. One result
+    /// may take 4 MiB, so a bound on the number alone is not enough.
     pub retained_bytes: usize,
-    /// How long operations are remembered that were over at once: answered from the cache, or of an action that cannot run.
-    /// Only a stream that broke before its single message needs them; who comes later asks again and gets the same answer.
+    /// How long operations are remembered that were over at once, because the result was cached or the action cannot run. They
+    /// matter only if the stream broke before its single message; any later request gets the same answer again.
     pub cached_retention: Duration,
-    /// How many operations answered from the cache are remembered, and as many again whose action cannot run. Both have bounds
-    /// of their own, so that a flood of them cannot push out results that took work.
+    /// How many operations with cached results are remembered, and again how many whose action cannot run. The bounds are
+    /// separate, so that a flood of either kind cannot displace results of runs.
     pub retained_cached: usize,
-    /// The same as `retained_bytes`, for each of the two.
+    /// As `retained_bytes`, for each of these two kinds.
     pub retained_cached_bytes: usize,
-    /// How long an operation that nobody follows goes on (EXE-14).
+    /// How long an operation without followers goes on (EXE-14).
     pub abandon_grace: Duration,
-    /// How long a task that nobody follows goes on when a followed one waits for its slot, or the server stops; never more
-    /// than `abandon_grace`. Long enough for a client that lost its connection to come back.
+    /// How long a task without followers goes on when a followed task waits for its slot, or the server stops; never more than
+    /// `abandon_grace`. It is long enough for a client that lost its connection to reconnect.
     pub contended_abandon_grace: Duration,
-    /// How often a task is tried when workers fail under it (EXE-62); at least 1.
+    /// How often a task is attempted if its workers fail (EXE-62); at least 1.
     pub max_attempts: u32,
 }
 
 impl SchedulerSettings {
-    /// The bounds that the configuration sets; the others follow from them.
-    pub fn new(config: &ExecutionSettings) -> Self {
+    /// The bounds that follow from the configured ones.
+    pub fn new(config: SchedulerConfig) -> Self {
         Self {
+            node: config.node,
             queue_size: config.queue_size,
             queue_bytes: 1 << 30,
             unfinished_operations: config.queue_size.saturating_mul(4).max(4096),
@@ -89,53 +144,27 @@ impl SchedulerSettings {
     }
 }
 
-#[cfg(test)]
-impl Default for SchedulerSettings {
-    fn default() -> Self {
-        use crate::config::{Loaded, Machine, Settings};
-        let machine = Machine { cpus: 1, cache_home: Some("/cache".into()), current_dir: "/".into() };
-        let settings = Settings::new(&Loaded::defaults(), &machine).unwrap();
-        Self::new(&settings.execution.unwrap())
-    }
-}
-
-/// A range of priorities that has 0 in it (CAP-18); lower ones are more urgent.
+/// The time on both clocks. Bounds are kept by the monotonic clock; people and clients see the wall clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Priorities {
-    /// The most urgent.
-    pub min: i32,
-    /// The least urgent.
-    pub max: i32,
-}
-
-impl Priorities {
-    /// The priority of this range that is nearest to one that a client asks for.
-    pub fn nearest(self, priority: i32) -> i32 {
-        priority.min(self.max).max(self.min)
-    }
-}
-
-/// An instant on both clocks: bounds are kept by the monotonic one, people and the wire are told the other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Moment {
-    /// For measuring.
+pub(crate) struct ClockReading {
+    /// The monotonic clock.
     pub at: Instant,
-    /// For telling.
+    /// The wall clock.
     pub wall: SystemTime,
 }
 
-impl Moment {
-    /// Now, by the clock of the runtime, which tests may pause.
+impl ClockReading {
+    /// The current time, by the clock of the runtime, which tests may pause.
     pub fn now() -> Self {
         Self { at: tokio::time::Instant::now().into_std(), wall: SystemTime::now() }
     }
 
-    /// Time since an earlier instant; zero when it is not earlier.
+    /// The time since an earlier instant; zero if it is not earlier.
     pub fn since(self, earlier: Instant) -> Duration {
         self.at.saturating_duration_since(earlier)
     }
 
-    /// The instant this much later. A bound too far off to be represented is one that is never reached in practice.
+    /// The instant after this delay. A delay that cannot be represented is replaced by 136 years, which is never reached.
     pub fn after(self, delay: Duration) -> Instant {
         self.at.checked_add(delay).unwrap_or_else(|| self.at + Duration::from_secs(u32::MAX.into()))
     }

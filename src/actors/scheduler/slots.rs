@@ -1,8 +1,9 @@
-//! Slots: which pools there are, what they offer, which of their slots are free.
+//! Slots: which pools there are, what they offer, and which of their slots are free.
 //!
-//! A slot is taken by [`Slots::take`] and comes back by [`Slots::release`], exactly once each. Pools are numbered in the order
-//! in which they are listed, which is that of preference. Nothing here knows how a pool runs a task; a pool of this machine
-//! and a peer look the same.
+//! A slot is taken with [`Slots::take`] and given back with [`Slots::release`], exactly once each. Pools come and go: each has
+//! a [`PoolId`] that is never used again, and a state. The order of the pools is that of preference
+//! ([`platform::preference`]). Nothing here knows how a pool runs a task; a pool of this machine and one of another machine
+//! look the same.
 
 use crate::{
     action::Action,
@@ -10,35 +11,81 @@ use crate::{
     platform::{self, Known, Offers, UnknownProperties},
 };
 use gorego_reapi::error::{Error, Result};
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::Arc,
+};
 
-/// Properties that one action may ask for. Each is looked up in each pool; nobody has use for more than a few.
-pub const PROPERTIES_MAX: usize = 1_000;
+/// Platform properties that one action may require. Each is looked up in each pool, and real actions require a few.
+pub(crate) const PROPERTIES_MAX: usize = 1_000;
 
-/// The pools that can take a task, as ascending indices: the preferred one first.
-pub type PoolSet = Arc<[usize]>;
+/// Pools at the same time, those that are draining included. A task is in the queue of each pool that can run it.
+pub(crate) const POOLS_MAX: usize = 256;
 
-/// What a pool offers.
+/// Identifies a pool. No two pools of one process have the same id, even if they have the same name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PoolId(u32);
+
+impl fmt::Display for PoolId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The pools that can run a task, the preferred one first.
+pub(crate) type PoolSet = Arc<[PoolId]>;
+
+/// The description of a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolSpec {
-    /// For logs and messages.
+    /// Its name, for logs, messages and filters. Two pools that take tasks have different names.
     pub name: String,
-    /// Where its properties are configured, for messages.
+    /// The section of the configuration that has its properties, for messages.
     pub section: String,
-    /// What the names of its workers begin with; the slot follows.
+    /// The common part of the names of its workers, to which the number of the slot is added.
     pub worker: String,
-    /// Tasks that it runs at the same time.
+    /// The number of tasks that it runs at the same time.
     pub slots: usize,
-    /// Properties of its workers.
+    /// The properties of its workers.
     pub offers: Offers,
+}
+
+/// Whether a pool takes tasks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolState {
+    /// It takes tasks.
+    Open,
+    /// It takes no more tasks; those that it runs go on. Somebody decided so, and will remove it.
+    Draining,
+    /// Its workers died, so it takes no more tasks.
+    Closed,
+}
+
+/// A pool as people see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolStatus {
+    /// Its id, for messages to the scheduler.
+    pub id: PoolId,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Whether it takes tasks.
+    pub state: PoolState,
+    /// The number of its slots.
+    pub slots: usize,
+    /// How many of them are taken.
+    pub busy: usize,
 }
 
 /// The slots of every pool.
 #[derive(Debug)]
-pub struct Slots {
-    pools: Vec<PoolSlots>,
+pub(crate) struct Slots {
+    pools: BTreeMap<PoolId, PoolSlots>,
+    /// The ids of the pools in order of preference.
+    order: Vec<PoolId>,
+    next: PoolId,
     known: Known,
-    /// The sets that have been given out, so that tasks share them.
+    /// The sets that tasks hold, so that equal ones are shared.
     sets: BTreeSet<PoolSet>,
 }
 
@@ -48,31 +95,116 @@ struct PoolSlots {
     section: String,
     offers: Offers,
     places: Vec<Arc<RunPlace>>,
-    /// The last one is used next. That is the slot freed last, whose caches are warm.
+    /// The last one is used next: it was freed last, so its caches are warm.
     free: Vec<SlotId>,
-    /// Its workers are gone for good.
-    closed: bool,
+    state: PoolState,
 }
 
 impl Slots {
-    /// All slots free.
-    pub fn new(pools: Vec<PoolSpec>, unknown: UnknownProperties) -> Self {
-        let known = Known::new(pools.iter().map(|pool| &pool.offers), unknown);
-        let pools: Vec<_> = pools.into_iter().map(PoolSlots::new).collect();
-        Self { pools, known, sets: BTreeSet::new() }
+    /// These pools, with ids that ascend in the order of the list; all slots free.
+    pub(crate) fn new(pools: Vec<PoolSpec>, unknown: UnknownProperties) -> Self {
+        let mut slots = Self {
+            pools: BTreeMap::new(),
+            order: Vec::new(),
+            next: PoolId(0),
+            known: Known::new(unknown),
+            sets: BTreeSet::new(),
+        };
+        for pool in pools {
+            slots.insert(pool);
+        }
+        slots
     }
 
-    /// How many pools there are.
-    pub fn pools(&self) -> usize {
-        self.pools.len()
-    }
-
-    /// The pools that can take an action, by preference.
+    /// Adds a pool, behind those that are preferred just as much.
     ///
     /// # Errors
-    /// `Precondition` when no pool offers what it asks for, with the pool that comes nearest (EXE-31); `Unavailable` when
-    /// those that do have lost their workers; `Invalid` when it asks for more than [`PROPERTIES_MAX`] properties.
-    pub fn suitable(&mut self, action: &Action) -> Result<PoolSet> {
+    /// `Precondition` when there are [`POOLS_MAX`] pools, or one with this name that is not draining.
+    pub(crate) fn add(&mut self, spec: PoolSpec) -> Result<PoolId> {
+        let has_name = |pool: &PoolSlots| pool.state != PoolState::Draining && *pool.name == *spec.name;
+        if self.pools.values().any(has_name) {
+            return Err(Error::Precondition(format!(
+                "there is a pool \"{}\" already; drain it first",
+                spec.name.escape_debug()
+            )));
+        }
+        if self.pools.len() >= POOLS_MAX {
+            return Err(Error::Precondition(format!("there are {POOLS_MAX} pools; remove one first")));
+        }
+        Ok(self.insert(spec))
+    }
+
+    fn insert(&mut self, spec: PoolSpec) -> PoolId {
+        let id = self.next;
+        self.next = PoolId(id.0.saturating_add(1));
+        self.known.learn(&spec.offers);
+        self.pools.insert(id, PoolSlots::new(spec));
+        self.order.push(id);
+        let pools = &self.pools;
+        self.order.sort_by_cached_key(|id| {
+            pools.get(id).map(|pool| platform::preference(&pool.name, &pool.offers))
+        });
+        id
+    }
+
+    /// Has a pool take no more tasks.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub(crate) fn drain(&mut self, id: PoolId) -> Result<()> {
+        let pool = self.pools.get_mut(&id).ok_or_else(|| unknown(id))?;
+        if pool.state == PoolState::Open {
+            pool.state = PoolState::Draining;
+        }
+        Ok(())
+    }
+
+    /// Forgets a pool. Slots that are given back to it later are gone with it. The properties that it offered stay known, so
+    /// that an action which requires one of them is not run by a pool without it.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub(crate) fn remove(&mut self, id: PoolId) -> Result<()> {
+        self.pools.remove(&id).ok_or_else(|| unknown(id))?;
+        self.order.retain(|other| *other != id);
+        Ok(())
+    }
+
+    /// The pools, in order of preference.
+    pub(crate) fn order(&self) -> &[PoolId] {
+        &self.order
+    }
+
+    /// All pools with their states, in order of preference.
+    pub(crate) fn status(&self) -> Vec<PoolStatus> {
+        let status = |id: &PoolId| {
+            let pool = self.pools.get(id)?;
+            Some(PoolStatus {
+                id: *id,
+                name: pool.name.clone(),
+                state: pool.state,
+                slots: pool.places.len(),
+                busy: pool.places.len() - pool.free.len(),
+            })
+        };
+        self.order.iter().filter_map(status).collect()
+    }
+
+    /// The pools that can run a new action, by preference.
+    ///
+    /// # Errors
+    /// Those of [`Slots::matching`]; `Unavailable` when no pool that suits takes tasks.
+    pub(crate) fn suitable(&mut self, action: &Action) -> Result<PoolSet> {
+        let pools = self.matching(action)?;
+        if self.is_served(&pools) { Ok(pools) } else { Err(Self::no_workers(action)) }
+    }
+
+    /// The pools that offer what an action requires, by preference, whether or not they take tasks.
+    ///
+    /// # Errors
+    /// `Precondition` when no pool does, with the pool that comes nearest (EXE-31); `Unavailable` when there are no pools;
+    /// `Invalid` when the action requires more than [`PROPERTIES_MAX`] properties.
+    pub(crate) fn matching(&mut self, action: &Action) -> Result<PoolSet> {
         let asked = &action.platform;
         if asked.len() > PROPERTIES_MAX {
             return Err(Error::Invalid(format!(
@@ -83,9 +215,9 @@ impl Slots {
         }
         let mut suitable = Vec::new();
         let mut nearest: Option<(&PoolSlots, usize)> = None;
-        for (index, pool) in self.pools.iter().enumerate() {
+        for (id, pool) in self.order.iter().filter_map(|id| Some((id, self.pools.get(id)?))) {
             match self.known.differences(&pool.offers, asked).count() {
-                0 => suitable.push(index),
+                0 => suitable.push(*id),
                 count if nearest.is_none_or(|(_, least)| count < least) => nearest = Some((pool, count)),
                 _ => {}
             }
@@ -99,96 +231,133 @@ impl Slots {
                 platform::list(self.known.differences(&pool.offers, asked)),
                 pool.section,
             ))),
-            _ => {
-                let suitable = self.shared(suitable);
-                if self.is_served(&suitable) { Ok(suitable) } else { Err(Self::no_workers(action)) }
-            }
+            None if suitable.is_empty() => Err(Self::no_workers(action)),
+            _ => Ok(self.shared(suitable)),
         }
     }
 
-    /// The error of an action whose pools have no workers.
-    pub fn no_workers(action: &Action) -> Error {
+    /// Whether a pool offers what an action requires.
+    pub(crate) fn suits(&self, id: PoolId, action: &Action) -> bool {
+        let pool = self.pools.get(&id);
+        pool.is_some_and(|pool| self.known.differences(&pool.offers, &action.platform).next().is_none())
+    }
+
+    /// This set and one more pool.
+    pub(crate) fn with(&mut self, pools: &PoolSet, id: PoolId) -> PoolSet {
+        let both = |other: &PoolId| *other == id || pools.contains(other);
+        let both = self.order.iter().copied().filter(both).collect();
+        self.shared(both)
+    }
+
+    /// This set without one of its pools.
+    pub(crate) fn without(&mut self, pools: &PoolSet, id: PoolId) -> PoolSet {
+        self.shared(pools.iter().copied().filter(|other| *other != id).collect())
+    }
+
+    /// The error of a task that has waited in vain.
+    pub(crate) fn unserved(&mut self, action: &Action) -> Error {
+        match self.matching(action) {
+            Err(Error::Precondition(message)) => Error::Precondition(format!(
+                "the pools of this server changed while the action waited: {message}"
+            )),
+            _ => Self::no_workers(action),
+        }
+    }
+
+    /// The error of an action that no pool in service can run.
+    pub(crate) fn no_workers(action: &Action) -> Error {
         Error::Unavailable(format!(
-            "action {} cannot run: the workers of every pool that suits it are gone; try again after a restart",
+            "action {} cannot run: every pool that suits it is draining or has lost its workers; try again later",
             action.digest
         ))
     }
 
-    /// Whether one of these pools still has workers.
-    pub fn is_served(&self, pools: &PoolSet) -> bool {
-        self.of(pools).any(|pool| !pool.closed && !pool.places.is_empty())
+    /// Whether one of these pools takes tasks.
+    pub(crate) fn is_served(&self, pools: &PoolSet) -> bool {
+        self.of(pools).any(|pool| pool.state == PoolState::Open && !pool.places.is_empty())
     }
 
-    /// Whether a pool has a free slot.
-    pub fn has_free(&self, pool: usize) -> bool {
-        self.pools.get(pool).is_some_and(|pool| !pool.free.is_empty())
+    /// Whether tasks may wait for these pools: one at least has not lost its workers. Tasks that wait for a draining pool may
+    /// find another one before it is removed.
+    pub(crate) fn may_wait(&self, pools: &PoolSet) -> bool {
+        self.of(pools).any(|pool| pool.state != PoolState::Closed && !pool.places.is_empty())
+    }
+
+    /// Whether a pool has a free slot for a task.
+    pub(crate) fn has_free(&self, id: PoolId) -> bool {
+        self.open(id).is_some_and(|pool| !pool.free.is_empty())
     }
 
     /// Takes a free slot of a pool.
-    pub fn take(&mut self, pool: usize) -> Option<Arc<RunPlace>> {
-        let pool = self.pools.get_mut(pool)?;
+    pub(crate) fn take(&mut self, id: PoolId) -> Option<Arc<RunPlace>> {
+        let pool = self.pools.get_mut(&id).filter(|pool| pool.state == PoolState::Open)?;
         let slot = pool.free.pop()?;
         pool.places.get(slot.0).cloned()
     }
 
-    /// Gives a slot back. One of a closed pool is never used again, and one that failed its task is used last: it fails at
-    /// once, so it would be free first each time and take task after task.
-    pub fn release(&mut self, pool: usize, slot: SlotId, failed: bool) {
-        if let Some(pool) = self.pools.get_mut(pool).filter(|pool| !pool.closed) {
+    /// Gives a slot back. One that failed its task is used last: otherwise a broken slot, which fails at once, would be free
+    /// first each time and fail task after task.
+    pub(crate) fn release(&mut self, id: PoolId, slot: SlotId, failed: bool) {
+        if let Some(pool) = self.pools.get_mut(&id) {
             pool.free.insert(if failed { 0 } else { pool.free.len() }, slot);
         }
     }
 
-    /// Takes a whole pool out of service for good.
-    pub fn close(&mut self, pool: usize) {
-        if let Some(pool) = self.pools.get_mut(pool) {
-            pool.closed = true;
-            pool.free.clear();
+    /// The workers of a pool are gone.
+    pub(crate) fn close(&mut self, id: PoolId) {
+        if let Some(pool) = self.pools.get_mut(&id) {
+            pool.state = PoolState::Closed;
         }
     }
 
-    /// Slots of pools in service, busy or not.
-    pub fn in_service(&self) -> usize {
-        (0..self.pools.len()).map(|pool| self.count(pool).1).sum()
+    /// Slots of pools that take tasks, busy or not.
+    pub(crate) fn in_service(&self) -> usize {
+        self.order.iter().map(|id| self.count(*id).1).sum()
     }
 
-    /// The slots of a pool that are busy, and how many it has; none when it is out of service.
-    pub fn count(&self, pool: usize) -> (usize, usize) {
-        let open = self.pools.get(pool).filter(|pool| !pool.closed);
-        open.map_or((0, 0), |pool| (pool.places.len() - pool.free.len(), pool.places.len()))
+    /// How many slots of a pool are busy, and how many it has; none if it takes no tasks.
+    pub(crate) fn count(&self, id: PoolId) -> (usize, usize) {
+        self.open(id).map_or((0, 0), |pool| (pool.places.len() - pool.free.len(), pool.places.len()))
     }
 
-    /// Whether a pool is in service.
-    pub fn is_open(&self, pool: usize) -> bool {
-        self.pools.get(pool).is_some_and(|pool| !pool.closed)
+    /// Whether a pool takes tasks.
+    pub(crate) fn is_open(&self, id: PoolId) -> bool {
+        self.open(id).is_some()
     }
 
     /// The name of a pool.
-    pub fn name(&self, pool: usize) -> Arc<str> {
-        self.pools.get(pool).map_or_else(|| "".into(), |pool| pool.name.clone())
+    pub(crate) fn name(&self, id: PoolId) -> Arc<str> {
+        self.pools.get(&id).map_or_else(|| "".into(), |pool| pool.name.clone())
     }
 
-    /// The pool of this name.
+    /// The pools with this name: one as a rule, and those that it has replaced and that are still draining.
     ///
     /// # Errors
-    /// `Invalid` that lists the pools there are.
-    pub fn find(&self, name: &str) -> Result<usize> {
-        self.pools.iter().position(|pool| *pool.name == *name).ok_or_else(|| {
-            let names: Vec<_> = self.pools.iter().map(|pool| &*pool.name).collect();
-            Error::Invalid(format!(
-                "there is no pool \"{}\"; the pools are {}",
-                name.escape_debug(),
-                names.join(", ")
-            ))
-        })
+    /// `Invalid` that lists all pools when there is none.
+    pub(crate) fn named(&self, name: &str) -> Result<Vec<PoolId>> {
+        let has_name = |(id, pool): (&PoolId, &PoolSlots)| (*pool.name == *name).then_some(*id);
+        let named: Vec<_> = self.pools.iter().filter_map(has_name).collect();
+        if !named.is_empty() {
+            return Ok(named);
+        }
+        let names: Vec<_> = self.order.iter().map(|id| self.name(*id)).collect();
+        Err(Error::Invalid(format!(
+            "there is no pool \"{}\"; the pools are {}",
+            name.escape_debug(),
+            names.join(", ")
+        )))
+    }
+
+    fn open(&self, id: PoolId) -> Option<&PoolSlots> {
+        self.pools.get(&id).filter(|pool| pool.state == PoolState::Open)
     }
 
     fn of<'a>(&'a self, pools: &'a PoolSet) -> impl Iterator<Item = &'a PoolSlots> {
-        pools.iter().filter_map(|&index| self.pools.get(index))
+        pools.iter().filter_map(|id| self.pools.get(id))
     }
 
-    /// There are few sets in practice. In theory there are very many, which is why unused ones are let go.
-    fn shared(&mut self, pools: Vec<usize>) -> PoolSet {
+    /// There are few sets in practice. In theory there are very many, so those that no task holds are dropped.
+    fn shared(&mut self, pools: Vec<PoolId>) -> PoolSet {
         if let Some(set) = self.sets.get(pools.as_slice()) {
             return set.clone();
         }
@@ -197,6 +366,10 @@ impl Slots {
         self.sets.insert(set.clone());
         set
     }
+}
+
+fn unknown(id: PoolId) -> Error {
+    Error::NotFound(format!("there is no pool with the id {id}"))
 }
 
 impl PoolSlots {
@@ -212,7 +385,7 @@ impl PoolSlots {
             name: name.clone(),
             section: spec.section,
             offers: spec.offers,
-            closed: false,
+            state: PoolState::Open,
         }
     }
 }

@@ -13,7 +13,7 @@ use super::{
     *,
 };
 use crate::{
-    actors::worker::messages::{RunReport, RunResult, RunStage},
+    actors::worker::messages::{RunFailure, RunReport, RunResult, RunStage},
     instance::Instance,
 };
 use actix::{ActorContext, ActorFutureExt, Addr, Handler, SyncArbiter, SyncContext, WrapFuture, fut};
@@ -121,8 +121,8 @@ async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
     let Handed { run, answer } = handed.recv().await.unwrap();
     let mut follower = subscription.clone();
     reaches(&mut follower, Stage::Executing).await;
-    run.progress.do_send(StageReached {
-        task: run.task,
+    run.control.progress.do_send(StageReached {
+        task: run.order.task,
         stage: RunStage::Running,
         at: SystemTime::now(),
         logs: None,
@@ -132,6 +132,23 @@ async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
     follower.snapshots.wait_for(|snapshot| running(snapshot.run_stage)).await.unwrap();
     answer.send(success()).ok().unwrap();
     assert!(outcome(subscription).await.error.is_none());
+}
+
+/// EXE-02: other servers can tell from the name where the operation is.
+#[actix::test]
+async fn the_name_of_an_operation_carries_the_name_of_its_server() {
+    let (sender, _handed) = mpsc::unbounded_channel();
+    let settings = SchedulerSettings { node: "build-3".parse().unwrap(), ..settings() };
+    let scheduler = scheduler(settings, pool(1, FakePool(sender).start().recipient()));
+    let subscription = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
+    let name = subscription.info.name();
+    assert!(name.starts_with("operations/build-3."), "{name}");
+    let id: OperationId = name.strip_prefix("operations/").unwrap().parse().unwrap();
+    assert!(scheduler.send(Watch { instance: instance(), id }).await.unwrap().is_ok());
+    let (_, uuid) = name.rsplit_once('.').unwrap();
+    let elsewhere: OperationId = format!("build-4.{uuid}").parse().unwrap();
+    let answer = scheduler.send(Watch { instance: instance(), id: elsewhere }).await.unwrap();
+    assert!(matches!(answer, Err(Error::NotFound(_))), "an operation of another server");
 }
 
 /// EXE-16.
@@ -157,7 +174,7 @@ async fn two_hundred_submissions_at_once_are_one_run() {
     let leaver = subscriptions.pop().unwrap();
     scheduler.send(Cancel { instance: instance(), id: leaver.info.id }).await.unwrap().unwrap();
     assert!(matches!(outcome(leaver).await.error, Some(Error::Cancelled(_))));
-    assert!(!only.run.cancel.is_cancelled());
+    assert!(!only.run.control.cancel.is_cancelled());
     only.answer.send(success()).ok().unwrap();
     for subscription in subscriptions {
         assert!(outcome(subscription).await.error.is_none());
@@ -175,7 +192,7 @@ async fn a_client_that_vanishes_leaves_nothing_behind() {
     drop(scheduler.send(ask(&work(1))).await.unwrap().unwrap());
     let handed = handed.recv().await.unwrap();
     scheduler.send(Tick).await.unwrap();
-    assert!(handed.run.cancel.is_cancelled());
+    assert!(handed.run.control.cancel.is_cancelled());
     assert_eq!(scheduler.send(Inspect).await.unwrap().running, 1, "the slot waits for its worker");
     handed.answer.send(success()).ok().unwrap();
     scheduler.send(Drain { cancel: false }).await.unwrap();
@@ -209,6 +226,55 @@ async fn a_pool_that_closes_ends_its_work_and_refuses_more() {
     assert!(matches!(outcome(queued).await.error, Some(Error::Unavailable(_))));
     let refusal = scheduler.send(ask(&work(3))).await.unwrap().unwrap_err();
     assert!(matches!(refusal, Error::Unavailable(_)));
+}
+
+/// The pools of a server can be replaced under its clients.
+#[actix::test]
+async fn a_pool_that_drains_finishes_its_runs_and_a_new_one_takes_what_waits() {
+    let (scheduler, mut handed) = attended(1);
+    let running = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
+    let queued = scheduler.send(ask(&work(2))).await.unwrap().unwrap();
+    let run = handed.recv().await.unwrap();
+    let [old] = &*scheduler.send(ListPools).await.unwrap() else { panic!("there is one pool") };
+    let id = old.id;
+    let mut drained = Box::pin(scheduler.send(DrainPool { id }));
+    assert!(futures::poll!(&mut drained).is_pending());
+    let refusal = scheduler.send(ask(&work(3))).await.unwrap().unwrap_err();
+    assert!(matches!(refusal, Error::Unavailable(_)), "{refusal:?}");
+
+    let (sender, mut handed) = mpsc::unbounded_channel();
+    let replacement = || pool(1, FakePool(sender.clone()).start().recipient());
+    let new = scheduler.send(AddPool { pool: replacement() }).await.unwrap().unwrap();
+    assert!(scheduler.send(AddPool { pool: replacement() }).await.unwrap().is_err(), "the name is taken");
+    handed.recv().await.unwrap().answer.send(success()).ok().unwrap();
+    assert!(outcome(queued).await.error.is_none());
+    assert!(futures::poll!(&mut drained).is_pending(), "its run goes on");
+    run.answer.send(success()).ok().unwrap();
+    assert_eq!(drained.await.unwrap(), Ok(()));
+    assert!(outcome(running).await.error.is_none());
+    assert_eq!(scheduler.send(RemovePool { id }).await.unwrap(), Ok(()));
+    assert!(matches!(scheduler.send(RemovePool { id }).await.unwrap(), Err(Error::NotFound(_))));
+    assert!(matches!(scheduler.send(DrainPool { id }).await.unwrap(), Err(Error::NotFound(_))));
+    let left: Vec<_> = scheduler.send(ListPools).await.unwrap().iter().map(|pool| pool.id).collect();
+    assert_eq!(left, [new]);
+}
+
+/// EXE-62.
+#[actix::test]
+async fn a_removed_pool_stops_its_runs_and_another_takes_them() {
+    let (scheduler, mut handed) = attended(1);
+    let subscription = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
+    let run = handed.recv().await.unwrap();
+    let id = scheduler.send(ListPools).await.unwrap()[0].id;
+    let (sender, mut handed) = mpsc::unbounded_channel();
+    let spec = slots::PoolSpec { name: "other".into(), ..ledger::fixtures::pool(1, "linux") };
+    let pool = Pool { spec, runner: FakePool(sender).start().recipient() };
+    scheduler.send(AddPool { pool }).await.unwrap().unwrap();
+    scheduler.send(RemovePool { id }).await.unwrap().unwrap();
+    assert!(run.run.control.cancel.is_cancelled());
+    run.answer.send(Err(RunFailure::new(Error::Cancelled("stopped".into())))).ok().unwrap();
+    handed.recv().await.unwrap().answer.send(success()).ok().unwrap();
+    assert!(outcome(subscription).await.error.is_none());
 }
 
 /// GEN-21.
@@ -268,7 +334,7 @@ async fn a_drain_is_answered_when_the_last_run_is_over() {
             _ = &mut hasty => panic!("a command is still running"),
         }
     }
-    assert!(run.run.cancel.is_cancelled());
+    assert!(run.run.control.cancel.is_cancelled());
     run.answer.send(success()).ok().unwrap();
     patient.await.unwrap();
     hasty.await.unwrap();

@@ -1,4 +1,5 @@
-//! [`Transition`]: what happened to an operation, as a value. The ledger returns them; logs, metrics and a journal read them.
+//! [`Transition`]: a step in the life of an operation, as a value. The ledger returns transitions, and the log is written from
+//! them.
 
 use super::operation::{OperationInfo, Outcome};
 use crate::actors::worker::messages::SlotId;
@@ -6,77 +7,73 @@ use gorego_reapi::{error::Error, proto::reapi};
 use prost_types::Timestamp;
 use std::{sync::Arc, time::Duration};
 
-/// One step of one operation.
+/// A step of one operation.
 #[derive(Debug, Clone)]
-pub struct Transition {
-    /// Whose step.
-    pub info: Arc<OperationInfo>,
-    /// The operation's priority; lower runs sooner.
-    pub priority: i32,
-    /// Which step.
-    pub event: Event,
+pub(crate) struct Transition {
+    pub(crate) info: Arc<OperationInfo>,
+    /// The priority of the operation; lower values run sooner.
+    pub(crate) priority: i32,
+    pub(crate) event: OperationEvent,
 }
 
 /// The steps of an operation. Each operation has exactly one `Completed`, and nothing after it.
 #[derive(Debug, Clone)]
-pub enum Event {
-    /// It was admitted and waits.
+pub(crate) enum OperationEvent {
+    /// The operation was admitted and waits.
     Queued {
-        /// It shares a task with operations that came before it.
+        /// Whether it has joined the task of an earlier operation.
         joined: bool,
     },
-    /// Its task was given to a worker, or it joined a task that a worker has.
+    /// Its task was given to a worker, or it joined a task that is running.
     Executing {
-        /// Where.
         place: Arc<RunPlace>,
-        /// How long it waited.
+        /// How long the operation has waited.
         queued_for: Duration,
-        /// Which try this is, from 1.
+        /// The number of the attempt, from 1.
         attempt: u32,
     },
-    /// A worker failed under its task, which waits again.
+    /// A worker failed while it ran the task, or its pool was removed; the task waits again.
     Requeued {
-        /// What happened.
+        /// The failure.
         reason: Error,
-        /// The try that failed, from 1.
+        /// The number of the failed attempt, from 1.
         attempt: u32,
     },
-    /// It ended.
+    /// The operation ended.
     Completed {
-        /// How.
         outcome: Arc<Outcome>,
-        /// Where it ran; `None` when it never did.
+        /// The slot on which it ran last; `None` if it did not run.
         place: Option<Arc<RunPlace>>,
-        /// How long it waited before it ran or ended; `None` for one that was over when it was admitted.
+        /// How long the operation waited before it ran or ended; `None` if it was over when it was admitted.
         queued_for: Option<Duration>,
     },
 }
 
-/// A slot by its pool's name.
+/// A slot of a pool, by names that people understand.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunPlace {
-    /// The pool.
+    /// The name of the pool.
     pub pool: Arc<str>,
-    /// The slot in it.
+    /// The number of the slot in the pool.
     pub slot: SlotId,
     /// The name of the worker that serves the slot.
     pub worker: Arc<str>,
 }
 
-/// How long the parts of a run took, by the worker's own clock; `None` for parts that were not reached.
+/// How long the parts of a run took, by the clock of the worker. `None` for parts that were not reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Phases {
-    /// Bringing in inputs.
-    pub fetch: Option<Duration>,
-    /// The command.
-    pub run: Option<Duration>,
-    /// Storing outputs.
-    pub upload: Option<Duration>,
+pub(crate) struct Phases {
+    /// How long it took to bring in the inputs.
+    pub(crate) fetch: Option<Duration>,
+    /// How long the command ran.
+    pub(crate) run: Option<Duration>,
+    /// How long it took to store the outputs.
+    pub(crate) upload: Option<Duration>,
 }
 
 impl Phases {
-    /// The phases that a result's metadata tells.
-    pub fn of(result: &reapi::ActionResult) -> Self {
+    /// The phases according to the metadata of a result.
+    pub(crate) fn of(result: &reapi::ActionResult) -> Self {
         let Some(metadata) = &result.execution_metadata else { return Self::default() };
         let between = |start: &Option<Timestamp>, end: &Option<Timestamp>| {
             let (start, end) = start.as_ref().zip(end.as_ref())?;

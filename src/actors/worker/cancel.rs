@@ -1,4 +1,4 @@
-//! [`CancelToken`]: how a running action is told to stop.
+//! [`CancelToken`]: tells a running action to stop.
 
 use rustix::{
     event::{EventfdFlags, eventfd},
@@ -10,38 +10,42 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-/// Tells the worker thread of one run to stop. The scheduler cancels the run; the watch over the disk only stops its command,
-/// since the run has failed and what follows is the worker's to decide. Between two steps the thread asks; inside a wait it
-/// polls the descriptor together with the child's.
+/// Tells the worker thread of one run to stop. The scheduler cancels the run. The disk watch only stops its command: the run
+/// has then failed, and the worker decides what follows. The thread checks the token between two steps, and while it waits, it
+/// polls the descriptor together with that of the child.
 #[derive(Debug, Clone)]
-pub struct CancelToken(Arc<Inner>);
+pub struct CancelToken(Arc<TokenState>);
 
 #[derive(Debug)]
-struct Inner {
+struct TokenState {
     cancelled: AtomicBool,
     stopped: AtomicBool,
     event: Option<OwnedFd>,
 }
 
 impl CancelToken {
-    /// A token that nobody has cancelled. Without a free descriptor it still works between steps.
+    /// A new token. If no descriptor is free, it still works between steps.
     pub fn new() -> Self {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok();
-        Self(Arc::new(Inner { cancelled: AtomicBool::new(false), stopped: AtomicBool::new(false), event }))
+        Self(Arc::new(TokenState {
+            cancelled: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+            event,
+        }))
     }
 
-    /// Asks the run to end as soon as it can; more than once does no harm.
+    /// Asks the run to end as soon as it can. Further calls have no effect.
     pub fn cancel(&self) {
         self.0.cancelled.store(true, Ordering::SeqCst);
         self.stop();
     }
 
-    /// Asks the command to stop; the run is not cancelled. More than once does no harm.
+    /// Asks the command to stop, without cancelling the run. Further calls have no effect.
     pub fn stop(&self) {
         if !self.0.stopped.swap(true, Ordering::SeqCst)
             && let Some(event) = &self.0.event
         {
-            // An eventfd at 0 takes a 1 without blocking.
+            // Writing 1 to an eventfd at 0 does not block.
             let _ = io::write(event, &1u64.to_ne_bytes());
         }
     }
@@ -51,12 +55,12 @@ impl CancelToken {
         self.0.cancelled.load(Ordering::SeqCst)
     }
 
-    /// Whether the command is to stop, for whatever reason.
+    /// Whether the command has to stop, for any reason.
     pub fn is_stopped(&self) -> bool {
         self.0.stopped.load(Ordering::SeqCst)
     }
 
-    /// Readable once stopped, and for good.
+    /// A descriptor that is readable from the stop on.
     pub fn event(&self) -> Option<BorrowedFd<'_>> {
         self.0.event.as_ref().map(AsFd::as_fd)
     }

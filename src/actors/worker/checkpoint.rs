@@ -1,4 +1,4 @@
-//! [`Checkpoint`]: asked between two files, so that a cancelled or slow transfer ends soon.
+//! [`Checkpoint`]: checked between two files, so that a cancelled or slow transfer ends soon.
 
 use super::cancel::CancelToken;
 use gorego_reapi::error::{Error, Result};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 /// The bounds of one step of a run.
 #[derive(Debug)]
-pub struct Checkpoint<'a> {
+pub(super) struct Checkpoint<'a> {
     cancel: &'a CancelToken,
     step: &'static str,
     limit: Duration,
@@ -14,18 +14,18 @@ pub struct Checkpoint<'a> {
 }
 
 impl<'a> Checkpoint<'a> {
-    /// For a step that may take `limit` from now; `step` completes "... took longer than".
-    pub fn new(cancel: &'a CancelToken, step: &'static str, limit: Duration) -> Self {
-        // A limit beyond the clock's range is no limit.
+    /// A checkpoint for a step that may take `limit` from now. `step` is the subject of "... took longer than".
+    pub(super) fn new(cancel: &'a CancelToken, step: &'static str, limit: Duration) -> Self {
+        // A limit beyond the range of the clock means no limit.
         Self { cancel, step, limit, deadline: Instant::now().checked_add(limit) }
     }
 
-    /// Whether the step may go on.
+    /// Checks that the step may continue.
     ///
     /// # Errors
-    /// `Cancelled`, or `Unavailable` once the step took too long: not `DeadlineExceeded`, which clients take for the timeout
-    /// of the command (EXE-45).
-    pub fn check(&self) -> Result<()> {
+    /// `Cancelled`; `Unavailable` once the step took too long. It is not `DeadlineExceeded`, which would mean the timeout of
+    /// the command to clients (EXE-45).
+    pub(super) fn check(&self) -> Result<()> {
         if self.cancel.is_cancelled() {
             return Err(cancelled());
         }
@@ -39,7 +39,7 @@ impl<'a> Checkpoint<'a> {
     }
 }
 
-/// The error of a run that was told to stop.
-pub fn cancelled() -> Error {
+/// The error of a cancelled run.
+pub(super) fn cancelled() -> Error {
     Error::Cancelled("the action was cancelled".into())
 }

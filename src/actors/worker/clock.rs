@@ -1,8 +1,8 @@
-//! When the steps of a run happened.
+//! The times of the steps of a run.
 //!
-//! All times of one run are taken from the monotonic clock, which the runner process shares, and are turned into wall time
-//! through one pair of readings at the start. So they stay in order and keep their distances even when somebody sets the
-//! wall clock in the middle (EXE-60). Nothing here reads a clock except [`Moment::now`] and [`Timeline::start`].
+//! All times of one run are read from the monotonic clock, which the runner process shares, and are converted to wall time
+//! through one pair of readings at the start. So they keep their order and their distances even if the wall clock is set
+//! meanwhile (EXE-60). Nothing here reads a clock except [`Moment::now`] and [`Timeline::start`].
 
 use gorego_reapi::{
     auxiliary::pack_resource_usage,
@@ -11,15 +11,14 @@ use gorego_reapi::{
 use rustix::time::{ClockId, clock_gettime};
 use std::time::{Duration, SystemTime};
 
-/// A reading of `CLOCK_MONOTONIC`, in nanoseconds; comparable between all processes of this machine.
+/// A reading of `CLOCK_MONOTONIC` in nanoseconds. It can be compared between all processes of this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Moment(pub u64);
 
 impl Moment {
-    /// The present.
     pub fn now() -> Self {
         let time = clock_gettime(ClockId::Monotonic);
-        // Both parts count from boot; neither is negative nor can the sum overflow within 500 years.
+        // Both parts count from boot, so neither is negative, and the sum does not overflow within 500 years.
         Self((time.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(time.tv_nsec as u64))
     }
 
@@ -29,12 +28,12 @@ impl Moment {
     }
 }
 
-/// The points of a run that its metadata names, in order.
+/// The points of a run that its metadata reports, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Point {
+pub(crate) enum Point {
     /// The worker took the task.
     WorkerStart,
-    /// It began to bring inputs in.
+    /// It began to fetch the inputs.
     FetchStart,
     /// The inputs were in place.
     FetchEnd,
@@ -46,16 +45,16 @@ pub enum Point {
     UploadStart,
     /// The outputs were stored.
     UploadEnd,
-    /// The worker was done, but for recording the result.
+    /// The worker was done, except for recording the result.
     WorkerEnd,
 }
 
 const POINTS: usize = Point::WorkerEnd as usize + 1;
 
-/// The times of one run. Points that were not reached take the time of the one before, so that there are always nine
-/// ordered timestamps.
+/// The times of one run. A point that was not reached has the time of the previous one, so that there are always nine ordered
+/// timestamps.
 #[derive(Debug, Clone)]
-pub struct Timeline {
+pub(crate) struct Timeline {
     queued: SystemTime,
     wall: SystemTime,
     points: [Option<Moment>; POINTS],
@@ -63,45 +62,45 @@ pub struct Timeline {
 
 impl Timeline {
     /// The timeline of a run that starts at `start`, when the wall clock shows `wall`.
-    pub fn start(queued: SystemTime, wall: SystemTime, start: Moment) -> Self {
+    pub(crate) fn start(queued: SystemTime, wall: SystemTime, start: Moment) -> Self {
         let mut points = [None; POINTS];
         points[Point::WorkerStart as usize] = Some(start);
         Self { queued: queued.min(wall), wall, points }
     }
 
-    /// Notes when a point was reached.
-    pub fn note(&mut self, point: Point, at: Moment) {
+    /// Records when a point was reached.
+    pub(crate) fn note(&mut self, point: Point, at: Moment) {
         self.points[point as usize] = Some(at);
     }
 
-    /// When a point was reached: never before an earlier point.
-    pub fn at(&self, point: Point) -> Moment {
+    /// The time of a point, which is never before an earlier point.
+    pub(crate) fn at(&self, point: Point) -> Moment {
         self.points[..=point as usize].iter().flatten().copied().max().unwrap_or_default()
     }
 
-    /// When a point was reached, as wall time; `None` when it was not.
-    pub fn reached(&self, point: Point) -> Option<SystemTime> {
+    /// The wall time of a point; `None` if it was not reached.
+    pub(crate) fn reached(&self, point: Point) -> Option<SystemTime> {
         self.points[point as usize].map(|_| self.wall(point))
     }
 
-    /// When the action was taken in.
-    pub fn queued(&self) -> SystemTime {
+    /// When the action was queued.
+    pub(crate) fn queued(&self) -> SystemTime {
         self.queued
     }
 
-    /// A point as wall time.
-    pub fn wall(&self, point: Point) -> SystemTime {
+    /// The wall time of a point; see [`Timeline::at`].
+    pub(crate) fn wall(&self, point: Point) -> SystemTime {
         let since_start = self.at(point).since(self.at(Point::WorkerStart));
         self.wall.checked_add(since_start).unwrap_or(self.wall)
     }
 
     /// The time between two points.
-    pub fn between(&self, from: Point, to: Point) -> Duration {
+    pub(crate) fn between(&self, from: Point, to: Point) -> Duration {
         self.at(to).since(self.at(from))
     }
 
     /// The metadata of a result made by `worker`.
-    pub fn metadata(
+    pub(crate) fn metadata(
         &self,
         worker: String,
         usage: Option<&gorego::ResourceUsage>,
@@ -134,7 +133,7 @@ mod tests {
     #[test]
     fn all_nine_timestamps_are_set_and_ordered_also_when_steps_were_not_reached_or_clocks_disagree() {
         let wall = UNIX_EPOCH + Duration::from_secs(1_000);
-        // Queued "after" the start, as after a step of the wall clock; the command's end is noted, its start is not.
+        // Queued "after" the start, as after a step of the wall clock. The end of the command is recorded, but not its start.
         let mut timeline = Timeline::start(wall + Duration::from_secs(5), wall, Moment(100));
         timeline.note(Point::FetchStart, Moment(150));
         timeline.note(Point::RunEnd, Moment(130));

@@ -1,46 +1,46 @@
-//! What the command of an action comes to on this machine: which files to try as its program, its environment as the
-//! kernel wants it, and what a program that cannot be started means. Pure.
+//! The command of an action on this machine: which files to try as its program, its environment in the kernel's format, and the
+//! exit code of a program that cannot be started. This file is pure.
 
 use super::workspace::Workspace;
 use crate::{action::Command, sandbox::layers::Layers};
 use rustix::io::Errno;
 use std::path::PathBuf;
 
-/// Where programs without a slash are looked for when the Command's environment has no PATH; what execvp(3) takes, less the
+/// The search path for programs without a slash if the Command's environment has no PATH: that of execvp(3), without the
 /// current directory.
-pub const DEFAULT_PATH: &str = "/bin:/usr/bin";
-/// Longest path that the kernel takes; a longer one is nowhere.
+pub(crate) const DEFAULT_PATH: &str = "/bin:/usr/bin";
+/// The longest path that the kernel accepts. Longer ones cannot exist.
 const MAX_PATH_BYTES: usize = 4096;
-/// Most places where a program is looked for; no real PATH has so many. Program and PATH may be megabytes each, and without
-/// this the files to try could be terabytes.
+/// Maximum number of directories in which a program is looked for; no real PATH has as many. Program and PATH may have
+/// megabytes each, so without this bound the list of files to try could take terabytes.
 const MAX_PROGRAMS: usize = 1024;
-/// Exit code for a program that is not there (EXE-42); what shells use.
-pub const EXIT_NOT_FOUND: i32 = 127;
-/// Exit code for a program that is there but cannot be started.
-pub const EXIT_NOT_EXECUTABLE: i32 = 126;
+/// Exit code for a program that does not exist (EXE-42), as in shells.
+pub(crate) const EXIT_NOT_FOUND: i32 = 127;
+/// Exit code for a program that exists but cannot be started, as in shells.
+pub(crate) const EXIT_NOT_EXECUTABLE: i32 = 126;
 
-/// Why no program of an input root can be run, and what to do about it.
-pub const NOEXEC: &str = "the build root is on a file system that is mounted noexec; set execution.build_root to another \
+/// Explains why no program of an input root can be run, and what to do about it.
+pub(crate) const NOEXEC: &str = "the build root is on a file system that is mounted noexec; set execution.build_root to another \
                           directory";
 
-/// Everything the runner needs to start a command. Bytes, because that is what the kernel takes.
+/// Everything that the runner needs to start a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
     /// Files to try as the program, in order; relative ones are relative to the working directory.
     pub programs: Vec<String>,
-    /// argv, to the byte (EXE-40).
+    /// The arguments, unchanged (EXE-40).
     pub arguments: Vec<String>,
-    /// `NAME=value`; the whole environment (EXE-41).
+    /// The whole environment as `NAME=value` (EXE-41).
     pub environment: Vec<String>,
     /// Absolute path of the input root.
     pub root: PathBuf,
-    /// Where to run, below the input root.
+    /// The working directory, relative to the input root.
     pub working_directory: PathBuf,
-    /// Absolute path of the log of stdout; must not exist.
+    /// Absolute path of the log of stdout; the file must not exist.
     pub stdout: PathBuf,
-    /// Absolute path of the log of stderr; must not exist.
+    /// Absolute path of the log of stderr; the file must not exist.
     pub stderr: PathBuf,
-    /// Largest file that the command may write, and longest log, in bytes.
+    /// The largest file that the command may write, and the largest log, in bytes.
     pub max_file_bytes: u64,
     /// What is mounted as the input root; `None` when it lies at `root` as it is.
     pub layers: Option<Layers>,
@@ -69,13 +69,13 @@ impl Launch {
     }
 }
 
-/// EXE-40: with a slash as it stands, else along the Command's own PATH.
+/// EXE-40: a program with a slash is used as it is; any other is looked up in the Command's own PATH.
 fn programs(command: &Command) -> Vec<String> {
     let program = command.arguments.first().map_or("", String::as_str);
     if program.contains('/') {
         return vec![program.to_owned()];
     }
-    // Of a variable given twice, getenv(3) finds the first.
+    // If a variable is given twice, getenv(3) finds the first.
     let path = command.environment.iter().find(|(name, _)| name == "PATH");
     path.map_or(DEFAULT_PATH, |(_, path)| path)
         .split(':')
@@ -86,9 +86,9 @@ fn programs(command: &Command) -> Vec<String> {
         .collect()
 }
 
-/// What it means when no program of a launch could be started: the exit code, and a line for stderr (EXE-42). `is_noexec`
-/// says that no program in the build root can be.
-pub fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i32, String) {
+/// The exit code, and a line for stderr, if no program of a launch could be started (EXE-42). `is_noexec` says that no program
+/// in the build root can be started.
+pub(crate) fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i32, String) {
     let program = command.arguments.first().map_or("", String::as_str).escape_debug();
     let errno = Errno::from_raw_os_error(errno);
     let code = match errno {
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn long_programs_and_paths_do_not_multiply() {
+    fn the_candidates_for_long_programs_and_paths_are_bounded() {
         let long = "x".repeat(1 << 15);
         for path in [":".repeat(1 << 15), format!("{long}:/bin")] {
             for program in ["sh", &long] {
@@ -150,12 +150,12 @@ mod tests {
 
     /// EXE-42.
     #[test]
-    fn a_build_root_without_execution_is_named_where_it_matters() {
+    fn a_noexec_build_root_is_reported_where_it_matters() {
         let denied = Errno::ACCESS.raw_os_error();
         let says = |program: &str, is_noexec| not_started(&command(program, None), denied, is_noexec).1;
         assert!(says("bin/tool", true).contains("noexec"));
         assert!(!says("bin/tool", false).contains("noexec"));
-        assert!(!says("/etc/passwd", true).contains("noexec"), "that lies elsewhere");
+        assert!(!says("/etc/passwd", true).contains("noexec"), "the program is elsewhere");
     }
 
     /// EXE-40.

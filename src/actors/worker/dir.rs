@@ -1,8 +1,8 @@
-//! Ways to open things in an exec directory that no symbolic link, mount or missing permission can turn against us.
+//! Safe ways to open files and directories in an exec directory, in spite of symbolic links, mounts and missing permissions.
 //!
-//! Whatever lies in an exec directory may have been made by a hostile command. So every step is relative to an open
-//! directory: a single step never follows a link, a path of several steps never leaves the directory it starts from
-//! (openat2, Linux 5.6). A [`Cursor`] walks trees of any depth with a bounded number of descriptors.
+//! A hostile command may have made anything in an exec directory. So every step is relative to an open directory: a single step
+//! never follows a link, and a path of several steps never leaves the directory that it starts from (openat2, Linux 5.6). A
+//! [`Cursor`] walks trees of any depth with a bounded number of descriptors.
 
 use rustix::{
     fs::{self as rfs, AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat},
@@ -10,39 +10,39 @@ use rustix::{
 };
 use std::{ffi::OsStr, fs::File, io, os::fd::AsRawFd as _, os::unix::ffi::OsStrExt as _, path::Path};
 
-/// How many directories a [`Cursor`] keeps open. Deeper ones are found again through "..", so the number only saves system
+/// How many directories a [`Cursor`] keeps open. Others are opened again through "..", so the number only affects the system
 /// calls.
 const KEPT_OPEN: usize = 8;
 
-/// Which file a directory entry means: (device, inode).
-pub type FileId = (u64, u64);
+/// The identity of a file: device and inode.
+pub(super) type FileId = (u64, u64);
 
-/// The identity in a stat.
+/// The identity of the file of a stat.
 #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
-pub fn file_id(stat: &Stat) -> FileId {
+pub(super) fn file_id(stat: &Stat) -> FileId {
     (stat.st_dev as u64, stat.st_ino as u64)
 }
 
-/// The type in a stat.
-pub fn file_type(stat: &Stat) -> FileType {
+/// The type of the file of a stat.
+pub(super) fn file_type(stat: &Stat) -> FileType {
     FileType::from_raw_mode(stat.st_mode)
 }
 
-/// Opens a directory by one name in `parent`: never through a symbolic link, never onto another file system.
+/// Opens the directory `name` in `parent`, never through a symbolic link and never on another file system.
 ///
 /// # Errors
 /// Those of openat2(2).
-pub fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
+pub(super) fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     open2(parent, name, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV)
 }
 
-/// The same for a directory that its owner may not read, write or search, which is made accessible first. Gives the stat from
-/// before that, too.
+/// Like [`open_dir`], but a directory that its owner may not read, write or search is made accessible first. Also returns the
+/// stat from before that.
 ///
 /// # Errors
 /// Those of openat2(2); `EXDEV` for a mount point.
-pub fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, Stat)> {
+pub(super) fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, Stat)> {
     let opened = match open_dir(parent, name) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             let before = stat_at(parent, name)?;
@@ -54,18 +54,18 @@ pub fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, Stat)> 
     let stat = rfs::fstat(&opened)?;
     let mode = Mode::from_raw_mode(stat.st_mode);
     if !mode.contains(Mode::RWXU) {
-        // It may belong to another user. Then the operation that needs the permission fails.
+        // If it belongs to another user, the operation that needs the permission fails later.
         let _ = rfs::fchmod(&opened, mode | Mode::RWXU);
     }
     Ok((opened, stat))
 }
 
-/// Opens a regular file by one name in `parent` for reading. Never follows a link and never waits for the other end of a
-/// FIFO; the caller checks what kind of thing it got.
+/// Opens the file `name` in `parent` for reading. Never follows a link and never waits for the other end of a FIFO. The caller
+/// checks the type of the file.
 ///
 /// # Errors
 /// Those of openat2(2).
-pub fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
+pub(super) fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     match open2(parent, name, flags, resolve) {
@@ -77,30 +77,30 @@ pub fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
     }
 }
 
-/// Opens the directory at `path`, which may go through symbolic links as long as they stay beneath `root`. The handle is for
-/// naming things in it only (`O_PATH`).
+/// Opens the directory at `path`, which may go through symbolic links as long as they stay beneath `root`. The handle can only
+/// be used to name entries in it (`O_PATH`).
 ///
 /// # Errors
-/// `EXDEV` when a link leads out of `root`; else those of openat2(2).
-pub fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
+/// `EXDEV` when a link leads out of `root`; otherwise those of openat2(2).
+pub(super) fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     open2(root, path.as_os_str(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, resolve)
 }
 
-/// A stat of one name in `parent`, of a link itself and not of its target.
+/// The stat of `name` in `parent`. A link is not followed.
 ///
 /// # Errors
 /// Those of fstatat(2).
-pub fn stat_at(parent: &File, name: &OsStr) -> io::Result<Stat> {
+pub(super) fn stat_at(parent: &File, name: &OsStr) -> io::Result<Stat> {
     Ok(rfs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
-/// Adds permission bits to a file or directory; never through a symbolic link, which has none of its own.
+/// Adds permission bits to a file or directory, never through a symbolic link.
 ///
 /// # Errors
-/// When it is a link, is not ours, or is gone.
-pub fn grant(parent: &File, name: &OsStr, bits: Mode) -> io::Result<()> {
-    // An O_PATH handle needs no permission on the thing itself, and its /proc name means that very inode.
+/// When it is a link, belongs to another user, or does not exist.
+pub(super) fn grant(parent: &File, name: &OsStr, bits: Mode) -> io::Result<()> {
+    // An O_PATH handle needs no permission on the file, and its name in /proc refers to exactly this inode.
     let handle = rfs::openat(parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     let stat = rfs::fstat(&handle)?;
     if !matches!(file_type(&stat), FileType::RegularFile | FileType::Directory) {
@@ -122,54 +122,54 @@ fn open2(parent: &File, path: &OsStr, flags: OFlags, resolve: ResolveFlags) -> i
     }
 }
 
-/// The entries of an open directory, "." and ".." left out.
+/// The entries of an open directory, without "." and "..".
 ///
 /// # Errors
-/// Those of getdents(2), in the place where they occur.
-pub fn entries(dir: &File) -> io::Result<impl Iterator<Item = io::Result<rfs::DirEntry>>> {
+/// Those of getdents(2), as items where they occur.
+pub(super) fn entries(dir: &File) -> io::Result<impl Iterator<Item = io::Result<rfs::DirEntry>>> {
     Ok(rfs::Dir::read_from(dir)?
         .filter(|entry| !matches!(entry, Ok(e) if matches!(e.file_name().to_bytes(), b"." | b"..")))
         .map(|entry| Ok(entry?)))
 }
 
 /// The name of a directory entry.
-pub fn entry_name(entry: &rfs::DirEntry) -> &OsStr {
+pub(super) fn entry_name(entry: &rfs::DirEntry) -> &OsStr {
     OsStr::from_bytes(entry.file_name().to_bytes())
 }
 
 /// A position in a tree of directories.
 #[derive(Debug)]
-pub struct Cursor {
-    levels: Vec<Level>,
+pub(super) struct Cursor {
+    levels: Vec<CursorLevel>,
 }
 
 #[derive(Debug)]
-struct Level {
+struct CursorLevel {
     id: FileId,
     mode: Mode,
     open: Option<File>,
 }
 
 impl Cursor {
-    /// At the top of a tree.
+    /// A cursor at the top of a tree.
     ///
     /// # Errors
     /// Those of fstat(2).
-    pub fn new(top: File) -> io::Result<Self> {
+    pub(super) fn new(top: File) -> io::Result<Self> {
         let stat = rfs::fstat(&top)?;
-        Ok(Self { levels: vec![Level::new(top, &stat)] })
+        Ok(Self { levels: vec![CursorLevel::new(top, &stat)] })
     }
 
-    /// The directory it stands in.
+    /// The current directory.
     ///
     /// # Errors
-    /// None in practice; the current directory is always open.
-    pub fn here(&self) -> io::Result<&File> {
+    /// None in practice: the current directory is always open.
+    pub(super) fn here(&self) -> io::Result<&File> {
         self.levels.last().and_then(|level| level.open.as_ref()).ok_or_else(|| Errno::BADF.into())
     }
 
-    /// Permission bits that the current directory had when it was entered.
-    pub fn mode(&self) -> Mode {
+    /// The permission bits of the current directory when it was entered.
+    pub(super) fn mode(&self) -> Mode {
         self.levels.last().map_or(Mode::empty(), |level| level.mode)
     }
 
@@ -177,20 +177,20 @@ impl Cursor {
     ///
     /// # Errors
     /// Those of openat2(2); `EXDEV` for a mount point.
-    pub fn down(&mut self, name: &OsStr) -> io::Result<()> {
+    pub(super) fn down(&mut self, name: &OsStr) -> io::Result<()> {
         let (open, stat) = open_accessible(self.here()?, name)?;
-        self.levels.push(Level::new(open, &stat));
+        self.levels.push(CursorLevel::new(open, &stat));
         if let Some(far) = self.levels.len().checked_sub(KEPT_OPEN + 1) {
             self.levels[far].open = None;
         }
         Ok(())
     }
 
-    /// Goes back to the directory above.
+    /// Returns to the parent directory.
     ///
     /// # Errors
-    /// When that is not the directory it came from any more.
-    pub fn up(&mut self) -> io::Result<()> {
+    /// When the parent is no longer the directory that it came from.
+    pub(super) fn up(&mut self) -> io::Result<()> {
         let Some(left) = self.levels.pop() else { return Err(Errno::NOENT.into()) };
         let Some(parent) = self.levels.last_mut() else { return Err(Errno::NOENT.into()) };
         if parent.open.is_none() {
@@ -206,7 +206,7 @@ impl Cursor {
     }
 }
 
-impl Level {
+impl CursorLevel {
     fn new(open: File, stat: &Stat) -> Self {
         Self { id: file_id(stat), mode: Mode::from_raw_mode(stat.st_mode), open: Some(open) }
     }

@@ -1,11 +1,11 @@
 //! Watches the file system of the exec directories while commands run on it.
 //!
-//! A command whose write failed for lack of room may well exit with 0 and leave half a file. So an action during which the
-//! disk was full has failed, whatever its exit code says; see [`crate::disk`] for what counts as full and what is not seen. One
-//! thread samples for all slots, only while something runs, and stops every run that a full disk has spoilt: its result is
-//! of no use, and its end gives room back.
+//! A command whose write failed for lack of space may still exit with 0 and leave half a file. So an action fails if the disk
+//! was full while it ran, whatever its exit code; see [`crate::disk`] for what counts as full and what is not seen. One thread
+//! samples for all slots, only while something runs, and stops every running command when the disk is full: its result would be
+//! unusable, and its end frees space.
 //!
-//! [`Runs`] is the pure part: what a sample means to the runs.
+//! [`Runs`] is the pure part: the effect of a sample on the runs.
 
 use super::cancel::CancelToken;
 use crate::disk::Space;
@@ -17,37 +17,37 @@ use std::{
     time::Duration,
 };
 
-/// How long to wait after a look that failed.
+/// How long to wait after a sample that failed.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// Samples while runs are under way. The thread ends when this is dropped.
+/// Samples the disk while commands run. The thread ends when this is dropped.
 #[derive(Debug)]
-pub struct DiskWatch(Arc<Shared>);
+pub struct DiskWatch(Arc<WatchShared>);
 
 #[derive(Debug)]
-struct Shared {
+struct WatchShared {
     path: PathBuf,
-    state: Mutex<State>,
+    state: Mutex<WatchState>,
     begun: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct WatchState {
     runs: Runs,
-    /// The thread waits for a run to begin.
+    /// Whether the thread waits for a run to begin.
     idle: bool,
     closed: bool,
 }
 
-/// The runs under way, and what became of the disk meanwhile.
+/// The current runs, and whether the disk was full during each.
 #[derive(Debug, Default)]
 struct Runs {
     last: u64,
-    watched: HashMap<u64, Watched>,
+    watched: HashMap<u64, WatchedRun>,
 }
 
 #[derive(Debug)]
-struct Watched {
+struct WatchedRun {
     stop: CancelToken,
     /// The first sample that counts as full.
     full: Option<Space>,
@@ -56,11 +56,11 @@ struct Watched {
 impl Runs {
     fn begin(&mut self, stop: CancelToken) -> u64 {
         self.last += 1;
-        self.watched.insert(self.last, Watched { stop, full: None });
+        self.watched.insert(self.last, WatchedRun { stop, full: None });
         self.last
     }
 
-    /// A full disk spoils every run under way, and only those.
+    /// Records a sample. A full disk fails and stops every current run.
     fn note(&mut self, sample: Space) {
         if !sample.is_exhausted() {
             return;
@@ -77,28 +77,28 @@ impl Runs {
 }
 
 impl DiskWatch {
-    /// A watch over the file system of `path`.
+    /// Starts a watch over the file system of `path`.
     pub fn new(path: PathBuf) -> Self {
-        let shared = Arc::new(Shared { path, state: Mutex::default(), begun: Condvar::new() });
+        let shared = Arc::new(WatchShared { path, state: Mutex::default(), begun: Condvar::new() });
         let sampler = shared.clone();
-        // Without the thread there are still the samples at the ends of runs.
+        // Without the thread, the disk is still sampled at the end of each run.
         let _ = thread::Builder::new().name("gorego-disk".into()).spawn(move || sampler.sample());
         Self(shared)
     }
 
-    /// A look at the disk now.
+    /// Samples the disk now.
     pub fn look(&self) -> Option<Space> {
         Space::of(&self.0.path).ok()
     }
 
-    /// A command is about to run. `stop` is stopped when the disk is full.
-    pub fn begin(&self, stop: CancelToken) -> Watch<'_> {
+    /// Begins to watch a run. `stop` is stopped when the disk is full.
+    pub fn begin(&self, stop: CancelToken) -> RunWatch<'_> {
         let mut state = self.0.lock();
         let run = state.runs.begin(stop);
         if std::mem::take(&mut state.idle) {
             self.0.begun.notify_one();
         }
-        Watch { watch: self, run }
+        RunWatch { watch: self, run }
     }
 }
 
@@ -109,12 +109,12 @@ impl Drop for DiskWatch {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl WatchShared {
+    fn lock(&self) -> MutexGuard<'_, WatchState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The thread's work.
+    /// The loop of the thread.
     fn sample(&self) {
         let mut state = self.lock();
         while !state.closed {
@@ -135,15 +135,15 @@ impl Shared {
     }
 }
 
-/// One run that is watched.
+/// The watch over one run.
 #[derive(Debug)]
-pub struct Watch<'a> {
+pub struct RunWatch<'a> {
     watch: &'a DiskWatch,
     run: u64,
 }
 
-impl Watch<'_> {
-    /// The command has ended: how full the disk was, if it was full at any time. Looks once more.
+impl RunWatch<'_> {
+    /// Ends the watch after the command, with one more sample. Returns the first sample that counted as full, if there was one.
     pub fn end(self) -> Option<Space> {
         let sample = self.watch.look();
         let mut state = self.watch.0.lock();
@@ -154,7 +154,7 @@ impl Watch<'_> {
     }
 }
 
-impl Drop for Watch<'_> {
+impl Drop for RunWatch<'_> {
     fn drop(&mut self) {
         self.watch.0.lock().runs.end(self.run);
     }
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_spoils_and_stops_the_runs_under_way_and_no_others() {
+    fn a_full_disk_fails_and_stops_the_current_runs_and_no_others() {
         let mut runs = Runs::default();
         let tokens = [0; 3].map(|_| CancelToken::new());
         let ended = runs.begin(tokens[0].clone());
@@ -181,7 +181,7 @@ mod tests {
         let later = runs.begin(tokens[2].clone());
         runs.note(sample(1 << 29));
         assert_eq!(tokens.each_ref().map(CancelToken::is_stopped), [false, true, false]);
-        assert!(!tokens[1].is_cancelled(), "that is for the scheduler");
+        assert!(!tokens[1].is_cancelled(), "only the scheduler cancels");
         assert_eq!((runs.end(spoilt), runs.end(later)), (Some(sample(7)), None));
     }
 }

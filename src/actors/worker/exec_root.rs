@@ -294,7 +294,7 @@ impl<'a> Dir<'a> {
                     let of_tree = subdirectory(tree, directory, name.as_ref()).ok_or(Errno::NOENT)?;
                     let before = rfs::fstat(&here)?;
                     let made = layer::make_directory(&here, name)?;
-                    inputs::set_mtime_at(&made, ".", inputs::mtime_of(of_tree.properties))?;
+                    inputs::set_mtime_at(&made, ".", inputs::mtime_of(&of_tree.properties))?;
                     inputs::set_mtime_at(&here, ".", inputs::mtime_in(&before))?;
                     made
                 }

@@ -1,11 +1,11 @@
-//! Brings an input root into place, exactly as its Directories say (EXE-33 to EXE-37), and then what the command takes for
-//! granted: its working directory (EXE-39) and the parents of its outputs (EXE-38).
+//! Writes an input root exactly as its Directories describe it (EXE-33 to EXE-37). Then creates the directories that the
+//! command relies on: its working directory (EXE-39) and the parents of its outputs (EXE-38).
 //!
-//! A node that names no mtime carries [`INPUT_TIME`], so that what a command sees does not depend on when or in which order
-//! it was written. Each step leaves the times of the directories that it changes as they were.
+//! A node without an mtime gets [`INPUT_TIME`], so that what a command sees does not depend on when or in which order it was
+//! written. Each step preserves the times of the directories that it changes.
 //!
-//! Nothing is followed while the tree is built, so a symbolic link in it cannot redirect a later entry. Absolute link targets
-//! are created as given; the server announces that (CAP-14, EXE-36).
+//! No link is followed while the tree is written, so a symbolic link in it cannot redirect a later entry. Absolute link targets
+//! are created as given; the server announces this (CAP-14, EXE-36).
 
 use super::{
     checkpoint::Checkpoint,
@@ -33,14 +33,14 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-/// Permission bits of directories, and of files that can be run.
+/// Permission bits of directories and executable files.
 pub(super) const EXECUTABLE: u32 = 0o755;
 /// Permission bits of other files.
 const PLAIN: u32 = 0o644;
 
-/// The mtime of every input, and of every directory that this module makes, unless its node properties name another:
-/// 2000-01-01T00:00:00Z. Equal times make nothing look newer than what it was made from (make, ninja). The time is after 1980
-/// in every time zone, which zip needs, and its seconds fit into 32 bits, which Python byte code needs.
+/// The mtime of every input, and of every directory that this module creates, unless its node properties name another:
+/// 2000-01-01T00:00:00Z. With equal times no file looks newer than its source (make, ninja). The time is after 1980 in every
+/// time zone, as zip requires, and its seconds fit into 32 bits, as Python byte code requires.
 pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec: 0 };
 
 /// Writes a whole input root into the empty directory `top`, with the modes of its directories if nothing is made in it
@@ -48,7 +48,12 @@ pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec:
 ///
 /// # Errors
 /// Those of the store; of the checkpoint between two files.
-pub fn write(inputs: &dyn Inputs, top: &File, is_complete: bool, checkpoint: &Checkpoint) -> Result<()> {
+pub(super) fn write(
+    inputs: &dyn Inputs,
+    top: &File,
+    is_complete: bool,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
     let tree = inputs.tree();
     let mut cursor = cursor(top)?;
     write_below(inputs, tree.root(), &mut cursor, checkpoint)?;
@@ -62,7 +67,7 @@ pub fn write(inputs: &dyn Inputs, top: &File, is_complete: bool, checkpoint: &Ch
 ///
 /// # Errors
 /// As [`write`].
-pub fn write_delta(
+pub(super) fn write_delta(
     inputs: &dyn Inputs,
     delta: &Delta<'_>,
     top: &File,
@@ -101,7 +106,7 @@ pub fn write_delta(
             }
         }
     }
-    set_mtime(top, ".", mtime_of(tree.root().properties))
+    set_mtime(top, ".", mtime_of(&tree.root().properties))
 }
 
 /// Makes what the command takes for granted in an exec root whose files are in place.
@@ -109,7 +114,7 @@ pub fn write_delta(
 /// # Errors
 /// `Invalid` when a link or file of the tree is in the way of the working directory or of an output's parent, or a mode in that of
 /// the command; those of the checkpoint.
-pub fn prepare(
+pub(super) fn prepare(
     tree: &InputTree,
     root: ExecRoot<'_>,
     command: &Command,
@@ -140,7 +145,7 @@ fn check_way(root: ExecRoot<'_>, working_directory: &RootPath) -> Result<()> {
             "the working directory \"{working_directory}\" cannot be entered: the unix_mode of a directory on the way \
              forbids it"
         ))),
-        // Any other news comes with the start of the command.
+        // Other problems show when the command is started.
         _ => Ok(()),
     }
 }
@@ -168,7 +173,7 @@ fn write_below(
         if open.is_empty() {
             // Each new entry has changed it.
             let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
-            set_mtime(here, ".", mtime_of(directory.properties))?;
+            set_mtime(here, ".", mtime_of(&directory.properties))?;
         } else {
             leave(cursor, directory)?;
         }
@@ -195,11 +200,11 @@ fn enter_new(cursor: &mut Cursor, name: &str) -> Result<()> {
 fn leave(cursor: &mut Cursor, directory: &Directory) -> Result<()> {
     // Each new entry has changed it.
     let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
-    set_mtime(here, ".", mtime_of(directory.properties))?;
+    set_mtime(here, ".", mtime_of(&directory.properties))?;
     cursor.up().map_err(|error| Error::io("go back up in the input root", &error))
 }
 
-/// The files and links of one directory.
+/// Creates the files and links of one directory.
 fn fill(inputs: &dyn Inputs, directory: &Directory, cursor: &Cursor, checkpoint: &Checkpoint) -> Result<()> {
     let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
     for file in &directory.files {
@@ -214,13 +219,13 @@ fn fill(inputs: &dyn Inputs, directory: &Directory, cursor: &Cursor, checkpoint:
 
 fn write_file(inputs: &dyn Inputs, file: &tree::File, here: &File) -> Result<()> {
     inputs.materialise(&file.digest, here, &file.name, mode_of(file))?;
-    set_mtime(here, &file.name, mtime_of(file.properties))
+    set_mtime(here, &file.name, mtime_of(&file.properties))
 }
 
 fn write_link(link: &Symlink, here: &File) -> Result<()> {
     rfs::symlinkat(&*link.target, here, &*link.name)
         .map_err(|error| cannot("make the symbolic link", &link.name, &error.into()))?;
-    set_mtime(here, &link.name, mtime_of(link.properties))
+    set_mtime(here, &link.name, mtime_of(&link.properties))
 }
 
 /// Sets the modes of the directories that ask for one, each after everything in it. Those that a layer does not have are left
@@ -252,7 +257,7 @@ fn set_directory_modes(tree: &InputTree, root: &File, checkpoint: &Checkpoint) -
     Ok(())
 }
 
-/// `name` is a directory that this module made, not a link.
+/// Sets the mode of a directory that this module created, so `name` is not a link.
 fn set_mode(parent: &File, name: &str, mode: Option<u32>) -> Result<()> {
     let Some(mode) = mode else { return Ok(()) };
     rfs::chmodat(parent, name, Mode::from_raw_mode(mode), AtFlags::empty())
@@ -265,9 +270,9 @@ pub(super) fn mode_of(file: &tree::File) -> u32 {
 }
 
 /// The time that a node carries.
-pub(super) fn mtime_of(properties: NodeProperties) -> Timespec {
+pub(super) fn mtime_of(properties: &NodeProperties) -> Timespec {
     let Some(mtime) = properties.mtime else { return INPUT_TIME };
-    // The seconds of a SystemTime are an i64, so neither conversion goes wrong.
+    // The seconds of a SystemTime are an i64, so neither conversion fails.
     let seconds = |since: Duration| i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
     match mtime.duration_since(UNIX_EPOCH) {
         Ok(since) => Timespec { tv_sec: seconds(since), tv_nsec: since.subsec_nanos().into() },
@@ -279,7 +284,7 @@ pub(super) fn mtime_of(properties: NodeProperties) -> Timespec {
     }
 }
 
-/// Sets the mtime of `name` itself, which may be a link, and of "." where `parent` is meant.
+/// Sets the mtime of `name` itself, which may be a link. "." means `parent`.
 fn set_mtime(parent: &File, name: &str, mtime: Timespec) -> Result<()> {
     set_mtime_at(parent, name, mtime).map_err(|error| cannot("set the time of", name, &error))
 }
@@ -337,8 +342,8 @@ fn in_the_way(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> 
     let problem = match Errno::from_io_error(error) {
         Some(Errno::NOTDIR) => "is not a directory",
         Some(Errno::XDEV) => "is a symbolic link that leaves the input root",
-        Some(Errno::LOOP) => "is a symbolic link that leads nowhere",
-        Some(Errno::EXIST) => "is a symbolic link to nothing",
+        Some(Errno::LOOP) => "is a loop of symbolic links",
+        Some(Errno::EXIST) => "is a dangling symbolic link",
         Some(Errno::NAMETOOLONG) => "is too long for this server's file system",
         _ => return Error::io(&format!("make {what} \"{path}\""), error),
     };
@@ -346,7 +351,7 @@ fn in_the_way(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> 
 }
 
 fn cursor(root: &File) -> Result<Cursor> {
-    // A second handle with a position of its own.
+    // A second handle, with its own file position.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rfs::openat(root, ".", flags, Mode::empty())
         .map_err(io::Error::from)

@@ -1,4 +1,4 @@
-//! What the scheduler and a worker say to each other.
+//! The messages between the scheduler and a worker.
 
 use super::cancel::CancelToken;
 use crate::{action::Action, caller::Peer, log_streams::run::RunLogs};
@@ -6,44 +6,60 @@ use actix::Recipient;
 use gorego_reapi::{digest::Digest, error::Error, proto::reapi};
 use std::{sync::Arc, time::SystemTime};
 
-/// Names one piece of work inside this process; the work of one action, however many operations wait for it.
+/// Identifies a task within this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TaskId(pub u64);
 
-/// Which slot of a pool runs a task; for logs and for `ExecutedActionMetadata.worker`.
+/// A slot of a pool, counted from 0; for logs and for `ExecutedActionMetadata.worker`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SlotId(pub usize);
 
 impl SlotId {
-    /// The name of the worker that serves the slot, given what the workers of its pool are called.
+    /// The name of the worker that serves the slot; `prefix` is the common part of the names of the pool's workers.
     pub fn worker(self, prefix: &str) -> String {
         format!("{prefix}/{}", self.0)
     }
 }
 
-/// Runs one action, start to end. The reply is the whole answer; a `MailboxError` instead of it means that the worker died.
-#[derive(actix::Message)]
+/// Runs one action from start to end. A `MailboxError` instead of the reply means that the worker died.
+#[derive(Debug, actix::Message)]
 #[rtype(result = "RunReport")]
 pub struct RunAction {
-    /// The work.
-    pub task: TaskId,
-    /// The slot it was given.
-    pub slot: SlotId,
     /// What to run.
+    pub order: RunOrder,
+    /// The connection between the scheduler and the run while it lasts.
+    pub control: RunControl,
+}
+
+/// What a worker needs to know to run an action. Plain data without handles, like the [`RunReport`] that answers it and the
+/// [`StageReached`] in between, so that all three can be sent to a worker in another process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunOrder {
+    /// The task that the run belongs to.
+    pub task: TaskId,
+    /// The slot that the task was given.
+    pub slot: SlotId,
+    /// The checked action.
     pub action: Arc<Action>,
-    /// For whom; what is read for the action counts as this peer's.
+    /// The peer that asked for it. What the run reads and stores counts against the limits of this peer.
     pub peer: Peer,
-    /// When the scheduler took the work in, for `queued_timestamp`.
+    /// When the scheduler accepted the task (`queued_timestamp`).
     pub queued_at: SystemTime,
-    /// The tool invocation that asked first, for the result's provenance; empty when unknown.
+    /// The tool invocation that asked first, for the result's provenance; empty if unknown.
     pub tool_invocation_id: String,
+}
+
+/// The handles of a run that is in progress. They work within this process only: a pool in another process would keep them on
+/// this side, send a cancellation on, and report the stages that it hears of.
+#[derive(Debug, Clone)]
+pub struct RunControl {
     /// Tells the worker to stop.
     pub cancel: CancelToken,
-    /// Hears how the run gets on.
+    /// Receives the progress of the run.
     pub progress: Recipient<StageReached>,
 }
 
-/// Steps of a run, in order.
+/// The stages of a run, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RunStage {
     /// Inputs are being brought into place.
@@ -54,58 +70,72 @@ pub enum RunStage {
     Uploading,
 }
 
-/// A worker has entered a step after [`RunStage::Fetching`], with which each run begins. A fact, not a request.
-#[derive(Debug, Clone, Copy, actix::Message)]
+/// A worker has entered a stage after [`RunStage::Fetching`], with which each run begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, actix::Message)]
 #[rtype(result = "()")]
 pub struct StageReached {
-    /// Whose work.
+    /// The task that the run belongs to.
     pub task: TaskId,
-    /// Which step.
+    /// The stage that was entered.
     pub stage: RunStage,
-    /// When.
+    /// The time at which it was entered.
     pub at: SystemTime,
-    /// Where the command's output can be followed, from [`RunStage::Running`] on (EXE-64).
+    /// The streams in which the command's output can be followed, from [`RunStage::Running`] on (EXE-64).
     pub logs: Option<RunLogs>,
 }
 
-/// How a run ended, short of the worker's death.
+/// How a run ended, unless its worker died.
 pub type RunReport = Result<Box<RunResult>, RunFailure>;
 
-/// The command ran to an end of its own.
+/// The command ended by itself, with whatever exit code.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunResult {
     /// Outputs, exit code, logs, metadata with all timestamps; every blob is stored and, unless the action says otherwise
     /// or the exit code is not 0, the action cache has it (EXE-18, EXE-20, EXE-54).
     pub result: reapi::ActionResult,
-    /// Words for people; usually none.
+    /// Explanations for people; usually none.
     pub account: Account,
 }
 
-/// What people are told about a run, where that is worth telling (EXE-61).
+/// Explanations of a run for people (EXE-61).
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Account {
     /// One line; often empty.
     pub message: String,
-    /// A stored text about how it went, step by step.
+    /// A stored text that describes the run step by step.
     pub log: Option<Digest>,
 }
 
-/// The action could not be run, or not to its end.
+/// The action could not be run, or did not end by itself.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunFailure {
-    /// Why.
+    /// The cause.
     pub error: Error,
-    /// What there is nevertheless: logs and metadata of a command that timed out (EXE-45).
+    /// What was kept nevertheless: logs and metadata of a command that timed out (EXE-45).
     pub partial: Option<Box<reapi::ActionResult>>,
     /// Whether the fault lies with the worker, so that another try may succeed.
     pub retryable: bool,
-    /// Words for people besides the error.
+    /// Explanations for people in addition to the error.
     pub account: Box<Account>,
 }
 
 impl RunFailure {
-    /// A failure that leaves nothing behind and is for good.
+    /// A failure without logs or metadata that is not retried.
     pub fn new(error: Error) -> Self {
         Self { error, partial: None, retryable: false, account: Box::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Handles cannot be compared, so that none can slip in here.
+    #[test]
+    fn what_crosses_between_scheduler_and_worker_is_plain_data() {
+        fn is_plain<T: Clone + PartialEq + std::fmt::Debug + Send + Sync + 'static>() {}
+        is_plain::<RunOrder>();
+        is_plain::<StageReached>();
+        is_plain::<RunReport>();
     }
 }

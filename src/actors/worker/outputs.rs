@@ -1,11 +1,11 @@
-//! Finds what a command left at the output paths, stores it, and says so in the result (EXE-47 to EXE-58).
+//! Finds what a command left at the output paths, stores it, and reports it in the result (EXE-47 to EXE-58).
 //!
-//! First every output is looked at, then the files are stored, each once however many outputs it is part of. The kind of an
-//! output is that of the node itself: a symbolic link is reported and never followed, and the way to an output may only use
-//! links that stay in the input root. What kind of thing an outside target is, is not looked at either.
+//! First all outputs are scanned, then the files are stored, each once even if it is part of several outputs. The kind of an
+//! output is that of the node itself: a symbolic link is reported and never followed. The path to an output may only use links
+//! that stay in the input root. The kind of a link target outside of the input root is not examined.
 
-pub mod encode;
-pub mod scan;
+pub(super) mod encode;
+pub(super) mod scan;
 
 use super::{
     checkpoint::Checkpoint,
@@ -25,7 +25,7 @@ use rustix::{
     fs::{self as rfs, FileType, Mode},
     io::Errno,
 };
-use scan::{Content, NodeBudget, Scan};
+use scan::{Content, NodeBudget, OutputScan};
 use std::{
     collections::HashMap,
     ffi::{OsStr, OsString},
@@ -33,37 +33,37 @@ use std::{
     io,
 };
 
-/// Longest target of an output link, in bytes; what Linux allows.
+/// Maximum length of the target of an output link, in bytes, as in Linux.
 const MAX_TARGET_BYTES: usize = 4_096;
 
-/// Mode and time of a node when it was looked at.
+/// Mode and time of a node when it was scanned.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Seen {
+pub(super) struct Seen {
     /// `st_mode`.
     pub mode: u32,
-    /// Time of the last change of the content.
+    /// The modification time.
     pub mtime: prost_types::Timestamp,
 }
 
 impl Seen {
-    /// Whether its owner may run it (EXE-54).
-    pub fn is_executable(&self) -> bool {
+    /// Whether its owner may execute it (EXE-54).
+    pub(super) fn is_executable(&self) -> bool {
         self.mode & Mode::XUSR.bits() != 0
     }
 }
 
-/// Which properties the command wants with its outputs (EXE-63).
+/// The properties that the command requests for its outputs (EXE-63).
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Reported {
-    /// Times.
+pub(super) struct Reported {
+    /// Whether modification times are reported.
     pub mtime: bool,
-    /// Permission bits.
+    /// Whether permission bits are reported.
     pub unix_mode: bool,
 }
 
 impl Reported {
-    /// Properties of a file or directory; `None` when none is wanted.
-    pub fn of(self, seen: &Seen) -> Option<reapi::NodeProperties> {
+    /// Properties of a file or directory; `None` when none are requested.
+    pub(super) fn of(self, seen: &Seen) -> Option<reapi::NodeProperties> {
         (self.mtime || self.unix_mode).then(|| reapi::NodeProperties {
             properties: Vec::new(),
             mtime: self.mtime.then_some(seen.mtime),
@@ -72,13 +72,13 @@ impl Reported {
     }
 
     /// Properties of a link, which has no permission bits of its own.
-    pub fn of_link(self, seen: &Seen) -> Option<reapi::NodeProperties> {
+    pub(super) fn of_link(self, seen: &Seen) -> Option<reapi::NodeProperties> {
         Self { unix_mode: false, ..self }.of(seen)
     }
 }
 
 /// What was found at one output path.
-enum Found {
+enum OutputNode {
     File {
         name: String,
         id: FileId,
@@ -94,7 +94,7 @@ enum Found {
         to_directory: bool,
         seen: Seen,
     },
-    Directory(Scan),
+    Directory(OutputScan),
 }
 
 /// Collects the outputs of `action` in `root` into `result`. No process may be left that could change them. What is stored in
@@ -102,7 +102,7 @@ enum Found {
 ///
 /// # Errors
 /// `Precondition` naming an output that cannot be one; those of the store; those of the checkpoint between two files.
-pub fn collect(
+pub(super) fn collect(
     root: ExecRoot<'_>,
     action: &Action,
     batch: &mut dyn Outputs,
@@ -130,11 +130,12 @@ pub fn collect(
     found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))
 }
 
-/// Undoes a command's closing of a directory of ours to its own user; says how that looked before.
+/// Restores the owner's permissions on an exec directory, in case the command removed them. Returns its mode and time from
+/// before.
 ///
 /// # Errors
 /// None in practice.
-pub fn open_up(directory: &File) -> Result<Seen> {
+pub(super) fn open_up(directory: &File) -> Result<Seen> {
     let failed = |error: Errno| Error::io("open up the exec directory", &error.into());
     let stat = rfs::fstat(directory).map_err(failed)?;
     let mode = Mode::from_raw_mode(stat.st_mode);
@@ -144,41 +145,45 @@ pub fn open_up(directory: &File) -> Result<Seen> {
     Ok(Seen::from(&stat))
 }
 
-/// What is at an output path; `None` for nothing (EXE-50).
+/// Examines an output path; `None` if there is nothing (EXE-50).
 fn look(
     root: ExecRoot<'_>,
     root_seen: Seen,
     output: &OutputRequest,
     checkpoint: &Checkpoint,
     budget: &mut NodeBudget,
-) -> Result<Option<Found>> {
+) -> Result<Option<OutputNode>> {
     let path = &output.requested;
     let Some((parent_path, name)) = output.path.parent().zip(output.path.name()) else {
         return expect(output, FileType::Directory)
-            .and_then(|()| Scan::of(open_directory(root, output)?, root_seen, path, checkpoint, budget))
-            .map(|scan| Some(Found::Directory(scan)));
+            .and_then(|()| OutputScan::of(open_directory(root, output)?, root_seen, path, checkpoint, budget))
+            .map(|scan| Some(OutputNode::Directory(scan)));
     };
     let Some(parent) = open_parent(root, &parent_path, path)? else { return Ok(None) };
     let stat = match parent.look(OsStr::new(name)) {
         Ok(Node::Own(stat)) => stat,
         Ok(input) => return look_at_input(root, output, input, checkpoint, budget).map(Some),
         Err(error) if is_absence(&error) => return Ok(None),
-        Err(error) => return Err(no_way(path, &error)),
+        Err(error) => return Err(path_error(path, &error)),
     };
     let (kind, seen) = (dir::file_type(&stat), Seen::from(&stat));
     expect(output, kind)?;
     Ok(Some(match kind {
         FileType::RegularFile => {
             budget.count_file(&stat);
-            Found::File { name: name.to_owned(), id: dir::file_id(&stat), seen }
+            OutputNode::File { name: name.to_owned(), id: dir::file_id(&stat), seen }
         }
-        FileType::Directory => {
-            Found::Directory(Scan::of(open_directory(root, output)?, seen, path, checkpoint, budget)?)
-        }
+        FileType::Directory => OutputNode::Directory(OutputScan::of(
+            open_directory(root, output)?,
+            seen,
+            path,
+            checkpoint,
+            budget,
+        )?),
         FileType::Symlink => {
             let target =
                 parent.read_link(OsStr::new(name)).map_err(|error| cannot_read(name, path, &error))?;
-            Found::Link {
+            OutputNode::Link {
                 target: checked_target(target, name, path)?,
                 to_directory: leads_to_directory(root, output),
                 seen,
@@ -195,13 +200,13 @@ fn look_at_input(
     input: Node<'_>,
     checkpoint: &Checkpoint,
     budget: &mut NodeBudget,
-) -> Result<Found> {
+) -> Result<OutputNode> {
     match input {
         Node::File(file) => {
             expect(output, FileType::RegularFile)?;
-            Ok(Found::Input { digest: file.digest, seen: Seen::of_file(file) })
+            Ok(OutputNode::Input { digest: file.digest, seen: Seen::of_file(file) })
         }
-        Node::Link(link) => Ok(Found::Link {
+        Node::Link(link) => Ok(OutputNode::Link {
             target: link.target.clone(),
             to_directory: leads_to_directory(root, output),
             seen: Seen::of_link(link),
@@ -209,7 +214,7 @@ fn look_at_input(
         Node::Directory(directory) => {
             expect(output, FileType::Directory)?;
             let (top, seen) = (open_directory(root, output)?, Seen::of_directory(directory));
-            Scan::of(top, seen, &output.requested, checkpoint, budget).map(Found::Directory)
+            OutputScan::of(top, seen, &output.requested, checkpoint, budget).map(OutputNode::Directory)
         }
         Node::Own(_) => Err(Error::internal("something of the own layer is no input")),
     }
@@ -219,7 +224,7 @@ fn leads_to_directory(root: ExecRoot<'_>, output: &OutputRequest) -> bool {
     root.resolve(output.path.as_path()).is_ok()
 }
 
-/// EXE-51: the legacy lists say what an output must be; a link may be either.
+/// EXE-51: the deprecated lists say what kind an output must have. A link may be in either.
 fn expect(output: &OutputRequest, kind: FileType) -> Result<()> {
     match (output.kind, kind) {
         (OutputKind::File, FileType::Directory) => Err(Error::Precondition(format!(
@@ -234,13 +239,13 @@ fn expect(output: &OutputRequest, kind: FileType) -> Result<()> {
     }
 }
 
-/// Puts outputs into the store and the result.
+/// Stores outputs and adds them to the result.
 struct Storing<'a> {
     root: ExecRoot<'a>,
     action: &'a Action,
     batch: &'a mut dyn Outputs,
     checkpoint: &'a Checkpoint<'a>,
-    /// Files already stored; the store may have taken them away from where they were.
+    /// Files that are already stored. The store may have moved them away.
     stored: HashMap<FileId, Digest>,
     reported: Reported,
 }
@@ -250,22 +255,22 @@ impl Storing<'_> {
     fn report(
         &mut self,
         output: &OutputRequest,
-        node: Found,
+        node: OutputNode,
         result: &mut reapi::ActionResult,
     ) -> Result<()> {
         let path = output.requested.clone();
         match node {
-            Found::File { name, id, seen } => {
+            OutputNode::File { name, id, seen } => {
                 let digest = self.file_at(output, &name, id)?;
                 result.output_files.push(self.output_file(path, digest, seen));
             }
-            Found::Input { digest, seen } => {
+            OutputNode::Input { digest, seen } => {
                 result.output_files.push(self.output_file(path, digest, seen));
             }
-            Found::Link { target, to_directory, seen } => {
+            OutputNode::Link { target, to_directory, seen } => {
                 let link =
                     reapi::OutputSymlink { path, target, node_properties: self.reported.of_link(&seen) };
-                // EXE-53: each generation of clients reads another list.
+                // EXE-53: older and newer clients read different lists.
                 result.output_symlinks.push(link.clone());
                 if to_directory {
                     result.output_directory_symlinks.push(link);
@@ -273,7 +278,7 @@ impl Storing<'_> {
                     result.output_file_symlinks.push(link);
                 }
             }
-            Found::Directory(mut scan) => {
+            OutputNode::Directory(mut scan) => {
                 scan.revisit(open_directory(self.root, output)?, &path, |directory, here| {
                     for file in &mut directory.files {
                         if let (Some(here), Content::Own(id)) = (here, file.content) {
@@ -310,7 +315,7 @@ impl Storing<'_> {
         self.file(own, name, id, &output.requested)
     }
 
-    /// Stores one file, unless it was stored under another name.
+    /// Stores one file, unless it is already stored under another name.
     fn file(&mut self, parent: &File, name: &str, id: FileId, path: &str) -> Result<Digest> {
         self.checkpoint.check()?;
         if let Some(digest) = self.stored.get(&id) {
@@ -322,7 +327,7 @@ impl Storing<'_> {
         Ok(digest)
     }
 
-    fn directory(&mut self, path: String, scan: &Scan) -> Result<reapi::OutputDirectory> {
+    fn directory(&mut self, path: String, scan: &OutputScan) -> Result<reapi::OutputDirectory> {
         let encoded = Encoded::new(scan, self.action.digest.function(), self.reported)?;
         let format = self.action.command.directory_format;
         let mut output = reapi::OutputDirectory { path, ..Default::default() };
@@ -342,11 +347,11 @@ impl Storing<'_> {
     }
 }
 
-/// Opens a regular file for the store; one that its owner may not read is made readable.
+/// Opens a regular file for the store. A file that its owner may not read is made readable.
 ///
 /// # Errors
-/// `Precondition` when it is anything else; nothing blocks on a FIFO, no link is followed.
-pub fn open_regular(parent: &File, name: &str, path: &str) -> Result<File> {
+/// `Precondition` when it is anything else. This does not block on a FIFO and follows no link.
+pub(super) fn open_regular(parent: &File, name: &str, path: &str) -> Result<File> {
     let failed = |error: io::Error| Error::io(&format!("read output \"{path}\""), &error);
     let file = match dir::open_file(parent, OsStr::new(name)) {
         Err(error) if Errno::from_io_error(&error) == Some(Errno::LOOP) => {
@@ -364,15 +369,16 @@ fn open_parent<'a>(root: ExecRoot<'a>, parent: &RootPath, path: &str) -> Result<
     match root.resolve(parent.as_path()) {
         Ok(parent) => Ok(Some(parent)),
         Err(error) if is_absence(&error) => Ok(None),
-        Err(error) => Err(no_way(path, &error)),
+        Err(error) => Err(path_error(path, &error)),
     }
 }
 
-/// What the command did to the way to an output is its own fault; the rest is ours.
-fn no_way(path: &str, error: &io::Error) -> Error {
+/// Classifies an error on the path to an output. What the command did to the path is its fault; other errors are faults of the
+/// server.
+fn path_error(path: &str, error: &io::Error) -> Error {
     let fault = match Errno::from_io_error(error) {
-        Some(Errno::XDEV) => "a symbolic link on the way leaves the input root",
-        Some(Errno::ACCESS) => "the command left a directory on the way without permissions",
+        Some(Errno::XDEV) => "a symbolic link in its path leaves the input root",
+        Some(Errno::ACCESS) => "the command left a directory in its path without permissions",
         _ => return Error::io(&format!("look for output \"{path}\""), error),
     };
     Error::Precondition(format!("output \"{path}\" cannot be collected: {fault}"))
@@ -388,7 +394,7 @@ fn open_directory<'a>(root: ExecRoot<'a>, output: &OutputRequest) -> Result<Walk
     Walk::at(&parent, OsStr::new(name)).map_err(failed)
 }
 
-/// Nothing is at a path, or there is no way to it: the output was not produced.
+/// Whether the error means that the output was not produced: nothing is at the path, or the path does not exist.
 fn is_absence(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP))
 }

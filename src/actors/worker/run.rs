@@ -1,6 +1,6 @@
 //! One run, step by step: workspace, inputs, command, outputs, result.
 //!
-//! Owns the order of the steps and what a failure in each means. Blocking; runs on a worker's own thread.
+//! This file defines the order of the steps and what a failure in each means. It blocks and runs on a worker's own thread.
 
 use super::{
     WorkerSettings,
@@ -10,7 +10,9 @@ use super::{
     exec_root::ExecRoot,
     inputs,
     launcher::{Ending, Launcher, Ran, is_full},
-    messages::{Account, RunAction, RunFailure, RunReport, RunResult, RunStage, StageReached},
+    messages::{
+        Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
+    },
     outputs, run_log,
     staged_trees::Lease,
     store::{BlobStore, Outputs},
@@ -42,30 +44,31 @@ use std::{
 const ACTION_FINISHED: &str = "action_finished";
 const RESULT_NOT_RECORDED: &str = "result_not_recorded";
 
-/// Exit codes of processes that a signal ended start here (EXE-46).
+/// The exit code of a process that a signal ended is this plus the signal (EXE-46).
 pub(super) const SIGNAL_BASE: i32 = 128;
-/// How long an action waits in its slot for a full disk to have room again. What waits in the queue behind it would only fail.
+/// How long an action waits in its slot for space on a full disk. Queued actions would only fail in its place.
 const ROOM_WAIT: Duration = Duration::from_secs(5);
-/// How long an action that found too little room waits for more before it is tried again.
+/// How long an action that ran out of disk space waits for more before it is tried again.
 const MORE_ROOM_WAIT: Duration = Duration::from_secs(2);
-/// How often it looks.
+/// How often the disk is checked while an action waits.
 const ROOM_POLL: Duration = Duration::from_millis(20);
-/// How much of a log is kept when nobody can say whether its command still writes; so that keeping it takes little time.
+/// How much of a log is kept when its command may still be writing. It is small, so that keeping it takes little time.
 const SALVAGED_BYTES: u64 = 4 * 1024 * 1024;
 
-/// One run.
+/// The state of one run.
 pub(super) struct ActionRun<'a> {
     settings: &'a WorkerSettings,
     store: &'a dyn BlobStore,
     launcher: &'a mut dyn Launcher,
-    order: &'a RunAction,
+    order: &'a RunOrder,
+    control: &'a RunControl,
     timeline: Timeline,
     result: reapi::ActionResult,
-    /// How the command ended, once it has.
+    /// The end of the command, once it has ended.
     ran: Option<Ran>,
-    /// The disk when the run began.
+    /// The disk space when the run began.
     room_at_start: Option<Space>,
-    /// The disk is full and stayed so for [`ROOM_WAIT`].
+    /// Whether the disk stayed full for [`ROOM_WAIT`].
     waited_in_vain: bool,
 }
 
@@ -74,7 +77,7 @@ impl<'a> ActionRun<'a> {
         settings: &'a WorkerSettings,
         store: &'a dyn BlobStore,
         launcher: &'a mut dyn Launcher,
-        order: &'a RunAction,
+        RunAction { order, control }: &'a RunAction,
     ) -> Self {
         let timeline = Timeline::start(order.queued_at, SystemTime::now(), Moment::now());
         Self {
@@ -82,6 +85,7 @@ impl<'a> ActionRun<'a> {
             store,
             launcher,
             order,
+            control,
             timeline,
             result: reapi::ActionResult::default(),
             ran: None,
@@ -96,7 +100,7 @@ impl<'a> ActionRun<'a> {
         let stored = match self.steps(&mut *batch) {
             Ok(()) => Ok(batch),
             Err(error) => {
-                // What it holds is not to be in the way of a full disk.
+                // Gives back its reserved room before the disk is relieved.
                 drop(batch);
                 Err(self.relieved(error))
             }
@@ -110,9 +114,9 @@ impl<'a> ActionRun<'a> {
         match outcome {
             Ok(()) => Ok(Box::new(RunResult { result: self.result, account })),
             Err(error) => Err(RunFailure {
-                // After the wait it is better to let clients wait than slots.
+                // After the wait it is better to let the client retry than to occupy a slot.
                 retryable: is_workers_fault(&error) && !self.waited_in_vain,
-                // Without a command that ran there is nothing to tell.
+                // Without a command that ran there is no partial result.
                 partial: self.ran.is_some().then(|| Box::new(self.result)),
                 error,
                 account: Box::new(account),
@@ -123,15 +127,15 @@ impl<'a> ActionRun<'a> {
     fn steps(&mut self, batch: &mut dyn Outputs) -> Result<()> {
         let action = &self.order.action;
         let fetching =
-            Checkpoint::new(&self.order.cancel, "fetching the inputs", self.settings.transfer_timeout);
+            Checkpoint::new(&self.control.cancel, "fetching the inputs", self.settings.transfer_timeout);
         fetching.check()?;
-        // The scheduler knows without being told.
+        // The scheduler knows this without a message.
         self.note(Point::FetchStart);
         self.wait_for_room(&fetching)?;
         let workspace = self.settings.build_root.create(self.order.slot, &action.digest)?;
         let outcome = self.steps_in(&workspace, &fetching, batch);
         if let Err(Error::DiskFull(_)) = outcome {
-            // Before anybody tries again.
+            // Free the space before a retry.
             workspace.remove_now();
         }
         outcome
@@ -144,7 +148,7 @@ impl<'a> ActionRun<'a> {
         batch: &mut dyn Outputs,
     ) -> Result<()> {
         let action = &self.order.action;
-        // Held to the end: while an action runs, its inputs are not evicted.
+        // Held to the end, so that the inputs are not evicted while the action runs.
         let staged = self.store.stage_inputs(&action.instance, action.input_root, self.order.peer)?;
         let base = if self.settings.has_layers() {
             workspace.stage(&*staged, action.instance.blobs(), fetching)?
@@ -162,17 +166,17 @@ impl<'a> ActionRun<'a> {
         self.note(Point::FetchEnd);
 
         fetching.check()?;
-        // Ends the streams when it goes out of scope, before the workspace does (EXE-64).
+        // Ends the streams when it is dropped, before the workspace is (EXE-64).
         let live = self.settings.log_streams.begin_run(&action.instance, workspace.path());
         let logs = live.as_ref().map(LiveRun::logs);
         self.enter(RunStage::Running, Point::RunStart, logs);
         let launch = Launch::new(&action.command, workspace, layers, self.settings.max_output_file_bytes);
-        let watch = self.settings.build_root.disk().begin(self.order.cancel.clone());
-        let ran = self.launcher.run(&launch, action.timeout, &self.order.cancel);
+        let watch = self.settings.build_root.disk().begin(self.control.cancel.clone());
+        let ran = self.launcher.run(&launch, action.timeout, &self.control.cancel);
         if let Some(space) = watch.end() {
             self.salvage_logs(workspace, live.as_ref());
             return Err(Error::DiskFull(format!(
-                "the disk of this server was full while the action ran ({space}), so that what it wrote may be incomplete"
+                "the disk of this server was full while the action ran ({space}), so its outputs may be incomplete"
             )));
         }
         let ran = ran.inspect_err(|_| self.salvage_logs(workspace, live.as_ref()))?;
@@ -184,19 +188,19 @@ impl<'a> ActionRun<'a> {
         self.enter(RunStage::Uploading, Point::UploadStart, logs);
         let stored = self.conclude(ending, workspace, root, live.as_ref(), batch);
         self.note(Point::UploadEnd);
-        // Outputs that were taken away look like outputs that were never made.
+        // Without this check, outputs that somebody removed would look like outputs that were never made.
         workspace.check_in_place()?;
         stored
     }
 
-    /// Holds the slot while the disk is full, for a while, instead of letting one action after the other fail.
+    /// While the disk is full, waits in the slot for a while, instead of letting one action after the other fail.
     fn wait_for_room(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         let disk = self.settings.build_root.disk();
         self.room_at_start = disk.look();
         if self.room_at_start.is_none_or(|space| !space.is_exhausted()) {
             return Ok(());
         }
-        self.relieve_disk(&|| self.order.cancel.is_cancelled());
+        self.relieve_disk(&|| self.control.cancel.is_cancelled());
         let end = Instant::now() + ROOM_WAIT;
         loop {
             self.room_at_start = disk.look();
@@ -217,11 +221,11 @@ impl<'a> ActionRun<'a> {
         self.store.relieve_disk(is_cancelled);
     }
 
-    /// A full disk is a failure of this server that passes: the store makes room, and the action is worth another try once
-    /// there is more than it had.
+    /// A full disk is a temporary failure of this server: the store frees space, and the action may be retried once there is
+    /// more than it had.
     fn relieved(&self, error: Error) -> Error {
         let Error::DiskFull(message) = error else { return error };
-        let is_cancelled = || self.order.cancel.is_cancelled();
+        let is_cancelled = || self.control.cancel.is_cancelled();
         self.relieve_disk(&is_cancelled);
         let disk = self.settings.build_root.disk();
         let end = Instant::now() + MORE_ROOM_WAIT;
@@ -235,7 +239,7 @@ impl<'a> ActionRun<'a> {
         if is_cancelled() { cancelled() } else { Error::Unavailable(message) }
     }
 
-    /// Turns the end of the command into exit code, logs and outputs.
+    /// Converts the end of the command to exit code, logs and outputs.
     fn conclude(
         &mut self,
         ending: Ending,
@@ -246,48 +250,18 @@ impl<'a> ActionRun<'a> {
     ) -> Result<()> {
         let action = &self.order.action;
         outputs::open_up(workspace.top()?)?;
-        let interrupted = match ending {
-            Ending::Exited(code) => {
-                self.result.exit_code = code;
-                None
-            }
-            Ending::Signalled(signal) => {
-                self.result.exit_code = SIGNAL_BASE.saturating_add(signal);
-                None
-            }
-            Ending::NotStarted(errno) => {
-                let is_noexec = self.settings.build_root.is_noexec();
-                let (code, message) = command::not_started(&action.command, errno, is_noexec);
-                self.result.exit_code = code;
-                append(workspace, "stderr", &message)?;
-                None
-            }
-            Ending::TimedOut => Some(Error::DeadlineExceeded(format!(
-                "the command ran longer than its timeout of {:?} and was killed",
-                action.timeout
-            ))),
-            Ending::Cancelled => Some(cancelled()),
-            // What the kernel does about any other file that grows too large.
-            Ending::LogTooLong(_) => {
-                self.result.exit_code = SIGNAL_BASE + libc::SIGXFSZ;
-                None
-            }
-            Ending::LogLost(kind, errno) => {
-                self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
-                return Err(log_lost(kind, errno));
-            }
-        };
+        let interrupted = self.record_ending(ending, workspace)?;
         self.store_logs(workspace, live, batch)?;
         if let Some(error) = interrupted {
-            // EXE-45: the logs so far are all there is; a killed command has no exit code to speak of.
+            // EXE-45: only the logs so far are reported. A killed command has no exit code of its own.
             self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
             return Err(error);
         }
         let uploading =
-            Checkpoint::new(&self.order.cancel, "storing the outputs", self.settings.transfer_timeout);
+            Checkpoint::new(&self.control.cancel, "storing the outputs", self.settings.transfer_timeout);
         outputs::collect(root, action, batch, &uploading, &mut self.result)?;
         check_size(&self.result).inspect_err(|_| {
-            // The logs may say why there are so many.
+            // Keep the logs, which may say why there are so many outputs.
             let logs = (self.result.stdout_digest.take(), self.result.stderr_digest.take());
             let exit_code = self.result.exit_code;
             self.result = reapi::ActionResult { exit_code, ..Default::default() };
@@ -295,7 +269,37 @@ impl<'a> ActionRun<'a> {
         })
     }
 
-    /// Stores the logs, which ends their streams. One that is empty (EXE-59) or was removed by the command has no digest.
+    /// Sets the exit code. Returns the error of a command that was interrupted, of which only the logs are kept.
+    fn record_ending(&mut self, ending: Ending, workspace: &Workspace) -> Result<Option<Error>> {
+        let action = &self.order.action;
+        self.result.exit_code = match ending {
+            Ending::Exited(code) => code,
+            Ending::Signalled(signal) => SIGNAL_BASE.saturating_add(signal),
+            Ending::NotStarted(errno) => {
+                let is_noexec = self.settings.build_root.is_noexec();
+                let (code, message) = command::not_started(&action.command, errno, is_noexec);
+                self.result.exit_code = code;
+                append(workspace, "stderr", &message)?;
+                code
+            }
+            // The same exit code as for any other file that grows too large.
+            Ending::LogTooLong(_) => SIGNAL_BASE + libc::SIGXFSZ,
+            Ending::TimedOut => {
+                return Ok(Some(Error::DeadlineExceeded(format!(
+                    "the command ran longer than its timeout of {:?} and was killed",
+                    action.timeout
+                ))));
+            }
+            Ending::Cancelled => return Ok(Some(cancelled())),
+            Ending::LogLost(kind, errno) => {
+                self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
+                return Err(log_lost(kind, errno));
+            }
+        };
+        Ok(None)
+    }
+
+    /// Stores the logs, which ends their streams. A log that is empty (EXE-59) or was removed by the command has no digest.
     fn store_logs(
         &mut self,
         workspace: &Workspace,
@@ -322,8 +326,8 @@ impl<'a> ActionRun<'a> {
         Ok(())
     }
 
-    /// Keeps what there is of the logs when the runner was lost. Processes that still write may be left, so that the files are
-    /// copied and never taken over. Best effort: the run has failed for another reason.
+    /// Keeps what there is of the logs when the runner was lost. Some processes may still be writing, so the files are copied,
+    /// never moved into the store. Errors are ignored: the run has failed for another reason.
     fn salvage_logs(&self, workspace: &Workspace, live: Option<&LiveRun>) {
         for kind in [LogKind::Stdout, LogKind::Stderr] {
             let salvage = || {
@@ -341,7 +345,7 @@ impl<'a> ActionRun<'a> {
         }
     }
 
-    /// What people are told; a text that cannot be stored is left out, since the run has news of its own.
+    /// The report for users. A text that cannot be stored is left out, since the outcome of the run matters more.
     fn account(&self, outcome: &Result<()>) -> Account {
         let facts = self.facts();
         let text = run_log::render(&facts, self.ran.as_ref(), outcome.as_ref().err());
@@ -378,13 +382,13 @@ impl<'a> ActionRun<'a> {
         }
     }
 
-    /// Makes the outputs visible and, together with them, records the result.
+    /// Records the result and makes it visible together with the outputs.
     fn keep(&self, mut batch: Box<dyn Outputs + '_>) -> Result<()> {
         self.record(&mut *batch);
         batch.commit()
     }
 
-    /// EXE-18 to EXE-20: successes only. A result that cannot be recorded is still right.
+    /// EXE-18 to EXE-20: only successes are recorded. A result that cannot be cached is still valid.
     fn record(&self, batch: &mut dyn Outputs) {
         let action = &self.order.action;
         if action.do_not_cache || self.result.exit_code != 0 {
@@ -411,14 +415,14 @@ impl<'a> ActionRun<'a> {
     fn enter(&mut self, stage: RunStage, point: Point, logs: Option<RunLogs>) {
         self.note(point);
         let at = self.timeline.wall(point);
-        self.order.progress.do_send(StageReached { task: self.order.task, stage, at, logs });
+        self.control.progress.do_send(StageReached { task: self.order.task, stage, at, logs });
     }
 
     fn note(&mut self, point: Point) {
         self.timeline.note(point, Moment::now());
     }
 
-    /// For those who look at one worker; what became of an operation is told once, by the scheduler.
+    /// Logs the run for debugging a worker. The scheduler logs the outcome of each operation once.
     fn log(&self, outcome: &Result<()>) {
         let millis = |from, to| self.timeline.between(from, to).as_millis() as u64;
         let action = &self.order.action;
@@ -437,7 +441,7 @@ impl<'a> ActionRun<'a> {
     }
 }
 
-/// Whether another worker, or this one a moment later, may do better.
+/// Whether another worker, or this one later, may succeed.
 pub(super) fn is_workers_fault(error: &Error) -> bool {
     match error {
         Error::Internal(_) | Error::Unavailable(_) => true,
@@ -456,7 +460,7 @@ pub(super) fn is_workers_fault(error: &Error) -> bool {
     }
 }
 
-/// The error of a run whose output could not be kept; the command had no part in that.
+/// The error of a run whose log could not be kept, which is not the fault of the command.
 fn log_lost(kind: LogKind, errno: i32) -> Error {
     let what = format!("the command was stopped because its {} could not be kept", kind.name());
     if is_full(errno) {
@@ -465,7 +469,7 @@ fn log_lost(kind: LogKind, errno: i32) -> Error {
     Error::Internal(format!("{what}: {}", std::io::Error::from_raw_os_error(errno)))
 }
 
-/// Adds a line of ours to a log of a command.
+/// Appends a line of the server to a log of the command.
 fn append(workspace: &Workspace, name: &str, line: &str) -> Result<()> {
     let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rfs::openat(workspace.top()?, Path::new(name), flags, rfs::Mode::empty())

@@ -1,5 +1,5 @@
-//! What people are told about a run that did not go well: a line for `ExecuteResponse.message`, and a text for
-//! `ExecuteResponse.server_logs` (EXE-61). Pure. A run that went well has neither, and costs nothing here.
+//! Explains a failed run to users: a line for `ExecuteResponse.message`, and a text for `ExecuteResponse.server_logs` (EXE-61).
+//! A successful run has neither and costs nothing here. This file is pure.
 
 use super::{
     clock::{Point, Timeline},
@@ -8,13 +8,13 @@ use super::{
     run::SIGNAL_BASE,
 };
 use crate::action::Action;
-use gorego_reapi::error::Error;
+use gorego_reapi::{duration, error::Error};
 use std::{
     fmt::Write as _,
     time::{Duration, SystemTime},
 };
 
-/// What is known about a run besides its end.
+/// The facts of a run, except its ending.
 #[derive(Debug)]
 pub(super) struct Facts<'a> {
     pub(super) action: &'a Action,
@@ -24,20 +24,20 @@ pub(super) struct Facts<'a> {
     pub(super) max_file_bytes: u64,
     pub(super) stdout_bytes: i64,
     pub(super) stderr_bytes: i64,
-    /// The command may have failed because programs that lie in the build root cannot be run.
+    /// Whether the command may have failed because programs in the build root cannot be run.
     pub(super) is_noexec: bool,
 }
 
-/// One line about a command that ran; empty when its exit code says it all.
+/// One line about a command that ran; empty when its exit code needs no explanation.
 pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
     let limit = facts.max_file_bytes;
     match ran.ending {
         Ending::Exited(code) if code == SIGNAL_BASE + libc::SIGXFSZ => format!(
-            "exit code {code} is what a shell says of a program that wrote a file larger than the {limit} bytes allowed \
+            "exit code {code} is how a shell reports a program that wrote a file larger than the {limit} bytes allowed \
              (execution.max_output_file_gb)"
         ),
         Ending::Exited(code) if code == EXIT_NOT_EXECUTABLE && facts.is_noexec => {
-            format!("exit code {code} is what a shell says of a program that cannot be run: {NOEXEC}")
+            format!("exit code {code} is how a shell reports a program that cannot be run: {NOEXEC}")
         }
         Ending::Exited(_) => String::new(),
         Ending::Signalled(signal) => {
@@ -45,7 +45,7 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
                 libc::SIGXFSZ => format!(
                     ": it wrote a file larger than the {limit} bytes allowed (execution.max_output_file_gb)"
                 ),
-                libc::SIGKILL => ", which this server did not send: was memory short?".into(),
+                libc::SIGKILL => ", which this server did not send; it may have run out of memory".into(),
                 _ => String::new(),
             };
             format!("the command was killed by {}{hint}", signal_name(signal))
@@ -69,8 +69,8 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
     }
 }
 
-/// The account of a run; `None` when there is nothing to tell: it went well, the exit code is the command's own, or the client
-/// knows by itself what was wrong.
+/// The report about a run; `None` when there is nothing to explain: the run succeeded, the command chose its exit code, or the
+/// client already knows the cause.
 pub(super) fn render(facts: &Facts<'_>, ran: Option<&Ran>, error: Option<&Error>) -> Option<String> {
     let killed = ran.is_some_and(|ran| matches!(ran.ending, Ending::Signalled(_) | Ending::LogTooLong(_)));
     let is_known = matches!(error, Some(Error::Cancelled(_) | Error::MissingBlobs(_)));
@@ -94,10 +94,31 @@ fn write_account(
     writeln!(text, "instance \"{}\"", action.instance.name())?;
     writeln!(text, "worker {}", facts.worker)?;
     writeln!(text)?;
-    writeln!(text, "{}  queued", time(facts.timeline.queued()))?;
+    write_times(text, facts.timeline)?;
+    writeln!(text)?;
+    writeln!(
+        text,
+        "limits: command {}, fetching inputs {}, storing outputs {}, largest file {} bytes",
+        seconds(action.timeout),
+        seconds(facts.transfer_timeout),
+        seconds(facts.transfer_timeout),
+        facts.max_file_bytes
+    )?;
+    if let Some(ran) = ran {
+        writeln!(text, "command: {}", describe(ran.ending))?;
+        write_usage(text, facts, ran)?;
+    }
+    match error {
+        Some(error) => writeln!(text, "{}: {error}", error.code_name()),
+        None => Ok(()),
+    }
+}
+
+fn write_times(text: &mut String, timeline: &Timeline) -> std::fmt::Result {
+    writeln!(text, "{}  queued", time(timeline.queued()))?;
     for (point, what) in [
         (Point::WorkerStart, "the worker took it"),
-        (Point::FetchStart, "began to bring the inputs in"),
+        (Point::FetchStart, "began to fetch the inputs"),
         (Point::FetchEnd, "the inputs are in place"),
         (Point::RunStart, "started the command"),
         (Point::RunEnd, "the command ended"),
@@ -105,62 +126,42 @@ fn write_account(
         (Point::UploadEnd, "done with the outputs"),
         (Point::WorkerEnd, "the worker is done"),
     ] {
-        if let Some(at) = facts.timeline.reached(point) {
+        if let Some(at) = timeline.reached(point) {
             writeln!(text, "{}  {what}", time(at))?;
         }
     }
-    writeln!(text)?;
+    Ok(())
+}
+
+/// How the command ended, in one line.
+fn describe(ending: Ending) -> String {
+    let killed = |why: &str| format!("{why}; all its processes were killed (SIGKILL)");
+    match ending {
+        Ending::Exited(code) => format!("exit code {code}"),
+        Ending::Signalled(signal) => format!("killed by {}", signal_name(signal)),
+        Ending::NotStarted(errno) => {
+            format!("not started: {}", std::io::Error::from_raw_os_error(errno))
+        }
+        Ending::TimedOut => killed("timed out"),
+        Ending::Cancelled => killed("cancelled"),
+        Ending::LogTooLong(kind) => killed(&format!("its {} grew too long", kind.name())),
+        Ending::LogLost(kind, _) => killed(&format!("its {} was not kept", kind.name())),
+    }
+}
+
+fn write_usage(text: &mut String, facts: &Facts<'_>, ran: &Ran) -> std::fmt::Result {
+    let usage = &ran.usage;
+    let cpu = |time: &Option<prost_types::Duration>| {
+        time.as_ref().and_then(duration::from_wire).map_or_else(String::new, seconds)
+    };
     writeln!(
         text,
-        "limits: command {}, bringing inputs in {}, storing outputs {}, largest file {} bytes",
-        seconds(action.timeout),
-        seconds(facts.transfer_timeout),
-        seconds(facts.transfer_timeout),
-        facts.max_file_bytes
+        "used: {} of CPU time, {} in the kernel, {} KiB of memory at most",
+        cpu(&usage.user_time),
+        cpu(&usage.system_time),
+        usage.max_resident_bytes / 1024
     )?;
-    if let Some(ran) = ran {
-        match ran.ending {
-            Ending::Exited(code) => writeln!(text, "command: exit code {code}")?,
-            Ending::Signalled(signal) => writeln!(text, "command: killed by {}", signal_name(signal))?,
-            Ending::NotStarted(errno) => {
-                writeln!(text, "command: not started: {}", std::io::Error::from_raw_os_error(errno))?;
-            }
-            Ending::TimedOut => {
-                writeln!(text, "command: its time was up; all its processes were killed (SIGKILL)")?;
-            }
-            Ending::Cancelled => {
-                writeln!(text, "command: cancelled; all its processes were killed (SIGKILL)")?
-            }
-            Ending::LogTooLong(kind) => {
-                let what = kind.name();
-                writeln!(text, "command: its {what} grew too long; all its processes were killed (SIGKILL)")?;
-            }
-            Ending::LogLost(kind, _) => {
-                let what = kind.name();
-                writeln!(text, "command: its {what} was not kept; all its processes were killed (SIGKILL)")?;
-            }
-        }
-        let usage = &ran.usage;
-        let cpu = |time: &Option<prost_types::Duration>| {
-            time.and_then(|time| Duration::try_from(time).ok()).map_or_else(String::new, seconds)
-        };
-        writeln!(
-            text,
-            "used: {} of CPU time, {} in the kernel, {} KiB of memory at most",
-            cpu(&usage.user_time),
-            cpu(&usage.system_time),
-            usage.max_resident_bytes / 1024
-        )?;
-        writeln!(
-            text,
-            "output: {} bytes of stdout, {} bytes of stderr",
-            facts.stdout_bytes, facts.stderr_bytes
-        )?;
-    }
-    match error {
-        Some(error) => writeln!(text, "{}: {error}", error.code_name()),
-        None => Ok(()),
-    }
+    writeln!(text, "output: {} bytes of stdout, {} bytes of stderr", facts.stdout_bytes, facts.stderr_bytes)
 }
 
 fn time(time: SystemTime) -> impl std::fmt::Display {
@@ -172,7 +173,7 @@ fn seconds(duration: Duration) -> String {
     humantime::format_duration(millis).to_string()
 }
 
-/// `signal 9 (SIGKILL)`.
+/// The number and name of a signal, such as `signal 9 (SIGKILL)`.
 fn signal_name(signal: i32) -> String {
     let name = match signal {
         libc::SIGHUP => "SIGHUP",

@@ -23,7 +23,7 @@ use super::{
     checkpoint::Checkpoint,
     inputs,
     store::Inputs,
-    workspace::{BuildRoot, Place},
+    workspace::{BuildRoot, RootDirectory},
 };
 use crate::instance::InstanceId;
 use delta::{Cost, Delta};
@@ -100,7 +100,7 @@ struct Tree {
 /// A tree that stays for as long as this is held.
 #[derive(Debug)]
 pub struct Lease {
-    place: Arc<Place>,
+    place: Arc<RootDirectory>,
     key: Key,
     tree: Arc<Tree>,
 }
@@ -152,7 +152,7 @@ impl BuildRoot {
     /// Those of the checkpoint, of the store and of the file system.
     pub(super) fn stage<'a>(
         &self,
-        place: &Arc<Place>,
+        place: &Arc<RootDirectory>,
         inputs: &'a dyn Inputs,
         instance: InstanceId,
         checkpoint: &Checkpoint,
@@ -188,12 +188,12 @@ impl BuildRoot {
     }
 
     /// Removes the trees that no action uses, for a disk that is full.
-    pub(super) fn remove_unused_trees(&self, place: &Arc<Place>) {
+    pub(super) fn remove_unused_trees(&self, place: &Arc<RootDirectory>) {
         let unused = place.trees.lock().take_unused();
         self.remove_trees(place, unused);
     }
 
-    fn remove_trees(&self, place: &Arc<Place>, trees: Vec<Arc<Tree>>) {
+    fn remove_trees(&self, place: &Arc<RootDirectory>, trees: Vec<Arc<Tree>>) {
         for tree in trees {
             self.remove_later(place, tree.name.clone());
         }
@@ -201,7 +201,7 @@ impl BuildRoot {
 
     fn build(
         &self,
-        place: &Arc<Place>,
+        place: &Arc<RootDirectory>,
         key: Key,
         inputs: &dyn Inputs,
         checkpoint: &Checkpoint,
@@ -220,7 +220,7 @@ impl BuildRoot {
 
 /// The right and the duty to build a tree.
 struct Building<'a> {
-    place: &'a Arc<Place>,
+    place: &'a Arc<RootDirectory>,
     key: Key,
 }
 
@@ -240,7 +240,7 @@ impl Drop for Building<'_> {
 }
 
 /// Leases the tree of this root, after somebody else has built it if that is going on. `None` when there is none.
-fn wait_for(place: &Arc<Place>, key: Key, checkpoint: &Checkpoint) -> Result<Option<Arc<Tree>>> {
+fn wait_for(place: &Arc<RootDirectory>, key: Key, checkpoint: &Checkpoint) -> Result<Option<Arc<Tree>>> {
     let mut index = place.trees.lock();
     loop {
         if let Some(tree) = index.lease(key) {
@@ -256,7 +256,7 @@ fn wait_for(place: &Arc<Place>, key: Key, checkpoint: &Checkpoint) -> Result<Opt
 }
 
 /// The best base among the trees that were used last; `None` when the root had better be a tree of its own.
-fn similar<'a>(place: &Arc<Place>, wanted: &'a InputTree, key: Key) -> Option<Base<'a>> {
+fn similar<'a>(place: &Arc<RootDirectory>, wanted: &'a InputTree, key: Key) -> Option<Base<'a>> {
     let latest: Vec<_> = {
         let index = place.trees.lock();
         let of_instance = index.latest(BASES).filter(|((instance, _), _)| *instance == key.0);

@@ -1,4 +1,4 @@
-//! [`BlobStore`]: the part of the store that a worker needs, as a trait, so that a run can be tested without one.
+//! [`BlobStore`]: the part of the store that a worker needs, as a trait, so that runs can be tested without a store.
 
 use crate::{
     actors::cas::{
@@ -16,66 +16,66 @@ use gorego_reapi::{
 };
 use std::{fs::File, sync::Arc};
 
-/// Where inputs come from and results go. Every method blocks; see [`Cas`] for what each promises.
+/// The source of inputs and the destination of results. Every method blocks; [`Cas`] documents each.
 pub trait BlobStore: Send + Sync {
-    /// [`Cas::stage_inputs`].
+    /// See [`Cas::stage_inputs`].
     ///
     /// # Errors
-    /// See [`Cas::stage_inputs`].
+    /// Those of [`Cas::stage_inputs`].
     fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>>;
 
-    /// [`Cas::begin_outputs`].
+    /// See [`Cas::begin_outputs`].
     fn begin_outputs(&self, instance: &Instance, function: DigestFunction) -> Box<dyn Outputs + '_>;
 
-    /// [`Cas::relieve_disk`].
+    /// See [`Cas::relieve_disk`].
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool);
 }
 
-/// What is stored for one action, together.
+/// The outputs of one action, which are stored together.
 pub trait Outputs {
-    /// [`OutputBatch::file`].
+    /// See [`OutputBatch::file`].
     ///
     /// # Errors
-    /// See [`OutputBatch::file`].
+    /// Those of [`OutputBatch::file`].
     fn file(&mut self, parent: &File, name: &str, file: File) -> Result<Digest>;
 
-    /// [`OutputBatch::bytes`].
+    /// See [`OutputBatch::bytes`].
     ///
     /// # Errors
-    /// See [`OutputBatch::bytes`].
+    /// Those of [`OutputBatch::bytes`].
     fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest>;
 
-    /// [`OutputBatch::expect`].
+    /// See [`OutputBatch::expect`].
     fn expect(&mut self, bytes: u64);
 
-    /// [`OutputBatch::publish`].
+    /// See [`OutputBatch::publish`].
     ///
     /// # Errors
-    /// See [`OutputBatch::publish`].
+    /// Those of [`OutputBatch::publish`].
     fn publish(&mut self) -> Result<()>;
 
-    /// [`OutputBatch::result`].
+    /// See [`OutputBatch::result`].
     ///
     /// # Errors
-    /// See [`OutputBatch::result`].
+    /// Those of [`OutputBatch::result`].
     fn result(&mut self, action: Digest, result: reapi::ActionResult, provenance: Provenance) -> Result<()>;
 
-    /// [`OutputBatch::commit`].
+    /// See [`OutputBatch::commit`].
     ///
     /// # Errors
-    /// See [`OutputBatch::commit`].
+    /// Those of [`OutputBatch::commit`].
     fn commit(self: Box<Self>) -> Result<()>;
 }
 
-/// An input root that is kept from eviction while this is held.
+/// A leased input root, which is not evicted while this is held.
 pub trait Inputs {
-    /// Its directories.
+    /// The expanded tree of directories.
     fn tree(&self) -> &Arc<InputTree>;
 
-    /// [`StagedInputs::materialise`].
+    /// See [`StagedInputs::materialise`].
     ///
     /// # Errors
-    /// See [`StagedInputs::materialise`].
+    /// Those of [`StagedInputs::materialise`].
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()>;
 }
 

@@ -1,4 +1,4 @@
-//! Exec directories: made fresh for each run, removed off the hot path, swept after a crash (EXE-43).
+//! Exec directories: created for each run, removed in the background, swept after a crash (EXE-43).
 //!
 //! ```text
 //! <build_root>/a-89abcdef/root/    the input root, where the command runs, or its own layer of it
@@ -7,14 +7,14 @@
 //! <build_root>/t-<number>/root/    a staged tree
 //! ```
 //!
-//! The path of the input root follows from the action, because compilers and others write it into what they make: the same
-//! action sees the same path, unless it runs more than once at the same time (`a-89abcdef-2`). The digits are the first of
-//! the action's hash. When a run is over, its `a-` directory moves into the run's own one, so that the path is free at once.
-//! The numbers are never used twice at the same time. All names are short because commands make sockets below them, whose
-//! paths may have 108 bytes. Both directories are closed to other users.
+//! The path of the input root is derived from the action, because compilers and other tools write it into their output: the
+//! same action sees the same path, unless it runs more than once at the same time (`a-89abcdef-2`). The digits are the first of
+//! the action's hash. When a run is over, its `a-` directory is moved into the run's own one, so that the path is free at once.
+//! A number is never used twice at the same time. All names are short, because commands create sockets below them, whose paths
+//! may have at most 108 bytes. Both directories are closed to other users.
 //!
-//! The build root may be removed while the server runs: the next run makes it again, and runs that lost their directories
-//! say so.
+//! The build root may be removed while the server runs: the next run creates it again, and runs that lost their directories
+//! fail with an error that says so.
 
 mod removal;
 
@@ -52,12 +52,12 @@ use std::{
 
 pub use removal::remove;
 
-/// How many names are tried for a new directory; others can only be taken by what a crashed run left.
+/// How many names are tried for a new directory. Only leftovers of a crash can have taken many.
 const NAME_ATTEMPTS: u64 = 10_000;
-/// How many digits of an action's hash are in the name of its directory. Actions that share them run in directories of
-/// their own nevertheless, as one action does that runs twice.
+/// How many digits of an action's hash are in the name of its directory. Actions with the same digits still get separate
+/// directories, like an action that runs twice.
 const HASH_DIGITS: usize = 8;
-/// What the names of directories for actions begin with.
+/// The prefix of the names of directories for actions.
 const ACTION_PREFIX: &str = "a-";
 /// What the names of directories for staged trees begin with.
 const TREE_PREFIX: &str = "t-";
@@ -67,14 +67,14 @@ const BUILD_ROOT_NOEXEC: &str = "build_root_noexec";
 const BUILD_ROOT_REMADE: &str = "build_root_remade";
 const DIRECTORIES_LEFT: &str = "exec_directories_left";
 
-/// The build root: where exec directories are made. Cheap to clone.
+/// The build root, where exec directories are created. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct BuildRoot(Arc<Inner>);
+pub struct BuildRoot(Arc<BuildRootState>);
 
 #[derive(Debug)]
-struct Inner {
+struct BuildRootState {
     path: PathBuf,
-    places: Mutex<Places>,
+    places: Mutex<RootDirectories>,
     next: AtomicU64,
     remover: Remover,
     disk: DiskWatch,
@@ -83,26 +83,26 @@ struct Inner {
 
 /// The directories that are or were at the path of a build root.
 #[derive(Debug)]
-struct Places {
-    current: Arc<Place>,
-    /// Those before, in which runs may still be under way.
-    former: Vec<Weak<Place>>,
+struct RootDirectories {
+    current: Arc<RootDirectory>,
+    /// Earlier directories, in which actions may still run.
+    former: Vec<Weak<RootDirectory>>,
 }
 
-/// The directory at the path of a build root. It is locked for as long as this lives, or else the sweep would take another
-/// server's directories away under its commands.
+/// The directory at the path of a build root. It is locked for as long as this lives, so that no server sweeps away the
+/// directories of another server's commands.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct RootDirectory {
     handle: File,
     id: FileId,
     pub(super) trees: StagedTrees,
 }
 
 impl BuildRoot {
-    /// Opens the build root, which is made if need be, and has what a crashed run left removed in the background.
+    /// Opens the build root, which is created if necessary, and removes leftovers of a crash in the background.
     ///
     /// # Errors
-    /// When the directory cannot be made or opened, or when another server has it.
+    /// When the directory cannot be created or opened, or when another server uses it.
     pub fn open(path: &Path) -> Result<Self> {
         Self::with_trees(path, StagingLimits::default())
     }
@@ -116,7 +116,7 @@ impl BuildRoot {
         fs::create_dir_all(path).map_err(doing)?;
         // Commands get absolute paths into it.
         let path = path.canonicalize().map_err(doing)?;
-        let place = Arc::new(Place::open(&path, limits)?);
+        let place = Arc::new(RootDirectory::open(&path, limits)?);
         let next = AtomicU64::new(0);
         let leftovers = place.sweep(&next).map_err(doing)?;
         if !leftovers.is_empty() {
@@ -127,8 +127,8 @@ impl BuildRoot {
         let job = |name| Job { place: place.clone(), name, ticket: None };
         let remover = Remover::start(leftovers.into_iter().map(job).collect());
         let disk = DiskWatch::new(path.clone());
-        let places = Mutex::new(Places { current: place, former: Vec::new() });
-        let build_root = Self(Arc::new(Inner { path, places, next, remover, disk, limits }));
+        let places = Mutex::new(RootDirectories { current: place, former: Vec::new() });
+        let build_root = Self(Arc::new(BuildRootState { path, places, next, remover, disk, limits }));
         if build_root.is_noexec() {
             let path = build_root.0.path.display();
             Event::warn("gorego::worker", BUILD_ROOT_NOEXEC).with_shown("path", &path).log(format_args!(
@@ -139,7 +139,7 @@ impl BuildRoot {
         Ok(build_root)
     }
 
-    /// Makes an empty exec directory for a run of `action`.
+    /// Creates an empty exec directory for a run of `action`.
     ///
     /// # Errors
     /// Those of the file system.
@@ -162,27 +162,27 @@ impl BuildRoot {
             ticket: Some(ticket),
             removes_itself: false,
         };
-        // From here on a failure drops the workspace, which removes what there is.
+        // If a later step fails, dropping the workspace removes what was created.
         workspace.lay_out(action).map_err(doing)?;
         Ok(workspace)
     }
 
-    /// Where it is, without symbolic links.
+    /// The path, without symbolic links.
     pub fn path(&self) -> &Path {
         &self.0.path
     }
 
-    /// The watch over its file system.
+    /// The disk watch of its file system.
     pub fn disk(&self) -> &DiskWatch {
         &self.0.disk
     }
 
-    /// Whether programs that lie in it cannot be run.
+    /// Whether its file system is mounted noexec, so that programs in it cannot be run.
     pub fn is_noexec(&self) -> bool {
         rfs::statvfs(&self.0.path).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::NOEXEC))
     }
 
-    /// Waits until the directories of all runs are gone, for `limit` at most. For a shutdown, when no run begins any more.
+    /// Waits until the directories of all runs are removed, for at most `limit`. For a shutdown, when no more runs begin.
     /// Blocks.
     pub fn wait_until_empty(&self, limit: Duration) {
         let left = self.0.remover.wait(limit);
@@ -194,7 +194,7 @@ impl BuildRoot {
     }
 
     /// Makes an empty directory for a staged tree: the name of what is to be removed in the end, and the tree's top.
-    pub(super) fn create_tree(&self, place: &Arc<Place>) -> io::Result<(OsString, File)> {
+    pub(super) fn create_tree(&self, place: &Arc<RootDirectory>) -> io::Result<(OsString, File)> {
         let name =
             numbered(TREE_PREFIX, &self.0.next, |name| Ok(rfs::mkdirat(&place.handle, name, Mode::RWXU)?))?;
         let made = dir::open_dir(&place.handle, &name).and_then(|top| layer::make_directory(&top, "root"));
@@ -208,7 +208,7 @@ impl BuildRoot {
     }
 
     /// Has a directory of `place` removed in the background.
-    pub(super) fn remove_later(&self, place: &Arc<Place>, name: OsString) {
+    pub(super) fn remove_later(&self, place: &Arc<RootDirectory>, name: OsString) {
         self.0.remover.remove(Job { place: place.clone(), name, ticket: None });
     }
 
@@ -220,14 +220,15 @@ impl BuildRoot {
     }
 
     /// The directory that is at the path now; made again when it was removed.
-    pub(super) fn place(&self) -> Result<Arc<Place>> {
-        let Inner { path, places, next, remover, .. } = &*self.0;
+    pub(super) fn place(&self) -> Result<Arc<RootDirectory>> {
+        let BuildRootState { path, places, next, remover, .. } = &*self.0;
         let mut places = places.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_there = |place: &Place| rfs::stat(path).is_ok_and(|stat| dir::file_id(&stat) == place.id);
+        let is_there =
+            |place: &RootDirectory| rfs::stat(path).is_ok_and(|stat| dir::file_id(&stat) == place.id);
         if is_there(&places.current) {
             return Ok(places.current.clone());
         }
-        // One that is back cannot be opened anew: this process itself has it locked.
+        // A former directory that is back cannot be opened again, because this process still holds its lock.
         places.former.retain(|place| place.strong_count() > 0);
         let back = places.former.iter().filter_map(Weak::upgrade).find(|place| is_there(place));
         if let Some(place) = back {
@@ -237,7 +238,7 @@ impl BuildRoot {
         let doing =
             |error: io::Error| Error::io(&format!("make the build root {} again", path.display()), &error);
         fs::create_dir_all(path).map_err(doing)?;
-        let made = Arc::new(Place::open(path, self.0.limits)?);
+        let made = Arc::new(RootDirectory::open(path, self.0.limits)?);
         Event::warn("gorego::worker", BUILD_ROOT_REMADE).with_shown("path", &path.display()).log(format_args!(
             "the build root {} was removed or replaced while the server runs; using the one that is there now",
             path.display()
@@ -250,21 +251,21 @@ impl BuildRoot {
     }
 }
 
-impl Places {
-    fn replace(&mut self, place: Arc<Place>) {
+impl RootDirectories {
+    fn replace(&mut self, place: Arc<RootDirectory>) {
         let former = std::mem::replace(&mut self.current, place);
         self.former.push(Arc::downgrade(&former));
     }
 }
 
-impl Place {
+impl RootDirectory {
     fn open(path: &Path, limits: StagingLimits) -> Result<Self> {
         let doing = |error: io::Error| Error::io(&format!("open the build root {}", path.display()), &error);
         let handle = File::open(path).map_err(doing)?;
         flock(&handle, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
             Errno::WOULDBLOCK => Error::Precondition(format!(
                 "could not open the build root {}: another gorego server runs in it; set execution.build_root to a \
-                 directory of its own",
+                 separate directory",
                 path.display()
             )),
             error => doing(error.into()),
@@ -274,14 +275,16 @@ impl Place {
         Ok(Self { handle, id, trees: StagedTrees::new(limits) })
     }
 
-    /// What earlier runs left, to be removed. Names that follow from an action are free at once.
+    /// Finds leftovers of earlier runs, to be removed. Names derived from an action are freed at once.
     fn sweep(&self, next: &AtomicU64) -> io::Result<Vec<OsString>> {
         let mut leftovers = Vec::new();
         for entry in dir::entries(&self.handle)? {
             let entry = entry?;
             match owner(dir::entry_name(&entry)) {
-                Some(Owner::Run | Owner::Tree) => leftovers.push(dir::entry_name(&entry).to_owned()),
-                Some(Owner::Action) => {
+                Some(EntryOwner::Run | EntryOwner::Tree) => {
+                    leftovers.push(dir::entry_name(&entry).to_owned())
+                }
+                Some(EntryOwner::Action) => {
                     let name = dir::entry_name(&entry);
                     let aside = |aside: &OsStr| {
                         let flags = RenameFlags::NOREPLACE;
@@ -317,33 +320,33 @@ fn numbered(
     Err(Errno::EXIST.into())
 }
 
-/// What a name in the build root stands for.
-enum Owner {
-    /// One run.
+/// The kind of an entry of the build root.
+enum EntryOwner {
+    /// The own directory of a run.
     Run,
-    /// An action that runs.
+    /// The directory with the input root of an action.
     Action,
     /// Actions that have the same inputs.
     Tree,
 }
 
-/// Whose directory an entry of the build root is; `None` when it is not ours.
-fn owner(name: &OsStr) -> Option<Owner> {
+/// The kind of an entry of the build root by its name; `None` for foreign entries.
+fn owner(name: &OsStr) -> Option<EntryOwner> {
     let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
     let name = name.to_str()?;
     if let Some(rest) = name.strip_prefix(ACTION_PREFIX) {
         let (hash, number) = rest.split_once('-').unwrap_or((rest, "2"));
         let is_hash = hash.len() == HASH_DIGITS && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
-        return (is_hash && is_number(number)).then_some(Owner::Action);
+        return (is_hash && is_number(number)).then_some(EntryOwner::Action);
     }
     if let Some(number) = name.strip_prefix(TREE_PREFIX) {
-        return is_number(number).then_some(Owner::Tree);
+        return is_number(number).then_some(EntryOwner::Tree);
     }
     let (slot, number) = name.split_once('-')?;
-    (is_number(slot) && is_number(number)).then_some(Owner::Run)
+    (is_number(slot) && is_number(number)).then_some(EntryOwner::Run)
 }
 
-/// Whether this very file or directory is at a path.
+/// Whether the file or directory with this identity is at a path.
 fn is_at(path: &Path, id: FileId) -> bool {
     rfs::lstat(path).is_ok_and(|stat| dir::file_id(&stat) == id)
 }
@@ -352,19 +355,19 @@ fn is_at(path: &Path, id: FileId) -> bool {
 #[derive(Debug)]
 pub struct Workspace {
     build_root: BuildRoot,
-    place: Arc<Place>,
+    place: Arc<RootDirectory>,
     name: OsString,
     path: PathBuf,
     /// Name of the directory that holds the input root.
     for_action: Option<OsString>,
     root_path: PathBuf,
-    opened: Option<Opened>,
+    opened: Option<OpenDirectories>,
     ticket: Option<Ticket>,
     removes_itself: bool,
 }
 
 #[derive(Debug)]
-struct Opened {
+struct OpenDirectories {
     top: File,
     for_action: File,
     root: File,
@@ -379,7 +382,7 @@ impl Workspace {
         rfs::mkdirat(&for_action, "root", Mode::from_raw_mode(0o755))?;
         let root = dir::open_dir(&for_action, OsStr::new("root"))?;
         rfs::fchmod(&root, Mode::from_raw_mode(0o755))?;
-        self.opened = Some(Opened { top, for_action, root });
+        self.opened = Some(OpenDirectories { top, for_action, root });
         Ok(())
     }
 
@@ -398,7 +401,7 @@ impl Workspace {
         Err(Errno::EXIST.into())
     }
 
-    fn opened(&self) -> Result<&Opened> {
+    fn opened(&self) -> Result<&OpenDirectories> {
         self.opened.as_ref().ok_or_else(|| Error::internal("the exec directory is not open"))
     }
 
@@ -413,7 +416,7 @@ impl Workspace {
     /// The input root.
     ///
     /// # Errors
-    /// As [`Workspace::top`].
+    /// Those of [`Workspace::top`].
     pub fn root(&self) -> Result<&File> {
         self.opened().map(|opened| &opened.root)
     }
@@ -436,7 +439,7 @@ impl Workspace {
     /// # Errors
     /// Those of the file system.
     pub(super) fn layers(&self, below: &Path) -> Result<Layers> {
-        let Opened { for_action, .. } = self.opened()?;
+        let OpenDirectories { for_action, .. } = self.opened()?;
         rfs::mkdirat(for_action, "work", Mode::RWXU)
             .map_err(|error| Error::io("make an exec directory", &error.into()))?;
         let work = self.root_path.with_file_name("work");
@@ -459,13 +462,13 @@ impl Workspace {
         &self.root_path
     }
 
-    /// Checks that both directories are still in place. A command has no reason to touch them, so a loss is reported as the
-    /// server's failure.
+    /// Checks that both directories are still in place. Commands have no reason to remove them, so a loss counts as a failure
+    /// of the server.
     ///
     /// # Errors
-    /// `Unavailable` when somebody has.
+    /// `Unavailable` when one of them was removed or replaced.
     pub fn check_in_place(&self) -> Result<()> {
-        let Opened { top, for_action, .. } = self.opened()?;
+        let OpenDirectories { top, for_action, .. } = self.opened()?;
         let around_root = self.root_path.parent().unwrap_or(&self.root_path);
         for (handle, path) in [(top, self.path.as_path()), (for_action, around_root)] {
             if !rfs::fstat(handle).is_ok_and(|stat| is_at(path, dir::file_id(&stat))) {
@@ -478,7 +481,7 @@ impl Workspace {
         Ok(())
     }
 
-    /// Removes it before this returns, so that its room is free.
+    /// Removes it on this thread, so that its space is free when this returns.
     pub fn remove_now(mut self) {
         self.removes_itself = true;
     }
@@ -486,23 +489,23 @@ impl Workspace {
 
 impl Drop for Workspace {
     fn drop(&mut self) {
-        if let Some(Opened { top, for_action, .. }) = self.opened.take() {
-            // A command may have closed them, and moving takes the right to write in both.
+        if let Some(OpenDirectories { top, for_action, .. }) = self.opened.take() {
+            // The command may have removed their permissions, and moving needs write permission on both.
             let _ = rfs::fchmod(top, Mode::RWXU).and_then(|()| rfs::fchmod(for_action, Mode::RWXU));
         }
-        let place = &self.place;
+        let (place, remover) = (&self.place, &self.build_root.0.remover);
         if let Some(name) = self.for_action.take() {
             let inside = Path::new(&self.name).join("a");
             if rfs::renameat(&place.handle, &*name, &place.handle, &inside).is_err() {
-                Job { place: place.clone(), name, ticket: None }.remove();
+                remover.remove_here(Job { place: place.clone(), name, ticket: None });
             }
         }
         let job =
             Job { place: place.clone(), name: std::mem::take(&mut self.name), ticket: self.ticket.take() };
         if self.removes_itself {
-            job.remove();
+            remover.remove_here(job);
         } else {
-            self.build_root.0.remover.remove(job);
+            remover.remove(job);
         }
     }
 }

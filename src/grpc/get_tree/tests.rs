@@ -3,12 +3,12 @@
 use super::*;
 use crate::{
     actors::cas::trees::walk::{SMALL_WALK_BYTES, Walks},
+    call::ConnectionInfo,
     caller::Caller,
     connections::{
         Connections,
         answers::{ANSWERS, FRAME_BYTES},
     },
-    grpc::accept::ConnectionInfo,
     instance::Instances,
 };
 use bytes::Bytes;
@@ -206,7 +206,7 @@ async fn a_walk_holds_room_for_the_pages_that_it_has_given_and_for_nothing_else(
     let connections = Connections::default();
     let admitted = connections.admit(([127, 0, 0, 1], 1).into()).unwrap();
     let state = admitted.state().clone();
-    let call = || Call::over(ConnectionInfo { state: state.clone(), connections: connections.clone() });
+    let call = || Call::begin(Some(ConnectionInfo::of(&admitted)), Default::default(), None, None);
     let mut blobs = Blobs::default();
     let leaf = blobs.directory("leaf", 100_000, &[]);
     let root = blobs.directory("root", 0, &[leaf]);

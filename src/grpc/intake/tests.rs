@@ -17,7 +17,7 @@ proptest! {
     ) {
         let mut all: Vec<u8> = lengths.iter().copied().flat_map(message).collect();
         all.extend(&message(rest)[..rest]);
-        let mut unfinished = Unfinished::default();
+        let mut unfinished = PartialMessage::default();
         let mut ends = Vec::new();
         for mut piece in all.chunks(piece) {
             while !piece.is_empty() {
@@ -30,26 +30,26 @@ proptest! {
         prop_assert_eq!(unfinished.bytes, rest.saturating_sub(PREFIX_BYTES) as u64);
         prop_assert!(unfinished.is_begun());
         let end = &message(rest)[rest..];
-        prop_assert_eq!(unfinished.take(end), (end.len(), Some(Finished { bytes: rest as u64, is_compressed: false })));
+        prop_assert_eq!(unfinished.take(end), (end.len(), Some(CompleteMessage { bytes: rest as u64, is_compressed: false })));
         prop_assert!(!unfinished.is_begun() && unfinished.bytes == 0);
     }
 }
 
 /// A body that sends this and then nothing, and is never over.
-fn stalled(bytes: Vec<u8>, budgets: &Budgets) -> Watched {
+fn stalled(bytes: Vec<u8>, budgets: &Budgets) -> IncomingBody {
     watched(stream::iter([Ok::<_, Status>(Bytes::from(bytes))]).chain(stream::pending()), budgets)
 }
 
 fn watched(
     pieces: impl futures::Stream<Item = Result<Bytes, Status>> + Send + 'static,
     budgets: &Budgets,
-) -> Watched {
+) -> IncomingBody {
     let body = Body::new(axum::body::Body::from_stream(pieces));
     let kind = RequestKind { is_stream: false, has_lists: true, is_gzip: false };
-    Watched::new(body, Caller::default(), budgets.clone(), Arc::default(), kind)
+    IncomingBody::new(body, Caller::default(), budgets.clone(), Arc::default(), kind)
 }
 
-async fn next(body: &mut Watched) -> Result<Frame<Bytes>, Status> {
+async fn next(body: &mut IncomingBody) -> Result<Frame<Bytes>, Status> {
     use http_body::Body as _;
     poll_fn(|context| Pin::new(&mut *body).poll_frame(context)).await.unwrap()
 }
@@ -112,7 +112,8 @@ async fn each_compressed_message_of_a_stream_has_a_claim_of_its_own_until_the_ha
 #[test]
 fn no_claim_is_larger_than_what_is_kept_free_and_small_gzip_claims_little() {
     let kind = RequestKind { is_stream: false, has_lists: true, is_gzip: true };
-    let claim = |kind: RequestKind, bytes, is_compressed| kind.claim(Finished { bytes, is_compressed });
+    let claim =
+        |kind: RequestKind, bytes, is_compressed| kind.claim(CompleteMessage { bytes, is_compressed });
     for bytes in [UNCOUNTED_BYTES as u64 + 1, 1 << 20, u32::MAX.into()] {
         for (is_gzip, is_compressed) in [(false, false), (false, true), (true, true)] {
             assert!(claim(RequestKind { is_gzip, ..kind }, bytes, is_compressed).unwrap() <= LARGEST_CLAIM);

@@ -1,46 +1,41 @@
-//! The text of the log line: which fields it has, and how they are written.
+//! The log line of an RPC: its fields and their format.
 
-use super::{Call, ERROR_MAX_BYTES, METHOD_MAX_BYTES, RPC_FINISHED, State, TARGET};
+use super::{ERROR_MAX_BYTES, METHOD_MAX_BYTES, RPC_FINISHED, TARGET};
 use crate::{
+    call::Call,
     connections::{End, OpenCall},
     instance::Instance,
     logging::{Event, Field},
-    under_way::Unfinished,
 };
 use gorego_reapi::status;
 use http::{HeaderMap, Uri};
-use std::{
-    mem,
-    sync::{PoisonError, atomic::Ordering},
-    time::Instant,
-};
+use std::time::Instant;
 use tonic::Code;
 
-/// The error of a call whose client went away before the end of its request.
+/// The error of a call whose client left before the end of its request.
 const BROKEN_OFF: &str = "the request broke off before its end";
 
-/// The line of a call that is not over yet; written when this is dropped.
+/// The line of an open call. It is written when this is dropped.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct RpcLine {
     pub call: Call,
     pub started: Instant,
     pub uri: Uri,
-    /// `None` as long as the call has not ended by itself.
+    /// `None` until the call has ended by itself.
     pub code: Option<Code>,
     /// The message of a status that is not OK.
     pub error: String,
-    /// Held so that the connection is not taken for idle.
+    /// Keeps the connection from counting as idle.
     pub _open: Option<OpenCall>,
 }
 
-impl Line {
-    /// Takes code and message from headers or trailers that have them. When the client went away before the end of its request,
-    /// the library that reads requests finds a fault of ours (INTERNAL "Missing request message."); such a call was cancelled.
-    pub fn read_status(&mut self, headers: &HeaderMap) {
+impl RpcLine {
+    /// Reads the code and the message from headers or trailers. If the client left before the end of its request, the library
+    /// reports INTERNAL "Missing request message."; such a call counts as cancelled.
+    pub(super) fn read_status(&mut self, headers: &HeaderMap) {
         if let Some(code) = headers.get("grpc-status") {
             let code = Code::from_bytes(code.as_bytes());
-            let is_broken_off = self.call.0.is_broken_off.load(Ordering::Relaxed);
-            if is_broken_off && matches!(code, Code::Internal | Code::Unknown) {
+            if self.call.is_broken_off() && matches!(code, Code::Internal | Code::Unknown) {
                 self.code = Some(Code::Cancelled);
                 self.error = BROKEN_OFF.into();
                 return;
@@ -52,12 +47,12 @@ impl Line {
     }
 }
 
-impl Line {
+impl RpcLine {
     /// Whether the call gets its own log line. Calls that cost the client nothing (cancelled, refused, nothing sent) are
     /// rate-limited by peer and counted beyond that.
     fn is_listed(&self) -> bool {
         let code = self.code.unwrap_or(Code::Cancelled);
-        let sent_nothing = self.call.0.bytes_in.load(Ordering::Relaxed) == 0;
+        let sent_nothing = self.call.bytes_in() == 0;
         let is_cheap = self.code.is_none() || code == Code::ResourceExhausted || sent_nothing;
         let connection = self.call.connection().filter(|_| is_cheap);
         connection
@@ -65,40 +60,38 @@ impl Line {
     }
 }
 
-impl Drop for Line {
+impl Drop for RpcLine {
     fn drop(&mut self) {
-        self.call.turn(Unfinished::end);
+        self.call.end();
         if log::log_enabled!(target: TARGET, log::Level::Info) && self.is_listed() {
             self.log();
         }
     }
 }
 
-impl Line {
+impl RpcLine {
     fn log(&self) {
-        let State { client, notes, bytes_in, bytes_out, .. } = &*self.call.0;
-        // Taken, not copied: the call is over, and nobody reads its notes again.
-        let notes = mem::take(&mut *notes.lock().unwrap_or_else(PoisonError::into_inner));
+        let (client, instance, notes) = (self.call.client(), self.call.instance(), self.call.take_notes());
         let (method, code) = (short_method(self.uri.path()), code_name(self.code.unwrap_or(Code::Cancelled)));
-        let operation = notes.instance.as_ref().zip(notes.operation).map(|(instance, id)| id.name(instance));
-        let bad_news = notes.bad_news.map(|text| status::shorten(text, ERROR_MAX_BYTES)).unwrap_or_default();
+        let operation = instance.zip(notes.operation).map(|(instance, id)| id.name(instance));
+        let inner = notes.inner_error.map(|text| status::shorten(text, ERROR_MAX_BYTES)).unwrap_or_default();
         let peer = self.call.peer();
         Event::info(TARGET, RPC_FINISHED)
             .with("method", method)
             .with("grpc_code", code)
             .with("duration_us", u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
-            .with("bytes_in", bytes_in.load(Ordering::Relaxed))
-            .with("bytes_out", bytes_out.load(Ordering::Relaxed))
+            .with("bytes_in", self.call.bytes_in())
+            .with("bytes_out", self.call.bytes_out())
             .with_some("cached", notes.cached)
             .with_some("peer", peer.as_ref().map(|peer| Field::Shown(peer)))
-            .with_some("instance", notes.instance.as_ref().map(Instance::name))
+            .with_some("instance", instance.map(Instance::name))
             .with_some("operation", operation.as_ref())
             .with_some("action_digest", notes.action.as_ref().map(|digest| Field::Shown(digest)))
             .with_some("digest", notes.blob.as_ref().map(|digest| Field::Shown(digest)))
             .with_said("invocation_id", &client.tool_invocation_id)
             .with_said("target_id", &client.target_id)
             .with_said("mnemonic", &client.action_mnemonic)
-            .with_said("error", if self.error.is_empty() { &bad_news } else { &self.error })
+            .with_said("error", if self.error.is_empty() { &inner } else { &self.error })
             .log(format_args!("{method} {code}"));
     }
 }
@@ -136,7 +129,7 @@ fn code_name(code: Code) -> &'static str {
     }
 }
 
-/// Undoes the encoding of `grpc-message`; what is no valid escape stays as it is.
+/// Decodes `grpc-message`. Invalid escapes are kept.
 fn percent_decode(text: &[u8]) -> String {
     let mut decoded = Vec::with_capacity(text.len());
     let mut rest = text;

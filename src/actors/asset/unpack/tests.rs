@@ -1,4 +1,4 @@
-//! Archives of every format, and hostile ones.
+//! Archives of every format, and hostile archives.
 
 use super::*;
 use gorego_reapi::digest::DigestFunction;
@@ -8,7 +8,7 @@ use std::{collections::HashMap, io::Write as _};
 const SHA256: DigestFunction = DigestFunction::Sha256;
 const PLENTY: u64 = 1 << 30;
 
-/// Contents in memory.
+/// Keeps contents in memory.
 #[derive(Default)]
 struct Kept {
     files: HashMap<Digest, Vec<u8>>,
@@ -28,7 +28,7 @@ fn read(bytes: &[u8]) -> Result<Layout, Problem> {
     unpack(io::Cursor::new(bytes), PLENTY, &mut Kept::default())
 }
 
-/// The kind of bad news and the message.
+/// The kind and the message of the failure.
 fn refusal(bytes: &[u8]) -> (FailureKind, String) {
     match read(bytes) {
         Err(Problem::Origin(failure)) => (failure.kind, failure.message),
@@ -36,7 +36,7 @@ fn refusal(bytes: &[u8]) -> (FailureKind, String) {
     }
 }
 
-/// A tar entry, whatever its path says.
+/// A tar entry with any path, valid or not.
 fn entry(kind: EntryType, path: &[u8], link: &[u8], mode: u32, content: &[u8]) -> Vec<u8> {
     let mut header = tar::Header::new_gnu();
     header.as_old_mut().name[..path.len()].copy_from_slice(path);
@@ -97,7 +97,7 @@ fn expected_layout() -> Layout {
     layout
 }
 
-/// The digest of a whole tree says that it is the same.
+/// The digest of a layout, to compare whole trees.
 fn root(layout: &Layout) -> Digest {
     layout.directories(SHA256).0
 }
@@ -113,7 +113,7 @@ fn a_tar_is_read_however_it_is_compressed() {
     for bytes in [tar.clone(), gzip.finish().unwrap(), xz.finish().unwrap(), zstd] {
         assert_eq!(root(&read(&bytes).unwrap()), root(&expected_layout()));
     }
-    // One made by two encoders, as parallel tools make them.
+    // A concatenation of two gzip streams, as parallel tools make them.
     let (first, second) = tar.split_at(700);
     let mut parts = Vec::new();
     for part in [first, second] {
@@ -124,13 +124,13 @@ fn a_tar_is_read_however_it_is_compressed() {
     assert_eq!(root(&read(&parts).unwrap()), root(&expected_layout()));
 }
 
-/// A frame of zstd 0.7 that holds these bytes as they are.
+/// A frame of zstd 0.7 that holds these bytes uncompressed.
 fn legacy_frame(bytes: &[u8; 100]) -> Vec<u8> {
     [&[0x27, 0xB5, 0x2F, 0xFD, 0x20, 100, 0x40, 0, 100][..], bytes, &[0xC0, 0, 0]].concat()
 }
 
 #[test]
-fn every_frame_of_a_zstd_stream_has_to_be_of_todays_format() {
+fn every_frame_of_a_zstd_stream_must_have_the_current_format() {
     let tar = sample_tar();
     let pack = |bytes: &[u8]| zstd::encode_all(bytes, 1).unwrap();
     let (first, rest) = tar.split_at(700);
@@ -173,7 +173,7 @@ fn a_zip_is_read() {
 }
 
 #[test]
-fn hostile_archives_are_refused_by_what_is_wrong_with_them() {
+fn hostile_archives_are_refused_with_the_reason() {
     let link = |target: &[u8]| entry(EntryType::Symlink, b"l", target, 0o777, b"");
     let cases: Vec<(&str, Vec<u8>)> = vec![
         ("node name", file("../../etc/cron.d/x", b"x")),
@@ -194,7 +194,7 @@ fn hostile_archives_are_refused_by_what_is_wrong_with_them() {
         ("absolute", zip(|zip| zip.add_symlink("l", "/etc/passwd", options(0o777)).unwrap())),
         (
             "node name",
-            // Renamed below to a path that no honest writer writes.
+            // Renamed below to a path that the zip library would not write.
             zip(|zip| zip.start_file("aa/aa", options(0o644)).unwrap()),
         ),
     ];
@@ -243,7 +243,7 @@ fn bombs_end_at_the_limit() {
             zip.write_all(&vec![0; LIMIT as usize / 2]).unwrap();
         }
     });
-    // Megabytes of headers and nothing in them.
+    // Megabytes of headers without content.
     let headers = entry(EntryType::Directory, b"d", b"", 0o755, b"").repeat(3_000);
     for bytes in [bomb, zstd, zipped, headers] {
         let refused = unpack(io::Cursor::new(&bytes), LIMIT, &mut Kept::default());
@@ -254,8 +254,8 @@ fn bombs_end_at_the_limit() {
 }
 
 #[test]
-fn a_zip_with_a_huge_or_64_bit_list_of_contents_is_refused_before_it_is_read() {
-    // An honest small list at the end of the file, by its length; but each of its entries has a comment of 64 KiB.
+fn a_zip_with_a_huge_or_64_bit_directory_is_refused_before_it_is_read() {
+    // A central directory that claims to be small, but each of its entries has a comment of 64 KiB.
     let entries = u16::try_from(ZIP_DIRECTORY_MAX_BYTES / 65_535 + 2).unwrap();
     let mut header = b"PK\x01\x02".to_vec();
     header.extend([0; 24]);
@@ -276,7 +276,7 @@ fn a_zip_with_a_huge_or_64_bit_list_of_contents_is_refused_before_it_is_read() {
 }
 
 #[test]
-fn faults_of_the_store_are_not_blamed_on_the_archive() {
+fn faults_of_the_store_are_not_attributed_to_the_archive() {
     struct Full;
     impl Contents for Full {
         fn put(&mut self, _: &mut dyn Read) -> Result<Digest, Problem> {
@@ -302,7 +302,7 @@ fn faults_of_the_store_are_not_blamed_on_the_archive() {
 }
 
 proptest! {
-    /// Whatever is changed in an archive, reading it ends, and what comes out has only safe names.
+    /// Unpacking a damaged archive never panics, and the result has only safe names.
     #[test]
     fn damaged_archives_never_panic(at in 0usize..6_000, byte: u8, format in 0usize..4, cut in 0usize..12_000) {
         let tar = sample_tar();

@@ -1,8 +1,8 @@
-//! [`ZstdFrames`]: a zstd stream, frame by frame, so that the first bytes of each are looked at.
+//! [`ZstdFrames`]: decodes a zstd stream frame by frame and checks the magic number of each frame.
 //!
-//! The library goes on to the next frame by itself, and where it was built for that, frames of the formats before 1.0 are
-//! among those it takes: code that nobody looks after any more, and that must not get what an origin sends. (Leaving that
-//! feature out is not in our hands alone: whoever else of our dependencies uses the library asks for it as well.)
+//! By itself, the library continues with the next frame. If it is built with legacy support, it also decodes frames of the
+//! formats before 1.0, with code that is no longer maintained and must not get untrusted input. (This crate cannot disable that
+//! feature alone, because other dependencies enable it too.)
 
 use super::ZSTD_WINDOW_LOG_MAX;
 use gorego_reapi::compression::is_frame_magic;
@@ -12,11 +12,11 @@ use std::{
 };
 use zstd::stream::read::Decoder;
 
-/// One frame; its first bytes were taken from the input to look at them.
+/// The decoder of one frame. Its magic number was already read from the input.
 type Frame<R> = Decoder<'static, Chain<Cursor<[u8; 4]>, R>>;
 
-/// Reads what a stream of zstd frames stands for; see the top of this file.
-pub struct ZstdFrames<R: BufRead>(At<R>);
+/// Decodes a stream of zstd frames; see the module documentation.
+pub(super) struct ZstdFrames<R: BufRead>(At<R>);
 
 enum At<R: BufRead> {
     Start(R),
@@ -25,15 +25,15 @@ enum At<R: BufRead> {
 }
 
 impl<R: BufRead> ZstdFrames<R> {
-    /// A reader of the stream that begins here.
-    pub fn new(input: R) -> Self {
+    /// A decoder of the stream that begins here.
+    pub(super) fn new(input: R) -> Self {
         Self(At::Start(input))
     }
 }
 
 impl<R: BufRead> Read for ZstdFrames<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        // Nothing read would be taken for the end of a frame.
+        // Reading nothing would look like the end of a frame.
         if buffer.is_empty() {
             return Ok(0);
         }
@@ -57,7 +57,7 @@ impl<R: BufRead> Read for ZstdFrames<R> {
     }
 }
 
-/// The frame that begins here; `None` at the end of the input.
+/// Begins the next frame; `None` at the end of the input.
 fn next_frame<R: BufRead>(mut input: R) -> io::Result<Option<Frame<R>>> {
     let mut magic = [0; 4];
     if input.fill_buf()?.is_empty() {

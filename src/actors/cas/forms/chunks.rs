@@ -1,13 +1,13 @@
-//! Splitting stored blobs into chunks (CAS-30 to CAS-34).
+//! Splits stored blobs into chunks (CAS-30 to CAS-34).
 //!
-//! Chunks are ordinary blobs. A recipe says which of them, in order, make a blob; it is made here alone, by cutting bytes
-//! that the store vouches for or has just checked, so nobody can hand one in. Recipes are kept in memory: one that was
-//! forgotten, or whose chunks were evicted, is made again from the blob, and only the chunks that are missing are written.
-//! Chunks take as much room again as their blob; like everything else they are evicted when they were not used for longest.
+//! Chunks are ordinary blobs. A recipe is the list of chunks that make a blob, in order. Recipes are made only here, from
+//! verified bytes, so no client can supply one. They are cached in memory. A recipe that was forgotten, or whose chunks were
+//! evicted, is made again from the blob, and only the missing chunks are written. Chunks take as much room again as their blob,
+//! and are evicted in the order of use like everything else.
 //!
-//! Bounds: one split of a blob at a time, [`MAX_CHUNK_JOBS`] of all blobs, of which one peer gets all but one; two batches of
-//! [`BATCH_BYTES`] and the splitter's window in memory for each. What was written is leased until all chunks are there. Nobody
-//! keeps the turn of a blob while waiting for a place, so that a peer that waits for a place holds up no other one.
+//! Bounds: one split per blob at a time, [`MAX_CHUNK_JOBS`] in total. Each takes two
+//! batches of [`BATCH_BYTES`] and the splitter's window in memory. Written chunks are leased until all of them are there.
+//! Nobody holds the turn of a blob while waiting for a place, so a peer that waits for a place does not hold up another peer.
 
 use crate::actors::cas::{
     blob::{BlobReader, not_found},
@@ -19,7 +19,7 @@ use crate::actors::cas::{
     volume::PIECE_BYTES,
 };
 use crate::{
-    budget::{Budget, Share},
+    budget::{Bounds, Budget, Share},
     caller::Caller,
     instance::{Instance, InstanceId},
     logging::Event,
@@ -32,28 +32,41 @@ use gorego_reapi::{
 };
 use std::{collections::HashSet, sync::Arc, time::Instant};
 
-/// Splits and splices that run at the same time; each keeps about two cores busy. Others wait.
-const MAX_CHUNK_JOBS: u64 = 4;
+/// Splits and splices that run at the same time; each keeps about two cores busy. Others wait. A peer gets four of them, and
+/// one of its connections three.
+const MAX_CHUNK_JOBS: u64 = 5;
 /// Chunks are written in batches of about this many bytes, while the next batch is cut and hashed.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
-/// Memory for recipes: about 1,500,000 chunks.
+/// Memory for recipes of about 1,500,000 chunks in total.
 const RECIPE_MEMO_BYTES: usize = 64 * 1024 * 1024;
 
 /// Chunks in the order in which they make their blob.
-pub type Chunks = Arc<[Digest]>;
+pub(crate) type Chunks = Arc<[Digest]>;
 
-/// Chunks on their way into the store.
+/// A blob and the function that cuts it.
+type RecipeKey = (InstanceId, Digest, Chunking);
+
+/// A cached result of cutting a blob.
+#[derive(Debug, Clone)]
+pub(crate) enum Recipe {
+    /// All chunks of the blob, in order.
+    Chunks(Chunks),
+    /// There are more chunks than this. It is cached so that a refused split is not repeated for each caller.
+    MoreThan(usize),
+}
+
+/// Chunks that are about to be stored.
 type Batch = Vec<(Digest, Bytes)>;
 
-/// What splits and splices have in common.
+/// State shared by splits and splices.
 #[derive(Debug)]
 pub(crate) struct ChunkWork {
-    recipes: Memo<(InstanceId, Digest, Chunking), Chunks>,
+    recipes: Memo<RecipeKey, Recipe>,
     turns: Turns<(InstanceId, Digest)>,
     pub(crate) places: Budget,
 }
 
-/// Nobody else works on the blob while this is held, and few enough work on others.
+/// The exclusive right to split or splice a blob, and one of the places for such work.
 #[derive(Debug)]
 pub(crate) struct Right {
     _place: Share,
@@ -65,21 +78,21 @@ impl Default for ChunkWork {
         Self {
             recipes: Memo::new(RECIPE_MEMO_BYTES),
             turns: Turns::default(),
-            places: Budget::new(crate::actors::cas::places("splits and splices", MAX_CHUNK_JOBS)),
+            places: Budget::new(Bounds::shared("splits and splices", MAX_CHUNK_JOBS)),
         }
     }
 }
 
 impl ChunkWork {
-    /// Waits for the right to work on this blob: a place, then the turn of the blob.
+    /// Waits for a place, then for the turn of the blob.
     pub(crate) async fn begin(&self, instance: &Instance, blob: Digest, caller: Caller) -> Result<Right> {
         let place = self.places.wait_for(caller, 1).await?;
         let turn = self.turns.take((instance.blobs(), blob)).await;
         Ok(Right { _place: place, _turn: turn })
     }
 
-    /// The same; but if somebody else works on this blob, `None` when that is over. Most often nothing is left to do then, so it
-    /// is waited for without a place.
+    /// Like [`ChunkWork::begin`], but if somebody else works on this blob, waits for the end of that without a place and
+    /// returns `None`. Most often nothing is left to do then.
     pub(crate) async fn begin_or_wait(
         &self,
         instance: &Instance,
@@ -96,13 +109,18 @@ impl ChunkWork {
         Ok(None)
     }
 
-    /// Keeps a recipe whose chunks are known to make the blob, cut as `chunking` cuts it.
+    /// Caches a recipe whose chunks are known to make the blob when it is cut by `chunking`.
     pub(crate) fn remember(&self, instance: &Instance, blob: Digest, chunking: Chunking, chunks: Chunks) {
-        let weight = size_of_val(&*chunks) + size_of::<(InstanceId, Digest, Chunking)>();
-        self.recipes.insert((instance.blobs(), blob, chunking), chunks, weight);
+        let weight = size_of_val(&*chunks) + size_of::<RecipeKey>();
+        self.recipes.insert((instance.blobs(), blob, chunking), Recipe::Chunks(chunks), weight);
     }
 
-    /// Forgets all recipes.
+    /// Remembers that a blob makes more than `count` chunks.
+    fn remember_more_than(&self, instance: &Instance, blob: Digest, chunking: Chunking, count: usize) {
+        let key = (instance.blobs(), blob, chunking);
+        self.recipes.insert(key, Recipe::MoreThan(count), size_of::<RecipeKey>());
+    }
+
     #[cfg(test)]
     pub(crate) fn forget(&self) {
         self.recipes.clear();
@@ -110,12 +128,12 @@ impl ChunkWork {
 }
 
 impl Cas {
-    /// The chunks of a stored blob, all of them stored as well and, like the blob, just renewed (CAS-31). At most `max_chunks`:
-    /// what the caller's answer has room for.
+    /// Returns the chunks of a stored blob, at most `max_chunks`. All of them are stored and, like the blob, just renewed
+    /// (CAS-31).
     ///
     /// # Errors
-    /// `NotFound` when the blob is not stored (CAS-32), `Precondition` when it makes too many chunks or the store is too small
-    /// for it and them, `Exhausted` when there is no room for them now.
+    /// `NotFound` when the blob is not stored (CAS-32), `Precondition` when it has too many chunks or the store is too small
+    /// for the blob and its chunks, `Exhausted` when there is no room for them now.
     pub async fn split(
         &self,
         instance: &Instance,
@@ -138,43 +156,50 @@ impl Cas {
         if blob.size() / chunking.chunk_sizes().end() > max_chunks as u64 {
             return Err(too_many());
         }
-        let chunks = match self.known_chunks(instance, blob, chunking).await? {
-            Some(chunks) => chunks,
-            None => self.chunks_in_turn(instance, blob, chunking, max_chunks).await?.ok_or_else(too_many)?,
+        let recipe = match self.known_recipe(instance, blob, chunking, max_chunks).await? {
+            Some(recipe) => recipe,
+            None => self.chunks_in_turn(instance, blob, chunking, max_chunks).await?,
         };
-        if chunks.len() > max_chunks { Err(too_many()) } else { Ok(chunks) }
+        match recipe {
+            Recipe::Chunks(chunks) if chunks.len() <= max_chunks => Ok(chunks),
+            Recipe::Chunks(_) | Recipe::MoreThan(_) => Err(too_many()),
+        }
     }
 
-    /// The chunks of a recipe that is known, if the blob and all of them are stored; they are renewed.
-    pub(crate) async fn known_chunks(
+    /// The cached recipe of a blob, if the blob and all of its chunks are stored. They are renewed. Returns
+    /// [`Recipe::MoreThan`] only if there are more than `max_chunks`.
+    pub(crate) async fn known_recipe(
         &self,
         instance: &Instance,
         blob: Digest,
         chunking: Chunking,
-    ) -> Result<Option<Chunks>> {
-        let Some(chunks) = self.shared().chunk_work.recipes.get(&(instance.blobs(), blob, chunking)) else {
-            return Ok(None);
-        };
-        let all: Vec<Digest> = chunks.iter().copied().chain([blob]).collect();
-        let missing = self.find_missing(instance, &all).await?;
-        Ok(missing.is_empty().then_some(chunks))
+        max_chunks: usize,
+    ) -> Result<Option<Recipe>> {
+        let recipe = self.shared().chunk_work.recipes.get(&(instance.blobs(), blob, chunking));
+        let mut needed = vec![blob];
+        match &recipe {
+            Some(Recipe::Chunks(chunks)) => needed.extend_from_slice(chunks),
+            Some(Recipe::MoreThan(count)) if *count >= max_chunks => {}
+            Some(Recipe::MoreThan(_)) | None => return Ok(None),
+        }
+        let missing = self.find_missing(instance, &needed).await?;
+        Ok(recipe.filter(|_| missing.is_empty()))
     }
 
-    /// Cuts a blob once there is a place for that, unless somebody else does it first. `None` when there are more than
-    /// `max_chunks`.
+    /// Cuts a blob once there is a place, unless somebody else does it first.
     async fn chunks_in_turn(
         &self,
         instance: &Instance,
         blob: Digest,
         chunking: Chunking,
         max_chunks: usize,
-    ) -> Result<Option<Chunks>> {
+    ) -> Result<Recipe> {
         let work = &self.shared().chunk_work;
         let mut right = work.begin_or_wait(instance, blob, self.caller()).await?;
         loop {
             // Somebody else may have done it meanwhile.
-            if let Some(chunks) = self.known_chunks(instance, blob, chunking).await? {
-                return Ok(Some(chunks));
+            if let Some(recipe) = self.known_recipe(instance, blob, chunking, max_chunks).await? {
+                return Ok(recipe);
             }
             match right {
                 Some(_right) => return self.make_chunks(instance, blob, chunking, max_chunks).await,
@@ -183,26 +208,26 @@ impl Cas {
         }
     }
 
-    /// Cuts a stored blob and stores those of its chunks that are not. `None` when there are more than `max_chunks`.
+    /// Cuts a stored blob and stores the missing chunks. Stops when there are more than `max_chunks`.
     async fn make_chunks(
         &self,
         instance: &Instance,
         blob: Digest,
         chunking: Chunking,
         max_chunks: usize,
-    ) -> Result<Option<Chunks>> {
+    ) -> Result<Recipe> {
         let limit = self.shared().settings.max_bytes;
         if blob.size().saturating_mul(2) > limit {
             let message = format!(
                 "the store of {limit} bytes has no room for blob {blob} and its chunks, which take as much again \
                  (max_size_gb raises the limit); read it by ByteStream"
             );
-            // Not a shortage: no retry makes the store larger (GEN-20).
+            // Not `Exhausted`, because a retry does not help (GEN-20).
             return Err(Error::Precondition(message));
         }
         let started = Instant::now();
         let reader = self.open(instance, blob).await?;
-        let mut scan = Some(Scan { reader, blob, splitter: Splitter::new(chunking), at: 0 });
+        let mut scan = Some(ChunkScan { reader, blob, splitter: Splitter::new(chunking), at: 0 });
         let (mut chunks, mut leases, mut batch) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             let cut = async {
@@ -213,11 +238,12 @@ impl Cas {
             };
             chunks.extend(batch.iter().map(|(digest, _)| *digest));
             let (cut, stored) = tokio::join!(cut, self.store_chunks(instance, batch));
-            // All chunks stay until all are there.
+            // Keeps all chunks until the last one is stored.
             leases.push(stored?);
             let Some((rest, next)) = cut? else { break };
             if chunks.len() + next.len() > max_chunks {
-                return Ok(None);
+                self.shared().chunk_work.remember_more_than(instance, blob, chunking, max_chunks);
+                return Ok(Recipe::MoreThan(max_chunks));
             }
             (scan, batch) = (rest, next);
         }
@@ -228,10 +254,10 @@ impl Cas {
             .with("elapsed_ms", started.elapsed().as_millis() as u64)
             .log(format_args!("cut a blob into chunks"));
         self.shared().chunk_work.remember(instance, blob, chunking, chunks.clone());
-        Ok(Some(chunks))
+        Ok(Recipe::Chunks(chunks))
     }
 
-    /// Stores chunks and keeps them from eviction.
+    /// Stores chunks and leases them.
     async fn store_chunks(&self, instance: &Instance, batch: Batch) -> Result<Lease> {
         let distinct: HashSet<Digest> = batch.iter().map(|(digest, _)| *digest).collect();
         self.write_many(instance, batch).await?.into_iter().collect::<Result<()>>()?;
@@ -246,16 +272,16 @@ impl Cas {
     }
 }
 
-/// A blob on its way through the splitter; everything here blocks.
-struct Scan {
+/// A blob that is being cut. Its methods block.
+struct ChunkScan {
     reader: BlobReader,
     blob: Digest,
     splitter: Splitter,
     at: u64,
 }
 
-impl Scan {
-    /// The next chunks, and the scan unless they are the last.
+impl ChunkScan {
+    /// The next chunks, and the scan itself unless they are the last.
     fn next_batch(mut self) -> Result<(Option<Self>, Batch)> {
         let function = self.blob.function();
         let mut piece = vec![0; PIECE_BYTES];

@@ -1,18 +1,18 @@
-//! Splicing: a blob made of stored chunks (CAS-35 to CAS-38).
+//! Splices a blob from stored chunks (CAS-35 to CAS-38).
 //!
-//! The chunks are leased, and go through the same writer as an upload: hashed while they are written, visible only when the
-//! whole is the blob that was announced. As the bytes pass, they are also cut by a chunking function; where its chunks
-//! are those of the client, the recipe is remembered and a later split costs nothing.
+//! The chunks are leased and written by the same writer as an upload: hashed while they are written, and visible only if the
+//! whole matches the digest. The bytes are also cut by a chunking function. If its chunks equal those of the client, the recipe
+//! is cached and a later split costs nothing.
 //!
-//! Bounds: [`SPLICE_MAX_CHUNKS`] a blob, one splice of a blob at a time, as many of all blobs as of splits; what is read
-//! ahead of the writer is [`READ_BYTES`].
+//! Bounds: [`SPLICE_MAX_CHUNKS`] per blob, one splice per blob at a time. Splits and splices share one bound on their total. At
+//! most [`READ_BYTES`] are read ahead of the writer.
 
 use crate::actors::cas::{
     blob::BlobReader,
     client::{Cas, Upload},
     forms::chunks::Chunks,
     guards::Lease,
-    index::Found,
+    index::FoundEntry,
     lookup::Purpose,
     volume::PIECE_BYTES,
 };
@@ -28,18 +28,18 @@ use std::{
     sync::Arc,
 };
 
-/// Chunks that one blob may be made of. At the average that this server advertises that is a blob of 50 GB; a request has
-/// room for more only where digests are short.
-pub const SPLICE_MAX_CHUNKS: usize = 100_000;
-/// What is read, and looked at for cuts, in one job, while the writer is busy with what was read before.
+/// Maximum number of chunks of one blob. At the average chunk size that this server advertises, this is a blob of 50 GB. A
+/// request has room for more only if its digests are short.
+pub(crate) const SPLICE_MAX_CHUNKS: usize = 100_000;
+/// Bytes that one job reads and cuts, while the writer is busy with the bytes before.
 const READ_BYTES: usize = 2 * 1024 * 1024;
 
 impl Cas {
-    /// Makes a blob of chunks, in this order, each as often as it is named. A blob that is stored already stays as it is, and
-    /// it and the chunks are renewed (CAS-38). `chunking` is the function to try the cuts against.
+    /// Makes a blob of chunks, in this order; a chunk may occur more than once. If the blob is already stored, it and the
+    /// chunks are renewed (CAS-38). `chunking` is the function whose cuts are compared with the chunks.
     ///
     /// # Errors
-    /// `Invalid` when the chunks are not the blob (CAS-35); `NotFound` when some are not stored (CAS-36); `Exhausted` when
+    /// `Invalid` when the chunks do not make the blob (CAS-35); `NotFound` when some are not stored (CAS-36); `Exhausted` when
     /// there is no room.
     pub async fn splice(
         &self,
@@ -99,12 +99,12 @@ impl Cas {
         Ok(())
     }
 
-    /// Where the chunks are, with leases on all of them.
+    /// Locates the chunks and leases all of them.
     async fn lease_chunks(
         &self,
         instance: &Instance,
         chunks: &[Digest],
-    ) -> Result<(HashMap<Digest, Found>, Lease)> {
+    ) -> Result<(HashMap<Digest, FoundEntry>, Lease)> {
         let distinct: HashSet<Digest> = chunks.iter().filter(|chunk| !chunk.is_empty()).copied().collect();
         let distinct: Vec<Digest> = distinct.into_iter().collect();
         let mut found = HashMap::with_capacity(distinct.len());
@@ -120,7 +120,7 @@ impl Cas {
     }
 }
 
-/// What can be known of a list of chunks without looking for them.
+/// Checks a list of chunks without looking them up.
 fn check_list(blob: Digest, chunks: &[Digest]) -> Result<()> {
     if chunks.len() > SPLICE_MAX_CHUNKS {
         let count = chunks.len();
@@ -139,32 +139,32 @@ fn check_list(blob: Digest, chunks: &[Digest]) -> Result<()> {
     if sum != Some(blob.size()) {
         let sum = sum.map_or("more than 2^64".to_owned(), |sum| sum.to_string());
         return Err(Error::Invalid(format!(
-            "the chunks come to {sum} bytes, which cannot be blob {blob}; nothing was stored"
+            "the chunks have {sum} bytes in total and cannot make blob {blob}; nothing was stored"
         )));
     }
     Ok(())
 }
 
-/// Chunks on their way into one blob; everything here blocks.
+/// Chunks that are read in order to make one blob. Its methods block.
 struct Concatenation {
     cas: Cas,
-    found: HashMap<Digest, Found>,
+    found: HashMap<Digest, FoundEntry>,
     cuts: Option<Cuts>,
     chunks: Chunks,
     next: usize,
-    /// The chunk that is being read, and how far.
+    /// The chunk that is being read, and the position in it.
     open: Option<(BlobReader, u64)>,
 }
 
 impl Concatenation {
-    /// The next bytes, none at the end, and this again.
+    /// Reads the next bytes; none at the end. Returns `self` for the next call.
     fn read(mut self) -> Result<(Self, Vec<Bytes>)> {
         let (mut pieces, mut bytes) = (Vec::new(), 0);
         while bytes < READ_BYTES {
             let Some((reader, at)) = &mut self.open else {
                 let Some(&chunk) = self.chunks.get(self.next) else { break };
                 self.next += 1;
-                // The empty chunk has no file; all others were found.
+                // Only the empty chunk has no entry.
                 if let Some(&found) = self.found.get(&chunk) {
                     // The caller holds the lease.
                     let lease = Lease::none(self.cas.clone());
@@ -188,7 +188,7 @@ impl Concatenation {
     }
 }
 
-/// Whether a client's chunks are those that a chunking function makes; gone as soon as they are not.
+/// Compares a client's chunks with those of a chunking function. It is dropped at the first difference.
 struct Cuts {
     splitter: Splitter,
     chunks: Chunks,
@@ -196,7 +196,7 @@ struct Cuts {
 }
 
 impl Cuts {
-    /// `None` when the sizes alone say no.
+    /// `None` when the sizes alone show a difference.
     fn expected(chunking: Chunking, chunks: &Chunks) -> Option<Self> {
         let sizes = chunking.chunk_sizes();
         let (last, others) = chunks.split_last()?;
@@ -205,7 +205,7 @@ impl Cuts {
         fit.then(|| Self { splitter: Splitter::new(chunking), chunks: chunks.clone(), next: 0 })
     }
 
-    /// Takes the next bytes of the blob.
+    /// Cuts the next bytes of the blob. Returns `None` at a difference.
     fn pass(mut self, bytes: &[u8]) -> Option<Self> {
         self.splitter.push(bytes);
         self.compare().then_some(self)
@@ -221,7 +221,7 @@ impl Cuts {
         true
     }
 
-    /// After the last bytes: whether all cuts are the same.
+    /// Whether all cuts are equal; called after the last bytes.
     fn hold(mut self) -> bool {
         self.splitter.end();
         self.compare() && self.next == self.chunks.len()

@@ -1,21 +1,21 @@
-//! The zstd form of a blob: its frames in a file of their own, so that they are made once.
+//! The zstd form of a blob: its zstd frames in a separate file, so that they are made only once.
 //!
 //! A form is made in the background when a blob is read compressed for the second time, one form at a time. It is an entry of
-//! the index like any other: it counts, it is evicted when it was not used for longest, and a damaged one is dropped. It
-//! answers no question about the blob. Its frames hold [`CHUNK_BYTES`] of the blob each and a [`SeekTable`] follows them, so a
-//! read may begin anywhere.
+//! the index like any other: it counts toward the limit, is evicted in the order of use, and is dropped if it is damaged.
+//! Whether a blob is stored does not depend on its form. Each frame holds [`CHUNK_BYTES`] of the blob, and a [`SeekTable`]
+//! follows the frames, so a read may begin anywhere.
 //!
-//! A form that this process made is trusted while its file is untouched. Any other is decoded and hashed from end to end
-//! before its first byte is served, as blobs are hashed.
+//! A form that this process made is trusted while its file is unchanged. Any other is decoded and hashed from end to end before
+//! its first byte is served.
 //!
-//! What does not get smaller is remembered too, and is sent as it is from then on. Blobs up to
-//! `SMALL_BLOB_BYTES` get no form; [`super::zstd_reader`] keeps them in memory.
+//! A blob that does not get smaller is remembered and sent uncompressed from then on. Blobs up to `SMALL_BLOB_BYTES` get no
+//! form; [`super::zstd_reader`] caches their frames in memory.
 
 use crate::actors::cas::{
     blob::{BlobReader, CheckedFile, damaged, known_stamp, open, tell_verified},
     client::Cas,
-    guards::{Lease, Room},
-    index::{Found, Key, Kind, Stamp},
+    guards::{Lease, UploadRoom},
+    index::{EntryKind, FoundEntry, Key, Stamp},
     new_files::Visible,
     settings::{ZSTD_FORM_PART, ZSTD_HISTORY_WEIGHT, ZSTD_PROBE_BYTES},
     volume::{self, Stored},
@@ -34,30 +34,29 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-/// What was learned from earlier reads of a blob.
+/// What earlier compressed reads of a blob have shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum History {
+pub(crate) enum History {
     /// It was read compressed.
     Read,
-    /// It does not get smaller.
+    /// It does not get smaller by compression.
     Incompressible,
 }
 
-/// The encoders of a store; no more than ever worked at the same time.
+/// The pool of encoders of a store. It never holds more than have worked at the same time.
 #[derive(Debug)]
-pub struct Encoders {
+pub(crate) struct Encoders {
     level: i32,
     idle: Mutex<Vec<Encoder>>,
 }
 
 impl Encoders {
-    /// None yet.
-    pub fn new(level: i32) -> Self {
+    pub(crate) fn new(level: i32) -> Self {
         Self { level, idle: Mutex::default() }
     }
 
-    /// Lends an encoder. Its lock is held for moments, never while the encoder works.
-    pub fn with<T>(&self, work: impl FnOnce(&mut Encoder) -> Result<T>) -> Result<T> {
+    /// Lends an encoder to `work`. The lock of the pool is not held while the encoder works.
+    pub(crate) fn with<T>(&self, work: impl FnOnce(&mut Encoder) -> Result<T>) -> Result<T> {
         let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = idle().pop();
         let mut encoder = kept.map_or_else(|| Encoder::new(self.level), Ok)?;
@@ -67,38 +66,38 @@ impl Encoders {
     }
 }
 
-/// A form that is open and right.
+/// An open, verified form.
 #[derive(Debug)]
-pub struct Form {
+pub(crate) struct Form {
     /// The frames, without the table.
     pub frames: BlobReader,
-    /// Where they begin.
+    /// The table of the frames.
     pub table: SeekTable,
 }
 
 impl Form {
-    /// Opens what was located; `None` when it turns out to be of no use, which is reported. Blocks; for as long as decoding
-    /// takes if it must be.
-    pub fn open(cas: &Cas, found: Found, lease: &Arc<Lease>) -> Option<Self> {
-        // What that says of the form, it has reported: to have too many files open says nothing.
+    /// Opens a located form. Returns `None` when it turns out to be unusable, which is reported. Blocks, if need be for as long
+    /// as decoding takes.
+    pub(crate) fn open(cas: &Cas, found: FoundEntry, lease: &Arc<Lease>) -> Option<Self> {
+        // A damaged form is reported by the callee. Other errors, such as too many open files, say nothing about the form.
         let file = open(cas, &found).ok()?;
         let (table, stamp) = match known_stamp(cas, &found, &*file).ok()? {
             Some(stamp) => (table_of(cas, &found, &*file).ok()?, stamp),
             None => check_form(cas, &found, &*file).ok()?,
         };
         let size = table.sizes().1;
-        let check = |cas: &Cas, found: &Found, file: &dyn Stored| Ok(check_form(cas, found, file)?.1);
+        let check = |cas: &Cas, found: &FoundEntry, file: &dyn Stored| Ok(check_form(cas, found, file)?.1);
         let stored = CheckedFile::new(file, stamp, check);
         let frames = BlobReader::of_file(cas.clone(), found, stored, size, lease.clone());
         Some(Self { frames, table })
     }
 }
 
-/// Decodes and hashes a form. Returns its table and the stamp at which it was right, and tells the actor of it. Blocks.
+/// Decodes and hashes a form. Returns its table and the stamp at which it was verified, and reports it to the actor. Blocks.
 ///
 /// # Errors
-/// `NotFound` when it is not right; that was reported.
-fn check_form(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<(SeekTable, Stamp)> {
+/// `NotFound` when it is damaged, which is reported.
+fn check_form(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<(SeekTable, Stamp)> {
     let table = table_of(cas, found, file)?;
     let before = file.look().map_err(Error::internal)?;
     verify(file, &table, found.file.key.digest).map_err(|error| damaged(cas, found, error.to_string()))?;
@@ -109,8 +108,8 @@ fn check_form(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<(SeekTable,
 /// The table of a form.
 ///
 /// # Errors
-/// `NotFound` when it does not fit the form; that was reported.
-fn table_of(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<SeekTable> {
+/// `NotFound` when it does not fit the form, which is reported.
+fn table_of(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<SeekTable> {
     let length = file.look().map_err(Error::internal)?.size;
     read_table(file, length)
         .ok()
@@ -119,7 +118,7 @@ fn table_of(cas: &Cas, found: &Found, file: &dyn Stored) -> Result<SeekTable> {
         .ok_or_else(|| damaged(cas, found, "its table does not fit it".into()))
 }
 
-/// The table at the end of a file of this length, if it accounts for all that is before it.
+/// The table at the end of a file of this length, if it covers everything before it.
 fn read_table(file: &dyn Stored, length: u64) -> io::Result<Option<SeekTable>> {
     let mut end = [0; TABLE_END_BYTES];
     let Some(end_at) = length.checked_sub(end.len() as u64) else { return Ok(None) };
@@ -133,14 +132,14 @@ fn read_table(file: &dyn Stored, length: u64) -> io::Result<Option<SeekTable>> {
     Ok(SeekTable::decode(&table).filter(|table| table.sizes().1 == table_at))
 }
 
-/// Decodes every frame and makes sure that it holds what the table says, and that together they are the blob.
+/// Decodes every frame and checks that it holds what the table says, and that the frames together make the blob.
 fn verify(file: &dyn Stored, table: &SeekTable, digest: Digest) -> Result<()> {
     let wrong = |problem: &str| Error::Internal(format!("as a zstd stream, {problem}"));
     let mut hasher = digest.hasher();
     let mut decoder = Decoder::new(digest.size())?;
     let (mut buffer, mut at) = (Vec::new(), 0);
     for (plain, packed) in table.frames() {
-        // Ours are never larger; a table that says so would cost memory.
+        // Frames of this server are never larger, and a table that claims so would cost memory.
         if plain > CHUNK_BYTES as u64 || packed > 2 * CHUNK_BYTES as u64 {
             return Err(wrong("it has a frame that is too large"));
         }
@@ -157,18 +156,18 @@ fn verify(file: &dyn Stored, table: &SeekTable, digest: Digest) -> Result<()> {
         }
     }
     let actual = hasher.finish();
-    if actual == digest { Ok(()) } else { Err(wrong(&format!("its content is that of {actual}"))) }
+    if actual == digest { Ok(()) } else { Err(wrong(&format!("its content has the digest {actual}"))) }
 }
 
 impl Cas {
-    /// Where one blob's zstd form is, if it has one.
-    fn locate_form(&self, instance: &Instance, digest: Digest) -> Result<Option<Found>> {
-        let key = Key { digest, instance: instance.blobs(), kind: Kind::Zstd };
+    /// Locates the zstd form of one blob.
+    fn locate_form(&self, instance: &Instance, digest: Digest) -> Result<Option<FoundEntry>> {
+        let key = Key { digest, instance: instance.blobs(), kind: EntryKind::Zstd };
         self.look_up(|index| index.renew(&key))
     }
 
-    /// What earlier reads of a larger blob without a form have taught; this one is counted, and from the second on a form is
-    /// made, in the background.
+    /// Records a compressed read of a larger blob without a form, and returns what earlier reads have shown. From the second
+    /// read on, a form is made in the background.
     pub(crate) fn note_zstd_read(&self, instance: &Instance, digest: Digest) -> Option<History> {
         let shared = self.shared();
         let key = (instance.blobs(), digest);
@@ -181,7 +180,7 @@ impl Cas {
         history
     }
 
-    /// Starts making the form of a blob, unless another one is being made; then a later read tries again.
+    /// Starts making the form of a blob. If another form is being made, a later read tries again.
     fn make_form(&self, instance: &Instance, digest: Digest) {
         if digest.size() > self.shared().settings.max_bytes / ZSTD_FORM_PART {
             return;
@@ -213,13 +212,13 @@ impl Cas {
         Ok(())
     }
 
-    /// Compresses a blob into a file and hands that to the actor; `None` when it does not get smaller.
+    /// Compresses a blob into a file and hands it to the actor. Returns `None` when the blob does not get smaller.
     fn write_form(&self, blob: &BlobReader, instance: InstanceId, digest: Digest) -> Result<Option<Visible>> {
         let shared = self.shared();
         let failed = |error: io::Error| Error::io(&format!("write the zstd form of blob {digest}"), &error);
         let mut target = shared.volume.draft().map_err(failed)?;
-        // One form is made at a time, so one thread at most waits for room.
-        let mut room = Room::none(self.actor().clone());
+        // One form is made at a time, so at most one thread waits for room.
+        let mut room = UploadRoom::none(self.actor().clone());
         let mut grow = |bytes: u64| room.grow_here(&shared.runtime, shared.volume.charge(bytes), u64::MAX);
         let mut table = SeekTable::default();
         let mut frame = Vec::new();
@@ -244,7 +243,7 @@ impl Cas {
         let length = table.sizes().1 + table_bytes.len() as u64;
         grow(length)?;
         target.write(&table_bytes).map_err(failed)?;
-        let key = Key { digest, instance, kind: Kind::Zstd };
+        let key = Key { digest, instance, kind: EntryKind::Zstd };
         let mut files = self.new_files(room.into_reservation());
         files.keep(key, target, length).map_err(failed)?;
         Ok(files.commit())

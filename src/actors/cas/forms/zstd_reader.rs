@@ -1,16 +1,16 @@
-//! [`ZstdReader`]: a stored blob as a zstd stream, from any offset; and small blobs compressed, for batches.
+//! [`ZstdReader`]: a stored blob as a zstd stream from any offset. Also compresses small blobs for batch reads.
 //!
-//! The stream is made of frames that stand alone and begin at multiples of [`CHUNK_BYTES`], but for the first, which begins
-//! at the offset: so it can be decoded without anything that came before (BS-12). Frames come from the blob's zstd form if
-//! there is one, or are made on the way, by jobs on blocking threads, one ahead of the caller. At most as many encoders
-//! work as there are CPUs, in turns among those who wait; a reader that nobody asks holds two jobs' output, about half a MiB.
+//! The stream consists of independent frames that begin at multiples of [`CHUNK_BYTES`], except for the first, which begins at
+//! the offset. So the stream can be decoded without earlier bytes (BS-12). Frames come from the blob's zstd form if there is
+//! one. Otherwise they are made by jobs on blocking threads, one job ahead of the caller. At most one encoder per CPU works at
+//! a time, and waiting readers take turns. An idle reader holds the output of two jobs, about half a MiB.
 
 use crate::actors::cas::{
     blob::{BlobReader, not_found, read_whole},
     client::{Cas, going_down},
     forms::zstd_form::{Form, History},
     guards::Lease,
-    index::Found,
+    index::FoundEntry,
     lookup::Purpose,
     settings::SMALL_BLOB_BYTES,
 };
@@ -24,28 +24,28 @@ use gorego_reapi::{
 use std::sync::Arc;
 use tokio::task::JoinHandle;
 
-/// What a job compresses before it hands over: until it has about so much of the stream ...
+/// A job ends when it has made about this much of the stream.
 const JOB_OUTPUT_BYTES: usize = 128 * 1024;
-/// ... or has taken so much of the blob.
+/// A job also ends when it has compressed this much of the blob.
 const JOB_INPUT_BYTES: u64 = 4 * 1024 * 1024;
-/// Blobs below this are sent as they are in batches: a frame around them takes what it saves.
+/// In batches, blobs below this size are sent uncompressed: the frame overhead outweighs the savings.
 const WORTHWHILE_BYTES: u64 = 128;
 
-/// A blob as a zstd stream; see the top of this file.
+/// A blob as a zstd stream; see the module documentation.
 #[derive(Debug)]
 pub struct ZstdReader {
-    /// Made, and not given out yet.
+    /// Bytes that are made and not returned yet.
     ready: BytesMut,
-    /// Frames that are made here; they come first.
+    /// Frames that are made here; they precede those of the form.
     making: Option<Making>,
-    /// Frames of the form, and where to go on in it.
+    /// The frames of the form, and the position in them.
     form: Option<(BlobReader, u64)>,
 }
 
-/// Makes some frames; its answer is what remains to be made, and the frames.
+/// A job that makes some frames. It returns what remains to be compressed, and the frames.
 type Job = JoinHandle<Result<(Part, Vec<u8>)>>;
 
-/// Frames that are made while they are read.
+/// Frames that are made while the stream is read.
 #[derive(Debug)]
 struct Making {
     cas: Cas,
@@ -59,21 +59,21 @@ struct Part {
     blob: Arc<BlobReader>,
     next: u64,
     end: u64,
-    /// It is known not to get smaller.
+    /// The blob is known not to get smaller.
     stored: bool,
 }
 
 /// An item of a batch read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Item {
-    /// The blob as it is.
+    /// The blob itself.
     Plain(Bytes),
-    /// A zstd stream of it, which is smaller.
+    /// A zstd stream of the blob, which is smaller.
     Zstd(Bytes),
 }
 
 impl ZstdReader {
-    /// The next bytes of the stream: `piece` of them, fewer only at the end; `None` after that.
+    /// The next `piece` bytes of the stream, fewer only at the end; `None` after that.
     ///
     /// # Errors
     /// `DataLoss` when the blob turns out to be shorter than it should be.
@@ -141,7 +141,7 @@ impl Making {
 }
 
 impl Part {
-    /// The next frames. Blocks.
+    /// Makes the next frames. Blocks.
     fn encode(&mut self, cas: &Cas) -> Result<Vec<u8>> {
         let mut frames = Vec::new();
         let stop = self.next.saturating_add(JOB_INPUT_BYTES).min(self.end);
@@ -161,11 +161,10 @@ impl Part {
 }
 
 impl Cas {
-    /// Opens a blob as a zstd stream that stands for its bytes from `offset` on (BS-12); for none of them it is one empty
-    /// frame.
+    /// Opens a blob as a zstd stream of its bytes from `offset` on (BS-12). At the end of the blob it is one empty frame.
     ///
     /// # Errors
-    /// `NotFound` when the blob is not stored, also when its file is damaged (it is dropped then).
+    /// `NotFound` when the blob is not stored. A damaged file counts as not stored, and its entry is dropped.
     pub async fn open_zstd(&self, instance: &Instance, digest: Digest, offset: u64) -> Result<ZstdReader> {
         if digest.size() <= SMALL_BLOB_BYTES {
             return self.open_small_zstd(instance, digest, offset).await;
@@ -208,7 +207,7 @@ impl Cas {
         Ok(match bytes {
             Item::Zstd(stream) => ZstdReader::whole(&stream),
             Item::Plain(bytes) => {
-                // An offset into a small blob is rare, and what does not get smaller is sent as it is.
+                // Uncompressed frames: an offset into a small blob is rare, or the blob does not get smaller.
                 let mut stream = Vec::new();
                 stored_frame(&bytes, &mut stream);
                 ZstdReader::whole(&stream)
@@ -216,11 +215,11 @@ impl Cas {
         })
     }
 
-    /// Reads whole blobs as [`Cas::read_many`] does, compressed where that saves something (CAS-20). What was made of small
-    /// ones is kept in memory for the next time; larger ones come from their zstd form if they have one.
+    /// Reads whole blobs as [`Cas::read_many`] does, compressed where that saves something (CAS-20). Compressed small blobs are
+    /// cached in memory. Larger ones come from their zstd form if they have one.
     ///
     /// # Errors
-    /// Each blob's own; the call's when the server is going down.
+    /// Each blob has its own result. The call fails when the server is shutting down.
     pub async fn read_many_zstd(
         &self,
         instance: &Instance,
@@ -248,17 +247,17 @@ impl Cas {
         .await
     }
 
-    fn read_found(&self, instance: &Instance, found: &Found) -> Result<Bytes> {
+    fn read_found(&self, instance: &Instance, found: &FoundEntry) -> Result<Bytes> {
         let recent = self.shared().recent.get(&(instance.blobs(), found.file.key.digest));
         recent.map_or_else(|| read_whole(self, found), Ok)
     }
 
-    /// One item of a batch, of which nothing is in memory. Blocks.
+    /// Makes one item of a batch that is not cached. Blocks.
     fn pack_item(
         &self,
         instance: &Instance,
-        found: Found,
-        form: Option<Found>,
+        found: FoundEntry,
+        form: Option<FoundEntry>,
         lease: &Arc<Lease>,
     ) -> Result<Item> {
         let digest = found.file.key.digest;
@@ -287,26 +286,26 @@ impl Cas {
     }
 }
 
-/// What a larger blob is read from.
-struct Opened {
-    /// Where the form takes over; the blob's size without a form.
+/// The sources of a stream of a larger blob.
+struct StreamSources {
+    /// The offset from which the form is used; the blob's size without a form.
     form_from: u64,
     form: Option<(BlobReader, u64)>,
-    /// What comes before that.
+    /// The blob, if bytes before `form_from` are needed.
     blob: Option<BlobReader>,
 }
 
-/// Opens what a read from `offset` needs. Blocks.
+/// Opens the sources of a read from `offset`. Blocks.
 fn open_parts(
     cas: &Cas,
-    found: Found,
-    form: Option<Found>,
+    found: FoundEntry,
+    form: Option<FoundEntry>,
     lease: Arc<Lease>,
     offset: u64,
-) -> Result<Opened> {
+) -> Result<StreamSources> {
     let size = found.file.key.digest.size();
     let form = form.and_then(|form| Form::open(cas, form, &lease));
     let (form_from, packed_from) = form.as_ref().map_or((size, 0), |form| form.table.frame_from(offset));
     let blob = (offset < form_from).then(|| BlobReader::open(cas.clone(), found, lease)).transpose()?;
-    Ok(Opened { form_from, form: form.map(|form| (form.frames, packed_from)), blob })
+    Ok(StreamSources { form_from, form: form.map(|form| (form.frames, packed_from)), blob })
 }

@@ -1,4 +1,4 @@
-//! The index against a naive model, with random operations.
+//! Compares the index with a naive model under random operations.
 
 use super::*;
 use crate::instance::InstanceId;
@@ -11,11 +11,11 @@ const NOW: u32 = 1_000_000;
 
 #[derive(Debug, Clone)]
 enum Op {
-    Store { name: u8, kind: Kind, bytes: u64 },
-    Renew { name: u8, kind: Kind },
-    Lease { name: u8, kind: Kind },
+    Store { name: u8, kind: EntryKind, bytes: u64 },
+    Renew { name: u8, kind: EntryKind },
+    Lease { name: u8, kind: EntryKind },
     Release { nth: usize },
-    Lose { name: u8, kind: Kind },
+    Lose { name: u8, kind: EntryKind },
     Hold { bytes: u64 },
     LetGo { nth: usize },
     Evict { bytes: u64, entries: u64 },
@@ -23,7 +23,8 @@ enum Op {
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let kind = || prop_oneof![3 => Just(Kind::Blob), 1 => Just(Kind::Result), 1 => Just(Kind::Zstd)];
+    let kind =
+        || prop_oneof![3 => Just(EntryKind::Blob), 1 => Just(EntryKind::Result), 1 => Just(EntryKind::Zstd)];
     let name = || 0u8..12;
     prop_oneof![
         6 => (name(), kind(), 1u64..40).prop_map(|(name, kind, bytes)| Op::Store { name, kind, bytes }),
@@ -38,11 +39,11 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-fn key(name: u8, kind: Kind) -> Key {
+fn key(name: u8, kind: EntryKind) -> Key {
     Key { digest: DigestFunction::Sha256.digest(&[name]), instance: InstanceId(0), kind }
 }
 
-/// What the index should be: a vector, oldest use first.
+/// The expected state: a vector in the order of use, oldest first.
 #[derive(Default)]
 struct Model {
     entries: Vec<(FileId, u64, u32)>,
@@ -85,15 +86,15 @@ impl Model {
     }
 }
 
-/// What the owner of an index does with the notes of a look-up.
-fn settle(index: &mut Index, found: Option<Found>) {
+/// Settles a use as the owner of an index does after a look-up.
+fn settle(index: &mut Index, found: Option<FoundEntry>) {
     if let Some(found) = found.filter(|found| found.settle_due) {
         index.settle(found.at);
     }
 }
 
 proptest! {
-    /// The oldest unleased entries go first and only when needed; sums are right; the limit holds.
+    /// Only the oldest unleased entries are evicted, and only when needed. The totals are right and the limit holds.
     #[test]
     fn the_index_behaves_like_its_model(ops in proptest::collection::vec(op(), 1..200)) {
         let (mut index, mut model) = (Index::new(LIMIT), Model::default());
@@ -110,7 +111,7 @@ proptest! {
                     if got.is_none() { continue }
                     let lost = index.commit(file, bytes, Stamp::new(1, 1), NOW);
                     let expected = match (model.position(&file.key), kind) {
-                        (Some(position), Kind::Blob | Kind::Zstd) => {
+                        (Some(position), EntryKind::Blob | EntryKind::Zstd) => {
                             model.use_at(position);
                             model.undeleted += bytes;
                             Some(Victim { file, bytes })
@@ -190,9 +191,9 @@ proptest! {
             let totals = index.totals();
             let count = |kind| model.entries.iter().filter(|(file, ..)| file.key.kind == kind).count() as u64;
             prop_assert_eq!(totals, Totals {
-                blobs: count(Kind::Blob),
-                results: count(Kind::Result),
-                zstd_forms: count(Kind::Zstd),
+                blobs: count(EntryKind::Blob),
+                results: count(EntryKind::Result),
+                zstd_forms: count(EntryKind::Zstd),
                 used: model.used(),
                 leased: model.leased(),
                 reserved: model.reserved(),
@@ -205,15 +206,15 @@ proptest! {
 }
 
 fn store(index: &mut Index, name: u8, bytes: u64) -> FileId {
-    let file = FileId { key: key(name, Kind::Blob), generation: u64::from(name) + 1 };
+    let file = FileId { key: key(name, EntryKind::Blob), generation: u64::from(name) + 1 };
     index.reserve(bytes).unwrap();
     assert_eq!(index.commit(file, bytes, Stamp::new(1, 1), NOW), None);
     file
 }
 
 proptest! {
-    /// Look-ups run beside the owner, which settles them late, out of order, or never: whatever it knows of them, it evicts no
-    /// entry that is leased, and none that was used after another one which it keeps was used last.
+    /// The owner settles look-ups late, out of order or never. It must still not evict a leased entry, nor a used entry while
+    /// it keeps an unused one.
     #[test]
     fn an_eviction_sees_uses_that_are_not_settled(
         touches in proptest::collection::vec((0u8..20, 0u8..4), 0..60),
@@ -225,7 +226,7 @@ proptest! {
         }
         let (mut used, mut leases, mut notes) = (HashSet::new(), vec![], vec![]);
         for (name, what) in touches {
-            let key = key(name, Kind::Blob);
+            let key = key(name, EntryKind::Blob);
             match what {
                 0 | 1 => {
                     let found = index.renew(&key, NOW).unwrap();
@@ -242,7 +243,7 @@ proptest! {
             prop_assert!(!gone.contains(key), "it was leased");
             used.insert(*key);
         }
-        let unused = (0..20).map(|name| key(name, Kind::Blob)).filter(|key| !used.contains(key));
+        let unused = (0..20).map(|name| key(name, EntryKind::Blob)).filter(|key| !used.contains(key));
         let kept_unused = unused.filter(|unused| !gone.contains(unused)).count();
         prop_assert!(kept_unused == 0 || gone.is_disjoint(&used), "{gone:?}");
         for (_, at) in leases {
@@ -253,9 +254,49 @@ proptest! {
     }
 }
 
-/// A form is used before its blob, so it goes first, although the blob was the newest entry when both were used.
+/// Running actions hold leases, so nearly all of a small store may be leased for hours.
 #[test]
-fn two_that_are_used_together_go_in_the_order_of_their_use() {
+fn evictions_look_at_each_leased_entry_once() {
+    const LEASED: u64 = 20_000;
+    let mut index = Index::new(LEASED + 10);
+    let file = |n: u64| {
+        let digest = DigestFunction::Sha256.digest(&n.to_le_bytes());
+        FileId { key: Key { digest, instance: InstanceId(0), kind: EntryKind::Blob }, generation: n + 1 }
+    };
+    let store = |index: &mut Index, n| {
+        let victims = index.reserve(1).unwrap().victims;
+        assert_eq!(index.commit(file(n), 1, Stamp::new(1, 1), NOW), None);
+        victims
+    };
+    let leases: Vec<_> = (0..LEASED)
+        .map(|n| {
+            store(&mut index, n);
+            index.lease(&file(n).key, NOW).unwrap().at
+        })
+        .collect();
+    let mut victims = Vec::new();
+    for n in LEASED..2 * LEASED {
+        victims.extend(store(&mut index, n));
+    }
+    assert!(victims.iter().all(|victim| victim.file.generation > LEASED));
+    assert_eq!(victims.len() as u64, LEASED - 10);
+    assert!(index.looks <= 2 * LEASED, "{} looks", index.looks);
+    // They are evicted in the order in which their leases ended, settled or not, after entries that were used before.
+    for (number, at) in leases.into_iter().enumerate() {
+        assert!(index.release(at), "it has to return to the list");
+        if number % 2 == 0 {
+            index.settle(at);
+        }
+    }
+    let victims = index.evict(10, 0, usize::MAX);
+    assert!(victims.iter().all(|victim| victim.file.generation > LEASED), "they were used last");
+    assert_eq!(index.evict(u64::MAX, 0, usize::MAX).len() as u64, LEASED);
+    assert_eq!(index.totals().used, 0);
+}
+
+/// A form is used before its blob, so it is evicted first, although the blob was the newer entry before.
+#[test]
+fn entries_that_are_used_together_are_evicted_in_the_order_of_their_use() {
     let mut index = Index::new(LIMIT);
     let (form, blob) = (store(&mut index, 0, 1), store(&mut index, 1, 1));
     let notes = [form, blob].map(|file| index.renew(&file.key, NOW).unwrap());
@@ -266,9 +307,9 @@ fn two_that_are_used_together_go_in_the_order_of_their_use() {
     assert_eq!(order, [form, blob]);
 }
 
-/// Whatever else was used meanwhile, and however often.
+/// The counter of list moves may wrap any number of times between two uses.
 #[test]
-fn a_use_counts_however_long_ago_the_one_before_was() {
+fn a_use_counts_however_long_ago_the_previous_use_was() {
     let mut index = Index::new(LIMIT);
     for (number, links) in [0, 1, 1 << 30, 1 << 31, (1 << 31) + 1, u32::MAX - 1, 1].into_iter().enumerate() {
         let first = 4 * number as u8;
@@ -310,7 +351,7 @@ fn a_shortage_names_its_numbers_and_evicts_nothing() {
 #[test]
 fn recovery_restores_the_order_of_use_and_keeps_the_later_of_two_files() {
     let mut index = Index::new(LIMIT);
-    let file = |name, generation| FileId { key: key(name, Kind::Blob), generation };
+    let file = |name, generation| FileId { key: key(name, EntryKind::Blob), generation };
     assert_eq!(index.recover(file(0, 1), 30, 300), None);
     assert_eq!(index.recover(file(1, 2), 30, 100), None);
     assert_eq!(index.recover(file(2, 4), 30, 200), None);
@@ -320,14 +361,14 @@ fn recovery_restores_the_order_of_use_and_keeps_the_later_of_two_files() {
     assert_eq!(order, [file(1, 2), file(2, 4), file(0, 1)]);
 }
 
-/// What a use is worth at least in a list that is not kept in exact order.
+/// In a list that is not kept in exact order, a use still protects an entry from the next three quarters of evictions.
 #[test]
 fn a_used_entry_outlives_three_quarters_of_a_long_list() {
     let count = 4 * EXACT_BELOW as u64;
     let mut index = Index::new(count);
     let file = |n: u64| {
         let digest = DigestFunction::Sha256.digest(&n.to_le_bytes());
-        FileId { key: Key { digest, instance: InstanceId(0), kind: Kind::Blob }, generation: n + 1 }
+        FileId { key: Key { digest, instance: InstanceId(0), kind: EntryKind::Blob }, generation: n + 1 }
     };
     for n in 0..count {
         index.reserve(1).unwrap();
@@ -359,7 +400,7 @@ fn a_large_store_is_trimmed_from_the_high_to_the_low_water_mark() {
     for name in 0..98 {
         store(&mut index, name, part);
     }
-    assert!(index.trim(10).is_empty(), "the mark is reached, not passed");
+    assert!(index.trim(10).is_empty(), "the high-water mark is reached but not passed");
     store(&mut index, 98, part);
     assert_eq!(index.trim(3).len(), 3);
     assert_eq!(index.trim(3).len(), 1);
@@ -371,13 +412,13 @@ fn blobs_take_less_than_200_bytes_of_memory_each() {
     let mut index = Index::new(u64::MAX);
     for generation in 1..=100_000u64 {
         let digest = DigestFunction::Sha256.digest(&generation.to_le_bytes());
-        let key = Key { digest, instance: InstanceId(0), kind: Kind::Blob };
+        let key = Key { digest, instance: InstanceId(0), kind: EntryKind::Blob };
         index.recover(FileId { key, generation }, 4_096, NOW);
     }
     assert!(index.memory() < 200 * 100_000, "{} bytes each", index.memory() / 100_000);
 }
 
-/// HTTP clients name an entry by its hash alone.
+/// HTTP clients refer to an entry by its hash alone.
 #[test]
 fn an_entry_is_found_without_its_size_and_results_that_differ_only_in_size_are_few() {
     let sized = |size: i64, kind| {
@@ -388,16 +429,16 @@ fn an_entry_is_found_without_its_size_and_results_that_differ_only_in_size_are_f
     let mut index = Index::new(1 << 30);
     let mut crowded_out = 0;
     for size in 1..=20 {
-        let file = FileId { key: sized(size, Kind::Result), generation: size.unsigned_abs() };
+        let file = FileId { key: sized(size, EntryKind::Result), generation: size.unsigned_abs() };
         index.reserve(1).unwrap();
         crowded_out += usize::from(index.commit(file, 1, Stamp::UNTRUSTED, NOW).is_some());
     }
     assert_eq!((index.totals().results as usize, crowded_out), (MAX_ALIKE, 20 - MAX_ALIKE));
     assert_eq!(
-        index.find_by_hash(&sized(0, Kind::Result)),
-        Some(sized(20, Kind::Result).digest),
-        "the newest"
+        index.find_by_hash(&sized(0, EntryKind::Result)),
+        Some(sized(20, EntryKind::Result).digest),
+        "the newest one is found"
     );
-    assert_eq!(index.find_by_hash(&sized(0, Kind::Blob)), None);
-    assert_eq!(index.find_by_hash(&Key { instance: InstanceId(1), ..sized(0, Kind::Result) }), None);
+    assert_eq!(index.find_by_hash(&sized(0, EntryKind::Blob)), None);
+    assert_eq!(index.find_by_hash(&Key { instance: InstanceId(1), ..sized(0, EntryKind::Result) }), None);
 }

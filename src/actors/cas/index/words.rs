@@ -1,62 +1,59 @@
-//! The words in which the index is asked and answers.
+//! The argument and answer types of the index.
 
 use crate::instance::InstanceId;
 use gorego_reapi::{digest::Digest, error::Error};
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kind {
+pub enum EntryKind {
     /// A blob, under its own digest.
     Blob,
     /// An action result, under the digest of its action.
     Result,
-    /// The zstd form of a blob, under the digest of the blob. Nobody asks whether it is stored: it saves work, no more.
+    /// The zstd form of a blob, under the digest of the blob. It only saves work; nobody depends on it.
     Zstd,
 }
 
-impl Kind {
-    /// Every kind.
+impl EntryKind {
     pub const ALL: [Self; 3] = [Self::Blob, Self::Result, Self::Zstd];
 }
 
-/// The name of an entry.
+/// The key of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
     /// Digest of the blob, or of the action.
     pub digest: Digest,
-    /// The namespace (GEN-15).
+    /// The namespace that it is stored in (GEN-15).
     pub instance: InstanceId,
-    /// What it is.
-    pub kind: Kind,
+    pub kind: EntryKind,
 }
 
-/// One stored file: an incarnation of an entry. A later upload of the same blob is another file.
+/// The identity of one stored file. A later upload of the same blob is another file of the same entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileId {
-    /// The entry.
     pub key: Key,
     /// Number of the file, unique in the store and never used again; 0 for none.
     pub generation: u64,
 }
 
-/// A file that the index has let go and that is to be deleted.
+/// A file that was evicted or replaced and is to be deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Victim {
-    /// The file.
+pub(crate) struct Victim {
+    /// The file to delete.
     pub file: FileId,
     /// Bytes that it takes on disk.
     pub bytes: u64,
 }
 
-/// Names an entry without its key; stale once the entry's file is replaced or gone.
+/// Refers to an entry without its key. It is stale once the entry's file is replaced or removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EntryRef {
     pub(super) slot: u32,
     pub(super) generation: u64,
 }
 
-/// Inode number and change time of a file, recorded when its content was last known to be right. No user can restore either;
-/// the modification time is left out because to set it moves the change time.
+/// Inode number and change time of a file, recorded when its content was last verified. No user can restore either of them. The
+/// modification time is not needed, because setting it moves the change time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     inode: u64,
@@ -64,7 +61,7 @@ pub struct Stamp {
 }
 
 impl Stamp {
-    /// The content is not known to be right: it is hashed before it is served.
+    /// The content is not verified and is hashed before it is served.
     pub const UNTRUSTED: Self = Self { inode: 0, changed: i64::MIN };
 
     /// The stamp of a file with this inode number and this change time, in nanoseconds since 1970.
@@ -72,67 +69,65 @@ impl Stamp {
         Self { inode, changed }
     }
 
-    /// The change time.
+    /// The change time, in nanoseconds since 1970.
     pub fn changed(self) -> i64 {
         self.changed
     }
 }
 
-/// What the index says of an entry that it has.
+/// The result of a successful look-up.
 #[derive(Debug, Clone, Copy)]
-pub struct Found {
-    /// The entry.
+pub(crate) struct FoundEntry {
     pub at: EntryRef,
-    /// Its file.
+    /// The file of the entry.
     pub file: FileId,
-    /// What its file looked like when its content was last known to be right.
+    /// The stamp of its file when its content was last verified.
     pub stamp: Stamp,
-    /// Its recency on disk is out of date; set at most once an hour for an entry.
+    /// The use recorded on disk is out of date. Set at most once an hour for an entry.
     pub touch_due: bool,
-    /// Its place in the order of use is out of date: [`super::Index::settle`] should be told.
+    /// Its place in the order of use is out of date; [`super::Index::settle`] should be called.
     pub settle_due: bool,
 }
 
-/// Room for a write.
+/// Room that was reserved for a write.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Grant {
-    /// What had to go for it.
+pub(crate) struct Grant {
+    /// Files that were evicted for it.
     pub victims: Vec<Victim>,
     /// The room is free once [`super::Index::bytes_deleted`] has reached this.
     pub after_deletions: u64,
 }
 
-/// There is no room, whatever is evicted.
+/// There is not enough room, even if everything evictable is evicted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shortage {
-    /// Bytes asked for.
     pub wanted: u64,
-    /// Bytes that running actions and open readers hold.
+    /// Bytes leased by running actions and open readers.
     pub leased: u64,
-    /// Bytes promised to uploads in progress.
+    /// Bytes reserved for uploads in progress.
     pub reserved: u64,
-    /// Bytes that the store may take.
+    /// The size limit of the store, in bytes.
     pub limit: u64,
 }
 
-/// The sums of an index.
+/// Counts and bytes of an index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Totals {
-    /// Blobs.
+    /// Number of blobs.
     pub blobs: u64,
-    /// Action results.
+    /// Number of action results.
     pub results: u64,
-    /// zstd forms of blobs.
+    /// Number of zstd forms.
     pub zstd_forms: u64,
-    /// Bytes on disk of all of them.
+    /// Bytes on disk of all entries.
     pub used: u64,
     /// The part of `used` that is leased.
     pub leased: u64,
-    /// Bytes promised to uploads in progress.
+    /// Bytes reserved for uploads in progress.
     pub reserved: u64,
     /// Bytes of files that are being deleted.
     pub deleting: u64,
-    /// Bytes that `used` and `reserved` together may reach.
+    /// The bound on `used` and `reserved` together, in bytes.
     pub limit: u64,
 }
 
@@ -143,7 +138,7 @@ impl From<Shortage> for Error {
             "no room for {wanted} bytes: of the store's {limit} bytes, {leased} are in use by running actions and open \
              readers and {reserved} are promised to other uploads (max_size_gb raises the limit)"
         );
-        // What does not fit an empty store will not fit later.
+        // A blob that does not fit into an empty store will not fit later either.
         Self::Exhausted {
             message,
             retry_after: (wanted <= limit).then_some(gorego_reapi::error::DISK_FULL_RETRY),

@@ -1,15 +1,14 @@
-//! The action cache's side of [`Cas`]: results are read, checked against what is stored, and written.
+//! The action cache part of [`Cas`]: results are read, checked against what is stored, and written.
 //!
-//! A result that is looked up for the first time is read from its file, and the Trees and Directories that it names are
-//! read for the files in them. Blobs of it that nobody has read since the start are hashed, so that no result outlives a blob
-//! that went bad. What comes of that is immutable and kept in memory; from then on a hit is a look-up that checks and renews every
-//! reference in the index (AC-03, AC-04).
+//! The first look-up of a result reads its file, and the Trees and Directories that it names. Blobs that were not read since
+//! the start are hashed, so that no result outlives a damaged blob. The [`LoadedResult`] is immutable and cached in memory.
+//! From then on a hit is a look-up that checks and renews every reference in the index (AC-03, AC-04).
 
 use crate::actors::cas::{
     blob::{is_sound, not_found, read_unchecked, report},
     client::{Cas, Provenance},
     decoding::worst_case,
-    index::{EntryRef, Found, Key, Kind, Stamp},
+    index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
     lookup::Purpose,
     new_files::NewFiles,
     results::{self, DirectReferences, LoadedResult, ResultLookup, Uploader},
@@ -27,10 +26,11 @@ use gorego_reapi::{
 use std::{sync::Arc, time::SystemTime};
 
 impl Cas {
-    /// A stored result whose every blob is present and was just renewed (AC-03, AC-04); a result that lacks one is dropped.
+    /// Returns a stored result whose blobs are all present and just renewed (AC-03, AC-04). A result that lacks a blob is
+    /// dropped.
     ///
     /// # Errors
-    /// `Unavailable` when the server is going down.
+    /// `Unavailable` when the server is shutting down.
     pub async fn get_result(
         &self,
         instance: &Instance,
@@ -47,7 +47,7 @@ impl Cas {
                 }
                 ResultLookup::Cold(found) => found,
             };
-            // Only one that has been replaced since is worth another look.
+            // Only a result that was replaced meanwhile is worth another try.
             if tried.replace(found.file.generation) == Some(found.file.generation) {
                 return Ok(None);
             }
@@ -58,12 +58,12 @@ impl Cas {
         Ok(None)
     }
 
-    /// Reads a result that is not in memory, and checks it. `None` also when its file went away because of an update.
+    /// Reads a result that is not in memory, and checks it. Returns `None` also if an update has deleted its file.
     async fn load_result(
         &self,
         instance: &Instance,
         action: Digest,
-        found: Found,
+        found: FoundEntry,
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let id = instance.id();
         let Some(result) = self.read_result(instance, action, found).await? else { return Ok(None) };
@@ -82,8 +82,8 @@ impl Cas {
         self.confirm_loaded(instance, found, &loaded)
     }
 
-    /// Hashes those of a result's blobs that nobody has read since the start. What is bad is dropped, and the result with it when
-    /// it is confirmed.
+    /// Hashes the blobs of a result that were not read since the start. Damaged blobs are dropped, and then the result is
+    /// dropped when it is confirmed.
     async fn check_unread(&self, instance: &Instance, references: &[Digest]) -> Result<()> {
         for part in references.chunks(LOOKUPS_PER_TURN) {
             let located = self.locate(instance, part, Purpose::Read).await?;
@@ -103,7 +103,7 @@ impl Cas {
         Ok(())
     }
 
-    /// What [`Cas::confirm_loaded`] does, for a result that refers to many blobs: others are served in between.
+    /// Like [`Cas::confirm_loaded`], for a result with many references: other callers are served in between.
     async fn confirm_in_parts(
         &self,
         instance: &Instance,
@@ -122,7 +122,7 @@ impl Cas {
         Ok(Some(loaded.result.clone()))
     }
 
-    /// What is kept of a result in memory, under its weight.
+    /// Builds the [`LoadedResult`] and its weight.
     async fn loaded(
         &self,
         generation: u64,
@@ -142,7 +142,7 @@ impl Cas {
         &self,
         instance: &Instance,
         action: Digest,
-        found: Found,
+        found: FoundEntry,
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let cas = self.clone();
         let bytes = match self.blocking(move || read_unchecked(&cas, &found, results::MAX_FILE_BYTES)).await?
@@ -166,7 +166,7 @@ impl Cas {
         .await
     }
 
-    /// Everything that a result references, or why that cannot be known.
+    /// Everything that a result references, or the reason why it cannot be determined.
     async fn load_references(
         &self,
         instance: &Instance,
@@ -220,11 +220,11 @@ impl Cas {
         Ok(Ok(references))
     }
 
-    /// Stores a result, replacing an earlier one atomically (AC-08). Inlined contents become blobs first (AC-05);
-    /// execution metadata is always present afterwards (AC-09). Returns what was stored.
+    /// Stores a result and atomically replaces an earlier one (AC-08). Inlined contents become blobs first (AC-05). Execution
+    /// metadata is always present afterwards (AC-09). Returns the stored result.
     ///
     /// # Errors
-    /// `Invalid` for digests or output paths that are malformed, absolute, escaping or doubled (AC-10).
+    /// `Invalid` for digests or output paths that are malformed, absolute, escaping or duplicate (AC-10).
     pub async fn put_result(
         &self,
         instance: &Instance,
@@ -252,12 +252,12 @@ impl Cas {
     }
 }
 
-/// A result that was checked and encoded, for one file.
+/// A result that is checked and encoded for its file.
 pub(crate) struct PreparedResult {
     action: Digest,
     result: Arc<reapi::ActionResult>,
     file: Bytes,
-    /// What was inlined; these blobs have to be stored first.
+    /// Contents that were inlined; these blobs have to be stored first.
     pub(crate) contents: Vec<(Digest, Bytes)>,
 }
 
@@ -278,7 +278,7 @@ impl PreparedResult {
         Ok(Self { action, result: Arc::new(result), file, contents })
     }
 
-    /// Bytes that it takes on disk.
+    /// Bytes that the file takes on disk.
     pub(crate) fn charge(&self, cas: &Cas) -> u64 {
         cas.shared().volume.charge(self.file.len() as u64)
     }
@@ -286,11 +286,11 @@ impl PreparedResult {
     /// Writes the file, which is not visible yet. Blocks.
     pub(crate) fn write(self, cas: &Cas, files: &mut NewFiles, instance: InstanceId) -> Result<()> {
         let Self { action, result, file: bytes, .. } = self;
-        let key = Key { digest: action, instance, kind: Kind::Result };
+        let key = Key { digest: action, instance, kind: EntryKind::Result };
         let file = files
             .write(key, &[bytes])
             .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
-        // Without Trees all references are known at once, and the first hit needs no file.
+        // Without Trees and Directories all references are known, so the first hit reads no file.
         if let Ok(direct) = DirectReferences::of(&result, action.function())
             && direct.trees.is_empty()
             && direct.roots.is_empty()

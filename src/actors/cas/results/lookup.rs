@@ -1,11 +1,11 @@
-//! Look-ups of action results: what is answered from the index and from memory alone.
+//! Look-ups of action results that are answered from the index and from memory.
 
 use super::LoadedResult;
 use crate::{
     actors::cas::{
         CasActor, LOG,
         client::Cas,
-        index::{EntryRef, Found, Key, Kind, Stamp},
+        index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
         settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
     },
     actors::mail::Receive,
@@ -16,19 +16,19 @@ use actix::Message;
 use gorego_reapi::{digest::Digest, error::Result, proto::reapi};
 use std::sync::Arc;
 
-/// What is known of a result.
-pub enum ResultLookup {
-    /// Complete; everything it references was just renewed.
+/// The outcome of a look-up without reading files.
+pub(crate) enum ResultLookup {
+    /// The result is complete. Everything that it references was just renewed.
     Hit(Arc<reapi::ActionResult>),
-    /// None, or not complete.
+    /// There is no complete result.
     Miss,
-    /// There is one; its file, or blobs of it that nobody has read since the start, have to be read to know more.
-    Cold(Found),
-    /// It is in memory, and refers to more blobs than are looked up in one turn.
-    Long(Found, Arc<LoadedResult>),
+    /// There is a result, but its file, or blobs that were not read since the start, have to be read first.
+    Cold(FoundEntry),
+    /// The result is in memory, but refers to more blobs than are looked up in one turn.
+    Long(FoundEntry, Arc<LoadedResult>),
 }
 
-/// Fact: a stored result references what is not stored any more.
+/// Fact: a stored result references a blob that is no longer stored.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Incomplete {
@@ -37,19 +37,19 @@ pub struct Incomplete {
 }
 
 impl Cas {
-    /// The whole digest of an action that has a result, of which only the hash is known. That of the newest result, should
-    /// several be stored under one hash.
+    /// The full digest of an action that has a result and of which only the hash is known. If several results are stored under
+    /// the hash, that of the newest one.
     ///
     /// # Errors
-    /// `Unavailable` when the server is going down.
+    /// `Unavailable` when the server is shutting down.
     pub fn action_by_hash(&self, instance: &Instance, like: Digest) -> Result<Option<Digest>> {
-        let key = Key { digest: like, instance: instance.id(), kind: Kind::Result };
+        let key = Key { digest: like, instance: instance.id(), kind: EntryKind::Result };
         self.look_up(|index| index.find_by_hash(&key))
     }
 
-    /// What is known of a result without reading any file.
+    /// Looks a result up without reading any file.
     pub(crate) fn look_up_result(&self, instance: &Instance, action: Digest) -> Result<ResultLookup> {
-        let key = Key { digest: action, instance: instance.id(), kind: Kind::Result };
+        let key = Key { digest: action, instance: instance.id(), kind: EntryKind::Result };
         let Some(found) = self.look_up(|index| index.renew(&key))? else { return Ok(ResultLookup::Miss) };
         match self.shared().results.get(&(instance.id(), action)) {
             Some(loaded) if loaded.generation == found.file.generation => {
@@ -66,7 +66,7 @@ impl Cas {
     pub(crate) fn confirm_loaded(
         &self,
         instance: &Instance,
-        found: Found,
+        found: FoundEntry,
         loaded: &LoadedResult,
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         Ok(match self.confirm(instance, found, loaded, false)? {
@@ -75,14 +75,13 @@ impl Cas {
         })
     }
 
-    /// A result is a hit if its every reference is stored: all of them are renewed. One that lacks something is dropped
-    /// (AC-03). One that was replaced since it was looked up is still an answer: it was the result when it was asked for
-    /// (AC-08). With `were_read`, a reference that nobody has read since the start makes the result a cold one: its file may be
-    /// bad.
+    /// Checks and renews all references of a result. If one is missing, the result is dropped (AC-03). A result that was
+    /// replaced since the look-up is still a valid answer: it was current when it was asked for (AC-08). With `were_read`, a
+    /// reference that was not read since the start makes the result a cold one, because its file may be damaged.
     fn confirm(
         &self,
         instance: &Instance,
-        found: Found,
+        found: FoundEntry,
         loaded: &LoadedResult,
         were_read: bool,
     ) -> Result<ResultLookup> {
@@ -99,7 +98,7 @@ impl Cas {
                 })
             })?;
             if let Some(lost) = lost {
-                // If it was replaced since, there is nothing to drop.
+                // If the result was replaced meanwhile, this drops nothing.
                 self.drop_result(found.at, format!("blob {lost} is gone"));
                 return Ok(ResultLookup::Miss);
             }
@@ -110,7 +109,7 @@ impl Cas {
         Ok(ResultLookup::Hit(loaded.result.clone()))
     }
 
-    /// Drops a result that is not complete any more.
+    /// Drops a result that is no longer complete.
     pub(crate) fn drop_result(&self, at: EntryRef, reason: String) {
         self.shared().view.condemn(at);
         self.actor().do_send(Incomplete { at, reason });
@@ -125,7 +124,7 @@ impl Receive<Incomplete> for CasActor {
         if let Some(victim) = removed {
             Event::debug(LOG, "result_dropped")
                 .with_shown("action_digest", &victim.file.key.digest)
-                .log(format_args!("dropped an action result that is not complete any more: {reason}"));
+                .log(format_args!("dropped an action result that is no longer complete: {reason}"));
             self.delete(vec![victim], ctx);
         }
     }

@@ -1,4 +1,4 @@
-//! Splits and splices: what is stored, remembered, refused, and left behind.
+//! Splits and splices.
 
 use super::*;
 use futures::FutureExt as _;
@@ -8,7 +8,7 @@ fn small() -> Chunking {
     Chunking::fast_cdc(4_096, 0).unwrap()
 }
 
-/// What a client would upload.
+/// The chunks that a client would upload.
 fn cut(bytes: &[u8], chunking: Chunking) -> Vec<Bytes> {
     let mut splitter = Splitter::new(chunking);
     splitter.push(bytes);
@@ -20,7 +20,7 @@ fn digests(chunks: &[Bytes]) -> Vec<Digest> {
     chunks.iter().map(|chunk| digest(chunk)).collect()
 }
 
-impl Store {
+impl TestStore {
     async fn split(&self, blob: Digest) -> Result<Vec<Digest>> {
         Ok(self.cas.split(&self.main, blob, small(), usize::MAX).await?.to_vec())
     }
@@ -29,7 +29,7 @@ impl Store {
         self.cas.splice(&self.main, blob, chunks.to_vec(), small()).await
     }
 
-    /// Waits until nothing is promised or leased, and no upload waits to be resumed; how many blobs there are then.
+    /// Waits until nothing is reserved or leased and no upload is unfinished. Returns the number of blobs.
     async fn settled(&self) -> u64 {
         eventually(|| async {
             let StoreInspection { totals, running_uploads, partial_uploads } = self.inspect().await;
@@ -49,7 +49,7 @@ impl Store {
 /// CAS-30, CAS-31, CAS-32.
 #[actix::test]
 async fn a_split_stores_the_chunks_and_renews_everything() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(LARGE, 1);
     let blob = store.put(bytes.clone()).await;
     let chunks = store.split(blob).await.unwrap();
@@ -60,7 +60,7 @@ async fn a_split_stores_the_chunks_and_renews_everything() {
     }
     assert_eq!(joined, bytes);
     assert_eq!(store.split(blob).await.unwrap(), chunks);
-    // One that fits a single chunk, with and without looking at it; and the blob without bytes.
+    // A blob of a single chunk, by its size or by its content; and the empty blob.
     for (bytes, count) in [(noise(1_000, 2), 1), (noise(1_100, 2), 1), (Bytes::new(), 0)] {
         let blob = store.put(bytes).await;
         assert_eq!(store.split(blob).await.unwrap(), vec![blob; count]);
@@ -72,17 +72,17 @@ async fn a_split_stores_the_chunks_and_renews_everything() {
     assert!(matches!(elsewhere, Err(Error::NotFound(_))), "GEN-15");
 }
 
-/// CAS-32, the better answer: what was lost is made again from the blob. Without the blob nothing claims that it is there.
+/// CAS-32: lost chunks are made again from the blob. Without the blob the split fails.
 #[actix::test]
 async fn lost_chunks_and_forgotten_recipes_are_made_again_and_a_lost_blob_is_not() {
-    let mut store = Store::new().await;
+    let mut store = TestStore::new().await;
     let blob = store.put(noise(LARGE, 1)).await;
     let chunks = store.split(blob).await.unwrap();
     let written = store.file_of(chunks[0]);
     store.lose(chunks[1]).await;
     assert_eq!(store.split(blob).await.unwrap(), chunks);
     assert!(store.has(chunks[1]).await);
-    assert_eq!(store.file_of(chunks[0]), written, "what was there is not written again");
+    assert_eq!(store.file_of(chunks[0]), written, "a chunk that is still stored is not written again");
     store.cas.shared().chunk_work.forget();
     assert_eq!(store.split(blob).await.unwrap(), chunks);
     store = store.restart().await;
@@ -94,8 +94,8 @@ async fn lost_chunks_and_forgotten_recipes_are_made_again_and_a_lost_blob_is_not
 }
 
 #[actix::test]
-async fn many_splits_of_one_blob_at_once_are_one_and_a_caller_that_leaves_holds_up_nobody() {
-    let store = Store::new().await;
+async fn concurrent_splits_of_one_blob_are_done_once_and_a_caller_that_leaves_holds_up_nobody() {
+    let store = TestStore::new().await;
     let blob = store.put(noise(3_000_000, 1)).await;
     let mut left = Box::pin(store.split(blob));
     assert!(left.as_mut().now_or_never().is_none());
@@ -104,22 +104,22 @@ async fn many_splits_of_one_blob_at_once_are_one_and_a_caller_that_leaves_holds_
     let answers = others.await;
     assert!(answers.iter().all(|answer| answer.as_ref().unwrap() == answers[0].as_ref().unwrap()));
     for chunk in answers[0].as_ref().unwrap() {
-        // Two files would be two incarnations.
+        // Two files would mean that it was stored twice.
         store.file_of(*chunk);
     }
     store.settled().await;
 }
 
 #[actix::test]
-async fn a_blob_that_cannot_be_split_here_is_refused_with_the_reason_and_nothing_is_evicted_for_it() {
-    let store = Store::with_limit(2 * MB).await;
+async fn a_split_that_cannot_fit_is_refused_with_the_reason_and_evicts_nothing() {
+    let store = TestStore::with_limit(2 * MB).await;
     let other = store.put(noise(5_000, 1)).await;
     let blob = store.put(noise(1_200_000, 2)).await;
     let error = store.split(blob).await.unwrap_err();
     assert!(matches!(&error, Error::Precondition(_)), "GEN-20: {error}");
     assert!(store.has(other).await && store.has(blob).await);
 
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let blob = store.put(noise(LARGE, 1)).await;
     let count = store.split(blob).await.unwrap().len();
     for forgotten in [false, true] {
@@ -134,10 +134,32 @@ async fn a_blob_that_cannot_be_split_here_is_refused_with_the_reason_and_nothing
     }
 }
 
+/// Also for those who wait for the split that is refused.
+#[actix::test]
+async fn a_split_into_too_many_chunks_is_refused_to_others_without_doing_it_again() {
+    let store = TestStore::new().await;
+    let blob = store.put(noise(LARGE, 1)).await;
+    let count = store.split(blob).await.unwrap().len();
+    store.cas.shared().chunk_work.forget();
+    let split = |max| store.cas.split(&store.main, blob, small(), max);
+    let refused = |answer| matches!(answer, Err(Error::Precondition(_)));
+    assert!(refused(split(count - 1).await));
+    let places = &store.cas.shared().chunk_work.places;
+    let held: Vec<_> = std::iter::from_fn(|| places.take(store.cas.caller(), 1).ok()).collect();
+    for max in [count - 1, count - 2, 1] {
+        assert!(refused(split(max).await), "without a place");
+    }
+    assert!(split(count).now_or_never().is_none(), "it may fit");
+    drop(held);
+    assert_eq!(split(count).await.unwrap().len(), count);
+    store.lose(blob).await;
+    assert!(matches!(split(count - 1).await, Err(Error::NotFound(_))), "CAS-32");
+}
+
 /// CAS-35, CAS-36, CAS-37, CAS-38.
 #[actix::test]
-async fn a_splice_is_the_chunks_in_order_and_anything_else_is_refused_without_a_trace() {
-    let store = Store::new().await;
+async fn a_splice_joins_the_chunks_in_order_and_a_wrong_one_is_refused_and_leaves_nothing() {
+    let store = TestStore::new().await;
     let (one, two, long) = (noise(100_000, 1), noise(150_000, 2), noise(3_000_000, 3));
     let parts = store.put_all(&[one.clone(), two.clone(), long.clone()]).await;
     let [c1, c2, c3] = parts[..] else { panic!() };
@@ -151,7 +173,7 @@ async fn a_splice_is_the_chunks_in_order_and_anything_else_is_refused_without_a_
         assert!(matches!(error, Error::Invalid(_)), "{chunks:?}: {error}");
         assert!(!store.has(blob).await);
     }
-    // The right size of a chunk that is not there.
+    // A chunk of the right size that is not stored.
     let unknown = digest(&noise(100_000, 9));
     let error = store.splice(blob, &[c1, c2, c3, unknown]).await.unwrap_err();
     assert!(matches!(&error, Error::NotFound(m) if m.contains(&unknown.to_string())), "{error}");
@@ -167,10 +189,10 @@ async fn a_splice_is_the_chunks_in_order_and_anything_else_is_refused_without_a_
     store.splice(digest(b""), &[]).await.unwrap();
 }
 
-/// A damaged chunk is a missing one.
+/// A damaged chunk counts as missing.
 #[actix::test]
 async fn a_splice_over_a_damaged_chunk_stores_nothing() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (one, two) = (noise(100_000, 1), noise(200_000, 2));
     let chunks = store.put_all(&[one.clone(), two.clone()]).await;
     overwrite(&store.file_of(chunks[1]), |bytes| bytes[7] ^= 1);
@@ -181,21 +203,21 @@ async fn a_splice_over_a_damaged_chunk_stores_nothing() {
     store.splice(blob, &chunks).await.unwrap();
 }
 
-/// Nobody can forge a recipe: of a splice it is kept only where its cuts are those of the function.
+/// Clients cannot forge a recipe: that of a splice is kept only if its cuts are those of the chunking function.
 #[actix::test]
-async fn a_split_after_a_splice_gives_the_functions_own_chunks_whatever_the_client_cut() {
-    let store = Store::new().await;
+async fn a_split_after_a_splice_gives_the_chunks_of_the_function_however_the_client_cut() {
+    let store = TestStore::new().await;
     let bytes = noise(LARGE, 1);
     let blob = digest(&bytes);
     let right = cut(&bytes, small());
     let expected = digests(&right);
-    // Sizes within the bounds, at other places; and far outside of them.
+    // Chunks of allowed sizes with other cuts, and chunks that are far too large.
     let shifted: Vec<Bytes> = bytes.chunks(4_000).map(Bytes::copy_from_slice).collect();
     let halves: Vec<Bytes> = bytes.chunks(LARGE / 2).map(Bytes::copy_from_slice).collect();
     for (chunks, remembered) in [(&shifted, false), (&halves, false), (&right, true)] {
         let parts = store.put_all(chunks).await;
         store.splice(blob, &parts).await.unwrap();
-        let known = store.cas.known_chunks(&store.main, blob, small()).await.unwrap();
+        let known = store.cas.known_recipe(&store.main, blob, small(), usize::MAX).await.unwrap();
         assert_eq!(known.is_some(), remembered);
         assert_eq!(store.split(blob).await.unwrap(), expected);
         store.cas.shared().chunk_work.forget();
@@ -204,8 +226,8 @@ async fn a_split_after_a_splice_gives_the_functions_own_chunks_whatever_the_clie
 }
 
 #[actix::test]
-async fn chunks_are_not_evicted_while_they_are_spliced_and_what_does_not_fit_harms_nothing() {
-    let store = Store::with_limit(MB).await;
+async fn a_splice_that_does_not_fit_fails_and_evicts_none_of_its_chunks() {
+    let store = TestStore::with_limit(MB).await;
     let chunks = cut(&noise(600_000, 1), small());
     let parts = store.put_all(&chunks).await;
     let blob = digest(&chunks.concat());

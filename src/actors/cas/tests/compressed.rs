@@ -1,4 +1,4 @@
-//! zstd: uploads, reads from any offset, forms, batches.
+//! zstd: uploads, reads from any offset, forms and batches.
 
 use super::*;
 use crate::actors::cas::{blob::BlobWriter, settings::SMALL_BLOB_BYTES};
@@ -7,17 +7,17 @@ use gorego_reapi::compression::{CHUNK_BYTES, decode_all, stored_frame};
 
 const NAME: &str = "uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/compressed-blobs/zstd/x";
 
-/// Bytes that get smaller.
+/// Compressible bytes.
 fn text(length: usize, seed: u64) -> Bytes {
     noise(length, seed).iter().map(|byte| b"the quick fox"[usize::from(byte % 13)]).collect()
 }
 
-/// One frame, as a client makes it.
+/// A zstd stream, as a client makes it.
 fn pack(plain: &[u8]) -> Bytes {
     zstd::encode_all(plain, 3).unwrap().into()
 }
 
-async fn begin(store: &Store, name: &str, digest: Digest, offset: u64) -> Result<BlobWriter> {
+async fn begin(store: &TestStore, name: &str, digest: Digest, offset: u64) -> Result<BlobWriter> {
     match store.cas.begin_upload(&store.main, name, digest, offset).await? {
         Upload::Writer(writer) => Ok(writer.decoding()),
         Upload::Present => panic!("{digest} is stored"),
@@ -32,14 +32,14 @@ async fn send(writer: &mut BlobWriter, stream: &Bytes, chunk: usize) -> Result<(
     Ok(())
 }
 
-async fn upload(store: &Store, digest: Digest, stream: &Bytes, chunk: usize) -> Result<Digest> {
+async fn upload(store: &TestStore, digest: Digest, stream: &Bytes, chunk: usize) -> Result<Digest> {
     let mut writer = begin(store, NAME, digest, 0).await?;
     send(&mut writer, stream, chunk).await?;
     writer.finish().await
 }
 
-/// A compressed read as a client decodes it; also checks how it is cut.
-async fn get_zstd(store: &Store, digest: Digest, offset: u64) -> Result<Bytes> {
+/// Reads compressed and decodes like a client. Also checks the sizes of the pieces.
+async fn get_zstd(store: &TestStore, digest: Digest, offset: u64) -> Result<Bytes> {
     let mut reader = store.cas.open_zstd(&store.main, digest, offset).await?;
     let mut pieces: Vec<Bytes> = vec![];
     while let Some(piece) = reader.next(20_000).await? {
@@ -49,18 +49,18 @@ async fn get_zstd(store: &Store, digest: Digest, offset: u64) -> Result<Bytes> {
     Ok(zstd::decode_all(&pieces.concat()[..]).unwrap().into())
 }
 
-async fn forms(store: &Store) -> u64 {
+async fn forms(store: &TestStore) -> u64 {
     store.inspect().await.totals.zstd_forms
 }
 
-/// Reads compressed until a form is there.
-async fn make_form(store: &Store, digest: Digest) {
+/// Reads compressed until a form exists.
+async fn make_form(store: &TestStore, digest: Digest) {
     get_zstd(store, digest, 0).await.unwrap();
     get_zstd(store, digest, 0).await.unwrap();
     eventually(|| async { (forms(store).await == 1).then_some(()) }).await;
 }
 
-async fn nothing_is_left(store: &Store) {
+async fn nothing_is_left(store: &TestStore) {
     eventually(|| async {
         let inspection = store.inspect().await;
         let room = inspection.totals.reserved + inspection.totals.deleting;
@@ -70,10 +70,10 @@ async fn nothing_is_left(store: &Store) {
     .await;
 }
 
-/// BS-27, CAP-12: one frame or many, of any kind, in pieces of any size.
+/// BS-27, CAP-12: frames of any kind, in pieces of any size.
 #[actix::test]
-async fn a_compressed_upload_stores_the_blob_that_it_stands_for() {
-    let store = Store::new().await;
+async fn a_compressed_upload_stores_the_decompressed_blob() {
+    let store = TestStore::new().await;
     for (seed, (length, chunk)) in
         [(1, 1), (1_000, 1), (100_000, 777), (3_000_000, 65_536), (9_000_000, 2_000_000)]
             .into_iter()
@@ -93,10 +93,10 @@ async fn a_compressed_upload_stores_the_blob_that_it_stands_for() {
     assert_eq!(store.inspect().await.totals.reserved, 0);
 }
 
-/// BS-22, BS-26, BS-29: small ones in one job and large ones in many.
+/// BS-22, BS-26, BS-29: small blobs take one job, large ones many.
 #[actix::test]
 async fn a_stream_that_is_not_the_blob_leaves_nothing_behind() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     for length in [1_000usize, 5_000_000] {
         let plain = noise(length, 7);
         let blob = digest(&plain);
@@ -125,10 +125,10 @@ async fn a_stream_that_is_not_the_blob_leaves_nothing_behind() {
     }
 }
 
-/// BS-20, BS-31, BS-33: the new stream begins with a frame of its own.
+/// BS-20, BS-31, BS-33: the resumed stream begins with its own frame.
 #[actix::test]
-async fn a_broken_compressed_upload_goes_on_where_its_decoder_stood() {
-    let store = Store::new().await;
+async fn a_broken_compressed_upload_is_resumed_where_its_decoder_stopped() {
+    let store = TestStore::new().await;
     let plain = noise(3_000_000, 1);
     let blob = digest(&plain);
     let stream = pack(&plain);
@@ -154,7 +154,7 @@ async fn a_broken_compressed_upload_goes_on_where_its_decoder_stood() {
 /// BS-28.
 #[actix::test]
 async fn plain_and_compressed_uploads_of_one_blob_race_and_all_succeed() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let plain = text(1_000_000, 1);
     let (blob, stream) = (digest(&plain), pack(&plain));
     let uploads = (0..64).map(|n| {
@@ -179,10 +179,10 @@ async fn plain_and_compressed_uploads_of_one_blob_race_and_all_succeed() {
     eventually(|| async { (store.files().len() == 1).then_some(()) }).await;
 }
 
-/// BS-09, BS-12, BS-13, BS-15, CAP-12: with and without a form, what gets smaller and what does not.
+/// BS-09, BS-12, BS-13, BS-15, CAP-12: with and without a form, for compressible and incompressible blobs.
 #[actix::test]
 async fn a_compressed_read_decodes_to_the_rest_of_the_blob_from_any_offset() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let small = SMALL_BLOB_BYTES as usize;
     for (seed, length) in
         [1, 100, small, small + 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3_000_000].into_iter().enumerate()
@@ -205,10 +205,10 @@ async fn a_compressed_read_decodes_to_the_rest_of_the_blob_from_any_offset() {
     assert!(matches!(get_zstd(&store, digest(&noise(LARGE, 99)), 0).await, Err(Error::NotFound(_))));
 }
 
-/// What saves work: made once, counted, read from any offset, and no answer to anything about the blob.
+/// The form is made once, counted, and readable from any offset. It does not make its blob present.
 #[actix::test]
-async fn a_blob_that_is_read_compressed_twice_is_compressed_for_good() {
-    let store = Store::new().await;
+async fn a_blob_that_is_read_compressed_twice_gets_a_form() {
+    let store = TestStore::new().await;
     let plain = text(2_000_000, 1);
     let blob = store.put(plain.clone()).await;
     get_zstd(&store, blob, 0).await.unwrap();
@@ -227,7 +227,7 @@ async fn a_blob_that_is_read_compressed_twice_is_compressed_for_good() {
         assert_eq!(get_zstd(&store, blob, offset).await.unwrap(), plain.slice(offset as usize..));
     }
 
-    // It outlives the process, is checked then, and is nothing without its blob.
+    // The form survives a restart, is verified then, and is useless without its blob.
     let store = store.restart().await;
     assert_eq!(forms(&store).await, 1);
     assert_eq!(get_zstd(&store, blob, 300_000).await.unwrap(), plain.slice(300_000..));
@@ -239,10 +239,10 @@ async fn a_blob_that_is_read_compressed_twice_is_compressed_for_good() {
     assert!(matches!(get_zstd(&store, blob, 0).await, Err(Error::NotFound(_))));
 }
 
-/// CAS-22 for forms: bytes that are not right are never sent.
+/// CAS-22 for forms: damaged bytes are never sent.
 #[actix::test]
 async fn a_damaged_form_is_dropped_and_the_blob_compressed_again() {
-    let mut store = Store::new().await;
+    let mut store = TestStore::new().await;
     let plain = text(1_000_000, 1);
     let blob = store.put(plain.clone()).await;
     type Change = fn(&mut Vec<u8>);
@@ -271,8 +271,8 @@ async fn a_damaged_form_is_dropped_and_the_blob_compressed_again() {
 }
 
 #[actix::test]
-async fn what_does_not_get_smaller_has_no_form_and_is_sent_as_it_is() {
-    let store = Store::new().await;
+async fn an_incompressible_blob_gets_no_form_and_is_sent_uncompressed() {
+    let store = TestStore::new().await;
     let plain = noise(1_000_000, 1);
     let blob = store.put(plain.clone()).await;
     let history = || store.cas.shared().zstd_history.get(&(store.main.blobs(), blob));
@@ -285,8 +285,8 @@ async fn what_does_not_get_smaller_has_no_form_and_is_sent_as_it_is() {
 }
 
 #[actix::test]
-async fn a_form_goes_before_its_blob_when_room_is_needed() {
-    let store = Store::with_limit(40 * MB).await;
+async fn a_form_is_evicted_before_its_blob() {
+    let store = TestStore::with_limit(40 * MB).await;
     let blob = store.put(text(2_000_000, 1)).await;
     make_form(&store, blob).await;
     get_zstd(&store, blob, 0).await.unwrap();
@@ -299,10 +299,10 @@ async fn a_form_goes_before_its_blob_when_room_is_needed() {
     assert!(store.has(blob).await);
 }
 
-/// CAS-11, CAS-14: in memory and through a file.
+/// CAS-11, CAS-14: for items that are decoded in memory and for larger ones.
 #[actix::test]
-async fn compressed_items_of_a_batch_are_checked_by_what_they_decompress_to() {
-    let store = Store::new().await;
+async fn compressed_items_of_a_batch_are_checked_after_decompression() {
+    let store = TestStore::new().await;
     let zstd = |plain: &Bytes, stream: Bytes| (digest(plain), Payload::Zstd(stream));
     let (small, large, other) = (text(1_000, 1), text(3_000_000, 2), text(3_000_000, 3));
     let bomb = pack(&vec![0; 20_000_000]);
@@ -324,7 +324,7 @@ async fn compressed_items_of_a_batch_are_checked_by_what_they_decompress_to() {
     assert_eq!(store.get(digest(&small)).await.unwrap(), small);
     assert_eq!(store.get(digest(&large)).await.unwrap(), large);
     assert!(!store.has(digest(&other)).await);
-    // What is stored is checked all the same.
+    // An item of a blob that is already stored is checked too.
     let again = store.cas.write_many(&store.main, vec![zstd(&large, pack(&other))]).await.unwrap();
     assert!(matches!(again[..], [Err(Error::Invalid(_))]));
     eventually(|| async { (store.files().len() == 3).then_some(()) }).await;
@@ -334,7 +334,7 @@ async fn compressed_items_of_a_batch_are_checked_by_what_they_decompress_to() {
 /// CAS-20, CAS-22.
 #[actix::test]
 async fn a_batch_is_read_compressed_where_that_saves_something() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let plains =
         [text(50, 1), text(5_000, 2), noise(5_000, 3), text(1_000_000, 4), noise(1_000_000, 5), Bytes::new()];
     for plain in &plains {

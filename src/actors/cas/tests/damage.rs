@@ -1,8 +1,9 @@
-//! Stored files that changed behind the server's back: content with all times restored, and things that are no files.
+//! Stored files that were changed by others: changed content with all times restored, and files that were replaced by something
+//! else.
 
 use super::{
     super::{
-        index::{FileId, Key, Kind},
+        index::{EntryKind, FileId, Key},
         lookup::Purpose,
         volume::stamps::{COARSE_TICK, has_fine_change_times, stamp_of},
         volume::{Volume as _, files::Files},
@@ -16,7 +17,7 @@ use std::{
     os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _},
 };
 
-/// Waits until the next change of a file shows in its change time, also where change times are coarse.
+/// Waits until the next change of a file shows in its change time, even where change times are coarse.
 fn wait_for_next_tick() {
     let directory = TempDir::new().unwrap();
     if !has_fine_change_times(directory.path()).unwrap() {
@@ -49,14 +50,14 @@ fn is_missing<T: std::fmt::Debug>(outcome: Result<T>) {
     assert!(matches!(outcome, Err(Error::NotFound(_) | Error::MissingBlobs(_))), "{outcome:?}");
 }
 
-async fn read_zstd(store: &Store, blob: Digest, offset: u64) -> Result<()> {
+async fn read_zstd(store: &TestStore, blob: Digest, offset: u64) -> Result<()> {
     let mut reader = store.cas.open_zstd(&store.main, blob, offset).await?;
     while reader.next(100_000).await?.is_some() {}
     Ok(())
 }
 
 /// A file below an input root, as a worker copies it.
-async fn materialise(store: &Store, blob: Digest) -> Result<()> {
+async fn materialise(store: &TestStore, blob: Digest) -> Result<()> {
     let file = reapi::FileNode { name: "f".into(), digest: Some(blob.to_wire()), ..Default::default() };
     let root = reapi::Directory { files: vec![file], ..Default::default() };
     let root = store.put(prost::Message::encode_to_vec(&root)).await;
@@ -70,7 +71,7 @@ async fn materialise(store: &Store, blob: Digest) -> Result<()> {
         .await
 }
 
-async fn upload(store: &Store, bytes: &Bytes) -> bool {
+async fn upload(store: &TestStore, bytes: &Bytes) -> bool {
     let name = "uploads/heal";
     match store.cas.begin_upload(&store.main, name, digest(bytes), 0).await.unwrap() {
         Upload::Present => false,
@@ -82,10 +83,10 @@ async fn upload(store: &Store, bytes: &Bytes) -> bool {
     }
 }
 
-/// CAS-22: whichever way a blob is read, a changed one is a miss, is not there any more, and can be uploaded again.
+/// CAS-22: however a changed blob is read, it is a miss, is dropped, and can be uploaded again.
 #[actix::test]
 async fn changed_content_is_never_served_though_size_and_mtime_are_restored() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     for seed in 0..8u64 {
         let bytes = noise(LARGE, seed);
         let blob = store.put(bytes.clone()).await;
@@ -115,10 +116,10 @@ async fn changed_content_is_never_served_though_size_and_mtime_are_restored() {
     }
 }
 
-/// A large Directory is read from its file when it is not at hand.
+/// A large Directory that is not cached is read from its file.
 #[actix::test]
 async fn a_changed_directory_is_missing() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let file = |n| reapi::FileNode {
         name: format!("{n:05}"),
         digest: Some(digest(b"x").to_wire()),
@@ -133,8 +134,8 @@ async fn a_changed_directory_is_missing() {
 }
 
 #[actix::test]
-async fn a_changed_zstd_form_is_made_again() {
-    let store = Store::new().await;
+async fn a_changed_zstd_form_is_dropped() {
+    let store = TestStore::new().await;
     let bytes = Bytes::from(noise(LARGE / 2, 1).repeat(4));
     let blob = store.put(bytes).await;
     for _ in 0..3 {
@@ -149,15 +150,15 @@ async fn a_changed_zstd_form_is_made_again() {
     assert!(store.has(blob).await);
 }
 
-/// The bytes handed out before a change are right; none are handed out after it.
+/// Bytes read before a change are right, and none are returned after it.
 #[actix::test]
 async fn a_file_that_changes_under_its_reader_ends_the_read() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(LARGE, 1);
     let blob = store.put(bytes.clone()).await;
     let reader = store.cas.open(&store.main, blob).await.unwrap();
     assert_eq!(reader.read_at(0, 1_000).await.unwrap(), bytes[..1_000]);
-    // A change of nothing but the times is none.
+    // A change of the times alone does not matter.
     let path = store.file_of(blob);
     set_times(&path, (1, 0), (1, 0));
     assert_eq!(reader.read_at(0, 1_000).await.unwrap(), bytes[..1_000]);
@@ -166,16 +167,16 @@ async fn a_file_that_changes_under_its_reader_ends_the_read() {
     assert!(!store.has(blob).await);
 }
 
-/// BS-24: "stored already" is said of what is stored well. Nobody has read the blob since it went bad.
+/// BS-24: a blob counts as already stored only if its file is intact, even if nobody has read it since it was damaged.
 #[actix::test]
-async fn every_way_to_store_a_blob_replaces_a_file_that_went_bad() {
-    let mut store = Store::new().await;
+async fn every_way_to_store_a_blob_replaces_a_damaged_file() {
+    let mut store = TestStore::new().await;
     for (restarted, way) in
         [false, true].into_iter().flat_map(|restarted| (0..6).map(move |way| (restarted, way)))
     {
         let bytes = noise(LARGE, way);
         let blob = store.put(bytes.clone()).await;
-        assert!(!upload(&store, &bytes).await, "a good one is stored already");
+        assert!(!upload(&store, &bytes).await, "an intact blob is already stored");
         tamper(&store.file_of(blob));
         if restarted {
             store = store.restart().await;
@@ -213,11 +214,11 @@ async fn every_way_to_store_a_blob_replaces_a_file_that_went_bad() {
     assert_eq!(store.inspect().await.totals.reserved, 0);
 }
 
-/// AC-03: nobody has read the output since the start, and the result is a miss anyway.
+/// AC-03: the result is a miss even if nobody has read the damaged output since the start.
 #[actix::test]
-async fn a_result_goes_with_an_output_that_went_bad_before_a_restart() {
+async fn a_result_is_dropped_if_an_output_was_damaged_before_a_restart() {
     for length in [1_000, LARGE] {
-        let store = Store::new().await;
+        let store = TestStore::new().await;
         let bytes = noise(length, 1);
         let output = store.put(bytes.clone()).await;
         let file =
@@ -232,7 +233,7 @@ async fn a_result_goes_with_an_output_that_went_bad_before_a_restart() {
         let file = store.file_of(output);
         let store = store.restart().await;
         tamper(&file);
-        // What a client says is not read from a file, and is no better for it.
+        // A result that was just uploaded is in memory, and its outputs are checked all the same.
         store.cas.put_result(&store.main, good, result, Provenance::default()).await.unwrap();
         for action in [good, action] {
             assert_eq!(store.cas.get_result(&store.main, action).await.unwrap(), None);
@@ -240,17 +241,21 @@ async fn a_result_goes_with_an_output_that_went_bad_before_a_restart() {
         assert!(!store.has(output).await);
         assert_eq!(store.inspect().await.totals.results, 0);
         store.put(bytes).await;
-        assert_eq!(store.cas.get_result(&store.main, action).await.unwrap(), None, "it stays away");
+        assert_eq!(
+            store.cas.get_result(&store.main, action).await.unwrap(),
+            None,
+            "the dropped result does not come back"
+        );
     }
 }
 
-/// The server's own changes of a file's change time are followed, and nobody else's.
+/// Only the server's own changes of a file's change time are followed.
 #[test]
-fn writing_down_a_use_leaves_a_file_known_only_if_it_was() {
+fn recording_a_use_keeps_a_file_verified_only_if_it_was_verified() {
     let root = TempDir::new().unwrap();
     let files = Files::open(root.path(), &Instances::new([""]).unwrap()).unwrap();
     let mut index = Index::new(1_000_000);
-    let key = Key { digest: digest(b"x"), instance: InstanceId(0), kind: Kind::Blob };
+    let key = Key { digest: digest(b"x"), instance: InstanceId(0), kind: EntryKind::Blob };
     let file = FileId { key, generation: files.next_generation() };
     let path = files.path(&file);
     files.write(&file, &[Bytes::from("x")]).unwrap();
@@ -259,7 +264,7 @@ fn writing_down_a_use_leaves_a_file_known_only_if_it_was() {
     index.commit(file, 1, now(), 0);
     let found = index.renew(&key, 0).unwrap();
     wait_for_next_tick();
-    let touch = |found: &index::Found| {
+    let touch = |found: &index::FoundEntry| {
         let mut all = vec![];
         files.touch(&[found.file], &mut |moved| all.extend(moved));
         all.pop()
@@ -274,13 +279,13 @@ fn writing_down_a_use_leaves_a_file_known_only_if_it_was() {
     let of_changed = touch(&found).unwrap();
     assert_eq!(of_changed.after, now());
     index.follow(found.at, of_changed.before, of_changed.after);
-    assert_eq!(index.renew(&key, 0).unwrap().stamp, found.stamp, "somebody else has changed it before");
+    assert_eq!(index.renew(&key, 0).unwrap().stamp, found.stamp, "a change by somebody else came first");
 }
 
-/// Readers wait a moment for the news of such a change instead of hashing the file: here its content would not pass.
+/// Readers wait a moment for the report of such a change instead of hashing the file, whose content would be wrong here.
 #[actix::test]
 async fn a_change_that_the_server_is_about_to_report_is_waited_for() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let blob = store.put(noise(LARGE, 1)).await;
     assert!(store.get(blob).await.is_ok());
     let reader = store.cas.open(&store.main, blob).await.unwrap();
@@ -313,10 +318,10 @@ fn put_in_place(path: &Path, what: &str, other: &Path) {
     }
 }
 
-/// Nobody waits for any of them, before a restart and after one.
+/// No read blocks on such a file, before or after a restart.
 #[actix::test]
-async fn what_is_no_file_is_a_miss_and_is_cleared_away() {
-    let mut store = Store::new().await;
+async fn a_file_that_was_replaced_by_something_else_is_a_miss_and_is_cleared_away() {
+    let mut store = TestStore::new().await;
     for (restarted, what) in [false, true]
         .into_iter()
         .flat_map(|restarted| ["FIFO", "directory", "device", "link"].map(|what| (restarted, what)))

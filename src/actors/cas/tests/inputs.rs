@@ -1,4 +1,4 @@
-//! What workers do: stage an input root, copy files out of it, store outputs.
+//! The calls of workers: staging an input root, copying files out of it, storing outputs.
 
 use super::*;
 use prost::Message as _;
@@ -25,11 +25,11 @@ fn message(files: &[(&str, Digest)], directories: &[(&str, Digest)]) -> Vec<u8> 
     .encode_to_vec()
 }
 
-async fn check(store: &Store, root: Digest) -> Result<()> {
+async fn check(store: &TestStore, root: Digest) -> Result<()> {
     store.cas.check_inputs(&store.main, root).await
 }
 
-async fn stage(store: &Store, root: Digest) -> Result<StagedInputs> {
+async fn stage(store: &TestStore, root: Digest) -> Result<StagedInputs> {
     store.worker(move |cas, main| cas.stage_inputs(&main, root, Peer::default())).await
 }
 
@@ -42,7 +42,7 @@ fn store_bytes(cas: &Cas, main: &Instance, bytes: impl Into<Vec<u8>>) -> Result<
 /// EXE-26: files of several directories and directories themselves, in one answer.
 #[actix::test]
 async fn everything_missing_of_an_input_root_is_reported_at_once() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let present = store.put("present").await;
     let (absent_1, absent_2) = (digest(b"absent 1"), digest(b"absent 2"));
     let absent_directory = digest(b"absent directory");
@@ -69,14 +69,14 @@ async fn everything_missing_of_an_input_root_is_reported_at_once() {
 
 #[actix::test]
 async fn an_empty_input_root_needs_nothing() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     assert_eq!(check(&store, digest(b"")).await, Ok(()));
     assert_eq!(stage(&store, digest(b"")).await.unwrap().tree().nodes(), 0);
 }
 
 #[actix::test]
 async fn an_input_root_ten_thousand_directories_deep_is_refused() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (mut below, mut batch) = (digest(b""), vec![]);
     for _ in 0..10_000 {
         let bytes = Bytes::from(message(&[], &[("d", below)]));
@@ -87,10 +87,10 @@ async fn an_input_root_ten_thousand_directories_deep_is_refused() {
     assert!(matches!(check(&store, below).await, Err(Error::Invalid(message)) if message.contains("deeper")));
 }
 
-/// Nothing that a running action needs is evicted, and all of it can be once the action is over.
+/// The inputs of a running action are not evicted, but can be when it is over.
 #[actix::test]
 async fn staged_inputs_stay_until_they_are_dropped() {
-    let store = Store::with_limit(MB).await;
+    let store = TestStore::with_limit(MB).await;
     let (small, large) = (store.put(noise(100, 1)).await, store.put(noise(LARGE, 2)).await);
     let root = store.put(message(&[("small", small), ("large", large)], &[])).await;
     let staged = stage(&store, root).await.unwrap();
@@ -107,10 +107,30 @@ async fn staged_inputs_stay_until_they_are_dropped() {
     assert!(!store.has(large).await);
 }
 
-/// EXE-43: an action can do with its inputs what it likes.
+/// EXE-37: a worker sees the properties that goREgo itself does not apply, also when the root comes from memory.
+#[actix::test]
+async fn a_staged_input_root_has_the_node_properties_that_its_client_sent() {
+    let store = TestStore::new().await;
+    let property = reapi::NodeProperty { name: "bazel_tool_input".into(), value: String::new() };
+    let tool = reapi::FileNode {
+        name: "tool".into(),
+        digest: Some(store.put("tool").await.to_wire()),
+        node_properties: Some(reapi::NodeProperties { properties: vec![property], ..Default::default() }),
+        ..Default::default()
+    };
+    let root = reapi::Directory { files: vec![tool], ..Default::default() };
+    let root = store.put(root.encode_to_vec()).await;
+    for _ in 0..2 {
+        let staged = stage(&store, root).await.unwrap();
+        let [tool] = &*staged.tree().root().files else { panic!("{staged:?}") };
+        assert_eq!(tool.properties.named.get("bazel_tool_input"), Some(""));
+    }
+}
+
+/// EXE-43: an action may change its inputs.
 #[actix::test]
 async fn inputs_are_copies_with_the_mode_asked_for() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let contents = [Bytes::new(), noise(100, 1), noise(LARGE, 2)];
     let mut files = vec![];
     for bytes in &contents {
@@ -127,7 +147,7 @@ async fn inputs_are_copies_with_the_mode_asked_for() {
             let parent = File::open(&path).unwrap();
             for (n, file) in work.iter().enumerate() {
                 staged.materialise(file, &parent, &format!("{n}"), 0o755).unwrap();
-                // A second file of this name, and one behind a link, are errors and change nothing.
+                // A second file of this name, or a link of this name, is an error and changes nothing.
                 symlink(path.join("elsewhere"), path.join(format!("link{n}"))).unwrap();
                 for name in [format!("{n}"), format!("link{n}")] {
                     assert!(staged.materialise(file, &parent, &name, 0o644).is_err());
@@ -147,7 +167,7 @@ async fn inputs_are_copies_with_the_mode_asked_for() {
 
 #[actix::test]
 async fn a_damaged_input_is_a_missing_blob() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let file = store.put(noise(1_000, 1)).await;
     let root = store.put(message(&[("f", file)], &[])).await;
     let staged = stage(&store, root).await.unwrap();
@@ -160,11 +180,11 @@ async fn a_damaged_input_is_a_missing_blob() {
     assert!(!store.has(file).await);
 }
 
-/// A file is taken over where that is safe, copied where it is not; either way nobody else has a way to write it.
+/// A file is moved into the store if that is safe and copied otherwise. Either way nobody else can write it.
 #[actix::test]
-async fn outputs_are_taken_over_or_copied_and_are_the_stores_own_afterwards() {
-    let store = Store::new().await;
-    // On the same file system as the store.
+async fn outputs_are_moved_or_copied_and_belong_to_the_store_afterwards() {
+    let store = TestStore::new().await;
+    // The directory is on the same file system as the store.
     let exec = store.root.path().join("exec");
     std::fs::create_dir(&exec).unwrap();
     let inode = |path: &Path| std::fs::metadata(path).unwrap().ino();
@@ -190,7 +210,7 @@ async fn outputs_are_taken_over_or_copied_and_are_the_stores_own_afterwards() {
         .await;
     assert_eq!(digests, [digest(&plain), digest(&linked), digest(&linked), digest(b""), digest(&plain[1..])]);
     assert_eq!(inode(&store.file_of(digests[0])), of_plain);
-    assert!(!exec.join("plain").exists(), "a second name would move the change time once more when it goes");
+    assert!(!exec.join("plain").exists(), "removing a second name would move the change time again");
     assert_ne!(inode(&store.file_of(digests[1])), of_linked);
     assert_ne!(inode(&store.file_of(digests[4])), of_open, "somebody could still write it");
     drop(writer);
@@ -206,10 +226,10 @@ async fn outputs_are_taken_over_or_copied_and_are_the_stores_own_afterwards() {
     assert_eq!(store.inspect().await.totals.reserved, 0);
 }
 
-/// Room is taken ahead as far as there is room, whatever the worker says is to come; what is not used is given back.
+/// Room is reserved ahead only if there is room, whatever the worker expects. Unused room is given back.
 #[actix::test]
 async fn outputs_become_visible_together_and_those_of_a_failed_run_are_kept_too() {
-    let store = Store::with_limit(MB).await;
+    let store = TestStore::with_limit(MB).await;
     for (expected, commits) in [(0, true), (64 * 4_096, true), (1_000 * MB, true), (64 * 4_096, false)] {
         let seed = expected + u64::from(commits);
         let blobs = store
@@ -232,12 +252,11 @@ async fn outputs_become_visible_together_and_those_of_a_failed_run_are_kept_too(
     }
 }
 
-/// Also those for which none was taken ahead, as where there is more of them than that: or else they would take up room that was
-/// promised to others.
+/// This includes outputs beyond the room reserved ahead. Otherwise they would take room that is reserved for others.
 #[actix::test]
 async fn all_outputs_that_are_not_visible_yet_have_room() {
-    let store = Store::with_limit(MB).await;
-    let held = store.cas.ask(Reserve { bytes: 4_096, of: 4_096 }).await.unwrap().unwrap();
+    let store = TestStore::with_limit(MB).await;
+    let held = store.cas.ask(ReserveRoom { bytes: 4_096, of: 4_096, blob: None }).await.unwrap().unwrap();
     for expected in [0, 3 * 4_096] {
         let (cas, main) = (store.cas.clone(), store.main.clone());
         let batch = store
@@ -257,7 +276,7 @@ async fn all_outputs_that_are_not_visible_yet_have_room() {
 
 #[actix::test]
 async fn a_worker_records_a_result_that_the_next_lookup_finds() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let action = digest(b"action");
     let result = reapi::ActionResult { stdout_raw: Bytes::from("out"), ..Default::default() };
     let provenance =
@@ -266,7 +285,7 @@ async fn a_worker_records_a_result_that_the_next_lookup_finds() {
         let mut batch = cas.begin_outputs(&main, SHA256, 0);
         batch.result(action, result, provenance).unwrap();
         let is_known = |cas: &Cas| cas.action_by_hash(&main, action).unwrap().is_some();
-        assert!(!is_known(&cas), "it comes with the outputs");
+        assert!(!is_known(&cas), "it becomes visible with the outputs");
         batch.commit().unwrap();
         assert!(is_known(&cas));
     };
@@ -276,10 +295,10 @@ async fn a_worker_records_a_result_that_the_next_lookup_finds() {
     assert_eq!(store.inspect().await.totals.reserved, 0);
 }
 
-/// Room that was taken is spent once: files that are written and not visible yet have theirs.
+/// Reserved room is spent only once: files that are written and not visible yet keep theirs.
 #[actix::test]
-async fn a_batch_always_has_room_for_all_that_it_wrote() {
-    let store = Store::with_limit(MB).await;
+async fn a_batch_always_has_room_for_everything_that_it_wrote() {
+    let store = TestStore::with_limit(MB).await;
     let batch = store
         .worker(|cas, main| {
             let mut batch = cas.begin_outputs(&main, SHA256, 0);

@@ -1,4 +1,4 @@
-//! The action cache, and how an Execute is looked up.
+//! The action cache, and the look-up for an Execute.
 
 use super::{
     super::{resolve::Resolution, settings::LOOKUPS_PER_TURN},
@@ -16,7 +16,7 @@ fn output(path: &str, content: Digest) -> reapi::OutputFile {
 }
 
 /// A result with every kind of reference, and the name of each.
-async fn rich_result(store: &Store) -> (reapi::ActionResult, Vec<(&'static str, Digest)>) {
+async fn rich_result(store: &TestStore) -> (reapi::ActionResult, Vec<(&'static str, Digest)>) {
     let in_child = store.put("in a child of the Tree").await;
     let in_root = store.put("in the root of the Tree").await;
     let child = reapi::Directory { files: vec![file("c", in_child)], ..Default::default() };
@@ -73,21 +73,21 @@ async fn rich_result(store: &Store) -> (reapi::ActionResult, Vec<(&'static str, 
     (result, references)
 }
 
-async fn update(store: &Store, action: Digest, result: reapi::ActionResult) -> Arc<reapi::ActionResult> {
+async fn update(store: &TestStore, action: Digest, result: reapi::ActionResult) -> Arc<reapi::ActionResult> {
     store.cas.put_result(&store.main, action, result, Provenance::default()).await.unwrap()
 }
 
-async fn lookup(store: &Store, action: Digest) -> Option<Arc<reapi::ActionResult>> {
+async fn lookup(store: &TestStore, action: Digest) -> Option<Arc<reapi::ActionResult>> {
     store.cas.get_result(&store.main, action).await.unwrap()
 }
 
 /// AC-03, for each kind of reference, with the result in memory and after a restart.
 #[actix::test]
 async fn a_result_is_served_only_while_everything_it_references_is_stored() {
-    let (_, kinds) = rich_result(&Store::new().await).await;
+    let (_, kinds) = rich_result(&TestStore::new().await).await;
     for (n, (kind, _)) in kinds.iter().enumerate() {
         for restarted in [false, true] {
-            let mut store = Store::new().await;
+            let mut store = TestStore::new().await;
             let (result, references) = rich_result(&store).await;
             let action = digest(b"action");
             let stored = update(&store, action, result).await;
@@ -103,10 +103,10 @@ async fn a_result_is_served_only_while_everything_it_references_is_stored() {
     }
 }
 
-/// AC-03, for a result that refers to more blobs than the actor looks up at once.
+/// AC-03, for a result with more references than are looked up in one turn.
 #[actix::test]
 async fn a_result_of_thousands_of_blobs_is_served_only_while_all_of_them_are_stored() {
-    let mut store = Store::new().await;
+    let mut store = TestStore::new().await;
     let mut output_files = Vec::new();
     for n in 0..LOOKUPS_PER_TURN + 100 {
         output_files.push(output(&n.to_string(), store.put(n.to_string()).await));
@@ -123,10 +123,10 @@ async fn a_result_of_thousands_of_blobs_is_served_only_while_all_of_them_are_sto
     eventually(|| async { store.files_of(action).is_empty().then_some(()) }).await;
 }
 
-/// AC-04: a hit keeps its blobs alive, those inside its Trees too.
+/// AC-04: a hit renews its blobs, including those inside its Trees.
 #[actix::test]
 async fn a_hit_renews_everything_it_references() {
-    let store = Store::with_limit(60 * 4_096).await;
+    let store = TestStore::with_limit(60 * 4_096).await;
     let (result, references) = rich_result(&store).await;
     let action = digest(b"action");
     update(&store, action, result).await;
@@ -142,7 +142,7 @@ async fn a_hit_renews_everything_it_references() {
 /// AC-08, AC-14, GEN-15.
 #[actix::test]
 async fn results_survive_a_restart_and_stay_in_their_instance() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (result, _) = rich_result(&store).await;
     let action = digest(b"action");
     let stored = update(&store, action, result).await;
@@ -155,7 +155,7 @@ async fn results_survive_a_restart_and_stay_in_their_instance() {
 /// AC-08.
 #[actix::test]
 async fn a_hundred_racing_updates_leave_one_whole_result() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let action = digest(b"action");
     let updates = (0..100u8).map(|n| {
         let store = &store;
@@ -182,10 +182,10 @@ async fn a_hundred_racing_updates_leave_one_whole_result() {
     assert_eq!(lookup(&store, action).await.unwrap().output_files.len(), 0);
 }
 
-/// AC-08: whoever asks meanwhile gets the old result or the new one, also when its Trees have to be read.
+/// AC-08: look-ups meanwhile return the old result or the new one, even when its Trees have to be read.
 #[actix::test]
 async fn a_result_that_is_being_replaced_is_never_a_miss() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (result, _) = rich_result(&store).await;
     let action = digest(b"action");
     update(&store, action, result.clone()).await;
@@ -210,10 +210,10 @@ async fn a_result_that_is_being_replaced_is_never_a_miss() {
     futures::join!(replacing, asking);
 }
 
-/// What a kill in the middle of an update leaves behind: the beginning of a file, newer than the one that is whole.
+/// A kill in the middle of an update leaves the beginning of a file that is newer than the complete one.
 #[actix::test]
 async fn a_torn_update_does_not_cost_the_result_before_it() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let action = digest(b"action");
     let stored = update(&store, action, reapi::ActionResult::default()).await;
     let whole = store.file_of(action);
@@ -231,7 +231,7 @@ async fn a_torn_update_does_not_cost_the_result_before_it() {
 /// AC-05, AC-06.
 #[actix::test]
 async fn inlined_contents_become_blobs() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let result = reapi::ActionResult { stdout_raw: Bytes::from("hello"), ..Default::default() };
     let stored = update(&store, digest(b"action"), result).await;
     assert_eq!(stored.stdout_digest, Some(digest(b"hello").to_wire()));
@@ -240,8 +240,8 @@ async fn inlined_contents_become_blobs() {
 
 /// AC-13.
 #[actix::test]
-async fn the_result_of_a_failed_command_is_no_hit() {
-    let mut store = Store::new().await;
+async fn the_result_of_a_failed_command_is_not_a_hit() {
+    let mut store = TestStore::new().await;
     let action = digest(b"action");
     update(&store, action, reapi::ActionResult { exit_code: 1, ..Default::default() }).await;
     for _ in 0..2 {
@@ -252,7 +252,7 @@ async fn the_result_of_a_failed_command_is_no_hit() {
 
 #[actix::test]
 async fn a_damaged_result_file_is_a_miss() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let action = digest(b"action");
     update(&store, action, reapi::ActionResult::default()).await;
     let store = store.restart().await;
@@ -262,7 +262,7 @@ async fn a_damaged_result_file_is_a_miss() {
 }
 
 /// An Action and its Command, stored.
-async fn action(store: &Store, salt: &str, do_not_cache: bool) -> (Digest, Digest) {
+async fn action(store: &TestStore, salt: &str, do_not_cache: bool) -> (Digest, Digest) {
     let command = reapi::Command { arguments: vec!["true".into(), salt.into()], ..Default::default() };
     let command = store.put(command.encode_to_vec()).await;
     let action = reapi::Action {
@@ -274,12 +274,12 @@ async fn action(store: &Store, salt: &str, do_not_cache: bool) -> (Digest, Diges
     (store.put(action.encode_to_vec()).await, command)
 }
 
-async fn resolve(store: &Store, action: Digest, skip_cache_lookup: bool) -> Result<Resolution> {
+async fn resolve(store: &TestStore, action: Digest, skip_cache_lookup: bool) -> Result<Resolution> {
     store.cas.resolve_action(&store.main, action, skip_cache_lookup).await
 }
 
-/// What is wrong with an action that cannot run.
-async fn unusable(store: &Store, action: Digest) -> Error {
+/// The error of an action that cannot run.
+async fn unusable(store: &TestStore, action: Digest) -> Error {
     match resolve(store, action, false).await {
         Ok(Resolution::Unusable(error)) => error,
         other => panic!("{other:?}"),
@@ -289,7 +289,7 @@ async fn unusable(store: &Store, action: Digest) -> Error {
 /// EXE-16, EXE-17, EXE-21.
 #[actix::test]
 async fn an_action_is_answered_from_the_cache_only_by_a_complete_result() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (action, command) = action(&store, "x", false).await;
     assert!(matches!(resolve(&store, action, false).await, Ok(Resolution::Run(a)) if a.digest == action));
     let (result, references) = rich_result(&store).await;
@@ -300,7 +300,7 @@ async fn an_action_is_answered_from_the_cache_only_by_a_complete_result() {
     assert!(matches!(resolve(&store, action, true).await, Ok(Resolution::Run(_))));
     store.lose(references[2].1).await;
     assert!(matches!(resolve(&store, action, false).await, Ok(Resolution::Run(_))));
-    // Known from before, but a worker could not be told what ran.
+    // The action is cached, but it cannot run without its Command.
     store.lose(command).await;
     assert_eq!(unusable(&store, action).await, Error::MissingBlobs(vec![command]));
 }
@@ -308,7 +308,7 @@ async fn an_action_is_answered_from_the_cache_only_by_a_complete_result() {
 /// EXE-19.
 #[actix::test]
 async fn an_action_that_says_do_not_cache_is_never_answered_from_the_cache() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (action, _) = action(&store, "x", true).await;
     update(&store, action, reapi::ActionResult::default()).await;
     for _ in 0..3 {
@@ -318,8 +318,8 @@ async fn an_action_that_says_do_not_cache_is_never_answered_from_the_cache() {
 
 /// EXE-22, EXE-27.
 #[actix::test]
-async fn a_missing_or_malformed_action_is_told_apart() {
-    let store = Store::new().await;
+async fn missing_and_malformed_actions_are_told_apart() {
+    let store = TestStore::new().await;
     let absent = digest(b"absent");
     assert_eq!(unusable(&store, absent).await, Error::MissingBlobs(vec![absent]));
     let no_action = store.put("\u{1}no action").await;
@@ -333,10 +333,10 @@ async fn a_missing_or_malformed_action_is_told_apart() {
     assert!(matches!(unusable(&store, huge).await, Error::Invalid(m) if m.contains("too large")));
 }
 
-/// EXE-27. They are measured on the wire; decoded they would be half a gigabyte.
+/// EXE-27: messages are measured before they are decoded; these would take half a gigabyte.
 #[actix::test]
 async fn an_action_or_command_of_millions_of_empty_parts_is_refused_before_it_is_decoded() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let message_of = |field: u8| {
         let properties = b"\x0a\x00".repeat(8_000_000);
         let mut message = vec![field << 3 | 2];
@@ -353,10 +353,10 @@ async fn an_action_or_command_of_millions_of_empty_parts_is_refused_before_it_is
     }
 }
 
-/// More of them at once than there is room for, and both messages of each are large.
+/// More actions at once than there is memory for; Action and Command of each are large.
 #[actix::test]
 async fn large_actions_are_looked_up_in_turn() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let text = "x".repeat(100_000);
     let command = reapi::Command { arguments: vec![text.clone()], ..Default::default() };
     let command = store.put(command.encode_to_vec()).await;
@@ -376,10 +376,10 @@ async fn large_actions_are_looked_up_in_turn() {
     }
 }
 
-/// Platform properties are held in memory too, so they weigh like the Command.
+/// Platform properties are held in memory too, so they count toward the weight of the action.
 #[actix::test]
 async fn an_action_with_a_huge_platform_is_not_kept_in_memory() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (small, command) = action(&store, "x", false).await;
     let property = reapi::platform::Property { name: "x".repeat(1_000_000), value: "y".into() };
     let huge = reapi::Action {

@@ -1,5 +1,5 @@
-//! What peers share of the store's threads and memory: each bound leaves a place to the next peer, however much the first one
-//! asks for.
+//! Sharing of the store's threads and memory among peers: each bound leaves a place for another peer, however much the first
+//! one asks for.
 
 use super::{
     super::{forms::chunks::ChunkWork, settings, trees::TreeRoom},
@@ -9,27 +9,35 @@ use crate::budget::Share;
 use futures::FutureExt as _;
 use gorego_reapi::chunking::Chunking;
 use prost::Message as _;
+use std::collections::HashSet;
 
-/// A client at this loopback address.
+/// A new connection from this loopback address.
 fn client(host: u8) -> Caller {
     Caller::connected(([127, 0, 0, host], 1).into())
 }
 
-/// Everything of a budget that this caller gets, a unit at a time.
+/// Takes all of a budget that this caller gets, a unit at a time.
 fn all_of(budget: &Budget, caller: Caller, unit: u64) -> Vec<Share> {
-    let held: Vec<_> = std::iter::from_fn(|| budget.take(caller, unit).ok()).collect();
+    std::iter::from_fn(|| budget.take(caller, unit).ok()).collect()
+}
+
+/// Everything of a budget that a peer gets with many connections.
+fn all_of_peer(budget: &Budget, host: u8, unit: u64) -> Vec<Share> {
+    let each = std::iter::repeat_with(|| all_of(budget, client(host), unit));
+    let held: Vec<_> = each.take_while(|held| !held.is_empty()).flatten().collect();
     assert!(!held.is_empty() && budget.held() < budget.bounds().total, "the last part is for others");
     held
 }
 
-impl Store {
-    /// While a peer holds its share of a budget, its next request waits, and the same request of another peer is answered.
+impl TestStore {
+    /// Asserts that while a peer holds its full share of a budget, its next request waits, and the same request of another peer
+    /// is answered.
     async fn assert_shared<T>(
         &self,
         (budget, unit): (&Budget, u64),
         request: impl AsyncFn(Cas, Caller) -> Result<T>,
     ) -> T {
-        let held = all_of(budget, client(1), unit);
+        let held = all_of_peer(budget, 1, unit);
         let ask = |caller| request(self.cas.on_behalf_of(caller), caller).boxed_local();
         let mut waiting = ask(client(1));
         while !budget.is_awaited() {
@@ -41,12 +49,12 @@ impl Store {
         assert!(budget.is_awaited() && waiting.as_mut().now_or_never().is_none());
         drop(held);
         let answer = tokio::time::timeout(Duration::from_secs(30), waiting).await;
-        answer.expect("what waits is served in time").unwrap()
+        answer.expect("the waiting request is served in time").unwrap()
     }
 }
 
-/// A Directory that needs room to be decoded, whose files are all stored.
-async fn large_directory(store: &Store) -> Digest {
+/// A Directory whose decoding needs reserved memory and whose files are all stored.
+async fn large_directory(store: &TestStore) -> Digest {
     let content = Some(store.put("content").await.to_wire());
     let file = |n| reapi::FileNode { name: format!("{n:08}"), digest: content.clone(), ..Default::default() };
     let directory = reapi::Directory { files: (0..1_000).map(file).collect(), ..Default::default() };
@@ -54,13 +62,13 @@ async fn large_directory(store: &Store) -> Digest {
 }
 
 #[actix::test]
-async fn memory_for_stored_messages() {
-    let store = Store::new().await;
+async fn peers_share_memory_for_stored_messages() {
+    let store = TestStore::new().await;
     let (root, shared) = (large_directory(&store).await, store.cas.shared().clone());
     let budget = (&shared.decoded, settings::LARGEST_DECODED / 4);
     let decode = async |cas: Cas, _| cas.room_to_decode(settings::LARGEST_DECODED).await;
     store.assert_shared(budget, decode).await;
-    // The caller travels with the question.
+    // The check is charged to the caller that it is made for.
     let instance = &store.main;
     let check = async |cas: Cas, caller| {
         shared.directories.clear();
@@ -71,8 +79,8 @@ async fn memory_for_stored_messages() {
 }
 
 #[actix::test]
-async fn places_for_large_trees() {
-    let store = Store::new().await;
+async fn peers_share_places_for_large_trees() {
+    let store = TestStore::new().await;
     let shared = store.cas.shared().clone();
     let hold = async |cas: Cas, _| {
         let mut room = TreeRoom::new(&cas);
@@ -83,8 +91,8 @@ async fn places_for_large_trees() {
 }
 
 #[actix::test]
-async fn checks_of_results_and_reads_of_blobs_that_nobody_has_read_since_the_start() {
-    let store = Store::new().await;
+async fn peers_share_checks_of_results_and_first_reads_of_blobs() {
+    let store = TestStore::new().await;
     let blobs = [store.put(noise(LARGE, 1)).await, store.put(noise(LARGE, 2)).await];
     let actions = [digest(b"first"), digest(b"second")];
     for (action, blob) in actions.into_iter().zip(blobs) {
@@ -102,12 +110,24 @@ async fn checks_of_results_and_reads_of_blobs_that_nobody_has_read_since_the_sta
     let (shared, main) = (store.cas.shared().clone(), store.main.clone());
     let open = async |cas: Cas, caller| cas.open(&main, blobs[is_first(caller)]).await;
     store.assert_shared((&shared.cold_reads, 1), open).await;
+    let here = std::thread::current().id();
+    let read = async |cas: Cas, caller| {
+        let blob = cas.open(&main, blobs[is_first(caller)]).await?;
+        let see = |(threads, bytes): &mut (HashSet<_>, usize), piece: &[u8]| {
+            threads.insert(std::thread::current().id());
+            *bytes += piece.len();
+        };
+        let (threads, bytes) = cas.read_through(blob, (HashSet::new(), 0), see).await?;
+        assert!(!threads.contains(&here) && bytes == LARGE);
+        Ok(())
+    };
+    store.assert_shared((&shared.cold_reads, 1), read).await;
 }
 
-/// The blob that the first peer waits to split is split for the other one.
+/// Both peers split the same blob: the first waits for a place while the other is served.
 #[actix::test]
-async fn places_to_split_blobs() {
-    let store = Store::new().await;
+async fn peers_share_places_to_split_blobs() {
+    let store = TestStore::new().await;
     let (blob, main) = (store.put(noise(LARGE, 1)).await, store.main.clone());
     let chunking = Chunking::fast_cdc(4_096, 0).unwrap();
     let shared = store.cas.shared().clone();
@@ -115,12 +135,19 @@ async fn places_to_split_blobs() {
     let split = async |cas: Cas, _| cas.split(&main, blob, chunking, usize::MAX).await;
     store.assert_shared((places, 1), split).await;
     assert_eq!(places.held(), 0);
+    // One connection alone does not keep the next one of its peer waiting either.
+    let held = all_of(places, client(1), 1);
+    shared.chunk_work.forget();
+    let answer =
+        tokio::time::timeout(Duration::from_secs(30), split(store.cas.on_behalf_of(client(1)), client(1)));
+    assert!(answer.await.expect("there is a place").is_ok());
+    drop(held);
 }
 
-/// Compression is short work: a peer alone has all places, and another one has the next turn.
+/// Compression jobs are short: a single peer may hold all places, and another peer gets the next turn.
 #[actix::test]
-async fn places_to_compress_in_turns() {
-    let store = Store::new().await;
+async fn peers_take_turns_to_compress() {
+    let store = TestStore::new().await;
     let blob = store.put("text ".repeat(1_000)).await;
     let places = store.cas.shared().encoding.clone();
     let mut held: Vec<_> = std::iter::from_fn(|| places.take(client(1), 1).ok()).collect();
@@ -129,11 +156,11 @@ async fn places_to_compress_in_turns() {
     assert!(more.iter_mut().all(|wait| wait.as_mut().now_or_never().is_none()));
     let cas = store.cas.on_behalf_of(client(2));
     let mut read = cas.read_many_zstd(&store.main, vec![blob]).boxed_local();
-    // The actor has answered it when it has answered the next question.
+    // The read has passed the actor once the next message is answered.
     assert!(read.as_mut().now_or_never().is_none());
     store.inspect().await;
     assert!(read.as_mut().now_or_never().is_none());
-    // The first place may go to the first peer, the next one does not.
+    // The first free place may go to the first peer; the next one goes to the other.
     for _ in 0..2 {
         drop(held.pop().or_else(|| more.iter_mut().find_map(|wait| wait.as_mut().now_or_never()?.ok())));
     }

@@ -1,12 +1,16 @@
-//! Blobs: presence, damage, restart, eviction.
+//! Blobs: presence, damage, restart and eviction.
 
-use super::{super::relief::Relieve, *};
+use super::{
+    super::{lookup::Purpose, relief::Relieve, settings::LOOKUPS_PER_TURN},
+    *,
+};
 use crate::disk::Space;
+use std::{cell::Cell, rc::Rc};
 
 /// CAS-01, CAS-02, CAS-03, GEN-04, GEN-07.
 #[actix::test]
-async fn what_is_not_missing_can_be_read_and_the_rest_is_reported_once() {
-    let store = Store::new().await;
+async fn present_blobs_can_be_read_and_missing_ones_are_reported_once() {
+    let store = TestStore::new().await;
     let (small, large) = (store.put("small").await, store.put(noise(LARGE, 1)).await);
     let absent = digest(b"absent");
     let resized = Digest::parse(SHA256, &small.hash_hex(), 6).unwrap();
@@ -21,10 +25,38 @@ async fn what_is_not_missing_can_be_read_and_the_rest_is_reported_once() {
     assert_eq!(found, [false, true, false, true, false, false]);
 }
 
+/// Look-ups wait for nothing, so a thread that makes many of them serves nobody else unless they yield.
+#[actix::test]
+async fn look_ups_let_other_tasks_run_in_whatever_parts_they_are_made() {
+    let store = TestStore::new().await;
+    let turns = Rc::new(Cell::new(0));
+    let others = turns.clone();
+    let other = actix::spawn(async move {
+        loop {
+            others.set(others.get() + 1);
+            tokio::task::yield_now().await;
+        }
+    });
+    let asked = vec![digest(b"absent"); 8 * LOOKUPS_PER_TURN];
+    for size in [asked.len(), LOOKUPS_PER_TURN, 10] {
+        let before = turns.get();
+        for part in asked.chunks(size) {
+            store.cas.find_missing(&store.main, part).await.unwrap();
+        }
+        assert!(turns.get() >= before + 6, "{size}");
+        let before = turns.get();
+        for part in asked.chunks(size) {
+            store.cas.locate(&store.main, part, Purpose::Read).await.unwrap();
+        }
+        assert!(turns.get() >= before + 6, "{size}");
+    }
+    other.abort();
+}
+
 /// GEN-06.
 #[actix::test]
-async fn the_empty_blob_is_everywhere_without_a_file() {
-    let store = Store::new().await;
+async fn the_empty_blob_is_always_present_without_a_file() {
+    let store = TestStore::new().await;
     let empty = digest(b"");
     for instance in [&store.main, &store.other] {
         assert!(store.cas.find_missing(instance, &[empty]).await.unwrap().is_empty());
@@ -41,7 +73,7 @@ async fn the_empty_blob_is_everywhere_without_a_file() {
 /// GEN-15.
 #[actix::test]
 async fn blobs_of_one_instance_are_not_seen_from_another() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let blob = store.put("x").await;
     assert_eq!(store.cas.find_missing(&store.other, &[blob]).await.unwrap(), [blob]);
     assert!(matches!(store.cas.open(&store.other, blob).await, Err(Error::NotFound(_))));
@@ -49,8 +81,8 @@ async fn blobs_of_one_instance_are_not_seen_from_another() {
 
 /// CAS-10, CAS-11, CAS-12.
 #[actix::test]
-async fn items_of_a_batch_succeed_and_fail_on_their_own() {
-    let store = Store::new().await;
+async fn items_of_a_batch_succeed_and_fail_independently() {
+    let store = TestStore::new().await;
     let (good, short) = (digest(b"good"), digest(b"short"));
     let batch = vec![
         (good, Bytes::from("good")),
@@ -70,10 +102,10 @@ async fn items_of_a_batch_succeed_and_fail_on_their_own() {
     assert_eq!(store.inspect().await.totals.reserved, 0);
 }
 
-/// A flipped bit, a lost tail, a lost file: never wrong bytes, always a miss, and the blob can be stored again (CAS-22).
+/// A flipped bit, a short file or an empty file is a miss, never wrong bytes, and the blob can be stored again (CAS-22).
 #[actix::test]
 async fn a_damaged_file_is_a_miss_and_is_dropped() {
-    let mut store = Store::new().await;
+    let mut store = TestStore::new().await;
     for (length, restarted) in [(1_000, false), (1_000, true), (LARGE, true)] {
         for damage in [
             |bytes: &mut Vec<u8>| bytes[999] ^= 1,
@@ -85,7 +117,7 @@ async fn a_damaged_file_is_a_miss_and_is_dropped() {
                 store = store.restart().await;
             }
             overwrite(&store.file_of(blob), damage);
-            // While a blob is at hand its file is not looked at.
+            // The file of a cached blob is not read.
             store.cas.shared().recent.clear();
             assert!(matches!(store.get(blob).await, Err(Error::NotFound(_))));
             assert!(!store.has(blob).await);
@@ -96,10 +128,10 @@ async fn a_damaged_file_is_a_miss_and_is_dropped() {
     assert_eq!(store.get(blob).await.unwrap(), noise(LARGE, 7));
 }
 
-/// What the process has written itself is not hashed at every read, but a file that was touched is.
+/// A large file that this process wrote is not hashed at every read, unless it has changed.
 #[actix::test]
 async fn a_large_file_that_changed_since_it_was_written_is_hashed_again() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (same, other) = (store.put(noise(LARGE, 1)).await, store.put(noise(LARGE, 2)).await);
     overwrite(&store.file_of(same), |_| {});
     overwrite(&store.file_of(other), |bytes| bytes[LARGE - 1] ^= 1);
@@ -107,10 +139,10 @@ async fn a_large_file_that_changed_since_it_was_written_is_hashed_again() {
     assert!(matches!(store.get(other).await, Err(Error::NotFound(_))));
 }
 
-/// The process ends right after this answer, and the order of eviction after the next start follows from these times.
+/// The process exits right after the answer, and these times determine the order of eviction after the next start.
 #[actix::test]
-async fn a_store_that_is_closed_has_written_down_what_was_used() {
-    let mut store = Store::new().await;
+async fn closing_the_store_writes_the_uses() {
+    let mut store = TestStore::new().await;
     let mut blobs = Vec::new();
     for n in 0..500 {
         let blob = store.put(format!("{n}")).await;
@@ -129,35 +161,35 @@ async fn a_store_that_is_closed_has_written_down_what_was_used() {
     assert_eq!(stale, 0);
 }
 
-/// Also where no disk can be mounted to show it.
+/// This also works where a test cannot mount a small disk.
 #[actix::test]
-async fn a_full_disk_is_relieved_of_what_was_used_least_recently() {
-    let store = Store::new().await;
+async fn a_full_disk_is_relieved_of_the_least_recently_used_entries() {
+    let store = TestStore::new().await;
     let mut blobs = Vec::new();
     for n in 0..20 {
         blobs.push(store.put(noise(4_096, n)).await);
     }
-    // Twice a thousandth of the disk has to be free, which is no more than half of what the store holds.
+    // Twice a thousandth of the disk has to be free, which is less than half of the store.
     let full = Space { free_bytes: 0, total_bytes: 16 << 20, free_inodes: 0, total_inodes: 0 };
     store.cas.actor().send(Relieve(full)).await.unwrap();
     assert_eq!(store.cas.find_missing(&store.main, &blobs).await.unwrap(), blobs[..8]);
     assert_eq!(store.inspect().await.totals.deleting, 0, "the files are gone");
 }
 
-/// Another relief of the disk is under way, and the server is about to stop.
+/// Another relief of the disk is running while the server is about to stop.
 #[actix::test]
 async fn an_action_that_is_cancelled_does_not_wait_for_room_on_the_disk() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let _turn = store.cas.shared().relief_turn.lock().await;
     let asked = Instant::now();
     store.worker(|cas, _| cas.relieve_disk(&|| true)).await;
     assert!(asked.elapsed() < settings::RELIEF_WAIT);
 }
 
-/// A reader outlives the blob, and notices when the file is cut under it.
+/// A reader outlives the blob, and notices when its file is truncated.
 #[actix::test]
 async fn a_reader_gets_all_bytes_or_an_error() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let (lost, cut) = (store.put(noise(LARGE, 1)).await, store.put(noise(LARGE, 2)).await);
     let (of_lost, of_cut) =
         (store.cas.open(&store.main, lost).await.unwrap(), store.cas.open(&store.main, cut).await.unwrap());
@@ -173,15 +205,15 @@ async fn a_reader_gets_all_bytes_or_an_error() {
     assert!(!store.has(cut).await);
 }
 
-/// kill -9 at any moment: what is whole is back, what is not is gone, and nothing else is harmed.
+/// After kill -9 at any moment, complete files are recovered, incomplete ones are removed, and nothing else is touched.
 #[actix::test]
-async fn a_restart_recovers_what_is_whole_and_clears_the_rest_away() {
-    let store = Store::new().await;
+async fn a_restart_recovers_complete_files_and_removes_the_others() {
+    let store = TestStore::new().await;
     let (small, large) = (store.put("small").await, store.put(noise(LARGE, 1)).await);
     let cut = store.put(noise(5_000, 2)).await;
     overwrite(&store.file_of(cut), |bytes| bytes.truncate(4_999));
     let file = store.file_of(small);
-    // A second incarnation, as after a crash between rename and the deletion of a loser.
+    // A second file of the same blob, as after a crash between a rename and the deletion of a superfluous file.
     std::fs::copy(&file, file.with_file_name(format!("{}-5-ffff", small.hash_hex()))).unwrap();
     std::fs::write(file.with_file_name("README"), "not ours").unwrap();
     std::fs::write(file.with_file_name(format!("{}-5-", small.hash_hex())), "not ours").unwrap();
@@ -194,22 +226,22 @@ async fn a_restart_recovers_what_is_whole_and_clears_the_rest_away() {
     assert_eq!(store.get(small).await.unwrap(), "small");
     assert_eq!(store.get(large).await.unwrap(), noise(LARGE, 1));
     assert!(!store.has(cut).await);
-    // Two blobs and the two files that are not ours.
+    // Two blobs and the two foreign files.
     eventually(|| async { (store.files().len() == 4).then_some(()) }).await;
-    // Numbers of files go on after the largest that was there.
+    // Generations continue after the largest one found.
     store.put("new").await;
     assert!(store.file_of(digest(b"new")).to_string_lossy().ends_with("-10000"));
 }
 
-/// The limit holds on the disk itself after every step, and the least recently used goes first.
+/// The limit holds on disk after every step, and the least recently used blobs are evicted first.
 #[actix::test]
 async fn the_least_recently_used_blobs_make_room() {
     let limit = 40 * 4096;
-    let store = Store::with_limit(limit).await;
+    let store = TestStore::with_limit(limit).await;
     let keep = store.put(noise(4_096, 0)).await;
     for seed in 1..200 {
         store.put(noise(1 + (seed as usize * 997) % 20_000, seed)).await;
-        assert!(store.has(keep).await, "used before each write, after {seed}");
+        assert!(store.has(keep).await, "it is used before each write; write {seed}");
         let on_disk: u64 =
             store.files().iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum();
         assert!(on_disk <= limit, "{on_disk} after {seed}");
@@ -217,11 +249,11 @@ async fn the_least_recently_used_blobs_make_room() {
     assert!(!store.has(digest(&noise(998, 1))).await);
 }
 
-/// A blob that is being read is not evicted: a write that finds no room fails with the bytes that are held, until the reader is gone. A
-/// blob above the limit is refused for good.
+/// A blob that is being read is not evicted. Until the reader is gone, a write without room fails and the error names the
+/// leased bytes. A blob above the limit is refused for good.
 #[actix::test]
-async fn leased_blobs_stay_and_a_full_store_says_what_holds_it() {
-    let store = Store::with_limit(2 * MB).await;
+async fn leased_blobs_stay_and_a_full_store_reports_them() {
+    let store = TestStore::with_limit(2 * MB).await;
     let held = store.put(noise(1_500_000, 1)).await;
     let reader = store.cas.open(&store.main, held).await.unwrap();
     let bytes = noise(1_000_000, 2);
@@ -242,10 +274,10 @@ async fn leased_blobs_stay_and_a_full_store_says_what_holds_it() {
     assert!(matches!(error, Error::Exhausted { retry_after: None, .. }), "waiting does not help");
 }
 
-/// The order of use survives in access times, and a lower limit is met at start.
+/// The order of use survives in access times, and a lower limit is enforced at start.
 #[actix::test]
 async fn a_restart_under_a_lower_limit_keeps_what_was_used_last() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let mut blobs = vec![];
     for seed in 0..10u64 {
         let blob = store.put(noise(4_096, seed)).await;
@@ -275,10 +307,10 @@ async fn a_store_that_cannot_be_written_is_refused_at_start() {
     assert!(matches!(&error, Error::Precondition(message) if message.contains("file/store")), "{error}");
 }
 
-/// The answer comes when the files are gone, and the actor goes on.
+/// The answer comes when the files are deleted.
 #[actix::test]
 async fn a_full_disk_is_relieved_of_a_part_of_the_store() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     for seed in 0..20 {
         store.put(noise(LARGE, seed)).await;
     }

@@ -1,25 +1,19 @@
-//! Uploads: racing, broken, resumed, lying.
+//! Uploads: concurrent, broken, resumed and wrong ones.
 
-use super::{super::uploads::*, *};
-use crate::actors::cas::{
-    blob::BlobWriter,
-    guards::{Reservation, Room},
-    index::{Key, Kind},
-    requests::EndUpload,
-    uploads::sink::Sink,
-};
-use futures::future::join_all;
+use super::*;
+use crate::actors::cas::{blob::BlobWriter, guards::Reservation};
+use futures::{FutureExt as _, future::join_all};
 
 const NAME: &str = "uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/blobs/x";
 
-async fn begin(store: &Store, name: &str, digest: Digest, offset: u64) -> Result<Box<BlobWriter>> {
+async fn begin(store: &TestStore, name: &str, digest: Digest, offset: u64) -> Result<Box<BlobWriter>> {
     match store.cas.begin_upload(&store.main, name, digest, offset).await? {
         Upload::Writer(writer) => Ok(writer),
         Upload::Present => panic!("{digest} is stored"),
     }
 }
 
-async fn send(writer: &mut BlobWriter, bytes: &Bytes, chunk: usize) -> Result<()> {
+pub(super) async fn send(writer: &mut BlobWriter, bytes: &Bytes, chunk: usize) -> Result<()> {
     let mut bytes = bytes.clone();
     while !bytes.is_empty() {
         writer.write(bytes.split_to(chunk.min(bytes.len()))).await?;
@@ -29,8 +23,8 @@ async fn send(writer: &mut BlobWriter, bytes: &Bytes, chunk: usize) -> Result<()
 
 /// BS-21, BS-23.
 #[actix::test]
-async fn a_blob_is_visible_once_it_is_whole() {
-    let store = Store::new().await;
+async fn a_blob_becomes_visible_once_it_is_complete() {
+    let store = TestStore::new().await;
     for (length, chunk) in [(1, 1), (100_000, 100_000), (9_000_000, 65_536), (5_000_000, 2_000_000)] {
         let bytes = noise(length, length as u64);
         let blob = digest(&bytes);
@@ -51,10 +45,10 @@ async fn a_blob_is_visible_once_it_is_whole() {
     );
 }
 
-/// Without room in memory each piece is written before the next one is taken, and the blob is the same.
+/// When the memory budget is spent, each piece is written before the next one is accepted.
 #[actix::test]
-async fn uploads_go_on_where_there_is_no_room_for_bytes_that_wait() {
-    let store = Store::new().await;
+async fn uploads_continue_when_there_is_no_memory_for_unwritten_bytes() {
+    let store = TestStore::new().await;
     let budget = &store.cas.shared().received;
     let caller = Caller::connected("127.0.0.1:1".parse().unwrap());
     let all = budget.take(caller, budget.bounds().connection).unwrap();
@@ -88,8 +82,8 @@ async fn uploads_go_on_where_there_is_no_room_for_bytes_that_wait() {
 
 /// BS-22, BS-29.
 #[actix::test]
-async fn bytes_that_are_not_the_announced_blob_leave_nothing_behind() {
-    let store = Store::new().await;
+async fn bytes_that_do_not_match_the_digest_leave_nothing_behind() {
+    let store = TestStore::new().await;
     for length in [1_000usize, 3_000_000] {
         let (bytes, evil) = (noise(length, 1), noise(length, 2));
         let blob = digest(&bytes);
@@ -120,7 +114,7 @@ async fn bytes_that_are_not_the_announced_blob_leave_nothing_behind() {
 /// BS-28.
 #[actix::test]
 async fn sixty_four_racing_uploads_of_one_blob_all_succeed_and_leave_one_file() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(700_000, 1);
     let blob = digest(&bytes);
     let uploads = (0..64).map(|n| {
@@ -145,10 +139,10 @@ async fn sixty_four_racing_uploads_of_one_blob_all_succeed_and_leave_one_file() 
     .await;
 }
 
-/// BS-20, BS-31: a client that vanishes anywhere goes on where it stood, or starts over.
+/// BS-20, BS-31: a client that vanishes at any point can resume there or start over.
 #[actix::test]
-async fn a_broken_upload_is_resumed_where_it_stood() {
-    let store = Store::new().await;
+async fn a_broken_upload_is_resumed_where_it_stopped() {
+    let store = TestStore::new().await;
     let bytes = noise(3_000_000, 1);
     let blob = digest(&bytes);
     for cut in [1usize, 100_000, 2_999_999] {
@@ -159,7 +153,7 @@ async fn a_broken_upload_is_resumed_where_it_stood() {
         assert_eq!(committed().await, expected);
         drop(writer);
         assert_eq!(committed().await, expected, "never less than before");
-        // At once: the earlier stream may still be on its way out.
+        // It resumes at once, while the earlier stream may not have ended yet.
         let writer = begin(&store, NAME, blob, cut as u64).await.unwrap();
         assert_eq!(writer.committed(), cut as u64);
         drop(writer);
@@ -176,7 +170,7 @@ async fn a_broken_upload_is_resumed_where_it_stood() {
 /// BS-20.
 #[actix::test]
 async fn an_upload_that_starts_over_discards_what_was_there() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(1_000_000, 1);
     let blob = digest(&bytes);
     let mut stale = begin(&store, NAME, blob, 0).await.unwrap();
@@ -192,27 +186,67 @@ async fn an_upload_that_starts_over_discards_what_was_there() {
 
 /// BS-24.
 #[actix::test]
-async fn a_writer_learns_that_somebody_else_was_faster() {
-    let store = Store::new().await;
+async fn a_writer_learns_that_another_upload_stored_the_blob() {
+    let store = TestStore::new().await;
     let bytes = noise(1_000, 1);
     let writer = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
     let mut superseded = std::pin::pin!(writer.superseded());
-    assert!(!writer.is_superseded() && futures::poll!(&mut superseded).is_pending());
-    store.put(bytes).await;
-    assert!(writer.is_superseded() && futures::poll!(&mut superseded).is_ready());
+    assert!(futures::poll!(&mut superseded).is_pending());
+    let mut late = std::pin::pin!(writer.superseded());
+    store.put(bytes.clone()).await;
+    assert!(futures::poll!(&mut superseded).is_ready());
+    store.lose(digest(&bytes)).await;
+    assert!(futures::poll!(&mut late).is_pending(), "the blob is gone again");
 }
 
-/// BS-24, BS-29: the bytes of an upload that came too late are of no use to anybody.
+/// BS-24: the one that is stored answers for all of them, and is not evicted to make room for the others.
 #[actix::test]
-async fn an_upload_that_somebody_else_finished_first_takes_no_room() {
-    let store = Store::new().await;
+async fn uploads_of_one_blob_do_not_evict_it() {
+    let store = TestStore::with_limit(5 * MB).await;
+    let bytes = noise(2_000_000, 1);
+    let blob = digest(&bytes);
+    let mut first = begin(&store, NAME, blob, 0).await.unwrap();
+    let mut second = begin(&store, "second", blob, 0).await.unwrap();
+    let mut third = Box::pin(store.cas.begin_upload(&store.main, "third", blob, 0));
+    assert!(futures::poll!(&mut third).is_pending(), "all of them would not fit");
+    drop(third);
+    send(&mut second, &bytes.slice(..600_000), 300_000).await.unwrap();
+    send(&mut first, &bytes, 300_000).await.unwrap();
+    first.finish().await.unwrap();
+    let others = Reservation::take(store.cas.actor(), 3 * MB / 2).await.unwrap();
+    send(&mut second, &bytes.slice(600_000..), 300_000).await.unwrap();
+    assert!(store.has(blob).await, "it was evicted for a copy of itself");
+    second.finish().await.unwrap();
+    assert!(store.has(blob).await);
+    drop(others);
+    eventually(|| async { (store.inspect().await.totals.reserved == 0).then_some(()) }).await;
+}
+
+/// An acknowledgement holds only while the blob is stored.
+#[actix::test]
+async fn an_upload_that_gave_way_to_another_one_fails_if_that_blob_is_gone_again() {
+    let store = TestStore::with_limit(5 * MB).await;
+    let bytes = noise(2_000_000, 1);
+    let blob = digest(&bytes);
+    let mut writer = begin(&store, NAME, blob, 0).await.unwrap();
+    store.put(bytes.clone()).await;
+    send(&mut writer, &bytes, 300_000).await.unwrap();
+    store.lose(blob).await;
+    let error = writer.finish().await.unwrap_err();
+    assert!(matches!(&error, Error::Unavailable(problem) if problem.contains("try again")), "{error}");
+}
+
+/// BS-24, BS-29: the bytes of a superseded upload are discarded.
+#[actix::test]
+async fn a_superseded_upload_takes_no_room() {
+    let store = TestStore::new().await;
     let bytes = noise(3_000_000, 1);
     let mut slow = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
     send(&mut slow, &bytes.slice(..1_000_000), 300_000).await.unwrap();
     let mut fast = begin(&store, "another name", digest(&bytes), 0).await.unwrap();
     send(&mut fast, &bytes, 300_000).await.unwrap();
     fast.finish().await.unwrap();
-    assert!(slow.is_superseded());
+    slow.superseded().now_or_never().expect("it was superseded");
     drop(slow);
     eventually(|| async { (store.inspect().await.running_uploads == 0).then_some(()) }).await;
     let inspection = store.inspect().await;
@@ -220,10 +254,10 @@ async fn an_upload_that_somebody_else_finished_first_takes_no_room() {
     eventually(|| async { (store.files().len() == 1).then_some(()) }).await;
 }
 
-/// BS-28, where there is no room for two.
+/// BS-28, when there is no room for both.
 #[actix::test]
 async fn an_upload_without_room_waits_for_another_one_of_its_blob() {
-    let store = Store::with_limit(4 * MB).await;
+    let store = TestStore::with_limit(4 * MB).await;
     for is_finished in [true, false] {
         let bytes = noise(3_000_000, u64::from(is_finished));
         let blob = digest(&bytes);
@@ -245,10 +279,10 @@ async fn an_upload_without_room_waits_for_another_one_of_its_blob() {
     }
 }
 
-/// A blob whose client leaves while the last bytes are being checked is stored or not, but never half.
+/// The client leaves while the last bytes are being checked.
 #[actix::test]
 async fn an_upload_whose_client_leaves_at_the_end_is_finished_anyway() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let bytes = noise(2_000_000, 1);
     let mut writer = begin(&store, NAME, digest(&bytes), 0).await.unwrap();
     send(&mut writer, &bytes.slice(..200_000), 200_000).await.unwrap();
@@ -260,10 +294,10 @@ async fn an_upload_whose_client_leaves_at_the_end_is_finished_anyway() {
     assert_eq!(store.inspect().await.totals.reserved, 0);
 }
 
-/// Broken uploads go before any blob does.
+/// Broken uploads are discarded before any blob is evicted.
 #[actix::test]
 async fn broken_uploads_make_room_first() {
-    let store = Store::with_limit(4 * MB).await;
+    let store = TestStore::with_limit(4 * MB).await;
     let kept = store.put(noise(1_000_000, 1)).await;
     let broken = noise(1_000_000, 2);
     let mut writer = begin(&store, NAME, digest(&broken), 0).await.unwrap();
@@ -279,251 +313,8 @@ async fn broken_uploads_make_room_first() {
 /// CAP-15.
 #[actix::test]
 async fn a_blob_above_the_largest_size_is_refused_before_a_byte_is_sent() {
-    let store = Store::new().await;
+    let store = TestStore::new().await;
     let blob = Digest::parse(SHA256, &"1".repeat(64), i64::MAX).unwrap();
     let error = begin(&store, NAME, blob, 0).await.unwrap_err();
     assert!(matches!(&error, Error::Invalid(message) if message.contains("104857600")), "{error}");
-}
-
-/// Enters an upload that broke, under a name of its own; its first byte is that of the name.
-fn park(store: &Store, uploads: &mut Uploads, (n, blob): (u64, Key), room: Room, now: Instant) {
-    let name = digest(&n.to_le_bytes());
-    let Begin::Fresh(Entered { number, progress }, None) = uploads.begin(name, blob, 0) else { panic!() };
-    let file = store.cas.shared().volume.draft().unwrap();
-    let partial = Some(Partial { sink: Sink { file, hasher: SHA256.hasher(0) }, room });
-    assert!(uploads.end(EndUpload { name, number, blob, progress, partial }, now).is_none());
-}
-
-/// A peer that keeps as many broken uploads as it can loses its own, however old those of the other are.
-#[actix::test]
-async fn a_peer_with_many_broken_uploads_loses_its_own_and_never_anothers() {
-    let store = Store::new().await;
-    let (now, hour, limit) = (Instant::now(), Duration::from_secs(3_600), 100 * MB);
-    let blob = Key { digest: digest(b"x"), instance: store.main.blobs(), kind: Kind::Blob };
-    let budget = &store.cas.shared().upload_budget;
-    let [few, many] = [1, 2].map(|host| Caller::connected(([127, 0, 0, host], 1).into()));
-    let mut uploads = Uploads::default();
-    let park = |uploads: &mut Uploads, n, caller, bytes| {
-        let mut room = Room::of(Reservation::new(store.cas.actor().clone(), bytes));
-        room.charge_to(budget.take(caller, 0).unwrap()).unwrap();
-        park(&store, uploads, (n, blob), room, now + Duration::from_millis(n));
-    };
-    let peer_of = |partial: Option<Partial>| partial.unwrap().room.caller().unwrap().peer;
-    park(&mut uploads, 0, few, 1);
-    for n in 1..=settings::MAX_PARTIAL_UPLOADS as u64 + 9 {
-        park(&mut uploads, n, many, 1);
-    }
-    for _ in 0..10 {
-        assert_eq!(peer_of(uploads.pop_excess(now, hour, limit)), many.peer);
-    }
-    assert!(uploads.pop_excess(now, hour, limit).is_none());
-    assert_eq!(uploads.counts(), (0, settings::MAX_PARTIAL_UPLOADS));
-    // By bytes the other one has most, and its largest stays as long as it has older ones.
-    park(&mut uploads, 1_000, few, 30 * MB);
-    for _ in 0..2 {
-        assert_eq!(peer_of(uploads.pop_for_room()), few.peer);
-    }
-    assert_eq!(peer_of(uploads.pop_for_room()), many.peer);
-}
-
-#[actix::test]
-async fn broken_uploads_are_bounded_in_age_number_and_bytes() {
-    let store = Store::new().await;
-    let (now, hour, limit) = (Instant::now(), Duration::from_secs(3_600), 100 * 4_096);
-    let blob = Key { digest: digest(b"x"), instance: store.main.blobs(), kind: Kind::Blob };
-    let mut uploads = Uploads::default();
-    let park = |uploads: &mut Uploads, n: u64, bytes| {
-        let room = Room::of(Reservation::new(store.cas.actor().clone(), bytes));
-        park(&store, uploads, (n, blob), room, now);
-    };
-    park(&mut uploads, 0, 1);
-    assert!(uploads.pop_excess(now + hour / 2, hour, limit).is_none());
-    assert!(uploads.pop_excess(now + hour, hour, limit).is_some(), "too old");
-    for n in 1..=5 {
-        park(&mut uploads, n, limit / 20);
-    }
-    assert!(uploads.pop_excess(now, hour, limit).is_none());
-    park(&mut uploads, 6, limit / 20);
-    assert!(uploads.pop_excess(now, hour, limit).is_some(), "more than a quarter of the store");
-    while uploads.pop_for_room().is_some() {}
-    for n in 0..=settings::MAX_PARTIAL_UPLOADS as u64 {
-        park(&mut uploads, n, 0);
-    }
-    assert!(uploads.pop_excess(now, hour, limit).is_some(), "one too many");
-    assert_eq!(uploads.counts(), (0, settings::MAX_PARTIAL_UPLOADS));
-}
-
-/// A store of `limit` bytes with three blobs, and an account.
-async fn store_with_blobs(limit: u64) -> (Store, Vec<Digest>, Caller) {
-    let store = Store::with_limit(limit).await;
-    let mut blobs = Vec::new();
-    for seed in 0..3 {
-        blobs.push(store.put(noise(1_000_000, 100 + seed)).await);
-    }
-    (store, blobs, Caller::connected("127.0.0.1:1".parse().unwrap()))
-}
-
-async fn all_there(store: &Store, blobs: &[Digest]) -> bool {
-    store.cas.find_missing(&store.main, blobs).await.unwrap().is_empty()
-}
-
-/// What a client says that it will send evicts nothing, whichever way it says so; what it sends is room that it gets.
-#[actix::test]
-async fn room_is_reserved_for_bytes_that_arrive_and_not_for_those_that_are_announced() {
-    let (store, blobs, caller) = store_with_blobs(30 * MB).await;
-    let cas = store.cas.on_behalf_of(caller);
-    let mut writers = Vec::new();
-    for seed in 0..5 {
-        let announced = Digest::parse(SHA256, &digest(&[seed]).hash_hex(), 20_000_000).unwrap();
-        let name = format!("uploads/{seed}");
-        let Upload::Writer(writer) = cas.begin_upload(&store.main, &name, announced, 0).await.unwrap() else {
-            panic!()
-        };
-        let mut writer = if seed % 2 == 0 { *writer } else { writer.decoding() };
-        writer.write(Bytes::from_static(b"(")).await.unwrap();
-        writers.push(writer);
-    }
-    assert_eq!(store.inspect().await.totals.reserved, 0);
-    // A batch whose items are all lies: a MiB each, 40 MiB in all.
-    let lies = (0..40u8).map(|n| {
-        let digest = Digest::parse(SHA256, &digest(&[n, n]).hash_hex(), 1 << 20).unwrap();
-        (digest, Payload::Zstd(Bytes::from_static(b"no zstd")))
-    });
-    let outcomes = cas.write_many(&store.main, lies.collect()).await.unwrap();
-    assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Invalid(_)))));
-    assert!(all_there(&store, &blobs).await);
-    // Bytes that come are another matter, a step ahead.
-    let bytes = noise(5_000_000, 1);
-    let mut writer = writers.remove(0);
-    send(&mut writer, &bytes, 100_000).await.unwrap();
-    drop(writer);
-    eventually(|| async { (store.inspect().await.partial_uploads == 1).then_some(()) }).await;
-    let reserved = store.inspect().await.totals.reserved;
-    let most = 5_000_001 + settings::ROOM_STEP_BYTES + 4_096;
-    assert!((5_000_001..=most).contains(&reserved), "{reserved}");
-    drop(writers);
-    eventually(|| async { (store.inspect().await.running_uploads == 0).then_some(()) }).await;
-    assert!(all_there(&store, &blobs).await);
-}
-
-/// BS-26: a few bytes that become many get room as they are decoded, and an end where there is none.
-#[actix::test]
-async fn a_compressed_upload_gets_room_as_it_is_decoded() {
-    let (store, blobs, caller) = store_with_blobs(10 * MB).await;
-    let cas = store.cas.on_behalf_of(caller);
-    let zeros = vec![0u8; 9_500_000];
-    for (kept, fits) in [(6_000_000, true), (9_500_000, false)] {
-        let plain = Bytes::from(zeros[..kept].to_vec());
-        let mut stream = Vec::new();
-        gorego_reapi::compression::Encoder::new(1).unwrap().frames(&plain, &mut stream).unwrap();
-        let reader = store.cas.open(&store.main, blobs[0]).await.unwrap();
-        let outcomes =
-            cas.write_many(&store.main, vec![(digest(&plain), Payload::Zstd(stream.into()))]).await.unwrap();
-        assert_eq!(outcomes[0].is_ok(), fits, "{outcomes:?}");
-        assert_eq!(store.has(digest(&plain)).await, fits);
-        drop(reader);
-        eventually(|| async { (store.inspect().await.totals.reserved == 0).then_some(()) }).await;
-    }
-}
-
-/// Each holds a part and none can have the rest: all end, and those that may go on later say so.
-#[actix::test]
-async fn uploads_that_do_not_fit_together_all_end() {
-    let store = Store::with_limit(10 * MB).await;
-    let upload = async |seed: u64| {
-        let bytes = noise(6_000_000, seed);
-        let name = format!("uploads/{seed}");
-        loop {
-            let stored = async {
-                let mut writer = match store.cas.begin_upload(&store.main, &name, digest(&bytes), 0).await? {
-                    Upload::Present => return Ok(()),
-                    Upload::Writer(writer) => writer,
-                };
-                for at in (0..bytes.len()).step_by(500_000) {
-                    writer.write(bytes.slice(at..at + 500_000)).await?;
-                    tokio::task::yield_now().await;
-                }
-                writer.finish().await.map(drop)
-            };
-            match stored.await {
-                Ok(()) => return,
-                Err(Error::Exhausted { retry_after: Some(_), .. }) => {}
-                Err(error) => panic!("{error}"),
-            }
-            tokio::time::sleep(Duration::from_millis(20 * seed)).await;
-        }
-    };
-    let all = futures::future::join_all((1..=4).map(upload));
-    tokio::time::timeout(Duration::from_secs(60), all).await.unwrap();
-    let on_disk: u64 = store.files().iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum();
-    assert!(on_disk <= 10 * MB);
-}
-
-#[actix::test]
-async fn a_caller_that_leaves_while_it_waits_for_room_is_not_charged_for_it() {
-    let store = Store::new().await;
-    let budget = &store.cas.shared().upload_budget;
-    let mut room = Room::none(store.cas.actor().clone());
-    room.charge_to(budget.take(Caller::connected("127.0.0.1:1".parse().unwrap()), 0).unwrap()).unwrap();
-    assert!(room.grow(1_000, 1_000).now_or_never().is_none(), "the actor has not answered yet");
-    assert_eq!(budget.held(), 0);
-    eventually(|| async { (store.inspect().await.totals.reserved == 0).then_some(()) }).await;
-    room.grow(1_000, 1_000).await.unwrap();
-    assert_eq!((budget.held(), room.bytes()), (1_000, 1_000));
-}
-
-/// One connection has a bound, one peer has a share, and its own broken uploads make room for its new ones.
-#[actix::test]
-async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
-    let store = Store::with_limit(600 * MB).await;
-    let bounds = store.cas.shared().settings.upload_bounds();
-    assert_eq!((bounds.total, bounds.connection), (300 * MB, 150 * MB));
-    let caller = Caller::connected("127.0.0.1:1".parse().unwrap());
-    let budget = &store.cas.shared().upload_budget;
-    // As if it had so much in running uploads.
-    let held = budget.take(caller, 149 * MB).unwrap();
-    let upload = async |caller: Caller, name: &str| {
-        let bytes = noise(3_000_000, 1);
-        let cas = store.cas.on_behalf_of(caller);
-        let Upload::Writer(mut writer) =
-            cas.begin_upload(&store.main, name, digest(&bytes), 0).await.unwrap()
-        else {
-            panic!()
-        };
-        send(&mut writer, &bytes.slice(..2_900_000), 300_000).await?;
-        Ok::<_, Error>(writer)
-    };
-    let error = upload(caller, "uploads/a").await.unwrap_err();
-    assert!(
-        matches!(&error, Error::Exhausted { message, retry_after: Some(_) } if message.contains("connection")),
-        "{error}"
-    );
-    let neighbour = Caller::connected("127.0.0.2:1".parse().unwrap());
-    drop(upload(neighbour, "uploads/b").await.unwrap());
-    eventually(|| async { (store.inspect().await.partial_uploads == 2).then_some(()) }).await;
-    let committed = async |name: &str| {
-        let blob = digest(&noise(3_000_000, 1));
-        store.cas.query_upload(&store.main, name, blob).await.unwrap().committed
-    };
-    assert!(committed("uploads/a").await > 0);
-    // The connection is at its bound with this broken upload, which makes way for the first bytes of the next.
-    drop(upload(caller, "uploads/instead").await.unwrap_err());
-    assert_eq!(committed("uploads/a").await, 0);
-    drop(held);
-    eventually(|| async { (store.inspect().await.partial_uploads == 2).then_some(()) }).await;
-    assert!(committed("uploads/instead").await > 0);
-    let kept = budget.held();
-    assert!(kept >= 2_900_000, "broken uploads count: {kept}");
-    // Another connection of the first peer takes all that a peer may have, and its broken upload goes for a new one.
-    let again = Caller::connected("127.0.0.1:2".parse().unwrap());
-    let all = [again, caller].map(|caller| {
-        let mut share = budget.take(caller, 0).unwrap();
-        while share.grow(MB / 4).is_ok() {}
-        share
-    });
-    let third = Caller::connected("127.0.0.1:3".parse().unwrap());
-    let _ = upload(third, "uploads/c").await;
-    assert_eq!(committed("uploads/instead").await, 0);
-    assert!(upload(neighbour, "uploads/d").await.is_ok());
-    drop(all);
 }

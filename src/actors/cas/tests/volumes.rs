@@ -1,16 +1,16 @@
-//! The store over a volume that is no file system: it needs nothing of one but what the trait says.
+//! The store over a volume in memory: it needs only what the trait promises.
 
 use super::{super::volume::memory::Memory, *};
 use std::fs::{File, read, write};
 
-/// A store over this volume; what other tests find below `root` is not there.
-async fn over(volume: &Memory, max_bytes: u64) -> Store {
+/// A store over this volume. Nothing is stored below `root`.
+async fn over(volume: &Memory, max_bytes: u64) -> TestStore {
     let root = Rc::new(TempDir::new().unwrap());
     let instances = Instances::new(["", "other/one"]).unwrap();
     let settings = settings_at(root.path().join("nowhere"), max_bytes);
     let actor = CasActor::over(Box::new(volume.clone()), settings, Handle::current()).unwrap();
     let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
-    Store { root, cas: actor.launch(), main, other }
+    TestStore { root, cas: actor.launch(), main, other }
 }
 
 #[actix::test]
@@ -32,7 +32,7 @@ async fn every_way_in_and_out_works_without_a_file_system_and_survives_a_restart
         writer.write(long.slice(at..(at + 500_000).min(long.len()))).await.unwrap();
     }
     assert_eq!(writer.finish().await, Ok(digest(&long)));
-    // Bytes of which nobody knew the digest.
+    // A blob whose digest is not known in advance.
     let unknown = noise(MB as usize, 3);
     let mut new = store.cas.new_blob(&store.main, SHA256);
     new.write(unknown.clone()).await.unwrap();
@@ -79,7 +79,7 @@ async fn every_way_in_and_out_works_without_a_file_system_and_survives_a_restart
     assert!(!store.root.path().join("nowhere").exists());
 }
 
-/// What the index lets go is gone from the volume, and only that.
+/// Exactly the evicted entries are deleted from the volume.
 #[actix::test]
 async fn evicted_entries_leave_the_volume() {
     let volume = Memory::default();

@@ -1,16 +1,17 @@
-//! Input roots: read, checked, leased, and copied out.
+//! Input roots: reads, checks, leases and copies them out.
 //!
-//! Directories are read level by level, each distinct one once, and kept decoded for the next action, which mostly shares
-//! them. A root that was walked is kept too, so that the worker only leases what the check before the queue has found. All that is missing is reported at once, Directories and files; what lies below a missing Directory cannot be known
-//! (EXE-26). Bounds: [`MAX_DIRECTORY_BYTES`] a message, [`MAX_TREE_DEPTH`] levels, [`MAX_TREE_NODES`] entries in distinct
-//! directories and again in the tree written out.
+//! Directories are read level by level, each distinct one once, and cached decoded for the next action, which mostly shares
+//! them. A walked root is cached too, so that the worker only leases what the check before the queue has found. All missing
+//! Directories and files are reported at once, except those below a missing Directory, which cannot be known (EXE-26). Bounds:
+//! [`MAX_DIRECTORY_BYTES`] per message, [`MAX_TREE_DEPTH`] levels, [`MAX_TREE_NODES`] entries in distinct directories, and as
+//! many in the expanded tree.
 
 use crate::actors::cas::{
     blob::{open_checked, read_whole},
     client::Cas,
     decoding::worst_case,
     guards::Lease,
-    index::Found,
+    index::FoundEntry,
     lookup::Purpose,
     settings::{DIRECTORIES_AT_ONCE, LOOKUPS_PER_TURN, SMALL_BLOB_BYTES},
     trees::TreeRoom,
@@ -33,25 +34,25 @@ use std::{
 };
 use tokio::task::coop::consume_budget;
 
-/// To go through so many nodes takes more than a millisecond.
+/// Iterating over this many nodes takes more than a millisecond.
 const MANY_NODES: usize = 10_000;
 
-/// What was found below a root.
+/// The Directories found below a root.
 #[derive(Debug, Default)]
 pub(crate) struct Closure {
-    /// Every distinct Directory that is stored.
+    /// Every distinct stored Directory.
     pub directories: HashMap<Digest, Arc<Directory>>,
-    /// Directories that are not.
+    /// Directories that are not stored.
     pub missing: Vec<Digest>,
 }
 
 impl Closure {
-    /// Digests of all files in these directories.
-    pub fn files(&self) -> impl Iterator<Item = Digest> {
+    /// The digests of all files in these directories.
+    pub(crate) fn files(&self) -> impl Iterator<Item = Digest> {
         self.directories.values().flat_map(|directory| directory.files.iter().map(|file| file.digest))
     }
 
-    /// Everything that is known to belong to the tree and takes room: distinct, the empty blob left out.
+    /// All known digests of the tree, each once, without the empty blob.
     fn digests(&self) -> Vec<Digest> {
         let all = self.directories.keys().copied().chain(self.files());
         let mut seen: HashSet<Digest> = HashSet::default();
@@ -59,17 +60,17 @@ impl Closure {
     }
 }
 
-/// A whole input root as it was walked. Digests name contents, so it stays true; whether all of it is still stored is the index's
-/// to say.
+/// A fully walked input root. Digests identify contents, so it never becomes stale. Only the index says whether all of it is
+/// still stored.
 #[derive(Debug)]
 pub(crate) struct InputRoot {
     tree: Arc<InputTree>,
-    /// All that belongs to it and takes room: distinct, sorted, the empty blob left out.
+    /// All digests of the tree, each once and sorted, without the empty blob.
     digests: Vec<Digest>,
 }
 
 impl InputRoot {
-    /// The root of these directories, and what it takes in memory.
+    /// The input root over these directories, and its weight in memory.
     fn new(
         root: Digest,
         directories: HashMap<Digest, Arc<Directory>>,
@@ -82,21 +83,22 @@ impl InputRoot {
     }
 }
 
-/// An input root whose every blob is leased: none of it can be evicted while this is held.
+/// An input root whose blobs are all leased: none can be evicted while this is held.
 #[derive(Debug)]
 pub struct StagedInputs {
     input_root: Arc<InputRoot>,
-    source: Source,
+    source: LeasedFiles,
 }
 
 impl StagedInputs {
-    /// Its directories.
+    /// The expanded tree of directories.
     pub fn tree(&self) -> &Arc<InputTree> {
         &self.input_root.tree
     }
 
-    /// Copies a file of the tree to a new file at `name` in the directory `parent`, with these permission bits; a clone where
-    /// the file system can. Never a hard link: an action may write its inputs, nobody else sees it (EXE-43). Blocks.
+    /// Copies a file of the tree to a new file `name` in the directory `parent`, with these permission bits. Uses a clone where
+    /// the file system supports it, but never a hard link: an action may write its inputs, and nobody else may see that
+    /// (EXE-43). Blocks.
     ///
     /// # Errors
     /// `MissingBlobs` when the stored file turns out to be damaged; `DiskFull` when the disk is full.
@@ -108,16 +110,16 @@ impl StagedInputs {
 }
 
 impl Cas {
-    /// Reads an input root and leases every blob of it, from a worker thread; for an action of this peer.
+    /// Reads an input root and leases all of its blobs, for an action of this peer. Called from a worker thread.
     ///
     /// # Errors
-    /// `MissingBlobs` with all that is missing (EXE-26); `Invalid` when a Directory is malformed.
+    /// `MissingBlobs` with everything that is missing (EXE-26); `Invalid` when a Directory is malformed.
     pub fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<StagedInputs> {
         let cas = self.working_for(Caller::without_connection(peer));
         cas.block_on(async |cas| cas.stage(instance, root).await)
     }
 
-    /// All Directories below a root. The room is to be kept as long as they are.
+    /// Reads all Directories below a root. The room has to be kept as long as they are.
     pub(crate) async fn closure(
         &self,
         instance: &Instance,
@@ -149,7 +151,7 @@ impl Cas {
                         )));
                     }
                     room.grow(directory.memory()).await?;
-                    // A tree of many directories that are all at hand would hold up the others on this thread.
+                    // A tree whose many directories are all cached would otherwise block other tasks on this thread.
                     consume_budget().await;
                     let children = directory.directories.iter().map(|child| child.digest);
                     next.extend(children.filter(|child| seen.insert(*child)));
@@ -161,7 +163,7 @@ impl Cas {
         Ok(closure)
     }
 
-    /// The same, and [`Closure::digests`].
+    /// Like [`Cas::closure`], with [`Closure::digests`].
     async fn closure_with_digests(
         &self,
         instance: &Instance,
@@ -192,7 +194,7 @@ impl Cas {
         if missing.is_empty() { Ok(()) } else { Err(Error::MissingBlobs(missing)) }
     }
 
-    /// Leases a whole input root. What is staged is bounded by the number of slots.
+    /// Leases a whole input root. The number of slots bounds how many are staged.
     async fn stage(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
         let input_root = match self.shared().input_roots.get(&(instance.blobs(), root)) {
             Some(kept) => kept,
@@ -210,11 +212,11 @@ impl Cas {
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
-        let source = Source { cas: self.clone(), files, _lease: located.lease };
+        let source = LeasedFiles { cas: self.clone(), files, _lease: located.lease };
         Ok(StagedInputs { input_root, source })
     }
 
-    /// Reads a whole input root, checks that all of it is stored, and keeps what was found at hand.
+    /// Reads a whole input root, checks that all of it is stored, and caches it.
     async fn walk(&self, instance: &Instance, root: Digest) -> Result<Arc<InputRoot>> {
         let mut room = TreeRoom::new(self);
         let (closure, digests) = self.closure_with_digests(instance, root, &mut room).await?;
@@ -225,7 +227,7 @@ impl Cas {
         }
         let is_large = is_large(&closure.directories);
         let build = move || InputRoot::new(root, closure.directories, digests);
-        // The bounds on what the tree expands to are met now rather than after the queue.
+        // The bounds on the expanded tree are checked now rather than after the queue.
         let built = if is_large { self.blocking(build).await? } else { build() };
         let (input_root, weight) = built?;
         let key = (instance.blobs(), root);
@@ -233,10 +235,10 @@ impl Cas {
         Ok(input_root)
     }
 
-    /// Directories by digest, in the order asked for; `None` for those that are not stored.
+    /// Reads directories, in the order of the digests; `None` for those that are not stored.
     ///
     /// # Errors
-    /// `Invalid` when a blob is no Directory.
+    /// `Invalid` when a blob is not a Directory.
     pub async fn directories(
         &self,
         instance: &Instance,
@@ -249,7 +251,7 @@ impl Cas {
         }
         let mut known = Vec::with_capacity(digests.len());
         let mut to_read = Vec::new();
-        // What is kept decoded says nothing of what is stored, so the index is asked for all.
+        // A cached directory may no longer be stored, so the index is asked for all of them.
         let located = self.locate(instance, digests, Purpose::Look).await?;
         for (at, (&digest, found)) in digests.iter().zip(located.found).enumerate() {
             known.push(match found {
@@ -272,7 +274,7 @@ impl Cas {
             let room = self.room_to_decode(bytes).await?;
             let cas = self.clone();
             let read = self.blocking(move || {
-                let read = |(at, found): (usize, Found)| Ok((at, read_directory(&cas, &found)?));
+                let read = |(at, found): (usize, FoundEntry)| Ok((at, read_directory(&cas, &found)?));
                 let read = part.into_iter().map(read).collect::<Result<Vec<_>>>();
                 drop(room);
                 read
@@ -291,8 +293,8 @@ fn is_large(directories: &HashMap<Digest, Arc<Directory>>) -> bool {
     directories.values().map(|directory| 1 + directory.entries()).sum::<usize>() > MANY_NODES
 }
 
-/// How many of these directories are read in one go, at least one, and the room that they need.
-fn first_part(to_read: &[(usize, Found)]) -> (usize, u64) {
+/// How many of these directories are read in one job, at least one, and the memory that they need.
+fn first_part(to_read: &[(usize, FoundEntry)]) -> (usize, u64) {
     let (mut count, mut bytes) = (0, 0);
     for (_, found) in to_read {
         let more = worst_case(found.file.key.digest.size(), MAX_MESSAGE_MEMORY);
@@ -304,7 +306,7 @@ fn first_part(to_read: &[(usize, Found)]) -> (usize, u64) {
     (count, bytes)
 }
 
-fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
+fn read_directory(cas: &Cas, found: &FoundEntry) -> Result<Option<Arc<Directory>>> {
     let digest = found.file.key.digest;
     let bytes = match read_whole(cas, found) {
         Ok(bytes) => bytes,
@@ -318,21 +320,21 @@ fn read_directory(cas: &Cas, found: &Found) -> Result<Option<Arc<Directory>>> {
     Ok(Some(directory))
 }
 
-/// Where the files of a staged tree come from.
+/// The leased files of a staged tree.
 #[derive(Debug)]
-struct Source {
+struct LeasedFiles {
     cas: Cas,
     /// Where the digests of the root are, in their order.
-    files: Vec<Found>,
+    files: Vec<FoundEntry>,
     _lease: Lease,
 }
 
-impl Source {
+impl LeasedFiles {
     /// [`StagedInputs::materialise`].
     fn materialise(
         &self,
         digest: &Digest,
-        found: Option<&Found>,
+        found: Option<&FoundEntry>,
         parent: &File,
         name: &str,
         mode: u32,
@@ -365,7 +367,7 @@ impl Source {
             Ok(file)
         };
         let file = copied().map_err(failed)?;
-        // What was copied is right only if it was right to the end.
+        // The copy is right only if the file was right until the end.
         stored.confirm(&self.cas, found).map_err(missing)?;
         file.finish(mode).map_err(failed)
     }

@@ -7,7 +7,7 @@ use crate::{
 use gorego_reapi::error::Result;
 
 /// Permission to hold the directories of one tree in memory. A tree above `SMALL_TREE_BYTES` takes one of `LARGE_TREES_MAX`
-/// places, of which one peer gets all but one; a holder never waits for a second.
+/// places, of which one peer gets all but one. A holder never waits for a second place.
 #[derive(Debug)]
 pub(crate) struct TreeRoom<'a> {
     cas: &'a Cas,
@@ -20,7 +20,7 @@ impl<'a> TreeRoom<'a> {
         Self { cas, bytes: 0, place: None }
     }
 
-    /// Waits for the right to hold this much more.
+    /// Waits for permission to hold this many more bytes.
     pub(crate) async fn grow(&mut self, bytes: usize) -> Result<()> {
         self.bytes = self.bytes.saturating_add(bytes);
         if self.bytes > SMALL_TREE_BYTES && self.place.is_none() {

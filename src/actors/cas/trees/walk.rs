@@ -1,14 +1,13 @@
-//! [`Walk`]: the distinct directories below a root, breadth first, root first. GetTree sends them.
+//! [`Walk`]: yields the distinct directories below a root, breadth first, for GetTree.
 //!
-//! Each distinct directory is read once, so a tree that refers to one directory a million times costs as much as one that does so
-//! once (CAS-24). Directories are given as their blobs say, not as this server would write them: clients find children by the
-//! digest of what they get. What has been found and not read yet is pure ([`Frontier`]): it names what it wants to know next and is
-//! told.
+//! Each distinct directory is read once, so a tree that refers to one directory a million times costs no more than one that
+//! does so once (CAS-24). Directories are returned exactly as stored, because clients find children by the digest of what they
+//! get. The state of a walk ([`Frontier`]) is pure: it names the directories to read next and is given their bytes.
 //!
-//! Memory is bounded for all walks together: [`WALKS_MAX`] go on at a time, with [`SMALL_WALK_BYTES`] each, and a walk that
-//! needs more waits until it is one of [`LARGE_WALKS_MAX`]. Both are shared out by peer ([`Budget`]). The others wait in turn,
-//! which costs next to nothing. What the caller keeps of the directories that it was given counts too. A walk that is dropped
-//! gives up its places, or leaves the line.
+//! The memory of all walks together is bounded: [`WALKS_MAX`] run at a time, with [`SMALL_WALK_BYTES`] each, and a walk that
+//! needs more waits for one of [`LARGE_WALKS_MAX`] places. Both are shared among peers ([`Budget`]). Waiting walks cost next to
+//! nothing. Directories that the caller still holds count too. A walk that is dropped gives up its places, or its place in the
+//! queue.
 
 use crate::{
     actors::cas::client::Cas,
@@ -33,46 +32,46 @@ use std::{
 };
 use tokio::task::coop::consume_budget;
 
-/// Most distinct directories in one walk.
-pub const MAX_DIRECTORIES: usize = 1_000_000;
-/// What a directory that was found takes while the walk lasts: its digest in the set and in the queue, both with room to grow.
+/// Maximum number of distinct directories in one walk.
+pub(crate) const MAX_DIRECTORIES: usize = 1_000_000;
+/// Memory of a found directory during the walk: its digest in the set and in the queue, both with room to grow.
 const FOUND_BYTES: usize = 320;
-/// Least bytes of a subdirectory on the wire: its name, and a digest of 32 characters.
+/// Minimum size of a subdirectory on the wire: its name, and a digest of 32 characters.
 const NODE_MIN_BYTES: usize = 40;
-/// Memory that one directory may take once it is decoded: that of some 250,000 files. Clients take 4 MiB by default.
+/// Bound on the memory of one decoded directory: about 250,000 files. Clients accept 4 MiB by default.
 const DIRECTORY_MAX_MEMORY: u64 = 96 * 1024 * 1024;
 /// Directories from this size on may take a millisecond to decode.
 const LABORIOUS_BYTES: usize = 16 * 1024;
-/// Walks that go on at the same time. Few clients ask for trees, and most trees take milliseconds.
-pub const WALKS_MAX: u64 = 32;
-/// What a walk may take in memory without a large place: a full page of usual directories (15 MiB) and 25,000 found ones.
-pub const SMALL_WALK_BYTES: usize = 24 * 1024 * 1024;
+/// Walks that run at the same time. Few clients ask for trees, and most trees take milliseconds.
+pub(crate) const WALKS_MAX: u64 = 32;
+/// Memory that a walk may take without a large place: a full page of usual directories (15 MiB) and 25,000 found ones.
+pub(crate) const SMALL_WALK_BYTES: usize = 24 * 1024 * 1024;
 /// Walks that may take more than that at the same time: 320 MB with the most directories, and 300 MB more while the largest
 /// one is sent. One peer gets one of the two.
-pub const LARGE_WALKS_MAX: u64 = 2;
-/// Directories that are read at once.
+pub(crate) const LARGE_WALKS_MAX: u64 = 2;
+/// Maximum number of directories that are read at once.
 const READ_MAX_DIRECTORIES: usize = 256;
-/// Bytes of directories that are read at once, as far as their digests say; a larger one is read alone.
+/// Maximum bytes of directories that are read at once, by the sizes in their digests. A larger one is read alone.
 const READ_MAX_BYTES: u64 = 1024 * 1024;
 
-/// Reads blobs, in the order asked for.
+/// Reads blobs, in the order of the digests.
 type Read = Box<dyn Fn(Vec<Digest>) -> BoxFuture<'static, Result<Vec<Result<Bytes>>>> + Send + Sync>;
 
 /// A step of a walk.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Visited {
-    /// The directory. `None` for one that is not stored: only the root must be there (CAS-26).
+    /// The directory. `None` if it is not stored: only the root must be (CAS-26).
     pub directory: Option<Directory>,
-    /// About what it takes in memory.
+    /// The approximate memory that it takes.
     pub weight: usize,
 }
 
-/// A walk that is under way; see the top of this file.
+/// A walk in progress; see the module documentation.
 pub struct Walk {
     frontier: Frontier,
-    /// Directories that were read and not yet visited.
+    /// Directories that are read and not yet visited.
     ready: vec::IntoIter<(Digest, Result<Bytes>)>,
-    held: Held,
+    held: WalkPlaces,
     read: Read,
 }
 
@@ -89,21 +88,23 @@ impl Cas {
 }
 
 impl Walk {
-    /// A walk over directories that `read` gives.
+    /// A walk over directories that `read` returns.
     pub(crate) fn over(
         root: Digest,
         walks: Walks,
         caller: Caller,
         read: impl Fn(Vec<Digest>) -> BoxFuture<'static, Result<Vec<Result<Bytes>>>> + Send + Sync + 'static,
     ) -> Self {
-        let held = Held { walks, caller, place: None, large: None };
+        let held = WalkPlaces { walks, caller, place: None, large: None };
         Self { frontier: Frontier::new(root), ready: Vec::new().into_iter(), held, read: Box::new(read) }
     }
 
-    /// The next directory; `None` at the end. `kept` is about what the caller still holds in memory of those before.
+    /// The next directory; `None` at the end. `kept` is the approximate memory of earlier directories that the caller still
+    /// holds.
     ///
     /// # Errors
-    /// `NotFound` when the root is not stored; `Invalid` when a blob is no Directory; `Precondition` for too large a tree.
+    /// `NotFound` when the root is not stored; `Invalid` when a blob is not a Directory; `Precondition` when the tree is too
+    /// large.
     pub async fn next(&mut self, kept: usize) -> Result<Option<Visited>> {
         loop {
             if let Some((digest, blob)) = self.ready.next() {
@@ -143,11 +144,11 @@ impl std::fmt::Debug for Walk {
     }
 }
 
-/// How far a walk is.
+/// The state of a walk.
 #[derive(Debug)]
 struct Frontier {
     root: Digest,
-    /// Found, not yet read.
+    /// Directories that are found and not yet read.
     queue: VecDeque<Digest>,
     found: HashSet<Digest>,
 }
@@ -157,7 +158,7 @@ impl Frontier {
         Self { root, queue: VecDeque::from([root]), found: HashSet::from([root]) }
     }
 
-    /// The directories to read next, in the order in which [`Frontier::visit`] wants them; none at the end of the walk.
+    /// The directories to read next, in the order in which [`Frontier::visit`] expects them; none at the end of the walk.
     fn next_batch(&mut self) -> Result<Vec<Digest>> {
         let mut batch = Vec::new();
         let mut bytes = 0u64;
@@ -177,7 +178,7 @@ impl Frontier {
         Ok(batch)
     }
 
-    /// Takes the next directory of the walk; `None` when it is not stored.
+    /// Visits the next directory of the walk. Returns `None` when it is not stored.
     fn visit(&mut self, digest: Digest, blob: Result<Bytes>) -> Result<Option<Directory>> {
         let blob = match blob {
             Ok(blob) => blob,
@@ -202,25 +203,25 @@ impl Frontier {
         Ok(Some(directory))
     }
 
-    /// About what it takes in memory.
+    /// The approximate memory that it takes.
     fn weight(&self) -> usize {
         self.found.len().saturating_mul(FOUND_BYTES)
     }
 
-    /// The same once it has visited this directory, at most.
+    /// An upper bound on the weight once this directory is visited.
     fn weight_with(&self, blob: &[u8]) -> usize {
         self.weight().saturating_add(blob.len() / NODE_MIN_BYTES * FOUND_BYTES)
     }
 }
 
-/// About what a directory takes in memory. One that is refused is not decoded.
+/// The approximate memory of a decoded directory. One that will be refused counts only its bytes, as it is not decoded.
 fn weigh(blob: &[u8]) -> usize {
     let cost = wire::cost::<Directory>(blob, Limits::memory(DIRECTORY_MAX_MEMORY));
     let memory = cost.map_or(0, |cost| cost.memory);
     usize::try_from(memory).unwrap_or(usize::MAX).saturating_add(blob.len())
 }
 
-/// The places that there are for walks, for all clients together.
+/// The places for walks of all clients.
 #[derive(Debug, Clone)]
 pub(crate) struct Walks {
     places: Budget,
@@ -234,24 +235,24 @@ impl Default for Walks {
 }
 
 impl Walks {
-    /// So many places, and so many for large walks.
+    /// Budgets of `places` walks and `large` large walks.
     pub(crate) fn new(places: u64, large: u64) -> Self {
-        let budget = |what, total| Budget::new(Bounds { what, total, connection: total });
+        let budget = |what, total| Budget::new(Bounds::shared(what, total));
         Self { places: budget("walks over trees", places), large: budget("walks over large trees", large) }
     }
 }
 
-/// What a walk holds of [`Walks`]. Only a walk that has a place waits for a large one, and one that has both waits only for its
-/// caller. So all walks end if their callers go on or give up.
+/// The places of [`Walks`] that one walk holds. Only a walk that has a place waits for a large one, and a walk that has both
+/// waits only for its caller. So all walks end if their callers continue or give up.
 #[derive(Debug)]
-struct Held {
+struct WalkPlaces {
     walks: Walks,
     caller: Caller,
     place: Option<Share>,
     large: Option<Share>,
 }
 
-impl Drop for Held {
+impl Drop for WalkPlaces {
     fn drop(&mut self) {
         if self.large.is_some() {
             memory::freed(DIRECTORY_MAX_MEMORY);
@@ -259,8 +260,8 @@ impl Drop for Held {
     }
 }
 
-impl Held {
-    /// Waits for the right to take this much memory.
+impl WalkPlaces {
+    /// Waits for permission to take this much memory.
     async fn grow(&mut self, weight: usize) -> Result<()> {
         if self.place.is_none() {
             self.place = Some(self.walks.places.wait_for(self.caller, 1).await?);

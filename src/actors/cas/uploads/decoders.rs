@@ -1,9 +1,9 @@
-//! Memory for decoders of compressed uploads, of both ports: what all of them take together has a bound.
+//! The memory budget for decoders of compressed uploads, shared by the gRPC and the HTTP port.
 //!
-//! A few bytes of a client make a decoder take a window of up to 8 MiB, and keep it for as long as the client is silent. So room
-//! is taken before a decoder gets its first bytes, as much as the head of its first frame says ([`Decoder::memory`]), and is
-//! given back with the decoder. A later frame with a larger window takes more at once, or fails: a decoder that holds room never
-//! waits for more of it. Small decoders go before large ones of the same connection.
+//! A few bytes from a client can make a decoder allocate a window of up to 8 MiB, and keep it for as long as the client is
+//! silent. So memory is reserved before a decoder gets its first bytes, as much as the header of its first frame demands
+//! ([`Decoder::memory`]), and is released with the decoder. A later frame with a larger window reserves more at once or fails:
+//! a decoder that holds memory never waits for more. Small decoders are served before large ones of the same connection.
 
 use crate::{
     budget::{Bounds, Budget, Share},
@@ -17,19 +17,19 @@ use gorego_reapi::{
 use std::time::Duration;
 use tokio::time::timeout;
 
-/// Most clients compress with windows of 2 MiB, of which 85 fit; some with windows of 8 MiB. Since each decoder takes at least
-/// [`DECODER_BYTES`], there are 256 at most; so some blocking threads are left when all of them wait for the disk.
-pub const DECODERS: Bounds = Bounds {
+/// Most clients compress with windows of 2 MiB, of which 85 fit; some use windows of 8 MiB. Each decoder takes at least
+/// [`DECODER_BYTES`], so there are at most 256. This leaves some blocking threads free when all of them wait for the disk.
+pub(crate) const DECODERS: Bounds = Bounds {
     what: "bytes of memory to decompress uploads",
     total: 256 * DECODER_BYTES,
     connection: 160 * DECODER_BYTES,
 };
-/// A small part of it.
+/// Decoders up to this size are served before larger ones.
 const SMALL_BYTES: u64 = 2 * DECODER_BYTES;
 /// How long a compressed upload waits for its turn to be decoded.
 const WAIT: Duration = Duration::from_secs(30);
 
-/// What one decoder holds of [`DECODERS`].
+/// The share of [`DECODERS`] that one decoder holds.
 #[derive(Debug)]
 pub struct DecoderRoom(Share);
 
@@ -49,11 +49,11 @@ impl Drop for DecoderRoom {
     }
 }
 
-/// Waits for room to decode a stream that begins with these bytes and stands for at most `limit` bytes.
+/// Waits for memory to decode a stream that begins with `head` and yields at most `limit` bytes.
 ///
 /// # Errors
-/// `Exhausted` when there is none for too long.
-pub async fn room(decoders: &Budget, caller: Caller, head: &[u8], limit: u64) -> Result<DecoderRoom> {
+/// `Exhausted` when none becomes free within [`WAIT`].
+pub(crate) async fn room(decoders: &Budget, caller: Caller, head: &[u8], limit: u64) -> Result<DecoderRoom> {
     let bytes = Decoder::memory(head, limit);
     let room = async {
         match bytes <= SMALL_BYTES {

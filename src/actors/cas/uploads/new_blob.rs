@@ -1,16 +1,15 @@
-//! [`NewBlob`]: storing bytes of which neither digest nor size is known before the last of them.
+//! [`NewBlob`]: stores bytes whose digest and size are known only at the end.
 //!
-//! Downloads and HTTP uploads are like that. A small one stays in memory and takes the way of every small blob. A larger one
-//! grows under a temporary name and gets its final one when its digest is known; room for it is reserved in steps, ahead of
-//! the bytes. Nothing of it is visible before [`NewBlob::finish`], and dropping it leaves nothing behind.
+//! Downloads and HTTP uploads work like this. A small blob stays in memory and is then stored like any small blob. A larger one
+//! is written under a temporary name and gets its final name when its digest is known. Room is reserved in steps, ahead of the
+//! bytes. Nothing is visible before [`NewBlob::finish`], and dropping a `NewBlob` leaves nothing behind.
 //!
-//! Also the two questions of callers that know a hash and no size.
 
 use crate::actors::cas::{
     client::Cas,
-    guards::Room,
-    index::{Key, Kind},
-    uploads::received::Received,
+    guards::UploadRoom,
+    index::{EntryKind, Key},
+    uploads::unwritten::UnwrittenPieces,
     volume::Draft,
 };
 use crate::instance::Instance;
@@ -20,41 +19,41 @@ use gorego_reapi::{
     error::{Error, Result},
 };
 
-/// Bytes that are collected before a blocking thread is bothered; a blob that ends before has no temporary file.
+/// Bytes that are collected before a blocking thread is used. A smaller blob needs no temporary file.
 const PIECE_BYTES: usize = 256 * 1024;
 
-/// Bytes on their way into the store; see the top of this file.
+/// A blob that is being received; see the module documentation.
 #[derive(Debug)]
 pub struct NewBlob {
     cas: Cas,
     instance: Instance,
     function: DigestFunction,
     size: u64,
-    received: Received,
-    sink: Option<Sink>,
-    room: Option<Room>,
+    received: UnwrittenPieces,
+    sink: Option<HashedDraft>,
+    room: Option<UploadRoom>,
 }
 
 #[derive(Debug)]
-struct Sink {
+struct HashedDraft {
     file: Box<dyn Draft>,
-    /// `None` for a function that has to know the size first: the file is read once more then.
+    /// `None` for a function that has to know the size first: the file is then read again to hash it.
     hasher: Option<Hasher>,
 }
 
 impl NewBlob {
-    /// How many bytes it has so far.
+    /// The number of bytes received so far.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Takes the next bytes.
+    /// Appends the next bytes.
     ///
     /// # Errors
-    /// `Invalid` beyond the size of the largest blob (CAP-15), `Exhausted` when there is no room.
+    /// `Invalid` beyond the largest blob size (CAP-15), `Exhausted` when there is no room.
     pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
         self.size = self.size.saturating_add(bytes.len() as u64);
-        self.cas.check_blob_size(self.size, "what arrives")?;
+        self.cas.check_blob_size(self.size, "the upload")?;
         let has_room = self.received.push(bytes).is_ok();
         if !has_room || self.received.bytes() >= PIECE_BYTES {
             self.spill().await?;
@@ -62,7 +61,7 @@ impl NewBlob {
         Ok(())
     }
 
-    /// Stores what was written; afterwards it is visible to everybody.
+    /// Stores the blob and makes it visible.
     ///
     /// # Errors
     /// `Exhausted` when there is no room.
@@ -70,36 +69,43 @@ impl NewBlob {
         self.finish_as(None).await
     }
 
-    /// Stores what was written if it has the hash of `expected`, whose size does not count.
+    /// Stores the blob if it has the hash of `expected`, whose size is ignored.
     ///
     /// # Errors
-    /// `Invalid` when the hash is another one, and nothing is stored; `Exhausted` when there is no room.
+    /// `Invalid` when the hash differs, and nothing is stored; `Exhausted` when there is no room.
     pub async fn finish_checked(self, expected: Digest) -> Result<Digest> {
         self.finish_as(Some(expected)).await
     }
 
-    async fn finish_as(mut self, expected: Option<Digest>) -> Result<Digest> {
+    async fn finish_as(self, expected: Option<Digest>) -> Result<Digest> {
         let check = move |digest: Digest| match expected {
             Some(expected) if expected.hash() != digest.hash() => Err(Error::Invalid(format!(
-                "the bytes sent for hash {} are those of {digest}; nothing was stored",
+                "the bytes sent for hash {} have the digest {digest}; nothing was stored",
                 expected.hash_hex()
             ))),
             _ => Ok(()),
         };
-        if self.sink.is_none() {
-            if self.size != self.received.bytes() as u64 {
-                return Err(Error::internal("a write of this blob has failed before"));
-            }
-            let received = self.received.take();
-            let bytes = Bytes::from(received.bytes.concat());
-            let digest = self.function.digest(&bytes);
-            check(digest)?;
-            let stored = self.cas.write_many(&self.instance, vec![(digest, bytes)]).await?;
-            stored.into_iter().collect::<Result<()>>()?;
-            return Ok(digest);
+        if self.sink.is_none() { self.store_small(check).await } else { self.store_large(check).await }
+    }
+
+    /// Stores a blob that is in memory as a whole.
+    async fn store_small(mut self, check: impl Fn(Digest) -> Result<()>) -> Result<Digest> {
+        if self.size != self.received.bytes() as u64 {
+            return Err(Error::internal("a write of this blob has failed before"));
         }
+        let received = self.received.take();
+        let bytes = Bytes::from(received.bytes.concat());
+        let digest = self.function.digest(&bytes);
+        check(digest)?;
+        let stored = self.cas.write_many(&self.instance, vec![(digest, bytes)]).await?;
+        stored.into_iter().collect::<Result<()>>()?;
+        Ok(digest)
+    }
+
+    /// Stores a blob that has a temporary file.
+    async fn store_large(mut self, check: impl Fn(Digest) -> Result<()>) -> Result<Digest> {
         self.spill().await?;
-        let (Some(Sink { file, hasher }), Some(room)) = (self.sink.take(), self.room.take()) else {
+        let (Some(HashedDraft { file, hasher }), Some(room)) = (self.sink.take(), self.room.take()) else {
             return Err(Error::internal("a new blob lost its file"));
         };
         let (function, size) = (self.function, self.size);
@@ -114,11 +120,11 @@ impl NewBlob {
         });
         let (file, digest) = hashed.await??;
         check(digest)?;
-        // A stored file of it wins over this one, unless it is bad and is dropped here.
+        // An existing file of the blob wins over this one, unless it is damaged and dropped here.
         self.cas.are_sound(&self.instance, vec![digest]).await?;
         let (cas, instance) = (self.cas.clone(), self.instance.blobs());
         let stored = self.cas.blocking(move || -> Result<_> {
-            let key = Key { digest, instance, kind: Kind::Blob };
+            let key = Key { digest, instance, kind: EntryKind::Blob };
             let mut files = cas.new_files(room.into_reservation());
             let failed = |error| Error::io(&format!("store blob {digest}"), &error);
             files.keep(key, file, digest.size()).map_err(failed)?;
@@ -130,17 +136,18 @@ impl NewBlob {
         Ok(digest)
     }
 
-    /// Moves what is pending into the temporary file.
+    /// Writes the pending bytes to the temporary file.
     async fn spill(&mut self) -> Result<()> {
         self.make_room().await?;
         let pending = self.received.take();
-        // While the file is away, or lost by an error, `size` and what was received differ and nothing can be finished.
+        // While the file is with the job, or lost by an error, `self.sink` is empty and `size` exceeds the pending bytes, so
+        // `finish` fails.
         let (cas, sink, function) = (self.cas.clone(), self.sink.take(), self.function);
-        let work = self.cas.blocking(move || -> Result<Sink> {
+        let work = self.cas.blocking(move || -> Result<HashedDraft> {
             let failed = |error| Error::io("store a new blob", &error);
             let mut sink = match sink {
                 Some(sink) => sink,
-                None => Sink {
+                None => HashedDraft {
                     file: cas.shared().volume.draft().map_err(failed)?,
                     hasher: (function != DigestFunction::GitSha1).then(|| function.hasher(0)),
                 },
@@ -157,7 +164,7 @@ impl NewBlob {
         Ok(())
     }
 
-    /// Has at least as much room as there are bytes.
+    /// Reserves room for all bytes received so far.
     async fn make_room(&mut self) -> Result<()> {
         let needed = self.cas.shared().volume.charge(self.size);
         let room = match &mut self.room {
@@ -169,7 +176,7 @@ impl NewBlob {
 }
 
 impl Cas {
-    /// Begins a blob whose digest will be of `function`.
+    /// Begins a blob whose digest is computed with `function`.
     pub fn new_blob(&self, instance: &Instance, function: DigestFunction) -> NewBlob {
         NewBlob {
             cas: self.clone(),

@@ -1,8 +1,8 @@
-//! [`Sink`] and [`Inflow`]: where the bytes of an upload go, and what they go through on the way.
+//! [`Sink`], the file of an upload, and [`Inflow`], the decoding of its stream.
 //!
-//! A sink hashes exactly what it writes, so what is in its file is known at any moment, and a broken upload can go on from
-//! there. An inflow turns what the client sends into bytes of the blob; it belongs to one stream, a sink may outlive it. All
-//! of this blocks.
+//! A sink hashes exactly what it writes, so its hash always matches its file, and a broken upload can be resumed from there. An
+//! inflow converts what the client sends to bytes of the blob. It belongs to one stream; a sink may outlive it. Everything here
+//! blocks.
 
 use crate::actors::cas::{
     blob::hash_mismatch,
@@ -17,13 +17,13 @@ use gorego_reapi::{
 };
 use std::io;
 
-/// Blobs up to this size are decoded in memory, where hashing and writing them in one go is cheaper.
-pub const WHOLE_BYTES: u64 = 1024 * 1024;
+/// Blobs up to this size are decoded in memory, because hashing and writing them in one go is cheaper.
+pub(crate) const WHOLE_BYTES: u64 = 1024 * 1024;
 
-/// How the bytes of a blob come in.
+/// The bytes of a blob as a client sends them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
-    /// As they are.
+    /// Uncompressed.
     Plain(Bytes),
     /// As a zstd stream.
     Zstd(Bytes),
@@ -35,17 +35,17 @@ impl From<Bytes> for Payload {
     }
 }
 
-/// What turns a stream's bytes into its blob's.
+/// Converts the bytes of a stream to bytes of its blob.
 #[derive(Debug)]
 pub enum Inflow {
-    /// Nothing: they are the blob's.
+    /// The stream is the blob itself.
     Plain,
-    /// A decoder; made when the first bytes come, unless there had to be room for it.
+    /// A zstd stream. The decoder is made by [`Inflow::begin`], or with the first bytes if it needs no reserved memory.
     Zstd(Option<Box<Decoder>>),
 }
 
 impl Inflow {
-    /// Makes the decoder of a compressed stream, of which `left` bytes are missing, within this room.
+    /// Makes the decoder of a compressed stream within reserved memory. `left` bytes of the blob are missing.
     ///
     /// # Errors
     /// `Internal` when there is no memory for it.
@@ -56,10 +56,10 @@ impl Inflow {
         Ok(())
     }
 
-    /// Takes the next bytes of the stream and hands over what they are of the blob, of which `left` bytes are missing.
+    /// Decodes the next bytes of the stream and passes the bytes of the blob to `put`. `left` bytes of the blob are missing.
     ///
     /// # Errors
-    /// `Invalid` when they are no zstd, or more than is left (BS-26); those of `put`.
+    /// `Invalid` when they are no zstd, or yield more than `left` (BS-26); those of `put`.
     pub fn take(&mut self, wire: &[u8], left: u64, mut put: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let decoder = match self {
             Self::Plain => return put(wire),
@@ -69,7 +69,7 @@ impl Inflow {
         decoder.decode(wire, put)
     }
 
-    /// Makes sure that the stream may end here.
+    /// Checks that the stream may end here.
     ///
     /// # Errors
     /// `Invalid` in the middle of a frame (BS-26).
@@ -80,10 +80,10 @@ impl Inflow {
         }
     }
 
-    /// All of a small blob from all of its stream.
+    /// Decodes a small blob from its whole stream.
     ///
     /// # Errors
-    /// As [`Inflow::take`] and [`Inflow::finish`].
+    /// Those of [`Inflow::take`] and [`Inflow::finish`].
     pub fn whole(&mut self, wire: &[Bytes], size: u64) -> Result<Vec<Bytes>> {
         if matches!(self, Self::Plain) {
             return Ok(wire.to_vec());
@@ -103,14 +103,13 @@ impl Inflow {
 /// The file of an upload, and the hash of what is in it.
 #[derive(Debug)]
 pub struct Sink {
-    /// The bytes.
     pub(crate) file: Box<dyn Draft>,
-    /// Has seen exactly the bytes in the file.
+    /// The hash of exactly the bytes in the file.
     pub hasher: Hasher,
 }
 
 impl Sink {
-    /// An empty one for a blob.
+    /// An empty sink for a blob.
     ///
     /// # Errors
     /// Those of the volume.
@@ -118,7 +117,7 @@ impl Sink {
         Ok(Self { file: volume.draft()?, hasher: blob.hasher() })
     }
 
-    /// Takes the next bytes of a stream. Before any are written, `make_room` is told how many there will be.
+    /// Writes the next bytes of a stream. `make_room` is called with the total size before each write.
     ///
     /// # Errors
     /// Those of [`Inflow::take`] and `make_room`; `DiskFull` or `Internal` when they cannot be written.
@@ -139,7 +138,7 @@ impl Sink {
         })
     }
 
-    /// The file, if it holds the blob; deletes it otherwise.
+    /// Returns the file if it holds the blob; otherwise the file is deleted.
     ///
     /// # Errors
     /// `Invalid` when it holds something else (BS-22).
@@ -152,11 +151,11 @@ impl Sink {
     }
 }
 
-/// The bytes of a small item of a batch, decoded and hashed.
+/// Decodes a small item of a batch and checks its hash.
 ///
 /// # Errors
-/// `Invalid` when they are not the blob's (CAS-11, CAS-14).
-pub fn check_item(blob: Digest, payload: &Payload) -> Result<Bytes> {
+/// `Invalid` when the bytes are not the blob (CAS-11, CAS-14).
+pub(crate) fn check_item(blob: Digest, payload: &Payload) -> Result<Bytes> {
     let bytes = match payload {
         Payload::Plain(bytes) => bytes.clone(),
         Payload::Zstd(stream) => decode_all(stream, blob.size())?.into(),
@@ -165,11 +164,11 @@ pub fn check_item(blob: Digest, payload: &Payload) -> Result<Bytes> {
     if actual == blob { Ok(bytes) } else { Err(hash_mismatch(blob, actual)) }
 }
 
-/// Decodes and hashes a compressed item that is not wanted, and keeps nothing of it.
+/// Decodes and hashes a compressed item that is already stored, without keeping its bytes.
 ///
 /// # Errors
-/// As [`check_item`].
-pub fn check_stream(blob: Digest, stream: &[u8]) -> Result<()> {
+/// Those of [`check_item`].
+pub(crate) fn check_stream(blob: Digest, stream: &[u8]) -> Result<()> {
     let (mut inflow, mut hasher) = (Inflow::Zstd(None), blob.hasher());
     inflow.take(stream, blob.size(), |piece| {
         hasher.update(piece);
@@ -180,7 +179,7 @@ pub fn check_stream(blob: Digest, stream: &[u8]) -> Result<()> {
     if actual == blob { Ok(()) } else { Err(hash_mismatch(blob, actual)) }
 }
 
-/// What a write to the store that did not work out means to its client.
-pub fn failed(blob: Digest, error: &io::Error) -> Error {
+/// The error for a write to the store that failed.
+pub(crate) fn failed(blob: Digest, error: &io::Error) -> Error {
     Error::io(&format!("store blob {blob}"), error)
 }

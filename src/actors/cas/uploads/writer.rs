@@ -1,29 +1,32 @@
 //! [`BlobWriter`]: an upload in progress.
 //!
-//! The caller hands chunks over and goes on; a job on a blocking thread hashes and writes them, one job at a time for each
-//! upload, at most [`UPLOAD_BUFFER_BYTES`] behind. What is not written yet has its room in memory ([`Received`]); where there is
-//! none, each piece is written before the next one is taken. An upload that fits one job costs exactly one: it is hashed in memory
-//! and written under its final name. A longer one grows under a temporary name, and is renamed once its hash is right.
+//! The caller hands over chunks and continues. A job on a blocking thread hashes and writes them: one job at a time per upload,
+//! at most [`UPLOAD_BUFFER_BYTES`] behind. Bytes that are not written yet are charged to a memory budget ([`UnwrittenPieces`]). When
+//! the budget is spent, each piece is written before the next one is accepted. An upload that fits into one job costs exactly
+//! one job: it is hashed in memory and written under its final name. A longer one is written under a temporary name and renamed
+//! once its hash is verified.
 //!
-//! A compressed upload is decoded by the same jobs. How far it is shows only then, so it may be refused one job late; and
-//! since a decoder takes megabytes, it needs room ([`decoders`]) when the upload needs more than one job or yields more than
-//! [`WHOLE_BYTES`]. So there are also only so many blocking threads that wait for room, and some are left to delete files.
+//! A compressed upload is decoded by the same jobs. Its size is known only then, so it may be refused one job late. A decoder
+//! takes megabytes, so its memory is reserved ([`decoders`]) if the upload needs more than one job or yields more than
+//! [`WHOLE_BYTES`]. This also bounds the blocking threads that wait for disk space, so that some are left to delete files.
 //!
-//! Room is reserved ahead of each write and no earlier; an upload for which there is none fails, and its client may go on later
+//! Disk space is reserved right before each write. An upload for which there is none fails, and its client may resume it later
 //! from the bytes that were written.
 //!
-//! The attempt travels with the job, and what is left of it when the job or the writer ends is told to the actor by its
-//! drop; so a client that vanishes at any moment leaves either a resumable upload or nothing.
+//! The [`Attempt`] moves into the job and back. Dropping it, in the job or in the writer, reports what is left to the actor. So
+//! a client that vanishes at any moment leaves either a resumable upload or nothing.
 
 use crate::actors::cas::{
-    Shared,
+    StoreShared,
     blob::hash_mismatch,
+    client::Cas,
+    index::Key,
     new_files::{NewFiles, Visible},
     settings::UPLOAD_BUFFER_BYTES,
     uploads::Attempt,
     uploads::decoders,
-    uploads::received::Received,
     uploads::sink::{Inflow, Sink, WHOLE_BYTES, failed},
+    uploads::unwritten::UnwrittenPieces,
     volume::Volume,
 };
 use bytes::Bytes;
@@ -35,27 +38,31 @@ use gorego_reapi::{
 use std::sync::{Arc, atomic::Ordering};
 use tokio::task::JoinHandle;
 
-/// A job is not worth its start for less, while more is to come.
+/// Starting a job does not pay for fewer bytes while more are to come.
 const JOB_BYTES: usize = 256 * 1024;
 
-/// An upload in progress. Dropped before [`BlobWriter::finish`], the bytes so far are kept for a while under the upload's
-/// name, so that the client can go on (BS-20), and are reclaimed after that.
+/// An upload in progress. If it is dropped before [`BlobWriter::finish`], the bytes so far are kept for a while under the
+/// upload's name, so that the client can resume (BS-20).
 #[derive(Debug)]
 pub struct BlobWriter {
     digest: Digest,
-    /// Bytes that were sent; of a compressed upload, as they were sent.
+    /// Bytes that the client sent; for a compressed upload, compressed bytes.
     accepted: u64,
     encoding: Encoding,
-    /// Whether there is a decoder with its room, which goes from job to job.
+    /// Whether there is a decoder with reserved memory. It moves from job to job.
     has_decoder: bool,
-    received: Received,
-    work: Work,
+    received: UnwrittenPieces,
+    work: UploadWork,
     progress: Arc<crate::actors::cas::uploads::Progress>,
-    shared: Arc<Shared>,
+    blob: Key,
+    /// Another upload has stored the blob, so the bytes of this one are no longer needed.
+    is_redundant: bool,
+    cas: Cas,
+    shared: Arc<StoreShared>,
 }
 
 #[derive(Debug)]
-enum Work {
+enum UploadWork {
     Idle(Box<Attempt>),
     Running(JoinHandle<Result<Box<Attempt>>>),
     /// Finished or failed.
@@ -63,49 +70,66 @@ enum Work {
 }
 
 impl BlobWriter {
-    /// A writer that goes on where the attempt stands.
-    pub(crate) fn new(attempt: Box<Attempt>, received: Received, shared: Arc<Shared>) -> Self {
+    /// A writer that continues at the position of the attempt.
+    pub(crate) fn new(attempt: Box<Attempt>, received: UnwrittenPieces, cas: Cas) -> Self {
         Self {
+            blob: attempt.blob,
+            is_redundant: false,
+            shared: cas.shared().clone(),
+            cas,
             digest: attempt.blob.digest,
             encoding: Encoding::Identity,
             has_decoder: false,
             accepted: attempt.sink.as_ref().map_or(0, |sink| sink.hasher.size()),
             received,
             progress: attempt.progress.clone(),
-            work: Work::Idle(attempt),
-            shared,
+            work: UploadWork::Idle(attempt),
         }
     }
 
-    /// Takes what is written from here on as a zstd stream, which has to begin with a frame of its own (BS-27).
+    /// Treats the bytes from here on as a zstd stream, which has to begin with its own frame (BS-27).
     pub fn decoding(mut self) -> Self {
         self.encoding = Encoding::Zstd;
-        if let Work::Idle(attempt) = &mut self.work {
+        if let UploadWork::Idle(attempt) = &mut self.work {
             attempt.inflow = Inflow::Zstd(None);
         }
         self
     }
 
-    /// The same for an upload that nobody can go on with: nothing of it is kept when it breaks.
+    /// Makes the upload unresumable: nothing is kept when it breaks.
     pub(crate) fn unresumable(mut self) -> Self {
-        if let Work::Idle(attempt) = &mut self.work {
+        if let UploadWork::Idle(attempt) = &mut self.work {
             attempt.keep = false;
         }
         self
     }
 
-    /// How many bytes of the blob have been accepted, those of resumed attempts included.
+    /// The bytes of the blob that have been accepted, including those of resumed attempts.
     pub fn committed(&self) -> u64 {
         self.progress.accepted.load(Ordering::Relaxed)
     }
 
-    /// Takes the next bytes; hashing and writing happen on a blocking thread while the caller gets the next message, at
-    /// most a few MiB behind.
+    /// Accepts the next bytes. They are hashed and written on a blocking thread while the caller receives the next message, at
+    /// most a few MiB behind. An upload for which there is no room accepts and ignores them while another one has stored the blob.
     ///
     /// # Errors
-    /// `Invalid` as soon as there are more bytes than the digest says (BS-22) or they are no zstd (BS-26), `Exhausted` when
-    /// the disk is full or too many compressed uploads are going on.
+    /// `Invalid` as soon as there are more bytes than the digest says (BS-22) or they are not valid zstd (BS-26); `Exhausted`
+    /// when the disk is full or too many compressed uploads are running.
     pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        if self.is_redundant {
+            return Ok(());
+        }
+        match self.accept(bytes).await {
+            Err(error) if is_shortage(&error) && is_stored(&self.cas, &self.blob) => {
+                self.is_redundant = true;
+                self.discard();
+                Ok(())
+            }
+            accepted => accepted,
+        }
+    }
+
+    async fn accept(&mut self, bytes: Bytes) -> Result<()> {
         let size = self.digest.size();
         let accepted = self.accepted.saturating_add(bytes.len() as u64);
         let plain = self.encoding == Encoding::Identity;
@@ -132,51 +156,63 @@ impl BlobWriter {
         }
         let mut attempt = self.idle_with_room().await?;
         let (pending, shared) = (self.received.take(), self.shared.clone());
-        self.work = Work::Running(self.shared.runtime.spawn_blocking(move || {
+        self.work = UploadWork::Running(self.shared.runtime.spawn_blocking(move || {
             append(&mut attempt, &pending.bytes, &shared)?;
             Ok(attempt)
         }));
         if !has_room {
-            self.work = Work::Idle(self.idle().await?);
+            self.work = UploadWork::Idle(self.idle().await?);
         }
         Ok(())
     }
 
-    /// Whether what was received may wait in memory for more: there is too little for a job, or one is running, or all is there
-    /// and left to `finish`.
+    /// Whether the received bytes may stay in memory: there are too few for a job, a job is running, or the upload is complete
+    /// and `finish` will write them.
     fn may_wait(&self) -> bool {
         let is_all = self.encoding == Encoding::Identity && self.accepted == self.digest.size();
-        let is_busy = || matches!(self.work, Work::Running(_)) && self.received.has_plenty();
+        let is_busy = || matches!(self.work, UploadWork::Running(_)) && self.received.has_plenty();
         let bytes = self.received.bytes();
         is_all || bytes < JOB_BYTES || (bytes < UPLOAD_BUFFER_BYTES / 2 && is_busy())
     }
 
-    /// Whether the blob has meanwhile been stored by somebody else (BS-24).
-    pub fn is_superseded(&self) -> bool {
-        self.progress.is_superseded()
-    }
-
-    /// Waits until [`BlobWriter::is_superseded`], perhaps for ever.
+    /// Waits until another upload has stored the blob (BS-24). It never ends if the blob was evicted before anybody looked.
     pub fn superseded(&self) -> impl Future<Output = ()> + Send + use<> {
-        self.progress.superseded()
+        let (superseded, cas, blob) = (self.progress.superseded(), self.cas.clone(), self.blob);
+        async move {
+            superseded.await;
+            if !is_stored(&cas, &blob) {
+                std::future::pending().await
+            }
+        }
     }
 
     /// Checks length and hash and makes the blob visible.
     ///
     /// # Errors
-    /// `Invalid` when the bytes are not the blob that was announced (BS-22); nothing is kept then.
+    /// `Invalid` when the bytes do not match the digest (BS-22). Nothing is kept then.
     pub async fn finish(mut self) -> Result<Digest> {
-        let digest = self.digest;
+        let (digest, cas, blob) = (self.digest, self.cas.clone(), self.blob);
+        if self.is_redundant {
+            let evicted = || {
+                Error::Unavailable(format!(
+                    "blob {digest} was stored by another upload and evicted again before this one ended; try again"
+                ))
+            };
+            return if is_stored(&cas, &blob) { Ok(digest) } else { Err(evicted()) };
+        }
         if self.encoding == Encoding::Identity && self.accepted != digest.size() {
             self.discard();
             return Err(Error::Invalid(format!("blob {digest} was finished after {} bytes", self.accepted)));
         }
-        // Once started this runs to its end, whether or not anybody still waits for it.
+        // Runs to its end, whether or not anybody still waits for it.
         let runtime = self.shared.runtime.clone();
-        runtime.spawn(self.store()).await.map_err(Error::internal)?
+        match runtime.spawn(self.store()).await.map_err(Error::internal)? {
+            Err(error) if is_shortage(&error) && is_stored(&cas, &blob) => Ok(digest),
+            stored => stored,
+        }
     }
 
-    /// [`BlobWriter::finish`], of a blob that has its length.
+    /// Stores the blob; the length of a plain upload is already checked.
     async fn store(mut self) -> Result<Digest> {
         let digest = self.digest;
         if self.encoding == Encoding::Zstd && digest.size() > WHOLE_BYTES && !self.has_decoder {
@@ -196,29 +232,28 @@ impl BlobWriter {
         Ok(digest)
     }
 
-    /// Takes the attempt out once there is room for all bytes that were accepted. How many a compressed upload has shows only
-    /// when they are decoded: a small blob gets its room at once, and the job of a larger one makes room by itself, for which
-    /// it has the right to a decoder.
+    /// Takes the attempt out once there is room for all accepted bytes. The size of a compressed upload is known only once it
+    /// is decoded: a small blob gets its full room here, and the job of a larger one reserves room as it decodes.
     async fn idle_with_room(&mut self) -> Result<Box<Attempt>> {
-        // Back in its place: if this future is dropped, the attempt stays where `drop` finds it.
-        self.work = Work::Idle(self.idle().await?);
+        // The attempt is put back first, so that `drop` finds it if this future is dropped.
+        self.work = UploadWork::Idle(self.idle().await?);
         let bytes = match self.encoding {
             Encoding::Identity => self.accepted,
             Encoding::Zstd if self.digest.size() <= WHOLE_BYTES => self.digest.size(),
             Encoding::Zstd => 0,
         };
-        if let Work::Idle(attempt) = &mut self.work {
+        if let UploadWork::Idle(attempt) = &mut self.work {
             make_room(attempt, bytes, &*self.shared.volume).await?;
         }
         self.idle().await
     }
 
-    /// Makes the decoder once there is room for it.
+    /// Makes the decoder once there is memory for it.
     async fn make_decoder(&mut self) -> Result<()> {
         let (caller, size) = (self.received.caller(), self.digest.size());
         let room = decoders::room(&self.shared.decoders, caller, self.received.head(), size).await?;
-        self.work = Work::Idle(self.idle().await?);
-        if let Work::Idle(attempt) = &mut self.work {
+        self.work = UploadWork::Idle(self.idle().await?);
+        if let UploadWork::Idle(attempt) = &mut self.work {
             let written = attempt.sink.as_ref().map_or(0, |sink| sink.hasher.size());
             attempt.inflow.begin(size.saturating_sub(written), room)?;
             self.has_decoder = true;
@@ -228,58 +263,58 @@ impl BlobWriter {
 
     /// Waits for a running job and takes the attempt out.
     async fn idle(&mut self) -> Result<Box<Attempt>> {
-        if let Work::Running(job) = &mut self.work {
-            // Polled in place: if this future is dropped, the job stays where `drop` finds it.
+        if let UploadWork::Running(job) = &mut self.work {
+            // The job is polled in place, so that `drop` finds it if this future is dropped.
             let outcome = job.await.unwrap_or_else(|error| Err(Error::internal(error)));
-            self.work = Work::Over;
+            self.work = UploadWork::Over;
             return outcome;
         }
-        match std::mem::replace(&mut self.work, Work::Over) {
-            Work::Idle(attempt) => Ok(attempt),
-            Work::Running(_) | Work::Over => {
+        match std::mem::replace(&mut self.work, UploadWork::Over) {
+            UploadWork::Idle(attempt) => Ok(attempt),
+            UploadWork::Running(_) | UploadWork::Over => {
                 Err(Error::Invalid(format!("the upload of blob {} has failed before", self.digest)))
             }
         }
     }
 
-    /// Ends the upload without keeping anything of it.
+    /// Ends the upload and keeps nothing of it.
     fn discard(&mut self) {
         drop(self.received.take());
-        match std::mem::replace(&mut self.work, Work::Over) {
-            Work::Idle(attempt) => {
+        match std::mem::replace(&mut self.work, UploadWork::Over) {
+            UploadWork::Idle(attempt) => {
                 self.shared.runtime.spawn_blocking(move || throw_away(attempt));
             }
-            Work::Running(job) => {
+            UploadWork::Running(job) => {
                 self.shared.runtime.spawn(async move {
                     if let Ok(Ok(attempt)) = job.await {
                         let _ = tokio::task::spawn_blocking(move || throw_away(attempt)).await;
                     }
                 });
             }
-            Work::Over => {}
+            UploadWork::Over => {}
         }
     }
 }
 
 impl Drop for BlobWriter {
     fn drop(&mut self) {
-        let work = std::mem::replace(&mut self.work, Work::Over);
-        if matches!(work, Work::Over) {
+        let work = std::mem::replace(&mut self.work, UploadWork::Over);
+        if matches!(work, UploadWork::Over) {
             return;
         }
         let (pending, shared) = (self.received.take(), self.shared.clone());
         let (is_plain, accepted, has_decoder) =
             (self.encoding == Encoding::Identity, self.accepted, self.has_decoder);
-        // What was accepted of a plain upload has been reported as committed (BS-31), so it is written before the attempt is put
-        // away; but for what there is no room for. What is compressed is reported once it is decoded.
+        // The accepted bytes of a plain upload were reported as committed (BS-31), so they are written, if there is room,
+        // before the attempt ends. A compressed upload reports bytes only once they are decoded.
         self.shared.runtime.spawn(async move {
             let mut attempt = match work {
-                Work::Idle(attempt) => attempt,
-                Work::Running(job) => match job.await {
+                UploadWork::Idle(attempt) => attempt,
+                UploadWork::Running(job) => match job.await {
                     Ok(Ok(attempt)) => attempt,
                     Ok(Err(_)) | Err(_) => return,
                 },
-                Work::Over => return,
+                UploadWork::Over => return,
             };
             let may_go_on = if is_plain {
                 make_room(&mut attempt, accepted, &*shared.volume).await.is_ok()
@@ -296,7 +331,17 @@ impl Drop for BlobWriter {
     }
 }
 
-/// Has room for so many bytes of the blob. If there is none, the bytes that were written are kept.
+/// Whether a blob is stored now, by whatever upload. It counts as used.
+fn is_stored(cas: &Cas, blob: &Key) -> bool {
+    cas.look_up(|index| index.renew(blob)).is_ok_and(|found| found.is_some())
+}
+
+/// Whether an upload failed for lack of something, and not because of its bytes.
+fn is_shortage(error: &Error) -> bool {
+    matches!(error, Error::Exhausted { .. } | Error::Unavailable(_))
+}
+
+/// Reserves room for `bytes` of the blob. If there is none, the bytes that were written are kept.
 async fn make_room(attempt: &mut Attempt, bytes: u64, volume: &dyn Volume) -> Result<()> {
     let most = volume.charge(attempt.blob.digest.size());
     let Some(room) = &mut attempt.room else { return Err(lost_room()) };
@@ -307,8 +352,8 @@ fn throw_away(mut attempt: Box<Attempt>) {
     attempt.keep = false;
 }
 
-/// Writes and hashes the next bytes of a long upload, as far as there is room. After an error nothing of the attempt is kept.
-fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &Shared) -> Result<()> {
+/// Writes and hashes the next bytes of a long upload. After an error nothing of the attempt is kept.
+fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &StoreShared) -> Result<()> {
     if pending.is_empty() {
         return Ok(());
     }
@@ -319,11 +364,11 @@ fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &Shared) -> Result<(
             Some(sink) => sink,
             none => none.insert(Sink::create(volume, blob).map_err(|error| failed(blob, &error))?),
         };
-        // A plain upload has its room; how much a compressed one needs shows only here.
+        // A plain upload already has its room. What a compressed one needs is known only here.
         let mut make_room =
             |bytes| room.grow_here(&shared.runtime, volume.charge(bytes), volume.charge(blob.size()));
         pending.iter().try_for_each(|bytes| sink.take(bytes, &mut attempt.inflow, blob, &mut make_room))?;
-        // A plain upload was ahead of this.
+        // A plain upload may already have counted more bytes.
         attempt.progress.accepted.fetch_max(sink.hasher.size(), Ordering::Relaxed);
         Ok(())
     })();
@@ -331,8 +376,8 @@ fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &Shared) -> Result<(
     outcome
 }
 
-/// Takes the last bytes, checks the whole, gives it its final name and hands it to the actor.
-fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<Shared>) -> Result<Option<Visible>> {
+/// Writes the last bytes, verifies the blob, gives it its final name and hands it to the actor.
+fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<StoreShared>) -> Result<Option<Visible>> {
     attempt.keep = false;
     let (key, digest) = (attempt.blob, attempt.blob.digest);
     let is_plain = matches!(attempt.inflow, Inflow::Plain);
@@ -364,8 +409,8 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<Shared>) -> Re
     Ok(files.commit_upload(attempt))
 }
 
-/// The room of an attempt, for the file that it is to become.
-fn new_files(attempt: &mut Attempt, shared: &Arc<Shared>) -> Result<NewFiles> {
+/// A [`NewFiles`] with the room of an attempt.
+fn new_files(attempt: &mut Attempt, shared: &Arc<StoreShared>) -> Result<NewFiles> {
     let room = attempt.room.take().ok_or_else(lost_room)?;
     Ok(NewFiles::new(attempt.store(), shared, room.into_reservation()))
 }

@@ -1,8 +1,8 @@
-//! [`TemporaryFile`]: a file under a temporary name, which gets its final one when its content is known to be right.
+//! [`TemporaryFile`]: a file under a temporary name, which gets its final name once its content is verified.
 
 use super::{
     Draft,
-    files::{Layout, create, in_shard},
+    files::{StorePaths, create, in_shard},
     hash,
     stamps::{change_unobserved, stamp_of},
 };
@@ -19,23 +19,23 @@ use std::{
     sync::Arc,
 };
 
-/// A file that is deleted when it is dropped, unless it was kept.
+/// A file that is deleted when it is dropped, unless [`Draft::keep`] was called.
 #[derive(Debug)]
 pub(crate) struct TemporaryFile {
-    layout: Arc<Layout>,
+    paths: Arc<StorePaths>,
     path: PathBuf,
     file: File,
     is_kept: bool,
 }
 
 impl TemporaryFile {
-    /// Makes one of this number.
-    pub(super) fn create(layout: Arc<Layout>, generation: u64) -> io::Result<Self> {
-        let path = layout.temporary_path(generation);
-        Ok(Self { file: create(&path)?, layout, path, is_kept: false })
+    /// Creates the temporary file of this generation.
+    pub(super) fn create(paths: Arc<StorePaths>, generation: u64) -> io::Result<Self> {
+        let path = paths.temporary_path(generation);
+        Ok(Self { file: create(&path)?, paths, path, is_kept: false })
     }
 
-    /// Opens it once more, for reading only.
+    /// Opens the file again, for reading only.
     fn reopen(&self) -> io::Result<File> {
         regular_file::open(&self.path)
     }
@@ -53,19 +53,19 @@ impl Draft for TemporaryFile {
 
     fn keep(mut self: Box<Self>, file: &FileId) -> io::Result<Stamp> {
         let written = stamp_of(&self.file.metadata()?);
-        // A file that is open for writing, by ourselves too, gets no lease.
+        // A file that is open for writing, even by this process, gets no lease.
         self.file = self.reopen()?;
-        let path = self.layout.path(file);
+        let path = self.paths.path(file);
         let moved = change_unobserved(&self.file, written, || in_shard(&path, || rename(&self.path, &path)))?;
         self.is_kept = true;
-        Ok(moved.map_or(Stamp::UNTRUSTED, |stamp| self.layout.settled(stamp)))
+        Ok(moved.map_or(Stamp::UNTRUSTED, |stamp| self.paths.settled(stamp)))
     }
 }
 
 impl Drop for TemporaryFile {
     fn drop(&mut self) {
         if !self.is_kept {
-            // Whatever stays is thrown out at the next start.
+            // A file that cannot be deleted is removed at the next start.
             let _ = remove_file(&self.path);
         }
     }

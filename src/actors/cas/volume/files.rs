@@ -1,4 +1,4 @@
-//! [`Files`]: where stored things lie on disk, and who may put them there.
+//! [`Files`]: the volume that keeps stored files below one directory.
 //!
 //! ```text
 //! <root>/lock                                              held while a server runs on it
@@ -11,12 +11,11 @@
 //! ```
 //!
 //! Invariants: a generation is used once, so deleting an old file can never hit a newer one of the same blob. A blob's file
-//! that has its full length under its final name has its right content: it got the name after its hash was checked, or its
-//! bytes were checked before the first was written. A result's name does not tell its length; its file has a checksum. Nor
-//! does that of a zstd form, which carries the name of its blob: it is decoded and hashed before it is first served, unless
-//! this process made it. What this process knows to be right it knows again by its [`Stamp`]. Nothing is fsynced: the death of
-//! the process loses nothing, a power cut may lose or damage what was written last, and the hash check at first read turns that
-//! into misses.
+//! with its full length under its final name was verified: it got the name after its hash was checked, or its bytes were
+//! checked before they were written. The name of a result does not tell the length of its file, so the file has a checksum. The
+//! name of a zstd form tells the size of its blob, so a form is decoded and hashed before it is first served, unless this
+//! process made it. A verified file is recognised by its [`Stamp`]. Nothing is fsynced: the death of the process loses nothing.
+//! A power cut may lose or damage what was written last, and the hash check at the first read turns that into misses.
 
 use super::{
     Draft, Look, Moved, Recovered, Repairs, Stored, Volume,
@@ -27,7 +26,7 @@ use super::{
     stored::{StoredFile, look_of},
 };
 use crate::{
-    actors::cas::index::{FileId, Key, Kind, Stamp},
+    actors::cas::index::{EntryKind, FileId, Key, Stamp},
     disk::Space,
     instance::{InstanceId, Instances},
     regular_file,
@@ -58,25 +57,25 @@ use uuid::Uuid;
 
 /// The content of `<root>/format`.
 const FORMAT: &str = "gorego store 1\n";
-/// More than any format has.
+/// A bound on the size of that file.
 const MAX_FORMAT_BYTES: u64 = 4_096;
-/// Permission bits of stored files: nobody writes them again.
+/// Permission bits of stored files, which are never written again.
 const STORED_MODE: u32 = 0o444;
-/// Files that are kept from being written at the same time while their use is written down.
+/// Files on which a lease is held at the same time while their use is recorded.
 const TOUCH_LEASES: usize = 64;
 
-/// The files of one store; holds its lock.
+/// The files of one store, with the lock on its directory.
 #[derive(Debug)]
 pub(crate) struct Files {
-    pub(super) layout: Arc<Layout>,
+    pub(super) paths: Arc<StorePaths>,
     block: u64,
     generation: AtomicU64,
     _lock: File,
 }
 
-/// Where the files of a store lie.
+/// The paths of the files of a store.
 #[derive(Debug)]
-pub(super) struct Layout {
+pub(super) struct StorePaths {
     base: PathBuf,
     /// Directory names by [`InstanceId`].
     instances: Vec<String>,
@@ -85,47 +84,15 @@ pub(super) struct Layout {
 }
 
 impl Files {
-    /// Takes possession of a store directory, making it if need be, and throws leftovers out of the way.
+    /// Opens and locks a store directory, creating it if necessary, and moves leftovers out of the way.
     ///
     /// # Errors
     /// `Precondition` when the directory cannot be used: not writable, held by another server, or of an unknown format.
     pub(crate) fn open(root: &Path, instances: &Instances) -> Result<Self> {
-        let refuse = |what: &str, error: &dyn std::fmt::Display| {
-            Error::Precondition(format!(
-                "cannot use {} as the store: {what}: {error} (local_cache_dir chooses another directory)",
-                root.display()
-            ))
-        };
+        let refuse = |what: &str, error: &dyn std::fmt::Display| unusable(root, what, error);
         fs::create_dir_all(root).map_err(|error| refuse("the directory cannot be made", &error))?;
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            // Whatever was put in its place must not hold up the start.
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(root.join("lock"))
-            .map_err(|error| refuse("it is not writable", &error))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-            rustix::io::Errno::WOULDBLOCK => refuse("it is in use", &"another gorego server runs on it"),
-            error => refuse("it cannot be locked", &error),
-        })?;
-        let format = root.join("format");
-        match regular_file::read(&format, MAX_FORMAT_BYTES) {
-            Ok(text) if text == FORMAT.as_bytes() => {}
-            Ok(text) => {
-                let text = String::from_utf8_lossy(&text);
-                let text = text.chars().take(40).collect::<String>();
-                return Err(refuse(
-                    "it is of a format that this version does not know",
-                    &text.escape_debug(),
-                ));
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                regular_file::write(&format, FORMAT.as_bytes())
-                    .map_err(|error| refuse("it is not writable", &error))?;
-            }
-            Err(error) => return Err(refuse("its format cannot be read", &error)),
-        }
+        let lock = take_lock(root)?;
+        check_format(root)?;
         let base = root.join("v1");
         let names: Vec<String> = instances.all().iter().map(|instance| encode(instance.name())).collect();
         prepare(&base, &names).map_err(|error| refuse("its directories cannot be made", &error))?;
@@ -133,43 +100,43 @@ impl Files {
             rustix::fs::statvfs(&base).map_err(|error| refuse("it cannot be examined", &error))?.f_frsize;
         let has_fine_times = has_fine_change_times(&base.join("tmp"))
             .map_err(|error| refuse("a file in it cannot be written", &error))?;
-        let layout = Arc::new(Layout { base, instances: names, has_fine_times });
-        Ok(Self { layout, block: block.max(512), generation: AtomicU64::new(1), _lock: lock })
+        let paths = Arc::new(StorePaths { base, instances: names, has_fine_times });
+        Ok(Self { paths, block: block.max(512), generation: AtomicU64::new(1), _lock: lock })
     }
 
-    /// Where a stored file lies.
+    /// The path of a stored file.
     #[cfg(test)]
     pub(crate) fn path(&self, file: &FileId) -> PathBuf {
-        self.layout.path(file)
+        self.paths.path(file)
     }
 
-    /// Says that a file of this number exists.
+    /// Records that a file of this generation exists.
     pub(super) fn saw_generation(&self, generation: u64) {
         self.generation.fetch_max(generation.saturating_add(1), Ordering::Relaxed);
     }
 
-    /// How many instances have directories.
+    /// The instances that have directories.
     pub(super) fn instances(&self) -> impl Iterator<Item = InstanceId> + use<> {
-        (0..self.layout.instances.len() as u16).map(InstanceId)
+        (0..self.paths.instances.len() as u16).map(InstanceId)
     }
 
-    /// What a file with these metadata is known by, if its content is right.
+    /// The stamp of a verified file with these metadata.
     fn stamp(&self, metadata: &Metadata) -> Stamp {
-        self.layout.settled(stamp_of(metadata))
+        self.paths.settled(stamp_of(metadata))
     }
 
-    /// [`Volume::open`], of the file under a path.
+    /// [`Volume::open`] of the file at a path.
     pub(super) fn open_path(&self, path: &Path) -> io::Result<StoredFile> {
-        Ok(StoredFile::new(regular_file::open(path)?, self.layout.has_fine_times))
+        Ok(StoredFile::new(regular_file::open(path)?, self.paths.has_fine_times))
     }
 
-    /// Sets the access time of a stored file to now. Returns the stamps before and after that, with the file as the holder of a
-    /// lease, if nobody can have written it in between. Whether its content was right before is the caller's to know.
+    /// Sets the access time of a stored file to now. If nobody can have written the file meanwhile, returns the stamps before
+    /// and after, and the file, which holds a lease. The caller has to know whether the content was verified before.
     fn touch_one(&self, at: usize, file: &FileId) -> Option<(Moved, File)> {
         let time = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
         let times = Timestamps { last_access: time(UTIME_NOW), last_modification: time(UTIME_OMIT) };
-        // The file may be gone by now, and a lost use only costs a place in the order.
-        let file = regular_file::open(&self.layout.path(file)).ok()?;
+        // The file may be gone by now. A lost use only affects the order of eviction.
+        let file = regular_file::open(&self.paths.path(file)).ok()?;
         let writers = lease(&file);
         let before = stamp_of(&file.metadata().ok()?);
         futimens(&file, &times).ok()?;
@@ -188,24 +155,24 @@ impl Volume for Files {
     }
 
     fn space(&self) -> io::Result<Space> {
-        Space::of(&self.layout.base)
+        Space::of(&self.paths.base)
     }
 
     fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>> {
-        Ok(Box::new(self.open_path(&self.layout.path(file))?))
+        Ok(Box::new(self.open_path(&self.paths.path(file))?))
     }
 
     fn look(&self, file: &FileId) -> io::Result<Look> {
-        let metadata = fs::symlink_metadata(self.layout.path(file))?;
-        // As for one that is opened.
+        let metadata = fs::symlink_metadata(self.paths.path(file))?;
+        // The same error as when such a file is opened.
         if !metadata.is_file() {
             return Err(io::Error::from_raw_os_error(libc::ENXIO));
         }
-        Ok(look_of(&metadata, self.layout.has_fine_times))
+        Ok(look_of(&metadata, self.paths.has_fine_times))
     }
 
     fn write(&self, file: &FileId, pieces: &[Bytes]) -> io::Result<Stamp> {
-        let path = self.layout.path(file);
+        let path = self.paths.path(file);
         let mut file = create(&path)?;
         let written = pieces.iter().try_for_each(|bytes| file.write_all(bytes));
         let metadata = written.and_then(|()| file.metadata());
@@ -216,17 +183,17 @@ impl Volume for Files {
     }
 
     fn draft(&self) -> io::Result<Box<dyn Draft>> {
-        Ok(Box::new(TemporaryFile::create(self.layout.clone(), self.next_generation())?))
+        Ok(Box::new(TemporaryFile::create(self.paths.clone(), self.next_generation())?))
     }
 
     fn adopt(&self, id: &FileId, left: &LeftFile<'_>) -> io::Result<Option<Stamp>> {
         if !left.is_ours_alone() {
             return Ok(None);
         }
-        let (path, before) = (self.layout.path(id), &left.before);
+        let (path, before) = (self.paths.path(id), &left.before);
         fchmod(&left.file, Mode::from_raw_mode(STORED_MODE))?;
         if in_shard(&path, || Ok(renameat(left.parent, left.name, CWD, &path)?)).is_err() {
-            // Another file system.
+            // It is on another file system.
             return Ok(None);
         }
         let (after, moved) = (left.file.metadata()?, fs::symlink_metadata(&path)?);
@@ -240,26 +207,27 @@ impl Volume for Files {
         Ok(None)
     }
 
-    /// Whatever was put in the place of the file goes too.
+    /// Anything that was put in the place of the file is removed too.
     fn delete(&self, file: &FileId) -> io::Result<()> {
-        let path = self.layout.path(file);
+        let path = self.paths.path(file);
         match fs::remove_file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::IsADirectory => self.layout.throw_away(&path),
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => self.paths.throw_away(&path),
             outcome => outcome,
         }
     }
 
-    /// Uses are written down as access times.
+    /// Uses are recorded as access times.
     fn touch(&self, files: &[FileId], moved: &mut dyn FnMut(Vec<Moved>)) {
-        let has_fine_times = self.layout.has_fine_times;
-        // Readers hash a file whose new change time nobody has told them of.
+        let has_fine_times = self.paths.has_fine_times;
+        // With coarse times each part sleeps a tick, so it should be large. With fine times `moved` is called at once, because
+        // readers hash a file whose new change time is not reported yet.
         let at_once = if has_fine_times { 1 } else { TOUCH_LEASES };
         for (part, files) in files.chunks(at_once).enumerate() {
             let touch = |(at, file)| self.touch_one(part * at_once + at, file);
             let touched: Vec<_> = files.iter().enumerate().filter_map(touch).collect();
             if !touched.is_empty() && !has_fine_times {
-                // Nobody can write these files before a change would show.
+                // The leases keep others from writing these files until a change would show.
                 thread::sleep(COARSE_TICK);
             }
             moved(touched.into_iter().map(|(moved, _leased)| moved).collect());
@@ -275,8 +243,8 @@ impl Volume for Files {
     }
 }
 
-impl Layout {
-    /// Where a stored file lies.
+impl StorePaths {
+    /// The path of a stored file.
     pub(super) fn path(&self, file: &FileId) -> PathBuf {
         let Key { digest, instance, kind } = &file.key;
         let mut path = self.shard(*kind, *instance, digest.function(), digest.hash()[0]);
@@ -287,7 +255,7 @@ impl Layout {
     /// The directory of all files whose hash starts with `first`.
     pub(super) fn shard(
         &self,
-        kind: Kind,
+        kind: EntryKind,
         instance: InstanceId,
         function: DigestFunction,
         first: u8,
@@ -296,34 +264,76 @@ impl Layout {
         self.base.join(format!("{}/{name}/{}/{first:02x}", directory(kind), function.name()))
     }
 
-    /// Where an upload in progress lies.
+    /// The path of an upload in progress.
     pub(super) fn temporary_path(&self, generation: u64) -> PathBuf {
         self.base.join(format!("tmp/{generation:x}"))
     }
 
-    /// Where start puts what it throws away.
+    /// The directory for files that are thrown away.
     pub(super) fn trash(&self) -> PathBuf {
         self.base.join("trash")
     }
 
-    /// Moves something that is not ours out of the way; the next start deletes it.
+    /// Moves something that does not belong to the store out of the way; the next start deletes it.
     pub(super) fn throw_away(&self, path: &Path) -> io::Result<()> {
         fs::rename(path, self.trash().join(Uuid::new_v4().to_string()))
     }
 
-    /// The stamp of a file whose content is right, unless another change could leave it as it is.
+    /// The stamp of a verified file, or [`Stamp::UNTRUSTED`] while another change could leave the stamp as it is.
     pub(super) fn settled(&self, stamp: Stamp) -> Stamp {
         settled(stamp, self.has_fine_times, SystemTime::now())
     }
 }
 
-/// Makes a file that did not exist, for writing once.
+/// The error for a directory that cannot be used as a store.
+fn unusable(root: &Path, what: &str, error: &dyn std::fmt::Display) -> Error {
+    Error::Precondition(format!(
+        "cannot use {} as the store: {what}: {error} (local_cache_dir chooses another directory)",
+        root.display()
+    ))
+}
+
+/// Locks a store directory, until the returned file is closed.
+fn take_lock(root: &Path) -> Result<File> {
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        // A pipe or link in its place must not hold up the start.
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(root.join("lock"))
+        .map_err(|error| unusable(root, "it is not writable", &error))?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+        rustix::io::Errno::WOULDBLOCK => unusable(root, "it is in use", &"another gorego server runs on it"),
+        error => unusable(root, "it cannot be locked", &error),
+    })?;
+    Ok(lock)
+}
+
+/// Checks the format of a store directory. A new directory gets the current one.
+fn check_format(root: &Path) -> Result<()> {
+    let format = root.join("format");
+    match regular_file::read(&format, MAX_FORMAT_BYTES) {
+        Ok(text) if text == FORMAT.as_bytes() => Ok(()),
+        Ok(text) => {
+            let text = String::from_utf8_lossy(&text).chars().take(40).collect::<String>();
+            Err(unusable(root, "it is of a format that this version does not know", &text.escape_debug()))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            regular_file::write(&format, FORMAT.as_bytes())
+                .map_err(|error| unusable(root, "it is not writable", &error))
+        }
+        Err(error) => Err(unusable(root, "its format cannot be read", &error)),
+    }
+}
+
+/// Creates a new file, which is written once.
 pub(super) fn create(path: &Path) -> io::Result<File> {
     in_shard(path, || OpenOptions::new().write(true).create_new(true).mode(STORED_MODE).open(path))
 }
 
-/// Does something that needs the directory of `path` and makes that if it is not there. Directories are made when they are
-/// first needed: an empty store starts at once.
+/// Runs `put`, and again after creating the directory of `path` if that was missing. Directories are created when they are
+/// first needed, so an empty store starts at once.
 pub(super) fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     match (put(), path.parent()) {
         (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound => {
@@ -338,7 +348,7 @@ pub(super) fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -
     }
 }
 
-/// The digest and generation in the name of a stored file; `None` for a name that this store does not give.
+/// The digest and generation in the name of a stored file; `None` for a name that the store does not use.
 pub(super) fn parse_file_name(function: DigestFunction, name: &str) -> Option<(Digest, u64)> {
     let mut parts = name.split('-');
     let (hash, size, generation) = (parts.next()?, parts.next()?, parts.next()?);
@@ -347,15 +357,15 @@ pub(super) fn parse_file_name(function: DigestFunction, name: &str) -> Option<(D
     (format!("{digest:?}-{generation:x}").replace('/', "-") == name).then_some((digest, generation))
 }
 
-fn directory(kind: Kind) -> &'static str {
+fn directory(kind: EntryKind) -> &'static str {
     match kind {
-        Kind::Blob => "blobs",
-        Kind::Result => "results",
-        Kind::Zstd => "zstd",
+        EntryKind::Blob => "blobs",
+        EntryKind::Result => "results",
+        EntryKind::Zstd => "zstd",
     }
 }
 
-/// A directory name for an instance: one name each, no slash, no dot in front, readable.
+/// A readable directory name for an instance: distinct for each, without a slash or a leading dot.
 fn encode(instance: &str) -> String {
     let mut name = String::from("=");
     for byte in instance.bytes() {
@@ -369,8 +379,8 @@ fn encode(instance: &str) -> String {
     name
 }
 
-/// Makes the directories that always exist, and moves aside temporary files and instances that are not served any
-/// more: their bytes would count for nobody.
+/// Creates the directories that always exist. Moves temporary files, and instances that are no longer served, to the trash,
+/// because nobody would count their bytes.
 fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
     let trash = base.join("trash");
     fs::create_dir_all(&trash)?;
@@ -389,7 +399,7 @@ fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
         throw(&tmp)?;
     }
     fs::create_dir(&tmp)?;
-    for kind in Kind::ALL {
+    for kind in EntryKind::ALL {
         let parent = base.join(directory(kind));
         fs::create_dir_all(&parent)?;
         for entry in fs::read_dir(&parent)? {
@@ -407,7 +417,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn file_names_are_read_back_and_others_are_not_ours() {
+    fn file_names_are_parsed_and_foreign_names_are_not() {
         let function = DigestFunction::Sha256;
         let digest = function.digest(b"x");
         let hash = digest.hash_hex();

@@ -1,4 +1,4 @@
-//! [`Memory`]: a volume without a disk, for tests. What works on it needs no more of a volume than the trait says.
+//! [`Memory`]: a volume in memory, for tests. They show that the store needs only what the trait promises.
 
 use super::{
     Draft, Look, Moved, Recovered, Repairs, Stored, Volume, outside::LeftFile, stored::copy_in_pieces,
@@ -19,7 +19,7 @@ use std::{
     },
 };
 
-/// The files of a store, by number. Clones are the same volume.
+/// The files of a store, by generation. Clones share their files.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Memory {
     files: Arc<Mutex<BTreeMap<u64, (FileId, Bytes)>>>,
@@ -27,12 +27,12 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// How many files there are.
+    /// The number of files.
     pub(crate) fn len(&self) -> usize {
         self.files.lock().unwrap().len()
     }
 
-    /// Files are never changed, so their number says what they are.
+    /// Files are never changed, so the generation serves as the stamp.
     fn keep(&self, file: &FileId, bytes: Bytes) -> Stamp {
         self.files.lock().unwrap().insert(file.generation, (*file, bytes));
         Stamp::new(file.generation, 0)

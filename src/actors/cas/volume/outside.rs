@@ -1,6 +1,6 @@
-//! Files that are not the store's: [`LeftFile`], which an action left behind, and [`NewInput`], which an action gets.
+//! Files that do not belong to the store: [`LeftFile`], which an action left behind, and [`NewInput`], which an action gets.
 //!
-//! They lie in the directories of workers on this machine, whatever the store's volume is.
+//! They are in the directories of workers on this machine, whatever the store's volume is.
 
 use super::{hash, stamps};
 use gorego_reapi::digest::{Digest, Hasher};
@@ -11,28 +11,28 @@ use std::{
     os::unix::fs::{FileExt as _, MetadataExt as _},
 };
 
-/// A file that an action left behind, open for reading. All processes of the action are dead. A read lease makes sure that nobody
-/// else has it open for writing, or shows that somebody has, for as long as this is held.
+/// A file that an action left behind, open for reading. All processes of the action are dead. While this is held, a read lease
+/// keeps others from opening the file for writing, or has shown that somebody already has it open.
 #[derive(Debug)]
 pub(crate) struct LeftFile<'a> {
     pub(super) file: File,
-    /// The directory that it lies in.
+    /// The directory of the file.
     pub(super) parent: &'a File,
     pub(super) name: &'a str,
-    /// As it was before it was hashed.
+    /// Its metadata before it was hashed.
     pub(super) before: Metadata,
     writers: stamps::Writers,
 }
 
 impl<'a> LeftFile<'a> {
-    /// A file that lies in `parent` under `name`.
+    /// The file `name` in `parent`.
     pub(crate) fn new(parent: &'a File, name: &'a str, file: File) -> io::Result<Self> {
         let writers = stamps::lease(&file);
         let before = file.metadata()?;
         Ok(Self { file, parent, name, before, writers })
     }
 
-    /// How many bytes it has.
+    /// The size in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.before.len()
     }
@@ -42,12 +42,12 @@ impl<'a> LeftFile<'a> {
         hash(hasher, |piece, at| self.file.read_at(piece, at))
     }
 
-    /// Reads up to its end.
+    /// Reads bytes from `offset`.
     pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         self.file.read_at(buffer, offset)
     }
 
-    /// Whether nobody else can reach it: a regular file of ours, with one name and no writer.
+    /// Whether nobody else can reach it: a regular file owned by this process, with one name and no writer.
     pub(super) fn is_ours_alone(&self) -> bool {
         self.writers != stamps::Writers::Present
             && self.before.is_file()
@@ -56,18 +56,18 @@ impl<'a> LeftFile<'a> {
     }
 }
 
-/// A file that is made for an action.
+/// An input file that is created for an action.
 #[derive(Debug)]
 pub(crate) struct NewInput(File);
 
 impl NewInput {
-    /// Makes an empty one. A link that an earlier node has put under this name is an error, not a way out of the directory.
+    /// Creates an empty file. If an earlier node has made a link of this name, this is an error, so that no link leads out of
+    /// the directory.
     pub(crate) fn create(parent: &File, name: &str) -> io::Result<Self> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(Self(openat(parent, name, flags, Mode::RUSR | Mode::WUSR)?.into()))
     }
 
-    /// Adds bytes.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.0.write_all(bytes)
     }
@@ -77,7 +77,7 @@ impl NewInput {
         &self.0
     }
 
-    /// Gives it its permission bits, whatever the umask is.
+    /// Sets its permission bits, regardless of the umask.
     pub(crate) fn finish(self, mode: u32) -> io::Result<()> {
         Ok(fchmod(&self.0, Mode::from_raw_mode(mode & 0o7777))?)
     }

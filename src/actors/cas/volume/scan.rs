@@ -1,23 +1,24 @@
-//! What a store directory holds at start.
+//! Finds the files of a store directory at start.
 //!
-//! Threads read the shard directories and stat every file; nothing is opened, so that a million files take seconds. A file
-//! of the wrong length is the rest of a write that a kill or a power cut ended: it is removed. A name that the store does
-//! not give is left alone and counted. Contents are checked later, at first read; only where a result has two files, which
-//! is as rare as a kill, are they read to see which one is whole.
+//! Threads read the shard directories and stat every file without opening it, so a million files take seconds. A file of the
+//! wrong length comes from a write that a kill or a power cut interrupted, and is removed. A name that the store does not use
+//! is left alone and counted. Contents are checked later, at the first read. Only if a result has two files, which is as rare
+//! as a kill, both are read to find the complete one.
 
 use super::{
     Recovered, Repairs, Stored, Volume as _,
     files::{Files, parse_file_name},
 };
 use crate::{
-    actors::cas::index::{FileId, Key, Kind},
+    actors::cas::index::{EntryKind, FileId, Key},
     instance::InstanceId,
     logging::Event,
 };
 use gorego_reapi::digest::{Digest, DigestFunction};
 use std::{
     collections::HashMap,
-    fs, io,
+    fs::{self, DirEntry},
+    io,
     os::unix::fs::MetadataExt as _,
     sync::{
         atomic::{AtomicUsize, Ordering},
@@ -26,13 +27,13 @@ use std::{
     thread,
 };
 
-/// More threads than CPUs help on a cold disk; more than this do not.
+/// On a cold disk, more threads than CPUs help, but more than this do not.
 const MAX_THREADS: usize = 8;
-/// Target of the log lines.
+/// The target of the log lines of this file.
 const LOG: &str = "gorego::cas";
 
-struct Shard {
-    kind: Kind,
+struct ShardId {
+    kind: EntryKind,
     instance: InstanceId,
     function: DigestFunction,
     first: u8,
@@ -44,13 +45,13 @@ struct ShardContent {
     repairs: Repairs,
 }
 
-/// [`super::Volume::recover`].
+/// Implements [`super::Volume::recover`].
 pub(super) fn recover(
     files: &Files,
     is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
     take: &mut dyn FnMut(Recovered) -> Option<FileId>,
 ) -> Repairs {
-    let shards: Vec<Shard> = all_shards(files);
+    let shards: Vec<ShardId> = all_shards(files);
     let next = AtomicUsize::new(0);
     let threads = thread::available_parallelism().map_or(1, usize::from).clamp(2, MAX_THREADS);
     let mut sums = Repairs::default();
@@ -75,7 +76,7 @@ pub(super) fn recover(
                 files.saw_generation(recovered.file.generation);
                 if let Some(loser) = take(recovered) {
                     sums.removed += 1;
-                    let _ = fs::remove_file(files.layout.path(&loser));
+                    let _ = fs::remove_file(files.paths.path(&loser));
                 }
             }
         }
@@ -84,73 +85,83 @@ pub(super) fn recover(
     sums
 }
 
-fn all_shards(files: &Files) -> Vec<Shard> {
+fn all_shards(files: &Files) -> Vec<ShardId> {
     let mut shards = Vec::new();
     for instance in files.instances() {
         for &function in DigestFunction::ALL {
-            for kind in Kind::ALL {
-                // Of most functions nothing was ever stored.
-                let first = files.layout.shard(kind, instance, function, 0);
+            for kind in EntryKind::ALL {
+                // Most digest functions were never used.
+                let first = files.paths.shard(kind, instance, function, 0);
                 if first.parent().is_none_or(|shards| !shards.exists()) {
                     continue;
                 }
-                shards.extend((0..=u8::MAX).map(|first| Shard { kind, instance, function, first }));
+                shards.extend((0..=u8::MAX).map(|first| ShardId { kind, instance, function, first }));
             }
         }
     }
     shards
 }
 
-fn read_shard(files: &Files, shard: &Shard, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync)) -> ShardContent {
+fn read_shard(
+    files: &Files,
+    shard: &ShardId,
+    is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
+) -> ShardContent {
     let mut content = ShardContent::default();
     let entries =
-        match fs::read_dir(files.layout.shard(shard.kind, shard.instance, shard.function, shard.first)) {
+        match fs::read_dir(files.paths.shard(shard.kind, shard.instance, shard.function, shard.first)) {
             Ok(entries) => entries,
             Err(error) => {
-                // One that was never needed was never made.
+                // A directory that was never needed does not exist.
                 content.repairs.unreadable += u64::from(error.kind() != io::ErrorKind::NotFound);
                 return content;
             }
         };
     for entry in entries {
-        let Ok(entry) = entry else {
-            content.repairs.unreadable += 1;
-            continue;
-        };
-        let name = entry.file_name();
-        let ours = name.to_str().and_then(|name| parse_file_name(shard.function, name));
-        let Some((digest, generation)) = ours.filter(|(digest, _)| digest.hash()[0] == shard.first) else {
-            content.repairs.foreign += 1;
-            continue;
-        };
-        let Ok(metadata) = entry.metadata() else {
-            content.repairs.unreadable += 1;
-            continue;
-        };
-        if !metadata.is_file() {
-            // Something was put in the place of a stored file.
-            let thrown = files.layout.throw_away(&entry.path());
-            content.repairs.removed += u64::from(thrown.is_ok());
-            content.repairs.unreadable += u64::from(thrown.is_err());
-            continue;
+        match entry {
+            Ok(entry) => read_entry(files, shard, &entry, &mut content),
+            Err(_) => content.repairs.unreadable += 1,
         }
-        if shard.kind == Kind::Blob && metadata.len() != digest.size() {
-            let _ = fs::remove_file(entry.path());
-            content.repairs.removed += 1;
-            continue;
-        }
-        let file = FileId { key: Key { digest, instance: shard.instance, kind: shard.kind }, generation };
-        let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
-        content.found.push(Recovered { file, bytes: files.charge(metadata.len()), touched });
     }
-    if shard.kind == Kind::Result {
+    if shard.kind == EntryKind::Result {
         remove_torn_updates(files, &mut content, is_whole);
     }
     content
 }
 
-/// An update that a kill ended has left the beginning of a file beside the one that it was to replace. It is the newer of
-/// the two and must not win.
+/// Adds a file to the content of its shard, or counts what is wrong with it.
+fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut ShardContent) {
+    let repairs = &mut content.repairs;
+    let name = entry.file_name();
+    let ours = name.to_str().and_then(|name| parse_file_name(shard.function, name));
+    let Some((digest, generation)) = ours.filter(|(digest, _)| digest.hash()[0] == shard.first) else {
+        repairs.foreign += 1;
+        return;
+    };
+    let Ok(metadata) = entry.metadata() else {
+        repairs.unreadable += 1;
+        return;
+    };
+    if !metadata.is_file() {
+        // Something else was put in the place of a stored file.
+        match files.paths.throw_away(&entry.path()) {
+            Ok(()) => repairs.removed += 1,
+            Err(_) => repairs.unreadable += 1,
+        }
+        return;
+    }
+    if shard.kind == EntryKind::Blob && metadata.len() != digest.size() {
+        let _ = fs::remove_file(entry.path());
+        repairs.removed += 1;
+        return;
+    }
+    let file = FileId { key: Key { digest, instance: shard.instance, kind: shard.kind }, generation };
+    let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
+    content.found.push(Recovered { file, bytes: files.charge(metadata.len()), touched });
+}
+
+/// Removes what an interrupted update left: the beginning of a new file beside the file that it was to replace. It is the newer
+/// of the two and must not win.
 fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn Fn(&dyn Stored) -> bool) {
     let mut counts: HashMap<Digest, usize> = HashMap::new();
     for Recovered { file, .. } in &content.found {
@@ -159,7 +170,7 @@ fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn
     let repairs = &mut content.repairs;
     content.found.retain(|Recovered { file, .. }| {
         let is_alone = counts.get(&file.key.digest) == Some(&1);
-        let path = files.layout.path(file);
+        let path = files.paths.path(file);
         if is_alone || files.open_path(&path).is_ok_and(|stored| is_whole(&stored)) {
             return true;
         }
@@ -169,9 +180,9 @@ fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn
     });
 }
 
-/// Deletes what was thrown away, on a thread of its own; what a crash leaves is found at the next start.
+/// Empties the trash on its own thread. If a crash interrupts it, the next start goes on.
 fn empty_trash(files: &Files) {
-    let trash = files.layout.trash();
+    let trash = files.paths.trash();
     let spawned = thread::Builder::new().name("store-trash".into()).spawn(move || {
         for entry in fs::read_dir(trash).into_iter().flatten().flatten() {
             let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());

@@ -1,15 +1,16 @@
-//! Taking [`Stamp`]s: what shows that a file is still as it was.
+//! Takes [`Stamp`]s, which show whether a file has changed.
 //!
-//! A stamp is a file's inode number and its change time. Every write, and every change of the modification time, moves the change
-//! time to the present, and no user can set it. It says nothing in two cases, and then the file counts as unchecked and is
-//! hashed before it is served:
+//! A stamp is a file's inode number and its change time. Every write, and every change of the modification time, sets the
+//! change time to the present, and no user can set it otherwise. A stamp is not conclusive in two cases. Then the file counts
+//! as unverified and is hashed before it is served:
 //!
-//! - On kernels before 6.13, and on file systems without fine-grained timestamps, a second change within one tick of the
-//!   clock leaves the change time as it is. [`has_fine_change_times`] finds out; where they are coarse, a stamp counts only
-//!   once it is older than [`COARSE_TICK`]. There is one gap there: a reader that has opened a file within that time of its
-//!   last change does not see another change by somebody else within the same tick.
-//! - Our own renames and touches move the change time too. They are made under a read lease (fcntl(2)), which is granted only
-//!   while nobody has the file open for writing, and keeps everybody from opening it so: [`change_unobserved`].
+//! - On kernels before 6.13, and on file systems without fine-grained timestamps, a second change within one tick of the clock
+//!   leaves the change time as it is. [`has_fine_change_times`] detects this. Where change times are coarse, a stamp counts
+//!   only once it is older than [`COARSE_TICK`]. One gap remains there: a reader that opens a file within that time of its last
+//!   change does not see another change by somebody else within the same tick.
+//! - The store's own renames and touches move the change time too. They are made under a read lease (fcntl(2)), which is
+//!   granted only if nobody has the file open for writing, and which keeps others from opening it for writing:
+//!   [`change_unobserved`].
 
 use crate::actors::cas::index::Stamp;
 use std::{
@@ -20,32 +21,32 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// More than a tick of any kernel's clock (10 ms at 100 Hz).
-pub const COARSE_TICK: Duration = Duration::from_millis(20);
-/// The fcntl(2) command of this name, which the libc crate does not have; the same on every architecture.
+/// Longer than a tick of any kernel's clock (10 ms at 100 Hz).
+pub(crate) const COARSE_TICK: Duration = Duration::from_millis(20);
+/// The fcntl(2) command of this name, which the libc crate lacks. It is the same on every architecture.
 const F_SETSIG: libc::c_int = 10;
-/// Pairs of changes that are looked at to tell fine timestamps from coarse ones.
+/// Pairs of changes that are compared to tell fine timestamps from coarse ones.
 const PROBES: usize = 8;
 
-/// The stamp of a file as it is now.
-pub fn stamp_of(metadata: &Metadata) -> Stamp {
+/// The stamp in a file's metadata.
+pub(crate) fn stamp_of(metadata: &Metadata) -> Stamp {
     let changed = metadata.ctime().saturating_mul(1_000_000_000).saturating_add(metadata.ctime_nsec());
     Stamp::new(metadata.ino(), changed)
 }
 
 /// The stamp if no later change can leave it as it is, otherwise [`Stamp::UNTRUSTED`].
-pub fn settled(stamp: Stamp, has_fine_times: bool, now: SystemTime) -> Stamp {
+pub(crate) fn settled(stamp: Stamp, has_fine_times: bool, now: SystemTime) -> Stamp {
     let nanos = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos();
     let age = nanos as i128 - i128::from(stamp.changed());
     if has_fine_times || age > COARSE_TICK.as_nanos() as i128 { stamp } else { Stamp::UNTRUSTED }
 }
 
-/// Whether each change of a file in this directory shows in its change time once the one before was looked at. Makes a file
-/// and removes it.
+/// Whether two successive changes of a file in this directory always differ in their change times. Creates a file and removes
+/// it.
 ///
 /// # Errors
 /// Those of the file system.
-pub fn has_fine_change_times(directory: &Path) -> io::Result<bool> {
+pub(crate) fn has_fine_change_times(directory: &Path) -> io::Result<bool> {
     let path = directory.join("probe");
     let mut file = OpenOptions::new().write(true).create_new(true).open(&path)?;
     std::fs::remove_file(&path)?;
@@ -60,10 +61,11 @@ pub fn has_fine_change_times(directory: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Whether somebody else may write a file.
+/// Whether others may write a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Writers {
-    /// Nobody has it open for writing, and nobody can open it so until the lease ends: with [`end_lease`] or with the file.
+pub(crate) enum Writers {
+    /// Nobody has it open for writing, and nobody can open it for writing until the lease ends: with [`end_lease`], or when the
+    /// file is closed.
     ShutOut,
     /// Somebody has it open for writing.
     Present,
@@ -71,11 +73,11 @@ pub enum Writers {
     Unknown,
 }
 
-/// Takes a read lease on a file that is open for reading only, unless somebody else has it open for writing.
-pub fn lease(file: &File) -> Writers {
-    // Whoever wants to write waits for the end of the lease, and we are told of it by a signal: SIGURG, which is ignored by
-    // default, and not SIGIO, which would end the process.
-    // SAFETY: these commands take integers, and the descriptor is open.
+/// Takes a read lease on a file that is open for reading only. Fails if somebody has the file open for writing.
+pub(crate) fn lease(file: &File) -> Writers {
+    // A process that opens the file for writing waits for the end of the lease, and this process gets a signal. It is set to
+    // SIGURG, which is ignored by default; the default SIGIO would end the process. SAFETY: these commands take integers, and
+    // the descriptor is open.
     let taken = unsafe {
         libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG) == 0
             && libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) == 0
@@ -87,26 +89,26 @@ pub fn lease(file: &File) -> Writers {
     }
 }
 
-/// Ends a lease; without one nothing happens.
-pub fn end_lease(file: &File) {
+/// Ends a lease, if there is one.
+pub(crate) fn end_lease(file: &File) {
     // SAFETY: as in `lease`.
     let _ = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
 }
 
-/// Whether no other process has this file open for writing. A writer could change it through a mapping without moving the
-/// change time. `file` must be open for reading only.
-pub fn nobody_writes(file: &File) -> bool {
+/// Whether no process has this file open for writing. A writer could change it through a mapping without moving the change
+/// time. `file` must be open for reading only.
+pub(crate) fn nobody_writes(file: &File) -> bool {
     let writers = lease(file);
     end_lease(file);
     writers != Writers::Present
 }
 
-/// Does something that moves the change time of a file, which is open for reading only, and returns the new stamp: `None` if
-/// the file was not as `expected`, or may have been written meanwhile.
+/// Runs `change`, which moves the change time of a file, and returns the new stamp. Returns `None` if the stamp before was not
+/// `expected`, or if the file may have been written meanwhile. `file` must be open for reading only.
 ///
 /// # Errors
 /// Those of `change`.
-pub fn change_unobserved(
+pub(crate) fn change_unobserved(
     file: &File,
     expected: Stamp,
     change: impl FnOnce() -> io::Result<()>,
@@ -135,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_of_our_own_is_followed_unless_somebody_may_have_written_meanwhile() {
+    fn an_own_change_is_followed_unless_somebody_may_have_written_meanwhile() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         std::fs::write(&path, "x").unwrap();

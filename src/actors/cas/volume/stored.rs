@@ -1,4 +1,4 @@
-//! [`StoredFile`]: a stored file of its own, open for reading.
+//! [`StoredFile`]: a stored file on disk, open for reading.
 
 use super::{Look, PIECE_BYTES, Stored, stamps};
 use rustix::fs::copy_file_range;
@@ -9,7 +9,7 @@ use std::{
     time::SystemTime,
 };
 
-/// An open file.
+/// An open stored file.
 #[derive(Debug)]
 pub(crate) struct StoredFile {
     file: File,
@@ -17,13 +17,13 @@ pub(crate) struct StoredFile {
 }
 
 impl StoredFile {
-    /// `has_fine_times` is what [`stamps::has_fine_change_times`] says of its file system.
+    /// Wraps an open file. `has_fine_times` is the result of [`stamps::has_fine_change_times`] for its file system.
     pub(super) fn new(file: File, has_fine_times: bool) -> Self {
         Self { file, has_fine_times }
     }
 }
 
-/// What a file with these metadata looks like.
+/// The size and stamps in a file's metadata.
 pub(super) fn look_of(metadata: &Metadata, has_fine_times: bool) -> Look {
     let stamp = stamps::stamp_of(metadata);
     let lasting = stamps::settled(stamp, has_fine_times, SystemTime::now());
@@ -57,7 +57,7 @@ impl Stored for StoredFile {
         stamps::nobody_writes(&self.file)
     }
 
-    /// Where the file system can, the two files share their blocks until one is written.
+    /// The files share their blocks until one is written, where the file system supports this.
     fn copy_to(&self, to: &File, size: u64) -> io::Result<()> {
         let (mut read_at, mut written_at) = (0u64, 0u64);
         while read_at < size {
@@ -75,7 +75,7 @@ impl Stored for StoredFile {
     }
 }
 
-/// [`Stored::copy_to`] by reading and writing.
+/// Implements [`Stored::copy_to`] by reading and writing.
 pub(super) fn copy_in_pieces(from: &dyn Stored, to: &File, size: u64) -> io::Result<()> {
     let mut piece = vec![0; PIECE_BYTES];
     let mut at = 0;

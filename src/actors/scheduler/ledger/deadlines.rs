@@ -1,9 +1,9 @@
-//! The clock of the ledger: what ends because nothing else ended it.
+//! The deadlines of the ledger.
 
-use super::{Ledger, Outcome, Step};
+use super::{Ledger, Outcome, TaskStep};
 use crate::actors::{
     scheduler::{
-        settings::{Moment, QUEUE_FULL_RETRY},
+        settings::{ClockReading, QUEUE_FULL_RETRY},
         transition::RunPlace,
     },
     worker::messages::TaskId,
@@ -12,9 +12,9 @@ use gorego_reapi::error::Error;
 use std::sync::Arc;
 
 impl Ledger {
-    /// Enforces every deadline; to be called about once a second. Returns the slots that are out of service from now on,
-    /// because their run neither ends nor stops. They come back when their worker answers.
-    pub fn tick(&mut self, now: Moment) -> Vec<Arc<RunPlace>> {
+    /// Enforces every deadline. It is called about once a second. Returns the slots that are now out of service because their
+    /// runs neither end nor stop; they return to service when their workers answer.
+    pub(crate) fn tick(&mut self, now: ClockReading) -> Vec<Arc<RunPlace>> {
         self.end_overdue_waits(now);
         let stuck = self.give_up_overdue_runs(now);
         self.notice_losses(now);
@@ -28,14 +28,14 @@ impl Ledger {
         stuck
     }
 
-    fn end_overdue_waits(&mut self, now: Moment) {
+    fn end_overdue_waits(&mut self, now: ClockReading) {
         let limit = self.settings.queue_timeout;
         let is_overdue =
-            |task: &super::Task| task.step != Step::Running && now.since(task.waiting_since) >= limit;
+            |task: &super::Task| task.step != TaskStep::Running && now.since(task.waiting_since) >= limit;
         let overdue: Vec<TaskId> =
             self.tasks.iter().filter(|(_, task)| is_overdue(task)).map(|(id, _)| *id).collect();
         for id in overdue {
-            // Not DeadlineExceeded: clients take that for the command's own timeout (EXE-45), and it never ran.
+            // Not DeadlineExceeded, which means that the command itself timed out (EXE-45).
             let error = Error::Exhausted {
                 message: format!("no worker was free for {} s (execution.queue_timeout)", limit.as_secs()),
                 retry_after: Some(QUEUE_FULL_RETRY),
@@ -44,7 +44,7 @@ impl Ledger {
         }
     }
 
-    fn give_up_overdue_runs(&mut self, now: Moment) -> Vec<Arc<RunPlace>> {
+    fn give_up_overdue_runs(&mut self, now: ClockReading) -> Vec<Arc<RunPlace>> {
         let overdue: Vec<TaskId> = self
             .runs
             .iter()

@@ -1,19 +1,19 @@
-//! The way of a task: inputs checked, a slot, a run, and what its end means.
+//! The life of a task: the check of its inputs, the assignment to a slot, the run, and the conclusion from its end.
 
-use super::{Ledger, Outcome, Run, Step};
+use super::{Ledger, Outcome, Task, TaskRun, TaskStep};
 use crate::{
     action::Action,
     actors::{
         scheduler::{
             operation::Stage,
-            room::{Load, SHARE},
-            settings::Moment,
-            slots::Slots,
-            transition::{Event, Transition},
+            quota::{Load, SHARE},
+            settings::ClockReading,
+            slots::PoolId,
+            transition::{OperationEvent, Transition},
         },
         worker::{
             cancel::CancelToken,
-            messages::{RunReport, RunStage, SlotId, StageReached, TaskId},
+            messages::{RunFailure, RunReport, RunStage, SlotId, StageReached, TaskId},
         },
     },
     caller::Peer,
@@ -25,68 +25,66 @@ use gorego_reapi::{
 };
 use std::{sync::Arc, time::SystemTime};
 
-/// A decision: ask the CAS whether the inputs of this task are all there.
+/// A decision: check whether the inputs of a task are stored.
 #[derive(Debug)]
-pub struct Check {
-    /// Whose inputs.
-    pub task: TaskId,
-    /// Where they are.
-    pub instance: Instance,
-    /// Digest of the root Directory.
-    pub root: Digest,
-    /// Whose turn it was.
-    pub peer: Peer,
+pub(crate) struct Check {
+    pub(crate) task: TaskId,
+    pub(crate) instance: Instance,
+    /// The digest of the input root.
+    pub(crate) root: Digest,
+    /// The peer whose turn it was.
+    pub(crate) peer: Peer,
 }
 
-/// A decision: run this task on this slot.
+/// A decision: run a task on a slot.
 #[derive(Debug)]
-pub struct Assignment {
-    /// The work.
-    pub task: TaskId,
-    /// The pool, by its index.
-    pub pool: usize,
-    /// The slot in the pool.
-    pub slot: SlotId,
-    /// What to run.
-    pub action: Arc<Action>,
-    /// Whose turn it was.
-    pub peer: Peer,
-    /// When the task was taken in.
-    pub queued_at: SystemTime,
-    /// The tool invocation that brought the task in.
-    pub tool_invocation_id: String,
-    /// How the run is told to stop.
-    pub cancel: CancelToken,
+pub(crate) struct Assignment {
+    pub(crate) task: TaskId,
+    pub(crate) pool: PoolId,
+    pub(crate) slot: SlotId,
+    pub(crate) action: Arc<Action>,
+    /// The peer whose turn it was.
+    pub(crate) peer: Peer,
+    /// The time of the submission.
+    pub(crate) queued_at: SystemTime,
+    /// The tool invocation of the first operation.
+    pub(crate) tool_invocation_id: String,
+    /// Tells the run to stop.
+    pub(crate) cancel: CancelToken,
 }
 
 /// A fact: how a run ended.
 #[derive(Debug)]
-pub enum RunEnd {
-    /// The worker says so.
+pub(crate) enum RunEnd {
+    /// The worker has reported the end.
     Reported(RunReport),
-    /// The worker will never say.
+    /// The worker died without a report.
     Lost {
-        /// The pool takes no more mail, for good.
+        /// Whether all workers of the pool are gone.
         pool_closed: bool,
     },
 }
 
 impl Ledger {
-    /// The next task whose inputs are to be checked, in the order of a pool's queue; `None` while enough checks are out, or the
-    /// peer whose turn it is has its share of them. Each one must be answered by [`Ledger::inputs_checked`], whatever happens.
-    pub fn next_check(&mut self, now: Moment) -> Option<Check> {
+    /// The next task whose inputs are to be checked, in the order of a queue; `None` while enough checks are running, or the peer
+    /// or build that is next has its share of them. Each check must be answered by [`Ledger::inputs_checked`], whatever happens.
+    pub(crate) fn next_check(&mut self, now: ClockReading) -> Option<Check> {
         let left = self.settings.concurrent_checks.checked_sub(self.checks.len() + 1)?;
-        let own = self.unchecked.running_of_next(now.at);
-        if own > 0 && own >= left.saturating_mul(SHARE) {
+        let (of_peer, of_build) = self.unchecked.running_of_next(now.at);
+        // How many more its peer may have after this one.
+        let left_to_peer = left.saturating_mul(SHARE).saturating_sub(of_peer + 1) / (SHARE + 1);
+        if of_peer > 0 && of_peer >= left.saturating_mul(SHARE)
+            || of_build > 0 && of_build >= left_to_peer.saturating_mul(SHARE)
+        {
             return None;
         }
         let (id, charge) = self.unchecked.pop(now.at)?;
         self.checks.insert(id, charge);
         let task = self.tasks.get_mut(&id)?;
-        for place in task.places(id) {
-            self.unchecked.remove(&place);
+        for entry in task.entries(id) {
+            self.unchecked.remove(&entry);
         }
-        task.step = Step::Checking;
+        task.step = TaskStep::Checking;
         Some(Check {
             task: id,
             instance: task.action.instance.clone(),
@@ -95,52 +93,55 @@ impl Ledger {
         })
     }
 
-    /// The CAS has looked at a task's inputs. Whatever is wrong with them ends the task before it takes a slot.
-    pub fn inputs_checked(&mut self, id: TaskId, result: Result<()>, now: Moment) {
+    /// The store has checked the inputs of a task. An error ends the task before it takes a slot.
+    pub(crate) fn inputs_checked(&mut self, id: TaskId, result: Result<()>, now: ClockReading) {
         if let Some(charge) = self.checks.remove(&id) {
             self.unchecked.ended(charge);
         }
-        let Some(task) = self.tasks.get_mut(&id).filter(|task| task.step == Step::Checking) else { return };
+        let Some(task) = self.tasks.get_mut(&id).filter(|task| task.step == TaskStep::Checking) else {
+            return;
+        };
         match result {
             Ok(()) => {
-                task.step = Step::Ready;
+                task.step = TaskStep::Ready;
                 self.enter_queues(id);
             }
             Err(error) => self.end_task(id, Outcome::failed(error), now),
         }
     }
 
-    /// The next task to run, and where; `None` when no ready task has a free slot, in which case runs that nobody follows
-    /// are told to make way for tasks that are followed. Pools choose in order of preference, so that a task goes to the
-    /// best one that is free. Each assignment must be answered by [`Ledger::finish`], whatever happens.
-    pub fn assign(&mut self, now: Moment) -> Option<Assignment> {
+    /// The next task to run, with its slot. It is `None` if there is no free slot for a ready task; runs without followers are
+    /// then told to make way for tasks with followers. Pools choose in order of preference, so a task goes to the most preferred
+    /// pool that is free. Each assignment must be answered by [`Ledger::finish`], whatever happens.
+    pub(crate) fn assign(&mut self, now: ClockReading) -> Option<Assignment> {
         let Some((pool, id, charge)) = self.next_ready(now) else {
             self.make_way(now);
             return None;
         };
         let place = self.slots.take(pool)?;
         let task = self.tasks.get_mut(&id)?;
-        task.step = Step::Running;
+        task.step = TaskStep::Running;
         self.unfollowed.note(id, task);
-        // Should it come back, it stands somewhere else.
+        // If it is queued again, its position is another one.
         task.position = None;
         task.attempts = task.attempts.saturating_add(1);
-        self.room.remove(task.owner, Load::TURN);
+        self.quota.remove(task.owner, Load::TURN);
         let limits = &self.settings;
         let bound = [task.action.timeout, limits.transfer_timeout, limits.transfer_timeout, limits.run_slack]
             .into_iter()
             .fold(std::time::Duration::ZERO, std::time::Duration::saturating_add);
-        let run = Run {
+        let run = TaskRun {
             pool,
             place: place.clone(),
             charge,
             cancel: CancelToken::new(),
             started: now.at,
             deadline: now.after(bound),
-            // That is what a worker begins with, and it says nothing of it.
+            // A worker does not report its first stage.
             reached: Some((RunStage::Fetching, now.wall)),
             logs: None,
             stuck: false,
+            evicted: false,
         };
         let assignment = Assignment {
             task: id,
@@ -159,7 +160,7 @@ impl Ledger {
                 snapshot.run_stage = run.reached;
             };
             let Some(operation) = self.register.update(number, executing) else { continue };
-            let event = Event::Executing {
+            let event = OperationEvent::Executing {
                 place: run.place.clone(),
                 queued_for: now.since(operation.queued),
                 attempt: task.attempts,
@@ -171,8 +172,8 @@ impl Ledger {
         Some(assignment)
     }
 
-    /// A worker has entered a step of a run. Late or repeated news changes nothing.
-    pub fn stage_reached(&mut self, fact: StageReached) {
+    /// A worker has entered a stage of a run. Late or repeated reports are ignored.
+    pub(crate) fn stage_reached(&mut self, fact: StageReached) {
         let Some(run) = self.runs.get_mut(&fact.task) else { return };
         if run.reached.is_some_and(|(stage, _)| stage >= fact.stage) {
             return;
@@ -189,12 +190,12 @@ impl Ledger {
         }
     }
 
-    /// A run is over: its slot is free, and its task is done, tried again, or given up (EXE-62).
-    pub fn finish(&mut self, id: TaskId, end: RunEnd, now: Moment) {
+    /// A run has ended. Its slot is free, and its task ends or is tried again (EXE-62).
+    pub(crate) fn finish(&mut self, id: TaskId, end: RunEnd, now: ClockReading) {
         let Some(run) = self.runs.get(&id) else { return };
-        let (pool, slot, charge) = (run.pool, run.place.slot, run.charge);
+        let (pool, place, charge, evicted) = (run.pool, run.place.clone(), run.charge, run.evicted);
         let closed = matches!(end, RunEnd::Lost { pool_closed: true });
-        // Before the task is judged: a task that no pool is left for must not be queued again.
+        // This comes first, so that a task without another pool is not queued again.
         if closed {
             self.slots.close(pool);
         }
@@ -223,20 +224,23 @@ impl Ledger {
                 self.end_task(id, outcome, now);
             }
             RunEnd::Reported(Err(failure)) if failure.retryable => self.retry(id, failure.error, now),
+            RunEnd::Reported(Err(RunFailure { error: Error::Cancelled(_), .. })) if evicted => {
+                let error = format!("pool \"{}\" was removed while the action ran", place.pool);
+                self.retry(id, Error::Unavailable(error), now);
+            }
             RunEnd::Reported(Err(failure)) => {
                 let result = failure.partial.map(|partial| Arc::new(*partial));
                 let message = failure.account.message;
                 self.end_task(id, Outcome { result, message, ..Outcome::failed(failure.error) }, now);
             }
             RunEnd::Lost { .. } => {
-                let pool = self.slots.name(pool);
-                let error = format!("the worker on slot {} of pool \"{pool}\" died", slot.0);
+                let error = format!("the worker on slot {} of pool \"{}\" died", place.slot.0, place.pool);
                 self.retry(id, Error::Unavailable(error), now);
             }
         }
         self.runs.remove(&id);
-        self.slots.release(pool, slot, failed);
-        if let Some(queue) = self.ready.get_mut(pool) {
+        self.slots.release(pool, place.slot, failed);
+        if let Some(queue) = self.ready.get_mut(&pool) {
             queue.ended(charge);
         }
         if closed {
@@ -244,9 +248,8 @@ impl Ledger {
         }
     }
 
-    /// Queues a task again after a fault of its worker, in its old place; gives it up when it was tried often enough or has
-    /// nowhere to go.
-    fn retry(&mut self, id: TaskId, reason: Error, now: Moment) {
+    /// Queues a task again, with its old age, after its worker failed. Ends it if it was tried often enough or no pool is left.
+    fn retry(&mut self, id: TaskId, reason: Error, now: ClockReading) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         if task.attempts >= self.settings.max_attempts {
             let error = Error::Unavailable(format!(
@@ -255,15 +258,15 @@ impl Ledger {
             ));
             return self.end_task(id, Outcome::failed(error), now);
         }
-        if !self.slots.is_served(&task.pools) {
-            let error = Slots::no_workers(&task.action);
+        if !self.slots.may_wait(&task.pools) {
+            let error = self.slots.unserved(&task.action);
             return self.end_task(id, Outcome::failed(error), now);
         }
-        // Its inputs were checked when it came in; if some have gone since, its next run will say so.
+        // Its inputs were checked before. If some are missing now, the next run reports them.
         self.unfollowed.forget(id, task);
-        task.step = Step::Ready;
+        task.step = TaskStep::Ready;
         task.waiting_since = now.at;
-        self.room.add(task.owner, Load::TURN);
+        self.quota.add(task.owner, Load::TURN);
         self.enter_queues(id);
         let Some(task) = self.tasks.get(&id) else { return };
         for number in task.numbers() {
@@ -275,20 +278,19 @@ impl Ledger {
             };
             let Some(operation) = self.register.update(number, requeue) else { continue };
             let (info, priority) = (operation.info.clone(), operation.priority);
-            let event = Event::Requeued { reason: reason.clone(), attempt: task.attempts };
+            let event = OperationEvent::Requeued { reason: reason.clone(), attempt: task.attempts };
             self.transitions.push(Transition { info, priority, event });
         }
     }
 
-    /// Ends the waiting tasks that no pool is left for.
-    fn end_unserved(&mut self, now: Moment) {
-        let unserved: Vec<_> = self
-            .tasks
-            .iter()
-            .filter(|(_, task)| task.step != Step::Running && !self.slots.is_served(&task.pools))
-            .map(|(id, task)| (*id, Slots::no_workers(&task.action)))
-            .collect();
-        for (id, error) in unserved {
+    /// Ends the waiting tasks for which no pool is left.
+    pub(super) fn end_unserved(&mut self, now: ClockReading) {
+        let unserved = |task: &Task| task.step != TaskStep::Running && !self.slots.may_wait(&task.pools);
+        let unserved: Vec<_> =
+            self.tasks.iter().filter(|(_, task)| unserved(task)).map(|(id, _)| *id).collect();
+        for id in unserved {
+            let Some(action) = self.tasks.get(&id).map(|task| task.action.clone()) else { continue };
+            let error = self.slots.unserved(&action);
             self.end_task(id, Outcome::failed(error), now);
         }
     }

@@ -19,38 +19,38 @@ use gorego_reapi::{
 
 /// An action for tests: its name is what its digest depends on.
 #[derive(Clone, Copy)]
-pub struct Work {
-    pub name: u64,
-    pub do_not_cache: bool,
+pub(crate) struct Work {
+    pub(crate) name: u64,
+    pub(crate) do_not_cache: bool,
     /// The `OSFamily` that it asks for.
-    pub platform: Option<&'static str>,
+    pub(crate) platform: Option<&'static str>,
 }
 
-pub fn work(name: u64) -> Work {
+pub(crate) fn work(name: u64) -> Work {
     Work { name, do_not_cache: false, platform: None }
 }
 
 /// The request of one run of a build tool.
-pub fn submit_of(invocation: &str, work: &Work) -> Submit {
+pub(crate) fn submit_of(invocation: &str, work: &Work) -> Submit {
     let client = ClientInfo { tool_invocation_id: invocation.into(), ..Default::default() };
     Submit { client, ..submit(work) }
 }
 
-pub fn instance() -> Instance {
+pub(crate) fn instance() -> Instance {
     Instances::new([""]).unwrap().get("").unwrap()
 }
 
 /// The peer at this loopback address.
-pub fn peer(number: u8) -> Peer {
+pub(crate) fn peer(number: u8) -> Peer {
     Peer::V4(std::net::Ipv4Addr::new(127, 0, 0, number))
 }
 
 /// The digest of an action.
-pub fn digest(work: &Work) -> Digest {
+pub(crate) fn digest(work: &Work) -> Digest {
     Digest::parse(DigestFunction::Sha256, &format!("{:064x}", work.name), 1).unwrap()
 }
 
-pub fn submit(work: &Work) -> Submit {
+pub(crate) fn submit(work: &Work) -> Submit {
     Submit {
         instance: instance(),
         action: digest(work),
@@ -62,7 +62,7 @@ pub fn submit(work: &Work) -> Submit {
     }
 }
 
-pub fn resolution(work: &Work, cached: bool) -> Resolution {
+pub(crate) fn resolution(work: &Work, cached: bool) -> Resolution {
     if cached {
         return Resolution::Cached(Arc::new(reapi::ActionResult::default()));
     }
@@ -86,7 +86,7 @@ pub fn resolution(work: &Work, cached: bool) -> Resolution {
     }))
 }
 
-pub fn settings() -> SchedulerSettings {
+pub(crate) fn settings() -> SchedulerSettings {
     SchedulerSettings {
         queue_timeout: Duration::from_secs(3600),
         transfer_timeout: Duration::from_secs(1000),
@@ -94,12 +94,12 @@ pub fn settings() -> SchedulerSettings {
     }
 }
 
-pub fn ledger_with(settings: SchedulerSettings, pools: &[(usize, &str)]) -> Ledger {
+pub(crate) fn ledger_with(settings: SchedulerSettings, pools: &[(usize, &str)]) -> Ledger {
     Ledger::new(settings, pools.iter().map(|&(slots, family)| pool(slots, family)).collect())
 }
 
 /// A pool for one family of systems.
-pub fn pool(slots: usize, family: &str) -> PoolSpec {
+pub(crate) fn pool(slots: usize, family: &str) -> PoolSpec {
     PoolSpec {
         name: format!("pool-{family}"),
         section: format!("execution.pools.pool-{family}"),

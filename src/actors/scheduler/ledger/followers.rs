@@ -1,20 +1,23 @@
-//! What becomes of work that no client follows: it goes on for a while, and makes way for work that is followed.
+//! Tasks without followers: they go on for a while, and make way for tasks with followers.
 //!
-//! A client that lost its connection comes back within seconds and finds its work; one that was interrupted never does. The
-//! server cannot tell them apart, so what nobody follows goes on as long as it is in nobody's way:
-//! - An operation that nobody follows ends after `abandon_grace`, and a task with its last operation.
-//! - A waiting task that nobody follows is behind all that are followed. It does not count as somebody who waits.
-//! - A running task that nobody has followed for `contended_abandon_grace` ends when a followed task waits for its slot. Those
-//!   that were left first end first, and no more of them than tasks wait.
-//! - When the server stops, every task that nobody has followed for `contended_abandon_grace` ends.
+//! A client that lost its connection reconnects within seconds and finds its operation; a client that was interrupted never
+//! does. The server cannot tell them apart, so work without followers goes on as long as it delays no other work:
+//! - An operation without followers ends after `abandon_grace`, and a task ends with its last operation.
+//! - A waiting task without followers is behind all tasks with followers.
+//! - A running task that has had no followers for `contended_abandon_grace` ends if a task with followers waits for its slot.
+//!   Tasks that lost their followers first end first, and no more of them than tasks wait.
+//! - When the server stops, every task ends that has had no followers for `contended_abandon_grace`.
 //!
-//! That a follower has gone is noticed when [`Ledger::tick`] looks, or when the task is about to get a slot. That one has come
-//! is known at once. Each task counts its followers, so that a change costs O(log n) for each owner of the task. Only
-//! [`Ledger::make_way`] looks at all runs, and only when one of them may have to go.
+//! The loss of a follower is noticed by [`Ledger::tick`], or when the task is about to get a slot. A new follower is known at
+//! once. Each task counts its followers, so a change costs O(log n) for each owner of the task. Only [`Ledger::make_way`]
+//! examines all runs, and only if one of them may have to end.
 
-use super::{Ledger, Outcome, Step, Task};
+use super::{Ledger, Outcome, Task, TaskStep};
 use crate::actors::{
-    scheduler::{settings::Moment, slots::PoolSet},
+    scheduler::{
+        settings::ClockReading,
+        slots::{PoolId, PoolSet},
+    },
     worker::messages::TaskId,
 };
 use gorego_reapi::error::Error;
@@ -23,12 +26,12 @@ use std::{
     time::Instant,
 };
 
-/// The runs that may have to make way, and for whom.
+/// The runs that may have to make way, and the tasks for which they would.
 #[derive(Debug, Default)]
 pub(super) struct Unfollowed {
-    /// Running tasks that nobody follows, with the time since when.
+    /// Running tasks without followers, by the time since when they have none.
     pub(super) runs: BTreeSet<(Instant, TaskId)>,
-    /// Ready tasks that are followed.
+    /// Ready tasks with followers.
     pub(super) rivals: Rivals,
 }
 
@@ -46,7 +49,7 @@ impl Unfollowed {
     }
 }
 
-/// How many followed tasks wait for a slot, by the pools that can take them.
+/// The number of tasks with followers that wait for a slot, by the pools that can run them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Rivals(BTreeMap<PoolSet, usize>);
 
@@ -64,7 +67,7 @@ impl Rivals {
     }
 
     /// Assigns a slot of this pool to the rival with the fewest suitable pools. Returns false if none can use it.
-    fn serve(&mut self, pool: usize) -> bool {
+    fn serve(&mut self, pool: PoolId) -> bool {
         let suited = self.0.keys().filter(|pools| pools.contains(&pool));
         let Some(pools) = suited.min_by_key(|pools| pools.len()).cloned() else { return false };
         self.remove(&pools);
@@ -81,7 +84,7 @@ impl Ledger {
     }
 
     /// An operation of this task has lost its last follower, or a followed operation has left it.
-    pub(super) fn lose_follower(&mut self, id: TaskId, now: Moment) {
+    pub(super) fn lose_follower(&mut self, id: TaskId, now: ClockReading) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.followers = task.followers.saturating_sub(1);
         if task.followers == 0 {
@@ -95,16 +98,16 @@ impl Ledger {
         else {
             return;
         };
-        let before = task.places(id);
-        if task.step == Step::Running {
+        let before = task.entries(id);
+        if task.step == TaskStep::Running {
             self.unfollowed.forget(id, task);
         }
         task.unfollowed_since = since;
-        if task.step == Step::Running {
+        if task.step == TaskStep::Running {
             self.unfollowed.note(id, task);
         }
-        let (step, pools, after) = (task.step, task.pools.clone(), task.places(id));
-        if step == Step::Ready {
+        let (step, pools, after) = (task.step, task.pools.clone(), task.entries(id));
+        if step == TaskStep::Ready {
             let rivals = &mut self.unfollowed.rivals;
             if since.is_none() { rivals.add(&pools) } else { rivals.remove(&pools) }
         }
@@ -117,15 +120,15 @@ impl Ledger {
         });
     }
 
-    /// Looks which operations have lost their followers.
-    pub(super) fn notice_losses(&mut self, now: Moment) {
+    /// Finds operations that have lost their followers.
+    pub(super) fn notice_losses(&mut self, now: ClockReading) {
         for task in self.register.notice_losses(now) {
             self.lose_follower(task, now);
         }
     }
 
-    /// Whether somebody follows a task at this moment.
-    pub(super) fn is_followed(&mut self, id: TaskId, now: Moment) -> bool {
+    /// Whether a task has followers at this moment.
+    pub(super) fn is_followed(&mut self, id: TaskId, now: ClockReading) -> bool {
         let Some(task) = self.tasks.get(&id) else { return false };
         let mut lost = 0;
         for number in task.numbers() {
@@ -141,9 +144,9 @@ impl Ledger {
         self.tasks.get(&id).is_some_and(|task| task.followers > 0)
     }
 
-    /// Ends runs that nobody follows where followed tasks wait for their slots. Slots that will be free soon, because their
-    /// runs were told to stop, count.
-    pub(super) fn make_way(&mut self, now: Moment) {
+    /// Ends runs without followers if tasks with followers wait for their slots. Slots of runs that were already told to stop are
+    /// taken into account.
+    pub(super) fn make_way(&mut self, now: ClockReading) {
         let grace = self.settings.contended_abandon_grace;
         let is_due = |since: Instant| now.since(since) >= grace;
         let none_due = self.unfollowed.runs.first().is_none_or(|(since, _)| !is_due(*since));
@@ -156,7 +159,8 @@ impl Ledger {
             rivals.serve(run.pool);
         }
         let due = self.unfollowed.runs.iter().take_while(|(since, _)| is_due(*since));
-        let pool_of = |id: TaskId| self.runs.get(&id).map(|run| run.pool);
+        let pool_of =
+            |id: TaskId| self.runs.get(&id).map(|run| run.pool).filter(|pool| self.slots.is_open(*pool));
         let ended: Vec<TaskId> = due
             .filter(|(_, id)| pool_of(*id).is_some_and(|pool| rivals.serve(pool)))
             .map(|(_, id)| *id)
@@ -171,8 +175,8 @@ impl Ledger {
         }
     }
 
-    /// Ends all tasks that have been without a follower long enough to make way.
-    pub(super) fn end_unfollowed(&mut self, now: Moment) {
+    /// Ends all tasks that have been without followers for long enough to make way.
+    pub(super) fn end_unfollowed(&mut self, now: ClockReading) {
         let grace = self.settings.contended_abandon_grace;
         let is_due = |task: &Task| task.unfollowed_since.is_some_and(|since| now.since(since) >= grace);
         let due: Vec<TaskId> =

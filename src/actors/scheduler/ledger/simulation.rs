@@ -1,12 +1,14 @@
-//! A seeded simulation of the ledger: random clients, workers and clocks against everything that must always hold.
+//! A seeded simulation of the ledger: random clients, workers, pools and clocks against everything that must always hold.
 //!
-//! The world outside is played here: who follows what, which runs are out, what the CAS says. Each step is checked against
-//! it, and at the end the world is brought to rest, where every operation must have ended. A failure names its seed.
+//! The world outside is played here: who follows what, which pools there are, which runs are out, what the CAS says. Each step
+//! is checked against it, and at the end the world is brought to rest, where every operation must have ended. A failure names
+//! its seed.
 
+mod pools;
 mod turns;
 
 use super::{
-    fixtures::{Work, digest, instance, peer, pool, resolution, settings, submit, submit_of, work},
+    fixtures::{Work, digest, instance, peer, resolution, settings, submit, submit_of, work},
     *,
 };
 use crate::actors::{
@@ -16,9 +18,10 @@ use crate::actors::{
         messages::{RunFailure, RunResult, RunStage, SlotId, StageReached},
     },
 };
-use crate::{caller::Caller, platform::Offer};
+use crate::caller::Caller;
+use pools::{PoolKind, Pools};
 use std::collections::HashSet;
-use turns::Waiting;
+use turns::WaitingTask;
 
 const SEEDS: u64 = 300;
 const STEPS: u32 = 1000;
@@ -27,7 +30,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 23] = [
+const SIGHTS: [&str; 29] = [
     "joined",
     "explained",
     "in a later pool",
@@ -46,6 +49,12 @@ const SIGHTS: [&str; 23] = [
     "given up",
     "stuck",
     "pool closed",
+    "pool added",
+    "pool added for those who wait",
+    "pool drained",
+    "pool removed",
+    "ended with its pool",
+    "moved from its pool",
     "made way",
     "unfollowed run",
     "overtaken",
@@ -99,7 +108,7 @@ impl Random {
 }
 
 /// What the world knows of an operation.
-struct Known {
+struct KnownOperation {
     subscription: Option<Subscription>,
     do_not_cache: bool,
     stage: Stage,
@@ -113,13 +122,15 @@ struct Known {
 struct World {
     random: Random,
     ledger: Ledger,
-    now: Moment,
-    known: BTreeMap<OperationId, Known>,
+    now: ClockReading,
+    known: BTreeMap<OperationId, KnownOperation>,
     next_id: u128,
     checks: Vec<TaskId>,
     /// What is out, by slot.
-    runs: BTreeMap<(usize, SlotId), Out>,
-    closed: HashSet<usize>,
+    runs: BTreeMap<(PoolId, SlotId), Out>,
+    pools: Pools,
+    /// The most runs that were out at the same time.
+    most_out: usize,
     /// Finished operations that the world has not deleted.
     finished: HashSet<OperationId>,
     seen: HashSet<&'static str>,
@@ -129,16 +140,6 @@ struct Out {
     task: TaskId,
     cancel: CancelToken,
     stage: Option<RunStage>,
-}
-
-/// Slots of the pools: one for Linux, one for Plan 9, and one for either.
-const POOLS: [usize; 3] = [2, 1, 1];
-
-fn pools() -> Vec<PoolSpec> {
-    let either = Offer::Set(vec!["linux".into(), "plan9".into()]);
-    let offers = [("OSFamily".to_owned(), either)].into();
-    let either = PoolSpec { name: "either".into(), offers, ..pool(POOLS[2], "") };
-    vec![pool(POOLS[0], "linux"), pool(POOLS[1], "plan9"), either]
 }
 
 impl World {
@@ -155,15 +156,23 @@ impl World {
             contended_abandon_grace: Duration::from_secs(random.below(10) as u64),
             ..settings()
         };
+        let mut pools = Pools::default();
+        let specs = [(2, PoolKind::Linux), (1, PoolKind::Plan9), (1, PoolKind::Either)];
+        let specs = specs.map(|(slots, kind)| pools.new_spec(slots, kind));
+        let ledger = Ledger::new(settings, specs.to_vec());
+        // Ids ascend in the order of the list.
+        let ids: BTreeSet<PoolId> = ledger.pools().iter().map(|pool| pool.id).collect();
+        ids.into_iter().zip(specs).for_each(|(id, spec)| pools.insert(id, spec));
         Self {
             random,
-            ledger: Ledger::new(settings, pools()),
-            now: Moment::now(),
+            ledger,
+            now: ClockReading::now(),
             known: BTreeMap::new(),
             next_id: 1,
             checks: Vec::new(),
             runs: BTreeMap::new(),
-            closed: HashSet::new(),
+            pools,
+            most_out: 0,
             finished: HashSet::new(),
             seen: HashSet::new(),
         }
@@ -183,13 +192,14 @@ impl World {
             91 => self.explain(),
             92..94 => self.forget(),
             94 => self.advance(Duration::from_secs(60)),
+            96 if self.random.chance(30) => self.change_pools(),
             95 if self.random.chance(10) => self.advance(Duration::from_secs(4000)),
             _ => self.advance(Duration::from_secs(2)),
         }
     }
 
     fn submit(&mut self) {
-        let id = OperationId(uuid::Uuid::from_u128(self.next_id));
+        let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(self.next_id));
         self.next_id += 1;
         // The digest says everything about an action, its platform and whether it may be cached included.
         let (name, do_not_cache) = (self.random.below(8), self.random.chance(15));
@@ -204,7 +214,7 @@ impl World {
         let peer = peer(self.random.below(3) as u8);
         let caller = Caller::without_connection(peer);
         let submit = Submit { priority, caller, ..submit_of(invocation, &work) };
-        let waiting = self.ledger.room.all().waiting;
+        let waiting = self.ledger.quota.all().waiting;
         let owner = self.ledger.owner(&OperationInfo {
             id,
             instance: submit.instance.clone(),
@@ -215,7 +225,7 @@ impl World {
         });
         // What follows from the shares is tested where they are counted.
         let has_room =
-            self.ledger.room.check(owner, 0).is_ok() && self.ledger.register.check_place(peer).is_ok();
+            self.ledger.quota.check(owner, 0).is_ok() && self.ledger.register.check_place(peer).is_ok();
         let resolution = match unusable {
             true => Resolution::Unusable(Error::invalid("no Action")),
             false => resolution(&work, cached),
@@ -226,7 +236,7 @@ impl World {
                 assert!(cached || unusable || work.platform != Some("amiga"), "nobody can run this");
                 let snapshot = subscription.snapshots.borrow().clone();
                 assert_eq!(snapshot.stage == Stage::Completed, cached || unusable);
-                let known = Known {
+                let known = KnownOperation {
                     subscription: Some(subscription),
                     do_not_cache: work.do_not_cache,
                     stage: snapshot.stage,
@@ -243,12 +253,15 @@ impl World {
                 self.seen.insert(if free == 0 { "refused: full" } else { "refused: share" });
             }
             Err(Error::Precondition(message)) => {
-                assert_eq!(work.platform, Some("amiga"));
-                assert!(message.contains("\"pool-linux\"") && message.contains("amiga"), "{message}");
+                assert!(!self.pools.is_empty() && self.pools.suiting(work.platform).is_empty());
+                assert!(
+                    message.contains("the nearest") && message.contains(work.platform.unwrap()),
+                    "{message}"
+                );
                 self.seen.insert("refused: platform");
             }
             Err(Error::Unavailable(_)) => {
-                assert!(self.closed.contains(&2));
+                assert!(!self.pools.suiting(work.platform).iter().any(|pool| self.pools.is_open(*pool)));
                 self.seen.insert("refused: no workers");
             }
             Err(other) => panic!("unexpected {other:?}"),
@@ -278,11 +291,12 @@ impl World {
             if is_exact {
                 self.ledger.notice_losses(self.now);
             }
-            let before: Vec<Waiting> = self.waiting();
-            let free = |pool: usize| self.ledger.slots.has_free(pool);
+            let before: Vec<WaitingTask> = self.waiting();
+            let out = |pool: PoolId| self.runs.keys().filter(|(of, _)| *of == pool).count();
+            let free = |pool: PoolId| self.pools.is_open(pool) && out(pool) < self.pools.slots(pool);
             // The first pool, by preference, that has both a slot and a task for it.
-            let expected =
-                (0..POOLS.len()).find(|pool| free(*pool) && before.iter().any(|w| w.pools.contains(pool)));
+            let mut order = self.pools.order().iter().copied();
+            let expected = order.find(|pool| free(*pool) && before.iter().any(|w| w.pools.contains(pool)));
             let stopping = self.stopping();
             let assignment = self.ledger.assign(self.now);
             assert_eq!(
@@ -295,10 +309,11 @@ impl World {
             }
             let Some(assignment) = assignment else { return self.check_way_made(stopping) };
             let slot = (assignment.pool, assignment.slot);
-            assert!(!self.closed.contains(&assignment.pool), "a closed pool gets no work");
-            assert!(assignment.slot.0 < POOLS[assignment.pool], "only slots that there are");
+            assert!(self.pools.is_open(assignment.pool), "a pool that takes no tasks gets none");
+            assert!(assignment.slot.0 < self.pools.slots(assignment.pool), "only slots that there are");
             let out = Out { task: assignment.task, cancel: assignment.cancel, stage: None };
             assert!(self.runs.insert(slot, out).is_none(), "slot {slot:?} is given out twice");
+            self.most_out = self.most_out.max(self.runs.len());
         }
     }
 
@@ -313,7 +328,7 @@ impl World {
         self.seen.insert("explained");
     }
 
-    fn pick_run(&mut self) -> Option<(usize, SlotId)> {
+    fn pick_run(&mut self) -> Option<(PoolId, SlotId)> {
         let slots: Vec<_> = self.runs.keys().copied().collect();
         self.random.pick(&slots)
     }
@@ -343,9 +358,9 @@ impl World {
             12..14 => RunEnd::Reported(failure(Error::DeadlineExceeded("too slow".into()), false)),
             14..17 => RunEnd::Reported(failure(Error::internal("bad luck"), true)),
             _ => {
-                let pool_closed = self.random.chance(5) || self.closed.contains(&slot.0);
+                let pool_closed = self.random.chance(5) || self.pools.is_closed(slot.0);
                 if pool_closed {
-                    self.closed.insert(slot.0);
+                    self.pools.close(slot.0);
                     self.seen.insert("pool closed");
                 }
                 RunEnd::Lost { pool_closed }
@@ -393,7 +408,7 @@ impl World {
     }
 
     fn advance(&mut self, by: Duration) {
-        self.now = Moment { at: self.now.at + by, wall: self.now.wall + by };
+        self.now = ClockReading { at: self.now.at + by, wall: self.now.wall + by };
         if !self.ledger.tick(self.now).is_empty() {
             self.seen.insert("stuck");
         }
@@ -405,7 +420,7 @@ impl World {
             let known = self.known.get_mut(&info.id).expect("a transition of an operation that was refused");
             assert_eq!(known.completed, 0, "nothing happens after the end");
             match event {
-                Event::Queued { joined } => {
+                OperationEvent::Queued { joined } => {
                     assert!(!(joined && known.do_not_cache), "uncacheable work is never merged (EXE-15)");
                     assert!(known.stage == Stage::Queued);
                     if joined {
@@ -415,16 +430,19 @@ impl World {
                         self.seen.insert("joined");
                     }
                 }
-                Event::Executing { attempt, .. } => {
+                OperationEvent::Executing { attempt, .. } => {
                     assert!(attempt >= 1 && attempt <= self.ledger.settings.max_attempts);
                     (known.stage, known.run_stage) = (Stage::Executing, None);
                 }
-                Event::Requeued { .. } => {
+                OperationEvent::Requeued { reason, .. } => {
+                    if reason.to_string().contains("was removed") {
+                        self.seen.insert("moved from its pool");
+                    }
                     assert_eq!(known.stage, Stage::Executing, "only running work is requeued");
                     self.seen.insert("requeued");
                     (known.stage, known.run_stage) = (Stage::Queued, None);
                 }
-                Event::Completed { outcome, .. } => {
+                OperationEvent::Completed { outcome, .. } => {
                     known.completed += 1;
                     known.stage = Stage::Completed;
                     assert_eq!(outcome.cached, known.cached);
@@ -446,6 +464,7 @@ impl World {
                         Some(Error::MissingBlobs(_)) => self.seen.insert("missing inputs"),
                         Some(Error::Exhausted { .. }) => self.seen.insert("waited too long"),
                         Some(Error::Unavailable(_)) => self.seen.insert("given up"),
+                        Some(Error::Precondition(_)) => self.seen.insert("ended with its pool"),
                         _ => false,
                     };
                 }
@@ -463,17 +482,18 @@ impl World {
         let ledger = &self.ledger;
         let settings = &ledger.settings;
         assert_eq!(ledger.runs.len(), self.runs.len(), "every run is out, and every one out is known");
-        let waiting = ledger.tasks.values().filter(|task| task.step != Step::Running).count();
-        let mut room = Room::new(settings);
+        let waiting = ledger.tasks.values().filter(|task| task.step != TaskStep::Running).count();
+        let mut quota = QueueQuota::new(settings);
         for task in ledger.tasks.values() {
-            room.add(task.owner, task.load());
+            quota.add(task.owner, task.load());
             assert!(
                 task.waiters.contains_key(&task.owner) && task.waiters.values().all(|own| !own.is_empty())
             );
         }
-        assert_eq!(room, ledger.room, "what there is counts, once, for the right owner");
-        assert_eq!(room.all().waiting, waiting);
-        assert!(waiting <= settings.queue_size + POOLS.iter().sum::<usize>());
+        assert_eq!(quota, ledger.quota, "what there is counts, once, for the right owner");
+        assert_eq!(quota.all().waiting, waiting);
+        assert!(waiting <= settings.queue_size + self.most_out);
+        self.check_pools();
         self.check_queues();
         self.check_followers();
         let unfinished: usize = ledger.tasks.values().map(|task| task.numbers().count()).sum();
@@ -483,12 +503,12 @@ impl World {
         assert!(ledger.joinable.values().all(|id| ledger.tasks.contains_key(id)));
         let bound = settings.retained_operations + 2 * settings.retained_cached;
         assert!(ledger.register.len() <= unfinished + bound, "what is remembered is bounded");
-        for out in self.runs.values() {
-            let wanted = ledger.tasks.contains_key(&out.task);
+        for (&(pool, _), out) in &self.runs {
+            let wanted = ledger.tasks.contains_key(&out.task) && self.pools.contains(pool);
             assert_ne!(
                 wanted,
                 out.cancel.is_cancelled(),
-                "a run is stopped exactly when nobody waits for it"
+                "a run is stopped exactly when nobody waits for it or its pool is gone"
             );
         }
     }
@@ -505,9 +525,12 @@ impl World {
             self.advance(Duration::from_secs(1));
             self.check();
         }
-        // Some workers are never heard of again.
-        self.advance(Duration::from_secs(100_000));
-        self.check();
+        // Some workers are never heard of again, and some tasks wait for pools that take none. What ends with the first of these
+        // two steps is forgotten with the second.
+        for _ in 0..2 {
+            self.advance(Duration::from_secs(100_000));
+            self.check();
+        }
         assert!(self.ledger.is_idle());
         assert!(self.known.values().all(|known| known.completed == 1), "every operation ends, once");
         for known in self.known.values() {
@@ -522,7 +545,7 @@ impl World {
 
     fn check_drained(&mut self) {
         let work = Work { name: 1, do_not_cache: false, platform: None };
-        let id = OperationId(uuid::Uuid::from_u128(0));
+        let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(0));
         let refused = self.ledger.admit(submit(&work), resolution(&work, true), id, self.now);
         assert!(matches!(refused, Err(Error::Unavailable(_))));
     }

@@ -1,13 +1,14 @@
-//! Tasks and runs: the work, and one try at it. A run may outlive its task, when nobody waits for it any more.
+//! Tasks and runs. A task is the work of one action, and a run is one attempt at it. A run may outlive its task, if no operation
+//! waits for the task any more.
 
 use crate::{
     action::Action,
     actors::{
         scheduler::{
             operation::{OperationInfo, ServerLog},
-            queue::{Charge, Owner, Place},
-            room::Load,
-            slots::PoolSet,
+            queue::{Charge, Owner, QueueEntry},
+            quota::Load,
+            slots::{PoolId, PoolSet},
             transition::RunPlace,
         },
         worker::{
@@ -25,97 +26,99 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-/// What makes two actions the same work. Never made for actions that must not be cached (EXE-15).
-pub(super) type Key = (InstanceId, Digest);
+/// Actions with equal keys share a task. Actions that must not be cached have no key (EXE-15).
+pub(super) type TaskKey = (InstanceId, Digest);
 
-/// The work of one action. Its id is the number of the operation that brought it in, so that ids ascend with age.
+/// The work of one action. Its id is the number of its first operation, so ids ascend in the order of submission.
 #[derive(Debug)]
 pub(super) struct Task {
     pub(super) action: Arc<Action>,
-    /// [`Action::weight`], which goes through all arguments and is asked for at each step.
+    /// The value of [`Action::weight`], which is expensive to compute.
     pub(super) weight: usize,
     pub(super) pools: PoolSet,
-    /// The operation that brought it in; it may have been cancelled since.
+    /// The first operation; it may have been cancelled since.
     pub(super) first: Arc<OperationInfo>,
     pub(super) queued_at: SystemTime,
-    /// The same on the other clock; it goes on for a task that is tried again.
+    /// The same time on the monotonic clock. It does not change if the task is tried again.
     pub(super) queued: Instant,
     pub(super) waiting_since: Instant,
     pub(super) attempts: u32,
-    /// The operations that wait, by owner: (priority, number). No set is empty, and there is one at least. The first of each
-    /// set gives the task its place for this owner.
+    /// The operations that wait, as (priority, number), by owner. There is at least one owner, and no set is empty. The first
+    /// operation of each set determines the queue entry of the task for this owner.
     pub(super) waiters: BTreeMap<Owner, BTreeSet<(i32, u64)>>,
-    /// One of these owners: the one for which the task counts in the room that there is.
+    /// The owner for which the task counts in the quota of the queue; one of the above.
     pub(super) owner: Owner,
-    /// How many of the waiters are followed, as of when they were looked at last.
+    /// The number of waiters with followers, as of when they were last examined.
     pub(super) followers: usize,
-    /// Since when none is; `None` while one is.
+    /// The time since when no waiter has followers; `None` if one has.
     pub(super) unfollowed_since: Option<Instant>,
-    pub(super) step: Step,
-    /// Accounts of its runs so far, in order; at most one a try.
+    pub(super) step: TaskStep,
+    /// Texts about its runs so far, in order; at most one for each run.
     pub(super) server_logs: Vec<ServerLog>,
-    /// The pool and the position in its queue, as of when somebody asked last.
-    pub(super) position: Option<(usize, usize)>,
+    /// The pool in whose queue it is closest to the front, and its position there, as of the last board.
+    pub(super) position: Option<(PoolId, usize)>,
 }
 
-/// Where a task is.
+/// The progress of a task towards its run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
-    /// In the queue of those whose inputs have to be looked at.
+pub(super) enum TaskStep {
+    /// It waits for a check of its inputs.
     Unchecked,
-    /// The CAS looks at its inputs.
+    /// The store checks its inputs.
     Checking,
-    /// In the queue for a slot.
+    /// It waits for a slot.
     Ready,
-    /// It has a slot, and an entry in `runs`.
+    /// It has a slot and an entry in `runs`.
     Running,
 }
 
-/// One try of a task on a slot. It may outlive its task.
+/// One attempt at a task, on a slot. It may outlive its task.
 #[derive(Debug)]
-pub(super) struct Run {
-    pub(super) pool: usize,
+pub(super) struct TaskRun {
+    pub(super) pool: PoolId,
     pub(super) place: Arc<RunPlace>,
-    /// What it counts for in the queue of its pool.
+    /// The owner and priority for which it counts in the queue of its pool.
     pub(super) charge: Charge,
     pub(super) cancel: CancelToken,
     pub(super) started: Instant,
     pub(super) deadline: Instant,
     pub(super) reached: Option<(RunStage, SystemTime)>,
-    /// Where its output can be followed.
+    /// The streams in which its output can be followed.
     pub(super) logs: Option<RunLogs>,
-    /// Its deadline passed: nobody waits for it any more, but its slot is not free either.
+    /// Whether its deadline has passed. Its task has ended then, but its slot stays busy until the worker answers.
     pub(super) stuck: bool,
+    /// Whether its pool was removed. It was told to stop then, and its task is tried again in another pool.
+    pub(super) evicted: bool,
 }
 
 impl Task {
-    pub(super) fn key(&self) -> Option<Key> {
+    pub(super) fn key(&self) -> Option<TaskKey> {
         key(&self.action)
     }
 
-    /// Where it stands for one of its owners.
-    pub(super) fn place(&self, id: TaskId, owner: Owner) -> Option<Place> {
+    /// Its queue entry for one of its owners.
+    pub(super) fn entry(&self, id: TaskId, owner: Owner) -> Option<QueueEntry> {
         let &(priority, _) = self.waiters.get(&owner)?.first()?;
         let followed = self.unfollowed_since.is_none();
-        Some(Place { priority, owner, task: id, since: self.queued, followed })
+        Some(QueueEntry { priority, owner, task: id, since: self.queued, followed })
     }
 
-    /// Where it stands, for each of its owners.
-    pub(super) fn places(&self, id: TaskId) -> Vec<Place> {
-        self.waiters.keys().filter_map(|owner| self.place(id, *owner)).collect()
+    /// Its queue entries for all of its owners.
+    pub(super) fn entries(&self, id: TaskId) -> Vec<QueueEntry> {
+        self.waiters.keys().filter_map(|owner| self.entry(id, *owner)).collect()
     }
 
-    /// Whether no more than one operation waits for it.
+    /// Whether at most one operation waits for it.
     pub(super) fn has_one_waiter(&self) -> bool {
         self.waiters.len() <= 1 && self.waiters.values().all(|numbers| numbers.len() <= 1)
     }
 
-    /// What it takes up as it is.
+    /// Its part of the quota.
     pub(super) fn load(&self) -> Load {
-        Load { waiting: usize::from(self.step != Step::Running), weight: self.weight }
+        Load { waiting: usize::from(self.step != TaskStep::Running), weight: self.weight }
     }
 
-    /// Keeps the account of the latest try, under a plain file name (EXE-61).
+    /// Keeps the text about the latest run, under a plain file name (EXE-61).
     pub(super) fn keep_log(&mut self, log: Option<Digest>) {
         let name = format!("run-{}.log", self.attempts);
         self.server_logs.extend(log.map(|digest| ServerLog { name, digest }));
@@ -126,6 +129,6 @@ impl Task {
     }
 }
 
-pub(super) fn key(action: &Action) -> Option<Key> {
+pub(super) fn key(action: &Action) -> Option<TaskKey> {
     (!action.do_not_cache).then(|| (action.instance.id(), action.digest))
 }

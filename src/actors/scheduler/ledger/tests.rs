@@ -22,17 +22,17 @@ use gorego_reapi::proto::reapi;
 /// A ledger with a clock, and shorthands for what its world does.
 struct Desk {
     ledger: Ledger,
-    now: Moment,
+    now: ClockReading,
     next_id: u128,
 }
 
 impl Desk {
     fn new(slots: usize, settings: SchedulerSettings) -> Self {
-        Self { ledger: ledger_with(settings, &[(slots, "linux")]), now: Moment::now(), next_id: 1 }
+        Self { ledger: ledger_with(settings, &[(slots, "linux")]), now: ClockReading::now(), next_id: 1 }
     }
 
     fn try_submit(&mut self, submit: Submit, resolution: Resolution) -> Result<Subscription> {
-        let id = OperationId(uuid::Uuid::from_u128(self.next_id));
+        let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(self.next_id));
         self.next_id += 1;
         self.ledger.admit(submit, resolution, id, self.now)
     }
@@ -79,7 +79,7 @@ impl Desk {
 
     fn after(&mut self, seconds: u64) -> Vec<Arc<RunPlace>> {
         let by = Duration::from_secs(seconds);
-        self.now = Moment { at: self.now.at + by, wall: self.now.wall + by };
+        self.now = ClockReading { at: self.now.at + by, wall: self.now.wall + by };
         self.ledger.tick(self.now)
     }
 }
@@ -130,9 +130,9 @@ fn an_action_that_cannot_run_is_an_operation_that_is_over_at_birth() {
         ListOperations { instance: instance(), filter: OperationFilter::default(), after: 0, limit: 9 };
     assert_eq!(desk.ledger.list(&query).unwrap().operations.len(), 2);
     let told = desk.ledger.take_transitions();
-    let ends = told
-        .iter()
-        .filter(|told| matches!(&told.event, Event::Completed { place: None, queued_for: None, .. }));
+    let ends = told.iter().filter(|told| {
+        matches!(&told.event, OperationEvent::Completed { place: None, queued_for: None, .. })
+    });
     assert_eq!((told.len(), ends.count()), (2, 2));
     assert!(desk.dispatch().is_empty() && desk.ledger.is_idle());
     desk.ledger.drain(false, desk.now);
@@ -343,7 +343,7 @@ fn pages_list_every_matching_operation_once_in_order_of_submission() {
             let query = ListOperations { instance: instance(), filter: filter.clone(), after, limit };
             let page = desk.ledger.list(&query).unwrap();
             assert!(page.operations.len() <= limit);
-            ids.extend(page.operations.iter().map(|(info, _)| info.id.0.as_u128()));
+            ids.extend(page.operations.iter().map(|(info, _)| info.id.uuid().as_u128()));
             match page.next {
                 Some(next) => after = next,
                 None => return ids,

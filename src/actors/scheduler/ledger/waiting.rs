@@ -1,18 +1,18 @@
-//! Where tasks wait, and why: the queues of the pools, and the answer to the question.
+//! The queues in which tasks wait, and the answer to why an operation waits.
 //!
-//! A ready task stands in the queue of each pool that can take it; the first pool to have a free slot for it takes it out of
-//! all. In each queue it has a place for each owner that waits for it. Positions are not kept up to date while tasks come and
-//! go. They are worked out for all tasks at once when somebody asks and the last picture, the *board*, is too old: so the price
-//! of telling any number of clients is bounded.
+//! A ready task is in the queue of each pool that can run it. The first pool with a free slot for it takes it out of all queues.
+//! In each queue, the task has an entry for each owner that waits for it. Positions are not updated while tasks come and go.
+//! They are computed for all tasks at once (the *board*) when a client asks and the last board is too old. So the cost of the
+//! answers is bounded, however many clients ask.
 
-use super::{Ledger, Step, Task};
+use super::{Ledger, Task, TaskStep};
 use crate::{
     actors::{
         scheduler::{
             operation::{OperationId, OperationInfo, QueueStatus},
             queue::{Build, Charge, Owner, Queue},
-            settings::Moment,
-            slots::PoolSet,
+            settings::ClockReading,
+            slots::{PoolId, PoolSet},
         },
         worker::messages::TaskId,
     },
@@ -23,14 +23,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a board is good for; so short that what came a second ago is on it.
+/// How long a board is used, so that a task is on it soon after it was queued.
 const BOARD_AGE: Duration = Duration::from_millis(100);
 
-/// How much longer for each task on it: some hundred times what it costs to put a task there (0.2 us were measured), so that
-/// boards never take more than about one per cent of the scheduler's time.
+/// The additional time for each task on the board. It is more than a hundred times the cost of a task (0.2 us were measured),
+/// so boards take at most about one per cent of the scheduler's time.
 const BOARD_AGE_PER_TASK: Duration = Duration::from_micros(50);
 
-/// When positions were worked out last.
+/// When positions were computed last, and for how many tasks.
 #[derive(Debug, Default)]
 pub(super) struct Board {
     made: Option<Instant>,
@@ -38,52 +38,52 @@ pub(super) struct Board {
 }
 
 impl Board {
-    fn is_fresh(&self, now: Moment) -> bool {
+    fn is_fresh(&self, now: ClockReading) -> bool {
         let age = BOARD_AGE.saturating_add(BOARD_AGE_PER_TASK.saturating_mul(self.tasks));
         self.made.is_some_and(|made| now.since(made) < age)
     }
 }
 
 impl Ledger {
-    /// For whom an operation counts. Two builds that fall together, which is next to impossible, share as one.
+    /// The owner of an operation. Builds whose hashes collide, which is very unlikely, count as one build.
     pub(super) fn owner(&self, info: &OperationInfo) -> Owner {
         let build = Build(self.names.hash_one((info.instance.id(), &info.client.tool_invocation_id)));
         Owner { peer: info.peer, build }
     }
 
-    /// Has a task wait in the queues that are right for its step.
+    /// Adds a task to the queues in which it waits at its current step.
     pub(super) fn enter_queues(&mut self, id: TaskId) {
         let Some(task) = self.tasks.get(&id) else { return };
-        let (places, step, pools) = (task.places(id), task.step, task.pools.clone());
-        if step == Step::Ready && task.unfollowed_since.is_none() {
+        let (entries, step, pools) = (task.entries(id), task.step, task.pools.clone());
+        if step == TaskStep::Ready && task.unfollowed_since.is_none() {
             self.unfollowed.rivals.add(&pools);
         }
-        self.each_queue(step, &pools, |queue| places.iter().for_each(|place| queue.insert(*place)));
+        self.each_queue(step, &pools, |queue| entries.iter().for_each(|entry| queue.insert(*entry)));
     }
 
-    /// Takes a task out of the queues that it stands in.
+    /// Removes a task from the queues in which it waits.
     pub(super) fn leave_queues(&mut self, id: TaskId, task: &Task) {
-        let places = task.places(id);
-        if task.step == Step::Ready && task.unfollowed_since.is_none() {
+        let entries = task.entries(id);
+        if task.step == TaskStep::Ready && task.unfollowed_since.is_none() {
             self.unfollowed.rivals.remove(&task.pools);
         }
         self.each_queue(task.step, &task.pools, |queue| {
-            for place in &places {
-                queue.remove(place);
+            for entry in &entries {
+                queue.remove(entry);
             }
         });
     }
 
-    /// An operation waits for a task from now on, and gives it a place for its owner.
+    /// Adds an operation that waits for a task, and the queue entry for its owner.
     pub(super) fn add_waiter(&mut self, id: TaskId, owner: Owner, waiter: (i32, u64)) {
-        self.change_place(id, owner, |task| {
+        self.change_entry(id, owner, |task| {
             task.waiters.entry(owner).or_default().insert(waiter);
         });
     }
 
-    /// An operation, which is not the last, waits for a task no more.
+    /// Removes an operation, which is not the last one, from those that wait for a task.
     pub(super) fn remove_waiter(&mut self, id: TaskId, owner: Owner, waiter: (i32, u64)) {
-        self.change_place(id, owner, |task| {
+        self.change_entry(id, owner, |task| {
             let Some(own) = task.waiters.get_mut(&owner) else { return };
             own.remove(&waiter);
             if own.is_empty() {
@@ -95,18 +95,18 @@ impl Ledger {
             && let Some((&heir, _)) = task.waiters.first_key_value()
         {
             let load = task.load();
-            self.room.remove(task.owner, load);
-            self.room.add(heir, load);
+            self.quota.remove(task.owner, load);
+            self.quota.add(heir, load);
             task.owner = heir;
         }
     }
 
-    /// Changes who waits for a task on behalf of one owner, and with that its place for this owner.
-    fn change_place(&mut self, id: TaskId, owner: Owner, change: impl FnOnce(&mut Task)) {
+    /// Changes the operations of one owner that wait for a task, and updates the queue entry for this owner.
+    fn change_entry(&mut self, id: TaskId, owner: Owner, change: impl FnOnce(&mut Task)) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
-        let before = task.place(id, owner);
+        let before = task.entry(id, owner);
         change(task);
-        let after = task.place(id, owner);
+        let after = task.entry(id, owner);
         if before == after {
             return;
         }
@@ -121,43 +121,49 @@ impl Ledger {
         });
     }
 
-    pub(super) fn each_queue(&mut self, step: Step, pools: &PoolSet, mut visit: impl FnMut(&mut Queue)) {
+    pub(super) fn each_queue(&mut self, step: TaskStep, pools: &PoolSet, mut visit: impl FnMut(&mut Queue)) {
         match step {
-            Step::Unchecked => visit(&mut self.unchecked),
-            Step::Ready => {
+            TaskStep::Unchecked => visit(&mut self.unchecked),
+            TaskStep::Ready => {
                 for &pool in &**pools {
-                    self.ready.get_mut(pool).map(&mut visit);
+                    self.ready.get_mut(&pool).map(&mut visit);
                 }
             }
-            Step::Checking | Step::Running => {}
+            TaskStep::Checking | TaskStep::Running => {}
         }
     }
 
-    /// The next pool with a free slot and a task for it; the task is in no queue any more.
-    pub(super) fn next_ready(&mut self, now: Moment) -> Option<(usize, TaskId, Charge)> {
-        let pool =
-            (0..self.ready.len()).find(|&pool| self.slots.has_free(pool) && self.has_next(pool, now))?;
-        let (id, charge) = self.ready.get_mut(pool)?.pop(now.at)?;
+    /// The next pool with a free slot and a task for it. The task is removed from all queues.
+    pub(super) fn next_ready(&mut self, now: ClockReading) -> Option<(PoolId, TaskId, Charge)> {
+        let mut at = 0;
+        let pool = loop {
+            let pool = *self.slots.order().get(at)?;
+            if self.slots.has_free(pool) && self.has_next(pool, now) {
+                break pool;
+            }
+            at += 1;
+        };
+        let (id, charge) = self.ready.get_mut(&pool)?.pop(now.at)?;
         let task = self.tasks.get(&id)?;
         if task.unfollowed_since.is_none() {
             self.unfollowed.rivals.remove(&task.pools);
         }
-        let places = task.places(id);
+        let entries = task.entries(id);
         for &pool in &*task.pools {
-            if let Some(queue) = self.ready.get_mut(pool) {
-                // It has none any more where it was taken.
-                for place in &places {
-                    queue.remove(place);
+            if let Some(queue) = self.ready.get_mut(&pool) {
+                // The entry with which it was taken is already gone.
+                for entry in &entries {
+                    queue.remove(entry);
                 }
             }
         }
         Some((pool, id, charge))
     }
 
-    /// Whether a task is next in the queue of a pool. One whose followers have just gone is put behind those that are
-    /// followed first.
-    fn has_next(&mut self, pool: usize, now: Moment) -> bool {
-        while let Some((id, followed)) = self.ready.get(pool).and_then(|queue| queue.peek(now.at)) {
+    /// Whether a task is next in the queue of a pool. A task that has just lost its followers is first moved behind those that
+    /// have some.
+    fn has_next(&mut self, pool: PoolId, now: ClockReading) -> bool {
+        while let Some((id, followed)) = self.ready.get(&pool).and_then(|queue| queue.peek(now.at)) {
             if !followed || self.is_followed(id, now) {
                 return true;
             }
@@ -165,28 +171,40 @@ impl Ledger {
         false
     }
 
-    /// Why an operation waits; `None` when it does not, or there is none of this name.
-    pub fn explain(&mut self, instance: &Instance, id: OperationId, now: Moment) -> Option<QueueStatus> {
+    /// Why an operation waits; `None` if it does not wait or is unknown.
+    pub(crate) fn explain(
+        &mut self,
+        instance: &Instance,
+        id: OperationId,
+        now: ClockReading,
+    ) -> Option<QueueStatus> {
         let number = self.register.find(instance, id).ok()?;
         let id = self.register.get(number)?.task()?;
-        if self.tasks.get(&id)?.step == Step::Running {
+        if self.tasks.get(&id)?.step == TaskStep::Running {
             return None;
         }
         if !self.board.is_fresh(now) {
             self.make_board(now);
         }
         let task = self.tasks.get(&id)?;
-        let known = task.position.filter(|(pool, _)| task.step == Step::Ready && self.slots.is_open(*pool));
+        let known =
+            task.position.filter(|(pool, _)| task.step == TaskStep::Ready && self.slots.is_open(*pool));
         let (pool, position) = match known {
             Some((pool, position)) => (pool, Some(position)),
-            None => (*task.pools.iter().find(|pool| self.slots.is_open(**pool))?, None),
+            None => {
+                let open = task.pools.iter().find(|pool| self.slots.is_open(**pool));
+                (*open.or(task.pools.first())?, None)
+            }
         };
-        let waiting = self.ready.get(pool).map_or(0, |queue| queue.len());
+        let waiting = self.ready.get(&pool).map_or(0, |queue| queue.len());
         let (busy, slots) = self.slots.count(pool);
-        let name = |pool: usize| self.slots.name(pool).to_string();
+        let name = |pool: PoolId| self.slots.name(pool).to_string();
         let mut reason = match task.step {
-            Step::Unchecked | Step::Checking => "its inputs are being looked up".to_owned(),
-            Step::Ready | Step::Running => {
+            TaskStep::Unchecked | TaskStep::Checking => "its inputs are being looked up".to_owned(),
+            TaskStep::Ready | TaskStep::Running if !self.slots.is_served(&task.pools) => {
+                format!("pool \"{}\" takes no more actions, and no other pool suits it", name(pool))
+            }
+            TaskStep::Ready | TaskStep::Running => {
                 let (busy, slots) = task
                     .pools
                     .iter()
@@ -215,7 +233,7 @@ impl Ledger {
                 .filter(|other| **other != pool && self.slots.is_open(**other))
                 .map(|&other| name(other))
                 .collect(),
-            // The board is older than the count.
+            // The board may be older than the count.
             position: position.map(|position| position.min(waiting)),
             waiting,
             busy,
@@ -224,13 +242,13 @@ impl Ledger {
         })
     }
 
-    fn make_board(&mut self, now: Moment) {
+    fn make_board(&mut self, now: ClockReading) {
         for task in self.tasks.values_mut() {
             task.position = None;
         }
         let mut count = 0u32;
-        let open = self.ready.iter().enumerate().filter(|(pool, _)| self.slots.is_open(*pool));
-        for (pool, queue) in open {
+        for pool in self.slots.order().iter().copied().filter(|pool| self.slots.is_open(*pool)) {
+            let Some(queue) = self.ready.get(&pool) else { continue };
             for (ahead, id) in queue.order().into_iter().enumerate() {
                 count = count.saturating_add(1);
                 let Some(task) = self.tasks.get_mut(&id) else { continue };

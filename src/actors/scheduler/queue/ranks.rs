@@ -1,11 +1,11 @@
-//! [`Ranks`]: which of several priorities is next, and which have waited long enough to make up for the difference.
+//! [`Ranks`]: which of several priorities is the most urgent, and which have waited long enough to make up for the difference.
 //!
 //! A task gains one step of priority for every interval (`step`) that it waits. A priority whose oldest task has made up for
-//! the difference to the most urgent priority is *due*. No difference counts for more than [`STEPS_MAX`] steps, and what has
-//! waited that long comes before all else that is due, the oldest first: priorities are numbers of strangers, and most of their
-//! differences are longer than a life.
+//! the difference to the most urgent priority is *due*. No difference counts for more than [`STEPS_MAX`] steps. Tasks that have
+//! waited that long come before all others that are due, the oldest first. Clients choose their priorities, and a large
+//! difference would otherwise mean that a task waits for ever.
 //!
-//! This needs no clock that moves tasks about. A task of priority `p` that was queued at `t` is as urgent as a new one of
+//! No timer has to move tasks. A task of priority `p` that was queued at `t` is as urgent as a new one of
 //! priority `b` when `p - (now - t) / step <= b`, which is `t + p * step <= now + b * step`: the left side never changes, so
 //! priorities can be kept in order of the left side of their oldest task.
 
@@ -14,18 +14,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Most steps of priority that a task has to make up for. By default a step is a minute, and this an hour: far more than builds
-/// that know of each other need to tell their work apart, and far less than a task may wait in all.
-pub const STEPS_MAX: u32 = 60;
+/// Most steps of priority that a task has to make up for. By default a step is a minute and this is an hour. That is more than
+/// teams need to order their builds, and less than a task may wait.
+pub(crate) const STEPS_MAX: u32 = 60;
 
-/// Priorities with waiting tasks, each with the time since when its oldest task waits. Setting one costs O(log n).
+/// Priorities with waiting tasks, each with the submission time of its oldest task. Setting one costs O(log n).
 #[derive(Debug)]
 pub(super) struct Ranks {
     step: Duration,
-    /// What the instants in `ages` are counted from: the first that there was.
+    /// The instant from which `ages` are counted: the first one that was set.
     origin: Option<Instant>,
     oldest: BTreeMap<i32, Instant>,
-    /// By what the oldest task has of age and urgency together; the least is the most overdue.
+    /// Priorities by the combined age and urgency of their oldest task; the first is the most overdue.
     ages: BTreeSet<(i128, i32)>,
     arrivals: BTreeSet<(Instant, i32)>,
 }
@@ -35,7 +35,7 @@ impl Ranks {
         Self { step, origin: None, oldest: BTreeMap::new(), ages: BTreeSet::new(), arrivals: BTreeSet::new() }
     }
 
-    /// Says since when the oldest task of a priority waits; `None` when none does.
+    /// Sets the submission time of the oldest task of a priority; `None` if no task of it waits.
     pub(super) fn set(&mut self, priority: i32, since: Option<Instant>) {
         let before = match since {
             Some(since) => self.oldest.insert(priority, since),
@@ -62,7 +62,7 @@ impl Ranks {
         self.oldest.keys().next().copied()
     }
 
-    /// The other priorities that are due, the most overdue first. One may come twice.
+    /// The other priorities that are due, the most overdue first. A priority may occur twice.
     pub(super) fn due(&self, now: Instant) -> impl Iterator<Item = i32> {
         let lowest = self.lowest();
         let longest = self.step.saturating_mul(STEPS_MAX);
@@ -77,7 +77,7 @@ impl Ranks {
     /// `at + priority * step`, in nanoseconds.
     fn age(&self, at: Instant, priority: i32) -> i128 {
         let origin = self.origin.unwrap_or(at);
-        // At most one of them is not zero. No time that a clock can show comes near to overflowing.
+        // At least one of them is zero. Times that a clock can show are far from an overflow.
         let after = at.saturating_duration_since(origin).as_nanos() as i128;
         let before = origin.saturating_duration_since(at).as_nanos() as i128;
         let steps = i128::from(priority).saturating_mul(self.step.as_nanos() as i128);

@@ -9,7 +9,7 @@ const STEP: Duration = Duration::from_secs(100);
 /// The rules by the letter: everything is looked at every time.
 #[derive(Default)]
 struct Model {
-    waiting: Vec<Place>,
+    waiting: Vec<QueueEntry>,
     running: Vec<Charge>,
     turns: HashMap<Charge, u64>,
     peer_turns: HashMap<Peer, u64>,
@@ -19,45 +19,45 @@ struct Model {
 }
 
 impl Model {
-    fn insert(&mut self, place: Place) {
+    fn insert(&mut self, entry: QueueEntry) {
         self.turn += 1;
-        if !self.waiting.iter().any(|other| charge(other) == charge(&place)) {
-            self.turns.insert(charge(&place), self.turn);
+        if !self.waiting.iter().any(|other| charge(other) == charge(&entry)) {
+            self.turns.insert(charge(&entry), self.turn);
         }
-        if !self.waiting.iter().any(|other| other.owner.peer == place.owner.peer) {
-            self.peer_turns.insert(place.owner.peer, self.turn);
+        if !self.waiting.iter().any(|other| other.owner.peer == entry.owner.peer) {
+            self.peer_turns.insert(entry.owner.peer, self.turn);
         }
-        self.waiting.push(place);
+        self.waiting.push(entry);
     }
 
-    fn remove(&mut self, which: usize) -> Place {
-        let place = self.waiting.remove(which);
-        if !self.waiting.iter().any(|other| other.owner.peer == place.owner.peer) {
-            self.served_due.remove(&place.owner.peer);
+    fn remove(&mut self, which: usize) -> QueueEntry {
+        let entry = self.waiting.remove(which);
+        if !self.waiting.iter().any(|other| other.owner.peer == entry.owner.peer) {
+            self.served_due.remove(&entry.owner.peer);
         }
-        place
+        entry
     }
 
     fn pop(&mut self, now: Instant) -> Option<TaskId> {
         let peer = self.next_peer(now)?;
-        let own = || self.waiting.iter().filter(|place| place.owner.peer == peer);
-        let urgent = own().map(|place| place.priority).min()?;
-        let others = || own().filter(|place| place.priority != urgent);
+        let own = || self.waiting.iter().filter(|entry| entry.owner.peer == peer);
+        let urgent = own().map(|entry| entry.priority).min()?;
+        let others = || own().filter(|entry| entry.priority != urgent);
         let longest = STEP * STEPS_MAX;
-        let old = others().map(|place| (place.since, place.priority)).min();
+        let old = others().map(|entry| (entry.since, entry.priority)).min();
         let old = old.filter(|(since, _)| now.saturating_duration_since(*since) >= longest);
-        let overdue = others().filter(|place| makes_up(place.since, place.priority, urgent, now));
-        let score = |place: &&Place| {
-            let waited = now.saturating_duration_since(place.since).as_nanos() as i128;
-            (i128::from(place.priority) * STEP.as_nanos() as i128 - waited, place.priority)
+        let overdue = others().filter(|entry| makes_up(entry.since, entry.priority, urgent, now));
+        let score = |entry: &&QueueEntry| {
+            let waited = now.saturating_duration_since(entry.since).as_nanos() as i128;
+            (i128::from(entry.priority) * STEP.as_nanos() as i128 - waited, entry.priority)
         };
-        let overdue = overdue.min_by_key(score).map(|place| place.priority);
+        let overdue = overdue.min_by_key(score).map(|entry| entry.priority);
         let due = old.map(|(_, priority)| priority).or(overdue);
         let due = due.filter(|_| !self.served_due.contains(&peer));
         let class = due.unwrap_or(urgent);
-        let load = |place: &Place| self.running.iter().filter(|run| **run == charge(place)).count();
-        let in_class = own().filter(|place| place.priority == class);
-        let next = *in_class.min_by_key(|place| (load(place), self.turns[&charge(place)], place.task))?;
+        let load = |entry: &QueueEntry| self.running.iter().filter(|run| **run == charge(entry)).count();
+        let in_class = own().filter(|entry| entry.priority == class);
+        let next = *in_class.min_by_key(|entry| (load(entry), self.turns[&charge(entry)], entry.task))?;
         self.turn += 1;
         self.turns.insert(charge(&next), self.turn);
         self.peer_turns.insert(peer, self.turn);
@@ -67,22 +67,22 @@ impl Model {
             self.served_due.remove(&peer)
         };
         self.running.push(charge(&next));
-        let which = self.waiting.iter().position(|place| place.task == next.task)?;
+        let which = self.waiting.iter().position(|entry| entry.task == next.task)?;
         Some(self.remove(which).task)
     }
 
     fn next_peer(&self, now: Instant) -> Option<Peer> {
-        let own = |peer: Peer| self.waiting.iter().filter(move |place| place.owner.peer == peer);
-        let urgent = |peer| own(peer).map(|place| place.priority).min().unwrap_or(i32::MAX);
-        let peers: HashSet<Peer> = self.waiting.iter().map(|place| place.owner.peer).collect();
+        let own = |peer: Peer| self.waiting.iter().filter(move |entry| entry.owner.peer == peer);
+        let urgent = |peer| own(peer).map(|entry| entry.priority).min().unwrap_or(i32::MAX);
+        let peers: HashSet<Peer> = self.waiting.iter().map(|entry| entry.owner.peer).collect();
         let lowest = peers.iter().map(|peer| urgent(*peer).max(0)).min()?;
         let competes = |peer: &&Peer| {
             let rank = urgent(**peer).max(0);
             let mut equals = peers.iter().filter(|other| urgent(**other).max(0) == rank);
             rank == lowest
                 || equals.any(|equal| {
-                    let mut most_urgent = own(*equal).filter(|place| place.priority == urgent(*equal));
-                    most_urgent.any(|place| makes_up(place.since, rank, lowest, now))
+                    let mut most_urgent = own(*equal).filter(|entry| entry.priority == urgent(*equal));
+                    most_urgent.any(|entry| makes_up(entry.since, rank, lowest, now))
                 })
         };
         let load = |peer: Peer| self.running.iter().filter(|run| run.owner.peer == peer).count();
@@ -96,21 +96,21 @@ fn makes_up(since: Instant, priority: i32, urgent: i32, now: Instant) -> bool {
     now.saturating_duration_since(since) >= STEP * steps
 }
 
-fn charge(place: &Place) -> Charge {
-    Charge { priority: place.priority, owner: place.owner }
+fn charge(entry: &QueueEntry) -> Charge {
+    Charge { priority: entry.priority, owner: entry.owner }
 }
 
 fn peer(number: u8) -> Peer {
     Peer::V4(std::net::Ipv4Addr::new(127, 0, 0, number))
 }
 
-fn place_of(from: u8, priority: i32, build: u64, task: u64, since: Instant) -> Place {
+fn place_of(from: u8, priority: i32, build: u64, task: u64, since: Instant) -> QueueEntry {
     let owner = Owner { peer: peer(from), build: Build(build) };
-    Place { priority, owner, task: TaskId(task), since, followed: true }
+    QueueEntry { priority, owner, task: TaskId(task), since, followed: true }
 }
 
 /// Where there is only one peer.
-fn place(priority: i32, build: u64, task: u64, since: Instant) -> Place {
+fn entry(priority: i32, build: u64, task: u64, since: Instant) -> QueueEntry {
     place_of(1, priority, build, task, since)
 }
 
@@ -161,19 +161,19 @@ proptest! {
             let now = start + Duration::from_secs(seconds);
             match step {
                 Step::Insert { from, priority, build } => {
-                    let place = place_of(from, priority, build, task as u64, now);
-                    queue.insert(place);
-                    model.insert(place);
+                    let entry = place_of(from, priority, build, task as u64, now);
+                    queue.insert(entry);
+                    model.insert(entry);
                 }
                 Step::Remove(which) if !model.waiting.is_empty() => {
-                    let place = model.remove(which % model.waiting.len());
-                    prop_assert!(queue.remove(&place));
-                    prop_assert!(!queue.remove(&place));
+                    let entry = model.remove(which % model.waiting.len());
+                    prop_assert!(queue.remove(&entry));
+                    prop_assert!(!queue.remove(&entry));
                 }
                 Step::Move { which, priority, build } if !model.waiting.is_empty() => {
                     let before = model.remove(which % model.waiting.len());
                     let owner = Owner { build: Build(build), ..before.owner };
-                    let after = Place { priority, owner, ..before };
+                    let after = QueueEntry { priority, owner, ..before };
                     queue.remove(&before);
                     queue.insert(after);
                     model.insert(after);
@@ -192,7 +192,7 @@ proptest! {
             prop_assert_eq!(queue.len(), model.waiting.len());
         }
         while let Some((task, charge)) = queue.pop(start) {
-            model.waiting.retain(|place| place.task != task);
+            model.waiting.retain(|entry| entry.task != task);
             model.running.push(charge);
         }
         prop_assert_eq!(model.waiting, []);
@@ -206,11 +206,11 @@ proptest! {
 
     #[test]
     fn the_order_that_is_told_is_the_order_in_which_tasks_go(
-        places in vec((0..3u8, -1..3, 0..3u64), 0..40), popped in 0..10usize, ended in vec(any::<bool>(), 10),
+        entries in vec((0..3u8, -1..3, 0..3u64), 0..40), popped in 0..10usize, ended in vec(any::<bool>(), 10),
     ) {
         // No step is ever made up for, so that age does not come into it.
         let (start, mut queue) = (Instant::now(), Queue::new(Duration::from_secs(1_000_000)));
-        for (task, (from, priority, build)) in places.into_iter().enumerate() {
+        for (task, (from, priority, build)) in entries.into_iter().enumerate() {
             queue.insert(place_of(from, priority, build, task as u64, start));
         }
         for ended in &ended[..popped] {
@@ -246,10 +246,10 @@ proptest! {
                     queue.ended(running.swap_remove(which % running.len()));
                 }
             } else {
-                queue.insert(place(0, build, task as u64, start));
+                queue.insert(entry(0, build, task as u64, start));
             }
             let Some(waiting) = queue.peers.get(&peer(1)) else { continue };
-            let (idle, builds) = waiting.line.idle_builds(0);
+            let (idle, builds) = waiting.queue.idle_builds(0);
             for build in idle {
                 patience.entry(build).or_insert(builds - 1);
             }
@@ -263,7 +263,7 @@ proptest! {
     ) {
         let (start, mut queue, mut task) = (Instant::now(), Queue::new(STEP), 1000);
         for (task, (priority, build)) in late.iter().enumerate() {
-            queue.insert(place(*priority, *build, task as u64, start));
+            queue.insert(entry(*priority, *build, task as u64, start));
         }
         let slowest = late.iter().map(|(priority, _)| *priority).max().unwrap_or(0);
         let before = start + STEP * (slowest as u32) - Duration::from_secs(1);
@@ -271,7 +271,7 @@ proptest! {
         let mut turn = |queue: &mut Queue, now: Instant| {
             for build in 0..flood {
                 task += 1;
-                queue.insert(place(0, 100 + build, task, now));
+                queue.insert(entry(0, 100 + build, task, now));
             }
             let (task, charge) = queue.pop(now).expect("there is always something");
             queue.ended(charge);
@@ -293,10 +293,10 @@ proptest! {
 #[test]
 fn no_difference_of_priority_is_too_large_to_be_made_up_for() {
     let (start, mut queue) = (Instant::now(), Queue::new(STEP));
-    queue.insert(place(i32::MAX, 0, 0, start));
+    queue.insert(entry(i32::MAX, 0, 0, start));
     let mut served_at = |now: Instant, task: u64| {
-        queue.insert(place(i32::MIN, 1, 10 + 2 * task, now - STEP));
-        queue.insert(place(i32::MIN + 1, 1, 11 + 2 * task, now - STEP));
+        queue.insert(entry(i32::MIN, 1, 10 + 2 * task, now - STEP));
+        queue.insert(entry(i32::MIN + 1, 1, 11 + 2 * task, now - STEP));
         (0..2).any(|_| queue.pop(now).is_some_and(|(task, _)| task == TaskId(0)))
     };
     assert!(!served_at(start + STEP * (STEPS_MAX - 1), 0));
@@ -313,7 +313,7 @@ fn builds_share_the_slots_evenly() {
     let mut add = |queue: &mut Queue, build, count| {
         for _ in 0..count {
             task += 1;
-            queue.insert(place(0, build, task, start));
+            queue.insert(entry(0, build, task, start));
         }
     };
     const SLOTS: usize = 12;
@@ -343,8 +343,8 @@ proptest! {
         let (start, mut queue) = (Instant::now(), Queue::new(STEP));
         let now = start + Duration::from_secs(10_000);
         let (before, after) = hostile.split_at(hostile.len() / 2);
-        let insert = |queue: &mut Queue, places: &[(u8, i32, u64, u64)], first: u64| {
-            for (task, (from, priority, build, seconds)) in (first..).zip(places) {
+        let insert = |queue: &mut Queue, entries: &[(u8, i32, u64, u64)], first: u64| {
+            for (task, (from, priority, build, seconds)) in (first..).zip(entries) {
                 queue.insert(place_of(*from, *priority, *build, task, start + Duration::from_secs(*seconds)));
             }
         };
@@ -352,7 +352,7 @@ proptest! {
         let mut charges: Vec<Charge> = (0..ended % 8).filter_map(|_| queue.pop(now)).map(|(_, charge)| charge).collect();
         charges.into_iter().skip(ended as usize % 3).for_each(|charge| queue.ended(charge));
         let others = queue.peers.len();
-        queue.insert(place(0, 0, 0, now));
+        queue.insert(entry(0, 0, 0, now));
         insert(&mut queue, after, 1000);
         charges = Vec::new();
         for _ in 0..=others {

@@ -6,7 +6,7 @@ use crate::actors::worker::{
     checkpoint::Checkpoint,
     outputs::{
         Seen,
-        scan::{Content, NodeBudget, Scan},
+        scan::{Content, NodeBudget, OutputScan},
     },
     staged_trees::{
         delta::{Cost, Delta},
@@ -90,7 +90,7 @@ impl Layers {
         let checkpoint = Checkpoint::new(&cancel, "a test", Duration::from_secs(60));
         let top = || Walk::at_top(root).unwrap();
         let seen = Seen::from(&rfs::fstat(&own).unwrap());
-        let mut scan = Scan::of(top(), seen, "o", &checkpoint, &mut NodeBudget::new()).unwrap();
+        let mut scan = OutputScan::of(top(), seen, "o", &checkpoint, &mut NodeBudget::new()).unwrap();
         let mut contents = Vec::new();
         scan.revisit(top(), "o", |directory, own| {
             contents
@@ -105,8 +105,8 @@ impl Layers {
 }
 
 /// The directories of a scan in the order of a walk.
-fn visited(scan: &Scan) -> Vec<usize> {
-    fn go(scan: &Scan, at: usize, order: &mut Vec<usize>) {
+fn visited(scan: &OutputScan) -> Vec<usize> {
+    fn go(scan: &OutputScan, at: usize, order: &mut Vec<usize>) {
         order.push(at);
         scan.directories[at].children.iter().for_each(|child| go(scan, *child, order));
     }
@@ -126,7 +126,13 @@ fn content(content: Content, own: Option<&File>, name: &str) -> String {
     }
 }
 
-fn note(scan: &Scan, at: usize, contents: &mut BTreeMap<usize, Vec<String>>, path: &str, view: &mut View) {
+fn note(
+    scan: &OutputScan,
+    at: usize,
+    contents: &mut BTreeMap<usize, Vec<String>>,
+    path: &str,
+    view: &mut View,
+) {
     let directory = &scan.directories[at];
     let mut add = |name: &str, kind, seen: &Seen, content: String| {
         view.insert(format!("{path}{name}"), (kind, seen.mode & 0o7777, seen.mtime.seconds, content));

@@ -1,11 +1,11 @@
-//! Writes a directory that was found down as Directory and Tree messages (EXE-55 to EXE-57). Pure.
+//! Encodes a scanned directory as Directory and Tree messages (EXE-55 to EXE-57). This file is pure.
 //!
-//! The same content gives the same bytes everywhere: entries are sorted, each distinct Directory appears once, and the order
-//! of the Directories follows from the content alone.
+//! The encoding is canonical: entries are sorted, each distinct Directory appears once, and the order of the Directories
+//! depends only on the content.
 
 use super::{
     Reported,
-    scan::{FoundDirectory, Scan},
+    scan::{FoundDirectory, OutputScan},
 };
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
@@ -18,9 +18,9 @@ use prost::{
 };
 use std::collections::HashMap;
 
-/// The distinct Directories of a tree, encoded: the root first, every parent before its children.
+/// The distinct Directories of a tree in encoded form: the root first, every parent before its children.
 #[derive(Debug)]
-pub struct Encoded {
+pub(crate) struct Encoded {
     /// Digest and bytes of each.
     pub directories: Vec<(Digest, Vec<u8>)>,
 }
@@ -30,12 +30,12 @@ impl Encoded {
     ///
     /// # Errors
     /// `Internal` when a file has no digest.
-    pub fn new(scan: &Scan, function: DigestFunction, reported: Reported) -> Result<Self> {
+    pub(crate) fn new(scan: &OutputScan, function: DigestFunction, reported: Reported) -> Result<Self> {
         let mut digests: Vec<Option<Digest>> = vec![None; scan.directories.len()];
         let mut position: HashMap<Digest, usize> = HashMap::new();
         let mut directories = Vec::new();
-        // Children have larger positions than their parents, so going backwards meets them first. A Directory is put down when
-        // it is first met, thus after all its children; the reverse of that order has all parents first.
+        // Children have larger positions than their parents, so the backward iteration visits them first. A Directory is
+        // appended when it is first visited, thus after all its children. The reverse of that order has all parents first.
         for (at, found) in scan.directories.iter().enumerate().rev() {
             let bytes = directory(found, scan, &digests, reported)?.encode_to_vec();
             let digest = function.digest(&bytes);
@@ -50,12 +50,12 @@ impl Encoded {
     }
 
     /// Digest of the root Directory.
-    pub fn root(&self) -> Option<Digest> {
+    pub(crate) fn root(&self) -> Option<Digest> {
         self.directories.first().map(|(digest, _)| *digest)
     }
 
     /// The Tree: the root with tag 1, then each further Directory with tag 2. An empty directory is `0a 00` (EXE-56).
-    pub fn tree(&self) -> Vec<u8> {
+    pub(crate) fn tree(&self) -> Vec<u8> {
         const ROOT: u32 = 1;
         const CHILDREN: u32 = 2;
         let mut tree = Vec::with_capacity(self.directories.iter().map(|(_, bytes)| bytes.len() + 8).sum());
@@ -70,7 +70,7 @@ impl Encoded {
 
 fn directory(
     found: &FoundDirectory,
-    scan: &Scan,
+    scan: &OutputScan,
     digests: &[Option<Digest>],
     reported: Reported,
 ) -> Result<reapi::Directory> {

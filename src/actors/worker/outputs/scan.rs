@@ -1,8 +1,8 @@
-//! Looks at an output directory and remembers what is in it.
+//! Scans an output directory.
 //!
-//! Looking comes before storing, because the store may take files away while it takes them in, and another output may lie in
-//! the same directory. Nothing is followed, and no file is opened. What the command left of its inputs as it was is found
-//! in memory.
+//! All outputs are scanned before any is stored, because the store may move files away, and another output may be in the same
+//! directory. No link is followed, and no file is opened. Inputs that the command left as they
+//! were are found in memory.
 
 use super::{Seen, name_of};
 use crate::actors::worker::{
@@ -25,12 +25,12 @@ use std::{
     os::unix::ffi::OsStringExt as _,
 };
 
-/// Most nodes that the outputs of one action may have, all together. The same number bounds input roots.
-pub const MAX_OUTPUT_NODES: u64 = gorego_reapi::tree::MAX_TREE_NODES;
+/// Maximum number of nodes in all outputs of one action. The same number bounds input roots.
+pub(crate) const MAX_OUTPUT_NODES: u64 = gorego_reapi::tree::MAX_TREE_NODES;
 
-/// Most bytes that the names and link targets below the outputs of one action may have, all together: all of them are in
-/// memory at once. That is 128 for each node.
-pub const MAX_OUTPUT_NAME_BYTES: u64 = 128 * MAX_OUTPUT_NODES;
+/// Maximum bytes of all names and link targets in the outputs of one action, which are in memory at the same time: 128 per
+/// node.
+pub(crate) const MAX_OUTPUT_NAME_BYTES: u64 = 128 * MAX_OUTPUT_NODES;
 
 /// Permission bits of every symbolic link.
 const LINK_MODE: u32 = 0o777;
@@ -38,9 +38,9 @@ const LINK_MODE: u32 = 0o777;
 /// Files take whole blocks on disk.
 const BLOCK_BYTES: u64 = 4_096;
 
-/// A file that was found.
+/// A file of the directory.
 #[derive(Debug, Clone)]
-pub struct FoundFile {
+pub(crate) struct FoundFile {
     /// Name in its directory.
     pub name: String,
     /// What is in it.
@@ -51,7 +51,7 @@ pub struct FoundFile {
 
 /// The content of a file that was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Content {
+pub(crate) enum Content {
     /// Still to be stored; which file it is, under whatever name.
     Own(FileId),
     /// In the store.
@@ -68,55 +68,53 @@ impl Content {
     }
 }
 
-/// A symbolic link that was found.
+/// A symbolic link of the directory.
 #[derive(Debug, Clone)]
-pub struct FoundLink {
+pub(crate) struct FoundLink {
     /// Name in its directory.
     pub name: String,
-    /// Target, to the letter.
+    /// The target, unchanged.
     pub target: String,
-    /// Mode and time.
     pub seen: Seen,
 }
 
-/// A directory that was found.
+/// A directory of the tree.
 #[derive(Debug, Clone)]
-pub struct FoundDirectory {
+pub(crate) struct FoundDirectory {
     /// Name in its parent; empty for the top.
     pub name: String,
-    /// Mode and time.
     pub seen: Seen,
     /// Its files, by name.
     pub files: Vec<FoundFile>,
     /// Its links, by name.
     pub links: Vec<FoundLink>,
-    /// Its directories, by name: positions in [`Scan::directories`], each larger than its parent's.
+    /// Its directories, by name: positions in [`OutputScan::directories`], each larger than its parent's.
     pub children: Vec<usize>,
 }
 
-/// A directory and all below it; the top comes first.
+/// A directory and everything below it; the top comes first.
 #[derive(Debug, Clone)]
-pub struct Scan {
+pub(crate) struct OutputScan {
     /// Every directory, parents before children.
     pub directories: Vec<FoundDirectory>,
 }
 
-/// Counts nodes down from [`MAX_OUTPUT_NODES`] and their texts from [`MAX_OUTPUT_NAME_BYTES`], and sums up the files.
+/// Counts down the nodes from [`MAX_OUTPUT_NODES`] and their names and targets from [`MAX_OUTPUT_NAME_BYTES`], and sums up the
+/// sizes of files.
 #[derive(Debug)]
-pub struct NodeBudget {
+pub(crate) struct NodeBudget {
     nodes: u64,
     name_bytes: u64,
     bytes_on_disk: u64,
 }
 
 impl NodeBudget {
-    /// The whole budget.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { nodes: MAX_OUTPUT_NODES, name_bytes: MAX_OUTPUT_NAME_BYTES, bytes_on_disk: 0 }
     }
 
-    /// What all files that were found take on disk, about.
-    pub fn bytes_on_disk(&self) -> u64 {
+    /// The approximate size on disk of all files found.
+    pub(crate) fn bytes_on_disk(&self) -> u64 {
         self.bytes_on_disk
     }
 
@@ -142,12 +140,12 @@ impl NodeBudget {
     }
 }
 
-impl Scan {
-    /// Looks at the directory `top`, which looked like `seen` before it was opened; `path` names it in errors.
+impl OutputScan {
+    /// Scans the directory `top`. `seen` is its mode and time from before it was opened; `path` names it in errors.
     ///
     /// # Errors
     /// `Precondition` for anything that is not a file, directory or link, for names that are not UTF-8, and for too many nodes.
-    pub fn of(
+    pub(crate) fn of(
         top: Walk<'_>,
         seen: Seen,
         path: &str,
@@ -163,7 +161,7 @@ impl Scan {
     ///
     /// # Errors
     /// Those of `visit`, and those of walking.
-    pub fn revisit(
+    pub(crate) fn revisit(
         &mut self,
         top: Walk<'_>,
         path: &str,
@@ -172,7 +170,7 @@ impl Scan {
         self.walk(top, path, |scan, at, here| visit(&mut scan.directories[at], here.own))
     }
 
-    /// Visits every directory by position; those that a visit adds as children are visited after it.
+    /// Visits every directory by position. Children that a visit adds are visited after it.
     fn walk(
         &mut self,
         mut top: Walk<'_>,
@@ -333,21 +331,21 @@ impl From<&Stat> for Seen {
 impl Seen {
     /// A file of a staged tree.
     pub fn of_file(file: &tree::File) -> Self {
-        Self::staged(FileType::RegularFile, inputs::mode_of(file), file.properties)
+        Self::staged(FileType::RegularFile, inputs::mode_of(file), &file.properties)
     }
 
     /// A link of a staged tree.
     pub fn of_link(link: &Symlink) -> Self {
-        Self::staged(FileType::Symlink, LINK_MODE, link.properties)
+        Self::staged(FileType::Symlink, LINK_MODE, &link.properties)
     }
 
     /// A directory of a staged tree.
     pub fn of_directory(directory: &Directory) -> Self {
         let mode = directory.properties.unix_mode.unwrap_or(inputs::EXECUTABLE);
-        Self::staged(FileType::Directory, mode, directory.properties)
+        Self::staged(FileType::Directory, mode, &directory.properties)
     }
 
-    fn staged(kind: FileType, mode: u32, properties: NodeProperties) -> Self {
+    fn staged(kind: FileType, mode: u32, properties: &NodeProperties) -> Self {
         let time = inputs::mtime_of(properties);
         let nanos = i32::try_from(time.tv_nsec).unwrap_or_default();
         let mtime = prost_types::Timestamp { seconds: time.tv_sec, nanos };
@@ -366,7 +364,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn names_and_targets_of_outputs_are_bounded_all_together() {
+    fn names_and_targets_of_outputs_are_bounded_together() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("name")).unwrap();
         std::os::unix::fs::symlink("target", directory.path().join("name/link")).unwrap();
@@ -376,7 +374,13 @@ mod tests {
             let own = File::open(directory.path()).unwrap();
             let seen = Seen::from(&rustix::fs::fstat(&own).unwrap());
             let top = Walk::at_top(ExecRoot::new(&own, None)).unwrap();
-            Scan::of(top, seen, "d", &checkpoint, &mut NodeBudget { nodes: 2, name_bytes, bytes_on_disk: 0 })
+            OutputScan::of(
+                top,
+                seen,
+                "d",
+                &checkpoint,
+                &mut NodeBudget { nodes: 2, name_bytes, bytes_on_disk: 0 },
+            )
         };
         assert_eq!(scan(14).unwrap().directories.len(), 2);
         assert!(matches!(scan(13), Err(Error::Precondition(_))));

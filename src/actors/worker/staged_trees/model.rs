@@ -34,10 +34,12 @@ pub enum Shown {
 }
 
 impl Shown {
+    /// A file of a Directory.
     pub fn file(file: &File) -> Self {
         Self::File(content(&file.digest), file.executable)
     }
 
+    /// A link of a Directory.
     pub fn link(link: &Symlink) -> Self {
         Self::Link(link.target.parse().unwrap())
     }

@@ -1,10 +1,11 @@
-//! Removes exec directories: off the hot path where possible, and never through a link or into another mount.
+//! Removes exec directories: in the background where possible, and never through a link or into another mount.
 //!
-//! One background thread does it; when that is behind, the worker removes its directory itself. What cannot be removed (an
-//! immutable file, a mount) is logged, left, and tried again by the sweep of the next start. A [`Ticket`] is held for each
-//! directory of a run that is not gone yet, so that a shutdown can wait for all of them.
+//! One background thread removes them. If its queue is full, the worker removes its directory itself. What cannot be removed
+//! (an immutable file, a mount, a file system that needs free space to remove a file) is logged and tried again every
+//! [`RETRY_AFTER`], and by the sweep of the next start. A [`Ticket`] exists for each directory of a run whose removal was not
+//! tried yet, so that a shutdown can wait for all of them. It does not wait for those that are tried again.
 
-use super::Place;
+use super::{EntryOwner, RootDirectory, owner};
 use crate::{actors::worker::dir, logging::Event};
 use rustix::{
     fs::{self as rfs, AtFlags, FileType},
@@ -16,56 +17,112 @@ use std::{
     io,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        mpsc::{SyncSender, TrySendError, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-/// How many directories may wait for removal; more would mean that removing is slower than running, and the disk fills.
+/// Maximum number of directories that wait for removal. More would mean that removing is slower than running, and the disk
+/// would fill.
 const REMOVAL_BACKLOG: usize = 64;
-/// How many directories of a tree are open at the same time: more than most trees are deep.
+/// How long after a failed removal it is tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(10);
+/// Maximum number of directories whose removal is tried again. Further ones are left to the next start.
+const MAX_FAILED: usize = 256;
+/// Maximum number of open directories of a tree. Most trees are less deep.
 const MAX_OPEN: usize = 16;
-/// How often one directory is read again because entries turned up while it was emptied.
+/// How often a directory is read again because new entries appeared while it was emptied.
 const EMPTYING_ROUNDS: usize = 3;
 
 const DIRECTORY_NOT_REMOVED: &str = "exec_directory_not_removed";
 
-/// The way to the thread, which ends when this is dropped.
+/// The handle of the thread, which ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Remover {
-    /// `None` when the thread could not be started; then everything is removed in line.
+    /// `None` when the thread could not be started. Then workers remove their directories themselves.
     queue: Option<SyncSender<Job>>,
+    attempts: Arc<Attempts>,
     pending: Arc<Pending>,
+}
+
+/// Removes directories, and remembers those that could not be removed.
+#[derive(Debug)]
+struct Attempts {
+    remove: fn(&File, &OsStr) -> io::Result<()>,
+    failed: Mutex<Vec<Job>>,
 }
 
 /// A directory to be removed.
 #[derive(Debug)]
 pub(super) struct Job {
-    /// The directory that it is in.
-    pub place: Arc<Place>,
-    /// Its name there.
+    /// The build root that contains it.
+    pub place: Arc<RootDirectory>,
+    /// Its name in the build root.
     pub name: OsString,
-    /// `None` for what an earlier run left.
+    /// `None` for leftovers of an earlier server process.
     pub ticket: Option<Ticket>,
 }
 
-impl Job {
-    /// Removes it here and now.
-    pub fn remove(self) {
-        let Self { place, name, ticket } = self;
-        if let Err(error) = remove(&place.handle, &name) {
+impl Attempts {
+    /// Removes a directory on this thread. Keeps it for later if that fails.
+    fn remove(&self, job: Job) {
+        let Job { place, name, ticket } = job;
+        if let Err(error) = (self.remove)(&place.handle, &name) {
+            let is_kept = self.keep(&place, &name);
+            let next = if is_kept { "it is tried again" } else { "the next start tries again" };
             Event::warn("gorego::worker", DIRECTORY_NOT_REMOVED)
                 .with_shown("name", &name.display())
                 .with_shown("error", &error)
-                .log(format_args!("an exec directory could not be removed; the next start tries again"));
+                .log(format_args!("an exec directory could not be removed; {next}"));
         }
-        // Whoever waits for the ticket may open the build root again.
+        // The place goes first: a waiter for the ticket may open the build root again.
         drop((place, ticket));
+    }
+
+    /// Keeps a directory for the next attempt. A name that is derived from an action is not kept, because another run may use
+    /// it by then.
+    fn keep(&self, place: &Arc<RootDirectory>, name: &OsStr) -> bool {
+        let mut failed = self.failed();
+        let is_kept = matches!(owner(name), Some(EntryOwner::Run)) && failed.len() < MAX_FAILED;
+        if is_kept {
+            failed.push(Job { place: place.clone(), name: name.to_owned(), ticket: None });
+        }
+        is_kept
+    }
+
+    /// Tries again to remove everything that could not be removed.
+    fn retry(&self) {
+        let failed = std::mem::take(&mut *self.failed());
+        for Job { place, name, .. } in failed {
+            if (self.remove)(&place.handle, &name).is_err() {
+                self.keep(&place, &name);
+            }
+        }
+    }
+
+    /// Removes queued directories until the queue is closed, and retries failed removals every `retry_after`.
+    fn run(&self, jobs: &Receiver<Job>, retry_after: Duration) {
+        let mut next_retry = Instant::now() + retry_after;
+        loop {
+            match jobs.recv_timeout(next_retry.saturating_duration_since(Instant::now())) {
+                Ok(job) => self.remove(job),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if Instant::now() >= next_retry {
+                self.retry();
+                next_retry = Instant::now() + retry_after;
+            }
+        }
+    }
+
+    fn failed(&self) -> MutexGuard<'_, Vec<Job>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// How many directories of runs are there.
+/// The number of directories of runs that exist.
 #[derive(Debug, Default)]
 struct Pending {
     count: Mutex<usize>,
@@ -78,7 +135,7 @@ impl Pending {
     }
 }
 
-/// Stands for one directory that is not gone yet.
+/// Counts one directory that is not removed yet.
 #[derive(Debug)]
 pub(super) struct Ticket(Arc<Pending>);
 
@@ -91,22 +148,29 @@ impl Drop for Ticket {
 
 impl Remover {
     /// Starts the thread, which first removes `leftovers`.
-    pub fn start(leftovers: Vec<Job>) -> Self {
-        let (sender, jobs) = sync_channel::<Job>(REMOVAL_BACKLOG);
-        let spawned = thread::Builder::new()
-            .name("gorego-remover".into())
-            .spawn(move || leftovers.into_iter().chain(jobs).for_each(Job::remove));
-        Self { queue: spawned.ok().map(|_| sender), pending: Arc::default() }
+    pub(super) fn start(leftovers: Vec<Job>) -> Self {
+        Self::with(leftovers, remove, RETRY_AFTER)
     }
 
-    /// A directory is about to be made.
-    pub fn ticket(&self) -> Ticket {
+    fn with(leftovers: Vec<Job>, remove: fn(&File, &OsStr) -> io::Result<()>, retry_after: Duration) -> Self {
+        let (sender, jobs) = sync_channel::<Job>(REMOVAL_BACKLOG);
+        let attempts = Arc::new(Attempts { remove, failed: Mutex::default() });
+        let of_thread = attempts.clone();
+        let spawned = thread::Builder::new().name("gorego-remover".into()).spawn(move || {
+            leftovers.into_iter().for_each(|job| of_thread.remove(job));
+            of_thread.run(&jobs, retry_after);
+        });
+        Self { queue: spawned.ok().map(|_| sender), attempts, pending: Arc::default() }
+    }
+
+    /// Counts a directory that is about to be created.
+    pub(super) fn ticket(&self) -> Ticket {
         *self.pending.count() += 1;
         Ticket(self.pending.clone())
     }
 
-    /// Has a directory removed, in the background unless that is behind.
-    pub fn remove(&self, job: Job) {
+    /// Removes a directory in the background, or on this thread if the queue is full.
+    pub(super) fn remove(&self, job: Job) {
         let refused = match &self.queue {
             Some(queue) => queue
                 .try_send(job)
@@ -115,19 +179,24 @@ impl Remover {
             None => Some(job),
         };
         if let Some(job) = refused {
-            job.remove();
+            self.remove_here(job);
         }
     }
 
-    /// Waits until every directory of a run is gone, for `limit` at most; says how many are left.
-    pub fn wait(&self, limit: Duration) -> usize {
+    /// Removes a directory on this thread.
+    pub(super) fn remove_here(&self, job: Job) {
+        self.attempts.remove(job);
+    }
+
+    /// Waits until every directory of a run is removed or cannot be, for at most `limit`. Returns how many are left.
+    pub(super) fn wait(&self, limit: Duration) -> usize {
         let left = self.pending.fewer.wait_timeout_while(self.pending.count(), limit, |count| *count > 0);
         *left.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
-/// Removes a directory and all below it, however deep, without following a link or crossing into another mount. Goes on after
-/// a failure and reports the first. What somebody else has removed meanwhile is no failure.
+/// Removes a directory and everything below it, however deep, without following a link or crossing into another mount.
+/// Continues after a failure and reports the first one. An entry that is already gone is no failure.
 ///
 /// # Errors
 /// When anything is left.
@@ -139,31 +208,31 @@ pub fn remove(parent: &File, name: &OsStr) -> io::Result<()> {
 
 /// The removal of one tree.
 ///
-/// At most [`MAX_OPEN`] directories are open at a time. A subdirectory of the deepest of them is moved to the top of the tree
-/// and removed from there. So each directory is opened once, and no step depends on how deep the tree is. Going back through
-/// ".." would: in a bind mount the kernel then walks up to the root of the mount.
+/// At most [`MAX_OPEN`] directories are open at a time. A subdirectory of the deepest one is moved to the top of the tree and
+/// removed from there. So each directory is opened once, and the cost of a step does not depend on the depth of the tree. Going
+/// back through ".." would depend on it: in a bind mount the kernel walks up to the root of the mount.
 #[derive(Debug, Default)]
 struct Removal {
     failure: Option<io::Error>,
     opened: u64,
-    /// Names tried for directories that are moved to the top.
+    /// The number of names tried for directories that are moved to the top.
     names: u64,
 }
 
-/// An open directory of the tree that is removed.
+/// An open directory of the tree.
 #[derive(Debug)]
-struct Level {
+struct OpenLevel {
     name: OsString,
     open: File,
-    /// Its subdirectories, as far as they are not removed yet. Nothing else is in it.
+    /// Its subdirectories that are not removed yet. Nothing else is in it.
     below: Vec<OsString>,
-    /// How often it was found to be not empty after all.
+    /// How often it turned out not to be empty.
     rounds: usize,
 }
 
 impl Removal {
     fn remove(&mut self, parent: &File, name: &OsStr) {
-        let mut levels: Vec<Level> = self.enter(parent, name.to_owned()).into_iter().collect();
+        let mut levels: Vec<OpenLevel> = self.enter(parent, name.to_owned()).into_iter().collect();
         while let Some(level) = levels.last_mut() {
             if let Some(child) = level.below.pop() {
                 if levels.len() < MAX_OPEN {
@@ -179,16 +248,16 @@ impl Removal {
         }
     }
 
-    /// Opens a directory and removes all that is in it but its subdirectories.
-    fn enter(&mut self, above: &File, name: OsString) -> Option<Level> {
+    /// Opens a directory and removes everything in it except its subdirectories.
+    fn enter(&mut self, above: &File, name: OsString) -> Option<OpenLevel> {
         let (open, _) = self.note(dir::open_accessible(above, &name))?;
         self.opened += 1;
-        let mut level = Level { name, open, below: Vec::new(), rounds: 0 };
+        let mut level = OpenLevel { name, open, below: Vec::new(), rounds: 0 };
         self.empty(&mut level);
         Some(level)
     }
 
-    fn empty(&mut self, level: &mut Level) {
+    fn empty(&mut self, level: &mut OpenLevel) {
         let Some(entries) = self.note(dir::entries(&level.open)) else { return };
         for entry in entries {
             let Some(entry) = self.note(entry) else { return };
@@ -210,7 +279,7 @@ impl Removal {
     }
 
     /// Moves a subdirectory of the deepest level to the top of the tree.
-    fn move_up(&mut self, levels: &mut [Level], child: &OsStr) {
+    fn move_up(&mut self, levels: &mut [OpenLevel], child: &OsStr) {
         let [top, .., deepest] = levels else { return };
         let mut granted = false;
         let moved = loop {
@@ -218,9 +287,9 @@ impl Removal {
             self.names += 1;
             match rfs::renameat(&deepest.open, child, &top.open, &name) {
                 Ok(()) => break Ok(name),
-                // Something has that name. An empty directory would have been replaced.
+                // The name is taken. An empty directory would have been replaced.
                 Err(Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR) => {}
-                // To move a directory takes the right to write in it.
+                // Moving a directory needs write permission on it.
                 Err(Errno::ACCESS) if !granted => {
                     granted = true;
                     let _ = dir::open_accessible(&deepest.open, child);
@@ -231,8 +300,8 @@ impl Removal {
         top.below.extend(self.note(moved));
     }
 
-    /// Removes a directory that should be empty; gives it back when something has turned up in it.
-    fn leave(&mut self, above: &File, mut emptied: Level) -> Option<Level> {
+    /// Removes a directory that should be empty. Returns it if new entries have appeared in it.
+    fn leave(&mut self, above: &File, mut emptied: OpenLevel) -> Option<OpenLevel> {
         match rfs::unlinkat(above, &*emptied.name, AtFlags::REMOVEDIR) {
             Err(Errno::NOTEMPTY) if self.failure.is_none() && emptied.rounds < EMPTYING_ROUNDS => {
                 emptied.rounds += 1;
@@ -246,7 +315,7 @@ impl Removal {
         }
     }
 
-    /// The value of a step, or else the failure is kept if it is the first. What is gone needs no removal.
+    /// Returns the value of a step. The first failure is kept; a missing entry is no failure.
     fn note<T>(&mut self, step: Result<T, impl Into<io::Error>>) -> Option<T> {
         match step.map_err(Into::into) {
             Ok(value) => Some(value),
@@ -263,10 +332,15 @@ impl Removal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::actors::worker::staged_trees::StagingLimits;
     use rustix::fs::Mode;
-    use std::{fs, os::unix::fs::symlink};
+    use std::{
+        fs,
+        os::unix::fs::symlink,
+        sync::atomic::{AtomicUsize, Ordering::SeqCst},
+    };
 
-    /// A chain of so many directories in `top`, each with a file; its first one.
+    /// Creates a chain of `levels` directories in `top`, each with a file. Returns the name of the first.
     fn chain(top: &File, levels: usize) -> &'static OsStr {
         let name = OsStr::new("d");
         let mut here = top.try_clone().unwrap();
@@ -278,10 +352,10 @@ mod tests {
         name
     }
 
-    /// Counted, since a path walk for each level would not show on a fast machine.
+    /// The work is counted, because a path walk for each level would not show on a fast machine.
     #[test]
     fn the_work_for_a_deep_tree_is_proportional_to_its_depth() {
-        // In memory where that is possible: some disks take milliseconds for each directory.
+        // In memory if possible: some disks take milliseconds per directory.
         let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let top = File::open(directory.path()).unwrap();
         for levels in [1, MAX_OPEN, MAX_OPEN + 1, 20_000] {
@@ -296,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_taken_at_the_top_are_not_in_the_way_of_a_deep_tree() {
+    fn names_that_are_taken_at_the_top_do_not_hinder_the_removal_of_a_deep_tree() {
         let directory = tempfile::tempdir().unwrap();
         let outside = tempfile::tempdir().unwrap();
         fs::write(outside.path().join("kept"), "").unwrap();
@@ -312,9 +386,36 @@ mod tests {
         assert!(!exec.exists() && outside.path().join("kept").exists());
     }
 
-    /// The build root may be removed by hand while runs go on.
+    /// The removals fail at first, as on a full file system that needs free space to remove a file.
     #[test]
-    fn what_is_gone_already_is_removed() {
+    fn what_cannot_be_removed_is_tried_again_unless_its_name_may_belong_to_another_run_by_then() {
+        static FULL_FOR: AtomicUsize = AtomicUsize::new(5);
+        fn remove_or_fail(parent: &File, name: &OsStr) -> io::Result<()> {
+            let is_full = FULL_FOR.fetch_update(SeqCst, SeqCst, |times| times.checked_sub(1)).is_ok();
+            if is_full { Err(Errno::NOSPC.into()) } else { remove(parent, name) }
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let place = Arc::new(RootDirectory::open(directory.path(), StagingLimits::default()).unwrap());
+        let paths = ["a-89abcdef", "0-1", "0-2"].map(|name| directory.path().join(name));
+        paths.iter().for_each(|path| fs::create_dir_all(path.join("root")).unwrap());
+        let remover = Remover::with(Vec::new(), remove_or_fail, Duration::from_millis(1));
+        for path in &paths {
+            let (name, ticket) = (path.file_name().unwrap().to_owned(), Some(remover.ticket()));
+            remover.remove(Job { place: place.clone(), name, ticket });
+        }
+        assert_eq!(remover.wait(Duration::from_secs(60)), 0, "nobody waits for the next attempt");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while paths[1].exists() || paths[2].exists() {
+            assert!(Instant::now() < deadline, "it was not tried again");
+            thread::yield_now();
+        }
+        assert!(paths[0].exists());
+        assert!(remover.attempts.failed().is_empty());
+    }
+
+    /// The build root may be removed by hand during runs.
+    #[test]
+    fn removing_a_missing_directory_succeeds() {
         let directory = tempfile::tempdir().unwrap();
         let parent = File::open(directory.path()).unwrap();
         remove(&parent, OsStr::new("exec")).unwrap();

@@ -2,36 +2,40 @@
 //! nobody follows.
 
 use super::{
-    super::{Run, Step, Task, followers::Unfollowed},
-    POOLS, World,
+    super::{Task, TaskRun, TaskStep, followers::Unfollowed},
+    World,
 };
 use crate::{
     actors::{
         scheduler::{
-            queue::{Charge, Place, STEPS_MAX},
-            slots::PoolSet,
+            queue::{Charge, QueueEntry, STEPS_MAX},
+            slots::{PoolId, PoolSet},
         },
         worker::messages::TaskId,
     },
     caller::Peer,
 };
-use std::{collections::HashSet, time::Instant};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Instant,
+};
 
 /// A ready task as the world sees it.
-pub(super) struct Waiting {
-    pub(super) place: Place,
+pub(super) struct WaitingTask {
+    pub(super) entry: QueueEntry,
     pub(super) pools: PoolSet,
-    loads: [usize; 3],
-    peer_loads: [usize; 3],
+    /// What runs of its owner and priority, and of its peer, by pool.
+    loads: HashMap<PoolId, usize>,
+    peer_loads: HashMap<PoolId, usize>,
     is_followed: bool,
 }
 
 impl World {
-    /// The places of the ready tasks, and how many of its owner and priority, and of its peer, each pool runs.
-    pub(super) fn waiting(&self) -> Vec<Waiting> {
+    /// The entries of the ready tasks, and how many of its owner and priority, and of its peer, each pool runs.
+    pub(super) fn waiting(&self) -> Vec<WaitingTask> {
         let ledger = &self.ledger;
-        let waiting = |task: &Task, place: Place| {
-            let own = Charge { priority: place.priority, owner: place.owner };
+        let waiting = |task: &Task, entry: QueueEntry| {
+            let own = Charge { priority: entry.priority, owner: entry.owner };
             let count = |pool, counts: &dyn Fn(&Charge) -> bool| {
                 ledger.runs.values().filter(|run| run.pool == pool && counts(&run.charge)).count()
             };
@@ -39,40 +43,52 @@ impl World {
                 let id = ledger.register.get(number).expect("a waiter is an operation").info.id;
                 self.known.get(&id).is_some_and(|known| known.subscription.is_some())
             });
-            Waiting {
-                place,
+            WaitingTask {
+                entry,
                 pools: task.pools.clone(),
-                loads: std::array::from_fn(|pool| count(pool, &|charge| *charge == own)),
-                peer_loads: std::array::from_fn(|pool| {
-                    count(pool, &|charge| charge.owner.peer == place.owner.peer)
-                }),
+                loads: task
+                    .pools
+                    .iter()
+                    .map(|pool| (*pool, count(*pool, &|charge| *charge == own)))
+                    .collect(),
+                peer_loads: task
+                    .pools
+                    .iter()
+                    .map(|pool| (*pool, count(*pool, &|charge| charge.owner.peer == entry.owner.peer)))
+                    .collect(),
                 is_followed,
             }
         };
-        let ready = ledger.tasks.iter().filter(|(_, task)| task.step == Step::Ready);
-        let places =
-            ready.flat_map(|(id, task)| task.places(*id).into_iter().map(move |place| (task, place)));
-        places.map(|(task, place)| waiting(task, place)).collect()
+        let ready = ledger.tasks.iter().filter(|(_, task)| task.step == TaskStep::Ready);
+        let entries =
+            ready.flat_map(|(id, task)| task.entries(*id).into_iter().map(move |entry| (task, entry)));
+        entries.map(|(task, entry)| waiting(task, entry)).collect()
     }
 
     /// What must be true of whoever was served: see the rules of [`Queue`]. Where the ledger had not noticed yet who is gone,
     /// those count too, and not all can be said.
-    pub(super) fn check_turn(&mut self, before: &[Waiting], served: TaskId, pool: usize, is_exact: bool) {
+    pub(super) fn check_turn(
+        &mut self,
+        before: &[WaitingTask],
+        served: TaskId,
+        pool: PoolId,
+        is_exact: bool,
+    ) {
         let rivals: Vec<_> = before.iter().filter(|waiting| waiting.pools.contains(&pool)).collect();
         let charge = self.ledger.runs[&served].charge;
-        let is_served = |place: Place| place.task == served && place.owner == charge.owner;
-        let served = rivals.iter().find(|waiting| is_served(waiting.place)).expect("only what is ready runs");
-        let place = served.place;
+        let is_served = |entry: QueueEntry| entry.task == served && entry.owner == charge.owner;
+        let served = rivals.iter().find(|waiting| is_served(waiting.entry)).expect("only what is ready runs");
+        let entry = served.entry;
         if !served.is_followed {
             assert!(rivals.iter().all(|rival| !rival.is_followed), "followed work goes first");
-            let oldest = rivals.iter().map(|rival| rival.place.task).min();
-            assert_eq!(oldest, Some(place.task), "work that nobody follows goes in order of age");
+            let oldest = rivals.iter().map(|rival| rival.entry.task).min();
+            assert_eq!(oldest, Some(entry.task), "work that nobody follows goes in order of age");
             self.seen.insert("unfollowed run");
             return;
         }
-        let (rivals, unfollowed): (Vec<&Waiting>, Vec<&Waiting>) =
+        let (rivals, unfollowed): (Vec<&WaitingTask>, Vec<&WaitingTask>) =
             rivals.iter().copied().partition(|rival| rival.is_followed);
-        if unfollowed.iter().any(|rival| rival.place.task < place.task) {
+        if unfollowed.iter().any(|rival| rival.entry.task < entry.task) {
             self.seen.insert("overtaken");
         }
         if pool != served.pools[0] {
@@ -81,22 +97,22 @@ impl World {
         if is_exact {
             self.check_peer(&rivals, served, pool);
         }
-        let own: Vec<_> = rivals.iter().filter(|rival| rival.place.owner.peer == place.owner.peer).collect();
-        let urgent = own.iter().map(|rival| rival.place.priority).min().unwrap();
-        let class: Vec<_> = own.iter().filter(|rival| rival.place.priority == place.priority).collect();
-        if urgent != place.priority {
-            let oldest = class.iter().map(|rival| rival.place.since).min().unwrap();
+        let own: Vec<_> = rivals.iter().filter(|rival| rival.entry.owner.peer == entry.owner.peer).collect();
+        let urgent = own.iter().map(|rival| rival.entry.priority).min().unwrap();
+        let class: Vec<_> = own.iter().filter(|rival| rival.entry.priority == entry.priority).collect();
+        if urgent != entry.priority {
+            let oldest = class.iter().map(|rival| rival.entry.since).min().unwrap();
             assert!(
-                self.makes_up(oldest, place.priority - urgent),
+                self.makes_up(oldest, entry.priority - urgent),
                 "less urgent work goes first only when its age makes up for that"
             );
             self.seen.insert("due");
         }
-        let least = class.iter().map(|rival| rival.loads[pool]).min().unwrap();
-        assert_eq!(served.loads[pool], least, "the build with the least running is next");
-        let of_build = class.iter().filter(|rival| rival.place.owner == place.owner);
-        assert_eq!(of_build.map(|rival| rival.place.task).min(), Some(place.task), "in a build, age decides");
-        if class.iter().any(|rival| rival.place.task < place.task) {
+        let least = class.iter().map(|rival| rival.loads[&pool]).min().unwrap();
+        assert_eq!(served.loads[&pool], least, "the build with the least running is next");
+        let of_build = class.iter().filter(|rival| rival.entry.owner == entry.owner);
+        assert_eq!(of_build.map(|rival| rival.entry.task).min(), Some(entry.task), "in a build, age decides");
+        if class.iter().any(|rival| rival.entry.task < entry.task) {
             self.seen.insert("out of turn");
         }
     }
@@ -107,12 +123,12 @@ impl World {
     }
 
     /// Of the peers that compete, one with the least running is served.
-    fn check_peer(&mut self, rivals: &[&Waiting], served: &Waiting, pool: usize) {
-        let peers: HashSet<Peer> = rivals.iter().map(|rival| rival.place.owner.peer).collect();
+    fn check_peer(&mut self, rivals: &[&WaitingTask], served: &WaitingTask, pool: PoolId) {
+        let peers: HashSet<Peer> = rivals.iter().map(|rival| rival.entry.owner.peer).collect();
         let most_urgent = |peer: Peer| {
-            let own = || rivals.iter().filter(move |rival| rival.place.owner.peer == peer);
-            let priority = own().map(|rival| rival.place.priority).min().unwrap();
-            let since = own().filter(|rival| rival.place.priority == priority).map(|rival| rival.place.since);
+            let own = || rivals.iter().filter(move |rival| rival.entry.owner.peer == peer);
+            let priority = own().map(|rival| rival.entry.priority).min().unwrap();
+            let since = own().filter(|rival| rival.entry.priority == priority).map(|rival| rival.entry.since);
             (priority.max(0), since.min().unwrap())
         };
         let standings: Vec<_> = peers.iter().map(|peer| (*peer, most_urgent(*peer))).collect();
@@ -123,14 +139,14 @@ impl World {
         };
         let competing: HashSet<Peer> =
             standings.iter().filter(|(_, (rank, _))| is_due(*rank)).map(|(peer, _)| *peer).collect();
-        assert!(competing.contains(&served.place.owner.peer), "a peer that yields waits");
-        let competitors = rivals.iter().filter(|rival| competing.contains(&rival.place.owner.peer));
-        let least = competitors.map(|rival| rival.peer_loads[pool]).min().unwrap();
-        assert_eq!(served.peer_loads[pool], least, "the peer with the least running is next");
+        assert!(competing.contains(&served.entry.owner.peer), "a peer that yields waits");
+        let competitors = rivals.iter().filter(|rival| competing.contains(&rival.entry.owner.peer));
+        let least = competitors.map(|rival| rival.peer_loads[&pool]).min().unwrap();
+        assert_eq!(served.peer_loads[&pool], least, "the peer with the least running is next");
         if competing.len() > 1 {
             self.seen.insert("peers");
         }
-        if most_urgent(served.place.owner.peer).0 > lowest {
+        if most_urgent(served.entry.owner.peer).0 > lowest {
             self.seen.insert("peer due");
         }
     }
@@ -138,15 +154,15 @@ impl World {
     /// The runs that were told to stop and will.
     pub(super) fn stopping(&self) -> usize {
         let ledger = &self.ledger;
-        let stops = |(id, run): &(&TaskId, &Run)| !run.stuck && !ledger.tasks.contains_key(id);
+        let stops = |(id, run): &(&TaskId, &TaskRun)| !run.stuck && !ledger.tasks.contains_key(id);
         ledger.runs.iter().filter(stops).filter(|(_, run)| ledger.slots.is_open(run.pool)).count()
     }
 
     /// After a look for a task to run that found none: as many runs have to make way as are needed, and no more.
     pub(super) fn check_way_made(&self, stopping_before: usize) {
         let ledger = &self.ledger;
-        let rivals = |pool: Option<usize>| {
-            let waits = |task: &&Task| task.step == Step::Ready && task.unfollowed_since.is_none();
+        let rivals = |pool: Option<PoolId>| {
+            let waits = |task: &&Task| task.step == TaskStep::Ready && task.unfollowed_since.is_none();
             let suits = |task: &&Task| pool.is_none_or(|pool| task.pools.contains(&pool));
             ledger.tasks.values().filter(waits).filter(suits).count()
         };
@@ -155,7 +171,11 @@ impl World {
         for &(since, id) in &ledger.unfollowed.runs {
             let is_due = self.now.since(since) >= ledger.settings.contended_abandon_grace;
             let pool = ledger.runs[&id].pool;
-            assert!(!is_due || rivals(Some(pool)) <= stopping, "a slot is kept from those who wait for it");
+            let is_open = ledger.slots.is_open(pool);
+            assert!(
+                !is_due || !is_open || rivals(Some(pool)) <= stopping,
+                "a slot is kept from those who wait for it"
+            );
         }
     }
 
@@ -168,8 +188,8 @@ impl World {
             assert_eq!(task.followers, task.numbers().filter(is_followed).count());
             assert_eq!(task.followers == 0, task.unfollowed_since.is_some());
             match task.step {
-                Step::Running => expected.note(id, task),
-                Step::Ready if task.followers > 0 => expected.rivals.add(&task.pools),
+                TaskStep::Running => expected.note(id, task),
+                TaskStep::Ready if task.followers > 0 => expected.rivals.add(&task.pools),
                 _ => {}
             }
         }
@@ -179,8 +199,8 @@ impl World {
 
     pub(super) fn check_queues(&self) {
         let ledger = &self.ledger;
-        for (pool, queue) in ledger.ready.iter().enumerate() {
-            let ready = ledger.tasks.values().filter(|task| task.step == Step::Ready);
+        for (&pool, queue) in &ledger.ready {
+            let ready = ledger.tasks.values().filter(|task| task.step == TaskStep::Ready);
             let expected = ready.filter(|task| task.pools.contains(&pool)).count();
             assert_eq!(
                 queue.len(),
@@ -189,7 +209,7 @@ impl World {
             );
             let out = self.runs.keys().filter(|(of, _)| *of == pool).count();
             assert_eq!(queue.running(), out, "what runs is charged to its queue, and nothing else");
-            assert!(out <= POOLS[pool]);
+            assert!(out <= self.pools.slots(pool));
         }
     }
 }

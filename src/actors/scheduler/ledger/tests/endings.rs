@@ -126,7 +126,7 @@ fn cancelling_the_last_operation_stops_the_task_and_the_slot_waits_for_the_worke
     desk.finish(assignment.task, success());
     assert_eq!(desk.dispatch().len(), 1);
     desk.cancel(&running);
-    let unknown = OperationId(uuid::Uuid::from_u128(999));
+    let unknown = OperationId::new(Default::default(), uuid::Uuid::from_u128(999));
     assert!(matches!(desk.ledger.cancel(&instance(), unknown, desk.now), Err(Error::NotFound(_))));
 }
 

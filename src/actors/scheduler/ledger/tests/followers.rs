@@ -101,7 +101,7 @@ fn a_waiting_task_that_nobody_follows_is_behind_all_others_and_makes_nobody_go()
 fn runs_of_other_pools_do_not_make_way() {
     let mut desk = Desk {
         ledger: ledger_with(settings(), &[(1, "linux"), (1, "plan9")]),
-        now: Moment::now(),
+        now: ClockReading::now(),
         next_id: 1,
     };
     let of = |name, family| Work { platform: Some(family), ..work(name) };

@@ -2,7 +2,6 @@
 //!
 //! Memory is bounded: an upload is decoded in pieces of constant size, and its window is limited.
 
-use super::request_log::RequestLog;
 use crate::{
     actors::cas::{
         blob::BlobReader,
@@ -10,8 +9,8 @@ use crate::{
         uploads::{decoders, new_blob::NewBlob},
     },
     budget::Budget,
+    call::Call,
     caller::Caller,
-    connections::{ConnectionState, answers::FRAME_BYTES},
 };
 use axum::{
     body::Body,
@@ -24,7 +23,7 @@ use gorego_reapi::{
     compression::Decoder,
     error::{Error, Result},
 };
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{ops::Range, time::Duration};
 
 /// Number of bytes that are sent at a time.
 const PIECE_BYTES: usize = 128 * 1024;
@@ -32,27 +31,26 @@ const PIECE_BYTES: usize = 128 * 1024;
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
 /// A range of a blob, uncompressed. Each piece is read when the connection has room for it.
-pub(super) fn of_blob(reader: BlobReader, part: Range<u64>, to: &Arc<ConnectionState>) -> Body {
-    let start = (reader, part, to.clone());
-    Body::from_stream(stream::try_unfold(start, |(reader, mut part, to)| async move {
+pub(super) fn of_blob(reader: BlobReader, part: Range<u64>, call: Call) -> Body {
+    Body::from_stream(stream::try_unfold((reader, part, call), |(reader, mut part, call)| async move {
         if part.is_empty() {
             return Ok::<_, Error>(None);
         }
-        let (max, room) = to.reserve_piece(PIECE_BYTES).await?;
+        let max = call.reserve_piece(PIECE_BYTES).await?;
         give_way().await;
         let piece = next_piece(&reader, &part, max).await?;
         part.start = part.start.saturating_add(piece.len() as u64);
-        Ok(Some((to.charge(piece, room), (reader, part, to))))
+        Ok(Some((call.charge(piece), (reader, part, call))))
     }))
 }
 
 /// A whole blob, compressed with zstd. Otherwise like [`of_blob`].
-pub(super) fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
-    Body::from_stream(stream::try_unfold((reader, to.clone()), |(mut reader, to)| async move {
-        let (max, room) = to.reserve_piece(PIECE_BYTES).await?;
+pub(super) fn of_zstd(reader: ZstdReader, call: Call) -> Body {
+    Body::from_stream(stream::try_unfold((reader, call), |(mut reader, call)| async move {
+        let max = call.reserve_piece(PIECE_BYTES).await?;
         give_way().await;
         let piece = reader.next(max).await?;
-        Ok::<_, Error>(piece.map(|piece| (to.charge(piece, room), (reader, to))))
+        Ok::<_, Error>(piece.map(|piece| (call.charge(piece), (reader, call))))
     }))
 }
 
@@ -60,9 +58,9 @@ pub(super) fn of_zstd(reader: ZstdReader, to: &Arc<ConnectionState>) -> Body {
 ///
 /// # Errors
 /// `Exhausted` when there is no room for too long.
-pub(super) async fn of_message(message: &impl prost::Message, to: &Arc<ConnectionState>) -> Result<Body> {
-    let room = to.reserve(message.encoded_len() as u64 + FRAME_BYTES).await?;
-    Ok(Body::from(to.charge(message.encode_to_vec().into(), room)))
+pub(super) async fn of_message(message: &impl prost::Message, call: &Call) -> Result<Body> {
+    call.reserve(message.encoded_len()).await?;
+    Ok(Body::from(call.charge(message.encode_to_vec().into())))
 }
 
 /// Lets other requests run between two pieces. The kernel takes megabytes for a client that reads nothing, so that a body would
@@ -109,9 +107,8 @@ impl UploadBody {
     ///
     /// # Errors
     /// `Unimplemented` for an unknown encoding; `OutOfRange` when the Content-Length exceeds the limit.
-    pub(super) fn new(request: Request, max: u64, decoders: &Budget) -> Result<Self> {
+    pub(super) fn new(request: Request, call: &Call, max: u64, decoders: &Budget) -> Result<Self> {
         let (parts, body) = request.into_parts();
-        let caller = parts.extensions.get().copied().unwrap_or_default();
         let encodings: Vec<&str> = (parts.headers.get_all(header::CONTENT_ENCODING).into_iter())
             .flat_map(|value| value.to_str().unwrap_or("?").split(','))
             .map(str::trim)
@@ -132,7 +129,7 @@ impl UploadBody {
         if decoder.is_none() && length.is_some_and(|length: u64| length > max) {
             return Err(too_large(max));
         }
-        let decoders = Some((decoders.clone(), caller));
+        let decoders = Some((decoders.clone(), call.caller()));
         Ok(Self { body: body.into_data_stream(), decoder, decoders, raw: Bytes::new(), left: max, max })
     }
 
@@ -141,7 +138,7 @@ impl UploadBody {
     /// # Errors
     /// `Invalid` when the bytes do not decode or end early; `OutOfRange` when there are too many; `DeadlineExceeded` when
     /// none arrive in time; `Exhausted` when there is no room for a decoder for too long.
-    pub(super) async fn next(&mut self, line: &mut RequestLog) -> Result<Option<Bytes>> {
+    pub(super) async fn next(&mut self, call: &Call) -> Result<Option<Bytes>> {
         loop {
             if let Some(piece) = self.decode()? {
                 self.left = self.left.checked_sub(piece.len() as u64).ok_or_else(|| too_large(self.max))?;
@@ -149,12 +146,12 @@ impl UploadBody {
             }
             let silent =
                 || Error::DeadlineExceeded(format!("no bytes of the upload arrived for {IDLE_LIMIT:?}"));
-            line.unfinished().wait_for_client();
+            call.wait_for_client();
             let bytes = tokio::time::timeout(IDLE_LIMIT, self.body.next()).await;
-            line.unfinished().client_moved();
+            call.client_moved();
             match bytes.map_err(|_| silent())? {
                 Some(Ok(bytes)) => {
-                    line.received(bytes.len());
+                    call.received(bytes.len());
                     self.raw = bytes;
                     self.make_room().await?;
                 }
@@ -191,8 +188,8 @@ impl UploadBody {
     ///
     /// # Errors
     /// See [`UploadBody::next`]; and the errors of the store.
-    pub(super) async fn fill(mut self, blob: &mut NewBlob, line: &mut RequestLog) -> Result<()> {
-        while let Some(bytes) = self.next(line).await? {
+    pub(super) async fn fill(mut self, blob: &mut NewBlob, call: &Call) -> Result<()> {
+        while let Some(bytes) = self.next(call).await? {
             blob.write(bytes).await?;
         }
         Ok(())
@@ -205,11 +202,11 @@ impl UploadBody {
     /// See [`UploadBody::next`]; and the errors of `hold`.
     pub(super) async fn collect(
         mut self,
-        line: &mut RequestLog,
+        call: &Call,
         mut hold: impl FnMut(u64) -> Result<()>,
     ) -> Result<Vec<u8>> {
         let mut all = Vec::new();
-        while let Some(bytes) = self.next(line).await? {
+        while let Some(bytes) = self.next(call).await? {
             hold(bytes.len() as u64)?;
             all.extend_from_slice(&bytes);
         }
@@ -224,8 +221,6 @@ fn too_large(max: u64) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{connections::Connections, under_way::UnderWay};
-    use axum::http::{Method, Uri};
     use gorego_reapi::compression::WINDOW_MAX_LOG;
     use proptest::prelude::*;
     use std::io::Write as _;
@@ -238,13 +233,10 @@ mod tests {
         let mut request = Request::new(Body::from_stream(stream::iter(pieces)));
         request.headers_mut().insert(header::CONTENT_ENCODING, "zstd".parse().unwrap());
         let runtime = Builder::new_current_thread().enable_time().build().unwrap();
-        let connections = Connections::default();
-        let connection = connections.admit(([127, 0, 0, 1], 1).into()).unwrap().state().clone();
-        let (uri, unfinished) = (Uri::from_static("/"), UnderWay::default().begin());
-        let mut line = RequestLog::new(&connections, &connection, &Method::PUT, &uri, unfinished);
+        let call = Call::default();
         let decoders = Budget::new(decoders::DECODERS);
         runtime.block_on(async {
-            UploadBody::new(request, max, &decoders)?.collect(&mut line, |_| Ok(())).await
+            UploadBody::new(request, &call, max, &decoders)?.collect(&call, |_| Ok(())).await
         })
     }
 

@@ -1,18 +1,18 @@
-//! [`Line`]: what waits of one peer, and which of it is next.
+//! [`PeerQueue`]: the waiting tasks of one peer, and which of them is next.
 //!
-//! The order, in words:
-//! 1. Tasks of one priority are a class. The most urgent class that waits is served first.
-//! 2. A class that is due ([`Ranks`]) gets every second turn; of several, the one most overdue. Not all turns, because an old
-//!    backlog would otherwise be more urgent than everything new until it is gone.
-//! 3. In a class, the build that has the fewest tasks of this class running is next; among equals the one that has waited
-//!    longest since it was served, or since it came. So builds share what their class gets, however much each one queues.
+//! The order:
+//! 1. Tasks of one priority are a class. The most urgent class is served first.
+//! 2. A class that is due ([`Ranks`]) gets every second turn; of several due classes, the most overdue one. It does not get all
+//!    turns, because otherwise an old backlog would delay everything new until it is gone.
+//! 3. In a class, the build with the fewest running tasks of this class is next; among equals, the one that was served or
+//!    arrived the longest time ago. So builds share the turns of their class, however many tasks each one queues.
 //! 4. In a build, tasks go in order of age.
 //!
-//! Why nobody starves: each turn of a class goes to a build with the least load, and the build moves behind its equals, so
-//! that a build without a running task is served within as many turns of its class as there are builds in it. A class is
-//! either the most urgent or becomes due, and then at most one turn in two goes elsewhere.
+//! Why no build starves: each turn of a class goes to a build with the least load, which then moves behind its equals. So a build
+//! without a running task is served within as many turns of its class as there are builds in it. A class is either the most
+//! urgent one or becomes due, and then at most every second turn goes to another class.
 
-use super::{Build, Place, ranks::Ranks};
+use super::{Build, QueueEntry, ranks::Ranks};
 use crate::actors::worker::messages::TaskId;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -20,22 +20,22 @@ use std::{
 };
 
 #[derive(Debug)]
-pub(super) struct Line {
-    /// Those with waiting tasks.
+pub(super) struct PeerQueue {
+    /// The classes with waiting tasks.
     classes: BTreeMap<i32, Class>,
     ranks: Ranks,
-    /// The last turn went to a class that was due.
+    /// Whether the last turn went to a class that was due.
     served_due: bool,
 }
 
-/// When a build was served last, and what it runs in the class.
+/// When a build was served last, and how many of its tasks run in the class.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Turn {
+pub(super) struct BuildTurn {
     pub(super) running: usize,
     pub(super) at: u64,
 }
 
-/// The task whose turn it is, and why.
+/// The task that is next, and whether it is next because its class is due.
 pub(super) struct Next {
     pub(super) priority: i32,
     pub(super) build: Build,
@@ -46,43 +46,43 @@ pub(super) struct Next {
 /// The waiting tasks of one priority.
 #[derive(Debug, Default)]
 struct Class {
-    /// A task that several builds wait for is here for each of them.
+    /// A task that several builds wait for is listed for each of them.
     tasks: BTreeMap<(TaskId, Build), Instant>,
-    builds: HashMap<Build, Waiting>,
+    builds: HashMap<Build, WaitingBuild>,
     /// (tasks running, turn, build): the least is next.
     order: BTreeSet<(usize, u64, Build)>,
 }
 
-/// What waits of one build in one class; never empty.
+/// The waiting tasks of one build in one class; never empty.
 #[derive(Debug)]
-struct Waiting {
-    turn: Turn,
+struct WaitingBuild {
+    turn: BuildTurn,
     tasks: BTreeSet<TaskId>,
 }
 
-impl Line {
-    /// An empty line in which a task gains a step of priority for each `step` that it waits.
+impl PeerQueue {
+    /// An empty queue in which a task gains a step of priority for each `step` that it waits.
     pub(super) fn new(step: Duration) -> Self {
         Self { classes: BTreeMap::new(), ranks: Ranks::new(step), served_due: false }
     }
 
-    /// The most urgent priority, and since when the oldest task of it waits; `None` when nothing does.
+    /// The most urgent priority and the submission time of its oldest task; `None` if no task waits.
     pub(super) fn most_urgent(&self) -> Option<(i32, Instant)> {
         let (priority, class) = self.classes.first_key_value()?;
         Some((*priority, class.oldest()?))
     }
 
-    /// Adds a place; whether it is new. The turn is for a build that had nothing waiting.
-    pub(super) fn insert(&mut self, place: &Place, turn: Turn) -> bool {
-        self.change(place.priority, |class| class.insert(place, turn))
+    /// Adds an entry, and returns whether it is new. `turn` is the turn of a build that had no waiting task.
+    pub(super) fn insert(&mut self, entry: &QueueEntry, turn: BuildTurn) -> bool {
+        self.change(entry.priority, |class| class.insert(entry, turn))
     }
 
-    /// Takes a place out; whether it was there.
-    pub(super) fn remove(&mut self, place: &Place) -> bool {
-        self.change(place.priority, |class| class.remove(place.owner.build, place.task))
+    /// Removes an entry, and returns whether it was there.
+    pub(super) fn remove(&mut self, entry: &QueueEntry) -> bool {
+        self.change(entry.priority, |class| class.remove(entry.owner.build, entry.task))
     }
 
-    /// The task whose turn it is.
+    /// The task that is next.
     pub(super) fn next(&self, now: Instant) -> Option<Next> {
         let due = if self.served_due { None } else { self.ranks.due(now).next() };
         let priority = due.or_else(|| self.ranks.lowest())?;
@@ -92,8 +92,8 @@ impl Line {
         Some(Next { priority, build, task, is_due: due.is_some() })
     }
 
-    /// Takes that task out; its build has had this turn.
-    pub(super) fn take(&mut self, next: &Next, turn: Turn) {
+    /// Takes this task and gives its build a new turn.
+    pub(super) fn take(&mut self, next: &Next, turn: BuildTurn) {
         self.served_due = next.is_due;
         self.change(next.priority, |class| {
             class.reorder(next.build, turn.running, Some(turn.at));
@@ -101,22 +101,22 @@ impl Line {
         });
     }
 
-    /// A build runs so many tasks of a class now.
+    /// Sets the number of running tasks of a build in a class.
     pub(super) fn ended(&mut self, priority: i32, build: Build, running: usize) {
         if let Some(class) = self.classes.get_mut(&priority) {
             class.reorder(build, running, None);
         }
     }
 
-    /// All tasks in the order in which they would be taken now if nothing else came or ended, ageing aside.
+    /// All tasks in the order in which they would be taken if none arrived or ended; ageing is not considered.
     pub(super) fn order(&self) -> Vec<(i32, TaskId)> {
         let mut order = Vec::new();
         for (&priority, class) in &self.classes {
-            // With `i` tasks taken before it, a build has `running + i` running, and stands behind those of its equals that
-            // were taken from less often, for their last turn is longer ago.
+            // After `i` of its tasks, a build has `running + i` running tasks. It is behind equals of which fewer tasks were
+            // taken, because their last turn is longer ago.
             let waiting = class.builds.values().flat_map(|waiting| {
-                let place = |(i, &task)| (waiting.turn.running + i, i, waiting.turn.at, task);
-                waiting.tasks.iter().enumerate().map(place)
+                let entry = |(i, &task)| (waiting.turn.running + i, i, waiting.turn.at, task);
+                waiting.tasks.iter().enumerate().map(entry)
             });
             let mut waiting: Vec<_> = waiting.collect();
             waiting.sort_unstable();
@@ -125,7 +125,7 @@ impl Line {
         order
     }
 
-    /// The builds of a class that run nothing, and how many there are in all.
+    /// The builds of a class without running tasks, and the number of all its builds.
     #[cfg(test)]
     pub(super) fn idle_builds(&self, priority: i32) -> (Vec<Build>, usize) {
         let Some(class) = self.classes.get(&priority) else { return Default::default() };
@@ -133,7 +133,7 @@ impl Line {
         (idle.map(|(build, _)| *build).collect(), class.builds.len())
     }
 
-    /// Changes a class, which is made if need be, and keeps the books about it.
+    /// Changes a class, which is created if necessary, and updates the ranks.
     fn change(&mut self, priority: i32, change: impl FnOnce(&mut Class) -> bool) -> bool {
         let class = self.classes.entry(priority).or_default();
         let done = change(class);
@@ -151,14 +151,14 @@ impl Class {
         self.tasks.first_key_value().map(|(_, since)| *since)
     }
 
-    fn insert(&mut self, place: &Place, turn: Turn) -> bool {
-        let build = place.owner.build;
+    fn insert(&mut self, entry: &QueueEntry, turn: BuildTurn) -> bool {
+        let build = entry.owner.build;
         let waiting = self.builds.entry(build).or_insert_with(|| {
             self.order.insert((turn.running, turn.at, build));
-            Waiting { turn, tasks: BTreeSet::new() }
+            WaitingBuild { turn, tasks: BTreeSet::new() }
         });
-        waiting.tasks.insert(place.task);
-        self.tasks.insert((place.task, build), place.since).is_none()
+        waiting.tasks.insert(entry.task);
+        self.tasks.insert((entry.task, build), entry.since).is_none()
     }
 
     fn remove(&mut self, build: Build, task: TaskId) -> bool {
@@ -175,9 +175,9 @@ impl Class {
     }
 
     fn reorder(&mut self, build: Build, running: usize, turn: Option<u64>) {
-        let Some(Waiting { turn: last, .. }) = self.builds.get_mut(&build) else { return };
+        let Some(WaitingBuild { turn: last, .. }) = self.builds.get_mut(&build) else { return };
         self.order.remove(&(last.running, last.at, build));
-        *last = Turn { running, at: turn.unwrap_or(last.at) };
+        *last = BuildTurn { running, at: turn.unwrap_or(last.at) };
         self.order.insert((last.running, last.at, build));
     }
 }

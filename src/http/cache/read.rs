@@ -4,11 +4,9 @@ use super::{
     Target,
     body::{accepts_zstd, of_blob, of_message, of_zstd},
     range::{self, Asked},
-    request_log::RequestLog,
     resource::HashInPath,
-    status,
 };
-use crate::{actors::cas::client::Cas, instance::Instance};
+use crate::{actors::cas::client::Cas, call::Call, http::status, instance::Instance};
 use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
@@ -28,13 +26,13 @@ pub(super) async fn blob(
     (cache, instance): Target<'_>,
     hash: HashInPath,
     headers: &HeaderMap,
-    line: &mut RequestLog,
+    call: &Call,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("no blob with hash {} is in the CAS", like.hash_hex()));
-    let cas = cache.cas.on_behalf_of(line.caller());
+    let cas = cache.cas.on_behalf_of(call.caller());
     let digest = cas.blob_by_hash(instance, like)?.ok_or_else(absent)?;
-    stored((&cas, instance), digest, headers, line).await
+    stored((&cas, instance), digest, headers, call).await
 }
 
 /// Responds with the value of a key or a range of it.
@@ -42,25 +40,21 @@ pub(super) async fn value(
     (cache, instance): Target<'_>,
     key: &str,
     headers: &HeaderMap,
-    line: &mut RequestLog,
+    call: &Call,
 ) -> Result<Response> {
-    let cas = cache.cas.on_behalf_of(line.caller());
+    let cas = cache.cas.on_behalf_of(call.caller());
     let digest = value_digest((&cas, instance), key).await?;
-    stored((&cas, instance), digest, headers, line).await
+    stored((&cas, instance), digest, headers, call).await
 }
 
 /// Responds with a complete action result (AC-03).
-pub(super) async fn result(
-    (cache, instance): Target<'_>,
-    hash: HashInPath,
-    line: &RequestLog,
-) -> Result<Response> {
+pub(super) async fn result((cache, instance): Target<'_>, hash: HashInPath, call: &Call) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("the action with hash {} has no result", like.hash_hex()));
-    let cas = cache.cas.on_behalf_of(line.caller());
+    let cas = cache.cas.on_behalf_of(call.caller());
     let action = cas.action_by_hash(instance, like)?.ok_or_else(absent)?;
     let result = cas.get_result(instance, action).await?.ok_or_else(absent)?;
-    let mut response = Response::new(of_message(&*result, line.connection()).await?);
+    let mut response = Response::new(of_message(&*result, call).await?);
     let kind = HeaderValue::from_static("application/octet-stream");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response.headers_mut().insert(header::CONTENT_LENGTH, result.encoded_len().into());
@@ -95,10 +89,9 @@ async fn stored(
     (cas, instance): (&Cas, &Instance),
     digest: Digest,
     headers: &HeaderMap,
-    line: &mut RequestLog,
+    call: &Call,
 ) -> Result<Response> {
-    line.blob(digest);
-    let to = line.connection();
+    call.note_blob(digest);
     let size = digest.size();
     // Responses have no validators, so If-Range never matches and the range is ignored.
     let range = headers.get(header::RANGE).filter(|_| !headers.contains_key(header::IF_RANGE));
@@ -107,15 +100,18 @@ async fn stored(
     let compressed = asked == Asked::Whole && size >= COMPRESS_FROM_BYTES && accepts_zstd(headers);
     let (code, body, length, content_range) = match asked {
         Asked::Whole if compressed => {
-            (StatusCode::OK, of_zstd(cas.open_zstd(instance, digest, 0).await?, to), None, None)
+            (StatusCode::OK, of_zstd(cas.open_zstd(instance, digest, 0).await?, call.clone()), None, None)
         }
-        Asked::Whole => {
-            (StatusCode::OK, of_blob(cas.open(instance, digest).await?, 0..size, to), Some(size), None)
-        }
+        Asked::Whole => (
+            StatusCode::OK,
+            of_blob(cas.open(instance, digest).await?, 0..size, call.clone()),
+            Some(size),
+            None,
+        ),
         Asked::Part(part) => {
             let shown = format!("bytes {}-{}/{size}", part.start, part.end.saturating_sub(1));
             let length = part.end.saturating_sub(part.start);
-            let body = of_blob(cas.open(instance, digest).await?, part, to);
+            let body = of_blob(cas.open(instance, digest).await?, part, call.clone());
             (StatusCode::PARTIAL_CONTENT, body, Some(length), Some(shown))
         }
         Asked::Unsatisfiable => {

@@ -18,9 +18,11 @@ pub(super) fn plain(code: StatusCode, text: &str) -> Response {
 }
 
 /// The response to a method that the resource does not support.
-pub(super) fn not_allowed(methods: &'static str) -> Response {
+pub(super) fn not_allowed(methods: &str) -> Response {
     let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, &format!("the supported methods are {methods}"));
-    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(methods));
+    if let Ok(methods) = HeaderValue::from_str(methods) {
+        response.headers_mut().insert(header::ALLOW, methods);
+    }
     response
 }
 

@@ -1,12 +1,9 @@
 //! Connections: admitted by [`Connections`], served one request at a time, and closed so that the last response arrives.
 //!
-//! Every wait for a client is limited: for the head of a request here, for its body in [`super::body`], and for an unread
+//! Every wait for a client is limited: for the head of a request here, for its body by the mounts, and for an unread
 //! response in the kernel.
 
-use crate::{
-    acknowledge::Prompt,
-    connections::{ConnectionState, Connections},
-};
+use crate::{acknowledge::Prompt, call::ConnectionInfo, connections::Connections};
 use axum::{
     body::Body,
     extract::Request,
@@ -57,8 +54,8 @@ const LINGER_BYTES: usize = 16 * 1024;
 /// Both ends of a connection.
 #[derive(Debug, Clone)]
 pub(super) struct Ends {
-    /// The state of the connection to the client.
-    pub client: Arc<ConnectionState>,
+    /// The connection to the client.
+    pub client: ConnectionInfo,
     /// The local address to which the client has connected.
     pub here: IpAddr,
 }
@@ -81,14 +78,11 @@ pub(super) async fn serve(
         // Without a local address, only requests for loopback and for configured names are answered.
         let here = stream.local_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip());
         let Some(admitted) = connections.admit(peer) else { continue };
-        let ends = Ends { client: admitted.state().clone(), here };
+        let ends = Ends { client: ConnectionInfo::of(&admitted), here };
         let (answer, closed) = (answer.clone(), closing.subscribe());
         tokio::spawn(async move {
             let state = admitted.state();
-            let answer = move |mut request: Request| {
-                request.extensions_mut().insert(state.caller);
-                answer(ends.clone(), request)
-            };
+            let answer = move |request: Request| answer(ends.clone(), request);
             // A connection is asked to close if it is idle, or if its client does not read the responses. So a request that
             // is dropped here waits for its client.
             select! {
@@ -189,7 +183,7 @@ async fn linger(mut stream: Prompt) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http_cache::status;
+    use crate::http::status;
     use axum::http::StatusCode;
 
     /// A client of a server that answers every request without reading its body.

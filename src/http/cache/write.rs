@@ -4,11 +4,9 @@ use super::{
     Target,
     body::UploadBody,
     read::{VALUE_PATH, like, value_action},
-    request_log::RequestLog,
     resource::HashInPath,
-    status,
 };
-use crate::{actors::cas::client::Provenance, instance::Instance};
+use crate::{call::Call, http::status};
 use axum::{extract::Request, http::StatusCode, response::Response};
 use gorego_reapi::{
     error::{Error, Result},
@@ -25,14 +23,14 @@ pub(super) async fn blob(
     (cache, instance): Target<'_>,
     hash: HashInPath,
     request: Request,
-    line: &mut RequestLog,
+    call: &Call,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
-    let cas = cache.cas.on_behalf_of(line.caller());
-    let upload = UploadBody::new(request, cache.max_blob_bytes, cas.decoders())?;
+    let cas = cache.cas.on_behalf_of(call.caller());
+    let upload = UploadBody::new(request, call, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, like.function());
-    upload.fill(&mut blob, line).await?;
-    line.blob(blob.finish_checked(like).await?);
+    upload.fill(&mut blob, call).await?;
+    call.note_blob(blob.finish_checked(like).await?);
     Ok(created())
 }
 
@@ -41,14 +39,13 @@ pub(super) async fn result(
     (cache, instance): Target<'_>,
     hash: HashInPath,
     request: Request,
-    line: &mut RequestLog,
+    call: &Call,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
-    check_writable(instance)?;
-    let (caller, cas) = (line.caller(), cache.cas.on_behalf_of(line.caller()));
-    let mut held = cas.hold(caller, 0)?;
-    let upload = UploadBody::new(request, MAX_RESULT_BYTES.min(cache.max_blob_bytes), cas.decoders())?;
-    let bytes = upload.collect(line, |bytes| Ok(held.grow(bytes)?)).await?;
+    let cas = cache.cas.on_behalf_of(call.caller());
+    let mut held = cas.hold(call.caller(), 0)?;
+    let upload = UploadBody::new(request, call, MAX_RESULT_BYTES.min(cache.max_blob_bytes), cas.decoders())?;
+    let bytes = upload.collect(call, |bytes| Ok(held.grow(bytes)?)).await?;
     let decoded = cas.decode(bytes.into(), RESULT_MAX_MEMORY, "ActionResult").await;
     let (result, _room): (reapi::ActionResult, _) = decoded.map_err(|error| {
         Error::Invalid(format!("this is not an ActionResult ({error}); store other formats under /cache/"))
@@ -58,7 +55,7 @@ pub(super) async fn result(
         Some(action) => action,
         None => cas.action_by_hash(instance, like)?.unwrap_or(like),
     };
-    cas.put_result(instance, action, result, provenance(line)).await?;
+    cas.put_result(instance, action, result, call.provenance()).await?;
     Ok(created())
 }
 
@@ -67,33 +64,20 @@ pub(super) async fn value(
     (cache, instance): Target<'_>,
     key: &str,
     request: Request,
-    line: &mut RequestLog,
+    call: &Call,
 ) -> Result<Response> {
     let action = value_action(instance, key)?;
-    check_writable(instance)?;
-    let cas = cache.cas.on_behalf_of(line.caller());
-    let upload = UploadBody::new(request, cache.max_blob_bytes, cas.decoders())?;
+    let cas = cache.cas.on_behalf_of(call.caller());
+    let upload = UploadBody::new(request, call, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, action.function());
-    upload.fill(&mut blob, line).await?;
+    upload.fill(&mut blob, call).await?;
     let digest = blob.finish().await?;
-    line.blob(digest);
+    call.note_blob(digest);
     let file =
         reapi::OutputFile { path: VALUE_PATH.into(), digest: Some(digest.to_wire()), ..Default::default() };
     let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
-    cas.put_result(instance, action, result, provenance(line)).await?;
+    cas.put_result(instance, action, result, call.provenance()).await?;
     Ok(created())
-}
-
-/// Refuses instances whose clients may not write results.
-pub(super) fn check_writable(instance: &Instance) -> Result<()> {
-    if instance.policy().action_cache_updates {
-        return Ok(());
-    }
-    Err(Error::Denied("clients may not write results to this instance (action_cache_updates = false)".into()))
-}
-
-fn provenance(line: &RequestLog) -> Provenance {
-    Provenance { peer: line.peer().to_string(), ..Provenance::default() }
 }
 
 /// The response after a successful write.

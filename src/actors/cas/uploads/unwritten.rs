@@ -1,9 +1,10 @@
-//! [`Received`]: the pieces of an upload that came in and are not written yet.
+//! [`UnwrittenPieces`]: the pieces of an upload that have arrived and are not written yet.
 //!
-//! A job on a blocking thread is not worth its start for a few bytes, so each upload collects some before it starts one. Thousands of
-//! uploads that say nothing more would keep those in memory, so all of them share a [`Budget`]. Where it has no room for the next
-//! piece, [`Received::push`] says so, and the upload writes what it has at once and waits for that. So that many uploads of one
-//! client do not come to that, each is less far behind when half of the budget is taken ([`Received::has_plenty`]).
+//! Starting a job on a blocking thread does not pay for a few bytes, so each upload collects some first. Thousands of stalled
+//! uploads would keep these bytes in memory, so all uploads share a [`Budget`]. If it has no room for the next piece,
+//! [`UnwrittenPieces::push`] fails, and the upload writes what it has at once and waits for that. Uploads already buffer less
+//! when half of the budget is taken ([`UnwrittenPieces::has_plenty`]), so that many uploads of one client seldom reach the
+//! bound.
 
 use crate::{
     budget::{Bounds, Budget, Refusal, Share},
@@ -11,18 +12,18 @@ use crate::{
 };
 use bytes::Bytes;
 
-/// Bytes that clients sent and that are not written yet.
-pub const RECEIVED: Bounds = Bounds {
+/// Bound on the bytes that clients sent and that are not written yet.
+pub(crate) const RECEIVED: Bounds = Bounds {
     what: "bytes of uploads that are not written yet",
     total: 128 * 1024 * 1024,
     connection: 96 * 1024 * 1024,
 };
-/// What a piece takes beside its bytes: its handle, and the rest of the message that it is a part of.
+/// Memory of a piece beyond its bytes: its handle, and the rest of the message that it is a part of.
 const PIECE_OVERHEAD_BYTES: u64 = 1024;
 
-/// See the top of this file.
+/// The unwritten pieces of one upload; see the module documentation.
 #[derive(Debug)]
-pub struct Received {
+pub(crate) struct UnwrittenPieces {
     account: Option<(Budget, Caller)>,
     pieces: Pieces,
     bytes: usize,
@@ -30,45 +31,45 @@ pub struct Received {
 
 /// Pieces, with their share of the budget.
 #[derive(Debug, Default)]
-pub struct Pieces {
-    /// The bytes.
+pub(crate) struct Pieces {
     pub bytes: Vec<Bytes>,
     share: Option<Share>,
 }
 
-impl Received {
-    /// Nothing yet. What the server itself takes in is on no account.
-    pub fn new(account: Option<(Budget, Caller)>) -> Self {
+impl UnwrittenPieces {
+    /// An empty buffer. Without an account, nothing is charged: the server itself stores the bytes.
+    pub(crate) fn new(account: Option<(Budget, Caller)>) -> Self {
         Self { account, pieces: Pieces::default(), bytes: 0 }
     }
 
-    /// Who sends it; nobody in particular where the server itself takes it in.
-    pub fn caller(&self) -> Caller {
+    /// The caller that is charged, or the default caller if the server itself stores the bytes.
+    pub(crate) fn caller(&self) -> Caller {
         self.account.as_ref().map(|(_, caller)| *caller).unwrap_or_default()
     }
 
-    /// The first bytes, as far as they are in one piece.
-    pub fn head(&self) -> &[u8] {
+    /// The first piece.
+    pub(crate) fn head(&self) -> &[u8] {
         self.pieces.bytes.first().map(AsRef::as_ref).unwrap_or_default()
     }
 
-    /// How many bytes there are.
-    pub fn bytes(&self) -> usize {
+    /// The number of unwritten bytes.
+    pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Whether this upload may be far behind: neither all uploads nor those of its connection have half of what they may.
-    pub fn has_plenty(&self) -> bool {
+    /// Whether this upload may buffer a lot: all uploads together, and those of its connection, hold less than half of their
+    /// bounds.
+    pub(crate) fn has_plenty(&self) -> bool {
         self.account.as_ref().is_none_or(|(budget, caller)| {
             budget.held() < RECEIVED.total / 2 && budget.held_by(*caller) < RECEIVED.connection / 2
         })
     }
 
-    /// Adds a piece, unless it is empty.
+    /// Appends a piece, unless it is empty.
     ///
     /// # Errors
-    /// When there is no room for it in memory. It was added all the same, and has to be written at once.
-    pub fn push(&mut self, piece: Bytes) -> Result<(), Refusal> {
+    /// When there is no memory for it. It is added all the same, and has to be written at once.
+    pub(crate) fn push(&mut self, piece: Bytes) -> Result<(), Refusal> {
         if piece.is_empty() {
             return Ok(());
         }
@@ -85,8 +86,8 @@ impl Received {
         }
     }
 
-    /// Takes out what there is.
-    pub fn take(&mut self) -> Pieces {
+    /// Takes out all pieces.
+    pub(crate) fn take(&mut self) -> Pieces {
         self.bytes = 0;
         std::mem::take(&mut self.pieces)
     }
@@ -100,7 +101,7 @@ mod tests {
     fn pieces_are_counted_until_they_are_dropped_and_one_without_room_is_added_all_the_same() {
         let budget = Budget::new(RECEIVED);
         let caller = Caller::connected(([127, 0, 0, 1], 1).into());
-        let mut received = Received::new(Some((budget.clone(), caller)));
+        let mut received = UnwrittenPieces::new(Some((budget.clone(), caller)));
         received.push(Bytes::new()).unwrap();
         assert_eq!(budget.held(), 0);
         received.push(Bytes::from_static(b"first")).unwrap();

@@ -4,14 +4,8 @@
 //! collection are unknown: a collection is described alone, and a request for everything below it (`Depth: infinity`) is
 //! refused, as the RFC allows. Every response is small.
 
-use super::{
-    Target,
-    body::UploadBody,
-    read::value_digest,
-    request_log::RequestLog,
-    status,
-    write::{check_writable, created},
-};
+use super::{COLLECTIONS, Target, VALUES, body::UploadBody, read::value_digest, write::created};
+use crate::{call::Call, http::status};
 use axum::{
     extract::Request,
     http::{HeaderMap, HeaderValue, StatusCode, header},
@@ -30,12 +24,13 @@ pub(super) async fn properties(
     target: Target<'_>,
     key: &str,
     request: Request,
-    line: &mut RequestLog,
+    call: &Call,
 ) -> Result<Response> {
     let is_collection = is_collection(key);
     let depth = Depth::of(request.headers())?;
-    let body =
-        UploadBody::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.collect(line, |_| Ok(())).await;
+    let body = UploadBody::new(request, call, MAX_BODY_BYTES, target.0.cas.decoders())?
+        .collect(call, |_| Ok(()))
+        .await;
     body.map_err(|error| match error {
         Error::OutOfRange(_) => {
             Error::OutOfRange(format!("a PROPFIND request may have at most {MAX_BODY_BYTES} bytes"))
@@ -49,7 +44,7 @@ pub(super) async fn properties(
     let properties = if is_collection {
         "<D:resourcetype><D:collection/></D:resourcetype>".to_owned()
     } else {
-        let cas = target.0.cas.on_behalf_of(line.caller());
+        let cas = target.0.cas.on_behalf_of(call.caller());
         let size = value_digest((&cas, target.1), key).await?.size();
         format!("<D:resourcetype/><D:getcontentlength>{size}</D:getcontentlength>")
     };
@@ -66,33 +61,27 @@ pub(super) async fn make_collection(
     target: Target<'_>,
     key: &str,
     request: Request,
-    line: &mut RequestLog,
+    call: &Call,
 ) -> Result<Response> {
-    check_writable(target.1)?;
-    let body = UploadBody::new(request, MAX_BODY_BYTES, target.0.cas.decoders())?.next(line).await?;
+    let body = UploadBody::new(request, call, MAX_BODY_BYTES, target.0.cas.decoders())?.next(call).await?;
     if body.is_some() {
         return Err(Error::Unimplemented("a MKCOL request with a body is not supported".into()));
     }
     let name = key.trim_end_matches('/');
     if name.is_empty() {
-        return Ok(status::not_allowed(allowed(key)));
+        return Ok(status::not_allowed(&COLLECTIONS.allow()));
     }
-    let cas = target.0.cas.on_behalf_of(line.caller());
+    let cas = target.0.cas.on_behalf_of(call.caller());
     match value_digest((&cas, target.1), name).await {
-        Ok(_) => Ok(status::not_allowed(allowed(name))),
+        Ok(_) => Ok(status::not_allowed(&VALUES.allow())),
         Err(Error::NotFound(_)) => Ok(created()),
         Err(error) => Err(error),
     }
 }
 
 /// Whether a key names a collection: it is empty or ends with a slash.
-pub(super) fn is_collection(key: &str) -> bool {
+fn is_collection(key: &str) -> bool {
     key.is_empty() || key.ends_with('/')
-}
-
-/// The methods that a key supports.
-pub(super) fn allowed(key: &str) -> &'static str {
-    if is_collection(key) { "PROPFIND, MKCOL" } else { "GET, HEAD, PUT, PROPFIND, MKCOL" }
 }
 
 /// The depth of a PROPFIND request.

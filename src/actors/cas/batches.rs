@@ -1,0 +1,200 @@
+//! Batches of whole blobs: [`Cas::read_many`] and [`Cas::write_many`].
+//!
+//! Each item has its own result. Room is reserved for several items at once; items that are already stored need none.
+
+use super::{
+    blob::{not_found, read_whole},
+    client::{Cas, Upload, spoilt},
+    guards::Reservation,
+    index::{EntryKind, FoundEntry, Key},
+    lookup::Purpose,
+    new_files::{NewFiles, Visible},
+    requests::Prepared,
+    settings::{ROOM_STEP_BYTES, SOUND_TRIES},
+    uploads::sink::{Payload, WHOLE_BYTES, check_item, check_stream, failed},
+};
+use crate::instance::{Instance, InstanceId};
+use bytes::Bytes;
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
+};
+use std::{collections::HashSet, sync::Arc};
+
+impl Cas {
+    /// Reads whole blobs, in the order of the digests; duplicates are allowed. It is meant for small blobs: the caller bounds
+    /// their total size.
+    ///
+    /// # Errors
+    /// Each blob has its own result. The call fails when the server is shutting down.
+    pub async fn read_many(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Vec<Result<Bytes>>> {
+        let located = self.locate(instance, &digests, Purpose::Look).await?;
+        let at_hand = |(digest, found): (&Digest, &Option<FoundEntry>)| match found {
+            Some(_) => self.shared().recent.get(&(instance.blobs(), *digest)).map(Ok),
+            None if digest.is_empty() => Some(Ok(Bytes::new())),
+            None => Some(Err(not_found(*digest))),
+        };
+        let known: Vec<Option<Result<Bytes>>> = digests.iter().zip(&located.found).map(at_hand).collect();
+        if known.iter().all(Option::is_some) {
+            return Ok(known.into_iter().flatten().collect());
+        }
+        let cas = self.clone();
+        self.blocking(move || {
+            let read = |(known, found): (Option<Result<Bytes>>, Option<FoundEntry>)| match (known, found) {
+                (Some(known), _) => Some(known),
+                (None, found) => found.map(|found| read_whole(&cas, &found)),
+            };
+            known.into_iter().zip(located.found).filter_map(read).collect()
+        })
+        .await
+    }
+
+    /// Stores whole blobs, each checked against its digest (CAS-09..13); duplicates are allowed.
+    ///
+    /// # Errors
+    /// Each blob has its own result. The call fails when the server is shutting down.
+    pub async fn write_many(
+        &self,
+        instance: &Instance,
+        blobs: Vec<(Digest, impl Into<Payload>)>,
+    ) -> Result<Vec<Result<()>>> {
+        let blobs: Arc<[(Digest, Payload)]> =
+            blobs.into_iter().map(|(digest, bytes)| (digest, bytes.into())).collect();
+        let mut outcomes = vec![Ok(()); blobs.len()];
+        let mut all_visible = Vec::new();
+        for step in in_steps(&blobs) {
+            if let [at] = step[..]
+                && let Some((digest, Payload::Zstd(stream))) = blobs.get(at)
+                && digest.size() > WHOLE_BYTES
+            {
+                outcomes[at] = self.write_stream(instance, *digest, stream.clone()).await;
+                continue;
+            }
+            let (stored, visible) = self.write_step(instance, blobs.clone(), step.clone()).await?;
+            for (at, outcome) in step.into_iter().zip(stored) {
+                outcomes[at] = outcome;
+            }
+            all_visible.extend(visible);
+        }
+        for visible in all_visible {
+            visible.wait().await?;
+        }
+        Ok(outcomes)
+    }
+
+    /// Stores the items of a batch that share one reservation.
+    async fn write_step(
+        &self,
+        instance: &Instance,
+        blobs: Arc<[(Digest, Payload)]>,
+        step: Vec<usize>,
+    ) -> Result<(Vec<Result<()>>, Option<Visible>)> {
+        let fits = |digest: &Digest, payload: &Payload| match payload {
+            Payload::Plain(bytes) => digest.size() == bytes.len() as u64 && !digest.is_empty(),
+            Payload::Zstd(_) => !digest.is_empty(),
+        };
+        let items = step.iter().filter_map(|&at| blobs.get(at));
+        let digests: HashSet<Digest> =
+            items.filter(|(digest, bytes)| fits(digest, bytes)).map(|(digest, _)| *digest).collect();
+        let prepared = self.prepare(instance, digests.into_iter().collect()).await?;
+        let (cas, id) = (self.clone(), instance.blobs());
+        self.blocking(move || {
+            let items: Vec<_> = step.iter().filter_map(|&at| blobs.get(at)).collect();
+            cas.write_batch(id, &items, prepared)
+        })
+        .await
+    }
+
+    /// Stores one large compressed item, as an upload that cannot be resumed.
+    async fn write_stream(&self, instance: &Instance, digest: Digest, stream: Bytes) -> Result<()> {
+        let name = format!("batch/{:x}", self.shared().volume.next_generation());
+        match self.begin_upload(instance, &name, digest, 0).await? {
+            Upload::Present => self.blocking(move || check_stream(digest, &stream)).await?,
+            Upload::Writer(writer) => {
+                let mut writer = writer.decoding().unresumable();
+                writer.write(stream).await?;
+                writer.finish().await.map(drop)
+            }
+        }
+    }
+
+    /// Reserves room for the blobs that are not stored. The files of stored blobs are checked, so a damaged blob is dropped and
+    /// counts as not stored.
+    pub(super) async fn prepare(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Prepared> {
+        for _ in 0..SOUND_TRIES {
+            let absent = self.find_missing(instance, &digests).await?;
+            if absent.len() < digests.len() {
+                let absent: HashSet<&Digest> = absent.iter().collect();
+                let present = digests.iter().filter(|digest| !absent.contains(digest)).copied().collect();
+                if !self.are_sound(instance, present).await? {
+                    continue;
+                }
+            }
+            let room = self.reserve_for(&absent).await?;
+            return Ok(Prepared { absent, room });
+        }
+        Err(spoilt())
+    }
+
+    /// Reserves room for blobs that are not stored.
+    async fn reserve_for(&self, absent: &[Digest]) -> Result<Result<Reservation>> {
+        let charge = |digest: &Digest| self.shared().volume.charge(digest.size());
+        let bytes = absent.iter().map(charge).fold(0, u64::saturating_add);
+        match self.take_room(bytes).await {
+            Err(error @ Error::Unavailable(_)) => Err(error),
+            room => Ok(room),
+        }
+    }
+
+    /// Checks and writes items; the written files are handed to the actor before this returns. Blocks.
+    fn write_batch(
+        &self,
+        instance: InstanceId,
+        blobs: &[&(Digest, Payload)],
+        prepared: Prepared,
+    ) -> (Vec<Result<()>>, Option<Visible>) {
+        let mut absent: HashSet<Digest> = prepared.absent.into_iter().collect();
+        let mut files = prepared.room.map(|room| self.new_files(room));
+        let outcomes = blobs.iter().map(|(digest, payload)| {
+            self.check_blob_size(digest.size(), &digest.to_string())?;
+            let bytes = check_item(*digest, payload)?;
+            if !absent.contains(digest) {
+                return Ok(());
+            }
+            let files = files.as_mut().map_err(|error| error.clone())?;
+            let key = Key { digest: *digest, instance, kind: EntryKind::Blob };
+            files.write(key, std::slice::from_ref(&bytes)).map_err(|error| failed(*digest, &error))?;
+            self.shared().remember(instance, *digest, &[bytes]);
+            absent.remove(digest);
+            Ok(())
+        });
+        let outcomes = outcomes.collect();
+        (outcomes, files.ok().and_then(NewFiles::commit))
+    }
+}
+
+/// Groups the items of a batch, by position, into steps that share one reservation. Plain items form one step, because their
+/// bytes are already there. Compressed items declare their size only in the digest, so a step reserves at most
+/// [`ROOM_STEP_BYTES`] for them; a larger item is a step of its own.
+fn in_steps(blobs: &[(Digest, Payload)]) -> Vec<Vec<usize>> {
+    let (mut plain, mut steps): (Vec<usize>, Vec<Vec<usize>>) = (Vec::new(), Vec::new());
+    let mut left = 0;
+    for (at, (digest, payload)) in blobs.iter().enumerate() {
+        let size = digest.size().max(1);
+        match (payload, steps.last_mut()) {
+            (Payload::Plain(_), _) => plain.push(at),
+            (Payload::Zstd(_), Some(step)) if size <= left => {
+                step.push(at);
+                left -= size;
+            }
+            (Payload::Zstd(_), _) => {
+                steps.push(vec![at]);
+                left = ROOM_STEP_BYTES.saturating_sub(size);
+            }
+        }
+    }
+    if !plain.is_empty() {
+        steps.insert(0, plain);
+    }
+    steps
+}

@@ -1,0 +1,174 @@
+//! Which pools there are, and what must be true of them while they come and go.
+
+use super::World;
+use crate::{
+    actors::scheduler::{
+        ledger::{TaskStep, fixtures::pool},
+        slots::{PoolId, PoolSpec},
+    },
+    platform::{self, Offer},
+};
+use std::collections::BTreeMap;
+
+/// Most pools at the same time.
+const MOST: usize = 4;
+
+/// What the workers of a pool run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PoolKind {
+    Linux,
+    Plan9,
+    Either,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum KnownState {
+    Open,
+    Draining,
+    Closed,
+}
+
+struct KnownPool {
+    spec: PoolSpec,
+    state: KnownState,
+}
+
+/// The pools as the world sees them.
+#[derive(Default)]
+pub(super) struct Pools {
+    pools: BTreeMap<PoolId, KnownPool>,
+    /// By preference; the older one first where two are equal.
+    order: Vec<PoolId>,
+    names: u32,
+}
+
+impl Pools {
+    /// A pool with a name of its own.
+    pub(super) fn new_spec(&mut self, slots: usize, kind: PoolKind) -> PoolSpec {
+        self.names += 1;
+        let either = Offer::Set(vec!["linux".into(), "plan9".into()]);
+        let offers = match kind {
+            PoolKind::Linux => pool(slots, "linux").offers,
+            PoolKind::Plan9 => pool(slots, "plan9").offers,
+            PoolKind::Either => [("OSFamily".to_owned(), either)].into(),
+        };
+        PoolSpec { name: format!("pool {}", self.names), offers, ..pool(slots, "") }
+    }
+
+    pub(super) fn insert(&mut self, id: PoolId, spec: PoolSpec) {
+        let before = self.pools.insert(id, KnownPool { spec, state: KnownState::Open });
+        assert!(before.is_none(), "an id is used once");
+        self.order.push(id);
+        self.order.sort_by_key(|id| {
+            let spec = &self.pools[id].spec;
+            (platform::preference(&spec.name, &spec.offers), *id)
+        });
+    }
+
+    fn remove(&mut self, id: PoolId) {
+        self.pools.remove(&id);
+        self.order.retain(|other| *other != id);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.pools.is_empty()
+    }
+
+    pub(super) fn contains(&self, id: PoolId) -> bool {
+        self.pools.contains_key(&id)
+    }
+
+    pub(super) fn is_open(&self, id: PoolId) -> bool {
+        self.pools.get(&id).is_some_and(|pool| pool.state == KnownState::Open)
+    }
+
+    pub(super) fn is_closed(&self, id: PoolId) -> bool {
+        self.pools.get(&id).is_some_and(|pool| pool.state == KnownState::Closed)
+    }
+
+    pub(super) fn close(&mut self, id: PoolId) {
+        if let Some(pool) = self.pools.get_mut(&id) {
+            pool.state = KnownState::Closed;
+        }
+    }
+
+    pub(super) fn slots(&self, id: PoolId) -> usize {
+        self.pools[&id].spec.slots
+    }
+
+    pub(super) fn order(&self) -> &[PoolId] {
+        &self.order
+    }
+
+    /// The pools for actions that ask for this `OSFamily`, by preference.
+    pub(super) fn suiting(&self, family: Option<&str>) -> Vec<PoolId> {
+        let family = family.map(str::to_lowercase);
+        let suits = |id: &PoolId| {
+            let Some(family) = &family else { return true };
+            match &self.pools[id].spec.offers["OSFamily"] {
+                Offer::Exact(offered) => offered == family,
+                Offer::Set(offered) => offered.contains(family),
+                _ => unreachable!("no pool of this world offers that"),
+            }
+        };
+        self.order.iter().copied().filter(suits).collect()
+    }
+}
+
+impl World {
+    /// A pool comes, drains or goes.
+    pub(super) fn change_pools(&mut self) {
+        let ids: Vec<_> = self.pools.pools.keys().copied().collect();
+        let chosen = self.random.pick(&ids);
+        match (self.random.below(4), chosen) {
+            (0..2, _) | (_, None) if ids.len() < MOST => self.add_pool(),
+            (2, Some(id)) => {
+                self.ledger.drain_pool(id).unwrap();
+                let known = self.pools.pools.get_mut(&id).unwrap();
+                if known.state == KnownState::Open {
+                    known.state = KnownState::Draining;
+                }
+                self.seen.insert("pool drained");
+            }
+            (_, Some(id)) => {
+                self.ledger.remove_pool(id, self.now).unwrap();
+                assert!(self.ledger.remove_pool(id, self.now).is_err(), "it is gone");
+                self.pools.remove(id);
+                self.seen.insert("pool removed");
+            }
+            (_, None) => unreachable!("with no pool there is room for one"),
+        }
+    }
+
+    fn add_pool(&mut self) {
+        let kind = self.random.pick(&[PoolKind::Linux, PoolKind::Plan9, PoolKind::Either]).unwrap();
+        let slots = 1 + self.random.below(2);
+        let spec = self.pools.new_spec(slots, kind);
+        let id = self.ledger.add_pool(spec.clone()).unwrap();
+        assert!(self.ledger.add_pool(spec.clone()).is_err(), "names are unique");
+        self.pools.insert(id, spec);
+        self.seen.insert("pool added");
+        if self.ledger.ready[&id].len() > 0 {
+            self.seen.insert("pool added for those who wait");
+        }
+    }
+
+    /// A task waits for all pools that suit it, in order, and one of them at least may take it.
+    pub(super) fn check_pools(&self) {
+        let ledger = &self.ledger;
+        assert_eq!(ledger.slots.order(), self.pools.order());
+        assert!(ledger.ready.keys().eq(self.pools.pools.keys()), "each pool has a queue");
+        for task in ledger.tasks.values() {
+            let family = task.action.platform.first().map(|(_, value)| value.as_str());
+            assert_eq!(*task.pools, *self.pools.suiting(family));
+            if task.step != TaskStep::Running {
+                let is_hopeless = |id: &PoolId| self.pools.is_closed(*id);
+                assert!(!task.pools.iter().all(is_hopeless), "nobody waits for what will never come");
+            }
+        }
+        let in_service = self.pools.pools.values().filter(|pool| pool.state == KnownState::Open);
+        let stuck = ledger.runs.values().filter(|run| run.stuck && self.pools.is_open(run.pool)).count();
+        let slots: usize = in_service.map(|pool| pool.spec.slots).sum();
+        assert_eq!(ledger.inspect().slots, slots - stuck);
+    }
+}

@@ -1,0 +1,326 @@
+//! [`Call`]: one request, at either port. It is made once, where the request comes in.
+//!
+//! It says who asks and over which connection, holds the room for the answer, and collects what the log line needs. Handlers
+//! take the caller from it and add what they find out.
+
+use crate::{
+    actors::{
+        cas::client::Provenance,
+        scheduler::operation::{ClientInfo, OperationId},
+    },
+    budget::Share,
+    caller::Caller,
+    connections::{Admitted, ConnectionState, Connections, answers::FRAME_BYTES},
+    instance::Instance,
+    policy::{Permissions, Principal},
+    under_way::Unfinished,
+};
+use bytes::Bytes;
+use gorego_reapi::{digest::Digest, error::Result};
+use http::Extensions;
+use std::{
+    mem,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+};
+
+/// Answers up to this size always wait for room ([`Call::reserve_soon`]).
+pub(crate) const SMALL_ANSWER_BYTES: usize = 64 * 1024;
+
+/// The connection of a request.
+#[derive(Debug, Clone)]
+pub(crate) struct ConnectionInfo {
+    /// Its state.
+    pub(crate) state: Arc<ConnectionState>,
+    /// All connections.
+    pub(crate) connections: Connections,
+}
+
+impl ConnectionInfo {
+    pub(crate) fn of(admitted: &Admitted) -> Self {
+        Self { state: admitted.state().clone(), connections: admitted.connections().clone() }
+    }
+
+    /// The address of the client.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.state.address
+    }
+
+    /// The caller of its requests.
+    pub(crate) fn caller(&self) -> Caller {
+        self.state.caller
+    }
+}
+
+/// One request; see the top of this file. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Call(Arc<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    principal: Principal,
+    client: ClientInfo,
+    /// `None` for a request that does not come from a socket.
+    connection: Option<ConnectionInfo>,
+    /// `None` for a method that is unknown.
+    permissions: Option<Permissions>,
+    instance: OnceLock<Instance>,
+    notes: Mutex<Notes>,
+    /// Room for the next part of the answer.
+    room: Mutex<Option<Share>>,
+    bytes_in: AtomicU64,
+    bytes_out: AtomicU64,
+    is_broken_off: AtomicBool,
+    /// The entry by which a shutdown tracks the request; `None` for streams that clients keep open.
+    unfinished: Option<Unfinished>,
+}
+
+/// What handlers find out for the log line.
+#[derive(Debug, Default)]
+pub(crate) struct Notes {
+    pub(crate) operation: Option<OperationId>,
+    pub(crate) action: Option<Digest>,
+    pub(crate) blob: Option<Digest>,
+    /// Whether the action cache had an answer.
+    pub(crate) cached: Option<bool>,
+    /// The error inside a response whose gRPC code is OK.
+    pub(crate) inner_error: Option<String>,
+}
+
+impl Call {
+    /// A request that has just come in.
+    pub(crate) fn begin(
+        connection: Option<ConnectionInfo>,
+        client: ClientInfo,
+        permissions: Option<Permissions>,
+        unfinished: Option<Unfinished>,
+    ) -> Self {
+        Self(Arc::new(State { connection, client, permissions, unfinished, ..State::default() }))
+    }
+
+    /// The call of a request with these extensions. Without one, it is a call from nowhere, which may do nothing.
+    pub(crate) fn of(extensions: &Extensions) -> Self {
+        extensions.get::<Self>().cloned().unwrap_or_default()
+    }
+
+    pub(crate) fn principal(&self) -> Principal {
+        self.0.principal
+    }
+
+    /// The permissions of the method that was called; `None` for an unknown method.
+    pub(crate) fn permissions(&self) -> Option<Permissions> {
+        self.0.permissions
+    }
+
+    /// What the client says about itself in the headers of the request.
+    pub(crate) fn client(&self) -> &ClientInfo {
+        &self.0.client
+    }
+
+    /// The network address of the client.
+    pub(crate) fn peer(&self) -> Option<SocketAddr> {
+        self.0.connection.as_ref().map(ConnectionInfo::address)
+    }
+
+    /// The caller for budgets.
+    pub(crate) fn caller(&self) -> Caller {
+        self.0.connection.as_ref().map(ConnectionInfo::caller).unwrap_or_default()
+    }
+
+    /// The connection; `None` for a request that does not come from a socket.
+    pub(crate) fn connection(&self) -> Option<&ConnectionInfo> {
+        self.0.connection.as_ref()
+    }
+
+    /// The origin of an action result that the request brings.
+    pub(crate) fn provenance(&self) -> Provenance {
+        Provenance {
+            worker: String::new(),
+            tool_invocation_id: self.client().tool_invocation_id.clone(),
+            peer: self.peer().map(|peer| peer.to_string()).unwrap_or_default(),
+        }
+    }
+}
+
+/// Room for the answer.
+impl Call {
+    /// Waits for room for this much of the answer, and keeps it for what is sent next.
+    ///
+    /// # Errors
+    /// `Exhausted` when there is none for too long.
+    pub(crate) async fn reserve(&self, bytes: usize) -> Result<()> {
+        if let Some(connection) = self.connection() {
+            self.keep(connection.state.reserve(bytes as u64 + 2 * FRAME_BYTES).await?);
+        }
+        Ok(())
+    }
+
+    /// Like [`Call::reserve`], but only answers up to [`SMALL_ANSWER_BYTES`] wait. For handlers that hold the answer or a
+    /// large request in memory while they wait.
+    ///
+    /// # Errors
+    /// `Exhausted` when there is no room for a larger answer at once, or none for a small one for too long.
+    pub(crate) async fn reserve_soon(&self, bytes: usize) -> Result<()> {
+        if bytes <= SMALL_ANSWER_BYTES {
+            return self.reserve(bytes).await;
+        }
+        if let Some(connection) = self.connection() {
+            self.keep(connection.state.reserve_now(bytes as u64 + 2 * FRAME_BYTES)?);
+        }
+        Ok(())
+    }
+
+    /// Reserves room for the next piece of a stream. Returns the size that the piece may have, at most `max`.
+    ///
+    /// # Errors
+    /// See [`Call::reserve`].
+    pub(crate) async fn reserve_piece(&self, max: usize) -> Result<usize> {
+        let Some(connection) = self.connection() else { return Ok(max) };
+        if self.room().is_some() {
+            // Small gRPC messages are collected into one frame while more are ready. They are sent first, so that no more
+            // than one piece is held.
+            tokio::task::yield_now().await;
+        }
+        let (piece, room) = connection.state.reserve_piece(max).await?;
+        self.keep(room);
+        Ok(piece)
+    }
+
+    /// Takes this much of the reserved room, if there is as much. A remainder that is only enough for framing is taken too.
+    pub(crate) fn take_room(&self, bytes: u64) -> Option<Share> {
+        let mut kept = self.room();
+        let all = kept.as_mut().filter(|kept| kept.amount() >= bytes)?;
+        let rest = all.amount() - bytes;
+        let part = all.split(if rest <= 2 * FRAME_BYTES { all.amount() } else { bytes });
+        if all.amount() == 0 {
+            *kept = None;
+        }
+        Some(part)
+    }
+
+    /// Ties all reserved room to these bytes, until they are sent.
+    pub(crate) fn charge(&self, bytes: Bytes) -> Bytes {
+        match (self.room().take(), self.connection()) {
+            (Some(room), Some(connection)) => connection.state.charge(bytes, room),
+            _ => bytes,
+        }
+    }
+
+    /// Gives unused room back.
+    pub(crate) fn give_room_back(&self) {
+        drop(self.room().take());
+    }
+
+    fn keep(&self, room: Share) {
+        let mut kept = self.room();
+        match &mut *kept {
+            Some(kept) => kept.merge(room),
+            None => *kept = Some(room),
+        }
+    }
+
+    fn room(&self) -> MutexGuard<'_, Option<Share>> {
+        self.0.room.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the log line and a shutdown need.
+impl Call {
+    /// Records the instance.
+    pub(crate) fn note_instance(&self, instance: &Instance) {
+        let _ = self.0.instance.set(instance.clone());
+    }
+
+    /// The instance, once it is known.
+    pub(crate) fn instance(&self) -> Option<&Instance> {
+        self.0.instance.get()
+    }
+
+    /// Records the operation.
+    pub(crate) fn note_operation(&self, id: OperationId) {
+        self.notes().operation = Some(id);
+    }
+
+    /// Records the action.
+    pub(crate) fn note_action(&self, action: Digest) {
+        self.notes().action = Some(action);
+    }
+
+    /// Records the blob of a request that is about one.
+    pub(crate) fn note_blob(&self, blob: Digest) {
+        self.notes().blob = Some(blob);
+    }
+
+    /// Records whether the action cache had an answer.
+    pub(crate) fn note_cached(&self, cached: bool) {
+        self.notes().cached = Some(cached);
+    }
+
+    /// Records the error inside an answer whose gRPC code is OK.
+    pub(crate) fn note_inner_error(&self, error: &str) {
+        self.notes().inner_error = Some(error.to_owned());
+    }
+
+    /// Takes what was recorded. For the end of the request.
+    pub(crate) fn take_notes(&self) -> Notes {
+        mem::take(&mut self.notes())
+    }
+
+    /// Counts bytes of the request.
+    pub(crate) fn received(&self, bytes: usize) {
+        self.0.bytes_in.fetch_add(bytes as u64, Relaxed);
+    }
+
+    /// Counts bytes of the answer.
+    pub(crate) fn sent(&self, bytes: usize) {
+        self.0.bytes_out.fetch_add(bytes as u64, Relaxed);
+    }
+
+    /// Records that the client left before the end of its request.
+    pub(crate) fn break_off(&self) {
+        self.0.is_broken_off.store(true, Relaxed);
+    }
+
+    /// Whether the client left before the end of its request.
+    pub(crate) fn is_broken_off(&self) -> bool {
+        self.0.is_broken_off.load(Relaxed)
+    }
+
+    /// Number of bytes of the request so far.
+    pub(crate) fn bytes_in(&self) -> u64 {
+        self.0.bytes_in.load(Relaxed)
+    }
+
+    /// Number of bytes of the answer so far.
+    pub(crate) fn bytes_out(&self) -> u64 {
+        self.0.bytes_out.load(Relaxed)
+    }
+
+    /// Records that the request now waits for its client.
+    pub(crate) fn wait_for_client(&self) {
+        if let Some(unfinished) = &self.0.unfinished {
+            unfinished.wait_for_client();
+        }
+    }
+
+    /// Records that the client has made progress.
+    pub(crate) fn client_moved(&self) {
+        if let Some(unfinished) = &self.0.unfinished {
+            unfinished.client_moved();
+        }
+    }
+
+    /// Records that the request is over.
+    pub(crate) fn end(&self) {
+        if let Some(unfinished) = &self.0.unfinished {
+            unfinished.end();
+        }
+    }
+
+    fn notes(&self) -> MutexGuard<'_, Notes> {
+        self.0.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,109 @@
+//! The permissions that each RPC needs. An RPC without a row is refused by the [`gate`](crate::gate).
+
+use super::services::{
+    action_cache_server as action_cache, byte_stream_server as byte_stream,
+    capabilities_server as capabilities, content_addressable_storage_server as cas,
+    execution_server as execution, fetch_server as fetch, log_stream_service_server as log_stream,
+    operations_server as operations, push_server as push,
+};
+use crate::policy::{
+    Permission::{AcRead, AcWrite, Assets, CasRead, CasWrite, Execute, Logs, Operations},
+    Permissions,
+};
+
+/// The methods of a service.
+type Methods = &'static [(&'static str, Permissions)];
+
+/// Every method of every service. The methods of ByteStream need the second permission for log streams.
+const SERVICES: &[(&str, Methods)] = &[
+    (execution::SERVICE_NAME, &[("Execute", &[Execute]), ("WaitExecution", &[Operations])]),
+    (action_cache::SERVICE_NAME, &[("GetActionResult", &[AcRead]), ("UpdateActionResult", &[AcWrite])]),
+    (
+        cas::SERVICE_NAME,
+        &[
+            ("FindMissingBlobs", &[CasRead]),
+            ("BatchUpdateBlobs", &[CasWrite]),
+            ("BatchReadBlobs", &[CasRead]),
+            ("GetTree", &[CasRead]),
+            ("SplitBlob", &[CasRead]),
+            ("SpliceBlob", &[CasWrite]),
+        ],
+    ),
+    (
+        byte_stream::SERVICE_NAME,
+        &[("Read", &[CasRead, Logs]), ("Write", &[CasWrite, Logs]), ("QueryWriteStatus", &[CasWrite, Logs])],
+    ),
+    (
+        operations::SERVICE_NAME,
+        &[
+            ("ListOperations", &[Operations]),
+            ("GetOperation", &[Operations]),
+            ("DeleteOperation", &[Operations]),
+            ("CancelOperation", &[Operations]),
+            ("WaitOperation", &[Operations]),
+        ],
+    ),
+    (log_stream::SERVICE_NAME, &[("CreateLogStream", &[Logs])]),
+    (fetch::SERVICE_NAME, &[("FetchBlob", &[Assets]), ("FetchDirectory", &[Assets])]),
+    (push::SERVICE_NAME, &[("PushBlob", &[Assets]), ("PushDirectory", &[Assets])]),
+    (capabilities::SERVICE_NAME, &[("GetCapabilities", &[])]),
+    ("grpc.health.v1.Health", &[("Check", &[]), ("Watch", &[])]),
+    ("grpc.reflection.v1.ServerReflection", &[("ServerReflectionInfo", &[])]),
+    ("grpc.reflection.v1alpha.ServerReflection", &[("ServerReflectionInfo", &[])]),
+];
+
+/// The permissions of the RPC with this path; `None` for a path without a row.
+pub(super) fn of(path: &str) -> Option<Permissions> {
+    let (service, method) = path.strip_prefix('/')?.split_once('/')?;
+    let (_, methods) = SERVICES.iter().find(|(name, _)| *name == service)?;
+    methods.iter().find(|(name, _)| *name == method).map(|(_, permissions)| *permissions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gorego_reapi::proto::DESCRIPTORS;
+    use prost::Message as _;
+    use prost_types::FileDescriptorSet;
+    use std::collections::BTreeSet;
+
+    /// The paths of all RPCs in these descriptors.
+    fn paths(descriptors: &[u8]) -> BTreeSet<String> {
+        let files = FileDescriptorSet::decode(descriptors).unwrap().file;
+        let services = files.iter().flat_map(|file| {
+            file.service.iter().map(|service| (format!("/{}.{}/", file.package(), service.name()), service))
+        });
+        services
+            .flat_map(|(start, service)| {
+                service.method.iter().map(move |method| format!("{start}{}", method.name()))
+            })
+            .collect()
+    }
+
+    /// So that nobody adds an RPC without thinking of who may call it.
+    #[test]
+    fn every_rpc_has_a_row_and_every_row_an_rpc() {
+        let mut rpcs = paths(DESCRIPTORS);
+        for descriptors in [
+            tonic_health::pb::FILE_DESCRIPTOR_SET,
+            tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+            tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+        ] {
+            rpcs.extend(paths(descriptors));
+        }
+        assert!(rpcs.len() > 25, "{rpcs:?}");
+        let row = |(service, methods): &(&str, Methods)| {
+            methods.iter().map(|(method, _)| format!("/{service}/{method}")).collect::<Vec<_>>()
+        };
+        let rows: BTreeSet<String> = SERVICES.iter().flat_map(row).collect();
+        assert_eq!(rows, rpcs);
+        assert!(rpcs.iter().all(|path| of(path).is_some()));
+    }
+
+    #[test]
+    fn a_path_that_is_no_rpc_has_no_permissions() {
+        for path in ["", "/", "//", "/grpc.health.v1.Health", "/grpc.health.v1.Health/", "/x/Check", "*"] {
+            assert_eq!(of(path), None, "{path}");
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! The HTTP/1.1 port. Its paths are divided among mounts ([`Router`]); today these are the [`cache`] and the front page.
+//!
+//! What all mounts share is here: connections, the check of the host name, places among the calls, log lines, and the status
+//! of errors. A new mount implements [`Mount`] and takes one line in [`Port::new`].
+//!
+//! Nothing here depends on gRPC. A request counts like a call ([`Connections::calls`]), and its body counts like any
+//! upload. The only state of this module is the budget of decoders.
+
+pub mod cache;
+mod connection;
+mod front;
+pub(crate) mod hosts;
+mod request_log;
+pub mod router;
+mod status;
+
+use crate::{
+    actors::scheduler::operation::ClientInfo,
+    budget::{Bounds, Budget},
+    call::Call,
+    connections::Connections,
+    under_way::UnderWay,
+};
+use axum::{
+    body::Body,
+    extract::Request,
+    http::{HeaderValue, Method, StatusCode, header},
+    response::Response,
+};
+use cache::Cache;
+use connection::Ends;
+use front::Front;
+use futures::{FutureExt as _, future::BoxFuture};
+use gorego_reapi::error::{Error, Result};
+use hosts::{HostRefusal, Hosts};
+use request_log::RequestLine;
+use router::{Missed, Place, Router};
+use std::{fmt, future::Future, sync::Arc};
+use tokio::net::TcpListener;
+
+/// Target of the log lines of this module.
+const LOG: &str = "gorego::http";
+/// Number of concurrent compressed uploads; further ones are told to retry. Each holds the window that its client chose, at
+/// most 8 MiB.
+const DECODERS: Bounds = Bounds { what: "encoded uploads at a time", total: 256, connection: 1 };
+
+/// A part of the port.
+trait Mount: fmt::Debug + Send + Sync {
+    /// Answers a request for one of its routes. For HEAD, it answers as for GET, and the body is removed.
+    fn answer<'a>(
+        &'a self,
+        place: Place<'a>,
+        request: Request,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<Response>>;
+}
+
+/// The mounts of the port, and what they share.
+#[derive(Debug)]
+pub struct Port {
+    mounts: Router<Box<dyn Mount>>,
+    /// The host names that requests may use.
+    hosts: Hosts,
+    /// Counts the requests that a shutdown waits for.
+    under_way: UnderWay,
+    /// The open connections of all ports.
+    connections: Connections,
+    decoders: Budget,
+}
+
+impl Port {
+    /// A port with the cache and the front page.
+    pub(crate) fn new(cache: Cache, hosts: Hosts, under_way: UnderWay, connections: Connections) -> Self {
+        let mut port = Self::empty(hosts, under_way, connections);
+        port.mounts.mount(cache::ROUTES, Box::new(cache));
+        // Behind all others, because its page lists them.
+        port.mounts.mount(front::ROUTES, Box::new(Front { page: index(&port.mounts) }));
+        port
+    }
+
+    fn empty(hosts: Hosts, under_way: UnderWay, connections: Connections) -> Self {
+        Self { mounts: Router::default(), hosts, under_way, connections, decoders: Budget::new(DECODERS) }
+    }
+}
+
+/// What the port serves, for people who open it in a browser or mistake its paths.
+fn index<M>(mounts: &Router<M>) -> String {
+    format!("this is goREgo's HTTP port; it serves {}", mounts.index())
+}
+
+/// Serves on `listener` until `shutdown` completes, then finishes the open requests.
+pub(crate) async fn serve(port: Port, listener: TcpListener, shutdown: impl Future<Output = ()>) {
+    let connections = port.connections.clone();
+    let port = Arc::new(port);
+    connection::serve(listener, connections, shutdown, move |ends, request| {
+        answer(port.clone(), ends, request).boxed()
+    })
+    .await;
+}
+
+async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
+    let uri = request.uri().clone();
+    let found = port.mounts.find(request.method().as_str(), uri.path());
+    let found = found.map(|(mount, place)| (mount.as_ref(), place));
+    let permissions = found.as_ref().ok().map(|(_, place)| place.permissions);
+    let unfinished = port.under_way.begin();
+    let call = Call::begin(Some(ends.client.clone()), ClientInfo::default(), permissions, Some(unfinished));
+    let mut line = RequestLine::new(&call, &ends.client, request.method(), request.uri());
+    let host = port.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
+    if let Err(refusal) = host {
+        let (code, why) = match refusal {
+            HostRefusal::Malformed(why) => (StatusCode::BAD_REQUEST, why.to_owned()),
+            HostRefusal::Stranger(why) => (StatusCode::MISDIRECTED_REQUEST, why),
+        };
+        let response = status::plain(code, &why);
+        line.refused(why);
+        return line.follow(response);
+    }
+    let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
+    let caller = call.caller();
+    let place = port.connections.calls().take(caller, 1);
+    let decoder = is_encoded.then(|| port.decoders.take(caller, 1)).transpose();
+    let response = match (place, decoder) {
+        (Ok(place), Ok(_decoder)) => {
+            let response = dispatch(&port.mounts, found, request, &call).await;
+            line.hold(place);
+            response
+        }
+        (Err(refusal), _) | (_, Err(refusal)) => {
+            line.refused(refusal.to_string());
+            Ok(busy(&refusal.to_string()))
+        }
+    };
+    let response = response.unwrap_or_else(|error| {
+        line.failed(&error);
+        status::of(&error)
+    });
+    line.follow(response)
+}
+
+/// The response to a request that may be retried after a second.
+fn busy(why: &str) -> Response {
+    let mut response = status::plain(StatusCode::SERVICE_UNAVAILABLE, why);
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    response
+}
+
+/// Lets a mount answer the request.
+async fn dispatch(
+    mounts: &Router<Box<dyn Mount>>,
+    found: Result<(&dyn Mount, Place<'_>), Missed>,
+    mut request: Request,
+    call: &Call,
+) -> Result<Response> {
+    let (mount, place) = match found {
+        Ok(found) => found,
+        Err(Missed::Method(route)) => return Ok(status::not_allowed(&route.allow())),
+        Err(Missed::Path) => return Err(Error::NotFound(format!("not found; {}", index(mounts)))),
+    };
+    if request.method() != Method::HEAD {
+        return mount.answer(place, request, call).await;
+    }
+    // Ranges apply only to GET.
+    request.headers_mut().remove(header::RANGE);
+    let response = mount.answer(place, request, call).await?;
+    // The headers still describe the body.
+    Ok(response.map(|_| Body::empty()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::future::ready;
+    use router::{OPEN, Route, RoutePlace};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpStream,
+    };
+
+    const NUMBERS: &[Route] = &[Route { at: RoutePlace::Path("numbers"), methods: OPEN, shown: "/numbers" }];
+
+    /// A mount such as /metrics will be.
+    #[derive(Debug)]
+    struct Numbers;
+
+    impl Mount for Numbers {
+        fn answer<'a>(&'a self, _: Place<'a>, _: Request, _: &'a Call) -> BoxFuture<'a, Result<Response>> {
+            ready(Ok(status::plain(StatusCode::OK, "1 2 3"))).boxed()
+        }
+    }
+
+    async fn ask(address: std::net::SocketAddr, method: &str, path: &str) -> String {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        let head = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+        client.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn a_second_mount_takes_one_line() {
+        let mut port = Port::empty(Hosts::default(), UnderWay::default(), Connections::default());
+        port.mounts.mount(front::ROUTES, Box::new(Front { page: "front".into() }));
+        port.mounts.mount(NUMBERS, Box::new(Numbers));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(serve(port, listener, std::future::pending()));
+        for (method, path, status, text) in [
+            ("GET", "/numbers", "200", "1 2 3"),
+            ("HEAD", "/numbers", "200", ""),
+            ("PUT", "/numbers", "405", "GET, HEAD"),
+            ("GET", "/", "200", "front"),
+            ("GET", "/healthz", "200", "ok"),
+            ("GET", "/cas/1", "404", "it serves /healthz (health check), /numbers"),
+        ] {
+            let answer = ask(address, method, path).await;
+            let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+            assert!(head.starts_with(&format!("HTTP/1.1 {status}")), "{method} {path}: {answer}");
+            assert!(body.contains(text) && body.is_empty() == text.is_empty(), "{method} {path}: {answer}");
+        }
+    }
+}

@@ -57,10 +57,10 @@ impl ConnectionInfo {
 
 /// One request; see the top of this file. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Call(Arc<State>);
+pub(crate) struct Call(Arc<CallState>);
 
 #[derive(Debug, Default)]
-struct State {
+struct CallState {
     principal: Principal,
     client: ClientInfo,
     /// `None` for a request that does not come from a socket.
@@ -98,7 +98,7 @@ impl Call {
         permissions: Option<Permissions>,
         unfinished: Option<Unfinished>,
     ) -> Self {
-        Self(Arc::new(State { connection, client, permissions, unfinished, ..State::default() }))
+        Self(Arc::new(CallState { connection, client, permissions, unfinished, ..CallState::default() }))
     }
 
     /// The call of a request with these extensions. Without one, it is a call from nowhere, which may do nothing.

@@ -34,7 +34,7 @@ use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
 use hosts::{HostRefusal, Hosts};
 use request_log::RequestLine;
-use router::{Missed, Place, Router};
+use router::{Missed, RoutedPath, Router};
 use std::{fmt, future::Future, sync::Arc};
 use tokio::net::TcpListener;
 
@@ -49,7 +49,7 @@ trait Mount: fmt::Debug + Send + Sync {
     /// Answers a request for one of its routes. For HEAD, it answers as for GET, and the body is removed.
     fn answer<'a>(
         &'a self,
-        place: Place<'a>,
+        place: RoutedPath<'a>,
         request: Request,
         call: &'a Call,
     ) -> BoxFuture<'a, Result<Response>>;
@@ -148,7 +148,7 @@ fn busy(why: &str) -> Response {
 /// Lets a mount answer the request.
 async fn dispatch(
     mounts: &Router<Box<dyn Mount>>,
-    found: Result<(&dyn Mount, Place<'_>), Missed>,
+    found: Result<(&dyn Mount, RoutedPath<'_>), Missed>,
     mut request: Request,
     call: &Call,
 ) -> Result<Response> {
@@ -184,7 +184,12 @@ mod tests {
     struct Numbers;
 
     impl Mount for Numbers {
-        fn answer<'a>(&'a self, _: Place<'a>, _: Request, _: &'a Call) -> BoxFuture<'a, Result<Response>> {
+        fn answer<'a>(
+            &'a self,
+            _: RoutedPath<'a>,
+            _: Request,
+            _: &'a Call,
+        ) -> BoxFuture<'a, Result<Response>> {
             ready(Ok(status::plain(StatusCode::OK, "1 2 3"))).boxed()
         }
     }

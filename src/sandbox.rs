@@ -27,14 +27,14 @@ pub(crate) const EXEC_ROOT: &str = "/build";
 
 /// A step that could not be taken. It is never the action's fault.
 #[derive(Debug)]
-pub(crate) struct Failure {
+pub(crate) struct SetupFailure {
     /// What was tried: "mount /proc".
     pub step: String,
     /// What the kernel said.
     pub error: io::Error,
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for SetupFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.step, self.error)
     }
@@ -43,11 +43,11 @@ impl fmt::Display for Failure {
 /// Adds the step to an error.
 pub(crate) trait Step<T> {
     /// `step` says what was tried.
-    fn step(self, step: impl fmt::Display) -> Result<T, Failure>;
+    fn step(self, step: impl fmt::Display) -> Result<T, SetupFailure>;
 }
 
 impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
-    fn step(self, step: impl fmt::Display) -> Result<T, Failure> {
-        self.map_err(|error| Failure { step: step.to_string(), error: error.into() })
+    fn step(self, step: impl fmt::Display) -> Result<T, SetupFailure> {
+        self.map_err(|error| SetupFailure { step: step.to_string(), error: error.into() })
     }
 }

@@ -9,7 +9,7 @@ use gorego::{
         layout::Layout,
         origins::Origins,
         outcome::{FailureKind, Problem},
-        request::{AssetRequest, AssetKind, Qualifiers},
+        request::{AssetKind, AssetRequest, Qualifiers},
         unpack::{Contents, unpack},
     },
     host::{HostPortRule, Network},

@@ -89,6 +89,14 @@ pub(super) fn sandbox(
             }
         }
     }
+    for hidden in &config.hidden {
+        let inside = config.visible.iter().chain(&config.writable).find(|shown| shown.starts_with(hidden));
+        if let Some(inside) = inside {
+            let problem =
+                format!("\"{}\" contains \"{}\", which is shown", hidden.display(), inside.display());
+            check.require("execution.sandbox.hidden", false, &problem);
+        }
+    }
     check.require(
         "execution.sandbox.processes",
         (1..=MAX_PROCESSES).contains(&config.processes),
@@ -137,5 +145,52 @@ fn hide_own(settings: &mut SandboxSettings, warnings: &mut Vec<String>, own: &[&
             ));
         }
         settings.hidden.push(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        config::{Config, Loaded, Machine, Settings},
+        sandbox::settings::SandboxSettings,
+    };
+    use gorego_reapi::error::Result;
+
+    fn checked(change: impl FnOnce(&mut Config)) -> Result<(SandboxSettings, Vec<String>)> {
+        let mut loaded = Loaded::defaults();
+        change(&mut loaded.config);
+        let machine = Machine { cpus: 1, cache_home: Some("/var/cache".into()), current_dir: "/".into() };
+        let settings = Settings::new(&loaded, &machine)?;
+        Ok((settings.execution.map(|execution| execution.sandbox).unwrap(), settings.warnings))
+    }
+
+    #[test]
+    fn a_store_in_a_visible_directory_is_hidden_with_a_warning() {
+        let (settings, warnings) = checked(|_| {}).unwrap();
+        assert!(settings.hidden.is_empty() && warnings.is_empty());
+        let (settings, warnings) = checked(|config| config.local_cache_dir = "/opt/gorego".into()).unwrap();
+        assert_eq!(settings.hidden, [std::path::Path::new("/opt/gorego")]);
+        assert!(warnings[0].contains("/opt/gorego") && warnings.len() == 1, "{warnings:?}");
+        let (_, warnings) =
+            checked(|config| config.execution.sandbox.writable = vec!["/var".into()]).unwrap();
+        assert!(warnings.iter().any(|warning| warning.contains("can change")), "{warnings:?}");
+    }
+
+    #[test]
+    fn paths_and_users_that_cannot_be_are_refused_with_their_key() {
+        for (key, change) in [
+            ("visible", (|config| config.execution.sandbox.visible = vec!["/".into()]) as fn(&mut Config)),
+            ("hidden", |config| config.execution.sandbox.hidden = vec!["etc".into()]),
+            ("hidden", |config| {
+                config.execution.sandbox.visible = vec!["/srv/a".into()];
+                config.execution.sandbox.hidden = vec!["/srv".into()];
+            }),
+            ("writable", |config| config.execution.sandbox.writable = vec!["/proc/x".into()]),
+            ("processes", |config| config.execution.sandbox.processes = 0),
+            ("first_user", |config| config.execution.sandbox.first_user = 0),
+        ] {
+            let error = checked(change).unwrap_err().to_string();
+            assert!(error.contains(&format!("execution.sandbox.{key}")), "{error}");
+        }
     }
 }

@@ -10,7 +10,7 @@
 //!
 //! [`Turn`] connects a connection with the task that serves it. The HTTP/2 library writes each message of more than a few hundred
 //! bytes by itself. While a turn is corked, small writes are collected, at most [`HELD_MAX_BYTES`] of them. They are written when
-//! the next one does not fit, or at the first read or flush after the cork was taken out. A turn also bounds what is read in it:
+//! the next one does not fit, or at the first read or flush after the cork was removed. A turn also bounds what is read in it:
 //! [`FRAMES_PER_TURN`], and nothing while [`UNSENT_STREAMS_MAX`] answered requests wait to be written.
 
 use super::conduct::{Conduct, Sent};
@@ -53,33 +53,33 @@ const UNSENT_STREAMS_MAX: usize = 64;
 /// Most bytes that a cork holds back: one or two packets over loopback, or dozens of small answers.
 const HELD_MAX_BYTES: usize = 16 * 1024;
 
-/// What a connection and the task that serves it tell each other; see the top of this file.
+/// State that a connection shares with the task that serves it; see the top of this file.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Turn(Arc<TurnState>);
 
 #[derive(Debug, Default)]
 struct TurnState {
     is_corked: AtomicBool,
-    /// Frames that were read in this turn.
+    /// Number of frames that were read in this turn.
     frames: AtomicUsize,
     /// Requests that were handed over and have not ended.
     requests: AtomicUsize,
 }
 
 impl Turn {
-    /// Begins a turn in which small writes are collected, or one in which everything is written, with or without reading.
-    pub fn begin(&self, is_corked: bool, may_read: bool) {
+    /// Begins a turn. Small writes are collected in it or not, and it reads or does not.
+    pub(super) fn begin(&self, is_corked: bool, may_read: bool) {
         self.0.is_corked.store(is_corked, Relaxed);
         self.0.frames.store(if may_read { 0 } else { FRAMES_PER_TURN }, Relaxed);
     }
 
-    /// Whether the turn has read as much as it may, so that there may be more.
-    pub fn is_used_up(&self) -> bool {
+    /// Whether the turn has reached its limit of frames, so there may be more to read.
+    pub(super) fn is_used_up(&self) -> bool {
         self.0.frames.load(Relaxed) >= FRAMES_PER_TURN
     }
 
     /// Counts a request until the result is dropped.
-    pub fn request(&self) -> OpenRequest {
+    pub(super) fn request(&self) -> OpenRequest {
         self.0.requests.fetch_add(1, Relaxed);
         OpenRequest(self.clone())
     }
@@ -93,7 +93,7 @@ impl Turn {
     }
 
     /// Number of requests that were handed over and have not ended.
-    pub fn requests(&self) -> usize {
+    pub(super) fn requests(&self) -> usize {
         self.0.requests.load(Relaxed)
     }
 }
@@ -139,9 +139,9 @@ pub(crate) struct Connection {
     /// Set while the client is too far ahead of its handlers.
     wait: Option<Wait>,
     turn: Turn,
-    /// Set while answers have to be written before more is read.
+    /// Set while answers must be written before more is read.
     unsent: Option<Waker>,
-    /// Writes that were collected.
+    /// The collected writes.
     held: Vec<u8>,
 }
 

@@ -62,7 +62,7 @@ where
 
     fn call(&mut self, request: Request<TonicBody>) -> Self::Future {
         let call = Call::of(request.extensions());
-        match Place::take(&call, &request) {
+        match CallPlace::take(&call, &request) {
             Ok(place) => AnswerFuture {
                 inner: Some(self.inner.call(request)),
                 call,
@@ -79,14 +79,14 @@ where
 
 /// The shares that a call holds from its first byte to the last byte of its answer.
 #[derive(Debug)]
-struct Place {
+struct CallPlace {
     /// `None` for a call that does not come from a socket.
     _call: Option<Share>,
     /// `None` for a head of the usual size.
     head: Option<Share>,
 }
 
-impl Place {
+impl CallPlace {
     fn take(call: &Call, request: &Request<TonicBody>) -> Result<Self, Refusal> {
         let Some(info) = call.connection() else { return Ok(Self { _call: None, head: None }) };
         let (caller, bytes) = (info.caller(), head_bytes(request));
@@ -99,7 +99,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for CallPlace {
     fn drop(&mut self) {
         memory::freed(self.head.as_ref().map_or(0, Share::amount));
     }
@@ -120,7 +120,7 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: Option<F>,
         call: Call,
-        place: Option<Place>,
+        place: Option<CallPlace>,
         refused: Option<Status>,
     }
 }
@@ -155,13 +155,13 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: Option<B>,
         call: Call,
-        _place: Option<Place>,
-        waiting: Option<Waiting>,
+        _place: Option<CallPlace>,
+        waiting: Option<WaitingFrame>,
     }
 }
 
 /// A frame that waits for its room.
-struct Waiting {
+struct WaitingFrame {
     data: Bytes,
     room: BoxFuture<'static, Result<Share>>,
 }
@@ -198,9 +198,9 @@ impl<B: Body<Data = Bytes>> Body for AnswerBody<B> {
                 }
             };
             match room_for(this.call, data) {
-                Room::Taken(data) => return Poll::Ready(Some(Ok(Frame::data(data)))),
-                Room::Waits(waiting) => *this.waiting = Some(waiting),
-                Room::Refused(status) => {
+                FrameRoom::Taken(data) => return Poll::Ready(Some(Ok(Frame::data(data)))),
+                FrameRoom::Waits(waiting) => *this.waiting = Some(waiting),
+                FrameRoom::Refused(status) => {
                     this.inner.set(None);
                     return Poll::Ready(Some(Ok(Frame::trailers(trailers(&status)))));
                 }
@@ -231,27 +231,27 @@ impl<B: Body<Data = Bytes>> Body for AnswerBody<B> {
     }
 }
 
-enum Room {
+enum FrameRoom {
     Taken(Bytes),
-    Waits(Waiting),
+    Waits(WaitingFrame),
     Refused(Status),
 }
 
 /// Transfers the reserved room to the frame. If it is too little, it is given back first, so that nothing is held while waiting
 /// for more.
-fn room_for(call: &Call, data: Bytes) -> Room {
-    let Some(info) = call.connection() else { return Room::Taken(data) };
+fn room_for(call: &Call, data: Bytes) -> FrameRoom {
+    let Some(info) = call.connection() else { return FrameRoom::Taken(data) };
     let bytes = data.len() as u64 + FRAME_BYTES;
     if let Some(room) = call.take_room(bytes) {
-        return Room::Taken(charge(call, data, room));
+        return FrameRoom::Taken(charge(call, data, room));
     }
     call.give_room_back();
     match info.state.reserve_now(bytes) {
-        Ok(room) => Room::Taken(charge(call, data, room)),
+        Ok(room) => FrameRoom::Taken(charge(call, data, room)),
         Err(_) if data.len() <= UNRESERVED_MAX_BYTES => {
-            Room::Waits(Waiting { data, room: reserve_owned(info.state.clone(), bytes).boxed() })
+            FrameRoom::Waits(WaitingFrame { data, room: reserve_owned(info.state.clone(), bytes).boxed() })
         }
-        Err(refusal) => Room::Refused(gorego_reapi::error::Error::from(refusal).into()),
+        Err(refusal) => FrameRoom::Refused(gorego_reapi::error::Error::from(refusal).into()),
     }
 }
 

@@ -91,7 +91,7 @@ impl ByteStream for ByteStreamService {
         let cas = self.0.cas.on_behalf_of(call.caller());
         let upload = cas.begin_upload(&instance, &first.resource_name, digest, check.next_offset).await?;
         let end = match (upload, name.encoding) {
-            (Upload::Present, _) => End::Early,
+            (Upload::Present, _) => UploadEnd::Early,
             (Upload::Writer(writer), Encoding::Identity) => receive(*writer, messages, first, check).await?,
             (Upload::Writer(writer), Encoding::Zstd) => {
                 receive(writer.decoding(), messages, first, check).await?
@@ -137,7 +137,7 @@ fn wire_size(size: u64) -> i64 {
 
 /// The end of a successful upload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+enum UploadEnd {
     /// The client sent everything, up to this offset.
     Sent(u64),
     /// The blob is already stored, so the rest was not needed (BS-24).
@@ -145,12 +145,12 @@ enum End {
 }
 
 /// The `committed_size` of a successful Write (BS-23, BS-24, BS-25).
-fn committed_size(name: &ResourceName, end: End, convention: CommittedSize) -> i64 {
+fn committed_size(name: &ResourceName, end: UploadEnd, convention: CommittedSize) -> i64 {
     let size = wire_size(name.digest.size());
     match (name.encoding, end, convention) {
-        (Encoding::Identity, ..) | (_, End::Sent(_), CommittedSize::Uncompressed) => size,
-        (_, End::Sent(offset), CommittedSize::Compressed) => wire_size(offset),
-        (_, End::Early, _) | (_, _, CommittedSize::MinusOne) => -1,
+        (Encoding::Identity, ..) | (_, UploadEnd::Sent(_), CommittedSize::Uncompressed) => size,
+        (_, UploadEnd::Sent(offset), CommittedSize::Compressed) => wire_size(offset),
+        (_, UploadEnd::Early, _) | (_, _, CommittedSize::MinusOne) => -1,
     }
 }
 
@@ -288,7 +288,7 @@ async fn receive(
     mut messages: Streaming<WriteRequest>,
     first: WriteRequest,
     mut check: WriteCheck,
-) -> Result<End, Status> {
+) -> Result<UploadEnd, Status> {
     let mut message = first;
     let mut superseded = pin!(writer.superseded());
     loop {
@@ -302,12 +302,12 @@ async fn receive(
                 check.accept(&extra)?;
             }
             writer.finish().await?;
-            return Ok(End::Sent(check.next_offset));
+            return Ok(UploadEnd::Sent(check.next_offset));
         }
         message = select! {
             biased;
             // This ends the upload at once, even if the client sends nothing (BS-24).
-            () = &mut superseded => return Ok(End::Early),
+            () = &mut superseded => return Ok(UploadEnd::Early),
             next = next_message(&mut messages, WRITE_IDLE_LIMIT) => next?.ok_or_else(|| check.unfinished())?,
         };
     }
@@ -402,13 +402,13 @@ mod tests {
         let plain = ResourceName::parse_write(&upload(10)).unwrap();
         let packed = ResourceName { encoding: Encoding::Zstd, ..plain.clone() };
         for convention in [Compressed, Uncompressed, MinusOne] {
-            assert_eq!(committed_size(&plain, End::Sent(10), convention), 10);
-            assert_eq!(committed_size(&plain, End::Early, convention), 10);
-            assert_eq!(committed_size(&packed, End::Early, convention), -1);
+            assert_eq!(committed_size(&plain, UploadEnd::Sent(10), convention), 10);
+            assert_eq!(committed_size(&plain, UploadEnd::Early, convention), 10);
+            assert_eq!(committed_size(&packed, UploadEnd::Early, convention), -1);
         }
-        assert_eq!(committed_size(&packed, End::Sent(7), Compressed), 7);
-        assert_eq!(committed_size(&packed, End::Sent(7), Uncompressed), 10);
-        assert_eq!(committed_size(&packed, End::Sent(7), MinusOne), -1);
+        assert_eq!(committed_size(&packed, UploadEnd::Sent(7), Compressed), 7);
+        assert_eq!(committed_size(&packed, UploadEnd::Sent(7), Uncompressed), 10);
+        assert_eq!(committed_size(&packed, UploadEnd::Sent(7), MinusOne), -1);
     }
 
     /// BS-27: the first offset counts bytes of the blob, what follows are compressed bytes, of which there may be more.

@@ -186,7 +186,7 @@ impl Conduct {
         self.open.streams.len()
     }
 
-    /// The most that this connection can be ahead of its handlers, by the streams that are open.
+    /// Upper bound of the bytes of open streams that no handler has taken.
     pub(super) fn ahead_at_most(&self) -> u64 {
         self.open.most
     }

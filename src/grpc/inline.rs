@@ -30,7 +30,7 @@ const ENVELOPE_BYTES: usize = 4 * 1024;
 
 /// A field of a result that can have inlined contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Content {
+enum InlinedField {
     Stdout,
     Stderr,
     File(usize),
@@ -79,16 +79,16 @@ fn plan(
     result: &reapi::ActionResult,
     function: DigestFunction,
     max_bytes: usize,
-) -> Vec<(Content, Digest)> {
+) -> Vec<(InlinedField, Digest)> {
     if *want == Inline::default() {
         return Vec::new();
     }
     let files: HashSet<&str> = want.output_files.iter().map(String::as_str).collect();
-    let stdout = want.stdout.then_some((Content::Stdout, result.stdout_digest.as_ref()));
-    let stderr = want.stderr.then_some((Content::Stderr, result.stderr_digest.as_ref()));
+    let stdout = want.stdout.then_some((InlinedField::Stdout, result.stdout_digest.as_ref()));
+    let stderr = want.stderr.then_some((InlinedField::Stderr, result.stderr_digest.as_ref()));
     let wanted =
         result.output_files.iter().enumerate().filter(|(_, file)| files.contains(file.path.as_str()));
-    let wanted = wanted.map(|(index, file)| (Content::File(index), file.digest.as_ref()));
+    let wanted = wanted.map(|(index, file)| (InlinedField::File(index), file.digest.as_ref()));
     let mut left = max_bytes.saturating_sub(result.encoded_len());
     let mut plan = Vec::new();
     for (slot, digest) in stdout.into_iter().chain(stderr).chain(wanted) {
@@ -104,13 +104,13 @@ fn plan(
 }
 
 /// Inserts contents. A blob that could not be read is left out.
-fn fill(result: &mut reapi::ActionResult, slots: &[Content], contents: Vec<Result<Bytes>>) {
+fn fill(result: &mut reapi::ActionResult, slots: &[InlinedField], contents: Vec<Result<Bytes>>) {
     for (slot, contents) in slots.iter().zip(contents) {
         let Ok(contents) = contents else { continue };
         match slot {
-            Content::Stdout => result.stdout_raw = contents,
-            Content::Stderr => result.stderr_raw = contents,
-            Content::File(index) => {
+            InlinedField::Stdout => result.stdout_raw = contents,
+            InlinedField::Stderr => result.stderr_raw = contents,
+            InlinedField::File(index) => {
                 if let Some(file) = result.output_files.get_mut(*index) {
                     file.contents = contents;
                 }
@@ -172,7 +172,7 @@ mod tests {
         let slots: Vec<_> =
             plan(&want, &result(5, 5, &[5, 6]), SHA256, RESULT_MAX_BYTES).into_iter().collect();
         assert_eq!(slots.len(), 1);
-        assert_eq!((slots[0].0, slots[0].1.size()), (Content::File(1), 6));
+        assert_eq!((slots[0].0, slots[0].1.size()), (InlinedField::File(1), 6));
         assert!(plan(&everything(), &result(0, 0, &[0]), SHA256, RESULT_MAX_BYTES).is_empty());
         assert!(plan(&everything(), &reapi::ActionResult::default(), SHA256, RESULT_MAX_BYTES).is_empty());
     }
@@ -186,7 +186,7 @@ mod tests {
             Err(Error::NotFound("gone".into())),
             Ok(Bytes::from_static(b"abc")),
         ];
-        fill(&mut filled, &[Content::Stdout, Content::Stderr, Content::File(0)], contents);
+        fill(&mut filled, &[InlinedField::Stdout, InlinedField::Stderr, InlinedField::File(0)], contents);
         assert_eq!(&filled.stdout_raw[..], b"out");
         assert!(filled.stderr_raw.is_empty());
         assert_eq!(&filled.output_files[0].contents[..], b"abc");

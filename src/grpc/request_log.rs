@@ -87,7 +87,7 @@ where
             _open: open,
         };
         request.extensions_mut().insert(call.clone());
-        let request = request.map(|inner| TonicBody::new(CountedBody { inner, call, open: body }));
+        let request = request.map(|inner| TonicBody::new(RequestBody { inner, call, open: body }));
         LoggedFuture { inner: self.inner.call(request), line: Some(line) }
     }
 }
@@ -190,7 +190,7 @@ impl<B: Body<Data = Bytes>> Body for LoggedBody<B> {
 
 pin_project_lite::pin_project! {
     /// A request body that counts its bytes.
-    struct CountedBody {
+    struct RequestBody {
         #[pin]
         inner: TonicBody,
         call: Call,
@@ -198,7 +198,7 @@ pin_project_lite::pin_project! {
         open: Option<Arc<OpenBody>>,
     }
 
-    impl PinnedDrop for CountedBody {
+    impl PinnedDrop for RequestBody {
         fn drop(this: Pin<&mut Self>) {
             // The library discards received bytes that nobody has read, and the connection stops counting them when the stream
             // closes. Subtracting them here too would hide bytes of other streams.
@@ -209,7 +209,7 @@ pin_project_lite::pin_project! {
     }
 }
 
-impl CountedBody {
+impl RequestBody {
     /// Polls the body, and tells the connection how many bytes were taken.
     fn poll_inner(
         self: Pin<&mut Self>,
@@ -230,7 +230,7 @@ impl CountedBody {
     }
 }
 
-impl Body for CountedBody {
+impl Body for RequestBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -275,7 +275,7 @@ mod tests {
         let connections = Connections::default();
         let admitted = connections.admit(([127, 0, 0, 1], 1).into()).unwrap();
         let state = admitted.state();
-        let body = || CountedBody {
+        let body = || RequestBody {
             inner: TonicBody::new("x".repeat(EACH)),
             call: Call::default(),
             open: Some(OpenBody::new(state.clone())),

@@ -50,7 +50,7 @@ use tower::Service;
 /// Time limit for the requests of one turn: about ten of the slowest look-ups. It bounds how long answers of this connection
 /// are delayed.
 const TURN_MAX: Duration = Duration::from_micros(500);
-/// Requests that were handed to other threads and are not begun; enough to keep dozens of threads busy until the next turn.
+/// Limit on spawned requests that have not begun: enough to keep dozens of threads busy until the next turn.
 const SPREAD_MAX: usize = 64;
 
 /// Serves connections until `shutdown` completes. Then it accepts no more, sends GOAWAY, and returns when the last connection
@@ -159,13 +159,13 @@ fn settings(requests: Collected) -> http2::Builder<Collected> {
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The requests of one poll of a connection.
+/// The requests of one turn of a connection's task.
 #[derive(Clone)]
 struct Collected {
     turn: Turn,
-    /// Permits for spawned requests that are not begun.
+    /// Places for spawned requests that have not begun.
     spread: Arc<Semaphore>,
-    /// `None` when the connection is gone. Each request has a clone of this, so they must not stay in here.
+    /// `None` when the connection has ended. Each request holds a clone of this, so requests must not stay in here.
     requests: Arc<Mutex<Option<VecDeque<Task>>>>,
 }
 
@@ -201,7 +201,7 @@ impl Collected {
         self.lock().as_ref().is_some_and(|requests| !requests.is_empty())
     }
 
-    /// Polls the collected requests once, until [`TURN_MAX`] is over, and spawns some of the rest. Returns whether there were any.
+    /// Begins the collected requests, within the limits of a turn. Returns whether there were any.
     fn begin(&self) -> bool {
         let (start, mut has_any) = (Instant::now(), false);
         while let Some(mut request) = self.next() {
@@ -232,7 +232,7 @@ impl Collected {
     }
 }
 
-/// Drops the requests that nobody has begun when the task of their connection ends.
+/// Drops the requests that have not begun when the task of their connection ends.
 struct StopCollecting(Collected);
 
 impl Drop for StopCollecting {

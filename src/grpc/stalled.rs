@@ -25,15 +25,15 @@ pub(crate) const READ_IDLE_LIMIT: Duration = super::byte_stream::WRITE_IDLE_LIMI
 /// Ends a stream when its client has taken no message for [`READ_IDLE_LIMIT`].
 pub(super) fn watched(messages: ReadStream) -> ReadStream {
     let pull =
-        Arc::new(Pull(Mutex::new(State { messages: Some(messages), idle_since: Some(Instant::now()) })));
+        Arc::new(Pull(Mutex::new(PullState { messages: Some(messages), idle_since: Some(Instant::now()) })));
     let watch = tokio::spawn(give_up(Arc::downgrade(&pull)));
     Watched { pull, watch }.boxed()
 }
 
-/// State that the stream and the watch share. The lock is held while a message is polled, which never blocks.
-struct Pull(Mutex<State>);
+/// PullState that the stream and the watch share. The lock is held while a message is polled, which never blocks.
+struct Pull(Mutex<PullState>);
 
-struct State {
+struct PullState {
     /// `None` once the stream has ended.
     messages: Option<ReadStream>,
     /// Start of the wait for the client; `None` while the server works.
@@ -41,7 +41,7 @@ struct State {
 }
 
 impl Pull {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, PullState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

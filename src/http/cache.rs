@@ -22,7 +22,7 @@ mod write;
 
 use super::{
     Mount,
-    router::{Place, Route, RoutePlace},
+    router::{Route, RoutePlace, RoutedPath},
 };
 use crate::{
     actors::cas::client::Cas,
@@ -83,7 +83,7 @@ type Target<'a> = (&'a Cache, &'a Instance);
 impl Mount for Cache {
     fn answer<'a>(
         &'a self,
-        place: Place<'a>,
+        place: RoutedPath<'a>,
         request: Request,
         call: &'a Call,
     ) -> BoxFuture<'a, Result<Response>> {
@@ -93,7 +93,7 @@ impl Mount for Cache {
 
 impl Cache {
     /// Handles a request whose method is among those of its route.
-    async fn handle(&self, place: Place<'_>, request: Request, call: &Call) -> Result<Response> {
+    async fn handle(&self, place: RoutedPath<'_>, request: Request, call: &Call) -> Result<Response> {
         let resource = Resource::parse(place.keyword, place.rest)?;
         let instance = self.gate.enter(call, place.instance_name)?;
         let target = (self, &instance);

@@ -2,7 +2,7 @@
 
 use super::{
     Mount,
-    router::{OPEN, Place, Route, RoutePlace},
+    router::{OPEN, Route, RoutePlace, RoutedPath},
     status,
 };
 use crate::call::Call;
@@ -28,7 +28,12 @@ pub(super) struct Front {
 }
 
 impl Mount for Front {
-    fn answer<'a>(&'a self, place: Place<'a>, _: Request, _: &'a Call) -> BoxFuture<'a, Result<Response>> {
+    fn answer<'a>(
+        &'a self,
+        place: RoutedPath<'a>,
+        _: Request,
+        _: &'a Call,
+    ) -> BoxFuture<'a, Result<Response>> {
         let text = if place.route.at == RoutePlace::Path("") { &self.page } else { "ok" };
         ready(Ok(status::plain(StatusCode::OK, text))).boxed()
     }

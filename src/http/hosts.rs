@@ -14,11 +14,11 @@ const SHOWN_CHARS: usize = 100;
 
 /// The configured hosts. Loopback and the local address are always accepted too.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Hosts(Vec<HostRule>);
+pub(crate) struct Hosts(Vec<HostRule>);
 
 /// The reason why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum HostRefusal {
+pub(crate) enum HostRefusal {
     /// The host is missing or malformed (RFC 9112, 3.2).
     Malformed(&'static str),
     /// The host is not a name of this server.
@@ -27,7 +27,7 @@ pub enum HostRefusal {
 
 impl Hosts {
     /// These hosts.
-    pub fn new(hosts: Vec<HostRule>) -> Self {
+    pub(crate) fn new(hosts: Vec<HostRule>) -> Self {
         Self(hosts)
     }
 
@@ -35,7 +35,7 @@ impl Hosts {
     ///
     /// # Errors
     /// The reason why it is refused.
-    pub fn check(
+    pub(crate) fn check(
         &self,
         version: Version,
         uri: &Uri,

@@ -59,7 +59,7 @@ impl RoutePlace {
 
 /// The place that a path names. The texts are empty for [`RoutePlace::Path`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place<'a> {
+pub struct RoutedPath<'a> {
     /// The route of the path.
     pub route: &'static Route,
     /// The permissions that the method needs there.
@@ -106,7 +106,7 @@ impl<M> Router<M> {
     ///
     /// # Errors
     /// What is wrong with the path or the method.
-    pub fn find<'a>(&'a self, method: &str, path: &'a str) -> Result<(&'a M, Place<'a>), Missed> {
+    pub fn find<'a>(&'a self, method: &str, path: &'a str) -> Result<(&'a M, RoutedPath<'a>), Missed> {
         let path = path.trim_start_matches('/');
         let parts = self.take_apart(path);
         let mut routes = self.routes();
@@ -114,7 +114,7 @@ impl<M> Router<M> {
         let method = route.methods.iter().find(|(name, _)| *name == method);
         let (_, permissions) = method.ok_or(Missed::Method(route))?;
         let (instance_name, keyword, rest) = parts;
-        Ok((mount, Place { route, permissions, instance_name, keyword, rest }))
+        Ok((mount, RoutedPath { route, permissions, instance_name, keyword, rest }))
     }
 
     /// The paths that are served, for people.
@@ -177,7 +177,7 @@ mod tests {
             let router = router();
             let (mount, place) = router.find("GET", path).unwrap();
             assert_eq!(*mount, "store", "{path}");
-            assert_eq!(place, Place { instance_name, keyword, rest, ..place });
+            assert_eq!(place, RoutedPath { instance_name, keyword, rest, ..place });
         }
     }
 

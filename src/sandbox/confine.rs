@@ -12,8 +12,8 @@ const OOM_SCORE: &str = "800";
 /// Highest capability that is tried; the kernel says where they end.
 const LAST_CAPABILITY: libc::c_ulong = 63;
 
-/// Gives up all capabilities for good, and gains none by running a program.
-pub(crate) fn give_up_capabilities() -> io::Result<()> {
+/// No program that this process or a child runs gives it capabilities that it does not have.
+pub(crate) fn gain_nothing() -> io::Result<()> {
     rustix::thread::set_no_new_privs(true)?;
     for capability in 0..=LAST_CAPABILITY {
         match sys::drop_capability(capability) {
@@ -23,6 +23,11 @@ pub(crate) fn give_up_capabilities() -> io::Result<()> {
             Err(error) => return Err(error),
         }
     }
+    Ok(())
+}
+
+/// Gives up the capabilities that this process has.
+pub(crate) fn give_up_capabilities() -> io::Result<()> {
     let _ = rustix::thread::clear_ambient_capability_set();
     let none = CapabilitySet::empty();
     rustix::thread::set_capabilities(

@@ -3,7 +3,7 @@
 //! The list names what is refused. Compilers and language runtimes use hundreds of calls, and what is left can only act on
 //! what the namespaces show. What is refused widens the attack surface of the kernel or makes new namespaces and mounts.
 
-use super::{Failure, Step as _};
+use super::{SetupFailure, Step as _};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition as Condition,
     SeccompFilter, SeccompRule as Rule, TargetArch, sock_filter,
@@ -97,7 +97,7 @@ pub(crate) struct Programs(Vec<BpfProgram>);
 
 impl Programs {
     /// The programs for this machine.
-    pub(crate) fn new() -> Result<Self, Failure> {
+    pub(crate) fn new() -> Result<Self, SetupFailure> {
         let build = || -> Result<Vec<BpfProgram>, Box<dyn std::error::Error + Send + Sync>> {
             let refused = program(refused()?, libc::EPERM)?;
             let missing = program([(libc::SYS_clone3, vec![])].into(), libc::ENOSYS)?;

@@ -1,40 +1,53 @@
 //! The second layer over the file system: with Landlock, an action can write only where the mounts are meant to let it write.
 
-use super::Failure;
+use super::SetupFailure;
 use ::landlock::{
-    ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible as _, PathBeneath, PathFd, Ruleset,
-    RulesetAttr as _, RulesetCreatedAttr as _, RulesetStatus, Scope,
+    ABI, Access as _, AccessFs, CompatLevel, Compatible as _, PathBeneath, PathFd, Ruleset, RulesetAttr as _,
+    RulesetCreated, RulesetCreatedAttr as _, RulesetStatus, Scope,
 };
 use std::{io, path::PathBuf};
 
 /// What is asked for; the kernel takes what it knows of that.
 const WANTED: ABI = ABI::V6;
 
-/// Lets this process and its children write only below these paths, rename and link among them, and neither signal a
-/// process nor connect to an abstract socket that does not share the restriction. Everything can be read.
-pub(crate) fn restrict(writable: impl IntoIterator<Item = PathBuf>) -> Result<(), Failure> {
-    build(writable).map_err(|error| Failure {
-        step: "restrict the file system (Landlock)".into(),
-        error: io::Error::other(error),
-    })
+type Problem = Box<dyn std::error::Error + Send + Sync>;
+
+/// Rules that are not in force yet.
+#[derive(Debug)]
+pub(crate) struct Rules(RulesetCreated);
+
+impl Rules {
+    /// With these rules, a process and its children can write only below these paths, and rename and link among them. They
+    /// can neither signal a process nor connect to an abstract socket that does not share the rules. Everything can be read.
+    pub(crate) fn new(writable: impl IntoIterator<Item = PathBuf>) -> Result<Self, SetupFailure> {
+        let rules = || -> Result<RulesetCreated, Problem> {
+            let rules = Ruleset::default()
+                .set_compatibility(CompatLevel::BestEffort)
+                .handle_access(AccessFs::from_all(WANTED))?
+                .scope(Scope::from_all(WANTED))?
+                .create()?
+                .add_rule(PathBeneath::new(PathFd::new("/")?, AccessFs::from_read(WANTED)))?;
+            writable.into_iter().try_fold(rules, open)
+        };
+        rules().map(Self).map_err(in_words)
+    }
+
+    /// Restricts this process and its children, who can write below `path` too.
+    pub(crate) fn restrict(self, path: PathBuf) -> Result<(), SetupFailure> {
+        let restrict = || -> Result<(), Problem> {
+            match open(self.0, path)?.restrict_self()?.ruleset {
+                RulesetStatus::NotEnforced => Err("the kernel has no Landlock".into()),
+                RulesetStatus::PartiallyEnforced | RulesetStatus::FullyEnforced => Ok(()),
+            }
+        };
+        restrict().map_err(in_words)
+    }
 }
 
-fn build(
-    writable: impl IntoIterator<Item = PathBuf>,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let all: BitFlags<AccessFs> = AccessFs::from_all(WANTED);
-    let read: BitFlags<AccessFs> = AccessFs::from_read(WANTED);
-    let mut rules = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(all)?
-        .scope(Scope::from_all(WANTED))?
-        .create()?
-        .add_rule(PathBeneath::new(PathFd::new("/")?, read))?;
-    for path in writable {
-        rules = rules.add_rule(PathBeneath::new(PathFd::new(&path)?, all))?;
-    }
-    match rules.restrict_self()?.ruleset {
-        RulesetStatus::NotEnforced => Err("the kernel has no Landlock".into()),
-        RulesetStatus::PartiallyEnforced | RulesetStatus::FullyEnforced => Ok(()),
-    }
+fn open(rules: RulesetCreated, path: PathBuf) -> Result<RulesetCreated, Problem> {
+    Ok(rules.add_rule(PathBeneath::new(PathFd::new(path)?, AccessFs::from_all(WANTED)))?)
+}
+
+fn in_words(problem: Problem) -> SetupFailure {
+    SetupFailure { step: "restrict the file system (Landlock)".into(), error: io::Error::other(problem) }
 }

@@ -4,7 +4,7 @@
 //! mount. It is `volatile`: nothing waits for the disk, neither when a file is copied up nor at the end (20 ms). Nobody mounts
 //! the same layer again. With `userxattr` it takes no privileges.
 
-use super::{Failure, Step as _, mounts, namespaces::Map, sys};
+use super::{SetupFailure, Step as _, mounts, namespaces::Map, sys};
 use prost::Message;
 use rustix::{
     fd::BorrowedFd,
@@ -45,7 +45,7 @@ pub struct Layers {
 }
 
 /// Mounts the layers; `ids` says how the user of their files shows, if it does not show as it is.
-pub(super) fn mount(layers: &Layers, ids: Option<(BorrowedFd<'_>, Map)>) -> Result<OwnedFd, Failure> {
+pub(super) fn mount(layers: &Layers, ids: Option<(BorrowedFd<'_>, Map)>) -> Result<OwnedFd, SetupFailure> {
     let path = |bytes| Path::new(OsStr::from_bytes(bytes));
     let (below, own) = (path(&layers.below), path(&layers.own));
     let mount = || {
@@ -91,7 +91,7 @@ impl Named {
 struct Mapped<'a>(&'a Path);
 
 impl<'a> Mapped<'a> {
-    fn new(path: &'a Path, ids: BorrowedFd<'_>) -> Result<Self, Failure> {
+    fn new(path: &'a Path, ids: BorrowedFd<'_>) -> Result<Self, SetupFailure> {
         let map = || {
             let tree = mounts::copy(CWD, path)?;
             mounts::map_ids(tree.as_fd(), ids)?;
@@ -109,7 +109,7 @@ impl Drop for Mapped<'_> {
 }
 
 /// Does in an overlay what actions do, and looks whether it behaves.
-pub(crate) fn try_out(root: &Path) -> Result<(), Failure> {
+pub(crate) fn try_out(root: &Path) -> Result<(), SetupFailure> {
     let (file, directory) = (root.join(TRIAL_FILE), root.join(TRIAL_DIRECTORY));
     let change = || {
         fs::OpenOptions::new().append(true).open(&file)?.write_all(b"+")?;

@@ -1,6 +1,6 @@
 //! The system calls that mount, in terms of open mounts: a tree of mounts is a descriptor until it is attached somewhere.
 
-use super::{Failure, Step as _, sys};
+use super::{SetupFailure, Step as _, sys};
 use rustix::{
     fd::{AsFd, BorrowedFd},
     fs::{CWD, Mode, OFlags},
@@ -108,7 +108,7 @@ pub(super) fn follow_the_host() -> io::Result<()> {
 }
 
 /// Makes an open tree of mounts the root of this process, whose mount namespace then has nothing else.
-pub(super) fn become_root(tree: BorrowedFd<'_>) -> Result<(), Failure> {
+pub(super) fn become_root(tree: BorrowedFd<'_>) -> Result<(), SetupFailure> {
     attach(tree, CWD, Path::new("/")).step("mount the view of the action")?;
     rustix::process::fchdir(tree).step("enter the view of the action")?;
     // The old root ends up on top of the new one, where it is taken away.

@@ -1,6 +1,6 @@
 //! New namespaces: how a process gets into them, and which users they know.
 
-use super::{Failure, Step as _, identity, sys};
+use super::{SetupFailure, Step as _, identity, sys};
 use rustix::{
     fs::{Mode, OFlags},
     process::{Pid, Signal},
@@ -20,13 +20,13 @@ pub(crate) struct Map {
 
 /// Starts a process that is the first of a new user and pid namespace, as a fork of this one. It runs `child` and exits with
 /// what that gives. This process must have a single thread.
-pub(crate) fn start(child: impl FnOnce() -> i32) -> Result<Pid, Failure> {
+pub(crate) fn start(child: impl FnOnce() -> i32) -> Result<Pid, SetupFailure> {
     sys::fork(child).step("make namespaces (user, process)")
 }
 
 /// Gives the user namespace of a child its user. `groups`: the child may change its groups, which only a privileged process
 /// can allow.
-pub(crate) fn write_maps(process: &str, map: Map, groups: bool) -> Result<(), Failure> {
+pub(crate) fn write_maps(process: &str, map: Map, groups: bool) -> Result<(), SetupFailure> {
     let write = |file: &str, text: &str| {
         let path = format!("/proc/{process}/{file}");
         fs::OpenOptions::new().write(true).open(&path).and_then(|file| {
@@ -42,7 +42,7 @@ pub(crate) fn write_maps(process: &str, map: Map, groups: bool) -> Result<(), Fa
 }
 
 /// A user namespace with this map in which nobody is, for mounts that show other ids than those on disk.
-pub(crate) fn mapping(map: Map) -> Result<OwnedFd, Failure> {
+pub(crate) fn mapping(map: Map) -> Result<OwnedFd, SetupFailure> {
     let (ours, theirs) = io::pipe().step("make a pipe")?;
     let child = start(move || {
         let mut byte = [0];
@@ -60,7 +60,7 @@ pub(crate) fn mapping(map: Map) -> Result<OwnedFd, Failure> {
 }
 
 /// Becomes the user and group that this namespace maps; capabilities stay. `groups`: other groups are given up.
-pub(crate) fn become_inner(groups: bool) -> Result<(), Failure> {
+pub(crate) fn become_inner(groups: bool) -> Result<(), SetupFailure> {
     use rustix::process::{Gid, Uid};
     let (user, group) = (Uid::from_raw(identity::INNER), Gid::from_raw(identity::INNER));
     if groups {

@@ -45,7 +45,7 @@ impl Protection {
 
 /// A protection that does not work here.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Missing {
+pub(crate) struct MissingProtection {
     /// Which.
     pub protection: Protection,
     /// The step that failed, and why.
@@ -60,7 +60,7 @@ pub(crate) struct Report {
     /// What is on.
     pub on: Protections,
     /// What is not, although it could be.
-    pub missing: Vec<Missing>,
+    pub missing: Vec<MissingProtection>,
 }
 
 impl Report {
@@ -80,7 +80,7 @@ impl Report {
     }
 }
 
-impl fmt::Display for Missing {
+impl fmt::Display for MissingProtection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} is off: {}", self.protection.name(), self.reason)?;
         match &self.remedy {
@@ -92,7 +92,7 @@ impl fmt::Display for Missing {
 
 /// What the machine says of itself that explains a failure.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Machine {
+pub(crate) struct KernelFacts {
     /// user.max_user_namespaces
     pub max_user_namespaces: Option<u64>,
     /// user.max_net_namespaces
@@ -109,7 +109,7 @@ pub(crate) struct Machine {
 /// alone is used only if it works together.
 pub(crate) fn find(
     is_root: bool,
-    machine: &Machine,
+    machine: &KernelFacts,
     mut attempt: impl FnMut(Protections) -> Result<(), String>,
 ) -> Report {
     let wanted: Vec<_> =
@@ -133,7 +133,7 @@ pub(crate) fn find(
             Ok(()) => report.on = with,
             Err(reason) => {
                 let remedy = if needs_namespaces { None } else { remedy(protection, machine) };
-                report.missing.push(Missing { protection, reason, remedy });
+                report.missing.push(MissingProtection { protection, reason, remedy });
             }
         }
     }
@@ -141,7 +141,7 @@ pub(crate) fn find(
 }
 
 /// The one change to the machine that makes a protection work.
-fn remedy(protection: Protection, machine: &Machine) -> Option<String> {
+fn remedy(protection: Protection, machine: &KernelFacts) -> Option<String> {
     let sysctl = |name: &str, value: u64| Some(format!("sysctl -w {name}={value}"));
     match protection {
         Protection::Namespaces if machine.max_user_namespaces == Some(0) => {
@@ -175,8 +175,8 @@ fn remedy(protection: Protection, machine: &Machine) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn machine() -> Machine {
-        Machine { kernel: (6, 1), ..Machine::default() }
+    fn machine() -> KernelFacts {
+        KernelFacts { kernel: (6, 1), ..KernelFacts::default() }
     }
 
     #[test]
@@ -204,11 +204,11 @@ mod tests {
     #[test]
     fn a_sysctl_that_forbids_namespaces_is_named() {
         let none = |on: Protections| if on.namespaces { Err("ENOSPC".into()) } else { Ok(()) };
-        let closed = Machine { max_user_namespaces: Some(0), ..machine() };
+        let closed = KernelFacts { max_user_namespaces: Some(0), ..machine() };
         let report = find(false, &closed, none);
         assert_eq!(report.names(), ["filter", "landlock"]);
         assert!(report.missing[0].to_string().contains("sysctl -w user.max_user_namespaces=15000"));
-        let debian = Machine { unprivileged_userns_clone: Some(0), ..machine() };
+        let debian = KernelFacts { unprivileged_userns_clone: Some(0), ..machine() };
         assert!(find(false, &debian, none).missing[0].to_string().contains("unprivileged_userns_clone=1"));
     }
 }

@@ -86,7 +86,7 @@ const TMP: &str = "/tmp";
 
 /// One piece of a view. Later pieces lie on top of earlier ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Piece {
+pub(crate) enum ViewPiece {
     /// An empty directory, with the directories above it.
     Directory(PathBuf),
     /// A symbolic link.
@@ -177,17 +177,17 @@ impl Wanted {
 }
 
 /// The pieces that are the same for all actions, in order.
-pub(crate) fn pieces(wanted: &Wanted, host: &dyn Host) -> Vec<Piece> {
+pub(crate) fn pieces(wanted: &Wanted, host: &dyn Host) -> Vec<ViewPiece> {
     let mut pieces: Vec<_> = ["/proc", "/tmp", "/var", "/run", "/etc", EXEC_ROOT, "/dev/shm", "/dev/pts"]
-        .map(|path| Piece::Directory(path.into()))
+        .map(|path| ViewPiece::Directory(path.into()))
         .into();
-    pieces.extend(identity::FILES.iter().map(|(at, text)| Piece::File { at: (*at).into(), text }));
+    pieces.extend(identity::FILES.iter().map(|(at, text)| ViewPiece::File { at: (*at).into(), text }));
     pieces.push(link("/var/tmp", "../tmp"));
     pieces.push(link("/etc/mtab", "../proc/self/mounts"));
     pieces.extend(DEVICE_LINKS.iter().map(|(at, target)| link(at, target)));
     for device in DEVICES {
         let at = Path::new("/dev").join(device);
-        pieces.push(Piece::Host { at, is_directory: false, access: Access::Device });
+        pieces.push(ViewPiece::Host { at, is_directory: false, access: Access::Device });
     }
     let built_in = HOST.iter().flat_map(|pattern| matching(pattern, host));
     let mut of_host: Vec<_> = built_in.chain(wanted.visible.iter().cloned()).collect();
@@ -200,20 +200,23 @@ pub(crate) fn pieces(wanted: &Wanted, host: &dyn Host) -> Vec<Piece> {
             continue;
         }
         match host.kind(&at) {
-            Some(Kind::Link(target)) => pieces.push(Piece::Link { at, target }),
+            Some(Kind::Link(target)) => pieces.push(ViewPiece::Link { at, target }),
             Some(Kind::Directory) => {
                 directories.push(at.clone());
-                pieces.push(Piece::Host { at, is_directory: true, access: Access::Read });
+                pieces.push(ViewPiece::Host { at, is_directory: true, access: Access::Read });
             }
-            Some(Kind::Other) => pieces.push(Piece::Host { at, is_directory: false, access: Access::Read }),
+            Some(Kind::Other) => {
+                pieces.push(ViewPiece::Host { at, is_directory: false, access: Access::Read })
+            }
             None => {}
         }
     }
-    pieces.extend(wanted.hidden.iter().cloned().map(Piece::Hidden));
     for at in &wanted.writable {
         let is_directory = host.kind(at) == Some(Kind::Directory);
-        pieces.push(Piece::Host { at: at.clone(), is_directory, access: Access::Write });
+        pieces.push(ViewPiece::Host { at: at.clone(), is_directory, access: Access::Write });
     }
+    // Last, so that it is hidden from what can be written too.
+    pieces.extend(wanted.hidden.iter().cloned().map(ViewPiece::Hidden));
     pieces
 }
 
@@ -230,7 +233,7 @@ pub(crate) fn shows(wanted: &Wanted, path: &Path) -> bool {
         Some((start, _)) => path.to_string_lossy().starts_with(start),
         None => path.starts_with(pattern),
     };
-    let is_shown = HOST.iter().any(|pattern| matches(pattern))
+    let is_shown = HOST.iter().any(matches)
         || wanted.visible.iter().chain(&wanted.writable).any(|shown| path.starts_with(shown));
     is_shown && !wanted.hidden.iter().any(hides)
 }
@@ -252,8 +255,8 @@ pub(crate) fn problem(path: &Path) -> Option<&'static str> {
     None
 }
 
-fn link(at: &str, target: &str) -> Piece {
-    Piece::Link { at: at.into(), target: target.into() }
+fn link(at: &str, target: &str) -> ViewPiece {
+    ViewPiece::Link { at: at.into(), target: target.into() }
 }
 
 /// The paths of the host that match a pattern.
@@ -299,9 +302,9 @@ mod tests {
         Fake(all)
     }
 
-    fn from_host(pieces: &[Piece]) -> Vec<(&str, Access)> {
-        let host = |piece: &Piece| match piece {
-            Piece::Host { at, access, .. } => Some((at.to_str()?.to_owned(), *access)),
+    fn from_host(pieces: &[ViewPiece]) -> Vec<(&str, Access)> {
+        let host = |piece: &ViewPiece| match piece {
+            ViewPiece::Host { at, access, .. } => Some((at.to_str()?.to_owned(), *access)),
             _ => None,
         };
         let all: Vec<_> =
@@ -318,12 +321,12 @@ mod tests {
         assert!(
             pieces
                 .iter()
-                .any(|piece| matches!(piece, Piece::File { at, .. } if at == Path::new("/etc/passwd")))
+                .any(|piece| matches!(piece, ViewPiece::File { at, .. } if at == Path::new("/etc/passwd")))
         );
     }
 
     #[test]
-    fn what_is_configured_comes_in_the_order_visible_hidden_writable() {
+    fn what_is_configured_comes_in_the_order_visible_writable_hidden() {
         let wanted = Wanted {
             visible: vec!["/opt/tool".into(), "/etc/ssl".into(), "/gone".into()],
             hidden: vec!["/opt/secret".into()],
@@ -337,10 +340,10 @@ mod tests {
                 && !of_host.contains(&("/etc/ssl/certs", Access::Read))
         );
         assert!(of_host.contains(&("/etc/ssl", Access::Read)));
-        let hidden = pieces.iter().position(|piece| *piece == Piece::Hidden("/opt/secret".into()));
+        let hidden = pieces.iter().position(|piece| *piece == ViewPiece::Hidden("/opt/secret".into()));
         let writable =
-            pieces.iter().position(|piece| matches!(piece, Piece::Host { access: Access::Write, .. }));
-        assert!(hidden < writable && writable == Some(pieces.len() - 1));
+            pieces.iter().position(|piece| matches!(piece, ViewPiece::Host { access: Access::Write, .. }));
+        assert!(writable < hidden && hidden == Some(pieces.len() - 1));
     }
 
     #[test]

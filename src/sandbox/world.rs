@@ -7,13 +7,13 @@
 //! belongs to the kernel and has nothing that a runner needs ([`MOUNT_POINTS`]).
 
 use super::{
-    EXEC_ROOT, Failure, Step as _, confine, filter, identity, landlock,
+    EXEC_ROOT, SetupFailure, Step as _, confine, filter, identity, landlock,
     layers::{self, Layers},
     mounts,
     namespaces::{self, Map},
     settings::Sandbox,
     sys,
-    view::{self, Access, Fresh, Host, Kind, Piece, Wanted},
+    view::{self, Access, Fresh, Host, Kind, ViewPiece, Wanted},
 };
 use rustix::{
     fs::{self as rfs, CWD, FileType, Mode, OFlags},
@@ -50,6 +50,12 @@ pub(crate) struct World {
     filter: Option<filter::Programs>,
 }
 
+/// A cell that is complete but for its input root. Its process still has the capabilities to attach that.
+#[derive(Debug)]
+pub(crate) struct OpenCell {
+    rules: Option<landlock::Rules>,
+}
+
 /// What a runner hands to a new cell.
 #[derive(Debug)]
 pub(crate) struct Passage {
@@ -65,7 +71,7 @@ impl Passage {
 
 impl World {
     /// Makes the world of this process's cells. The process must have a single thread; its mounts are its own afterwards.
-    pub(crate) fn new(sandbox: Sandbox) -> Result<Self, Failure> {
+    pub(crate) fn new(sandbox: Sandbox) -> Result<Self, SetupFailure> {
         let (user, group) = (geteuid().as_raw(), getegid().as_raw());
         let on = sandbox.protections;
         let (map, ids) = if on.identity {
@@ -90,17 +96,17 @@ impl World {
     }
 
     /// What a new cell needs; to be taken before the fork.
-    pub(crate) fn passage(&self) -> Result<Passage, Failure> {
+    pub(crate) fn passage(&self) -> Result<Passage, SetupFailure> {
         Ok(Passage { tree: mounts::copy_of(self.view.as_fd()).step("copy the view of the action")? })
     }
 
     /// Gives the first process of a new cell its user.
-    pub(crate) fn admit(&self, process: i32) -> Result<(), Failure> {
+    pub(crate) fn admit(&self, process: i32) -> Result<(), SetupFailure> {
         namespaces::write_maps(&process.to_string(), self.map, self.ids.is_some())
     }
 
     /// The input root at this path or of these layers, ready to be attached in a cell.
-    pub(crate) fn exec_root(&self, path: &Path, layers: Option<&Layers>) -> Result<OwnedFd, Failure> {
+    pub(crate) fn exec_root(&self, path: &Path, layers: Option<&Layers>) -> Result<OwnedFd, SetupFailure> {
         if let Some(layers) = layers {
             return layers::mount(layers, self.ids.as_ref().map(|ids| (ids.as_fd(), self.map)));
         }
@@ -114,7 +120,7 @@ impl World {
     }
 
     /// Moves the first process of a cell into it. What it needs from outside is already open.
-    pub(crate) fn enter(&self, passage: &Passage) -> Result<(), Failure> {
+    pub(crate) fn enter(&self, passage: &Passage) -> Result<OpenCell, SetupFailure> {
         let on = self.sandbox.protections;
         let mut own =
             UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
@@ -137,35 +143,36 @@ impl World {
         mounts::attach(proc.as_fd(), CWD, Path::new("/proc")).step("mount /proc")?;
         fs::write("/proc/sys/user/max_user_namespaces", "0").step("forbid further user namespaces")?;
         restrict_proc()?;
-        mount_fresh(self.sandbox.fresh(), &self.sandbox.wanted())
+        let wanted = self.sandbox.wanted();
+        mount_fresh(self.sandbox.fresh(), &wanted)?;
+        confine::limit_cores().step("limit core dumps")?;
+        confine::limit_processes(self.sandbox.processes).step("limit the number of processes")?;
+        confine::gain_nothing().step("give up new privileges")?;
+        let own = ["/tmp", "/dev", "/proc"].map(PathBuf::from);
+        let writable = wanted.writable.into_iter().filter(|path| path.exists());
+        let rules = on.landlock.then(|| landlock::Rules::new(own.into_iter().chain(writable)));
+        Ok(OpenCell { rules: rules.transpose()? })
     }
 
     /// The last steps: attaches the input root, and gives up everything that a command must not have.
-    pub(crate) fn close(&self, exec_root: &OwnedFd) -> Result<(), Failure> {
+    pub(crate) fn close(&self, cell: OpenCell, exec_root: &OwnedFd) -> Result<(), SetupFailure> {
         mounts::attach(exec_root.as_fd(), CWD, Path::new(EXEC_ROOT)).step("mount the input root")?;
-        confine::limit_cores().step("limit core dumps")?;
-        confine::limit_processes(self.sandbox.processes).step("limit the number of processes")?;
         confine::give_up_capabilities().step("give up capabilities")?;
-        if self.sandbox.protections.landlock {
-            let own = [EXEC_ROOT, "/tmp", "/dev", "/proc"].map(PathBuf::from);
-            let writable = self.sandbox.wanted().writable.into_iter().filter(|path| path.exists());
-            landlock::restrict(own.into_iter().chain(writable))?;
-        }
+        cell.rules.map_or(Ok(()), |rules| rules.restrict(EXEC_ROOT.into()))?;
         self.filter.as_ref().map_or(Ok(()), filter::Programs::install).step("install the system call filter")
     }
 }
 
 /// What there is without namespaces: restricts this process, which is a runner, and its children. They write into the build
 /// root and where everybody may write.
-pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), Failure> {
+pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), SetupFailure> {
     let on = sandbox.protections;
     confine::limit_cores().step("limit core dumps")?;
     rustix::thread::set_no_new_privs(true).step("give up new privileges")?;
     if on.landlock {
         let shared = ["/tmp", "/var/tmp", "/dev", "/proc"].map(PathBuf::from);
-        let shared = shared.into_iter().filter(|path| path.is_dir());
-        let own = [sandbox.build_root()].into_iter().chain(sandbox.wanted().writable);
-        landlock::restrict(own.chain(shared))?;
+        let writable = sandbox.wanted().writable.into_iter().chain(shared).filter(|path| path.exists());
+        landlock::Rules::new(writable)?.restrict(sandbox.build_root())?;
     }
     if on.filter {
         filter::Programs::new()?.install().step("install the system call filter")?;
@@ -174,7 +181,7 @@ pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), Failure> {
 }
 
 /// Puts the pieces together below a new root directory, and gives that.
-fn assemble(pieces: &[Piece]) -> Result<OwnedFd, Failure> {
+fn assemble(pieces: &[ViewPiece]) -> Result<OwnedFd, SetupFailure> {
     let root = mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make the root directory of the view")?;
     // Only mounts that are attached can get others below them.
     let exists = |path: &&&str| Path::new(path).is_dir();
@@ -187,19 +194,19 @@ fn assemble(pieces: &[Piece]) -> Result<OwnedFd, Failure> {
     Ok(root)
 }
 
-fn put(root: &OwnedFd, piece: &Piece) -> Result<(), Failure> {
+fn put(root: &OwnedFd, piece: &ViewPiece) -> Result<(), SetupFailure> {
     match piece {
-        Piece::Directory(at) => make_directories(root, at).step(format_args!("make {}", at.display())),
-        Piece::Link { at, target } => make_parent(root, at)
+        ViewPiece::Directory(at) => make_directories(root, at).step(format_args!("make {}", at.display())),
+        ViewPiece::Link { at, target } => make_parent(root, at)
             .and_then(|()| Ok(rfs::symlinkat(target, root, relative(at))?))
             .step(format_args!("make the link {}", at.display())),
-        Piece::File { at, text } => make_parent(root, at)
+        ViewPiece::File { at, text } => make_parent(root, at)
             .and_then(|()| make_file(root, at, text))
             .step(format_args!("make {}", at.display())),
-        Piece::Host { at, is_directory, access } => {
+        ViewPiece::Host { at, is_directory, access } => {
             show(root, at, *is_directory, *access).step(format_args!("show {} of the host", at.display()))
         }
-        Piece::Hidden(at) => hide(root, at).step(format_args!("hide {}", at.display())),
+        ViewPiece::Hidden(at) => hide(root, at).step(format_args!("hide {}", at.display())),
     }
 }
 
@@ -236,7 +243,7 @@ fn hide(root: &OwnedFd, at: &Path) -> io::Result<()> {
 }
 
 /// Hides parts of /proc and makes others read-only.
-fn restrict_proc() -> Result<(), Failure> {
+fn restrict_proc() -> Result<(), SetupFailure> {
     let (hidden, fixed) = view::of_proc();
     let exists = |path: &&&str| rfs::access(**path, rfs::Access::EXISTS).is_ok();
     for path in hidden.iter().filter(exists) {
@@ -256,7 +263,7 @@ fn restrict_proc() -> Result<(), Failure> {
 }
 
 /// What every cell has for itself. What is configured below /tmp is part of it.
-fn mount_fresh(fresh: Fresh, wanted: &Wanted) -> Result<(), Failure> {
+fn mount_fresh(fresh: Fresh, wanted: &Wanted) -> Result<(), SetupFailure> {
     let mut below_tmp = Vec::new();
     for path in wanted.below_tmp() {
         match mounts::copy(CWD, path) {

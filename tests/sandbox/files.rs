@@ -150,7 +150,7 @@ async fn what_is_configured_is_visible_hidden_or_writable() {
         return;
     }
     drop(shared);
-    for name in ["shown", "shown/hidden", "cache"] {
+    for name in ["shown", "shown/hidden", "cache", "cache/hidden"] {
         fs::create_dir_all(base.join(name)).unwrap();
         fs::set_permissions(base.join(name), fs::Permissions::from_mode(0o777)).unwrap();
         fs::write(base.join(name).join("f"), name).unwrap();
@@ -160,7 +160,8 @@ async fn what_is_configured_is_visible_hidden_or_writable() {
         let paths: Vec<_> = names.iter().map(|name| format!("\"{}/{name}\"", base.display())).collect();
         format!("[{}]", paths.join(", "))
     };
-    let (visible, hidden, writable) = (list(&["shown"]), list(&["shown/hidden"]), list(&["cache"]));
+    let (visible, hidden, writable) =
+        (list(&["shown"]), list(&["shown/hidden", "cache/hidden"]), list(&["cache"]));
     let overrides = [
         ("EXECUTION__SANDBOX__VISIBLE", &*visible),
         ("EXECUTION__SANDBOX__HIDDEN", &*hidden),
@@ -170,6 +171,7 @@ async fn what_is_configured_is_visible_hidden_or_writable() {
         let at = base.display();
         assert_eq!(host.says(&format!("cat {at}/shown/f {at}/cache/f")).await, "showncache");
         host.cannot(&format!("cat {at}/shown/hidden/f")).await;
+        host.cannot(&format!("cat {at}/cache/hidden/f")).await;
         host.cannot(&format!("echo x > {at}/shown/f")).await;
         host.says(&format!("echo -n cache > {at}/cache/f")).await;
     })

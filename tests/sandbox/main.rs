@@ -48,7 +48,8 @@ struct Did {
 /// Runs a test with each kind of server that this user can start.
 async fn with_each(overrides: &[(&str, &str)], test: impl AsyncFn(&Host)) {
     let mode = std::env::var("SANDBOX_MODE").unwrap_or_else(|_| "required".into());
-    let mut all = vec![("EXECUTION__SANDBOX__MODE", &*mode)];
+    // What is shared with the actions of other tests is not.
+    let mut all = vec![("EXECUTION__SANDBOX__MODE", &*mode), ("EXECUTION__SANDBOX__WRITABLE", "[]")];
     all.extend_from_slice(overrides);
     let is_root = rustix::process::geteuid().is_root();
     if !is_root || mode != "off" {

@@ -1,7 +1,10 @@
 //! What the start of a server says about the sandbox, and what happens where parts of it are missing.
 
-use crate::support::*;
-use std::process::{Command, Stdio};
+use crate::{Host, support::*};
+use std::{
+    process::{Command, Stdio},
+    sync::Arc,
+};
 
 /// Runs the server in a user namespace in which there can be no further one.
 fn without_namespaces(mode: &str) -> (tempfile::TempDir, Command) {
@@ -31,25 +34,24 @@ async fn required_refuses_to_start_where_a_protection_is_missing_and_says_what_e
     assert!(said.contains("sysctl -w user.max_user_namespaces=15000"), "{said}");
 }
 
+/// Without namespaces, the system call filter and Landlock still hold.
 #[tokio::test]
 async fn auto_starts_with_what_there_is_and_says_what_is_missing() {
-    let (_store, mut serve) = without_namespaces("auto");
-    let mut child = serve.spawn().unwrap();
-    let stderr = std::io::BufReader::new(child.stderr.take().unwrap());
-    let mut missing = Vec::new();
-    for line in std::io::BufRead::lines(stderr).map_while(Result::ok) {
-        let event: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
-        if event["event"] == "protection_missing" {
-            missing.push((event["protection"].as_str().unwrap().to_owned(), event["remedy"].to_string()));
-        }
-        if event["event"] == "server_started" {
-            break;
-        }
+    let (store, serve) = without_namespaces("auto");
+    let host = Host::of(Server::spawn(serve, Arc::new(store)), false).await;
+    let log = host.server.log();
+    let missing: Vec<_> = log.iter().filter(|event| event["event"] == "protection_missing").collect();
+    let namespaces = missing.iter().find(|event| event["protection"] == "namespaces").unwrap();
+    assert!(namespaces["remedy"].as_str().unwrap().contains("max_user_namespaces"), "{namespaces}");
+    let started = log.iter().find(|event| event["event"] == "server_started").unwrap();
+    assert_eq!(started["sandbox"], "filter, landlock");
+
+    assert_eq!(host.says("echo out > o; cat o; grep -c 'Seccomp:.2' /proc/self/status").await, "out\n1");
+    // The server could write there, if this user can; its actions cannot.
+    if let Ok(beside) = tempfile::tempdir_in("/run") {
+        host.cannot(&format!("echo x > {}/f", beside.path().display())).await;
     }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    let namespaces = missing.iter().find(|(protection, _)| protection == "namespaces");
-    assert!(namespaces.is_some_and(|(_, remedy)| remedy.contains("max_user_namespaces")), "{missing:?}");
+    host.cannot(&format!("kill -0 {}", host.server.pid())).await;
 }
 
 #[tokio::test]

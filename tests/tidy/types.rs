@@ -4,19 +4,7 @@ use crate::tree::Source;
 use std::collections::BTreeMap;
 
 /// Names that several types of the server have. New ones need a reason: each type should say in its name what it is.
-pub const SHARED: &[&str] = &[
-    "Command",
-    "CountedBody",
-    "End",
-    "Fields",
-    "Inner",
-    "Line",
-    "Place",
-    "Runner",
-    "State",
-    "Unfinished",
-    "Watched",
-];
+pub const SHARED: &[&str] = &["Command", "End", "Fields", "Inner", "Line", "Place", "Runner", "State"];
 
 /// Names that stand for several types of the server's product code.
 pub fn homonyms(files: &[Source], shared: &[&str]) -> Vec<String> {

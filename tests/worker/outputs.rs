@@ -99,7 +99,11 @@ fn outputs_that_fit_no_message_are_refused_with_the_logs_kept() {
         let paths: Vec<_> = (1..=600).map(|n| n.to_string()).collect();
         let paths: Vec<_> = paths.iter().map(String::as_str).collect();
         let failure = bench.failure(&sh(script).outputs(&paths)).await;
-        assert!(matches!(&failure.error, Error::Invalid(m) if m.contains("room")), "{}", failure.error);
+        assert!(
+            matches!(&failure.error, Error::Invalid(m) if m.contains("fit into a message")),
+            "{}",
+            failure.error
+        );
         let partial = failure.partial.unwrap();
         assert!(partial.output_symlinks.is_empty() && partial.stdout_digest.is_some());
     });

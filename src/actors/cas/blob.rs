@@ -37,11 +37,11 @@ const STAMP_LOOKS: usize = 3;
 #[derive(Debug)]
 pub struct BlobReader {
     size: u64,
-    content: Content,
+    content: BlobContent,
 }
 
 #[derive(Debug)]
-enum Content {
+enum BlobContent {
     Whole(Bytes),
     File(Arc<OpenFile>),
 }
@@ -58,7 +58,7 @@ struct OpenFile {
 impl BlobReader {
     /// A reader of bytes in memory.
     pub(super) fn whole(bytes: Bytes) -> Self {
-        Self { size: bytes.len() as u64, content: Content::Whole(bytes) }
+        Self { size: bytes.len() as u64, content: BlobContent::Whole(bytes) }
     }
 
     /// Opens a located blob. Blocks.
@@ -79,7 +79,7 @@ impl BlobReader {
         size: u64,
         lease: Arc<Lease>,
     ) -> Self {
-        Self { size, content: Content::File(Arc::new(OpenFile { stored, found, cas, _lease: lease })) }
+        Self { size, content: BlobContent::File(Arc::new(OpenFile { stored, found, cas, _lease: lease })) }
     }
 
     /// The size of the blob in bytes.
@@ -89,7 +89,7 @@ impl BlobReader {
 
     /// Whether it reads from an open file, which keeps its bytes on disk, and not from memory.
     pub fn is_file(&self) -> bool {
-        matches!(self.content, Content::File(_))
+        matches!(self.content, BlobContent::File(_))
     }
 
     /// Reads up to `max` bytes from `offset`; the result is empty only at the end of the blob. Does not block the caller's
@@ -104,11 +104,11 @@ impl BlobReader {
             return Ok(Bytes::new());
         }
         let open = match &self.content {
-            Content::Whole(bytes) => {
+            BlobContent::Whole(bytes) => {
                 let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
                 return Ok(bytes.slice(start..(start + wanted).min(bytes.len())));
             }
-            Content::File(open) => open,
+            BlobContent::File(open) => open,
         };
         let mut buffer = Vec::with_capacity(wanted);
         // A short read is fine: the caller reads on from its end.
@@ -133,11 +133,11 @@ impl BlobReader {
     /// `DataLoss` when the file turns out to be shorter than the blob.
     pub(super) fn read_exact(&self, offset: u64, length: usize) -> Result<Bytes> {
         let open = match &self.content {
-            Content::Whole(bytes) => {
+            BlobContent::Whole(bytes) => {
                 let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
                 return Ok(bytes.slice(start..start.saturating_add(length).min(bytes.len())));
             }
-            Content::File(open) => open,
+            BlobContent::File(open) => open,
         };
         let mut buffer = vec![0; length];
         let mut filled = 0;
@@ -157,12 +157,12 @@ impl BlobReader {
         let buffer = buffer.get_mut(..wanted).unwrap_or_default();
         match &self.content {
             _ if wanted == 0 => Ok(0),
-            Content::Whole(bytes) => {
+            BlobContent::Whole(bytes) => {
                 let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
                 buffer.copy_from_slice(&bytes[start..start + wanted]);
                 Ok(wanted)
             }
-            Content::File(open) => open.read_at(buffer, offset),
+            BlobContent::File(open) => open.read_at(buffer, offset),
         }
     }
 }

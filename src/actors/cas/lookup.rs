@@ -42,14 +42,14 @@ pub(super) enum Purpose {
 
 /// A set of digests in the order in which they were added.
 #[derive(Default)]
-struct Missing {
+struct MissingDigests {
     digests: Vec<Digest>,
     /// The hash of each digest and its position in the list.
     places: HashTable<(u64, usize)>,
     hasher: RandomState,
 }
 
-impl Missing {
+impl MissingDigests {
     fn add(&mut self, digest: &Digest) {
         let Self { digests, places, hasher } = self;
         let hash = hasher.hash_one(digest);
@@ -93,7 +93,7 @@ impl Cas {
     /// # Errors
     /// `Unavailable` when the server is shutting down.
     pub async fn find_missing(&self, instance: &Instance, digests: &[Digest]) -> Result<Vec<Digest>> {
-        let mut missing = Missing::default();
+        let mut missing = MissingDigests::default();
         for part in digests.chunks(LOOKUPS_PER_TURN) {
             self.find_missing_now(instance.blobs(), part, &mut missing)?;
             end_turn(part.len()).await;
@@ -105,7 +105,7 @@ impl Cas {
         &self,
         instance: InstanceId,
         digests: &[Digest],
-        missing: &mut Missing,
+        missing: &mut MissingDigests,
     ) -> Result<()> {
         for part in digests.chunks(LOOKUPS_PER_HOLD) {
             self.look_up(|index| {

@@ -14,6 +14,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+/// What the filter of the sandbox kills a process for.
+const FOREIGN_CALLS: &str = "it used system calls of another architecture, such as those of a 32-bit program, which the \
+                             sandbox forbids (docs/sandbox.md)";
+
 /// The facts of a run, except its ending.
 #[derive(Debug)]
 pub(super) struct Facts<'a> {
@@ -39,12 +43,18 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
         Ending::Exited(code) if code == EXIT_NOT_EXECUTABLE && facts.is_noexec => {
             format!("exit code {code} is how a shell reports a program that cannot be run: {NOEXEC}")
         }
+        Ending::Exited(code) if code == SIGNAL_BASE + libc::SIGSYS => {
+            format!(
+                "exit code {code} is what a shell says of a program that was killed by SIGSYS: {FOREIGN_CALLS}"
+            )
+        }
         Ending::Exited(_) => String::new(),
         Ending::Signalled(signal) => {
             let hint = match signal {
                 libc::SIGXFSZ => format!(
                     ": it wrote a file larger than the {limit} bytes allowed (execution.max_output_file_gb)"
                 ),
+                libc::SIGSYS => format!(": {FOREIGN_CALLS}"),
                 libc::SIGKILL => ", which this server did not send; it may have run out of memory".into(),
                 _ => String::new(),
             };

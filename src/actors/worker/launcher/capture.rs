@@ -59,7 +59,7 @@ struct Stream {
 }
 
 /// Why a log does not have all that was printed.
-enum Failure {
+enum LogFailure {
     TooLong,
     Log(io::Error),
 }
@@ -165,20 +165,20 @@ impl Stream {
     }
 
     /// One read, and the write that follows from it; says how many bytes there were.
-    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Failure> {
+    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, LogFailure> {
         let read = match rustix::io::read(&self.pipe, &mut *buffer) {
             Ok(read) => read,
             Err(Errno::AGAIN | Errno::INTR) => 0,
-            Err(error) => return Err(Failure::Log(error.into())),
+            Err(error) => return Err(LogFailure::Log(error.into())),
         };
         let allowed = usize::try_from(self.left).unwrap_or(usize::MAX).min(read);
-        self.log.write_all(buffer.get(..allowed).unwrap_or_default()).map_err(Failure::Log)?;
+        self.log.write_all(buffer.get(..allowed).unwrap_or_default()).map_err(LogFailure::Log)?;
         self.left -= allowed as u64;
-        if allowed < read { Err(Failure::TooLong) } else { Ok(read) }
+        if allowed < read { Err(LogFailure::TooLong) } else { Ok(read) }
     }
 
-    fn drain(&mut self, buffer: &mut [u8]) -> Result<(), Failure> {
-        let mut left = ioctl_fionread(&self.pipe).map_err(|error| Failure::Log(error.into()))?;
+    fn drain(&mut self, buffer: &mut [u8]) -> Result<(), LogFailure> {
+        let mut left = ioctl_fionread(&self.pipe).map_err(|error| LogFailure::Log(error.into()))?;
         while left > 0 {
             match self.read(buffer)? {
                 // Somebody else has read it.
@@ -211,7 +211,7 @@ fn pause(read: usize, elapsed: Duration, capacity: u32) -> Duration {
     if pause < SHORTEST_PAUSE { Duration::ZERO } else { pause.min(READ_PAUSE) }
 }
 
-impl Failure {
+impl LogFailure {
     fn of(self, is_stderr: bool) -> Unkept {
         match self {
             Self::TooLong => Unkept { is_stderr, errno: 0 },

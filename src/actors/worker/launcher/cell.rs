@@ -12,7 +12,7 @@ use super::{
     protocol::{self, Ended, Failed, FromCell, News, Run, ToRunner},
     usage::Usage,
 };
-use crate::sandbox::{Failure, Step as _, namespaces, settings::Sandbox, world::World};
+use crate::sandbox::{SetupFailure, Step as _, namespaces, settings::Sandbox, world::World};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, IoSlice},
@@ -41,7 +41,7 @@ const MOST_ENDED: usize = 4;
 /// The cells of one runner.
 pub(super) struct Cells {
     /// Why there can be none.
-    world: Result<World, Failure>,
+    world: Result<World, SetupFailure>,
     /// One that no command has seen.
     next: Option<Cell>,
     /// Those whose command has ended.
@@ -56,7 +56,7 @@ struct Cell {
 }
 
 /// How a command came to its end.
-enum Stop {
+enum CommandStop {
     /// By itself, or the cell did.
     Ended(Option<FromCell>),
     /// The server wants it killed.
@@ -116,24 +116,24 @@ impl Cells {
         };
         let stop = self.follow(&cell, server, &mut capture, buffer).map_err(failed)?;
         let unkept = match stop {
-            Stop::Ended(Some(FromCell { news: Some(News::Ended(news)) })) => {
+            CommandStop::Ended(Some(FromCell { news: Some(News::Ended(news)) })) => {
                 ended = news;
                 self.ended.push(cell);
                 None
             }
-            Stop::Ended(Some(FromCell { news: Some(News::Failed(failed)) })) => return Err(failed),
-            Stop::Ended(_) => {
+            CommandStop::Ended(Some(FromCell { news: Some(News::Failed(failed)) })) => return Err(failed),
+            CommandStop::Ended(_) => {
                 return Err(Failed { message: "the sandbox ended before its command".into(), errno: 0 });
             }
-            Stop::Killed => {
+            CommandStop::Killed => {
                 cell.kill(&mut ended);
                 None
             }
-            Stop::Unkept(unkept) => {
+            CommandStop::Unkept(unkept) => {
                 cell.kill(&mut ended);
                 Some(unkept)
             }
-            Stop::ServerGone => return Ok(None),
+            CommandStop::ServerGone => return Ok(None),
         };
         ended.unkept = unkept.or_else(|| capture.finish(buffer).err());
         Ok(Some(ended))
@@ -147,7 +147,7 @@ impl Cells {
         server: &UnixStream,
         capture: &mut Capture,
         buffer: &mut [u8],
-    ) -> io::Result<Stop> {
+    ) -> io::Result<CommandStop> {
         let mut prepare_at = Some(Instant::now() + PREPARE_AFTER);
         loop {
             let mut fds = vec![PollFd::new(&cell.socket, PollFlags::IN), PollFd::new(server, PollFlags::IN)];
@@ -163,17 +163,21 @@ impl Cells {
             }
             let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
             if ready[0] {
-                return Ok(Stop::Ended(protocol::read(&cell.socket).unwrap_or(None)));
+                return Ok(CommandStop::Ended(protocol::read(&cell.socket).unwrap_or(None)));
             }
             if ready[1] {
                 // The only order that can come now is to kill; the end of the stream means that the server is gone.
                 let order = protocol::read::<ToRunner>(server);
-                return Ok(if matches!(order, Ok(Some(_))) { Stop::Killed } else { Stop::ServerGone });
+                return Ok(if matches!(order, Ok(Some(_))) {
+                    CommandStop::Killed
+                } else {
+                    CommandStop::ServerGone
+                });
             }
             if ready[2..].contains(&true)
                 && let Err(unkept) = capture.take(Instant::now(), buffer)
             {
-                return Ok(Stop::Unkept(unkept));
+                return Ok(CommandStop::Unkept(unkept));
             }
             if prepare_at.is_some_and(|at| Instant::now() >= at) {
                 prepare_at = None;
@@ -185,7 +189,7 @@ impl Cells {
 
 impl Cell {
     /// Starts the first process of a cell, which then makes the rest.
-    fn new(world: &World) -> Result<Self, Failure> {
+    fn new(world: &World) -> Result<Self, SetupFailure> {
         let passage = world.passage()?;
         let (ours, theirs) = UnixStream::pair().step("make a socket")?;
         ours.set_read_timeout(Some(CELL_TIMEOUT)).step("set a timeout")?;
@@ -199,16 +203,16 @@ impl Cell {
     }
 
     /// Hands the order over, once the cell is ready.
-    fn start(&self, world: &World, run: &Run, capture: &Capture) -> Result<(), Failure> {
+    fn start(&self, world: &World, run: &Run, capture: &Capture) -> Result<(), SetupFailure> {
         let exec_root = world.exec_root(Path::new(OsStr::from_bytes(&run.root)), run.layers.as_ref())?;
         let ready = protocol::read::<FromCell>(&self.socket).step("wait for the sandbox")?;
         match ready.and_then(|message| message.news) {
             Some(News::Ready(_)) => {}
             Some(News::Failed(failed)) => {
                 let error = io::Error::from_raw_os_error(failed.errno);
-                return Err(Failure { step: failed.message, error });
+                return Err(SetupFailure { step: failed.message, error });
             }
-            _ => return Err(Failure { step: "wait for the sandbox".into(), error: Errno::PIPE.into() }),
+            _ => return Err(SetupFailure { step: "wait for the sandbox".into(), error: Errno::PIPE.into() }),
         }
         let (stdout, stderr) = capture.writing_ends();
         send_open(&self.socket, &[exec_root.as_fd(), stdout, stderr]).step("give the sandbox its files")?;
@@ -249,7 +253,7 @@ impl Drop for Cell {
     }
 }
 
-fn not_set_up(failure: &Failure) -> Failed {
+fn not_set_up(failure: &SetupFailure) -> Failed {
     // No errno: whatever is full, it is not the disk of the build root.
     Failed { message: format!("could not set up the sandbox: {failure}"), errno: 0 }
 }

@@ -6,12 +6,12 @@
 
 use super::{
     children::{Children, Deaths},
-    protocol::{self, Failed, FromCell, News, Ready, Run},
+    protocol::{self, CellReady, Ended, Failed, FromCell, News, Run},
     spawn::Stack,
     sys,
 };
 use crate::sandbox::{
-    EXEC_ROOT, Failure, layers,
+    EXEC_ROOT, SetupFailure, layers,
     world::{Passage, World},
 };
 use rustix::{
@@ -43,54 +43,53 @@ pub(super) fn init_main(socket: &UnixStream, world: &World, passage: Passage) ->
 fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> {
     sys::close_all_but(&[0, 1, 2, socket.as_raw_fd(), passage.descriptor()])?;
     sys::die_with_parent()?;
+    // By this the server recognises what a lost runner leaves to it (`reap`).
+    rustix::process::setsid()?;
     let mut admitted = [0];
     if (&*socket).read(&mut admitted)? == 0 || admitted != [ADMITTED] {
         return Ok(());
     }
-    let news = match world.enter(&passage) {
-        Ok(()) => News::Ready(Ready {}),
-        Err(failure) => News::Failed(in_words(&failure)),
+    let cell = match world.enter(&passage) {
+        Ok(cell) => cell,
+        Err(failure) => return tell(socket, News::Failed(in_words(&failure))),
     };
     drop(passage);
     // Becoming another user has undone it.
     sys::die_with_parent()?;
-    tell(socket, news)?;
+    let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    sys::become_stdin(&null)?;
+    tell(socket, News::Ready(CellReady {}))?;
     let Some(files) = receive_open(socket)? else { return Ok(()) };
     let Some(run) = protocol::read::<Run>(socket)? else { return Ok(()) };
-    match run_one(socket, world, run, files) {
-        Ok(Some(news)) | Err(news) => tell(socket, news),
+    match run_one(socket, || world.close(cell, &files[0]), run, &files) {
+        Ok(Some(ended)) => tell(socket, News::Ended(ended)),
         Ok(None) => Ok(()),
+        Err(failed) => tell(socket, News::Failed(failed)),
     }
 }
 
 /// Runs the command; `None` when the runner is gone.
 fn run_one(
     socket: &UnixStream,
-    world: &World,
+    close: impl FnOnce() -> Result<(), SetupFailure>,
     run: Run,
-    [exec_root, stdout, stderr]: [OwnedFd; FILES],
-) -> Result<Option<News>, News> {
-    world.close(&exec_root).map_err(|failure| {
-        News::Failed(Failed { message: format!("could not set up the sandbox: {failure}"), errno: 0 })
+    [_, stdout, stderr]: &[OwnedFd; FILES],
+) -> Result<Option<Ended>, Failed> {
+    close().map_err(|failure| Failed {
+        message: format!("could not set up the sandbox: {failure}"),
+        errno: 0,
     })?;
-    drop(exec_root);
     if run.layers.as_ref().is_some_and(|layers| layers.is_trial) {
-        let failed = |failure: Failure| News::Failed(Failed { message: failure.to_string(), errno: 0 });
+        let failed = |failure: SetupFailure| Failed { message: failure.to_string(), errno: 0 };
         layers::try_out(Path::new(EXEC_ROOT)).map_err(failed)?;
     }
-    let failed = |error: io::Error| {
-        News::Failed(Failed {
-            message: format!("could not start a command in the sandbox: {error}"),
-            errno: 0,
-        })
+    let failed = |error: io::Error| Failed {
+        message: format!("could not start a command in the sandbox: {error}"),
+        errno: 0,
     };
-    let mut children = (|| {
-        let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-        sys::become_stdin(&null)?;
-        Children::start(run, Path::new(EXEC_ROOT), (stdout.as_fd(), stderr.as_fd()), &mut Stack::new())
-    })()
-    .map_err(failed)?;
-    drop((stdout, stderr));
+    let outputs = (stdout.as_fd(), stderr.as_fd());
+    let mut children =
+        Children::start(run, Path::new(EXEC_ROOT), outputs, &mut Stack::new()).map_err(failed)?;
     let deaths = Deaths::watch().map_err(failed)?;
     while !children.reap_ended().map_err(failed)?.first_ended {
         let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
@@ -100,10 +99,10 @@ fn run_one(
         }
     }
     children.clear(&deaths, sys::kill_all_others).map_err(failed)?;
-    Ok(Some(News::Ended(children.report())))
+    Ok(Some(children.report()))
 }
 
-fn in_words(failure: &Failure) -> Failed {
+fn in_words(failure: &SetupFailure) -> Failed {
     Failed { message: failure.step.clone(), errno: failure.error.raw_os_error().unwrap_or(0) }
 }
 

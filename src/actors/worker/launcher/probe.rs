@@ -12,7 +12,7 @@ use crate::{
     sandbox::{
         identity::Users,
         layers::{Layers, TRIAL_DIRECTORY, TRIAL_FILE},
-        probe::{Machine, Report, find},
+        probe::{KernelFacts, Report, find},
         settings::SandboxSettings,
     },
 };
@@ -120,12 +120,12 @@ fn attempt(
     }
 }
 
-fn this_machine() -> Machine {
+fn this_machine() -> KernelFacts {
     let sysctl = |name: &str| {
         let text = fs::read_to_string(format!("/proc/sys/{name}")).ok()?;
         text.trim().parse().ok()
     };
-    Machine {
+    KernelFacts {
         max_user_namespaces: sysctl("user/max_user_namespaces"),
         max_net_namespaces: sysctl("user/max_net_namespaces"),
         unprivileged_userns_clone: sysctl("kernel/unprivileged_userns_clone"),

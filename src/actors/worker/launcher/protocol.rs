@@ -2,7 +2,7 @@
 //!
 //! Both ends are always the same binary, so there is no versioning. One [`Run`] is answered by one [`FromRunner`]; a [`Kill`]
 //! hurries that answer and is ignored when nothing runs. A [`Sandbox`] is the first order, if it comes at all. A runner and a
-//! cell speak in the same way: a cell says [`Ready`], gets one [`Run`], and says how it ended.
+//! cell speak in the same way: a cell says [`CellReady`], gets one [`Run`], and says how it ended.
 
 use crate::sandbox::{layers::Layers, settings::Sandbox};
 use gorego_reapi::proto::gorego;
@@ -153,7 +153,7 @@ pub struct FromCell {
 pub enum News {
     /// It waits for its order.
     #[prost(message, tag = "1")]
-    Ready(Ready),
+    Ready(CellReady),
     /// Its command has ended, and so has everything else in it.
     #[prost(message, tag = "2")]
     Ended(Ended),
@@ -164,7 +164,7 @@ pub enum News {
 
 /// A cell that waits for its order.
 #[derive(Clone, Copy, PartialEq, Message)]
-pub struct Ready {}
+pub struct CellReady {}
 
 /// Sends a message.
 ///

@@ -177,13 +177,13 @@ impl Runner {
     }
 
     /// Waits for the death of a child, for the server, and for output that is worth moving.
-    fn wait(&self, capture: &Capture) -> io::Result<Ready> {
+    fn wait(&self, capture: &Capture) -> io::Result<ReadyEvents> {
         let mut fds = vec![PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN)];
         let pause = capture.watch(Instant::now(), &mut fds);
         let outputs = fds.len();
         self.deaths.wait(&mut fds, pause)?;
         let is_ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
-        Ok(Ready {
+        Ok(ReadyEvents {
             order: fds.first().is_some_and(is_ready),
             output: fds.get(1..outputs).unwrap_or_default().iter().any(is_ready),
         })
@@ -191,7 +191,7 @@ impl Runner {
 }
 
 /// Which of the awaited events are ready.
-struct Ready {
+struct ReadyEvents {
     order: bool,
     output: bool,
 }

@@ -50,7 +50,8 @@ pub(super) fn mount(layers: &Layers, ids: Option<(BorrowedFd<'_>, Map)>) -> Resu
     let (below, own) = (path(&layers.below), path(&layers.own));
     let mount = || {
         let [below, own, work] = [&layers.below, &layers.own, &layers.work].map(|bytes| path(bytes));
-        let (below, own, work) = (Named::open(below)?, Named::open(own)?, Named::open(work)?);
+        let (below, own, work) =
+            (NamedDirectory::open(below)?, NamedDirectory::open(own)?, NamedDirectory::open(work)?);
         let options = [
             ("lowerdir", &*below.name),
             ("upperdir", &*own.name),
@@ -74,12 +75,12 @@ pub(super) fn mount(layers: &Layers, ids: Option<(BorrowedFd<'_>, Map)>) -> Resu
 }
 
 /// An open directory and a name for it that tells nothing, since the action can read the options of its mounts.
-struct Named {
+struct NamedDirectory {
     _directory: OwnedFd,
     name: String,
 }
 
-impl Named {
+impl NamedDirectory {
     fn open(path: &Path) -> io::Result<Self> {
         let directory = mounts::directory(CWD, path)?;
         let name = format!("/proc/self/fd/{}", directory.as_raw_fd());

@@ -51,7 +51,7 @@ pub struct Dir<'a> {
 
 /// What is under one name.
 #[derive(Debug)]
-pub enum Node<'a> {
+pub enum ExecNode<'a> {
     /// Something of the own layer.
     Own(Stat),
     /// A file of the staged tree.
@@ -167,11 +167,11 @@ impl Way<'_> {
             }
             let below = self.here.below;
             match self.here.enter(&name)? {
-                Entered::Directory(found) => {
+                WayPart::Directory(found) => {
                     self.above.push(below);
                     self.here = found;
                 }
-                Entered::Link(target) => {
+                WayPart::Link(target) => {
                     self.links += 1;
                     if self.links > MAX_LINKS {
                         return Err(Errno::LOOP.into());
@@ -205,7 +205,7 @@ impl Way<'_> {
     }
 }
 
-enum Entered<'a> {
+enum WayPart<'a> {
     Directory(Dir<'a>),
     Link(OsString),
 }
@@ -220,14 +220,14 @@ impl<'a> Dir<'a> {
     ///
     /// # Errors
     /// `NotFound` when there is nothing; else those of fstatat(2).
-    pub fn look(&self, name: &OsStr) -> io::Result<Node<'a>> {
+    pub fn look(&self, name: &OsStr) -> io::Result<ExecNode<'a>> {
         if let Some(own) = &self.own {
             match dir::stat_at(own, name) {
                 Ok(stat) if self.staged.is_some() && layer::is_whiteout(&stat) => {
                     return Err(Errno::NOENT.into());
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                found => return found.map(Node::Own),
+                found => return found.map(ExecNode::Own),
             }
         }
         let found = self.staged.zip(self.below).and_then(|(tree, below)| find(tree, below, name));
@@ -255,23 +255,23 @@ impl<'a> Dir<'a> {
         Ok(OsString::from_vec(rfs::readlinkat(own, name, Vec::new())?.into_bytes()))
     }
 
-    fn enter(&self, name: &OsStr) -> io::Result<Entered<'a>> {
+    fn enter(&self, name: &OsStr) -> io::Result<WayPart<'a>> {
         let path = self.path.join(name);
         let (own, below) = match self.look(name)? {
-            Node::Own(stat) if dir::file_type(&stat) == FileType::Symlink => {
-                return Ok(Entered::Link(self.read_link(name)?));
+            ExecNode::Own(stat) if dir::file_type(&stat) == FileType::Symlink => {
+                return Ok(WayPart::Link(self.read_link(name)?));
             }
-            Node::Link(link) => return Ok(Entered::Link(link.target.clone().into())),
-            Node::Own(stat) if dir::file_type(&stat) == FileType::Directory => {
+            ExecNode::Link(link) => return Ok(WayPart::Link(link.target.clone().into())),
+            ExecNode::Own(stat) if dir::file_type(&stat) == FileType::Directory => {
                 let own = self.own.as_ref().ok_or(Errno::NOENT)?;
                 let own = dir::open_beneath(own, Path::new(name))?;
                 let below = below(self.staged, self.below, name, &own)?;
                 (Some(own), below)
             }
-            Node::Directory(directory) => (None, Some(directory)),
-            Node::Own(_) | Node::File(_) => return Err(Errno::NOTDIR.into()),
+            ExecNode::Directory(directory) => (None, Some(directory)),
+            ExecNode::Own(_) | ExecNode::File(_) => return Err(Errno::NOTDIR.into()),
         };
-        Ok(Entered::Directory(Dir { staged: self.staged, path, own, below }))
+        Ok(WayPart::Directory(Dir { staged: self.staged, path, own, below }))
     }
 
     /// Makes sure that the own layer has this directory, and gives a handle of it. Directories of the staged tree on the way
@@ -308,11 +308,11 @@ impl<'a> Dir<'a> {
 }
 
 /// What a directory of the staged tree has under a name.
-fn find<'a>(tree: &'a InputTree, directory: &'a Directory, name: &OsStr) -> Option<Node<'a>> {
+fn find<'a>(tree: &'a InputTree, directory: &'a Directory, name: &OsStr) -> Option<ExecNode<'a>> {
     let name = name.to_str()?;
-    let file = || directory.files.iter().find(|file| file.name == name).map(Node::File);
-    let link = || directory.symlinks.iter().find(|link| link.name == name).map(Node::Link);
-    let child = || subdirectory(Some(tree), Some(directory), name.as_ref()).map(Node::Directory);
+    let file = || directory.files.iter().find(|file| file.name == name).map(ExecNode::File);
+    let link = || directory.symlinks.iter().find(|link| link.name == name).map(ExecNode::Link);
+    let child = || subdirectory(Some(tree), Some(directory), name.as_ref()).map(ExecNode::Directory);
     file().or_else(link).or_else(child)
 }
 
@@ -340,7 +340,7 @@ fn below<'a>(
 
 /// A position in a tree of directories, in both layers at once.
 #[derive(Debug)]
-pub struct Walk<'a> {
+pub struct LayerWalk<'a> {
     staged: Option<&'a InputTree>,
     own: Option<Cursor>,
     /// How many directories it stands below the last one that the own layer has.
@@ -348,7 +348,7 @@ pub struct Walk<'a> {
     below: Vec<Option<&'a Directory>>,
 }
 
-/// A directory that a [`Walk`] stands in.
+/// A directory that a [`LayerWalk`] stands in.
 #[derive(Debug, Clone, Copy)]
 pub struct Here<'w, 'a> {
     /// What the own layer has of it.
@@ -359,7 +359,7 @@ pub struct Here<'w, 'a> {
     pub staged: Option<&'a InputTree>,
 }
 
-impl<'a> Walk<'a> {
+impl<'a> LayerWalk<'a> {
     /// At the top of an exec root.
     ///
     /// # Errors
@@ -379,16 +379,16 @@ impl<'a> Walk<'a> {
     pub fn at(parent: &Dir<'a>, name: &OsStr) -> io::Result<Self> {
         let staged = parent.staged;
         match parent.look(name)? {
-            Node::Own(_) => {
+            ExecNode::Own(_) => {
                 let own = parent.own.as_ref().ok_or(Errno::NOENT)?;
                 let (own, _) = dir::open_accessible(own, name)?;
                 let below = below(staged, parent.below, name, &own)?;
                 Ok(Self { staged, own: Some(Cursor::new(own)?), deeper: 0, below: vec![below] })
             }
-            Node::Directory(directory) => {
+            ExecNode::Directory(directory) => {
                 Ok(Self { staged, own: None, deeper: 0, below: vec![Some(directory)] })
             }
-            Node::File(_) | Node::Link(_) => Err(Errno::NOTDIR.into()),
+            ExecNode::File(_) | ExecNode::Link(_) => Err(Errno::NOTDIR.into()),
         }
     }
 

@@ -12,7 +12,7 @@ use super::{
     dir::Cursor,
     exec_root::ExecRoot,
     layer,
-    staged_trees::delta::{Delta, Step},
+    staged_trees::delta::{Delta, DeltaStep},
     store::Inputs,
 };
 use crate::action::Command;
@@ -80,19 +80,19 @@ pub(super) fn write_delta(
         checkpoint.check()?;
         let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
         match step {
-            Step::File(file) => write_file(inputs, file, here)?,
-            Step::Link(link) => write_link(link, here)?,
-            Step::Hide(name) => {
+            DeltaStep::File(file) => write_file(inputs, file, here)?,
+            DeltaStep::Link(link) => write_link(link, here)?,
+            DeltaStep::Hide(name) => {
                 layer::make_whiteout(here, name).map_err(|error| cannot("hide", name, &error))?;
             }
-            Step::Enter(node) => {
+            DeltaStep::Enter(node) => {
                 enter_new(&mut cursor, &node.name)?;
                 open.push(tree.directory(&node.digest));
             }
-            Step::Leave => {
+            DeltaStep::Leave => {
                 leave(&mut cursor, open.pop().unwrap_or(tree.root()))?;
             }
-            Step::Tree { node, hides } => {
+            DeltaStep::Tree { node, hides } => {
                 enter_new(&mut cursor, &node.name)?;
                 if *hides {
                     cursor

@@ -10,7 +10,7 @@ pub(super) mod scan;
 use super::{
     checkpoint::Checkpoint,
     dir::{self, FileId},
-    exec_root::{Dir, ExecRoot, Node, Walk},
+    exec_root::{Dir, ExecNode, ExecRoot, LayerWalk},
     store::Outputs,
 };
 use crate::action::{Action, OutputKind, OutputRequest};
@@ -161,7 +161,7 @@ fn look(
     };
     let Some(parent) = open_parent(root, &parent_path, path)? else { return Ok(None) };
     let stat = match parent.look(OsStr::new(name)) {
-        Ok(Node::Own(stat)) => stat,
+        Ok(ExecNode::Own(stat)) => stat,
         Ok(input) => return look_at_input(root, output, input, checkpoint, budget).map(Some),
         Err(error) if is_absence(&error) => return Ok(None),
         Err(error) => return Err(path_error(path, &error)),
@@ -197,26 +197,26 @@ fn look(
 fn look_at_input(
     root: ExecRoot<'_>,
     output: &OutputRequest,
-    input: Node<'_>,
+    input: ExecNode<'_>,
     checkpoint: &Checkpoint,
     budget: &mut NodeBudget,
 ) -> Result<OutputNode> {
     match input {
-        Node::File(file) => {
+        ExecNode::File(file) => {
             expect(output, FileType::RegularFile)?;
             Ok(OutputNode::Input { digest: file.digest, seen: Seen::of_file(file) })
         }
-        Node::Link(link) => Ok(OutputNode::Link {
+        ExecNode::Link(link) => Ok(OutputNode::Link {
             target: link.target.clone(),
             to_directory: leads_to_directory(root, output),
             seen: Seen::of_link(link),
         }),
-        Node::Directory(directory) => {
+        ExecNode::Directory(directory) => {
             expect(output, FileType::Directory)?;
             let (top, seen) = (open_directory(root, output)?, Seen::of_directory(directory));
             OutputScan::of(top, seen, &output.requested, checkpoint, budget).map(OutputNode::Directory)
         }
-        Node::Own(_) => Err(Error::internal("something of the own layer is no input")),
+        ExecNode::Own(_) => Err(Error::internal("something of the own layer is no input")),
     }
 }
 
@@ -385,13 +385,13 @@ fn path_error(path: &str, error: &io::Error) -> Error {
 }
 
 /// Opens an output that is a directory, for listing.
-fn open_directory<'a>(root: ExecRoot<'a>, output: &OutputRequest) -> Result<Walk<'a>> {
+fn open_directory<'a>(root: ExecRoot<'a>, output: &OutputRequest) -> Result<LayerWalk<'a>> {
     let failed = |error: io::Error| Error::io(&format!("open output \"{}\"", output.requested), &error);
     let Some((parent_path, name)) = output.path.parent().zip(output.path.name()) else {
-        return Walk::at_top(root).map_err(failed);
+        return LayerWalk::at_top(root).map_err(failed);
     };
     let parent = root.resolve(parent_path.as_path()).map_err(failed)?;
-    Walk::at(&parent, OsStr::new(name)).map_err(failed)
+    LayerWalk::at(&parent, OsStr::new(name)).map_err(failed)
 }
 
 /// Whether the error means that the output was not produced: nothing is at the path, or the path does not exist.

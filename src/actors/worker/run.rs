@@ -14,7 +14,7 @@ use super::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
     },
     outputs, run_log,
-    staged_trees::Lease,
+    staged_trees::TreeLease,
     store::{BlobStore, Outputs},
     workspace::Workspace,
 };
@@ -160,7 +160,7 @@ impl<'a> ActionRun<'a> {
             None => inputs::write(&*staged, workspace.root()?, false, fetching)?,
         }
         let base = base.map(|base| base.lease);
-        let root = ExecRoot::new(workspace.root()?, base.as_ref().map(Lease::tree));
+        let root = ExecRoot::new(workspace.root()?, base.as_ref().map(TreeLease::tree));
         inputs::prepare(staged.tree(), root, &action.command, fetching)?;
         let layers = base.as_ref().map(|base| workspace.layers(&base.path())).transpose()?;
         self.note(Point::FetchEnd);

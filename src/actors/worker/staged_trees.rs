@@ -9,7 +9,7 @@
 //! for those that come again with a large delta.
 //!
 //! Invariants: the trees never take more than their budget; a tree that is leased is neither changed nor removed; what is not
-//! in the [`Index`] is used by nobody. A tree is trusted only by the process that made it: the index is kept in memory, and
+//! in the [`TreeIndex`] is used by nobody. A tree is trusted only by the process that made it: the index is kept in memory, and
 //! the next start removes what it finds.
 
 pub mod delta;
@@ -32,7 +32,7 @@ use gorego_reapi::{
     error::{Error, Result},
     tree::InputTree,
 };
-use index::{Begun, Index, Size};
+use index::{BuildPermit, StagedSize, TreeIndex};
 use std::{
     collections::VecDeque,
     ffi::OsString,
@@ -84,7 +84,7 @@ type Key = (InstanceId, Digest);
 /// The staged trees of one directory.
 #[derive(Debug)]
 pub struct StagedTrees {
-    index: Mutex<Index<Key, Arc<Tree>>>,
+    index: Mutex<TreeIndex<Key, Arc<Tree>>>,
     min_nodes: u64,
     /// A tree was built, or could not be.
     built: Condvar,
@@ -99,13 +99,13 @@ struct Tree {
 
 /// A tree that stays for as long as this is held.
 #[derive(Debug)]
-pub struct Lease {
+pub struct TreeLease {
     place: Arc<RootDirectory>,
     key: Key,
     tree: Arc<Tree>,
 }
 
-impl Lease {
+impl TreeLease {
     /// What is in it.
     pub fn tree(&self) -> &InputTree {
         &self.tree.tree
@@ -117,7 +117,7 @@ impl Lease {
     }
 }
 
-impl Drop for Lease {
+impl Drop for TreeLease {
     fn drop(&mut self) {
         self.place.trees.lock().release(self.key);
     }
@@ -127,7 +127,7 @@ impl Drop for Lease {
 #[derive(Debug)]
 pub struct Base<'a> {
     /// The base.
-    pub lease: Lease,
+    pub lease: TreeLease,
     /// What makes it look like the root; empty if it is the root.
     pub delta: Delta<'a>,
 }
@@ -135,12 +135,12 @@ pub struct Base<'a> {
 impl StagedTrees {
     /// None yet.
     pub fn new(limits: StagingLimits) -> Self {
-        let budget = Size { bytes: limits.max_bytes, nodes: MAX_STAGED_NODES };
-        let index = Mutex::new(Index::new(budget, PASSED_ROOTS));
+        let budget = StagedSize { bytes: limits.max_bytes, nodes: MAX_STAGED_NODES };
+        let index = Mutex::new(TreeIndex::new(budget, PASSED_ROOTS));
         Self { index, min_nodes: limits.min_nodes, built: Condvar::new() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Index<Key, Arc<Tree>>> {
+    fn lock(&self) -> MutexGuard<'_, TreeIndex<Key, Arc<Tree>>> {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -164,21 +164,21 @@ impl BuildRoot {
         let key = (instance, wanted.digest());
         loop {
             if let Some(tree) = wait_for(place, key, checkpoint)? {
-                let lease = Lease { place: place.clone(), key, tree };
+                let lease = TreeLease { place: place.clone(), key, tree };
                 return Ok(Some(Base { lease, delta: Delta::default() }));
             }
             if let Some(base) = similar(place, wanted, key) {
                 return Ok(Some(base));
             }
-            let size = Size {
+            let size = StagedSize {
                 bytes: wanted.nodes().saturating_mul(NODE_BYTES).saturating_add(wanted.bytes()),
                 nodes: wanted.nodes().saturating_add(1),
             };
             let begun = place.trees.lock().begin(key, size);
             match begun {
-                Begun::NoRoom => return Ok(None),
-                Begun::Exists => {}
-                Begun::Build(evicted) => {
+                BuildPermit::NoRoom => return Ok(None),
+                BuildPermit::Exists => {}
+                BuildPermit::Build(evicted) => {
                     self.remove_trees(place, evicted);
                     let lease = self.build(place, key, inputs, checkpoint)?;
                     return Ok(Some(Base { lease, delta: Delta::default() }));
@@ -205,7 +205,7 @@ impl BuildRoot {
         key: Key,
         inputs: &dyn Inputs,
         checkpoint: &Checkpoint,
-    ) -> Result<Lease> {
+    ) -> Result<TreeLease> {
         let building = Building { place, key };
         let doing = |error: std::io::Error| Error::io("stage an input root", &error);
         let (name, root) = self.create_tree(place).map_err(doing)?;
@@ -225,9 +225,9 @@ struct Building<'a> {
 }
 
 impl Building<'_> {
-    fn finish(self, tree: Arc<Tree>) -> Lease {
+    fn finish(self, tree: Arc<Tree>) -> TreeLease {
         self.place.trees.lock().finish(self.key, tree.clone());
-        Lease { place: self.place.clone(), key: self.key, tree }
+        TreeLease { place: self.place.clone(), key: self.key, tree }
     }
 }
 
@@ -286,7 +286,7 @@ fn similar<'a>(place: &Arc<RootDirectory>, wanted: &'a InputTree, key: Key) -> O
     // It may have been evicted since.
     let tree = index.lease(base)?;
     drop(index);
-    Some(Base { lease: Lease { place: place.clone(), key: base, tree }, delta })
+    Some(Base { lease: TreeLease { place: place.clone(), key: base, tree }, delta })
 }
 
 /// How long a delta takes to write, in small files.

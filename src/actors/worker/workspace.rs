@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <build_root>/a-89abcdef/root/    the input root, where the command runs, or its own layer of it
-//! <build_root>/a-89abcdef/work/    what overlayfs needs besides a layer
+//! <build_root>/a-89abcdef/work     what overlayfs needs besides a layer
 //! <build_root>/<slot>-<number>/    the run's own: stdout and stderr
 //! <build_root>/t-<number>/root/    a staged tree
 //! ```

@@ -88,7 +88,7 @@ impl Layers {
         let root = ExecRoot::new(&own, Some(&self.base));
         let cancel = CancelToken::new();
         let checkpoint = Checkpoint::new(&cancel, "a test", Duration::from_secs(60));
-        let top = || Walk::at_top(root).unwrap();
+        let top = || LayerWalk::at_top(root).unwrap();
         let seen = Seen::from(&rfs::fstat(&own).unwrap());
         let mut scan = OutputScan::of(top(), seen, "o", &checkpoint, &mut NodeBudget::new()).unwrap();
         let mut contents = Vec::new();

@@ -8,7 +8,7 @@ use super::{Seen, name_of};
 use crate::actors::worker::{
     checkpoint::Checkpoint,
     dir::{self, FileId},
-    exec_root::{Here, Walk},
+    exec_root::{Here, LayerWalk},
     inputs, layer,
 };
 use gorego_reapi::{
@@ -146,7 +146,7 @@ impl OutputScan {
     /// # Errors
     /// `Precondition` for anything that is not a file, directory or link, for names that are not UTF-8, and for too many nodes.
     pub(crate) fn of(
-        top: Walk<'_>,
+        top: LayerWalk<'_>,
         seen: Seen,
         path: &str,
         checkpoint: &Checkpoint,
@@ -163,7 +163,7 @@ impl OutputScan {
     /// Those of `visit`, and those of walking.
     pub(crate) fn revisit(
         &mut self,
-        top: Walk<'_>,
+        top: LayerWalk<'_>,
         path: &str,
         mut visit: impl FnMut(&mut FoundDirectory, Option<&File>) -> Result<()>,
     ) -> Result<()> {
@@ -173,7 +173,7 @@ impl OutputScan {
     /// Visits every directory by position. Children that a visit adds are visited after it.
     fn walk(
         &mut self,
-        mut top: Walk<'_>,
+        mut top: LayerWalk<'_>,
         path: &str,
         mut visit: impl FnMut(&mut Self, usize, Here<'_, '_>) -> Result<()>,
     ) -> Result<()> {
@@ -373,7 +373,7 @@ mod tests {
         let scan = |name_bytes| {
             let own = File::open(directory.path()).unwrap();
             let seen = Seen::from(&rustix::fs::fstat(&own).unwrap());
-            let top = Walk::at_top(ExecRoot::new(&own, None)).unwrap();
+            let top = LayerWalk::at_top(ExecRoot::new(&own, None)).unwrap();
             OutputScan::of(
                 top,
                 seen,

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 /// One step of writing a layer. The layer begins as one directory, the root, which is current.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step<'a> {
+pub enum DeltaStep<'a> {
     /// Makes a directory that both trees have, and makes it current.
     Enter(&'a Subdirectory),
     /// Makes the directory above the current one current again.
@@ -41,7 +41,7 @@ pub struct Cost {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Delta<'a> {
     /// What to write, in order.
-    pub steps: Vec<Step<'a>>,
+    pub steps: Vec<DeltaStep<'a>>,
     /// How much that is.
     pub cost: Cost,
 }
@@ -59,11 +59,11 @@ impl<'a> Delta<'a> {
             let Some((node, of_base)) = remaining.next() else {
                 open.pop();
                 if !open.is_empty() {
-                    delta.steps.push(Step::Leave);
+                    delta.steps.push(DeltaStep::Leave);
                 }
                 continue;
             };
-            delta.add(Step::Enter(node), Cost { entries: 1, bytes: 0 }, limit)?;
+            delta.add(DeltaStep::Enter(node), Cost { entries: 1, bytes: 0 }, limit)?;
             let below = wanted.directory(&node.digest);
             let differing = delta.compare(wanted, below, base.directory(&of_base.digest), limit)?;
             open.push(differing.into_iter());
@@ -71,7 +71,7 @@ impl<'a> Delta<'a> {
         Some(delta)
     }
 
-    fn add(&mut self, step: Step<'a>, cost: Cost, limit: Cost) -> Option<()> {
+    fn add(&mut self, step: DeltaStep<'a>, cost: Cost, limit: Cost) -> Option<()> {
         self.steps.push(step);
         self.cost.entries = self.cost.entries.saturating_add(cost.entries);
         self.cost.bytes = self.cost.bytes.saturating_add(cost.bytes);
@@ -89,22 +89,22 @@ impl<'a> Delta<'a> {
         let mut unwanted = nodes(base);
         let mut differing = Vec::new();
         for file in &wanted.files {
-            if unwanted.remove(&*file.name) != Some(Node::File(file)) {
-                self.add(Step::File(file), Cost { entries: 1, bytes: file.digest.size() }, limit)?;
+            if unwanted.remove(&*file.name) != Some(TreeNode::File(file)) {
+                self.add(DeltaStep::File(file), Cost { entries: 1, bytes: file.digest.size() }, limit)?;
             }
         }
         for link in &wanted.symlinks {
-            if unwanted.remove(&*link.name) != Some(Node::Link(link)) {
-                self.add(Step::Link(link), Cost { entries: 1, bytes: 0 }, limit)?;
+            if unwanted.remove(&*link.name) != Some(TreeNode::Link(link)) {
+                self.add(DeltaStep::Link(link), Cost { entries: 1, bytes: 0 }, limit)?;
             }
         }
         for node in &wanted.directories {
             match unwanted.remove(&*node.name) {
-                Some(Node::Directory(same)) if same.digest == node.digest => {}
-                Some(Node::Directory(other)) => differing.push((node, other)),
+                Some(TreeNode::Directory(same)) if same.digest == node.digest => {}
+                Some(TreeNode::Directory(other)) => differing.push((node, other)),
                 found => {
                     let cost = cost_of(tree, node, limit)?;
-                    self.add(Step::Tree { node, hides: found.is_some() }, cost, limit)?;
+                    self.add(DeltaStep::Tree { node, hides: found.is_some() }, cost, limit)?;
                 }
             }
         }
@@ -113,7 +113,7 @@ impl<'a> Delta<'a> {
         let names = names.chain(base.symlinks.iter().map(|link| &link.name));
         for name in names.chain(base.directories.iter().map(|node| &node.name)) {
             if unwanted.contains_key(&**name) {
-                self.add(Step::Hide(name.as_str().into()), Cost { entries: 1, bytes: 0 }, limit)?;
+                self.add(DeltaStep::Hide(name.as_str().into()), Cost { entries: 1, bytes: 0 }, limit)?;
             }
         }
         Some(differing)
@@ -121,16 +121,16 @@ impl<'a> Delta<'a> {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Node<'a> {
+enum TreeNode<'a> {
     File(&'a File),
     Link(&'a Symlink),
     Directory(&'a Subdirectory),
 }
 
-fn nodes(directory: &Directory) -> HashMap<&str, Node<'_>> {
-    let files = directory.files.iter().map(|file| (&*file.name, Node::File(file)));
-    let links = directory.symlinks.iter().map(|link| (&*link.name, Node::Link(link)));
-    let directories = directory.directories.iter().map(|node| (&*node.name, Node::Directory(node)));
+fn nodes(directory: &Directory) -> HashMap<&str, TreeNode<'_>> {
+    let files = directory.files.iter().map(|file| (&*file.name, TreeNode::File(file)));
+    let links = directory.symlinks.iter().map(|link| (&*link.name, TreeNode::Link(link)));
+    let directories = directory.directories.iter().map(|node| (&*node.name, TreeNode::Directory(node)));
     files.chain(links).chain(directories).collect()
 }
 
@@ -164,49 +164,48 @@ mod tests {
     #[derive(Debug, Default)]
     struct Layer<'a> {
         /// `None` stands for a whiteout.
-        entries: std::collections::BTreeMap<&'a str, Option<Entry<'a>>>,
+        entries: std::collections::BTreeMap<&'a str, Option<LayerEntry<'a>>>,
         is_opaque: bool,
     }
 
     #[derive(Debug)]
-    enum Entry<'a> {
+    enum LayerEntry<'a> {
         Leaf(Shown),
         Directory(Layer<'a>),
     }
 
     fn whole<'a>(tree: &'a InputTree, directory: &'a Directory, is_opaque: bool) -> Layer<'a> {
-        let files = directory.files.iter().map(|file| (&*file.name, Entry::Leaf(Shown::file(file))));
-        let links = directory.symlinks.iter().map(|link| (&*link.name, Entry::Leaf(Shown::link(link))));
-        let directories = directory
-            .directories
-            .iter()
-            .map(|node| (&*node.name, Entry::Directory(whole(tree, tree.directory(&node.digest), false))));
+        let files = directory.files.iter().map(|file| (&*file.name, LayerEntry::Leaf(Shown::file(file))));
+        let links = directory.symlinks.iter().map(|link| (&*link.name, LayerEntry::Leaf(Shown::link(link))));
+        let directories = directory.directories.iter().map(|node| {
+            (&*node.name, LayerEntry::Directory(whole(tree, tree.directory(&node.digest), false)))
+        });
         let entries = files.chain(links).chain(directories).map(|(name, entry)| (name, Some(entry)));
         Layer { entries: entries.collect(), is_opaque }
     }
 
-    fn write<'a>(tree: &'a InputTree, steps: &'a [Step<'a>]) -> Layer<'a> {
+    fn write<'a>(tree: &'a InputTree, steps: &'a [DeltaStep<'a>]) -> Layer<'a> {
         let mut open = vec![("", Layer::default())];
         for step in steps {
             let (_, here) = open.last_mut().unwrap();
             let (name, entry) = match step {
-                Step::Enter(node) => {
+                DeltaStep::Enter(node) => {
                     open.push((&node.name, Layer::default()));
                     continue;
                 }
-                Step::Leave => {
+                DeltaStep::Leave => {
                     let (name, left) = open.pop().unwrap();
                     let (_, here) = open.last_mut().unwrap();
-                    assert!(here.entries.insert(name, Some(Entry::Directory(left))).is_none());
+                    assert!(here.entries.insert(name, Some(LayerEntry::Directory(left))).is_none());
                     continue;
                 }
-                Step::File(file) => (&*file.name, Some(Entry::Leaf(Shown::file(file)))),
-                Step::Link(link) => (&*link.name, Some(Entry::Leaf(Shown::link(link)))),
-                Step::Tree { node, hides } => {
+                DeltaStep::File(file) => (&*file.name, Some(LayerEntry::Leaf(Shown::file(file)))),
+                DeltaStep::Link(link) => (&*link.name, Some(LayerEntry::Leaf(Shown::link(link)))),
+                DeltaStep::Tree { node, hides } => {
                     let layer = whole(tree, tree.directory(&node.digest), *hides);
-                    (&*node.name, Some(Entry::Directory(layer)))
+                    (&*node.name, Some(LayerEntry::Directory(layer)))
                 }
-                Step::Hide(name) => (&**name, None),
+                DeltaStep::Hide(name) => (&**name, None),
             };
             assert!(here.entries.insert(name, entry).is_none(), "{name} is written twice");
         }
@@ -222,9 +221,9 @@ mod tests {
                 let path = format!("{path}/{name}");
                 match node {
                     _ if layer.entries.contains_key(name) => {}
-                    Node::File(file) => drop(shown.insert(path, Shown::file(file))),
-                    Node::Link(link) => drop(shown.insert(path, Shown::link(link))),
-                    Node::Directory(node) => {
+                    TreeNode::File(file) => drop(shown.insert(path, Shown::file(file))),
+                    TreeNode::Link(link) => drop(shown.insert(path, Shown::link(link))),
+                    TreeNode::Directory(node) => {
                         let below = Some((tree, tree.directory(&node.digest)));
                         shown.insert(path.clone(), Shown::Directory);
                         show(&Layer::default(), below, &path, shown);
@@ -236,8 +235,8 @@ mod tests {
             let path = format!("{path}/{name}");
             match entry {
                 None => {}
-                Some(Entry::Leaf(leaf)) => drop(shown.insert(path, leaf.clone())),
-                Some(Entry::Directory(layer)) => {
+                Some(LayerEntry::Leaf(leaf)) => drop(shown.insert(path, leaf.clone())),
+                Some(LayerEntry::Directory(layer)) => {
                     let below = below.and_then(|(tree, directory)| {
                         let node = directory.directories.iter().find(|node| node.name == **name)?;
                         Some((tree, tree.directory(&node.digest)))

@@ -1,4 +1,4 @@
-//! [`Index`]: which trees are staged, who uses them, and which go first. Pure.
+//! [`TreeIndex`]: which trees are staged, who uses them, and which go first. Pure.
 //!
 //! A tree takes its part of the budget from before it is built until it is told to go. Trees that are leased stay. The
 //! others go in the order of their last use, when a new tree needs the room. So the trees never have more than the budget.
@@ -10,14 +10,14 @@ use std::{
 
 /// What trees take on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Size {
+pub struct StagedSize {
     /// Bytes of their files.
     pub bytes: u64,
     /// Files, directories and links.
     pub nodes: u64,
 }
 
-impl Size {
+impl StagedSize {
     fn plus(self, other: Self) -> Self {
         Self { bytes: self.bytes.saturating_add(other.bytes), nodes: self.nodes.saturating_add(other.nodes) }
     }
@@ -33,8 +33,8 @@ impl Size {
 
 /// Whether a tree may be built.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Begun<T> {
-    /// It may; these make room for it and are to be removed. [`Index::finish`] or [`Index::abandon`] has to follow.
+pub enum BuildPermit<T> {
+    /// It may; these make room for it and are to be removed. [`TreeIndex::finish`] or [`TreeIndex::abandon`] has to follow.
     Build(Vec<T>),
     /// Somebody builds it, or has built it.
     Exists,
@@ -44,14 +44,14 @@ pub enum Begun<T> {
 
 /// Staged trees `T` by key.
 #[derive(Debug)]
-pub struct Index<K, T> {
-    budget: Size,
-    charged: Size,
-    trees: HashMap<K, Entry<T>>,
+pub struct TreeIndex<K, T> {
+    budget: StagedSize,
+    charged: StagedSize,
+    trees: HashMap<K, StagedEntry<T>>,
     /// Those that nobody uses, and others, by their last use; the number is unique.
     order: BTreeMap<u64, K>,
     last_use: u64,
-    building: HashMap<K, Size>,
+    building: HashMap<K, StagedSize>,
     /// Roots that were staged without becoming a tree, the oldest first.
     passed: VecDeque<K>,
     is_passed: HashSet<K>,
@@ -59,19 +59,19 @@ pub struct Index<K, T> {
 }
 
 #[derive(Debug)]
-struct Entry<T> {
+struct StagedEntry<T> {
     tree: T,
-    size: Size,
+    size: StagedSize,
     leases: usize,
     used: u64,
 }
 
-impl<K: Copy + Eq + Hash, T: Clone> Index<K, T> {
+impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
     /// An empty one that remembers so many roots that became no trees.
-    pub fn new(budget: Size, max_passed: usize) -> Self {
+    pub fn new(budget: StagedSize, max_passed: usize) -> Self {
         Self {
             budget,
-            charged: Size::default(),
+            charged: StagedSize::default(),
             trees: HashMap::new(),
             order: BTreeMap::new(),
             last_use: 0,
@@ -101,15 +101,15 @@ impl<K: Copy + Eq + Hash, T: Clone> Index<K, T> {
     }
 
     /// Asks to build a tree, and takes room for it.
-    pub fn begin(&mut self, key: K, size: Size) -> Begun<T> {
+    pub fn begin(&mut self, key: K, size: StagedSize) -> BuildPermit<T> {
         if self.trees.contains_key(&key) || self.building.contains_key(&key) {
-            return Begun::Exists;
+            return BuildPermit::Exists;
         }
-        let free = |entry: &&Entry<T>| entry.leases == 0;
+        let free = |entry: &&StagedEntry<T>| entry.leases == 0;
         let unused =
-            self.trees.values().filter(free).fold(Size::default(), |sum, entry| sum.plus(entry.size));
+            self.trees.values().filter(free).fold(StagedSize::default(), |sum, entry| sum.plus(entry.size));
         if !self.charged.minus(unused).plus(size).fits(self.budget) {
-            return Begun::NoRoom;
+            return BuildPermit::NoRoom;
         }
         let mut removed = Vec::new();
         while !self.charged.plus(size).fits(self.budget) {
@@ -118,7 +118,7 @@ impl<K: Copy + Eq + Hash, T: Clone> Index<K, T> {
         }
         self.charged = self.charged.plus(size);
         self.building.insert(key, size);
-        Begun::Build(removed)
+        BuildPermit::Build(removed)
     }
 
     /// Adds a tree that was built, and leases it.
@@ -126,7 +126,7 @@ impl<K: Copy + Eq + Hash, T: Clone> Index<K, T> {
         let Some(size) = self.building.remove(&key) else { return };
         self.last_use += 1;
         self.order.insert(self.last_use, key);
-        self.trees.insert(key, Entry { tree, size, leases: 1, used: self.last_use });
+        self.trees.insert(key, StagedEntry { tree, size, leases: 1, used: self.last_use });
     }
 
     /// Gives the room of a tree back that could not be built.
@@ -188,13 +188,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const BUDGET: Size = Size { bytes: 100, nodes: 10 };
+    const BUDGET: StagedSize = StagedSize { bytes: 100, nodes: 10 };
 
     #[derive(Debug, Clone)]
     enum Act {
         Lease(u8),
         Release(u8),
-        Begin(u8, Size),
+        Begin(u8, StagedSize),
         Finish(u8),
         Abandon(u8),
         Clear,
@@ -202,7 +202,7 @@ mod tests {
 
     fn act() -> impl Strategy<Value = Act> {
         let key = || 0..8u8;
-        let size = (0..120u64, 0..12u64).prop_map(|(bytes, nodes)| Size { bytes, nodes });
+        let size = (0..120u64, 0..12u64).prop_map(|(bytes, nodes)| StagedSize { bytes, nodes });
         prop_oneof![
             3 => key().prop_map(Act::Lease),
             3 => key().prop_map(Act::Release),
@@ -217,35 +217,35 @@ mod tests {
     #[derive(Default)]
     struct Model {
         /// (key, size, leases), the one that was used last at the end.
-        trees: Vec<(u8, Size, usize)>,
-        building: Vec<(u8, Size)>,
+        trees: Vec<(u8, StagedSize, usize)>,
+        building: Vec<(u8, StagedSize)>,
     }
 
     impl Model {
-        fn total(&self) -> Size {
+        fn total(&self) -> StagedSize {
             let sizes = self.trees.iter().map(|tree| tree.1).chain(self.building.iter().map(|tree| tree.1));
-            sizes.fold(Size::default(), Size::plus)
+            sizes.fold(StagedSize::default(), StagedSize::plus)
         }
 
         fn position(&self, key: u8) -> Option<usize> {
             self.trees.iter().position(|tree| tree.0 == key)
         }
 
-        fn begin(&mut self, key: u8, size: Size) -> Begun<u8> {
+        fn begin(&mut self, key: u8, size: StagedSize) -> BuildPermit<u8> {
             if self.position(key).is_some() || self.building.iter().any(|tree| tree.0 == key) {
-                return Begun::Exists;
+                return BuildPermit::Exists;
             }
             let before = self.trees.clone();
             let mut removed = Vec::new();
             while !self.total().plus(size).fits(BUDGET) {
                 let Some(oldest) = self.trees.iter().position(|tree| tree.2 == 0) else {
                     self.trees = before;
-                    return Begun::NoRoom;
+                    return BuildPermit::NoRoom;
                 };
                 removed.push(self.trees.remove(oldest).0);
             }
             self.building.push((key, size));
-            Begun::Build(removed)
+            BuildPermit::Build(removed)
         }
     }
 
@@ -253,7 +253,7 @@ mod tests {
         /// Trees in use stay, the others go in the order of their last use, and the budget holds.
         #[test]
         fn the_index_follows_its_model(acts in proptest::collection::vec(act(), 0..200)) {
-            let mut index = Index::new(BUDGET, 4);
+            let mut index = TreeIndex::new(BUDGET, 4);
             let mut model = Model::default();
             for act in acts {
                 match act {
@@ -304,7 +304,7 @@ mod tests {
 
     #[test]
     fn roots_that_became_no_tree_are_remembered_for_a_while() {
-        let mut index = Index::<u8, ()>::new(BUDGET, 2);
+        let mut index = TreeIndex::<u8, ()>::new(BUDGET, 2);
         assert!(!index.pass(1) && index.pass(1));
         assert!(!index.pass(2) && !index.pass(3));
         assert!(!index.pass(1), "forgotten");

@@ -164,7 +164,7 @@ impl Handler<StageReached> for Listener {
 pub struct Bench {
     pub store: Arc<MemoryStore>,
     pub build_root: PathBuf,
-    /// Commands run in a sandbox, with inputs that are staged.
+    /// Commands run in a sandbox.
     pub is_sandboxed: bool,
     pub stages: Arc<Mutex<Vec<RunStage>>>,
     worker: Addr<WorkerActor>,
@@ -191,19 +191,20 @@ pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Ben
     with_bench(max_output_file_bytes, StagingLimits::default(), |_, _| None, body)
 }
 
-/// Runs a test twice: with a worker that copies all inputs, and with one that stages all of them, if this machine can.
+/// Runs a test three times: with a worker that copies all inputs, the same in a sandbox, and with one that stages all inputs, if
+/// this machine can.
 pub fn with_each_staging(body: impl AsyncFn(&Bench)) {
     with_worker(&body);
-    let everything = StagingLimits { min_nodes: 0, ..StagingLimits::default() };
-    let mut can_stage = true;
-    let sandbox = |runner: &[OsString], build_root: &BuildRoot| {
-        let sandbox = PoolSandbox::usual(runner, build_root);
-        can_stage = sandbox.has_layers();
-        Some(sandbox)
-    };
-    with_bench(1 << 30, everything, sandbox, &body);
-    if !can_stage {
-        eprintln!("skipped: no overlays here");
+    for min_nodes in [u64::MAX, 0] {
+        let limits = StagingLimits { min_nodes, ..StagingLimits::default() };
+        let sandbox = |runner: &[OsString], build_root: &BuildRoot| {
+            let sandbox = PoolSandbox::usual(runner, build_root);
+            if !sandbox.has_layers() {
+                eprintln!("without a sandbox, because there are no overlays here");
+            }
+            sandbox.has_layers().then_some(sandbox)
+        };
+        with_bench(1 << 30, limits, sandbox, &body);
     }
 }
 

@@ -14,7 +14,7 @@ use super::{
 };
 use gorego_reapi::tree::{self, Directory, InputTree};
 use rustix::{
-    fs::{self as rfs, Access, AtFlags, FileType, Mode, OFlags, Stat},
+    fs::{self as rfs, FileType, Mode, OFlags, Stat},
     io::Errno,
 };
 use std::{
@@ -87,35 +87,19 @@ impl<'a> ExecRoot<'a> {
         Ok(walk.here)
     }
 
-    /// Whether the command can enter the directory at `path`, as far as permission bits say.
+    /// Whether its owner can enter the directory at `path`, as far as permission bits say.
     ///
     /// # Errors
     /// As [`ExecRoot::resolve`].
     pub fn can_enter(&self, path: &Path) -> io::Result<bool> {
-        if self.staged.is_none() {
-            return match rfs::accessat(self.own, path, Access::EXEC_OK, AtFlags::empty()) {
-                Ok(()) => Ok(true),
-                Err(Errno::ACCESS) => Ok(false),
-                Err(error) => Err(error.into()),
+        let mut prefix = PathBuf::from(".");
+        for name in [None].into_iter().chain(path.iter().map(Some)) {
+            prefix.extend(name);
+            let mode = match self.resolve(&prefix) {
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(false),
+                found => found?.mode()?,
             };
-        }
-        // What the own layer closes shows on the way.
-        let found = match self.resolve(path) {
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(false),
-            found => found?,
-        };
-        let mut below = self.staged.map(InputTree::root);
-        let mut prefix = PathBuf::new();
-        for name in [None].into_iter().chain(found.path.iter().map(Some)) {
-            if let Some(name) = name {
-                prefix.push(name);
-                below = subdirectory(self.staged, below, name);
-            }
-            let mode = match self.own_at(&prefix)? {
-                Some(own) => rfs::fstat(&own)?.st_mode,
-                None => below.and_then(|directory| directory.properties.unix_mode).unwrap_or(EXECUTABLE),
-            };
-            if !Mode::from_raw_mode(mode).contains(Mode::XUSR) {
+            if !mode.contains(Mode::XUSR) {
                 return Ok(false);
             }
         }
@@ -214,6 +198,15 @@ impl<'a> Dir<'a> {
     /// Where its own files are, for naming things in it.
     pub fn own(&self) -> Option<&File> {
         self.own.as_ref()
+    }
+
+    /// Its permission bits.
+    fn mode(&self) -> io::Result<Mode> {
+        Ok(match (&self.own, self.below) {
+            (Some(own), _) => Mode::from_raw_mode(rfs::fstat(own)?.st_mode),
+            (None, Some(below)) => Mode::from_raw_mode(below.properties.unix_mode.unwrap_or(EXECUTABLE)),
+            (None, None) => return Err(Errno::NOENT.into()),
+        })
     }
 
     /// What is under a name.

@@ -109,7 +109,7 @@ pub(super) fn write_delta(
     set_mtime(top, ".", mtime_of(&tree.root().properties))
 }
 
-/// Makes what the command takes for granted in an exec root whose files are in place.
+/// Makes what the command takes for granted in an exec root whose files are in place. `is_root`: permissions do not stop it.
 ///
 /// # Errors
 /// `Invalid` when a link or file of the tree is in the way of the working directory or of an output's parent, or a mode in that of
@@ -118,6 +118,7 @@ pub(super) fn prepare(
     tree: &InputTree,
     root: ExecRoot<'_>,
     command: &Command,
+    is_root: bool,
     checkpoint: &Checkpoint,
 ) -> Result<()> {
     make_directories(root, &command.working_directory, "the working directory")?;
@@ -133,7 +134,9 @@ pub(super) fn prepare(
     // Last of all: a directory's own mode may take away the right to write in it.
     if tree.has_directory_modes() {
         set_directory_modes(tree, root.own(), checkpoint)?;
-        check_way(root, &command.working_directory)?;
+        if !is_root {
+            check_way(root, &command.working_directory)?;
+        }
     }
     Ok(())
 }

@@ -32,7 +32,10 @@ use gorego_reapi::{
     error::{Error, Result},
     proto::reapi,
 };
-use rustix::fs::{self as rfs, OFlags};
+use rustix::{
+    fs::{self as rfs, OFlags},
+    process::geteuid,
+};
 use std::{
     fs::File,
     io::{Read as _, Write as _},
@@ -161,7 +164,8 @@ impl<'a> ActionRun<'a> {
         }
         let base = base.map(|base| base.lease);
         let root = ExecRoot::new(workspace.root()?, base.as_ref().map(TreeLease::tree));
-        inputs::prepare(staged.tree(), root, &action.command, fetching)?;
+        let is_root = self.settings.sandbox.is_none() && geteuid().is_root();
+        inputs::prepare(staged.tree(), root, &action.command, is_root, fetching)?;
         let layers = base.as_ref().map(|base| workspace.layers(&base.path())).transpose()?;
         self.note(Point::FetchEnd);
 

@@ -115,3 +115,38 @@ async fn a_server_that_is_killed_leaves_nothing() {
     })
     .await;
 }
+
+/// The cell that it had ready ends with it, and the next action gets another runner.
+#[tokio::test]
+async fn a_runner_that_is_killed_leaves_nothing() {
+    with_each(&[("EXECUTION__CONCURRENCY", "1")], async |host| {
+        let server = host.server.pid();
+        let children = |of: u32| -> Vec<u32> {
+            let list = fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
+            list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+        };
+        // Any thread of the server may have started it.
+        let runners = || -> Vec<u32> {
+            let threads = fs::read_dir(format!("/proc/{server}/task")).unwrap().flatten();
+            let lists = threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+            lists
+                .flat_map(|list| {
+                    list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()
+                })
+                .collect()
+        };
+        host.says("true").await;
+        let runner = runners()[0];
+        eventually("a cell is ready", || !children(runner).is_empty()).await;
+        let cell = children(runner)[0];
+        rustix::process::kill_process(
+            rustix::process::Pid::from_raw(runner.try_into().unwrap()).unwrap(),
+            rustix::process::Signal::KILL,
+        )
+        .unwrap();
+        assert_eq!(host.says("echo again").await, "again");
+        assert!(!runners().contains(&runner) && !runners().contains(&cell), "{:?}", runners());
+        assert!(!fs::exists(format!("/proc/{cell}")).unwrap());
+    })
+    .await;
+}

@@ -39,11 +39,11 @@ async fn required_refuses_to_start_where_a_protection_is_missing_and_says_what_e
 async fn auto_starts_with_what_there_is_and_says_what_is_missing() {
     let (store, serve) = without_namespaces("auto");
     let host = Host::of(Server::spawn(serve, Arc::new(store)), false).await;
+    let started = started(&host.server).await;
     let log = host.server.log();
     let missing: Vec<_> = log.iter().filter(|event| event["event"] == "protection_missing").collect();
     let namespaces = missing.iter().find(|event| event["protection"] == "namespaces").unwrap();
     assert!(namespaces["remedy"].as_str().unwrap().contains("max_user_namespaces"), "{namespaces}");
-    let started = log.iter().find(|event| event["event"] == "server_started").unwrap();
     assert_eq!(started["sandbox"], "filter, landlock");
 
     assert_eq!(host.says("echo out > o; cat o; grep -c 'Seccomp:.2' /proc/self/status").await, "out\n1");
@@ -57,12 +57,16 @@ async fn auto_starts_with_what_there_is_and_says_what_is_missing() {
 #[tokio::test]
 async fn a_start_names_the_protections_that_are_on() {
     let server = Server::with(&[("EXECUTION__SANDBOX__MODE", "required")]).await;
-    let log = server.log();
-    let started = log.iter().find(|event| event["event"] == "server_started").unwrap();
-    let sandbox = started["sandbox"].as_str().unwrap();
+    let started_with = started(&server).await;
+    let sandbox = started_with["sandbox"].as_str().unwrap();
     assert!(sandbox.starts_with("namespaces, network") && sandbox.contains("filter"), "{sandbox}");
     let off = Server::with(&[("EXECUTION__SANDBOX__MODE", "off")]).await;
-    let log = off.log();
-    let started = log.iter().find(|event| event["event"] == "server_started").unwrap();
-    assert_eq!(started["sandbox"], "none");
+    assert_eq!(started(&off).await["sandbox"], "none");
+}
+
+/// The event of a start.
+async fn started(server: &Server) -> serde_json::Value {
+    let find = || server.log().into_iter().find(|event| event["event"] == "server_started");
+    eventually("the start is logged", || find().is_some()).await;
+    find().unwrap()
 }

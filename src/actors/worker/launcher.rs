@@ -190,6 +190,8 @@ impl RunnerLauncher {
             && !matches!(runner.child.try_wait(), Ok(None))
         {
             running = None;
+            // Such as the cell that it had ready.
+            reap::kill_orphans();
         }
         let runner = match running {
             Some(runner) => runner,

@@ -46,8 +46,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 /// upload. Without this bound it would first read all that has arrived, and keep a stream for each request.
 const FRAMES_PER_TURN: usize = 128;
 
-/// Streams of a connection that may be open without a request that runs. Their answers wait for the client to read, and take
-/// memory that no other bound counts (70 KB for these). Only a client that does not read has so many when a turn begins.
+/// Streams that may be open without a running request when the socket takes no more bytes. Their answers wait for a client that
+/// does not read, and take memory that no other bound counts (70 KB for these). A client that reads, but gives no window, is
+/// read: its windows come the same way, and its answers are charged until they are written.
 const UNSENT_STREAMS_MAX: usize = 64;
 
 /// Most bytes that a cork holds back: one or two packets over loopback, or dozens of small answers.
@@ -141,6 +142,8 @@ pub(crate) struct Connection {
     turn: Turn,
     /// Set while answers must be written before more is read.
     unsent: Option<Waker>,
+    /// Whether the socket took less than it was last offered.
+    is_blocked: bool,
     /// The collected writes.
     held: Vec<u8>,
 }
@@ -155,6 +158,7 @@ impl Connection {
             conduct,
             wait: None,
             turn: Turn::default(),
+            is_blocked: false,
             unsent: None,
             held: Vec::new(),
         }))
@@ -165,16 +169,25 @@ impl Connection {
         self.turn.clone()
     }
 
-    /// Whether too many answers wait to be written.
+    /// Notes whether the socket takes more bytes. If it does, the client is read again.
+    fn note_blocked(&mut self, is_blocked: bool) {
+        self.is_blocked = is_blocked;
+        self.admitted.state().note_blocked(is_blocked);
+        if !is_blocked && let Some(reader) = self.unsent.take() {
+            reader.wake();
+        }
+    }
+
+    /// Whether too many answers wait for the client to read.
     fn has_unsent(&self) -> bool {
-        self.conduct.open_streams() > UNSENT_STREAMS_MAX + self.turn.requests()
+        self.is_blocked && self.conduct.open_streams() > UNSENT_STREAMS_MAX + self.turn.requests()
     }
 
     /// Writes the collected bytes.
     fn poll_release(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.held.is_empty() {
             let written = Pin::new(&mut self.stream).poll_write(context, &self.held);
-            self.admitted.state().note_blocked(written.is_pending());
+            self.note_blocked(written.is_pending());
             let written = ready!(written)?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
@@ -304,7 +317,7 @@ impl Connection {
         }
         ready!(self.poll_release(context))?;
         let written = Pin::new(&mut self.stream).poll_write_vectored(context, buffers);
-        self.admitted.state().note_blocked(written.is_pending());
+        self.note_blocked(written.is_pending());
         let written = ready!(written)?;
         self.sent(written, buffers);
         Poll::Ready(Ok(written))
@@ -324,11 +337,6 @@ impl Connection {
         }
         if sent.has_closed {
             self.admitted.state().ahead.at_most(self.conduct.ahead_at_most());
-            if !self.has_unsent()
-                && let Some(reader) = self.unsent.take()
-            {
-                reader.wake();
-            }
         }
         if sent.has_data {
             // Streams share the link. On a slow link, an answer may take minutes.
@@ -464,16 +472,25 @@ mod tests {
         let mut bytes = vec![0; 24 + 10 * streams.len()];
         connection.read_exact(&mut bytes).await.unwrap();
         client.write_all(&head(201)).await.unwrap();
+        assert_eq!(connection.read(&mut bytes).await.unwrap(), 10, "the socket takes more");
+        // A large frame, of which the client reads nothing.
+        let mut offered = vec![0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1];
+        offered.resize(8 * 1024 * 1024, 0);
+        let mut writing = Box::pin(connection.write_all(&offered));
+        assert!(futures::poll!(writing.as_mut()).is_pending());
+        drop(writing);
+        client.write_all(&head(203)).await.unwrap();
         assert!(futures::poll!(pin!(connection.read(&mut bytes))).is_pending());
         let request = turn.request();
-        assert_eq!(connection.read(&mut bytes).await.unwrap(), 10, "one of them is being handled");
-        drop(request);
+        let second = turn.request();
+        assert_eq!(connection.read(&mut bytes).await.unwrap(), 10, "two of them are being handled");
+        drop((request, second));
+        client.write_all(&head(205)).await.unwrap();
         assert!(futures::poll!(pin!(connection.read(&mut bytes))).is_pending());
-        for stream in &streams[..2] {
-            connection.write_all(&head(*stream)).await.unwrap();
-        }
-        client.write_all(&head(203)).await.unwrap();
-        assert_eq!(connection.read(&mut bytes).await.unwrap(), 10, "two are answered");
+        let (mut answers, _requests) = client.into_split();
+        tokio::spawn(async move { tokio::io::copy(&mut answers, &mut tokio::io::sink()).await });
+        connection.write_all(&[0; 64 * 1024]).await.unwrap();
+        assert_eq!(connection.read(&mut bytes).await.unwrap(), 10, "the client reads");
     }
 
     #[tokio::test(start_paused = true)]

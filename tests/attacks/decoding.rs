@@ -2,7 +2,7 @@
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
-    support::{Client, Server, empty, response, sh, sha256},
+    support::{Client, Server, empty, http_client, response, sh, sha256},
 };
 use bytes::{Buf as _, BufMut as _, Bytes};
 use futures::{StreamExt as _, future::join_all, stream};
@@ -283,7 +283,7 @@ async fn results_of_millions_of_nothings_over_http_are_refused_within_bounds() {
         let url = format!("http://{address}/ac/{}", sha256(&[at]).hash_hex());
         async move {
             let body = b"\x12\x00".repeat(7_500_000);
-            let answer = reqwest::Client::new().put(url).body(body).send().await.unwrap();
+            let answer = http_client().put(url).body(body).send().await.unwrap();
             assert_eq!(answer.status(), 400);
         }
     });

@@ -55,16 +55,22 @@ fn code<T: std::fmt::Debug>(answer: Result<T, Status>) -> Code {
 async fn each_stream_has_a_name_below_its_parent_and_a_secret_one_for_writing() {
     let server = Server::start().await;
     let mut tokens = HashSet::new();
-    for _ in 0..40 {
-        let LogStream { name, write_resource_name } = create(&server, PARENT).await.unwrap();
+    let full = loop {
+        let LogStream { name, write_resource_name } = match create(&server, PARENT).await {
+            Ok(stream) => stream,
+            Err(full) => break full,
+        };
         let id = name.strip_prefix("a/b/c/logstreams/").unwrap();
         assert!(!id.is_empty() && !id.contains('/'));
         let token = write_resource_name.strip_prefix(&format!("{name}/")).unwrap();
         assert!(token.len() >= 32 && !token.contains('/'), "128 bits take 32 hexadecimal digits");
-        tokens.insert(token.to_owned());
-    }
-    assert_eq!(tokens.len(), 40);
-    let full = create(&server, PARENT).await.unwrap_err();
+        assert!(tokens.insert(token.to_owned()), "it is a new one");
+    };
+    assert!(
+        (30..45).contains(&tokens.len()),
+        "a connection may have most of the 45 streams: {}",
+        tokens.len()
+    );
     assert_eq!(full.code(), Code::ResourceExhausted, "GEN-21: {full}");
 }
 

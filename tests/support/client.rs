@@ -21,6 +21,13 @@ use gorego_reapi::{
 use prost::Message as _;
 use tonic::{Code, Status, transport::Channel};
 
+/// An HTTP client without a proxy.
+pub fn http_client() -> reqwest::Client {
+    // The library asks for a provider even where no TLS is spoken. An error means that there is one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().no_proxy().build().unwrap()
+}
+
 /// The clients of all services on one connection.
 #[derive(Clone)]
 pub struct Client {

@@ -1,6 +1,6 @@
 //! The HTTP/1.1 cache, with gRPC clients on the same store.
 
-use crate::support::{Server, empty, eventually, sh, sha256};
+use crate::support::{Server, empty, eventually, http_client, sh, sha256};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::reapi::{ActionResult, OutputFile},
@@ -25,7 +25,7 @@ impl Http {
         let server = Server::with(&[&address, overrides].concat()).await;
         let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
         let base = format!("http://{}", started["listen_addr"].as_str().unwrap());
-        Self { server, base, client: Client::builder().no_proxy().build().unwrap() }
+        Self { server, base, client: http_client() }
     }
 
     async fn send(

@@ -2,7 +2,7 @@
 
 use crate::{
     log_schema::Schema,
-    support::{Client, PATIENCE, Server, command, empty, eventually, metadata, sh, sha256},
+    support::{Client, PATIENCE, Server, command, empty, eventually, http_client, metadata, sh, sha256},
 };
 use gorego_client::stubs::CapabilitiesClient;
 use gorego_reapi::proto::{
@@ -287,7 +287,7 @@ async fn http_refusals_are_counted_where_there_are_too_many_to_list() {
     let server = Server::with(&[("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;
     let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
     let base = format!("http://{}", started["listen_addr"].as_str().unwrap());
-    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let client = http_client();
     for at in 0..REFUSED {
         let request = match at % 4 {
             0 => client.get(format!("{base}/cas/no-hash")),

@@ -177,7 +177,7 @@ pub fn staging(report: &mut Report) {
 /// 200 output files of 4 KiB, beside the same command alone.
 fn outputs(report: &mut Report, target: &Target, runtime: &Runtime) {
     const WRITE: &str =
-        "i=0; while [ $i -lt 200 ]; do printf '%04096d' \"$i$SALT\" > out/$i; i=$((i+1)); done";
+        "i=0; while [ $i -lt 200 ]; do printf '%4096s' \"$i$SALT\" > out/$i; i=$((i+1)); done";
     let directory = tempfile::tempdir().expect("a directory");
     let alone = (0..30).map(|at: u32| {
         let work = directory.path().join(at.to_string());

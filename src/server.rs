@@ -284,7 +284,7 @@ impl Server {
     /// Serves until a signal or fault, then shuts down.
     async fn serve(self, ready: impl FnOnce(Ready)) -> Result<()> {
         let Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers } = self;
-        let mut signals = StopSignals::listen()?;
+        let mut signals = StopSignals::of_server()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
         let health = grpc::health::Health::serving().await;

@@ -1,6 +1,7 @@
 //! [`StopSignals`]: the signals that ask this process to stop.
 //!
-//! A signal that was ignored when the process started stays ignored, as `nohup` expects of SIGHUP.
+//! A signal that was ignored when the process started stays ignored, as `nohup` expects of SIGHUP. A server hears the others in
+//! any case: a shell without job control ignores SIGINT for what it starts in the background, and there must be a way to stop it.
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use gorego_reapi::error::{Error, Result};
@@ -52,16 +53,28 @@ impl StopSignal {
     }
 }
 
-/// Listens for every [`StopSignal`] that is not ignored.
+/// Listens for [`StopSignal`]s.
 pub(crate) struct StopSignals(Vec<(StopSignal, Signal)>);
 
 impl StopSignals {
-    /// Starts to listen. From now on the signals do not end the process by themselves.
+    /// Starts to listen for the signals that stop a server. From now on they do not end the process by themselves.
     ///
     /// # Errors
     /// Those of the system.
-    pub(crate) fn listen() -> Result<Self> {
-        let heard = StopSignal::ALL.into_iter().filter(|stop| !stop.is_ignored());
+    pub(crate) fn of_server() -> Result<Self> {
+        Self::listen(|stop| stop == StopSignal::Hangup && stop.is_ignored())
+    }
+
+    /// The same for a client command, which no ignored signal stops.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub(crate) fn of_client() -> Result<Self> {
+        Self::listen(StopSignal::is_ignored)
+    }
+
+    fn listen(is_left_out: impl Fn(StopSignal) -> bool) -> Result<Self> {
+        let heard = StopSignal::ALL.into_iter().filter(|stop| !is_left_out(*stop));
         let listen = |stop: StopSignal| match signal(stop.kind()) {
             Ok(arrivals) => Ok((stop, arrivals)),
             Err(error) => Err(Error::io("listen for signals", &error)),

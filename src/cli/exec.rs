@@ -79,7 +79,7 @@ pub(super) fn run(args: ExecArgs) -> u8 {
 
 /// Runs the command until it finishes, a signal arrives, or its output cannot be printed.
 async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<End> {
-    let mut signals = StopSignals::listen()?;
+    let mut signals = StopSignals::of_client()?;
     let (current, watching) = watch::channel(Current::Nothing);
     let readers = Readers::default();
     let mut work = pin!(exec(args, line, &current, readers.clone()));

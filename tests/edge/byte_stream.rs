@@ -1,7 +1,9 @@
 //! ByteStream.
 
 use crate::harness::{MAX_BLOB_BYTES, Server, absent, digest, path};
-use crate::support::eventually_async;
+use crate::support::{PATIENCE, eventually_async};
+use futures::future::join_all;
+use gorego_client::stubs::ByteStreamClient;
 use gorego_reapi::proto::{
     bytestream::{
         QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, WriteRequest, WriteResponse,
@@ -68,6 +70,32 @@ async fn is_missing(server: &Server, digest: &reapi::Digest) -> bool {
 
 fn blob(size: usize) -> Vec<u8> {
     (0..size).map(|n| (n % 251) as u8).collect()
+}
+
+/// Its answers wait for its window, which it can only enlarge if it is read.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_with_a_small_window_gets_all_that_it_reads_at_once() {
+    let server = Server::start().await;
+    let data = blob(10_000);
+    server.store(&[&data]).await;
+    let address = format!("http://{}", server.endpoint.address);
+    let channel = tonic::transport::Endpoint::from_shared(address).unwrap();
+    let channel = channel.initial_connection_window_size(65_535).connect().await.unwrap();
+    let reads = (0..100).map(|_| {
+        let mut bytes = ByteStreamClient::new(channel.clone());
+        let name = path(&digest(&data));
+        async move {
+            let request = ReadRequest { resource_name: name, ..Default::default() };
+            let mut stream = bytes.read(request).await.expect("the read begins").into_inner();
+            let mut size = 0;
+            while let Some(message) = stream.message().await.unwrap() {
+                size += message.data.len();
+            }
+            size
+        }
+    });
+    let sizes = tokio::time::timeout(PATIENCE, join_all(reads)).await.unwrap();
+    assert!(sizes.iter().all(|size| *size == data.len()));
 }
 
 /// BS-02, BS-07, BS-14, BS-15, BS-23, BS-30, GEN-12.

@@ -10,6 +10,7 @@ use gorego::{
 };
 use gorego_reapi::error::Result;
 use std::{
+    net::SocketAddr,
     path::Path,
     sync::{Arc, mpsc},
     thread,
@@ -19,6 +20,7 @@ use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
 /// A running endpoint, and a client that is connected to it.
 pub struct Endpoint {
+    pub address: SocketAddr,
     pub client: Client,
     pub health: Health,
     pub serving: JoinHandle<Result<()>>,
@@ -38,7 +40,7 @@ impl Endpoint {
             grpc::serve(Arc::new(edge), &of_service, listener, shutdown).await
         });
         let client = Client::connect(format!("http://{address}")).await;
-        Self { client, health, serving, stop: Some(stop) }
+        Self { address, client, health, serving, stop: Some(stop) }
     }
 
     /// Begins the shutdown.

@@ -208,6 +208,8 @@ pub struct ExecutionConfig {
     pub max_attempts: u32,
     /// Size limit of a file that a command writes.
     pub max_output_file_gb: Size,
+    /// Size limit of all staged input trees together.
+    pub staged_inputs_gb: Size,
     /// The most urgent priority. More urgent values are raised to it.
     pub min_priority: i32,
     /// The least urgent priority. Less urgent values are lowered to it.
@@ -326,6 +328,7 @@ impl Default for ExecutionConfig {
             contended_abandon_grace: Duration::from_secs(2),
             max_attempts: 3,
             max_output_file_gb: Size::from_gb(16),
+            staged_inputs_gb: Size::from_gb(5),
             min_priority: -100,
             max_priority: 100,
             priority_ageing: Duration::from_secs(60),

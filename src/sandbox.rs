@@ -11,6 +11,7 @@ pub(crate) mod confine;
 pub(crate) mod filter;
 pub(crate) mod identity;
 pub(crate) mod landlock;
+pub(crate) mod layers;
 mod mounts;
 pub(crate) mod namespaces;
 pub(crate) mod probe;

@@ -18,7 +18,11 @@ use crate::{
         },
         worker::{
             WorkerActor, WorkerSettings,
-            launcher::{PoolSandbox, probe::probe},
+            launcher::{
+                PoolSandbox,
+                probe::{probe, probe_layers},
+            },
+            staged_trees::StagingLimits,
             workspace::BuildRoot,
         },
     },
@@ -51,6 +55,8 @@ use tokio::{
 
 /// Target of the log lines of this file.
 const LOG: &str = "gorego::server";
+
+const INPUTS_COPIED: &str = "inputs_copied";
 
 /// Interval between checks of the owner actors.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
@@ -117,7 +123,8 @@ pub(crate) fn run(settings: Settings, ready: impl FnOnce(Ready) + Send + 'static
 impl Place {
     /// Opens the build root, and finds out which protections of the sandbox work in it.
     fn open(execution: &ExecutionSettings, open_files: Option<u64>) -> Result<Self> {
-        let build_root = BuildRoot::open(&execution.build_root)?;
+        let limits = StagingLimits { max_bytes: execution.max_staged_bytes, ..StagingLimits::default() };
+        let build_root = BuildRoot::with_trees(&execution.build_root, limits)?;
         let mut settings = execution.sandbox.clone();
         if settings.mode == SandboxMode::Off {
             return Ok(Self { build_root, sandbox: None, open_files });
@@ -144,8 +151,22 @@ impl Place {
             )));
         }
         let users = Users::new(settings.first_user);
-        let sandbox =
-            PoolSandbox { settings, protections: report.on, build_root: build_root.path().to_owned(), users };
+        let mut sandbox = PoolSandbox {
+            settings,
+            protections: report.on,
+            build_root: build_root.path().to_owned(),
+            users,
+            has_layers: false,
+        };
+        if report.on.namespaces && execution.max_staged_bytes > 0 {
+            sandbox.has_layers = match probe_layers(&sandbox, &runner, &build_root) {
+                Ok(()) => true,
+                Err(reason) => {
+                    warn_of_copies(&reason);
+                    false
+                }
+            };
+        }
         Ok(Self { build_root, sandbox: Some((sandbox, report)), open_files })
     }
 
@@ -154,6 +175,13 @@ impl Place {
         let (sandbox, report) = self.sandbox.as_ref()?;
         (!report.is_empty()).then(|| sandbox.clone())
     }
+}
+
+fn warn_of_copies(reason: &str) {
+    Event::warn(LOG, INPUTS_COPIED).with("error", reason).log(format_args!(
+        "input roots are copied for each action, because they cannot be overlays here: {reason}; put execution.build_root on \
+         ext4, xfs, btrfs or tmpfs"
+    ));
 }
 
 fn store_settings(settings: &Settings) -> StoreSettings {

@@ -11,6 +11,7 @@ mod groups;
 mod hash;
 mod machine;
 mod report;
+mod staging;
 mod target;
 mod zstd;
 
@@ -29,6 +30,7 @@ const GROUPS: &[Group] = &[
     ("stream", groups::streams),
     ("zstd", zstd::transfers),
     ("hash", hash::large_blobs),
+    ("staging", staging::staging),
     ("memory", groups::memory),
     ("index", groups::million_blobs),
 ];

@@ -127,15 +127,27 @@ impl Client {
 
     /// Uploads an action that runs `arguments` in an empty root. The salt makes it unique.
     pub async fn upload_action(&self, arguments: &[&str], salt: &str) -> Digest {
+        self.upload_action_in(Digest::empty(DigestFunction::Sha256), arguments, &[], salt).await
+    }
+
+    /// Uploads an action that runs `arguments` in this root and makes these outputs. The salt makes it unique.
+    pub async fn upload_action_in(
+        &self,
+        root: Digest,
+        arguments: &[&str],
+        outputs: &[&str],
+        salt: &str,
+    ) -> Digest {
         let function = DigestFunction::Sha256;
         let command = ReapiCommand {
             arguments: arguments.iter().map(|a| (*a).to_owned()).collect(),
+            output_paths: outputs.iter().map(|path| (*path).to_owned()).collect(),
             ..Default::default()
         }
         .encode_to_vec();
         let action = Action {
             command_digest: Some(function.digest(&command).to_wire()),
-            input_root_digest: Some(Digest::empty(function).to_wire()),
+            input_root_digest: Some(root.to_wire()),
             salt: salt.to_owned().into(),
             ..Default::default()
         }

@@ -10,12 +10,15 @@ pub(crate) mod clock;
 pub(crate) mod command;
 mod dir;
 mod disk_watch;
+mod exec_root;
 mod inputs;
 pub mod launcher;
+mod layer;
 pub mod messages;
 mod outputs;
 mod run;
 mod run_log;
+pub mod staged_trees;
 pub mod store;
 pub mod workspace;
 
@@ -67,8 +70,13 @@ pub struct WorkerSettings {
 }
 
 impl WorkerSettings {
-    /// The command that starts a runner: this same binary, even if its file was replaced on disk. Commands get `open_files` as
-    /// their soft limit on open files, if the server has changed its own.
+    /// Whether input roots can have layers.
+    fn has_layers(&self) -> bool {
+        self.sandbox.as_ref().is_some_and(PoolSandbox::has_layers)
+    }
+
+    /// The runner command of a server: this very binary, also after the file was replaced on disk. Commands get
+    /// `open_files` as their soft limit on open files, if the server has changed its own.
     pub fn own_runner(open_files: Option<u64>) -> Vec<OsString> {
         let mut command = vec!["/proc/self/exe".into(), RUNNER_SUBCOMMAND.into()];
         command.extend(open_files.map(|limit| limit.to_string().into()));

@@ -187,6 +187,8 @@ pub struct ExecutionSettings {
     pub max_output_file_bytes: u64,
     /// The sandbox of actions.
     pub sandbox: SandboxSettings,
+    /// Most bytes of all staged input trees together; 0 for none.
+    pub max_staged_bytes: u64,
 }
 
 /// Collects problems, so that all are reported together.
@@ -521,5 +523,6 @@ fn execution(
         max_attempts: config.max_attempts,
         max_output_file_bytes: check.size("execution.max_output_file_gb", config.max_output_file_gb),
         sandbox,
+        max_staged_bytes: config.staged_inputs_gb.bytes(),
     }
 }

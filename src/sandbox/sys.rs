@@ -92,3 +92,28 @@ pub(super) fn join_new_keyring() -> io::Result<()> {
         unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, ptr::null::<libc::c_char>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
+
+/// Does something as this user and group as far as files are concerned, with all capabilities. This process must have a single
+/// thread and be root.
+pub(super) fn with_files_of<T>(
+    (user, group): (u32, u32),
+    act: impl FnOnce() -> io::Result<T>,
+) -> io::Result<T> {
+    /// From linux/securebits.h, which the libc crate does not have: capabilities stay when the user changes.
+    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: these calls take and give numbers.
+    unsafe {
+        let before = libc::prctl(libc::PR_GET_SECUREBITS);
+        let bits = libc::c_ulong::try_from(before).map_err(|_| io::Error::last_os_error())?;
+        if libc::prctl(libc::PR_SET_SECUREBITS, bits | NO_SETUID_FIXUP) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let (user, group) = (libc::setfsuid(user), libc::setfsgid(group));
+        let done = act();
+        // They were valid before.
+        libc::setfsuid(user.unsigned_abs());
+        libc::setfsgid(group.unsigned_abs());
+        libc::prctl(libc::PR_SET_SECUREBITS, bits);
+        done
+    }
+}

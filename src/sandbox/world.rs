@@ -7,7 +7,9 @@
 //! belongs to the kernel and has nothing that a runner needs ([`MOUNT_POINTS`]).
 
 use super::{
-    EXEC_ROOT, SetupFailure, Step as _, confine, filter, identity, landlock, mounts,
+    EXEC_ROOT, SetupFailure, Step as _, confine, filter, identity, landlock,
+    layers::{self, Layers},
+    mounts,
     namespaces::{self, Map},
     settings::Sandbox,
     sys,
@@ -103,8 +105,11 @@ impl World {
         namespaces::write_maps(&process.to_string(), self.map, self.ids.is_some())
     }
 
-    /// The input root at this path, ready to be attached in a cell.
-    pub(crate) fn exec_root(&self, path: &Path) -> Result<OwnedFd, SetupFailure> {
+    /// The input root at this path or of these layers, ready to be attached in a cell.
+    pub(crate) fn exec_root(&self, path: &Path, layers: Option<&Layers>) -> Result<OwnedFd, SetupFailure> {
+        if let Some(layers) = layers {
+            return layers::mount(layers, self.ids.as_ref().map(|ids| (ids.as_fd(), self.map)));
+        }
         let tree = mounts::copy(CWD, path).step("take hold of the input root")?;
         match &self.ids {
             Some(ids) => mounts::map_ids(tree.as_fd(), ids.as_fd()),

@@ -9,6 +9,7 @@
 mod files;
 mod kernel;
 mod processes;
+mod staging;
 mod start;
 #[path = "../support/mod.rs"]
 mod support;

@@ -8,10 +8,12 @@ use gorego::{
         worker::{
             WorkerActor, WorkerSettings,
             cancel::CancelToken,
+            launcher::PoolSandbox,
             messages::{
                 RunAction, RunControl, RunFailure, RunOrder, RunReport, RunStage, SlotId, StageReached,
                 TaskId,
             },
+            staged_trees::StagingLimits,
             store::{BlobStore, Inputs, Outputs},
             workspace::BuildRoot,
         },
@@ -30,6 +32,7 @@ use prost::Message;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use std::{
     collections::HashMap,
+    ffi::OsString,
     fs::File,
     io::{Read as _, Write as _},
     path::{Path, PathBuf},
@@ -66,7 +69,7 @@ impl MemoryStore {
 pub struct Handle(pub Arc<MemoryStore>);
 
 struct Staged {
-    tree: InputTree,
+    tree: Arc<InputTree>,
     blobs: HashMap<Digest, Vec<u8>>,
 }
 
@@ -84,7 +87,7 @@ impl BlobStore for Handle {
             todo.extend(directory.directories.iter().map(|child| child.digest));
             directories.insert(digest, Arc::new(directory));
         }
-        let tree = InputTree::new(root, directories)?;
+        let tree = Arc::new(InputTree::new(root, directories)?);
         Ok(Box::new(Staged { tree, blobs }))
     }
 
@@ -129,7 +132,7 @@ impl Outputs for Batch {
 }
 
 impl Inputs for Staged {
-    fn tree(&self) -> &InputTree {
+    fn tree(&self) -> &Arc<InputTree> {
         &self.tree
     }
 
@@ -161,6 +164,8 @@ impl Handler<StageReached> for Listener {
 pub struct Bench {
     pub store: Arc<MemoryStore>,
     pub build_root: PathBuf,
+    /// Commands run in a sandbox.
+    pub is_sandboxed: bool,
     pub stages: Arc<Mutex<Vec<RunStage>>>,
     worker: Addr<WorkerActor>,
     listener: Addr<Listener>,
@@ -182,19 +187,49 @@ pub fn with_worker<T>(body: impl AsyncFnOnce(&Bench) -> T) -> T {
 
 /// Runs a test with one worker, whose commands may write files of up to this size.
 pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Bench) -> T) -> T {
+    // Most tests look at their commands from outside. tests/sandbox is about the sandbox.
+    with_bench(max_output_file_bytes, StagingLimits::default(), |_, _| None, body)
+}
+
+/// Runs a test three times: with a worker that copies all inputs, the same in a sandbox, and with one that stages all inputs, if
+/// this machine can.
+pub fn with_each_staging(body: impl AsyncFn(&Bench)) {
+    with_worker(&body);
+    for min_nodes in [u64::MAX, 0] {
+        let limits = StagingLimits { min_nodes, ..StagingLimits::default() };
+        let sandbox = |runner: &[OsString], build_root: &BuildRoot| {
+            let sandbox = PoolSandbox::usual(runner, build_root);
+            if !sandbox.has_layers() {
+                eprintln!("without a sandbox, because there are no overlays here");
+            }
+            sandbox.has_layers().then_some(sandbox)
+        };
+        with_bench(1 << 30, limits, sandbox, &body);
+    }
+}
+
+fn with_bench<T>(
+    max_output_file_bytes: u64,
+    limits: StagingLimits,
+    sandbox: impl FnOnce(&[OsString], &BuildRoot) -> Option<PoolSandbox>,
+    body: impl AsyncFnOnce(&Bench) -> T,
+) -> T {
     System::new().block_on(async {
         let directory = tempfile::tempdir().unwrap();
-        let build_root = directory.path().join("build");
+        let path = directory.path().join("build");
         let store = Arc::new(MemoryStore::default());
+        let build_root = BuildRoot::with_trees(&path, limits).unwrap();
+        let runner: Vec<OsString> = vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()];
+        let sandbox = sandbox(&runner, &build_root);
+        let is_sandboxed = sandbox.is_some();
         let settings = Arc::new(WorkerSettings {
             pool: "test".into(),
             name: "testhost".into(),
-            build_root: BuildRoot::open(&build_root).unwrap(),
+            build_root,
             transfer_timeout: Duration::from_secs(60),
             max_output_file_bytes,
-            runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
-            // These tests look at their commands from outside. tests/sandbox is about the sandbox.
-            sandbox: None,
+            runner,
+            sandbox,
             log_streams: log_streams(),
         });
         let handle: Arc<dyn BlobStore> = Arc::new(Handle(store.clone()));
@@ -203,7 +238,8 @@ pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Ben
         let listener = Listener(stages.clone()).start();
         let bench = Bench {
             store,
-            build_root: build_root.canonicalize().unwrap(),
+            build_root: path.canonicalize().unwrap(),
+            is_sandboxed,
             stages,
             worker,
             listener,

@@ -8,7 +8,7 @@ use std::{fs, time::Duration};
 /// EXE-47 to EXE-50, EXE-53, EXE-54.
 #[test]
 fn outputs_of_every_kind_are_reported_once_and_absent_ones_left_out() {
-    with_worker(async |bench| {
+    with_each_staging(async |bench| {
         let job = sh("echo a > a; echo x > x; chmod +x x; mkdir -p d/sub; echo f > d/f; ln -s ../nowhere d/l
             ln -s d dirlink; ln -s a filelink; ln -s nothing dangling; ln -s /usr/bin/env abs; exit 3")
         .outputs(&[
@@ -40,7 +40,7 @@ fn outputs_of_every_kind_are_reported_once_and_absent_ones_left_out() {
 /// EXE-51.
 #[test]
 fn legacy_lists_insist_on_the_kind_unless_a_path_is_in_both() {
-    with_worker(async |bench| {
+    with_each_staging(async |bench| {
         let job = |files: &[&str], directories: &[&str]| {
             let mut job = sh("mkdir d; echo > f");
             job.command.output_files = files.iter().map(|p| (*p).to_owned()).collect();
@@ -59,7 +59,7 @@ fn legacy_lists_insist_on_the_kind_unless_a_path_is_in_both() {
 /// EXE-52, EXE-54: nothing outside the root is read or changed, and nothing hangs.
 #[test]
 fn outputs_that_escape_or_are_not_files_are_refused_by_name() {
-    with_worker(async |bench| {
+    with_each_staging(async |bench| {
         let outside = tempfile::tempdir().unwrap();
         let secret = outside.path().join("secret");
         fs::write(&secret, "secret").unwrap();
@@ -94,7 +94,7 @@ fn outputs_that_escape_or_are_not_files_are_refused_by_name() {
 /// GEN-25: the result would not fit into a message.
 #[test]
 fn outputs_that_fit_no_message_are_refused_with_the_logs_kept() {
-    with_worker(async |bench| {
+    with_each_staging(async |bench| {
         let script = "echo so many; t=$(printf '%04000d' 0); seq 600 | while read n; do ln -s $t $n; done";
         let paths: Vec<_> = (1..=600).map(|n| n.to_string()).collect();
         let paths: Vec<_> = paths.iter().map(String::as_str).collect();
@@ -112,7 +112,7 @@ fn outputs_that_fit_no_message_are_refused_with_the_logs_kept() {
 /// EXE-55 to EXE-58.
 #[test]
 fn trees_are_canonical_deterministic_and_without_duplicates() {
-    with_worker(async |bench| {
+    with_each_staging(async |bench| {
         // x/same and y/same are one Directory. It is also a child of z, one level deeper.
         let script = |order: &str| {
             format!(
@@ -158,7 +158,7 @@ fn trees_are_canonical_deterministic_and_without_duplicates() {
 /// EXE-63: unreadable outputs are stored anyway and report their original mode.
 #[test]
 fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
-    with_worker(async |bench| {
+    with_each_staging(async |bench| {
         let mut job =
             sh("mkdir d; echo a > d/a; touch -d @5 d/a; chmod 0 d/a d; echo b > b; chmod 0200 b; chmod 0 .. .; echo c")
                 .outputs(&["d", "b"]);
@@ -177,6 +177,7 @@ fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
 /// GEN-20: a fault of the server would be retried, by the server and by the client.
 #[test]
 fn what_a_command_does_to_its_logs_or_to_the_way_to_an_output_is_its_own_fault() {
+    // In a sandbox a command does not see its logs.
     with_worker(async |bench| {
         for script in [
             "cd ../../0-*; rm stdout; ln -s /etc/passwd stdout",
@@ -200,7 +201,7 @@ fn what_a_command_does_to_its_logs_or_to_the_way_to_an_output_is_its_own_fault()
 /// A tree deeper than the longest path, with more files than descriptors.
 #[test]
 fn deep_and_wide_outputs_are_collected_and_removed() {
-    with_worker(async |bench| {
+    with_each_staging(async |bench| {
         // In steps, because no path may be that long. Without -P, a shell uses the whole path.
         let script = "step=$(printf 'dddddddd/%.0s' $(seq 300))
             for i in $(seq 10); do mkdir -p $step && cd -P $step || exit; done; printf leaf > leaf";
@@ -214,15 +215,19 @@ fn deep_and_wide_outputs_are_collected_and_removed() {
         let result = bench.result(&wide).await;
         let tree = result.output_directories[0].tree_digest.as_ref().unwrap();
         assert_eq!(reapi::Tree::decode(&*bench.store.get(tree)).unwrap().root.unwrap().files.len(), 5_000);
-        eventually("exec directories are removed", || fs::read_dir(&bench.build_root).unwrap().count() == 0)
-            .await;
+        let is_staged = |name: &std::ffi::OsStr| name.as_encoded_bytes().starts_with(b"t-");
+        let left = || {
+            let all = fs::read_dir(&bench.build_root).unwrap().flatten();
+            all.filter(|entry| !is_staged(&entry.file_name())).count()
+        };
+        eventually("exec directories are removed", || left() == 0).await;
     });
 }
 
 /// EXE-18, EXE-19, EXE-60.
 #[test]
 fn a_success_is_recorded_with_whole_metadata_unless_it_must_not_be_cached() {
-    with_worker(async |bench| {
+    with_each_staging(async |bench| {
         let job = sh("i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo out; echo err >&2");
         let result = bench.result(&job).await;
         assert_eq!(bench.store.results.lock().unwrap().values().next(), Some(&result));
@@ -238,5 +243,74 @@ fn a_success_is_recorded_with_whole_metadata_unless_it_must_not_be_cached() {
         let result = bench.result(&silent).await;
         assert_eq!((result.stdout_digest, result.stderr_digest), (None, None), "EXE-59");
         assert_eq!(bench.store.results.lock().unwrap().len(), 1);
+    });
+}
+
+/// Outputs that are inputs: left alone, changed, replaced and removed.
+#[test]
+fn outputs_among_the_inputs_are_what_the_command_left_of_them() {
+    with_each_staging(async |bench| {
+        let root = bench.input(&[
+            ("same", program("same")),
+            ("changed", file("before")),
+            ("removed", file("gone")),
+            ("link", link("d/x")),
+            ("to-d", link("d")),
+            ("d/x", file("x")),
+            ("d/y", file("y")),
+            ("d/z/deep", file("deep")),
+            ("untouched/a", file("a")),
+            ("replaced/old", file("old")),
+        ]);
+        let script =
+            "printf ' and after' >> changed; rm removed d/x; printf new > d/n; rm -r replaced; mkdir replaced
+            printf r > replaced/r; chmod 755 d/y";
+        let outputs = [
+            "same",
+            "changed",
+            "removed",
+            "link",
+            "d",
+            "untouched",
+            "replaced",
+            "to-d/y",
+            "to-d/x",
+            "to-d/z",
+            "",
+        ];
+        let result = bench.result(&sh(script).root(root).outputs(&outputs)).await;
+        let files: Vec<_> = result
+            .output_files
+            .iter()
+            .map(|file| (&*file.path, bench.text(&file.digest), file.is_executable))
+            .collect();
+        assert_eq!(
+            files,
+            [
+                ("same", "same".to_owned(), true),
+                ("changed", "before and after".to_owned(), false),
+                ("to-d/y", "y".to_owned(), true),
+            ]
+        );
+        assert_eq!((&*result.output_symlinks[0].path, &*result.output_symlinks[0].target), ("link", "d/x"));
+        let tree = |path: &str| {
+            let of_path = |directory: &&reapi::OutputDirectory| directory.path == path;
+            let directory = result.output_directories.iter().find(of_path).unwrap();
+            reapi::Tree::decode(&*bench.store.get(directory.tree_digest.as_ref().unwrap())).unwrap()
+        };
+        let names = |path: &str| {
+            let root = tree(path).root.unwrap();
+            let files = root.files.into_iter().map(|file| file.name);
+            files.chain(root.directories.into_iter().map(|node| node.name)).collect::<Vec<_>>()
+        };
+        assert_eq!(names("d"), ["n", "y", "z"]);
+        assert_eq!(names("untouched"), ["a"]);
+        assert_eq!(names("replaced"), ["r"]);
+        assert_eq!(names("to-d/z"), ["deep"]);
+        assert_eq!(names(""), ["changed", "same", "d", "replaced", "untouched"]);
+        // The same again, as inputs that were all copied: equal content has equal digests.
+        let again =
+            bench.result(&Job { do_not_cache: true, ..sh(script).root(root).outputs(&outputs) }).await;
+        assert_eq!(again.output_directories, result.output_directories);
     });
 }

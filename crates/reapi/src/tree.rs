@@ -153,7 +153,15 @@ impl Directory {
 pub struct InputTree {
     root: Digest,
     directories: HashMap<Digest, Arc<Directory>>,
+    extent: Extent,
+    has_modes: bool,
+}
+
+/// How much a tree expands to; shared directories count as often as they occur.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Extent {
     nodes: u64,
+    bytes: u64,
 }
 
 impl InputTree {
@@ -163,8 +171,14 @@ impl InputTree {
     /// [`Error::Invalid`] when the tree is deeper than [`MAX_TREE_DEPTH`] or expands to more than [`MAX_TREE_NODES`] nodes;
     /// [`Error::MissingBlobs`] when `directories` lacks a directory.
     pub fn new(root: Digest, directories: HashMap<Digest, Arc<Directory>>) -> Result<Self> {
-        let nodes = measure(root, &directories)?;
-        Ok(Self { root, directories, nodes })
+        let extent = measure(root, &directories)?;
+        let has_modes = directories.values().any(|directory| directory.properties.unix_mode.is_some());
+        Ok(Self { root, directories, extent, has_modes })
+    }
+
+    /// The digest of the directory at the top.
+    pub fn digest(&self) -> Digest {
+        self.root
     }
 
     /// The directory at the top of the tree.
@@ -180,6 +194,16 @@ impl InputTree {
         &self.directories[digest]
     }
 
+    /// The directory with this digest, if the tree has it.
+    pub fn find(&self, digest: &Digest) -> Option<&Directory> {
+        self.directories.get(digest).map(|directory| &**directory)
+    }
+
+    /// Whether any directory has permission bits of its own.
+    pub fn has_directory_modes(&self) -> bool {
+        self.has_modes
+    }
+
     /// The distinct digests of all files.
     pub fn file_digests(&self) -> HashSet<Digest> {
         self.directories.values().flat_map(|d| d.files.iter().map(|f| f.digest)).collect()
@@ -187,14 +211,19 @@ impl InputTree {
 
     /// Number of files, directories and symlinks, counting shared directories as often as they occur.
     pub fn nodes(&self) -> u64 {
-        self.nodes
+        self.extent.nodes
+    }
+
+    /// Sum of the sizes of all files, counting each as often as it occurs.
+    pub fn bytes(&self) -> u64 {
+        self.extent.bytes
     }
 }
 
-/// Number of nodes below `root`. Not recursive, and linear in the number of distinct directories.
-fn measure(root: Digest, directories: &HashMap<Digest, Arc<Directory>>) -> Result<u64> {
-    // Each directory is pushed twice: to be entered, and to be summed up. The second visit yields (nodes, height).
-    let mut known: HashMap<Digest, (u64, usize)> = HashMap::new();
+/// What is below `root`. Not recursive, and linear in the number of distinct directories.
+fn measure(root: Digest, directories: &HashMap<Digest, Arc<Directory>>) -> Result<Extent> {
+    // Each directory is pushed twice: to be entered, and to be summed up. The second visit yields (extent, height).
+    let mut known: HashMap<Digest, (Extent, usize)> = HashMap::new();
     let mut stack = vec![(root, false)];
     while let Some((digest, leaving)) = stack.pop() {
         if known.contains_key(&digest) {
@@ -203,10 +232,13 @@ fn measure(root: Digest, directories: &HashMap<Digest, Arc<Directory>>) -> Resul
         let directory = directories.get(&digest).ok_or_else(|| Error::MissingBlobs(vec![digest]))?;
         if leaving {
             let (mut nodes, mut height) = (directory.entries() as u64, 0);
+            let mut bytes =
+                directory.files.iter().fold(0, |sum: u64, file| sum.saturating_add(file.digest.size()));
             for child in &directory.directories {
                 // A child that is still open would have to contain its own hash.
-                let (child_nodes, child_height) = known.get(&child.digest).copied().unwrap_or_default();
-                nodes = nodes.saturating_add(child_nodes);
+                let (extent, child_height) = known.get(&child.digest).copied().unwrap_or_default();
+                nodes = nodes.saturating_add(extent.nodes);
+                bytes = bytes.saturating_add(extent.bytes);
                 height = height.max(child_height + 1);
             }
             if height > MAX_TREE_DEPTH {
@@ -219,7 +251,7 @@ fn measure(root: Digest, directories: &HashMap<Digest, Arc<Directory>>) -> Resul
                     "the input root expands to more than {MAX_TREE_NODES} nodes"
                 )));
             }
-            known.insert(digest, (nodes, height));
+            known.insert(digest, (Extent { nodes, bytes }, height));
         } else {
             stack.push((digest, true));
             stack.extend(
@@ -231,7 +263,7 @@ fn measure(root: Digest, directories: &HashMap<Digest, Arc<Directory>>) -> Resul
             );
         }
     }
-    Ok(known.get(&root).map_or(0, |(nodes, _)| *nodes))
+    Ok(known.get(&root).map_or(Extent::default(), |(extent, _)| *extent))
 }
 
 #[cfg(test)]

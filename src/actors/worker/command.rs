@@ -2,7 +2,7 @@
 //! exit code of a program that cannot be started. This file is pure.
 
 use super::workspace::Workspace;
-use crate::action::Command;
+use crate::{action::Command, sandbox::layers::Layers};
 use rustix::io::Errno;
 use std::path::PathBuf;
 
@@ -42,11 +42,18 @@ pub struct Launch {
     pub stderr: PathBuf,
     /// The largest file that the command may write, and the largest log, in bytes.
     pub max_file_bytes: u64,
+    /// What is mounted as the input root; `None` when it lies at `root` as it is.
+    pub layers: Option<Layers>,
 }
 
 impl Launch {
     /// The launch of `command` in `workspace`.
-    pub fn new(command: &Command, workspace: &Workspace, max_file_bytes: u64) -> Self {
+    pub fn new(
+        command: &Command,
+        workspace: &Workspace,
+        layers: Option<Layers>,
+        max_file_bytes: u64,
+    ) -> Self {
         let path = workspace.path();
         Self {
             programs: programs(command),
@@ -57,6 +64,7 @@ impl Launch {
             stdout: path.join("stdout"),
             stderr: path.join("stderr"),
             max_file_bytes,
+            layers,
         }
     }
 }

@@ -9,22 +9,24 @@
 
 use super::{
     checkpoint::Checkpoint,
-    dir::{self, Cursor},
+    dir::Cursor,
+    exec_root::ExecRoot,
+    layer,
+    staged_trees::delta::{Delta, DeltaStep},
     store::Inputs,
 };
 use crate::action::Command;
 use gorego_reapi::{
     error::{Error, Result},
     path::RootPath,
-    tree::{Directory, NodeProperties},
+    tree::{self, Directory, InputTree, NodeProperties, Symlink},
 };
 use rustix::{
-    fs::{self as rfs, Access, AtFlags, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT},
+    fs::{self as rfs, AtFlags, Mode, OFlags, Stat, Timespec, Timestamps, UTIME_OMIT},
     io::Errno,
 };
 use std::{
     collections::HashSet,
-    ffi::OsStr,
     fs::File,
     io,
     path::{Path, PathBuf},
@@ -32,7 +34,7 @@ use std::{
 };
 
 /// Permission bits of directories and executable files.
-const EXECUTABLE: u32 = 0o755;
+pub(super) const EXECUTABLE: u32 = 0o755;
 /// Permission bits of other files.
 const PLAIN: u32 = 0o644;
 
@@ -41,18 +43,84 @@ const PLAIN: u32 = 0o644;
 /// time zone, as zip requires, and its seconds fit into 32 bits, as Python byte code requires.
 pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec: 0 };
 
-/// Fills the empty directory `root`.
+/// Writes a whole input root into the empty directory `top`, with the modes of its directories if nothing is made in it
+/// afterwards (`is_complete`).
 ///
 /// # Errors
-/// Those of the store; those of the checkpoint, which is checked between files; `Invalid` when a link or file of the tree
-/// obstructs the working directory or the parent of an output, or when a mode keeps the command from its working directory.
-pub(super) fn place(
+/// Those of the store; of the checkpoint between two files.
+pub(super) fn write(
     inputs: &dyn Inputs,
-    root: &File,
-    command: &Command,
+    top: &File,
+    is_complete: bool,
     checkpoint: &Checkpoint,
 ) -> Result<()> {
-    let has_modes = write_tree(inputs, root, checkpoint)?;
+    let tree = inputs.tree();
+    let mut cursor = cursor(top)?;
+    write_below(inputs, tree.root(), &mut cursor, checkpoint)?;
+    if is_complete && tree.has_directory_modes() {
+        set_directory_modes(tree, top, checkpoint)?;
+    }
+    Ok(())
+}
+
+/// Writes a delta into the empty directory `top`, which then is a layer over the base of the delta.
+///
+/// # Errors
+/// As [`write`].
+pub(super) fn write_delta(
+    inputs: &dyn Inputs,
+    delta: &Delta<'_>,
+    top: &File,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
+    let tree = inputs.tree();
+    let mut cursor = cursor(top)?;
+    let mut open = vec![tree.root()];
+    for step in &delta.steps {
+        checkpoint.check()?;
+        let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
+        match step {
+            DeltaStep::File(file) => write_file(inputs, file, here)?,
+            DeltaStep::Link(link) => write_link(link, here)?,
+            DeltaStep::Hide(name) => {
+                layer::make_whiteout(here, name).map_err(|error| cannot("hide", name, &error))?;
+            }
+            DeltaStep::Enter(node) => {
+                enter_new(&mut cursor, &node.name)?;
+                open.push(tree.directory(&node.digest));
+            }
+            DeltaStep::Leave => {
+                leave(&mut cursor, open.pop().unwrap_or(tree.root()))?;
+            }
+            DeltaStep::Tree { node, hides } => {
+                enter_new(&mut cursor, &node.name)?;
+                if *hides {
+                    cursor
+                        .here()
+                        .and_then(layer::set_opaque)
+                        .map_err(|error| cannot("write", &node.name, &error))?;
+                }
+                let directory = tree.directory(&node.digest);
+                write_below(inputs, directory, &mut cursor, checkpoint)?;
+                cursor.up().map_err(|error| Error::io("go back up in the input root", &error))?;
+            }
+        }
+    }
+    set_mtime(top, ".", mtime_of(&tree.root().properties))
+}
+
+/// Makes what the command takes for granted in an exec root whose files are in place. `is_root`: permissions do not stop it.
+///
+/// # Errors
+/// `Invalid` when a link or file of the tree is in the way of the working directory or of an output's parent, or a mode in that of
+/// the command; those of the checkpoint.
+pub(super) fn prepare(
+    tree: &InputTree,
+    root: ExecRoot<'_>,
+    command: &Command,
+    is_root: bool,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
     make_directories(root, &command.working_directory, "the working directory")?;
     let mut made = HashSet::new();
     for output in &command.outputs {
@@ -63,19 +131,21 @@ pub(super) fn place(
             make_directories(root, &parent, &format!("the parent of output \"{}\"", output.requested))?;
         }
     }
-    // This comes last, because the mode of a directory may forbid writing in it.
-    if has_modes {
-        set_directory_modes(inputs, root, checkpoint)?;
-        check_way(root, &command.working_directory)?;
+    // Last of all: a directory's own mode may take away the right to write in it.
+    if tree.has_directory_modes() {
+        set_directory_modes(tree, root.own(), checkpoint)?;
+        if !is_root {
+            check_way(root, &command.working_directory)?;
+        }
     }
     Ok(())
 }
 
-/// Checks that the command can enter its working directory, now that directories have their requested modes.
-fn check_way(root: &File, working_directory: &RootPath) -> Result<()> {
-    match rfs::accessat(root, working_directory.as_path(), Access::EXEC_OK, AtFlags::empty()) {
-        Err(Errno::ACCESS) => Err(Error::Invalid(format!(
-            "the working directory \"{working_directory}\" cannot be entered: the unix_mode of a directory in its path \
+/// Whether the command can get to its working directory, now that directories have the modes that were asked for.
+fn check_way(root: ExecRoot<'_>, working_directory: &RootPath) -> Result<()> {
+    match root.can_enter(working_directory.as_path()) {
+        Ok(false) => Err(Error::Invalid(format!(
+            "the working directory \"{working_directory}\" cannot be entered: the unix_mode of a directory on the way \
              forbids it"
         ))),
         // Other problems show when the command is started.
@@ -83,37 +153,58 @@ fn check_way(root: &File, working_directory: &RootPath) -> Result<()> {
     }
 }
 
-/// Creates files, links and directories. Returns whether any directory has a requested mode.
-fn write_tree(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Result<bool> {
+/// Creates the files, links and directories of `top` in the directory in which the cursor stands, and leaves it there.
+fn write_below(
+    inputs: &dyn Inputs,
+    top: &Directory,
+    cursor: &mut Cursor,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
     let tree = inputs.tree();
-    let mut cursor = cursor(root)?;
-    fill(inputs, tree.root(), &cursor, checkpoint)?;
-    let mut has_modes = tree.root().properties.unix_mode.is_some();
-    let mut open = vec![(tree.root(), tree.root().directories.iter())];
+    fill(inputs, top, cursor, checkpoint)?;
+    let mut open = vec![(top, top.directories.iter())];
     while let Some((directory, remaining)) = open.last_mut() {
-        let Some(child) = remaining.next() else {
-            // Each new entry has changed the time.
+        if let Some(child) = remaining.next() {
+            let directory = tree.directory(&child.digest);
+            enter_new(cursor, &child.name)?;
+            fill(inputs, directory, cursor, checkpoint)?;
+            open.push((directory, directory.directories.iter()));
+            continue;
+        }
+        let directory = *directory;
+        open.pop();
+        if open.is_empty() {
+            // Each new entry has changed it.
             let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
             set_mtime(here, ".", mtime_of(&directory.properties))?;
-            open.pop();
-            if !open.is_empty() {
-                cursor.up().map_err(|error| Error::io("go back up in the input root", &error))?;
-            }
-            continue;
-        };
-        let directory = tree.directory(&child.digest);
-        has_modes |= directory.properties.unix_mode.is_some();
-        make_one(&cursor, &child.name)?;
-        cursor.down(child.name.as_ref()).map_err(|error| cannot("enter", &child.name, &error))?;
-        if cursor.mode() != Mode::from_raw_mode(EXECUTABLE) {
-            let here = cursor.here().map_err(|error| cannot("enter", &child.name, &error))?;
-            rfs::fchmod(here, Mode::from_raw_mode(EXECUTABLE))
-                .map_err(|error| cannot("set the mode of", &child.name, &error.into()))?;
+        } else {
+            leave(cursor, directory)?;
         }
-        fill(inputs, directory, &cursor, checkpoint)?;
-        open.push((directory, directory.directories.iter()));
     }
-    Ok(has_modes)
+    Ok(())
+}
+
+/// Makes a directory and enters it.
+fn enter_new(cursor: &mut Cursor, name: &str) -> Result<()> {
+    cursor
+        .here()
+        .and_then(|here| Ok(rfs::mkdirat(here, name, Mode::from_raw_mode(EXECUTABLE))?))
+        .map_err(|error| cannot("make the directory", name, &error))?;
+    cursor.down(name.as_ref()).map_err(|error| cannot("enter", name, &error))?;
+    if cursor.mode() != Mode::from_raw_mode(EXECUTABLE) {
+        let here = cursor.here().map_err(|error| cannot("enter", name, &error))?;
+        rfs::fchmod(here, Mode::from_raw_mode(EXECUTABLE))
+            .map_err(|error| cannot("set the mode of", name, &error.into()))?;
+    }
+    Ok(())
+}
+
+/// Goes back up from a directory in which everything is in place.
+fn leave(cursor: &mut Cursor, directory: &Directory) -> Result<()> {
+    // Each new entry has changed it.
+    let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
+    set_mtime(here, ".", mtime_of(&directory.properties))?;
+    cursor.up().map_err(|error| Error::io("go back up in the input root", &error))
 }
 
 /// Creates the files and links of one directory.
@@ -121,34 +212,37 @@ fn fill(inputs: &dyn Inputs, directory: &Directory, cursor: &Cursor, checkpoint:
     let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
     for file in &directory.files {
         checkpoint.check()?;
-        let mode = file.properties.unix_mode.unwrap_or(if file.executable { EXECUTABLE } else { PLAIN });
-        inputs.materialise(&file.digest, here, &file.name, mode)?;
-        set_mtime(here, &file.name, mtime_of(&file.properties))?;
+        write_file(inputs, file, here)?;
     }
     for link in &directory.symlinks {
-        rfs::symlinkat(&*link.target, here, &*link.name)
-            .map_err(|error| cannot("make the symbolic link", &link.name, &error.into()))?;
-        set_mtime(here, &link.name, mtime_of(&link.properties))?;
+        write_link(link, here)?;
     }
     checkpoint.check()
 }
 
-fn make_one(cursor: &Cursor, name: &str) -> Result<()> {
-    cursor
-        .here()
-        .and_then(|here| Ok(rfs::mkdirat(here, name, Mode::from_raw_mode(EXECUTABLE))?))
-        .map_err(|error| cannot("make the directory", name, &error))
+fn write_file(inputs: &dyn Inputs, file: &tree::File, here: &File) -> Result<()> {
+    inputs.materialise(&file.digest, here, &file.name, mode_of(file))?;
+    set_mtime(here, &file.name, mtime_of(&file.properties))
 }
 
-/// Sets the requested modes of directories, each after everything in it.
-fn set_directory_modes(inputs: &dyn Inputs, root: &File, checkpoint: &Checkpoint) -> Result<()> {
-    let tree = inputs.tree();
+fn write_link(link: &Symlink, here: &File) -> Result<()> {
+    rfs::symlinkat(&*link.target, here, &*link.name)
+        .map_err(|error| cannot("make the symbolic link", &link.name, &error.into()))?;
+    set_mtime(here, &link.name, mtime_of(&link.properties))
+}
+
+/// Sets the modes of the directories that ask for one, each after everything in it. Those that a layer does not have are left
+/// alone, with all below them.
+fn set_directory_modes(tree: &InputTree, root: &File, checkpoint: &Checkpoint) -> Result<()> {
     let mut cursor = cursor(root)?;
     let mut open = vec![("", tree.root(), tree.root().directories.iter())];
     while let Some((name, directory, remaining)) = open.last_mut() {
         if let Some(child) = remaining.next() {
             checkpoint.check()?;
-            cursor.down(child.name.as_ref()).map_err(|error| cannot("enter", &child.name, &error))?;
+            match cursor.down(child.name.as_ref()) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                entered => entered.map_err(|error| cannot("enter", &child.name, &error))?,
+            }
             let directory = tree.directory(&child.digest);
             open.push((&child.name, directory, directory.directories.iter()));
             continue;
@@ -173,8 +267,13 @@ fn set_mode(parent: &File, name: &str, mode: Option<u32>) -> Result<()> {
         .map_err(|error| cannot("set the mode of", name, &error.into()))
 }
 
-/// The mtime of a node.
-fn mtime_of(properties: &NodeProperties) -> Timespec {
+/// The permission bits that a file carries.
+pub(super) fn mode_of(file: &tree::File) -> u32 {
+    file.properties.unix_mode.unwrap_or(if file.executable { EXECUTABLE } else { PLAIN })
+}
+
+/// The time that a node carries.
+pub(super) fn mtime_of(properties: &NodeProperties) -> Timespec {
     let Some(mtime) = properties.mtime else { return INPUT_TIME };
     // The seconds of a SystemTime are an i64, so neither conversion fails.
     let seconds = |since: Duration| i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
@@ -193,46 +292,53 @@ fn set_mtime(parent: &File, name: &str, mtime: Timespec) -> Result<()> {
     set_mtime_at(parent, name, mtime).map_err(|error| cannot("set the time of", name, &error))
 }
 
-fn set_mtime_at(parent: &File, name: &str, mtime: Timespec) -> io::Result<()> {
+pub(super) fn set_mtime_at(parent: &File, name: &str, mtime: Timespec) -> io::Result<()> {
     let times =
         Timestamps { last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT }, last_modification: mtime };
     Ok(rfs::utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
-/// Creates the missing directories of `path`, which may go through links of the input root as long as they stay beneath it.
-/// `what` describes the path in errors.
-fn make_directories(root: &File, path: &RootPath, what: &str) -> Result<()> {
-    if dir::open_beneath(root, path.as_path()).is_ok() {
+/// The time in a stat.
+#[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
+pub(super) fn mtime_in(stat: &Stat) -> Timespec {
+    Timespec { tv_sec: stat.st_mtime as i64, tv_nsec: stat.st_mtime_nsec as i64 }
+}
+
+/// Makes the directories of `path` that do not exist. Links of the input root may be part of the way as long as they stay
+/// beneath it. `what` says in errors whose path it is.
+fn make_directories(root: ExecRoot<'_>, path: &RootPath, what: &str) -> Result<()> {
+    if root.resolve(path.as_path()).is_ok() {
         return Ok(());
     }
-    // One step at a time, to find out which component is in the way.
-    let mut above = root.try_clone().map_err(|error| Error::io("make directories", &error))?;
+    // Step by step, also to find out which component is in the way.
+    let failed = |error: io::Error| Error::io("make directories", &error);
+    let mut above = root.resolve(Path::new(".")).map_err(failed)?;
     let mut prefix = PathBuf::new();
     for segment in path.segments() {
         prefix.push(segment);
-        above = match dir::open_beneath(root, &prefix) {
-            Ok(found) => found,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                make_beneath(&above, segment).map_err(|error| in_the_way(what, path, &prefix, &error))?
-            }
-            Err(error) => return Err(in_the_way(what, path, &prefix, &error)),
+        above = match root.resolve(&prefix) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => above
+                .must_lack(segment.as_ref())
+                .and_then(|()| above.make_own(root))
+                .and_then(|own| make_beneath(&own, segment))
+                .and_then(|()| root.resolve(&prefix))
+                .map_err(|error| in_the_way(what, path, &prefix, &error))?,
+            found => found.map_err(|error| in_the_way(what, path, &prefix, &error))?,
         };
     }
     Ok(())
 }
 
-/// Creates one directory and preserves the time of its parent.
-#[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
-fn make_beneath(above: &File, name: &str) -> io::Result<File> {
+/// Makes one directory; the time of the one above stays what it was.
+fn make_beneath(above: &File, name: &str) -> io::Result<()> {
     let before = rfs::fstat(above)?;
-    rfs::mkdirat(above, name, Mode::from_raw_mode(EXECUTABLE))?;
-    let made = dir::open_dir(above, OsStr::new(name))?;
-    // Regardless of the umask of the server.
-    rfs::fchmod(&made, Mode::from_raw_mode(EXECUTABLE))?;
+    let made = match layer::make_directory(above, name) {
+        // A whiteout says that there is nothing.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => layer::make_opaque(above, name)?,
+        made => made?,
+    };
     set_mtime_at(&made, ".", INPUT_TIME)?;
-    let mtime = Timespec { tv_sec: before.st_mtime as i64, tv_nsec: before.st_mtime_nsec as i64 };
-    set_mtime_at(above, ".", mtime)?;
-    Ok(made)
+    set_mtime_at(above, ".", mtime_in(&before))
 }
 
 fn in_the_way(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> Error {

@@ -20,13 +20,13 @@ mod spawn;
 mod sys;
 mod usage;
 
-use super::{cancel::CancelToken, clock::Moment, command::Launch};
+use super::{cancel::CancelToken, clock::Moment, command::Launch, workspace::BuildRoot};
 use crate::{
     log_streams::run::LogKind,
     logging::Event,
     sandbox::{
-        identity::{User, Users},
-        settings::{Protections, Sandbox, SandboxSettings},
+        identity::{self, User, Users},
+        settings::{Protections, Sandbox, SandboxMode, SandboxSettings},
     },
 };
 use gorego_reapi::{
@@ -118,6 +118,38 @@ pub struct PoolSandbox {
     pub(crate) build_root: PathBuf,
     /// From which each slot takes its own.
     pub(crate) users: Users,
+    /// Whether input roots can have layers.
+    pub(crate) has_layers: bool,
+}
+
+impl PoolSandbox {
+    /// One with everything that works on this machine, and usual settings. For tests.
+    pub fn usual(runner: &[OsString], build_root: &BuildRoot) -> Self {
+        let settings = SandboxSettings {
+            mode: SandboxMode::Auto,
+            visible: Vec::new(),
+            hidden: Vec::new(),
+            writable: Vec::new(),
+            tmp_bytes: 1 << 30,
+            tmp_files: 10_000,
+            shm_bytes: 1 << 28,
+            processes: 1_000,
+            first_user: identity::FIRST,
+            own: Vec::new(),
+        };
+        let protections = probe::probe(&settings, runner, build_root).on;
+        let users = Users::new(settings.first_user);
+        let directory = build_root.path().to_owned();
+        let mut sandbox = Self { settings, protections, build_root: directory, users, has_layers: false };
+        sandbox.has_layers =
+            protections.namespaces && probe::probe_layers(&sandbox, runner, build_root).is_ok();
+        sandbox
+    }
+
+    /// Whether input roots can have layers.
+    pub fn has_layers(&self) -> bool {
+        self.has_layers
+    }
 }
 
 /// The [`Launcher`] that keeps a runner process.
@@ -354,6 +386,7 @@ impl From<&Launch> for Run {
             stdout: path(&launch.stdout),
             stderr: path(&launch.stderr),
             max_file_bytes: launch.max_file_bytes,
+            layers: launch.layers.clone(),
         }
     }
 }

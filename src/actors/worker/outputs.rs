@@ -10,6 +10,7 @@ pub(super) mod scan;
 use super::{
     checkpoint::Checkpoint,
     dir::{self, FileId},
+    exec_root::{Dir, ExecNode, ExecRoot, LayerWalk},
     store::Outputs,
 };
 use crate::action::{Action, OutputKind, OutputRequest};
@@ -21,11 +22,16 @@ use gorego_reapi::{
     proto::reapi,
 };
 use rustix::{
-    fs::{self as rfs, FileType, Mode, OFlags},
+    fs::{self as rfs, FileType, Mode},
     io::Errno,
 };
-use scan::{NodeBudget, OutputScan};
-use std::{collections::HashMap, ffi::OsStr, fs::File, io};
+use scan::{Content, NodeBudget, OutputScan};
+use std::{
+    collections::HashMap,
+    ffi::{OsStr, OsString},
+    fs::File,
+    io,
+};
 
 /// Maximum length of the target of an output link, in bytes, as in Linux.
 const MAX_TARGET_BYTES: usize = 4_096;
@@ -71,21 +77,33 @@ impl Reported {
     }
 }
 
-/// The node at one output path.
+/// What was found at one output path.
 enum OutputNode {
-    File { name: String, id: FileId, seen: Seen },
-    Link { target: String, to_directory: bool, seen: Seen },
+    File {
+        name: String,
+        id: FileId,
+        seen: Seen,
+    },
+    /// An input that the command left as it was.
+    Input {
+        digest: Digest,
+        seen: Seen,
+    },
+    Link {
+        target: String,
+        to_directory: bool,
+        seen: Seen,
+    },
     Directory(OutputScan),
 }
 
-/// Collects the outputs of `action` below `root` into `result`. No process may be left that could change them. The caller
-/// commits the batch.
+/// Collects the outputs of `action` in `root` into `result`. No process may be left that could change them. What is stored in
+/// the batch is for the caller to commit. Inputs that the command left as they were are stored already, and are leased.
 ///
 /// # Errors
-/// `Precondition` for a node that cannot be an output; those of the store; those of the checkpoint, which is checked between
-/// files.
+/// `Precondition` naming an output that cannot be one; those of the store; those of the checkpoint between two files.
 pub(super) fn collect(
-    root: &File,
+    root: ExecRoot<'_>,
     action: &Action,
     batch: &mut dyn Outputs,
     checkpoint: &Checkpoint,
@@ -93,7 +111,7 @@ pub(super) fn collect(
 ) -> Result<()> {
     let mut budget = NodeBudget::new();
     let mut found = Vec::new();
-    let root_seen = open_up(root)?;
+    let root_seen = open_up(root.own())?;
     for output in &action.command.outputs {
         checkpoint.check()?;
         if let Some(node) = look(root, root_seen, output, checkpoint, &mut budget)? {
@@ -129,7 +147,7 @@ pub(super) fn open_up(directory: &File) -> Result<Seen> {
 
 /// Examines an output path; `None` if there is nothing (EXE-50).
 fn look(
-    root: &File,
+    root: ExecRoot<'_>,
     root_seen: Seen,
     output: &OutputRequest,
     checkpoint: &Checkpoint,
@@ -142,8 +160,9 @@ fn look(
             .map(|scan| Some(OutputNode::Directory(scan)));
     };
     let Some(parent) = open_parent(root, &parent_path, path)? else { return Ok(None) };
-    let stat = match dir::stat_at(&parent, OsStr::new(name)) {
-        Ok(stat) => stat,
+    let stat = match parent.look(OsStr::new(name)) {
+        Ok(ExecNode::Own(stat)) => stat,
+        Ok(input) => return look_at_input(root, output, input, checkpoint, budget).map(Some),
         Err(error) if is_absence(&error) => return Ok(None),
         Err(error) => return Err(path_error(path, &error)),
     };
@@ -161,13 +180,48 @@ fn look(
             checkpoint,
             budget,
         )?),
-        FileType::Symlink => OutputNode::Link {
-            target: read_link(&parent, name, path)?,
-            to_directory: dir::open_beneath(root, output.path.as_path()).is_ok(),
-            seen,
-        },
+        FileType::Symlink => {
+            let target =
+                parent.read_link(OsStr::new(name)).map_err(|error| cannot_read(name, path, &error))?;
+            OutputNode::Link {
+                target: checked_target(target, name, path)?,
+                to_directory: leads_to_directory(root, output),
+                seen,
+            }
+        }
         other => return Err(not_storable(path, other)),
     }))
+}
+
+/// An output path at which there is an input that the command did not touch.
+fn look_at_input(
+    root: ExecRoot<'_>,
+    output: &OutputRequest,
+    input: ExecNode<'_>,
+    checkpoint: &Checkpoint,
+    budget: &mut NodeBudget,
+) -> Result<OutputNode> {
+    match input {
+        ExecNode::File(file) => {
+            expect(output, FileType::RegularFile)?;
+            Ok(OutputNode::Input { digest: file.digest, seen: Seen::of_file(file) })
+        }
+        ExecNode::Link(link) => Ok(OutputNode::Link {
+            target: link.target.clone(),
+            to_directory: leads_to_directory(root, output),
+            seen: Seen::of_link(link),
+        }),
+        ExecNode::Directory(directory) => {
+            expect(output, FileType::Directory)?;
+            let (top, seen) = (open_directory(root, output)?, Seen::of_directory(directory));
+            OutputScan::of(top, seen, &output.requested, checkpoint, budget).map(OutputNode::Directory)
+        }
+        ExecNode::Own(_) => Err(Error::internal("something of the own layer is no input")),
+    }
+}
+
+fn leads_to_directory(root: ExecRoot<'_>, output: &OutputRequest) -> bool {
+    root.resolve(output.path.as_path()).is_ok()
 }
 
 /// EXE-51: the deprecated lists say what kind an output must have. A link may be in either.
@@ -187,7 +241,7 @@ fn expect(output: &OutputRequest, kind: FileType) -> Result<()> {
 
 /// Stores outputs and adds them to the result.
 struct Storing<'a> {
-    root: &'a File,
+    root: ExecRoot<'a>,
     action: &'a Action,
     batch: &'a mut dyn Outputs,
     checkpoint: &'a Checkpoint<'a>,
@@ -208,13 +262,10 @@ impl Storing<'_> {
         match node {
             OutputNode::File { name, id, seen } => {
                 let digest = self.file_at(output, &name, id)?;
-                result.output_files.push(reapi::OutputFile {
-                    path,
-                    digest: Some(digest.to_wire()),
-                    is_executable: seen.is_executable(),
-                    node_properties: self.reported.of(&seen),
-                    ..Default::default()
-                });
+                result.output_files.push(self.output_file(path, digest, seen));
+            }
+            OutputNode::Input { digest, seen } => {
+                result.output_files.push(self.output_file(path, digest, seen));
             }
             OutputNode::Link { target, to_directory, seen } => {
                 let link =
@@ -230,7 +281,10 @@ impl Storing<'_> {
             OutputNode::Directory(mut scan) => {
                 scan.revisit(open_directory(self.root, output)?, &path, |directory, here| {
                     for file in &mut directory.files {
-                        file.digest = Some(self.file(here, &file.name, file.id, &output.requested)?);
+                        if let (Some(here), Content::Own(id)) = (here, file.content) {
+                            let digest = self.file(here, &file.name, id, &output.requested)?;
+                            file.content = Content::Stored(digest);
+                        }
                     }
                     Ok(())
                 })?;
@@ -240,14 +294,25 @@ impl Storing<'_> {
         Ok(())
     }
 
+    fn output_file(&self, path: String, digest: Digest, seen: Seen) -> reapi::OutputFile {
+        reapi::OutputFile {
+            path,
+            digest: Some(digest.to_wire()),
+            is_executable: seen.is_executable(),
+            node_properties: self.reported.of(&seen),
+            ..Default::default()
+        }
+    }
+
     fn file_at(&mut self, output: &OutputRequest, name: &str, id: FileId) -> Result<Digest> {
         if let Some(digest) = self.stored.get(&id) {
             return Ok(*digest);
         }
         let parent_path = output.path.parent().unwrap_or_default();
-        let parent = open_parent(self.root, &parent_path, &output.requested)?
-            .ok_or_else(|| Error::Internal(format!("output \"{}\" is gone", output.requested)))?;
-        self.file(&parent, name, id, &output.requested)
+        let parent = open_parent(self.root, &parent_path, &output.requested)?;
+        let own = parent.as_ref().and_then(Dir::own);
+        let own = own.ok_or_else(|| Error::Internal(format!("output \"{}\" is gone", output.requested)))?;
+        self.file(own, name, id, &output.requested)
     }
 
     /// Stores one file, unless it is already stored under another name.
@@ -300,8 +365,8 @@ pub(super) fn open_regular(parent: &File, name: &str, path: &str) -> Result<File
     }
 }
 
-fn open_parent(root: &File, parent: &RootPath, path: &str) -> Result<Option<File>> {
-    match dir::open_beneath(root, parent.as_path()) {
+fn open_parent<'a>(root: ExecRoot<'a>, parent: &RootPath, path: &str) -> Result<Option<Dir<'a>>> {
+    match root.resolve(parent.as_path()) {
         Ok(parent) => Ok(Some(parent)),
         Err(error) if is_absence(&error) => Ok(None),
         Err(error) => Err(path_error(path, &error)),
@@ -320,23 +385,13 @@ fn path_error(path: &str, error: &io::Error) -> Error {
 }
 
 /// Opens an output that is a directory, for listing.
-fn open_directory(root: &File, output: &OutputRequest) -> Result<File> {
+fn open_directory<'a>(root: ExecRoot<'a>, output: &OutputRequest) -> Result<LayerWalk<'a>> {
     let failed = |error: io::Error| Error::io(&format!("open output \"{}\"", output.requested), &error);
     let Some((parent_path, name)) = output.path.parent().zip(output.path.name()) else {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        return Ok(rfs::openat(root, ".", flags, Mode::empty())
-            .map_err(|error| failed(error.into()))?
-            .into());
+        return LayerWalk::at_top(root).map_err(failed);
     };
-    let parent = dir::open_beneath(root, parent_path.as_path()).map_err(failed)?;
-    let opened = match dir::open_dir(&parent, OsStr::new(name)) {
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            dir::grant(&parent, OsStr::new(name), Mode::RWXU).map_err(failed)?;
-            dir::open_dir(&parent, OsStr::new(name))
-        }
-        opened => opened,
-    };
-    opened.map_err(failed)
+    let parent = root.resolve(parent_path.as_path()).map_err(failed)?;
+    LayerWalk::at(&parent, OsStr::new(name)).map_err(failed)
 }
 
 /// Whether the error means that the output was not produced: nothing is at the path, or the path does not exist.
@@ -344,10 +399,11 @@ fn is_absence(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP))
 }
 
-fn read_link(parent: &File, name: &str, path: &str) -> Result<String> {
-    let target = rfs::readlinkat(parent, name, Vec::new()).map_err(|error| {
-        Error::io(&format!("read symbolic link \"{name}\" of output \"{path}\""), &error.into())
-    })?;
+fn cannot_read(name: &str, path: &str, error: &io::Error) -> Error {
+    Error::io(&format!("read symbolic link \"{name}\" of output \"{path}\""), error)
+}
+
+fn checked_target(target: OsString, name: &str, path: &str) -> Result<String> {
     target.into_string().ok().filter(|target| target.len() <= MAX_TARGET_BYTES).ok_or_else(|| {
         Error::Precondition(format!(
             "the target of symbolic link \"{name}\" of output \"{path}\" is not UTF-8"

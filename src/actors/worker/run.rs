@@ -7,12 +7,14 @@ use super::{
     checkpoint::{Checkpoint, cancelled},
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
+    exec_root::ExecRoot,
     inputs,
     launcher::{Ending, Launcher, Ran, is_full},
     messages::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
     },
     outputs, run_log,
+    staged_trees::TreeLease,
     store::{BlobStore, Outputs},
     workspace::Workspace,
 };
@@ -30,7 +32,10 @@ use gorego_reapi::{
     error::{Error, Result},
     proto::reapi,
 };
-use rustix::fs::{self as rfs, OFlags};
+use rustix::{
+    fs::{self as rfs, OFlags},
+    process::geteuid,
+};
 use std::{
     fs::File,
     io::{Read as _, Write as _},
@@ -148,7 +153,20 @@ impl<'a> ActionRun<'a> {
         let action = &self.order.action;
         // Held to the end, so that the inputs are not evicted while the action runs.
         let staged = self.store.stage_inputs(&action.instance, action.input_root, self.order.peer)?;
-        inputs::place(&*staged, workspace.root()?, &action.command, fetching)?;
+        let base = if self.settings.has_layers() {
+            workspace.stage(&*staged, action.instance.blobs(), fetching)?
+        } else {
+            None
+        };
+        match &base {
+            Some(base) => inputs::write_delta(&*staged, &base.delta, workspace.root()?, fetching)?,
+            None => inputs::write(&*staged, workspace.root()?, false, fetching)?,
+        }
+        let base = base.map(|base| base.lease);
+        let root = ExecRoot::new(workspace.root()?, base.as_ref().map(TreeLease::tree));
+        let is_root = self.settings.sandbox.is_none() && geteuid().is_root();
+        inputs::prepare(staged.tree(), root, &action.command, is_root, fetching)?;
+        let layers = base.as_ref().map(|base| workspace.layers(&base.path())).transpose()?;
         self.note(Point::FetchEnd);
 
         fetching.check()?;
@@ -156,7 +174,7 @@ impl<'a> ActionRun<'a> {
         let live = self.settings.log_streams.begin_run(&action.instance, workspace.path());
         let logs = live.as_ref().map(LiveRun::logs);
         self.enter(RunStage::Running, Point::RunStart, logs);
-        let launch = Launch::new(&action.command, workspace, self.settings.max_output_file_bytes);
+        let launch = Launch::new(&action.command, workspace, layers, self.settings.max_output_file_bytes);
         let watch = self.settings.build_root.disk().begin(self.control.cancel.clone());
         let ran = self.launcher.run(&launch, action.timeout, &self.control.cancel);
         if let Some(space) = watch.end() {
@@ -172,7 +190,7 @@ impl<'a> ActionRun<'a> {
         self.ran = Some(ran);
 
         self.enter(RunStage::Uploading, Point::UploadStart, logs);
-        let stored = self.conclude(ending, workspace, live.as_ref(), batch);
+        let stored = self.conclude(ending, workspace, root, live.as_ref(), batch);
         self.note(Point::UploadEnd);
         // Without this check, outputs that somebody removed would look like outputs that were never made.
         workspace.check_in_place()?;
@@ -186,7 +204,7 @@ impl<'a> ActionRun<'a> {
         if self.room_at_start.is_none_or(|space| !space.is_exhausted()) {
             return Ok(());
         }
-        self.store.relieve_disk(&|| self.control.cancel.is_cancelled());
+        self.relieve_disk(&|| self.control.cancel.is_cancelled());
         let end = Instant::now() + ROOM_WAIT;
         loop {
             self.room_at_start = disk.look();
@@ -202,12 +220,17 @@ impl<'a> ActionRun<'a> {
         }
     }
 
+    fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
+        self.settings.build_root.relieve_disk();
+        self.store.relieve_disk(is_cancelled);
+    }
+
     /// A full disk is a temporary failure of this server: the store frees space, and the action may be retried once there is
     /// more than it had.
     fn relieved(&self, error: Error) -> Error {
         let Error::DiskFull(message) = error else { return error };
         let is_cancelled = || self.control.cancel.is_cancelled();
-        self.store.relieve_disk(&is_cancelled);
+        self.relieve_disk(&is_cancelled);
         let disk = self.settings.build_root.disk();
         let end = Instant::now() + MORE_ROOM_WAIT;
         while let Some((before, now)) = self.room_at_start.zip(disk.look())
@@ -225,6 +248,7 @@ impl<'a> ActionRun<'a> {
         &mut self,
         ending: Ending,
         workspace: &Workspace,
+        root: ExecRoot<'_>,
         live: Option<&LiveRun>,
         batch: &mut dyn Outputs,
     ) -> Result<()> {
@@ -239,7 +263,7 @@ impl<'a> ActionRun<'a> {
         }
         let uploading =
             Checkpoint::new(&self.control.cancel, "storing the outputs", self.settings.transfer_timeout);
-        outputs::collect(workspace.root()?, action, batch, &uploading, &mut self.result)?;
+        outputs::collect(root, action, batch, &uploading, &mut self.result)?;
         check_size(&self.result).inspect_err(|_| {
             // Keep the logs, which may say why there are so many outputs.
             let logs = (self.result.stdout_digest.take(), self.result.stderr_digest.take());

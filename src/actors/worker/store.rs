@@ -14,7 +14,7 @@ use gorego_reapi::{
     proto::reapi,
     tree::InputTree,
 };
-use std::fs::File;
+use std::{fs::File, sync::Arc};
 
 /// The source of inputs and the destination of results. Every method blocks; [`Cas`] documents each.
 pub trait BlobStore: Send + Sync {
@@ -70,7 +70,7 @@ pub trait Outputs {
 /// A leased input root, which is not evicted while this is held.
 pub trait Inputs {
     /// The expanded tree of directories.
-    fn tree(&self) -> &InputTree;
+    fn tree(&self) -> &Arc<InputTree>;
 
     /// See [`StagedInputs::materialise`].
     ///
@@ -120,7 +120,7 @@ impl Outputs for OutputBatch {
 }
 
 impl Inputs for StagedInputs {
-    fn tree(&self) -> &InputTree {
+    fn tree(&self) -> &Arc<InputTree> {
         StagedInputs::tree(self)
     }
 

@@ -1,8 +1,10 @@
 //! Exec directories: created for each run, removed in the background, swept after a crash (EXE-43).
 //!
 //! ```text
-//! <build_root>/a-89abcdef/root/    the input root, where the command runs
+//! <build_root>/a-89abcdef/root/    the input root, where the command runs, or its own layer of it
+//! <build_root>/a-89abcdef/work     what overlayfs needs besides a layer
 //! <build_root>/<slot>-<number>/    the run's own: stdout and stderr
+//! <build_root>/t-<number>/root/    a staged tree
 //! ```
 //!
 //! The path of the input root is derived from the action, because compilers and other tools write it into their output: the
@@ -17,11 +19,15 @@
 mod removal;
 
 use super::{
+    checkpoint::Checkpoint,
     dir::{self, FileId},
     disk_watch::DiskWatch,
+    layer,
     messages::SlotId,
+    staged_trees::{Base, StagedTrees, StagingLimits},
+    store::Inputs,
 };
-use crate::{logging::Event, spread::spread_subdirectories};
+use crate::{instance::InstanceId, logging::Event, sandbox::layers::Layers, spread::spread_subdirectories};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -35,6 +41,7 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
     io,
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError, Weak,
@@ -52,6 +59,8 @@ const NAME_ATTEMPTS: u64 = 10_000;
 const HASH_DIGITS: usize = 8;
 /// The prefix of the names of directories for actions.
 const ACTION_PREFIX: &str = "a-";
+/// What the names of directories for staged trees begin with.
+const TREE_PREFIX: &str = "t-";
 
 const BUILD_ROOT_SWEPT: &str = "build_root_swept";
 const BUILD_ROOT_NOEXEC: &str = "build_root_noexec";
@@ -69,6 +78,7 @@ struct BuildRootState {
     next: AtomicU64,
     remover: Remover,
     disk: DiskWatch,
+    limits: StagingLimits,
 }
 
 /// The directories that are or were at the path of a build root.
@@ -82,9 +92,10 @@ struct RootDirectories {
 /// The directory at the path of a build root. It is locked for as long as this lives, so that no server sweeps away the
 /// directories of another server's commands.
 #[derive(Debug)]
-struct RootDirectory {
+pub(super) struct RootDirectory {
     handle: File,
     id: FileId,
+    pub(super) trees: StagedTrees,
 }
 
 impl BuildRoot {
@@ -93,11 +104,19 @@ impl BuildRoot {
     /// # Errors
     /// When the directory cannot be created or opened, or when another server uses it.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::with_trees(path, StagingLimits::default())
+    }
+
+    /// The same, with these limits of its staged trees.
+    ///
+    /// # Errors
+    /// As [`BuildRoot::open`].
+    pub fn with_trees(path: &Path, limits: StagingLimits) -> Result<Self> {
         let doing = |error: io::Error| Error::io(&format!("open the build root {}", path.display()), &error);
         fs::create_dir_all(path).map_err(doing)?;
         // Commands get absolute paths into it.
         let path = path.canonicalize().map_err(doing)?;
-        let place = Arc::new(RootDirectory::open(&path)?);
+        let place = Arc::new(RootDirectory::open(&path, limits)?);
         let next = AtomicU64::new(0);
         let leftovers = place.sweep(&next).map_err(doing)?;
         if !leftovers.is_empty() {
@@ -109,7 +128,7 @@ impl BuildRoot {
         let remover = Remover::start(leftovers.into_iter().map(job).collect());
         let disk = DiskWatch::new(path.clone());
         let places = Mutex::new(RootDirectories { current: place, former: Vec::new() });
-        let build_root = Self(Arc::new(BuildRootState { path, places, next, remover, disk }));
+        let build_root = Self(Arc::new(BuildRootState { path, places, next, remover, disk, limits }));
         if build_root.is_noexec() {
             let path = build_root.0.path.display();
             Event::warn("gorego::worker", BUILD_ROOT_NOEXEC).with_shown("path", &path).log(format_args!(
@@ -128,8 +147,10 @@ impl BuildRoot {
         let doing = |error: io::Error| Error::io("make an exec directory", &error);
         let place = self.place()?;
         let ticket = self.0.remover.ticket();
-        let name = numbered(slot, &self.0.next, |name| Ok(rfs::mkdirat(&place.handle, name, Mode::RWXU)?))
-            .map_err(doing)?;
+        let name = numbered(&format!("{}-", slot.0), &self.0.next, |name| {
+            Ok(rfs::mkdirat(&place.handle, name, Mode::RWXU)?)
+        })
+        .map_err(doing)?;
         let mut workspace = Workspace {
             path: self.0.path.join(&name),
             root_path: PathBuf::new(),
@@ -172,8 +193,34 @@ impl BuildRoot {
         }
     }
 
-    /// The directory that is at the path now. It is created again if it was removed.
-    fn place(&self) -> Result<Arc<RootDirectory>> {
+    /// Makes an empty directory for a staged tree: the name of what is to be removed in the end, and the tree's top.
+    pub(super) fn create_tree(&self, place: &Arc<RootDirectory>) -> io::Result<(OsString, File)> {
+        let name =
+            numbered(TREE_PREFIX, &self.0.next, |name| Ok(rfs::mkdirat(&place.handle, name, Mode::RWXU)?))?;
+        let made = dir::open_dir(&place.handle, &name).and_then(|top| layer::make_directory(&top, "root"));
+        match made {
+            Ok(root) => Ok((name, root)),
+            Err(error) => {
+                self.remove_later(place, name);
+                Err(error)
+            }
+        }
+    }
+
+    /// Has a directory of `place` removed in the background.
+    pub(super) fn remove_later(&self, place: &Arc<RootDirectory>, name: OsString) {
+        self.0.remover.remove(Job { place: place.clone(), name, ticket: None });
+    }
+
+    /// Removes the staged trees that no action uses, for a disk that is full.
+    pub fn relieve_disk(&self) {
+        if let Ok(place) = self.place() {
+            self.remove_unused_trees(&place);
+        }
+    }
+
+    /// The directory that is at the path now; made again when it was removed.
+    pub(super) fn place(&self) -> Result<Arc<RootDirectory>> {
         let BuildRootState { path, places, next, remover, .. } = &*self.0;
         let mut places = places.lock().unwrap_or_else(PoisonError::into_inner);
         let is_there =
@@ -191,7 +238,7 @@ impl BuildRoot {
         let doing =
             |error: io::Error| Error::io(&format!("make the build root {} again", path.display()), &error);
         fs::create_dir_all(path).map_err(doing)?;
-        let made = Arc::new(RootDirectory::open(path)?);
+        let made = Arc::new(RootDirectory::open(path, self.0.limits)?);
         Event::warn("gorego::worker", BUILD_ROOT_REMADE).with_shown("path", &path.display()).log(format_args!(
             "the build root {} was removed or replaced while the server runs; using the one that is there now",
             path.display()
@@ -212,7 +259,7 @@ impl RootDirectories {
 }
 
 impl RootDirectory {
-    fn open(path: &Path) -> Result<Self> {
+    fn open(path: &Path, limits: StagingLimits) -> Result<Self> {
         let doing = |error: io::Error| Error::io(&format!("open the build root {}", path.display()), &error);
         let handle = File::open(path).map_err(doing)?;
         flock(&handle, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
@@ -225,7 +272,7 @@ impl RootDirectory {
         })?;
         spread_subdirectories(&handle);
         let id = dir::file_id(&rfs::fstat(&handle).map_err(|error| doing(error.into()))?);
-        Ok(Self { handle, id })
+        Ok(Self { handle, id, trees: StagedTrees::new(limits) })
     }
 
     /// Finds leftovers of earlier runs, to be removed. Names derived from an action are freed at once.
@@ -234,15 +281,17 @@ impl RootDirectory {
         for entry in dir::entries(&self.handle)? {
             let entry = entry?;
             match owner(dir::entry_name(&entry)) {
-                Some(EntryOwner::Run) => leftovers.push(dir::entry_name(&entry).to_owned()),
+                Some(EntryOwner::Run | EntryOwner::Tree) => {
+                    leftovers.push(dir::entry_name(&entry).to_owned())
+                }
                 Some(EntryOwner::Action) => {
                     let name = dir::entry_name(&entry);
                     let aside = |aside: &OsStr| {
                         let flags = RenameFlags::NOREPLACE;
                         Ok(rfs::renameat_with(&self.handle, name, &self.handle, aside, flags)?)
                     };
-                    // If it cannot be moved, it keeps its name, and runs of that action get another one.
-                    leftovers.push(numbered(SlotId(0), next, aside).unwrap_or_else(|_| name.to_owned()));
+                    // One that cannot be moved keeps its name, and runs of that action get another.
+                    leftovers.push(numbered("0-", next, aside).unwrap_or_else(|_| name.to_owned()));
                 }
                 None => {}
             }
@@ -253,15 +302,15 @@ impl RootDirectory {
     }
 }
 
-/// Tries numbered names for a run's own directory until one is free.
+/// Tries names that begin like this until one is free.
 fn numbered(
-    slot: SlotId,
+    prefix: &str,
     next: &AtomicU64,
     mut take: impl FnMut(&OsStr) -> io::Result<()>,
 ) -> io::Result<OsString> {
     for _ in 0..NAME_ATTEMPTS {
         let number = next.fetch_add(1, Ordering::Relaxed);
-        let name = OsString::from(format!("{}-{number}", slot.0));
+        let name = OsString::from(format!("{prefix}{number}"));
         match take(&name) {
             Ok(()) => return Ok(name),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -277,6 +326,8 @@ enum EntryOwner {
     Run,
     /// The directory with the input root of an action.
     Action,
+    /// Actions that have the same inputs.
+    Tree,
 }
 
 /// The kind of an entry of the build root by its name; `None` for foreign entries.
@@ -287,6 +338,9 @@ fn owner(name: &OsStr) -> Option<EntryOwner> {
         let (hash, number) = rest.split_once('-').unwrap_or((rest, "2"));
         let is_hash = hash.len() == HASH_DIGITS && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
         return (is_hash && is_number(number)).then_some(EntryOwner::Action);
+    }
+    if let Some(number) = name.strip_prefix(TREE_PREFIX) {
+        return is_number(number).then_some(EntryOwner::Tree);
     }
     let (slot, number) = name.split_once('-')?;
     (is_number(slot) && is_number(number)).then_some(EntryOwner::Run)
@@ -365,6 +419,37 @@ impl Workspace {
     /// Those of [`Workspace::top`].
     pub fn root(&self) -> Result<&File> {
         self.opened().map(|opened| &opened.root)
+    }
+
+    /// A base for the input root beneath the layer of this run; see [`BuildRoot::stage`].
+    ///
+    /// # Errors
+    /// As [`BuildRoot::stage`].
+    pub(super) fn stage<'a>(
+        &self,
+        inputs: &'a dyn Inputs,
+        instance: InstanceId,
+        checkpoint: &Checkpoint,
+    ) -> Result<Option<Base<'a>>> {
+        self.build_root.stage(&self.place, inputs, instance, checkpoint)
+    }
+
+    /// What has to be mounted so that the command sees the tree at `below`, in the build root, beneath the layer of this run.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn layers(&self, below: &Path) -> Result<Layers> {
+        let OpenDirectories { for_action, .. } = self.opened()?;
+        rfs::mkdirat(for_action, "work", Mode::RWXU)
+            .map_err(|error| Error::io("make an exec directory", &error.into()))?;
+        let work = self.root_path.with_file_name("work");
+        let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
+        Ok(Layers {
+            below: bytes(&self.build_root.0.path.join(below)),
+            own: bytes(&self.root_path),
+            work: bytes(&work),
+            is_trial: false,
+        })
     }
 
     /// Absolute path of the run's own directory.

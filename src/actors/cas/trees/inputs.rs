@@ -64,8 +64,8 @@ impl Closure {
 /// still stored.
 #[derive(Debug)]
 pub(crate) struct InputRoot {
-    tree: InputTree,
-    /// All digests of the tree, each once, without the empty blob.
+    tree: Arc<InputTree>,
+    /// All digests of the tree, each once and sorted, without the empty blob.
     digests: Vec<Digest>,
 }
 
@@ -74,11 +74,12 @@ impl InputRoot {
     fn new(
         root: Digest,
         directories: HashMap<Digest, Arc<Directory>>,
-        digests: Vec<Digest>,
+        mut digests: Vec<Digest>,
     ) -> Result<(Arc<Self>, usize)> {
+        digests.sort_unstable();
         let nodes: usize = directories.values().map(|directory| directory.memory()).sum();
         let weight = nodes + digests.len() * size_of::<Digest>();
-        Ok((Arc::new(Self { tree: InputTree::new(root, directories)?, digests }), weight))
+        Ok((Arc::new(Self { tree: Arc::new(InputTree::new(root, directories)?), digests }), weight))
     }
 }
 
@@ -91,7 +92,7 @@ pub struct StagedInputs {
 
 impl StagedInputs {
     /// The expanded tree of directories.
-    pub fn tree(&self) -> &InputTree {
+    pub fn tree(&self) -> &Arc<InputTree> {
         &self.input_root.tree
     }
 
@@ -102,7 +103,9 @@ impl StagedInputs {
     /// # Errors
     /// `MissingBlobs` when the stored file turns out to be damaged; `DiskFull` when the disk is full.
     pub fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
-        self.source.materialise(digest, parent, name, mode)
+        let found = self.input_root.digests.binary_search(digest).ok();
+        let found = found.and_then(|at| self.source.files.get(at));
+        self.source.materialise(digest, found, parent, name, mode)
     }
 }
 
@@ -199,10 +202,10 @@ impl Cas {
         };
         let located = self.locate(instance, &input_root.digests, Purpose::Read).await?;
         let mut missing = Vec::new();
-        let mut files = HashMap::with_capacity(input_root.digests.len());
+        let mut files = Vec::with_capacity(input_root.digests.len());
         for (digest, found) in input_root.digests.iter().zip(located.found) {
             match found {
-                Some(found) => drop(files.insert(*digest, found)),
+                Some(found) => files.push(found),
                 None => missing.push(*digest),
             }
         }
@@ -321,13 +324,21 @@ fn read_directory(cas: &Cas, found: &FoundEntry) -> Result<Option<Arc<Directory>
 #[derive(Debug)]
 struct LeasedFiles {
     cas: Cas,
-    files: HashMap<Digest, FoundEntry>,
+    /// Where the digests of the root are, in their order.
+    files: Vec<FoundEntry>,
     _lease: Lease,
 }
 
 impl LeasedFiles {
-    /// Implements [`StagedInputs::materialise`].
-    fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
+    /// [`StagedInputs::materialise`].
+    fn materialise(
+        &self,
+        digest: &Digest,
+        found: Option<&FoundEntry>,
+        parent: &File,
+        name: &str,
+        mode: u32,
+    ) -> Result<()> {
         let failed =
             |error: io::Error| Error::io(&format!("make input file \"{}\"", name.escape_debug()), &error);
         let missing = |error| match error {
@@ -335,7 +346,7 @@ impl LeasedFiles {
             error => error,
         };
         let make = || NewInput::create(parent, name);
-        let found = match self.files.get(digest) {
+        let found = match found {
             Some(found) => found,
             None if digest.is_empty() => return make().and_then(|file| file.finish(mode)).map_err(failed),
             None => return Err(Error::internal(format!("blob {digest} is not of this input root"))),

@@ -204,7 +204,7 @@ impl Cell {
 
     /// Hands the order over, once the cell is ready.
     fn start(&self, world: &World, run: &Run, capture: &Capture) -> Result<(), SetupFailure> {
-        let exec_root = world.exec_root(Path::new(OsStr::from_bytes(&run.root)))?;
+        let exec_root = world.exec_root(Path::new(OsStr::from_bytes(&run.root)), run.layers.as_ref())?;
         let ready = protocol::read::<FromCell>(&self.socket).step("wait for the sandbox")?;
         match ready.and_then(|message| message.news) {
             Some(News::Ready(_)) => {}

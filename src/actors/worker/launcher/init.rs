@@ -11,7 +11,7 @@ use super::{
     sys,
 };
 use crate::sandbox::{
-    EXEC_ROOT, SetupFailure,
+    EXEC_ROOT, SetupFailure, layers,
     world::{Passage, World},
 };
 use rustix::{
@@ -79,6 +79,10 @@ fn run_one(
         message: format!("could not set up the sandbox: {failure}"),
         errno: 0,
     })?;
+    if run.layers.as_ref().is_some_and(|layers| layers.is_trial) {
+        let failed = |failure: SetupFailure| Failed { message: failure.to_string(), errno: 0 };
+        layers::try_out(Path::new(EXEC_ROOT)).map_err(failed)?;
+    }
     let failed = |error: io::Error| Failed {
         message: format!("could not start a command in the sandbox: {error}"),
         errno: 0,

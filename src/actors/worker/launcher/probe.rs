@@ -2,16 +2,35 @@
 
 use super::{Ending, PoolSandbox, RunnerLauncher};
 use crate::{
-    actors::worker::{cancel::CancelToken, command::Launch, messages::SlotId, workspace::BuildRoot},
+    actors::worker::{
+        cancel::CancelToken,
+        command::Launch,
+        dir, layer,
+        messages::SlotId,
+        workspace::{BuildRoot, Workspace},
+    },
     sandbox::{
         identity::Users,
+        layers::{Layers, TRIAL_DIRECTORY, TRIAL_FILE},
         probe::{KernelFacts, Report, find},
         settings::SandboxSettings,
     },
 };
-use gorego_reapi::digest::{Digest, DigestFunction};
-use rustix::process::geteuid;
-use std::{ffi::OsString, fs, time::Duration};
+use gorego_reapi::{
+    digest::{Digest, DigestFunction},
+    error::Error,
+};
+use rustix::{
+    fs::{self as rfs, Mode, OFlags},
+    process::geteuid,
+};
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io,
+    path::Path,
+    time::Duration,
+};
 
 /// Time limit of one attempt.
 const ATTEMPT: Duration = Duration::from_secs(10);
@@ -27,15 +46,63 @@ pub(crate) fn probe(settings: &SandboxSettings, runner: &[OsString], build_root:
             protections,
             build_root: build_root.path().to_owned(),
             users,
+            has_layers: false,
         };
-        attempt(RunnerLauncher::new(runner.to_vec(), Some(&sandbox)), build_root)
+        let workspace = workspace(build_root)?;
+        attempt(RunnerLauncher::new(runner.to_vec(), Some(&sandbox)), &workspace, None)
     })
 }
 
+/// Finds out whether input roots can have layers in this build root and this sandbox; if not, why.
+pub(crate) fn probe_layers(
+    sandbox: &PoolSandbox,
+    runner: &[OsString],
+    build_root: &BuildRoot,
+) -> Result<(), String> {
+    let in_words = |error: Error| error.to_string();
+    let failed = |error: io::Error| in_words(Error::io("make an overlay to try out", &error));
+    let place = build_root.place().map_err(in_words)?;
+    let (name, below) = build_root.create_tree(&place).map_err(failed)?;
+    let tried = lay_out_trial(&below).map_err(failed).and_then(|()| {
+        let workspace = workspace(build_root)?;
+        let layers = workspace.layers(&Path::new(&name).join("root")).map_err(in_words)?;
+        let layers = Layers { is_trial: true, ..layers };
+        attempt(RunnerLauncher::new(runner.to_vec(), Some(sandbox)), &workspace, Some(layers))?;
+        let own = workspace.root().map_err(in_words)?;
+        // What is in the layer means to us what the kernel meant.
+        let replaced = dir::open_dir(own, TRIAL_DIRECTORY.as_ref()).map_err(failed)?;
+        match layer::is_opaque(&replaced).map_err(failed)? {
+            true => Ok(()),
+            false => Err("the overlay does not mark a directory that was replaced".into()),
+        }
+    });
+    build_root.remove_later(&place, name);
+    tried
+}
+
+/// The tree that [`layers::try_out`](crate::sandbox::layers::try_out) expects.
+fn lay_out_trial(root: &File) -> io::Result<()> {
+    let file = |parent: &File| {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = rfs::openat(parent, TRIAL_FILE, flags, Mode::empty())?;
+        rfs::fchmod(&file, Mode::from_raw_mode(0o644))
+    };
+    file(root)?;
+    Ok(file(&layer::make_directory(root, TRIAL_DIRECTORY)?)?)
+}
+
+fn workspace(build_root: &BuildRoot) -> Result<Workspace, String> {
+    let action = Digest::empty(DigestFunction::Sha256);
+    build_root.create(SlotId(0), &action).map_err(|error| error.to_string())
+}
+
 /// Takes every step that a command needs, up to the point where its program turns out not to exist.
-fn attempt(mut launcher: RunnerLauncher, build_root: &BuildRoot) -> Result<(), String> {
-    let in_words = |error: gorego_reapi::error::Error| error.to_string();
-    let workspace = build_root.create(SlotId(0), &Digest::empty(DigestFunction::Sha256)).map_err(in_words)?;
+fn attempt(
+    mut launcher: RunnerLauncher,
+    workspace: &Workspace,
+    layers: Option<Layers>,
+) -> Result<(), String> {
+    let in_words = |error: Error| error.to_string();
     let launch = Launch {
         programs: vec![NO_PROGRAM.into()],
         arguments: vec![NO_PROGRAM.into()],
@@ -45,6 +112,7 @@ fn attempt(mut launcher: RunnerLauncher, build_root: &BuildRoot) -> Result<(), S
         stdout: workspace.path().join("stdout"),
         stderr: workspace.path().join("stderr"),
         max_file_bytes: 1024,
+        layers,
     };
     match launcher.try_run(&launch, ATTEMPT, &CancelToken::new()).map_err(in_words)?.ending {
         Ending::NotStarted(libc::ENOENT | libc::ENOTDIR) => Ok(()),

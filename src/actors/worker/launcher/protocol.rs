@@ -4,7 +4,7 @@
 //! hurries that answer and is ignored when nothing runs. A [`Sandbox`] is the first order, if it comes at all. A runner and a
 //! cell speak in the same way: a cell says [`CellReady`], gets one [`Run`], and says how it ended.
 
-use crate::sandbox::settings::Sandbox;
+use crate::sandbox::{layers::Layers, settings::Sandbox};
 use gorego_reapi::proto::gorego;
 use prost::Message;
 use std::io::{self, Read, Write};
@@ -65,6 +65,9 @@ pub struct Run {
     /// Largest file that the command may write, and longest log.
     #[prost(uint64, tag = "8")]
     pub max_file_bytes: u64,
+    /// The layers of the input root, which is at `root` as it is without them.
+    #[prost(message, optional, tag = "9")]
+    pub layers: Option<Layers>,
 }
 
 /// The answer to a [`Run`].

@@ -82,7 +82,7 @@ fn directory(
     let files = found.files.iter().map(|file| {
         Ok(reapi::FileNode {
             name: file.name.clone(),
-            digest: Some(stored(file.digest, &file.name)?),
+            digest: Some(stored(file.content.digest(), &file.name)?),
             is_executable: file.seen.is_executable(),
             node_properties: reported.of(&file.seen),
         })

@@ -1,19 +1,29 @@
 //! Scans an output directory.
 //!
 //! All outputs are scanned before any is stored, because the store may move files away, and another output may be in the same
-//! directory. No link is followed, and no file is opened.
+//! directory. No link is followed, and no file is opened. Inputs that the command left as they
+//! were are found in memory.
 
 use super::{Seen, name_of};
 use crate::actors::worker::{
     checkpoint::Checkpoint,
-    dir::{self, Cursor, FileId},
+    dir::{self, FileId},
+    exec_root::{Here, LayerWalk},
+    inputs, layer,
 };
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
+    tree::{self, Directory, InputTree, NodeProperties, Symlink},
 };
-use rustix::fs::{FileType, Stat};
-use std::{ffi::OsStr, fs::File, io};
+use rustix::fs::{self as rfs, FileType, Stat};
+use std::{
+    collections::HashSet,
+    ffi::{OsStr, OsString},
+    fs::File,
+    io,
+    os::unix::ffi::OsStringExt as _,
+};
 
 /// Maximum number of nodes in all outputs of one action. The same number bounds input roots.
 pub(crate) const MAX_OUTPUT_NODES: u64 = gorego_reapi::tree::MAX_TREE_NODES;
@@ -21,6 +31,9 @@ pub(crate) const MAX_OUTPUT_NODES: u64 = gorego_reapi::tree::MAX_TREE_NODES;
 /// Maximum bytes of all names and link targets in the outputs of one action, which are in memory at the same time: 128 per
 /// node.
 pub(crate) const MAX_OUTPUT_NAME_BYTES: u64 = 128 * MAX_OUTPUT_NODES;
+
+/// Permission bits of every symbolic link.
+const LINK_MODE: u32 = 0o777;
 
 /// Files take whole blocks on disk.
 const BLOCK_BYTES: u64 = 4_096;
@@ -30,11 +43,29 @@ const BLOCK_BYTES: u64 = 4_096;
 pub(crate) struct FoundFile {
     /// Name in its directory.
     pub name: String,
-    /// The identity of the file, which is the same under all of its names.
-    pub id: FileId,
+    /// What is in it.
+    pub content: Content,
+    /// Mode and time.
     pub seen: Seen,
-    /// Set once it is stored.
-    pub digest: Option<Digest>,
+}
+
+/// The content of a file that was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// Still to be stored; which file it is, under whatever name.
+    Own(FileId),
+    /// In the store.
+    Stored(Digest),
+}
+
+impl Content {
+    /// Its digest, once it is stored.
+    pub fn digest(self) -> Option<Digest> {
+        match self {
+            Self::Own(_) => None,
+            Self::Stored(digest) => Some(digest),
+        }
+    }
 }
 
 /// A symbolic link of the directory.
@@ -115,7 +146,7 @@ impl OutputScan {
     /// # Errors
     /// `Precondition` for anything that is not a file, directory or link, for names that are not UTF-8, and for too many nodes.
     pub(crate) fn of(
-        top: File,
+        top: LayerWalk<'_>,
         seen: Seen,
         path: &str,
         checkpoint: &Checkpoint,
@@ -126,28 +157,28 @@ impl OutputScan {
         Ok(scan)
     }
 
-    /// Walks the directories again and calls `visit` for each with an open handle, parents first.
+    /// Walks the directories again, parents first, and gives `visit` each with a handle of what the action's own layer has of it.
     ///
     /// # Errors
     /// Those of `visit`, and those of walking.
     pub(crate) fn revisit(
         &mut self,
-        top: File,
+        top: LayerWalk<'_>,
         path: &str,
-        mut visit: impl FnMut(&mut FoundDirectory, &File) -> Result<()>,
+        mut visit: impl FnMut(&mut FoundDirectory, Option<&File>) -> Result<()>,
     ) -> Result<()> {
-        self.walk(top, path, |scan, at, here| visit(&mut scan.directories[at], here))
+        self.walk(top, path, |scan, at, here| visit(&mut scan.directories[at], here.own))
     }
 
     /// Visits every directory by position. Children that a visit adds are visited after it.
     fn walk(
         &mut self,
-        top: File,
+        mut top: LayerWalk<'_>,
         path: &str,
-        mut visit: impl FnMut(&mut Self, usize, &File) -> Result<()>,
+        mut visit: impl FnMut(&mut Self, usize, Here<'_, '_>) -> Result<()>,
     ) -> Result<()> {
         let failed = |error| cannot_look(path, error);
-        let mut cursor = Cursor::new(top).map_err(failed)?;
+        let cursor = &mut top;
         visit(self, 0, cursor.here().map_err(failed)?)?;
         // (directory, how many of its children were entered)
         let mut open = vec![(0, 0)];
@@ -170,36 +201,26 @@ impl OutputScan {
     fn list(
         &mut self,
         at: usize,
-        here: &File,
+        here: Here<'_, '_>,
         path: &str,
         checkpoint: &Checkpoint,
         budget: &mut NodeBudget,
     ) -> Result<()> {
         checkpoint.check()?;
-        let failed = |error| cannot_look(path, error);
-        let mut below = Vec::new();
-        for entry in dir::entries(here).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            let name = name_of(dir::entry_name(&entry), path)?;
-            budget.take_node(&name)?;
-            let stat = dir::stat_at(here, OsStr::new(&name)).map_err(failed)?;
-            let seen = Seen::from(&stat);
-            match dir::file_type(&stat) {
-                FileType::RegularFile => {
-                    budget.count_file(&stat);
-                    let id = dir::file_id(&stat);
-                    self.directories[at].files.push(FoundFile { name, id, seen, digest: None });
-                }
-                FileType::Symlink => {
-                    let target = super::read_link(here, &name, path)?;
-                    budget.take_text(&target)?;
-                    self.directories[at].links.push(FoundLink { name, target, seen });
-                }
-                FileType::Directory => below.push(FoundDirectory::new(name, seen)),
-                other => return Err(super::not_storable(&format!("{path}/{name}"), other)),
-            }
+        let mut found = FoundEntries::default();
+        // Names that are seen in the own layer or hidden by it.
+        let mut names = HashSet::new();
+        if let Some(own) = here.own {
+            let hides = here.below.is_some().then_some(&mut names);
+            found.list_own(own, here.staged.is_some(), hides, path, budget)?;
         }
+        if let Some(below) = here.below {
+            found.list_staged(below, here.staged, &names, budget)?;
+        }
+        let FoundEntries { files, links, directories: mut below } = found;
         below.sort_by(|a, b| a.name.cmp(&b.name));
+        self.directories[at].files = files;
+        self.directories[at].links = links;
         let directory = &mut self.directories[at];
         directory.files.sort_by(|a, b| a.name.cmp(&b.name));
         directory.links.sort_by(|a, b| a.name.cmp(&b.name));
@@ -207,6 +228,85 @@ impl OutputScan {
             let position = self.directories.len();
             self.directories[at].children.push(position);
             self.directories.push(child);
+        }
+        Ok(())
+    }
+}
+
+/// What is in one directory, in any order.
+#[derive(Debug, Default)]
+struct FoundEntries {
+    files: Vec<FoundFile>,
+    links: Vec<FoundLink>,
+    directories: Vec<FoundDirectory>,
+}
+
+impl FoundEntries {
+    /// What the own layer has. Only where there are layers does a whiteout mean something; `hides` gets all names.
+    fn list_own(
+        &mut self,
+        own: &File,
+        is_layer: bool,
+        mut hides: Option<&mut HashSet<String>>,
+        path: &str,
+        budget: &mut NodeBudget,
+    ) -> Result<()> {
+        let failed = |error| cannot_look(path, error);
+        for entry in dir::entries(own).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = name_of(dir::entry_name(&entry), path)?;
+            let stat = dir::stat_at(own, OsStr::new(&name)).map_err(failed)?;
+            if let Some(hides) = &mut hides {
+                hides.insert(name.clone());
+            }
+            if is_layer && layer::is_whiteout(&stat) {
+                continue;
+            }
+            budget.take_node(&name)?;
+            let seen = Seen::from(&stat);
+            match dir::file_type(&stat) {
+                FileType::RegularFile => {
+                    budget.count_file(&stat);
+                    self.files.push(FoundFile { name, content: Content::Own(dir::file_id(&stat)), seen });
+                }
+                FileType::Symlink => {
+                    let target = rfs::readlinkat(own, &*name, Vec::new())
+                        .map_err(|error| super::cannot_read(&name, path, &error.into()))?;
+                    let target = OsString::from_vec(target.into_bytes());
+                    let target = super::checked_target(target, &name, path)?;
+                    budget.take_text(&target)?;
+                    self.links.push(FoundLink { name, target, seen });
+                }
+                FileType::Directory => self.directories.push(FoundDirectory::new(name, seen)),
+                other => return Err(super::not_storable(&format!("{path}/{name}"), other)),
+            }
+        }
+        Ok(())
+    }
+
+    /// What is seen of the staged tree.
+    fn list_staged(
+        &mut self,
+        below: &Directory,
+        staged: Option<&InputTree>,
+        hidden: &HashSet<String>,
+        budget: &mut NodeBudget,
+    ) -> Result<()> {
+        for file in below.files.iter().filter(|file| !hidden.contains(&file.name)) {
+            budget.take_node(&file.name)?;
+            let (name, content) = (file.name.clone(), Content::Stored(file.digest));
+            self.files.push(FoundFile { name, content, seen: Seen::of_file(file) });
+        }
+        for link in below.symlinks.iter().filter(|link| !hidden.contains(&link.name)) {
+            budget.take_node(&link.name)?;
+            budget.take_text(&link.target)?;
+            let (name, target) = (link.name.clone(), link.target.clone());
+            self.links.push(FoundLink { name, target, seen: Seen::of_link(link) });
+        }
+        for node in below.directories.iter().filter(|node| !hidden.contains(&node.name)) {
+            budget.take_node(&node.name)?;
+            let Some(directory) = staged.and_then(|tree| tree.find(&node.digest)) else { continue };
+            self.directories.push(FoundDirectory::new(node.name.clone(), Seen::of_directory(directory)));
         }
         Ok(())
     }
@@ -228,6 +328,31 @@ impl From<&Stat> for Seen {
     }
 }
 
+impl Seen {
+    /// A file of a staged tree.
+    pub fn of_file(file: &tree::File) -> Self {
+        Self::staged(FileType::RegularFile, inputs::mode_of(file), &file.properties)
+    }
+
+    /// A link of a staged tree.
+    pub fn of_link(link: &Symlink) -> Self {
+        Self::staged(FileType::Symlink, LINK_MODE, &link.properties)
+    }
+
+    /// A directory of a staged tree.
+    pub fn of_directory(directory: &Directory) -> Self {
+        let mode = directory.properties.unix_mode.unwrap_or(inputs::EXECUTABLE);
+        Self::staged(FileType::Directory, mode, &directory.properties)
+    }
+
+    fn staged(kind: FileType, mode: u32, properties: &NodeProperties) -> Self {
+        let time = inputs::mtime_of(properties);
+        let nanos = i32::try_from(time.tv_nsec).unwrap_or_default();
+        let mtime = prost_types::Timestamp { seconds: time.tv_sec, nanos };
+        Self { mode: kind.as_raw_mode() | mode, mtime }
+    }
+}
+
 fn cannot_look(path: &str, error: io::Error) -> Error {
     Error::io(&format!("look at output directory \"{path}\""), &error)
 }
@@ -235,7 +360,7 @@ fn cannot_look(path: &str, error: io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::actors::worker::cancel::CancelToken;
+    use crate::actors::worker::{cancel::CancelToken, exec_root::ExecRoot};
     use std::time::Duration;
 
     #[test]
@@ -246,8 +371,9 @@ mod tests {
         let cancel = CancelToken::new();
         let checkpoint = Checkpoint::new(&cancel, "a test", Duration::from_secs(60));
         let scan = |name_bytes| {
-            let top = File::open(directory.path()).unwrap();
-            let seen = Seen::from(&rustix::fs::fstat(&top).unwrap());
+            let own = File::open(directory.path()).unwrap();
+            let seen = Seen::from(&rustix::fs::fstat(&own).unwrap());
+            let top = LayerWalk::at_top(ExecRoot::new(&own, None)).unwrap();
             OutputScan::of(
                 top,
                 seen,

@@ -332,6 +332,7 @@ impl Removal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::actors::worker::staged_trees::StagingLimits;
     use rustix::fs::Mode;
     use std::{
         fs,
@@ -394,7 +395,7 @@ mod tests {
             if is_full { Err(Errno::NOSPC.into()) } else { remove(parent, name) }
         }
         let directory = tempfile::tempdir().unwrap();
-        let place = Arc::new(RootDirectory::open(directory.path()).unwrap());
+        let place = Arc::new(RootDirectory::open(directory.path(), StagingLimits::default()).unwrap());
         let paths = ["a-89abcdef", "0-1", "0-2"].map(|name| directory.path().join(name));
         paths.iter().for_each(|path| fs::create_dir_all(path.join("root")).unwrap());
         let remover = Remover::with(Vec::new(), remove_or_fail, Duration::from_millis(1));

@@ -1,0 +1,444 @@
+//! [`ExecRoot`]: the files that one action sees: a layer of its own and, where there is one, a staged tree beneath it.
+//!
+//! The command sees both as one tree, an overlay. This module looks at them from outside, where nothing is mounted: the own
+//! layer on disk by the rules of overlayfs, the staged tree in memory, as the Directories that it was made from. So what the
+//! command left alone costs no look at the disk and has a known digest, and a file that it wrote lies in the own layer, from
+//! where the store can take it over.
+//!
+//! Without a staged tree the own layer is everything.
+
+use super::{
+    dir::{self, Cursor},
+    inputs::{self, EXECUTABLE},
+    layer,
+};
+use gorego_reapi::tree::{self, Directory, InputTree};
+use rustix::{
+    fs::{self as rfs, FileType, Mode, OFlags, Stat},
+    io::Errno,
+};
+use std::{
+    ffi::{OsStr, OsString},
+    fs::File,
+    io,
+    os::unix::ffi::OsStringExt as _,
+    path::{Component, Path, PathBuf},
+};
+
+/// How many links the way to a directory may have, as in the kernel.
+const MAX_LINKS: usize = 40;
+/// How many names a way may have, those in links included. A path has half as many at most.
+const MAX_NAMES: usize = 4_096;
+
+/// The files of one action. Not to be used while a process of the action lives.
+#[derive(Debug, Clone, Copy)]
+pub struct ExecRoot<'a> {
+    own: &'a File,
+    staged: Option<&'a InputTree>,
+}
+
+/// A directory of it.
+#[derive(Debug)]
+pub struct Dir<'a> {
+    staged: Option<&'a InputTree>,
+    /// Where it is, without links, from the top.
+    path: PathBuf,
+    /// For naming things in it; `None` when the own layer does not have it.
+    own: Option<File>,
+    /// `None` when the staged tree does not have it, or must not be seen.
+    below: Option<&'a Directory>,
+}
+
+/// What is under one name.
+#[derive(Debug)]
+pub enum ExecNode<'a> {
+    /// Something of the own layer.
+    Own(Stat),
+    /// A file of the staged tree.
+    File(&'a tree::File),
+    /// A link of the staged tree.
+    Link(&'a tree::Symlink),
+    /// A directory of the staged tree.
+    Directory(&'a Directory),
+}
+
+impl<'a> ExecRoot<'a> {
+    /// The layer `own` above `staged`.
+    pub fn new(own: &'a File, staged: Option<&'a InputTree>) -> Self {
+        Self { own, staged }
+    }
+
+    /// The top of the own layer.
+    pub fn own(&self) -> &'a File {
+        self.own
+    }
+
+    /// The directory at `path`, whose way may use symbolic links as long as they stay beneath the root.
+    ///
+    /// # Errors
+    /// `EXDEV` when a link leads out of the root; else those of openat2(2).
+    pub fn resolve(&self, path: &Path) -> io::Result<Dir<'a>> {
+        if self.staged.is_none() {
+            let own = Some(dir::open_beneath(self.own, path)?);
+            return Ok(Dir { staged: None, path: path.to_owned(), own, below: None });
+        }
+        let mut walk = Way { root: *self, above: Vec::new(), here: self.top()?, links: 0, names: 0 };
+        walk.go(path)?;
+        Ok(walk.here)
+    }
+
+    /// Whether its owner can enter the directory at `path`, as far as permission bits say.
+    ///
+    /// # Errors
+    /// As [`ExecRoot::resolve`].
+    pub fn can_enter(&self, path: &Path) -> io::Result<bool> {
+        let mut prefix = PathBuf::from(".");
+        for name in [None].into_iter().chain(path.iter().map(Some)) {
+            prefix.extend(name);
+            let mode = match self.resolve(&prefix) {
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(false),
+                found => found?.mode()?,
+            };
+            if !mode.contains(Mode::XUSR) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn top(&self) -> io::Result<Dir<'a>> {
+        Ok(Dir {
+            staged: self.staged,
+            path: PathBuf::new(),
+            own: Some(self.own.try_clone()?),
+            below: self.staged.map(InputTree::root),
+        })
+    }
+
+    /// The directory at a path without links, as the own layer has it, if it does.
+    fn own_at(&self, path: &Path) -> io::Result<Option<File>> {
+        if path.as_os_str().is_empty() {
+            return self.own.try_clone().map(Some);
+        }
+        match dir::open_beneath(self.own, path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            opened => opened.map(Some),
+        }
+    }
+}
+
+/// A walk along a path with links.
+struct Way<'a> {
+    root: ExecRoot<'a>,
+    /// The directories of the staged tree above the current one.
+    above: Vec<Option<&'a Directory>>,
+    here: Dir<'a>,
+    links: usize,
+    names: usize,
+}
+
+impl Way<'_> {
+    fn go(&mut self, path: &Path) -> io::Result<()> {
+        let mut left: Vec<OsString> = Vec::new();
+        self.push(path, &mut left)?;
+        while let Some(name) = left.pop() {
+            if name == ".." {
+                // Above the top there is nothing that is ours to show.
+                self.here.below = self.above.pop().ok_or(Errno::XDEV)?;
+                self.here.path.pop();
+                self.here.own = self.root.own_at(&self.here.path)?;
+                continue;
+            }
+            let below = self.here.below;
+            match self.here.enter(&name)? {
+                WayPart::Directory(found) => {
+                    self.above.push(below);
+                    self.here = found;
+                }
+                WayPart::Link(target) => {
+                    self.links += 1;
+                    if self.links > MAX_LINKS {
+                        return Err(Errno::LOOP.into());
+                    }
+                    self.push(Path::new(&target), &mut left)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the names of a path before those that are left.
+    fn push(&mut self, path: &Path, left: &mut Vec<OsString>) -> io::Result<()> {
+        let first = left.len();
+        for component in path.components() {
+            match component {
+                Component::Normal(name) => left.push(name.to_owned()),
+                Component::ParentDir => left.push("..".into()),
+                Component::CurDir => {}
+                Component::RootDir | Component::Prefix(_) => return Err(Errno::XDEV.into()),
+            }
+            self.names += 1;
+            if self.names > MAX_NAMES {
+                return Err(Errno::NAMETOOLONG.into());
+            }
+        }
+        if let Some(new) = left.get_mut(first..) {
+            new.reverse();
+        }
+        Ok(())
+    }
+}
+
+enum WayPart<'a> {
+    Directory(Dir<'a>),
+    Link(OsString),
+}
+
+impl<'a> Dir<'a> {
+    /// Where its own files are, for naming things in it.
+    pub fn own(&self) -> Option<&File> {
+        self.own.as_ref()
+    }
+
+    /// Its permission bits.
+    fn mode(&self) -> io::Result<Mode> {
+        Ok(match (&self.own, self.below) {
+            (Some(own), _) => Mode::from_raw_mode(rfs::fstat(own)?.st_mode),
+            (None, Some(below)) => Mode::from_raw_mode(below.properties.unix_mode.unwrap_or(EXECUTABLE)),
+            (None, None) => return Err(Errno::NOENT.into()),
+        })
+    }
+
+    /// What is under a name.
+    ///
+    /// # Errors
+    /// `NotFound` when there is nothing; else those of fstatat(2).
+    pub fn look(&self, name: &OsStr) -> io::Result<ExecNode<'a>> {
+        if let Some(own) = &self.own {
+            match dir::stat_at(own, name) {
+                Ok(stat) if self.staged.is_some() && layer::is_whiteout(&stat) => {
+                    return Err(Errno::NOENT.into());
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                found => return found.map(ExecNode::Own),
+            }
+        }
+        let found = self.staged.zip(self.below).and_then(|(tree, below)| find(tree, below, name));
+        found.ok_or_else(|| Errno::NOENT.into())
+    }
+
+    /// Checks that there is nothing under a name, not even a link that leads nowhere.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when there is; those of fstatat(2).
+    pub fn must_lack(&self, name: &OsStr) -> io::Result<()> {
+        match self.look(name) {
+            Ok(_) => Err(Errno::EXIST.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads the target of a link that [`Dir::look`] has found in the own layer.
+    ///
+    /// # Errors
+    /// Those of readlinkat(2).
+    pub fn read_link(&self, name: &OsStr) -> io::Result<OsString> {
+        let own = self.own.as_ref().ok_or(Errno::NOENT)?;
+        Ok(OsString::from_vec(rfs::readlinkat(own, name, Vec::new())?.into_bytes()))
+    }
+
+    fn enter(&self, name: &OsStr) -> io::Result<WayPart<'a>> {
+        let path = self.path.join(name);
+        let (own, below) = match self.look(name)? {
+            ExecNode::Own(stat) if dir::file_type(&stat) == FileType::Symlink => {
+                return Ok(WayPart::Link(self.read_link(name)?));
+            }
+            ExecNode::Link(link) => return Ok(WayPart::Link(link.target.clone().into())),
+            ExecNode::Own(stat) if dir::file_type(&stat) == FileType::Directory => {
+                let own = self.own.as_ref().ok_or(Errno::NOENT)?;
+                let own = dir::open_beneath(own, Path::new(name))?;
+                let below = below(self.staged, self.below, name, &own)?;
+                (Some(own), below)
+            }
+            ExecNode::Directory(directory) => (None, Some(directory)),
+            ExecNode::Own(_) | ExecNode::File(_) => return Err(Errno::NOTDIR.into()),
+        };
+        Ok(WayPart::Directory(Dir { staged: self.staged, path, own, below }))
+    }
+
+    /// Makes sure that the own layer has this directory, and gives a handle of it. Directories of the staged tree on the way
+    /// are made again with their times; permission bits of their own are for [`inputs`](super::inputs) to set.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn make_own(&self, root: ExecRoot<'a>) -> io::Result<File> {
+        if let (None, Some(own)) = (self.staged, &self.own) {
+            return own.try_clone();
+        }
+        let mut here = root.own.try_clone()?;
+        let mut below = root.staged.map(InputTree::root);
+        for component in self.path.components() {
+            let Component::Normal(name) = component else { return Err(Errno::INVAL.into()) };
+            let (tree, directory) = (root.staged, below);
+            let found = match dir::open_dir(&here, name) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    let name = name.to_str().ok_or(Errno::ILSEQ)?;
+                    let of_tree = subdirectory(tree, directory, name.as_ref()).ok_or(Errno::NOENT)?;
+                    let before = rfs::fstat(&here)?;
+                    let made = layer::make_directory(&here, name)?;
+                    inputs::set_mtime_at(&made, ".", inputs::mtime_of(&of_tree.properties))?;
+                    inputs::set_mtime_at(&here, ".", inputs::mtime_in(&before))?;
+                    made
+                }
+                opened => opened?,
+            };
+            below = self::below(tree, directory, name, &found)?;
+            here = found;
+        }
+        Ok(here)
+    }
+}
+
+/// What a directory of the staged tree has under a name.
+fn find<'a>(tree: &'a InputTree, directory: &'a Directory, name: &OsStr) -> Option<ExecNode<'a>> {
+    let name = name.to_str()?;
+    let file = || directory.files.iter().find(|file| file.name == name).map(ExecNode::File);
+    let link = || directory.symlinks.iter().find(|link| link.name == name).map(ExecNode::Link);
+    let child = || subdirectory(Some(tree), Some(directory), name.as_ref()).map(ExecNode::Directory);
+    file().or_else(link).or_else(child)
+}
+
+fn subdirectory<'a>(
+    tree: Option<&'a InputTree>,
+    directory: Option<&'a Directory>,
+    name: &OsStr,
+) -> Option<&'a Directory> {
+    let child = directory?.directories.iter().find(|child| *child.name == *name)?;
+    tree?.find(&child.digest)
+}
+
+/// The directory of the staged tree that is seen through `own`, which lies under `name`.
+fn below<'a>(
+    tree: Option<&'a InputTree>,
+    directory: Option<&'a Directory>,
+    name: &OsStr,
+    own: &File,
+) -> io::Result<Option<&'a Directory>> {
+    match subdirectory(tree, directory, name) {
+        Some(found) if !layer::is_opaque(own)? => Ok(Some(found)),
+        _ => Ok(None),
+    }
+}
+
+/// A position in a tree of directories, in both layers at once.
+#[derive(Debug)]
+pub struct LayerWalk<'a> {
+    staged: Option<&'a InputTree>,
+    own: Option<Cursor>,
+    /// How many directories it stands below the last one that the own layer has.
+    deeper: usize,
+    below: Vec<Option<&'a Directory>>,
+}
+
+/// A directory that a [`LayerWalk`] stands in.
+#[derive(Debug, Clone, Copy)]
+pub struct Here<'w, 'a> {
+    /// What the own layer has of it.
+    pub own: Option<&'w File>,
+    /// What is seen of the staged tree.
+    pub below: Option<&'a Directory>,
+    /// The staged tree.
+    pub staged: Option<&'a InputTree>,
+}
+
+impl<'a> LayerWalk<'a> {
+    /// At the top of an exec root.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn at_top(root: ExecRoot<'a>) -> io::Result<Self> {
+        // A second handle with a position of its own.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let own = File::from(rfs::openat(root.own, ".", flags, Mode::empty())?);
+        let below = root.staged.map(InputTree::root);
+        Ok(Self { staged: root.staged, own: Some(Cursor::new(own)?), deeper: 0, below: vec![below] })
+    }
+
+    /// At the directory `name` of `parent`.
+    ///
+    /// # Errors
+    /// Those of openat2(2).
+    pub fn at(parent: &Dir<'a>, name: &OsStr) -> io::Result<Self> {
+        let staged = parent.staged;
+        match parent.look(name)? {
+            ExecNode::Own(_) => {
+                let own = parent.own.as_ref().ok_or(Errno::NOENT)?;
+                let (own, _) = dir::open_accessible(own, name)?;
+                let below = below(staged, parent.below, name, &own)?;
+                Ok(Self { staged, own: Some(Cursor::new(own)?), deeper: 0, below: vec![below] })
+            }
+            ExecNode::Directory(directory) => {
+                Ok(Self { staged, own: None, deeper: 0, below: vec![Some(directory)] })
+            }
+            ExecNode::File(_) | ExecNode::Link(_) => Err(Errno::NOTDIR.into()),
+        }
+    }
+
+    /// The directory it stands in.
+    ///
+    /// # Errors
+    /// None in practice; the current directory is always open.
+    pub fn here(&self) -> io::Result<Here<'_, 'a>> {
+        let own = match &self.own {
+            Some(cursor) if self.deeper == 0 => Some(cursor.here()?),
+            _ => None,
+        };
+        Ok(Here { own, below: self.below.last().copied().flatten(), staged: self.staged })
+    }
+
+    /// Enters a subdirectory, as [`Cursor::down`].
+    ///
+    /// # Errors
+    /// As [`Cursor::down`].
+    pub fn down(&mut self, name: &OsStr) -> io::Result<()> {
+        let directory = self.below.last().copied().flatten();
+        let entered = match &mut self.own {
+            Some(cursor) if self.deeper == 0 => match cursor.down(name) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound && directory.is_some() => None,
+                entered => {
+                    entered?;
+                    Some(below(self.staged, directory, name, cursor.here()?)?)
+                }
+            },
+            _ => None,
+        };
+        let below = match entered {
+            Some(below) => below,
+            None => {
+                self.deeper += 1;
+                subdirectory(self.staged, directory, name)
+            }
+        };
+        self.below.push(below);
+        Ok(())
+    }
+
+    /// Goes back to the directory above.
+    ///
+    /// # Errors
+    /// As [`Cursor::up`].
+    pub fn up(&mut self) -> io::Result<()> {
+        self.below.pop();
+        match &mut self.own {
+            Some(cursor) if self.deeper == 0 => cursor.up(),
+            _ => {
+                self.deeper = self.deeper.saturating_sub(1);
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

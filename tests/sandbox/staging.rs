@@ -1,0 +1,151 @@
+//! Staged inputs, with a real store: what a crash, a damaged blob and eviction do to them.
+
+use crate::{processes_with, support::*, with_each};
+use gorego_reapi::{digest::Digest, proto::reapi};
+use prost::Message as _;
+use std::{fs, path::Path};
+
+/// Uploads an input root with files `f0`, `f1` and so on in a directory `d`, each with this text and its number.
+async fn root_of(client: &Client, files: usize, text: &str) -> (Digest, Vec<Digest>) {
+    let contents = client.upload_all((0..files).map(|at| format!("{text} {at}\n"))).await;
+    let files = contents.iter().enumerate().map(|(at, digest)| reapi::FileNode {
+        name: format!("f{at}"),
+        digest: Some(digest.to_wire()),
+        ..Default::default()
+    });
+    let below = reapi::Directory { files: files.collect(), ..Default::default() };
+    let below = client.upload(below.encode_to_vec()).await;
+    let node = reapi::DirectoryNode { name: "d".into(), digest: Some(below.to_wire()) };
+    let root = reapi::Directory { directories: vec![node], ..Default::default() };
+    (client.upload(root.encode_to_vec()).await, contents)
+}
+
+/// What a script prints that must succeed.
+async fn says(client: &Client, script: &str, root: Digest) -> String {
+    let action = client.action_with(sh(script), root, |action| action.do_not_cache = true).await;
+    let response = client.run(action).await;
+    let result = response.result.unwrap_or_else(|| panic!("{:?}", response.status));
+    assert_eq!(result.exit_code, 0, "{script}: {}", client.stderr(&result).await);
+    client.stdout(&result).await
+}
+
+/// The directories in the build root: of runs and of actions that run, and of staged trees.
+fn directories(server: &Server) -> (usize, usize) {
+    let names = fs::read_dir(server.store().join("build")).unwrap().flatten();
+    let (trees, runs): (Vec<_>, Vec<_>) =
+        names.partition(|entry| entry.file_name().as_encoded_bytes().starts_with(b"t-"));
+    (runs.len(), trees.len())
+}
+
+fn overlays() -> usize {
+    fs::read_to_string("/proc/self/mounts").unwrap().lines().filter(|line| line.contains(" overlay ")).count()
+}
+
+#[tokio::test]
+async fn an_input_root_is_staged_once_and_seen_by_all() {
+    with_each(&[], async |host| {
+        let (root, _) = root_of(&host.client, 50, "text").await;
+        for _ in 0..3 {
+            let seen = says(&host.client, "cat d/f7; ls d | wc -l; echo spoilt > d/f7; rm d/f8", root).await;
+            assert_eq!(seen, "text 7\n50\n");
+        }
+        assert_eq!(directories(&host.server).1, 1);
+        // A root that differs in one file stands on the same tree.
+        let (other, _) = root_of(&host.client, 51, "text").await;
+        assert_eq!(says(&host.client, "cat d/f50; ls d | wc -l", other).await, "text 50\n51\n");
+        assert_eq!(directories(&host.server).1, 1);
+        eventually("the directories of the runs are removed", || directories(&host.server).0 == 0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_killed_server_leaves_no_mount_and_its_trees_are_removed_by_the_next() {
+    with_each(&[], async |host| {
+        let before = overlays();
+        let (root, _) = root_of(&host.client, 50, "text").await;
+        let marker = format!("until-killed-{}", host.server.pid());
+        let action = host.client.action(sh(&format!(": {marker}; sleep 100")), root).await;
+        let running = host.client.start(action).await;
+        eventually("the action runs", || !processes_with(&format!(": {marker}")).is_empty()).await;
+        assert_eq!(overlays(), before, "nothing is mounted in the host's namespace");
+        host.server.signal("KILL");
+        eventually("the action ends", || processes_with(&format!(": {marker}")).is_empty()).await;
+        assert_eq!(overlays(), before);
+        drop(running);
+        assert_eq!(directories(&host.server).1, 1);
+    })
+    .await;
+    // The next server on the same store begins with nothing.
+    let server = Server::start().await;
+    let client = server.client().await;
+    let (root, _) = root_of(&client, 50, "text").await;
+    says(&client, "true", root).await;
+    assert_eq!(directories(&server).1, 1);
+    let server = Server::on(server.kill().await, &[]).await;
+    eventually("what was left is removed", || directories(&server) == (0, 0)).await;
+    assert_eq!(says(&server.client().await, "cat d/f3", root).await, "text 3\n");
+}
+
+#[tokio::test]
+async fn a_damaged_blob_is_not_staged() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let (root, files) = root_of(&client, 50, &"text ".repeat(10_000)).await;
+    let path = stored(&server, files[20]);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[100] ^= 1;
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    fs::write(&path, bytes).unwrap();
+    let action = client.action(sh("cat d/f20 | cksum"), root).await;
+    let status = client.run(action).await.status.unwrap();
+    assert_eq!(status.code, tonic::Code::FailedPrecondition as i32, "{status:?}");
+    eventually("what was staged of it is removed", || directories(&server) == (0, 0)).await;
+    // The client uploads what is missing, as it does after this status.
+    assert_eq!(client.missing(&files).await, [files[20]]);
+    client.upload(format!("{} 20\n", "text ".repeat(10_000))).await;
+    assert_eq!(says(&client, "wc -l < d/f20; ls d | wc -l", root).await.trim(), "1\n50");
+}
+
+/// Trees come and go beside an action that uses one all the time.
+#[tokio::test]
+async fn eviction_does_no_harm_to_an_action_that_runs() {
+    let settings = [("EXECUTION__STAGED_INPUTS_GB", "1 MB"), ("EXECUTION__CONCURRENCY", "2")];
+    let server = Server::with(&settings).await;
+    let client = server.client().await;
+    let (root, _) = root_of(&client, 100, "kept").await;
+    let gate = "while ! cat d/f1 d/f99 > /dev/null || [ $(ls d | wc -l) != 100 ] || [ $i -lt 40 ]; do
+        i=$((i+1)); sleep 0.05; done; cat d/f42; ls d | wc -l";
+    let script = format!("i=0; {gate}");
+    let (seen, ()) = tokio::join!(says(&client, &script, root), async {
+        for at in 0..15 {
+            let (other, _) = root_of(&client, 100, &format!("other {at}")).await;
+            let seen = says(&client, "cat d/f42", other).await;
+            assert_eq!(seen, format!("other {at} 42\n"));
+        }
+    });
+    assert_eq!(seen, "kept 42\n100\n");
+    // A megabyte is room for two of these.
+    eventually("the others are removed", || directories(&server).1 <= 2).await;
+}
+
+#[tokio::test]
+async fn without_a_budget_inputs_are_copied() {
+    let server = Server::with(&[("EXECUTION__STAGED_INPUTS_GB", "0")]).await;
+    let client = server.client().await;
+    let (root, _) = root_of(&client, 50, "text").await;
+    assert_eq!(says(&client, "cat d/f3; ! grep -q ' /build overlay ' /proc/mounts", root).await, "text 3\n");
+    assert_eq!(directories(&server).1, 0);
+}
+
+/// The file of a stored blob.
+fn stored(server: &Server, digest: Digest) -> std::path::PathBuf {
+    fn find(directory: &Path, prefix: &str) -> Option<std::path::PathBuf> {
+        fs::read_dir(directory).ok()?.flatten().find_map(|entry| {
+            let path = entry.path();
+            let is_it = entry.file_name().to_string_lossy().starts_with(prefix) && path.is_file();
+            if is_it { Some(path) } else { find(&path, prefix) }
+        })
+    }
+    find(&server.store().join("v1/blobs"), &digest.hash_hex()).unwrap()
+}

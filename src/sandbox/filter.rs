@@ -168,6 +168,8 @@ fn without_x32(program: BpfProgram) -> BpfProgram {
     let mut whole = vec![
         // The number of the call is the first field of seccomp_data.
         instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        // -1, with which a tracer skips a call, has no ABI: the kernel answers ENOSYS.
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 2, 0, u32::MAX),
         instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 0, 1, X32),
         instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
     ];

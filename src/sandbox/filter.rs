@@ -125,6 +125,10 @@ fn refused() -> Result<Rules, seccompiler::BackendError> {
     };
     rules.insert(libc::SYS_clone, any_of(0, NAMESPACES)?);
     rules.insert(libc::SYS_unshare, any_of(0, NAMESPACES | NEW_TIME)?);
+    // The limits of the first process, which has the same user. Nothing else that an action may change has this number.
+    let first = Condition::new(0, Len::Dword, Op::Eq, 1)?;
+    let changes = Condition::new(2, Len::Qword, Op::Ne, 0)?;
+    rules.insert(libc::SYS_prlimit64, vec![Rule::new(vec![first, changes])?]);
     let packet = Condition::new(0, Len::Dword, Op::Eq, libc::AF_PACKET as u64)?;
     let raw = Condition::new(1, Len::Dword, Op::MaskedEq(SOCKET_TYPE), libc::SOCK_RAW as u64)?;
     let netlink = Condition::new(0, Len::Dword, Op::Ne, libc::AF_NETLINK as u64)?;
@@ -164,6 +168,8 @@ fn without_x32(program: BpfProgram) -> BpfProgram {
     let mut whole = vec![
         // The number of the call is the first field of seccomp_data.
         instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        // -1, with which a tracer skips a call, has no ABI: the kernel answers ENOSYS.
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 2, 0, u32::MAX),
         instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 0, 1, X32),
         instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
     ];

@@ -22,6 +22,9 @@ impl Rules {
     pub(crate) fn new(writable: impl IntoIterator<Item = PathBuf>) -> Result<Self, SetupFailure> {
         let rules = || -> Result<RulesetCreated, Problem> {
             let rules = Ruleset::default()
+                // Before Linux 5.19 Landlock refuses every rename and link from one directory to another.
+                .set_compatibility(CompatLevel::HardRequirement)
+                .handle_access(AccessFs::Refer)?
                 .set_compatibility(CompatLevel::BestEffort)
                 .handle_access(AccessFs::from_all(WANTED))?
                 .scope(Scope::from_all(WANTED))?

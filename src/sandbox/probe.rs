@@ -166,7 +166,7 @@ fn remedy(protection: Protection, machine: &KernelFacts) -> Option<String> {
         Protection::Identity => {
             Some("put execution.build_root on ext4, xfs, btrfs or tmpfs, which can map user ids".into())
         }
-        Protection::Landlock => Some("start Linux 5.13 or later with landlock in its lsm= parameter".into()),
+        Protection::Landlock => Some("start Linux 5.19 or later with landlock in its lsm= parameter".into()),
         Protection::Network | Protection::Filter => None,
     }
 }

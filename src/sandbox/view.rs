@@ -64,7 +64,8 @@ const DEVICE_LINKS: &[(&str, &str)] = &[
     ("/dev/ptmx", "pts/ptmx"),
 ];
 
-/// What of /proc is hidden: what says more of the kernel than an action needs.
+/// What of /proc is hidden: it says more about the kernel than an action needs. Most of it only root can read, but without a
+/// user for each slot an action of a root server is root of the host, though without capabilities.
 const HIDDEN_OF_PROC: &[&str] = &[
     "/proc/kcore",
     "/proc/keys",
@@ -74,10 +75,29 @@ const HIDDEN_OF_PROC: &[&str] = &[
     "/proc/sysrq-trigger",
     "/proc/sched_debug",
     "/proc/latency_stats",
+    "/proc/kmsg",
+    "/proc/kpagecgroup",
+    "/proc/kpagecount",
+    "/proc/kpageflags",
+    "/proc/mtrr",
+    "/proc/pagetypeinfo",
+    "/proc/slabinfo",
+    "/proc/vmallocinfo",
+    "/proc/vmcore",
 ];
 
-/// The knobs of the kernel, which can only be read.
-const FIXED_OF_PROC: &[&str] = &["/proc/sys", "/proc/irq", "/proc/bus", "/proc/fs"];
+/// The settings of the kernel and of devices, which can only be read.
+const FIXED_OF_PROC: &[&str] = &[
+    "/proc/sys",
+    "/proc/irq",
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/driver",
+    "/proc/dynamic_debug",
+    "/proc/scsi",
+];
 
 /// Paths that the sandbox makes itself; the configuration cannot put the host's there.
 const OWN: &[&str] = &["/proc", "/dev", EXEC_ROOT, "/var/tmp"];
@@ -123,7 +143,7 @@ pub(crate) enum Access {
     Read,
     /// It can be changed as well.
     Write,
-    /// It is a device.
+    /// It is a device: it can be read and written, but its owner, mode and times cannot be changed.
     Device,
 }
 

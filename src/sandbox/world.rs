@@ -216,8 +216,7 @@ fn show(root: &OwnedFd, at: &Path, is_directory: bool, access: Access) -> io::Re
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         tree => tree?,
     };
-    let (writable, device) = (access != Access::Read, access == Access::Device);
-    mounts::restrict(tree.as_fd(), writable, device)?;
+    mounts::restrict(tree.as_fd(), access == Access::Write, access == Access::Device)?;
     if is_directory {
         make_directories(root, at)?;
     } else if rfs::statat(root, relative(at), rfs::AtFlags::SYMLINK_NOFOLLOW).is_err() {
@@ -247,9 +246,12 @@ fn restrict_proc() -> Result<(), SetupFailure> {
     let (hidden, fixed) = view::of_proc();
     let exists = |path: &&&str| rfs::access(**path, rfs::Access::EXISTS).is_ok();
     for path in hidden.iter().filter(exists) {
-        mounts::copy(CWD, Path::new("/dev/null"))
-            .and_then(|null| mounts::attach(null.as_fd(), CWD, Path::new(path)))
-            .step(format_args!("hide {path}"))?;
+        let hide = || {
+            let null = mounts::copy(CWD, Path::new("/dev/null"))?;
+            mounts::restrict(null.as_fd(), false, true)?;
+            mounts::attach(null.as_fd(), CWD, Path::new(path))
+        };
+        hide().step(format_args!("hide {path}"))?;
     }
     for path in fixed.iter().filter(exists) {
         let fix = || {

@@ -72,12 +72,28 @@ async fn tracing_is_allowed_among_its_own_processes_only() {
     .await;
 }
 
+/// Lowering its limit on CPU time or open files would end it, and with it the action, as a failure of the server.
+#[tokio::test]
+async fn the_limits_of_the_first_process_cannot_be_changed() {
+    with_each(&[], async |host| {
+        let limit = |pid: &str| {
+            format!("perl -e 'my $l = pack(\"QQ\", 9, 9); print syscall(302, {pid}, 7, $l, 0), \" \", $!+0'")
+        };
+        assert_eq!(host.says(&limit("1")).await, "-1 1");
+        assert!(host.says(&limit("0")).await.starts_with("0 "));
+        assert!(host.says(&limit("$$")).await.starts_with("0 "));
+    })
+    .await;
+}
+
 /// The number of a call in the x32 ABI, which has the same name for its architecture.
 #[tokio::test]
 async fn a_foreign_abi_ends_the_process() {
     with_each(&[], async |host| {
         let did = host.run("exec perl -e 'syscall(0x40000000 + 39); print \"survived\"'").await;
         assert_eq!((did.exit_code, &*did.stdout), (128 + 31, ""), "{}", did.stderr);
+        // The number that tracers use to skip a call is of no ABI.
+        assert_eq!(host.says("perl -e 'print syscall(-1), \" \", $!+0'").await, format!("-1 {ENOSYS}"));
     })
     .await;
 }

@@ -54,6 +54,41 @@ async fn auto_starts_with_what_there_is_and_says_what_is_missing() {
     host.cannot(&format!("kill -0 {}", host.server.pid())).await;
 }
 
+/// A build root without idmapped mounts: the actions of a root server are root of the host.
+#[tokio::test]
+async fn without_identity_a_root_server_keeps_its_devices_and_files_of_proc_from_actions() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only a root server has users for its slots");
+        return;
+    }
+    let store = tempfile::tempdir().unwrap();
+    let serve = command(store.path());
+    let mut shell = Command::new("unshare");
+    shell
+        .args(["--mount", "sh", "-c"])
+        .arg("mkdir \"$RAM\" && mount -t ramfs none \"$RAM\" && exec \"$0\" \"$@\"")
+        .arg(serve.get_program())
+        .args(serve.get_args())
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("RAM", store.path().join("ram"))
+        .env("GOREGO_EXECUTION__BUILD_ROOT", store.path().join("ram/build"))
+        .env("GOREGO_EXECUTION__SANDBOX__MODE", "auto")
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
+    let host = Host::of(Server::spawn(shell, Arc::new(store)), true).await;
+    let sandbox = started(&host.server).await["sandbox"].as_str().unwrap().to_owned();
+    assert!(sandbox.starts_with("namespaces, network, filter"), "{sandbox}");
+
+    assert_eq!(host.says("stat -c %u /dev/full").await, "1000", "the action owns the devices");
+    for change in ["touch /dev/full", "chmod 666 /dev/full", "touch /proc/slabinfo", "chmod 666 /proc/keys"] {
+        let did = host.run(change).await;
+        assert!(did.exit_code != 0 && did.stderr.contains("Read-only"), "{change}: {}", did.stderr);
+    }
+    assert_eq!(host.says("echo x > /dev/null; head -c 1 /dev/zero | wc -c").await, "1");
+    assert_eq!(host.says("cat /proc/slabinfo /proc/vmallocinfo /proc/kpagecount | wc -c").await, "0");
+}
+
 #[tokio::test]
 async fn a_start_names_the_protections_that_are_on() {
     let server = Server::with(&[("EXECUTION__SANDBOX__MODE", "required")]).await;

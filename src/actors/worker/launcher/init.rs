@@ -88,9 +88,10 @@ fn run_one(
         errno: 0,
     };
     let outputs = (stdout.as_fd(), stderr.as_fd());
+    // Before the command can lower this process's limit on open files.
+    let deaths = Deaths::watch().map_err(failed)?;
     let mut children =
         Children::start(run, Path::new(EXEC_ROOT), outputs, &mut Stack::new()).map_err(failed)?;
-    let deaths = Deaths::watch().map_err(failed)?;
     while !children.reap_ended().map_err(failed)?.first_ended {
         let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
         deaths.wait(&mut fds, None).map_err(failed)?;

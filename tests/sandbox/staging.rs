@@ -5,6 +5,9 @@ use gorego_reapi::{digest::Digest, proto::reapi};
 use prost::Message as _;
 use std::{fs, path::Path};
 
+/// Staged trees are off by default.
+const STAGED: &[(&str, &str)] = &[("EXECUTION__STAGED_INPUTS_GB", "5")];
+
 /// Uploads an input root with files `f0`, `f1` and so on in a directory `d`, each with this text and its number.
 async fn root_of(client: &Client, files: usize, text: &str) -> (Digest, Vec<Digest>) {
     let contents = client.upload_all((0..files).map(|at| format!("{text} {at}\n"))).await;
@@ -43,7 +46,7 @@ fn overlays() -> usize {
 
 #[tokio::test]
 async fn an_input_root_is_staged_once_and_seen_by_all() {
-    with_each(&[], async |host| {
+    with_each(STAGED, async |host| {
         let (root, _) = root_of(&host.client, 50, "text").await;
         for _ in 0..3 {
             let seen = says(&host.client, "cat d/f7; ls d | wc -l; echo spoilt > d/f7; rm d/f8", root).await;
@@ -61,7 +64,7 @@ async fn an_input_root_is_staged_once_and_seen_by_all() {
 
 #[tokio::test]
 async fn a_killed_server_leaves_no_mount_and_its_trees_are_removed_by_the_next() {
-    with_each(&[], async |host| {
+    with_each(STAGED, async |host| {
         let before = overlays();
         let (root, _) = root_of(&host.client, 50, "text").await;
         let marker = format!("until-killed-{}", host.server.pid());
@@ -77,19 +80,19 @@ async fn a_killed_server_leaves_no_mount_and_its_trees_are_removed_by_the_next()
     })
     .await;
     // The next server on the same store begins with nothing.
-    let server = Server::start().await;
+    let server = Server::with(STAGED).await;
     let client = server.client().await;
     let (root, _) = root_of(&client, 50, "text").await;
     says(&client, "true", root).await;
     assert_eq!(directories(&server).1, 1);
-    let server = Server::on(server.kill().await, &[]).await;
+    let server = Server::on(server.kill().await, STAGED).await;
     eventually("what was left is removed", || directories(&server) == (0, 0)).await;
     assert_eq!(says(&server.client().await, "cat d/f3", root).await, "text 3\n");
 }
 
 #[tokio::test]
 async fn a_damaged_blob_is_not_staged() {
-    let server = Server::start().await;
+    let server = Server::with(STAGED).await;
     let client = server.client().await;
     let (root, files) = root_of(&client, 50, &"text ".repeat(10_000)).await;
     let path = stored(&server, files[20]);

@@ -5,6 +5,8 @@
 //! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
 //! dies, the process exits, because a partial server is worse than none.
 
+mod place;
+
 use crate::{
     action::TimeoutPolicy,
     actors::{
@@ -16,15 +18,7 @@ use crate::{
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{
-            WorkerActor, WorkerSettings,
-            launcher::{
-                PoolSandbox,
-                probe::{probe, probe_layers},
-            },
-            staged_trees::StagingLimits,
-            workspace::BuildRoot,
-        },
+        worker::{WorkerActor, WorkerSettings},
     },
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
@@ -35,7 +29,7 @@ use crate::{
     logging::{self, Event},
     memory,
     node::NodeName,
-    sandbox::{identity::Users, probe::Report, settings::SandboxMode},
+    sandbox::probe::Report,
     signals::StopSignals,
     under_way::UnderWay,
 };
@@ -43,6 +37,7 @@ use actix::{Actor as _, Addr, SyncArbiter};
 use actix_rt::System;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
+use place::Place;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
@@ -55,8 +50,6 @@ use tokio::{
 
 /// Target of the log lines of this file.
 const LOG: &str = "gorego::server";
-
-const INPUTS_COPIED: &str = "inputs_copied";
 
 /// Interval between checks of the owner actors.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
@@ -85,14 +78,6 @@ pub(crate) struct Ready {
     pub sandbox: Option<Report>,
 }
 
-/// Where actions run, made before anything asynchronous.
-struct Place {
-    build_root: BuildRoot,
-    sandbox: Option<(PoolSandbox, Report)>,
-    /// The limit of open files for commands.
-    open_files: Option<u64>,
-}
-
 /// Runs a server until it is told to stop. `ready` is called once, as soon as requests are answered.
 ///
 /// # Errors
@@ -118,70 +103,6 @@ pub(crate) fn run(settings: Settings, ready: impl FnOnce(Ready) + Send + 'static
         let server = Server::start(settings, store, place, workers).await?;
         server.serve(ready).await
     })
-}
-
-impl Place {
-    /// Opens the build root, and finds out which protections of the sandbox work in it.
-    fn open(execution: &ExecutionSettings, open_files: Option<u64>) -> Result<Self> {
-        let limits = StagingLimits { max_bytes: execution.max_staged_bytes, ..StagingLimits::default() };
-        let build_root = BuildRoot::with_trees(&execution.build_root, limits)?;
-        let mut settings = execution.sandbox.clone();
-        if settings.mode == SandboxMode::Off {
-            return Ok(Self { build_root, sandbox: None, open_files });
-        }
-        for path in settings.hide_linked() {
-            Event::warn("gorego::config", "config_warning").log(format_args!(
-                "a link leads actions to {}; it is hidden from them (execution.sandbox)",
-                path.display()
-            ));
-        }
-        let runner = WorkerSettings::own_runner(open_files);
-        let report = probe(&settings, &runner, &build_root);
-        if !report.on.namespaces && probe(&settings.without_paths(), &runner, &build_root).on.namespaces {
-            return Err(Error::Precondition(format!(
-                "the sandbox works, but not with what execution.sandbox.visible, hidden and writable name: {}",
-                report.missing.iter().map(|missing| &*missing.reason).collect::<Vec<_>>().join(". ")
-            )));
-        }
-        if settings.mode == SandboxMode::Required && !report.missing.is_empty() {
-            let missing: Vec<_> = report.missing.iter().map(ToString::to_string).collect();
-            return Err(Error::Precondition(format!(
-                "execution.sandbox.mode is \"required\", and the sandbox is incomplete: {}",
-                missing.join(". ")
-            )));
-        }
-        let users = Users::new(settings.first_user);
-        let mut sandbox = PoolSandbox {
-            settings,
-            protections: report.on,
-            build_root: build_root.path().to_owned(),
-            users,
-            has_layers: false,
-        };
-        if report.on.namespaces && execution.max_staged_bytes > 0 {
-            sandbox.has_layers = match probe_layers(&sandbox, &runner, &build_root) {
-                Ok(()) => true,
-                Err(reason) => {
-                    warn_of_copies(&reason);
-                    false
-                }
-            };
-        }
-        Ok(Self { build_root, sandbox: Some((sandbox, report)), open_files })
-    }
-
-    /// The sandbox, if anything of it works.
-    fn pool_sandbox(&self) -> Option<PoolSandbox> {
-        let (sandbox, report) = self.sandbox.as_ref()?;
-        (!report.is_empty()).then(|| sandbox.clone())
-    }
-}
-
-fn warn_of_copies(reason: &str) {
-    Event::warn(LOG, INPUTS_COPIED).with("error", reason).log(format_args!(
-        "input roots are copied for each action, because they cannot be overlays here: {reason}; put execution.build_root on \
-         ext4, xfs, btrfs or tmpfs"
-    ));
 }
 
 fn store_settings(settings: &Settings) -> StoreSettings {

@@ -15,6 +15,8 @@ const CALLS: &[(&str, &str, i32)] = &[
     ("pivot_root", "155, 0, 0", EPERM),
     ("chroot", "161, 0", EPERM),
     ("open_tree", "428, -100, 0, 1", EPERM),
+    ("open_tree_attr", "467, -100, 0, 1, 0, 0", EPERM),
+    ("quotactl_fd", "443, -1, 0, 0, 0", EPERM),
     ("move_mount", "429, 3, 0, -100, 0, 4", EPERM),
     ("fsopen", "430, 0, 0", EPERM),
     ("mount_setattr", "442, -100, 0, 0, 0, 0", EPERM),

@@ -10,6 +10,9 @@ use seccompiler::{
 };
 use std::{collections::BTreeMap, io};
 
+/// open_tree_attr(2), which has the same number everywhere and no name in libc yet.
+const OPEN_TREE_ATTR: libc::c_long = 467;
+
 /// Calls that answer EPERM, whatever their arguments.
 const REFUSED: &[libc::c_long] = &[
     // Mounts, old and new.
@@ -23,6 +26,7 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_fspick,
     libc::SYS_move_mount,
     libc::SYS_open_tree,
+    OPEN_TREE_ATTR,
     libc::SYS_mount_setattr,
     // Namespaces.
     libc::SYS_setns,
@@ -41,6 +45,7 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_open_by_handle_at,
     libc::SYS_lookup_dcookie,
     libc::SYS_quotactl,
+    libc::SYS_quotactl_fd,
     libc::SYS_nfsservctl,
     libc::SYS_vhangup,
     // Clocks.

@@ -523,6 +523,9 @@ fn execution(
         max_attempts: config.max_attempts,
         max_output_file_bytes: check.size("execution.max_output_file_gb", config.max_output_file_gb),
         sandbox,
-        max_staged_bytes: config.staged_inputs_gb.bytes(),
+        max_staged_bytes: match config.staged_inputs_gb.bytes() {
+            0 => 0,
+            _ => check.size("execution.staged_inputs_gb", config.staged_inputs_gb),
+        },
     }
 }

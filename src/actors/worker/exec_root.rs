@@ -268,7 +268,7 @@ impl<'a> Dir<'a> {
     }
 
     /// Makes sure that the own layer has this directory, and gives a handle of it. Directories of the staged tree on the way
-    /// are made again with their times; permission bits of their own are for [`inputs`](super::inputs) to set.
+    /// are made again with their times; permission bits of their own are for `inputs` to set.
     ///
     /// # Errors
     /// Those of the file system.

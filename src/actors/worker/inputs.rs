@@ -66,7 +66,7 @@ pub(super) fn write(
 /// Writes a delta into the empty directory `top`, which then is a layer over the base of the delta.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub(super) fn write_delta(
     inputs: &dyn Inputs,
     delta: &Delta<'_>,

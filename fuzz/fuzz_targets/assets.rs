@@ -102,8 +102,8 @@ fn origin(text: &str) {
             assert!(all.check_address(address).is_ok() && !address.is_loopback());
         }
     }
-    let Some((host, network)) = HostPortRule::parse(host).zip(Network::parse(network)) else { return };
-    let some = Origins::new(vec![host], vec![network]);
+    let Some((rule, network)) = HostPortRule::parse(host).zip(Network::parse(network)) else { return };
+    let some = Origins::new(vec![rule], vec![network]);
     if some.check_url(&url).is_ok() && !host.starts_with('*') {
         let wanted = host.rsplit_once(':').map_or(host, |(wanted, _)| wanted);
         let is = url.host_str().expect("a host").trim_end_matches('.');

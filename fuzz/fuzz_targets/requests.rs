@@ -66,7 +66,8 @@ fn properties(text: &str) {
         ("cores".to_owned(), Offer::Minimum(8)),
         ("silo".to_owned(), Offer::Ignore),
     ]);
-    let known = Known::new([&offers].into_iter(), UnknownProperties::Ignore);
+    let mut known = Known::new(UnknownProperties::Ignore);
+    known.learn(&offers);
     let told = platform::list(known.differences(&offers, &asked));
     assert!(told.len() < 8 * 1024 && !told.contains(|c: char| c.is_control()), "{told:?}");
     let met = |(name, value): &(String, String)| match name.as_str() {

@@ -90,6 +90,8 @@ const NAMESPACES: u64 = (libc::CLONE_NEWNS
 /// The same for time, which clone has no room for.
 const NEW_TIME: u64 = 0x80;
 
+/// The families of sockets that there are.
+const FAMILIES: &[libc::c_int] = &[libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
 /// Kinds of sockets whose type is masked from flags such as SOCK_CLOEXEC.
 const SOCKET_TYPE: u64 = 0xf;
 
@@ -106,8 +108,10 @@ impl Programs {
         let build = || -> Result<Vec<BpfProgram>, Box<dyn std::error::Error + Send + Sync>> {
             let refused = program(refused()?, libc::EPERM)?;
             let missing = program([(libc::SYS_clone3, vec![])].into(), libc::ENOSYS)?;
+            let families = program(other_families()?, libc::EAFNOSUPPORT)?;
+            let protocols = program(other_protocols()?, libc::EPROTONOSUPPORT)?;
             let ignored = program(ignored()?, 0)?;
-            Ok(vec![without_x32(refused), missing, ignored])
+            Ok(vec![without_x32(refused), missing, families, protocols, ignored])
         };
         build().map(Self).map_err(io::Error::other).step("make the system call filter")
     }
@@ -134,16 +138,27 @@ fn refused() -> Result<Rules, seccompiler::BackendError> {
     let first = Condition::new(0, Len::Dword, Op::Eq, 1)?;
     let changes = Condition::new(2, Len::Qword, Op::Ne, 0)?;
     rules.insert(libc::SYS_prlimit64, vec![Rule::new(vec![first, changes])?]);
-    let packet = Condition::new(0, Len::Dword, Op::Eq, libc::AF_PACKET as u64)?;
+    // Local sockets have the raw type as another name for datagrams.
     let raw = Condition::new(1, Len::Dword, Op::MaskedEq(SOCKET_TYPE), libc::SOCK_RAW as u64)?;
-    let netlink = Condition::new(0, Len::Dword, Op::Ne, libc::AF_NETLINK as u64)?;
-    let sockets = [libc::AF_VSOCK, libc::AF_ALG]
-        .map(|family| Rule::new(vec![Condition::new(0, Len::Dword, Op::Eq, family as u64)?]));
-    let mut sockets = sockets.into_iter().collect::<Result<Vec<_>, _>>()?;
-    // Netlink sockets are raw by name only, and the C library lists interfaces with them.
-    sockets.extend([Rule::new(vec![packet])?, Rule::new(vec![raw, netlink])?]);
-    rules.insert(libc::SYS_socket, sockets);
+    let internet = [libc::AF_INET, libc::AF_INET6]
+        .map(|family| Rule::new(vec![Condition::new(0, Len::Dword, Op::Eq, family as u64)?, raw.clone()]));
+    rules.insert(libc::SYS_socket, internet.into_iter().collect::<Result<_, _>>()?);
     Ok(rules)
+}
+
+/// Sockets of families that a build does not need. For most of them the kernel would load a module, and some do not know of network
+/// namespaces.
+fn other_families() -> Result<Rules, seccompiler::BackendError> {
+    let is_other = FAMILIES.iter().map(|family| Condition::new(0, Len::Dword, Op::Ne, *family as u64));
+    let other = Rule::new(is_other.collect::<Result<_, _>>()?)?;
+    Ok([libc::SYS_socket, libc::SYS_socketpair].map(|call| (call, vec![other.clone()])).into())
+}
+
+/// Netlink beyond what the C library lists interfaces with.
+fn other_protocols() -> Result<Rules, seccompiler::BackendError> {
+    let netlink = Condition::new(0, Len::Dword, Op::Eq, libc::AF_NETLINK as u64)?;
+    let other = Condition::new(2, Len::Dword, Op::Ne, libc::NETLINK_ROUTE as u64)?;
+    Ok([(libc::SYS_socket, vec![Rule::new(vec![netlink, other])?])].into())
 }
 
 /// What succeeds without effect: lowering the limit on core dumps, which would switch on core handlers again.
@@ -186,11 +201,133 @@ fn without_x32(program: BpfProgram) -> BpfProgram {
 mod tests {
     use super::*;
 
+    /// What the kernel would do, in the bits of a filter's return value.
+    #[derive(Debug, PartialEq)]
+    enum Answer {
+        Allow,
+        Errno(libc::c_int),
+        Kill,
+    }
+
+    /// Runs a program as the kernel does, as far as these programs go.
+    fn run(program: &BpfProgram, data: &[u32; 16]) -> u32 {
+        let (mut accumulator, mut at) = (0, 0);
+        loop {
+            let sock_filter { code, jt, jf, k } = program[at];
+            at += 1;
+            let code = u32::from(code);
+            let holds = match code & 0xf7 {
+                jump if jump == libc::BPF_JMP | libc::BPF_JA => {
+                    at += k as usize;
+                    continue;
+                }
+                jump if jump == libc::BPF_JMP | libc::BPF_JEQ => accumulator == k,
+                jump if jump == libc::BPF_JMP | libc::BPF_JGE => accumulator >= k,
+                jump if jump == libc::BPF_JMP | libc::BPF_JGT => accumulator > k,
+                jump if jump == libc::BPF_JMP | libc::BPF_JSET => accumulator & k != 0,
+                other => {
+                    match other {
+                        load if load == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS => {
+                            accumulator = data[k as usize / 4];
+                        }
+                        and if and == libc::BPF_ALU | libc::BPF_AND => accumulator &= k,
+                        end if end == libc::BPF_RET => return k,
+                        _ => panic!("an unexpected instruction, {code:#x}"),
+                    }
+                    continue;
+                }
+            };
+            at += usize::from(if holds { jt } else { jf });
+        }
+    }
+
+    /// The answer to a call of this architecture.
+    fn answer(call: libc::c_long, arguments: &[u64]) -> Answer {
+        #[cfg(target_arch = "x86_64")]
+        const ARCH: u32 = 0xc000_003e;
+        #[cfg(target_arch = "aarch64")]
+        const ARCH: u32 = 0xc000_00b7;
+        let mut data = [0; 16];
+        (data[0], data[1]) = (call as u32, ARCH);
+        for (at, argument) in arguments.iter().enumerate() {
+            // Little-endian, like these machines.
+            (data[4 + 2 * at], data[5 + 2 * at]) = (*argument as u32, (*argument >> 32) as u32);
+        }
+        // The lowest action of all programs counts, as a signed number.
+        let returned =
+            Programs::new().unwrap().0.iter().map(|program| run(program, &data)).min_by_key(|r| *r as i32);
+        match returned.unwrap() {
+            libc::SECCOMP_RET_ALLOW => Answer::Allow,
+            libc::SECCOMP_RET_KILL_PROCESS => Answer::Kill,
+            errno => Answer::Errno((errno & libc::SECCOMP_RET_DATA) as libc::c_int),
+        }
+    }
+
     #[test]
     fn the_programs_fit_the_kernel() {
         let programs = Programs::new().unwrap();
         // BPF_MAXINSNS.
         assert!(programs.0.iter().all(|program| (1..=4096).contains(&program.len())));
-        assert_eq!(programs.0.len(), 3);
+    }
+
+    /// An action that is root inside cannot tell whether a call fails for its arguments, its lack of capabilities or the filter.
+    #[test]
+    fn calls_are_refused_for_their_number_and_not_for_what_the_caller_may_do() {
+        for call in REFUSED {
+            assert_eq!(answer(*call, &[u64::MAX; 6]), Answer::Errno(libc::EPERM), "{call}");
+            assert_eq!(answer(*call, &[0; 6]), Answer::Errno(libc::EPERM), "{call}");
+        }
+        assert_eq!(answer(libc::SYS_clone3, &[]), Answer::Errno(libc::ENOSYS));
+        for call in [libc::SYS_read, libc::SYS_execve, libc::SYS_ptrace, libc::SYS_mmap, libc::SYS_connect] {
+            assert_eq!(answer(call, &[0; 6]), Answer::Allow, "{call}");
+        }
+        #[cfg(target_arch = "x86_64")]
+        assert_eq!(answer(0x4000_0000 + 39, &[]), Answer::Kill);
+    }
+
+    #[test]
+    fn processes_can_be_made_and_namespaces_cannot() {
+        let thread =
+            libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_THREAD | libc::CLONE_SIGHAND;
+        for flags in [libc::SIGCHLD, thread, libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD] {
+            assert_eq!(answer(libc::SYS_clone, &[flags as u64]), Answer::Allow);
+        }
+        assert_eq!(answer(libc::SYS_unshare, &[libc::CLONE_FILES as u64]), Answer::Allow);
+        for bit in (0..64).map(|bit| 1 << bit).filter(|bit| NAMESPACES & bit != 0) {
+            assert_eq!(answer(libc::SYS_clone, &[bit | libc::SIGCHLD as u64]), Answer::Errno(libc::EPERM));
+            assert_eq!(answer(libc::SYS_unshare, &[bit]), Answer::Errno(libc::EPERM));
+        }
+        assert_eq!(answer(libc::SYS_unshare, &[NEW_TIME]), Answer::Errno(libc::EPERM));
+    }
+
+    #[test]
+    fn only_usual_sockets_can_be_made() {
+        let socket = |family, kind, protocol| {
+            answer(libc::SYS_socket, &[family, kind, protocol].map(|n: i32| n as u64))
+        };
+        let (stream, raw) = (libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::SOCK_RAW | libc::SOCK_NONBLOCK);
+        for family in [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6] {
+            assert_eq!(socket(family, stream, 0), Answer::Allow);
+        }
+        assert_eq!(socket(libc::AF_UNIX, raw, 0), Answer::Allow);
+        assert_eq!(socket(libc::AF_NETLINK, raw, libc::NETLINK_ROUTE), Answer::Allow);
+        assert_eq!(socket(libc::AF_NETLINK, raw, libc::NETLINK_AUDIT), Answer::Errno(libc::EPROTONOSUPPORT));
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            assert_eq!(socket(family, raw, 1), Answer::Errno(libc::EPERM));
+        }
+        for family in (0..64).filter(|family| !FAMILIES.contains(family)) {
+            assert_eq!(socket(family, stream, 0), Answer::Errno(libc::EAFNOSUPPORT), "{family}");
+            assert_eq!(answer(libc::SYS_socketpair, &[family as u64]), Answer::Errno(libc::EAFNOSUPPORT));
+        }
+    }
+
+    #[test]
+    fn the_limit_on_core_dumps_and_those_of_the_first_process_stay() {
+        let prlimit =
+            |process, limit: libc::c_uint, new| answer(libc::SYS_prlimit64, &[process, limit.into(), new, 0]);
+        assert_eq!(prlimit(0, libc::RLIMIT_CORE, 4096), Answer::Errno(0));
+        assert_eq!(prlimit(1, libc::RLIMIT_NOFILE, 4096), Answer::Errno(libc::EPERM));
+        assert_eq!(prlimit(1, libc::RLIMIT_NOFILE, 0), Answer::Allow);
+        assert_eq!(prlimit(7, libc::RLIMIT_NOFILE, 4096), Answer::Allow);
     }
 }

@@ -1,6 +1,7 @@
 //! What an action sees and can change of the file system.
 
 use crate::{support::*, with_each};
+use gorego_reapi::proto::reapi;
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
 /// The store, the configuration, other users' files and the passwords of the machine.
@@ -268,14 +269,13 @@ async fn parts_of_sys_can_be_visible() {
 async fn a_working_directory_that_cannot_be_entered_is_the_fault_of_the_action() {
     with_each(&[], async |host| {
         let inner = host.client.upload(directory(vec![], vec![], vec![])).await;
-        let outer = host.client.upload(directory(vec![], vec![subdirectory("e", inner)], vec![])).await;
-        let mut closed = subdirectory("d", outer);
-        let mut contents = directory(vec![], vec![subdirectory("e", inner)], vec![]);
-        let properties =
-            gorego_reapi::proto::reapi::NodeProperties { unix_mode: Some(0), ..Default::default() };
-        contents.node_properties = Some(properties);
-        closed.digest = Some(host.client.upload(contents).await.to_wire());
-        let root = host.client.upload(directory(vec![], vec![closed], vec![])).await;
+        let closed = reapi::Directory {
+            directories: vec![subdirectory("e", inner)],
+            node_properties: Some(reapi::NodeProperties { unix_mode: Some(0), ..Default::default() }),
+            ..Default::default()
+        };
+        let closed = host.client.upload(prost::Message::encode_to_vec(&closed)).await;
+        let root = host.client.upload(directory(vec![], vec![subdirectory("d", closed)], vec![])).await;
         for path in ["d", "d/e"] {
             let mut command = sh("true");
             command.working_directory = path.into();

@@ -1,14 +1,19 @@
 //! `[execution.pools.NAME]`: the notation of pools.
 //!
 //! A property is written in the shortest form that shows how it is compared: a string is exactly that value, a list is any
-//! one of its values, `{ minimum = 8 }` is at most 8, and `{ ignore = true }` is any value. This file parses and prints
-//! these forms. [`crate::platform`] defines their meaning, and [`super::settings`] checks the result.
+//! one of its values, `{ minimum = 8 }` is at most 8, `{ size = "8 GB" }` is at most that size, and `{ ignore = true }` is any
+//! value. This file parses and prints these forms. [`crate::platform`] defines their meaning, and [`super::settings`] checks the result.
 
 use super::{
     ExecutionConfig,
+    limits::{PoolLimitsConfig, limits, pool_limits},
     settings::{Checker, MAX_CONCURRENCY, Machine},
 };
-use crate::platform::{self, Offer, Offers, UnknownProperties};
+use crate::{
+    limits::LimitSettings,
+    platform::{self, Offer, Offers, UnknownProperties},
+    size::Size,
+};
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
     de::{self, MapAccess, SeqAccess, Visitor},
@@ -17,7 +22,7 @@ use serde::{
 use std::fmt;
 
 /// The keys of a pool, for suggestions.
-pub(super) const KEYS: &[&str] = &["slots", "properties"];
+pub(super) const KEYS: &[&str] = &["slots", "properties", "limits"];
 
 /// Largest number of pools. A task is in the queue of each pool that can run it.
 const MAX_POOLS: usize = 64;
@@ -35,6 +40,9 @@ pub struct PoolConfig {
     /// The offered values, by property name.
     #[serde(default)]
     pub properties: Offers,
+    /// What one action may use, where it differs from `[execution.limits]`.
+    #[serde(default)]
+    pub limits: PoolLimitsConfig,
 }
 
 impl Serialize for Offer {
@@ -45,6 +53,11 @@ impl Serialize for Offer {
             Self::Minimum(most) => {
                 let mut map = serializer.serialize_map(Some(1))?;
                 map.serialize_entry("minimum", most)?;
+                map.end()
+            }
+            Self::Size(most) => {
+                let mut map = serializer.serialize_map(Some(1))?;
+                map.serialize_entry("size", &Size::from_bytes(*most))?;
                 map.end()
             }
             Self::Ignore => {
@@ -68,7 +81,7 @@ impl<'de> Visitor<'de> for OfferVisitor {
     type Value = Offer;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("\"value\", [\"value\", \"other\"], { minimum = 8 } or { ignore = true }")
+        f.write_str("\"value\", [\"value\", \"other\"], { minimum = 8 }, { size = \"8 GB\" } or { ignore = true }")
     }
 
     fn visit_str<E: de::Error>(self, value: &str) -> Result<Offer, E> {
@@ -90,13 +103,14 @@ impl<'de> Visitor<'de> for OfferVisitor {
         let key: Option<String> = map.next_key()?;
         let offer = match key.as_deref() {
             Some("minimum") => Offer::Minimum(map.next_value()?),
+            Some("size") => Offer::Size(map.next_value::<Size>()?.bytes()),
             Some("ignore") => match map.next_value()? {
                 true => Offer::Ignore,
                 false => {
                     return Err(de::Error::custom("ignore = false has no effect; omit the property"));
                 }
             },
-            Some(other) => return Err(de::Error::unknown_field(other, &["minimum", "ignore"])),
+            Some(other) => return Err(de::Error::unknown_field(other, &["minimum", "size", "ignore"])),
             None => return Err(de::Error::custom("expected { minimum = 8 } or { ignore = true }")),
         };
         match map.next_key::<String>()? {
@@ -141,8 +155,10 @@ pub struct PoolSettings {
     pub is_declared: bool,
     /// Number of actions that run in the pool at the same time; at least 1.
     pub slots: usize,
-    /// The offered values, by property name.
+    /// The offered values, by property name, those of the limits included.
     pub offers: Offers,
+    /// What one action may use.
+    pub limits: LimitSettings,
 }
 
 /// The configured pools, or else the default pool that `concurrency` and `platform` describe.
@@ -153,19 +169,22 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
         config.platform.keys().all(|name| !name.is_empty()),
         "has a property without a name",
     );
+    let common = limits(check);
     if config.pools.is_empty() {
         let exact = |(name, value): (&String, &String)| (name.clone(), Offer::Exact(value.clone()));
         return vec![PoolSettings {
             name: DEFAULT_POOL.into(),
             is_declared: false,
             slots: if config.concurrency == 0 { machine.cpus.max(1) } else { config.concurrency },
-            offers: config.platform.iter().map(exact).collect(),
+            offers: common.offers(config.platform.iter().map(exact).collect()),
+            limits: common,
         }];
     }
     let own = "has no effect when pools are configured; each pool has its own";
     check.require("execution.concurrency", config.concurrency == 0, &format!("{own} slots"));
     check.require("execution.platform", config.platform == default.platform, &format!("{own} properties"));
     let mut problems = Vec::new();
+    let mut pools = Vec::with_capacity(config.pools.len());
     for (name, pool) in &config.pools {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if name.is_empty() || name.len() > MAX_POOL_NAME || !name.chars().all(is_plain) {
@@ -180,6 +199,15 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
         if pool.properties.contains_key("") {
             problems.push(format!("\"{name}\" has a property without a name"));
         }
+        let (limits, of_limits) = pool_limits(check, &pool.limits);
+        problems.extend(of_limits.into_iter().map(|problem| format!("\"{name}\": {problem}")));
+        pools.push(PoolSettings {
+            name: name.clone(),
+            is_declared: true,
+            slots: pool.slots,
+            offers: limits.offers(pool.properties.clone()),
+            limits,
+        });
     }
     let slots = config.pools.values().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots));
     if slots > MAX_CONCURRENCY {
@@ -193,13 +221,6 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
         let origin = check.loaded.origin("execution.pools");
         check.problems.push(format!("execution.pools ({origin}): {problem}"));
     }
-    let pool = |(name, pool): (&String, &PoolConfig)| PoolSettings {
-        name: name.clone(),
-        is_declared: true,
-        slots: pool.slots,
-        offers: pool.properties.clone(),
-    };
-    let mut pools: Vec<_> = config.pools.iter().map(pool).collect();
     pools.sort_by_cached_key(|pool| platform::preference(&pool.name, &pool.offers));
     pools
 }

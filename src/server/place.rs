@@ -11,6 +11,7 @@ use crate::{
         staged_trees::StagingLimits,
         workspace::BuildRoot,
     },
+    cgroups::{Groups, Report as LimitReport},
     config::ExecutionSettings,
     logging::Event,
     sandbox::{identity::Users, probe::Report, settings::SandboxMode},
@@ -19,12 +20,18 @@ use gorego_reapi::error::{Error, Result};
 
 const INPUTS_COPIED: &str = "inputs_copied";
 
+/// How many more processes than a group a user may have.
+const SECOND_LINE: u64 = 64;
+
 /// Where actions run, made before anything asynchronous.
 pub(super) struct Place {
     pub(super) build_root: BuildRoot,
     pub(super) sandbox: Option<(PoolSandbox, Report)>,
     /// The limit of open files for commands.
     pub(super) open_files: Option<u64>,
+    pub(super) groups: Groups,
+    /// How the limits of actions are enforced.
+    pub(super) limits: LimitReport,
 }
 
 impl Place {
@@ -33,9 +40,16 @@ impl Place {
         let limits = StagingLimits { max_bytes: execution.max_staged_bytes, ..StagingLimits::default() };
         let build_root = BuildRoot::with_trees(&execution.build_root, limits)?;
         let mut settings = execution.sandbox.clone();
-        if settings.mode == SandboxMode::Off {
-            return Ok(Self { build_root, sandbox: None, open_files });
+        let is_sandboxed = settings.mode != SandboxMode::Off;
+        // The build root is locked, so no other server makes groups for it.
+        let (groups, limits) = Groups::open(execution.total_memory_bytes, execution.slots, is_sandboxed);
+        if execution.limits_required {
+            refuse_missing(&limits)?;
         }
+        if !is_sandboxed {
+            return Ok(Self { build_root, sandbox: None, open_files, groups, limits });
+        }
+        settings.processes = user_limit(execution, &limits);
         for path in settings.hide_linked() {
             Event::warn("gorego::config", "config_warning").log(format_args!(
                 "a link leads actions to {}; it is hidden from them (execution.sandbox)",
@@ -74,13 +88,30 @@ impl Place {
                 }
             };
         }
-        Ok(Self { build_root, sandbox: Some((sandbox, report)), open_files })
+        Ok(Self { build_root, sandbox: Some((sandbox, report)), open_files, groups, limits })
     }
 
     /// The sandbox, if anything of it works.
     pub(super) fn pool_sandbox(&self) -> Option<PoolSandbox> {
         let (sandbox, report) = self.sandbox.as_ref()?;
         (!report.is_empty()).then(|| sandbox.clone())
+    }
+}
+
+/// The limit of processes of the user of a cell. Where there are groups, it is only a second line, so that the one that says
+/// when it was met comes first.
+fn user_limit(execution: &ExecutionSettings, limits: &LimitReport) -> u64 {
+    let bounds = execution.pools.iter().map(|pool| pool.limits.processes);
+    let most = bounds.map(|bound| bound.default.max(bound.max)).max().unwrap_or(0);
+    if limits.counts_processes() { most.saturating_add(SECOND_LINE) } else { most }
+}
+
+fn refuse_missing(limits: &LimitReport) -> Result<()> {
+    match limits.missing().first() {
+        None => Ok(()),
+        Some(missing) => Err(Error::Precondition(format!(
+            "execution.limits.required is true, and the limits cannot be enforced: {missing}"
+        ))),
     }
 }
 

@@ -21,6 +21,7 @@ use super::{
 use crate::{
     actors::cas::{client::Provenance, results::check_size},
     disk::Space,
+    limits::Limits,
     log_streams::{
         LiveRun,
         run::{LogKind, RunLogs},
@@ -174,7 +175,10 @@ impl<'a> ActionRun<'a> {
         let live = self.settings.log_streams.begin_run(&action.instance, workspace.path());
         let logs = live.as_ref().map(LiveRun::logs);
         self.enter(RunStage::Running, Point::RunStart, logs);
-        let launch = Launch::new(&action.command, workspace, layers, self.settings.max_output_file_bytes);
+        let launch = Launch {
+            limits: self.limits(),
+            ..Launch::new(&action.command, workspace, layers, self.settings.max_output_file_bytes)
+        };
         let watch = self.settings.build_root.disk().begin(self.control.cancel.clone());
         let ran = self.launcher.run(&launch, action.timeout, &self.control.cancel);
         if let Some(space) = watch.end() {
@@ -261,6 +265,10 @@ impl<'a> ActionRun<'a> {
             self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
             return Err(error);
         }
+        if matches!(ending, Ending::Exceeded(_)) {
+            // What such a command has made is neither complete nor small.
+            return Ok(());
+        }
         let uploading =
             Checkpoint::new(&self.control.cancel, "storing the outputs", self.settings.transfer_timeout);
         outputs::collect(root, action, batch, &uploading, &mut self.result)?;
@@ -295,6 +303,11 @@ impl<'a> ActionRun<'a> {
                 ))));
             }
             Ending::Cancelled => return Ok(Some(cancelled())),
+            // It is the command's own fault, so this is its result. An error that says so would be retried by clients.
+            Ending::Exceeded(_) => SIGNAL_BASE + libc::SIGKILL,
+            Ending::MemoryShort { used, total } => {
+                return Ok(Some(Error::Unavailable(run_log::memory_short(used, total))));
+            }
             Ending::LogLost(kind, errno) => {
                 self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
                 return Err(log_lost(kind, errno));
@@ -381,9 +394,14 @@ impl<'a> ActionRun<'a> {
             max_file_bytes: self.settings.max_output_file_bytes,
             stdout_bytes: size(&self.result.stdout_digest),
             stderr_bytes: size(&self.result.stderr_digest),
+            processes: self.limits().processes,
             is_noexec: self.result.exit_code == command::EXIT_NOT_EXECUTABLE
                 && self.settings.build_root.is_noexec(),
         }
+    }
+
+    fn limits(&self) -> Limits {
+        self.settings.limits.settings.of(&self.order.action.platform)
     }
 
     /// Records the result and makes it visible together with the outputs.

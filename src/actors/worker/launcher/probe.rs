@@ -9,6 +9,7 @@ use crate::{
         messages::SlotId,
         workspace::{BuildRoot, Workspace},
     },
+    limits::Limits,
     sandbox::{
         identity::Users,
         layers::{Layers, TRIAL_DIRECTORY, TRIAL_FILE},
@@ -113,6 +114,7 @@ fn attempt(
         stderr: workspace.path().join("stderr"),
         max_file_bytes: 1024,
         layers,
+        limits: Limits::default(),
     };
     match launcher.try_run(&launch, ATTEMPT, &CancelToken::new()).map_err(in_words)?.ending {
         Ending::NotStarted(libc::ENOENT | libc::ENOTDIR) => Ok(()),

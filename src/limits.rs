@@ -22,7 +22,7 @@ pub(crate) const DISK: &str = "disk";
 
 /// The default of a limit, and the most that an action may ask for. 0 means none: no limit, or no asking.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Bound {
+pub struct LimitRange {
     /// For an action that does not ask.
     pub default: u64,
     /// For one that does.
@@ -33,15 +33,15 @@ pub struct Bound {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LimitSettings {
     /// Memory in bytes.
-    pub memory: Bound,
+    pub memory: LimitRange,
     /// Swap in bytes that an action may use besides its memory.
     pub swap: u64,
     /// CPUs. An action that asks for some gets a share of the machine in proportion; the default is a bound.
-    pub cores: Bound,
+    pub cores: LimitRange,
     /// Processes and threads at a time.
-    pub processes: Bound,
+    pub processes: LimitRange,
     /// Bytes on disk.
-    pub disk: Bound,
+    pub disk: LimitRange,
     /// Files and directories on disk; 0 for no limit.
     pub files: u64,
 }
@@ -100,7 +100,7 @@ impl LimitSettings {
     }
 }
 
-impl Bound {
+impl LimitRange {
     /// What an action gets that asks for this much.
     fn of(self, asked: Option<u64>) -> u64 {
         match asked {
@@ -126,7 +126,7 @@ fn values<'a>(platform: &'a [(String, String)], name: &'a str) -> impl Iterator<
 
 /// A resource with a limit whose crossing ends a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Resource {
+pub enum LimitedResource {
     /// The memory of one action.
     Memory,
     /// The memory of all actions together.
@@ -141,7 +141,7 @@ pub enum Resource {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exceeded {
     /// What there was too little of.
-    pub resource: Resource,
+    pub resource: LimitedResource,
     /// How much was used at most.
     pub used: u64,
     /// How much was allowed.
@@ -153,28 +153,28 @@ impl fmt::Display for Exceeded {
         let Self { resource, used, limit } = self;
         let bytes = |bytes: u64| Size::from_bytes(bytes).rounded();
         match resource {
-            Resource::Memory => write!(
+            LimitedResource::Memory => write!(
                 f,
                 "it ran out of memory: its processes used {} of the {} allowed (execution.limits.memory_gb, or the platform \
                  property \"{MEMORY}\" up to execution.limits.max_memory_gb)",
                 bytes(*used),
                 bytes(*limit)
             ),
-            Resource::AllMemory => write!(
+            LimitedResource::AllMemory => write!(
                 f,
                 "it ran out of memory: its processes used {} of the {} allowed for all actions together \
                  (execution.limits.total_memory_gb)",
                 bytes(*used),
                 bytes(*limit)
             ),
-            Resource::Disk => write!(
+            LimitedResource::Disk => write!(
                 f,
                 "it wrote {} to its input root, more than the {} allowed (execution.limits.disk_gb, or the platform property \
                  \"{DISK}\" up to execution.limits.max_disk_gb)",
                 bytes(*used),
                 bytes(*limit)
             ),
-            Resource::Files => write!(
+            LimitedResource::Files => write!(
                 f,
                 "it made {used} files and directories in its input root, more than the {limit} allowed \
                  (execution.limits.files)"
@@ -194,9 +194,9 @@ mod tests {
 
     fn settings() -> LimitSettings {
         LimitSettings {
-            memory: Bound { default: 1 << 30, max: 4 << 30 },
-            cores: Bound { default: 2, max: 8 },
-            processes: Bound { default: 100, max: 0 },
+            memory: LimitRange { default: 1 << 30, max: 4 << 30 },
+            cores: LimitRange { default: 2, max: 8 },
+            processes: LimitRange { default: 100, max: 0 },
             ..LimitSettings::default()
         }
     }

@@ -20,7 +20,7 @@ use crate::{
         },
         worker::{PoolLimits, WorkerActor, WorkerSettings},
     },
-    cgroups::Report as LimitReport,
+    cgroups::LimitReport,
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
     gate::Gate,

@@ -18,7 +18,7 @@ pub(super) struct OwnGroups {
 }
 
 /// A mounted hierarchy.
-struct Mount {
+struct Hierarchy {
     /// The group at the top of what is mounted.
     root: PathBuf,
     /// Where it is mounted.
@@ -47,7 +47,7 @@ pub(super) fn find(groups: &str, mounts: &str) -> OwnGroups {
                 continue;
             }
             let has_it =
-                |mount: &&Mount| !mount.is_v2 && mount.options.iter().any(|name| name == controller.name());
+                |mount: &&Hierarchy| !mount.is_v2 && mount.options.iter().any(|name| name == controller.name());
             if let Some(directory) = mounts.iter().filter(has_it).find_map(|mount| mount.directory(path)) {
                 found.v1.insert(controller, directory);
             }
@@ -57,7 +57,7 @@ pub(super) fn find(groups: &str, mounts: &str) -> OwnGroups {
 }
 
 /// Parses a line of mountinfo; `None` for anything that is no hierarchy.
-fn parse_mount(line: &str) -> Option<Mount> {
+fn parse_mount(line: &str) -> Option<Hierarchy> {
     let (mount, file_system) = line.split_once(" - ")?;
     let mut fields = file_system.split(' ');
     let is_v2 = match fields.next()? {
@@ -67,10 +67,10 @@ fn parse_mount(line: &str) -> Option<Mount> {
     };
     let options = fields.nth(1)?.split(',').map(str::to_owned).collect();
     let mut fields = mount.split(' ').skip(3);
-    Some(Mount { root: unescaped(fields.next()?), point: unescaped(fields.next()?), is_v2, options })
+    Some(Hierarchy { root: unescaped(fields.next()?), point: unescaped(fields.next()?), is_v2, options })
 }
 
-impl Mount {
+impl Hierarchy {
     /// The directory of a group; `None` if it lies outside of what is mounted.
     fn directory(&self, group: &str) -> Option<PathBuf> {
         let inside = Path::new(group).strip_prefix(&self.root).ok()?;

@@ -4,7 +4,7 @@ use super::{
     Control, Controller, Version, files,
     find::{OwnGroups, find},
     slot::SlotGroup,
-    tree::{self, Tree},
+    tree::{self, GroupTree},
 };
 use rustix::io::Errno;
 use std::{
@@ -32,16 +32,45 @@ const V1_MOST_SHARES: u64 = 262_144;
 
 /// The groups of this server's actions. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(crate) struct Groups(Arc<Shared>);
+pub(crate) struct Groups(Arc<GroupsState>);
 
 #[derive(Debug)]
-struct Shared {
+struct GroupsState {
     controls: BTreeMap<Controller, Control>,
     /// Memory of all actions together, in bytes.
     total: u64,
     next: AtomicUsize,
     /// Removed at the end of the server.
-    trees: Mutex<Vec<Tree>>,
+    made: Mutex<MadeGroups>,
+}
+
+/// What was made in the hierarchies.
+#[derive(Debug, Default)]
+struct MadeGroups {
+    /// The group of all actions in each hierarchy.
+    trees: Vec<GroupTree>,
+    /// Where this process is, if it had to leave its own group.
+    refuge: Option<Refuge>,
+}
+
+/// A group for this process alone, beside the group of its actions.
+#[derive(Debug)]
+struct Refuge {
+    _tree: GroupTree,
+    /// The group that it came from.
+    own: PathBuf,
+    /// What was enabled there.
+    controllers: Vec<Controller>,
+}
+
+impl Drop for Refuge {
+    /// Leaves the own group as it was, so that it can have processes again.
+    fn drop(&mut self) {
+        for controller in &self.controllers {
+            let _ = files::write(&self.own, "cgroup.subtree_control", format!("-{}", controller.name()));
+        }
+        let _ = files::write(&self.own, "cgroup.procs", 0);
+    }
 }
 
 /// How something is bounded.
@@ -70,7 +99,7 @@ pub(crate) struct ResourceReport {
 
 /// How the resources of actions are bounded.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Report {
+pub(crate) struct LimitReport {
     /// Memory, CPU, processes and disk.
     pub resources: Vec<ResourceReport>,
     /// Memory of all actions together, in bytes.
@@ -98,7 +127,7 @@ impl fmt::Display for MissingLimits {
     }
 }
 
-impl Report {
+impl LimitReport {
     /// What no control group bounds, by reason.
     pub(crate) fn missing(&self) -> Vec<MissingLimits> {
         let mut missing: Vec<MissingLimits> = Vec::new();
@@ -149,18 +178,18 @@ impl Groups {
     /// Makes the groups that this process may make, and says how each resource is bounded. `total_memory` is for all actions
     /// together; 0 for a part of what there is. `slots` is how many actions run at the same time at most, and
     /// `has_user_limit` whether the number of processes of an action has a limit without groups.
-    pub(crate) fn open(total_memory: u64, slots: usize, has_user_limit: bool) -> (Self, Report) {
+    pub(crate) fn open(total_memory: u64, slots: usize, has_user_limit: bool) -> (Self, LimitReport) {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         let own = find(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
         let total = if total_memory > 0 { total_memory } else { without_reserve(available(&own)) };
-        let mut opening = Opening { controls: BTreeMap::new(), missing: BTreeMap::new(), trees: Vec::new() };
+        let mut opening = Opening::default();
         opening.unified(&own);
         opening.old(&own);
         opening.bound_all(total, slots);
         let report = opening.report(total, has_user_limit);
-        let Opening { controls, trees, .. } = opening;
-        let shared = Shared { controls, total, next: AtomicUsize::new(0), trees: Mutex::new(trees) };
-        (Self(Arc::new(shared)), report)
+        let Opening { controls, made, .. } = opening;
+        let state = GroupsState { controls, total, next: AtomicUsize::new(0), made: Mutex::new(made) };
+        (Self(Arc::new(state)), report)
     }
 
     /// Makes the group of a slot.
@@ -179,14 +208,19 @@ impl Groups {
 
     /// Kills what is left in the groups and removes them. For the end of the server.
     pub(crate) fn remove(&self) {
-        self.0.trees.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        let MadeGroups { trees, refuge } =
+            std::mem::take(&mut *self.0.made.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(trees);
+        // Its own group can have processes only when there are no groups with controllers below it.
+        drop(refuge);
     }
 }
 
+#[derive(Default)]
 struct Opening {
     controls: BTreeMap<Controller, Control>,
     missing: BTreeMap<Controller, Missing>,
-    trees: Vec<Tree>,
+    made: MadeGroups,
 }
 
 impl Opening {
@@ -203,13 +237,13 @@ impl Opening {
             return;
         }
         match open_unified(own, &offered) {
-            Ok((trees, enabled)) => {
-                let directory = trees[0].directory().to_owned();
+            Ok((tree, refuge, enabled)) => {
                 for controller in enabled {
-                    let control = Control { version: Version::V2, directory: directory.clone() };
-                    self.controls.insert(controller, control);
+                    let directory = tree.directory().to_owned();
+                    self.controls.insert(controller, Control { version: Version::V2, directory });
                 }
-                self.trees.extend(trees);
+                self.made.trees.push(tree);
+                self.made.refuge = refuge;
             }
             Err(error) => {
                 let reason = explain(own, &error);
@@ -228,9 +262,9 @@ impl Opening {
             }
             let made = made.entry(own).or_insert_with(|| {
                 tree::sweep(own);
-                let tree = Tree::new(own)?;
+                let tree = GroupTree::new(own)?;
                 let directory = tree.directory().to_owned();
-                self.trees.push(tree);
+                self.made.trees.push(tree);
                 Ok(directory)
             });
             match made {
@@ -274,7 +308,7 @@ impl Opening {
         });
     }
 
-    fn report(&mut self, total_memory: u64, has_user_limit: bool) -> Report {
+    fn report(&mut self, total_memory: u64, has_user_limit: bool) -> LimitReport {
         let without = |controller| match controller {
             Controller::Memory => Means::Watchdog,
             Controller::Pids if has_user_limit => Means::UserLimit,
@@ -296,30 +330,32 @@ impl Opening {
             })
             .collect();
         resources.push(ResourceReport { resource: "disk", means: Means::Watchdog, missing: None });
-        Report { resources, total_memory }
+        LimitReport { resources, total_memory }
     }
 }
 
-/// Makes the group of all actions below `own`, and enables these controllers for it and for the groups of the slots. The first
-/// tree is that group; a second one holds this process, if it had to leave its own group.
-fn open_unified(own: &Path, offered: &[Controller]) -> io::Result<(Vec<Tree>, Vec<Controller>)> {
-    let actions = Tree::new(own)?;
-    let mut trees = vec![actions];
-    let enabled = match enable(own, offered) {
+/// Makes the group of all actions below `own`, and enables these controllers for it and for the groups of the slots. Moves this
+/// process out of `own` if it has to.
+fn open_unified(
+    own: &Path,
+    offered: &[Controller],
+) -> io::Result<(GroupTree, Option<Refuge>, Vec<Controller>)> {
+    let tree = GroupTree::new(own)?;
+    let (refuge, enabled) = match enable(own, offered) {
         // A group with processes of its own cannot have groups with controllers below it.
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-            let server = Tree::new(own)?;
-            files::write(server.directory(), "cgroup.procs", 0)?;
-            let enabled = enable(own, offered).inspect_err(|_| {
-                let _ = files::write(own, "cgroup.procs", 0);
-            })?;
-            trees.push(server);
-            enabled
+            let beside = GroupTree::new(own)?;
+            files::write(beside.directory(), "cgroup.procs", 0)?;
+            let controllers = offered.to_vec();
+            let refuge = Refuge { _tree: beside, own: own.to_owned(), controllers };
+            // If there are other processes, this one goes back.
+            let enabled = enable(own, offered)?;
+            (Some(refuge), enabled)
         }
-        enabled => enabled?,
+        enabled => (None, enabled?),
     };
-    let enabled = enable(trees[0].directory(), &enabled)?;
-    Ok((trees, enabled))
+    let enabled = enable(tree.directory(), &enabled)?;
+    Ok((tree, refuge, enabled))
 }
 
 /// Enables controllers for the groups below a group, and says which. An error if there are none.
@@ -329,6 +365,8 @@ fn enable(group: &Path, controllers: &[Controller]) -> io::Result<Vec<Controller
     for controller in controllers {
         match files::write(group, "cgroup.subtree_control", format!("+{}", controller.name())) {
             Ok(()) => enabled.push(*controller),
+            // The memory comes first, and the others can be busy only together with it.
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Err(error),
             Err(error) => failed = Some(error),
         }
     }

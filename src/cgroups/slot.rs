@@ -1,7 +1,7 @@
 //! [`SlotGroup`]: the group of one slot, in which one action runs after the other.
 
 use super::{Control, Controller, Version, files, probe::V1_SHARE, tree};
-use crate::limits::{Exceeded, Limits, Resource};
+use crate::limits::{Exceeded, Limits, LimitedResource};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
@@ -289,11 +289,11 @@ impl MemoryGroup {
 fn verdict(is_own: bool, peak: Option<u64>, limit: u64, total: u64) -> OutOfMemory {
     if is_own {
         let used = peak.unwrap_or(limit);
-        return OutOfMemory::Exceeded(Exceeded { resource: Resource::Memory, used, limit });
+        return OutOfMemory::Exceeded(Exceeded { resource: LimitedResource::Memory, used, limit });
     }
     let used = peak.unwrap_or(0);
     if used > total / 2 {
-        return OutOfMemory::Exceeded(Exceeded { resource: Resource::AllMemory, used, limit: total });
+        return OutOfMemory::Exceeded(Exceeded { resource: LimitedResource::AllMemory, used, limit: total });
     }
     OutOfMemory::Shared { used, total }
 }
@@ -331,9 +331,9 @@ mod tests {
     #[test]
     fn an_action_is_to_blame_for_its_own_limit_and_for_most_of_what_all_have() {
         let exceeded = |resource, used, limit| OutOfMemory::Exceeded(Exceeded { resource, used, limit });
-        assert_eq!(verdict(true, Some(GB - 5), GB, 8 * GB), exceeded(Resource::Memory, GB - 5, GB));
-        assert_eq!(verdict(true, None, GB, 8 * GB), exceeded(Resource::Memory, GB, GB));
-        assert_eq!(verdict(false, Some(7 * GB), 0, 8 * GB), exceeded(Resource::AllMemory, 7 * GB, 8 * GB));
+        assert_eq!(verdict(true, Some(GB - 5), GB, 8 * GB), exceeded(LimitedResource::Memory, GB - 5, GB));
+        assert_eq!(verdict(true, None, GB, 8 * GB), exceeded(LimitedResource::Memory, GB, GB));
+        assert_eq!(verdict(false, Some(7 * GB), 0, 8 * GB), exceeded(LimitedResource::AllMemory, 7 * GB, 8 * GB));
         assert_eq!(
             verdict(false, Some(GB), 0, 8 * GB),
             OutOfMemory::Shared { used: GB, total: 8 * GB }
@@ -403,13 +403,13 @@ mod tests {
             assert_eq!((group.out_of_memory(), group.refused_processes()), (None, false));
             // The kernel counts.
             let (events, own) = match version {
-                Version::V1 => ("memory.oom_control", Resource::AllMemory),
-                Version::V2 => ("memory.events", Resource::Memory),
+                Version::V1 => ("memory.oom_control", LimitedResource::AllMemory),
+                Version::V2 => ("memory.events", LimitedResource::Memory),
             };
             fs::write(at.join(events), "oom 1\noom_kill 1\n").unwrap();
             fs::write(at.join("pids.events"), "max 4\n").unwrap();
             assert!(group.refused_processes());
-            if own == Resource::Memory {
+            if own == LimitedResource::Memory {
                 assert!(matches!(group.out_of_memory(), Some(OutOfMemory::Exceeded(of)) if of.resource == own));
             }
             // The next action is not blamed for it.

@@ -1,4 +1,4 @@
-//! [`Tree`]: the group of all actions of one server in one hierarchy, with the groups of the slots below it.
+//! [`GroupTree`]: the group of all actions of one server in one hierarchy, with the groups of the slots below it.
 //!
 //! It is locked as long as its server lives. Trees that are not locked are left over.
 
@@ -28,12 +28,12 @@ const REMOVAL_ROUND: Duration = Duration::from_millis(5);
 
 /// A locked group; removed when dropped.
 #[derive(Debug)]
-pub(super) struct Tree {
+pub(super) struct GroupTree {
     directory: PathBuf,
     _lock: File,
 }
 
-impl Tree {
+impl GroupTree {
     /// Makes a group below `own`, which is the group of this process.
     pub(super) fn new(own: &Path) -> io::Result<Self> {
         let process = std::process::id();
@@ -56,7 +56,7 @@ impl Tree {
     }
 }
 
-impl Drop for Tree {
+impl Drop for GroupTree {
     fn drop(&mut self) {
         remove(&self.directory);
     }
@@ -96,16 +96,16 @@ pub(super) fn remove(directory: &Path) {
 }
 
 fn kill(directory: &Path) {
+    let processes = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    let processes = processes.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?));
+    let own = rustix::process::getpid();
+    let (mine, others): (Vec<Pid>, Vec<Pid>) = processes.partition(|process| *process == own);
     // It kills also what forks faster than it is found, but only newer kernels have it, and only in the unified hierarchy.
-    if files::write(directory, "cgroup.kill", 1).is_ok() {
+    if mine.is_empty() && files::write(directory, "cgroup.kill", 1).is_ok() {
         return;
     }
-    let processes = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-    for process in processes.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
-        // A server that is told to remove its own group is not in it, but this costs little.
-        if process != rustix::process::getpid() {
-            let _ = kill_process(process, Signal::KILL);
-        }
+    for process in others {
+        let _ = kill_process(process, Signal::KILL);
     }
     for below in groups_below(directory) {
         kill(&below);
@@ -136,7 +136,7 @@ mod tests {
     #[test]
     fn only_trees_without_a_server_are_left_over() {
         let own = tempfile::tempdir().unwrap();
-        let alive = Tree::new(own.path()).unwrap();
+        let alive = GroupTree::new(own.path()).unwrap();
         let slot = own.path().join("gorego-1-0/slot-0");
         fs::create_dir_all(&slot).unwrap();
         let foreign = own.path().join("user.slice");

@@ -6,7 +6,7 @@ use super::{
     environment,
 };
 use crate::{
-    cgroups::Report as LimitReport,
+    cgroups::LimitReport,
     config::{Config, LogConfig, Settings},
     logging::{self, Event, Style},
     sandbox::probe::Report,

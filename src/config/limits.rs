@@ -2,7 +2,7 @@
 
 use super::settings::{Checker, MAX_CONCURRENCY};
 use crate::{
-    limits::{Bound, LimitSettings},
+    limits::{LimitRange, LimitSettings},
     size::Size,
 };
 use serde::{Deserialize, Serialize};
@@ -134,12 +134,12 @@ impl LimitsConfig {
     }
 
     fn checked(&self, processes: u64) -> LimitSettings {
-        let sizes = |default: Size, max: Size| Bound { default: default.bytes(), max: max.bytes() };
+        let sizes = |default: Size, max: Size| LimitRange { default: default.bytes(), max: max.bytes() };
         LimitSettings {
             memory: sizes(self.memory_gb, self.max_memory_gb),
             swap: self.swap_gb.bytes(),
-            cores: Bound { default: self.cores, max: self.max_cores },
-            processes: Bound { default: processes, max: self.max_processes },
+            cores: LimitRange { default: self.cores, max: self.max_cores },
+            processes: LimitRange { default: processes, max: self.max_processes },
             disk: sizes(self.disk_gb, self.max_disk_gb),
             files: self.files,
         }
@@ -174,7 +174,7 @@ pub(super) fn pool_limits(check: &Checker<'_>, pool: &PoolLimitsConfig) -> (Limi
 mod tests {
     use crate::{
         config::{Config, Loaded, Machine, Settings},
-        limits::Bound,
+        limits::LimitRange,
         size::Size,
     };
     use gorego_reapi::error::Result;
@@ -196,8 +196,8 @@ mod tests {
         let execution = settings.unwrap().execution.unwrap();
         let limits = |name: &str| execution.pools.iter().find(|pool| pool.name == name).unwrap().limits;
         let gb = |size| Size::from_gb(size).bytes();
-        assert_eq!(limits("a").memory, Bound { default: gb(2), max: gb(4) });
-        assert_eq!(limits("b").memory, Bound { default: gb(2), max: gb(16) });
+        assert_eq!(limits("a").memory, LimitRange { default: gb(2), max: gb(4) });
+        assert_eq!(limits("b").memory, LimitRange { default: gb(2), max: gb(16) });
         assert_eq!((limits("a").cores.default, limits("b").cores.default), (0, 3));
         assert_eq!(execution.pools[0].name, "a", "the pool with less memory is used first");
     }

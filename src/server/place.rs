@@ -11,7 +11,7 @@ use crate::{
         staged_trees::StagingLimits,
         workspace::BuildRoot,
     },
-    cgroups::{Groups, Report as LimitReport},
+    cgroups::{Groups, LimitReport},
     config::ExecutionSettings,
     logging::Event,
     sandbox::{identity::Users, probe::Report, settings::SandboxMode},

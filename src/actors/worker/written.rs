@@ -6,7 +6,7 @@
 use super::dir::{self, FileId};
 use crate::{
     disk::Space,
-    limits::{Exceeded, Limits, Resource},
+    limits::{Exceeded, Limits, LimitedResource},
 };
 use rustix::{
     fs::{self as rfs, FileType, Mode, OFlags, Stat},
@@ -56,7 +56,7 @@ impl Written {
         let crossed = |resource, used, limit| {
             (limit > 0 && used > limit).then_some(Exceeded { resource, used, limit })
         };
-        crossed(Resource::Disk, bytes, limits.disk).or_else(|| crossed(Resource::Files, nodes, limits.files))
+        crossed(LimitedResource::Disk, bytes, limits.disk).or_else(|| crossed(LimitedResource::Files, nodes, limits.files))
     }
 
     /// Whether so much space was used up since the start that this command may have crossed a limit. Costs a system call.
@@ -153,7 +153,7 @@ mod tests {
         assert_eq!(written.exceeded(&limits(1 << 20, 1)), None);
         fs::write(directory.path().join("output"), vec![1; 2 << 20]).unwrap();
         let exceeded = written.exceeded(&limits(1 << 20, 0)).unwrap();
-        assert_eq!((exceeded.resource, exceeded.limit), (Resource::Disk, 1 << 20));
+        assert_eq!((exceeded.resource, exceeded.limit), (LimitedResource::Disk, 1 << 20));
         assert!(exceeded.used >= 2 << 20, "{exceeded:?}");
         assert_eq!(written.exceeded(&limits(4 << 20, 1)), None);
     }

@@ -2,13 +2,13 @@
 //!
 //! Where the kernel bounds the memory, the guard only notices that it killed something. Where it does not, the guard adds up
 //! what the processes use. It looks at what was written to the input root. It takes at most a twentieth of the time of a CPU
-//! ([`Pace`]), and so a command may overshoot by what it can use between two looks.
+//! ([`LookPace`]), and so a command may overshoot by what it can use between two looks.
 
 use super::resident;
 use crate::{
     actors::worker::written::Written,
     cgroups::{OutOfMemory, SlotGroup},
-    limits::{Exceeded, Limits, Resource},
+    limits::{Exceeded, Limits, LimitedResource},
 };
 use std::time::{Duration, Instant};
 
@@ -35,12 +35,12 @@ pub(super) enum Violation {
 
 /// When to look next.
 #[derive(Debug)]
-struct Pace {
+struct LookPace {
     least: Duration,
     next: Instant,
 }
 
-impl Pace {
+impl LookPace {
     fn new(least: Duration, now: Instant) -> Self {
         Self { least, next: now + least }
     }
@@ -66,11 +66,11 @@ pub(super) struct Guard<'a> {
     /// The process from which all of the command descend.
     runner: u32,
     /// Bounds the memory where the kernel does not; with the limit in bytes.
-    resident: Option<(Pace, Exceeded)>,
+    resident: Option<(LookPace, Exceeded)>,
     /// Looks at what the kernel did.
-    killed: Option<Pace>,
+    killed: Option<LookPace>,
     /// Looks at the disk.
-    written: Option<(Pace, &'a Written)>,
+    written: Option<(LookPace, &'a Written)>,
 }
 
 impl<'a> Guard<'a> {
@@ -85,9 +85,9 @@ impl<'a> Guard<'a> {
         let now = Instant::now();
         let is_bounded = group.is_some_and(SlotGroup::bounds_memory);
         let (resource, limit) = match limits.memory {
-            0 => (Resource::AllMemory, total),
-            own if total > 0 && total < own => (Resource::AllMemory, total),
-            own => (Resource::Memory, own),
+            0 => (LimitedResource::AllMemory, total),
+            own if total > 0 && total < own => (LimitedResource::AllMemory, total),
+            own => (LimitedResource::Memory, own),
         };
         let is_watched = !is_bounded && limit > 0;
         Self {
@@ -95,11 +95,11 @@ impl<'a> Guard<'a> {
             group,
             runner,
             resident: is_watched
-                .then(|| (Pace::new(MEMORY_PAUSE, now), Exceeded { resource, used: 0, limit })),
-            killed: is_bounded.then(|| Pace::new(PAUSE, now)),
+                .then(|| (LookPace::new(MEMORY_PAUSE, now), Exceeded { resource, used: 0, limit })),
+            killed: is_bounded.then(|| LookPace::new(PAUSE, now)),
             written: written
                 .filter(|_| limits.disk > 0 || limits.files > 0)
-                .map(|written| (Pace::new(PAUSE, now), written)),
+                .map(|written| (LookPace::new(PAUSE, now), written)),
         }
     }
 
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_slow_look_is_followed_by_a_long_pause() {
-        let mut pace = Pace::new(Duration::ZERO, Instant::now());
+        let mut pace = LookPace::new(Duration::ZERO, Instant::now());
         let start = Instant::now();
         let seen = pace.look(|| {
             std::thread::sleep(Duration::from_millis(5));

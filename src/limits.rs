@@ -29,6 +29,40 @@ pub struct LimitRange {
     pub max: u64,
 }
 
+/// What a pool has for all actions that run in it, or what one of them takes of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Room {
+    /// CPUs.
+    pub cores: u64,
+    /// Memory in bytes.
+    pub memory: u64,
+}
+
+impl Room {
+    /// Whether there is room for this much.
+    pub fn holds(&self, need: &Self) -> bool {
+        need.cores <= self.cores && need.memory <= self.memory
+    }
+
+    /// What is left without this much.
+    pub fn without(&self, need: &Self) -> Self {
+        Self { cores: self.cores.saturating_sub(need.cores), memory: self.memory.saturating_sub(need.memory) }
+    }
+
+    /// What is left with this much given back.
+    pub fn with(&self, need: &Self) -> Self {
+        Self { cores: self.cores.saturating_add(need.cores), memory: self.memory.saturating_add(need.memory) }
+    }
+}
+
+/// For people.
+impl fmt::Display for Room {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let cores = if self.cores == 1 { "core" } else { "cores" };
+        write!(f, "{} {cores} and {} of memory", self.cores, Size::from_bytes(self.memory).rounded())
+    }
+}
+
 /// The limits of the actions of one pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LimitSettings {
@@ -72,7 +106,7 @@ impl LimitSettings {
         Limits {
             memory: self.memory.of(size(platform, MEMORY)),
             swap: self.swap,
-            share: cores.unwrap_or(1).max(1),
+            share: cores.map_or(1, |cores| cores.clamp(1, self.cores.max)),
             cores: match (self.cores.default, cores) {
                 (0, _) => 0,
                 (_, Some(cores)) => cores.max(1),
@@ -82,6 +116,23 @@ impl LimitSettings {
             disk: self.disk.of(size(platform, DISK)),
             files: self.files,
         }
+    }
+
+    /// What an action with these platform properties takes of its pool.
+    pub fn need(&self, platform: &[(String, String)]) -> Room {
+        let Limits { share, memory, .. } = self.of(platform);
+        Room { cores: share, memory }
+    }
+
+    /// These limits in a pool that has this much for all of its actions: none gets more than that, and one that asks for no
+    /// memory gets the part of one core.
+    pub fn within(self, room: &Room) -> Self {
+        let at_most = |value: u64, most: u64| if value == 0 { most } else { value.min(most) };
+        let max = at_most(self.memory.max, room.memory);
+        let of_a_core = room.memory / room.cores.max(1);
+        let memory = LimitRange { default: at_most(self.memory.default, of_a_core.max(1)).min(max), max };
+        let cores = LimitRange { max: at_most(self.cores.max, room.cores), ..self.cores };
+        Self { memory, cores, ..self }
     }
 
     /// The properties that a pool with these limits offers. What it offers under one of these names already is left alone.
@@ -213,6 +264,24 @@ mod tests {
         assert_eq!(settings().of(&several).memory, 2 << 20);
     }
 
+    #[test]
+    fn a_pool_with_room_for_all_bounds_what_one_takes() {
+        let gb = 1 << 30;
+        let room = Room { cores: 4, memory: 16 * gb };
+        let limits = LimitSettings::default().within(&room);
+        assert_eq!(limits.need(&asked(&[])), Room { cores: 1, memory: 4 * gb });
+        assert_eq!(limits.need(&asked(&[("cores", "3"), ("memory", "1Gi")])), Room { cores: 3, memory: gb });
+        assert_eq!(
+            limits.need(&asked(&[("cores", "99"), ("memory", "99Gi")])),
+            room,
+            "never more than there is"
+        );
+        let limits = settings().within(&room);
+        assert_eq!(limits.need(&asked(&[])), Room { cores: 1, memory: gb });
+        assert_eq!((limits.memory.max, limits.cores.max), (4 * gb, 4));
+        assert!(room.holds(&room) && !room.without(&Room { cores: 1, memory: 0 }).holds(&room));
+    }
+
     /// EXE-31.
     #[test]
     fn more_than_the_most_is_a_difference_that_names_the_most() {
@@ -223,7 +292,9 @@ mod tests {
             let asked = asked(list);
             known.differences(&offers, &asked).map(|difference| difference.to_string()).collect()
         };
-        assert!(differences(&[("memory", "4Gi"), ("cores", "8"), ("pids", "many"), ("disk", "9 PB")]).is_empty());
+        assert!(
+            differences(&[("memory", "4Gi"), ("cores", "8"), ("pids", "many"), ("disk", "9 PB")]).is_empty()
+        );
         assert_eq!(
             differences(&[("memory", "5Gi"), ("cores", "9")]),
             [

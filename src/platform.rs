@@ -243,7 +243,9 @@ mod tests {
 
     #[test]
     fn sizes_are_read_as_clients_write_them() {
-        for (text, bytes) in [("1000", 1000), ("4G", 4_000_000_000), ("512Mi", 512 << 20), (" 1.5 GB", 1_500_000_000)] {
+        for (text, bytes) in
+            [("1000", 1000), ("4G", 4_000_000_000), ("512Mi", 512 << 20), (" 1.5 GB", 1_500_000_000)]
+        {
             assert_eq!(parse_size(text), Some(bytes), "{text}");
         }
         for text in ["", "-1", "4X", "G", "1e9"] {

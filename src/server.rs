@@ -431,6 +431,8 @@ fn start_scheduler(
             worker: worker.name.clone(),
             slots: pool.slots,
             offers: pool.offers.clone(),
+            limits: pool.limits,
+            room: pool.room,
         };
         let store = store.clone();
         let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));

@@ -44,6 +44,9 @@ mod tests {
     #[test]
     fn a_field_is_found_by_its_whole_name() {
         let text = "oom 1\noom_kill 3\noom_group_kill 5\n";
-        assert_eq!((field(text, "oom_kill"), field(text, "oom"), field(text, "kill")), (Some(3), Some(1), None));
+        assert_eq!(
+            (field(text, "oom_kill"), field(text, "oom"), field(text, "kill")),
+            (Some(3), Some(1), None)
+        );
     }
 }

@@ -46,8 +46,9 @@ pub(super) fn find(groups: &str, mounts: &str) -> OwnGroups {
             if controllers.split(',').all(|name| name != controller.name()) {
                 continue;
             }
-            let has_it =
-                |mount: &&Hierarchy| !mount.is_v2 && mount.options.iter().any(|name| name == controller.name());
+            let has_it = |mount: &&Hierarchy| {
+                !mount.is_v2 && mount.options.iter().any(|name| name == controller.name())
+            };
             if let Some(directory) = mounts.iter().filter(has_it).find_map(|mount| mount.directory(path)) {
                 found.v1.insert(controller, directory);
             }
@@ -138,7 +139,9 @@ mod tests {
     fn a_part_that_is_mounted_alone_is_found_and_what_lies_outside_is_not() {
         let mounts = "2 0 0:2 /docker/1f /sys/fs/c\\040g rw - cgroup none rw,memory\n";
         assert_eq!(v1(&find("4:memory:/docker/1f/x\n", mounts)), [(Controller::Memory, "/sys/fs/c g/x")]);
-        for outside in ["4:memory:/docker/2\n", "4:memory:/docker/1f/../2\n", "4:memory:/../x\n", "nonsense\n"] {
+        for outside in
+            ["4:memory:/docker/2\n", "4:memory:/docker/1f/../2\n", "4:memory:/../x\n", "nonsense\n"]
+        {
             assert_eq!(find(outside, mounts), OwnGroups::default(), "{outside}");
         }
     }

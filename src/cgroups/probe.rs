@@ -18,7 +18,8 @@ use std::{
 };
 
 /// How to start a server so that it may make groups.
-const DELEGATE: &str = "start the server as a service with Delegate=yes, or with systemd-run --user --scope -p Delegate=yes";
+const DELEGATE: &str =
+    "start the server as a service with Delegate=yes, or with systemd-run --user --scope -p Delegate=yes";
 /// A resource, in reports.
 const PROCESSES: &str = "processes";
 /// What is left to the rest of the machine of its memory: a tenth, within these bounds.
@@ -314,21 +315,25 @@ impl Opening {
             Controller::Pids if has_user_limit => Means::UserLimit,
             Controller::Cpu | Controller::Pids => Means::Nothing,
         };
-        let mut resources: Vec<_> = [("memory", Controller::Memory), ("cpu", Controller::Cpu), (PROCESSES, Controller::Pids)]
-            .into_iter()
-            .map(|(resource, controller)| match self.controls.get(&controller) {
-                Some(control) => {
-                    ResourceReport { resource, means: Means::Group(control.version), missing: None }
-                }
-                None => ResourceReport {
-                    resource,
-                    means: without(controller),
-                    missing: Some(self.missing.remove(&controller).unwrap_or_else(|| {
-                        ("no control group controllers are available to this process".into(), Some(DELEGATE.into()))
-                    })),
-                },
-            })
-            .collect();
+        let mut resources: Vec<_> =
+            [("memory", Controller::Memory), ("cpu", Controller::Cpu), (PROCESSES, Controller::Pids)]
+                .into_iter()
+                .map(|(resource, controller)| match self.controls.get(&controller) {
+                    Some(control) => {
+                        ResourceReport { resource, means: Means::Group(control.version), missing: None }
+                    }
+                    None => ResourceReport {
+                        resource,
+                        means: without(controller),
+                        missing: Some(self.missing.remove(&controller).unwrap_or_else(|| {
+                            (
+                                "no control group controllers are available to this process".into(),
+                                Some(DELEGATE.into()),
+                            )
+                        })),
+                    },
+                })
+                .collect();
         resources.push(ResourceReport { resource: "disk", means: Means::Watchdog, missing: None });
         LimitReport { resources, total_memory }
     }

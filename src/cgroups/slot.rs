@@ -1,7 +1,7 @@
 //! [`SlotGroup`]: the group of one slot, in which one action runs after the other.
 
 use super::{Control, Controller, Version, files, probe::V1_SHARE, tree};
-use crate::limits::{Exceeded, Limits, LimitedResource};
+use crate::limits::{Exceeded, LimitedResource, Limits};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
@@ -333,11 +333,11 @@ mod tests {
         let exceeded = |resource, used, limit| OutOfMemory::Exceeded(Exceeded { resource, used, limit });
         assert_eq!(verdict(true, Some(GB - 5), GB, 8 * GB), exceeded(LimitedResource::Memory, GB - 5, GB));
         assert_eq!(verdict(true, None, GB, 8 * GB), exceeded(LimitedResource::Memory, GB, GB));
-        assert_eq!(verdict(false, Some(7 * GB), 0, 8 * GB), exceeded(LimitedResource::AllMemory, 7 * GB, 8 * GB));
         assert_eq!(
-            verdict(false, Some(GB), 0, 8 * GB),
-            OutOfMemory::Shared { used: GB, total: 8 * GB }
+            verdict(false, Some(7 * GB), 0, 8 * GB),
+            exceeded(LimitedResource::AllMemory, 7 * GB, 8 * GB)
         );
+        assert_eq!(verdict(false, Some(GB), 0, 8 * GB), OutOfMemory::Shared { used: GB, total: 8 * GB });
     }
 
     /// On plain files: what is written where, for each interface of the kernel.
@@ -410,7 +410,9 @@ mod tests {
             fs::write(at.join("pids.events"), "max 4\n").unwrap();
             assert!(group.refused_processes());
             if own == LimitedResource::Memory {
-                assert!(matches!(group.out_of_memory(), Some(OutOfMemory::Exceeded(of)) if of.resource == own));
+                assert!(
+                    matches!(group.out_of_memory(), Some(OutOfMemory::Exceeded(of)) if of.resource == own)
+                );
             }
             // The next action is not blamed for it.
             group.begin(&limits).unwrap();

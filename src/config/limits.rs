@@ -208,7 +208,10 @@ mod tests {
             ("[execution.limits]\nmemory_gb = \"1 kB\"", "execution.limits.memory_gb"),
             ("[execution.limits]\nmemory_gb = 8\nmax_memory_gb = 4", "above max_memory_gb"),
             ("[execution.limits]\nmax_cores = 100000", "execution.limits.max_cores"),
-            ("[execution.pools.a]\nslots = 1\nlimits = { cores = 4, max_cores = 2 }", "limits.cores is above"),
+            (
+                "[execution.pools.a]\nslots = 1\nlimits = { cores = 4, max_cores = 2 }",
+                "limits.cores is above",
+            ),
         ] {
             let error = checked(toml).unwrap_err().to_string();
             assert!(error.contains(part), "{part} in {error}");

@@ -10,7 +10,7 @@ use super::{
     settings::{Checker, MAX_CONCURRENCY, Machine},
 };
 use crate::{
-    limits::LimitSettings,
+    limits::{LimitSettings, Room},
     platform::{self, Offer, Offers, UnknownProperties},
     size::Size,
 };
@@ -22,12 +22,14 @@ use serde::{
 use std::fmt;
 
 /// The keys of a pool, for suggestions.
-pub(super) const KEYS: &[&str] = &["slots", "properties", "limits"];
+pub(super) const KEYS: &[&str] = &["slots", "cores", "memory_gb", "properties", "limits"];
 
 /// Largest number of pools. A task is in the queue of each pool that can run it.
 const MAX_POOLS: usize = 64;
 /// Longest name of a pool, in bytes. It is a part of the names of workers.
 const MAX_POOL_NAME: usize = 64;
+/// Least memory of a pool. A smaller value indicates a wrong unit.
+const MIN_POOL_MEMORY: Size = Size::from_bytes(16_000_000);
 /// The name of the pool that exists if none is configured.
 pub(super) const DEFAULT_POOL: &str = "local";
 
@@ -36,7 +38,14 @@ pub(super) const DEFAULT_POOL: &str = "local";
 #[serde(deny_unknown_fields)]
 pub struct PoolConfig {
     /// Number of actions that run in the pool at the same time.
-    pub slots: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slots: Option<usize>,
+    /// CPUs and memory that the actions of the pool share, instead of a number of slots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cores: Option<usize>,
+    /// The memory to the CPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_gb: Option<Size>,
     /// The offered values, by property name.
     #[serde(default)]
     pub properties: Offers,
@@ -81,7 +90,9 @@ impl<'de> Visitor<'de> for OfferVisitor {
     type Value = Offer;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("\"value\", [\"value\", \"other\"], { minimum = 8 }, { size = \"8 GB\" } or { ignore = true }")
+        f.write_str(
+            "\"value\", [\"value\", \"other\"], { minimum = 8 }, { size = \"8 GB\" } or { ignore = true }",
+        )
     }
 
     fn visit_str<E: de::Error>(self, value: &str) -> Result<Offer, E> {
@@ -159,6 +170,8 @@ pub struct PoolSettings {
     pub offers: Offers,
     /// What one action may use.
     pub limits: LimitSettings,
+    /// What all actions share; `None` if the pool only counts slots.
+    pub room: Option<Room>,
 }
 
 /// The configured pools, or else the default pool that `concurrency` and `platform` describe.
@@ -178,6 +191,7 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
             slots: if config.concurrency == 0 { machine.cpus.max(1) } else { config.concurrency },
             offers: common.offers(config.platform.iter().map(exact).collect()),
             limits: common,
+            room: None,
         }];
     }
     let own = "has no effect when pools are configured; each pool has its own";
@@ -193,23 +207,26 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
                 name.escape_debug()
             ));
         }
-        if !(1..=MAX_CONCURRENCY).contains(&pool.slots) {
-            problems.push(format!("slots of \"{name}\" must be between 1 and {MAX_CONCURRENCY}"));
-        }
+        let (slots, room) = extent(pool).unwrap_or_else(|problem| {
+            problems.push(format!("\"{name}\" {problem}"));
+            (1, None)
+        });
         if pool.properties.contains_key("") {
             problems.push(format!("\"{name}\" has a property without a name"));
         }
         let (limits, of_limits) = pool_limits(check, &pool.limits);
         problems.extend(of_limits.into_iter().map(|problem| format!("\"{name}\": {problem}")));
+        let limits = room.as_ref().map_or(limits, |room| limits.within(room));
         pools.push(PoolSettings {
             name: name.clone(),
             is_declared: true,
-            slots: pool.slots,
+            slots,
+            room,
             offers: limits.offers(pool.properties.clone()),
             limits,
         });
     }
-    let slots = config.pools.values().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots));
+    let slots = pools.iter().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots));
     if slots > MAX_CONCURRENCY {
         problems
             .push(format!("the pools have {slots} slots together; at most {MAX_CONCURRENCY} are possible"));
@@ -223,4 +240,22 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
     }
     pools.sort_by_cached_key(|pool| platform::preference(&pool.name, &pool.offers));
     pools
+}
+
+/// How many actions a pool runs at the same time at most, and what they share. An action takes one core at least, so a pool has
+/// no more slots than cores.
+fn extent(pool: &PoolConfig) -> Result<(usize, Option<Room>), String> {
+    let counts = 1..=MAX_CONCURRENCY;
+    match (pool.slots, pool.cores, pool.memory_gb) {
+        (Some(slots), None, None) if counts.contains(&slots) => Ok((slots, None)),
+        (Some(_), None, None) => Err(format!("must have between 1 and {MAX_CONCURRENCY} slots")),
+        (None, Some(cores), Some(memory)) if counts.contains(&cores) && memory >= MIN_POOL_MEMORY => {
+            Ok((cores, Some(Room { cores: cores as u64, memory: memory.bytes() })))
+        }
+        (None, Some(_), Some(_)) => Err(format!(
+            "must have between 1 and {MAX_CONCURRENCY} cores, and memory_gb of at least {MIN_POOL_MEMORY}"
+        )),
+        (None, ..) => Err("needs slots, or cores and memory_gb".into()),
+        (Some(_), ..) => Err("has both slots and cores or memory_gb; choose one".into()),
+    }
 }

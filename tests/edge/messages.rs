@@ -152,6 +152,8 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
             worker: "host".into(),
             slots: 1,
             offers: Default::default(),
+            limits: Default::default(),
+            room: None,
         };
         let pool = Pool { spec, runner: workers.recipient() };
         let scheduler = SchedulerActor::new(of_scheduler, vec![pool], cas.clone());

@@ -86,8 +86,7 @@ async fn files_in_memory_count_as_memory() {
 /// EXE-31.
 #[tokio::test]
 async fn an_action_asks_for_what_it_needs_up_to_the_most() {
-    let limits =
-        [("EXECUTION__LIMITS__MEMORY_GB", "2 GB"), ("EXECUTION__LIMITS__MAX_MEMORY_GB", "4 GB")];
+    let limits = [("EXECUTION__LIMITS__MEMORY_GB", "2 GB"), ("EXECUTION__LIMITS__MAX_MEMORY_GB", "4 GB")];
     with_each(&limits, async |host| {
         let bomb = run(host, MEMORY_BOMB, &[("memory", "64Mi")]).await;
         ended_by(host, bomb, &["of the 67.1 MB allowed", "property \"memory\""]).await;
@@ -120,7 +119,10 @@ async fn a_fork_bomb_is_told_its_limit() {
         assert_ne!(response.result.as_ref().unwrap().exit_code, 0, "{response:?}");
         if has_groups(host) {
             let message = &response.message;
-            assert!(message.contains("all 40 processes") && message.contains("execution.sandbox.processes"), "{message}");
+            assert!(
+                message.contains("all 40 processes") && message.contains("execution.sandbox.processes"),
+                "{message}"
+            );
         }
         assert_eq!(host.says("echo fine").await, "fine");
     })

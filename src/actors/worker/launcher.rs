@@ -22,9 +22,7 @@ mod spawn;
 mod sys;
 mod usage;
 
-use super::{
-    cancel::CancelToken, clock::Moment, command::Launch, workspace::BuildRoot, written::Written,
-};
+use super::{cancel::CancelToken, clock::Moment, command::Launch, workspace::BuildRoot, written::Written};
 use crate::{
     cgroups::{Groups, SlotGroup},
     limits::{Exceeded, Limits},
@@ -224,7 +222,9 @@ impl RunnerLauncher {
         };
         let written = match launch.limits {
             Limits { disk: 0, files: 0, .. } => None,
-            _ => Some(Written::begin(launch.written()).map_err(|error| Error::io("measure the disk", &error))?),
+            _ => Some(
+                Written::begin(launch.written()).map_err(|error| Error::io("measure the disk", &error))?,
+            ),
         };
         let process = runner.child.id();
         let guard =
@@ -341,7 +341,10 @@ impl Runner {
         match (reply.map(|reply| reply.reply), stopped) {
             (Ok(Some(Reply::Ended(ended))), stopped) => ran(ended, stopped),
             // The kernel may have killed the first process of the cell too.
-            (Ok(Some(Reply::Failed(_))), Some(stopped @ (Ending::Exceeded(_) | Ending::MemoryShort { .. }))) => {
+            (
+                Ok(Some(Reply::Failed(_))),
+                Some(stopped @ (Ending::Exceeded(_) | Ending::MemoryShort { .. })),
+            ) => {
                 let (started_nanos, ended_nanos) = (started.0, Moment::now().0);
                 ran(Ended { started_nanos, ended_nanos, ..Ended::default() }, Some(stopped))
             }

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     actors::cas::{client::Provenance, results::check_size},
     disk::Space,
-    limits::Limits,
+    limits::{Exceeded, LimitedResource, Limits},
     log_streams::{
         LiveRun,
         run::{LogKind, RunLogs},
@@ -369,6 +369,9 @@ impl<'a> ActionRun<'a> {
         Account {
             message: self.ran.as_ref().map_or_else(String::new, |ran| run_log::message(ran, &facts)),
             log: text.and_then(|text| self.store_bytes(text.into_bytes()).ok()),
+            out_of_memory: self.ran.as_ref().is_some_and(|ran| {
+                matches!(ran.ending, Ending::Exceeded(Exceeded { resource: LimitedResource::Memory, .. }))
+            }),
         }
     }
 

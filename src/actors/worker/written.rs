@@ -6,7 +6,7 @@
 use super::dir::{self, FileId};
 use crate::{
     disk::Space,
-    limits::{Exceeded, Limits, LimitedResource},
+    limits::{Exceeded, LimitedResource, Limits},
 };
 use rustix::{
     fs::{self as rfs, FileType, Mode, OFlags, Stat},
@@ -53,10 +53,10 @@ impl Written {
         let now = measure(&self.root, limits, self.before);
         let bytes = now.bytes.saturating_sub(self.before.bytes);
         let nodes = now.nodes.saturating_sub(self.before.nodes);
-        let crossed = |resource, used, limit| {
-            (limit > 0 && used > limit).then_some(Exceeded { resource, used, limit })
-        };
-        crossed(LimitedResource::Disk, bytes, limits.disk).or_else(|| crossed(LimitedResource::Files, nodes, limits.files))
+        let crossed =
+            |resource, used, limit| (limit > 0 && used > limit).then_some(Exceeded { resource, used, limit });
+        crossed(LimitedResource::Disk, bytes, limits.disk)
+            .or_else(|| crossed(LimitedResource::Files, nodes, limits.files))
     }
 
     /// Whether so much space was used up since the start that this command may have crossed a limit. Costs a system call.

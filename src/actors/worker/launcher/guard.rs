@@ -8,7 +8,7 @@ use super::resident;
 use crate::{
     actors::worker::written::Written,
     cgroups::{OutOfMemory, SlotGroup},
-    limits::{Exceeded, Limits, LimitedResource},
+    limits::{Exceeded, LimitedResource, Limits},
 };
 use std::time::{Duration, Instant};
 

@@ -5,6 +5,7 @@
 //! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
 //! of the server only sees [`Settings`].
 
+mod limits;
 pub mod load;
 mod log_filter;
 mod pools;
@@ -19,6 +20,7 @@ pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machin
 
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
+use limits::LimitsConfig;
 use pools::PoolConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
@@ -226,6 +228,8 @@ pub struct ExecutionConfig {
     pub pools: BTreeMap<String, PoolConfig>,
     /// The sandbox of actions.
     pub sandbox: SandboxConfig,
+    /// What one action may use.
+    pub limits: LimitsConfig,
 }
 
 /// The `[log_streams]` section.
@@ -336,6 +340,7 @@ impl Default for ExecutionConfig {
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),
             pools: BTreeMap::new(),
             sandbox: SandboxConfig::default(),
+            limits: LimitsConfig::default(),
         }
     }
 }

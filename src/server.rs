@@ -18,8 +18,9 @@ use crate::{
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{WorkerActor, WorkerSettings},
+        worker::{PoolLimits, WorkerActor, WorkerSettings},
     },
+    cgroups::LimitReport,
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
     gate::Gate,
@@ -76,6 +77,8 @@ pub(crate) struct Ready {
     pub address: SocketAddr,
     /// Which protections of the sandbox work; `None` without a sandbox.
     pub sandbox: Option<Report>,
+    /// How the limits of actions are enforced; `None` for a cache only.
+    pub limits: Option<LimitReport>,
 }
 
 /// Runs a server until it is told to stop. `ready` is called once, as soon as requests are answered.
@@ -254,7 +257,8 @@ impl Server {
         let (http_close, mut http_serving) =
             serve_http(http, &settings, &cas, (&under_way, &connections), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
-        ready(Ready { address, sandbox });
+        let limits = place.as_ref().map(|place| place.limits.clone());
+        ready(Ready { address, sandbox, limits });
 
         let stop = select! {
             signal = signals.next() => Stop::Signal(signal.name()),
@@ -284,8 +288,12 @@ impl Server {
             }
             // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
             let left = exit.told().saturating_duration_since(Instant::now());
-            let removal =
-                place.map(|place| workers.spawn_blocking(move || place.build_root.wait_until_empty(left)));
+            let removal = place.map(|place| {
+                workers.spawn_blocking(move || {
+                    place.build_root.wait_until_empty(left);
+                    place.groups.remove();
+                })
+            });
             log_streams.close();
             // Clients that wait for a stream receive its end now. Idle connections are closed gracefully.
             let _ = close.send(());
@@ -410,6 +418,7 @@ fn start_scheduler(
             max_output_file_bytes: execution.max_output_file_bytes,
             runner: WorkerSettings::own_runner(place.open_files),
             sandbox: place.pool_sandbox(pool),
+            limits: PoolLimits { settings: pool.limits, groups: Some(place.groups.clone()) },
             log_streams: log_streams.clone(),
         });
         let spec = PoolSpec {
@@ -422,6 +431,8 @@ fn start_scheduler(
             worker: worker.name.clone(),
             slots: pool.slots,
             offers: pool.offers.clone(),
+            limits: pool.limits,
+            room: pool.room,
         };
         let store = store.clone();
         let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));

@@ -6,7 +6,7 @@ use gorego::{
     actors::{
         cas::client::Provenance,
         worker::{
-            WorkerActor, WorkerSettings,
+            PoolLimits, WorkerActor, WorkerSettings,
             cancel::CancelToken,
             launcher::PoolSandbox,
             messages::{
@@ -230,6 +230,7 @@ fn with_bench<T>(
             max_output_file_bytes,
             runner,
             sandbox,
+            limits: PoolLimits::default(),
             log_streams: log_streams(),
         });
         let handle: Arc<dyn BlobStore> = Arc::new(Handle(store.clone()));

@@ -21,6 +21,7 @@ use super::{
 use crate::{
     actors::cas::{client::Provenance, results::check_size},
     disk::Space,
+    limits::{Exceeded, LimitedResource, Limits},
     log_streams::{
         LiveRun,
         run::{LogKind, RunLogs},
@@ -180,6 +181,7 @@ impl<'a> ActionRun<'a> {
         self.enter(RunStage::Running, Point::RunStart, logs);
         let launch = Launch {
             kind,
+            limits: self.limits(),
             ..Launch::new(&action.command, workspace, layers, self.settings.max_output_file_bytes)
         };
         let watch = self.settings.build_root.disk().begin(self.control.cancel.clone());
@@ -271,6 +273,10 @@ impl<'a> ActionRun<'a> {
             self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
             return Err(error);
         }
+        if matches!(ending, Ending::Exceeded(_)) {
+            // What such a command has made is neither complete nor small.
+            return Ok(());
+        }
         let uploading =
             Checkpoint::new(&self.control.cancel, "storing the outputs", self.settings.transfer_timeout);
         outputs::collect(root, action, batch, &uploading, &mut self.result)?;
@@ -305,6 +311,11 @@ impl<'a> ActionRun<'a> {
                 ))));
             }
             Ending::Cancelled => return Ok(Some(cancelled())),
+            // It is the command's own fault, so this is its result. An error that says so would be retried by clients.
+            Ending::Exceeded(_) => SIGNAL_BASE + libc::SIGKILL,
+            Ending::MemoryShort { used, total } => {
+                return Ok(Some(Error::Unavailable(run_log::memory_short(used, total))));
+            }
             Ending::LogLost(kind, errno) => {
                 self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
                 return Err(log_lost(kind, errno));
@@ -366,6 +377,9 @@ impl<'a> ActionRun<'a> {
         Account {
             message: self.ran.as_ref().map_or_else(String::new, |ran| run_log::message(ran, &facts)),
             log: text.and_then(|text| self.store_bytes(text.into_bytes()).ok()),
+            out_of_memory: self.ran.as_ref().is_some_and(|ran| {
+                matches!(ran.ending, Ending::Exceeded(Exceeded { resource: LimitedResource::Memory, .. }))
+            }),
         }
     }
 
@@ -391,9 +405,14 @@ impl<'a> ActionRun<'a> {
             max_file_bytes: self.settings.max_output_file_bytes,
             stdout_bytes: size(&self.result.stdout_digest),
             stderr_bytes: size(&self.result.stderr_digest),
+            processes: self.limits().processes,
             is_noexec: self.result.exit_code == command::EXIT_NOT_EXECUTABLE
                 && self.settings.build_root.is_noexec(),
         }
+    }
+
+    fn limits(&self) -> Limits {
+        self.settings.limits.settings.of(&self.order.action.platform)
     }
 
     /// Records the result and makes it visible together with the outputs.

@@ -12,6 +12,7 @@ use crate::{
         messages::SlotId,
         workspace::{BuildRoot, Workspace},
     },
+    limits::Limits,
     sandbox::{
         identity::Users,
         kind::CellKind,
@@ -135,6 +136,7 @@ fn attempt(
         max_file_bytes: 1024,
         layers,
         kind,
+        limits: Limits::default(),
     };
     match launcher.try_run(&launch, ATTEMPT, &CancelToken::new()).map_err(in_words)?.ending {
         Ending::NotStarted(libc::ENOENT | libc::ENOTDIR) => Ok(()),

@@ -210,6 +210,10 @@ impl Server {
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
+        if let Some(place) = &place {
+            let build_root = place.build_root.clone();
+            cas.relieve_first(move || build_root.relieve_disk());
+        }
         let scheduler = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
             let bounds = scheduler_settings(settings.node, execution);
             start_scheduler(bounds, execution, place, &cas, log_streams.clone())

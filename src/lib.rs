@@ -17,6 +17,7 @@ pub mod gate;
 pub mod grpc;
 pub mod host;
 pub mod http;
+pub mod images;
 pub mod instance;
 pub mod log_streams;
 pub mod logging;

@@ -6,9 +6,13 @@
 
 use super::{
     ExecutionConfig,
+    sandbox::PoolSandboxConfig,
     settings::{Checker, MAX_CONCURRENCY, Machine},
 };
-use crate::platform::{self, Offer, Offers, UnknownProperties};
+use crate::{
+    platform::{self, Offer, Offers, UnknownProperties},
+    sandbox::settings::{SandboxMode, SandboxSettings},
+};
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
     de::{self, MapAccess, SeqAccess, Visitor},
@@ -17,7 +21,7 @@ use serde::{
 use std::fmt;
 
 /// The keys of a pool, for suggestions.
-pub(super) const KEYS: &[&str] = &["slots", "properties"];
+pub(super) const KEYS: &[&str] = &["slots", "properties", "sandbox"];
 
 /// Largest number of pools. A task is in the queue of each pool that can run it.
 const MAX_POOLS: usize = 64;
@@ -35,6 +39,13 @@ pub struct PoolConfig {
     /// The offered values, by property name.
     #[serde(default)]
     pub properties: Offers,
+    /// Keys of `[execution.sandbox]` with another value in this pool.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub sandbox: PoolSandboxConfig,
+}
+
+fn is_default(sandbox: &PoolSandboxConfig) -> bool {
+    *sandbox == PoolSandboxConfig::default()
 }
 
 impl Serialize for Offer {
@@ -143,10 +154,16 @@ pub struct PoolSettings {
     pub slots: usize,
     /// The offered values, by property name.
     pub offers: Offers,
+    /// The sandbox of its actions.
+    pub sandbox: SandboxSettings,
 }
 
-/// The configured pools, or else the default pool that `concurrency` and `platform` describe.
-pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSettings> {
+/// The configured pools, or else the default pool that `concurrency` and `platform` describe. `sandbox` is that of all pools.
+pub(super) fn pools(
+    check: &mut Checker<'_>,
+    machine: &Machine,
+    sandbox: &SandboxSettings,
+) -> Vec<PoolSettings> {
     let (config, default) = (&check.loaded.config.execution, ExecutionConfig::default());
     check.require(
         "execution.platform",
@@ -159,7 +176,8 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
             name: DEFAULT_POOL.into(),
             is_declared: false,
             slots: if config.concurrency == 0 { machine.cpus.max(1) } else { config.concurrency },
-            offers: config.platform.iter().map(exact).collect(),
+            offers: with_built_in(config.platform.iter().map(exact).collect(), sandbox),
+            sandbox: sandbox.clone(),
         }];
     }
     let own = "has no effect when pools are configured; each pool has its own";
@@ -180,6 +198,9 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
         if pool.properties.contains_key("") {
             problems.push(format!("\"{name}\" has a property without a name"));
         }
+        if let Err(problem) = pool.sandbox.apply(sandbox) {
+            problems.push(format!("sandbox of \"{name}\": {problem}"));
+        }
     }
     let slots = config.pools.values().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots));
     if slots > MAX_CONCURRENCY {
@@ -193,13 +214,28 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
         let origin = check.loaded.origin("execution.pools");
         check.problems.push(format!("execution.pools ({origin}): {problem}"));
     }
-    let pool = |(name, pool): (&String, &PoolConfig)| PoolSettings {
-        name: name.clone(),
-        is_declared: true,
-        slots: pool.slots,
-        offers: pool.properties.clone(),
+    let pool = |(name, pool): (&String, &PoolConfig)| {
+        // A problem was reported above.
+        let sandbox = pool.sandbox.apply(sandbox).unwrap_or_else(|_| sandbox.clone());
+        PoolSettings {
+            name: name.clone(),
+            is_declared: true,
+            slots: pool.slots,
+            offers: with_built_in(pool.properties.clone(), &sandbox),
+            sandbox,
+        }
     };
     let mut pools: Vec<_> = config.pools.iter().map(pool).collect();
     pools.sort_by_cached_key(|pool| platform::preference(&pool.name, &pool.offers));
     pools
+}
+
+/// Adds what every pool says of the properties that the server itself knows, unless it says something else.
+fn with_built_in(mut offers: Offers, sandbox: &SandboxSettings) -> Offers {
+    let has_sandbox = sandbox.mode != SandboxMode::Off;
+    // Without a sandbox, everything has the network of the host.
+    for (name, offer) in platform::built_in(has_sandbox, sandbox.offers_network || !has_sandbox) {
+        offers.entry(name.to_owned()).or_insert(offer);
+    }
+    offers
 }

@@ -4,7 +4,8 @@
 
 use super::{
     digest::ImageDigest,
-    manifest::{Document, Platform},
+    manifest::Document,
+    pull::this_machine,
     reference::Version,
     source::{ImageSource, read_bounded},
 };
@@ -82,7 +83,7 @@ impl ImageSource for LayoutDirectory {
             }
             ([], None) => Err(refuse("it has no image".into())),
             (_, None) => index
-                .choose(&Platform::this())
+                .choose(&this_machine())
                 .map(|blob| blob.digest.clone())
                 .map_err(|_| refuse(format!("it has several images; name one of these: {}", index.tags()))),
             (_, Some(tag)) => Err(refuse(format!("it has several images \"{tag}\"; name one by its digest"))),

@@ -2,7 +2,10 @@
 //! exit code of a program that cannot be started. This file is pure.
 
 use super::workspace::Workspace;
-use crate::{action::Command, sandbox::layers::Layers};
+use crate::{
+    action::Command,
+    sandbox::{kind::CellKind, layers::Layers},
+};
 use rustix::io::Errno;
 use std::path::PathBuf;
 
@@ -44,6 +47,8 @@ pub struct Launch {
     pub max_file_bytes: u64,
     /// What is mounted as the input root; `None` when it lies at `root` as it is.
     pub layers: Option<Layers>,
+    /// What kind of cell it needs. Without cells only the default is possible.
+    pub kind: CellKind,
 }
 
 impl Launch {
@@ -65,6 +70,7 @@ impl Launch {
             stderr: path.join("stderr"),
             max_file_bytes,
             layers,
+            kind: CellKind::default(),
         }
     }
 }

@@ -5,6 +5,7 @@
 //! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
 //! of the server only sees [`Settings`].
 
+mod images;
 pub mod load;
 mod log_filter;
 mod pools;
@@ -13,12 +14,14 @@ mod settings;
 pub mod show;
 mod source_text;
 
+pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, Sources, load};
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
 
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
+use images::ImagesConfig;
 use pools::PoolConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
@@ -226,6 +229,8 @@ pub struct ExecutionConfig {
     pub pools: BTreeMap<String, PoolConfig>,
     /// The sandbox of actions.
     pub sandbox: SandboxConfig,
+    /// Container images as root file systems of actions.
+    pub images: ImagesConfig,
 }
 
 /// The `[log_streams]` section.
@@ -336,6 +341,7 @@ impl Default for ExecutionConfig {
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),
             pools: BTreeMap::new(),
             sandbox: SandboxConfig::default(),
+            images: ImagesConfig::default(),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! reference, digest, manifest, index     names, documents and the choice of what goes (pure)
 //! layout, registry                       where images come from: a directory of this machine, the distribution API
-//! layer, root                            the archive of a layer; the tree to which layers are applied
+//! layer, root, user                      the archive of a layer; the tree to which layers are applied; the names of users in it
 //! pull, cache                            one pull; the unpacked images on disk and their leases
 //! ```
 //!
@@ -27,6 +27,7 @@ mod reference;
 mod registry;
 mod root;
 mod source;
+mod user;
 
 use crate::{
     actors::worker::image_store::{ImageStore, LeasedImage},
@@ -66,6 +67,7 @@ const WAIT_POLL: Duration = Duration::from_millis(50);
 const MAX_TAGS: usize = 10_000;
 
 const IMAGE_PULLED: &str = "image_pulled";
+const IMAGE_NOT_READY: &str = "image_not_ready";
 const IMAGE_FAILED: &str = "image_failed";
 
 /// The settings of images; [`crate::config::ImagesConfig`] documents each.
@@ -287,13 +289,35 @@ impl Images {
     }
 }
 
+impl Images {
+    /// Pulls images ahead of the actions that ask for them, one after the other, in the background. Failures are logged, and
+    /// tried again when an action asks.
+    pub fn prefetch(&self, names: Vec<String>) {
+        let images = self.clone();
+        let fetch = move || {
+            for name in &names {
+                let fetched = images.lease(name, &|| Ok(()));
+                if let Err(error @ (Error::Invalid(_) | Error::Precondition(_))) = fetched {
+                    Event::warn(LOG, IMAGE_NOT_READY)
+                        .with("image", &**name)
+                        .with_shown("error", &error)
+                        .log(format_args!("an image that a pool names cannot be used: {error}"));
+                }
+            }
+        };
+        // Without a thread, the first action of each image waits for its pull.
+        let _ = thread::Builder::new().name("gorego-prefetch".into()).spawn(fetch);
+    }
+}
+
 impl ImageStore for Images {
     fn lease(&self, name: &str, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage> {
         let reference = ImageReference::parse(name).map_err(Error::Invalid)?;
         let lease = self.obtain(&reference, check)?;
         Ok(LeasedImage {
             root: lease.root(),
-            environment: lease.config().environment.clone(),
+            environment: lease.terms().environment.clone(),
+            user: lease.terms().user,
             lease: Box::new(lease),
         })
     }

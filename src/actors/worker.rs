@@ -33,6 +33,7 @@ use crate::{
 };
 use actix::{Actor, MessageResult, SyncContext};
 use gorego_reapi::error::{Error, Result};
+use image_store::ImageStore;
 use launcher::{Launcher, PoolSandbox, RunnerLauncher};
 use messages::{RunAction, RunFailure};
 use run::ActionRun;
@@ -67,6 +68,8 @@ pub struct WorkerSettings {
     pub max_output_file_bytes: u64,
     /// Program and arguments of a runner process.
     pub runner: Vec<OsString>,
+    /// Container images as root file systems; `None` if actions cannot name any.
+    pub images: Option<Arc<dyn ImageStore>>,
     /// The sandbox in which commands run; `None` for none.
     pub sandbox: Option<PoolSandbox>,
     /// The log streams in which the output of running commands can be followed.

@@ -17,12 +17,12 @@ use super::{
     LOG,
     digest::ImageDigest,
     index::{CopyId, ImageIndex, Room},
-    manifest::ImageConfig,
 };
 use crate::{
     actors::worker::{dir, workspace},
     logging::Event,
     regular_file,
+    sandbox::kind::InnerUser,
 };
 use gorego_reapi::error::{Error, Result};
 use rustix::{
@@ -78,7 +78,16 @@ struct StoredImage {
     name: OsString,
     /// Of its root directory.
     id: dir::FileId,
-    config: ImageConfig,
+    terms: RunTerms,
+}
+
+/// What a command finds in an image besides its files.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct RunTerms {
+    /// Variables, where it does not set them itself.
+    pub environment: Vec<(String, String)>,
+    /// Who it is; nobody special if this is missing.
+    pub user: Option<InnerUser>,
 }
 
 /// An image that stays for as long as this is held.
@@ -96,6 +105,7 @@ struct Description {
     boot: String,
     bytes: u64,
     environment: Vec<(String, String)>,
+    user: Option<(u32, u32)>,
 }
 
 impl ImageCache {
@@ -157,13 +167,13 @@ impl ImageCache {
         let file = dir::open_file(&inside, OsStr::new(DESCRIPTION)).ok()?;
         let metadata = file.metadata().ok().filter(fs::Metadata::is_file)?;
         let bytes = regular_file::read_open(&file, MAX_DESCRIPTION_BYTES).ok()?;
-        let Description { boot, bytes, environment } = serde_json::from_slice(&bytes).ok()?;
+        let Description { boot, bytes, environment, user } = serde_json::from_slice(&bytes).ok()?;
         let root = dir::stat_at(&inside, OsStr::new(ROOT)).ok()?;
         let is_whole = dir::file_type(&root) == rfs::FileType::Directory && Some(boot) == self.boot;
         let image = StoredImage {
             name: name.to_owned(),
             id: dir::file_id(&root),
-            config: ImageConfig { environment },
+            terms: RunTerms { environment, user: user.map(|(user, group)| InnerUser { user, group }) },
         };
         is_whole.then_some((image, bytes, (metadata.mtime(), metadata.mtime_nsec())))
     }
@@ -340,7 +350,7 @@ impl UnpackedImage {
     ///
     /// # Errors
     /// Those of the file system.
-    pub(super) fn finish(mut self, config: ImageConfig) -> Result<ImageLease> {
+    pub(super) fn finish(mut self, terms: RunTerms) -> Result<ImageLease> {
         let cache = self.cache.clone();
         let bytes = cache.index().taken(&self.digest);
         let keep = || -> io::Result<(OsString, dir::FileId)> {
@@ -348,7 +358,8 @@ impl UnpackedImage {
             let description = Description {
                 boot: cache.boot.clone().unwrap_or_default(),
                 bytes,
-                environment: config.environment.clone(),
+                environment: terms.environment.clone(),
+                user: terms.user.map(|user| (user.user, user.group)),
             };
             let text = serde_json::to_vec(&description).map_err(io::Error::other)?;
             let inside = dir::open_dir(&self.place, &self.name)?;
@@ -363,7 +374,7 @@ impl UnpackedImage {
         };
         let (name, id) = keep().map_err(|error| Error::io("complete an image", &error))?;
         self.name.clone_from(&name);
-        let image = Arc::new(StoredImage { name, id, config });
+        let image = Arc::new(StoredImage { name, id, terms });
         let copy = cache.index().finish(&self.digest, image.clone());
         let copy = copy.ok_or_else(|| Error::internal("an image was completed twice"))?;
         // It is not to be removed.
@@ -389,9 +400,9 @@ impl ImageLease {
         self.cache.path.join(&self.image.name).join(ROOT)
     }
 
-    /// What the image asks for.
-    pub(super) fn config(&self) -> &ImageConfig {
-        &self.image.config
+    /// What a command finds besides the files.
+    pub(super) fn terms(&self) -> &RunTerms {
+        &self.image.terms
     }
 }
 

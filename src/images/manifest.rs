@@ -82,6 +82,8 @@ pub(super) struct Manifest {
 pub(super) struct ImageConfig {
     /// Variables, where a command does not set them itself.
     pub environment: Vec<(String, String)>,
+    /// Who a command is, by name or number; empty for nobody special.
+    pub user: String,
 }
 
 impl Platform {
@@ -187,7 +189,8 @@ impl ImageConfig {
         if !machine.runs(&wire.platform) {
             return Err(format!("it is for {}, not for {}", wire.platform.name(), machine.name()));
         }
-        let variables = wire.config.and_then(|config| config.variables).unwrap_or_default();
+        let asked = wire.config.unwrap_or_default();
+        let variables = asked.variables.unwrap_or_default();
         let bytes: usize = variables.iter().map(String::len).sum();
         if variables.len() > MAX_VARIABLES || bytes > MAX_VARIABLE_BYTES {
             return Err("its environment is too large".into());
@@ -197,7 +200,7 @@ impl ImageConfig {
             let is_usable = !name.is_empty() && !variable.contains('\0');
             is_usable.then(|| (name.to_owned(), value.to_owned()))
         });
-        Ok(Self { environment: environment.collect() })
+        Ok(Self { environment: environment.collect(), user: asked.user.unwrap_or_default() })
     }
 }
 
@@ -206,7 +209,7 @@ fn check_layer(media_type: &str) -> Result<(), String> {
         let rest = media_type.strip_prefix(known);
         rest.is_some_and(|rest| matches!(rest, "" | "+gzip" | "+zstd" | ".gzip" | ".zstd"))
     };
-    match LAYERS.iter().any(|known| is_known(known)) {
+    match LAYERS.iter().any(is_known) {
         true => Ok(()),
         false => {
             let shown: String = media_type.escape_debug().take(100).collect();
@@ -251,8 +254,10 @@ struct WireConfig {
     config: Option<WireRunConfig>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct WireRunConfig {
+    #[serde(rename = "User")]
+    user: Option<String>,
     #[serde(rename = "Env")]
     variables: Option<Vec<String>>,
 }
@@ -347,6 +352,7 @@ mod tests {
         });
         let decoded = ImageConfig::decode(config.to_string().as_bytes(), &machine()).unwrap();
         let expected = [("PATH", "/usr/bin"), ("EMPTY", ""), ("A", "b=c")];
+        assert_eq!(decoded.user, "0");
         assert_eq!(decoded.environment, expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
         let arm = Platform { architecture: "arm64".into(), ..machine() };
         let problem = ImageConfig::decode(config.to_string().as_bytes(), &arm).unwrap_err();

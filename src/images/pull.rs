@@ -1,12 +1,13 @@
 //! One pull: from a source to an unpacked image, step by step. Blocks.
 
 use super::{
-    cache::{ImageLease, UnpackedImage},
+    cache::{ImageLease, RunTerms, UnpackedImage},
     digest::ImageDigest,
     layer,
     manifest::{Document, ImageConfig, Manifest, Platform},
     root::RootTree,
     source::{CheckedBlob, ImageSource, read_bounded, read_document},
+    user,
 };
 use gorego_reapi::error::{Error, Result};
 use std::time::{Duration, Instant};
@@ -77,7 +78,8 @@ pub(super) fn pull(
         blob.check(applied)?;
     }
     drop(tree);
-    unpacked.finish(config)
+    let user = user::find(&config.user, unpacked.root()?).map_err(Error::Precondition)?;
+    unpacked.finish(RunTerms { environment: config.environment, user })
 }
 
 /// What images have to be for.

@@ -88,7 +88,10 @@ fn an_image_of_several_layers_is_unpacked_once_and_says_its_environment() {
         zstd(&layer_of("usr/bin/tool", "new").finish()),
         layer_of("usr/.wh.gone", "").finish(),
     ];
-    let image = blobs.image(layers, json!({ "Env": ["PATH=/usr/bin", "LANG=C"], "Entrypoint": ["/never"] }));
+    let image = blobs.image(
+        layers,
+        json!({ "Env": ["PATH=/usr/bin", "LANG=C"], "User": "7:8", "Entrypoint": ["/never"] }),
+    );
     blobs.write_layout(&site.path("layouts/tools"), &[blobs.entry(&image, tagged("v1"))]);
     let images = site.open(LARGE);
     let by_tag = images.lease(&format!("{}:v1", site.name("layouts/tools")), &never).unwrap();
@@ -96,6 +99,7 @@ fn an_image_of_several_layers_is_unpacked_once_and_says_its_environment() {
     assert!(!by_tag.root.join("usr/gone").exists());
     let environment = [("PATH", "/usr/bin"), ("LANG", "C")].map(|(name, value)| (name.into(), value.into()));
     assert_eq!(by_tag.environment, environment);
+    assert_eq!(by_tag.user.map(|user| (user.user, user.group)), Some((7, 8)));
     // Now nothing of the layout is needed any more but its index.
     fs::remove_dir_all(site.path("layouts/tools/blobs")).unwrap();
     for name in [site.name("layouts/tools"), format!("{}@{image}", site.name("layouts/tools"))] {

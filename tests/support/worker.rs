@@ -229,6 +229,7 @@ fn with_bench<T>(
             transfer_timeout: Duration::from_secs(60),
             max_output_file_bytes,
             runner,
+            images: None,
             sandbox,
             log_streams: log_streams(),
         });

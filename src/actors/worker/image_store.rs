@@ -1,10 +1,8 @@
 //! [`ImageStore`]: the part of container images that a worker needs, as a trait.
 
+use crate::{action::Command, sandbox::kind::InnerUser};
 use gorego_reapi::error::Result;
 use std::{any::Any, fmt, path::PathBuf};
-
-/// The platform property by which an action asks for an image.
-pub const PROPERTY: &str = "container-image";
 
 /// Where the root file systems of images come from. Every method blocks.
 pub trait ImageStore: Send + Sync + fmt::Debug {
@@ -27,6 +25,18 @@ pub struct LeasedImage {
     pub root: PathBuf,
     /// Variables, where a command does not set them itself.
     pub environment: Vec<(String, String)>,
+    /// Who a command is, as it sees itself; nobody special if this is missing.
+    pub user: Option<InnerUser>,
     /// What keeps it.
     pub lease: Box<dyn Any + Send + Sync>,
+}
+
+impl LeasedImage {
+    /// The command as it runs in this image: with the variables that it does not set itself.
+    pub(super) fn complete(&self, command: &Command) -> Command {
+        let is_set = |name: &String| command.environment.iter().any(|(own, _)| own == name);
+        let more = self.environment.iter().filter(|(name, _)| !is_set(name));
+        let environment = command.environment.iter().chain(more).cloned().collect();
+        Command { environment, ..command.clone() }
+    }
 }

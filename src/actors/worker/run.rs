@@ -8,8 +8,9 @@ use super::{
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
     exec_root::ExecRoot,
+    image_store::LeasedImage,
     inputs::{self, MountPoints},
-    launcher::{Ending, Launcher, Ran, is_full},
+    launcher::{Ending, Launcher, PoolSandbox, Ran, is_full},
     messages::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
     },
@@ -19,6 +20,7 @@ use super::{
     workspace::Workspace,
 };
 use crate::{
+    action::Command,
     actors::cas::{client::Provenance, results::check_size},
     disk::Space,
     log_streams::{
@@ -26,7 +28,8 @@ use crate::{
         run::{LogKind, RunLogs},
     },
     logging::{Event, Field},
-    sandbox::kind::CellKind,
+    platform,
+    sandbox::kind::{CellKind, RootFs},
 };
 use gorego_reapi::{
     digest::Digest,
@@ -38,6 +41,7 @@ use rustix::{
     process::geteuid,
 };
 use std::{
+    borrow::Cow,
     fs::File,
     io::{Read as _, Write as _},
     path::Path,
@@ -136,9 +140,15 @@ impl<'a> ActionRun<'a> {
         // The scheduler knows this without a message.
         self.note(Point::FetchStart);
         self.wait_for_room(&fetching)?;
-        let kind = self.settings.kind(action)?;
+        let mut kind = self.settings.kind(action)?;
+        // Held to the end, so that the image is not removed while the action runs.
+        let image = self.lease_image(&mut kind, &fetching)?;
+        let command = match &image {
+            Some(image) => Cow::Owned(image.complete(&action.command)),
+            None => Cow::Borrowed(&action.command),
+        };
         let workspace = self.settings.build_root.create(self.order.slot, &action.digest)?;
-        let outcome = self.steps_in(&workspace, kind, &fetching, batch);
+        let outcome = self.steps_in(&workspace, kind, &command, &fetching, batch);
         if let Err(Error::DiskFull(_)) = outcome {
             // Free the space before a retry.
             workspace.remove_now();
@@ -150,6 +160,7 @@ impl<'a> ActionRun<'a> {
         &mut self,
         workspace: &Workspace,
         kind: CellKind,
+        command: &Command,
         fetching: &Checkpoint,
         batch: &mut dyn Outputs,
     ) -> Result<()> {
@@ -178,10 +189,8 @@ impl<'a> ActionRun<'a> {
         let live = self.settings.log_streams.begin_run(&action.instance, workspace.path());
         let logs = live.as_ref().map(LiveRun::logs);
         self.enter(RunStage::Running, Point::RunStart, logs);
-        let launch = Launch {
-            kind,
-            ..Launch::new(&action.command, workspace, layers, self.settings.max_output_file_bytes)
-        };
+        let launch =
+            Launch { kind, ..Launch::new(command, workspace, layers, self.settings.max_output_file_bytes) };
         let watch = self.settings.build_root.disk().begin(self.control.cancel.clone());
         let ran = self.launcher.run(&launch, action.timeout, &self.control.cancel);
         if let Some(space) = watch.end() {
@@ -205,6 +214,27 @@ impl<'a> ActionRun<'a> {
         // Without this check, outputs that somebody removed would look like outputs that were never made.
         workspace.check_in_place()?;
         stored
+    }
+
+    /// The image that the action asks for, whose files then replace the host's. Pulling it counts as fetching inputs.
+    fn lease_image(&self, kind: &mut CellKind, fetching: &Checkpoint) -> Result<Option<LeasedImage>> {
+        let Some(images) = &self.settings.images else { return Ok(None) };
+        let asked = &self.order.action.platform;
+        let Some(name) = platform::wanted_image(asked).map_err(Error::Invalid)? else { return Ok(None) };
+        if platform::wants_input_root_as_root(asked) {
+            return Err(Error::invalid(
+                "the action asks for an image and for its input root as its root file system",
+            ));
+        }
+        if !self.settings.sandbox.as_ref().is_some_and(PoolSandbox::has_namespaces) {
+            return Err(Error::Precondition(
+                "the action asks for an image, which takes the namespaces of the sandbox; they are off in this pool".into(),
+            ));
+        }
+        let image = images.lease(name, &|| fetching.check())?;
+        kind.root = Some(RootFs::directory(&image.root));
+        kind.user = kind.user.or(image.user);
+        Ok(Some(image))
     }
 
     /// While the disk is full, waits in the slot for a while, instead of letting one action after the other fail.
@@ -232,6 +262,9 @@ impl<'a> ActionRun<'a> {
 
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
         self.settings.build_root.relieve_disk();
+        if let Some(images) = &self.settings.images {
+            images.relieve_disk();
+        }
         self.store.relieve_disk(is_cancelled);
     }
 

@@ -6,6 +6,7 @@
 //! of the server only sees [`Settings`].
 
 mod limits;
+mod images;
 pub mod load;
 mod log_filter;
 mod pools;
@@ -14,6 +15,7 @@ mod settings;
 pub mod show;
 mod source_text;
 
+pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, Sources, load};
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
@@ -21,6 +23,7 @@ pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machin
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
 use limits::LimitsConfig;
+use images::ImagesConfig;
 use pools::PoolConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
@@ -230,6 +233,8 @@ pub struct ExecutionConfig {
     pub sandbox: SandboxConfig,
     /// What one action may use.
     pub limits: LimitsConfig,
+    /// Container images as root file systems of actions.
+    pub images: ImagesConfig,
 }
 
 /// The `[log_streams]` section.
@@ -341,6 +346,7 @@ impl Default for ExecutionConfig {
             pools: BTreeMap::new(),
             sandbox: SandboxConfig::default(),
             limits: LimitsConfig::default(),
+            images: ImagesConfig::default(),
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::{
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{PoolLimits, WorkerActor, WorkerSettings},
+        worker::{PoolLimits, WorkerActor, WorkerSettings, image_store::ImageStore},
     },
     cgroups::LimitReport,
     config::{ExecutionSettings, PoolSettings, Settings},
@@ -30,6 +30,7 @@ use crate::{
     logging::{self, Event},
     memory,
     node::NodeName,
+    platform,
     sandbox::probe::Report,
     signals::StopSignals,
     under_way::UnderWay,
@@ -94,7 +95,7 @@ pub(crate) fn run(settings: Settings, ready: impl FnOnce(Ready) + Send + 'static
     // Both block, so they precede anything asynchronous. Each locks its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
     let place = match &settings.execution {
-        Some(execution) => Some(Place::open(execution, open_files)?),
+        Some(execution) => Some(Place::open(execution, runtime.handle(), open_files)?),
         None => None,
     };
     let runtime: Arc<Runtime> = Arc::new(runtime);
@@ -413,6 +414,10 @@ fn start_scheduler(
     log_streams: LogStreams,
 ) -> Addr<SchedulerActor> {
     let store = Arc::new(cas.clone());
+    if let Some(images) = &place.images {
+        let named = platform::named_images(execution.pools.iter().map(|pool| &pool.offers));
+        images.prefetch(named.into_iter().map(str::to_owned).collect());
+    }
     let pools = execution.pools.iter().map(|pool| {
         let worker = Arc::new(WorkerSettings {
             name: worker_name(pool),
@@ -421,6 +426,7 @@ fn start_scheduler(
             transfer_timeout: execution.transfer_timeout,
             max_output_file_bytes: execution.max_output_file_bytes,
             runner: WorkerSettings::own_runner(place.open_files),
+            images: place.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageStore>),
             sandbox: place.pool_sandbox(pool),
             limits: PoolLimits { settings: pool.limits, groups: Some(place.groups.clone()) },
             log_streams: log_streams.clone(),

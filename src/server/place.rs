@@ -12,12 +12,14 @@ use crate::{
         workspace::BuildRoot,
     },
     cgroups::{Groups, LimitReport},
-    config::{ExecutionSettings, PoolSettings},
+    config::{ExecutionSettings, ImagesSettings, PoolSettings, Tags},
+    images::{ImageSettings, Images, TagPolicy},
     logging::Event,
     sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
 };
 use gorego_reapi::error::{Error, Result};
 use std::ffi::OsString;
+use tokio::runtime::Handle;
 
 const INPUTS_COPIED: &str = "inputs_copied";
 
@@ -28,6 +30,7 @@ const SECOND_LINE: u64 = 64;
 pub(super) struct Place {
     pub(super) build_root: BuildRoot,
     pub(super) sandbox: Option<(PoolSandbox, Report)>,
+    pub(super) images: Option<Images>,
     /// The limit of open files for commands.
     pub(super) open_files: Option<u64>,
     pub(super) groups: Groups,
@@ -37,9 +40,19 @@ pub(super) struct Place {
 
 impl Place {
     /// Opens the build root, and finds out which protections of the sandbox work in it.
-    pub(super) fn open(execution: &ExecutionSettings, open_files: Option<u64>) -> Result<Self> {
+    pub(super) fn open(
+        execution: &ExecutionSettings,
+        runtime: &Handle,
+        open_files: Option<u64>,
+    ) -> Result<Self> {
         let limits = StagingLimits { max_bytes: execution.max_staged_bytes, ..StagingLimits::default() };
         let build_root = BuildRoot::with_trees(&execution.build_root, limits)?;
+        let images = match &execution.images {
+            Some(settings) => {
+                Some(Images::open(image_settings(settings.clone()), build_root.path(), runtime.clone())?)
+            }
+            None => None,
+        };
         let mut settings = execution.sandbox.clone();
         let has_mode = |mode| execution.pools.iter().any(|pool| pool.sandbox.mode == mode);
         let is_sandboxed = has_mode(SandboxMode::Auto) || has_mode(SandboxMode::Required);
@@ -49,7 +62,7 @@ impl Place {
             refuse_missing(&limits)?;
         }
         if !is_sandboxed {
-            return Ok(Self { build_root, sandbox: None, open_files, groups, limits });
+            return Ok(Self { build_root, sandbox: None, images, open_files, groups, limits });
         }
         // Pools can have others.
         settings.root = None;
@@ -92,7 +105,7 @@ impl Place {
                 }
             };
         }
-        let place = Self { build_root, sandbox: Some((sandbox, report)), open_files, groups, limits };
+        let place = Self { build_root, sandbox: Some((sandbox, report)), images, open_files, groups, limits };
         execution.pools.iter().try_for_each(|pool| place.try_root_of(pool, &runner))?;
         Ok(place)
     }
@@ -144,6 +157,21 @@ fn refuse_missing(limits: &LimitReport) -> Result<()> {
         Some(missing) => Err(Error::Precondition(format!(
             "execution.limits.required is true, and the limits cannot be enforced: {missing}"
         ))),
+    }
+}
+
+fn image_settings(settings: ImagesSettings) -> ImageSettings {
+    ImageSettings {
+        registries: settings.registries,
+        tags: match settings.tags {
+            Tags::Refuse => TagPolicy::Refuse,
+            Tags::EachAction => TagPolicy::EachAction,
+            Tags::Once => TagPolicy::Once,
+        },
+        credentials: settings.credentials,
+        layouts: settings.layouts,
+        max_bytes: settings.max_bytes,
+        timeout: settings.timeout,
     }
 }
 

@@ -261,6 +261,7 @@ fn with_bench<T>(
             transfer_timeout: Duration::from_secs(60),
             max_output_file_bytes,
             runner,
+            images: None,
             sandbox,
             limits: PoolLimits::default(),
             log_streams: log_streams(),

@@ -8,8 +8,9 @@ use super::{
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
     exec_root::ExecRoot,
+    image_store::LeasedImage,
     inputs::{self, MountPoints},
-    launcher::{Ending, Launcher, Ran, is_full},
+    launcher::{Ending, Launcher, PoolSandbox, Ran, is_full},
     messages::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
     },
@@ -19,6 +20,7 @@ use super::{
     workspace::Workspace,
 };
 use crate::{
+    action::Command,
     actors::cas::{client::Provenance, results::check_size},
     disk::Space,
     limits::{Exceeded, LimitedResource, Limits},
@@ -27,7 +29,11 @@ use crate::{
         run::{LogKind, RunLogs},
     },
     logging::{Event, Field},
-    sandbox::{kind::CellKind, layers::MOUNT_STEP},
+    platform,
+    sandbox::{
+        kind::{CellKind, RootFs},
+        layers::MOUNT_STEP,
+    },
 };
 use gorego_reapi::{
     digest::Digest,
@@ -40,6 +46,7 @@ use rustix::{
     process::geteuid,
 };
 use std::{
+    borrow::Cow,
     fs::File,
     io::{Read as _, Write as _},
     path::Path,
@@ -138,13 +145,19 @@ impl<'a> ActionRun<'a> {
         // The scheduler knows this without a message.
         self.note(Point::FetchStart);
         self.wait_for_room(&fetching)?;
-        let kind = self.settings.kind(action)?;
+        let mut kind = self.settings.kind(action)?;
+        // Held to the end, so that the image is not removed while the action runs.
+        let image = self.lease_image(&mut kind, &fetching)?;
+        let command = match &image {
+            Some(image) => Cow::Owned(image.complete(&action.command)),
+            None => Cow::Borrowed(&action.command),
+        };
         let (build_root, slot) = (&self.settings.build_root, self.order.slot);
         let workspace = match &self.settings.sandbox {
             Some(sandbox) if sandbox.protections.namespaces => build_root.create_unseen(slot)?,
             _ => build_root.create(slot, &action.digest)?,
         };
-        let outcome = self.steps_in(&workspace, kind, &fetching, batch);
+        let outcome = self.steps_in(&workspace, kind, &command, &fetching, batch);
         if let Err(Error::DiskFull(_)) = outcome {
             // Free the space before a retry.
             workspace.remove_now();
@@ -156,6 +169,7 @@ impl<'a> ActionRun<'a> {
         &mut self,
         workspace: &Workspace,
         kind: CellKind,
+        command: &Command,
         fetching: &Checkpoint,
         batch: &mut dyn Outputs,
     ) -> Result<()> {
@@ -179,7 +193,7 @@ impl<'a> ActionRun<'a> {
         let launch = Launch {
             kind,
             limits: self.limits(),
-            ..Launch::new(&action.command, workspace, layers, self.settings.max_output_file_bytes)
+            ..Launch::new(command, workspace, layers, self.settings.max_output_file_bytes)
         };
         let watch = self.settings.build_root.disk().begin(self.control.cancel.clone());
         let ran = self.launcher.run(&launch, action.timeout, &self.control.cancel);
@@ -208,6 +222,27 @@ impl<'a> ActionRun<'a> {
         workspace.check_in_place()?;
         base.as_ref().map_or(Ok(()), TreeLease::check_in_place)?;
         stored
+    }
+
+    /// The image that the action asks for, whose files then replace the host's. Pulling it counts as fetching inputs.
+    fn lease_image(&self, kind: &mut CellKind, fetching: &Checkpoint) -> Result<Option<LeasedImage>> {
+        let Some(images) = &self.settings.images else { return Ok(None) };
+        let asked = &self.order.action.platform;
+        let Some(name) = platform::wanted_image(asked).map_err(Error::Invalid)? else { return Ok(None) };
+        if platform::wants_input_root_as_root(asked) {
+            return Err(Error::invalid(
+                "the action asks for an image and for its input root as its root file system",
+            ));
+        }
+        if !self.settings.sandbox.as_ref().is_some_and(PoolSandbox::has_namespaces) {
+            return Err(Error::Precondition(
+                "the action asks for an image, which takes the namespaces of the sandbox; they are off in this pool".into(),
+            ));
+        }
+        let image = images.lease(name, &|| fetching.check())?;
+        kind.root = Some(RootFs::directory(&image.root));
+        kind.user = kind.user.or(image.user);
+        Ok(Some(image))
     }
 
     /// Brings the inputs into place: as a layer over a staged tree, which is returned, or as copies.
@@ -268,6 +303,9 @@ impl<'a> ActionRun<'a> {
 
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
         self.settings.build_root.relieve_disk();
+        if let Some(images) = &self.settings.images {
+            images.relieve_disk();
+        }
         self.store.relieve_disk(is_cancelled);
     }
 

@@ -44,6 +44,8 @@ pub struct Launch {
     pub max_file_bytes: u64,
     /// What is mounted as the input root; `None` when it lies at `root` as it is.
     pub layers: Option<Layers>,
+    /// Absolute path of a terminal that the command gets in place of `/dev/null` and the logs.
+    pub terminal: Option<PathBuf>,
 }
 
 impl Launch {
@@ -65,6 +67,7 @@ impl Launch {
             stderr: path.join("stderr"),
             max_file_bytes,
             layers,
+            terminal: None,
         }
     }
 }

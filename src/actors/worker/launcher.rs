@@ -387,6 +387,7 @@ impl From<&Launch> for Run {
             stderr: path(&launch.stderr),
             max_file_bytes: launch.max_file_bytes,
             layers: launch.layers.clone(),
+            terminal: launch.terminal.as_deref().map(path),
         }
     }
 }

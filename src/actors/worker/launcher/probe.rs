@@ -113,6 +113,7 @@ fn attempt(
         stderr: workspace.path().join("stderr"),
         max_file_bytes: 1024,
         layers,
+        terminal: None,
     };
     match launcher.try_run(&launch, ATTEMPT, &CancelToken::new()).map_err(in_words)?.ending {
         Ending::NotStarted(libc::ENOENT | libc::ENOTDIR) => Ok(()),

@@ -68,6 +68,9 @@ pub struct Run {
     /// The layers of the input root, which is at `root` as it is without them.
     #[prost(message, optional, tag = "9")]
     pub layers: Option<Layers>,
+    /// A terminal that the command gets in place of `/dev/null` and the logs.
+    #[prost(bytes = "vec", optional, tag = "10")]
+    pub terminal: Option<Vec<u8>>,
 }
 
 /// The answer to a [`Run`].

@@ -20,16 +20,16 @@ use gorego_reapi::error::{Error, Result};
 const INPUTS_COPIED: &str = "inputs_copied";
 
 /// Where actions run, made before anything asynchronous.
-pub(super) struct Place {
-    pub(super) build_root: BuildRoot,
-    pub(super) sandbox: Option<(PoolSandbox, Report)>,
+pub(crate) struct Place {
+    pub(crate) build_root: BuildRoot,
+    pub(crate) sandbox: Option<(PoolSandbox, Report)>,
     /// The limit of open files for commands.
-    pub(super) open_files: Option<u64>,
+    pub(crate) open_files: Option<u64>,
 }
 
 impl Place {
     /// Opens the build root, and finds out which protections of the sandbox work in it.
-    pub(super) fn open(execution: &ExecutionSettings, open_files: Option<u64>) -> Result<Self> {
+    pub(crate) fn open(execution: &ExecutionSettings, open_files: Option<u64>) -> Result<Self> {
         let limits = StagingLimits { max_bytes: execution.max_staged_bytes, ..StagingLimits::default() };
         let build_root = BuildRoot::with_trees(&execution.build_root, limits)?;
         let mut settings = execution.sandbox.clone();
@@ -78,7 +78,7 @@ impl Place {
     }
 
     /// The sandbox, if anything of it works.
-    pub(super) fn pool_sandbox(&self) -> Option<PoolSandbox> {
+    pub(crate) fn pool_sandbox(&self) -> Option<PoolSandbox> {
         let (sandbox, report) = self.sandbox.as_ref()?;
         (!report.is_empty()).then(|| sandbox.clone())
     }

@@ -5,7 +5,7 @@
 //! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
 //! dies, the process exits, because a partial server is worse than none.
 
-mod place;
+pub(crate) mod place;
 
 use crate::{
     action::TimeoutPolicy,

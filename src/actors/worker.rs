@@ -4,6 +4,7 @@
 //! never queues: the scheduler sends a [`RunAction`] only to a free slot. The reply is the complete outcome of the run. A panic
 //! is caught and becomes a reply too, because a panicking handler would end the thread for good and shrink the pool by one.
 
+pub(crate) mod alone;
 pub mod cancel;
 mod checkpoint;
 pub(crate) mod clock;

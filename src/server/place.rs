@@ -27,20 +27,20 @@ const INPUTS_COPIED: &str = "inputs_copied";
 const SECOND_LINE: u64 = 64;
 
 /// Where actions run, made before anything asynchronous.
-pub(super) struct Place {
-    pub(super) build_root: BuildRoot,
-    pub(super) sandbox: Option<(PoolSandbox, Report)>,
-    pub(super) images: Option<Images>,
+pub(crate) struct Place {
+    pub(crate) build_root: BuildRoot,
+    pub(crate) sandbox: Option<(PoolSandbox, Report)>,
+    pub(crate) images: Option<Images>,
     /// The limit of open files for commands.
-    pub(super) open_files: Option<u64>,
-    pub(super) groups: Groups,
+    pub(crate) open_files: Option<u64>,
+    pub(crate) groups: Groups,
     /// How the limits of actions are enforced.
-    pub(super) limits: LimitReport,
+    pub(crate) limits: LimitReport,
 }
 
 impl Place {
     /// Opens the build root, and finds out which protections of the sandbox work in it.
-    pub(super) fn open(
+    pub(crate) fn open(
         execution: &ExecutionSettings,
         runtime: &Handle,
         open_files: Option<u64>,
@@ -111,7 +111,7 @@ impl Place {
     }
 
     /// The sandbox of a pool, if it has one and anything of it works.
-    pub(super) fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
+    pub(crate) fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
         let (sandbox, report) = self.sandbox.as_ref()?;
         if report.is_empty() || pool.sandbox.mode == SandboxMode::Off {
             return None;

@@ -516,6 +516,7 @@ impl From<&Launch> for Run {
             max_file_bytes: launch.max_file_bytes,
             layers: launch.layers.clone(),
             kind: Some(launch.kind.clone()),
+            terminal: launch.terminal.as_deref().map(path),
         }
     }
 }

@@ -139,6 +139,7 @@ fn attempt(
         layers,
         kind,
         limits: Limits::default(),
+        terminal: None,
     };
     match launcher.try_run(&launch, ATTEMPT, &CancelToken::new()).map_err(in_words)?.ending {
         Ending::NotStarted(libc::ENOENT | libc::ENOTDIR) => Ok(()),

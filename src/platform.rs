@@ -30,6 +30,36 @@ pub enum Offer {
     Ignore,
 }
 
+/// The property of an action that needs a network, and other names that clients have for it.
+const NETWORK: &str = "network";
+const NETWORK_ALIASES: &[&str] = &["dockerNetwork", "sandboxNetwork"];
+/// Values that ask for a network. Clients that know kinds of networks name the one of their container runtime.
+const ON: &[&str] = &["on", "true", "1", "standard", "bridge", "host"];
+/// Values that ask for none.
+const OFF: &[&str] = &["off", "false", "0", "none", ""];
+/// The property of an action whose input root is its root file system, and its value.
+const ROOTFS: &str = "rootfs";
+const ROOTFS_INPUTS: &str = "inputs";
+
+/// The properties that the server itself knows, as a pool offers them with or without a sandbox and a network.
+pub fn built_in(has_sandbox: bool, has_network: bool) -> impl Iterator<Item = (&'static str, Offer)> {
+    let words: &[&[&str]] = if has_network { &[ON, OFF] } else { &[OFF] };
+    let words = Offer::Set(words.concat().into_iter().map(str::to_owned).collect());
+    let network = [NETWORK].iter().chain(NETWORK_ALIASES).map(move |name| (*name, words.clone()));
+    network.chain(has_sandbox.then(|| (ROOTFS, Offer::Exact(ROOTFS_INPUTS.into()))))
+}
+
+/// Whether an action asks for a network.
+pub fn wants_network(asked: &[(String, String)]) -> bool {
+    let names_it = |name: &str| name == NETWORK || NETWORK_ALIASES.contains(&name);
+    asked.iter().any(|(name, value)| names_it(name) && ON.contains(&&**value))
+}
+
+/// Whether an action asks for its input root as its root file system.
+pub fn wants_input_root_as_root(asked: &[(String, String)]) -> bool {
+    asked.iter().any(|(name, value)| name == ROOTFS && value == ROOTFS_INPUTS)
+}
+
 /// The offered properties of a pool, by name.
 pub type Offers = BTreeMap<String, Offer>;
 
@@ -156,7 +186,13 @@ fn shown(text: &str) -> String {
 /// The sort key of pools, from most to least preferred. Work goes where it takes least from others: fewest properties
 /// first, then the smallest minimums, then by name.
 pub fn preference(name: &str, offers: &Offers) -> (usize, Vec<u64>, String) {
-    let demands = offers.values().filter(|offer| **offer != Offer::Ignore).count();
+    let is_demand = |(name, offer): (&String, &Offer)| match &**name {
+        // Every pool has these.
+        ROOTFS => false,
+        NETWORK => offer.satisfies(name, "on"),
+        name => *offer != Offer::Ignore && !NETWORK_ALIASES.contains(&name),
+    };
+    let demands = offers.iter().filter(|offer| is_demand(*offer)).count();
     let minimums = offers.values().filter_map(|offer| match offer {
         Offer::Minimum(most) | Offer::Size(most) => Some(*most),
         _ => None,
@@ -231,6 +267,25 @@ mod tests {
         let refused = differences(&known, &big(), &[("colour", "red"), ("cores", "64")]);
         assert!(refused[0].contains("colour") && refused[0].contains("unknown_properties"), "{refused:?}");
         assert_eq!(refused[1], "cores (asked for \"64\", offered up to 8, as a whole number)");
+    }
+
+    #[test]
+    fn a_network_is_offered_under_all_its_names_and_such_a_pool_is_preferred_less() {
+        let pool = |has_network| -> Offers {
+            built_in(true, has_network).map(|(name, offer)| (name.to_owned(), offer)).collect()
+        };
+        let known = known(&[pool(false)], UnknownProperties::Refuse);
+        for asked in [("network", "on"), ("dockerNetwork", "standard"), ("sandboxNetwork", "bridge")] {
+            assert!(wants_network(&[(asked.0.into(), asked.1.into())]));
+            assert_eq!(differences(&known, &pool(true), &[asked]), [""; 0]);
+            assert!(differences(&known, &pool(false), &[asked])[0].contains("offered \"off\""));
+        }
+        for asked in [("network", "off"), ("dockerNetwork", "none"), ("rootfs", "inputs")] {
+            assert!(!wants_network(&[(asked.0.into(), asked.1.into())]));
+            assert_eq!(differences(&known, &pool(false), &[asked]), [""; 0]);
+        }
+        assert!(preference("b", &pool(false)) < preference("a", &pool(true)));
+        assert_eq!(preference("a", &pool(false)), preference("a", &Offers::new()));
     }
 
     #[test]

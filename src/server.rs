@@ -417,7 +417,7 @@ fn start_scheduler(
             transfer_timeout: execution.transfer_timeout,
             max_output_file_bytes: execution.max_output_file_bytes,
             runner: WorkerSettings::own_runner(place.open_files),
-            sandbox: place.pool_sandbox(),
+            sandbox: place.pool_sandbox(pool),
             limits: PoolLimits { settings: pool.limits, groups: Some(place.groups.clone()) },
             log_streams: log_streams.clone(),
         });

@@ -24,14 +24,17 @@ pub mod workspace;
 mod written;
 
 use crate::{
+    action::Action,
     actors::mail::{Mail, Receive, counted},
     cgroups::Groups,
     limits::LimitSettings,
     log_streams::LogStreams,
     logging::Event,
+    platform,
+    sandbox::kind::CellKind,
 };
 use actix::{Actor, MessageResult, SyncContext};
-use gorego_reapi::error::Error;
+use gorego_reapi::error::{Error, Result};
 use launcher::{Launcher, PoolSandbox, RunnerLauncher};
 use messages::{RunAction, RunFailure};
 use run::ActionRun;
@@ -85,6 +88,18 @@ impl WorkerSettings {
     /// Whether input roots can have layers.
     fn has_layers(&self) -> bool {
         self.sandbox.as_ref().is_some_and(PoolSandbox::has_layers)
+    }
+
+    /// The kind of cell for an action.
+    fn kind(&self, action: &Action) -> Result<CellKind> {
+        match &self.sandbox {
+            Some(sandbox) => sandbox.kind(&action.platform),
+            None if platform::wants_input_root_as_root(&action.platform) => Err(Error::Precondition(
+                "the action asks for its input root as its root file system (rootfs), which takes the sandbox; it is off"
+                    .into(),
+            )),
+            None => Ok(CellKind::default()),
+        }
     }
 
     /// The runner command of a server: this very binary, also after the file was replaced on disk. Commands get

@@ -7,11 +7,13 @@
 use super::{
     ExecutionConfig,
     limits::{PoolLimitsConfig, limits, pool_limits},
+    sandbox::PoolSandboxConfig,
     settings::{Checker, MAX_CONCURRENCY, Machine},
 };
 use crate::{
     limits::{LimitSettings, Room},
     platform::{self, Offer, Offers, UnknownProperties},
+    sandbox::settings::{SandboxMode, SandboxSettings},
     size::Size,
 };
 use serde::{
@@ -22,7 +24,7 @@ use serde::{
 use std::fmt;
 
 /// The keys of a pool, for suggestions.
-pub(super) const KEYS: &[&str] = &["slots", "cores", "memory_gb", "properties", "limits"];
+pub(super) const KEYS: &[&str] = &["slots", "cores", "memory_gb", "properties", "limits", "sandbox"];
 
 /// Largest number of pools. A task is in the queue of each pool that can run it.
 const MAX_POOLS: usize = 64;
@@ -52,6 +54,13 @@ pub struct PoolConfig {
     /// What one action may use, where it differs from `[execution.limits]`.
     #[serde(default)]
     pub limits: PoolLimitsConfig,
+    /// Keys of `[execution.sandbox]` with another value in this pool.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub sandbox: PoolSandboxConfig,
+}
+
+fn is_default(sandbox: &PoolSandboxConfig) -> bool {
+    *sandbox == PoolSandboxConfig::default()
 }
 
 impl Serialize for Offer {
@@ -172,10 +181,16 @@ pub struct PoolSettings {
     pub limits: LimitSettings,
     /// What all actions share; `None` if the pool only counts slots.
     pub room: Option<Room>,
+    /// The sandbox of its actions.
+    pub sandbox: SandboxSettings,
 }
 
-/// The configured pools, or else the default pool that `concurrency` and `platform` describe.
-pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSettings> {
+/// The configured pools, or else the default pool that `concurrency` and `platform` describe. `sandbox` is that of all pools.
+pub(super) fn pools(
+    check: &mut Checker<'_>,
+    machine: &Machine,
+    sandbox: &SandboxSettings,
+) -> Vec<PoolSettings> {
     let (config, default) = (&check.loaded.config.execution, ExecutionConfig::default());
     check.require(
         "execution.platform",
@@ -189,9 +204,10 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
             name: DEFAULT_POOL.into(),
             is_declared: false,
             slots: if config.concurrency == 0 { machine.cpus.max(1) } else { config.concurrency },
-            offers: common.offers(config.platform.iter().map(exact).collect()),
+            offers: with_built_in(common.offers(config.platform.iter().map(exact).collect()), sandbox),
             limits: common,
             room: None,
+            sandbox: sandbox.clone(),
         }];
     }
     let own = "has no effect when pools are configured; each pool has its own";
@@ -217,13 +233,18 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
         let (limits, of_limits) = pool_limits(check, &pool.limits);
         problems.extend(of_limits.into_iter().map(|problem| format!("\"{name}\": {problem}")));
         let limits = room.as_ref().map_or(limits, |room| limits.within(room));
+        let sandbox = pool.sandbox.apply(sandbox).unwrap_or_else(|problem| {
+            problems.push(format!("sandbox of \"{name}\": {problem}"));
+            sandbox.clone()
+        });
         pools.push(PoolSettings {
             name: name.clone(),
             is_declared: true,
             slots,
             room,
-            offers: limits.offers(pool.properties.clone()),
+            offers: with_built_in(limits.offers(pool.properties.clone()), &sandbox),
             limits,
+            sandbox,
         });
     }
     let slots = pools.iter().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots));
@@ -240,6 +261,16 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
     }
     pools.sort_by_cached_key(|pool| platform::preference(&pool.name, &pool.offers));
     pools
+}
+
+/// Adds what every pool says of the properties that the server itself knows, unless it says something else.
+fn with_built_in(mut offers: Offers, sandbox: &SandboxSettings) -> Offers {
+    let has_sandbox = sandbox.mode != SandboxMode::Off;
+    // Without a sandbox, everything has the network of the host.
+    for (name, offer) in platform::built_in(has_sandbox, sandbox.offers_network || !has_sandbox) {
+        offers.entry(name.to_owned()).or_insert(offer);
+    }
+    offers
 }
 
 /// How many actions a pool runs at the same time at most, and what they share. An action takes one core at least, so a pool has

@@ -500,7 +500,6 @@ fn execution(
         (0..=PRIORITY_MAX).contains(&config.max_priority),
         &format!("must be between 0 and {PRIORITY_MAX}"),
     );
-    let pools = pools(check, machine);
     let build_root = if config.build_root.as_os_str().is_empty() {
         cache_dir.join("build")
     } else {
@@ -509,6 +508,7 @@ fn execution(
     let config_file = check.loaded.file.as_deref();
     let own: Vec<_> = [cache_dir, &build_root].into_iter().chain(config_file).collect();
     let sandbox = sandbox(check, warnings, &own, machine);
+    let pools = pools(check, machine, &sandbox);
     ExecutionSettings {
         slots: pools.iter().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots)),
         pools,

@@ -6,17 +6,18 @@ use crate::{
         WorkerSettings,
         launcher::{
             PoolSandbox,
-            probe::{probe, probe_layers},
+            probe::{probe, probe_layers, probe_root},
         },
         staged_trees::StagingLimits,
         workspace::BuildRoot,
     },
     cgroups::{Groups, LimitReport},
-    config::ExecutionSettings,
+    config::{ExecutionSettings, PoolSettings},
     logging::Event,
-    sandbox::{identity::Users, probe::Report, settings::SandboxMode},
+    sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
 };
 use gorego_reapi::error::{Error, Result};
+use std::ffi::OsString;
 
 const INPUTS_COPIED: &str = "inputs_copied";
 
@@ -40,7 +41,8 @@ impl Place {
         let limits = StagingLimits { max_bytes: execution.max_staged_bytes, ..StagingLimits::default() };
         let build_root = BuildRoot::with_trees(&execution.build_root, limits)?;
         let mut settings = execution.sandbox.clone();
-        let is_sandboxed = settings.mode != SandboxMode::Off;
+        let has_mode = |mode| execution.pools.iter().any(|pool| pool.sandbox.mode == mode);
+        let is_sandboxed = has_mode(SandboxMode::Auto) || has_mode(SandboxMode::Required);
         // The build root is locked, so no other server makes groups for it.
         let (groups, limits) = Groups::open(execution.total_memory_bytes, execution.slots, is_sandboxed);
         if execution.limits_required {
@@ -49,6 +51,8 @@ impl Place {
         if !is_sandboxed {
             return Ok(Self { build_root, sandbox: None, open_files, groups, limits });
         }
+        // Pools can have others.
+        settings.root = None;
         settings.processes = user_limit(execution, &limits);
         for path in settings.hide_linked() {
             Event::warn("gorego::config", "config_warning").log(format_args!(
@@ -64,7 +68,7 @@ impl Place {
                 report.missing.iter().map(|missing| &*missing.reason).collect::<Vec<_>>().join(". ")
             )));
         }
-        if settings.mode == SandboxMode::Required && !report.missing.is_empty() {
+        if has_mode(SandboxMode::Required) && !report.missing.is_empty() {
             let missing: Vec<_> = report.missing.iter().map(ToString::to_string).collect();
             return Err(Error::Precondition(format!(
                 "execution.sandbox.mode is \"required\", and the sandbox is incomplete: {}",
@@ -88,13 +92,41 @@ impl Place {
                 }
             };
         }
-        Ok(Self { build_root, sandbox: Some((sandbox, report)), open_files, groups, limits })
+        let place = Self { build_root, sandbox: Some((sandbox, report)), open_files, groups, limits };
+        execution.pools.iter().try_for_each(|pool| place.try_root_of(pool, &runner))?;
+        Ok(place)
     }
 
-    /// The sandbox, if anything of it works.
-    pub(super) fn pool_sandbox(&self) -> Option<PoolSandbox> {
+    /// The sandbox of a pool, if it has one and anything of it works.
+    pub(super) fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
         let (sandbox, report) = self.sandbox.as_ref()?;
-        (!report.is_empty()).then(|| sandbox.clone())
+        if report.is_empty() || pool.sandbox.mode == SandboxMode::Off {
+            return None;
+        }
+        let mut sandbox = sandbox.clone();
+        sandbox.settings.root = pool.sandbox.root.as_ref().map(RootFs::resolved);
+        sandbox.settings.offers_network = pool.sandbox.offers_network;
+        Some(sandbox)
+    }
+
+    /// Starts a sandbox with the root file system of a pool, if it has one of its own.
+    fn try_root_of(&self, pool: &PoolSettings, runner: &[OsString]) -> Result<()> {
+        let Some(root) = &pool.sandbox.root else { return Ok(()) };
+        let refuse = |reason: &str| {
+            let key = if pool.is_declared { "execution.pools" } else { "execution.sandbox" };
+            Err(Error::Precondition(format!(
+                "rootfs ({key}, pool \"{}\") cannot be used: {reason}",
+                pool.name
+            )))
+        };
+        let sandbox = self.pool_sandbox(pool).filter(|sandbox| sandbox.protections.namespaces);
+        let Some(sandbox) = sandbox else {
+            return refuse("it takes the namespaces of the sandbox, which are off");
+        };
+        if let Some(own) = sandbox.settings.own_below(root) {
+            return refuse(&format!("it contains {}, which is the server's own", own.display()));
+        }
+        probe_root(&sandbox, runner, &self.build_root).or_else(|reason| refuse(&reason))
     }
 }
 

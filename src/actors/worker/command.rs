@@ -2,7 +2,11 @@
 //! exit code of a program that cannot be started. This file is pure.
 
 use super::workspace::Workspace;
-use crate::{action::Command, limits::Limits, sandbox::layers::Layers};
+use crate::{
+    action::Command,
+    limits::Limits,
+    sandbox::{kind::CellKind, layers::Layers},
+};
 use rustix::io::Errno;
 use std::{
     ffi::OsStr,
@@ -48,6 +52,8 @@ pub struct Launch {
     pub max_file_bytes: u64,
     /// What is mounted as the input root; `None` when it lies at `root` as it is.
     pub layers: Option<Layers>,
+    /// What kind of cell it needs. Without cells only the default is possible.
+    pub kind: CellKind,
     /// What it may use.
     pub limits: Limits,
 }
@@ -71,6 +77,7 @@ impl Launch {
             stderr: path.join("stderr"),
             max_file_bytes,
             layers,
+            kind: CellKind::default(),
             limits: Limits::default(),
         }
     }

@@ -28,8 +28,10 @@ use crate::{
     limits::{Exceeded, Limits},
     log_streams::run::LogKind,
     logging::Event,
+    platform,
     sandbox::{
         identity::{self, User, Users},
+        kind::{CellKind, InputsAsRoot, RootFs},
         settings::{Protections, Sandbox, SandboxMode, SandboxSettings},
     },
 };
@@ -153,6 +155,8 @@ impl PoolSandbox {
             processes: 1_000,
             first_user: identity::FIRST,
             own: Vec::new(),
+            root: None,
+            offers_network: false,
         };
         let protections = probe::probe(&settings, runner, build_root).on;
         let users = Users::new(settings.first_user);
@@ -166,6 +170,28 @@ impl PoolSandbox {
     /// Whether input roots can have layers.
     pub fn has_layers(&self) -> bool {
         self.has_layers
+    }
+
+    /// The kind of cell for an action that asks for these platform properties.
+    ///
+    /// # Errors
+    /// `Precondition` for what this sandbox does not have.
+    pub(crate) fn kind(&self, asked: &[(String, String)]) -> Result<CellKind> {
+        let mut kind = self.settings.kind();
+        if platform::wants_input_root_as_root(asked) {
+            if !self.protections.namespaces {
+                return Err(Error::Precondition(
+                    "the action asks for its input root as its root file system (rootfs), which takes the namespaces of the \
+                     sandbox; they are off on this server"
+                        .into(),
+                ));
+            }
+            kind.root = Some(RootFs::InputRoot(InputsAsRoot {}));
+        }
+        // Without namespaces, every action has the network of the host.
+        kind.shares_network =
+            self.protections.network && self.settings.offers_network && platform::wants_network(asked);
+        Ok(kind)
     }
 }
 
@@ -484,6 +510,7 @@ impl From<&Launch> for Run {
             stderr: path(&launch.stderr),
             max_file_bytes: launch.max_file_bytes,
             layers: launch.layers.clone(),
+            kind: Some(launch.kind.clone()),
         }
     }
 }

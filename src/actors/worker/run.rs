@@ -8,7 +8,7 @@ use super::{
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
     exec_root::ExecRoot,
-    inputs,
+    inputs::{self, MountPoints},
     launcher::{Ending, Launcher, Ran, is_full},
     messages::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
@@ -27,6 +27,7 @@ use crate::{
         run::{LogKind, RunLogs},
     },
     logging::{Event, Field},
+    sandbox::kind::CellKind,
 };
 use gorego_reapi::{
     digest::Digest,
@@ -136,8 +137,9 @@ impl<'a> ActionRun<'a> {
         // The scheduler knows this without a message.
         self.note(Point::FetchStart);
         self.wait_for_room(&fetching)?;
+        let kind = self.settings.kind(action)?;
         let workspace = self.settings.build_root.create(self.order.slot, &action.digest)?;
-        let outcome = self.steps_in(&workspace, &fetching, batch);
+        let outcome = self.steps_in(&workspace, kind, &fetching, batch);
         if let Err(Error::DiskFull(_)) = outcome {
             // Free the space before a retry.
             workspace.remove_now();
@@ -148,6 +150,7 @@ impl<'a> ActionRun<'a> {
     fn steps_in(
         &mut self,
         workspace: &Workspace,
+        kind: CellKind,
         fetching: &Checkpoint,
         batch: &mut dyn Outputs,
     ) -> Result<()> {
@@ -165,6 +168,7 @@ impl<'a> ActionRun<'a> {
         }
         let base = base.map(|base| base.lease);
         let root = ExecRoot::new(workspace.root()?, base.as_ref().map(TreeLease::tree));
+        let mount_points = kind.has_input_root_as_root().then(|| MountPoints::make(root)).transpose()?;
         let is_root = self.settings.sandbox.is_none() && geteuid().is_root();
         inputs::prepare(staged.tree(), root, &action.command, is_root, fetching)?;
         let layers = base.as_ref().map(|base| workspace.layers(&base.path())).transpose()?;
@@ -176,6 +180,7 @@ impl<'a> ActionRun<'a> {
         let logs = live.as_ref().map(LiveRun::logs);
         self.enter(RunStage::Running, Point::RunStart, logs);
         let launch = Launch {
+            kind,
             limits: self.limits(),
             ..Launch::new(&action.command, workspace, layers, self.settings.max_output_file_bytes)
         };
@@ -192,6 +197,9 @@ impl<'a> ActionRun<'a> {
         self.timeline.note(Point::RunEnd, ran.ended);
         let ending = ran.ending;
         self.ran = Some(ran);
+        if let Some(made) = mount_points {
+            made.remove();
+        }
 
         self.enter(RunStage::Uploading, Point::UploadStart, logs);
         let stored = self.conclude(ending, workspace, root, live.as_ref(), batch);

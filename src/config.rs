@@ -5,6 +5,7 @@
 //! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
 //! of the server only sees [`Settings`].
 
+mod images;
 mod limits;
 pub mod load;
 mod log_filter;
@@ -14,12 +15,14 @@ mod settings;
 pub mod show;
 mod source_text;
 
+pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, Sources, load};
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
 
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
+use images::ImagesConfig;
 use limits::LimitsConfig;
 use pools::PoolConfig;
 use sandbox::SandboxConfig;
@@ -230,6 +233,8 @@ pub struct ExecutionConfig {
     pub sandbox: SandboxConfig,
     /// What one action may use.
     pub limits: LimitsConfig,
+    /// Container images as root file systems of actions.
+    pub images: ImagesConfig,
 }
 
 /// The `[log_streams]` section.
@@ -341,6 +346,7 @@ impl Default for ExecutionConfig {
             pools: BTreeMap::new(),
             sandbox: SandboxConfig::default(),
             limits: LimitsConfig::default(),
+            images: ImagesConfig::default(),
         }
     }
 }

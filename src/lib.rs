@@ -18,6 +18,7 @@ pub mod gate;
 pub mod grpc;
 pub mod host;
 pub mod http;
+pub mod images;
 pub mod instance;
 pub mod limits;
 pub mod log_streams;

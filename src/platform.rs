@@ -41,6 +41,10 @@ const OFF: &[&str] = &["off", "false", "0", "none", ""];
 const ROOTFS: &str = "rootfs";
 const ROOTFS_INPUTS: &str = "inputs";
 
+/// The property of an action that names a container image, and values that name none.
+const IMAGE: &str = "container-image";
+const NO_IMAGE: &[&str] = &["", "none"];
+
 /// The properties that the server itself knows, as a pool offers them with or without a sandbox and a network.
 pub fn built_in(has_sandbox: bool, has_network: bool) -> impl Iterator<Item = (&'static str, Offer)> {
     let words: &[&[&str]] = if has_network { &[ON, OFF] } else { &[OFF] };
@@ -53,6 +57,41 @@ pub fn built_in(has_sandbox: bool, has_network: bool) -> impl Iterator<Item = (&
 pub fn wants_network(asked: &[(String, String)]) -> bool {
     let names_it = |name: &str| name == NETWORK || NETWORK_ALIASES.contains(&name);
     asked.iter().any(|(name, value)| names_it(name) && ON.contains(&&**value))
+}
+
+/// The container image that an action asks for.
+///
+/// # Errors
+/// When it names several.
+pub fn wanted_image(asked: &[(String, String)]) -> Result<Option<&str>, String> {
+    let is_image = |(name, value): &&(String, String)| name == IMAGE && !NO_IMAGE.contains(&&**value);
+    let mut names = asked.iter().filter(is_image).map(|(_, value)| value.as_str());
+    let first = names.next();
+    match names.find(|other| Some(*other) != first) {
+        Some(_) => Err(format!("the action names several images ({IMAGE})")),
+        None => Ok(first),
+    }
+}
+
+/// The container images that pools name.
+pub fn named_images<'a>(pools: impl Iterator<Item = &'a Offers>) -> BTreeSet<&'a str> {
+    let offered = pools.filter_map(|offers| offers.get(IMAGE));
+    let names = offered.flat_map(|offer| match offer {
+        Offer::Exact(name) => std::slice::from_ref(name),
+        Offer::Set(names) => names,
+        Offer::Minimum(_) | Offer::Size(_) | Offer::Ignore => &[],
+    });
+    names.map(String::as_str).filter(|name| !NO_IMAGE.contains(name)).collect()
+}
+
+/// The pools of a server that can have images. If no pool says which it takes, each takes all.
+pub fn offer_images<'a>(pools: impl Iterator<Item = &'a mut Offers>) {
+    let pools: Vec<_> = pools.collect();
+    if pools.iter().all(|offers| !offers.contains_key(IMAGE)) {
+        for offers in pools {
+            offers.insert(IMAGE.into(), Offer::Ignore);
+        }
+    }
 }
 
 /// Whether an action asks for its input root as its root file system.
@@ -306,6 +345,28 @@ mod tests {
         for text in ["", "-1", "4X", "G", "1e9"] {
             assert_eq!(parse_size(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn an_action_names_one_image_or_none_and_pools_name_those_to_have_ready() {
+        let wanted = |asked: &[(&str, &str)]| {
+            let asked: Vec<_> = asked.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
+            wanted_image(&asked).map(|name| name.map(str::to_owned))
+        };
+        assert_eq!(
+            wanted(&[("container-image", "oci:/x"), ("container-image", "oci:/x")]),
+            Ok(Some("oci:/x".into()))
+        );
+        assert_eq!(wanted(&[("container-image", "none"), ("OSFamily", "linux")]), Ok(None));
+        assert!(wanted(&[("container-image", "oci:/x"), ("container-image", "oci:/y")]).is_err());
+        let mut pools = [
+            offers(&[("container-image", Offer::Set(vec!["oci:/x".into(), "none".into()]))]),
+            offers(&[("container-image", Offer::Ignore)]),
+            big(),
+        ];
+        offer_images(pools.iter_mut());
+        assert_eq!(named_images(pools.iter()), ["oci:/x"].into());
+        assert!(!pools[2].contains_key("container-image"), "other pools take it already");
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
 //! dies, the process exits, because a partial server is worse than none.
 
-mod place;
+pub(crate) mod place;
 
 use crate::{
     action::TimeoutPolicy,
@@ -18,7 +18,7 @@ use crate::{
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{PoolLimits, WorkerActor, WorkerSettings},
+        worker::{WorkerActor, WorkerSettings},
     },
     cgroups::LimitReport,
     config::{ExecutionSettings, PoolSettings, Settings},
@@ -30,6 +30,7 @@ use crate::{
     logging::{self, Event},
     memory,
     node::NodeName,
+    platform,
     sandbox::probe::Report,
     signals::StopSignals,
     under_way::UnderWay,
@@ -94,7 +95,7 @@ pub(crate) fn run(settings: Settings, ready: impl FnOnce(Ready) + Send + 'static
     // Both block, so they precede anything asynchronous. Each locks its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
     let place = match &settings.execution {
-        Some(execution) => Some(Place::open(execution, open_files)?),
+        Some(execution) => Some(Place::open(execution, runtime.handle(), open_files)?),
         None => None,
     };
     let runtime: Arc<Runtime> = Arc::new(runtime);
@@ -210,6 +211,10 @@ impl Server {
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
+        if let Some(place) = &place {
+            let build_root = place.build_root.clone();
+            cas.relieve_first(move || build_root.relieve_disk());
+        }
         let scheduler = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
             let bounds = scheduler_settings(settings.node, execution);
             start_scheduler(bounds, execution, place, &cas, log_streams.clone())
@@ -409,6 +414,10 @@ fn start_scheduler(
     log_streams: LogStreams,
 ) -> Addr<SchedulerActor> {
     let store = Arc::new(cas.clone());
+    if let Some(images) = &place.images {
+        let named = platform::named_images(execution.pools.iter().map(|pool| &pool.offers));
+        images.prefetch(named.into_iter().map(str::to_owned).collect());
+    }
     let pools = execution.pools.iter().map(|pool| {
         let worker = Arc::new(WorkerSettings {
             name: worker_name(pool),
@@ -417,8 +426,9 @@ fn start_scheduler(
             transfer_timeout: execution.transfer_timeout,
             max_output_file_bytes: execution.max_output_file_bytes,
             runner: WorkerSettings::own_runner(place.open_files),
+            images: place.image_store(),
             sandbox: place.pool_sandbox(pool),
-            limits: PoolLimits { settings: pool.limits, groups: Some(place.groups.clone()) },
+            limits: place.pool_limits(pool),
             log_streams: log_streams.clone(),
         });
         let spec = PoolSpec {

@@ -4,13 +4,15 @@
 //! never queues: the scheduler sends a [`RunAction`] only to a free slot. The reply is the complete outcome of the run. A panic
 //! is caught and becomes a reply too, because a panicking handler would end the thread for good and shrink the pool by one.
 
+pub(crate) mod alone;
 pub mod cancel;
 mod checkpoint;
 pub(crate) mod clock;
 pub(crate) mod command;
-mod dir;
+pub(crate) mod dir;
 mod disk_watch;
 mod exec_root;
+pub mod image_store;
 mod inputs;
 pub mod launcher;
 mod layer;
@@ -35,6 +37,7 @@ use crate::{
 };
 use actix::{Actor, MessageResult, SyncContext};
 use gorego_reapi::error::{Error, Result};
+use image_store::ImageStore;
 use launcher::{Launcher, PoolSandbox, RunnerLauncher};
 use messages::{RunAction, RunFailure};
 use run::ActionRun;
@@ -69,6 +72,8 @@ pub struct WorkerSettings {
     pub max_output_file_bytes: u64,
     /// Program and arguments of a runner process.
     pub runner: Vec<OsString>,
+    /// Container images as root file systems; `None` if actions cannot name any.
+    pub images: Option<Arc<dyn ImageStore>>,
     /// The sandbox in which commands run; `None` for none.
     pub sandbox: Option<PoolSandbox>,
     /// What one action may use.

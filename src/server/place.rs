@@ -3,7 +3,8 @@
 use super::LOG;
 use crate::{
     actors::worker::{
-        WorkerSettings,
+        PoolLimits, WorkerSettings,
+        image_store::ImageStore,
         launcher::{
             PoolSandbox,
             probe::{probe, probe_layers, probe_root},
@@ -12,12 +13,14 @@ use crate::{
         workspace::BuildRoot,
     },
     cgroups::{Groups, LimitReport},
-    config::{ExecutionSettings, PoolSettings},
+    config::{ExecutionSettings, ImagesSettings, PoolSettings, Tags},
+    images::{ImageSettings, Images, TagPolicy},
     logging::Event,
     sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
 };
 use gorego_reapi::error::{Error, Result};
-use std::ffi::OsString;
+use std::{ffi::OsString, sync::Arc};
+use tokio::runtime::Handle;
 
 const INPUTS_COPIED: &str = "inputs_copied";
 
@@ -25,21 +28,32 @@ const INPUTS_COPIED: &str = "inputs_copied";
 const SECOND_LINE: u64 = 64;
 
 /// Where actions run, made before anything asynchronous.
-pub(super) struct Place {
-    pub(super) build_root: BuildRoot,
-    pub(super) sandbox: Option<(PoolSandbox, Report)>,
+pub(crate) struct Place {
+    pub(crate) build_root: BuildRoot,
+    pub(crate) sandbox: Option<(PoolSandbox, Report)>,
+    pub(crate) images: Option<Images>,
     /// The limit of open files for commands.
-    pub(super) open_files: Option<u64>,
-    pub(super) groups: Groups,
+    pub(crate) open_files: Option<u64>,
+    pub(crate) groups: Groups,
     /// How the limits of actions are enforced.
-    pub(super) limits: LimitReport,
+    pub(crate) limits: LimitReport,
 }
 
 impl Place {
     /// Opens the build root, and finds out which protections of the sandbox work in it.
-    pub(super) fn open(execution: &ExecutionSettings, open_files: Option<u64>) -> Result<Self> {
+    pub(crate) fn open(
+        execution: &ExecutionSettings,
+        runtime: &Handle,
+        open_files: Option<u64>,
+    ) -> Result<Self> {
         let limits = StagingLimits { max_bytes: execution.max_staged_bytes, ..StagingLimits::default() };
         let build_root = BuildRoot::with_trees(&execution.build_root, limits)?;
+        let images = match &execution.images {
+            Some(settings) => {
+                Some(Images::open(image_settings(settings.clone()), build_root.path(), runtime.clone())?)
+            }
+            None => None,
+        };
         let mut settings = execution.sandbox.clone();
         let has_mode = |mode| execution.pools.iter().any(|pool| pool.sandbox.mode == mode);
         let is_sandboxed = has_mode(SandboxMode::Auto) || has_mode(SandboxMode::Required);
@@ -49,7 +63,7 @@ impl Place {
             refuse_missing(&limits)?;
         }
         if !is_sandboxed {
-            return Ok(Self { build_root, sandbox: None, open_files, groups, limits });
+            return Ok(Self { build_root, sandbox: None, images, open_files, groups, limits });
         }
         // Pools can have others.
         settings.root = None;
@@ -92,13 +106,13 @@ impl Place {
                 }
             };
         }
-        let place = Self { build_root, sandbox: Some((sandbox, report)), open_files, groups, limits };
+        let place = Self { build_root, sandbox: Some((sandbox, report)), images, open_files, groups, limits };
         execution.pools.iter().try_for_each(|pool| place.try_root_of(pool, &runner))?;
         Ok(place)
     }
 
     /// The sandbox of a pool, if it has one and anything of it works.
-    pub(super) fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
+    pub(crate) fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
         let (sandbox, report) = self.sandbox.as_ref()?;
         if report.is_empty() || pool.sandbox.mode == SandboxMode::Off {
             return None;
@@ -107,6 +121,16 @@ impl Place {
         sandbox.settings.root = pool.sandbox.root.as_ref().map(RootFs::resolved);
         sandbox.settings.offers_network = pool.sandbox.offers_network;
         Some(sandbox)
+    }
+
+    /// The container images, if actions can have any.
+    pub(crate) fn image_store(&self) -> Option<Arc<dyn ImageStore>> {
+        self.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageStore>)
+    }
+
+    /// What one action of a pool may use.
+    pub(crate) fn pool_limits(&self, pool: &PoolSettings) -> PoolLimits {
+        PoolLimits { settings: pool.limits, groups: Some(self.groups.clone()) }
     }
 
     /// Starts a sandbox with the root file system of a pool, if it has one of its own.
@@ -144,6 +168,21 @@ fn refuse_missing(limits: &LimitReport) -> Result<()> {
         Some(missing) => Err(Error::Precondition(format!(
             "execution.limits.required is true, and the limits cannot be enforced: {missing}"
         ))),
+    }
+}
+
+fn image_settings(settings: ImagesSettings) -> ImageSettings {
+    ImageSettings {
+        registries: settings.registries,
+        tags: match settings.tags {
+            Tags::Refuse => TagPolicy::Refuse,
+            Tags::EachAction => TagPolicy::EachAction,
+            Tags::Once => TagPolicy::Once,
+        },
+        credentials: settings.credentials,
+        layouts: settings.layouts,
+        max_bytes: settings.max_bytes,
+        timeout: settings.timeout,
     }
 }
 

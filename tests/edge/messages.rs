@@ -118,6 +118,7 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
         transfer_timeout: Duration::from_secs(60),
         max_output_file_bytes: 1 << 20,
         runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
+        images: None,
         sandbox: None,
         limits: PoolLimits::default(),
         log_streams: log_streams(false, directory),

@@ -56,6 +56,8 @@ pub struct Launch {
     pub kind: CellKind,
     /// What it may use.
     pub limits: Limits,
+    /// Absolute path of a terminal that the command gets in place of `/dev/null` and the logs.
+    pub terminal: Option<PathBuf>,
 }
 
 impl Launch {
@@ -79,6 +81,7 @@ impl Launch {
             layers,
             kind: CellKind::default(),
             limits: Limits::default(),
+            terminal: None,
         }
     }
 

@@ -167,6 +167,11 @@ impl PoolSandbox {
         sandbox
     }
 
+    /// Whether actions have namespaces of their own.
+    pub(super) fn has_namespaces(&self) -> bool {
+        self.protections.namespaces
+    }
+
     /// Whether input roots can have layers.
     pub fn has_layers(&self) -> bool {
         self.has_layers
@@ -511,6 +516,7 @@ impl From<&Launch> for Run {
             max_file_bytes: launch.max_file_bytes,
             layers: launch.layers.clone(),
             kind: Some(launch.kind.clone()),
+            terminal: launch.terminal.as_deref().map(path),
         }
     }
 }

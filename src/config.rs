@@ -5,6 +5,7 @@
 //! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
 //! of the server only sees [`Settings`].
 
+mod limits;
 mod images;
 pub mod load;
 mod log_filter;
@@ -21,6 +22,7 @@ pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machin
 
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
+use limits::LimitsConfig;
 use images::ImagesConfig;
 use pools::PoolConfig;
 use sandbox::SandboxConfig;
@@ -229,6 +231,8 @@ pub struct ExecutionConfig {
     pub pools: BTreeMap<String, PoolConfig>,
     /// The sandbox of actions.
     pub sandbox: SandboxConfig,
+    /// What one action may use.
+    pub limits: LimitsConfig,
     /// Container images as root file systems of actions.
     pub images: ImagesConfig,
 }
@@ -341,6 +345,7 @@ impl Default for ExecutionConfig {
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),
             pools: BTreeMap::new(),
             sandbox: SandboxConfig::default(),
+            limits: LimitsConfig::default(),
             images: ImagesConfig::default(),
         }
     }

@@ -4,6 +4,7 @@
 //! in pools that offer it. Other properties are *unknown*: clients use such names to separate cache entries, so they are
 //! ignored unless the configuration refuses them. If an action names a property more than once, each value must match.
 
+use crate::size::Size;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -23,6 +24,8 @@ pub enum Offer {
     Set(Vec<String>),
     /// A whole number up to this. Actions require at least a number, and the pool has this many.
     Minimum(u64),
+    /// A size up to this many bytes. Actions require at least a size, and the pool has this much.
+    Size(u64),
     /// Any value.
     Ignore,
 }
@@ -120,6 +123,7 @@ impl Offer {
             Self::Exact(value) => same(value),
             Self::Set(values) => values.iter().any(same),
             Self::Minimum(most) => wanted.parse::<u64>().is_ok_and(|wanted| wanted <= *most),
+            Self::Size(most) => parse_size(wanted).is_some_and(|wanted| wanted <= *most),
             Self::Ignore => true,
         }
     }
@@ -131,6 +135,7 @@ impl fmt::Display for Offer {
             Self::Exact(value) => write!(f, "\"{value}\""),
             Self::Set(values) => write!(f, "\"{}\"", values.join("\" or \"")),
             Self::Minimum(most) => write!(f, "up to {most}, as a whole number"),
+            Self::Size(most) => write!(f, "up to {}", Size::from_bytes(*most)),
             Self::Ignore => f.write_str("anything"),
         }
     }
@@ -193,6 +198,17 @@ impl Known {
     }
 }
 
+/// Parses a size as clients write it: bytes, or a number and a unit, of which the `B` may be missing (`512Mi`, `4G`).
+pub(crate) fn parse_size(text: &str) -> Option<u64> {
+    let text = text.trim();
+    if let Ok(bytes) = text.parse() {
+        return Some(bytes);
+    }
+    let has_b = text.ends_with(['b', 'B']);
+    let size: Result<Size, _> = if has_b { text.parse() } else { format!("{text}B").parse() };
+    size.ok().map(Size::bytes)
+}
+
 /// Lists the first few differences for a message.
 pub fn list<'a>(mut differences: impl Iterator<Item = Difference<'a>>) -> String {
     let first: Vec<_> = differences.by_ref().take(DIFFERENCES_SHOWN).map(|d| d.to_string()).collect();
@@ -217,7 +233,7 @@ pub fn preference(name: &str, offers: &Offers) -> (usize, Vec<u64>, String) {
     };
     let demands = offers.iter().filter(|offer| is_demand(*offer)).count();
     let minimums = offers.values().filter_map(|offer| match offer {
-        Offer::Minimum(most) => Some(*most),
+        Offer::Minimum(most) | Offer::Size(most) => Some(*most),
         _ => None,
     });
     (demands, minimums.collect(), name.to_owned())
@@ -317,6 +333,18 @@ mod tests {
         let (known, offers) = (known(&[big()], UnknownProperties::Ignore), big());
         let text = list(known.differences(&offers, &asked));
         assert!(text.len() < 4000 && text.ends_with("and 992 more") && !text.contains('\n'), "{text}");
+    }
+
+    #[test]
+    fn sizes_are_read_as_clients_write_them() {
+        for (text, bytes) in
+            [("1000", 1000), ("4G", 4_000_000_000), ("512Mi", 512 << 20), (" 1.5 GB", 1_500_000_000)]
+        {
+            assert_eq!(parse_size(text), Some(bytes), "{text}");
+        }
+        for text in ["", "-1", "4X", "G", "1e9"] {
+            assert_eq!(parse_size(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
 //! dies, the process exits, because a partial server is worse than none.
 
-mod place;
+pub(crate) mod place;
 
 use crate::{
     action::TimeoutPolicy,
@@ -18,8 +18,9 @@ use crate::{
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{WorkerActor, WorkerSettings, image_store::ImageStore},
+        worker::{PoolLimits, WorkerActor, WorkerSettings, image_store::ImageStore},
     },
+    cgroups::LimitReport,
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
     gate::Gate,
@@ -77,6 +78,8 @@ pub(crate) struct Ready {
     pub address: SocketAddr,
     /// Which protections of the sandbox work; `None` without a sandbox.
     pub sandbox: Option<Report>,
+    /// How the limits of actions are enforced; `None` for a cache only.
+    pub limits: Option<LimitReport>,
 }
 
 /// Runs a server until it is told to stop. `ready` is called once, as soon as requests are answered.
@@ -208,6 +211,10 @@ impl Server {
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
+        if let Some(place) = &place {
+            let build_root = place.build_root.clone();
+            cas.relieve_first(move || build_root.relieve_disk());
+        }
         let scheduler = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
             let bounds = scheduler_settings(settings.node, execution);
             start_scheduler(bounds, execution, place, &cas, log_streams.clone())
@@ -255,7 +262,8 @@ impl Server {
         let (http_close, mut http_serving) =
             serve_http(http, &settings, &cas, (&under_way, &connections), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
-        ready(Ready { address, sandbox });
+        let limits = place.as_ref().map(|place| place.limits.clone());
+        ready(Ready { address, sandbox, limits });
 
         let stop = select! {
             signal = signals.next() => Stop::Signal(signal.name()),
@@ -285,8 +293,12 @@ impl Server {
             }
             // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
             let left = exit.told().saturating_duration_since(Instant::now());
-            let removal =
-                place.map(|place| workers.spawn_blocking(move || place.build_root.wait_until_empty(left)));
+            let removal = place.map(|place| {
+                workers.spawn_blocking(move || {
+                    place.build_root.wait_until_empty(left);
+                    place.groups.remove();
+                })
+            });
             log_streams.close();
             // Clients that wait for a stream receive its end now. Idle connections are closed gracefully.
             let _ = close.send(());
@@ -416,6 +428,7 @@ fn start_scheduler(
             runner: WorkerSettings::own_runner(place.open_files),
             images: place.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageStore>),
             sandbox: place.pool_sandbox(pool),
+            limits: PoolLimits { settings: pool.limits, groups: Some(place.groups.clone()) },
             log_streams: log_streams.clone(),
         });
         let spec = PoolSpec {
@@ -428,6 +441,8 @@ fn start_scheduler(
             worker: worker.name.clone(),
             slots: pool.slots,
             offers: pool.offers.clone(),
+            limits: pool.limits,
+            room: pool.room,
         };
         let store = store.clone();
         let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));

@@ -4,6 +4,7 @@
 //! never queues: the scheduler sends a [`RunAction`] only to a free slot. The reply is the complete outcome of the run. A panic
 //! is caught and becomes a reply too, because a panicking handler would end the thread for good and shrink the pool by one.
 
+pub(crate) mod alone;
 pub mod cancel;
 mod checkpoint;
 pub(crate) mod clock;
@@ -22,10 +23,13 @@ mod run_log;
 pub mod staged_trees;
 pub mod store;
 pub mod workspace;
+mod written;
 
 use crate::{
     action::Action,
     actors::mail::{Mail, Receive, counted},
+    cgroups::Groups,
+    limits::LimitSettings,
     log_streams::LogStreams,
     logging::Event,
     platform,
@@ -72,8 +76,17 @@ pub struct WorkerSettings {
     pub images: Option<Arc<dyn ImageStore>>,
     /// The sandbox in which commands run; `None` for none.
     pub sandbox: Option<PoolSandbox>,
+    /// What one action may use.
+    pub limits: PoolLimits,
     /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
+}
+
+/// What one action of a pool may use, and the control groups that enforce it. The default has neither.
+#[derive(Debug, Clone, Default)]
+pub struct PoolLimits {
+    pub(crate) settings: LimitSettings,
+    pub(crate) groups: Option<Groups>,
 }
 
 impl WorkerSettings {
@@ -114,8 +127,12 @@ pub struct WorkerActor {
 impl WorkerActor {
     /// A worker that reads inputs from `store` and writes outputs to it.
     pub fn new(settings: Arc<WorkerSettings>, store: Arc<dyn BlobStore>) -> Self {
-        let launcher = Box::new(RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref()));
-        Self { mail: Mail::default(), settings, store, launcher }
+        let launcher = RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref());
+        let launcher = match &settings.limits.groups {
+            Some(groups) => launcher.grouped(groups),
+            None => launcher,
+        };
+        Self { mail: Mail::default(), settings, store, launcher: Box::new(launcher) }
     }
 
     /// Counts the messages of this worker in `mail`.

@@ -192,6 +192,10 @@ pub struct ExecutionSettings {
     pub images: Option<ImagesSettings>,
     /// Most bytes of all staged input trees together; 0 for none.
     pub max_staged_bytes: u64,
+    /// Memory of all actions together; 0 for a part of the machine's.
+    pub total_memory_bytes: u64,
+    /// Whether control groups must be able to enforce the limits of actions.
+    pub limits_required: bool,
 }
 
 /// Collects problems, so that all are reported together.
@@ -543,5 +547,7 @@ fn execution(
             0 => 0,
             _ => check.size("execution.staged_inputs_gb", config.staged_inputs_gb),
         },
+        total_memory_bytes: config.limits.total_memory_gb.bytes(),
+        limits_required: config.limits.required,
     }
 }

@@ -22,10 +22,17 @@ use std::{
     path::Path,
 };
 
+/// The step that fails where an overlay cannot be mounted.
+pub(crate) const MOUNT_STEP: &str = "mount the input root (an overlay)";
+
 /// The file of a trial that is changed.
 pub(crate) const TRIAL_FILE: &str = "f";
 /// The directory of a trial that is replaced; it has a file of that name in it.
 pub(crate) const TRIAL_DIRECTORY: &str = "d";
+/// A file that a whiteout of the server hides.
+pub(crate) const TRIAL_HIDDEN: &str = "w";
+/// A directory like [`TRIAL_DIRECTORY`] over which the server has put an opaque one.
+pub(crate) const TRIAL_OPAQUE: &str = "o";
 
 /// Where the layers are. Absolute paths.
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -74,7 +81,7 @@ pub(super) fn mount(
         }
         _ => mount(),
     };
-    mounted.step("mount the input root (an overlay)")
+    mounted.step(MOUNT_STEP)
 }
 
 /// An open directory and a name for it that tells nothing, since the action can read the options of its mounts.
@@ -120,8 +127,11 @@ pub(crate) fn try_out(root: &Path) -> Result<(), SetupFailure> {
         let text = fs::read(&file)?;
         fs::remove_dir_all(&directory)?;
         fs::create_dir(&directory)?;
-        let is_empty = fs::read_dir(&directory)?.next().is_none();
-        Ok::<_, io::Error>(text == b"+" && is_empty)
+        let is_empty = |directory: &Path| Ok::<_, io::Error>(fs::read_dir(directory)?.next().is_none());
+        let is_hidden = !root.join(TRIAL_HIDDEN).try_exists()?;
+        Ok::<_, io::Error>(
+            text == b"+" && is_empty(&directory)? && is_hidden && is_empty(&root.join(TRIAL_OPAQUE))?,
+        )
     };
     match change().step("change files in an overlay")? {
         true => Ok(()),

@@ -47,7 +47,7 @@ pub(crate) struct World {
     group: u32,
     /// Shows files of the server as files of the action.
     ids: Option<OwnedFd>,
-    filter: Option<filter::Programs>,
+    filter: Option<filter::Program>,
 }
 
 #[derive(Debug)]
@@ -98,7 +98,7 @@ impl World {
         let needed: Vec<_> =
             wanted.visible.into_iter().chain(wanted.writable).chain([sandbox.build_root()]).collect();
         let stand = Stand::new(&needed)?;
-        let filter = if on.filter { Some(filter::Programs::new()?) } else { None };
+        let filter = if on.filter { Some(filter::Program::new()?) } else { None };
         let mut world =
             Self { sandbox, stand, views: Vec::new(), next: 0, user: outer.0, group: outer.1, ids, filter };
         // What is wrong with the settings shows here.
@@ -215,7 +215,7 @@ impl World {
         cell.rules.map_or(Ok(()), |rules| rules.restrict(path.into()))?;
         self.filter
             .as_ref()
-            .map_or(Ok(()), filter::Programs::install)
+            .map_or(Ok(()), filter::Program::install)
             .step("install the system call filter")?;
         Ok(path)
     }
@@ -251,7 +251,7 @@ pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), SetupFailure> {
         landlock::Rules::new(writable)?.restrict(sandbox.build_root())?;
     }
     if on.filter {
-        filter::Programs::new()?.install().step("install the system call filter")?;
+        filter::Program::new()?.install().step("install the system call filter")?;
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use crate::{
         staged_trees::StagingLimits,
         workspace::BuildRoot,
     },
+    cgroups::{Groups, LimitReport},
     config::{ExecutionSettings, ImagesSettings, PoolSettings, Tags},
     images::{ImageSettings, Images, TagPolicy},
     logging::Event,
@@ -22,18 +23,24 @@ use tokio::runtime::Handle;
 
 const INPUTS_COPIED: &str = "inputs_copied";
 
+/// How many more processes than a group a user may have.
+const SECOND_LINE: u64 = 64;
+
 /// Where actions run, made before anything asynchronous.
-pub(super) struct Place {
-    pub(super) build_root: BuildRoot,
-    pub(super) sandbox: Option<(PoolSandbox, Report)>,
-    pub(super) images: Option<Images>,
+pub(crate) struct Place {
+    pub(crate) build_root: BuildRoot,
+    pub(crate) sandbox: Option<(PoolSandbox, Report)>,
+    pub(crate) images: Option<Images>,
     /// The limit of open files for commands.
-    pub(super) open_files: Option<u64>,
+    pub(crate) open_files: Option<u64>,
+    pub(crate) groups: Groups,
+    /// How the limits of actions are enforced.
+    pub(crate) limits: LimitReport,
 }
 
 impl Place {
     /// Opens the build root, and finds out which protections of the sandbox work in it.
-    pub(super) fn open(
+    pub(crate) fn open(
         execution: &ExecutionSettings,
         runtime: &Handle,
         open_files: Option<u64>,
@@ -48,11 +55,18 @@ impl Place {
         };
         let mut settings = execution.sandbox.clone();
         let has_mode = |mode| execution.pools.iter().any(|pool| pool.sandbox.mode == mode);
-        if !has_mode(SandboxMode::Auto) && !has_mode(SandboxMode::Required) {
-            return Ok(Self { build_root, sandbox: None, images, open_files });
+        let is_sandboxed = has_mode(SandboxMode::Auto) || has_mode(SandboxMode::Required);
+        // The build root is locked, so no other server makes groups for it.
+        let (groups, limits) = Groups::open(execution.total_memory_bytes, execution.slots, is_sandboxed);
+        if execution.limits_required {
+            refuse_missing(&limits)?;
+        }
+        if !is_sandboxed {
+            return Ok(Self { build_root, sandbox: None, images, open_files, groups, limits });
         }
         // Pools can have others.
         settings.root = None;
+        settings.processes = user_limit(execution, &limits);
         for path in settings.hide_linked() {
             Event::warn("gorego::config", "config_warning").log(format_args!(
                 "a link leads actions to {}; it is hidden from them (execution.sandbox)",
@@ -91,13 +105,13 @@ impl Place {
                 }
             };
         }
-        let place = Self { build_root, sandbox: Some((sandbox, report)), images, open_files };
+        let place = Self { build_root, sandbox: Some((sandbox, report)), images, open_files, groups, limits };
         execution.pools.iter().try_for_each(|pool| place.try_root_of(pool, &runner))?;
         Ok(place)
     }
 
     /// The sandbox of a pool, if it has one and anything of it works.
-    pub(super) fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
+    pub(crate) fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
         let (sandbox, report) = self.sandbox.as_ref()?;
         if report.is_empty() || pool.sandbox.mode == SandboxMode::Off {
             return None;
@@ -126,6 +140,23 @@ impl Place {
             return refuse(&format!("it contains {}, which is the server's own", own.display()));
         }
         probe_root(&sandbox, runner, &self.build_root).or_else(|reason| refuse(&reason))
+    }
+}
+
+/// The limit of processes of the user of a cell. Where there are groups, it is only a second line, so that the one that says
+/// when it was met comes first.
+fn user_limit(execution: &ExecutionSettings, limits: &LimitReport) -> u64 {
+    let bounds = execution.pools.iter().map(|pool| pool.limits.processes);
+    let most = bounds.map(|bound| bound.default.max(bound.max)).max().unwrap_or(0);
+    if limits.counts_processes() { most.saturating_add(SECOND_LINE) } else { most }
+}
+
+fn refuse_missing(limits: &LimitReport) -> Result<()> {
+    match limits.missing().first() {
+        None => Ok(()),
+        Some(missing) => Err(Error::Precondition(format!(
+            "execution.limits.required is true, and the limits cannot be enforced: {missing}"
+        ))),
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod files;
 mod kernel;
+mod limits;
 mod processes;
 mod roots;
 mod staging;

@@ -43,7 +43,7 @@ const PLAIN: u32 = 0o644;
 /// time zone, as zip requires, and its seconds fit into 32 bits, as Python byte code requires.
 pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec: 0 };
 
-/// Writes a whole input root into the empty directory `top`, with the modes of its directories if nothing is made in it
+/// Writes a whole input root, all of which is leased, into the empty directory `top`, with the modes of its directories if nothing is made in it
 /// afterwards (`is_complete`).
 ///
 /// # Errors
@@ -63,7 +63,7 @@ pub(super) fn write(
     Ok(())
 }
 
-/// Writes a delta into the empty directory `top`, which then is a layer over the base of the delta.
+/// Writes a delta, whose files are leased, into the empty directory `top`, which then is a layer over the base of the delta.
 ///
 /// # Errors
 /// As [`write()`].

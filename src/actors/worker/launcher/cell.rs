@@ -142,7 +142,9 @@ impl Cells {
             message: format!("could not start a command: {error}"),
             errno: error.raw_os_error().unwrap_or(0),
         };
-        let mut capture = Capture::open(&run.stdout, &run.stderr, run.max_file_bytes).map_err(failed)?;
+        let mut capture = Capture::open(&run.stdout, &run.stderr, run.max_file_bytes)
+            .and_then(|capture| capture.or_terminal(run.terminal.as_deref()))
+            .map_err(failed)?;
         capture.give_to(world.owner()).map_err(failed)?;
         let mut ended = Ended { started_nanos: Moment::now().0, ..Ended::default() };
         let cell = self.start(&kind, &run, &capture).map_err(|failure| not_set_up(&failure))?;

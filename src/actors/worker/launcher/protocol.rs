@@ -71,6 +71,9 @@ pub struct Run {
     /// What kind of cell it needs.
     #[prost(message, optional, tag = "20")]
     pub kind: Option<CellKind>,
+    /// A terminal that the command gets in place of `/dev/null` and the logs.
+    #[prost(bytes = "vec", optional, tag = "10")]
+    pub terminal: Option<Vec<u8>>,
 }
 
 /// The answer to a [`Run`].

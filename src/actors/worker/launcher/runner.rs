@@ -159,7 +159,8 @@ impl Runner {
 
     /// Runs a command without a cell.
     fn run_here(&mut self, run: Run) -> io::Result<Option<Ended>> {
-        let mut capture = Capture::open(&run.stdout, &run.stderr, run.max_file_bytes)?;
+        let mut capture = Capture::open(&run.stdout, &run.stderr, run.max_file_bytes)?
+            .or_terminal(run.terminal.as_deref())?;
         let root = PathBuf::from(OsStr::from_bytes(&run.root));
         let mut children = Children::start(run, &root, capture.writing_ends(), &mut self.stack)?;
         let (mut server_is_there, mut kept) = (true, Ok(()));

@@ -40,7 +40,7 @@ use gorego_reapi::error::{Error, Result};
 use layout::LayoutDirectory;
 use problem::LayerProblem;
 use pull::PullTime;
-use reference::{ImageOrigin, ImageReference, Version};
+use reference::{ImageOrigin, ImageReference, ImageVersion};
 use registry::{RegistryClient, Repository};
 use root::RootTree;
 use source::ImageSource;
@@ -190,7 +190,7 @@ impl Images {
         let is_layout = matches!(reference.origin, ImageOrigin::Layout(_));
         let policy = if is_layout { TagPolicy::EachAction } else { self.0.settings.tags };
         match (&reference.version, policy) {
-            (Version::Digest(digest), _) => Ok(digest.clone()),
+            (ImageVersion::Digest(digest), _) => Ok(digest.clone()),
             (_, TagPolicy::EachAction) => self.resolve_now(reference),
             (_, TagPolicy::Once) => self.resolve_once(reference),
             (_, TagPolicy::Refuse) => Err(Error::Precondition(

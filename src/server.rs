@@ -18,7 +18,7 @@ use crate::{
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{PoolLimits, WorkerActor, WorkerSettings, image_store::ImageStore},
+        worker::{WorkerActor, WorkerSettings},
     },
     cgroups::LimitReport,
     config::{ExecutionSettings, PoolSettings, Settings},
@@ -426,9 +426,9 @@ fn start_scheduler(
             transfer_timeout: execution.transfer_timeout,
             max_output_file_bytes: execution.max_output_file_bytes,
             runner: WorkerSettings::own_runner(place.open_files),
-            images: place.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageStore>),
+            images: place.image_store(),
             sandbox: place.pool_sandbox(pool),
-            limits: PoolLimits { settings: pool.limits, groups: Some(place.groups.clone()) },
+            limits: place.pool_limits(pool),
             log_streams: log_streams.clone(),
         });
         let spec = PoolSpec {

@@ -3,7 +3,8 @@
 use super::LOG;
 use crate::{
     actors::worker::{
-        WorkerSettings,
+        PoolLimits, WorkerSettings,
+        image_store::ImageStore,
         launcher::{
             PoolSandbox,
             probe::{probe, probe_layers, probe_root},
@@ -18,7 +19,7 @@ use crate::{
     sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
 };
 use gorego_reapi::error::{Error, Result};
-use std::ffi::OsString;
+use std::{ffi::OsString, sync::Arc};
 use tokio::runtime::Handle;
 
 const INPUTS_COPIED: &str = "inputs_copied";
@@ -120,6 +121,16 @@ impl Place {
         sandbox.settings.root = pool.sandbox.root.as_ref().map(RootFs::resolved);
         sandbox.settings.offers_network = pool.sandbox.offers_network;
         Some(sandbox)
+    }
+
+    /// The container images, if actions can have any.
+    pub(crate) fn image_store(&self) -> Option<Arc<dyn ImageStore>> {
+        self.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageStore>)
+    }
+
+    /// What one action of a pool may use.
+    pub(crate) fn pool_limits(&self, pool: &PoolSettings) -> PoolLimits {
+        PoolLimits { settings: pool.limits, groups: Some(self.groups.clone()) }
     }
 
     /// Starts a sandbox with the root file system of a pool, if it has one of its own.

@@ -27,6 +27,7 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
+use tokio::runtime::Handle;
 
 /// Added to the first user of the slots, so that a server here that is root has others.
 const USERS_APART: u32 = 10_000;
@@ -59,11 +60,16 @@ impl ReplayPlace {
     /// # Errors
     /// `Invalid` for a bad configuration; `Precondition` when there is no sandbox and `no_sandbox` does not say that none is
     /// wanted.
-    pub(super) fn open(config: Option<PathBuf>, scratch: &Scratch, no_sandbox: bool) -> Result<Self> {
+    pub(super) fn open(
+        config: Option<PathBuf>,
+        scratch: &Scratch,
+        runtime: &Handle,
+        no_sandbox: bool,
+    ) -> Result<Self> {
         let mut execution = load_for_replay(config, scratch.path(), &scratch.build(), no_sandbox)?;
         let sandbox = &mut execution.sandbox;
         sandbox.first_user = sandbox.first_user.saturating_add(USERS_APART);
-        let mut place = Place::open(&execution, None)?;
+        let mut place = Place::open(&execution, runtime, None)?;
         for missing in place.sandbox.iter_mut().flat_map(|(_, report)| &mut report.missing) {
             if missing.protection == Protection::Identity {
                 missing.remedy = Some("set TMPDIR to a directory on ext4, xfs, btrfs or tmpfs".into());
@@ -117,6 +123,9 @@ impl ReplayPlace {
         shell: bool,
         cancel: CancelToken,
     ) -> Result<Replayed> {
+        let Some(pool) = self.execution.pools.first() else {
+            return Err(Error::internal("there is no pool"));
+        };
         let settings = WorkerSettings {
             name: "replay".into(),
             pool: "replay".into(),
@@ -124,7 +133,9 @@ impl ReplayPlace {
             transfer_timeout: self.execution.transfer_timeout,
             max_output_file_bytes: self.execution.max_output_file_bytes,
             runner: WorkerSettings::own_runner(None),
-            sandbox: self.place.pool_sandbox(),
+            images: self.place.image_store(),
+            sandbox: self.place.pool_sandbox(pool),
+            limits: self.place.pool_limits(pool),
             log_streams: no_log_streams(scratch),
         };
         let runner = RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref());

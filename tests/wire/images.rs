@@ -2,7 +2,7 @@
 
 use crate::support::{
     Client, Server, empty, eventually,
-    images::{Blobs, LayerArchive, gzip, tagged, zstd},
+    images::{Blobs, LayerArchive, gzip, shell_layer, tagged, zstd},
     sh_with,
 };
 use axum::{
@@ -21,7 +21,6 @@ use std::{
     collections::HashMap,
     fs,
     os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 use tempfile::TempDir;
@@ -30,33 +29,6 @@ use tonic::Code;
 
 /// The name of the file that only images have.
 const MARKER: &str = "etc/marker";
-
-/// Adds a file of this machine to a layer.
-fn with_file(layer: LayerArchive, at: &str, from: &Path) -> LayerArchive {
-    layer.file(at.trim_start_matches('/'), &fs::read(from).unwrap(), 0o755)
-}
-
-/// A layer with a shell at `image/sh`, made from what this machine has: busybox, or its own shell with its libraries.
-fn shell_layer() -> LayerArchive {
-    let needs = |program: &Path| {
-        let listed = std::process::Command::new("ldd").arg(program).output();
-        let text =
-            listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-        let paths = text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from);
-        paths.filter(|path| path.exists()).collect::<Vec<_>>()
-    };
-    let busybox = ["/bin/busybox", "/usr/bin/busybox"].iter().map(Path::new).find(|path| path.exists());
-    let shell = busybox.unwrap_or(Path::new("/bin/sh")).canonicalize().unwrap();
-    let name = if busybox.is_some() { "image/busybox" } else { "image/sh" };
-    let mut layer = with_file(LayerArchive::new(), name, &shell);
-    if busybox.is_some() {
-        layer = layer.symlink("image/sh", "busybox");
-    }
-    for library in needs(&shell) {
-        layer = with_file(layer, library.to_str().unwrap(), &library);
-    }
-    layer
-}
 
 /// An image whose programs are in `/image`, with a marker and a user.
 fn image(blobs: &mut Blobs, marker: &str) -> String {

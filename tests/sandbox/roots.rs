@@ -44,7 +44,7 @@ fn take(root: &Path, from: &Path, to: &Path) {
 }
 
 /// Everything below a directory, with what shows a change.
-fn everything_below(top: &Path) -> BTreeSet<(PathBuf, String)> {
+pub(crate) fn everything_below(top: &Path) -> BTreeSet<(PathBuf, String)> {
     let mut found = BTreeSet::new();
     let mut left = vec![top.to_owned()];
     while let Some(path) = left.pop() {

@@ -167,11 +167,6 @@ impl PoolSandbox {
         sandbox
     }
 
-    /// Whether actions have namespaces of their own.
-    pub(super) fn has_namespaces(&self) -> bool {
-        self.protections.namespaces
-    }
-
     /// Whether input roots can have layers.
     pub fn has_layers(&self) -> bool {
         self.has_layers

@@ -8,9 +8,9 @@ use super::{
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
     exec_root::ExecRoot,
-    image_store::LeasedImage,
+    image_store,
     inputs::{self, MountPoints},
-    launcher::{Ending, Launcher, PoolSandbox, Ran, is_full},
+    launcher::{Ending, Launcher, Ran, is_full},
     messages::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
     },
@@ -29,11 +29,7 @@ use crate::{
         run::{LogKind, RunLogs},
     },
     logging::{Event, Field},
-    platform,
-    sandbox::{
-        kind::{CellKind, RootFs},
-        layers::MOUNT_STEP,
-    },
+    sandbox::{kind::CellKind, layers::MOUNT_STEP},
 };
 use gorego_reapi::{
     digest::Digest,
@@ -147,7 +143,7 @@ impl<'a> ActionRun<'a> {
         self.wait_for_room(&fetching)?;
         let mut kind = self.settings.kind(action)?;
         // Held to the end, so that the image is not removed while the action runs.
-        let image = self.lease_image(&mut kind, &fetching)?;
+        let image = image_store::lease_for(self.settings, action, &mut kind, &fetching)?;
         let command = match &image {
             Some(image) => Cow::Owned(image.complete(&action.command)),
             None => Cow::Borrowed(&action.command),
@@ -222,27 +218,6 @@ impl<'a> ActionRun<'a> {
         workspace.check_in_place()?;
         base.as_ref().map_or(Ok(()), TreeLease::check_in_place)?;
         stored
-    }
-
-    /// The image that the action asks for, whose files then replace the host's. Pulling it counts as fetching inputs.
-    fn lease_image(&self, kind: &mut CellKind, fetching: &Checkpoint) -> Result<Option<LeasedImage>> {
-        let Some(images) = &self.settings.images else { return Ok(None) };
-        let asked = &self.order.action.platform;
-        let Some(name) = platform::wanted_image(asked).map_err(Error::Invalid)? else { return Ok(None) };
-        if platform::wants_input_root_as_root(asked) {
-            return Err(Error::invalid(
-                "the action asks for an image and for its input root as its root file system",
-            ));
-        }
-        if !self.settings.sandbox.as_ref().is_some_and(PoolSandbox::has_namespaces) {
-            return Err(Error::Precondition(
-                "the action asks for an image, which takes the namespaces of the sandbox; they are off in this pool".into(),
-            ));
-        }
-        let image = images.lease(name, &|| fetching.check())?;
-        kind.root = Some(RootFs::directory(&image.root));
-        kind.user = kind.user.or(image.user);
-        Ok(Some(image))
     }
 
     /// Brings the inputs into place: as a layer over a staged tree, which is returned, or as copies.

@@ -337,9 +337,9 @@ fn a_mistake_in_a_pool_is_shown_with_its_place_and_what_to_write_instead() {
         "execution.min_priority = 1 (",
         "execution.max_priority = 1001 (",
         "\"a/b\" cannot be the name of a pool",
-        "\"a/b\" must have between 1",
+        "slots of \"a/b\" must be between 1",
         "\"c\" has a property without a name",
-        "4098 slots together",
+        "4097 slots together",
     ] {
         assert!(error.contains(part), "{part} in {error}");
     }

@@ -7,6 +7,7 @@
 
 pub mod load;
 mod log_filter;
+mod persistent_workers;
 mod pools;
 mod sandbox;
 mod settings;
@@ -14,11 +15,13 @@ pub mod show;
 mod source_text;
 
 pub use load::{Flag, Loaded, Origin, Sources, load};
+pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
 
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
+use persistent_workers::PersistentWorkersConfig;
 use pools::PoolConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
@@ -226,6 +229,8 @@ pub struct ExecutionConfig {
     pub pools: BTreeMap<String, PoolConfig>,
     /// The sandbox of actions.
     pub sandbox: SandboxConfig,
+    /// Bazel's persistent workers.
+    pub persistent_workers: PersistentWorkersConfig,
 }
 
 /// The `[log_streams]` section.
@@ -336,6 +341,7 @@ impl Default for ExecutionConfig {
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),
             pools: BTreeMap::new(),
             sandbox: SandboxConfig::default(),
+            persistent_workers: PersistentWorkersConfig::default(),
         }
     }
 }

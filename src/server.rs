@@ -285,7 +285,7 @@ impl Server {
             // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
             let left = exit.told().saturating_duration_since(Instant::now());
             let removal =
-                place.map(|place| workers.spawn_blocking(move || place.build_root.wait_until_empty(left)));
+                place.map(|place| workers.spawn_blocking(move || place.empty(left)));
             log_streams.close();
             // Clients that wait for a stream receive its end now. Idle connections are closed gracefully.
             let _ = close.send(());
@@ -410,6 +410,7 @@ fn start_scheduler(
             max_output_file_bytes: execution.max_output_file_bytes,
             runner: WorkerSettings::own_runner(place.open_files),
             sandbox: place.pool_sandbox(),
+            tools: place.tools(&pool.name),
             log_streams: log_streams.clone(),
         });
         let spec = PoolSpec {

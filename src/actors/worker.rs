@@ -20,6 +20,7 @@ mod run;
 mod run_log;
 pub mod staged_trees;
 pub mod store;
+pub mod tools;
 pub mod workspace;
 
 use crate::{
@@ -39,6 +40,7 @@ use std::{
     time::Duration,
 };
 use store::BlobStore;
+use tools::Tools;
 use workspace::BuildRoot;
 
 pub use launcher::runner::runner_main;
@@ -65,6 +67,8 @@ pub struct WorkerSettings {
     pub runner: Vec<OsString>,
     /// The sandbox in which commands run; `None` for none.
     pub sandbox: Option<PoolSandbox>,
+    /// The tools that may do the work of commands; `None` when each command runs by itself.
+    pub tools: Option<Arc<Tools>>,
     /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
 }

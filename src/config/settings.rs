@@ -8,6 +8,7 @@ use super::{
     CommittedSize, Loaded, LogConfig,
     load::keys,
     log_filter::check_filter,
+    persistent_workers::{PersistentWorkersSettings, persistent_workers},
     pools::{PoolSettings, pools},
     sandbox::sandbox,
 };
@@ -187,6 +188,8 @@ pub struct ExecutionSettings {
     pub max_output_file_bytes: u64,
     /// The sandbox of actions.
     pub sandbox: SandboxSettings,
+    /// Bazel's persistent workers; `None` when each action runs in a process of its own.
+    pub persistent_workers: Option<PersistentWorkersSettings>,
     /// Most bytes of all staged input trees together; 0 for none.
     pub max_staged_bytes: u64,
 }
@@ -220,7 +223,7 @@ impl Checker<'_> {
         self.require(key, (1..=max).contains(&count), &format!("must be between 1 and {max}"));
     }
 
-    fn duration(&mut self, key: &str, duration: Duration, zero_is_fine: bool) {
+    pub(super) fn duration(&mut self, key: &str, duration: Duration, zero_is_fine: bool) {
         self.require(key, zero_is_fine || !duration.is_zero(), "must be more than 0");
         self.require(key, duration <= MAX_DURATION, "must not be longer than 366 days");
     }
@@ -523,6 +526,7 @@ fn execution(
         max_attempts: config.max_attempts,
         max_output_file_bytes: check.size("execution.max_output_file_gb", config.max_output_file_gb),
         sandbox,
+        persistent_workers: persistent_workers(check),
         max_staged_bytes: match config.staged_inputs_gb.bytes() {
             0 => 0,
             _ => check.size("execution.staged_inputs_gb", config.staged_inputs_gb),

@@ -1,4 +1,4 @@
-//! [`Place`]: the build root, and the sandbox in which actions run there.
+//! [`Place`]: the build root, the sandbox in which actions run there, and the tools that stay in it.
 
 use super::LOG;
 use crate::{
@@ -9,13 +9,15 @@ use crate::{
             probe::{probe, probe_layers},
         },
         staged_trees::StagingLimits,
+        tools::{ToolLimits, Tools},
         workspace::BuildRoot,
     },
-    config::ExecutionSettings,
+    config::{ExecutionSettings, PoolSettings},
     logging::Event,
     sandbox::{identity::Users, probe::Report, settings::SandboxMode},
 };
 use gorego_reapi::error::{Error, Result};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 const INPUTS_COPIED: &str = "inputs_copied";
 
@@ -25,6 +27,8 @@ pub(super) struct Place {
     pub(super) sandbox: Option<(PoolSandbox, Report)>,
     /// The limit of open files for commands.
     pub(super) open_files: Option<u64>,
+    /// The tools of each pool, if there are any.
+    tools: BTreeMap<String, Arc<Tools>>,
 }
 
 impl Place {
@@ -32,9 +36,10 @@ impl Place {
     pub(super) fn open(execution: &ExecutionSettings, open_files: Option<u64>) -> Result<Self> {
         let limits = StagingLimits { max_bytes: execution.max_staged_bytes, ..StagingLimits::default() };
         let build_root = BuildRoot::with_trees(&execution.build_root, limits)?;
+        let tools = tools(execution);
         let mut settings = execution.sandbox.clone();
         if settings.mode == SandboxMode::Off {
-            return Ok(Self { build_root, sandbox: None, open_files });
+            return Ok(Self { build_root, sandbox: None, open_files, tools });
         }
         for path in settings.hide_linked() {
             Event::warn("gorego::config", "config_warning").log(format_args!(
@@ -74,7 +79,18 @@ impl Place {
                 }
             };
         }
-        Ok(Self { build_root, sandbox: Some((sandbox, report)), open_files })
+        Ok(Self { build_root, sandbox: Some((sandbox, report)), open_files, tools })
+    }
+
+    /// The tools of a pool, if it has any.
+    pub(super) fn tools(&self, pool: &str) -> Option<Arc<Tools>> {
+        self.tools.get(pool).cloned()
+    }
+
+    /// Ends the tools, and waits until all exec directories are removed, for at most `limit`. Blocks.
+    pub(super) fn empty(self, limit: Duration) {
+        self.tools.values().for_each(|tools| tools.close());
+        self.build_root.wait_until_empty(limit);
     }
 
     /// The sandbox, if anything of it works.
@@ -82,6 +98,21 @@ impl Place {
         let (sandbox, report) = self.sandbox.as_ref()?;
         (!report.is_empty()).then(|| sandbox.clone())
     }
+}
+
+fn tools(execution: &ExecutionSettings) -> BTreeMap<String, Arc<Tools>> {
+    let Some(settings) = execution.persistent_workers else { return BTreeMap::new() };
+    let of = |pool: &PoolSettings| {
+        let limits = ToolLimits {
+            max_tools: settings.max_workers.unwrap_or(pool.slots),
+            max_idle: settings.idle_timeout,
+            max_uses: settings.max_requests,
+            max_memory: settings.max_memory_bytes,
+            max_call: settings.request_timeout,
+        };
+        (pool.name.clone(), Arc::new(Tools::new(&pool.name, limits)))
+    };
+    execution.pools.iter().map(of).collect()
 }
 
 fn warn_of_copies(reason: &str) {

@@ -7,6 +7,7 @@ mod exec_directories;
 mod inputs;
 mod logs;
 mod outputs;
+mod tools;
 #[path = "../support/mod.rs"]
 mod shared;
 

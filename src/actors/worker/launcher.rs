@@ -18,6 +18,7 @@ mod reap;
 pub mod runner;
 mod spawn;
 mod sys;
+pub(super) mod tool;
 mod usage;
 
 use super::{cancel::CancelToken, clock::Moment, command::Launch, workspace::BuildRoot};
@@ -387,6 +388,7 @@ impl From<&Launch> for Run {
             stderr: path(&launch.stderr),
             max_file_bytes: launch.max_file_bytes,
             layers: launch.layers.clone(),
+            has_pipes: false,
         }
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! This file defines the order of the steps and what a failure in each means. It blocks and runs on a worker's own thread.
 
+mod with_tool;
+
 use super::{
     WorkerSettings,
     checkpoint::{Checkpoint, cancelled},
@@ -69,6 +71,8 @@ pub(super) struct ActionRun<'a> {
     result: reapi::ActionResult,
     /// The end of the command, once it has ended.
     ran: Option<Ran>,
+    /// Why a tool did not do its work, if one was asked.
+    tool_failure: Option<String>,
     /// The disk space when the run began.
     room_at_start: Option<Space>,
     /// Whether the disk stayed full for [`ROOM_WAIT`].
@@ -92,6 +96,7 @@ impl<'a> ActionRun<'a> {
             timeline,
             result: reapi::ActionResult::default(),
             ran: None,
+            tool_failure: None,
             room_at_start: None,
             waited_in_vain: false,
         }
@@ -153,6 +158,9 @@ impl<'a> ActionRun<'a> {
         let action = &self.order.action;
         // Held to the end, so that the inputs are not evicted while the action runs.
         let staged = self.store.stage_inputs(&action.instance, action.input_root, self.order.peer)?;
+        if let Some(ending) = self.run_with_tool(&*staged, workspace, fetching)? {
+            return self.store_outputs(ending, workspace, ExecRoot::new(workspace.root()?, None), None, batch);
+        }
         let base = if self.settings.has_layers() {
             workspace.stage(&*staged, action.instance.blobs(), fetching)?
         } else {
@@ -179,18 +187,26 @@ impl<'a> ActionRun<'a> {
         let ran = self.launcher.run(&launch, action.timeout, &self.control.cancel);
         if let Some(space) = watch.end() {
             self.salvage_logs(workspace, live.as_ref());
-            return Err(Error::DiskFull(format!(
-                "the disk of this server was full while the action ran ({space}), so its outputs may be incomplete"
-            )));
+            return Err(disk_was_full(space));
         }
         let ran = ran.inspect_err(|_| self.salvage_logs(workspace, live.as_ref()))?;
         self.timeline.note(Point::RunStart, ran.started);
         self.timeline.note(Point::RunEnd, ran.ended);
         let ending = ran.ending;
         self.ran = Some(ran);
+        self.store_outputs(ending, workspace, root, live.as_ref(), batch)
+    }
 
-        self.enter(RunStage::Uploading, Point::UploadStart, logs);
-        let stored = self.conclude(ending, workspace, root, live.as_ref(), batch);
+    fn store_outputs(
+        &mut self,
+        ending: Ending,
+        workspace: &Workspace,
+        root: ExecRoot<'_>,
+        live: Option<&LiveRun>,
+        batch: &mut dyn Outputs,
+    ) -> Result<()> {
+        self.enter(RunStage::Uploading, Point::UploadStart, live.map(LiveRun::logs));
+        let stored = self.conclude(ending, workspace, root, live, batch);
         self.note(Point::UploadEnd);
         // Without this check, outputs that somebody removed would look like outputs that were never made.
         workspace.check_in_place()?;
@@ -221,6 +237,9 @@ impl<'a> ActionRun<'a> {
     }
 
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
+        if let Some(tools) = &self.settings.tools {
+            tools.clear();
+        }
         self.settings.build_root.relieve_disk();
         self.store.relieve_disk(is_cancelled);
     }
@@ -353,8 +372,14 @@ impl<'a> ActionRun<'a> {
     fn account(&self, outcome: &Result<()>) -> Account {
         let facts = self.facts();
         let text = run_log::render(&facts, self.ran.as_ref(), outcome.as_ref().err());
+        let of_tool = self.tool_failure.as_ref();
+        let of_tool = of_tool.map(|reason| {
+            format!("the persistent worker of this action failed, so the action ran without it: {reason}")
+        });
+        let of_run = self.ran.as_ref().map(|ran| run_log::message(ran, &facts));
+        let messages: Vec<_> = of_tool.into_iter().chain(of_run).filter(|text| !text.is_empty()).collect();
         Account {
-            message: self.ran.as_ref().map_or_else(String::new, |ran| run_log::message(ran, &facts)),
+            message: messages.join("; "),
             log: text.and_then(|text| self.store_bytes(text.into_bytes()).ok()),
         }
     }
@@ -462,6 +487,13 @@ pub(super) fn is_workers_fault(error: &Error) -> bool {
         | Error::DeadlineExceeded(_)
         | Error::DataLoss(_) => false,
     }
+}
+
+/// The error of a run whose outputs may be incomplete.
+fn disk_was_full(space: Space) -> Error {
+    Error::DiskFull(format!(
+        "the disk of this server was full while the action ran ({space}), so its outputs may be incomplete"
+    ))
 }
 
 /// The error of a run whose log could not be kept, which is not the fault of the command.

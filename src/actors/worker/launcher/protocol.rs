@@ -2,7 +2,8 @@
 //!
 //! Both ends are always the same binary, so there is no versioning. One [`Run`] is answered by one [`FromRunner`]; a [`Kill`]
 //! hurries that answer and is ignored when nothing runs. A [`Sandbox`] is the first order, if it comes at all. A runner and a
-//! cell speak in the same way: a cell says [`CellReady`], gets one [`Run`], and says how it ended.
+//! cell speak in the same way: a cell says [`CellReady`], gets one [`Run`], and says how it ended. The pipes of a command that talks
+//! with the server go the way of its [`Run`], as open files.
 
 use crate::sandbox::{layers::Layers, settings::Sandbox};
 use gorego_reapi::proto::gorego;
@@ -68,6 +69,10 @@ pub struct Run {
     /// The layers of the input root, which is at `root` as it is without them.
     #[prost(message, optional, tag = "9")]
     pub layers: Option<Layers>,
+    /// The command talks with the server: its standard input and output are pipes that follow this message
+    /// ([`Pipes`](super::tool::Pipes)).
+    #[prost(bool, tag = "20")]
+    pub has_pipes: bool,
 }
 
 /// The answer to a [`Run`].

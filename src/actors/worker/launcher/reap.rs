@@ -23,6 +23,17 @@ pub fn kill_descendants(of: u32) -> usize {
     found.len()
 }
 
+/// All processes that descend from one, without that one itself.
+pub fn descendants(of: u32) -> Vec<u32> {
+    let mut found = children(of);
+    let mut next = 0;
+    while let Some(&pid) = found.get(next) {
+        found.extend(children(pid));
+        next += 1;
+    }
+    found
+}
+
 /// How long orphans are killed until the survivors are left alone: they hang in the kernel.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
 /// How long to wait for deaths before looking again.

@@ -284,8 +284,7 @@ impl Server {
             }
             // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
             let left = exit.told().saturating_duration_since(Instant::now());
-            let removal =
-                place.map(|place| workers.spawn_blocking(move || place.empty(left)));
+            let removal = place.map(|place| workers.spawn_blocking(move || place.empty(left)));
             log_streams.close();
             // Clients that wait for a stream receive its end now. Idle connections are closed gracefully.
             let _ = close.send(());

@@ -61,7 +61,11 @@ pub(super) fn persistent_workers(check: &mut Checker<'_>) -> Option<PersistentWo
         config.max_workers <= MAX_CONCURRENCY,
         &format!("must be at most {MAX_CONCURRENCY}; 0 means as many as there are slots"),
     );
-    check.require("execution.persistent_workers.max_requests", config.max_requests > 0, "must be more than 0");
+    check.require(
+        "execution.persistent_workers.max_requests",
+        config.max_requests > 0,
+        "must be more than 0",
+    );
     check.duration("execution.persistent_workers.idle_timeout", config.idle_timeout, true);
     check.duration("execution.persistent_workers.request_timeout", config.request_timeout, false);
     let max_memory_bytes = check.size("execution.persistent_workers.max_memory_gb", config.max_memory_gb);

@@ -334,7 +334,10 @@ impl Bench {
             timeout: Some(job.timeout.try_into().unwrap()),
             do_not_cache: job.do_not_cache,
             platform: Some(reapi::Platform {
-                properties: job.platform.iter().cloned()
+                properties: job
+                    .platform
+                    .iter()
+                    .cloned()
                     .map(|(name, value)| reapi::platform::Property { name, value })
                     .collect(),
             }),

@@ -7,8 +7,8 @@ mod exec_directories;
 mod inputs;
 mod logs;
 mod outputs;
-mod tools;
 #[path = "../support/mod.rs"]
 mod shared;
+mod tools;
 
 use shared::worker as support;

@@ -8,7 +8,14 @@ use rustix::{
     fs::{self as rfs, AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat},
     io::Errno,
 };
-use std::{ffi::{OsStr, OsString}, fs::File, io, os::fd::AsRawFd as _, os::unix::ffi::OsStrExt as _, path::Path};
+use std::{
+    ffi::{OsStr, OsString},
+    fs::File,
+    io,
+    os::fd::AsRawFd as _,
+    os::unix::ffi::OsStrExt as _,
+    path::Path,
+};
 
 /// How many directories a [`Cursor`] keeps open. Others are opened again through "..", so the number only affects the system
 /// calls.

@@ -159,7 +159,13 @@ impl<'a> ActionRun<'a> {
         // Held to the end, so that the inputs are not evicted while the action runs.
         let staged = self.store.stage_inputs(&action.instance, action.input_root, self.order.peer)?;
         if let Some(ending) = self.run_with_tool(&*staged, workspace, fetching)? {
-            return self.store_outputs(ending, workspace, ExecRoot::new(workspace.root()?, None), None, batch);
+            return self.store_outputs(
+                ending,
+                workspace,
+                ExecRoot::new(workspace.root()?, None),
+                None,
+                batch,
+            );
         }
         let base = if self.settings.has_layers() {
             workspace.stage(&*staged, action.instance.blobs(), fetching)?

@@ -173,9 +173,12 @@ impl Expansion<'_> {
         };
         let shown = file.escape_debug();
         if depth >= MAX_FLAGFILE_DEPTH {
-            return Err(format!("the file of arguments \"{shown}\" is more than {MAX_FLAGFILE_DEPTH} files deep"));
+            return Err(format!(
+                "the file of arguments \"{shown}\" is more than {MAX_FLAGFILE_DEPTH} files deep"
+            ));
         }
-        let text = (self.read)(file).ok_or_else(|| format!("the file of arguments \"{shown}\" is no text among the inputs"))?;
+        let text = (self.read)(file)
+            .ok_or_else(|| format!("the file of arguments \"{shown}\" is no text among the inputs"))?;
         self.count(FLAGFILE_BYTES + text.len())?;
         text.lines().try_for_each(|line| self.add(line, depth + 1))
     }

@@ -95,7 +95,9 @@ pub(super) enum NoAnswer {
 impl fmt::Display for NoAnswer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Garbage(text) => write!(f, "it printed \"{text}\", which is no answer, to its standard output"),
+            Self::Garbage(text) => {
+                write!(f, "it printed \"{text}\", which is no answer, to its standard output")
+            }
             Self::TooLarge => write!(f, "its answer has more than {MAX_ANSWER_BYTES} bytes"),
             Self::More(text) => write!(f, "it printed \"{text}\" after its answer"),
             Self::Other(id) => write!(f, "it answered request {id}, but was asked request 0"),
@@ -275,7 +277,8 @@ mod tests {
             b"\x16\x0a\x02-g\x12\x10\x0a\x08a/B.java\x12\x04ab12"
         );
         let text = String::from_utf8(request.encode_as(Encoding::Json).unwrap()).unwrap();
-        let expected = r#"{"arguments":["-g"],"inputs":[{"path":"a/B.java","digest":"YWIxMg=="}],"requestId":0}"#;
+        let expected =
+            r#"{"arguments":["-g"],"inputs":[{"path":"a/B.java","digest":"YWIxMg=="}],"requestId":0}"#;
         assert_eq!(text, format!("{expected}\n"));
     }
 
@@ -294,7 +297,9 @@ mod tests {
             Err(NoAnswer::Garbage(shown)) => shown,
             other => panic!("{text}: {other:?}"),
         };
-        for text in ["Hello, world\n", "warning: x", "\u{1b}[31m", "\n\nException in thread", "[INFO] x", "OK"] {
+        for text in
+            ["Hello, world\n", "warning: x", "\u{1b}[31m", "\n\nException in thread", "[INFO] x", "OK"]
+        {
             assert_eq!(garbage(Encoding::Proto, text), text.escape_debug().to_string());
             garbage(Encoding::Json, text);
         }

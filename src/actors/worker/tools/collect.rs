@@ -60,14 +60,18 @@ pub(super) fn copy_outputs(
             // It was copied as a part of another output.
             continue;
         }
-        if dir::file_type(&stat) == FileType::Symlink && dir::open_beneath(from, output.path.as_path()).is_ok() {
+        if dir::file_type(&stat) == FileType::Symlink
+            && dir::open_beneath(from, output.path.as_path()).is_ok()
+        {
             links_to_directories.push(output);
         }
         copying.node((&source, &target), name, &stat)?;
     }
     // What kind of thing a link leads to is reported too, and must be the same where it was copied to.
     match links_to_directories.into_iter().find(|link| dir::open_beneath(to, link.path.as_path()).is_err()) {
-        Some(link) => Err(Error::Unimplemented(format!("output \"{}\" is a link to an input", link.requested))),
+        Some(link) => {
+            Err(Error::Unimplemented(format!("output \"{}\" is a link to an input", link.requested)))
+        }
         None => Ok(()),
     }
 }

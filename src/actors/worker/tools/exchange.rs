@@ -261,15 +261,20 @@ impl<'a> Exchange<'a> {
     fn write(&self, here: &File, file: &tree::File) -> Result<Written> {
         self.checkpoint.check()?;
         inputs::write_file(self.inputs, file, here)?;
-        let stat = dir::stat_at(here, file.name.as_ref())
-            .map_err(|error| cannot("look at", &file.name, &error))?;
+        let stat =
+            dir::stat_at(here, file.name.as_ref()).map_err(|error| cannot("look at", &file.name, &error))?;
         Ok(Written::wanted(file, Stamp::of(&stat)))
     }
 }
 
 impl Written {
     fn wanted(file: &tree::File, stamp: Stamp) -> Self {
-        Self { digest: file.digest, mode: inputs::mode_of(file), mtime: inputs::mtime_of(&file.properties), stamp }
+        Self {
+            digest: file.digest,
+            mode: inputs::mode_of(file),
+            mtime: inputs::mtime_of(&file.properties),
+            stamp,
+        }
     }
 }
 
@@ -291,7 +296,6 @@ fn is_link(here: &File, link: &Symlink, stat: &Stat) -> bool {
         && rfs::readlinkat(here, &*link.name, Vec::new())
             .is_ok_and(|target| target.as_bytes() == link.target.as_bytes())
 }
-
 
 fn take_away(here: &File, name: &OsStr, stat: &Stat) -> io::Result<()> {
     if dir::file_type(stat) == FileType::Directory {

@@ -97,7 +97,13 @@ impl<T> Shelf<T> {
     }
 
     /// Keeps a tool that has served a call and now takes `memory` bytes. One that is not kept has to end.
-    pub(super) fn keep(&mut self, tool: T, serial: Serial, memory: u64, now: Instant) -> Result<(), (T, NotKept)> {
+    pub(super) fn keep(
+        &mut self,
+        tool: T,
+        serial: Serial,
+        memory: u64,
+        now: Instant,
+    ) -> Result<(), (T, NotKept)> {
         self.lost();
         let serial = Serial { uses: serial.uses + 1, ..serial };
         let problem = if self.is_closed {
@@ -203,7 +209,8 @@ mod tests {
         #[test]
         fn every_tool_is_in_one_place_and_within_its_bounds(steps in steps()) {
             let mut shelf: Shelf<Tool> = Shelf::new(LIMITS);
-            let (mut serving, mut kept): (Vec<(Tool, Serial)>, Vec<(Tool, u64, Instant)>) = (vec![], vec![]);
+            let mut serving: Vec<(Tool, Serial)> = Vec::new();
+            let mut kept: Vec<(Tool, u64, Instant)> = Vec::new();
             let (mut now, mut next) = (Instant::now(), 0);
             for step in steps {
                 match step {

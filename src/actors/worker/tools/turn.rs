@@ -63,9 +63,11 @@ impl NotServed {
     /// What an error says that occurred while files of a tool were moved. A hostile tool may cause many of them.
     fn of(error: Error) -> Self {
         match error {
-            Error::Cancelled(_) | Error::MissingBlobs(_) | Error::DiskFull(_) | Error::Invalid(_) | Error::Unavailable(_) => {
-                Self::Failed(error)
-            }
+            Error::Cancelled(_)
+            | Error::MissingBlobs(_)
+            | Error::DiskFull(_)
+            | Error::Invalid(_)
+            | Error::Unavailable(_) => Self::Failed(error),
             error => Self::ToolFailed(error.to_string()),
         }
     }
@@ -120,10 +122,12 @@ impl<'a> Turn<'a> {
         let answer: WorkAnswer = self
             .tool
             .process
-            .exchange(&self.request, Instant::now().checked_add(limit), cancel, |bytes| match reader.read(bytes) {
-                Ok(None) => ControlFlow::Continue(()),
-                Ok(Some(answer)) => ControlFlow::Break(Ok(answer)),
-                Err(problem) => ControlFlow::Break(Err(problem.to_string())),
+            .exchange(&self.request, Instant::now().checked_add(limit), cancel, |bytes| {
+                match reader.read(bytes) {
+                    Ok(None) => ControlFlow::Continue(()),
+                    Ok(Some(answer)) => ControlFlow::Break(Ok(answer)),
+                    Err(problem) => ControlFlow::Break(Err(problem.to_string())),
+                }
             })
             .map_err(|silence| match silence {
                 Silence::Broken(reason) => NotServed::ToolFailed(self.with_last_words(reason)),

@@ -31,7 +31,11 @@ fn case() -> Case {
         platform: vec![("OSFamily", "linux"), (KEY_PROPERTY, "k")],
         working_directory: "",
         outputs: vec!["out/a.jar"],
-        files: vec![("bin/javac", "javac 1", true), ("src/A.java", "class A", false), ("args", "-d\nout\n", false)],
+        files: vec![
+            ("bin/javac", "javac 1", true),
+            ("src/A.java", "class A", false),
+            ("args", "-d\nout\n", false),
+        ],
     }
 }
 
@@ -44,7 +48,9 @@ impl Case {
         let action = reapi::Action {
             input_root_digest: Some(digest.to_wire()),
             platform: Some(reapi::Platform {
-                properties: properties.map(|(name, value)| reapi::platform::Property { name, value }).collect(),
+                properties: properties
+                    .map(|(name, value)| reapi::platform::Property { name, value })
+                    .collect(),
             }),
             ..Default::default()
         };
@@ -68,10 +74,10 @@ impl Case {
             below: BTreeMap<String, Level>,
         }
         fn seal(level: Level, all: &mut HashMap<Digest, Arc<Directory>>) -> Digest {
-            let below = level.below.into_iter().map(|(name, child)| reapi::DirectoryNode {
-                name,
-                digest: Some(seal(child, all).to_wire()),
-            });
+            let below = level
+                .below
+                .into_iter()
+                .map(|(name, child)| reapi::DirectoryNode { name, digest: Some(seal(child, all).to_wire()) });
             let directory =
                 reapi::Directory { files: level.files, directories: below.collect(), ..Default::default() };
             let bytes = prost::Message::encode_to_vec(&directory);
@@ -205,9 +211,10 @@ fn files_of_arguments_become_arguments_and_all_files_are_inputs() {
 fn inputs_are_named_as_the_working_directory_sees_them() {
     let mut case = case();
     case.files.push(("src/gen/C.java", "class C", false));
-    for (working_directory, expected) in
-        [("src", ["../args", "../bin/javac", "A.java", "gen/C.java"]), ("src/gen/x", ["../../../args", "../../../bin/javac", "../../A.java", "../C.java"])]
-    {
+    for (working_directory, expected) in [
+        ("src", ["../args", "../bin/javac", "A.java", "gen/C.java"]),
+        ("src/gen/x", ["../../../args", "../../../bin/javac", "../../A.java", "../C.java"]),
+    ] {
         let request = Case { working_directory, ..case.clone() }.request().unwrap();
         let inputs: Vec<_> = request.inputs.iter().map(|input| &*input.path).collect();
         assert_eq!(inputs, expected);

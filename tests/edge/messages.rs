@@ -119,6 +119,7 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
         max_output_file_bytes: 1 << 20,
         runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
         sandbox: None,
+        tools: None,
         log_streams: log_streams(false, directory),
     });
     let minute = Duration::from_secs(60);

@@ -66,8 +66,9 @@ impl NotServed {
             Error::Cancelled(_)
             | Error::MissingBlobs(_)
             | Error::DiskFull(_)
-            | Error::Invalid(_)
             | Error::Unavailable(_) => Self::Failed(error),
+            // The run that follows says whether the tool or the action is to blame.
+            Error::Invalid(reason) => Self::Unfit(reason),
             error => Self::ToolFailed(error.to_string()),
         }
     }

@@ -17,12 +17,12 @@ mod shelf;
 mod turn;
 
 pub use shelf::ToolLimits;
-pub(super) use turn::{NotServed, Turn};
+pub(super) use turn::{NotServed, ToolTurn};
 
 use super::{launcher::tool::ToolProcess, workspace::Workspace};
 use crate::logging::Event;
 use call::{ToolCall, ToolKey};
-use exchange::Contents;
+use exchange::PlacedInputs;
 use shelf::{NotKept, Serial, Shelf, Taken};
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -51,7 +51,7 @@ struct ToolsShared {
 struct Tool {
     process: ToolProcess,
     workspace: Workspace,
-    contents: Contents,
+    contents: PlacedInputs,
 }
 
 /// The right to one of the tools of a pool.

@@ -189,7 +189,7 @@ impl ToolProcess {
         is_sending: bool,
         deadline: Option<Instant>,
         cancel: &CancelToken,
-    ) -> std::result::Result<Ready, Silence> {
+    ) -> std::result::Result<ToolEvents, Silence> {
         loop {
             let now = Instant::now();
             if cancel.is_stopped() {
@@ -214,7 +214,7 @@ impl ToolProcess {
                 Err(error) => return Err(Silence::Broken(format!("it cannot be waited for: {error}"))),
             }
             let is_ready = |at: usize| fds.get(at).is_some_and(|fd: &PollFd<'_>| !fd.revents().is_empty());
-            let ready = Ready {
+            let ready = ToolEvents {
                 answers: is_ready(0),
                 ended: is_ready(1),
                 requests: is_sending && is_ready(fds.len() - 1),
@@ -268,7 +268,7 @@ impl Drop for ToolProcess {
 }
 
 /// Which of the awaited events are there.
-struct Ready {
+struct ToolEvents {
     answers: bool,
     ended: bool,
     requests: bool,

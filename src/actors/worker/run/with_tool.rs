@@ -7,7 +7,7 @@ use crate::{
         dir,
         launcher::Ending,
         store::Inputs,
-        tools::{NotServed, Tools, Turn},
+        tools::{NotServed, ToolTurn, Tools},
         workspace::{Workspace, remove},
     },
     logging::Event,
@@ -69,7 +69,7 @@ impl ActionRun<'_> {
         fetching: &Checkpoint<'_>,
     ) -> std::result::Result<Ending, NotServed> {
         let (settings, action, control) = (self.settings, &self.order.action, self.control);
-        let turn = Turn::begin(tools, settings, self.order.slot, action, staged, fetching)?;
+        let turn = ToolTurn::begin(tools, settings, self.order.slot, action, staged, fetching)?;
         self.note(Point::FetchEnd);
         self.enter(RunStage::Running, Point::RunStart, None);
         let watch = settings.build_root.disk().begin(control.cancel.clone());

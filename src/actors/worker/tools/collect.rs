@@ -39,7 +39,7 @@ pub(super) fn copy_outputs(
     outputs: &[OutputRequest],
     checkpoint: &Checkpoint<'_>,
 ) -> Result<()> {
-    let mut copying = Copying { checkpoint, nodes: 0 };
+    let mut copying = OutputCopy { checkpoint, nodes: 0 };
     let mut links_to_directories = Vec::new();
     for output in outputs {
         let Some((parent, name)) = output.path.parent().zip(output.path.name()) else {
@@ -89,19 +89,19 @@ fn make_parents(to: &File, path: &RootPath) -> io::Result<File> {
     Ok(here)
 }
 
-struct Copying<'a> {
+struct OutputCopy<'a> {
     checkpoint: &'a Checkpoint<'a>,
     nodes: u64,
 }
 
 /// A directory that is being copied.
-struct Level {
+struct CopyLevel {
     /// Names in it that were not copied.
     left: Vec<OsString>,
     stat: Stat,
 }
 
-impl Copying<'_> {
+impl OutputCopy<'_> {
     /// Copies one node, and what is in it.
     fn node(&mut self, (source, target): (&File, &File), name: &OsStr, stat: &Stat) -> Result<()> {
         if dir::file_type(stat) != FileType::Directory {
@@ -135,7 +135,7 @@ impl Copying<'_> {
         Ok(())
     }
 
-    fn enter(&mut self, (from, to): (&mut Cursor, &mut Cursor), name: &OsStr) -> io::Result<Level> {
+    fn enter(&mut self, (from, to): (&mut Cursor, &mut Cursor), name: &OsStr) -> io::Result<CopyLevel> {
         from.down(name)?;
         rfs::mkdirat(to.here()?, name.as_bytes(), Mode::RWXU)?;
         to.down(name)?;
@@ -148,7 +148,7 @@ impl Copying<'_> {
                 return Err(io::ErrorKind::FileTooLarge.into());
             }
         }
-        Ok(Level { left, stat })
+        Ok(CopyLevel { left, stat })
     }
 
     fn leaf(&mut self, (source, target): (&File, &File), name: &OsStr, stat: &Stat) -> Result<()> {

@@ -36,7 +36,7 @@ use std::{
 
 /// The input files that were written into an exec root, by path.
 #[derive(Debug, Default)]
-pub(super) struct Contents(HashMap<String, Written>);
+pub(super) struct PlacedInputs(HashMap<String, Written>);
 
 /// An input file on disk.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,12 +44,12 @@ struct Written {
     digest: Digest,
     mode: u32,
     mtime: Timespec,
-    stamp: Stamp,
+    stamp: FileStamp,
 }
 
 /// What a file is known by.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Stamp {
+struct FileStamp {
     id: FileId,
     size: i64,
     mode: u32,
@@ -78,7 +78,7 @@ impl From<Error> for NotExchanged {
 /// # Errors
 /// [`NotExchanged`]. The tool must not be used any more then.
 pub(super) fn exchange(
-    contents: &mut Contents,
+    contents: &mut PlacedInputs,
     root: &File,
     inputs: &dyn Inputs,
     working_directory: &RootPath,
@@ -114,7 +114,7 @@ struct Exchange<'a> {
 }
 
 /// A directory in which the exchange stands.
-struct Level<'a> {
+struct ExchangeLevel<'a> {
     path: String,
     directory: &'a Directory,
     /// How many names of the way to the working directory lead here, if they do.
@@ -124,7 +124,7 @@ struct Level<'a> {
 }
 
 /// What has to be under a name.
-enum Wanted<'a> {
+enum WantedNode<'a> {
     File(&'a tree::File),
     Link(&'a Symlink),
     Directory,
@@ -164,7 +164,7 @@ impl<'a> Exchange<'a> {
         path: String,
         directory: &'a Directory,
         on_way: Option<usize>,
-    ) -> std::result::Result<Level<'a>, NotExchanged> {
+    ) -> std::result::Result<ExchangeLevel<'a>, NotExchanged> {
         let inputs = self.inputs;
         let tree: &'a InputTree = inputs.tree();
         let here = cursor.here().map_err(|error| cannot("enter", &path, &error))?;
@@ -185,7 +185,7 @@ impl<'a> Exchange<'a> {
         );
         let kept = self.clean(here, &path, directory, &below)?;
         self.fill(here, &path, directory, &below, &kept)?;
-        Ok(Level { path, directory, on_way, below })
+        Ok(ExchangeLevel { path, directory, on_way, below })
     }
 
     /// Removes what does not belong into a directory, and gives the names of what stays.
@@ -196,10 +196,10 @@ impl<'a> Exchange<'a> {
         directory: &'a Directory,
         below: &[(&'a str, &'a Directory)],
     ) -> std::result::Result<HashSet<String>, NotExchanged> {
-        let files = directory.files.iter().map(|file| (file.name.as_str(), Wanted::File(file)));
-        let links = directory.symlinks.iter().map(|link| (link.name.as_str(), Wanted::Link(link)));
-        let directories = below.iter().map(|(name, _)| (*name, Wanted::Directory));
-        let wanted: HashMap<&str, Wanted<'_>> = directories.chain(links).chain(files).collect();
+        let files = directory.files.iter().map(|file| (file.name.as_str(), WantedNode::File(file)));
+        let links = directory.symlinks.iter().map(|link| (link.name.as_str(), WantedNode::Link(link)));
+        let directories = below.iter().map(|(name, _)| (*name, WantedNode::Directory));
+        let wanted: HashMap<&str, WantedNode<'_>> = directories.chain(links).chain(files).collect();
         let mut kept = HashSet::new();
         for name in dir::names(here).map_err(|error| cannot("list", path, &error))? {
             self.checkpoint.check()?;
@@ -208,9 +208,9 @@ impl<'a> Exchange<'a> {
                 stat => stat.map_err(|error| cannot("look at", path, &error))?,
             };
             let stays = match name.to_str().and_then(|name| wanted.get(name)) {
-                Some(Wanted::File(file)) => self.stays(file, &join(path, &file.name), &stat),
-                Some(Wanted::Link(link)) => is_link(here, link, &stat),
-                Some(Wanted::Directory) => dir::file_type(&stat) == FileType::Directory,
+                Some(WantedNode::File(file)) => self.stays(file, &join(path, &file.name), &stat),
+                Some(WantedNode::Link(link)) => is_link(here, link, &stat),
+                Some(WantedNode::Directory) => dir::file_type(&stat) == FileType::Directory,
                 None => false,
             };
             match name.to_str() {
@@ -224,7 +224,7 @@ impl<'a> Exchange<'a> {
     /// Whether a file on disk is the one that is wanted.
     fn stays(&self, file: &tree::File, path: &str, stat: &Stat) -> bool {
         self.last.get(path).is_some_and(|last| {
-            *last == Written { stamp: Stamp::of(stat), ..Written::wanted(file, last.stamp) }
+            *last == Written { stamp: FileStamp::of(stat), ..Written::wanted(file, last.stamp) }
         })
     }
 
@@ -263,12 +263,12 @@ impl<'a> Exchange<'a> {
         inputs::write_file(self.inputs, file, here)?;
         let stat =
             dir::stat_at(here, file.name.as_ref()).map_err(|error| cannot("look at", &file.name, &error))?;
-        Ok(Written::wanted(file, Stamp::of(&stat)))
+        Ok(Written::wanted(file, FileStamp::of(&stat)))
     }
 }
 
 impl Written {
-    fn wanted(file: &tree::File, stamp: Stamp) -> Self {
+    fn wanted(file: &tree::File, stamp: FileStamp) -> Self {
         Self {
             digest: file.digest,
             mode: inputs::mode_of(file),
@@ -278,7 +278,7 @@ impl Written {
     }
 }
 
-impl Stamp {
+impl FileStamp {
     #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
     fn of(stat: &Stat) -> Self {
         Self {

@@ -1,11 +1,11 @@
-//! [`Turn`]: one action, served by a tool. It blocks and runs on a worker's own thread.
+//! [`ToolTurn`]: one action, served by a tool. It blocks and runs on a worker's own thread.
 
 use super::{
     Held, Tool, Tools,
     call::{ToolCall, is_tool_input},
     codec::{AnswerReader, Encoding, MAX_REQUEST_BYTES, WorkAnswer},
     collect::copy_outputs,
-    exchange::{Contents, NotExchanged, exchange},
+    exchange::{NotExchanged, PlacedInputs, exchange},
 };
 use crate::{
     action::{Action, Command},
@@ -38,7 +38,7 @@ use std::{
 };
 
 /// An action that a tool is about to serve: its inputs are in place.
-pub(crate) struct Turn<'a> {
+pub(crate) struct ToolTurn<'a> {
     held: Held<'a>,
     tool: Tool,
     encoding: Encoding,
@@ -63,10 +63,9 @@ impl NotServed {
     /// What an error says that occurred while files of a tool were moved. A hostile tool may cause many of them.
     fn of(error: Error) -> Self {
         match error {
-            Error::Cancelled(_)
-            | Error::MissingBlobs(_)
-            | Error::DiskFull(_)
-            | Error::Unavailable(_) => Self::Failed(error),
+            Error::Cancelled(_) | Error::MissingBlobs(_) | Error::DiskFull(_) | Error::Unavailable(_) => {
+                Self::Failed(error)
+            }
             // The run that follows says whether the tool or the action is to blame.
             Error::Invalid(reason) => Self::Unfit(reason),
             error => Self::ToolFailed(error.to_string()),
@@ -74,7 +73,7 @@ impl NotServed {
     }
 }
 
-impl<'a> Turn<'a> {
+impl<'a> ToolTurn<'a> {
     /// Finds or starts a tool for an action, and puts the inputs in place.
     ///
     /// # Errors
@@ -92,7 +91,7 @@ impl<'a> Turn<'a> {
         let Some((held, tool)) = tools.hold(&call) else {
             return Err(NotServed::Unfit("all tools are busy".into()));
         };
-        let stage = Stage { settings, action, staged, call: &call, checkpoint };
+        let stage = Preparation { settings, action, staged, call: &call, checkpoint };
         let (tool, request) = match tool {
             Some(mut tool) => {
                 let request = stage.exchange(&mut tool.contents, &tool.workspace)?;
@@ -171,7 +170,7 @@ impl<'a> Turn<'a> {
 }
 
 /// What is needed to put the inputs of an action in place.
-struct Stage<'a> {
+struct Preparation<'a> {
     settings: &'a WorkerSettings,
     action: &'a Action,
     staged: &'a dyn Inputs,
@@ -179,12 +178,12 @@ struct Stage<'a> {
     checkpoint: &'a Checkpoint<'a>,
 }
 
-impl Stage<'_> {
+impl Preparation<'_> {
     /// Starts a tool among the inputs of its first action.
     fn start(&self, slot: SlotId) -> std::result::Result<(Tool, Vec<u8>), NotServed> {
         let settings = self.settings;
         let workspace = settings.build_root.create(slot, &self.call.key.0).map_err(NotServed::Failed)?;
-        let mut contents = Contents::default();
+        let mut contents = PlacedInputs::default();
         let request = self.exchange(&mut contents, &workspace)?;
         let command = Command { arguments: self.call.start.clone(), ..self.action.command.clone() };
         let launch = Launch::new(&command, &workspace, None, settings.max_output_file_bytes);
@@ -196,7 +195,7 @@ impl Stage<'_> {
     /// Puts the inputs in place, and makes the request.
     fn exchange(
         &self,
-        contents: &mut Contents,
+        contents: &mut PlacedInputs,
         workspace: &Workspace,
     ) -> std::result::Result<Vec<u8>, NotServed> {
         let command = &self.action.command;

@@ -5,6 +5,8 @@
 //! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
 //! of the server only sees [`Settings`].
 
+mod images;
+mod limits;
 pub mod load;
 mod log_filter;
 mod persistent_workers;
@@ -14,6 +16,7 @@ mod settings;
 pub mod show;
 mod source_text;
 
+pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, Sources, load};
 pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
@@ -21,6 +24,8 @@ pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machin
 
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
+use images::ImagesConfig;
+use limits::LimitsConfig;
 use persistent_workers::PersistentWorkersConfig;
 use pools::PoolConfig;
 use sandbox::SandboxConfig;
@@ -229,6 +234,10 @@ pub struct ExecutionConfig {
     pub pools: BTreeMap<String, PoolConfig>,
     /// The sandbox of actions.
     pub sandbox: SandboxConfig,
+    /// What one action may use.
+    pub limits: LimitsConfig,
+    /// Container images as root file systems of actions.
+    pub images: ImagesConfig,
     /// Bazel's persistent workers.
     pub persistent_workers: PersistentWorkersConfig,
 }
@@ -341,6 +350,8 @@ impl Default for ExecutionConfig {
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),
             pools: BTreeMap::new(),
             sandbox: SandboxConfig::default(),
+            limits: LimitsConfig::default(),
+            images: ImagesConfig::default(),
             persistent_workers: PersistentWorkersConfig::default(),
         }
     }

@@ -17,7 +17,7 @@ mod shelf;
 mod turn;
 
 pub use shelf::ToolLimits;
-pub(super) use turn::{NotServed, ToolTurn};
+pub(super) use turn::{NotServed, ToolJob, ToolTurn};
 
 use super::{launcher::tool::ToolProcess, workspace::Workspace};
 use crate::logging::Event;

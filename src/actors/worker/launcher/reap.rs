@@ -23,11 +23,13 @@ pub fn kill_descendants(of: u32) -> usize {
     found.len()
 }
 
-/// All processes that descend from one, without that one itself.
-pub fn descendants(of: u32) -> Vec<u32> {
+/// The descendants of a process, at most about this many. What starts or ends meanwhile may be missing or listed.
+pub fn descendants(of: u32, most: usize) -> Vec<u32> {
     let mut found = children(of);
     let mut next = 0;
-    while let Some(&pid) = found.get(next) {
+    while let Some(&pid) = found.get(next)
+        && found.len() < most
+    {
         found.extend(children(pid));
         next += 1;
     }

@@ -23,7 +23,7 @@ use super::{
     sys,
     tool::{self, Pipes},
 };
-use crate::sandbox::{settings::Sandbox, world::restrict_in_place};
+use crate::sandbox::{kind::CellKind, settings::Sandbox, world::restrict_in_place};
 use rustix::{
     event::{PollFd, PollFlags},
     fs::{self as rfs, Mode, OFlags},
@@ -121,6 +121,7 @@ impl Runner {
             match message.order {
                 Some(Order::Enclose(sandbox)) => self.enclosure = Enclosure::new(sandbox),
                 Some(Order::Run(run)) => {
+                    let kind = run.kind.clone().unwrap_or_default();
                     let pipes = if run.has_pipes { Some(Pipes::receive(&self.socket)?) } else { None };
                     let reply = match self.run(run, pipes) {
                         Ok(Some(ended)) => Reply::Ended(ended),
@@ -130,7 +131,7 @@ impl Runner {
                     };
                     protocol::write(&self.socket, &FromRunner { reply: Some(reply) })?;
                     if let Enclosure::Cells(cells) = &mut self.enclosure {
-                        cells.tidy();
+                        cells.tidy(&kind);
                     }
                 }
                 // A Kill that crossed with the answer has nothing left to kill.
@@ -148,6 +149,9 @@ impl Runner {
         match &mut self.enclosure {
             Enclosure::Cells(cells) => cells.run(run, pipes, &self.socket, &mut self.buffer),
             Enclosure::Failed(failed) => Err(failed.clone()),
+            Enclosure::None if run.kind.as_ref().is_some_and(|kind| *kind != CellKind::default()) => {
+                Err(Failed { message: "there are no namespaces, which this command needs".into(), errno: 0 })
+            }
             Enclosure::None => self.run_here(run, pipes).map_err(|error| Failed {
                 message: format!("could not start a command: {error}"),
                 errno: error.raw_os_error().unwrap_or(0),
@@ -157,7 +161,8 @@ impl Runner {
 
     /// Runs a command without a cell.
     fn run_here(&mut self, run: Run, pipes: Option<Pipes>) -> io::Result<Option<Ended>> {
-        let mut capture = Capture::open(&run.stdout, &run.stderr, tool::max_log_bytes(&run))?;
+        let mut capture = Capture::open(&run.stdout, &run.stderr, tool::max_log_bytes(&run))?
+            .or_terminal(run.terminal.as_deref())?;
         let root = PathBuf::from(OsStr::from_bytes(&run.root));
         let (mut stdin, (mut stdout, stderr)) = (None, capture.writing_ends());
         if let Some(pipes) = &pipes {

@@ -5,13 +5,18 @@
 //! Whatever it does, no call here waits for it beyond its deadline.
 
 use super::{
-    PoolSandbox, RunnerLauncher,
+    Launcher as _, PoolSandbox, RunnerLauncher,
     cell::send_open,
+    guard::{Guard, Violation},
     init::receive_open,
     protocol::{self, Ended, FromRunner, Order, Reply, Run, ToRunner, Unkept},
     reap, sys,
 };
-use crate::actors::worker::{cancel::CancelToken, command::Launch};
+use crate::{
+    actors::worker::{cancel::CancelToken, command::Launch},
+    cgroups::Groups,
+    limits::Limits,
+};
 use gorego_reapi::{
     error::{Error, Result},
     proto::gorego,
@@ -40,6 +45,8 @@ const MAX_LOG_BYTES: u64 = 64 * 1024 * 1024;
 const REASON_WAIT: Duration = Duration::from_secs(1);
 /// How much is read at once.
 const READ_BYTES: usize = 64 * 1024;
+/// Most processes of a tool that are looked at to see what it uses.
+const MOST_PROCESSES: usize = 10_000;
 /// How often a token without a descriptor is asked.
 const CANCEL_POLL: Duration = Duration::from_millis(100);
 
@@ -58,6 +65,7 @@ pub(in super::super) struct ToolProcess {
     launcher: RunnerLauncher,
     requests: OwnedFd,
     answers: OwnedFd,
+    limits: Limits,
 }
 
 /// Why there is no answer.
@@ -113,6 +121,7 @@ impl ToolProcess {
     pub(in super::super) fn start(
         runner: &[OsString],
         sandbox: Option<&PoolSandbox>,
+        groups: Option<&Groups>,
         launch: &Launch,
     ) -> Result<Self> {
         let failed = |error: io::Error| Error::io("start a tool", &error);
@@ -121,12 +130,19 @@ impl ToolProcess {
             rfs::fcntl_setfl(ours, OFlags::NONBLOCK).map_err(|error| failed(error.into()))?;
         }
         let mut launcher = RunnerLauncher::new(runner.to_vec(), sandbox);
-        let running = launcher.runner()?;
-        let socket = running.socket.as_ref().ok_or_else(|| Error::internal("the runner was given up"))?;
+        if let Some(groups) = groups {
+            launcher = launcher.grouped(groups);
+        }
+        if let Some(group) = &mut launcher.group {
+            group.begin(&launch.limits).map_err(failed)?;
+        }
+        launcher.warm_up();
+        let socket = launcher.runner.as_ref().and_then(|runner| runner.socket.as_ref());
+        let socket = socket.ok_or_else(|| Error::internal("could not start a runner process for a tool"))?;
         let order = ToRunner { order: Some(Order::Run(Run { has_pipes: true, ..Run::from(launch) })) };
         protocol::write(socket, &order).map_err(failed)?;
         send_open(socket, &[their_requests.as_fd(), their_answers.as_fd()]).map_err(failed)?;
-        Ok(Self { launcher, requests, answers })
+        Ok(Self { launcher, requests, answers, limits: launch.limits.clone() })
     }
 
     /// Why the tool is of no use, if it is not: it has ended, or printed something that nobody asked for.
@@ -152,9 +168,12 @@ impl ToolProcess {
         mut hear: impl FnMut(&[u8]) -> ControlFlow<std::result::Result<T, String>>,
     ) -> std::result::Result<T, Silence> {
         let socket = self.socket().ok_or_else(|| Silence::Broken("its runner is gone".into()))?;
+        let runner = self.launcher.runner.as_ref().map_or(0, |runner| runner.child.id());
+        let (group, total) = (self.launcher.group.as_ref(), self.launcher.total_memory);
+        let mut guard = Guard::new(&self.limits, group, total, runner, None);
         let (mut unsent, mut buffer) = (request, vec![0; READ_BYTES]);
         loop {
-            let ready = self.wait(socket, !unsent.is_empty(), deadline, cancel)?;
+            let ready = self.wait(socket, !unsent.is_empty(), deadline, cancel, &mut guard)?;
             if ready.answers {
                 match rustix::io::read(&self.answers, &mut *buffer) {
                     Ok(0) => return Err(Silence::Broken(self.reason("it closed its standard output"))),
@@ -189,6 +208,7 @@ impl ToolProcess {
         is_sending: bool,
         deadline: Option<Instant>,
         cancel: &CancelToken,
+        guard: &mut Guard<'_>,
     ) -> std::result::Result<ToolEvents, Silence> {
         loop {
             let now = Instant::now();
@@ -198,7 +218,14 @@ impl ToolProcess {
             if deadline.is_some_and(|deadline| now >= deadline) {
                 return Err(Silence::Late);
             }
-            let mut left = deadline.map(|deadline| deadline.saturating_duration_since(now));
+            if let Some(violation) = guard.look() {
+                return Err(Silence::Broken(match violation {
+                    Violation::Exceeded(exceeded) => format!("it was ended because {exceeded}"),
+                    Violation::MemoryShort { .. } => "it lost processes because memory was short".into(),
+                }));
+            }
+            let next = deadline.into_iter().chain(guard.next()).min();
+            let mut left = next.map(|next| next.saturating_duration_since(now));
             let mut fds = vec![PollFd::new(&self.answers, PollFlags::IN), PollFd::new(socket, PollFlags::IN)];
             match cancel.event() {
                 Some(event) => fds.push(PollFd::from_borrowed_fd(event, PollFlags::IN)),
@@ -244,7 +271,7 @@ impl ToolProcess {
     pub(in super::super) fn sample(&self) -> Sample {
         let Some(runner) = &self.launcher.runner else { return Sample::default() };
         let mut sum = Sample::default();
-        for pid in reap::descendants(runner.child.id()) {
+        for pid in reap::descendants(runner.child.id(), MOST_PROCESSES) {
             let one = fs::read_to_string(format!("/proc/{pid}/stat")).ok();
             let Some(one) = one.as_deref().and_then(Sample::of_stat) else { continue };
             sum.user += one.user;
@@ -263,7 +290,7 @@ impl ToolProcess {
 impl Drop for ToolProcess {
     /// Leaves no process behind, even if the runner was killed.
     fn drop(&mut self) {
-        super::Launcher::reset(&mut self.launcher);
+        self.launcher.reset();
     }
 }
 

@@ -7,10 +7,11 @@ use crate::{
         dir,
         launcher::Ending,
         store::Inputs,
-        tools::{NotServed, ToolTurn, Tools},
+        tools::{NotServed, ToolJob, ToolTurn, Tools},
         workspace::{Workspace, remove},
     },
     logging::Event,
+    sandbox::kind::CellKind,
 };
 use gorego_reapi::error::{Error, Result};
 use rustix::fs::{self as rfs, Mode, OFlags};
@@ -27,12 +28,13 @@ impl ActionRun<'_> {
     /// Those of the inputs and of the disk; `Cancelled`.
     pub(super) fn run_with_tool(
         &mut self,
-        staged: &dyn Inputs,
+        inputs: &mut dyn Inputs,
+        kind: &CellKind,
         workspace: &Workspace,
         fetching: &Checkpoint<'_>,
     ) -> Result<Option<Ending>> {
         let Some(tools) = self.settings.tools.clone() else { return Ok(None) };
-        match self.ask_tool(&tools, staged, workspace, fetching) {
+        match self.ask_tool(&tools, inputs, kind, workspace, fetching) {
             Ok(ending) => Ok(Some(ending)),
             Err(NotServed::Failed(error)) => Err(error),
             Err(NotServed::NotAsked) => Ok(None),
@@ -64,12 +66,14 @@ impl ActionRun<'_> {
     fn ask_tool(
         &mut self,
         tools: &Tools,
-        staged: &dyn Inputs,
+        inputs: &mut dyn Inputs,
+        kind: &CellKind,
         workspace: &Workspace,
         fetching: &Checkpoint<'_>,
     ) -> std::result::Result<Ending, NotServed> {
         let (settings, action, control) = (self.settings, &self.order.action, self.control);
-        let turn = ToolTurn::begin(tools, settings, self.order.slot, action, staged, fetching)?;
+        let job = ToolJob { action, kind, limits: self.limits(), slot: self.order.slot };
+        let turn = ToolTurn::begin(tools, settings, &job, inputs, fetching)?;
         self.note(Point::FetchEnd);
         self.enter(RunStage::Running, Point::RunStart, None);
         let watch = settings.build_root.disk().begin(control.cancel.clone());

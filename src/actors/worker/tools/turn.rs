@@ -19,13 +19,15 @@ use crate::{
         exec_root::ExecRoot,
         inputs,
         launcher::{
-            Ending, Ran,
+            Ending, PoolSandbox, Ran,
             tool::{Sample, Silence, ToolProcess},
         },
         messages::SlotId,
         store::Inputs,
         workspace::Workspace,
     },
+    limits::Limits,
+    sandbox::kind::CellKind,
 };
 use gorego_reapi::{error::Error, path::RootPath};
 use rustix::{fs as rfs, process::geteuid};
@@ -44,6 +46,19 @@ pub(crate) struct ToolTurn<'a> {
     encoding: Encoding,
     request: Vec<u8>,
     before: Sample,
+}
+
+/// An action, and what a process of its own would get.
+#[derive(Debug)]
+pub(crate) struct ToolJob<'a> {
+    /// The action.
+    pub action: &'a Action,
+    /// The kind of cell.
+    pub kind: &'a CellKind,
+    /// What it may use.
+    pub limits: Limits,
+    /// Where it runs.
+    pub slot: SlotId,
 }
 
 /// Why no tool has served an action.
@@ -81,24 +96,25 @@ impl<'a> ToolTurn<'a> {
     pub(crate) fn begin(
         tools: &'a Tools,
         settings: &WorkerSettings,
-        slot: SlotId,
-        action: &Action,
-        staged: &dyn Inputs,
+        job: &ToolJob<'_>,
+        inputs: &mut dyn Inputs,
         checkpoint: &Checkpoint<'_>,
     ) -> std::result::Result<Self, NotServed> {
-        let call = ToolCall::of(action, staged.tree());
-        let call = call.map_err(|reason| NotServed::Unfit(reason.into()))?.ok_or(NotServed::NotAsked)?;
+        let unfit = |reason: &str| NotServed::Unfit(reason.into());
+        let call = ToolCall::of(job.action, inputs.tree()).map_err(unfit)?.ok_or(NotServed::NotAsked)?;
+        job.check(settings).map_err(unfit)?;
+        inputs.lease_all().map_err(NotServed::Failed)?;
         let Some((held, tool)) = tools.hold(&call) else {
             return Err(NotServed::Unfit("all tools are busy".into()));
         };
-        let stage = Preparation { settings, action, staged, call: &call, checkpoint };
+        let preparation = Preparation { settings, job, inputs, call: &call, checkpoint };
         let (tool, request) = match tool {
             Some(mut tool) => {
-                let request = stage.exchange(&mut tool.contents, &tool.workspace)?;
+                let request = preparation.exchange(&mut tool.contents, &tool.workspace)?;
                 (tool, request)
             }
             None => {
-                let started = stage.start(slot)?;
+                let started = preparation.start()?;
                 tools.log_start(call.key);
                 started
             }
@@ -139,6 +155,7 @@ impl<'a> ToolTurn<'a> {
             usage: self.tool.process.sample().since(self.before),
             started,
             ended: Moment::now(),
+            refused_processes: false,
         };
         Ok((ran, answer.output))
     }
@@ -169,25 +186,48 @@ impl<'a> ToolTurn<'a> {
     }
 }
 
+impl ToolJob<'_> {
+    /// Whether a tool gives the action all that a process of its own would have.
+    fn check(&self, settings: &WorkerSettings) -> std::result::Result<(), &'static str> {
+        let usual = settings.sandbox.as_ref().map_or_else(CellKind::default, PoolSandbox::usual_kind);
+        if *self.kind != usual {
+            return Err("it has a root file system, an image or a network of its own");
+        }
+        if self.limits.disk > 0 || self.limits.files > 0 {
+            return Err("what it writes is limited (disk, files)");
+        }
+        Ok(())
+    }
+}
+
 /// What is needed to put the inputs of an action in place.
 struct Preparation<'a> {
     settings: &'a WorkerSettings,
-    action: &'a Action,
-    staged: &'a dyn Inputs,
+    job: &'a ToolJob<'a>,
+    inputs: &'a dyn Inputs,
     call: &'a ToolCall,
     checkpoint: &'a Checkpoint<'a>,
 }
 
 impl Preparation<'_> {
     /// Starts a tool among the inputs of its first action.
-    fn start(&self, slot: SlotId) -> std::result::Result<(Tool, Vec<u8>), NotServed> {
-        let settings = self.settings;
-        let workspace = settings.build_root.create(slot, &self.call.key.0).map_err(NotServed::Failed)?;
+    fn start(&self) -> std::result::Result<(Tool, Vec<u8>), NotServed> {
+        let (settings, job) = (self.settings, self.job);
+        let workspace = match &settings.sandbox {
+            Some(sandbox) if sandbox.has_namespaces() => settings.build_root.create_unseen(job.slot),
+            _ => settings.build_root.create(job.slot, &self.call.key.0),
+        };
+        let workspace = workspace.map_err(NotServed::Failed)?;
         let mut contents = PlacedInputs::default();
         let request = self.exchange(&mut contents, &workspace)?;
-        let command = Command { arguments: self.call.start.clone(), ..self.action.command.clone() };
-        let launch = Launch::new(&command, &workspace, None, settings.max_output_file_bytes);
-        let process = ToolProcess::start(&settings.runner, settings.sandbox.as_ref(), &launch);
+        let command = Command { arguments: self.call.start.clone(), ..job.action.command.clone() };
+        let launch = Launch {
+            kind: job.kind.clone(),
+            limits: job.limits.clone(),
+            ..Launch::new(&command, &workspace, None, settings.max_output_file_bytes)
+        };
+        let groups = settings.limits.groups.as_ref();
+        let process = ToolProcess::start(&settings.runner, settings.sandbox.as_ref(), groups, &launch);
         let process = process.map_err(|error| NotServed::ToolFailed(error.to_string()))?;
         Ok((Tool { process, workspace, contents }, request))
     }
@@ -198,10 +238,10 @@ impl Preparation<'_> {
         contents: &mut PlacedInputs,
         workspace: &Workspace,
     ) -> std::result::Result<Vec<u8>, NotServed> {
-        let command = &self.action.command;
+        let command = &self.job.action.command;
         let root = workspace.root().map_err(NotServed::of)?;
         let directory = &command.working_directory;
-        exchange(contents, root, self.staged, directory, is_tool_input, self.checkpoint).map_err(
+        exchange(contents, root, self.inputs, directory, is_tool_input, self.checkpoint).map_err(
             |problem| match problem {
                 NotExchanged::Failed(error) => NotServed::of(error),
                 NotExchanged::ToolChanged(path) => {
@@ -210,7 +250,7 @@ impl Preparation<'_> {
             },
         )?;
         let is_root = self.settings.sandbox.is_none() && geteuid().is_root();
-        let tree = self.staged.tree();
+        let tree = self.inputs.tree();
         inputs::prepare(tree, ExecRoot::new(root, None), command, is_root, self.checkpoint)
             .map_err(NotServed::of)?;
         let mut read = |path: &str| read_input(root, &directory.join(path).ok()?).ok();

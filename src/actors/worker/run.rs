@@ -2,6 +2,7 @@
 //!
 //! This file defines the order of the steps and what a failure in each means. It blocks and runs on a worker's own thread.
 
+mod errors;
 mod with_tool;
 
 use super::{
@@ -12,7 +13,7 @@ use super::{
     exec_root::ExecRoot,
     image_store::LeasedImage,
     inputs::{self, MountPoints},
-    launcher::{Ending, Launcher, PoolSandbox, Ran, is_full},
+    launcher::{Ending, Launcher, PoolSandbox, Ran},
     messages::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
     },
@@ -32,11 +33,9 @@ use crate::{
     },
     logging::{Event, Field},
     platform,
-    sandbox::{
-        kind::{CellKind, RootFs},
-        layers::MOUNT_STEP,
-    },
+    sandbox::kind::{CellKind, RootFs},
 };
+use errors::{disk_was_full, explained, is_workers_fault, log_lost};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -570,53 +569,6 @@ impl<'a> ActionRun<'a> {
             .with_some("error", outcome.as_ref().err().map(|error| Field::Shown(error)))
             .log(format_args!("an action ended"));
     }
-}
-
-/// Whether another worker, or this one later, may succeed.
-pub(super) fn is_workers_fault(error: &Error) -> bool {
-    match error {
-        Error::Internal(_) | Error::Unavailable(_) => true,
-        Error::Invalid(_)
-        | Error::NotFound(_)
-        | Error::MissingBlobs(_)
-        | Error::Precondition(_)
-        | Error::OutOfRange(_)
-        | Error::Exhausted { .. }
-        | Error::DiskFull(_)
-        | Error::Denied(_)
-        | Error::Unimplemented(_)
-        | Error::Cancelled(_)
-        | Error::DeadlineExceeded(_)
-        | Error::DataLoss(_) => false,
-    }
-}
-
-/// The error of a run whose outputs may be incomplete.
-fn disk_was_full(space: Space) -> Error {
-    Error::DiskFull(format!(
-        "the disk of this server was full while the action ran ({space}), so its outputs may be incomplete"
-    ))
-}
-
-/// The error of a command that could not be run, as far as its staged inputs explain it.
-fn explained(error: Error, base: Option<&TreeLease>) -> Error {
-    let Some(base) = base else { return error };
-    if let Err(gone) = base.check_in_place() {
-        return gone;
-    }
-    if matches!(&error, Error::Internal(message) if message.contains(MOUNT_STEP)) {
-        base.could_not_be_mounted();
-    }
-    error
-}
-
-/// The error of a run whose log could not be kept, which is not the fault of the command.
-fn log_lost(kind: LogKind, errno: i32) -> Error {
-    let what = format!("the command was stopped because its {} could not be kept", kind.name());
-    if is_full(errno) {
-        return Error::DiskFull(format!("{what}: the disk of this server is full (execution.build_root)"));
-    }
-    Error::Internal(format!("{what}: {}", std::io::Error::from_raw_os_error(errno)))
 }
 
 /// Appends a line of the server to a log of the command.

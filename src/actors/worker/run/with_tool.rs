@@ -1,6 +1,6 @@
 //! A run whose command is done by a tool ([`super::super::tools`]).
 
-use super::{ActionRun, Point, RunStage, disk_was_full};
+use super::{ActionRun, Point, RunStage, errors::disk_was_full};
 use crate::{
     actors::worker::{
         checkpoint::Checkpoint,

@@ -4,17 +4,16 @@
 //! the tool. The arguments that name files with further arguments become part of each request; all others start the tool.
 
 use super::codec::{Encoding, MAX_REQUEST_BYTES, WorkInput, WorkRequest};
-use crate::action::Action;
+use crate::{
+    action::Action,
+    platform::{WORKER_KEY, WORKER_PROTOCOL},
+};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     path::RootPath,
     tree::{self, Directory, InputTree},
 };
 
-/// The property with Bazel's own name for the tool.
-pub(super) const KEY_PROPERTY: &str = "persistentWorkerKey";
-/// The property that says how messages are encoded; protobuf by default.
-pub(super) const PROTOCOL_PROPERTY: &str = "persistentWorkerProtocol";
 /// The node property of files that belong to the tool.
 const TOOL_INPUT: &str = "bazel_tool_input";
 /// What makes a tool stay.
@@ -51,10 +50,10 @@ impl ToolCall {
         let property = |wanted: &str| {
             action.platform.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.as_str())
         };
-        if property(KEY_PROPERTY).is_none() {
+        if property(WORKER_KEY).is_none() {
             return Ok(None);
         }
-        let encoding = match property(PROTOCOL_PROPERTY) {
+        let encoding = match property(WORKER_PROTOCOL) {
             None | Some("" | "proto" | "protobuf") => Encoding::Proto,
             Some("json") => Encoding::Json,
             Some(_) => return Err("persistentWorkerProtocol is neither \"proto\" nor \"json\""),

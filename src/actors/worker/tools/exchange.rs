@@ -36,11 +36,11 @@ use std::{
 
 /// The input files that were written into an exec root, by path.
 #[derive(Debug, Default)]
-pub(super) struct PlacedInputs(HashMap<String, Written>);
+pub(super) struct PlacedInputs(HashMap<String, PlacedFile>);
 
 /// An input file on disk.
 #[derive(Debug, Clone, PartialEq)]
-struct Written {
+struct PlacedFile {
     digest: Digest,
     mode: u32,
     mtime: Timespec,
@@ -102,9 +102,9 @@ pub(super) fn exchange(
 
 struct Exchange<'a> {
     /// What was written before.
-    last: HashMap<String, Written>,
+    last: HashMap<String, PlacedFile>,
     /// What is written now.
-    next: HashMap<String, Written>,
+    next: HashMap<String, PlacedFile>,
     inputs: &'a dyn Inputs,
     /// The names on the way to the working directory.
     way: Vec<&'a str>,
@@ -224,7 +224,7 @@ impl<'a> Exchange<'a> {
     /// Whether a file on disk is the one that is wanted.
     fn stays(&self, file: &tree::File, path: &str, stat: &Stat) -> bool {
         self.last.get(path).is_some_and(|last| {
-            *last == Written { stamp: FileStamp::of(stat), ..Written::wanted(file, last.stamp) }
+            *last == PlacedFile { stamp: FileStamp::of(stat), ..PlacedFile::wanted(file, last.stamp) }
         })
     }
 
@@ -258,16 +258,16 @@ impl<'a> Exchange<'a> {
         Ok(())
     }
 
-    fn write(&self, here: &File, file: &tree::File) -> Result<Written> {
+    fn write(&self, here: &File, file: &tree::File) -> Result<PlacedFile> {
         self.checkpoint.check()?;
         inputs::write_file(self.inputs, file, here)?;
         let stat =
             dir::stat_at(here, file.name.as_ref()).map_err(|error| cannot("look at", &file.name, &error))?;
-        Ok(Written::wanted(file, FileStamp::of(&stat)))
+        Ok(PlacedFile::wanted(file, FileStamp::of(&stat)))
     }
 }
 
-impl Written {
+impl PlacedFile {
     fn wanted(file: &tree::File, stamp: FileStamp) -> Self {
         Self {
             digest: file.digest,

@@ -28,7 +28,7 @@ fn case() -> Case {
         instance: "",
         arguments: vec!["bin/javac", "-x", "@args"],
         environment: vec![("LANG", "C")],
-        platform: vec![("OSFamily", "linux"), (KEY_PROPERTY, "k")],
+        platform: vec![("OSFamily", "linux"), (WORKER_KEY, "k")],
         working_directory: "",
         outputs: vec!["out/a.jar"],
         files: vec![
@@ -129,7 +129,7 @@ fn an_action_that_no_tool_can_do_runs_by_itself() {
     assert!(case().call().is_some());
     let changes: &[fn(&mut Case)] = &[
         |case| _ = case.platform.pop(),
-        |case| case.platform.push((PROTOCOL_PROPERTY, "xml")),
+        |case| case.platform.push((WORKER_PROTOCOL, "xml")),
         |case| _ = case.arguments.pop(),
         |case| _ = case.arguments.drain(..2),
         |case| case.files[0].2 = false,
@@ -152,7 +152,7 @@ fn the_tool_starts_with_what_the_requests_do_not_have() {
     assert_eq!(call.flagfiles, ["@a", "--flagfile=b", "-flagfile=c"]);
     let with = |protocol| {
         let mut case = case();
-        case.platform.push((PROTOCOL_PROPERTY, protocol));
+        case.platform.push((WORKER_PROTOCOL, protocol));
         case.call().unwrap().encoding
     };
     assert_eq!([with("json"), with("proto")], [Encoding::Json, Encoding::Proto]);
@@ -178,7 +178,7 @@ fn a_tool_serves_only_actions_that_would_start_it_in_the_same_way() {
         |case| case.environment.push(("A", "B")),
         |case| case.platform[1].1 = "k2",
         |case| case.platform.push(("container-image", "x")),
-        |case| case.platform.push((PROTOCOL_PROPERTY, "json")),
+        |case| case.platform.push((WORKER_PROTOCOL, "json")),
         |case| case.working_directory = "bin",
     ];
     for (changes, is_same) in [(same, true), (other, false)] {

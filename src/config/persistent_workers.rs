@@ -11,7 +11,7 @@ use std::time::Duration;
 pub struct PersistentWorkersConfig {
     /// Whether actions may be done by processes that stay for other actions.
     pub enabled: bool,
-    /// Most of these processes in each pool; 0 for as many as the pool has slots.
+    /// Most of these processes in each pool; 0 for two for each slot of the pool.
     pub max_workers: usize,
     /// How long one is kept after its last action.
     #[serde(with = "humantime_serde")]
@@ -28,7 +28,7 @@ pub struct PersistentWorkersConfig {
 /// The checked section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PersistentWorkersSettings {
-    /// Most workers in each pool; `None` for as many as the pool has slots.
+    /// Most workers in each pool; `None` for two for each slot of the pool.
     pub max_workers: Option<usize>,
     /// How long one is kept after its last action.
     pub idle_timeout: Duration,
@@ -59,7 +59,7 @@ pub(super) fn persistent_workers(check: &mut Checker<'_>) -> Option<PersistentWo
     check.require(
         "execution.persistent_workers.max_workers",
         config.max_workers <= MAX_CONCURRENCY,
-        &format!("must be at most {MAX_CONCURRENCY}; 0 means as many as there are slots"),
+        &format!("must be at most {MAX_CONCURRENCY}; 0 means two for each slot"),
     );
     check.require(
         "execution.persistent_workers.max_requests",

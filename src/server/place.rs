@@ -28,6 +28,10 @@ const INPUTS_COPIED: &str = "inputs_copied";
 /// How many more processes than a group a user may have.
 const SECOND_LINE: u64 = 64;
 
+/// How many persistent workers a pool has for each of its slots, unless the configuration says how many it has: with more than
+/// one, different tools need not end each other.
+const WORKERS_PER_SLOT: usize = 2;
+
 /// Where actions run, made before anything asynchronous.
 pub(crate) struct Place {
     pub(crate) build_root: BuildRoot,
@@ -207,7 +211,7 @@ fn tools(execution: &ExecutionSettings) -> BTreeMap<String, Arc<Tools>> {
     let Some(settings) = execution.persistent_workers else { return BTreeMap::new() };
     let of = |pool: &PoolSettings| {
         let limits = ToolLimits {
-            max_tools: settings.max_workers.unwrap_or(pool.slots),
+            max_tools: settings.max_workers.unwrap_or(WORKERS_PER_SLOT * pool.slots),
             max_idle: settings.idle_timeout,
             max_uses: settings.max_requests,
             max_memory: settings.max_memory_bytes,

@@ -22,6 +22,7 @@ mod run;
 mod run_log;
 pub mod staged_trees;
 pub mod store;
+pub mod tools;
 pub mod workspace;
 mod written;
 
@@ -48,6 +49,7 @@ use std::{
     time::Duration,
 };
 use store::BlobStore;
+use tools::Tools;
 use workspace::BuildRoot;
 
 pub use launcher::runner::runner_main;
@@ -78,6 +80,8 @@ pub struct WorkerSettings {
     pub sandbox: Option<PoolSandbox>,
     /// What one action may use.
     pub limits: PoolLimits,
+    /// The tools that may do the work of commands; `None` when each command runs by itself.
+    pub tools: Option<Arc<Tools>>,
     /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
 }

@@ -16,6 +16,7 @@ mod staging;
 mod start;
 #[path = "../support/mod.rs"]
 mod support;
+mod tools;
 mod world;
 
 use gorego_reapi::proto::reapi::{self, ActionResult};

@@ -20,6 +20,7 @@ mod resident;
 pub mod runner;
 mod spawn;
 mod sys;
+pub(super) mod tool;
 mod usage;
 
 use super::{cancel::CancelToken, clock::Moment, command::Launch, workspace::BuildRoot, written::Written};
@@ -165,6 +166,11 @@ impl PoolSandbox {
         sandbox.has_layers =
             protections.namespaces && probe::probe_layers(&sandbox, runner, build_root).is_ok();
         sandbox
+    }
+
+    /// The kind of cell for an action that asks for nothing special.
+    pub(super) fn usual_kind(&self) -> CellKind {
+        self.settings.kind()
     }
 
     /// Whether input roots can have layers.
@@ -512,6 +518,7 @@ impl From<&Launch> for Run {
             layers: launch.layers.clone(),
             kind: Some(launch.kind.clone()),
             terminal: launch.terminal.as_deref().map(path),
+            has_pipes: false,
         }
     }
 }

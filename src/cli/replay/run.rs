@@ -135,6 +135,7 @@ impl ReplayPlace {
             images: self.place.image_store(),
             sandbox: self.place.pool_sandbox(pool),
             limits: self.place.pool_limits(pool),
+            tools: None,
             log_streams: no_log_streams(scratch),
         };
         let mut launcher = ReplayLauncher::new(settings.launcher(), scratch.clone(), shell);

@@ -40,6 +40,8 @@ pub(crate) struct Check {
 #[derive(Debug)]
 pub(crate) struct Assignment {
     pub(crate) task: TaskId,
+    /// The number of the attempt, from 1.
+    pub(crate) attempt: u32,
     pub(crate) pool: PoolId,
     pub(crate) slot: SlotId,
     pub(crate) action: Arc<Action>,
@@ -131,6 +133,7 @@ impl Ledger {
             .into_iter()
             .fold(std::time::Duration::ZERO, std::time::Duration::saturating_add);
         let run = TaskRun {
+            attempt: task.attempts,
             pool,
             place: place.clone(),
             charge,
@@ -145,6 +148,7 @@ impl Ledger {
         };
         let assignment = Assignment {
             task: id,
+            attempt: task.attempts,
             pool,
             slot: place.slot,
             action: task.action.clone(),
@@ -174,7 +178,8 @@ impl Ledger {
 
     /// A worker has entered a stage of a run. Late or repeated reports are ignored.
     pub(crate) fn stage_reached(&mut self, fact: StageReached) {
-        let Some(run) = self.runs.get_mut(&fact.task) else { return };
+        let run = self.runs.get_mut(&fact.task).filter(|run| run.attempt == fact.attempt);
+        let Some(run) = run else { return };
         if run.reached.is_some_and(|(stage, _)| stage >= fact.stage) {
             return;
         }
@@ -190,9 +195,10 @@ impl Ledger {
         }
     }
 
-    /// A run has ended. Its slot is free, and its task ends or is tried again (EXE-62).
-    pub(crate) fn finish(&mut self, id: TaskId, end: RunEnd, now: ClockReading) {
-        let Some(run) = self.runs.get(&id) else { return };
+    /// A run has ended. Its slot is free, and its task ends or is tried again (EXE-62). A report about a run that is no longer
+    /// known is ignored.
+    pub(crate) fn finish(&mut self, id: TaskId, attempt: u32, end: RunEnd, now: ClockReading) {
+        let Some(run) = self.runs.get(&id).filter(|run| run.attempt == attempt) else { return };
         let (pool, place, charge, evicted) = (run.pool, run.place.clone(), run.charge, run.evicted);
         let closed = matches!(end, RunEnd::Lost { pool_closed: true });
         // This comes first, so that a task without another pool is not queued again.
@@ -223,11 +229,13 @@ impl Ledger {
                 };
                 self.end_task(id, outcome, now);
             }
-            RunEnd::Reported(Err(failure)) if failure.retryable => self.retry(id, failure.error, now),
-            RunEnd::Reported(Err(RunFailure { error: Error::Cancelled(_), .. })) if evicted => {
+            RunEnd::Reported(Err(RunFailure { error: Error::Cancelled(_), .. })) | RunEnd::Lost { .. }
+                if evicted =>
+            {
                 let error = format!("pool \"{}\" was removed while the action ran", place.pool);
-                self.retry(id, Error::Unavailable(error), now);
+                self.retry_evicted(id, error, now);
             }
+            RunEnd::Reported(Err(failure)) if failure.retryable => self.retry(id, failure.error, now),
             RunEnd::Reported(Err(failure)) => {
                 let result = failure.partial.map(|partial| Arc::new(*partial));
                 let message = failure.account.message;
@@ -248,10 +256,18 @@ impl Ledger {
         }
     }
 
+    /// Queues a task again whose pool was removed. This is no failure of the action, so it does not count as an attempt.
+    pub(super) fn retry_evicted(&mut self, id: TaskId, reason: String, now: ClockReading) {
+        if let Some(task) = self.tasks.get_mut(&id) {
+            task.evictions = task.evictions.saturating_add(1);
+        }
+        self.retry(id, Error::Unavailable(reason), now);
+    }
+
     /// Queues a task again, with its old age, after its worker failed. Ends it if it was tried often enough or no pool is left.
     fn retry(&mut self, id: TaskId, reason: Error, now: ClockReading) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
-        if task.attempts >= self.settings.max_attempts {
+        if task.failures() >= self.settings.max_attempts {
             let error = Error::Unavailable(format!(
                 "action {} was given up after {} tries: {reason}",
                 task.action.digest, task.attempts

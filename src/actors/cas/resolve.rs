@@ -116,7 +116,7 @@ impl Cas {
     /// end even if nobody waits for it any more.
     ///
     /// # Errors
-    /// Those of [`Cas::check_inputs`].
+    /// The errors of [`Cas::check_inputs`].
     pub fn check_inputs_apart(
         &self,
         instance: Instance,

@@ -3,12 +3,12 @@
 //! The list names what is refused. Compilers and language runtimes use hundreds of calls, and what is left can only act on
 //! what the namespaces show. What is refused widens the attack surface of the kernel or makes new namespaces and mounts.
 
+mod program;
+
 use super::{SetupFailure, Step as _};
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition as Condition,
-    SeccompFilter, SeccompRule as Rule, TargetArch, sock_filter,
-};
-use std::{collections::BTreeMap, io};
+use program::{Answer, Case, Table, Test};
+use seccompiler::BpfProgram;
+use std::{collections::BTreeMap, io, ops::Range};
 
 /// open_tree_attr(2), which has the same number everywhere and no name in libc yet.
 const OPEN_TREE_ATTR: libc::c_long = 467;
@@ -80,106 +80,86 @@ const REFUSED: &[libc::c_long] = &[
 ];
 
 /// Flags of clone and unshare that make namespaces.
-const NAMESPACES: u64 = (libc::CLONE_NEWNS
+const NAMESPACES: u32 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWIPC
     | libc::CLONE_NEWUSER
     | libc::CLONE_NEWPID
-    | libc::CLONE_NEWNET) as u64;
+    | libc::CLONE_NEWNET) as u32;
 /// The same for time, which clone has no room for.
-const NEW_TIME: u64 = 0x80;
+const NEW_TIME: u32 = 0x80;
 
 /// Kinds of sockets whose type is masked from flags such as SOCK_CLOEXEC.
-const SOCKET_TYPE: u64 = 0xf;
+const SOCKET_TYPE: u32 = 0xf;
 
-/// The first system call number of the x32 ABI.
-const X32: u32 = 0x4000_0000;
+/// The architecture in the kernel's words (`AUDIT_ARCH_*`), if the numbers of its calls are known here.
+const ARCHITECTURE: Option<u32> = if cfg!(target_arch = "x86_64") {
+    Some(0xc000_003e)
+} else if cfg!(target_arch = "aarch64") {
+    Some(0xc000_00b7)
+} else {
+    None
+};
 
-/// The programs that the kernel runs for each system call.
+/// The calls of the x32 ABI, which has the architecture of x86-64 and other numbers. -1, with which a tracer skips a call, has no
+/// ABI: the kernel answers ENOSYS.
+const X32: Range<u32> = 0x4000_0000..u32::MAX;
+
+/// The program that the kernel runs for system calls.
 #[derive(Debug, Clone)]
-pub(crate) struct Programs(Vec<BpfProgram>);
+pub(crate) struct Program(BpfProgram);
 
-impl Programs {
-    /// The programs for this machine.
+impl Program {
+    /// The program for this machine.
     pub(crate) fn new() -> Result<Self, SetupFailure> {
-        let build = || -> Result<Vec<BpfProgram>, Box<dyn std::error::Error + Send + Sync>> {
-            let refused = program(refused()?, libc::EPERM)?;
-            let missing = program([(libc::SYS_clone3, vec![])].into(), libc::ENOSYS)?;
-            let ignored = program(ignored()?, 0)?;
-            Ok(vec![without_x32(refused), missing, ignored])
-        };
-        build().map(Self).map_err(io::Error::other).step("make the system call filter")
+        let unknown = || io::Error::other(format!("not known for {}", std::env::consts::ARCH));
+        let architecture = ARCHITECTURE.ok_or_else(unknown).step("make the system call filter")?;
+        Ok(Self(table(architecture).assemble()))
     }
 
     /// Filters the calls of this process and its children from now on. The process must have given up new privileges.
     pub(crate) fn install(&self) -> io::Result<()> {
-        self.0.iter().try_for_each(|program| seccompiler::apply_filter(program).map_err(io::Error::other))
+        seccompiler::apply_filter(&self.0).map_err(io::Error::other)
     }
 }
 
-type Rules = BTreeMap<libc::c_long, Vec<Rule>>;
-
-/// What answers EPERM.
-fn refused() -> Result<Rules, seccompiler::BackendError> {
-    let mut rules: Rules = REFUSED.iter().map(|call| (*call, vec![])).collect();
-    let any_of = |argument, flags: u64| -> Result<Vec<Rule>, seccompiler::BackendError> {
-        let bits = (0..64).map(|bit| 1u64 << bit).filter(|bit| flags & bit != 0);
-        bits.map(|bit| Rule::new(vec![Condition::new(argument, Len::Qword, Op::MaskedEq(bit), bit)?]))
-            .collect()
-    };
-    rules.insert(libc::SYS_clone, any_of(0, NAMESPACES)?);
-    rules.insert(libc::SYS_unshare, any_of(0, NAMESPACES | NEW_TIME)?);
+/// What is refused.
+fn table(architecture: u32) -> Table {
+    let refuse = |tests: &[(u8, Test)]| Case { tests: tests.to_vec(), answer: errno(libc::EPERM) };
+    let mut calls: BTreeMap<libc::c_long, Vec<Case>> =
+        REFUSED.iter().map(|call| (*call, vec![refuse(&[])])).collect();
+    // Its flags cannot be seen. The C library falls back to clone.
+    calls.insert(libc::SYS_clone3, vec![Case { tests: Vec::new(), answer: errno(libc::ENOSYS) }]);
+    calls.insert(libc::SYS_clone, vec![refuse(&[(0, Test::HasAnyOf(NAMESPACES))])]);
+    calls.insert(libc::SYS_unshare, vec![refuse(&[(0, Test::HasAnyOf(NAMESPACES | NEW_TIME))])]);
+    // Lowering the limit on core dumps succeeds without effect: it would switch on core handlers again.
+    let core = Test::Is(libc::RLIMIT_CORE);
+    let ignore = |tests: &[(u8, Test)]| Case { tests: tests.to_vec(), answer: Answer::Errno(0) };
+    calls.insert(libc::SYS_setrlimit, vec![ignore(&[(0, core)])]);
     // The limits of the first process, which has the same user. Nothing else that an action may change has this number.
-    let first = Condition::new(0, Len::Dword, Op::Eq, 1)?;
-    let changes = Condition::new(2, Len::Qword, Op::Ne, 0)?;
-    rules.insert(libc::SYS_prlimit64, vec![Rule::new(vec![first, changes])?]);
-    let packet = Condition::new(0, Len::Dword, Op::Eq, libc::AF_PACKET as u64)?;
-    let raw = Condition::new(1, Len::Dword, Op::MaskedEq(SOCKET_TYPE), libc::SOCK_RAW as u64)?;
-    let netlink = Condition::new(0, Len::Dword, Op::Ne, libc::AF_NETLINK as u64)?;
-    let sockets = [libc::AF_VSOCK, libc::AF_ALG]
-        .map(|family| Rule::new(vec![Condition::new(0, Len::Dword, Op::Eq, family as u64)?]));
-    let mut sockets = sockets.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let prlimit =
+        vec![refuse(&[(0, Test::Is(1)), (2, Test::NotNull)]), ignore(&[(1, core), (2, Test::NotNull)])];
+    calls.insert(libc::SYS_prlimit64, prlimit);
+    let family = |family: libc::c_int| (0, Test::Is(family.unsigned_abs()));
+    let raw = Test::Masked { mask: SOCKET_TYPE, value: libc::SOCK_RAW.unsigned_abs() };
     // Netlink sockets are raw by name only, and the C library lists interfaces with them.
-    sockets.extend([Rule::new(vec![packet])?, Rule::new(vec![raw, netlink])?]);
-    rules.insert(libc::SYS_socket, sockets);
-    Ok(rules)
-}
-
-/// What succeeds without effect: lowering the limit on core dumps, which would switch on core handlers again.
-fn ignored() -> Result<Rules, seccompiler::BackendError> {
-    let core = u64::from(libc::RLIMIT_CORE);
-    let is_core = |argument| Condition::new(argument, Len::Dword, Op::Eq, core);
-    Ok([
-        (libc::SYS_setrlimit, vec![Rule::new(vec![is_core(0)?])?]),
-        (libc::SYS_prlimit64, vec![Rule::new(vec![is_core(1)?, Condition::new(2, Len::Qword, Op::Ne, 0)?])?]),
-    ]
-    .into())
-}
-
-/// A program that answers the calls in `rules` with this errno, and ends processes of another architecture.
-fn program(rules: Rules, errno: libc::c_int) -> Result<BpfProgram, Box<dyn std::error::Error + Send + Sync>> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
-    let answer = SeccompAction::Errno(errno.unsigned_abs());
-    Ok(SeccompFilter::new(rules, SeccompAction::Allow, answer, arch)?.try_into()?)
-}
-
-/// Adds the end of processes that use the x32 ABI, which has the architecture of x86-64 and other numbers.
-fn without_x32(program: BpfProgram) -> BpfProgram {
-    if cfg!(not(target_arch = "x86_64")) {
-        return program;
-    }
-    let instruction = |code: u32, jt, jf, k| sock_filter { code: code as u16, jt, jf, k };
-    let mut whole = vec![
-        // The number of the call is the first field of seccomp_data.
-        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        // -1, with which a tracer skips a call, has no ABI: the kernel answers ENOSYS.
-        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 2, 0, u32::MAX),
-        instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 0, 1, X32),
-        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
+    let netlink = libc::AF_NETLINK.unsigned_abs();
+    let sockets = vec![
+        refuse(&[family(libc::AF_VSOCK)]),
+        refuse(&[family(libc::AF_ALG)]),
+        refuse(&[family(libc::AF_PACKET)]),
+        refuse(&[(1, raw), (0, Test::IsNot(netlink))]),
     ];
-    whole.extend(program);
-    whole
+    calls.insert(libc::SYS_socket, sockets);
+    let numbered = calls.into_iter().filter_map(|(call, cases)| Some((u32::try_from(call).ok()?, cases)));
+    let foreign = if cfg!(target_arch = "x86_64") { X32 } else { 0..0 };
+    Table { architecture, calls: numbered.collect(), foreign }
+}
+
+fn errno(errno: libc::c_int) -> Answer {
+    // No errno is larger than 4095.
+    Answer::Errno(errno.unsigned_abs() as u16)
 }
 
 #[cfg(test)]
@@ -187,10 +167,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_programs_fit_the_kernel() {
-        let programs = Programs::new().unwrap();
-        // BPF_MAXINSNS.
-        assert!(programs.0.iter().all(|program| (1..=4096).contains(&program.len())));
-        assert_eq!(programs.0.len(), 3);
+    fn the_program_is_short() {
+        // The kernel evaluates it for each of some 460 calls when it is installed, once for each action.
+        let program = Program::new().unwrap();
+        assert!(program.0.len() < 256, "{}", program.0.len());
     }
 }

@@ -47,7 +47,7 @@ pub(crate) struct World {
     map: Map,
     /// Shows files of the server as files of the action.
     ids: Option<OwnedFd>,
-    filter: Option<filter::Programs>,
+    filter: Option<filter::Program>,
 }
 
 /// A cell that is complete but for its input root. Its process still has the capabilities to attach that.
@@ -86,7 +86,7 @@ impl World {
         sys::unshare(UnshareFlags::NEWNS).step("make a mount namespace")?;
         mounts::follow_the_host().step("separate the mounts from the host's")?;
         let view = assemble(&view::pieces(&sandbox.wanted(), &ThisHost))?;
-        let filter = if on.filter { Some(filter::Programs::new()?) } else { None };
+        let filter = if on.filter { Some(filter::Program::new()?) } else { None };
         Ok(Self { sandbox, view, map, ids, filter })
     }
 
@@ -159,7 +159,7 @@ impl World {
         mounts::attach(exec_root.as_fd(), CWD, Path::new(EXEC_ROOT)).step("mount the input root")?;
         confine::give_up_capabilities().step("give up capabilities")?;
         cell.rules.map_or(Ok(()), |rules| rules.restrict(EXEC_ROOT.into()))?;
-        self.filter.as_ref().map_or(Ok(()), filter::Programs::install).step("install the system call filter")
+        self.filter.as_ref().map_or(Ok(()), filter::Program::install).step("install the system call filter")
     }
 }
 
@@ -175,7 +175,7 @@ pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), SetupFailure> {
         landlock::Rules::new(writable)?.restrict(sandbox.build_root())?;
     }
     if on.filter {
-        filter::Programs::new()?.install().step("install the system call filter")?;
+        filter::Program::new()?.install().step("install the system call filter")?;
     }
     Ok(())
 }

@@ -174,7 +174,7 @@ struct Collected {
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Collected {
     fn execute(&self, request: F) {
-        let request = Open { request, _open: self.turn.request() };
+        let request = CountedRequest { request, _open: self.turn.request() };
         match self.lock().as_mut() {
             Some(requests) => requests.push_back(Box::pin(request)),
             None => drop(tokio::spawn(request)),
@@ -233,14 +233,14 @@ impl Collected {
 
 pin_project_lite::pin_project! {
     /// A request that counts as open. Not an async block, which would hold the request twice.
-    struct Open<F> {
+    struct CountedRequest<F> {
         #[pin]
         request: F,
         _open: OpenRequest,
     }
 }
 
-impl<F: Future<Output = ()>> Future for Open<F> {
+impl<F: Future<Output = ()>> Future for CountedRequest<F> {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {

@@ -35,7 +35,7 @@ impl Random {
         Self(seed)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -44,19 +44,19 @@ impl Random {
     }
 
     pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
+        self.number() % bound
     }
 
     /// A generator for another task.
     pub fn fork(&mut self) -> Self {
-        Self(self.next())
+        Self(self.number())
     }
 
     /// Bytes of a size that is usually small.
     pub fn blob(&mut self) -> Vec<u8> {
         let most = 1 << self.below(22);
         let words = 1 + self.below(most) / 8;
-        (0..words).flat_map(|_| self.next().to_le_bytes()).collect()
+        (0..words).flat_map(|_| self.number().to_le_bytes()).collect()
     }
 }
 

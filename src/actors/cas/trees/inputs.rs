@@ -126,7 +126,8 @@ impl Cas {
         root: Digest,
         room: &mut TreeRoom<'_>,
     ) -> Result<Closure> {
-        let mut walk = Walk { root, nodes: 0, seen: HashSet::from_iter([root]), closure: Closure::default() };
+        let mut walk =
+            ClosureWalk { root, nodes: 0, seen: HashSet::from_iter([root]), closure: Closure::default() };
         let mut level = vec![root];
         let mut depth = 0;
         while !level.is_empty() {
@@ -285,14 +286,14 @@ impl Cas {
 }
 
 /// A walk over the directories below a root.
-struct Walk {
+struct ClosureWalk {
     root: Digest,
     nodes: u64,
     seen: HashSet<Digest>,
     closure: Closure,
 }
 
-impl Walk {
+impl ClosureWalk {
     /// Adds a directory that was read, or is missing, and its children to the `next` level.
     fn visit(
         &mut self,

@@ -112,7 +112,7 @@ impl Load {
         let blob = self.random.blob();
         let digest = DigestFunction::Sha256.digest(&blob);
         let name =
-            format!("uploads/{}/{}", uuid::Uuid::from_u128(self.random.next().into()), digest.blob_name());
+            format!("uploads/{}/{}", uuid::Uuid::from_u128(self.random.number().into()), digest.blob_name());
         let last = blob.len().div_ceil(PIECE) - 1;
         let message = |(at, piece): (usize, &[u8])| WriteRequest {
             resource_name: name.clone(),
@@ -128,7 +128,7 @@ impl Load {
 
     /// Runs an action of its own that makes a file.
     async fn run(&mut self) -> Result<Stored, Status> {
-        let text = format!("{:016x}", self.random.next());
+        let text = format!("{:016x}", self.random.number());
         let script = format!("printf {text} > out");
         let command = Command {
             arguments: ["/bin/sh", "-c", &script].map(str::to_owned).to_vec(),

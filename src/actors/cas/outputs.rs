@@ -6,8 +6,9 @@
 
 use super::{
     client::{Cas, Provenance, spoilt},
-    guards::Reservation,
+    guards::{Lease, Reservation},
     index::{EntryKind, Key},
+    lookup::Purpose,
     new_files::{NewFiles, Visible},
     results::{PreparedResult, Uploader},
     settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
@@ -36,6 +37,8 @@ pub struct OutputBatch {
     files: NewFiles,
     /// Every blob of the batch, including those already visible.
     stored: HashSet<Digest>,
+    /// Blobs that were stored before, which the result refers to.
+    held: Vec<Lease>,
 }
 
 impl Cas {
@@ -48,6 +51,7 @@ impl Cas {
             expected,
             files: self.new_files(Reservation::new(self.actor().clone(), 0)),
             stored: HashSet::new(),
+            held: Vec::new(),
         }
     }
 
@@ -105,6 +109,19 @@ impl OutputBatch {
             .map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
         self.add_stored(digest);
         Ok(digest)
+    }
+
+    /// Keeps blobs that are stored, and that the result will refer to, from eviction until the end of the batch.
+    ///
+    /// # Errors
+    /// `MissingBlobs` with those that are not stored.
+    pub fn hold(&mut self, mut digests: Vec<Digest>) -> Result<()> {
+        digests.retain(|digest| !digest.is_empty());
+        let instance = &self.instance;
+        let located = self.cas.block_on(async |cas| cas.locate(instance, &digests, Purpose::Read).await)?;
+        let (_, lease) = located.complete(&digests)?;
+        self.held.push(lease);
+        Ok(())
     }
 
     /// Sets the estimate of bytes on disk that are still to come.

@@ -86,6 +86,7 @@ impl Children {
         let directory =
             dir::open_beneath(&root, Path::new(std::ffi::OsStr::from_bytes(&run.working_directory)))?;
         let plan = Plan {
+            has_terminal: run.terminal.is_some(),
             programs: c_strings(run.programs)?,
             arguments: c_strings(run.arguments)?,
             environment: c_strings(run.environment)?,

@@ -31,6 +31,8 @@ pub struct Plan {
     pub stderr: RawFd,
     /// Largest file that it may write, in bytes.
     pub max_file_bytes: u64,
+    /// Whether `stdout` is a terminal, which becomes descriptor 0 too, and the terminal of its session.
+    pub has_terminal: bool,
 }
 
 /// A process that was started, or whose program could not be.
@@ -50,12 +52,13 @@ struct ChildArgs {
     stdout: RawFd,
     stderr: RawFd,
     max_file_bytes: u64,
+    has_terminal: bool,
     no_signals: libc::sigset_t,
     error: c_int,
 }
 
-/// Starts a process in a session of its own. Descriptor 0 is inherited (the runner's is /dev/null), every other but stdout
-/// and stderr is closed on exec.
+/// Starts a process in a session of its own. Descriptor 0 is inherited (the runner's is /dev/null) unless there is a terminal,
+/// every other but stdout and stderr is closed on exec.
 ///
 /// # Errors
 /// When there can be no new process.
@@ -76,6 +79,7 @@ pub fn spawn(plan: &Plan, stack: &mut Stack) -> io::Result<Spawned> {
         stdout: plan.stdout,
         stderr: plan.stderr,
         max_file_bytes: plan.max_file_bytes,
+        has_terminal: plan.has_terminal,
         no_signals,
         error: 0,
     };
@@ -133,6 +137,7 @@ unsafe fn prepare_and_exec(args: &ChildArgs) -> c_int {
         let ok = libc::setsid() >= 0
             && libc::dup2(args.stdout, 1) >= 0
             && libc::dup2(args.stderr, 2) >= 0
+            && (!args.has_terminal || (libc::dup2(1, 0) >= 0 && libc::ioctl(0, libc::TIOCSCTTY, 0) >= 0))
             && libc::fchdir(args.working_directory) >= 0
             && libc::setrlimit(libc::RLIMIT_FSIZE, &limit(args.max_file_bytes)) >= 0
             // No core file, and the one value at which the kernel starts no core handler either.

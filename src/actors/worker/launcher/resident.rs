@@ -50,7 +50,7 @@ mod tests {
         // Two processes that share 64 MiB after a fork.
         let script = "x = bytearray(64 << 20)\nimport os, sys, time\nos.fork()\nsys.stdout.write('y')\nsys.stdout.flush()\ntime.sleep(60)\n";
         let mut python = Command::new("sh");
-        python.args(["-c", &format!("exec 2>&1; python3 -c \"{}\"; :", script.replace('\n', "\n"))]);
+        python.args(["-c", &format!("exec 2>&1; python3 -c \"{}\"; :", script)]);
         let Ok(mut shell) = python.stdout(Stdio::piped()).spawn() else { return };
         let mut said = [0; 2];
         use std::io::Read as _;

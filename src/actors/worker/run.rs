@@ -523,7 +523,8 @@ impl<'a> ActionRun<'a> {
     fn enter(&mut self, stage: RunStage, point: Point, logs: Option<RunLogs>) {
         self.note(point);
         let at = self.timeline.wall(point);
-        self.control.progress.do_send(StageReached { task: self.order.task, stage, at, logs });
+        let &RunOrder { task, attempt, .. } = self.order;
+        self.control.progress.do_send(StageReached { task, attempt, stage, at, logs });
     }
 
     fn note(&mut self, point: Point) {

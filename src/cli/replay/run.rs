@@ -142,6 +142,7 @@ impl ReplayPlace {
         let store = FetchedStore::new(fetched, scratch);
         let order = RunOrder {
             task: TaskId(0),
+            attempt: 1,
             slot: SlotId(0),
             action: Arc::new(fetched.action.clone()),
             peer: Peer::default(),

@@ -15,6 +15,13 @@ const DIFFERENCES_SHOWN: usize = 8;
 /// Number of characters of a client's name or value that a message shows.
 const TEXT_SHOWN: usize = 100;
 
+/// Bazel's own name for the persistent worker that may do the action.
+pub(crate) const WORKER_KEY: &str = "persistentWorkerKey";
+/// How messages to that worker are encoded.
+pub(crate) const WORKER_PROTOCOL: &str = "persistentWorkerProtocol";
+/// Properties that say how an action may run faster, and never where it has to. They are never a reason to refuse it.
+const HINTS: &[&str] = &[WORKER_KEY, WORKER_PROTOCOL];
+
 /// The values of one property that a pool accepts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Offer {
@@ -216,7 +223,9 @@ impl Known {
             let known = self.names.contains(name);
             let agrees = match offered {
                 Some(offer) => offer.satisfies(name, wanted),
-                None => !known && self.unknown == UnknownProperties::Ignore,
+                None => {
+                    !known && (self.unknown == UnknownProperties::Ignore || HINTS.contains(&name.as_str()))
+                }
             };
             (!agrees).then_some(Difference { name, wanted, offered, known })
         })
@@ -328,6 +337,7 @@ mod tests {
             differences(&known, &big(), &[("gpu", "a100")]),
             ["gpu (asked for \"a100\", not offered)"]
         );
+        assert!(differences(&known, &big(), &[(WORKER_KEY, "7"), (WORKER_PROTOCOL, "json")]).is_empty());
         let refused = differences(&known, &big(), &[("colour", "red"), ("cores", "64")]);
         assert!(refused[0].contains("colour") && refused[0].contains("unknown_properties"), "{refused:?}");
         assert_eq!(refused[1], "cores (asked for \"64\", offered up to 8, as a whole number)");

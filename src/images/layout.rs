@@ -6,7 +6,7 @@ use super::{
     digest::ImageDigest,
     manifest::Document,
     pull::this_machine,
-    reference::Version,
+    reference::ImageVersion,
     source::{ImageSource, read_bounded},
 };
 use gorego_reapi::error::{Error, Result};
@@ -19,6 +19,19 @@ use std::{
     io::{self, Read},
     path::{Path, PathBuf},
 };
+
+/// The one of the `allowed` directories in which a layout directory lies.
+///
+/// # Errors
+/// `Precondition` when it lies in none.
+pub(super) fn check_path<'a>(path: &Path, allowed: &'a [PathBuf]) -> Result<&'a PathBuf> {
+    allowed.iter().find(|above| path.starts_with(above)).ok_or_else(|| {
+        Error::Precondition(format!(
+            "the directory {} is in none that execution.images.layouts of this server lists",
+            path.display()
+        ))
+    })
+}
 
 /// An open layout directory.
 #[derive(Debug)]
@@ -33,12 +46,7 @@ impl LayoutDirectory {
     /// # Errors
     /// `Precondition` when it is not allowed or not there.
     pub(super) fn open(path: &Path, allowed: &[PathBuf]) -> Result<Self> {
-        let Some(above) = allowed.iter().find(|above| path.starts_with(above)) else {
-            return Err(Error::Precondition(format!(
-                "the directory {} is in none that execution.images.layouts of this server lists",
-                path.display()
-            )));
-        };
+        let above = check_path(path, allowed)?;
         let missing = |error: io::Error| {
             Error::Precondition(format!("the image directory {} cannot be opened: {error}", path.display()))
         };
@@ -64,11 +72,11 @@ impl LayoutDirectory {
 }
 
 impl ImageSource for LayoutDirectory {
-    fn resolve(&self, version: &Version) -> Result<ImageDigest> {
+    fn resolve(&self, version: &ImageVersion) -> Result<ImageDigest> {
         let tag = match version {
-            Version::Digest(digest) => return Ok(digest.clone()),
-            Version::Tag(tag) => Some(tag.as_str()),
-            Version::Only => None,
+            ImageVersion::Digest(digest) => return Ok(digest.clone()),
+            ImageVersion::Tag(tag) => Some(tag.as_str()),
+            ImageVersion::Only => None,
         };
         let path = self.path.display();
         let refuse = |problem: String| Error::Precondition(format!("index.json of {path}: {problem}"));

@@ -14,7 +14,10 @@ use crate::{
     instance::{Instance, InstanceId},
 };
 use actix::{AsyncContext as _, MessageResult};
-use gorego_reapi::{digest::Digest, error::Result};
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
+};
 use hashbrown::{HashTable, hash_table::Entry};
 use std::hash::{BuildHasher as _, RandomState};
 use tokio::task;
@@ -27,6 +30,22 @@ pub(super) struct Located {
     pub zstd: Vec<Option<FoundEntry>>,
     /// Protects what was found from eviction, if that was asked for.
     pub lease: Lease,
+}
+
+impl Located {
+    /// The files of these digests, which were looked up, and their lease.
+    ///
+    /// # Errors
+    /// `MissingBlobs` with those that were not found.
+    pub(super) fn complete(self, digests: &[Digest]) -> Result<(Vec<FoundEntry>, Lease)> {
+        let missing = digests.iter().zip(&self.found).filter(|(_, found)| found.is_none());
+        let missing: Vec<_> = missing.map(|(digest, _)| *digest).collect();
+        if missing.is_empty() {
+            Ok((self.found.into_iter().flatten().collect(), self.lease))
+        } else {
+            Err(Error::MissingBlobs(missing))
+        }
+    }
 }
 
 /// The purpose of a look-up, which decides what is leased.
@@ -43,6 +62,8 @@ pub(super) enum Purpose {
 /// A set of digests in the order in which they were added.
 #[derive(Default)]
 struct MissingDigests {
+    /// The most digests that it will have.
+    most: usize,
     digests: Vec<Digest>,
     /// The hash of each digest and its position in the list.
     places: HashTable<(u64, usize)>,
@@ -51,7 +72,11 @@ struct MissingDigests {
 
 impl MissingDigests {
     fn add(&mut self, digest: &Digest) {
-        let Self { digests, places, hasher } = self;
+        let Self { digests, places, hasher, most } = self;
+        if digests.is_empty() {
+            // Most sets stay empty; the others are often large.
+            places.reserve(*most, |(hash, _)| *hash);
+        }
         let hash = hasher.hash_one(digest);
         let is_it = |(_, place): &(u64, usize)| digests.get(*place) == Some(digest);
         if let Entry::Vacant(vacant) = places.entry(hash, is_it, |(hash, _)| *hash) {
@@ -93,7 +118,7 @@ impl Cas {
     /// # Errors
     /// `Unavailable` when the server is shutting down.
     pub async fn find_missing(&self, instance: &Instance, digests: &[Digest]) -> Result<Vec<Digest>> {
-        let mut missing = MissingDigests::default();
+        let mut missing = MissingDigests { most: digests.len(), ..MissingDigests::default() };
         for part in digests.chunks(LOOKUPS_PER_TURN) {
             self.find_missing_now(instance.blobs(), part, &mut missing)?;
             end_turn(part.len()).await;

@@ -20,6 +20,7 @@ mod resident;
 pub mod runner;
 mod spawn;
 mod sys;
+pub(super) mod tool;
 mod usage;
 
 use super::{cancel::CancelToken, clock::Moment, command::Launch, workspace::BuildRoot, written::Written};
@@ -167,9 +168,9 @@ impl PoolSandbox {
         sandbox
     }
 
-    /// Whether actions have namespaces of their own.
-    pub(super) fn has_namespaces(&self) -> bool {
-        self.protections.namespaces
+    /// The kind of cell for an action that asks for nothing special.
+    pub(super) fn usual_kind(&self) -> CellKind {
+        self.settings.kind()
     }
 
     /// Whether input roots can have layers.
@@ -523,6 +524,7 @@ impl From<&Launch> for Run {
             layers: launch.layers.clone(),
             kind: Some(launch.kind.clone()),
             terminal: launch.terminal.as_deref().map(path),
+            has_pipes: false,
         }
     }
 }

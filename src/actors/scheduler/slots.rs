@@ -5,11 +5,14 @@
 //! ([`platform::preference`]). Nothing here knows how a pool runs a task; a pool of this machine and one of another machine
 //! look the same.
 
+mod free;
+
 use crate::{
     action::Action,
     actors::{scheduler::transition::RunPlace, worker::messages::SlotId},
     platform::{self, Known, Offers, UnknownProperties},
 };
+use free::FreeSlots;
 use gorego_reapi::error::{Error, Result};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -95,8 +98,7 @@ struct PoolSlots {
     section: String,
     offers: Offers,
     places: Vec<Arc<RunPlace>>,
-    /// The last one is used next: it was freed last, so its caches are warm.
-    free: Vec<SlotId>,
+    free: FreeSlots,
     state: PoolState,
 }
 
@@ -291,15 +293,14 @@ impl Slots {
     /// Takes a free slot of a pool.
     pub(crate) fn take(&mut self, id: PoolId) -> Option<Arc<RunPlace>> {
         let pool = self.pools.get_mut(&id).filter(|pool| pool.state == PoolState::Open)?;
-        let slot = pool.free.pop()?;
+        let slot = pool.free.take()?;
         pool.places.get(slot.0).cloned()
     }
 
-    /// Gives a slot back. One that failed its task is used last: otherwise a broken slot, which fails at once, would be free
-    /// first each time and fail task after task.
+    /// Gives a slot back, which ran a task to its end or `failed` to.
     pub(crate) fn release(&mut self, id: PoolId, slot: SlotId, failed: bool) {
         if let Some(pool) = self.pools.get_mut(&id) {
-            pool.free.insert(if failed { 0 } else { pool.free.len() }, slot);
+            pool.free.put(slot, failed);
         }
     }
 
@@ -381,7 +382,7 @@ impl PoolSlots {
         };
         Self {
             places: (0..spec.slots).map(place).collect(),
-            free: (0..spec.slots).rev().map(SlotId).collect(),
+            free: FreeSlots::new(spec.slots),
             name: name.clone(),
             section: spec.section,
             offers: spec.offers,

@@ -8,6 +8,7 @@ mod exec;
 mod live;
 mod output;
 mod progress;
+mod replay;
 mod serve;
 mod verify;
 
@@ -16,7 +17,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
-use gorego_reapi::error::Error;
+use gorego_reapi::{digest::DigestFunction, error::Error};
 use gorego_verify::rules::Level;
 use std::{
     ffi::OsString,
@@ -49,6 +50,8 @@ const EXIT_CODES: &str = "Exit codes:
   exec         the exit code of the command; 2 invalid command line, 124 the command timed out, 125 the command could
                not be run or its outputs could not be downloaded, 129 hung up, 130 interrupted, 143 terminated (the
                operation is cancelled)
+  replay       0 same as recorded, or the shell ended; 1 different; 2 it could not be replayed or there is nothing to
+               compare with; 129 hung up, 130 interrupted, 143 terminated
   verify       0 no mandatory rule failed, 1 a mandatory rule failed, 2 the server could not be verified
   config       0 valid, 2 invalid
 If the reader of their output exits early, as `| head` does, all subcommands except serve end by SIGPIPE (141 in a
@@ -77,6 +80,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Run a command on a server, as if it ran here
     Exec(ExecArgs),
+    /// Run an action of a server again on this machine, and compare the outcome with the recorded one
+    Replay(ReplayArgs),
     /// Check a server of this API, any server, against the rules that clients rely on
     Verify(VerifyArgs),
     /// Look at the configuration
@@ -181,6 +186,43 @@ pub struct ExecArgs {
     pub command: Vec<String>,
 }
 
+/// The flags of `gorego replay`.
+#[derive(Debug, Clone, Args)]
+pub struct ReplayArgs {
+    /// The action: its digest as HASH/SIZE, or the name of an operation that ran it
+    #[arg(value_name = "DIGEST|OPERATION")]
+    pub subject: String,
+    /// The server
+    #[arg(
+        long,
+        visible_alias = "server",
+        env = "GOREGO_ENDPOINT",
+        default_value = "grpc://127.0.0.1:50051",
+        value_name = "URL"
+    )]
+    pub endpoint: String,
+    /// Instance name
+    #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
+    pub instance: String,
+    /// Digest function of the action, such as blake3 [default: the one that the length of the hash suggests, or that of the
+    /// operation]
+    #[arg(long, value_name = "NAME", value_parser = parse_digest_function)]
+    pub digest_function: Option<DigestFunction>,
+    /// Configuration file, of which [execution] applies: the sandbox and the limits [default: /etc/gorego/gorego.toml if it
+    /// exists]
+    #[arg(long, env = "GOREGO_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Open a shell where the command would run, instead of running it
+    #[arg(long)]
+    pub shell: bool,
+    /// Leave the directory with the input root, the outputs and the recorded outputs that differ, and say where it is
+    #[arg(long)]
+    pub keep: bool,
+    /// Run the action without a sandbox, with all that you can read and change within its reach
+    #[arg(long)]
+    pub no_sandbox: bool,
+}
+
 /// The flags of `gorego verify`.
 #[derive(Debug, Clone, Args)]
 pub struct VerifyArgs {
@@ -239,6 +281,14 @@ fn parse_pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
+fn parse_digest_function(text: &str) -> Result<DigestFunction, String> {
+    let named = |function: &&DigestFunction| function.name().eq_ignore_ascii_case(text);
+    DigestFunction::ALL.iter().find(named).copied().ok_or_else(|| {
+        let names: Vec<_> = DigestFunction::ALL.iter().map(|function| function.name()).collect();
+        format!("expected one of {}", names.join(", "))
+    })
+}
+
 fn parse_timeout(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         // Servers interpret a timeout of 0 as "not set".
@@ -262,6 +312,7 @@ pub fn main() -> ExitCode {
         None => serve::run(&cli.serve),
         Some(Command::Serve(args)) => serve::run(&args),
         Some(Command::Exec(args)) => exec::run(args),
+        Some(Command::Replay(args)) => replay::run(args),
         Some(Command::Verify(args)) => verify::run(&args),
         Some(Command::Config(command)) => config::run(&command),
         Some(Command::Runner) => return runner(),

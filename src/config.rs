@@ -5,20 +5,28 @@
 //! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
 //! of the server only sees [`Settings`].
 
+mod images;
+mod limits;
 pub mod load;
 mod log_filter;
+mod persistent_workers;
 mod pools;
 mod sandbox;
 mod settings;
 pub mod show;
 mod source_text;
 
+pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, Sources, load};
+pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
 
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
+use images::ImagesConfig;
+use limits::LimitsConfig;
+use persistent_workers::PersistentWorkersConfig;
 use pools::PoolConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
@@ -226,6 +234,12 @@ pub struct ExecutionConfig {
     pub pools: BTreeMap<String, PoolConfig>,
     /// The sandbox of actions.
     pub sandbox: SandboxConfig,
+    /// What one action may use.
+    pub limits: LimitsConfig,
+    /// Container images as root file systems of actions.
+    pub images: ImagesConfig,
+    /// Bazel's persistent workers.
+    pub persistent_workers: PersistentWorkersConfig,
 }
 
 /// The `[log_streams]` section.
@@ -336,6 +350,9 @@ impl Default for ExecutionConfig {
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),
             pools: BTreeMap::new(),
             sandbox: SandboxConfig::default(),
+            limits: LimitsConfig::default(),
+            images: ImagesConfig::default(),
+            persistent_workers: PersistentWorkersConfig::default(),
         }
     }
 }

@@ -264,9 +264,10 @@ fn pools_are_declared_in_the_shortest_form_that_says_how_they_match() {
     let pools: Vec<_> = execution.pools.iter().map(|pool| (pool.name.as_str(), pool.slots)).collect();
     assert_eq!(pools, [("any", 1), ("linux", 6), ("gpu", 2)], "the least special first");
     assert_eq!(execution.slots, 9);
-    let gpu: Vec<_> = execution.pools[2].offers.values().cloned().collect();
+    let gpu = |name: &str| execution.pools[2].offers[name].clone();
     let amd64 = Offer::Set(vec!["x86_64".into(), "amd64".into()]);
-    assert_eq!(gpu, [Offer::Exact("linux".into()), amd64, Offer::Ignore, Offer::Minimum(16)]);
+    let expected = [Offer::Exact("linux".into()), amd64, Offer::Ignore, Offer::Minimum(16)];
+    assert_eq!(["OSFamily", "arch", "cache-silo-key", "cores"].map(gpu), expected);
     let local = check("").unwrap().execution.unwrap().pools;
     assert_eq!((local.len(), local[0].name.as_str(), local[0].slots), (1, "local", 6));
     assert_eq!(local[0].offers.get("OSFamily"), Some(&Offer::Exact("linux".into())));
@@ -280,6 +281,24 @@ fn pools_are_declared_in_the_shortest_form_that_says_how_they_match() {
 }
 
 #[test]
+fn a_pool_has_either_slots_or_cores_and_memory() {
+    let pool = |keys: &str| check(&format!("[execution.pools.a]\n{keys}"));
+    let pools = pool("cores = 8\nmemory_gb = 32").unwrap().execution.unwrap().pools;
+    assert_eq!((pools[0].slots, pools[0].room.map(|room| room.cores)), (8, Some(8)));
+    assert_eq!(pools[0].limits.memory.default, 4_000_000_000, "each core has its part of the memory");
+    for (keys, part) in [
+        ("", "needs slots, or cores and memory_gb"),
+        ("cores = 8", "needs slots, or cores and memory_gb"),
+        ("slots = 1\ncores = 8\nmemory_gb = 32", "choose one"),
+        ("cores = 0\nmemory_gb = 32", "between 1 and"),
+        ("cores = 8\nmemory_gb = \"1 kB\"", "at least"),
+    ] {
+        let error = pool(keys).unwrap_err().to_string();
+        assert!(error.contains(part), "{part} in {error}");
+    }
+}
+
+#[test]
 fn a_mistake_in_a_pool_is_shown_with_its_place_and_what_to_write_instead() {
     let pool = |rest: &str| file_error(&format!("[execution.pools.a]\n{rest}\n"));
     for (error, parts) in [
@@ -287,7 +306,6 @@ fn a_mistake_in_a_pool_is_shown_with_its_place_and_what_to_write_instead() {
             pool("slot = 1"),
             &[":2:1: unknown key \"execution.pools.a.slot\"", "did you mean \"execution.pools.a.slots\""][..],
         ),
-        (pool(""), &["slots"]),
         (pool("slots = 1\nproperties = { cores = 4 }"), &[":3:", "{ minimum = 4 }", "\"4\""]),
         (pool("slots = 1\nproperties = { cores = { maximum = 4 } }"), &[":3:", "maximum", "minimum"]),
         (
@@ -415,7 +433,8 @@ fn every_size_may_have_a_fraction_or_a_unit_wherever_it_is_set() {
         let tiny = with("\"999 kB\"").unwrap();
         let problem = Settings::new(&tiny, &machine()).unwrap_err().to_string();
         assert!(
-            problem.contains(&format!("{key} = \"999 kB\" (")) && problem.contains("between 1 MB and"),
+            problem.contains(&format!("{key} = \"999 kB\" ("))
+                && (problem.contains("between 1 MB and") || problem.contains("0 or at least 1")),
             "{problem}"
         );
     }

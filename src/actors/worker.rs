@@ -4,13 +4,15 @@
 //! never queues: the scheduler sends a [`RunAction`] only to a free slot. The reply is the complete outcome of the run. A panic
 //! is caught and becomes a reply too, because a panicking handler would end the thread for good and shrink the pool by one.
 
+pub(crate) mod alone;
 pub mod cancel;
 mod checkpoint;
 pub(crate) mod clock;
 pub(crate) mod command;
-mod dir;
+pub(crate) mod dir;
 mod disk_watch;
 mod exec_root;
+pub mod image_store;
 mod inputs;
 pub mod launcher;
 mod layer;
@@ -20,15 +22,23 @@ mod run;
 mod run_log;
 pub mod staged_trees;
 pub mod store;
+pub mod tools;
 pub mod workspace;
+mod written;
 
 use crate::{
+    action::Action,
     actors::mail::{Mail, Receive, counted},
+    cgroups::Groups,
+    limits::LimitSettings,
     log_streams::LogStreams,
     logging::Event,
+    platform,
+    sandbox::kind::CellKind,
 };
 use actix::{Actor, MessageResult, SyncContext};
-use gorego_reapi::error::Error;
+use gorego_reapi::error::{Error, Result};
+use image_store::ImageStore;
 use launcher::{Launcher, PoolSandbox, RunnerLauncher};
 use messages::{RunAction, RunFailure};
 use run::ActionRun;
@@ -39,6 +49,7 @@ use std::{
     time::Duration,
 };
 use store::BlobStore;
+use tools::Tools;
 use workspace::BuildRoot;
 
 pub use launcher::runner::runner_main;
@@ -63,16 +74,50 @@ pub struct WorkerSettings {
     pub max_output_file_bytes: u64,
     /// Program and arguments of a runner process.
     pub runner: Vec<OsString>,
+    /// Container images as root file systems; `None` if actions cannot name any.
+    pub images: Option<Arc<dyn ImageStore>>,
     /// The sandbox in which commands run; `None` for none.
     pub sandbox: Option<PoolSandbox>,
+    /// What one action may use.
+    pub limits: PoolLimits,
+    /// The tools that may do the work of commands; `None` when each command runs by itself.
+    pub tools: Option<Arc<Tools>>,
     /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
+}
+
+/// What one action of a pool may use, and the control groups that enforce it. The default has neither.
+#[derive(Debug, Clone, Default)]
+pub struct PoolLimits {
+    pub(crate) settings: LimitSettings,
+    pub(crate) groups: Option<Groups>,
 }
 
 impl WorkerSettings {
     /// Whether input roots can have layers.
     fn has_layers(&self) -> bool {
         self.sandbox.as_ref().is_some_and(PoolSandbox::has_layers)
+    }
+
+    /// The kind of cell for an action.
+    fn kind(&self, action: &Action) -> Result<CellKind> {
+        match &self.sandbox {
+            Some(sandbox) => sandbox.kind(&action.platform),
+            None if platform::wants_input_root_as_root(&action.platform) => Err(Error::Precondition(
+                "the action asks for its input root as its root file system (rootfs), which takes the sandbox; it is off"
+                    .into(),
+            )),
+            None => Ok(CellKind::default()),
+        }
+    }
+
+    /// A launcher for one slot.
+    pub(crate) fn launcher(&self) -> RunnerLauncher {
+        let launcher = RunnerLauncher::new(self.runner.clone(), self.sandbox.as_ref());
+        match &self.limits.groups {
+            Some(groups) => launcher.grouped(groups),
+            None => launcher,
+        }
     }
 
     /// The runner command of a server: this very binary, also after the file was replaced on disk. Commands get
@@ -95,7 +140,7 @@ pub struct WorkerActor {
 impl WorkerActor {
     /// A worker that reads inputs from `store` and writes outputs to it.
     pub fn new(settings: Arc<WorkerSettings>, store: Arc<dyn BlobStore>) -> Self {
-        let launcher = Box::new(RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref()));
+        let launcher = Box::new(settings.launcher());
         Self { mail: Mail::default(), settings, store, launcher }
     }
 

@@ -1,13 +1,17 @@
-//! `gorego config`, and the conversion of the flags of `gorego serve` to configuration.
+//! `gorego config`, and the configuration of `gorego serve` and `gorego replay` from their flags.
 
 use super::{
     ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment, output::print,
 };
 use crate::config::{
-    Flag, Loaded, LogFormat, Machine, Settings, Sources, load, load::file_to_read, show::show,
+    ExecutionSettings, Flag, Loaded, LogFormat, Machine, Settings, Sources, load, load::file_to_read,
+    show::show,
 };
 use gorego_reapi::error::{Error, Result};
-use std::{ffi::OsString, path::Path};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 use toml::Value;
 
 /// Runs `gorego config ...` and returns its exit code.
@@ -43,6 +47,35 @@ pub(super) fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) ->
     let loaded = load(&Sources { file, env, flags: flags(args)? })?;
     let settings = Settings::new(&loaded, &Machine::this())?;
     Ok((loaded, settings))
+}
+
+/// The settings by which `gorego replay` runs actions: those of a server here, with an own build root, inputs that are copied, and
+/// all of the sandbox that works, or none.
+///
+/// # Errors
+/// As [`load_settings`].
+pub(super) fn load_for_replay(
+    config: Option<PathBuf>,
+    directory: &Path,
+    build_root: &Path,
+    no_sandbox: bool,
+) -> Result<ExecutionSettings> {
+    let text = |path: &Path| match path.to_str() {
+        Some(text) => Ok(Value::String(text.to_owned())),
+        None => Err(Error::Invalid(format!("{} is not UTF-8; set TMPDIR", path.display()))),
+    };
+    let mode = if no_sandbox { "off" } else { "auto" };
+    let flag = |key, value| Flag { flag: "gorego replay", key, value };
+    let flags = vec![
+        flag("local_cache_dir", text(directory)?),
+        flag("execution.enabled", Value::Boolean(true)),
+        flag("execution.build_root", text(build_root)?),
+        flag("execution.staged_inputs_gb", Value::Integer(0)),
+        flag("execution.sandbox.mode", Value::String(mode.to_owned())),
+    ];
+    let loaded = load(&Sources { file: file_to_read(config), env: environment(), flags })?;
+    let settings = Settings::new(&loaded, &Machine::this())?;
+    settings.execution.ok_or_else(|| Error::internal("execution is not enabled"))
 }
 
 /// The log format, even if the configuration is invalid: from all sources if only the values are inconsistent, otherwise

@@ -26,6 +26,37 @@ pub(crate) fn gain_nothing() -> io::Result<()> {
     Ok(())
 }
 
+/// What root keeps where there are no namespaces: to act as other users and on their files. It cannot trace processes, make
+/// devices, or change the network or the mounts.
+const OF_ROOT: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::KILL)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID);
+
+/// Gives up all capabilities but those of [`OF_ROOT`], for this process and all programs that it starts.
+pub(crate) fn keep_few_capabilities() -> io::Result<()> {
+    let _ = rustix::thread::clear_ambient_capability_set();
+    let own = rustix::thread::capabilities(None)?;
+    for capability in (0..=LAST_CAPABILITY).filter(|number| OF_ROOT.bits() & 1 << number == 0) {
+        match sys::drop_capability(capability) {
+            Ok(()) => {}
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(rustix::thread::set_capabilities(
+        None,
+        CapabilitySets {
+            effective: own.effective & OF_ROOT,
+            permitted: own.permitted & OF_ROOT,
+            inheritable: CapabilitySet::empty(),
+        },
+    )?)
+}
+
 /// Gives up the capabilities that this process has.
 pub(crate) fn give_up_capabilities() -> io::Result<()> {
     let _ = rustix::thread::clear_ambient_capability_set();
@@ -51,10 +82,10 @@ pub(crate) fn limit_processes(limit: u64) -> io::Result<()> {
     Ok(setrlimit(Resource::Nproc, Rlimit { current: limit, maximum: limit })?)
 }
 
-/// Makes the kernel kill this process and its children before the server, if it must kill any. A kernel that refuses has
-/// a higher value already.
-pub(crate) fn offer_to_the_oom_killer() {
-    let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+/// Makes the kernel kill a process and its later children before the server, if it must kill any. If this process is root of
+/// the host, they cannot undo it. A kernel that refuses has a higher value already.
+pub(crate) fn offer_to_the_oom_killer(process: i32) {
+    let _ = fs::write(format!("/proc/{process}/oom_score_adj"), OOM_SCORE);
 }
 
 /// Leaves the keyring of the session, which may hold keys of the server.

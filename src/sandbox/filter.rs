@@ -3,12 +3,12 @@
 //! The list names what is refused. Compilers and language runtimes use hundreds of calls, and what is left can only act on
 //! what the namespaces show. What is refused widens the attack surface of the kernel or makes new namespaces and mounts.
 
+mod program;
+
 use super::{SetupFailure, Step as _};
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition as Condition,
-    SeccompFilter, SeccompRule as Rule, TargetArch, sock_filter,
-};
-use std::{collections::BTreeMap, io};
+use program::{Answer, Case, Table, Test};
+use seccompiler::BpfProgram;
+use std::{collections::BTreeMap, io, ops::Range};
 
 /// open_tree_attr(2), which has the same number everywhere and no name in libc yet.
 const OPEN_TREE_ATTR: libc::c_long = 467;
@@ -80,117 +80,174 @@ const REFUSED: &[libc::c_long] = &[
 ];
 
 /// Flags of clone and unshare that make namespaces.
-const NAMESPACES: u64 = (libc::CLONE_NEWNS
+const NAMESPACES: u32 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWIPC
     | libc::CLONE_NEWUSER
     | libc::CLONE_NEWPID
-    | libc::CLONE_NEWNET) as u64;
+    | libc::CLONE_NEWNET) as u32;
 /// The same for time, which clone has no room for.
-const NEW_TIME: u64 = 0x80;
+const NEW_TIME: u32 = 0x80;
 
+/// The families of sockets that there are. For most others the kernel would load a module, and some do not know of network namespaces.
+/// Of netlink, only what the C library lists interfaces with is left.
+const FAMILIES: &[libc::c_int] = &[libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
 /// Kinds of sockets whose type is masked from flags such as SOCK_CLOEXEC.
-const SOCKET_TYPE: u64 = 0xf;
+const SOCKET_TYPE: u32 = 0xf;
 
-/// The first system call number of the x32 ABI.
-const X32: u32 = 0x4000_0000;
+/// The architecture in the kernel's words (`AUDIT_ARCH_*`), if the numbers of its calls are known here.
+const ARCHITECTURE: Option<u32> = if cfg!(target_arch = "x86_64") {
+    Some(0xc000_003e)
+} else if cfg!(target_arch = "aarch64") {
+    Some(0xc000_00b7)
+} else {
+    None
+};
 
-/// The programs that the kernel runs for each system call.
+/// The calls of the x32 ABI, which has the architecture of x86-64 and other numbers. -1, with which a tracer skips a call, has no
+/// ABI: the kernel answers ENOSYS.
+const X32: Range<u32> = 0x4000_0000..u32::MAX;
+
+/// The program that the kernel runs for system calls.
 #[derive(Debug, Clone)]
-pub(crate) struct Programs(Vec<BpfProgram>);
+pub(crate) struct Program(BpfProgram);
 
-impl Programs {
-    /// The programs for this machine.
+impl Program {
+    /// The program for this machine.
     pub(crate) fn new() -> Result<Self, SetupFailure> {
-        let build = || -> Result<Vec<BpfProgram>, Box<dyn std::error::Error + Send + Sync>> {
-            let refused = program(refused()?, libc::EPERM)?;
-            let missing = program([(libc::SYS_clone3, vec![])].into(), libc::ENOSYS)?;
-            let ignored = program(ignored()?, 0)?;
-            Ok(vec![without_x32(refused), missing, ignored])
-        };
-        build().map(Self).map_err(io::Error::other).step("make the system call filter")
+        let unknown = || io::Error::other(format!("not known for {}", std::env::consts::ARCH));
+        let architecture = ARCHITECTURE.ok_or_else(unknown).step("make the system call filter")?;
+        Ok(Self(table(architecture).assemble()))
     }
 
     /// Filters the calls of this process and its children from now on. The process must have given up new privileges.
     pub(crate) fn install(&self) -> io::Result<()> {
-        self.0.iter().try_for_each(|program| seccompiler::apply_filter(program).map_err(io::Error::other))
+        seccompiler::apply_filter(&self.0).map_err(io::Error::other)
     }
 }
 
-type Rules = BTreeMap<libc::c_long, Vec<Rule>>;
-
-/// What answers EPERM.
-fn refused() -> Result<Rules, seccompiler::BackendError> {
-    let mut rules: Rules = REFUSED.iter().map(|call| (*call, vec![])).collect();
-    let any_of = |argument, flags: u64| -> Result<Vec<Rule>, seccompiler::BackendError> {
-        let bits = (0..64).map(|bit| 1u64 << bit).filter(|bit| flags & bit != 0);
-        bits.map(|bit| Rule::new(vec![Condition::new(argument, Len::Qword, Op::MaskedEq(bit), bit)?]))
-            .collect()
-    };
-    rules.insert(libc::SYS_clone, any_of(0, NAMESPACES)?);
-    rules.insert(libc::SYS_unshare, any_of(0, NAMESPACES | NEW_TIME)?);
+/// What is refused.
+fn table(architecture: u32) -> Table {
+    let refuse = |tests: &[(u8, Test)]| Case { tests: tests.to_vec(), answer: errno(libc::EPERM) };
+    let mut calls: BTreeMap<libc::c_long, Vec<Case>> =
+        REFUSED.iter().map(|call| (*call, vec![refuse(&[])])).collect();
+    // Its flags cannot be seen. The C library falls back to clone.
+    calls.insert(libc::SYS_clone3, vec![Case { tests: Vec::new(), answer: errno(libc::ENOSYS) }]);
+    calls.insert(libc::SYS_clone, vec![refuse(&[(0, Test::HasAnyOf(NAMESPACES))])]);
+    calls.insert(libc::SYS_unshare, vec![refuse(&[(0, Test::HasAnyOf(NAMESPACES | NEW_TIME))])]);
+    // Lowering the limit on core dumps succeeds without effect: it would switch on core handlers again.
+    let core = Test::Is(libc::RLIMIT_CORE);
+    let ignore = |tests: &[(u8, Test)]| Case { tests: tests.to_vec(), answer: Answer::Errno(0) };
+    calls.insert(libc::SYS_setrlimit, vec![ignore(&[(0, core)])]);
     // The limits of the first process, which has the same user. Nothing else that an action may change has this number.
-    let first = Condition::new(0, Len::Dword, Op::Eq, 1)?;
-    let changes = Condition::new(2, Len::Qword, Op::Ne, 0)?;
-    rules.insert(libc::SYS_prlimit64, vec![Rule::new(vec![first, changes])?]);
-    let packet = Condition::new(0, Len::Dword, Op::Eq, libc::AF_PACKET as u64)?;
-    let raw = Condition::new(1, Len::Dword, Op::MaskedEq(SOCKET_TYPE), libc::SOCK_RAW as u64)?;
-    let netlink = Condition::new(0, Len::Dword, Op::Ne, libc::AF_NETLINK as u64)?;
-    let sockets = [libc::AF_VSOCK, libc::AF_ALG]
-        .map(|family| Rule::new(vec![Condition::new(0, Len::Dword, Op::Eq, family as u64)?]));
-    let mut sockets = sockets.into_iter().collect::<Result<Vec<_>, _>>()?;
-    // Netlink sockets are raw by name only, and the C library lists interfaces with them.
-    sockets.extend([Rule::new(vec![packet])?, Rule::new(vec![raw, netlink])?]);
-    rules.insert(libc::SYS_socket, sockets);
-    Ok(rules)
-}
-
-/// What succeeds without effect: lowering the limit on core dumps, which would switch on core handlers again.
-fn ignored() -> Result<Rules, seccompiler::BackendError> {
-    let core = u64::from(libc::RLIMIT_CORE);
-    let is_core = |argument| Condition::new(argument, Len::Dword, Op::Eq, core);
-    Ok([
-        (libc::SYS_setrlimit, vec![Rule::new(vec![is_core(0)?])?]),
-        (libc::SYS_prlimit64, vec![Rule::new(vec![is_core(1)?, Condition::new(2, Len::Qword, Op::Ne, 0)?])?]),
-    ]
-    .into())
-}
-
-/// A program that answers the calls in `rules` with this errno, and ends processes of another architecture.
-fn program(rules: Rules, errno: libc::c_int) -> Result<BpfProgram, Box<dyn std::error::Error + Send + Sync>> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
-    let answer = SeccompAction::Errno(errno.unsigned_abs());
-    Ok(SeccompFilter::new(rules, SeccompAction::Allow, answer, arch)?.try_into()?)
-}
-
-/// Adds the end of processes that use the x32 ABI, which has the architecture of x86-64 and other numbers.
-fn without_x32(program: BpfProgram) -> BpfProgram {
-    if cfg!(not(target_arch = "x86_64")) {
-        return program;
-    }
-    let instruction = |code: u32, jt, jf, k| sock_filter { code: code as u16, jt, jf, k };
-    let mut whole = vec![
-        // The number of the call is the first field of seccomp_data.
-        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        // -1, with which a tracer skips a call, has no ABI: the kernel answers ENOSYS.
-        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 2, 0, u32::MAX),
-        instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 0, 1, X32),
-        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
+    let prlimit =
+        vec![refuse(&[(0, Test::Is(1)), (2, Test::NotNull)]), ignore(&[(1, core), (2, Test::NotNull)])];
+    calls.insert(libc::SYS_prlimit64, prlimit);
+    let other_family: Vec<_> =
+        FAMILIES.iter().map(|family| (0, Test::IsNot(family.unsigned_abs()))).collect();
+    let other_family = Case { tests: other_family, answer: errno(libc::EAFNOSUPPORT) };
+    let family = |family: libc::c_int| (0, Test::Is(family.unsigned_abs()));
+    let other_protocol = (2, Test::IsNot(libc::NETLINK_ROUTE.unsigned_abs()));
+    let other_netlink =
+        Case { tests: vec![family(libc::AF_NETLINK), other_protocol], answer: errno(libc::EPROTONOSUPPORT) };
+    // To local and netlink sockets, raw is a name only.
+    let raw = (1, Test::Masked { mask: SOCKET_TYPE, value: libc::SOCK_RAW.unsigned_abs() });
+    let sockets = vec![
+        other_family.clone(),
+        other_netlink,
+        refuse(&[family(libc::AF_INET), raw]),
+        refuse(&[family(libc::AF_INET6), raw]),
     ];
-    whole.extend(program);
-    whole
+    calls.insert(libc::SYS_socket, sockets);
+    calls.insert(libc::SYS_socketpair, vec![other_family]);
+    let numbered = calls.into_iter().filter_map(|(call, cases)| Some((u32::try_from(call).ok()?, cases)));
+    let foreign = if cfg!(target_arch = "x86_64") { X32 } else { 0..0 };
+    Table { architecture, calls: numbered.collect(), foreign }
+}
+
+fn errno(errno: libc::c_int) -> Answer {
+    // No errno is larger than 4095.
+    Answer::Errno(errno.unsigned_abs() as u16)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// The answer to a call of this architecture.
+    fn answer(call: libc::c_long, arguments: &[u64]) -> Answer {
+        let mut all = [0; 6];
+        all[..arguments.len()].copy_from_slice(arguments);
+        let architecture = ARCHITECTURE.unwrap();
+        table(architecture).answer(architecture, u32::try_from(call).unwrap(), &all)
+    }
+
     #[test]
-    fn the_programs_fit_the_kernel() {
-        let programs = Programs::new().unwrap();
-        // BPF_MAXINSNS.
-        assert!(programs.0.iter().all(|program| (1..=4096).contains(&program.len())));
-        assert_eq!(programs.0.len(), 3);
+    fn the_program_is_short() {
+        // The kernel evaluates it for each of some 460 calls when it is installed, once for each action.
+        let program = Program::new().unwrap();
+        assert!(program.0.len() < 256, "{}", program.0.len());
+    }
+
+    /// An action that is root inside cannot tell whether a call fails for its arguments, its lack of capabilities or the filter.
+    #[test]
+    fn calls_are_refused_for_their_number_and_not_for_what_the_caller_may_do() {
+        for call in REFUSED {
+            assert_eq!(answer(*call, &[u64::MAX; 6]), errno(libc::EPERM), "{call}");
+            assert_eq!(answer(*call, &[0; 6]), errno(libc::EPERM), "{call}");
+        }
+        assert_eq!(answer(libc::SYS_clone3, &[]), errno(libc::ENOSYS));
+        for call in [libc::SYS_read, libc::SYS_execve, libc::SYS_ptrace, libc::SYS_mmap, libc::SYS_connect] {
+            assert_eq!(answer(call, &[0; 6]), Answer::Allow, "{call}");
+        }
+        #[cfg(target_arch = "x86_64")]
+        assert_eq!(answer(0x4000_0000 + 39, &[]), Answer::EndProcess);
+    }
+
+    #[test]
+    fn processes_can_be_made_and_namespaces_cannot() {
+        let thread =
+            libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_THREAD | libc::CLONE_SIGHAND;
+        for flags in [libc::SIGCHLD, thread, libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD] {
+            assert_eq!(answer(libc::SYS_clone, &[flags as u64]), Answer::Allow);
+        }
+        assert_eq!(answer(libc::SYS_unshare, &[libc::CLONE_FILES as u64]), Answer::Allow);
+        for bit in (0..32).map(|bit| 1u32 << bit).filter(|bit| NAMESPACES & bit != 0).map(u64::from) {
+            assert_eq!(answer(libc::SYS_clone, &[bit | libc::SIGCHLD as u64]), errno(libc::EPERM));
+            assert_eq!(answer(libc::SYS_unshare, &[bit]), errno(libc::EPERM));
+        }
+        assert_eq!(answer(libc::SYS_unshare, &[NEW_TIME.into()]), errno(libc::EPERM));
+    }
+
+    #[test]
+    fn only_usual_sockets_can_be_made() {
+        let socket = |family, kind, protocol| {
+            answer(libc::SYS_socket, &[family, kind, protocol].map(|n: i32| n as u64))
+        };
+        let (stream, raw) = (libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::SOCK_RAW | libc::SOCK_NONBLOCK);
+        for family in [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6] {
+            assert_eq!(socket(family, stream, 0), Answer::Allow);
+        }
+        assert_eq!(socket(libc::AF_UNIX, raw, 0), Answer::Allow);
+        assert_eq!(socket(libc::AF_NETLINK, raw, libc::NETLINK_ROUTE), Answer::Allow);
+        assert_eq!(socket(libc::AF_NETLINK, raw, libc::NETLINK_AUDIT), errno(libc::EPROTONOSUPPORT));
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            assert_eq!(socket(family, raw, 1), errno(libc::EPERM));
+        }
+        for family in (0..64).filter(|family| !FAMILIES.contains(family)) {
+            assert_eq!(socket(family, stream, 0), errno(libc::EAFNOSUPPORT), "{family}");
+            assert_eq!(answer(libc::SYS_socketpair, &[family as u64]), errno(libc::EAFNOSUPPORT));
+        }
+    }
+
+    #[test]
+    fn the_limit_on_core_dumps_and_those_of_the_first_process_stay() {
+        let prlimit =
+            |process, limit: libc::c_uint, new| answer(libc::SYS_prlimit64, &[process, limit.into(), new, 0]);
+        assert_eq!(prlimit(0, libc::RLIMIT_CORE, 4096), Answer::Errno(0));
+        assert_eq!(prlimit(1, libc::RLIMIT_NOFILE, 4096), errno(libc::EPERM));
+        assert_eq!(prlimit(1, libc::RLIMIT_NOFILE, 0), Answer::Allow);
+        assert_eq!(prlimit(7, libc::RLIMIT_NOFILE, 4096), Answer::Allow);
     }
 }

@@ -4,7 +4,7 @@
 //! mount. It is `volatile`: nothing waits for the disk, neither when a file is copied up nor at the end (20 ms). Nobody mounts
 //! the same layer again. With `userxattr` it takes no privileges.
 
-use super::{SetupFailure, Step as _, mounts, namespaces::Map, sys};
+use super::{SetupFailure, Step as _, mounts, sys};
 use prost::Message;
 use rustix::{
     fd::BorrowedFd,
@@ -51,8 +51,11 @@ pub struct Layers {
     pub is_trial: bool,
 }
 
-/// Mounts the layers; `ids` says how the user of their files shows, if it does not show as it is.
-pub(super) fn mount(layers: &Layers, ids: Option<(BorrowedFd<'_>, Map)>) -> Result<OwnedFd, SetupFailure> {
+/// Mounts the layers; `ids` says how the user of their files shows, and as which user and group, if it does not show as it is.
+pub(super) fn mount(
+    layers: &Layers,
+    ids: Option<(BorrowedFd<'_>, (u32, u32))>,
+) -> Result<OwnedFd, SetupFailure> {
     let path = |bytes| Path::new(OsStr::from_bytes(bytes));
     let (below, own) = (path(&layers.below), path(&layers.own));
     let mount = || {
@@ -70,11 +73,11 @@ pub(super) fn mount(layers: &Layers, ids: Option<(BorrowedFd<'_>, Map)>) -> Resu
         mounts::new("overlay", &options, MountAttrFlags::empty())
     };
     let mounted = match (ids, own.parent()) {
-        (Some((ids, map)), Some(beside)) => {
+        (Some((ids, owner)), Some(beside)) => {
             // An overlay cannot map ids itself, but it shows its layers as they show where they are mounted.
             let _mapped = (Mapped::new(below, ids)?, Mapped::new(beside, ids)?);
             // It changes its layers as the user who mounts it, who has to be one that they know.
-            sys::with_files_of((map.user, map.group), mount)
+            sys::with_files_of(owner, mount)
         }
         _ => mount(),
     };

@@ -21,7 +21,7 @@ use gorego::{
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
+        worker::{PoolLimits, WorkerActor, WorkerSettings, workspace::BuildRoot},
     },
     config::CommittedSize,
     gate::Gate,
@@ -63,7 +63,7 @@ impl Server {
             assets: None,
             gate: Gate::new(instances),
             cas: cas.clone(),
-            scheduler: Some(Scheduler::new(scheduler.clone())),
+            scheduler: Some(Scheduler::new(scheduler.clone(), NodeName::default())),
             log_streams: log_streams(false, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
@@ -118,7 +118,10 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
         transfer_timeout: Duration::from_secs(60),
         max_output_file_bytes: 1 << 20,
         runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
+        images: None,
         sandbox: None,
+        limits: PoolLimits::default(),
+        tools: None,
         log_streams: log_streams(false, directory),
     });
     let minute = Duration::from_secs(60);
@@ -151,6 +154,8 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
             worker: "host".into(),
             slots: 1,
             offers: Default::default(),
+            limits: Default::default(),
+            room: None,
         };
         let pool = Pool { spec, runner: workers.recipient() };
         let scheduler = SchedulerActor::new(of_scheduler, vec![pool], cas.clone());

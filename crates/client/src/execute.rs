@@ -23,7 +23,7 @@ const STABLE_AFTER: Duration = Duration::from_secs(30);
 /// How often an action is submitted again because the server has forgotten its operation.
 const MAX_RERUNS: u32 = 3;
 /// Type names of the messages packed in `Any`.
-const METADATA_TYPE: &str = "build.bazel.remote.execution.v2.ExecuteOperationMetadata";
+pub(super) const METADATA_TYPE: &str = "build.bazel.remote.execution.v2.ExecuteOperationMetadata";
 const RESPONSE_TYPE: &str = "build.bazel.remote.execution.v2.ExecuteResponse";
 
 /// The action to run. Its blobs must have been uploaded.
@@ -183,6 +183,7 @@ impl Execution {
                     skip_cache_lookup: self.job.skip_cache_lookup,
                     action_digest: Some(self.job.action.to_wire()),
                     execution_policy: (priority != 0).then_some(reapi::ExecutionPolicy { priority }),
+                    digest_function: self.job.action.function().wire().into(),
                     inline_stdout: true,
                     inline_stderr: true,
                     ..Default::default()
@@ -230,11 +231,14 @@ fn is_broken(status: &tonic::Status) -> bool {
     matches!(status.code(), tonic::Code::Unavailable) || status.source().is_some()
 }
 
-fn unpack<M: Message + Default>(any: &prost_types::Any, name: &str) -> Option<M> {
+pub(super) fn unpack<M: Message + Default>(any: &prost_types::Any, name: &str) -> Option<M> {
     (any.type_url.rsplit('/').next() == Some(name)).then(|| M::decode(any.value.as_slice()).ok())?
 }
 
-fn finished(result: Option<gorego_reapi::proto::longrunning::operation::Result>) -> Result<Finished> {
+/// The end that a finished operation reports.
+pub(super) fn finished(
+    result: Option<gorego_reapi::proto::longrunning::operation::Result>,
+) -> Result<Finished> {
     use gorego_reapi::proto::longrunning::operation::Result as Wire;
     let malformed = || Error::Internal("the server sent a finished operation without a response".into());
     match result {

@@ -5,7 +5,7 @@
 //! Every call has a time limit. Failures that may pass (UNAVAILABLE, a broken stream) are retried a bounded number of
 //! times. Errors are [`gorego_reapi::error::Error`]. [`stubs`] has the bare gRPC clients.
 //!
-//! Not supported: compression, digest functions other than SHA-256, TLS.
+//! Not supported: compression, TLS, and digest functions other than SHA-256 for what is uploaded or executed.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod blobs;
@@ -16,6 +16,9 @@ mod download;
 mod execute;
 mod follow_log;
 mod input;
+mod input_tree;
+mod listing;
+mod operation;
 mod read;
 mod status;
 pub mod stubs;
@@ -25,6 +28,8 @@ pub use blobs::{BlobSet, Progress, Source};
 pub use connect::{Identity, foreign_protocol, parse_endpoint};
 pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
 pub use input::scan;
+pub use listing::{ListedFile, Listing, decode_tree};
+pub use operation::OperationRecord;
 
 use crate::stubs::{
     ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,
@@ -65,6 +70,8 @@ pub struct Client {
     endpoint: String,
     instance: String,
     batch_bytes: u64,
+    /// The digest function of everything that is asked for.
+    function: DigestFunction,
 }
 
 impl Client {
@@ -74,6 +81,19 @@ impl Client {
     /// `Invalid` for a malformed endpoint or instance name; `Unavailable` with a hint when no server answers;
     /// `Precondition` when the server does not support SHA-256.
     pub async fn connect(endpoint: &str, instance: &str, identity: &Identity) -> Result<Self> {
+        Self::connect_for(endpoint, instance, identity, DigestFunction::Sha256).await
+    }
+
+    /// The same for reading what is stored under digests of another function. Uploads need SHA-256.
+    ///
+    /// # Errors
+    /// As [`Client::connect`]; `Precondition` when the server does not support the function.
+    pub async fn connect_for(
+        endpoint: &str,
+        instance: &str,
+        identity: &Identity,
+        function: DigestFunction,
+    ) -> Result<Self> {
         check_instance_name(instance)?;
         let service = connect::connect(endpoint, identity).await?;
         let mut client = Self {
@@ -81,11 +101,13 @@ impl Client {
             endpoint: endpoint.to_owned(),
             instance: instance.to_owned(),
             batch_bytes: DEFAULT_BATCH_BYTES,
+            function,
         };
         let capabilities = client.capabilities().await?;
         if let Some(cache) = capabilities.cache_capabilities {
-            if !cache.digest_functions.contains(&(DigestFunction::Sha256.wire() as i32)) {
-                return Err(Error::Precondition(format!("{endpoint} does not offer SHA-256")));
+            if !cache.digest_functions.contains(&(function.wire() as i32)) {
+                let name = function.wire().as_str_name();
+                return Err(Error::Precondition(format!("{endpoint} does not offer {name}")));
             }
             if let Ok(bytes @ 1..) = u64::try_from(cache.max_batch_total_size_bytes) {
                 client.batch_bytes = bytes.min(DEFAULT_BATCH_BYTES);
@@ -97,6 +119,17 @@ impl Client {
     /// The endpoint as passed to [`Client::connect`].
     pub fn endpoint(&self) -> &str {
         &self.endpoint
+    }
+
+    /// The digest function of everything that is asked for.
+    pub fn digest_function(&self) -> DigestFunction {
+        self.function
+    }
+
+    /// The same connection for digests of another function, which the server is known to use.
+    #[must_use]
+    pub fn with_digest_function(self, function: DigestFunction) -> Self {
+        Self { function, ..self }
     }
 
     /// Requests the capabilities of the server.
@@ -124,7 +157,7 @@ impl Client {
             let request = reapi::FindMissingBlobsRequest {
                 instance_name: self.instance.clone(),
                 blob_digests: chunk.to_vec(),
-                ..Default::default()
+                digest_function: self.function.wire().into(),
             };
             let answer = retrying(async || {
                 let answer = self.cas().find_missing_blobs(timed(request.clone())).await;
@@ -132,11 +165,7 @@ impl Client {
             })
             .await?;
             for digest in answer.into_inner().missing_blob_digests {
-                missing.push(Digest::from_wire(
-                    DigestFunction::Sha256,
-                    Some(&digest),
-                    "missing_blob_digests",
-                )?);
+                missing.push(Digest::from_wire(self.function, Some(&digest), "missing_blob_digests")?);
             }
         }
         Ok(missing)
@@ -150,6 +179,7 @@ impl Client {
         let request = reapi::GetActionResultRequest {
             instance_name: self.instance.clone(),
             action_digest: Some(action.to_wire()),
+            digest_function: self.function.wire().into(),
             ..Default::default()
         };
         let answer = retrying(async || {

@@ -7,7 +7,7 @@ use super::{
 };
 use bytes::Bytes;
 use gorego_reapi::{
-    digest::{Digest, DigestFunction},
+    digest::Digest,
     error::{Error, Result},
     proto::{bytestream, reapi},
 };
@@ -115,6 +115,7 @@ impl Client {
         let request = reapi::BatchReadBlobsRequest {
             instance_name: self.instance.clone(),
             digests: digests.iter().map(|digest| digest.to_wire()).collect(),
+            digest_function: self.function.wire().into(),
             ..Default::default()
         };
         let answer = retrying(async || {
@@ -122,14 +123,14 @@ impl Client {
             answer.map_err(|status| from_status("BatchReadBlobs", &status))
         })
         .await?;
+        let function = self.function;
         blocking(move || {
             let mut blobs = HashMap::new();
             for response in answer.into_inner().responses {
-                let digest =
-                    Digest::from_wire(DigestFunction::Sha256, response.digest.as_ref(), "Response.digest")?;
+                let digest = Digest::from_wire(function, response.digest.as_ref(), "Response.digest")?;
                 match from_message(&format!("download of {digest}"), response.status.as_ref()) {
                     Some(error) => return Err(error),
-                    None => check_digest(digest, DigestFunction::Sha256.digest(&response.data))?,
+                    None => check_digest(digest, function.digest(&response.data))?,
                 }
                 blobs.insert(digest, response.data);
             }

@@ -7,12 +7,14 @@
 //! Owners, times and permissions other than "executable" are dropped. Devices, pipes, sparse files and encrypted files are
 //! refused.
 
-mod zstd_frames;
+pub(crate) mod extensions;
+pub(crate) mod zstd_frames;
 
 use super::{
     layout::Layout,
     outcome::{FailureKind, Problem},
 };
+use extensions::{Extensions, is_extension};
 use flate2::read::MultiGzDecoder;
 use gorego_reapi::{digest::Digest, error::Error, path::MAX_PATH_BYTES};
 use liblzma::{read::XzDecoder, stream::Stream as XzStream};
@@ -21,7 +23,7 @@ use std::{
     io::{self, BufRead, BufReader, Read, Seek, SeekFrom},
     rc::Rc,
 };
-use tar::{Archive, EntryType, PaxExtensions};
+use tar::{Archive, EntryType};
 use zip::{
     ZipArchive,
     read::{ArchiveOffset, Config},
@@ -45,14 +47,14 @@ pub trait Contents {
     /// Stores the content and returns its digest.
     ///
     /// # Errors
-    /// Those of the store; and those of the reader, converted by [`Problem::of_io`].
+    /// The errors of the store; and the errors of the reader, converted by [`Problem::of_io`].
     fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem>;
 }
 
 /// Unpacks an archive from its start. `max_bytes` bounds the unpacked bytes.
 ///
 /// # Errors
-/// `Unusable` for input that is damaged, hostile or not an archive; `TooMuch` beyond a bound; those of `contents`.
+/// `Unusable` for input that is damaged, hostile or not an archive; `TooMuch` beyond a bound; the errors of `contents`.
 pub fn unpack(
     mut archive: impl Read + Seek,
     max_bytes: u64,
@@ -113,13 +115,6 @@ impl<R: Read> Read for BudgetedReader<R> {
     }
 }
 
-/// The values of the extension headers before an entry.
-#[derive(Default)]
-struct Extensions {
-    path: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-}
-
 fn unpack_tar(reader: impl Read, contents: &mut dyn Contents) -> Result<Layout, Problem> {
     let damaged = |error: io::Error| Problem::of_io(&error);
     let mut layout = Layout::default();
@@ -136,66 +131,42 @@ fn unpack_tar(reader: impl Read, contents: &mut dyn Contents) -> Result<Layout, 
             }
             let mut bytes = Vec::new();
             entry.read_to_end(&mut bytes).map_err(damaged)?;
-            read_extension(kind, &bytes, &mut extensions)?;
+            extensions.read(kind, &bytes).map_err(refuse)?;
             continue;
         }
-        let Extensions { path, link } = std::mem::take(&mut extensions);
-        let path = text(path.unwrap_or_else(|| entry.path_bytes().into_owned()))?;
-        let target = || text(link.clone().or(entry.link_name_bytes().map(Into::into)).unwrap_or_default());
-        let added = match kind {
-            EntryType::Directory => layout.add_directory(&path),
-            // Old archives mark a directory only by its trailing slash.
-            EntryType::Regular if path.ends_with('/') => layout.add_directory(&path),
-            EntryType::Symlink => layout.add_symlink(&path, &target()?),
-            EntryType::Link => layout.add_hard_link(&path, &target()?),
-            EntryType::Regular | EntryType::Continuous => {
-                let executable = entry.header().mode().unwrap_or(0) & 0o111 != 0;
-                let size = entry.header().entry_size().map_err(damaged)?;
-                let digest = contents.put(&mut entry)?;
-                if digest.size() != size {
-                    return Err(refuse(format!("it ends within \"{}\"", path.escape_debug())));
-                }
-                layout.add_file(&path, digest, executable)
-            }
-            _ => Err(format!("\"{}\" is a device, a pipe or a sparse file", path.escape_debug())),
-        };
-        added.map_err(refuse)?;
+        add_tar_entry(&mut layout, &mut entry, std::mem::take(&mut extensions), contents)?;
     }
     Ok(layout)
 }
 
-fn is_extension(kind: EntryType) -> bool {
-    kind.is_gnu_longname()
-        || kind.is_gnu_longlink()
-        || kind.is_pax_local_extensions()
-        || kind.is_pax_global_extensions()
-}
-
-fn read_extension(kind: EntryType, bytes: &[u8], extensions: &mut Extensions) -> Result<(), Problem> {
-    let until_nul = || bytes.split(|byte| *byte == 0).next().unwrap_or_default().to_vec();
-    if kind.is_gnu_longname() {
-        extensions.path = Some(until_nul());
-    } else if kind.is_gnu_longlink() {
-        extensions.link = Some(until_nul());
-    } else {
-        for record in PaxExtensions::new(bytes) {
-            let record = record.map_err(|error| Problem::of_io(&error))?;
-            match record.key_bytes() {
-                // Global headers normally hold only a comment of git. A global path is ignored.
-                b"path" if kind.is_pax_local_extensions() => {
-                    extensions.path = Some(record.value_bytes().to_vec())
-                }
-                b"linkpath" if kind.is_pax_local_extensions() => {
-                    extensions.link = Some(record.value_bytes().to_vec());
-                }
-                // Its content would not have the size that its own header says.
-                b"size" => return Err(refuse("it has a file of more than 8 GiB, or a false size")),
-                key if key.starts_with(b"GNU.sparse.") => return Err(refuse("it has a sparse file")),
-                _ => {}
+/// Adds the file, directory or link of an entry, with the extension headers before it.
+fn add_tar_entry(
+    layout: &mut Layout,
+    entry: &mut tar::Entry<'_, impl Read>,
+    Extensions { path, link }: Extensions,
+    contents: &mut dyn Contents,
+) -> Result<(), Problem> {
+    let damaged = |error: io::Error| Problem::of_io(&error);
+    let path = text(path.unwrap_or_else(|| entry.path_bytes().into_owned()))?;
+    let target = || text(link.clone().or(entry.link_name_bytes().map(Into::into)).unwrap_or_default());
+    let added = match entry.header().entry_type() {
+        EntryType::Directory => layout.add_directory(&path),
+        // Old archives mark a directory only by its trailing slash.
+        EntryType::Regular if path.ends_with('/') => layout.add_directory(&path),
+        EntryType::Symlink => layout.add_symlink(&path, &target()?),
+        EntryType::Link => layout.add_hard_link(&path, &target()?),
+        EntryType::Regular | EntryType::Continuous => {
+            let executable = entry.header().mode().unwrap_or(0) & 0o111 != 0;
+            let size = entry.header().entry_size().map_err(damaged)?;
+            let digest = contents.put(entry)?;
+            if digest.size() != size {
+                return Err(refuse(format!("it ends within \"{}\"", path.escape_debug())));
             }
+            layout.add_file(&path, digest, executable)
         }
-    }
-    Ok(())
+        _ => Err(format!("\"{}\" is a device, a pipe or a sparse file", path.escape_debug())),
+    };
+    added.map_err(refuse)
 }
 
 fn text(bytes: Vec<u8>) -> Result<String, Problem> {

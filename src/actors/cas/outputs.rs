@@ -119,7 +119,7 @@ impl OutputBatch {
         digests.retain(|digest| !digest.is_empty());
         let instance = &self.instance;
         let located = self.cas.block_on(async |cas| cas.locate(instance, &digests, Purpose::Read).await)?;
-        let (_, lease) = located.everything(&digests)?;
+        let (_, lease) = located.complete(&digests)?;
         self.held.push(lease);
         Ok(())
     }

@@ -62,6 +62,17 @@ pub enum ExecNode<'a> {
     Directory(&'a Directory),
 }
 
+impl ExecNode<'_> {
+    /// Whether it is a directory, and not a link to one.
+    pub fn is_directory(&self) -> bool {
+        match self {
+            Self::Own(stat) => dir::file_type(stat) == FileType::Directory,
+            Self::Directory(_) => true,
+            Self::File(_) | Self::Link(_) => false,
+        }
+    }
+}
+
 impl<'a> ExecRoot<'a> {
     /// The layer `own` above `staged`.
     pub fn new(own: &'a File, staged: Option<&'a InputTree>) -> Self {

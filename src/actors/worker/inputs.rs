@@ -109,6 +109,52 @@ pub(super) fn write_delta(
     set_mtime(top, ".", mtime_of(&tree.root().properties))
 }
 
+/// The directories on which the sandbox mounts its own if the input root is the root file system.
+const MOUNT_POINTS: &[&str] = &["dev", "proc", "tmp"];
+
+/// The mount points that an input root did not have, in its own layer. They are no outputs of the command.
+#[derive(Debug)]
+pub(super) struct MountPoints<'a> {
+    root: &'a File,
+    made: Vec<&'static str>,
+}
+
+impl<'a> MountPoints<'a> {
+    /// Makes those that are missing.
+    ///
+    /// # Errors
+    /// `Invalid` when the input root has something else there.
+    pub(super) fn make(root: ExecRoot<'a>) -> Result<Self> {
+        let failed = |error: io::Error| Error::io("make mount points in the input root", &error);
+        let top = root.resolve(Path::new(".")).map_err(failed)?;
+        let mut made = Vec::new();
+        for name in MOUNT_POINTS {
+            match top.look(name.as_ref()) {
+                Ok(node) if node.is_directory() => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    make_beneath(root.own(), name).map_err(failed)?;
+                    made.push(*name);
+                }
+                Ok(_) => {
+                    return Err(Error::Invalid(format!(
+                        "the input root is to be the root file system, but \"{name}\" in it is not a directory"
+                    )));
+                }
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Ok(Self { root: root.own(), made })
+    }
+
+    /// Takes away those that were missing.
+    pub(super) fn remove(self) {
+        for name in self.made {
+            // The command may have replaced it.
+            let _ = rfs::unlinkat(self.root, name, AtFlags::REMOVEDIR);
+        }
+    }
+}
+
 /// Makes what the command takes for granted in an exec root whose files are in place. `is_root`: permissions do not stop it.
 ///
 /// # Errors
@@ -220,12 +266,12 @@ fn fill(inputs: &dyn Inputs, directory: &Directory, cursor: &Cursor, checkpoint:
     checkpoint.check()
 }
 
-fn write_file(inputs: &dyn Inputs, file: &tree::File, here: &File) -> Result<()> {
+pub(super) fn write_file(inputs: &dyn Inputs, file: &tree::File, here: &File) -> Result<()> {
     inputs.materialise(&file.digest, here, &file.name, mode_of(file))?;
     set_mtime(here, &file.name, mtime_of(&file.properties))
 }
 
-fn write_link(link: &Symlink, here: &File) -> Result<()> {
+pub(super) fn write_link(link: &Symlink, here: &File) -> Result<()> {
     rfs::symlinkat(&*link.target, here, &*link.name)
         .map_err(|error| cannot("make the symbolic link", &link.name, &error.into()))?;
     set_mtime(here, &link.name, mtime_of(&link.properties))
@@ -292,7 +338,7 @@ fn set_mtime(parent: &File, name: &str, mtime: Timespec) -> Result<()> {
     set_mtime_at(parent, name, mtime).map_err(|error| cannot("set the time of", name, &error))
 }
 
-pub(super) fn set_mtime_at(parent: &File, name: &str, mtime: Timespec) -> io::Result<()> {
+pub(super) fn set_mtime_at(parent: &File, name: impl rustix::path::Arg, mtime: Timespec) -> io::Result<()> {
     let times =
         Timestamps { last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT }, last_modification: mtime };
     Ok(rfs::utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW)?)
@@ -353,7 +399,7 @@ fn in_the_way(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> 
     Error::Invalid(format!("{what} \"{path}\" cannot be made: \"{}\" {problem}", prefix.display()))
 }
 
-fn cursor(root: &File) -> Result<Cursor> {
+pub(super) fn cursor(root: &File) -> Result<Cursor> {
     // A second handle, with its own file position.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rfs::openat(root, ".", flags, Mode::empty())

@@ -2,14 +2,18 @@
 //!
 //! This file defines the order of the steps and what a failure in each means. It blocks and runs on a worker's own thread.
 
+mod errors;
+mod with_tool;
+
 use super::{
     WorkerSettings,
     checkpoint::{Checkpoint, cancelled},
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
     exec_root::ExecRoot,
-    inputs,
-    launcher::{Ending, Launcher, Ran, is_full},
+    image_store,
+    inputs::{self, MountPoints},
+    launcher::{Ending, Launcher, Ran},
     messages::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
     },
@@ -19,15 +23,18 @@ use super::{
     workspace::Workspace,
 };
 use crate::{
+    action::Command,
     actors::cas::{client::Provenance, results::check_size},
     disk::Space,
+    limits::{Exceeded, LimitedResource, Limits},
     log_streams::{
         LiveRun,
         run::{LogKind, RunLogs},
     },
     logging::{Event, Field},
-    sandbox::layers::MOUNT_STEP,
+    sandbox::kind::CellKind,
 };
+use errors::{disk_was_full, explained, is_workers_fault, log_lost};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -39,6 +46,7 @@ use rustix::{
     process::geteuid,
 };
 use std::{
+    borrow::Cow,
     fs::File,
     io::{Read as _, Write as _},
     path::Path,
@@ -71,6 +79,8 @@ pub(super) struct ActionRun<'a> {
     result: reapi::ActionResult,
     /// The end of the command, once it has ended.
     ran: Option<Ran>,
+    /// Why a tool did not do its work, if one was asked.
+    tool_failure: Option<String>,
     /// The disk space when the run began.
     room_at_start: Option<Space>,
     /// Whether the disk stayed full for [`ROOM_WAIT`].
@@ -94,6 +104,7 @@ impl<'a> ActionRun<'a> {
             timeline,
             result: reapi::ActionResult::default(),
             ran: None,
+            tool_failure: None,
             room_at_start: None,
             waited_in_vain: false,
         }
@@ -137,12 +148,19 @@ impl<'a> ActionRun<'a> {
         // The scheduler knows this without a message.
         self.note(Point::FetchStart);
         self.wait_for_room(&fetching)?;
+        let mut kind = self.settings.kind(action)?;
+        // Held to the end, so that the image is not removed while the action runs.
+        let image = image_store::lease_for(self.settings, action, &mut kind, &fetching)?;
+        let command = match &image {
+            Some(image) => Cow::Owned(image.complete(&action.command)),
+            None => Cow::Borrowed(&action.command),
+        };
         let (build_root, slot) = (&self.settings.build_root, self.order.slot);
         let workspace = match &self.settings.sandbox {
             Some(sandbox) if sandbox.protections.namespaces => build_root.create_unseen(slot)?,
             _ => build_root.create(slot, &action.digest)?,
         };
-        let outcome = self.steps_in(&workspace, &fetching, batch);
+        let outcome = self.steps_in(&workspace, kind, &command, &fetching, batch);
         if let Err(Error::DiskFull(_)) = outcome {
             // Free the space before a retry.
             workspace.remove_now();
@@ -153,15 +171,22 @@ impl<'a> ActionRun<'a> {
     fn steps_in(
         &mut self,
         workspace: &Workspace,
+        kind: CellKind,
+        command: &Command,
         fetching: &Checkpoint,
         batch: &mut dyn Outputs,
     ) -> Result<()> {
         let action = &self.order.action;
         // Held until the outputs are collected, which may refer to inputs.
         let mut inputs = self.store.open_inputs(&action.instance, action.input_root, self.order.peer)?;
+        if let Some(ending) = self.run_with_tool(&mut *inputs, &kind, workspace, fetching)? {
+            let root = ExecRoot::new(workspace.root()?, None);
+            return self.store_outputs(ending, workspace, root, None, batch);
+        }
         let tree = inputs.tree().clone();
         let base = self.stage(&mut *inputs, &tree, workspace, fetching)?;
         let root = ExecRoot::new(workspace.root()?, base.as_ref().map(TreeLease::tree));
+        let mount_points = kind.has_input_root_as_root().then(|| MountPoints::make(root)).transpose()?;
         let is_root = self.settings.sandbox.is_none() && geteuid().is_root();
         inputs::prepare(&tree, root, &action.command, is_root, fetching)?;
         let layers = base.as_ref().map(|base| workspace.layers(&base.path())).transpose()?;
@@ -172,14 +197,16 @@ impl<'a> ActionRun<'a> {
         let live = self.settings.log_streams.begin_run(&action.instance, workspace.path());
         let logs = live.as_ref().map(LiveRun::logs);
         self.enter(RunStage::Running, Point::RunStart, logs);
-        let launch = Launch::new(&action.command, workspace, layers, self.settings.max_output_file_bytes);
+        let launch = Launch {
+            kind,
+            limits: self.limits(),
+            ..Launch::new(command, workspace, layers, self.settings.max_output_file_bytes)
+        };
         let watch = self.settings.build_root.disk().begin(self.control.cancel.clone());
         let ran = self.launcher.run(&launch, action.timeout, &self.control.cancel);
         if let Some(space) = watch.end() {
             self.salvage_logs(workspace, live.as_ref());
-            return Err(Error::DiskFull(format!(
-                "the disk of this server was full while the action ran ({space}), so its outputs may be incomplete"
-            )));
+            return Err(disk_was_full(space));
         }
         let ran = ran.map_err(|error| {
             self.salvage_logs(workspace, live.as_ref());
@@ -189,13 +216,26 @@ impl<'a> ActionRun<'a> {
         self.timeline.note(Point::RunEnd, ran.ended);
         let ending = ran.ending;
         self.ran = Some(ran);
+        if let Some(made) = mount_points {
+            made.remove();
+        }
+        self.store_outputs(ending, workspace, root, live.as_ref(), batch)?;
+        base.as_ref().map_or(Ok(()), TreeLease::check_in_place)
+    }
 
-        self.enter(RunStage::Uploading, Point::UploadStart, logs);
-        let stored = self.conclude(ending, workspace, root, live.as_ref(), batch);
+    fn store_outputs(
+        &mut self,
+        ending: Ending,
+        workspace: &Workspace,
+        root: ExecRoot<'_>,
+        live: Option<&LiveRun>,
+        batch: &mut dyn Outputs,
+    ) -> Result<()> {
+        self.enter(RunStage::Uploading, Point::UploadStart, live.map(LiveRun::logs));
+        let stored = self.conclude(ending, workspace, root, live, batch);
         self.note(Point::UploadEnd);
         // Without this check, outputs that somebody removed would look like outputs that were never made.
         workspace.check_in_place()?;
-        base.as_ref().map_or(Ok(()), TreeLease::check_in_place)?;
         stored
     }
 
@@ -256,7 +296,13 @@ impl<'a> ActionRun<'a> {
     }
 
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
+        if let Some(tools) = &self.settings.tools {
+            tools.clear();
+        }
         self.settings.build_root.relieve_disk();
+        if let Some(images) = &self.settings.images {
+            images.relieve_disk();
+        }
         self.store.relieve_disk(is_cancelled);
     }
 
@@ -296,6 +342,10 @@ impl<'a> ActionRun<'a> {
             self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
             return Err(error);
         }
+        if matches!(ending, Ending::Exceeded(_)) {
+            // What such a command has made is neither complete nor small.
+            return Ok(());
+        }
         let uploading =
             Checkpoint::new(&self.control.cancel, "storing the outputs", self.settings.transfer_timeout);
         outputs::collect(root, action, batch, &uploading, &mut self.result)?;
@@ -330,6 +380,11 @@ impl<'a> ActionRun<'a> {
                 ))));
             }
             Ending::Cancelled => return Ok(Some(cancelled())),
+            // It is the command's own fault, so this is its result. An error that says so would be retried by clients.
+            Ending::Exceeded(_) => SIGNAL_BASE + libc::SIGKILL,
+            Ending::MemoryShort { used, total } => {
+                return Ok(Some(Error::Unavailable(run_log::memory_short(used, total))));
+            }
             Ending::LogLost(kind, errno) => {
                 self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
                 return Err(log_lost(kind, errno));
@@ -388,9 +443,18 @@ impl<'a> ActionRun<'a> {
     fn account(&self, outcome: &Result<()>) -> Account {
         let facts = self.facts();
         let text = run_log::render(&facts, self.ran.as_ref(), outcome.as_ref().err());
+        let of_tool = self.tool_failure.as_ref();
+        let of_tool = of_tool.map(|reason| {
+            format!("the persistent worker of this action failed, so the action ran without it: {reason}")
+        });
+        let of_run = self.ran.as_ref().map(|ran| run_log::message(ran, &facts));
+        let messages: Vec<_> = of_tool.into_iter().chain(of_run).filter(|text| !text.is_empty()).collect();
         Account {
-            message: self.ran.as_ref().map_or_else(String::new, |ran| run_log::message(ran, &facts)),
+            message: messages.join("; "),
             log: text.and_then(|text| self.store_bytes(text.into_bytes()).ok()),
+            out_of_memory: self.ran.as_ref().is_some_and(|ran| {
+                matches!(ran.ending, Ending::Exceeded(Exceeded { resource: LimitedResource::Memory, .. }))
+            }),
         }
     }
 
@@ -416,9 +480,14 @@ impl<'a> ActionRun<'a> {
             max_file_bytes: self.settings.max_output_file_bytes,
             stdout_bytes: size(&self.result.stdout_digest),
             stderr_bytes: size(&self.result.stderr_digest),
+            processes: self.limits().processes,
             is_noexec: self.result.exit_code == command::EXIT_NOT_EXECUTABLE
                 && self.settings.build_root.is_noexec(),
         }
+    }
+
+    fn limits(&self) -> Limits {
+        self.settings.limits.settings.of(&self.order.action.platform)
     }
 
     /// Records the result and makes it visible together with the outputs.
@@ -454,7 +523,8 @@ impl<'a> ActionRun<'a> {
     fn enter(&mut self, stage: RunStage, point: Point, logs: Option<RunLogs>) {
         self.note(point);
         let at = self.timeline.wall(point);
-        self.control.progress.do_send(StageReached { task: self.order.task, stage, at, logs });
+        let &RunOrder { task, attempt, .. } = self.order;
+        self.control.progress.do_send(StageReached { task, attempt, stage, at, logs });
     }
 
     fn note(&mut self, point: Point) {
@@ -478,46 +548,6 @@ impl<'a> ActionRun<'a> {
             .with_some("error", outcome.as_ref().err().map(|error| Field::Shown(error)))
             .log(format_args!("an action ended"));
     }
-}
-
-/// Whether another worker, or this one later, may succeed.
-pub(super) fn is_workers_fault(error: &Error) -> bool {
-    match error {
-        Error::Internal(_) | Error::Unavailable(_) => true,
-        Error::Invalid(_)
-        | Error::NotFound(_)
-        | Error::MissingBlobs(_)
-        | Error::Precondition(_)
-        | Error::OutOfRange(_)
-        | Error::Exhausted { .. }
-        | Error::DiskFull(_)
-        | Error::Denied(_)
-        | Error::Unimplemented(_)
-        | Error::Cancelled(_)
-        | Error::DeadlineExceeded(_)
-        | Error::DataLoss(_) => false,
-    }
-}
-
-/// The error of a command that could not be run, as far as its staged inputs explain it.
-fn explained(error: Error, base: Option<&TreeLease>) -> Error {
-    let Some(base) = base else { return error };
-    if let Err(gone) = base.check_in_place() {
-        return gone;
-    }
-    if matches!(&error, Error::Internal(message) if message.contains(MOUNT_STEP)) {
-        base.could_not_be_mounted();
-    }
-    error
-}
-
-/// The error of a run whose log could not be kept, which is not the fault of the command.
-fn log_lost(kind: LogKind, errno: i32) -> Error {
-    let what = format!("the command was stopped because its {} could not be kept", kind.name());
-    if is_full(errno) {
-        return Error::DiskFull(format!("{what}: the disk of this server is full (execution.build_root)"));
-    }
-    Error::Internal(format!("{what}: {}", std::io::Error::from_raw_os_error(errno)))
 }
 
 /// Appends a line of the server to a log of the command.

@@ -41,6 +41,8 @@ const SHORTEST_PAUSE: Duration = Duration::from_micros(200);
 pub struct Capture {
     stdout: Stream,
     stderr: Stream,
+    /// What the command gets instead of both pipes. The logs then stay empty.
+    terminal: Option<OwnedFd>,
 }
 
 /// One output.
@@ -70,7 +72,21 @@ impl Capture {
     /// # Errors
     /// Those of the system calls.
     pub fn open(stdout: &[u8], stderr: &[u8], limit: u64) -> io::Result<Self> {
-        Ok(Self { stdout: Stream::open(stdout, limit)?, stderr: Stream::open(stderr, limit)? })
+        Ok(Self {
+            stdout: Stream::open(stdout, limit)?,
+            stderr: Stream::open(stderr, limit)?,
+            terminal: None,
+        })
+    }
+
+    /// Lets the command have the terminal at this path, if any, instead of the pipes.
+    ///
+    /// # Errors
+    /// When the terminal cannot be opened.
+    pub fn or_terminal(self, path: Option<&[u8]>) -> io::Result<Self> {
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let open = |path| rfs::openat(CWD, OsStr::from_bytes(path), flags, Mode::empty());
+        Ok(Self { terminal: path.map(open).transpose()?, ..self })
     }
 
     /// Gives the pipes to another user and group, who can then open `/dev/stderr` again.
@@ -88,7 +104,10 @@ impl Capture {
 
     /// What becomes descriptors 1 and 2 of the command.
     pub fn writing_ends(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
-        (self.stdout.writing_end.as_fd(), self.stderr.writing_end.as_fd())
+        match &self.terminal {
+            Some(terminal) => (terminal.as_fd(), terminal.as_fd()),
+            None => (self.stdout.writing_end.as_fd(), self.stderr.writing_end.as_fd()),
+        }
     }
 
     /// Adds the pipes that are worth reading now to `fds`; says how long it takes until another is.

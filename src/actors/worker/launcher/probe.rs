@@ -5,12 +5,17 @@ use crate::{
     actors::worker::{
         cancel::CancelToken,
         command::Launch,
-        dir, layer,
+        dir,
+        exec_root::ExecRoot,
+        inputs::MountPoints,
+        layer,
         messages::SlotId,
         workspace::{BuildRoot, Workspace},
     },
+    limits::Limits,
     sandbox::{
         identity::Users,
+        kind::CellKind,
         layers::{Layers, TRIAL_DIRECTORY, TRIAL_FILE, TRIAL_HIDDEN, TRIAL_OPAQUE},
         probe::{KernelFacts, Report, find},
         settings::SandboxSettings,
@@ -46,7 +51,7 @@ pub(crate) fn probe(settings: &SandboxSettings, runner: &[OsString], build_root:
             has_layers: false,
         };
         let workspace = workspace(build_root)?;
-        attempt(RunnerLauncher::new(runner.to_vec(), Some(&sandbox)), &workspace, None)
+        attempt(RunnerLauncher::new(runner.to_vec(), Some(&sandbox)), &workspace, None, CellKind::default())
     })
 }
 
@@ -69,7 +74,8 @@ pub(crate) fn probe_layers(
         layer::make_whiteout(own, TRIAL_HIDDEN)
             .and_then(|()| layer::set_opaque(&layer::make_directory(own, TRIAL_OPAQUE)?))
             .map_err(failed)?;
-        attempt(RunnerLauncher::new(runner.to_vec(), Some(sandbox)), &workspace, Some(layers))?;
+        let launcher = RunnerLauncher::new(runner.to_vec(), Some(sandbox));
+        attempt(launcher, &workspace, Some(layers), CellKind::default())?;
         // What is in the layer means to us what the kernel meant.
         let replaced = dir::open_dir(own, TRIAL_DIRECTORY.as_ref()).map_err(failed)?;
         match layer::is_opaque(&replaced).map_err(failed)? {
@@ -79,6 +85,21 @@ pub(crate) fn probe_layers(
     });
     build_root.remove_later(&place, name);
     tried
+}
+
+/// Finds out whether the root file system of this sandbox can be used; if not, why.
+pub(crate) fn probe_root(
+    sandbox: &PoolSandbox,
+    runner: &[OsString],
+    build_root: &BuildRoot,
+) -> Result<(), String> {
+    let workspace = workspace(build_root)?;
+    let kind = sandbox.settings.kind();
+    if kind.has_input_root_as_root() {
+        let root = workspace.root().map_err(|error| error.to_string())?;
+        MountPoints::make(ExecRoot::new(root, None)).map_err(|error| error.to_string())?;
+    }
+    attempt(RunnerLauncher::new(runner.to_vec(), Some(sandbox)), &workspace, None, kind)
 }
 
 /// The tree that [`layers::try_out`](crate::sandbox::layers::try_out) expects.
@@ -103,6 +124,7 @@ fn attempt(
     mut launcher: RunnerLauncher,
     workspace: &Workspace,
     layers: Option<Layers>,
+    kind: CellKind,
 ) -> Result<(), String> {
     let in_words = |error: Error| error.to_string();
     let launch = Launch {
@@ -115,6 +137,9 @@ fn attempt(
         stderr: workspace.path().join("stderr"),
         max_file_bytes: 1024,
         layers,
+        kind,
+        limits: Limits::default(),
+        terminal: None,
     };
     match launcher.try_run(&launch, ATTEMPT, &CancelToken::new()).map_err(in_words)?.ending {
         Ending::NotStarted(libc::ENOENT | libc::ENOTDIR) => Ok(()),

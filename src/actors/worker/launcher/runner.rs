@@ -21,8 +21,9 @@ use super::{
     reap,
     spawn::Stack,
     sys,
+    tool::{self, Pipes},
 };
-use crate::sandbox::{settings::Sandbox, world::restrict_in_place};
+use crate::sandbox::{kind::CellKind, settings::Sandbox, world::restrict_in_place};
 use rustix::{
     event::{PollFd, PollFlags},
     fs::{self as rfs, Mode, OFlags},
@@ -120,7 +121,9 @@ impl Runner {
             match message.order {
                 Some(Order::Enclose(sandbox)) => self.enclosure = Enclosure::new(sandbox),
                 Some(Order::Run(run)) => {
-                    let reply = match self.run(run) {
+                    let kind = run.kind.clone().unwrap_or_default();
+                    let pipes = if run.has_pipes { Some(Pipes::receive(&self.socket)?) } else { None };
+                    let reply = match self.run(run, pipes) {
                         Ok(Some(ended)) => Reply::Ended(ended),
                         // The server is gone, and so is everything that ran for it.
                         Ok(None) => return Ok(()),
@@ -128,7 +131,7 @@ impl Runner {
                     };
                     protocol::write(&self.socket, &FromRunner { reply: Some(reply) })?;
                     if let Enclosure::Cells(cells) = &mut self.enclosure {
-                        cells.tidy();
+                        cells.tidy(&kind);
                     }
                 }
                 // A Kill that crossed with the answer has nothing left to kill.
@@ -139,14 +142,17 @@ impl Runner {
     }
 
     /// Runs a command to its end; `None` when the server went away meanwhile.
-    fn run(&mut self, mut run: Run) -> Result<Option<Ended>, Failed> {
+    fn run(&mut self, mut run: Run, pipes: Option<Pipes>) -> Result<Option<Ended>, Failed> {
         // More than our own hard limit may not be asked for.
         let limit = getrlimit(Resource::Fsize).maximum.unwrap_or(u64::MAX);
         run.max_file_bytes = run.max_file_bytes.min(limit);
         match &mut self.enclosure {
-            Enclosure::Cells(cells) => cells.run(run, &self.socket, &mut self.buffer),
+            Enclosure::Cells(cells) => cells.run(run, pipes, &self.socket, &mut self.buffer),
             Enclosure::Failed(failed) => Err(failed.clone()),
-            Enclosure::None => self.run_here(run).map_err(|error| Failed {
+            Enclosure::None if run.kind.as_ref().is_some_and(|kind| *kind != CellKind::default()) => {
+                Err(Failed { message: "there are no namespaces, which this command needs".into(), errno: 0 })
+            }
+            Enclosure::None => self.run_here(run, pipes).map_err(|error| Failed {
                 message: format!("could not start a command: {error}"),
                 errno: error.raw_os_error().unwrap_or(0),
             }),
@@ -154,10 +160,16 @@ impl Runner {
     }
 
     /// Runs a command without a cell.
-    fn run_here(&mut self, run: Run) -> io::Result<Option<Ended>> {
-        let mut capture = Capture::open(&run.stdout, &run.stderr, run.max_file_bytes)?;
+    fn run_here(&mut self, run: Run, pipes: Option<Pipes>) -> io::Result<Option<Ended>> {
+        let mut capture = Capture::open(&run.stdout, &run.stderr, tool::max_log_bytes(&run))?
+            .or_terminal(run.terminal.as_deref())?;
         let root = PathBuf::from(OsStr::from_bytes(&run.root));
-        let mut children = Children::start(run, &root, capture.writing_ends(), &mut self.stack)?;
+        let (mut stdin, (mut stdout, stderr)) = (None, capture.writing_ends());
+        if let Some(pipes) = &pipes {
+            (stdin, stdout) = (Some(pipes.requests.as_fd()), pipes.answers.as_fd());
+        }
+        let mut children = Children::start(run, &root, stdin, (stdout, stderr), &mut self.stack)?;
+        drop(pipes);
         let (mut server_is_there, mut kept) = (true, Ok(()));
         while kept.is_ok() && !children.reap_ended()?.first_ended {
             let ready = self.wait(&capture)?;

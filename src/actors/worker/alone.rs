@@ -1,0 +1,38 @@
+//! Runs one action without a scheduler, for `gorego replay`: the steps, the staging and the sandbox are those of a worker.
+
+use super::{
+    WorkerSettings,
+    cancel::CancelToken,
+    launcher::Launcher,
+    messages::{RunAction, RunControl, RunOrder, RunReport, StageReached},
+    run::ActionRun,
+    store::BlobStore,
+};
+use actix::{Actor, AsyncContext as _, Context, Handler};
+
+/// Receives the progress of a run that nobody follows.
+struct Nobody;
+
+impl Actor for Nobody {
+    type Context = Context<Self>;
+}
+
+impl Handler<StageReached> for Nobody {
+    type Result = ();
+
+    fn handle(&mut self, _: StageReached, _: &mut Self::Context) {}
+}
+
+/// Runs an action to its end. Blocks.
+pub(crate) fn run_alone(
+    settings: &WorkerSettings,
+    store: &dyn BlobStore,
+    launcher: &mut dyn Launcher,
+    order: RunOrder,
+    cancel: CancelToken,
+) -> RunReport {
+    // The actor never starts, so messages to it are dropped.
+    let progress = Context::<Nobody>::new().address().recipient();
+    let run = RunAction { order, control: RunControl { cancel, progress } };
+    ActionRun::new(settings, store, launcher, &run).execute()
+}

@@ -1,0 +1,180 @@
+//! [`ReplayPlace`]: the sandbox of this machine, and one run in it.
+
+use super::{fetch::FetchedAction, launcher::ReplayLauncher, scratch::Scratch, store::FetchedStore};
+use crate::{
+    actors::worker::{
+        WorkerSettings,
+        alone::run_alone,
+        cancel::CancelToken,
+        messages::{RunOrder, SlotId, TaskId},
+    },
+    caller::Peer,
+    cli::config::load_for_replay,
+    config::ExecutionSettings,
+    log_streams::{LogSettings, LogStreams, StreamLimits},
+    sandbox::probe::{MissingProtection, Protection, Report},
+    server::place::Place,
+};
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
+    proto::reapi,
+};
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+use tokio::runtime::Handle;
+
+/// Added to the first user of the slots, so that a server here that is root has others.
+const USERS_APART: u32 = 10_000;
+
+/// What runs an action on this machine.
+pub(super) struct ReplayPlace {
+    execution: ExecutionSettings,
+    place: Place,
+}
+
+/// What a run came to.
+pub(super) enum Replayed {
+    /// The command ended.
+    Command(Box<LocalRun>),
+    /// The shell ended.
+    ShellEnded,
+}
+
+/// The outcome of a run.
+pub(super) struct LocalRun {
+    /// The result, or the reason why the command did not end by itself.
+    pub outcome: Result<reapi::ActionResult>,
+    /// The Trees of output directories.
+    pub trees: HashMap<Digest, Vec<u8>>,
+}
+
+impl ReplayPlace {
+    /// Finds out which protections of the sandbox work here. Blocks.
+    ///
+    /// # Errors
+    /// `Invalid` for a bad configuration; `Precondition` when there is no sandbox and `no_sandbox` does not say that none is
+    /// wanted.
+    pub(super) fn open(
+        config: Option<PathBuf>,
+        scratch: &Scratch,
+        runtime: &Handle,
+        no_sandbox: bool,
+    ) -> Result<Self> {
+        let mut execution = load_for_replay(config, scratch.path(), &scratch.build(), no_sandbox)?;
+        let sandbox = &mut execution.sandbox;
+        sandbox.first_user = sandbox.first_user.saturating_add(USERS_APART);
+        let mut place = Place::open(&execution, runtime, None)?;
+        for missing in place.sandbox.iter_mut().flat_map(|(_, report)| &mut report.missing) {
+            if missing.protection == Protection::Identity {
+                missing.remedy = Some("set TMPDIR to a directory on ext4, xfs, btrfs or tmpfs".into());
+            }
+        }
+        if place.build_root.is_noexec() {
+            return Err(Error::Precondition(format!(
+                "programs in {} cannot be run, because its file system is mounted noexec; set TMPDIR to another directory",
+                scratch.path().display()
+            )));
+        }
+        let stage = Self { execution, place };
+        if !no_sandbox && !stage.report().is_some_and(|report| report.on.namespaces) {
+            let why: Vec<_> = stage.missing().iter().map(ToString::to_string).collect();
+            return Err(Error::Precondition(format!(
+                "an action is not run outside of a sandbox, where it could read and change everything that you can: {}. \
+                 --no-sandbox runs it nevertheless",
+                why.join(". ")
+            )));
+        }
+        Ok(stage)
+    }
+
+    /// How long a command may run that has no timeout.
+    pub(super) fn default_timeout(&self) -> Duration {
+        self.execution.timeouts.default
+    }
+
+    fn report(&self) -> Option<&Report> {
+        self.place.sandbox.as_ref().map(|(_, report)| report)
+    }
+
+    /// The names of the protections that are on.
+    pub(super) fn protections(&self) -> Vec<&'static str> {
+        self.report().map(Report::names).unwrap_or_default()
+    }
+
+    /// The protections that are not on although they could be.
+    pub(super) fn missing(&self) -> &[MissingProtection] {
+        self.report().map_or(&[], |report| &report.missing)
+    }
+
+    /// Stages the action and runs its command, or a shell. Blocks.
+    ///
+    /// # Errors
+    /// When it could not be run; `Cancelled`.
+    pub(super) fn run(
+        self,
+        fetched: &FetchedAction,
+        scratch: &Arc<Scratch>,
+        shell: bool,
+        cancel: CancelToken,
+    ) -> Result<Replayed> {
+        let Some(pool) = self.execution.pools.first() else {
+            return Err(Error::internal("there is no pool"));
+        };
+        let settings = WorkerSettings {
+            name: "replay".into(),
+            pool: "replay".into(),
+            build_root: self.place.build_root.clone(),
+            transfer_timeout: self.execution.transfer_timeout,
+            max_output_file_bytes: self.execution.max_output_file_bytes,
+            runner: WorkerSettings::own_runner(None),
+            images: self.place.image_store(),
+            sandbox: self.place.pool_sandbox(pool),
+            limits: self.place.pool_limits(pool),
+            tools: None,
+            log_streams: no_log_streams(scratch),
+        };
+        let mut launcher = ReplayLauncher::new(settings.launcher(), scratch.clone(), shell);
+        let store = FetchedStore::new(fetched, scratch);
+        let order = RunOrder {
+            task: TaskId(0),
+            attempt: 1,
+            slot: SlotId(0),
+            action: Arc::new(fetched.action.clone()),
+            peer: Peer::default(),
+            queued_at: SystemTime::now(),
+            tool_invocation_id: String::new(),
+        };
+        let report = run_alone(&settings, &store, &mut launcher, order, cancel);
+        if launcher.shell_ended {
+            return Ok(Replayed::ShellEnded);
+        }
+        let outcome = match report {
+            Ok(done) => Ok(done.result),
+            // Facts about the command, as opposed to failures of this machine.
+            Err(failure) if is_the_commands(&failure.error) => Err(failure.error),
+            Err(failure) => return Err(failure.error),
+        };
+        Ok(Replayed::Command(Box::new(LocalRun { outcome, trees: store.into_trees() })))
+    }
+}
+
+/// Whether a run failed because of what its command did: it ran for too long, or left outputs that are none.
+fn is_the_commands(error: &Error) -> bool {
+    matches!(error, Error::DeadlineExceeded(_) | Error::Precondition(_))
+}
+
+/// Log streams that nobody can read.
+fn no_log_streams(scratch: &Scratch) -> LogStreams {
+    let none = StreamLimits { streams: 0, bytes: 0, stream_bytes: 0, idle: None, kept: Duration::ZERO };
+    LogStreams::new(LogSettings {
+        client_streams: false,
+        clients: none,
+        runs: none,
+        spool_directory: scratch.path().to_owned(),
+    })
+}

@@ -48,6 +48,9 @@ const OFF: &[&str] = &["off", "false", "0", "none", ""];
 const ROOTFS: &str = "rootfs";
 const ROOTFS_INPUTS: &str = "inputs";
 
+/// The numbers of the user and the group that an action sees itself as.
+const USER: &str = "unixUID";
+const GROUP: &str = "unixGID";
 /// The property of an action that names a container image, and values that name none.
 const IMAGE: &str = "container-image";
 const NO_IMAGE: &[&str] = &["", "none"];
@@ -57,13 +60,30 @@ pub fn built_in(has_sandbox: bool, has_network: bool) -> impl Iterator<Item = (&
     let words: &[&[&str]] = if has_network { &[ON, OFF] } else { &[OFF] };
     let words = Offer::Set(words.concat().into_iter().map(str::to_owned).collect());
     let network = [NETWORK].iter().chain(NETWORK_ALIASES).map(move |name| (*name, words.clone()));
-    network.chain(has_sandbox.then(|| (ROOTFS, Offer::Exact(ROOTFS_INPUTS.into()))))
+    let numbers = [USER, GROUP].map(|name| (name, Offer::Ignore));
+    network.chain(has_sandbox.then(|| (ROOTFS, Offer::Exact(ROOTFS_INPUTS.into())))).chain(numbers)
+}
+
+/// The numbers of the user and the group that an action asks for. The error names a value that is no such number.
+pub fn wanted_user(asked: &[(String, String)]) -> Result<(Option<u32>, Option<u32>), String> {
+    let number = |wanted: &str| {
+        let Some((_, value)) = asked.iter().find(|(name, _)| name == wanted) else { return Ok(None) };
+        // The highest number means "no user" to the kernel.
+        let number = value.parse().ok().filter(|number| *number != u32::MAX);
+        number
+            .map(Some)
+            .ok_or_else(|| format!("{wanted} is \"{}\", which is no number of a user or group", shown(value)))
+    };
+    Ok((number(USER)?, number(GROUP)?))
 }
 
 /// Whether an action asks for a network.
 pub fn wants_network(asked: &[(String, String)]) -> bool {
-    let names_it = |name: &str| name == NETWORK || NETWORK_ALIASES.contains(&name);
-    asked.iter().any(|(name, value)| names_it(name) && ON.contains(&&**value))
+    asked.iter().any(|(name, value)| is_network(name) && ON.contains(&&**value))
+}
+
+fn is_network(name: &str) -> bool {
+    name == NETWORK || NETWORK_ALIASES.contains(&name)
 }
 
 /// The container image that an action asks for.
@@ -162,9 +182,14 @@ impl fmt::Display for Difference<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} (asked for \"{}\", ", shown(self.name), shown(self.wanted))?;
         match self.offered {
-            Some(offer) => write!(f, "offered {offer})"),
-            None if self.known => f.write_str("not offered)"),
-            None => f.write_str("known to no pool, and execution.unknown_properties is \"refuse\")"),
+            Some(offer) => write!(f, "offered {offer}")?,
+            None if self.known => f.write_str("not offered")?,
+            None => f.write_str("known to no pool, and execution.unknown_properties is \"refuse\"")?,
+        }
+        match self.name {
+            ROOTFS => f.write_str("; see execution.sandbox.rootfs)"),
+            name if is_network(name) => f.write_str("; see execution.sandbox.network)"),
+            _ => f.write_str(")"),
         }
     }
 }
@@ -327,12 +352,16 @@ mod tests {
         for asked in [("network", "on"), ("dockerNetwork", "standard"), ("sandboxNetwork", "bridge")] {
             assert!(wants_network(&[(asked.0.into(), asked.1.into())]));
             assert_eq!(differences(&known, &pool(true), &[asked]), [""; 0]);
-            assert!(differences(&known, &pool(false), &[asked])[0].contains("offered \"off\""));
+            assert!(differences(&known, &pool(false), &[asked])[0].contains("execution.sandbox.network"));
         }
         for asked in [("network", "off"), ("dockerNetwork", "none"), ("rootfs", "inputs")] {
             assert!(!wants_network(&[(asked.0.into(), asked.1.into())]));
             assert_eq!(differences(&known, &pool(false), &[asked]), [""; 0]);
         }
+        let numbers =
+            |user: &str| wanted_user(&[("unixUID".into(), user.into()), ("unixGID".into(), "7".into())]);
+        assert_eq!(numbers("0"), Ok((Some(0), Some(7))));
+        assert!(numbers("root").unwrap_err().contains("root") && numbers("4294967295").is_err());
         assert!(preference("b", &pool(false)) < preference("a", &pool(true)));
         assert_eq!(preference("a", &pool(false)), preference("a", &Offers::new()));
     }

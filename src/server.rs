@@ -235,7 +235,7 @@ impl Server {
         let edge = Arc::new(Edge {
             gate: Gate::new(settings.instances.clone()),
             cas: cas.clone(),
-            scheduler: scheduler.clone().map(Scheduler::new),
+            scheduler: scheduler.clone().map(|scheduler| Scheduler::new(scheduler, settings.node)),
             assets: Some(assets.clone()),
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),

@@ -36,7 +36,7 @@ use std::{
 };
 
 /// Smallest size that can be configured. A smaller one indicates a wrong unit.
-const MIN_SIZE: Size = Size::from_bytes(1_000_000);
+pub(super) const MIN_SIZE: Size = Size::from_bytes(1_000_000);
 /// Longest duration that can be configured. It keeps sums of times far from overflow.
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Largest number of concurrent actions on one machine. Each slot is a thread and a process.

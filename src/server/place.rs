@@ -82,6 +82,12 @@ impl Place {
                 path.display()
             ));
         }
+        for path in settings.visible.iter().chain(&settings.writable).filter(|path| !path.exists()) {
+            Event::warn("gorego::config", "config_warning").log(format_args!(
+                "{} does not exist, so actions do not see it (execution.sandbox)",
+                path.display()
+            ));
+        }
         let runner = WorkerSettings::own_runner(open_files);
         let report = probe(&settings, &runner, &build_root);
         if !report.on.namespaces && probe(&settings.without_paths(), &runner, &build_root).on.namespaces {

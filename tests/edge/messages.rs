@@ -63,7 +63,7 @@ impl Server {
             assets: None,
             gate: Gate::new(instances),
             cas: cas.clone(),
-            scheduler: Some(Scheduler::new(scheduler.clone())),
+            scheduler: Some(Scheduler::new(scheduler.clone(), NodeName::default())),
             log_streams: log_streams(false, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod files;
+mod images;
 mod kernel;
 mod limits;
 mod processes;

@@ -388,6 +388,7 @@ impl Bench {
             .send(RunAction {
                 order: RunOrder {
                     task: TaskId(7),
+                    attempt: 1,
                     slot: SlotId(0),
                     action: Arc::new(self.action(job)),
                     peer: Peer::default(),

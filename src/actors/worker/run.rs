@@ -11,9 +11,9 @@ use super::{
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
     exec_root::ExecRoot,
-    image_store::LeasedImage,
+    image_store,
     inputs::{self, MountPoints},
-    launcher::{Ending, Launcher, PoolSandbox, Ran},
+    launcher::{Ending, Launcher, Ran},
     messages::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
     },
@@ -32,8 +32,7 @@ use crate::{
         run::{LogKind, RunLogs},
     },
     logging::{Event, Field},
-    platform,
-    sandbox::kind::{CellKind, RootFs},
+    sandbox::kind::CellKind,
 };
 use errors::{disk_was_full, explained, is_workers_fault, log_lost};
 use gorego_reapi::{
@@ -151,7 +150,7 @@ impl<'a> ActionRun<'a> {
         self.wait_for_room(&fetching)?;
         let mut kind = self.settings.kind(action)?;
         // Held to the end, so that the image is not removed while the action runs.
-        let image = self.lease_image(&mut kind, &fetching)?;
+        let image = image_store::lease_for(self.settings, action, &mut kind, &fetching)?;
         let command = match &image {
             Some(image) => Cow::Owned(image.complete(&action.command)),
             None => Cow::Borrowed(&action.command),
@@ -238,27 +237,6 @@ impl<'a> ActionRun<'a> {
         // Without this check, outputs that somebody removed would look like outputs that were never made.
         workspace.check_in_place()?;
         stored
-    }
-
-    /// The image that the action asks for, whose files then replace the host's. Pulling it counts as fetching inputs.
-    fn lease_image(&self, kind: &mut CellKind, fetching: &Checkpoint) -> Result<Option<LeasedImage>> {
-        let Some(images) = &self.settings.images else { return Ok(None) };
-        let asked = &self.order.action.platform;
-        let Some(name) = platform::wanted_image(asked).map_err(Error::Invalid)? else { return Ok(None) };
-        if platform::wants_input_root_as_root(asked) {
-            return Err(Error::invalid(
-                "the action asks for an image and for its input root as its root file system",
-            ));
-        }
-        if !self.settings.sandbox.as_ref().is_some_and(PoolSandbox::has_namespaces) {
-            return Err(Error::Precondition(
-                "the action asks for an image, which takes the namespaces of the sandbox; they are off in this pool".into(),
-            ));
-        }
-        let image = images.lease(name, &|| fetching.check())?;
-        kind.root = Some(RootFs::directory(&image.root));
-        kind.user = kind.user.or(image.user);
-        Ok(Some(image))
     }
 
     /// Brings the inputs into place: as a layer over a staged tree, which is returned, or as copies.
@@ -545,7 +523,8 @@ impl<'a> ActionRun<'a> {
     fn enter(&mut self, stage: RunStage, point: Point, logs: Option<RunLogs>) {
         self.note(point);
         let at = self.timeline.wall(point);
-        self.control.progress.do_send(StageReached { task: self.order.task, stage, at, logs });
+        let &RunOrder { task, attempt, .. } = self.order;
+        self.control.progress.do_send(StageReached { task, attempt, stage, at, logs });
     }
 
     fn note(&mut self, point: Point) {

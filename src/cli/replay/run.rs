@@ -6,7 +6,6 @@ use crate::{
         WorkerSettings,
         alone::run_alone,
         cancel::CancelToken,
-        launcher::RunnerLauncher,
         messages::{RunOrder, SlotId, TaskId},
     },
     caller::Peer,
@@ -139,11 +138,11 @@ impl ReplayPlace {
             tools: None,
             log_streams: no_log_streams(scratch),
         };
-        let runner = RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref());
-        let mut launcher = ReplayLauncher::new(runner, scratch.clone(), shell);
+        let mut launcher = ReplayLauncher::new(settings.launcher(), scratch.clone(), shell);
         let store = FetchedStore::new(fetched, scratch);
         let order = RunOrder {
             task: TaskId(0),
+            attempt: 1,
             slot: SlotId(0),
             action: Arc::new(fetched.action.clone()),
             peer: Peer::default(),

@@ -158,7 +158,6 @@ impl Client {
                 instance_name: self.instance.clone(),
                 blob_digests: chunk.to_vec(),
                 digest_function: self.function.wire().into(),
-                ..Default::default()
             };
             let answer = retrying(async || {
                 let answer = self.cas().find_missing_blobs(timed(request.clone())).await;
